@@ -1,0 +1,233 @@
+//! What an address means here: whom a slot is billed to, and what clients are told to dial.
+
+use std::net::{IpAddr, Ipv6Addr};
+
+use libp2p::{Multiaddr, PeerId, multiaddr::Protocol};
+
+/// How many bytes of addresses one reservation carries at most, so that the answer, voucher
+/// included, stays below [`crate::wire::MAX_MESSAGE`] whatever key the relay has.
+const MAX_BYTES: usize = 2048;
+
+/// The IP address that a slot is billed to.
+///
+/// An IPv4-mapped address is the IPv4 address in it; any other IPv6 address stands for its /64,
+/// because that is what one household or one machine is given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct BilledTo(IpAddr);
+
+impl BilledTo {
+    /// The address at the front of `address`; `None` where there is no IP address in front.
+    pub fn of(address: &Multiaddr) -> Option<Self> {
+        ip(address).map(Self::from)
+    }
+}
+
+impl From<IpAddr> for BilledTo {
+    fn from(ip: IpAddr) -> Self {
+        Self(match ip.to_canonical() {
+            IpAddr::V6(ip) => IpAddr::V6(Ipv6Addr::from_bits(ip.to_bits() & (!0 << 64))),
+            v4 => v4,
+        })
+    }
+}
+
+impl std::fmt::Display for BilledTo {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.0 {
+            IpAddr::V4(ip) => write!(f, "{ip}"),
+            IpAddr::V6(ip) => write!(f, "{ip}/64"),
+        }
+    }
+}
+
+/// Whether this leads through another relay.
+pub fn is_relayed(address: &Multiaddr) -> bool {
+    address.iter().any(|part| part == Protocol::P2pCircuit)
+}
+
+/// Whether this can be dialed from anywhere on the internet.
+///
+/// Names count as global: who has one told us so.
+pub fn is_global(address: &Multiaddr) -> bool {
+    match ip(address).map(|ip| ip.to_canonical()) {
+        Some(IpAddr::V4(ip)) => {
+            let [a, b, ..] = ip.octets();
+            !(ip.is_private()
+                || ip.is_loopback()
+                || ip.is_link_local()
+                || ip.is_documentation()
+                || ip.is_multicast()
+                || a == 0
+                || a >= 240
+                || (a == 100 && (64..128).contains(&b)) // shared by carriers: RFC 6598
+                || (a == 198 && (18..20).contains(&b))) // benchmarks: RFC 2544
+        }
+        // Of IPv6 only 2000::/3 is given out, and of that one block is for documentation.
+        Some(IpAddr::V6(ip)) => {
+            let [first, second, ..] = ip.segments();
+            first & 0xe000 == 0x2000 && (first, second) != (0x2001, 0xdb8)
+        }
+        None => address.iter().next().is_some_and(|part| {
+            matches!(
+                part,
+                Protocol::Dns(_) | Protocol::Dns4(_) | Protocol::Dns6(_) | Protocol::Dnsaddr(_)
+            )
+        }),
+    }
+}
+
+/// Where a client may have been told to reach the relay, by how it became known.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Known<'a> {
+    /// Given by the operator. Where there are any, nothing else is told.
+    pub announced: &'a [Multiaddr],
+    /// Confirmed to be reachable from outside.
+    pub confirmed: &'a [Multiaddr],
+    /// The relay's own listening addresses.
+    pub listening: &'a [Multiaddr],
+    /// The address under which the asking client says that it reached the relay.
+    pub reported: Option<&'a Multiaddr>,
+}
+
+/// The addresses for one client's reservation, best first, each ending in `/p2p/<relay>`.
+///
+/// The order: announced (and then nothing else); confirmed; global listening ones; the one this
+/// client reports; the other listening ones. Never more than fit into the answer.
+pub fn for_reservation(known: Known<'_>, relay: PeerId) -> Vec<Multiaddr> {
+    let (global, local): (Vec<_>, Vec<_>) = known.listening.iter().partition(|a| is_global(a));
+    let found = known
+        .confirmed
+        .iter()
+        .chain(global)
+        .chain(known.reported)
+        .chain(local);
+    let candidates: Vec<_> = if known.announced.is_empty() {
+        found.collect()
+    } else {
+        known.announced.iter().collect()
+    };
+
+    let mut addresses = Vec::new();
+    let mut bytes = 0;
+    for candidate in candidates {
+        let Ok(address) = candidate.clone().with_p2p(relay) else {
+            continue; // another peer's
+        };
+        let fits = bytes + address.len() <= MAX_BYTES;
+        if fits && !is_relayed(&address) && !addresses.contains(&address) {
+            bytes += address.len();
+            addresses.push(address);
+        }
+    }
+    addresses
+}
+
+/// The IP address in front, if that is what stands in front.
+fn ip(address: &Multiaddr) -> Option<IpAddr> {
+    match address.iter().next()? {
+        Protocol::Ip4(ip) => Some(ip.into()),
+        Protocol::Ip6(ip) => Some(ip.into()),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn address(text: &str) -> Multiaddr {
+        text.parse().expect("a multiaddr")
+    }
+
+    #[test]
+    fn ipv6_is_billed_by_its_64_and_a_mapped_address_as_ipv4() {
+        let billed = |text: &str| BilledTo::of(&address(text)).map(|to| to.to_string());
+        assert_eq!(billed("/ip4/1.2.3.4/tcp/1"), Some("1.2.3.4".into()));
+        assert_eq!(billed("/ip6/::ffff:1.2.3.4/tcp/1"), Some("1.2.3.4".into()));
+        let one = billed("/ip6/2001:db8:1:2:3::1/tcp/1");
+        assert_eq!(one, Some("2001:db8:1:2::/64".into()));
+        assert_eq!(one, billed("/ip6/2001:db8:1:2:ffff::9/tcp/7"));
+        assert_eq!(billed("/memory/7"), None);
+    }
+
+    #[test]
+    fn global_is_what_a_stranger_can_dial() {
+        for global in [
+            "/ip4/8.8.8.8/tcp/1",
+            "/ip6/2a00:1450::1/tcp/1",
+            "/dns4/relay.example.org/tcp/1",
+            "/ip6/::ffff:8.8.8.8/tcp/1",
+        ] {
+            assert!(is_global(&address(global)), "{global}");
+        }
+        for local in [
+            "/ip4/127.0.0.1/tcp/1",
+            "/ip4/10.1.2.3/tcp/1",
+            "/ip4/192.168.1.1/tcp/1",
+            "/ip4/100.64.0.1/tcp/1",
+            "/ip4/0.0.0.0/tcp/1",
+            "/ip4/169.254.1.1/tcp/1",
+            "/ip6/::1/tcp/1",
+            "/ip6/fe80::1/tcp/1",
+            "/ip6/fd00::1/tcp/1",
+            "/ip6/::ffff:10.0.0.1/tcp/1",
+            "/memory/7",
+        ] {
+            assert!(!is_global(&address(local)), "{local}");
+        }
+    }
+
+    #[test]
+    fn addresses_come_best_first_and_each_ends_in_the_relay() {
+        let relay = PeerId::random();
+        let confirmed = [address("/ip4/5.5.5.5/tcp/1")];
+        let listening = [
+            address("/ip4/127.0.0.1/tcp/1"),
+            address("/ip6/2a00:1450::1/tcp/1"),
+            address("/ip4/192.168.1.7/tcp/1"),
+        ];
+        let reported = address("/ip4/192.168.1.7/tcp/1");
+        let known = Known {
+            announced: &[],
+            confirmed: &confirmed,
+            listening: &listening,
+            reported: Some(&reported),
+        };
+        let expected = [
+            "/ip4/5.5.5.5/tcp/1",
+            "/ip6/2a00:1450::1/tcp/1",
+            "/ip4/192.168.1.7/tcp/1",
+            "/ip4/127.0.0.1/tcp/1",
+        ];
+        let expected: Vec<_> = expected
+            .map(|a| address(&format!("{a}/p2p/{relay}")))
+            .into();
+        assert_eq!(for_reservation(known, relay), expected);
+    }
+
+    #[test]
+    fn what_is_announced_stands_instead_of_what_is_found() {
+        let relay = PeerId::random();
+        let with_relay = address(&format!("/dns4/relay.example.org/tcp/1/p2p/{relay}"));
+        let known = Known {
+            announced: std::slice::from_ref(&with_relay),
+            listening: &[address("/ip4/5.5.5.5/tcp/1")],
+            ..Known::default()
+        };
+        assert_eq!(for_reservation(known, relay), [with_relay]);
+    }
+
+    #[test]
+    fn a_machine_of_a_thousand_addresses_still_fits_one_answer() {
+        let many: Vec<_> = (0..1000u16)
+            .map(|n| address(&format!("/ip6/2a00:1450::{n:x}/tcp/4001")))
+            .collect();
+        let known = Known {
+            listening: &many,
+            ..Known::default()
+        };
+        let told = for_reservation(known, PeerId::random());
+        assert!(!told.is_empty());
+        assert!(told.iter().map(Multiaddr::len).sum::<usize>() <= MAX_BYTES);
+    }
+}

@@ -1,0 +1,211 @@
+//! The bytes between two streams: limits, half-close, accounting.
+//!
+//! A circuit ends in one of two ways. Both ends close their writing half, each close is carried
+//! over, and it is [`CircuitEnd::Finished`]. Or something cuts it short: then both streams are
+//! dropped without being closed, which makes the muxer reset them.
+//! See [the specification](https://github.com/libp2p/specs/blob/master/relay/circuit-v2.md#hop-protocol).
+
+use std::{
+    fmt,
+    future::Future,
+    io,
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use futures_timer::Delay;
+use libp2p::futures::{AsyncRead, AsyncWrite, FutureExt, channel::oneshot};
+
+use crate::wire::Limit;
+
+/// How many bytes one direction holds on their way.
+///
+/// One yamux frame of the default split size: what a writer hands over in one piece.
+const BUFFER: usize = 16 * 1024;
+
+/// How a circuit ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum CircuitEnd {
+    /// Both ends closed it.
+    Finished,
+    /// One direction carried as many bytes as it may, and there was one more.
+    DataLimit,
+    /// It was open for as long as it may be.
+    TimeLimit,
+    /// One end reset it, or its connection failed.
+    Reset(io::ErrorKind),
+    /// The relay ended it: a peer's slot was given up, or its connection went.
+    Ended,
+}
+
+impl fmt::Display for CircuitEnd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Finished => f.write_str("finished"),
+            Self::DataLimit => f.write_str("data limit"),
+            Self::TimeLimit => f.write_str("time limit"),
+            Self::Reset(kind) => write!(f, "reset: {kind}"),
+            Self::Ended => f.write_str("ended by the relay"),
+        }
+    }
+}
+
+/// What a circuit carried.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Carried {
+    /// Bytes delivered from the source to the target.
+    pub to_target: u64,
+    /// Bytes delivered from the target to the source.
+    pub to_source: u64,
+}
+
+/// Carries bytes between a source and a target until the circuit ends; yields how, and how many.
+#[derive(Debug)]
+pub(crate) struct Circuit<S, T> {
+    source: S,
+    target: T,
+    to_target: Direction,
+    to_source: Direction,
+    deadline: Option<Delay>,
+    /// Resolves when the relay ends the circuit, be it by dropping the other half.
+    ended: oneshot::Receiver<()>,
+}
+
+impl<S, T> Circuit<S, T> {
+    /// A circuit whose time begins now.
+    pub(crate) fn new(source: S, target: T, limit: Limit, ended: oneshot::Receiver<()>) -> Self {
+        Self {
+            source,
+            target,
+            to_target: Direction::new(limit.bytes),
+            to_source: Direction::new(limit.bytes),
+            deadline: limit.duration.map(Delay::new),
+            ended,
+        }
+    }
+}
+
+impl<S, T> Future for Circuit<S, T>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+    T: AsyncRead + AsyncWrite + Unpin,
+{
+    type Output = (CircuitEnd, Carried);
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = &mut *self;
+        let end = 'end: {
+            if this.ended.poll_unpin(cx).is_ready() {
+                break 'end CircuitEnd::Ended;
+            }
+            let deadline = this.deadline.as_mut();
+            if deadline.is_some_and(|deadline| deadline.poll_unpin(cx).is_ready()) {
+                break 'end CircuitEnd::TimeLimit;
+            }
+            let there = this.to_target.poll(&mut this.source, &mut this.target, cx);
+            let back = this.to_source.poll(&mut this.target, &mut this.source, cx);
+            match (there, back) {
+                (Poll::Ready(Err(end)), _) | (_, Poll::Ready(Err(end))) => end,
+                (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => CircuitEnd::Finished,
+                _ => return Poll::Pending,
+            }
+        };
+        let carried = Carried {
+            to_target: this.to_target.delivered,
+            to_source: this.to_source.delivered,
+        };
+        Poll::Ready((end, carried))
+    }
+}
+
+/// One of the two ways through a circuit.
+#[derive(Debug)]
+struct Direction {
+    buffer: Box<[u8]>,
+    /// The bytes that were read and are yet to be written.
+    pending: std::ops::Range<usize>,
+    /// How many more bytes may be read; `None`: no limit.
+    allowance: Option<u64>,
+    delivered: u64,
+    state: State,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Open,
+    /// There was a byte too many. Those before it are still owed.
+    OverLimit,
+    /// The reader saw the end; the writer is to be told.
+    Closing,
+    Closed,
+}
+
+impl Direction {
+    fn new(allowance: Option<u64>) -> Self {
+        Self {
+            buffer: vec![0; BUFFER].into(),
+            pending: 0..0,
+            allowance,
+            delivered: 0,
+            state: State::Open,
+        }
+    }
+
+    /// Carries what there is; ready when the end was carried over, or cut short.
+    fn poll(
+        &mut self,
+        from: &mut (impl AsyncRead + Unpin),
+        to: &mut (impl AsyncWrite + Unpin),
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<(), CircuitEnd>> {
+        let reset = |error: io::Error| CircuitEnd::Reset(error.kind());
+        loop {
+            while !self.pending.is_empty() {
+                let bytes = &self.buffer[self.pending.clone()];
+                let written = ready!(Pin::new(&mut *to).poll_write(cx, bytes)).map_err(reset)?;
+                if written == 0 {
+                    return Poll::Ready(Err(CircuitEnd::Reset(io::ErrorKind::WriteZero)));
+                }
+                self.pending.start += written;
+                self.delivered += written as u64;
+            }
+            match self.state {
+                State::Closed => return Poll::Ready(Ok(())),
+                State::OverLimit => {
+                    ready!(Pin::new(&mut *to).poll_flush(cx)).map_err(reset)?;
+                    return Poll::Ready(Err(CircuitEnd::DataLimit));
+                }
+                State::Closing => {
+                    ready!(Pin::new(&mut *to).poll_close(cx)).map_err(reset)?;
+                    self.state = State::Closed;
+                    return Poll::Ready(Ok(()));
+                }
+                State::Open => {}
+            }
+            match Pin::new(&mut *from).poll_read(cx, &mut self.buffer) {
+                Poll::Ready(Ok(0)) => self.state = State::Closing,
+                Poll::Ready(Ok(read)) => self.pending = 0..self.allowed(read),
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(reset(error))),
+                Poll::Pending => {
+                    // Nothing to read now: let what was written reach the other end.
+                    let _ = Pin::new(&mut *to).poll_flush(cx).map_err(reset)?;
+                    return Poll::Pending;
+                }
+            }
+        }
+    }
+
+    /// How many of the `read` bytes may pass.
+    fn allowed(&mut self, read: usize) -> usize {
+        let Some(allowance) = &mut self.allowance else {
+            return read;
+        };
+        if *allowance < read as u64 {
+            self.state = State::OverLimit;
+        }
+        let passing = (*allowance).min(read as u64);
+        *allowance -= passing;
+        passing as usize
+    }
+}

@@ -1,0 +1,266 @@
+//! Every limit and timer of the relay, its default and unit, and the one place that judges them.
+
+use std::{fmt, time::Duration};
+
+use libp2p::{Multiaddr, multiaddr::Protocol};
+
+use crate::wire::Limit;
+
+/// The longest time that any setting may name: one year.
+///
+/// It keeps every deadline within what an `Instant` can hold.
+const LONGEST: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+
+/// The caps on reservations by address are this fraction of the total, unless given.
+const SHARE_PER_IP: usize = 16;
+/// But never below this: a household or a small office behind one address.
+const LEAST_PER_IP: usize = 8;
+
+/// What the relay grants, to how many and for how long.
+///
+/// Made with [`Config::default`] and changed field by field; [`crate::Behaviour::new`] refuses one
+/// that makes no sense. Who comes from [`libp2p::relay::Config`](https://docs.rs/libp2p-relay)
+/// finds its fields under these names:
+///
+/// | `libp2p::relay::Config` | here |
+/// | --- | --- |
+/// | `max_reservations` | [`max_reservations`](Self::max_reservations) |
+/// | `max_reservations_per_peer` | none: a peer has one slot, by construction; see [`max_reservations_per_ip`](Self::max_reservations_per_ip) |
+/// | `reservation_duration` | [`reservation_ttl`](Self::reservation_ttl) |
+/// | `max_circuits`, `max_circuits_per_peer` | the same |
+/// | `max_circuit_duration` | [`circuit_duration`](Self::circuit_duration) |
+/// | `max_circuit_bytes` | [`circuit_bytes`](Self::circuit_bytes), counted for each direction by itself |
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Config {
+    /// How many peers may hold a slot at a time. Default 1024.
+    pub max_reservations: usize,
+    /// How many slots may be billed to one IP address (an IPv6 address counts as its /64).
+    ///
+    /// Default `None`: a sixteenth of [`max_reservations`](Self::max_reservations), at least 8.
+    /// Zero: no cap.
+    pub max_reservations_per_ip: Option<usize>,
+    /// For how long a reservation is granted, and renewed. Default 1 h; at least 1 s.
+    pub reservation_ttl: Duration,
+    /// How long a peer that disconnected keeps its claim to the slot.
+    ///
+    /// Default 30 s; zero frees the slot at once.
+    pub grace: Duration,
+    /// How often the sweep passes over the table. Default 1 s; above zero.
+    pub sweep: Duration,
+    /// After which time without a reservation or a circuit a connection is closed.
+    ///
+    /// Default zero: the behaviour closes none, because in a swarm of one's own a connection may
+    /// serve other protocols. (The program's default is 1 min.)
+    pub idle_timeout: Duration,
+    /// How many circuits may be open at a time, those being set up included. Default 1024.
+    pub max_circuits: usize,
+    /// How many circuits one peer may be part of, as source and as target together. Default 64.
+    pub max_circuits_per_peer: usize,
+    /// How long a circuit may stay open. Default 2 min; zero: no limit. On the wire in whole
+    /// seconds, so at least 1 s.
+    pub circuit_duration: Duration,
+    /// How many bytes a circuit may carry in each direction. Default 128 KiB; zero: no limit.
+    pub circuit_bytes: u64,
+    /// The addresses to put into reservations *instead* of those found. Default: none.
+    ///
+    /// With or without the relay's `/p2p/…` at the end.
+    pub announce: Vec<Multiaddr>,
+    /// Whether the behaviour answers `/ipfs/ping/1.0.0`. Default true.
+    ///
+    /// Switch it off beside a ping behaviour of your own.
+    pub answer_ping: bool,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            max_reservations: 1024,
+            max_reservations_per_ip: None,
+            reservation_ttl: Duration::from_secs(60 * 60),
+            grace: Duration::from_secs(30),
+            sweep: Duration::from_secs(1),
+            idle_timeout: Duration::ZERO,
+            max_circuits: 1024,
+            max_circuits_per_peer: 64,
+            circuit_duration: Duration::from_secs(2 * 60),
+            circuit_bytes: 128 * 1024,
+            announce: Vec::new(),
+            answer_ping: true,
+        }
+    }
+}
+
+impl Config {
+    /// Whether this makes sense as a whole.
+    ///
+    /// # Errors
+    ///
+    /// The first setting that does not, by name and with the remedy.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        if self.max_reservations == 0 {
+            return Err(ConfigError::new(
+                "max_reservations",
+                "a relay without slots relays nothing; try 1 or more",
+            ));
+        }
+        for (setting, duration) in [
+            ("reservation_ttl", self.reservation_ttl),
+            ("grace", self.grace),
+            ("sweep", self.sweep),
+            ("idle_timeout", self.idle_timeout),
+            ("circuit_duration", self.circuit_duration),
+        ] {
+            if duration > LONGEST {
+                return Err(ConfigError::new(
+                    setting,
+                    "is over a year; try 8760h or less",
+                ));
+            }
+        }
+        if self.reservation_ttl < Duration::from_secs(1) {
+            return Err(ConfigError::new(
+                "reservation_ttl",
+                "a reservation lasts at least a second; try 1h",
+            ));
+        }
+        if self.sweep.is_zero() {
+            return Err(ConfigError::new(
+                "sweep",
+                "without a sweep no slot ever comes back; try 1s",
+            ));
+        }
+        if !self.circuit_duration.is_zero() && self.circuit_duration < Duration::from_secs(1) {
+            return Err(ConfigError::new(
+                "circuit_duration",
+                "clients are told whole seconds; try 1s or more, or 0s for no limit",
+            ));
+        }
+        self.announce.iter().try_for_each(announceable)
+    }
+
+    /// The cap on slots billed to one address; `None`: no cap.
+    pub(crate) fn reservations_per_ip(&self) -> Option<usize> {
+        let cap = self
+            .max_reservations_per_ip
+            .unwrap_or((self.max_reservations / SHARE_PER_IP).max(LEAST_PER_IP));
+        (cap > 0).then_some(cap)
+    }
+
+    /// What a circuit may carry, as it is told and enforced.
+    pub(crate) fn circuit_limit(&self) -> Limit {
+        Limit {
+            duration: (!self.circuit_duration.is_zero()).then_some(self.circuit_duration),
+            bytes: (self.circuit_bytes > 0).then_some(self.circuit_bytes),
+        }
+    }
+}
+
+/// Whether clients could be sent to this address at all.
+fn announceable(address: &Multiaddr) -> Result<(), ConfigError> {
+    let problem = address.iter().find_map(|part| match part {
+        Protocol::P2pCircuit => Some("leads through another relay; give an address of this one"),
+        Protocol::Ip4(ip) if ip.is_unspecified() => Some("is no address that a client can dial"),
+        Protocol::Ip6(ip) if ip.is_unspecified() => Some("is no address that a client can dial"),
+        Protocol::Tcp(0) | Protocol::Udp(0) => Some("names no port; give the one clients dial"),
+        _ => None,
+    });
+    match problem {
+        Some(problem) => Err(ConfigError::new("announce", format!("{address} {problem}"))),
+        None if address.is_empty() => Err(ConfigError::new(
+            "announce",
+            "an empty address; try /dns4/relay.example.org/tcp/4001",
+        )),
+        None => Ok(()),
+    }
+}
+
+/// A setting that makes no sense, and the remedy, in one line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConfigError {
+    setting: &'static str,
+    problem: String,
+}
+
+impl ConfigError {
+    pub(crate) fn new(setting: &'static str, problem: impl Into<String>) -> Self {
+        let problem = problem.into();
+        Self { setting, problem }
+    }
+
+    /// The field of [`Config`] that is meant.
+    pub fn setting(&self) -> &'static str {
+        self.setting
+    }
+
+    /// What is wrong with it, and what to do.
+    pub fn problem(&self) -> &str {
+        &self.problem
+    }
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.setting, self.problem)
+    }
+}
+
+impl std::error::Error for ConfigError {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(change: impl FnOnce(&mut Config)) -> &'static str {
+        let mut config = Config::default();
+        change(&mut config);
+        config.validate().expect_err("it makes no sense").setting()
+    }
+
+    #[test]
+    fn the_defaults_make_sense() {
+        assert_eq!(Config::default().validate(), Ok(()));
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused_by_name() {
+        assert_eq!(refused(|c| c.max_reservations = 0), "max_reservations");
+        assert_eq!(
+            refused(|c| c.reservation_ttl = Duration::ZERO),
+            "reservation_ttl"
+        );
+        assert_eq!(
+            refused(|c| c.reservation_ttl = Duration::MAX),
+            "reservation_ttl"
+        );
+        assert_eq!(refused(|c| c.grace = Duration::MAX), "grace");
+        assert_eq!(refused(|c| c.sweep = Duration::ZERO), "sweep");
+        let short = Duration::from_millis(10);
+        assert_eq!(refused(|c| c.circuit_duration = short), "circuit_duration");
+        for address in [
+            "/ip4/0.0.0.0/tcp/4001",
+            "/ip6/::/tcp/4001",
+            "/ip4/1.2.3.4/tcp/0",
+            "",
+        ] {
+            let address: Multiaddr = address.parse().unwrap();
+            assert_eq!(refused(|c| c.announce = vec![address]), "announce");
+        }
+    }
+
+    #[test]
+    fn the_cap_by_address_follows_the_total_unless_given() {
+        let cap = |total, given| {
+            let config = Config {
+                max_reservations: total,
+                max_reservations_per_ip: given,
+                ..Config::default()
+            };
+            config.reservations_per_ip()
+        };
+        assert_eq!(cap(1024, None), Some(64));
+        assert_eq!(cap(10, None), Some(8));
+        assert_eq!(cap(1024, Some(3)), Some(3));
+        assert_eq!(cap(1024, Some(0)), None);
+    }
+}

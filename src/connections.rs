@@ -1,0 +1,218 @@
+//! The connections that are up: whose they are, from where, and which of them are idle.
+//!
+//! Pure. A connection is *idle* while it neither holds a reservation nor carries a circuit,
+//! whatever else is open on it: a stranger with a stalled stream does not stay for ever.
+
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    time::{Duration, Instant},
+};
+
+use libp2p::{Multiaddr, PeerId};
+
+use crate::address::BilledTo;
+
+/// The connections of one relay.
+#[derive(Debug)]
+pub struct Connections<C> {
+    up: HashMap<C, Connection>,
+    by_peer: HashMap<PeerId, Vec<C>>,
+}
+
+/// One connection that is up.
+#[derive(Debug)]
+pub struct Connection {
+    /// The peer at its other end.
+    pub peer: PeerId,
+    /// The address it came from, or was dialed at.
+    pub address: Multiaddr,
+    /// Whether it leads through another relay.
+    pub relayed: bool,
+    /// The address under which the peer says that it reached this relay.
+    pub reported: Option<Multiaddr>,
+    holds_reservation: bool,
+    circuits: usize,
+    idle_since: Instant,
+    closing: bool,
+}
+
+impl Connection {
+    /// A connection that came up at `now`.
+    pub fn new(peer: PeerId, address: Multiaddr, relayed: bool, now: Instant) -> Self {
+        Self {
+            peer,
+            address,
+            relayed,
+            reported: None,
+            holds_reservation: false,
+            circuits: 0,
+            idle_since: now,
+            closing: false,
+        }
+    }
+
+    /// Whom a slot that is reserved over it is billed to.
+    pub fn billed_to(&self) -> Option<BilledTo> {
+        BilledTo::of(&self.address)
+    }
+
+    fn idle(&self) -> bool {
+        !self.holds_reservation && self.circuits == 0
+    }
+}
+
+impl<C: Copy + Eq + std::hash::Hash> Connections<C> {
+    /// No connections.
+    pub fn new() -> Self {
+        Self {
+            up: HashMap::new(),
+            by_peer: HashMap::new(),
+        }
+    }
+
+    /// How many are up.
+    pub fn count(&self) -> usize {
+        self.up.len()
+    }
+
+    /// The connection of this name.
+    pub fn get(&self, id: C) -> Option<&Connection> {
+        self.up.get(&id)
+    }
+
+    /// The connections of `peer`, oldest first.
+    pub fn of(&self, peer: &PeerId) -> &[C] {
+        self.by_peer.get(peer).map_or(&[], Vec::as_slice)
+    }
+
+    /// A connection came up.
+    pub fn add(&mut self, id: C, connection: Connection) {
+        self.by_peer.entry(connection.peer).or_default().push(id);
+        self.up.insert(id, connection);
+    }
+
+    /// A connection is gone.
+    pub fn remove(&mut self, id: C) -> Option<Connection> {
+        let connection = self.up.remove(&id)?;
+        if let Entry::Occupied(mut ids) = self.by_peer.entry(connection.peer) {
+            ids.get_mut().retain(|other| *other != id);
+            if ids.get().is_empty() {
+                ids.remove();
+            }
+        }
+        Some(connection)
+    }
+
+    /// The peer says under which address it reached the relay.
+    pub fn reported(&mut self, id: C, address: Multiaddr) {
+        if let Some(connection) = self.up.get_mut(&id) {
+            connection.reported = Some(address);
+        }
+    }
+
+    /// The connection holds a reservation from now on, or does so no longer. Whether that is news.
+    pub fn hold_reservation(&mut self, id: C, holds: bool, now: Instant) -> bool {
+        let news = self
+            .up
+            .get(&id)
+            .is_some_and(|c| c.holds_reservation != holds);
+        self.change(id, now, |connection| connection.holds_reservation = holds);
+        news
+    }
+
+    /// One circuit more goes over the connection.
+    pub fn add_circuit(&mut self, id: C, now: Instant) {
+        self.change(id, now, |connection| connection.circuits += 1);
+    }
+
+    /// One circuit less goes over the connection.
+    pub fn remove_circuit(&mut self, id: C, now: Instant) {
+        self.change(id, now, |connection| {
+            connection.circuits = connection.circuits.saturating_sub(1);
+        });
+    }
+
+    /// Those that have been idle for `timeout` or longer, to be closed: each is named once.
+    pub fn take_idle(&mut self, timeout: Duration, now: Instant) -> Vec<(PeerId, C)> {
+        let mut idle = Vec::new();
+        for (id, connection) in &mut self.up {
+            let idle_for = now.saturating_duration_since(connection.idle_since);
+            if connection.idle() && idle_for >= timeout && !connection.closing {
+                connection.closing = true;
+                idle.push((connection.peer, *id));
+            }
+        }
+        idle
+    }
+
+    fn change(&mut self, id: C, now: Instant, change: impl FnOnce(&mut Connection)) {
+        let Some(connection) = self.up.get_mut(&id) else {
+            return;
+        };
+        let was_idle = connection.idle();
+        change(connection);
+        if !was_idle {
+            connection.idle_since = now;
+        }
+    }
+}
+
+impl<C: Copy + Eq + std::hash::Hash> Default for Connections<C> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MINUTE: Duration = Duration::from_secs(60);
+
+    fn connections() -> (Connections<u32>, Instant) {
+        let now = Instant::now();
+        let mut connections = Connections::new();
+        let address = "/ip4/127.0.0.1/tcp/1".parse().unwrap();
+        connections.add(1, Connection::new(PeerId::random(), address, false, now));
+        (connections, now)
+    }
+
+    fn idle(connections: &mut Connections<u32>, now: Instant) -> Vec<u32> {
+        let idle = connections.take_idle(MINUTE, now);
+        idle.into_iter().map(|(_, id)| id).collect()
+    }
+
+    #[test]
+    fn a_stranger_is_idle_from_the_start() {
+        let (mut connections, start) = connections();
+        assert!(idle(&mut connections, start + MINUTE / 2).is_empty());
+        assert_eq!(idle(&mut connections, start + MINUTE), [1]);
+        assert!(
+            idle(&mut connections, start + 2 * MINUTE).is_empty(),
+            "it is closing already"
+        );
+    }
+
+    #[test]
+    fn who_holds_a_reservation_or_carries_a_circuit_is_not_idle() {
+        let (mut connections, start) = connections();
+        connections.hold_reservation(1, true, start);
+        connections.add_circuit(1, start);
+        assert!(idle(&mut connections, start + 9 * MINUTE).is_empty());
+        connections.hold_reservation(1, false, start + 9 * MINUTE);
+        assert!(idle(&mut connections, start + 20 * MINUTE).is_empty());
+        connections.remove_circuit(1, start + 20 * MINUTE);
+        assert!(idle(&mut connections, start + 20 * MINUTE).is_empty());
+        assert_eq!(idle(&mut connections, start + 21 * MINUTE), [1]);
+    }
+
+    #[test]
+    fn a_connection_that_is_gone_leaves_nothing_behind() {
+        let (mut connections, _) = connections();
+        let peer = connections.get(1).unwrap().peer;
+        assert_eq!(connections.of(&peer), [1]);
+        connections.remove(1);
+        assert_eq!(connections.count(), 0);
+        assert!(connections.by_peer.is_empty());
+    }
+}

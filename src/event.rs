@@ -1,0 +1,227 @@
+//! What the relay tells its owner: each fact in the past tense, each refusal and each freed slot
+//! with its reason. [`Display`](std::fmt::Display) is the line that stands in the log.
+
+use std::fmt;
+
+use libp2p::{Multiaddr, PeerId};
+
+use crate::{
+    address::BilledTo,
+    circuit::{Carried, CircuitEnd},
+    circuits::{self, CircuitId},
+    reservations::{self, FreedReason},
+    stop::StopFailed,
+    wire::{BadRequest, Status},
+};
+
+/// Something that happened at the relay.
+///
+/// Who comes from [`libp2p::relay::Event`](https://docs.rs/libp2p-relay) finds its events here:
+///
+/// | `libp2p::relay::Event` | here |
+/// | --- | --- |
+/// | `ReservationReqAccepted` | [`ReservationAccepted`](Self::ReservationAccepted) |
+/// | `ReservationReqDenied` | [`ReservationRefused`](Self::ReservationRefused) |
+/// | `ReservationClosed`, `ReservationTimedOut` | [`ReservationFreed`](Self::ReservationFreed), whose reason tells them apart |
+/// | `CircuitReqAccepted` | [`CircuitOpened`](Self::CircuitOpened), once the target agreed |
+/// | `CircuitReqDenied`, `CircuitReqOutboundConnectFailed` | [`CircuitRefused`](Self::CircuitRefused) |
+/// | `CircuitClosed` | [`CircuitClosed`](Self::CircuitClosed) |
+/// | `StatusChanged` | none: the relay serves from the start, whatever addresses are confirmed |
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Event {
+    /// A peer got a slot, or a new term for the one it holds.
+    ReservationAccepted {
+        /// Who.
+        peer: PeerId,
+        /// Where it came from.
+        address: Multiaddr,
+        /// Whether it held the slot already.
+        renewed: bool,
+    },
+    /// A peer got no slot.
+    ReservationRefused {
+        /// Who.
+        peer: PeerId,
+        /// Where it came from.
+        address: Multiaddr,
+        /// Why.
+        reason: Refused,
+    },
+    /// The last connection of a peer with a slot is gone; it may come back until its grace is over.
+    GraceBegan {
+        /// Who.
+        peer: PeerId,
+    },
+    /// A slot came back.
+    ReservationFreed {
+        /// Who held it.
+        peer: PeerId,
+        /// Why it came back.
+        reason: FreedReason,
+    },
+    /// A request was not understood, and was answered with the status for that.
+    RequestRejected {
+        /// Whose.
+        peer: PeerId,
+        /// What was wrong with it.
+        reason: BadRequest,
+    },
+    /// A circuit was set up: from now on bytes pass.
+    CircuitOpened {
+        /// Its name.
+        circuit: CircuitId,
+        /// Who asked for it.
+        source: PeerId,
+        /// Whom it leads to.
+        target: PeerId,
+    },
+    /// A circuit was asked for and not set up.
+    CircuitRefused {
+        /// Who asked for it.
+        source: PeerId,
+        /// Whom it should have led to.
+        target: PeerId,
+        /// Why not.
+        reason: Refused,
+    },
+    /// A circuit ended.
+    CircuitClosed {
+        /// Its name.
+        circuit: CircuitId,
+        /// Who had asked for it.
+        source: PeerId,
+        /// Whom it led to.
+        target: PeerId,
+        /// How it ended.
+        end: CircuitEnd,
+        /// How many bytes it delivered each way.
+        carried: Carried,
+    },
+}
+
+/// Why a request was refused.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Refused {
+    /// All slots are taken.
+    TableFull,
+    /// All slots that this address may have are taken.
+    AddressFull(BilledTo),
+    /// It came over a relayed connection.
+    Relayed,
+    /// The target holds no live reservation.
+    NoReservation,
+    /// The relay carries as many circuits as it may.
+    TooManyCircuits,
+    /// The source is part of as many circuits as it may be.
+    TooManyCircuitsOfSource,
+    /// The target is part of as many circuits as it may be.
+    TooManyCircuitsOfTarget,
+    /// The target could not be won.
+    StopFailed(StopFailed),
+    /// The source went, or the relay gave up one of the two, while the target was being asked.
+    Gone,
+    /// The relay could not sign the voucher.
+    NotSigned,
+}
+
+impl Refused {
+    /// The status that the client is told.
+    pub fn status(&self) -> Status {
+        match self {
+            Self::TableFull | Self::AddressFull(_) | Self::NotSigned => Status::ReservationRefused,
+            Self::Relayed => Status::PermissionDenied,
+            Self::NoReservation => Status::NoReservation,
+            Self::TooManyCircuits
+            | Self::TooManyCircuitsOfSource
+            | Self::TooManyCircuitsOfTarget => Status::ResourceLimitExceeded,
+            Self::StopFailed(_) | Self::Gone => Status::ConnectionFailed,
+        }
+    }
+}
+
+impl From<reservations::Full> for Refused {
+    fn from(full: reservations::Full) -> Self {
+        match full {
+            reservations::Full::Table => Self::TableFull,
+            reservations::Full::Address(address) => Self::AddressFull(address),
+        }
+    }
+}
+
+impl From<circuits::Full> for Refused {
+    fn from(full: circuits::Full) -> Self {
+        match full {
+            circuits::Full::Total => Self::TooManyCircuits,
+            circuits::Full::Source => Self::TooManyCircuitsOfSource,
+            circuits::Full::Target => Self::TooManyCircuitsOfTarget,
+        }
+    }
+}
+
+impl fmt::Display for Refused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::TableFull => f.write_str("all slots are taken"),
+            Self::AddressFull(address) => write!(f, "all slots of {address} are taken"),
+            Self::Relayed => f.write_str("it came over a relayed connection"),
+            Self::NoReservation => f.write_str("the target holds no live reservation"),
+            Self::TooManyCircuits => f.write_str("too many circuits"),
+            Self::TooManyCircuitsOfSource => f.write_str("too many circuits of the source"),
+            Self::TooManyCircuitsOfTarget => f.write_str("too many circuits of the target"),
+            Self::StopFailed(failed) => failed.fmt(f),
+            Self::Gone => f.write_str("one of its peers is gone"),
+            Self::NotSigned => f.write_str("the voucher could not be signed"),
+        }
+    }
+}
+
+impl fmt::Display for Event {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::ReservationAccepted {
+                peer,
+                address,
+                renewed,
+            } => {
+                let what = if *renewed { "renewed" } else { "granted" };
+                write!(f, "reservation {what}: peer {peer} at {address}")
+            }
+            Self::ReservationRefused {
+                peer,
+                address,
+                reason,
+            } => write!(f, "reservation refused: peer {peer} at {address}: {reason}"),
+            Self::GraceBegan { peer } => write!(f, "grace began: peer {peer}"),
+            Self::ReservationFreed { peer, reason } => {
+                write!(f, "slot freed: peer {peer}: {reason}")
+            }
+            Self::RequestRejected { peer, reason } => {
+                write!(f, "request rejected: peer {peer}: {reason}")
+            }
+            Self::CircuitOpened {
+                circuit,
+                source,
+                target,
+            } => write!(f, "circuit {circuit} opened: {source} to {target}"),
+            Self::CircuitRefused {
+                source,
+                target,
+                reason,
+            } => write!(f, "circuit refused: {source} to {target}: {reason}"),
+            Self::CircuitClosed {
+                circuit,
+                source,
+                target,
+                end,
+                carried,
+            } => write!(
+                f,
+                "circuit {circuit} closed: {source} to {target}: {end}; {} bytes to the target, \
+                 {} back",
+                carried.to_target, carried.to_source
+            ),
+        }
+    }
+}

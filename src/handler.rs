@@ -1,0 +1,401 @@
+//! One connection: which substreams are open on it, and what is asked of them.
+//!
+//! The exchanges themselves are in [`hop`], [`stop`], [`ping`] and [`circuit`]; each runs as a task
+//! of its own, so that a stalled one costs a substream and not the connection. The handler starts
+//! them, bounds their number, and carries what they yield to the behaviour and back.
+
+use std::{
+    collections::{HashMap, HashSet, VecDeque},
+    fmt, io,
+    pin::pin,
+    task::{Context, Poll},
+    time::Instant,
+};
+
+use libp2p::{
+    PeerId, Stream, StreamProtocol,
+    core::upgrade::{self, ReadyUpgrade},
+    futures::{
+        FutureExt, StreamExt,
+        channel::oneshot,
+        future::{self, BoxFuture, Either},
+        stream::FuturesUnordered,
+    },
+    swarm::{
+        ConnectionHandler, ConnectionHandlerEvent, StreamUpgradeError, SubstreamProtocol,
+        handler::{
+            ConnectionEvent, DialUpgradeError, FullyNegotiatedInbound, FullyNegotiatedOutbound,
+        },
+    },
+};
+
+use crate::{
+    circuit::{Carried, Circuit, CircuitEnd},
+    circuits::CircuitId,
+    hop, ping,
+    reservations::Receipt,
+    stop::{self, StopFailed},
+    wire::{self, BadRequest, HOP_PROTOCOL, Limit, Request, STOP_PROTOCOL, Status},
+};
+
+/// How many requests of one connection may be on their way, from the first byte to the last of
+/// their answer. A stream beyond that is reset.
+///
+/// Twice the default of circuits per peer: a client may ask for all of them at once.
+const MAX_REQUESTS: usize = 128;
+
+/// How many ping streams are served on one connection, as its specification asks.
+const MAX_PINGS: usize = 2;
+
+/// Names a request, for as long as its connection is up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct RequestId(u64);
+
+/// What the behaviour asks of a connection.
+#[derive(Debug)]
+pub enum Command {
+    /// Answer a RESERVE with this message, and say whether it arrived.
+    Granted(RequestId, Receipt, Vec<u8>),
+    /// Answer a request with a status other than OK.
+    Refuse(RequestId, Status),
+    /// Ask the peer whether it takes this circuit.
+    AskTarget(CircuitId, PeerId, Limit),
+    /// The target agreed: answer the CONNECT, and let bytes pass.
+    OpenCircuit(RequestId, CircuitId, Box<Stream>, Limit),
+    /// End a circuit that this connection carries as its source.
+    EndCircuit(CircuitId),
+    /// Whether the connection holds a reservation, and so is to be kept.
+    Hold(bool),
+}
+
+/// What a connection tells the behaviour.
+#[derive(Debug)]
+pub enum Told {
+    /// The peer asks for something.
+    Requested(RequestId, Request),
+    /// The peer asked for something that was not understood; it has been told.
+    NotUnderstood(BadRequest),
+    /// Whether the answer of this receipt arrived.
+    Answered(Receipt, Result<(), io::ErrorKind>),
+    /// What the target said.
+    TargetAnswered(CircuitId, Result<Box<Stream>, StopFailed>),
+    /// A circuit whose source this is has ended.
+    CircuitEnded(CircuitId, CircuitEnd, Carried),
+}
+
+/// What a task yields when it is done.
+enum Done {
+    Read(Stream, Result<Request, BadRequest>),
+    Answered(Option<(Receipt, io::Result<()>)>),
+    Target(CircuitId, Result<Stream, StopFailed>),
+    Circuit(CircuitId, CircuitEnd, Carried),
+    /// The stream failed before there was a request.
+    Lost,
+    Ping,
+}
+
+/// The relay's side of one connection.
+pub struct Handler {
+    peer: PeerId,
+    answer_ping: bool,
+    tasks: FuturesUnordered<BoxFuture<'static, Done>>,
+    /// Requests that the behaviour has yet to decide.
+    undecided: HashMap<RequestId, Stream>,
+    /// Requests that are being read or answered.
+    in_progress: usize,
+    pings: usize,
+    /// Targets that are yet to be asked: the streams wanted.
+    wanted: VecDeque<Asking>,
+    /// Circuits whose target this peer is to be, and that it has yet to agree to.
+    asked: HashSet<CircuitId>,
+    /// Dropping one of these ends its circuit.
+    circuits: HashMap<CircuitId, oneshot::Sender<()>>,
+    holds_reservation: bool,
+    last_request: u64,
+}
+
+/// A question to a target, while there is no stream for it yet.
+#[derive(Debug)]
+pub struct Asking {
+    circuit: CircuitId,
+    source: PeerId,
+    limit: Limit,
+    since: Instant,
+}
+
+impl Handler {
+    /// The handler of a new connection to `peer`.
+    pub(crate) fn new(peer: PeerId, answer_ping: bool) -> Self {
+        Self {
+            peer,
+            answer_ping,
+            tasks: FuturesUnordered::new(),
+            undecided: HashMap::new(),
+            in_progress: 0,
+            pings: 0,
+            wanted: VecDeque::new(),
+            asked: HashSet::new(),
+            circuits: HashMap::new(),
+            holds_reservation: false,
+            last_request: 0,
+        }
+    }
+
+    fn inbound(&mut self, mut stream: Stream, protocol: &StreamProtocol) {
+        if *protocol == ping::PING_PROTOCOL {
+            if self.pings == MAX_PINGS {
+                return;
+            }
+            self.pings += 1;
+            stream.ignore_for_keep_alive();
+            self.run(ping::answer(stream).map(|_| Done::Ping));
+            return;
+        }
+        if self.in_progress + self.undecided.len() == MAX_REQUESTS {
+            return;
+        }
+        self.in_progress += 1;
+        let peer = self.peer;
+        self.run(async move {
+            match hop::read_request(&mut stream, peer).await {
+                Ok(request) => Done::Read(stream, request),
+                Err(_) => Done::Lost,
+            }
+        });
+    }
+
+    fn answer(&mut self, stream: Stream, message: Vec<u8>, receipt: Option<Receipt>) {
+        self.in_progress += 1;
+        self.run(async move {
+            let delivered = hop::answer(stream, message).await;
+            Done::Answered(receipt.map(|receipt| (receipt, delivered)))
+        });
+    }
+
+    fn ask(&mut self, mut stream: Stream, asking: Asking) {
+        let left = stop::STOP_TIMEOUT.saturating_sub(asking.since.elapsed());
+        self.run(async move {
+            let question = wire::stop_connect(asking.source, asking.limit);
+            let answer = stop::ask(&mut stream, question, left).await;
+            Done::Target(asking.circuit, answer.map(|()| stream))
+        });
+    }
+
+    fn open(&mut self, source: Stream, circuit: CircuitId, target: Stream, limit: Limit) {
+        let (end, ended) = oneshot::channel();
+        self.circuits.insert(circuit, end);
+        self.run(async move {
+            let answer = pin!(hop::open_circuit(source, wire::connect_ok(limit)));
+            let failed = |end| Done::Circuit(circuit, end, Carried::default());
+            let (source, ended) = match future::select(answer, ended).await {
+                Either::Left((Ok(source), ended)) => (source, ended),
+                Either::Left((Err(error), _)) => return failed(CircuitEnd::Reset(error.kind())),
+                Either::Right(_) => return failed(CircuitEnd::Ended),
+            };
+            let (end, carried) = Circuit::new(source, target, limit, ended).await;
+            Done::Circuit(circuit, end, carried)
+        });
+    }
+
+    fn run(&mut self, task: impl Future<Output = Done> + Send + 'static) {
+        self.tasks.push(task.boxed());
+    }
+
+    /// What there is to tell once a task is done, if anything.
+    fn done(&mut self, done: Done) -> Option<Told> {
+        match done {
+            Done::Read(stream, request) => {
+                self.in_progress -= 1;
+                match request {
+                    Ok(request) => {
+                        self.last_request += 1;
+                        let id = RequestId(self.last_request);
+                        self.undecided.insert(id, stream);
+                        Some(Told::Requested(id, request))
+                    }
+                    Err(bad) => {
+                        self.answer(stream, wire::refusal(bad.status()), None);
+                        Some(Told::NotUnderstood(bad))
+                    }
+                }
+            }
+            Done::Answered(answered) => {
+                self.in_progress -= 1;
+                answered.map(|(receipt, delivered)| {
+                    Told::Answered(receipt, delivered.map_err(|error| error.kind()))
+                })
+            }
+            Done::Target(circuit, answer) => {
+                self.asked.remove(&circuit);
+                Some(Told::TargetAnswered(circuit, answer.map(Box::new)))
+            }
+            Done::Circuit(circuit, end, carried) => {
+                self.circuits.remove(&circuit);
+                Some(Told::CircuitEnded(circuit, end, carried))
+            }
+            Done::Lost => {
+                self.in_progress -= 1;
+                None
+            }
+            Done::Ping => {
+                self.pings -= 1;
+                None
+            }
+        }
+    }
+}
+
+impl ConnectionHandler for Handler {
+    type FromBehaviour = Command;
+    type ToBehaviour = Told;
+    type InboundProtocol = Inbound;
+    type OutboundProtocol = ReadyUpgrade<StreamProtocol>;
+    type InboundOpenInfo = ();
+    type OutboundOpenInfo = Asking;
+
+    fn listen_protocol(&self) -> SubstreamProtocol<Inbound> {
+        let inbound = Inbound {
+            ping: self.answer_ping,
+        };
+        SubstreamProtocol::new(inbound, ())
+    }
+
+    fn connection_keep_alive(&self) -> bool {
+        self.holds_reservation || !self.circuits.is_empty()
+    }
+
+    fn on_behaviour_event(&mut self, command: Command) {
+        match command {
+            Command::Granted(request, receipt, message) => {
+                if let Some(stream) = self.undecided.remove(&request) {
+                    self.answer(stream, message, Some(receipt));
+                }
+            }
+            Command::Refuse(request, status) => {
+                if let Some(stream) = self.undecided.remove(&request) {
+                    self.answer(stream, wire::refusal(status), None);
+                }
+            }
+            Command::AskTarget(circuit, source, limit) => {
+                self.asked.insert(circuit);
+                self.wanted.push_back(Asking {
+                    circuit,
+                    source,
+                    limit,
+                    since: Instant::now(),
+                });
+            }
+            Command::OpenCircuit(request, circuit, target, limit) => {
+                if let Some(source) = self.undecided.remove(&request) {
+                    self.open(source, circuit, *target, limit);
+                    return;
+                }
+                let end = CircuitEnd::Ended;
+                self.run(async move { Done::Circuit(circuit, end, Carried::default()) });
+            }
+            Command::EndCircuit(circuit) => {
+                self.circuits.remove(&circuit);
+            }
+            Command::Hold(holds) => self.holds_reservation = holds,
+        }
+    }
+
+    fn on_connection_event(
+        &mut self,
+        event: ConnectionEvent<Inbound, ReadyUpgrade<StreamProtocol>, (), Asking>,
+    ) {
+        match event {
+            ConnectionEvent::FullyNegotiatedInbound(FullyNegotiatedInbound {
+                protocol: (stream, protocol),
+                ..
+            }) => self.inbound(stream, &protocol),
+            ConnectionEvent::FullyNegotiatedOutbound(FullyNegotiatedOutbound {
+                protocol: stream,
+                info,
+            }) => {
+                self.ask(stream, info);
+            }
+            ConnectionEvent::DialUpgradeError(DialUpgradeError { info, error }) => {
+                let failed = match error {
+                    StreamUpgradeError::Timeout => StopFailed::Io(io::ErrorKind::TimedOut),
+                    StreamUpgradeError::NegotiationFailed => StopFailed::Unsupported,
+                    StreamUpgradeError::Io(error) => error.into(),
+                    StreamUpgradeError::Apply(never) => match never {},
+                };
+                self.run(async move { Done::Target(info.circuit, Err(failed)) });
+            }
+            _ => {}
+        }
+    }
+
+    fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<ConnectionHandlerEvent<ReadyUpgrade<StreamProtocol>, Asking, Told>> {
+        if let Some(asking) = self.wanted.pop_front() {
+            let protocol = SubstreamProtocol::new(ReadyUpgrade::new(STOP_PROTOCOL), asking)
+                .with_timeout(stop::STOP_TIMEOUT);
+            return Poll::Ready(ConnectionHandlerEvent::OutboundSubstreamRequest { protocol });
+        }
+        while let Poll::Ready(Some(done)) = self.tasks.poll_next_unpin(cx) {
+            if let Some(told) = self.done(done) {
+                return Poll::Ready(ConnectionHandlerEvent::NotifyBehaviour(told));
+            }
+        }
+        Poll::Pending
+    }
+
+    /// Closing is not closed: the muxer first flushes, which a frozen peer delays for as long as
+    /// TCP is patient. So the circuits end, and are accounted for, here.
+    fn poll_close(&mut self, cx: &mut Context<'_>) -> Poll<Option<Told>> {
+        if let Some(&circuit) = self.asked.iter().next() {
+            self.asked.remove(&circuit);
+            return Poll::Ready(Some(Told::TargetAnswered(circuit, Err(StopFailed::Gone))));
+        }
+        self.circuits.clear();
+        self.undecided.clear();
+        while let Poll::Ready(Some(done)) = self.tasks.poll_next_unpin(cx) {
+            if let Done::Circuit(circuit, end, carried) = done {
+                return Poll::Ready(Some(Told::CircuitEnded(circuit, end, carried)));
+            }
+        }
+        self.tasks.clear();
+        Poll::Ready(None)
+    }
+}
+
+impl fmt::Debug for Handler {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Handler")
+            .field("peer", &self.peer)
+            .field("tasks", &self.tasks.len())
+            .field("circuits", &self.circuits.len())
+            .finish_non_exhaustive()
+    }
+}
+
+/// The protocols that clients may speak to the relay: hop, and ping unless it is switched off.
+#[derive(Clone, Copy, Debug)]
+pub struct Inbound {
+    ping: bool,
+}
+
+impl upgrade::UpgradeInfo for Inbound {
+    type Info = StreamProtocol;
+    type InfoIter =
+        std::iter::Chain<std::iter::Once<StreamProtocol>, std::option::IntoIter<StreamProtocol>>;
+
+    fn protocol_info(&self) -> Self::InfoIter {
+        std::iter::once(HOP_PROTOCOL).chain(self.ping.then_some(ping::PING_PROTOCOL))
+    }
+}
+
+impl<S> upgrade::InboundUpgrade<S> for Inbound {
+    type Output = (S, StreamProtocol);
+    type Error = std::convert::Infallible;
+    type Future = std::future::Ready<Result<Self::Output, Self::Error>>;
+
+    fn upgrade_inbound(self, stream: S, protocol: StreamProtocol) -> Self::Future {
+        std::future::ready(Ok((stream, protocol)))
+    }
+}

@@ -1,0 +1,7 @@
+//! `relaylet [FLAGS]`: the relay as a program.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    relaylet::program::run::main()
+}

@@ -1,0 +1,13 @@
+//! What makes the relay a program: flags, key file, sockets, signals. Each part in a file of its
+//! own; none of it is compiled without the feature `program`.
+
+pub mod connection_limits;
+pub mod flags;
+pub mod identity;
+pub mod muxer;
+pub mod node;
+pub mod open_files;
+pub mod run;
+pub mod security;
+pub mod traffic;
+pub mod transport;

@@ -1,0 +1,357 @@
+//! The command line and the environment, made into a configuration.
+
+use std::{ffi::OsString, path::PathBuf, time::Duration};
+
+use bytesize::ByteSize;
+use libp2p::Multiaddr;
+use structopt::{
+    StructOpt,
+    clap::{AppSettings, Error, ErrorKind},
+};
+
+use super::{connection_limits::Limits, transport};
+use crate::config::{Config, ConfigError};
+
+/// Where the relay listens unless told otherwise.
+const DEFAULT_LISTEN: [&str; 2] = ["/ip4/0.0.0.0/tcp/4001", "/ip6/::/tcp/4001"];
+
+/// A libp2p circuit relay (v2) whose slots come back.
+///
+/// Each flag can also be given as RELAYLET_<NAME> in the environment, lists with commas.
+#[derive(Debug, StructOpt)]
+#[structopt(
+    name = "relaylet",
+    settings = &[AppSettings::UnifiedHelpMessage, AppSettings::NextLineHelp, AppSettings::DeriveDisplayOrder]
+)]
+pub struct Flags {
+    /// Address to listen on; may be given several times
+    ///
+    /// [default: /ip4/0.0.0.0/tcp/4001 and /ip6/::/tcp/4001]
+    #[structopt(
+        long,
+        value_name = "MULTIADDR",
+        env = "RELAYLET_LISTEN",
+        use_delimiter = true
+    )]
+    pub listen: Vec<Multiaddr>,
+
+    /// Address to put into reservations instead of those found; may be given several times
+    #[structopt(
+        long,
+        value_name = "MULTIADDR",
+        env = "RELAYLET_ANNOUNCE",
+        use_delimiter = true
+    )]
+    pub announce: Vec<Multiaddr>,
+
+    /// The relay's private key; made on the first run
+    #[structopt(
+        long,
+        value_name = "FILE",
+        env = "RELAYLET_IDENTITY",
+        default_value = "relaylet.key",
+        parse(from_os_str)
+    )]
+    pub identity: PathBuf,
+
+    /// How many peers may hold a slot at a time
+    #[structopt(
+        long,
+        value_name = "N",
+        env = "RELAYLET_MAX_RESERVATIONS",
+        default_value = "1024"
+    )]
+    pub max_reservations: usize,
+
+    /// How many slots one IP address (IPv6: one /64) may have; 0: no cap
+    ///
+    /// [default: a sixteenth of --max-reservations, at least 8]
+    #[structopt(long, value_name = "N", env = "RELAYLET_MAX_RESERVATIONS_PER_IP")]
+    pub max_reservations_per_ip: Option<usize>,
+
+    /// For how long a reservation is granted, and renewed
+    #[structopt(
+        long,
+        value_name = "DURATION",
+        env = "RELAYLET_RESERVATION_TTL",
+        default_value = "1h",
+        parse(try_from_str = humantime::parse_duration)
+    )]
+    pub reservation_ttl: Duration,
+
+    /// How long a peer that disconnected keeps its claim to the slot; 0s: none
+    #[structopt(
+        long,
+        value_name = "DURATION",
+        env = "RELAYLET_GRACE",
+        default_value = "30s",
+        parse(try_from_str = humantime::parse_duration)
+    )]
+    pub grace: Duration,
+
+    /// How often to look for slots whose time is over
+    #[structopt(
+        long,
+        value_name = "DURATION",
+        env = "RELAYLET_SWEEP",
+        default_value = "1s",
+        parse(try_from_str = humantime::parse_duration)
+    )]
+    pub sweep: Duration,
+
+    /// After which time a connection without a reservation or a circuit is closed; 0s: never
+    #[structopt(
+        long,
+        value_name = "DURATION",
+        env = "RELAYLET_IDLE_TIMEOUT",
+        default_value = "1m",
+        parse(try_from_str = humantime::parse_duration)
+    )]
+    pub idle_timeout: Duration,
+
+    /// How many circuits may be open at a time
+    #[structopt(
+        long,
+        value_name = "N",
+        env = "RELAYLET_MAX_CIRCUITS",
+        default_value = "1024"
+    )]
+    pub max_circuits: usize,
+
+    /// How many circuits one peer may be part of, as source and as target together
+    #[structopt(
+        long,
+        value_name = "N",
+        env = "RELAYLET_MAX_CIRCUITS_PER_PEER",
+        default_value = "64"
+    )]
+    pub max_circuits_per_peer: usize,
+
+    /// How long a circuit may stay open; 0s: no limit
+    #[structopt(
+        long,
+        value_name = "DURATION",
+        env = "RELAYLET_CIRCUIT_DURATION",
+        default_value = "2m",
+        parse(try_from_str = humantime::parse_duration)
+    )]
+    pub circuit_duration: Duration,
+
+    /// How many bytes a circuit may carry in each direction; 0: no limit
+    #[structopt(
+        long,
+        value_name = "SIZE",
+        env = "RELAYLET_CIRCUIT_BYTES",
+        default_value = "128KiB"
+    )]
+    pub circuit_bytes: ByteSize,
+
+    /// How many connections may be open at a time
+    #[structopt(
+        long,
+        value_name = "N",
+        env = "RELAYLET_MAX_CONNECTIONS",
+        default_value = "4096"
+    )]
+    pub max_connections: usize,
+
+    /// How many connections one IP address (IPv6: one /64) may have; 0: no cap
+    #[structopt(
+        long,
+        value_name = "N",
+        env = "RELAYLET_MAX_CONNECTIONS_PER_IP",
+        default_value = "256"
+    )]
+    pub max_connections_per_ip: usize,
+
+    /// How many connections may be in their handshakes, which take 10 s at most
+    #[structopt(
+        long,
+        value_name = "N",
+        env = "RELAYLET_MAX_HANDSHAKES",
+        default_value = "256"
+    )]
+    pub max_handshakes: usize,
+}
+
+/// Why the flags do not make a relay.
+#[derive(Debug)]
+pub enum Stop {
+    /// Help or the version was asked for; this is it.
+    Asked(String),
+    /// One line that names the flag and the remedy.
+    Usage(String),
+}
+
+impl Flags {
+    /// Reads flags, and what they leave open from the environment.
+    ///
+    /// # Errors
+    ///
+    /// When something cannot be read or makes no sense, or help was asked for.
+    pub fn read(arguments: impl IntoIterator<Item = OsString>) -> Result<Self, Stop> {
+        let flags = Self::from_iter_safe(arguments).map_err(stop)?;
+        flags.check().map_err(Stop::Usage)?;
+        Ok(flags)
+    }
+
+    /// The relay's configuration.
+    pub fn config(&self) -> Config {
+        Config {
+            max_reservations: self.max_reservations,
+            max_reservations_per_ip: self.max_reservations_per_ip,
+            reservation_ttl: self.reservation_ttl,
+            grace: self.grace,
+            sweep: self.sweep,
+            idle_timeout: self.idle_timeout,
+            max_circuits: self.max_circuits,
+            max_circuits_per_peer: self.max_circuits_per_peer,
+            circuit_duration: self.circuit_duration,
+            circuit_bytes: self.circuit_bytes.as_u64(),
+            announce: self.announce.clone(),
+            ..Config::default()
+        }
+    }
+
+    /// The limits on connections.
+    pub fn limits(&self) -> Limits {
+        Limits {
+            max_connections: self.max_connections,
+            max_connections_per_ip: self.max_connections_per_ip,
+            max_handshakes: self.max_handshakes,
+        }
+    }
+
+    /// The addresses to listen on, and whether they were asked for.
+    pub fn listen_addresses(&self) -> (Vec<Multiaddr>, bool) {
+        if !self.listen.is_empty() {
+            return (self.listen.clone(), true);
+        }
+        let default = DEFAULT_LISTEN.iter().filter_map(|text| text.parse().ok());
+        (default.collect(), false)
+    }
+
+    fn check(&self) -> Result<(), String> {
+        self.config().validate().map_err(|error| in_flags(&error))?;
+        for (flag, value) in [
+            ("--max-connections", self.max_connections),
+            ("--max-handshakes", self.max_handshakes),
+        ] {
+            if value == 0 {
+                return Err(format!("{flag} 0: lets nobody in; try 1 or more"));
+            }
+        }
+        match self
+            .listen
+            .iter()
+            .find(|a| transport::listen_address(a).is_none())
+        {
+            Some(address) => Err(format!(
+                "--listen {address}: this relay listens on TCP; try /ip4/0.0.0.0/tcp/4001"
+            )),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A setting's error under the name of its flag.
+pub fn in_flags(error: &ConfigError) -> String {
+    let flag = error.setting().replace('_', "-");
+    format!("--{flag}: {}", error.problem())
+}
+
+/// clap explains in several lines; the first says what is wrong, and one is what an operator gets.
+fn stop(error: Error) -> Stop {
+    if matches!(
+        error.kind,
+        ErrorKind::HelpDisplayed | ErrorKind::VersionDisplayed
+    ) {
+        return Stop::Asked(error.message);
+    }
+    let message = error.message.trim_start_matches("error:").trim();
+    // What clap says first may stand in two lines: the flag, then its name.
+    let said: Vec<_> = message
+        .lines()
+        .map(str::trim)
+        .take_while(|line| !line.starts_with("USAGE") && !line.starts_with("For more information"))
+        .filter(|line| !line.is_empty())
+        .collect();
+    Stop::Usage(format!("{}; see relaylet --help", said.join(" ")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(arguments: &[&str]) -> Result<Flags, Stop> {
+        let program = std::iter::once("relaylet");
+        Flags::read(program.chain(arguments.iter().copied()).map(OsString::from))
+    }
+
+    fn usage(arguments: &[&str]) -> String {
+        match read(arguments) {
+            Err(Stop::Usage(line)) => line,
+            other => panic!("{arguments:?} should be refused: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn without_flags_the_defaults_hold() {
+        let flags = read(&[]).unwrap();
+        let expected = Config {
+            idle_timeout: Duration::from_secs(60),
+            ..Config::default()
+        };
+        assert_eq!(flags.config(), expected);
+        assert_eq!(flags.limits(), Limits::default());
+        let (addresses, asked_for) = flags.listen_addresses();
+        assert_eq!((addresses.len(), asked_for), (2, false));
+    }
+
+    #[test]
+    fn sizes_durations_and_lists_are_read_as_people_write_them() {
+        let flags = read(&[
+            "--circuit-bytes",
+            "1MiB",
+            "--circuit-duration",
+            "1h 30m",
+            "--listen",
+            "/ip4/127.0.0.1/tcp/0,/ip6/::1/tcp/0",
+            "--listen",
+            "/ip4/127.0.0.2/tcp/0",
+        ])
+        .unwrap();
+        assert_eq!(flags.config().circuit_bytes, 1024 * 1024);
+        assert_eq!(
+            flags.config().circuit_duration,
+            Duration::from_secs(90 * 60)
+        );
+        assert_eq!(flags.listen.len(), 3);
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_one_line_that_names_the_flag() {
+        for (arguments, flag) in [
+            (&["--grace", "soon"][..], "--grace"),
+            (&["--sweep", "0s"], "--sweep"),
+            (&["--circuit-bytes", "a lot"], "--circuit-bytes"),
+            (&["--max-reservations", "0"], "--max-reservations"),
+            (&["--max-reservations", "-1"], "-1"),
+            (
+                &["--max-circuits", "99999999999999999999"],
+                "--max-circuits",
+            ),
+            (&["--max-connections", "0"], "--max-connections"),
+            (&["--listen", "/ip4/0.0.0.0/udp/4001"], "--listen"),
+            (&["--listen", "/ip4/0.0.0.0/tcp/4001/ws"], "--listen"),
+            (&["--listen", "127.0.0.1:4001"], "--listen"),
+            (&["--announce", "/ip4/0.0.0.0/tcp/4001"], "--announce"),
+            (&["--circuit-bites", "1"], "--circuit-bites"),
+            (&["stray"], "stray"),
+        ] {
+            let line = usage(arguments);
+            assert!(line.contains(flag), "{arguments:?}: {line}");
+            assert_eq!(line.lines().count(), 1, "{line}");
+        }
+    }
+}

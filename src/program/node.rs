@@ -1,0 +1,235 @@
+//! The relay as a whole swarm: TCP, the secure channels, yamux, identify, connection limits.
+
+use std::{collections::HashMap, time::Duration};
+
+use anyhow::{Context, Result};
+use libp2p::{
+    Multiaddr, PeerId, Swarm, Transport,
+    core::{transport::TransportError, upgrade::Version},
+    futures::StreamExt,
+    identify,
+    identity::Keypair,
+    swarm::{self, ConnectionId, NetworkBehaviour, SwarmEvent},
+};
+
+use super::{
+    connection_limits::{ConnectionLimits, Limits},
+    muxer,
+    security::Security,
+    traffic::{Received, Traffic},
+    transport::Tcp,
+};
+use crate::{
+    behaviour::Behaviour,
+    config::{Config, ConfigError},
+    event::Event,
+};
+
+/// How long a connection may take from its first byte to its muxer.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Streams of a connection beside its circuits: requests, pings, identify, and some to spare.
+const SPARE_STREAMS: usize = 32;
+
+/// How often identify asks a peer again after the first time.
+///
+/// Nothing here depends on a second answer, and each wakes a phone.
+const IDENTIFY_INTERVAL: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// What `Swarm` would close idle connections after: never, because the relay's sweep does.
+const NEVER: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+
+/// A whole relay: a swarm that listens, on async-std.
+///
+/// ```no_run
+/// # async_std::task::block_on(async {
+/// let keypair = libp2p::identity::Keypair::generate_ed25519();
+/// let mut node = relaylet::Node::new(keypair, relaylet::Config::default())?;
+/// node.listen_on("/ip4/127.0.0.1/tcp/4001".parse()?)?;
+/// loop {
+///     println!("{:?}", node.next().await);
+/// }
+/// # Ok::<_, Box<dyn std::error::Error>>(())
+/// # });
+/// ```
+pub struct Node {
+    swarm: Swarm<Parts>,
+    traffic: Traffic,
+    received: HashMap<ConnectionId, Received>,
+}
+
+/// What happened at a [`Node`].
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum NodeEvent {
+    /// It can be reached at this address.
+    Listening(Multiaddr),
+    /// It can be reached at this address no longer.
+    NotListening(Multiaddr),
+    /// Something happened at the relay.
+    Relay(Event),
+}
+
+#[derive(NetworkBehaviour)]
+struct Parts {
+    // First, so that it turns a connection away before anyone else hears of it.
+    limits: ConnectionLimits,
+    relay: Behaviour,
+    identify: identify::Behaviour,
+}
+
+impl Node {
+    /// A relay under the identity of `keypair`, with the default [`Limits`] on connections.
+    ///
+    /// # Errors
+    ///
+    /// As [`Node::with_limits`].
+    pub fn new(keypair: Keypair, config: Config) -> Result<Self> {
+        Self::with_limits(keypair, config, Limits::default())
+    }
+
+    /// A relay under the identity of `keypair`.
+    ///
+    /// # Errors
+    ///
+    /// A [`ConfigError`] when the configuration makes no sense; another when the key is of no use.
+    pub fn with_limits(keypair: Keypair, config: Config, limits: Limits) -> Result<Self> {
+        let peer = keypair.public().to_peer_id();
+        let announce = config.announce.clone();
+        let streams = config.max_circuits_per_peer.saturating_add(SPARE_STREAMS);
+        if streams > u16::MAX.into() {
+            let problem = "one connection carries no more; try 10000 or less";
+            return Err(ConfigError::new("max_circuits_per_peer", problem).into());
+        }
+        let budget = muxer::Budget {
+            inbound: streams,
+            outbound: streams,
+        };
+        let traffic = Traffic::default();
+        let transport = Tcp::new(traffic.clone())
+            .upgrade(Version::V1Lazy)
+            .authenticate(Security::new(&keypair).context("the key cannot secure connections")?)
+            .multiplex(budget)
+            .timeout(HANDSHAKE_TIMEOUT)
+            .boxed();
+
+        let identify = identify::Config::new("ipfs/0.1.0".into(), keypair.public())
+            .with_agent_version(concat!("relaylet/", env!("CARGO_PKG_VERSION")).into())
+            .with_interval(IDENTIFY_INTERVAL)
+            .with_cache_size(0);
+        let parts = Parts {
+            limits: ConnectionLimits::new(limits),
+            relay: Behaviour::new(keypair, config)?,
+            identify: identify::Behaviour::new(identify),
+        };
+        let swarm_config = swarm::Config::with_executor(|task| {
+            async_std::task::spawn(task);
+        })
+        .with_idle_connection_timeout(NEVER);
+        let mut swarm = Swarm::new(transport, parts, peer, swarm_config);
+        for address in announce {
+            swarm.add_external_address(address);
+        }
+        Ok(Self {
+            swarm,
+            traffic,
+            received: HashMap::new(),
+        })
+    }
+
+    /// Who the relay is.
+    pub fn peer_id(&self) -> PeerId {
+        *self.swarm.local_peer_id()
+    }
+
+    /// The relay's behaviour.
+    pub fn relay(&self) -> &Behaviour {
+        &self.swarm.behaviour().relay
+    }
+
+    /// The relay's behaviour, to give orders to.
+    pub fn relay_mut(&mut self) -> &mut Behaviour {
+        &mut self.swarm.behaviour_mut().relay
+    }
+
+    /// The addresses it can be reached at.
+    pub fn listeners(&self) -> impl Iterator<Item = &Multiaddr> {
+        self.swarm.listeners()
+    }
+
+    /// Listens on an address: `/ip4/…/tcp/…` or `/ip6/…/tcp/…`.
+    ///
+    /// Port 0 stands for any free one, `0.0.0.0` and `::` for all addresses of the machine; what
+    /// comes of it is told as [`NodeEvent::Listening`].
+    ///
+    /// # Errors
+    ///
+    /// When the socket cannot be bound, or the address is no TCP address.
+    pub fn listen_on(&mut self, address: Multiaddr) -> Result<(), TransportError<std::io::Error>> {
+        self.swarm.listen_on(address).map(|_| ())
+    }
+
+    /// Runs the relay until something happens that its owner may want to know.
+    pub async fn next(&mut self) -> NodeEvent {
+        loop {
+            let event = self.swarm.select_next_some().await;
+            if let Some(event) = self.handle(event) {
+                return event;
+            }
+        }
+    }
+
+    fn handle(&mut self, event: SwarmEvent<PartsEvent>) -> Option<NodeEvent> {
+        match event {
+            SwarmEvent::Behaviour(PartsEvent::Relay(event)) => {
+                return Some(NodeEvent::Relay(event));
+            }
+            SwarmEvent::Behaviour(PartsEvent::Identify(identify::Event::Received {
+                connection_id,
+                info,
+                ..
+            })) => self.relay_mut().reported(connection_id, info.observed_addr),
+            SwarmEvent::NewListenAddr { address, .. } => {
+                return Some(NodeEvent::Listening(address));
+            }
+            SwarmEvent::ExpiredListenAddr { address, .. } => {
+                return Some(NodeEvent::NotListening(address));
+            }
+            SwarmEvent::ListenerError { error, .. } => {
+                log::error!("connections cannot be accepted, trying again: {error}");
+            }
+            SwarmEvent::IncomingConnectionError {
+                send_back_addr,
+                error,
+                ..
+            } => log::debug!("connection from {send_back_addr} failed: {error}"),
+            SwarmEvent::ConnectionEstablished {
+                peer_id,
+                connection_id,
+                endpoint,
+                ..
+            } => {
+                let received = self.traffic.claim(&endpoint);
+                self.received
+                    .extend(received.map(|received| (connection_id, received)));
+                let address = endpoint.get_remote_address();
+                log::debug!("connection {connection_id} opened: peer {peer_id} at {address}");
+            }
+            SwarmEvent::ConnectionClosed {
+                peer_id,
+                connection_id,
+                cause,
+                ..
+            } => {
+                let received = self.received.remove(&connection_id);
+                let bytes = received.map_or(0, |received| received.bytes());
+                let cause = cause.map_or("closed by the relay".into(), |cause| cause.to_string());
+                log::debug!(
+                    "connection {connection_id} closed: peer {peer_id}: {cause}; {bytes} bytes in"
+                );
+            }
+            _ => {}
+        }
+        None
+    }
+}

@@ -1,0 +1,210 @@
+//! The program from its first line to its last: what it says, and what ends it.
+
+use std::{
+    fmt,
+    io::{self, Write},
+    process::ExitCode,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, anyhow};
+use async_signal::{Signal, Signals};
+use bytesize::ByteSize;
+use futures_timer::Delay;
+use libp2p::{
+    Multiaddr,
+    core::transport::TransportError,
+    futures::{FutureExt, StreamExt, select_biased},
+};
+
+use super::{
+    flags::{Flags, Stop, in_flags},
+    identity,
+    node::{Node, NodeEvent},
+    open_files,
+};
+use crate::{address, config::ConfigError};
+
+/// How long the machine gets to name its addresses before the relay says that none is global.
+const SETTLED: Duration = Duration::from_millis(500);
+
+/// What stands in the log unless `RUST_LOG` says otherwise.
+///
+/// yamux logs as errors what any stranger can provoke.
+const DEFAULT_LOG: &str = "info,yamux=off";
+
+/// Something in the command line that makes no sense.
+#[derive(Debug)]
+struct Usage(String);
+
+impl fmt::Display for Usage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Usage {}
+
+/// Runs the program with the arguments of the process.
+pub fn main() -> ExitCode {
+    let flags = match Flags::read(std::env::args_os()) {
+        Ok(flags) => flags,
+        Err(Stop::Asked(text)) => {
+            say(&text);
+            return ExitCode::SUCCESS;
+        }
+        Err(Stop::Usage(line)) => return failed(&Usage(line).into()),
+    };
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(DEFAULT_LOG)).init();
+    match async_std::task::block_on(run(&flags)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => failed(&error),
+    }
+}
+
+/// One line that says why there is no relay, and the status: 2 for bad usage, else 1.
+fn failed(error: &anyhow::Error) -> ExitCode {
+    let _ = writeln!(io::stderr(), "relaylet: {error:#}");
+    ExitCode::from(if error.is::<Usage>() { 2 } else { 1 })
+}
+
+async fn run(flags: &Flags) -> Result<()> {
+    let mut signals = Signals::new([Signal::Int, Signal::Term])
+        .context("signals cannot be received")?
+        .fuse();
+    let identity = identity::load_or_make(&flags.identity)?;
+    let mut node = Node::with_limits(identity.keypair, flags.config(), flags.limits())
+        .map_err(usage_if_config)?;
+    log::info!(
+        "relaylet {} is {}",
+        env!("CARGO_PKG_VERSION"),
+        node.peer_id()
+    );
+    if let Some(file) = identity.new {
+        let file = file.display();
+        log::info!("new identity in {file}: keep that file, clients know the relay by it");
+    }
+    listen(&mut node, flags)?;
+    log::info!("{}", circuits_carry(flags));
+    let too_few_files = open_files::raise_limit(&flags.limits());
+    for warning in identity.warning.into_iter().chain(too_few_files) {
+        log::warn!("{warning}");
+    }
+
+    let mut settled = Delay::new(SETTLED).fuse();
+    loop {
+        select_biased! {
+            signal = signals.next() => {
+                if let Some(Ok(signal)) = signal {
+                    log::info!("ending: {}", name(signal));
+                    return Ok(());
+                }
+            }
+            event = node.next().fuse() => tell(&node, event),
+            () = settled => warn_if_unreachable(&node, &flags.announce),
+        }
+    }
+}
+
+fn listen(node: &mut Node, flags: &Flags) -> Result<()> {
+    let (addresses, asked_for) = flags.listen_addresses();
+    let mut listening = 0;
+    for address in addresses {
+        match node.listen_on(address.clone()) {
+            Ok(()) => listening += 1,
+            Err(TransportError::Other(error)) if !asked_for && machine_lacks(&error) => {
+                log::warn!("not listening on {address}: {error}");
+            }
+            Err(TransportError::Other(error)) => return Err(cannot_listen(&address, &error)),
+            Err(TransportError::MultiaddrNotSupported(address)) => {
+                return Err(Usage(format!("--listen {address}: not an address of TCP")).into());
+            }
+        }
+    }
+    if listening == 0 {
+        return Err(anyhow!("--listen: this machine has neither IPv4 nor IPv6"));
+    }
+    Ok(())
+}
+
+/// Whether the machine has no such address at all: no IPv6, say.
+fn machine_lacks(error: &io::Error) -> bool {
+    const NO_SUCH_FAMILY: i32 = 97; // EAFNOSUPPORT on Linux; std has no name for it
+    error.kind() == io::ErrorKind::AddrNotAvailable
+        || (cfg!(target_os = "linux") && error.raw_os_error() == Some(NO_SUCH_FAMILY))
+}
+
+fn cannot_listen(address: &Multiaddr, error: &io::Error) -> anyhow::Error {
+    let remedy = match error.kind() {
+        io::ErrorKind::AddrInUse => "stop the program that has it, or listen on another port",
+        io::ErrorKind::AddrNotAvailable => "this machine has no such address; try 0.0.0.0 or ::",
+        io::ErrorKind::PermissionDenied => "ports below 1024 are for root; try a higher one",
+        _ => "try another address",
+    };
+    anyhow!("--listen {address}: {error}; {remedy}")
+}
+
+fn usage_if_config(error: anyhow::Error) -> anyhow::Error {
+    match error.downcast::<ConfigError>() {
+        Ok(error) => Usage(in_flags(&error)).into(),
+        Err(error) => error,
+    }
+}
+
+fn tell(node: &Node, event: NodeEvent) {
+    match event {
+        NodeEvent::Listening(address) => {
+            let line = format!("listening on {address}/p2p/{}", node.peer_id());
+            say(&format!("{line}\n"));
+            log::info!("{line}");
+        }
+        NodeEvent::NotListening(address) => log::info!("no longer listening on {address}"),
+        NodeEvent::Relay(_) => {} // logged where it happened
+    }
+}
+
+/// Standard output may be closed, or a pipe that nobody reads any more; the relay goes on.
+fn say(text: &str) {
+    let mut out = io::stdout();
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+}
+
+fn warn_if_unreachable(node: &Node, announce: &[Multiaddr]) {
+    for address in announce {
+        log::info!("clients are told {address}");
+    }
+    if announce.is_empty() && !node.listeners().any(address::is_global) {
+        log::warn!(
+            "no address of this machine can be dialed from the internet: clients elsewhere need \
+             one; if a router or a load balancer has it, say so: --announce /ip4/…/tcp/4001"
+        );
+    }
+}
+
+fn circuits_carry(flags: &Flags) -> String {
+    let bytes = flags.circuit_bytes;
+    let duration = humantime::format_duration(flags.circuit_duration);
+    match (bytes == ByteSize::b(0), flags.circuit_duration.is_zero()) {
+        (true, true) => "a circuit may carry any number of bytes for any time".into(),
+        (true, false) => format!(
+            "a circuit may carry any number of bytes for {duration}; --circuit-duration 0s lifts \
+             that"
+        ),
+        (false, true) => format!(
+            "a circuit may carry {bytes} in each direction, for any time; --circuit-bytes 0 lifts \
+             that"
+        ),
+        (false, false) => format!(
+            "a circuit may carry {bytes} in each direction for {duration}; --circuit-bytes 0 and \
+             --circuit-duration 0s lift that"
+        ),
+    }
+}
+
+fn name(signal: Signal) -> &'static str {
+    match signal {
+        Signal::Int => "SIGINT",
+        Signal::Term => "SIGTERM",
+        _ => "a signal",
+    }
+}

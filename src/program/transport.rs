@@ -1,0 +1,385 @@
+//! async-std TCP under libp2p: listening, dialing, and the options of a socket.
+//!
+//! Written here because libp2p's own TCP has come with tokio only since 0.56.
+
+use std::{
+    collections::{HashSet, VecDeque},
+    io,
+    net::{IpAddr, SocketAddr},
+    pin::Pin,
+    task::{Context, Poll, Waker},
+    time::Duration,
+};
+
+use async_std::net::{TcpListener, TcpStream};
+use futures_timer::Delay;
+use if_watch::{IfEvent, smol::IfWatcher};
+use libp2p::{
+    Multiaddr, Transport,
+    core::transport::{DialOpts, ListenerId, TransportError, TransportEvent},
+    futures::{
+        FutureExt, Stream, StreamExt,
+        future::BoxFuture,
+        stream::{self, BoxStream, SelectAll},
+    },
+    multiaddr::Protocol,
+};
+use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
+
+use crate::program::traffic::{Counted, Traffic};
+
+/// How many connections the kernel keeps for us until they are accepted.
+const BACKLOG: i32 = 1024;
+
+/// How long what we sent may stay unacknowledged before the kernel gives the connection up.
+///
+/// Without it a peer that vanished behind a full window holds its socket for a quarter of an hour.
+const UNACKNOWLEDGED: Duration = Duration::from_secs(60);
+/// After which silence the kernel asks whether the other side is still there, and how often.
+const KEEPALIVE: Duration = Duration::from_secs(60);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
+
+/// How long to leave a listener alone after it failed to accept: the first time, and at most.
+///
+/// Out of file descriptors, accepting again at once would fail again at once.
+const PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+
+/// How long to wait before the interfaces are watched anew after the kernel refused to tell.
+const WATCH_AGAIN: Duration = Duration::from_secs(10);
+
+type Upgrade = std::future::Ready<io::Result<Counted<TcpStream>>>;
+type Event = TransportEvent<Upgrade, io::Error>;
+
+/// TCP, IPv4 and IPv6.
+#[derive(Default)]
+pub struct Tcp {
+    listeners: SelectAll<Listener>,
+    traffic: Traffic,
+}
+
+impl Tcp {
+    /// TCP that counts what comes in on each connection in `traffic`.
+    pub fn new(traffic: Traffic) -> Self {
+        Self {
+            listeners: SelectAll::new(),
+            traffic,
+        }
+    }
+}
+
+impl Transport for Tcp {
+    type Output = Counted<TcpStream>;
+    type Error = io::Error;
+    type ListenerUpgrade = Upgrade;
+    type Dial = BoxFuture<'static, io::Result<Self::Output>>;
+
+    fn listen_on(
+        &mut self,
+        id: ListenerId,
+        address: Multiaddr,
+    ) -> Result<(), TransportError<io::Error>> {
+        let Some(socket_address) = listen_address(&address) else {
+            return Err(TransportError::MultiaddrNotSupported(address));
+        };
+        let listener = Listener::bind(id, socket_address, self.traffic.clone())
+            .map_err(TransportError::Other)?;
+        self.listeners.push(listener);
+        Ok(())
+    }
+
+    fn remove_listener(&mut self, id: ListenerId) -> bool {
+        match self.listeners.iter_mut().find(|listener| listener.id == id) {
+            Some(listener) => {
+                listener.close();
+                true
+            }
+            None => false,
+        }
+    }
+
+    fn dial(
+        &mut self,
+        address: Multiaddr,
+        _: DialOpts,
+    ) -> Result<Self::Dial, TransportError<io::Error>> {
+        let Some(remote) = socket_address(&address) else {
+            return Err(TransportError::MultiaddrNotSupported(address));
+        };
+        let traffic = self.traffic.clone();
+        Ok(async move {
+            let stream = TcpStream::connect(remote).await?;
+            prepare(&stream)?;
+            Ok(traffic.count(stream, None, remote))
+        }
+        .boxed())
+    }
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Event> {
+        match self.listeners.poll_next_unpin(cx) {
+            Poll::Ready(Some(event)) => Poll::Ready(event),
+            Poll::Ready(None) | Poll::Pending => Poll::Pending,
+        }
+    }
+}
+
+/// The socket address to listen on: an IP address and a TCP port, and nothing behind them.
+pub fn listen_address(address: &Multiaddr) -> Option<SocketAddr> {
+    let mut parts = address.iter();
+    let ip = match parts.next()? {
+        Protocol::Ip4(ip) => IpAddr::from(ip),
+        Protocol::Ip6(ip) => IpAddr::from(ip),
+        _ => return None,
+    };
+    match (parts.next(), parts.next()) {
+        (Some(Protocol::Tcp(port)), None) => Some(SocketAddr::new(ip, port)),
+        _ => None,
+    }
+}
+
+/// The socket address to dial: as [`listen_address`], with the peer's id behind it or not.
+pub(crate) fn socket_address(address: &Multiaddr) -> Option<SocketAddr> {
+    let mut address = address.clone();
+    if let Some(Protocol::P2p(_)) = address.iter().last() {
+        address.pop();
+    }
+    listen_address(&address).filter(|to| to.port() != 0 && !to.ip().is_unspecified())
+}
+
+fn multiaddr(address: SocketAddr) -> Multiaddr {
+    Multiaddr::from(address.ip()).with(Protocol::Tcp(address.port()))
+}
+
+/// The options of every connection.
+fn prepare(stream: &TcpStream) -> io::Result<()> {
+    let socket = SockRef::from(stream);
+    socket.set_tcp_nodelay(true)?;
+    let keepalive = TcpKeepalive::new()
+        .with_time(KEEPALIVE)
+        .with_interval(KEEPALIVE_INTERVAL);
+    socket.set_tcp_keepalive(&keepalive)?;
+    #[cfg(any(target_os = "android", target_os = "linux"))]
+    socket.set_tcp_user_timeout(Some(UNACKNOWLEDGED))?;
+    Ok(())
+}
+
+/// One listening socket.
+struct Listener {
+    id: ListenerId,
+    bound: SocketAddr,
+    accepted: BoxStream<'static, io::Result<(TcpStream, SocketAddr)>>,
+    /// The addresses of the machine, if the socket is bound to all of them.
+    interfaces: Option<Interfaces>,
+    traffic: Traffic,
+    pause: Option<Delay>,
+    /// How long the next pause is; above [`PAUSE`] while accepting fails.
+    next_pause: Duration,
+    events: VecDeque<Event>,
+    closed: bool,
+    waker: Option<Waker>,
+}
+
+impl Listener {
+    fn bind(id: ListenerId, address: SocketAddr, traffic: Traffic) -> io::Result<Self> {
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+        if address.is_ipv6() {
+            // Else the two default listeners would claim the same port.
+            socket.set_only_v6(true)?;
+        }
+        // A relay that was killed can be started again at once.
+        socket.set_reuse_address(true)?;
+        socket.bind(&address.into())?;
+        socket.listen(BACKLOG)?;
+        let listener = std::net::TcpListener::from(socket);
+        let bound = listener.local_addr()?;
+
+        let mut events = VecDeque::new();
+        let interfaces = if bound.ip().is_unspecified() {
+            Some(Interfaces::watch()?)
+        } else {
+            events.push_back(TransportEvent::NewAddress {
+                listener_id: id,
+                listen_addr: multiaddr(bound),
+            });
+            None
+        };
+        let accepted = stream::unfold(TcpListener::from(listener), |listener| async move {
+            Some((listener.accept().await, listener))
+        });
+        Ok(Self {
+            id,
+            bound,
+            accepted: accepted.boxed(),
+            interfaces,
+            traffic,
+            pause: None,
+            next_pause: PAUSE,
+            events,
+            closed: false,
+            waker: None,
+        })
+    }
+
+    fn close(&mut self) {
+        if self.closed {
+            return;
+        }
+        self.closed = true;
+        self.events.push_back(TransportEvent::ListenerClosed {
+            listener_id: self.id,
+            reason: Ok(()),
+        });
+        if let Some(waker) = self.waker.take() {
+            waker.wake();
+        }
+    }
+
+    /// An address of the machine came or went.
+    fn poll_interfaces(&mut self, cx: &mut Context<'_>) -> Poll<Event> {
+        let Some(interfaces) = &mut self.interfaces else {
+            return Poll::Pending;
+        };
+        loop {
+            let (ip, up) = match interfaces.poll(cx) {
+                Poll::Ready(change) => change,
+                Poll::Pending => return Poll::Pending,
+            };
+            if ip.is_ipv4() != self.bound.is_ipv4() {
+                continue;
+            }
+            let listen_addr = multiaddr(SocketAddr::new(ip, self.bound.port()));
+            let listener_id = self.id;
+            return Poll::Ready(if up {
+                TransportEvent::NewAddress {
+                    listener_id,
+                    listen_addr,
+                }
+            } else {
+                TransportEvent::AddressExpired {
+                    listener_id,
+                    listen_addr,
+                }
+            });
+        }
+    }
+
+    fn incoming(&mut self, stream: TcpStream, remote: SocketAddr) -> io::Result<Event> {
+        prepare(&stream)?;
+        let local = stream.local_addr()?;
+        Ok(TransportEvent::Incoming {
+            listener_id: self.id,
+            upgrade: std::future::ready(Ok(self.traffic.count(stream, Some(local), remote))),
+            local_addr: multiaddr(local),
+            send_back_addr: multiaddr(remote),
+        })
+    }
+
+    /// Accepting failed: leaves the listener alone for a while. Told only the first time in a row.
+    fn failed(&mut self, error: io::Error) -> Option<Event> {
+        let first = self.next_pause == PAUSE;
+        self.pause = Some(Delay::new(self.next_pause));
+        self.next_pause = (self.next_pause * 2).min(LONGEST_PAUSE);
+        first.then_some(TransportEvent::ListenerError {
+            listener_id: self.id,
+            error,
+        })
+    }
+}
+
+impl Stream for Listener {
+    type Item = Event;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Event>> {
+        let this = &mut *self;
+        if let Some(event) = this.events.pop_front() {
+            return Poll::Ready(Some(event));
+        }
+        if this.closed {
+            return Poll::Ready(None);
+        }
+        this.waker = Some(cx.waker().clone());
+        if let Poll::Ready(event) = this.poll_interfaces(cx) {
+            return Poll::Ready(Some(event));
+        }
+        loop {
+            if let Some(pause) = &mut this.pause {
+                if pause.poll_unpin(cx).is_pending() {
+                    return Poll::Pending;
+                }
+                this.pause = None;
+            }
+            match this.accepted.poll_next_unpin(cx) {
+                Poll::Ready(Some(Ok((stream, remote)))) => {
+                    this.next_pause = PAUSE;
+                    // A connection that was reset before it was accepted is nobody's loss.
+                    if let Ok(event) = this.incoming(stream, remote) {
+                        return Poll::Ready(Some(event));
+                    }
+                }
+                Poll::Ready(Some(Err(error)))
+                    if error.kind() == io::ErrorKind::ConnectionAborted => {}
+                Poll::Ready(Some(Err(error))) => {
+                    if let Some(event) = this.failed(error) {
+                        return Poll::Ready(Some(event));
+                    }
+                }
+                Poll::Ready(None) => return Poll::Ready(None),
+                Poll::Pending => return Poll::Pending,
+            }
+        }
+    }
+}
+
+/// The addresses of the machine, and how they change.
+struct Interfaces {
+    watcher: Option<IfWatcher>,
+    again: Delay,
+    /// Those that were told of, so that none is told twice when watching began anew.
+    known: HashSet<IpAddr>,
+}
+
+impl Interfaces {
+    fn watch() -> io::Result<Self> {
+        Ok(Self {
+            watcher: Some(IfWatcher::new()?),
+            again: Delay::new(Duration::ZERO),
+            known: HashSet::new(),
+        })
+    }
+
+    /// The next address that came (true) or went (false).
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<(IpAddr, bool)> {
+        loop {
+            let Some(watcher) = &mut self.watcher else {
+                std::task::ready!(self.again.poll_unpin(cx));
+                self.again.reset(WATCH_AGAIN);
+                self.watcher = IfWatcher::new().ok();
+                continue;
+            };
+            match std::task::ready!(watcher.poll_if_event(cx)) {
+                Ok(IfEvent::Up(net))
+                    if is_dialable(net.addr()) && self.known.insert(net.addr()) =>
+                {
+                    return Poll::Ready((net.addr(), true));
+                }
+                Ok(IfEvent::Down(net)) if self.known.remove(&net.addr()) => {
+                    return Poll::Ready((net.addr(), false));
+                }
+                Ok(_) => {}
+                Err(error) => {
+                    log::warn!("the machine's addresses cannot be watched for now: {error}");
+                    self.watcher = None;
+                    self.again.reset(WATCH_AGAIN);
+                }
+            }
+        }
+    }
+}
+
+/// An IPv6 link-local address means nothing without the interface's name, which a multiaddr lacks.
+fn is_dialable(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(_) => true,
+        IpAddr::V6(ip) => !ip.is_unicast_link_local(),
+    }
+}

@@ -1,0 +1,562 @@
+//! The table of reservations: admission, renewal, grace, and the end of each.
+//!
+//! Pure: no I/O, no clock, no swarm. Every method takes `now`, and whatever is decided comes back
+//! as a value. `C` names a connection; the behaviour uses the swarm's `ConnectionId`, tests use
+//! numbers.
+//!
+//! ```text
+//!                  granted                       last connection lost
+//!       (none) ───────────────▶ Live { connection } ───────────────▶ Grace { since }
+//!          ▲                     │   ▲  ▲                              │   │
+//!          │      term over      │   └──┴─ RESERVE: renewed ───────────┘   │
+//!          └─────────────────────┴── grace over, term over, or taken by a newcomer
+//! ```
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap, hash_map::Entry},
+    fmt,
+    time::{Duration, Instant},
+};
+
+use libp2p::PeerId;
+
+use crate::{address::BilledTo, config::Config};
+
+/// The reservations of one relay.
+#[derive(Debug)]
+pub struct Reservations<C> {
+    policy: Policy,
+    slots: HashMap<PeerId, Reservation<C>>,
+    /// Who is in grace, in the order in which they left.
+    left: BTreeMap<Departure, PeerId>,
+    billed: HashMap<BilledTo, Bill>,
+    /// Before this, no term and no grace ends: what a full table asks before it looks for one.
+    next_end: Option<Instant>,
+    /// What ended since the last [`Reservations::take_freed`].
+    freed: Vec<Freed<C>>,
+    departures: u64,
+    receipts: u64,
+}
+
+/// The part of [`Config`] that this table follows.
+#[derive(Clone, Copy, Debug)]
+pub struct Policy {
+    total: usize,
+    per_ip: Option<usize>,
+    ttl: Duration,
+    grace: Duration,
+}
+
+impl From<&Config> for Policy {
+    fn from(config: &Config) -> Self {
+        Self {
+            total: config.max_reservations,
+            per_ip: config.reservations_per_ip(),
+            ttl: config.reservation_ttl,
+            grace: config.grace,
+        }
+    }
+}
+
+/// One peer's hold on a slot.
+#[derive(Debug)]
+struct Reservation<C> {
+    state: State<C>,
+    expires: Instant,
+    billed_to: Option<BilledTo>,
+    receipt: Receipt,
+    /// What to go back to if the last answer does not reach the peer; `None` once one did.
+    undo: Option<Box<Undo<C>>>,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum State<C> {
+    /// The peer can be reached over this connection, the one it last reserved over.
+    Live { connection: C },
+    /// Its last connection is gone: the slot counts, but is void on the wire.
+    Grace {
+        since: Instant,
+        departure: Departure,
+    },
+}
+
+#[derive(Debug)]
+enum Undo<C> {
+    Free,
+    Restore { state: State<C>, expires: Instant },
+}
+
+/// The how-manieth departure it was: the order in which grace slots are taken.
+type Departure = u64;
+
+/// Names one grant or renewal, to say later whether its answer reached the peer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Receipt(u64);
+
+/// What one address has to its name.
+#[derive(Debug, Default)]
+struct Bill {
+    slots: usize,
+    left: BTreeSet<Departure>,
+}
+
+/// The answer to a RESERVE.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Admission {
+    /// The peer has a slot that it did not have before.
+    Granted(Receipt),
+    /// The peer keeps the slot it held, for a new term.
+    Renewed(Receipt),
+    /// There is none to be had.
+    Refused(Full),
+}
+
+/// Which cap left no room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Full {
+    /// The relay's own.
+    Table,
+    /// That of this address.
+    Address(BilledTo),
+}
+
+/// A reservation that ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Freed<C> {
+    /// Who held it.
+    pub peer: PeerId,
+    /// The connection it was live on.
+    pub connection: Option<C>,
+    /// Why it ended.
+    pub reason: FreedReason,
+}
+
+/// Why a slot came back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum FreedReason {
+    /// The term was over.
+    Expired,
+    /// The peer left and did not come back in time.
+    GraceOver,
+    /// The peer left, and there is no grace.
+    Disconnected,
+    /// The peer was in grace, and a newcomer found no other slot free.
+    TakenBy {
+        /// The newcomer.
+        peer: PeerId,
+    },
+    /// The answer that granted it could not be delivered.
+    Undelivered,
+    /// Given up by command: [`crate::Behaviour::release`].
+    Released,
+}
+
+impl fmt::Display for FreedReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Expired => f.write_str("expired"),
+            Self::GraceOver => f.write_str("grace over"),
+            Self::Disconnected => f.write_str("disconnected"),
+            Self::TakenBy { peer } => write!(f, "taken by {peer}"),
+            Self::Undelivered => f.write_str("answer undelivered"),
+            Self::Released => f.write_str("released"),
+        }
+    }
+}
+
+/// What the end of a connection, or of an attempt to answer, meant for the peer's slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Left<C> {
+    /// The slot does not depend on it, or there is none.
+    Untouched,
+    /// The reservation now points at this connection of the same peer.
+    MovedTo(C),
+    /// The peer has no connection any more: its grace began.
+    Grace,
+    /// The slot came back at once.
+    Freed,
+}
+
+impl<C: Copy + Eq> Reservations<C> {
+    /// An empty table.
+    pub fn new(policy: Policy) -> Self {
+        Self {
+            policy,
+            slots: HashMap::new(),
+            left: BTreeMap::new(),
+            billed: HashMap::new(),
+            next_end: None,
+            freed: Vec::new(),
+            departures: 0,
+            receipts: 0,
+        }
+    }
+
+    /// How many slots are taken, those in grace included.
+    pub fn taken(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// How many slots are in grace.
+    pub fn in_grace(&self) -> usize {
+        self.left.len()
+    }
+
+    /// How many slots are billed to this address.
+    pub fn billed_to(&self, address: BilledTo) -> usize {
+        self.billed.get(&address).map_or(0, |bill| bill.slots)
+    }
+
+    /// How many addresses have a slot to their name: the size of the index behind the cap.
+    pub fn addresses(&self) -> usize {
+        self.billed.len()
+    }
+
+    /// The connection over which `peer` can be reached; `None` without a live reservation.
+    ///
+    /// A term that is over is over, whether or not the sweep has been by.
+    pub fn live(&self, peer: &PeerId, now: Instant) -> Option<C> {
+        let in_term = now < self.slots.get(peer)?.expires;
+        self.connection(peer).filter(|_| in_term)
+    }
+
+    /// The connection that `peer`'s reservation points at, its term over or not.
+    pub fn connection(&self, peer: &PeerId) -> Option<C> {
+        match self.slots.get(peer)?.state {
+            State::Live { connection } => Some(connection),
+            State::Grace { .. } => None,
+        }
+    }
+
+    /// When `peer`'s term ends, if it holds a slot.
+    pub fn expires(&self, peer: &PeerId) -> Option<Instant> {
+        self.slots.get(peer).map(|reservation| reservation.expires)
+    }
+
+    /// Decides a RESERVE by `peer`, which came over `connection` and is billed to an address.
+    pub fn reserve(
+        &mut self,
+        peer: PeerId,
+        connection: C,
+        billed_to: Option<BilledTo>,
+        now: Instant,
+    ) -> Admission {
+        if let Some(reason) = self.slots.get(&peer).and_then(|r| self.ended(r, now)) {
+            self.free(peer, reason);
+        }
+        if self.slots.contains_key(&peer) {
+            return Admission::Renewed(self.renew(peer, connection, billed_to, now));
+        }
+        if let Err(full) = self.make_room(peer, billed_to, now) {
+            return Admission::Refused(full);
+        }
+
+        let receipt = self.next_receipt();
+        let expires = now + self.policy.ttl;
+        self.slots.insert(
+            peer,
+            Reservation {
+                state: State::Live { connection },
+                expires,
+                billed_to,
+                receipt,
+                undo: Some(Box::new(Undo::Free)),
+            },
+        );
+        if let Some(address) = billed_to {
+            self.billed.entry(address).or_default().slots += 1;
+        }
+        self.ends_no_later_than(expires);
+        Admission::Granted(receipt)
+    }
+
+    /// The answer that this receipt stands for reached the peer: what it says now holds.
+    ///
+    /// Any answer to the reservation's peer confirms it: who has read one OK relies on the slot.
+    pub fn delivered(&mut self, peer: &PeerId) {
+        if let Some(reservation) = self.slots.get_mut(peer) {
+            reservation.undo = None;
+        }
+    }
+
+    /// The answer that this receipt stands for did not reach the peer: a new grant is freed, a
+    /// renewal undone. `up` are the peer's connections, oldest first.
+    pub fn undelivered(
+        &mut self,
+        peer: PeerId,
+        receipt: Receipt,
+        up: &[C],
+        now: Instant,
+    ) -> Left<C> {
+        match self.slots.get(&peer) {
+            Some(reservation) if reservation.receipt == receipt => self.undo(peer, up, now),
+            _ => Left::Untouched,
+        }
+    }
+
+    /// A connection of `peer` is gone; `up` are those that remain, oldest first.
+    ///
+    /// Unless the reservation points at the one that is gone, nothing happens to it.
+    pub fn disconnected(&mut self, peer: PeerId, gone: C, up: &[C], now: Instant) -> Left<C> {
+        let Some(reservation) = self.slots.get(&peer) else {
+            return Left::Untouched;
+        };
+        match reservation.state {
+            State::Live { connection } if connection == gone => {}
+            _ => return Left::Untouched,
+        }
+        // An answer on its way over that connection will not arrive any more.
+        if reservation.undo.is_some() {
+            return self.undo(peer, up, now);
+        }
+        self.settle(peer, up, now)
+    }
+
+    /// Gives up `peer`'s slot, whatever state it is in. Whether there was one.
+    pub fn release(&mut self, peer: PeerId) -> bool {
+        self.free(peer, FreedReason::Released)
+    }
+
+    /// Ends what is over at `now`: terms and graces. One pass over the table; see [`crate::sweep`].
+    pub fn end_what_is_over(&mut self, now: Instant) {
+        let mut over = Vec::new();
+        let mut next_end: Option<Instant> = None;
+        for (peer, reservation) in &self.slots {
+            if let Some(reason) = self.ended(reservation, now) {
+                over.push((*peer, reason));
+                continue;
+            }
+            let end = self.end(reservation);
+            next_end = Some(next_end.map_or(end, |next| next.min(end)));
+        }
+        self.next_end = next_end;
+        for (peer, reason) in over {
+            self.free(peer, reason);
+        }
+    }
+
+    /// Hands over what ended since the last call, in that order.
+    pub fn take_freed(&mut self) -> Vec<Freed<C>> {
+        std::mem::take(&mut self.freed)
+    }
+
+    fn renew(
+        &mut self,
+        peer: PeerId,
+        connection: C,
+        billed_to: Option<BilledTo>,
+        now: Instant,
+    ) -> Receipt {
+        self.move_bill(peer, billed_to);
+        let receipt = self.next_receipt();
+        let expires = now + self.policy.ttl;
+        let Some(reservation) = self.slots.get_mut(&peer) else {
+            return receipt; // the caller saw it there
+        };
+        let (state, old_term) = (reservation.state, reservation.expires);
+        reservation.state = State::Live { connection };
+        reservation.expires = expires;
+        reservation.receipt = receipt;
+        // Answers in a row that were all lost go back to before the first of them.
+        reservation.undo.get_or_insert_with(|| {
+            Box::new(Undo::Restore {
+                state,
+                expires: old_term,
+            })
+        });
+        if let State::Grace { departure, .. } = state {
+            self.forget_departure(peer, departure);
+        }
+        self.ends_no_later_than(expires);
+        receipt
+    }
+
+    /// Makes sure that one more slot fits under each cap, taking one in grace where it must.
+    fn make_room(
+        &mut self,
+        newcomer: PeerId,
+        billed_to: Option<BilledTo>,
+        now: Instant,
+    ) -> Result<(), Full> {
+        if self.full(billed_to).is_some() && self.next_end.is_some_and(|end| end <= now) {
+            self.end_what_is_over(now);
+        }
+        // The address first: a slot taken there makes room in the table as well.
+        let Some(full) = self.full(billed_to) else {
+            return Ok(());
+        };
+        let oldest = match full {
+            Full::Table => self.left.first_key_value().map(|(_, peer)| *peer),
+            Full::Address(address) => {
+                let departure = self.billed.get(&address).and_then(|bill| bill.left.first());
+                departure
+                    .and_then(|departure| self.left.get(departure))
+                    .copied()
+            }
+        };
+        let holder = oldest.ok_or(full)?;
+        self.free(holder, FreedReason::TakenBy { peer: newcomer });
+        // A lowered cap can be exceeded by more than one: then there is still no room.
+        self.full(billed_to).map_or(Ok(()), Err)
+    }
+
+    /// The cap under which there is no room for one more slot.
+    fn full(&self, billed_to: Option<BilledTo>) -> Option<Full> {
+        let address_full = billed_to
+            .zip(self.policy.per_ip)
+            .filter(|(address, cap)| self.billed_to(*address) >= *cap)
+            .map(|(address, _)| Full::Address(address));
+        let table_full = (self.slots.len() >= self.policy.total).then_some(Full::Table);
+        address_full.or(table_full)
+    }
+
+    /// Bills a slot to another address if there is room there; else it stays where it is.
+    fn move_bill(&mut self, peer: PeerId, to: Option<BilledTo>) {
+        let Some(reservation) = self.slots.get(&peer) else {
+            return;
+        };
+        let (from, state) = (reservation.billed_to, reservation.state);
+        let no_room = matches!(self.full(to), Some(Full::Address(_)));
+        if from == to || no_room {
+            return;
+        }
+        let departure = match state {
+            State::Grace { departure, .. } => Some(departure),
+            State::Live { .. } => None,
+        };
+        self.unbill(from, departure);
+        if let Some(to) = to {
+            let bill = self.billed.entry(to).or_default();
+            bill.slots += 1;
+            bill.left.extend(departure);
+        }
+        if let Some(reservation) = self.slots.get_mut(&peer) {
+            reservation.billed_to = to;
+        }
+    }
+
+    fn unbill(&mut self, from: Option<BilledTo>, departure: Option<Departure>) {
+        let Some(Entry::Occupied(mut bill)) = from.map(|address| self.billed.entry(address)) else {
+            return;
+        };
+        bill.get_mut().slots -= 1;
+        if let Some(departure) = departure {
+            bill.get_mut().left.remove(&departure);
+        }
+        if bill.get().slots == 0 {
+            bill.remove();
+        }
+    }
+
+    /// Goes back to what held before the answers that never arrived.
+    fn undo(&mut self, peer: PeerId, up: &[C], now: Instant) -> Left<C> {
+        let Some(reservation) = self.slots.get_mut(&peer) else {
+            return Left::Untouched;
+        };
+        match reservation.undo.take().map(|undo| *undo) {
+            None => Left::Untouched,
+            Some(Undo::Free) => {
+                self.free(peer, FreedReason::Undelivered);
+                Left::Freed
+            }
+            Some(Undo::Restore { state, expires }) => {
+                reservation.expires = expires;
+                reservation.state = state;
+                self.ends_no_later_than(expires);
+                match state {
+                    State::Live { connection } if up.contains(&connection) => {
+                        Left::MovedTo(connection)
+                    }
+                    State::Live { .. } => self.settle(peer, up, now),
+                    State::Grace { since, departure } => self.enter_grace(peer, since, departure),
+                }
+            }
+        }
+    }
+
+    /// The connection that the reservation points at is gone: another takes over, or grace begins.
+    fn settle(&mut self, peer: PeerId, up: &[C], now: Instant) -> Left<C> {
+        if let Some(&connection) = up.last() {
+            if let Some(reservation) = self.slots.get_mut(&peer) {
+                reservation.state = State::Live { connection };
+            }
+            return Left::MovedTo(connection);
+        }
+        if self.policy.grace.is_zero() {
+            self.free(peer, FreedReason::Disconnected);
+            return Left::Freed;
+        }
+        self.departures += 1;
+        self.enter_grace(peer, now, self.departures)
+    }
+
+    fn enter_grace(&mut self, peer: PeerId, since: Instant, departure: Departure) -> Left<C> {
+        let Some(reservation) = self.slots.get_mut(&peer) else {
+            return Left::Untouched;
+        };
+        reservation.state = State::Grace { since, departure };
+        let bill = reservation
+            .billed_to
+            .and_then(|to| self.billed.get_mut(&to));
+        if let Some(bill) = bill {
+            bill.left.insert(departure);
+        }
+        self.left.insert(departure, peer);
+        self.ends_no_later_than(since + self.policy.grace);
+        Left::Grace
+    }
+
+    fn forget_departure(&mut self, peer: PeerId, departure: Departure) {
+        self.left.remove(&departure);
+        let billed_to = self.slots.get(&peer).and_then(|r| r.billed_to);
+        if let Some(bill) = billed_to.and_then(|to| self.billed.get_mut(&to)) {
+            bill.left.remove(&departure);
+        }
+    }
+
+    /// The one way in which a slot comes back.
+    fn free(&mut self, peer: PeerId, reason: FreedReason) -> bool {
+        let Some(reservation) = self.slots.remove(&peer) else {
+            return false;
+        };
+        let (connection, departure) = match reservation.state {
+            State::Live { connection } => (Some(connection), None),
+            State::Grace { departure, .. } => (None, Some(departure)),
+        };
+        if let Some(departure) = departure {
+            self.left.remove(&departure);
+        }
+        self.unbill(reservation.billed_to, departure);
+        self.freed.push(Freed {
+            peer,
+            connection,
+            reason,
+        });
+        true
+    }
+
+    /// When the slot comes back if nothing happens, and why.
+    fn end(&self, reservation: &Reservation<C>) -> Instant {
+        match reservation.state {
+            State::Live { .. } => reservation.expires,
+            State::Grace { since, .. } => reservation.expires.min(since + self.policy.grace),
+        }
+    }
+
+    fn ended(&self, reservation: &Reservation<C>, now: Instant) -> Option<FreedReason> {
+        if reservation.expires <= now {
+            return Some(FreedReason::Expired);
+        }
+        (self.end(reservation) <= now).then_some(FreedReason::GraceOver)
+    }
+
+    fn ends_no_later_than(&mut self, end: Instant) {
+        self.next_end = Some(self.next_end.map_or(end, |next| next.min(end)));
+    }
+
+    fn next_receipt(&mut self) -> Receipt {
+        self.receipts += 1;
+        Receipt(self.receipts)
+    }
+}

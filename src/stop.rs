@@ -1,0 +1,73 @@
+//! The target of a circuit asked on a stop stream: does it take this connection?
+
+use std::{fmt, io, time::Duration};
+
+use libp2p::futures::{AsyncRead, AsyncWrite, AsyncWriteExt};
+
+use crate::{
+    timeout::within,
+    wire::{self, BadRequest, FrameError, Status},
+};
+
+/// How long the whole exchange may take, from the wish for a stream to the target's answer.
+pub(crate) const STOP_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Why a target could not be won for a circuit.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum StopFailed {
+    /// It is not connected any more.
+    Gone,
+    /// It does not speak the stop protocol.
+    Unsupported,
+    /// It refused, with this status.
+    Refused(i32),
+    /// It answered with something that is no answer.
+    Nonsense(BadRequest),
+    /// The stream failed, or the time was up.
+    Io(io::ErrorKind),
+}
+
+impl fmt::Display for StopFailed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Gone => f.write_str("the target is gone"),
+            Self::Unsupported => f.write_str("the target does not speak the stop protocol"),
+            Self::Refused(status) => write!(f, "the target refused with status {status}"),
+            Self::Nonsense(what) => write!(f, "the target answered with {what}"),
+            Self::Io(kind) => write!(f, "the target was asked in vain: {kind}"),
+        }
+    }
+}
+
+impl From<io::Error> for StopFailed {
+    fn from(error: io::Error) -> Self {
+        Self::Io(error.kind())
+    }
+}
+
+/// Puts `question` to the target and reads its answer, within what is `left` of the time.
+///
+/// When it agreed, whatever it sends next already belongs to the circuit and is still unread.
+pub(crate) async fn ask(
+    stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
+    question: Vec<u8>,
+    left: Duration,
+) -> Result<(), StopFailed> {
+    let exchange = async {
+        stream.write_all(&question).await?;
+        stream.flush().await?;
+        let message = match wire::read_frame(stream).await {
+            Ok(message) => message,
+            Err(FrameError::Malformed(what)) => {
+                return Err(StopFailed::Nonsense(BadRequest::Malformed(what)));
+            }
+            Err(FrameError::Io(error)) => return Err(error.into()),
+        };
+        match wire::decode_stop_answer(&message).map_err(StopFailed::Nonsense)? {
+            status if status == Status::Ok as i32 => Ok(()),
+            status => Err(StopFailed::Refused(status)),
+        }
+    };
+    within(left, exchange).await?
+}

@@ -1,0 +1,418 @@
+//! The messages of Circuit Relay v2 and their framing: bytes in, typed values out.
+//!
+//! Nothing behind this file ever sees a malformed message, and nothing outside it sees protobuf.
+//! Each message stands behind an unsigned-varint length and is proto2 in spirit: presence matters,
+//! so that a message without a type is malformed rather than a RESERVE.
+//! See [the specification](https://github.com/libp2p/specs/blob/master/relay/circuit-v2.md#protobuf).
+
+use std::{fmt, io, time::Duration};
+
+use libp2p::{
+    Multiaddr, PeerId, StreamProtocol,
+    futures::{AsyncRead, AsyncReadExt},
+};
+use prost::Message;
+
+/// The protocol a client speaks to the relay.
+pub const HOP_PROTOCOL: StreamProtocol = StreamProtocol::new("/libp2p/circuit/relay/0.2.0/hop");
+/// The protocol the relay speaks to the target of a circuit.
+pub const STOP_PROTOCOL: StreamProtocol = StreamProtocol::new("/libp2p/circuit/relay/0.2.0/stop");
+
+/// The largest message accepted or sent, in bytes: the limit of the Go and Rust implementations.
+pub const MAX_MESSAGE: usize = 4096;
+
+/// The status codes of the specification, as they stand on the wire.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Status {
+    /// The request was granted.
+    Ok = 100,
+    /// No slot is to be had under the total or the address cap.
+    ReservationRefused = 200,
+    /// A rate limit, or too many circuits.
+    ResourceLimitExceeded = 201,
+    /// An access rule, or a request that came over a relayed connection.
+    PermissionDenied = 202,
+    /// The target could not be asked, refused, or did not answer in time.
+    ConnectionFailed = 203,
+    /// The target holds no live reservation.
+    NoReservation = 204,
+    /// The message could not be decoded.
+    MalformedMessage = 400,
+    /// The message is none that a client may send here.
+    UnexpectedMessage = 401,
+}
+
+impl fmt::Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Ok => "OK",
+            Self::ReservationRefused => "RESERVATION_REFUSED",
+            Self::ResourceLimitExceeded => "RESOURCE_LIMIT_EXCEEDED",
+            Self::PermissionDenied => "PERMISSION_DENIED",
+            Self::ConnectionFailed => "CONNECTION_FAILED",
+            Self::NoReservation => "NO_RESERVATION",
+            Self::MalformedMessage => "MALFORMED_MESSAGE",
+            Self::UnexpectedMessage => "UNEXPECTED_MESSAGE",
+        })
+    }
+}
+
+/// What a circuit may carry; told to both ends and enforced on both directions.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Limit {
+    /// How long the circuit may stay open; `None` for no limit.
+    pub duration: Option<Duration>,
+    /// How many bytes may pass in each direction; `None` for no limit.
+    pub bytes: Option<u64>,
+}
+
+/// What a client may ask on a hop stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Request {
+    /// A slot for the client itself, or the renewal of the one it holds.
+    Reserve,
+    /// A circuit to this peer.
+    Connect(PeerId),
+}
+
+/// Why a request was not understood.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BadRequest {
+    /// Not a message of this protocol.
+    Malformed(&'static str),
+    /// A message of this protocol, out of place.
+    Unexpected(&'static str),
+}
+
+impl BadRequest {
+    /// The status that answers it.
+    pub fn status(self) -> Status {
+        match self {
+            Self::Malformed(_) => Status::MalformedMessage,
+            Self::Unexpected(_) => Status::UnexpectedMessage,
+        }
+    }
+}
+
+impl fmt::Display for BadRequest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (Self::Malformed(what) | Self::Unexpected(what)) = self;
+        f.write_str(what)
+    }
+}
+
+/// Why no whole message could be read.
+#[derive(Debug)]
+pub enum FrameError {
+    /// The length in front is no length, or one beyond [`MAX_MESSAGE`], or more than what followed.
+    Malformed(&'static str),
+    /// The stream failed, or ended before a message began.
+    Io(io::Error),
+}
+
+/// Reads one message and not a byte more: what follows it on the stream belongs to the circuit.
+pub async fn read_frame(stream: &mut (impl AsyncRead + Unpin)) -> Result<Vec<u8>, FrameError> {
+    use unsigned_varint::{aio, io::ReadError};
+
+    let length = match aio::read_u16(&mut *stream).await {
+        Ok(length) if usize::from(length) <= MAX_MESSAGE => usize::from(length),
+        Ok(_) => return Err(FrameError::Malformed("a message of more than 4096 bytes")),
+        Err(ReadError::Io(error)) => return Err(FrameError::Io(error)),
+        Err(_) => return Err(FrameError::Malformed("a length prefix beyond 4096")),
+    };
+    let mut message = vec![0; length];
+    match stream.read_exact(&mut message).await {
+        Ok(()) => Ok(message),
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+            Err(FrameError::Malformed("a message cut short"))
+        }
+        Err(error) => Err(FrameError::Io(error)),
+    }
+}
+
+/// Decodes what the client `from` asks.
+pub fn decode_request(message: &[u8], from: PeerId) -> Result<Request, BadRequest> {
+    let message = proto::HopMessage::decode(message)
+        .map_err(|_| BadRequest::Malformed("a message that is no protobuf"))?;
+    match message.r#type {
+        Some(proto::HOP_RESERVE) => Ok(Request::Reserve),
+        Some(proto::HOP_CONNECT) => {
+            let peer = message
+                .peer
+                .ok_or(BadRequest::Malformed("CONNECT without a peer"))?;
+            let target = PeerId::from_bytes(&peer.id.unwrap_or_default())
+                .map_err(|_| BadRequest::Malformed("CONNECT to a peer id that is none"))?;
+            if target == from {
+                return Err(BadRequest::Malformed("CONNECT to oneself"));
+            }
+            Ok(Request::Connect(target))
+        }
+        Some(proto::HOP_STATUS) => Err(BadRequest::Unexpected("STATUS on a hop stream")),
+        Some(_) => Err(BadRequest::Malformed("a message of unknown type")),
+        None => Err(BadRequest::Malformed("a message without a type")),
+    }
+}
+
+/// Decodes the target's answer on a stop stream: the status it gives, on the wire's own numbers.
+pub fn decode_stop_answer(message: &[u8]) -> Result<i32, BadRequest> {
+    let message = proto::StopMessage::decode(message)
+        .map_err(|_| BadRequest::Malformed("an answer that is no protobuf"))?;
+    match (message.r#type, message.status) {
+        (Some(proto::STOP_STATUS), Some(status)) => Ok(status),
+        (Some(proto::STOP_STATUS), None) => Err(BadRequest::Malformed("STATUS without a status")),
+        (Some(proto::STOP_CONNECT), _) => Err(BadRequest::Unexpected("CONNECT as an answer")),
+        _ => Err(BadRequest::Malformed("an answer of unknown type")),
+    }
+}
+
+/// The answer to a RESERVE that was granted or renewed.
+///
+/// `expire` is in UNIX seconds.
+pub fn reserve_ok(expire: u64, addrs: &[Multiaddr], voucher: Vec<u8>, limit: Limit) -> Vec<u8> {
+    frame(&proto::HopMessage {
+        r#type: Some(proto::HOP_STATUS),
+        status: Some(Status::Ok as i32),
+        reservation: Some(proto::Reservation {
+            expire: Some(expire),
+            addrs: addrs.iter().map(Multiaddr::to_vec).collect(),
+            voucher: Some(voucher),
+        }),
+        limit: limit.into(),
+        peer: None,
+    })
+}
+
+/// The answer to a CONNECT whose target agreed: after it, the stream is the circuit.
+pub fn connect_ok(limit: Limit) -> Vec<u8> {
+    frame(&proto::HopMessage {
+        r#type: Some(proto::HOP_STATUS),
+        status: Some(Status::Ok as i32),
+        limit: limit.into(),
+        ..Default::default()
+    })
+}
+
+/// The answer to a request that is not granted.
+pub fn refusal(status: Status) -> Vec<u8> {
+    frame(&proto::HopMessage {
+        r#type: Some(proto::HOP_STATUS),
+        status: Some(status as i32),
+        ..Default::default()
+    })
+}
+
+/// The question to the target of a circuit.
+pub fn stop_connect(source: PeerId, limit: Limit) -> Vec<u8> {
+    frame(&proto::StopMessage {
+        r#type: Some(proto::STOP_CONNECT),
+        peer: Some(proto::Peer {
+            id: Some(source.to_bytes()),
+            addrs: Vec::new(),
+        }),
+        limit: limit.into(),
+        status: None,
+    })
+}
+
+fn frame(message: &impl Message) -> Vec<u8> {
+    message.encode_length_delimited_to_vec()
+}
+
+impl From<Limit> for Option<proto::Limit> {
+    /// No limits at all are no `Limit` at all: Go takes even an empty one as the mark of a limited
+    /// connection, and then refuses ordinary streams on it.
+    fn from(limit: Limit) -> Self {
+        if limit == Limit::default() {
+            return None;
+        }
+        Some(proto::Limit {
+            duration: limit
+                .duration
+                .map(|limit| u32::try_from(limit.as_secs()).unwrap_or(u32::MAX)),
+            data: limit.bytes,
+        })
+    }
+}
+
+/// The protobuf messages of the specification.
+mod proto {
+    pub const HOP_RESERVE: i32 = 0;
+    pub const HOP_CONNECT: i32 = 1;
+    pub const HOP_STATUS: i32 = 2;
+    pub const STOP_CONNECT: i32 = 0;
+    pub const STOP_STATUS: i32 = 1;
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct HopMessage {
+        #[prost(int32, optional, tag = "1")]
+        pub r#type: Option<i32>,
+        #[prost(message, optional, tag = "2")]
+        pub peer: Option<Peer>,
+        #[prost(message, optional, tag = "3")]
+        pub reservation: Option<Reservation>,
+        #[prost(message, optional, tag = "4")]
+        pub limit: Option<Limit>,
+        #[prost(int32, optional, tag = "5")]
+        pub status: Option<i32>,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct StopMessage {
+        #[prost(int32, optional, tag = "1")]
+        pub r#type: Option<i32>,
+        #[prost(message, optional, tag = "2")]
+        pub peer: Option<Peer>,
+        #[prost(message, optional, tag = "3")]
+        pub limit: Option<Limit>,
+        #[prost(int32, optional, tag = "4")]
+        pub status: Option<i32>,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct Peer {
+        #[prost(bytes = "vec", optional, tag = "1")]
+        pub id: Option<Vec<u8>>,
+        #[prost(bytes = "vec", repeated, tag = "2")]
+        pub addrs: Vec<Vec<u8>>,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct Reservation {
+        #[prost(uint64, optional, tag = "1")]
+        pub expire: Option<u64>,
+        #[prost(bytes = "vec", repeated, tag = "2")]
+        pub addrs: Vec<Vec<u8>>,
+        #[prost(bytes = "vec", optional, tag = "3")]
+        pub voucher: Option<Vec<u8>>,
+    }
+
+    #[derive(Clone, Copy, PartialEq, prost::Message)]
+    pub struct Limit {
+        #[prost(uint32, optional, tag = "1")]
+        pub duration: Option<u32>,
+        #[prost(uint64, optional, tag = "2")]
+        pub data: Option<u64>,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use libp2p::futures::{executor::block_on, io::Cursor};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn read(bytes: &[u8]) -> Result<Vec<u8>, FrameError> {
+        block_on(read_frame(&mut Cursor::new(bytes)))
+    }
+
+    fn unframed(frame: &[u8]) -> Vec<u8> {
+        read(frame).expect("our own frames can be read")
+    }
+
+    #[test]
+    fn a_reserve_is_two_bytes() {
+        let alice = PeerId::random();
+        assert_eq!(decode_request(&[0x08, 0x00], alice), Ok(Request::Reserve));
+    }
+
+    #[test]
+    fn a_message_without_a_type_is_malformed_and_not_a_reserve() {
+        let bad = decode_request(&[], PeerId::random()).unwrap_err();
+        assert_eq!(bad.status(), Status::MalformedMessage);
+    }
+
+    #[test]
+    fn an_unknown_type_is_malformed_and_a_status_is_unexpected() {
+        let status = |message: &[u8]| {
+            let bad = decode_request(message, PeerId::random()).unwrap_err();
+            bad.status()
+        };
+        assert_eq!(status(&[0x08, 0x07]), Status::MalformedMessage);
+        assert_eq!(status(&[0x08, 0x02]), Status::UnexpectedMessage);
+    }
+
+    #[test]
+    fn a_connect_names_a_peer_that_is_one_and_not_oneself() {
+        let (alice, bob) = (PeerId::random(), PeerId::random());
+        let connect = |id: Option<Vec<u8>>| {
+            let message = proto::HopMessage {
+                r#type: Some(proto::HOP_CONNECT),
+                peer: id.map(|id| proto::Peer {
+                    id: Some(id),
+                    addrs: Vec::new(),
+                }),
+                ..Default::default()
+            };
+            decode_request(&message.encode_to_vec(), alice)
+        };
+        assert_eq!(connect(Some(bob.to_bytes())), Ok(Request::Connect(bob)));
+        for bad in [
+            None,
+            Some(Vec::new()),
+            Some(vec![1, 2, 3]),
+            Some(alice.to_bytes()),
+        ] {
+            assert_eq!(connect(bad).unwrap_err().status(), Status::MalformedMessage);
+        }
+    }
+
+    #[test]
+    fn a_message_may_have_4096_bytes_and_no_more() {
+        let framed = |length: u16| {
+            let mut buffer = unsigned_varint::encode::u16_buffer();
+            let mut bytes = unsigned_varint::encode::u16(length, &mut buffer).to_vec();
+            bytes.resize(bytes.len() + usize::from(length), 0);
+            bytes
+        };
+        assert_eq!(read(&framed(4096)).unwrap().len(), 4096);
+        assert!(matches!(read(&framed(4097)), Err(FrameError::Malformed(_))));
+    }
+
+    #[test]
+    fn a_length_of_2_to_the_63_is_malformed_and_allocates_nothing() {
+        let mut buffer = unsigned_varint::encode::u64_buffer();
+        let prefix = unsigned_varint::encode::u64(1 << 63, &mut buffer);
+        assert!(matches!(read(prefix), Err(FrameError::Malformed(_))));
+    }
+
+    #[test]
+    fn what_follows_a_message_stays_on_the_stream() {
+        let mut stream = Cursor::new(b"\x02\x08\x00early data".to_vec());
+        block_on(read_frame(&mut stream)).unwrap();
+        let mut rest = String::new();
+        block_on(stream.read_to_string(&mut rest)).unwrap();
+        assert_eq!(rest, "early data");
+    }
+
+    #[test]
+    fn limits_that_are_not_set_are_left_out() {
+        let limit = |limit| {
+            let message = proto::HopMessage::decode(&*unframed(&connect_ok(limit))).unwrap();
+            message.limit
+        };
+        assert_eq!(limit(Limit::default()), None);
+        let only_bytes = Limit {
+            bytes: Some(7),
+            duration: None,
+        };
+        let sent = proto::Limit {
+            data: Some(7),
+            duration: None,
+        };
+        assert_eq!(limit(only_bytes), Some(sent));
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_arrives_nothing_panics(bytes: Vec<u8>) {
+            if let Ok(message) = read(&bytes) {
+                let _ = decode_request(&message, PeerId::random());
+                let _ = decode_stop_answer(&message);
+            }
+            let _ = decode_request(&bytes, PeerId::random());
+            let _ = decode_stop_answer(&bytes);
+        }
+    }
+}

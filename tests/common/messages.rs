@@ -1,0 +1,117 @@
+//! The relay's messages as these tests write and read them: the specification's protobuf once more,
+//! so that a mistake in the relay's own is not made twice.
+
+use libp2p::{
+    PeerId, Stream,
+    futures::{AsyncReadExt, AsyncWriteExt},
+};
+use prost::Message;
+
+use super::within;
+
+#[derive(Clone, PartialEq, Message)]
+pub struct HopMessage {
+    #[prost(int32, optional, tag = "1")]
+    pub kind: Option<i32>,
+    #[prost(message, optional, tag = "2")]
+    pub peer: Option<Peer>,
+    #[prost(message, optional, tag = "3")]
+    pub reservation: Option<Reservation>,
+    #[prost(message, optional, tag = "4")]
+    pub limit: Option<Limit>,
+    #[prost(int32, optional, tag = "5")]
+    pub status: Option<i32>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct StopMessage {
+    #[prost(int32, optional, tag = "1")]
+    pub kind: Option<i32>,
+    #[prost(message, optional, tag = "2")]
+    pub peer: Option<Peer>,
+    #[prost(message, optional, tag = "3")]
+    pub limit: Option<Limit>,
+    #[prost(int32, optional, tag = "4")]
+    pub status: Option<i32>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct Peer {
+    #[prost(bytes = "vec", optional, tag = "1")]
+    pub id: Option<Vec<u8>>,
+    #[prost(bytes = "vec", repeated, tag = "2")]
+    pub addrs: Vec<Vec<u8>>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct Reservation {
+    #[prost(uint64, optional, tag = "1")]
+    pub expire: Option<u64>,
+    #[prost(bytes = "vec", repeated, tag = "2")]
+    pub addrs: Vec<Vec<u8>>,
+    #[prost(bytes = "vec", optional, tag = "3")]
+    pub voucher: Option<Vec<u8>>,
+}
+
+#[derive(Clone, Copy, PartialEq, Message)]
+pub struct Limit {
+    #[prost(uint32, optional, tag = "1")]
+    pub duration: Option<u32>,
+    #[prost(uint64, optional, tag = "2")]
+    pub data: Option<u64>,
+}
+
+pub fn reserve() -> HopMessage {
+    HopMessage {
+        kind: Some(0),
+        ..HopMessage::default()
+    }
+}
+
+pub fn connect(target: PeerId) -> HopMessage {
+    HopMessage {
+        kind: Some(1),
+        peer: Some(Peer {
+            id: Some(target.to_bytes()),
+            addrs: Vec::new(),
+        }),
+        ..HopMessage::default()
+    }
+}
+
+pub fn stop_status(status: i32) -> StopMessage {
+    StopMessage {
+        kind: Some(1),
+        status: Some(status),
+        ..StopMessage::default()
+    }
+}
+
+/// Writes a message behind its length.
+pub async fn write(stream: &mut Stream, message: &impl Message) {
+    let bytes = message.encode_length_delimited_to_vec();
+    within(async {
+        stream.write_all(&bytes).await?;
+        stream.flush().await
+    })
+    .await
+    .expect("the other side reads");
+}
+
+/// Reads a message behind its length.
+pub async fn read<M: Message + Default>(stream: &mut Stream) -> M {
+    let mut prefix = Vec::new();
+    while prefix.last().is_none_or(|byte| byte & 0x80 != 0) {
+        let mut byte = [0];
+        within(stream.read_exact(&mut byte))
+            .await
+            .expect("an answer comes");
+        prefix.push(byte[0]);
+    }
+    let length = prost::decode_length_delimiter(&*prefix).expect("a length");
+    let mut message = vec![0; length];
+    within(stream.read_exact(&mut message))
+        .await
+        .expect("the whole of it comes");
+    M::decode(&*message).expect("a message")
+}

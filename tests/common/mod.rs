@@ -1,0 +1,426 @@
+//! What the tests share: the relay as a child process, and a client that can say anything.
+
+#![allow(dead_code)] // each test file uses its own part
+
+pub mod messages;
+
+use std::{
+    io::{BufRead, BufReader, Read},
+    process::{Child, ChildStdout, Command, ExitStatus, Stdio},
+    sync::{Arc, Mutex, mpsc},
+    thread,
+    time::{Duration, Instant},
+};
+
+use libp2p::{
+    Multiaddr, PeerId, Stream, StreamProtocol, SwarmBuilder,
+    futures::{AsyncReadExt, AsyncWriteExt, StreamExt},
+    identify,
+    identity::Keypair,
+    multiaddr::Protocol,
+    noise, ping,
+    swarm::{NetworkBehaviour, SwarmEvent},
+    tcp, tls, yamux,
+};
+use libp2p_stream::{Control, IncomingStreams};
+use tempfile::TempDir;
+use tokio::{sync::watch, task::JoinHandle};
+
+use messages::{HopMessage, StopMessage};
+
+/// How long anything may take that is only waited for: generous, because machines are shared.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+pub const HOP: StreamProtocol = StreamProtocol::new("/libp2p/circuit/relay/0.2.0/hop");
+pub const STOP: StreamProtocol = StreamProtocol::new("/libp2p/circuit/relay/0.2.0/stop");
+
+/// The program, running with a folder and an identity of its own. Killed when dropped.
+pub struct Relay {
+    pub address: Multiaddr,
+    pub peer: PeerId,
+    pub folder: TempDir,
+    child: Child,
+    log: Arc<Mutex<Vec<String>>>,
+    lines: mpsc::Receiver<String>,
+}
+
+impl Relay {
+    /// Starts it on a free port of 127.0.0.1 and waits until it listens.
+    pub fn start(flags: &[&str]) -> Self {
+        let mut all = vec!["--listen", "/ip4/127.0.0.1/tcp/0"];
+        all.extend(flags);
+        Self::start_listening(&all)
+    }
+
+    /// Starts it with these flags, one of which says where to listen.
+    pub fn start_listening(flags: &[&str]) -> Self {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        Self::start_in(folder, flags)
+    }
+
+    /// As [`Relay::start_listening`], with the identity in `folder`.
+    pub fn start_in(folder: TempDir, flags: &[&str]) -> Self {
+        let mut child = command(&folder)
+            .args(flags)
+            .env("RUST_LOG", "info,relaylet=debug,yamux=off")
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the relay can be started");
+        let log = Arc::new(Mutex::new(Vec::new()));
+        let stderr = child.stderr.take().expect("its log is piped");
+        let copy = Arc::clone(&log);
+        thread::spawn(move || {
+            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+                copy.lock().unwrap().push(line);
+            }
+        });
+        let lines = lines_of(child.stdout.take().expect("its output is piped"));
+        let mut relay = Self {
+            address: Multiaddr::empty(),
+            peer: PeerId::random(),
+            folder,
+            child,
+            log,
+            lines,
+        };
+        relay.address = relay.next_address();
+        relay.peer = match relay.address.iter().last() {
+            Some(Protocol::P2p(peer)) => peer,
+            _ => panic!("{} names no peer", relay.address),
+        };
+        relay
+    }
+
+    /// The next address that it says it listens on.
+    pub fn next_address(&self) -> Multiaddr {
+        let line = self.lines.recv_timeout(PATIENCE).unwrap_or_else(|_| {
+            panic!(
+                "the relay says no (further) address; its log: {:#?}",
+                self.log()
+            )
+        });
+        let address = line
+            .strip_prefix("listening on ")
+            .expect("the only kind of line");
+        address.parse().expect("a multiaddr")
+    }
+
+    /// The TCP port of [`Relay::address`].
+    pub fn port(&self) -> u16 {
+        let port = self.address.iter().find_map(|part| match part {
+            Protocol::Tcp(port) => Some(port),
+            _ => None,
+        });
+        port.expect("a TCP address")
+    }
+
+    /// What it logged so far.
+    pub fn log(&self) -> Vec<String> {
+        self.log.lock().unwrap().clone()
+    }
+
+    /// Waits for a line of the log that contains `text`, and returns it.
+    pub async fn wait_for_log(&self, text: &str) -> String {
+        let start = Instant::now();
+        loop {
+            if let Some(line) = self.log().into_iter().find(|line| line.contains(text)) {
+                return line;
+            }
+            assert!(
+                start.elapsed() < PATIENCE,
+                "no line with {text:?} in the log: {:#?}",
+                self.log()
+            );
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// The id of its process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Sends it a signal, by the name that `kill` knows.
+    pub fn signal(&self, name: &str) {
+        signal(self.pid(), name);
+    }
+
+    /// Kills it as `kill -9` does, and keeps the folder with its identity.
+    pub fn kill(mut self) -> TempDir {
+        self.child.kill().expect("it can be killed");
+        self.child.wait().expect("it ends");
+        std::mem::replace(
+            &mut self.folder,
+            tempfile::tempdir().expect("a temporary folder"),
+        )
+    }
+
+    /// Waits for it to end by itself.
+    pub fn wait(&mut self) -> ExitStatus {
+        wait_for(&mut self.child)
+    }
+
+    /// Whether it still runs.
+    pub fn runs(&mut self) -> bool {
+        self.child.try_wait().expect("it can be asked").is_none()
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if thread::panicking() {
+            eprintln!("the relay's log: {:#?}", self.log());
+        }
+    }
+}
+
+/// The program, to be run in `folder` and with nothing of this machine's environment.
+pub fn command(folder: &TempDir) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_relaylet"));
+    command.current_dir(folder.path()).env_clear();
+    command
+}
+
+/// Waits for a process to end by itself.
+pub fn wait_for(child: &mut Child) -> ExitStatus {
+    let start = Instant::now();
+    loop {
+        if let Some(status) = child.try_wait().expect("it can be waited for") {
+            return status;
+        }
+        assert!(start.elapsed() < PATIENCE, "the process does not end");
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Sends a signal to a process, by the name that `kill` knows.
+pub fn signal(pid: u32, name: &str) {
+    let status = Command::new("kill")
+        .args([&format!("-{name}"), &pid.to_string()])
+        .status()
+        .expect("kill can be run");
+    assert!(status.success());
+}
+
+fn lines_of(output: ChildStdout) -> mpsc::Receiver<String> {
+    let (sender, receiver) = mpsc::channel();
+    thread::spawn(move || {
+        for line in BufReader::new(output).lines().map_while(Result::ok) {
+            if sender.send(line).is_err() {
+                break;
+            }
+        }
+    });
+    receiver
+}
+
+/// Reads all that a process says on standard error.
+pub fn all_of(stderr: &mut impl Read) -> String {
+    let mut text = String::new();
+    stderr.read_to_string(&mut text).expect("text");
+    text
+}
+
+/// A secure channel for a client to insist on.
+#[derive(Clone, Copy, Debug)]
+pub enum Security {
+    Noise,
+    Tls,
+}
+
+/// rust-libp2p with bare streams of any protocol, connected to a relay.
+pub struct Client {
+    pub peer: PeerId,
+    relay: PeerId,
+    control: Control,
+    /// How many connections to the relay are up.
+    connections: watch::Receiver<usize>,
+    task: JoinHandle<()>,
+}
+
+#[derive(NetworkBehaviour)]
+struct Parts {
+    stream: libp2p_stream::Behaviour,
+    identify: identify::Behaviour,
+    ping: ping::Behaviour,
+}
+
+impl Client {
+    /// A new peer, connected to `relay` over Noise.
+    pub async fn connect(relay: &Relay) -> Self {
+        Self::connect_as(Keypair::generate_ed25519(), &relay.address, Security::Noise).await
+    }
+
+    /// The owner of `keypair`, connected to the relay at this address.
+    pub async fn connect_as(keypair: Keypair, relay: &Multiaddr, security: Security) -> Self {
+        let builder = SwarmBuilder::with_existing_identity(keypair).with_tokio();
+        let tcp = tcp::Config::default();
+        let muxer = yamux::Config::default;
+        let behaviour = |keypair: &Keypair| Parts {
+            stream: libp2p_stream::Behaviour::new(),
+            identify: identify::Behaviour::new(identify::Config::new(
+                "test".into(),
+                keypair.public(),
+            )),
+            ping: ping::Behaviour::default(),
+        };
+        let idle =
+            |config: libp2p::swarm::Config| config.with_idle_connection_timeout(PATIENCE * 10);
+        let mut swarm = match security {
+            Security::Noise => builder
+                .with_tcp(tcp, noise::Config::new, muxer)
+                .unwrap()
+                .with_behaviour(behaviour)
+                .unwrap()
+                .with_swarm_config(idle)
+                .build(),
+            Security::Tls => builder
+                .with_tcp(tcp, tls::Config::new, muxer)
+                .unwrap()
+                .with_behaviour(behaviour)
+                .unwrap()
+                .with_swarm_config(idle)
+                .build(),
+        };
+        let Some(Protocol::P2p(relay_peer)) = relay.iter().last() else {
+            panic!("{relay} names no peer");
+        };
+        let peer = *swarm.local_peer_id();
+        let control = swarm.behaviour().stream.new_control();
+        swarm.dial(relay.clone()).expect("the relay can be dialed");
+        let (count, connections) = watch::channel(0);
+        let task = tokio::spawn(async move {
+            loop {
+                match swarm.select_next_some().await {
+                    SwarmEvent::ConnectionEstablished { .. } => {
+                        count.send_modify(|count| *count += 1);
+                    }
+                    SwarmEvent::ConnectionClosed { .. } => count.send_modify(|count| *count -= 1),
+                    SwarmEvent::OutgoingConnectionError { error, .. } => {
+                        panic!("the relay cannot be reached: {error}")
+                    }
+                    _ => {}
+                }
+            }
+        });
+        let mut client = Self {
+            peer,
+            relay: relay_peer,
+            control,
+            connections,
+            task,
+        };
+        client.wait_for_connections(1).await;
+        client
+    }
+
+    /// Waits until that many connections to the relay are up.
+    pub async fn wait_for_connections(&mut self, wanted: usize) {
+        within(self.connections.wait_for(|count| *count == wanted))
+            .await
+            .expect("the client runs");
+    }
+
+    /// Opens a stream to the relay.
+    pub async fn open(&mut self, protocol: StreamProtocol) -> Stream {
+        let stream = within(self.control.open_stream(self.relay, protocol)).await;
+        stream.expect("the relay takes the stream")
+    }
+
+    /// Takes the streams of this protocol that the relay opens.
+    pub fn accept(&mut self, protocol: StreamProtocol) -> IncomingStreams {
+        self.control.accept(protocol).expect("it is not taken yet")
+    }
+
+    /// Asks on a hop stream, and reads the answer.
+    pub async fn ask(&mut self, request: &HopMessage) -> HopMessage {
+        self.ask_for_circuit(request).await.0
+    }
+
+    /// Asks on a hop stream, and reads the answer; what follows on the stream is the circuit.
+    pub async fn ask_for_circuit(&mut self, request: &HopMessage) -> (HopMessage, Stream) {
+        let mut stream = self.open(HOP).await;
+        messages::write(&mut stream, request).await;
+        (messages::read(&mut stream).await, stream)
+    }
+
+    /// Sends these bytes on a hop stream, and reads the answer.
+    pub async fn say(&mut self, bytes: &[u8]) -> HopMessage {
+        let mut stream = self.open(HOP).await;
+        stream.write_all(bytes).await.expect("the relay reads");
+        stream.flush().await.expect("the relay reads");
+        messages::read(&mut stream).await
+    }
+
+    /// Reserves a slot, and insists on getting it.
+    pub async fn reserve(&mut self) -> HopMessage {
+        let answer = self.ask(&messages::reserve()).await;
+        assert_eq!(answer.status, Some(100), "{answer:?}");
+        answer
+    }
+
+    /// Goes away: every connection is closed.
+    pub async fn leave(self) {
+        self.task.abort();
+        let _ = self.task.await;
+    }
+}
+
+/// Both ends of a circuit from `source` to `target`, who holds a reservation.
+pub async fn circuit(source: &mut Client, target: &mut Client) -> (Stream, Stream) {
+    let mut stops = target.accept(STOP);
+    circuit_to(source, target.peer, &mut stops).await
+}
+
+/// As [`circuit`], for a target that already takes stop streams.
+pub async fn circuit_to(
+    source: &mut Client,
+    target: PeerId,
+    stops: &mut IncomingStreams,
+) -> (Stream, Stream) {
+    let connect = messages::connect(target);
+    let (answered, agreed) = tokio::join!(source.ask_for_circuit(&connect), agree(stops));
+    let ((answer, source), (_, target)) = (answered, agreed);
+    assert_eq!(answer.status, Some(100), "{answer:?}");
+    (source, target)
+}
+
+/// Takes the next stop stream and agrees to the circuit.
+pub async fn agree(stops: &mut IncomingStreams) -> (StopMessage, Stream) {
+    let (_, mut stream) = within(stops.next()).await.expect("the client runs");
+    let question: StopMessage = messages::read(&mut stream).await;
+    messages::write(&mut stream, &messages::stop_status(100)).await;
+    (question, stream)
+}
+
+/// What `future` yields, within the patience of these tests.
+pub async fn within<T>(future: impl Future<Output = T>) -> T {
+    tokio::time::timeout(PATIENCE, future)
+        .await
+        .expect("it happens within a minute")
+}
+
+/// Reads exactly `count` bytes.
+pub async fn read_bytes(stream: &mut Stream, count: usize) -> Vec<u8> {
+    let mut bytes = vec![0; count];
+    within(stream.read_exact(&mut bytes))
+        .await
+        .expect("that many bytes come");
+    bytes
+}
+
+/// Reads to the end of the stream, be it a close (`Ok`) or a reset (`Err`), and what came until then.
+pub async fn read_to_end(stream: &mut Stream) -> (Vec<u8>, std::io::Result<()>) {
+    let mut bytes = Vec::new();
+    let mut buffer = [0; 4096];
+    loop {
+        match within(stream.read(&mut buffer)).await {
+            Ok(0) => return (bytes, Ok(())),
+            Ok(read) => bytes.extend_from_slice(&buffer[..read]),
+            Err(error) => return (bytes, Err(error)),
+        }
+    }
+}
