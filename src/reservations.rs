@@ -245,10 +245,15 @@ impl<C: Copy + Eq> Reservations<C> {
         if let Some(reason) = self.slots.get(&peer).and_then(|r| self.ended(r, now)) {
             self.free(peer, reason);
         }
+        // What is over is in nobody's way, even before the sweep. Each such pass is paid for by an
+        // end that has come: a full table does not cost a pass a request.
+        if self.full(billed_to).is_some() && self.next_end.is_some_and(|end| end <= now) {
+            self.end_what_is_over(now);
+        }
         if self.slots.contains_key(&peer) {
             return Admission::Renewed(self.renew(peer, connection, billed_to, now));
         }
-        if let Err(full) = self.make_room(peer, billed_to, now) {
+        if let Err(full) = self.make_room(peer, billed_to) {
             return Admission::Refused(full);
         }
 
@@ -373,15 +378,7 @@ impl<C: Copy + Eq> Reservations<C> {
     }
 
     /// Makes sure that one more slot fits under each cap, taking one in grace where it must.
-    fn make_room(
-        &mut self,
-        newcomer: PeerId,
-        billed_to: Option<BilledTo>,
-        now: Instant,
-    ) -> Result<(), Full> {
-        if self.full(billed_to).is_some() && self.next_end.is_some_and(|end| end <= now) {
-            self.end_what_is_over(now);
-        }
+    fn make_room(&mut self, newcomer: PeerId, billed_to: Option<BilledTo>) -> Result<(), Full> {
         // The address first: a slot taken there makes room in the table as well.
         let Some(full) = self.full(billed_to) else {
             return Ok(());

@@ -21,6 +21,7 @@ const DEFAULT_LISTEN: [&str; 2] = ["/ip4/0.0.0.0/tcp/4001", "/ip6/::/tcp/4001"];
 #[derive(Debug, StructOpt)]
 #[structopt(
     name = "relaylet",
+    usage = "relaylet [FLAGS]",
     settings = &[AppSettings::UnifiedHelpMessage, AppSettings::NextLineHelp, AppSettings::DeriveDisplayOrder]
 )]
 pub struct Flags {
@@ -31,6 +32,7 @@ pub struct Flags {
         long,
         value_name = "MULTIADDR",
         env = "RELAYLET_LISTEN",
+        hide_env_values = true,
         use_delimiter = true
     )]
     pub listen: Vec<Multiaddr>,
@@ -40,6 +42,7 @@ pub struct Flags {
         long,
         value_name = "MULTIADDR",
         env = "RELAYLET_ANNOUNCE",
+        hide_env_values = true,
         use_delimiter = true
     )]
     pub announce: Vec<Multiaddr>,
@@ -49,6 +52,7 @@ pub struct Flags {
         long,
         value_name = "FILE",
         env = "RELAYLET_IDENTITY",
+        hide_env_values = true,
         default_value = "relaylet.key",
         parse(from_os_str)
     )]
@@ -59,6 +63,7 @@ pub struct Flags {
         long,
         value_name = "N",
         env = "RELAYLET_MAX_RESERVATIONS",
+        hide_env_values = true,
         default_value = "1024"
     )]
     pub max_reservations: usize,
@@ -66,14 +71,19 @@ pub struct Flags {
     /// How many slots one IP address (IPv6: one /64) may have; 0: no cap
     ///
     /// [default: a sixteenth of --max-reservations, at least 8]
-    #[structopt(long, value_name = "N", env = "RELAYLET_MAX_RESERVATIONS_PER_IP")]
+    #[structopt(
+        long,
+        value_name = "N",
+        env = "RELAYLET_MAX_RESERVATIONS_PER_IP",
+        hide_env_values = true
+    )]
     pub max_reservations_per_ip: Option<usize>,
 
     /// For how long a reservation is granted, and renewed
     #[structopt(
         long,
         value_name = "DURATION",
-        env = "RELAYLET_RESERVATION_TTL",
+        env = "RELAYLET_RESERVATION_TTL", hide_env_values = true,
         default_value = "1h",
         parse(try_from_str = humantime::parse_duration)
     )]
@@ -83,7 +93,7 @@ pub struct Flags {
     #[structopt(
         long,
         value_name = "DURATION",
-        env = "RELAYLET_GRACE",
+        env = "RELAYLET_GRACE", hide_env_values = true,
         default_value = "30s",
         parse(try_from_str = humantime::parse_duration)
     )]
@@ -93,7 +103,7 @@ pub struct Flags {
     #[structopt(
         long,
         value_name = "DURATION",
-        env = "RELAYLET_SWEEP",
+        env = "RELAYLET_SWEEP", hide_env_values = true,
         default_value = "1s",
         parse(try_from_str = humantime::parse_duration)
     )]
@@ -103,7 +113,7 @@ pub struct Flags {
     #[structopt(
         long,
         value_name = "DURATION",
-        env = "RELAYLET_IDLE_TIMEOUT",
+        env = "RELAYLET_IDLE_TIMEOUT", hide_env_values = true,
         default_value = "1m",
         parse(try_from_str = humantime::parse_duration)
     )]
@@ -114,6 +124,7 @@ pub struct Flags {
         long,
         value_name = "N",
         env = "RELAYLET_MAX_CIRCUITS",
+        hide_env_values = true,
         default_value = "1024"
     )]
     pub max_circuits: usize,
@@ -123,6 +134,7 @@ pub struct Flags {
         long,
         value_name = "N",
         env = "RELAYLET_MAX_CIRCUITS_PER_PEER",
+        hide_env_values = true,
         default_value = "64"
     )]
     pub max_circuits_per_peer: usize,
@@ -131,7 +143,7 @@ pub struct Flags {
     #[structopt(
         long,
         value_name = "DURATION",
-        env = "RELAYLET_CIRCUIT_DURATION",
+        env = "RELAYLET_CIRCUIT_DURATION", hide_env_values = true,
         default_value = "2m",
         parse(try_from_str = humantime::parse_duration)
     )]
@@ -142,6 +154,7 @@ pub struct Flags {
         long,
         value_name = "SIZE",
         env = "RELAYLET_CIRCUIT_BYTES",
+        hide_env_values = true,
         default_value = "128KiB"
     )]
     pub circuit_bytes: ByteSize,
@@ -151,6 +164,7 @@ pub struct Flags {
         long,
         value_name = "N",
         env = "RELAYLET_MAX_CONNECTIONS",
+        hide_env_values = true,
         default_value = "4096"
     )]
     pub max_connections: usize,
@@ -160,6 +174,7 @@ pub struct Flags {
         long,
         value_name = "N",
         env = "RELAYLET_MAX_CONNECTIONS_PER_IP",
+        hide_env_values = true,
         default_value = "256"
     )]
     pub max_connections_per_ip: usize,
@@ -169,6 +184,7 @@ pub struct Flags {
         long,
         value_name = "N",
         env = "RELAYLET_MAX_HANDSHAKES",
+        hide_env_values = true,
         default_value = "256"
     )]
     pub max_handshakes: usize,

@@ -1,6 +1,6 @@
 //! The relay as a whole swarm: TCP, the secure channels, yamux, identify, connection limits.
 
-use std::{collections::HashMap, time::Duration};
+use std::{collections::HashMap, io, time::Duration};
 
 use anyhow::{Context, Result};
 use libp2p::{
@@ -165,8 +165,15 @@ impl Node {
     /// # Errors
     ///
     /// When the socket cannot be bound, or the address is no TCP address.
-    pub fn listen_on(&mut self, address: Multiaddr) -> Result<(), TransportError<std::io::Error>> {
-        self.swarm.listen_on(address).map(|_| ())
+    pub fn listen_on(&mut self, address: Multiaddr) -> io::Result<()> {
+        match self.swarm.listen_on(address) {
+            Ok(_) => Ok(()),
+            Err(TransportError::Other(error)) => Err(error),
+            Err(TransportError::MultiaddrNotSupported(_)) => Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "this relay listens on TCP; try /ip4/0.0.0.0/tcp/4001",
+            )),
+        }
     }
 
     /// Runs the relay until something happens that its owner may want to know.

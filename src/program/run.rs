@@ -1,19 +1,20 @@
 //! The program from its first line to its last: what it says, and what ends it.
 
 use std::{
+    error::Error,
     fmt,
     io::{self, Write},
+    net::TcpListener,
     process::ExitCode,
     time::Duration,
 };
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 use async_signal::{Signal, Signals};
 use bytesize::ByteSize;
 use futures_timer::Delay;
 use libp2p::{
     Multiaddr,
-    core::transport::TransportError,
     futures::{FutureExt, StreamExt, select_biased},
 };
 
@@ -21,7 +22,7 @@ use super::{
     flags::{Flags, Stop, in_flags},
     identity,
     node::{Node, NodeEvent},
-    open_files,
+    open_files, transport,
 };
 use crate::{address, config::ConfigError};
 
@@ -43,7 +44,7 @@ impl fmt::Display for Usage {
     }
 }
 
-impl std::error::Error for Usage {}
+impl Error for Usage {}
 
 /// Runs the program with the arguments of the process.
 pub fn main() -> ExitCode {
@@ -108,40 +109,26 @@ async fn run(flags: &Flags) -> Result<()> {
 
 fn listen(node: &mut Node, flags: &Flags) -> Result<()> {
     let (addresses, asked_for) = flags.listen_addresses();
-    let mut listening = 0;
-    for address in addresses {
-        match node.listen_on(address.clone()) {
-            Ok(()) => listening += 1,
-            Err(TransportError::Other(error)) if !asked_for && machine_lacks(&error) => {
-                log::warn!("not listening on {address}: {error}");
-            }
-            Err(TransportError::Other(error)) => return Err(cannot_listen(&address, &error)),
-            Err(TransportError::MultiaddrNotSupported(address)) => {
-                return Err(Usage(format!("--listen {address}: not an address of TCP")).into());
-            }
-        }
+    let (addresses, lacking): (Vec<_>, Vec<_>) = addresses
+        .into_iter()
+        .partition(|address| asked_for || machine_has(address));
+    for address in &lacking {
+        log::warn!("not listening on {address}: this machine has no such address");
     }
-    if listening == 0 {
-        return Err(anyhow!("--listen: this machine has neither IPv4 nor IPv6"));
+    if addresses.is_empty() {
+        bail!("--listen: this machine has neither IPv4 nor IPv6");
+    }
+    for address in addresses {
+        node.listen_on(address.clone())
+            .map_err(|error| anyhow!("--listen {address}: {error}"))?;
     }
     Ok(())
 }
 
-/// Whether the machine has no such address at all: no IPv6, say.
-fn machine_lacks(error: &io::Error) -> bool {
-    const NO_SUCH_FAMILY: i32 = 97; // EAFNOSUPPORT on Linux; std has no name for it
-    error.kind() == io::ErrorKind::AddrNotAvailable
-        || (cfg!(target_os = "linux") && error.raw_os_error() == Some(NO_SUCH_FAMILY))
-}
-
-fn cannot_listen(address: &Multiaddr, error: &io::Error) -> anyhow::Error {
-    let remedy = match error.kind() {
-        io::ErrorKind::AddrInUse => "stop the program that has it, or listen on another port",
-        io::ErrorKind::AddrNotAvailable => "this machine has no such address; try 0.0.0.0 or ::",
-        io::ErrorKind::PermissionDenied => "ports below 1024 are for root; try a higher one",
-        _ => "try another address",
-    };
-    anyhow!("--listen {address}: {error}; {remedy}")
+/// Whether the machine has this kind of address at all: IPv6 may be switched off.
+fn machine_has(address: &Multiaddr) -> bool {
+    transport::listen_address(address)
+        .is_some_and(|address| TcpListener::bind((address.ip(), 0)).is_ok())
 }
 
 fn usage_if_config(error: anyhow::Error) -> anyhow::Error {

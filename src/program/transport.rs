@@ -83,7 +83,7 @@ impl Transport for Tcp {
             return Err(TransportError::MultiaddrNotSupported(address));
         };
         let listener = Listener::bind(id, socket_address, self.traffic.clone())
-            .map_err(TransportError::Other)?;
+            .map_err(|error| TransportError::Other(with_remedy(&error)))?;
         self.listeners.push(listener);
         Ok(())
     }
@@ -148,6 +148,17 @@ pub(crate) fn socket_address(address: &Multiaddr) -> Option<SocketAddr> {
 
 fn multiaddr(address: SocketAddr) -> Multiaddr {
     Multiaddr::from(address.ip()).with(Protocol::Tcp(address.port()))
+}
+
+/// Said here, because libp2p's boxed transports keep the words of an error and lose its kind.
+fn with_remedy(error: &io::Error) -> io::Error {
+    let remedy = match error.kind() {
+        io::ErrorKind::AddrInUse => "stop the program that has it, or listen on another port",
+        io::ErrorKind::AddrNotAvailable => "this machine has no such address; try 0.0.0.0 or ::",
+        io::ErrorKind::PermissionDenied => "ports below 1024 are for root; try a higher one",
+        _ => "try another address",
+    };
+    io::Error::new(error.kind(), format!("{error}; {remedy}"))
 }
 
 /// The options of every connection.
