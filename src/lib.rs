@@ -1,4 +1,90 @@
 //! A libp2p circuit relay whose slots come back.
+//!
+//! A peer behind NAT reserves a *slot* on a relay, so that others can reach it through a *circuit*
+//! over that relay ([Circuit Relay v2][spec]). Peers vanish without a word; this relay gets their
+//! slots back. It is a program (`relaylet`, see the README), a [`Behaviour`] for any rust-libp2p
+//! swarm, and meant to be read whole.
+//!
+//! # The words
+//!
+//! Reservation, circuit, hop, stop, voucher, source and target are the specification's. Our own
+//! are few, and mean the same in flags, events, logs and tests:
+//!
+//! - *Slot*: the capacity that one reservation takes up. A peer has one, or none.
+//! - *Grace*: the time after a peer's last connection is gone in which its slot still counts as
+//!   taken, so that a phone which changes networks finds it again. The reservation is void
+//!   meanwhile: nobody is connected to a peer in grace. A newcomer takes a slot in grace only when
+//!   no other is free.
+//! - *Billed*: a slot counts towards the cap of the address that it was reserved from.
+//! - *Sweep*: the pass over the tables, once a second, that ends what is over. Nothing else cleans
+//!   up.
+//! - *Idle*: a connection that neither holds a reservation nor carries a circuit.
+//!
+//! # One RESERVE, file by file
+//!
+//! 1. A client opens a hop stream. The connection's [handler](behaviour) gives it a task in which
+//!    `hop.rs` reads one message, framed and decoded by [`wire`]; a message that is none is
+//!    answered there, and nothing behind it ever sees one.
+//! 2. The [behaviour] hears that this peer wants a slot, and asks the table in [`reservations`].
+//!    A peer that has a slot keeps it: it is renewed. A newcomer gets a free slot, or one in
+//!    grace, under the caps of the table and of the address ([`address`]) it is billed to; or it
+//!    is refused. The table knows neither clock nor socket: `now` comes in, an answer goes out.
+//! 3. The behaviour turns a grant into a message: until when, where the relay can be reached
+//!    ([`address`] again), a signed voucher (`voucher.rs`), what a circuit may carry. It goes back
+//!    through the handler and `hop.rs`, and whether it arrived is reported to the table: a grant
+//!    that nobody read is undone.
+//! 4. When the connection is lost, grace begins. The [`sweep`] ends it, and the term.
+//!
+//! # One CONNECT, file by file
+//!
+//! 1. To the behaviour as above. No live reservation of the target, no circuit; else the table in
+//!    [`circuits`] counts it, if source, target and relay have room for one more.
+//! 2. The handler of the *target's* connection opens a stop stream, on which `stop.rs` asks.
+//! 3. The stream comes back through the behaviour to the handler of the *source's* connection,
+//!    which answers on the hop stream. From here on the two streams are one [`circuit`]: bytes both
+//!    ways, limits, half-close, and how many bytes were carried when it ends.
+//!
+//! # In a swarm of one's own
+//!
+//! Where `libp2p::relay::Behaviour` would stand, on any executor, beside any other behaviour:
+//!
+//! ```
+//! use libp2p::{SwarmBuilder, identify, noise, swarm::NetworkBehaviour, tcp, yamux};
+//!
+//! #[derive(NetworkBehaviour)]
+//! struct MyBehaviour {
+//!     relay: relaylet::Behaviour,
+//!     identify: identify::Behaviour,
+//! }
+//!
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let mut config = relaylet::Config::default();
+//! config.max_reservations = 100;
+//! config.circuit_bytes = 0; // no limit
+//!
+//! let mut swarm = SwarmBuilder::with_new_identity()
+//!     .with_tokio()
+//!     .with_tcp(tcp::Config::default(), noise::Config::new, yamux::Config::default)?
+//!     .with_behaviour(|keypair| {
+//!         let identify = identify::Config::new("my/1.0.0".into(), keypair.public());
+//!         Ok(MyBehaviour {
+//!             relay: relaylet::Behaviour::new(keypair.clone(), config)?,
+//!             identify: identify::Behaviour::new(identify),
+//!         })
+//!     })?
+//!     .build();
+//! swarm.listen_on("/ip4/127.0.0.1/tcp/0".parse()?)?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Drive it with `swarm.select_next_some()`. Two things are yours: to tell the relay where it can
+//! be reached (`swarm.add_external_address`, [`Config::announce`], or [`Behaviour::reported`] with
+//! what identify observes), and to switch [`Config::answer_ping`] off if you have a ping behaviour
+//! and want that one to answer. Without default features the crate is this behaviour alone.
+//!
+//! [spec]: https://github.com/libp2p/specs/blob/master/relay/circuit-v2.md
 
 pub mod address;
 pub mod behaviour;
@@ -10,6 +96,8 @@ pub mod event;
 mod handler;
 mod hop;
 mod ping;
+#[cfg(feature = "program")]
+pub mod program;
 pub mod reservations;
 mod stop;
 pub mod sweep;
@@ -18,9 +106,11 @@ mod voucher;
 pub mod wire;
 
 pub use behaviour::Behaviour;
+pub use circuit::{Carried, CircuitEnd};
+pub use circuits::CircuitId;
 pub use config::{Config, ConfigError};
-pub use event::Event;
-#[cfg(feature = "program")]
-pub mod program;
+pub use event::{Event, Refused};
 #[cfg(feature = "program")]
 pub use program::node::{Node, NodeEvent};
+pub use reservations::FreedReason;
+pub use stop::StopFailed;

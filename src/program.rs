@@ -4,6 +4,7 @@
 pub mod connection_limits;
 pub mod flags;
 pub mod identity;
+mod interfaces;
 pub mod muxer;
 pub mod node;
 pub mod open_files;

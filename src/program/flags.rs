@@ -1,8 +1,9 @@
 //! The command line and the environment, made into a configuration.
 
-use std::{ffi::OsString, path::PathBuf, time::Duration};
+use std::{ffi::OsString, path::PathBuf};
 
 use bytesize::ByteSize;
+use humantime::Duration;
 use libp2p::Multiaddr;
 use structopt::{
     StructOpt,
@@ -17,7 +18,7 @@ const DEFAULT_LISTEN: [&str; 2] = ["/ip4/0.0.0.0/tcp/4001", "/ip6/::/tcp/4001"];
 
 /// A libp2p circuit relay (v2) whose slots come back.
 ///
-/// Each flag can also be given as RELAYLET_<NAME> in the environment, lists with commas.
+/// Each flag can also be given as RELAYLET_NAME in the environment, lists with commas.
 #[derive(Debug, StructOpt)]
 #[structopt(
     name = "relaylet",
@@ -32,7 +33,6 @@ pub struct Flags {
         long,
         value_name = "MULTIADDR",
         env = "RELAYLET_LISTEN",
-        hide_env_values = true,
         use_delimiter = true
     )]
     pub listen: Vec<Multiaddr>,
@@ -42,7 +42,6 @@ pub struct Flags {
         long,
         value_name = "MULTIADDR",
         env = "RELAYLET_ANNOUNCE",
-        hide_env_values = true,
         use_delimiter = true
     )]
     pub announce: Vec<Multiaddr>,
@@ -52,7 +51,6 @@ pub struct Flags {
         long,
         value_name = "FILE",
         env = "RELAYLET_IDENTITY",
-        hide_env_values = true,
         default_value = "relaylet.key",
         parse(from_os_str)
     )]
@@ -63,7 +61,6 @@ pub struct Flags {
         long,
         value_name = "N",
         env = "RELAYLET_MAX_RESERVATIONS",
-        hide_env_values = true,
         default_value = "1024"
     )]
     pub max_reservations: usize,
@@ -71,21 +68,15 @@ pub struct Flags {
     /// How many slots one IP address (IPv6: one /64) may have; 0: no cap
     ///
     /// [default: a sixteenth of --max-reservations, at least 8]
-    #[structopt(
-        long,
-        value_name = "N",
-        env = "RELAYLET_MAX_RESERVATIONS_PER_IP",
-        hide_env_values = true
-    )]
+    #[structopt(long, value_name = "N", env = "RELAYLET_MAX_RESERVATIONS_PER_IP")]
     pub max_reservations_per_ip: Option<usize>,
 
     /// For how long a reservation is granted, and renewed
     #[structopt(
         long,
         value_name = "DURATION",
-        env = "RELAYLET_RESERVATION_TTL", hide_env_values = true,
-        default_value = "1h",
-        parse(try_from_str = humantime::parse_duration)
+        env = "RELAYLET_RESERVATION_TTL",
+        default_value = "1h"
     )]
     pub reservation_ttl: Duration,
 
@@ -93,9 +84,8 @@ pub struct Flags {
     #[structopt(
         long,
         value_name = "DURATION",
-        env = "RELAYLET_GRACE", hide_env_values = true,
-        default_value = "30s",
-        parse(try_from_str = humantime::parse_duration)
+        env = "RELAYLET_GRACE",
+        default_value = "30s"
     )]
     pub grace: Duration,
 
@@ -103,9 +93,8 @@ pub struct Flags {
     #[structopt(
         long,
         value_name = "DURATION",
-        env = "RELAYLET_SWEEP", hide_env_values = true,
-        default_value = "1s",
-        parse(try_from_str = humantime::parse_duration)
+        env = "RELAYLET_SWEEP",
+        default_value = "1s"
     )]
     pub sweep: Duration,
 
@@ -113,9 +102,8 @@ pub struct Flags {
     #[structopt(
         long,
         value_name = "DURATION",
-        env = "RELAYLET_IDLE_TIMEOUT", hide_env_values = true,
-        default_value = "1m",
-        parse(try_from_str = humantime::parse_duration)
+        env = "RELAYLET_IDLE_TIMEOUT",
+        default_value = "1m"
     )]
     pub idle_timeout: Duration,
 
@@ -124,7 +112,6 @@ pub struct Flags {
         long,
         value_name = "N",
         env = "RELAYLET_MAX_CIRCUITS",
-        hide_env_values = true,
         default_value = "1024"
     )]
     pub max_circuits: usize,
@@ -134,7 +121,6 @@ pub struct Flags {
         long,
         value_name = "N",
         env = "RELAYLET_MAX_CIRCUITS_PER_PEER",
-        hide_env_values = true,
         default_value = "64"
     )]
     pub max_circuits_per_peer: usize,
@@ -143,9 +129,8 @@ pub struct Flags {
     #[structopt(
         long,
         value_name = "DURATION",
-        env = "RELAYLET_CIRCUIT_DURATION", hide_env_values = true,
-        default_value = "2m",
-        parse(try_from_str = humantime::parse_duration)
+        env = "RELAYLET_CIRCUIT_DURATION",
+        default_value = "2m"
     )]
     pub circuit_duration: Duration,
 
@@ -154,7 +139,6 @@ pub struct Flags {
         long,
         value_name = "SIZE",
         env = "RELAYLET_CIRCUIT_BYTES",
-        hide_env_values = true,
         default_value = "128KiB"
     )]
     pub circuit_bytes: ByteSize,
@@ -164,7 +148,6 @@ pub struct Flags {
         long,
         value_name = "N",
         env = "RELAYLET_MAX_CONNECTIONS",
-        hide_env_values = true,
         default_value = "4096"
     )]
     pub max_connections: usize,
@@ -174,7 +157,6 @@ pub struct Flags {
         long,
         value_name = "N",
         env = "RELAYLET_MAX_CONNECTIONS_PER_IP",
-        hide_env_values = true,
         default_value = "256"
     )]
     pub max_connections_per_ip: usize,
@@ -184,7 +166,6 @@ pub struct Flags {
         long,
         value_name = "N",
         env = "RELAYLET_MAX_HANDSHAKES",
-        hide_env_values = true,
         default_value = "256"
     )]
     pub max_handshakes: usize,
@@ -216,13 +197,13 @@ impl Flags {
         Config {
             max_reservations: self.max_reservations,
             max_reservations_per_ip: self.max_reservations_per_ip,
-            reservation_ttl: self.reservation_ttl,
-            grace: self.grace,
-            sweep: self.sweep,
-            idle_timeout: self.idle_timeout,
+            reservation_ttl: self.reservation_ttl.into(),
+            grace: self.grace.into(),
+            sweep: self.sweep.into(),
+            idle_timeout: self.idle_timeout.into(),
             max_circuits: self.max_circuits,
             max_circuits_per_peer: self.max_circuits_per_peer,
-            circuit_duration: self.circuit_duration,
+            circuit_duration: self.circuit_duration.into(),
             circuit_bytes: self.circuit_bytes.as_u64(),
             announce: self.announce.clone(),
             ..Config::default()
@@ -297,6 +278,8 @@ fn stop(error: Error) -> Stop {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     fn read(arguments: &[&str]) -> Result<Flags, Stop> {

@@ -170,7 +170,7 @@ fn warn_if_unreachable(node: &Node, announce: &[Multiaddr]) {
 
 fn circuits_carry(flags: &Flags) -> String {
     let bytes = flags.circuit_bytes;
-    let duration = humantime::format_duration(flags.circuit_duration);
+    let duration = flags.circuit_duration;
     match (bytes == ByteSize::b(0), flags.circuit_duration.is_zero()) {
         (true, true) => "a circuit may carry any number of bytes for any time".into(),
         (true, false) => format!(

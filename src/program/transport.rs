@@ -3,17 +3,16 @@
 //! Written here because libp2p's own TCP has come with tokio only since 0.56.
 
 use std::{
-    collections::{HashSet, VecDeque},
+    collections::VecDeque,
     io,
     net::{IpAddr, SocketAddr},
     pin::Pin,
-    task::{Context, Poll, Waker},
+    task::{Context, Poll, Waker, ready},
     time::Duration,
 };
 
 use async_std::net::{TcpListener, TcpStream};
 use futures_timer::Delay;
-use if_watch::{IfEvent, smol::IfWatcher};
 use libp2p::{
     Multiaddr, Transport,
     core::transport::{DialOpts, ListenerId, TransportError, TransportEvent},
@@ -26,7 +25,10 @@ use libp2p::{
 };
 use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
 
-use crate::program::traffic::{Counted, Traffic};
+use super::{
+    interfaces::{Change, Interfaces},
+    traffic::{Counted, Traffic},
+};
 
 /// How many connections the kernel keeps for us until they are accepted.
 const BACKLOG: i32 = 1024;
@@ -44,9 +46,6 @@ const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
 /// Out of file descriptors, accepting again at once would fail again at once.
 const PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
-
-/// How long to wait before the interfaces are watched anew after the kernel refused to tell.
-const WATCH_AGAIN: Duration = Duration::from_secs(10);
 
 type Upgrade = std::future::Ready<io::Result<Counted<TcpStream>>>;
 type Event = TransportEvent<Upgrade, io::Error>;
@@ -206,7 +205,7 @@ impl Listener {
 
         let mut events = VecDeque::new();
         let interfaces = if bound.ip().is_unspecified() {
-            Some(Interfaces::watch()?)
+            Some(Interfaces::new())
         } else {
             events.push_back(TransportEvent::NewAddress {
                 listener_id: id,
@@ -251,25 +250,22 @@ impl Listener {
             return Poll::Pending;
         };
         loop {
-            let (ip, up) = match interfaces.poll(cx) {
-                Poll::Ready(change) => change,
-                Poll::Pending => return Poll::Pending,
-            };
+            let change = ready!(interfaces.poll(cx));
+            let (Change::Up(ip) | Change::Down(ip)) = change;
             if ip.is_ipv4() != self.bound.is_ipv4() {
                 continue;
             }
             let listen_addr = multiaddr(SocketAddr::new(ip, self.bound.port()));
             let listener_id = self.id;
-            return Poll::Ready(if up {
-                TransportEvent::NewAddress {
+            return Poll::Ready(match change {
+                Change::Up(_) => TransportEvent::NewAddress {
                     listener_id,
                     listen_addr,
-                }
-            } else {
-                TransportEvent::AddressExpired {
+                },
+                Change::Down(_) => TransportEvent::AddressExpired {
                     listener_id,
                     listen_addr,
-                }
+                },
             });
         }
     }
@@ -338,59 +334,5 @@ impl Stream for Listener {
                 Poll::Pending => return Poll::Pending,
             }
         }
-    }
-}
-
-/// The addresses of the machine, and how they change.
-struct Interfaces {
-    watcher: Option<IfWatcher>,
-    again: Delay,
-    /// Those that were told of, so that none is told twice when watching began anew.
-    known: HashSet<IpAddr>,
-}
-
-impl Interfaces {
-    fn watch() -> io::Result<Self> {
-        Ok(Self {
-            watcher: Some(IfWatcher::new()?),
-            again: Delay::new(Duration::ZERO),
-            known: HashSet::new(),
-        })
-    }
-
-    /// The next address that came (true) or went (false).
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<(IpAddr, bool)> {
-        loop {
-            let Some(watcher) = &mut self.watcher else {
-                std::task::ready!(self.again.poll_unpin(cx));
-                self.again.reset(WATCH_AGAIN);
-                self.watcher = IfWatcher::new().ok();
-                continue;
-            };
-            match std::task::ready!(watcher.poll_if_event(cx)) {
-                Ok(IfEvent::Up(net))
-                    if is_dialable(net.addr()) && self.known.insert(net.addr()) =>
-                {
-                    return Poll::Ready((net.addr(), true));
-                }
-                Ok(IfEvent::Down(net)) if self.known.remove(&net.addr()) => {
-                    return Poll::Ready((net.addr(), false));
-                }
-                Ok(_) => {}
-                Err(error) => {
-                    log::warn!("the machine's addresses cannot be watched for now: {error}");
-                    self.watcher = None;
-                    self.again.reset(WATCH_AGAIN);
-                }
-            }
-        }
-    }
-}
-
-/// An IPv6 link-local address means nothing without the interface's name, which a multiaddr lacks.
-fn is_dialable(ip: IpAddr) -> bool {
-    match ip {
-        IpAddr::V4(_) => true,
-        IpAddr::V6(ip) => !ip.is_unicast_link_local(),
     }
 }
