@@ -324,12 +324,14 @@ impl Behaviour {
         let now = Instant::now();
         self.connections.remove(connection);
         for (id, circuit) in self.circuits.of(&peer) {
+            if ![circuit.source, circuit.target].contains(&End { peer, connection }) {
+                continue;
+            }
+            self.end_circuit(id, circuit);
             if circuit.source.connection == connection {
-                // Its handler has accounted for the open ones already: see `Handler::poll_close`.
-                self.asking.remove(&id);
+                // Its handler has accounted for the circuit, unless it ended without a word: see
+                // `Handler::poll_close`.
                 self.circuit_ended(id, CircuitEnd::Ended, Carried::default());
-            } else if circuit.target.connection == connection {
-                self.end_circuit(id, circuit);
             }
         }
         let before = self.reservations.connection(&peer);

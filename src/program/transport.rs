@@ -8,7 +8,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     pin::Pin,
     task::{Context, Poll, Waker, ready},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use async_std::net::{TcpListener, TcpStream};
@@ -46,6 +46,10 @@ const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
 /// Out of file descriptors, accepting again at once would fail again at once.
 const PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+
+/// After how long without a failure the next one is told again: whoever can make accepting fail
+/// can also make it succeed in between, and is not to fill the log.
+const TELL_AGAIN: Duration = Duration::from_secs(60);
 
 type Upgrade = std::future::Ready<io::Result<Counted<TcpStream>>>;
 type Event = TransportEvent<Upgrade, io::Error>;
@@ -182,8 +186,10 @@ struct Listener {
     interfaces: Option<Interfaces>,
     traffic: Traffic,
     pause: Option<Delay>,
-    /// How long the next pause is; above [`PAUSE`] while accepting fails.
+    /// How long the next pause is; longer than [`PAUSE`] while accepting fails.
     next_pause: Duration,
+    /// When accepting failed last.
+    failed: Option<Instant>,
     events: VecDeque<Event>,
     closed: bool,
     waker: Option<Waker>,
@@ -224,6 +230,7 @@ impl Listener {
             traffic,
             pause: None,
             next_pause: PAUSE,
+            failed: None,
             events,
             closed: false,
             waker: None,
@@ -281,12 +288,13 @@ impl Listener {
         })
     }
 
-    /// Accepting failed: leaves the listener alone for a while. Told only the first time in a row.
-    fn failed(&mut self, error: io::Error) -> Option<Event> {
-        let first = self.next_pause == PAUSE;
+    /// Accepting failed: leaves the listener alone for a while. Told once for as long as it lasts.
+    fn failed(&mut self, error: io::Error, now: Instant) -> Option<Event> {
+        let last = self.failed.replace(now);
+        let news = last.is_none_or(|last| now.duration_since(last) > TELL_AGAIN);
         self.pause = Some(Delay::new(self.next_pause));
         self.next_pause = (self.next_pause * 2).min(LONGEST_PAUSE);
-        first.then_some(TransportEvent::ListenerError {
+        news.then_some(TransportEvent::ListenerError {
             listener_id: self.id,
             error,
         })
@@ -326,7 +334,7 @@ impl Stream for Listener {
                 Poll::Ready(Some(Err(error)))
                     if error.kind() == io::ErrorKind::ConnectionAborted => {}
                 Poll::Ready(Some(Err(error))) => {
-                    if let Some(event) = this.failed(error) {
+                    if let Some(event) = this.failed(error, Instant::now()) {
                         return Poll::Ready(Some(event));
                     }
                 }
