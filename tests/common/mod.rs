@@ -2,6 +2,8 @@
 
 #![allow(dead_code)] // each test file uses its own part
 
+pub mod by_hand;
+pub mod bystanders;
 pub mod messages;
 
 use std::{
