@@ -139,7 +139,8 @@ pub struct Flags {
         long,
         value_name = "SIZE",
         env = "RELAYLET_CIRCUIT_BYTES",
-        default_value = "128KiB"
+        default_value = "128KiB",
+        parse(try_from_str = size)
     )]
     pub circuit_bytes: ByteSize,
 
@@ -248,6 +249,14 @@ impl Flags {
             )),
             None => Ok(()),
         }
+    }
+}
+
+/// A size as people write it. bytesize takes what is beyond counting for the last number.
+fn size(text: &str) -> Result<ByteSize, String> {
+    match text.parse()? {
+        ByteSize(u64::MAX) => Err("is more than can be counted; 0 stands for no limit".into()),
+        size => Ok(size),
     }
 }
 

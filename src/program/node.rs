@@ -209,7 +209,10 @@ impl Node {
                 send_back_addr,
                 error,
                 ..
-            } => log::debug!("connection from {send_back_addr} failed: {error}"),
+            } => {
+                let error = anyhow::Error::from(error); // it shows its causes
+                log::debug!("connection from {send_back_addr} failed: {error:#}");
+            }
             SwarmEvent::ConnectionEstablished {
                 peer_id,
                 connection_id,

@@ -142,7 +142,7 @@ fn tell(node: &Node, event: NodeEvent) {
     match event {
         NodeEvent::Listening(address) => {
             let line = format!("listening on {address}/p2p/{}", node.peer_id());
-            say(&format!("{line}\n"));
+            say(&line);
             log::info!("{line}");
         }
         NodeEvent::NotListening(address) => log::info!("no longer listening on {address}"),
@@ -153,7 +153,7 @@ fn tell(node: &Node, event: NodeEvent) {
 /// Standard output may be closed, or a pipe that nobody reads any more; the relay goes on.
 fn say(text: &str) {
     let mut out = io::stdout();
-    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+    let _ = writeln!(out, "{}", text.trim_end()).and_then(|()| out.flush());
 }
 
 fn warn_if_unreachable(node: &Node, announce: &[Multiaddr]) {

@@ -74,7 +74,7 @@ fn loud(relay: &Relay) -> Vec<String> {
 }
 
 /// Waits until the relay hardly computes any more, and looks at how much memory it ever took.
-async fn comes_to_rest(relay: &Relay) {
+pub async fn comes_to_rest(relay: &Relay) {
     const BUSY: u64 = 20; // hundredths of a second
     const MUCH: u64 = 64 * 1024; // KiB, four times what it takes to begin with
     let about = |what| fs::read_to_string(format!("/proc/{}/{what}", relay.pid())).ok();

@@ -62,8 +62,14 @@ impl Relay {
 
     /// As [`Relay::start_listening`], with the identity in `folder`.
     pub fn start_in(folder: TempDir, flags: &[&str]) -> Self {
-        let mut child = command(&folder)
-            .args(flags)
+        let mut command = command(&folder);
+        command.args(flags);
+        Self::run(command, folder)
+    }
+
+    /// Runs this command in its folder, and waits until it listens.
+    pub fn run(mut command: Command, folder: TempDir) -> Self {
+        let mut child = command
             .env("RUST_LOG", "info,relaylet=debug,yamux=off")
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -106,6 +112,11 @@ impl Relay {
             .strip_prefix("listening on ")
             .expect("the only kind of line");
         address.parse().expect("a multiaddr")
+    }
+
+    /// What else it said on standard output. It has to have ended.
+    pub fn rest_of_output(&self) -> Vec<String> {
+        self.lines.iter().collect()
     }
 
     /// The TCP port of [`Relay::address`].
@@ -193,7 +204,10 @@ pub fn wait_for(child: &mut Child) -> ExitStatus {
         if let Some(status) = child.try_wait().expect("it can be waited for") {
             return status;
         }
-        assert!(start.elapsed() < PATIENCE, "the process does not end");
+        if start.elapsed() > PATIENCE {
+            child.kill().expect("it can be killed");
+            panic!("the process does not end");
+        }
         thread::sleep(Duration::from_millis(10));
     }
 }
