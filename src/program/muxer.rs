@@ -29,10 +29,14 @@ use libp2p::{
 /// The window that yamux grants every stream from its start, in bytes.
 const INITIAL_WINDOW: usize = yamux::DEFAULT_CREDIT as usize;
 
+/// The longest frame that yamux reads, in bytes; it ends the connection over a longer one.
+const LONGEST_FRAME: usize = 1024 * 1024;
+
 /// By how much the windows of one connection may grow in all beyond the initial ones, in bytes.
 ///
-/// Enough for 100 Mbit/s over a round trip of a second, once in each direction.
-const WINDOW_GROWTH: usize = 2 * 12 * 1024 * 1024;
+/// js-libp2p sends as much as the window holds in a single frame, so no window may get larger than
+/// the longest frame. That is enough for 80 Mbit/s over a round trip of 100 ms.
+const WINDOW_GROWTH: usize = LONGEST_FRAME - INITIAL_WINDOW;
 
 /// How many streams yamux lets us open before the peer acknowledged the first.
 const ACK_BACKLOG: usize = 256;

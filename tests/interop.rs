@@ -1,0 +1,87 @@
+//! Other people's clients, as they are: go-libp2p and js-libp2p against the program.
+//!
+//! They need Go, and Node with npm. Without those they fail, because a client that was not tried
+//! is not served.
+
+mod common;
+
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use common::Relay;
+
+/// What a client does, and the flags of the relay that it does it to.
+type Scenario = (&'static str, &'static [&'static str]);
+
+const UNLIMITED: Scenario = (
+    "unlimited",
+    &["--circuit-bytes", "0", "--circuit-duration", "0s"],
+);
+const LIMITED: Scenario = (
+    "limited",
+    &["--circuit-bytes", "128KiB", "--circuit-duration", "5s"],
+);
+const STATUSES: Scenario = ("statuses", &["--max-circuits-per-peer", "1"]);
+
+#[test]
+fn go_libp2p_is_served() {
+    let folder = client("go");
+    let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join("go-client");
+    let build = [
+        "build",
+        "-o",
+        program.to_str().expect("a path in UTF-8"),
+        ".",
+    ];
+    run(Command::new("go").args(build).current_dir(&folder));
+    for scenario in [
+        ("reserve", &[][..]),
+        ("autorelay", &[]),
+        UNLIMITED,
+        LIMITED,
+        STATUSES,
+        ("full", &["--max-reservations", "1"]),
+    ] {
+        play(scenario, &mut Command::new(&program));
+    }
+}
+
+#[test]
+fn js_libp2p_is_served() {
+    // js-libp2p asks to reserve again only when little of the term is left.
+    const SHORT: &str = "--reservation-ttl=5m";
+    let folder = client("js");
+    run(Command::new("npm")
+        .args(["ci", "--no-audit", "--no-fund"])
+        .current_dir(&folder));
+    for scenario in [
+        ("reserve", &[SHORT][..]),
+        UNLIMITED,
+        LIMITED,
+        STATUSES,
+        ("full", &[SHORT, "--max-reservations=1"]),
+    ] {
+        let mut node = Command::new("node_modules/.bin/node");
+        play(scenario, node.arg("client.mjs").current_dir(&folder));
+    }
+}
+
+fn client(language: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/interop")
+        .join(language)
+}
+
+/// Runs a client through one scenario with a relay of its own. It bounds its steps itself.
+fn play((name, flags): Scenario, client: &mut Command) {
+    let relay = Relay::start(flags);
+    run(client.args([name, &relay.address.to_string()]));
+}
+
+fn run(command: &mut Command) {
+    let status = command.status();
+    let status = status.unwrap_or_else(|error| panic!("{command:?}: {error}; is it installed?"));
+    assert!(status.success(), "{command:?}: {status}");
+}

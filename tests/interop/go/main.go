@@ -1,0 +1,50 @@
+// An interop client: go-libp2p against a running relay.
+//
+//	go run . <scenario> <relay multiaddr ending in /p2p/<relay>>
+//
+// Prints one line for each thing it proved; on the first failure it says on
+// one line what was wrong and exits with status 1.
+package main
+
+import (
+	"fmt"
+	"os"
+	"strings"
+
+	"github.com/libp2p/go-libp2p/core/peer"
+)
+
+// scenarios by name, with the relay options each of them expects.
+var scenarios = map[string]func(relay peer.AddrInfo) error{
+	"reserve":   reserveAndRenew,
+	"autorelay": autoRelay,
+	"unlimited": unlimited, // --circuit-bytes 0 --circuit-duration 0s
+	"limited":   limited,   // --circuit-bytes 128KiB --circuit-duration 5s
+	"statuses":  statuses,  // --max-circuits-per-peer 1
+	"full":      full,      // --max-reservations 1
+}
+
+func main() {
+	if len(os.Args) != 3 || scenarios[os.Args[1]] == nil {
+		fmt.Fprintln(os.Stderr, "usage: go run . reserve|autorelay|unlimited|limited|statuses|full <relay multiaddr>")
+		os.Exit(2)
+	}
+	if err := run(os.Args[1], os.Args[2]); err != nil {
+		// A dial error of go-libp2p has a line for each address it tried.
+		fmt.Fprintln(os.Stderr, "failed:", os.Args[1]+":", strings.Join(strings.Fields(err.Error()), " "))
+		os.Exit(1)
+	}
+}
+
+func run(scenario, address string) error {
+	relay, err := peer.AddrInfoFromString(address)
+	if err != nil {
+		return fmt.Errorf("relay address %s: %w", address, err)
+	}
+	return scenarios[scenario](*relay)
+}
+
+// proved prints one line about something that holds.
+func proved(format string, args ...any) {
+	fmt.Printf("ok: "+format+"\n", args...)
+}

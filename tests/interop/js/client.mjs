@@ -1,0 +1,39 @@
+// An interop client: js-libp2p against a running relay.
+//
+//   node_modules/.bin/node client.mjs <scenario> <relay multiaddr ending in /p2p/<relay>>
+//
+// Prints one line for each thing it proved; on the first failure it says on
+// one line what was wrong and exits with status 1.
+import { multiaddr } from '@multiformats/multiaddr'
+import { limited, unlimited } from './circuits.mjs'
+import { full, reserve } from './reservations.mjs'
+import { statuses } from './statuses.mjs'
+
+// Scenarios by name, with the relay options each of them expects.
+const scenarios = {
+  reserve, // --reservation-ttl 5m
+  unlimited, // --circuit-bytes 0 --circuit-duration 0s
+  limited, // --circuit-bytes 128KiB --circuit-duration 5s
+  statuses, // --max-circuits-per-peer 1
+  full // --max-reservations 1 --reservation-ttl 5m
+}
+
+const [name, address, ...rest] = process.argv.slice(2)
+if (!Object.hasOwn(scenarios, name) || address == null || rest.length > 0) {
+  console.error(`usage: node client.mjs ${Object.keys(scenarios).join('|')} <relay multiaddr>`)
+  process.exit(2)
+}
+try {
+  await scenarios[name](multiaddr(address))
+} catch (error) {
+  console.error(`failed: ${name}: ${told(error)}`)
+  process.exit(1)
+}
+// Without it js-libp2p's timers keep the process for a while.
+process.exit(0)
+
+// An error and what caused it, on one line.
+function told (error) {
+  const causes = [error.cause, ...error.errors ?? []].filter(cause => cause != null)
+  return [error instanceof Event ? `event ${error.type}` : String(error), ...causes.map(told)].join(': ').replaceAll(/\s+/g, ' ')
+}
