@@ -218,7 +218,7 @@ async fn nobody_has_to_read_standard_output() {
 fn an_address_in_use_or_not_of_this_machine_is_one_line() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let taken = format!("/ip4/127.0.0.1/tcp/{}", taken_port(&taken));
-    for address in [taken.as_str(), "/ip4/192.0.2.1/tcp/0"] {
+    for address in [taken.as_str(), "/ip4/203.0.113.1/tcp/0"] {
         let line = failed(&["--listen", address], &TempDir::new().unwrap());
         assert!(line.contains(&format!("--listen {address}: ")), "{line}");
     }
