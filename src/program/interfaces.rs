@@ -64,6 +64,16 @@ impl Interfaces {
     }
 }
 
+/// Whether the machine has any address of the same family as `ip`.
+///
+/// Where IPv6 is switched off, sockets can be bound to `::` all the same.
+pub(crate) fn has_one_like(ip: IpAddr) -> bool {
+    let found = if_addrs::get_if_addrs();
+    found.map_or(true, |found| {
+        found.iter().any(|own| own.ip().is_ipv6() == ip.is_ipv6())
+    })
+}
+
 /// An IPv6 link-local address means nothing without the interface's name, which a multiaddr lacks.
 fn is_dialable(ip: &IpAddr) -> bool {
     match ip {

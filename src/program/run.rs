@@ -20,7 +20,7 @@ use libp2p::{
 
 use super::{
     flags::{Flags, Stop, in_flags},
-    identity,
+    identity, interfaces,
     node::{Node, NodeEvent},
     open_files, transport,
 };
@@ -108,17 +108,23 @@ async fn run(flags: &Flags) -> Result<()> {
 }
 
 fn listen(node: &mut Node, flags: &Flags) -> Result<()> {
-    let (addresses, asked_for) = flags.listen_addresses();
-    let (addresses, lacking): (Vec<_>, Vec<_>) = addresses
-        .into_iter()
-        .partition(|address| asked_for || machine_has(address));
-    for address in &lacking {
-        log::warn!("not listening on {address}: this machine has no such address");
+    let (mut addresses, asked_for) = flags.listen_addresses();
+    if !asked_for {
+        addresses.retain(|address| {
+            let has = machine_has(address);
+            if !has {
+                log::warn!("not listening on {address}: this machine has no such address");
+            }
+            has
+        });
     }
     if addresses.is_empty() {
         bail!("--listen: this machine has neither IPv4 nor IPv6");
     }
     for address in addresses {
+        if !has_family(&address) {
+            bail!("--listen {address}: this machine has no address of that kind; name another");
+        }
         node.listen_on(address.clone())
             .map_err(|error| anyhow!("--listen {address}: {error}"))?;
     }
@@ -127,8 +133,13 @@ fn listen(node: &mut Node, flags: &Flags) -> Result<()> {
 
 /// Whether the machine has this kind of address at all: IPv6 may be switched off.
 fn machine_has(address: &Multiaddr) -> bool {
-    transport::listen_address(address)
-        .is_some_and(|address| TcpListener::bind((address.ip(), 0)).is_ok())
+    let bound = transport::listen_address(address)
+        .is_some_and(|address| TcpListener::bind((address.ip(), 0)).is_ok());
+    bound && has_family(address)
+}
+
+fn has_family(address: &Multiaddr) -> bool {
+    transport::listen_address(address).is_none_or(|address| interfaces::has_one_like(address.ip()))
 }
 
 fn usage_if_config(error: anyhow::Error) -> anyhow::Error {
