@@ -51,8 +51,8 @@ pub struct Behaviour {
     connections: Connections<ConnectionId>,
     reservations: Reservations<ConnectionId>,
     circuits: Circuits<ConnectionId>,
-    /// The CONNECTs whose targets have yet to answer.
-    asking: HashMap<CircuitId, RequestId>,
+    /// The CONNECTs whose targets have yet to answer; `None` for those that were given up.
+    asking: HashMap<CircuitId, Option<RequestId>>,
     confirmed: ExternalAddresses,
     listening: ListenAddresses,
     next_sweep: Delay,
@@ -231,7 +231,7 @@ impl Behaviour {
                 return;
             }
         };
-        self.asking.insert(id, request);
+        self.asking.insert(id, Some(request));
         self.connections.add_circuit(from.connection, now);
         self.connections.add_circuit(to.connection, now);
         let limit = self.config.circuit_limit();
@@ -239,33 +239,36 @@ impl Behaviour {
     }
 
     fn target_answered(&mut self, id: CircuitId, answer: Result<Box<libp2p::Stream>, StopFailed>) {
-        let Some(circuit) = self.circuits.get(id) else {
+        let Some(request) = self.asking.remove(&id) else {
             return; // ended meanwhile; dropping the stream resets it
         };
-        match answer {
-            Err(failed) => self.fail_circuit(id, Refused::StopFailed(failed)),
-            Ok(stream) => {
-                let Some(request) = self.asking.remove(&id) else {
-                    return;
-                };
-                let limit = self.config.circuit_limit();
-                let open = Command::OpenCircuit(request, id, stream, limit);
-                self.command(circuit.source, open);
-                self.tell(Event::CircuitOpened {
-                    circuit: id,
-                    source: circuit.source.peer,
-                    target: circuit.target.peer,
-                });
+        match (request, answer) {
+            (Some(request), Ok(stream)) => self.open_circuit(id, request, stream),
+            (Some(request), Err(failed)) => {
+                if let Some(circuit) = self.forget_circuit(id) {
+                    let reason = Refused::StopFailed(failed);
+                    self.refuse_circuit(circuit.source, request, circuit.target.peer, reason);
+                }
+            }
+            // Given up: the source was refused then.
+            (None, _) => {
+                self.forget_circuit(id);
             }
         }
     }
 
-    /// A circuit that was not set up yet never will be.
-    fn fail_circuit(&mut self, id: CircuitId, reason: Refused) {
-        let request = self.asking.remove(&id);
-        if let (Some(circuit), Some(request)) = (self.forget_circuit(id), request) {
-            self.refuse_circuit(circuit.source, request, circuit.target.peer, reason);
-        }
+    fn open_circuit(&mut self, id: CircuitId, request: RequestId, stream: Box<libp2p::Stream>) {
+        let Some(circuit) = self.circuits.get(id) else {
+            return;
+        };
+        let limit = self.config.circuit_limit();
+        let open = Command::OpenCircuit(request, id, stream, limit);
+        self.command(circuit.source, open);
+        self.tell(Event::CircuitOpened {
+            circuit: id,
+            source: circuit.source.peer,
+            target: circuit.target.peer,
+        });
     }
 
     fn circuit_ended(&mut self, id: CircuitId, end: CircuitEnd, carried: Carried) {
@@ -280,12 +283,18 @@ impl Behaviour {
         }
     }
 
-    /// Ends a circuit by command; one that is open reports back what it carried.
+    /// Ends a circuit by command; an open one reports back what it carried.
+    ///
+    /// One that is being set up keeps its place until nothing is left of it at the target: else
+    /// sources that ask and leave could ask one target for more than its cap.
     fn end_circuit(&mut self, id: CircuitId, circuit: Circuit<ConnectionId>) {
-        if self.asking.contains_key(&id) {
-            self.fail_circuit(id, Refused::Gone);
-        } else {
+        let Some(request) = self.asking.get_mut(&id) else {
             self.command(circuit.source, Command::EndCircuit(id));
+            return;
+        };
+        if let Some(request) = request.take() {
+            self.refuse_circuit(circuit.source, request, circuit.target.peer, Refused::Gone);
+            self.command(circuit.target, Command::GiveUpAsking(id));
         }
     }
 
@@ -328,10 +337,16 @@ impl Behaviour {
                 continue;
             }
             self.end_circuit(id, circuit);
-            if circuit.source.connection == connection {
+            let at_source = circuit.source.connection == connection;
+            match self.asking.contains_key(&id) {
+                // The target will not answer any more.
+                true if !at_source => self.target_answered(id, Err(StopFailed::Gone)),
                 // Its handler has accounted for the circuit, unless it ended without a word: see
                 // `Handler::poll_close`.
-                self.circuit_ended(id, CircuitEnd::Ended, Carried::default());
+                false if at_source => {
+                    self.circuit_ended(id, CircuitEnd::Ended, Carried::default());
+                }
+                _ => {}
             }
         }
         let before = self.reservations.connection(&peer);

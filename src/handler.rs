@@ -5,7 +5,7 @@
 //! them, bounds their number, and carries what they yield to the behaviour and back.
 
 use std::{
-    collections::{HashMap, HashSet, VecDeque},
+    collections::{HashMap, VecDeque},
     fmt, io,
     pin::pin,
     task::{Context, Poll},
@@ -60,6 +60,8 @@ pub enum Command {
     Refuse(RequestId, Status),
     /// Ask the peer whether it takes this circuit.
     AskTarget(CircuitId, PeerId, Limit),
+    /// Nobody waits for the answer any more: say so as soon as nothing is left of the question.
+    GiveUpAsking(CircuitId),
     /// The target agreed: answer the CONNECT, and let bytes pass.
     OpenCircuit(RequestId, CircuitId, Box<Stream>, Limit),
     /// End a circuit that this connection carries as its source.
@@ -106,8 +108,9 @@ pub struct Handler {
     pings: usize,
     /// Targets that are yet to be asked: the streams wanted.
     wanted: VecDeque<Asking>,
-    /// Circuits whose target this peer is to be, and that it has yet to agree to.
-    asked: HashSet<CircuitId>,
+    /// Circuits whose target this peer is to be, and that it has yet to agree to. Dropping one of
+    /// these gives it up.
+    asked: HashMap<CircuitId, oneshot::Sender<()>>,
     /// Dropping one of these ends its circuit.
     circuits: HashMap<CircuitId, oneshot::Sender<()>>,
     holds_reservation: bool,
@@ -121,6 +124,7 @@ pub struct Asking {
     source: PeerId,
     limit: Limit,
     since: Instant,
+    given_up: oneshot::Receiver<()>,
 }
 
 impl Handler {
@@ -134,7 +138,7 @@ impl Handler {
             in_progress: 0,
             pings: 0,
             wanted: VecDeque::new(),
-            asked: HashSet::new(),
+            asked: HashMap::new(),
             circuits: HashMap::new(),
             holds_reservation: false,
             last_request: 0,
@@ -176,8 +180,15 @@ impl Handler {
         let left = stop::STOP_TIMEOUT.saturating_sub(asking.since.elapsed());
         self.run(async move {
             let question = wire::stop_connect(asking.source, asking.limit);
-            let answer = stop::ask(&mut stream, question, left).await;
-            Done::Target(asking.circuit, answer.map(|()| stream))
+            let exchange = async {
+                let answer = stop::ask(&mut stream, question, left).await;
+                answer.map(|()| stream)
+            };
+            let answer = match future::select(asking.given_up, pin!(exchange)).await {
+                Either::Left(_) => Err(StopFailed::Gone),
+                Either::Right((answer, _)) => answer,
+            };
+            Done::Target(asking.circuit, answer)
         });
     }
 
@@ -277,13 +288,19 @@ impl ConnectionHandler for Handler {
                 }
             }
             Command::AskTarget(circuit, source, limit) => {
-                self.asked.insert(circuit);
+                let (give_up, given_up) = oneshot::channel();
+                self.asked.insert(circuit, give_up);
                 self.wanted.push_back(Asking {
                     circuit,
                     source,
                     limit,
                     since: Instant::now(),
+                    given_up,
                 });
+            }
+            // What waits for a stream or its negotiation is noticed when there is one.
+            Command::GiveUpAsking(circuit) => {
+                self.asked.remove(&circuit);
             }
             Command::OpenCircuit(request, circuit, target, limit) => {
                 if let Some(source) = self.undecided.remove(&request) {
@@ -348,7 +365,7 @@ impl ConnectionHandler for Handler {
     /// Closing is not closed: the muxer first flushes, which a frozen peer delays for as long as
     /// TCP is patient. So the circuits end, and are accounted for, here.
     fn poll_close(&mut self, cx: &mut Context<'_>) -> Poll<Option<Told>> {
-        if let Some(&circuit) = self.asked.iter().next() {
+        if let Some(&circuit) = self.asked.keys().next() {
             self.asked.remove(&circuit);
             return Poll::Ready(Some(Told::TargetAnswered(circuit, Err(StopFailed::Gone))));
         }

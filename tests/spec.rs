@@ -275,6 +275,26 @@ async fn a_target_that_goes_while_it_is_asked_is_a_failed_connection() {
 }
 
 #[tokio::test]
+async fn a_source_that_goes_while_its_target_is_asked_leaves_nothing_behind() {
+    let relay = Relay::start(&["--max-circuits-per-peer", "1"]);
+    let mut alice = Client::connect(&relay).await;
+    let mut bob = Client::connect(&relay).await;
+    let mut carol = Client::connect(&relay).await;
+    bob.reserve().await;
+    let mut stops = bob.accept(STOP);
+    let mut asked = alice.open(HOP).await;
+    messages::write(&mut asked, &connect(bob.peer)).await;
+    let mut question = within(stops.next()).await.unwrap().1;
+    let _: StopMessage = messages::read(&mut question).await;
+    alice.leave().await;
+    relay.wait_for_log("circuit refused").await;
+
+    // Bob is asked no longer, and may be asked anew, well before the 30 s are over.
+    assert!(read_to_end(&mut question).await.0.is_empty());
+    circuit_to(&mut carol, bob.peer, &mut stops).await;
+}
+
+#[tokio::test]
 async fn circuits_are_limited_in_total() {
     let relay = Relay::start(&["--max-circuits", "1"]);
     let mut alice = Client::connect(&relay).await;
