@@ -167,8 +167,8 @@ async fn nobody_is_reached_without_a_live_reservation() {
 
     // Expired, though no sweep has been by: the relay's own clock says when.
     let mut bob = Client::connect(&relay).await;
-    bob.reserve().await;
     let reserved = Instant::now();
+    bob.reserve().await;
     let mut stops = bob.accept(STOP);
     while reserved.elapsed() < Duration::from_secs(30) {
         let request = connect(bob.peer);
