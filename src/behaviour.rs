@@ -5,8 +5,9 @@
 
 use std::{
     collections::{HashMap, VecDeque},
+    hash::{BuildHasher, RandomState},
     task::{Context, Poll},
-    time::{Instant, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use futures_timer::Delay;
@@ -16,8 +17,8 @@ use libp2p::{
     futures::FutureExt,
     identity::{Keypair, SigningError},
     swarm::{
-        CloseConnection, ConnectionClosed, ConnectionDenied, ConnectionId, FromSwarm,
-        NetworkBehaviour, NotifyHandler, ToSwarm,
+        CloseConnection, ConnectionClosed, ConnectionDenied, ConnectionId, DialFailure, FromSwarm,
+        ListenFailure, NetworkBehaviour, NotifyHandler, ToSwarm,
         behaviour::{ConnectionEstablished, ExternalAddresses, ListenAddresses},
     },
 };
@@ -29,10 +30,12 @@ use crate::{
     config::{Config, ConfigError},
     connections::{Connection, Connections},
     event::{Event, Refused},
-    handler::{Command, Handler, RequestId, Told},
+    handler::{Command, Handler, RequestId, Substream, Told},
+    heartbeat::Heartbeat,
     reservations::{Admission, Left, Receipt, Reservations},
+    signs::Signs,
     stop::StopFailed,
-    sweep::sweep,
+    sweep::{Swept, sweep},
     voucher,
     wire::{self, Request},
 };
@@ -55,6 +58,10 @@ pub struct Behaviour {
     asking: HashMap<CircuitId, Option<RequestId>>,
     confirmed: ExternalAddresses,
     listening: ListenAddresses,
+    heartbeat: Heartbeat,
+    /// Of connections whose handler was made and that are not up yet.
+    signs: HashMap<ConnectionId, Signs>,
+    random: RandomState,
     next_sweep: Delay,
     queue: VecDeque<ToSwarm<Event, Command>>,
 }
@@ -83,6 +90,9 @@ impl Behaviour {
             asking: HashMap::new(),
             confirmed: ExternalAddresses::default(),
             listening: ListenAddresses::default(),
+            heartbeat: Heartbeat::new((&config).into(), Instant::now()),
+            signs: HashMap::new(),
+            random: RandomState::new(),
             next_sweep: Delay::new(config.sweep),
             queue: VecDeque::new(),
             keypair,
@@ -114,6 +124,20 @@ impl Behaviour {
         if address.len() <= MAX_REPORTED {
             self.connections.reported(connection, address);
         }
+    }
+
+    /// Says that something was heard from `peer`, on whatever protocol: it is alive.
+    ///
+    /// By itself the behaviour hears hop, stop, circuit and ping streams only.
+    pub fn heard(&mut self, peer: PeerId) {
+        self.connections.heard(&peer, Instant::now());
+    }
+
+    /// Counts `signs` as signs of life on this connection, from the next sweep on.
+    ///
+    /// For whoever can count more cheaply than call [`Behaviour::heard`]: a transport, say.
+    pub fn listen_to(&mut self, connection: ConnectionId, signs: Signs) {
+        self.connections.listen_to(connection, signs);
     }
 
     /// Gives up `peer`'s slot and ends its circuits, now. Whether it held a slot.
@@ -238,7 +262,7 @@ impl Behaviour {
         self.command(to, Command::AskTarget(id, from.peer, limit));
     }
 
-    fn target_answered(&mut self, id: CircuitId, answer: Result<Box<libp2p::Stream>, StopFailed>) {
+    fn target_answered(&mut self, id: CircuitId, answer: Result<Box<Substream>, StopFailed>) {
         let Some(request) = self.asking.remove(&id) else {
             return; // ended meanwhile; dropping the stream resets it
         };
@@ -257,7 +281,7 @@ impl Behaviour {
         }
     }
 
-    fn open_circuit(&mut self, id: CircuitId, request: RequestId, stream: Box<libp2p::Stream>) {
+    fn open_circuit(&mut self, id: CircuitId, request: RequestId, stream: Box<Substream>) {
         let Some(circuit) = self.circuits.get(id) else {
             return;
         };
@@ -320,13 +344,18 @@ impl Behaviour {
             ConnectedPoint::Dialer { address, .. } => address,
             ConnectedPoint::Listener { send_back_addr, .. } => send_back_addr,
         };
+        let id = established.connection_id;
         let connection = Connection::new(
             established.peer_id,
             address.clone(),
             endpoint.is_relayed(),
+            self.random.hash_one(id) as u8,
             Instant::now(),
         );
-        self.connections.add(established.connection_id, connection);
+        self.connections.add(id, connection);
+        if let Some(signs) = self.signs.remove(&id) {
+            self.connections.listen_to(id, signs);
+        }
     }
 
     fn disconnected(&mut self, peer: PeerId, connection: ConnectionId) {
@@ -369,17 +398,71 @@ impl Behaviour {
         }
     }
 
+    /// Nothing was heard on this connection: as if it were gone, whether or not it is closed.
+    fn silent(&mut self, connection: ConnectionId, silent_for: Duration, now: Instant) {
+        let Some(silent) = self.connections.get(connection) else {
+            return;
+        };
+        let peer = silent.peer;
+        self.tell(Event::PeerSilent {
+            peer,
+            address: silent.address.clone(),
+            silent_for,
+        });
+        for (id, circuit) in self.circuits.of(&peer) {
+            if [circuit.source, circuit.target].contains(&End { peer, connection }) {
+                self.end_circuit(id, circuit);
+            }
+        }
+        let before = self.reservations.connection(&peer);
+        let mut up = self.connections.of(&peer).to_vec();
+        up.retain(|other| *other != connection);
+        let left = self.reservations.silent(peer, connection, &up, now);
+        self.after_leaving(peer, before, left, now);
+        if self.config.close_silent {
+            self.close(peer, connection);
+        }
+    }
+
+    fn close(&mut self, peer_id: PeerId, connection: ConnectionId) {
+        self.connections.closing(connection);
+        self.queue.push_back(ToSwarm::CloseConnection {
+            peer_id,
+            connection: CloseConnection::One(connection),
+        });
+    }
+
     fn sweep(&mut self) {
         let now = Instant::now();
         let timeout = self.config.idle_timeout;
-        let idle = sweep(&mut self.reservations, &mut self.connections, timeout, now);
+        let Swept { idle, beat } = sweep(
+            &mut self.reservations,
+            &mut self.connections,
+            &mut self.heartbeat,
+            timeout,
+            now,
+        );
         self.tell_freed();
         for (peer_id, connection) in idle {
             log::debug!("connection idle for {timeout:?}: closing that of peer {peer_id}");
-            self.queue.push_back(ToSwarm::CloseConnection {
-                peer_id,
-                connection: CloseConnection::One(connection),
-            });
+            self.close(peer_id, connection);
+        }
+        if let Some(fault) = beat.fault {
+            log::warn!("{fault}");
+        }
+        for connection in beat.ask {
+            self.ask_for_sign(connection);
+        }
+        for (connection, silent_for) in beat.silent {
+            self.silent(connection, silent_for, now);
+        }
+    }
+
+    fn ask_for_sign(&mut self, connection: ConnectionId) {
+        if let Some(peer) = self.connections.get(connection).map(|c| c.peer) {
+            log::debug!("asked for a sign of life: peer {peer}");
+            let question = Command::AskForSign(self.config.silence);
+            self.command(End { peer, connection }, question);
         }
     }
 
@@ -444,6 +527,12 @@ impl Behaviour {
         });
     }
 
+    fn handler(&mut self, connection: ConnectionId, peer: PeerId) -> Handler {
+        let signs = Signs::default();
+        self.signs.insert(connection, signs.clone());
+        Handler::new(peer, self.config.answer_ping, signs)
+    }
+
     fn command(&mut self, to: End<ConnectionId>, event: Command) {
         // A connection that is gone takes no commands, and the swarm need not be asked.
         if self.connections.get(to.connection).is_some() {
@@ -467,23 +556,23 @@ impl NetworkBehaviour for Behaviour {
 
     fn handle_established_inbound_connection(
         &mut self,
-        _: ConnectionId,
+        connection: ConnectionId,
         peer: PeerId,
         _: &Multiaddr,
         _: &Multiaddr,
     ) -> Result<Handler, ConnectionDenied> {
-        Ok(Handler::new(peer, self.config.answer_ping))
+        Ok(self.handler(connection, peer))
     }
 
     fn handle_established_outbound_connection(
         &mut self,
-        _: ConnectionId,
+        connection: ConnectionId,
         peer: PeerId,
         _: &Multiaddr,
         _: Endpoint,
         _: PortUse,
     ) -> Result<Handler, ConnectionDenied> {
-        Ok(Handler::new(peer, self.config.answer_ping))
+        Ok(self.handler(connection, peer))
     }
 
     fn on_swarm_event(&mut self, event: FromSwarm) {
@@ -496,6 +585,11 @@ impl NetworkBehaviour for Behaviour {
                 connection_id,
                 ..
             }) => self.disconnected(peer_id, connection_id),
+            // Another behaviour did not let it in.
+            FromSwarm::ListenFailure(ListenFailure { connection_id, .. })
+            | FromSwarm::DialFailure(DialFailure { connection_id, .. }) => {
+                self.signs.remove(&connection_id);
+            }
             _ => {}
         }
     }

@@ -46,6 +46,18 @@ pub struct Config {
     ///
     /// Default 30 s; zero frees the slot at once.
     pub grace: Duration,
+    /// After how much silence a peer that holds a slot or is part of a circuit is asked for a sign
+    /// of life, over `/ipfs/ping/1.0.0`; up to a quarter earlier, at random.
+    ///
+    /// Default 30 s; zero: nobody is asked, and nobody judged silent.
+    pub heartbeat: Duration,
+    /// After how much silence a peer that was asked is judged: its circuits end, and its slot
+    /// enters grace. Default 60 s; above [`heartbeat`](Self::heartbeat).
+    pub silence: Duration,
+    /// Whether the connection of a peer that was judged silent is closed. Default true.
+    ///
+    /// Switch it off where a connection serves other protocols.
+    pub close_silent: bool,
     /// How often the sweep passes over the table. Default 1 s; above zero.
     pub sweep: Duration,
     /// After which time without a reservation or a circuit a connection is closed.
@@ -79,6 +91,9 @@ impl Default for Config {
             max_reservations_per_ip: None,
             reservation_ttl: Duration::from_secs(60 * 60),
             grace: Duration::from_secs(30),
+            heartbeat: Duration::from_secs(30),
+            silence: Duration::from_secs(60),
+            close_silent: true,
             sweep: Duration::from_secs(1),
             idle_timeout: Duration::ZERO,
             max_circuits: 1024,
@@ -107,6 +122,8 @@ impl Config {
         for (setting, duration) in [
             ("reservation_ttl", self.reservation_ttl),
             ("grace", self.grace),
+            ("heartbeat", self.heartbeat),
+            ("silence", self.silence),
             ("sweep", self.sweep),
             ("idle_timeout", self.idle_timeout),
             ("circuit_duration", self.circuit_duration),
@@ -122,6 +139,12 @@ impl Config {
             return Err(ConfigError::new(
                 "reservation_ttl",
                 "a reservation lasts at least a second; try 1h",
+            ));
+        }
+        if !self.heartbeat.is_zero() && self.silence <= self.heartbeat {
+            return Err(ConfigError::new(
+                "silence",
+                "nobody could answer in time; try twice the heartbeat or more",
             ));
         }
         if self.sweep.is_zero() {

@@ -10,7 +10,7 @@ use std::{
 
 use libp2p::{Multiaddr, PeerId};
 
-use crate::address::BilledTo;
+use crate::{address::BilledTo, heartbeat::Pulse, signs::Signs};
 
 /// The connections of one relay.
 #[derive(Debug)]
@@ -34,11 +34,15 @@ pub struct Connection {
     circuits: usize,
     idle_since: Instant,
     closing: bool,
+    /// Where what is heard from the peer is counted, and how much it was when we last looked.
+    signs: Vec<Signs>,
+    heard: u64,
+    pulse: Pulse,
 }
 
 impl Connection {
-    /// A connection that came up at `now`.
-    pub fn new(peer: PeerId, address: Multiaddr, relayed: bool, now: Instant) -> Self {
+    /// A connection that came up at `now`; for `jitter` see [`Pulse::new`].
+    pub fn new(peer: PeerId, address: Multiaddr, relayed: bool, jitter: u8, now: Instant) -> Self {
         Self {
             peer,
             address,
@@ -48,6 +52,9 @@ impl Connection {
             circuits: 0,
             idle_since: now,
             closing: false,
+            signs: Vec::new(),
+            heard: 0,
+            pulse: Pulse::new(now, jitter),
         }
     }
 
@@ -56,8 +63,22 @@ impl Connection {
         BilledTo::of(&self.address)
     }
 
+    /// For how long nothing was heard on it.
+    pub fn silent_for(&self, now: Instant) -> Duration {
+        self.pulse.silent_for(now)
+    }
+
     fn idle(&self) -> bool {
         !self.holds_reservation && self.circuits == 0
+    }
+
+    /// Whether there is more to be heard than when this was last asked.
+    fn listen(&mut self, now: Instant) {
+        let count = self.signs.iter().map(Signs::count).sum();
+        if count != self.heard {
+            self.heard = count;
+            self.pulse.heard(now);
+        }
     }
 }
 
@@ -145,13 +166,47 @@ impl<C: Copy + Eq + std::hash::Hash> Connections<C> {
         idle
     }
 
+    /// Signs of life on this connection are counted here too.
+    pub fn listen_to(&mut self, id: C, signs: Signs) {
+        if let Some(connection) = self.up.get_mut(&id) {
+            connection.signs.push(signs);
+        }
+    }
+
+    /// Something was heard from `peer`.
+    pub fn heard(&mut self, peer: &PeerId, now: Instant) {
+        for id in self.by_peer.get(peer).into_iter().flatten() {
+            if let Some(connection) = self.up.get_mut(id) {
+                connection.pulse.heard(now);
+            }
+        }
+    }
+
+    /// The connections that are watched: those that are not idle, with what is known of them.
+    pub fn watched(&mut self, now: Instant) -> impl Iterator<Item = (C, &mut Pulse)> {
+        let busy = self.up.iter_mut().filter(|(_, c)| !c.idle() && !c.closing);
+        busy.map(move |(id, connection)| {
+            connection.listen(now);
+            (*id, &mut connection.pulse)
+        })
+    }
+
+    /// The connection is being closed: it is neither watched nor idle any more.
+    pub fn closing(&mut self, id: C) {
+        if let Some(connection) = self.up.get_mut(&id) {
+            connection.closing = true;
+        }
+    }
+
     fn change(&mut self, id: C, now: Instant, change: impl FnOnce(&mut Connection)) {
         let Some(connection) = self.up.get_mut(&id) else {
             return;
         };
         let was_idle = connection.idle();
         change(connection);
-        if !was_idle {
+        if was_idle {
+            connection.pulse.heard(now); // nobody listened before
+        } else {
             connection.idle_since = now;
         }
     }
@@ -173,7 +228,7 @@ mod tests {
         let now = Instant::now();
         let mut connections = Connections::new();
         let address = "/ip4/127.0.0.1/tcp/1".parse().unwrap();
-        connections.add(1, Connection::new(PeerId::random(), address, false, now));
+        connections.add(1, Connection::new(PeerId::random(), address, false, 0, now));
         (connections, now)
     }
 

@@ -1,7 +1,7 @@
 //! What the relay tells its owner: each fact in the past tense, each refusal and each freed slot
 //! with its reason. [`Display`](std::fmt::Display) is the line that stands in the log.
 
-use std::fmt;
+use std::{fmt, time::Duration};
 
 use libp2p::{Multiaddr, PeerId};
 
@@ -47,6 +47,16 @@ pub enum Event {
         address: Multiaddr,
         /// Why.
         reason: Refused,
+    },
+    /// A peer with a slot or a circuit was asked for a sign of life and gave none: its circuits
+    /// over that connection end, and its slot moves to another connection of it or enters grace.
+    PeerSilent {
+        /// Who.
+        peer: PeerId,
+        /// Where it came from.
+        address: Multiaddr,
+        /// For how long nothing was heard from it.
+        silent_for: Duration,
     },
     /// The last connection of a peer with a slot is gone; it may come back until its grace is over.
     GraceBegan {
@@ -193,6 +203,15 @@ impl fmt::Display for Event {
                 address,
                 reason,
             } => write!(f, "reservation refused: peer {peer} at {address}: {reason}"),
+            Self::PeerSilent {
+                peer,
+                address,
+                silent_for,
+            } => write!(
+                f,
+                "peer silent: peer {peer} at {address}: nothing heard for {} s",
+                silent_for.as_secs()
+            ),
             Self::GraceBegan { peer } => write!(f, "grace began: peer {peer}"),
             Self::ReservationFreed { peer, reason } => {
                 write!(f, "slot freed: peer {peer}: {reason}")

@@ -9,7 +9,7 @@ use std::{
     fmt, io,
     pin::pin,
     task::{Context, Poll},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use libp2p::{
@@ -34,7 +34,9 @@ use crate::{
     circuits::CircuitId,
     hop, ping,
     reservations::Receipt,
+    signs::{Heard, Signs},
     stop::{self, StopFailed},
+    timeout::within,
     wire::{self, BadRequest, HOP_PROTOCOL, Limit, Request, STOP_PROTOCOL, Status},
 };
 
@@ -63,9 +65,11 @@ pub enum Command {
     /// Nobody waits for the answer any more: say so as soon as nothing is left of the question.
     GiveUpAsking(CircuitId),
     /// The target agreed: answer the CONNECT, and let bytes pass.
-    OpenCircuit(RequestId, CircuitId, Box<Stream>, Limit),
+    OpenCircuit(RequestId, CircuitId, Box<Substream>, Limit),
     /// End a circuit that this connection carries as its source.
     EndCircuit(CircuitId),
+    /// Ask the peer for a sign of life, and wait for it for so long.
+    AskForSign(Duration),
     /// Whether the connection holds a reservation, and so is to be kept.
     Hold(bool),
 }
@@ -80,34 +84,39 @@ pub enum Told {
     /// Whether the answer of this receipt arrived.
     Answered(Receipt, Result<(), io::ErrorKind>),
     /// What the target said.
-    TargetAnswered(CircuitId, Result<Box<Stream>, StopFailed>),
+    TargetAnswered(CircuitId, Result<Box<Substream>, StopFailed>),
     /// A circuit whose source this is has ended.
     CircuitEnded(CircuitId, CircuitEnd, Carried),
 }
 
+/// A stream on which everything that comes in is a sign of life.
+pub type Substream = Heard<Stream>;
+
 /// What a task yields when it is done.
 enum Done {
-    Read(Stream, Result<Request, BadRequest>),
+    Read(Substream, Result<Request, BadRequest>),
     Answered(Option<(Receipt, io::Result<()>)>),
-    Target(CircuitId, Result<Stream, StopFailed>),
+    Target(CircuitId, Result<Substream, StopFailed>),
     Circuit(CircuitId, CircuitEnd, Carried),
     /// The stream failed before there was a request.
     Lost,
     Ping,
+    Sign,
 }
 
 /// The relay's side of one connection.
 pub struct Handler {
     peer: PeerId,
     answer_ping: bool,
+    signs: Signs,
     tasks: FuturesUnordered<BoxFuture<'static, Done>>,
     /// Requests that the behaviour has yet to decide.
-    undecided: HashMap<RequestId, Stream>,
+    undecided: HashMap<RequestId, Substream>,
     /// Requests that are being read or answered.
     in_progress: usize,
     pings: usize,
-    /// Targets that are yet to be asked: the streams wanted.
-    wanted: VecDeque<Asking>,
+    /// The streams wanted, and what for.
+    wanted: VecDeque<Wanted>,
     /// Circuits whose target this peer is to be, and that it has yet to agree to. Dropping one of
     /// these gives it up.
     asked: HashMap<CircuitId, oneshot::Sender<()>>,
@@ -115,6 +124,15 @@ pub struct Handler {
     circuits: HashMap<CircuitId, oneshot::Sender<()>>,
     holds_reservation: bool,
     last_request: u64,
+}
+
+/// What a stream is wanted for.
+#[derive(Debug)]
+pub enum Wanted {
+    /// To ask the peer whether it takes a circuit.
+    Stop(Asking),
+    /// To ask it for a sign of life, within this time.
+    Sign(Duration),
 }
 
 /// A question to a target, while there is no stream for it yet.
@@ -128,11 +146,12 @@ pub struct Asking {
 }
 
 impl Handler {
-    /// The handler of a new connection to `peer`.
-    pub(crate) fn new(peer: PeerId, answer_ping: bool) -> Self {
+    /// The handler of a new connection to `peer`; what is heard from it is counted in `signs`.
+    pub(crate) fn new(peer: PeerId, answer_ping: bool, signs: Signs) -> Self {
         Self {
             peer,
             answer_ping,
+            signs,
             tasks: FuturesUnordered::new(),
             undecided: HashMap::new(),
             in_progress: 0,
@@ -152,6 +171,7 @@ impl Handler {
             }
             self.pings += 1;
             stream.ignore_for_keep_alive();
+            let stream = self.signs.listen_to(stream);
             self.run(ping::answer(stream).map(|_| Done::Ping));
             return;
         }
@@ -160,6 +180,7 @@ impl Handler {
         }
         self.in_progress += 1;
         let peer = self.peer;
+        let mut stream = self.signs.listen_to(stream);
         self.run(async move {
             match hop::read_request(&mut stream, peer).await {
                 Ok(request) => Done::Read(stream, request),
@@ -168,7 +189,7 @@ impl Handler {
         });
     }
 
-    fn answer(&mut self, stream: Stream, message: Vec<u8>, receipt: Option<Receipt>) {
+    fn answer(&mut self, stream: Substream, message: Vec<u8>, receipt: Option<Receipt>) {
         self.in_progress += 1;
         self.run(async move {
             let delivered = hop::answer(stream, message).await;
@@ -176,7 +197,7 @@ impl Handler {
         });
     }
 
-    fn ask(&mut self, mut stream: Stream, asking: Asking) {
+    fn ask(&mut self, mut stream: Substream, asking: Asking) {
         let left = stop::STOP_TIMEOUT.saturating_sub(asking.since.elapsed());
         self.run(async move {
             let question = wire::stop_connect(asking.source, asking.limit);
@@ -192,7 +213,14 @@ impl Handler {
         });
     }
 
-    fn open(&mut self, source: Stream, circuit: CircuitId, target: Stream, limit: Limit) {
+    /// Whatever comes back is counted on the stream itself, a refusal of the protocol by the caller.
+    fn ask_for_sign(&mut self, mut stream: Stream, patience: Duration) {
+        stream.ignore_for_keep_alive();
+        let exchange = ping::ask(self.signs.listen_to(stream));
+        self.run(within(patience, exchange).map(|_| Done::Sign));
+    }
+
+    fn open(&mut self, source: Substream, circuit: CircuitId, target: Substream, limit: Limit) {
         let (end, ended) = oneshot::channel();
         self.circuits.insert(circuit, end);
         self.run(async move {
@@ -252,6 +280,7 @@ impl Handler {
                 self.pings -= 1;
                 None
             }
+            Done::Sign => None,
         }
     }
 }
@@ -262,7 +291,7 @@ impl ConnectionHandler for Handler {
     type InboundProtocol = Inbound;
     type OutboundProtocol = ReadyUpgrade<StreamProtocol>;
     type InboundOpenInfo = ();
-    type OutboundOpenInfo = Asking;
+    type OutboundOpenInfo = Wanted;
 
     fn listen_protocol(&self) -> SubstreamProtocol<Inbound> {
         let inbound = Inbound {
@@ -290,14 +319,15 @@ impl ConnectionHandler for Handler {
             Command::AskTarget(circuit, source, limit) => {
                 let (give_up, given_up) = oneshot::channel();
                 self.asked.insert(circuit, give_up);
-                self.wanted.push_back(Asking {
+                self.wanted.push_back(Wanted::Stop(Asking {
                     circuit,
                     source,
                     limit,
                     since: Instant::now(),
                     given_up,
-                });
+                }));
             }
+            Command::AskForSign(patience) => self.wanted.push_back(Wanted::Sign(patience)),
             // What waits for a stream or its negotiation is noticed when there is one.
             Command::GiveUpAsking(circuit) => {
                 self.asked.remove(&circuit);
@@ -319,27 +349,40 @@ impl ConnectionHandler for Handler {
 
     fn on_connection_event(
         &mut self,
-        event: ConnectionEvent<Inbound, ReadyUpgrade<StreamProtocol>, (), Asking>,
+        event: ConnectionEvent<Inbound, ReadyUpgrade<StreamProtocol>, (), Wanted>,
     ) {
         match event {
             ConnectionEvent::FullyNegotiatedInbound(FullyNegotiatedInbound {
                 protocol: (stream, protocol),
                 ..
-            }) => self.inbound(stream, &protocol),
+            }) => {
+                self.signs.heard(1);
+                self.inbound(stream, &protocol);
+            }
             ConnectionEvent::FullyNegotiatedOutbound(FullyNegotiatedOutbound {
                 protocol: stream,
                 info,
             }) => {
-                self.ask(stream, info);
+                self.signs.heard(1); // it agreed to the protocol
+                match info {
+                    Wanted::Stop(asking) => self.ask(self.signs.listen_to(stream), asking),
+                    Wanted::Sign(patience) => self.ask_for_sign(stream, patience),
+                }
             }
             ConnectionEvent::DialUpgradeError(DialUpgradeError { info, error }) => {
+                if !matches!(error, StreamUpgradeError::Timeout) {
+                    self.signs.heard(1); // a refusal is an answer
+                }
+                let Wanted::Stop(asking) = info else {
+                    return;
+                };
                 let failed = match error {
                     StreamUpgradeError::Timeout => StopFailed::Io(io::ErrorKind::TimedOut),
                     StreamUpgradeError::NegotiationFailed => StopFailed::Unsupported,
                     StreamUpgradeError::Io(error) => error.into(),
                     StreamUpgradeError::Apply(never) => match never {},
                 };
-                self.run(async move { Done::Target(info.circuit, Err(failed)) });
+                self.run(async move { Done::Target(asking.circuit, Err(failed)) });
             }
             _ => {}
         }
@@ -348,10 +391,14 @@ impl ConnectionHandler for Handler {
     fn poll(
         &mut self,
         cx: &mut Context<'_>,
-    ) -> Poll<ConnectionHandlerEvent<ReadyUpgrade<StreamProtocol>, Asking, Told>> {
-        if let Some(asking) = self.wanted.pop_front() {
-            let protocol = SubstreamProtocol::new(ReadyUpgrade::new(STOP_PROTOCOL), asking)
-                .with_timeout(stop::STOP_TIMEOUT);
+    ) -> Poll<ConnectionHandlerEvent<ReadyUpgrade<StreamProtocol>, Wanted, Told>> {
+        if let Some(wanted) = self.wanted.pop_front() {
+            let (protocol, timeout) = match &wanted {
+                Wanted::Stop(_) => (STOP_PROTOCOL, stop::STOP_TIMEOUT),
+                Wanted::Sign(patience) => (ping::PING_PROTOCOL, *patience),
+            };
+            let upgrade = ReadyUpgrade::new(protocol);
+            let protocol = SubstreamProtocol::new(upgrade, wanted).with_timeout(timeout);
             return Poll::Ready(ConnectionHandlerEvent::OutboundSubstreamRequest { protocol });
         }
         while let Poll::Ready(Some(done)) = self.tasks.poll_next_unpin(cx) {

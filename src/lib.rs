@@ -15,6 +15,10 @@
 //!   taken, so that a phone which changes networks finds it again. The reservation is void
 //!   meanwhile: nobody is connected to a peer in grace. A newcomer takes a slot in grace only when
 //!   no other is free.
+//! - *Heartbeat*: the silence after which a peer that holds a slot or is part of a circuit is asked
+//!   for a sign of life. Whatever is heard from it counts.
+//! - *Silence*: the limit after which a peer that was asked, and of which nothing was heard, is
+//!   judged: its circuits end, and what follows is what follows a disconnect.
 //! - *Billed*: a slot counts towards the cap of the address that it was reserved from.
 //! - *Sweep*: the pass over the tables, once a second, that ends what is over. Nothing else cleans
 //!   up.
@@ -33,7 +37,10 @@
 //!    ([`address`] again), a signed voucher (`voucher.rs`), what a circuit may carry. It goes back
 //!    through the handler and `hop.rs`, and whether it arrived is reported to the table: a grant
 //!    that nobody read is undone.
-//! 4. When the connection is lost, grace begins. The [`sweep`] ends it, and the term.
+//! 4. From now on the connection is watched: [`signs`] count what is heard on it, and
+//!    [`heartbeat`] decides whom to ask (`ping.rs`), and who is silent.
+//! 5. When the connection is lost, or judged silent, grace begins. The [`sweep`] ends it, and the
+//!    term.
 //!
 //! # One CONNECT, file by file
 //!
@@ -94,11 +101,13 @@ pub mod config;
 pub mod connections;
 pub mod event;
 mod handler;
+pub mod heartbeat;
 mod hop;
 mod ping;
 #[cfg(feature = "program")]
 pub mod program;
 pub mod reservations;
+pub mod signs;
 mod stop;
 pub mod sweep;
 mod timeout;

@@ -1,4 +1,4 @@
-//! A sign of life: the answering side of `/ipfs/ping/1.0.0`.
+//! A sign of life, over `/ipfs/ping/1.0.0`: given when asked for, and asked for.
 //!
 //! Served by the relay's own handler, because libp2p's ping behaviour would also *ask* on every
 //! connection, which drains phones and cannot be switched off.
@@ -29,5 +29,16 @@ pub(crate) async fn answer(mut stream: impl AsyncRead + AsyncWrite + Unpin) -> i
         stream.write_all(&payload).await?;
         stream.flush().await?;
     }
+    stream.close().await
+}
+
+/// Asks for a sign of life, on a stream of its own, and waits for any: an answer, an end, a reset.
+///
+/// What is sent does not matter, because what comes back is not looked at.
+pub(crate) async fn ask(mut stream: impl AsyncRead + AsyncWrite + Unpin) -> io::Result<()> {
+    let mut payload = [0; PAYLOAD];
+    stream.write_all(&payload).await?;
+    stream.flush().await?;
+    stream.read_exact(&mut payload).await?;
     stream.close().await
 }

@@ -141,6 +141,8 @@ pub enum FreedReason {
     GraceOver,
     /// The peer left, and there is no grace.
     Disconnected,
+    /// The peer was judged silent, and there is no grace.
+    Silent,
     /// The peer was in grace, and a newcomer found no other slot free.
     TakenBy {
         /// The newcomer.
@@ -158,6 +160,7 @@ impl fmt::Display for FreedReason {
             Self::Expired => f.write_str("expired"),
             Self::GraceOver => f.write_str("grace over"),
             Self::Disconnected => f.write_str("disconnected"),
+            Self::Silent => f.write_str("silent"),
             Self::TakenBy { peer } => write!(f, "taken by {peer}"),
             Self::Undelivered => f.write_str("answer undelivered"),
             Self::Released => f.write_str("released"),
@@ -304,6 +307,22 @@ impl<C: Copy + Eq> Reservations<C> {
     ///
     /// Unless the reservation points at the one that is gone, nothing happens to it.
     pub fn disconnected(&mut self, peer: PeerId, gone: C, up: &[C], now: Instant) -> Left<C> {
+        self.lost(peer, gone, up, FreedReason::Disconnected, now)
+    }
+
+    /// A connection of `peer` was judged silent: as if it were gone.
+    pub fn silent(&mut self, peer: PeerId, gone: C, up: &[C], now: Instant) -> Left<C> {
+        self.lost(peer, gone, up, FreedReason::Silent, now)
+    }
+
+    fn lost(
+        &mut self,
+        peer: PeerId,
+        gone: C,
+        up: &[C],
+        without_grace: FreedReason,
+        now: Instant,
+    ) -> Left<C> {
         let Some(reservation) = self.slots.get(&peer) else {
             return Left::Untouched;
         };
@@ -315,7 +334,7 @@ impl<C: Copy + Eq> Reservations<C> {
         if reservation.undo.is_some() {
             return self.undo(peer, up, now);
         }
-        self.settle(peer, up, now)
+        self.settle(peer, up, without_grace, now)
     }
 
     /// Gives up `peer`'s slot, whatever state it is in. Whether there was one.
@@ -465,7 +484,7 @@ impl<C: Copy + Eq> Reservations<C> {
                     State::Live { connection } if up.contains(&connection) => {
                         Left::MovedTo(connection)
                     }
-                    State::Live { .. } => self.settle(peer, up, now),
+                    State::Live { .. } => self.settle(peer, up, FreedReason::Disconnected, now),
                     State::Grace { since, departure } => self.enter_grace(peer, since, departure),
                 }
             }
@@ -473,7 +492,13 @@ impl<C: Copy + Eq> Reservations<C> {
     }
 
     /// The connection that the reservation points at is gone: another takes over, or grace begins.
-    fn settle(&mut self, peer: PeerId, up: &[C], now: Instant) -> Left<C> {
+    fn settle(
+        &mut self,
+        peer: PeerId,
+        up: &[C],
+        without_grace: FreedReason,
+        now: Instant,
+    ) -> Left<C> {
         if let Some(&connection) = up.last() {
             if let Some(reservation) = self.slots.get_mut(&peer) {
                 reservation.state = State::Live { connection };
@@ -481,7 +506,7 @@ impl<C: Copy + Eq> Reservations<C> {
             return Left::MovedTo(connection);
         }
         if self.policy.grace.is_zero() {
-            self.free(peer, FreedReason::Disconnected);
+            self.free(peer, without_grace);
             return Left::Freed;
         }
         self.departures += 1;

@@ -23,7 +23,7 @@ use tempfile::TempDir;
 use tokio::{net::TcpSocket, time::sleep};
 
 /// Each flag, and what it cannot be.
-const FLAGS: [(&str, &str); 16] = [
+const FLAGS: [(&str, &str); 18] = [
     ("--listen", "/ip4/0.0.0.0/udp/4001"),
     ("--announce", "/ip4/0.0.0.0/tcp/4001"),
     ("--identity", "/"),
@@ -31,6 +31,8 @@ const FLAGS: [(&str, &str); 16] = [
     ("--max-reservations-per-ip", "some"),
     ("--reservation-ttl", "0s"),
     ("--grace", "soon"),
+    ("--heartbeat", "often"),
+    ("--silence", "30s"),
     ("--sweep", "0s"),
     ("--idle-timeout", "1"),
     ("--max-circuits", "-1"),

@@ -89,6 +89,24 @@ pub struct Flags {
     )]
     pub grace: Duration,
 
+    /// After how much silence a peer with a slot or a circuit is asked for a sign of life; 0s: never
+    #[structopt(
+        long,
+        value_name = "DURATION",
+        env = "RELAYLET_HEARTBEAT",
+        default_value = "30s"
+    )]
+    pub heartbeat: Duration,
+
+    /// After how much silence a peer that was asked is given up
+    #[structopt(
+        long,
+        value_name = "DURATION",
+        env = "RELAYLET_SILENCE",
+        default_value = "1m"
+    )]
+    pub silence: Duration,
+
     /// How often to look for slots whose time is over
     #[structopt(
         long,
@@ -200,6 +218,8 @@ impl Flags {
             max_reservations_per_ip: self.max_reservations_per_ip,
             reservation_ttl: self.reservation_ttl.into(),
             grace: self.grace.into(),
+            heartbeat: self.heartbeat.into(),
+            silence: self.silence.into(),
             sweep: self.sweep.into(),
             idle_timeout: self.idle_timeout.into(),
             max_circuits: self.max_circuits,

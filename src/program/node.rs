@@ -1,6 +1,6 @@
 //! The relay as a whole swarm: TCP, the secure channels, yamux, identify, connection limits.
 
-use std::{collections::HashMap, io, time::Duration};
+use std::{io, time::Duration};
 
 use anyhow::{Context, Result};
 use libp2p::{
@@ -9,14 +9,14 @@ use libp2p::{
     futures::StreamExt,
     identify,
     identity::Keypair,
-    swarm::{self, ConnectionId, NetworkBehaviour, SwarmEvent},
+    swarm::{self, NetworkBehaviour, SwarmEvent},
 };
 
 use super::{
     connection_limits::{ConnectionLimits, Limits},
     muxer,
     security::Security,
-    traffic::{Received, Traffic},
+    traffic::Traffic,
     transport::Tcp,
 };
 use crate::{
@@ -55,7 +55,6 @@ const NEVER: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 pub struct Node {
     swarm: Swarm<Parts>,
     traffic: Traffic,
-    received: HashMap<ConnectionId, Received>,
 }
 
 /// What happened at a [`Node`].
@@ -130,11 +129,7 @@ impl Node {
         for address in announce {
             swarm.add_external_address(address);
         }
-        Ok(Self {
-            swarm,
-            traffic,
-            received: HashMap::new(),
-        })
+        Ok(Self { swarm, traffic })
     }
 
     /// Who the relay is.
@@ -219,9 +214,9 @@ impl Node {
                 endpoint,
                 ..
             } => {
-                let received = self.traffic.claim(&endpoint);
-                self.received
-                    .extend(received.map(|received| (connection_id, received)));
+                if let Some(signs) = self.traffic.claim(&endpoint) {
+                    self.relay_mut().listen_to(connection_id, signs);
+                }
                 let address = endpoint.get_remote_address();
                 log::debug!("connection {connection_id} opened: peer {peer_id} at {address}");
             }
@@ -231,12 +226,8 @@ impl Node {
                 cause,
                 ..
             } => {
-                let received = self.received.remove(&connection_id);
-                let bytes = received.map_or(0, |received| received.bytes());
                 let cause = cause.map_or("closed by the relay".into(), |cause| cause.to_string());
-                log::debug!(
-                    "connection {connection_id} closed: peer {peer_id}: {cause}; {bytes} bytes in"
-                );
+                log::debug!("connection {connection_id} closed: peer {peer_id}: {cause}");
             }
             _ => {}
         }

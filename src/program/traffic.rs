@@ -8,11 +8,8 @@ use std::{
     io,
     net::SocketAddr,
     pin::Pin,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
-    task::{Context, Poll, ready},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::{Context, Poll},
 };
 
 use libp2p::{
@@ -21,24 +18,14 @@ use libp2p::{
 };
 
 use super::transport::socket_address;
+use crate::signs::{Heard, Signs};
 
 /// The counters of connections that were not claimed yet.
 #[derive(Clone, Debug, Default)]
-pub struct Traffic(Arc<Mutex<HashMap<Key, Received>>>);
+pub struct Traffic(Arc<Mutex<HashMap<Key, Signs>>>);
 
 /// Our own socket address, where the connection came in, and the peer's.
 type Key = (Option<SocketAddr>, SocketAddr);
-
-/// How many bytes came in on one connection so far.
-#[derive(Clone, Debug, Default)]
-pub struct Received(Arc<AtomicU64>);
-
-impl Received {
-    /// That many.
-    pub fn bytes(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
-    }
-}
 
 impl Traffic {
     /// Counts what comes in on `stream`.
@@ -48,21 +35,20 @@ impl Traffic {
         local: Option<SocketAddr>,
         remote: SocketAddr,
     ) -> Counted<S> {
-        let received = Received::default();
+        let signs = Signs::default();
         let key = (local, remote);
-        self.counters().insert(key, received.clone());
+        self.counters().insert(key, signs.clone());
         Counted {
             _unclaimed: Unclaimed {
                 key,
                 traffic: self.clone(),
             },
-            received,
-            stream,
+            stream: signs.listen_to(stream),
         }
     }
 
     /// The counter of the connection between these two ends.
-    pub fn claim(&self, endpoint: &ConnectedPoint) -> Option<Received> {
+    pub fn claim(&self, endpoint: &ConnectedPoint) -> Option<Signs> {
         let key = match endpoint {
             ConnectedPoint::Dialer { address, .. } => (None, socket_address(address)?),
             ConnectedPoint::Listener {
@@ -81,7 +67,7 @@ impl Traffic {
         self.counters().len()
     }
 
-    fn counters(&self) -> MutexGuard<'_, HashMap<Key, Received>> {
+    fn counters(&self) -> MutexGuard<'_, HashMap<Key, Signs>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -90,8 +76,7 @@ impl Traffic {
 pub struct Counted<S> {
     // Dropped before the socket: once that is closed, its address may name another connection.
     _unclaimed: Unclaimed,
-    received: Received,
-    stream: S,
+    stream: Heard<S>,
 }
 
 /// Takes the counter of a connection that ended before it was claimed back out of the table.
@@ -112,9 +97,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Counted<S> {
         cx: &mut Context<'_>,
         buffer: &mut [u8],
     ) -> Poll<io::Result<usize>> {
-        let read = ready!(Pin::new(&mut self.stream).poll_read(cx, buffer))?;
-        self.received.0.fetch_add(read as u64, Ordering::Relaxed);
-        Poll::Ready(Ok(read))
+        Pin::new(&mut self.stream).poll_read(cx, buffer)
     }
 }
 

@@ -1,0 +1,86 @@
+//! Signs of life: how much has been heard from the other end of a connection.
+//!
+//! A counter, shared between whoever hears something and whoever looks now and then whether there
+//! is more than last time. What was heard does not matter.
+
+use std::{
+    io,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    task::{Context, Poll, ready},
+};
+
+use libp2p::futures::{AsyncRead, AsyncWrite};
+
+/// Counts what is heard. Clones share one counter.
+#[derive(Clone, Debug, Default)]
+pub struct Signs(Arc<AtomicU64>);
+
+impl Signs {
+    /// How much was heard so far: bytes, and the ends of streams.
+    pub fn count(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    /// So much more was heard.
+    pub fn heard(&self, more: u64) {
+        self.0.fetch_add(more, Ordering::Relaxed);
+    }
+
+    /// Counts what comes in on `stream`, its end or failure included.
+    pub fn listen_to<S>(&self, stream: S) -> Heard<S> {
+        Heard {
+            signs: self.clone(),
+            stream,
+        }
+    }
+}
+
+/// A stream that counts what comes in on it.
+#[derive(Debug)]
+pub struct Heard<S> {
+    signs: Signs,
+    stream: S,
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Heard<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut [u8],
+    ) -> Poll<io::Result<usize>> {
+        let read = ready!(Pin::new(&mut self.stream).poll_read(cx, buffer));
+        let bytes = read.as_ref().map_or(0, |bytes| *bytes as u64);
+        self.signs.heard(bytes.max(1));
+        Poll::Ready(read)
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Heard<S> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, buffer)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffers: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, buffers)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_close(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_close(cx)
+    }
+}
