@@ -164,7 +164,7 @@ async fn relays_beside_others(answer_ping: bool) {
     let (count, mut counted) = tokio::sync::watch::channel(0);
     tokio::spawn(async move {
         let mut buffer = vec![0; 64 * 1024];
-        while let Ok(read) = echoed.read(&mut buffer).await {
+        while let Ok(read @ 1..) = echoed.read(&mut buffer).await {
             count.send_modify(|count| *count += read);
         }
     });
