@@ -7,7 +7,7 @@ use std::{
     collections::{HashMap, VecDeque},
     hash::{BuildHasher, RandomState},
     task::{Context, Poll},
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    time::{Instant, SystemTime, UNIX_EPOCH},
 };
 
 use futures_timer::Delay;
@@ -32,7 +32,8 @@ use crate::{
     event::{Event, Refused},
     handler::{Command, Handler, RequestId, Substream, Told},
     heartbeat::Heartbeat,
-    reservations::{Admission, Left, Receipt, Reservations},
+    reclaim::{Candidate, Prospect, Reclaim, TICK},
+    reservations::{Admission, Full, Left, Receipt, Reservations},
     signs::Signs,
     stop::StopFailed,
     sweep::{Swept, sweep},
@@ -59,11 +60,21 @@ pub struct Behaviour {
     confirmed: ExternalAddresses,
     listening: ListenAddresses,
     heartbeat: Heartbeat,
+    reclaim: Reclaim<Newcomer>,
+    /// Whether the next sweep comes early, because a newcomer waits.
+    in_a_hurry: bool,
     /// Of connections whose handler was made and that are not up yet.
     signs: HashMap<ConnectionId, Signs>,
     random: RandomState,
     next_sweep: Delay,
     queue: VecDeque<ToSwarm<Event, Command>>,
+}
+
+/// A RESERVE that is yet to be answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Newcomer {
+    from: End<ConnectionId>,
+    request: RequestId,
 }
 
 impl Behaviour {
@@ -91,6 +102,8 @@ impl Behaviour {
             confirmed: ExternalAddresses::default(),
             listening: ListenAddresses::default(),
             heartbeat: Heartbeat::new((&config).into(), Instant::now()),
+            reclaim: Reclaim::new((&config).into()),
+            in_a_hurry: false,
             signs: HashMap::new(),
             random: RandomState::new(),
             next_sweep: Delay::new(config.sweep),
@@ -171,11 +184,31 @@ impl Behaviour {
         let Some(connection) = self.connections.get(from.connection) else {
             return;
         };
-        let (peer, address) = (from.peer, connection.address.clone());
         if connection.relayed {
-            self.refuse(from, request, Refused::Relayed, address);
+            self.refuse(from, request, Refused::Relayed);
             return;
         }
+        let newcomer = Newcomer { from, request };
+        let Err(full) = self.try_reserve(newcomer, now) else {
+            return;
+        };
+        // A peer waits once: what it asked before, from another network maybe, is over.
+        for older in self.reclaim.withdraw(|older| older.from.peer == from.peer) {
+            self.refuse(older.from, older.request, full.into());
+        }
+        if !self.reclaim.wait(newcomer, now) {
+            self.refuse(from, request, full.into());
+        }
+        self.hurry();
+    }
+
+    /// Decides a RESERVE and answers it, unless a cap leaves no room.
+    fn try_reserve(&mut self, newcomer: Newcomer, now: Instant) -> Result<(), Full> {
+        let Newcomer { from, request } = newcomer;
+        let Some(connection) = self.connections.get(from.connection) else {
+            return Ok(()); // nobody to answer
+        };
+        let (peer, address) = (from.peer, connection.address.clone());
         let before = self.reservations.connection(&peer);
         let billed_to = connection.billed_to();
         let admission = self
@@ -183,18 +216,15 @@ impl Behaviour {
             .reserve(peer, from.connection, billed_to, now);
         self.tell_freed();
         let (receipt, renewed) = match admission {
-            Admission::Refused(full) => {
-                self.refuse(from, request, full.into(), address);
-                return;
-            }
+            Admission::Refused(full) => return Err(full),
             Admission::Granted(receipt) => (receipt, false),
             Admission::Renewed(receipt) => (receipt, true),
         };
         self.point(peer, before, now);
         let Ok(answer) = self.reservation_answer(from, now) else {
             self.undelivered(peer, receipt, now);
-            self.refuse(from, request, Refused::NotSigned, address);
-            return;
+            self.refuse(from, request, Refused::NotSigned);
+            return Ok(());
         };
         self.command(from, Command::Granted(request, receipt, answer));
         self.tell(Event::ReservationAccepted {
@@ -202,6 +232,55 @@ impl Behaviour {
             address,
             renewed,
         });
+        Ok(())
+    }
+
+    /// Looks for a slot for each newcomer that waits.
+    fn reclaim(&mut self, now: Instant) {
+        let mut waiting = Vec::new();
+        for newcomer in self.reclaim.take() {
+            if let Err(full) = self.try_reserve(newcomer.newcomer, now) {
+                waiting.push((newcomer, full));
+            }
+        }
+        if waiting.is_empty() {
+            return;
+        }
+        let silent = self.connections.reserved();
+        let candidates = silent.map(|(connection, peer, pulse)| Candidate {
+            connection,
+            billed_to: self.reservations.bill_of(&peer),
+            silent_for: pulse.silent_for(now),
+            asked_for: pulse.asked_for(now),
+        });
+        let caps = waiting.iter().map(|(who, full)| (*full, now - who.since));
+        let (prospects, ask) = self.reclaim.decide(caps, candidates.collect());
+        for connection in ask {
+            self.connections.asked(connection, now);
+            self.ask_for_sign(connection);
+        }
+        for ((waiting, full), prospect) in waiting.into_iter().zip(prospects) {
+            let Newcomer { from, request } = waiting.newcomer;
+            match prospect {
+                Prospect::Refuse => self.refuse(from, request, full.into()),
+                Prospect::Wait => self.reclaim.wait_on(waiting),
+                Prospect::Judge(connection) => {
+                    self.silent(connection, now);
+                    // Unless the peer has another connection, there is room now.
+                    if self.try_reserve(waiting.newcomer, now).is_err() {
+                        self.reclaim.wait_on(waiting);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Sweeps soon, if a newcomer waits.
+    fn hurry(&mut self) {
+        if self.reclaim.waiting() > 0 && !self.in_a_hurry {
+            self.in_a_hurry = true;
+            self.next_sweep.reset(TICK.min(self.config.sweep));
+        }
     }
 
     fn reservation_answer(
@@ -361,6 +440,8 @@ impl Behaviour {
     fn disconnected(&mut self, peer: PeerId, connection: ConnectionId) {
         let now = Instant::now();
         self.connections.remove(connection);
+        self.reclaim
+            .withdraw(|newcomer| newcomer.from.connection == connection);
         for (id, circuit) in self.circuits.of(&peer) {
             if ![circuit.source, circuit.target].contains(&End { peer, connection }) {
                 continue;
@@ -399,14 +480,16 @@ impl Behaviour {
     }
 
     /// Nothing was heard on this connection: as if it were gone, whether or not it is closed.
-    fn silent(&mut self, connection: ConnectionId, silent_for: Duration, now: Instant) {
+    fn silent(&mut self, connection: ConnectionId, now: Instant) {
         let Some(silent) = self.connections.get(connection) else {
             return;
         };
-        let peer = silent.peer;
+        let (peer, address) = (silent.peer, silent.address.clone());
+        let silent_for = silent.silent_for(now);
+        self.connections.judged(connection, now);
         self.tell(Event::PeerSilent {
             peer,
-            address: silent.address.clone(),
+            address,
             silent_for,
         });
         for (id, circuit) in self.circuits.of(&peer) {
@@ -453,9 +536,10 @@ impl Behaviour {
         for connection in beat.ask {
             self.ask_for_sign(connection);
         }
-        for (connection, silent_for) in beat.silent {
-            self.silent(connection, silent_for, now);
+        for connection in beat.silent {
+            self.silent(connection, now);
         }
+        self.reclaim(now);
     }
 
     fn ask_for_sign(&mut self, connection: ConnectionId) {
@@ -497,13 +581,11 @@ impl Behaviour {
         }
     }
 
-    fn refuse(
-        &mut self,
-        from: End<ConnectionId>,
-        request: RequestId,
-        reason: Refused,
-        address: Multiaddr,
-    ) {
+    fn refuse(&mut self, from: End<ConnectionId>, request: RequestId, reason: Refused) {
+        let Some(connection) = self.connections.get(from.connection) else {
+            return; // nobody to answer
+        };
+        let address = connection.address.clone();
         self.command(from, Command::Refuse(request, reason.status()));
         self.tell(Event::ReservationRefused {
             peer: from.peer,
@@ -616,7 +698,9 @@ impl NetworkBehaviour for Behaviour {
                 return Poll::Pending;
             }
             self.next_sweep.reset(self.config.sweep);
+            self.in_a_hurry = false;
             self.sweep();
+            self.hurry();
         }
     }
 }

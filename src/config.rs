@@ -11,6 +11,9 @@ use crate::wire::Limit;
 /// It keeps every deadline within what an `Instant` can hold.
 const LONGEST: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
+/// The longest probe: js-libp2p gives up 5 s after it began to dial.
+const LONGEST_PROBE: Duration = Duration::from_millis(3500);
+
 /// The caps on reservations by address are this fraction of the total, unless given.
 const SHARE_PER_IP: usize = 16;
 /// But never below this: a household or a small office behind one address.
@@ -58,6 +61,14 @@ pub struct Config {
     ///
     /// Switch it off where a connection serves other protocols.
     pub close_silent: bool,
+    /// How long a peer has to answer when a newcomer waits for its slot, and how long the newcomer
+    /// waits.
+    ///
+    /// Default 3 s, at most 3.5 s: js-libp2p gives up 5 s after it began to dial. Zero: a newcomer
+    /// to a full table is refused at once.
+    pub probe: Duration,
+    /// After how much silence a peer is asked when a newcomer waits for its slot. Default 10 s.
+    pub probe_after: Duration,
     /// How often the sweep passes over the table. Default 1 s; above zero.
     pub sweep: Duration,
     /// After which time without a reservation or a circuit a connection is closed.
@@ -94,6 +105,8 @@ impl Default for Config {
             heartbeat: Duration::from_secs(30),
             silence: Duration::from_secs(60),
             close_silent: true,
+            probe: Duration::from_secs(3),
+            probe_after: Duration::from_secs(10),
             sweep: Duration::from_secs(1),
             idle_timeout: Duration::ZERO,
             max_circuits: 1024,
@@ -124,6 +137,7 @@ impl Config {
             ("grace", self.grace),
             ("heartbeat", self.heartbeat),
             ("silence", self.silence),
+            ("probe_after", self.probe_after),
             ("sweep", self.sweep),
             ("idle_timeout", self.idle_timeout),
             ("circuit_duration", self.circuit_duration),
@@ -145,6 +159,12 @@ impl Config {
             return Err(ConfigError::new(
                 "silence",
                 "nobody could answer in time; try twice the heartbeat or more",
+            ));
+        }
+        if self.probe > LONGEST_PROBE {
+            return Err(ConfigError::new(
+                "probe",
+                "js-libp2p would not wait so long for an answer; try 3500ms or less",
             ));
         }
         if self.sweep.is_zero() {

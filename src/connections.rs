@@ -72,6 +72,10 @@ impl Connection {
         !self.holds_reservation && self.circuits == 0
     }
 
+    fn watched(&self) -> bool {
+        !self.idle() && !self.closing
+    }
+
     /// Whether there is more to be heard than when this was last asked.
     fn listen(&mut self, now: Instant) {
         let count = self.signs.iter().map(Signs::count).sum();
@@ -182,13 +186,40 @@ impl<C: Copy + Eq + std::hash::Hash> Connections<C> {
         }
     }
 
-    /// The connections that are watched: those that are not idle, with what is known of them.
-    pub fn watched(&mut self, now: Instant) -> impl Iterator<Item = (C, &mut Pulse)> {
-        let busy = self.up.iter_mut().filter(|(_, c)| !c.idle() && !c.closing);
-        busy.map(move |(id, connection)| {
+    /// Listens to those that are watched.
+    pub fn listen(&mut self, now: Instant) {
+        for connection in self.up.values_mut().filter(|c| c.watched()) {
             connection.listen(now);
-            (*id, &mut connection.pulse)
-        })
+        }
+    }
+
+    /// The connections that are watched, with what is known of them: those that are not idle.
+    pub fn watched(&mut self) -> impl Iterator<Item = (C, &mut Pulse)> {
+        let watched = self.up.iter_mut().filter(|(_, c)| c.watched());
+        watched.map(|(id, connection)| (*id, &mut connection.pulse))
+    }
+
+    /// Those among them that hold a reservation, with who they are.
+    pub fn reserved(&self) -> impl Iterator<Item = (C, PeerId, &Pulse)> {
+        let reserved = self
+            .up
+            .iter()
+            .filter(|(_, c)| c.holds_reservation && c.watched());
+        reserved.map(|(id, connection)| (*id, connection.peer, &connection.pulse))
+    }
+
+    /// A question was put to the peer at the other end.
+    pub fn asked(&mut self, id: C, now: Instant) {
+        if let Some(connection) = self.up.get_mut(&id) {
+            connection.pulse.asked(now);
+        }
+    }
+
+    /// The connection was judged silent: if it stays up, its silence starts anew.
+    pub fn judged(&mut self, id: C, now: Instant) {
+        if let Some(connection) = self.up.get_mut(&id) {
+            connection.pulse.heard(now);
+        }
     }
 
     /// The connection is being closed: it is neither watched nor idle any more.

@@ -37,8 +37,8 @@ impl From<&Config> for Policy {
 #[derive(Debug)]
 pub struct Pulse {
     last_heard: Instant,
-    /// Whether a question is open.
-    asked: bool,
+    /// Since when a question is open.
+    asked: Option<Instant>,
     jitter: u8,
 }
 
@@ -47,7 +47,7 @@ impl Pulse {
     pub fn new(now: Instant, jitter: u8) -> Self {
         Self {
             last_heard: now,
-            asked: false,
+            asked: None,
             jitter,
         }
     }
@@ -55,7 +55,17 @@ impl Pulse {
     /// Something was heard. Whatever was asked is answered with it.
     pub fn heard(&mut self, now: Instant) {
         self.last_heard = now;
-        self.asked = false;
+        self.asked = None;
+    }
+
+    /// A question was put.
+    pub fn asked(&mut self, now: Instant) {
+        self.asked = Some(now);
+    }
+
+    /// For how long a question has been open, if one is.
+    pub fn asked_for(&self, now: Instant) -> Option<Duration> {
+        self.asked.map(|asked| now.saturating_duration_since(asked))
     }
 
     /// For how long nothing was heard.
@@ -78,8 +88,8 @@ pub struct Heartbeat {
 pub struct Beat<C> {
     /// Whom to ask for a sign of life.
     pub ask: Vec<C>,
-    /// Who is judged silent, and for how long nothing was heard.
-    pub silent: Vec<(C, Duration)>,
+    /// Who is judged silent.
+    pub silent: Vec<C>,
     /// What the operator should know.
     pub fault: Option<Fault>,
 }
@@ -157,13 +167,13 @@ impl Heartbeat {
         for (id, pulse) in watched {
             count += 1;
             let silent_for = pulse.silent_for(now);
-            if pulse.asked {
+            if pulse.asked.is_some() {
                 soon_due += usize::from(silent_for + heartbeat >= silence);
                 if silent_for >= silence {
                     due.push((id, pulse));
                 }
             } else if silent_for >= first_question(heartbeat, pulse.jitter) {
-                pulse.asked = true;
+                pulse.asked(now);
                 beat.ask.push(id);
             }
         }
@@ -184,10 +194,7 @@ impl Heartbeat {
             }
             _ => {}
         }
-        for (id, pulse) in due {
-            beat.silent.push((id, pulse.silent_for(now)));
-            pulse.heard(now); // judged once
-        }
+        beat.silent.extend(due.into_iter().map(|(id, _)| id));
         beat
     }
 }
@@ -259,10 +266,9 @@ mod tests {
     }
 
     fn found(ask: &[usize], silent: &[usize]) -> Beat<usize> {
-        let limit = Duration::from_secs(SILENCE);
         Beat {
             ask: ask.into(),
-            silent: silent.iter().map(|who| (*who, limit)).collect(),
+            silent: silent.into(),
             fault: None,
         }
     }
@@ -338,11 +344,7 @@ mod tests {
         }
         ward.hear(0);
         ward.hear(1);
-        let judged = ward.beat_after(1).silent;
-        assert_eq!(
-            judged.iter().map(|(who, _)| *who).collect::<Vec<_>>(),
-            [2, 3, 4, 5, 6, 7]
-        );
+        assert_eq!(ward.beat_after(1), judged(&[2, 3, 4, 5, 6, 7]));
     }
 
     #[test]

@@ -120,6 +120,16 @@ pub enum Full {
     Address(BilledTo),
 }
 
+impl Full {
+    /// Whether a slot that is billed so counts towards this cap.
+    pub fn covers(self, billed_to: Option<BilledTo>) -> bool {
+        match self {
+            Self::Table => true,
+            Self::Address(address) => billed_to == Some(address),
+        }
+    }
+}
+
 /// A reservation that ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Freed<C> {
@@ -230,6 +240,11 @@ impl<C: Copy + Eq> Reservations<C> {
             State::Live { connection } => Some(connection),
             State::Grace { .. } => None,
         }
+    }
+
+    /// The address that `peer`'s slot is billed to.
+    pub fn bill_of(&self, peer: &PeerId) -> Option<BilledTo> {
+        self.slots.get(peer)?.billed_to
     }
 
     /// When `peer`'s term ends, if it holds a slot.

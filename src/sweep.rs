@@ -34,7 +34,8 @@ pub fn sweep<C: Copy + Eq + Hash>(
     now: Instant,
 ) -> Swept<C> {
     reservations.end_what_is_over(now);
-    let beat = heartbeat.beat(connections.watched(now), now);
+    connections.listen(now);
+    let beat = heartbeat.beat(connections.watched(), now);
     let idle = match idle_timeout.is_zero() {
         true => Vec::new(),
         false => connections.take_idle(idle_timeout, now),

@@ -24,6 +24,9 @@ const QUICK: [&str; 6] = ["--heartbeat", "1s", "--silence", "3s", "--grace", "1s
 /// Asked within seconds, and never judged.
 const PATIENT: [&str; 4] = ["--heartbeat", "1s", "--silence", "1h"];
 
+/// Where a newcomer waits for the one slot, and its holder is asked at once.
+const ONE_SLOT: [&str; 4] = ["--max-reservations", "1", "--probe-after", "100ms"];
+
 #[tokio::test]
 async fn a_client_that_freezes_loses_its_slot_to_the_next() {
     let relay = Relay::start(&[&QUICK[..], &["--max-reservations", "1"]].concat());
@@ -59,6 +62,79 @@ async fn a_client_that_answers_late_keeps_its_slot() {
     asked_times(&relay, stalled.peer, 4).await;
     assert!(!says(&relay, "peer silent"));
     assert!(!says(&relay, "grace began"));
+}
+
+#[tokio::test]
+async fn a_newcomer_to_a_table_full_of_frozen_clients_gets_a_slot() {
+    let relay = Relay::start(&["--max-reservations", "2", "--probe-after", "1s"]);
+    let frozen = [
+        Process::that_reserves(&relay).await,
+        Process::that_reserves(&relay).await,
+    ];
+    for client in &frozen {
+        client.signal("STOP");
+    }
+    // Refused for as long as they were heard of lately.
+    let mut newcomer = Client::connect(&relay).await;
+    let granted = async { while newcomer.ask(&reserve()).await.status != OK {} };
+    within(granted).await;
+    relay
+        .wait_for_log(&format!("taken by {}", newcomer.peer))
+        .await;
+    // One of them lost its slot: as many as newcomers waited.
+    let log = relay.log();
+    let judged = log.iter().filter(|line| line.contains("peer silent"));
+    assert_eq!(judged.count(), 1, "{log:#?}");
+}
+
+#[tokio::test]
+async fn a_newcomer_to_a_table_full_of_clients_that_answer_is_refused() {
+    let relay = Relay::start(&[&ONE_SLOT[..], &["--heartbeat", "0s"]].concat());
+    let quiet = Process::that_reserves(&relay).await;
+    let mut newcomer = Client::connect(&relay).await;
+    while !says(
+        &relay,
+        &format!("asked for a sign of life: peer {}", quiet.peer),
+    ) {
+        let refused = within(newcomer.ask(&reserve())).await;
+        assert_eq!(refused.status, RESERVATION_REFUSED);
+    }
+    assert!(!says(&relay, "peer silent"));
+}
+
+#[tokio::test]
+async fn a_client_that_answers_within_the_probe_keeps_its_slot() {
+    let relay = Relay::start(&ONE_SLOT);
+    let stalled = Process::that_reserves(&relay).await;
+    stalled.signal("STOP");
+    let mut newcomer = Client::connect(&relay).await;
+    let refused = async {
+        // Silent for a moment at first, for long enough then.
+        while !says(&relay, "asked for a sign of life") {
+            assert_eq!(newcomer.ask(&reserve()).await.status, RESERVATION_REFUSED);
+        }
+    };
+    let wakes = async {
+        asked_times(&relay, stalled.peer, 1).await;
+        stalled.signal("CONT");
+    };
+    future::join(within(refused), wakes).await;
+    assert!(!says(&relay, "peer silent"));
+}
+
+#[tokio::test]
+async fn a_newcomer_that_asks_twice_waits_once() {
+    let relay = Relay::start(&["--max-reservations", "1", "--probe-after", "0s"]);
+    let frozen = Process::that_reserves(&relay).await;
+    frozen.signal("STOP");
+    let mut newcomer = Client::connect(&relay).await;
+    let (mut first, mut second) = (newcomer.open(HOP).await, newcomer.open(HOP).await);
+    write(&mut first, &reserve()).await;
+    relay.wait_for_log("asked for a sign of life").await;
+    write(&mut second, &reserve()).await;
+    let answers: [HopMessage; 2] = [read(&mut first).await, read(&mut second).await];
+    let statuses = answers.map(|answer| answer.status);
+    assert_eq!(statuses, [RESERVATION_REFUSED, OK]);
 }
 
 #[tokio::test]

@@ -23,7 +23,7 @@ use tempfile::TempDir;
 use tokio::{net::TcpSocket, time::sleep};
 
 /// Each flag, and what it cannot be.
-const FLAGS: [(&str, &str); 18] = [
+const FLAGS: [(&str, &str); 20] = [
     ("--listen", "/ip4/0.0.0.0/udp/4001"),
     ("--announce", "/ip4/0.0.0.0/tcp/4001"),
     ("--identity", "/"),
@@ -33,6 +33,8 @@ const FLAGS: [(&str, &str); 18] = [
     ("--grace", "soon"),
     ("--heartbeat", "often"),
     ("--silence", "30s"),
+    ("--probe", "4s"),
+    ("--probe-after", "later"),
     ("--sweep", "0s"),
     ("--idle-timeout", "1"),
     ("--max-circuits", "-1"),

@@ -107,6 +107,24 @@ pub struct Flags {
     )]
     pub silence: Duration,
 
+    /// How long a silent peer has to answer when a newcomer waits for its slot; 0s: none is asked
+    #[structopt(
+        long,
+        value_name = "DURATION",
+        env = "RELAYLET_PROBE",
+        default_value = "3s"
+    )]
+    pub probe: Duration,
+
+    /// After how much silence a peer is asked when a newcomer waits for its slot
+    #[structopt(
+        long,
+        value_name = "DURATION",
+        env = "RELAYLET_PROBE_AFTER",
+        default_value = "10s"
+    )]
+    pub probe_after: Duration,
+
     /// How often to look for slots whose time is over
     #[structopt(
         long,
@@ -220,6 +238,8 @@ impl Flags {
             grace: self.grace.into(),
             heartbeat: self.heartbeat.into(),
             silence: self.silence.into(),
+            probe: self.probe.into(),
+            probe_after: self.probe_after.into(),
             sweep: self.sweep.into(),
             idle_timeout: self.idle_timeout.into(),
             max_circuits: self.max_circuits,

@@ -1,0 +1,275 @@
+//! Reclaim on demand: a newcomer waits, and a slot is got back for it from a peer that is gone.
+//!
+//! Pure. When a cap leaves no room, the peers under it that have been silent for a while are asked
+//! for a sign of life at once, and whoever does not give one within the probe time is judged: the
+//! longest silent first, and no more than newcomers wait. A peer that answers keeps its slot.
+
+use std::{collections::VecDeque, time::Duration, time::Instant};
+
+use crate::{address::BilledTo, config::Config, reservations::Full};
+
+/// How many newcomers may wait at a time. Whoever comes beyond that is refused at once.
+const MOST_WAITING: usize = 64;
+
+/// How many peers may be on probation at a time.
+const MOST_ASKED: usize = 32;
+
+/// How often the relay looks while a newcomer waits.
+pub const TICK: Duration = Duration::from_millis(100);
+
+/// The part of [`Config`] that this follows.
+#[derive(Clone, Copy, Debug)]
+pub struct Policy {
+    probe: Duration,
+    probe_after: Duration,
+}
+
+impl From<&Config> for Policy {
+    fn from(config: &Config) -> Self {
+        Self {
+            probe: config.probe,
+            probe_after: config.probe_after,
+        }
+    }
+}
+
+/// The newcomers that wait, first come first.
+#[derive(Debug)]
+pub struct Reclaim<N> {
+    policy: Policy,
+    waiting: VecDeque<Waiting<N>>,
+}
+
+/// A newcomer that waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Waiting<N> {
+    /// Who, and what for.
+    pub newcomer: N,
+    /// Since when.
+    pub since: Instant,
+}
+
+/// A live slot whose peer has been silent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Candidate<C> {
+    /// The connection that its reservation points at.
+    pub connection: C,
+    /// Whom the slot is billed to.
+    pub billed_to: Option<BilledTo>,
+    /// For how long nothing was heard from the peer.
+    pub silent_for: Duration,
+    /// For how long a question to it has been open, if one is.
+    pub asked_for: Option<Duration>,
+}
+
+/// What is to become of a newcomer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Prospect<C> {
+    /// The peer behind this connection is judged silent, and its slot is to be had.
+    Judge(C),
+    /// Somebody under the cap may yet turn out to be gone.
+    Wait,
+    /// There is nothing to be had.
+    Refuse,
+}
+
+impl<N> Reclaim<N> {
+    /// Nobody waits.
+    pub fn new(policy: Policy) -> Self {
+        Self {
+            policy,
+            waiting: VecDeque::new(),
+        }
+    }
+
+    /// How many wait.
+    pub fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Lets a newcomer wait, if there is a probe at all and room to wait in; whether it does.
+    pub fn wait(&mut self, newcomer: N, now: Instant) -> bool {
+        if self.policy.probe.is_zero() || self.waiting.len() >= MOST_WAITING {
+            return false;
+        }
+        self.waiting.push_back(Waiting {
+            newcomer,
+            since: now,
+        });
+        true
+    }
+
+    /// A newcomer whose turn it is again: it waits on, since when it did before.
+    pub fn wait_on(&mut self, waiting: Waiting<N>) {
+        self.waiting.push_back(waiting);
+    }
+
+    /// Those for whom this holds wait no longer.
+    pub fn withdraw(&mut self, who: impl Fn(&N) -> bool) -> Vec<N> {
+        let (gone, rest): (Vec<_>, Vec<_>) = std::mem::take(&mut self.waiting)
+            .into_iter()
+            .partition(|waiting| who(&waiting.newcomer));
+        self.waiting = VecDeque::from(rest);
+        gone.into_iter().map(|waiting| waiting.newcomer).collect()
+    }
+
+    /// All who wait, first come first. They are to come back by [`Reclaim::wait_on`] or not at all.
+    pub fn take(&mut self) -> VecDeque<Waiting<N>> {
+        std::mem::take(&mut self.waiting)
+    }
+
+    /// For how long a peer has to have been silent to be a candidate.
+    pub fn probe_after(&self) -> Duration {
+        self.policy.probe_after
+    }
+
+    /// What is to become of each who waits under a cap, for so long; and whom to ask.
+    pub fn decide<C: Copy>(
+        &self,
+        waiting: impl Iterator<Item = (Full, Duration)>,
+        mut candidates: Vec<Candidate<C>>,
+    ) -> (Vec<Prospect<C>>, Vec<C>) {
+        let Policy { probe, probe_after } = self.policy;
+        candidates.retain(|candidate| candidate.silent_for >= probe_after);
+        candidates.sort_by_key(|candidate| std::cmp::Reverse(candidate.silent_for));
+        let on_probation =
+            |candidate: &&Candidate<C>| candidate.asked_for.is_some_and(|open| open < probe);
+        let mut room = MOST_ASKED.saturating_sub(candidates.iter().filter(on_probation).count());
+        let mut ask = Vec::new();
+        let prospects = waiting.map(|(full, waited)| {
+            let due = candidates.iter().position(|candidate| {
+                full.covers(candidate.billed_to)
+                    && candidate.asked_for.is_some_and(|open| open >= probe)
+            });
+            if let Some(due) = due {
+                return Prospect::Judge(candidates.remove(due).connection);
+            }
+            // The question was put a tick after the newcomer came.
+            if waited >= probe + 2 * TICK {
+                return Prospect::Refuse;
+            }
+            let mut prospect = Prospect::Refuse;
+            for candidate in &mut candidates {
+                if !full.covers(candidate.billed_to) {
+                    continue;
+                }
+                prospect = Prospect::Wait;
+                if candidate.asked_for.is_none() && room > 0 {
+                    room -= 1;
+                    candidate.asked_for = Some(Duration::ZERO);
+                    ask.push(candidate.connection);
+                }
+            }
+            prospect
+        });
+        (prospects.collect(), ask)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PROBE: Duration = Duration::from_secs(3);
+
+    fn reclaim() -> Reclaim<&'static str> {
+        Reclaim::new(Policy {
+            probe: PROBE,
+            probe_after: secs(10),
+        })
+    }
+
+    fn secs(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
+    }
+
+    fn silent(connection: u32, seconds: u64) -> Candidate<u32> {
+        Candidate {
+            connection,
+            billed_to: None,
+            silent_for: secs(seconds),
+            asked_for: None,
+        }
+    }
+
+    fn asked(connection: u32, seconds: u64, open: Duration) -> Candidate<u32> {
+        Candidate {
+            asked_for: Some(open),
+            ..silent(connection, seconds)
+        }
+    }
+
+    fn decide(
+        waited: &[Duration],
+        candidates: Vec<Candidate<u32>>,
+    ) -> (Vec<Prospect<u32>>, Vec<u32>) {
+        let waiting = waited.iter().map(|waited| (Full::Table, *waited));
+        reclaim().decide(waiting, candidates)
+    }
+
+    #[test]
+    fn who_has_been_silent_is_asked_longest_first_and_the_newcomer_waits() {
+        let (prospects, ask) = decide(&[secs(0)], vec![silent(1, 12), silent(2, 9), silent(3, 40)]);
+        assert_eq!(prospects, [Prospect::Wait]);
+        assert_eq!(ask, [3, 1]);
+    }
+
+    #[test]
+    fn where_all_were_heard_lately_the_newcomer_is_refused_at_once() {
+        assert_eq!(
+            decide(&[secs(0)], vec![silent(1, 9)]),
+            (vec![Prospect::Refuse], vec![])
+        );
+    }
+
+    #[test]
+    fn as_many_are_judged_as_newcomers_wait_the_longest_silent_first() {
+        let due = vec![
+            asked(1, 13, PROBE),
+            asked(2, 20, PROBE),
+            asked(3, 15, PROBE),
+        ];
+        let (prospects, ask) = decide(&[secs(3), secs(1)], due);
+        assert_eq!(prospects, [Prospect::Judge(2), Prospect::Judge(3)]);
+        assert!(ask.is_empty());
+    }
+
+    #[test]
+    fn nobody_is_judged_before_the_probe_is_over() {
+        let almost = PROBE - Duration::from_millis(1);
+        let (prospects, ask) = decide(&[secs(3)], vec![asked(1, 13, almost)]);
+        assert_eq!((prospects, ask), (vec![Prospect::Wait], vec![]));
+    }
+
+    #[test]
+    fn a_newcomer_waits_for_the_probe_time_and_no_longer() {
+        let (prospects, ask) = decide(&[PROBE + 2 * TICK], vec![silent(1, 12)]);
+        assert_eq!((prospects, ask), (vec![Prospect::Refuse], vec![]));
+    }
+
+    #[test]
+    fn under_an_address_s_cap_only_its_own_slots_count() {
+        let home = BilledTo::of(&"/ip4/192.0.2.1/tcp/1".parse().unwrap()).unwrap();
+        let mut own = asked(2, 12, PROBE);
+        own.billed_to = Some(home);
+        let waiting = std::iter::once((Full::Address(home), secs(1)));
+        let (prospects, _) = reclaim().decide(waiting, vec![asked(1, 50, PROBE), own]);
+        assert_eq!(prospects, [Prospect::Judge(2)]);
+    }
+
+    #[test]
+    fn no_more_than_32_are_on_probation_and_no_more_than_64_wait() {
+        let candidates = (0..100).map(|connection| silent(connection, 60)).collect();
+        let (_, ask) = decide(&[secs(0), secs(0)], candidates);
+        assert_eq!(ask.len(), MOST_ASKED);
+
+        let (mut reclaim, now) = (reclaim(), Instant::now());
+        for _ in 0..MOST_WAITING {
+            assert!(reclaim.wait("newcomer", now));
+        }
+        assert!(!reclaim.wait("one too many", now));
+        let withdrawn = reclaim.withdraw(|who| *who == "newcomer");
+        assert_eq!(withdrawn.len(), MOST_WAITING);
+        assert_eq!(reclaim.waiting(), 0);
+    }
+}
