@@ -1,13 +1,17 @@
 //! The swarm's view of the relay: events in, commands out.
 //!
 //! Wires the rooms together and decides nothing itself: what a request gets is decided by
-//! [`crate::reservations`] and [`crate::circuits`], what is over by [`crate::sweep`].
+//! [`crate::reservations`] and [`crate::circuits`], what is over by [`crate::sweep`]. A RESERVE is
+//! followed through in `behaviour/reserve.rs`, a CONNECT in `behaviour/connect.rs`.
+
+mod connect;
+mod reserve;
 
 use std::{
     collections::{HashMap, VecDeque},
     hash::{BuildHasher, RandomState},
     task::{Context, Poll},
-    time::{Instant, SystemTime, UNIX_EPOCH},
+    time::Instant,
 };
 
 use futures_timer::Delay;
@@ -15,7 +19,7 @@ use libp2p::{
     Multiaddr, PeerId,
     core::{ConnectedPoint, Endpoint, transport::PortUse},
     futures::FutureExt,
-    identity::{Keypair, SigningError},
+    identity::Keypair,
     swarm::{
         CloseConnection, ConnectionClosed, ConnectionDenied, ConnectionId, DialFailure, FromSwarm,
         ListenFailure, NetworkBehaviour, NotifyHandler, ToSwarm,
@@ -23,22 +27,21 @@ use libp2p::{
     },
 };
 
+use self::reserve::Newcomer;
 use crate::{
-    address::{self, Known},
     circuit::{Carried, CircuitEnd},
-    circuits::{Circuit, CircuitId, Circuits, End},
+    circuits::{CircuitId, Circuits, End},
     config::{Config, ConfigError},
     connections::{Connection, Connections},
-    event::{Event, Refused},
-    handler::{Command, Handler, RequestId, Substream, Told},
+    event::Event,
+    handler::{Command, Handler, RequestId, Told},
     heartbeat::Heartbeat,
-    reclaim::{Candidate, Prospect, Reclaim, TICK},
-    reservations::{Admission, Full, Left, Receipt, Reservations},
+    reclaim::Reclaim,
+    reservations::Reservations,
     signs::Signs,
     stop::StopFailed,
     sweep::{Swept, sweep},
-    voucher,
-    wire::{self, Request},
+    wire::Request,
 };
 
 /// The longest reported address that is kept for a connection, in bytes.
@@ -68,13 +71,6 @@ pub struct Behaviour {
     random: RandomState,
     next_sweep: Delay,
     queue: VecDeque<ToSwarm<Event, Command>>,
-}
-
-/// A RESERVE that is yet to be answered.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Newcomer {
-    from: End<ConnectionId>,
-    request: RequestId,
 }
 
 impl Behaviour {
@@ -180,243 +176,6 @@ impl Behaviour {
         }
     }
 
-    fn reserve(&mut self, from: End<ConnectionId>, request: RequestId, now: Instant) {
-        let Some(connection) = self.connections.get(from.connection) else {
-            return;
-        };
-        if connection.relayed {
-            self.refuse(from, request, Refused::Relayed);
-            return;
-        }
-        let newcomer = Newcomer { from, request };
-        let Err(full) = self.try_reserve(newcomer, now) else {
-            return;
-        };
-        // A peer waits once: what it asked before, from another network maybe, is over.
-        for older in self.reclaim.withdraw(|older| older.from.peer == from.peer) {
-            self.refuse(older.from, older.request, full.into());
-        }
-        if !self.reclaim.wait(newcomer, now) {
-            self.refuse(from, request, full.into());
-        }
-        self.hurry();
-    }
-
-    /// Decides a RESERVE and answers it, unless a cap leaves no room.
-    fn try_reserve(&mut self, newcomer: Newcomer, now: Instant) -> Result<(), Full> {
-        let Newcomer { from, request } = newcomer;
-        let Some(connection) = self.connections.get(from.connection) else {
-            return Ok(()); // nobody to answer
-        };
-        let (peer, address) = (from.peer, connection.address.clone());
-        let before = self.reservations.connection(&peer);
-        let billed_to = connection.billed_to();
-        let admission = self
-            .reservations
-            .reserve(peer, from.connection, billed_to, now);
-        self.tell_freed();
-        let (receipt, renewed) = match admission {
-            Admission::Refused(full) => return Err(full),
-            Admission::Granted(receipt) => (receipt, false),
-            Admission::Renewed(receipt) => (receipt, true),
-        };
-        self.point(peer, before, now);
-        let Ok(answer) = self.reservation_answer(from, now) else {
-            self.undelivered(peer, receipt, now);
-            self.refuse(from, request, Refused::NotSigned);
-            return Ok(());
-        };
-        self.command(from, Command::Granted(request, receipt, answer));
-        self.tell(Event::ReservationAccepted {
-            peer,
-            address,
-            renewed,
-        });
-        Ok(())
-    }
-
-    /// Looks for a slot for each newcomer that waits.
-    fn reclaim(&mut self, now: Instant) {
-        let mut waiting = Vec::new();
-        for newcomer in self.reclaim.take() {
-            if let Err(full) = self.try_reserve(newcomer.newcomer, now) {
-                waiting.push((newcomer, full));
-            }
-        }
-        if waiting.is_empty() {
-            return;
-        }
-        let silent = self.connections.reserved();
-        let candidates = silent.map(|(connection, peer, pulse)| Candidate {
-            connection,
-            billed_to: self.reservations.bill_of(&peer),
-            silent_for: pulse.silent_for(now),
-            asked_for: pulse.asked_for(now),
-        });
-        let caps = waiting.iter().map(|(who, full)| (*full, now - who.since));
-        let (prospects, ask) = self.reclaim.decide(caps, candidates.collect());
-        for connection in ask {
-            self.connections.asked(connection, now);
-            self.ask_for_sign(connection);
-        }
-        for ((waiting, full), prospect) in waiting.into_iter().zip(prospects) {
-            let Newcomer { from, request } = waiting.newcomer;
-            match prospect {
-                Prospect::Refuse => self.refuse(from, request, full.into()),
-                Prospect::Wait => self.reclaim.wait_on(waiting),
-                Prospect::Judge(connection) => {
-                    self.silent(connection, now);
-                    // Unless the peer has another connection, there is room now.
-                    if self.try_reserve(waiting.newcomer, now).is_err() {
-                        self.reclaim.wait_on(waiting);
-                    }
-                }
-            }
-        }
-    }
-
-    /// Sweeps soon, if a newcomer waits.
-    fn hurry(&mut self) {
-        if self.reclaim.waiting() > 0 && !self.in_a_hurry {
-            self.in_a_hurry = true;
-            self.next_sweep.reset(TICK.min(self.config.sweep));
-        }
-    }
-
-    fn reservation_answer(
-        &self,
-        to: End<ConnectionId>,
-        now: Instant,
-    ) -> Result<Vec<u8>, SigningError> {
-        let term = self.reservations.expires(&to.peer).unwrap_or(now) - now;
-        let wall_clock = SystemTime::now().duration_since(UNIX_EPOCH);
-        let expire = (wall_clock.unwrap_or_default() + term).as_secs();
-        let listening: Vec<_> = self.listening.iter().cloned().collect();
-        let connection = self.connections.get(to.connection);
-        let known = Known {
-            announced: &self.config.announce,
-            confirmed: self.confirmed.as_slice(),
-            listening: &listening,
-            reported: connection.and_then(|connection| connection.reported.as_ref()),
-        };
-        let addresses = address::for_reservation(known, self.peer);
-        let voucher = voucher::sign(&self.keypair, to.peer, expire)?;
-        let limit = self.config.circuit_limit();
-        Ok(wire::reserve_ok(expire, &addresses, voucher, limit))
-    }
-
-    fn connect(
-        &mut self,
-        from: End<ConnectionId>,
-        request: RequestId,
-        target: PeerId,
-        now: Instant,
-    ) {
-        let Some(connection) = self.connections.get(from.connection) else {
-            return;
-        };
-        if connection.relayed {
-            self.refuse_circuit(from, request, target, Refused::Relayed);
-            return;
-        }
-        let Some(over) = self.reservations.live(&target, now) else {
-            self.refuse_circuit(from, request, target, Refused::NoReservation);
-            return;
-        };
-        let to = End {
-            peer: target,
-            connection: over,
-        };
-        let id = match self.circuits.admit(from, to) {
-            Ok(id) => id,
-            Err(full) => {
-                self.refuse_circuit(from, request, target, full.into());
-                return;
-            }
-        };
-        self.asking.insert(id, Some(request));
-        self.connections.add_circuit(from.connection, now);
-        self.connections.add_circuit(to.connection, now);
-        let limit = self.config.circuit_limit();
-        self.command(to, Command::AskTarget(id, from.peer, limit));
-    }
-
-    fn target_answered(&mut self, id: CircuitId, answer: Result<Box<Substream>, StopFailed>) {
-        let Some(request) = self.asking.remove(&id) else {
-            return; // ended meanwhile; dropping the stream resets it
-        };
-        match (request, answer) {
-            (Some(request), Ok(stream)) => self.open_circuit(id, request, stream),
-            (Some(request), Err(failed)) => {
-                if let Some(circuit) = self.forget_circuit(id) {
-                    let reason = Refused::StopFailed(failed);
-                    self.refuse_circuit(circuit.source, request, circuit.target.peer, reason);
-                }
-            }
-            // Given up: the source was refused then.
-            (None, _) => {
-                self.forget_circuit(id);
-            }
-        }
-    }
-
-    fn open_circuit(&mut self, id: CircuitId, request: RequestId, stream: Box<Substream>) {
-        let Some(circuit) = self.circuits.get(id) else {
-            return;
-        };
-        let limit = self.config.circuit_limit();
-        let open = Command::OpenCircuit(request, id, stream, limit);
-        self.command(circuit.source, open);
-        self.tell(Event::CircuitOpened {
-            circuit: id,
-            source: circuit.source.peer,
-            target: circuit.target.peer,
-        });
-    }
-
-    fn circuit_ended(&mut self, id: CircuitId, end: CircuitEnd, carried: Carried) {
-        if let Some(circuit) = self.forget_circuit(id) {
-            self.tell(Event::CircuitClosed {
-                circuit: id,
-                source: circuit.source.peer,
-                target: circuit.target.peer,
-                end,
-                carried,
-            });
-        }
-    }
-
-    /// Ends a circuit by command; an open one reports back what it carried.
-    ///
-    /// One that is being set up keeps its place until nothing is left of it at the target: else
-    /// sources that ask and leave could ask one target for more than its cap.
-    fn end_circuit(&mut self, id: CircuitId, circuit: Circuit<ConnectionId>) {
-        let Some(request) = self.asking.get_mut(&id) else {
-            self.command(circuit.source, Command::EndCircuit(id));
-            return;
-        };
-        if let Some(request) = request.take() {
-            self.refuse_circuit(circuit.source, request, circuit.target.peer, Refused::Gone);
-            self.command(circuit.target, Command::GiveUpAsking(id));
-        }
-    }
-
-    fn forget_circuit(&mut self, id: CircuitId) -> Option<Circuit<ConnectionId>> {
-        let circuit = self.circuits.remove(id)?;
-        let now = Instant::now();
-        for end in [circuit.source, circuit.target] {
-            self.connections.remove_circuit(end.connection, now);
-        }
-        Some(circuit)
-    }
-
-    fn undelivered(&mut self, peer: PeerId, receipt: Receipt, now: Instant) {
-        let before = self.reservations.connection(&peer);
-        let up = self.connections.of(&peer);
-        let left = self.reservations.undelivered(peer, receipt, up, now);
-        self.after_leaving(peer, before, left, now);
-    }
-
     fn connected(&mut self, established: ConnectionEstablished<'_>) {
         let endpoint = established.endpoint;
         let address = match endpoint {
@@ -463,20 +222,6 @@ impl Behaviour {
         let up = self.connections.of(&peer);
         let left = self.reservations.disconnected(peer, connection, up, now);
         self.after_leaving(peer, before, left, now);
-    }
-
-    fn after_leaving(
-        &mut self,
-        peer: PeerId,
-        before: Option<ConnectionId>,
-        left: Left<ConnectionId>,
-        now: Instant,
-    ) {
-        self.tell_freed();
-        self.point(peer, before, now);
-        if left == Left::Grace {
-            self.tell(Event::GraceBegan { peer });
-        }
     }
 
     /// Nothing was heard on this connection: as if it were gone, whether or not it is closed.
@@ -548,65 +293,6 @@ impl Behaviour {
             let question = Command::AskForSign(self.config.silence);
             self.command(End { peer, connection }, question);
         }
-    }
-
-    /// Keeps the connection that `peer`'s reservation points at now, and no longer the one before.
-    fn point(&mut self, peer: PeerId, before: Option<ConnectionId>, now: Instant) {
-        let after = self.reservations.connection(&peer);
-        if let Some(connection) = before.filter(|_| before != after) {
-            self.hold(End { peer, connection }, false, now);
-        }
-        if let Some(connection) = after {
-            self.hold(End { peer, connection }, true, now);
-        }
-    }
-
-    fn hold(&mut self, on: End<ConnectionId>, holds: bool, now: Instant) {
-        if self.connections.hold_reservation(on.connection, holds, now) {
-            self.command(on, Command::Hold(holds));
-        }
-    }
-
-    fn tell_freed(&mut self) {
-        let now = Instant::now();
-        for freed in self.reservations.take_freed() {
-            if let Some(connection) = freed.connection {
-                let peer = freed.peer;
-                self.hold(End { peer, connection }, false, now);
-            }
-            self.tell(Event::ReservationFreed {
-                peer: freed.peer,
-                reason: freed.reason,
-            });
-        }
-    }
-
-    fn refuse(&mut self, from: End<ConnectionId>, request: RequestId, reason: Refused) {
-        let Some(connection) = self.connections.get(from.connection) else {
-            return; // nobody to answer
-        };
-        let address = connection.address.clone();
-        self.command(from, Command::Refuse(request, reason.status()));
-        self.tell(Event::ReservationRefused {
-            peer: from.peer,
-            address,
-            reason,
-        });
-    }
-
-    fn refuse_circuit(
-        &mut self,
-        from: End<ConnectionId>,
-        request: RequestId,
-        target: PeerId,
-        reason: Refused,
-    ) {
-        self.command(from, Command::Refuse(request, reason.status()));
-        self.tell(Event::CircuitRefused {
-            source: from.peer,
-            target,
-            reason,
-        });
     }
 
     fn handler(&mut self, connection: ConnectionId, peer: PeerId) -> Handler {

@@ -1,0 +1,215 @@
+//! RESERVE, from the request to what became of the slot.
+
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use libp2p::{PeerId, identity::SigningError, swarm::ConnectionId};
+
+use super::Behaviour;
+use crate::{
+    address::{self, Known},
+    circuits::End,
+    event::{Event, Refused},
+    handler::{Command, RequestId},
+    reclaim::{Candidate, Prospect, TICK},
+    reservations::{Admission, Full, Left, Receipt},
+    voucher, wire,
+};
+
+/// A RESERVE that is yet to be answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Newcomer {
+    pub(super) from: End<ConnectionId>,
+    pub(super) request: RequestId,
+}
+
+impl Behaviour {
+    pub(super) fn reserve(&mut self, from: End<ConnectionId>, request: RequestId, now: Instant) {
+        let Some(connection) = self.connections.get(from.connection) else {
+            return;
+        };
+        if connection.relayed {
+            self.refuse(from, request, Refused::Relayed);
+            return;
+        }
+        let newcomer = Newcomer { from, request };
+        let Err(full) = self.try_reserve(newcomer, now) else {
+            return;
+        };
+        // A peer waits once: what it asked before, from another network maybe, is over.
+        for older in self.reclaim.withdraw(|older| older.from.peer == from.peer) {
+            self.refuse(older.from, older.request, full.into());
+        }
+        if !self.reclaim.wait(newcomer, now) {
+            self.refuse(from, request, full.into());
+        }
+        self.hurry();
+    }
+
+    /// Decides a RESERVE and answers it, unless a cap leaves no room.
+    fn try_reserve(&mut self, newcomer: Newcomer, now: Instant) -> Result<(), Full> {
+        let Newcomer { from, request } = newcomer;
+        let Some(connection) = self.connections.get(from.connection) else {
+            return Ok(()); // nobody to answer
+        };
+        let (peer, address) = (from.peer, connection.address.clone());
+        let before = self.reservations.connection(&peer);
+        let billed_to = connection.billed_to();
+        let admission = self
+            .reservations
+            .reserve(peer, from.connection, billed_to, now);
+        self.tell_freed();
+        let (receipt, renewed) = match admission {
+            Admission::Refused(full) => return Err(full),
+            Admission::Granted(receipt) => (receipt, false),
+            Admission::Renewed(receipt) => (receipt, true),
+        };
+        self.point(peer, before, now);
+        let Ok(answer) = self.reservation_answer(from, now) else {
+            self.undelivered(peer, receipt, now);
+            self.refuse(from, request, Refused::NotSigned);
+            return Ok(());
+        };
+        self.command(from, Command::Granted(request, receipt, answer));
+        self.tell(Event::ReservationAccepted {
+            peer,
+            address,
+            renewed,
+        });
+        Ok(())
+    }
+
+    /// Looks for a slot for each newcomer that waits.
+    pub(super) fn reclaim(&mut self, now: Instant) {
+        let mut waiting = Vec::new();
+        for newcomer in self.reclaim.take() {
+            if let Err(full) = self.try_reserve(newcomer.newcomer, now) {
+                waiting.push((newcomer, full));
+            }
+        }
+        if waiting.is_empty() {
+            return;
+        }
+        let silent = self.connections.reserved();
+        let candidates = silent.map(|(connection, peer, pulse)| Candidate {
+            connection,
+            billed_to: self.reservations.bill_of(&peer),
+            silent_for: pulse.silent_for(now),
+            asked_for: pulse.asked_for(now),
+        });
+        let caps = waiting.iter().map(|(who, full)| (*full, now - who.since));
+        let (prospects, ask) = self.reclaim.decide(caps, candidates.collect());
+        for connection in ask {
+            self.connections.asked(connection, now);
+            self.ask_for_sign(connection);
+        }
+        for ((waiting, full), prospect) in waiting.into_iter().zip(prospects) {
+            let Newcomer { from, request } = waiting.newcomer;
+            match prospect {
+                Prospect::Refuse => self.refuse(from, request, full.into()),
+                Prospect::Wait => self.reclaim.wait_on(waiting),
+                Prospect::Judge(connection) => {
+                    self.silent(connection, now);
+                    // Unless the peer has another connection, there is room now.
+                    if self.try_reserve(waiting.newcomer, now).is_err() {
+                        self.reclaim.wait_on(waiting);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Sweeps soon, if a newcomer waits.
+    pub(super) fn hurry(&mut self) {
+        if self.reclaim.waiting() > 0 && !self.in_a_hurry {
+            self.in_a_hurry = true;
+            self.next_sweep.reset(TICK.min(self.config.sweep));
+        }
+    }
+
+    fn reservation_answer(
+        &self,
+        to: End<ConnectionId>,
+        now: Instant,
+    ) -> Result<Vec<u8>, SigningError> {
+        let term = self.reservations.expires(&to.peer).unwrap_or(now) - now;
+        let wall_clock = SystemTime::now().duration_since(UNIX_EPOCH);
+        let expire = (wall_clock.unwrap_or_default() + term).as_secs();
+        let listening: Vec<_> = self.listening.iter().cloned().collect();
+        let connection = self.connections.get(to.connection);
+        let known = Known {
+            announced: &self.config.announce,
+            confirmed: self.confirmed.as_slice(),
+            listening: &listening,
+            reported: connection.and_then(|connection| connection.reported.as_ref()),
+        };
+        let addresses = address::for_reservation(known, self.peer);
+        let voucher = voucher::sign(&self.keypair, to.peer, expire)?;
+        let limit = self.config.circuit_limit();
+        Ok(wire::reserve_ok(expire, &addresses, voucher, limit))
+    }
+
+    pub(super) fn undelivered(&mut self, peer: PeerId, receipt: Receipt, now: Instant) {
+        let before = self.reservations.connection(&peer);
+        let up = self.connections.of(&peer);
+        let left = self.reservations.undelivered(peer, receipt, up, now);
+        self.after_leaving(peer, before, left, now);
+    }
+
+    pub(super) fn after_leaving(
+        &mut self,
+        peer: PeerId,
+        before: Option<ConnectionId>,
+        left: Left<ConnectionId>,
+        now: Instant,
+    ) {
+        self.tell_freed();
+        self.point(peer, before, now);
+        if left == Left::Grace {
+            self.tell(Event::GraceBegan { peer });
+        }
+    }
+
+    /// Keeps the connection that `peer`'s reservation points at now, and no longer the one before.
+    fn point(&mut self, peer: PeerId, before: Option<ConnectionId>, now: Instant) {
+        let after = self.reservations.connection(&peer);
+        if let Some(connection) = before.filter(|_| before != after) {
+            self.hold(End { peer, connection }, false, now);
+        }
+        if let Some(connection) = after {
+            self.hold(End { peer, connection }, true, now);
+        }
+    }
+
+    fn hold(&mut self, on: End<ConnectionId>, holds: bool, now: Instant) {
+        if self.connections.hold_reservation(on.connection, holds, now) {
+            self.command(on, Command::Hold(holds));
+        }
+    }
+
+    pub(super) fn tell_freed(&mut self) {
+        let now = Instant::now();
+        for freed in self.reservations.take_freed() {
+            if let Some(connection) = freed.connection {
+                let peer = freed.peer;
+                self.hold(End { peer, connection }, false, now);
+            }
+            self.tell(Event::ReservationFreed {
+                peer: freed.peer,
+                reason: freed.reason,
+            });
+        }
+    }
+
+    fn refuse(&mut self, from: End<ConnectionId>, request: RequestId, reason: Refused) {
+        let Some(connection) = self.connections.get(from.connection) else {
+            return; // nobody to answer
+        };
+        let address = connection.address.clone();
+        self.command(from, Command::Refuse(request, reason.status()));
+        self.tell(Event::ReservationRefused {
+            peer: from.peer,
+            address,
+            reason,
+        });
+    }
+}
