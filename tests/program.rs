@@ -320,7 +320,7 @@ async fn sigint_and_sigterm_end_it_well() {
 #[tokio::test]
 async fn after_kill_9_under_a_hundred_connections_its_port_is_bound_again_at_once() {
     let listen = format!("/ip4/127.0.0.1/tcp/{}", free_port());
-    let relay = Relay::start_listening(&["--listen", &listen]);
+    let relay = Relay::start_listening(&["--listen", &listen, "--max-connections-per-ip", "0"]);
     let connections = future::join_all((0..100).map(|_| by_hand::muxed(&relay))).await;
     let peer = relay.peer;
     let again = Relay::start_in(relay.kill(), &["--listen", &listen]);

@@ -30,6 +30,9 @@ pub struct Limits {
     /// Default 256; zero: no cap.
     pub max_connections_per_ip: usize,
     /// How many may be in their handshakes. Default 256.
+    ///
+    /// Of these one address may have a quarter, so that it cannot keep everyone else out; unless
+    /// there is no cap for addresses.
     pub max_handshakes: usize,
 }
 
@@ -50,7 +53,14 @@ pub struct ConnectionLimits {
     /// The incoming connections that were let in, and whom each is billed to.
     admitted: HashMap<ConnectionId, Admitted>,
     handshakes: usize,
-    billed: HashMap<BilledTo, usize>,
+    billed: HashMap<BilledTo, Bill>,
+}
+
+/// What one address has open.
+#[derive(Clone, Copy, Debug, Default)]
+struct Bill {
+    connections: usize,
+    handshakes: usize,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -102,11 +112,14 @@ impl ConnectionLimits {
         }
         let per_ip = self.limits.max_connections_per_ip;
         if let Some(address) = billed_to {
-            let count = self.billed.entry(address).or_default();
-            if per_ip > 0 && *count >= per_ip {
+            let handshakes_per_ip = (self.limits.max_handshakes / 4).max(1);
+            let bill = self.billed.get(&address).copied().unwrap_or_default();
+            if per_ip > 0 && (bill.connections >= per_ip || bill.handshakes >= handshakes_per_ip) {
                 return Err(Denied::Address(address));
             }
-            *count += 1;
+            let bill = self.billed.entry(address).or_default();
+            bill.connections += 1;
+            bill.handshakes += 1;
         }
         self.handshakes += 1;
         let admitted = Admitted {
@@ -122,6 +135,10 @@ impl ConnectionLimits {
             && std::mem::take(&mut admitted.in_handshake)
         {
             self.handshakes -= 1;
+            let bill = admitted.billed_to.and_then(|to| self.billed.get_mut(&to));
+            if let Some(bill) = bill {
+                bill.handshakes -= 1;
+            }
         }
     }
 
@@ -131,10 +148,10 @@ impl ConnectionLimits {
             return; // turned away, or dialed by us
         };
         let billed = admitted.billed_to.map(|to| self.billed.entry(to));
-        if let Some(Entry::Occupied(mut count)) = billed {
-            *count.get_mut() -= 1;
-            if *count.get() == 0 {
-                count.remove();
+        if let Some(Entry::Occupied(mut bill)) = billed {
+            bill.get_mut().connections -= 1;
+            if bill.get().connections == 0 {
+                bill.remove();
             }
         }
     }
@@ -234,6 +251,15 @@ mod tests {
         assert_eq!(denied, Denied::Address(from(1).unwrap()));
         assert!(from_one.admit(id(3), from(2)).is_ok());
 
+        let mut one_by_one = gate(9, 9, 8);
+        assert!(one_by_one.admit(id(1), from(1)).is_ok());
+        assert!(one_by_one.admit(id(2), from(1)).is_ok());
+        let denied = one_by_one.admit(id(3), from(1)).unwrap_err();
+        assert_eq!(denied, Denied::Address(from(1).unwrap()));
+        assert!(one_by_one.admit(id(3), from(2)).is_ok());
+        one_by_one.handshake_done(id(1));
+        assert!(one_by_one.admit(id(4), from(1)).is_ok());
+
         let mut slow = gate(9, 9, 1);
         assert!(slow.admit(id(1), from(1)).is_ok());
         assert_eq!(slow.admit(id(2), from(2)), Err(Denied::Handshakes));
@@ -243,7 +269,7 @@ mod tests {
 
     #[test]
     fn what_is_gone_leaves_nothing_behind() {
-        let mut gate = gate(9, 9, 9);
+        let mut gate = gate(9, 9, 12);
         for n in 1..4 {
             gate.admit(id(n), from(1)).unwrap();
         }

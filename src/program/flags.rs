@@ -89,7 +89,7 @@ pub struct Flags {
     )]
     pub grace: Duration,
 
-    /// After how much silence a peer with a slot or a circuit is asked for a sign of life; 0s: never
+    /// After how much silence a peer with a slot or circuit is asked for a sign of life; 0s: never
     #[structopt(
         long,
         value_name = "DURATION",

@@ -41,6 +41,17 @@ const WINDOW_GROWTH: usize = LONGEST_FRAME - INITIAL_WINDOW;
 /// How many streams yamux lets us open before the peer acknowledged the first.
 const ACK_BACKLOG: usize = 256;
 
+/// The largest budget in either direction: more would not fit what yamux counts.
+pub const MOST_STREAMS: usize = {
+    let addressable = usize::MAX / (4 * INITIAL_WINDOW);
+    let named = u16::MAX as usize;
+    if addressable < named {
+        addressable
+    } else {
+        named
+    }
+};
+
 /// How many streams may be open on one connection.
 #[derive(Clone, Copy, Debug)]
 pub struct Budget {

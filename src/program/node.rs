@@ -96,8 +96,8 @@ impl Node {
         let peer = keypair.public().to_peer_id();
         let announce = config.announce.clone();
         let streams = config.max_circuits_per_peer.saturating_add(SPARE_STREAMS);
-        if streams > u16::MAX.into() {
-            let problem = "one connection carries no more; try 10000 or less";
+        if streams > muxer::MOST_STREAMS {
+            let problem = "one connection cannot carry so many; try 1000 or less";
             return Err(ConfigError::new("max_circuits_per_peer", problem).into());
         }
         let budget = muxer::Budget {

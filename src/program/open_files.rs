@@ -16,7 +16,7 @@ pub fn raise_limit(limits: &Limits) -> Option<String> {
 }
 
 fn warning(limit: u64, max_connections: usize) -> Option<String> {
-    let needed = max_connections as u64 + OTHERS;
+    let needed = (max_connections as u64).saturating_add(OTHERS);
     (limit < needed).then(|| {
         format!(
             "--max-connections {max_connections} needs {needed} open files and the system allows \
@@ -32,6 +32,7 @@ mod tests {
     #[test]
     fn too_few_files_are_a_warning_that_names_the_flag() {
         assert_eq!(warning(5000, 4096), None);
+        assert!(warning(5000, usize::MAX).is_some());
         let warning = warning(1024, 4096).unwrap();
         assert!(warning.contains("--max-connections 4096") && warning.contains("1024"));
     }
