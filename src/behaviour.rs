@@ -11,7 +11,7 @@ use std::{
     collections::{HashMap, VecDeque},
     hash::{BuildHasher, RandomState},
     task::{Context, Poll},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use futures_timer::Delay;
@@ -44,6 +44,9 @@ use crate::{
     wire::Request,
 };
 
+/// How late a sweep may come before questions count anew.
+const LATE: Duration = Duration::from_secs(1);
+
 /// The longest reported address that is kept for a connection, in bytes.
 const MAX_REPORTED: usize = 256;
 
@@ -70,6 +73,7 @@ pub struct Behaviour {
     signs: HashMap<ConnectionId, Signs>,
     random: RandomState,
     next_sweep: Delay,
+    sweep_due: Instant,
     queue: VecDeque<ToSwarm<Event, Command>>,
 }
 
@@ -103,6 +107,7 @@ impl Behaviour {
             signs: HashMap::new(),
             random: RandomState::new(),
             next_sweep: Delay::new(config.sweep),
+            sweep_due: Instant::now() + config.sweep,
             queue: VecDeque::new(),
             keypair,
             config,
@@ -219,8 +224,8 @@ impl Behaviour {
             }
         }
         let before = self.reservations.connection(&peer);
-        let up = self.connections.of(&peer);
-        let left = self.reservations.disconnected(peer, connection, up, now);
+        let up = self.connections.fit_for_a_slot(&peer);
+        let left = self.reservations.disconnected(peer, connection, &up, now);
         self.after_leaving(peer, before, left, now);
     }
 
@@ -243,7 +248,7 @@ impl Behaviour {
             }
         }
         let before = self.reservations.connection(&peer);
-        let mut up = self.connections.of(&peer).to_vec();
+        let mut up = self.connections.fit_for_a_slot(&peer);
         up.retain(|other| *other != connection);
         let left = self.reservations.silent(peer, connection, &up, now);
         self.after_leaving(peer, before, left, now);
@@ -262,6 +267,10 @@ impl Behaviour {
 
     fn sweep(&mut self) {
         let now = Instant::now();
+        // What was answered while the relay stood still may not have been read yet.
+        if now > self.sweep_due + LATE {
+            self.connections.ask_anew(now);
+        }
         let timeout = self.config.idle_timeout;
         let Swept { idle, beat } = sweep(
             &mut self.reservations,
@@ -287,6 +296,11 @@ impl Behaviour {
         self.reclaim(now);
     }
 
+    fn sweep_in(&mut self, interval: Duration) {
+        self.sweep_due = Instant::now() + interval;
+        self.next_sweep.reset(interval);
+    }
+
     fn ask_for_sign(&mut self, connection: ConnectionId) {
         if let Some(peer) = self.connections.get(connection).map(|c| c.peer) {
             log::debug!("asked for a sign of life: peer {peer}");
@@ -298,7 +312,7 @@ impl Behaviour {
     fn handler(&mut self, connection: ConnectionId, peer: PeerId) -> Handler {
         let signs = Signs::default();
         self.signs.insert(connection, signs.clone());
-        Handler::new(peer, self.config.answer_ping, signs)
+        Handler::new(peer, &self.config, signs)
     }
 
     fn command(&mut self, to: End<ConnectionId>, event: Command) {
@@ -383,9 +397,9 @@ impl NetworkBehaviour for Behaviour {
             if self.next_sweep.poll_unpin(cx).is_pending() {
                 return Poll::Pending;
             }
-            self.next_sweep.reset(self.config.sweep);
             self.in_a_hurry = false;
             self.sweep();
+            self.sweep_in(self.config.sweep);
             self.hurry();
         }
     }

@@ -11,6 +11,9 @@ use crate::wire::Limit;
 /// It keeps every deadline within what an `Instant` can hold.
 const LONGEST: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
+/// The shortest probe: a phone far away needs it.
+const SHORTEST_PROBE: Duration = Duration::from_millis(500);
+
 /// The longest probe: js-libp2p gives up 5 s after it began to dial.
 const LONGEST_PROBE: Duration = Duration::from_millis(3500);
 
@@ -52,10 +55,11 @@ pub struct Config {
     /// After how much silence a peer that holds a slot or is part of a circuit is asked for a sign
     /// of life, over `/ipfs/ping/1.0.0`; up to a quarter earlier, at random.
     ///
-    /// Default 30 s; zero: nobody is asked, and nobody judged silent.
+    /// Default 30 s; zero: nobody is asked, and nobody judged silent, but when a newcomer waits
+    /// ([`probe`](Self::probe)).
     pub heartbeat: Duration,
     /// After how much silence a peer that was asked is judged: its circuits end, and its slot
-    /// enters grace. Default 60 s; above [`heartbeat`](Self::heartbeat).
+    /// enters grace. Default 60 s; at least 1 s above [`heartbeat`](Self::heartbeat).
     pub silence: Duration,
     /// Whether the connection of a peer that was judged silent is closed. Default true.
     ///
@@ -155,10 +159,17 @@ impl Config {
                 "a reservation lasts at least a second; try 1h",
             ));
         }
-        if !self.heartbeat.is_zero() && self.silence <= self.heartbeat {
+        let to_answer = self.silence.saturating_sub(self.heartbeat);
+        if !self.heartbeat.is_zero() && to_answer < Duration::from_secs(1) {
             return Err(ConfigError::new(
                 "silence",
                 "nobody could answer in time; try twice the heartbeat or more",
+            ));
+        }
+        if !self.probe.is_zero() && self.probe < SHORTEST_PROBE {
+            return Err(ConfigError::new(
+                "probe",
+                "no peer far away could answer in time; try 3s, or 0s to ask nobody",
             ));
         }
         if self.probe > LONGEST_PROBE {

@@ -110,6 +110,12 @@ impl<C: Copy + Eq + std::hash::Hash> Connections<C> {
         self.by_peer.get(peer).map_or(&[], Vec::as_slice)
     }
 
+    /// Those of them that a reservation may point at, oldest first: not relayed, nor being closed.
+    pub fn fit_for_a_slot(&self, peer: &PeerId) -> Vec<C> {
+        let fit = |id: &&C| self.get(**id).is_some_and(|c| !c.relayed && !c.closing);
+        self.of(peer).iter().filter(fit).copied().collect()
+    }
+
     /// A connection came up.
     pub fn add(&mut self, id: C, connection: Connection) {
         self.by_peer.entry(connection.peer).or_default().push(id);
@@ -186,10 +192,26 @@ impl<C: Copy + Eq + std::hash::Hash> Connections<C> {
         }
     }
 
-    /// Listens to those that are watched.
+    /// Listens to all of them: one that is not watched now may be so next.
     pub fn listen(&mut self, now: Instant) {
-        for connection in self.up.values_mut().filter(|c| c.watched()) {
+        for connection in self.up.values_mut() {
             connection.listen(now);
+        }
+    }
+
+    /// The peer waits for an answer: until now its connection was not idle.
+    pub fn waits(&mut self, id: C, now: Instant) {
+        if let Some(connection) = self.up.get_mut(&id) {
+            connection.idle_since = now;
+        }
+    }
+
+    /// Open questions count from `now`: nobody could hear an answer to them.
+    pub fn ask_anew(&mut self, now: Instant) {
+        for connection in self.up.values_mut() {
+            if connection.pulse.asked_for(now).is_some() {
+                connection.pulse.asked(now);
+            }
         }
     }
 
@@ -235,9 +257,7 @@ impl<C: Copy + Eq + std::hash::Hash> Connections<C> {
         };
         let was_idle = connection.idle();
         change(connection);
-        if was_idle {
-            connection.pulse.heard(now); // nobody listened before
-        } else {
+        if !was_idle {
             connection.idle_since = now;
         }
     }

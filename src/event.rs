@@ -77,7 +77,7 @@ pub enum Event {
         /// What was wrong with it.
         reason: BadRequest,
     },
-    /// A circuit was set up: from now on bytes pass.
+    /// A circuit was set up: the target agreed, and the source is being told.
     CircuitOpened {
         /// Its name.
         circuit: CircuitId,

@@ -32,6 +32,7 @@ use libp2p::{
 use crate::{
     circuit::{Carried, Circuit, CircuitEnd},
     circuits::CircuitId,
+    config::Config,
     hop, ping,
     reservations::Receipt,
     signs::{Heard, Signs},
@@ -41,10 +42,9 @@ use crate::{
 };
 
 /// How many requests of one connection may be on their way, from the first byte to the last of
-/// their answer. A stream beyond that is reset.
-///
-/// Twice the default of circuits per peer: a client may ask for all of them at once.
-const MAX_REQUESTS: usize = 128;
+/// their answer, or as many as one peer may have circuits: a client may ask for all of them at
+/// once. A stream beyond that is reset.
+const LEAST_MAX_REQUESTS: usize = 128;
 
 /// How many ping streams are served on one connection, as its specification asks.
 const MAX_PINGS: usize = 2;
@@ -108,6 +108,7 @@ enum Done {
 pub struct Handler {
     peer: PeerId,
     answer_ping: bool,
+    max_requests: usize,
     signs: Signs,
     tasks: FuturesUnordered<BoxFuture<'static, Done>>,
     /// Requests that the behaviour has yet to decide.
@@ -147,10 +148,11 @@ pub struct Asking {
 
 impl Handler {
     /// The handler of a new connection to `peer`; what is heard from it is counted in `signs`.
-    pub(crate) fn new(peer: PeerId, answer_ping: bool, signs: Signs) -> Self {
+    pub(crate) fn new(peer: PeerId, config: &Config, signs: Signs) -> Self {
         Self {
             peer,
-            answer_ping,
+            answer_ping: config.answer_ping,
+            max_requests: config.max_circuits_per_peer.max(LEAST_MAX_REQUESTS),
             signs,
             tasks: FuturesUnordered::new(),
             undecided: HashMap::new(),
@@ -175,7 +177,7 @@ impl Handler {
             self.run(ping::answer(stream).map(|_| Done::Ping));
             return;
         }
-        if self.in_progress + self.undecided.len() == MAX_REQUESTS {
+        if self.in_progress + self.undecided.len() >= self.max_requests {
             return;
         }
         self.in_progress += 1;
@@ -362,13 +364,10 @@ impl ConnectionHandler for Handler {
             ConnectionEvent::FullyNegotiatedOutbound(FullyNegotiatedOutbound {
                 protocol: stream,
                 info,
-            }) => {
-                self.signs.heard(1); // it agreed to the protocol
-                match info {
-                    Wanted::Stop(asking) => self.ask(self.signs.listen_to(stream), asking),
-                    Wanted::Sign(patience) => self.ask_for_sign(stream, patience),
-                }
-            }
+            }) => match info {
+                Wanted::Stop(asking) => self.ask(self.signs.listen_to(stream), asking),
+                Wanted::Sign(patience) => self.ask_for_sign(stream, patience),
+            },
             ConnectionEvent::DialUpgradeError(DialUpgradeError { info, error }) => {
                 if !matches!(error, StreamUpgradeError::Timeout) {
                     self.signs.heard(1); // a refusal is an answer

@@ -15,6 +15,9 @@ use crate::config::Config;
 /// So many that fall silent together may be our own link's fault, if they are most of the watched.
 const MANY: usize = 8;
 
+/// How often the operator is told at most that the link may be down.
+const TELL_AGAIN: Duration = Duration::from_secs(60 * 60);
+
 /// The part of [`Config`] that the heartbeat follows.
 #[derive(Clone, Copy, Debug)]
 pub struct Policy {
@@ -81,6 +84,8 @@ pub struct Heartbeat {
     last_beat: Instant,
     /// Verdicts wait until then, because most fell silent at once.
     doubt: Option<Instant>,
+    /// When the operator was told so last.
+    told: Option<Instant>,
 }
 
 /// What one beat found.
@@ -132,6 +137,7 @@ impl Heartbeat {
             policy,
             last_beat: now,
             doubt: None,
+            told: None,
         }
     }
 
@@ -184,10 +190,15 @@ impl Heartbeat {
             Some(_) if due.is_empty() => self.doubt = None,
             None if most && !due.is_empty() => {
                 self.doubt = Some(now + silence);
-                beat.fault = Some(Fault::Link {
-                    silent: soon_due,
-                    watched: count,
-                });
+                // Once an hour: strangers can fall silent together as often as they like.
+                let last = self.told.map(|told| now.saturating_duration_since(told));
+                if last.is_none_or(|last| last > TELL_AGAIN) {
+                    self.told = Some(now);
+                    beat.fault = Some(Fault::Link {
+                        silent: soon_due,
+                        watched: count,
+                    });
+                }
                 // The question may have been lost with the link.
                 beat.ask.extend(due.into_iter().map(|(id, _)| id));
                 return beat;

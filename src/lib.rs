@@ -21,8 +21,8 @@
 //!   judged: its circuits end, and what follows is what follows a disconnect.
 //! - *Probe*: the short time that a silent peer has to answer when a newcomer waits for its slot.
 //! - *Billed*: a slot counts towards the cap of the address that it was reserved from.
-//! - *Sweep*: the pass over the tables, once a second, that ends what is over. Nothing else cleans
-//!   up.
+//! - *Sweep*: the pass over the tables, once a second and more often while a newcomer waits, that
+//!   ends what is over.
 //! - *Idle*: a connection that neither holds a reservation nor carries a circuit.
 //!
 //! # One RESERVE, file by file
@@ -33,7 +33,8 @@
 //! 2. The [behaviour] hears that this peer wants a slot, and asks the table in [`reservations`].
 //!    A peer that has a slot keeps it: it is renewed. A newcomer gets a free slot, or one in
 //!    grace, under the caps of the table and of the address ([`address`]) it is billed to; or it
-//!    waits while [`reclaim`] finds out who under that cap is gone; or it is refused. The table knows neither clock nor socket: `now` comes in, an answer goes out.
+//!    waits while [`reclaim`] finds out who under that cap is gone; or it is refused. The table
+//!    knows neither clock nor socket: `now` comes in, an answer goes out.
 //! 3. The behaviour turns a grant into a message: until when, where the relay can be reached
 //!    ([`address`] again), a signed voucher (`voucher.rs`), what a circuit may carry. It goes back
 //!    through the handler and `hop.rs`, and whether it arrived is reported to the table: a grant

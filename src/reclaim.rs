@@ -11,6 +11,9 @@ use crate::{address::BilledTo, config::Config, reservations::Full};
 /// How many newcomers may wait at a time. Whoever comes beyond that is refused at once.
 const MOST_WAITING: usize = 64;
 
+/// How many of them may have come from one address.
+const MOST_WAITING_PER_ADDRESS: usize = 8;
+
 /// How many peers may be on probation at a time.
 const MOST_ASKED: usize = 32;
 
@@ -22,6 +25,8 @@ pub const TICK: Duration = Duration::from_millis(100);
 pub struct Policy {
     probe: Duration,
     probe_after: Duration,
+    /// A question is forgotten after it.
+    silence: Duration,
 }
 
 impl From<&Config> for Policy {
@@ -29,6 +34,7 @@ impl From<&Config> for Policy {
         Self {
             probe: config.probe,
             probe_after: config.probe_after,
+            silence: config.silence,
         }
     }
 }
@@ -45,6 +51,8 @@ pub struct Reclaim<N> {
 pub struct Waiting<N> {
     /// Who, and what for.
     pub newcomer: N,
+    /// From where.
+    pub from: Option<BilledTo>,
     /// Since when.
     pub since: Instant,
 }
@@ -87,13 +95,19 @@ impl<N> Reclaim<N> {
         self.waiting.len()
     }
 
-    /// Lets a newcomer wait, if there is a probe at all and room to wait in; whether it does.
-    pub fn wait(&mut self, newcomer: N, now: Instant) -> bool {
-        if self.policy.probe.is_zero() || self.waiting.len() >= MOST_WAITING {
+    /// Lets a newcomer from this address wait, if there is a probe at all and room to wait in;
+    /// whether it does.
+    pub fn wait(&mut self, newcomer: N, from: Option<BilledTo>, now: Instant) -> bool {
+        let alike = self.waiting.iter().filter(|waiting| waiting.from == from);
+        if self.policy.probe.is_zero()
+            || self.waiting.len() >= MOST_WAITING
+            || alike.count() >= MOST_WAITING_PER_ADDRESS
+        {
             return false;
         }
         self.waiting.push_back(Waiting {
             newcomer,
+            from,
             since: now,
         });
         true
@@ -118,19 +132,22 @@ impl<N> Reclaim<N> {
         std::mem::take(&mut self.waiting)
     }
 
-    /// For how long a peer has to have been silent to be a candidate.
-    pub fn probe_after(&self) -> Duration {
-        self.policy.probe_after
-    }
-
     /// What is to become of each who waits under a cap, for so long; and whom to ask.
     pub fn decide<C: Copy>(
         &self,
         waiting: impl Iterator<Item = (Full, Duration)>,
         mut candidates: Vec<Candidate<C>>,
     ) -> (Vec<Prospect<C>>, Vec<C>) {
-        let Policy { probe, probe_after } = self.policy;
+        let Policy {
+            probe,
+            probe_after,
+            silence,
+        } = self.policy;
         candidates.retain(|candidate| candidate.silent_for >= probe_after);
+        for candidate in &mut candidates {
+            // Nobody listens for the answer to an older one.
+            candidate.asked_for = candidate.asked_for.filter(|open| *open <= silence);
+        }
         candidates.sort_by_key(|candidate| std::cmp::Reverse(candidate.silent_for));
         let on_probation =
             |candidate: &&Candidate<C>| candidate.asked_for.is_some_and(|open| open < probe);
@@ -144,7 +161,7 @@ impl<N> Reclaim<N> {
             if let Some(due) = due {
                 return Prospect::Judge(candidates.remove(due).connection);
             }
-            // The question was put a tick after the newcomer came.
+            // The question was put a tick after the newcomer came, and is looked at by ticks.
             if waited >= probe + 2 * TICK {
                 return Prospect::Refuse;
             }
@@ -176,6 +193,7 @@ mod tests {
         Reclaim::new(Policy {
             probe: PROBE,
             probe_after: secs(10),
+            silence: secs(60),
         })
     }
 
@@ -242,6 +260,12 @@ mod tests {
     }
 
     #[test]
+    fn a_question_that_nobody_listens_to_any_more_is_put_anew() {
+        let (prospects, ask) = decide(&[secs(0)], vec![asked(1, 4000, secs(3600))]);
+        assert_eq!((prospects, ask), (vec![Prospect::Wait], vec![1]));
+    }
+
+    #[test]
     fn a_newcomer_waits_for_the_probe_time_and_no_longer() {
         let (prospects, ask) = decide(&[PROBE + 2 * TICK], vec![silent(1, 12)]);
         assert_eq!((prospects, ask), (vec![Prospect::Refuse], vec![]));
@@ -264,10 +288,16 @@ mod tests {
         assert_eq!(ask.len(), MOST_ASKED);
 
         let (mut reclaim, now) = (reclaim(), Instant::now());
-        for _ in 0..MOST_WAITING {
-            assert!(reclaim.wait("newcomer", now));
+        let home = |n: usize| {
+            let address = format!("/ip4/192.0.2.{}/tcp/1", n / MOST_WAITING_PER_ADDRESS);
+            BilledTo::of(&address.parse().unwrap())
+        };
+        for n in 0..MOST_WAITING {
+            assert!(reclaim.wait("newcomer", home(n), now));
+            let crowded = (n + 1) % MOST_WAITING_PER_ADDRESS == 0;
+            assert!(!crowded || !reclaim.wait("one too many", home(n), now));
         }
-        assert!(!reclaim.wait("one too many", now));
+        assert!(!reclaim.wait("one too many", None, now));
         let withdrawn = reclaim.withdraw(|who| *who == "newcomer");
         assert_eq!(withdrawn.len(), MOST_WAITING);
         assert_eq!(reclaim.waiting(), 0);

@@ -294,7 +294,7 @@ impl<C: Copy + Eq> Reservations<C> {
         Admission::Granted(receipt)
     }
 
-    /// The answer that this receipt stands for reached the peer: what it says now holds.
+    /// An answer reached the peer: what it says now holds.
     ///
     /// Any answer to the reservation's peer confirms it: who has read one OK relies on the slot.
     pub fn delivered(&mut self, peer: &PeerId) {
@@ -428,8 +428,7 @@ impl<C: Copy + Eq> Reservations<C> {
         };
         let holder = oldest.ok_or(full)?;
         self.free(holder, FreedReason::TakenBy { peer: newcomer });
-        // A lowered cap can be exceeded by more than one: then there is still no room.
-        self.full(billed_to).map_or(Ok(()), Err)
+        Ok(())
     }
 
     /// The cap under which there is no room for one more slot.

@@ -1,6 +1,6 @@
 //! The sweep: one pass over the tables, and what it found.
 //!
-//! The behaviour runs it at each sweep interval. Nothing else cleans up.
+//! The behaviour runs it at each sweep interval, and more often while a newcomer waits.
 
 use std::{
     hash::Hash,

