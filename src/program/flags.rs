@@ -224,7 +224,13 @@ impl Flags {
     ///
     /// When something cannot be read or makes no sense, or help was asked for.
     pub fn read(arguments: impl IntoIterator<Item = OsString>) -> Result<Self, Stop> {
-        let flags = Self::from_iter_safe(arguments).map_err(stop)?;
+        let arguments: Vec<_> = arguments.into_iter().collect();
+        let flags = Self::from_iter_safe(&arguments).map_err(stop)?;
+        if let Some(flag) = without_value(&arguments) {
+            return Err(Stop::Usage(format!(
+                "{flag} needs a value; see relaylet --help"
+            )));
+        }
         flags.check().map_err(Stop::Usage)?;
         Ok(flags)
     }
@@ -290,6 +296,26 @@ impl Flags {
             None => Ok(()),
         }
     }
+}
+
+/// A flag without the value that each of them takes: clap would take its default.
+fn without_value(arguments: &[OsString]) -> Option<&str> {
+    let is_flag = |argument: &&str| argument.starts_with("--") && !argument.contains('=');
+    let mut rest = arguments
+        .iter()
+        .map(|argument| argument.to_str())
+        .peekable();
+    while let Some(argument) = rest.next() {
+        let bare = rest
+            .peek()
+            .is_none_or(|next| next.is_some_and(|next| next.starts_with("--")));
+        if let Some(flag) = argument.filter(is_flag)
+            && bare
+        {
+            return Some(flag);
+        }
+    }
+    None
 }
 
 /// A size as people write it. bytesize takes what is beyond counting for the last number.
@@ -396,6 +422,8 @@ mod tests {
             (&["--announce", "/ip4/0.0.0.0/tcp/4001"], "--announce"),
             (&["--circuit-bites", "1"], "--circuit-bites"),
             (&["stray"], "stray"),
+            (&["--max-reservations"], "--max-reservations"),
+            (&["--grace", "--sweep", "2s"], "--grace"),
         ] {
             let line = usage(arguments);
             assert!(line.contains(flag), "{arguments:?}: {line}");
