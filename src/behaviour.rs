@@ -206,10 +206,7 @@ impl Behaviour {
         self.connections.remove(connection);
         self.reclaim
             .withdraw(|newcomer| newcomer.from.connection == connection);
-        for (id, circuit) in self.circuits.of(&peer) {
-            if ![circuit.source, circuit.target].contains(&End { peer, connection }) {
-                continue;
-            }
+        for (id, circuit) in self.circuits.over(End { peer, connection }) {
             self.end_circuit(id, circuit);
             let at_source = circuit.source.connection == connection;
             match self.asking.contains_key(&id) {
@@ -242,10 +239,8 @@ impl Behaviour {
             address,
             silent_for,
         });
-        for (id, circuit) in self.circuits.of(&peer) {
-            if [circuit.source, circuit.target].contains(&End { peer, connection }) {
-                self.end_circuit(id, circuit);
-            }
+        for (id, circuit) in self.circuits.over(End { peer, connection }) {
+            self.end_circuit(id, circuit);
         }
         let before = self.reservations.connection(&peer);
         let mut up = self.connections.fit_for_a_slot(&peer);

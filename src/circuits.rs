@@ -149,6 +149,13 @@ impl<C: Copy + Eq> Circuits<C> {
         ids.filter_map(|id| Some((*id, *self.circuits.get(id)?)))
             .collect()
     }
+
+    /// Those of them that go over this connection of the peer.
+    pub fn over(&self, end: End<C>) -> Vec<(CircuitId, Circuit<C>)> {
+        let mut over = self.of(&end.peer);
+        over.retain(|(_, circuit)| [circuit.source, circuit.target].contains(&end));
+        over
+    }
 }
 
 #[cfg(test)]

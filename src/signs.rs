@@ -32,7 +32,13 @@ impl Signs {
 
     /// Counts what comes in on `stream`, its end or failure included.
     pub fn listen_to<S>(&self, stream: S) -> Heard<S> {
+        self.listen_with(stream, ())
+    }
+
+    /// As [`Signs::listen_to`]; `guard` is dropped with the stream, and before it.
+    pub fn listen_with<S, G>(&self, stream: S, guard: G) -> Heard<S, G> {
         Heard {
+            _guard: guard,
             signs: self.clone(),
             stream,
         }
@@ -41,12 +47,14 @@ impl Signs {
 
 /// A stream that counts what comes in on it.
 #[derive(Debug)]
-pub struct Heard<S> {
+pub struct Heard<S, G = ()> {
+    // Fields are dropped in this order.
+    _guard: G,
     signs: Signs,
     stream: S,
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for Heard<S> {
+impl<S: AsyncRead + Unpin, G: Unpin> AsyncRead for Heard<S, G> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -59,7 +67,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Heard<S> {
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Heard<S> {
+impl<S: AsyncWrite + Unpin, G: Unpin> AsyncWrite for Heard<S, G> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,

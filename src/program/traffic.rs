@@ -5,17 +5,11 @@
 
 use std::{
     collections::HashMap,
-    io,
     net::SocketAddr,
-    pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    task::{Context, Poll},
 };
 
-use libp2p::{
-    core::ConnectedPoint,
-    futures::{AsyncRead, AsyncWrite},
-};
+use libp2p::core::ConnectedPoint;
 
 use super::transport::socket_address;
 use crate::signs::{Heard, Signs};
@@ -38,13 +32,11 @@ impl Traffic {
         let signs = Signs::default();
         let key = (local, remote);
         self.counters().insert(key, signs.clone());
-        Counted {
-            _unclaimed: Unclaimed {
-                key,
-                traffic: self.clone(),
-            },
-            stream: signs.listen_to(stream),
-        }
+        let unclaimed = Unclaimed {
+            key,
+            traffic: self.clone(),
+        };
+        signs.listen_with(stream, unclaimed)
     }
 
     /// The counter of the connection between these two ends.
@@ -73,14 +65,13 @@ impl Traffic {
 }
 
 /// A connection whose incoming bytes are counted.
-pub struct Counted<S> {
-    // Dropped before the socket: once that is closed, its address may name another connection.
-    _unclaimed: Unclaimed,
-    stream: Heard<S>,
-}
+pub type Counted<S> = Heard<S, Unclaimed>;
 
 /// Takes the counter of a connection that ended before it was claimed back out of the table.
-struct Unclaimed {
+///
+/// Dropped before the socket: once that is closed, its address may name another connection.
+#[derive(Debug)]
+pub struct Unclaimed {
     key: Key,
     traffic: Traffic,
 }
@@ -88,41 +79,5 @@ struct Unclaimed {
 impl Drop for Unclaimed {
     fn drop(&mut self) {
         self.traffic.counters().remove(&self.key);
-    }
-}
-
-impl<S: AsyncRead + Unpin> AsyncRead for Counted<S> {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &mut [u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_read(cx, buffer)
-    }
-}
-
-impl<S: AsyncWrite + Unpin> AsyncWrite for Counted<S> {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, buffer)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffers: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, buffers)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_close(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_close(cx)
     }
 }
