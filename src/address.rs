@@ -1,6 +1,9 @@
 //! What an address means here: whom a slot is billed to, and what clients are told to dial.
 
-use std::net::{IpAddr, Ipv6Addr};
+use std::{
+    fmt,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
 
 use libp2p::{Multiaddr, PeerId, multiaddr::Protocol};
 
@@ -22,6 +25,16 @@ impl BilledTo {
     }
 }
 
+impl BilledTo {
+    /// The subnet that it is in: an IPv4 address's /24, an IPv6 address's /48.
+    pub fn subnet(self) -> Subnet {
+        Subnet(match self.0 {
+            IpAddr::V4(ip) => IpAddr::V4(Ipv4Addr::from_bits(ip.to_bits() & (!0 << 8))),
+            IpAddr::V6(ip) => IpAddr::V6(Ipv6Addr::from_bits(ip.to_bits() & (!0 << 80))),
+        })
+    }
+}
+
 impl From<IpAddr> for BilledTo {
     fn from(ip: IpAddr) -> Self {
         Self(match ip.to_canonical() {
@@ -31,11 +44,26 @@ impl From<IpAddr> for BilledTo {
     }
 }
 
-impl std::fmt::Display for BilledTo {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Display for BilledTo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0 {
             IpAddr::V4(ip) => write!(f, "{ip}"),
             IpAddr::V6(ip) => write!(f, "{ip}/64"),
+        }
+    }
+}
+
+/// The part of the internet that slots are billed to beside the address: an IPv4 /24, an IPv6 /48.
+///
+/// That is about what one site or one customer of a hoster is given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Subnet(IpAddr);
+
+impl fmt::Display for Subnet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            IpAddr::V4(ip) => write!(f, "{ip}/24"),
+            IpAddr::V6(ip) => write!(f, "{ip}/48"),
         }
     }
 }
@@ -148,6 +176,15 @@ mod tests {
         assert_eq!(one, Some("2001:db8:1:2::/64".into()));
         assert_eq!(one, billed("/ip6/2001:db8:1:2:ffff::9/tcp/7"));
         assert_eq!(billed("/memory/7"), None);
+    }
+
+    #[test]
+    fn the_subnet_is_a_24_and_a_48() {
+        let subnet = |text: &str| BilledTo::of(&address(text)).map(|to| to.subnet().to_string());
+        assert_eq!(subnet("/ip4/1.2.3.4/tcp/1"), Some("1.2.3.0/24".into()));
+        assert_eq!(subnet("/ip6/::ffff:1.2.3.4"), Some("1.2.3.0/24".into()));
+        let of_v6 = subnet("/ip6/2001:db8:1:2:3::1/tcp/1");
+        assert_eq!(of_v6, Some("2001:db8:1::/48".into()));
     }
 
     #[test]

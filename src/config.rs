@@ -17,10 +17,15 @@ const SHORTEST_PROBE: Duration = Duration::from_millis(500);
 /// The longest probe: js-libp2p gives up 5 s after it began to dial.
 const LONGEST_PROBE: Duration = Duration::from_millis(3500);
 
-/// The caps on reservations by address are this fraction of the total, unless given.
+/// The cap on slots of one address is this fraction of the total, unless given.
 const SHARE_PER_IP: usize = 16;
 /// But never below this: a household or a small office behind one address.
 const LEAST_PER_IP: usize = 8;
+
+/// The cap on slots of one subnet is this fraction of the total, unless given.
+const SHARE_PER_SUBNET: usize = 4;
+/// But never below this: a site, or a corner of a carrier's network.
+const LEAST_PER_SUBNET: usize = 64;
 
 /// What the relay grants, to how many and for how long.
 ///
@@ -46,6 +51,11 @@ pub struct Config {
     /// Default `None`: a sixteenth of [`max_reservations`](Self::max_reservations), at least 8.
     /// Zero: no cap.
     pub max_reservations_per_ip: Option<usize>,
+    /// How many slots may be billed to one subnet: an IPv4 /24, an IPv6 /48.
+    ///
+    /// Default `None`: a quarter of [`max_reservations`](Self::max_reservations), at least 64.
+    /// Zero: no cap.
+    pub max_reservations_per_subnet: Option<usize>,
     /// For how long a reservation is granted, and renewed. Default 1 h; at least 1 s.
     pub reservation_ttl: Duration,
     /// How long a peer that disconnected keeps its claim to the slot.
@@ -104,6 +114,7 @@ impl Default for Config {
         Self {
             max_reservations: 1024,
             max_reservations_per_ip: None,
+            max_reservations_per_subnet: None,
             reservation_ttl: Duration::from_secs(60 * 60),
             grace: Duration::from_secs(30),
             heartbeat: Duration::from_secs(30),
@@ -195,10 +206,14 @@ impl Config {
 
     /// The cap on slots billed to one address; `None`: no cap.
     pub(crate) fn reservations_per_ip(&self) -> Option<usize> {
-        let cap = self
-            .max_reservations_per_ip
-            .unwrap_or((self.max_reservations / SHARE_PER_IP).max(LEAST_PER_IP));
-        (cap > 0).then_some(cap)
+        let share = (self.max_reservations / SHARE_PER_IP).max(LEAST_PER_IP);
+        cap(self.max_reservations_per_ip.unwrap_or(share))
+    }
+
+    /// The cap on slots billed to one subnet; `None`: no cap.
+    pub(crate) fn reservations_per_subnet(&self) -> Option<usize> {
+        let share = (self.max_reservations / SHARE_PER_SUBNET).max(LEAST_PER_SUBNET);
+        cap(self.max_reservations_per_subnet.unwrap_or(share))
     }
 
     /// What a circuit may carry, as it is told and enforced.
@@ -208,6 +223,11 @@ impl Config {
             bytes: (self.circuit_bytes > 0).then_some(self.circuit_bytes),
         }
     }
+}
+
+/// A cap as people give it: zero stands for none.
+fn cap(given: usize) -> Option<usize> {
+    (given > 0).then_some(given)
 }
 
 /// Whether clients could be sent to this address at all.
@@ -303,18 +323,22 @@ mod tests {
     }
 
     #[test]
-    fn the_cap_by_address_follows_the_total_unless_given() {
-        let cap = |total, given| {
+    fn the_caps_by_address_and_subnet_follow_the_total_unless_given() {
+        let caps = |total, given| {
             let config = Config {
                 max_reservations: total,
                 max_reservations_per_ip: given,
+                max_reservations_per_subnet: given,
                 ..Config::default()
             };
-            config.reservations_per_ip()
+            (
+                config.reservations_per_ip(),
+                config.reservations_per_subnet(),
+            )
         };
-        assert_eq!(cap(1024, None), Some(64));
-        assert_eq!(cap(10, None), Some(8));
-        assert_eq!(cap(1024, Some(3)), Some(3));
-        assert_eq!(cap(1024, Some(0)), None);
+        assert_eq!(caps(1024, None), (Some(64), Some(256)));
+        assert_eq!(caps(10, None), (Some(8), Some(64)));
+        assert_eq!(caps(1024, Some(3)), (Some(3), Some(3)));
+        assert_eq!(caps(1024, Some(0)), (None, None));
     }
 }

@@ -6,10 +6,11 @@ use std::{fmt, time::Duration};
 use libp2p::{Multiaddr, PeerId};
 
 use crate::{
-    address::BilledTo,
+    address::{BilledTo, Subnet},
+    bills,
     circuit::{Carried, CircuitEnd},
     circuits::{self, CircuitId},
-    reservations::{self, FreedReason},
+    reservations::FreedReason,
     stop::StopFailed,
     wire::{BadRequest, Status},
 };
@@ -118,6 +119,8 @@ pub enum Refused {
     TableFull,
     /// All slots that this address may have are taken.
     AddressFull(BilledTo),
+    /// All slots that this subnet may have are taken.
+    SubnetFull(Subnet),
     /// It came over a relayed connection.
     Relayed,
     /// The target holds no live reservation.
@@ -140,7 +143,9 @@ impl Refused {
     /// The status that the client is told.
     pub fn status(&self) -> Status {
         match self {
-            Self::TableFull | Self::AddressFull(_) | Self::NotSigned => Status::ReservationRefused,
+            Self::TableFull | Self::AddressFull(_) | Self::SubnetFull(_) | Self::NotSigned => {
+                Status::ReservationRefused
+            }
             Self::Relayed => Status::PermissionDenied,
             Self::NoReservation => Status::NoReservation,
             Self::TooManyCircuits
@@ -151,11 +156,12 @@ impl Refused {
     }
 }
 
-impl From<reservations::Full> for Refused {
-    fn from(full: reservations::Full) -> Self {
+impl From<bills::Full> for Refused {
+    fn from(full: bills::Full) -> Self {
         match full {
-            reservations::Full::Table => Self::TableFull,
-            reservations::Full::Address(address) => Self::AddressFull(address),
+            bills::Full::Table => Self::TableFull,
+            bills::Full::Address(address) => Self::AddressFull(address),
+            bills::Full::Subnet(subnet) => Self::SubnetFull(subnet),
         }
     }
 }
@@ -175,6 +181,7 @@ impl fmt::Display for Refused {
         match self {
             Self::TableFull => f.write_str("all slots are taken"),
             Self::AddressFull(address) => write!(f, "all slots of {address} are taken"),
+            Self::SubnetFull(subnet) => write!(f, "all slots of {subnet} are taken"),
             Self::Relayed => f.write_str("it came over a relayed connection"),
             Self::NoReservation => f.write_str("the target holds no live reservation"),
             Self::TooManyCircuits => f.write_str("too many circuits"),

@@ -20,7 +20,8 @@
 //! - *Silence*: the limit after which a peer that was asked, and of which nothing was heard, is
 //!   judged: its circuits end, and what follows is what follows a disconnect.
 //! - *Probe*: the short time that a silent peer has to answer when a newcomer waits for its slot.
-//! - *Billed*: a slot counts towards the cap of the address that it was reserved from.
+//! - *Billed*: a slot counts towards the caps of the address that it was reserved from, and of that
+//!   address's subnet.
 //! - *Sweep*: the pass over the tables, once a second and more often while a newcomer waits, that
 //!   ends what is over.
 //! - *Idle*: a connection that neither holds a reservation nor carries a circuit.
@@ -32,8 +33,8 @@
 //!    answered there, and nothing behind it ever sees one.
 //! 2. The [behaviour] hears that this peer wants a slot, and asks the table in [`reservations`].
 //!    A peer that has a slot keeps it: it is renewed. A newcomer gets a free slot, or one in
-//!    grace, under the caps of the table and of the address ([`address`]) it is billed to; or it
-//!    waits while [`reclaim`] finds out who under that cap is gone; or it is refused. The table
+//!    grace, under the caps of the table and of the address and subnet it is billed to
+//!    ([`bills`]); or it waits while [`reclaim`] finds out who under that cap is gone; or it is refused. The table
 //!    knows neither clock nor socket: `now` comes in, an answer goes out.
 //! 3. The behaviour turns a grant into a message: until when, where the relay can be reached
 //!    ([`address`] again), a signed voucher (`voucher.rs`), what a circuit may carry. It goes back
@@ -97,6 +98,7 @@
 
 pub mod address;
 pub mod behaviour;
+pub mod bills;
 pub mod circuit;
 pub mod circuits;
 pub mod config;

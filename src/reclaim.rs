@@ -6,7 +6,7 @@
 
 use std::{collections::VecDeque, time::Duration, time::Instant};
 
-use crate::{address::BilledTo, config::Config, reservations::Full};
+use crate::{address::BilledTo, bills::Full, config::Config};
 
 /// How many newcomers may wait at a time. Whoever comes beyond that is refused at once.
 const MOST_WAITING: usize = 64;

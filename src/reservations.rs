@@ -13,14 +13,18 @@
 //! ```
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, hash_map::Entry},
+    collections::{BTreeMap, HashMap},
     fmt,
     time::{Duration, Instant},
 };
 
 use libp2p::PeerId;
 
-use crate::{address::BilledTo, config::Config};
+use crate::{
+    address::BilledTo,
+    bills::{Bills, Cap, Caps, Departure, Full},
+    config::Config,
+};
 
 /// The reservations of one relay.
 #[derive(Debug)]
@@ -29,7 +33,7 @@ pub struct Reservations<C> {
     slots: HashMap<PeerId, Reservation<C>>,
     /// Who is in grace, in the order in which they left.
     left: BTreeMap<Departure, PeerId>,
-    billed: HashMap<BilledTo, Bill>,
+    bills: Bills,
     /// Before this, no term and no grace ends: what a full table asks before it looks for one.
     next_end: Option<Instant>,
     /// What ended since the last [`Reservations::take_freed`].
@@ -42,7 +46,7 @@ pub struct Reservations<C> {
 #[derive(Clone, Copy, Debug)]
 pub struct Policy {
     total: usize,
-    per_ip: Option<usize>,
+    caps: Caps,
     ttl: Duration,
     grace: Duration,
 }
@@ -51,7 +55,7 @@ impl From<&Config> for Policy {
     fn from(config: &Config) -> Self {
         Self {
             total: config.max_reservations,
-            per_ip: config.reservations_per_ip(),
+            caps: config.into(),
             ttl: config.reservation_ttl,
             grace: config.grace,
         }
@@ -86,19 +90,9 @@ enum Undo<C> {
     Restore { state: State<C>, expires: Instant },
 }
 
-/// The how-manieth departure it was: the order in which grace slots are taken.
-type Departure = u64;
-
 /// Names one grant or renewal, to say later whether its answer reached the peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Receipt(u64);
-
-/// What one address has to its name.
-#[derive(Debug, Default)]
-struct Bill {
-    slots: usize,
-    left: BTreeSet<Departure>,
-}
 
 /// The answer to a RESERVE.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -107,27 +101,10 @@ pub enum Admission {
     Granted(Receipt),
     /// The peer keeps the slot it held, for a new term.
     Renewed(Receipt),
-    /// There is none to be had.
+    /// There is none to be had, unless somebody under that cap turns out to be gone.
     Refused(Full),
-}
-
-/// Which cap left no room.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Full {
-    /// The relay's own.
-    Table,
-    /// That of this address.
-    Address(BilledTo),
-}
-
-impl Full {
-    /// Whether a slot that is billed so counts towards this cap.
-    pub fn covers(self, billed_to: Option<BilledTo>) -> bool {
-        match self {
-            Self::Table => true,
-            Self::Address(address) => billed_to == Some(address),
-        }
-    }
+    /// There is none to be had even then: the cap was lowered, and more are held than it allows.
+    Over(Full),
 }
 
 /// A reservation that ended.
@@ -198,12 +175,21 @@ impl<C: Copy + Eq> Reservations<C> {
             policy,
             slots: HashMap::new(),
             left: BTreeMap::new(),
-            billed: HashMap::new(),
+            bills: Bills::new(policy.caps),
             next_end: None,
             freed: Vec::new(),
             departures: 0,
             receipts: 0,
         }
+    }
+
+    /// This policy holds from now on. Nobody who is there is dropped for it; terms that were
+    /// promised stay.
+    pub fn set_policy(&mut self, policy: Policy, now: Instant) {
+        self.policy = policy;
+        self.bills.set_caps(policy.caps);
+        // A shorter grace may be over already.
+        self.ends_no_later_than(now);
     }
 
     /// How many slots are taken, those in grace included.
@@ -216,14 +202,9 @@ impl<C: Copy + Eq> Reservations<C> {
         self.left.len()
     }
 
-    /// How many slots are billed to this address.
-    pub fn billed_to(&self, address: BilledTo) -> usize {
-        self.billed.get(&address).map_or(0, |bill| bill.slots)
-    }
-
-    /// How many addresses have a slot to their name: the size of the index behind the cap.
-    pub fn addresses(&self) -> usize {
-        self.billed.len()
+    /// Who the slots are billed to.
+    pub fn bills(&self) -> &Bills {
+        &self.bills
     }
 
     /// The connection over which `peer` can be reached; `None` without a live reservation.
@@ -265,14 +246,15 @@ impl<C: Copy + Eq> Reservations<C> {
         }
         // What is over is in nobody's way, even before the sweep. Each such pass is paid for by an
         // end that has come: a full table does not cost a pass a request.
-        if self.full(billed_to).is_some() && self.next_end.is_some_and(|end| end <= now) {
+        let full = self.caps(billed_to).any(|cap| cap.held >= cap.most);
+        if full && self.next_end.is_some_and(|end| end <= now) {
             self.end_what_is_over(now);
         }
         if self.slots.contains_key(&peer) {
             return Admission::Renewed(self.renew(peer, connection, billed_to, now));
         }
-        if let Err(full) = self.make_room(peer, billed_to) {
-            return Admission::Refused(full);
+        if let Err(refused) = self.make_room(peer, billed_to) {
+            return refused;
         }
 
         let receipt = self.next_receipt();
@@ -287,9 +269,7 @@ impl<C: Copy + Eq> Reservations<C> {
                 undo: Some(Box::new(Undo::Free)),
             },
         );
-        if let Some(address) = billed_to {
-            self.billed.entry(address).or_default().slots += 1;
-        }
+        self.bills.add(billed_to, None);
         self.ends_no_later_than(expires);
         Admission::Granted(receipt)
     }
@@ -412,71 +392,57 @@ impl<C: Copy + Eq> Reservations<C> {
     }
 
     /// Makes sure that one more slot fits under each cap, taking one in grace where it must.
-    fn make_room(&mut self, newcomer: PeerId, billed_to: Option<BilledTo>) -> Result<(), Full> {
-        // The address first: a slot taken there makes room in the table as well.
-        let Some(full) = self.full(billed_to) else {
+    fn make_room(
+        &mut self,
+        newcomer: PeerId,
+        billed_to: Option<BilledTo>,
+    ) -> Result<(), Admission> {
+        // A slot taken under the narrowest cap makes room under the wider ones as well.
+        let Some(narrowest) = self.caps(billed_to).find(|cap| cap.held >= cap.most) else {
             return Ok(());
         };
-        let oldest = match full {
+        // Where one would not be enough, nobody loses its claim for nothing.
+        if let Some(over) = self.caps(billed_to).find(|cap| cap.held > cap.most) {
+            return Err(Admission::Over(over.full));
+        }
+        let oldest = match narrowest.full {
             Full::Table => self.left.first_key_value().map(|(_, peer)| *peer),
-            Full::Address(address) => {
-                let departure = self.billed.get(&address).and_then(|bill| bill.left.first());
-                departure
-                    .and_then(|departure| self.left.get(departure))
-                    .copied()
+            full => {
+                let departure = self.bills.first_left(full);
+                departure.and_then(|departure| self.left.get(&departure).copied())
             }
         };
-        let holder = oldest.ok_or(full)?;
+        let holder = oldest.ok_or(Admission::Refused(narrowest.full))?;
         self.free(holder, FreedReason::TakenBy { peer: newcomer });
         Ok(())
     }
 
-    /// The cap under which there is no room for one more slot.
-    fn full(&self, billed_to: Option<BilledTo>) -> Option<Full> {
-        let address_full = billed_to
-            .zip(self.policy.per_ip)
-            .filter(|(address, cap)| self.billed_to(*address) >= *cap)
-            .map(|(address, _)| Full::Address(address));
-        let table_full = (self.slots.len() >= self.policy.total).then_some(Full::Table);
-        address_full.or(table_full)
+    /// The caps that a slot billed so counts towards, the narrowest first.
+    fn caps(&self, billed_to: Option<BilledTo>) -> impl Iterator<Item = Cap> {
+        let table = Cap {
+            full: Full::Table,
+            held: self.slots.len(),
+            most: self.policy.total,
+        };
+        self.bills.caps(billed_to).chain([table])
     }
 
     /// Bills a slot to another address if there is room there; else it stays where it is.
     fn move_bill(&mut self, peer: PeerId, to: Option<BilledTo>) {
-        let Some(reservation) = self.slots.get(&peer) else {
+        let Some(reservation) = self.slots.get_mut(&peer) else {
             return;
         };
-        let (from, state) = (reservation.billed_to, reservation.state);
-        let no_room = matches!(self.full(to), Some(Full::Address(_)));
-        if from == to || no_room {
+        let from = reservation.billed_to;
+        if from == to || !self.bills.could_move(from, to) {
             return;
         }
-        let departure = match state {
+        reservation.billed_to = to;
+        let departure = match reservation.state {
             State::Grace { departure, .. } => Some(departure),
             State::Live { .. } => None,
         };
-        self.unbill(from, departure);
-        if let Some(to) = to {
-            let bill = self.billed.entry(to).or_default();
-            bill.slots += 1;
-            bill.left.extend(departure);
-        }
-        if let Some(reservation) = self.slots.get_mut(&peer) {
-            reservation.billed_to = to;
-        }
-    }
-
-    fn unbill(&mut self, from: Option<BilledTo>, departure: Option<Departure>) {
-        let Some(Entry::Occupied(mut bill)) = from.map(|address| self.billed.entry(address)) else {
-            return;
-        };
-        bill.get_mut().slots -= 1;
-        if let Some(departure) = departure {
-            bill.get_mut().left.remove(&departure);
-        }
-        if bill.get().slots == 0 {
-            bill.remove();
-        }
+        self.bills.remove(from, departure);
+        self.bills.add(to, departure);
     }
 
     /// Goes back to what held before the answers that never arrived.
@@ -532,12 +498,7 @@ impl<C: Copy + Eq> Reservations<C> {
             return Left::Untouched;
         };
         reservation.state = State::Grace { since, departure };
-        let bill = reservation
-            .billed_to
-            .and_then(|to| self.billed.get_mut(&to));
-        if let Some(bill) = bill {
-            bill.left.insert(departure);
-        }
+        self.bills.left(reservation.billed_to, departure);
         self.left.insert(departure, peer);
         self.ends_no_later_than(since + self.policy.grace);
         Left::Grace
@@ -545,10 +506,7 @@ impl<C: Copy + Eq> Reservations<C> {
 
     fn forget_departure(&mut self, peer: PeerId, departure: Departure) {
         self.left.remove(&departure);
-        let billed_to = self.slots.get(&peer).and_then(|r| r.billed_to);
-        if let Some(bill) = billed_to.and_then(|to| self.billed.get_mut(&to)) {
-            bill.left.remove(&departure);
-        }
+        self.bills.came_back(self.bill_of(&peer), departure);
     }
 
     /// The one way in which a slot comes back.
@@ -563,7 +521,7 @@ impl<C: Copy + Eq> Reservations<C> {
         if let Some(departure) = departure {
             self.left.remove(&departure);
         }
-        self.unbill(reservation.billed_to, departure);
+        self.bills.remove(reservation.billed_to, departure);
         self.freed.push(Freed {
             peer,
             connection,

@@ -15,7 +15,8 @@ use proptest::prelude::*;
 use relaylet::{
     Config,
     address::BilledTo,
-    reservations::{Admission, Freed, FreedReason, Full, Left, Receipt, Reservations},
+    bills::Full,
+    reservations::{Admission, Freed, FreedReason, Left, Receipt, Reservations},
 };
 
 const TTL: Duration = Duration::from_secs(3600);
@@ -59,6 +60,8 @@ enum Got {
     SlotOf(usize),
     Renewal,
     Nothing(Full),
+    /// Nor would there be if somebody were gone.
+    NothingYet(Full),
 }
 
 impl Table {
@@ -103,6 +106,7 @@ impl Table {
             Admission::Granted(receipt) => (taken.map_or(Got::Slot, Got::SlotOf), Some(receipt)),
             Admission::Renewed(receipt) => (Got::Renewal, Some(receipt)),
             Admission::Refused(full) => (Got::Nothing(full), None),
+            Admission::Over(full) => (Got::NothingYet(full), None),
         }
     }
 
@@ -129,6 +133,14 @@ impl Table {
             .iter()
             .map(|freed| (who(freed).unwrap(), freed.reason))
             .collect()
+    }
+
+    fn slots_of(&self, address: BilledTo) -> usize {
+        self.reservations.bills().of_address(address)
+    }
+
+    fn set(&mut self, config: &Config) {
+        self.reservations.set_policy(config.into(), self.now);
     }
 
     fn reaches(&self, who: usize) -> Option<u32> {
@@ -354,16 +366,12 @@ fn a_renewal_is_billed_to_the_new_address_if_there_is_room() {
     let mut table = Table::with(&config(9, 1));
     table.reserve_over(ALICE, 0, 1);
     table.reserve_over(ALICE, 5, 2);
-    assert_eq!(table.reservations.billed_to(billed_to(1)), 0);
-    assert_eq!(table.reservations.billed_to(billed_to(2)), 1);
+    assert_eq!(table.slots_of(billed_to(1)), 0);
+    assert_eq!(table.slots_of(billed_to(2)), 1);
 
     table.reserve_over(BOB, 1, 1);
     assert_eq!(table.reserve_over(BOB, 6, 2).0, Got::Renewal);
-    assert_eq!(
-        table.reservations.billed_to(billed_to(1)),
-        1,
-        "no room at the new one"
-    );
+    assert_eq!(table.slots_of(billed_to(1)), 1, "no room at the new one");
 }
 
 #[test]
@@ -374,12 +382,52 @@ fn what_is_over_is_in_nobodys_way_before_the_sweep() {
     table.reserve_over(BOB, 1, 2);
     table.pass(TTL / 2);
     assert_eq!(table.reserve_over(BOB, 1, 1).0, Got::Renewal);
-    assert_eq!(
-        table.reservations.billed_to(billed_to(1)),
-        1,
-        "in the place of Alice's"
-    );
-    assert_eq!(table.reservations.billed_to(billed_to(2)), 0);
+    assert_eq!(table.slots_of(billed_to(1)), 1, "in the place of Alice's");
+    assert_eq!(table.slots_of(billed_to(2)), 0);
+}
+
+#[test]
+fn a_subnet_cap_takes_only_from_the_same_subnet() {
+    let mut config = config(9, 0);
+    config.max_reservations_per_subnet = Some(2);
+    let mut table = Table::with(&config);
+    let subnet = billed_to(0).subnet();
+    table.reserve(ALICE);
+    table.reserve(BOB);
+    assert_eq!(table.reserve(CAROL), Got::Nothing(Full::Subnet(subnet)));
+    table.disconnect(BOB);
+    assert_eq!(table.reserve(CAROL), Got::SlotOf(BOB));
+    assert_eq!(table.reservations.bills().of_subnet(subnet), 2);
+}
+
+// ---- A policy that changes
+
+#[test]
+fn a_cap_that_is_lowered_drops_nobody_and_admits_nobody_until_there_is_room() {
+    let mut table = Table::of(3);
+    table.reserve(ALICE);
+    table.reserve(BOB);
+    table.set(&config(1, 0));
+    table.disconnect(BOB);
+    assert_eq!(table.reserve(CAROL), Got::NothingYet(Full::Table));
+    assert_eq!(table.reserve(ALICE), Got::Renewal);
+    assert_eq!(table.reserve(BOB), Got::Renewal, "its claim was left alone");
+    table.reservations.release(table.peers[BOB]);
+    assert_eq!(table.reserve(CAROL), Got::Nothing(Full::Table));
+    table.reservations.release(table.peers[ALICE]);
+    assert_eq!(table.reserve(CAROL), Got::Slot);
+}
+
+#[test]
+fn a_grace_that_is_shortened_may_be_over_at_once() {
+    let mut table = Table::of(1);
+    table.reserve(ALICE);
+    table.disconnect(ALICE);
+    table.pass(GRACE / 2);
+    let mut shorter = config(1, 0);
+    shorter.grace = GRACE / 3;
+    table.set(&shorter);
+    assert_eq!(table.reserve(BOB), Got::Slot);
 }
 
 // ---- The same, for any history
@@ -635,15 +683,15 @@ proptest! {
             }
             // No cap is ever exceeded, and the counters are what counting from scratch gives.
             prop_assert!(table.taken() <= total);
-            let billed: usize = (0..3).map(|n| table.billed_to(billed_to(n))).sum();
+            let billed: usize = (0..3).map(|n| table.bills().of_address(billed_to(n))).sum();
             prop_assert_eq!(billed, table.taken());
-            prop_assert!((0..3).all(|n| table.billed_to(billed_to(n)) <= per_ip));
+            prop_assert!((0..3).all(|n| table.bills().of_address(billed_to(n)) <= per_ip));
             prop_assert!(table.in_grace() <= table.taken());
         }
 
         // With everyone gone and every term over, nothing is left.
         let end = start + secs(model.now) + TTL + GRACE;
         table.end_what_is_over(end);
-        prop_assert_eq!((table.taken(), table.in_grace(), table.addresses()), (0, 0, 0));
+        prop_assert_eq!((table.taken(), table.in_grace(), table.bills().len()), (0, 0, 0));
     }
 }

@@ -7,11 +7,12 @@ use libp2p::{PeerId, identity::SigningError, swarm::ConnectionId};
 use super::Behaviour;
 use crate::{
     address::{self, Known},
+    bills::Full,
     circuits::End,
     event::{Event, Refused},
     handler::{Command, RequestId},
     reclaim::{Candidate, Prospect, TICK},
-    reservations::{Admission, Full, Left, Receipt},
+    reservations::{Admission, Left, Receipt},
     voucher, wire,
 };
 
@@ -48,7 +49,7 @@ impl Behaviour {
         self.hurry();
     }
 
-    /// Decides a RESERVE and answers it, unless a cap leaves no room.
+    /// Decides a RESERVE and answers it, unless somebody under a full cap may turn out to be gone.
     fn try_reserve(&mut self, newcomer: Newcomer, now: Instant) -> Result<(), Full> {
         let Newcomer { from, request } = newcomer;
         let Some(connection) = self.connections.get(from.connection) else {
@@ -63,6 +64,10 @@ impl Behaviour {
         self.tell_freed();
         let (receipt, renewed) = match admission {
             Admission::Refused(full) => return Err(full),
+            Admission::Over(full) => {
+                self.refuse(from, request, full.into());
+                return Ok(());
+            }
             Admission::Granted(receipt) => (receipt, false),
             Admission::Renewed(receipt) => (receipt, true),
         };

@@ -71,6 +71,12 @@ pub struct Flags {
     #[structopt(long, value_name = "N", env = "RELAYLET_MAX_RESERVATIONS_PER_IP")]
     pub max_reservations_per_ip: Option<usize>,
 
+    /// How many slots one subnet (IPv4: a /24, IPv6: a /48) may have; 0: no cap
+    ///
+    /// [default: a quarter of --max-reservations, at least 64]
+    #[structopt(long, value_name = "N", env = "RELAYLET_MAX_RESERVATIONS_PER_SUBNET")]
+    pub max_reservations_per_subnet: Option<usize>,
+
     /// For how long a reservation is granted, and renewed
     #[structopt(
         long,
@@ -240,6 +246,7 @@ impl Flags {
         Config {
             max_reservations: self.max_reservations,
             max_reservations_per_ip: self.max_reservations_per_ip,
+            max_reservations_per_subnet: self.max_reservations_per_subnet,
             reservation_ttl: self.reservation_ttl.into(),
             grace: self.grace.into(),
             heartbeat: self.heartbeat.into(),
