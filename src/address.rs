@@ -26,6 +26,11 @@ impl BilledTo {
 }
 
 impl BilledTo {
+    /// As the front of an address. Of an IPv6 address it is the /64 that is left.
+    pub fn to_multiaddr(self) -> Multiaddr {
+        Multiaddr::from(self.0)
+    }
+
     /// The subnet that it is in: an IPv4 address's /24, an IPv6 address's /48.
     pub fn subnet(self) -> Subnet {
         Subnet(match self.0 {
@@ -77,7 +82,7 @@ pub fn is_relayed(address: &Multiaddr) -> bool {
 ///
 /// Names count as global: who has one told us so.
 pub fn is_global(address: &Multiaddr) -> bool {
-    match ip(address).map(|ip| ip.to_canonical()) {
+    match ip(address) {
         Some(IpAddr::V4(ip)) => {
             let [a, b, ..] = ip.octets();
             !(ip.is_private()
@@ -150,11 +155,11 @@ pub fn for_reservation(known: Known<'_>, relay: PeerId) -> Vec<Multiaddr> {
     addresses
 }
 
-/// The IP address in front, if that is what stands in front.
-fn ip(address: &Multiaddr) -> Option<IpAddr> {
+/// The IP address in front, if that is what stands in front; an IPv4-mapped one as IPv4.
+pub fn ip(address: &Multiaddr) -> Option<IpAddr> {
     match address.iter().next()? {
         Protocol::Ip4(ip) => Some(ip.into()),
-        Protocol::Ip6(ip) => Some(ip.into()),
+        Protocol::Ip6(ip) => Some(IpAddr::from(ip).to_canonical()),
         _ => None,
     }
 }

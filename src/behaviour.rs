@@ -2,9 +2,11 @@
 //!
 //! Wires the rooms together and decides nothing itself: what a request gets is decided by
 //! [`crate::reservations`] and [`crate::circuits`], what is over by [`crate::sweep`]. A RESERVE is
-//! followed through in `behaviour/reserve.rs`, a CONNECT in `behaviour/connect.rs`.
+//! followed through in `behaviour/reserve.rs`, a CONNECT in `behaviour/connect.rs`; what changes
+//! while it runs in `behaviour/policy.rs`.
 
 mod connect;
+mod policy;
 mod reserve;
 
 use std::{
@@ -27,8 +29,9 @@ use libp2p::{
     },
 };
 
-use self::reserve::Newcomer;
+use self::{connect::Asking, reserve::Newcomer};
 use crate::{
+    access::Access,
     circuit::{Carried, CircuitEnd},
     circuits::{CircuitId, Circuits, End},
     config::{Config, ConfigError},
@@ -36,6 +39,7 @@ use crate::{
     event::Event,
     handler::{Command, Handler, RequestId, Told},
     heartbeat::Heartbeat,
+    rates::Rates,
     reclaim::Reclaim,
     reservations::Reservations,
     signs::Signs,
@@ -62,9 +66,13 @@ pub struct Behaviour {
     reservations: Reservations<ConnectionId>,
     circuits: Circuits<ConnectionId>,
     /// The CONNECTs whose targets have yet to answer; `None` for those that were given up.
-    asking: HashMap<CircuitId, Option<RequestId>>,
+    asking: HashMap<CircuitId, Option<Asking>>,
     confirmed: ExternalAddresses,
     listening: ListenAddresses,
+    /// Who decides instead of the configuration's lists.
+    access: Option<Box<dyn Access>>,
+    reserve_rates: Rates,
+    connect_rates: Rates,
     heartbeat: Heartbeat,
     reclaim: Reclaim<Newcomer>,
     /// Whether the next sweep comes early, because a newcomer waits.
@@ -85,14 +93,8 @@ impl Behaviour {
     /// When the configuration makes no sense: [`Config::validate`], or an announced address that
     /// names another peer.
     pub fn new(keypair: Keypair, config: Config) -> Result<Self, ConfigError> {
-        config.validate()?;
         let peer = keypair.public().to_peer_id();
-        for announced in &config.announce {
-            if announced.clone().with_p2p(peer).is_err() {
-                let problem = format!("{announced} names another peer; this relay is {peer}");
-                return Err(ConfigError::new("announce", problem));
-            }
-        }
+        policy::check(&config, peer)?;
         Ok(Self {
             peer,
             connections: Connections::new(),
@@ -101,6 +103,9 @@ impl Behaviour {
             asking: HashMap::new(),
             confirmed: ExternalAddresses::default(),
             listening: ListenAddresses::default(),
+            access: None,
+            reserve_rates: Rates::new(config.reserve_rate),
+            connect_rates: Rates::new(config.connect_rate),
             heartbeat: Heartbeat::new((&config).into(), Instant::now()),
             reclaim: Reclaim::new((&config).into()),
             in_a_hurry: false,
@@ -112,11 +117,6 @@ impl Behaviour {
             keypair,
             config,
         })
-    }
-
-    /// The configuration that holds.
-    pub fn config(&self) -> &Config {
-        &self.config
     }
 
     /// The table of reservations, to look at.
@@ -160,10 +160,14 @@ impl Behaviour {
     pub fn release(&mut self, peer: PeerId) -> bool {
         let held = self.reservations.release(peer);
         self.tell_freed();
-        for (id, circuit) in self.circuits.of(&peer) {
+        self.end_circuits_of(&peer);
+        held
+    }
+
+    fn end_circuits_of(&mut self, peer: &PeerId) {
+        for (id, circuit) in self.circuits.of(peer) {
             self.end_circuit(id, circuit);
         }
-        held
     }
 
     fn requested(
@@ -266,6 +270,8 @@ impl Behaviour {
         if now > self.sweep_due + LATE {
             self.connections.ask_anew(now);
         }
+        self.reserve_rates.forget_full(now);
+        self.connect_rates.forget_full(now);
         let timeout = self.config.idle_timeout;
         let Swept { idle, beat } = sweep(
             &mut self.reservations,
@@ -321,6 +327,12 @@ impl Behaviour {
         }
     }
 
+    /// Where the peer at the other end comes from; empty if the connection is gone.
+    fn address_of(&self, connection: ConnectionId) -> Multiaddr {
+        let connection = self.connections.get(connection);
+        connection.map_or_else(Multiaddr::empty, |connection| connection.address.clone())
+    }
+
     fn tell(&mut self, event: Event) {
         log::debug!("{event}");
         self.queue.push_back(ToSwarm::GenerateEvent(event));
@@ -374,7 +386,14 @@ impl NetworkBehaviour for Behaviour {
     fn on_connection_handler_event(&mut self, peer: PeerId, connection: ConnectionId, told: Told) {
         match told {
             Told::Requested(request, asked) => self.requested(peer, connection, request, asked),
-            Told::NotUnderstood(reason) => self.tell(Event::RequestRejected { peer, reason }),
+            Told::NotUnderstood(reason) => {
+                let address = self.address_of(connection);
+                self.tell(Event::RequestRejected {
+                    peer,
+                    address,
+                    reason,
+                });
+            }
             Told::Answered(_, Ok(())) => self.reservations.delivered(&peer),
             Told::Answered(receipt, Err(_)) => self.undelivered(peer, receipt, Instant::now()),
             Told::TargetAnswered(circuit, answer) => self.target_answered(circuit, answer),

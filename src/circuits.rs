@@ -88,6 +88,11 @@ impl<C: Copy + Eq> Circuits<C> {
         }
     }
 
+    /// This policy holds from the next circuit on.
+    pub fn set_policy(&mut self, policy: Policy) {
+        self.policy = policy;
+    }
+
     /// How many circuits there are, those that are being set up included.
     pub fn count(&self) -> usize {
         self.circuits.len()
@@ -150,7 +155,12 @@ impl<C: Copy + Eq> Circuits<C> {
             .collect()
     }
 
-    /// Those of them that go over this connection of the peer.
+    /// All circuits, in no order.
+    pub fn iter(&self) -> impl Iterator<Item = (CircuitId, Circuit<C>)> {
+        self.circuits.iter().map(|(id, circuit)| (*id, *circuit))
+    }
+
+    /// The circuits that go over this connection of the peer.
     pub fn over(&self, end: End<C>) -> Vec<(CircuitId, Circuit<C>)> {
         let mut over = self.of(&end.peer);
         over.retain(|(_, circuit)| [circuit.source, circuit.target].contains(&end));

@@ -4,12 +4,18 @@ use std::{fmt, time::Duration};
 
 use libp2p::{Multiaddr, multiaddr::Protocol};
 
-use crate::wire::Limit;
+use crate::{
+    access::{Lists, Terms},
+    wire::Limit,
+};
 
 /// The longest time that any setting may name: one year.
 ///
 /// It keeps every deadline within what an `Instant` can hold.
 const LONGEST: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+
+/// The shortest reservation or circuit: clients are told whole seconds.
+const SHORTEST: Duration = Duration::from_secs(1);
 
 /// The shortest probe: a phone far away needs it.
 const SHORTEST_PROBE: Duration = Duration::from_millis(500);
@@ -31,7 +37,13 @@ const LEAST_PER_SUBNET: usize = 64;
 ///
 /// Made with [`Config::default`] and changed field by field; [`crate::Behaviour::new`] refuses one
 /// that makes no sense. Who comes from [`libp2p::relay::Config`](https://docs.rs/libp2p-relay)
-/// finds its fields under these names:
+/// finds its fields under the names below.
+///
+/// A configuration can be replaced while the relay runs ([`crate::Behaviour::set_config`]). All
+/// settings hold from the next request or sweep on, with three exceptions: a term that was granted
+/// and a circuit that was admitted keep what they were promised; [`answer_ping`](Self::answer_ping)
+/// holds for connections to come; and [`crate::Node`] needs a restart to raise
+/// [`max_circuits_per_peer`](Self::max_circuits_per_peer), for which its connections are made.
 ///
 /// | `libp2p::relay::Config` | here |
 /// | --- | --- |
@@ -99,6 +111,17 @@ pub struct Config {
     pub circuit_duration: Duration,
     /// How many bytes a circuit may carry in each direction. Default 128 KiB; zero: no limit.
     pub circuit_bytes: u64,
+    /// How many times a minute a peer may send a RESERVE; its address ten times as often, for all
+    /// its peers together. Default 30, all of which may come at once; zero: no limit.
+    ///
+    /// A peer that renews pays from its own minute only.
+    pub reserve_rate: u32,
+    /// How many times a minute a peer may send a CONNECT; its address ten times as often.
+    /// Default 30; zero: no limit.
+    pub connect_rate: u32,
+    /// Who may use the relay, unless an app decides ([`crate::Behaviour::set_access`]).
+    /// Default: everyone.
+    pub access: Lists,
     /// The addresses to put into reservations *instead* of those found. Default: none.
     ///
     /// With or without the relay's `/p2p/…` at the end.
@@ -128,6 +151,9 @@ impl Default for Config {
             max_circuits_per_peer: 64,
             circuit_duration: Duration::from_secs(2 * 60),
             circuit_bytes: 128 * 1024,
+            reserve_rate: 30,
+            connect_rate: 30,
+            access: Lists::default(),
             announce: Vec::new(),
             answer_ping: true,
         }
@@ -164,7 +190,7 @@ impl Config {
                 ));
             }
         }
-        if self.reservation_ttl < Duration::from_secs(1) {
+        if self.reservation_ttl < SHORTEST {
             return Err(ConfigError::new(
                 "reservation_ttl",
                 "a reservation lasts at least a second; try 1h",
@@ -195,12 +221,13 @@ impl Config {
                 "without a sweep no slot ever comes back; try 1s",
             ));
         }
-        if !self.circuit_duration.is_zero() && self.circuit_duration < Duration::from_secs(1) {
+        if !self.circuit_duration.is_zero() && self.circuit_duration < SHORTEST {
             return Err(ConfigError::new(
                 "circuit_duration",
                 "clients are told whole seconds; try 1s or more, or 0s for no limit",
             ));
         }
+        self.access.validate()?;
         self.announce.iter().try_for_each(announceable)
     }
 
@@ -216,11 +243,19 @@ impl Config {
         cap(self.max_reservations_per_subnet.unwrap_or(share))
     }
 
-    /// What a circuit may carry, as it is told and enforced.
-    pub(crate) fn circuit_limit(&self) -> Limit {
+    /// For how long a reservation is granted on these terms.
+    pub(crate) fn ttl(&self, terms: Terms) -> Duration {
+        let ttl = terms.reservation_ttl.unwrap_or(self.reservation_ttl);
+        ttl.clamp(SHORTEST, LONGEST)
+    }
+
+    /// What a circuit may carry on these terms, as it is told and enforced.
+    pub(crate) fn circuit_limit(&self, terms: Terms) -> Limit {
+        let duration = terms.circuit_duration.unwrap_or(self.circuit_duration);
+        let bytes = terms.circuit_bytes.unwrap_or(self.circuit_bytes);
         Limit {
-            duration: (!self.circuit_duration.is_zero()).then_some(self.circuit_duration),
-            bytes: (self.circuit_bytes > 0).then_some(self.circuit_bytes),
+            duration: (!duration.is_zero()).then_some(duration.clamp(SHORTEST, LONGEST)),
+            bytes: (bytes > 0).then_some(bytes),
         }
     }
 }

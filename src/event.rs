@@ -10,6 +10,7 @@ use crate::{
     bills,
     circuit::{Carried, CircuitEnd},
     circuits::{self, CircuitId},
+    rates::Spent,
     reservations::FreedReason,
     stop::StopFailed,
     wire::{BadRequest, Status},
@@ -68,6 +69,8 @@ pub enum Event {
     ReservationFreed {
         /// Who held it.
         peer: PeerId,
+        /// The address that it was billed to.
+        billed_to: Option<BilledTo>,
         /// Why it came back.
         reason: FreedReason,
     },
@@ -75,6 +78,8 @@ pub enum Event {
     RequestRejected {
         /// Whose.
         peer: PeerId,
+        /// Where it came from.
+        address: Multiaddr,
         /// What was wrong with it.
         reason: BadRequest,
     },
@@ -91,6 +96,8 @@ pub enum Event {
     CircuitRefused {
         /// Who asked for it.
         source: PeerId,
+        /// Where that peer came from.
+        address: Multiaddr,
         /// Whom it should have led to.
         target: PeerId,
         /// Why not.
@@ -123,6 +130,12 @@ pub enum Refused {
     SubnetFull(Subnet),
     /// It came over a relayed connection.
     Relayed,
+    /// The rules do not allow it.
+    Denied,
+    /// The peer asks more often than it may.
+    TooOften,
+    /// The peers of this address together ask more often than they may.
+    AddressTooOften(BilledTo),
     /// The target holds no live reservation.
     NoReservation,
     /// The relay carries as many circuits as it may.
@@ -146,9 +159,11 @@ impl Refused {
             Self::TableFull | Self::AddressFull(_) | Self::SubnetFull(_) | Self::NotSigned => {
                 Status::ReservationRefused
             }
-            Self::Relayed => Status::PermissionDenied,
+            Self::Relayed | Self::Denied => Status::PermissionDenied,
             Self::NoReservation => Status::NoReservation,
-            Self::TooManyCircuits
+            Self::TooOften
+            | Self::AddressTooOften(_)
+            | Self::TooManyCircuits
             | Self::TooManyCircuitsOfSource
             | Self::TooManyCircuitsOfTarget => Status::ResourceLimitExceeded,
             Self::StopFailed(_) | Self::Gone => Status::ConnectionFailed,
@@ -162,6 +177,15 @@ impl From<bills::Full> for Refused {
             bills::Full::Table => Self::TableFull,
             bills::Full::Address(address) => Self::AddressFull(address),
             bills::Full::Subnet(subnet) => Self::SubnetFull(subnet),
+        }
+    }
+}
+
+impl From<Spent> for Refused {
+    fn from(spent: Spent) -> Self {
+        match spent {
+            Spent::Peer => Self::TooOften,
+            Spent::Address(address) => Self::AddressTooOften(address),
         }
     }
 }
@@ -183,6 +207,9 @@ impl fmt::Display for Refused {
             Self::AddressFull(address) => write!(f, "all slots of {address} are taken"),
             Self::SubnetFull(subnet) => write!(f, "all slots of {subnet} are taken"),
             Self::Relayed => f.write_str("it came over a relayed connection"),
+            Self::Denied => f.write_str("the rules do not allow it"),
+            Self::TooOften => f.write_str("the peer asks too often"),
+            Self::AddressTooOften(address) => write!(f, "the peers of {address} ask too often"),
             Self::NoReservation => f.write_str("the target holds no live reservation"),
             Self::TooManyCircuits => f.write_str("too many circuits"),
             Self::TooManyCircuitsOfSource => f.write_str("too many circuits of the source"),
@@ -220,12 +247,19 @@ impl fmt::Display for Event {
                 silent_for.as_secs()
             ),
             Self::GraceBegan { peer } => write!(f, "grace began: peer {peer}"),
-            Self::ReservationFreed { peer, reason } => {
-                write!(f, "slot freed: peer {peer}: {reason}")
-            }
-            Self::RequestRejected { peer, reason } => {
-                write!(f, "request rejected: peer {peer}: {reason}")
-            }
+            Self::ReservationFreed {
+                peer,
+                billed_to,
+                reason,
+            } => match billed_to {
+                Some(address) => write!(f, "slot freed: peer {peer} at {address}: {reason}"),
+                None => write!(f, "slot freed: peer {peer}: {reason}"),
+            },
+            Self::RequestRejected {
+                peer,
+                address,
+                reason,
+            } => write!(f, "request rejected: peer {peer} at {address}: {reason}"),
             Self::CircuitOpened {
                 circuit,
                 source,
@@ -233,9 +267,13 @@ impl fmt::Display for Event {
             } => write!(f, "circuit {circuit} opened: {source} to {target}"),
             Self::CircuitRefused {
                 source,
+                address,
                 target,
                 reason,
-            } => write!(f, "circuit refused: {source} to {target}: {reason}"),
+            } => write!(
+                f,
+                "circuit refused: peer {source} at {address} to {target}: {reason}"
+            ),
             Self::CircuitClosed {
                 circuit,
                 source,

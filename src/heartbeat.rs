@@ -141,6 +141,13 @@ impl Heartbeat {
         }
     }
 
+    /// This policy holds from `now` on.
+    pub fn set_policy(&mut self, policy: Policy, now: Instant) {
+        self.policy = policy;
+        // What the one before made of time says nothing about a pause.
+        self.last_beat = now;
+    }
+
     /// Looks at all that are watched.
     pub fn beat<'a, C>(
         &mut self,

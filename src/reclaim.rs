@@ -90,6 +90,11 @@ impl<N> Reclaim<N> {
         }
     }
 
+    /// This policy holds from now on, for those who wait already as well.
+    pub fn set_policy(&mut self, policy: Policy) {
+        self.policy = policy;
+    }
+
     /// How many wait.
     pub fn waiting(&self) -> usize {
         self.waiting.len()

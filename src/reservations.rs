@@ -47,7 +47,6 @@ pub struct Reservations<C> {
 pub struct Policy {
     total: usize,
     caps: Caps,
-    ttl: Duration,
     grace: Duration,
 }
 
@@ -56,7 +55,6 @@ impl From<&Config> for Policy {
         Self {
             total: config.max_reservations,
             caps: config.into(),
-            ttl: config.reservation_ttl,
             grace: config.grace,
         }
     }
@@ -114,6 +112,8 @@ pub struct Freed<C> {
     pub peer: PeerId,
     /// The connection it was live on.
     pub connection: Option<C>,
+    /// The address it was billed to.
+    pub billed_to: Option<BilledTo>,
     /// Why it ended.
     pub reason: FreedReason,
 }
@@ -137,6 +137,8 @@ pub enum FreedReason {
     },
     /// The answer that granted it could not be delivered.
     Undelivered,
+    /// The rules do not let the peer hold a slot any more.
+    Denied,
     /// Given up by command: [`crate::Behaviour::release`].
     Released,
 }
@@ -150,6 +152,7 @@ impl fmt::Display for FreedReason {
             Self::Silent => f.write_str("silent"),
             Self::TakenBy { peer } => write!(f, "taken by {peer}"),
             Self::Undelivered => f.write_str("answer undelivered"),
+            Self::Denied => f.write_str("denied"),
             Self::Released => f.write_str("released"),
         }
     }
@@ -233,14 +236,29 @@ impl<C: Copy + Eq> Reservations<C> {
         self.slots.get(peer).map(|reservation| reservation.expires)
     }
 
-    /// Decides a RESERVE by `peer`, which came over `connection` and is billed to an address.
+    /// Who holds a slot, in no order.
+    pub fn holders(&self) -> impl Iterator<Item = PeerId> {
+        self.slots.keys().copied()
+    }
+
+    /// Whether `peer` has a slot at `now`, live or in grace: whether a RESERVE by it would be a
+    /// renewal.
+    pub fn holds(&self, peer: &PeerId, now: Instant) -> bool {
+        let reservation = self.slots.get(peer);
+        reservation.is_some_and(|reservation| self.ended(reservation, now).is_none())
+    }
+
+    /// Decides a RESERVE by `peer`, which came over `connection`, is billed to an address, and
+    /// would hold for `ttl`.
     pub fn reserve(
         &mut self,
         peer: PeerId,
         connection: C,
         billed_to: Option<BilledTo>,
+        ttl: Duration,
         now: Instant,
     ) -> Admission {
+        let expires = now + ttl;
         if let Some(reason) = self.slots.get(&peer).and_then(|r| self.ended(r, now)) {
             self.free(peer, reason);
         }
@@ -251,14 +269,13 @@ impl<C: Copy + Eq> Reservations<C> {
             self.end_what_is_over(now);
         }
         if self.slots.contains_key(&peer) {
-            return Admission::Renewed(self.renew(peer, connection, billed_to, now));
+            return Admission::Renewed(self.renew(peer, connection, billed_to, expires));
         }
         if let Err(refused) = self.make_room(peer, billed_to) {
             return refused;
         }
 
         let receipt = self.next_receipt();
-        let expires = now + self.policy.ttl;
         self.slots.insert(
             peer,
             Reservation {
@@ -337,6 +354,11 @@ impl<C: Copy + Eq> Reservations<C> {
         self.free(peer, FreedReason::Released)
     }
 
+    /// As [`Reservations::release`], because the rules say so.
+    pub fn deny(&mut self, peer: PeerId) -> bool {
+        self.free(peer, FreedReason::Denied)
+    }
+
     /// Ends what is over at `now`: terms and graces. One pass over the table; see [`crate::sweep`].
     pub fn end_what_is_over(&mut self, now: Instant) {
         let mut over = Vec::new();
@@ -365,11 +387,10 @@ impl<C: Copy + Eq> Reservations<C> {
         peer: PeerId,
         connection: C,
         billed_to: Option<BilledTo>,
-        now: Instant,
+        expires: Instant,
     ) -> Receipt {
         self.move_bill(peer, billed_to);
         let receipt = self.next_receipt();
-        let expires = now + self.policy.ttl;
         let Some(reservation) = self.slots.get_mut(&peer) else {
             return receipt; // the caller saw it there
         };
@@ -525,6 +546,7 @@ impl<C: Copy + Eq> Reservations<C> {
         self.freed.push(Freed {
             peer,
             connection,
+            billed_to: reservation.billed_to,
             reason,
         });
         true

@@ -231,7 +231,7 @@ async fn its_events_say_who_came_and_went_and_why() {
                 seen.push(match event {
                     Event::ReservationAccepted { peer, renewed, .. } => (peer, renewed.to_string()),
                     Event::ReservationRefused { peer, reason, .. } => (peer, reason.to_string()),
-                    Event::ReservationFreed { peer, reason } => (peer, reason.to_string()),
+                    Event::ReservationFreed { peer, reason, .. } => (peer, reason.to_string()),
                     other => panic!("{other}"),
                 });
             }

@@ -25,7 +25,14 @@ const QUICK: [&str; 6] = ["--heartbeat", "1s", "--silence", "3s", "--grace", "1s
 const PATIENT: [&str; 4] = ["--heartbeat", "1s", "--silence", "1h"];
 
 /// Where a newcomer waits for the one slot, and its holder is asked at once.
-const ONE_SLOT: [&str; 4] = ["--max-reservations", "1", "--probe-after", "100ms"];
+const ONE_SLOT: [&str; 6] = [
+    "--max-reservations",
+    "1",
+    "--probe-after",
+    "100ms",
+    "--reserve-rate",
+    "0",
+];
 
 #[tokio::test]
 async fn a_client_that_freezes_loses_its_slot_to_the_next() {
@@ -34,7 +41,7 @@ async fn a_client_that_freezes_loses_its_slot_to_the_next() {
     frozen.signal("STOP");
     let judged = format!("peer silent: peer {}", frozen.peer);
     relay.wait_for_log(&judged).await;
-    let freed = format!("slot freed: peer {}: grace over", frozen.peer);
+    let freed = format!("slot freed: peer {} at 127.0.0.1: grace over", frozen.peer);
     relay.wait_for_log(&freed).await;
     Client::connect(&relay).await.reserve().await;
 }
@@ -64,7 +71,11 @@ async fn a_client_that_answers_late_keeps_its_slot() {
 
 #[tokio::test]
 async fn a_newcomer_to_a_table_full_of_frozen_clients_gets_a_slot() {
-    let relay = Relay::start(&["--max-reservations", "2", "--probe-after", "1s"]);
+    let relay = Relay::start(&[
+        "--max-reservations=2",
+        "--probe-after=1s",
+        "--reserve-rate=0",
+    ]);
     let frozen = [
         Process::that_reserves(&relay).await,
         Process::that_reserves(&relay).await,

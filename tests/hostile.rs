@@ -190,7 +190,7 @@ async fn stop_streams_that_nobody_answers_do_not_break_a_connection() {
             send(&mut stream, &request).await;
             asked.push(stream);
         }
-        let one_too_many = format!("circuit refused: {}", source.peer);
+        let one_too_many = format!("circuit refused: peer {}", source.peer);
         bystanders.relay.wait_for_log(&one_too_many).await;
         let gone = format!("closed: peer {}", source.peer);
         source.leave().await;

@@ -34,7 +34,6 @@ fn config(total: usize, per_ip: usize) -> Config {
     let mut config = Config::default();
     config.max_reservations = total;
     config.max_reservations_per_ip = Some(per_ip);
-    config.reservation_ttl = TTL;
     config.grace = GRACE;
     config
 }
@@ -93,7 +92,7 @@ impl Table {
         let address = Some(billed_to(address));
         let admission = self
             .reservations
-            .reserve(peer, connection, address, self.now);
+            .reserve(peer, connection, address, TTL, self.now);
         let taken = self
             .reservations
             .take_freed()
@@ -605,7 +604,7 @@ proptest! {
                         up[peer].push(connection);
                     }
                     let to = Some(billed_to(address));
-                    let got = table.reserve(peers[peer], connection, to, now);
+                    let got = table.reserve(peers[peer], connection, to, TTL, now);
                     // Whoever is over is no holder any more, and in nobody's way.
                     model.sweep();
                     let expires = model.now + model.ttl;

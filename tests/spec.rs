@@ -120,7 +120,9 @@ async fn a_newcomer_takes_the_slot_of_a_peer_that_left() {
         .await;
     bob.reserve().await;
     relay
-        .wait_for_log(&format!("slot freed: peer {left}: taken by {taken}"))
+        .wait_for_log(&format!(
+            "slot freed: peer {left} at 127.0.0.1: taken by {taken}"
+        ))
         .await;
 }
 
@@ -160,7 +162,8 @@ async fn without_limits_no_limit_is_told() {
 
 #[tokio::test]
 async fn nobody_is_reached_without_a_live_reservation() {
-    let relay = Relay::start(&["--reservation-ttl", "1s", "--sweep", "1h", "--grace", "1h"]);
+    let void_for_long = "--reservation-ttl=1s --sweep=1h --grace=1h --connect-rate=0";
+    let relay = Relay::start(&void_for_long.split(' ').collect::<Vec<_>>());
     let mut alice = Client::connect(&relay).await;
     let stranger = PeerId::random();
     assert_eq!(alice.ask(&connect(stranger)).await.status, NO_RESERVATION);
@@ -607,7 +610,10 @@ async fn a_circuit_outlives_the_reservation_and_keeps_its_connections() {
     bob.reserve().await;
     let (mut there, mut back) = circuit(&mut alice, &mut bob).await;
     relay
-        .wait_for_log(&format!("slot freed: peer {}: expired", bob.peer))
+        .wait_for_log(&format!(
+            "slot freed: peer {} at 127.0.0.1: expired",
+            bob.peer
+        ))
         .await;
     carol.wait_for_connections(0).await; // idle, and closed for it
     there.write_all(b"still here").await.unwrap();

@@ -6,12 +6,20 @@ use libp2p::{PeerId, swarm::ConnectionId};
 
 use super::Behaviour;
 use crate::{
+    access::Permission,
     circuit::{Carried, CircuitEnd},
     circuits::{Circuit, CircuitId, End},
     event::{Event, Refused},
     handler::{Command, RequestId, Substream},
     stop::StopFailed,
+    wire::Limit,
 };
+
+/// A CONNECT whose target has yet to answer.
+pub(super) struct Asking {
+    request: RequestId,
+    limit: Limit,
+}
 
 impl Behaviour {
     pub(super) fn connect(
@@ -28,6 +36,11 @@ impl Behaviour {
             self.refuse_circuit(from, request, target, Refused::Relayed);
             return;
         }
+        let billed_to = connection.billed_to();
+        let Permission::Allow(terms) = self.may_connect(from, target) else {
+            self.refuse_circuit(from, request, target, Refused::Denied);
+            return;
+        };
         let Some(over) = self.reservations.live(&target, now) else {
             self.refuse_circuit(from, request, target, Refused::NoReservation);
             return;
@@ -36,6 +49,10 @@ impl Behaviour {
             peer: target,
             connection: over,
         };
+        if let Err(spent) = self.connect_rates.take(from.peer, billed_to, now) {
+            self.refuse_circuit(from, request, target, spent.into());
+            return;
+        }
         let id = match self.circuits.admit(from, to) {
             Ok(id) => id,
             Err(full) => {
@@ -43,10 +60,10 @@ impl Behaviour {
                 return;
             }
         };
-        self.asking.insert(id, Some(request));
+        let limit = self.config.circuit_limit(terms);
+        self.asking.insert(id, Some(Asking { request, limit }));
         self.connections.add_circuit(from.connection, now);
         self.connections.add_circuit(to.connection, now);
-        let limit = self.config.circuit_limit();
         self.command(to, Command::AskTarget(id, from.peer, limit));
     }
 
@@ -55,12 +72,12 @@ impl Behaviour {
         id: CircuitId,
         answer: Result<Box<Substream>, StopFailed>,
     ) {
-        let Some(request) = self.asking.remove(&id) else {
+        let Some(asking) = self.asking.remove(&id) else {
             return; // ended meanwhile; dropping the stream resets it
         };
-        match (request, answer) {
-            (Some(request), Ok(stream)) => self.open_circuit(id, request, stream),
-            (Some(request), Err(failed)) => {
+        match (asking, answer) {
+            (Some(asking), Ok(stream)) => self.open_circuit(id, asking, stream),
+            (Some(Asking { request, .. }), Err(failed)) => {
                 if let Some(circuit) = self.forget_circuit(id) {
                     let reason = Refused::StopFailed(failed);
                     self.refuse_circuit(circuit.source, request, circuit.target.peer, reason);
@@ -73,12 +90,11 @@ impl Behaviour {
         }
     }
 
-    fn open_circuit(&mut self, id: CircuitId, request: RequestId, stream: Box<Substream>) {
+    fn open_circuit(&mut self, id: CircuitId, asking: Asking, stream: Box<Substream>) {
         let Some(circuit) = self.circuits.get(id) else {
             return;
         };
-        let limit = self.config.circuit_limit();
-        let open = Command::OpenCircuit(request, id, stream, limit);
+        let open = Command::OpenCircuit(asking.request, id, stream, asking.limit);
         self.command(circuit.source, open);
         self.tell(Event::CircuitOpened {
             circuit: id,
@@ -104,11 +120,11 @@ impl Behaviour {
     /// One that is being set up keeps its place until nothing is left of it at the target: else
     /// sources that ask and leave could ask one target for more than its cap.
     pub(super) fn end_circuit(&mut self, id: CircuitId, circuit: Circuit<ConnectionId>) {
-        let Some(request) = self.asking.get_mut(&id) else {
+        let Some(asking) = self.asking.get_mut(&id) else {
             self.command(circuit.source, Command::EndCircuit(id));
             return;
         };
-        if let Some(request) = request.take() {
+        if let Some(Asking { request, .. }) = asking.take() {
             self.refuse_circuit(circuit.source, request, circuit.target.peer, Refused::Gone);
             self.command(circuit.target, Command::GiveUpAsking(id));
         }
@@ -133,6 +149,7 @@ impl Behaviour {
         self.command(from, Command::Refuse(request, reason.status()));
         self.tell(Event::CircuitRefused {
             source: from.peer,
+            address: self.address_of(from.connection),
             target,
             reason,
         });

@@ -6,6 +6,7 @@ use libp2p::{PeerId, identity::SigningError, swarm::ConnectionId};
 
 use super::Behaviour;
 use crate::{
+    access::{Permission, Terms},
     address::{self, Known},
     bills::Full,
     circuits::End,
@@ -21,6 +22,7 @@ use crate::{
 pub(super) struct Newcomer {
     pub(super) from: End<ConnectionId>,
     pub(super) request: RequestId,
+    terms: Terms,
 }
 
 impl Behaviour {
@@ -33,7 +35,24 @@ impl Behaviour {
             return;
         }
         let billed_to = connection.billed_to();
-        let newcomer = Newcomer { from, request };
+        let Permission::Allow(terms) = self.may_reserve(from) else {
+            self.refuse(from, request, Refused::Denied);
+            return;
+        };
+        // Who holds a slot is stopped by nobody but itself.
+        let paid = match self.reservations.holds(&from.peer, now) {
+            true => self.reserve_rates.take_own(from.peer, now),
+            false => self.reserve_rates.take(from.peer, billed_to, now),
+        };
+        if let Err(spent) = paid {
+            self.refuse(from, request, spent.into());
+            return;
+        }
+        let newcomer = Newcomer {
+            from,
+            request,
+            terms,
+        };
         let Err(full) = self.try_reserve(newcomer, now) else {
             return;
         };
@@ -51,16 +70,21 @@ impl Behaviour {
 
     /// Decides a RESERVE and answers it, unless somebody under a full cap may turn out to be gone.
     fn try_reserve(&mut self, newcomer: Newcomer, now: Instant) -> Result<(), Full> {
-        let Newcomer { from, request } = newcomer;
+        let Newcomer {
+            from,
+            request,
+            terms,
+        } = newcomer;
         let Some(connection) = self.connections.get(from.connection) else {
             return Ok(()); // nobody to answer
         };
         let (peer, address) = (from.peer, connection.address.clone());
         let before = self.reservations.connection(&peer);
         let billed_to = connection.billed_to();
+        let ttl = self.config.ttl(terms);
         let admission = self
             .reservations
-            .reserve(peer, from.connection, billed_to, now);
+            .reserve(peer, from.connection, billed_to, ttl, now);
         self.tell_freed();
         let (receipt, renewed) = match admission {
             Admission::Refused(full) => return Err(full),
@@ -72,7 +96,7 @@ impl Behaviour {
             Admission::Renewed(receipt) => (receipt, true),
         };
         self.point(peer, before, now);
-        let Ok(answer) = self.reservation_answer(from, now) else {
+        let Ok(answer) = self.reservation_answer(from, terms, now) else {
             self.undelivered(peer, receipt, now);
             self.refuse(from, request, Refused::NotSigned);
             return Ok(());
@@ -111,7 +135,7 @@ impl Behaviour {
             self.ask_for_sign(connection);
         }
         for ((waiting, full), prospect) in waiting.into_iter().zip(prospects) {
-            let Newcomer { from, request } = waiting.newcomer;
+            let Newcomer { from, request, .. } = waiting.newcomer;
             match prospect {
                 Prospect::Refuse => self.refuse(from, request, full.into()),
                 Prospect::Wait => self.reclaim.wait_on(waiting),
@@ -137,6 +161,7 @@ impl Behaviour {
     fn reservation_answer(
         &self,
         to: End<ConnectionId>,
+        terms: Terms,
         now: Instant,
     ) -> Result<Vec<u8>, SigningError> {
         let term = self.reservations.expires(&to.peer).unwrap_or(now) - now;
@@ -152,7 +177,7 @@ impl Behaviour {
         };
         let addresses = address::for_reservation(known, self.peer);
         let voucher = voucher::sign(&self.keypair, to.peer, expire)?;
-        let limit = self.config.circuit_limit();
+        let limit = self.config.circuit_limit(terms);
         Ok(wire::reserve_ok(expire, &addresses, voucher, limit))
     }
 
@@ -203,12 +228,13 @@ impl Behaviour {
             }
             self.tell(Event::ReservationFreed {
                 peer: freed.peer,
+                billed_to: freed.billed_to,
                 reason: freed.reason,
             });
         }
     }
 
-    fn refuse(&mut self, from: End<ConnectionId>, request: RequestId, reason: Refused) {
+    pub(super) fn refuse(&mut self, from: End<ConnectionId>, request: RequestId, reason: Refused) {
         let Some(connection) = self.connections.get(from.connection) else {
             return; // nobody to answer
         };

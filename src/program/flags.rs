@@ -4,14 +4,18 @@ use std::{ffi::OsString, path::PathBuf};
 
 use bytesize::ByteSize;
 use humantime::Duration;
-use libp2p::Multiaddr;
+use ipnet::IpNet;
+use libp2p::{Multiaddr, PeerId};
 use structopt::{
     StructOpt,
     clap::{AppSettings, Error, ErrorKind},
 };
 
 use super::{connection_limits::Limits, transport};
-use crate::config::{Config, ConfigError};
+use crate::{
+    access::Lists,
+    config::{Config, ConfigError},
+};
 
 /// Where the relay listens unless told otherwise.
 const DEFAULT_LISTEN: [&str; 2] = ["/ip4/0.0.0.0/tcp/4001", "/ip6/::/tcp/4001"];
@@ -186,6 +190,71 @@ pub struct Flags {
     )]
     pub circuit_bytes: ByteSize,
 
+    /// How many times a minute a peer may send a RESERVE, its address ten times as often; 0: no limit
+    #[structopt(
+        long,
+        value_name = "N",
+        env = "RELAYLET_RESERVE_RATE",
+        default_value = "30"
+    )]
+    pub reserve_rate: u32,
+
+    /// How many times a minute a peer may send a CONNECT, its address ten times as often; 0: no limit
+    #[structopt(
+        long,
+        value_name = "N",
+        env = "RELAYLET_CONNECT_RATE",
+        default_value = "30"
+    )]
+    pub connect_rate: u32,
+
+    /// Peer that may use the relay, all others may not; may be given several times
+    #[structopt(
+        long,
+        value_name = "PEER",
+        env = "RELAYLET_ALLOW_PEER",
+        use_delimiter = true
+    )]
+    pub allow_peer: Vec<PeerId>,
+
+    /// Peer that may not use the relay; may be given several times
+    #[structopt(
+        long,
+        value_name = "PEER",
+        env = "RELAYLET_DENY_PEER",
+        use_delimiter = true
+    )]
+    pub deny_peer: Vec<PeerId>,
+
+    /// Subnet whose peers may use the relay, all others may not; may be given several times
+    #[structopt(
+        long,
+        value_name = "SUBNET",
+        env = "RELAYLET_ALLOW_SUBNET",
+        use_delimiter = true
+    )]
+    pub allow_subnet: Vec<IpNet>,
+
+    /// Subnet whose peers may not use the relay; may be given several times
+    #[structopt(
+        long,
+        value_name = "SUBNET",
+        env = "RELAYLET_DENY_SUBNET",
+        use_delimiter = true
+    )]
+    pub deny_subnet: Vec<IpNet>,
+
+    /// Peer that may connect to others without being on --allow-peer; may be given several times
+    ///
+    /// Without --allow-peer everyone may reserve, and only these may connect.
+    #[structopt(
+        long,
+        value_name = "PEER",
+        env = "RELAYLET_ALLOW_CONNECT_PEER",
+        use_delimiter = true
+    )]
+    pub allow_connect_peer: Vec<PeerId>,
+
     /// How many connections may be open at a time
     #[structopt(
         long,
@@ -259,8 +328,21 @@ impl Flags {
             max_circuits_per_peer: self.max_circuits_per_peer,
             circuit_duration: self.circuit_duration.into(),
             circuit_bytes: self.circuit_bytes.as_u64(),
+            reserve_rate: self.reserve_rate,
+            connect_rate: self.connect_rate,
+            access: self.access(),
             announce: self.announce.clone(),
             ..Config::default()
+        }
+    }
+
+    fn access(&self) -> Lists {
+        Lists {
+            allow_peer: self.allow_peer.iter().copied().collect(),
+            deny_peer: self.deny_peer.iter().copied().collect(),
+            allow_subnet: self.allow_subnet.clone(),
+            deny_subnet: self.deny_subnet.clone(),
+            allow_connect_peer: self.allow_connect_peer.iter().copied().collect(),
         }
     }
 
@@ -364,6 +446,8 @@ mod tests {
 
     use super::*;
 
+    const PEER: &str = "12D3KooWPGM3wYKMsTHGEqbhcBft6cPjA2F3rQmyWTEDD3wCGS1g";
+
     fn read(arguments: &[&str]) -> Result<Flags, Stop> {
         let program = std::iter::once("relaylet");
         Flags::read(program.chain(arguments.iter().copied()).map(OsString::from))
@@ -423,6 +507,13 @@ mod tests {
                 "--max-circuits",
             ),
             (&["--max-connections", "0"], "--max-connections"),
+            (&["--deny-peer", "alice"], "--deny-peer"),
+            (&["--allow-subnet", "192.0.2.1"], "--allow-subnet"),
+            (&["--deny-subnet", "192.0.2.1/24"], "try 192.0.2.0/24"),
+            (&["--allow-peer", PEER, "--deny-peer", PEER], "--allow-peer"),
+            (&["--reserve-rate", "-1"], "-1"),
+            (&["--probe", "4s"], "--probe"),
+            (&["--heartbeat", "1m"], "--silence"),
             (&["--listen", "/ip4/0.0.0.0/udp/4001"], "--listen"),
             (&["--listen", "/ip4/0.0.0.0/tcp/4001/ws"], "--listen"),
             (&["--listen", "127.0.0.1:4001"], "--listen"),

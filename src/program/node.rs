@@ -55,6 +55,8 @@ const NEVER: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 pub struct Node {
     swarm: Swarm<Parts>,
     traffic: Traffic,
+    /// How many circuits of a peer the connections are made for.
+    circuits_per_peer: usize,
 }
 
 /// What happened at a [`Node`].
@@ -95,7 +97,8 @@ impl Node {
     pub fn with_limits(keypair: Keypair, config: Config, limits: Limits) -> Result<Self> {
         let peer = keypair.public().to_peer_id();
         let announce = config.announce.clone();
-        let streams = config.max_circuits_per_peer.saturating_add(SPARE_STREAMS);
+        let circuits_per_peer = config.max_circuits_per_peer;
+        let streams = circuits_per_peer.saturating_add(SPARE_STREAMS);
         if streams > muxer::MOST_STREAMS {
             let problem = "one connection cannot carry so many; try 1000 or less";
             return Err(ConfigError::new("max_circuits_per_peer", problem).into());
@@ -129,7 +132,37 @@ impl Node {
         for address in announce {
             swarm.add_external_address(address);
         }
-        Ok(Self { swarm, traffic })
+        Ok(Self {
+            swarm,
+            traffic,
+            circuits_per_peer,
+        })
+    }
+
+    /// Replaces the relay's configuration while it runs: [`Behaviour::set_config`].
+    ///
+    /// # Errors
+    ///
+    /// When it makes no sense, or raises [`Config::max_circuits_per_peer`] above what the node was
+    /// started with. Nothing has changed then.
+    pub fn set_config(&mut self, config: Config) -> Result<(), ConfigError> {
+        if config.max_circuits_per_peer > self.circuits_per_peer {
+            let problem = format!(
+                "connections are made for {} since the start; restart to raise it",
+                self.circuits_per_peer
+            );
+            return Err(ConfigError::new("max_circuits_per_peer", problem));
+        }
+        let before = self.relay().config().announce.clone();
+        let after = config.announce.clone();
+        self.relay_mut().set_config(config)?;
+        for address in before.iter().filter(|address| !after.contains(address)) {
+            self.swarm.remove_external_address(address);
+        }
+        for address in after {
+            self.swarm.add_external_address(address);
+        }
+        Ok(())
     }
 
     /// Who the relay is.
@@ -142,7 +175,7 @@ impl Node {
         &self.swarm.behaviour().relay
     }
 
-    /// The relay's behaviour, to give orders to.
+    /// The relay's behaviour, to give orders to; but see [`Node::set_config`].
     pub fn relay_mut(&mut self) -> &mut Behaviour {
         &mut self.swarm.behaviour_mut().relay
     }
