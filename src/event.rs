@@ -200,23 +200,36 @@ impl From<circuits::Full> for Refused {
     }
 }
 
+impl Refused {
+    /// The reason in a few words, the same for all cases of it.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::TableFull => "all slots are taken",
+            Self::AddressFull(_) => "all slots of the address are taken",
+            Self::SubnetFull(_) => "all slots of the subnet are taken",
+            Self::Relayed => "it came over a relayed connection",
+            Self::Denied => "the rules do not allow it",
+            Self::TooOften => "the peer asks too often",
+            Self::AddressTooOften(_) => "the peers of the address ask too often",
+            Self::NoReservation => "the target holds no live reservation",
+            Self::TooManyCircuits => "too many circuits",
+            Self::TooManyCircuitsOfSource => "too many circuits of the source",
+            Self::TooManyCircuitsOfTarget => "too many circuits of the target",
+            Self::StopFailed(_) => "the target could not be won",
+            Self::Gone => "one of its peers is gone",
+            Self::NotSigned => "the voucher could not be signed",
+        }
+    }
+}
+
 impl fmt::Display for Refused {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::TableFull => f.write_str("all slots are taken"),
             Self::AddressFull(address) => write!(f, "all slots of {address} are taken"),
             Self::SubnetFull(subnet) => write!(f, "all slots of {subnet} are taken"),
-            Self::Relayed => f.write_str("it came over a relayed connection"),
-            Self::Denied => f.write_str("the rules do not allow it"),
-            Self::TooOften => f.write_str("the peer asks too often"),
             Self::AddressTooOften(address) => write!(f, "the peers of {address} ask too often"),
-            Self::NoReservation => f.write_str("the target holds no live reservation"),
-            Self::TooManyCircuits => f.write_str("too many circuits"),
-            Self::TooManyCircuitsOfSource => f.write_str("too many circuits of the source"),
-            Self::TooManyCircuitsOfTarget => f.write_str("too many circuits of the target"),
             Self::StopFailed(failed) => failed.fmt(f),
-            Self::Gone => f.write_str("one of its peers is gone"),
-            Self::NotSigned => f.write_str("the voucher could not be signed"),
+            other => f.write_str(other.kind()),
         }
     }
 }

@@ -2,6 +2,7 @@
 //! own; none of it is compiled without the feature `program`.
 
 pub mod connection_limits;
+mod digest;
 pub mod flags;
 pub mod identity;
 mod interfaces;

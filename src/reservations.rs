@@ -143,17 +143,27 @@ pub enum FreedReason {
     Released,
 }
 
+impl FreedReason {
+    /// The reason in a few words, the same for all cases of it.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Expired => "expired",
+            Self::GraceOver => "grace over",
+            Self::Disconnected => "disconnected",
+            Self::Silent => "silent",
+            Self::TakenBy { .. } => "taken by a newcomer",
+            Self::Undelivered => "answer undelivered",
+            Self::Denied => "denied",
+            Self::Released => "released",
+        }
+    }
+}
+
 impl fmt::Display for FreedReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Expired => f.write_str("expired"),
-            Self::GraceOver => f.write_str("grace over"),
-            Self::Disconnected => f.write_str("disconnected"),
-            Self::Silent => f.write_str("silent"),
             Self::TakenBy { peer } => write!(f, "taken by {peer}"),
-            Self::Undelivered => f.write_str("answer undelivered"),
-            Self::Denied => f.write_str("denied"),
-            Self::Released => f.write_str("released"),
+            other => f.write_str(other.kind()),
         }
     }
 }

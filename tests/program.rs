@@ -14,7 +14,7 @@ use common::{
     Client, PATIENCE, Relay, Security,
     by_hand::{self, proposal, say_and_hang_up, until_closed},
     bystanders::comes_to_rest,
-    command, signal,
+    command, messages, signal,
 };
 use libp2p::{
     Multiaddr, futures::future, identity::Keypair, multiaddr::Protocol, tcp::tokio::TcpStream,
@@ -23,12 +23,20 @@ use tempfile::TempDir;
 use tokio::{net::TcpSocket, time::sleep};
 
 /// Each flag, and what it cannot be.
-const FLAGS: [(&str, &str); 20] = [
+const FLAGS: [(&str, &str); 28] = [
     ("--listen", "/ip4/0.0.0.0/udp/4001"),
     ("--announce", "/ip4/0.0.0.0/tcp/4001"),
     ("--identity", "/"),
     ("--max-reservations", "0"),
     ("--max-reservations-per-ip", "some"),
+    ("--max-reservations-per-subnet", "a few"),
+    ("--reserve-rate", "-1"),
+    ("--connect-rate", "30/min"),
+    ("--allow-peer", "alice"),
+    ("--deny-peer", "12D3KooW"),
+    ("--allow-subnet", "192.0.2.1"),
+    ("--deny-subnet", "192.0.2.1/24"),
+    ("--allow-connect-peer", "bob"),
     ("--reservation-ttl", "0s"),
     ("--grace", "soon"),
     ("--heartbeat", "often"),
@@ -352,6 +360,21 @@ async fn connections_are_limited_for_each_address() {
     let relay_address = ([127, 0, 0, 1], relay.port()).into();
     let connection = elsewhere.connect(relay_address).await.unwrap();
     assert!(is_served(TcpStream(connection)).await);
+}
+
+#[tokio::test]
+async fn the_first_refusal_by_an_address_cap_is_a_warning() {
+    let relay = Relay::start(&["--max-reservations-per-ip=1", "--max-connections-per-ip=2"]);
+    let mut first = Client::connect(&relay).await;
+    let mut second = Client::connect(&relay).await;
+    first.reserve().await;
+    second.ask(&messages::reserve()).await;
+    assert!(!is_served(by_hand::tcp(&relay).await).await);
+    for flag in ["--max-reservations-per-ip", "--max-connections-per-ip"] {
+        let line = relay.wait_for_log(flag).await;
+        let warns = line.contains(" WARN ") && line.contains("127.0.0.1") && line.contains("proxy");
+        assert!(warns, "{line}");
+    }
 }
 
 #[tokio::test]

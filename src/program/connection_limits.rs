@@ -80,12 +80,22 @@ pub enum Denied {
     Handshakes,
 }
 
+impl Denied {
+    /// The reason in a few words, the same for all cases of it.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Connections => "too many connections",
+            Self::Address(_) => "too many connections of the address",
+            Self::Handshakes => "too many handshakes",
+        }
+    }
+}
+
 impl fmt::Display for Denied {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Connections => f.write_str("too many connections"),
-            Self::Address(address) => write!(f, "too many connections from {address}"),
-            Self::Handshakes => f.write_str("too many handshakes"),
+            Self::Address(address) => write!(f, "too many connections of {address}"),
+            other => f.write_str(other.kind()),
         }
     }
 }

@@ -9,11 +9,11 @@ use libp2p::{
     futures::StreamExt,
     identify,
     identity::Keypair,
-    swarm::{self, NetworkBehaviour, SwarmEvent},
+    swarm::{self, ListenError, NetworkBehaviour, SwarmEvent},
 };
 
 use super::{
-    connection_limits::{ConnectionLimits, Limits},
+    connection_limits::{ConnectionLimits, Denied, Limits},
     muxer,
     security::Security,
     traffic::Traffic,
@@ -67,6 +67,13 @@ pub enum NodeEvent {
     Listening(Multiaddr),
     /// It can be reached at this address no longer.
     NotListening(Multiaddr),
+    /// A connection was turned away, because as many are open as may be.
+    ConnectionDenied {
+        /// Where it came from.
+        address: Multiaddr,
+        /// Which limit was reached.
+        reason: Denied,
+    },
     /// Something happened at the relay.
     Relay(Event),
 }
@@ -234,12 +241,16 @@ impl Node {
                 log::error!("connections cannot be accepted, trying again: {error}");
             }
             SwarmEvent::IncomingConnectionError {
-                send_back_addr,
+                send_back_addr: address,
                 error,
                 ..
             } => {
+                if let Some(reason) = denied(&error) {
+                    log::debug!("connection denied: {address}: {reason}");
+                    return Some(NodeEvent::ConnectionDenied { address, reason });
+                }
                 let error = anyhow::Error::from(error); // it shows its causes
-                log::debug!("connection from {send_back_addr} failed: {error:#}");
+                log::debug!("connection failed: {address}: {error:#}");
             }
             SwarmEvent::ConnectionEstablished {
                 peer_id,
@@ -265,5 +276,13 @@ impl Node {
             _ => {}
         }
         None
+    }
+}
+
+/// Which of our limits it was, if it was one.
+fn denied(error: &ListenError) -> Option<Denied> {
+    match error {
+        ListenError::Denied { cause } => cause.downcast_ref().copied(),
+        _ => None,
     }
 }

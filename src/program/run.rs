@@ -19,6 +19,7 @@ use libp2p::{
 };
 
 use super::{
+    digest::Digest,
     flags::{Flags, Stop, in_flags},
     identity, interfaces,
     node::{Node, NodeEvent},
@@ -28,6 +29,9 @@ use crate::{address, config::ConfigError};
 
 /// How long the machine gets to name its addresses before the relay says that none is global.
 const SETTLED: Duration = Duration::from_millis(500);
+
+/// How often the log says what was refused, and what came back.
+const MINUTE: Duration = Duration::from_secs(60);
 
 /// What stands in the log unless `RUST_LOG` says otherwise.
 ///
@@ -93,6 +97,8 @@ async fn run(flags: &Flags) -> Result<()> {
     }
 
     let mut settled = Delay::new(SETTLED).fuse();
+    let mut minute = Delay::new(MINUTE);
+    let mut digest = Digest::default();
     loop {
         select_biased! {
             signal = signals.next() => {
@@ -101,8 +107,19 @@ async fn run(flags: &Flags) -> Result<()> {
                     return Ok(());
                 }
             }
-            event = node.next().fuse() => tell(&node, event),
+            event = node.next().fuse() => {
+                if let Some(warning) = digest.note(&event) {
+                    log::warn!("{warning}");
+                }
+                tell(&node, event);
+            }
             () = settled => warn_if_unreachable(&node, &flags.announce),
+            () = (&mut minute).fuse() => {
+                minute.reset(MINUTE);
+                for line in digest.lines() {
+                    log::info!("{line}");
+                }
+            }
         }
     }
 }
@@ -157,7 +174,7 @@ fn tell(node: &Node, event: NodeEvent) {
             log::info!("{line}");
         }
         NodeEvent::NotListening(address) => log::info!("no longer listening on {address}"),
-        NodeEvent::Relay(_) => {} // logged where it happened
+        _ => {} // logged where it happened
     }
 }
 

@@ -1,0 +1,209 @@
+//! What was refused and what came back, for whoever reads the log: a line a minute for each reason.
+//!
+//! Pure. Each single case is a line at debug; at info that would be the stranger's to fill.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use super::{connection_limits::Denied, node::NodeEvent};
+use crate::{
+    address::BilledTo,
+    event::{Event, Refused},
+};
+
+/// How many addresses are told apart under one reason. The busiest is among them unless as many
+/// others came before it.
+const MOST_ADDRESSES: usize = 1000;
+
+/// What happened since the last lines.
+#[derive(Debug, Default)]
+pub struct Digest {
+    tallies: BTreeMap<Key, Tally>,
+    /// The flags whose cap somebody has run into.
+    warned: HashSet<&'static str>,
+}
+
+/// What happened, and why.
+type Key = (&'static str, &'static str);
+
+#[derive(Debug, Default)]
+struct Tally {
+    count: usize,
+    from: HashMap<BilledTo, usize>,
+}
+
+impl Digest {
+    /// Counts an event; the warning that it calls for, if it is the first of its kind.
+    pub fn note(&mut self, event: &NodeEvent) -> Option<String> {
+        match event {
+            NodeEvent::ConnectionDenied { address, reason } => {
+                let from = BilledTo::of(address);
+                self.count(("connections denied", reason.kind()), from);
+                match reason {
+                    Denied::Address(address) => {
+                        let has = "as many connections as it may";
+                        self.warn(address, has, "--max-connections-per-ip")
+                    }
+                    _ => None,
+                }
+            }
+            NodeEvent::Relay(Event::ReservationRefused {
+                address, reason, ..
+            }) => {
+                let from = BilledTo::of(address);
+                self.count(("reservations refused", reason.kind()), from);
+                self.warn_of(reason, "--reserve-rate")
+            }
+            NodeEvent::Relay(Event::CircuitRefused {
+                address, reason, ..
+            }) => {
+                let from = BilledTo::of(address);
+                self.count(("circuits refused", reason.kind()), from);
+                self.warn_of(reason, "--connect-rate")
+            }
+            NodeEvent::Relay(Event::RequestRejected { address, .. }) => {
+                let key = ("requests rejected", "not understood");
+                self.count(key, BilledTo::of(address));
+                None
+            }
+            NodeEvent::Relay(Event::ReservationFreed {
+                billed_to, reason, ..
+            }) => {
+                self.count(("slots freed", reason.kind()), *billed_to);
+                None
+            }
+            _ => None,
+        }
+    }
+
+    /// A line for each reason that there was since the last time.
+    pub fn lines(&mut self) -> Vec<String> {
+        let tallies = std::mem::take(&mut self.tallies);
+        let lines = tallies.into_iter().map(|((what, why), tally)| {
+            let line = format!("{what} within a minute: {}: {why}", tally.count);
+            match tally.from.into_iter().max_by_key(|(_, count)| *count) {
+                Some((address, count)) => format!("{line}; most of {address}: {count}"),
+                None => line,
+            }
+        });
+        lines.collect()
+    }
+
+    fn count(&mut self, key: Key, from: Option<BilledTo>) {
+        let tally = self.tallies.entry(key).or_default();
+        tally.count += 1;
+        let Some(address) = from else {
+            return;
+        };
+        let known = tally.from.contains_key(&address);
+        if known || tally.from.len() < MOST_ADDRESSES {
+            *tally.from.entry(address).or_default() += 1;
+        }
+    }
+
+    fn warn_of(&mut self, reason: &Refused, rate: &'static str) -> Option<String> {
+        match reason {
+            Refused::AddressFull(address) => self.warn(
+                address,
+                "as many slots as it may",
+                "--max-reservations-per-ip",
+            ),
+            Refused::SubnetFull(subnet) => self.warn(
+                subnet,
+                "as many slots as it may",
+                "--max-reservations-per-subnet",
+            ),
+            Refused::AddressTooOften(address) => {
+                self.warn(address, "sent as many requests as it may", rate)
+            }
+            _ => None,
+        }
+    }
+
+    fn warn(
+        &mut self,
+        address: &impl std::fmt::Display,
+        has: &str,
+        flag: &'static str,
+    ) -> Option<String> {
+        let first = self.warned.insert(flag);
+        first.then(|| {
+            format!(
+                "{address} has {has}, and was refused: is it a proxy, or one address for many \
+                 people? Then raise {flag}; this is said once"
+            )
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use libp2p::{Multiaddr, PeerId};
+
+    use super::*;
+    use crate::reservations::FreedReason;
+
+    fn freed(from: &str, reason: FreedReason) -> NodeEvent {
+        NodeEvent::Relay(Event::ReservationFreed {
+            peer: PeerId::random(),
+            billed_to: BilledTo::of(&address(from)),
+            reason,
+        })
+    }
+
+    fn refused(from: &str, reason: Refused) -> NodeEvent {
+        NodeEvent::Relay(Event::ReservationRefused {
+            peer: PeerId::random(),
+            address: address(from),
+            reason,
+        })
+    }
+
+    fn address(ip: &str) -> Multiaddr {
+        format!("/ip4/{ip}/tcp/1").parse().unwrap()
+    }
+
+    #[test]
+    fn a_reason_is_one_line_with_its_count_and_the_busiest_address() {
+        let mut digest = Digest::default();
+        for from in ["192.0.2.1", "192.0.2.2", "192.0.2.2"] {
+            assert_eq!(digest.note(&freed(from, FreedReason::GraceOver)), None);
+        }
+        let taken = FreedReason::TakenBy {
+            peer: PeerId::random(),
+        };
+        digest.note(&freed("192.0.2.3", taken));
+        let lines = [
+            "slots freed within a minute: 3: grace over; most of 192.0.2.2: 2",
+            "slots freed within a minute: 1: taken by a newcomer; most of 192.0.2.3: 1",
+        ];
+        assert_eq!(digest.lines(), lines);
+        assert!(digest.lines().is_empty(), "a minute later");
+    }
+
+    #[test]
+    fn the_first_refusal_by_an_address_cap_is_a_warning() {
+        let mut digest = Digest::default();
+        assert_eq!(digest.note(&refused("192.0.2.1", Refused::TableFull)), None);
+        let home = BilledTo::of(&address("192.0.2.1")).unwrap();
+        let mut full = || digest.note(&refused("192.0.2.1", Refused::AddressFull(home)));
+        let warning = full().expect("a warning");
+        for word in ["192.0.2.1", "--max-reservations-per-ip", "proxy"] {
+            assert!(warning.contains(word), "{warning}");
+        }
+        assert_eq!(full(), None);
+        let subnet = digest.note(&refused("192.0.2.1", Refused::SubnetFull(home.subnet())));
+        assert!(subnet.is_some_and(|line| line.contains("192.0.2.0/24")));
+    }
+
+    #[test]
+    fn a_thousand_addresses_and_no_more_are_told_apart() {
+        let mut digest = Digest::default();
+        for n in 0..MOST_ADDRESSES + 500 {
+            let from = format!("10.0.{}.{}", n / 256, n % 256);
+            digest.note(&refused(&from, Refused::TableFull));
+        }
+        let tally = digest.tallies.values().next().unwrap();
+        assert_eq!(tally.count, MOST_ADDRESSES + 500);
+        assert_eq!(tally.from.len(), MOST_ADDRESSES);
+    }
+}
