@@ -1,19 +1,14 @@
 //! The swarm's view of the relay: events in, commands out.
 //!
-//! Wires the rooms together and decides nothing itself: what a request gets is decided by
-//! [`crate::reservations`] and [`crate::circuits`], what is over by [`crate::sweep`]. A RESERVE is
-//! followed through in `behaviour/reserve.rs`, a CONNECT in `behaviour/connect.rs`; what changes
-//! while it runs in `behaviour/policy.rs`.
-
-mod connect;
-mod policy;
-mod reserve;
+//! Hands what happens on the swarm's connections to [`crate::relay`], and carries out what that
+//! orders. It decides nothing itself; it has the clock, the key that signs vouchers, and knows the
+//! addresses that clients are told.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::HashMap,
     hash::{BuildHasher, RandomState},
     task::{Context, Poll},
-    time::{Duration, Instant},
+    time::{Instant, SystemTime, UNIX_EPOCH},
 };
 
 use futures_timer::Delay;
@@ -21,7 +16,7 @@ use libp2p::{
     Multiaddr, PeerId,
     core::{ConnectedPoint, Endpoint, transport::PortUse},
     futures::FutureExt,
-    identity::Keypair,
+    identity::{Keypair, SigningError},
     swarm::{
         CloseConnection, ConnectionClosed, ConnectionDenied, ConnectionId, DialFailure, FromSwarm,
         ListenFailure, NetworkBehaviour, NotifyHandler, ToSwarm,
@@ -29,27 +24,19 @@ use libp2p::{
     },
 };
 
-use self::{connect::Asking, reserve::Newcomer};
 use crate::{
     access::Access,
-    circuit::{Carried, CircuitEnd},
-    circuits::{CircuitId, Circuits, End},
+    address::{self, Known},
+    circuits::{Circuits, End},
     config::{Config, ConfigError},
-    connections::{Connection, Connections},
+    connections::Connection,
     event::Event,
-    handler::{Command, Handler, RequestId, Told},
-    heartbeat::Heartbeat,
-    rates::Rates,
-    reclaim::Reclaim,
+    handler::{Handler, Substream, Told},
+    relay::{Command, Grant, Order, Relay},
     reservations::Reservations,
     signs::Signs,
-    stop::StopFailed,
-    sweep::{Swept, sweep},
-    wire::Request,
+    voucher, wire,
 };
-
-/// How late a sweep may come before questions count anew.
-const LATE: Duration = Duration::from_secs(1);
 
 /// The longest reported address that is kept for a connection, in bytes.
 const MAX_REPORTED: usize = 256;
@@ -61,28 +48,15 @@ const MAX_REPORTED: usize = 256;
 pub struct Behaviour {
     keypair: Keypair,
     peer: PeerId,
-    config: Config,
-    connections: Connections<ConnectionId>,
-    reservations: Reservations<ConnectionId>,
-    circuits: Circuits<ConnectionId>,
-    /// The CONNECTs whose targets have yet to answer; `None` for those that were given up.
-    asking: HashMap<CircuitId, Option<Asking>>,
+    relay: Relay<ConnectionId, Box<Substream>>,
     confirmed: ExternalAddresses,
     listening: ListenAddresses,
-    /// Who decides instead of the configuration's lists.
-    access: Option<Box<dyn Access>>,
-    reserve_rates: Rates,
-    connect_rates: Rates,
-    heartbeat: Heartbeat,
-    reclaim: Reclaim<Newcomer>,
-    /// Whether the next sweep comes early, because a newcomer waits.
-    in_a_hurry: bool,
     /// Of connections whose handler was made and that are not up yet.
     signs: HashMap<ConnectionId, Signs>,
     random: RandomState,
     next_sweep: Delay,
+    /// What that is set to.
     sweep_due: Instant,
-    queue: VecDeque<ToSwarm<Event, Command>>,
 }
 
 impl Behaviour {
@@ -94,39 +68,59 @@ impl Behaviour {
     /// names another peer.
     pub fn new(keypair: Keypair, config: Config) -> Result<Self, ConfigError> {
         let peer = keypair.public().to_peer_id();
-        policy::check(&config, peer)?;
+        are_of(peer, &config.announce)?;
+        let interval = config.sweep;
+        let relay = Relay::new(config, Instant::now())?;
         Ok(Self {
+            keypair,
             peer,
-            connections: Connections::new(),
-            reservations: Reservations::new((&config).into()),
-            circuits: Circuits::new((&config).into()),
-            asking: HashMap::new(),
+            sweep_due: relay.sweep_due(),
+            relay,
             confirmed: ExternalAddresses::default(),
             listening: ListenAddresses::default(),
-            access: None,
-            reserve_rates: Rates::new(config.reserve_rate),
-            connect_rates: Rates::new(config.connect_rate),
-            heartbeat: Heartbeat::new((&config).into(), Instant::now()),
-            reclaim: Reclaim::new((&config).into()),
-            in_a_hurry: false,
             signs: HashMap::new(),
             random: RandomState::new(),
-            next_sweep: Delay::new(config.sweep),
-            sweep_due: Instant::now() + config.sweep,
-            queue: VecDeque::new(),
-            keypair,
-            config,
+            next_sweep: Delay::new(interval),
         })
+    }
+
+    /// The configuration that holds.
+    pub fn config(&self) -> &Config {
+        self.relay.config()
+    }
+
+    /// Replaces the configuration while the relay runs. See [`Config`] for what holds from when.
+    ///
+    /// A lowered cap drops nobody who is live: nobody is admitted until there is room. Whoever the
+    /// rules no longer let in loses its slot and its circuits at once.
+    ///
+    /// # Errors
+    ///
+    /// As [`Behaviour::new`]. Nothing has changed then.
+    pub fn set_config(&mut self, config: Config) -> Result<(), ConfigError> {
+        are_of(self.peer, &config.announce)?;
+        self.relay.set_config(config, Instant::now())
+    }
+
+    /// Lets `access` decide who may use the relay, instead of the lists in [`Config::access`].
+    pub fn set_access(&mut self, access: impl Access + 'static) {
+        self.relay.set_access(Box::new(access), Instant::now());
+    }
+
+    /// Asks again of everyone who holds a slot, waits for one or is part of a circuit, and ends
+    /// what is no longer allowed. To be called when [`Access`] would answer otherwise than before.
+    pub fn access_changed(&mut self) {
+        self.relay.access_changed(Instant::now());
     }
 
     /// The table of reservations, to look at.
     pub fn reservations(&self) -> &Reservations<ConnectionId> {
-        &self.reservations
+        self.relay.reservations()
     }
 
     /// The table of circuits, to look at.
     pub fn circuits(&self) -> &Circuits<ConnectionId> {
-        &self.circuits
+        self.relay.circuits()
     }
 
     /// Says under which address the peer at the other end of this connection reached the relay.
@@ -136,7 +130,7 @@ impl Behaviour {
     /// addresses is announced or confirmed, has only local ones to tell.
     pub fn reported(&mut self, connection: ConnectionId, address: Multiaddr) {
         if address.len() <= MAX_REPORTED {
-            self.connections.reported(connection, address);
+            self.relay.reported(connection, address);
         }
     }
 
@@ -144,45 +138,21 @@ impl Behaviour {
     ///
     /// By itself the behaviour hears hop, stop, circuit and ping streams only.
     pub fn heard(&mut self, peer: PeerId) {
-        self.connections.heard(&peer, Instant::now());
+        self.relay.heard(peer, Instant::now());
     }
 
     /// Counts `signs` as signs of life on this connection, from the next sweep on.
     ///
     /// For whoever can count more cheaply than call [`Behaviour::heard`]: a transport, say.
     pub fn listen_to(&mut self, connection: ConnectionId, signs: Signs) {
-        self.connections.listen_to(connection, signs);
+        self.relay.listen_to(connection, signs);
     }
 
     /// Gives up `peer`'s slot and ends its circuits, now. Whether it held a slot.
     ///
     /// Its connections stay up: to close them is the swarm's affair.
     pub fn release(&mut self, peer: PeerId) -> bool {
-        let held = self.reservations.release(peer);
-        self.tell_freed();
-        self.end_circuits_of(&peer);
-        held
-    }
-
-    fn end_circuits_of(&mut self, peer: &PeerId) {
-        for (id, circuit) in self.circuits.of(peer) {
-            self.end_circuit(id, circuit);
-        }
-    }
-
-    fn requested(
-        &mut self,
-        peer: PeerId,
-        connection: ConnectionId,
-        request: RequestId,
-        asked: Request,
-    ) {
-        let now = Instant::now();
-        let from = End { peer, connection };
-        match asked {
-            Request::Reserve => self.reserve(from, request, now),
-            Request::Connect(target) => self.connect(from, request, target, now),
-        }
+        self.relay.release(peer, Instant::now())
     }
 
     fn connected(&mut self, established: ConnectionEstablished<'_>) {
@@ -199,144 +169,78 @@ impl Behaviour {
             self.random.hash_one(id) as u8,
             Instant::now(),
         );
-        self.connections.add(id, connection);
+        self.relay.connected(id, connection);
         if let Some(signs) = self.signs.remove(&id) {
-            self.connections.listen_to(id, signs);
-        }
-    }
-
-    fn disconnected(&mut self, peer: PeerId, connection: ConnectionId) {
-        let now = Instant::now();
-        self.connections.remove(connection);
-        self.reclaim
-            .withdraw(|newcomer| newcomer.from.connection == connection);
-        for (id, circuit) in self.circuits.over(End { peer, connection }) {
-            self.end_circuit(id, circuit);
-            let at_source = circuit.source.connection == connection;
-            match self.asking.contains_key(&id) {
-                // The target will not answer any more.
-                true if !at_source => self.target_answered(id, Err(StopFailed::Gone)),
-                // Its handler has accounted for the circuit, unless it ended without a word: see
-                // `Handler::poll_close`.
-                false if at_source => {
-                    self.circuit_ended(id, CircuitEnd::Ended, Carried::default());
-                }
-                _ => {}
-            }
-        }
-        let before = self.reservations.connection(&peer);
-        let up = self.connections.fit_for_a_slot(&peer);
-        let left = self.reservations.disconnected(peer, connection, &up, now);
-        self.after_leaving(peer, before, left, now);
-    }
-
-    /// Nothing was heard on this connection: as if it were gone, whether or not it is closed.
-    fn silent(&mut self, connection: ConnectionId, now: Instant) {
-        let Some(silent) = self.connections.get(connection) else {
-            return;
-        };
-        let (peer, address) = (silent.peer, silent.address.clone());
-        let silent_for = silent.silent_for(now);
-        self.connections.judged(connection, now);
-        self.tell(Event::PeerSilent {
-            peer,
-            address,
-            silent_for,
-        });
-        for (id, circuit) in self.circuits.over(End { peer, connection }) {
-            self.end_circuit(id, circuit);
-        }
-        let before = self.reservations.connection(&peer);
-        let mut up = self.connections.fit_for_a_slot(&peer);
-        up.retain(|other| *other != connection);
-        let left = self.reservations.silent(peer, connection, &up, now);
-        self.after_leaving(peer, before, left, now);
-        if self.config.close_silent {
-            self.close(peer, connection);
-        }
-    }
-
-    fn close(&mut self, peer_id: PeerId, connection: ConnectionId) {
-        self.connections.closing(connection);
-        self.queue.push_back(ToSwarm::CloseConnection {
-            peer_id,
-            connection: CloseConnection::One(connection),
-        });
-    }
-
-    fn sweep(&mut self) {
-        let now = Instant::now();
-        // What was answered while the relay stood still may not have been read yet.
-        if now > self.sweep_due + LATE {
-            self.connections.ask_anew(now);
-        }
-        self.reserve_rates.forget_full(now);
-        self.connect_rates.forget_full(now);
-        let timeout = self.config.idle_timeout;
-        let Swept { idle, beat } = sweep(
-            &mut self.reservations,
-            &mut self.connections,
-            &mut self.heartbeat,
-            timeout,
-            now,
-        );
-        self.tell_freed();
-        for (peer_id, connection) in idle {
-            log::debug!("connection idle for {timeout:?}: closing that of peer {peer_id}");
-            self.close(peer_id, connection);
-        }
-        if let Some(fault) = beat.fault {
-            log::warn!("{fault}");
-        }
-        for connection in beat.ask {
-            self.ask_for_sign(connection);
-        }
-        for connection in beat.silent {
-            self.silent(connection, now);
-        }
-        self.reclaim(now);
-    }
-
-    fn sweep_in(&mut self, interval: Duration) {
-        self.sweep_due = Instant::now() + interval;
-        self.next_sweep.reset(interval);
-    }
-
-    fn ask_for_sign(&mut self, connection: ConnectionId) {
-        if let Some(peer) = self.connections.get(connection).map(|c| c.peer) {
-            log::debug!("asked for a sign of life: peer {peer}");
-            let question = Command::AskForSign(self.config.silence);
-            self.command(End { peer, connection }, question);
+            self.relay.listen_to(id, signs);
         }
     }
 
     fn handler(&mut self, connection: ConnectionId, peer: PeerId) -> Handler {
         let signs = Signs::default();
         self.signs.insert(connection, signs.clone());
-        Handler::new(peer, &self.config, signs)
+        Handler::new(peer, self.relay.config(), signs)
     }
 
-    fn command(&mut self, to: End<ConnectionId>, event: Command) {
-        // A connection that is gone takes no commands, and the swarm need not be asked.
-        if self.connections.get(to.connection).is_some() {
-            self.queue.push_back(ToSwarm::NotifyHandler {
-                peer_id: to.peer,
-                handler: NotifyHandler::One(to.connection),
-                event,
-            });
+    fn carry_out(
+        &mut self,
+        order: Order<ConnectionId, Box<Substream>>,
+    ) -> Option<ToSwarm<Event, Command<Box<Substream>>>> {
+        let (to, event) = match order {
+            Order::Command(to, command) => (to, command),
+            Order::Grant(grant) => match self.answer(grant) {
+                Ok(message) => {
+                    let granted = Command::Granted(grant.request, grant.receipt, message);
+                    (grant.to, granted)
+                }
+                Err(_) => {
+                    self.relay.not_signed(grant, Instant::now());
+                    return None;
+                }
+            },
+            Order::Close(End { peer, connection }) => {
+                return Some(ToSwarm::CloseConnection {
+                    peer_id: peer,
+                    connection: CloseConnection::One(connection),
+                });
+            }
+            Order::Tell(event) => return Some(ToSwarm::GenerateEvent(event)),
+        };
+        Some(ToSwarm::NotifyHandler {
+            peer_id: to.peer,
+            handler: NotifyHandler::One(to.connection),
+            event,
+        })
+    }
+
+    /// The message that tells a peer of its reservation.
+    fn answer(&self, grant: Grant<ConnectionId>) -> Result<Vec<u8>, SigningError> {
+        let term = grant.expires.saturating_duration_since(Instant::now());
+        let wall_clock = SystemTime::now().duration_since(UNIX_EPOCH);
+        let expire = (wall_clock.unwrap_or_default() + term).as_secs();
+        let listening: Vec<_> = self.listening.iter().cloned().collect();
+        let connection = self.relay.connections().get(grant.to.connection);
+        let known = Known {
+            announced: &self.config().announce,
+            confirmed: self.confirmed.as_slice(),
+            listening: &listening,
+            reported: connection.and_then(|connection| connection.reported.as_ref()),
+        };
+        let addresses = address::for_reservation(known, self.peer);
+        let voucher = voucher::sign(&self.keypair, grant.to.peer, expire)?;
+        let limit = self.config().circuit_limit(grant.terms);
+        Ok(wire::reserve_ok(expire, &addresses, voucher, limit))
+    }
+}
+
+/// Whether these addresses lead to this relay, as far as they say whom they lead to.
+fn are_of(relay: PeerId, announced: &[Multiaddr]) -> Result<(), ConfigError> {
+    for address in announced {
+        if address.clone().with_p2p(relay).is_err() {
+            let problem = format!("{address} names another peer; this relay is {relay}");
+            return Err(ConfigError::new("announce", problem));
         }
     }
-
-    /// Where the peer at the other end comes from; empty if the connection is gone.
-    fn address_of(&self, connection: ConnectionId) -> Multiaddr {
-        let connection = self.connections.get(connection);
-        connection.map_or_else(Multiaddr::empty, |connection| connection.address.clone())
-    }
-
-    fn tell(&mut self, event: Event) {
-        log::debug!("{event}");
-        self.queue.push_back(ToSwarm::GenerateEvent(event));
-    }
+    Ok(())
 }
 
 impl NetworkBehaviour for Behaviour {
@@ -373,7 +277,13 @@ impl NetworkBehaviour for Behaviour {
                 peer_id,
                 connection_id,
                 ..
-            }) => self.disconnected(peer_id, connection_id),
+            }) => {
+                let gone = End {
+                    peer: peer_id,
+                    connection: connection_id,
+                };
+                self.relay.disconnected(gone, Instant::now());
+            }
             // Another behaviour did not let it in.
             FromSwarm::ListenFailure(ListenFailure { connection_id, .. })
             | FromSwarm::DialFailure(DialFailure { connection_id, .. }) => {
@@ -384,37 +294,36 @@ impl NetworkBehaviour for Behaviour {
     }
 
     fn on_connection_handler_event(&mut self, peer: PeerId, connection: ConnectionId, told: Told) {
+        let (relay, now) = (&mut self.relay, Instant::now());
+        let from = End { peer, connection };
         match told {
-            Told::Requested(request, asked) => self.requested(peer, connection, request, asked),
-            Told::NotUnderstood(reason) => {
-                let address = self.address_of(connection);
-                self.tell(Event::RequestRejected {
-                    peer,
-                    address,
-                    reason,
-                });
-            }
-            Told::Answered(_, Ok(())) => self.reservations.delivered(&peer),
-            Told::Answered(receipt, Err(_)) => self.undelivered(peer, receipt, Instant::now()),
-            Told::TargetAnswered(circuit, answer) => self.target_answered(circuit, answer),
+            Told::Requested(request, asked) => relay.requested(from, request, asked, now),
+            Told::NotUnderstood(reason) => relay.not_understood(from, reason),
+            Told::Answered(receipt, arrived) => relay.answered(peer, receipt, arrived, now),
+            Told::TargetAnswered(circuit, answer) => relay.target_answered(circuit, answer, now),
             Told::CircuitEnded(circuit, end, carried) => {
-                self.circuit_ended(circuit, end, carried);
+                relay.circuit_ended(circuit, end, carried, now);
             }
         }
     }
 
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<ToSwarm<Event, Command>> {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<ToSwarm<Event, Command<Box<Substream>>>> {
         loop {
-            if let Some(next) = self.queue.pop_front() {
-                return Poll::Ready(next);
+            while let Some(order) = self.relay.next_order() {
+                if let Some(done) = self.carry_out(order) {
+                    return Poll::Ready(done);
+                }
+            }
+            let now = Instant::now();
+            if self.sweep_due != self.relay.sweep_due() {
+                self.sweep_due = self.relay.sweep_due();
+                self.next_sweep
+                    .reset(self.sweep_due.saturating_duration_since(now));
             }
             if self.next_sweep.poll_unpin(cx).is_pending() {
                 return Poll::Pending;
             }
-            self.in_a_hurry = false;
-            self.sweep();
-            self.sweep_in(self.config.sweep);
-            self.hurry();
+            self.relay.sweep(now);
         }
     }
 }

@@ -34,11 +34,12 @@ use crate::{
     circuits::CircuitId,
     config::Config,
     hop, ping,
+    relay::{Command, RequestId},
     reservations::Receipt,
     signs::{Heard, Signs},
     stop::{self, StopFailed},
     timeout::within,
-    wire::{self, BadRequest, HOP_PROTOCOL, Limit, Request, STOP_PROTOCOL, Status},
+    wire::{self, BadRequest, HOP_PROTOCOL, Limit, Request, STOP_PROTOCOL},
 };
 
 /// How many requests of one connection may be on their way, from the first byte to the last of
@@ -48,31 +49,6 @@ const LEAST_MAX_REQUESTS: usize = 128;
 
 /// How many ping streams are served on one connection, as its specification asks.
 const MAX_PINGS: usize = 2;
-
-/// Names a request, for as long as its connection is up.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct RequestId(u64);
-
-/// What the behaviour asks of a connection.
-#[derive(Debug)]
-pub enum Command {
-    /// Answer a RESERVE with this message, and say whether it arrived.
-    Granted(RequestId, Receipt, Vec<u8>),
-    /// Answer a request with a status other than OK.
-    Refuse(RequestId, Status),
-    /// Ask the peer whether it takes this circuit.
-    AskTarget(CircuitId, PeerId, Limit),
-    /// Nobody waits for the answer any more: say so as soon as nothing is left of the question.
-    GiveUpAsking(CircuitId),
-    /// The target agreed: answer the CONNECT, and let bytes pass.
-    OpenCircuit(RequestId, CircuitId, Box<Substream>, Limit),
-    /// End a circuit that this connection carries as its source.
-    EndCircuit(CircuitId),
-    /// Ask the peer for a sign of life, and wait for it for so long.
-    AskForSign(Duration),
-    /// Whether the connection holds a reservation, and so is to be kept.
-    Hold(bool),
-}
 
 /// What a connection tells the behaviour.
 #[derive(Debug)]
@@ -288,7 +264,7 @@ impl Handler {
 }
 
 impl ConnectionHandler for Handler {
-    type FromBehaviour = Command;
+    type FromBehaviour = Command<Box<Substream>>;
     type ToBehaviour = Told;
     type InboundProtocol = Inbound;
     type OutboundProtocol = ReadyUpgrade<StreamProtocol>;
@@ -306,7 +282,7 @@ impl ConnectionHandler for Handler {
         self.holds_reservation || !self.circuits.is_empty()
     }
 
-    fn on_behaviour_event(&mut self, command: Command) {
+    fn on_behaviour_event(&mut self, command: Command<Box<Substream>>) {
         match command {
             Command::Granted(request, receipt, message) => {
                 if let Some(stream) = self.undecided.remove(&request) {

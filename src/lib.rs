@@ -31,12 +31,12 @@
 //! 1. A client opens a hop stream. The connection's [handler](behaviour) gives it a task in which
 //!    `hop.rs` reads one message, framed and decoded by [`wire`]; a message that is none is
 //!    answered there, and nothing behind it ever sees one.
-//! 2. The [behaviour] hears that this peer wants a slot. [`access`] says whether it may, [`rates`]
-//!    whether it asks too often; then it is up to the table in [`reservations`]. A peer that has a
-//!    slot keeps it: it is renewed. A newcomer gets a free slot, or one in grace, under the caps
-//!    of the table and of the address and subnet it is billed to ([`bills`]); or it waits while
-//!    [`reclaim`] finds out who under that cap is gone; or it is refused. The table knows neither
-//!    clock nor socket: `now` comes in, an answer goes out.
+//! 2. The [behaviour] hands it to the [`relay`], which knows neither clock nor socket: `now` comes
+//!    in, orders go out. [`access`] says whether the peer may have a slot, [`rates`] whether it asks
+//!    too often; then it is up to the table in [`reservations`]. A peer that has a slot keeps it:
+//!    it is renewed. A newcomer gets a free slot, or one in grace, under the caps of the table and
+//!    of the address and subnet it is billed to ([`bills`]); or it waits while [`reclaim`] finds
+//!    out who under that cap is gone; or it is refused.
 //! 3. The behaviour turns a grant into a message: until when, where the relay can be reached
 //!    ([`address`] again), a signed voucher (`voucher.rs`), what a circuit may carry. It goes back
 //!    through the handler and `hop.rs`, and whether it arrived is reported to the table: a grant
@@ -48,10 +48,10 @@
 //!
 //! # One CONNECT, file by file
 //!
-//! 1. To the behaviour as above, and past [`access`]. No live reservation of the target, no
+//! 1. To the relay as above, and past [`access`]. No live reservation of the target, no
 //!    circuit; else, if it is not asked for too often, the table in [`circuits`] counts it, if source, target and relay have room for one more.
 //! 2. The handler of the *target's* connection opens a stop stream, on which `stop.rs` asks.
-//! 3. The stream comes back through the behaviour to the handler of the *source's* connection,
+//! 3. The stream comes back through the relay to the handler of the *source's* connection,
 //!    which answers on the hop stream. From here on the two streams are one [`circuit`]: bytes both
 //!    ways, limits, half-close, and how many bytes were carried when it ends.
 //!
@@ -114,6 +114,7 @@ mod ping;
 pub mod program;
 pub mod rates;
 pub mod reclaim;
+pub mod relay;
 pub mod reservations;
 pub mod signs;
 mod stop;

@@ -1,10 +1,10 @@
 //! What may change while the relay runs: its configuration, and who may use it.
 
-use std::time::Instant;
+use std::{hash::Hash, time::Instant};
 
-use libp2p::{Multiaddr, PeerId, swarm::ConnectionId};
+use libp2p::{Multiaddr, PeerId};
 
-use super::Behaviour;
+use super::Relay;
 use crate::{
     access::{Access, Permission},
     circuits::End,
@@ -12,62 +12,40 @@ use crate::{
     event::Refused,
 };
 
-/// Whether this configuration makes sense, to a relay of this name.
-pub(super) fn check(config: &Config, relay: PeerId) -> Result<(), ConfigError> {
-    config.validate()?;
-    for announced in &config.announce {
-        if announced.clone().with_p2p(relay).is_err() {
-            let problem = format!("{announced} names another peer; this relay is {relay}");
-            return Err(ConfigError::new("announce", problem));
-        }
-    }
-    Ok(())
-}
-
-impl Behaviour {
-    /// The configuration that holds.
-    pub fn config(&self) -> &Config {
-        &self.config
-    }
-
-    /// Replaces the configuration while the relay runs. See [`Config`] for what holds from when.
-    ///
-    /// A lowered cap drops nobody who is live: nobody is admitted until there is room. Whoever the
-    /// rules no longer let in loses its slot and its circuits at once.
+impl<C: Copy + Eq + Hash, S> Relay<C, S> {
+    /// Replaces the configuration: [`crate::Behaviour::set_config`].
     ///
     /// # Errors
     ///
-    /// As [`Behaviour::new`]. Nothing has changed then.
-    pub fn set_config(&mut self, config: Config) -> Result<(), ConfigError> {
-        check(&config, self.peer)?;
-        let now = Instant::now();
+    /// As [`Relay::new`]. Nothing has changed then.
+    pub fn set_config(&mut self, config: Config, now: Instant) -> Result<(), ConfigError> {
+        config.validate()?;
         self.reservations.set_policy((&config).into(), now);
         self.circuits.set_policy((&config).into());
         self.heartbeat.set_policy((&config).into(), now);
         self.reclaim.set_policy((&config).into());
         self.reserve_rates.set(config.reserve_rate);
         self.connect_rates.set(config.connect_rate);
-        self.in_a_hurry = false;
-        self.sweep_in(config.sweep);
+        self.sweep_due = now + config.sweep;
+        self.hurry(now);
         self.config = config;
-        self.hurry();
-        self.access_changed();
+        self.access_changed(now);
         Ok(())
     }
 
-    /// Lets `access` decide who may use the relay, instead of the lists in [`Config::access`].
-    pub fn set_access(&mut self, access: impl Access + 'static) {
-        self.access = Some(Box::new(access));
-        self.access_changed();
+    /// Lets `access` decide who may use the relay, instead of the configuration's lists.
+    pub fn set_access(&mut self, access: Box<dyn Access>, now: Instant) {
+        self.access = Some(access);
+        self.access_changed(now);
     }
 
     /// Asks again of everyone who holds a slot, waits for one or is part of a circuit, and ends
-    /// what is no longer allowed. To be called when [`Access`] would answer otherwise than before.
-    pub fn access_changed(&mut self) {
+    /// what is no longer allowed.
+    pub fn access_changed(&mut self, now: Instant) {
         for peer in self.reservations.holders().collect::<Vec<_>>() {
             if self.denies_holder(peer) {
                 self.reservations.deny(peer);
-                self.tell_freed();
+                self.tell_freed(now);
                 self.end_circuits_of(&peer);
             }
         }
@@ -85,12 +63,12 @@ impl Behaviour {
         }
     }
 
-    pub(super) fn may_reserve(&self, from: End<ConnectionId>) -> Permission {
+    pub(super) fn may_reserve(&self, from: End<C>) -> Permission {
         let address = self.address_of(from.connection);
         self.access().may_reserve(from.peer, &address)
     }
 
-    pub(super) fn may_connect(&self, from: End<ConnectionId>, target: PeerId) -> Permission {
+    pub(super) fn may_connect(&self, from: End<C>, target: PeerId) -> Permission {
         let address = self.address_of(from.connection);
         self.access().may_connect(from.peer, &address, target)
     }

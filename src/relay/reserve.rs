@@ -1,32 +1,29 @@
 //! RESERVE, from the request to what became of the slot.
 
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::{hash::Hash, io, time::Instant};
 
-use libp2p::{PeerId, identity::SigningError, swarm::ConnectionId};
+use libp2p::PeerId;
 
-use super::Behaviour;
+use super::{Command, Grant, Order, Relay, RequestId};
 use crate::{
     access::{Permission, Terms},
-    address::{self, Known},
     bills::Full,
     circuits::End,
     event::{Event, Refused},
-    handler::{Command, RequestId},
-    reclaim::{Candidate, Prospect, TICK},
+    reclaim::{Candidate, Prospect},
     reservations::{Admission, Left, Receipt},
-    voucher, wire,
 };
 
 /// A RESERVE that is yet to be answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Newcomer {
-    pub(super) from: End<ConnectionId>,
+pub(super) struct Newcomer<C> {
+    pub(super) from: End<C>,
     pub(super) request: RequestId,
     terms: Terms,
 }
 
-impl Behaviour {
-    pub(super) fn reserve(&mut self, from: End<ConnectionId>, request: RequestId, now: Instant) {
+impl<C: Copy + Eq + Hash, S> Relay<C, S> {
+    pub(super) fn reserve(&mut self, from: End<C>, request: RequestId, now: Instant) {
         let Some(connection) = self.connections.get(from.connection) else {
             return;
         };
@@ -65,11 +62,11 @@ impl Behaviour {
             return;
         }
         self.connections.waits(from.connection, now);
-        self.hurry();
+        self.hurry(now);
     }
 
     /// Decides a RESERVE and answers it, unless somebody under a full cap may turn out to be gone.
-    fn try_reserve(&mut self, newcomer: Newcomer, now: Instant) -> Result<(), Full> {
+    fn try_reserve(&mut self, newcomer: Newcomer<C>, now: Instant) -> Result<(), Full> {
         let Newcomer {
             from,
             request,
@@ -85,7 +82,7 @@ impl Behaviour {
         let admission = self
             .reservations
             .reserve(peer, from.connection, billed_to, ttl, now);
-        self.tell_freed();
+        self.tell_freed(now);
         let (receipt, renewed) = match admission {
             Admission::Refused(full) => return Err(full),
             Admission::Over(full) => {
@@ -96,12 +93,14 @@ impl Behaviour {
             Admission::Renewed(receipt) => (receipt, true),
         };
         self.point(peer, before, now);
-        let Ok(answer) = self.reservation_answer(from, terms, now) else {
-            self.undelivered(peer, receipt, now);
-            self.refuse(from, request, Refused::NotSigned);
-            return Ok(());
+        let grant = Grant {
+            to: from,
+            request,
+            receipt,
+            terms,
+            expires: now + ttl,
         };
-        self.command(from, Command::Granted(request, receipt, answer));
+        self.orders.push_back(Order::Grant(grant));
         self.tell(Event::ReservationAccepted {
             peer,
             address,
@@ -150,38 +149,27 @@ impl Behaviour {
         }
     }
 
-    /// Sweeps soon, if a newcomer waits.
-    pub(super) fn hurry(&mut self) {
-        if self.reclaim.waiting() > 0 && !self.in_a_hurry {
-            self.in_a_hurry = true;
-            self.sweep_in(TICK.min(self.config.sweep));
+    /// Whether the answer of this receipt arrived.
+    pub fn answered(
+        &mut self,
+        peer: PeerId,
+        receipt: Receipt,
+        arrived: Result<(), io::ErrorKind>,
+        now: Instant,
+    ) {
+        match arrived {
+            Ok(()) => self.reservations.delivered(&peer),
+            Err(_) => self.undelivered(peer, receipt, now),
         }
     }
 
-    fn reservation_answer(
-        &self,
-        to: End<ConnectionId>,
-        terms: Terms,
-        now: Instant,
-    ) -> Result<Vec<u8>, SigningError> {
-        let term = self.reservations.expires(&to.peer).unwrap_or(now) - now;
-        let wall_clock = SystemTime::now().duration_since(UNIX_EPOCH);
-        let expire = (wall_clock.unwrap_or_default() + term).as_secs();
-        let listening: Vec<_> = self.listening.iter().cloned().collect();
-        let connection = self.connections.get(to.connection);
-        let known = Known {
-            announced: &self.config.announce,
-            confirmed: self.confirmed.as_slice(),
-            listening: &listening,
-            reported: connection.and_then(|connection| connection.reported.as_ref()),
-        };
-        let addresses = address::for_reservation(known, self.peer);
-        let voucher = voucher::sign(&self.keypair, to.peer, expire)?;
-        let limit = self.config.circuit_limit(terms);
-        Ok(wire::reserve_ok(expire, &addresses, voucher, limit))
+    /// There is no answer: the voucher could not be signed.
+    pub fn not_signed(&mut self, grant: Grant<C>, now: Instant) {
+        self.undelivered(grant.to.peer, grant.receipt, now);
+        self.refuse(grant.to, grant.request, Refused::NotSigned);
     }
 
-    pub(super) fn undelivered(&mut self, peer: PeerId, receipt: Receipt, now: Instant) {
+    fn undelivered(&mut self, peer: PeerId, receipt: Receipt, now: Instant) {
         let before = self.reservations.connection(&peer);
         let up = self.connections.fit_for_a_slot(&peer);
         let left = self.reservations.undelivered(peer, receipt, &up, now);
@@ -191,11 +179,11 @@ impl Behaviour {
     pub(super) fn after_leaving(
         &mut self,
         peer: PeerId,
-        before: Option<ConnectionId>,
-        left: Left<ConnectionId>,
+        before: Option<C>,
+        left: Left<C>,
         now: Instant,
     ) {
-        self.tell_freed();
+        self.tell_freed(now);
         self.point(peer, before, now);
         if left == Left::Grace {
             self.tell(Event::GraceBegan { peer });
@@ -203,7 +191,7 @@ impl Behaviour {
     }
 
     /// Keeps the connection that `peer`'s reservation points at now, and no longer the one before.
-    fn point(&mut self, peer: PeerId, before: Option<ConnectionId>, now: Instant) {
+    fn point(&mut self, peer: PeerId, before: Option<C>, now: Instant) {
         let after = self.reservations.connection(&peer);
         if let Some(connection) = before.filter(|_| before != after) {
             self.hold(End { peer, connection }, false, now);
@@ -213,14 +201,13 @@ impl Behaviour {
         }
     }
 
-    fn hold(&mut self, on: End<ConnectionId>, holds: bool, now: Instant) {
+    fn hold(&mut self, on: End<C>, holds: bool, now: Instant) {
         if self.connections.hold_reservation(on.connection, holds, now) {
             self.command(on, Command::Hold(holds));
         }
     }
 
-    pub(super) fn tell_freed(&mut self) {
-        let now = Instant::now();
+    pub(super) fn tell_freed(&mut self, now: Instant) {
         for freed in self.reservations.take_freed() {
             if let Some(connection) = freed.connection {
                 let peer = freed.peer;
@@ -234,7 +221,7 @@ impl Behaviour {
         }
     }
 
-    pub(super) fn refuse(&mut self, from: End<ConnectionId>, request: RequestId, reason: Refused) {
+    pub(super) fn refuse(&mut self, from: End<C>, request: RequestId, reason: Refused) {
         let Some(connection) = self.connections.get(from.connection) else {
             return; // nobody to answer
         };

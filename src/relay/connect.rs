@@ -1,16 +1,15 @@
 //! CONNECT, from the request to the end of the circuit.
 
-use std::time::Instant;
+use std::{hash::Hash, time::Instant};
 
-use libp2p::{PeerId, swarm::ConnectionId};
+use libp2p::PeerId;
 
-use super::Behaviour;
+use super::{Command, Relay, RequestId};
 use crate::{
     access::Permission,
     circuit::{Carried, CircuitEnd},
     circuits::{Circuit, CircuitId, End},
     event::{Event, Refused},
-    handler::{Command, RequestId, Substream},
     stop::StopFailed,
     wire::Limit,
 };
@@ -21,10 +20,10 @@ pub(super) struct Asking {
     limit: Limit,
 }
 
-impl Behaviour {
+impl<C: Copy + Eq + Hash, S> Relay<C, S> {
     pub(super) fn connect(
         &mut self,
-        from: End<ConnectionId>,
+        from: End<C>,
         request: RequestId,
         target: PeerId,
         now: Instant,
@@ -67,30 +66,27 @@ impl Behaviour {
         self.command(to, Command::AskTarget(id, from.peer, limit));
     }
 
-    pub(super) fn target_answered(
-        &mut self,
-        id: CircuitId,
-        answer: Result<Box<Substream>, StopFailed>,
-    ) {
+    /// A target answered, with the stream that the circuit is to go over, or in some other way.
+    pub fn target_answered(&mut self, id: CircuitId, answer: Result<S, StopFailed>, now: Instant) {
         let Some(asking) = self.asking.remove(&id) else {
             return; // ended meanwhile; dropping the stream resets it
         };
         match (asking, answer) {
             (Some(asking), Ok(stream)) => self.open_circuit(id, asking, stream),
             (Some(Asking { request, .. }), Err(failed)) => {
-                if let Some(circuit) = self.forget_circuit(id) {
+                if let Some(circuit) = self.forget_circuit(id, now) {
                     let reason = Refused::StopFailed(failed);
                     self.refuse_circuit(circuit.source, request, circuit.target.peer, reason);
                 }
             }
             // Given up: the source was refused then.
             (None, _) => {
-                self.forget_circuit(id);
+                self.forget_circuit(id, now);
             }
         }
     }
 
-    fn open_circuit(&mut self, id: CircuitId, asking: Asking, stream: Box<Substream>) {
+    fn open_circuit(&mut self, id: CircuitId, asking: Asking, stream: S) {
         let Some(circuit) = self.circuits.get(id) else {
             return;
         };
@@ -103,8 +99,15 @@ impl Behaviour {
         });
     }
 
-    pub(super) fn circuit_ended(&mut self, id: CircuitId, end: CircuitEnd, carried: Carried) {
-        if let Some(circuit) = self.forget_circuit(id) {
+    /// A circuit ended, having carried so much.
+    pub fn circuit_ended(
+        &mut self,
+        id: CircuitId,
+        end: CircuitEnd,
+        carried: Carried,
+        now: Instant,
+    ) {
+        if let Some(circuit) = self.forget_circuit(id, now) {
             self.tell(Event::CircuitClosed {
                 circuit: id,
                 source: circuit.source.peer,
@@ -119,7 +122,7 @@ impl Behaviour {
     ///
     /// One that is being set up keeps its place until nothing is left of it at the target: else
     /// sources that ask and leave could ask one target for more than its cap.
-    pub(super) fn end_circuit(&mut self, id: CircuitId, circuit: Circuit<ConnectionId>) {
+    pub(super) fn end_circuit(&mut self, id: CircuitId, circuit: Circuit<C>) {
         let Some(asking) = self.asking.get_mut(&id) else {
             self.command(circuit.source, Command::EndCircuit(id));
             return;
@@ -130,9 +133,8 @@ impl Behaviour {
         }
     }
 
-    fn forget_circuit(&mut self, id: CircuitId) -> Option<Circuit<ConnectionId>> {
+    fn forget_circuit(&mut self, id: CircuitId, now: Instant) -> Option<Circuit<C>> {
         let circuit = self.circuits.remove(id)?;
-        let now = Instant::now();
         for end in [circuit.source, circuit.target] {
             self.connections.remove_circuit(end.connection, now);
         }
@@ -141,7 +143,7 @@ impl Behaviour {
 
     fn refuse_circuit(
         &mut self,
-        from: End<ConnectionId>,
+        from: End<C>,
         request: RequestId,
         target: PeerId,
         reason: Refused,

@@ -1,0 +1,298 @@
+//! The relay without its sockets: what it makes of what happens on its connections.
+//!
+//! Pure. What happened comes in with `now`, what is to be done goes out as [`Order`]s, and the
+//! rooms in between are wired together here: what a request gets is decided by
+//! [`crate::reservations`] and [`crate::circuits`], who is gone by [`crate::heartbeat`] and
+//! [`crate::reclaim`], what is over by [`crate::sweep`]. A RESERVE is followed through in
+//! `relay/reserve.rs`, a CONNECT in `relay/connect.rs`; what changes while it runs is in
+//! `relay/policy.rs`. `C` names a connection; [`crate::Behaviour`] uses the swarm's, tests use
+//! numbers.
+
+mod connect;
+mod order;
+mod policy;
+mod reserve;
+
+use std::{
+    collections::{HashMap, VecDeque},
+    hash::Hash,
+    time::{Duration, Instant},
+};
+
+use libp2p::{Multiaddr, PeerId};
+
+pub use self::order::{Command, Grant, Order, RequestId};
+use self::{connect::Asking, reserve::Newcomer};
+use crate::{
+    access::Access,
+    circuit::{Carried, CircuitEnd},
+    circuits::{CircuitId, Circuits, End},
+    config::{Config, ConfigError},
+    connections::{Connection, Connections},
+    event::Event,
+    heartbeat::Heartbeat,
+    rates::Rates,
+    reclaim::{Reclaim, TICK},
+    reservations::Reservations,
+    signs::Signs,
+    stop::StopFailed,
+    sweep::{Swept, sweep},
+    wire::{BadRequest, Request},
+};
+
+/// How late a sweep may come before questions count anew.
+const LATE: Duration = Duration::from_secs(1);
+
+/// One relay.
+pub struct Relay<C, S> {
+    config: Config,
+    connections: Connections<C>,
+    reservations: Reservations<C>,
+    circuits: Circuits<C>,
+    /// The CONNECTs whose targets have yet to answer; `None` for those that were given up.
+    asking: HashMap<CircuitId, Option<Asking>>,
+    /// Who decides instead of the configuration's lists.
+    access: Option<Box<dyn Access>>,
+    reserve_rates: Rates,
+    connect_rates: Rates,
+    heartbeat: Heartbeat,
+    reclaim: Reclaim<Newcomer<C>>,
+    sweep_due: Instant,
+    orders: VecDeque<Order<C, S>>,
+}
+
+impl<C: Copy + Eq + Hash, S> Relay<C, S> {
+    /// A relay that starts at `now`.
+    ///
+    /// # Errors
+    ///
+    /// When the configuration makes no sense: [`Config::validate`].
+    pub fn new(config: Config, now: Instant) -> Result<Self, ConfigError> {
+        config.validate()?;
+        Ok(Self {
+            connections: Connections::new(),
+            reservations: Reservations::new((&config).into()),
+            circuits: Circuits::new((&config).into()),
+            asking: HashMap::new(),
+            access: None,
+            reserve_rates: Rates::new(config.reserve_rate),
+            connect_rates: Rates::new(config.connect_rate),
+            heartbeat: Heartbeat::new((&config).into(), now),
+            reclaim: Reclaim::new((&config).into()),
+            sweep_due: now + config.sweep,
+            orders: VecDeque::new(),
+            config,
+        })
+    }
+
+    /// The next thing to be done.
+    pub fn next_order(&mut self) -> Option<Order<C, S>> {
+        self.orders.pop_front()
+    }
+
+    /// When [`Relay::sweep`] is due. Whatever happens may bring it forward.
+    pub fn sweep_due(&self) -> Instant {
+        self.sweep_due
+    }
+
+    /// The configuration that holds.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The table of reservations, to look at.
+    pub fn reservations(&self) -> &Reservations<C> {
+        &self.reservations
+    }
+
+    /// The table of circuits, to look at.
+    pub fn circuits(&self) -> &Circuits<C> {
+        &self.circuits
+    }
+
+    /// The connections that are up, to look at.
+    pub fn connections(&self) -> &Connections<C> {
+        &self.connections
+    }
+
+    /// How many newcomers wait for a slot.
+    pub fn waiting(&self) -> usize {
+        self.reclaim.waiting()
+    }
+
+    /// A connection came up.
+    pub fn connected(&mut self, id: C, connection: Connection) {
+        self.connections.add(id, connection);
+    }
+
+    /// The peer says under which address it reached the relay over this connection.
+    pub fn reported(&mut self, connection: C, address: Multiaddr) {
+        self.connections.reported(connection, address);
+    }
+
+    /// Something was heard from `peer`.
+    pub fn heard(&mut self, peer: PeerId, now: Instant) {
+        self.connections.heard(&peer, now);
+    }
+
+    /// Signs of life on this connection are counted here too.
+    pub fn listen_to(&mut self, connection: C, signs: Signs) {
+        self.connections.listen_to(connection, signs);
+    }
+
+    /// A peer asks for something.
+    pub fn requested(&mut self, from: End<C>, request: RequestId, asked: Request, now: Instant) {
+        match asked {
+            Request::Reserve => self.reserve(from, request, now),
+            Request::Connect(target) => self.connect(from, request, target, now),
+        }
+    }
+
+    /// A peer asked for something that was not understood; it has been told.
+    pub fn not_understood(&mut self, from: End<C>, reason: BadRequest) {
+        let address = self.address_of(from.connection);
+        self.tell(Event::RequestRejected {
+            peer: from.peer,
+            address,
+            reason,
+        });
+    }
+
+    /// A connection is gone.
+    pub fn disconnected(&mut self, gone: End<C>, now: Instant) {
+        let End { peer, connection } = gone;
+        self.connections.remove(connection);
+        self.reclaim
+            .withdraw(|newcomer| newcomer.from.connection == connection);
+        for (id, circuit) in self.circuits.over(gone) {
+            self.end_circuit(id, circuit);
+            let at_source = circuit.source.connection == connection;
+            match self.asking.contains_key(&id) {
+                // The target will not answer any more.
+                true if !at_source => self.target_answered(id, Err(StopFailed::Gone), now),
+                // Its handler has accounted for the circuit, unless it ended without a word: see
+                // `Handler::poll_close`.
+                false if at_source => {
+                    self.circuit_ended(id, CircuitEnd::Ended, Carried::default(), now);
+                }
+                _ => {}
+            }
+        }
+        let before = self.reservations.connection(&peer);
+        let up = self.connections.fit_for_a_slot(&peer);
+        let left = self.reservations.disconnected(peer, connection, &up, now);
+        self.after_leaving(peer, before, left, now);
+    }
+
+    /// Gives up `peer`'s slot and ends its circuits. Whether it held a slot.
+    pub fn release(&mut self, peer: PeerId, now: Instant) -> bool {
+        let held = self.reservations.release(peer);
+        self.tell_freed(now);
+        self.end_circuits_of(&peer);
+        held
+    }
+
+    /// Looks at everything: what is over, who has been silent, who is idle, and whether there is a
+    /// slot for those who wait.
+    pub fn sweep(&mut self, now: Instant) {
+        // What was answered while the relay stood still may not have been read yet.
+        if now > self.sweep_due + LATE {
+            self.connections.ask_anew(now);
+        }
+        self.reserve_rates.forget_full(now);
+        self.connect_rates.forget_full(now);
+        let timeout = self.config.idle_timeout;
+        let Swept { idle, beat } = sweep(
+            &mut self.reservations,
+            &mut self.connections,
+            &mut self.heartbeat,
+            timeout,
+            now,
+        );
+        self.tell_freed(now);
+        for (peer, connection) in idle {
+            log::debug!("connection idle for {timeout:?}: closing that of peer {peer}");
+            self.orders
+                .push_back(Order::Close(End { peer, connection }));
+        }
+        if let Some(fault) = beat.fault {
+            log::warn!("{fault}");
+        }
+        for connection in beat.ask {
+            self.ask_for_sign(connection);
+        }
+        for connection in beat.silent {
+            self.silent(connection, now);
+        }
+        self.reclaim(now);
+        self.sweep_due = now + self.config.sweep;
+        self.hurry(now);
+    }
+
+    /// Sweeps soon, if a newcomer waits.
+    fn hurry(&mut self, now: Instant) {
+        if self.reclaim.waiting() > 0 {
+            self.sweep_due = self.sweep_due.min(now + TICK);
+        }
+    }
+
+    /// Nothing was heard on this connection: as if it were gone, whether or not it is closed.
+    fn silent(&mut self, connection: C, now: Instant) {
+        let Some(silent) = self.connections.get(connection) else {
+            return;
+        };
+        let (peer, address) = (silent.peer, silent.address.clone());
+        let silent_for = silent.silent_for(now);
+        self.connections.judged(connection, now);
+        self.tell(Event::PeerSilent {
+            peer,
+            address,
+            silent_for,
+        });
+        let gone = End { peer, connection };
+        for (id, circuit) in self.circuits.over(gone) {
+            self.end_circuit(id, circuit);
+        }
+        let before = self.reservations.connection(&peer);
+        let mut up = self.connections.fit_for_a_slot(&peer);
+        up.retain(|other| *other != connection);
+        let left = self.reservations.silent(peer, connection, &up, now);
+        self.after_leaving(peer, before, left, now);
+        if self.config.close_silent {
+            self.connections.closing(connection);
+            self.orders.push_back(Order::Close(gone));
+        }
+    }
+
+    fn ask_for_sign(&mut self, connection: C) {
+        if let Some(peer) = self.connections.get(connection).map(|c| c.peer) {
+            log::debug!("asked for a sign of life: peer {peer}");
+            let question = Command::AskForSign(self.config.silence);
+            self.command(End { peer, connection }, question);
+        }
+    }
+
+    fn end_circuits_of(&mut self, peer: &PeerId) {
+        for (id, circuit) in self.circuits.of(peer) {
+            self.end_circuit(id, circuit);
+        }
+    }
+
+    fn command(&mut self, to: End<C>, command: Command<S>) {
+        // A connection that is gone takes no commands.
+        if self.connections.get(to.connection).is_some() {
+            self.orders.push_back(Order::Command(to, command));
+        }
+    }
+
+    /// Where the peer at the other end comes from; empty if the connection is gone.
+    fn address_of(&self, connection: C) -> Multiaddr {
+        let connection = self.connections.get(connection);
+        connection.map_or_else(Multiaddr::empty, |connection| connection.address.clone())
+    }
+
+    fn tell(&mut self, event: Event) {
+        log::debug!("{event}");
+        self.orders.push_back(Order::Tell(event));
+    }
+}
