@@ -43,8 +43,8 @@
 //!    that nobody read is undone.
 //! 4. From now on the connection is watched: [`signs`] count what is heard on it, and
 //!    [`heartbeat`] decides whom to ask (`ping.rs`), and who is silent.
-//! 5. When the connection is lost, or judged silent, grace begins. The [`sweep`] ends it, and the
-//!    term.
+//! 5. When the connection is lost, or judged silent, grace begins. The sweep (`relay/sweep.rs`)
+//!    ends it, and the term.
 //!
 //! # One CONNECT, file by file
 //!
@@ -118,7 +118,6 @@ pub mod relay;
 pub mod reservations;
 pub mod signs;
 mod stop;
-pub mod sweep;
 mod timeout;
 mod voucher;
 pub mod wire;

@@ -3,20 +3,21 @@
 //! Pure. What happened comes in with `now`, what is to be done goes out as [`Order`]s, and the
 //! rooms in between are wired together here: what a request gets is decided by
 //! [`crate::reservations`] and [`crate::circuits`], who is gone by [`crate::heartbeat`] and
-//! [`crate::reclaim`], what is over by [`crate::sweep`]. A RESERVE is followed through in
-//! `relay/reserve.rs`, a CONNECT in `relay/connect.rs`; what changes while it runs is in
-//! `relay/policy.rs`. `C` names a connection; [`crate::Behaviour`] uses the swarm's, tests use
+//! [`crate::reclaim`]. A RESERVE is followed through in `relay/reserve.rs`, a CONNECT in
+//! `relay/connect.rs`; what ends by itself is found in `relay/sweep.rs`, and what the operator may
+//! change is in `relay/policy.rs`. `C` names a connection; [`crate::Behaviour`] uses the swarm's, tests use
 //! numbers.
 
 mod connect;
 mod order;
 mod policy;
 mod reserve;
+mod sweep;
 
 use std::{
     collections::{HashMap, VecDeque},
     hash::Hash,
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use libp2p::{Multiaddr, PeerId};
@@ -32,16 +33,12 @@ use crate::{
     event::Event,
     heartbeat::Heartbeat,
     rates::Rates,
-    reclaim::{Reclaim, TICK},
+    reclaim::Reclaim,
     reservations::Reservations,
     signs::Signs,
     stop::StopFailed,
-    sweep::{Swept, sweep},
     wire::{BadRequest, Request},
 };
-
-/// How late a sweep may come before questions count anew.
-const LATE: Duration = Duration::from_secs(1);
 
 /// One relay.
 pub struct Relay<C, S> {
@@ -190,86 +187,6 @@ impl<C: Copy + Eq + Hash, S> Relay<C, S> {
         self.tell_freed(now);
         self.end_circuits_of(&peer);
         held
-    }
-
-    /// Looks at everything: what is over, who has been silent, who is idle, and whether there is a
-    /// slot for those who wait.
-    pub fn sweep(&mut self, now: Instant) {
-        // What was answered while the relay stood still may not have been read yet.
-        if now > self.sweep_due + LATE {
-            self.connections.ask_anew(now);
-        }
-        self.reserve_rates.forget_full(now);
-        self.connect_rates.forget_full(now);
-        let timeout = self.config.idle_timeout;
-        let Swept { idle, beat } = sweep(
-            &mut self.reservations,
-            &mut self.connections,
-            &mut self.heartbeat,
-            timeout,
-            now,
-        );
-        self.tell_freed(now);
-        for (peer, connection) in idle {
-            log::debug!("connection idle for {timeout:?}: closing that of peer {peer}");
-            self.orders
-                .push_back(Order::Close(End { peer, connection }));
-        }
-        if let Some(fault) = beat.fault {
-            log::warn!("{fault}");
-        }
-        for connection in beat.ask {
-            self.ask_for_sign(connection);
-        }
-        for connection in beat.silent {
-            self.silent(connection, now);
-        }
-        self.reclaim(now);
-        self.sweep_due = now + self.config.sweep;
-        self.hurry(now);
-    }
-
-    /// Sweeps soon, if a newcomer waits.
-    fn hurry(&mut self, now: Instant) {
-        if self.reclaim.waiting() > 0 {
-            self.sweep_due = self.sweep_due.min(now + TICK);
-        }
-    }
-
-    /// Nothing was heard on this connection: as if it were gone, whether or not it is closed.
-    fn silent(&mut self, connection: C, now: Instant) {
-        let Some(silent) = self.connections.get(connection) else {
-            return;
-        };
-        let (peer, address) = (silent.peer, silent.address.clone());
-        let silent_for = silent.silent_for(now);
-        self.connections.judged(connection, now);
-        self.tell(Event::PeerSilent {
-            peer,
-            address,
-            silent_for,
-        });
-        let gone = End { peer, connection };
-        for (id, circuit) in self.circuits.over(gone) {
-            self.end_circuit(id, circuit);
-        }
-        let before = self.reservations.connection(&peer);
-        let mut up = self.connections.fit_for_a_slot(&peer);
-        up.retain(|other| *other != connection);
-        let left = self.reservations.silent(peer, connection, &up, now);
-        self.after_leaving(peer, before, left, now);
-        if self.config.close_silent {
-            self.connections.closing(connection);
-            self.orders.push_back(Order::Close(gone));
-        }
-    }
-
-    fn ask_for_sign(&mut self, connection: C) {
-        if let Some(peer) = self.connections.get(connection).map(|c| c.peer) {
-            log::debug!("asked for a sign of life: peer {peer}");
-            let question = Command::AskForSign(self.config.silence);
-            self.command(End { peer, connection }, question);
-        }
     }
 
     fn end_circuits_of(&mut self, peer: &PeerId) {

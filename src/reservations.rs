@@ -369,7 +369,7 @@ impl<C: Copy + Eq> Reservations<C> {
         self.free(peer, FreedReason::Denied)
     }
 
-    /// Ends what is over at `now`: terms and graces. One pass over the table; see [`crate::sweep`].
+    /// Ends what is over at `now`: terms and graces. One pass over the table.
     pub fn end_what_is_over(&mut self, now: Instant) {
         let mut over = Vec::new();
         let mut next_end: Option<Instant> = None;

@@ -1,9 +1,19 @@
-//! The table's laws: as sentences, and as properties of random histories.
+//! The laws: as sentences about the table, and as a property of random histories.
 //!
-//! The sentences below read like the laws of the design. The property runs the real table beside
-//! a naive model of it that keeps a plain list, scans it for everything, and is too simple to be
-//! wrong in the same way: after each step of a random history both must have given the same answer
-//! and hold the same, and no cap may be exceeded.
+//! | what holds | flags | shown by |
+//! | --- | --- | --- |
+//! | connection monitoring: a slot points at a connection that is up, or is in grace | | `when_the_connection_goes_another_of_the_same_peer_takes_over`, `the_end_of_an_old_connection_touches_nothing_that_moved_on` |
+//! | reclaim on disconnect: at once, or kept for its owner for a while | `--grace`; `0s`: on the close event | `without_grace_the_slot_is_free_with_the_last_connection`, `a_peer_that_comes_back_within_grace_gets_its_slot`, `a_newcomer_takes_the_slot_of_the_peer_that_left_first` |
+//! | heartbeat: who is silent is asked, who does not answer is judged | `--heartbeat`, `--silence`, `--probe`, `--probe-after` | the history below; `faults.rs`, against the program |
+//! | graceful release: given up by command, and with its term | `--reservation-ttl` | `a_slot_that_is_given_up_is_free_at_once`, `a_term_that_is_over_is_over_whether_or_not_the_sweep_has_been_by` |
+//! | concurrency: many clients at once, and no slot too many | `--max-reservations` | `however_many_come_and_go_at_once_the_counts_agree` in `crowd.rs` |
+//! | consistency: no cap exceeded, every counter what counting gives, nothing left behind | `--max-reservations-per-ip`, `--max-reservations-per-subnet`, `--reserve-rate` | `history::the_relay_and_a_naive_model_of_it_never_differ` |
+//! | tunable policy: what is changed holds from then on and drops nobody | all of these | `a_cap_that_is_lowered_drops_nobody_and_admits_nobody_until_there_is_room`, the history; `access.rs` |
+
+#[path = "laws/history.rs"]
+mod history;
+#[path = "laws/model.rs"]
+mod model;
 
 use std::{
     net::{IpAddr, Ipv4Addr},
@@ -11,7 +21,6 @@ use std::{
 };
 
 use libp2p::PeerId;
-use proptest::prelude::*;
 use relaylet::{
     Config,
     address::BilledTo,
@@ -215,6 +224,15 @@ fn a_grace_ends_with_the_term_at_the_latest() {
     table.disconnect(ALICE);
     table.pass(secs(5));
     assert_eq!(table.sweep(), [(ALICE, FreedReason::Expired)]);
+}
+
+#[test]
+fn a_slot_that_is_given_up_is_free_at_once() {
+    let mut table = Table::of(1);
+    table.reserve(ALICE);
+    assert!(table.reservations.release(table.peers[ALICE]));
+    assert!(!table.reservations.release(table.peers[ALICE]));
+    assert_eq!(table.reserve(BOB), Got::Slot);
 }
 
 // ---- Return to the owner
@@ -427,270 +445,4 @@ fn a_grace_that_is_shortened_may_be_over_at_once() {
     shorter.grace = GRACE / 3;
     table.set(&shorter);
     assert_eq!(table.reserve(BOB), Got::Slot);
-}
-
-// ---- The same, for any history
-
-/// One step of a history. Peers, connections and addresses are few, so that they meet.
-#[derive(Clone, Debug)]
-enum Step {
-    Reserve {
-        peer: usize,
-        connection: u32,
-        address: u8,
-    },
-    Delivered {
-        peer: usize,
-    },
-    Undelivered {
-        peer: usize,
-    },
-    Disconnect {
-        peer: usize,
-        connection: u32,
-    },
-    Connect {
-        peer: usize,
-        connection: u32,
-    },
-    Release {
-        peer: usize,
-    },
-    Pass {
-        seconds: u64,
-    },
-    Sweep,
-}
-
-const PEERS: usize = 6;
-
-fn step() -> impl Strategy<Value = Step> {
-    let peer = 0..PEERS;
-    let connection = 0..3u32;
-    prop_oneof![
-        5 => (peer.clone(), connection.clone(), 0..3u8).prop_map(|(peer, connection, address)| {
-            Step::Reserve { peer, connection, address }
-        }),
-        3 => peer.clone().prop_map(|peer| Step::Delivered { peer }),
-        1 => peer.clone().prop_map(|peer| Step::Undelivered { peer }),
-        3 => (peer.clone(), connection.clone())
-            .prop_map(|(peer, connection)| Step::Disconnect { peer, connection }),
-        2 => (peer.clone(), connection)
-            .prop_map(|(peer, connection)| Step::Connect { peer, connection }),
-        1 => peer.prop_map(|peer| Step::Release { peer }),
-        3 => prop_oneof![1..40u64, 1000..4000u64].prop_map(|seconds| Step::Pass { seconds }),
-        2 => Just(Step::Sweep),
-    ]
-}
-
-/// The laws once more, as naively as they can be written down.
-struct Model {
-    slots: Vec<Slot>,
-    total: usize,
-    per_ip: usize,
-    ttl: u64,
-    grace: u64,
-    now: u64,
-    departures: u64,
-}
-
-/// `Ok`: live over this connection; `Err`: left at this time, as the how-manieth.
-type State = Result<u32, (u64, u64)>;
-
-#[derive(Clone, Debug, PartialEq)]
-struct Slot {
-    peer: usize,
-    state: State,
-    expires: u64,
-    address: u8,
-    receipt: Option<Receipt>,
-    /// What held when the peer last knew where it stood: nothing, or a slot.
-    before: Option<Option<(State, u64)>>,
-}
-
-impl Model {
-    fn over(&self, slot: &Slot) -> bool {
-        let grace_over = slot
-            .state
-            .is_err_and(|(since, _)| since + self.grace <= self.now);
-        slot.expires <= self.now || grace_over
-    }
-
-    fn sweep(&mut self) {
-        let slots = std::mem::take(&mut self.slots);
-        self.slots = slots.into_iter().filter(|slot| !self.over(slot)).collect();
-    }
-
-    fn at(&self, address: u8) -> usize {
-        self.slots
-            .iter()
-            .filter(|slot| slot.address == address)
-            .count()
-    }
-
-    /// Whom a newcomer at this address takes the slot of, if it gets one.
-    fn admit(&self, address: u8) -> Option<Option<usize>> {
-        let address_full = self.at(address) >= self.per_ip;
-        if !address_full && self.slots.len() < self.total {
-            return Some(None);
-        }
-        let candidates = self
-            .slots
-            .iter()
-            .filter(|s| !address_full || s.address == address);
-        let left = candidates.filter_map(|s| Some((s.state.err()?.1, s.peer)));
-        left.min().map(|(_, peer)| Some(peer))
-    }
-
-    fn settle(&mut self, index: usize, up: &[u32]) {
-        self.slots[index].state = match up.last() {
-            Some(connection) => Ok(*connection),
-            None => {
-                self.departures += 1;
-                Err((self.now, self.departures))
-            }
-        };
-        if self.grace == 0 && self.slots[index].state.is_err() {
-            self.slots.remove(index);
-        }
-    }
-
-    fn undo(&mut self, index: usize, up: &[u32]) {
-        let Some(before) = self.slots[index].before.take() else {
-            return;
-        };
-        let Some((state, expires)) = before else {
-            self.slots.remove(index);
-            return;
-        };
-        self.slots[index].state = state;
-        self.slots[index].expires = expires;
-        if state.is_ok_and(|connection| !up.contains(&connection)) {
-            self.settle(index, up);
-        }
-    }
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
-
-    #[test]
-    fn the_table_and_a_naive_model_of_it_never_differ(
-        total in 1..5usize,
-        per_ip in 1..4usize,
-        grace in prop_oneof![Just(0u64), Just(30)],
-        history in prop::collection::vec(step(), 1..200),
-    ) {
-        let mut config = config(total, per_ip);
-        config.grace = secs(grace);
-        let mut table: Reservations<u32> = Reservations::new((&config).into());
-        let mut model = Model {
-            slots: Vec::new(), total, per_ip, ttl: TTL.as_secs(), grace, now: 0, departures: 0,
-        };
-        let peers: Vec<_> = (0..PEERS).map(|_| PeerId::random()).collect();
-        let mut up: Vec<Vec<u32>> = vec![Vec::new(); PEERS];
-        let start = Instant::now();
-
-        for step in history {
-            let now = start + secs(model.now);
-            match step {
-                Step::Connect { peer, connection } => {
-                    if !up[peer].contains(&connection) {
-                        up[peer].push(connection);
-                    }
-                }
-                Step::Reserve { peer, connection, address } => {
-                    if !up[peer].contains(&connection) {
-                        up[peer].push(connection);
-                    }
-                    let to = Some(billed_to(address));
-                    let got = table.reserve(peers[peer], connection, to, TTL, now);
-                    // Whoever is over is no holder any more, and in nobody's way.
-                    model.sweep();
-                    let expires = model.now + model.ttl;
-                    if let Some(index) = model.slots.iter().position(|s| s.peer == peer) {
-                        let Admission::Renewed(receipt) = got else {
-                            return Err(TestCaseError::fail(format!("not renewed: {got:?}")));
-                        };
-                        let room = model.at(address) < model.per_ip;
-                        let slot = &mut model.slots[index];
-                        slot.before.get_or_insert(Some((slot.state, slot.expires)));
-                        slot.state = Ok(connection);
-                        slot.expires = expires;
-                        slot.receipt = Some(receipt);
-                        if room {
-                            slot.address = address;
-                        }
-                    } else if let Some(taken) = model.admit(address) {
-                        let Admission::Granted(receipt) = got else {
-                            return Err(TestCaseError::fail(format!("not granted: {got:?}")));
-                        };
-                        model.slots.retain(|slot| Some(slot.peer) != taken);
-                        model.slots.push(Slot {
-                            peer, state: Ok(connection), expires, address,
-                            receipt: Some(receipt), before: Some(None),
-                        });
-                    } else {
-                        prop_assert!(matches!(got, Admission::Refused(_)), "{:?}", got);
-                    }
-                }
-                Step::Delivered { peer } => {
-                    table.delivered(&peers[peer]);
-                    if let Some(slot) = model.slots.iter_mut().find(|slot| slot.peer == peer) {
-                        slot.before = None;
-                    }
-                }
-                Step::Undelivered { peer } => {
-                    if let Some(index) = model.slots.iter().position(|slot| slot.peer == peer) {
-                        let receipt = model.slots[index].receipt.unwrap();
-                        table.undelivered(peers[peer], receipt, &up[peer], now);
-                        model.undo(index, &up[peer]);
-                    }
-                }
-                Step::Disconnect { peer, connection } => {
-                    up[peer].retain(|other| *other != connection);
-                    table.disconnected(peers[peer], connection, &up[peer], now);
-                    let index = model.slots.iter().position(|s| {
-                        s.peer == peer && s.state == Ok(connection)
-                    });
-                    if let Some(index) = index {
-                        if model.slots[index].before.is_some() {
-                            model.undo(index, &up[peer]);
-                        } else {
-                            model.settle(index, &up[peer]);
-                        }
-                    }
-                }
-                Step::Release { peer } => {
-                    table.release(peers[peer]);
-                    model.slots.retain(|slot| slot.peer != peer);
-                }
-                Step::Pass { seconds } => model.now += seconds,
-                Step::Sweep => {
-                    table.end_what_is_over(now);
-                    model.sweep();
-                }
-            }
-            let _ = table.take_freed();
-
-            // What is over may still lie there until somebody needs the room: count the others.
-            let now = start + secs(model.now);
-            for (index, peer) in peers.iter().enumerate() {
-                let slot = model.slots.iter().find(|slot| slot.peer == index);
-                let live = slot.filter(|s| s.expires > model.now).and_then(|s| s.state.ok());
-                prop_assert_eq!(table.live(peer, now), live);
-            }
-            // No cap is ever exceeded, and the counters are what counting from scratch gives.
-            prop_assert!(table.taken() <= total);
-            let billed: usize = (0..3).map(|n| table.bills().of_address(billed_to(n))).sum();
-            prop_assert_eq!(billed, table.taken());
-            prop_assert!((0..3).all(|n| table.bills().of_address(billed_to(n)) <= per_ip));
-            prop_assert!(table.in_grace() <= table.taken());
-        }
-
-        // With everyone gone and every term over, nothing is left.
-        let end = start + secs(model.now) + TTL + GRACE;
-        table.end_what_is_over(end);
-        prop_assert_eq!((table.taken(), table.in_grace(), table.bills().len()), (0, 0, 0));
-    }
 }

@@ -1,0 +1,97 @@
+//! The sweep: one pass over the tables, for all that ends without anybody saying so.
+
+use std::{
+    hash::Hash,
+    time::{Duration, Instant},
+};
+
+use super::{Command, Order, Relay};
+use crate::{circuits::End, event::Event, reclaim::TICK};
+
+/// How late a sweep may come before questions count anew.
+const LATE: Duration = Duration::from_secs(1);
+
+impl<C: Copy + Eq + Hash, S> Relay<C, S> {
+    /// Looks at everything: what is over, who has been silent, who is idle, and whether there is a
+    /// slot for those who wait.
+    pub fn sweep(&mut self, now: Instant) {
+        // What was answered while the relay stood still may not have been read yet.
+        if now > self.sweep_due + LATE {
+            self.connections.ask_anew(now);
+        }
+        self.reserve_rates.forget_full(now);
+        self.connect_rates.forget_full(now);
+        self.reservations.end_what_is_over(now);
+        self.tell_freed(now);
+        self.connections.listen(now);
+        let beat = self.heartbeat.beat(self.connections.watched(), now);
+        if let Some(fault) = beat.fault {
+            log::warn!("{fault}");
+        }
+        for connection in beat.ask {
+            self.ask_for_sign(connection);
+        }
+        for connection in beat.silent {
+            self.silent(connection, now);
+        }
+        self.reclaim(now);
+        self.close_idle(now);
+        self.sweep_due = now + self.config.sweep;
+        self.hurry(now);
+    }
+
+    fn close_idle(&mut self, now: Instant) {
+        let timeout = self.config.idle_timeout;
+        if timeout.is_zero() {
+            return;
+        }
+        for (peer, connection) in self.connections.take_idle(timeout, now) {
+            log::debug!("connection idle for {timeout:?}: closing that of peer {peer}");
+            let idle = End { peer, connection };
+            self.orders.push_back(Order::Close(idle));
+        }
+    }
+
+    /// Sweeps soon, if a newcomer waits.
+    pub(super) fn hurry(&mut self, now: Instant) {
+        if self.reclaim.waiting() > 0 {
+            self.sweep_due = self.sweep_due.min(now + TICK);
+        }
+    }
+
+    /// Nothing was heard on this connection: as if it were gone, whether or not it is closed.
+    pub(super) fn silent(&mut self, connection: C, now: Instant) {
+        let Some(silent) = self.connections.get(connection) else {
+            return;
+        };
+        let (peer, address) = (silent.peer, silent.address.clone());
+        let silent_for = silent.silent_for(now);
+        self.connections.judged(connection, now);
+        self.tell(Event::PeerSilent {
+            peer,
+            address,
+            silent_for,
+        });
+        let gone = End { peer, connection };
+        for (id, circuit) in self.circuits.over(gone) {
+            self.end_circuit(id, circuit);
+        }
+        let before = self.reservations.connection(&peer);
+        let mut up = self.connections.fit_for_a_slot(&peer);
+        up.retain(|other| *other != connection);
+        let left = self.reservations.silent(peer, connection, &up, now);
+        self.after_leaving(peer, before, left, now);
+        if self.config.close_silent {
+            self.connections.closing(connection);
+            self.orders.push_back(Order::Close(gone));
+        }
+    }
+
+    pub(super) fn ask_for_sign(&mut self, connection: C) {
+        if let Some(peer) = self.connections.get(connection).map(|c| c.peer) {
+            log::debug!("asked for a sign of life: peer {peer}");
+            let question = Command::AskForSign(self.config.silence);
+            self.command(End { peer, connection }, question);
+        }
+    }
+}

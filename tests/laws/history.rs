@@ -1,0 +1,559 @@
+//! Random histories, which the relay and the naive model of it live through side by side.
+//!
+//! The relay is the real one, `relaylet::relay`, without sockets: after each step both have to have
+//! given the same answers, asked the same peers for a sign of life, freed the same slots for the
+//! same reasons, and hold the same; and what the relay counts is counted once more from scratch.
+
+use std::{
+    collections::HashMap,
+    io,
+    net::{IpAddr, Ipv4Addr},
+    time::{Duration, Instant},
+};
+
+use libp2p::PeerId;
+use proptest::{prelude::*, test_runner::RngAlgorithm};
+use relaylet::{
+    Config, Event, FreedReason,
+    address::BilledTo,
+    circuits::End,
+    connections::Connection,
+    relay::{Command, Order, Relay, RequestId},
+    reservations::Receipt,
+    signs::Signs,
+    wire::{Request, Status},
+};
+
+use super::model::{self, Answer, Model, Policy, State, Why};
+
+/// Peers and addresses are few, so that they meet; yet enough to fall silent all at once.
+const PEERS: usize = 12;
+const ADDRESSES: u8 = 4;
+
+/// One step of a history. `which` chooses among the connections that a peer has.
+#[derive(Clone, Debug)]
+enum Step {
+    Connect {
+        peer: usize,
+        address: u8,
+    },
+    Reserve {
+        peer: usize,
+        which: usize,
+    },
+    /// All peers come from one address at once.
+    Rush {
+        address: u8,
+    },
+    Delivered {
+        peer: usize,
+    },
+    Undelivered {
+        peer: usize,
+        older: bool,
+    },
+    Disconnect {
+        peer: usize,
+        which: usize,
+    },
+    /// Something comes in on a connection by itself.
+    Speaks {
+        peer: usize,
+        which: usize,
+    },
+    /// The embedder heard something from the peer on some protocol.
+    Heard {
+        peer: usize,
+    },
+    /// From now on the peer answers questions after so many milliseconds, or not at all.
+    Answers {
+        peer: usize,
+        after: Option<u64>,
+    },
+    /// The same for all at once.
+    AllAnswer {
+        after: Option<u64>,
+    },
+    Release {
+        peer: usize,
+    },
+    /// Time passes, with sweeps when they are due.
+    Pass {
+        millis: u64,
+    },
+    /// Time passes, and the relay stands still.
+    Stall {
+        millis: u64,
+    },
+    Configure(Policy),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let peer = 0..PEERS;
+    let which = 0..3usize;
+    let millis = prop_oneof![4 => 1..4_000u64, 3 => 4_000..40_000u64, 1 => 40_000..130_000u64];
+    let after = prop_oneof![
+        3 => Just(Some(50u64)),
+        2 => (1_000..70_000u64).prop_map(Some),
+        3 => Just(None),
+    ];
+    prop_oneof![
+        4 => (peer.clone(), 0..ADDRESSES)
+            .prop_map(|(peer, address)| Step::Connect { peer, address }),
+        8 => (peer.clone(), which.clone()).prop_map(|(peer, which)| Step::Reserve { peer, which }),
+        1 => (0..ADDRESSES).prop_map(|address| Step::Rush { address }),
+        4 => peer.clone().prop_map(|peer| Step::Delivered { peer }),
+        1 => (peer.clone(), any::<bool>())
+            .prop_map(|(peer, older)| Step::Undelivered { peer, older }),
+        3 => (peer.clone(), which.clone())
+            .prop_map(|(peer, which)| Step::Disconnect { peer, which }),
+        2 => (peer.clone(), which).prop_map(|(peer, which)| Step::Speaks { peer, which }),
+        1 => peer.clone().prop_map(|peer| Step::Heard { peer }),
+        3 => (peer.clone(), after.clone())
+            .prop_map(|(peer, after)| Step::Answers { peer, after }),
+        1 => after.prop_map(|after| Step::AllAnswer { after }),
+        1 => peer.prop_map(|peer| Step::Release { peer }),
+        6 => millis.prop_map(|millis| Step::Pass { millis }),
+        1 => (500..100_000u64).prop_map(|millis| Step::Stall { millis }),
+        1 => policy().prop_map(Step::Configure),
+    ]
+}
+
+fn policy() -> impl Strategy<Value = Policy> {
+    let total = prop_oneof![2 => 1..5usize, 1 => 9..14usize];
+    let caps = (
+        total,
+        prop_oneof![0..4usize, Just(0)],
+        prop_oneof![0..5usize, Just(0)],
+    );
+    let grace = prop_oneof![Just(0), Just(30_000)];
+    let heartbeat = prop_oneof![1 => Just(0), 4 => Just(30_000)];
+    let probe = prop_oneof![1 => Just(0), 4 => Just(3_000)];
+    let sweep = prop_oneof![Just(2_000), Just(7_000)];
+    let rate = prop_oneof![3 => Just(0), 1 => Just(1), 1 => Just(4)];
+    let denied = prop_oneof![4 => Just(None), 1 => (0..PEERS).prop_map(Some)];
+    (
+        caps,
+        grace,
+        heartbeat,
+        probe,
+        sweep,
+        rate,
+        denied,
+        any::<bool>(),
+    )
+        .prop_map(
+            |(caps, grace, heartbeat, probe, sweep, rate, denied, close_silent)| Policy {
+                total: caps.0,
+                per_ip: caps.1,
+                per_subnet: caps.2,
+                ttl: 120_000,
+                grace,
+                heartbeat,
+                silence: 60_000,
+                close_silent,
+                probe,
+                probe_after: 10_000,
+                sweep,
+                rate,
+                denied,
+            },
+        )
+}
+
+fn config(policy: Policy, peers: &[PeerId]) -> Config {
+    let millis = Duration::from_millis;
+    let mut config = Config::default();
+    config.max_reservations = policy.total;
+    config.max_reservations_per_ip = Some(policy.per_ip);
+    config.max_reservations_per_subnet = Some(policy.per_subnet);
+    config.reservation_ttl = millis(policy.ttl);
+    config.grace = millis(policy.grace);
+    config.heartbeat = millis(policy.heartbeat);
+    config.silence = millis(policy.silence);
+    config.close_silent = policy.close_silent;
+    config.probe = millis(policy.probe);
+    config.probe_after = millis(policy.probe_after);
+    config.sweep = millis(policy.sweep);
+    config.reserve_rate = policy.rate as u32;
+    config.access.deny_peer = policy.denied.iter().map(|peer| peers[*peer]).collect();
+    config
+}
+
+fn ip(address: u8) -> IpAddr {
+    Ipv4Addr::new(10, 0, model::subnet(address), address).into()
+}
+
+fn billed_to(address: u8) -> BilledTo {
+    ip(address).into()
+}
+
+/// The relay and the model, and those who use them.
+struct World {
+    relay: Relay<u32, ()>,
+    model: Model,
+    peers: Vec<PeerId>,
+    start: Instant,
+    now: u64,
+    signs: HashMap<u32, Signs>,
+    /// What each peer was granted, first to last.
+    receipts: Vec<Vec<(u64, Receipt)>>,
+    answers_after: Vec<Option<u64>>,
+    /// Answers that are on their way: when they arrive, and over which connection.
+    under_way: Vec<(u64, u32)>,
+    connections: u32,
+    requests: u64,
+}
+
+/// What the relay ordered.
+#[derive(Default)]
+struct Done {
+    answers: Vec<(u64, Answer)>,
+    freed: Vec<(usize, Why)>,
+    asked: Vec<u32>,
+    judged: Vec<usize>,
+}
+
+impl World {
+    fn new(policy: Policy) -> Self {
+        let peers: Vec<_> = (0..PEERS).map(|_| PeerId::random()).collect();
+        let start = Instant::now();
+        Self {
+            relay: Relay::new(config(policy, &peers), start).expect("it makes sense"),
+            model: Model::new(policy),
+            peers,
+            start,
+            now: 0,
+            signs: HashMap::new(),
+            receipts: vec![Vec::new(); PEERS],
+            answers_after: vec![Some(50); PEERS],
+            under_way: Vec::new(),
+            connections: 0,
+            requests: 0,
+        }
+    }
+
+    fn instant(&self) -> Instant {
+        self.start + Duration::from_millis(self.now)
+    }
+
+    fn who(&self, peer: PeerId) -> usize {
+        let found = self.peers.iter().position(|other| *other == peer);
+        found.expect("one of ours")
+    }
+
+    fn end(&self, connection: u32) -> End<u32> {
+        let mut all = self.model.connections.iter();
+        let peer = all.find(|c| c.id == connection).expect("it is up").peer;
+        End {
+            peer: self.peers[peer],
+            connection,
+        }
+    }
+
+    fn choose(&self, peer: usize, which: usize) -> Option<u32> {
+        let all = self.model.connections.iter().filter(|c| c.peer == peer);
+        let all: Vec<_> = all.map(|c| c.id).collect();
+        all.get(which % all.len().max(1)).copied()
+    }
+
+    fn live_through(&mut self, step: Step) {
+        self.take(step);
+        let done = self.carry_out();
+        self.compare(done);
+        self.compare_tables();
+    }
+
+    fn take(&mut self, step: Step) {
+        let now = self.instant();
+        match step {
+            Step::Connect { peer, address } => _ = self.connect(peer, address),
+            Step::Reserve { peer, which } => {
+                let chosen = self.choose(peer, which);
+                let connection = chosen.unwrap_or_else(|| self.connect(peer, 0));
+                self.reserve(connection);
+            }
+            Step::Rush { address } => {
+                for peer in 0..PEERS {
+                    let connection = self.connect(peer, address);
+                    self.reserve(connection);
+                }
+            }
+            Step::Delivered { peer } => {
+                if let Some((_, receipt)) = self.receipts[peer].last() {
+                    self.relay.answered(self.peers[peer], *receipt, Ok(()), now);
+                    self.model.delivered(peer);
+                }
+            }
+            Step::Undelivered { peer, older } => {
+                let mut granted = self.receipts[peer].iter().rev();
+                if let Some((request, receipt)) = granted.nth(usize::from(older)) {
+                    let lost = Err(io::ErrorKind::BrokenPipe);
+                    self.relay.answered(self.peers[peer], *receipt, lost, now);
+                    self.model.undelivered(peer, *request, self.now);
+                }
+            }
+            Step::Disconnect { peer, which } => {
+                if let Some(connection) = self.choose(peer, which) {
+                    self.disconnect(connection);
+                }
+            }
+            Step::Speaks { peer, which } => {
+                if let Some(connection) = self.choose(peer, which) {
+                    self.speaks(connection);
+                }
+            }
+            Step::Heard { peer } => {
+                self.relay.heard(self.peers[peer], now);
+                for connection in self.model.connections.iter_mut().filter(|c| c.peer == peer) {
+                    connection.last_heard = self.now;
+                    connection.asked = None;
+                }
+            }
+            Step::Answers { peer, after } => self.answers_after[peer] = after,
+            Step::AllAnswer { after } => self.answers_after.fill(after),
+            Step::Release { peer } => {
+                self.relay.release(self.peers[peer], now);
+                self.model.release(peer);
+            }
+            Step::Pass { millis } => self.pass(self.now + millis),
+            Step::Stall { millis } => {
+                self.now += millis;
+                self.sweep();
+            }
+            Step::Configure(policy) => {
+                let config = config(policy, &self.peers);
+                self.relay.set_config(config, now).expect("it makes sense");
+                self.model.configure(policy, self.now);
+            }
+        }
+    }
+
+    fn connect(&mut self, peer: usize, address: u8) -> u32 {
+        self.connections += 1;
+        let (id, now) = (self.connections, self.instant());
+        let connection = Connection::new(self.peers[peer], ip(address).into(), false, 0, now);
+        self.relay.connected(id, connection);
+        let signs = Signs::default();
+        self.relay.listen_to(id, signs.clone());
+        self.signs.insert(id, signs);
+        self.model.connect(id, peer, address, self.now);
+        id
+    }
+
+    fn reserve(&mut self, connection: u32) {
+        self.requests += 1;
+        let (from, request) = (self.end(connection), RequestId(self.requests));
+        let now = self.instant();
+        self.relay.requested(from, request, Request::Reserve, now);
+        self.model.reserve(connection, self.requests, self.now);
+    }
+
+    fn disconnect(&mut self, connection: u32) {
+        self.relay
+            .disconnected(self.end(connection), self.instant());
+        self.model.disconnect(connection, self.now);
+    }
+
+    fn speaks(&mut self, id: u32) {
+        let connection = self.model.connections.iter_mut().find(|c| c.id == id);
+        if let Some(connection) = connection {
+            connection.unseen = true;
+            self.signs[&id].heard(1);
+        }
+    }
+
+    fn pass(&mut self, until: u64) {
+        loop {
+            let due = self.relay.sweep_due().saturating_duration_since(self.start);
+            let due = due.as_millis() as u64;
+            if due > until {
+                break;
+            }
+            self.now = self.now.max(due);
+            self.sweep();
+        }
+        self.now = until;
+    }
+
+    fn sweep(&mut self) {
+        let now = self.now;
+        let (arrived, rest) = self.under_way.iter().partition(|(when, _)| *when <= now);
+        self.under_way = rest;
+        let arrived: Vec<_> = arrived;
+        for (_, connection) in arrived {
+            self.speaks(connection);
+        }
+        let due = self.relay.sweep_due().saturating_duration_since(self.start);
+        self.relay.sweep(self.instant());
+        let done = self.carry_out();
+        self.model.sweep(due.as_millis() as u64, &done.judged, now);
+        let next = self.relay.sweep_due().saturating_duration_since(self.start);
+        assert_eq!(next.as_millis() as u64, self.model.next_sweep(now));
+        self.compare(done);
+    }
+
+    fn carry_out(&mut self) -> Done {
+        let mut done = Done::default();
+        while let Some(order) = self.relay.next_order() {
+            match order {
+                Order::Grant(grant) => {
+                    let RequestId(request) = grant.request;
+                    done.answers.push((request, Answer::Granted));
+                    let peer = self.who(grant.to.peer);
+                    self.receipts[peer].push((request, grant.receipt));
+                }
+                Order::Command(_, Command::Refuse(RequestId(request), status)) => {
+                    done.answers.push((request, answer(status)));
+                }
+                Order::Command(to, Command::AskForSign(_)) => {
+                    done.asked.push(to.connection);
+                    if let Some(after) = self.answers_after[self.who(to.peer)] {
+                        self.under_way.push((self.now + after, to.connection));
+                    }
+                }
+                Order::Tell(Event::PeerSilent { peer, .. }) => done.judged.push(self.who(peer)),
+                Order::Tell(Event::ReservationFreed { peer, reason, .. }) => {
+                    done.freed.push((self.who(peer), self.why(reason)));
+                }
+                _ => {}
+            }
+        }
+        done
+    }
+
+    fn why(&self, reason: FreedReason) -> Why {
+        match reason {
+            FreedReason::Expired | FreedReason::GraceOver => Why::Over,
+            FreedReason::Disconnected => Why::Left,
+            FreedReason::Silent => Why::Silent,
+            FreedReason::TakenBy { peer } => Why::Taken(self.who(peer)),
+            FreedReason::Undelivered => Why::Undelivered,
+            FreedReason::Denied => Why::Denied,
+            FreedReason::Released => Why::Released,
+            other => panic!("the model does not know {other}"),
+        }
+    }
+
+    /// Whether both did the same.
+    fn compare(&mut self, done: Done) {
+        let model = &mut self.model;
+        assert_eq!(
+            sorted(done.answers),
+            sorted(std::mem::take(&mut model.answers))
+        );
+        assert_eq!(sorted(done.freed), sorted(std::mem::take(&mut model.freed)));
+        assert_eq!(sorted(done.asked), sorted(std::mem::take(&mut model.asked)));
+    }
+
+    /// Whether both hold the same.
+    fn compare_tables(&self) {
+        let (now, table) = (self.instant(), self.relay.reservations());
+        for (index, peer) in self.peers.iter().enumerate() {
+            let slot = self.model.slots.iter().find(|slot| slot.peer == index);
+            let holds = slot.is_some_and(|slot| !self.model.over(slot, self.now));
+            assert_eq!(table.holds(peer, now), holds);
+            let connection = slot.and_then(|slot| match slot.state {
+                State::Live(connection) => Some(connection),
+                State::Grace(..) => None,
+            });
+            assert_eq!(table.connection(peer), connection);
+            assert_eq!(
+                table.bill_of(peer),
+                slot.map(|slot| billed_to(slot.address))
+            );
+            let expires = slot.map(|slot| self.start + Duration::from_millis(slot.expires));
+            assert_eq!(table.expires(peer), expires);
+            let live = connection.filter(|_| slot.is_some_and(|slot| slot.expires > self.now));
+            assert_eq!(table.live(peer, now), live);
+        }
+        self.count();
+    }
+
+    /// Counts from scratch whatever the relay has counters for.
+    fn count(&self) {
+        let (table, slots) = (self.relay.reservations(), &self.model.slots);
+        assert_eq!(table.taken(), slots.len());
+        assert_eq!(table.holders().count(), slots.len());
+        let in_grace = slots
+            .iter()
+            .filter(|slot| matches!(slot.state, State::Grace(..)));
+        assert_eq!(table.in_grace(), in_grace.count());
+        assert_eq!(self.relay.waiting(), self.model.waiting());
+        assert_eq!(
+            self.relay.connections().count(),
+            self.model.connections.len()
+        );
+        for address in 0..ADDRESSES {
+            let at = |same: fn(u8, u8) -> bool| {
+                let there = slots.iter().filter(|slot| same(slot.address, address));
+                there.count()
+            };
+            let bill = billed_to(address);
+            assert_eq!(
+                table.bills().of_address(bill),
+                at(|one, other| one == other)
+            );
+            let of_subnet = table.bills().of_subnet(bill.subnet());
+            let same = |one, other| model::subnet(one) == model::subnet(other);
+            assert_eq!(of_subnet, at(same));
+        }
+    }
+
+    /// With everyone gone and every term over, nothing is left.
+    fn end_it(&mut self) {
+        let all: Vec<_> = self.model.connections.iter().map(|c| c.id).collect();
+        for connection in all {
+            self.disconnect(connection);
+            let done = self.carry_out();
+            self.compare(done);
+            self.compare_tables();
+        }
+        self.pass(self.now + self.model.policy.ttl + self.model.policy.sweep);
+        let table = self.relay.reservations();
+        assert_eq!(
+            (table.taken(), table.in_grace(), table.bills().len()),
+            (0, 0, 0)
+        );
+        assert_eq!(
+            (self.relay.waiting(), self.relay.connections().count()),
+            (0, 0)
+        );
+    }
+}
+
+fn answer(status: Status) -> Answer {
+    match status {
+        Status::ReservationRefused => Answer::Refused,
+        Status::ResourceLimitExceeded => Answer::TooOften,
+        Status::PermissionDenied => Answer::Denied,
+        other => panic!("the model does not know {other:?}"),
+    }
+}
+
+fn sorted<T: Ord>(mut list: Vec<T>) -> Vec<T> {
+    list.sort();
+    list
+}
+
+proptest! {
+    // The usual generator is a cipher, and takes most of the time when it is not optimized.
+    #![proptest_config(ProptestConfig {
+        cases: 2000,
+        rng_algorithm: RngAlgorithm::XorShift,
+        failure_persistence: None, // it prints the history
+        ..ProptestConfig::default()
+    })]
+
+    #[test]
+    fn the_relay_and_a_naive_model_of_it_never_differ(
+        policy in policy(),
+        history in prop::collection::vec(step(), 1..400),
+    ) {
+        let mut world = World::new(policy);
+        for step in history {
+            world.live_through(step);
+        }
+        world.end_it();
+    }
+}
