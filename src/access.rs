@@ -14,6 +14,32 @@ use crate::{address, config::ConfigError};
 /// is part of a circuit when the rules may have changed: [`crate::Behaviour::access_changed`].
 ///
 /// It runs in the swarm's task: what takes time belongs elsewhere.
+///
+/// ```
+/// use std::{collections::HashSet, sync::{Arc, RwLock}};
+///
+/// use libp2p::{Multiaddr, PeerId, identity::Keypair};
+/// use relaylet::{Access, Behaviour, Config, Permission};
+///
+/// struct Members(Arc<RwLock<HashSet<PeerId>>>);
+///
+/// impl Access for Members {
+///     fn may_reserve(&self, peer: PeerId, _from: &Multiaddr) -> Permission {
+///         Permission::allow_if(self.0.read().unwrap().contains(&peer))
+///     }
+///
+///     fn may_connect(&self, source: PeerId, _from: &Multiaddr, _target: PeerId) -> Permission {
+///         Permission::allow_if(self.0.read().unwrap().contains(&source))
+///     }
+/// }
+///
+/// let members = Arc::new(RwLock::new(HashSet::new()));
+/// let mut relay = Behaviour::new(Keypair::generate_ed25519(), Config::default())?;
+/// relay.set_access(Members(members.clone()));
+/// members.write().unwrap().clear(); // somebody left
+/// relay.access_changed();
+/// # Ok::<_, relaylet::ConfigError>(())
+/// ```
 pub trait Access: Send {
     /// Whether `peer`, which comes from `address`, may hold a slot.
     fn may_reserve(&self, peer: PeerId, address: &Multiaddr) -> Permission;
