@@ -1,0 +1,219 @@
+//! What 1,000 idle peers that hold reservations cost relaylet, and what they cost rust-libp2p.
+//!
+//! Both relays run at the same time, each with a process full of clients that say nothing unless
+//! they are asked. Clients are not counted. What identify does again after 5 minutes is not seen.
+
+use std::{
+    env, fs,
+    io::{BufRead, BufReader},
+    process::{Child, ChildStdout, Command, Stdio},
+    thread,
+    time::Duration,
+};
+
+use libp2p::{Multiaddr, multiaddr::Protocol};
+
+use super::{bounds::Bounds, roles};
+use crate::common;
+
+const PEERS: usize = 1_000;
+
+/// All peers come from one address, and at once: what stands in the way of that is set here. What
+/// is measured, the heartbeat, is the default.
+const RELAYLET_FLAGS: [&str; 6] = [
+    "--listen=/ip4/127.0.0.1/tcp/0",
+    "--max-reservations=1000",
+    "--max-reservations-per-ip=0",
+    "--max-reservations-per-subnet=0",
+    "--max-connections-per-ip=0",
+    "--reserve-rate=0",
+];
+
+/// How long it takes all peers to arrive, in seconds: two intervals of rust-libp2p's ping, which asks
+/// each peer at its own time. Peers that came at once are asked at once for ever, which is cheaper.
+const ARRIVE_WITHIN: u32 = 30;
+
+/// At once, or as nearly as a relay's limit on handshakes from one address lets them.
+const AT_ONCE: u32 = 2;
+
+/// Handshakes and what identify says after them are over by then, and the questions have begun.
+const SETTLES: Duration = Duration::from_secs(30);
+
+/// The IPv4 header, the TCP header, and the TCP timestamps that Linux puts on each segment.
+const HEADERS: u64 = 20 + 20 + 12;
+
+pub fn measure(words: &[&str], bounds: &mut Bounds) {
+    // Several heartbeats (22.5 to 30 s) and pings (15 s).
+    let quick = words.contains(&"--quick");
+    let window = Duration::from_secs(if quick { 60 } else { 120 });
+    let at_once = words.contains(&"--at-once");
+    let arrive = if at_once { AT_ONCE } else { ARRIVE_WITHIN };
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let mut relaylet = common::command(&folder);
+    relaylet.args(RELAYLET_FLAGS).env("RUST_LOG", "error");
+    let mut rust = ourselves();
+    rust.arg(roles::RELAY);
+
+    let relays = [relaylet, rust].map(Relay::start);
+    let mut clients = [&relays[0], &relays[1]].map(|relay| relay.clients(arrive));
+    for clients in &mut clients {
+        clients.says("ready");
+    }
+    thread::sleep(SETTLES);
+    let before = [&relays[0], &relays[1]].map(Relay::spent);
+    thread::sleep(window);
+    let after = [&relays[0], &relays[1]].map(Relay::spent);
+    let [relaylet, rust] = [0, 1].map(|relay| after[relay].since(&before[relay]));
+
+    let (seconds, peers) = (window.as_secs(), PEERS as f64);
+    let minutes = seconds as f64 / 60.0;
+    println!(
+        "\n{PEERS} idle peers with reservations for {seconds} s, both relays at the same time. The \
+         peers had arrived within {arrive} s."
+    );
+    println!("\n| | relaylet, heartbeat 30 s | rust-libp2p, ping 15 s | ratio |");
+    println!("| --- | --- | --- | --- |");
+    let row = |what: &str, decimals: usize, per: f64, of: fn(&Spent) -> u64| {
+        let [ours, theirs] = [of(&relaylet) as f64 / per, of(&rust) as f64 / per];
+        let ratio = ours / theirs;
+        println!("| {what} | {ours:.decimals$} | {theirs:.decimals$} | {ratio:.2} |");
+        ratio
+    };
+    let per = 1e6 * peers * minutes;
+    let ratio = row("CPU ms a peer and minute", 3, per, |s| s.cpu);
+    let per = peers * minutes / 60.0;
+    row("bytes a peer and hour, in TCP", 0, per, |s| s.bytes);
+    row("TCP segments a peer and hour", 0, per, |s| s.segments);
+    row(
+        "bytes a peer and hour, with TCP's and IPv4's headers",
+        0,
+        per,
+        |s| s.bytes + s.segments * HEADERS,
+    );
+    let what = "CPU of 1,000 idle peers: relaylet / rust-libp2p";
+    bounds.at_most(what, ratio, 0.65);
+}
+
+fn ourselves() -> Command {
+    Command::new(env::current_exe().expect("this program"))
+}
+
+/// A process that says lines on its standard output; killed when dropped.
+struct Process {
+    child: Child,
+    output: BufReader<ChildStdout>,
+}
+
+impl Process {
+    fn start(mut command: Command) -> Self {
+        let mut child = command
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("it can be started");
+        let output = BufReader::new(child.stdout.take().expect("it is piped"));
+        Self { child, output }
+    }
+
+    /// What it says next behind `word`.
+    fn says(&mut self, word: &str) -> String {
+        let mut line = String::new();
+        self.output.read_line(&mut line).expect("text");
+        let rest = line.strip_prefix(word);
+        rest.expect("it says that").trim().to_owned()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+struct Relay {
+    process: Process,
+    address: Multiaddr,
+}
+
+impl Relay {
+    fn start(command: Command) -> Self {
+        let mut process = Process::start(command);
+        let address = process.says("listening on ").parse().expect("a multiaddr");
+        Self { process, address }
+    }
+
+    /// Starts so many clients; they say when each has its reservation.
+    fn clients(&self, arrive_within: u32) -> Process {
+        let mut command = ourselves();
+        command.args([roles::CLIENTS, &self.address.to_string()]);
+        command.args([PEERS.to_string(), arrive_within.to_string()]);
+        Process::start(command)
+    }
+
+    /// What it has spent since it was started.
+    fn spent(&self) -> Spent {
+        let (connections, bytes, segments) = self.traffic();
+        assert_eq!(connections, PEERS, "everybody is still there");
+        Spent {
+            cpu: cpu_of(self.process.child.id()),
+            bytes,
+            segments,
+        }
+    }
+
+    /// The kernel's count of its connections, and of the bytes and segments on them, both ways.
+    fn traffic(&self) -> (usize, u64, u64) {
+        let port = self.address.iter().find_map(|part| match part {
+            Protocol::Tcp(port) => Some(port),
+            _ => None,
+        });
+        let port = port.expect("a TCP address");
+        let ss = Command::new("ss")
+            .args(["-tinOH", "state", "established"])
+            .arg(format!("sport = :{port}"))
+            .output()
+            .expect("ss, of the package iproute2, can be run");
+        let said = String::from_utf8_lossy(&ss.stdout);
+        let sum = |names: [&str; 2]| {
+            let words = said.split_whitespace();
+            let counts = words.filter_map(|word| word.split_once(':'));
+            let counts = counts.filter(|(name, _)| names.contains(name));
+            counts
+                .filter_map(|(_, count)| count.parse::<u64>().ok())
+                .sum()
+        };
+        let bytes = sum(["bytes_sent", "bytes_received"]);
+        (said.lines().count(), bytes, sum(["segs_in", "segs_out"]))
+    }
+}
+
+/// What a relay has spent on its peers.
+struct Spent {
+    /// In nanoseconds.
+    cpu: u64,
+    bytes: u64,
+    segments: u64,
+}
+
+impl Spent {
+    fn since(&self, earlier: &Self) -> Self {
+        Self {
+            cpu: self.cpu - earlier.cpu,
+            bytes: self.bytes - earlier.bytes,
+            segments: self.segments - earlier.segments,
+        }
+    }
+}
+
+/// The CPU time of all threads of a process, in nanoseconds. Of those that are alive, that is: an
+/// idle relay starts and ends none.
+fn cpu_of(process: u32) -> u64 {
+    let threads = fs::read_dir(format!("/proc/{process}/task")).expect("it runs, on Linux");
+    let of = |thread: std::io::Result<fs::DirEntry>| {
+        let schedstat = thread.expect("a thread").path().join("schedstat");
+        let schedstat = fs::read_to_string(schedstat).expect("the kernel counts");
+        let on_cpu = schedstat.split_whitespace().next().expect("three numbers");
+        on_cpu.parse::<u64>().expect("nanoseconds")
+    };
+    threads.map(of).sum()
+}

@@ -1,0 +1,158 @@
+//! What this program is as a child process: rust-libp2p's relay, or a crowd of silent clients.
+
+use std::{
+    process::{self, ExitCode},
+    time::Duration,
+};
+
+use libp2p::{
+    Multiaddr, Swarm, SwarmBuilder,
+    futures::{StreamExt, future},
+    identify,
+    identity::Keypair,
+    multiaddr::Protocol,
+    noise, ping, relay,
+    swarm::{NetworkBehaviour, SwarmEvent},
+    tcp, yamux,
+};
+use tokio::runtime::Runtime;
+
+use crate::common::{HOP, messages, within};
+
+// The arguments that name the roles.
+pub const RELAY: &str = "a-rust-libp2p-relay";
+pub const CLIENTS: &str = "clients";
+
+/// Longer than anybody watches.
+const NEVER: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+
+#[derive(NetworkBehaviour)]
+struct RelayParts {
+    relay: relay::Behaviour,
+    ping: ping::Behaviour,
+    identify: identify::Behaviour,
+}
+
+/// A relay as rust-libp2p's users build it, all of it at its defaults but for the limits that stand
+/// in the way of a thousand peers from one address.
+pub fn relay() -> ExitCode {
+    let config = relay::Config {
+        max_reservations: usize::MAX,
+        reservation_rate_limiters: Vec::new(),
+        ..relay::Config::default()
+    };
+    run(async {
+        let mut swarm = swarm(Duration::from_secs(10), |keypair| RelayParts {
+            relay: relay::Behaviour::new(keypair.public().to_peer_id(), config),
+            ping: ping::Behaviour::default(),
+            identify: identify::Behaviour::new(identity(keypair)),
+        });
+        let any = "/ip4/127.0.0.1/tcp/0".parse().expect("a multiaddr");
+        swarm.listen_on(any).expect("a free port");
+        loop {
+            if let SwarmEvent::NewListenAddr { address, .. } = swarm.select_next_some().await {
+                // It offers the protocol once it has an address to give out.
+                swarm.add_external_address(address.clone());
+                println!("listening on {address}/p2p/{}", swarm.local_peer_id());
+            }
+        }
+    })
+}
+
+/// So many peers with a reservation on this relay, each with a connection of its own; they arrive
+/// one after another within so many seconds.
+pub fn clients(relay: &str, count: &str, seconds: &str) -> ExitCode {
+    let relay: Multiaddr = relay.parse().expect("a multiaddr");
+    let count: u32 = count.parse().expect("a number of clients");
+    let within = Duration::from_secs(seconds.parse().expect("a number of seconds"));
+    rlimit::increase_nofile_limit(u64::MAX).expect("a limit of open files");
+    run(async {
+        let crowd = (0..count).map(|number| {
+            let (relay, comes_in) = (relay.clone(), within / count * number);
+            async move {
+                tokio::time::sleep(comes_in).await;
+                client(relay).await;
+            }
+        });
+        future::join_all(crowd).await;
+        println!("ready");
+        future::pending().await
+    })
+}
+
+#[derive(NetworkBehaviour)]
+struct ClientParts {
+    stream: libp2p_stream::Behaviour,
+    ping: ping::Behaviour,
+    identify: identify::Behaviour,
+}
+
+/// Connects and reserves. After that it only answers: it neither asks nor renews.
+async fn client(relay: Multiaddr) {
+    let mut swarm = swarm(NEVER, |keypair| ClientParts {
+        stream: libp2p_stream::Behaviour::new(),
+        ping: ping::Behaviour::new(ping::Config::new().with_interval(NEVER)),
+        identify: identify::Behaviour::new(identity(keypair).with_interval(NEVER)),
+    });
+    let Some(Protocol::P2p(peer)) = relay.iter().last() else {
+        panic!("{relay} names no peer");
+    };
+    let mut control = swarm.behaviour().stream.new_control();
+    swarm.dial(relay).expect("the relay can be dialed");
+    loop {
+        match swarm.select_next_some().await {
+            SwarmEvent::ConnectionEstablished { .. } => break,
+            SwarmEvent::OutgoingConnectionError { error, .. } => give_up(&error),
+            _ => {}
+        }
+    }
+    tokio::spawn(async move {
+        loop {
+            if let SwarmEvent::ConnectionClosed { cause, .. } = swarm.select_next_some().await {
+                give_up(&cause);
+            }
+        }
+    });
+    let mut stream = match within(control.open_stream(peer, HOP)).await {
+        Ok(stream) => stream,
+        Err(error) => give_up(&error),
+    };
+    messages::write(&mut stream, &messages::reserve()).await;
+    let answer: messages::HopMessage = messages::read(&mut stream).await;
+    if answer.status != Some(100) {
+        give_up(&answer);
+    }
+}
+
+/// With one client less, the bench would measure something else than it says.
+fn give_up(why: &dyn std::fmt::Debug) -> ! {
+    eprintln!("a client lost the relay: {why:?}");
+    process::exit(1)
+}
+
+fn identity(keypair: &Keypair) -> identify::Config {
+    identify::Config::new("bench".into(), keypair.public())
+}
+
+fn swarm<B: NetworkBehaviour>(
+    idle_timeout: Duration,
+    behaviour: impl FnOnce(&Keypair) -> B,
+) -> Swarm<B> {
+    SwarmBuilder::with_new_identity()
+        .with_tokio()
+        .with_tcp(
+            tcp::Config::default(),
+            noise::Config::new,
+            yamux::Config::default,
+        )
+        .expect("TCP")
+        .with_behaviour(|keypair| behaviour(keypair))
+        .expect("a behaviour")
+        .with_swarm_config(|config| config.with_idle_connection_timeout(idle_timeout))
+        .build()
+}
+
+fn run(role: impl Future<Output = ()>) -> ExitCode {
+    Runtime::new().expect("a runtime").block_on(role);
+    ExitCode::SUCCESS
+}
