@@ -15,58 +15,66 @@ const MAX_BYTES: usize = 2048;
 ///
 /// An IPv4-mapped address is the IPv4 address in it; any other IPv6 address stands for its /64,
 /// because that is what one household or one machine is given.
+///
+/// Kept in eight bytes, because each slot has several: the upper half of an IPv6 address, among
+/// which IPv4 has the part that is nobody's, `0:ffff::/32`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct BilledTo(IpAddr);
+pub struct BilledTo(u64);
+
+/// The part of the internet that slots are billed to beside the address: an IPv4 /24, an IPv6 /48.
+///
+/// That is about what one site or one customer of a hoster is given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Subnet(BilledTo);
+
+/// Where IPv4 stands among the upper halves of IPv6.
+const IPV4: u64 = 0xffff << 32;
 
 impl BilledTo {
     /// The address at the front of `address`; `None` where there is no IP address in front.
     pub fn of(address: &Multiaddr) -> Option<Self> {
         ip(address).map(Self::from)
     }
-}
-
-impl BilledTo {
-    /// As the front of an address. Of an IPv6 address it is the /64 that is left.
-    pub fn to_multiaddr(self) -> Multiaddr {
-        Multiaddr::from(self.0)
-    }
 
     /// The subnet that it is in: an IPv4 address's /24, an IPv6 address's /48.
     pub fn subnet(self) -> Subnet {
-        Subnet(match self.0 {
-            IpAddr::V4(ip) => IpAddr::V4(Ipv4Addr::from_bits(ip.to_bits() & (!0 << 8))),
-            IpAddr::V6(ip) => IpAddr::V6(Ipv6Addr::from_bits(ip.to_bits() & (!0 << 80))),
-        })
+        let host_bits = match self.ip() {
+            IpAddr::V4(_) => 8,
+            IpAddr::V6(_) => 16,
+        };
+        Subnet(Self(self.0 >> host_bits << host_bits))
+    }
+
+    /// The IPv4 address, or the first of the /64.
+    pub fn ip(self) -> IpAddr {
+        match self.0 >> 32 == IPV4 >> 32 {
+            true => Ipv4Addr::from_bits(self.0 as u32).into(),
+            false => Ipv6Addr::from_bits(u128::from(self.0) << 64).into(),
+        }
     }
 }
 
 impl From<IpAddr> for BilledTo {
     fn from(ip: IpAddr) -> Self {
         Self(match ip.to_canonical() {
-            IpAddr::V6(ip) => IpAddr::V6(Ipv6Addr::from_bits(ip.to_bits() & (!0 << 64))),
-            v4 => v4,
+            IpAddr::V4(ip) => IPV4 | u64::from(ip.to_bits()),
+            IpAddr::V6(ip) => (ip.to_bits() >> 64) as u64,
         })
     }
 }
 
 impl fmt::Display for BilledTo {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0 {
+        match self.ip() {
             IpAddr::V4(ip) => write!(f, "{ip}"),
             IpAddr::V6(ip) => write!(f, "{ip}/64"),
         }
     }
 }
 
-/// The part of the internet that slots are billed to beside the address: an IPv4 /24, an IPv6 /48.
-///
-/// That is about what one site or one customer of a hoster is given.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Subnet(IpAddr);
-
 impl fmt::Display for Subnet {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0 {
+        match self.0.ip() {
             IpAddr::V4(ip) => write!(f, "{ip}/24"),
             IpAddr::V6(ip) => write!(f, "{ip}/48"),
         }

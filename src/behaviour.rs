@@ -143,6 +143,8 @@ impl Behaviour {
 
     /// Counts `signs` as signs of life on this connection, from the next sweep on.
     ///
+    /// Beside what the behaviour hears by itself; a further call puts others in their place.
+    ///
     /// For whoever can count more cheaply than call [`Behaviour::heard`]: a transport, say.
     pub fn listen_to(&mut self, connection: ConnectionId, signs: Signs) {
         self.relay.listen_to(connection, signs);

@@ -53,8 +53,8 @@ pub struct Cap {
 #[derive(Debug)]
 pub struct Bills {
     caps: Caps,
-    addresses: HashMap<BilledTo, Bill>,
-    subnets: HashMap<Subnet, Bill>,
+    addresses: Bill<BilledTo>,
+    subnets: Bill<Subnet>,
 }
 
 /// The part of [`Config`] that these follow; `None`: no cap.
@@ -73,12 +73,51 @@ impl From<&Config> for Caps {
     }
 }
 
-/// What one address or subnet has to its name.
-#[derive(Debug, Default)]
-struct Bill {
-    slots: usize,
-    /// Those of them that are in grace.
-    left: BTreeSet<Departure>,
+/// How many slots each has to its name, and which of them are in grace.
+#[derive(Debug)]
+struct Bill<K> {
+    slots: HashMap<K, u32>,
+    /// One set for all, because most addresses have one slot or none in grace.
+    left: BTreeSet<(K, Departure)>,
+}
+
+impl<K: Copy + Ord + Hash> Bill<K> {
+    fn new() -> Self {
+        Self {
+            slots: HashMap::new(),
+            left: BTreeSet::new(),
+        }
+    }
+
+    fn of(&self, key: K) -> usize {
+        self.slots.get(&key).map_or(0, |slots| *slots as usize)
+    }
+
+    fn first_left(&self, key: K) -> Option<Departure> {
+        let mut all = self
+            .left
+            .range((key, Departure::MIN)..=(key, Departure::MAX));
+        all.next().map(|(_, departure)| *departure)
+    }
+
+    fn add(&mut self, key: K, departure: Option<Departure>) {
+        *self.slots.entry(key).or_default() += 1;
+        self.left
+            .extend(departure.map(|departure| (key, departure)));
+    }
+
+    fn remove(&mut self, key: K, departure: Option<Departure>) {
+        let Entry::Occupied(mut slots) = self.slots.entry(key) else {
+            return;
+        };
+        *slots.get_mut() -= 1;
+        if *slots.get() == 0 {
+            slots.remove();
+        }
+        if let Some(departure) = departure {
+            self.left.remove(&(key, departure));
+        }
+    }
 }
 
 impl Bills {
@@ -86,8 +125,8 @@ impl Bills {
     pub fn new(caps: Caps) -> Self {
         Self {
             caps,
-            addresses: HashMap::new(),
-            subnets: HashMap::new(),
+            addresses: Bill::new(),
+            subnets: Bill::new(),
         }
     }
 
@@ -98,17 +137,17 @@ impl Bills {
 
     /// How many slots are billed to this address.
     pub fn of_address(&self, address: BilledTo) -> usize {
-        self.addresses.get(&address).map_or(0, |bill| bill.slots)
+        self.addresses.of(address)
     }
 
     /// How many slots are billed to this subnet.
     pub fn of_subnet(&self, subnet: Subnet) -> usize {
-        self.subnets.get(&subnet).map_or(0, |bill| bill.slots)
+        self.subnets.of(subnet)
     }
 
     /// How many addresses and subnets have a slot to their name: the size of these indices.
     pub fn len(&self) -> usize {
-        self.addresses.len() + self.subnets.len()
+        self.addresses.slots.len() + self.subnets.slots.len()
     }
 
     /// Whether nothing is billed to anyone.
@@ -139,66 +178,42 @@ impl Bills {
 
     /// The departure that is longest ago among the slots under this cap.
     pub fn first_left(&self, full: Full) -> Option<Departure> {
-        let bill = match full {
-            Full::Table => return None, // the table knows
-            Full::Address(address) => self.addresses.get(&address),
-            Full::Subnet(subnet) => self.subnets.get(&subnet),
-        };
-        bill?.left.first().copied()
+        match full {
+            Full::Table => None, // the table knows
+            Full::Address(address) => self.addresses.first_left(address),
+            Full::Subnet(subnet) => self.subnets.first_left(subnet),
+        }
     }
 
     /// Bills one more slot, which is in grace if there was a departure.
     pub fn add(&mut self, to: Option<BilledTo>, departure: Option<Departure>) {
-        let Some(address) = to else {
-            return;
-        };
-        for bill in [
-            self.addresses.entry(address).or_default(),
-            self.subnets.entry(address.subnet()).or_default(),
-        ] {
-            bill.slots += 1;
-            bill.left.extend(departure);
+        if let Some(address) = to {
+            self.addresses.add(address, departure);
+            self.subnets.add(address.subnet(), departure);
         }
     }
 
     /// Takes a slot off the bill.
     pub fn remove(&mut self, from: Option<BilledTo>, departure: Option<Departure>) {
         if let Some(address) = from {
-            take_off(&mut self.addresses, address, departure);
-            take_off(&mut self.subnets, address.subnet(), departure);
+            self.addresses.remove(address, departure);
+            self.subnets.remove(address.subnet(), departure);
         }
     }
 
     /// A slot's peer left: it is in grace.
     pub fn left(&mut self, billed_to: Option<BilledTo>, departure: Departure) {
-        for bill in self.of(billed_to) {
-            bill.left.insert(departure);
+        if let Some(address) = billed_to {
+            self.addresses.left.insert((address, departure));
+            self.subnets.left.insert((address.subnet(), departure));
         }
     }
 
     /// It came back.
     pub fn came_back(&mut self, billed_to: Option<BilledTo>, departure: Departure) {
-        for bill in self.of(billed_to) {
-            bill.left.remove(&departure);
+        if let Some(address) = billed_to {
+            self.addresses.left.remove(&(address, departure));
+            self.subnets.left.remove(&(address.subnet(), departure));
         }
-    }
-
-    fn of(&mut self, to: Option<BilledTo>) -> impl Iterator<Item = &mut Bill> {
-        let address = to.and_then(|address| self.addresses.get_mut(&address));
-        let subnet = to.and_then(|address| self.subnets.get_mut(&address.subnet()));
-        address.into_iter().chain(subnet)
-    }
-}
-
-fn take_off<K: Hash + Eq>(bills: &mut HashMap<K, Bill>, key: K, departure: Option<Departure>) {
-    let Entry::Occupied(mut bill) = bills.entry(key) else {
-        return;
-    };
-    bill.get_mut().slots -= 1;
-    if let Some(departure) = departure {
-        bill.get_mut().left.remove(&departure);
-    }
-    if bill.get().slots == 0 {
-        bill.remove();
     }
 }

@@ -4,7 +4,7 @@
 //! whatever else is open on it: a stranger with a stalled stream does not stay for ever.
 
 use std::{
-    collections::{HashMap, hash_map::Entry},
+    collections::{HashMap, HashSet, hash_map::Entry},
     time::{Duration, Instant},
 };
 
@@ -16,6 +16,8 @@ use crate::{address::BilledTo, heartbeat::Pulse, signs::Signs};
 #[derive(Debug)]
 pub struct Connections<C> {
     up: HashMap<C, Connection>,
+    /// Those that are idle, and not being closed for it.
+    idle: HashSet<C>,
     by_peer: HashMap<PeerId, Vec<C>>,
 }
 
@@ -34,8 +36,9 @@ pub struct Connection {
     circuits: usize,
     idle_since: Instant,
     closing: bool,
-    /// Where what is heard from the peer is counted, and how much it was when we last looked.
-    signs: Vec<Signs>,
+    /// Where what is heard from the peer is counted, by the handler and by somebody else; and how
+    /// much it was when we last looked.
+    signs: [Option<Signs>; 2],
     heard: u64,
     pulse: Pulse,
 }
@@ -52,7 +55,7 @@ impl Connection {
             circuits: 0,
             idle_since: now,
             closing: false,
-            signs: Vec::new(),
+            signs: [None, None],
             heard: 0,
             pulse: Pulse::new(now, jitter),
         }
@@ -78,7 +81,7 @@ impl Connection {
 
     /// Whether there is more to be heard than when this was last asked.
     fn listen(&mut self, now: Instant) {
-        let count = self.signs.iter().map(Signs::count).sum();
+        let count = self.signs.iter().flatten().map(Signs::count).sum();
         if count != self.heard {
             self.heard = count;
             self.pulse.heard(now);
@@ -91,6 +94,7 @@ impl<C: Copy + Eq + std::hash::Hash> Connections<C> {
     pub fn new() -> Self {
         Self {
             up: HashMap::new(),
+            idle: HashSet::new(),
             by_peer: HashMap::new(),
         }
     }
@@ -119,12 +123,14 @@ impl<C: Copy + Eq + std::hash::Hash> Connections<C> {
     /// A connection came up.
     pub fn add(&mut self, id: C, connection: Connection) {
         self.by_peer.entry(connection.peer).or_default().push(id);
+        self.idle.insert(id);
         self.up.insert(id, connection);
     }
 
     /// A connection is gone.
     pub fn remove(&mut self, id: C) -> Option<Connection> {
         let connection = self.up.remove(&id)?;
+        self.idle.remove(&id);
         if let Entry::Occupied(mut ids) = self.by_peer.entry(connection.peer) {
             ids.get_mut().retain(|other| *other != id);
             if ids.get().is_empty() {
@@ -165,21 +171,23 @@ impl<C: Copy + Eq + std::hash::Hash> Connections<C> {
 
     /// Those that have been idle for `timeout` or longer, to be closed: each is named once.
     pub fn take_idle(&mut self, timeout: Duration, now: Instant) -> Vec<(PeerId, C)> {
-        let mut idle = Vec::new();
-        for (id, connection) in &mut self.up {
+        let idle = self.idle.iter().filter_map(|id| {
+            let connection = self.up.get(id)?;
             let idle_for = now.saturating_duration_since(connection.idle_since);
-            if connection.idle() && idle_for >= timeout && !connection.closing {
-                connection.closing = true;
-                idle.push((connection.peer, *id));
-            }
+            (idle_for >= timeout).then_some((connection.peer, *id))
+        });
+        let idle: Vec<_> = idle.collect();
+        for (_, id) in &idle {
+            self.closing(*id);
         }
         idle
     }
 
-    /// Signs of life on this connection are counted here too.
+    /// Signs of life on this connection are counted here: the first call's, and the last one's.
     pub fn listen_to(&mut self, id: C, signs: Signs) {
         if let Some(connection) = self.up.get_mut(&id) {
-            connection.signs.push(signs);
+            let place = usize::from(connection.signs[0].is_some());
+            connection.signs[place] = Some(signs);
         }
     }
 
@@ -248,6 +256,7 @@ impl<C: Copy + Eq + std::hash::Hash> Connections<C> {
     pub fn closing(&mut self, id: C) {
         if let Some(connection) = self.up.get_mut(&id) {
             connection.closing = true;
+            self.idle.remove(&id);
         }
     }
 
@@ -260,6 +269,10 @@ impl<C: Copy + Eq + std::hash::Hash> Connections<C> {
         if !was_idle {
             connection.idle_since = now;
         }
+        match connection.idle() && !connection.closing {
+            true => self.idle.insert(id),
+            false => self.idle.remove(&id),
+        };
     }
 }
 
@@ -319,6 +332,6 @@ mod tests {
         assert_eq!(connections.of(&peer), [1]);
         connections.remove(1);
         assert_eq!(connections.count(), 0);
-        assert!(connections.by_peer.is_empty());
+        assert!(connections.by_peer.is_empty() && connections.idle.is_empty());
     }
 }

@@ -132,7 +132,7 @@ impl<C: Copy + Eq + Hash, S> Relay<C, S> {
         self.connections.heard(&peer, now);
     }
 
-    /// Signs of life on this connection are counted here too.
+    /// Signs of life on this connection are counted here: [`crate::Behaviour::listen_to`].
     pub fn listen_to(&mut self, connection: C, signs: Signs) {
         self.connections.listen_to(connection, signs);
     }

@@ -15,6 +15,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     fmt,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -30,11 +31,12 @@ use crate::{
 #[derive(Debug)]
 pub struct Reservations<C> {
     policy: Policy,
-    slots: HashMap<PeerId, Reservation<C>>,
+    /// The ids are shared with `left`: each is larger than all else that is kept of a slot.
+    slots: HashMap<Arc<PeerId>, Reservation<C>>,
     /// Who is in grace, in the order in which they left.
-    left: BTreeMap<Departure, PeerId>,
+    left: BTreeMap<Departure, Arc<PeerId>>,
     bills: Bills,
-    /// Before this, no term and no grace ends: what a full table asks before it looks for one.
+    /// Before this, no term and no grace ends: nobody has to look for one.
     next_end: Option<Instant>,
     /// What ended since the last [`Reservations::take_freed`].
     freed: Vec<Freed<C>>,
@@ -248,7 +250,7 @@ impl<C: Copy + Eq> Reservations<C> {
 
     /// Who holds a slot, in no order.
     pub fn holders(&self) -> impl Iterator<Item = PeerId> {
-        self.slots.keys().copied()
+        self.slots.keys().map(|peer| **peer)
     }
 
     /// Whether `peer` has a slot at `now`, live or in grace: whether a RESERVE by it would be a
@@ -275,7 +277,7 @@ impl<C: Copy + Eq> Reservations<C> {
         // What is over is in nobody's way, even before the sweep. Each such pass is paid for by an
         // end that has come: a full table does not cost a pass a request.
         let full = self.caps(billed_to).any(|cap| cap.held >= cap.most);
-        if full && self.next_end.is_some_and(|end| end <= now) {
+        if full {
             self.end_what_is_over(now);
         }
         if self.slots.contains_key(&peer) {
@@ -287,7 +289,7 @@ impl<C: Copy + Eq> Reservations<C> {
 
         let receipt = self.next_receipt();
         self.slots.insert(
-            peer,
+            Arc::new(peer),
             Reservation {
                 state: State::Live { connection },
                 expires,
@@ -369,13 +371,16 @@ impl<C: Copy + Eq> Reservations<C> {
         self.free(peer, FreedReason::Denied)
     }
 
-    /// Ends what is over at `now`: terms and graces. One pass over the table.
+    /// Ends what is over at `now`: terms and graces. One pass over the table, if any can be.
     pub fn end_what_is_over(&mut self, now: Instant) {
+        if self.next_end.is_none_or(|end| end > now) {
+            return;
+        }
         let mut over = Vec::new();
         let mut next_end: Option<Instant> = None;
         for (peer, reservation) in &self.slots {
             if let Some(reason) = self.ended(reservation, now) {
-                over.push((*peer, reason));
+                over.push((**peer, reason));
                 continue;
             }
             let end = self.end(reservation);
@@ -437,13 +442,13 @@ impl<C: Copy + Eq> Reservations<C> {
             return Err(Admission::Over(over.full));
         }
         let oldest = match narrowest.full {
-            Full::Table => self.left.first_key_value().map(|(_, peer)| *peer),
+            Full::Table => self.left.first_key_value().map(|(_, peer)| peer),
             full => {
                 let departure = self.bills.first_left(full);
-                departure.and_then(|departure| self.left.get(&departure).copied())
+                departure.and_then(|departure| self.left.get(&departure))
             }
         };
-        let holder = oldest.ok_or(Admission::Refused(narrowest.full))?;
+        let holder = **oldest.ok_or(Admission::Refused(narrowest.full))?;
         self.free(holder, FreedReason::TakenBy { peer: newcomer });
         Ok(())
     }
@@ -525,12 +530,14 @@ impl<C: Copy + Eq> Reservations<C> {
     }
 
     fn enter_grace(&mut self, peer: PeerId, since: Instant, departure: Departure) -> Left<C> {
-        let Some(reservation) = self.slots.get_mut(&peer) else {
+        let Some((id, reservation)) = self.slots.get_key_value(&peer) else {
             return Left::Untouched;
         };
-        reservation.state = State::Grace { since, departure };
+        self.left.insert(departure, id.clone());
         self.bills.left(reservation.billed_to, departure);
-        self.left.insert(departure, peer);
+        if let Some(reservation) = self.slots.get_mut(&peer) {
+            reservation.state = State::Grace { since, departure };
+        }
         self.ends_no_later_than(since + self.policy.grace);
         Left::Grace
     }

@@ -79,7 +79,7 @@ impl<C: Copy + Eq + Hash, S> Relay<C, S> {
             Some(connection) => self.address_of(connection),
             None => {
                 let bill = self.reservations.bill_of(&peer);
-                bill.map_or_else(Multiaddr::empty, |address| address.to_multiaddr())
+                bill.map_or_else(Multiaddr::empty, |address| address.ip().into())
             }
         };
         self.access().may_reserve(peer, &address) == Permission::Deny
