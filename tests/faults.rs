@@ -2,18 +2,15 @@
 
 mod common;
 
-use std::{env, process::Stdio, time::Duration};
+use std::time::Duration;
 
 use common::{
-    Client, HOP, Relay, STOP, Security, agree,
-    messages::{HopMessage, connect, read, reserve, write},
-    read_to_end, signal, within,
+    Client, HOP, Relay, STOP, agree,
+    messages::{HopMessage, read, reserve, write},
+    process::{self, Process},
+    read_to_end, within,
 };
-use libp2p::{Multiaddr, PeerId, futures::future, identity::Keypair};
-use tokio::{
-    io::{AsyncBufReadExt, BufReader, Lines},
-    process::{Child, ChildStdout, Command},
-};
+use libp2p::{PeerId, futures::future};
 
 const OK: Option<i32> = Some(100);
 const RESERVATION_REFUSED: Option<i32> = Some(200);
@@ -37,7 +34,7 @@ const ONE_SLOT: [&str; 6] = [
 #[tokio::test]
 async fn a_client_that_freezes_loses_its_slot_to_the_next() {
     let relay = Relay::start(&[&QUICK[..], &["--max-reservations", "1"]].concat());
-    let frozen = Process::that_reserves(&relay).await;
+    let frozen = Process::that_reserves(&relay.address).await;
     frozen.signal("STOP");
     let judged = format!("peer silent: peer {}", frozen.peer);
     relay.wait_for_log(&judged).await;
@@ -49,7 +46,7 @@ async fn a_client_that_freezes_loses_its_slot_to_the_next() {
 #[tokio::test]
 async fn a_client_that_answers_keeps_its_slot() {
     let relay = Relay::start(&[&QUICK[..], &["--max-reservations", "1"]].concat());
-    let quiet = Process::that_reserves(&relay).await;
+    let quiet = Process::that_reserves(&relay.address).await;
     asked_times(&relay, quiet.peer, 6).await;
     let refused = Client::connect(&relay).await.ask(&reserve()).await;
     assert_eq!(refused.status, RESERVATION_REFUSED);
@@ -59,7 +56,7 @@ async fn a_client_that_answers_keeps_its_slot() {
 #[tokio::test]
 async fn a_client_that_answers_late_keeps_its_slot() {
     let relay = Relay::start(&PATIENT);
-    let stalled = Process::that_reserves(&relay).await;
+    let stalled = Process::that_reserves(&relay.address).await;
     stalled.signal("STOP");
     asked_times(&relay, stalled.peer, 1).await;
     stalled.signal("CONT");
@@ -77,8 +74,8 @@ async fn a_newcomer_to_a_table_full_of_frozen_clients_gets_a_slot() {
         "--reserve-rate=0",
     ]);
     let frozen = [
-        Process::that_reserves(&relay).await,
-        Process::that_reserves(&relay).await,
+        Process::that_reserves(&relay.address).await,
+        Process::that_reserves(&relay.address).await,
     ];
     for client in &frozen {
         client.signal("STOP");
@@ -99,7 +96,7 @@ async fn a_newcomer_to_a_table_full_of_frozen_clients_gets_a_slot() {
 #[tokio::test]
 async fn a_newcomer_to_a_table_full_of_clients_that_answer_is_refused() {
     let relay = Relay::start(&[&ONE_SLOT[..], &["--heartbeat", "0s"]].concat());
-    let quiet = Process::that_reserves(&relay).await;
+    let quiet = Process::that_reserves(&relay.address).await;
     let mut newcomer = Client::connect(&relay).await;
     while !says(
         &relay,
@@ -114,7 +111,7 @@ async fn a_newcomer_to_a_table_full_of_clients_that_answer_is_refused() {
 #[tokio::test]
 async fn a_client_that_answers_within_the_probe_keeps_its_slot() {
     let relay = Relay::start(&ONE_SLOT);
-    let stalled = Process::that_reserves(&relay).await;
+    let stalled = Process::that_reserves(&relay.address).await;
     stalled.signal("STOP");
     let mut newcomer = Client::connect(&relay).await;
     let refused = async {
@@ -134,7 +131,7 @@ async fn a_client_that_answers_within_the_probe_keeps_its_slot() {
 #[tokio::test]
 async fn a_newcomer_that_asks_twice_waits_once() {
     let relay = Relay::start(&["--max-reservations", "1", "--probe-after", "0s"]);
-    let frozen = Process::that_reserves(&relay).await;
+    let frozen = Process::that_reserves(&relay.address).await;
     frozen.signal("STOP");
     let mut newcomer = Client::connect(&relay).await;
     loop {
@@ -157,7 +154,7 @@ async fn a_circuit_whose_source_freezes_ends() {
     let mut target = Client::connect(&relay).await;
     target.reserve().await;
     let mut stops = target.accept(STOP);
-    let source = Process::that_connects(&relay, target.peer);
+    let source = Process::that_connects(&relay.address, target.peer);
     let (source, (_, mut circuit)) = future::join(source, agree(&mut stops)).await;
     source.signal("STOP");
     let judged = format!("peer silent: peer {}", source.peer);
@@ -189,74 +186,10 @@ async fn a_relay_that_stood_still_judges_nobody() {
     assert!(!says(&relay, "grace began"));
 }
 
-/// A client in a process of its own, so that it can be frozen.
-struct Process {
-    peer: PeerId,
-    child: Child,
-    /// It may go on talking.
-    _output: Lines<BufReader<ChildStdout>>,
-}
-
-impl Process {
-    async fn that_reserves(relay: &Relay) -> Self {
-        Self::start(relay, None).await
-    }
-
-    async fn that_connects(relay: &Relay, target: PeerId) -> Self {
-        Self::start(relay, Some(target)).await
-    }
-
-    async fn start(relay: &Relay, target: Option<PeerId>) -> Self {
-        let target = target.map(|target| target.to_string());
-        let mut child = Command::new(env::current_exe().expect("this program"))
-            .args(["--ignored", "--exact", "--nocapture", "a_client"])
-            .env(RELAY, relay.address.to_string())
-            .env(TARGET, target.unwrap_or_default())
-            .stdout(Stdio::piped())
-            .kill_on_drop(true)
-            .spawn()
-            .expect("it can be started");
-        let mut output = BufReader::new(child.stdout.take().expect("it is piped")).lines();
-        loop {
-            let line = within(output.next_line()).await.expect("text");
-            let line = line.expect("it says who it is");
-            // The harness writes the name of the test in front of it.
-            if let Some((_, peer)) = line.split_once("ready: ") {
-                return Self {
-                    peer: peer.parse().expect("a peer id"),
-                    child,
-                    _output: output,
-                };
-            }
-        }
-    }
-
-    fn signal(&self, name: &str) {
-        signal(self.child.id().expect("it runs"), name);
-    }
-}
-
-// What a client in a process of its own is told: the relay, and whom to connect to if anyone.
-const RELAY: &str = "RELAYLET_TEST_RELAY";
-const TARGET: &str = "RELAYLET_TEST_TARGET";
-
 #[tokio::test]
 #[ignore = "not a test: the client that the tests above start"]
 async fn a_client() {
-    let relay: Multiaddr = env::var(RELAY).expect("the relay").parse().unwrap();
-    let target = env::var(TARGET).expect("whom to connect to, or nobody");
-    let keypair = Keypair::generate_ed25519();
-    let mut client = Client::connect_as(keypair, &relay, Security::Noise).await;
-    let mut stream = client.open(HOP).await;
-    let request = match target.is_empty() {
-        true => reserve(),
-        false => connect(target.parse().unwrap()),
-    };
-    write(&mut stream, &request).await;
-    let answer: HopMessage = read(&mut stream).await;
-    assert_eq!(answer.status, OK);
-    println!("ready: {}", client.peer);
-    future::pending().await
+    process::a_client().await;
 }
 
 fn says(relay: &Relay, text: &str) -> bool {

@@ -1,0 +1,132 @@
+//! A client in a process of its own, so that it can be frozen, killed, and put into a network.
+//!
+//! The process is the test program itself, started to run the "test" [`a_client`]: each file that
+//! uses this has to have one of that name that calls it.
+
+use std::{env, ffi::OsString, process::Stdio};
+
+use libp2p::{Multiaddr, PeerId, futures::StreamExt, identity::Keypair};
+use tokio::{
+    io::{AsyncBufReadExt, BufReader, Lines},
+    process::{Child, ChildStdout, Command},
+};
+
+use super::{
+    Client, HOP, STOP, Security,
+    messages::{HopMessage, StopMessage, connect, read, reserve, stop_status, write},
+    signal, within,
+};
+
+// What the process is told: the relay, whom to connect to if anyone, and who it is.
+const RELAY: &str = "RELAYLET_TEST_RELAY";
+const TARGET: &str = "RELAYLET_TEST_TARGET";
+const KEY: &str = "RELAYLET_TEST_KEY";
+
+/// A client that runs.
+pub struct Process {
+    pub peer: PeerId,
+    /// How the relay answered what it asked.
+    pub status: Option<i32>,
+    child: Child,
+    /// It may go on talking.
+    _output: Lines<BufReader<ChildStdout>>,
+}
+
+/// What a client is to do, who it is, and where it runs.
+#[derive(Clone, Default)]
+pub struct Role {
+    /// Whom to connect to; else it reserves, and agrees to every circuit.
+    pub target: Option<PeerId>,
+    /// Somebody new unless given.
+    pub keypair: Option<Keypair>,
+    /// The command that runs it, where it is not to run as this process does.
+    pub under: Vec<OsString>,
+}
+
+impl Process {
+    /// One that holds a slot.
+    pub async fn that_reserves(relay: &Multiaddr) -> Self {
+        let process = Self::start(relay, Role::default()).await;
+        assert_eq!(process.status, Some(100));
+        process
+    }
+
+    /// One that is the source of a circuit.
+    pub async fn that_connects(relay: &Multiaddr, target: PeerId) -> Self {
+        let role = Role {
+            target: Some(target),
+            ..Role::default()
+        };
+        let process = Self::start(relay, role).await;
+        assert_eq!(process.status, Some(100));
+        process
+    }
+
+    /// One that has asked, and been answered.
+    pub async fn start(relay: &Multiaddr, role: Role) -> Self {
+        let program = env::current_exe().expect("this program");
+        let mut command = role.under;
+        command.push(program.into());
+        let target = role.target.map(|target| target.to_string());
+        let keypair = role.keypair.unwrap_or_else(Keypair::generate_ed25519);
+        let key = keypair.to_protobuf_encoding().expect("a key");
+        let key: String = key.iter().map(|byte| format!("{byte:02x}")).collect();
+        let mut child = Command::new(&command[0])
+            .args(&command[1..])
+            .args(["--ignored", "--exact", "--nocapture", "a_client"])
+            .env(RELAY, relay.to_string())
+            .env(TARGET, target.unwrap_or_default())
+            .env(KEY, key)
+            .stdout(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .expect("it can be started");
+        let mut output = BufReader::new(child.stdout.take().expect("it is piped")).lines();
+        loop {
+            let line = within(output.next_line()).await.expect("text");
+            let line = line.expect("it says how it was answered");
+            // The harness writes the name of the test in front of it.
+            if let Some((_, status)) = line.split_once("answered: ") {
+                return Self {
+                    peer: keypair.public().to_peer_id(),
+                    status: status.parse().ok(),
+                    child,
+                    _output: output,
+                };
+            }
+        }
+    }
+
+    /// Sends it a signal, by the name that `kill` knows.
+    pub fn signal(&self, name: &str) {
+        signal(self.child.id().expect("it runs"), name);
+    }
+}
+
+/// What the process does.
+pub async fn a_client() {
+    let relay: Multiaddr = env::var(RELAY).expect("the relay").parse().unwrap();
+    let target = env::var(TARGET).expect("whom to connect to, or nobody");
+    let key = env::var(KEY).expect("who it is");
+    let key: Vec<u8> = (0..key.len())
+        .step_by(2)
+        .map(|at| u8::from_str_radix(&key[at..at + 2], 16).unwrap())
+        .collect();
+    let keypair = Keypair::from_protobuf_encoding(&key).unwrap();
+    let mut client = Client::connect_as(keypair, &relay, Security::Noise).await;
+    let mut stops = client.accept(STOP);
+    let mut stream = client.open(HOP).await;
+    let request = match target.is_empty() {
+        true => reserve(),
+        false => connect(target.parse().unwrap()),
+    };
+    write(&mut stream, &request).await;
+    let answer: HopMessage = read(&mut stream).await;
+    println!("answered: {}", answer.status.expect("a status"));
+    let mut circuits = Vec::new();
+    while let Some((_, mut circuit)) = stops.next().await {
+        let _: StopMessage = read(&mut circuit).await;
+        write(&mut circuit, &stop_status(100)).await;
+        circuits.push(circuit);
+    }
+}
