@@ -1,0 +1,149 @@
+//! A network of one's own: namespaces on one switch, whose cables can be pulled and lose packets.
+
+use std::{
+    ffi::OsString,
+    net::Ipv4Addr,
+    process::{self, Command},
+    sync::atomic::{AtomicUsize, Ordering},
+};
+
+use super::{Relay, command};
+
+/// So many networks this process has made.
+static MADE: AtomicUsize = AtomicUsize::new(0);
+
+/// A switch. Gone when dropped, with all hosts on it.
+pub struct Network {
+    name: String,
+    hosts: Vec<String>,
+}
+
+/// A host of its own on a network.
+#[derive(Clone)]
+pub struct Host {
+    namespace: String,
+    switch: String,
+    /// The switch's end of its cable.
+    port: String,
+    pub address: Ipv4Addr,
+}
+
+impl Network {
+    /// # Panics
+    ///
+    /// Without the right to make one, or the tools.
+    pub fn new() -> Self {
+        let number = MADE.fetch_add(1, Ordering::Relaxed);
+        let name = format!("relaylet-{}-{number}", process::id());
+        let network = Self {
+            name,
+            hosts: Vec::new(),
+        };
+        ip(&["netns", "add", &network.name]);
+        ip(&[
+            "-n",
+            &network.name,
+            "link",
+            "add",
+            "switch",
+            "type",
+            "bridge",
+        ]);
+        ip(&["-n", &network.name, "link", "set", "switch", "up"]);
+        network
+    }
+
+    /// One more host.
+    pub fn host(&mut self) -> Host {
+        let number = self.hosts.len() + 1;
+        let host = Host {
+            namespace: format!("{}-{number}", self.name),
+            switch: self.name.clone(),
+            port: format!("port{number}"),
+            address: Ipv4Addr::new(10, 0, 0, number as u8),
+        };
+        let (namespace, port) = (&host.namespace, &host.port);
+        self.hosts.push(namespace.clone());
+        ip(&["netns", "add", namespace]);
+        ip(&[
+            "-n", &self.name, "link", "add", port, "type", "veth", "peer", "cable", "netns",
+            namespace,
+        ]);
+        ip(&[
+            "-n", &self.name, "link", "set", port, "master", "switch", "up",
+        ]);
+        let address = format!("{}/24", host.address);
+        ip(&["-n", namespace, "address", "add", &address, "dev", "cable"]);
+        ip(&["-n", namespace, "link", "set", "cable", "up"]);
+        ip(&["-n", namespace, "link", "set", "lo", "up"]);
+        host
+    }
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        for namespace in self.hosts.iter().chain([&self.name]) {
+            let _ = Command::new("ip")
+                .args(["netns", "del", namespace])
+                .status();
+        }
+    }
+}
+
+impl Host {
+    /// Starts the relay on it.
+    pub fn relay(&self, flags: &[&str]) -> Relay {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let program = command(&folder).get_program().to_owned();
+        let mut command = Command::new("ip");
+        command
+            .current_dir(folder.path())
+            .args(&self.under()[1..])
+            .arg(program)
+            .arg(format!("--listen=/ip4/{}/tcp/4001", self.address))
+            .args(flags);
+        Relay::run(command, folder)
+    }
+
+    /// The command that runs others on it.
+    pub fn under(&self) -> Vec<OsString> {
+        let under = ["ip", "netns", "exec", &self.namespace];
+        under.map(OsString::from).into()
+    }
+
+    /// Pulls its cable, or puts it back.
+    pub fn set_cable(&self, plugged: bool) {
+        let state = if plugged { "up" } else { "down" };
+        ip(&["-n", &self.switch, "link", "set", &self.port, state]);
+    }
+
+    /// From now on its cable loses so many packets of a hundred, both ways.
+    ///
+    /// Each end drops what comes in: to a sender whose own firewall drops, that is no loss.
+    pub fn lose(&self, percent: u8) {
+        let which = match percent {
+            100 => String::new(), // all
+            percent => format!("numgen random mod 100 < {percent}"),
+        };
+        for (namespace, device) in [(&*self.namespace, "cable"), (&self.switch, &self.port)] {
+            let rules = format!(
+                "add table netdev {device}; delete table netdev {device}; \
+                 add table netdev {device}; \
+                 add chain netdev {device} loss \
+                 {{ type filter hook ingress device {device} priority 0; }}; \
+                 add rule netdev {device} loss {which} drop"
+            );
+            ip(&["netns", "exec", namespace, "nft", &rules]);
+        }
+    }
+}
+
+fn ip(arguments: &[&str]) {
+    let status = Command::new("ip").args(arguments).status();
+    let done = status.is_ok_and(|status| status.success());
+    let line = arguments.join(" ");
+    assert!(
+        done,
+        "ip {line}: failed; these tests need root, iproute2 and nftables"
+    );
+}

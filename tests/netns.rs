@@ -1,0 +1,188 @@
+//! Networks that fail under the relay and its clients, for as long as networks do.
+//!
+//! Behind the feature `netns`: it makes namespaces, for which it needs root, iproute2 and
+//! nftables, and takes two minutes and a half. `cargo test --features netns --test netns -- --test-threads 8`
+
+mod common;
+
+use std::time::{Duration, Instant};
+
+use common::{
+    Relay,
+    network::{Host, Network},
+    process::{self, Process, Role},
+    within,
+};
+use libp2p::{PeerId, futures::future, identity::Keypair};
+use tokio::time::sleep;
+
+const OK: Option<i32> = Some(100);
+const RESERVATION_REFUSED: Option<i32> = Some(200);
+
+/// Longer than a heartbeat at its default: whoever is silent has been asked by then.
+const A_HEARTBEAT: Duration = Duration::from_secs(35);
+
+#[tokio::test]
+async fn a_client_whose_cable_is_pulled_loses_its_slot() {
+    let mut network = Network::new();
+    let (here, there) = (network.host(), network.host());
+    let relay = here.relay(&["--heartbeat=1s", "--silence=3s", "--grace=1s"]);
+    let client = reserves(&there, &relay).await;
+    there.set_cable(false);
+    relay.wait_for_log(&judged(client.peer)).await;
+    relay.wait_for_log("grace over").await;
+}
+
+#[tokio::test]
+async fn a_newcomer_gets_the_slot_of_a_client_whose_cable_is_pulled() {
+    let mut network = Network::new();
+    let (here, there, elsewhere) = (network.host(), network.host(), network.host());
+    let relay = here.relay(&["--max-reservations=1"]);
+    let client = reserves(&there, &relay).await;
+    there.set_cable(false);
+    let pulled = Instant::now();
+    let newcomer = loop {
+        let newcomer = start(&elsewhere, &relay, Role::default()).await;
+        if newcomer.status == OK {
+            break newcomer;
+        }
+        assert_eq!(newcomer.status, RESERVATION_REFUSED);
+        assert!(
+            pulled.elapsed() < Duration::from_secs(40),
+            "long before it is judged anyway"
+        );
+    };
+    relay.wait_for_log(&judged(client.peer)).await;
+    relay
+        .wait_for_log(&format!("taken by {}", newcomer.peer))
+        .await;
+}
+
+#[tokio::test]
+async fn two_minutes_of_thirty_percent_loss_cost_nobody_its_slot() {
+    let mut network = Network::new();
+    let (here, there) = (network.host(), network.host());
+    let relay = here.relay(&[]);
+    let clients = reserve_all(10, &there, &relay).await;
+    here.lose(30);
+    sleep(Duration::from_secs(120)).await;
+    here.lose(0);
+    are_unharmed(&clients, &there, &relay).await;
+}
+
+#[tokio::test]
+async fn while_the_relays_own_cable_is_out_nobody_is_given_up() {
+    let mut network = Network::new();
+    let (here, there) = (network.host(), network.host());
+    let relay = here.relay(&[]);
+    let clients = reserve_all(20, &there, &relay).await;
+    here.set_cable(false);
+    sleep(Duration::from_secs(40)).await;
+    here.set_cable(true);
+    sleep(A_HEARTBEAT).await;
+    are_unharmed(&clients, &there, &relay).await;
+}
+
+#[tokio::test]
+async fn a_relay_that_was_stopped_for_ninety_seconds_gives_nobody_up() {
+    let mut network = Network::new();
+    let (here, there) = (network.host(), network.host());
+    let relay = here.relay(&[]);
+    let clients = reserve_all(20, &there, &relay).await;
+    relay.signal("STOP");
+    sleep(Duration::from_secs(90)).await;
+    relay.signal("CONT");
+    relay.wait_for_log("the relay stood still for").await;
+    sleep(A_HEARTBEAT).await;
+    are_unharmed(&clients, &there, &relay).await;
+}
+
+#[tokio::test]
+async fn a_client_that_changes_networks_takes_its_slot_along() {
+    let mut network = Network::new();
+    let (here, old, new, elsewhere) = (
+        network.host(),
+        network.host(),
+        network.host(),
+        network.host(),
+    );
+    // The table is full, and so is the address that the client moves to.
+    let relay = here.relay(&["--max-reservations=2", "--max-reservations-per-ip=1"]);
+    let phone = Role {
+        keypair: Some(Keypair::generate_ed25519()),
+        ..Role::default()
+    };
+    let before = start(&old, &relay, phone.clone()).await;
+    let _other = reserves(&new, &relay).await;
+    assert_eq!(before.status, OK);
+    old.lose(100);
+
+    let after = start(&new, &relay, phone).await;
+    assert_eq!(after.status, OK, "it comes back while the old path hangs");
+    relay.wait_for_log("reservation renewed").await;
+    let reaches = async |peer: PeerId| {
+        let role = Role {
+            target: Some(peer),
+            ..Role::default()
+        };
+        start(&elsewhere, &relay, role).await.status
+    };
+    assert_eq!(reaches(after.peer).await, OK);
+
+    // The old connection ends at last.
+    before.signal("KILL");
+    old.lose(0);
+    relay
+        .wait_for_log(&format!("closed: peer {}", after.peer))
+        .await;
+    assert_eq!(reaches(after.peer).await, OK);
+    assert!(!says(&relay, "grace began"));
+    assert!(!says(&relay, "slot freed"));
+}
+
+#[tokio::test]
+#[ignore = "not a test: the client that the tests above start"]
+async fn a_client() {
+    process::a_client().await;
+}
+
+async fn start(host: &Host, relay: &Relay, role: Role) -> Process {
+    let role = Role {
+        under: host.under(),
+        ..role
+    };
+    Process::start(&relay.address, role).await
+}
+
+async fn reserves(host: &Host, relay: &Relay) -> Process {
+    let client = start(host, relay, Role::default()).await;
+    assert_eq!(client.status, OK);
+    client
+}
+
+async fn reserve_all(count: usize, host: &Host, relay: &Relay) -> Vec<Process> {
+    future::join_all((0..count).map(|_| reserves(host, relay))).await
+}
+
+/// All have their slots, had them all the time, and can be reached.
+async fn are_unharmed(clients: &[Process], from: &Host, relay: &Relay) {
+    for bad in ["peer silent", "grace began", "slot freed"] {
+        assert!(!says(relay, bad), "{bad}");
+    }
+    for client in clients {
+        let role = Role {
+            target: Some(client.peer),
+            ..Role::default()
+        };
+        let source = within(start(from, relay, role)).await;
+        assert_eq!(source.status, OK);
+    }
+}
+
+fn judged(peer: PeerId) -> String {
+    format!("peer silent: peer {peer}")
+}
+
+fn says(relay: &Relay, text: &str) -> bool {
+    relay.log().iter().any(|line| line.contains(text))
+}
