@@ -225,7 +225,7 @@ impl Behaviour {
             announced: &self.config().announce,
             confirmed: self.confirmed.as_slice(),
             listening: &listening,
-            reported: connection.and_then(|connection| connection.reported.as_ref()),
+            reported: connection.and_then(|connection| connection.remote.reported.as_ref()),
         };
         let addresses = address::for_reservation(known, self.peer);
         let voucher = voucher::sign(&self.keypair, grant.to.peer, expire)?;

@@ -22,18 +22,15 @@ pub struct Connections<C> {
 }
 
 /// One connection that is up.
+///
+/// A sweep looks at all of them, and takes as long as the memory does: what it need not know is
+/// boxed.
 #[derive(Debug)]
 pub struct Connection {
-    /// The peer at its other end.
-    pub peer: PeerId,
-    /// The address it came from, or was dialed at.
-    pub address: Multiaddr,
-    /// Whether it leads through another relay.
-    pub relayed: bool,
-    /// The address under which the peer says that it reached this relay.
-    pub reported: Option<Multiaddr>,
+    /// Where it leads.
+    pub remote: Box<Remote>,
     holds_reservation: bool,
-    circuits: usize,
+    circuits: u32,
     idle_since: Instant,
     closing: bool,
     /// Where what is heard from the peer is counted, by the handler and by somebody else; and how
@@ -43,14 +40,30 @@ pub struct Connection {
     pulse: Pulse,
 }
 
+/// The other end of a connection.
+#[derive(Debug)]
+pub struct Remote {
+    /// Who it is.
+    pub peer: PeerId,
+    /// The address it came from, or was dialed at.
+    pub address: Multiaddr,
+    /// Whether it is behind another relay.
+    pub relayed: bool,
+    /// The address under which it says that it reached this relay.
+    pub reported: Option<Multiaddr>,
+}
+
 impl Connection {
     /// A connection that came up at `now`; for `jitter` see [`Pulse::new`].
     pub fn new(peer: PeerId, address: Multiaddr, relayed: bool, jitter: u8, now: Instant) -> Self {
-        Self {
+        let remote = Remote {
             peer,
             address,
             relayed,
             reported: None,
+        };
+        Self {
+            remote: Box::new(remote),
             holds_reservation: false,
             circuits: 0,
             idle_since: now,
@@ -63,7 +76,7 @@ impl Connection {
 
     /// Whom a slot that is reserved over it is billed to.
     pub fn billed_to(&self) -> Option<BilledTo> {
-        BilledTo::of(&self.address)
+        BilledTo::of(&self.remote.address)
     }
 
     /// For how long nothing was heard on it.
@@ -81,7 +94,9 @@ impl Connection {
 
     /// Whether there is more to be heard than when this was last asked.
     fn listen(&mut self, now: Instant) {
-        let count = self.signs.iter().flatten().map(Signs::count).sum();
+        let [first, last] = &self.signs;
+        let count = |signs: &Option<Signs>| signs.as_ref().map_or(0, Signs::count);
+        let count = count(first) + count(last);
         if count != self.heard {
             self.heard = count;
             self.pulse.heard(now);
@@ -116,13 +131,17 @@ impl<C: Copy + Eq + std::hash::Hash> Connections<C> {
 
     /// Those of them that a reservation may point at, oldest first: not relayed, nor being closed.
     pub fn fit_for_a_slot(&self, peer: &PeerId) -> Vec<C> {
-        let fit = |id: &&C| self.get(**id).is_some_and(|c| !c.relayed && !c.closing);
+        let fit = |id: &&C| {
+            self.get(**id)
+                .is_some_and(|c| !c.remote.relayed && !c.closing)
+        };
         self.of(peer).iter().filter(fit).copied().collect()
     }
 
     /// A connection came up.
     pub fn add(&mut self, id: C, connection: Connection) {
-        self.by_peer.entry(connection.peer).or_default().push(id);
+        let peer = connection.remote.peer;
+        self.by_peer.entry(peer).or_default().push(id);
         self.idle.insert(id);
         self.up.insert(id, connection);
     }
@@ -131,7 +150,7 @@ impl<C: Copy + Eq + std::hash::Hash> Connections<C> {
     pub fn remove(&mut self, id: C) -> Option<Connection> {
         let connection = self.up.remove(&id)?;
         self.idle.remove(&id);
-        if let Entry::Occupied(mut ids) = self.by_peer.entry(connection.peer) {
+        if let Entry::Occupied(mut ids) = self.by_peer.entry(connection.remote.peer) {
             ids.get_mut().retain(|other| *other != id);
             if ids.get().is_empty() {
                 ids.remove();
@@ -143,7 +162,7 @@ impl<C: Copy + Eq + std::hash::Hash> Connections<C> {
     /// The peer says under which address it reached the relay.
     pub fn reported(&mut self, id: C, address: Multiaddr) {
         if let Some(connection) = self.up.get_mut(&id) {
-            connection.reported = Some(address);
+            connection.remote.reported = Some(address);
         }
     }
 
@@ -174,7 +193,7 @@ impl<C: Copy + Eq + std::hash::Hash> Connections<C> {
         let idle = self.idle.iter().filter_map(|id| {
             let connection = self.up.get(id)?;
             let idle_for = now.saturating_duration_since(connection.idle_since);
-            (idle_for >= timeout).then_some((connection.peer, *id))
+            (idle_for >= timeout).then_some((connection.remote.peer, *id))
         });
         let idle: Vec<_> = idle.collect();
         for (_, id) in &idle {
@@ -200,13 +219,6 @@ impl<C: Copy + Eq + std::hash::Hash> Connections<C> {
         }
     }
 
-    /// Listens to all of them: one that is not watched now may be so next.
-    pub fn listen(&mut self, now: Instant) {
-        for connection in self.up.values_mut() {
-            connection.listen(now);
-        }
-    }
-
     /// The peer waits for an answer: until now its connection was not idle.
     pub fn waits(&mut self, id: C, now: Instant) {
         if let Some(connection) = self.up.get_mut(&id) {
@@ -223,19 +235,32 @@ impl<C: Copy + Eq + std::hash::Hash> Connections<C> {
         }
     }
 
+    /// Listens to all connections: one that is not watched now may be so next.
+    pub fn listen(&mut self, now: Instant) {
+        // Nothing else: the counters are all over the memory, and so the processor fetches several
+        // at a time.
+        for connection in self.up.values_mut() {
+            connection.listen(now);
+        }
+    }
+
     /// The connections that are watched, with what is known of them: those that are not idle.
     pub fn watched(&mut self) -> impl Iterator<Item = (C, &mut Pulse)> {
         let watched = self.up.iter_mut().filter(|(_, c)| c.watched());
         watched.map(|(id, connection)| (*id, &mut connection.pulse))
     }
 
-    /// Those among them that hold a reservation, with who they are.
-    pub fn reserved(&self) -> impl Iterator<Item = (C, PeerId, &Pulse)> {
-        let reserved = self
-            .up
-            .iter()
-            .filter(|(_, c)| c.holds_reservation && c.watched());
-        reserved.map(|(id, connection)| (*id, connection.peer, &connection.pulse))
+    /// The watched ones that hold a reservation and were not heard for so long, with whose they are.
+    pub fn silent(
+        &self,
+        at_least: Duration,
+        now: Instant,
+    ) -> impl Iterator<Item = (C, PeerId, &Pulse)> {
+        let silent = self.up.iter().filter(move |(_, connection)| {
+            let reserved = connection.holds_reservation && connection.watched();
+            reserved && connection.silent_for(now) >= at_least
+        });
+        silent.map(|(id, connection)| (*id, connection.remote.peer, &connection.pulse))
     }
 
     /// A question was put to the peer at the other end.
@@ -328,7 +353,7 @@ mod tests {
     #[test]
     fn a_connection_that_is_gone_leaves_nothing_behind() {
         let (mut connections, _) = connections();
-        let peer = connections.get(1).unwrap().peer;
+        let peer = connections.get(1).unwrap().remote.peer;
         assert_eq!(connections.of(&peer), [1]);
         connections.remove(1);
         assert_eq!(connections.count(), 0);

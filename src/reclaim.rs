@@ -4,7 +4,11 @@
 //! for a sign of life at once, and whoever does not give one within the probe time is judged: the
 //! longest silent first, and no more than newcomers wait. A peer that answers keeps its slot.
 
-use std::{collections::VecDeque, time::Duration, time::Instant};
+use std::{
+    cmp::Reverse,
+    collections::VecDeque,
+    time::{Duration, Instant},
+};
 
 use crate::{address::BilledTo, bills::Full, config::Config};
 
@@ -24,7 +28,6 @@ pub const TICK: Duration = Duration::from_millis(100);
 #[derive(Clone, Copy, Debug)]
 pub struct Policy {
     probe: Duration,
-    probe_after: Duration,
     /// A question is forgotten after it.
     silence: Duration,
 }
@@ -33,7 +36,6 @@ impl From<&Config> for Policy {
     fn from(config: &Config) -> Self {
         Self {
             probe: config.probe,
-            probe_after: config.probe_after,
             silence: config.silence,
         }
     }
@@ -137,23 +139,20 @@ impl<N> Reclaim<N> {
         std::mem::take(&mut self.waiting)
     }
 
-    /// What is to become of each who waits under a cap, for so long; and whom to ask.
-    pub fn decide<C: Copy>(
+    /// What is to become of each who waits under a cap, for so long; and whom to ask. Candidates
+    /// are all who have been silent for [`Config::probe_after`].
+    pub fn decide<C: Copy + Ord>(
         &self,
         waiting: impl Iterator<Item = (Full, Duration)>,
         mut candidates: Vec<Candidate<C>>,
     ) -> (Vec<Prospect<C>>, Vec<C>) {
-        let Policy {
-            probe,
-            probe_after,
-            silence,
-        } = self.policy;
-        candidates.retain(|candidate| candidate.silent_for >= probe_after);
+        let Policy { probe, silence } = self.policy;
         for candidate in &mut candidates {
             // Nobody listens for the answer to an older one.
             candidate.asked_for = candidate.asked_for.filter(|open| *open <= silence);
         }
-        candidates.sort_by_key(|candidate| std::cmp::Reverse(candidate.silent_for));
+        // The longest silent first; of these, who came first.
+        candidates.sort_unstable_by_key(|c| (Reverse(c.silent_for), c.connection));
         let on_probation =
             |candidate: &&Candidate<C>| candidate.asked_for.is_some_and(|open| open < probe);
         let mut room = MOST_ASKED.saturating_sub(candidates.iter().filter(on_probation).count());
@@ -197,7 +196,6 @@ mod tests {
     fn reclaim() -> Reclaim<&'static str> {
         Reclaim::new(Policy {
             probe: PROBE,
-            probe_after: secs(10),
             silence: secs(60),
         })
     }
@@ -232,17 +230,14 @@ mod tests {
 
     #[test]
     fn who_has_been_silent_is_asked_longest_first_and_the_newcomer_waits() {
-        let (prospects, ask) = decide(&[secs(0)], vec![silent(1, 12), silent(2, 9), silent(3, 40)]);
+        let (prospects, ask) = decide(&[secs(0)], vec![silent(1, 12), silent(3, 40)]);
         assert_eq!(prospects, [Prospect::Wait]);
         assert_eq!(ask, [3, 1]);
     }
 
     #[test]
-    fn where_all_were_heard_lately_the_newcomer_is_refused_at_once() {
-        assert_eq!(
-            decide(&[secs(0)], vec![silent(1, 9)]),
-            (vec![Prospect::Refuse], vec![])
-        );
+    fn where_nobody_has_been_silent_the_newcomer_is_refused_at_once() {
+        assert_eq!(decide(&[secs(0)], vec![]), (vec![Prospect::Refuse], vec![]));
     }
 
     #[test]

@@ -58,7 +58,7 @@ pub struct Relay<C, S> {
     orders: VecDeque<Order<C, S>>,
 }
 
-impl<C: Copy + Eq + Hash, S> Relay<C, S> {
+impl<C: Copy + Ord + Hash, S> Relay<C, S> {
     /// A relay that starts at `now`.
     ///
     /// # Errors
@@ -205,7 +205,9 @@ impl<C: Copy + Eq + Hash, S> Relay<C, S> {
     /// Where the peer at the other end comes from; empty if the connection is gone.
     fn address_of(&self, connection: C) -> Multiaddr {
         let connection = self.connections.get(connection);
-        connection.map_or_else(Multiaddr::empty, |connection| connection.address.clone())
+        connection.map_or_else(Multiaddr::empty, |connection| {
+            connection.remote.address.clone()
+        })
     }
 
     fn tell(&mut self, event: Event) {

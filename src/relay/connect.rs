@@ -20,7 +20,7 @@ pub(super) struct Asking {
     limit: Limit,
 }
 
-impl<C: Copy + Eq + Hash, S> Relay<C, S> {
+impl<C: Copy + Ord + Hash, S> Relay<C, S> {
     pub(super) fn connect(
         &mut self,
         from: End<C>,
@@ -31,7 +31,7 @@ impl<C: Copy + Eq + Hash, S> Relay<C, S> {
         let Some(connection) = self.connections.get(from.connection) else {
             return;
         };
-        if connection.relayed {
+        if connection.remote.relayed {
             self.refuse_circuit(from, request, target, Refused::Relayed);
             return;
         }

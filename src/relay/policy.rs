@@ -12,7 +12,7 @@ use crate::{
     event::Refused,
 };
 
-impl<C: Copy + Eq + Hash, S> Relay<C, S> {
+impl<C: Copy + Ord + Hash, S> Relay<C, S> {
     /// Replaces the configuration: [`crate::Behaviour::set_config`].
     ///
     /// # Errors

@@ -22,12 +22,12 @@ pub(super) struct Newcomer<C> {
     terms: Terms,
 }
 
-impl<C: Copy + Eq + Hash, S> Relay<C, S> {
+impl<C: Copy + Ord + Hash, S> Relay<C, S> {
     pub(super) fn reserve(&mut self, from: End<C>, request: RequestId, now: Instant) {
         let Some(connection) = self.connections.get(from.connection) else {
             return;
         };
-        if connection.relayed {
+        if connection.remote.relayed {
             self.refuse(from, request, Refused::Relayed);
             return;
         }
@@ -75,7 +75,7 @@ impl<C: Copy + Eq + Hash, S> Relay<C, S> {
         let Some(connection) = self.connections.get(from.connection) else {
             return Ok(()); // nobody to answer
         };
-        let (peer, address) = (from.peer, connection.address.clone());
+        let (peer, address) = (from.peer, connection.remote.address.clone());
         let before = self.reservations.connection(&peer);
         let billed_to = connection.billed_to();
         let ttl = self.config.ttl(terms);
@@ -120,7 +120,7 @@ impl<C: Copy + Eq + Hash, S> Relay<C, S> {
         if waiting.is_empty() {
             return;
         }
-        let silent = self.connections.reserved();
+        let silent = self.connections.silent(self.config.probe_after, now);
         let candidates = silent.map(|(connection, peer, pulse)| Candidate {
             connection,
             billed_to: self.reservations.bill_of(&peer),
@@ -225,7 +225,7 @@ impl<C: Copy + Eq + Hash, S> Relay<C, S> {
         let Some(connection) = self.connections.get(from.connection) else {
             return; // nobody to answer
         };
-        let address = connection.address.clone();
+        let address = connection.remote.address.clone();
         self.command(from, Command::Refuse(request, reason.status()));
         self.tell(Event::ReservationRefused {
             peer: from.peer,

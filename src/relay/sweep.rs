@@ -6,12 +6,12 @@ use std::{
 };
 
 use super::{Command, Order, Relay};
-use crate::{circuits::End, event::Event, reclaim::TICK};
+use crate::{circuits::End, connections::Remote, event::Event, reclaim::TICK};
 
 /// How late a sweep may come before questions count anew.
 const LATE: Duration = Duration::from_secs(1);
 
-impl<C: Copy + Eq + Hash, S> Relay<C, S> {
+impl<C: Copy + Ord + Hash, S> Relay<C, S> {
     /// Looks at everything: what is over, who has been silent, who is idle, and whether there is a
     /// slot for those who wait.
     pub fn sweep(&mut self, now: Instant) {
@@ -24,13 +24,15 @@ impl<C: Copy + Eq + Hash, S> Relay<C, S> {
         self.reservations.end_what_is_over(now);
         self.tell_freed(now);
         self.connections.listen(now);
-        let beat = self.heartbeat.beat(self.connections.watched(), now);
+        let mut beat = self.heartbeat.beat(self.connections.watched(), now);
         if let Some(fault) = beat.fault {
             log::warn!("{fault}");
         }
         for connection in beat.ask {
             self.ask_for_sign(connection);
         }
+        // In the order in which they came, so that a rerun of a simulation is the same.
+        beat.silent.sort_unstable();
         for connection in beat.silent {
             self.silent(connection, now);
         }
@@ -64,7 +66,8 @@ impl<C: Copy + Eq + Hash, S> Relay<C, S> {
         let Some(silent) = self.connections.get(connection) else {
             return;
         };
-        let (peer, address) = (silent.peer, silent.address.clone());
+        let Remote { peer, address, .. } = &*silent.remote;
+        let (peer, address) = (*peer, address.clone());
         let silent_for = silent.silent_for(now);
         self.connections.judged(connection, now);
         self.tell(Event::PeerSilent {
@@ -88,7 +91,7 @@ impl<C: Copy + Eq + Hash, S> Relay<C, S> {
     }
 
     pub(super) fn ask_for_sign(&mut self, connection: C) {
-        if let Some(peer) = self.connections.get(connection).map(|c| c.peer) {
+        if let Some(peer) = self.connections.get(connection).map(|c| c.remote.peer) {
             log::debug!("asked for a sign of life: peer {peer}");
             let question = Command::AskForSign(self.config.silence);
             self.command(End { peer, connection }, question);
