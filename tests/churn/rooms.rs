@@ -1,0 +1,179 @@
+//! relaylet: the real thing but for its sockets, `relaylet::relay`.
+//!
+//! Connections have numbers. There are no circuits, and all answers to a RESERVE are delivered:
+//! they fit into the socket's buffer.
+
+use std::{
+    collections::HashMap,
+    net::{IpAddr, Ipv4Addr},
+    time::{Duration, Instant},
+};
+
+use libp2p::PeerId;
+use relaylet::{
+    Config, Event, FreedReason,
+    circuits::End,
+    connections::Connection,
+    relay::{self, Command, Order, RequestId},
+    signs::Signs,
+    wire::Request,
+};
+
+use crate::world::{Act, Relay};
+
+/// The program's TCP keepalive asks after 60 s of silence and gives up at the next look, 15 s on,
+/// because TCP_USER_TIMEOUT is over by then.
+const KERNEL_GIVES_UP: Duration = Duration::from_secs(75);
+
+pub struct Rooms {
+    relay: relay::Relay<usize, ()>,
+    /// What the virtual clock calls zero; the relay sees differences only.
+    start: Instant,
+    peers: HashMap<usize, PeerId>,
+    signs: HashMap<usize, Signs>,
+    acts: Vec<Act>,
+}
+
+impl Rooms {
+    pub fn new(config: Config) -> Self {
+        let start = Instant::now();
+        Self {
+            relay: relay::Relay::new(config, start).expect("it makes sense"),
+            start,
+            peers: HashMap::new(),
+            signs: HashMap::new(),
+            acts: Vec::new(),
+        }
+    }
+
+    fn end(&self, connection: usize) -> End<usize> {
+        let peer = self.peers[&connection];
+        End { peer, connection }
+    }
+
+    /// By the heartbeat, or sooner because somebody waited.
+    fn judged(&self, connection: usize, after: Duration) -> Act {
+        let config = self.relay.config();
+        let (asked_for, silent_for) = match after >= config.silence {
+            true => (Duration::ZERO, config.silence),
+            false => (config.probe, config.probe_after),
+        };
+        Act::Judged {
+            connection,
+            asked_for,
+            silent_for,
+        }
+    }
+
+    /// What the relay ordered, as acts.
+    fn carry_out(&mut self, now: Instant) {
+        let mut judged_after = Duration::ZERO;
+        while let Some(order) = self.relay.next_order() {
+            let act = match order {
+                Order::Grant(grant) => {
+                    self.relay
+                        .answered(grant.to.peer, grant.receipt, Ok(()), now);
+                    Act::Granted(grant.to.connection)
+                }
+                Order::Command(to, Command::Refuse(..)) => Act::Refused(to.connection),
+                Order::Command(to, Command::AskForSign(_)) => Act::Asked(to.connection),
+                Order::Tell(Event::PeerSilent { silent_for, .. }) => {
+                    judged_after = silent_for;
+                    continue;
+                }
+                // Nobody is closed for being idle: that is switched off.
+                Order::Close(End { connection, .. }) => {
+                    self.acts.push(self.judged(connection, judged_after));
+                    Act::Closed(connection)
+                }
+                Order::Tell(Event::GraceBegan { peer }) => Act::Grace(number(&peer)),
+                Order::Tell(Event::ReservationFreed { peer, reason, .. }) => {
+                    assert_ne!(reason, FreedReason::Undelivered);
+                    Act::Freed(number(&peer))
+                }
+                _ => continue,
+            };
+            self.acts.push(act);
+        }
+    }
+}
+
+impl Relay for Rooms {
+    fn term(&self) -> Duration {
+        self.relay.config().reservation_ttl
+    }
+
+    fn connected(&mut self, id: usize, peer: usize, now: Duration) {
+        // Each from an address of its own: the caps on addresses are not what is looked at here.
+        let address = IpAddr::from(Ipv4Addr::from_bits(id as u32)).into();
+        let peer = peer_id(peer);
+        let connection = Connection::new(peer, address, false, id as u8, self.start + now);
+        let signs = Signs::default();
+        self.relay.connected(id, connection);
+        self.relay.listen_to(id, signs.clone());
+        self.signs.insert(id, signs);
+        self.peers.insert(id, peer);
+    }
+
+    fn disconnected(&mut self, id: usize, now: Duration) {
+        let now = self.start + now;
+        if self.signs.remove(&id).is_some() {
+            self.relay.disconnected(self.end(id), now);
+            self.peers.remove(&id);
+            self.carry_out(now);
+        }
+    }
+
+    fn reserve(&mut self, id: usize, now: Duration) {
+        let now = self.start + now;
+        if self.signs.contains_key(&id) {
+            let from = self.end(id);
+            self.relay
+                .requested(from, RequestId(0), Request::Reserve, now);
+            self.carry_out(now);
+        }
+    }
+
+    fn heard(&mut self, id: usize) {
+        if let Some(signs) = self.signs.get(&id) {
+            signs.heard(1);
+        }
+    }
+
+    fn next(&self) -> Option<Duration> {
+        Some(self.relay.sweep_due() - self.start)
+    }
+
+    fn wake(&mut self, now: Duration) {
+        let now = self.start + now;
+        self.relay.sweep(now);
+        self.carry_out(now);
+    }
+
+    fn take_acts(&mut self) -> Vec<Act> {
+        std::mem::take(&mut self.acts)
+    }
+
+    fn left_over(&self) -> usize {
+        let table = self.relay.reservations();
+        let slots = table.taken() + table.in_grace() + table.bills().len();
+        slots + self.relay.connections().count() + self.relay.waiting()
+    }
+
+    fn kernel_gives_up_after(&self) -> Option<Duration> {
+        Some(KERNEL_GIVES_UP)
+    }
+}
+
+/// A peer id with a number for its hash.
+fn peer_id(number: usize) -> PeerId {
+    let mut sha256 = [0; 34];
+    sha256[..2].copy_from_slice(&[0x12, 32]);
+    sha256[2..10].copy_from_slice(&(number as u64).to_le_bytes());
+    PeerId::from_bytes(&sha256).expect("it has the form of one")
+}
+
+fn number(peer: &PeerId) -> usize {
+    let hash = peer.as_ref().digest();
+    u64::from_le_bytes(hash[..8].try_into().expect("it is 32 bytes long")) as usize
+}
