@@ -4,6 +4,7 @@
 
 pub mod by_hand;
 pub mod bystanders;
+pub mod children;
 pub mod messages;
 pub mod network;
 pub mod process;

@@ -3,18 +3,12 @@
 //! Both relays run at the same time, each with a process full of clients that say nothing unless
 //! they are asked. Clients are not counted. What identify does again after 5 minutes is not seen.
 
-use std::{
-    env, fs,
-    io::{BufRead, BufReader},
-    process::{Child, ChildStdout, Command, Stdio},
-    thread,
-    time::Duration,
-};
+use std::{env, process::Command, thread, time::Duration};
 
 use libp2p::{Multiaddr, multiaddr::Protocol};
 
 use super::{bounds::Bounds, roles};
-use crate::common;
+use crate::common::{self, children::Process};
 
 const PEERS: usize = 1_000;
 
@@ -98,38 +92,6 @@ fn ourselves() -> Command {
     Command::new(env::current_exe().expect("this program"))
 }
 
-/// A process that says lines on its standard output; killed when dropped.
-struct Process {
-    child: Child,
-    output: BufReader<ChildStdout>,
-}
-
-impl Process {
-    fn start(mut command: Command) -> Self {
-        let mut child = command
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("it can be started");
-        let output = BufReader::new(child.stdout.take().expect("it is piped"));
-        Self { child, output }
-    }
-
-    /// What it says next behind `word`.
-    fn says(&mut self, word: &str) -> String {
-        let mut line = String::new();
-        self.output.read_line(&mut line).expect("text");
-        let rest = line.strip_prefix(word);
-        rest.expect("it says that").trim().to_owned()
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
 struct Relay {
     process: Process,
     address: Multiaddr,
@@ -138,7 +100,7 @@ struct Relay {
 impl Relay {
     fn start(command: Command) -> Self {
         let mut process = Process::start(command);
-        let address = process.says("listening on ").parse().expect("a multiaddr");
+        let address = process.listens();
         Self { process, address }
     }
 
@@ -155,7 +117,7 @@ impl Relay {
         let (connections, bytes, segments) = self.traffic();
         assert_eq!(connections, PEERS, "everybody is still there");
         Spent {
-            cpu: cpu_of(self.process.child.id()),
+            cpu: self.process.cpu(),
             bytes,
             segments,
         }
@@ -203,17 +165,4 @@ impl Spent {
             segments: self.segments - earlier.segments,
         }
     }
-}
-
-/// The CPU time of all threads of a process, in nanoseconds. Of those that are alive, that is: an
-/// idle relay starts and ends none.
-fn cpu_of(process: u32) -> u64 {
-    let threads = fs::read_dir(format!("/proc/{process}/task")).expect("it runs, on Linux");
-    let of = |thread: std::io::Result<fs::DirEntry>| {
-        let schedstat = thread.expect("a thread").path().join("schedstat");
-        let schedstat = fs::read_to_string(schedstat).expect("the kernel counts");
-        let on_cpu = schedstat.split_whitespace().next().expect("three numbers");
-        on_cpu.parse::<u64>().expect("nanoseconds")
-    };
-    threads.map(of).sum()
 }

@@ -1,0 +1,74 @@
+//! Processes that benches watch: what they say, and what the kernel counted for them.
+
+use std::{
+    fs,
+    io::{BufRead, BufReader},
+    process::{Child, ChildStdout, Command, Stdio},
+};
+
+use libp2p::Multiaddr;
+
+/// A process that says lines on its standard output; killed when dropped.
+pub struct Process {
+    child: Child,
+    output: BufReader<ChildStdout>,
+}
+
+impl Process {
+    pub fn start(mut command: Command) -> Self {
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("it can be started");
+        let output = BufReader::new(child.stdout.take().expect("it is piped"));
+        Self { child, output }
+    }
+
+    /// What it says next behind `word`.
+    pub fn says(&mut self, word: &str) -> String {
+        let mut line = String::new();
+        self.output.read_line(&mut line).expect("text");
+        let rest = line.strip_prefix(word);
+        rest.expect("it says that").trim().to_owned()
+    }
+
+    /// The address in what a relay says first.
+    pub fn listens(&mut self) -> Multiaddr {
+        self.says("listening on ").parse().expect("a multiaddr")
+    }
+
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The CPU time of all its threads, in nanoseconds. Of those that are alive, that is: a relay
+    /// keeps its threads.
+    pub fn cpu(&self) -> u64 {
+        let threads = format!("/proc/{}/task", self.id());
+        let threads = fs::read_dir(threads).expect("it runs, on Linux");
+        let of = |thread: std::io::Result<fs::DirEntry>| {
+            let schedstat = thread.expect("a thread").path().join("schedstat");
+            let schedstat = fs::read_to_string(schedstat).expect("the kernel counts");
+            let on_cpu = schedstat.split_whitespace().next().expect("three numbers");
+            on_cpu.parse::<u64>().expect("nanoseconds")
+        };
+        threads.map(of).sum()
+    }
+
+    /// Its resident memory, in KiB.
+    pub fn resident(&self) -> u64 {
+        let rollup = format!("/proc/{}/smaps_rollup", self.id());
+        let rollup = fs::read_to_string(rollup).expect("it runs, on Linux");
+        let mut words = rollup.split_whitespace().skip_while(|word| *word != "Rss:");
+        let resident = words.nth(1).expect("a number behind the name");
+        resident.parse().expect("KiB")
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

@@ -1,0 +1,194 @@
+//! What a circuit and an idle slot cost, beside rust-libp2p's and go-libp2p's relay.
+//!
+//! `cargo bench --bench peers` builds the other two (`tests/peers/rust`, `tests/peers/go`; needs
+//! go), starts all three as processes, drives them with one client, and interleaves them round by
+//! round. It prints a Markdown table, writes it to `target/peers.md`, and ends with status 1 if a
+//! ratio is above its goal. `-- --quick` measures a subset in about a minute; the name of a row's
+//! group (`bulk`, `setup`, `echo`, `idle`, `stalled`) measures that alone; `--rounds N` changes how
+//! often; `--only relaylet` leaves the others out; `--flags "…"` adds to the flags of relaylet.
+//!
+//! CPU time is what the kernel counted for the relay's threads (schedstat), memory what it counted
+//! for its pages (smaps_rollup); the client is in neither. Each figure is the median of the rounds.
+
+mod common;
+
+mod peers {
+    pub mod bulk;
+    pub mod contestants;
+    pub mod crowd;
+    pub mod echo;
+    pub mod idle;
+    pub mod rounds;
+    pub mod setup;
+    pub mod stalled;
+}
+
+use std::{env, process::ExitCode};
+
+use tokio::runtime::Runtime;
+
+use common::Security;
+use peers::{
+    bulk,
+    contestants::{Contestant, Contestants},
+    crowd, echo, idle,
+    rounds::Rounds,
+    setup, stalled,
+};
+
+const TABLE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/target/peers.md");
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = env::args().skip(1).collect();
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let runtime = Runtime::new().expect("a runtime");
+    // This program starts itself for clients that need a process of their own.
+    match words[..] {
+        [echo::FLAT_OUT, relay] => runtime.block_on(echo::run_flat_out(relay)),
+        [crowd::ROLE, relay, count, security] => {
+            runtime.block_on(crowd::run(relay, count, security));
+        }
+        _ => {}
+    }
+    Bench::of(&words).run(&runtime)
+}
+
+/// What is to be measured, and how much of it.
+struct Bench<'a> {
+    groups: Vec<&'a str>,
+    who: Vec<Contestant>,
+    contestants: Contestants,
+    rounds: usize,
+    quick: bool,
+}
+
+impl<'a> Bench<'a> {
+    fn of(words: &[&'a str]) -> Self {
+        const GROUPS: [&str; 5] = ["bulk", "setup", "echo", "idle", "stalled"];
+        let behind = |name| {
+            let at = words.iter().position(|word| *word == name)?;
+            words.get(at + 1).copied()
+        };
+        let quick = words.contains(&"--quick");
+        let mut groups: Vec<_> = GROUPS.into_iter().filter(|g| words.contains(g)).collect();
+        if groups.is_empty() {
+            groups = if quick {
+                vec!["bulk", "setup", "echo"]
+            } else {
+                GROUPS.to_vec()
+            };
+        }
+        let who: Vec<_> = match behind("--only") {
+            Some(name) => Contestant::ALL
+                .into_iter()
+                .filter(|c| c.name() == name)
+                .collect(),
+            None => Contestant::ALL.to_vec(),
+        };
+        let rounds = behind("--rounds").map(|rounds| rounds.parse().expect("a number of rounds"));
+        Self {
+            groups,
+            contestants: Contestants::build(&who, behind("--flags").unwrap_or_default()),
+            who,
+            rounds: rounds.unwrap_or(if quick { 1 } else { 5 }),
+            quick,
+        }
+    }
+
+    fn run(&self, runtime: &Runtime) -> ExitCode {
+        let mut table = Rounds::default();
+        for group in &self.groups {
+            match *group {
+                "bulk" => self.bulk(runtime, &mut table),
+                "setup" => self.setup(runtime, &mut table),
+                "echo" => self.echo(runtime, &mut table),
+                "idle" => self.idle(&mut table),
+                _ => self.stalled(runtime, &mut table),
+            }
+        }
+        table.print(TABLE)
+    }
+
+    /// Every contestant once a round, in an order that changes from round to round.
+    fn rounds(&self, mut measure: impl FnMut(Contestant)) {
+        for round in 0..self.rounds {
+            let start = round % self.who.len();
+            let (later, first) = self.who.split_at(start);
+            for who in first.iter().chain(later) {
+                measure(*who);
+            }
+        }
+    }
+
+    fn bulk(&self, runtime: &Runtime, table: &mut Rounds) {
+        let bytes = if self.quick { 256 << 20 } else { 1_000_000_000 };
+        for (security, what, goals) in [
+            (
+                Security::Noise,
+                "CPU per relayed GB, Noise, 4 circuits",
+                [0.65, 0.40],
+            ),
+            (
+                Security::Tls,
+                "CPU per relayed GB, TLS 1.3, 4 circuits",
+                [0.60, 0.40],
+            ),
+        ] {
+            let row = table.row(what, "s", goals);
+            self.rounds(|who| {
+                let relay = self.contestants.start(who);
+                let figure = bulk::seconds_per_gigabyte(&relay, security, bytes);
+                table.add(row, who, runtime.block_on(figure));
+            });
+        }
+    }
+
+    fn setup(&self, runtime: &Runtime, table: &mut Rounds) {
+        let circuits = if self.quick { 400 } else { 2000 };
+        let row = table.row("CPU per circuit set up and torn down", "ms", [0.8, 0.6]);
+        self.rounds(|who| {
+            let relay = self.contestants.start(who);
+            let figure = setup::milliseconds_per_circuit(&relay, circuits);
+            table.add(row, who, runtime.block_on(figure));
+        });
+    }
+
+    fn echo(&self, runtime: &Runtime, table: &mut Rounds) {
+        let count = if self.quick { 1000 } else { 5000 };
+        let what = |which| format!("added latency of a 1 KiB echo, {which}");
+        let idle50 = table.row(&what("idle relay, p50"), "µs", [1.0, 1.0]);
+        let idle99 = table.row(&what("idle relay, p99"), "µs", [1.0, 1.0]);
+        let busy99 = table.row(&what("another circuit flat out, p99"), "µs", [0.5, 0.5]);
+        self.rounds(|who| {
+            let base = runtime.block_on(echo::direct(count));
+            let relay = self.contestants.start(who);
+            let idle = runtime.block_on(echo::relayed(&relay, count)).beyond(base);
+            table.add(idle50, who, idle.p50);
+            table.add(idle99, who, idle.p99);
+            let _bulk = echo::flat_out(&relay);
+            let busy = runtime.block_on(echo::relayed(&relay, count)).beyond(base);
+            table.add(busy99, who, busy.p99);
+        });
+    }
+
+    fn idle(&self, table: &mut Rounds) {
+        let peers = if self.quick { 1000 } else { 5000 };
+        for (security, name) in [(Security::Noise, "Noise"), (Security::Tls, "TLS")] {
+            let what = format!("resident memory per idle reserved peer, {peers} of them, {name}");
+            let row = table.row(&what, "KiB", [0.75, 0.75]);
+            self.rounds(|who| {
+                let relay = self.contestants.start(who);
+                table.add(row, who, idle::kilobytes_per_peer(&relay, security, peers));
+            });
+        }
+    }
+
+    fn stalled(&self, runtime: &Runtime, table: &mut Rounds) {
+        let row = table.row("memory per stalled circuit", "KiB", [1.0, 1.0]);
+        self.rounds(|who| {
+            let relay = self.contestants.start(who);
+            let figure = stalled::kilobytes_per_circuit(&relay);
+            table.add(row, who, runtime.block_on(figure));
+        });
+    }
+}

@@ -1,0 +1,106 @@
+//! The three relays as processes, each without limits that would stand in the way.
+
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use libp2p::Multiaddr;
+use tempfile::TempDir;
+
+use crate::common::{self, children::Process};
+
+/// All peers come from few addresses, and at once; circuits carry what they like.
+const RELAYLET_FLAGS: &str = "--listen=/ip4/127.0.0.1/tcp/0 --max-reservations=20000 \
+    --max-reservations-per-ip=0 --max-reservations-per-subnet=0 --max-connections=30000 \
+    --max-connections-per-ip=0 --max-handshakes=4096 --max-circuits=20000 \
+    --max-circuits-per-peer=2048 --circuit-duration=0s --circuit-bytes=0 --reserve-rate=0 \
+    --connect-rate=0";
+
+/// Who takes part, in the order of the table's columns. The first is what the others are compared
+/// with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Contestant {
+    Relaylet,
+    Rust,
+    Go,
+}
+
+impl Contestant {
+    pub const ALL: [Self; 3] = [Self::Relaylet, Self::Rust, Self::Go];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Relaylet => "relaylet",
+            Self::Rust => "rust-libp2p",
+            Self::Go => "go-libp2p",
+        }
+    }
+}
+
+/// How to start each.
+pub struct Contestants {
+    flags: Vec<String>,
+    built: PathBuf,
+}
+
+impl Contestants {
+    /// Builds the others, as far as they take part.
+    pub fn build(who: &[Contestant], flags: &str) -> Self {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let built = root.join("target/peers");
+        let sources = root.join("tests/peers");
+        if who.contains(&Contestant::Rust) {
+            let mut cargo = Command::new(env!("CARGO"));
+            cargo.args(["build", "--release", "--locked", "--quiet"]);
+            cargo.arg("--manifest-path");
+            cargo.arg(sources.join("rust/Cargo.toml"));
+            run(cargo.arg("--target-dir").arg(&built));
+        }
+        if who.contains(&Contestant::Go) {
+            let mut go = Command::new("go");
+            go.current_dir(sources.join("go"));
+            run(go.args(["build", "-o"]).arg(built.join("go-libp2p-relay")));
+        }
+        let all = RELAYLET_FLAGS.split_whitespace();
+        let flags = all.chain(flags.split_whitespace()).map(str::to_owned);
+        Self {
+            flags: flags.collect(),
+            built,
+        }
+    }
+
+    /// A fresh process.
+    pub fn start(&self, who: Contestant) -> Relay {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let mut command = match who {
+            Contestant::Relaylet => {
+                let mut command = common::command(&folder);
+                command.args(&self.flags).env("RUST_LOG", "error");
+                command
+            }
+            Contestant::Rust => Command::new(self.built.join("release/rust-libp2p-relay")),
+            Contestant::Go => Command::new(self.built.join("go-libp2p-relay")),
+        };
+        command.current_dir(folder.path());
+        let mut process = Process::start(command);
+        Relay {
+            address: process.listens(),
+            process,
+            _folder: folder,
+        }
+    }
+}
+
+fn run(command: &mut Command) {
+    let status = command.status();
+    let status = status.unwrap_or_else(|error| panic!("{command:?} cannot be run: {error}"));
+    assert!(status.success(), "{command:?} failed");
+}
+
+/// One that runs.
+pub struct Relay {
+    pub process: Process,
+    pub address: Multiaddr,
+    _folder: TempDir,
+}

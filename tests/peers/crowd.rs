@@ -1,0 +1,203 @@
+//! A process full of clients that hold a reservation and only answer, each with a connection of its
+//! own, spread over the addresses of 127.0.0.0/8.
+
+use std::{
+    io,
+    net::{Ipv4Addr, SocketAddr},
+    pin::Pin,
+    process::{self, Command},
+    task::{Context, Poll},
+    time::{Duration, Instant},
+};
+
+use libp2p::{
+    Multiaddr, PeerId, Swarm, Transport,
+    core::{
+        muxing::StreamMuxerBox,
+        transport::{Boxed, DialOpts, ListenerId, TransportError, TransportEvent},
+        upgrade::Version,
+    },
+    futures::{FutureExt, StreamExt, future::BoxFuture, stream},
+    identify,
+    identity::Keypair,
+    multiaddr::Protocol,
+    noise, ping,
+    swarm::{self, NetworkBehaviour, SwarmEvent},
+    tcp::tokio::TcpStream,
+    tls, yamux,
+};
+use tokio::net::TcpSocket;
+
+use crate::common::{HOP, Security, children::Process, messages, within};
+
+/// The argument of the process.
+pub const ROLE: &str = "crowd";
+
+/// How many arrive at the same time.
+const AT_A_TIME: usize = 64;
+
+/// Longer than anybody watches.
+const NEVER: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+
+/// Clients in a process of their own, until it is dropped.
+pub struct Crowd {
+    _process: Process,
+}
+
+impl Crowd {
+    /// So many, once each has its reservation.
+    pub fn arrives(relay: &Multiaddr, count: usize, security: Security) -> Self {
+        let mut command = Command::new(std::env::current_exe().expect("this program"));
+        let security = match security {
+            Security::Noise => "noise",
+            Security::Tls => "tls",
+        };
+        command.args([ROLE, &relay.to_string(), &count.to_string(), security]);
+        let mut process = Process::start(command);
+        process.says("connected ");
+        process.says("reserved ");
+        Self { _process: process }
+    }
+}
+
+#[derive(NetworkBehaviour)]
+struct Parts {
+    stream: libp2p_stream::Behaviour,
+    ping: ping::Behaviour,
+    identify: identify::Behaviour,
+}
+
+/// What the process does.
+pub async fn run(relay: &str, count: &str, security: &str) {
+    rlimit::increase_nofile_limit(u64::MAX).expect("a limit of open files");
+    let relay: Multiaddr = relay.parse().expect("a multiaddr");
+    let count: u32 = count.parse().expect("a number of clients");
+    let start = Instant::now();
+    let arriving = stream::iter(0..count).map(|number| connect(&relay, number, security));
+    let controls: Vec<_> = arriving.buffer_unordered(AT_A_TIME).collect().await;
+    println!("connected {}", start.elapsed().as_secs_f64());
+    let Some(Protocol::P2p(peer)) = relay.iter().last() else {
+        panic!("{relay} names no peer");
+    };
+    let start = Instant::now();
+    let reserving = stream::iter(controls).map(|control| reserve(control, peer));
+    reserving.buffer_unordered(AT_A_TIME).collect::<()>().await;
+    println!("reserved {}", start.elapsed().as_secs_f64());
+    std::future::pending().await
+}
+
+async fn connect(relay: &Multiaddr, number: u32, security: &str) -> libp2p_stream::Control {
+    let keypair = Keypair::generate_ed25519();
+    let peer = keypair.public().to_peer_id();
+    let quiet = ping::Config::new().with_interval(NEVER);
+    let who = identify::Config::new("bench".into(), keypair.public()).with_interval(NEVER);
+    let parts = Parts {
+        stream: libp2p_stream::Behaviour::new(),
+        ping: ping::Behaviour::new(quiet),
+        identify: identify::Behaviour::new(who),
+    };
+    // Sixteen to an address, and as many addresses to a /24 as there are.
+    let from = Ipv4Addr::from_bits(Ipv4Addr::new(127, 1, 0, 1).to_bits() + number / 16);
+    let transport = transport(from, &keypair, security);
+    let config = swarm::Config::with_tokio_executor().with_idle_connection_timeout(NEVER);
+    let mut swarm = Swarm::new(transport, parts, peer, config);
+    let control = swarm.behaviour().stream.new_control();
+    swarm.dial(relay.clone()).expect("the relay can be dialed");
+    loop {
+        match within(swarm.select_next_some()).await {
+            SwarmEvent::ConnectionEstablished { .. } => break,
+            SwarmEvent::OutgoingConnectionError { error, .. } => give_up(&error),
+            _ => {}
+        }
+    }
+    tokio::spawn(async move {
+        loop {
+            if let SwarmEvent::ConnectionClosed { cause, .. } = swarm.select_next_some().await {
+                give_up(&cause);
+            }
+        }
+    });
+    control
+}
+
+async fn reserve(mut control: libp2p_stream::Control, relay: PeerId) {
+    let mut stream = match within(control.open_stream(relay, HOP)).await {
+        Ok(stream) => stream,
+        Err(error) => give_up(&error),
+    };
+    messages::write(&mut stream, &messages::reserve()).await;
+    let answer: messages::HopMessage = messages::read(&mut stream).await;
+    if answer.status != Some(100) {
+        give_up(&answer);
+    }
+}
+
+/// With one client less, the bench would measure something else than it says.
+fn give_up(why: &dyn std::fmt::Debug) -> ! {
+    eprintln!("a client lost the relay: {why:?}");
+    process::exit(1)
+}
+
+fn transport(from: Ipv4Addr, keypair: &Keypair, security: &str) -> Boxed<(PeerId, StreamMuxerBox)> {
+    let tcp = TcpFrom(from).upgrade(Version::V1);
+    let muxer = yamux::Config::default();
+    match security {
+        "tls" => {
+            let tls = tls::Config::new(keypair).expect("a key for TLS");
+            tcp.authenticate(tls).multiplex(muxer).boxed()
+        }
+        _ => {
+            let noise = noise::Config::new(keypair).expect("a key for Noise");
+            tcp.authenticate(noise).multiplex(muxer).boxed()
+        }
+    }
+}
+
+/// Dials from this address.
+struct TcpFrom(Ipv4Addr);
+
+impl Transport for TcpFrom {
+    type Output = TcpStream;
+    type Error = io::Error;
+    type ListenerUpgrade = BoxFuture<'static, io::Result<TcpStream>>;
+    type Dial = BoxFuture<'static, io::Result<TcpStream>>;
+
+    fn listen_on(
+        &mut self,
+        _: ListenerId,
+        address: Multiaddr,
+    ) -> Result<(), TransportError<io::Error>> {
+        Err(TransportError::MultiaddrNotSupported(address))
+    }
+
+    fn remove_listener(&mut self, _: ListenerId) -> bool {
+        false
+    }
+
+    fn dial(
+        &mut self,
+        address: Multiaddr,
+        _: DialOpts,
+    ) -> Result<Self::Dial, TransportError<io::Error>> {
+        let parts: Vec<_> = address.iter().take(2).collect();
+        let [Protocol::Ip4(ip), Protocol::Tcp(port)] = parts[..] else {
+            return Err(TransportError::MultiaddrNotSupported(address));
+        };
+        let from = SocketAddr::from((self.0, 0));
+        Ok(async move {
+            let socket = TcpSocket::new_v4()?;
+            socket.bind(from)?;
+            let stream = socket.connect(SocketAddr::from((ip, port))).await?;
+            stream.set_nodelay(true)?;
+            Ok(TcpStream(stream))
+        }
+        .boxed())
+    }
+
+    fn poll(
+        self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<TransportEvent<Self::ListenerUpgrade, io::Error>> {
+        Poll::Pending
+    }
+}

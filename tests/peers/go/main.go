@@ -1,0 +1,38 @@
+// go-libp2p's relay, as its users build one; without limits, so that only the work is compared.
+package main
+
+import (
+	"fmt"
+	"log"
+	"math"
+	"os"
+
+	"github.com/libp2p/go-libp2p"
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/relay"
+)
+
+func main() {
+	log.SetFlags(0)
+	host, err := libp2p.New(
+		libp2p.ListenAddrStrings("/ip4/127.0.0.1/tcp/0"),
+		libp2p.ResourceManager(&network.NullResourceManager{}),
+		libp2p.DisableRelay(), // it serves circuits, and uses none
+	)
+	if err != nil {
+		log.Fatalf("no host: %v", err)
+	}
+	resources := relay.DefaultResources()
+	resources.Limit = nil
+	resources.MaxReservations = math.MaxInt
+	resources.MaxCircuits = math.MaxInt
+	resources.MaxReservationsPerIP = math.MaxInt
+	resources.MaxReservationsPerASN = math.MaxInt
+	if _, err := relay.New(host, relay.WithResources(resources)); err != nil {
+		log.Fatalf("no relay: %v", err)
+	}
+	for _, address := range host.Addrs() {
+		fmt.Fprintf(os.Stdout, "listening on %s/p2p/%s\n", address, host.ID())
+	}
+	select {}
+}

@@ -1,0 +1,115 @@
+//! Figures of several rounds: medians, spreads, ratios, and what was promised of them.
+
+use std::{fmt::Write, fs, process::ExitCode};
+
+use super::contestants::Contestant;
+
+/// A row of the table.
+struct Row {
+    what: String,
+    unit: &'static str,
+    /// The most that relaylet may need of what each other one does, where there is a goal.
+    goals: [Option<f64>; 2],
+    /// One figure a round.
+    figures: [Vec<f64>; 3],
+}
+
+/// All that was measured.
+#[derive(Default)]
+pub struct Rounds {
+    rows: Vec<Row>,
+}
+
+impl Rounds {
+    /// A row whose figures may at most be `goals` of rust-libp2p's and of go-libp2p's.
+    pub fn row(&mut self, what: &str, unit: &'static str, goals: [f64; 2]) -> usize {
+        self.rows.push(Row {
+            what: what.to_owned(),
+            unit,
+            goals: goals.map(|goal| goal.is_finite().then_some(goal)),
+            figures: [Vec::new(), Vec::new(), Vec::new()],
+        });
+        self.rows.len() - 1
+    }
+
+    /// One more round of a row.
+    pub fn add(&mut self, row: usize, who: Contestant, figure: f64) {
+        let Row { what, unit, .. } = &self.rows[row];
+        eprintln!("{what}: {}: {figure:.3} {unit}", who.name());
+        self.rows[row].figures[who as usize].push(figure);
+    }
+
+    /// Prints the table, and writes it to `file`; the status to end with.
+    pub fn print(&self, file: &str) -> ExitCode {
+        let mut table = String::from(
+            "| | relaylet | rust-libp2p | go-libp2p | of rust-libp2p | of go-libp2p |\n\
+             | --- | --- | --- | --- | --- | --- |\n",
+        );
+        let mut missed = 0;
+        for row in &self.rows {
+            let _ = write!(table, "| {}, {} |", row.what, row.unit);
+            for figures in &row.figures {
+                let _ = write!(table, " {} |", spread(figures));
+            }
+            for (other, goal) in [Contestant::Rust, Contestant::Go]
+                .into_iter()
+                .zip(row.goals)
+            {
+                let Some(ratio) = row.ratio(other) else {
+                    table.push_str(" |");
+                    continue;
+                };
+                let verdict = match goal {
+                    Some(goal) if ratio > goal => {
+                        missed += 1;
+                        format!(", above {goal}")
+                    }
+                    Some(goal) => format!(", goal {goal}"),
+                    None => String::new(),
+                };
+                let _ = write!(table, " **{ratio:.2}**{verdict} |");
+            }
+            table.push('\n');
+        }
+        println!("\n{table}");
+        fs::write(file, table).expect("the folder target is there");
+        println!("{missed} ratios are above their goals; the table is in {file}");
+        match missed {
+            0 => ExitCode::SUCCESS,
+            _ => ExitCode::FAILURE,
+        }
+    }
+}
+
+impl Row {
+    /// The median over the rounds of what relaylet needs of what `other` does: rounds are
+    /// interleaved, so what disturbs one contestant in a round likely disturbs the next as well.
+    fn ratio(&self, other: Contestant) -> Option<f64> {
+        let ours = &self.figures[Contestant::Relaylet as usize];
+        let theirs = &self.figures[other as usize];
+        let ratios: Vec<f64> = ours.iter().zip(theirs).map(|(a, b)| a / b).collect();
+        (!ratios.is_empty()).then(|| median(&ratios))
+    }
+}
+
+/// The median, and from where to where the figures go.
+fn spread(figures: &[f64]) -> String {
+    if figures.is_empty() {
+        return String::new();
+    }
+    let least = figures.iter().copied().fold(f64::INFINITY, f64::min);
+    let most = figures.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let median = median(figures);
+    let decimals = if median < 10.0 { 2 } else { 0 };
+    format!("{median:.decimals$} ({least:.decimals$}-{most:.decimals$})")
+}
+
+pub fn median(figures: &[f64]) -> f64 {
+    let mut sorted = figures.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let middle = sorted.len() / 2;
+    if sorted.len() % 2 == 1 {
+        return sorted[middle];
+    }
+    (sorted[middle - 1] + sorted[middle]) / 2.0
+}

@@ -1,0 +1,41 @@
+//! Circuits that are set up and torn down, one after another, between a few pairs.
+
+use libp2p::{
+    Stream,
+    futures::{AsyncReadExt, AsyncWriteExt, future},
+    identity::Keypair,
+};
+
+use super::contestants::Relay;
+use crate::common::{Client, STOP, Security, circuit_to, within};
+
+const PAIRS: u64 = 4;
+
+/// The relay's CPU milliseconds for a circuit.
+pub async fn milliseconds_per_circuit(relay: &Relay, circuits: u64) -> f64 {
+    let clients = (0..PAIRS).map(|_| async {
+        let client =
+            || Client::connect_as(Keypair::generate_ed25519(), &relay.address, Security::Noise);
+        let mut target = client().await;
+        target.reserve().await;
+        (client().await, target)
+    });
+    let mut clients = future::join_all(clients).await;
+    let before = relay.process.cpu();
+    let all = clients.iter_mut().map(|(source, target)| async {
+        let mut stops = target.accept(STOP);
+        for _ in 0..circuits / PAIRS {
+            let (from, to) = circuit_to(source, target.peer, &mut stops).await;
+            future::join(end(from), end(to)).await;
+        }
+    });
+    future::join_all(all).await;
+    (relay.process.cpu() - before) as f64 / 1e6 / circuits as f64
+}
+
+/// Closes a stream, and waits until the other end did so too.
+async fn end(mut stream: Stream) {
+    within(stream.close()).await.expect("it can be closed");
+    let read = within(stream.read(&mut [0])).await;
+    assert_eq!(read.expect("a clean end"), 0);
+}

@@ -1,0 +1,46 @@
+//! Circuits whose readers stopped: what a relay holds for each.
+
+use std::time::Duration;
+
+use libp2p::{
+    futures::{AsyncWriteExt, future},
+    identity::Keypair,
+};
+
+use super::contestants::Relay;
+use crate::common::{Client, STOP, Security, circuit_to};
+
+const PAIRS: usize = 10;
+const CIRCUITS: usize = 10;
+
+/// A writer that gets nothing away for so long is stalled.
+const STALLED: Duration = Duration::from_secs(1);
+
+/// The relay's resident KiB for a circuit.
+pub async fn kilobytes_per_circuit(relay: &Relay) -> f64 {
+    let pairs = (0..PAIRS).map(|_| async {
+        let client =
+            || Client::connect_as(Keypair::generate_ed25519(), &relay.address, Security::Noise);
+        let mut target = client().await;
+        target.reserve().await;
+        (client().await, target)
+    });
+    let mut pairs = future::join_all(pairs).await;
+    let before = relay.process.resident();
+    let mut circuits = Vec::new();
+    for (source, target) in &mut pairs {
+        let mut stops = target.accept(STOP);
+        for _ in 0..CIRCUITS {
+            circuits.push(circuit_to(source, target.peer, &mut stops).await);
+        }
+    }
+    let writers = circuits.iter_mut().map(|(source, _)| async {
+        let piece = [7; 16 * 1024];
+        while let Ok(written) = tokio::time::timeout(STALLED, source.write_all(&piece)).await {
+            written.expect("the circuit stays");
+        }
+    });
+    future::join_all(writers).await;
+    let after = relay.process.resident();
+    (after as f64 - before as f64) / (PAIRS * CIRCUITS) as f64
+}
