@@ -16,12 +16,7 @@ use std::{
 use futures_timer::Delay;
 use libp2p::futures::{AsyncRead, AsyncWrite, FutureExt, channel::oneshot};
 
-use crate::wire::Limit;
-
-/// How many bytes one direction holds on their way.
-///
-/// One yamux frame of the default split size: what a writer hands over in one piece.
-const BUFFER: usize = 16 * 1024;
+use crate::{buffer::Buffer, wire::Limit};
 
 /// How a circuit ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -122,9 +117,8 @@ where
 /// One of the two ways through a circuit.
 #[derive(Debug)]
 struct Direction {
-    buffer: Box<[u8]>,
-    /// The bytes that were read and are yet to be written.
-    pending: std::ops::Range<usize>,
+    /// What the writer did not take yet. Usually nothing: a circuit that waits holds no memory.
+    waiting: Vec<u8>,
     /// How many more bytes may be read; `None`: no limit.
     allowance: Option<u64>,
     delivered: u64,
@@ -144,8 +138,7 @@ enum State {
 impl Direction {
     fn new(allowance: Option<u64>) -> Self {
         Self {
-            buffer: vec![0; BUFFER].into(),
-            pending: 0..0,
+            waiting: Vec::new(),
             allowance,
             delivered: 0,
             state: State::Open,
@@ -159,17 +152,14 @@ impl Direction {
         to: &mut (impl AsyncWrite + Unpin),
         cx: &mut Context<'_>,
     ) -> Poll<Result<(), CircuitEnd>> {
-        let reset = |error: io::Error| CircuitEnd::Reset(error.kind());
+        let mut waiting = std::mem::take(&mut self.waiting);
+        let taken = self.write(&waiting, to, cx)?;
+        if taken < waiting.len() {
+            waiting.drain(..taken);
+            self.waiting = waiting;
+            return Poll::Pending;
+        }
         loop {
-            while !self.pending.is_empty() {
-                let bytes = &self.buffer[self.pending.clone()];
-                let written = ready!(Pin::new(&mut *to).poll_write(cx, bytes)).map_err(reset)?;
-                if written == 0 {
-                    return Poll::Ready(Err(CircuitEnd::Reset(io::ErrorKind::WriteZero)));
-                }
-                self.pending.start += written;
-                self.delivered += written as u64;
-            }
             match self.state {
                 State::Closed => return Poll::Ready(Ok(())),
                 State::OverLimit => {
@@ -183,9 +173,17 @@ impl Direction {
                 }
                 State::Open => {}
             }
-            match Pin::new(&mut *from).poll_read(cx, &mut self.buffer) {
+            let mut buffer = Buffer::borrow();
+            match Pin::new(&mut *from).poll_read(cx, &mut buffer) {
                 Poll::Ready(Ok(0)) => self.state = State::Closing,
-                Poll::Ready(Ok(read)) => self.pending = 0..self.allowed(read),
+                Poll::Ready(Ok(read)) => {
+                    let passing = &buffer[..self.allowed(read)];
+                    let taken = self.write(passing, to, cx)?;
+                    if taken < passing.len() {
+                        self.waiting = passing[taken..].to_vec();
+                        return Poll::Pending;
+                    }
+                }
                 Poll::Ready(Err(error)) => return Poll::Ready(Err(reset(error))),
                 Poll::Pending => {
                     // Nothing to read now: let what was written reach the other end.
@@ -194,6 +192,28 @@ impl Direction {
                 }
             }
         }
+    }
+
+    /// Writes these bytes; says how many of them the writer took before it had to be waited for.
+    fn write(
+        &mut self,
+        bytes: &[u8],
+        to: &mut (impl AsyncWrite + Unpin),
+        cx: &mut Context<'_>,
+    ) -> Result<usize, CircuitEnd> {
+        let mut taken = 0;
+        while taken < bytes.len() {
+            match Pin::new(&mut *to)
+                .poll_write(cx, &bytes[taken..])
+                .map_err(reset)?
+            {
+                Poll::Ready(0) => return Err(CircuitEnd::Reset(io::ErrorKind::WriteZero)),
+                Poll::Ready(written) => taken += written,
+                Poll::Pending => break,
+            }
+        }
+        self.delivered += taken as u64;
+        Ok(taken)
     }
 
     /// How many of the `read` bytes may pass.
@@ -208,4 +228,8 @@ impl Direction {
         *allowance -= passing;
         passing as usize
     }
+}
+
+fn reset(error: io::Error) -> CircuitEnd {
+    CircuitEnd::Reset(error.kind())
 }

@@ -101,6 +101,7 @@ pub mod access;
 pub mod address;
 pub mod behaviour;
 pub mod bills;
+mod buffer;
 pub mod circuit;
 pub mod circuits;
 pub mod config;

@@ -4,11 +4,13 @@
 pub mod connection_limits;
 mod digest;
 pub mod flags;
+mod heap;
 pub mod identity;
 mod interfaces;
 pub mod muxer;
 pub mod node;
 pub mod open_files;
+mod read_ahead;
 pub mod run;
 pub mod security;
 pub mod traffic;

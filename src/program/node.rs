@@ -15,6 +15,7 @@ use libp2p::{
 use super::{
     connection_limits::{ConnectionLimits, Denied, Limits},
     muxer,
+    read_ahead::ReadAhead,
     security::Security,
     traffic::Traffic,
     transport::Tcp,
@@ -116,6 +117,7 @@ impl Node {
         };
         let traffic = Traffic::default();
         let transport = Tcp::new(traffic.clone())
+            .map(|stream, _| ReadAhead::new(stream))
             .upgrade(Version::V1Lazy)
             .authenticate(Security::new(&keypair).context("the key cannot secure connections")?)
             .multiplex(budget)

@@ -21,7 +21,7 @@ use libp2p::{
 use super::{
     digest::Digest,
     flags::{Flags, Stop, in_flags},
-    identity, interfaces,
+    heap, identity, interfaces,
     node::{Node, NodeEvent},
     open_files, transport,
 };
@@ -61,6 +61,7 @@ pub fn main() -> ExitCode {
         Err(Stop::Usage(line)) => return failed(&Usage(line).into()),
     };
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(DEFAULT_LOG)).init();
+    heap::keep_what_is_freed();
     match async_std::task::block_on(run(&flags)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => failed(&error),
