@@ -1,6 +1,7 @@
 //! What makes the relay a program: flags, key file, sockets, signals. Each part in a file of its
 //! own; none of it is compiled without the feature `program`.
 
+mod boxed;
 pub mod connection_limits;
 mod digest;
 pub mod flags;

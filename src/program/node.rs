@@ -13,6 +13,7 @@ use libp2p::{
 };
 
 use super::{
+    boxed::Boxed,
     connection_limits::{ConnectionLimits, Denied, Limits},
     muxer,
     read_ahead::ReadAhead,
@@ -54,7 +55,7 @@ const NEVER: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 /// # });
 /// ```
 pub struct Node {
-    swarm: Swarm<Parts>,
+    swarm: Swarm<Boxed<Parts>>,
     traffic: Traffic,
     /// How many circuits of a peer the connections are made for.
     circuits_per_peer: usize,
@@ -137,7 +138,7 @@ impl Node {
             async_std::task::spawn(task);
         })
         .with_idle_connection_timeout(NEVER);
-        let mut swarm = Swarm::new(transport, parts, peer, swarm_config);
+        let mut swarm = Swarm::new(transport, Boxed::new(parts), peer, swarm_config);
         for address in announce {
             swarm.add_external_address(address);
         }
