@@ -1,7 +1,7 @@
 //! What a circuit and an idle slot cost, beside rust-libp2p's and go-libp2p's relay.
 //!
 //! `cargo bench --bench peers` builds the other two (`tests/peers/rust`, `tests/peers/go`; needs
-//! go), starts all three as processes, drives them with one client, and interleaves them round by
+//! go), starts all three as processes, drives them with the same clients, and interleaves them round by
 //! round. It prints a Markdown table, writes it to `target/peers.md`, and ends with status 1 if a
 //! ratio is above its goal. `-- --quick` measures a subset in about a minute; the name of a row's
 //! group (`bulk`, `setup`, `echo`, `idle`, `stalled`) measures that alone; `--rounds N` changes how
@@ -99,7 +99,7 @@ impl<'a> Bench<'a> {
         let mut table = Rounds::default();
         for group in &self.groups {
             match *group {
-                "bulk" => self.bulk(runtime, &mut table),
+                "bulk" => self.bulk(&mut table),
                 "setup" => self.setup(runtime, &mut table),
                 "echo" => self.echo(runtime, &mut table),
                 "idle" => self.idle(&mut table),
@@ -120,7 +120,7 @@ impl<'a> Bench<'a> {
         }
     }
 
-    fn bulk(&self, runtime: &Runtime, table: &mut Rounds) {
+    fn bulk(&self, table: &mut Rounds) {
         let bytes = if self.quick { 256 << 20 } else { 1_000_000_000 };
         for (security, what, goals) in [
             (
@@ -137,8 +137,9 @@ impl<'a> Bench<'a> {
             let row = table.row(what, "s", goals);
             self.rounds(|who| {
                 let relay = self.contestants.start(who);
-                let figure = bulk::seconds_per_gigabyte(&relay, security, bytes);
-                table.add(row, who, runtime.block_on(figure));
+                let client = self.contestants.go();
+                let figure = bulk::seconds_per_gigabyte(&relay, client, security, bytes);
+                table.add(row, who, figure);
             });
         }
     }

@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    io::{BufRead, BufReader},
+    io::{BufRead, BufReader, Write},
     process::{Child, ChildStdout, Command, Stdio},
 };
 
@@ -31,6 +31,12 @@ impl Process {
         self.output.read_line(&mut line).expect("text");
         let rest = line.strip_prefix(word);
         rest.expect("it says that").trim().to_owned()
+    }
+
+    /// Says a line to it.
+    pub fn hears(&mut self, line: &str) {
+        let input = self.child.stdin.as_mut().expect("it is piped");
+        writeln!(input, "{line}").expect("it listens");
     }
 
     /// The address in what a relay says first.

@@ -57,17 +57,21 @@ impl Contestants {
             cargo.arg(sources.join("rust/Cargo.toml"));
             run(cargo.arg("--target-dir").arg(&built));
         }
-        if who.contains(&Contestant::Go) {
-            let mut go = Command::new("go");
-            go.current_dir(sources.join("go"));
-            run(go.args(["build", "-o"]).arg(built.join("go-libp2p-relay")));
-        }
+        // It is the client as well.
+        let mut go = Command::new("go");
+        go.current_dir(sources.join("go"));
+        run(go.args(["build", "-o"]).arg(built.join("go-libp2p")));
         let all = RELAYLET_FLAGS.split_whitespace();
         let flags = all.chain(flags.split_whitespace()).map(str::to_owned);
         Self {
             flags: flags.collect(),
             built,
         }
+    }
+
+    /// go-libp2p as a relay; with arguments as a client.
+    pub fn go(&self) -> Command {
+        Command::new(self.built.join("go-libp2p"))
     }
 
     /// A fresh process.
@@ -80,7 +84,7 @@ impl Contestants {
                 command
             }
             Contestant::Rust => Command::new(self.built.join("release/rust-libp2p-relay")),
-            Contestant::Go => Command::new(self.built.join("go-libp2p-relay")),
+            Contestant::Go => self.go(),
         };
         command.current_dir(folder.path());
         let mut process = Process::start(command);

@@ -14,6 +14,10 @@ import (
 
 func main() {
 	log.SetFlags(0)
+	if len(os.Args) == 4 {
+		carry(os.Args[1], os.Args[2], os.Args[3])
+		return
+	}
 	host, err := libp2p.New(
 		libp2p.ListenAddrStrings("/ip4/127.0.0.1/tcp/0"),
 		libp2p.ResourceManager(&network.NullResourceManager{}),
