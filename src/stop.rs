@@ -2,7 +2,10 @@
 
 use std::{fmt, io, time::Duration};
 
-use libp2p::futures::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use libp2p::{
+    core::upgrade::NegotiationError,
+    futures::{AsyncRead, AsyncWrite, AsyncWriteExt},
+};
 
 use crate::{
     timeout::within,
@@ -42,7 +45,12 @@ impl fmt::Display for StopFailed {
 
 impl From<io::Error> for StopFailed {
     fn from(error: io::Error) -> Self {
-        Self::Io(error.kind())
+        // Where the protocol's name went out with the question, its refusal comes as an answer.
+        let refusal = error.get_ref().and_then(|cause| cause.downcast_ref());
+        match refusal {
+            Some(NegotiationError::Failed) => Self::Unsupported,
+            _ => Self::Io(error.kind()),
+        }
     }
 }
 
