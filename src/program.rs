@@ -14,5 +14,6 @@ pub mod open_files;
 mod read_ahead;
 pub mod run;
 pub mod security;
+mod threads;
 pub mod traffic;
 pub mod transport;

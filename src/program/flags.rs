@@ -11,7 +11,7 @@ use structopt::{
     clap::{AppSettings, Error, ErrorKind},
 };
 
-use super::{connection_limits::Limits, transport};
+use super::{connection_limits::Limits, threads, transport};
 use crate::{
     access::Lists,
     config::{Config, ConfigError},
@@ -281,6 +281,12 @@ pub struct Flags {
         default_value = "256"
     )]
     pub max_handshakes: usize,
+
+    /// How many threads do the work
+    ///
+    /// [default: half of the machine's cores, at least 1]
+    #[structopt(long, value_name = "N", env = "RELAYLET_THREADS")]
+    pub threads: Option<usize>,
 }
 
 /// Why the flags do not make a relay.
@@ -308,6 +314,11 @@ impl Flags {
         }
         flags.check().map_err(Stop::Usage)?;
         Ok(flags)
+    }
+
+    /// How many threads there are to be.
+    pub fn threads(&self) -> usize {
+        self.threads.unwrap_or_else(threads::default)
     }
 
     /// The relay's configuration.
@@ -373,6 +384,12 @@ impl Flags {
             if value == 0 {
                 return Err(format!("{flag} 0: lets nobody in; try 1 or more"));
             }
+        }
+        if !(1..=threads::MOST).contains(&self.threads()) {
+            let (asked, most) = (self.threads(), threads::MOST);
+            return Err(format!(
+                "--threads {asked}: try 1 to {most}, or leave it out"
+            ));
         }
         match self
             .listen
@@ -507,6 +524,8 @@ mod tests {
                 "--max-circuits",
             ),
             (&["--max-connections", "0"], "--max-connections"),
+            (&["--threads", "0"], "--threads"),
+            (&["--threads", "1025"], "--threads"),
             (&["--deny-peer", "alice"], "--deny-peer"),
             (&["--allow-subnet", "192.0.2.1"], "--allow-subnet"),
             (&["--deny-subnet", "192.0.2.1/24"], "try 192.0.2.0/24"),

@@ -23,7 +23,7 @@ use super::{
     flags::{Flags, Stop, in_flags},
     heap, identity, interfaces,
     node::{Node, NodeEvent},
-    open_files, transport,
+    open_files, threads, transport,
 };
 use crate::{address, config::ConfigError};
 
@@ -62,7 +62,7 @@ pub fn main() -> ExitCode {
     };
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(DEFAULT_LOG)).init();
     heap::keep_what_is_freed();
-    match async_std::task::block_on(run(&flags)) {
+    match threads::run(flags.threads(), async move { run(&flags).await }) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => failed(&error),
     }
@@ -79,8 +79,12 @@ async fn run(flags: &Flags) -> Result<()> {
         .context("signals cannot be received")?
         .fuse();
     let identity = identity::load_or_make(&flags.identity)?;
-    let mut node = Node::with_limits(identity.keypair, flags.config(), flags.limits())
-        .map_err(usage_if_config)?;
+    let make = match flags.threads() {
+        1 => Node::on_one_thread,
+        _ => Node::with_limits,
+    };
+    let mut node =
+        make(identity.keypair, flags.config(), flags.limits()).map_err(usage_if_config)?;
     log::info!(
         "relaylet {} is {}",
         env!("CARGO_PKG_VERSION"),
