@@ -6,7 +6,7 @@
 
 use std::{
     collections::{HashMap, VecDeque},
-    fmt, io,
+    fmt, io, mem,
     pin::pin,
     task::{Context, Poll},
     time::{Duration, Instant},
@@ -99,6 +99,8 @@ pub struct Handler {
     asked: HashMap<CircuitId, oneshot::Sender<()>>,
     /// Dropping one of these ends its circuit.
     circuits: HashMap<CircuitId, oneshot::Sender<()>>,
+    /// What is yet to be told of them, once the connection is closing.
+    last_words: Vec<Told>,
     holds_reservation: bool,
     last_request: u64,
 }
@@ -137,6 +139,7 @@ impl Handler {
             wanted: VecDeque::new(),
             asked: HashMap::new(),
             circuits: HashMap::new(),
+            last_words: Vec::new(),
             holds_reservation: false,
             last_request: 0,
         }
@@ -393,13 +396,15 @@ impl ConnectionHandler for Handler {
         }
         self.circuits.clear();
         self.undecided.clear();
-        while let Poll::Ready(Some(done)) = self.tasks.poll_next_unpin(cx) {
-            if let Done::Circuit(circuit, end, carried) = done {
-                return Poll::Ready(Some(Told::CircuitEnded(circuit, end, carried)));
+        // One by one: as a set they would put some off while others keep waking up, and what those
+        // carried would be lost.
+        for mut task in mem::take(&mut self.tasks) {
+            if let Poll::Ready(Done::Circuit(circuit, end, carried)) = task.poll_unpin(cx) {
+                self.last_words
+                    .push(Told::CircuitEnded(circuit, end, carried));
             }
         }
-        self.tasks.clear();
-        Poll::Ready(None)
+        Poll::Ready(self.last_words.pop())
     }
 }
 
@@ -436,5 +441,53 @@ impl<S> upgrade::InboundUpgrade<S> for Inbound {
 
     fn upgrade_inbound(self, stream: S, protocol: StreamProtocol) -> Self::Future {
         std::future::ready(Ok((stream, protocol)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use libp2p::futures::task::noop_waker_ref;
+
+    use super::*;
+    use crate::circuits::{Circuits, End};
+
+    #[test]
+    fn a_connection_that_closes_says_what_each_circuit_carried_whatever_else_goes_on() {
+        let config = Config::default();
+        let mut handler = Handler::new(PeerId::random(), &config, Signs::default());
+        let mut ids = Circuits::new((&config).into());
+        let mut closed = Vec::new();
+        for carried in 1..4 {
+            // Streams on which more keeps coming in.
+            for _ in 0..2 {
+                handler.run(future::poll_fn(|cx| {
+                    cx.waker().wake_by_ref();
+                    Poll::Pending
+                }));
+            }
+            let [source, target] = [0, 1].map(|connection| End {
+                peer: PeerId::random(),
+                connection,
+            });
+            let id = ids.admit(source, target).unwrap();
+            let carried = Carried {
+                to_target: carried,
+                to_source: 0,
+            };
+            let (end, ended) = oneshot::channel();
+            handler.circuits.insert(id, end);
+            handler.run(ended.map(move |_| Done::Circuit(id, CircuitEnd::Ended, carried)));
+            closed.push((id, carried));
+        }
+        let mut told = Vec::new();
+        let cx = &mut Context::from_waker(noop_waker_ref());
+        while let Poll::Ready(Some(word)) = handler.poll_close(cx) {
+            let Told::CircuitEnded(id, CircuitEnd::Ended, carried) = word else {
+                panic!("{word:?}");
+            };
+            told.push((id, carried));
+        }
+        told.sort_by_key(|(id, _)| *id);
+        assert_eq!(told, closed);
     }
 }

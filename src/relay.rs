@@ -167,8 +167,8 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
             match self.asking.contains_key(&id) {
                 // The target will not answer any more.
                 true if !at_source => self.target_answered(id, Err(StopFailed::Gone), now),
-                // Its handler has accounted for the circuit, unless it ended without a word: see
-                // `Handler::poll_close`.
+                // Its handler has said what its circuits carried (`Handler::poll_close`), but for
+                // one that it never came to open: nothing was carried there.
                 false if at_source => {
                     self.circuit_ended(id, CircuitEnd::Ended, Carried::default(), now);
                 }
