@@ -26,6 +26,7 @@ use libp2p::{
 
 use crate::{
     access::Access,
+    accounts::Accounts,
     address::{self, Known},
     circuits::{Circuits, End},
     config::{Config, ConfigError},
@@ -121,6 +122,12 @@ impl Behaviour {
     /// The table of circuits, to look at.
     pub fn circuits(&self) -> &Circuits<ConnectionId> {
         self.relay.circuits()
+    }
+
+    /// What circuits carried, to look at: for each peer while it is connected, and in all since the
+    /// start. [`Event::CircuitClosed`] says the same of each circuit.
+    pub fn accounts(&self) -> &Accounts {
+        self.relay.accounts()
     }
 
     /// Says under which address the peer at the other end of this connection reached the relay.

@@ -113,7 +113,7 @@ pub enum Event {
         target: PeerId,
         /// How it ended.
         end: CircuitEnd,
-        /// How many bytes it delivered each way.
+        /// How many payload bytes it delivered each way; see [`crate::accounts`] for the sums.
         carried: Carried,
     },
 }

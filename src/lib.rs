@@ -53,7 +53,8 @@
 //! 2. The handler of the *target's* connection opens a stop stream, on which `stop.rs` asks.
 //! 3. The stream comes back through the relay to the handler of the *source's* connection,
 //!    which answers on the hop stream. From here on the two streams are one [`circuit`]: bytes both
-//!    ways, limits, half-close, and how many bytes were carried when it ends.
+//!    ways, limits, half-close, and how many bytes were carried when it ends. Those go into the
+//!    [`accounts`]: both peers' while they are connected, and the totals since the start.
 //!
 //! # In a swarm of one's own
 //!
@@ -93,11 +94,13 @@
 //! Drive it with `swarm.select_next_some()`. Two things are yours: to tell the relay where it can
 //! be reached (`swarm.add_external_address`, [`Config::announce`], or [`Behaviour::reported`] with
 //! what identify observes), and to switch [`Config::answer_ping`] off if you have a ping behaviour
-//! and want that one to answer. Without default features the crate is this behaviour alone.
+//! and want that one to answer. Who used the relay for how much is in [`Behaviour::accounts`].
+//! Without default features the crate is this behaviour alone.
 //!
 //! [spec]: https://github.com/libp2p/specs/blob/master/relay/circuit-v2.md
 
 pub mod access;
+pub mod accounts;
 pub mod address;
 pub mod behaviour;
 pub mod bills;
@@ -124,6 +127,7 @@ mod voucher;
 pub mod wire;
 
 pub use access::{Access, Permission, Terms};
+pub use accounts::{Account, Totals};
 pub use behaviour::Behaviour;
 pub use circuit::{Carried, CircuitEnd};
 pub use circuits::CircuitId;

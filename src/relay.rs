@@ -26,6 +26,7 @@ pub use self::order::{Command, Grant, Order, RequestId};
 use self::{connect::Asking, reserve::Newcomer};
 use crate::{
     access::Access,
+    accounts::Accounts,
     circuit::{Carried, CircuitEnd},
     circuits::{CircuitId, Circuits, End},
     config::{Config, ConfigError},
@@ -46,6 +47,7 @@ pub struct Relay<C, S> {
     connections: Connections<C>,
     reservations: Reservations<C>,
     circuits: Circuits<C>,
+    accounts: Accounts,
     /// The CONNECTs whose targets have yet to answer; `None` for those that were given up.
     asking: HashMap<CircuitId, Option<Asking>>,
     /// Who decides instead of the configuration's lists.
@@ -70,6 +72,7 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
             connections: Connections::new(),
             reservations: Reservations::new((&config).into()),
             circuits: Circuits::new((&config).into()),
+            accounts: Accounts::new(),
             asking: HashMap::new(),
             access: None,
             reserve_rates: Rates::new(config.reserve_rate),
@@ -105,6 +108,11 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
     /// The table of circuits, to look at.
     pub fn circuits(&self) -> &Circuits<C> {
         &self.circuits
+    }
+
+    /// The accounts, to look at.
+    pub fn accounts(&self) -> &Accounts {
+        &self.accounts
     }
 
     /// The connections that are up, to look at.
@@ -174,6 +182,9 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
                 }
                 _ => {}
             }
+        }
+        if self.connections.of(&peer).is_empty() {
+            self.accounts.left(&peer);
         }
         let before = self.reservations.connection(&peer);
         let up = self.connections.fit_for_a_slot(&peer);

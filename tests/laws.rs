@@ -8,8 +8,11 @@
 //! | graceful release: given up by command, and with its term | `--reservation-ttl` | `a_slot_that_is_given_up_is_free_at_once`, `a_term_that_is_over_is_over_whether_or_not_the_sweep_has_been_by` |
 //! | concurrency: many clients at once, and no slot too many | `--max-reservations` | `however_many_come_and_go_at_once_the_counts_agree` in `crowd.rs` |
 //! | consistency: no cap exceeded, every counter what counting gives, nothing left behind | `--max-reservations-per-ip`, `--max-reservations-per-subnet`, `--reserve-rate` | `history::the_relay_and_a_naive_model_of_it_never_differ` |
+//! | accounting: a peer's account is of its present stay, and ends with it; totals are of all | | `accounts::the_accounts_are_what_the_list_of_all_that_happened_adds_up_to`; `accounts.rs`, against a whole relay |
 //! | tunable policy: what is changed holds from then on and drops nobody | all of these | `a_cap_that_is_lowered_drops_nobody_and_admits_nobody_until_there_is_room`, the history; `access.rs` |
 
+#[path = "laws/accounts.rs"]
+mod accounts;
 #[path = "laws/history.rs"]
 mod history;
 #[path = "laws/model.rs"]

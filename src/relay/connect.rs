@@ -92,10 +92,12 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
         };
         let open = Command::OpenCircuit(asking.request, id, stream, asking.limit);
         self.command(circuit.source, open);
+        let (source, target) = (circuit.source.peer, circuit.target.peer);
+        self.accounts.opened(id, source, target);
         self.tell(Event::CircuitOpened {
             circuit: id,
-            source: circuit.source.peer,
-            target: circuit.target.peer,
+            source,
+            target,
         });
     }
 
@@ -108,10 +110,12 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
         now: Instant,
     ) {
         if let Some(circuit) = self.forget_circuit(id, now) {
+            let (source, target) = (circuit.source.peer, circuit.target.peer);
+            self.accounts.closed(id, source, target, carried);
             self.tell(Event::CircuitClosed {
                 circuit: id,
-                source: circuit.source.peer,
-                target: circuit.target.peer,
+                source,
+                target,
                 end,
                 carried,
             });
