@@ -2,8 +2,9 @@
 //!
 //! Pure: what was heard and when comes in with `now`; whom to ask and whom to judge goes out.
 //!
-//! Nobody is judged who was not asked, and nobody because of a silence that may be our own: after
-//! a pass that came late, silences start anew; when most fall silent at once, verdicts wait.
+//! Nobody is judged who did not have the time to answer a question, however long it had been silent
+//! before that; and nobody because of a silence that may be our own: after a pass that came late,
+//! silences start anew; when most fall silent at once, verdicts wait.
 
 use std::{
     fmt,
@@ -175,14 +176,16 @@ impl Heartbeat {
             return beat;
         }
 
+        let time_to_answer = silence.saturating_sub(heartbeat);
         let mut due = Vec::new();
         let (mut count, mut soon_due) = (0, 0);
         for (id, pulse) in watched {
             count += 1;
             let silent_for = pulse.silent_for(now);
-            if pulse.asked.is_some() {
+            if let Some(asked_for) = pulse.asked_for(now) {
                 soon_due += usize::from(silent_for + heartbeat >= silence);
-                if silent_for >= silence {
+                // A connection that nobody watched until now may have been quiet for hours.
+                if silent_for >= silence && asked_for >= time_to_answer {
                     due.push((id, pulse));
                 }
             } else if silent_for >= first_question(heartbeat, pulse.jitter) {
@@ -325,6 +328,26 @@ mod tests {
         // As far apart as beats may be without being late: the limit is over before the first.
         ward.heartbeat.policy.sweep = Duration::from_secs(SILENCE);
         assert_eq!(ward.beat_after(SILENCE + 1), asked(&[0]));
+    }
+
+    #[test]
+    fn who_was_quiet_for_long_before_it_was_watched_has_the_usual_time_to_answer() {
+        let mut ward = Ward::of(1);
+        let quiet = ward.pulses.split_off(0);
+        ward.pass(10 * SILENCE);
+        ward.pulses = quiet;
+        assert_eq!(ward.pass(1), asked(&[0]));
+        assert_eq!(ward.pass(SILENCE - HEARTBEAT - 1), asked(&[]));
+        assert_eq!(ward.pass(1), judged(&[0]));
+    }
+
+    #[test]
+    fn a_question_that_was_put_anew_gives_the_usual_time_to_answer() {
+        let mut ward = Ward::of(1);
+        assert_eq!(ward.pass(SILENCE - 1), asked(&[0]));
+        ward.pulses[0].asked(ward.now);
+        assert_eq!(ward.pass(SILENCE - HEARTBEAT - 1), asked(&[]));
+        assert_eq!(ward.pass(1), judged(&[0]));
     }
 
     #[test]

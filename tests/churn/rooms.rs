@@ -55,7 +55,7 @@ impl Rooms {
     fn judged(&self, connection: usize, after: Duration) -> Act {
         let config = self.relay.config();
         let (asked_for, silent_for) = match after >= config.silence {
-            true => (Duration::ZERO, config.silence),
+            true => (config.silence - config.heartbeat, config.silence),
             false => (config.probe, config.probe_after),
         };
         Act::Judged {

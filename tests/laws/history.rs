@@ -3,6 +3,9 @@
 //! The relay is the real one, `relaylet::relay`, without sockets: after each step both have to have
 //! given the same answers, asked the same peers for a sign of life, freed the same slots for the
 //! same reasons, and hold the same; and what the relay counts is counted once more from scratch.
+//!
+//! Two laws are held to without the model, which might be wrong in the same way: nobody is judged
+//! who did not have its time to answer, and no step but a change of policy brings a cap over.
 
 use std::{
     collections::HashMap,
@@ -129,11 +132,17 @@ fn policy() -> impl Strategy<Value = Policy> {
     let grace = prop_oneof![Just(0), Just(30_000)];
     let heartbeat = prop_oneof![1 => Just(0), 4 => Just(30_000)];
     let probe = prop_oneof![1 => Just(0), 4 => Just(3_000)];
-    let sweep = prop_oneof![Just(2_000), Just(7_000)];
+    let times = (
+        prop_oneof![Just(120_000), Just(45_000)],
+        prop_oneof![2 => Just(60_000), 1 => Just(35_000), 1 => Just(90_000)],
+        prop_oneof![Just(10_000), Just(5_000), Just(40_000)],
+    );
+    let sweep = prop_oneof![3 => Just(2_000), 2 => Just(7_000), 1 => Just(50_000)];
     let rate = prop_oneof![3 => Just(0), 1 => Just(1), 1 => Just(4)];
     let denied = prop_oneof![4 => Just(None), 1 => (0..PEERS).prop_map(Some)];
     (
         caps,
+        times,
         grace,
         heartbeat,
         probe,
@@ -143,17 +152,17 @@ fn policy() -> impl Strategy<Value = Policy> {
         any::<bool>(),
     )
         .prop_map(
-            |(caps, grace, heartbeat, probe, sweep, rate, denied, close_silent)| Policy {
+            |(caps, times, grace, heartbeat, probe, sweep, rate, denied, close_silent)| Policy {
                 total: caps.0,
                 per_ip: caps.1,
                 per_subnet: caps.2,
-                ttl: 120_000,
+                ttl: times.0,
                 grace,
                 heartbeat,
-                silence: 60_000,
+                silence: times.1,
                 close_silent,
                 probe,
-                probe_after: 10_000,
+                probe_after: times.2,
                 sweep,
                 rate,
                 denied,
@@ -199,6 +208,8 @@ struct World {
     /// What each peer was granted, first to last.
     receipts: Vec<Vec<(u64, Receipt)>>,
     answers_after: Vec<Option<u64>>,
+    /// Since when a question to a connection is open, and nothing was heard on it.
+    unanswered: HashMap<u32, u64>,
     /// Answers that are on their way: when they arrive, and over which connection.
     under_way: Vec<(u64, u32)>,
     connections: u32,
@@ -212,6 +223,7 @@ struct Done {
     freed: Vec<(usize, Why)>,
     asked: Vec<u32>,
     judged: Vec<usize>,
+    closed: usize,
 }
 
 impl World {
@@ -227,6 +239,7 @@ impl World {
             signs: HashMap::new(),
             receipts: vec![Vec::new(); PEERS],
             answers_after: vec![Some(50); PEERS],
+            unanswered: HashMap::new(),
             under_way: Vec::new(),
             connections: 0,
             requests: 0,
@@ -258,10 +271,40 @@ impl World {
     }
 
     fn live_through(&mut self, step: Step) {
+        let policy_changes = matches!(step, Step::Configure(_));
+        let before = self.over_caps();
         self.take(step);
         let done = self.carry_out();
         self.compare(done);
         self.compare_tables();
+        let after = self.over_caps().into_iter().zip(before);
+        for (after, before) in after.filter(|_| !policy_changes) {
+            assert!(after <= before, "a cap is exceeded");
+        }
+    }
+
+    /// By how much each cap is exceeded: those of the addresses, of their subnets, and the total.
+    fn over_caps(&self) -> Vec<usize> {
+        let Policy {
+            total,
+            per_ip,
+            per_subnet,
+            ..
+        } = self.model.policy;
+        let table = self.relay.reservations();
+        let beyond = |held: usize, cap| match cap {
+            0 => 0,
+            cap => held.saturating_sub(cap),
+        };
+        let each = (0..ADDRESSES).map(billed_to).flat_map(|bill| {
+            let of_subnet = table.bills().of_subnet(bill.subnet());
+            [
+                beyond(table.bills().of_address(bill), per_ip),
+                beyond(of_subnet, per_subnet),
+            ]
+        });
+        let all: Vec<_> = each.chain([beyond(table.taken(), total)]).collect();
+        all
     }
 
     fn take(&mut self, step: Step) {
@@ -308,6 +351,7 @@ impl World {
                 for connection in self.model.connections.iter_mut().filter(|c| c.peer == peer) {
                     connection.last_heard = self.now;
                     connection.asked = None;
+                    self.unanswered.remove(&connection.id);
                 }
             }
             Step::Answers { peer, after } => self.answers_after[peer] = after,
@@ -360,6 +404,7 @@ impl World {
         if let Some(connection) = connection {
             connection.unseen = true;
             self.signs[&id].heard(1);
+            self.unanswered.remove(&id);
         }
     }
 
@@ -385,8 +430,21 @@ impl World {
             self.speaks(connection);
         }
         let due = self.relay.sweep_due().saturating_duration_since(self.start);
+        let somebody_waits = self.relay.waiting() > 0;
         self.relay.sweep(self.instant());
         let done = self.carry_out();
+        for peer in &done.judged {
+            let time = self.model.policy.time_to_answer(somebody_waits);
+            let all = self.model.connections.iter().filter(|c| c.peer == *peer);
+            let asked = all.filter_map(|c| self.unanswered.get(&c.id)).min();
+            assert!(asked.is_some_and(|asked| now - asked >= time), "law 1");
+        }
+        let closed = if self.model.policy.close_silent {
+            done.judged.len()
+        } else {
+            0
+        };
+        assert_eq!(done.closed, closed, "who is judged is closed, or nobody is");
         self.model.sweep(due.as_millis() as u64, &done.judged, now);
         let next = self.relay.sweep_due().saturating_duration_since(self.start);
         assert_eq!(next.as_millis() as u64, self.model.next_sweep(now));
@@ -408,10 +466,12 @@ impl World {
                 }
                 Order::Command(to, Command::AskForSign(_)) => {
                     done.asked.push(to.connection);
+                    self.unanswered.entry(to.connection).or_insert(self.now);
                     if let Some(after) = self.answers_after[self.who(to.peer)] {
                         self.under_way.push((self.now + after, to.connection));
                     }
                 }
+                Order::Close(_) => done.closed += 1,
                 Order::Tell(Event::PeerSilent { peer, .. }) => done.judged.push(self.who(peer)),
                 Order::Tell(Event::ReservationFreed { peer, reason, .. }) => {
                     done.freed.push((self.who(peer), self.why(reason)));
@@ -424,7 +484,8 @@ impl World {
 
     fn why(&self, reason: FreedReason) -> Why {
         match reason {
-            FreedReason::Expired | FreedReason::GraceOver => Why::Over,
+            FreedReason::Expired => Why::Expired,
+            FreedReason::GraceOver => Why::GraceOver,
             FreedReason::Disconnected => Why::Left,
             FreedReason::Silent => Why::Silent,
             FreedReason::TakenBy { peer } => Why::Taken(self.who(peer)),

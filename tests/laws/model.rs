@@ -17,7 +17,8 @@ pub enum Answer {
 /// Why a slot came back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Why {
-    Over,
+    Expired,
+    GraceOver,
     Left,
     Silent,
     Taken(usize),
@@ -103,6 +104,18 @@ enum Cap {
     Table,
 }
 
+impl Policy {
+    /// How long a peer that is judged must have had to answer.
+    pub fn time_to_answer(&self, somebody_waits: bool) -> u64 {
+        let beat = (self.heartbeat > 0).then(|| self.silence - self.heartbeat);
+        let probe = somebody_waits.then_some(self.probe);
+        beat.into_iter()
+            .chain(probe)
+            .min()
+            .expect("somebody judges")
+    }
+}
+
 /// Two addresses make a subnet.
 pub fn subnet(address: u8) -> u8 {
     address / 2
@@ -158,9 +171,17 @@ impl Model {
     }
 
     pub fn over(&self, slot: &Slot, now: u64) -> bool {
+        self.why_over(slot, now).is_some()
+    }
+
+    fn why_over(&self, slot: &Slot, now: u64) -> Option<Why> {
         let grace_over =
             matches!(slot.state, State::Grace(since, _) if since + self.policy.grace <= now);
-        slot.expires <= now || grace_over
+        match (slot.expires <= now, grace_over) {
+            (true, _) => Some(Why::Expired),
+            (false, true) => Some(Why::GraceOver),
+            (false, false) => None,
+        }
     }
 
     /// Those of a peer that a slot may point at, oldest first.
@@ -184,13 +205,19 @@ impl Model {
     }
 
     fn end_what_is_over(&mut self, now: u64) {
-        while let Some(index) = self.slots.iter().position(|slot| self.over(slot, now)) {
-            self.free(index, Why::Over);
+        let mut index = 0;
+        while let Some(slot) = self.slots.get(index) {
+            match self.why_over(slot, now) {
+                Some(why) => self.free(index, why),
+                None => index += 1,
+            }
         }
     }
 
     // ---- Caps
 
+    /// The caps that hold for an address, narrowest first: what each covers, how many slots are held
+    /// under it, and how many may be.
     fn caps(&self, address: u8) -> Vec<(Cap, usize, usize)> {
         let caps = [
             (Cap::Address(address), self.policy.per_ip),
@@ -215,11 +242,10 @@ impl Model {
         now: u64,
     ) -> Result<(), Option<Cap>> {
         let address = self.connection(connection).address;
-        if let Some(own) = self
-            .slot(peer)
-            .filter(|own| self.over(&self.slots[*own], now))
+        if let Some(own) = self.slot(peer)
+            && let Some(why) = self.why_over(&self.slots[own], now)
         {
-            self.free(own, Why::Over);
+            self.free(own, why);
         }
         if self
             .caps(address)
@@ -504,9 +530,11 @@ impl Model {
             .iter()
             .filter(|c| silent_for(c, silence - heartbeat))
             .count();
+        let could_answer =
+            |c: &Connection| c.asked.is_some_and(|at| now - at >= silence - heartbeat);
         let due: Vec<_> = asked
             .iter()
-            .filter(|c| silent_for(c, silence))
+            .filter(|c| silent_for(c, silence) && could_answer(c))
             .map(|c| c.id)
             .collect();
         for connection in watched.iter().filter(|c| c.asked.is_none()) {
