@@ -2,7 +2,8 @@
 //!
 //! Pure. When a cap leaves no room, the peers under it that have been silent for a while are asked
 //! for a sign of life at once, and whoever does not give one within the probe time is judged: the
-//! longest silent first, and no more than newcomers wait. A peer that answers keeps its slot.
+//! longest silent first, and no more than newcomers wait. A peer that answers keeps its slot. Doubts
+//! about our own link (see [`crate::heartbeat`]) keep nobody waiting: the newcomer came by it.
 
 use std::{
     cmp::Reverse,
@@ -15,7 +16,7 @@ use crate::{address::BilledTo, bills::Full, config::Config};
 /// How many newcomers may wait at a time. Whoever comes beyond that is refused at once.
 const MOST_WAITING: usize = 64;
 
-/// How many of them may have come from one address.
+/// How many of them may have come from one address: else one that is at its cap takes all places.
 const MOST_WAITING_PER_ADDRESS: usize = 8;
 
 /// How many peers may be on probation at a time.

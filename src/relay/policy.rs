@@ -26,7 +26,8 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
         self.reclaim.set_policy((&config).into());
         self.reserve_rates.set(config.reserve_rate);
         self.connect_rates.set(config.connect_rate);
-        self.sweep_due = now + config.sweep;
+        // Never later than it was: whoever changes something every second would put it off for ever.
+        self.sweep_due = self.sweep_due.min(now + config.sweep);
         self.hurry(now);
         self.config = config;
         self.access_changed(now);
@@ -50,15 +51,20 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
             }
         }
         for (id, circuit) in self.circuits.iter().collect::<Vec<_>>() {
-            if self.may_connect(circuit.source, circuit.target.peer) == Permission::Deny {
+            let source_may = self.may_connect(circuit.source, circuit.target.peer);
+            // Its target need not hold a slot any more, or may hold it over another connection.
+            if [source_may, self.may_reserve(circuit.target)].contains(&Permission::Deny) {
                 self.end_circuit(id, circuit);
             }
         }
-        for newcomer in self.reclaim.take() {
-            let who = newcomer.newcomer;
-            match self.may_reserve(who.from) {
-                Permission::Deny => self.refuse(who.from, who.request, Refused::Denied),
-                Permission::Allow(_) => self.reclaim.wait_on(newcomer),
+        for mut waiting in self.reclaim.take() {
+            let newcomer = &mut waiting.newcomer;
+            match self.may_reserve(newcomer.from) {
+                Permission::Deny => self.refuse(newcomer.from, newcomer.request, Refused::Denied),
+                Permission::Allow(terms) => {
+                    newcomer.terms = terms;
+                    self.reclaim.wait_on(waiting);
+                }
             }
         }
     }
@@ -87,5 +93,84 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
 
     fn access(&self) -> &dyn Access {
         self.access.as_deref().unwrap_or(&self.config.access)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::{
+        connections::Connection,
+        relay::{Command, Order, RequestId},
+        wire::Request,
+    };
+
+    const SOURCE: u32 = 1;
+    const TARGET: u32 = 2;
+
+    /// A relay with two connections, the target's from 192.0.2.1.
+    fn relay(now: Instant) -> (Relay<u32, ()>, [End<u32>; 2]) {
+        let mut relay = Relay::new(Config::default(), now).unwrap();
+        let ends = [
+            (SOURCE, "/ip4/198.51.100.1/tcp/1"),
+            (TARGET, "/ip4/192.0.2.1/tcp/1"),
+        ];
+        let ends = ends.map(|(connection, address)| {
+            let peer = PeerId::random();
+            let address = address.parse().unwrap();
+            let up = Connection::new(peer, address, false, 0, now);
+            relay.connected(connection, up);
+            End { peer, connection }
+        });
+        (relay, ends)
+    }
+
+    fn orders(relay: &mut Relay<u32, ()>) -> Vec<Order<u32, ()>> {
+        std::iter::from_fn(|| relay.next_order()).collect()
+    }
+
+    #[test]
+    fn a_circuit_ends_whose_target_is_denied_and_holds_no_slot_any_more() {
+        let start = Instant::now();
+        let (mut relay, [source, target]) = relay(start);
+        relay.requested(target, RequestId(1), Request::Reserve, start);
+        let connect = Request::Connect(target.peer);
+        relay.requested(source, RequestId(1), connect, start);
+        let asked = orders(&mut relay)
+            .into_iter()
+            .find_map(|order| match order {
+                Order::Command(_, Command::AskTarget(id, ..)) => Some(id),
+                _ => None,
+            });
+        let circuit = asked.expect("the target is asked");
+        relay.target_answered(circuit, Ok(()), start);
+        let later = start + Duration::from_secs(2 * 60 * 60);
+        relay.heard(target.peer, later);
+        relay.heard(source.peer, later);
+        relay.sweep(later);
+        assert_eq!(relay.reservations().taken(), 0, "the term is over");
+        orders(&mut relay);
+
+        let mut config = relay.config().clone();
+        config.access.deny_subnet = vec!["192.0.2.0/24".parse().unwrap()];
+        relay.set_config(config, later).unwrap();
+        let ended = orders(&mut relay).into_iter().any(
+            |order| matches!(order, Order::Command(to, Command::EndCircuit(id)) if (to, id) == (source, circuit)),
+        );
+        assert!(ended);
+    }
+
+    #[test]
+    fn a_policy_that_changes_all_the_time_puts_no_sweep_off() {
+        let start = Instant::now();
+        let (mut relay, _) = relay(start);
+        let due = relay.sweep_due();
+        for later in 1..9 {
+            let now = start + Duration::from_millis(later * 100);
+            relay.set_config(relay.config().clone(), now).unwrap();
+        }
+        assert_eq!(relay.sweep_due(), due);
     }
 }

@@ -19,7 +19,7 @@ use crate::{
 pub(super) struct Newcomer<C> {
     pub(super) from: End<C>,
     pub(super) request: RequestId,
-    terms: Terms,
+    pub(super) terms: Terms,
 }
 
 impl<C: Copy + Ord + Hash, S> Relay<C, S> {
