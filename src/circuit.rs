@@ -16,7 +16,7 @@ use std::{
 use futures_timer::Delay;
 use libp2p::futures::{AsyncRead, AsyncWrite, FutureExt, channel::oneshot};
 
-use crate::{buffer::Buffer, wire::Limit};
+use crate::{buffer::Buffer, relay::Quota, share::Share};
 
 /// How a circuit ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,6 +62,7 @@ pub(crate) struct Circuit<S, T> {
     target: T,
     to_target: Direction,
     to_source: Direction,
+    share: Share,
     deadline: Option<Delay>,
     /// Resolves when the relay ends the circuit, be it by dropping the other half.
     ended: oneshot::Receiver<()>,
@@ -69,12 +70,14 @@ pub(crate) struct Circuit<S, T> {
 
 impl<S, T> Circuit<S, T> {
     /// A circuit whose time begins now.
-    pub(crate) fn new(source: S, target: T, limit: Limit, ended: oneshot::Receiver<()>) -> Self {
+    pub(crate) fn new(source: S, target: T, quota: Quota, ended: oneshot::Receiver<()>) -> Self {
+        let Quota { limit, share } = quota;
         Self {
             source,
             target,
             to_target: Direction::new(limit.bytes),
             to_source: Direction::new(limit.bytes),
+            share,
             deadline: limit.duration.map(Delay::new),
             ended,
         }
@@ -98,9 +101,19 @@ where
             if deadline.is_some_and(|deadline| deadline.poll_unpin(cx).is_ready()) {
                 break 'end CircuitEnd::TimeLimit;
             }
-            let there = this.to_target.poll(&mut this.source, &mut this.target, cx);
-            let back = this.to_source.poll(&mut this.target, &mut this.source, cx);
-            match (there, back) {
+            let (source, target) = (&mut this.source, &mut this.target);
+            let share = &mut this.share;
+            let ways = match share.target_first() {
+                false => {
+                    let there = this.to_target.poll(source, target, share, cx);
+                    (there, this.to_source.poll(target, source, share, cx))
+                }
+                true => {
+                    let back = this.to_source.poll(target, source, share, cx);
+                    (this.to_target.poll(source, target, share, cx), back)
+                }
+            };
+            match ways {
                 (Poll::Ready(Err(end)), _) | (_, Poll::Ready(Err(end))) => end,
                 (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => CircuitEnd::Finished,
                 _ => return Poll::Pending,
@@ -150,6 +163,7 @@ impl Direction {
         &mut self,
         from: &mut (impl AsyncRead + Unpin),
         to: &mut (impl AsyncWrite + Unpin),
+        share: &mut Share,
         cx: &mut Context<'_>,
     ) -> Poll<Result<(), CircuitEnd>> {
         let mut waiting = std::mem::take(&mut self.waiting);
@@ -174,7 +188,7 @@ impl Direction {
                 State::Open => {}
             }
             let mut buffer = Buffer::borrow();
-            match Pin::new(&mut *from).poll_read(cx, &mut buffer) {
+            match poll_read(from, &mut buffer, share, cx) {
                 Poll::Ready(Ok(0)) => self.state = State::Closing,
                 Poll::Ready(Ok(read)) => {
                     let passing = &buffer[..self.allowed(read)];
@@ -186,7 +200,7 @@ impl Direction {
                 }
                 Poll::Ready(Err(error)) => return Poll::Ready(Err(reset(error))),
                 Poll::Pending => {
-                    // Nothing to read now: let what was written reach the other end.
+                    // Nothing to read now, or not its turn: let what was written reach the other end.
                     let _ = Pin::new(&mut *to).poll_flush(cx).map_err(reset)?;
                     return Poll::Pending;
                 }
@@ -228,6 +242,22 @@ impl Direction {
         *allowance -= passing;
         passing as usize
     }
+}
+
+/// Reads what there is, as far as the circuit's share of the link goes.
+fn poll_read(
+    from: &mut (impl AsyncRead + Unpin),
+    buffer: &mut [u8],
+    share: &mut Share,
+    cx: &mut Context<'_>,
+) -> Poll<io::Result<usize>> {
+    let piece = ready!(share.poll(cx));
+    let room = piece.map_or(buffer.len(), |piece| piece.min(buffer.len()));
+    let read = ready!(Pin::new(from).poll_read(cx, &mut buffer[..room]))?;
+    if piece.is_some() && read > 0 {
+        share.carried(read);
+    }
+    Poll::Ready(Ok(read))
 }
 
 fn reset(error: io::Error) -> CircuitEnd {

@@ -111,6 +111,14 @@ pub struct Config {
     pub circuit_duration: Duration,
     /// How many bytes a circuit may carry in each direction. Default 128 KiB; zero: no limit.
     pub circuit_bytes: u64,
+    /// How many payload bytes a second all circuits may carry together, both directions counted.
+    ///
+    /// Default zero: no cap. Circuits that want more than there is get the same each; open ones
+    /// follow a new cap at once.
+    pub bandwidth: u64,
+    /// How many payload bytes a second one peer may send and receive together through its circuits,
+    /// whether as source or as target. Default zero: no cap. Its circuits share it alike.
+    pub bandwidth_per_peer: u64,
     /// How many times a minute a peer may send a RESERVE; its address ten times as often, for all
     /// its peers together. Default 30, all of which may come at once; zero: no limit.
     ///
@@ -151,6 +159,8 @@ impl Default for Config {
             max_circuits_per_peer: 64,
             circuit_duration: Duration::from_secs(2 * 60),
             circuit_bytes: 128 * 1024,
+            bandwidth: 0,
+            bandwidth_per_peer: 0,
             reserve_rate: 30,
             connect_rate: 30,
             access: Lists::default(),

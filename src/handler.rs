@@ -34,7 +34,7 @@ use crate::{
     circuits::CircuitId,
     config::Config,
     hop, ping,
-    relay::{Command, RequestId},
+    relay::{Command, Quota, RequestId},
     reservations::Receipt,
     signs::{Heard, Signs},
     stop::{self, StopFailed},
@@ -201,18 +201,18 @@ impl Handler {
         self.run(within(patience, exchange).map(|_| Done::Sign));
     }
 
-    fn open(&mut self, source: Substream, circuit: CircuitId, target: Substream, limit: Limit) {
+    fn open(&mut self, source: Substream, circuit: CircuitId, target: Substream, quota: Quota) {
         let (end, ended) = oneshot::channel();
         self.circuits.insert(circuit, end);
         self.run(async move {
-            let answer = pin!(hop::open_circuit(source, wire::connect_ok(limit)));
+            let answer = pin!(hop::open_circuit(source, wire::connect_ok(quota.limit)));
             let failed = |end| Done::Circuit(circuit, end, Carried::default());
             let (source, ended) = match future::select(answer, ended).await {
                 Either::Left((Ok(source), ended)) => (source, ended),
                 Either::Left((Err(error), _)) => return failed(CircuitEnd::Reset(error.kind())),
                 Either::Right(_) => return failed(CircuitEnd::Ended),
             };
-            let (end, carried) = Circuit::new(source, target, limit, ended).await;
+            let (end, carried) = Circuit::new(source, target, quota, ended).await;
             Done::Circuit(circuit, end, carried)
         });
     }
@@ -313,9 +313,9 @@ impl ConnectionHandler for Handler {
             Command::GiveUpAsking(circuit) => {
                 self.asked.remove(&circuit);
             }
-            Command::OpenCircuit(request, circuit, target, limit) => {
+            Command::OpenCircuit(request, circuit, target, quota) => {
                 if let Some(source) = self.undecided.remove(&request) {
-                    self.open(source, circuit, *target, limit);
+                    self.open(source, circuit, *target, quota);
                     return;
                 }
                 let end = CircuitEnd::Ended;

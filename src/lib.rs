@@ -22,6 +22,7 @@
 //! - *Probe*: the short time that a silent peer has to answer when a newcomer waits for its slot.
 //! - *Billed*: a slot counts towards the caps of the address that it was reserved from, and of that
 //!   address's subnet.
+//! - *Share*: what a circuit gets of a link that is too narrow for all, a *piece* at a time.
 //! - *Sweep*: the pass over the tables, once a second and more often while a newcomer waits, that
 //!   ends what is over.
 //! - *Idle*: a connection that neither holds a reservation nor carries a circuit.
@@ -49,12 +50,14 @@
 //! # One CONNECT, file by file
 //!
 //! 1. To the relay as above, and past [`access`]. No live reservation of the target, no
-//!    circuit; else, if it is not asked for too often, the table in [`circuits`] counts it, if source, target and relay have room for one more.
+//!    circuit; else, if it is not asked for too often, the table in [`circuits`] counts it, if
+//!    source, target and relay have room for one more.
 //! 2. The handler of the *target's* connection opens a stop stream, on which `stop.rs` asks.
 //! 3. The stream comes back through the relay to the handler of the *source's* connection,
 //!    which answers on the hop stream. From here on the two streams are one [`circuit`]: bytes both
-//!    ways, limits, half-close, and how many bytes were carried when it ends. Those go into the
-//!    [`accounts`]: both peers' while they are connected, and the totals since the start.
+//!    ways, limits, half-close, its share of the link ([`bandwidth`], `share.rs`), and how many
+//!    bytes were carried when it ends. Those go into the [`accounts`]: both peers' while they are
+//!    connected, and the totals since the start.
 //!
 //! # In a swarm of one's own
 //!
@@ -102,6 +105,7 @@
 pub mod access;
 pub mod accounts;
 pub mod address;
+pub mod bandwidth;
 pub mod behaviour;
 pub mod bills;
 mod buffer;
@@ -120,6 +124,7 @@ pub mod rates;
 pub mod reclaim;
 pub mod relay;
 pub mod reservations;
+mod share;
 pub mod signs;
 mod stop;
 mod timeout;

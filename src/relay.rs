@@ -22,7 +22,7 @@ use std::{
 
 use libp2p::{Multiaddr, PeerId};
 
-pub use self::order::{Command, Grant, Order, RequestId};
+pub use self::order::{Command, Grant, Order, Quota, RequestId};
 use self::{connect::Asking, reserve::Newcomer};
 use crate::{
     access::Access,
@@ -36,6 +36,7 @@ use crate::{
     rates::Rates,
     reclaim::Reclaim,
     reservations::Reservations,
+    share::Link,
     signs::Signs,
     stop::StopFailed,
     wire::{BadRequest, Request},
@@ -54,6 +55,7 @@ pub struct Relay<C, S> {
     access: Option<Box<dyn Access>>,
     reserve_rates: Rates,
     connect_rates: Rates,
+    link: Link,
     heartbeat: Heartbeat,
     reclaim: Reclaim<Newcomer<C>>,
     sweep_due: Instant,
@@ -77,6 +79,7 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
             access: None,
             reserve_rates: Rates::new(config.reserve_rate),
             connect_rates: Rates::new(config.connect_rate),
+            link: Link::new((&config).into(), now),
             heartbeat: Heartbeat::new((&config).into(), now),
             reclaim: Reclaim::new((&config).into()),
             sweep_due: now + config.sweep,

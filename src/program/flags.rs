@@ -190,6 +190,26 @@ pub struct Flags {
     )]
     pub circuit_bytes: ByteSize,
 
+    /// How many payload bytes a second all circuits may carry together; 0: no cap
+    #[structopt(
+        long,
+        value_name = "SIZE",
+        env = "RELAYLET_BANDWIDTH",
+        default_value = "0",
+        parse(try_from_str = size)
+    )]
+    pub bandwidth: ByteSize,
+
+    /// How many of them one peer may send and receive through its circuits; 0: no cap
+    #[structopt(
+        long,
+        value_name = "SIZE",
+        env = "RELAYLET_BANDWIDTH_PER_PEER",
+        default_value = "0",
+        parse(try_from_str = size)
+    )]
+    pub bandwidth_per_peer: ByteSize,
+
     /// How many times a minute a peer may send a RESERVE, its address ten times as often; 0: no limit
     #[structopt(
         long,
@@ -339,6 +359,8 @@ impl Flags {
             max_circuits_per_peer: self.max_circuits_per_peer,
             circuit_duration: self.circuit_duration.into(),
             circuit_bytes: self.circuit_bytes.as_u64(),
+            bandwidth: self.bandwidth.as_u64(),
+            bandwidth_per_peer: self.bandwidth_per_peer.as_u64(),
             reserve_rate: self.reserve_rate,
             connect_rate: self.connect_rate,
             access: self.access(),
@@ -517,6 +539,12 @@ mod tests {
             (&["--grace", "soon"][..], "--grace"),
             (&["--sweep", "0s"], "--sweep"),
             (&["--circuit-bytes", "a lot"], "--circuit-bytes"),
+            (&["--circuit-bytes", "99999999TiB"], "--circuit-bytes"),
+            (&["--bandwidth", "fast"], "--bandwidth"),
+            (&["--bandwidth", "99999999TB"], "--bandwidth"),
+            (&["--bandwidth-per-peer", "-1"], "-1"),
+            (&["--reserve-rate", "4294967296"], "--reserve-rate"),
+            (&["--connect-rate", "99999999999"], "--connect-rate"),
             (&["--max-reservations", "0"], "--max-reservations"),
             (&["--max-reservations", "-1"], "-1"),
             (

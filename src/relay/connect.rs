@@ -4,7 +4,7 @@ use std::{hash::Hash, time::Instant};
 
 use libp2p::PeerId;
 
-use super::{Command, Relay, RequestId};
+use super::{Command, Quota, Relay, RequestId};
 use crate::{
     access::Permission,
     circuit::{Carried, CircuitEnd},
@@ -90,9 +90,13 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
         let Some(circuit) = self.circuits.get(id) else {
             return;
         };
-        let open = Command::OpenCircuit(asking.request, id, stream, asking.limit);
-        self.command(circuit.source, open);
         let (source, target) = (circuit.source.peer, circuit.target.peer);
+        let quota = Quota {
+            limit: asking.limit,
+            share: self.link.share([source, target]),
+        };
+        let open = Command::OpenCircuit(asking.request, id, stream, quota);
+        self.command(circuit.source, open);
         self.accounts.opened(id, source, target);
         self.tell(Event::CircuitOpened {
             circuit: id,

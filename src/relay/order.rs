@@ -9,6 +9,7 @@ use crate::{
     circuits::{CircuitId, End},
     event::Event,
     reservations::Receipt,
+    share::Share,
     wire::{Limit, Status},
 };
 
@@ -45,6 +46,15 @@ pub struct Grant<C> {
     pub expires: Instant,
 }
 
+/// What a circuit may carry: what both of its peers were told, and what the others leave it.
+#[derive(Debug)]
+pub struct Quota {
+    /// As on the wire.
+    pub limit: Limit,
+    /// Of the link.
+    pub share: Share,
+}
+
 /// What is asked of a connection.
 #[derive(Debug)]
 pub enum Command<S> {
@@ -57,7 +67,7 @@ pub enum Command<S> {
     /// Nobody waits for the answer any more: say so as soon as nothing is left of the question.
     GiveUpAsking(CircuitId),
     /// The target agreed: answer the CONNECT, and let bytes pass.
-    OpenCircuit(RequestId, CircuitId, S, Limit),
+    OpenCircuit(RequestId, CircuitId, S, Quota),
     /// End a circuit that this connection carries as its source.
     EndCircuit(CircuitId),
     /// Ask the peer for a sign of life, and wait for it for so long.

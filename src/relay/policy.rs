@@ -26,6 +26,7 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
         self.reclaim.set_policy((&config).into());
         self.reserve_rates.set(config.reserve_rate);
         self.connect_rates.set(config.connect_rate);
+        self.link.bandwidth().set_policy((&config).into(), now);
         // Never later than it was: whoever changes something every second would put it off for ever.
         self.sweep_due = self.sweep_due.min(now + config.sweep);
         self.hurry(now);

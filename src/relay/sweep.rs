@@ -21,6 +21,7 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
         }
         self.reserve_rates.forget_full(now);
         self.connect_rates.forget_full(now);
+        self.link.bandwidth().forget_paid(now);
         self.reservations.end_what_is_over(now);
         self.tell_freed(now);
         self.connections.listen(now);

@@ -8,6 +8,7 @@ pub mod children;
 pub mod messages;
 pub mod network;
 pub mod process;
+pub mod running;
 
 use std::{
     io::{BufRead, BufReader, Read},

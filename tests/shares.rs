@@ -1,0 +1,152 @@
+//! How fairly circuits share a link that is too narrow for them, against the running program.
+//!
+//! `cargo bench --bench shares` measures each case over five seconds, prints a Markdown table, and
+//! ends with status 1 if a share is not what was promised.
+
+mod common;
+
+use std::{
+    process::ExitCode,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use common::{Client, Relay, circuit};
+use libp2p::{
+    Stream,
+    futures::{AsyncReadExt, AsyncWriteExt},
+};
+use tokio::time::{Instant, interval, sleep};
+
+/// What the whole relay may carry, in bytes a second.
+const CAP: u64 = 4_000_000;
+
+/// What a modest circuit asks for: less than a tenth, but not by much.
+const MODEST: u64 = 350_000;
+
+/// Until windows have grown and everyone is at it.
+const SETTLES: Duration = Duration::from_secs(2);
+
+const MEASURED: Duration = Duration::from_secs(5);
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    println!("| under `--bandwidth 4MB`, over 5 s | measured | promised | |");
+    println!("| --- | --- | --- | --- |");
+    let mut kept = true;
+    let mut row = |what: &str, figure: f64, promised: &str, holds: bool| {
+        let verdict = if holds { "" } else { "BROKEN" };
+        println!("| {what} | {figure:.3} | {promised} | {verdict} |");
+        kept &= holds;
+    };
+
+    let rates = rates(&[None; 10]).await;
+    let jain = fairness(&rates);
+    row(
+        "ten greedy circuits: Jain's index",
+        jain,
+        "at least 0.95",
+        jain >= 0.95,
+    );
+    let of_cap = of_cap(&rates);
+    row(
+        "together, of the cap",
+        of_cap,
+        "0.95 to 1.05",
+        within_5_percent(of_cap),
+    );
+
+    let mut wishes = [Some(MODEST); 10];
+    wishes[0] = None;
+    let rates = self::rates(&wishes).await;
+    let least = rates[1..].iter().copied().fold(f64::INFINITY, f64::min) / MODEST as f64;
+    row(
+        "one greedy, nine modest: the least a modest one got, of what it asked for",
+        least,
+        "0.95 or more",
+        least >= 0.95,
+    );
+    let of_cap = self::of_cap(&rates);
+    row(
+        "together, of the cap",
+        of_cap,
+        "0.95 to 1.05",
+        within_5_percent(of_cap),
+    );
+    match kept {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::FAILURE,
+    }
+}
+
+/// How many bytes a second each of these circuits gets through, each between two peers of its own.
+/// `None` asks for everything.
+async fn rates(wishes: &[Option<u64>]) -> Vec<f64> {
+    let flags =
+        "--bandwidth=4MB --circuit-bytes=0 --circuit-duration=0s --max-reservations-per-ip=0";
+    let relay = Relay::start(&flags.split(' ').collect::<Vec<_>>());
+    let mut clients = Vec::new();
+    let mut arrived = Vec::new();
+    for wish in wishes {
+        let (mut source, mut target) =
+            (Client::connect(&relay).await, Client::connect(&relay).await);
+        target.reserve().await;
+        let (from, to) = circuit(&mut source, &mut target).await;
+        clients.extend([source, target]);
+        let count = Arc::new(AtomicU64::new(0));
+        arrived.push(Arc::clone(&count));
+        tokio::spawn(send(from, *wish));
+        tokio::spawn(receive(to, count));
+    }
+    sleep(SETTLES).await;
+    let count = || {
+        arrived
+            .iter()
+            .map(|count| count.load(Ordering::Relaxed))
+            .collect::<Vec<_>>()
+    };
+    let (start, before) = (Instant::now(), count());
+    sleep(MEASURED).await;
+    let (took, after) = (start.elapsed().as_secs_f64(), count());
+    let of = |(after, before): (u64, u64)| (after - before) as f64 / took;
+    after.into_iter().zip(before).map(of).collect()
+}
+
+async fn send(mut stream: Stream, wish: Option<u64>) {
+    const TICKS: u64 = 100;
+    let piece = vec![7; wish.map_or(64 * 1024, |rate| (rate / TICKS) as usize)];
+    let mut tick = interval(Duration::from_millis(1000 / TICKS));
+    loop {
+        if wish.is_some() {
+            tick.tick().await;
+        }
+        if stream.write_all(&piece).await.is_err() || stream.flush().await.is_err() {
+            return; // the relay is gone
+        }
+    }
+}
+
+async fn receive(mut stream: Stream, count: Arc<AtomicU64>) {
+    let mut buffer = vec![0; 64 * 1024];
+    while let Ok(read @ 1..) = stream.read(&mut buffer).await {
+        count.fetch_add(read as u64, Ordering::Relaxed);
+    }
+}
+
+fn of_cap(rates: &[f64]) -> f64 {
+    rates.iter().sum::<f64>() / CAP as f64
+}
+
+fn within_5_percent(of_cap: f64) -> bool {
+    (0.95..=1.05).contains(&of_cap)
+}
+
+/// Jain's index: 1 where all get the same, 1/n where one gets everything.
+fn fairness(rates: &[f64]) -> f64 {
+    let sum: f64 = rates.iter().sum();
+    let squares: f64 = rates.iter().map(|rate| rate * rate).sum();
+    sum * sum / (rates.len() as f64 * squares)
+}
