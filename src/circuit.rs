@@ -13,10 +13,9 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use futures_timer::Delay;
 use libp2p::futures::{AsyncRead, AsyncWrite, FutureExt, channel::oneshot};
 
-use crate::{buffer::Buffer, relay::Quota, share::Share};
+use crate::{buffer::Buffer, relay::Quota, share::Share, timeout::Timeout};
 
 /// How a circuit ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,14 +62,20 @@ pub(crate) struct Circuit<S, T> {
     to_target: Direction,
     to_source: Direction,
     share: Share,
-    deadline: Option<Delay>,
+    deadline: Option<Timeout>,
     /// Resolves when the relay ends the circuit, be it by dropping the other half.
     ended: oneshot::Receiver<()>,
 }
 
 impl<S, T> Circuit<S, T> {
-    /// A circuit whose time begins now.
-    pub(crate) fn new(source: S, target: T, quota: Quota, ended: oneshot::Receiver<()>) -> Self {
+    /// A circuit whose time is over at the deadline.
+    pub(crate) fn new(
+        source: S,
+        target: T,
+        quota: Quota,
+        deadline: Option<Timeout>,
+        ended: oneshot::Receiver<()>,
+    ) -> Self {
         let Quota { limit, share } = quota;
         Self {
             source,
@@ -78,7 +83,7 @@ impl<S, T> Circuit<S, T> {
             to_target: Direction::new(limit.bytes),
             to_source: Direction::new(limit.bytes),
             share,
-            deadline: limit.duration.map(Delay::new),
+            deadline,
             ended,
         }
     }

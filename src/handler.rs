@@ -38,7 +38,7 @@ use crate::{
     reservations::Receipt,
     signs::{Heard, Signs},
     stop::{self, StopFailed},
-    timeout::within,
+    timeout::{Timeouts, within},
     wire::{self, BadRequest, HOP_PROTOCOL, Limit, Request, STOP_PROTOCOL},
 };
 
@@ -86,6 +86,7 @@ pub struct Handler {
     answer_ping: bool,
     max_requests: usize,
     signs: Signs,
+    timeouts: Timeouts,
     tasks: FuturesUnordered<BoxFuture<'static, Done>>,
     /// Requests that the behaviour has yet to decide.
     undecided: HashMap<RequestId, Substream>,
@@ -132,6 +133,7 @@ impl Handler {
             answer_ping: config.answer_ping,
             max_requests: config.max_circuits_per_peer.max(LEAST_MAX_REQUESTS),
             signs,
+            timeouts: Timeouts::default(),
             tasks: FuturesUnordered::new(),
             undecided: HashMap::new(),
             in_progress: 0,
@@ -162,8 +164,9 @@ impl Handler {
         self.in_progress += 1;
         let peer = self.peer;
         let mut stream = self.signs.listen_to(stream);
+        let limit = self.timeouts.start(hop::REQUEST_TIMEOUT, Instant::now());
         self.run(async move {
-            match hop::read_request(&mut stream, peer).await {
+            match hop::read_request(&mut stream, peer, limit).await {
                 Ok(request) => Done::Read(stream, request),
                 Err(_) => Done::Lost,
             }
@@ -172,18 +175,20 @@ impl Handler {
 
     fn answer(&mut self, stream: Substream, message: Vec<u8>, receipt: Option<Receipt>) {
         self.in_progress += 1;
+        let limit = self.timeouts.start(hop::ANSWER_TIMEOUT, Instant::now());
         self.run(async move {
-            let delivered = hop::answer(stream, message).await;
+            let delivered = hop::answer(stream, message, limit).await;
             Done::Answered(receipt.map(|receipt| (receipt, delivered)))
         });
     }
 
     fn ask(&mut self, mut stream: Substream, asking: Asking) {
         let left = stop::STOP_TIMEOUT.saturating_sub(asking.since.elapsed());
+        let limit = self.timeouts.start(left, Instant::now());
         self.run(async move {
             let question = wire::stop_connect(asking.source, asking.limit);
             let exchange = async {
-                let answer = stop::ask(&mut stream, question, left).await;
+                let answer = stop::ask(&mut stream, question, limit).await;
                 answer.map(|()| stream)
             };
             let answer = match future::select(asking.given_up, pin!(exchange)).await {
@@ -198,21 +203,28 @@ impl Handler {
     fn ask_for_sign(&mut self, mut stream: Stream, patience: Duration) {
         stream.ignore_for_keep_alive();
         let exchange = ping::ask(self.signs.listen_to(stream));
-        self.run(within(patience, exchange).map(|_| Done::Sign));
+        let limit = self.timeouts.start(patience, Instant::now());
+        self.run(within(limit, exchange).map(|_| Done::Sign));
     }
 
     fn open(&mut self, source: Substream, circuit: CircuitId, target: Substream, quota: Quota) {
         let (end, ended) = oneshot::channel();
         self.circuits.insert(circuit, end);
+        let now = Instant::now();
+        let limit = self.timeouts.start(hop::ANSWER_TIMEOUT, now);
+        // Its time begins when it is opened, not when the answer has been sent.
+        let deadline = quota.limit.duration;
+        let deadline = deadline.map(|duration| self.timeouts.start(duration, now));
         self.run(async move {
-            let answer = pin!(hop::open_circuit(source, wire::connect_ok(quota.limit)));
+            let message = wire::connect_ok(quota.limit);
+            let answer = pin!(hop::open_circuit(source, message, limit));
             let failed = |end| Done::Circuit(circuit, end, Carried::default());
             let (source, ended) = match future::select(answer, ended).await {
                 Either::Left((Ok(source), ended)) => (source, ended),
                 Either::Left((Err(error), _)) => return failed(CircuitEnd::Reset(error.kind())),
                 Either::Right(_) => return failed(CircuitEnd::Ended),
             };
-            let (end, carried) = Circuit::new(source, target, quota, ended).await;
+            let (end, carried) = Circuit::new(source, target, quota, deadline, ended).await;
             Done::Circuit(circuit, end, carried)
         });
     }
@@ -379,6 +391,7 @@ impl ConnectionHandler for Handler {
             let protocol = SubstreamProtocol::new(upgrade, wanted).with_timeout(timeout);
             return Poll::Ready(ConnectionHandlerEvent::OutboundSubstreamRequest { protocol });
         }
+        self.timeouts.poll(cx);
         while let Poll::Ready(Some(done)) = self.tasks.poll_next_unpin(cx) {
             if let Some(told) = self.done(done) {
                 return Poll::Ready(ConnectionHandlerEvent::NotifyBehaviour(told));

@@ -10,7 +10,7 @@ use libp2p::{
 };
 
 use crate::{
-    timeout::within,
+    timeout::{Timeout, within},
     wire::{self, BadRequest, FrameError, Request},
 };
 
@@ -23,13 +23,14 @@ pub(crate) const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 ///
 /// # Errors
 ///
-/// When the client sent nothing within [`REQUEST_TIMEOUT`], or the stream failed: then there is
+/// When the client sent nothing within the limit, or the stream failed: then there is
 /// nobody to answer. A request that makes no sense is no error here but one to be answered.
 pub(crate) async fn read_request(
     stream: &mut (impl AsyncRead + Unpin),
     from: PeerId,
+    limit: Timeout,
 ) -> io::Result<Result<Request, BadRequest>> {
-    match within(REQUEST_TIMEOUT, wire::read_frame(stream)).await? {
+    match within(limit, wire::read_frame(stream)).await? {
         Ok(message) => Ok(wire::decode_request(&message, from)),
         Err(FrameError::Malformed(what)) => Ok(Err(BadRequest::Malformed(what))),
         Err(FrameError::Io(error)) => Err(error),
@@ -40,24 +41,26 @@ pub(crate) async fn read_request(
 pub(crate) async fn answer(
     mut stream: impl AsyncWrite + Unpin,
     message: Vec<u8>,
+    limit: Timeout,
 ) -> io::Result<()> {
     let deliver = async {
         stream.write_all(&message).await?;
         stream.flush().await?;
         stream.close().await
     };
-    within(ANSWER_TIMEOUT, deliver).await?
+    within(limit, deliver).await?
 }
 
 /// Delivers the answer after which the stream is a circuit, and gives the stream back.
 pub(crate) async fn open_circuit<S: AsyncWrite + Unpin>(
     mut stream: S,
     message: Vec<u8>,
+    limit: Timeout,
 ) -> io::Result<S> {
     let deliver = async {
         stream.write_all(&message).await?;
         stream.flush().await
     };
-    within(ANSWER_TIMEOUT, deliver).await??;
+    within(limit, deliver).await??;
     Ok(stream)
 }

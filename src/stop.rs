@@ -8,7 +8,7 @@ use libp2p::{
 };
 
 use crate::{
-    timeout::within,
+    timeout::{Timeout, within},
     wire::{self, BadRequest, FrameError, Status},
 };
 
@@ -54,13 +54,13 @@ impl From<io::Error> for StopFailed {
     }
 }
 
-/// Puts `question` to the target and reads its answer, within what is `left` of the time.
+/// Puts `question` to the target and reads its answer, within the limit.
 ///
 /// When it agreed, whatever it sends next already belongs to the circuit and is still unread.
 pub(crate) async fn ask(
     stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
     question: Vec<u8>,
-    left: Duration,
+    limit: Timeout,
 ) -> Result<(), StopFailed> {
     let exchange = async {
         stream.write_all(&question).await?;
@@ -77,5 +77,5 @@ pub(crate) async fn ask(
             status => Err(StopFailed::Refused(status)),
         }
     };
-    within(left, exchange).await?
+    within(limit, exchange).await?
 }
