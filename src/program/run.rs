@@ -15,7 +15,7 @@ use bytesize::ByteSize;
 use futures_timer::Delay;
 use libp2p::{
     Multiaddr,
-    futures::{FutureExt, StreamExt, select_biased},
+    futures::{FutureExt, StreamExt, select_biased, stream},
 };
 
 use super::{
@@ -75,9 +75,11 @@ fn failed(error: &anyhow::Error) -> ExitCode {
 }
 
 async fn run(flags: &Flags) -> Result<()> {
-    let mut signals = Signals::new([Signal::Int, Signal::Term])
-        .context("signals cannot be received")?
-        .fuse();
+    let signals =
+        Signals::new([Signal::Int, Signal::Term]).context("signals cannot be received")?;
+    // As a set of one, because a set asks only who has called: to ask for signals takes two system
+    // calls, and the relay comes by here each time that a connection gets on.
+    let mut signals = stream::select_all([signals]);
     let identity = identity::load_or_make(&flags.identity)?;
     let make = match flags.threads() {
         1 => Node::on_one_thread,
