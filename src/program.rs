@@ -3,6 +3,7 @@
 
 mod boxed;
 pub mod connection_limits;
+mod corked;
 mod digest;
 pub mod flags;
 mod heap;

@@ -127,8 +127,10 @@ impl<H: ConnectionHandler> ConnectionHandler for Boxed<Box<H>> {
         self.0.listen_protocol()
     }
 
+    /// Always: it is the relay's sweep that closes idle connections. The swarm would set a timer each
+    /// time that a peer's last circuit ends.
     fn connection_keep_alive(&self) -> bool {
-        self.0.connection_keep_alive()
+        true
     }
 
     fn on_behaviour_event(&mut self, event: H::FromBehaviour) {

@@ -26,6 +26,7 @@ use libp2p::{
     futures::{AsyncRead, AsyncWrite, task::AtomicWaker},
 };
 
+use super::corked::{Cork, Corked, cork};
 use crate::buffer;
 
 /// The window that yamux grants every stream from its start, in bytes.
@@ -117,7 +118,8 @@ impl<C: AsyncRead + AsyncWrite + Unpin> OutboundConnectionUpgrade<C> for Budget 
 
 /// One connection.
 pub struct Muxer<C> {
-    connection: yamux::Connection<C>,
+    connection: yamux::Connection<Corked<C>>,
+    cork: Cork<C>,
     inbound: Arc<Places>,
     outbound: Arc<Places>,
     /// Streams that came in while nobody asked for one. Each holds a place, so they are few.
@@ -127,8 +129,10 @@ pub struct Muxer<C> {
 
 impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
     fn new(connection: C, budget: Budget, mode: yamux::Mode) -> Self {
+        let (connection, cork) = cork(connection);
         Self {
             connection: yamux::Connection::new(connection, budget.yamux(), mode),
+            cork,
             inbound: Places::new(budget.inbound),
             outbound: Places::new(budget.outbound),
             waiting: VecDeque::new(),
@@ -138,7 +142,10 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
 
     /// Lets the connection make progress. A new stream within the budget is handed over.
     fn progress(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Option<Substream>>> {
-        match ready!(self.connection.poll_next_inbound(cx)) {
+        let progress = self.connection.poll_next_inbound(cx);
+        // Where the socket takes no more, it calls when it does.
+        let _ = self.cork.poll_flush(cx)?;
+        match ready!(progress) {
             None => Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into())),
             Some(Err(error)) => Poll::Ready(Err(into_io(error))),
             // Dropping a stream resets it.

@@ -38,9 +38,6 @@ const SPARE_STREAMS: usize = 32;
 /// Nothing here depends on a second answer, and each wakes a phone.
 const IDENTIFY_INTERVAL: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// What `Swarm` would close idle connections after: never, because the relay's sweep does.
-const NEVER: Duration = Duration::from_secs(365 * 24 * 60 * 60);
-
 /// A whole relay: a swarm that listens, on async-std.
 ///
 /// ```no_run
@@ -157,7 +154,6 @@ impl Node {
             identify: identify::Behaviour::new(identify),
         };
         let swarm_config = swarm_config
-            .with_idle_connection_timeout(NEVER)
             // A question goes out together with the name of its protocol: a round trip less, and half
             // as many packets.
             .with_substream_upgrade_protocol_override(Version::V1Lazy);
