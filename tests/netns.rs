@@ -2,6 +2,8 @@
 //!
 //! Behind the feature `netns`: it makes namespaces, for which it needs root, iproute2 and
 //! nftables, and takes two minutes and a half. `cargo test --features netns --test netns -- --test-threads 8`
+//!
+//! The clients say nothing by themselves: whoever keeps its slot here answered the relay's questions.
 
 mod common;
 
@@ -67,6 +69,8 @@ async fn two_minutes_of_thirty_percent_loss_cost_nobody_its_slot() {
     here.lose(30);
     sleep(Duration::from_secs(120)).await;
     here.lose(0);
+    // Nobody is asked anew who has not answered.
+    were_asked(&clients, 2, &relay);
     are_unharmed(&clients, &there, &relay).await;
 }
 
@@ -78,6 +82,7 @@ async fn while_the_relays_own_cable_is_out_nobody_is_given_up() {
     let clients = reserve_all(20, &there, &relay).await;
     here.set_cable(false);
     sleep(Duration::from_secs(40)).await;
+    were_asked(&clients, 1, &relay);
     here.set_cable(true);
     sleep(A_HEARTBEAT).await;
     are_unharmed(&clients, &there, &relay).await;
@@ -94,6 +99,7 @@ async fn a_relay_that_was_stopped_for_ninety_seconds_gives_nobody_up() {
     relay.signal("CONT");
     relay.wait_for_log("the relay stood still for").await;
     sleep(A_HEARTBEAT).await;
+    were_asked(&clients, 1, &relay);
     are_unharmed(&clients, &there, &relay).await;
 }
 
@@ -162,6 +168,16 @@ async fn reserves(host: &Host, relay: &Relay) -> Process {
 
 async fn reserve_all(count: usize, host: &Host, relay: &Relay) -> Vec<Process> {
     future::join_all((0..count).map(|_| reserves(host, relay))).await
+}
+
+/// Each was asked for a sign of life, so many times or more often.
+fn were_asked(clients: &[Process], times: usize, relay: &Relay) {
+    let log = relay.log();
+    for client in clients {
+        let asked = format!("asked for a sign of life: peer {}", client.peer);
+        let asked = log.iter().filter(|line| line.contains(&asked)).count();
+        assert!(asked >= times, "{} was asked {asked} times", client.peer);
+    }
 }
 
 /// All have their slots, had them all the time, and can be reached.

@@ -37,6 +37,9 @@ use messages::{HopMessage, StopMessage};
 /// How long anything may take that is only waited for: generous, because machines are shared.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
+/// Longer than any test takes.
+const NEVER: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+
 pub const HOP: StreamProtocol = StreamProtocol::new("/libp2p/circuit/relay/0.2.0/hop");
 pub const STOP: StreamProtocol = StreamProtocol::new("/libp2p/circuit/relay/0.2.0/stop");
 
@@ -252,6 +255,9 @@ pub enum Security {
 }
 
 /// rust-libp2p with bare streams of any protocol, connected to a relay.
+///
+/// It pings once, when it comes; after that nothing is heard of it unless it is asked, by a test or
+/// by the relay.
 pub struct Client {
     pub peer: PeerId,
     relay: PeerId,
@@ -285,7 +291,7 @@ impl Client {
                 "test".into(),
                 keypair.public(),
             )),
-            ping: ping::Behaviour::default(),
+            ping: ping::Behaviour::new(ping::Config::new().with_interval(NEVER)),
         };
         let idle =
             |config: libp2p::swarm::Config| config.with_idle_connection_timeout(PATIENCE * 10);
