@@ -25,7 +25,7 @@ use libp2p::{
     identity::Keypair,
     multiaddr::Protocol,
     noise, ping,
-    swarm::{NetworkBehaviour, SwarmEvent},
+    swarm::{NetworkBehaviour, SwarmEvent, behaviour::toggle::Toggle},
     tcp, tls, yamux,
 };
 use libp2p_stream::{Control, IncomingStreams};
@@ -271,7 +271,7 @@ pub struct Client {
 struct Parts {
     stream: libp2p_stream::Behaviour,
     identify: identify::Behaviour,
-    ping: ping::Behaviour,
+    ping: Toggle<ping::Behaviour>,
 }
 
 impl Client {
@@ -282,6 +282,22 @@ impl Client {
 
     /// The owner of `keypair`, connected to the relay at this address.
     pub async fn connect_as(keypair: Keypair, relay: &Multiaddr, security: Security) -> Self {
+        let ping = ping::Behaviour::new(ping::Config::new().with_interval(NEVER));
+        Self::connect_with(keypair, relay, security, Some(ping)).await
+    }
+
+    /// A new peer that does not know `/ipfs/ping/1.0.0`: whoever asks it over that is refused.
+    pub async fn connect_without_ping(relay: &Multiaddr) -> Self {
+        let keypair = Keypair::generate_ed25519();
+        Self::connect_with(keypair, relay, Security::Noise, None).await
+    }
+
+    async fn connect_with(
+        keypair: Keypair,
+        relay: &Multiaddr,
+        security: Security,
+        ping: Option<ping::Behaviour>,
+    ) -> Self {
         let builder = SwarmBuilder::with_existing_identity(keypair).with_tokio();
         let tcp = tcp::Config::default();
         let muxer = yamux::Config::default;
@@ -291,7 +307,7 @@ impl Client {
                 "test".into(),
                 keypair.public(),
             )),
-            ping: ping::Behaviour::new(ping::Config::new().with_interval(NEVER)),
+            ping: ping.into(),
         };
         let idle =
             |config: libp2p::swarm::Config| config.with_idle_connection_timeout(PATIENCE * 10);
