@@ -3,12 +3,20 @@
 
 mod common;
 
-use std::time::Duration;
+use std::{
+    collections::HashMap,
+    pin::pin,
+    sync::{Mutex, Once},
+    time::Duration,
+};
 
 use common::{
-    Client, HOP, PATIENCE, Relay, circuit,
+    Client, HOP, PATIENCE, Relay,
+    by_hand::send,
+    circuit,
     messages::{self, HopMessage, connect, reserve},
-    read_bytes, within,
+    process::{self, ECHO, Process},
+    read_bytes, read_to_end, within,
 };
 use libp2p::{
     Multiaddr, PeerId, StreamProtocol, Swarm, SwarmBuilder,
@@ -17,10 +25,10 @@ use libp2p::{
     identity::Keypair,
     multiaddr::Protocol,
     noise, ping, relay,
-    swarm::{NetworkBehaviour, SwarmEvent},
+    swarm::{ConnectionId, NetworkBehaviour, SwarmEvent},
     tcp, yamux,
 };
-use relaylet::{Config, Event};
+use relaylet::{Config, Event, signs::Signs};
 use tokio::sync::mpsc;
 
 /// A second protocol, which keeps the connection busy.
@@ -48,6 +56,23 @@ struct Embedded {
 /// What its owner wants of it.
 enum Order {
     Release(PeerId),
+    Heard(PeerId),
+    ListenTo(PeerId, Signs),
+}
+
+impl Order {
+    /// Carries it out; `connections` has one of each peer.
+    fn carry_out(
+        self,
+        relay: &mut relaylet::Behaviour,
+        connections: &HashMap<PeerId, ConnectionId>,
+    ) {
+        match self {
+            Self::Release(peer) => assert!(relay.release(peer)),
+            Self::Heard(peer) => relay.heard(peer),
+            Self::ListenTo(peer, signs) => relay.listen_to(connections[&peer], signs),
+        }
+    }
 }
 
 impl Embedded {
@@ -69,17 +94,20 @@ impl Embedded {
         let peer = *swarm.local_peer_id();
         let control = swarm.behaviour().stream.new_control();
         let (tell, events) = mpsc::unbounded_channel();
-        let (orders, mut ordered) = mpsc::unbounded_channel();
+        let (orders, mut ordered) = mpsc::unbounded_channel::<Order>();
         tokio::spawn(async move {
+            let mut connections = HashMap::new();
             loop {
                 tokio::select! {
-                    event = swarm.select_next_some() => {
-                        if let SwarmEvent::Behaviour(event) = event {
-                            let _ = tell.send(event);
+                    event = swarm.select_next_some() => match event {
+                        SwarmEvent::Behaviour(event) => drop(tell.send(event)),
+                        SwarmEvent::ConnectionEstablished { peer_id, connection_id, .. } => {
+                            connections.insert(peer_id, connection_id);
                         }
-                    }
-                    Some(Order::Release(peer)) = ordered.recv() => {
-                        assert!(swarm.behaviour_mut().relay.release(peer));
+                        _ => {}
+                    },
+                    Some(order) = ordered.recv() => {
+                        order.carry_out(&mut swarm.behaviour_mut().relay, &connections);
                     }
                 }
             }
@@ -107,6 +135,15 @@ impl Embedded {
                     return found;
                 }
             }
+        })
+        .await
+    }
+
+    /// Waits until a peer is judged silent; whose turn it was.
+    async fn next_silent(&mut self) -> PeerId {
+        self.until(|event| match event {
+            PartsEvent::Relay(Event::PeerSilent { peer, .. }) => Some(peer),
+            _ => None,
         })
         .await
     }
@@ -256,7 +293,7 @@ async fn who_is_released_loses_slot_and_circuits_at_once() {
     let (mut there, mut back) = circuit(&mut alice, &mut bob).await;
     embedded.orders.send(Order::Release(bob.peer)).ok().unwrap();
     for end in [&mut there, &mut back] {
-        let (bytes, _) = common::read_to_end(end).await;
+        let (bytes, _) = read_to_end(end).await;
         assert!(bytes.is_empty());
     }
     assert_eq!(alice.ask(&connect(bob.peer)).await.status, Some(204));
@@ -267,6 +304,113 @@ async fn who_is_released_loses_slot_and_circuits_at_once() {
         })
         .await;
     assert_eq!(end, "ended by the relay");
+}
+
+/// Asks and judges within seconds.
+fn quick() -> Config {
+    let mut config = Config::default();
+    config.heartbeat = Duration::from_secs(1);
+    config.silence = Duration::from_secs(3);
+    config.grace = Duration::ZERO;
+    config
+}
+
+/// Nobody counts a connection's bytes here: all that the relay hears are its own streams.
+#[tokio::test]
+async fn who_refuses_to_be_asked_is_not_judged_silent() {
+    record_the_log();
+    let mut embedded = Embedded::start(quick()).await;
+    let mut refuses = Client::connect_without_ping(&embedded.address).await;
+    refuses.reserve().await;
+    // It is asked anew only once something came back, and nothing does but its refusal.
+    asked_times(refuses.peer, 6).await;
+    refuses.reserve().await;
+    let renewed = embedded
+        .until(|event| match event {
+            PartsEvent::Relay(Event::ReservationAccepted { renewed: true, .. }) => Some(true),
+            PartsEvent::Relay(Event::PeerSilent { .. } | Event::ReservationFreed { .. }) => {
+                Some(false)
+            }
+            _ => None,
+        })
+        .await;
+    assert!(renewed, "it holds its slot all the time");
+}
+
+#[tokio::test]
+async fn where_the_silent_are_not_closed_they_lose_slot_and_circuits_only() {
+    let mut config = quick();
+    config.close_silent = false;
+    let mut embedded = Embedded::start(config).await;
+    let frozen = Process::that_reserves(&embedded.address).await;
+    let mut source = embedded.connect().await;
+    source.reserve().await; // which keeps its connection
+    let (answer, mut circuit) = source.ask_for_circuit(&connect(frozen.peer)).await;
+    assert_eq!(answer.status, Some(100));
+    let mut control = embedded.control.clone();
+    let echo = within(control.open_stream(frozen.peer, ECHO)).await;
+    let mut echo = echo.expect("another protocol on its connection");
+    send(&mut echo, b"before").await;
+    assert_eq!(read_bytes(&mut echo, 6).await, b"before");
+
+    frozen.signal("STOP");
+    assert_eq!(embedded.next_silent().await, frozen.peer);
+    let (bytes, _) = read_to_end(&mut circuit).await;
+    assert!(bytes.is_empty());
+    let freed = embedded
+        .until(|event| match event {
+            PartsEvent::Relay(Event::ReservationFreed { peer, reason, .. }) => Some((peer, reason)),
+            _ => None,
+        })
+        .await;
+    assert_eq!(freed, (frozen.peer, relaylet::FreedReason::Silent));
+    let answer = source.ask(&connect(frozen.peer)).await;
+    assert_eq!(answer.status, Some(204));
+
+    frozen.signal("CONT");
+    send(&mut echo, b"after").await;
+    assert_eq!(read_bytes(&mut echo, 5).await, b"after");
+}
+
+#[tokio::test]
+async fn whom_its_owner_hears_of_is_not_judged_silent() {
+    owner_keeps_alive(|orders, peer| drop(orders.send(Order::Heard(peer)))).await;
+}
+
+#[tokio::test]
+async fn on_whose_connection_its_owner_counts_signs_is_not_judged_silent() {
+    let signs = Signs::default();
+    let mut listens = false;
+    owner_keeps_alive(|orders, peer| {
+        if !std::mem::replace(&mut listens, true) {
+            drop(orders.send(Order::ListenTo(peer, signs.clone())));
+        }
+        signs.heard(1);
+    })
+    .await;
+}
+
+/// Two clients freeze, and the owner hears of one of them again and again.
+async fn owner_keeps_alive(mut hears: impl FnMut(&mpsc::UnboundedSender<Order>, PeerId)) {
+    let mut embedded = Embedded::start(quick()).await;
+    let heard = Process::that_reserves(&embedded.address).await;
+    let unheard = Process::that_reserves(&embedded.address).await;
+    heard.signal("STOP");
+    unheard.signal("STOP");
+    let orders = embedded.orders.clone();
+    let mut often = tokio::time::interval(Duration::from_millis(100));
+    let first = {
+        let mut silent = pin!(embedded.next_silent());
+        loop {
+            tokio::select! {
+                peer = &mut silent => break peer,
+                _ = often.tick() => hears(&orders, heard.peer),
+            }
+        }
+    };
+    assert_eq!(first, unheard.peer);
+    // It was frozen as well.
+    assert_eq!(embedded.next_silent().await, heard.peer);
 }
 
 #[tokio::test]
@@ -314,4 +458,55 @@ async fn over_a_relayed_connection_everything_is_denied() {
         let answer: HopMessage = messages::read(&mut stream).await;
         assert_eq!(answer.status, Some(202), "to {request:?}");
     }
+}
+
+#[tokio::test]
+#[ignore = "not a test: the client that the tests above start"]
+async fn a_client() {
+    process::a_client().await;
+}
+
+/// What the relays in this process log.
+static LOG: Mutex<Vec<String>> = Mutex::new(Vec::new());
+
+struct Recorder;
+
+impl log::Log for Recorder {
+    fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
+        metadata.target().starts_with("relaylet")
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        if self.enabled(record.metadata()) {
+            LOG.lock().unwrap().push(record.args().to_string());
+        }
+    }
+
+    fn flush(&self) {}
+}
+
+fn record_the_log() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        log::set_logger(&Recorder).unwrap();
+        log::set_max_level(log::LevelFilter::Debug);
+    });
+}
+
+/// Waits until a peer has been asked for a sign of life so many times.
+async fn asked_times(peer: PeerId, times: usize) {
+    let asked = format!("asked for a sign of life: peer {peer}");
+    let count = || {
+        LOG.lock()
+            .unwrap()
+            .iter()
+            .filter(|line| **line == asked)
+            .count()
+    };
+    let asked = async {
+        while count() < times {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    within(asked).await;
 }

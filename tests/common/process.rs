@@ -5,7 +5,11 @@
 
 use std::{env, ffi::OsString, process::Stdio};
 
-use libp2p::{Multiaddr, PeerId, futures::StreamExt, identity::Keypair};
+use libp2p::{
+    Multiaddr, PeerId, StreamProtocol,
+    futures::{AsyncReadExt, StreamExt, io},
+    identity::Keypair,
+};
 use tokio::{
     io::{AsyncBufReadExt, BufReader, Lines},
     process::{Child, ChildStdout, Command},
@@ -16,6 +20,9 @@ use super::{
     messages::{HopMessage, StopMessage, connect, read, reserve, stop_status, write},
     signal, within,
 };
+
+/// Another protocol that the process speaks beside the relay's: it gives back what it is sent.
+pub const ECHO: StreamProtocol = StreamProtocol::new("/test/echo/1.0.0");
 
 // What the process is told: the relay, whom to connect to if anyone, and who it is.
 const RELAY: &str = "RELAYLET_TEST_RELAY";
@@ -115,6 +122,13 @@ pub async fn a_client() {
     let keypair = Keypair::from_protobuf_encoding(&key).unwrap();
     let mut client = Client::connect_as(keypair, &relay, Security::Noise).await;
     let mut stops = client.accept(STOP);
+    let mut echoes = client.accept(ECHO);
+    tokio::spawn(async move {
+        while let Some((_, echo)) = echoes.next().await {
+            let (reader, mut writer) = echo.split();
+            tokio::spawn(async move { io::copy(reader, &mut writer).await });
+        }
+    });
     let mut stream = client.open(HOP).await;
     let request = match target.is_empty() {
         true => reserve(),
