@@ -24,9 +24,18 @@ const NO_RESERVATION: Option<i32> = Some(204);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn however_many_come_and_go_at_once_the_counts_agree() {
+    the_counts_agree("--threads=4").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn with_one_thread_they_do_so_as_well() {
+    the_counts_agree("--threads=1").await;
+}
+
+async fn the_counts_agree(threads: &str) {
     let flags = "--max-reservations=25 --max-reservations-per-ip=0 --grace=1s --probe=0s \
                  --reserve-rate=0 --connect-rate=0";
-    let relay = Relay::start(&flags.split(' ').collect::<Vec<_>>());
+    let relay = Relay::start(&[&flags.split(' ').collect::<Vec<_>>()[..], &[threads]].concat());
     let clients = (0..CLIENTS).map(|n| tokio::spawn(live(n, relay.address.clone())));
     let clients = future::join_all(clients).await;
     let clients: Vec<_> = clients.into_iter().map(|client| client.unwrap()).collect();

@@ -23,7 +23,7 @@ use tempfile::TempDir;
 use tokio::{net::TcpSocket, time::sleep};
 
 /// Each flag, and what it cannot be.
-const FLAGS: [(&str, &str); 28] = [
+const FLAGS: [(&str, &str); 29] = [
     ("--listen", "/ip4/0.0.0.0/udp/4001"),
     ("--announce", "/ip4/0.0.0.0/tcp/4001"),
     ("--identity", "/"),
@@ -52,6 +52,7 @@ const FLAGS: [(&str, &str); 28] = [
     ("--max-connections", "0"),
     ("--max-connections-per-ip", "99999999999999999999"),
     ("--max-handshakes", "0"),
+    ("--threads", "0"),
 ];
 
 // ---- Flags and environment
