@@ -1,5 +1,26 @@
 //! What the relay tells its owner: each fact in the past tense, each refusal and each freed slot
-//! with its reason. [`Display`](std::fmt::Display) is the line that stands in the log.
+//! with its reason.
+//!
+//! [`Display`](std::fmt::Display) is the line that stands in the log. These lines are stable, for
+//! whoever searches and counts them: a release that changes one is a breaking one.
+//!
+//! ```text
+//! reservation granted: peer <id> at <multiaddr>
+//! reservation renewed: peer <id> at <multiaddr>
+//! reservation refused: peer <id> at <multiaddr>: <reason>
+//! peer silent: peer <id> at <multiaddr>: nothing heard for <seconds> s
+//! grace began: peer <id>
+//! slot freed: peer <id> at <address>: <reason>
+//! request rejected: peer <id> at <multiaddr>: <reason>
+//! circuit <number> opened: <source's id> to <target's id>
+//! circuit refused: peer <source's id> at <multiaddr> to <target's id>: <reason>
+//! circuit <number> closed: <source's id> to <target's id>: <end>; <bytes> bytes to the target, <bytes> back
+//! ```
+//!
+//! The multiaddr is the one that the connection comes from. A slot outlives connections: it is freed
+//! at the address it is billed to, an IPv4 address or an IPv6 /64, and at none if it is billed to
+//! none. The reasons, in their words, are [`Refused`], [`FreedReason`], [`CircuitEnd`] and
+//! [`BadRequest`].
 
 use std::{fmt, time::Duration};
 
@@ -302,3 +323,6 @@ impl fmt::Display for Event {
         }
     }
 }
+
+#[cfg(test)]
+mod log_lines;

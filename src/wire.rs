@@ -377,6 +377,46 @@ mod tests {
         assert!(matches!(read(prefix), Err(FrameError::Malformed(_))));
     }
 
+    /// They stand in the log, whose lines are stable: see [`crate::event`].
+    #[test]
+    fn what_is_wrong_with_a_message_is_said_in_these_words() {
+        let words_of = |read: Result<Vec<u8>, FrameError>| match read {
+            Err(FrameError::Malformed(words)) => words,
+            other => panic!("{other:?}"),
+        };
+        for (bytes, words) in [
+            (&[0x81, 0x20][..], "a message of more than 4096 bytes"),
+            (&[0xff; 9], "a length prefix beyond 4096"),
+            (&[2, 0x08], "a message cut short"),
+        ] {
+            assert_eq!(words_of(read(bytes)), words);
+        }
+
+        // The identity of nothing, as an id.
+        let alice = PeerId::from_bytes(&[0, 0]).unwrap();
+        for (message, words) in [
+            (&[0xff][..], "a message that is no protobuf"),
+            (&[8, 1], "CONNECT without a peer"),
+            (&[8, 1, 18, 0], "CONNECT to a peer id that is none"),
+            (&[8, 1, 18, 4, 10, 2, 0, 0], "CONNECT to oneself"),
+            (&[8, 2], "STATUS on a hop stream"),
+            (&[8, 7], "a message of unknown type"),
+            (&[], "a message without a type"),
+        ] {
+            let bad = decode_request(message, alice).unwrap_err();
+            assert_eq!(bad.to_string(), words);
+        }
+        for (message, words) in [
+            (&[0xff][..], "an answer that is no protobuf"),
+            (&[8, 1], "STATUS without a status"),
+            (&[8, 0], "CONNECT as an answer"),
+            (&[], "an answer of unknown type"),
+        ] {
+            let bad = decode_stop_answer(message).unwrap_err();
+            assert_eq!(bad.to_string(), words);
+        }
+    }
+
     #[test]
     fn what_follows_a_message_stays_on_the_stream() {
         let mut stream = Cursor::new(b"\x02\x08\x00early data".to_vec());

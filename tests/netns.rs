@@ -20,6 +20,7 @@ use tokio::time::sleep;
 
 const OK: Option<i32> = Some(100);
 const RESERVATION_REFUSED: Option<i32> = Some(200);
+const NO_RESERVATION: Option<i32> = Some(204);
 
 /// Longer than a heartbeat at its default: whoever is silent has been asked by then.
 const A_HEARTBEAT: Duration = Duration::from_secs(35);
@@ -66,12 +67,22 @@ async fn two_minutes_of_thirty_percent_loss_cost_nobody_its_slot() {
     let (here, there) = (network.host(), network.host());
     let relay = here.relay(&[]);
     let clients = reserve_all(10, &there, &relay).await;
+    let in_vain = Role {
+        target: Some(PeerId::random()),
+        ..Role::default()
+    };
+    let refused = start(&there, &relay, in_vain).await;
+    assert_eq!(refused.status, NO_RESERVATION);
     here.lose(30);
     sleep(Duration::from_secs(120)).await;
     here.lose(0);
     // Nobody is asked anew who has not answered.
     were_asked(&clients, 2, &relay);
     are_unharmed(&clients, &there, &relay).await;
+    // Since it takes so long anyway: what the log says once a minute.
+    let summed_up = "circuits refused within a minute: 1: the target holds no live reservation";
+    let most = format!("{summed_up}; most of {}: 1", there.address);
+    relay.wait_for_log(&most).await;
 }
 
 #[tokio::test]

@@ -1,4 +1,5 @@
-//! What was refused and what came back, for whoever reads the log: a line a minute for each reason.
+//! What was refused, who was given up and what came back, for whoever reads the log: a line a minute
+//! for each reason.
 //!
 //! Pure. Each single case is a line at debug; at info that would be the stranger's to fill.
 
@@ -62,6 +63,11 @@ impl Digest {
             }
             NodeEvent::Relay(Event::RequestRejected { address, .. }) => {
                 let key = ("requests rejected", "not understood");
+                self.count(key, BilledTo::of(address));
+                None
+            }
+            NodeEvent::Relay(Event::PeerSilent { address, .. }) => {
+                let key = ("peers judged silent", "no sign of life when asked");
                 self.count(key, BilledTo::of(address));
                 None
             }
@@ -137,6 +143,8 @@ impl Digest {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use libp2p::{Multiaddr, PeerId};
 
     use super::*;
@@ -178,6 +186,22 @@ mod tests {
         ];
         assert_eq!(digest.lines(), lines);
         assert!(digest.lines().is_empty(), "a minute later");
+    }
+
+    #[test]
+    fn peers_that_were_judged_silent_are_one_line_as_well() {
+        let mut digest = Digest::default();
+        for from in ["192.0.2.1", "192.0.2.2", "192.0.2.2"] {
+            let silent = Event::PeerSilent {
+                peer: PeerId::random(),
+                address: address(from),
+                silent_for: Duration::from_secs(60),
+            };
+            assert_eq!(digest.note(&NodeEvent::Relay(silent)), None);
+        }
+        let line = "peers judged silent within a minute: 3: no sign of life when asked; most of \
+                    192.0.2.2: 2";
+        assert_eq!(digest.lines(), [line]);
     }
 
     #[test]
