@@ -88,7 +88,8 @@ pub struct Config {
     /// Switch it off where a connection serves other protocols.
     pub close_silent: bool,
     /// How long a peer has to answer when a newcomer waits for its slot, and how long the newcomer
-    /// waits.
+    /// waits. At most 64 newcomers wait at a time, at most 8 of them from one address; whoever comes
+    /// beyond that is refused at once.
     ///
     /// Default 3 s, at most 3.5 s: js-libp2p gives up 5 s after it began to dial. Zero: a newcomer
     /// to a full table is refused at once.

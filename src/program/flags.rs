@@ -99,7 +99,8 @@ pub struct Flags {
     )]
     pub grace: Duration,
 
-    /// After how much silence a peer with a slot or circuit is asked for a sign of life; 0s: never
+    /// After how much silence a peer with a slot or circuit is asked for a sign of life; 0s: only
+    /// when a newcomer waits
     #[structopt(
         long,
         value_name = "DURATION",
