@@ -1,4 +1,5 @@
-//! What a sweep costs, at three sizes, with everybody reserved, idle, and answering when asked.
+//! What a sweep costs, at three sizes, with everybody reserved and idle: while they answer when they
+//! are asked, and while they do not and as many newcomers as may wait for their slots.
 
 use std::time::{Duration, Instant};
 
@@ -7,6 +8,7 @@ use relaylet::{
     Config, Event,
     circuits::End,
     connections::Connection,
+    reclaim::TICK,
     relay::{Command, Order, Relay, RequestId},
     signs::Signs,
     wire::Request,
@@ -26,11 +28,23 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 const SETTLED: usize = 30;
 const ROUNDS: usize = 30;
 
-/// A relay whose peers answer when they are asked.
+/// As many as may.
+const NEWCOMERS: usize = 64;
+
+/// By then all have been silent for long enough to be asked for a newcomer, and not for so long that
+/// they are asked anyway.
+const SILENT: usize = 15;
+
+/// So many ticks, and nobody has waited for as long as the probe takes.
+const TICKS: usize = 29;
+
+/// A relay whose slots are all taken.
 struct Full {
     relay: Relay<usize, ()>,
     signs: Vec<Signs>,
     now: Instant,
+    /// Whether its peers answer when they are asked.
+    answers: bool,
 }
 
 impl Full {
@@ -43,13 +57,14 @@ impl Full {
             relay: Relay::new(config, now).expect("it makes sense"),
             signs: Vec::new(),
             now,
+            answers: true,
         };
-        (0..size).for_each(|number| full.admit(&Peer::number(number)));
+        (0..size).for_each(|number| full.asks_for_a_slot(&Peer::number(number)));
         full.carry_out();
         full
     }
 
-    fn admit(&mut self, peer: &Peer) {
+    fn asks_for_a_slot(&mut self, peer: &Peer) {
         let (id, now) = (peer.connection, self.now);
         let address = Multiaddr::from(peer.address).with(Protocol::Tcp(4001));
         let connection = Connection::new(peer.id, address, false, id as u8, now);
@@ -68,9 +83,21 @@ impl Full {
             .requested(from, RequestId(1), Request::Reserve, now);
     }
 
-    /// One second, one sweep; what it took, in milliseconds.
-    fn second(&mut self) -> f64 {
-        self.now += Duration::from_secs(1);
+    /// Everybody has fallen silent, and somebody waits.
+    fn freeze(&mut self) {
+        self.answers = false;
+        for _ in 0..SILENT {
+            self.sweep_after(Duration::from_secs(1));
+        }
+        let first = self.signs.len();
+        for number in first..first + NEWCOMERS {
+            self.asks_for_a_slot(&Peer::number(number));
+        }
+    }
+
+    /// Time passes, and there is one sweep; what it took, in milliseconds.
+    fn sweep_after(&mut self, time: Duration) -> f64 {
+        self.now += time;
         let time = cpu_time(|| self.relay.sweep(self.now));
         self.carry_out();
         time.as_secs_f64() * 1e3
@@ -83,7 +110,9 @@ impl Full {
                     let peer = grant.to.peer;
                     self.relay.answered(peer, grant.receipt, Ok(()), self.now);
                 }
-                Order::Command(to, Command::AskForSign(_)) => self.signs[to.connection].heard(1),
+                Order::Command(to, Command::AskForSign(_)) if self.answers => {
+                    self.signs[to.connection].heard(1);
+                }
                 Order::Command(..) | Order::Tell(Event::ReservationAccepted { .. }) => {}
                 other => panic!("nobody leaves: {other:?}"),
             }
@@ -91,23 +120,47 @@ impl Full {
     }
 }
 
+type Row = [Samples; SIZES.len()];
+
 pub fn measure() {
-    let mut caches = Caches::new();
+    println!("\nOne sweep: ms of CPU, the median (and the middle half).");
+    println!("\n| all slots taken | 1k slots | 10k | 100k | ns a slot at 100k |");
+    println!("| --- | --- | --- | --- | --- |");
+    print("all answer", while_all_answer());
+    let waiting = format!("none answers, and {NEWCOMERS} newcomers wait");
+    print(&waiting, while_newcomers_wait());
+}
+
+fn while_all_answer() -> Row {
     let mut relays = SIZES.map(Full::of);
-    let mut times: [Samples; SIZES.len()] = Default::default();
-    for round in 0..SETTLED + ROUNDS {
+    measure_in_turn(&mut relays, SETTLED, Duration::from_secs(1));
+    measure_in_turn(&mut relays, ROUNDS, Duration::from_secs(1))
+}
+
+fn while_newcomers_wait() -> Row {
+    let mut relays = SIZES.map(Full::of);
+    relays.iter_mut().for_each(Full::freeze);
+    let times = measure_in_turn(&mut relays, TICKS, TICK);
+    for full in &relays {
+        assert_eq!(full.relay.waiting(), NEWCOMERS, "all the time");
+    }
+    times
+}
+
+/// So many sweeps of each.
+fn measure_in_turn(relays: &mut [Full; SIZES.len()], sweeps: usize, every: Duration) -> Row {
+    let mut caches = Caches::new();
+    let mut times = Row::default();
+    for _ in 0..sweeps {
         for (relay, times) in relays.iter_mut().zip(&mut times) {
             caches.evict();
-            let time = relay.second();
-            if round >= SETTLED {
-                times.push(time);
-            }
+            times.push(relay.sweep_after(every));
         }
     }
-    println!("\nOne sweep: ms of CPU, the median (and the middle half).");
-    println!("\n| 1k slots | 10k | 100k | ns a slot at 100k |");
-    println!("| --- | --- | --- | --- |");
-    let [small, middle, large] = times;
+    times
+}
+
+fn print(what: &str, [small, middle, large]: Row) {
     let each = large.median() * 1e6 / SIZES[2] as f64;
-    println!("| {small} | {middle} | {large} | {each:.0} |");
+    println!("| {what} | {small} | {middle} | {large} | {each:.0} |");
 }
