@@ -56,8 +56,8 @@ pub struct Waiting<N> {
     pub newcomer: N,
     /// From where.
     pub from: Option<BilledTo>,
-    /// Since when.
-    pub since: Instant,
+    /// Since when somebody may have been asked for its sake; the first look at it may come late.
+    pub since: Option<Instant>,
 }
 
 /// A live slot whose peer has been silent.
@@ -105,7 +105,7 @@ impl<N> Reclaim<N> {
 
     /// Lets a newcomer from this address wait, if there is a probe at all and room to wait in;
     /// whether it does.
-    pub fn wait(&mut self, newcomer: N, from: Option<BilledTo>, now: Instant) -> bool {
+    pub fn wait(&mut self, newcomer: N, from: Option<BilledTo>) -> bool {
         let alike = self.waiting.iter().filter(|waiting| waiting.from == from);
         if self.policy.probe.is_zero()
             || self.waiting.len() >= MOST_WAITING
@@ -116,7 +116,7 @@ impl<N> Reclaim<N> {
         self.waiting.push_back(Waiting {
             newcomer,
             from,
-            since: now,
+            since: None,
         });
         true
     }
@@ -148,35 +148,45 @@ impl<N> Reclaim<N> {
         mut candidates: Vec<Candidate<C>>,
     ) -> (Vec<Prospect<C>>, Vec<C>) {
         let Policy { probe, silence } = self.policy;
+        if probe.is_zero() {
+            // Switched off while they waited: nobody could answer in no time.
+            return (waiting.map(|_| Prospect::Refuse).collect(), Vec::new());
+        }
         for candidate in &mut candidates {
             // Nobody listens for the answer to an older one.
             candidate.asked_for = candidate.asked_for.filter(|open| *open <= silence);
         }
+        let is_due =
+            |candidate: &Candidate<C>| candidate.asked_for.is_some_and(|open| open >= probe);
+        let (mut due, mut others): (Vec<_>, Vec<_>) = candidates.into_iter().partition(is_due);
+        let on_probation = others
+            .iter()
+            .filter(|candidate| candidate.asked_for.is_some());
+        let mut room = MOST_ASKED.saturating_sub(on_probation.count());
         // The longest silent first; of these, who came first.
-        candidates.sort_unstable_by_key(|c| (Reverse(c.silent_for), c.connection));
-        let on_probation =
-            |candidate: &&Candidate<C>| candidate.asked_for.is_some_and(|open| open < probe);
-        let mut room = MOST_ASKED.saturating_sub(candidates.iter().filter(on_probation).count());
+        let order =
+            |candidate: &Candidate<C>| (Reverse(candidate.silent_for), candidate.connection);
+        due.sort_unstable_by_key(order);
+        if room > 0 {
+            others.sort_unstable_by_key(order);
+        }
         let mut ask = Vec::new();
         let prospects = waiting.map(|(full, waited)| {
-            let due = candidates.iter().position(|candidate| {
-                full.covers(candidate.billed_to)
-                    && candidate.asked_for.is_some_and(|open| open >= probe)
-            });
-            if let Some(due) = due {
-                return Prospect::Judge(candidates.remove(due).connection);
+            let covered = |candidate: &Candidate<C>| full.covers(candidate.billed_to);
+            if let Some(silent) = due.iter().position(covered) {
+                return Prospect::Judge(due.remove(silent).connection);
             }
-            // The question was put a tick after the newcomer came, and is looked at by ticks.
-            if waited >= probe + 2 * TICK {
+            // Those who were asked for it have had their time.
+            if waited >= probe + TICK {
                 return Prospect::Refuse;
             }
             let mut prospect = Prospect::Refuse;
-            for candidate in &mut candidates {
-                if !full.covers(candidate.billed_to) {
-                    continue;
-                }
+            for candidate in others.iter_mut().filter(|candidate| covered(candidate)) {
                 prospect = Prospect::Wait;
-                if candidate.asked_for.is_none() && room > 0 {
+                if room == 0 {
+                    break;
+                }
+                if candidate.asked_for.is_none() {
                     room -= 1;
                     candidate.asked_for = Some(Duration::ZERO);
                     ask.push(candidate.connection);
@@ -268,8 +278,21 @@ mod tests {
 
     #[test]
     fn a_newcomer_waits_for_the_probe_time_and_no_longer() {
-        let (prospects, ask) = decide(&[PROBE + 2 * TICK], vec![silent(1, 12)]);
+        let (prospects, ask) = decide(&[PROBE + TICK], vec![silent(1, 12)]);
         assert_eq!((prospects, ask), (vec![Prospect::Refuse], vec![]));
+    }
+
+    #[test]
+    fn once_the_probe_is_switched_off_nobody_is_asked_or_judged_for_those_who_wait() {
+        let mut reclaim = reclaim();
+        reclaim.set_policy(Policy {
+            probe: Duration::ZERO,
+            silence: secs(60),
+        });
+        let waiting = [(Full::Table, secs(0)), (Full::Table, secs(1))];
+        let candidates = vec![asked(1, 13, secs(1)), silent(2, 12)];
+        let (prospects, ask) = reclaim.decide(waiting.into_iter(), candidates);
+        assert_eq!((prospects, ask), (vec![Prospect::Refuse; 2], vec![]));
     }
 
     #[test]
@@ -288,17 +311,17 @@ mod tests {
         let (_, ask) = decide(&[secs(0), secs(0)], candidates);
         assert_eq!(ask.len(), MOST_ASKED);
 
-        let (mut reclaim, now) = (reclaim(), Instant::now());
+        let mut reclaim = reclaim();
         let home = |n: usize| {
             let address = format!("/ip4/192.0.2.{}/tcp/1", n / MOST_WAITING_PER_ADDRESS);
             BilledTo::of(&address.parse().unwrap())
         };
         for n in 0..MOST_WAITING {
-            assert!(reclaim.wait("newcomer", home(n), now));
+            assert!(reclaim.wait("newcomer", home(n)));
             let crowded = (n + 1) % MOST_WAITING_PER_ADDRESS == 0;
-            assert!(!crowded || !reclaim.wait("one too many", home(n), now));
+            assert!(!crowded || !reclaim.wait("one too many", home(n)));
         }
-        assert!(!reclaim.wait("one too many", None, now));
+        assert!(!reclaim.wait("one too many", None));
         let withdrawn = reclaim.withdraw(|who| *who == "newcomer");
         assert_eq!(withdrawn.len(), MOST_WAITING);
         assert_eq!(reclaim.waiting(), 0);

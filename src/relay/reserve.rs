@@ -57,7 +57,7 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
         for older in self.reclaim.withdraw(|older| older.from.peer == from.peer) {
             self.refuse(older.from, older.request, full.into());
         }
-        if !self.reclaim.wait(newcomer, billed_to, now) {
+        if !self.reclaim.wait(newcomer, billed_to) {
             self.refuse(from, request, full.into());
             return;
         }
@@ -127,7 +127,10 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
             silent_for: pulse.silent_for(now),
             asked_for: pulse.asked_for(now),
         });
-        let caps = waiting.iter().map(|(who, full)| (*full, now - who.since));
+        let caps = waiting.iter_mut().map(|(who, full)| {
+            let since = *who.since.get_or_insert(now);
+            (*full, now - since)
+        });
         let (prospects, ask) = self.reclaim.decide(caps, candidates.collect());
         for connection in ask {
             self.connections.asked(connection, now);

@@ -93,7 +93,8 @@ struct Waiting {
     connection: u32,
     address: u8,
     request: u64,
-    since: u64,
+    /// Since when somebody may have been asked for it.
+    since: Option<u64>,
 }
 
 /// A cap, narrowest first.
@@ -108,7 +109,7 @@ impl Policy {
     /// How long a peer that is judged must have had to answer.
     pub fn time_to_answer(&self, somebody_waits: bool) -> u64 {
         let beat = (self.heartbeat > 0).then(|| self.silence - self.heartbeat);
-        let probe = somebody_waits.then_some(self.probe);
+        let probe = (somebody_waits && self.probe > 0).then_some(self.probe);
         beat.into_iter()
             .chain(probe)
             .min()
@@ -381,7 +382,7 @@ impl Model {
             connection,
             address,
             request,
-            since: now,
+            since: None,
         });
     }
 
@@ -586,7 +587,12 @@ impl Model {
         }
         let billed: HashMap<usize, u8> = self.slots.iter().map(|s| (s.peer, s.address)).collect();
         let mut to_judge = Vec::new();
-        for (newcomer, cap) in in_need {
+        for (mut newcomer, cap) in in_need {
+            if probe == 0 {
+                self.answers.push((newcomer.request, Answer::Refused));
+                continue;
+            }
+            let since = *newcomer.since.get_or_insert(now);
             let under = |c: &Connection| cap.covers(billed[&c.peer]);
             let due = |c: &&Connection| under(c) && c.asked.is_some_and(|at| now - at >= probe);
             let longest = candidates.iter().filter(due).map(|c| c.last_heard).min();
@@ -599,7 +605,7 @@ impl Model {
                     "the longest silent"
                 );
                 to_judge.push((newcomer, Some(judged.id)));
-            } else if now - newcomer.since >= probe + 2 * TICK || !candidates.iter().any(under) {
+            } else if now - since >= probe + TICK || !candidates.iter().any(under) {
                 self.answers.push((newcomer.request, Answer::Refused));
             } else {
                 for candidate in &mut candidates {
