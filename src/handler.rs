@@ -88,8 +88,9 @@ pub struct Handler {
     signs: Signs,
     timeouts: Timeouts,
     tasks: FuturesUnordered<BoxFuture<'static, Done>>,
-    /// Requests that the behaviour has yet to decide.
-    undecided: HashMap<RequestId, Substream>,
+    /// Requests that the behaviour has yet to decide. Boxed, because a table keeps its room when it
+    /// is empty again, and every peer with a slot has asked for it once.
+    undecided: HashMap<RequestId, Box<Substream>>,
     /// Requests that are being read or answered.
     in_progress: usize,
     pings: usize,
@@ -110,7 +111,7 @@ pub struct Handler {
 #[derive(Debug)]
 pub enum Wanted {
     /// To ask the peer whether it takes a circuit.
-    Stop(Asking),
+    Stop(Box<Asking>),
     /// To ask it for a sign of life, within this time.
     Sign(Duration),
 }
@@ -242,7 +243,7 @@ impl Handler {
                     Ok(request) => {
                         self.last_request += 1;
                         let id = RequestId(self.last_request);
-                        self.undecided.insert(id, stream);
+                        self.undecided.insert(id, Box::new(stream));
                         Some(Told::Requested(id, request))
                     }
                     Err(bad) => {
@@ -301,24 +302,24 @@ impl ConnectionHandler for Handler {
         match command {
             Command::Granted(request, receipt, message) => {
                 if let Some(stream) = self.undecided.remove(&request) {
-                    self.answer(stream, message, Some(receipt));
+                    self.answer(*stream, message, Some(receipt));
                 }
             }
             Command::Refuse(request, status) => {
                 if let Some(stream) = self.undecided.remove(&request) {
-                    self.answer(stream, wire::refusal(status), None);
+                    self.answer(*stream, wire::refusal(status), None);
                 }
             }
             Command::AskTarget(circuit, source, limit) => {
                 let (give_up, given_up) = oneshot::channel();
                 self.asked.insert(circuit, give_up);
-                self.wanted.push_back(Wanted::Stop(Asking {
+                self.wanted.push_back(Wanted::Stop(Box::new(Asking {
                     circuit,
                     source,
                     limit,
                     since: Instant::now(),
                     given_up,
-                }));
+                })));
             }
             Command::AskForSign(patience) => self.wanted.push_back(Wanted::Sign(patience)),
             // What waits for a stream or its negotiation is noticed when there is one.
@@ -327,7 +328,7 @@ impl ConnectionHandler for Handler {
             }
             Command::OpenCircuit(request, circuit, target, quota) => {
                 if let Some(source) = self.undecided.remove(&request) {
-                    self.open(source, circuit, *target, quota);
+                    self.open(*source, circuit, *target, quota);
                     return;
                 }
                 let end = CircuitEnd::Ended;
@@ -356,7 +357,7 @@ impl ConnectionHandler for Handler {
                 protocol: stream,
                 info,
             }) => match info {
-                Wanted::Stop(asking) => self.ask(self.signs.listen_to(stream), asking),
+                Wanted::Stop(asking) => self.ask(self.signs.listen_to(stream), *asking),
                 Wanted::Sign(patience) => self.ask_for_sign(stream, patience),
             },
             ConnectionEvent::DialUpgradeError(DialUpgradeError { info, error }) => {
@@ -463,6 +464,16 @@ mod tests {
 
     use super::*;
     use crate::circuits::{Circuits, End};
+
+    /// Every connection has one. Where this fails for a reason, box what is rare, or change the
+    /// figure knowingly: it is multiplied by the number of peers.
+    #[test]
+    fn a_handler_is_small() {
+        assert!(size_of::<Handler>() <= 408);
+        // Of these, an idle handler keeps room for a few: each peer asks, and is asked.
+        assert!(size_of::<(RequestId, Box<Substream>)>() <= 16);
+        assert!(size_of::<Wanted>() <= 16);
+    }
 
     #[test]
     fn a_connection_that_closes_says_what_each_circuit_carried_whatever_else_goes_on() {

@@ -308,3 +308,20 @@ fn denied(error: &ListenError) -> Option<Denied> {
         _ => None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use libp2p::swarm::THandler;
+
+    use super::*;
+
+    /// A connection has it once, on the heap, and nearly all of it is identify's.
+    #[test]
+    fn the_handlers_of_a_connection_are_small() {
+        let identify = size_of::<THandler<identify::Behaviour>>();
+        assert!(size_of::<THandler<Parts>>() <= identify + 408);
+        assert_eq!(size_of::<THandler<Boxed<Parts>>>(), size_of::<usize>());
+        // libp2p 0.57's: events that wait, nearly all of the time none, have their room in it.
+        assert!(identify <= 3480);
+    }
+}
