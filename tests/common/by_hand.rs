@@ -1,15 +1,19 @@
-//! Connections to the relay without libp2p's manners: TCP, Noise and yamux, byte by byte.
+//! Connections to the relay without libp2p's manners: TCP, Noise or TLS, and yamux, byte by byte.
 
 use libp2p::{
     core::upgrade::OutboundConnectionUpgrade,
-    futures::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, future},
+    futures::{
+        AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt,
+        future::{self, Either},
+    },
     identity::Keypair,
     noise,
     tcp::tokio::TcpStream,
+    tls,
 };
 use prost::Message;
 
-use super::{HOP, Relay, messages, within};
+use super::{HOP, Relay, Security, messages, within};
 
 // The kinds of yamux frames, and their flags.
 pub const DATA: u8 = 0;
@@ -25,7 +29,7 @@ pub const RST: u16 = 8;
 /// The room that every yamux stream has from its start, in bytes.
 pub const WINDOW: usize = 256 * 1024;
 
-pub type Channel = noise::Output<TcpStream>;
+pub type Channel = Either<noise::Output<TcpStream>, tls::TlsStream<TcpStream>>;
 
 /// A connection without any protocol yet.
 pub async fn tcp(relay: &Relay) -> TcpStream {
@@ -35,11 +39,25 @@ pub async fn tcp(relay: &Relay) -> TcpStream {
 
 /// A secure channel without a muxer yet.
 pub async fn secured(relay: &Relay, keypair: &Keypair) -> Channel {
+    secured_with(relay, keypair, Security::Noise).await
+}
+
+async fn secured_with(relay: &Relay, keypair: &Keypair, security: Security) -> Channel {
     let mut stream = tcp(relay).await;
-    agree(&mut stream, "/noise").await;
-    let noise = noise::Config::new(keypair).expect("a key for Noise");
-    let handshake = noise.upgrade_outbound(stream, "/noise");
-    within(handshake).await.expect("the relay speaks Noise").1
+    match security {
+        Security::Noise => {
+            agree(&mut stream, "/noise").await;
+            let noise = noise::Config::new(keypair).expect("a key for Noise");
+            let handshake = noise.upgrade_outbound(stream, "/noise");
+            Either::Left(within(handshake).await.expect("the relay speaks Noise").1)
+        }
+        Security::Tls => {
+            agree(&mut stream, "/tls/1.0.0").await;
+            let tls = tls::Config::new(keypair).expect("a key for TLS");
+            let handshake = tls.upgrade_outbound(stream, "/tls/1.0.0");
+            Either::Right(within(handshake).await.expect("the relay speaks TLS").1)
+        }
+    }
 }
 
 /// A connection that awaits frames.
@@ -49,7 +67,12 @@ pub async fn muxed(relay: &Relay) -> Channel {
 
 /// As [`muxed`], for the owner of `keypair`.
 pub async fn muxed_as(relay: &Relay, keypair: &Keypair) -> Channel {
-    let mut channel = secured(relay, keypair).await;
+    muxed_with(relay, keypair, Security::Noise).await
+}
+
+/// As [`muxed_as`], over this secure channel.
+pub async fn muxed_with(relay: &Relay, keypair: &Keypair, security: Security) -> Channel {
+    let mut channel = secured_with(relay, keypair, security).await;
     agree(&mut channel, "/yamux/1.0.0").await;
     channel
 }

@@ -64,11 +64,7 @@ impl Process {
 
     /// Its resident memory, in KiB.
     pub fn resident(&self) -> u64 {
-        let rollup = format!("/proc/{}/smaps_rollup", self.id());
-        let rollup = fs::read_to_string(rollup).expect("it runs, on Linux");
-        let mut words = rollup.split_whitespace().skip_while(|word| *word != "Rss:");
-        let resident = words.nth(1).expect("a number behind the name");
-        resident.parse().expect("KiB")
+        resident(self.id())
     }
 }
 
@@ -77,4 +73,13 @@ impl Drop for Process {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// The resident memory of a process, in KiB.
+pub fn resident(process: u32) -> u64 {
+    let rollup = format!("/proc/{process}/smaps_rollup");
+    let rollup = fs::read_to_string(rollup).expect("it runs, on Linux");
+    let mut words = rollup.split_whitespace().skip_while(|word| *word != "Rss:");
+    let resident = words.nth(1).expect("a number behind the name");
+    resident.parse().expect("KiB")
 }
