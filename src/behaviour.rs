@@ -333,6 +333,7 @@ impl NetworkBehaviour for Behaviour {
                 return Poll::Pending;
             }
             self.relay.sweep(now);
+            log::trace!("swept in {} µs", now.elapsed().as_micros());
         }
     }
 }

@@ -45,8 +45,8 @@ fn main() -> ExitCode {
     // This program starts itself for clients that need a process of their own.
     match words[..] {
         [echo::FLAT_OUT, relay] => runtime.block_on(echo::run_flat_out(relay)),
-        [crowd::ROLE, relay, count, security] => {
-            runtime.block_on(crowd::run(relay, count, security));
+        [crowd::ROLE, relay, first, count, security] => {
+            runtime.block_on(crowd::run(relay, first, count, security));
         }
         _ => {}
     }

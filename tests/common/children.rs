@@ -66,6 +66,12 @@ impl Process {
     pub fn resident(&self) -> u64 {
         resident(self.id())
     }
+
+    /// The most that was resident at a time, in KiB.
+    pub fn peak(&self) -> u64 {
+        let status = format!("/proc/{}/status", self.id());
+        number_behind("VmHWM:", &status)
+    }
 }
 
 impl Drop for Process {
@@ -77,9 +83,12 @@ impl Drop for Process {
 
 /// The resident memory of a process, in KiB.
 pub fn resident(process: u32) -> u64 {
-    let rollup = format!("/proc/{process}/smaps_rollup");
-    let rollup = fs::read_to_string(rollup).expect("it runs, on Linux");
-    let mut words = rollup.split_whitespace().skip_while(|word| *word != "Rss:");
-    let resident = words.nth(1).expect("a number behind the name");
-    resident.parse().expect("KiB")
+    number_behind("Rss:", &format!("/proc/{process}/smaps_rollup"))
+}
+
+fn number_behind(name: &str, file: &str) -> u64 {
+    let text = fs::read_to_string(file).expect("it runs, on Linux");
+    let mut words = text.split_whitespace().skip_while(|word| *word != name);
+    let number = words.nth(1).expect("a number behind the name");
+    number.parse().expect("a number")
 }

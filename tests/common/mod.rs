@@ -282,25 +282,36 @@ impl Client {
 
     /// The owner of `keypair`, connected to the relay at this address.
     pub async fn connect_as(keypair: Keypair, relay: &Multiaddr, security: Security) -> Self {
+        Self::connect_with(keypair, relay, security, yamux::Config::default).await
+    }
+
+    /// As [`Client::connect_as`], with yamux's settings of one's own.
+    pub async fn connect_with(
+        keypair: Keypair,
+        relay: &Multiaddr,
+        security: Security,
+        muxer: fn() -> yamux::Config,
+    ) -> Self {
         let ping = ping::Behaviour::new(ping::Config::new().with_interval(NEVER));
-        Self::connect_with(keypair, relay, security, Some(ping)).await
+        Self::connect_speaking(keypair, relay, security, muxer, Some(ping)).await
     }
 
     /// A new peer that does not know `/ipfs/ping/1.0.0`: whoever asks it over that is refused.
     pub async fn connect_without_ping(relay: &Multiaddr) -> Self {
         let keypair = Keypair::generate_ed25519();
-        Self::connect_with(keypair, relay, Security::Noise, None).await
+        let muxer = yamux::Config::default;
+        Self::connect_speaking(keypair, relay, Security::Noise, muxer, None).await
     }
 
-    async fn connect_with(
+    async fn connect_speaking(
         keypair: Keypair,
         relay: &Multiaddr,
         security: Security,
+        muxer: fn() -> yamux::Config,
         ping: Option<ping::Behaviour>,
     ) -> Self {
         let builder = SwarmBuilder::with_existing_identity(keypair).with_tokio();
         let tcp = tcp::Config::default();
-        let muxer = yamux::Config::default;
         let behaviour = |keypair: &Keypair| Parts {
             stream: libp2p_stream::Behaviour::new(),
             identify: identify::Behaviour::new(identify::Config::new(

@@ -11,7 +11,7 @@ use tempfile::TempDir;
 use crate::common::{self, children::Process};
 
 /// All peers come from few addresses, and at once; circuits carry what they like.
-const RELAYLET_FLAGS: &str = "--listen=/ip4/127.0.0.1/tcp/0 --max-reservations=20000 \
+pub const RELAYLET_FLAGS: &str = "--listen=/ip4/127.0.0.1/tcp/0 --max-reservations=20000 \
     --max-reservations-per-ip=0 --max-reservations-per-subnet=0 --max-connections=30000 \
     --max-connections-per-ip=0 --max-handshakes=4096 --max-circuits=20000 \
     --max-circuits-per-peer=2048 --circuit-duration=0s --circuit-bytes=0 --reserve-rate=0 \
@@ -77,7 +77,7 @@ impl Contestants {
     /// A fresh process.
     pub fn start(&self, who: Contestant) -> Relay {
         let folder = tempfile::tempdir().expect("a temporary folder");
-        let mut command = match who {
+        let command = match who {
             Contestant::Relaylet => {
                 let mut command = common::command(&folder);
                 command.args(&self.flags).env("RUST_LOG", "error");
@@ -86,13 +86,7 @@ impl Contestants {
             Contestant::Rust => Command::new(self.built.join("release/rust-libp2p-relay")),
             Contestant::Go => self.go(),
         };
-        command.current_dir(folder.path());
-        let mut process = Process::start(command);
-        Relay {
-            address: process.listens(),
-            process,
-            _folder: folder,
-        }
+        Relay::run(command, folder)
     }
 }
 
@@ -107,4 +101,17 @@ pub struct Relay {
     pub process: Process,
     pub address: Multiaddr,
     _folder: TempDir,
+}
+
+impl Relay {
+    /// Runs this command in its folder.
+    pub fn run(mut command: Command, folder: TempDir) -> Self {
+        command.current_dir(folder.path());
+        let mut process = Process::start(command);
+        Self {
+            address: process.listens(),
+            process,
+            _folder: folder,
+        }
+    }
 }

@@ -1,4 +1,4 @@
-//! A process full of clients that hold a reservation and only answer, each with a connection of its
+//! Processes full of clients that hold a reservation and only answer, each with a connection of its
 //! own, spread over the addresses of 127.0.0.0/8.
 
 use std::{
@@ -7,7 +7,7 @@ use std::{
     pin::Pin,
     process::{self, Command},
     task::{Context, Poll},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use libp2p::{
@@ -30,33 +30,67 @@ use tokio::net::TcpSocket;
 
 use crate::common::{HOP, Security, children::Process, messages, within};
 
-/// The argument of the process.
+/// The argument of a process.
 pub const ROLE: &str = "crowd";
 
-/// How many arrive at the same time.
+/// How many clients are in a process.
+const IN_A_PROCESS: usize = 2500;
+
+/// How many of a process arrive at the same time.
 const AT_A_TIME: usize = 64;
+
+// What a process is told to do, and says when it did.
+const CONNECT: &str = "connect";
+const RESERVE: &str = "reserve";
 
 /// Longer than anybody watches.
 const NEVER: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
-/// Clients in a process of their own, until it is dropped.
-pub struct Crowd {
-    _process: Process,
-}
+/// Clients in processes of their own, until it is dropped.
+pub struct Crowd(Vec<Process>);
 
 impl Crowd {
     /// So many, once each has its reservation.
     pub fn arrives(relay: &Multiaddr, count: usize, security: Security) -> Self {
-        let mut command = Command::new(std::env::current_exe().expect("this program"));
+        let mut crowd = Self::of(relay, count, security);
+        crowd.connects();
+        crowd.reserves();
+        crowd
+    }
+
+    /// So many that have yet to connect.
+    pub fn of(relay: &Multiaddr, count: usize, security: Security) -> Self {
         let security = match security {
             Security::Noise => "noise",
             Security::Tls => "tls",
         };
-        command.args([ROLE, &relay.to_string(), &count.to_string(), security]);
-        let mut process = Process::start(command);
-        process.says("connected ");
-        process.says("reserved ");
-        Self { _process: process }
+        let processes = (0..count).step_by(IN_A_PROCESS).map(|first| {
+            let mut command = Command::new(std::env::current_exe().expect("this program"));
+            let in_it = (count - first).min(IN_A_PROCESS);
+            command.args([ROLE, &relay.to_string()]);
+            command.args([&first.to_string(), &in_it.to_string(), security]);
+            Process::start(command)
+        });
+        Self(processes.collect())
+    }
+
+    /// All of them connect.
+    pub fn connects(&mut self) {
+        self.all(CONNECT);
+    }
+
+    /// All of them reserve.
+    pub fn reserves(&mut self) {
+        self.all(RESERVE);
+    }
+
+    fn all(&mut self, what: &str) {
+        for process in &mut self.0 {
+            process.hears(what);
+        }
+        for process in &mut self.0 {
+            process.says(what);
+        }
     }
 }
 
@@ -67,23 +101,32 @@ struct Parts {
     identify: identify::Behaviour,
 }
 
-/// What the process does.
-pub async fn run(relay: &str, count: &str, security: &str) {
+/// What a process does.
+pub async fn run(relay: &str, first: &str, count: &str, security: &str) {
     rlimit::increase_nofile_limit(u64::MAX).expect("a limit of open files");
     let relay: Multiaddr = relay.parse().expect("a multiaddr");
+    let first: u32 = first.parse().expect("the number of a client");
     let count: u32 = count.parse().expect("a number of clients");
-    let start = Instant::now();
-    let arriving = stream::iter(0..count).map(|number| connect(&relay, number, security));
+    hears(CONNECT);
+    let numbers = stream::iter(first..first + count);
+    let arriving = numbers.map(|number| connect(&relay, number, security));
     let controls: Vec<_> = arriving.buffer_unordered(AT_A_TIME).collect().await;
-    println!("connected {}", start.elapsed().as_secs_f64());
+    println!("{CONNECT}");
     let Some(Protocol::P2p(peer)) = relay.iter().last() else {
         panic!("{relay} names no peer");
     };
-    let start = Instant::now();
+    hears(RESERVE);
     let reserving = stream::iter(controls).map(|control| reserve(control, peer));
     reserving.buffer_unordered(AT_A_TIME).collect::<()>().await;
-    println!("reserved {}", start.elapsed().as_secs_f64());
+    println!("{RESERVE}");
     std::future::pending().await
+}
+
+/// Waits until the process is told to. The clients go on meanwhile, on other threads.
+fn hears(what: &str) {
+    let mut line = String::new();
+    io::stdin().read_line(&mut line).expect("text");
+    assert_eq!(line.trim(), what);
 }
 
 async fn connect(relay: &Multiaddr, number: u32, security: &str) -> libp2p_stream::Control {

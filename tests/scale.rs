@@ -1,0 +1,106 @@
+//! How cost grows with peers and with circuits, on this machine.
+//!
+//! `cargo bench --bench scale` has 1,000, 3,000 and 10,000 peers connect to a relay of their own and
+//! reserve, watches them idle for a minute, and then has 1,000 circuits carry data at once, between
+//! one pair of peers and between many. It prints Markdown tables and writes them to
+//! `target/scale.md`. `-- --quick` does with 1,000 peers and fewer circuits, in about a minute;
+//! `peers` or `circuits` measures that alone; `--flags "…"` adds to the flags of the relay.
+//!
+//! The clients run on the same cores, in a few processes: what comes a second is the machine's,
+//! theirs more than the relay's. CPU time is what the kernel counted for the relay's threads
+//! (schedstat), memory what it counted for its pages (smaps_rollup).
+
+mod common;
+
+#[allow(dead_code)] // the other relays take no part
+#[path = "peers/contestants.rs"]
+mod contestants;
+#[allow(dead_code)]
+#[path = "peers/crowd.rs"]
+mod crowd;
+
+mod scale {
+    pub mod arrival;
+    pub mod circuits;
+    pub mod relay;
+    pub mod table;
+}
+
+use std::{env, fs, process::ExitCode, time::Duration};
+
+use tokio::runtime::Runtime;
+
+use scale::{arrival, circuits, table::Table};
+
+const TABLES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/target/scale.md");
+
+/// Files that a process has open beside its connections.
+const OTHER_FILES: u64 = 200;
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = env::args().skip(1).collect();
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let runtime = Runtime::new().expect("a runtime");
+    // This program starts itself for the clients.
+    if let [crowd::ROLE, relay, first, count, security] = words[..] {
+        runtime.block_on(crowd::run(relay, first, count, security));
+    }
+
+    let quick = words.contains(&"--quick");
+    let flags = words.iter().position(|word| *word == "--flags");
+    let flags = flags.and_then(|at| words.get(at + 1)).unwrap_or(&"");
+    let all = !["peers", "circuits"]
+        .iter()
+        .any(|part| words.contains(part));
+    let mut tables = String::new();
+    if all || words.contains(&"peers") {
+        let (sizes, watched) = match quick {
+            true => (&[1000][..], Duration::from_secs(30)),
+            false => (&[1000, 3000, 10_000][..], Duration::from_secs(60)),
+        };
+        if let Err(line) = enough_files(sizes[sizes.len() - 1]) {
+            eprintln!("{line}");
+            return ExitCode::FAILURE;
+        }
+        let names = sizes.iter().map(|size| format!("{size} peers"));
+        let mut table = Table::of(names, true);
+        for &size in sizes {
+            arrival::measure(size, watched, flags, &mut table);
+        }
+        tables += &table.markdown();
+    }
+    if all || words.contains(&"circuits") {
+        let (circuits, bytes) = match quick {
+            true => (200, 512 * 1024),
+            false => (1000, 1024 * 1024),
+        };
+        let pairs = [1, circuits / 10];
+        let names = pairs.iter().map(|pairs| match pairs {
+            1 => format!("{circuits} circuits of one pair"),
+            _ => format!("{circuits} of {pairs} pairs"),
+        });
+        let mut table = Table::of(names, false);
+        for pairs in pairs {
+            let measured = circuits::measure(circuits, pairs, bytes, flags, &mut table);
+            runtime.block_on(measured);
+        }
+        tables += &table.markdown();
+    }
+    println!("\n{tables}");
+    fs::write(TABLES, tables).expect("the folder target is there");
+    println!("the tables are in {TABLES}");
+    ExitCode::SUCCESS
+}
+
+/// The relay has to have a file open for each connection.
+fn enough_files(peers: usize) -> Result<(), String> {
+    let needed = peers as u64 + OTHER_FILES;
+    let limit = rlimit::increase_nofile_limit(u64::MAX).expect("a limit of open files");
+    if limit < needed {
+        return Err(format!(
+            "{peers} peers need {needed} open files, and the hard limit is {limit}: raise it (ulimit \
+             -Hn {needed}), or measure fewer (--quick)"
+        ));
+    }
+    Ok(())
+}
