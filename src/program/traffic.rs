@@ -2,9 +2,13 @@
 //!
 //! The transport makes a connection before the swarm gives it a name, so the counters wait here,
 //! under their socket addresses, until the owner of the swarm claims them.
+//!
+//! Two connections have the same addresses only if a proxy says so, which it may in good faith: a
+//! client reached it twice from one port. Which counter is whose cannot be told then, so neither is
+//! handed out, and the relay hears of those two only what it hears on their streams.
 
 use std::{
-    collections::HashMap,
+    collections::BTreeMap,
     net::SocketAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -16,10 +20,17 @@ use crate::signs::{Heard, Signs};
 
 /// The counters of connections that were not claimed yet.
 #[derive(Clone, Debug, Default)]
-pub struct Traffic(Arc<Mutex<HashMap<Key, Signs>>>);
+pub struct Traffic(Arc<Mutex<Counters>>);
+
+#[derive(Debug, Default)]
+struct Counters {
+    unclaimed: BTreeMap<(Ends, u64), Signs>,
+    /// How many there were ever: tells apart those with the same ends.
+    made: u64,
+}
 
 /// Our own socket address, where the connection came in, and the peer's.
-type Key = (Option<SocketAddr>, SocketAddr);
+type Ends = (Option<SocketAddr>, SocketAddr);
 
 impl Traffic {
     /// Counts what comes in on `stream`.
@@ -30,8 +41,11 @@ impl Traffic {
         remote: SocketAddr,
     ) -> Counted<S> {
         let signs = Signs::default();
-        let key = (local, remote);
-        self.counters().insert(key, signs.clone());
+        let mut counters = self.counters();
+        counters.made += 1;
+        let key = ((local, remote), counters.made);
+        counters.unclaimed.insert(key, signs.clone());
+        drop(counters);
         let unclaimed = Unclaimed {
             key,
             traffic: self.clone(),
@@ -39,9 +53,9 @@ impl Traffic {
         signs.listen_with(stream, unclaimed)
     }
 
-    /// The counter of the connection between these two ends.
+    /// The counter of the connection between these two ends, unless there are several.
     pub fn claim(&self, endpoint: &ConnectedPoint) -> Option<Signs> {
-        let key = match endpoint {
+        let ends = match endpoint {
             ConnectedPoint::Dialer { address, .. } => (None, socket_address(address)?),
             ConnectedPoint::Listener {
                 local_addr,
@@ -51,15 +65,24 @@ impl Traffic {
                 socket_address(send_back_addr)?,
             ),
         };
-        self.counters().remove(&key)
+        let mut counters = self.counters();
+        let mut candidates = counters.unclaimed.range((ends, 0)..=(ends, u64::MAX));
+        let (key, _) = candidates.next()?;
+        match candidates.next() {
+            Some(_) => None,
+            None => {
+                let key = *key;
+                counters.unclaimed.remove(&key)
+            }
+        }
     }
 
     /// How many wait to be claimed.
     pub fn unclaimed(&self) -> usize {
-        self.counters().len()
+        self.counters().unclaimed.len()
     }
 
-    fn counters(&self) -> MutexGuard<'_, HashMap<Key, Signs>> {
+    fn counters(&self) -> MutexGuard<'_, Counters> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -72,12 +95,58 @@ pub type Counted<S> = Heard<S, Unclaimed>;
 /// Dropped before the socket: once that is closed, its address may name another connection.
 #[derive(Debug)]
 pub struct Unclaimed {
-    key: Key,
+    key: (Ends, u64),
     traffic: Traffic,
 }
 
 impl Drop for Unclaimed {
     fn drop(&mut self) {
-        self.traffic.counters().remove(&self.key);
+        self.traffic.counters().unclaimed.remove(&self.key);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn connection(local: &str, remote: &str) -> ConnectedPoint {
+        ConnectedPoint::Listener {
+            local_addr: local.parse().unwrap(),
+            send_back_addr: remote.parse().unwrap(),
+        }
+    }
+
+    #[test]
+    fn a_counter_is_claimed_once_by_its_addresses() {
+        let traffic = Traffic::default();
+        let (local, remote) = (
+            "192.0.2.1:1".parse().unwrap(),
+            "192.0.2.2:2".parse().unwrap(),
+        );
+        let counted = traffic.count((), Some(local), remote);
+        let elsewhere = connection("/ip4/192.0.2.1/tcp/1", "/ip4/192.0.2.2/tcp/3");
+        let here = connection("/ip4/192.0.2.1/tcp/1", "/ip4/192.0.2.2/tcp/2");
+        assert!(traffic.claim(&elsewhere).is_none());
+        assert!(traffic.claim(&here).is_some());
+        assert!(traffic.claim(&here).is_none());
+        drop(counted);
+        assert_eq!(traffic.unclaimed(), 0);
+    }
+
+    #[test]
+    fn of_two_with_the_same_addresses_none_gets_the_others_counter() {
+        let traffic = Traffic::default();
+        let (local, remote) = (
+            "192.0.2.1:1".parse().unwrap(),
+            "192.0.2.2:2".parse().unwrap(),
+        );
+        let both = connection("/ip4/192.0.2.1/tcp/1", "/ip4/192.0.2.2/tcp/2");
+        let first = traffic.count((), Some(local), remote);
+        let second = traffic.count((), Some(local), remote);
+        assert!(traffic.claim(&both).is_none());
+        drop(first);
+        assert!(traffic.claim(&both).is_some(), "it is the second's now");
+        assert_eq!(traffic.unclaimed(), 0);
+        drop(second);
     }
 }
