@@ -104,6 +104,27 @@ pub struct Lists {
     pub allow_connect_peer: HashSet<PeerId>,
 }
 
+/// Whether each of these is a whole subnet, in the family that addresses are looked up in.
+pub(crate) fn subnets_make_sense(
+    setting: &'static str,
+    subnets: &[IpNet],
+) -> Result<(), ConfigError> {
+    for subnet in subnets {
+        let whole = subnet.trunc();
+        if whole != *subnet {
+            let problem = format!("{subnet} names one host in it; try {whole}");
+            return Err(ConfigError::new(setting, problem));
+        }
+        if let IpNet::V6(v6) = subnet
+            && v6.addr().to_ipv4_mapped().is_some()
+        {
+            let problem = format!("{subnet} stands for IPv4; write it as IPv4");
+            return Err(ConfigError::new(setting, problem));
+        }
+    }
+    Ok(())
+}
+
 impl Lists {
     /// Whether they make sense together.
     ///
@@ -124,19 +145,7 @@ impl Lists {
             ("allow_subnet", &self.allow_subnet),
             ("deny_subnet", &self.deny_subnet),
         ] {
-            for subnet in subnets {
-                let whole = subnet.trunc();
-                if whole != *subnet {
-                    let problem = format!("{subnet} names one host in it; try {whole}");
-                    return Err(ConfigError::new(setting, problem));
-                }
-                if let IpNet::V6(v6) = subnet
-                    && v6.addr().to_ipv4_mapped().is_some()
-                {
-                    let problem = format!("{subnet} stands for IPv4; write it as IPv4");
-                    return Err(ConfigError::new(setting, problem));
-                }
-            }
+            subnets_make_sense(setting, subnets)?;
         }
         for allowed in &self.allow_subnet {
             if let Some(denied) = self.deny_subnet.iter().find(|net| net.contains(allowed)) {

@@ -12,6 +12,7 @@ mod interfaces;
 pub mod muxer;
 pub mod node;
 pub mod open_files;
+pub mod proxies;
 pub mod proxy_header;
 mod read_ahead;
 pub mod run;

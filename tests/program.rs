@@ -23,9 +23,10 @@ use tempfile::TempDir;
 use tokio::{net::TcpSocket, time::sleep};
 
 /// Each flag, and what it cannot be.
-const FLAGS: [(&str, &str); 29] = [
+const FLAGS: [(&str, &str); 30] = [
     ("--listen", "/ip4/0.0.0.0/udp/4001"),
     ("--announce", "/ip4/0.0.0.0/tcp/4001"),
+    ("--proxy-protocol-from", "10.0.0.1/8"),
     ("--identity", "/"),
     ("--max-reservations", "0"),
     ("--max-reservations-per-ip", "some"),

@@ -6,10 +6,12 @@
 use std::{
     collections::{HashMap, hash_map::Entry},
     convert::Infallible,
-    fmt,
+    error::Error,
+    fmt, io,
     task::{Context, Poll},
 };
 
+use anyhow::Chain;
 use libp2p::{
     Multiaddr, PeerId,
     core::{Endpoint, transport::PortUse},
@@ -19,6 +21,7 @@ use libp2p::{
     },
 };
 
+use super::proxy_header::NoHeader;
 use crate::address::BilledTo;
 
 /// The limits themselves.
@@ -78,6 +81,8 @@ pub enum Denied {
     Address(BilledTo),
     /// As many are in their handshakes as may be.
     Handshakes,
+    /// It came from a proxy, and its PROXY protocol header did not.
+    NoHeader(NoHeader),
 }
 
 impl Denied {
@@ -87,6 +92,7 @@ impl Denied {
             Self::Connections => "too many connections",
             Self::Address(_) => "too many connections of the address",
             Self::Handshakes => "too many handshakes",
+            Self::NoHeader(_) => "no PROXY protocol header",
         }
     }
 }
@@ -95,12 +101,43 @@ impl fmt::Display for Denied {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Address(address) => write!(f, "too many connections of {address}"),
+            Self::NoHeader(why) => write!(f, "{}: {why}", self.kind()),
             other => f.write_str(other.kind()),
         }
     }
 }
 
-impl std::error::Error for Denied {}
+impl Error for Denied {}
+
+impl Denied {
+    /// The denial that this error stems from, if it stems from one.
+    pub fn behind<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a Self> {
+        Chain::new(error).find_map(|error| error.downcast_ref())
+    }
+}
+
+/// A denial as the source of an error: libp2p's layers hand on the sources of what went wrong below
+/// them, and not that itself.
+#[derive(Debug)]
+struct Because(Denied);
+
+impl fmt::Display for Because {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("denied")
+    }
+}
+
+impl Error for Because {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        Some(&self.0)
+    }
+}
+
+impl From<Denied> for io::Error {
+    fn from(denied: Denied) -> Self {
+        Self::other(Because(denied))
+    }
+}
 
 impl ConnectionLimits {
     /// Nobody is connected yet.

@@ -19,7 +19,7 @@ const MOST_ADDRESSES: usize = 1000;
 #[derive(Debug, Default)]
 pub struct Digest {
     tallies: BTreeMap<Key, Tally>,
-    /// The flags whose cap somebody has run into.
+    /// The flags that somebody has run into.
     warned: HashSet<&'static str>,
 }
 
@@ -44,7 +44,13 @@ impl Digest {
                         let has = "as many connections as it may";
                         self.warn(address, has, "--max-connections-per-ip")
                     }
-                    _ => None,
+                    Denied::NoHeader(why) => self.once("--proxy-protocol-from", |flag| {
+                        format!(
+                            "{address}: no PROXY protocol header: {why}; {flag} says that a proxy \
+                             is there: make it send one, or leave the address out"
+                        )
+                    }),
+                    Denied::Connections | Denied::Handshakes => None,
                 }
             }
             NodeEvent::Relay(Event::ReservationRefused {
@@ -131,13 +137,17 @@ impl Digest {
         has: &str,
         flag: &'static str,
     ) -> Option<String> {
-        let first = self.warned.insert(flag);
-        first.then(|| {
+        self.once(flag, |flag| {
             format!(
-                "{address} has {has}, and was refused: is it a proxy, or one address for many \
-                 people? Then raise {flag}; this is said once"
+                "{address} has {has}, and was refused: is it a proxy? Then name it with \
+                 --proxy-protocol-from; one address for many people? Then raise {flag}"
             )
         })
+    }
+
+    fn once(&mut self, flag: &'static str, warning: impl Fn(&str) -> String) -> Option<String> {
+        let first = self.warned.insert(flag);
+        first.then(|| format!("{}; this is said once", warning(flag)))
     }
 }
 
@@ -147,7 +157,7 @@ mod tests {
 
     use libp2p::{Multiaddr, PeerId};
 
-    use super::*;
+    use super::{super::proxy_header::NoHeader, *};
     use crate::reservations::FreedReason;
 
     fn freed(from: &str, reason: FreedReason) -> NodeEvent {
@@ -217,6 +227,25 @@ mod tests {
         assert_eq!(full(), None);
         let subnet = digest.note(&refused("192.0.2.1", Refused::SubnetFull(home.subnet())));
         assert!(subnet.is_some_and(|line| line.contains("192.0.2.0/24")));
+    }
+
+    #[test]
+    fn the_first_connection_of_a_proxy_without_a_header_is_a_warning() {
+        let mut digest = Digest::default();
+        let mut denied = || {
+            digest.note(&NodeEvent::ConnectionDenied {
+                address: address("192.0.2.1"),
+                reason: Denied::NoHeader(NoHeader::SomethingElse),
+            })
+        };
+        let warning = denied().expect("a warning");
+        for word in ["192.0.2.1", "--proxy-protocol-from", "something else"] {
+            assert!(warning.contains(word), "{warning}");
+        }
+        assert_eq!(denied(), None);
+        let line = "connections denied within a minute: 2: no PROXY protocol header; most of \
+                    192.0.2.1: 2";
+        assert_eq!(digest.lines(), [line]);
     }
 
     #[test]

@@ -13,7 +13,7 @@ use structopt::{
 
 use super::{connection_limits::Limits, threads, transport};
 use crate::{
-    access::Lists,
+    access::{Lists, subnets_make_sense},
     config::{Config, ConfigError},
 };
 
@@ -49,6 +49,16 @@ pub struct Flags {
         use_delimiter = true
     )]
     pub announce: Vec<Multiaddr>,
+
+    /// Subnet of proxies in front: a PROXY protocol header (version 1 or 2) has to come first there,
+    /// and says who the client is; may be given several times
+    #[structopt(
+        long,
+        value_name = "SUBNET",
+        env = "RELAYLET_PROXY_PROTOCOL_FROM",
+        use_delimiter = true
+    )]
+    pub proxy_protocol_from: Vec<IpNet>,
 
     /// The relay's private key; made on the first run
     #[structopt(
@@ -400,6 +410,8 @@ impl Flags {
 
     fn check(&self) -> Result<(), String> {
         self.config().validate().map_err(|error| in_flags(&error))?;
+        subnets_make_sense("proxy_protocol_from", &self.proxy_protocol_from)
+            .map_err(|error| in_flags(&error))?;
         for (flag, value) in [
             ("--max-connections", self.max_connections),
             ("--max-handshakes", self.max_handshakes),
@@ -559,6 +571,14 @@ mod tests {
             (&["--allow-subnet", "192.0.2.1"], "--allow-subnet"),
             (&["--deny-subnet", "192.0.2.1/24"], "try 192.0.2.0/24"),
             (&["--allow-peer", PEER, "--deny-peer", PEER], "--allow-peer"),
+            (
+                &["--proxy-protocol-from", "10.0.0.1"],
+                "--proxy-protocol-from",
+            ),
+            (
+                &["--proxy-protocol-from", "10.0.0.1/8"],
+                "--proxy-protocol-from: 10.0.0.1/8",
+            ),
             (&["--reserve-rate", "-1"], "-1"),
             (&["--probe", "4s"], "--probe"),
             (&["--heartbeat", "1m"], "--silence"),

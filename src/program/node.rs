@@ -3,6 +3,7 @@
 use std::{io, time::Duration};
 
 use anyhow::{Context, Result};
+use ipnet::IpNet;
 use libp2p::{
     Multiaddr, PeerId, Swarm, Transport,
     core::{transport::TransportError, upgrade::Version},
@@ -16,6 +17,7 @@ use super::{
     boxed::Boxed,
     connection_limits::{ConnectionLimits, Denied, Limits},
     muxer,
+    proxies::Proxies,
     read_ahead::ReadAhead,
     security::Security,
     traffic::Traffic,
@@ -54,6 +56,7 @@ const IDENTIFY_INTERVAL: Duration = Duration::from_secs(24 * 60 * 60);
 pub struct Node {
     swarm: Swarm<Boxed<Parts>>,
     traffic: Traffic,
+    proxies: Proxies,
     /// How many circuits of a peer the connections are made for.
     circuits_per_peer: usize,
 }
@@ -136,7 +139,8 @@ impl Node {
             outbound: streams,
         };
         let traffic = Traffic::default();
-        let transport = Tcp::new(traffic.clone())
+        let proxies = Proxies::default();
+        let transport = Tcp::new(traffic.clone(), proxies.clone(), limits.max_handshakes)
             .map(|stream, _| ReadAhead::new(stream))
             .upgrade(Version::V1Lazy)
             .authenticate(Security::new(&keypair).context("the key cannot secure connections")?)
@@ -164,6 +168,7 @@ impl Node {
         Ok(Self {
             swarm,
             traffic,
+            proxies,
             circuits_per_peer,
         })
     }
@@ -192,6 +197,15 @@ impl Node {
             self.swarm.add_external_address(address);
         }
         Ok(())
+    }
+
+    /// The subnets of the proxies in front of the relay, instead of those named before.
+    ///
+    /// A connection from there begins with a PROXY protocol header, version 1 or 2, and counts as
+    /// the client's that the header names; without one it is closed. At most
+    /// [`Limits::max_handshakes`] wait for theirs, beside those in their handshakes.
+    pub fn set_proxies(&mut self, subnets: Vec<IpNet>) {
+        self.proxies.set(subnets);
     }
 
     /// Who the relay is.
@@ -301,10 +315,11 @@ impl Node {
     }
 }
 
-/// Which of our limits it was, if it was one.
+/// Why we denied the connection, if we did.
 fn denied(error: &ListenError) -> Option<Denied> {
     match error {
         ListenError::Denied { cause } => cause.downcast_ref().copied(),
+        ListenError::Transport(TransportError::Other(error)) => Denied::behind(error).copied(),
         _ => None,
     }
 }

@@ -8,15 +8,23 @@ use super::connection_limits::Limits;
 const OTHERS: u64 = 64;
 
 /// Raises the limit as far as the system lets us; a warning if that is not far enough.
-pub fn raise_limit(limits: &Limits) -> Option<String> {
+///
+/// Behind a proxy as many connections as may be in their handshakes are open before they count.
+pub fn raise_limit(limits: &Limits, behind_proxy: bool) -> Option<String> {
     // An unreadable limit is no reason not to start.
     let (_, hard) = Resource::NOFILE.get().ok()?;
     let limit = rlimit::increase_nofile_limit(hard).ok()?;
-    warning(limit, limits.max_connections)
+    let uncounted = if behind_proxy {
+        limits.max_handshakes
+    } else {
+        0
+    };
+    warning(limit, limits.max_connections, uncounted)
 }
 
-fn warning(limit: u64, max_connections: usize) -> Option<String> {
-    let needed = (max_connections as u64).saturating_add(OTHERS);
+fn warning(limit: u64, max_connections: usize, uncounted: usize) -> Option<String> {
+    let connections = max_connections.saturating_add(uncounted) as u64;
+    let needed = connections.saturating_add(OTHERS);
     (limit < needed).then(|| {
         format!(
             "--max-connections {max_connections} needs {needed} open files and the system allows \
@@ -31,9 +39,10 @@ mod tests {
 
     #[test]
     fn too_few_files_are_a_warning_that_names_the_flag() {
-        assert_eq!(warning(5000, 4096), None);
-        assert!(warning(5000, usize::MAX).is_some());
-        let warning = warning(1024, 4096).unwrap();
+        assert_eq!(warning(5000, 4096, 256), None);
+        assert!(warning(5000, 4096, 1000).is_some());
+        assert!(warning(5000, usize::MAX, usize::MAX).is_some());
+        let warning = warning(1024, 4096, 0).unwrap();
         assert!(warning.contains("--max-connections 4096") && warning.contains("1024"));
     }
 }

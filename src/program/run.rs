@@ -87,6 +87,7 @@ async fn run(flags: &Flags) -> Result<()> {
     };
     let mut node =
         make(identity.keypair, flags.config(), flags.limits()).map_err(usage_if_config)?;
+    node.set_proxies(flags.proxy_protocol_from.clone());
     log::info!(
         "relaylet {} is {}",
         env!("CARGO_PKG_VERSION"),
@@ -98,7 +99,8 @@ async fn run(flags: &Flags) -> Result<()> {
     }
     listen(&mut node, flags)?;
     log::info!("{}", circuits_carry(flags));
-    let too_few_files = open_files::raise_limit(&flags.limits());
+    let behind_proxy = !flags.proxy_protocol_from.is_empty();
+    let too_few_files = open_files::raise_limit(&flags.limits(), behind_proxy);
     for warning in identity.warning.into_iter().chain(too_few_files) {
         log::warn!("{warning}");
     }

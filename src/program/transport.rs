@@ -1,5 +1,8 @@
 //! async-std TCP under libp2p: listening, dialing, and the options of a socket.
 //!
+//! Whose connection it is, a proxy says before anyone else sees it: the limits that turn away
+//! whoever has too many decide by that.
+//!
 //! Written here because libp2p's own TCP has come with tokio only since 0.56.
 
 use std::{
@@ -19,14 +22,16 @@ use libp2p::{
     futures::{
         FutureExt, Stream, StreamExt,
         future::BoxFuture,
-        stream::{self, BoxStream, SelectAll},
+        stream::{self, BoxStream, FuturesUnordered, SelectAll},
     },
     multiaddr::Protocol,
 };
 use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
 
 use super::{
+    connection_limits::Denied,
     interfaces::{Change, Interfaces},
+    proxies::{self, Proxies},
     traffic::{Counted, Traffic},
 };
 
@@ -55,19 +60,45 @@ type Upgrade = std::future::Ready<io::Result<Counted<TcpStream>>>;
 type Event = TransportEvent<Upgrade, io::Error>;
 
 /// TCP, IPv4 and IPv6.
-#[derive(Default)]
 pub struct Tcp {
     listeners: SelectAll<Listener>,
     traffic: Traffic,
+    proxies: Proxies,
+    /// Connections of proxies that have not said yet whom they bring, and how many there may be.
+    introductions: FuturesUnordered<BoxFuture<'static, (Accepted, io::Result<SocketAddr>)>>,
+    most_introductions: usize,
 }
 
 impl Tcp {
-    /// TCP that counts what comes in on each connection in `traffic`.
-    pub fn new(traffic: Traffic) -> Self {
+    /// TCP that counts what comes in on each connection in `traffic`, and believes `proxies`, so
+    /// many at a time.
+    pub fn new(traffic: Traffic, proxies: Proxies, most_introductions: usize) -> Self {
         Self {
             listeners: SelectAll::new(),
             traffic,
+            proxies,
+            introductions: FuturesUnordered::new(),
+            most_introductions,
         }
+    }
+
+    /// Takes a connection, if it is a client's. A proxy is asked first whose it is.
+    fn accepted(&mut self, accepted: Accepted) -> Option<Event> {
+        let remote = accepted.remote;
+        if !self.proxies.include(remote.ip()) {
+            return Some(accepted.incoming(&self.traffic, Ok(remote)));
+        }
+        if self.introductions.len() >= self.most_introductions {
+            let full = Err(Denied::Handshakes.into());
+            return Some(accepted.incoming(&self.traffic, full));
+        }
+        let introduction = async move {
+            let client = proxies::client_of(&accepted.stream).await;
+            let client = client.map(|client| client.unwrap_or(remote));
+            (accepted, client)
+        };
+        self.introductions.push(introduction.boxed());
+        None
     }
 }
 
@@ -85,7 +116,7 @@ impl Transport for Tcp {
         let Some(socket_address) = listen_address(&address) else {
             return Err(TransportError::MultiaddrNotSupported(address));
         };
-        let listener = Listener::bind(id, socket_address, self.traffic.clone())
+        let listener = Listener::bind(id, socket_address)
             .map_err(|error| TransportError::Other(with_remedy(&error)))?;
         self.listeners.push(listener);
         Ok(())
@@ -119,9 +150,19 @@ impl Transport for Tcp {
     }
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Event> {
-        match self.listeners.poll_next_unpin(cx) {
-            Poll::Ready(Some(event)) => Poll::Ready(event),
-            Poll::Ready(None) | Poll::Pending => Poll::Pending,
+        let this = &mut *self;
+        loop {
+            if let Poll::Ready(Some((accepted, client))) = this.introductions.poll_next_unpin(cx) {
+                return Poll::Ready(accepted.incoming(&this.traffic, client));
+            }
+            let event = match this.listeners.poll_next_unpin(cx) {
+                Poll::Ready(Some(News::Accepted(accepted))) => this.accepted(accepted),
+                Poll::Ready(Some(News::Event(event))) => Some(event),
+                Poll::Ready(None) | Poll::Pending => return Poll::Pending,
+            };
+            if let Some(event) = event {
+                return Poll::Ready(event);
+            }
         }
     }
 }
@@ -177,6 +218,35 @@ fn prepare(stream: &TcpStream) -> io::Result<()> {
     Ok(())
 }
 
+/// What comes of a listening socket.
+enum News {
+    Accepted(Accepted),
+    Event(Event),
+}
+
+/// A connection that nobody was told of yet.
+struct Accepted {
+    listener: ListenerId,
+    stream: TcpStream,
+    local: SocketAddr,
+    remote: SocketAddr,
+}
+
+impl Accepted {
+    /// Tells whose it is; or that it failed, and is the remote address's.
+    fn incoming(self, traffic: &Traffic, client: io::Result<SocketAddr>) -> Event {
+        let Self { stream, local, .. } = self;
+        let send_back_addr = multiaddr(*client.as_ref().unwrap_or(&self.remote));
+        let upgrade = client.map(|client| traffic.count(stream, Some(local), client));
+        TransportEvent::Incoming {
+            listener_id: self.listener,
+            upgrade: std::future::ready(upgrade),
+            local_addr: multiaddr(local),
+            send_back_addr,
+        }
+    }
+}
+
 /// One listening socket.
 struct Listener {
     id: ListenerId,
@@ -184,7 +254,6 @@ struct Listener {
     accepted: BoxStream<'static, io::Result<(TcpStream, SocketAddr)>>,
     /// The addresses of the machine, if the socket is bound to all of them.
     interfaces: Option<Interfaces>,
-    traffic: Traffic,
     pause: Option<Delay>,
     /// How long the next pause is; longer than [`PAUSE`] while accepting fails.
     next_pause: Duration,
@@ -196,7 +265,7 @@ struct Listener {
 }
 
 impl Listener {
-    fn bind(id: ListenerId, address: SocketAddr, traffic: Traffic) -> io::Result<Self> {
+    fn bind(id: ListenerId, address: SocketAddr) -> io::Result<Self> {
         let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
         if address.is_ipv6() {
             // Else the two default listeners would claim the same port.
@@ -227,7 +296,6 @@ impl Listener {
             bound,
             accepted: accepted.boxed(),
             interfaces,
-            traffic,
             pause: None,
             next_pause: PAUSE,
             failed: None,
@@ -277,14 +345,13 @@ impl Listener {
         }
     }
 
-    fn incoming(&mut self, stream: TcpStream, remote: SocketAddr) -> io::Result<Event> {
+    fn accepted(&self, stream: TcpStream, remote: SocketAddr) -> io::Result<Accepted> {
         prepare(&stream)?;
-        let local = stream.local_addr()?;
-        Ok(TransportEvent::Incoming {
-            listener_id: self.id,
-            upgrade: std::future::ready(Ok(self.traffic.count(stream, Some(local), remote))),
-            local_addr: multiaddr(local),
-            send_back_addr: multiaddr(remote),
+        Ok(Accepted {
+            listener: self.id,
+            local: stream.local_addr()?,
+            stream,
+            remote,
         })
     }
 
@@ -302,19 +369,19 @@ impl Listener {
 }
 
 impl Stream for Listener {
-    type Item = Event;
+    type Item = News;
 
-    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Event>> {
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<News>> {
         let this = &mut *self;
         if let Some(event) = this.events.pop_front() {
-            return Poll::Ready(Some(event));
+            return Poll::Ready(Some(News::Event(event)));
         }
         if this.closed {
             return Poll::Ready(None);
         }
         this.waker = Some(cx.waker().clone());
         if let Poll::Ready(event) = this.poll_interfaces(cx) {
-            return Poll::Ready(Some(event));
+            return Poll::Ready(Some(News::Event(event)));
         }
         loop {
             if let Some(pause) = &mut this.pause {
@@ -327,15 +394,15 @@ impl Stream for Listener {
                 Poll::Ready(Some(Ok((stream, remote)))) => {
                     this.next_pause = PAUSE;
                     // A connection that was reset before it was accepted is nobody's loss.
-                    if let Ok(event) = this.incoming(stream, remote) {
-                        return Poll::Ready(Some(event));
+                    if let Ok(accepted) = this.accepted(stream, remote) {
+                        return Poll::Ready(Some(News::Accepted(accepted)));
                     }
                 }
                 Poll::Ready(Some(Err(error)))
                     if error.kind() == io::ErrorKind::ConnectionAborted => {}
                 Poll::Ready(Some(Err(error))) => {
                     if let Some(event) = this.failed(error, Instant::now()) {
-                        return Poll::Ready(Some(event));
+                        return Poll::Ready(Some(News::Event(event)));
                     }
                 }
                 Poll::Ready(None) => return Poll::Ready(None),

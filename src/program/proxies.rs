@@ -1,0 +1,75 @@
+//! The proxies in front of the relay that are believed when they say whose connection they bring.
+
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    sync::{Arc, PoisonError, RwLock},
+    time::Duration,
+};
+
+use async_std::{io::ReadExt, net::TcpStream};
+use ipnet::IpNet;
+
+use super::{
+    connection_limits::Denied,
+    proxy_header::{self, NoHeader},
+};
+use crate::timeout::within;
+
+/// How long a header may take. A proxy has it in its first packet; this leaves time to send that
+/// again.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The subnets that proxies are in. Clones share them.
+#[derive(Clone, Debug, Default)]
+pub struct Proxies(Arc<RwLock<Vec<IpNet>>>);
+
+impl Proxies {
+    /// From now on the proxies are in these.
+    pub fn set(&self, subnets: Vec<IpNet>) {
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = subnets;
+    }
+
+    /// Whether a connection from here has a header in front.
+    pub fn include(&self, ip: IpAddr) -> bool {
+        let ip = ip.to_canonical();
+        let subnets = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        subnets.iter().any(|subnet| subnet.contains(&ip))
+    }
+}
+
+/// Whose connection a proxy brings, `None` for its own. What follows the header is left unread.
+///
+/// # Errors
+///
+/// When there is no header ([`Denied::NoHeader`]), or not even the first byte of one.
+pub async fn client_of(mut stream: &TcpStream) -> io::Result<Option<SocketAddr>> {
+    let header = within(HEADER_TIMEOUT, read_header(&mut stream)).await;
+    header.unwrap_or_else(|_| Err(denied(NoHeader::Late)))
+}
+
+async fn read_header(stream: &mut &TcpStream) -> io::Result<Option<SocketAddr>> {
+    let mut bytes = [0; proxy_header::LONGEST];
+    let mut read = 0;
+    loop {
+        // Looked at first: only what belongs to the header is taken out of the stream.
+        let there = stream.peek(&mut bytes[read..]).await?;
+        if there == 0 {
+            return Err(match read {
+                0 => io::ErrorKind::UnexpectedEof.into(), // whether we are there, asks a health check
+                _ => denied(NoHeader::Ended),
+            });
+        }
+        let header = proxy_header::parse(&bytes[..read + there]).map_err(denied)?;
+        let until = header.map_or(read + there, |header| header.length);
+        stream.read_exact(&mut bytes[read..until]).await?;
+        read = until;
+        if let Some(header) = header {
+            return Ok(header.client);
+        }
+    }
+}
+
+fn denied(why: NoHeader) -> io::Error {
+    Denied::NoHeader(why).into()
+}
