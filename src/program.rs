@@ -15,6 +15,7 @@ pub mod open_files;
 pub mod proxies;
 pub mod proxy_header;
 mod read_ahead;
+mod readiness;
 pub mod run;
 pub mod security;
 mod threads;

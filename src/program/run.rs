@@ -23,7 +23,7 @@ use super::{
     flags::{Flags, Stop, in_flags},
     heap, identity, interfaces,
     node::{Node, NodeEvent},
-    open_files, threads, transport,
+    open_files, readiness, threads, transport,
 };
 use crate::{address, config::ConfigError};
 
@@ -104,6 +104,7 @@ async fn run(flags: &Flags) -> Result<()> {
     for warning in identity.warning.into_iter().chain(too_few_files) {
         log::warn!("{warning}");
     }
+    readiness::ready(node.peer_id());
 
     let mut settled = Delay::new(SETTLED).fuse();
     let mut minute = Delay::new(MINUTE);
@@ -113,6 +114,7 @@ async fn run(flags: &Flags) -> Result<()> {
             signal = signals.next() => {
                 if let Some(Ok(signal)) = signal {
                     log::info!("ending: {}", name(signal));
+                    readiness::stopping();
                     return Ok(());
                 }
             }

@@ -1,0 +1,54 @@
+//! Tells the service manager, if one started the relay, when it is ready and when it ends.
+//!
+//! That is [sd_notify][spec]: a datagram to the socket that the environment names. Written here
+//! because it is a few lines, and the crate that is kept for it knows no abstract sockets.
+//!
+//! [spec]: https://www.freedesktop.org/software/systemd/man/latest/sd_notify.html
+
+use std::{env, ffi::OsStr, io};
+
+use libp2p::PeerId;
+
+/// Every listener is up.
+pub fn ready(relay: PeerId) {
+    tell(&format!("READY=1\nSTATUS=relaying as {relay}"));
+}
+
+/// The relay was told to end, and does.
+pub fn stopping() {
+    tell("STOPPING=1");
+}
+
+/// A manager that cannot be told is no reason not to run; it may have one to stop waiting.
+fn tell(state: &str) {
+    let Some(socket) = env::var_os("NOTIFY_SOCKET") else {
+        return;
+    };
+    if let Err(error) = send(state, &socket) {
+        let socket = socket.display();
+        log::warn!("the service manager cannot be told {state:?}: NOTIFY_SOCKET {socket}: {error}");
+    }
+}
+
+#[cfg(target_os = "linux")]
+fn send(state: &str, socket: &OsStr) -> io::Result<()> {
+    use std::os::{
+        linux::net::SocketAddrExt,
+        unix::{
+            ffi::OsStrExt,
+            net::{SocketAddr, UnixDatagram},
+        },
+    };
+
+    let address = match socket.as_bytes() {
+        [b'@', name @ ..] => SocketAddr::from_abstract_name(name)?,
+        _ => SocketAddr::from_pathname(socket)?,
+    };
+    UnixDatagram::unbound()?.send_to_addr(state.as_bytes(), &address)?;
+    Ok(())
+}
+
+#[cfg(not(target_os = "linux"))]
+fn send(_: &str, _: &OsStr) -> io::Result<()> {
+    Err(io::ErrorKind::Unsupported.into())
+}
