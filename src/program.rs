@@ -9,6 +9,7 @@ pub mod flags;
 mod heap;
 pub mod identity;
 mod interfaces;
+mod listener;
 pub mod muxer;
 pub mod node;
 pub mod open_files;
