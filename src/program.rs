@@ -7,6 +7,7 @@ mod corked;
 mod digest;
 pub mod flags;
 mod heap;
+mod help;
 pub mod identity;
 mod interfaces;
 mod listener;

@@ -118,16 +118,15 @@ fn help_names_every_flag_and_the_version_is_said() {
     let help = output(&["--help"], &[]);
     assert!(help.status.success() && help.stderr.is_empty());
     let help = String::from_utf8(help.stdout).unwrap();
+    assert!(help.contains("RELAYLET_NAME in the environment"), "{help}");
     for (flag, _) in FLAGS {
-        let name = flag
-            .trim_start_matches("--")
-            .replace('-', "_")
-            .to_uppercase();
-        assert!(
-            help.contains(flag) && help.contains(&format!("RELAYLET_{name}")),
-            "{help}"
-        );
+        let usage = format!("\n    {flag} <");
+        assert!(help.contains(&usage), "{flag}: {help}");
     }
+    for heading in ["\nSlots:\n", "\nCircuits:\n", "\nWho may use it:\n"] {
+        assert!(help.contains(heading), "{help}");
+    }
+    assert_eq!(output(&["-h"], &[]).stdout, help.as_bytes());
     let version = output(&["--version"], &[]);
     let expected = format!("relaylet {}\n", env!("CARGO_PKG_VERSION"));
     assert_eq!(String::from_utf8(version.stdout).unwrap(), expected);

@@ -11,7 +11,7 @@ use structopt::{
     clap::{AppSettings, Error, ErrorKind},
 };
 
-use super::{connection_limits::Limits, threads, transport};
+use super::{connection_limits::Limits, help, threads, transport};
 use crate::{
     access::{Lists, subnets_make_sense},
     config::{Config, ConfigError},
@@ -22,7 +22,7 @@ const DEFAULT_LISTEN: [&str; 2] = ["/ip4/0.0.0.0/tcp/4001", "/ip6/::/tcp/4001"];
 
 /// A libp2p circuit relay (v2) whose slots come back.
 ///
-/// Each flag can also be given as RELAYLET_NAME in the environment, lists with commas.
+/// Each flag also as RELAYLET_NAME in the environment, lists with commas; a flag wins.
 #[derive(Debug, StructOpt)]
 #[structopt(
     name = "relaylet",
@@ -50,8 +50,9 @@ pub struct Flags {
     )]
     pub announce: Vec<Multiaddr>,
 
-    /// Subnet of proxies in front: a PROXY protocol header (version 1 or 2) has to come first there,
-    /// and says who the client is; may be given several times
+    /// Subnet of proxies that send a PROXY protocol header; may be given several times
+    ///
+    /// A connection from there is the client's that the header names, and is closed without one.
     #[structopt(
         long,
         value_name = "SUBNET",
@@ -475,11 +476,10 @@ pub fn in_flags(error: &ConfigError) -> String {
 
 /// clap explains in several lines; the first says what is wrong, and one is what an operator gets.
 fn stop(error: Error) -> Stop {
-    if matches!(
-        error.kind,
-        ErrorKind::HelpDisplayed | ErrorKind::VersionDisplayed
-    ) {
-        return Stop::Asked(error.message);
+    match error.kind {
+        ErrorKind::HelpDisplayed => return Stop::Asked(help::help()),
+        ErrorKind::VersionDisplayed => return Stop::Asked(error.message),
+        _ => {}
     }
     let message = error.message.trim_start_matches("error:").trim();
     // What clap says first may stand in two lines: the flag, then its name.
