@@ -6,6 +6,7 @@ pub mod connection_limits;
 mod corked;
 mod digest;
 pub mod flags;
+mod greeting;
 mod heap;
 mod help;
 pub mod identity;

@@ -144,20 +144,29 @@ async fn the_log_begins_with_who_it_is_where_and_what_a_circuit_may_carry() {
         first(&format!("is {}", relay.peer)),
         first("new identity in /"),
     );
-    let what =
-        first("128.0 KiB in each direction for 2m; --circuit-bytes 0 and --circuit-duration");
+    let what = first("relays for anyone: 1024 slots, 1024 circuits at a time; a circuit may carry");
     let where_ = first(&format!("listening on {}", relay.address));
-    for line in [who, key, what, where_] {
+    let paste = first(&format!(
+        "clients on this machine reach it at {}",
+        relay.address
+    ));
+    for line in [who, key, what, where_, paste] {
         assert!(line.is_some_and(|line| line < 6), "{log:#?}");
     }
 }
 
 #[tokio::test]
 async fn an_announced_address_needs_no_warning() {
-    let relay = Relay::start(&["--announce", "/dns4/relay.example.org/tcp/4001"]);
-    relay
-        .wait_for_log("clients are told /dns4/relay.example.org/tcp/4001")
-        .await;
+    let relay = Relay::start(&[
+        "--announce=/dns4/relay.example.org/tcp/4001",
+        "--announce=/ip4/192.0.2.1/tcp/4001",
+    ]);
+    let paste = format!(
+        "clients reach it at /dns4/relay.example.org/tcp/4001/p2p/{}",
+        relay.peer
+    );
+    relay.wait_for_log(&paste).await;
+    relay.wait_for_log("and at /ip4/192.0.2.1/tcp/4001").await;
     assert!(!relay.log().iter().any(|line| line.contains("WARN")));
 }
 

@@ -5,7 +5,7 @@
 
 use std::{
     collections::{BTreeSet, VecDeque},
-    net::IpAddr,
+    net::{IpAddr, UdpSocket},
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -72,6 +72,14 @@ pub(crate) fn has_one_like(ip: IpAddr) -> bool {
     found.map_or(true, |found| {
         found.iter().any(|own| own.ip().is_ipv6() == ip.is_ipv6())
     })
+}
+
+/// The IPv4 address with which this machine goes out, if it has a way out.
+pub(crate) fn way_out() -> Option<IpAddr> {
+    let socket = UdpSocket::bind("0.0.0.0:0").ok()?;
+    // Nothing is sent; connecting a datagram socket is to look up the route.
+    socket.connect("192.0.2.1:9").ok()?;
+    socket.local_addr().ok().map(|address| address.ip())
 }
 
 /// An IPv6 link-local address means nothing without the interface's name, which a multiaddr lacks.

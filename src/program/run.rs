@@ -3,7 +3,7 @@
 use std::{
     error::Error,
     fmt,
-    io::{self, Write},
+    io::{self, IsTerminal, Write},
     net::TcpListener,
     process::ExitCode,
     time::Duration,
@@ -11,7 +11,6 @@ use std::{
 
 use anyhow::{Context, Result, anyhow, bail};
 use async_signal::{Signal, Signals};
-use bytesize::ByteSize;
 use futures_timer::Delay;
 use libp2p::{
     Multiaddr,
@@ -21,11 +20,11 @@ use libp2p::{
 use super::{
     digest::Digest,
     flags::{Flags, Stop, in_flags},
-    heap, identity, interfaces,
+    greeting, heap, identity, interfaces,
     node::{Node, NodeEvent},
     open_files, readiness, threads, transport,
 };
-use crate::{address, config::ConfigError};
+use crate::config::ConfigError;
 
 /// How long the machine gets to name its addresses before the relay says that none is global.
 const SETTLED: Duration = Duration::from_millis(500);
@@ -98,7 +97,7 @@ async fn run(flags: &Flags) -> Result<()> {
         log::info!("new identity in {file}: keep that file, clients know the relay by it");
     }
     listen(&mut node, flags)?;
-    log::info!("{}", circuits_carry(flags));
+    log::info!("{}", greeting::relays(&flags.config()));
     let behind_proxy = !flags.proxy_protocol_from.is_empty();
     let too_few_files = open_files::raise_limit(&flags.limits(), behind_proxy);
     for warning in identity.warning.into_iter().chain(too_few_files) {
@@ -124,7 +123,7 @@ async fn run(flags: &Flags) -> Result<()> {
                 }
                 tell(&node, event);
             }
-            () = settled => warn_if_unreachable(&node, &flags.announce),
+            () = settled => tell_where(&node, &flags.announce),
             () = (&mut minute).fuse() => {
                 minute.reset(MINUTE);
                 for line in digest.lines() {
@@ -182,7 +181,10 @@ fn tell(node: &Node, event: NodeEvent) {
         NodeEvent::Listening(address) => {
             let line = format!("listening on {address}/p2p/{}", node.peer_id());
             say(&line);
-            log::info!("{line}");
+            // In a terminal both are in one place.
+            if !(io::stdout().is_terminal() && io::stderr().is_terminal()) {
+                log::info!("{line}");
+            }
         }
         NodeEvent::NotListening(address) => log::info!("no longer listening on {address}"),
         _ => {} // logged where it happened
@@ -195,35 +197,18 @@ fn say(text: &str) {
     let _ = writeln!(out, "{}", text.trim_end()).and_then(|()| out.flush());
 }
 
-fn warn_if_unreachable(node: &Node, announce: &[Multiaddr]) {
-    for address in announce {
-        log::info!("clients are told {address}");
+/// The machine has named its addresses by now.
+fn tell_where(node: &Node, announce: &[Multiaddr]) {
+    let found: Vec<_> = node.listeners().cloned().collect();
+    let out = interfaces::way_out();
+    if let Some(line) = greeting::reached_at(node.peer_id(), announce, &found, out) {
+        log::info!("{line}");
     }
-    if announce.is_empty() && !node.listeners().any(address::is_global) {
-        log::warn!(
-            "no address of this machine can be dialed from the internet: clients elsewhere need \
-             one; if a router or a load balancer has it, say so: --announce /ip4/…/tcp/4001"
-        );
+    for address in announce.iter().skip(1) {
+        log::info!("and at {address}");
     }
-}
-
-fn circuits_carry(flags: &Flags) -> String {
-    let bytes = flags.circuit_bytes;
-    let duration = flags.circuit_duration;
-    match (bytes == ByteSize::b(0), flags.circuit_duration.is_zero()) {
-        (true, true) => "a circuit may carry any number of bytes for any time".into(),
-        (true, false) => format!(
-            "a circuit may carry any number of bytes for {duration}; --circuit-duration 0s lifts \
-             that"
-        ),
-        (false, true) => format!(
-            "a circuit may carry {bytes} in each direction, for any time; --circuit-bytes 0 lifts \
-             that"
-        ),
-        (false, false) => format!(
-            "a circuit may carry {bytes} in each direction for {duration}; --circuit-bytes 0 and \
-             --circuit-duration 0s lift that"
-        ),
+    if let Some(warning) = greeting::unreachable(announce, &found) {
+        log::warn!("{warning}");
     }
 }
 
