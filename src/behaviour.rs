@@ -8,7 +8,7 @@ use std::{
     collections::HashMap,
     hash::{BuildHasher, RandomState},
     task::{Context, Poll},
-    time::{Instant, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use futures_timer::Delay;
@@ -162,6 +162,26 @@ impl Behaviour {
     /// Its connections stay up: to close them is the swarm's affair.
     pub fn release(&mut self, peer: PeerId) -> bool {
         self.relay.release(peer, Instant::now())
+    }
+
+    /// Takes nobody in from now on: a RESERVE or CONNECT is answered by closing its connection. All
+    /// connections without a circuit are closed, evenly over so much time; one with circuits when
+    /// they have ended.
+    ///
+    /// To be called after the swarm's listeners were removed, or clients come right back.
+    pub fn drain(&mut self, over: Duration) {
+        let now = Instant::now();
+        self.relay.drain(now + over, now);
+    }
+
+    /// Takes clients in again after [`Behaviour::drain`].
+    pub fn resume(&mut self) {
+        self.relay.resume();
+    }
+
+    /// Whether it takes nobody in.
+    pub fn is_draining(&self) -> bool {
+        self.relay.is_draining()
     }
 
     fn connected(&mut self, established: ConnectionEstablished<'_>) {

@@ -202,6 +202,21 @@ impl<C: Copy + Eq + std::hash::Hash> Connections<C> {
         idle
     }
 
+    /// Those that carry no circuit and are not being closed.
+    pub fn without_circuits(&self) -> Vec<(PeerId, C)> {
+        let unused = self
+            .up
+            .iter()
+            .filter(|(_, c)| c.circuits == 0 && !c.closing);
+        unused.map(|(id, c)| (c.remote.peer, *id)).collect()
+    }
+
+    /// Whether a circuit goes over the connection.
+    pub fn carries_circuits(&self, id: C) -> bool {
+        self.get(id)
+            .is_some_and(|connection| connection.circuits > 0)
+    }
+
     /// Signs of life on this connection are counted here: the first call's, and the last one's.
     pub fn listen_to(&mut self, id: C, signs: Signs) {
         if let Some(connection) = self.up.get_mut(&id) {

@@ -171,12 +171,14 @@ pub enum Refused {
     Gone,
     /// The relay could not sign the voucher.
     NotSigned,
+    /// The relay takes nobody in any more. The peer is not told: its connection is closed.
+    Draining,
 }
 
 impl Refused {
-    /// The status that the client is told.
-    pub fn status(&self) -> Status {
-        match self {
+    /// The status that the client is told; `None`: it is not told anything.
+    pub fn status(&self) -> Option<Status> {
+        let status = match self {
             Self::TableFull | Self::AddressFull(_) | Self::SubnetFull(_) | Self::NotSigned => {
                 Status::ReservationRefused
             }
@@ -188,7 +190,9 @@ impl Refused {
             | Self::TooManyCircuitsOfSource
             | Self::TooManyCircuitsOfTarget => Status::ResourceLimitExceeded,
             Self::StopFailed(_) | Self::Gone => Status::ConnectionFailed,
-        }
+            Self::Draining => return None,
+        };
+        Some(status)
     }
 }
 
@@ -239,6 +243,7 @@ impl Refused {
             Self::StopFailed(_) => "the target could not be won",
             Self::Gone => "one of its peers is gone",
             Self::NotSigned => "the voucher could not be signed",
+            Self::Draining => "the relay is draining",
         }
     }
 }

@@ -310,6 +310,7 @@ impl ConnectionHandler for Handler {
                     self.answer(*stream, wire::refusal(status), None);
                 }
             }
+            Command::Drop(request) => _ = self.undecided.remove(&request),
             Command::AskTarget(circuit, source, limit) => {
                 let (give_up, given_up) = oneshot::channel();
                 self.asked.insert(circuit, give_up);

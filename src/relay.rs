@@ -4,11 +4,12 @@
 //! rooms in between are wired together here: what a request gets is decided by
 //! [`crate::reservations`] and [`crate::circuits`], who is gone by [`crate::heartbeat`] and
 //! [`crate::reclaim`]. A RESERVE is followed through in `relay/reserve.rs`, a CONNECT in
-//! `relay/connect.rs`; what ends by itself is found in `relay/sweep.rs`, and what the operator may
-//! change is in `relay/policy.rs`. `C` names a connection; [`crate::Behaviour`] uses the swarm's, tests use
+//! `relay/connect.rs`; what ends by itself is found in `relay/sweep.rs`, what the operator may
+//! change is in `relay/policy.rs`, and how it lets go of everyone in `relay/drain.rs`. `C` names a connection; [`crate::Behaviour`] uses the swarm's, tests use
 //! numbers.
 
 mod connect;
+mod drain;
 mod order;
 mod policy;
 mod reserve;
@@ -31,7 +32,7 @@ use crate::{
     circuits::{CircuitId, Circuits, End},
     config::{Config, ConfigError},
     connections::{Connection, Connections},
-    event::Event,
+    event::{Event, Refused},
     heartbeat::Heartbeat,
     rates::Rates,
     reclaim::Reclaim,
@@ -59,6 +60,8 @@ pub struct Relay<C, S> {
     heartbeat: Heartbeat,
     reclaim: Reclaim<Newcomer<C>>,
     sweep_due: Instant,
+    /// While it takes nobody in: when all connections without a circuit are to be closed.
+    draining_until: Option<Instant>,
     orders: VecDeque<Order<C, S>>,
 }
 
@@ -83,6 +86,7 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
             heartbeat: Heartbeat::new((&config).into(), now),
             reclaim: Reclaim::new((&config).into()),
             sweep_due: now + config.sweep,
+            draining_until: None,
             orders: VecDeque::new(),
             config,
         })
@@ -151,6 +155,12 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
     /// A peer asks for something.
     pub fn requested(&mut self, from: End<C>, request: RequestId, asked: Request, now: Instant) {
         match asked {
+            Request::Reserve if self.is_draining() => {
+                self.refuse(from, request, Refused::Draining);
+            }
+            Request::Connect(target) if self.is_draining() => {
+                self.refuse_circuit(from, request, target, Refused::Draining);
+            }
             Request::Reserve => self.reserve(from, request, now),
             Request::Connect(target) => self.connect(from, request, target, now),
         }

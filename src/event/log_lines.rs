@@ -185,6 +185,7 @@ fn each_reason_to_refuse_has_these_words() {
         (Refused::StopFailed(StopFailed::Gone), "the target is gone"),
         (Refused::Gone, "one of its peers is gone"),
         (Refused::NotSigned, "the voucher could not be signed"),
+        (Refused::Draining, "the relay is draining"),
     ] {
         match reason {
             Refused::TableFull
@@ -200,7 +201,8 @@ fn each_reason_to_refuse_has_these_words() {
             | Refused::TooManyCircuitsOfTarget
             | Refused::StopFailed(_)
             | Refused::Gone
-            | Refused::NotSigned => assert_eq!(reason.to_string(), words),
+            | Refused::NotSigned
+            | Refused::Draining => assert_eq!(reason.to_string(), words),
         }
     }
 }

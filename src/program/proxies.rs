@@ -7,14 +7,13 @@ use std::{
     time::Duration,
 };
 
-use async_std::{io::ReadExt, net::TcpStream};
+use async_std::{future::timeout, io::ReadExt, net::TcpStream};
 use ipnet::IpNet;
 
 use super::{
     connection_limits::Denied,
     proxy_header::{self, NoHeader},
 };
-use crate::timeout::within;
 
 /// How long a header may take. A proxy has it in its first packet; this leaves time to send that
 /// again.
@@ -44,7 +43,7 @@ impl Proxies {
 ///
 /// When there is no header ([`Denied::NoHeader`]), or not even the first byte of one.
 pub async fn client_of(mut stream: &TcpStream) -> io::Result<Option<SocketAddr>> {
-    let header = within(HEADER_TIMEOUT, read_header(&mut stream)).await;
+    let header = timeout(HEADER_TIMEOUT, read_header(&mut stream)).await;
     header.unwrap_or_else(|_| Err(denied(NoHeader::Late)))
 }
 

@@ -149,14 +149,14 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
         Some(circuit)
     }
 
-    fn refuse_circuit(
+    pub(super) fn refuse_circuit(
         &mut self,
         from: End<C>,
         request: RequestId,
         target: PeerId,
         reason: Refused,
     ) {
-        self.command(from, Command::Refuse(request, reason.status()));
+        self.turn_down(from, request, &reason);
         self.tell(Event::CircuitRefused {
             source: from.peer,
             address: self.address_of(from.connection),

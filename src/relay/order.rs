@@ -62,6 +62,8 @@ pub enum Command<S> {
     Granted(RequestId, Receipt, Vec<u8>),
     /// Answer a request with a status other than OK.
     Refuse(RequestId, Status),
+    /// Leave a request unanswered: its stream is reset.
+    Drop(RequestId),
     /// Ask the peer whether it takes this circuit.
     AskTarget(CircuitId, PeerId, Limit),
     /// Nobody waits for the answer any more: say so as soon as nothing is left of the question.

@@ -229,7 +229,7 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
             return; // nobody to answer
         };
         let address = connection.remote.address.clone();
-        self.command(from, Command::Refuse(request, reason.status()));
+        self.turn_down(from, request, &reason);
         self.tell(Event::ReservationRefused {
             peer: from.peer,
             address,

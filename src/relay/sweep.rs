@@ -39,6 +39,7 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
         }
         self.reclaim(now);
         self.close_idle(now);
+        self.give_back(now);
         self.sweep_due = now + self.config.sweep;
         self.hurry(now);
     }
@@ -55,9 +56,9 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
         }
     }
 
-    /// Sweeps soon, if a newcomer waits.
+    /// Sweeps soon, if a newcomer waits or connections are given back.
     pub(super) fn hurry(&mut self, now: Instant) {
-        if self.reclaim.waiting() > 0 {
+        if self.reclaim.waiting() > 0 || self.is_draining() {
             self.sweep_due = self.sweep_due.min(now + TICK);
         }
     }
