@@ -2,6 +2,8 @@
 //! own; none of it is compiled without the feature `program`.
 
 mod boxed;
+mod command_line;
+mod config_file;
 pub mod connection_limits;
 mod corked;
 mod digest;
@@ -15,12 +17,15 @@ mod listener;
 pub mod muxer;
 pub mod node;
 pub mod open_files;
+mod orders;
 pub mod proxies;
 pub mod proxy_header;
 mod read_ahead;
 mod readiness;
+mod reload;
 pub mod run;
 pub mod security;
+mod settings;
 mod threads;
 pub mod traffic;
 pub mod transport;

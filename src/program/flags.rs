@@ -1,20 +1,17 @@
 //! The command line and the environment, made into a configuration.
 
-use std::{ffi::OsString, path::PathBuf};
+use std::path::PathBuf;
 
 use bytesize::ByteSize;
 use humantime::Duration;
 use ipnet::IpNet;
 use libp2p::{Multiaddr, PeerId};
-use structopt::{
-    StructOpt,
-    clap::{AppSettings, Error, ErrorKind},
-};
+use structopt::{StructOpt, clap::AppSettings};
 
-use super::{connection_limits::Limits, help, threads, transport};
+use super::{command_line::in_flags, connection_limits::Limits, threads, transport};
 use crate::{
     access::{Lists, subnets_make_sense},
-    config::{Config, ConfigError},
+    config::Config,
 };
 
 /// Where the relay listens unless told otherwise.
@@ -23,13 +20,23 @@ const DEFAULT_LISTEN: [&str; 2] = ["/ip4/0.0.0.0/tcp/4001", "/ip6/::/tcp/4001"];
 /// A libp2p circuit relay (v2) whose slots come back.
 ///
 /// Each flag also as RELAYLET_NAME in the environment, lists with commas; a flag wins.
-#[derive(Debug, StructOpt)]
+#[derive(Clone, Debug, StructOpt)]
 #[structopt(
     name = "relaylet",
     usage = "relaylet [FLAGS]",
     settings = &[AppSettings::UnifiedHelpMessage, AppSettings::NextLineHelp, AppSettings::DeriveDisplayOrder]
 )]
 pub struct Flags {
+    /// Reads settings from a TOML file, under the names of these flags
+    ///
+    /// A flag wins over the environment, and that over the file. SIGHUP reads it again.
+    #[structopt(long, value_name = "FILE", env = "RELAYLET_CONFIG", parse(from_os_str))]
+    pub config: Option<PathBuf>,
+
+    /// Prints the settings that hold, as such a file, and ends
+    #[structopt(long)]
+    pub print_config: bool,
+
     /// Address to listen on; may be given several times
     ///
     /// [default: /ip4/0.0.0.0/tcp/4001 and /ip6/::/tcp/4001]
@@ -314,6 +321,17 @@ pub struct Flags {
     )]
     pub max_handshakes: usize,
 
+    /// How long circuits may go on once SIGTERM came; 0s: not at all
+    ///
+    /// Meanwhile all other connections are closed, a few at a time. A second SIGTERM ends it at once.
+    #[structopt(
+        long,
+        value_name = "DURATION",
+        env = "RELAYLET_DRAIN",
+        default_value = "8s"
+    )]
+    pub drain: Duration,
+
     /// How many threads do the work
     ///
     /// [default: half of the machine's cores, at least 1]
@@ -321,33 +339,7 @@ pub struct Flags {
     pub threads: Option<usize>,
 }
 
-/// Why the flags do not make a relay.
-#[derive(Debug)]
-pub enum Stop {
-    /// Help or the version was asked for; this is it.
-    Asked(String),
-    /// One line that names the flag and the remedy.
-    Usage(String),
-}
-
 impl Flags {
-    /// Reads flags, and what they leave open from the environment.
-    ///
-    /// # Errors
-    ///
-    /// When something cannot be read or makes no sense, or help was asked for.
-    pub fn read(arguments: impl IntoIterator<Item = OsString>) -> Result<Self, Stop> {
-        let arguments: Vec<_> = arguments.into_iter().collect();
-        let flags = Self::from_iter_safe(&arguments).map_err(stop)?;
-        if let Some(flag) = without_value(&arguments) {
-            return Err(Stop::Usage(format!(
-                "{flag} needs a value; see relaylet --help"
-            )));
-        }
-        flags.check().map_err(Stop::Usage)?;
-        Ok(flags)
-    }
-
     /// How many threads there are to be.
     pub fn threads(&self) -> usize {
         self.threads.unwrap_or_else(threads::default)
@@ -409,7 +401,12 @@ impl Flags {
         (default.collect(), false)
     }
 
-    fn check(&self) -> Result<(), String> {
+    /// Whether they make sense as a whole.
+    ///
+    /// # Errors
+    ///
+    /// The first that does not, in one line with its name and the remedy.
+    pub(super) fn check(&self) -> Result<(), String> {
         self.config().validate().map_err(|error| in_flags(&error))?;
         subnets_make_sense("proxy_protocol_from", &self.proxy_protocol_from)
             .map_err(|error| in_flags(&error))?;
@@ -440,26 +437,6 @@ impl Flags {
     }
 }
 
-/// A flag without the value that each of them takes: clap would take its default.
-fn without_value(arguments: &[OsString]) -> Option<&str> {
-    let is_flag = |argument: &&str| argument.starts_with("--") && !argument.contains('=');
-    let mut rest = arguments
-        .iter()
-        .map(|argument| argument.to_str())
-        .peekable();
-    while let Some(argument) = rest.next() {
-        let bare = rest
-            .peek()
-            .is_none_or(|next| next.is_some_and(|next| next.starts_with("--")));
-        if let Some(flag) = argument.filter(is_flag)
-            && bare
-        {
-            return Some(flag);
-        }
-    }
-    None
-}
-
 /// A size as people write it. bytesize takes what is beyond counting for the last number.
 fn size(text: &str) -> Result<ByteSize, String> {
     match text.parse()? {
@@ -468,35 +445,12 @@ fn size(text: &str) -> Result<ByteSize, String> {
     }
 }
 
-/// A setting's error under the name of its flag.
-pub fn in_flags(error: &ConfigError) -> String {
-    let flag = error.setting().replace('_', "-");
-    format!("--{flag}: {}", error.problem())
-}
-
-/// clap explains in several lines; the first says what is wrong, and one is what an operator gets.
-fn stop(error: Error) -> Stop {
-    match error.kind {
-        ErrorKind::HelpDisplayed => return Stop::Asked(help::help()),
-        ErrorKind::VersionDisplayed => return Stop::Asked(error.message),
-        _ => {}
-    }
-    let message = error.message.trim_start_matches("error:").trim();
-    // What clap says first may stand in two lines: the flag, then its name.
-    let said: Vec<_> = message
-        .lines()
-        .map(str::trim)
-        .take_while(|line| !line.starts_with("USAGE") && !line.starts_with("For more information"))
-        .filter(|line| !line.is_empty())
-        .collect();
-    Stop::Usage(format!("{}; see relaylet --help", said.join(" ")))
-}
-
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use std::{ffi::OsString, time::Duration};
 
     use super::*;
+    use crate::program::command_line::Stop;
 
     const PEER: &str = "12D3KooWPGM3wYKMsTHGEqbhcBft6cPjA2F3rQmyWTEDD3wCGS1g";
 

@@ -8,7 +8,8 @@ use structopt::StructOpt;
 use super::flags::Flags;
 
 /// The first flag of each group, and what the group is about.
-const GROUPS: [(&str, &str); 9] = [
+const GROUPS: [(&str, &str); 11] = [
+    ("--config", "Configuration"),
     ("--listen", "Who it is and where it can be reached"),
     ("--max-reservations", "Slots"),
     ("--heartbeat", "Who is still there"),
@@ -16,6 +17,7 @@ const GROUPS: [(&str, &str); 9] = [
     ("--reserve-rate", "Requests"),
     ("--allow-peer", "Who may use it"),
     ("--max-connections", "Connections"),
+    ("--drain", "The end"),
     ("--threads", "The machine"),
     ("--help", "About"),
 ];

@@ -6,7 +6,10 @@ use anyhow::{Context, Result};
 use ipnet::IpNet;
 use libp2p::{
     Multiaddr, PeerId, Swarm, Transport,
-    core::{transport::TransportError, upgrade::Version},
+    core::{
+        transport::{ListenerId, TransportError},
+        upgrade::Version,
+    },
     futures::StreamExt,
     identify,
     identity::Keypair,
@@ -57,6 +60,8 @@ pub struct Node {
     swarm: Swarm<Boxed<Parts>>,
     traffic: Traffic,
     proxies: Proxies,
+    /// What it listens on, as it was asked to.
+    listeners: Vec<(ListenerId, Multiaddr)>,
     /// How many circuits of a peer the connections are made for.
     circuits_per_peer: usize,
 }
@@ -169,6 +174,7 @@ impl Node {
             swarm,
             traffic,
             proxies,
+            listeners: Vec::new(),
             circuits_per_peer,
         })
     }
@@ -237,14 +243,50 @@ impl Node {
     ///
     /// When the socket cannot be bound, or the address is no TCP address.
     pub fn listen_on(&mut self, address: Multiaddr) -> io::Result<()> {
-        match self.swarm.listen_on(address) {
-            Ok(_) => Ok(()),
+        match self.swarm.listen_on(address.clone()) {
+            Ok(id) => {
+                self.listeners.push((id, address));
+                Ok(())
+            }
             Err(TransportError::Other(error)) => Err(error),
             Err(TransportError::MultiaddrNotSupported(_)) => Err(io::Error::new(
                 io::ErrorKind::Unsupported,
                 "this relay listens on TCP; try /ip4/0.0.0.0/tcp/4001",
             )),
         }
+    }
+
+    /// Stops listening, and lets go of everyone: [`Behaviour::drain`].
+    pub fn drain(&mut self, over: Duration) {
+        for (id, _) in &self.listeners {
+            self.swarm.remove_listener(*id);
+        }
+        self.relay_mut().drain(over);
+    }
+
+    /// Listens again where it did before [`Node::drain`], and takes clients in.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot listen there any more: then it goes on draining.
+    pub fn resume(&mut self) -> io::Result<()> {
+        let before = std::mem::take(&mut self.listeners);
+        for at in 0..before.len() {
+            if let Err(error) = self.listen_on(before[at].1.clone()) {
+                for (id, _) in std::mem::replace(&mut self.listeners, before) {
+                    self.swarm.remove_listener(id);
+                }
+                return Err(error);
+            }
+        }
+        self.relay_mut().resume();
+        Ok(())
+    }
+
+    /// How many connections are up.
+    pub fn connections(&self) -> usize {
+        let counters = self.swarm.network_info();
+        counters.connection_counters().num_established() as usize
     }
 
     /// Runs the relay until something happens that its owner may want to know.
@@ -272,6 +314,11 @@ impl Node {
             }
             SwarmEvent::ExpiredListenAddr { address, .. } => {
                 return Some(NodeEvent::NotListening(address));
+            }
+            SwarmEvent::ListenerClosed { addresses, .. } => {
+                for address in addresses {
+                    log::info!("no longer listening on {address}");
+                }
             }
             SwarmEvent::ListenerError { error, .. } => {
                 log::error!("connections cannot be accepted, trying again: {error}");

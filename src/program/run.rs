@@ -10,19 +10,26 @@ use std::{
 };
 
 use anyhow::{Context, Result, anyhow, bail};
-use async_signal::{Signal, Signals};
+use async_signal::Signals;
 use futures_timer::Delay;
 use libp2p::{
     Multiaddr,
-    futures::{FutureExt, StreamExt, select_biased, stream},
+    futures::{
+        FutureExt, StreamExt,
+        future::{Either, pending},
+        select_biased, stream,
+    },
 };
 
 use super::{
+    command_line::{Stop, in_flags},
     digest::Digest,
-    flags::{Flags, Stop, in_flags},
+    flags::Flags,
     greeting, heap, identity, interfaces,
     node::{Node, NodeEvent},
-    open_files, readiness, threads, transport,
+    open_files,
+    orders::{self, Order, Phase},
+    readiness, reload, threads, transport,
 };
 use crate::config::ConfigError;
 
@@ -74,8 +81,7 @@ fn failed(error: &anyhow::Error) -> ExitCode {
 }
 
 async fn run(flags: &Flags) -> Result<()> {
-    let signals =
-        Signals::new([Signal::Int, Signal::Term]).context("signals cannot be received")?;
+    let signals = Signals::new(orders::SIGNALS).context("signals cannot be received")?;
     // As a set of one, because a set asks only who has called: to ask for signals takes two system
     // calls, and the relay comes by here each time that a connection gets on.
     let mut signals = stream::select_all([signals]);
@@ -108,14 +114,51 @@ async fn run(flags: &Flags) -> Result<()> {
     let mut settled = Delay::new(SETTLED).fuse();
     let mut minute = Delay::new(MINUTE);
     let mut digest = Digest::default();
+    let mut settings = reload::Settings::new(flags);
+    let mut phase = Phase::default();
+    let mut time_is_over = Either::Left(pending()).fuse();
     loop {
+        if phase == Phase::Ending && node.connections() == 0 {
+            log::info!("ending: nobody is left");
+            return Ok(());
+        }
         select_biased! {
             signal = signals.next() => {
-                if let Some(Ok(signal)) = signal {
-                    log::info!("ending: {}", name(signal));
-                    readiness::stopping();
-                    return Ok(());
+                let Some(Ok(signal)) = signal else {
+                    continue;
+                };
+                let name = orders::name(signal);
+                match phase.order(signal) {
+                    Some(Order::End) => {
+                        log::info!("ending: {name}");
+                        readiness::stopping();
+                        return Ok(());
+                    }
+                    Some(Order::DrainAndEnd) => {
+                        let drain = settings.drain();
+                        log::info!("{name}: draining for {drain}, then ending");
+                        readiness::stopping();
+                        node.drain(drain.into());
+                        time_is_over = Either::Right(Delay::new(drain.into())).fuse();
+                    }
+                    Some(Order::Drain) => {
+                        log::info!("{name}: draining; another one resumes");
+                        node.drain(settings.drain().into());
+                    }
+                    Some(Order::Resume) => match node.resume() {
+                        Ok(()) => log::info!("{name}: taking clients in again"),
+                        Err(error) => {
+                            phase = Phase::Draining;
+                            log::error!("{name}: still draining, for it cannot listen: {error}");
+                        }
+                    },
+                    Some(Order::Reload) => settings.read_again(&mut node),
+                    None => {}
                 }
+            }
+            () = time_is_over => {
+                log::info!("ending: {} connections had circuits to the last", node.connections());
+                return Ok(());
             }
             event = node.next().fuse() => {
                 if let Some(warning) = digest.note(&event) {
@@ -209,13 +252,5 @@ fn tell_where(node: &Node, announce: &[Multiaddr]) {
     }
     if let Some(warning) = greeting::unreachable(announce, &found) {
         log::warn!("{warning}");
-    }
-}
-
-fn name(signal: Signal) -> &'static str {
-    match signal {
-        Signal::Int => "SIGINT",
-        Signal::Term => "SIGTERM",
-        _ => "a signal",
     }
 }
