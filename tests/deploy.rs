@@ -1,0 +1,226 @@
+//! The service and the image, by the tools that they are for: systemd, and what Docker would do.
+//!
+//! They need root, systemd's tools and systemd-nspawn, and fail without.
+
+mod common;
+
+use std::{
+    fs,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    process::{Command, Output},
+};
+
+use common::{Client, Relay};
+use tempfile::TempDir;
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_relaylet");
+
+// ---- The service
+
+#[test]
+fn the_unit_is_valid() {
+    let verify = |unit: &str| {
+        let folder = TempDir::new().unwrap();
+        let output = analyze(&["verify", "--recursive-errors=no"], unit, &folder);
+        let said = String::from_utf8(output.stderr).unwrap();
+        (output.status.success() && said.is_empty(), said)
+    };
+    let (valid, said) = verify(&unit());
+    assert!(valid, "{said}");
+    // It says so if there is something to say.
+    let misspelt = unit().replace("ProtectHome=", "ProtectHouse=");
+    assert!(verify(&misspelt).1.contains("ProtectHouse"));
+}
+
+#[test]
+fn the_unit_exposes_little() {
+    let exposes_little = |unit: &str| {
+        let folder = TempDir::new().unwrap();
+        let judge = ["security", "--offline=true", "--threshold=20"]; // of 100
+        analyze(&judge, unit, &folder).status.success()
+    };
+    assert!(exposes_little(&unit()));
+    assert!(!exposes_little(&unit().replace("\nProtect", "\n#Protect")));
+}
+
+#[test]
+fn systemd_runs_it_as_somebody_who_may_do_nothing_else() {
+    let folder = TempDir::new().unwrap();
+    let output = run(Command::new("tests/deploy/boot")
+        .arg(PROGRAM)
+        .arg(folder.path()));
+    let value = |name: &str| {
+        let found = output
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
+        found.unwrap_or_else(|| panic!("no {name}: {output}"))
+    };
+    assert_eq!(value("active"), "active");
+    let status = value("status");
+    assert!(status.starts_with("relaying as 12D3"), "{output}");
+    assert_eq!(
+        value("status again"),
+        status,
+        "who it is outlasts a restart"
+    );
+    let user = value("user");
+    assert_ne!(user, "0");
+    assert_eq!(value("key"), format!("{user} 600"));
+    assert_eq!(value("capabilities"), "0000000000000000");
+    assert_eq!(value("seccomp"), "2");
+    assert_eq!(value("setting"), "7");
+    assert_eq!(value("result"), "success");
+    let journal: Vec<_> = output
+        .lines()
+        .filter(|line| line.starts_with("journal="))
+        .collect();
+    let says = |text: &str| journal.iter().filter(|line| line.contains(text)).count();
+    let both_times = (
+        says(&status.replace("relaying as", "is")),
+        says("SIGTERM: draining"),
+    );
+    assert_eq!(both_times, (2, 2), "{journal:#?}");
+    assert_eq!(
+        says(" WARN "),
+        says("can be dialed from the internet"),
+        "{journal:#?}"
+    );
+}
+
+/// The unit, for the program of these tests.
+fn unit() -> String {
+    let unit = fs::read_to_string("tests/deploy/relaylet.service").unwrap();
+    assert!(unit.contains("ExecStart=/usr/local/bin/relaylet\n"));
+    unit.replace("/usr/local/bin/relaylet", PROGRAM)
+}
+
+fn analyze(arguments: &[&str], unit: &str, folder: &TempDir) -> Output {
+    let file = folder.path().join("relaylet.service");
+    fs::write(&file, unit).unwrap();
+    let mut command = Command::new("systemd-analyze");
+    let output = command.args(arguments).arg(file).output();
+    output.expect("systemd-analyze can be run")
+}
+
+// ---- The image
+
+#[tokio::test]
+async fn two_containers_on_one_volume_are_one_relay() {
+    let folder = TempDir::new().unwrap();
+    let image = Image::build(&folder.path().join("build"));
+    assert_eq!(image.files(), ["data", "relaylet"]);
+    assert_eq!(image.setting("EXPOSE"), "4001");
+    assert_eq!(image.setting("VOLUME"), "/data");
+    assert_eq!(image.setting("ENTRYPOINT"), r#"["/relaylet"]"#);
+    let user: u32 = image
+        .setting("USER")
+        .split(':')
+        .next()
+        .unwrap()
+        .parse()
+        .unwrap();
+    assert_ne!(user, 0);
+
+    // A new volume begins as what the image has in its place.
+    let volume = folder.path().join("volume");
+    copy(&image.root.join("data"), &volume);
+    let mut first = image.run(&volume);
+    Client::connect(&first).await.reserve().await;
+    let key = fs::metadata(volume.join("relaylet.key")).unwrap();
+    assert_eq!((key.uid(), key.mode() & 0o777), (user, 0o600));
+    first.signal("TERM"); // as `docker stop` does
+    assert!(first.wait().success());
+
+    let second = image.run(&volume);
+    assert_eq!(second.peer, first.peer);
+    Client::connect(&second).await.reserve().await;
+    let elsewhere = folder.path().join("elsewhere");
+    copy(&image.root.join("data"), &elsewhere);
+    assert_ne!(image.run(&elsewhere).peer, first.peer);
+}
+
+/// What the Dockerfile makes.
+struct Image {
+    root: PathBuf,
+    settings: String,
+}
+
+impl Image {
+    fn build(folder: &Path) -> Self {
+        let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join("image");
+        run(Command::new("tests/deploy/build-image")
+            .arg(folder)
+            .env("CARGO_TARGET_DIR", target));
+        Self {
+            root: folder.join("image"),
+            settings: fs::read_to_string(folder.join("settings")).unwrap(),
+        }
+    }
+
+    fn files(&self) -> Vec<String> {
+        let entries = fs::read_dir(&self.root).unwrap();
+        let mut names: Vec<_> = entries
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    }
+
+    fn setting(&self, name: &str) -> &str {
+        let mut lines = self.settings.lines();
+        let found = lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        found.unwrap_or_else(|| panic!("no {name}: {}", self.settings))
+    }
+
+    /// A container: the image's files and nothing else, but for devices, /proc and the volume.
+    fn run(&self, volume: &Path) -> Relay {
+        const CONTAINER: &str = r#"
+            set -e
+            mount -t tmpfs tmpfs "$1"
+            cp -a "$2/." "$1"
+            mkdir "$1/dev" "$1/proc"
+            mount --rbind /dev "$1/dev"
+            mount -t proc proc "$1/proc"
+            mount --bind "$3" "$1/data"
+            exec chroot --userspec "$4" "$1" /relaylet --listen /ip4/127.0.0.1/tcp/0
+        "#;
+        let folder = TempDir::new().unwrap();
+        let mut command = Command::new("unshare");
+        command
+            .args([
+                "--mount",
+                "--propagation",
+                "private",
+                "sh",
+                "-c",
+                CONTAINER,
+                "sh",
+            ])
+            .args([folder.path(), &self.root, volume])
+            .arg(self.setting("USER"))
+            .env_clear()
+            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
+        for line in self.settings.lines() {
+            if let Some((name, value)) = line
+                .strip_prefix("ENV ")
+                .and_then(|env| env.split_once('='))
+            {
+                command.env(name, value);
+            }
+        }
+        Relay::run(command, folder)
+    }
+}
+
+fn copy(from: &Path, to: &Path) {
+    run(Command::new("cp").arg("-a").args([from, to]));
+}
+
+/// What it says on standard output, once it ended well.
+fn run(command: &mut Command) -> String {
+    let output = command.output().expect("it can be run");
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command:?}: {errors}");
+    String::from_utf8(output.stdout).unwrap()
+}
