@@ -30,7 +30,7 @@ use crate::{
     address::{self, Known},
     circuits::{Circuits, End},
     config::{Config, ConfigError},
-    connections::Connection,
+    connections::{Connection, Connections},
     event::Event,
     handler::{Handler, Substream, Told},
     relay::{Command, Grant, Order, Relay},
@@ -58,6 +58,21 @@ pub struct Behaviour {
     next_sweep: Delay,
     /// What that is set to.
     sweep_due: Instant,
+    sweeps: u64,
+    swept_for: Duration,
+}
+
+/// What a relay did of its own accord since it started.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Upkeep {
+    /// How often it asked a peer for a sign of life. Those that gave none are
+    /// [`Event::PeerSilent`].
+    pub questions: u64,
+    /// How often it looked at its tables.
+    pub sweeps: u64,
+    /// How long that took, all sweeps together.
+    pub swept_for: Duration,
 }
 
 impl Behaviour {
@@ -82,6 +97,8 @@ impl Behaviour {
             signs: HashMap::new(),
             random: RandomState::new(),
             next_sweep: Delay::new(interval),
+            sweeps: 0,
+            swept_for: Duration::ZERO,
         })
     }
 
@@ -122,6 +139,20 @@ impl Behaviour {
     /// The table of circuits, to look at.
     pub fn circuits(&self) -> &Circuits<ConnectionId> {
         self.relay.circuits()
+    }
+
+    /// The connections that are up, to look at.
+    pub fn connections(&self) -> &Connections<ConnectionId> {
+        self.relay.connections()
+    }
+
+    /// What the relay did of its own accord since it started.
+    pub fn upkeep(&self) -> Upkeep {
+        Upkeep {
+            questions: self.relay.questions(),
+            sweeps: self.sweeps,
+            swept_for: self.swept_for,
+        }
     }
 
     /// What circuits carried, to look at: for each peer while it is connected, and in all since the
@@ -354,6 +385,8 @@ impl NetworkBehaviour for Behaviour {
             }
             self.relay.sweep(now);
             log::trace!("swept in {} µs", now.elapsed().as_micros());
+            self.sweeps += 1;
+            self.swept_for += now.elapsed();
         }
     }
 }

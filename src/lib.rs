@@ -133,7 +133,7 @@ pub mod wire;
 
 pub use access::{Access, Permission, Terms};
 pub use accounts::{Account, Totals};
-pub use behaviour::Behaviour;
+pub use behaviour::{Behaviour, Upkeep};
 pub use circuit::{Carried, CircuitEnd};
 pub use circuits::CircuitId;
 pub use config::{Config, ConfigError};

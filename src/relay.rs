@@ -62,6 +62,8 @@ pub struct Relay<C, S> {
     sweep_due: Instant,
     /// While it takes nobody in: when all connections without a circuit are to be closed.
     draining_until: Option<Instant>,
+    /// How many peers were asked for a sign of life so far.
+    questions: u64,
     orders: VecDeque<Order<C, S>>,
 }
 
@@ -87,6 +89,7 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
             reclaim: Reclaim::new((&config).into()),
             sweep_due: now + config.sweep,
             draining_until: None,
+            questions: 0,
             orders: VecDeque::new(),
             config,
         })
@@ -125,6 +128,11 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
     /// The connections that are up, to look at.
     pub fn connections(&self) -> &Connections<C> {
         &self.connections
+    }
+
+    /// How often a peer was asked for a sign of life since the start.
+    pub fn questions(&self) -> u64 {
+        self.questions
     }
 
     /// How many newcomers wait for a slot.

@@ -248,6 +248,13 @@ impl<C: Copy + Eq> Reservations<C> {
         self.slots.get(peer).map(|reservation| reservation.expires)
     }
 
+    /// When `peer`'s slot comes back by itself: at the end of its term, or of its grace.
+    pub fn ends(&self, peer: &PeerId) -> Option<Instant> {
+        self.slots
+            .get(peer)
+            .map(|reservation| self.end(reservation))
+    }
+
     /// Who holds a slot, in no order.
     pub fn holders(&self) -> impl Iterator<Item = PeerId> {
         self.slots.keys().map(|peer| **peer)

@@ -95,6 +95,7 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
     pub(super) fn ask_for_sign(&mut self, connection: C) {
         if let Some(peer) = self.connections.get(connection).map(|c| c.remote.peer) {
             log::debug!("asked for a sign of life: peer {peer}");
+            self.questions += 1;
             let question = Command::AskForSign(self.config.silence);
             self.command(End { peer, connection }, question);
         }

@@ -214,6 +214,8 @@ struct World {
     under_way: Vec<(u64, u32)>,
     connections: u32,
     requests: u64,
+    /// How often a peer was asked for a sign of life.
+    questions: u64,
 }
 
 /// What the relay ordered.
@@ -243,6 +245,7 @@ impl World {
             under_way: Vec::new(),
             connections: 0,
             requests: 0,
+            questions: 0,
         }
     }
 
@@ -467,6 +470,7 @@ impl World {
                 Order::Command(to, Command::AskForSign(_)) => {
                     done.asked.push(to.connection);
                     self.unanswered.entry(to.connection).or_insert(self.now);
+                    self.questions += 1;
                     if let Some(after) = self.answers_after[self.who(to.peer)] {
                         self.under_way.push((self.now + after, to.connection));
                     }
@@ -525,6 +529,8 @@ impl World {
             );
             let expires = slot.map(|slot| self.start + Duration::from_millis(slot.expires));
             assert_eq!(table.expires(peer), expires);
+            let ends = slot.map(|slot| self.start + Duration::from_millis(self.model.end(slot)));
+            assert_eq!(table.ends(peer), ends);
             let live = connection.filter(|_| slot.is_some_and(|slot| slot.expires > self.now));
             assert_eq!(table.live(peer, now), live);
         }
@@ -541,6 +547,7 @@ impl World {
             .filter(|slot| matches!(slot.state, State::Grace(..)));
         assert_eq!(table.in_grace(), in_grace.count());
         assert_eq!(self.relay.waiting(), self.model.waiting());
+        assert_eq!(self.relay.questions(), self.questions);
         assert_eq!(
             self.relay.connections().count(),
             self.model.connections.len()

@@ -172,16 +172,21 @@ impl Model {
     }
 
     pub fn over(&self, slot: &Slot, now: u64) -> bool {
-        self.why_over(slot, now).is_some()
+        self.end(slot) <= now
     }
 
     fn why_over(&self, slot: &Slot, now: u64) -> Option<Why> {
-        let grace_over =
-            matches!(slot.state, State::Grace(since, _) if since + self.policy.grace <= now);
-        match (slot.expires <= now, grace_over) {
+        match (slot.expires <= now, self.over(slot, now)) {
             (true, _) => Some(Why::Expired),
             (false, true) => Some(Why::GraceOver),
             (false, false) => None,
+        }
+    }
+
+    pub fn end(&self, slot: &Slot) -> u64 {
+        match slot.state {
+            State::Live(_) => slot.expires,
+            State::Grace(since, _) => slot.expires.min(since + self.policy.grace),
         }
     }
 
