@@ -3,20 +3,27 @@
 //!
 //! Pure. What counts is payload, as it was delivered: neither the relay's own messages, nor what
 //! the secure channel and the muxer put around it. A circuit counts from when it is opened, its
-//! bytes when it ends.
+//! bytes when it ends; until then its meter has them.
 
 use std::collections::HashMap;
 
 use libp2p::PeerId;
 
-use crate::{circuit::Carried, circuits::CircuitId};
+use crate::{
+    circuit::Carried,
+    circuits::CircuitId,
+    meter::{Meter, Total},
+};
 
 /// The accounts of one relay.
 #[derive(Debug, Default)]
 pub struct Accounts {
     totals: Totals,
+    relayed: Total,
     /// Of the peers that are connected and were part of a circuit since.
     peers: HashMap<PeerId, Stay>,
+    /// Of the circuits that are open.
+    meters: HashMap<CircuitId, Meter>,
 }
 
 /// What a peer used the relay for since it connected: since the first of its connections that are
@@ -79,11 +86,25 @@ impl Accounts {
         self.peers.iter().map(|(peer, stay)| (*peer, stay.account))
     }
 
-    /// A circuit was opened between two peers that are connected.
-    pub fn opened(&mut self, id: CircuitId, source: PeerId, target: PeerId) {
+    /// What circuits have carried since the relay started, the open ones included.
+    pub fn relayed(&self) -> Carried {
+        self.relayed.read()
+    }
+
+    /// The circuits that are open and what each has carried so far, in no order.
+    pub fn open_circuits(&self) -> impl Iterator<Item = (CircuitId, Carried)> {
+        self.meters.iter().map(|(id, meter)| (*id, meter.read()))
+    }
+
+    /// A circuit was opened between two peers that are connected. What it carries is to be shown on
+    /// this meter.
+    pub fn opened(&mut self, id: CircuitId, source: PeerId, target: PeerId) -> Meter {
         self.totals.opened += 1;
         self.open(id, source).as_source += 1;
         self.open(id, target).as_target += 1;
+        let meter = self.relayed.meter();
+        self.meters.insert(id, meter.clone());
+        meter
     }
 
     fn open(&mut self, id: CircuitId, peer: PeerId) -> &mut Account {
@@ -101,6 +122,7 @@ impl Accounts {
             to_target,
             to_source,
         } = carried;
+        self.meters.remove(&id);
         self.totals.closed += 1;
         self.totals.carried.to_target += to_target;
         self.totals.carried.to_source += to_source;
@@ -208,6 +230,7 @@ mod tests {
         house.close(id);
         let after = house.accounts.totals();
         assert_eq!((before.opened, before.closed), (1, 0));
+        assert_eq!(house.accounts.open_circuits().count(), 0);
         assert_eq!((after.opened, after.closed), (1, 1));
         assert_eq!(
             (before.carried, after.carried),

@@ -15,7 +15,7 @@ use std::{
 
 use libp2p::futures::{AsyncRead, AsyncWrite, FutureExt, channel::oneshot};
 
-use crate::{buffer::Buffer, relay::Quota, share::Share, timeout::Timeout};
+use crate::{buffer::Buffer, meter::Meter, relay::Quota, share::Share, timeout::Timeout};
 
 /// How a circuit ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,6 +62,7 @@ pub(crate) struct Circuit<S, T> {
     to_target: Direction,
     to_source: Direction,
     share: Share,
+    meter: Meter,
     deadline: Option<Timeout>,
     /// Resolves when the relay ends the circuit, be it by dropping the other half.
     ended: oneshot::Receiver<()>,
@@ -76,15 +77,27 @@ impl<S, T> Circuit<S, T> {
         deadline: Option<Timeout>,
         ended: oneshot::Receiver<()>,
     ) -> Self {
-        let Quota { limit, share } = quota;
+        let Quota {
+            limit,
+            share,
+            meter,
+        } = quota;
         Self {
             source,
             target,
             to_target: Direction::new(limit.bytes),
             to_source: Direction::new(limit.bytes),
             share,
+            meter,
             deadline,
             ended,
+        }
+    }
+
+    fn carried(&self) -> Carried {
+        Carried {
+            to_target: self.to_target.delivered,
+            to_source: self.to_source.delivered,
         }
     }
 }
@@ -121,14 +134,14 @@ where
             match ways {
                 (Poll::Ready(Err(end)), _) | (_, Poll::Ready(Err(end))) => end,
                 (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => CircuitEnd::Finished,
-                _ => return Poll::Pending,
+                _ => {
+                    this.meter.set(this.carried());
+                    return Poll::Pending;
+                }
             }
         };
-        let carried = Carried {
-            to_target: this.to_target.delivered,
-            to_source: this.to_source.delivered,
-        };
-        Poll::Ready((end, carried))
+        this.meter.set(this.carried());
+        Poll::Ready((end, this.carried()))
     }
 }
 

@@ -57,7 +57,8 @@
 //!    which answers on the hop stream. From here on the two streams are one [`circuit`]: bytes both
 //!    ways, limits, half-close, its share of the link ([`bandwidth`], `share.rs`), and how many
 //!    bytes were carried when it ends. Those go into the [`accounts`]: both peers' while they are
-//!    connected, and the totals since the start.
+//!    connected, and the totals since the start. Until then its [`meter`] says what it has carried
+//!    so far.
 //!
 //! # In a swarm of one's own
 //!
@@ -117,6 +118,7 @@ pub mod event;
 mod handler;
 pub mod heartbeat;
 mod hop;
+pub mod meter;
 mod ping;
 #[cfg(feature = "program")]
 pub mod program;

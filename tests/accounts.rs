@@ -2,7 +2,7 @@
 
 mod common;
 
-use std::pin::pin;
+use std::{pin::pin, time::Duration};
 
 use common::{Client, Security, circuit_to, read_bytes, within};
 use libp2p::{
@@ -12,6 +12,7 @@ use libp2p::{
 };
 use libp2p_stream::IncomingStreams;
 use relaylet::{Account, Carried, CircuitEnd, Config, Event, Node, NodeEvent, Totals};
+use tokio::time::timeout;
 
 /// A relay whose circuits may carry anything, and where it listens.
 async fn relay() -> (Node, Multiaddr) {
@@ -239,6 +240,7 @@ async fn events_accounts_and_totals_are_what_the_clients_received() {
     assert_eq!(accounts.of(&b), Some(bobs));
     assert_eq!(accounts.iter().count(), 2);
     assert_eq!(accounts.totals(), totals(&all));
+    assert_eq!(accounts.relayed(), accounts.totals().carried);
 }
 
 /// Carries these, and leaves the circuit open.
@@ -255,6 +257,49 @@ async fn carry(source: &mut Stream, target: &mut Stream, carried: Carried) {
         };
         future::join(send, read_bytes(to, bytes as usize)).await;
     }
+}
+
+#[tokio::test]
+async fn the_meter_of_an_open_circuit_shows_what_it_has_carried_so_far() {
+    const LOOK_AGAIN: Duration = Duration::from_millis(5);
+    let (mut node, address) = relay().await;
+    let so_far = [(123_457, 0), (123_457, 679), (200_000, 70_000)];
+    let so_far = so_far.map(|(to_target, to_source)| Carried {
+        to_target,
+        to_source,
+    });
+    let open = async {
+        let (mut alice, mut bob) = (Party::at(&address).await, Party::at(&address).await);
+        let streams = alice.connect(&mut bob).await;
+        (alice, bob, streams)
+    };
+    let ((_alice, _bob, (mut source, mut target)), _) = run(&mut node, open, |_| true).await;
+    let mut before = Carried::default();
+    for carried in so_far {
+        let more = Carried {
+            to_target: carried.to_target - before.to_target,
+            to_source: carried.to_source - before.to_source,
+        };
+        before = carried;
+        let carry = carry(&mut source, &mut target, more);
+        run(&mut node, carry, |_| true).await;
+        // The bytes may be there before the meter shows them.
+        within(async {
+            let shown = |node: &Node| {
+                let open = node.relay().accounts().open_circuits();
+                open.map(|(_, carried)| carried).eq([carried])
+                    && node.relay().accounts().relayed() == carried
+            };
+            while !shown(&node) {
+                let _ = timeout(LOOK_AGAIN, node.next()).await;
+            }
+        })
+        .await;
+    }
+    drop((source, target));
+    let ((), told) = run(&mut node, async {}, |told| !closed(told).is_empty()).await;
+    assert_eq!(closed(&told)[0].3, before);
+    assert_eq!(node.relay().accounts().open_circuits().count(), 0);
 }
 
 #[tokio::test]

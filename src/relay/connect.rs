@@ -94,10 +94,10 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
         let quota = Quota {
             limit: asking.limit,
             share: self.link.share([source, target]),
+            meter: self.accounts.opened(id, source, target),
         };
         let open = Command::OpenCircuit(asking.request, id, stream, quota);
         self.command(circuit.source, open);
-        self.accounts.opened(id, source, target);
         self.tell(Event::CircuitOpened {
             circuit: id,
             source,

@@ -8,6 +8,7 @@ use crate::{
     access::Terms,
     circuits::{CircuitId, End},
     event::Event,
+    meter::Meter,
     reservations::Receipt,
     share::Share,
     wire::{Limit, Status},
@@ -46,13 +47,16 @@ pub struct Grant<C> {
     pub expires: Instant,
 }
 
-/// What a circuit may carry: what both of its peers were told, and what the others leave it.
+/// What a circuit may carry: what both of its peers were told, and what the others leave it; and
+/// where it says what it has.
 #[derive(Debug)]
 pub struct Quota {
     /// As on the wire.
     pub limit: Limit,
     /// Of the link.
     pub share: Share,
+    /// Shows what it has carried so far.
+    pub meter: Meter,
 }
 
 /// What is asked of a connection.

@@ -210,6 +210,11 @@ impl World {
         assert_eq!(totals.closed, count(|h| matches!(h, Happened::Closed(..))));
         assert_eq!(totals.opened - totals.closed, self.open.len() as u64);
         assert_eq!(totals.carried, self.said);
+        let mut metered: Vec<_> = accounts.open_circuits().map(|(id, _)| id).collect();
+        metered.sort();
+        let mut open: Vec<_> = self.open.iter().map(|(id, _)| *id).collect();
+        open.sort();
+        assert_eq!(metered, open);
     }
 
     /// What a peer's account should be: of the circuits that were opened since it last left.
