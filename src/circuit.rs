@@ -33,14 +33,24 @@ pub enum CircuitEnd {
     Ended,
 }
 
+impl CircuitEnd {
+    /// How in a few words, the same for all cases of it.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Finished => "finished",
+            Self::DataLimit => "data limit",
+            Self::TimeLimit => "time limit",
+            Self::Reset(_) => "reset",
+            Self::Ended => "ended by the relay",
+        }
+    }
+}
+
 impl fmt::Display for CircuitEnd {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Finished => f.write_str("finished"),
-            Self::DataLimit => f.write_str("data limit"),
-            Self::TimeLimit => f.write_str("time limit"),
             Self::Reset(kind) => write!(f, "reset: {kind}"),
-            Self::Ended => f.write_str("ended by the relay"),
+            other => f.write_str(other.kind()),
         }
     }
 }

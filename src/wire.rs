@@ -81,6 +81,8 @@ pub enum Request {
 pub enum BadRequest {
     /// Not a message of this protocol.
     Malformed(&'static str),
+    /// A CONNECT that does not say to whom.
+    BadTarget(&'static str),
     /// A message of this protocol, out of place.
     Unexpected(&'static str),
 }
@@ -89,7 +91,7 @@ impl BadRequest {
     /// The status that answers it.
     pub fn status(self) -> Status {
         match self {
-            Self::Malformed(_) => Status::MalformedMessage,
+            Self::Malformed(_) | Self::BadTarget(_) => Status::MalformedMessage,
             Self::Unexpected(_) => Status::UnexpectedMessage,
         }
     }
@@ -97,7 +99,7 @@ impl BadRequest {
 
 impl fmt::Display for BadRequest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (Self::Malformed(what) | Self::Unexpected(what)) = self;
+        let (Self::Malformed(what) | Self::BadTarget(what) | Self::Unexpected(what)) = self;
         f.write_str(what)
     }
 }
@@ -140,11 +142,11 @@ pub fn decode_request(message: &[u8], from: PeerId) -> Result<Request, BadReques
         Some(proto::HOP_CONNECT) => {
             let peer = message
                 .peer
-                .ok_or(BadRequest::Malformed("CONNECT without a peer"))?;
+                .ok_or(BadRequest::BadTarget("CONNECT without a peer"))?;
             let target = PeerId::from_bytes(&peer.id.unwrap_or_default())
-                .map_err(|_| BadRequest::Malformed("CONNECT to a peer id that is none"))?;
+                .map_err(|_| BadRequest::BadTarget("CONNECT to a peer id that is none"))?;
             if target == from {
-                return Err(BadRequest::Malformed("CONNECT to oneself"));
+                return Err(BadRequest::BadTarget("CONNECT to oneself"));
             }
             Ok(Request::Connect(target))
         }
