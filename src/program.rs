@@ -1,5 +1,6 @@
 //! What makes the relay a program: flags, key file, sockets, signals. Each part in a file of its
-//! own; none of it is compiled without the feature `program`.
+//! own; none of it is compiled without the feature `program`, nor what is shown over HTTP without
+//! the feature `http`.
 
 mod boxed;
 mod command_line;
@@ -29,3 +30,24 @@ mod settings;
 mod threads;
 pub mod traffic;
 pub mod transport;
+
+#[cfg(feature = "http")]
+mod history;
+#[cfg(feature = "http")]
+mod http;
+#[cfg(feature = "http")]
+mod metrics;
+#[cfg(feature = "http")]
+mod open_circuits;
+#[cfg(feature = "http")]
+mod refusals;
+#[cfg(feature = "http")]
+mod relaysvc;
+#[cfg(feature = "http")]
+mod site;
+#[cfg(feature = "http")]
+mod status;
+#[cfg(not(feature = "http"))]
+mod unwatched;
+#[cfg(feature = "http")]
+mod watch;

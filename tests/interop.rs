@@ -12,7 +12,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use common::Relay;
+use common::{Relay, http};
 
 /// What a client does, and the flags of the relay that it does it to.
 type Scenario = (&'static str, &'static [&'static str]);
@@ -100,6 +100,94 @@ fn the_snippet_of_the_readme_works_as_pasted() {
     run(Command::new(&snippet).arg(address));
     target.kill().expect("it still runs");
     target.wait().expect("it ends");
+}
+
+#[tokio::test]
+async fn the_metrics_are_those_that_go_libp2p_counts_and_its_dashboard_asks_for() {
+    let go = [
+        "list",
+        "-m",
+        "-f",
+        "{{.Dir}}",
+        "github.com/libp2p/go-libp2p",
+    ];
+    let listed = Command::new("go")
+        .args(go)
+        .current_dir(client("go"))
+        .output();
+    let folder = String::from_utf8(listed.expect("go is installed").stdout).expect("a path");
+    let folder = Path::new(folder.trim());
+    let read = |path: &str| fs::read_to_string(folder.join(path)).expect("go-libp2p's source");
+
+    let relay = Relay::start(&[http::ANYWHERE]);
+    let metrics = http::get(http::port(&relay).await, "/metrics").await;
+    let samples = http::samples(&metrics);
+    let is_there = |wanted: &str| {
+        let there = samples.keys().any(|sample| sample.starts_with(wanted));
+        assert!(there, "{wanted}: {metrics}");
+    };
+
+    // The names, each with its label; the phrases.
+    let source = read("p2p/protocol/circuitv2/relay/metrics.go");
+    let mut declared = 0;
+    for declaration in source.split("prometheus.New").skip(1) {
+        let name = quoted(declaration.split_once("Name:").expect("a name").1);
+        let end = declaration.find("\n\t)").expect("the end");
+        let label = declaration[..end].split_once("[]string{");
+        match label {
+            Some((_, label)) => {
+                is_there(&format!("libp2p_relaysvc_{name}{{{}=", quoted(label)));
+            }
+            None if declaration.starts_with("Histogram") => {
+                is_there(&format!("libp2p_relaysvc_{name}_sum"));
+                is_there(&format!("libp2p_relaysvc_{name}_count"));
+                is_there(&format!("libp2p_relaysvc_{name}_bucket{{le="));
+            }
+            None => is_there(&format!("libp2p_relaysvc_{name}")),
+        }
+        declared += 1;
+    }
+    assert_eq!(declared, 9);
+    let phrases = ["*tags = append(*tags, ", "reason = ", "requestStatus"];
+    let phrases = source.lines().filter_map(|line| {
+        let line = line.trim();
+        phrases
+            .iter()
+            .any(|start| line.starts_with(start))
+            .then(|| line.split('"').nth(1))?
+    });
+    let phrases: Vec<_> = phrases.collect();
+    assert_eq!(phrases.len(), 13, "{phrases:?}");
+    for phrase in phrases {
+        let said = metrics.lines().any(|line| {
+            line.starts_with("libp2p_relaysvc_") && line.contains(&format!("=\"{phrase}\"}}"))
+        });
+        assert!(said, "{phrase}: {metrics}");
+    }
+
+    // What the dashboard asks for, but for the instance, which is Prometheus's.
+    let dashboard = read("dashboards/relaysvc/relaysvc.json");
+    let questions = dashboard.lines().filter(|line| line.contains("\"expr\":"));
+    let mut asked = 0;
+    for question in questions {
+        for metric in question.split("libp2p_relaysvc_").skip(1) {
+            let (name, labels) = metric.split_once('{').expect("labels");
+            match labels.split_once("type=\\\"") {
+                Some((_, kind)) => {
+                    let kind = kind.split('\\').next().expect("a value");
+                    is_there(&format!("libp2p_relaysvc_{name}{{type=\"{kind}\"}}"));
+                }
+                None => is_there(&format!("libp2p_relaysvc_{name}")),
+            }
+            asked += 1;
+        }
+    }
+    assert!(asked >= 14, "{asked}");
+}
+
+/// What stands in the first quotes.
+fn quoted(text: &str) -> &str {
+    text.split('"').nth(1).expect("something in quotes")
 }
 
 fn client(language: &str) -> PathBuf {

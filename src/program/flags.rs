@@ -1,5 +1,7 @@
 //! The command line and the environment, made into a configuration.
 
+#[cfg(feature = "http")]
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use bytesize::ByteSize;
@@ -337,6 +339,18 @@ pub struct Flags {
     /// [default: half of the machine's cores, at least 1]
     #[structopt(long, value_name = "N", env = "RELAYLET_THREADS")]
     pub threads: Option<usize>,
+
+    /// Where to be watched over HTTP: /metrics, /healthz, /status.json, and a page
+    ///
+    /// [default: nowhere]
+    #[cfg(feature = "http")]
+    #[structopt(
+        long,
+        value_name = "ADDR:PORT",
+        env = "RELAYLET_HTTP",
+        parse(try_from_str = place)
+    )]
+    pub http: Option<SocketAddr>,
 }
 
 impl Flags {
@@ -445,6 +459,13 @@ fn size(text: &str) -> Result<ByteSize, String> {
     }
 }
 
+/// An address and a port.
+#[cfg(feature = "http")]
+fn place(text: &str) -> Result<SocketAddr, String> {
+    text.parse()
+        .map_err(|_| "is no address with a port; try 127.0.0.1:9180".into())
+}
+
 #[cfg(test)]
 mod tests {
     use std::{ffi::OsString, time::Duration};
@@ -521,6 +542,8 @@ mod tests {
             (&["--max-connections", "0"], "--max-connections"),
             (&["--threads", "0"], "--threads"),
             (&["--threads", "1025"], "--threads"),
+            #[cfg(feature = "http")]
+            (&["--http", "9180"], "try 127.0.0.1:9180"),
             (&["--deny-peer", "alice"], "--deny-peer"),
             (&["--allow-subnet", "192.0.2.1"], "--allow-subnet"),
             (&["--deny-subnet", "192.0.2.1/24"], "try 192.0.2.0/24"),

@@ -4,8 +4,9 @@ use rlimit::Resource;
 
 use super::connection_limits::Limits;
 
-/// Files that are open beside the connections: listeners, timers, standard streams, the runtime's.
-const OTHERS: u64 = 64;
+/// Files that are open beside the connections: listeners, timers, standard streams, the runtime's,
+/// and whoever watches over HTTP.
+const OTHERS: u64 = 96;
 
 /// Raises the limit as far as the system lets us; a warning if that is not far enough.
 ///

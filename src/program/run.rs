@@ -21,6 +21,10 @@ use libp2p::{
     },
 };
 
+#[cfg(not(feature = "http"))]
+use super::unwatched::Watch;
+#[cfg(feature = "http")]
+use super::watch::Watch;
 use super::{
     command_line::{Stop, in_flags},
     digest::Digest,
@@ -103,6 +107,7 @@ async fn run(flags: &Flags) -> Result<()> {
         log::info!("new identity in {file}: keep that file, clients know the relay by it");
     }
     listen(&mut node, flags)?;
+    let mut watch = Watch::start(flags, &node)?;
     log::info!("{}", greeting::relays(&flags.config()));
     let behind_proxy = !flags.proxy_protocol_from.is_empty();
     let too_few_files = open_files::raise_limit(&flags.limits(), behind_proxy);
@@ -160,7 +165,10 @@ async fn run(flags: &Flags) -> Result<()> {
                 log::info!("ending: {} connections had circuits to the last", node.connections());
                 return Ok(());
             }
+            // Before what happens: that never stops on a busy relay.
+            () = watch.due().fuse() => watch.look(&node, node.relay().is_draining()),
             event = node.next().fuse() => {
+                watch.note(&event);
                 if let Some(warning) = digest.note(&event) {
                     log::warn!("{warning}");
                 }

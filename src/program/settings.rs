@@ -10,7 +10,8 @@ use toml::Value;
 use super::{config_file::Setting, flags::Flags};
 
 /// What is read at the start only. `max-circuits-per-peer` can be lowered while the relay runs.
-const AT_START: [&str; 7] = [
+const AT_START: [&str; 8] = [
+    "http",
     "identity",
     "listen",
     "max-connections",
@@ -28,7 +29,7 @@ impl Flags {
         let per_ip = config.reservations_per_ip().unwrap_or(0);
         let per_subnet = config.reservations_per_subnet().unwrap_or(0);
         let identity = self.identity.display();
-        vec![
+        let mut settings = vec![
             set("listen", list(&listen)).unless(listen_is_set),
             set("announce", list(&self.announce)),
             set("proxy-protocol-from", list(&self.proxy_protocol_from)),
@@ -70,7 +71,13 @@ impl Flags {
             set("max-handshakes", number(self.max_handshakes)),
             set("drain", time(self.drain)),
             set("threads", number(self.threads())).unless(self.threads.is_some()),
-        ]
+        ];
+        #[cfg(feature = "http")]
+        {
+            let place = self.http.map_or(String::new(), |place| place.to_string());
+            settings.push(set("http", text(&place)).unless(self.http.is_some()));
+        }
+        settings
     }
 
     /// The names of the settings in which these flags differ from others.

@@ -5,6 +5,7 @@
 pub mod by_hand;
 pub mod bystanders;
 pub mod children;
+pub mod http;
 pub mod messages;
 pub mod network;
 pub mod process;

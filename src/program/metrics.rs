@@ -1,0 +1,207 @@
+//! What there is to count, for Prometheus: what go-libp2p's relay counts too, under its names
+//! ([`super::relaysvc`]), and what only this relay has, under `relaylet_*`.
+//!
+//! To count is to add to an atomic number: the relay never waits for whoever reads it.
+
+use std::{
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
+};
+
+use prometheus_client::{
+    metrics::{counter::Counter, family::Family, gauge::Gauge, info::Info},
+    registry::{Metric, Registry, Unit},
+};
+
+use super::{node::NodeEvent, relaysvc::RelaySvc, status::Figures};
+use crate::event::Event;
+
+/// All that is counted.
+pub struct Metrics {
+    relaysvc: RelaySvc,
+    slots: Family<[Label; 1], Gauge>,
+    freed: Counters,
+    refused: Family<[Label; 2], Counter>,
+    questions: Counter,
+    unanswered: Counter,
+    sweeps: Counter,
+    sweep_seconds: Counter<f64, AtomicU64>,
+    relayed: Counters,
+    circuits: Gauge,
+    circuits_closed: Counters,
+    connections: Gauge,
+    connections_denied: Counters,
+}
+
+/// A name, and a value.
+type Label = (&'static str, &'static str);
+
+impl Metrics {
+    /// Nothing has happened yet; and the registry that shows what will.
+    pub fn new() -> (Self, Registry) {
+        let mut all = Registry::default();
+        let relaysvc = RelaySvc::new(all.sub_registry_with_prefix("libp2p_relaysvc"));
+        let own = all.sub_registry_with_prefix("relaylet");
+        let version = [("version", env!("CARGO_PKG_VERSION"))];
+        own.register("build", "The program", Info::new(version));
+        let sweep_seconds = Counter::default();
+        let text = "Time that the passes over the tables took";
+        own.register_with_unit("sweep", text, Unit::Seconds, sweep_seconds.clone());
+        let metrics = Self {
+            relaysvc,
+            slots: registered(own, "slots", "Slots"),
+            freed: Counters::new(own, "slots_freed", "Slots that came back", "reason", &[]),
+            refused: registered(own, "requests_refused", "Requests that were refused"),
+            questions: registered(own, "questions_asked", "Peers asked for a sign of life"),
+            unanswered: registered(own, "questions_unanswered", "Peers that gave none"),
+            sweeps: registered(own, "sweeps", "Passes over the tables"),
+            sweep_seconds,
+            relayed: Counters::new(
+                own,
+                "relayed_bytes",
+                "Payload that circuits carried",
+                "direction",
+                &["to target", "to source"],
+            ),
+            circuits: registered(own, "circuits", "Open circuits"),
+            circuits_closed: Counters::new(
+                own,
+                "circuits_closed",
+                "Circuits that ended, and how",
+                "end",
+                &["data limit", "time limit"],
+            ),
+            connections: registered(own, "connections", "Open connections"),
+            connections_denied: Counters::new(
+                own,
+                "connections_denied",
+                "Connections that were turned away",
+                "reason",
+                &[],
+            ),
+        };
+        (metrics, all)
+    }
+
+    /// Counts an event.
+    pub fn note(&self, event: &NodeEvent) {
+        let event = match event {
+            NodeEvent::Relay(event) => event,
+            NodeEvent::ConnectionDenied { reason, .. } => {
+                self.connections_denied.count(reason.kind());
+                return;
+            }
+            NodeEvent::Listening(_) | NodeEvent::NotListening(_) => return,
+        };
+        self.relaysvc.note(event);
+        match event {
+            Event::ReservationFreed { reason, .. } => self.freed.count(reason.kind()),
+            Event::ReservationRefused { reason, .. } => self.refused("RESERVE", reason.kind()),
+            Event::CircuitRefused { reason, .. } => self.refused("CONNECT", reason.kind()),
+            Event::RequestRejected { .. } => self.refused("unreadable", "not understood"),
+            Event::PeerSilent { .. } => {
+                self.unanswered.inc();
+            }
+            Event::CircuitClosed { end, .. } => self.circuits_closed.count(end.kind()),
+            Event::ReservationAccepted { .. }
+            | Event::GraceBegan { .. }
+            | Event::CircuitOpened { .. } => {}
+        }
+    }
+
+    fn refused(&self, request: &'static str, reason: &'static str) {
+        let labels = [("request", request), ("reason", reason)];
+        self.refused.get_or_create(&labels).inc();
+    }
+
+    /// A circuit has ended, after so much time.
+    pub fn circuit_lasted(&self, time: Duration) {
+        self.relaysvc.circuit_lasted(time);
+    }
+
+    /// Shows what no event tells.
+    pub fn show(&self, figures: &Figures) {
+        self.relaysvc.show(figures);
+        let Figures {
+            slots,
+            relayed,
+            upkeep,
+            ..
+        } = figures;
+        for (state, count) in [
+            ("live", slots.live),
+            ("grace", slots.grace),
+            ("free", slots.free),
+        ] {
+            set(&self.slots.get_or_create(&[("state", state)]), count);
+        }
+        raise(&self.questions, upkeep.questions);
+        raise(&self.sweeps, upkeep.sweeps);
+        let seconds = upkeep.swept_for.as_secs_f64().to_bits();
+        self.sweep_seconds.inner().store(seconds, Ordering::Relaxed);
+        self.relayed.raise("to target", relayed.to_target);
+        self.relayed.raise("to source", relayed.to_source);
+        set(&self.circuits, figures.circuits);
+        set(&self.connections, figures.connections);
+    }
+}
+
+/// Counters that differ in one label.
+pub(super) struct Counters {
+    label: &'static str,
+    family: Family<[Label; 1], Counter>,
+}
+
+impl Counters {
+    /// Registers them. Those of `values` are there from the start: what begins at zero can be seen
+    /// to grow.
+    pub(super) fn new(
+        registry: &mut Registry,
+        name: &str,
+        help: &str,
+        label: &'static str,
+        values: &[&'static str],
+    ) -> Self {
+        let counters = Self {
+            label,
+            family: registered(registry, name, help),
+        };
+        for value in values {
+            counters.add(value, 0);
+        }
+        counters
+    }
+
+    pub(super) fn count(&self, value: &'static str) {
+        self.add(value, 1);
+    }
+
+    fn add(&self, value: &'static str, more: u64) {
+        let labels = [(self.label, value)];
+        self.family.get_or_create(&labels).inc_by(more);
+    }
+
+    fn raise(&self, value: &'static str, to: u64) {
+        raise(&self.family.get_or_create(&[(self.label, value)]), to);
+    }
+}
+
+/// A new metric that stands in this registry.
+pub(super) fn registered<M: Metric + Clone + Default>(
+    registry: &mut Registry,
+    name: &str,
+    help: &str,
+) -> M {
+    let metric = M::default();
+    registry.register(name, help, metric.clone());
+    metric
+}
+
+/// Brings a counter up to what somebody else counted.
+pub(super) fn raise(counter: &Counter, to: u64) {
+    counter.inner().fetch_max(to, Ordering::Relaxed);
+}
+
+fn set(gauge: &Gauge, count: usize) {
+    gauge.set(i64::try_from(count).unwrap_or(i64::MAX));
+}

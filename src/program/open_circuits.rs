@@ -1,0 +1,154 @@
+//! The circuits that are open: since when, and how fast they go.
+//!
+//! Pure. Looked at now and then; a rate is what was carried since the look before.
+
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant},
+};
+
+use libp2p::PeerId;
+
+use super::status::{Circuit, Shown};
+use crate::{circuit::Carried, circuits::CircuitId};
+
+/// What is known of them.
+#[derive(Debug, Default)]
+pub struct OpenCircuits(HashMap<CircuitId, Open>);
+
+#[derive(Debug)]
+struct Open {
+    source: PeerId,
+    target: PeerId,
+    since: Instant,
+    speed: Speed,
+}
+
+/// How fast something goes that is looked at now and then.
+#[derive(Debug)]
+pub struct Speed {
+    carried: Carried,
+    at: Instant,
+    rate: Carried,
+}
+
+impl OpenCircuits {
+    /// A circuit was opened.
+    pub fn opened(&mut self, id: CircuitId, source: PeerId, target: PeerId, now: Instant) {
+        let open = Open {
+            source,
+            target,
+            since: now,
+            speed: Speed::new(now),
+        };
+        self.0.insert(id, open);
+    }
+
+    /// A circuit has ended; how long it was open.
+    pub fn closed(&mut self, id: CircuitId, now: Instant) -> Option<Duration> {
+        let open = self.0.remove(&id)?;
+        Some(now.saturating_duration_since(open.since))
+    }
+
+    /// Looks at some of them, with what they have carried so far.
+    pub fn look(
+        &mut self,
+        at: impl Iterator<Item = (CircuitId, Carried)>,
+        now: Instant,
+    ) -> Vec<Circuit> {
+        let look = |(id, carried): (CircuitId, Carried)| {
+            let open = self.0.get_mut(&id)?;
+            Some(Circuit {
+                id: Shown(id),
+                source: Shown(open.source),
+                target: Shown(open.target),
+                open_for: now.saturating_duration_since(open.since).as_secs(),
+                carried: carried.into(),
+                rate: open.speed.look(carried, now).into(),
+            })
+        };
+        at.filter_map(look).collect()
+    }
+}
+
+impl Speed {
+    /// Of something that begins now.
+    pub fn new(now: Instant) -> Self {
+        Self {
+            carried: Carried::default(),
+            at: now,
+            rate: Carried::default(),
+        }
+    }
+
+    /// So much was carried by now: how many bytes a second since the last look.
+    pub fn look(&mut self, carried: Carried, now: Instant) -> Carried {
+        let time = now.saturating_duration_since(self.at).as_secs_f64();
+        if time > 0.0 {
+            let rate =
+                |before: u64, after: u64| (after.saturating_sub(before) as f64 / time) as u64;
+            self.rate = Carried {
+                to_target: rate(self.carried.to_target, carried.to_target),
+                to_source: rate(self.carried.to_source, carried.to_source),
+            };
+            (self.carried, self.at) = (carried, now);
+        }
+        self.rate
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        circuits::{Circuits, End},
+        config::Config,
+    };
+
+    fn carried(to_target: u64, to_source: u64) -> Carried {
+        Carried {
+            to_target,
+            to_source,
+        }
+    }
+
+    #[test]
+    fn a_rate_is_what_was_carried_since_the_look_before() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let mut speed = Speed::new(start);
+        assert_eq!(speed.look(carried(0, 0), start), carried(0, 0));
+        assert_eq!(speed.look(carried(100, 10), at(1)), carried(100, 10));
+        assert_eq!(speed.look(carried(500, 10), at(3)), carried(200, 0));
+        assert_eq!(
+            speed.look(carried(500, 10), at(3)),
+            carried(200, 0),
+            "at once again"
+        );
+        assert_eq!(speed.look(carried(500, 10), at(4)), carried(0, 0));
+    }
+
+    #[test]
+    fn a_circuit_is_shown_from_its_opening_to_its_end() {
+        let mut ids = Circuits::new((&Config::default()).into());
+        let [source, target] = [0, 1].map(|connection| End {
+            peer: PeerId::random(),
+            connection,
+        });
+        let id = ids.admit(source, target).unwrap();
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let mut circuits = OpenCircuits::default();
+        circuits.opened(id, source.peer, target.peer, start);
+        let shown = circuits.look([(id, carried(30, 3))].into_iter(), at(3));
+        assert_eq!((shown.len(), shown[0].open_for), (1, 3));
+        assert_eq!((shown[0].rate.to_target, shown[0].rate.to_source), (10, 1));
+        assert_eq!(circuits.closed(id, at(5)), Some(Duration::from_secs(5)));
+        assert_eq!(circuits.closed(id, at(5)), None);
+        assert!(
+            circuits
+                .look([(id, carried(30, 3))].into_iter(), at(6))
+                .is_empty()
+        );
+    }
+}

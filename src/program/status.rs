@@ -1,0 +1,251 @@
+//! What the relay's operator sees at a glance: `/status.json`, and behind it the page.
+//!
+//! Taken once a second on the thread of the relay, which therefore only copies what it has; to make
+//! text of it is the reader's.
+
+use std::{fmt, time::Instant};
+
+use libp2p::{Multiaddr, PeerId};
+use serde::{Serialize, Serializer};
+
+use super::{
+    history::History,
+    node::Node,
+    open_circuits::{OpenCircuits, Speed},
+    refusals::{Case, Refusals, Tally},
+};
+use crate::{behaviour::Upkeep, circuit::Carried, circuits::CircuitId};
+
+/// How many holders of slots are listed, and how many circuits.
+pub const MOST_LISTED: usize = 1000;
+
+/// What there is a number for.
+#[derive(Clone, Copy, Debug)]
+pub struct Figures {
+    pub draining: bool,
+    pub slots: Slots,
+    pub circuits: usize,
+    pub connections: usize,
+    pub relayed: Carried,
+    pub upkeep: Upkeep,
+}
+
+/// How many slots there are, by state.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Slots {
+    pub total: usize,
+    pub live: usize,
+    pub grace: usize,
+    pub free: usize,
+}
+
+impl Figures {
+    /// Those of this relay.
+    pub fn of(node: &Node, draining: bool) -> Self {
+        let relay = node.relay();
+        let (total, table) = (relay.config().max_reservations, relay.reservations());
+        let (taken, grace) = (table.taken(), table.in_grace());
+        Self {
+            draining,
+            slots: Slots {
+                total,
+                live: taken - grace,
+                grace,
+                free: total.saturating_sub(taken),
+            },
+            circuits: relay.circuits().count(),
+            connections: relay.connections().count(),
+            relayed: relay.accounts().relayed(),
+            upkeep: relay.upkeep(),
+        }
+    }
+}
+
+/// The whole of it. Times are in seconds, rates in bytes a second.
+#[derive(Debug, Serialize)]
+pub struct Status {
+    pub version: &'static str,
+    pub peer: Shown<PeerId>,
+    pub draining: bool,
+    pub up_for: u64,
+    pub addresses: Vec<Shown<Multiaddr>>,
+    pub slots: Slots,
+    pub history: History,
+    pub holders: Listed<Holder>,
+    pub circuits: Listed<Circuit>,
+    pub connections: usize,
+    pub relayed: Bytes,
+    pub rate: Bytes,
+    pub refused: Vec<Tally>,
+    pub latest_refusals: Vec<Case>,
+    pub freed: Vec<Tally>,
+    pub questions: Questions,
+}
+
+/// A list that may be too long to be given whole.
+#[derive(Debug, Serialize)]
+pub struct Listed<T> {
+    /// How many there are.
+    pub count: usize,
+    /// Some of them, in no order: all, or the first [`MOST_LISTED`] that were come across.
+    pub listed: Vec<T>,
+}
+
+/// Who holds a slot.
+#[derive(Debug, Serialize)]
+pub struct Holder {
+    pub peer: Shown<PeerId>,
+    /// Where it is connected from; in grace, whom its slot is billed to.
+    pub address: Option<Shown<Multiaddr>>,
+    pub state: State,
+    /// When the slot comes back unless the peer renews, or comes back itself.
+    pub ends_in: u64,
+    /// For how long nothing was heard from it.
+    pub silent_for: Option<u64>,
+    /// The circuits it is part of.
+    pub circuits: usize,
+}
+
+/// Whether a slot's holder is there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    Live,
+    Grace,
+}
+
+/// An open circuit.
+#[derive(Debug, Serialize)]
+pub struct Circuit {
+    pub id: Shown<CircuitId>,
+    pub source: Shown<PeerId>,
+    pub target: Shown<PeerId>,
+    pub open_for: u64,
+    pub carried: Bytes,
+    pub rate: Bytes,
+}
+
+/// Bytes, each way.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Bytes {
+    pub to_target: u64,
+    pub to_source: u64,
+}
+
+impl From<Carried> for Bytes {
+    fn from(carried: Carried) -> Self {
+        Self {
+            to_target: carried.to_target,
+            to_source: carried.to_source,
+        }
+    }
+}
+
+/// Signs of life that were asked for.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Questions {
+    pub asked: u64,
+    pub unanswered: u64,
+}
+
+/// The parts of a [`Status`] that somebody has to remember from one to the next.
+#[derive(Debug)]
+pub struct Memory {
+    pub started: Instant,
+    pub history: History,
+    pub circuits: OpenCircuits,
+    /// That of all circuits together.
+    pub speed: Speed,
+    pub refusals: Refusals,
+    pub unanswered: u64,
+}
+
+impl Memory {
+    /// That of a relay that starts now.
+    pub fn new(now: Instant) -> Self {
+        Self {
+            started: now,
+            history: History::new(now),
+            circuits: OpenCircuits::default(),
+            speed: Speed::new(now),
+            refusals: Refusals::default(),
+            unanswered: 0,
+        }
+    }
+}
+
+impl Status {
+    /// That of this relay.
+    pub fn of(node: &Node, figures: &Figures, memory: &mut Memory, now: Instant) -> Self {
+        memory.history.note(figures.slots, now);
+        let open = node.relay().accounts().open_circuits().take(MOST_LISTED);
+        Self {
+            version: env!("CARGO_PKG_VERSION"),
+            peer: Shown(node.peer_id()),
+            draining: figures.draining,
+            up_for: now.saturating_duration_since(memory.started).as_secs(),
+            addresses: node.listeners().cloned().map(Shown).collect(),
+            slots: figures.slots,
+            history: memory.history.clone(),
+            holders: holders(node, now),
+            circuits: Listed {
+                count: figures.circuits,
+                listed: memory.circuits.look(open, now),
+            },
+            connections: figures.connections,
+            relayed: figures.relayed.into(),
+            rate: memory.speed.look(figures.relayed, now).into(),
+            refused: memory.refusals.refused(now),
+            latest_refusals: memory.refusals.latest(now),
+            freed: memory.refusals.freed(now),
+            questions: Questions {
+                asked: figures.upkeep.questions,
+                unanswered: memory.unanswered,
+            },
+        }
+    }
+}
+
+fn holders(node: &Node, now: Instant) -> Listed<Holder> {
+    let relay = node.relay();
+    let table = relay.reservations();
+    let holder = |peer| {
+        let over = table.connection(&peer);
+        let connection = over.and_then(|over| relay.connections().get(over));
+        let address = match connection {
+            Some(connection) => Some(connection.remote.address.clone()),
+            None => table.bill_of(&peer).map(|bill| bill.ip().into()),
+        };
+        let left = table.ends(&peer)?.saturating_duration_since(now);
+        Some(Holder {
+            peer: Shown(peer),
+            address: address.map(Shown),
+            state: if over.is_some() {
+                State::Live
+            } else {
+                State::Grace
+            },
+            ends_in: left.as_secs(),
+            silent_for: connection.map(|connection| connection.silent_for(now).as_secs()),
+            circuits: relay.circuits().count_of(&peer),
+        })
+    };
+    Listed {
+        count: table.taken(),
+        listed: table
+            .holders()
+            .take(MOST_LISTED)
+            .filter_map(holder)
+            .collect(),
+    }
+}
+
+/// Something that stands in JSON as people read it.
+#[derive(Clone, Debug)]
+pub struct Shown<T>(pub T);
+
+impl<T: fmt::Display> Serialize for Shown<T> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&self.0)
+    }
+}

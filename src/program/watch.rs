@@ -1,0 +1,205 @@
+//! The relay as it is watched over HTTP: what it tells of itself, once a second.
+//!
+//! On the thread of the relay: it counts events, and copies what there is to see to a board. Whoever
+//! asks is served by a thread of its own ([`super::http`]), which looks at the board and nowhere else.
+
+use std::{
+    net::TcpListener,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result};
+use futures_timer::Delay;
+
+use super::{
+    flags::Flags,
+    http,
+    metrics::Metrics,
+    node::{Node, NodeEvent},
+    site::Site,
+    status::{Figures, Memory, Status},
+};
+use crate::event::Event;
+
+/// How often to look.
+const EVERY: Duration = Duration::from_secs(1);
+
+/// What hangs where the two threads meet. Each holds it for as long as a pointer takes to copy.
+#[derive(Debug)]
+pub struct Board(Mutex<Arc<Posted>>);
+
+/// What the relay told of itself, and when.
+#[derive(Debug)]
+pub struct Posted {
+    pub at: Instant,
+    pub status: Status,
+}
+
+impl Board {
+    fn post(&self, posted: Posted) {
+        let posted = Arc::new(posted);
+        let before = std::mem::replace(&mut *self.lock(), posted);
+        drop(before); // after the lock: it may be long
+    }
+
+    /// What was posted last.
+    pub fn read(&self) -> Arc<Posted> {
+        Arc::clone(&self.lock())
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Arc<Posted>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The watch that is kept, if the operator asked for it.
+pub struct Watch(Option<Kept>);
+
+struct Kept {
+    metrics: Metrics,
+    memory: Memory,
+    board: Arc<Board>,
+    next_look: Delay,
+}
+
+impl Watch {
+    /// Begins, and serves whoever asks.
+    ///
+    /// # Errors
+    ///
+    /// When the address cannot be listened on.
+    pub fn start(flags: &Flags, node: &Node) -> Result<Self> {
+        let Some(address) = flags.http else {
+            return Ok(Self(None));
+        };
+        let listener = TcpListener::bind(address).with_context(|| format!("--http {address}"))?;
+        let address = listener.local_addr().context("--http")?;
+        let now = Instant::now();
+        let (metrics, registry) = Metrics::new();
+        let mut memory = Memory::new(now);
+        let posted = look(node, false, &metrics, &mut memory);
+        let board = Arc::new(Board(Mutex::new(Arc::new(posted))));
+        http::start(listener, Site::new(Arc::clone(&board), registry))
+            .with_context(|| format!("--http {address}"))?;
+        log::info!("watch it at http://{address}/");
+        if !address.ip().is_loopback() {
+            log::warn!(
+                "--http {address}: whoever can reach it sees who uses this relay, and from where"
+            );
+        }
+        Ok(Self(Some(Kept {
+            metrics,
+            memory,
+            board,
+            next_look: Delay::new(EVERY),
+        })))
+    }
+
+    /// Something happened.
+    pub fn note(&mut self, event: &NodeEvent) {
+        let Some(kept) = &mut self.0 else {
+            return;
+        };
+        let now = Instant::now();
+        kept.metrics.note(event);
+        kept.memory.refusals.note(event, now);
+        match event {
+            NodeEvent::Relay(Event::CircuitOpened {
+                circuit,
+                source,
+                target,
+            }) => kept.memory.circuits.opened(*circuit, *source, *target, now),
+            NodeEvent::Relay(Event::CircuitClosed { circuit, .. }) => {
+                if let Some(lasted) = kept.memory.circuits.closed(*circuit, now) {
+                    kept.metrics.circuit_lasted(lasted);
+                }
+            }
+            NodeEvent::Relay(Event::PeerSilent { .. }) => kept.memory.unanswered += 1,
+            _ => {}
+        }
+    }
+
+    /// Resolves when it is time to [`look`](Self::look): never, if there is no watch.
+    pub async fn due(&mut self) {
+        match &mut self.0 {
+            Some(kept) => (&mut kept.next_look).await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Tells how it is now.
+    pub fn look(&mut self, node: &Node, draining: bool) {
+        let Some(kept) = &mut self.0 else {
+            return;
+        };
+        kept.board
+            .post(look(node, draining, &kept.metrics, &mut kept.memory));
+        kept.next_look.reset(EVERY);
+    }
+}
+
+fn look(node: &Node, draining: bool, metrics: &Metrics, memory: &mut Memory) -> Posted {
+    let now = Instant::now();
+    let figures = Figures::of(node, draining);
+    metrics.show(&figures);
+    let status = Status::of(node, &figures, memory, now);
+    Posted { at: now, status }
+}
+
+#[cfg(test)]
+mod tests {
+    use hyper::{Request, body::Body};
+    use libp2p::{futures::executor::block_on, identity::Keypair};
+
+    use super::*;
+    use crate::{config::Config, program::connection_limits::Limits};
+
+    /// A node, and a site that shows it as it is `ago`.
+    fn site(draining: bool, ago: Duration) -> Site {
+        let keypair = Keypair::generate_ed25519();
+        let node = Node::on_one_thread(keypair, Config::default(), Limits::default()).unwrap();
+        let (metrics, registry) = Metrics::new();
+        let mut posted = look(&node, draining, &metrics, &mut Memory::new(Instant::now()));
+        posted.at = posted.at.checked_sub(ago).unwrap();
+        Site::new(Arc::new(Board(Mutex::new(Arc::new(posted)))), registry)
+    }
+
+    /// The status of an answer, and what it says.
+    fn get(site: &Site, path: &str) -> (u16, String) {
+        let answer = site.answer(&Request::get(path).body(()).unwrap());
+        let status = answer.status().as_u16();
+        let mut body = std::pin::pin!(answer.into_body());
+        let frame = block_on(std::future::poll_fn(|cx| body.as_mut().poll_frame(cx)));
+        let bytes = frame.unwrap().unwrap().into_data().unwrap();
+        (status, String::from_utf8(bytes.to_vec()).unwrap())
+    }
+
+    #[test]
+    fn a_relay_that_drains_or_is_stuck_does_not_serve() {
+        let now = Duration::ZERO;
+        assert_eq!(
+            get(&site(false, now), "/healthz"),
+            (200, "serving\n".into())
+        );
+        assert_eq!(
+            get(&site(true, now), "/healthz"),
+            (503, "draining\n".into())
+        );
+        let (status, text) = get(&site(false, Duration::from_secs(31)), "/healthz");
+        assert_eq!(status, 503);
+        assert_eq!(text, "the relay has not been heard of for 31 s\n");
+    }
+
+    #[test]
+    fn draining_is_a_status_of_its_own() {
+        for (draining, status) in [(false, 1), (true, 0)] {
+            let site = site(draining, Duration::ZERO);
+            let (_, metrics) = get(&site, "/metrics");
+            let line = format!("\nlibp2p_relaysvc_status {status}\n");
+            assert!(metrics.contains(&line), "{metrics}");
+            let (_, json) = get(&site, "/status.json");
+            assert!(json.contains(&format!("\"draining\":{draining}")), "{json}");
+        }
+    }
+}
