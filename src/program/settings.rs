@@ -29,7 +29,7 @@ impl Flags {
         let per_ip = config.reservations_per_ip().unwrap_or(0);
         let per_subnet = config.reservations_per_subnet().unwrap_or(0);
         let identity = self.identity.display();
-        let mut settings = vec![
+        let settings = vec![
             set("listen", list(&listen)).unless(listen_is_set),
             set("announce", list(&self.announce)),
             set("proxy-protocol-from", list(&self.proxy_protocol_from)),
@@ -72,12 +72,18 @@ impl Flags {
             set("drain", time(self.drain)),
             set("threads", number(self.threads())).unless(self.threads.is_some()),
         ];
-        #[cfg(feature = "http")]
-        {
-            let place = self.http.map_or(String::new(), |place| place.to_string());
-            settings.push(set("http", text(&place)).unless(self.http.is_some()));
-        }
-        settings
+        settings.into_iter().chain(self.watched_at()).collect()
+    }
+
+    #[cfg(feature = "http")]
+    fn watched_at(&self) -> Option<Setting> {
+        let place = self.http.map_or(String::new(), |place| place.to_string());
+        Some(set("http", text(&place)).unless(self.http.is_some()))
+    }
+
+    #[cfg(not(feature = "http"))]
+    fn watched_at(&self) -> Option<Setting> {
+        None
     }
 
     /// The names of the settings in which these flags differ from others.

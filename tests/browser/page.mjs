@@ -1,0 +1,198 @@
+// The page of a relay in Chromium: `node page.mjs URL HOLDER SCREENSHOTS`, where HOLDER holds a slot,
+// is the target of a circuit on which bytes flow, and another peer is in grace.
+
+import assert from "node:assert/strict";
+import { join } from "node:path";
+import { chromium } from "playwright-core";
+import { status as busy } from "./busy.mjs";
+
+const [url, holder, screenshots] = process.argv.slice(2);
+const SIZES = { desktop: { width: 1280, height: 900 }, phone: { width: 390, height: 844 } };
+const PATIENCE = 60_000;
+
+const browser = await chromium.launch({
+  executablePath: process.env.CHROMIUM || "/usr/bin/chromium",
+  // It is root who runs it where there is nothing else, and nobody else's pages are looked at.
+  args: [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+  ],
+});
+
+// A page as somebody finds it. Whatever it complains of, or wants from elsewhere, is an error;
+// unless `answer` stands in for the relay.
+async function open(size, colorScheme, answer) {
+  const context = await browser.newContext({
+    viewport: SIZES[size],
+    colorScheme,
+    deviceScaleFactor: size === "phone" ? 2 : 1,
+    permissions: ["clipboard-read", "clipboard-write"],
+  });
+  context.setDefaultTimeout(PATIENCE);
+  const page = await context.newPage();
+  const complaints = [];
+  page.on("console", (message) => message.type() !== "log" && complaints.push(message.text()));
+  page.on("pageerror", (error) => complaints.push(String(error)));
+  page.on("request", (request) => {
+    const to = request.url();
+    if (!to.startsWith(url) && !to.startsWith("data:image/svg+xml")) complaints.push(`asks for ${to}`);
+  });
+  if (answer) await page.route("**/status.json", answer);
+  await page.goto(url);
+  await page.locator("main").waitFor();
+  return { page, complaints, close: () => context.close() };
+}
+
+const text = (page, selector) => page.locator(selector).first().innerText();
+const rows = (page, section) => page.locator(`${section} tbody tr`);
+
+// Nothing sticks out, at this width and at that of the smallest phone.
+async function fits(page) {
+  for (const width of [page.viewportSize().width, 320]) {
+    await page.setViewportSize({ width, height: 800 });
+    const [content, window] = await page.evaluate(() => [document.documentElement.scrollWidth, innerWidth]);
+    assert.ok(content <= window, `${content} in ${window}`);
+  }
+}
+
+async function shows_what_the_relay_says() {
+  const { page, complaints, close } = await open("desktop", "light");
+  // What the relay says may be a second old.
+  await rows(page, "#circuits").first().waitFor();
+  const status = await page.evaluate(async () => (await fetch("status.json")).json());
+  assert.equal(await text(page, "#state"), "serving");
+  assert.deepEqual(await page.locator("#counts dd").allInnerTexts(), ["1", "1", "6"]);
+  assert.equal(await page.locator("#about .peer").getAttribute("title"), status.peer);
+
+  // Who holds slots, shortened; a click copies all of it.
+  assert.equal(await rows(page, "#holders").count(), status.holders.count);
+  const peer = page.locator(`#holders .peer[title="${holder}"]`);
+  const shown = await peer.innerText();
+  assert.ok(shown.length < 16 && shown.endsWith(holder.slice(-8)), shown);
+  await peer.click();
+  await page.locator("#holders .peer.copied").waitFor();
+  assert.equal(await page.evaluate(() => navigator.clipboard.readText()), holder);
+  const states = await page.locator("#holders td.state").allInnerTexts();
+  assert.deepEqual(states.sort(), ["in grace", "live"]);
+  const row = rows(page, "#holders").filter({ has: page.locator(`[title="${holder}"]`) });
+  assert.match(await row.innerText(), /127\.0\.0\.1:\d+/);
+
+  // One is found among them.
+  const search = page.getByRole("searchbox");
+  await search.fill(holder.slice(-8));
+  assert.equal(await rows(page, "#holders").count(), 1);
+  await search.fill("nobody");
+  assert.equal(await text(page, "#holders .none"), "Nobody like that.");
+  await search.fill("");
+
+  // The circuit, and how fast it goes.
+  const circuit = rows(page, "#circuits").first();
+  assert.equal(await circuit.locator(".peer").nth(1).getAttribute("title"), holder);
+  await circuit.locator("td").last().filter({ hasNotText: /^0 B\/s$/ }).waitFor();
+
+  // Refusals and their reasons.
+  const refused = await text(page, "#refused .tallies");
+  assert.match(refused, /CONNECT: the target holds no live reservation/);
+  assert.equal(await rows(page, "#latest").count(), status.latest_refusals.length);
+
+  // It goes on by itself.
+  const before = await text(page, "#about span");
+  await page.waitForFunction((before) => document.querySelector("#about span").innerText !== before, before);
+  assert.deepEqual(complaints, []);
+  await page.screenshot({ path: join(screenshots, "real.png"), fullPage: true });
+  await close();
+}
+
+async function runs_no_other_script() {
+  const { page, close } = await open("desktop", "light");
+  const ran = await page.evaluate(async () => {
+    const attempts = [
+      () => document.body.append(Object.assign(document.createElement("script"), { text: "window.ran = 1" })),
+      () => document.body.insertAdjacentHTML("beforeend", "<img src=x onerror='window.ran = 1'>"),
+      () => setTimeout("window.ran = 1"),
+      () => (document.location = "javascript:window.ran = 1"),
+    ];
+    for (const attempt of attempts) {
+      try {
+        attempt();
+      } catch {
+        // As it should be.
+      }
+    }
+    await new Promise((resolve) => setTimeout(resolve));
+    return window.ran;
+  });
+  assert.equal(ran, undefined);
+  await close();
+}
+
+async function tells_when_it_drains_and_when_nobody_answers() {
+  let answer = (route) => route.fulfill({ json: { ...busy, draining: true } });
+  const { page, close } = await open("phone", "light", (route) => answer(route));
+  await page.locator("#state.draining").waitFor();
+  assert.equal(await text(page, "#state"), "draining");
+  answer = (route) => route.abort();
+  await page.locator("#state.silent").waitFor();
+  assert.match(await text(page, "#state"), /^no answer for/);
+  await page.screenshot({ path: join(screenshots, "silent.png") });
+  answer = (route) => route.fulfill({ json: busy });
+  await page.locator("#state:not(.silent)").waitFor();
+  assert.equal(await text(page, "#state"), "serving");
+  await close();
+}
+
+async function has_room_for_a_thousand() {
+  const answer = (route) => route.fulfill({ json: busy });
+  const { page, complaints, close } = await open("desktop", "dark", answer);
+  assert.match(await text(page, "#holders h2"), /1,238, 1,000 listed/);
+  assert.equal(await rows(page, "#holders").count(), 10);
+  await page.locator("#holders .more").click();
+  assert.equal(await rows(page, "#holders").count(), 1000);
+  await page.locator("#holders th button", { hasText: "Circuits" }).click();
+  const circuits = await page.locator("#holders td:last-child").allInnerTexts();
+  const numbers = circuits.map(Number);
+  assert.deepEqual(numbers, numbers.toSorted((a, b) => b - a));
+
+  // The curve, and what is under the pointer.
+  const plot = page.locator("#plot");
+  assert.match(await plot.getAttribute("aria-label"), /last hour: 1201 live and 37 in grace now/);
+  await plot.hover();
+  assert.match(await text(page, "#cursor"), /^30 min ago: [\d,]+ live, [\d,]+ in grace, [\d,]+ free$/);
+  await page.getByRole("button", { name: "Day", exact: true }).click();
+  await plot.hover();
+  assert.match(await text(page, "#cursor"), /^12 h ago: /);
+  assert.deepEqual(complaints, []);
+  await close();
+}
+
+async function can_be_read_everywhere() {
+  const papers = new Set();
+  for (const size of Object.keys(SIZES)) {
+    for (const scheme of ["light", "dark"]) {
+      const { page, complaints, close } = await open(size, scheme, (route) => route.fulfill({ json: busy }));
+      papers.add(await page.evaluate(() => getComputedStyle(document.body).backgroundColor));
+      await page.screenshot({ path: join(screenshots, `${size}-${scheme}.png`), fullPage: true });
+      await fits(page);
+      assert.deepEqual(complaints, []);
+      await close();
+    }
+  }
+  assert.equal(papers.size, 2, "dark is not light");
+}
+
+for (const check of [
+  shows_what_the_relay_says,
+  runs_no_other_script,
+  tells_when_it_drains_and_when_nobody_answers,
+  has_room_for_a_thousand,
+  can_be_read_everywhere,
+]) {
+  await check();
+  console.log(`ok: ${check.name.replaceAll("_", " ")}`);
+}
+await browser.close();
