@@ -4,7 +4,7 @@
 //! go), starts all three as processes, drives them with the same clients, and interleaves them round by
 //! round. It prints a Markdown table, writes it to `target/peers.md`, and ends with status 1 if a
 //! ratio is above its goal. `-- --quick` measures a subset in about a minute; the name of a row's
-//! group (`bulk`, `setup`, `echo`, `idle`, `stalled`) measures that alone; `--rounds N` changes how
+//! group (`bulk`, `setup`, `echo`, `idle`, `stalled`, `watched`) measures that alone; `--rounds N` changes how
 //! often; `--only relaylet` leaves the others out; `--flags "…"` adds to the flags of relaylet.
 //!
 //! CPU time is what the kernel counted for the relay's threads (schedstat), memory what it counted
@@ -21,6 +21,7 @@ mod peers {
     pub mod rounds;
     pub mod setup;
     pub mod stalled;
+    pub mod watched;
 }
 
 use std::{env, process::ExitCode};
@@ -34,6 +35,7 @@ use peers::{
     crowd, echo, idle,
     rounds::Rounds,
     setup, stalled,
+    watched::{self, Callers},
 };
 
 const TABLE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/target/peers.md");
@@ -48,6 +50,7 @@ fn main() -> ExitCode {
         [crowd::ROLE, relay, first, count, security] => {
             runtime.block_on(crowd::run(relay, first, count, security));
         }
+        [watched::ROLE, port, how] => runtime.block_on(watched::run(port, how)),
         _ => {}
     }
     Bench::of(&words).run(&runtime)
@@ -64,7 +67,7 @@ struct Bench<'a> {
 
 impl<'a> Bench<'a> {
     fn of(words: &[&'a str]) -> Self {
-        const GROUPS: [&str; 5] = ["bulk", "setup", "echo", "idle", "stalled"];
+        const GROUPS: [&str; 6] = ["bulk", "setup", "echo", "idle", "stalled", "watched"];
         let behind = |name| {
             let at = words.iter().position(|word| *word == name)?;
             words.get(at + 1).copied()
@@ -103,7 +106,8 @@ impl<'a> Bench<'a> {
                 "setup" => self.setup(runtime, &mut table),
                 "echo" => self.echo(runtime, &mut table),
                 "idle" => self.idle(&mut table),
-                _ => self.stalled(runtime, &mut table),
+                "stalled" => self.stalled(runtime, &mut table),
+                _ => self.watched(runtime, &mut table),
             }
         }
         table.print(TABLE)
@@ -191,5 +195,35 @@ impl<'a> Bench<'a> {
             let figure = stalled::kilobytes_per_circuit(&relay);
             table.add(row, who, runtime.block_on(figure));
         });
+    }
+
+    /// Of relaylet alone: the others are not watched over HTTP.
+    fn watched(&self, runtime: &Runtime, table: &mut Rounds) {
+        let count = if self.quick { 1000 } else { 5000 };
+        let mut rows = |who| {
+            ["p50", "p99"].map(|which| {
+                let what = format!("latency of a 1 KiB echo, {who}, {which}");
+                table.row(&what, "µs", [f64::INFINITY; 2])
+            })
+        };
+        let who = Contestant::Relaylet;
+        let cases = [
+            (rows("not watched"), None),
+            (rows("1000 idle HTTP callers"), Some(Callers::Idle)),
+            (rows("32 busy HTTP callers"), Some(Callers::Busy)),
+        ];
+        for round in 0..self.rounds {
+            for index in 0..cases.len() {
+                let (rows, callers) = &cases[(round + index) % cases.len()];
+                let port = watched::port();
+                let flag = format!("--http=127.0.0.1:{port}");
+                let flags = callers.map_or(vec![], |_| vec![flag]);
+                let relay = self.contestants.start_with(who, &flags);
+                let _callers = callers.map(|callers| watched::call(port, callers));
+                let latency = runtime.block_on(echo::relayed(&relay, count));
+                table.add(rows[0], who, latency.p50);
+                table.add(rows[1], who, latency.p99);
+            }
+        }
     }
 }

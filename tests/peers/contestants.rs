@@ -76,11 +76,19 @@ impl Contestants {
 
     /// A fresh process.
     pub fn start(&self, who: Contestant) -> Relay {
+        self.start_with(who, &[])
+    }
+
+    /// As [`Contestants::start`]; relaylet with these flags, too.
+    pub fn start_with(&self, who: Contestant, flags: &[String]) -> Relay {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let command = match who {
             Contestant::Relaylet => {
                 let mut command = common::command(&folder);
-                command.args(&self.flags).env("RUST_LOG", "error");
+                command
+                    .args(&self.flags)
+                    .args(flags)
+                    .env("RUST_LOG", "error");
                 command
             }
             Contestant::Rust => Command::new(self.built.join("release/rust-libp2p-relay")),
