@@ -620,3 +620,28 @@ async fn a_thousand_idle_callers_keep_nobody_out() {
     bystanders.are_unharmed().await;
     assert_eq!(get(port, "/healthz").await, "serving\n");
 }
+
+#[tokio::test]
+async fn the_relay_is_not_woken_by_those_who_call() {
+    const REQUESTS: u64 = 1000;
+    let relay = Relay::start(&[ANYWHERE, "--threads=1"]);
+    let port = port(&relay).await;
+    let pid = relay.pid();
+    // How often the relay's own thread began to wait.
+    let waits = || {
+        let status = fs::read_to_string(format!("/proc/{pid}/task/{pid}/status")).ok()?;
+        let line = status.lines().find(|l| l.starts_with("voluntary_ctxt"))?;
+        line.split_whitespace().nth(1)?.parse::<u64>().ok()
+    };
+    let (Some(before), start) = (waits(), Instant::now()) else {
+        return; // only Linux says so
+    };
+    for number in 0..REQUESTS {
+        let paths = ["/", "/metrics", "/status.json", "/healthz"];
+        get(port, paths[number as usize % paths.len()]).await;
+    }
+    let waited = waits().unwrap() - before;
+    // For its sweep once a second, and to tell of itself.
+    let by_itself = 20 + 5 * start.elapsed().as_secs();
+    assert!(waited <= by_itself, "{waited}");
+}

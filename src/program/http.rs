@@ -8,7 +8,7 @@
 use std::{
     cell::Cell,
     convert::Infallible,
-    future::{Future, ready},
+    future::{Future, poll_fn},
     io::{self, IoSlice, Read as _, Write as _},
     net::{Shutdown, TcpListener, TcpStream},
     pin::Pin,
@@ -50,6 +50,9 @@ const READ_AHEAD: usize = 8 * 1024;
 /// How many times as long as it worked the thread rests: a tenth of a core is all that callers get.
 const REST: u32 = 9;
 
+/// When to look again whether there is what was not there yet.
+const SOON: Duration = Duration::from_millis(10);
+
 /// The longest rest, and how long to wait when there are no files left to open.
 const PAUSE: Duration = Duration::from_secs(1);
 
@@ -66,6 +69,9 @@ pub fn start(listener: TcpListener, site: Site) -> io::Result<()> {
 }
 
 fn serve(listener: &TcpListener, site: Site) {
+    // Whatever the relay's threads have to do comes first. Elsewhere this would be about them, too.
+    #[cfg(target_os = "linux")]
+    let _ = rustix::process::nice(19);
     let site = Rc::new(site);
     let mut callers: Vec<Caller> = Vec::new();
     let woken = Arc::new(Woken::default());
@@ -96,7 +102,7 @@ fn serve(listener: &TcpListener, site: Site) {
     }
 }
 
-/// Waits until a socket is ready or somebody's time is up; or hardly, if there is more to do.
+/// Waits until a socket is ready or somebody's time is up; not for long, if there is more to do.
 fn wait(listener: &TcpListener, callers: &[Caller], more_to_do: bool) {
     let mut sockets = vec![PollFd::new(listener, PollFlags::IN)];
     let waiting = callers
@@ -105,7 +111,7 @@ fn wait(listener: &TcpListener, callers: &[Caller], more_to_do: bool) {
     sockets.extend(waiting);
     let until = callers.iter().map(|caller| caller.line.until.get()).min();
     let time = match (more_to_do, until) {
-        (true, _) => Some(Duration::ZERO),
+        (true, _) => Some(SOON),
         (false, until) => until.map(|until| until.saturating_duration_since(Instant::now())),
     };
     let time = time.and_then(|time| Timespec::try_from(time).ok());
@@ -123,7 +129,7 @@ fn show_out(callers: &mut Vec<Caller>) {
     }
 }
 
-/// Whether hyper wants to go on without waiting for a socket.
+/// Whether somebody wants to go on without waiting for a socket.
 #[derive(Default)]
 struct Woken(AtomicBool);
 
@@ -158,7 +164,14 @@ impl Caller {
         let (site, asked) = (Rc::clone(site), Rc::clone(&line));
         let service = service_fn(move |request| {
             asked.until.set(Instant::now() + NEXT_REQUEST);
-            ready(Ok::<_, Infallible>(site.answer(&request)))
+            let site = Rc::clone(&site);
+            poll_fn(move |cx| {
+                let answer = site.answer(&request);
+                if answer.is_pending() {
+                    cx.waker().wake_by_ref();
+                }
+                answer.map(Ok::<_, Infallible>)
+            })
         });
         let conversation = http1::Builder::new()
             .max_buf_size(READ_AHEAD)

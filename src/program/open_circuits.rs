@@ -81,7 +81,12 @@ impl Speed {
         }
     }
 
-    /// So much was carried by now: how many bytes a second since the last look.
+    /// How many bytes a second it was between the last two looks.
+    pub fn rate(&self) -> Carried {
+        self.rate
+    }
+
+    /// So much was carried by now; what that makes the rate.
     pub fn look(&mut self, carried: Carried, now: Instant) -> Carried {
         let time = now.saturating_duration_since(self.at).as_secs_f64();
         if time > 0.0 {

@@ -6,6 +6,7 @@
 use std::{
     cell::RefCell,
     sync::Arc,
+    task::{Poll, ready},
     time::{Duration, Instant},
 };
 
@@ -81,16 +82,16 @@ impl Site {
         }
     }
 
-    /// The answer to a request.
-    pub fn answer<B>(&self, request: &Request<B>) -> Response<Full<Bytes>> {
+    /// The answer to a request. If it is not there yet, to be asked for again.
+    pub fn answer<B>(&self, request: &Request<B>) -> Poll<Response<Full<Bytes>>> {
         if !matches!(*request.method(), Method::GET | Method::HEAD) {
             let text = "nothing can be changed here: GET and HEAD only\n";
             let mut answer = answer(StatusCode::METHOD_NOT_ALLOWED, TEXT, text);
             let allowed = HeaderValue::from_static("GET, HEAD");
             answer.headers_mut().insert(header::ALLOW, allowed);
-            return answer;
+            return Poll::Ready(answer);
         }
-        match request.uri().path() {
+        Poll::Ready(match request.uri().path() {
             "/" => {
                 let mut answer = answer(StatusCode::OK, HTML, self.page.clone());
                 let policy = self.page_policy.clone();
@@ -98,27 +99,31 @@ impl Site {
                 headers.insert(header::CONTENT_SECURITY_POLICY, policy);
                 answer
             }
-            "/status.json" => answer(StatusCode::OK, JSON, self.status()),
+            "/status.json" => answer(StatusCode::OK, JSON, ready!(self.status())),
             "/metrics" => answer(StatusCode::OK, OPEN_METRICS, self.metrics()),
             "/healthz" => self.health(),
             _ => {
                 let text = "nothing here: try /, /status.json, /metrics or /healthz\n";
                 answer(StatusCode::NOT_FOUND, TEXT, text)
             }
-        }
+        })
     }
 
-    fn status(&self) -> Bytes {
+    fn status(&self) -> Poll<Bytes> {
+        self.board.ask();
         let posted = self.board.read();
+        let Some(status) = &posted.status else {
+            return Poll::Pending;
+        };
         let mut json = self.json.borrow_mut();
         if let Some((of, json)) = &*json
             && *of == posted.at
         {
-            return json.clone();
+            return Poll::Ready(json.clone());
         }
-        let made = Bytes::from(serde_json::to_vec(&posted.status).unwrap_or_default());
+        let made = Bytes::from(serde_json::to_vec(status).unwrap_or_default());
         *json = Some((posted.at, made.clone()));
-        made
+        Poll::Ready(made)
     }
 
     fn metrics(&self) -> String {
@@ -135,7 +140,7 @@ impl Site {
             let text = format!("the relay has not been heard of for {} s\n", age.as_secs());
             return answer(StatusCode::SERVICE_UNAVAILABLE, TEXT, text);
         }
-        if posted.status.draining {
+        if posted.draining {
             return answer(StatusCode::SERVICE_UNAVAILABLE, TEXT, "draining\n");
         }
         answer(StatusCode::OK, TEXT, "serving\n")

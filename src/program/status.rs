@@ -1,7 +1,7 @@
 //! What the relay's operator sees at a glance: `/status.json`, and behind it the page.
 //!
-//! Taken once a second on the thread of the relay, which therefore only copies what it has; to make
-//! text of it is the reader's.
+//! Taken on the thread of the relay, once a second while somebody asks for it. So it is only copied
+//! there; to make text of it is the reader's.
 
 use std::{fmt, time::Instant};
 
@@ -161,6 +161,12 @@ pub struct Memory {
 }
 
 impl Memory {
+    /// Remembers how it is now, whether or not somebody asks.
+    pub fn note(&mut self, figures: &Figures, now: Instant) {
+        self.history.note(figures.slots, now);
+        self.speed.look(figures.relayed, now);
+    }
+
     /// That of a relay that starts now.
     pub fn new(now: Instant) -> Self {
         Self {
@@ -177,7 +183,6 @@ impl Memory {
 impl Status {
     /// That of this relay.
     pub fn of(node: &Node, figures: &Figures, memory: &mut Memory, now: Instant) -> Self {
-        memory.history.note(figures.slots, now);
         let open = node.relay().accounts().open_circuits().take(MOST_LISTED);
         Self {
             version: env!("CARGO_PKG_VERSION"),
@@ -194,7 +199,7 @@ impl Status {
             },
             connections: figures.connections,
             relayed: figures.relayed.into(),
-            rate: memory.speed.look(figures.relayed, now).into(),
+            rate: memory.speed.rate().into(),
             refused: memory.refusals.refused(now),
             latest_refusals: memory.refusals.latest(now),
             freed: memory.refusals.freed(now),

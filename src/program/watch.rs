@@ -1,11 +1,16 @@
 //! The relay as it is watched over HTTP: what it tells of itself, once a second.
 //!
-//! On the thread of the relay: it counts events, and copies what there is to see to a board. Whoever
-//! asks is served by a thread of its own ([`super::http`]), which looks at the board and nowhere else.
+//! On the thread of the relay: it counts events, and posts what there is to see on a board. Callers
+//! are served by a thread of its own ([`super::http`]), which reads the board and nothing else. The
+//! lists are long, so they are only made while somebody asks for them.
 
 use std::{
+    mem,
     net::TcpListener,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -25,22 +30,36 @@ use crate::event::Event;
 /// How often to look.
 const EVERY: Duration = Duration::from_secs(1);
 
-/// What hangs where the two threads meet. Each holds it for as long as a pointer takes to copy.
+/// How long somebody is interested who asked for the status: the page asks again after two seconds.
+const INTEREST: Duration = Duration::from_secs(5);
+
+/// Where the two threads meet. Each holds it for as long as a pointer takes to copy.
 #[derive(Debug)]
-pub struct Board(Mutex<Arc<Posted>>);
+pub struct Board {
+    posted: Mutex<Arc<Posted>>,
+    asked: AtomicBool,
+}
 
 /// What the relay told of itself, and when.
 #[derive(Debug)]
 pub struct Posted {
     pub at: Instant,
-    pub status: Status,
+    pub draining: bool,
+    /// If somebody asked for it lately.
+    pub status: Option<Status>,
 }
 
 impl Board {
+    fn new(posted: Posted) -> Self {
+        Self {
+            posted: Mutex::new(Arc::new(posted)),
+            asked: AtomicBool::new(false),
+        }
+    }
+
     fn post(&self, posted: Posted) {
-        let posted = Arc::new(posted);
-        let before = std::mem::replace(&mut *self.lock(), posted);
-        drop(before); // after the lock: it may be long
+        let before = mem::replace(&mut *self.lock(), Arc::new(posted));
+        drop(before); // it may be long: after the lock
     }
 
     /// What was posted last.
@@ -48,8 +67,13 @@ impl Board {
         Arc::clone(&self.lock())
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Arc<Posted>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Asks for the status to be posted, if it is not.
+    pub fn ask(&self) {
+        self.asked.store(true, Ordering::Relaxed);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Arc<Posted>> {
+        self.posted.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -60,6 +84,8 @@ struct Kept {
     metrics: Metrics,
     memory: Memory,
     board: Arc<Board>,
+    /// Until when somebody is interested in the status.
+    interest: Option<Instant>,
     next_look: Delay,
 }
 
@@ -78,8 +104,8 @@ impl Watch {
         let now = Instant::now();
         let (metrics, registry) = Metrics::new();
         let mut memory = Memory::new(now);
-        let posted = look(node, false, &metrics, &mut memory);
-        let board = Arc::new(Board(Mutex::new(Arc::new(posted))));
+        let posted = look(node, false, false, &metrics, &mut memory);
+        let board = Arc::new(Board::new(posted));
         http::start(listener, Site::new(Arc::clone(&board), registry))
             .with_context(|| format!("--http {address}"))?;
         log::info!("watch it at http://{address}/");
@@ -92,6 +118,7 @@ impl Watch {
             metrics,
             memory,
             board,
+            interest: None,
             next_look: Delay::new(EVERY),
         })))
     }
@@ -133,46 +160,83 @@ impl Watch {
         let Some(kept) = &mut self.0 else {
             return;
         };
-        kept.board
-            .post(look(node, draining, &kept.metrics, &mut kept.memory));
+        let now = Instant::now();
+        if kept.board.asked.swap(false, Ordering::Relaxed) {
+            kept.interest = Some(now + INTEREST);
+        }
+        let whole = kept.interest.is_some_and(|until| now < until);
+        let posted = look(node, draining, whole, &kept.metrics, &mut kept.memory);
+        kept.board.post(posted);
         kept.next_look.reset(EVERY);
     }
 }
 
-fn look(node: &Node, draining: bool, metrics: &Metrics, memory: &mut Memory) -> Posted {
+/// What there is to be told now: with the whole status, or without.
+fn look(
+    node: &Node,
+    draining: bool,
+    whole: bool,
+    metrics: &Metrics,
+    memory: &mut Memory,
+) -> Posted {
     let now = Instant::now();
     let figures = Figures::of(node, draining);
     metrics.show(&figures);
-    let status = Status::of(node, &figures, memory, now);
-    Posted { at: now, status }
+    memory.note(&figures, now);
+    Posted {
+        at: now,
+        draining,
+        status: whole.then(|| Status::of(node, &figures, memory, now)),
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::{future::poll_fn, pin::pin, task::Poll};
+
     use hyper::{Request, body::Body};
     use libp2p::{futures::executor::block_on, identity::Keypair};
 
     use super::*;
     use crate::{config::Config, program::connection_limits::Limits};
 
-    /// A node, and a site that shows it as it is `ago`.
-    fn site(draining: bool, ago: Duration) -> Site {
+    /// What there is to be seen of a relay that told of itself `ago`.
+    fn posted(draining: bool, whole: bool, ago: Duration) -> (Arc<Board>, Site) {
         let keypair = Keypair::generate_ed25519();
         let node = Node::on_one_thread(keypair, Config::default(), Limits::default()).unwrap();
         let (metrics, registry) = Metrics::new();
-        let mut posted = look(&node, draining, &metrics, &mut Memory::new(Instant::now()));
+        let mut memory = Memory::new(Instant::now());
+        let mut posted = look(&node, draining, whole, &metrics, &mut memory);
         posted.at = posted.at.checked_sub(ago).unwrap();
-        Site::new(Arc::new(Board(Mutex::new(Arc::new(posted)))), registry)
+        let board = Arc::new(Board::new(posted));
+        (Arc::clone(&board), Site::new(board, registry))
+    }
+
+    fn site(draining: bool, ago: Duration) -> Site {
+        posted(draining, true, ago).1
     }
 
     /// The status of an answer, and what it says.
     fn get(site: &Site, path: &str) -> (u16, String) {
-        let answer = site.answer(&Request::get(path).body(()).unwrap());
+        let Poll::Ready(answer) = site.answer(&Request::get(path).body(()).unwrap()) else {
+            panic!("{path} is not there yet");
+        };
         let status = answer.status().as_u16();
-        let mut body = std::pin::pin!(answer.into_body());
-        let frame = block_on(std::future::poll_fn(|cx| body.as_mut().poll_frame(cx)));
+        let mut body = pin!(answer.into_body());
+        let frame = block_on(poll_fn(|cx| body.as_mut().poll_frame(cx)));
         let bytes = frame.unwrap().unwrap().into_data().unwrap();
         (status, String::from_utf8(bytes.to_vec()).unwrap())
+    }
+
+    #[test]
+    fn the_status_is_made_for_those_who_ask() {
+        let (board, site) = posted(false, false, Duration::ZERO);
+        assert_eq!(get(&site, "/healthz").0, 200);
+        assert_eq!(get(&site, "/metrics").0, 200);
+        assert!(!board.asked.load(Ordering::Relaxed), "nobody wants it");
+        let request = Request::get("/status.json").body(()).unwrap();
+        assert!(site.answer(&request).is_pending());
+        assert!(board.asked.load(Ordering::Relaxed));
     }
 
     #[test]
