@@ -6,6 +6,7 @@
 
 use std::{
     collections::HashMap,
+    convert::Infallible,
     hash::{BuildHasher, RandomState},
     task::{Context, Poll},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
@@ -15,11 +16,11 @@ use futures_timer::Delay;
 use libp2p::{
     Multiaddr, PeerId,
     core::{ConnectedPoint, Endpoint, transport::PortUse},
-    futures::FutureExt,
+    futures::{FutureExt, channel::mpsc},
     identity::{Keypair, SigningError},
     swarm::{
         CloseConnection, ConnectionClosed, ConnectionDenied, ConnectionId, DialFailure, FromSwarm,
-        ListenFailure, NetworkBehaviour, NotifyHandler, ToSwarm,
+        ListenFailure, NetworkBehaviour, ToSwarm,
         behaviour::{ConnectionEstablished, ExternalAddresses, ListenAddresses},
     },
 };
@@ -32,7 +33,7 @@ use crate::{
     config::{Config, ConfigError},
     connections::{Connection, Connections},
     event::Event,
-    handler::{Handler, Substream, Told},
+    handler::{Handler, Ordered, Substream, Told},
     relay::{Command, Grant, Order, Relay},
     reservations::Reservations,
     signs::Signs,
@@ -54,6 +55,8 @@ pub struct Behaviour {
     listening: ListenAddresses,
     /// Of connections whose handler was made and that are not up yet.
     signs: HashMap<ConnectionId, Signs>,
+    /// To the handlers.
+    commands: HashMap<ConnectionId, mpsc::UnboundedSender<Ordered>>,
     random: RandomState,
     next_sweep: Delay,
     /// What that is set to.
@@ -95,6 +98,7 @@ impl Behaviour {
             confirmed: ExternalAddresses::default(),
             listening: ListenAddresses::default(),
             signs: HashMap::new(),
+            commands: HashMap::new(),
             random: RandomState::new(),
             next_sweep: Delay::new(interval),
             sweeps: 0,
@@ -238,14 +242,16 @@ impl Behaviour {
     fn handler(&mut self, connection: ConnectionId, peer: PeerId) -> Handler {
         let signs = Signs::default();
         self.signs.insert(connection, signs.clone());
-        Handler::new(peer, self.relay.config(), signs)
+        let (sender, commands) = mpsc::unbounded();
+        self.commands.insert(connection, sender);
+        Handler::new(peer, self.relay.config(), signs, commands)
     }
 
     fn carry_out(
         &mut self,
         order: Order<ConnectionId, Box<Substream>>,
-    ) -> Option<ToSwarm<Event, Command<Box<Substream>>>> {
-        let (to, event) = match order {
+    ) -> Option<ToSwarm<Event, Infallible>> {
+        let (to, command) = match order {
             Order::Command(to, command) => (to, command),
             Order::Grant(grant) => match self.answer(grant) {
                 Ok(message) => {
@@ -265,11 +271,10 @@ impl Behaviour {
             }
             Order::Tell(event) => return Some(ToSwarm::GenerateEvent(event)),
         };
-        Some(ToSwarm::NotifyHandler {
-            peer_id: to.peer,
-            handler: NotifyHandler::One(to.connection),
-            event,
-        })
+        if let Some(handler) = self.commands.get(&to.connection) {
+            let _ = handler.unbounded_send(Box::new(command)); // or it is closing
+        }
+        None
     }
 
     /// The message that tells a peer of its reservation.
@@ -342,12 +347,14 @@ impl NetworkBehaviour for Behaviour {
                     peer: peer_id,
                     connection: connection_id,
                 };
+                self.commands.remove(&connection_id);
                 self.relay.disconnected(gone, Instant::now());
             }
             // Another behaviour did not let it in.
             FromSwarm::ListenFailure(ListenFailure { connection_id, .. })
             | FromSwarm::DialFailure(DialFailure { connection_id, .. }) => {
                 self.signs.remove(&connection_id);
+                self.commands.remove(&connection_id);
             }
             _ => {}
         }
@@ -367,7 +374,7 @@ impl NetworkBehaviour for Behaviour {
         }
     }
 
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<ToSwarm<Event, Command<Box<Substream>>>> {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<ToSwarm<Event, Infallible>> {
         loop {
             while let Some(order) = self.relay.next_order() {
                 if let Some(done) = self.carry_out(order) {

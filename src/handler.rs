@@ -6,6 +6,7 @@
 
 use std::{
     collections::{HashMap, VecDeque},
+    convert::Infallible,
     fmt, io, mem,
     pin::pin,
     task::{Context, Poll},
@@ -17,7 +18,7 @@ use libp2p::{
     core::upgrade::{self, ReadyUpgrade},
     futures::{
         FutureExt, StreamExt,
-        channel::oneshot,
+        channel::{mpsc, oneshot},
         future::{self, BoxFuture, Either},
         stream::FuturesUnordered,
     },
@@ -68,6 +69,10 @@ pub enum Told {
 /// A stream on which everything that comes in is a sign of life.
 pub type Substream = Heard<Stream>;
 
+/// What the behaviour orders. It goes to the handler directly: the swarm would look for the
+/// connection among those of all peers, one by one. Boxed, because an empty queue has room for one.
+pub type Ordered = Box<Command<Box<Substream>>>;
+
 /// What a task yields when it is done.
 enum Done {
     Read(Substream, Result<Request, BadRequest>),
@@ -86,6 +91,7 @@ pub struct Handler {
     answer_ping: bool,
     max_requests: usize,
     signs: Signs,
+    commands: mpsc::UnboundedReceiver<Ordered>,
     timeouts: Timeouts,
     tasks: FuturesUnordered<BoxFuture<'static, Done>>,
     /// Requests that the behaviour has yet to decide. Boxed, because a table keeps its room when it
@@ -127,13 +133,20 @@ pub struct Asking {
 }
 
 impl Handler {
-    /// The handler of a new connection to `peer`; what is heard from it is counted in `signs`.
-    pub(crate) fn new(peer: PeerId, config: &Config, signs: Signs) -> Self {
+    /// The handler of a new connection to `peer`; what is heard from it is counted in `signs`, and
+    /// what the behaviour orders comes over `commands`.
+    pub(crate) fn new(
+        peer: PeerId,
+        config: &Config,
+        signs: Signs,
+        commands: mpsc::UnboundedReceiver<Ordered>,
+    ) -> Self {
         Self {
             peer,
             answer_ping: config.answer_ping,
             max_requests: config.max_circuits_per_peer.max(LEAST_MAX_REQUESTS),
             signs,
+            commands,
             timeouts: Timeouts::default(),
             tasks: FuturesUnordered::new(),
             undecided: HashMap::new(),
@@ -234,6 +247,57 @@ impl Handler {
         self.tasks.push(task.boxed());
     }
 
+    /// Does what was ordered by now.
+    fn obey(&mut self, cx: &mut Context<'_>) {
+        while let Poll::Ready(Some(command)) = self.commands.poll_next_unpin(cx) {
+            self.carry_out(*command);
+        }
+    }
+
+    fn carry_out(&mut self, command: Command<Box<Substream>>) {
+        match command {
+            Command::Granted(request, receipt, message) => {
+                if let Some(stream) = self.undecided.remove(&request) {
+                    self.answer(*stream, message, Some(receipt));
+                }
+            }
+            Command::Refuse(request, status) => {
+                if let Some(stream) = self.undecided.remove(&request) {
+                    self.answer(*stream, wire::refusal(status), None);
+                }
+            }
+            Command::Drop(request) => _ = self.undecided.remove(&request),
+            Command::AskTarget(circuit, source, limit) => {
+                let (give_up, given_up) = oneshot::channel();
+                self.asked.insert(circuit, give_up);
+                self.wanted.push_back(Wanted::Stop(Box::new(Asking {
+                    circuit,
+                    source,
+                    limit,
+                    since: Instant::now(),
+                    given_up,
+                })));
+            }
+            Command::AskForSign(patience) => self.wanted.push_back(Wanted::Sign(patience)),
+            // What waits for a stream or its negotiation is noticed when there is one.
+            Command::GiveUpAsking(circuit) => {
+                self.asked.remove(&circuit);
+            }
+            Command::OpenCircuit(request, circuit, target, quota) => {
+                if let Some(source) = self.undecided.remove(&request) {
+                    self.open(*source, circuit, *target, quota);
+                    return;
+                }
+                let end = CircuitEnd::Ended;
+                self.run(async move { Done::Circuit(circuit, end, Carried::default()) });
+            }
+            Command::EndCircuit(circuit) => {
+                self.circuits.remove(&circuit);
+            }
+            Command::Hold(holds) => self.holds_reservation = holds,
+        }
+    }
+
     /// What there is to tell once a task is done, if anything.
     fn done(&mut self, done: Done) -> Option<Told> {
         match done {
@@ -280,7 +344,8 @@ impl Handler {
 }
 
 impl ConnectionHandler for Handler {
-    type FromBehaviour = Command<Box<Substream>>;
+    /// The swarm carries none: see [`Ordered`].
+    type FromBehaviour = Infallible;
     type ToBehaviour = Told;
     type InboundProtocol = Inbound;
     type OutboundProtocol = ReadyUpgrade<StreamProtocol>;
@@ -298,48 +363,8 @@ impl ConnectionHandler for Handler {
         self.holds_reservation || !self.circuits.is_empty()
     }
 
-    fn on_behaviour_event(&mut self, command: Command<Box<Substream>>) {
-        match command {
-            Command::Granted(request, receipt, message) => {
-                if let Some(stream) = self.undecided.remove(&request) {
-                    self.answer(*stream, message, Some(receipt));
-                }
-            }
-            Command::Refuse(request, status) => {
-                if let Some(stream) = self.undecided.remove(&request) {
-                    self.answer(*stream, wire::refusal(status), None);
-                }
-            }
-            Command::Drop(request) => _ = self.undecided.remove(&request),
-            Command::AskTarget(circuit, source, limit) => {
-                let (give_up, given_up) = oneshot::channel();
-                self.asked.insert(circuit, give_up);
-                self.wanted.push_back(Wanted::Stop(Box::new(Asking {
-                    circuit,
-                    source,
-                    limit,
-                    since: Instant::now(),
-                    given_up,
-                })));
-            }
-            Command::AskForSign(patience) => self.wanted.push_back(Wanted::Sign(patience)),
-            // What waits for a stream or its negotiation is noticed when there is one.
-            Command::GiveUpAsking(circuit) => {
-                self.asked.remove(&circuit);
-            }
-            Command::OpenCircuit(request, circuit, target, quota) => {
-                if let Some(source) = self.undecided.remove(&request) {
-                    self.open(*source, circuit, *target, quota);
-                    return;
-                }
-                let end = CircuitEnd::Ended;
-                self.run(async move { Done::Circuit(circuit, end, Carried::default()) });
-            }
-            Command::EndCircuit(circuit) => {
-                self.circuits.remove(&circuit);
-            }
-            Command::Hold(holds) => self.holds_reservation = holds,
-        }
+    fn on_behaviour_event(&mut self, never: Infallible) {
+        match never {}
     }
 
     fn on_connection_event(
@@ -384,6 +409,7 @@ impl ConnectionHandler for Handler {
         &mut self,
         cx: &mut Context<'_>,
     ) -> Poll<ConnectionHandlerEvent<ReadyUpgrade<StreamProtocol>, Wanted, Told>> {
+        self.obey(cx);
         if let Some(wanted) = self.wanted.pop_front() {
             let (protocol, timeout) = match &wanted {
                 Wanted::Stop(_) => (STOP_PROTOCOL, stop::STOP_TIMEOUT),
@@ -405,6 +431,7 @@ impl ConnectionHandler for Handler {
     /// Closing is not closed: the muxer first flushes, which a frozen peer delays for as long as
     /// TCP is patient. So the circuits end, and are accounted for, here.
     fn poll_close(&mut self, cx: &mut Context<'_>) -> Poll<Option<Told>> {
+        self.obey(cx); // what was ordered before it
         if let Some(&circuit) = self.asked.keys().next() {
             self.asked.remove(&circuit);
             return Poll::Ready(Some(Told::TargetAnswered(circuit, Err(StopFailed::Gone))));
@@ -451,7 +478,7 @@ impl upgrade::UpgradeInfo for Inbound {
 
 impl<S> upgrade::InboundUpgrade<S> for Inbound {
     type Output = (S, StreamProtocol);
-    type Error = std::convert::Infallible;
+    type Error = Infallible;
     type Future = std::future::Ready<Result<Self::Output, Self::Error>>;
 
     fn upgrade_inbound(self, stream: S, protocol: StreamProtocol) -> Self::Future {
@@ -470,7 +497,7 @@ mod tests {
     /// figure knowingly: it is multiplied by the number of peers.
     #[test]
     fn a_handler_is_small() {
-        assert!(size_of::<Handler>() <= 408);
+        assert!(size_of::<Handler>() <= 416);
         // Of these, an idle handler keeps room for a few: each peer asks, and is asked.
         assert!(size_of::<(RequestId, Box<Substream>)>() <= 16);
         assert!(size_of::<Wanted>() <= 16);
@@ -479,7 +506,8 @@ mod tests {
     #[test]
     fn a_connection_that_closes_says_what_each_circuit_carried_whatever_else_goes_on() {
         let config = Config::default();
-        let mut handler = Handler::new(PeerId::random(), &config, Signs::default());
+        let (_behaviour, commands) = mpsc::unbounded();
+        let mut handler = Handler::new(PeerId::random(), &config, Signs::default(), commands);
         let mut ids = Circuits::new((&config).into());
         let mut closed = Vec::new();
         for carried in 1..4 {

@@ -381,7 +381,7 @@ mod tests {
     #[test]
     fn the_handlers_of_a_connection_are_small() {
         let identify = size_of::<THandler<identify::Behaviour>>();
-        assert!(size_of::<THandler<Parts>>() <= identify + 408);
+        assert!(size_of::<THandler<Parts>>() <= identify + 416);
         assert_eq!(size_of::<THandler<Boxed<Parts>>>(), size_of::<usize>());
         // libp2p 0.57's: events that wait, nearly all of the time none, have their room in it.
         assert!(identify <= 3480);
