@@ -1,8 +1,9 @@
-//! Smaller connections: their handlers on the heap.
+//! Smaller connections: their handlers, and what those tell, on the heap.
 //!
 //! The swarm moves a connection's handler into the future of the connection's task, which then has
 //! room for it several times over: 14 KiB, nearly all of it identify's. With a handler that is a
-//! pointer it is 1 KiB, and the handler itself is there once.
+//! pointer it is 3 KiB, and the handler itself is there once. The half of that is room for events on
+//! their way to the behaviour, and there is more in their queue, identify's again: a pointer each.
 
 use std::{
     ops::{Deref, DerefMut},
@@ -104,7 +105,7 @@ impl<B: NetworkBehaviour> NetworkBehaviour for Boxed<B> {
         id: ConnectionId,
         event: THandlerOutEvent<Self>,
     ) {
-        self.0.on_connection_handler_event(peer, id, event);
+        self.0.on_connection_handler_event(peer, id, *event);
     }
 
     fn poll(
@@ -117,7 +118,7 @@ impl<B: NetworkBehaviour> NetworkBehaviour for Boxed<B> {
 
 impl<H: ConnectionHandler> ConnectionHandler for Boxed<Box<H>> {
     type FromBehaviour = H::FromBehaviour;
-    type ToBehaviour = H::ToBehaviour;
+    type ToBehaviour = Box<H::ToBehaviour>;
     type InboundProtocol = H::InboundProtocol;
     type OutboundProtocol = H::OutboundProtocol;
     type InboundOpenInfo = H::InboundOpenInfo;
@@ -153,12 +154,12 @@ impl<H: ConnectionHandler> ConnectionHandler for Boxed<Box<H>> {
     fn poll(
         &mut self,
         cx: &mut Context<'_>,
-    ) -> Poll<ConnectionHandlerEvent<H::OutboundProtocol, H::OutboundOpenInfo, H::ToBehaviour>>
+    ) -> Poll<ConnectionHandlerEvent<H::OutboundProtocol, H::OutboundOpenInfo, Box<H::ToBehaviour>>>
     {
-        self.0.poll(cx)
+        self.0.poll(cx).map(|event| event.map_custom(Box::new))
     }
 
-    fn poll_close(&mut self, cx: &mut Context<'_>) -> Poll<Option<H::ToBehaviour>> {
-        self.0.poll_close(cx)
+    fn poll_close(&mut self, cx: &mut Context<'_>) -> Poll<Option<Box<H::ToBehaviour>>> {
+        self.0.poll_close(cx).map(|event| event.map(Box::new))
     }
 }

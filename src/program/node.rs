@@ -373,7 +373,7 @@ fn denied(error: &ListenError) -> Option<Denied> {
 
 #[cfg(test)]
 mod tests {
-    use libp2p::swarm::THandler;
+    use libp2p::swarm::{THandler, THandlerOutEvent};
 
     use super::*;
 
@@ -382,7 +382,9 @@ mod tests {
     fn the_handlers_of_a_connection_are_small() {
         let identify = size_of::<THandler<identify::Behaviour>>();
         assert!(size_of::<THandler<Parts>>() <= identify + 416);
-        assert_eq!(size_of::<THandler<Boxed<Parts>>>(), size_of::<usize>());
+        let pointer = size_of::<usize>();
+        assert_eq!(size_of::<THandler<Boxed<Parts>>>(), pointer);
+        assert_eq!(size_of::<THandlerOutEvent<Boxed<Parts>>>(), pointer);
         // libp2p 0.57's: events that wait, nearly all of the time none, have their room in it.
         assert!(identify <= 3480);
     }
