@@ -22,9 +22,10 @@
 //! - *Probe*: the short time that a silent peer has to answer when a newcomer waits for its slot.
 //! - *Billed*: a slot counts towards the caps of the address that it was reserved from, and of that
 //!   address's subnet.
-//! - *Share*: what a circuit gets of a link that is too narrow for all, a *piece* at a time.
+//! - *Share*: what a circuit gets of a link that is too narrow for all, one piece at a time.
 //! - *Sweep*: the pass over the tables, once a second and more often while a newcomer waits, that
 //!   ends what is over.
+//! - *Drain*: to take nobody in any more, and to close connections a few at a time.
 //! - *Idle*: a connection that neither holds a reservation nor carries a circuit.
 //!
 //! # One RESERVE, file by file

@@ -2,13 +2,13 @@
 //!
 //! | what holds | flags | shown by |
 //! | --- | --- | --- |
-//! | connection monitoring: a slot points at a connection that is up, or is in grace | | `when_the_connection_goes_another_of_the_same_peer_takes_over`, `the_end_of_an_old_connection_touches_nothing_that_moved_on` |
+//! | connection monitoring: a slot points at a connection that is up, or is in grace | none: it is always so | `when_the_connection_goes_another_of_the_same_peer_takes_over`, `the_end_of_an_old_connection_touches_nothing_that_moved_on` |
 //! | reclaim on disconnect: at once, or kept for its owner for a while | `--grace`; `0s`: on the close event | `without_grace_the_slot_is_free_with_the_last_connection`, `a_peer_that_comes_back_within_grace_gets_its_slot`, `a_newcomer_takes_the_slot_of_the_peer_that_left_first` |
-//! | heartbeat: who is silent is asked, who does not answer is judged | `--heartbeat`, `--silence`, `--probe`, `--probe-after` | the history below; `faults.rs`, against the program |
+//! | heartbeat: who is silent is asked, who had its time to answer and did not is judged | `--heartbeat`, `--silence`, `--probe`, `--probe-after` | the history below; `faults.rs`, against the program |
 //! | graceful release: given up by command, and with its term | `--reservation-ttl` | `a_slot_that_is_given_up_is_free_at_once`, `a_term_that_is_over_is_over_whether_or_not_the_sweep_has_been_by` |
 //! | concurrency: many clients at once, and no slot too many | `--max-reservations` | `however_many_come_and_go_at_once_the_counts_agree` in `crowd.rs` |
 //! | consistency: no cap exceeded, every counter what counting gives, nothing left behind | `--max-reservations-per-ip`, `--max-reservations-per-subnet`, `--reserve-rate` | `history::the_relay_and_a_naive_model_of_it_never_differ` |
-//! | accounting: a peer's account is of its present stay, and ends with it; totals are of all | | `accounts::the_accounts_are_what_the_list_of_all_that_happened_adds_up_to`; `accounts.rs`, against a whole relay |
+//! | accounting: a peer's account is of its present stay, and ends with it; totals are of all | none: it is always so | `accounts::the_accounts_are_what_the_list_of_all_that_happened_adds_up_to`; `accounts.rs`, against a whole relay |
 //! | tunable policy: what is changed holds from then on and drops nobody | all of these | `a_cap_that_is_lowered_drops_nobody_and_admits_nobody_until_there_is_room`, the history; `access.rs` |
 
 #[path = "laws/accounts.rs"]
