@@ -91,7 +91,7 @@ impl Metrics {
                 self.connections_denied.count(reason.kind());
                 return;
             }
-            NodeEvent::Listening(_) | NodeEvent::NotListening(_) => return,
+            _ => return,
         };
         self.relaysvc.note(event);
         match event {

@@ -6,7 +6,7 @@ import { join } from "node:path";
 import { chromium } from "playwright-core";
 import { status as busy } from "./busy.mjs";
 
-const [url, holder, screenshots] = process.argv.slice(2);
+const [here, holder, screenshots] = process.argv.slice(2);
 const SIZES = { desktop: { width: 1280, height: 900 }, phone: { width: 390, height: 844 } };
 const PATIENCE = 60_000;
 
@@ -21,12 +21,13 @@ const browser = await chromium.launch({
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    "--host-resolver-rules=MAP relay.example 127.0.0.1",
   ],
 });
 
 // A page as somebody finds it. Whatever it complains of, or wants from elsewhere, is an error;
 // unless `answer` stands in for the relay.
-async function open(size, colorScheme, answer) {
+async function open(size, colorScheme, answer, url = here) {
   const context = await browser.newContext({
     viewport: SIZES[size],
     colorScheme,
@@ -131,6 +132,20 @@ async function runs_no_other_script() {
   await close();
 }
 
+// To a browser that is a page of anybody's, whom it does not lend its clipboard.
+async function copies_when_it_came_from_another_machine_without_tls() {
+  const there = here.replace("127.0.0.1", "relay.example");
+  const { page, complaints, close } = await open("desktop", "light", undefined, there);
+  assert.equal(await page.evaluate(() => navigator.clipboard), undefined);
+  await page.locator(`#holders .peer[title="${holder}"]`).click();
+  await page.locator("#holders .peer.copied").waitFor();
+  await page.getByRole("searchbox").focus();
+  await page.keyboard.press("Control+V");
+  assert.equal(await page.getByRole("searchbox").inputValue(), holder);
+  assert.deepEqual(complaints, []);
+  await close();
+}
+
 async function tells_when_it_drains_and_when_nobody_answers() {
   let answer = (route) => route.fulfill({ json: { ...busy, draining: true } });
   const { page, close } = await open("phone", "light", (route) => answer(route));
@@ -188,6 +203,7 @@ async function can_be_read_everywhere() {
 for (const check of [
   shows_what_the_relay_says,
   runs_no_other_script,
+  copies_when_it_came_from_another_machine_without_tls,
   tells_when_it_drains_and_when_nobody_answers,
   has_room_for_a_thousand,
   can_be_read_everywhere,
