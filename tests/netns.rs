@@ -66,7 +66,14 @@ async fn two_minutes_of_thirty_percent_loss_cost_nobody_its_slot() {
     let mut network = Network::new();
     let (here, there) = (network.host(), network.host());
     let relay = here.relay(&[]);
-    let clients = reserve_all(10, &there, &relay).await;
+    // As rust-libp2p's come. One that only answers has half a minute for it, in which TCP tries eight
+    // times: of forty questions each way, one would now and then be lost for as long.
+    let pinging = Role {
+        pings: true,
+        ..Role::default()
+    };
+    let clients = (0..10).map(|_| start(&there, &relay, pinging.clone()));
+    let clients = future::join_all(clients).await;
     let in_vain = Role {
         target: Some(PeerId::random()),
         ..Role::default()
@@ -76,8 +83,6 @@ async fn two_minutes_of_thirty_percent_loss_cost_nobody_its_slot() {
     here.lose(30);
     sleep(Duration::from_secs(120)).await;
     here.lose(0);
-    // Nobody is asked anew who has not answered.
-    were_asked(&clients, 2, &relay);
     are_unharmed(&clients, &there, &relay).await;
     // Since it takes so long anyway: what the log says once a minute.
     let summed_up = "circuits refused within a minute: 1: the target holds no live reservation";

@@ -297,6 +297,13 @@ impl Client {
         Self::connect_speaking(keypair, relay, security, muxer, Some(ping)).await
     }
 
+    /// As [`Client::connect_as`], over Noise, and it pings as rust-libp2p does by itself.
+    pub async fn connect_pinging(keypair: Keypair, relay: &Multiaddr) -> Self {
+        let muxer = yamux::Config::default;
+        let ping = ping::Behaviour::default();
+        Self::connect_speaking(keypair, relay, Security::Noise, muxer, Some(ping)).await
+    }
+
     /// A new peer that does not know `/ipfs/ping/1.0.0`: whoever asks it over that is refused.
     pub async fn connect_without_ping(relay: &Multiaddr) -> Self {
         let keypair = Keypair::generate_ed25519();

@@ -28,6 +28,7 @@ pub const ECHO: StreamProtocol = StreamProtocol::new("/test/echo/1.0.0");
 const RELAY: &str = "RELAYLET_TEST_RELAY";
 const TARGET: &str = "RELAYLET_TEST_TARGET";
 const KEY: &str = "RELAYLET_TEST_KEY";
+const PINGS: &str = "RELAYLET_TEST_PINGS";
 
 /// A client that runs.
 pub struct Process {
@@ -46,6 +47,8 @@ pub struct Role {
     pub target: Option<PeerId>,
     /// Somebody new unless given.
     pub keypair: Option<Keypair>,
+    /// Whether it pings by itself, every 15 s, as rust-libp2p does; else it only answers.
+    pub pings: bool,
     /// The command that runs it, where it is not to run as this process does.
     pub under: Vec<OsString>,
 }
@@ -84,6 +87,7 @@ impl Process {
             .env(RELAY, relay.to_string())
             .env(TARGET, target.unwrap_or_default())
             .env(KEY, key)
+            .env(PINGS, role.pings.to_string())
             .stdout(Stdio::piped())
             .kill_on_drop(true)
             .spawn()
@@ -120,7 +124,10 @@ pub async fn a_client() {
         .map(|at| u8::from_str_radix(&key[at..at + 2], 16).unwrap())
         .collect();
     let keypair = Keypair::from_protobuf_encoding(&key).unwrap();
-    let mut client = Client::connect_as(keypair, &relay, Security::Noise).await;
+    let mut client = match env::var(PINGS).as_deref() {
+        Ok("true") => Client::connect_pinging(keypair, &relay).await,
+        _ => Client::connect_as(keypair, &relay, Security::Noise).await,
+    };
     let mut stops = client.accept(STOP);
     let mut echoes = client.accept(ECHO);
     tokio::spawn(async move {
