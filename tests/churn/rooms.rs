@@ -32,6 +32,8 @@ pub struct Rooms {
     peers: HashMap<usize, PeerId>,
     signs: HashMap<usize, Signs>,
     acts: Vec<Act>,
+    /// Whether somebody waited for a slot when the relay looked last.
+    somebody_waited: bool,
 }
 
 impl Rooms {
@@ -43,6 +45,7 @@ impl Rooms {
             peers: HashMap::new(),
             signs: HashMap::new(),
             acts: Vec::new(),
+            somebody_waited: false,
         }
     }
 
@@ -51,12 +54,12 @@ impl Rooms {
         End { peer, connection }
     }
 
-    /// By the heartbeat, or sooner because somebody waited.
-    fn judged(&self, connection: usize, after: Duration) -> Act {
+    /// By the heartbeat, or sooner because somebody waited. Who waited may have been served by then.
+    fn judged(&self, connection: usize) -> Act {
         let config = self.relay.config();
-        let (asked_for, silent_for) = match after >= config.silence {
-            true => (config.silence - config.heartbeat, config.silence),
-            false => (config.probe, config.probe_after),
+        let (asked_for, silent_for) = match self.somebody_waited {
+            true => (config.probe, config.probe_after),
+            false => (config.silence - config.heartbeat, config.silence),
         };
         Act::Judged {
             connection,
@@ -67,7 +70,6 @@ impl Rooms {
 
     /// What the relay ordered, as acts.
     fn carry_out(&mut self, now: Instant) {
-        let mut judged_after = Duration::ZERO;
         while let Some(order) = self.relay.next_order() {
             let act = match order {
                 Order::Grant(grant) => {
@@ -77,13 +79,9 @@ impl Rooms {
                 }
                 Order::Command(to, Command::Refuse(..)) => Act::Refused(to.connection),
                 Order::Command(to, Command::AskForSign(_)) => Act::Asked(to.connection),
-                Order::Tell(Event::PeerSilent { silent_for, .. }) => {
-                    judged_after = silent_for;
-                    continue;
-                }
                 // Nobody is closed for being idle: that is switched off.
                 Order::Close(End { connection, .. }) => {
-                    self.acts.push(self.judged(connection, judged_after));
+                    self.acts.push(self.judged(connection));
                     Act::Closed(connection)
                 }
                 Order::Tell(Event::GraceBegan { peer }) => Act::Grace(number(&peer)),
@@ -146,6 +144,7 @@ impl Relay for Rooms {
 
     fn wake(&mut self, now: Duration) {
         let now = self.start + now;
+        self.somebody_waited = self.relay.waiting() > 0;
         self.relay.sweep(now);
         self.carry_out(now);
     }
