@@ -62,7 +62,7 @@ fn main() -> ExitCode {
             eprintln!("{line}");
             return ExitCode::FAILURE;
         }
-        let names = sizes.iter().map(|size| format!("{size} peers"));
+        let names = sizes.iter().map(|size| format!("{} peers", written(*size)));
         let mut table = Table::of(names, true);
         for &size in sizes {
             arrival::measure(size, watched, flags, &mut table);
@@ -75,9 +75,10 @@ fn main() -> ExitCode {
             false => (1000, 1024 * 1024),
         };
         let pairs = [1, circuits / 10];
+        let many = written(circuits);
         let names = pairs.iter().map(|pairs| match pairs {
-            1 => format!("{circuits} circuits of one pair"),
-            _ => format!("{circuits} of {pairs} pairs"),
+            1 => format!("{many} circuits of one pair"),
+            _ => format!("{many} of {pairs} pairs"),
         });
         let mut table = Table::of(names, false);
         for pairs in pairs {
@@ -90,6 +91,13 @@ fn main() -> ExitCode {
     fs::write(TABLES, tables).expect("the folder target is there");
     println!("the tables are in {TABLES}");
     ExitCode::SUCCESS
+}
+
+fn written(number: usize) -> String {
+    match number {
+        0..1000 => number.to_string(),
+        _ => format!("{},{:03}", number / 1000, number % 1000),
+    }
 }
 
 /// The relay has to have a file open for each connection.

@@ -19,8 +19,10 @@ const NO_HURRY: &str = "--idle-timeout=0s";
 const LOG: &str = "error,relaylet::behaviour=trace";
 const SWEPT: &str = "swept in ";
 
-/// A relay that spent less than a hundredth of this on its CPU has done what there was to do.
+/// A relay that spent less than a hundredth of this on its CPU has done what there was to do. After
+/// so many it may have, and be asking thousands of peers whether they are alive.
 const MOMENT: Duration = Duration::from_secs(1);
+const MOMENTS: usize = 10;
 
 /// A relay, and its log.
 pub struct Watched {
@@ -46,15 +48,16 @@ impl Watched {
 
     /// The CPU seconds that it has spent, once it has nothing more to do.
     pub fn spent(&self) -> f64 {
-        let mut before = self.relay.process.cpu();
-        loop {
+        let mut spent = self.relay.process.cpu();
+        for _ in 0..MOMENTS {
+            let before = spent;
             thread::sleep(MOMENT);
-            let now = self.relay.process.cpu();
-            if u128::from(now - before) * 100 < MOMENT.as_nanos() {
-                return now as f64 / 1e9;
+            spent = self.relay.process.cpu();
+            if u128::from(spent - before) * 100 < MOMENT.as_nanos() {
+                break;
             }
-            before = now;
         }
+        spent as f64 / 1e9
     }
 
     /// How long each sweep took so far, in milliseconds.
