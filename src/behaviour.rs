@@ -391,9 +391,10 @@ impl NetworkBehaviour for Behaviour {
                 return Poll::Pending;
             }
             self.relay.sweep(now);
-            log::trace!("swept in {} µs", now.elapsed().as_micros());
+            let took = now.elapsed();
+            log::trace!("swept in {} µs", took.as_micros());
             self.sweeps += 1;
-            self.swept_for += now.elapsed();
+            self.swept_for += took;
         }
     }
 }

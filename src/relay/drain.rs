@@ -57,7 +57,8 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
         }
     }
 
-    fn close(&mut self, connection: End<C>) {
+    /// Has a connection closed; from now on it counts as one that closes.
+    pub(super) fn close(&mut self, connection: End<C>) {
         self.connections.closing(connection.connection);
         self.orders.push_back(Order::Close(connection));
     }

@@ -87,8 +87,7 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
         let left = self.reservations.silent(peer, connection, &up, now);
         self.after_leaving(peer, before, left, now);
         if self.config.close_silent {
-            self.connections.closing(connection);
-            self.orders.push_back(Order::Close(gone));
+            self.close(gone);
         }
     }
 
