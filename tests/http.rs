@@ -84,6 +84,29 @@ async fn each_path_has_its_kind_and_nothing_in_a_browser_may_do_more_than_it_mus
 }
 
 #[tokio::test]
+async fn a_relay_that_drains_says_so_to_whoever_sends_it_clients() {
+    let mut relay = Relay::start(&[ANYWHERE, "--drain=10m"]);
+    let port = port(&relay).await;
+    for (draining, status, says) in [(true, 503, "draining\n"), (false, 200, "serving\n")] {
+        relay.signal("USR1");
+        status_when(port, |status| status["draining"] == draining).await;
+        let health = ask(port, "GET", "/healthz").await;
+        assert_eq!((health.status, &health.body[..]), (status, says));
+        let serves = samples(&get(port, "/metrics").await)["libp2p_relaysvc_status"];
+        assert_eq!(serves, if draining { 0.0 } else { 1.0 });
+    }
+    relay.address = relay.next_address(); // any port
+    // Once it is to end, too, while circuits have their time.
+    let mut alice = Client::connect(&relay).await;
+    let mut bob = Client::connect(&relay).await;
+    bob.reserve().await;
+    let _ends = circuit(&mut alice, &mut bob).await;
+    relay.signal("TERM");
+    status_when(port, |status| status["draining"] == true).await;
+    assert_eq!(ask(port, "GET", "/healthz").await.status, 503);
+}
+
+#[tokio::test]
 async fn nothing_can_be_changed_and_who_tries_is_told_so() {
     let relay = Relay::start(&[ANYWHERE]);
     let port = port(&relay).await;
@@ -599,13 +622,15 @@ async fn who_is_slow_is_shown_out() {
     bystanders.are_unharmed().await;
 }
 
+/// Only Linux says how many files a process has open.
+#[cfg(target_os = "linux")]
 #[tokio::test]
 async fn a_thousand_idle_callers_keep_nobody_out() {
     let mut bystanders = Bystanders::gather(&[ANYWHERE]).await;
     let port = port(&bystanders.relay).await;
     let files = || {
-        let files = fs::read_dir(format!("/proc/{}/fd", bystanders.relay.pid()));
-        files.map(Iterator::count).unwrap_or_default() // only Linux says so
+        let files = fs::read_dir(format!("/proc/{}/fd", bystanders.relay.pid())).unwrap();
+        files.count()
     };
     let before = files();
     let mut idle = Vec::new();
@@ -621,6 +646,8 @@ async fn a_thousand_idle_callers_keep_nobody_out() {
     assert_eq!(get(port, "/healthz").await, "serving\n");
 }
 
+/// Only Linux says how often a thread waits.
+#[cfg(target_os = "linux")]
 #[tokio::test]
 async fn the_relay_is_not_woken_by_those_who_call() {
     const REQUESTS: u64 = 1000;
@@ -629,18 +656,18 @@ async fn the_relay_is_not_woken_by_those_who_call() {
     let pid = relay.pid();
     // How often the relay's own thread began to wait.
     let waits = || {
-        let status = fs::read_to_string(format!("/proc/{pid}/task/{pid}/status")).ok()?;
-        let line = status.lines().find(|l| l.starts_with("voluntary_ctxt"))?;
-        line.split_whitespace().nth(1)?.parse::<u64>().ok()
+        let status = fs::read_to_string(format!("/proc/{pid}/task/{pid}/status")).unwrap();
+        let mut lines = status.lines();
+        let line = lines.find(|l| l.starts_with("voluntary_ctxt")).unwrap();
+        let number = line.split_whitespace().nth(1).unwrap();
+        number.parse::<u64>().unwrap()
     };
-    let (Some(before), start) = (waits(), Instant::now()) else {
-        return; // only Linux says so
-    };
+    let (before, start) = (waits(), Instant::now());
     for number in 0..REQUESTS {
         let paths = ["/", "/metrics", "/status.json", "/healthz"];
         get(port, paths[number as usize % paths.len()]).await;
     }
-    let waited = waits().unwrap() - before;
+    let waited = waits() - before;
     // For its sweep once a second, and to tell of itself.
     let by_itself = 20 + 5 * start.elapsed().as_secs();
     assert!(waited <= by_itself, "{waited}");

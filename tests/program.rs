@@ -23,7 +23,8 @@ use tempfile::TempDir;
 use tokio::{net::TcpSocket, time::sleep};
 
 /// Each flag, and what it cannot be.
-const FLAGS: [(&str, &str); 33] = [
+const FLAGS: &[(&str, &str)] = &[
+    ("--config", "/there/is/none.toml"),
     ("--listen", "/ip4/0.0.0.0/udp/4001"),
     ("--announce", "/ip4/0.0.0.0/tcp/4001"),
     ("--proxy-protocol-from", "10.0.0.1/8"),
@@ -57,13 +58,15 @@ const FLAGS: [(&str, &str); 33] = [
     ("--max-connections-per-ip", "99999999999999999999"),
     ("--max-handshakes", "0"),
     ("--threads", "0"),
+    #[cfg(feature = "http")]
+    ("--http", "127.0.0.1"),
 ];
 
 // ---- Flags and environment
 
 #[test]
 fn a_bad_flag_is_one_line_that_names_it() {
-    for (flag, value) in FLAGS {
+    for (flag, value) in FLAGS.iter().copied() {
         // With `=`, because -1 would look like a flag of its own.
         let line = refused(&[&format!("{flag}={value}")], &[]);
         assert!(line.contains(flag), "{flag} {value}: {line}");
@@ -79,7 +82,7 @@ fn a_bad_flag_is_one_line_that_names_it() {
 
 #[test]
 fn each_flag_is_in_the_environment_too() {
-    for (flag, value) in FLAGS {
+    for (flag, value) in FLAGS.iter().copied() {
         let name = flag
             .trim_start_matches("--")
             .replace('-', "_")

@@ -50,24 +50,17 @@ impl OpenCircuits {
         Some(now.saturating_duration_since(open.since))
     }
 
-    /// Looks at some of them, with what they have carried so far.
-    pub fn look(
-        &mut self,
-        at: impl Iterator<Item = (CircuitId, Carried)>,
-        now: Instant,
-    ) -> Vec<Circuit> {
-        let look = |(id, carried): (CircuitId, Carried)| {
-            let open = self.0.get_mut(&id)?;
-            Some(Circuit {
-                id: Shown(id),
-                source: Shown(open.source),
-                target: Shown(open.target),
-                open_for: now.saturating_duration_since(open.since).as_secs(),
-                carried: carried.into(),
-                rate: open.speed.look(carried, now).into(),
-            })
-        };
-        at.filter_map(look).collect()
+    /// Looks at one of them, with what it has carried so far.
+    pub fn look(&mut self, id: CircuitId, carried: Carried, now: Instant) -> Option<Circuit> {
+        let open = self.0.get_mut(&id)?;
+        Some(Circuit {
+            id: Shown(id),
+            source: Shown(open.source),
+            target: Shown(open.target),
+            open_for: now.saturating_duration_since(open.since).as_secs(),
+            carried: carried.into(),
+            rate: open.speed.look(carried, now).into(),
+        })
     }
 }
 
@@ -145,15 +138,11 @@ mod tests {
         let at = |seconds| start + Duration::from_secs(seconds);
         let mut circuits = OpenCircuits::default();
         circuits.opened(id, source.peer, target.peer, start);
-        let shown = circuits.look([(id, carried(30, 3))].into_iter(), at(3));
-        assert_eq!((shown.len(), shown[0].open_for), (1, 3));
-        assert_eq!((shown[0].rate.to_target, shown[0].rate.to_source), (10, 1));
+        let shown = circuits.look(id, carried(30, 3), at(3)).unwrap();
+        assert_eq!(shown.open_for, 3);
+        assert_eq!((shown.rate.to_target, shown.rate.to_source), (10, 1));
         assert_eq!(circuits.closed(id, at(5)), Some(Duration::from_secs(5)));
         assert_eq!(circuits.closed(id, at(5)), None);
-        assert!(
-            circuits
-                .look([(id, carried(30, 3))].into_iter(), at(6))
-                .is_empty()
-        );
+        assert!(circuits.look(id, carried(30, 3), at(6)).is_none());
     }
 }

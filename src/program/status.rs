@@ -91,6 +91,14 @@ pub struct Listed<T> {
     pub listed: Vec<T>,
 }
 
+impl<T> Listed<T> {
+    /// So many, of which as many are shown as may be: no other is looked at.
+    fn of<I>(count: usize, all: impl Iterator<Item = I>, show: impl FnMut(I) -> Option<T>) -> Self {
+        let listed = all.take(MOST_LISTED).filter_map(show).collect();
+        Self { count, listed }
+    }
+}
+
 /// Who holds a slot.
 #[derive(Debug, Serialize)]
 pub struct Holder {
@@ -183,7 +191,7 @@ impl Memory {
 impl Status {
     /// That of this relay.
     pub fn of(node: &Node, figures: &Figures, memory: &mut Memory, now: Instant) -> Self {
-        let open = node.relay().accounts().open_circuits().take(MOST_LISTED);
+        let open = node.relay().accounts().open_circuits();
         Self {
             version: env!("CARGO_PKG_VERSION"),
             peer: Shown(node.peer_id()),
@@ -193,10 +201,9 @@ impl Status {
             slots: figures.slots,
             history: memory.history.clone(),
             holders: holders(node, now),
-            circuits: Listed {
-                count: figures.circuits,
-                listed: memory.circuits.look(open, now),
-            },
+            circuits: Listed::of(figures.circuits, open, |(id, carried)| {
+                memory.circuits.look(id, carried, now)
+            }),
             connections: figures.connections,
             relayed: figures.relayed.into(),
             rate: memory.speed.rate().into(),
@@ -235,14 +242,7 @@ fn holders(node: &Node, now: Instant) -> Listed<Holder> {
             circuits: relay.circuits().count_of(&peer),
         })
     };
-    Listed {
-        count: table.taken(),
-        listed: table
-            .holders()
-            .take(MOST_LISTED)
-            .filter_map(holder)
-            .collect(),
-    }
+    Listed::of(table.taken(), table.holders(), holder)
 }
 
 /// Something that stands in JSON as people read it.
@@ -252,5 +252,23 @@ pub struct Shown<T>(pub T);
 impl<T: fmt::Display> Serialize for Shown<T> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(&self.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_a_long_list_a_thousand_are_looked_at() {
+        let mut looked_at = 0;
+        let list = Listed::of(1_000_000, 0..1_000_000, |number| {
+            looked_at += 1;
+            (number % 2 == 0).then_some(number)
+        });
+        assert_eq!((list.count, list.listed.len()), (1_000_000, 500));
+        assert_eq!(looked_at, 1000);
+        let short = Listed::of(2, [7, 8].into_iter(), Some);
+        assert_eq!((short.count, short.listed), (2, vec![7, 8]));
     }
 }
