@@ -1,6 +1,6 @@
 //! What makes the relay a program: flags, key file, sockets, signals. Each part in a file of its
-//! own; none of it is compiled without the feature `program`, nor what is shown over HTTP without
-//! the feature `http`.
+//! own; none of it is compiled without the feature `program`, nor an optional part without its own:
+//! `http` for what is shown over HTTP, `pnet` for private networks.
 
 mod boxed;
 mod command_line;
@@ -47,6 +47,8 @@ mod relaysvc;
 mod site;
 #[cfg(feature = "http")]
 mod status;
+#[cfg(feature = "pnet")]
+pub mod swarm_key;
 #[cfg(not(feature = "http"))]
 mod unwatched;
 #[cfg(feature = "http")]

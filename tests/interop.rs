@@ -27,6 +27,17 @@ const LIMITED: Scenario = (
 );
 const STATUSES: Scenario = ("statuses", &["--max-circuits-per-peer", "1"]);
 
+/// A private network's key; the clients find it under this name in their environment.
+const SWARM_KEY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/interop/swarm.key");
+const PRIVATE: Scenario = (
+    "private",
+    &[concat!(
+        "--swarm-key=",
+        env!("CARGO_MANIFEST_DIR"),
+        "/tests/interop/swarm.key"
+    )],
+);
+
 #[test]
 fn go_libp2p_is_served() {
     let folder = client("go");
@@ -45,6 +56,7 @@ fn go_libp2p_is_served() {
         LIMITED,
         STATUSES,
         ("full", &["--max-reservations", "1"]),
+        PRIVATE,
     ] {
         play(scenario, &mut Command::new(&program));
     }
@@ -64,6 +76,7 @@ fn js_libp2p_is_served() {
         LIMITED,
         STATUSES,
         ("full", &[SHORT, "--max-reservations=1"]),
+        PRIVATE,
     ] {
         let mut node = Command::new("node_modules/.bin/node");
         play(scenario, node.arg("client.mjs").current_dir(&folder));
@@ -199,6 +212,7 @@ fn client(language: &str) -> PathBuf {
 /// Runs a client through one scenario with a relay of its own. It bounds its steps itself.
 fn play((name, flags): Scenario, client: &mut Command) {
     let relay = Relay::start(flags);
+    client.env("SWARM_KEY", SWARM_KEY);
     run(client.args([name, &relay.address.to_string()]));
 }
 

@@ -296,6 +296,16 @@ pub struct Flags {
     )]
     pub allow_connect_peer: Vec<PeerId>,
 
+    /// The key of a private network, in the format of go-ipfs; who has another gets nowhere
+    #[cfg(feature = "pnet")]
+    #[structopt(
+        long,
+        value_name = "FILE",
+        env = "RELAYLET_SWARM_KEY",
+        parse(from_os_str)
+    )]
+    pub swarm_key: Option<PathBuf>,
+
     /// How many connections may be open at a time
     #[structopt(
         long,

@@ -57,9 +57,7 @@ fn load(file: &Path, opened: File) -> Result<Identity> {
     Ok(Identity {
         keypair,
         new: None,
-        warning: readable_by_others(file).then(|| {
-            format!("--identity {shown}: others can read this key; protect it: chmod 600 {shown}")
-        }),
+        warning: open_to_others("--identity", file),
     })
 }
 
@@ -87,6 +85,14 @@ fn make(file: &Path) -> Result<Identity> {
         keypair,
         new: Some(fs::canonicalize(file).unwrap_or_else(|_| file.to_owned())),
         warning: None,
+    })
+}
+
+/// That others can read the key in `file`, which a flag named, if they can.
+pub(super) fn open_to_others(flag: &str, file: &Path) -> Option<String> {
+    readable_by_others(file).then(|| {
+        let file = file.display();
+        format!("{flag} {file}: others can read this key; protect it: chmod 600 {file}")
     })
 }
 

@@ -16,6 +16,8 @@ use libp2p::{
     swarm::{self, ListenError, NetworkBehaviour, SwarmEvent},
 };
 
+#[cfg(feature = "pnet")]
+use super::swarm_key::{self, PreSharedKey};
 use super::{
     boxed::Boxed,
     connection_limits::{ConnectionLimits, Denied, Limits},
@@ -66,6 +68,19 @@ pub struct Node {
     circuits_per_peer: usize,
 }
 
+/// What a [`Node`] is made with beside its configuration, and keeps to its end.
+#[derive(Clone, Debug, Default)]
+pub struct Setup {
+    /// The limits on connections.
+    pub limits: Limits,
+    /// Whether connections are polled with the node, by whoever polls that: cheaper, and never on
+    /// more than one core at a time. Else each is a task of async-std's.
+    pub one_thread: bool,
+    /// The key of the private network that it is in: [`swarm_key::load`]. Without one it is in none.
+    #[cfg(feature = "pnet")]
+    pub swarm_key: Option<PreSharedKey>,
+}
+
 /// What happened at a [`Node`].
 #[derive(Debug)]
 #[non_exhaustive]
@@ -94,13 +109,13 @@ struct Parts {
 }
 
 impl Node {
-    /// A relay under the identity of `keypair`, with the default [`Limits`] on connections.
+    /// A relay under the identity of `keypair`, with the default [`Setup`].
     ///
     /// # Errors
     ///
-    /// As [`Node::with_limits`].
+    /// As [`Node::with_setup`].
     pub fn new(keypair: Keypair, config: Config) -> Result<Self> {
-        Self::with_limits(keypair, config, Limits::default())
+        Self::with_setup(keypair, config, Setup::default())
     }
 
     /// A relay under the identity of `keypair`.
@@ -108,29 +123,8 @@ impl Node {
     /// # Errors
     ///
     /// A [`ConfigError`] when the configuration makes no sense; another when the key is of no use.
-    pub fn with_limits(keypair: Keypair, config: Config, limits: Limits) -> Result<Self> {
-        let on_async_std = swarm::Config::with_executor(|task| {
-            async_std::task::spawn(task);
-        });
-        Self::with_swarm(keypair, config, limits, on_async_std)
-    }
-
-    /// As [`Node::with_limits`], but its connections are polled with the node, by whoever polls
-    /// that: cheaper, and never on more than one core at a time.
-    ///
-    /// # Errors
-    ///
-    /// As [`Node::with_limits`].
-    pub fn on_one_thread(keypair: Keypair, config: Config, limits: Limits) -> Result<Self> {
-        Self::with_swarm(keypair, config, limits, swarm::Config::without_executor())
-    }
-
-    fn with_swarm(
-        keypair: Keypair,
-        config: Config,
-        limits: Limits,
-        swarm_config: swarm::Config,
-    ) -> Result<Self> {
+    pub fn with_setup(keypair: Keypair, config: Config, setup: Setup) -> Result<Self> {
+        let limits = setup.limits;
         let peer = keypair.public().to_peer_id();
         let announce = config.announce.clone();
         let circuits_per_peer = config.max_circuits_per_peer;
@@ -146,7 +140,11 @@ impl Node {
         let traffic = Traffic::default();
         let proxies = Proxies::default();
         let transport = Tcp::new(traffic.clone(), proxies.clone(), limits.max_handshakes)
-            .map(|stream, _| ReadAhead::new(stream))
+            .map(|stream, _| ReadAhead::new(stream));
+        #[cfg(feature = "pnet")]
+        let transport =
+            transport.and_then(move |stream, _| swarm_key::enter(setup.swarm_key, stream));
+        let transport = transport
             .upgrade(Version::V1Lazy)
             .authenticate(Security::new(&keypair).context("the key cannot secure connections")?)
             .multiplex(budget)
@@ -161,6 +159,12 @@ impl Node {
             limits: ConnectionLimits::new(limits),
             relay: Behaviour::new(keypair, config)?,
             identify: identify::Behaviour::new(identify),
+        };
+        let swarm_config = match setup.one_thread {
+            true => swarm::Config::without_executor(),
+            false => swarm::Config::with_executor(|task| {
+                async_std::task::spawn(task);
+            }),
         };
         let swarm_config = swarm_config
             // A question goes out together with the name of its protocol: a round trip less, and half

@@ -21,6 +21,8 @@ use libp2p::{
     },
 };
 
+#[cfg(feature = "pnet")]
+use super::swarm_key;
 #[cfg(not(feature = "http"))]
 use super::unwatched::Watch;
 #[cfg(feature = "http")]
@@ -30,7 +32,7 @@ use super::{
     digest::Digest,
     flags::Flags,
     greeting, heap, identity, interfaces,
-    node::{Node, NodeEvent},
+    node::{Node, NodeEvent, Setup},
     open_files,
     orders::{self, Order, Phase},
     readiness, reload, threads, transport,
@@ -90,12 +92,8 @@ async fn run(flags: &Flags) -> Result<()> {
     // calls, and the relay comes by here each time that a connection gets on.
     let mut signals = stream::select_all([signals]);
     let identity = identity::load_or_make(&flags.identity)?;
-    let make = match flags.threads() {
-        1 => Node::on_one_thread,
-        _ => Node::with_limits,
-    };
-    let mut node =
-        make(identity.keypair, flags.config(), flags.limits()).map_err(usage_if_config)?;
+    let mut node = Node::with_setup(identity.keypair, flags.config(), setup(flags)?)
+        .map_err(usage_if_config)?;
     node.set_proxies(flags.proxy_protocol_from.clone());
     log::info!(
         "relaylet {} is {}",
@@ -183,6 +181,18 @@ async fn run(flags: &Flags) -> Result<()> {
             }
         }
     }
+}
+
+fn setup(flags: &Flags) -> Result<Setup> {
+    Ok(Setup {
+        limits: flags.limits(),
+        one_thread: flags.threads() == 1,
+        #[cfg(feature = "pnet")]
+        swarm_key: match &flags.swarm_key {
+            Some(file) => Some(swarm_key::load(file)?),
+            None => None,
+        },
+    })
 }
 
 fn listen(node: &mut Node, flags: &Flags) -> Result<()> {

@@ -10,13 +10,14 @@ use toml::Value;
 use super::{config_file::Setting, flags::Flags};
 
 /// What is read at the start only. `max-circuits-per-peer` can be lowered while the relay runs.
-const AT_START: [&str; 8] = [
+const AT_START: [&str; 9] = [
     "http",
     "identity",
     "listen",
     "max-connections",
     "max-connections-per-ip",
     "max-handshakes",
+    "swarm-key",
     "threads",
     "max-circuits-per-peer",
 ];
@@ -29,7 +30,7 @@ impl Flags {
         let per_ip = config.reservations_per_ip().unwrap_or(0);
         let per_subnet = config.reservations_per_subnet().unwrap_or(0);
         let identity = self.identity.display();
-        let settings = vec![
+        let settings = [
             set("listen", list(&listen)).unless(listen_is_set),
             set("announce", list(&self.announce)),
             set("proxy-protocol-from", list(&self.proxy_protocol_from)),
@@ -63,6 +64,8 @@ impl Flags {
             set("allow-subnet", list(&self.allow_subnet)),
             set("deny-subnet", list(&self.deny_subnet)),
             set("allow-connect-peer", list(&self.allow_connect_peer)),
+            #[cfg(feature = "pnet")]
+            optional("swarm-key", self.swarm_key.as_ref().map(|f| f.display())),
             set("max-connections", number(self.max_connections)),
             set(
                 "max-connections-per-ip",
@@ -71,19 +74,10 @@ impl Flags {
             set("max-handshakes", number(self.max_handshakes)),
             set("drain", time(self.drain)),
             set("threads", number(self.threads())).unless(self.threads.is_some()),
+            #[cfg(feature = "http")]
+            optional("http", self.http),
         ];
-        settings.into_iter().chain(self.watched_at()).collect()
-    }
-
-    #[cfg(feature = "http")]
-    fn watched_at(&self) -> Option<Setting> {
-        let place = self.http.map_or(String::new(), |place| place.to_string());
-        Some(set("http", text(&place)).unless(self.http.is_some()))
-    }
-
-    #[cfg(not(feature = "http"))]
-    fn watched_at(&self) -> Option<Setting> {
-        None
+        settings.into()
     }
 
     /// The names of the settings in which these flags differ from others.
@@ -127,6 +121,14 @@ fn set(name: &'static str, value: Value) -> Setting {
         value,
         follows: false,
     }
+}
+
+/// One that nothing stands for while it is not set.
+#[cfg(any(feature = "http", feature = "pnet"))]
+fn optional(name: &'static str, value: Option<impl Display>) -> Setting {
+    let is_set = value.is_some();
+    let value = value.map_or(String::new(), |value| value.to_string());
+    set(name, text(&value)).unless(is_set)
 }
 
 fn text(value: &impl Display) -> Value {

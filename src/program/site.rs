@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use base64::{Engine, engine::general_purpose::STANDARD};
+use data_encoding::BASE64;
 use http_body_util::Full;
 use hyper::{
     Method, Request, Response, StatusCode,
@@ -65,7 +65,7 @@ impl Site {
         let page = PAGE
             .replace("/* style.css */", STYLE)
             .replace("/* script.js */", SCRIPT);
-        let hash = |text| format!("'sha256-{}'", STANDARD.encode(Sha256::digest(text)));
+        let hash = |text| format!("'sha256-{}'", BASE64.encode(&Sha256::digest(text)));
         let policy = format!(
             "default-src 'none'; connect-src 'self'; img-src data:; script-src {}; style-src {}; \
              base-uri 'none'; form-action 'none'; frame-ancestors 'none'; \

@@ -198,12 +198,12 @@ mod tests {
     use libp2p::{futures::executor::block_on, identity::Keypair};
 
     use super::*;
-    use crate::{config::Config, program::connection_limits::Limits};
+    use crate::config::Config;
 
     /// What there is to be seen of a relay that told of itself `ago`.
     fn posted(draining: bool, whole: bool, ago: Duration) -> (Arc<Board>, Site) {
         let keypair = Keypair::generate_ed25519();
-        let node = Node::on_one_thread(keypair, Config::default(), Limits::default()).unwrap();
+        let node = Node::new(keypair, Config::default()).unwrap();
         let (metrics, registry) = Metrics::new();
         let mut memory = Memory::new(Instant::now());
         let mut posted = look(&node, draining, whole, &metrics, &mut memory);

@@ -22,11 +22,12 @@ var scenarios = map[string]func(relay peer.AddrInfo) error{
 	"limited":   limited,   // --circuit-bytes 128KiB --circuit-duration 5s
 	"statuses":  statuses,  // --max-circuits-per-peer 1
 	"full":      full,      // --max-reservations 1
+	"private":   private,   // --swarm-key $SWARM_KEY
 }
 
 func main() {
 	if len(os.Args) != 3 || scenarios[os.Args[1]] == nil {
-		fmt.Fprintln(os.Stderr, "usage: go run . reserve|autorelay|unlimited|limited|statuses|full <relay multiaddr>")
+		fmt.Fprintln(os.Stderr, "usage: go run . reserve|autorelay|unlimited|limited|statuses|full|private <relay multiaddr>")
 		os.Exit(2)
 	}
 	if err := run(os.Args[1], os.Args[2]); err != nil {

@@ -6,6 +6,7 @@
 // one line what was wrong and exits with status 1.
 import { multiaddr } from '@multiformats/multiaddr'
 import { limited, unlimited } from './circuits.mjs'
+import { privately } from './private.mjs'
 import { full, reserve } from './reservations.mjs'
 import { statuses } from './statuses.mjs'
 
@@ -15,7 +16,8 @@ const scenarios = {
   unlimited, // --circuit-bytes 0 --circuit-duration 0s
   limited, // --circuit-bytes 128KiB --circuit-duration 5s
   statuses, // --max-circuits-per-peer 1
-  full // --max-reservations 1 --reservation-ttl 5m
+  full, // --max-reservations 1 --reservation-ttl 5m
+  private: privately // --swarm-key $SWARM_KEY
 }
 
 const [name, address, ...rest] = process.argv.slice(2)

@@ -5,6 +5,7 @@ import { circuitRelayTransport } from '@libp2p/circuit-relay-v2'
 import { identify } from '@libp2p/identify'
 import { noise } from '@libp2p/noise'
 import { ping } from '@libp2p/ping'
+import { preSharedKey } from '@libp2p/pnet'
 import { tcp } from '@libp2p/tcp'
 import { tls } from '@libp2p/tls'
 import { yamux } from '@libp2p/yamux'
@@ -17,7 +18,7 @@ const STEP = 60_000
 export const securities = { noise: noise(), tls: tls() }
 
 // Starts a party that does not reserve.
-export async function newParty ({ listen = [], security = securities.noise } = {}) {
+export async function newParty ({ listen = [], security = securities.noise, psk } = {}) {
   let circuits
   const party = await createLibp2p({
     addresses: { listen },
@@ -29,6 +30,7 @@ export async function newParty ({ listen = [], security = securities.noise } = {
       }
     ],
     connectionEncrypters: [security],
+    connectionProtector: psk == null ? undefined : preSharedKey({ psk }),
     streamMuxers: [yamux()],
     services: { identify: identify(), ping: ping() },
     connectionGater: { denyDialMultiaddr: () => false } // loopback, which it would not dial
