@@ -195,9 +195,9 @@ impl Direction {
         cx: &mut Context<'_>,
     ) -> Poll<Result<(), CircuitEnd>> {
         let mut waiting = std::mem::take(&mut self.waiting);
-        let taken = self.write(&waiting, to, cx)?;
-        if taken < waiting.len() {
-            waiting.drain(..taken);
+        let left = self.write(&waiting, to, cx)?.len();
+        if left > 0 {
+            waiting.drain(..waiting.len() - left);
             self.waiting = waiting;
             return Poll::Pending;
         }
@@ -219,10 +219,10 @@ impl Direction {
             match poll_read(from, &mut buffer, share, cx) {
                 Poll::Ready(Ok(0)) => self.state = State::Closing,
                 Poll::Ready(Ok(read)) => {
-                    let passing = &buffer[..self.allowed(read)];
-                    let taken = self.write(passing, to, cx)?;
-                    if taken < passing.len() {
-                        self.waiting = passing[taken..].to_vec();
+                    let passing = buffer.get(..self.allowed(read)).unwrap_or_default();
+                    let left = self.write(passing, to, cx)?;
+                    if !left.is_empty() {
+                        self.waiting = left.to_vec();
                         return Poll::Pending;
                     }
                 }
@@ -236,26 +236,24 @@ impl Direction {
         }
     }
 
-    /// Writes these bytes; says how many of them the writer took before it had to be waited for.
-    fn write(
+    /// Writes these bytes; says which of them the writer left when it had to be waited for.
+    fn write<'a>(
         &mut self,
-        bytes: &[u8],
+        mut bytes: &'a [u8],
         to: &mut (impl AsyncWrite + Unpin),
         cx: &mut Context<'_>,
-    ) -> Result<usize, CircuitEnd> {
-        let mut taken = 0;
-        while taken < bytes.len() {
-            match Pin::new(&mut *to)
-                .poll_write(cx, &bytes[taken..])
-                .map_err(reset)?
-            {
+    ) -> Result<&'a [u8], CircuitEnd> {
+        while !bytes.is_empty() {
+            match Pin::new(&mut *to).poll_write(cx, bytes).map_err(reset)? {
                 Poll::Ready(0) => return Err(CircuitEnd::Reset(io::ErrorKind::WriteZero)),
-                Poll::Ready(written) => taken += written,
+                Poll::Ready(written) => {
+                    self.delivered += written as u64;
+                    bytes = bytes.get(written..).unwrap_or_default();
+                }
                 Poll::Pending => break,
             }
         }
-        self.delivered += taken as u64;
-        Ok(taken)
+        Ok(bytes)
     }
 
     /// How many of the `read` bytes may pass.
@@ -281,7 +279,8 @@ fn poll_read(
 ) -> Poll<io::Result<usize>> {
     let piece = ready!(share.poll(cx));
     let room = piece.map_or(buffer.len(), |piece| piece.min(buffer.len()));
-    let read = ready!(Pin::new(from).poll_read(cx, &mut buffer[..room]))?;
+    let (room, _) = buffer.split_at_mut(room);
+    let read = ready!(Pin::new(from).poll_read(cx, room))?;
     if piece.is_some() && read > 0 {
         share.carried(read);
     }

@@ -220,8 +220,8 @@ impl<C: Copy + Eq + std::hash::Hash> Connections<C> {
     /// Signs of life on this connection are counted here: the first call's, and the last one's.
     pub fn listen_to(&mut self, id: C, signs: Signs) {
         if let Some(connection) = self.up.get_mut(&id) {
-            let place = usize::from(connection.signs[0].is_some());
-            connection.signs[place] = Some(signs);
+            let [first, last] = &mut connection.signs;
+            *(if first.is_none() { first } else { last }) = Some(signs);
         }
     }
 

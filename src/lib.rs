@@ -104,6 +104,18 @@
 //!
 //! [spec]: https://github.com/libp2p/specs/blob/master/relay/circuit-v2.md
 
+// Nothing from the network, from a file or from the command line may panic.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::panic,
+        clippy::unreachable,
+        clippy::unwrap_used
+    )
+)]
+
 pub mod access;
 pub mod accounts;
 pub mod address;

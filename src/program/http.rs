@@ -123,8 +123,9 @@ fn wait(listener: &TcpListener, callers: &[Caller], more_to_do: bool) {
 
 /// Ends the connection whose time would be up first.
 fn show_out(callers: &mut Vec<Caller>) {
-    let first = (0..callers.len()).min_by_key(|index| callers[*index].line.until.get());
-    if let Some(index) = first {
+    let first = callers.iter().enumerate();
+    let first = first.min_by_key(|(_, caller)| caller.line.until.get());
+    if let Some((index, _)) = first {
         callers.swap_remove(index);
     }
 }
@@ -216,9 +217,9 @@ impl Read for Wire {
         mut buffer: ReadBufCursor<'_>,
     ) -> Poll<io::Result<()>> {
         let mut bytes = [0; READ_AHEAD];
-        let room = bytes.len().min(buffer.remaining());
-        let read = (&self.0.socket).read(&mut bytes[..room]);
-        let read = read.map(|read| buffer.put_slice(&bytes[..read]));
+        let (room, _) = bytes.split_at_mut(READ_AHEAD.min(buffer.remaining()));
+        let read = (&self.0.socket).read(room);
+        let read = read.map(|read| buffer.put_slice(room.get(..read).unwrap_or_default()));
         self.tried(read, PollFlags::IN)
     }
 }

@@ -275,8 +275,8 @@ impl Node {
     /// When it cannot listen there any more: then it goes on draining.
     pub fn resume(&mut self) -> io::Result<()> {
         let before = std::mem::take(&mut self.listeners);
-        for at in 0..before.len() {
-            if let Err(error) = self.listen_on(before[at].1.clone()) {
+        for (_, address) in &before {
+            if let Err(error) = self.listen_on(address.clone()) {
                 for (id, _) in std::mem::replace(&mut self.listeners, before) {
                     self.swarm.remove_listener(id);
                 }

@@ -83,14 +83,14 @@ fn starts_alike(bytes: &[u8], signature: &[u8]) -> bool {
 
 /// Section 2.1: `PROXY TCP4 192.0.2.1 192.0.2.2 56324 443`, CR and LF.
 fn v1(bytes: &[u8]) -> Result<Option<Header>, NoHeader> {
-    let within = &bytes[..bytes.len().min(LONGEST_V1)];
+    let within = bytes.get(..LONGEST_V1).unwrap_or(bytes);
     let Some(end) = within.windows(2).position(|two| two == b"\r\n") else {
         return match within.len() {
             LONGEST_V1 => Err(NoHeader::TooLong),
             _ => Ok(None),
         };
     };
-    let line = String::from_utf8_lossy(&bytes[..end]);
+    let line = String::from_utf8_lossy(within.get(..end).unwrap_or_default());
     let client = match line.split(' ').collect::<Vec<_>>()[..] {
         ["PROXY", "UNKNOWN", ..] => None, // what follows is to be ignored
         ["PROXY", "TCP4", from, to, from_port, to_port] => {

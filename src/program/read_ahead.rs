@@ -6,7 +6,7 @@
 //! thirds of those calls found nothing.
 
 use std::{
-    io,
+    io::{self, Read},
     ops::Range,
     pin::Pin,
     sync::{
@@ -112,8 +112,8 @@ impl<S: AsyncRead + Unpin> AsyncRead for ReadAhead<S> {
             Some(ahead) => ahead,
             None => ready!(self.poll_fill(cx))?,
         };
-        let now = unread.len().min(into.len());
-        into[..now].copy_from_slice(&buffer[unread.start..][..now]);
+        let mut rest = buffer.get(unread.clone()).unwrap_or_default();
+        let now = rest.read(into)?; // from memory
         unread.start += now;
         if !unread.is_empty() {
             self.ahead = Some((buffer, unread));

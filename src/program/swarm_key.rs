@@ -73,7 +73,8 @@ fn parse(file: &[u8]) -> Option<PreSharedKey> {
 /// The first line, and what follows it.
 fn line(text: &[u8]) -> Option<(&[u8], &[u8])> {
     let end = text.iter().position(|byte| *byte == b'\n')?;
-    Some((text[..end].trim_ascii_end(), &text[end + 1..]))
+    let (line, rest) = text.split_at_checked(end + 1)?;
+    Some((line.trim_ascii_end(), rest))
 }
 
 /// Enters the network of `key` over `stream`, if there is one.
