@@ -12,7 +12,7 @@ use crate::{
 /// The longest time that any setting may name: one year.
 ///
 /// It keeps every deadline within what an `Instant` can hold.
-const LONGEST: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+pub(crate) const LONGEST: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
 /// The shortest reservation or circuit: clients are told whole seconds.
 const SHORTEST: Duration = Duration::from_secs(1);

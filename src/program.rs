@@ -30,6 +30,7 @@ mod settings;
 mod threads;
 pub mod traffic;
 pub mod transport;
+mod values;
 
 #[cfg(feature = "http")]
 mod history;

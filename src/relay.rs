@@ -60,8 +60,7 @@ pub struct Relay<C, S> {
     heartbeat: Heartbeat,
     reclaim: Reclaim<Newcomer<C>>,
     sweep_due: Instant,
-    /// While it takes nobody in: when all connections without a circuit are to be closed.
-    draining_until: Option<Instant>,
+    draining: Option<drain::Draining>,
     /// How many peers were asked for a sign of life so far.
     questions: u64,
     orders: VecDeque<Order<C, S>>,
@@ -88,7 +87,7 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
             heartbeat: Heartbeat::new((&config).into(), now),
             reclaim: Reclaim::new((&config).into()),
             sweep_due: now + config.sweep,
-            draining_until: None,
+            draining: None,
             questions: 0,
             orders: VecDeque::new(),
             config,
@@ -188,8 +187,12 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
     pub fn disconnected(&mut self, gone: End<C>, now: Instant) {
         let End { peer, connection } = gone;
         self.connections.remove(connection);
-        self.reclaim
+        let left = self
+            .reclaim
             .withdraw(|newcomer| newcomer.from.connection == connection);
+        if !left.is_empty() {
+            log::debug!("reservation waits no longer: peer {peer}: its connection is gone");
+        }
         for (id, circuit) in self.circuits.over(gone) {
             self.end_circuit(id, circuit);
             let at_source = circuit.source.connection == connection;

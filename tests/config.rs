@@ -6,13 +6,16 @@ mod common;
 use std::{fs, process::Command};
 
 use common::{
-    Client, Relay,
+    Client, Relay, STOP, circuit_to,
     messages::{connect, reserve},
+    read_bytes,
 };
+use libp2p::futures::AsyncWriteExt;
 use tempfile::TempDir;
 
 const PERMISSION_DENIED: Option<i32> = Some(202);
 const RESERVATION_REFUSED: Option<i32> = Some(200);
+const RESOURCE_LIMIT_EXCEEDED: Option<i32> = Some(201);
 
 const NAME: &str = "relaylet.toml";
 
@@ -74,6 +77,40 @@ fn a_flag_wins_over_the_environment_and_that_over_the_file() {
 }
 
 #[test]
+fn the_environment_is_read_as_flags_are_where_none_is_given() {
+    let folder = folder_with("deny-subnet = \"192.0.2.0/24\"");
+    let print = |name: &str, value: &str, flags: &[&str]| {
+        let mut command = command(&folder, flags);
+        let output = command
+            .arg("--print-config")
+            .env(name, value)
+            .output()
+            .unwrap();
+        let text = [output.stdout, output.stderr].concat();
+        (String::from_utf8(text).unwrap(), output.status.code())
+    };
+    let (line, status) = print("RELAYLET_GRACE", "soon", &[]);
+    assert_eq!(status, Some(2));
+    assert!(line.starts_with("relaylet: RELAYLET_GRACE: "), "{line}");
+    assert!(line.contains("\"soon\" is no duration; try 30s"), "{line}");
+    // Nobody looks at it if there is a flag.
+    let (file, _) = print("RELAYLET_GRACE", "soon", &["--grace=1s"]);
+    assert!(file.contains("grace = \"1s\""), "{file}");
+    // What is empty is not there, but for a list.
+    assert!(
+        print("RELAYLET_GRACE", "", &[])
+            .0
+            .contains("grace = \"30s\"")
+    );
+    let (file, _) = print("RELAYLET_DENY_SUBNET", "", &[]);
+    assert!(file.contains("deny-subnet = []"), "{file}");
+    let (line, status) = print("RELAYLET_MAX_CONNECTIONS", "0", &[]);
+    assert_eq!(status, Some(2));
+    let told = "relaylet: RELAYLET_MAX_CONNECTIONS: --max-connections 0: lets nobody in";
+    assert!(line.starts_with(told), "{line}");
+}
+
+#[test]
 fn what_is_printed_is_a_file_that_means_the_same() {
     let folder = folder_with("");
     let flags = "--max-reservations=7 --max-reservations-per-ip=3 --circuit-bytes=1MiB \
@@ -92,7 +129,23 @@ fn what_is_wrong_is_one_line_with_the_file_the_line_and_the_remedy() {
             "\ngrase = \"1s\"",
             "relaylet.toml:2: grase: there is no such setting; try grace",
         ),
-        ("grace = \"soon\"", "relaylet.toml:1: "),
+        ("grace = \"soon\"", "\"soon\" is no duration; try 30s"),
+        ("\ngrace = \"soon\"", "relaylet.toml:2: "),
+        ("grace = []", "relaylet.toml:1: grace: takes a text"),
+        (
+            "deny-peer = [\n \"12D3KooWPGM3wYKMsTHGEqbhcBft6cPjA2F3rQmyWTEDD3wCGS1g\",\n \"al\"]",
+            "relaylet.toml:3: ",
+        ),
+        ("max-reservations = -1", "\"-1\" is no number"),
+        (
+            "\nannounce = \"/dns4/a/tcp/1/p2p/12D3KooWPGM3wYKMsTHGEqbhcBft6cPjA2F3rQmyWTEDD3wCGS1g\"",
+            "relaylet.toml:2: --announce: ",
+        ),
+        ("drain = \"2y\"", "relaylet.toml:1: --drain: is over a year"),
+        (
+            "max-circuits-per-peer = 70000",
+            "relaylet.toml:1: --max-circuits-per-peer: ",
+        ),
         ("sweep = \"1s\"\n\nsweep = \"1s\"", "relaylet.toml:3: "),
         (
             "# slots\nmax-reservations = 0",
@@ -148,6 +201,64 @@ async fn limits_and_rules_change_with_sighup_and_no_connection_is_dropped() {
         alice.ask(&connect(bob.peer)).await.status,
         PERMISSION_DENIED
     );
+}
+
+#[tokio::test]
+async fn what_a_file_said_can_be_taken_back_while_a_circuit_goes_on() {
+    let folder = folder_with("connect-rate = 2\n");
+    let flags = ["--listen", "/ip4/127.0.0.1/tcp/0", "--grace=1m"];
+    let relay = Relay::run(command(&folder, &flags), folder);
+    let mut alice = Client::connect(&relay).await;
+    let mut bob = Client::connect(&relay).await;
+    let mut carol = Client::connect(&relay).await;
+    bob.reserve().await;
+    let mut stops = bob.accept(STOP);
+    let (mut there, mut back) = circuit_to(&mut carol, bob.peer, &mut stops).await;
+
+    let more = "grace = \"1s\"\nlisten = \"/ip4/127.0.0.2/tcp/0\"\nhttp = \"127.0.0.1:0\"\n";
+    let address = "/dns4/relay.example.org/tcp/4001";
+    let file = format!(
+        "announce = \"{address}\"\nreserve-rate = 2\ndeny-peer = [\"{}\"]\n{more}",
+        alice.peer
+    );
+    write(&relay.folder, &file);
+    relay.signal("HUP");
+    // The flag has its way with the grace, and with where it listens.
+    let changed = "SIGHUP: changed: announce, reserve-rate, connect-rate, deny-peer";
+    let line = relay.wait_for_log(changed).await;
+    assert!(line.ends_with(changed), "{line}");
+    relay
+        .wait_for_log("SIGHUP: http holds from the next start on")
+        .await;
+    assert!(
+        !relay
+            .log()
+            .iter()
+            .any(|line| line.contains("SIGHUP: listen"))
+    );
+    let told = bob.reserve().await.reservation.unwrap().addrs;
+    assert!(told.len() == 1, "{told:?}");
+    assert_eq!(bob.ask(&reserve()).await.status, RESOURCE_LIMIT_EXCEEDED);
+    let (status, _) = alice.ask_for_circuit(&connect(bob.peer)).await;
+    assert_eq!(status.status, PERMISSION_DENIED);
+
+    write(&relay.folder, "deny-peer = []\n");
+    relay.signal("HUP");
+    relay
+        .wait_for_log("SIGHUP: changed: announce, reserve-rate, deny-peer")
+        .await;
+    circuit_to(&mut alice, bob.peer, &mut stops).await;
+    there.write_all(b"hello").await.unwrap();
+    there.flush().await.unwrap();
+    assert_eq!(read_bytes(&mut back, 5).await, b"hello");
+
+    // Without the file nothing changes.
+    fs::remove_file(relay.folder.path().join(NAME)).unwrap();
+    relay.signal("HUP");
+    relay
+        .wait_for_log("SIGHUP: nothing has changed: --config relaylet.toml: ")
+        .await;
+    carol.reserve().await;
 }
 
 #[tokio::test]

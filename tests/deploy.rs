@@ -70,6 +70,7 @@ fn systemd_runs_it_as_somebody_who_may_do_nothing_else() {
     assert_eq!(value("capabilities"), "0000000000000000");
     assert_eq!(value("seccomp"), "2");
     assert_eq!(value("setting"), "7");
+    assert_eq!(value("nice"), "19", "what is shown over HTTP comes last");
     assert_eq!(value("result"), "success");
     let journal: Vec<_> = output
         .lines()

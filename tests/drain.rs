@@ -105,6 +105,58 @@ async fn sigusr1_drains_without_an_end_and_another_one_resumes() {
 }
 
 #[tokio::test]
+async fn it_ends_when_the_last_who_holds_no_slot_is_gone() {
+    let mut relay = Relay::start(&[LONG]);
+    let alice = Client::connect(&relay).await;
+    relay.signal("TERM");
+    relay.wait_for_log("draining").await;
+    alice.leave().await;
+    assert!(relay.wait().success());
+    relay.wait_for_log("ending: nobody is left").await;
+}
+
+#[tokio::test]
+async fn two_signals_in_one_go_drain_and_resume() {
+    let folder = tempfile::tempdir().unwrap();
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let listen = format!("/ip4/127.0.0.1/tcp/{}", free.local_addr().unwrap().port());
+    drop(free);
+    let relay = Relay::start_in(folder, &["--listen", &listen, LONG]);
+    let pid = relay.pid().to_string();
+    let twice = format!("kill -USR1 {pid}; kill -USR1 {pid}");
+    for _ in 0..20 {
+        let status = std::process::Command::new("sh")
+            .args(["-c", &twice])
+            .status();
+        assert!(status.unwrap().success());
+    }
+    // Two that come before either was seen are one, so it may be in either state; and either way:
+    let states = || {
+        let lines = relay.log().into_iter();
+        lines
+            .filter(|line| line.contains("SIGUSR1: "))
+            .collect::<Vec<_>>()
+    };
+    within(async {
+        let mut before = 0;
+        loop {
+            let states = states();
+            let last = states.last().map_or("", String::as_str);
+            match states.len() == before {
+                true if last.contains("taking clients in again") => break,
+                true if before > 0 => relay.signal("USR1"),
+                _ => {}
+            }
+            before = states.len();
+            tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+        }
+    })
+    .await;
+    assert!(!states().iter().any(|line| line.contains("cannot listen")));
+    Client::connect(&relay).await.reserve().await;
+}
+
+#[tokio::test]
 async fn with_nobody_there_or_no_time_it_ends_at_once() {
     let mut relay = Relay::start(&[LONG]);
     relay.signal("TERM");

@@ -386,6 +386,11 @@ fn expected() -> BTreeMap<&'static str, f64> {
         (r#"relaylet_slots{state="grace"}"#, 0.0),
         (r#"relaylet_slots{state="free"}"#, 1.0),
         (r#"relaylet_slots_freed_total{reason="disconnected"}"#, 1.0),
+        (r#"relaylet_slots_freed_total{reason="silent"}"#, 0.0),
+        (
+            r#"relaylet_connections_denied_total{reason="too many handshakes"}"#,
+            0.0,
+        ),
         (
             r#"relaylet_requests_refused_total{request="RESERVE",reason="all slots are taken"}"#,
             1.0,

@@ -27,11 +27,11 @@ fn a_service_manager_is_told_when_it_is_ready_and_when_it_ends() {
     ] {
         let told = told.unwrap();
         told.set_read_timeout(Some(PATIENCE)).unwrap();
-        let mut relay = run(socket);
+        let mut relay = run(socket, &["--drain=2m"]);
         let ready = format!("READY=1\nSTATUS=relaying as {}", relay.peer);
         assert_eq!(hear(&told), ready);
         relay.signal("TERM");
-        assert_eq!(hear(&told), "STOPPING=1");
+        assert_eq!(hear(&told), "STOPPING=1\nEXTEND_TIMEOUT_USEC=130000000");
         assert!(relay.wait().success());
     }
 }
@@ -63,17 +63,18 @@ fn it_is_ready_once_all_its_addresses_are_bound() {
 
 #[tokio::test]
 async fn a_service_manager_that_is_not_there_is_a_warning() {
-    let relay = run("/nobody/there");
+    let relay = run("/nobody/there", &[]);
     let line = relay.wait_for_log("NOTIFY_SOCKET /nobody/there").await;
     assert!(line.contains(" WARN "), "{line}");
     Client::connect(&relay).await.reserve().await;
 }
 
-fn run(socket: &str) -> Relay {
+fn run(socket: &str, flags: &[&str]) -> Relay {
     let folder = TempDir::new().unwrap();
     let mut command = command(&folder);
     command
         .args(["--listen", "/ip4/127.0.0.1/tcp/0"])
+        .args(flags)
         .env("NOTIFY_SOCKET", socket);
     Relay::run(command, folder)
 }

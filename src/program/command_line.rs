@@ -14,13 +14,14 @@ use structopt::{
 };
 
 use super::{
-    config_file::{self, Given},
+    config_file,
     flags::Flags,
-    help, settings,
+    help,
+    settings::{self, Kind, Known},
 };
 use crate::config::ConfigError;
 
-/// The flags that take no value.
+/// The flags that take no value, beside the settings that are none or all.
 const BARE: [&str; 3] = ["--help", "--print-config", "--version"];
 
 /// Why the flags do not make a relay.
@@ -32,29 +33,72 @@ pub enum Stop {
     Usage(String),
 }
 
+/// Where a setting was given, if not on the command line.
+#[derive(Clone, Debug)]
+pub struct Origin {
+    name: &'static str,
+    /// `relaylet.toml:3`, `RELAYLET_GRACE`
+    place: String,
+}
+
+/// A setting that was given elsewhere, as a flag; an empty list is none.
+struct Given {
+    origin: Origin,
+    flag: Option<OsString>,
+}
+
 impl Flags {
+    /// Those of this process: [`Flags::read`].
+    ///
+    /// # Errors
+    ///
+    /// When something cannot be read or makes no sense, or help was asked for.
+    pub fn of_process() -> Result<Self, Stop> {
+        Self::read(env::args_os(), |name| env::var_os(name))
+    }
+
     /// Reads flags; what they leave open from the environment; what that leaves open from the file
     /// that either names.
     ///
     /// # Errors
     ///
-    /// When something cannot be read or makes no sense, or help was asked for.
-    pub fn read(arguments: impl IntoIterator<Item = OsString>) -> Result<Self, Stop> {
-        let arguments: Vec<_> = arguments.into_iter().collect();
-        let flags = parse(&arguments).map_err(stop)?;
-        if let Some(flag) = without_value(&arguments) {
+    /// As [`Flags::of_process`].
+    pub fn read(
+        arguments: impl IntoIterator<Item = OsString>,
+        variable: impl Fn(&str) -> Option<OsString>,
+    ) -> Result<Self, Stop> {
+        let mut arguments: Vec<_> = arguments.into_iter().collect();
+        parse(&arguments).map_err(stop)?;
+        let known = settings::known();
+        if let Some(flag) = without_value(&arguments, &known) {
             return Err(Stop::Usage(format!(
                 "{flag} needs a value; see relaylet --help"
             )));
         }
-        let flags = match flags.config.clone() {
-            Some(file) => with_file(arguments, &file),
-            None => flags.check().map(|()| flags),
-        };
-        let flags = flags.map_err(Stop::Usage)?;
+        let mut origins = Vec::new();
+        let environment = of_environment(&known, variable);
+        add(environment, &mut arguments, &mut origins).map_err(Stop::Usage)?;
+        if let Some(file) = parse(&arguments).map_err(stop)?.config {
+            let given = of_file(&file, &known).map_err(Stop::Usage)?;
+            add(given, &mut arguments, &mut origins).map_err(Stop::Usage)?;
+        }
+        let mut flags = parse(&arguments).map_err(stop)?;
+        flags.origins = origins;
+        let checked = flags.check();
+        checked.map_err(|problem| Stop::Usage(flags.locate(problem)))?;
         match flags.print_config {
             true => Err(Stop::Asked(config_file::write(&flags.settings()))),
             false => Ok(flags),
+        }
+    }
+
+    /// A problem that begins with the name of a flag, behind the place where it was given.
+    pub fn locate(&self, problem: String) -> String {
+        let name = problem.trim_start_matches("--").split([':', ' ']).next();
+        let meant = |origin: &&Origin| Some(origin.name) == name;
+        match self.origins.iter().find(meant) {
+            Some(Origin { place, .. }) => format!("{place}: {problem}"),
+            None => problem,
         }
     }
 }
@@ -63,53 +107,89 @@ fn parse(arguments: &[OsString]) -> Result<Flags, Error> {
     Flags::from_iter_safe(arguments)
 }
 
-/// The flags in `arguments`, and those of the file that neither they nor the environment has.
-fn with_file(mut arguments: Vec<OsString>, file: &Path) -> Result<Flags, String> {
-    let name = file.display();
-    let text = fs::read_to_string(file)
-        .map_err(|error| format!("--config {name}: {error}; name a file that can be read"))?;
-    let mut given = config_file::read(&text, &settings::names())
-        .map_err(|wrong| format!("{name}:{}: {}", wrong.line, wrong.problem))?;
-    // Each by itself, to tell in which line it stands.
-    for Given { line, flags, .. } in &given {
-        let alone = flags.iter().map(OsString::from);
-        let alone: Vec<_> = std::iter::once("relaylet".into()).chain(alone).collect();
-        parse(&alone).map_err(|error| format!("{name}:{line}: {}", first_line(&error)))?;
-    }
-    given.retain(|setting| !is_set(&setting.name, &arguments));
-    let flags = given.iter().flat_map(|setting| &setting.flags);
-    arguments.extend(flags.map(OsString::from));
-    let flags = parse(&arguments).map_err(|error| first_line(&error))?;
-    flags.check().map_err(|problem| {
-        // It begins with the name of a flag.
-        let meant = |setting: &&Given| {
-            let rest = problem.strip_prefix("--");
-            let rest = rest.and_then(|rest| rest.strip_prefix(setting.name.as_str()));
-            rest.is_some_and(|rest| rest.starts_with([':', ' ']))
+/// What the environment says. A value that is empty is none, but that of a list.
+fn of_environment(known: &[Known], variable: impl Fn(&str) -> Option<OsString>) -> Vec<Given> {
+    let config = Known {
+        name: "config",
+        kind: Kind::One,
+    };
+    let given = |known: &Known| {
+        let place = format!("RELAYLET_{}", known.name.replace('-', "_").to_uppercase());
+        let value = variable(&place)?;
+        let flag = match known.kind {
+            Kind::One if value.is_empty() => return None,
+            Kind::Switch if value.is_empty() || value == "false" => return None,
+            Kind::List if value.is_empty() => None,
+            Kind::Switch if value == "true" => Some(format!("--{}", known.name).into()),
+            _ => {
+                let mut flag = OsString::from(format!("--{}=", known.name));
+                flag.push(value);
+                Some(flag)
+            }
         };
-        match given.iter().find(meant) {
-            Some(Given { line, .. }) => format!("{name}:{line}: {problem}"),
-            None => problem,
-        }
-    })?;
-    Ok(flags)
+        let name = known.name;
+        Some(Given {
+            origin: Origin { name, place },
+            flag,
+        })
+    };
+    known.iter().chain([&config]).filter_map(given).collect()
 }
 
-/// Whether a flag of this name is among the arguments, or in the environment.
-fn is_set(name: &str, arguments: &[OsString]) -> bool {
-    let variable = format!("RELAYLET_{}", name.replace('-', "_").to_uppercase());
+fn of_file(file: &Path, known: &[Known]) -> Result<Vec<Given>, String> {
+    let shown = file.display();
+    let bytes = fs::read(file)
+        .map_err(|error| format!("--config {shown}: {error}; name a file that can be read"))?;
+    let given = config_file::read(&bytes, known)
+        .map_err(|wrong| format!("{shown}:{}: {}", wrong.line, wrong.problem))?;
+    let located = |given: config_file::Given| Given {
+        origin: Origin {
+            name: given.name,
+            place: format!("{shown}:{}", given.line),
+        },
+        flag: given.flag.map(OsString::from),
+    };
+    Ok(given.into_iter().map(located).collect())
+}
+
+/// Adds those that are neither among the arguments nor were given before.
+fn add(
+    mut given: Vec<Given>,
+    arguments: &mut Vec<OsString>,
+    origins: &mut Vec<Origin>,
+) -> Result<(), String> {
+    given.retain(|given| !is_set(given.origin.name, arguments, origins));
+    for Given { origin, flag } in given {
+        if let Some(flag) = flag {
+            // By itself, to tell where it stands.
+            let alone = ["relaylet".into(), flag.clone()];
+            let place = &origin.place;
+            parse(&alone).map_err(|error| format!("{place}: {}", first_line(&error)))?;
+            arguments.push(flag);
+        }
+        origins.push(origin);
+    }
+    Ok(())
+}
+
+fn is_set(name: &str, arguments: &[OsString], origins: &[Origin]) -> bool {
     let flag = format!("--{name}");
     let is_it = |argument: &OsStr| {
         let rest = argument.to_str().and_then(|text| text.strip_prefix(&flag));
         rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('='))
     };
-    env::var_os(variable).is_some() || arguments.iter().any(|argument| is_it(argument))
+    origins.iter().any(|origin| origin.name == name) || arguments.iter().any(|a| is_it(a))
 }
 
 /// A flag without the value that each of them takes: clap would take its default.
-fn without_value(arguments: &[OsString]) -> Option<&str> {
+fn without_value<'a>(arguments: &'a [OsString], known: &[Known]) -> Option<&'a str> {
+    let is_switch = |argument: &str| {
+        let mut switches = known.iter().filter(|known| known.kind == Kind::Switch);
+        BARE.contains(&argument)
+            || switches.any(|switch| argument.trim_start_matches('-') == switch.name)
+    };
     let is_flag = |argument: &&str| {
-        argument.starts_with("--") && !argument.contains('=') && !BARE.contains(argument)
+        argument.starts_with("--") && !argument.contains('=') && !is_switch(argument)
     };
     let mut rest = arguments
         .iter()

@@ -10,10 +10,14 @@ use ipnet::IpNet;
 use libp2p::{Multiaddr, PeerId};
 use structopt::{StructOpt, clap::AppSettings};
 
-use super::{command_line::in_flags, connection_limits::Limits, threads, transport};
+use super::{
+    command_line::{Origin, in_flags},
+    connection_limits::Limits,
+    node, threads, transport, values,
+};
 use crate::{
     access::{Lists, subnets_make_sense},
-    config::Config,
+    config::{Config, LONGEST},
 };
 
 /// Where the relay listens unless told otherwise.
@@ -32,12 +36,16 @@ pub struct Flags {
     /// Reads settings from a TOML file, under the names of these flags
     ///
     /// A flag wins over the environment, and that over the file. SIGHUP reads it again.
-    #[structopt(long, value_name = "FILE", env = "RELAYLET_CONFIG", parse(from_os_str))]
+    #[structopt(long, value_name = "FILE", parse(from_os_str))]
     pub config: Option<PathBuf>,
 
     /// Prints the settings that hold, as such a file, and ends
     #[structopt(long)]
     pub print_config: bool,
+
+    /// Where the others were given, if not here.
+    #[structopt(skip)]
+    pub(super) origins: Vec<Origin>,
 
     /// Address to listen on; may be given several times
     ///
@@ -45,8 +53,8 @@ pub struct Flags {
     #[structopt(
         long,
         value_name = "MULTIADDR",
-        env = "RELAYLET_LISTEN",
-        use_delimiter = true
+        use_delimiter = true,
+        parse(try_from_str = values::multiaddr)
     )]
     pub listen: Vec<Multiaddr>,
 
@@ -54,8 +62,8 @@ pub struct Flags {
     #[structopt(
         long,
         value_name = "MULTIADDR",
-        env = "RELAYLET_ANNOUNCE",
-        use_delimiter = true
+        use_delimiter = true,
+        parse(try_from_str = values::multiaddr)
     )]
     pub announce: Vec<Multiaddr>,
 
@@ -65,8 +73,8 @@ pub struct Flags {
     #[structopt(
         long,
         value_name = "SUBNET",
-        env = "RELAYLET_PROXY_PROTOCOL_FROM",
-        use_delimiter = true
+        use_delimiter = true,
+        parse(try_from_str = values::subnet)
     )]
     pub proxy_protocol_from: Vec<IpNet>,
 
@@ -74,7 +82,6 @@ pub struct Flags {
     #[structopt(
         long,
         value_name = "FILE",
-        env = "RELAYLET_IDENTITY",
         default_value = "relaylet.key",
         parse(from_os_str)
     )]
@@ -84,29 +91,29 @@ pub struct Flags {
     #[structopt(
         long,
         value_name = "N",
-        env = "RELAYLET_MAX_RESERVATIONS",
-        default_value = "1024"
+        default_value = "1024",
+        parse(try_from_str = values::number)
     )]
     pub max_reservations: usize,
 
     /// How many slots one IP address (IPv6: one /64) may have; 0: no cap
     ///
     /// [default: a sixteenth of --max-reservations, at least 8]
-    #[structopt(long, value_name = "N", env = "RELAYLET_MAX_RESERVATIONS_PER_IP")]
+    #[structopt(long, value_name = "N", parse(try_from_str = values::number))]
     pub max_reservations_per_ip: Option<usize>,
 
     /// How many slots one subnet (IPv4: a /24, IPv6: a /48) may have; 0: no cap
     ///
     /// [default: a quarter of --max-reservations, at least 64]
-    #[structopt(long, value_name = "N", env = "RELAYLET_MAX_RESERVATIONS_PER_SUBNET")]
+    #[structopt(long, value_name = "N", parse(try_from_str = values::number))]
     pub max_reservations_per_subnet: Option<usize>,
 
     /// For how long a reservation is granted, and renewed
     #[structopt(
         long,
         value_name = "DURATION",
-        env = "RELAYLET_RESERVATION_TTL",
-        default_value = "1h"
+        default_value = "1h",
+        parse(try_from_str = values::duration)
     )]
     pub reservation_ttl: Duration,
 
@@ -114,8 +121,8 @@ pub struct Flags {
     #[structopt(
         long,
         value_name = "DURATION",
-        env = "RELAYLET_GRACE",
-        default_value = "30s"
+        default_value = "30s",
+        parse(try_from_str = values::duration)
     )]
     pub grace: Duration,
 
@@ -124,8 +131,8 @@ pub struct Flags {
     #[structopt(
         long,
         value_name = "DURATION",
-        env = "RELAYLET_HEARTBEAT",
-        default_value = "30s"
+        default_value = "30s",
+        parse(try_from_str = values::duration)
     )]
     pub heartbeat: Duration,
 
@@ -133,8 +140,8 @@ pub struct Flags {
     #[structopt(
         long,
         value_name = "DURATION",
-        env = "RELAYLET_SILENCE",
-        default_value = "1m"
+        default_value = "1m",
+        parse(try_from_str = values::duration)
     )]
     pub silence: Duration,
 
@@ -142,8 +149,8 @@ pub struct Flags {
     #[structopt(
         long,
         value_name = "DURATION",
-        env = "RELAYLET_PROBE",
-        default_value = "3s"
+        default_value = "3s",
+        parse(try_from_str = values::duration)
     )]
     pub probe: Duration,
 
@@ -151,8 +158,8 @@ pub struct Flags {
     #[structopt(
         long,
         value_name = "DURATION",
-        env = "RELAYLET_PROBE_AFTER",
-        default_value = "10s"
+        default_value = "10s",
+        parse(try_from_str = values::duration)
     )]
     pub probe_after: Duration,
 
@@ -160,8 +167,8 @@ pub struct Flags {
     #[structopt(
         long,
         value_name = "DURATION",
-        env = "RELAYLET_SWEEP",
-        default_value = "1s"
+        default_value = "1s",
+        parse(try_from_str = values::duration)
     )]
     pub sweep: Duration,
 
@@ -169,8 +176,8 @@ pub struct Flags {
     #[structopt(
         long,
         value_name = "DURATION",
-        env = "RELAYLET_IDLE_TIMEOUT",
-        default_value = "1m"
+        default_value = "1m",
+        parse(try_from_str = values::duration)
     )]
     pub idle_timeout: Duration,
 
@@ -178,26 +185,21 @@ pub struct Flags {
     #[structopt(
         long,
         value_name = "N",
-        env = "RELAYLET_MAX_CIRCUITS",
-        default_value = "1024"
+        default_value = "1024",
+        parse(try_from_str = values::number)
     )]
     pub max_circuits: usize,
 
     /// How many circuits one peer may be part of, as source and as target together
-    #[structopt(
-        long,
-        value_name = "N",
-        env = "RELAYLET_MAX_CIRCUITS_PER_PEER",
-        default_value = "64"
-    )]
+    #[structopt(long, value_name = "N", default_value = "64", parse(try_from_str = values::number))]
     pub max_circuits_per_peer: usize,
 
     /// How long a circuit may stay open; 0s: no limit
     #[structopt(
         long,
         value_name = "DURATION",
-        env = "RELAYLET_CIRCUIT_DURATION",
-        default_value = "2m"
+        default_value = "2m",
+        parse(try_from_str = values::duration)
     )]
     pub circuit_duration: Duration,
 
@@ -205,56 +207,33 @@ pub struct Flags {
     #[structopt(
         long,
         value_name = "SIZE",
-        env = "RELAYLET_CIRCUIT_BYTES",
         default_value = "128KiB",
-        parse(try_from_str = size)
+        parse(try_from_str = values::size)
     )]
     pub circuit_bytes: ByteSize,
 
     /// How many payload bytes a second all circuits may carry together; 0: no cap
-    #[structopt(
-        long,
-        value_name = "SIZE",
-        env = "RELAYLET_BANDWIDTH",
-        default_value = "0",
-        parse(try_from_str = size)
-    )]
+    #[structopt(long, value_name = "SIZE", default_value = "0", parse(try_from_str = values::size))]
     pub bandwidth: ByteSize,
 
     /// How many of them one peer may send and receive through its circuits; 0: no cap
-    #[structopt(
-        long,
-        value_name = "SIZE",
-        env = "RELAYLET_BANDWIDTH_PER_PEER",
-        default_value = "0",
-        parse(try_from_str = size)
-    )]
+    #[structopt(long, value_name = "SIZE", default_value = "0", parse(try_from_str = values::size))]
     pub bandwidth_per_peer: ByteSize,
 
     /// How many times a minute a peer may send a RESERVE, its address ten times as often; 0: no limit
-    #[structopt(
-        long,
-        value_name = "N",
-        env = "RELAYLET_RESERVE_RATE",
-        default_value = "30"
-    )]
+    #[structopt(long, value_name = "N", default_value = "30", parse(try_from_str = values::number))]
     pub reserve_rate: u32,
 
     /// How many times a minute a peer may send a CONNECT, its address ten times as often; 0: no limit
-    #[structopt(
-        long,
-        value_name = "N",
-        env = "RELAYLET_CONNECT_RATE",
-        default_value = "30"
-    )]
+    #[structopt(long, value_name = "N", default_value = "30", parse(try_from_str = values::number))]
     pub connect_rate: u32,
 
     /// Peer that may use the relay, all others may not; may be given several times
     #[structopt(
         long,
         value_name = "PEER",
-        env = "RELAYLET_ALLOW_PEER",
-        use_delimiter = true
+        use_delimiter = true,
+        parse(try_from_str = values::peer)
     )]
     pub allow_peer: Vec<PeerId>,
 
@@ -262,8 +241,8 @@ pub struct Flags {
     #[structopt(
         long,
         value_name = "PEER",
-        env = "RELAYLET_DENY_PEER",
-        use_delimiter = true
+        use_delimiter = true,
+        parse(try_from_str = values::peer)
     )]
     pub deny_peer: Vec<PeerId>,
 
@@ -271,8 +250,8 @@ pub struct Flags {
     #[structopt(
         long,
         value_name = "SUBNET",
-        env = "RELAYLET_ALLOW_SUBNET",
-        use_delimiter = true
+        use_delimiter = true,
+        parse(try_from_str = values::subnet)
     )]
     pub allow_subnet: Vec<IpNet>,
 
@@ -280,8 +259,8 @@ pub struct Flags {
     #[structopt(
         long,
         value_name = "SUBNET",
-        env = "RELAYLET_DENY_SUBNET",
-        use_delimiter = true
+        use_delimiter = true,
+        parse(try_from_str = values::subnet)
     )]
     pub deny_subnet: Vec<IpNet>,
 
@@ -291,27 +270,22 @@ pub struct Flags {
     #[structopt(
         long,
         value_name = "PEER",
-        env = "RELAYLET_ALLOW_CONNECT_PEER",
-        use_delimiter = true
+        use_delimiter = true,
+        parse(try_from_str = values::peer)
     )]
     pub allow_connect_peer: Vec<PeerId>,
 
     /// The key of a private network, in the format of go-ipfs; who has another gets nowhere
     #[cfg(feature = "pnet")]
-    #[structopt(
-        long,
-        value_name = "FILE",
-        env = "RELAYLET_SWARM_KEY",
-        parse(from_os_str)
-    )]
+    #[structopt(long, value_name = "FILE", parse(from_os_str))]
     pub swarm_key: Option<PathBuf>,
 
     /// How many connections may be open at a time
     #[structopt(
         long,
         value_name = "N",
-        env = "RELAYLET_MAX_CONNECTIONS",
-        default_value = "4096"
+        default_value = "4096",
+        parse(try_from_str = values::number)
     )]
     pub max_connections: usize,
 
@@ -319,8 +293,8 @@ pub struct Flags {
     #[structopt(
         long,
         value_name = "N",
-        env = "RELAYLET_MAX_CONNECTIONS_PER_IP",
-        default_value = "256"
+        default_value = "256",
+        parse(try_from_str = values::number)
     )]
     pub max_connections_per_ip: usize,
 
@@ -328,8 +302,8 @@ pub struct Flags {
     #[structopt(
         long,
         value_name = "N",
-        env = "RELAYLET_MAX_HANDSHAKES",
-        default_value = "256"
+        default_value = "256",
+        parse(try_from_str = values::number)
     )]
     pub max_handshakes: usize,
 
@@ -339,27 +313,22 @@ pub struct Flags {
     #[structopt(
         long,
         value_name = "DURATION",
-        env = "RELAYLET_DRAIN",
-        default_value = "8s"
+        default_value = "8s",
+        parse(try_from_str = values::duration)
     )]
     pub drain: Duration,
 
     /// How many threads do the work
     ///
     /// [default: half of the machine's cores, at least 1]
-    #[structopt(long, value_name = "N", env = "RELAYLET_THREADS")]
+    #[structopt(long, value_name = "N", parse(try_from_str = values::number))]
     pub threads: Option<usize>,
 
     /// Where to be watched over HTTP: /metrics, /healthz, /status.json, and a page
     ///
     /// [default: nowhere]
     #[cfg(feature = "http")]
-    #[structopt(
-        long,
-        value_name = "ADDR:PORT",
-        env = "RELAYLET_HTTP",
-        parse(try_from_str = place)
-    )]
+    #[structopt(long, value_name = "ADDR:PORT", parse(try_from_str = values::place))]
     pub http: Option<SocketAddr>,
 }
 
@@ -434,6 +403,10 @@ impl Flags {
         self.config().validate().map_err(|error| in_flags(&error))?;
         subnets_make_sense("proxy_protocol_from", &self.proxy_protocol_from)
             .map_err(|error| in_flags(&error))?;
+        node::streams(self.max_circuits_per_peer).map_err(|error| in_flags(&error))?;
+        if *self.drain > LONGEST {
+            return Err("--drain: is over a year; try 8s".into());
+        }
         for (flag, value) in [
             ("--max-connections", self.max_connections),
             ("--max-handshakes", self.max_handshakes),
@@ -461,21 +434,6 @@ impl Flags {
     }
 }
 
-/// A size as people write it. bytesize takes what is beyond counting for the last number.
-fn size(text: &str) -> Result<ByteSize, String> {
-    match text.parse()? {
-        ByteSize(u64::MAX) => Err("is more than can be counted; 0 stands for no limit".into()),
-        size => Ok(size),
-    }
-}
-
-/// An address and a port.
-#[cfg(feature = "http")]
-fn place(text: &str) -> Result<SocketAddr, String> {
-    text.parse()
-        .map_err(|_| "is no address with a port; try 127.0.0.1:9180".into())
-}
-
 #[cfg(test)]
 mod tests {
     use std::{ffi::OsString, time::Duration};
@@ -487,7 +445,8 @@ mod tests {
 
     fn read(arguments: &[&str]) -> Result<Flags, Stop> {
         let program = std::iter::once("relaylet");
-        Flags::read(program.chain(arguments.iter().copied()).map(OsString::from))
+        let arguments = program.chain(arguments.iter().copied());
+        Flags::read(arguments.map(OsString::from), |_| None)
     }
 
     fn usage(arguments: &[&str]) -> String {
@@ -577,6 +536,9 @@ mod tests {
             (&["stray"], "stray"),
             (&["--max-reservations"], "--max-reservations"),
             (&["--grace", "--sweep", "2s"], "--grace"),
+            (&["--drain", "500000000000y"], "--drain"),
+            (&["--drain", "2y"], "--drain"),
+            (&["--max-circuits-per-peer", "70000"], "try 65503 or less"),
         ] {
             let line = usage(arguments);
             assert!(line.contains(flag), "{arguments:?}: {line}");

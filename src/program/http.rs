@@ -27,7 +27,10 @@ use hyper::{
     server::conn::http1,
     service::service_fn,
 };
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    time::{ClockId, clock_gettime},
+};
 
 use super::site::Site;
 
@@ -78,7 +81,7 @@ fn serve(listener: &TcpListener, site: Site) {
     let waker = Waker::from(Arc::clone(&woken));
     loop {
         wait(listener, &callers, woken.0.swap(false, Ordering::Relaxed));
-        let start = Instant::now();
+        let (start, before) = (Instant::now(), time_worked());
         for _ in 0..MOST_AT_ONCE {
             match listener.accept() {
                 Ok((socket, _)) => {
@@ -98,8 +101,15 @@ fn serve(listener: &TcpListener, site: Site) {
         }
         let cx = &mut Context::from_waker(&waker);
         callers.retain_mut(|caller| caller.serve(start, cx));
-        thread::sleep((start.elapsed() * REST).min(PAUSE));
+        let worked = time_worked().saturating_sub(before);
+        thread::sleep((worked * REST).min(PAUSE));
     }
+}
+
+/// How long this thread has worked: not for how long it was kept from it.
+fn time_worked() -> Duration {
+    let worked = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::try_from(worked).unwrap_or_default()
 }
 
 /// Waits until a socket is ready or somebody's time is up; not for long, if there is more to do.

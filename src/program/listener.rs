@@ -136,6 +136,8 @@ impl Listener {
             return;
         }
         self.closed = true;
+        // The socket itself, so that its port can be had again at once.
+        self.accepted = stream::pending().boxed();
         self.events.push_back(TransportEvent::ListenerClosed {
             listener_id: self.id,
             reason: Ok(()),

@@ -50,7 +50,13 @@ impl Metrics {
         let metrics = Self {
             relaysvc,
             slots: registered(own, "slots", "Slots"),
-            freed: Counters::new(own, "slots_freed", "Slots that came back", "reason", &[]),
+            freed: Counters::new(
+                own,
+                "slots_freed",
+                "Slots that came back",
+                "reason",
+                &["expired", "grace over", "silent", "taken by a newcomer"],
+            ),
             refused: registered(own, "requests_refused", "Requests that were refused"),
             questions: registered(own, "questions_asked", "Peers asked for a sign of life"),
             unanswered: registered(own, "questions_unanswered", "Peers that gave none"),
@@ -77,7 +83,7 @@ impl Metrics {
                 "connections_denied",
                 "Connections that were turned away",
                 "reason",
-                &[],
+                &["too many connections", "too many handshakes"],
             ),
         };
         (metrics, all)

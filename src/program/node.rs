@@ -96,6 +96,8 @@ pub enum NodeEvent {
         /// Which limit was reached.
         reason: Denied,
     },
+    /// A connection is gone.
+    ConnectionClosed,
     /// Something happened at the relay.
     Relay(Event),
 }
@@ -128,11 +130,7 @@ impl Node {
         let peer = keypair.public().to_peer_id();
         let announce = config.announce.clone();
         let circuits_per_peer = config.max_circuits_per_peer;
-        let streams = circuits_per_peer.saturating_add(SPARE_STREAMS);
-        if streams > muxer::MOST_STREAMS {
-            let problem = "one connection cannot carry so many; try 1000 or less";
-            return Err(ConfigError::new("max_circuits_per_peer", problem).into());
-        }
+        let streams = streams(circuits_per_peer)?;
         let budget = muxer::Budget {
             inbound: streams,
             outbound: streams,
@@ -359,10 +357,27 @@ impl Node {
             } => {
                 let cause = cause.map_or("closed by the relay".into(), |cause| cause.to_string());
                 log::debug!("connection {connection_id} closed: peer {peer_id}: {cause}");
+                return Some(NodeEvent::ConnectionClosed);
             }
             _ => {}
         }
         None
+    }
+}
+
+/// How many streams a connection may have in each direction, for so many circuits.
+///
+/// # Errors
+///
+/// When that is more than a muxer can tell apart.
+pub(super) fn streams(circuits: usize) -> Result<usize, ConfigError> {
+    const MOST: usize = muxer::MOST_STREAMS - SPARE_STREAMS;
+    match circuits {
+        0..=MOST => Ok(circuits + SPARE_STREAMS),
+        _ => {
+            let problem = format!("one connection cannot carry so many; try {MOST} or less");
+            Err(ConfigError::new("max_circuits_per_peer", problem))
+        }
     }
 }
 

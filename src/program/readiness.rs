@@ -5,18 +5,22 @@
 //!
 //! [spec]: https://www.freedesktop.org/software/systemd/man/latest/sd_notify.html
 
-use std::{env, ffi::OsStr, io};
+use std::{env, ffi::OsStr, io, time::Duration};
 
 use libp2p::PeerId;
+
+/// How much longer the end may take than it was to, on a busy machine.
+const SLACK: Duration = Duration::from_secs(10);
 
 /// Every listener is up.
 pub fn ready(relay: PeerId) {
     tell(&format!("READY=1\nSTATUS=relaying as {relay}"));
 }
 
-/// The relay was told to end, and does.
-pub fn stopping() {
-    tell("STOPPING=1");
+/// The relay was told to end, and does so within this time. systemd's own patience is 90 s.
+pub fn stopping(within: Duration) {
+    let patience = within.saturating_add(SLACK).as_micros();
+    tell(&format!("STOPPING=1\nEXTEND_TIMEOUT_USEC={patience}"));
 }
 
 /// A manager that cannot be told is no reason not to run; it may have one to stop waiting.

@@ -36,7 +36,7 @@ impl Settings {
             log::warn!("SIGHUP: there is no file to read again; name one with --config");
             return;
         }
-        match Flags::read(std::env::args_os()) {
+        match Flags::of_process() {
             Ok(flags) => self.follow(flags, node),
             Err(Stop::Usage(problem)) => log::error!("SIGHUP: nothing has changed: {problem}"),
             Err(Stop::Asked(_)) => {} // the arguments are those that started it
@@ -45,19 +45,20 @@ impl Settings {
 
     fn follow(&mut self, mut flags: Flags, node: &mut Node) {
         let restart = self.at_start.restart_for(&flags);
-        for name in &restart {
-            log::warn!("SIGHUP: {name} holds from the next start on");
-        }
         // Connections are made for so many since the start.
         let most = self.at_start.max_circuits_per_peer;
         flags.max_circuits_per_peer = flags.max_circuits_per_peer.min(most);
         if let Err(error) = node.set_config(flags.config()) {
-            log::error!("SIGHUP: nothing has changed: {}", in_flags(&error));
+            let problem = flags.locate(in_flags(&error));
+            log::error!("SIGHUP: nothing has changed: {problem}");
             return;
         }
         node.set_proxies(flags.proxy_protocol_from.clone());
+        for name in &restart {
+            log::warn!("SIGHUP: {name} holds from the next start on");
+        }
         let mut changed = flags.differ_in(&self.now);
-        changed.retain(|name| !restart.contains(name));
+        changed.retain(|name| *name == "max-circuits-per-peer" || !restart.contains(name));
         match changed.is_empty() {
             true => log::info!("SIGHUP: nothing to change"),
             false => log::info!("SIGHUP: changed: {}", changed.join(", ")),

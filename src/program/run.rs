@@ -20,6 +20,7 @@ use libp2p::{
         select_biased, stream,
     },
 };
+use log::LevelFilter;
 
 #[cfg(feature = "pnet")]
 use super::swarm_key;
@@ -45,10 +46,8 @@ const SETTLED: Duration = Duration::from_millis(500);
 /// How often the log says what was refused, and what came back.
 const MINUTE: Duration = Duration::from_secs(60);
 
-/// What stands in the log unless `RUST_LOG` says otherwise.
-///
-/// yamux logs as errors what any stranger can provoke.
-const DEFAULT_LOG: &str = "info,yamux=off";
+/// What logs as errors what any stranger can provoke, and so has to be asked for by its name.
+const TOO_LOUD: [&str; 1] = ["yamux"];
 
 /// Something in the command line that makes no sense.
 #[derive(Debug)]
@@ -64,7 +63,7 @@ impl Error for Usage {}
 
 /// Runs the program with the arguments of the process.
 pub fn main() -> ExitCode {
-    let flags = match Flags::read(std::env::args_os()) {
+    let flags = match Flags::of_process() {
         Ok(flags) => flags,
         Err(Stop::Asked(text)) => {
             say(&text);
@@ -72,12 +71,22 @@ pub fn main() -> ExitCode {
         }
         Err(Stop::Usage(line)) => return failed(&Usage(line).into()),
     };
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(DEFAULT_LOG)).init();
+    start_log();
     heap::keep_what_is_freed();
     match threads::run(flags.threads(), async move { run(&flags).await }) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => failed(&error),
     }
+}
+
+/// The log on standard error, as `RUST_LOG` has it.
+fn start_log() {
+    let mut log = env_logger::Builder::new();
+    log.filter_level(LevelFilter::Info);
+    for library in TOO_LOUD {
+        log.filter_module(library, LevelFilter::Off);
+    }
+    log.parse_default_env().init();
 }
 
 /// One line that says why there is no relay, and the status: 2 for bad usage, else 1.
@@ -93,7 +102,7 @@ async fn run(flags: &Flags) -> Result<()> {
     let mut signals = stream::select_all([signals]);
     let identity = identity::load_or_make(&flags.identity)?;
     let mut node = Node::with_setup(identity.keypair, flags.config(), setup(flags)?)
-        .map_err(usage_if_config)?;
+        .map_err(|error| usage_if_config(flags, error))?;
     node.set_proxies(flags.proxy_protocol_from.clone());
     log::info!(
         "relaylet {} is {}",
@@ -127,20 +136,22 @@ async fn run(flags: &Flags) -> Result<()> {
         }
         select_biased! {
             signal = signals.next() => {
-                let Some(Ok(signal)) = signal else {
-                    continue;
+                let signal = match signal {
+                    Some(Ok(signal)) => signal,
+                    Some(Err(_)) => continue, // one that was interrupted
+                    None => bail!("signals are received no longer"),
                 };
                 let name = orders::name(signal);
                 match phase.order(signal) {
                     Some(Order::End) => {
                         log::info!("ending: {name}");
-                        readiness::stopping();
+                        readiness::stopping(Duration::ZERO);
                         return Ok(());
                     }
                     Some(Order::DrainAndEnd) => {
                         let drain = settings.drain();
                         log::info!("{name}: draining for {drain}, then ending");
-                        readiness::stopping();
+                        readiness::stopping(drain.into());
                         node.drain(drain.into());
                         time_is_over = Either::Right(Delay::new(drain.into())).fuse();
                     }
@@ -165,19 +176,19 @@ async fn run(flags: &Flags) -> Result<()> {
             }
             // Before what happens: that never stops on a busy relay.
             () = watch.due().fuse() => watch.look(&node, node.relay().is_draining()),
-            event = node.next().fuse() => {
-                watch.note(&event);
-                if let Some(warning) = digest.note(&event) {
-                    log::warn!("{warning}");
-                }
-                tell(&node, event);
-            }
             () = settled => tell_where(&node, &flags.announce),
             () = (&mut minute).fuse() => {
                 minute.reset(MINUTE);
                 for line in digest.lines() {
                     log::info!("{line}");
                 }
+            }
+            event = node.next().fuse() => {
+                watch.note(&event);
+                if let Some(warning) = digest.note(&event) {
+                    log::warn!("{warning}");
+                }
+                tell(&node, event);
             }
         }
     }
@@ -230,9 +241,9 @@ fn has_family(address: &Multiaddr) -> bool {
     transport::listen_address(address).is_none_or(|address| interfaces::has_one_like(address.ip()))
 }
 
-fn usage_if_config(error: anyhow::Error) -> anyhow::Error {
+fn usage_if_config(flags: &Flags, error: anyhow::Error) -> anyhow::Error {
     match error.downcast::<ConfigError>() {
-        Ok(error) => Usage(in_flags(&error)).into(),
+        Ok(error) => Usage(flags.locate(in_flags(&error))).into(),
         Err(error) => error,
     }
 }

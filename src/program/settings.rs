@@ -99,11 +99,39 @@ impl Flags {
     }
 }
 
-/// What may stand in a file.
-pub fn names() -> Vec<&'static str> {
+/// A setting that there is.
+#[derive(Clone, Copy, Debug)]
+pub struct Known {
+    /// The flag's name, without dashes before it.
+    pub name: &'static str,
+    /// What it takes.
+    pub kind: Kind,
+}
+
+/// What a setting takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A value.
+    One,
+    /// Any number of values.
+    List,
+    /// None: it is there or not.
+    Switch,
+}
+
+/// What may stand in a file, and in the environment.
+pub fn known() -> Vec<Known> {
     let defaults = Flags::from_iter_safe(["relaylet"]);
     let settings = defaults.map_or_else(|_| Vec::new(), |flags| flags.settings());
-    settings.into_iter().map(|setting| setting.name).collect()
+    let known = |setting: Setting| Known {
+        name: setting.name,
+        kind: match setting.value {
+            Value::Array(_) => Kind::List,
+            Value::Boolean(_) => Kind::Switch,
+            _ => Kind::One,
+        },
+    };
+    settings.into_iter().map(known).collect()
 }
 
 impl Setting {

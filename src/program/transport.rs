@@ -186,7 +186,7 @@ pub(super) fn multiaddr(address: SocketAddr) -> Multiaddr {
 }
 
 /// Said here, because libp2p's boxed transports keep the words of an error and lose its kind.
-fn with_remedy(error: &io::Error) -> io::Error {
+pub(super) fn with_remedy(error: &io::Error) -> io::Error {
     let remedy = match error.kind() {
         io::ErrorKind::AddrInUse => "stop the program that has it, or listen on another port",
         io::ErrorKind::AddrNotAvailable => "this machine has no such address; try 0.0.0.0 or ::",

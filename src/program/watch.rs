@@ -24,6 +24,7 @@ use super::{
     node::{Node, NodeEvent},
     site::Site,
     status::{Figures, Memory, Status},
+    transport::with_remedy,
 };
 use crate::event::Event;
 
@@ -99,7 +100,8 @@ impl Watch {
         let Some(address) = flags.http else {
             return Ok(Self(None));
         };
-        let listener = TcpListener::bind(address).with_context(|| format!("--http {address}"))?;
+        let listener = TcpListener::bind(address).map_err(|error| with_remedy(&error));
+        let listener = listener.with_context(|| format!("--http {address}"))?;
         let address = listener.local_addr().context("--http")?;
         let now = Instant::now();
         let (metrics, registry) = Metrics::new();

@@ -7,12 +7,44 @@
 use std::{hash::Hash, time::Instant};
 
 use super::{Command, Order, Relay, RequestId};
-use crate::{circuits::End, event::Refused, reclaim::TICK};
+use crate::{circuits::End, event::Refused};
+
+/// While it takes nobody in.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Draining {
+    /// When all connections without a circuit are to be closed.
+    until: Instant,
+    /// When it was last looked how many there are.
+    looked: Instant,
+    /// The part of a connection that was due then.
+    due: f64,
+}
+
+impl Draining {
+    /// How many of `unused` connections are due: with those that remain, as many in the same time
+    /// from now on.
+    fn due(&mut self, unused: usize, now: Instant) -> usize {
+        if now >= self.until {
+            return unused;
+        }
+        let since = now.saturating_duration_since(self.looked);
+        let left = self.until.saturating_duration_since(self.looked);
+        self.due += unused as f64 * since.as_secs_f64() / left.as_secs_f64();
+        self.looked = now;
+        let due = self.due.floor();
+        self.due -= due;
+        due as usize
+    }
+}
 
 impl<C: Copy + Ord + Hash, S> Relay<C, S> {
-    /// Takes nobody in from now on, and closes all connections without a circuit until `end`.
-    pub fn drain(&mut self, end: Instant, now: Instant) {
-        self.draining_until = Some(end);
+    /// Takes nobody in from now on, and closes all connections without a circuit until then.
+    pub fn drain(&mut self, until: Instant, now: Instant) {
+        self.draining = Some(Draining {
+            until,
+            looked: now,
+            due: 0.0,
+        });
         for waiting in self.reclaim.take() {
             let newcomer = waiting.newcomer;
             self.refuse(newcomer.from, newcomer.request, Refused::Draining);
@@ -22,25 +54,22 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
 
     /// Takes clients in again.
     pub fn resume(&mut self) {
-        self.draining_until = None;
+        self.draining = None;
     }
 
     /// Whether it takes nobody in.
     pub fn is_draining(&self) -> bool {
-        self.draining_until.is_some()
+        self.draining.is_some()
     }
 
-    /// Closes as many connections as are due: with those that remain as many as in each tick to
-    /// come. One whose last circuit ends is one of them.
+    /// Closes as many connections as are due. One whose last circuit ends is one of them.
     pub(super) fn give_back(&mut self, now: Instant) {
-        let Some(end) = self.draining_until else {
+        let Some(draining) = &mut self.draining else {
             return;
         };
         let mut unused = self.connections.without_circuits();
+        let due = draining.due(unused.len(), now);
         unused.sort_unstable_by_key(|(_, connection)| *connection);
-        let ticks_left = end.saturating_duration_since(now).as_millis() / TICK.as_millis() + 1;
-        let ticks_left = usize::try_from(ticks_left).unwrap_or(usize::MAX);
-        let due = unused.len().div_ceil(ticks_left);
         for (peer, connection) in unused.into_iter().take(due) {
             self.close(End { peer, connection });
         }
@@ -113,18 +142,29 @@ mod tests {
 
     #[test]
     fn connections_are_closed_evenly_and_all_of_them_in_time() {
-        let start = Instant::now();
-        let (mut relay, _) = relay(1000, start);
-        relay.drain(start + DRAIN, start);
-        let mut closed = 0;
-        while relay.sweep_due() <= start + DRAIN {
-            let now = relay.sweep_due();
-            relay.sweep(now);
-            let more = orders(&mut relay).0.len();
-            assert!((12..=13).contains(&more), "{more} at once");
-            closed += more;
+        for connections in [1000, 10, 1] {
+            for sweep in [1000, 10] {
+                let start = Instant::now();
+                let (mut relay, _) = relay(connections, start);
+                let sweep = Duration::from_millis(sweep);
+                let config = Config {
+                    sweep,
+                    ..Config::default()
+                };
+                relay.set_config(config, start).unwrap();
+                relay.drain(start + DRAIN, start);
+                let mut closed = 0;
+                while relay.sweep_due() <= start + DRAIN {
+                    let now = relay.sweep_due();
+                    relay.sweep(now);
+                    closed += orders(&mut relay).0.len();
+                    let part = (now - start).as_secs_f64() / DRAIN.as_secs_f64();
+                    let due = f64::from(connections) * part;
+                    assert!((due - closed as f64).abs() <= 1.001, "{closed} of {due}");
+                }
+                assert_eq!(closed, connections as usize);
+            }
         }
-        assert_eq!(closed, 1000);
     }
 
     #[test]

@@ -61,6 +61,11 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
             self.refuse(from, request, full.into());
             return;
         }
+        log::debug!(
+            "reservation waits: peer {}: {}",
+            from.peer,
+            Refused::from(full)
+        );
         self.connections.waits(from.connection, now);
         self.hurry(now);
     }
@@ -198,6 +203,9 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
         let after = self.reservations.connection(&peer);
         if let Some(connection) = before.filter(|_| before != after) {
             self.hold(End { peer, connection }, false, now);
+            if after.is_some() {
+                log::debug!("slot moved to another connection: peer {peer}");
+            }
         }
         if let Some(connection) = after {
             self.hold(End { peer, connection }, true, now);
