@@ -18,6 +18,10 @@ const PROGRAM: &str = env!("CARGO_BIN_EXE_relaylet");
 
 // ---- The service
 
+/// How large the program may get, in bytes, and how much memory it may take before anyone has come.
+const LARGEST: u64 = 6_000_000;
+const MOST_RESIDENT: u64 = 10 * 1024 * 1024;
+
 #[test]
 fn the_unit_is_valid() {
     let verify = |unit: &str| {
@@ -122,11 +126,15 @@ async fn two_containers_on_one_volume_are_one_relay() {
         .parse()
         .unwrap();
     assert_ne!(user, 0);
+    let program = fs::metadata(image.root.join("relaylet")).unwrap();
+    assert!(program.len() < LARGEST, "{} bytes", program.len());
 
     // A new volume begins as what the image has in its place.
     let volume = folder.path().join("volume");
     copy(&image.root.join("data"), &volume);
     let mut first = image.run(&volume);
+    let resident = resident(first.pid());
+    assert!(resident < MOST_RESIDENT, "{resident} bytes");
     Client::connect(&first).await.reserve().await;
     let key = fs::metadata(volume.join("relaylet.key")).unwrap();
     assert_eq!((key.uid(), key.mode() & 0o777), (user, 0o600));
@@ -139,6 +147,14 @@ async fn two_containers_on_one_volume_are_one_relay() {
     let elsewhere = folder.path().join("elsewhere");
     copy(&image.root.join("data"), &elsewhere);
     assert_ne!(image.run(&elsewhere).peer, first.peer);
+}
+
+/// How much memory a process has now, in bytes.
+fn resident(pid: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib = line.unwrap().trim().trim_end_matches(" kB");
+    kib.parse::<u64>().unwrap() * 1024
 }
 
 /// What the Dockerfile makes.
