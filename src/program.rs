@@ -17,6 +17,7 @@ mod interfaces;
 mod listener;
 pub mod muxer;
 pub mod node;
+mod observed;
 pub mod open_files;
 mod orders;
 pub mod proxies;

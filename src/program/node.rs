@@ -1,6 +1,9 @@
 //! The relay as a whole swarm: TCP, the secure channels, yamux, identify, connection limits.
 
-use std::{io, time::Duration};
+use std::{
+    io,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result};
 use ipnet::IpNet;
@@ -13,7 +16,7 @@ use libp2p::{
     futures::StreamExt,
     identify,
     identity::Keypair,
-    swarm::{self, ListenError, NetworkBehaviour, SwarmEvent},
+    swarm::{self, ConnectionId, ListenError, NetworkBehaviour, SwarmEvent},
 };
 
 #[cfg(feature = "pnet")]
@@ -22,6 +25,7 @@ use super::{
     boxed::Boxed,
     connection_limits::{ConnectionLimits, Denied, Limits},
     muxer,
+    observed::Observed,
     proxies::Proxies,
     read_ahead::ReadAhead,
     security::Security,
@@ -29,6 +33,7 @@ use super::{
     transport::Tcp,
 };
 use crate::{
+    address,
     behaviour::Behaviour,
     config::{Config, ConfigError},
     event::Event,
@@ -62,6 +67,7 @@ pub struct Node {
     swarm: Swarm<Boxed<Parts>>,
     traffic: Traffic,
     proxies: Proxies,
+    observed: Observed<ConnectionId>,
     /// What it listens on, as it was asked to.
     listeners: Vec<(ListenerId, Multiaddr)>,
     /// How many circuits of a peer the connections are made for.
@@ -128,7 +134,6 @@ impl Node {
     pub fn with_setup(keypair: Keypair, config: Config, setup: Setup) -> Result<Self> {
         let limits = setup.limits;
         let peer = keypair.public().to_peer_id();
-        let announce = config.announce.clone();
         let circuits_per_peer = config.max_circuits_per_peer;
         let streams = streams(circuits_per_peer)?;
         let budget = muxer::Budget {
@@ -168,17 +173,16 @@ impl Node {
             // A question goes out together with the name of its protocol: a round trip less, and half
             // as many packets.
             .with_substream_upgrade_protocol_override(Version::V1Lazy);
-        let mut swarm = Swarm::new(transport, Boxed::new(parts), peer, swarm_config);
-        for address in announce {
-            swarm.add_external_address(address);
-        }
-        Ok(Self {
-            swarm,
+        let mut node = Self {
+            swarm: Swarm::new(transport, Boxed::new(parts), peer, swarm_config),
             traffic,
             proxies,
+            observed: Observed::new(Instant::now()),
             listeners: Vec::new(),
             circuits_per_peer,
-        })
+        };
+        node.tell_addresses();
+        Ok(node)
     }
 
     /// Replaces the relay's configuration while it runs: [`Behaviour::set_config`].
@@ -195,16 +199,52 @@ impl Node {
             );
             return Err(ConfigError::new("max_circuits_per_peer", problem));
         }
-        let before = self.relay().config().announce.clone();
-        let after = config.announce.clone();
         self.relay_mut().set_config(config)?;
-        for address in before.iter().filter(|address| !after.contains(address)) {
+        self.tell_addresses();
+        Ok(())
+    }
+
+    /// Makes what is announced, or else what its peers agree on, the addresses at which the swarm
+    /// says it can be reached; and tells all who are connected if they are others than before.
+    fn tell_addresses(&mut self) {
+        let announced = &self.relay().config().announce;
+        let wanted = match announced.is_empty() {
+            true => self.observed.believed().to_vec(),
+            false => announced.clone(),
+        };
+        let told: Vec<_> = self.swarm.external_addresses().cloned().collect();
+        let (mut gone, mut come) = (told.clone(), wanted.clone());
+        gone.retain(|address| !wanted.contains(address));
+        come.retain(|address| !told.contains(address));
+        if gone.is_empty() && come.is_empty() {
+            return;
+        }
+        for address in &gone {
             self.swarm.remove_external_address(address);
         }
-        for address in after {
+        for address in come {
             self.swarm.add_external_address(address);
         }
-        Ok(())
+        self.push_addresses();
+    }
+
+    /// Tells all who are connected where it can be reached now. Who reserved a slot hears it with
+    /// the next renewal, too.
+    fn push_addresses(&mut self) {
+        let peers: Vec<_> = self.swarm.connected_peers().copied().collect();
+        self.swarm.behaviour_mut().identify.push(peers);
+    }
+
+    /// Whether peers agree on another address than before, and what follows.
+    fn look_at_observed(&mut self, now: Instant) {
+        // While it drains it listens nowhere, and nobody is to come.
+        if self.relay().is_draining() || !self.observed.look(now) {
+            return;
+        }
+        for address in self.observed.believed() {
+            log::info!("peers of several networks reached it at {address}");
+        }
+        self.tell_addresses();
     }
 
     /// The subnets of the proxies in front of the relay, instead of those named before.
@@ -295,7 +335,9 @@ impl Node {
     pub async fn next(&mut self) -> NodeEvent {
         loop {
             let event = self.swarm.select_next_some().await;
-            if let Some(event) = self.handle(event) {
+            let told = self.handle(event);
+            self.look_at_observed(Instant::now());
+            if let Some(event) = told {
                 return event;
             }
         }
@@ -310,11 +352,13 @@ impl Node {
                 connection_id,
                 info,
                 ..
-            })) => self.relay_mut().reported(connection_id, info.observed_addr),
+            })) => self.reported(connection_id, info.observed_addr),
             SwarmEvent::NewListenAddr { address, .. } => {
+                self.listening_changed(&address);
                 return Some(NodeEvent::Listening(address));
             }
             SwarmEvent::ExpiredListenAddr { address, .. } => {
+                self.listening_changed(&address);
                 return Some(NodeEvent::NotListening(address));
             }
             SwarmEvent::ListenerClosed { addresses, .. } => {
@@ -352,9 +396,12 @@ impl Node {
             SwarmEvent::ConnectionClosed {
                 peer_id,
                 connection_id,
+                endpoint,
                 cause,
                 ..
             } => {
+                let from = endpoint.get_remote_address();
+                self.observed.closed(connection_id, from, Instant::now());
                 let cause = cause.map_or("closed by the relay".into(), |cause| cause.to_string());
                 log::debug!("connection {connection_id} closed: peer {peer_id}: {cause}");
                 return Some(NodeEvent::ConnectionClosed);
@@ -362,6 +409,27 @@ impl Node {
             _ => {}
         }
         None
+    }
+
+    /// A peer says under which address it reached the relay.
+    fn reported(&mut self, connection: ConnectionId, address: Multiaddr) {
+        let (peer, now) = (self.peer_id(), Instant::now());
+        let relay = &self.swarm.behaviour().relay;
+        if let Some(up) = relay.connections().get(connection) {
+            let listening = self.swarm.listeners();
+            self.observed
+                .say(connection, &up.remote, &address, peer, listening, now);
+        }
+        self.relay_mut().reported(connection, address);
+    }
+
+    /// The machine has an address more, or one less.
+    fn listening_changed(&mut self, address: &Multiaddr) {
+        // Those of its containers come and go, and are of no use to a client: not worth waking
+        // every phone.
+        if address::is_global(address) {
+            self.push_addresses();
+        }
     }
 }
 
