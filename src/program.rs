@@ -1,6 +1,7 @@
 //! What makes the relay a program: flags, key file, sockets, signals. Each part in a file of its
 //! own; none of it is compiled without the feature `program`, nor an optional part without its own:
-//! `http` for what is shown over HTTP, `pnet` for private networks.
+//! `http` for what is shown over HTTP, `pnet` for private networks, `websocket` for what browsers
+//! connect over.
 
 mod boxed;
 mod command_line;
@@ -55,3 +56,12 @@ pub mod swarm_key;
 mod unwatched;
 #[cfg(feature = "http")]
 mod watch;
+
+#[cfg(feature = "websocket")]
+pub mod certificate;
+#[cfg(feature = "websocket")]
+mod certificates;
+#[cfg(not(feature = "websocket"))]
+mod uncertified;
+#[cfg(feature = "websocket")]
+mod websocket;

@@ -28,6 +28,10 @@ const FLAGS: &[(&str, &str)] = &[
     ("--listen", "/ip4/0.0.0.0/udp/4001"),
     ("--announce", "/ip4/0.0.0.0/tcp/4001"),
     ("--proxy-protocol-from", "10.0.0.1/8"),
+    #[cfg(feature = "websocket")]
+    ("--tls-cert", "without-its-key.pem"),
+    #[cfg(feature = "websocket")]
+    ("--tls-key", "without-its-certificate.pem"),
     ("--identity", "/"),
     ("--max-reservations", "0"),
     ("--max-reservations-per-ip", "some"),
@@ -66,7 +70,7 @@ const FLAGS: &[(&str, &str)] = &[
 
 #[test]
 fn a_bad_flag_is_one_line_that_names_it() {
-    for (flag, value) in FLAGS.iter().copied() {
+    for &(flag, value) in FLAGS {
         // With `=`, because -1 would look like a flag of its own.
         let line = refused(&[&format!("{flag}={value}")], &[]);
         assert!(line.contains(flag), "{flag} {value}: {line}");
@@ -82,7 +86,7 @@ fn a_bad_flag_is_one_line_that_names_it() {
 
 #[test]
 fn each_flag_is_in_the_environment_too() {
-    for (flag, value) in FLAGS.iter().copied() {
+    for &(flag, value) in FLAGS {
         let name = flag
             .trim_start_matches("--")
             .replace('-', "_")

@@ -75,6 +75,13 @@ impl Flags {
                 "{flag} needs a value; see relaylet --help"
             )));
         }
+        for (name, _) in settings::LEFT_OUT {
+            let place = variable_of(name);
+            if variable(&place).is_some() {
+                let why = settings::left_out(name).unwrap_or_default();
+                return Err(Stop::Usage(format!("{place}: {why}")));
+            }
+        }
         let mut origins = Vec::new();
         let environment = of_environment(&known, variable);
         add(environment, &mut arguments, &mut origins).map_err(Stop::Usage)?;
@@ -114,7 +121,7 @@ fn of_environment(known: &[Known], variable: impl Fn(&str) -> Option<OsString>) 
         kind: Kind::One,
     };
     let given = |known: &Known| {
-        let place = format!("RELAYLET_{}", known.name.replace('-', "_").to_uppercase());
+        let place = variable_of(known.name);
         let value = variable(&place)?;
         let flag = match known.kind {
             Kind::One if value.is_empty() => return None,
@@ -134,6 +141,11 @@ fn of_environment(known: &[Known], variable: impl Fn(&str) -> Option<OsString>) 
         })
     };
     known.iter().chain([&config]).filter_map(given).collect()
+}
+
+/// The setting's name in the environment.
+fn variable_of(name: &str) -> String {
+    format!("RELAYLET_{}", name.replace('-', "_").to_uppercase())
 }
 
 fn of_file(file: &Path, known: &[Known]) -> Result<Vec<Given>, String> {
@@ -221,7 +233,9 @@ fn stop(error: Error) -> Stop {
         ErrorKind::VersionDisplayed => return Stop::Asked(error.message),
         _ => {}
     }
-    Stop::Usage(first_line(&error))
+    let unknown = error.info.iter().flatten();
+    let mut left_out = unknown.filter_map(|flag| settings::left_out(flag));
+    Stop::Usage(left_out.next().unwrap_or_else(|| first_line(&error)))
 }
 
 fn first_line(error: &Error) -> String {

@@ -8,7 +8,7 @@ use toml::{
     de::{DeTable, DeValue},
 };
 
-use super::settings::{Kind, Known};
+use super::settings::{Kind, Known, left_out};
 
 /// A setting of a file, or one value of a list, as the flag that says the same.
 #[derive(Debug, PartialEq, Eq)]
@@ -120,6 +120,9 @@ fn plain(value: &DeValue<'_>) -> Option<String> {
 }
 
 fn unknown(name: &str, known: &[Known]) -> String {
+    if let Some(why) = left_out(name) {
+        return why;
+    }
     let names = known.iter().map(|known| known.name);
     match names.min_by_key(|known| strsim::damerau_levenshtein(name, known)) {
         Some(nearest) => format!("{name}: there is no such setting; try {nearest}"),

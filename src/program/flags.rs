@@ -2,7 +2,7 @@
 
 #[cfg(feature = "http")]
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use bytesize::ByteSize;
 use humantime::Duration;
@@ -13,7 +13,9 @@ use structopt::{StructOpt, clap::AppSettings};
 use super::{
     command_line::{Origin, in_flags},
     connection_limits::Limits,
-    node, threads, transport, values,
+    node, threads,
+    transport::{self, Layer},
+    values,
 };
 use crate::{
     access::{Lists, subnets_make_sense},
@@ -49,7 +51,8 @@ pub struct Flags {
 
     /// Address to listen on; may be given several times
     ///
-    /// [default: /ip4/0.0.0.0/tcp/4001 and /ip6/::/tcp/4001]
+    /// Browsers want WebSocket, on a port of its own: /ip4/0.0.0.0/tcp/4002/ws, or /tls/ws in place
+    /// of /ws with --tls-cert. [default: /ip4/0.0.0.0/tcp/4001 and /ip6/::/tcp/4001]
     #[structopt(
         long,
         value_name = "MULTIADDR",
@@ -77,6 +80,18 @@ pub struct Flags {
         parse(try_from_str = values::subnet)
     )]
     pub proxy_protocol_from: Vec<IpNet>,
+
+    /// Certificate that /tls/ws shows, its issuers' behind it, in PEM
+    ///
+    /// Read again when the file changes, and on SIGHUP.
+    #[cfg(feature = "websocket")]
+    #[structopt(long, value_name = "FILE", parse(from_os_str))]
+    pub tls_cert: Option<PathBuf>,
+
+    /// The private key of --tls-cert, in PEM
+    #[cfg(feature = "websocket")]
+    #[structopt(long, value_name = "FILE", parse(from_os_str))]
+    pub tls_key: Option<PathBuf>,
 
     /// The relay's private key; made on the first run
     #[structopt(
@@ -421,16 +436,51 @@ impl Flags {
                 "--threads {asked}: try 1 to {most}, or leave it out"
             ));
         }
-        match self
-            .listen
-            .iter()
-            .find(|a| transport::listen_address(a).is_none())
-        {
-            Some(address) => Err(format!(
-                "--listen {address}: this relay listens on TCP; try /ip4/0.0.0.0/tcp/4001"
-            )),
-            None => Ok(()),
+        self.has_a_whole_certificate()?;
+        for address in &self.listen {
+            let supported = match transport::listen_address(address) {
+                Some((_, Layer::Tcp)) => true,
+                Some((_, Layer::WebSocket)) => cfg!(feature = "websocket"),
+                Some((_, Layer::SecureWebSocket)) => self.has_certificate(),
+                None => false,
+            };
+            if !supported {
+                let problem = transport::unsupported(address);
+                return Err(format!("--listen {address}: {problem}"));
+            }
         }
+        Ok(())
+    }
+
+    fn has_a_whole_certificate(&self) -> Result<(), String> {
+        match self.certificate_files() {
+            (Some(cert), None) => Err(format!(
+                "--tls-cert {}: has no use without its private key; name that with --tls-key",
+                cert.display()
+            )),
+            (None, Some(key)) => Err(format!(
+                "--tls-key {}: has no use without its certificate; name that with --tls-cert",
+                key.display()
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether it has a certificate to show.
+    pub fn has_certificate(&self) -> bool {
+        self.certificate_files().0.is_some()
+    }
+
+    /// The certificate's file, and its key's.
+    #[cfg(feature = "websocket")]
+    pub fn certificate_files(&self) -> (Option<&Path>, Option<&Path>) {
+        (self.tls_cert.as_deref(), self.tls_key.as_deref())
+    }
+
+    /// There are none.
+    #[cfg(not(feature = "websocket"))]
+    pub fn certificate_files(&self) -> (Option<&Path>, Option<&Path>) {
+        (None, None)
     }
 }
 
@@ -490,6 +540,19 @@ mod tests {
         assert_eq!(flags.listen.len(), 3);
     }
 
+    #[cfg(feature = "websocket")]
+    #[test]
+    fn websocket_is_listened_on_beside_tcp_and_in_tls_with_a_certificate() {
+        let tcp = "/ip4/0.0.0.0/tcp/4001";
+        let beside = format!("--listen={tcp},/ip4/0.0.0.0/tcp/4002/ws");
+        assert_eq!(read(&[&beside]).unwrap().listen.len(), 2);
+        for address in ["/ip6/::/tcp/443/tls/ws", "/ip4/0.0.0.0/tcp/443/wss"] {
+            let certificate = ["--tls-cert", "cert.pem", "--tls-key", "key.pem"];
+            let arguments = [&["--listen", address][..], &certificate].concat();
+            assert_eq!(read(&arguments).unwrap().listen.len(), 1);
+        }
+    }
+
     #[test]
     fn what_makes_no_sense_is_one_line_that_names_the_flag() {
         for (arguments, flag) in [
@@ -529,7 +592,24 @@ mod tests {
             (&["--probe", "4s"], "--probe"),
             (&["--heartbeat", "1m"], "--silence"),
             (&["--listen", "/ip4/0.0.0.0/udp/4001"], "--listen"),
-            (&["--listen", "/ip4/0.0.0.0/tcp/4001/ws"], "--listen"),
+            (&["--listen", "/ip4/0.0.0.0/tcp/4001/ws/ws"], "--listen"),
+            (&["--listen", "/ip4/0.0.0.0/tcp/4001/tls"], "--listen"),
+            (&["--listen", "/dns4/example.org/tcp/4001/ws"], "--listen"),
+            (&["--listen", "/ip4/0.0.0.0/tcp/4001/tls/ws"], "tls"),
+            (&["--listen", "/ip4/0.0.0.0/tcp/4001/wss"], "--listen"),
+            #[cfg(feature = "websocket")]
+            (&["--listen", "/ip4/0.0.0.0/tcp/4001/tls/ws"], "--tls-cert"),
+            #[cfg(feature = "websocket")]
+            (&["--tls-cert", "cert.pem"], "--tls-key"),
+            #[cfg(feature = "websocket")]
+            (&["--tls-key", "key.pem"], "--tls-cert"),
+            #[cfg(not(feature = "websocket"))]
+            (
+                &["--listen", "/ip4/0.0.0.0/tcp/4001/ws"],
+                "feature websocket",
+            ),
+            #[cfg(not(feature = "websocket"))]
+            (&["--tls-cert", "cert.pem"], "feature websocket"),
             (&["--listen", "127.0.0.1:4001"], "--listen"),
             (&["--announce", "/ip4/0.0.0.0/tcp/4001"], "--announce"),
             (&["--circuit-bites", "1"], "--circuit-bites"),

@@ -5,6 +5,7 @@ use std::{net::IpAddr, time::Duration};
 use bytesize::ByteSize;
 use libp2p::{Multiaddr, PeerId};
 
+use super::transport::{self, Layer};
 use crate::{access::Lists, address, config::Config};
 
 /// For whom it relays, and how much.
@@ -40,7 +41,8 @@ fn circuits_carry(bytes: u64, duration: Duration) -> String {
     }
 }
 
-/// What clients dial: the first address that is announced, else the best of those found, if any.
+/// What clients dial: the first address that is announced, else the best of those found, if any;
+/// and then what browsers dial, if that is another.
 ///
 /// Of several in one network that is the one with which the machine itself goes `out`, because
 /// machines have others for their containers; and rather IPv4.
@@ -49,30 +51,67 @@ pub fn reached_at(
     announced: &[Multiaddr],
     found: &[Multiaddr],
     out: Option<IpAddr>,
-) -> Option<String> {
-    let for_whom = |address: &Multiaddr| match address::ip(address) {
-        _ if address::is_global(address) => "clients",
-        Some(ip) if ip.is_loopback() => "clients on this machine",
-        _ => "clients in the same network",
+) -> Vec<String> {
+    let reach = |who: &str, address: &Multiaddr| {
+        let address = address.clone().with_p2p(relay).ok()?;
+        Some(format!("{who} reach it at {address}"))
     };
-    let (clients, best) = match announced.first() {
-        Some(address) => ("clients", address),
-        None => found
-            .iter()
-            .map(|address| (for_whom(address), address))
-            .min_by_key(|(clients, address)| {
-                let ip = address::ip(address);
-                let itself = clients.ends_with("machine");
-                (
-                    itself,
-                    *clients != "clients",
-                    ip != out,
-                    ip.is_none_or(|ip| ip.is_ipv6()),
-                )
-            })?,
+    if let Some(address) = announced.first() {
+        return reach("clients", address).into_iter().collect();
+    }
+    let over = |layer| {
+        let of_layer = move |address: &&Multiaddr| layer_of(address) == Some(layer);
+        best(found.iter().filter(of_layer), out)
     };
-    let best = best.clone().with_p2p(relay).ok()?;
-    Some(format!("{clients} reach it at {best}"))
+    let websocket = over(Layer::WebSocket);
+    let tcp = over(Layer::Tcp);
+    let clients = tcp
+        .or(websocket)
+        .and_then(|(address, whose)| reach(&format!("clients{whose}"), address));
+    let browsers = match (websocket, over(Layer::SecureWebSocket)) {
+        (Some((address, whose)), _) if tcp.is_some() => reach(&format!("browsers{whose}"), address),
+        (None, Some((address, _))) => by_name(address),
+        _ => None,
+    };
+    clients.into_iter().chain(browsers).collect()
+}
+
+fn layer_of(address: &Multiaddr) -> Option<Layer> {
+    transport::listen_address(address).map(|(_, layer)| layer)
+}
+
+/// The best of these addresses, and in which network clients have to be for it.
+fn best<'a>(
+    addresses: impl Iterator<Item = &'a Multiaddr>,
+    out: Option<IpAddr>,
+) -> Option<(&'a Multiaddr, &'static str)> {
+    let whose = |address: &Multiaddr| match address::ip(address) {
+        _ if address::is_global(address) => "",
+        Some(ip) if ip.is_loopback() => " on this machine",
+        _ => " in the same network",
+    };
+    addresses
+        .map(|address| (address, whose(address)))
+        .min_by_key(|(address, whose)| {
+            let ip = address::ip(address);
+            let itself = whose.ends_with("machine");
+            (
+                itself,
+                !whose.is_empty(),
+                ip != out,
+                ip.is_none_or(|ip| ip.is_ipv6()),
+            )
+        })
+}
+
+/// A certificate is for a name, which only the operator knows.
+fn by_name(address: &Multiaddr) -> Option<String> {
+    let (socket, _) = transport::listen_address(address)?;
+    let port = socket.port();
+    Some(format!(
+        "browsers reach it at the name in its certificate; announce that: --announce \
+         /dns4/…/tcp/{port}/tls/ws"
+    ))
 }
 
 /// That strangers cannot reach it, if they cannot.
@@ -153,10 +192,44 @@ mod tests {
         ] {
             let (announced, found) = (addresses(announced), addresses(found));
             let expected = format!("{clients} reach it at {best}/p2p/{relay}");
-            assert_eq!(reached_at(relay, &announced, &found, out), Some(expected));
+            assert_eq!(reached_at(relay, &announced, &found, out), [expected]);
             let warned = unreachable(&announced, &found).is_some();
             assert_eq!(warned, clients != "clients");
         }
-        assert_eq!(reached_at(relay, &[], &[], out), None);
+        assert!(reached_at(relay, &[], &[], out).is_empty());
+    }
+
+    #[test]
+    fn browsers_have_an_address_of_their_own_to_paste() {
+        let relay = PeerId::random();
+        let out = Some([192, 168, 1, 7].into());
+        let itself = "/ip4/127.0.0.1/tcp/4002/ws";
+        let home = "/ip4/192.168.1.7/tcp/4002/ws";
+        let tcp = "/ip4/192.168.1.7/tcp/4001";
+        let secure = "/ip4/192.168.1.7/tcp/4003/tls/ws";
+        let line = |who: &str, address: &str| format!("{who} reach it at {address}/p2p/{relay}");
+        let named = "browsers reach it at the name in its certificate; announce that: --announce \
+                     /dns4/…/tcp/4003/tls/ws";
+        for (found, expected) in [
+            (
+                &[itself, tcp, secure, home][..],
+                vec![
+                    line("clients in the same network", tcp),
+                    line("browsers in the same network", home),
+                ],
+            ),
+            (&[itself], vec![line("clients on this machine", itself)]),
+            (
+                &[tcp, secure],
+                vec![line("clients in the same network", tcp), named.into()],
+            ),
+            (&[secure], vec![named.into()]),
+        ] {
+            let found = addresses(found);
+            assert_eq!(reached_at(relay, &[], &found, out), expected);
+            let announced = addresses(&[secure]);
+            let announced_line = line("clients", secure);
+            assert_eq!(reached_at(relay, &announced, &found, out), [announced_line]);
+        }
     }
 }

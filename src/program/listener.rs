@@ -48,7 +48,7 @@ pub(super) enum News {
 
 /// A connection that nobody was told of yet.
 pub(super) struct Accepted {
-    listener: ListenerId,
+    pub(super) listener: ListenerId,
     pub(super) stream: TcpStream,
     local: SocketAddr,
     pub(super) remote: SocketAddr,
@@ -129,6 +129,10 @@ impl Listener {
 
     pub(super) fn id(&self) -> ListenerId {
         self.id
+    }
+
+    pub(super) fn is_closed(&self) -> bool {
+        self.closed
     }
 
     pub(super) fn close(&mut self) {

@@ -1,4 +1,4 @@
-//! The relay as a whole swarm: TCP, the secure channels, yamux, identify, connection limits.
+//! The relay as a whole swarm: TCP and WebSocket, the secure channels, yamux, identify, connection limits.
 
 use std::{
     io,
@@ -30,7 +30,12 @@ use super::{
     read_ahead::ReadAhead,
     security::Security,
     traffic::Traffic,
-    transport::Tcp,
+    transport::{self, Tcp},
+};
+#[cfg(feature = "websocket")]
+use super::{
+    certificate::Certificate,
+    websocket::{Presented, UntilEnd, WebSocket},
 };
 use crate::{
     address,
@@ -68,6 +73,8 @@ pub struct Node {
     traffic: Traffic,
     proxies: Proxies,
     observed: Observed<ConnectionId>,
+    #[cfg(feature = "websocket")]
+    presented: Presented,
     /// What it listens on, as it was asked to.
     listeners: Vec<(ListenerId, Multiaddr)>,
     /// How many circuits of a peer the connections are made for.
@@ -141,9 +148,16 @@ impl Node {
             outbound: streams,
         };
         let traffic = Traffic::default();
-        let proxies = Proxies::default();
-        let transport = Tcp::new(traffic.clone(), proxies.clone(), limits.max_handshakes)
-            .map(|stream, _| ReadAhead::new(stream));
+        let proxies = Proxies::new(limits.max_handshakes);
+        let tcp =
+            || Tcp::new(traffic.clone(), proxies.clone()).map(|stream, _| ReadAhead::new(stream));
+        let transport = tcp();
+        #[cfg(feature = "websocket")]
+        let presented = Presented::default();
+        #[cfg(feature = "websocket")]
+        let transport = transport.or_transport(
+            WebSocket::over(tcp(), presented.clone()).map(|stream, _| UntilEnd::new(stream)),
+        );
         #[cfg(feature = "pnet")]
         let transport =
             transport.and_then(move |stream, _| swarm_key::enter(setup.swarm_key, stream));
@@ -178,6 +192,8 @@ impl Node {
             traffic,
             proxies,
             observed: Observed::new(Instant::now()),
+            #[cfg(feature = "websocket")]
+            presented,
             listeners: Vec::new(),
             circuits_per_peer,
         };
@@ -256,6 +272,14 @@ impl Node {
         self.proxies.set(subnets);
     }
 
+    /// The certificate that connections to `/tls/ws` see from now on; those that are open stay.
+    ///
+    /// Without one [`Node::listen_on`] takes no such address.
+    #[cfg(feature = "websocket")]
+    pub fn set_certificate(&mut self, certificate: Certificate) {
+        self.presented.set(certificate);
+    }
+
     /// Who the relay is.
     pub fn peer_id(&self) -> PeerId {
         *self.swarm.local_peer_id()
@@ -276,14 +300,16 @@ impl Node {
         self.swarm.listeners()
     }
 
-    /// Listens on an address: `/ip4/…/tcp/…` or `/ip6/…/tcp/…`.
+    /// Listens on an address: `/ip4/…/tcp/…` or `/ip6/…/tcp/…`, with `/ws` or `/tls/ws` behind it
+    /// for WebSocket.
     ///
     /// Port 0 stands for any free one, `0.0.0.0` and `::` for all addresses of the machine; what
     /// comes of it is told as [`NodeEvent::Listening`].
     ///
     /// # Errors
     ///
-    /// When the socket cannot be bound, or the address is no TCP address.
+    /// When the socket cannot be bound, or the address is no such address; and when it is `/tls/ws`,
+    /// and there is no certificate.
     pub fn listen_on(&mut self, address: Multiaddr) -> io::Result<()> {
         match self.swarm.listen_on(address.clone()) {
             Ok(id) => {
@@ -291,9 +317,9 @@ impl Node {
                 Ok(())
             }
             Err(TransportError::Other(error)) => Err(error),
-            Err(TransportError::MultiaddrNotSupported(_)) => Err(io::Error::new(
+            Err(TransportError::MultiaddrNotSupported(address)) => Err(io::Error::new(
                 io::ErrorKind::Unsupported,
-                "this relay listens on TCP; try /ip4/0.0.0.0/tcp/4001",
+                transport::unsupported(&address),
             )),
         }
     }
@@ -463,6 +489,25 @@ mod tests {
     use libp2p::swarm::{THandler, THandlerOutEvent};
 
     use super::*;
+
+    /// What a plain connection carries around for there being others.
+    #[cfg(feature = "websocket")]
+    #[test]
+    fn a_connection_over_tcp_is_as_small_as_without_websocket() {
+        use libp2p::{
+            core::{ConnectedPoint, transport::map::Map},
+            futures::future::Either,
+        };
+
+        type Socket = <Tcp as Transport>::Output;
+        type Plain = ReadAhead<Socket>;
+        type Below = Map<Tcp, fn(Socket, ConnectedPoint) -> Plain>;
+        type OverWebSocket = UntilEnd<<WebSocket<Below> as Transport>::Output>;
+        assert_eq!(
+            size_of::<Either<Plain, OverWebSocket>>(),
+            size_of::<Plain>()
+        );
+    }
 
     /// A connection has it once, on the heap, and nearly all of it is identify's.
     #[test]

@@ -3,7 +3,10 @@
 use std::{
     io,
     net::{IpAddr, SocketAddr},
-    sync::{Arc, PoisonError, RwLock},
+    sync::{
+        Arc, PoisonError, RwLock,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
@@ -19,20 +22,57 @@ use super::{
 /// again.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The subnets that proxies are in. Clones share them.
-#[derive(Clone, Debug, Default)]
-pub struct Proxies(Arc<RwLock<Vec<IpNet>>>);
+/// The subnets that proxies are in, and how many of their connections wait for a header. Clones
+/// share both.
+#[derive(Clone, Debug)]
+pub struct Proxies {
+    subnets: Arc<RwLock<Vec<IpNet>>>,
+    introductions: Arc<AtomicUsize>,
+    most_introductions: usize,
+}
+
+/// A connection's place among those that wait for a header, given back when it is dropped.
+#[derive(Debug)]
+pub struct Introduction(Arc<AtomicUsize>);
+
+impl Drop for Introduction {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
 
 impl Proxies {
+    /// No proxies yet; when there are, so many of their connections may wait for a header.
+    pub fn new(most_introductions: usize) -> Self {
+        Self {
+            subnets: Arc::default(),
+            introductions: Arc::default(),
+            most_introductions,
+        }
+    }
+
+    /// A place to wait for a header.
+    ///
+    /// # Errors
+    ///
+    /// When as many wait as may.
+    pub fn introduce(&self) -> Result<Introduction, Denied> {
+        let one_more = |waiting: usize| (waiting < self.most_introductions).then_some(waiting + 1);
+        self.introductions
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more)
+            .map(|_| Introduction(Arc::clone(&self.introductions)))
+            .map_err(|_| Denied::Handshakes)
+    }
+
     /// From now on the proxies are in these.
     pub fn set(&self, subnets: Vec<IpNet>) {
-        *self.0.write().unwrap_or_else(PoisonError::into_inner) = subnets;
+        *self.subnets.write().unwrap_or_else(PoisonError::into_inner) = subnets;
     }
 
     /// Whether a connection from here has a header in front.
     pub fn include(&self, ip: IpAddr) -> bool {
         let ip = ip.to_canonical();
-        let subnets = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        let subnets = self.subnets.read().unwrap_or_else(PoisonError::into_inner);
         subnets.iter().any(|subnet| subnet.contains(&ip))
     }
 }

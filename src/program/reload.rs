@@ -29,11 +29,18 @@ impl Settings {
         self.now.drain
     }
 
+    /// What holds now.
+    pub fn now(&self) -> &Flags {
+        &self.now
+    }
+
     /// Reads flags, environment and file once more, and has the node follow. What is wrong is told,
     /// and changes nothing.
     pub fn read_again(&mut self, node: &mut Node) {
         if self.now.config.is_none() {
-            log::warn!("SIGHUP: there is no file to read again; name one with --config");
+            if !self.now.has_certificate() {
+                log::warn!("SIGHUP: there is no file to read again; name one with --config");
+            }
             return;
         }
         match Flags::of_process() {

@@ -22,8 +22,12 @@ use libp2p::{
 };
 use log::LevelFilter;
 
+#[cfg(feature = "websocket")]
+use super::certificates::Certificates;
 #[cfg(feature = "pnet")]
 use super::swarm_key;
+#[cfg(not(feature = "websocket"))]
+use super::uncertified::Certificates;
 #[cfg(not(feature = "http"))]
 use super::unwatched::Watch;
 #[cfg(feature = "http")]
@@ -46,8 +50,9 @@ const SETTLED: Duration = Duration::from_millis(500);
 /// How often the log says what was refused, and what came back.
 const MINUTE: Duration = Duration::from_secs(60);
 
-/// What logs as errors what any stranger can provoke, and so has to be asked for by its name.
-const TOO_LOUD: [&str; 1] = ["yamux"];
+/// What logs as errors or warnings what any stranger can provoke, and so has to be asked for by its
+/// name. soketto is WebSocket.
+const TOO_LOUD: [&str; 2] = ["soketto", "yamux"];
 
 /// Something in the command line that makes no sense.
 #[derive(Debug)]
@@ -113,6 +118,7 @@ async fn run(flags: &Flags) -> Result<()> {
         let file = file.display();
         log::info!("new identity in {file}: keep that file, clients know the relay by it");
     }
+    let mut certificates = Certificates::start(flags, &mut node)?;
     listen(&mut node, flags)?;
     let mut watch = Watch::start(flags, &node)?;
     log::info!("{}", greeting::relays(&flags.config()));
@@ -166,7 +172,10 @@ async fn run(flags: &Flags) -> Result<()> {
                             log::error!("{name}: still draining, for it cannot listen: {error}");
                         }
                     },
-                    Some(Order::Reload) => settings.read_again(&mut node),
+                    Some(Order::Reload) => {
+                        settings.read_again(&mut node);
+                        certificates.read_again(settings.now(), &mut node);
+                    }
                     None => {}
                 }
             }
@@ -176,6 +185,7 @@ async fn run(flags: &Flags) -> Result<()> {
             }
             // Before what happens: that never stops on a busy relay.
             () = watch.due().fuse() => watch.look(&node, node.relay().is_draining()),
+            () = certificates.due().fuse() => certificates.look(&mut node),
             () = settled => tell_where(&node, &flags.announce),
             () = (&mut minute).fuse() => {
                 minute.reset(MINUTE);
@@ -233,12 +243,13 @@ fn listen(node: &mut Node, flags: &Flags) -> Result<()> {
 /// Whether the machine has this kind of address at all: IPv6 may be switched off.
 fn machine_has(address: &Multiaddr) -> bool {
     let bound = transport::listen_address(address)
-        .is_some_and(|address| TcpListener::bind((address.ip(), 0)).is_ok());
+        .is_some_and(|(socket, _)| TcpListener::bind((socket.ip(), 0)).is_ok());
     bound && has_family(address)
 }
 
 fn has_family(address: &Multiaddr) -> bool {
-    transport::listen_address(address).is_none_or(|address| interfaces::has_one_like(address.ip()))
+    transport::listen_address(address)
+        .is_none_or(|(socket, _)| interfaces::has_one_like(socket.ip()))
 }
 
 fn usage_if_config(flags: &Flags, error: anyhow::Error) -> anyhow::Error {
@@ -273,7 +284,7 @@ fn say(text: &str) {
 fn tell_where(node: &Node, announce: &[Multiaddr]) {
     let found: Vec<_> = node.listeners().cloned().collect();
     let out = interfaces::way_out();
-    if let Some(line) = greeting::reached_at(node.peer_id(), announce, &found, out) {
+    for line in greeting::reached_at(node.peer_id(), announce, &found, out) {
         log::info!("{line}");
     }
     for address in announce.iter().skip(1) {

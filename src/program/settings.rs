@@ -22,6 +22,27 @@ const AT_START: [&str; 9] = [
     "max-circuits-per-peer",
 ];
 
+/// The settings of features that the program was built without, and those features.
+pub const LEFT_OUT: &[(&str, &str)] = &[
+    #[cfg(not(feature = "http"))]
+    ("http", "http"),
+    #[cfg(not(feature = "pnet"))]
+    ("swarm-key", "pnet"),
+    #[cfg(not(feature = "websocket"))]
+    ("tls-cert", "websocket"),
+    #[cfg(not(feature = "websocket"))]
+    ("tls-key", "websocket"),
+];
+
+/// Why there is no setting of this name, if it is one of those.
+pub fn left_out(name: &str) -> Option<String> {
+    let mut all = LEFT_OUT.iter();
+    let (name, feature) = all.find(|(own, _)| *own == name.trim_start_matches("--"))?;
+    Some(format!(
+        "{name}: this relay was built without it; build it with the feature {feature}"
+    ))
+}
+
 impl Flags {
     /// All settings as they hold, in the order of the flags.
     pub fn settings(&self) -> Vec<Setting> {
@@ -34,6 +55,10 @@ impl Flags {
             set("listen", list(&listen)).unless(listen_is_set),
             set("announce", list(&self.announce)),
             set("proxy-protocol-from", list(&self.proxy_protocol_from)),
+            #[cfg(feature = "websocket")]
+            optional("tls-cert", self.tls_cert.as_ref().map(|f| f.display())),
+            #[cfg(feature = "websocket")]
+            optional("tls-key", self.tls_key.as_ref().map(|f| f.display())),
             set("identity", text(&identity)),
             set("max-reservations", number(self.max_reservations)),
             set("max-reservations-per-ip", number(per_ip))
@@ -152,7 +177,7 @@ fn set(name: &'static str, value: Value) -> Setting {
 }
 
 /// One that nothing stands for while it is not set.
-#[cfg(any(feature = "http", feature = "pnet"))]
+#[cfg(any(feature = "http", feature = "pnet", feature = "websocket"))]
 fn optional(name: &'static str, value: Option<impl Display>) -> Setting {
     let is_set = value.is_some();
     let value = value.map_or(String::new(), |value| value.to_string());

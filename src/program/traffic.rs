@@ -15,7 +15,7 @@ use std::{
 
 use libp2p::core::ConnectedPoint;
 
-use super::transport::socket_address;
+use super::transport::remote_address;
 use crate::signs::{Heard, Signs};
 
 /// The counters of connections that were not claimed yet.
@@ -55,6 +55,7 @@ impl Traffic {
 
     /// The counter of the connection between these two ends, unless there are several.
     pub fn claim(&self, endpoint: &ConnectedPoint) -> Option<Signs> {
+        let socket_address = |address| remote_address(address).map(|(socket, _)| socket);
         let ends = match endpoint {
             ConnectedPoint::Dialer { address, .. } => (None, socket_address(address)?),
             ConnectedPoint::Listener {
@@ -131,6 +132,22 @@ mod tests {
         assert!(traffic.claim(&here).is_none());
         drop(counted);
         assert_eq!(traffic.unclaimed(), 0);
+    }
+
+    #[test]
+    fn what_runs_over_a_connection_does_not_hide_it() {
+        let traffic = Traffic::default();
+        for layer in ["/ws", "/tls/ws", "/wss"] {
+            let (local, remote) = (
+                "192.0.2.1:1".parse().unwrap(),
+                "192.0.2.2:2".parse().unwrap(),
+            );
+            let counted = traffic.count((), Some(local), remote);
+            let (local, remote) = ("/ip4/192.0.2.1/tcp/1", "/ip4/192.0.2.2/tcp/2");
+            let over = connection(&format!("{local}{layer}"), &format!("{remote}{layer}"));
+            assert!(traffic.claim(&over).is_some(), "{layer}");
+            drop(counted);
+        }
     }
 
     #[test]

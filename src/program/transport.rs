@@ -1,5 +1,7 @@
 //! async-std TCP under libp2p: dialing, who connects, and the options of a socket.
 //!
+//! WebSocket runs over a TCP of its own (`websocket.rs`); what both listen on is told apart here.
+//!
 //! Whose connection it is, a proxy says before anyone else sees it: the limits that turn away
 //! whoever has too many decide by that.
 //!
@@ -27,9 +29,8 @@ use libp2p::{
 use socket2::{SockRef, TcpKeepalive};
 
 use super::{
-    connection_limits::Denied,
     listener::{Accepted, Listener, News},
-    proxies::{self, Proxies},
+    proxies::{self, Introduction, Proxies},
     traffic::{Counted, Traffic},
 };
 
@@ -51,22 +52,26 @@ pub struct Tcp {
     listeners: SelectAll<Listener>,
     traffic: Traffic,
     proxies: Proxies,
-    /// Connections of proxies that have not said yet whom they bring, and how many there may be.
+    /// Connections of proxies that have not said yet whom they bring.
     introductions: FuturesUnordered<BoxFuture<'static, (Accepted, io::Result<SocketAddr>)>>,
-    most_introductions: usize,
 }
 
 impl Tcp {
-    /// TCP that counts what comes in on each connection in `traffic`, and believes `proxies`, so
-    /// many at a time.
-    pub fn new(traffic: Traffic, proxies: Proxies, most_introductions: usize) -> Self {
+    /// TCP that counts what comes in on each connection in `traffic`, and believes `proxies`.
+    pub fn new(traffic: Traffic, proxies: Proxies) -> Self {
         Self {
             listeners: SelectAll::new(),
             traffic,
             proxies,
             introductions: FuturesUnordered::new(),
-            most_introductions,
         }
+    }
+
+    /// Whether there is still such a listener. Nobody is told of connections of one that is closed,
+    /// and libp2p's WebSocket panics over them.
+    fn listens(&self, id: ListenerId) -> bool {
+        let mut listeners = self.listeners.iter();
+        listeners.any(|listener| listener.id() == id && !listener.is_closed())
     }
 
     /// Takes a connection, if it is a client's. A proxy is asked first whose it is.
@@ -75,11 +80,12 @@ impl Tcp {
         if !self.proxies.include(remote.ip()) {
             return Some(accepted.incoming(&self.traffic, Ok(remote)));
         }
-        if self.introductions.len() >= self.most_introductions {
-            let full = Err(Denied::Handshakes.into());
-            return Some(accepted.incoming(&self.traffic, full));
-        }
+        let room = match self.proxies.introduce() {
+            Ok(room) => room,
+            Err(full) => return Some(accepted.incoming(&self.traffic, Err(full.into()))),
+        };
         let introduction = async move {
+            let _room: Introduction = room;
             let client = proxies::client_of(&accepted.stream).await;
             let client = client.map(|client| client.unwrap_or(remote));
             (accepted, client)
@@ -100,7 +106,7 @@ impl Transport for Tcp {
         id: ListenerId,
         address: Multiaddr,
     ) -> Result<(), TransportError<io::Error>> {
-        let Some(socket_address) = listen_address(&address) else {
+        let Some((socket_address, Layer::Tcp)) = listen_address(&address) else {
             return Err(TransportError::MultiaddrNotSupported(address));
         };
         let listener = Listener::bind(id, socket_address)
@@ -128,7 +134,7 @@ impl Transport for Tcp {
         address: Multiaddr,
         _: DialOpts,
     ) -> Result<Self::Dial, TransportError<io::Error>> {
-        let Some(remote) = socket_address(&address) else {
+        let Some((remote, Layer::Tcp)) = remote_address(&address) else {
             return Err(TransportError::MultiaddrNotSupported(address));
         };
         let traffic = self.traffic.clone();
@@ -144,6 +150,9 @@ impl Transport for Tcp {
         let this = &mut *self;
         loop {
             if let Poll::Ready(Some((accepted, client))) = this.introductions.poll_next_unpin(cx) {
+                if !this.listens(accepted.listener) {
+                    continue;
+                }
                 return Poll::Ready(accepted.incoming(&this.traffic, client));
             }
             let event = match this.listeners.poll_next_unpin(cx) {
@@ -158,27 +167,70 @@ impl Transport for Tcp {
     }
 }
 
-/// The socket address to listen on: an IP address and a TCP port, and nothing behind them.
-pub fn listen_address(address: &Multiaddr) -> Option<SocketAddr> {
+/// What runs over the TCP connections of an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layer {
+    /// Nothing: libp2p itself does.
+    Tcp,
+    /// `/ws`
+    WebSocket,
+    /// `/tls/ws`, or `/wss`, which is the same.
+    SecureWebSocket,
+}
+
+/// The socket address to listen on, and for what: an IP address, a TCP port, and WebSocket or
+/// nothing behind them.
+pub fn listen_address(address: &Multiaddr) -> Option<(SocketAddr, Layer)> {
     let mut parts = address.iter();
     let ip = match parts.next()? {
         Protocol::Ip4(ip) => IpAddr::from(ip),
         Protocol::Ip6(ip) => IpAddr::from(ip),
         _ => return None,
     };
-    match (parts.next(), parts.next()) {
-        (Some(Protocol::Tcp(port)), None) => Some(SocketAddr::new(ip, port)),
-        _ => None,
+    let Some(Protocol::Tcp(port)) = parts.next() else {
+        return None;
+    };
+    let at_root = |path: &str| path == "/";
+    let layer = match (parts.next(), parts.next(), parts.next()) {
+        (None, ..) => Layer::Tcp,
+        (Some(Protocol::Ws(path)), None, _) if at_root(&path) => Layer::WebSocket,
+        (Some(Protocol::Wss(path)), None, _) if at_root(&path) => Layer::SecureWebSocket,
+        (Some(Protocol::Tls), Some(Protocol::Ws(path)), None) if at_root(&path) => {
+            Layer::SecureWebSocket
+        }
+        _ => return None,
+    };
+    Some((SocketAddr::new(ip, port), layer))
+}
+
+/// Why an address cannot be listened on at all, and what can.
+pub fn unsupported(address: &Multiaddr) -> &'static str {
+    const WEBSOCKET: bool = cfg!(feature = "websocket");
+    match listen_address(address) {
+        Some((_, Layer::WebSocket | Layer::SecureWebSocket)) if !WEBSOCKET => {
+            "this relay was built without WebSocket (the feature websocket); try \
+             /ip4/0.0.0.0/tcp/4001"
+        }
+        Some((_, Layer::SecureWebSocket)) => {
+            "there is no certificate for TLS; name one with --tls-cert and --tls-key, or listen on \
+             /ip4/127.0.0.1/tcp/4002/ws behind a proxy that has one"
+        }
+        _ if WEBSOCKET => {
+            "this relay listens on TCP and WebSocket; try /ip4/0.0.0.0/tcp/4001 or \
+             /ip4/0.0.0.0/tcp/4002/ws"
+        }
+        _ => "this relay listens on TCP; try /ip4/0.0.0.0/tcp/4001",
     }
 }
 
-/// The socket address to dial: as [`listen_address`], with the peer's id behind it or not.
-pub(crate) fn socket_address(address: &Multiaddr) -> Option<SocketAddr> {
+/// The socket address of one side of a connection, and what runs over it: as [`listen_address`],
+/// with the peer's id behind it or not.
+pub(crate) fn remote_address(address: &Multiaddr) -> Option<(SocketAddr, Layer)> {
     let mut address = address.clone();
     if let Some(Protocol::P2p(_)) = address.iter().last() {
         address.pop();
     }
-    listen_address(&address).filter(|to| to.port() != 0 && !to.ip().is_unspecified())
+    listen_address(&address).filter(|(to, _)| to.port() != 0 && !to.ip().is_unspecified())
 }
 
 pub(super) fn multiaddr(address: SocketAddr) -> Multiaddr {

@@ -10,6 +10,8 @@ pub mod messages;
 pub mod network;
 pub mod process;
 pub mod running;
+#[cfg(feature = "websocket")]
+pub mod websocket;
 
 use std::{
     io::{BufRead, BufReader, Read},
@@ -20,7 +22,8 @@ use std::{
 };
 
 use libp2p::{
-    Multiaddr, PeerId, Stream, StreamProtocol, SwarmBuilder,
+    Multiaddr, PeerId, Stream, StreamProtocol, Swarm, SwarmBuilder,
+    core::{muxing::StreamMuxerBox, transport::Boxed},
     futures::{AsyncReadExt, AsyncWriteExt, StreamExt},
     identify,
     identity::Keypair,
@@ -78,7 +81,7 @@ impl Relay {
     /// Runs this command in its folder, and waits until it listens.
     pub fn run(mut command: Command, folder: TempDir) -> Self {
         let mut child = command
-            .env("RUST_LOG", "info,relaylet=debug,yamux=off")
+            .env("RUST_LOG", "info,relaylet=debug,soketto=off,yamux=off")
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
@@ -275,6 +278,17 @@ struct Parts {
     ping: Toggle<ping::Behaviour>,
 }
 
+impl Parts {
+    fn of(keypair: &Keypair, ping: Option<ping::Behaviour>) -> Self {
+        let identify = identify::Config::new("test".into(), keypair.public());
+        Self {
+            stream: libp2p_stream::Behaviour::new(),
+            identify: identify::Behaviour::new(identify),
+            ping: ping.into(),
+        }
+    }
+}
+
 impl Client {
     /// A new peer, connected to `relay` over Noise.
     pub async fn connect(relay: &Relay) -> Self {
@@ -320,17 +334,10 @@ impl Client {
     ) -> Self {
         let builder = SwarmBuilder::with_existing_identity(keypair).with_tokio();
         let tcp = tcp::Config::default();
-        let behaviour = |keypair: &Keypair| Parts {
-            stream: libp2p_stream::Behaviour::new(),
-            identify: identify::Behaviour::new(identify::Config::new(
-                "test".into(),
-                keypair.public(),
-            )),
-            ping: ping.into(),
-        };
+        let behaviour = |keypair: &Keypair| Parts::of(keypair, ping);
         let idle =
             |config: libp2p::swarm::Config| config.with_idle_connection_timeout(PATIENCE * 10);
-        let mut swarm = match security {
+        let swarm = match security {
             Security::Noise => builder
                 .with_tcp(tcp, noise::Config::new, muxer)
                 .unwrap()
@@ -346,6 +353,23 @@ impl Client {
                 .with_swarm_config(idle)
                 .build(),
         };
+        Self::run(swarm, relay).await
+    }
+
+    /// A new peer, connected to the relay at this address over a transport of one's own.
+    pub async fn connect_over(
+        relay: &Multiaddr,
+        transport: impl FnOnce(&Keypair) -> Boxed<(PeerId, StreamMuxerBox)>,
+    ) -> Self {
+        let keypair = Keypair::generate_ed25519();
+        let config = libp2p::swarm::Config::with_tokio_executor()
+            .with_idle_connection_timeout(PATIENCE * 10);
+        let parts = Parts::of(&keypair, None);
+        let peer = keypair.public().to_peer_id();
+        Self::run(Swarm::new(transport(&keypair), parts, peer, config), relay).await
+    }
+
+    async fn run(mut swarm: Swarm<Parts>, relay: &Multiaddr) -> Self {
         let Some(Protocol::P2p(relay_peer)) = relay.iter().last() else {
             panic!("{relay} names no peer");
         };
