@@ -12,7 +12,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use common::{Relay, http};
+use common::{Relay, http, websocket};
 
 /// What a client does, and the flags of the relay that it does it to.
 type Scenario = (&'static str, &'static [&'static str]);
@@ -26,6 +26,15 @@ const LIMITED: Scenario = (
     &["--circuit-bytes", "128KiB", "--circuit-duration", "5s"],
 );
 const STATUSES: Scenario = ("statuses", &["--max-circuits-per-peer", "1"]);
+const WEBSOCKET: Scenario = (
+    "websocket",
+    &[
+        websocket::LISTEN,
+        "--circuit-bytes=0",
+        "--circuit-duration=0s",
+        "--reservation-ttl=5m",
+    ],
+);
 
 /// A private network's key; the clients find it under this name in their environment.
 const SWARM_KEY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/interop/swarm.key");
@@ -38,8 +47,8 @@ const PRIVATE: Scenario = (
     )],
 );
 
-#[test]
-fn go_libp2p_is_served() {
+#[tokio::test]
+async fn go_libp2p_is_served() {
     let folder = client("go");
     let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join("go-client");
     let build = [
@@ -57,13 +66,14 @@ fn go_libp2p_is_served() {
         STATUSES,
         ("full", &["--max-reservations", "1"]),
         PRIVATE,
+        WEBSOCKET,
     ] {
-        play(scenario, &mut Command::new(&program));
+        play(scenario, &mut Command::new(&program)).await;
     }
 }
 
-#[test]
-fn js_libp2p_is_served() {
+#[tokio::test]
+async fn js_libp2p_is_served() {
     // js-libp2p asks to reserve again only when little of the term is left.
     const SHORT: &str = "--reservation-ttl=5m";
     let folder = client("js");
@@ -77,9 +87,10 @@ fn js_libp2p_is_served() {
         STATUSES,
         ("full", &[SHORT, "--max-reservations=1"]),
         PRIVATE,
+        WEBSOCKET,
     ] {
         let mut node = Command::new("node_modules/.bin/node");
-        play(scenario, node.arg("client.mjs").current_dir(&folder));
+        play(scenario, node.arg("client.mjs").current_dir(&folder)).await;
     }
 }
 
@@ -210,10 +221,14 @@ fn client(language: &str) -> PathBuf {
 }
 
 /// Runs a client through one scenario with a relay of its own. It bounds its steps itself.
-fn play((name, flags): Scenario, client: &mut Command) {
+async fn play((name, flags): Scenario, client: &mut Command) {
     let relay = Relay::start(flags);
     client.env("SWARM_KEY", SWARM_KEY);
-    run(client.args([name, &relay.address.to_string()]));
+    client.args([name, &relay.address.to_string()]);
+    if flags.contains(&websocket::LISTEN) {
+        client.arg(websocket::address(&relay, "/ws").await.to_string());
+    }
+    run(client);
 }
 
 fn run(command: &mut Command) {

@@ -1,6 +1,8 @@
 // An interop client: go-libp2p against a running relay.
 //
-//	go run . <scenario> <relay multiaddr ending in /p2p/<relay>>
+//	go run . <scenario> <relay multiaddr ending in /p2p/<relay>>...
+//
+// With several, the relay can be reached at each of them.
 //
 // Prints one line for each thing it proved; on the first failure it says on
 // one line what was wrong and exits with status 1.
@@ -23,26 +25,31 @@ var scenarios = map[string]func(relay peer.AddrInfo) error{
 	"statuses":  statuses,  // --max-circuits-per-peer 1
 	"full":      full,      // --max-reservations 1
 	"private":   private,   // --swarm-key $SWARM_KEY
+	"websocket": websocket, // an address of each kind: TCP, WebSocket; limits as for unlimited
 }
 
 func main() {
-	if len(os.Args) != 3 || scenarios[os.Args[1]] == nil {
-		fmt.Fprintln(os.Stderr, "usage: go run . reserve|autorelay|unlimited|limited|statuses|full|private <relay multiaddr>")
+	if len(os.Args) < 3 || scenarios[os.Args[1]] == nil {
+		fmt.Fprintln(os.Stderr, "usage: go run . reserve|autorelay|unlimited|limited|statuses|full|private|websocket <relay multiaddr>...")
 		os.Exit(2)
 	}
-	if err := run(os.Args[1], os.Args[2]); err != nil {
+	if err := run(os.Args[1], os.Args[2:]); err != nil {
 		// A dial error of go-libp2p has a line for each address it tried.
 		fmt.Fprintln(os.Stderr, "failed:", os.Args[1]+":", strings.Join(strings.Fields(err.Error()), " "))
 		os.Exit(1)
 	}
 }
 
-func run(scenario, address string) error {
-	relay, err := peer.AddrInfoFromString(address)
-	if err != nil {
-		return fmt.Errorf("relay address %s: %w", address, err)
+func run(scenario string, addresses []string) error {
+	var relay peer.AddrInfo
+	for _, address := range addresses {
+		at, err := peer.AddrInfoFromString(address)
+		if err != nil {
+			return fmt.Errorf("relay address %s: %w", address, err)
+		}
+		relay.ID, relay.Addrs = at.ID, append(relay.Addrs, at.Addrs...)
 	}
-	return scenarios[scenario](*relay)
+	return scenarios[scenario](relay)
 }
 
 // proved prints one line about something that holds.

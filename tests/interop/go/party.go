@@ -17,6 +17,7 @@ import (
 	"github.com/libp2p/go-libp2p/p2p/security/noise"
 	tls "github.com/libp2p/go-libp2p/p2p/security/tls"
 	"github.com/libp2p/go-libp2p/p2p/transport/tcp"
+	ws "github.com/libp2p/go-libp2p/p2p/transport/websocket"
 	ma "github.com/multiformats/go-multiaddr"
 )
 
@@ -43,6 +44,7 @@ func newParty(options ...libp2p.Option) (*party, error) {
 		libp2p.NoListenAddrs,
 		libp2p.EnableRelay(), // NoListenAddrs turns it off otherwise
 		libp2p.Transport(tcp.NewTCPTransport),
+		libp2p.Transport(ws.New),
 	}, options...)...)
 	if err != nil {
 		return nil, fmt.Errorf("start a host: %w", err)

@@ -1,6 +1,6 @@
 // An interop client: js-libp2p against a running relay.
 //
-//   node_modules/.bin/node client.mjs <scenario> <relay multiaddr ending in /p2p/<relay>>
+//   node_modules/.bin/node client.mjs <scenario> <relay multiaddr ending in /p2p/<relay>>...
 //
 // Prints one line for each thing it proved; on the first failure it says on
 // one line what was wrong and exits with status 1.
@@ -9,6 +9,7 @@ import { limited, unlimited } from './circuits.mjs'
 import { privately } from './private.mjs'
 import { full, reserve } from './reservations.mjs'
 import { statuses } from './statuses.mjs'
+import { websocket } from './websocket.mjs'
 
 // Scenarios by name, with the relay options each of them expects.
 const scenarios = {
@@ -17,16 +18,17 @@ const scenarios = {
   limited, // --circuit-bytes 128KiB --circuit-duration 5s
   statuses, // --max-circuits-per-peer 1
   full, // --max-reservations 1 --reservation-ttl 5m
-  private: privately // --swarm-key $SWARM_KEY
+  private: privately, // --swarm-key $SWARM_KEY
+  websocket // an address of each kind: TCP, WebSocket; limits as for unlimited
 }
 
-const [name, address, ...rest] = process.argv.slice(2)
-if (!Object.hasOwn(scenarios, name) || address == null || rest.length > 0) {
-  console.error(`usage: node client.mjs ${Object.keys(scenarios).join('|')} <relay multiaddr>`)
+const [name, ...addresses] = process.argv.slice(2)
+if (!Object.hasOwn(scenarios, name) || addresses.length === 0) {
+  console.error(`usage: node client.mjs ${Object.keys(scenarios).join('|')} <relay multiaddr>...`)
   process.exit(2)
 }
 try {
-  await scenarios[name](multiaddr(address))
+  await scenarios[name](...addresses.map(address => multiaddr(address)))
 } catch (error) {
   console.error(`failed: ${name}: ${told(error)}`)
   process.exit(1)

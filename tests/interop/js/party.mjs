@@ -8,6 +8,7 @@ import { ping } from '@libp2p/ping'
 import { preSharedKey } from '@libp2p/pnet'
 import { tcp } from '@libp2p/tcp'
 import { tls } from '@libp2p/tls'
+import { webSockets } from '@libp2p/websockets'
 import { yamux } from '@libp2p/yamux'
 import { createLibp2p } from 'libp2p'
 
@@ -24,6 +25,7 @@ export async function newParty ({ listen = [], security = securities.noise, psk 
     addresses: { listen },
     transports: [
       tcp(),
+      webSockets(),
       components => {
         circuits = circuitRelayTransport()(components)
         return circuits

@@ -5,7 +5,7 @@ import { multiaddr } from '@multiformats/multiaddr'
 import { check, eventually, newParty, newReserved, proved, refused, securities } from './party.mjs'
 import { ReservationVoucher } from './wire.mjs'
 
-// What the relay grants, in seconds: short enough that js-libp2p, asked to
+// What the relay grants at most, in seconds: short enough that js-libp2p, asked to
 // reserve again, does so at once. Some seconds more for rounding.
 const TERM = 5 * 60 + 5
 
@@ -34,7 +34,7 @@ export async function reserve (relay) {
   }
 }
 
-async function checkReservation ({ expire, addrs, voucher }, relay, self) {
+export async function checkReservation ({ expire, addrs, voucher }, relay, self) {
   check(left({ expire }) > 0 && left({ expire }) <= TERM, `it expires in ${left({ expire })} s`)
   check(addrs.length > 0, 'no addresses')
   for (const address of addrs.map(bytes => multiaddr(bytes).toString())) {
@@ -76,7 +76,7 @@ function left ({ expire }) {
   return Number(expire) - Math.floor(Date.now() / 1000)
 }
 
-function peerOf (address) {
+export function peerOf (address) {
   return address.toString().split('/p2p/').at(-1)
 }
 
