@@ -1,24 +1,100 @@
-//! The page as it is seen: a real Chromium looks at a real relay, at the sizes of a desk and a phone,
-//! in dark and light.
+//! A real Chromium. It looks at the relay's page, at the sizes of a desk and a phone, in dark and
+//! light; and two pages with js-libp2p in them meet through the relay.
 //!
 //! It needs Chromium (`CHROMIUM=…`, else `/usr/bin/chromium`), and Node with npm. Without those it
 //! fails. What it saw is under `target/tmp/browser`.
 
 mod common;
 
-use std::{fs, path::Path, process::Command};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    sync::LazyLock,
+};
 
-use common::{Client, Relay, circuit, http, messages, read_bytes};
-use libp2p::futures::{AsyncWriteExt, future};
-use tokio::process;
+use common::{
+    Client, Relay, circuit, http, messages, read_bytes,
+    websocket::{self, CERTIFICATE, Certificate},
+};
+use libp2p::futures::{AsyncWriteExt as _, future};
+use tokio::{
+    io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
+    process,
+};
 
-#[tokio::test]
-async fn the_page_shows_the_relay_to_whoever_looks_at_it() {
+/// Where the scripts are, with what they need.
+static SCRIPTS: LazyLock<PathBuf> = LazyLock::new(|| {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/browser");
     let mut npm = Command::new("npm");
     npm.args(["ci", "--no-audit", "--no-fund"]);
     let status = npm.current_dir(&folder).status().expect("npm is installed");
     assert!(status.success(), "{npm:?}: {status}");
+    folder
+});
+
+#[tokio::test]
+async fn two_pages_meet_through_the_relay_and_again_after_its_restart() {
+    let certificate = Certificate::new();
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    certificate.write(folder.path());
+    let listen = ["/ws", "/tls/ws"].map(|ending| {
+        let port = free_port();
+        format!("--listen=/ip4/127.0.0.1/tcp/{port}{ending}")
+    });
+    let mut flags = CERTIFICATE.to_vec();
+    flags.extend(listen.iter().map(String::as_str));
+    let relay = Relay::start_in(folder, &flags);
+    let addresses = [
+        websocket::address(&relay, "/ws").await,
+        websocket::address(&relay, "/tls/ws").await,
+    ];
+
+    let mut pages = process::Command::new("node")
+        .arg("meet.mjs")
+        .args(addresses.map(|address| address.to_string()))
+        .current_dir(&*SCRIPTS)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .expect("node is installed");
+    let mut said = BufReader::new(pages.stdout.take().expect("it is piped")).lines();
+    // It bounds its steps itself.
+    loop {
+        match said.next_line().await.expect("text") {
+            Some(line) if line == "met" => break,
+            Some(line) => println!("{line}"),
+            None => panic!("meet.mjs: {}", pages.wait().await.expect("it ends")),
+        }
+    }
+    let mut log = relay.log();
+    log.retain(|line| line.contains("reservation granted"));
+    let in_tls = |line: &&String| line.ends_with("/tls/ws");
+    let over_websocket = |line: &&String| line.ends_with("/ws");
+    assert_eq!(log.iter().filter(in_tls).count(), 1, "{log:#?}");
+    assert_eq!(log.iter().filter(over_websocket).count(), 2, "{log:#?}");
+
+    let peer = relay.peer;
+    let again = Relay::start_in(relay.kill(), &flags);
+    assert_eq!(again.peer, peer);
+    let mut input = pages.stdin.take().expect("it is piped");
+    let restarted = input.write_all(b"restarted\n").await;
+    restarted.expect("it is read");
+    while let Some(line) = said.next_line().await.expect("text") {
+        println!("{line}");
+    }
+    let status = pages.wait().await.expect("it ends");
+    assert!(status.success(), "meet.mjs: {status}");
+}
+
+fn free_port() -> u16 {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+    listener.local_addr().expect("its address").port()
+}
+
+#[tokio::test]
+async fn the_page_shows_the_relay_to_whoever_looks_at_it() {
     let screenshots = Path::new(env!("CARGO_TARGET_TMPDIR")).join("browser");
     fs::create_dir_all(&screenshots).expect("a folder for what is seen");
 
@@ -56,7 +132,7 @@ async fn the_page_shows_the_relay_to_whoever_looks_at_it() {
         .arg(format!("http://127.0.0.1:{port}/"))
         .arg(target.peer.to_string())
         .arg(&screenshots)
-        .current_dir(&folder)
+        .current_dir(&*SCRIPTS)
         .kill_on_drop(true)
         .status();
     let status = tokio::select! {

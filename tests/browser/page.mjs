@@ -3,27 +3,12 @@
 
 import assert from "node:assert/strict";
 import { join } from "node:path";
-import { chromium } from "playwright-core";
 import { status as busy } from "./busy.mjs";
+import { launch, PATIENCE } from "./chromium.mjs";
 
 const [here, holder, screenshots] = process.argv.slice(2);
 const SIZES = { desktop: { width: 1280, height: 900 }, phone: { width: 390, height: 844 } };
-const PATIENCE = 60_000;
-
-const browser = await chromium.launch({
-  executablePath: process.env.CHROMIUM || "/usr/bin/chromium",
-  // It is root who runs it where there is nothing else, and nobody else's pages are looked at.
-  args: [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--host-resolver-rules=MAP relay.example 127.0.0.1",
-  ],
-});
+const browser = await launch();
 
 // A page as somebody finds it. Whatever it complains of, or wants from elsewhere, is an error;
 // unless `answer` stands in for the relay.
