@@ -61,6 +61,8 @@ mod watch;
 pub mod certificate;
 #[cfg(feature = "websocket")]
 mod certificates;
+#[cfg(feature = "websocket")]
+mod joined;
 #[cfg(not(feature = "websocket"))]
 mod uncertified;
 #[cfg(feature = "websocket")]

@@ -35,6 +35,7 @@ use super::{
 #[cfg(feature = "websocket")]
 use super::{
     certificate::Certificate,
+    joined::Joined,
     websocket::{Presented, UntilEnd, WebSocket},
 };
 use crate::{
@@ -155,9 +156,11 @@ impl Node {
         #[cfg(feature = "websocket")]
         let presented = Presented::default();
         #[cfg(feature = "websocket")]
-        let transport = transport.or_transport(
-            WebSocket::over(tcp(), presented.clone()).map(|stream, _| UntilEnd::new(stream)),
-        );
+        let transport = {
+            let tcp = tcp().map(|stream, _| Joined::new(stream));
+            let websocket = WebSocket::over(tcp, presented.clone());
+            transport.or_transport(websocket.map(|stream, _| UntilEnd::new(stream)))
+        };
         #[cfg(feature = "pnet")]
         let transport =
             transport.and_then(move |stream, _| swarm_key::enter(setup.swarm_key, stream));
@@ -501,7 +504,7 @@ mod tests {
 
         type Socket = <Tcp as Transport>::Output;
         type Plain = ReadAhead<Socket>;
-        type Below = Map<Tcp, fn(Socket, ConnectedPoint) -> Plain>;
+        type Below = Map<Tcp, fn(Socket, ConnectedPoint) -> Joined<Plain>>;
         type OverWebSocket = UntilEnd<<WebSocket<Below> as Transport>::Output>;
         assert_eq!(
             size_of::<Either<Plain, OverWebSocket>>(),
