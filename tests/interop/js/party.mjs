@@ -18,8 +18,9 @@ const STEP = 60_000
 // What a relay has to offer, each to be used alone.
 export const securities = { noise: noise(), tls: tls() }
 
-// Starts a party that does not reserve.
-export async function newParty ({ listen = [], security = securities.noise, psk } = {}) {
+// Starts a party that does not reserve. One that waits does so for the answers to
+// its pings, which on a busy machine are behind what WebSocket holds: megabytes.
+export async function newParty ({ listen = [], security = securities.noise, waits = false, psk } = {}) {
   let circuits
   const party = await createLibp2p({
     addresses: { listen },
@@ -35,6 +36,7 @@ export async function newParty ({ listen = [], security = securities.noise, psk 
     connectionProtector: psk == null ? undefined : preSharedKey({ psk }),
     streamMuxers: [yamux()],
     services: { identify: identify(), ping: ping() },
+    connectionMonitor: { abortConnectionOnPingFailure: !waits },
     connectionGater: { denyDialMultiaddr: () => false } // loopback, which it would not dial
   })
   // The library keeps a reservation to itself; the tests look at it.
