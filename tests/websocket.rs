@@ -311,6 +311,13 @@ async fn sighup_takes_up_files_under_other_names() {
     assert!(second.is_shown(&secure).await);
 }
 
+#[tokio::test]
+async fn a_certificate_that_nobody_gets_to_see_is_a_warning() {
+    let relay = with_certificate(&Certificate::new(), &[TCP, LISTEN]);
+    let line = relay.wait_for_log("--tls-cert cert.pem: nobody").await;
+    assert!(line.contains(" WARN "), "{line}");
+}
+
 #[test]
 fn what_keeps_a_certificate_from_being_shown_is_one_line() {
     let (one, other) = (Certificate::new(), Certificate::new());

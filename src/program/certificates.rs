@@ -15,6 +15,7 @@ use super::{
     certificate::{Certificate, Unusable},
     flags::Flags,
     node::Node,
+    transport::{self, Layer},
 };
 
 /// How often to look whether the files have changed.
@@ -40,7 +41,20 @@ impl Certificates {
             files: None,
             next_look: Delay::new(LOOK),
         };
-        certificates.read(flags, node)?;
+        let cert = certificates.read(flags, node)?;
+        let in_tls = |address| {
+            let layer = transport::listen_address(address).map(|(_, layer)| layer);
+            layer == Some(Layer::SecureWebSocket)
+        };
+        if let Some(cert) = cert
+            && !flags.listen.iter().any(in_tls)
+        {
+            log::warn!(
+                "--tls-cert {}: nobody gets to see it; listen in TLS, too: --listen \
+                 /ip4/0.0.0.0/tcp/4002/tls/ws",
+                cert.display()
+            );
+        }
         Ok(certificates)
     }
 
