@@ -163,6 +163,26 @@ async fn a_client_that_changes_networks_takes_its_slot_along() {
 }
 
 #[tokio::test]
+async fn a_relay_behind_a_router_learns_its_address_from_its_clients() {
+    let mut network = Network::of_global_addresses();
+    let router = network.host();
+    let relay = router.relay_behind(&[]);
+    let reached = format!("/ip4/{}/tcp/4001", router.address);
+    let address = format!("{reached}/p2p/{}", relay.peer).parse().unwrap();
+    let learnt = format!("reached it at {reached}");
+    let mut clients = Vec::new();
+    for _ in 0..4 {
+        assert!(!says(&relay, &learnt), "with {} clients", clients.len());
+        let role = Role {
+            under: network.host().under(),
+            ..Role::default()
+        };
+        clients.push(Process::start(&address, role).await);
+    }
+    relay.wait_for_log(&learnt).await;
+}
+
+#[tokio::test]
 #[ignore = "not a test: the client that the tests above start"]
 async fn a_client() {
     process::a_client().await;

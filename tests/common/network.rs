@@ -16,6 +16,16 @@ static MADE: AtomicUsize = AtomicUsize::new(0);
 pub struct Network {
     name: String,
     hosts: Vec<String>,
+    addresses: Addresses,
+}
+
+/// Which addresses the hosts of a network have.
+#[derive(Clone, Copy)]
+enum Addresses {
+    /// Private ones: 10.0.0.1 and so on.
+    Private,
+    /// Such as the internet has, each in a /24 of its own: 45.0.1.1, 45.0.2.1.
+    Global,
 }
 
 /// A host of its own on a network.
@@ -29,15 +39,27 @@ pub struct Host {
 }
 
 impl Network {
+    /// A private one.
+    ///
     /// # Panics
     ///
     /// Without the right to make one, or the tools.
     pub fn new() -> Self {
+        Self::with(Addresses::Private)
+    }
+
+    /// As [`Network::new`], with addresses as the internet has them.
+    pub fn of_global_addresses() -> Self {
+        Self::with(Addresses::Global)
+    }
+
+    fn with(addresses: Addresses) -> Self {
         let number = MADE.fetch_add(1, Ordering::Relaxed);
         let name = format!("relaylet-{}-{number}", process::id());
         let network = Self {
             name,
             hosts: Vec::new(),
+            addresses,
         };
         ip(&["netns", "add", &network.name]);
         ip(&[
@@ -56,11 +78,15 @@ impl Network {
     /// One more host.
     pub fn host(&mut self) -> Host {
         let number = self.hosts.len() + 1;
+        let (address, prefix) = match self.addresses {
+            Addresses::Private => (Ipv4Addr::new(10, 0, 0, number as u8), 24),
+            Addresses::Global => (Ipv4Addr::new(45, 0, number as u8, 1), 8),
+        };
         let host = Host {
             namespace: format!("{}-{number}", self.name),
             switch: self.name.clone(),
             port: format!("port{number}"),
-            address: Ipv4Addr::new(10, 0, 0, number as u8),
+            address,
         };
         let (namespace, port) = (&host.namespace, &host.port);
         self.hosts.push(namespace.clone());
@@ -72,7 +98,7 @@ impl Network {
         ip(&[
             "-n", &self.name, "link", "set", port, "master", "switch", "up",
         ]);
-        let address = format!("{}/24", host.address);
+        let address = format!("{}/{prefix}", host.address);
         ip(&["-n", namespace, "address", "add", &address, "dev", "cable"]);
         ip(&["-n", namespace, "link", "set", "cable", "up"]);
         ip(&["-n", namespace, "link", "set", "lo", "up"]);
@@ -93,6 +119,35 @@ impl Drop for Network {
 impl Host {
     /// Starts the relay on it.
     pub fn relay(&self, flags: &[&str]) -> Relay {
+        self.relay_at(self.address, flags)
+    }
+
+    /// Starts the relay behind it, at 10.9.9.9, as behind a router that has port 4001 forwarded.
+    pub fn relay_behind(&self, flags: &[&str]) -> Relay {
+        let behind = Ipv4Addr::new(10, 9, 9, 9);
+        let namespace = &self.namespace;
+        let address = format!("{behind}/32");
+        ip(&["-n", namespace, "address", "add", &address, "dev", "lo"]);
+        let rules = format!(
+            "add table ip router; \
+             add chain ip router in {{ type nat hook prerouting priority dstnat; }}; \
+             add rule ip router in tcp dport 4001 dnat to {behind}"
+        );
+        ip(&["netns", "exec", namespace, "nft", &rules]);
+        self.relay_at(behind, flags)
+    }
+
+    /// From now on nobody from outside can connect to this port of it.
+    pub fn close(&self, port: u16) {
+        let rules = format!(
+            "add table ip wall; \
+             add chain ip wall in {{ type filter hook input priority 0; }}; \
+             add rule ip wall in tcp dport {port} tcp flags syn / syn,ack drop"
+        );
+        ip(&["netns", "exec", &self.namespace, "nft", &rules]);
+    }
+
+    fn relay_at(&self, address: Ipv4Addr, flags: &[&str]) -> Relay {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let program = command(&folder).get_program().to_owned();
         let mut command = Command::new("ip");
@@ -100,7 +155,7 @@ impl Host {
             .current_dir(folder.path())
             .args(&self.under()[1..])
             .arg(program)
-            .arg(format!("--listen=/ip4/{}/tcp/4001", self.address))
+            .arg(format!("--listen=/ip4/{address}/tcp/4001"))
             .args(flags);
         Relay::run(command, folder)
     }
