@@ -1,8 +1,10 @@
 //! What makes the relay a program: flags, key file, sockets, signals. Each part in a file of its
 //! own; none of it is compiled without the feature `program`, nor an optional part without its own:
 //! `http` for what is shown over HTTP, `pnet` for private networks, `websocket` for what browsers
-//! connect over.
+//! connect over, `autonat` for AutoNAT.
 
+#[cfg(feature = "autonat")]
+mod autonat;
 mod boxed;
 mod command_line;
 mod config_file;

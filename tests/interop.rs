@@ -1,7 +1,8 @@
 //! Other people's clients, as they are: go-libp2p and js-libp2p against the program.
 //!
 //! They need Go, and Node with npm. Without those they fail, because a client that was not tried
-//! is not served.
+//! is not served. What has to look like the internet to them is behind the features `netns` and
+//! `autonat` beside this one.
 
 mod common;
 
@@ -10,6 +11,7 @@ use std::{
     io::{BufRead, BufReader},
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    sync::OnceLock,
 };
 
 use common::{Relay, http, websocket};
@@ -49,15 +51,7 @@ const PRIVATE: Scenario = (
 
 #[tokio::test]
 async fn go_libp2p_is_served() {
-    let folder = client("go");
-    let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join("go-client");
-    let build = [
-        "build",
-        "-o",
-        program.to_str().expect("a path in UTF-8"),
-        ".",
-    ];
-    run(Command::new("go").args(build).current_dir(&folder));
+    let program = go_client();
     for scenario in [
         ("reserve", &[][..]),
         ("autorelay", &[]),
@@ -68,7 +62,31 @@ async fn go_libp2p_is_served() {
         PRIVATE,
         WEBSOCKET,
     ] {
-        play(scenario, &mut Command::new(&program)).await;
+        play(scenario, &mut Command::new(program)).await;
+    }
+}
+
+/// Three relays, because go-libp2p asks each no more than once in two minutes, and believes version
+/// 2 when two have said the same.
+#[cfg(all(feature = "autonat", feature = "netns"))]
+#[test]
+fn go_libp2p_learns_whether_it_can_be_reached() {
+    let program = go_client();
+    let mut network = common::network::Network::of_global_addresses();
+    let relays = [network.host(), network.host(), network.host()];
+    let relays = relays.map(|host| host.relay(&["--autonat"]));
+    let addresses = relays.each_ref().map(|relay| relay.address.to_string());
+    for scenario in ["reachable", "unreachable"] {
+        let host = network.host();
+        if scenario == "unreachable" {
+            host.close(4001); // the port that it listens on
+        }
+        let under = host.under();
+        run(Command::new(&under[0])
+            .args(&under[1..])
+            .arg(program)
+            .arg(scenario)
+            .args(&addresses));
     }
 }
 
@@ -207,6 +225,22 @@ async fn the_metrics_are_those_that_go_libp2p_counts_and_its_dashboard_asks_for(
         }
     }
     assert!(asked >= 14, "{asked}");
+}
+
+/// The Go client, built once.
+fn go_client() -> &'static Path {
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    BUILT.get_or_init(|| {
+        let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join("go-client");
+        let build = [
+            "build",
+            "-o",
+            program.to_str().expect("a path in UTF-8"),
+            ".",
+        ];
+        run(Command::new("go").args(build).current_dir(client("go")));
+        program
+    })
 }
 
 /// What stands in the first quotes.

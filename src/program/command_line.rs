@@ -22,7 +22,7 @@ use super::{
 use crate::config::ConfigError;
 
 /// The flags that take no value, beside the settings that are none or all.
-const BARE: [&str; 3] = ["--help", "--print-config", "--version"];
+const BARE: [&str; 4] = ["--autonat-private", "--help", "--print-config", "--version"];
 
 /// Why the flags do not make a relay.
 #[derive(Debug)]

@@ -92,6 +92,18 @@ pub struct Flags {
     #[cfg(feature = "websocket")]
     #[structopt(long, value_name = "FILE", parse(from_os_str))]
     pub tls_key: Option<PathBuf>,
+    /// Tells clients whether they can be reached from outside, by dialing them (AutoNAT)
+    ///
+    /// At the address that they connect from only, and only if that is a global one; a client 12 times
+    /// a minute, all together 600 times.
+    #[cfg(feature = "autonat")]
+    #[structopt(long)]
+    pub autonat: bool,
+
+    /// For tests: AutoNAT dials addresses that are not global, too
+    #[cfg(feature = "autonat")]
+    #[structopt(long, hidden = true)]
+    pub autonat_private: bool,
 
     /// The relay's private key; made on the first run
     #[structopt(
@@ -437,6 +449,13 @@ impl Flags {
             ));
         }
         self.has_a_whole_certificate()?;
+        #[cfg(all(feature = "autonat", feature = "pnet"))]
+        if self.autonat && self.swarm_key.is_some() {
+            return Err(
+                "--autonat: cannot dial within a private network; leave --swarm-key out, or this"
+                    .into(),
+            );
+        }
         for address in &self.listen {
             let supported = match transport::listen_address(address) {
                 Some((_, Layer::Tcp)) => true,
@@ -576,6 +595,14 @@ mod tests {
             (&["--threads", "1025"], "--threads"),
             #[cfg(feature = "http")]
             (&["--http", "9180"], "try 127.0.0.1:9180"),
+            #[cfg(not(feature = "http"))]
+            (&["--http", "127.0.0.1:9180"], "feature http"),
+            #[cfg(feature = "autonat")]
+            (&["--autonat=perhaps"], "--autonat"),
+            #[cfg(feature = "autonat")]
+            (&["--autonat", "true"], "true"),
+            #[cfg(not(feature = "autonat"))]
+            (&["--autonat"], "feature autonat"),
             (&["--deny-peer", "alice"], "--deny-peer"),
             (&["--allow-subnet", "192.0.2.1"], "--allow-subnet"),
             (&["--deny-subnet", "192.0.2.1/24"], "try 192.0.2.0/24"),

@@ -38,12 +38,14 @@ impl<S> Joined<S> {
 
     /// Takes these bytes, if they look like a head.
     fn hold(&mut self, bytes: &[u8]) -> bool {
-        let is_head = bytes.len() <= LONGEST_HEAD && bytes.first() == Some(&MESSAGE);
-        if is_head {
-            self.head[..bytes.len()].copy_from_slice(bytes);
-            self.held = bytes.len();
+        match self.head.get_mut(..bytes.len()) {
+            Some(head) if bytes.first() == Some(&MESSAGE) => {
+                head.copy_from_slice(bytes);
+                self.held = bytes.len();
+                true
+            }
+            _ => false,
         }
-        is_head
     }
 }
 
@@ -51,7 +53,8 @@ impl<S: AsyncWrite + Unpin> Joined<S> {
     /// Writes what is held and, behind it, from `body`; how much of that, once nothing is held.
     fn poll_release(&mut self, cx: &mut Context<'_>, body: &[u8]) -> Poll<io::Result<usize>> {
         while self.held > 0 {
-            let pieces = [IoSlice::new(&self.head[..self.held]), IoSlice::new(body)];
+            let head = self.head.get(..self.held).unwrap_or_default();
+            let pieces = [IoSlice::new(head), IoSlice::new(body)];
             let written = ready!(Pin::new(&mut self.stream).poll_write_vectored(cx, &pieces))?;
             if written == 0 {
                 return Poll::Ready(Err(ErrorKind::WriteZero.into()));

@@ -7,6 +7,8 @@ use std::{
 
 use anyhow::{Context, Result};
 use ipnet::IpNet;
+#[cfg(feature = "autonat")]
+use libp2p::swarm::behaviour::toggle::Toggle;
 use libp2p::{
     Multiaddr, PeerId, Swarm, Transport,
     core::{
@@ -19,6 +21,8 @@ use libp2p::{
     swarm::{self, ConnectionId, ListenError, NetworkBehaviour, SwarmEvent},
 };
 
+#[cfg(feature = "autonat")]
+use super::autonat::AutoNat;
 #[cfg(feature = "pnet")]
 use super::swarm_key::{self, PreSharedKey};
 use super::{
@@ -122,6 +126,8 @@ struct Parts {
     limits: ConnectionLimits,
     relay: Behaviour,
     identify: identify::Behaviour,
+    #[cfg(feature = "autonat")]
+    autonat: Toggle<AutoNat>,
 }
 
 impl Node {
@@ -179,6 +185,8 @@ impl Node {
             limits: ConnectionLimits::new(limits),
             relay: Behaviour::new(keypair, config)?,
             identify: identify::Behaviour::new(identify),
+            #[cfg(feature = "autonat")]
+            autonat: None.into(),
         };
         let swarm_config = match setup.one_thread {
             true => swarm::Config::without_executor(),
@@ -281,6 +289,23 @@ impl Node {
     #[cfg(feature = "websocket")]
     pub fn set_certificate(&mut self, certificate: Certificate) {
         self.presented.set(certificate);
+    }
+
+    /// Tells clients whether they can be reached from outside, by dialing them: AutoNAT, versions 1
+    /// and 2. It holds for connections to come.
+    ///
+    /// A client is dialed at the IP address that its connection comes from and at no other, 12 times
+    /// a minute at most, its address 120 times, and all clients together 600 times; and only where
+    /// that address is global, unless `private` says otherwise, as tests do.
+    ///
+    /// # Errors
+    ///
+    /// When the secure channels for it cannot be made.
+    #[cfg(feature = "autonat")]
+    pub fn serve_autonat(&mut self, private: bool) -> Result<()> {
+        let autonat = AutoNat::new(private).context("AutoNAT cannot dial")?;
+        self.swarm.behaviour_mut().autonat = Some(autonat).into();
+        Ok(())
     }
 
     /// Who the relay is.
@@ -516,8 +541,13 @@ mod tests {
     #[test]
     fn the_handlers_of_a_connection_are_small() {
         let identify = size_of::<THandler<identify::Behaviour>>();
-        assert!(size_of::<THandler<Parts>>() <= identify + 416);
         let pointer = size_of::<usize>();
+        let autonat = if cfg!(feature = "autonat") {
+            pointer
+        } else {
+            0
+        };
+        assert!(size_of::<THandler<Parts>>() <= identify + 416 + autonat);
         assert_eq!(size_of::<THandler<Boxed<Parts>>>(), pointer);
         assert_eq!(size_of::<THandlerOutEvent<Boxed<Parts>>>(), pointer);
         // libp2p 0.57's: events that wait, nearly all of the time none, have their room in it.

@@ -5,8 +5,8 @@ use rlimit::Resource;
 use super::connection_limits::Limits;
 
 /// Files that are open beside the connections: listeners, timers, standard streams, the runtime's,
-/// and whoever watches over HTTP.
-const OTHERS: u64 = 96;
+/// whoever watches over HTTP, and whom AutoNAT dials.
+const OTHERS: u64 = if cfg!(feature = "autonat") { 160 } else { 96 };
 
 /// Raises the limit as far as the system lets us; a warning if that is not far enough.
 ///

@@ -109,6 +109,10 @@ async fn run(flags: &Flags) -> Result<()> {
     let mut node = Node::with_setup(identity.keypair, flags.config(), setup(flags)?)
         .map_err(|error| usage_if_config(flags, error))?;
     node.set_proxies(flags.proxy_protocol_from.clone());
+    #[cfg(feature = "autonat")]
+    if flags.autonat {
+        node.serve_autonat(flags.autonat_private)?;
+    }
     log::info!(
         "relaylet {} is {}",
         env!("CARGO_PKG_VERSION"),

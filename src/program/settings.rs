@@ -10,7 +10,8 @@ use toml::Value;
 use super::{config_file::Setting, flags::Flags};
 
 /// What is read at the start only. `max-circuits-per-peer` can be lowered while the relay runs.
-const AT_START: [&str; 9] = [
+const AT_START: [&str; 10] = [
+    "autonat",
     "http",
     "identity",
     "listen",
@@ -24,6 +25,8 @@ const AT_START: [&str; 9] = [
 
 /// The settings of features that the program was built without, and those features.
 pub const LEFT_OUT: &[(&str, &str)] = &[
+    #[cfg(not(feature = "autonat"))]
+    ("autonat", "autonat"),
     #[cfg(not(feature = "http"))]
     ("http", "http"),
     #[cfg(not(feature = "pnet"))]
@@ -59,6 +62,8 @@ impl Flags {
             optional("tls-cert", self.tls_cert.as_ref().map(|f| f.display())),
             #[cfg(feature = "websocket")]
             optional("tls-key", self.tls_key.as_ref().map(|f| f.display())),
+            #[cfg(feature = "autonat")]
+            set("autonat", Value::Boolean(self.autonat)),
             set("identity", text(&identity)),
             set("max-reservations", number(self.max_reservations)),
             set("max-reservations-per-ip", number(per_ip))

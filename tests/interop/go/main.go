@@ -2,7 +2,7 @@
 //
 //	go run . <scenario> <relay multiaddr ending in /p2p/<relay>>...
 //
-// With several, the relay can be reached at each of them.
+// With several of one relay, it can be reached at each of them.
 //
 // Prints one line for each thing it proved; on the first failure it says on
 // one line what was wrong and exits with status 1.
@@ -10,11 +10,17 @@ package main
 
 import (
 	"fmt"
+	"maps"
 	"os"
+	"slices"
 	"strings"
 
+	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 )
+
+// others are the relays beside the first, for a scenario of several.
+var others []peer.AddrInfo
 
 // scenarios by name, with the relay options each of them expects.
 var scenarios = map[string]func(relay peer.AddrInfo) error{
@@ -26,11 +32,15 @@ var scenarios = map[string]func(relay peer.AddrInfo) error{
 	"full":      full,      // --max-reservations 1
 	"private":   private,   // --swarm-key $SWARM_KEY
 	"websocket": websocket, // an address of each kind: TCP, WebSocket; limits as for unlimited
+
+	// --autonat, and several of them
+	"reachable":   learns(network.ReachabilityPublic),
+	"unreachable": learns(network.ReachabilityPrivate),
 }
 
 func main() {
 	if len(os.Args) < 3 || scenarios[os.Args[1]] == nil {
-		fmt.Fprintln(os.Stderr, "usage: go run . reserve|autorelay|unlimited|limited|statuses|full|private|websocket <relay multiaddr>...")
+		fmt.Fprintln(os.Stderr, "usage: go run .", strings.Join(slices.Sorted(maps.Keys(scenarios)), "|"), "<relay multiaddr>...")
 		os.Exit(2)
 	}
 	if err := run(os.Args[1], os.Args[2:]); err != nil {
@@ -41,15 +51,20 @@ func main() {
 }
 
 func run(scenario string, addresses []string) error {
-	var relay peer.AddrInfo
+	var relays []peer.AddrInfo
 	for _, address := range addresses {
 		at, err := peer.AddrInfoFromString(address)
 		if err != nil {
 			return fmt.Errorf("relay address %s: %w", address, err)
 		}
-		relay.ID, relay.Addrs = at.ID, append(relay.Addrs, at.Addrs...)
+		if last := len(relays) - 1; last >= 0 && relays[last].ID == at.ID {
+			relays[last].Addrs = append(relays[last].Addrs, at.Addrs...)
+		} else {
+			relays = append(relays, *at)
+		}
 	}
-	return scenarios[scenario](relay)
+	others = relays[1:]
+	return scenarios[scenario](relays[0])
 }
 
 // proved prints one line about something that holds.

@@ -1,0 +1,137 @@
+//! AutoNAT's messages, of which each stands behind its length.
+//!
+//! See [version 1](https://github.com/libp2p/specs/blob/master/autonat/autonat-v1.md#protobuf) and
+//! [version 2](https://github.com/libp2p/specs/blob/master/autonat/autonat-v2.md#rpc-messages).
+
+use std::io;
+
+use libp2p::futures::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use prost::Message;
+
+/// The longest message that is read, in bytes: go-libp2p's limit.
+const LONGEST: usize = 8192;
+
+/// Reads one.
+///
+/// # Errors
+///
+/// When the stream fails, or what comes is none.
+pub async fn read<M: Message + Default>(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<M> {
+    let length = unsigned_varint::aio::read_u16(&mut *stream).await;
+    let length = usize::from(length.map_err(io::Error::other)?);
+    if length > LONGEST {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    let mut bytes = vec![0; length];
+    stream.read_exact(&mut bytes).await?;
+    M::decode(&*bytes).map_err(io::Error::other)
+}
+
+/// Writes one, and closes this half of the stream.
+///
+/// # Errors
+///
+/// When the stream fails.
+pub async fn write_and_close(
+    stream: &mut (impl AsyncWrite + Unpin),
+    message: &impl Message,
+) -> io::Result<()> {
+    let bytes = message.encode_length_delimited_to_vec();
+    stream.write_all(&bytes).await?;
+    stream.flush().await?;
+    stream.close().await
+}
+
+pub mod v1 {
+    pub const DIAL: i32 = 0;
+    pub const DIAL_RESPONSE: i32 = 1;
+
+    pub const OK: i32 = 0;
+    pub const E_DIAL_ERROR: i32 = 100;
+    pub const E_DIAL_REFUSED: i32 = 101;
+    pub const E_BAD_REQUEST: i32 = 200;
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct Message {
+        #[prost(int32, optional, tag = "1")]
+        pub r#type: Option<i32>,
+        #[prost(message, optional, tag = "2")]
+        pub dial: Option<Dial>,
+        #[prost(message, optional, tag = "3")]
+        pub dial_response: Option<DialResponse>,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct Dial {
+        #[prost(message, optional, tag = "1")]
+        pub peer: Option<PeerInfo>,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct PeerInfo {
+        #[prost(bytes = "vec", optional, tag = "1")]
+        pub id: Option<Vec<u8>>,
+        #[prost(bytes = "vec", repeated, tag = "2")]
+        pub addrs: Vec<Vec<u8>>,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct DialResponse {
+        #[prost(int32, optional, tag = "1")]
+        pub status: Option<i32>,
+        #[prost(string, optional, tag = "2")]
+        pub status_text: Option<String>,
+        #[prost(bytes = "vec", optional, tag = "3")]
+        pub addr: Option<Vec<u8>>,
+    }
+}
+
+pub mod v2 {
+    pub const OK: i32 = 200;
+    pub const E_REQUEST_REJECTED: i32 = 100;
+    pub const E_DIAL_REFUSED: i32 = 101;
+
+    // How the dial went, where it was made.
+    pub const E_DIAL_ERROR: i32 = 100;
+    pub const E_DIAL_BACK_ERROR: i32 = 101;
+
+    /// One of these. The others of the specification are about data that this server never asks
+    /// for.
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct Message {
+        #[prost(message, optional, tag = "1")]
+        pub dial_request: Option<DialRequest>,
+        #[prost(message, optional, tag = "2")]
+        pub dial_response: Option<DialResponse>,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct DialRequest {
+        #[prost(bytes = "vec", repeated, tag = "1")]
+        pub addrs: Vec<Vec<u8>>,
+        #[prost(fixed64, tag = "2")]
+        pub nonce: u64,
+    }
+
+    #[derive(Clone, Copy, PartialEq, prost::Message)]
+    pub struct DialResponse {
+        #[prost(int32, tag = "1")]
+        pub status: i32,
+        #[prost(uint32, tag = "2")]
+        pub addr_idx: u32,
+        #[prost(int32, tag = "3")]
+        pub dial_status: i32,
+    }
+
+    #[derive(Clone, Copy, PartialEq, prost::Message)]
+    pub struct DialBack {
+        #[prost(fixed64, tag = "1")]
+        pub nonce: u64,
+    }
+
+    #[derive(Clone, Copy, PartialEq, prost::Message)]
+    pub struct DialBackResponse {
+        #[prost(int32, tag = "1")]
+        pub status: i32,
+    }
+}

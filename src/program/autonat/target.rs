@@ -1,0 +1,241 @@
+//! Which of the addresses that a client names are dialed.
+//!
+//! Pure. Nobody but the client itself: only the IP address that its connection comes from, so that
+//! nobody can have the relay knock at somebody else's door. Version 2 has clients pay for other
+//! addresses with data, so that they are no use for a flood; they are of use to a scanner still.
+//! For the same reason no name is looked up, and no relay is dialed.
+
+use std::net::{IpAddr, SocketAddr};
+
+use libp2p::{Multiaddr, multiaddr::Protocol};
+
+use super::Client;
+use crate::{
+    address,
+    program::transport::{self, Layer},
+};
+
+/// How many addresses of a request are looked at: as many as go-libp2p looks at.
+const MOST_NAMED: usize = 50;
+
+/// How many of them version 1 dials, one after the other.
+const MOST_DIALED: usize = 3;
+
+/// What version 2 dials: the first address that can be, and which one that is.
+pub fn of_version_2(
+    named: &[Vec<u8>],
+    client: Client,
+    private: bool,
+) -> Option<(usize, SocketAddr)> {
+    let mut read = named
+        .iter()
+        .take(MOST_NAMED)
+        .map(|bytes| read(bytes, client));
+    let at = read.position(|to| to.is_some_and(|to| to.ip() == client.ip))?;
+    let to = self::read(named.get(at)?, client)?;
+    may_be_dialed(to.ip(), private).then_some((at, to))
+}
+
+/// What version 1 dials: the ports that the client names, at its own address. A client behind NAT
+/// knows no better than the address that it has there.
+pub fn of_version_1(named: &[Vec<u8>], client: Client, private: bool) -> Vec<SocketAddr> {
+    let mut dialed = Vec::new();
+    if !may_be_dialed(client.ip, private) {
+        return dialed;
+    }
+    for bytes in named.iter().take(MOST_NAMED) {
+        let to = read(bytes, client).map(|to| SocketAddr::new(client.ip, to.port()));
+        if let Some(to) = to
+            && dialed.len() < MOST_DIALED
+            && !dialed.contains(&to)
+        {
+            dialed.push(to);
+        }
+    }
+    dialed
+}
+
+/// A TCP address of the client's, with its name behind it or not.
+fn read(bytes: &[u8], client: Client) -> Option<SocketAddr> {
+    let address = Multiaddr::try_from(bytes.to_vec()).ok()?;
+    let names_another =
+        matches!(address.iter().last(), Some(Protocol::P2p(peer)) if peer != client.peer);
+    let (mut to, Layer::Tcp) = transport::remote_address(&address).filter(|_| !names_another)?
+    else {
+        return None;
+    };
+    to.set_ip(to.ip().to_canonical());
+    Some(to)
+}
+
+/// Whether this is an address of the internet, with a machine behind it.
+fn may_be_dialed(ip: IpAddr, private: bool) -> bool {
+    if private {
+        return true;
+    }
+    let special = match ip {
+        IpAddr::V4(ip) => matches!(
+            ip.octets(),
+            [192, 0, 0, _] // the protocols' own
+            | [192, 88, 99, _] // a way into IPv6
+        ),
+        IpAddr::V6(ip) => matches!(
+            ip.segments(),
+            [0x2001, 0..0x200, ..] // the protocols' own, ways into IPv4 among them
+            | [0x2002, ..] // a way into IPv4
+            | [0x3fff, 0..0x1000, ..] // documentation
+        ),
+    };
+    !special && address::is_global(&Multiaddr::from(ip))
+}
+
+#[cfg(test)]
+mod tests {
+    use libp2p::PeerId;
+
+    use super::*;
+
+    const PEER: &str = "12D3KooWPGM3wYKMsTHGEqbhcBft6cPjA2F3rQmyWTEDD3wCGS1g";
+
+    fn client(ip: &str) -> Client {
+        Client {
+            peer: PEER.parse().unwrap(),
+            ip: ip.parse().unwrap(),
+        }
+    }
+
+    fn bytes(addresses: &[&str]) -> Vec<Vec<u8>> {
+        let bytes = |address: &&str| address.parse::<Multiaddr>().unwrap().to_vec();
+        addresses.iter().map(bytes).collect()
+    }
+
+    fn second(ip: &str, addresses: &[&str]) -> Option<(usize, String)> {
+        let target = of_version_2(&bytes(addresses), client(ip), false);
+        target.map(|(at, to)| (at, to.to_string()))
+    }
+
+    fn first(ip: &str, addresses: &[&str]) -> Vec<String> {
+        let targets = of_version_1(&bytes(addresses), client(ip), false);
+        targets.iter().map(SocketAddr::to_string).collect()
+    }
+
+    #[test]
+    fn version_2_dials_the_first_tcp_address_of_the_clients_own() {
+        let addresses = [
+            "/ip4/5.5.5.5/udp/4001/quic-v1",
+            "/ip4/6.6.6.6/tcp/4001",
+            "/dns4/example.org/tcp/4001",
+            "/ip4/5.5.5.5/tcp/4001/ws",
+            "/ip4/5.5.5.5/tcp/4002",
+            "/ip4/5.5.5.5/tcp/4003",
+        ];
+        let expected = Some((4, "5.5.5.5:4002".into()));
+        assert_eq!(second("5.5.5.5", &addresses), expected);
+        let mapped = ["/ip6/::ffff:5.5.5.5/tcp/4001"];
+        assert_eq!(second("5.5.5.5", &mapped), Some((0, "5.5.5.5:4001".into())));
+        assert_eq!(second("7.7.7.7", &addresses), None);
+        assert_eq!(second("5.5.5.5", &[]), None);
+    }
+
+    #[test]
+    fn version_1_dials_the_ports_that_are_named_at_the_clients_own_address() {
+        let addresses = [
+            "/ip4/192.168.1.7/tcp/4001",
+            "/ip4/6.6.6.6/tcp/4001",
+            "/ip6/2a00::1/tcp/4002",
+            "/ip4/5.5.5.5/udp/4003/quic-v1",
+            "/dns4/example.org/tcp/4004",
+        ];
+        let expected = ["5.5.5.5:4001", "5.5.5.5:4002"];
+        assert_eq!(first("5.5.5.5", &addresses), expected);
+        let many: Vec<_> = (1..99)
+            .map(|port| format!("/ip4/5.5.5.5/tcp/{port}"))
+            .collect();
+        let many: Vec<_> = many.iter().map(String::as_str).collect();
+        assert_eq!(first("5.5.5.5", &many).len(), MOST_DIALED);
+    }
+
+    #[test]
+    fn relays_others_and_what_is_no_address_are_dialed_by_neither() {
+        let other = PeerId::random();
+        for address in [
+            "/ip4/5.5.5.5/tcp/4001/p2p-circuit".into(),
+            format!("/ip4/5.5.5.5/tcp/4001/p2p/{other}/p2p-circuit/p2p/{PEER}"),
+            format!("/ip4/5.5.5.5/tcp/4001/p2p/{other}"),
+            "/dnsaddr/example.org".into(),
+            "/dns/example.org/tcp/4001".into(),
+            "/ip4/5.5.5.5/tcp/0".into(),
+            "/ip4/5.5.5.5".into(),
+            "/memory/7".into(),
+            String::new(),
+        ] {
+            assert_eq!(second("5.5.5.5", &[&address]), None, "{address}");
+            assert!(first("5.5.5.5", &[&address]).is_empty(), "{address}");
+        }
+        let own = format!("/ip4/5.5.5.5/tcp/4001/p2p/{PEER}");
+        assert!(second("5.5.5.5", &[&own]).is_some());
+        assert_eq!(first("5.5.5.5", &[&own]).len(), 1);
+        let garbage = [vec![255; 9], Vec::new()];
+        assert_eq!(of_version_2(&garbage, client("5.5.5.5"), true), None);
+        assert!(of_version_1(&garbage, client("5.5.5.5"), true).is_empty());
+    }
+
+    #[test]
+    fn an_address_that_is_not_global_is_dialed_only_in_tests() {
+        for ip in [
+            "127.0.0.1",
+            "10.1.2.3",
+            "172.16.0.1",
+            "192.168.1.1",
+            "169.254.1.1",
+            "100.64.0.1",
+            "0.0.0.0",
+            "0.1.2.3",
+            "192.0.0.8",
+            "192.0.2.1",
+            "192.88.99.1",
+            "198.18.0.1",
+            "198.51.100.1",
+            "203.0.113.1",
+            "224.0.0.1",
+            "240.0.0.1",
+            "255.255.255.255",
+            "::",
+            "::1",
+            "::ffff:127.0.0.1",
+            "64:ff9b::7f00:1",
+            "100::1",
+            "2001::7f00:1",
+            "2001:2::1",
+            "2001:db8::1",
+            "2002:7f00:1::1",
+            "3fff:1::1",
+            "fc00::1",
+            "fe80::1",
+            "ff02::1",
+        ] {
+            let ip: IpAddr = ip.parse::<IpAddr>().unwrap().to_canonical();
+            let client = Client {
+                ip,
+                ..client("5.5.5.5")
+            };
+            let address = Multiaddr::from(ip).with(Protocol::Tcp(4001));
+            let named = [address.to_vec()];
+            assert_eq!(of_version_2(&named, client, false), None, "{ip}");
+            assert!(of_version_1(&named, client, false).is_empty(), "{ip}");
+            if !ip.is_unspecified() {
+                assert!(of_version_2(&named, client, true).is_some(), "{ip}");
+                assert_eq!(of_version_1(&named, client, true).len(), 1, "{ip}");
+            }
+        }
+        for ip in [
+            "5.5.5.5",
+            "192.0.1.1",
+            "2a00::1",
+            "2001:4860::1",
+            "2001:200::1",
+        ] {
+            assert!(may_be_dialed(ip.parse().unwrap(), false), "{ip}");
+        }
+    }
+}

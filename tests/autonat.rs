@@ -1,0 +1,597 @@
+//! AutoNAT: clients learn whether they can be reached from outside, and the relay dials nobody else.
+//!
+//! rust-libp2p's clients of both versions, and questions by hand. Everyone is on the loopback, where
+//! the relay dials only if a flag for tests lets it.
+
+mod common;
+
+use std::{io, net::TcpListener, time::Duration};
+
+use common::{Client, Relay, messages, within};
+use libp2p::{
+    Multiaddr, PeerId, StreamProtocol, Swarm, SwarmBuilder,
+    autonat::{self, v1::NatStatus},
+    core::ConnectedPoint,
+    futures::{AsyncReadExt, AsyncWriteExt, StreamExt},
+    identify,
+    identity::Keypair,
+    noise,
+    swarm::{NetworkBehaviour, SwarmEvent, dial_opts::DialOpts},
+    tcp, yamux,
+};
+use prost::Message;
+
+const VERSION_1: StreamProtocol = StreamProtocol::new("/libp2p/autonat/1.0.0");
+const VERSION_2: StreamProtocol = StreamProtocol::new("/libp2p/autonat/2/dial-request");
+
+const FOR_TESTS: [&str; 2] = ["--autonat", "--autonat-private"];
+
+/// How many times a minute a peer is dialed.
+const PER_PEER: usize = 12;
+
+// ---- rust-libp2p's clients
+
+#[derive(NetworkBehaviour)]
+struct First {
+    autonat: autonat::v1::Behaviour,
+}
+
+#[derive(NetworkBehaviour)]
+struct Second {
+    autonat: autonat::v2::client::Behaviour,
+    identify: identify::Behaviour,
+}
+
+fn swarm<B: NetworkBehaviour>(behaviour: impl FnOnce(&Keypair) -> B) -> Swarm<B> {
+    SwarmBuilder::with_new_identity()
+        .with_tokio()
+        .with_tcp(
+            tcp::Config::default(),
+            noise::Config::new,
+            yamux::Config::default,
+        )
+        .unwrap()
+        .with_behaviour(behaviour)
+        .unwrap()
+        .with_swarm_config(|config| config.with_idle_connection_timeout(common::PATIENCE * 10))
+        .build()
+}
+
+/// A client of version 1 that asks the relay as soon as it has an address to ask about.
+async fn first(relay: &Relay) -> Swarm<First> {
+    let config = autonat::v1::Config {
+        boot_delay: Duration::ZERO,
+        retry_interval: Duration::from_millis(100),
+        throttle_server_period: Duration::ZERO,
+        only_global_ips: false,
+        ..autonat::v1::Config::default()
+    };
+    let mut swarm = swarm(|keypair| First {
+        autonat: autonat::v1::Behaviour::new(keypair.public().to_peer_id(), config),
+    });
+    swarm.behaviour_mut().autonat.add_server(relay.peer, None);
+    connect(&mut swarm, relay).await;
+    swarm
+}
+
+/// A client of version 2 that asks about each address of its own of which it hears from a relay.
+fn second() -> Swarm<Second> {
+    swarm(|keypair| Second {
+        autonat: autonat::v2::client::Behaviour::default(),
+        identify: identify::Behaviour::new(identify::Config::new("test".into(), keypair.public())),
+    })
+}
+
+/// Connects from a port of its own: from the one that it listens on, the kernel does not always let
+/// it.
+async fn connect<B: NetworkBehaviour>(swarm: &mut Swarm<B>, relay: &Relay) {
+    let dial = DialOpts::peer_id(relay.peer).addresses(vec![relay.address.clone()]);
+    let dial = dial.allocate_new_port().build();
+    swarm.dial(dial).expect("it can be dialed");
+    until(swarm, |event| match event {
+        SwarmEvent::ConnectionEstablished { .. } => Some(()),
+        SwarmEvent::OutgoingConnectionError { error, .. } => panic!("{error}"),
+        _ => None,
+    })
+    .await;
+}
+
+/// Listens on the loopback, and waits until it does.
+async fn listen<B: NetworkBehaviour>(swarm: &mut Swarm<B>) -> Multiaddr {
+    swarm
+        .listen_on("/ip4/127.0.0.1/tcp/0".parse().unwrap())
+        .unwrap();
+    until(swarm, |event| match event {
+        SwarmEvent::NewListenAddr { address, .. } => Some(address),
+        _ => None,
+    })
+    .await
+}
+
+async fn until<B: NetworkBehaviour, T>(
+    swarm: &mut Swarm<B>,
+    mut wanted: impl FnMut(SwarmEvent<B::ToSwarm>) -> Option<T>,
+) -> T {
+    within(async {
+        loop {
+            if let Some(found) = wanted(swarm.select_next_some().await) {
+                return found;
+            }
+        }
+    })
+    .await
+}
+
+/// The dial-back came, from somebody who is not the relay, and was closed again.
+#[derive(Default)]
+struct DialBack {
+    came: bool,
+    left: bool,
+}
+
+impl DialBack {
+    fn note<E>(&mut self, event: &SwarmEvent<E>, relay: PeerId) {
+        match event {
+            SwarmEvent::ConnectionEstablished {
+                peer_id,
+                endpoint: ConnectedPoint::Listener { .. },
+                ..
+            } => {
+                assert_ne!(*peer_id, relay);
+                self.came = true;
+            }
+            SwarmEvent::ConnectionClosed { peer_id, .. } if *peer_id != relay => self.left = true,
+            _ => {}
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_client_of_version_1_that_can_be_reached_learns_so() {
+    let relay = Relay::start(&FOR_TESTS);
+    let mut client = first(&relay).await;
+    let address = listen(&mut client).await;
+    let (mut back, mut learnt) = (DialBack::default(), None);
+    until(&mut client, |event| {
+        back.note(&event, relay.peer);
+        if let SwarmEvent::Behaviour(FirstEvent::Autonat(autonat::v1::Event::StatusChanged {
+            new,
+            ..
+        })) = event
+        {
+            learnt = Some(new);
+        }
+        (back.left && learnt.is_some()).then_some(())
+    })
+    .await;
+    assert_eq!(learnt, Some(NatStatus::Public(address)));
+    assert!(back.came);
+    has_one_connection(&relay).await;
+}
+
+#[tokio::test]
+async fn a_client_of_version_1_that_cannot_be_reached_learns_so() {
+    let relay = Relay::start(&FOR_TESTS);
+    let mut client = first(&relay).await;
+    client.behaviour_mut().autonat.probe_address(closed());
+    let learnt = until(&mut client, |event| match event {
+        SwarmEvent::Behaviour(FirstEvent::Autonat(autonat::v1::Event::StatusChanged {
+            new,
+            ..
+        })) => Some(new),
+        _ => None,
+    })
+    .await;
+    assert_eq!(learnt, NatStatus::Private);
+}
+
+#[tokio::test]
+async fn a_client_of_version_2_that_can_be_reached_learns_so() {
+    let relay = Relay::start(&FOR_TESTS);
+    let mut client = second();
+    let address = listen(&mut client).await;
+    connect(&mut client, &relay).await;
+    let (mut back, mut learnt) = (DialBack::default(), None);
+    until(&mut client, |event| {
+        back.note(&event, relay.peer);
+        if let SwarmEvent::Behaviour(SecondEvent::Autonat(told)) = event {
+            learnt = Some(told);
+        }
+        (back.left && learnt.is_some()).then_some(())
+    })
+    .await;
+    let learnt = learnt.unwrap();
+    assert!(learnt.result.is_ok(), "{learnt:?}");
+    assert_eq!((learnt.tested_addr, learnt.server), (address, relay.peer));
+    assert!(back.came);
+    has_one_connection(&relay).await;
+}
+
+#[tokio::test]
+async fn a_client_of_version_2_that_cannot_be_reached_learns_so() {
+    let relay = Relay::start(&FOR_TESTS);
+    // It listens nowhere: what it hears of is the port that it came from.
+    let mut client = second();
+    connect(&mut client, &relay).await;
+    let learnt = until(&mut client, |event| match event {
+        SwarmEvent::Behaviour(SecondEvent::Autonat(told)) => Some(told),
+        _ => None,
+    })
+    .await;
+    assert!(learnt.result.is_err(), "{learnt:?}");
+}
+
+/// To the relay's tables a dial-back is no connection.
+async fn has_one_connection(relay: &Relay) {
+    let bystander = Client::connect(relay).await;
+    let opened = |peer| format!(" opened: peer {peer}");
+    // Once this line is there, all that came before it is.
+    relay
+        .wait_for_log(&opened(bystander.peer.to_string()))
+        .await;
+    let log = relay.log();
+    let opened = log
+        .iter()
+        .filter(|line| line.contains(&opened(String::new())));
+    assert_eq!(opened.count(), 2, "{log:#?}");
+}
+
+/// An address at which nobody listens.
+fn closed() -> Multiaddr {
+    address_of(&TcpListener::bind("127.0.0.1:0").unwrap())
+}
+
+fn address_of(listener: &TcpListener) -> Multiaddr {
+    let at = listener.local_addr().unwrap();
+    format!("/ip4/{}/tcp/{}", at.ip(), at.port())
+        .parse()
+        .unwrap()
+}
+
+// ---- By hand: the specification's protobuf once more
+
+#[derive(Clone, PartialEq, Message)]
+struct Asked1 {
+    #[prost(int32, optional, tag = "1")]
+    kind: Option<i32>,
+    #[prost(message, optional, tag = "2")]
+    dial: Option<Dial1>,
+    #[prost(message, optional, tag = "3")]
+    response: Option<Response1>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Dial1 {
+    #[prost(message, optional, tag = "1")]
+    peer: Option<messages::Peer>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Response1 {
+    #[prost(int32, optional, tag = "1")]
+    status: Option<i32>,
+    #[prost(string, optional, tag = "2")]
+    text: Option<String>,
+    #[prost(bytes = "vec", optional, tag = "3")]
+    address: Option<Vec<u8>>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Asked2 {
+    #[prost(message, optional, tag = "1")]
+    request: Option<Request2>,
+    #[prost(message, optional, tag = "2")]
+    response: Option<Response2>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Request2 {
+    #[prost(bytes = "vec", repeated, tag = "1")]
+    addresses: Vec<Vec<u8>>,
+    #[prost(fixed64, tag = "2")]
+    nonce: u64,
+}
+
+#[derive(Clone, Copy, PartialEq, Message)]
+struct Response2 {
+    #[prost(int32, tag = "1")]
+    status: i32,
+    #[prost(uint32, tag = "2")]
+    index: u32,
+    #[prost(int32, tag = "3")]
+    dial_status: i32,
+}
+
+const OK_1: i32 = 0;
+const DIAL_ERROR: i32 = 100;
+const REFUSED: i32 = 101;
+const BAD_REQUEST: i32 = 200;
+
+const REJECTED_2: i32 = 100;
+const OK_2: i32 = 200;
+
+async fn ask_1(client: &mut Client, addresses: &[Multiaddr]) -> Response1 {
+    let peer = client.peer;
+    ask_1_as(client, peer, addresses).await
+}
+
+async fn ask_1_as(client: &mut Client, peer: PeerId, addresses: &[Multiaddr]) -> Response1 {
+    let asked = Asked1 {
+        kind: Some(0),
+        dial: Some(Dial1 {
+            peer: Some(messages::Peer {
+                id: Some(peer.to_bytes()),
+                addrs: addresses.iter().map(Multiaddr::to_vec).collect(),
+            }),
+        }),
+        response: None,
+    };
+    let mut stream = client.open(VERSION_1).await;
+    messages::write(&mut stream, &asked).await;
+    let answer: Asked1 = messages::read(&mut stream).await;
+    assert_eq!(answer.kind, Some(1));
+    answer.response.expect("an answer")
+}
+
+async fn ask_2(client: &mut Client, addresses: &[Multiaddr]) -> Response2 {
+    let asked = Asked2 {
+        request: Some(Request2 {
+            addresses: addresses.iter().map(Multiaddr::to_vec).collect(),
+            nonce: 7,
+        }),
+        response: None,
+    };
+    let mut stream = client.open(VERSION_2).await;
+    messages::write(&mut stream, &asked).await;
+    let answer: Asked2 = messages::read(&mut stream).await;
+    answer.response.expect("an answer")
+}
+
+/// Somebody who listens, and whether anybody has come. The relay has answered by then: it dials
+/// first.
+fn was_dialed(listener: &TcpListener) -> bool {
+    listener.set_nonblocking(true).unwrap();
+    match listener.accept() {
+        Ok(_) => true,
+        Err(error) => {
+            assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+            false
+        }
+    }
+}
+
+#[tokio::test]
+async fn without_leave_nothing_on_the_loopback_is_dialed() {
+    let relay = Relay::start(&["--autonat"]);
+    let mut client = Client::connect(&relay).await;
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = [address_of(&listener)];
+    let refused = Response2 {
+        status: REFUSED,
+        ..Response2::default()
+    };
+    assert_eq!(ask_2(&mut client, &address).await, refused);
+    assert_eq!(ask_1(&mut client, &address).await.status, Some(REFUSED));
+    assert!(!was_dialed(&listener));
+}
+
+#[tokio::test]
+async fn nobody_is_dialed_at_another_address_than_its_own() {
+    let relay = Relay::start(&FOR_TESTS);
+    let mut client = Client::connect(&relay).await;
+    let other = TcpListener::bind("127.0.0.2:0").unwrap();
+    let name = format!("/dns4/localhost/tcp/{}", address_of_port(&other));
+    for address in [address_of(&other), name.parse().unwrap()] {
+        assert_eq!(ask_2(&mut client, &[address]).await.status, REFUSED);
+    }
+    // Version 1 asks about ports: it is tried at the client's own address.
+    let tried = ask_1(&mut client, &[address_of(&other)]).await;
+    assert_eq!(tried.status, Some(DIAL_ERROR));
+    assert!(!was_dialed(&other));
+}
+
+fn address_of_port(listener: &TcpListener) -> u16 {
+    listener.local_addr().unwrap().port()
+}
+
+#[tokio::test]
+async fn what_the_relay_cannot_dial_is_refused_and_not_said_to_be_unreachable() {
+    let relay = Relay::start(&FOR_TESTS);
+    let mut client = Client::connect(&relay).await;
+    let quic: Multiaddr = "/ip4/127.0.0.1/udp/4001/quic-v1".parse().unwrap();
+    let unreachable = closed();
+    let circuit: Multiaddr = format!("{}/p2p-circuit", relay.address).parse().unwrap();
+    let others = [quic, circuit];
+    assert_eq!(ask_2(&mut client, &others).await.status, REFUSED);
+    assert_eq!(ask_1(&mut client, &others).await.status, Some(REFUSED));
+    assert_eq!(ask_2(&mut client, &[]).await.status, REFUSED);
+    let expected = Response2 {
+        status: OK_2,
+        index: 2,
+        dial_status: DIAL_ERROR,
+    };
+    let all = [&others[..], &[unreachable]].concat();
+    assert_eq!(ask_2(&mut client, &all).await, expected);
+}
+
+#[tokio::test]
+async fn whoever_else_answers_there_is_not_the_client() {
+    let relay = Relay::start(&FOR_TESTS);
+    let mut other = swarm(|_| libp2p::swarm::dummy::Behaviour);
+    let address = listen(&mut other).await;
+    tokio::spawn(async move {
+        loop {
+            other.select_next_some().await;
+        }
+    });
+    let mut client = Client::connect(&relay).await;
+    let address = [address];
+    assert_eq!(ask_2(&mut client, &address).await.dial_status, DIAL_ERROR);
+    assert_eq!(ask_1(&mut client, &address).await.status, Some(DIAL_ERROR));
+    // Nor may it ask for somebody else.
+    let asked = ask_1_as(&mut client, PeerId::random(), &address).await;
+    assert_eq!(asked.status, Some(BAD_REQUEST));
+}
+
+#[tokio::test]
+async fn a_dial_that_hangs_is_given_up_and_so_is_a_client_that_does_not_take_the_proof() {
+    let relay = Relay::start(&FOR_TESTS);
+    let mut client = Client::connect(&relay).await;
+    // The kernel accepts, and nobody says anything.
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let answer = ask_2(&mut client, &[address_of(&silent)]).await;
+    assert_eq!((answer.status, answer.dial_status), (OK_2, DIAL_ERROR));
+    let (stream, _) = silent.accept().expect("it was dialed");
+    stream.set_read_timeout(Some(common::PATIENCE)).unwrap();
+    let all = io::copy(&mut &stream, &mut io::sink());
+    all.expect("and hung up on, within the limit");
+
+    // The client itself listens, and does not know the protocol.
+    const DIAL_BACK_ERROR: i32 = 101;
+    let keypair = Keypair::generate_ed25519();
+    let mut listens = swarm_of(keypair.clone());
+    let address = listen(&mut listens).await;
+    tokio::spawn(async move {
+        loop {
+            listens.select_next_some().await;
+        }
+    });
+    let security = common::Security::Noise;
+    let mut client = Client::connect_as(keypair, &relay.address, security).await;
+    let answer = ask_2(&mut client, std::slice::from_ref(&address)).await;
+    assert_eq!((answer.status, answer.dial_status), (OK_2, DIAL_BACK_ERROR));
+    assert_eq!(ask_1(&mut client, &[address]).await.status, Some(OK_1));
+}
+
+fn swarm_of(keypair: Keypair) -> Swarm<libp2p::swarm::dummy::Behaviour> {
+    SwarmBuilder::with_existing_identity(keypair)
+        .with_tokio()
+        .with_tcp(
+            tcp::Config::default(),
+            noise::Config::new,
+            yamux::Config::default,
+        )
+        .unwrap()
+        .with_behaviour(|_| libp2p::swarm::dummy::Behaviour)
+        .unwrap()
+        .with_swarm_config(|config| config.with_idle_connection_timeout(common::PATIENCE * 10))
+        .build()
+}
+
+#[tokio::test]
+async fn a_peer_is_dialed_so_often_a_minute_and_is_told_when_it_is_enough() {
+    let relay = Relay::start(&FOR_TESTS);
+    let mut client = Client::connect(&relay).await;
+    let address = [closed()];
+    // Twice as many as there are: none comes back within the time that this takes.
+    let mut dialed = 0;
+    for _ in 0..2 * PER_PEER {
+        let answer = ask_2(&mut client, &address).await;
+        match answer.status {
+            OK_2 => assert_eq!(answer.dial_status, DIAL_ERROR),
+            REJECTED_2 => continue,
+            _ => panic!("{answer:?}"),
+        }
+        dialed += 1;
+    }
+    // One comes back every five seconds.
+    assert!((PER_PEER..PER_PEER + 3).contains(&dialed), "{dialed}");
+    let refused = ask_1(&mut client, &address).await;
+    assert_eq!(refused.status, Some(REFUSED), "{refused:?}");
+    let mut other = Client::connect(&relay).await;
+    assert_eq!(ask_2(&mut other, &address).await.status, OK_2);
+}
+
+#[tokio::test]
+async fn what_is_no_question_gets_no_answer_and_harms_nobody() {
+    let relay = Relay::start(&FOR_TESTS);
+    let mut client = Client::connect(&relay).await;
+    for protocol in [VERSION_1, VERSION_2] {
+        for bytes in [
+            &b""[..],
+            &[0xff; 64],
+            &[0x80, 0x80, 0x01], // 16 KiB to come
+            &[3, 1, 2],
+            &[2, 0xff, 0xff],
+            &[2, 0x12, 0x00], // an answer
+        ] {
+            let mut stream = client.open(protocol.clone()).await;
+            let _ = stream.write_all(bytes).await;
+            let _ = stream.close().await;
+            let mut answer = Vec::new();
+            let _ = within(stream.read_to_end(&mut answer)).await;
+            let said = protocol == VERSION_1 && bytes == [2, 0x12, 0x00];
+            assert_eq!(
+                answer.is_empty(),
+                !said,
+                "{protocol}: {bytes:?}: {answer:?}"
+            );
+        }
+    }
+    client.reserve().await;
+    assert_eq!(ask_2(&mut client, &[closed()]).await.status, OK_2);
+}
+
+#[tokio::test]
+async fn it_is_off_unless_asked_for() {
+    let relay = Relay::start(&[]);
+    let mut swarm = swarm(|_| libp2p_stream::Behaviour::new());
+    let mut control = swarm.behaviour().new_control();
+    swarm.dial(relay.address.clone()).unwrap();
+    tokio::spawn(async move {
+        loop {
+            swarm.select_next_some().await;
+        }
+    });
+    for protocol in [VERSION_1, VERSION_2] {
+        let opened = within(control.open_stream(relay.peer, protocol)).await;
+        assert!(matches!(
+            opened,
+            Err(libp2p_stream::OpenStreamError::UnsupportedProtocol(_))
+        ));
+    }
+}
+
+// ---- The flag
+
+/// What it says of its settings, or what is wrong with them.
+fn settings(flags: &[&str], variable: Option<&str>, file: &str) -> String {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("relaylet.toml"), file).unwrap();
+    let mut command = common::command(&folder);
+    command.args(["--config=relaylet.toml", "--print-config"]);
+    command
+        .args(flags)
+        .envs(variable.map(|on| ("RELAYLET_AUTONAT", on)));
+    let output = command.output().expect("it can be started");
+    let (said, wrong) = (output.stdout, output.stderr);
+    let status = output.status.code();
+    assert_eq!(status, Some(if wrong.is_empty() { 0 } else { 2 }));
+    String::from_utf8([said, wrong].concat()).expect("text")
+}
+
+#[test]
+fn it_is_switched_on_by_a_flag_the_environment_or_a_file() {
+    let on = "autonat = true";
+    for (flags, variable, file, is_on) in [
+        (&[][..], None, "", false),
+        (&["--autonat"], None, "", true),
+        (&["--autonat=true"], None, "", true),
+        (&[], Some("true"), "", true),
+        (&[], None, on, true),
+        (&["--autonat=false"], Some("true"), on, false),
+        (&[], Some("false"), on, false),
+    ] {
+        let printed = settings(flags, variable, file);
+        let line = format!("autonat = {is_on}");
+        assert!(printed.lines().any(|is| is == line), "{line}: {printed}");
+    }
+    for (flags, variable, file, named) in [
+        (&["--autonat=perhaps"][..], None, "", "--autonat"),
+        (&[], Some("1"), "", "--autonat"),
+        (&[], None, "autonat = 1", "relaylet.toml:1: "),
+    ] {
+        let line = settings(flags, variable, file);
+        assert!(line.contains(named) && line.lines().count() == 1, "{line}");
+    }
+}
