@@ -1,7 +1,7 @@
 //! What makes the relay a program: flags, key file, sockets, signals. Each part in a file of its
 //! own; none of it is compiled without the feature `program`, nor an optional part without its own:
 //! `http` for what is shown over HTTP, `pnet` for private networks, `websocket` for what browsers
-//! connect over, `autonat` for AutoNAT.
+//! connect over, `autonat` for AutoNAT, `dht` for the DHT.
 
 #[cfg(feature = "autonat")]
 mod autonat;
@@ -35,6 +35,13 @@ mod threads;
 pub mod traffic;
 pub mod transport;
 mod values;
+
+#[cfg(feature = "dht")]
+mod bootstrap;
+#[cfg(feature = "dht")]
+pub mod dht;
+#[cfg(feature = "dht")]
+mod routable;
 
 #[cfg(feature = "http")]
 mod history;

@@ -64,6 +64,10 @@ const FLAGS: &[(&str, &str)] = &[
     ("--threads", "0"),
     #[cfg(feature = "http")]
     ("--http", "127.0.0.1"),
+    #[cfg(feature = "dht")]
+    ("--bootstrap", "127.0.0.1:4001"),
+    #[cfg(feature = "dht")]
+    ("--dht-protocol", "kad"),
 ];
 
 // ---- Flags and environment
@@ -93,6 +97,20 @@ fn each_flag_is_in_the_environment_too() {
             .to_uppercase();
         let line = refused(&[], &[(&format!("RELAYLET_{name}"), value)]);
         assert!(line.contains(flag), "{flag} {value}: {line}");
+    }
+}
+
+#[cfg(not(feature = "dht"))]
+#[test]
+fn a_flag_of_a_feature_that_was_left_out_names_it() {
+    for flag in [
+        "--dht",
+        "--bootstrap=/ip4/127.0.0.1/tcp/1",
+        "--dht-protocol=x",
+    ] {
+        let line = refused(&[flag], &[]);
+        let expected = "this relay was built without it; build it with the feature dht";
+        assert!(line.contains(expected), "{flag}: {line}");
     }
 }
 

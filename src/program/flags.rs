@@ -10,6 +10,8 @@ use ipnet::IpNet;
 use libp2p::{Multiaddr, PeerId};
 use structopt::{StructOpt, clap::AppSettings};
 
+#[cfg(feature = "dht")]
+use super::dht;
 use super::{
     command_line::{Origin, in_flags},
     connection_limits::Limits,
@@ -113,6 +115,23 @@ pub struct Flags {
         parse(from_os_str)
     )]
     pub identity: PathBuf,
+
+    /// Joins a DHT as a server, so that clients that walk it find the relay
+    #[cfg(feature = "dht")]
+    #[structopt(long)]
+    pub dht: bool,
+
+    /// Node of the DHT to join it by, with its id at the end; may be given several times
+    ///
+    /// Without any the relay is in the DHT once others join by it.
+    #[cfg(feature = "dht")]
+    #[structopt(long, value_name = "MULTIADDR", use_delimiter = true)]
+    pub bootstrap: Vec<Multiaddr>,
+
+    /// What the nodes of the DHT speak
+    #[cfg(feature = "dht")]
+    #[structopt(long, value_name = "PROTOCOL", default_value = "/ipfs/kad/1.0.0")]
+    pub dht_protocol: String,
 
     /// How many peers may hold a slot at a time
     #[structopt(
@@ -412,6 +431,27 @@ impl Flags {
         }
     }
 
+    /// The DHT to join, if any.
+    ///
+    /// # Errors
+    ///
+    /// What makes no sense about it, in one line with its name and the remedy.
+    #[cfg(feature = "dht")]
+    pub fn joins(&self) -> Result<Option<dht::Config>, String> {
+        let config = dht::Config::new(&self.dht_protocol, &self.bootstrap)?;
+        match (self.dht, self.bootstrap.first()) {
+            (false, Some(address)) => Err(format!(
+                "--bootstrap {address}: is for a DHT; add --dht, or leave it out"
+            )),
+            // The connections that a walk dials would stay open for ever.
+            (true, _) if self.idle_timeout.is_zero() => Err(
+                "--idle-timeout 0s: connections of the DHT have to end; try 1m, or leave out --dht"
+                    .into(),
+            ),
+            (joins, _) => Ok(joins.then_some(config)),
+        }
+    }
+
     /// The addresses to listen on, and whether they were asked for.
     pub fn listen_addresses(&self) -> (Vec<Multiaddr>, bool) {
         if !self.listen.is_empty() {
@@ -448,6 +488,8 @@ impl Flags {
                 "--threads {asked}: try 1 to {most}, or leave it out"
             ));
         }
+        #[cfg(feature = "dht")]
+        self.joins()?;
         self.has_a_whole_certificate()?;
         #[cfg(all(feature = "autonat", feature = "pnet"))]
         if self.autonat && self.swarm_key.is_some() {

@@ -5,6 +5,8 @@ use std::{net::IpAddr, time::Duration};
 use bytesize::ByteSize;
 use libp2p::{Multiaddr, PeerId};
 
+#[cfg(feature = "dht")]
+use super::dht;
 use super::transport::{self, Layer};
 use crate::{access::Lists, address, config::Config};
 
@@ -38,6 +40,19 @@ fn circuits_carry(bytes: u64, duration: Duration) -> String {
             "a circuit may carry {size} in each direction for {time}; --circuit-bytes 0 and \
              --circuit-duration 0s lift that"
         ),
+    }
+}
+
+/// Which DHT it joins, and by whom.
+#[cfg(feature = "dht")]
+pub fn joins(dht: &dht::Config) -> String {
+    match dht.bootstrap.len() {
+        0 => format!(
+            "joins the DHT {} once others come by this relay; name nodes that are in it with \
+             --bootstrap",
+            dht.protocol
+        ),
+        nodes => format!("joins the DHT {} by {nodes} --bootstrap", dht.protocol),
     }
 }
 

@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context, Result};
 use ipnet::IpNet;
-#[cfg(feature = "autonat")]
+#[cfg(any(feature = "autonat", feature = "dht"))]
 use libp2p::swarm::behaviour::toggle::Toggle;
 use libp2p::{
     Multiaddr, PeerId, Swarm, Transport,
@@ -23,6 +23,8 @@ use libp2p::{
 
 #[cfg(feature = "autonat")]
 use super::autonat::AutoNat;
+#[cfg(feature = "dht")]
+use super::dht::{self, Dht};
 #[cfg(feature = "pnet")]
 use super::swarm_key::{self, PreSharedKey};
 use super::{
@@ -128,6 +130,8 @@ struct Parts {
     identify: identify::Behaviour,
     #[cfg(feature = "autonat")]
     autonat: Toggle<AutoNat>,
+    #[cfg(feature = "dht")]
+    dht: Toggle<Boxed<Dht>>,
 }
 
 impl Node {
@@ -187,6 +191,8 @@ impl Node {
             identify: identify::Behaviour::new(identify),
             #[cfg(feature = "autonat")]
             autonat: None.into(),
+            #[cfg(feature = "dht")]
+            dht: None.into(),
         };
         let swarm_config = match setup.one_thread {
             true => swarm::Config::without_executor(),
@@ -308,6 +314,14 @@ impl Node {
         Ok(())
     }
 
+    /// Joins a DHT as a server, so that those who walk it find the relay. To be called before
+    /// [`Node::listen_on`].
+    #[cfg(feature = "dht")]
+    pub fn join(&mut self, dht: dht::Config) {
+        let dht = Boxed::new(Dht::new(self.peer_id(), dht));
+        self.swarm.behaviour_mut().dht = Some(dht).into();
+    }
+
     /// Who the relay is.
     pub fn peer_id(&self) -> PeerId {
         *self.swarm.local_peer_id()
@@ -358,6 +372,8 @@ impl Node {
             self.swarm.remove_listener(*id);
         }
         self.relay_mut().drain(over);
+        #[cfg(feature = "dht")]
+        self.rest(true);
     }
 
     /// Listens again where it did before [`Node::drain`], and takes clients in.
@@ -376,7 +392,16 @@ impl Node {
             }
         }
         self.relay_mut().resume();
+        #[cfg(feature = "dht")]
+        self.rest(false);
         Ok(())
+    }
+
+    #[cfg(feature = "dht")]
+    fn rest(&mut self, resting: bool) {
+        if let Some(dht) = self.swarm.behaviour_mut().dht.as_mut() {
+            dht.rest(resting);
+        }
     }
 
     /// How many connections are up.
@@ -404,9 +429,17 @@ impl Node {
             }
             SwarmEvent::Behaviour(PartsEvent::Identify(identify::Event::Received {
                 connection_id,
+                #[cfg(feature = "dht")]
+                peer_id,
                 info,
                 ..
-            })) => self.reported(connection_id, info.observed_addr),
+            })) => {
+                #[cfg(feature = "dht")]
+                if let Some(dht) = self.swarm.behaviour_mut().dht.as_mut() {
+                    dht.hear(peer_id, &info.protocols, &info.listen_addrs);
+                }
+                self.reported(connection_id, info.observed_addr);
+            }
             SwarmEvent::NewListenAddr { address, .. } => {
                 self.listening_changed(&address);
                 return Some(NodeEvent::Listening(address));
@@ -547,7 +580,8 @@ mod tests {
         } else {
             0
         };
-        assert!(size_of::<THandler<Parts>>() <= identify + 416 + autonat);
+        let dht = if cfg!(feature = "dht") { pointer } else { 0 };
+        assert!(size_of::<THandler<Parts>>() <= identify + 416 + autonat + dht);
         assert_eq!(size_of::<THandler<Boxed<Parts>>>(), pointer);
         assert_eq!(size_of::<THandlerOutEvent<Boxed<Parts>>>(), pointer);
         // libp2p 0.57's: events that wait, nearly all of the time none, have their room in it.

@@ -10,16 +10,18 @@ const OTHERS: u64 = if cfg!(feature = "autonat") { 160 } else { 96 };
 
 /// Raises the limit as far as the system lets us; a warning if that is not far enough.
 ///
-/// Behind a proxy as many connections as may be in their handshakes are open before they count.
-pub fn raise_limit(limits: &Limits, behind_proxy: bool) -> Option<String> {
+/// Behind a proxy as many connections as may be in their handshakes are open before they count; and
+/// so many may be `dialed`, which do not count at all.
+pub fn raise_limit(limits: &Limits, behind_proxy: bool, dialed: usize) -> Option<String> {
     // An unreadable limit is no reason not to start.
     let (_, hard) = Resource::NOFILE.get().ok()?;
     let limit = rlimit::increase_nofile_limit(hard).ok()?;
-    let uncounted = if behind_proxy {
+    let introduced = if behind_proxy {
         limits.max_handshakes
     } else {
         0
     };
+    let uncounted = introduced.saturating_add(dialed);
     warning(limit, limits.max_connections, uncounted)
 }
 

@@ -24,6 +24,8 @@ use log::LevelFilter;
 
 #[cfg(feature = "websocket")]
 use super::certificates::Certificates;
+#[cfg(feature = "dht")]
+use super::dht;
 #[cfg(feature = "pnet")]
 use super::swarm_key;
 #[cfg(not(feature = "websocket"))]
@@ -123,11 +125,20 @@ async fn run(flags: &Flags) -> Result<()> {
         log::info!("new identity in {file}: keep that file, clients know the relay by it");
     }
     let mut certificates = Certificates::start(flags, &mut node)?;
+    #[cfg(feature = "dht")]
+    if let Some(dht) = flags.joins().map_err(Usage)? {
+        log::info!("{}", greeting::joins(&dht));
+        node.join(dht);
+    }
     listen(&mut node, flags)?;
     let mut watch = Watch::start(flags, &node)?;
     log::info!("{}", greeting::relays(&flags.config()));
     let behind_proxy = !flags.proxy_protocol_from.is_empty();
-    let too_few_files = open_files::raise_limit(&flags.limits(), behind_proxy);
+    #[cfg(feature = "dht")]
+    let dialed = if flags.dht { dht::MOST_DIALED } else { 0 };
+    #[cfg(not(feature = "dht"))]
+    let dialed = 0;
+    let too_few_files = open_files::raise_limit(&flags.limits(), behind_proxy, dialed);
     for warning in identity.warning.into_iter().chain(too_few_files) {
         log::warn!("{warning}");
     }

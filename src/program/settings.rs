@@ -10,8 +10,11 @@ use toml::Value;
 use super::{config_file::Setting, flags::Flags};
 
 /// What is read at the start only. `max-circuits-per-peer` can be lowered while the relay runs.
-const AT_START: [&str; 10] = [
+const AT_START: [&str; 13] = [
     "autonat",
+    "bootstrap",
+    "dht",
+    "dht-protocol",
     "http",
     "identity",
     "listen",
@@ -27,6 +30,12 @@ const AT_START: [&str; 10] = [
 pub const LEFT_OUT: &[(&str, &str)] = &[
     #[cfg(not(feature = "autonat"))]
     ("autonat", "autonat"),
+    #[cfg(not(feature = "dht"))]
+    ("bootstrap", "dht"),
+    #[cfg(not(feature = "dht"))]
+    ("dht", "dht"),
+    #[cfg(not(feature = "dht"))]
+    ("dht-protocol", "dht"),
     #[cfg(not(feature = "http"))]
     ("http", "http"),
     #[cfg(not(feature = "pnet"))]
@@ -106,6 +115,12 @@ impl Flags {
             set("threads", number(self.threads())).unless(self.threads.is_some()),
             #[cfg(feature = "http")]
             optional("http", self.http),
+            #[cfg(feature = "dht")]
+            set("dht", Value::Boolean(self.dht)),
+            #[cfg(feature = "dht")]
+            set("bootstrap", list(&self.bootstrap)),
+            #[cfg(feature = "dht")]
+            set("dht-protocol", text(&self.dht_protocol)),
         ];
         settings.into()
     }

@@ -134,7 +134,7 @@ impl Transport for Tcp {
         address: Multiaddr,
         _: DialOpts,
     ) -> Result<Self::Dial, TransportError<io::Error>> {
-        let Some((remote, Layer::Tcp)) = remote_address(&address) else {
+        let Some(remote) = dialable(&address) else {
             return Err(TransportError::MultiaddrNotSupported(address));
         };
         let traffic = self.traffic.clone();
@@ -231,6 +231,14 @@ pub(crate) fn remote_address(address: &Multiaddr) -> Option<(SocketAddr, Layer)>
         address.pop();
     }
     listen_address(&address).filter(|(to, _)| to.port() != 0 && !to.ip().is_unspecified())
+}
+
+/// The socket address of a TCP address that can be dialed: nothing is dialed over WebSocket.
+pub(crate) fn dialable(address: &Multiaddr) -> Option<SocketAddr> {
+    match remote_address(address)? {
+        (to, Layer::Tcp) => Some(to),
+        _ => None,
+    }
 }
 
 pub(super) fn multiaddr(address: SocketAddr) -> Multiaddr {

@@ -10,10 +10,7 @@ use std::net::{IpAddr, SocketAddr};
 use libp2p::{Multiaddr, multiaddr::Protocol};
 
 use super::Client;
-use crate::{
-    address,
-    program::transport::{self, Layer},
-};
+use crate::{address, program::transport};
 
 /// How many addresses of a request are looked at: as many as go-libp2p looks at.
 const MOST_NAMED: usize = 50;
@@ -60,10 +57,7 @@ fn read(bytes: &[u8], client: Client) -> Option<SocketAddr> {
     let address = Multiaddr::try_from(bytes.to_vec()).ok()?;
     let names_another =
         matches!(address.iter().last(), Some(Protocol::P2p(peer)) if peer != client.peer);
-    let (mut to, Layer::Tcp) = transport::remote_address(&address).filter(|_| !names_another)?
-    else {
-        return None;
-    };
+    let mut to = transport::dialable(&address).filter(|_| !names_another)?;
     to.set_ip(to.ip().to_canonical());
     Some(to)
 }
