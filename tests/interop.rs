@@ -90,6 +90,36 @@ fn go_libp2p_learns_whether_it_can_be_reached() {
     }
 }
 
+#[test]
+fn a_client_that_walks_a_dht_finds_a_relay_of_the_fleet_and_another_when_that_is_gone() {
+    let mut client = Command::new(go_client())
+        .arg("fleet")
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("it starts");
+    let output = BufReader::new(client.stdout.take().expect("it is piped"));
+    let mut lines = output
+        .lines()
+        .map_while(Result::ok)
+        .inspect(|line| println!("{line}"));
+    let mut after = |word: &str| {
+        let line = lines.find_map(|line| Some(line.strip_prefix(word)?.to_owned()));
+        line.unwrap_or_else(|| panic!("the client ended before it said {word:?}"))
+    };
+
+    let bootstrap = after("bootstrap ");
+    let fleet = (0..3).map(|_| Relay::start(&["--dht", "--bootstrap", &bootstrap]));
+    let mut fleet: Vec<_> = fleet.collect();
+    let first = after("reserved ");
+    let first = fleet
+        .iter()
+        .position(|relay| relay.peer.to_string() == first);
+    fleet.remove(first.expect("one of the fleet")).kill();
+    lines.for_each(drop);
+    let status = client.wait().expect("it ends");
+    assert!(status.success(), "{status}");
+}
+
 #[tokio::test]
 async fn js_libp2p_is_served() {
     // js-libp2p asks to reserve again only when little of the term is left.

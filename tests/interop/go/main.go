@@ -39,11 +39,18 @@ var scenarios = map[string]func(relay peer.AddrInfo) error{
 }
 
 func main() {
-	if len(os.Args) < 3 || scenarios[os.Args[1]] == nil {
-		fmt.Fprintln(os.Stderr, "usage: go run .", strings.Join(slices.Sorted(maps.Keys(scenarios)), "|"), "<relay multiaddr>...")
+	var err error
+	switch {
+	case len(os.Args) > 2 && scenarios[os.Args[1]] != nil:
+		err = run(os.Args[1], os.Args[2:])
+	case len(os.Args) == 2 && os.Args[1] == "fleet": // its relays are started when it says by whom to join
+		err = fleet()
+	default:
+		names := strings.Join(slices.Sorted(maps.Keys(scenarios)), "|")
+		fmt.Fprintln(os.Stderr, "usage: go run .", names, "<relay multiaddr>..., or go run . fleet")
 		os.Exit(2)
 	}
-	if err := run(os.Args[1], os.Args[2:]); err != nil {
+	if err != nil {
 		// A dial error of go-libp2p has a line for each address it tried.
 		fmt.Fprintln(os.Stderr, "failed:", os.Args[1]+":", strings.Join(strings.Fields(err.Error()), " "))
 		os.Exit(1)
