@@ -1,0 +1,147 @@
+//! The behaviour beside QUIC, in the swarm that the example makes: reserved on over QUIC, and reached
+//! over QUIC and over TCP.
+
+mod common;
+
+#[allow(dead_code, reason = "its `main` is for whoever runs it")]
+#[path = "quic/relay.rs"]
+mod example;
+
+use common::within;
+use libp2p::{
+    Multiaddr, PeerId, Swarm, SwarmBuilder,
+    core::ConnectedPoint,
+    futures::StreamExt,
+    identity::Keypair,
+    multiaddr::Protocol,
+    noise, ping, relay,
+    swarm::{NetworkBehaviour, SwarmEvent},
+    tcp, yamux,
+};
+
+/// A client: rust-libp2p's, on TCP and QUIC.
+#[derive(NetworkBehaviour)]
+struct Parts {
+    relay: relay::client::Behaviour,
+    ping: ping::Behaviour,
+}
+
+fn client() -> Swarm<Parts> {
+    SwarmBuilder::with_new_identity()
+        .with_tokio()
+        .with_tcp(
+            tcp::Config::default(),
+            noise::Config::new,
+            yamux::Config::default,
+        )
+        .unwrap()
+        .with_quic()
+        .with_relay_client(noise::Config::new, yamux::Config::default)
+        .unwrap()
+        .with_behaviour(|_, relay| Parts {
+            relay,
+            ping: ping::Behaviour::default(),
+        })
+        .unwrap()
+        .build()
+}
+
+/// The example's swarm, running; its address on TCP, and that on QUIC.
+async fn relay() -> [Multiaddr; 2] {
+    let keypair = Keypair::generate_ed25519();
+    let mut swarm = example::swarm(keypair, relaylet::Config::default()).unwrap();
+    let mut addresses = Vec::new();
+    for address in ["/ip4/127.0.0.1/tcp/0", "/ip4/127.0.0.1/udp/0/quic-v1"] {
+        swarm.listen_on(address.parse().unwrap()).unwrap();
+        let address = within(async {
+            loop {
+                if let SwarmEvent::NewListenAddr { address, .. } = swarm.select_next_some().await {
+                    return address;
+                }
+            }
+        });
+        let address = address.await;
+        // Clients are told of it at once, and need not be asked where they reached it.
+        swarm.add_external_address(address.clone());
+        addresses.push(address.with_p2p(*swarm.local_peer_id()).unwrap());
+    }
+    tokio::spawn(run(swarm));
+    addresses.try_into().unwrap()
+}
+
+async fn run<B: NetworkBehaviour>(mut swarm: Swarm<B>) {
+    loop {
+        swarm.select_next_some().await;
+    }
+}
+
+/// A client that holds a slot which it reserved at this address of the relay.
+async fn target(relay: &Multiaddr) -> PeerId {
+    let mut swarm = client();
+    let circuit = relay.clone().with(Protocol::P2pCircuit);
+    swarm.listen_on(circuit).unwrap();
+    let mut over = None;
+    within(async {
+        loop {
+            match swarm.select_next_some().await {
+                SwarmEvent::ConnectionEstablished { endpoint, .. } => over = Some(endpoint),
+                SwarmEvent::Behaviour(PartsEvent::Relay(
+                    relay::client::Event::ReservationReqAccepted { .. },
+                )) => break,
+                _ => {}
+            }
+        }
+    })
+    .await;
+    assert_eq!(over.expect("a connection").get_remote_address(), relay);
+    let peer = *swarm.local_peer_id();
+    tokio::spawn(run(swarm));
+    peer
+}
+
+/// Whether a ping comes back over a circuit that begins at this address of the relay.
+async fn pings(relay: &Multiaddr, target: PeerId) {
+    let mut swarm = client();
+    let circuit = relay.clone().with(Protocol::P2pCircuit);
+    swarm.dial(circuit.with(Protocol::P2p(target))).unwrap();
+    let (mut direct, mut relayed) = (None, false);
+    within(async {
+        loop {
+            match swarm.select_next_some().await {
+                SwarmEvent::ConnectionEstablished {
+                    peer_id, endpoint, ..
+                } => match endpoint {
+                    ConnectedPoint::Dialer { address, .. } if peer_id != target => {
+                        direct = Some(address);
+                    }
+                    endpoint => relayed = endpoint.is_relayed(),
+                },
+                SwarmEvent::Behaviour(PartsEvent::Ping(ping::Event {
+                    peer,
+                    result: Ok(_),
+                    ..
+                })) if peer == target => break,
+                SwarmEvent::OutgoingConnectionError { error, .. } => panic!("{error}"),
+                _ => {}
+            }
+        }
+    })
+    .await;
+    assert_eq!(direct.as_ref(), Some(relay));
+    assert!(relayed);
+}
+
+#[tokio::test]
+async fn a_slot_reserved_over_quic_is_reached_over_quic_and_over_tcp() {
+    let [tcp, quic] = relay().await;
+    let target = target(&quic).await;
+    pings(&quic, target).await;
+    pings(&tcp, target).await;
+}
+
+#[tokio::test]
+async fn a_slot_reserved_over_tcp_is_reached_over_quic() {
+    let [tcp, quic] = relay().await;
+    let target = target(&tcp).await;
+    pings(&quic, target).await;
+}

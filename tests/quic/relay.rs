@@ -1,0 +1,75 @@
+//! A relay that is reached over QUIC, too: the behaviour in a tokio swarm on TCP and QUIC at once.
+//!
+//!     cargo run --features quic-example --example quic
+//!
+//! The program has no QUIC because libp2p's runs on tokio alone. Whoever embeds the behaviour brings
+//! a runtime and transports of their own: nothing in the relay asks which.
+
+use std::{error::Error, time::Duration};
+
+use libp2p::{
+    Swarm, SwarmBuilder,
+    futures::StreamExt,
+    identify,
+    identity::Keypair,
+    noise,
+    swarm::{NetworkBehaviour, SwarmEvent},
+    tcp, yamux,
+};
+
+/// The relay, and identify, by which clients see that it is one.
+#[derive(NetworkBehaviour)]
+pub(crate) struct Parts {
+    relay: relaylet::Behaviour,
+    identify: identify::Behaviour,
+}
+
+/// A swarm that relays between clients, whichever of TCP and QUIC each came over.
+pub(crate) fn swarm(
+    keypair: Keypair,
+    config: relaylet::Config,
+) -> Result<Swarm<Parts>, Box<dyn Error>> {
+    let swarm = SwarmBuilder::with_existing_identity(keypair)
+        .with_tokio()
+        .with_tcp(
+            tcp::Config::default(),
+            noise::Config::new,
+            yamux::Config::default,
+        )?
+        .with_quic()
+        .with_behaviour(|keypair| {
+            let identify = identify::Config::new("my/1.0.0".into(), keypair.public());
+            Ok(Parts {
+                relay: relaylet::Behaviour::new(keypair.clone(), config)?,
+                identify: identify::Behaviour::new(identify),
+            })
+        })?
+        // Of those with neither slot nor circuit; the others stay.
+        .with_swarm_config(|config| config.with_idle_connection_timeout(Duration::from_secs(60)))
+        .build();
+    Ok(swarm)
+}
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> Result<(), Box<dyn Error>> {
+    let mut swarm = swarm(Keypair::generate_ed25519(), relaylet::Config::default())?;
+    swarm.listen_on("/ip4/0.0.0.0/tcp/4001".parse()?)?;
+    swarm.listen_on("/ip4/0.0.0.0/udp/4001/quic-v1".parse()?)?;
+    loop {
+        match swarm.select_next_some().await {
+            SwarmEvent::NewListenAddr { address, .. } => {
+                println!("listening on {address}/p2p/{}", swarm.local_peer_id());
+            }
+            SwarmEvent::Behaviour(PartsEvent::Identify(identify::Event::Received {
+                connection_id,
+                info,
+                ..
+            })) => {
+                let relay = &mut swarm.behaviour_mut().relay;
+                relay.reported(connection_id, info.observed_addr);
+            }
+            SwarmEvent::Behaviour(PartsEvent::Relay(event)) => println!("{event}"),
+            _ => {}
+        }
+    }
+}
