@@ -42,6 +42,8 @@ mod bootstrap;
 pub mod dht;
 #[cfg(feature = "dht")]
 mod routable;
+#[cfg(feature = "dht")]
+mod visits;
 
 #[cfg(feature = "http")]
 mod history;

@@ -3,7 +3,7 @@
 
 mod common;
 
-use std::{collections::BTreeSet, fs, process::Stdio};
+use std::{collections::BTreeSet, fs, process::Stdio, time::Duration};
 
 use common::{Client, Relay, command, messages, within};
 use libp2p::{
@@ -12,8 +12,11 @@ use libp2p::{
     multiaddr::Protocol,
 };
 use tempfile::TempDir;
+use tokio::time::sleep;
 
 const KAD: StreamProtocol = StreamProtocol::new("/ipfs/kad/1.0.0");
+/// How often to look for what nobody tells of.
+const LOOK: Duration = Duration::from_millis(50);
 const NOBODY: &str = "12D3KooWPGM3wYKMsTHGEqbhcBft6cPjA2F3rQmyWTEDD3wCGS1g";
 
 // ---- Flags
@@ -100,10 +103,8 @@ async fn a_node_that_cannot_be_reached_delays_nothing_and_is_joined_once_it_is_t
     Client::connect(&relay).await.reserve().await;
     let news = relay.wait_for_log("cannot be reached").await;
     assert!(news.contains("WARN") && news.contains("refused"), "{news}");
-    while count(&relay, "trying --bootstrap peer") < 3 {
-        assert_eq!(count(&relay, "joined the DHT"), 0);
-        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
-    }
+    tries(&relay, 3).await;
+    assert_eq!(count(&relay, "joined the DHT"), 0);
     assert_eq!(count(&relay, "cannot be reached"), 1, "{:#?}", relay.log());
 
     let node = Relay::start_in(folder, &["--dht", "--listen", &listen.to_string()]);
@@ -120,9 +121,7 @@ async fn a_node_that_serves_no_such_dht_is_named_once() {
     let relay = Relay::start(&["--dht", "--bootstrap", &node.address.to_string()]);
     let line = relay.wait_for_log("does not serve /ipfs/kad/1.0.0").await;
     assert!(line.contains("WARN") && line.contains(&node.peer.to_string()));
-    while count(&relay, "trying --bootstrap peer") < 3 {
-        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
-    }
+    tries(&relay, 3).await;
     assert_eq!(count(&relay, "does not serve"), 1, "{:#?}", relay.log());
     assert_eq!(count(&relay, "joined"), 0);
 }
@@ -171,18 +170,13 @@ async fn relays_that_joined_by_one_node_are_found_at_it_and_at_each_other() {
                 if ids(&found) == others {
                     return found;
                 }
-                tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+                sleep(LOOK).await;
             }
         })
         .await;
         for relay in fleet.iter().filter(|relay| relay.peer != at.peer) {
-            let told = found.iter().find(|peer| peer.id == relay.peer.to_bytes());
-            let addresses: Vec<Multiaddr> = told
-                .into_iter()
-                .flat_map(|peer| &peer.addrs)
-                .map(|address| address.clone().try_into().unwrap())
-                .collect();
-            assert_eq!(addresses, std::slice::from_ref(&relay.address));
+            let told = addresses(&found, relay.peer);
+            assert_eq!(told, std::slice::from_ref(&relay.address));
         }
     }
 }
@@ -201,6 +195,27 @@ async fn a_walk_dials_again_whom_the_sweep_let_go() {
     let _second = Relay::start(&["--dht", SHORT, "--bootstrap", &bootstrap]);
     node.wait_for_log(&format!("opened: peer {} at {}", first.peer, first.address))
         .await;
+}
+
+#[tokio::test]
+async fn a_relay_that_drained_comes_into_it_anew() {
+    let node = Relay::start(&["--dht"]);
+    let bootstrap = node.address.to_string();
+    let relay = Relay::start(&["--dht", "--drain=1s", "--bootstrap", &bootstrap]);
+    node.wait_for_log(&format!("at peer {}", relay.peer)).await;
+    relay.signal("USR1");
+    relay.wait_for_log("closed: peer").await;
+    relay.signal("USR1");
+    // On another port, for it was to be any.
+    let back = relay.next_address();
+    assert_ne!(back, relay.address);
+    let mut walker = Client::connect(&node).await;
+    within(async {
+        while addresses(&find(&mut walker, &KAD, relay.peer).await, relay.peer) != [back.clone()] {
+            sleep(LOOK).await;
+        }
+    })
+    .await;
 }
 
 // ---- What strangers may make it keep
@@ -358,6 +373,24 @@ async fn find(client: &mut Client, protocol: &StreamProtocol, near: PeerId) -> V
 fn ids(peers: &[Peer]) -> BTreeSet<PeerId> {
     let ids = peers.iter().map(|peer| PeerId::from_bytes(&peer.id));
     ids.collect::<Result<_, _>>().expect("peer ids")
+}
+
+/// Where one of them is said to be.
+fn addresses(peers: &[Peer], of: PeerId) -> Vec<Multiaddr> {
+    let it = peers.iter().filter(|peer| peer.id == of.to_bytes());
+    let addresses = it.flat_map(|peer| &peer.addrs);
+    let read = addresses.map(|address| address.clone().try_into());
+    read.collect::<Result<_, _>>().expect("multiaddrs")
+}
+
+/// Waits until it has begun to try its nodes that often.
+async fn tries(relay: &Relay, wanted: usize) {
+    within(async {
+        while count(relay, "trying --bootstrap peer") < wanted {
+            sleep(LOOK).await;
+        }
+    })
+    .await;
 }
 
 fn count(relay: &Relay, text: &str) -> usize {

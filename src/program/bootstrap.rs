@@ -143,11 +143,6 @@ impl Bootstraps {
         Self(nodes)
     }
 
-    /// Whether there is nobody.
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
     /// All addresses.
     pub fn addresses(&self) -> impl Iterator<Item = &Multiaddr> {
         self.0.iter().flat_map(|node| &node.addresses)

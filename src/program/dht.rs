@@ -6,34 +6,30 @@
 //! the DHT, again and again if need be, by the nodes that the operator named.
 
 use std::{
-    collections::{HashMap, HashSet, hash_map::RandomState},
+    collections::HashSet,
     error::Error,
     fmt,
-    hash::BuildHasher,
-    io,
     task::{Context, Poll},
-    time::{Duration, Instant},
 };
 
-use futures_timer::Delay;
 use libp2p::{
     Multiaddr, PeerId, StreamProtocol,
     core::{Endpoint, transport::PortUse},
-    futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered},
     kad::{
         self, QueryResult, RoutingUpdate,
         store::{MemoryStore, MemoryStoreConfig},
     },
     swarm::{
-        ConnectionClosed, ConnectionDenied, ConnectionId, DialError, DialFailure, FromSwarm,
-        NetworkBehaviour, NewListenAddr, THandler, THandlerInEvent, THandlerOutEvent, ToSwarm,
-        behaviour::ExternalAddrConfirmed, dial_opts::DialOpts,
+        ConnectionClosed, ConnectionDenied, ConnectionId, DialFailure, FromSwarm, NetworkBehaviour,
+        NewListenAddr, THandler, THandlerInEvent, THandlerOutEvent, ToSwarm,
+        behaviour::ExternalAddrConfirmed,
     },
 };
 
 use super::{
-    bootstrap::{self, Bootstraps},
+    bootstrap,
     routable::{Reach, without_peer},
+    visits::Visits,
 };
 
 /// How many connections that were dialed for the DHT may be open, or on their way, at a time.
@@ -90,15 +86,12 @@ type ToHandler = THandlerInEvent<Kad>;
 pub struct Dht {
     kad: Kad,
     protocol: StreamProtocol,
-    bootstraps: Bootstraps,
-    /// Those whose names are being looked up.
-    lookups: FuturesUnordered<BoxFuture<'static, (PeerId, io::Result<Vec<Multiaddr>>)>>,
-    /// Those that were dialed and have not said yet what they serve.
-    visits: HashMap<ConnectionId, PeerId>,
+    visits: Visits,
     /// What was dialed for the DHT, whether or not it is up yet.
     dialed: HashSet<ConnectionId>,
-    next_visit: Delay,
     reach: Reach,
+    /// Whether that follows from where the relay is, because the operator named nobody.
+    reach_follows: bool,
     /// Whether somebody in it is known to answer.
     joined: bool,
     /// Whether anybody answered in the walk that is under way.
@@ -106,7 +99,6 @@ pub struct Dht {
     /// Whether it was ever told that it has joined.
     told: bool,
     resting: bool,
-    random: RandomState,
 }
 
 /// As many connections are dialed as may be, or none may be.
@@ -139,23 +131,19 @@ impl Dht {
         let store = MemoryStore::with_config(local, NOTHING);
         let mut kad = Kad::with_config(local, store, settings);
         kad.set_mode(Some(kad::Mode::Server));
-        let bootstraps = Bootstraps::new(&config.bootstrap, local, Instant::now());
-        // If the operator named nobody, it shows when the relay hears its own addresses.
-        let reach = bootstraps.addresses().map(Reach::of).max();
+        let visits = Visits::new(&config.bootstrap, local);
+        let reach = visits.reach();
         Self {
             kad,
             protocol: config.protocol,
-            bootstraps,
-            lookups: FuturesUnordered::new(),
-            visits: HashMap::new(),
+            visits,
             dialed: HashSet::new(),
-            next_visit: Delay::new(Duration::ZERO),
             reach: reach.unwrap_or(Reach::Machine),
+            reach_follows: reach.is_none(),
             joined: false,
             answered: false,
             told: false,
             resting: false,
-            random: RandomState::new(),
         }
     }
 
@@ -168,16 +156,9 @@ impl Dht {
         if serves {
             self.insert(peer, listens);
         }
-        let visit = self.visits.iter().find(|(_, visited)| **visited == peer);
-        if let Some(visit) = visit.map(|(id, _)| *id) {
-            self.visits.remove(&visit);
-            let missing = || format!("does not serve {}; see --dht-protocol", self.protocol);
-            let came_to = serves.then_some(()).ok_or_else(missing);
-            self.tried(peer, came_to);
-        }
-        if serves {
-            self.bootstraps.takes_part(&peer);
-        }
+        let missing = || format!("does not serve {}; see --dht-protocol", self.protocol);
+        let serves = serves.then_some(()).ok_or_else(missing);
+        self.visits.heard(peer, serves);
     }
 
     /// Goes out of the DHT, as far as that depends on us, or into it again.
@@ -255,78 +236,17 @@ impl Dht {
         }
     }
 
-    /// The next of the operator's nodes to dial, while nobody else is known to be there.
-    fn poll_visits(&mut self, cx: &mut Context<'_>) -> Poll<DialOpts> {
-        loop {
-            while let Poll::Ready(Some((peer, found))) = self.lookups.poll_next_unpin(cx) {
-                match found {
-                    Ok(addresses) => {
-                        let visit = DialOpts::peer_id(peer).addresses(addresses).build();
-                        self.visits.insert(visit.connection_id(), peer);
-                        return Poll::Ready(visit);
-                    }
-                    Err(error) => self.tried(peer, Err(format!("cannot be looked up: {error}"))),
-                }
-            }
-            if self.joined || self.resting {
-                return Poll::Pending;
-            }
-            let now = Instant::now();
-            if let Some(node) = self.bootstraps.next(now) {
-                let (peer, addresses) = (node.peer, node.addresses.clone());
-                log::debug!("trying --bootstrap peer {peer}");
-                let lookup = async move { (peer, bootstrap::look_up(addresses).await) };
-                self.lookups.push(lookup.boxed());
-                continue;
-            }
-            let Some(due) = self.bootstraps.due() else {
-                return Poll::Pending;
-            };
-            self.next_visit.reset(due.saturating_duration_since(now));
-            if self.next_visit.poll_unpin(cx).is_pending() {
-                return Poll::Pending;
-            }
-        }
-    }
-
-    /// A visit is over.
-    fn tried(&mut self, peer: PeerId, came_to: Result<(), String>) {
-        let now = Instant::now();
-        let jitter = self.random.hash_one(now) as u8;
-        match self.bootstraps.tried(&peer, came_to, jitter, now) {
-            Some(Ok(())) => log::info!("--bootstrap: peer {peer} is there again"),
-            Some(Err(problem)) => {
-                log::warn!("--bootstrap: peer {peer} {problem}; trying again after growing pauses");
-            }
-            None => {}
-        }
-    }
-
     fn dial_failed(&mut self, failure: &DialFailure<'_>) {
         self.dialed.remove(&failure.connection_id);
-        let Some(peer) = self.visits.remove(&failure.connection_id) else {
-            return;
-        };
-        match failure.error {
-            // It is here already, and may have been silent.
-            DialError::DialPeerConditionFalse(_) => {
-                let _ = self.kad.bootstrap();
-                let now = Instant::now();
-                let jitter = self.random.hash_one(now) as u8;
-                self.bootstraps.later(&peer, jitter, now);
-            }
-            error => self.tried(
-                peer,
-                Err(format!("cannot be reached: {}", in_a_line(error))),
-            ),
+        if self.visits.failed(failure) {
+            // It may have been silent until now.
+            let _ = self.kad.bootstrap();
         }
     }
 
     fn closed(&mut self, closed: &ConnectionClosed<'_>) {
         self.dialed.remove(&closed.connection_id);
-        if let Some(peer) = self.visits.remove(&closed.connection_id) {
-            self.tried(peer, Err("hangs up".into()));
-        }
+        self.visits.closed(closed.connection_id);
     }
 }
 
@@ -340,19 +260,6 @@ fn admit_that_nothing_is_stored(event: &mut ToSwarm<kad::Event, ToHandler>) {
     {
         value.clear();
     }
-}
-
-/// What is behind it all, without the addresses.
-fn in_a_line(error: &DialError) -> String {
-    let first: &(dyn Error + 'static) = match error {
-        DialError::Transport(failures) => match failures.first() {
-            Some((_, error)) => error,
-            None => error,
-        },
-        error => error,
-    };
-    let cause = anyhow::Chain::new(first).last();
-    cause.map_or_else(String::new, ToString::to_string)
 }
 
 impl NetworkBehaviour for Dht {
@@ -379,7 +286,7 @@ impl NetworkBehaviour for Dht {
         addresses: &[Multiaddr],
         role: Endpoint,
     ) -> Result<Vec<Multiaddr>, ConnectionDenied> {
-        if self.visits.contains_key(&id) {
+        if self.visits.include(id) {
             return Ok(Vec::new()); // where the operator says
         }
         if self.dialed.contains(&id) && (self.resting || self.dialed.len() > MOST_DIALED) {
@@ -409,7 +316,7 @@ impl NetworkBehaviour for Dht {
             FromSwarm::ConnectionClosed(closed) => self.closed(closed),
             FromSwarm::NewListenAddr(NewListenAddr { addr, .. })
             | FromSwarm::ExternalAddrConfirmed(ExternalAddrConfirmed { addr })
-                if self.bootstraps.is_empty() =>
+                if self.reach_follows =>
             {
                 self.reach = self.reach.max(Reach::of(addr));
             }
@@ -432,7 +339,8 @@ impl NetworkBehaviour for Dht {
         cx: &mut Context<'_>,
     ) -> Poll<ToSwarm<Self::ToSwarm, THandlerInEvent<Self>>> {
         loop {
-            if let Poll::Ready(opts) = self.poll_visits(cx) {
+            let alone = !self.joined && !self.resting;
+            if let Poll::Ready(opts) = self.visits.poll(alone, cx) {
                 self.dialed.insert(opts.connection_id());
                 return Poll::Ready(ToSwarm::Dial { opts });
             }
@@ -454,7 +362,7 @@ impl NetworkBehaviour for Dht {
 
 #[cfg(test)]
 mod tests {
-    use libp2p::swarm::ConnectionClosed;
+    use libp2p::swarm::DialError;
 
     use super::*;
 
