@@ -12,6 +12,7 @@ use libp2p::{
     futures::{AsyncRead, AsyncReadExt},
 };
 use prost::Message;
+use unsigned_varint::decode;
 
 /// The protocol a client speaks to the relay.
 pub const HOP_PROTOCOL: StreamProtocol = StreamProtocol::new("/libp2p/circuit/relay/0.2.0/hop");
@@ -115,12 +116,18 @@ pub enum FrameError {
 
 /// Reads one message and not a byte more: what follows it on the stream belongs to the circuit.
 pub async fn read_frame(stream: &mut (impl AsyncRead + Unpin)) -> Result<Vec<u8>, FrameError> {
-    use unsigned_varint::{aio, io::ReadError};
-
-    let length = match aio::read_u16(&mut *stream).await {
-        Ok(length) if usize::from(length) <= MAX_MESSAGE => usize::from(length),
+    // Three bytes say more than may be. Read here, because the library reads 65,538 as 2: it drops
+    // what goes beyond the type.
+    let mut prefix = [0; 3];
+    for byte in prefix.chunks_mut(1) {
+        stream.read_exact(byte).await.map_err(FrameError::Io)?;
+        if byte.iter().all(|byte| decode::is_last(*byte)) {
+            break;
+        }
+    }
+    let length = match decode::u32(&prefix) {
+        Ok((length, _)) if length as usize <= MAX_MESSAGE => length as usize,
         Ok(_) => return Err(FrameError::Malformed("a message of more than 4096 bytes")),
-        Err(ReadError::Io(error)) => return Err(FrameError::Io(error)),
         Err(_) => return Err(FrameError::Malformed("a length prefix beyond 4096")),
     };
     let mut message = vec![0; length];
@@ -388,6 +395,16 @@ mod tests {
         };
         for (bytes, words) in [
             (&[0x81, 0x20][..], "a message of more than 4096 bytes"),
+            // 65,538, whose lower 16 bits are a RESERVE's length.
+            (
+                &[0x82, 0x80, 0x04, 8, 0],
+                "a message of more than 4096 bytes",
+            ),
+            (
+                &[0x82, 0x80, 0x80, 0x80, 0x10, 8, 0],
+                "a length prefix beyond 4096",
+            ),
+            (&[0x82, 0x00, 8, 0], "a length prefix beyond 4096"), // not minimal
             (&[0xff; 9], "a length prefix beyond 4096"),
             (&[2, 0x08], "a message cut short"),
         ] {
