@@ -154,11 +154,18 @@ fn what_is_wrong_is_one_line_with_the_file_the_line_and_the_remedy() {
         ("grace = 1s", "relaylet.toml:1: "),
         ("deny-subnet = [\"192.0.2.1/24\"]", "try 192.0.2.0/24"),
         ("threads = 0", "relaylet.toml:1: --threads 0: try 1"),
+        // Names and values may have anything in them.
+        (
+            r#""\nsweep" = 1"#,
+            r"relaylet.toml:1: \nsweep: there is no such setting; try sweep",
+        ),
+        (r#"grace = "\u001b[2J""#, r"relaylet.toml:1: "),
     ] {
         let (out, errors, status) = run(&folder_with(file), &[]);
         assert_eq!((out.as_str(), status), ("", Some(2)), "{file}");
         assert!(errors.contains(said), "{file}: {errors}");
         assert_eq!(errors.lines().count(), 1, "{errors}");
+        assert!(!errors.trim_end().contains(char::is_control), "{errors:?}");
     }
     let missing = tempfile::tempdir().unwrap();
     let (_, errors, status) = run(&missing, &[]);

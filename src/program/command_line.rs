@@ -71,28 +71,26 @@ impl Flags {
         parse(&arguments).map_err(stop)?;
         let known = settings::known();
         if let Some(flag) = without_value(&arguments, &known) {
-            return Err(Stop::Usage(format!(
-                "{flag} needs a value; see relaylet --help"
-            )));
+            return Err(usage(format!("{flag} needs a value; see relaylet --help")));
         }
         for (name, _) in settings::LEFT_OUT {
             let place = variable_of(name);
             if variable(&place).is_some() {
                 let why = settings::left_out(name).unwrap_or_default();
-                return Err(Stop::Usage(format!("{place}: {why}")));
+                return Err(usage(format!("{place}: {why}")));
             }
         }
         let mut origins = Vec::new();
         let environment = of_environment(&known, variable);
-        add(environment, &mut arguments, &mut origins).map_err(Stop::Usage)?;
+        add(environment, &mut arguments, &mut origins).map_err(usage)?;
         if let Some(file) = parse(&arguments).map_err(stop)?.config {
-            let given = of_file(&file, &known).map_err(Stop::Usage)?;
-            add(given, &mut arguments, &mut origins).map_err(Stop::Usage)?;
+            let given = of_file(&file, &known).map_err(usage)?;
+            add(given, &mut arguments, &mut origins).map_err(usage)?;
         }
         let mut flags = parse(&arguments).map_err(stop)?;
         flags.origins = origins;
         let checked = flags.check();
-        checked.map_err(|problem| Stop::Usage(flags.locate(problem)))?;
+        checked.map_err(|problem| usage(flags.locate(problem)))?;
         match flags.print_config {
             true => Err(Stop::Asked(config_file::write(&flags.settings()))),
             false => Ok(flags),
@@ -235,7 +233,23 @@ fn stop(error: Error) -> Stop {
     }
     let unknown = error.info.iter().flatten();
     let mut left_out = unknown.filter_map(|flag| settings::left_out(flag));
-    Stop::Usage(left_out.next().unwrap_or_else(|| first_line(&error)))
+    usage(left_out.next().unwrap_or_else(|| first_line(&error)))
+}
+
+fn usage(problem: String) -> Stop {
+    Stop::Usage(printable(&problem))
+}
+
+/// In one line, whatever stands in quotes in a file, or in an argument.
+fn printable(line: &str) -> String {
+    let mut printable = String::with_capacity(line.len());
+    for char in line.chars() {
+        match char.is_control() {
+            true => printable.extend(char.escape_default()),
+            false => printable.push(char),
+        }
+    }
+    printable
 }
 
 fn first_line(error: &Error) -> String {
