@@ -6,7 +6,7 @@
 #[cfg(feature = "autonat")]
 mod autonat;
 mod boxed;
-mod command_line;
+pub mod command_line;
 mod config_file;
 pub mod connection_limits;
 mod corked;
