@@ -114,21 +114,27 @@ pub enum FrameError {
     Io(io::Error),
 }
 
-/// Reads one message and not a byte more: what follows it on the stream belongs to the circuit.
-pub async fn read_frame(stream: &mut (impl AsyncRead + Unpin)) -> Result<Vec<u8>, FrameError> {
-    // Three bytes say more than may be. Read here, because the library reads 65,538 as 2: it drops
-    // what goes beyond the type.
+/// Reads the length in front of a message; `None` when it is none that any message has.
+///
+/// Three bytes say more than that. Read here, because the library reads 65,538 as 2: it drops what
+/// goes beyond the type.
+pub async fn read_length(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Option<usize>> {
     let mut prefix = [0; 3];
     for byte in prefix.chunks_mut(1) {
-        stream.read_exact(byte).await.map_err(FrameError::Io)?;
+        stream.read_exact(byte).await?;
         if byte.iter().all(|byte| decode::is_last(*byte)) {
             break;
         }
     }
-    let length = match decode::u32(&prefix) {
-        Ok((length, _)) if length as usize <= MAX_MESSAGE => length as usize,
-        Ok(_) => return Err(FrameError::Malformed("a message of more than 4096 bytes")),
-        Err(_) => return Err(FrameError::Malformed("a length prefix beyond 4096")),
+    Ok(decode::u32(&prefix).ok().map(|(length, _)| length as usize))
+}
+
+/// Reads one message and not a byte more: what follows it on the stream belongs to the circuit.
+pub async fn read_frame(stream: &mut (impl AsyncRead + Unpin)) -> Result<Vec<u8>, FrameError> {
+    let length = match read_length(stream).await.map_err(FrameError::Io)? {
+        Some(length) if length <= MAX_MESSAGE => length,
+        Some(_) => return Err(FrameError::Malformed("a message of more than 4096 bytes")),
+        None => return Err(FrameError::Malformed("a length prefix beyond 4096")),
     };
     let mut message = vec![0; length];
     match stream.read_exact(&mut message).await {

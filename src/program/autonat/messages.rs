@@ -8,6 +8,8 @@ use std::io;
 use libp2p::futures::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use prost::Message;
 
+use crate::wire;
+
 /// The longest message that is read, in bytes: go-libp2p's limit.
 const LONGEST: usize = 8192;
 
@@ -17,12 +19,9 @@ const LONGEST: usize = 8192;
 ///
 /// When the stream fails, or what comes is none.
 pub async fn read<M: Message + Default>(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<M> {
-    let length = unsigned_varint::aio::read_u16(&mut *stream).await;
-    let length = usize::from(length.map_err(io::Error::other)?);
-    if length > LONGEST {
-        return Err(io::ErrorKind::InvalidData.into());
-    }
-    let mut bytes = vec![0; length];
+    let length = wire::read_length(stream).await?;
+    let length = length.filter(|length| *length <= LONGEST);
+    let mut bytes = vec![0; length.ok_or(io::ErrorKind::InvalidData)?];
     stream.read_exact(&mut bytes).await?;
     M::decode(&*bytes).map_err(io::Error::other)
 }
