@@ -388,7 +388,13 @@ impl World {
             14 => remote.cut(),
             15 => {
                 let peer = peer_of(HOSTILE[script.below(HOSTILE.len())]);
+                self.settle(); // what it asked for before
                 self.swarm.behaviour_mut().release(peer);
+                self.settle();
+                // A question that waits for a stream is given up only when there is one.
+                let mut left = self.swarm.behaviour().circuits().of(&peer);
+                left.retain(|(circuit, _)| self.open.contains(circuit));
+                assert_eq!(left.len(), 0, "circuits of a peer that was given up");
             }
             16 => self.swarm.behaviour_mut().access_changed(),
             17 => {
