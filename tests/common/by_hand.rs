@@ -1,5 +1,10 @@
 //! Connections to the relay without libp2p's manners: TCP, Noise or TLS, and yamux, byte by byte.
 
+use std::{
+    io,
+    net::{Ipv4Addr, SocketAddr},
+};
+
 use libp2p::{
     core::upgrade::OutboundConnectionUpgrade,
     futures::{
@@ -12,6 +17,7 @@ use libp2p::{
     tls,
 };
 use prost::Message;
+use tokio::net::TcpSocket;
 
 use super::{HOP, Relay, Security, messages, within};
 
@@ -33,29 +39,44 @@ pub type Channel = Either<noise::Output<TcpStream>, tls::TlsStream<TcpStream>>;
 
 /// A connection without any protocol yet.
 pub async fn tcp(relay: &Relay) -> TcpStream {
-    let stream = tokio::net::TcpStream::connect(("127.0.0.1", relay.port()));
-    TcpStream(within(stream).await.expect("the relay listens"))
+    let stream = tcp_from(Ipv4Addr::LOCALHOST, relay.port());
+    stream.await.expect("the relay listens")
+}
+
+/// As [`tcp`], from this address, of which a machine has as many as there are in 127.0.0.0/8.
+pub async fn tcp_from(from: Ipv4Addr, port: u16) -> io::Result<TcpStream> {
+    let socket = TcpSocket::new_v4()?;
+    socket.bind(SocketAddr::from((from, 0)))?;
+    let stream = socket.connect(SocketAddr::from((Ipv4Addr::LOCALHOST, port)));
+    Ok(TcpStream(within(stream).await?))
 }
 
 /// A secure channel without a muxer yet.
 pub async fn secured(relay: &Relay, keypair: &Keypair) -> Channel {
-    secured_with(relay, keypair, Security::Noise).await
+    let channel = secure(tcp(relay).await, keypair, Security::Noise).await;
+    channel.expect("the relay speaks Noise")
 }
 
-async fn secured_with(relay: &Relay, keypair: &Keypair, security: Security) -> Channel {
-    let mut stream = tcp(relay).await;
+/// Makes a connection a secure channel.
+pub async fn secure(
+    mut stream: TcpStream,
+    keypair: &Keypair,
+    security: Security,
+) -> io::Result<Channel> {
     match security {
         Security::Noise => {
-            agree(&mut stream, "/noise").await;
+            agree(&mut stream, "/noise").await?;
             let noise = noise::Config::new(keypair).expect("a key for Noise");
             let handshake = noise.upgrade_outbound(stream, "/noise");
-            Either::Left(within(handshake).await.expect("the relay speaks Noise").1)
+            let done = within(handshake).await.map_err(io::Error::other)?;
+            Ok(Either::Left(done.1))
         }
         Security::Tls => {
-            agree(&mut stream, "/tls/1.0.0").await;
+            agree(&mut stream, "/tls/1.0.0").await?;
             let tls = tls::Config::new(keypair).expect("a key for TLS");
             let handshake = tls.upgrade_outbound(stream, "/tls/1.0.0");
-            Either::Right(within(handshake).await.expect("the relay speaks TLS").1)
+            let done = within(handshake).await.map_err(io::Error::other)?;
+            Ok(Either::Right(done.1))
         }
     }
 }
@@ -72,18 +93,32 @@ pub async fn muxed_as(relay: &Relay, keypair: &Keypair) -> Channel {
 
 /// As [`muxed_as`], over this secure channel.
 pub async fn muxed_with(relay: &Relay, keypair: &Keypair, security: Security) -> Channel {
-    let mut channel = secured_with(relay, keypair, security).await;
-    agree(&mut channel, "/yamux/1.0.0").await;
-    channel
+    let channel = secure(tcp(relay).await, keypair, security).await;
+    let muxed = mux(channel.expect("the relay speaks both")).await;
+    muxed.expect("the relay speaks yamux")
 }
 
-async fn agree(stream: &mut (impl AsyncRead + AsyncWrite + Unpin), protocol: &str) {
+/// Has a secure channel await frames.
+pub async fn mux(mut channel: Channel) -> io::Result<Channel> {
+    agree(&mut channel, "/yamux/1.0.0").await?;
+    Ok(channel)
+}
+
+/// Proposes a protocol, and insists on it.
+pub async fn agree(
+    stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
+    protocol: &str,
+) -> io::Result<()> {
     let proposal = proposal(protocol);
-    send(stream, &proposal).await;
     let mut answer = vec![0; proposal.len()];
-    let read = within(stream.read_exact(&mut answer)).await;
-    read.expect("the relay answers");
+    within(async {
+        stream.write_all(&proposal).await?;
+        stream.flush().await?;
+        stream.read_exact(&mut answer).await
+    })
+    .await?;
     assert_eq!(answer, proposal);
+    Ok(())
 }
 
 /// What opens the negotiation of a protocol; the same closes it, if the other side agrees.

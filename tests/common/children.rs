@@ -69,8 +69,7 @@ impl Process {
 
     /// The most that was resident at a time, in KiB.
     pub fn peak(&self) -> u64 {
-        let status = format!("/proc/{}/status", self.id());
-        number_behind("VmHWM:", &status)
+        peak(self.id())
     }
 }
 
@@ -79,6 +78,11 @@ impl Drop for Process {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// The most memory of a process that was resident at a time, in KiB.
+pub fn peak(process: u32) -> u64 {
+    number_behind("VmHWM:", &format!("/proc/{process}/status"))
 }
 
 /// The resident memory of a process, in KiB.

@@ -144,11 +144,22 @@ impl Relay {
         self.log.lock().unwrap().clone()
     }
 
+    /// How many lines of the log contain `text`.
+    pub fn count_in_log(&self, text: &str) -> usize {
+        let log = self.log.lock().unwrap();
+        log.iter().filter(|line| line.contains(text)).count()
+    }
+
+    fn find_in_log(&self, text: &str) -> Option<String> {
+        let log = self.log.lock().unwrap();
+        log.iter().find(|line| line.contains(text)).cloned()
+    }
+
     /// Waits for a line of the log that contains `text`, and returns it.
     pub async fn wait_for_log(&self, text: &str) -> String {
         let start = Instant::now();
         loop {
-            if let Some(line) = self.log().into_iter().find(|line| line.contains(text)) {
+            if let Some(line) = self.find_in_log(text) {
                 return line;
             }
             assert!(
@@ -407,6 +418,12 @@ impl Client {
         within(self.connections.wait_for(|count| *count == wanted))
             .await
             .expect("the client runs");
+    }
+
+    /// Whether its connection is still the first that it had.
+    pub fn kept_its_connection(&self) -> bool {
+        // Since it was waited for, the count has not changed.
+        self.connections.has_changed().is_ok_and(|changed| !changed)
     }
 
     /// Opens a stream to the relay.
