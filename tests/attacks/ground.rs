@@ -1,0 +1,153 @@
+//! Where attacks take place: a relay at its defaults, those who are watched, and what is counted.
+
+use std::{
+    env,
+    time::{Duration, Instant},
+};
+
+use tokio::time::sleep;
+
+use crate::common::{
+    PATIENCE, Relay,
+    bystanders::{Bystanders, Noticed, rests},
+    children::resident,
+    http::{self, ANYWHERE, get, samples},
+};
+
+/// The limits are the program's own, but for those of the circuit that is watched; and a slot is not
+/// kept for long for strangers that are gone.
+const FLAGS: [&str; 4] = [
+    ANYWHERE,
+    "--circuit-duration=0s",
+    "--circuit-bytes=0",
+    "--grace=1s",
+];
+
+/// No attack may take more than this, in KiB.
+const MUCH: u64 = 512 * 1024;
+
+/// How often to look again at what is counted once a second.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+
+/// The first for `cargo test`, the second for whoever has the time.
+pub fn quick_or_long<T>(quick: T, long: T) -> T {
+    match env::var("RELAYLET_ATTACKS").as_deref() {
+        Ok("long") => long,
+        Ok(other) => panic!("RELAYLET_ATTACKS={other}: it can be long, or not there"),
+        Err(_) => quick,
+    }
+}
+
+/// A relay under attack.
+pub struct Ground {
+    pub bystanders: Bystanders,
+    /// Where the relay is, on 127.0.0.1.
+    pub port: u16,
+    watched_at: u16,
+}
+
+/// What the relay counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Counts {
+    pub live: usize,
+    pub grace: usize,
+    pub circuits: usize,
+    pub connections: usize,
+}
+
+/// The two who are watched.
+const THEM: Counts = Counts {
+    live: 1,
+    grace: 0,
+    circuits: 1,
+    connections: 2,
+};
+
+const NOBODY: Counts = Counts {
+    live: 0,
+    grace: 0,
+    circuits: 0,
+    connections: 0,
+};
+
+impl Ground {
+    /// A relay with these flags as well.
+    pub async fn prepare(flags: &[&str]) -> Self {
+        rlimit::increase_nofile_limit(u64::MAX).expect("a limit of open files");
+        let relay = Relay::start(&[&FLAGS, flags].concat());
+        let bystanders = Bystanders::gather_at(relay, MUCH).await;
+        Self {
+            port: bystanders.relay.port(),
+            watched_at: http::port(&bystanders.relay).await,
+            bystanders,
+        }
+    }
+
+    /// Attacks, and prints the row of the table: what is tried, and how hard.
+    pub async fn suffer<T: Send + 'static>(
+        &mut self,
+        what: &str,
+        how_hard: &str,
+        attack: impl Future<Output = T> + Send + 'static,
+    ) -> (T, Noticed) {
+        let (attacked, noticed) = self.bystanders.live_through(attack).await;
+        let (clients, relay) = (noticed.by_clients(), noticed.by_the_relay());
+        println!("\n| {what} | {how_hard} | {clients} | {relay} |");
+        (attacked, noticed)
+    }
+
+    /// What it counts under this name of the metrics, labels included.
+    pub async fn count(&self, name: &str) -> f64 {
+        let samples = samples(&get(self.watched_at, "/metrics").await);
+        samples.get(name).copied().unwrap_or_default()
+    }
+
+    /// Waits until it counts this.
+    pub async fn until(&self, wanted: impl Fn(Counts) -> bool) -> Counts {
+        until(self.watched_at, wanted).await
+    }
+
+    /// Waits until no stranger is left, and nothing to be done.
+    pub async fn is_calm(&self) {
+        self.until(|counts| counts == THEM).await;
+        rests(&self.bystanders.relay).await;
+    }
+
+    /// The resident memory of the relay, in KiB.
+    pub fn resident(&self) -> u64 {
+        resident(self.bystanders.relay.pid())
+    }
+
+    /// The strangers are gone. Nothing of them is left, nobody else has lost anything, and once
+    /// everybody is gone nothing is left at all.
+    pub async fn ends_as_it_began(mut self) {
+        self.is_calm().await;
+        self.bystanders.are_unharmed().await;
+        let watched_at = self.watched_at;
+        let _relay = self.bystanders.leave().await;
+        until(watched_at, |counts| counts == NOBODY).await;
+    }
+}
+
+async fn counts(port: u16) -> Counts {
+    let samples = samples(&get(port, "/metrics").await);
+    let count = |name: &str| samples[name] as usize;
+    Counts {
+        live: count(r#"relaylet_slots{state="live"}"#),
+        grace: count(r#"relaylet_slots{state="grace"}"#),
+        circuits: count("relaylet_circuits"),
+        connections: count("relaylet_connections"),
+    }
+}
+
+async fn until(port: u16, wanted: impl Fn(Counts) -> bool) -> Counts {
+    let start = Instant::now();
+    loop {
+        let counts = counts(port).await;
+        if wanted(counts) {
+            return counts;
+        }
+        assert!(start.elapsed() < PATIENCE, "{counts:?}");
+        sleep(LOOK_AGAIN).await;
+    }
+}
