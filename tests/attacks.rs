@@ -6,9 +6,9 @@
 //!
 //! `cargo test --test attacks -- --nocapture --test-threads=1 | grep '^|'`
 //!
-//! In a release (`--release`) that is what it costs. With `RELAYLET_ATTACKS=long` in front of it they
-//! go on for as long as they can do harm, in all for a quarter of an hour. How fast anything is
-//! depends on the machine, so nothing is asserted of it.
+//! With `RELAYLET_ATTACKS=long` in front of it they go on for as long as they can do harm, in all for
+//! half an hour in a debug build. How fast anything is depends on the machine, so nothing is asserted
+//! of it.
 
 mod common;
 

@@ -65,7 +65,7 @@ async fn frames_of_one_byte() {
 
 #[tokio::test]
 async fn windows_of_one_byte() {
-    let bytes = quick_or_long(5000, 100_000);
+    let bytes = quick_or_long(5000, 20_000);
     let mut ground = Ground::prepare(&[]).await;
     let port = ground.port;
     let attack = async move {
@@ -102,7 +102,7 @@ async fn windows_of_one_byte() {
 
 #[tokio::test]
 async fn pings_without_end() {
-    let pings: u32 = quick_or_long(50_000, 1_000_000);
+    let pings: u32 = quick_or_long(50_000, 200_000);
     let mut ground = Ground::prepare(&[]).await;
     let port = ground.port;
     let attack = async move {

@@ -1,7 +1,7 @@
 //! Where attacks take place: a relay at its defaults, those who are watched, and what is counted.
 
 use std::{
-    env,
+    env, fs,
     time::{Duration, Instant},
 };
 
@@ -12,6 +12,7 @@ use crate::common::{
     bystanders::{Bystanders, Noticed, rests},
     children::resident,
     http::{self, ANYWHERE, get, samples},
+    within,
 };
 
 /// The limits are the program's own, but for those of the circuit that is watched; and a slot is not
@@ -44,6 +45,8 @@ pub struct Ground {
     /// Where the relay is, on 127.0.0.1.
     pub port: u16,
     watched_at: u16,
+    /// How many files the relay had open before.
+    files: usize,
 }
 
 /// What the relay counts.
@@ -78,6 +81,7 @@ impl Ground {
         let bystanders = Bystanders::gather_at(relay, MUCH).await;
         Self {
             port: bystanders.relay.port(),
+            files: open_files(&bystanders.relay),
             watched_at: http::port(&bystanders.relay).await,
             bystanders,
         }
@@ -111,6 +115,13 @@ impl Ground {
     pub async fn is_calm(&self) {
         self.until(|counts| counts == THEM).await;
         rests(&self.bystanders.relay).await;
+        // What was asked of it over HTTP has its end a moment later.
+        within(async {
+            while open_files(&self.bystanders.relay) > self.files {
+                sleep(LOOK_AGAIN).await;
+            }
+        })
+        .await;
     }
 
     /// The resident memory of the relay, in KiB.
@@ -127,6 +138,11 @@ impl Ground {
         let _relay = self.bystanders.leave().await;
         until(watched_at, |counts| counts == NOBODY).await;
     }
+}
+
+fn open_files(relay: &Relay) -> usize {
+    let files = fs::read_dir(format!("/proc/{}/fd", relay.pid()));
+    files.expect("it runs, on Linux").count()
 }
 
 async fn counts(port: u16) -> Counts {

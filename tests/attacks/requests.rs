@@ -75,7 +75,7 @@ async fn forged_and_replayed_requests() {
     let rounds = quick_or_long(20, 1000);
     let flags = ["--connect-rate=0", "--reserve-rate=0"];
     let mut ground = Ground::prepare(&flags).await;
-    let port = ground.port;
+    let (port, relay) = (ground.port, ground.bystanders.relay.peer);
     let attack = async move {
         let done = each(4, AT_A_TIME, move |number| async move {
             let mut victim = Stranger::connect(port, address(number)).await?;
@@ -83,14 +83,14 @@ async fn forged_and_replayed_requests() {
             assert_eq!(granted.status, OK);
             let mut thief = Stranger::connect(port, address(number)).await?;
             for _ in 0..rounds {
-                forge(&mut thief, &mut victim, &granted).await?;
+                forge(&mut thief, &mut victim, &granted, relay).await?;
             }
             Ok(())
         });
         all(done.await).len()
     };
     let how_hard = format!("{} rounds of each", rounds * 4);
-    let what = "vouchers and CONNECTs forged, replayed, to oneself, and over the relay itself";
+    let what = "vouchers and CONNECTs forged, replayed, to oneself, to the relay";
     ground.suffer(what, &how_hard, attack).await;
     ground.ends_as_it_began().await;
 }
@@ -100,6 +100,7 @@ async fn forge(
     thief: &mut Stranger,
     victim: &mut Stranger,
     granted: &HopMessage,
+    relay: PeerId,
 ) -> io::Result<()> {
     let stolen = granted.reservation.clone();
     assert!(
@@ -172,7 +173,8 @@ async fn forge(
     oneself.reservation = granted.reservation.clone();
     assert_eq!(thief.ask_once(&oneself).await?.1, MALFORMED_MESSAGE);
 
-    // The relay is nobody's target.
+    // The relay is nobody's target, by whatever protocol.
+    assert_eq!(thief.ask_once(&connect(relay)).await?.1, NO_RESERVATION);
     let stream = thief.next_stream();
     let question = StopMessage {
         kind: Some(0),
