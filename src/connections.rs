@@ -250,6 +250,13 @@ impl<C: Copy + Eq + std::hash::Hash> Connections<C> {
         }
     }
 
+    /// Open questions count from so much later.
+    pub fn excuse(&mut self, late: Duration) {
+        for connection in self.up.values_mut() {
+            connection.pulse.excuse(late);
+        }
+    }
+
     /// Listens to all connections: one that is not watched now may be so next.
     pub fn listen(&mut self, now: Instant) {
         // Nothing else: the counters are all over the memory, and so the processor fetches several

@@ -67,6 +67,11 @@ impl Pulse {
         self.asked = Some(now);
     }
 
+    /// A question that is open was put so much later.
+    pub fn excuse(&mut self, late: Duration) {
+        self.asked = self.asked.map(|asked| asked + late);
+    }
+
     /// For how long a question has been open, if one is.
     pub fn asked_for(&self, now: Instant) -> Option<Duration> {
         self.asked.map(|asked| now.saturating_duration_since(asked))

@@ -8,7 +8,8 @@ use std::{
 use super::{Command, Order, Relay};
 use crate::{circuits::End, connections::Remote, event::Event, reclaim::TICK};
 
-/// How late a sweep may come before questions count anew.
+/// How late a sweep may come before questions count anew. Before that its lateness is taken off the
+/// time for which they have been open: a relay that has no time hears no answers.
 const LATE: Duration = Duration::from_secs(1);
 
 impl<C: Copy + Ord + Hash, S> Relay<C, S> {
@@ -16,8 +17,11 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
     /// slot for those who wait.
     pub fn sweep(&mut self, now: Instant) {
         // What was answered while the relay stood still may not have been read yet.
-        if now > self.sweep_due + LATE {
+        let late = now.saturating_duration_since(self.sweep_due);
+        if late > LATE {
             self.connections.ask_anew(now);
+        } else if late > TICK {
+            self.connections.excuse(late);
         }
         self.reserve_rates.forget_full(now);
         self.connect_rates.forget_full(now);

@@ -480,6 +480,10 @@ impl Model {
             for connection in &mut self.connections {
                 connection.asked = connection.asked.map(|_| now);
             }
+        } else if now > due + TICK {
+            for connection in &mut self.connections {
+                connection.asked = connection.asked.map(|asked| asked + (now - due));
+            }
         }
         self.end_what_is_over(now);
         for connection in &mut self.connections {
