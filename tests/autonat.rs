@@ -578,6 +578,7 @@ fn it_is_switched_on_by_a_flag_the_environment_or_a_file() {
         (&["--autonat"], None, "", true),
         (&["--autonat=true"], None, "", true),
         (&[], Some("true"), "", true),
+        (&[], Some("1"), "", true),
         (&[], None, on, true),
         (&["--autonat=false"], Some("true"), on, false),
         (&[], Some("false"), on, false),
@@ -588,7 +589,12 @@ fn it_is_switched_on_by_a_flag_the_environment_or_a_file() {
     }
     for (flags, variable, file, named) in [
         (&["--autonat=perhaps"][..], None, "", "--autonat"),
-        (&[], Some("1"), "", "--autonat"),
+        (
+            &[],
+            Some("perhaps"),
+            "",
+            "RELAYLET_AUTONAT: is true or false",
+        ),
         (&[], None, "autonat = 1", "relaylet.toml:1: "),
     ] {
         let line = settings(flags, variable, file);

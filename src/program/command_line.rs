@@ -67,9 +67,10 @@ impl Flags {
         arguments: impl IntoIterator<Item = OsString>,
         variable: impl Fn(&str) -> Option<OsString>,
     ) -> Result<Self, Stop> {
-        let mut arguments: Vec<_> = arguments.into_iter().collect();
+        let (known, mut origins) = (settings::known(), Vec::new());
+        let arguments = arguments.into_iter().collect();
+        let mut arguments = switched(arguments, &known, &mut origins).map_err(usage)?;
         parse(&arguments).map_err(stop)?;
-        let known = settings::known();
         if let Some(flag) = without_value(&arguments, &known) {
             return Err(usage(format!("{flag} needs a value; see relaylet --help")));
         }
@@ -80,8 +81,7 @@ impl Flags {
                 return Err(usage(format!("{place}: {why}")));
             }
         }
-        let mut origins = Vec::new();
-        let environment = of_environment(&known, variable);
+        let environment = of_environment(&known, variable).map_err(usage)?;
         add(environment, &mut arguments, &mut origins).map_err(usage)?;
         if let Some(file) = parse(&arguments).map_err(stop)?.config {
             let given = of_file(&file, &known).map_err(usage)?;
@@ -113,7 +113,10 @@ fn parse(arguments: &[OsString]) -> Result<Flags, Error> {
 }
 
 /// What the environment says. A value that is empty is none, but that of a list.
-fn of_environment(known: &[Known], variable: impl Fn(&str) -> Option<OsString>) -> Vec<Given> {
+fn of_environment(
+    known: &[Known],
+    variable: impl Fn(&str) -> Option<OsString>,
+) -> Result<Vec<Given>, String> {
     let config = Known {
         name: "config",
         kind: Kind::One,
@@ -123,9 +126,12 @@ fn of_environment(known: &[Known], variable: impl Fn(&str) -> Option<OsString>) 
         let value = variable(&place)?;
         let flag = match known.kind {
             Kind::One if value.is_empty() => return None,
-            Kind::Switch if value.is_empty() || value == "false" => return None,
+            Kind::Switch if value.is_empty() => return None,
             Kind::List if value.is_empty() => None,
-            Kind::Switch if value == "true" => Some(format!("--{}", known.name).into()),
+            Kind::Switch => match is_on(value.to_str()) {
+                Some(on) => on.then(|| format!("--{}", known.name).into()),
+                None => return Some(Err(format!("{place}: is true or false"))),
+            },
             _ => {
                 let mut flag = OsString::from(format!("--{}=", known.name));
                 flag.push(value);
@@ -133,10 +139,10 @@ fn of_environment(known: &[Known], variable: impl Fn(&str) -> Option<OsString>) 
             }
         };
         let name = known.name;
-        Some(Given {
+        Some(Ok(Given {
             origin: Origin { name, place },
             flag,
-        })
+        }))
     };
     known.iter().chain([&config]).filter_map(given).collect()
 }
@@ -216,6 +222,44 @@ fn without_value<'a>(arguments: &'a [OsString], known: &[Known]) -> Option<&'a s
         }
     }
     None
+}
+
+/// The arguments with each switch alone, or not at all where it is off: clap would not look at the
+/// value.
+fn switched(
+    arguments: Vec<OsString>,
+    known: &[Known],
+    origins: &mut Vec<Origin>,
+) -> Result<Vec<OsString>, String> {
+    let mut switched = Vec::with_capacity(arguments.len());
+    for argument in arguments {
+        let text = argument.to_str().and_then(|text| text.split_once('='));
+        let is_switch = |(flag, _): &(&str, &str)| {
+            let mut switches = known.iter().filter(|known| known.kind == Kind::Switch);
+            switches.find(|switch| flag.strip_prefix("--") == Some(switch.name))
+        };
+        let Some((name, (flag, value))) = text.and_then(|t| Some((is_switch(&t)?.name, t))) else {
+            switched.push(argument);
+            continue;
+        };
+        match is_on(Some(value)) {
+            Some(true) => switched.push(flag.into()),
+            Some(false) => origins.push(Origin {
+                name,
+                place: flag.into(),
+            }),
+            None => return Err(format!("{flag} {value}: is true or false")),
+        }
+    }
+    Ok(switched)
+}
+
+fn is_on(value: Option<&str>) -> Option<bool> {
+    match value? {
+        "true" | "1" => Some(true),
+        "false" | "0" => Some(false),
+        _ => None,
+    }
 }
 
 /// A setting's error under the name of its flag.
