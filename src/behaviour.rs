@@ -199,6 +199,19 @@ impl Behaviour {
         self.relay.release(peer, Instant::now())
     }
 
+    /// Closes that connection of `peer` but `but` on which nothing was heard for the longest; its
+    /// slot moves to another of its connections.
+    pub fn close_longest_silent_of(&mut self, peer: PeerId, but: ConnectionId) {
+        self.relay
+            .close_longest_silent_of(peer, but, Instant::now());
+    }
+
+    /// Closes the connection but `but` that has been idle for the longest: neither slot nor circuit
+    /// goes over it.
+    pub fn close_longest_idle(&mut self, but: ConnectionId) {
+        self.relay.close_longest_idle(but);
+    }
+
     /// Takes nobody in from now on: a RESERVE or CONNECT is answered by closing its connection. All
     /// connections without a circuit are closed, evenly over so much time; one with circuits when
     /// they have ended.

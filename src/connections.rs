@@ -138,6 +138,23 @@ impl<C: Copy + Eq + std::hash::Hash> Connections<C> {
         self.of(peer).iter().filter(fit).copied().collect()
     }
 
+    /// Those of them that are not being closed, oldest first.
+    pub fn open_of(&self, peer: &PeerId) -> impl Iterator<Item = C> {
+        let open = |id: &&C| self.get(**id).is_some_and(|connection| !connection.closing);
+        self.of(peer).iter().filter(open).copied()
+    }
+
+    /// The one but `but` that has been idle for the longest: neither slot nor circuit goes over it.
+    pub fn longest_idle(&self, but: C) -> Option<(PeerId, C)> {
+        let idle = self
+            .idle
+            .iter()
+            .filter_map(|id| Some((id, self.up.get(id)?)));
+        let others = idle.filter(|(id, _)| **id != but);
+        let (id, connection) = others.min_by_key(|(_, connection)| connection.idle_since)?;
+        Some((connection.remote.peer, *id))
+    }
+
     /// A connection came up.
     pub fn add(&mut self, id: C, connection: Connection) {
         let peer = connection.remote.peer;

@@ -11,6 +11,7 @@ mod config_file;
 pub mod connection_limits;
 mod corked;
 mod digest;
+mod door;
 pub mod flags;
 mod greeting;
 mod heap;

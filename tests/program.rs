@@ -59,6 +59,7 @@ const FLAGS: &[(&str, &str)] = &[
     ("--drain", "soon"),
     ("--circuit-bytes", "99999999999EiB"),
     ("--max-connections", "0"),
+    ("--max-connections-per-peer", "one"),
     ("--max-connections-per-ip", "99999999999999999999"),
     ("--max-handshakes", "0"),
     ("--threads", "0"),
@@ -379,17 +380,6 @@ async fn after_kill_9_under_a_hundred_connections_its_port_is_bound_again_at_onc
 }
 
 // ---- Limits on connections
-
-#[tokio::test]
-async fn connections_are_limited_in_total() {
-    let relay = Relay::start(&["--max-connections", "2"]);
-    let (first, _second) = (Client::connect(&relay).await, Client::connect(&relay).await);
-    assert!(!is_served(by_hand::tcp(&relay).await).await);
-    let gone = format!("closed: peer {}", first.peer);
-    first.leave().await;
-    relay.wait_for_log(&gone).await;
-    Client::connect(&relay).await.reserve().await;
-}
 
 #[tokio::test]
 async fn connections_are_limited_for_each_address() {

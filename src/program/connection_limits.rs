@@ -1,25 +1,17 @@
-//! How many connections are let in: in total, from one address, and in their handshakes.
+//! How many connections are let in: in total, of one peer, from one address, and in their
+//! handshakes.
 //!
-//! libp2p's `connection_limits` counts by peer; but who a peer is, is known only after the
-//! handshake, and a flood comes from addresses.
+//! Pure. Who a peer is, is known only after the handshake, and a flood comes from addresses: so
+//! before it addresses and handshakes count, and after it who holds a slot comes before strangers.
 
 use std::{
     collections::{HashMap, hash_map::Entry},
-    convert::Infallible,
     error::Error,
     fmt, io,
-    task::{Context, Poll},
 };
 
 use anyhow::Chain;
-use libp2p::{
-    Multiaddr, PeerId,
-    core::{Endpoint, transport::PortUse},
-    swarm::{
-        ConnectionClosed, ConnectionDenied, ConnectionId, FromSwarm, ListenFailure,
-        NetworkBehaviour, THandler, THandlerInEvent, THandlerOutEvent, ToSwarm, dummy,
-    },
-};
+use libp2p::swarm::ConnectionId;
 
 use super::proxy_header::NoHeader;
 use crate::address::BilledTo;
@@ -27,8 +19,16 @@ use crate::address::BilledTo;
 /// The limits themselves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// How many connections may be open, those in their handshakes included. Default 4096.
+    /// How many connections may be open, beside those in their handshakes. Default 4096.
+    ///
+    /// Beyond it a peer that holds a slot is let in, and the stranger that has been idle for the
+    /// longest is closed; any other is turned away.
     pub max_connections: usize,
+    /// How many of them one peer may have. Default 8; zero: no cap.
+    ///
+    /// Beyond it a peer that holds a slot is let in, and that one of its connections is closed on
+    /// which nothing was heard for the longest; any other is turned away.
+    pub max_connections_per_peer: usize,
     /// How many of them may come from one address (an IPv6 address counts as its /64).
     /// Default 256; zero: no cap.
     pub max_connections_per_ip: usize,
@@ -43,13 +43,34 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             max_connections: 4096,
+            max_connections_per_peer: 8,
             max_connections_per_ip: 256,
             max_handshakes: 256,
         }
     }
 }
 
-/// Turns away what is beyond the limits before a single byte was read from it.
+/// What is known of a peer once its handshake is done.
+#[derive(Clone, Copy, Debug)]
+pub struct Standing {
+    /// Whether it holds a slot, be it in grace.
+    pub holds_a_slot: bool,
+    /// How many connections it has that are not being closed, without the new one.
+    pub connections: usize,
+}
+
+/// Which connection makes room for another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Room {
+    /// None: there is room.
+    Free,
+    /// Of the same peer that one on which nothing was heard for the longest.
+    OfItsOwn,
+    /// The one that has been idle for the longest.
+    OfAStranger,
+}
+
+/// The connections that come in, as far as they count.
 #[derive(Debug)]
 pub struct ConnectionLimits {
     limits: Limits,
@@ -77,6 +98,8 @@ struct Admitted {
 pub enum Denied {
     /// As many are open as may be.
     Connections,
+    /// As many are open of this peer as may be.
+    Peer,
     /// As many are open from this address as may be.
     Address(BilledTo),
     /// As many are in their handshakes as may be.
@@ -90,6 +113,7 @@ impl Denied {
     pub fn kind(&self) -> &'static str {
         match self {
             Self::Connections => "too many connections",
+            Self::Peer => "too many connections of the peer",
             Self::Address(_) => "too many connections of the address",
             Self::Handshakes => "too many handshakes",
             Self::NoHeader(_) => "no PROXY protocol header",
@@ -150,12 +174,14 @@ impl ConnectionLimits {
         }
     }
 
-    fn admit(&mut self, id: ConnectionId, billed_to: Option<BilledTo>) -> Result<(), Denied> {
+    /// A connection has come, from there: whether it may begin its handshake.
+    ///
+    /// # Errors
+    ///
+    /// When there is no room.
+    pub fn admit(&mut self, id: ConnectionId, billed_to: Option<BilledTo>) -> Result<(), Denied> {
         if self.handshakes >= self.limits.max_handshakes {
             return Err(Denied::Handshakes);
-        }
-        if self.admitted.len() >= self.limits.max_connections {
-            return Err(Denied::Connections);
         }
         let per_ip = self.limits.max_connections_per_ip;
         if let Some(address) = billed_to {
@@ -177,6 +203,33 @@ impl ConnectionLimits {
         Ok(())
     }
 
+    /// Its handshake is done, and shows whose it is: whether it may stay, and what goes for it.
+    ///
+    /// # Errors
+    ///
+    /// When there is no room. It counts until it is [forgotten](Self::forget).
+    pub fn establish(&mut self, id: ConnectionId, peer: Standing) -> Result<Room, Denied> {
+        let (per_peer, established) = (self.limits.max_connections_per_peer, self.established());
+        let room = if per_peer > 0 && peer.connections >= per_peer {
+            Room::OfItsOwn
+        } else if established >= self.limits.max_connections {
+            Room::OfAStranger
+        } else {
+            Room::Free
+        };
+        self.handshake_done(id);
+        match room {
+            Room::OfItsOwn if !peer.holds_a_slot => Err(Denied::Peer),
+            Room::OfAStranger if !peer.holds_a_slot => Err(Denied::Connections),
+            room => Ok(room),
+        }
+    }
+
+    /// How many are beyond their handshakes.
+    fn established(&self) -> usize {
+        self.admitted.len() - self.handshakes
+    }
+
     fn handshake_done(&mut self, id: ConnectionId) {
         if let Some(admitted) = self.admitted.get_mut(&id)
             && std::mem::take(&mut admitted.in_handshake)
@@ -189,7 +242,8 @@ impl ConnectionLimits {
         }
     }
 
-    fn forget(&mut self, id: ConnectionId) {
+    /// It is gone, or was not let in.
+    pub fn forget(&mut self, id: ConnectionId) {
         self.handshake_done(id);
         let Some(admitted) = self.admitted.remove(&id) else {
             return; // turned away, or dialed by us
@@ -204,66 +258,6 @@ impl ConnectionLimits {
     }
 }
 
-impl NetworkBehaviour for ConnectionLimits {
-    type ConnectionHandler = dummy::ConnectionHandler;
-    type ToSwarm = Infallible;
-
-    fn handle_pending_inbound_connection(
-        &mut self,
-        id: ConnectionId,
-        _: &Multiaddr,
-        remote: &Multiaddr,
-    ) -> Result<(), ConnectionDenied> {
-        self.admit(id, BilledTo::of(remote))
-            .map_err(ConnectionDenied::new)
-    }
-
-    fn handle_established_inbound_connection(
-        &mut self,
-        id: ConnectionId,
-        _: PeerId,
-        _: &Multiaddr,
-        _: &Multiaddr,
-    ) -> Result<THandler<Self>, ConnectionDenied> {
-        self.handshake_done(id);
-        Ok(dummy::ConnectionHandler)
-    }
-
-    fn handle_established_outbound_connection(
-        &mut self,
-        _: ConnectionId,
-        _: PeerId,
-        _: &Multiaddr,
-        _: Endpoint,
-        _: PortUse,
-    ) -> Result<THandler<Self>, ConnectionDenied> {
-        Ok(dummy::ConnectionHandler)
-    }
-
-    fn on_swarm_event(&mut self, event: FromSwarm) {
-        match event {
-            FromSwarm::ConnectionClosed(ConnectionClosed { connection_id, .. })
-            | FromSwarm::ListenFailure(ListenFailure { connection_id, .. }) => {
-                self.forget(connection_id);
-            }
-            _ => {}
-        }
-    }
-
-    fn on_connection_handler_event(
-        &mut self,
-        _: PeerId,
-        _: ConnectionId,
-        event: THandlerOutEvent<Self>,
-    ) {
-        match event {}
-    }
-
-    fn poll(&mut self, _: &mut Context<'_>) -> Poll<ToSwarm<Infallible, THandlerInEvent<Self>>> {
-        Poll::Pending
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::net::Ipv4Addr;
@@ -273,6 +267,7 @@ mod tests {
     fn gate(max_connections: usize, per_ip: usize, max_handshakes: usize) -> ConnectionLimits {
         ConnectionLimits::new(Limits {
             max_connections,
+            max_connections_per_peer: 2,
             max_connections_per_ip: per_ip,
             max_handshakes,
         })
@@ -288,10 +283,6 @@ mod tests {
 
     #[test]
     fn each_limit_turns_away_the_one_beyond_it() {
-        let mut few = gate(2, 9, 9);
-        assert!(few.admit(id(1), from(1)).is_ok() && few.admit(id(2), from(2)).is_ok());
-        assert_eq!(few.admit(id(3), from(3)), Err(Denied::Connections));
-
         let mut from_one = gate(9, 1, 9);
         assert!(from_one.admit(id(1), from(1)).is_ok());
         let denied = from_one.admit(id(2), from(1)).unwrap_err();
@@ -312,6 +303,57 @@ mod tests {
         assert_eq!(slow.admit(id(2), from(2)), Err(Denied::Handshakes));
         slow.handshake_done(id(1));
         assert!(slow.admit(id(2), from(2)).is_ok());
+    }
+
+    const STRANGER: Standing = Standing {
+        holds_a_slot: false,
+        connections: 0,
+    };
+    const HOLDER: Standing = Standing {
+        holds_a_slot: true,
+        connections: 0,
+    };
+
+    /// Comes, and is through with its handshake.
+    fn come(gate: &mut ConnectionLimits, n: usize, peer: Standing) -> Result<Room, Denied> {
+        gate.admit(id(n), from(n as u8)).unwrap();
+        gate.establish(id(n), peer)
+    }
+
+    #[test]
+    fn beyond_the_limit_who_holds_a_slot_comes_before_a_stranger() {
+        let mut gate = gate(2, 9, 9);
+        for n in 1..3 {
+            assert_eq!(come(&mut gate, n, STRANGER), Ok(Room::Free));
+        }
+        assert_eq!(come(&mut gate, 3, STRANGER), Err(Denied::Connections));
+        gate.forget(id(3));
+        assert_eq!(come(&mut gate, 4, HOLDER), Ok(Room::OfAStranger));
+        gate.forget(id(1));
+        assert_eq!(come(&mut gate, 5, STRANGER), Err(Denied::Connections));
+        gate.forget(id(5));
+        gate.forget(id(2));
+        assert_eq!(come(&mut gate, 6, STRANGER), Ok(Room::Free));
+    }
+
+    #[test]
+    fn those_in_their_handshakes_keep_nobody_out() {
+        let mut gate = gate(1, 9, 2);
+        gate.admit(id(1), from(1)).unwrap();
+        assert_eq!(come(&mut gate, 2, STRANGER), Ok(Room::Free));
+        assert_eq!(gate.establish(id(1), STRANGER), Err(Denied::Connections));
+    }
+
+    #[test]
+    fn beyond_its_cap_a_peer_that_holds_a_slot_replaces_a_connection_of_its_own() {
+        let has = |peer: Standing, connections| Standing {
+            connections,
+            ..peer
+        };
+        let mut gate = gate(9, 9, 9);
+        assert_eq!(come(&mut gate, 1, has(STRANGER, 1)), Ok(Room::Free));
+        assert_eq!(come(&mut gate, 2, has(STRANGER, 2)), Err(Denied::Peer));
+        assert_eq!(come(&mut gate, 3, has(HOLDER, 2)), Ok(Room::OfItsOwn));
     }
 
     #[test]

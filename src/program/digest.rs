@@ -50,7 +50,7 @@ impl Digest {
                              is there: make it send one, or leave the address out"
                         )
                     }),
-                    Denied::Connections | Denied::Handshakes => None,
+                    Denied::Connections | Denied::Peer | Denied::Handshakes => None,
                 }
             }
             NodeEvent::Relay(Event::ReservationRefused {

@@ -326,14 +326,18 @@ pub struct Flags {
     #[structopt(long, value_name = "FILE", parse(from_os_str))]
     pub swarm_key: Option<PathBuf>,
 
-    /// How many connections may be open at a time
-    #[structopt(
-        long,
-        value_name = "N",
-        default_value = "4096",
-        parse(try_from_str = values::number)
-    )]
-    pub max_connections: usize,
+    /// How many connections may be open at a time, beside those in their handshakes
+    ///
+    /// Beyond it a peer that holds a slot takes the place of the stranger that was idle the longest.
+    /// [default: four times --max-reservations, at least 1024]
+    #[structopt(long, value_name = "N", parse(try_from_str = values::number))]
+    pub max_connections: Option<usize>,
+
+    /// How many connections one peer may have; 0: no cap
+    ///
+    /// Beyond it a peer that holds a slot gets a new one in the place of an old one.
+    #[structopt(long, value_name = "N", default_value = "8", parse(try_from_str = values::number))]
+    pub max_connections_per_peer: usize,
 
     /// How many connections one IP address (IPv6: one /64) may have; 0: no cap
     #[structopt(
@@ -422,10 +426,17 @@ impl Flags {
         }
     }
 
+    /// How many connections may be open at a time.
+    pub fn max_connections(&self) -> usize {
+        let default = || (4 * self.max_reservations).max(1024);
+        self.max_connections.unwrap_or_else(default)
+    }
+
     /// The limits on connections.
     pub fn limits(&self) -> Limits {
         Limits {
-            max_connections: self.max_connections,
+            max_connections: self.max_connections(),
+            max_connections_per_peer: self.max_connections_per_peer,
             max_connections_per_ip: self.max_connections_per_ip,
             max_handshakes: self.max_handshakes,
         }
@@ -475,7 +486,7 @@ impl Flags {
             return Err("--drain: is over a year; try 8s".into());
         }
         for (flag, value) in [
-            ("--max-connections", self.max_connections),
+            ("--max-connections", self.max_connections()),
             ("--max-handshakes", self.max_handshakes),
         ] {
             if value == 0 {

@@ -29,7 +29,8 @@ use super::dht::{self, Dht};
 use super::swarm_key::{self, PreSharedKey};
 use super::{
     boxed::Boxed,
-    connection_limits::{ConnectionLimits, Denied, Limits},
+    connection_limits::{Denied, Limits},
+    door::Door,
     muxer,
     observed::Observed,
     proxies::Proxies,
@@ -125,8 +126,7 @@ pub enum NodeEvent {
 #[derive(NetworkBehaviour)]
 struct Parts {
     // First, so that it turns a connection away before anyone else hears of it.
-    limits: ConnectionLimits,
-    relay: Behaviour,
+    relay: Door,
     identify: identify::Behaviour,
     #[cfg(feature = "autonat")]
     autonat: Toggle<AutoNat>,
@@ -186,8 +186,7 @@ impl Node {
             .with_interval(IDENTIFY_INTERVAL)
             .with_cache_size(0);
         let parts = Parts {
-            limits: ConnectionLimits::new(limits),
-            relay: Behaviour::new(keypair, config)?,
+            relay: Door::new(limits, Behaviour::new(keypair, config)?),
             identify: identify::Behaviour::new(identify),
             #[cfg(feature = "autonat")]
             autonat: None.into(),
@@ -329,12 +328,12 @@ impl Node {
 
     /// The relay's behaviour.
     pub fn relay(&self) -> &Behaviour {
-        &self.swarm.behaviour().relay
+        &self.swarm.behaviour().relay.relay
     }
 
     /// The relay's behaviour, to give orders to; but see [`Node::set_config`].
     pub fn relay_mut(&mut self) -> &mut Behaviour {
-        &mut self.swarm.behaviour_mut().relay
+        &mut self.swarm.behaviour_mut().relay.relay
     }
 
     /// The addresses it can be reached at.
@@ -501,7 +500,7 @@ impl Node {
     /// A peer says under which address it reached the relay.
     fn reported(&mut self, connection: ConnectionId, address: Multiaddr) {
         let (peer, now) = (self.peer_id(), Instant::now());
-        let relay = &self.swarm.behaviour().relay;
+        let relay = &self.swarm.behaviour().relay.relay;
         if let Some(up) = relay.connections().get(connection) {
             let listening = self.swarm.listeners();
             self.observed

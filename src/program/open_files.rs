@@ -10,18 +10,15 @@ const OTHERS: u64 = if cfg!(feature = "autonat") { 160 } else { 96 };
 
 /// Raises the limit as far as the system lets us; a warning if that is not far enough.
 ///
-/// Behind a proxy as many connections as may be in their handshakes are open before they count; and
-/// so many may be `dialed`, which do not count at all.
+/// Beside the connections that count are those in their handshakes; behind a proxy as many again are
+/// open before even those count; and so many may be `dialed`, which do not count at all.
 pub fn raise_limit(limits: &Limits, behind_proxy: bool, dialed: usize) -> Option<String> {
     // An unreadable limit is no reason not to start.
     let (_, hard) = Resource::NOFILE.get().ok()?;
     let limit = rlimit::increase_nofile_limit(hard).ok()?;
-    let introduced = if behind_proxy {
-        limits.max_handshakes
-    } else {
-        0
-    };
-    let uncounted = introduced.saturating_add(dialed);
+    let rounds = if behind_proxy { 2 } else { 1 };
+    let uncounted = limits.max_handshakes.saturating_mul(rounds);
+    let uncounted = uncounted.saturating_add(dialed);
     warning(limit, limits.max_connections, uncounted)
 }
 

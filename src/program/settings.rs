@@ -10,7 +10,7 @@ use toml::Value;
 use super::{config_file::Setting, flags::Flags};
 
 /// What is read at the start only. `max-circuits-per-peer` can be lowered while the relay runs.
-const AT_START: [&str; 13] = [
+const AT_START: [&str; 14] = [
     "autonat",
     "bootstrap",
     "dht",
@@ -20,6 +20,7 @@ const AT_START: [&str; 13] = [
     "listen",
     "max-connections",
     "max-connections-per-ip",
+    "max-connections-per-peer",
     "max-handshakes",
     "swarm-key",
     "threads",
@@ -105,7 +106,12 @@ impl Flags {
             set("allow-connect-peer", list(&self.allow_connect_peer)),
             #[cfg(feature = "pnet")]
             optional("swarm-key", self.swarm_key.as_ref().map(|f| f.display())),
-            set("max-connections", number(self.max_connections)),
+            set("max-connections", number(self.max_connections()))
+                .unless(self.max_connections.is_some()),
+            set(
+                "max-connections-per-peer",
+                number(self.max_connections_per_peer),
+            ),
             set(
                 "max-connections-per-ip",
                 number(self.max_connections_per_ip),

@@ -1,0 +1,139 @@
+//! Who is let in when all places are taken: whoever holds a slot before a stranger.
+
+mod common;
+
+use std::time::{Duration, Instant};
+
+use common::{
+    Client, PATIENCE, Relay, Security,
+    by_hand::{proposal, say_and_hang_up, tcp},
+    circuit, read_bytes,
+};
+use libp2p::{futures::AsyncWriteExt, identity::Keypair};
+
+async fn connect(relay: &Relay, keypair: &Keypair) -> Client {
+    Client::connect_as(keypair.clone(), &relay.address, Security::Noise).await
+}
+
+/// Waits until this has happened to that client.
+async fn lost(relay: &Relay, client: &Client) {
+    relay
+        .wait_for_log(&format!("closed: peer {}", client.peer))
+        .await;
+}
+
+#[tokio::test]
+async fn who_holds_a_slot_takes_the_place_of_the_stranger_that_was_idle_the_longest() {
+    let relay = Relay::start(&["--max-connections=3", "--idle-timeout=0s"]);
+    let owner = Keypair::generate_ed25519();
+    let mut holder = connect(&relay, &owner).await;
+    holder.reserve().await;
+    let gone = format!("closed: peer {}", holder.peer);
+    holder.leave().await;
+    relay.wait_for_log(&gone).await; // into grace
+
+    let mut strangers = Vec::new();
+    for _ in 0..3 {
+        strangers.push(Client::connect(&relay).await);
+    }
+    // Whoever else comes is turned away, once it has said who it is.
+    one_more_is_turned_away(&relay).await;
+
+    let mut holder = connect(&relay, &owner).await;
+    lost(&relay, &strangers[0]).await;
+    holder.reserve().await;
+    for stranger in &mut strangers[1..] {
+        stranger.wait_for_connections(1).await;
+        stranger.reserve().await;
+    }
+    relay
+        .wait_for_log("takes the place of an idle connection")
+        .await;
+    // All of them hold a slot now: nobody is closed for a stranger.
+    one_more_is_turned_away(&relay).await;
+    holder.wait_for_connections(1).await;
+}
+
+/// A stranger comes, and does not get in.
+async fn one_more_is_turned_away(relay: &Relay) {
+    let denied = || {
+        let lines = relay.log().into_iter();
+        lines
+            .filter(|line| line.contains("connection denied"))
+            .count()
+    };
+    let before = denied();
+    let (keypair, address) = (Keypair::generate_ed25519(), relay.address.clone());
+    let attempt =
+        tokio::spawn(async move { Client::connect_as(keypair, &address, Security::Noise).await });
+    let start = Instant::now();
+    while denied() == before {
+        assert!(start.elapsed() < PATIENCE, "{:#?}", relay.log());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    attempt.abort();
+}
+
+#[tokio::test]
+async fn when_one_has_left_another_gets_in() {
+    let relay = Relay::start(&["--max-connections=2"]);
+    let (first, _second) = (Client::connect(&relay).await, Client::connect(&relay).await);
+    one_more_is_turned_away(&relay).await;
+    let gone = format!("closed: peer {}", first.peer);
+    first.leave().await;
+    relay.wait_for_log(&gone).await;
+    Client::connect(&relay).await.reserve().await;
+}
+
+#[tokio::test]
+async fn those_in_their_handshakes_keep_nobody_out() {
+    let relay = Relay::start(&["--max-connections=1"]);
+    let mut silent = Vec::new();
+    for _ in 0..3 {
+        silent.push(tcp(&relay).await);
+    }
+    say_and_hang_up(tcp(&relay).await, &proposal("/noise")).await;
+    Client::connect(&relay).await.reserve().await;
+}
+
+#[tokio::test]
+async fn beyond_its_cap_a_holder_replaces_a_connection_of_its_own_and_takes_its_slot_along() {
+    let relay = Relay::start(&["--max-connections-per-peer=1"]);
+    let owner = Keypair::generate_ed25519();
+    let mut before = connect(&relay, &owner).await;
+    before.reserve().await;
+    let mut bob = Client::connect(&relay).await;
+    bob.reserve().await;
+    let mut alice = Client::connect(&relay).await;
+    let (mut there, mut back) = circuit(&mut alice, &mut bob).await;
+
+    let mut after = connect(&relay, &owner).await;
+    before.wait_for_connections(0).await;
+    // The slot is on the new one at once, without another RESERVE.
+    let (mut to, mut from) = circuit(&mut alice, &mut after).await;
+    assert!(!relay.log().iter().any(|line| line.contains("grace began")));
+    // Nobody else was touched.
+    for (there, back) in [(&mut there, &mut back), (&mut to, &mut from)] {
+        there.write_all(b"hello").await.unwrap();
+        there.flush().await.unwrap();
+        assert_eq!(read_bytes(back, 5).await, b"hello");
+    }
+}
+
+#[tokio::test]
+async fn a_stranger_beyond_its_cap_is_turned_away_and_its_others_stay() {
+    let relay = Relay::start(&["--max-connections-per-peer=1"]);
+    let owner = Keypair::generate_ed25519();
+    let mut first = connect(&relay, &owner).await;
+    let (keypair, address) = (owner.clone(), relay.address.clone());
+    let second =
+        tokio::spawn(async move { Client::connect_as(keypair, &address, Security::Noise).await });
+    relay.wait_for_log("too many connections of the peer").await;
+    second.abort();
+    first.reserve().await;
+    // What was turned away does not count.
+    let gone = format!("closed: peer {}", first.peer);
+    first.leave().await;
+    relay.wait_for_log(&gone).await;
+    connect(&relay, &owner).await.reserve().await;
+}
