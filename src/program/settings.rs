@@ -50,7 +50,7 @@ pub const LEFT_OUT: &[(&str, &str)] = &[
 /// Why there is no setting of this name, if it is one of those.
 pub fn left_out(name: &str) -> Option<String> {
     let mut all = LEFT_OUT.iter();
-    let (name, feature) = all.find(|(own, _)| *own == name.trim_start_matches("--"))?;
+    let (_, feature) = all.find(|(own, _)| *own == name.trim_start_matches("--"))?;
     Some(format!(
         "{name}: this relay was built without it; build it with the feature {feature}"
     ))
