@@ -1,4 +1,10 @@
 //! The sweep: one pass over the tables, for all that ends without anybody saying so.
+//!
+//! All of it goes by the monotonic clock ([`Instant`]), whatever becomes of the wall clock. A process
+//! that was stopped, or a virtual machine that was paused, finds that this clock went on: its sweep is
+//! late, what is over is over, and silences start anew. On a machine that was suspended, Linux lets it
+//! stand still: it is as if no time had passed but on the wall clock, so a slot that is not renewed
+//! ends so much later than its peer was told, and who went meanwhile is asked within a heartbeat.
 
 use std::{
     hash::Hash,
@@ -133,5 +139,115 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
             let question = Command::AskForSign(self.config.silence);
             self.command(End { peer, connection }, question);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        config::Config,
+        connections::Connection,
+        relay::{Grant, RequestId},
+        reservations::FreedReason,
+        wire::Request,
+    };
+
+    const TEN_MINUTES: Duration = Duration::from_secs(600);
+
+    /// A relay with two that hold a slot.
+    fn relay(config: Config, now: Instant) -> (Relay<u32, ()>, [End<u32>; 2]) {
+        let mut relay = Relay::new(config, now).unwrap();
+        let holders = [0, 1].map(|connection| {
+            let peer = PeerId::random();
+            let address = "/memory/1".parse().unwrap();
+            relay.connected(connection, Connection::new(peer, address, false, 0, now));
+            let end = End { peer, connection };
+            relay.requested(end, RequestId(1), Request::Reserve, now);
+            end
+        });
+        while let Some(order) = relay.next_order() {
+            if let Order::Grant(Grant { to, receipt, .. }) = order {
+                relay.answered(to.peer, receipt, Ok(()), now);
+            }
+        }
+        (relay, holders)
+    }
+
+    /// Who was asked, who was judged, and whose slot came back why.
+    #[derive(Debug, Default, PartialEq)]
+    struct Found {
+        asked: Vec<PeerId>,
+        silent: Vec<PeerId>,
+        freed: Vec<(PeerId, FreedReason)>,
+    }
+
+    fn found(relay: &mut Relay<u32, ()>) -> Found {
+        let mut found = Found::default();
+        while let Some(order) = relay.next_order() {
+            match order {
+                Order::Command(to, Command::AskForSign(_)) => found.asked.push(to.peer),
+                Order::Tell(Event::PeerSilent { peer, .. }) => found.silent.push(peer),
+                Order::Tell(Event::ReservationFreed { peer, reason, .. }) => {
+                    found.freed.push((peer, reason));
+                }
+                _ => {}
+            }
+        }
+        found
+    }
+
+    /// Sweeps when it is due, until something is found. When that was.
+    fn until_found(relay: &mut Relay<u32, ()>) -> (Instant, Found) {
+        loop {
+            let now = relay.sweep_due();
+            relay.sweep(now);
+            let found = found(relay);
+            if found != Found::default() {
+                return (now, found);
+            }
+        }
+    }
+
+    #[test]
+    fn after_ten_minutes_in_which_it_stood_still_silences_start_anew_and_what_is_over_is_over() {
+        let start = Instant::now();
+        let (mut relay, [stays, leaves]) = relay(Config::default(), start);
+        let (asked, both) = until_found(&mut relay);
+        assert_eq!(both.asked.len(), 2);
+        relay.disconnected(leaves, asked);
+        found(&mut relay);
+
+        let late = asked + TEN_MINUTES;
+        relay.sweep(late);
+        let expected = Found {
+            freed: vec![(leaves.peer, FreedReason::GraceOver)],
+            ..Found::default()
+        };
+        assert_eq!(found(&mut relay), expected);
+
+        // The question from before counts for nothing.
+        let Config {
+            heartbeat, silence, ..
+        } = Config::default();
+        let (asked, again) = until_found(&mut relay);
+        assert_eq!((asked, again.asked), (late + heartbeat, vec![stays.peer]));
+        let (judged, silent) = until_found(&mut relay);
+        assert_eq!((judged, silent.silent), (late + silence, vec![stays.peer]));
+    }
+
+    #[test]
+    fn a_term_that_ended_while_it_stood_still_is_over() {
+        let start = Instant::now();
+        let config = Config {
+            reservation_ttl: TEN_MINUTES / 2,
+            ..Config::default()
+        };
+        let (mut relay, holders) = relay(config, start);
+        relay.sweep(start + TEN_MINUTES);
+        let found = found(&mut relay);
+        assert!(found.silent.is_empty() && found.asked.is_empty());
+        let freed = |end: &End<u32>| found.freed.contains(&(end.peer, FreedReason::Expired));
+        assert!(holders.iter().all(freed), "{found:?}");
     }
 }
