@@ -8,10 +8,11 @@ mod common;
 
 use std::{
     fs,
-    io::{BufRead, BufReader},
+    io::{BufRead, BufReader, Lines},
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::{Child, ChildStdout, Command, Stdio},
     sync::OnceLock,
+    time::Instant,
 };
 
 use common::{Relay, http, websocket};
@@ -92,32 +93,44 @@ fn go_libp2p_learns_whether_it_can_be_reached() {
 
 #[test]
 fn a_client_that_walks_a_dht_finds_a_relay_of_the_fleet_and_another_when_that_is_gone() {
-    let mut client = Command::new(go_client())
-        .arg("fleet")
-        .stdout(Stdio::piped())
-        .spawn()
-        .expect("it starts");
-    let output = BufReader::new(client.stdout.take().expect("it is piped"));
-    let mut lines = output
-        .lines()
-        .map_while(Result::ok)
-        .inspect(|line| println!("{line}"));
-    let mut after = |word: &str| {
-        let line = lines.find_map(|line| Some(line.strip_prefix(word)?.to_owned()));
-        line.unwrap_or_else(|| panic!("the client ended before it said {word:?}"))
-    };
-
-    let bootstrap = after("bootstrap ");
+    let mut client = Talking::start(Command::new(go_client()).arg("fleet"));
+    let bootstrap = client.says("bootstrap ");
     let fleet = (0..3).map(|_| Relay::start(&["--dht", "--bootstrap", &bootstrap]));
     let mut fleet: Vec<_> = fleet.collect();
-    let first = after("reserved ");
+    let first = client.says("reserved ");
     let first = fleet
         .iter()
         .position(|relay| relay.peer.to_string() == first);
     fleet.remove(first.expect("one of the fleet")).kill();
-    lines.for_each(drop);
-    let status = client.wait().expect("it ends");
-    assert!(status.success(), "{status}");
+    client.ends_well();
+}
+
+#[test]
+fn after_kill_9_under_60_clients_with_autorelay_all_are_reserved_again_and_none_is_refused() {
+    const CLIENTS: usize = 60;
+    let relay = Relay::start(&[]);
+    let address = relay.address.to_string();
+    let mut clients = Talking::start(Command::new(go_client()).args(["restart", &address]));
+    clients.says("reserved");
+    let listen = format!("--listen=/ip4/127.0.0.1/tcp/{}", relay.port());
+    let killed = Instant::now();
+    let relay = Relay::start_in(relay.kill(), &[&listen]);
+    clients.says("again");
+    println!(
+        "kill -9 under {CLIENTS} clients of go-libp2p: all reserved again {:.1} s after it",
+        killed.elapsed().as_secs_f64()
+    );
+    assert_eq!(relay.address.to_string(), address);
+    assert_eq!(relay.count_in_log("reservation granted"), CLIENTS);
+    for refused in [
+        "refused",
+        "rejected",
+        "connection denied",
+        "answer undelivered",
+    ] {
+        assert_eq!(relay.count_in_log(refused), 0, "{refused}");
+    }
+    clients.ends_well();
 }
 
 #[tokio::test]
@@ -255,6 +268,45 @@ async fn the_metrics_are_those_that_go_libp2p_counts_and_its_dashboard_asks_for(
         }
     }
     assert!(asked >= 14, "{asked}");
+}
+
+/// A client that says when it wants something done.
+struct Talking {
+    client: Child,
+    lines: Lines<BufReader<ChildStdout>>,
+}
+
+impl Talking {
+    fn start(client: &mut Command) -> Self {
+        let mut client = client.stdout(Stdio::piped()).spawn().expect("it starts");
+        let output = client.stdout.take().expect("it is piped");
+        let lines = BufReader::new(output).lines();
+        Self { client, lines }
+    }
+
+    /// What it says behind `word`, once it says that. It bounds its steps itself.
+    fn says(&mut self, word: &str) -> String {
+        let mut lines = self.lines.by_ref().map_while(Result::ok);
+        let found = lines.find_map(|line| {
+            println!("{line}");
+            Some(line.strip_prefix(word)?.to_owned())
+        });
+        found.unwrap_or_else(|| panic!("the client ended before it said {word:?}"))
+    }
+
+    fn ends_well(mut self) {
+        let rest = self.lines.by_ref().map_while(Result::ok);
+        rest.for_each(|line| println!("{line}"));
+        let status = self.client.wait().expect("it ends");
+        assert!(status.success(), "{status}");
+    }
+}
+
+impl Drop for Talking {
+    fn drop(&mut self) {
+        let _ = self.client.kill();
+        let _ = self.client.wait();
+    }
 }
 
 /// The Go client, built once.

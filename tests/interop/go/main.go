@@ -32,6 +32,7 @@ var scenarios = map[string]func(relay peer.AddrInfo) error{
 	"full":      full,      // --max-reservations 1
 	"private":   private,   // --swarm-key $SWARM_KEY
 	"websocket": websocket, // an address of each kind: TCP, WebSocket; limits as for unlimited
+	"restart":   restart,   // the defaults; it is killed and started anew meanwhile
 
 	// --autonat, and several of them
 	"reachable":   learns(network.ReachabilityPublic),
