@@ -1,4 +1,7 @@
 //! Time that does not pass as it should, and a relay that starts anew under all of its clients.
+//!
+//! Slots and circuits go by the clock that only goes forward, what clients are told by the wall
+//! clock. The tests that step the latter need libfaketime, and are behind the feature `faketime`.
 
 mod common;
 
@@ -6,6 +9,9 @@ mod common;
 mod restart;
 #[path = "time/stood_still.rs"]
 mod stood_still;
+#[cfg(feature = "faketime")]
+#[path = "time/wall_clock.rs"]
+mod wall_clock;
 
 use common::process;
 
