@@ -206,10 +206,15 @@ impl Behaviour {
             .close_longest_silent_of(peer, but, Instant::now());
     }
 
-    /// Closes the connection but `but` that has been idle for the longest: neither slot nor circuit
-    /// goes over it.
-    pub fn close_longest_idle(&mut self, but: ConnectionId) {
-        self.relay.close_longest_idle(but);
+    /// Whether there is a connection but `but` over which neither slot nor circuit goes, of a peer
+    /// that holds no slot.
+    pub fn has_idle_stranger(&self, but: ConnectionId) -> bool {
+        self.relay.longest_idle_stranger(but).is_some()
+    }
+
+    /// Closes, of those, the one that has been idle for the longest.
+    pub fn close_longest_idle_stranger(&mut self, but: ConnectionId) {
+        self.relay.close_longest_idle_stranger(but);
     }
 
     /// Takes nobody in from now on: a RESERVE or CONNECT is answered by closing its connection. All

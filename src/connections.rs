@@ -144,13 +144,14 @@ impl<C: Copy + Eq + std::hash::Hash> Connections<C> {
         self.of(peer).iter().filter(open).copied()
     }
 
-    /// The one but `but` that has been idle for the longest: neither slot nor circuit goes over it.
-    pub fn longest_idle(&self, but: C) -> Option<(PeerId, C)> {
+    /// The one but `but` that has been idle for the longest, of those of such peers: neither slot nor
+    /// circuit goes over it.
+    pub fn longest_idle(&self, but: C, such: impl Fn(&PeerId) -> bool) -> Option<(PeerId, C)> {
         let idle = self
             .idle
             .iter()
             .filter_map(|id| Some((id, self.up.get(id)?)));
-        let others = idle.filter(|(id, _)| **id != but);
+        let others = idle.filter(|(id, c)| **id != but && such(&c.remote.peer));
         let (id, connection) = others.min_by_key(|(_, connection)| connection.idle_since)?;
         Some((connection.remote.peer, *id))
     }
@@ -397,5 +398,54 @@ mod tests {
         connections.remove(1);
         assert_eq!(connections.count(), 0);
         assert!(connections.by_peer.is_empty() && connections.idle.is_empty());
+    }
+
+    /// Connections that came up a second after each other, of these peers.
+    fn in_turn(peers: &[PeerId], start: Instant) -> Connections<u32> {
+        let mut connections = Connections::new();
+        for (id, peer) in (0..).zip(peers) {
+            let address = "/ip4/127.0.0.1/tcp/1".parse().unwrap();
+            let up = start + Duration::from_secs(id.into());
+            connections.add(id, Connection::new(*peer, address, false, 0, up));
+        }
+        connections
+    }
+
+    #[test]
+    fn those_of_a_peer_that_are_not_being_closed_are_told_oldest_first() {
+        let (alice, bob) = (PeerId::random(), PeerId::random());
+        let mut connections = in_turn(&[alice, bob, alice, alice], Instant::now());
+        let open = |connections: &Connections<u32>, peer| -> Vec<_> {
+            connections.open_of(peer).collect()
+        };
+        assert_eq!(open(&connections, &alice), [0, 2, 3]);
+        connections.closing(2);
+        assert_eq!(open(&connections, &alice), [0, 3]);
+        connections.remove(0);
+        assert_eq!(open(&connections, &alice), [3]);
+        assert_eq!(open(&connections, &bob), [1]);
+        assert!(open(&connections, &PeerId::random()).is_empty());
+    }
+
+    #[test]
+    fn the_longest_idle_holds_nothing_carries_nothing_and_is_not_the_new_one() {
+        let start = Instant::now();
+        let peers: Vec<_> = (0..5).map(|_| PeerId::random()).collect();
+        let mut connections = in_turn(&peers, start);
+        connections.hold_reservation(0, true, start);
+        connections.add_circuit(1, start);
+        assert_eq!(connections.longest_idle(4, |_| true), Some((peers[2], 2)));
+        assert_eq!(connections.longest_idle(2, |_| true), Some((peers[3], 3)));
+        connections.closing(2);
+        assert_eq!(connections.longest_idle(4, |_| true), Some((peers[3], 3)));
+        // It waits for an answer: until now it was not idle.
+        connections.waits(3, start + MINUTE);
+        assert_eq!(connections.longest_idle(9, |_| true), Some((peers[4], 4)));
+        connections.remove_circuit(1, start + 2 * MINUTE);
+        connections.remove(4);
+        assert_eq!(connections.longest_idle(9, |_| true), Some((peers[3], 3)));
+        connections.remove(3);
+        assert_eq!(connections.longest_idle(9, |_| true), Some((peers[1], 1)));
+        assert_eq!(connections.longest_idle(1, |_| true), None);
     }
 }

@@ -5,14 +5,16 @@
 //! [`crate::reservations`] and [`crate::circuits`], who is gone by [`crate::heartbeat`] and
 //! [`crate::reclaim`]. A RESERVE is followed through in `relay/reserve.rs`, a CONNECT in
 //! `relay/connect.rs`; what ends by itself is found in `relay/sweep.rs`, what the operator may
-//! change is in `relay/policy.rs`, and how it lets go of everyone in `relay/drain.rs`. `C` names a connection; [`crate::Behaviour`] uses the swarm's, tests use
-//! numbers.
+//! change is in `relay/policy.rs`, who makes room for whom in `relay/room.rs`, and how it lets go of
+//! everyone in `relay/drain.rs`. `C` names a connection; [`crate::Behaviour`] uses the swarm's, tests
+//! use numbers.
 
 mod connect;
 mod drain;
 mod order;
 mod policy;
 mod reserve;
+mod room;
 mod sweep;
 
 use std::{

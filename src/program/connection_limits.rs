@@ -242,6 +242,13 @@ impl ConnectionLimits {
         }
     }
 
+    /// How many are let in, how many of them are in their handshakes, and how many addresses they
+    /// are from.
+    #[cfg(test)]
+    pub fn counts(&self) -> [usize; 3] {
+        [self.admitted.len(), self.handshakes, self.billed.len()]
+    }
+
     /// It is gone, or was not let in.
     pub fn forget(&mut self, id: ConnectionId) {
         self.handshake_done(id);
@@ -367,9 +374,6 @@ mod tests {
             gate.forget(id(n));
             gate.forget(id(n));
         }
-        assert_eq!(
-            (gate.admitted.len(), gate.handshakes, gate.billed.len()),
-            (0, 0, 0)
-        );
+        assert_eq!(gate.counts(), [0; 3]);
     }
 }

@@ -42,7 +42,7 @@ impl Door {
             connections: self.relay.connections().open_of(&peer).count(),
         };
         let room = self.limits.establish(id, standing)?;
-        if room == Room::OfAStranger && self.relay.connections().longest_idle(id).is_none() {
+        if room == Room::OfAStranger && !self.relay.has_idle_stranger(id) {
             return Err(Denied::Connections);
         }
         self.room = Some((id, room));
@@ -53,7 +53,7 @@ impl Door {
     fn make_room_for(&mut self, id: ConnectionId, peer: PeerId) {
         match self.room.take_if(|(waits, _)| *waits == id) {
             Some((_, Room::OfItsOwn)) => self.relay.close_longest_silent_of(peer, id),
-            Some((_, Room::OfAStranger)) => self.relay.close_longest_idle(id),
+            Some((_, Room::OfAStranger)) => self.relay.close_longest_idle_stranger(id),
             Some((_, Room::Free)) | None => {}
         }
     }
@@ -121,5 +121,73 @@ impl NetworkBehaviour for Door {
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<ToSwarm<Event, THandlerInEvent<Self>>> {
         self.relay.poll(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use libp2p::{identity::Keypair, swarm::ListenError};
+
+    use super::*;
+    use crate::config::Config;
+
+    fn door(limits: Limits) -> Door {
+        let relay = Behaviour::new(Keypair::generate_ed25519(), Config::default()).unwrap();
+        Door::new(limits, relay)
+    }
+
+    /// A connection comes from 192.0.2.1, and has done its handshake.
+    fn come(door: &mut Door, n: usize) -> Result<(), ConnectionDenied> {
+        let (id, [local, remote]) = (ConnectionId::new_unchecked(n), addresses());
+        door.handle_pending_inbound_connection(id, &local, &remote)?;
+        door.handle_established_inbound_connection(id, PeerId::random(), &local, &remote)
+            .map(drop)
+    }
+
+    /// What the swarm says of a connection that was not let in.
+    fn fail(door: &mut Door, n: usize, cause: ConnectionDenied) {
+        let [local_addr, send_back_addr] = &addresses();
+        door.on_swarm_event(FromSwarm::ListenFailure(ListenFailure {
+            local_addr,
+            send_back_addr,
+            error: &ListenError::Denied { cause },
+            connection_id: ConnectionId::new_unchecked(n),
+            peer_id: None,
+        }));
+    }
+
+    fn addresses() -> [Multiaddr; 2] {
+        ["/ip4/192.0.2.9/tcp/4001", "/ip4/192.0.2.1/tcp/1"].map(|text| text.parse().unwrap())
+    }
+
+    fn kind(denied: &ConnectionDenied) -> Option<&'static str> {
+        denied.downcast_ref::<Denied>().map(Denied::kind)
+    }
+
+    #[test]
+    fn who_is_turned_away_before_or_after_its_handshake_counts_no_longer() {
+        let mut door = door(Limits {
+            max_connections: 1,
+            max_connections_per_peer: 1,
+            max_connections_per_ip: 2,
+            max_handshakes: 1,
+        });
+        come(&mut door, 0).unwrap();
+        assert_eq!(door.limits.counts(), [1, 0, 1]);
+        for n in 1..9 {
+            let denied = come(&mut door, n).unwrap_err();
+            // Not of the address, nor of its handshake: nothing is left of those before it.
+            assert_eq!(kind(&denied), Some("too many connections"));
+            assert_eq!(door.limits.counts(), [2, 0, 1], "until the swarm says so");
+            // Meanwhile the next is turned away before it has said a word.
+            let too_soon = come(&mut door, n + 100).unwrap_err();
+            assert_eq!(kind(&too_soon), Some("too many connections of the address"));
+            fail(&mut door, n + 100, too_soon);
+            fail(&mut door, n, denied);
+            assert_eq!(door.limits.counts(), [1, 0, 1]);
+        }
+        fail(&mut door, 0, ConnectionDenied::new(Denied::Connections)); // by another behaviour
+        assert_eq!(door.limits.counts(), [0; 3]);
+        come(&mut door, 9).unwrap();
     }
 }

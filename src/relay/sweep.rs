@@ -11,8 +11,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use libp2p::PeerId;
-
 use super::{Command, Order, Relay};
 use crate::{circuits::End, connections::Remote, event::Event, reclaim::TICK};
 
@@ -96,7 +94,7 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
     }
 
     /// From now on nothing goes over a connection, whether or not it is closed.
-    fn give_up(&mut self, gone: End<C>, now: Instant) {
+    pub(super) fn give_up(&mut self, gone: End<C>, now: Instant) {
         let End { peer, connection } = gone;
         for (id, circuit) in self.circuits.over(gone) {
             self.end_circuit(id, circuit);
@@ -106,30 +104,6 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
         up.retain(|other| *other != connection);
         let left = self.reservations.silent(peer, connection, &up, now);
         self.after_leaving(peer, before, left, now);
-    }
-
-    /// Closes that connection of `peer` but `but` on which nothing was heard for the longest, as if
-    /// it were gone.
-    pub fn close_longest_silent_of(&mut self, peer: PeerId, but: C, now: Instant) {
-        self.connections.listen(now);
-        let silence = |id: &C| self.connections.get(*id).map(|c| c.silent_for(now));
-        let others = self.connections.open_of(&peer).filter(|id| *id != but);
-        let Some(connection) = others.max_by_key(silence) else {
-            return;
-        };
-        log::debug!("another connection of peer {peer} takes the place of one of its own");
-        let replaced = End { peer, connection };
-        self.give_up(replaced, now);
-        self.close(replaced);
-    }
-
-    /// Closes the connection but `but` that has been idle for the longest.
-    pub fn close_longest_idle(&mut self, but: C) {
-        let Some((peer, connection)) = self.connections.longest_idle(but) else {
-            return;
-        };
-        log::debug!("one that holds a slot takes the place of an idle connection of peer {peer}");
-        self.close(End { peer, connection });
     }
 
     pub(super) fn ask_for_sign(&mut self, connection: C) {
@@ -144,6 +118,8 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
 
 #[cfg(test)]
 mod tests {
+    use libp2p::PeerId;
+
     use super::*;
     use crate::{
         config::Config,
