@@ -3,6 +3,7 @@
 //! `http` for what is shown over HTTP, `pnet` for private networks, `websocket` for what browsers
 //! connect over, `autonat` for AutoNAT, `dht` for the DHT.
 
+mod apart;
 #[cfg(feature = "autonat")]
 mod autonat;
 mod boxed;

@@ -13,6 +13,8 @@ use libp2p::{
     noise, tls,
 };
 
+use super::apart::Apart;
+
 /// Both secure channels, for either side of a connection.
 #[derive(Clone)]
 pub struct Security {
@@ -68,7 +70,7 @@ impl UpgradeInfo for Security {
 }
 
 /// A secured connection.
-type Secured<C> = future::Either<tls::TlsStream<C>, noise::Output<C>>;
+type Secured<C> = future::Either<tls::TlsStream<C>, noise::Output<Apart<C>>>;
 type Securing<C> = BoxFuture<'static, io::Result<(PeerId, Secured<C>)>>;
 
 impl<C: AsyncRead + AsyncWrite + Unpin + Send + 'static> InboundConnectionUpgrade<C> for Security {
@@ -84,7 +86,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin + Send + 'static> InboundConnectionUpgrad
                 future::Either::Left,
             ),
             Agreed::Noise => secured(
-                self.noise.upgrade_inbound(connection, name),
+                self.noise.upgrade_inbound(Apart::new(connection), name),
                 future::Either::Right,
             ),
         }
@@ -104,7 +106,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin + Send + 'static> OutboundConnectionUpgra
                 future::Either::Left,
             ),
             Agreed::Noise => secured(
-                self.noise.upgrade_outbound(connection, name),
+                self.noise.upgrade_outbound(Apart::new(connection), name),
                 future::Either::Right,
             ),
         }
