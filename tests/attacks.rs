@@ -22,4 +22,5 @@ mod attacks {
     pub mod pressure;
     pub mod requests;
     pub mod strangers;
+    pub mod waiting;
 }

@@ -5,7 +5,7 @@ mod common;
 use std::time::{Duration, Instant};
 
 use common::{
-    Client, HOP, PATIENCE,
+    Client, HOP, PATIENCE, Relay,
     by_hand::{
         ACK, DATA, FIN, Frame, GO_AWAY, PING, RST, SYN, WINDOW, WINDOW_UPDATE, behind_its_length,
         data, frame, hear, line, muxed, muxed_as, next_frame, proposal, reserve, say_and_hang_up,
@@ -38,6 +38,21 @@ const SECOND: Duration = Duration::from_secs(1);
 const IDENTIFY_PUSH: StreamProtocol = StreamProtocol::new("/ipfs/id/push/1.0.0");
 
 // ---- Before there is a secure channel
+
+#[tokio::test]
+async fn a_protocol_with_a_name_that_nobody_has_is_not_let_come() {
+    let relay = Relay::start(&[]);
+    let mut channel = muxed(&relay).await;
+    let header = line("/multistream/1.0.0");
+    // Of 16,383 bytes, for which room would be made at once.
+    let announced = [&header[..], &[0xff, 0x7f]].concat();
+    let refused = [&header[..], &line("/unknown"), &[0xff, 0x7f]].concat();
+    for (stream, said) in [(1, announced), (3, refused)] {
+        send(&mut channel, &data(SYN, stream, &said)).await;
+        assert_eq!(hear(&mut channel, stream).await, None);
+    }
+    assert_eq!(reserve(&mut channel, 5).await, Some(100));
+}
 
 #[tokio::test]
 async fn random_bytes_on_tcp_end_their_connection() {

@@ -14,7 +14,7 @@ use common::{
     Client, PATIENCE, Relay, Security,
     by_hand::{self, proposal, say_and_hang_up, until_closed},
     bystanders::comes_to_rest,
-    command, messages, signal,
+    circuit, command, messages, read_bytes, signal,
 };
 use libp2p::{
     Multiaddr, futures::future, identity::Keypair, multiaddr::Protocol, tcp::tokio::TcpStream,
@@ -62,6 +62,10 @@ const FLAGS: &[(&str, &str)] = &[
     ("--max-connections-per-peer", "one"),
     ("--max-connections-per-ip", "99999999999999999999"),
     ("--max-handshakes", "0"),
+    ("--max-streams", "many"),
+    ("--max-streams-per-connection", "3"),
+    ("--max-buffered", "1MiB"),
+    ("--max-buffered-per-connection", "0"),
     ("--threads", "0"),
     #[cfg(feature = "http")]
     ("--http", "127.0.0.1"),
@@ -419,21 +423,29 @@ async fn handshakes_are_limited_and_end_after_their_time() {
 }
 
 #[tokio::test]
-async fn without_open_files_it_waits_for_some_and_says_so_once() {
+async fn without_open_files_it_serves_those_it_has_and_waits_for_some_and_says_so_once() {
     let folder = TempDir::new().unwrap();
     let mut limited = Command::new("sh");
     let program = env!("CARGO_BIN_EXE_relaylet");
-    let script = format!("ulimit -n 30; exec {program} --listen /ip4/127.0.0.1/tcp/0");
+    let script = format!("ulimit -n 40; exec {program} --listen /ip4/127.0.0.1/tcp/0");
     limited.args(["-c", &script]).current_dir(folder.path());
     let relay = Relay::run(limited, folder);
-    relay.wait_for_log("--max-connections 4096 needs").await;
+    relay.wait_for_log("--max-connections 2048 needs").await;
+    let mut source = Client::connect(&relay).await;
+    let mut target = Client::connect(&relay).await;
+    target.reserve().await;
+    let (mut there, mut back) = circuit(&mut source, &mut target).await;
 
     let crowd = future::join_all((0..60).map(|_| by_hand::tcp(&relay))).await;
     let told = "connections cannot be accepted";
     relay.wait_for_log(told).await;
+    by_hand::send(&mut there, b"still here").await;
+    assert_eq!(read_bytes(&mut back, 10).await, b"still here");
+    target.reserve().await;
     comes_to_rest(&relay).await;
     drop(crowd);
     Client::connect(&relay).await.reserve().await;
+    assert!(source.kept_its_connection() && target.kept_its_connection());
     let log = relay.log();
     assert_eq!(log.iter().filter(|line| line.contains(told)).count(), 1);
 }

@@ -44,6 +44,9 @@ use libp2p::{
 use self::exchange::Server;
 use crate::address;
 
+/// How many clients it dials at a time.
+pub const MOST_DIALED: usize = gate::AT_ONCE;
+
 const VERSION_1: StreamProtocol = StreamProtocol::new("/libp2p/autonat/1.0.0");
 const VERSION_2: StreamProtocol = StreamProtocol::new("/libp2p/autonat/2/dial-request");
 

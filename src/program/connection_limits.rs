@@ -19,7 +19,7 @@ use crate::address::BilledTo;
 /// The limits themselves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// How many connections may be open, beside those in their handshakes. Default 4096.
+    /// How many connections may be open, beside those in their handshakes. Default 2048.
     ///
     /// Beyond it a peer that holds a slot is let in, and the stranger that has been idle for the
     /// longest is closed; any other is turned away.
@@ -42,7 +42,7 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self {
-            max_connections: 4096,
+            max_connections: 2048,
             max_connections_per_peer: 8,
             max_connections_per_ip: 256,
             max_handshakes: 256,

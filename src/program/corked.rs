@@ -3,15 +3,32 @@
 //! yamux flushes behind each frame, and each flush is a message of Noise or TLS and a system call.
 //! Where a question follows its protocol's name, or an answer comes to both, that is twice what is
 //! needed: a fifth of the CPU time of a circuit's set-up.
+//!
+//! How large a piece gets is bounded, because the secure channel keeps room for the largest.
 
 use std::{
     io,
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
 };
 
 use libp2p::futures::{AsyncRead, AsyncWrite};
+
+use super::{frames::HEADER, held::Account};
+use crate::buffer;
+
+/// How much goes out in one piece where memory is short, in bytes.
+///
+/// Noise has room for three such pieces for ever, once there was one.
+const NARROW: usize = 8 * 1024;
+
+/// How much goes out in one piece at most, in bytes: a whole frame, which is a whole message of Noise. Cut
+/// elsewhere its end would go out with what comes next, and js-libp2p drops what comes with a reset.
+const WHOLE: usize = buffer::SIZE + HEADER;
+
+/// How much more memory a connection takes whose pieces may be as large as they come.
+const WIDE: usize = 3 * (WHOLE - NARROW);
 
 /// A stream that is flushed by its [`Cork`] instead of whoever writes.
 #[derive(Debug)]
@@ -24,29 +41,69 @@ pub struct Cork<S>(Arc<Mutex<Inner<S>>>);
 #[derive(Debug)]
 struct Inner<S> {
     stream: S,
-    /// Something was written since it was last flushed.
-    unflushed: bool,
+    account: Account,
+    /// How much there may be to be flushed.
+    at_once: usize,
+    /// How much was written since it was last flushed.
+    unflushed: usize,
+    /// It is being flushed.
+    flushing: bool,
+    /// It took no more when something was to be written.
+    full: bool,
 }
 
 /// A stream to write to, and what flushes it.
-pub fn cork<S>(stream: S) -> (Corked<S>, Cork<S>) {
+pub fn cork<S>(stream: S, account: Account) -> (Corked<S>, Cork<S>) {
     let inner = Arc::new(Mutex::new(Inner {
         stream,
-        unflushed: false,
+        account,
+        at_once: NARROW,
+        unflushed: 0,
+        flushing: false,
+        full: false,
     }));
     (Corked(Arc::clone(&inner)), Cork(inner))
+}
+
+impl<S> Cork<S> {
+    /// Whether it took all that was to be written since this was asked last.
+    pub fn took_all(&self) -> bool {
+        !std::mem::take(&mut lock(&self.0).full)
+    }
 }
 
 impl<S: AsyncWrite + Unpin> Cork<S> {
     /// Sends what was written, if anything was.
     pub fn poll_flush(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let mut inner = lock(&self.0);
-        if !inner.unflushed {
+        lock(&self.0).poll_flush(cx)
+    }
+}
+
+impl<S: AsyncWrite + Unpin> Inner<S> {
+    fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.unflushed == 0 && !self.flushing {
             return Poll::Ready(Ok(()));
         }
-        let flushed = Pin::new(&mut inner.stream).poll_flush(cx);
-        inner.unflushed = flushed.is_pending();
-        flushed
+        self.unflushed = 0;
+        self.flushing = true;
+        ready!(Pin::new(&mut self.stream).poll_flush(cx))?;
+        self.flushing = false;
+        Poll::Ready(Ok(()))
+    }
+
+    /// Nothing is written behind what waits to be sent: else that would pile up below.
+    fn poll_write(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        if bytes.len() > self.at_once && self.account.keep_if_plenty(WIDE) {
+            self.at_once = WHOLE;
+        }
+        if self.flushing || self.unflushed >= self.at_once {
+            ready!(self.poll_flush(cx))?;
+        }
+        let room = bytes.len().min(self.at_once - self.unflushed);
+        let piece = bytes.get(..room).unwrap_or_default();
+        let written = ready!(Pin::new(&mut self.stream).poll_write(cx, piece))?;
+        self.unflushed += written;
+        Poll::Ready(Ok(written))
     }
 }
 
@@ -72,8 +129,9 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Corked<S> {
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         let mut inner = lock(&self.0);
-        inner.unflushed = true;
-        Pin::new(&mut inner.stream).poll_write(cx, bytes)
+        let written = inner.poll_write(cx, bytes);
+        inner.full |= written.is_pending();
+        written
     }
 
     fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use super::{connection_limits::Denied, node::NodeEvent};
+use super::{connection_limits::Denied, ledger::Buffered, node::NodeEvent};
 use crate::{
     address::BilledTo,
     event::{Event, Refused},
@@ -21,6 +21,8 @@ pub struct Digest {
     tallies: BTreeMap<Key, Tally>,
     /// The flags that somebody has run into.
     warned: HashSet<&'static str>,
+    /// What had been given up by then.
+    given_up: u64,
 }
 
 /// What happened, and why.
@@ -87,8 +89,16 @@ impl Digest {
         }
     }
 
-    /// A line for each reason that there was since the last time.
-    pub fn lines(&mut self) -> Vec<String> {
+    /// A line for each reason that there was since the last time, and for what was given up.
+    pub fn lines(&mut self, buffered: Buffered) -> Vec<String> {
+        let given_up = buffered.streams_given_up + buffered.connections_given_up;
+        let more = given_up.saturating_sub(self.given_up);
+        self.given_up = given_up;
+        if more > 0 {
+            let key = ("streams given up", "more waited than --max-buffered");
+            self.tallies.entry(key).or_default().count =
+                usize::try_from(more).unwrap_or(usize::MAX);
+        }
         let tallies = std::mem::take(&mut self.tallies);
         let lines = tallies.into_iter().map(|((what, why), tally)| {
             let line = format!("{what} within a minute: {}: {why}", tally.count);
@@ -194,8 +204,11 @@ mod tests {
             "slots freed within a minute: 3: grace over; most of 192.0.2.2: 2",
             "slots freed within a minute: 1: taken by a newcomer; most of 192.0.2.3: 1",
         ];
-        assert_eq!(digest.lines(), lines);
-        assert!(digest.lines().is_empty(), "a minute later");
+        assert_eq!(digest.lines(Buffered::default()), lines);
+        assert!(
+            digest.lines(Buffered::default()).is_empty(),
+            "a minute later"
+        );
     }
 
     #[test]
@@ -211,7 +224,7 @@ mod tests {
         }
         let line = "peers judged silent within a minute: 3: no sign of life when asked; most of \
                     192.0.2.2: 2";
-        assert_eq!(digest.lines(), [line]);
+        assert_eq!(digest.lines(Buffered::default()), [line]);
     }
 
     #[test]
@@ -245,7 +258,7 @@ mod tests {
         assert_eq!(denied(), None);
         let line = "connections denied within a minute: 2: no PROXY protocol header; most of \
                     192.0.2.1: 2";
-        assert_eq!(digest.lines(), [line]);
+        assert_eq!(digest.lines(Buffered::default()), [line]);
     }
 
     #[test]

@@ -10,12 +10,16 @@ use ipnet::IpNet;
 use libp2p::{Multiaddr, PeerId};
 use structopt::{StructOpt, clap::AppSettings};
 
+#[cfg(feature = "autonat")]
+use super::autonat;
 #[cfg(feature = "dht")]
 use super::dht;
 use super::{
     command_line::{Origin, in_flags},
     connection_limits::Limits,
-    node, threads,
+    node,
+    stream_limits::StreamLimits,
+    threads,
     transport::{self, Layer},
     values,
 };
@@ -329,7 +333,7 @@ pub struct Flags {
     /// How many connections may be open at a time, beside those in their handshakes
     ///
     /// Beyond it a peer that holds a slot takes the place of the stranger that was idle the longest.
-    /// [default: four times --max-reservations, at least 1024]
+    /// [default: twice --max-reservations, at least 1024]
     #[structopt(long, value_name = "N", parse(try_from_str = values::number))]
     pub max_connections: Option<usize>,
 
@@ -356,6 +360,38 @@ pub struct Flags {
         parse(try_from_str = values::number)
     )]
     pub max_handshakes: usize,
+
+    /// How many streams the peers may have open at a time, beside four of each connection
+    ///
+    /// [default: four times --max-circuits, at least 1024]
+    #[structopt(long, value_name = "N", parse(try_from_str = values::number))]
+    pub max_streams: Option<usize>,
+
+    /// How many streams a peer may have open on one connection
+    ///
+    /// [default: 32 more than --max-circuits-per-peer]
+    #[structopt(long, value_name = "N", parse(try_from_str = values::number))]
+    pub max_streams_per_connection: Option<usize>,
+
+    /// How many bytes may wait in the relay to be read by a peer, or to be taken by one
+    ///
+    /// Beyond it the stream is reset on which most has been waiting for the longest.
+    #[structopt(
+        long,
+        value_name = "SIZE",
+        default_value = "80MiB",
+        parse(try_from_str = values::size)
+    )]
+    pub max_buffered: ByteSize,
+
+    /// How many of them one connection may hold
+    #[structopt(
+        long,
+        value_name = "SIZE",
+        default_value = "8MiB",
+        parse(try_from_str = values::size)
+    )]
+    pub max_buffered_per_connection: ByteSize,
 
     /// How long circuits may go on once SIGTERM came; 0s: not at all
     ///
@@ -428,7 +464,7 @@ impl Flags {
 
     /// How many connections may be open at a time.
     pub fn max_connections(&self) -> usize {
-        let default = || (4 * self.max_reservations).max(1024);
+        let default = || self.max_reservations.saturating_mul(2).max(1024);
         self.max_connections.unwrap_or_else(default)
     }
 
@@ -440,6 +476,54 @@ impl Flags {
             max_connections_per_ip: self.max_connections_per_ip,
             max_handshakes: self.max_handshakes,
         }
+    }
+
+    /// How many streams the peers may have open at a time.
+    pub fn max_streams(&self) -> usize {
+        let default = || self.max_circuits.saturating_mul(4).max(1024);
+        self.max_streams.unwrap_or_else(default)
+    }
+
+    /// How many of them on one connection.
+    pub fn max_streams_per_connection(&self) -> usize {
+        let default = || {
+            self.max_circuits_per_peer
+                .saturating_add(node::SPARE_STREAMS)
+        };
+        self.max_streams_per_connection.unwrap_or_else(default)
+    }
+
+    /// The limits on streams.
+    pub fn stream_limits(&self) -> StreamLimits {
+        let size = |size: ByteSize| usize::try_from(size.as_u64()).unwrap_or(usize::MAX);
+        StreamLimits {
+            max_streams: self.max_streams(),
+            max_streams_per_connection: self.max_streams_per_connection,
+            max_buffered: size(self.max_buffered),
+            max_buffered_per_connection: size(self.max_buffered_per_connection),
+        }
+    }
+
+    /// How many connections it may dial for the DHT, at a time.
+    pub fn dials(&self) -> usize {
+        #[cfg(feature = "dht")]
+        let dials = if self.dht { dht::MOST_DIALED } else { 0 };
+        #[cfg(not(feature = "dht"))]
+        let dials = 0;
+        dials
+    }
+
+    /// How many it may dial to say whether clients can be reached, at a time.
+    pub fn dials_back(&self) -> usize {
+        #[cfg(feature = "autonat")]
+        let dials = if self.autonat {
+            autonat::MOST_DIALED
+        } else {
+            0
+        };
+        #[cfg(not(feature = "autonat"))]
+        let dials = 0;
+        dials
     }
 
     /// The DHT to join, if any.
@@ -472,6 +556,12 @@ impl Flags {
         (default.collect(), false)
     }
 
+    /// Whether clients may come over WebSocket.
+    pub fn listens_on_websocket(&self) -> bool {
+        let mut layers = self.listen.iter().filter_map(transport::listen_address);
+        layers.any(|(_, layer)| layer != Layer::Tcp)
+    }
+
     /// Whether they make sense as a whole.
     ///
     /// # Errors
@@ -485,6 +575,9 @@ impl Flags {
         if *self.drain > LONGEST {
             return Err("--drain: is over a year; try 8s".into());
         }
+        self.stream_limits()
+            .check()
+            .map_err(|error| in_flags(&error))?;
         for (flag, value) in [
             ("--max-connections", self.max_connections()),
             ("--max-handshakes", self.max_handshakes),
@@ -587,6 +680,7 @@ mod tests {
         };
         assert_eq!(flags.config(), expected);
         assert_eq!(flags.limits(), Limits::default());
+        assert_eq!(flags.stream_limits(), StreamLimits::default());
         let (addresses, asked_for) = flags.listen_addresses();
         assert_eq!((addresses.len(), asked_for), (2, false));
     }
@@ -699,6 +793,19 @@ mod tests {
             (&["--drain", "500000000000y"], "--drain"),
             (&["--drain", "2y"], "--drain"),
             (&["--max-circuits-per-peer", "70000"], "try 65503 or less"),
+            (
+                &["--max-streams-per-connection", "2"],
+                "--max-streams-per-connection",
+            ),
+            (
+                &["--max-streams-per-connection", "70000"],
+                "--max-streams-per-connection",
+            ),
+            (&["--max-buffered", "1MB"], "--max-buffered: "),
+            (
+                &["--max-buffered-per-connection", "0"],
+                "--max-buffered-per-connection",
+            ),
         ] {
             let line = usage(arguments);
             assert!(line.contains(flag), "{arguments:?}: {line}");

@@ -43,6 +43,12 @@ fn circuits_carry(bytes: u64, duration: Duration) -> String {
     }
 }
 
+/// How much memory it may come to take, at most, in bytes.
+pub fn takes(most: u64) -> String {
+    const MIB: u64 = 1024 * 1024;
+    format!("at most {} MiB under these limits", most.div_ceil(MIB))
+}
+
 /// Which DHT it joins, and by whom.
 #[cfg(feature = "dht")]
 pub fn joins(dht: &dht::Config) -> String {

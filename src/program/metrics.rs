@@ -31,6 +31,8 @@ pub struct Metrics {
     circuits_closed: Counters,
     connections: Gauge,
     connections_denied: Counters,
+    buffered: Gauge,
+    given_up: Counters,
 }
 
 /// A name, and a value.
@@ -85,6 +87,18 @@ impl Metrics {
                 "reason",
                 &["too many connections", "too many handshakes"],
             ),
+            buffered: registered(
+                own,
+                "buffered_bytes",
+                "What waits to be read or taken by a peer",
+            ),
+            given_up: Counters::new(
+                own,
+                "given_up",
+                "What was ended because too much waited on it for too long",
+                "what",
+                &["stream", "connection"],
+            ),
         };
         (metrics, all)
     }
@@ -132,6 +146,7 @@ impl Metrics {
             slots,
             relayed,
             upkeep,
+            buffered,
             ..
         } = figures;
         for (state, count) in [
@@ -149,6 +164,10 @@ impl Metrics {
         self.relayed.raise("to source", relayed.to_source);
         set(&self.circuits, figures.circuits);
         set(&self.connections, figures.connections);
+        set(&self.buffered, buffered.bytes);
+        self.given_up.raise("stream", buffered.streams_given_up);
+        self.given_up
+            .raise("connection", buffered.connections_given_up);
     }
 }
 

@@ -6,15 +6,15 @@
 //! Budgets: yamux ends the connection when it knows of more streams than it may, so it is never
 //! let come that far. A stream that the peer opens beyond its budget is reset, one that we want
 //! beyond ours waits for another to end.
+//!
+//! Windows cannot be taken back, and all of them together are more than there is memory for. So what
+//! they hold is counted (`ledger.rs`), and given up where that gets too much.
 
 use std::{
     collections::VecDeque,
     io, iter,
     pin::Pin,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::Arc,
     task::{Context, Poll, Waker, ready},
 };
 
@@ -23,17 +23,25 @@ use libp2p::{
         muxing::{StreamMuxer, StreamMuxerEvent},
         upgrade::{InboundConnectionUpgrade, OutboundConnectionUpgrade, UpgradeInfo},
     },
-    futures::{AsyncRead, AsyncWrite, task::AtomicWaker},
+    futures::{AsyncRead, AsyncWrite},
 };
 
-use super::corked::{Cork, Corked, cork};
+use super::{
+    corked::{Cork, Corked, cork},
+    held::Pool,
+    ledger::{Ledger, Ledgers},
+    metered::{Leaves, Metered, meter},
+    places::{Commons, Place, Places},
+    stream_limits::StreamLimits,
+    substream::{OpenedBy, Substream},
+};
 use crate::buffer;
 
 /// The window that yamux grants every stream from its start, in bytes.
 const INITIAL_WINDOW: usize = yamux::DEFAULT_CREDIT as usize;
 
 /// The longest frame that yamux reads, in bytes; it ends the connection over a longer one.
-const LONGEST_FRAME: usize = 1024 * 1024;
+pub const LONGEST_FRAME: usize = 1024 * 1024;
 
 /// By how much the windows of one connection may grow in all beyond the initial ones, in bytes.
 ///
@@ -87,7 +95,34 @@ impl Budget {
     }
 }
 
-impl UpgradeInfo for Budget {
+/// Makes connections carry streams. Clones share what all connections may have together.
+#[derive(Clone, Debug)]
+pub struct Multiplex {
+    budget: Budget,
+    commons: Commons,
+    ledgers: Ledgers,
+}
+
+impl Multiplex {
+    /// Within these limits.
+    pub fn new(budget: Budget, limits: StreamLimits) -> Self {
+        Self {
+            budget,
+            commons: Commons::new(limits.max_streams),
+            ledgers: Ledgers::new(Pool::new(
+                limits.max_buffered,
+                limits.max_buffered_per_connection,
+            )),
+        }
+    }
+
+    /// The ledgers of its connections.
+    pub fn ledgers(&self) -> Ledgers {
+        self.ledgers.clone()
+    }
+}
+
+impl UpgradeInfo for Multiplex {
     type Info = &'static str;
     type InfoIter = iter::Once<Self::Info>;
 
@@ -96,30 +131,35 @@ impl UpgradeInfo for Budget {
     }
 }
 
-impl<C: AsyncRead + AsyncWrite + Unpin> InboundConnectionUpgrade<C> for Budget {
+impl<C: AsyncRead + AsyncWrite + Unpin> InboundConnectionUpgrade<C> for Multiplex {
     type Output = Muxer<C>;
     type Error = io::Error;
     type Future = std::future::Ready<io::Result<Muxer<C>>>;
 
     fn upgrade_inbound(self, connection: C, _: Self::Info) -> Self::Future {
-        std::future::ready(Ok(Muxer::new(connection, self, yamux::Mode::Server)))
+        std::future::ready(Ok(Muxer::new(connection, &self, yamux::Mode::Server)))
     }
 }
 
-impl<C: AsyncRead + AsyncWrite + Unpin> OutboundConnectionUpgrade<C> for Budget {
+impl<C: AsyncRead + AsyncWrite + Unpin> OutboundConnectionUpgrade<C> for Multiplex {
     type Output = Muxer<C>;
     type Error = io::Error;
     type Future = std::future::Ready<io::Result<Muxer<C>>>;
 
     fn upgrade_outbound(self, connection: C, _: Self::Info) -> Self::Future {
-        std::future::ready(Ok(Muxer::new(connection, self, yamux::Mode::Client)))
+        std::future::ready(Ok(Muxer::new(connection, &self, yamux::Mode::Client)))
     }
 }
 
+/// A connection as yamux has it.
+type Below<C> = Metered<Corked<C>>;
+
 /// One connection.
 pub struct Muxer<C> {
-    connection: yamux::Connection<Corked<C>>,
+    connection: yamux::Connection<Below<C>>,
     cork: Cork<C>,
+    ledger: Arc<Ledger>,
+    leaves: Leaves,
     inbound: Arc<Places>,
     outbound: Arc<Places>,
     /// Streams that came in while nobody asked for one. Each holds a place, so they are few.
@@ -128,12 +168,21 @@ pub struct Muxer<C> {
 }
 
 impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
-    fn new(connection: C, budget: Budget, mode: yamux::Mode) -> Self {
-        let (connection, cork) = cork(connection);
+    fn new(connection: C, multiplex: &Multiplex, mode: yamux::Mode) -> Self {
+        let Multiplex {
+            budget,
+            commons,
+            ledgers,
+        } = multiplex;
+        let ledger = ledgers.open();
+        let (connection, cork) = cork(connection, ledger.account.clone());
+        let (connection, leaves) = meter(connection, Arc::clone(&ledger));
         Self {
             connection: yamux::Connection::new(connection, budget.yamux(), mode),
             cork,
-            inbound: Places::new(budget.inbound),
+            ledger,
+            leaves,
+            inbound: Places::shared(budget.inbound, commons.clone()),
             outbound: Places::new(budget.outbound),
             waiting: VecDeque::new(),
             wants_inbound: None,
@@ -142,17 +191,43 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
 
     /// Lets the connection make progress. A new stream within the budget is handed over.
     fn progress(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Option<Substream>>> {
+        if !self.ledger.begins(cx) {
+            return Poll::Ready(Err(holds_too_much()));
+        }
         let progress = self.connection.poll_next_inbound(cx);
+        let wrote_all = self.cork.took_all();
         // Where the socket takes no more, it calls when it does.
         let _ = self.cork.poll_flush(cx)?;
-        match ready!(progress) {
-            None => Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into())),
-            Some(Err(error)) => Poll::Ready(Err(into_io(error))),
-            // Dropping a stream resets it.
-            Some(Ok(stream)) => Poll::Ready(Ok(
-                Place::take(&self.inbound).map(|place| Substream::new(stream, place))
-            )),
+        match progress {
+            Poll::Pending if self.ledger.rests(wrote_all, self.leaves.any()) => {
+                if !wrote_all && self.ledger.gives(cx) {
+                    // Nothing else may call before it has been waited for long enough.
+                    cx.waker().wake_by_ref();
+                }
+                Poll::Pending
+            }
+            Poll::Pending => Poll::Ready(Err(holds_too_much())),
+            Poll::Ready(None) => Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into())),
+            Poll::Ready(Some(Err(error))) => Poll::Ready(Err(into_io(error))),
+            Poll::Ready(Some(Ok(stream))) => {
+                let place = Place::take(&self.inbound);
+                let has_place = place.is_some();
+                let stream = self.substream(stream, OpenedBy::Peer, place);
+                match has_place {
+                    true => Poll::Ready(Ok(Some(stream))),
+                    // Dropping a stream resets it, once yamux can say so.
+                    false if wrote_all => Poll::Ready(Ok(None)),
+                    false => Poll::Ready(Err(holds_too_much())),
+                }
+            }
         }
+    }
+
+    fn substream(&self, yamux: yamux::Stream, by: OpenedBy, place: Option<Place>) -> Substream {
+        let id = yamux.id();
+        let stream = Substream::new(yamux, by, place, self.ledger.account.clone());
+        self.ledger.open(id, stream.kept());
+        stream
     }
 }
 
@@ -181,11 +256,14 @@ impl<C: AsyncRead + AsyncWrite + Unpin> StreamMuxer for Muxer<C> {
     ) -> Poll<io::Result<Substream>> {
         let place = ready!(Place::poll_take(&self.outbound, cx));
         let stream = ready!(self.connection.poll_new_outbound(cx)).map_err(into_io)?;
-        Poll::Ready(Ok(Substream::new(stream, place)))
+        Poll::Ready(Ok(self.substream(stream, OpenedBy::Relay, Some(place))))
     }
 
     fn poll_close(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.waiting.clear();
+        if self.ledger.gives(cx) {
+            return Poll::Ready(Err(holds_too_much()));
+        }
         self.connection.poll_close(cx).map_err(into_io)
     }
 
@@ -208,103 +286,6 @@ fn into_io(error: yamux::ConnectionError) -> io::Error {
     }
 }
 
-/// One stream.
-#[derive(Debug)]
-pub struct Substream {
-    stream: yamux::Stream,
-    /// Whether we closed our half: after that yamux knows no reset from the peer's own close.
-    closed: bool,
-    _place: Place,
-}
-
-impl Substream {
-    fn new(stream: yamux::Stream, place: Place) -> Self {
-        Self {
-            stream,
-            closed: false,
-            _place: place,
-        }
-    }
-}
-
-impl AsyncRead for Substream {
-    /// A stream that was reset reads as an end of file in yamux; here as the error that it is.
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &mut [u8],
-    ) -> Poll<io::Result<usize>> {
-        let read = ready!(Pin::new(&mut self.stream).poll_read(cx, buffer))?;
-        if read == 0 && !buffer.is_empty() && !self.closed && self.stream.is_closed() {
-            return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
-        }
-        Poll::Ready(Ok(read))
-    }
-}
-
-impl AsyncWrite for Substream {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, buffer)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_close(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        ready!(Pin::new(&mut self.stream).poll_close(cx))?;
-        self.closed = true;
-        Poll::Ready(Ok(()))
-    }
-}
-
-/// The places of one direction: as many as the budget has.
-#[derive(Debug)]
-struct Places {
-    free: AtomicUsize,
-    waker: AtomicWaker,
-}
-
-impl Places {
-    fn new(budget: usize) -> Arc<Self> {
-        Arc::new(Self {
-            free: AtomicUsize::new(budget),
-            waker: AtomicWaker::new(),
-        })
-    }
-}
-
-/// A stream's place in the budget, given back when it is dropped.
-#[derive(Debug)]
-struct Place(Arc<Places>);
-
-impl Place {
-    fn take(places: &Arc<Places>) -> Option<Self> {
-        let one_less = |free: usize| free.checked_sub(1);
-        places
-            .free
-            .fetch_update(Ordering::AcqRel, Ordering::Acquire, one_less)
-            .ok()
-            .map(|_| Self(Arc::clone(places)))
-    }
-
-    fn poll_take(places: &Arc<Places>, cx: &Context<'_>) -> Poll<Self> {
-        if let Some(place) = Self::take(places) {
-            return Poll::Ready(place);
-        }
-        // A place may have come free before the waker was there to be woken.
-        places.waker.register(cx.waker());
-        Self::take(places).map_or(Poll::Pending, Poll::Ready)
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        self.0.free.fetch_add(1, Ordering::AcqRel);
-        self.0.waker.wake();
-    }
+fn holds_too_much() -> io::Error {
+    io::Error::other("it holds more of what others are to read than there is room for")
 }

@@ -31,11 +31,13 @@ use super::{
     boxed::Boxed,
     connection_limits::{Denied, Limits},
     door::Door,
-    muxer,
+    ledger::{Buffered, Ledgers},
+    muxer::{self, Multiplex},
     observed::Observed,
     proxies::Proxies,
     read_ahead::ReadAhead,
     security::Security,
+    stream_limits::StreamLimits,
     traffic::Traffic,
     transport::{self, Tcp},
 };
@@ -56,7 +58,7 @@ use crate::{
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Streams of a connection beside its circuits: requests, pings, identify, and some to spare.
-const SPARE_STREAMS: usize = 32;
+pub(super) const SPARE_STREAMS: usize = 32;
 
 /// How often identify asks a peer again after the first time.
 ///
@@ -80,6 +82,7 @@ pub struct Node {
     swarm: Swarm<Boxed<Parts>>,
     traffic: Traffic,
     proxies: Proxies,
+    ledgers: Ledgers,
     observed: Observed<ConnectionId>,
     #[cfg(feature = "websocket")]
     presented: Presented,
@@ -94,6 +97,8 @@ pub struct Node {
 pub struct Setup {
     /// The limits on connections.
     pub limits: Limits,
+    /// The limits on streams, and on what waits on them.
+    pub streams: StreamLimits,
     /// Whether connections are polled with the node, by whoever polls that: cheaper, and never on
     /// more than one core at a time. Else each is a task of async-std's.
     pub one_thread: bool,
@@ -148,16 +153,18 @@ impl Node {
     ///
     /// # Errors
     ///
-    /// A [`ConfigError`] when the configuration makes no sense; another when the key is of no use.
+    /// A [`ConfigError`] when the configuration or the setup makes no sense; another when the key is of no use.
     pub fn with_setup(keypair: Keypair, config: Config, setup: Setup) -> Result<Self> {
         let limits = setup.limits;
         let peer = keypair.public().to_peer_id();
         let circuits_per_peer = config.max_circuits_per_peer;
-        let streams = streams(circuits_per_peer)?;
-        let budget = muxer::Budget {
-            inbound: streams,
-            outbound: streams,
-        };
+        setup.streams.check()?;
+        let outbound = streams(circuits_per_peer)?;
+        let asked_for = setup.streams.max_streams_per_connection;
+        let inbound = asked_for.unwrap_or(outbound);
+        let budget = muxer::Budget { inbound, outbound };
+        let multiplex = Multiplex::new(budget, setup.streams);
+        let ledgers = multiplex.ledgers();
         let traffic = Traffic::default();
         let proxies = Proxies::new(limits.max_handshakes);
         let tcp =
@@ -177,7 +184,7 @@ impl Node {
         let transport = transport
             .upgrade(Version::V1Lazy)
             .authenticate(Security::new(&keypair).context("the key cannot secure connections")?)
-            .multiplex(budget)
+            .multiplex(multiplex)
             .timeout(HANDSHAKE_TIMEOUT)
             .boxed();
 
@@ -207,6 +214,7 @@ impl Node {
             swarm: Swarm::new(transport, Boxed::new(parts), peer, swarm_config),
             traffic,
             proxies,
+            ledgers,
             observed: Observed::new(Instant::now()),
             #[cfg(feature = "websocket")]
             presented,
@@ -334,6 +342,11 @@ impl Node {
     /// The relay's behaviour, to give orders to; but see [`Node::set_config`].
     pub fn relay_mut(&mut self) -> &mut Behaviour {
         &mut self.swarm.behaviour_mut().relay.relay
+    }
+
+    /// What waits in it to be read by a peer, or to be taken by one.
+    pub fn buffered(&self) -> Buffered {
+        self.ledgers.buffered()
     }
 
     /// The addresses it can be reached at.

@@ -24,8 +24,6 @@ use log::LevelFilter;
 
 #[cfg(feature = "websocket")]
 use super::certificates::Certificates;
-#[cfg(feature = "dht")]
-use super::dht;
 #[cfg(feature = "pnet")]
 use super::swarm_key;
 #[cfg(not(feature = "websocket"))]
@@ -35,6 +33,7 @@ use super::unwatched::Watch;
 #[cfg(feature = "http")]
 use super::watch::Watch;
 use super::{
+    ceiling,
     command_line::{Stop, in_flags},
     digest::Digest,
     flags::Flags,
@@ -134,10 +133,18 @@ async fn run(flags: &Flags) -> Result<()> {
     let mut watch = Watch::start(flags, &node)?;
     log::info!("{}", greeting::relays(&flags.config()));
     let behind_proxy = !flags.proxy_protocol_from.is_empty();
-    #[cfg(feature = "dht")]
-    let dialed = if flags.dht { dht::MOST_DIALED } else { 0 };
-    #[cfg(not(feature = "dht"))]
-    let dialed = 0;
+    let dialed = flags.dials();
+    let most = ceiling::most(
+        &flags.config(),
+        &flags.limits(),
+        &flags.stream_limits(),
+        ceiling::Uses {
+            threads: flags.threads(),
+            dialed: dialed + flags.dials_back(),
+            websocket: flags.listens_on_websocket(),
+        },
+    );
+    log::info!("{}", greeting::takes(most));
     let too_few_files = open_files::raise_limit(&flags.limits(), behind_proxy, dialed);
     for warning in identity.warning.into_iter().chain(too_few_files) {
         log::warn!("{warning}");
@@ -204,7 +211,7 @@ async fn run(flags: &Flags) -> Result<()> {
             () = settled => tell_where(&node, &flags.announce),
             () = (&mut minute).fuse() => {
                 minute.reset(MINUTE);
-                for line in digest.lines() {
+                for line in digest.lines(node.buffered()) {
                     log::info!("{line}");
                 }
             }
@@ -222,6 +229,7 @@ async fn run(flags: &Flags) -> Result<()> {
 fn setup(flags: &Flags) -> Result<Setup> {
     Ok(Setup {
         limits: flags.limits(),
+        streams: flags.stream_limits(),
         one_thread: flags.threads() == 1,
         #[cfg(feature = "pnet")]
         swarm_key: match &flags.swarm_key {

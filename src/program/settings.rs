@@ -10,7 +10,7 @@ use toml::Value;
 use super::{config_file::Setting, flags::Flags};
 
 /// What is read at the start only. `max-circuits-per-peer` can be lowered while the relay runs.
-const AT_START: [&str; 14] = [
+const AT_START: [&str; 18] = [
     "autonat",
     "bootstrap",
     "dht",
@@ -18,10 +18,14 @@ const AT_START: [&str; 14] = [
     "http",
     "identity",
     "listen",
+    "max-buffered",
+    "max-buffered-per-connection",
     "max-connections",
     "max-connections-per-ip",
     "max-connections-per-peer",
     "max-handshakes",
+    "max-streams",
+    "max-streams-per-connection",
     "swarm-key",
     "threads",
     "max-circuits-per-peer",
@@ -117,6 +121,17 @@ impl Flags {
                 number(self.max_connections_per_ip),
             ),
             set("max-handshakes", number(self.max_handshakes)),
+            set("max-streams", number(self.max_streams())).unless(self.max_streams.is_some()),
+            set(
+                "max-streams-per-connection",
+                number(self.max_streams_per_connection()),
+            )
+            .unless(self.max_streams_per_connection.is_some()),
+            set("max-buffered", number(self.max_buffered.as_u64())),
+            set(
+                "max-buffered-per-connection",
+                number(self.max_buffered_per_connection.as_u64()),
+            ),
             set("drain", time(self.drain)),
             set("threads", number(self.threads())).unless(self.threads.is_some()),
             #[cfg(feature = "http")]

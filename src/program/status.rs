@@ -10,6 +10,7 @@ use serde::{Serialize, Serializer};
 
 use super::{
     history::History,
+    ledger::Buffered,
     node::Node,
     open_circuits::{OpenCircuits, Speed},
     refusals::{Case, Refusals, Tally},
@@ -28,6 +29,7 @@ pub struct Figures {
     pub connections: usize,
     pub relayed: Carried,
     pub upkeep: Upkeep,
+    pub buffered: Buffered,
 }
 
 /// How many slots there are, by state.
@@ -57,6 +59,7 @@ impl Figures {
             connections: relay.connections().count(),
             relayed: relay.accounts().relayed(),
             upkeep: relay.upkeep(),
+            buffered: node.buffered(),
         }
     }
 }

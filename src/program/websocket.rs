@@ -26,7 +26,7 @@ use super::certificate::Certificate;
 /// It takes that much memory as soon as it is announced, which anyone may do. The longest that
 /// clients send is rust-libp2p's, 192 KiB: all that its Noise has gathered before it writes. go- and
 /// js-libp2p send each message of Noise, or each record of TLS, by itself: 64 KiB.
-const LONGEST_MESSAGE: usize = 256 * 1024;
+pub const LONGEST_MESSAGE: usize = 256 * 1024;
 
 /// The certificate that new connections get to see. Clones share it.
 #[derive(Clone, Default)]

@@ -14,7 +14,7 @@ use tokio::{task::JoinSet, time::sleep};
 
 use super::{
     ground::{Ground, quick_or_long},
-    strangers::{AT_A_TIME, ROOM, Stranger, address, all, each},
+    strangers::{AT_A_TIME, ROOM, Stranger, address, all, each, opening},
 };
 use crate::common::{
     by_hand::{ACK, Frame, PING, RST, SYN, WINDOW, WINDOW_UPDATE, data, frame, next_frame, send},
@@ -169,6 +169,49 @@ async fn streams_without_end() {
         assert!(*reset > streams / 4, "{reset} were too many");
     }
     drop(strangers);
+    ground.ends_as_it_began().await;
+}
+
+#[tokio::test]
+async fn frames_of_one_byte_that_nobody_reads() {
+    const STREAMS: usize = 4;
+    /// What the relay may hold for one connection, in KiB; these would be 65 MiB.
+    const HELD: u64 = 8 * 1024;
+    /// What its heap may keep besides.
+    const BESIDE: u64 = 8 * 1024;
+    let mut ground = Ground::prepare(&[]).await;
+    let port = ground.port;
+    let before = ground.resident();
+    let attack = async move {
+        // It never answers, and until then the relay does not read on behind the CONNECT.
+        let mut target = Stranger::connect(port, address(0)).await?;
+        assert_eq!(target.ask_once(&reserve()).await?.1, OK);
+        let mut source = Stranger::connect(port, address(1)).await?;
+        let request = opening(&connect(target.peer));
+        for _ in 0..STREAMS {
+            let stream = source.next_stream();
+            source.say(&data(SYN, stream, &request)).await?;
+            source.say(&data(0, stream, &[7]).repeat(ROOM)).await?;
+        }
+        // It answers its pings after all that came before.
+        source.say(&frame(PING, SYN, 0, 4711)).await?;
+        let mut reset = 0;
+        loop {
+            let frame = source.frame().await?;
+            reset += usize::from(frame.has(RST));
+            if (frame.kind, frame.flags) == (PING, ACK) {
+                return io::Result::Ok((source, target, reset));
+            }
+        }
+    };
+    let how_hard = format!("{} in {STREAMS} streams", STREAMS * ROOM);
+    let what = "frames of one byte that nobody reads";
+    let (held, noticed) = ground.suffer(what, &how_hard, attack).await;
+    let held = held.expect("the relay keeps them");
+    assert!(held.2 > 0, "not all of it has room");
+    let grown = noticed.peak.saturating_sub(before);
+    assert!(grown <= HELD + BESIDE, "{grown} KiB");
+    drop(held);
     ground.ends_as_it_began().await;
 }
 

@@ -26,10 +26,11 @@ use multistream_select::dialer_select_proto;
 
 use super::messages::{self, v2};
 use crate::program::{
-    muxer::Budget,
+    muxer::{Budget, Multiplex},
     proxies::Proxies,
     read_ahead::ReadAhead,
     security::Security,
+    stream_limits::{LEAST_BUFFERED, StreamLimits},
     traffic::Traffic,
     transport::{Tcp, multiaddr},
 };
@@ -50,6 +51,14 @@ const BUDGET: Budget = Budget {
     outbound: 1,
 };
 
+/// Nothing that the client sends on a stream is read.
+const LIMITS: StreamLimits = StreamLimits {
+    max_streams: 0,
+    max_streams_per_connection: Some(BUDGET.inbound),
+    max_buffered: 4 * LEAST_BUFFERED,
+    max_buffered_per_connection: LEAST_BUFFERED,
+};
+
 /// Dials, under an identity of its own, as go-libp2p's server does: to the client this is one more
 /// stranger, and not a second connection to its relay that comes and goes.
 pub struct Dialer(Mutex<Boxed<(PeerId, StreamMuxerBox)>>);
@@ -63,7 +72,7 @@ impl Dialer {
             // Not lazily: the client is to see the connection come up before it is closed.
             .upgrade(Version::V1)
             .authenticate(Security::new(&keypair)?)
-            .multiplex(BUDGET)
+            .multiplex(Multiplex::new(BUDGET, LIMITS))
             .timeout(DIAL_TIMEOUT)
             .boxed();
         Ok(Self(Mutex::new(transport)))

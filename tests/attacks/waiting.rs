@@ -1,0 +1,115 @@
+//! More than may wait in the relay, of what its peers are to read.
+
+use std::{io, time::Duration};
+
+use tokio::time::timeout;
+
+use super::{
+    ground::{Ground, quick_or_long},
+    strangers::{AT_A_TIME, Staying, Stranger, address, all, each, opening},
+};
+use crate::common::{
+    by_hand::{RST, SYN, WINDOW_UPDATE, data, frame},
+    messages::{connect, reserve},
+};
+
+/// How long to listen whether a stream is reset.
+const BEFORE_LONG: Duration = Duration::from_secs(2);
+
+/// A window that all of it fits into.
+const WIDE: u32 = 1 << 30;
+
+/// Until their targets answer nothing of what sources send is read: what waits the longest goes.
+#[tokio::test]
+async fn more_waits_than_there_is_room_for() {
+    const STRANGERS: usize = 48;
+    const FRAMES: usize = 2500; // a quarter of a MiB, each frame with what yamux needs for it
+    /// What it may hold, and what its heap may keep besides, in KiB.
+    const HELD: u64 = (4 + 16) * 1024;
+    let rounds = quick_or_long(1, 20);
+    let mut ground = Ground::prepare(&["--max-buffered=4MiB"]).await;
+    let port = ground.port;
+    let before = ground.resident();
+    let attack = async move {
+        let reset = each(STRANGERS, AT_A_TIME, move |number| async move {
+            let mut target = Stranger::connect(port, address(number)).await?;
+            assert_eq!(target.ask_once(&reserve()).await?.1, Some(100));
+            let mut source = Stranger::connect(port, address(number)).await?;
+            let mut reset = 0;
+            for _ in 0..rounds {
+                let stream = source.next_stream();
+                let request = opening(&connect(target.peer));
+                source.say(&data(SYN, stream, &request)).await?;
+                source.say(&data(0, stream, &[7]).repeat(FRAMES)).await?;
+                reset += usize::from(is_reset(&mut source, stream).await?);
+                source.say(&data(RST, stream, &[])).await?;
+            }
+            io::Result::Ok((reset, target.stays(), source.stays()))
+        });
+        all(reset.await)
+    };
+    let how_hard = format!(
+        "{} MiB in {STRANGERS} streams, of 4 MiB",
+        STRANGERS * rounds / 4
+    );
+    let what = "more than may wait, unread";
+    let (strangers, noticed) = ground.suffer(what, &how_hard, attack).await;
+    let reset: usize = strangers.iter().map(|(reset, ..)| reset).sum();
+    assert!(reset > 0, "none was given up");
+    let grown = noticed.peak.saturating_sub(before);
+    assert!(grown <= HELD, "{grown} KiB");
+    drop(strangers);
+    ground.ends_as_it_began().await;
+}
+
+/// Who opens its window and takes nothing is closed, for yamux cannot tell it that its streams are
+/// given up.
+#[tokio::test]
+async fn readers_that_take_nothing() {
+    const PAIRS: usize = 6;
+    /// More than fits into the sockets in between, in bytes.
+    const OFFER: usize = 24 * 1024 * 1024;
+    let mut ground = Ground::prepare(&["--max-buffered=2MiB"]).await;
+    let port = ground.port;
+    let attack = async move {
+        let offered = each(PAIRS, AT_A_TIME, move |number| async move {
+            let mut target = Stranger::connect(port, address(number)).await?;
+            assert_eq!(target.ask_once(&reserve()).await?.1, Some(100));
+            let mut source = Stranger::connect(port, address(number)).await?;
+            let stream = source.next_stream();
+            let request = data(SYN, stream, &opening(&connect(target.peer)));
+            source.say(&request).await?;
+            let circuit = target.agree_to(1).await?[0];
+            let wide = frame(WINDOW_UPDATE, 0, circuit, WIDE);
+            target.say(&wide).await?;
+            // Until it gets nothing away any more, be it that the circuit is gone.
+            let _ = timeout(BEFORE_LONG * 3, source.write(stream, OFFER)).await;
+            io::Result::Ok((source.stays(), Staying::as_long_as(takes_nothing(target))))
+        });
+        all(offered.await)
+    };
+    let how_hard = format!("{PAIRS} circuits whose targets take nothing, of 2 MiB");
+    let what = "more than may wait, untaken";
+    let (strangers, _) = ground.suffer(what, &how_hard, attack).await;
+    let name = r#"relaylet_given_up_total{what="connection"}"#;
+    ground.until_counted(name, 1.0).await;
+    drop(strangers);
+    ground.ends_as_it_began().await;
+}
+
+async fn takes_nothing(_stranger: Stranger) {
+    std::future::pending().await
+}
+
+/// Whether the stream is reset before long.
+async fn is_reset(stranger: &mut Stranger, stream: u32) -> io::Result<bool> {
+    let reset = async {
+        loop {
+            let frame = stranger.frame().await?;
+            if frame.stream == stream && frame.has(RST) {
+                return Ok(true);
+            }
+        }
+    };
+    timeout(BEFORE_LONG, reset).await.unwrap_or(Ok(false))
+}
