@@ -1,0 +1,104 @@
+//! What is said at the end.
+
+use std::{fmt::Write, time::Duration};
+
+use crate::{
+    observer::{LAWS, Observer},
+    plan::Plan,
+    samples::{self, Sample},
+    stage::{self, Lived},
+};
+
+/// The text, and whether what the relay took up was flat.
+pub struct Soaked {
+    pub text: String,
+    pub flat: Result<(), String>,
+}
+
+pub struct Measured<'a> {
+    pub plan: &'a Plan,
+    pub lived: &'a Lived,
+    pub observer: &'a Observer,
+    pub taken_back: Vec<(String, f64)>,
+    pub before: Sample,
+    pub samples: &'a [Sample],
+    pub end: Duration,
+    pub after: Sample,
+}
+
+/// What is said of a soak.
+pub fn of(measured: Measured<'_>) -> Soaked {
+    let quarters: Vec<_> = (1..=4).map(|n| quarter(&measured, n)).collect();
+    let mut text = String::new();
+    let _ = writeln!(
+        text,
+        "{:.1} hours of a day in {:.0} s; {:.0} clients at a time on average, {} slots.\n",
+        stage::of_the_day(measured.end).as_secs_f64() / 3600.0,
+        measured.end.as_secs_f64(),
+        measured.plan.mean_live,
+        measured.plan.config.max_reservations,
+    );
+    text += &over_time(&measured, &quarters);
+    text += "\n| clients | |\n| --- | ---: |\n";
+    for (what, count) in measured.lived {
+        let _ = writeln!(text, "| {what} | {count} |");
+    }
+    for (reason, count) in &measured.taken_back {
+        let _ = writeln!(text, "| slots that came back: {reason} | {count} |");
+    }
+    text += "\n| law | checked |\n| --- | ---: |\n";
+    for law in LAWS {
+        let _ = writeln!(text, "| {law} | {} |", measured.observer.checked[&law]);
+    }
+    let _ = writeln!(
+        text,
+        "\nExcused, because this machine stood still: {}. Refused while somebody had been gone for \
+         the time after which a peer is asked: {}.",
+        measured.observer.excused, measured.observer.refused_too_early,
+    );
+    let flat = is_flat(&measured, &quarters);
+    Soaked { text, flat }
+}
+
+/// The mean of the last tenth of the time up to this quarter's end.
+fn quarter(measured: &Measured<'_>, n: u32) -> Sample {
+    let until = measured.end * n / 4;
+    let mean = Sample::mean(measured.samples, until - measured.end / 10, until);
+    mean.unwrap_or_default()
+}
+
+fn over_time(measured: &Measured<'_>, quarters: &[Sample]) -> String {
+    let mut text =
+        String::from("| | before | first quarter | half | third quarter | end | all gone |\n");
+    text += "| --- | ---: | ---: | ---: | ---: | ---: | ---: |\n";
+    let rows: [(&str, fn(&Sample) -> f64); 6] = [
+        ("clients", |s| s.clients),
+        ("connections", |s| s.connections),
+        ("circuits", |s| s.circuits),
+        ("resident memory, KiB", |s| s.resident),
+        ("descriptors", |s| s.files),
+        ("threads", |s| s.threads),
+    ];
+    for (name, of) in rows {
+        let _ = write!(text, "| {name} |");
+        let all = [&measured.before].into_iter().chain(quarters);
+        for sample in all.chain([&measured.after]) {
+            let _ = write!(text, " {:.0} |", of(sample));
+        }
+        text += "\n";
+    }
+    text
+}
+
+fn is_flat(measured: &Measured<'_>, quarters: &[Sample]) -> Result<(), String> {
+    let (before, after) = (measured.before.files, measured.after.files);
+    if before != after {
+        return Err(format!(
+            "{before:.0} descriptors were open before anybody came, and {after:.0} are when all are gone"
+        ));
+    }
+    let [first, .., end] = quarters else {
+        return Ok(());
+    };
+    samples::is_flat(first, end)
+}
