@@ -45,6 +45,7 @@ pub enum Law {
     NothingLeft,
 }
 
+/// All of them.
 pub const LAWS: [Law; 7] = [
     Law::Safety,
     Law::Bounds,
@@ -223,9 +224,13 @@ impl Observer {
             }
             _ if !peer.here => {}
             Saw::Asks => peer.asks = Some(now),
-            Saw::Granted { .. } => {
+            Saw::Granted { renewal } => {
+                let came_back = peer.still_has(now, &self.rules).is_some();
                 peer.asks = None;
                 peer.granted = peer.granted.or(Some(now));
+                if *renewal || came_back {
+                    self.check(Law::Owner);
+                }
                 return self.bounds(now);
             }
             Saw::Refused(status) => return self.refused(now, id, status),
@@ -364,14 +369,13 @@ impl Observer {
         };
         let asked = peer.asks.take().unwrap_or(now);
         let (held, given_up) = (peer.granted.take(), peer.may_be_given_up(now));
-        let had = peer.left.filter(|left| left.held && !left.fin);
-        let kept_for = rules.probe.saturating_sub(EARLY);
+        let had = peer.still_has(now, rules);
         if held.is_some() && !given_up {
             self.check(Law::Owner);
             let what = format!("was refused to renew the slot that it held ({status})");
             return self.unless_it_stood_still(now, broken(Law::Owner, Some(id), now, what));
         }
-        if let Some(left) = had.filter(|left| now < left.at + kept_for) {
+        if let Some(left) = had {
             self.check(Law::Owner);
             let what = format!(
                 "came back after {:?}, and was refused ({status})",
@@ -480,6 +484,12 @@ impl Peer {
         let closed = self.left.map(|left| left.at + LATE);
         let vanished = self.vanished.map(|at| at + without_a_word);
         closed.max(vanished)
+    }
+
+    /// How it left its slot, if nobody can have had it since: whoever wants it asks this peer first.
+    fn still_has(&self, now: Duration, rules: &Config) -> Option<Left> {
+        let left = self.left.filter(|left| left.held && !left.fin)?;
+        (now < left.at + rules.probe.saturating_sub(EARLY)).then_some(left)
     }
 
     /// Whether it was frozen for so long that it may have been given up, and not know it yet.

@@ -27,6 +27,9 @@ pub struct Plan {
     pub trace: Trace,
     pub events: Vec<(Duration, usize, What)>,
     pub lasts: Duration,
+    /// From the end of which quarter on what the relay takes up has to be flat: the C library's heap
+    /// has grown to its size by then, which is several times that of what is in it.
+    pub settled: usize,
     /// How many want a slot, on average.
     pub mean_live: f64,
     pub config: Config,
@@ -61,6 +64,7 @@ impl Plan {
         Self {
             events: events.collect(),
             lasts: (until - from) / FACTOR,
+            settled: if quick { 2 } else { 1 },
             trace,
             mean_live,
             config,

@@ -11,16 +11,54 @@ use crate::observer::{Broken, LAWS, Law, Observer, Saw, Shown, Verdict};
 /// A small table, and the defaults.
 const SLOTS: usize = 2;
 
-/// Tries each law. Whatever is not as it should be, in a line.
+/// What is planted.
+#[derive(Clone, Copy, Debug)]
+enum Planted {
+    /// The relay closes the connection of somebody who answered.
+    Closed,
+    /// Somebody answers, and its slot is not shown.
+    NotShown,
+    OneGrantedTooMany,
+    OneShownTooMany,
+    /// A peer is gone without a word, and its slot stays live; or in grace.
+    StaysLive,
+    StaysInGrace,
+    RefusedWithRoom,
+    RefusedForItsRate,
+    OwnerRefused,
+    RenewalRefused,
+    OtherBytes,
+    OneConnectionLeft,
+}
+
+const ALL: [(Law, Planted); 12] = [
+    (Law::Safety, Planted::Closed),
+    (Law::Safety, Planted::NotShown),
+    (Law::Bounds, Planted::OneGrantedTooMany),
+    (Law::Bounds, Planted::OneShownTooMany),
+    (Law::Return, Planted::StaysLive),
+    (Law::Return, Planted::StaysInGrace),
+    (Law::Refusal, Planted::RefusedWithRoom),
+    (Law::Refusal, Planted::RefusedForItsRate),
+    (Law::Owner, Planted::OwnerRefused),
+    (Law::Owner, Planted::RenewalRefused),
+    (Law::Echo, Planted::OtherBytes),
+    (Law::NothingLeft, Planted::OneConnectionLeft),
+];
+
+/// Tries each. Whatever is not as it should be, in a line.
 pub fn self_check() -> Result<(), String> {
-    for law in LAWS {
-        if let Err(broken) = history(law, false) {
+    if let Some(law) = LAWS.iter().find(|law| ALL.iter().all(|(of, _)| of != *law)) {
+        return Err(format!("nothing is planted against {law:?}"));
+    }
+    for (law, planted) in ALL {
+        if let Err(broken) = history(planted, false) {
             return Err(format!("the observer finds what is not there: {broken}"));
         }
-        match history(law, true) {
+        match history(planted, true) {
             Err(Broken { law: found, .. }) if found == law => {}
-            Err(other) => return Err(format!("planted {law:?}, and found: {other}")),
-            Ok(()) => return Err(format!("the observer does not find that {law:?} is broken")),
+            Err(other) => return Err(format!("planted {planted:?}, and found: {other}")),
+            Ok(()) => return Err(format!("the observer does not find {planted:?}")),
         }
     }
     Ok(())
@@ -53,6 +91,15 @@ impl Stage {
         self.saw(at, who, Saw::Granted { renewal: false })
     }
 
+    /// In this stay, at once.
+    fn is_refused(&mut self, at: u64, who: usize, stay: u64, status: &'static str) -> Verdict {
+        let (at, peer) = (Duration::from_secs(at), self.peers[who]);
+        for saw in [Saw::Comes, Saw::Asks, Saw::Refused(status)] {
+            self.observer.saw(at, peer, stay, &saw)?;
+        }
+        Ok(())
+    }
+
     fn shows(&mut self, at: u64, live: &[usize], grace: &[usize]) -> Verdict {
         let peers =
             |who: &[usize]| -> HashSet<PeerId> { who.iter().map(|who| self.peers[*who]).collect() };
@@ -68,60 +115,69 @@ impl Stage {
     }
 }
 
-/// Two come and hold both slots, and then what the law is about.
-fn history(law: Law, wrong: bool) -> Verdict {
+/// Two come and hold both slots; then what is planted, or what is like it and right.
+fn history(planted: Planted, wrong: bool) -> Verdict {
     let mut stage = Stage::new();
     stage.holds(1, 0)?;
     stage.holds(2, 1)?;
     stage.shows(10, &[0, 1], &[])?;
-    match law {
-        Law::Safety => {
+    match planted {
+        Planted::Closed => {
             if !wrong {
                 stage.saw(20, 0, Saw::Froze)?;
                 stage.saw(90, 0, Saw::Thawed)?;
             }
             stage.saw(90, 0, Saw::Lost("planted".to_owned()))
         }
-        Law::Bounds => {
+        Planted::NotShown => stage.shows(20, if wrong { &[1] } else { &[0, 1] }, &[]),
+        Planted::OneGrantedTooMany => {
             if !wrong {
                 stage.saw(20, 1, Saw::Leaves { fin: true })?;
             }
             stage.holds(30, 2)
         }
-        Law::Return => {
+        Planted::OneShownTooMany => stage.shows(20, &[0, 1], if wrong { &[2] } else { &[] }),
+        Planted::StaysLive => {
             stage.saw(20, 0, Saw::Leaves { fin: false })?;
             match wrong {
                 true => stage.shows(90, &[0, 1], &[]),
                 false => stage.shows(90, &[1], &[0]),
             }
         }
-        Law::Refusal => {
+        Planted::StaysInGrace => {
+            stage.saw(20, 0, Saw::Leaves { fin: true })?;
+            stage.shows(if wrong { 60 } else { 45 }, &[1], &[0])
+        }
+        Planted::RefusedWithRoom => {
             if wrong {
                 stage.saw(20, 0, Saw::Leaves { fin: true })?;
             }
-            stage.saw(30, 2, Saw::Comes)?;
-            stage.saw(30, 2, Saw::Asks)?;
-            stage.saw(31, 2, Saw::Refused("Refused"))
+            stage.is_refused(30, 2, 1, "Refused")
         }
-        Law::Owner => {
+        Planted::RefusedForItsRate => {
+            let status = if wrong {
+                "ResourceLimitExceeded"
+            } else {
+                "Refused"
+            };
+            stage.is_refused(30, 2, 1, status)
+        }
+        Planted::OwnerRefused => {
             stage.saw(20, 0, Saw::Leaves { fin: false })?;
-            let peer = if wrong { 0 } else { 2 };
-            let at = Duration::from_secs(21);
-            let peer = stage.peers[peer];
-            for saw in [Saw::Comes, Saw::Asks, Saw::Refused("Refused")] {
-                stage.observer.saw(at, peer, 2, &saw)?;
-            }
-            Ok(())
+            stage.is_refused(21, if wrong { 0 } else { 2 }, 2, "Refused")
         }
-        Law::Echo => stage.saw(20, 0, Saw::Echoed { right: !wrong }),
-        Law::NothingLeft => {
+        Planted::RenewalRefused => match wrong {
+            true => stage.saw(20, 0, Saw::Refused("Refused")),
+            false => stage.saw(20, 0, Saw::Granted { renewal: true }),
+        },
+        Planted::OtherBytes => stage.saw(20, 0, Saw::Echoed { right: !wrong }),
+        Planted::OneConnectionLeft => {
             let shown = Shown {
                 connections: usize::from(wrong),
                 ..Shown::default()
             };
-            stage
-                .observer
-                .nothing_left(Duration::from_secs(300), &shown)
+            let at = Duration::from_secs(300);
+            stage.observer.nothing_left(at, &shown)
         }
     }
 }

@@ -9,10 +9,10 @@ use crate::{
     stage::{self, Lived},
 };
 
-/// The text, and whether what the relay took up was flat.
+/// The text, and whether every law was checked and what the relay took up was flat.
 pub struct Soaked {
     pub text: String,
-    pub flat: Result<(), String>,
+    pub sound: Result<(), String>,
 }
 
 pub struct Measured<'a> {
@@ -56,8 +56,14 @@ pub fn of(measured: Measured<'_>) -> Soaked {
          the time after which a peer is asked: {}.",
         measured.observer.excused, measured.observer.refused_too_early,
     );
-    let flat = is_flat(&measured, &quarters);
-    Soaked { text, flat }
+    let never = LAWS
+        .into_iter()
+        .find(|law| measured.observer.checked[law] == 0);
+    let sound = match never {
+        Some(law) => Err(format!("never was there anything to see of a law: {law}")),
+        None => is_flat(&measured, &quarters),
+    };
+    Soaked { text, sound }
 }
 
 /// The mean of the last tenth of the time up to this quarter's end.
@@ -97,8 +103,8 @@ fn is_flat(measured: &Measured<'_>, quarters: &[Sample]) -> Result<(), String> {
             "{before:.0} descriptors were open before anybody came, and {after:.0} are when all are gone"
         ));
     }
-    let [first, .., end] = quarters else {
+    let [.., end] = quarters else {
         return Ok(());
     };
-    samples::is_flat(first, end)
+    samples::is_flat(&quarters[measured.plan.settled - 1], end)
 }

@@ -62,20 +62,20 @@ impl Sample {
     }
 }
 
-/// Whether `end` takes up no more than `early` did.
+/// Whether `end` takes up no more than `early` did. After all are gone is no such time: of memory
+/// that is free again the C library gives little back to the kernel.
 pub fn is_flat(early: &Sample, end: &Sample) -> Result<(), String> {
     let load = (end.connections - early.connections).abs() / early.connections;
     if load > SAME_LOAD {
         return Err(format!(
-            "{:.0} connections at the first quarter and {:.0} at the end are not the same load: \
-             another --seed, or more --clients",
+            "{:.0} connections at first and {:.0} at the end are not the same load: another --seed, or \
+             more --clients",
             early.connections, end.connections
         ));
     }
     let same = |what: &str, early: f64, end: f64, most: f64| match end > most {
         true => Err(format!(
-            "{what} is not flat: {early:.0} at the first quarter, {end:.0} at the end, and {most:.0} \
-             would be"
+            "{what} is not flat: {early:.0} at first, {end:.0} at the end, and {most:.0} would be"
         )),
         false => Ok(()),
     };

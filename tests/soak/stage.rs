@@ -200,7 +200,12 @@ impl Stage<'_> {
                 Ok(())
             }
         };
-        verdict.map_err(|broken| broken.to_string())?;
+        if let Err(broken) = verdict {
+            return Err(match self.relay.runs() {
+                true => broken.to_string(),
+                false => format!("the relay has ended; {broken}"),
+            });
+        }
         match self.observer.excused > EXCUSED {
             true => Err("this machine stood still too often to say anything of the relay".into()),
             false => Ok(()),
