@@ -89,7 +89,7 @@ impl fmt::Display for Broken {
     }
 }
 
-pub type Verdict = Result<(), Broken>;
+pub type Verdict = Result<(), Box<Broken>>;
 
 /// What a client saw, and what it did.
 #[derive(Clone, Debug)]
@@ -501,10 +501,10 @@ impl Peer {
 }
 
 fn broken(law: Law, peer: Option<PeerId>, at: Duration, what: String) -> Verdict {
-    Err(Broken {
+    Err(Box::new(Broken {
         law,
         peer,
         at,
         what,
-    })
+    }))
 }

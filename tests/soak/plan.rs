@@ -1,7 +1,10 @@
 //! A day of the churn simulation as it is lived here: compressed, by as many clients as are asked
 //! for, and the relay's timers with it.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use relaylet::Config;
 
@@ -165,10 +168,15 @@ fn part(
 
 fn mean_live(events: &[(Duration, usize, What)], from: Duration, until: Duration) -> f64 {
     let measured = |at: Duration| at.clamp(from, until).as_secs_f64();
-    let live = events.iter().map(|(at, _, what)| match what {
-        What::Comes { .. } => until.as_secs_f64() - measured(*at),
-        What::Goes { .. } => measured(*at) - until.as_secs_f64(),
-        What::Stalls { .. } => 0.0,
+    let end = until.as_secs_f64();
+    let mut there = BTreeSet::new();
+    let live = events.iter().map(|(at, who, what)| match what {
+        What::Comes { .. } => {
+            there.insert(*who);
+            end - measured(*at)
+        }
+        What::Goes { .. } if there.remove(who) => measured(*at) - end,
+        What::Goes { .. } | What::Stalls { .. } => 0.0,
     });
     live.sum::<f64>() / (until - from).as_secs_f64()
 }

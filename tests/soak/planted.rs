@@ -6,7 +6,7 @@ use std::{collections::HashSet, time::Duration};
 use libp2p::PeerId;
 use relaylet::Config;
 
-use crate::observer::{Broken, LAWS, Law, Observer, Saw, Shown, Verdict};
+use crate::observer::{LAWS, Law, Observer, Saw, Shown, Verdict};
 
 /// A small table, and the defaults.
 const SLOTS: usize = 2;
@@ -56,7 +56,7 @@ pub fn self_check() -> Result<(), String> {
             return Err(format!("the observer finds what is not there: {broken}"));
         }
         match history(planted, true) {
-            Err(Broken { law: found, .. }) if found == law => {}
+            Err(broken) if broken.law == law => {}
             Err(other) => return Err(format!("planted {planted:?}, and found: {other}")),
             Ok(()) => return Err(format!("the observer does not find {planted:?}")),
         }

@@ -77,7 +77,8 @@ fn over_time(measured: &Measured<'_>, quarters: &[Sample]) -> String {
     let mut text =
         String::from("| | before | first quarter | half | third quarter | end | all gone |\n");
     text += "| --- | ---: | ---: | ---: | ---: | ---: | ---: |\n";
-    let rows: [(&str, fn(&Sample) -> f64); 6] = [
+    type Of = fn(&Sample) -> f64;
+    let rows: [(&str, Of); 6] = [
         ("clients", |s| s.clients),
         ("connections", |s| s.connections),
         ("circuits", |s| s.circuits),
