@@ -2,6 +2,7 @@
 
 #![allow(dead_code)] // each test file uses its own part
 
+pub mod at;
 pub mod by_hand;
 pub mod bystanders;
 pub mod children;

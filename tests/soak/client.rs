@@ -10,16 +10,13 @@ use std::{
     net::Ipv4Addr,
     pin::Pin,
     sync::Arc,
-    task::{Context, Poll},
+    task::Poll,
     time::Duration,
 };
 
 use libp2p::{
-    Multiaddr, PeerId, StreamProtocol, Swarm, Transport, TransportError,
-    core::{
-        transport::{DialOpts, ListenerId, TransportEvent},
-        upgrade::Version,
-    },
+    Multiaddr, PeerId, StreamProtocol, Swarm, Transport,
+    core::upgrade::Version,
     futures::{
         AsyncReadExt, AsyncWriteExt, FutureExt, StreamExt,
         future::{self, BoxFuture},
@@ -29,7 +26,6 @@ use libp2p::{
     multiaddr::Protocol,
     noise, ping, relay,
     swarm::{Config, DialError, NetworkBehaviour, SwarmEvent},
-    tcp::tokio::TcpStream,
     yamux,
 };
 use libp2p_stream::Control;
@@ -38,7 +34,7 @@ use tokio::{
     time::{Instant, sleep, sleep_until, timeout},
 };
 
-use crate::{common::by_hand::tcp_from, observer::Saw, plan::FACTOR, trace::Family};
+use crate::{common::at::At, observer::Saw, plan::FACTOR, trace::Family};
 
 const ECHO: StreamProtocol = StreamProtocol::new("/soak/echo/1.0.0");
 
@@ -392,43 +388,4 @@ fn no_circuit(error: &DialError) -> &'static str {
         .into_iter()
         .find(|status| text.contains(status))
         .unwrap_or("no answer")
-}
-
-/// TCP from this address: libp2p's own chooses 127.0.0.1.
-struct At(Ipv4Addr);
-
-impl Transport for At {
-    type Output = TcpStream;
-    type Error = io::Error;
-    type ListenerUpgrade = future::Pending<io::Result<TcpStream>>;
-    type Dial = BoxFuture<'static, io::Result<TcpStream>>;
-
-    fn dial(
-        &mut self,
-        to: Multiaddr,
-        _: DialOpts,
-    ) -> Result<Self::Dial, TransportError<io::Error>> {
-        let parts: Vec<_> = to.iter().take(2).collect();
-        match parts[..] {
-            [Protocol::Ip4(Ipv4Addr::LOCALHOST), Protocol::Tcp(port)] => {
-                Ok(tcp_from(self.0, port).boxed())
-            }
-            _ => Err(TransportError::MultiaddrNotSupported(to)),
-        }
-    }
-
-    fn listen_on(&mut self, _: ListenerId, at: Multiaddr) -> Result<(), TransportError<io::Error>> {
-        Err(TransportError::MultiaddrNotSupported(at))
-    }
-
-    fn remove_listener(&mut self, _: ListenerId) -> bool {
-        false
-    }
-
-    fn poll(
-        self: Pin<&mut Self>,
-        _: &mut Context<'_>,
-    ) -> Poll<TransportEvent<Self::ListenerUpgrade, io::Error>> {
-        Poll::Pending
-    }
 }

@@ -5,35 +5,25 @@
 
 use std::{
     collections::HashSet,
-    io,
     net::Ipv4Addr,
-    pin::Pin,
-    task::{Context, Poll},
     time::{Duration, Instant},
 };
 
 use libp2p::{
-    Multiaddr, PeerId, Swarm, Transport, TransportError,
-    core::{
-        transport::{DialOpts, ListenerId, TransportEvent},
-        upgrade::Version,
-    },
-    futures::{
-        StreamExt,
-        future::{self, BoxFuture, FutureExt},
-    },
+    Multiaddr, PeerId, Swarm, Transport,
+    core::upgrade::Version,
+    futures::StreamExt,
     identity::Keypair,
     multiaddr::Protocol,
     noise, ping, relay,
     swarm::{Config, NetworkBehaviour, SwarmEvent},
-    tcp::tokio::TcpStream,
     yamux,
 };
 use tokio::{sync::mpsc, time::sleep};
 
 use crate::common::{
     Relay,
-    by_hand::tcp_from,
+    at::At,
     http::{self, ANYWHERE, get, samples},
     within,
 };
@@ -178,43 +168,4 @@ fn client(keypair: &Keypair, from: Ipv4Addr) -> Swarm<Parts> {
         ping: ping::Behaviour::default(),
     };
     Swarm::new(transport, parts, peer, Config::with_tokio_executor())
-}
-
-/// TCP from this address: libp2p's own chooses 127.0.0.1.
-struct At(Ipv4Addr);
-
-impl Transport for At {
-    type Output = TcpStream;
-    type Error = io::Error;
-    type ListenerUpgrade = future::Pending<io::Result<TcpStream>>;
-    type Dial = BoxFuture<'static, io::Result<TcpStream>>;
-
-    fn dial(
-        &mut self,
-        to: Multiaddr,
-        _: DialOpts,
-    ) -> Result<Self::Dial, TransportError<io::Error>> {
-        let parts: Vec<_> = to.iter().take(2).collect();
-        match parts[..] {
-            [Protocol::Ip4(Ipv4Addr::LOCALHOST), Protocol::Tcp(port)] => {
-                Ok(tcp_from(self.0, port).boxed())
-            }
-            _ => Err(TransportError::MultiaddrNotSupported(to)),
-        }
-    }
-
-    fn listen_on(&mut self, _: ListenerId, at: Multiaddr) -> Result<(), TransportError<io::Error>> {
-        Err(TransportError::MultiaddrNotSupported(at))
-    }
-
-    fn remove_listener(&mut self, _: ListenerId) -> bool {
-        false
-    }
-
-    fn poll(
-        self: Pin<&mut Self>,
-        _: &mut Context<'_>,
-    ) -> Poll<TransportEvent<Self::ListenerUpgrade, io::Error>> {
-        Poll::Pending
-    }
 }
