@@ -149,16 +149,8 @@ async fn streams_without_end() {
                 let opened: Vec<_> = opened.collect();
                 stranger.say(&opened).await?;
             }
-            // It answers its pings after all that came before.
-            stranger.say(&frame(PING, SYN, 0, 4711)).await?;
-            let mut reset = 0;
-            loop {
-                let frame = stranger.frame().await?;
-                reset += usize::from(frame.has(RST));
-                if (frame.kind, frame.flags) == (PING, ACK) {
-                    return Ok((stranger.stays(), reset));
-                }
-            }
+            let reset = stranger.hears_out().await?;
+            Ok((stranger.stays(), reset))
         });
         all(opened.await)
     };
@@ -193,16 +185,8 @@ async fn frames_of_one_byte_that_nobody_reads() {
             source.say(&data(SYN, stream, &request)).await?;
             source.say(&data(0, stream, &[7]).repeat(ROOM)).await?;
         }
-        // It answers its pings after all that came before.
-        source.say(&frame(PING, SYN, 0, 4711)).await?;
-        let mut reset = 0;
-        loop {
-            let frame = source.frame().await?;
-            reset += usize::from(frame.has(RST));
-            if (frame.kind, frame.flags) == (PING, ACK) {
-                return io::Result::Ok((source, target, reset));
-            }
-        }
+        let reset = source.hears_out().await?;
+        io::Result::Ok((source, target, reset))
     };
     let how_hard = format!("{} in {STREAMS} streams", STREAMS * ROOM);
     let what = "frames of one byte that nobody reads";

@@ -5,6 +5,7 @@ use std::{
     io,
     net::Ipv4Addr,
     slice,
+    time::Duration,
 };
 
 use libp2p::{
@@ -13,13 +14,13 @@ use libp2p::{
     identity::Keypair,
 };
 use prost::Message;
-use tokio::task::JoinHandle;
+use tokio::{task::JoinHandle, time::timeout};
 
 use crate::common::{
     HOP, STOP, Security,
     by_hand::{
-        ACK, Channel, FIN, Frame, RST, SYN, WINDOW, WINDOW_UPDATE, data, mux, next_frame, proposal,
-        secure, tcp_from,
+        ACK, Channel, FIN, Frame, PING, RST, SYN, WINDOW, WINDOW_UPDATE, data, frame, mux,
+        next_frame, proposal, secure, tcp_from,
     },
     messages::{HopMessage, StopMessage, stop_status},
     within,
@@ -113,6 +114,37 @@ impl Stranger {
     pub async fn frame(&mut self) -> io::Result<Frame> {
         let frame = next_frame(&mut self.channel).await;
         frame.ok_or(io::ErrorKind::ConnectionAborted.into())
+    }
+
+    /// Whether this stream is reset within this time; nothing of what else comes is answered.
+    ///
+    /// # Errors
+    ///
+    /// When the relay closed the connection.
+    pub async fn is_reset(&mut self, stream: u32, within: Duration) -> io::Result<bool> {
+        let reset = async {
+            loop {
+                let frame = self.frame().await?;
+                if frame.stream == stream && frame.has(RST) {
+                    return Ok(true);
+                }
+            }
+        };
+        timeout(within, reset).await.unwrap_or(Ok(false))
+    }
+
+    /// Hears out what the relay has to say: it answers a ping after all that came before. Yields how
+    /// many streams it reset meanwhile.
+    pub async fn hears_out(&mut self) -> io::Result<usize> {
+        self.say(&frame(PING, SYN, 0, 4711)).await?;
+        let mut reset = 0;
+        loop {
+            let frame = self.frame().await?;
+            reset += usize::from(frame.has(RST));
+            if (frame.kind, frame.flags) == (PING, ACK) {
+                return Ok(reset);
+            }
+        }
     }
 
     /// Asks all of this at once, each on a stream of its own. Yields the streams, and how each was

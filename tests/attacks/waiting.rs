@@ -41,7 +41,7 @@ async fn more_waits_than_there_is_room_for() {
                 let request = opening(&connect(target.peer));
                 source.say(&data(SYN, stream, &request)).await?;
                 source.say(&data(0, stream, &[7]).repeat(FRAMES)).await?;
-                reset += usize::from(is_reset(&mut source, stream).await?);
+                reset += usize::from(source.is_reset(stream, BEFORE_LONG).await?);
                 source.say(&data(RST, stream, &[])).await?;
             }
             io::Result::Ok((reset, target.stays(), source.stays()))
@@ -99,17 +99,4 @@ async fn readers_that_take_nothing() {
 
 async fn takes_nothing(_stranger: Stranger) {
     std::future::pending().await
-}
-
-/// Whether the stream is reset before long.
-async fn is_reset(stranger: &mut Stranger, stream: u32) -> io::Result<bool> {
-    let reset = async {
-        loop {
-            let frame = stranger.frame().await?;
-            if frame.stream == stream && frame.has(RST) {
-                return Ok(true);
-            }
-        }
-    };
-    timeout(BEFORE_LONG, reset).await.unwrap_or(Ok(false))
 }

@@ -20,7 +20,7 @@ use tokio::{
 
 use crate::{
     common::{
-        by_hand::{ACK, RST, SYN, agree, data, frame, tcp_from},
+        by_hand::{RST, SYN, agree, data, tcp_from},
         http::{get, samples},
         messages::{connect, reserve},
         within,
@@ -219,9 +219,10 @@ async fn stalls_unanswered(
         stay_mute(&mut source).await?;
         stay_mute(&mut target).await?;
         source.say(&small).await?;
-        reset.fetch_add(until_reset(&mut source, stream).await?, Ordering::Relaxed);
+        let is_reset = source.is_reset(stream, IN_HANDSHAKE).await?;
+        reset.fetch_add(is_reset.into(), Ordering::Relaxed);
         source.say(&data(RST, stream, &[])).await?;
-        hear_out(&mut target).await
+        target.hears_out().await
     };
     pressed.await.ok()?;
     Some((target, source))
@@ -243,36 +244,13 @@ async fn stalls_in_a_circuit(
             source.say(&data(0, stream, &vec![7; PIECE])).await?;
             target.say(&data(0, circuit, &vec![7; PIECE])).await?;
         }
-        reset.fetch_add(until_reset(&mut source, stream).await?, Ordering::Relaxed);
+        let is_reset = source.is_reset(stream, IN_HANDSHAKE).await?;
+        reset.fetch_add(is_reset.into(), Ordering::Relaxed);
         source.say(&data(RST, stream, &[])).await?;
-        hear_out(&mut target).await
+        target.hears_out().await
     };
     pressed.await.ok()?;
     Some((target, source))
-}
-
-/// Whether the stream is reset before long; nothing of what else comes is answered.
-async fn until_reset(stranger: &mut Stranger, stream: u32) -> io::Result<usize> {
-    let reset = async {
-        loop {
-            let frame = stranger.frame().await?;
-            if frame.stream == stream && frame.has(RST) {
-                return Ok(1);
-            }
-        }
-    };
-    timeout(IN_HANDSHAKE, reset).await.unwrap_or(Ok(0))
-}
-
-/// What the relay still has to say.
-async fn hear_out(stranger: &mut Stranger) -> io::Result<()> {
-    stranger.say(&frame(2, SYN, 0, 4711)).await?;
-    loop {
-        let heard = stranger.frame().await?;
-        if (heard.kind, heard.flags) == (2, ACK) {
-            return Ok(());
-        }
-    }
 }
 
 /// So many come, and stop in the midst of a message of Noise as long as there can be.
