@@ -64,6 +64,8 @@ pub struct Ledger {
     /// What it holds in all.
     pub account: Account,
     entries: Mutex<Entries>,
+    /// The last read found something, so that there may be more.
+    leaves: AtomicBool,
     waker: AtomicWaker,
 }
 
@@ -139,6 +141,7 @@ impl Ledgers {
             number,
             account: self.0.pool.open(),
             entries: Mutex::default(),
+            leaves: AtomicBool::new(false),
             waker: AtomicWaker::new(),
         });
         self.ledgers().insert(number, Arc::downgrade(&ledger));
@@ -254,8 +257,9 @@ impl Ledger {
     /// Yamux rests. If it could write all that it had to, it has nothing any more of the streams that
     /// it was told of. False if it is to end, because it could not for too long.
     ///
-    /// Where it `leaves` something to be read it waits until it can write; that lies below.
-    pub fn rests(&self, wrote_all: bool, leaves: bool) -> bool {
+    /// Where it leaves something to be read it waits until it can write; that lies below.
+    pub fn rests(&self, wrote_all: bool) -> bool {
+        let leaves = self.leaves.load(Ordering::Relaxed);
         let mut entries = self.entries();
         match (entries.stands, leaves) {
             (false, true) => self.account.take_unsent(BELOW),
@@ -306,6 +310,11 @@ impl Ledger {
         if let Some(before) = entries.streams.insert(id.val(), stream) {
             before.is_gone();
         }
+    }
+
+    /// Yamux asked for more to read; whether there was some.
+    pub fn read_some(&self, some: bool) {
+        self.leaves.store(some, Ordering::Relaxed);
     }
 
     /// A frame begins to come. It takes all of its room at once.

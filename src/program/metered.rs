@@ -3,10 +3,7 @@
 use std::{
     io,
     pin::Pin,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::Arc,
     task::{Context, Poll, ready},
 };
 
@@ -21,30 +18,17 @@ pub struct Metered<S> {
     ledger: Arc<Ledger>,
     comes: Frames,
     goes: Frames,
-    leaves: Arc<AtomicBool>,
 }
 
-/// Whether the last read found something, so that there may be more.
-#[derive(Debug)]
-pub struct Leaves(Arc<AtomicBool>);
-
-/// Nothing was read or written of it yet.
-pub fn meter<S>(stream: S, ledger: Arc<Ledger>) -> (Metered<S>, Leaves) {
-    let leaves = Arc::new(AtomicBool::new(false));
-    let metered = Metered {
-        stream,
-        ledger,
-        comes: Frames::default(),
-        goes: Frames::default(),
-        leaves: Arc::clone(&leaves),
-    };
-    (metered, Leaves(leaves))
-}
-
-impl Leaves {
-    /// Whether it did.
-    pub fn any(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
+impl<S> Metered<S> {
+    /// Nothing was read or written of `stream` yet.
+    pub fn new(stream: S, ledger: Arc<Ledger>) -> Self {
+        Self {
+            stream,
+            ledger,
+            comes: Frames::default(),
+            goes: Frames::default(),
+        }
     }
 }
 
@@ -76,7 +60,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Metered<S> {
         into: &mut [u8],
     ) -> Poll<io::Result<usize>> {
         let read = self.poll_next(cx, into);
-        self.leaves.store(read.is_ready(), Ordering::Relaxed);
+        self.ledger.read_some(read.is_ready());
         read
     }
 }

@@ -30,7 +30,7 @@ use super::{
     corked::{Cork, Corked, cork},
     held::Pool,
     ledger::{Ledger, Ledgers},
-    metered::{Leaves, Metered, meter},
+    metered::Metered,
     places::{Commons, Place, Places},
     stream_limits::StreamLimits,
     substream::{OpenedBy, Substream},
@@ -159,7 +159,6 @@ pub struct Muxer<C> {
     connection: yamux::Connection<Below<C>>,
     cork: Cork<C>,
     ledger: Arc<Ledger>,
-    leaves: Leaves,
     inbound: Arc<Places>,
     outbound: Arc<Places>,
     /// Streams that came in while nobody asked for one. Each holds a place, so they are few.
@@ -176,12 +175,11 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
         } = multiplex;
         let ledger = ledgers.open();
         let (connection, cork) = cork(connection, ledger.account.clone());
-        let (connection, leaves) = meter(connection, Arc::clone(&ledger));
+        let connection = Metered::new(connection, Arc::clone(&ledger));
         Self {
             connection: yamux::Connection::new(connection, budget.yamux(), mode),
             cork,
             ledger,
-            leaves,
             inbound: Places::shared(budget.inbound, commons.clone()),
             outbound: Places::new(budget.outbound),
             waiting: VecDeque::new(),
@@ -199,7 +197,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
         // Where the socket takes no more, it calls when it does.
         let _ = self.cork.poll_flush(cx)?;
         match progress {
-            Poll::Pending if self.ledger.rests(wrote_all, self.leaves.any()) => {
+            Poll::Pending if self.ledger.rests(wrote_all) => {
                 if !wrote_all && self.ledger.gives(cx) {
                     // Nothing else may call before it has been waited for long enough.
                     cx.waker().wake_by_ref();
