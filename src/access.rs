@@ -8,7 +8,7 @@ use std::{collections::HashSet, net::IpAddr, time::Duration};
 use ipnet::IpNet;
 use libp2p::{Multiaddr, PeerId};
 
-use crate::{address, config::ConfigError};
+use crate::address;
 
 /// Decides who may use the relay. Asked at each request, and again of everyone who holds a slot or
 /// is part of a circuit when the rules may have changed: [`crate::Behaviour::access_changed`].
@@ -46,6 +46,12 @@ pub trait Access: Send {
 
     /// Whether `source`, which comes from `address`, may be connected to `target`.
     fn may_connect(&self, source: PeerId, address: &Multiaddr, target: PeerId) -> Permission;
+
+    /// Whether the program lets a connection from `address` in: asked without a peer before the handshake, and
+    /// with the peer after it. Default: yes. The behaviour alone, in another swarm, does not ask.
+    fn may_enter(&self, _peer: Option<PeerId>, _address: &Multiaddr) -> bool {
+        true
+    }
 }
 
 /// What was decided.
@@ -104,22 +110,22 @@ pub struct Lists {
     pub allow_connect_peer: HashSet<PeerId>,
 }
 
+/// The setting that makes no sense, what is wrong with it, and the remedy.
+pub(crate) type Problem = (&'static str, String);
+
 /// Whether each of these is a whole subnet, in the family that addresses are looked up in.
-pub(crate) fn subnets_make_sense(
-    setting: &'static str,
-    subnets: &[IpNet],
-) -> Result<(), ConfigError> {
+pub(crate) fn subnets_make_sense(setting: &'static str, subnets: &[IpNet]) -> Result<(), Problem> {
     for subnet in subnets {
         let whole = subnet.trunc();
         if whole != *subnet {
             let problem = format!("{subnet} names one host in it; try {whole}");
-            return Err(ConfigError::new(setting, problem));
+            return Err((setting, problem));
         }
         if let IpNet::V6(v6) = subnet
             && v6.addr().to_ipv4_mapped().is_some()
         {
             let problem = format!("{subnet} stands for IPv4; write it as IPv4");
-            return Err(ConfigError::new(setting, problem));
+            return Err((setting, problem));
         }
     }
     Ok(())
@@ -131,26 +137,24 @@ impl Lists {
     /// # Errors
     ///
     /// The first that does not, by name and with the remedy.
-    pub(crate) fn validate(&self) -> Result<(), ConfigError> {
-        for (setting, allowed) in [
-            ("allow_peer", &self.allow_peer),
-            ("allow_connect_peer", &self.allow_connect_peer),
-        ] {
+    pub(crate) fn validate(&self) -> Result<(), Problem> {
+        for (setting, allowed) in
+            [("allow_peer", &self.allow_peer), ("allow_connect_peer", &self.allow_connect_peer)]
+        {
             if let Some(peer) = allowed.intersection(&self.deny_peer).next() {
                 let problem = format!("{peer} is denied as well; take it off one of the lists");
-                return Err(ConfigError::new(setting, problem));
+                return Err((setting, problem));
             }
         }
-        for (setting, subnets) in [
-            ("allow_subnet", &self.allow_subnet),
-            ("deny_subnet", &self.deny_subnet),
-        ] {
+        for (setting, subnets) in
+            [("allow_subnet", &self.allow_subnet), ("deny_subnet", &self.deny_subnet)]
+        {
             subnets_make_sense(setting, subnets)?;
         }
         for allowed in &self.allow_subnet {
             if let Some(denied) = self.deny_subnet.iter().find(|net| net.contains(allowed)) {
                 let problem = format!("{allowed} lies in {denied}, which is denied; drop one");
-                return Err(ConfigError::new("allow_subnet", problem));
+                return Err(("allow_subnet", problem));
             }
         }
         Ok(())
@@ -187,6 +191,11 @@ impl Access for Lists {
         let source_may = self.lets_connect(&source) && self.lets_in_from(address);
         Permission::allow_if(source_may && self.lets_in(&target))
     }
+
+    fn may_enter(&self, peer: Option<PeerId>, address: &Multiaddr) -> bool {
+        let is_of_use = |peer| self.lets_in(&peer) || self.lets_connect(&peer);
+        self.lets_in_from(address) && peer.is_none_or(is_of_use)
+    }
 }
 
 #[cfg(test)]
@@ -218,10 +227,7 @@ mod tests {
     #[test]
     fn a_peer_that_is_denied_may_be_nothing() {
         let (alice, bob) = (PeerId::random(), PeerId::random());
-        let lists = Lists {
-            deny_peer: [alice].into(),
-            ..Lists::default()
-        };
+        let lists = Lists { deny_peer: [alice].into(), ..Lists::default() };
         assert!(!reserves(&lists, alice, HOME));
         assert!(!connects(&lists, alice, HOME, bob));
         assert!(!connects(&lists, bob, HOME, alice));
@@ -266,7 +272,7 @@ mod tests {
     #[test]
     fn what_makes_no_sense_together_is_refused_by_name() {
         let alice = PeerId::random();
-        let refused = |lists: Lists| lists.validate().expect_err("no sense").setting();
+        let refused = |lists: Lists| lists.validate().expect_err("no sense").0;
         for (setting, allow_peer, allow_connect_peer) in [
             ("allow_peer", HashSet::from([alice]), HashSet::new()),
             ("allow_connect_peer", HashSet::new(), HashSet::from([alice])),
@@ -280,10 +286,7 @@ mod tests {
             assert_eq!(refused(lists), setting);
         }
         for subnet in ["192.0.2.7/24", "::ffff:192.0.2.0/120"] {
-            let lists = Lists {
-                deny_subnet: vec![net(subnet)],
-                ..Lists::default()
-            };
+            let lists = Lists { deny_subnet: vec![net(subnet)], ..Lists::default() };
             assert_eq!(refused(lists), "deny_subnet", "{subnet}");
         }
         let lists = Lists {

@@ -13,24 +13,24 @@ const MAX_BYTES: usize = 2048;
 
 /// The IP address that a slot is billed to.
 ///
-/// An IPv4-mapped address is the IPv4 address in it; any other IPv6 address stands for its /64,
-/// because that is what one household or one machine is given.
+/// An IPv4-mapped, NAT64 or 6to4 address is the IPv4 address in it; any other IPv6 address stands for its
+/// /64, because that is what one household or one machine is given.
 ///
 /// Kept in eight bytes, because each slot has several: the upper half of an IPv6 address, among
 /// which IPv4 has the part that is nobody's, `0:ffff::/32`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct BilledTo(u64);
+pub struct ClientPrefix(u64);
 
 /// The part of the internet that slots are billed to beside the address: an IPv4 /24, an IPv6 /48.
 ///
 /// That is about what one site or one customer of a hoster is given.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Subnet(BilledTo);
+pub struct Subnet(ClientPrefix);
 
 /// Where IPv4 stands among the upper halves of IPv6.
 const IPV4: u64 = 0xffff << 32;
 
-impl BilledTo {
+impl ClientPrefix {
     /// The address at the front of `address`; `None` where there is no IP address in front.
     pub fn of(address: &Multiaddr) -> Option<Self> {
         ip(address).map(Self::from)
@@ -45,6 +45,11 @@ impl BilledTo {
         Subnet(Self(self.0 >> host_bits << host_bits))
     }
 
+    /// The IPv6 /32 that it is in, about what one provider is given; an IPv4 address is in none.
+    pub fn wide(self) -> Option<Self> {
+        self.ip().is_ipv6().then_some(Self(self.0 >> 32 << 32))
+    }
+
     /// The IPv4 address, or the first of the /64.
     pub fn ip(self) -> IpAddr {
         match self.0 >> 32 == IPV4 >> 32 {
@@ -54,16 +59,38 @@ impl BilledTo {
     }
 }
 
-impl From<IpAddr> for BilledTo {
+impl From<IpAddr> for ClientPrefix {
     fn from(ip: IpAddr) -> Self {
-        Self(match ip.to_canonical() {
-            IpAddr::V4(ip) => IPV4 | u64::from(ip.to_bits()),
-            IpAddr::V6(ip) => (ip.to_bits() >> 64) as u64,
-        })
+        match ip {
+            IpAddr::V4(ip) => Self(IPV4 | u64::from(ip.to_bits())),
+            IpAddr::V6(ip) => match ipv4_within(ip) {
+                Some(ip) => IpAddr::from(ip).into(),
+                None => Self((ip.to_bits() >> 64) as u64),
+            },
+        }
     }
 }
 
-impl fmt::Display for BilledTo {
+/// The IPv4 address of a client that came over IPv6: IPv4-mapped, NAT64 (64:ff9b::/96, RFC 6052), or 6to4
+/// (2002::/16, RFC 3056).
+fn ipv4_within(ip: Ipv6Addr) -> Option<Ipv4Addr> {
+    let [a, b, high, low, .., third, fourth] = ip.segments();
+    let joined = |high, low| Ipv4Addr::from_bits(u32::from(high) << 16 | u32::from(low));
+    match (a, b) {
+        (0x2002, high_bits) => Some(joined(high_bits, high)),
+        (0x64, 0xff9b) if (high, low) == (0, 0) => Some(joined(third, fourth)),
+        _ => ip.to_ipv4_mapped(),
+    }
+}
+
+impl From<Subnet> for ClientPrefix {
+    /// The first address of the subnet.
+    fn from(subnet: Subnet) -> Self {
+        subnet.0
+    }
+}
+
+impl fmt::Display for ClientPrefix {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.ip() {
             IpAddr::V4(ip) => write!(f, "{ip}"),
@@ -130,27 +157,25 @@ pub struct Known<'a> {
     pub reported: Option<&'a Multiaddr>,
 }
 
-/// The addresses for one client's reservation, best first, each ending in `/p2p/<relay>`.
-///
-/// The order: announced (and then nothing else); confirmed; global listening ones; the one this
-/// client reports; the other listening ones. Never more than fit into the answer.
-pub fn for_reservation(known: Known<'_>, relay: PeerId) -> Vec<Multiaddr> {
-    let (global, local): (Vec<_>, Vec<_>) = known.listening.iter().partition(|a| is_global(a));
-    let found = known
-        .confirmed
-        .iter()
-        .chain(global)
-        .chain(known.reported)
-        .chain(local);
-    let candidates: Vec<_> = if known.announced.is_empty() {
-        found.collect()
-    } else {
-        known.announced.iter().collect()
-    };
+impl<'a> Known<'a> {
+    /// The addresses to tell, best first: the announced ones if there are any; otherwise the confirmed
+    /// ones, the global listening ones, the reported one, and the other listening ones.
+    pub fn best_first(self) -> Vec<&'a Multiaddr> {
+        if !self.announced.is_empty() {
+            return self.announced.iter().collect();
+        }
+        let listening = self.listening.iter().filter(|own| !self.confirmed.contains(own));
+        let (global, local): (Vec<_>, Vec<_>) = listening.partition(|own| is_global(own));
+        self.confirmed.iter().chain(global).chain(self.reported).chain(local).collect()
+    }
+}
 
+/// The addresses for one client's reservation, [best first](Known::best_first), each once and ending in
+/// `/p2p/<relay>`. Never more than fit into the answer.
+pub fn for_reservation(known: Known<'_>, relay: PeerId) -> Vec<Multiaddr> {
     let mut addresses = Vec::new();
     let mut bytes = 0;
-    for candidate in candidates {
+    for candidate in known.best_first() {
         let Ok(address) = candidate.clone().with_p2p(relay) else {
             continue; // another peer's
         };
@@ -182,9 +207,11 @@ mod tests {
 
     #[test]
     fn ipv6_is_billed_by_its_64_and_a_mapped_address_as_ipv4() {
-        let billed = |text: &str| BilledTo::of(&address(text)).map(|to| to.to_string());
+        let billed = |text: &str| ClientPrefix::of(&address(text)).map(|to| to.to_string());
         assert_eq!(billed("/ip4/1.2.3.4/tcp/1"), Some("1.2.3.4".into()));
-        assert_eq!(billed("/ip6/::ffff:1.2.3.4/tcp/1"), Some("1.2.3.4".into()));
+        for around in ["::ffff:1.2.3.4", "64:ff9b::1.2.3.4", "2002:102:304:5::6"] {
+            assert_eq!(billed(&format!("/ip6/{around}/tcp/1")), Some("1.2.3.4".into()));
+        }
         let one = billed("/ip6/2001:db8:1:2:3::1/tcp/1");
         assert_eq!(one, Some("2001:db8:1:2::/64".into()));
         assert_eq!(one, billed("/ip6/2001:db8:1:2:ffff::9/tcp/7"));
@@ -193,7 +220,8 @@ mod tests {
 
     #[test]
     fn the_subnet_is_a_24_and_a_48() {
-        let subnet = |text: &str| BilledTo::of(&address(text)).map(|to| to.subnet().to_string());
+        let subnet =
+            |text: &str| ClientPrefix::of(&address(text)).map(|to| to.subnet().to_string());
         assert_eq!(subnet("/ip4/1.2.3.4/tcp/1"), Some("1.2.3.0/24".into()));
         assert_eq!(subnet("/ip6/::ffff:1.2.3.4"), Some("1.2.3.0/24".into()));
         let of_v6 = subnet("/ip6/2001:db8:1:2:3::1/tcp/1");
@@ -249,9 +277,7 @@ mod tests {
             "/ip4/192.168.1.7/tcp/1",
             "/ip4/127.0.0.1/tcp/1",
         ];
-        let expected: Vec<_> = expected
-            .map(|a| address(&format!("{a}/p2p/{relay}")))
-            .into();
+        let expected: Vec<_> = expected.map(|a| address(&format!("{a}/p2p/{relay}"))).into();
         assert_eq!(for_reservation(known, relay), expected);
     }
 
@@ -268,14 +294,26 @@ mod tests {
     }
 
     #[test]
-    fn a_machine_of_a_thousand_addresses_still_fits_one_answer() {
-        let many: Vec<_> = (0..1000u16)
-            .map(|n| address(&format!("/ip6/2a00:1450::{n:x}/tcp/4001")))
-            .collect();
-        let known = Known {
-            listening: &many,
+    fn to_all_the_best_addresses_are_told_first_and_announced_ones_alone() {
+        let [confirmed, global, local] =
+            ["/ip4/5.5.5.5/tcp/1", "/ip6/2a00:1450::1/tcp/1", "/ip4/10.0.0.1/tcp/1"].map(address);
+        let listening = [local.clone(), confirmed.clone(), global.clone()];
+        let found = Known {
+            confirmed: std::slice::from_ref(&confirmed),
+            listening: &listening,
             ..Known::default()
         };
+        assert_eq!(found.best_first(), [&confirmed, &global, &local]);
+        let announced = [address("/dns4/relay.example.org/tcp/1"), local];
+        let known = Known { announced: &announced, ..found };
+        assert_eq!(known.best_first(), [&announced[0], &announced[1]]);
+    }
+
+    #[test]
+    fn a_machine_of_a_thousand_addresses_still_fits_one_answer() {
+        let many: Vec<_> =
+            (0..1000u16).map(|n| address(&format!("/ip6/2a00:1450::{n:x}/tcp/4001"))).collect();
+        let known = Known { listening: &many, ..Known::default() };
         let told = for_reservation(known, PeerId::random());
         assert!(!told.is_empty());
         assert!(told.iter().map(Multiaddr::len).sum::<usize>() <= MAX_BYTES);

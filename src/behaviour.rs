@@ -4,6 +4,17 @@
 //! orders. It decides nothing itself; it has the clock, the key that signs vouchers, and knows the
 //! addresses that clients are told.
 
+pub(crate) mod buffer;
+mod circuit;
+mod handler;
+mod hop;
+pub(crate) mod inbound;
+mod ping;
+mod share;
+mod stop;
+mod timer;
+mod voucher;
+
 use std::{
     collections::HashMap,
     convert::Infallible,
@@ -25,19 +36,21 @@ use libp2p::{
     },
 };
 
+use self::handler::{Handler, Ordered, Substream, Told};
 use crate::{
     access::Access,
-    accounts::Accounts,
-    address::{self, Known},
-    circuits::{Circuits, End},
+    activity::Signs,
+    address::{self, ClientPrefix, Known},
     config::{Config, ConfigError},
-    connections::{Connection, Connections},
     event::Event,
-    handler::{Handler, Ordered, Substream, Told},
-    relay::{Command, Grant, Order, Relay},
-    reservations::Reservations,
-    signs::Signs,
-    voucher, wire,
+    relay::{
+        Command, Grant, Order, Relay,
+        accounts::Accounts,
+        circuits::{Circuits, End},
+        connections::{Connection, Connections},
+        reservations::Reservations,
+    },
+    wire,
 };
 
 /// The longest reported address that is kept for a connection, in bytes.
@@ -152,11 +165,7 @@ impl Behaviour {
 
     /// What the relay did of its own accord since it started.
     pub fn upkeep(&self) -> Upkeep {
-        Upkeep {
-            questions: self.relay.questions(),
-            sweeps: self.sweeps,
-            swept_for: self.swept_for,
-        }
+        Upkeep { questions: self.relay.questions(), sweeps: self.sweeps, swept_for: self.swept_for }
     }
 
     /// What circuits carried, to look at: for each peer while it is connected, and in all since the
@@ -202,19 +211,25 @@ impl Behaviour {
     /// Closes that connection of `peer` but `but` on which nothing was heard for the longest; its
     /// slot moves to another of its connections.
     pub fn close_longest_silent_of(&mut self, peer: PeerId, but: ConnectionId) {
-        self.relay
-            .close_longest_silent_of(peer, but, Instant::now());
+        self.relay.close_longest_silent_of(peer, but, Instant::now());
     }
 
-    /// Whether there is a connection but `but` over which neither slot nor circuit goes, of a peer
-    /// that holds no slot.
-    pub fn has_idle_stranger(&self, but: ConnectionId) -> bool {
-        self.relay.longest_idle_stranger(but).is_some()
+    /// The connections over which neither slot nor circuit goes, of peers that hold no slot, with their
+    /// clients' prefixes and since when they are idle; in no order.
+    pub fn idle_strangers(
+        &self,
+    ) -> impl Iterator<Item = (End<ConnectionId>, Option<ClientPrefix>, Instant)> {
+        self.relay.idle_strangers()
     }
 
-    /// Closes, of those, the one that has been idle for the longest.
-    pub fn close_longest_idle_stranger(&mut self, but: ConnectionId) {
-        self.relay.close_longest_idle_stranger(but);
+    /// Closes one of those, to make room for another.
+    pub fn close_stranger(&mut self, stranger: End<ConnectionId>) {
+        self.relay.close_stranger(stranger);
+    }
+
+    /// Whether the access rules let a connection in: [`Access::may_enter`].
+    pub fn may_enter(&self, peer: Option<PeerId>, address: &Multiaddr) -> bool {
+        self.relay.access().may_enter(peer, address)
     }
 
     /// Takes nobody in from now on: a RESERVE or CONNECT is answered by closing its connection. All
@@ -356,15 +371,8 @@ impl NetworkBehaviour for Behaviour {
         self.listening.on_swarm_event(&event);
         match event {
             FromSwarm::ConnectionEstablished(established) => self.connected(established),
-            FromSwarm::ConnectionClosed(ConnectionClosed {
-                peer_id,
-                connection_id,
-                ..
-            }) => {
-                let gone = End {
-                    peer: peer_id,
-                    connection: connection_id,
-                };
+            FromSwarm::ConnectionClosed(ConnectionClosed { peer_id, connection_id, .. }) => {
+                let gone = End { peer: peer_id, connection: connection_id };
                 self.commands.remove(&connection_id);
                 self.relay.disconnected(gone, Instant::now());
             }
@@ -402,8 +410,7 @@ impl NetworkBehaviour for Behaviour {
             let now = Instant::now();
             if self.sweep_due != self.relay.sweep_due() {
                 self.sweep_due = self.relay.sweep_due();
-                self.next_sweep
-                    .reset(self.sweep_due.saturating_duration_since(now));
+                self.next_sweep.reset(self.sweep_due.saturating_duration_since(now));
             }
             if self.next_sweep.poll_unpin(cx).is_pending() {
                 return Poll::Pending;

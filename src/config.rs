@@ -33,6 +33,13 @@ const SHARE_PER_SUBNET: usize = 4;
 /// But never below this: a site, or a corner of a carrier's network.
 const LEAST_PER_SUBNET: usize = 64;
 
+/// The caps on circuits of the sources of one address and of one subnet are these fractions of the total,
+/// unless given.
+const SHARE_OF_CIRCUITS_PER_IP: usize = 8;
+const SHARE_OF_CIRCUITS_PER_SUBNET: usize = 4;
+/// But never below this: as many as one peer may be part of by default.
+const LEAST_CIRCUITS: usize = 64;
+
 /// What the relay grants, to how many and for how long.
 ///
 /// Made with [`Config::default`] and changed field by field; [`crate::Behaviour::new`] refuses one
@@ -105,6 +112,12 @@ pub struct Config {
     pub idle_timeout: Duration,
     /// How many circuits may be open at a time, those being set up included. Default 1024.
     pub max_circuits: usize,
+    /// How many of them the sources of one address may have (an IPv6 address counts as its /64). Default: an
+    /// eighth of all, at least 64; `Some(0)`: no cap.
+    pub max_circuits_per_ip: Option<usize>,
+    /// How many of them the sources of one subnet may have, an IPv4 /24 or an IPv6 /48. Default: a quarter of
+    /// all, at least 64; `Some(0)`: no cap.
+    pub max_circuits_per_subnet: Option<usize>,
     /// How many circuits one peer may be part of, as source and as target together. Default 64.
     pub max_circuits_per_peer: usize,
     /// How long a circuit may stay open. Default 2 min; zero: no limit. On the wire in whole
@@ -157,6 +170,8 @@ impl Default for Config {
             sweep: Duration::from_secs(1),
             idle_timeout: Duration::ZERO,
             max_circuits: 1024,
+            max_circuits_per_ip: None,
+            max_circuits_per_subnet: None,
             max_circuits_per_peer: 64,
             circuit_duration: Duration::from_secs(2 * 60),
             circuit_bytes: 128 * 1024,
@@ -195,10 +210,7 @@ impl Config {
             ("circuit_duration", self.circuit_duration),
         ] {
             if duration > LONGEST {
-                return Err(ConfigError::new(
-                    setting,
-                    "is over a year; try 8760h or less",
-                ));
+                return Err(ConfigError::new(setting, "is over a year; try 8760h or less"));
             }
         }
         if self.reservation_ttl < SHORTEST {
@@ -252,6 +264,18 @@ impl Config {
     pub(crate) fn reservations_per_subnet(&self) -> Option<usize> {
         let share = (self.max_reservations / SHARE_PER_SUBNET).max(LEAST_PER_SUBNET);
         cap(self.max_reservations_per_subnet.unwrap_or(share))
+    }
+
+    /// The cap on circuits of the sources of one address; `None`: no cap.
+    pub(crate) fn circuits_per_ip(&self) -> Option<usize> {
+        let share = (self.max_circuits / SHARE_OF_CIRCUITS_PER_IP).max(LEAST_CIRCUITS);
+        cap(self.max_circuits_per_ip.unwrap_or(share))
+    }
+
+    /// The cap on circuits of the sources of one subnet; `None`: no cap.
+    pub(crate) fn circuits_per_subnet(&self) -> Option<usize> {
+        let share = (self.max_circuits / SHARE_OF_CIRCUITS_PER_SUBNET).max(LEAST_CIRCUITS);
+        cap(self.max_circuits_per_subnet.unwrap_or(share))
     }
 
     /// For how long a reservation is granted on these terms.
@@ -319,6 +343,12 @@ impl ConfigError {
     }
 }
 
+impl From<(&'static str, String)> for ConfigError {
+    fn from((setting, problem): (&'static str, String)) -> Self {
+        Self { setting, problem }
+    }
+}
+
 impl fmt::Display for ConfigError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {}", self.setting, self.problem)
@@ -345,24 +375,13 @@ mod tests {
     #[test]
     fn what_makes_no_sense_is_refused_by_name() {
         assert_eq!(refused(|c| c.max_reservations = 0), "max_reservations");
-        assert_eq!(
-            refused(|c| c.reservation_ttl = Duration::ZERO),
-            "reservation_ttl"
-        );
-        assert_eq!(
-            refused(|c| c.reservation_ttl = Duration::MAX),
-            "reservation_ttl"
-        );
+        assert_eq!(refused(|c| c.reservation_ttl = Duration::ZERO), "reservation_ttl");
+        assert_eq!(refused(|c| c.reservation_ttl = Duration::MAX), "reservation_ttl");
         assert_eq!(refused(|c| c.grace = Duration::MAX), "grace");
         assert_eq!(refused(|c| c.sweep = Duration::ZERO), "sweep");
         let short = Duration::from_millis(10);
         assert_eq!(refused(|c| c.circuit_duration = short), "circuit_duration");
-        for address in [
-            "/ip4/0.0.0.0/tcp/4001",
-            "/ip6/::/tcp/4001",
-            "/ip4/1.2.3.4/tcp/0",
-            "",
-        ] {
+        for address in ["/ip4/0.0.0.0/tcp/4001", "/ip6/::/tcp/4001", "/ip4/1.2.3.4/tcp/0", ""] {
             let address: Multiaddr = address.parse().unwrap();
             assert_eq!(refused(|c| c.announce = vec![address]), "announce");
         }
@@ -377,10 +396,7 @@ mod tests {
                 max_reservations_per_subnet: given,
                 ..Config::default()
             };
-            (
-                config.reservations_per_ip(),
-                config.reservations_per_subnet(),
-            )
+            (config.reservations_per_ip(), config.reservations_per_subnet())
         };
         assert_eq!(caps(1024, None), (Some(64), Some(256)));
         assert_eq!(caps(10, None), (Some(8), Some(64)));

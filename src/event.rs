@@ -22,20 +22,14 @@
 //! none. The reasons, in their words, are [`Refused`], [`FreedReason`], [`CircuitEnd`] and
 //! [`BadRequest`].
 
+mod reason;
+
 use std::{fmt, time::Duration};
 
 use libp2p::{Multiaddr, PeerId};
 
-use crate::{
-    address::{BilledTo, Subnet},
-    bills,
-    circuit::{Carried, CircuitEnd},
-    circuits::{self, CircuitId},
-    rates::Spent,
-    reservations::FreedReason,
-    stop::StopFailed,
-    wire::{BadRequest, Status},
-};
+pub use self::reason::{CircuitEnd, FreedReason, Refused, StopFailed};
+use crate::{address::ClientPrefix, wire::BadRequest};
 
 /// Something that happened at the relay.
 ///
@@ -91,7 +85,7 @@ pub enum Event {
         /// Who held it.
         peer: PeerId,
         /// The address that it was billed to.
-        billed_to: Option<BilledTo>,
+        billed_to: Option<ClientPrefix>,
         /// Why it came back.
         reason: FreedReason,
     },
@@ -134,192 +128,60 @@ pub enum Event {
         target: PeerId,
         /// How it ended.
         end: CircuitEnd,
-        /// How many payload bytes it delivered each way; see [`crate::accounts`] for the sums.
+        /// How many payload bytes it delivered each way; see [`crate::relay::accounts`] for the sums.
         carried: Carried,
     },
 }
 
-/// Why a request was refused.
-#[derive(Debug)]
-#[non_exhaustive]
-pub enum Refused {
-    /// All slots are taken.
-    TableFull,
-    /// All slots that this address may have are taken.
-    AddressFull(BilledTo),
-    /// All slots that this subnet may have are taken.
-    SubnetFull(Subnet),
-    /// It came over a relayed connection.
-    Relayed,
-    /// The rules do not allow it.
-    Denied,
-    /// The peer asks more often than it may.
-    TooOften,
-    /// The peers of this address together ask more often than they may.
-    AddressTooOften(BilledTo),
-    /// The target holds no live reservation.
-    NoReservation,
-    /// The relay carries as many circuits as it may.
-    TooManyCircuits,
-    /// The source is part of as many circuits as it may be.
-    TooManyCircuitsOfSource,
-    /// The target is part of as many circuits as it may be.
-    TooManyCircuitsOfTarget,
-    /// The target could not be won.
-    StopFailed(StopFailed),
-    /// The source went, or the relay gave up one of the two, while the target was being asked.
-    Gone,
-    /// The relay could not sign the voucher.
-    NotSigned,
-    /// The relay takes nobody in any more. The peer is not told: its connection is closed.
-    Draining,
+/// What a circuit carried.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Carried {
+    /// Bytes delivered from the source to the target.
+    pub to_target: u64,
+    /// Bytes delivered from the target to the source.
+    pub to_source: u64,
 }
 
-impl Refused {
-    /// The status that the client is told; `None`: it is not told anything.
-    pub fn status(&self) -> Option<Status> {
-        let status = match self {
-            Self::TableFull | Self::AddressFull(_) | Self::SubnetFull(_) | Self::NotSigned => {
-                Status::ReservationRefused
-            }
-            Self::Relayed | Self::Denied => Status::PermissionDenied,
-            Self::NoReservation => Status::NoReservation,
-            Self::TooOften
-            | Self::AddressTooOften(_)
-            | Self::TooManyCircuits
-            | Self::TooManyCircuitsOfSource
-            | Self::TooManyCircuitsOfTarget => Status::ResourceLimitExceeded,
-            Self::StopFailed(_) | Self::Gone => Status::ConnectionFailed,
-            Self::Draining => return None,
-        };
-        Some(status)
-    }
-}
+/// Names a circuit, from the CONNECT that asks for it to its end. Never used twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct CircuitId(pub(crate) u64);
 
-impl From<bills::Full> for Refused {
-    fn from(full: bills::Full) -> Self {
-        match full {
-            bills::Full::Table => Self::TableFull,
-            bills::Full::Address(address) => Self::AddressFull(address),
-            bills::Full::Subnet(subnet) => Self::SubnetFull(subnet),
-        }
-    }
-}
-
-impl From<Spent> for Refused {
-    fn from(spent: Spent) -> Self {
-        match spent {
-            Spent::Peer => Self::TooOften,
-            Spent::Address(address) => Self::AddressTooOften(address),
-        }
-    }
-}
-
-impl From<circuits::Full> for Refused {
-    fn from(full: circuits::Full) -> Self {
-        match full {
-            circuits::Full::Total => Self::TooManyCircuits,
-            circuits::Full::Source => Self::TooManyCircuitsOfSource,
-            circuits::Full::Target => Self::TooManyCircuitsOfTarget,
-        }
-    }
-}
-
-impl Refused {
-    /// The reason in a few words, the same for all cases of it.
-    pub fn kind(&self) -> &'static str {
-        match self {
-            Self::TableFull => "all slots are taken",
-            Self::AddressFull(_) => "all slots of the address are taken",
-            Self::SubnetFull(_) => "all slots of the subnet are taken",
-            Self::Relayed => "it came over a relayed connection",
-            Self::Denied => "the rules do not allow it",
-            Self::TooOften => "the peer asks too often",
-            Self::AddressTooOften(_) => "the peers of the address ask too often",
-            Self::NoReservation => "the target holds no live reservation",
-            Self::TooManyCircuits => "too many circuits",
-            Self::TooManyCircuitsOfSource => "too many circuits of the source",
-            Self::TooManyCircuitsOfTarget => "too many circuits of the target",
-            Self::StopFailed(_) => "the target could not be won",
-            Self::Gone => "one of its peers is gone",
-            Self::NotSigned => "the voucher could not be signed",
-            Self::Draining => "the relay is draining",
-        }
-    }
-}
-
-impl fmt::Display for Refused {
+impl fmt::Display for CircuitId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::AddressFull(address) => write!(f, "all slots of {address} are taken"),
-            Self::SubnetFull(subnet) => write!(f, "all slots of {subnet} are taken"),
-            Self::AddressTooOften(address) => write!(f, "the peers of {address} ask too often"),
-            Self::StopFailed(failed) => failed.fmt(f),
-            other => f.write_str(other.kind()),
-        }
+        self.0.fmt(f)
     }
 }
 
 impl fmt::Display for Event {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::ReservationAccepted {
-                peer,
-                address,
-                renewed,
-            } => {
+            Self::ReservationAccepted { peer, address, renewed } => {
                 let what = if *renewed { "renewed" } else { "granted" };
                 write!(f, "reservation {what}: peer {peer} at {address}")
             }
-            Self::ReservationRefused {
-                peer,
-                address,
-                reason,
-            } => write!(f, "reservation refused: peer {peer} at {address}: {reason}"),
-            Self::PeerSilent {
-                peer,
-                address,
-                silent_for,
-            } => write!(
+            Self::ReservationRefused { peer, address, reason } => {
+                write!(f, "reservation refused: peer {peer} at {address}: {reason}")
+            }
+            Self::PeerSilent { peer, address, silent_for } => write!(
                 f,
                 "peer silent: peer {peer} at {address}: nothing heard for {} s",
                 silent_for.as_secs()
             ),
             Self::GraceBegan { peer } => write!(f, "grace began: peer {peer}"),
-            Self::ReservationFreed {
-                peer,
-                billed_to,
-                reason,
-            } => match billed_to {
+            Self::ReservationFreed { peer, billed_to, reason } => match billed_to {
                 Some(address) => write!(f, "slot freed: peer {peer} at {address}: {reason}"),
                 None => write!(f, "slot freed: peer {peer}: {reason}"),
             },
-            Self::RequestRejected {
-                peer,
-                address,
-                reason,
-            } => write!(f, "request rejected: peer {peer} at {address}: {reason}"),
-            Self::CircuitOpened {
-                circuit,
-                source,
-                target,
-            } => write!(f, "circuit {circuit} opened: {source} to {target}"),
-            Self::CircuitRefused {
-                source,
-                address,
-                target,
-                reason,
-            } => write!(
-                f,
-                "circuit refused: peer {source} at {address} to {target}: {reason}"
-            ),
-            Self::CircuitClosed {
-                circuit,
-                source,
-                target,
-                end,
-                carried,
-            } => write!(
+            Self::RequestRejected { peer, address, reason } => {
+                write!(f, "request rejected: peer {peer} at {address}: {reason}")
+            }
+            Self::CircuitOpened { circuit, source, target } => {
+                write!(f, "circuit {circuit} opened: {source} to {target}")
+            }
+            Self::CircuitRefused { source, address, target, reason } => {
+                write!(f, "circuit refused: peer {source} at {address} to {target}: {reason}")
+            }
+            Self::CircuitClosed { circuit, source, target, end, carried } => write!(
                 f,
                 "circuit {circuit} closed: {source} to {target}: {end}; {} bytes to the target, \
                  {} back",

@@ -31,35 +31,38 @@
 //! # One RESERVE, file by file
 //!
 //! 1. A client opens a hop stream. The connection's [handler](behaviour) gives it a task in which
-//!    `hop.rs` reads one message, framed and decoded by [`wire`]; a message that is none is
-//!    answered there, and nothing behind it ever sees one.
+//!    `behaviour/hop.rs` reads one message, framed and decoded by [`wire`]; a message that is none
+//!    is answered there, and nothing behind it ever sees one.
 //! 2. The [behaviour] hands it to the [`relay`], which knows neither clock nor socket: `now` comes
-//!    in, orders go out. [`access`] says whether the peer may have a slot, [`rates`] whether it asks
-//!    too often; then it is up to the table in [`reservations`]. A peer that has a slot keeps it:
-//!    it is renewed. A newcomer gets a free slot, or one in grace, under the caps of the table and
-//!    of the address and subnet it is billed to ([`bills`]); or it waits while [`reclaim`] finds
-//!    out who under that cap is gone; or it is refused.
+//!    in, orders go out. [`access`] says whether the peer may have a slot, [`rates`](relay::rates)
+//!    whether it asks too often; then it is up to the table in
+//!    [`reservations`](relay::reservations). A peer that has a slot keeps it: it is renewed. A
+//!    newcomer gets a free slot, or one in grace, under the caps of the table and of the address
+//!    and subnet it is billed to ([`quota`](relay::quota)); or it waits while
+//!    [`reclaim`](relay::reclaim) finds out who under that cap is gone; or it is refused.
 //! 3. The behaviour turns a grant into a message: until when, where the relay can be reached
-//!    ([`address`] again), a signed voucher (`voucher.rs`), what a circuit may carry. It goes back
-//!    through the handler and `hop.rs`, and whether it arrived is reported to the table: a grant
-//!    that nobody read is undone.
-//! 4. From now on the connection is watched: [`signs`] count what is heard on it, and
-//!    [`heartbeat`] decides whom to ask (`ping.rs`), and who is silent.
+//!    ([`address`] again), a signed voucher (`behaviour/voucher.rs`), what a circuit may carry. It
+//!    goes back through the handler and `behaviour/hop.rs`, and whether it arrived is reported to
+//!    the table: a grant that nobody read is undone.
+//! 4. From now on the connection is watched: [`activity`] counts what is heard on it, and
+//!    [`heartbeat`](relay::heartbeat) decides whom to ask (`behaviour/ping.rs`), and who is silent.
 //! 5. When the connection is lost, or judged silent, grace begins. The sweep (`relay/sweep.rs`)
 //!    ends it, and the term.
 //!
 //! # One CONNECT, file by file
 //!
-//! 1. To the relay as above, and past [`access`]. No live reservation of the target, no
-//!    circuit; else, if it is not asked for too often, the table in [`circuits`] counts it, if
-//!    source, target and relay have room for one more.
-//! 2. The handler of the *target's* connection opens a stop stream, on which `stop.rs` asks.
-//! 3. The stream comes back through the relay to the handler of the *source's* connection,
-//!    which answers on the hop stream. From here on the two streams are one [`circuit`]: bytes both
-//!    ways, limits, half-close, its share of the link ([`bandwidth`], `share.rs`), and how many
-//!    bytes were carried when it ends. Those go into the [`accounts`]: both peers' while they are
-//!    connected, and the totals since the start. Until then its [`meter`] says what it has carried
-//!    so far.
+//! 1. To the relay as above, and past [`access`]. No live reservation of the target, no circuit;
+//!    else, if it is not asked for too often, the table in [`circuits`](relay::circuits) counts it,
+//!    if source, target and relay have room for one more.
+//! 2. The handler of the *target's* connection opens a stop stream, on which `behaviour/stop.rs`
+//!    asks.
+//! 3. The stream comes back through the relay to the handler of the *source's* connection, which
+//!    answers on the hop stream. From here on the two streams are one circuit
+//!    (`behaviour/circuit.rs`): bytes both ways, limits, half-close, its share of the link
+//!    ([`bandwidth`](relay::bandwidth), `behaviour/share.rs`), and how many bytes were carried when
+//!    it ends. Those go into the [`accounts`](relay::accounts): both peers' while they are
+//!    connected, and the totals since the start. Until then its meter says what it has carried so
+//!    far.
 //!
 //! # In a swarm of one's own
 //!
@@ -117,43 +120,21 @@
 )]
 
 pub mod access;
-pub mod accounts;
+pub mod activity;
 pub mod address;
-pub mod bandwidth;
 pub mod behaviour;
-pub mod bills;
-mod buffer;
-pub mod circuit;
-pub mod circuits;
 pub mod config;
-pub mod connections;
+mod delegate;
 pub mod event;
-mod handler;
-pub mod heartbeat;
-mod hop;
-pub mod meter;
-mod ping;
 #[cfg(feature = "program")]
 pub mod program;
-pub mod rates;
-pub mod reclaim;
 pub mod relay;
-pub mod reservations;
-mod share;
-pub mod signs;
-mod stop;
-mod timeout;
-mod voucher;
 pub mod wire;
 
 pub use access::{Access, Permission, Terms};
-pub use accounts::{Account, Totals};
 pub use behaviour::{Behaviour, Upkeep};
-pub use circuit::{Carried, CircuitEnd};
-pub use circuits::CircuitId;
 pub use config::{Config, ConfigError};
-pub use event::{Event, Refused};
+pub use event::{Carried, CircuitEnd, CircuitId, Event, FreedReason, Refused, StopFailed};
 #[cfg(feature = "program")]
 pub use program::node::{Node, NodeEvent};
-pub use reservations::FreedReason;
-pub use stop::StopFailed;
+pub use relay::accounts::{Account, Totals};

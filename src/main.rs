@@ -3,5 +3,5 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    relaylet::program::run::main()
+    relaylet::program::cli::run::main()
 }

@@ -1,20 +1,26 @@
 //! The relay without its sockets: what it makes of what happens on its connections.
 //!
-//! Pure. What happened comes in with `now`, what is to be done goes out as [`Order`]s, and the
-//! rooms in between are wired together here: what a request gets is decided by
-//! [`crate::reservations`] and [`crate::circuits`], who is gone by [`crate::heartbeat`] and
-//! [`crate::reclaim`]. A RESERVE is followed through in `relay/reserve.rs`, a CONNECT in
-//! `relay/connect.rs`; what ends by itself is found in `relay/sweep.rs`, what the operator may
-//! change is in `relay/policy.rs`, who makes room for whom in `relay/room.rs`, and how it lets go of
-//! everyone in `relay/drain.rs`. `C` names a connection; [`crate::Behaviour`] uses the swarm's, tests
-//! use numbers.
+//! Sans-IO. What happened comes in with `now`, what is to be done goes out as [`Order`]s, and the tables
+//! in between are wired together here: [`reservations`] and [`circuits`] decide what a request gets,
+//! [`heartbeat`] and [`reclaim`] which peers are gone. `relay/reserve.rs` follows one RESERVE through,
+//! `relay/connect.rs` one CONNECT; `relay/sweep.rs` finds what ends by time, `relay/close.rs` says which
+//! connections the relay closes, `relay/policy.rs` has what may change while it runs. `C` names a
+//! connection: [`crate::Behaviour`] uses the swarm's `ConnectionId`, tests use numbers.
 
+pub mod accounts;
+pub mod bandwidth;
+pub mod circuits;
+mod close;
 mod connect;
-mod drain;
+pub mod connections;
+pub mod heartbeat;
 mod order;
 mod policy;
+pub mod quota;
+pub mod rates;
+pub mod reclaim;
+pub mod reservations;
 mod reserve;
-mod room;
 mod sweep;
 
 use std::{
@@ -26,23 +32,22 @@ use std::{
 use libp2p::{Multiaddr, PeerId};
 
 pub use self::order::{Command, Grant, Order, Quota, RequestId};
-use self::{connect::Asking, reserve::Newcomer};
-use crate::{
-    access::Access,
+use self::{
     accounts::Accounts,
-    circuit::{Carried, CircuitEnd},
-    circuits::{CircuitId, Circuits, End},
-    config::{Config, ConfigError},
+    bandwidth::Link,
+    circuits::{Circuits, End},
     connections::{Connection, Connections},
-    event::{Event, Refused},
     heartbeat::Heartbeat,
     rates::Rates,
     reclaim::Reclaim,
     reservations::Reservations,
-    share::Link,
-    signs::Signs,
-    stop::StopFailed,
-    wire::{BadRequest, Request},
+};
+use crate::{
+    access::{Access, Terms},
+    activity::Signs,
+    config::{Config, ConfigError},
+    event::{Carried, CircuitEnd, CircuitId, Event, Refused, StopFailed},
+    wire::{BadRequest, Limit, Request},
 };
 
 /// One relay.
@@ -62,10 +67,35 @@ pub struct Relay<C, S> {
     heartbeat: Heartbeat,
     reclaim: Reclaim<Newcomer<C>>,
     sweep_due: Instant,
-    draining: Option<drain::Draining>,
+    draining: Option<Draining>,
     /// How many peers were asked for a sign of life so far.
     questions: u64,
     orders: VecDeque<Order<C, S>>,
+}
+
+/// A CONNECT whose target has yet to answer.
+struct Asking {
+    request: RequestId,
+    limit: Limit,
+}
+
+/// A RESERVE that is yet to be answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Newcomer<C> {
+    from: End<C>,
+    request: RequestId,
+    terms: Terms,
+}
+
+/// While it takes nobody in.
+#[derive(Clone, Copy, Debug)]
+struct Draining {
+    /// When all connections without a circuit are to be closed.
+    until: Instant,
+    /// When it was last looked how many there are.
+    looked: Instant,
+    /// The part of a connection that was due then.
+    due: f64,
 }
 
 impl<C: Copy + Ord + Hash, S> Relay<C, S> {
@@ -178,20 +208,14 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
     /// A peer asked for something that was not understood; it has been told.
     pub fn not_understood(&mut self, from: End<C>, reason: BadRequest) {
         let address = self.address_of(from.connection);
-        self.tell(Event::RequestRejected {
-            peer: from.peer,
-            address,
-            reason,
-        });
+        self.tell(Event::RequestRejected { peer: from.peer, address, reason });
     }
 
     /// A connection is gone.
     pub fn disconnected(&mut self, gone: End<C>, now: Instant) {
         let End { peer, connection } = gone;
         self.connections.remove(connection);
-        let left = self
-            .reclaim
-            .withdraw(|newcomer| newcomer.from.connection == connection);
+        let left = self.reclaim.withdraw(|newcomer| newcomer.from.connection == connection);
         if !left.is_empty() {
             log::debug!("reservation waits no longer: peer {peer}: its connection is gone");
         }
@@ -213,7 +237,7 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
             self.accounts.left(&peer);
         }
         let before = self.reservations.connection(&peer);
-        let up = self.connections.fit_for_a_slot(&peer);
+        let up = self.fit_for_a_slot(peer);
         let left = self.reservations.disconnected(peer, connection, &up, now);
         self.after_leaving(peer, before, left, now);
     }
@@ -242,9 +266,7 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
     /// Where the peer at the other end comes from; empty if the connection is gone.
     fn address_of(&self, connection: C) -> Multiaddr {
         let connection = self.connections.get(connection);
-        connection.map_or_else(Multiaddr::empty, |connection| {
-            connection.remote.address.clone()
-        })
+        connection.map_or_else(Multiaddr::empty, |connection| connection.remote.address.clone())
     }
 
     fn tell(&mut self, event: Event) {

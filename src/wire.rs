@@ -153,9 +153,7 @@ pub fn decode_request(message: &[u8], from: PeerId) -> Result<Request, BadReques
     match message.r#type {
         Some(proto::HOP_RESERVE) => Ok(Request::Reserve),
         Some(proto::HOP_CONNECT) => {
-            let peer = message
-                .peer
-                .ok_or(BadRequest::BadTarget("CONNECT without a peer"))?;
+            let peer = message.peer.ok_or(BadRequest::BadTarget("CONNECT without a peer"))?;
             let target = PeerId::from_bytes(&peer.id.unwrap_or_default())
                 .map_err(|_| BadRequest::BadTarget("CONNECT to a peer id that is none"))?;
             if target == from {
@@ -221,10 +219,7 @@ pub fn refusal(status: Status) -> Vec<u8> {
 pub fn stop_connect(source: PeerId, limit: Limit) -> Vec<u8> {
     frame(&proto::StopMessage {
         r#type: Some(proto::STOP_CONNECT),
-        peer: Some(proto::Peer {
-            id: Some(source.to_bytes()),
-            addrs: Vec::new(),
-        }),
+        peer: Some(proto::Peer { id: Some(source.to_bytes()), addrs: Vec::new() }),
         limit: limit.into(),
         status: None,
     })
@@ -354,21 +349,13 @@ mod tests {
         let connect = |id: Option<Vec<u8>>| {
             let message = proto::HopMessage {
                 r#type: Some(proto::HOP_CONNECT),
-                peer: id.map(|id| proto::Peer {
-                    id: Some(id),
-                    addrs: Vec::new(),
-                }),
+                peer: id.map(|id| proto::Peer { id: Some(id), addrs: Vec::new() }),
                 ..Default::default()
             };
             decode_request(&message.encode_to_vec(), alice)
         };
         assert_eq!(connect(Some(bob.to_bytes())), Ok(Request::Connect(bob)));
-        for bad in [
-            None,
-            Some(Vec::new()),
-            Some(vec![1, 2, 3]),
-            Some(alice.to_bytes()),
-        ] {
+        for bad in [None, Some(Vec::new()), Some(vec![1, 2, 3]), Some(alice.to_bytes())] {
             assert_eq!(connect(bad).unwrap_err().status(), Status::MalformedMessage);
         }
     }
@@ -402,14 +389,8 @@ mod tests {
         for (bytes, words) in [
             (&[0x81, 0x20][..], "a message of more than 4096 bytes"),
             // 65,538, whose lower 16 bits are a RESERVE's length.
-            (
-                &[0x82, 0x80, 0x04, 8, 0],
-                "a message of more than 4096 bytes",
-            ),
-            (
-                &[0x82, 0x80, 0x80, 0x80, 0x10, 8, 0],
-                "a length prefix beyond 4096",
-            ),
+            (&[0x82, 0x80, 0x04, 8, 0], "a message of more than 4096 bytes"),
+            (&[0x82, 0x80, 0x80, 0x80, 0x10, 8, 0], "a length prefix beyond 4096"),
             (&[0x82, 0x00, 8, 0], "a length prefix beyond 4096"), // not minimal
             (&[0xff; 9], "a length prefix beyond 4096"),
             (&[2, 0x08], "a message cut short"),
@@ -458,14 +439,8 @@ mod tests {
             message.limit
         };
         assert_eq!(limit(Limit::default()), None);
-        let only_bytes = Limit {
-            bytes: Some(7),
-            duration: None,
-        };
-        let sent = proto::Limit {
-            data: Some(7),
-            duration: None,
-        };
+        let only_bytes = Limit { bytes: Some(7), duration: None };
+        let sent = proto::Limit { data: Some(7), duration: None };
         assert_eq!(limit(only_bytes), Some(sent));
     }
 

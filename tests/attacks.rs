@@ -14,6 +14,7 @@ mod common;
 
 mod attacks {
     pub mod amplification;
+    pub mod backlogs;
     pub mod circuits;
     pub mod floods;
     pub mod frames;
@@ -21,6 +22,7 @@ mod attacks {
     pub mod handshakes;
     pub mod pressure;
     pub mod requests;
+    pub mod silence;
     pub mod strangers;
     pub mod waiting;
 }

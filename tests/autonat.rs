@@ -7,7 +7,7 @@ mod common;
 
 use std::{io, net::TcpListener, time::Duration};
 
-use common::{Client, Relay, messages, within};
+use common::{Client, Relay, messages, swarm, within};
 use libp2p::{
     Multiaddr, PeerId, StreamProtocol, Swarm, SwarmBuilder,
     autonat::{self, v1::NatStatus},
@@ -40,21 +40,6 @@ struct First {
 struct Second {
     autonat: autonat::v2::client::Behaviour,
     identify: identify::Behaviour,
-}
-
-fn swarm<B: NetworkBehaviour>(behaviour: impl FnOnce(&Keypair) -> B) -> Swarm<B> {
-    SwarmBuilder::with_new_identity()
-        .with_tokio()
-        .with_tcp(
-            tcp::Config::default(),
-            noise::Config::new,
-            yamux::Config::default,
-        )
-        .unwrap()
-        .with_behaviour(behaviour)
-        .unwrap()
-        .with_swarm_config(|config| config.with_idle_connection_timeout(common::PATIENCE * 10))
-        .build()
 }
 
 /// A client of version 1 that asks the relay as soon as it has an address to ask about.
@@ -98,9 +83,7 @@ async fn connect<B: NetworkBehaviour>(swarm: &mut Swarm<B>, relay: &Relay) {
 
 /// Listens on the loopback, and waits until it does.
 async fn listen<B: NetworkBehaviour>(swarm: &mut Swarm<B>) -> Multiaddr {
-    swarm
-        .listen_on("/ip4/127.0.0.1/tcp/0".parse().unwrap())
-        .unwrap();
+    swarm.listen_on("/ip4/127.0.0.1/tcp/0".parse().unwrap()).unwrap();
     until(swarm, |event| match event {
         SwarmEvent::NewListenAddr { address, .. } => Some(address),
         _ => None,
@@ -226,13 +209,9 @@ async fn has_one_connection(relay: &Relay) {
     let bystander = Client::connect(relay).await;
     let opened = |peer| format!(" opened: peer {peer}");
     // Once this line is there, all that came before it is.
-    relay
-        .wait_for_log(&opened(bystander.peer.to_string()))
-        .await;
+    relay.wait_for_log(&opened(bystander.peer.to_string())).await;
     let log = relay.log();
-    let opened = log
-        .iter()
-        .filter(|line| line.contains(&opened(String::new())));
+    let opened = log.iter().filter(|line| line.contains(&opened(String::new())));
     assert_eq!(opened.count(), 2, "{log:#?}");
 }
 
@@ -243,9 +222,7 @@ fn closed() -> Multiaddr {
 
 fn address_of(listener: &TcpListener) -> Multiaddr {
     let at = listener.local_addr().unwrap();
-    format!("/ip4/{}/tcp/{}", at.ip(), at.port())
-        .parse()
-        .unwrap()
+    format!("/ip4/{}/tcp/{}", at.ip(), at.port()).parse().unwrap()
 }
 
 // ---- By hand: the specification's protobuf once more
@@ -366,10 +343,7 @@ async fn without_leave_nothing_on_the_loopback_is_dialed() {
     let mut client = Client::connect(&relay).await;
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = [address_of(&listener)];
-    let refused = Response2 {
-        status: REFUSED,
-        ..Response2::default()
-    };
+    let refused = Response2 { status: REFUSED, ..Response2::default() };
     assert_eq!(ask_2(&mut client, &address).await, refused);
     assert_eq!(ask_1(&mut client, &address).await.status, Some(REFUSED));
     assert!(!was_dialed(&listener));
@@ -405,11 +379,7 @@ async fn what_the_relay_cannot_dial_is_refused_and_not_said_to_be_unreachable() 
     assert_eq!(ask_2(&mut client, &others).await.status, REFUSED);
     assert_eq!(ask_1(&mut client, &others).await.status, Some(REFUSED));
     assert_eq!(ask_2(&mut client, &[]).await.status, REFUSED);
-    let expected = Response2 {
-        status: OK_2,
-        index: 2,
-        dial_status: DIAL_ERROR,
-    };
+    let expected = Response2 { status: OK_2, index: 2, dial_status: DIAL_ERROR };
     let all = [&others[..], &[unreachable]].concat();
     assert_eq!(ask_2(&mut client, &all).await, expected);
 }
@@ -466,11 +436,7 @@ async fn a_dial_that_hangs_is_given_up_and_so_is_a_client_that_does_not_take_the
 fn swarm_of(keypair: Keypair) -> Swarm<libp2p::swarm::dummy::Behaviour> {
     SwarmBuilder::with_existing_identity(keypair)
         .with_tokio()
-        .with_tcp(
-            tcp::Config::default(),
-            noise::Config::new,
-            yamux::Config::default,
-        )
+        .with_tcp(tcp::Config::default(), noise::Config::new, yamux::Config::default)
         .unwrap()
         .with_behaviour(|_| libp2p::swarm::dummy::Behaviour)
         .unwrap()
@@ -521,11 +487,7 @@ async fn what_is_no_question_gets_no_answer_and_harms_nobody() {
             let mut answer = Vec::new();
             let _ = within(stream.read_to_end(&mut answer)).await;
             let said = protocol == VERSION_1 && bytes == [2, 0x12, 0x00];
-            assert_eq!(
-                answer.is_empty(),
-                !said,
-                "{protocol}: {bytes:?}: {answer:?}"
-            );
+            assert_eq!(answer.is_empty(), !said, "{protocol}: {bytes:?}: {answer:?}");
         }
     }
     client.reserve().await;
@@ -545,10 +507,7 @@ async fn it_is_off_unless_asked_for() {
     });
     for protocol in [VERSION_1, VERSION_2] {
         let opened = within(control.open_stream(relay.peer, protocol)).await;
-        assert!(matches!(
-            opened,
-            Err(libp2p_stream::OpenStreamError::UnsupportedProtocol(_))
-        ));
+        assert!(matches!(opened, Err(libp2p_stream::OpenStreamError::UnsupportedProtocol(_))));
     }
 }
 
@@ -560,9 +519,7 @@ fn settings(flags: &[&str], variable: Option<&str>, file: &str) -> String {
     std::fs::write(folder.path().join("relaylet.toml"), file).unwrap();
     let mut command = common::command(&folder);
     command.args(["--config=relaylet.toml", "--print-config"]);
-    command
-        .args(flags)
-        .envs(variable.map(|on| ("RELAYLET_AUTONAT", on)));
+    command.args(flags).envs(variable.map(|on| ("RELAYLET_AUTONAT", on)));
     let output = command.output().expect("it can be started");
     let (said, wrong) = (output.stdout, output.stderr);
     let status = output.status.code();
@@ -589,12 +546,7 @@ fn it_is_switched_on_by_a_flag_the_environment_or_a_file() {
     }
     for (flags, variable, file, named) in [
         (&["--autonat=perhaps"][..], None, "", "--autonat"),
-        (
-            &[],
-            Some("perhaps"),
-            "",
-            "RELAYLET_AUTONAT: is true or false",
-        ),
+        (&[], Some("perhaps"), "", "RELAYLET_AUTONAT: takes true or false"),
         (&[], None, "autonat = 1", "relaylet.toml:1: "),
     ] {
         let line = settings(flags, variable, file);

@@ -45,10 +45,8 @@ async fn two_pages_meet_through_the_relay_and_again_after_its_restart() {
     let mut flags = CERTIFICATE.to_vec();
     flags.extend(listen.iter().map(String::as_str));
     let relay = Relay::start_in(folder, &flags);
-    let addresses = [
-        websocket::address(&relay, "/ws").await,
-        websocket::address(&relay, "/tls/ws").await,
-    ];
+    let addresses =
+        [websocket::address(&relay, "/ws").await, websocket::address(&relay, "/tls/ws").await];
 
     let mut pages = process::Command::new("node")
         .arg("meet.mjs")

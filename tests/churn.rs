@@ -83,18 +83,13 @@ fn main() -> ExitCode {
     let trace = Trace::of_a_day(SEED);
     let settings = env::args().any(|argument| argument == "settings");
     let loads = if settings { &TRIED_AT[..] } else { &LOADS };
-    println!(
-        "A day, seed {SEED}: {:.0} live clients want a slot on average.\n",
-        trace.mean_live()
-    );
+    println!("A day, seed {SEED}: {:.0} live clients want a slot on average.\n", trace.mean_live());
     println!("{HEAD}");
     let began = Instant::now();
     let results = at_each(loads, |load| {
         let slots = (trace.mean_live() * 100.0 / f64::from(load)).round() as usize;
         let rows = match settings {
-            true => TRIED
-                .map(|(name, change)| (name, relaylet(&trace, slots, change)))
-                .into(),
+            true => TRIED.map(|(name, change)| (name, relaylet(&trace, slots, change))).into(),
             false => policies(&trace, slots),
         };
         (load, slots, rows)
@@ -109,9 +104,8 @@ fn main() -> ExitCode {
     println!("\n{days} days in {took:.0} s.");
     if !settings {
         let line = |n: usize| {
-            let points = results
-                .iter()
-                .map(|(load, _, rows)| (f64::from(*load), refused(&rows[n].1)));
+            let points =
+                results.iter().map(|(load, _, rows)| (f64::from(*load), refused(&rows[n].1)));
             (results[0].2[n].0, points.collect())
         };
         let lines: Vec<_> = (0..PLOTTED).map(line).collect();
@@ -121,21 +115,14 @@ fn main() -> ExitCode {
     let mut failed = false;
     for (name, tally) in results.iter().flat_map(|(_, _, rows)| rows) {
         if tally.unjust > 0 {
-            eprintln!(
-                "{name}: {} peers answered in time and were evicted",
-                tally.unjust
-            );
+            eprintln!("{name}: {} peers answered in time and were evicted", tally.unjust);
         }
         if tally.left_over > 0 {
             eprintln!("{name}: {} things left when all were gone", tally.left_over);
         }
         failed |= tally.unjust + tally.left_over > 0;
     }
-    if failed {
-        ExitCode::FAILURE
-    } else {
-        ExitCode::SUCCESS
-    }
+    if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS }
 }
 
 fn policies(trace: &Trace, slots: usize) -> Vec<(&'static str, Tally)> {

@@ -51,23 +51,15 @@ fn the_unit_exposes_little() {
 #[test]
 fn systemd_runs_it_as_somebody_who_may_do_nothing_else() {
     let folder = TempDir::new().unwrap();
-    let output = run(Command::new("tests/deploy/boot")
-        .arg(PROGRAM)
-        .arg(folder.path()));
+    let output = run(Command::new("tests/deploy/boot").arg(PROGRAM).arg(folder.path()));
     let value = |name: &str| {
-        let found = output
-            .lines()
-            .find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
+        let found = output.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
         found.unwrap_or_else(|| panic!("no {name}: {output}"))
     };
     assert_eq!(value("active"), "active");
     let status = value("status");
     assert!(status.starts_with("relaying as 12D3"), "{output}");
-    assert_eq!(
-        value("status again"),
-        status,
-        "who it is outlasts a restart"
-    );
+    assert_eq!(value("status again"), status, "who it is outlasts a restart");
     let user = value("user");
     assert_ne!(user, "0");
     assert_eq!(value("key"), format!("{user} 600"));
@@ -76,21 +68,11 @@ fn systemd_runs_it_as_somebody_who_may_do_nothing_else() {
     assert_eq!(value("setting"), "7");
     assert_eq!(value("nice"), "19", "what is shown over HTTP comes last");
     assert_eq!(value("result"), "success");
-    let journal: Vec<_> = output
-        .lines()
-        .filter(|line| line.starts_with("journal="))
-        .collect();
+    let journal: Vec<_> = output.lines().filter(|line| line.starts_with("journal=")).collect();
     let says = |text: &str| journal.iter().filter(|line| line.contains(text)).count();
-    let both_times = (
-        says(&status.replace("relaying as", "is")),
-        says("SIGTERM: draining"),
-    );
+    let both_times = (says(&status.replace("relaying as", "is")), says("SIGTERM: draining"));
     assert_eq!(both_times, (2, 2), "{journal:#?}");
-    assert_eq!(
-        says(" WARN "),
-        says("can be dialed from the internet"),
-        "{journal:#?}"
-    );
+    assert_eq!(says(" WARN "), says("can be dialed from the internet"), "{journal:#?}");
 }
 
 /// The unit, for the program of these tests.
@@ -118,13 +100,7 @@ async fn two_containers_on_one_volume_are_one_relay() {
     assert_eq!(image.setting("EXPOSE"), "4001");
     assert_eq!(image.setting("VOLUME"), "/data");
     assert_eq!(image.setting("ENTRYPOINT"), r#"["/relaylet"]"#);
-    let user: u32 = image
-        .setting("USER")
-        .split(':')
-        .next()
-        .unwrap()
-        .parse()
-        .unwrap();
+    let user: u32 = image.setting("USER").split(':').next().unwrap().parse().unwrap();
     assert_ne!(user, 0);
     let program = fs::metadata(image.root.join("relaylet")).unwrap();
     assert!(program.len() < LARGEST, "{} bytes", program.len());
@@ -166,9 +142,7 @@ struct Image {
 impl Image {
     fn build(folder: &Path) -> Self {
         let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join("image");
-        run(Command::new("tests/deploy/build-image")
-            .arg(folder)
-            .env("CARGO_TARGET_DIR", target));
+        run(Command::new("tests/deploy/build-image").arg(folder).env("CARGO_TARGET_DIR", target));
         Self {
             root: folder.join("image"),
             settings: fs::read_to_string(folder.join("settings")).unwrap(),
@@ -177,9 +151,8 @@ impl Image {
 
     fn files(&self) -> Vec<String> {
         let entries = fs::read_dir(&self.root).unwrap();
-        let mut names: Vec<_> = entries
-            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-            .collect();
+        let mut names: Vec<_> =
+            entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
         names.sort();
         names
     }
@@ -205,23 +178,14 @@ impl Image {
         let folder = TempDir::new().unwrap();
         let mut command = Command::new("unshare");
         command
-            .args([
-                "--mount",
-                "--propagation",
-                "private",
-                "sh",
-                "-c",
-                CONTAINER,
-                "sh",
-            ])
+            .args(["--mount", "--propagation", "private", "sh", "-c", CONTAINER, "sh"])
             .args([folder.path(), &self.root, volume])
             .arg(self.setting("USER"))
             .env_clear()
             .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
         for line in self.settings.lines() {
-            if let Some((name, value)) = line
-                .strip_prefix("ENV ")
-                .and_then(|env| env.split_once('='))
+            if let Some((name, value)) =
+                line.strip_prefix("ENV ").and_then(|env| env.split_once('='))
             {
                 command.env(name, value);
             }

@@ -42,7 +42,7 @@ fn bad_usage_is_one_line_with_the_remedy() {
         ),
         (&["--dht", "--dht-protocol=/a b"], "--dht-protocol"),
         (&["--dht", "--idle-timeout=0s"], "--idle-timeout 0s"),
-        (&["--dht=maybe"], "--dht maybe: is true or false"),
+        (&["--dht=maybe"], "--dht maybe: takes true or false"),
     ] {
         refused(&[], arguments, said);
     }
@@ -79,12 +79,7 @@ fn the_switch_is_in_the_environment_and_in_the_file_too() {
         ("dht = false", &[], &["--dht"], "dht = true"),
         ("", &[("RELAYLET_DHT", "true")], &[], "dht = true"),
         ("dht = true", &[("RELAYLET_DHT", "0")], &[], "dht = false"),
-        (
-            "dht = \"yes\"",
-            &[],
-            &[],
-            "relaylet: relay.toml:1: dht: takes true or false",
-        ),
+        ("dht = \"yes\"", &[], &[], "relaylet: relay.toml:1: dht: takes true or false"),
     ] {
         let printed = prints(file, environment, arguments);
         assert!(printed.lines().any(|line| line == is), "{is}: {printed}");
@@ -149,21 +144,11 @@ async fn relays_that_joined_by_one_node_are_found_at_it_and_at_each_other() {
     let bootstrap = node.address.to_string();
     // The node's own address among them: a fleet may share one list.
     let list = format!("{bootstrap},/ip4/127.0.0.1/tcp/1/p2p/{NOBODY}");
-    let fleet: Vec<_> = (0..3)
-        .map(|_| Relay::start(&["--dht", "--bootstrap", &list]))
-        .collect();
-    let all: BTreeSet<_> = fleet
-        .iter()
-        .chain([&node])
-        .map(|relay| relay.peer)
-        .collect();
+    let fleet: Vec<_> = (0..3).map(|_| Relay::start(&["--dht", "--bootstrap", &list])).collect();
+    let all: BTreeSet<_> = fleet.iter().chain([&node]).map(|relay| relay.peer).collect();
     for at in fleet.iter().chain([&node]) {
         let mut walker = Client::connect(at).await;
-        let others: BTreeSet<_> = all
-            .iter()
-            .copied()
-            .filter(|peer| *peer != at.peer)
-            .collect();
+        let others: BTreeSet<_> = all.iter().copied().filter(|peer| *peer != at.peer).collect();
         let found = within(async {
             loop {
                 let found = find(&mut walker, &KAD, at.peer).await;
@@ -193,8 +178,7 @@ async fn a_walk_dials_again_whom_the_sweep_let_go() {
     node.wait_for_log("closed: peer").await;
     // A newcomer makes the node walk, and to whom it had met.
     let _second = Relay::start(&["--dht", SHORT, "--bootstrap", &bootstrap]);
-    node.wait_for_log(&format!("opened: peer {} at {}", first.peer, first.address))
-        .await;
+    node.wait_for_log(&format!("opened: peer {} at {}", first.peer, first.address)).await;
 }
 
 #[tokio::test]
@@ -231,15 +215,8 @@ async fn what_strangers_bring_is_not_kept() {
     for n in 0..MANY {
         // As much as a message may hold: in all 32 MiB of keys, and nearly as much of values.
         let key = [&n.to_be_bytes()[..], &[7; 8 * 1024]].concat();
-        let record = Record {
-            key: key.clone(),
-            value: vec![7; 7 * 1024],
-        };
-        let put = Message {
-            kind: PUT_VALUE,
-            record: Some(record),
-            ..Message::default()
-        };
+        let record = Record { key: key.clone(), value: vec![7; 7 * 1024] };
+        let put = Message { kind: PUT_VALUE, record: Some(record), ..Message::default() };
         messages::write(&mut puts, &put).await;
         let answer: Message = messages::read(&mut puts).await;
         let stored = answer.record.expect("what is stored now").value;
@@ -260,11 +237,7 @@ async fn what_strangers_bring_is_not_kept() {
     }
     let key = [&0usize.to_be_bytes()[..], &[7; 8 * 1024]].concat();
     for kind in [GET_VALUE, GET_PROVIDERS] {
-        let asked = Message {
-            kind,
-            key: key.clone(),
-            ..Message::default()
-        };
+        let asked = Message { kind, key: key.clone(), ..Message::default() };
         let answer = ask(&mut stranger, &KAD, &asked).await;
         assert!(answer.record.is_none() && answer.providers.is_empty());
     }
@@ -362,11 +335,7 @@ async fn ask(client: &mut Client, protocol: &StreamProtocol, question: &Message)
 
 /// Whom the relay knows near this peer.
 async fn find(client: &mut Client, protocol: &StreamProtocol, near: PeerId) -> Vec<Peer> {
-    let question = Message {
-        kind: FIND_NODE,
-        key: near.to_bytes(),
-        ..Message::default()
-    };
+    let question = Message { kind: FIND_NODE, key: near.to_bytes(), ..Message::default() };
     ask(client, protocol, &question).await.closer
 }
 
@@ -400,9 +369,7 @@ fn count(relay: &Relay, text: &str) -> usize {
 
 fn without_peer(address: &Multiaddr) -> Multiaddr {
     let parts = address.iter();
-    parts
-        .filter(|part| !matches!(part, Protocol::P2p(_)))
-        .collect()
+    parts.filter(|part| !matches!(part, Protocol::P2p(_))).collect()
 }
 
 /// The memory of its process, in bytes.

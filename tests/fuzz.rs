@@ -52,9 +52,7 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     static CHECK: LazyLock<fn(&[u8])> = LazyLock::new(|| {
         let name = env::var("FUZZ_TARGET").expect("FUZZ_TARGET names a target");
         let target = TARGETS.iter().find(|(target, _)| *target == name);
-        target
-            .unwrap_or_else(|| panic!("{name}: there is no such target"))
-            .1
+        target.unwrap_or_else(|| panic!("{name}: there is no such target")).1
     });
     CHECK(bytes);
 });

@@ -20,35 +20,18 @@ use common::{Relay, http, websocket};
 /// What a client does, and the flags of the relay that it does it to.
 type Scenario = (&'static str, &'static [&'static str]);
 
-const UNLIMITED: Scenario = (
-    "unlimited",
-    &["--circuit-bytes", "0", "--circuit-duration", "0s"],
-);
-const LIMITED: Scenario = (
-    "limited",
-    &["--circuit-bytes", "128KiB", "--circuit-duration", "5s"],
-);
+const UNLIMITED: Scenario = ("unlimited", &["--circuit-bytes", "0", "--circuit-duration", "0s"]);
+const LIMITED: Scenario = ("limited", &["--circuit-bytes", "128KiB", "--circuit-duration", "5s"]);
 const STATUSES: Scenario = ("statuses", &["--max-circuits-per-peer", "1"]);
 const WEBSOCKET: Scenario = (
     "websocket",
-    &[
-        websocket::LISTEN,
-        "--circuit-bytes=0",
-        "--circuit-duration=0s",
-        "--reservation-ttl=5m",
-    ],
+    &[websocket::LISTEN, "--circuit-bytes=0", "--circuit-duration=0s", "--reservation-ttl=5m"],
 );
 
 /// A private network's key; the clients find it under this name in their environment.
 const SWARM_KEY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/interop/swarm.key");
-const PRIVATE: Scenario = (
-    "private",
-    &[concat!(
-        "--swarm-key=",
-        env!("CARGO_MANIFEST_DIR"),
-        "/tests/interop/swarm.key"
-    )],
-);
+const PRIVATE: Scenario =
+    ("private", &[concat!("--swarm-key=", env!("CARGO_MANIFEST_DIR"), "/tests/interop/swarm.key")]);
 
 #[tokio::test]
 async fn go_libp2p_is_served() {
@@ -69,7 +52,6 @@ async fn go_libp2p_is_served() {
 
 /// Three relays, because go-libp2p asks each no more than once in two minutes, and believes version
 /// 2 when two have said the same.
-#[cfg(all(feature = "autonat", feature = "netns"))]
 #[test]
 fn go_libp2p_learns_whether_it_can_be_reached() {
     let program = go_client();
@@ -83,11 +65,7 @@ fn go_libp2p_learns_whether_it_can_be_reached() {
             host.close(4001); // the port that it listens on
         }
         let under = host.under();
-        run(Command::new(&under[0])
-            .args(&under[1..])
-            .arg(program)
-            .arg(scenario)
-            .args(&addresses));
+        run(Command::new(&under[0]).args(&under[1..]).arg(program).arg(scenario).args(&addresses));
     }
 }
 
@@ -98,9 +76,7 @@ fn a_client_that_walks_a_dht_finds_a_relay_of_the_fleet_and_another_when_that_is
     let fleet = (0..3).map(|_| Relay::start(&["--dht", "--bootstrap", &bootstrap]));
     let mut fleet: Vec<_> = fleet.collect();
     let first = client.says("reserved ");
-    let first = fleet
-        .iter()
-        .position(|relay| relay.peer.to_string() == first);
+    let first = fleet.iter().position(|relay| relay.peer.to_string() == first);
     fleet.remove(first.expect("one of the fleet")).kill();
     client.ends_well();
 }
@@ -122,12 +98,7 @@ fn after_kill_9_under_60_clients_with_autorelay_all_are_reserved_again_and_none_
     );
     assert_eq!(relay.address.to_string(), address);
     assert_eq!(relay.count_in_log("reservation granted"), CLIENTS);
-    for refused in [
-        "refused",
-        "rejected",
-        "connection denied",
-        "answer undelivered",
-    ] {
+    for refused in ["refused", "rejected", "connection denied", "answer undelivered"] {
         assert_eq!(relay.count_in_log(refused), 0, "{refused}");
     }
     clients.ends_well();
@@ -138,9 +109,7 @@ async fn js_libp2p_is_served() {
     // js-libp2p asks to reserve again only when little of the term is left.
     const SHORT: &str = "--reservation-ttl=5m";
     let folder = client("js");
-    run(Command::new("npm")
-        .args(["ci", "--no-audit", "--no-fund"])
-        .current_dir(&folder));
+    run(Command::new("npm").args(["ci", "--no-audit", "--no-fund"]).current_dir(&folder));
     for scenario in [
         ("reserve", &[SHORT][..]),
         UNLIMITED,
@@ -166,9 +135,7 @@ fn the_snippet_of_the_readme_works_as_pasted() {
     for file in ["go.mod", "go.sum"] {
         fs::copy(client("go").join(file), folder.path().join(file)).expect("a copy");
     }
-    run(Command::new("go")
-        .args(["build", "-o", "snippet"])
-        .current_dir(&folder));
+    run(Command::new("go").args(["build", "-o", "snippet"]).current_dir(&folder));
 
     let relay = Relay::start(&[]);
     let snippet = folder.path().join("snippet");
@@ -189,17 +156,8 @@ fn the_snippet_of_the_readme_works_as_pasted() {
 
 #[tokio::test]
 async fn the_metrics_are_those_that_go_libp2p_counts_and_its_dashboard_asks_for() {
-    let go = [
-        "list",
-        "-m",
-        "-f",
-        "{{.Dir}}",
-        "github.com/libp2p/go-libp2p",
-    ];
-    let listed = Command::new("go")
-        .args(go)
-        .current_dir(client("go"))
-        .output();
+    let go = ["list", "-m", "-f", "{{.Dir}}", "github.com/libp2p/go-libp2p"];
+    let listed = Command::new("go").args(go).current_dir(client("go")).output();
     let folder = String::from_utf8(listed.expect("go is installed").stdout).expect("a path");
     let folder = Path::new(folder.trim());
     let read = |path: &str| fs::read_to_string(folder.join(path)).expect("go-libp2p's source");
@@ -236,10 +194,7 @@ async fn the_metrics_are_those_that_go_libp2p_counts_and_its_dashboard_asks_for(
     let phrases = ["*tags = append(*tags, ", "reason = ", "requestStatus"];
     let phrases = source.lines().filter_map(|line| {
         let line = line.trim();
-        phrases
-            .iter()
-            .any(|start| line.starts_with(start))
-            .then(|| line.split('"').nth(1))?
+        phrases.iter().any(|start| line.starts_with(start)).then(|| line.split('"').nth(1))?
     });
     let phrases: Vec<_> = phrases.collect();
     assert_eq!(phrases.len(), 13, "{phrases:?}");
@@ -314,12 +269,7 @@ fn go_client() -> &'static Path {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
     BUILT.get_or_init(|| {
         let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join("go-client");
-        let build = [
-            "build",
-            "-o",
-            program.to_str().expect("a path in UTF-8"),
-            ".",
-        ];
+        let build = ["build", "-o", program.to_str().expect("a path in UTF-8"), "."];
         run(Command::new("go").args(build).current_dir(client("go")));
         program
     })
@@ -331,9 +281,7 @@ fn quoted(text: &str) -> &str {
 }
 
 fn client(language: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/interop")
-        .join(language)
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/interop").join(language)
 }
 
 /// Runs a client through one scenario with a relay of its own. It bounds its steps itself.

@@ -8,11 +8,14 @@
 //! | graceful release: given up by command, and with its term | `--reservation-ttl` | `a_slot_that_is_given_up_is_free_at_once`, `a_term_that_is_over_is_over_whether_or_not_the_sweep_has_been_by` |
 //! | concurrency: many clients at once, and no slot too many | `--max-reservations` | `however_many_come_and_go_at_once_the_counts_agree` in `crowd.rs` |
 //! | consistency: no cap exceeded, every counter what counting gives, nothing left behind | `--max-reservations-per-ip`, `--max-reservations-per-subnet`, `--reserve-rate` | `history::the_relay_and_a_naive_model_of_it_never_differ` |
+//! | fair shares: a prefix that takes all it can get cedes to others, and nobody loses a circuit for one that is refused | `--max-circuits`, `--max-circuits-per-ip`, `--max-circuits-per-subnet`, `--max-circuits-per-peer` | `circuits::circuits_are_admitted_and_cede_as_a_list_of_them_says` |
 //! | accounting: a peer's account is of its present stay, and ends with it; totals are of all | none: it is always so | `accounts::the_accounts_are_what_the_list_of_all_that_happened_adds_up_to`; `accounts.rs`, against a whole relay |
 //! | tunable policy: what is changed holds from then on and drops nobody | all of these | `a_cap_that_is_lowered_drops_nobody_and_admits_nobody_until_there_is_room`, the history; `access.rs` |
 
 #[path = "laws/accounts.rs"]
 mod accounts;
+#[path = "laws/circuits.rs"]
+mod circuits;
 #[path = "laws/history.rs"]
 mod history;
 #[path = "laws/model.rs"]
@@ -26,9 +29,12 @@ use std::{
 use libp2p::PeerId;
 use relaylet::{
     Config,
-    address::BilledTo,
-    bills::Full,
-    reservations::{Admission, Freed, FreedReason, Left, Receipt, Reservations},
+    address::ClientPrefix,
+    event::FreedReason,
+    relay::{
+        quota::Scope,
+        reservations::{Admission, Freed, Left, Receipt, Reservations},
+    },
 };
 
 const TTL: Duration = Duration::from_secs(3600);
@@ -38,7 +44,7 @@ fn secs(n: u64) -> Duration {
     Duration::from_secs(n)
 }
 
-fn billed_to(n: u8) -> BilledTo {
+fn billed_to(n: u8) -> ClientPrefix {
     IpAddr::from(Ipv4Addr::new(10, 0, 0, n)).into()
 }
 
@@ -70,9 +76,9 @@ enum Got {
     Slot,
     SlotOf(usize),
     Renewal,
-    Nothing(Full),
+    Nothing(Scope),
     /// Nor would there be if somebody were gone.
-    NothingYet(Full),
+    NothingYet(Scope),
 }
 
 impl Table {
@@ -102,17 +108,11 @@ impl Table {
     fn reserve_over(&mut self, who: usize, connection: u32, address: u8) -> (Got, Option<Receipt>) {
         let peer = self.peers[who];
         let address = Some(billed_to(address));
-        let admission = self
-            .reservations
-            .reserve(peer, connection, address, TTL, self.now);
-        let taken = self
-            .reservations
-            .take_freed()
-            .into_iter()
-            .find_map(|freed| {
-                let from = self.peers.iter().position(|peer| *peer == freed.peer)?;
-                (freed.reason == FreedReason::TakenBy { peer }).then_some(from)
-            });
+        let admission = self.reservations.reserve(peer, connection, address, TTL, self.now);
+        let taken = self.reservations.take_freed().into_iter().find_map(|freed| {
+            let from = self.peers.iter().position(|peer| *peer == freed.peer)?;
+            (freed.reason == FreedReason::TakenBy { peer }).then_some(from)
+        });
         match admission {
             Admission::Granted(receipt) => (taken.map_or(Got::Slot, Got::SlotOf), Some(receipt)),
             Admission::Renewed(receipt) => (Got::Renewal, Some(receipt)),
@@ -126,28 +126,23 @@ impl Table {
     }
 
     fn lose(&mut self, who: usize, connection: u32, up: &[u32]) -> Left<u32> {
-        self.reservations
-            .disconnected(self.peers[who], connection, up, self.now)
+        self.reservations.disconnected(self.peers[who], connection, up, self.now)
     }
 
     fn undelivered(&mut self, who: usize, receipt: Option<Receipt>, up: &[u32]) -> Left<u32> {
         let receipt = receipt.expect("there was an answer");
-        self.reservations
-            .undelivered(self.peers[who], receipt, up, self.now)
+        self.reservations.undelivered(self.peers[who], receipt, up, self.now)
     }
 
     fn sweep(&mut self) -> Vec<(usize, FreedReason)> {
         self.reservations.end_what_is_over(self.now);
         let freed = self.reservations.take_freed();
         let who = |freed: &Freed<u32>| self.peers.iter().position(|peer| *peer == freed.peer);
-        freed
-            .iter()
-            .map(|freed| (who(freed).unwrap(), freed.reason))
-            .collect()
+        freed.iter().map(|freed| (who(freed).unwrap(), freed.reason)).collect()
     }
 
-    fn slots_of(&self, address: BilledTo) -> usize {
-        self.reservations.bills().of_address(address)
+    fn slots_of(&self, address: ClientPrefix) -> usize {
+        self.reservations.quota().held(Scope::Address(address))
     }
 
     fn set(&mut self, config: &Config) {
@@ -169,7 +164,7 @@ fn connection_of(who: usize) -> u32 {
 fn a_newcomer_gets_nothing_while_everyone_is_there() {
     let mut table = Table::of(1);
     assert_eq!(table.reserve(ALICE), Got::Slot);
-    assert_eq!(table.reserve(BOB), Got::Nothing(Full::Table));
+    assert_eq!(table.reserve(BOB), Got::Nothing(Scope::Total));
     assert_eq!(table.reaches(ALICE), Some(connection_of(ALICE)));
 }
 
@@ -302,10 +297,7 @@ fn when_the_connection_goes_another_of_the_same_peer_takes_over() {
     let mut table = Table::of(1);
     table.reserve(ALICE);
     let spare = 9;
-    assert_eq!(
-        table.lose(ALICE, connection_of(ALICE), &[spare]),
-        Left::MovedTo(spare)
-    );
+    assert_eq!(table.lose(ALICE, connection_of(ALICE), &[spare]), Left::MovedTo(spare));
     assert_eq!(table.reaches(ALICE), Some(spare));
     assert_eq!(table.lose(ALICE, spare, &[]), Left::Grace);
 }
@@ -336,10 +328,7 @@ fn a_renewal_whose_answer_is_lost_leaves_the_old_term_and_the_old_connection() {
     let (got, receipt) = table.reserve_over(ALICE, 9, 1);
     assert_eq!(got, Got::Renewal);
     let old = connection_of(ALICE);
-    assert_eq!(
-        table.undelivered(ALICE, receipt, &[old, 9]),
-        Left::MovedTo(old)
-    );
+    assert_eq!(table.undelivered(ALICE, receipt, &[old, 9]), Left::MovedTo(old));
     assert_eq!(table.reaches(ALICE), Some(old));
     table.pass(TTL - secs(10));
     assert_eq!(table.sweep(), [(ALICE, FreedReason::Expired)]);
@@ -374,7 +363,7 @@ fn an_address_cap_takes_only_from_the_same_address() {
     let mut table = Table::with(&config(9, 1));
     table.reserve_over(ALICE, 0, 1);
     table.reservations.delivered(&table.peers[ALICE]);
-    let full = Full::Address(billed_to(1));
+    let full = Scope::Address(billed_to(1));
     assert_eq!(table.reserve_over(BOB, 1, 1).0, Got::Nothing(full));
     table.disconnect(ALICE);
     assert_eq!(table.reserve_over(BOB, 1, 1).0, Got::SlotOf(ALICE));
@@ -414,10 +403,10 @@ fn a_subnet_cap_takes_only_from_the_same_subnet() {
     let subnet = billed_to(0).subnet();
     table.reserve(ALICE);
     table.reserve(BOB);
-    assert_eq!(table.reserve(CAROL), Got::Nothing(Full::Subnet(subnet)));
+    assert_eq!(table.reserve(CAROL), Got::Nothing(Scope::Subnet(subnet)));
     table.disconnect(BOB);
     assert_eq!(table.reserve(CAROL), Got::SlotOf(BOB));
-    assert_eq!(table.reservations.bills().of_subnet(subnet), 2);
+    assert_eq!(table.reservations.quota().held(Scope::Subnet(subnet)), 2);
 }
 
 // ---- A policy that changes
@@ -429,11 +418,11 @@ fn a_cap_that_is_lowered_drops_nobody_and_admits_nobody_until_there_is_room() {
     table.reserve(BOB);
     table.set(&config(1, 0));
     table.disconnect(BOB);
-    assert_eq!(table.reserve(CAROL), Got::NothingYet(Full::Table));
+    assert_eq!(table.reserve(CAROL), Got::NothingYet(Scope::Total));
     assert_eq!(table.reserve(ALICE), Got::Renewal);
     assert_eq!(table.reserve(BOB), Got::Renewal, "its claim was left alone");
     table.reservations.release(table.peers[BOB]);
-    assert_eq!(table.reserve(CAROL), Got::Nothing(Full::Table));
+    assert_eq!(table.reserve(CAROL), Got::Nothing(Scope::Total));
     table.reservations.release(table.peers[ALICE]);
     assert_eq!(table.reserve(CAROL), Got::Slot);
 }

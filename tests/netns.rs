@@ -1,7 +1,7 @@
 //! Networks that fail under the relay and its clients, for as long as networks do.
 //!
 //! Behind the feature `netns`: it makes namespaces, for which it needs root, iproute2 and
-//! nftables, and takes two minutes and a half. `cargo test --features netns --test netns -- --test-threads 8`
+//! nftables, and takes two minutes and a half. `cargo test --features environment --test netns -- --test-threads 8`
 //!
 //! The clients say nothing by themselves: whoever keeps its slot here answered the relay's questions.
 
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use common::{
     Relay,
     network::{Host, Network},
-    process::{self, Process, Role},
+    process::{Process, Role},
     within,
 };
 use libp2p::{PeerId, futures::future, identity::Keypair};
@@ -50,15 +50,10 @@ async fn a_newcomer_gets_the_slot_of_a_client_whose_cable_is_pulled() {
             break newcomer;
         }
         assert_eq!(newcomer.status, RESERVATION_REFUSED);
-        assert!(
-            pulled.elapsed() < Duration::from_secs(40),
-            "long before it is judged anyway"
-        );
+        assert!(pulled.elapsed() < Duration::from_secs(40), "long before it is judged anyway");
     };
     relay.wait_for_log(&judged(client.peer)).await;
-    relay
-        .wait_for_log(&format!("taken by {}", newcomer.peer))
-        .await;
+    relay.wait_for_log(&format!("taken by {}", newcomer.peer)).await;
 }
 
 #[tokio::test]
@@ -68,16 +63,10 @@ async fn two_minutes_of_thirty_percent_loss_cost_nobody_its_slot() {
     let relay = here.relay(&[]);
     // As rust-libp2p's come. One that only answers has half a minute for it, in which TCP tries eight
     // times: of forty questions each way, one would now and then be lost for as long.
-    let pinging = Role {
-        pings: true,
-        ..Role::default()
-    };
+    let pinging = Role { pings: true, ..Role::default() };
     let clients = (0..10).map(|_| start(&there, &relay, pinging.clone()));
     let clients = future::join_all(clients).await;
-    let in_vain = Role {
-        target: Some(PeerId::random()),
-        ..Role::default()
-    };
+    let in_vain = Role { target: Some(PeerId::random()), ..Role::default() };
     let refused = start(&there, &relay, in_vain).await;
     assert_eq!(refused.status, NO_RESERVATION);
     here.lose(30);
@@ -122,18 +111,11 @@ async fn a_relay_that_was_stopped_for_ninety_seconds_gives_nobody_up() {
 #[tokio::test]
 async fn a_client_that_changes_networks_takes_its_slot_along() {
     let mut network = Network::new();
-    let (here, old, new, elsewhere) = (
-        network.host(),
-        network.host(),
-        network.host(),
-        network.host(),
-    );
+    let (here, old, new, elsewhere) =
+        (network.host(), network.host(), network.host(), network.host());
     // The table is full, and so is the address that the client moves to.
     let relay = here.relay(&["--max-reservations=2", "--max-reservations-per-ip=1"]);
-    let phone = Role {
-        keypair: Some(Keypair::generate_ed25519()),
-        ..Role::default()
-    };
+    let phone = Role { keypair: Some(Keypair::generate_ed25519()), ..Role::default() };
     let before = start(&old, &relay, phone.clone()).await;
     let _other = reserves(&new, &relay).await;
     assert_eq!(before.status, OK);
@@ -143,10 +125,7 @@ async fn a_client_that_changes_networks_takes_its_slot_along() {
     assert_eq!(after.status, OK, "it comes back while the old path hangs");
     relay.wait_for_log("reservation renewed").await;
     let reaches = async |peer: PeerId| {
-        let role = Role {
-            target: Some(peer),
-            ..Role::default()
-        };
+        let role = Role { target: Some(peer), ..Role::default() };
         start(&elsewhere, &relay, role).await.status
     };
     assert_eq!(reaches(after.peer).await, OK);
@@ -154,9 +133,7 @@ async fn a_client_that_changes_networks_takes_its_slot_along() {
     // The old connection ends at last.
     before.signal("KILL");
     old.lose(0);
-    relay
-        .wait_for_log(&format!("closed: peer {}", after.peer))
-        .await;
+    relay.wait_for_log(&format!("closed: peer {}", after.peer)).await;
     assert_eq!(reaches(after.peer).await, OK);
     assert!(!says(&relay, "grace began"));
     assert!(!says(&relay, "slot freed"));
@@ -173,26 +150,14 @@ async fn a_relay_behind_a_router_learns_its_address_from_its_clients() {
     let mut clients = Vec::new();
     for _ in 0..4 {
         assert!(!says(&relay, &learnt), "with {} clients", clients.len());
-        let role = Role {
-            under: network.host().under(),
-            ..Role::default()
-        };
+        let role = Role { under: network.host().under(), ..Role::default() };
         clients.push(Process::start(&address, role).await);
     }
     relay.wait_for_log(&learnt).await;
 }
 
-#[tokio::test]
-#[ignore = "not a test: the client that the tests above start"]
-async fn a_client() {
-    process::a_client().await;
-}
-
 async fn start(host: &Host, relay: &Relay, role: Role) -> Process {
-    let role = Role {
-        under: host.under(),
-        ..role
-    };
+    let role = Role { under: host.under(), ..role };
     Process::start(&relay.address, role).await
 }
 
@@ -222,10 +187,7 @@ async fn are_unharmed(clients: &[Process], from: &Host, relay: &Relay) {
         assert!(!says(relay, bad), "{bad}");
     }
     for client in clients {
-        let role = Role {
-            target: Some(client.peer),
-            ..Role::default()
-        };
+        let role = Role { target: Some(client.peer), ..Role::default() };
         let source = within(start(from, relay, role)).await;
         assert_eq!(source.status, OK);
     }

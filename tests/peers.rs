@@ -9,6 +9,7 @@
 //!
 //! CPU time is what the kernel counted for the relay's threads (schedstat), memory what it counted
 //! for its pages (smaps_rollup); the client is in neither. Each figure is the median of the rounds.
+//! Each contestant has as many threads as relaylet has by itself.
 
 mod common;
 
@@ -17,6 +18,7 @@ mod peers {
     pub mod contestants;
     pub mod crowd;
     pub mod echo;
+    pub mod floor;
     pub mod idle;
     pub mod rounds;
     pub mod setup;
@@ -32,7 +34,7 @@ use common::Security;
 use peers::{
     bulk,
     contestants::{Contestant, Contestants},
-    crowd, echo, idle,
+    crowd, echo, floor, idle,
     rounds::Rounds,
     setup, stalled,
     watched::{self, Callers},
@@ -75,17 +77,10 @@ impl<'a> Bench<'a> {
         let quick = words.contains(&"--quick");
         let mut groups: Vec<_> = GROUPS.into_iter().filter(|g| words.contains(g)).collect();
         if groups.is_empty() {
-            groups = if quick {
-                vec!["bulk", "setup", "echo"]
-            } else {
-                GROUPS.to_vec()
-            };
+            groups = if quick { vec!["bulk", "setup", "echo"] } else { GROUPS.to_vec() };
         }
         let who: Vec<_> = match behind("--only") {
-            Some(name) => Contestant::ALL
-                .into_iter()
-                .filter(|c| c.name() == name)
-                .collect(),
+            Some(name) => Contestant::ALL.into_iter().filter(|c| c.name() == name).collect(),
             None => Contestant::ALL.to_vec(),
         };
         let rounds = behind("--rounds").map(|rounds| rounds.parse().expect("a number of rounds"));
@@ -127,23 +122,19 @@ impl<'a> Bench<'a> {
     fn bulk(&self, table: &mut Rounds) {
         let bytes = if self.quick { 256 << 20 } else { 1_000_000_000 };
         for (security, what, goals) in [
-            (
-                Security::Noise,
-                "CPU per relayed GB, Noise, 4 circuits",
-                [0.65, 0.40],
-            ),
-            (
-                Security::Tls,
-                "CPU per relayed GB, TLS 1.3, 4 circuits",
-                [0.60, 0.40],
-            ),
+            (Security::Noise, "CPU per relayed GB, Noise, 4 circuits", [0.65, 0.40]),
+            (Security::Tls, "CPU per relayed GB, TLS 1.3, 4 circuits", [0.60, 0.40]),
         ] {
             let row = table.row(what, "s", goals);
+            let beyond = table.row(&format!("{what}, beyond the ciphers"), "s", [f64::INFINITY; 2]);
             self.rounds(|who| {
+                // Each time anew: the machine's speed changes.
+                let floor = floor::seconds_per_gigabyte(security, bytes);
                 let relay = self.contestants.start(who);
                 let client = self.contestants.go();
                 let figure = bulk::seconds_per_gigabyte(&relay, client, security, bytes);
                 table.add(row, who, figure);
+                table.add(beyond, who, figure - floor);
             });
         }
     }

@@ -29,19 +29,12 @@ struct Parts {
 fn client() -> Swarm<Parts> {
     SwarmBuilder::with_new_identity()
         .with_tokio()
-        .with_tcp(
-            tcp::Config::default(),
-            noise::Config::new,
-            yamux::Config::default,
-        )
+        .with_tcp(tcp::Config::default(), noise::Config::new, yamux::Config::default)
         .unwrap()
         .with_quic()
         .with_relay_client(noise::Config::new, yamux::Config::default)
         .unwrap()
-        .with_behaviour(|_, relay| Parts {
-            relay,
-            ping: ping::Behaviour::default(),
-        })
+        .with_behaviour(|_, relay| Parts { relay, ping: ping::Behaviour::default() })
         .unwrap()
         .build()
 }
@@ -108,9 +101,7 @@ async fn pings(relay: &Multiaddr, target: PeerId) {
     within(async {
         loop {
             match swarm.select_next_some().await {
-                SwarmEvent::ConnectionEstablished {
-                    peer_id, endpoint, ..
-                } => match endpoint {
+                SwarmEvent::ConnectionEstablished { peer_id, endpoint, .. } => match endpoint {
                     ConnectedPoint::Dialer { address, .. } if peer_id != target => {
                         direct = Some(address);
                     }

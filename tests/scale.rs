@@ -49,9 +49,7 @@ fn main() -> ExitCode {
     let quick = words.contains(&"--quick");
     let flags = words.iter().position(|word| *word == "--flags");
     let flags = flags.and_then(|at| words.get(at + 1)).unwrap_or(&"");
-    let all = !["peers", "circuits"]
-        .iter()
-        .any(|part| words.contains(part));
+    let all = !["peers", "circuits"].iter().any(|part| words.contains(part));
     let mut tables = String::new();
     if all || words.contains(&"peers") {
         let (sizes, watched) = match quick {

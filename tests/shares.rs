@@ -45,19 +45,9 @@ async fn main() -> ExitCode {
 
     let rates = rates(&[None; 10]).await;
     let jain = fairness(&rates);
-    row(
-        "ten greedy circuits: Jain's index",
-        jain,
-        "at least 0.95",
-        jain >= 0.95,
-    );
+    row("ten greedy circuits: Jain's index", jain, "at least 0.95", jain >= 0.95);
     let of_cap = of_cap(&rates);
-    row(
-        "together, of the cap",
-        of_cap,
-        "0.95 to 1.05",
-        within_5_percent(of_cap),
-    );
+    row("together, of the cap", of_cap, "0.95 to 1.05", within_5_percent(of_cap));
 
     let mut wishes = [Some(MODEST); 10];
     wishes[0] = None;
@@ -70,12 +60,7 @@ async fn main() -> ExitCode {
         least >= 0.95,
     );
     let of_cap = self::of_cap(&rates);
-    row(
-        "together, of the cap",
-        of_cap,
-        "0.95 to 1.05",
-        within_5_percent(of_cap),
-    );
+    row("together, of the cap", of_cap, "0.95 to 1.05", within_5_percent(of_cap));
     match kept {
         true => ExitCode::SUCCESS,
         false => ExitCode::FAILURE,
@@ -102,12 +87,7 @@ async fn rates(wishes: &[Option<u64>]) -> Vec<f64> {
         tokio::spawn(receive(to, count));
     }
     sleep(SETTLES).await;
-    let count = || {
-        arrived
-            .iter()
-            .map(|count| count.load(Ordering::Relaxed))
-            .collect::<Vec<_>>()
-    };
+    let count = || arrived.iter().map(|count| count.load(Ordering::Relaxed)).collect::<Vec<_>>();
     let (start, before) = (Instant::now(), count());
     sleep(MEASURED).await;
     let (took, after) = (start.elapsed().as_secs_f64(), count());

@@ -111,7 +111,5 @@ fn number_behind(name: &str, arguments: &[String]) -> Result<Option<usize>, Stri
     };
     let number = arguments.get(at + 1).and_then(|number| number.parse().ok());
     let number = number.filter(|number| *number > 0);
-    number
-        .map(Some)
-        .ok_or_else(|| format!("{name} wants a number, 1 or more"))
+    number.map(Some).ok_or_else(|| format!("{name} wants a number, 1 or more"))
 }

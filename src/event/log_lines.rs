@@ -3,10 +3,6 @@
 use std::io::ErrorKind;
 
 use super::*;
-use crate::{
-    circuits::{Circuits, End},
-    config::Config,
-};
 
 const ALICE: &str = "12D3KooWPGM3wYKMsTHGEqbhcBft6cPjA2F3rQmyWTEDD3wCGS1g";
 const BOB: &str = "12D3KooWDpJ7As7BWAwRMfu1VU2WCqNjvq387JEYKDBj4kx6nXTN";
@@ -24,37 +20,20 @@ fn home() -> Multiaddr {
     HOME.parse().unwrap()
 }
 
-fn billed_to(address: &str) -> BilledTo {
-    BilledTo::of(&address.parse().unwrap()).unwrap()
-}
-
-/// The first circuit of a relay.
-fn first_circuit() -> CircuitId {
-    let [source, target] = [alice(), bob()].map(|peer| End {
-        peer,
-        connection: 0,
-    });
-    let mut circuits = Circuits::new((&Config::default()).into());
-    circuits.admit(source, target).unwrap()
+fn billed_to(address: &str) -> ClientPrefix {
+    ClientPrefix::of(&address.parse().unwrap()).unwrap()
 }
 
 #[test]
 fn each_event_is_one_line_in_these_words() {
-    let accepted = |renewed| Event::ReservationAccepted {
-        peer: alice(),
-        address: home(),
-        renewed,
-    };
+    let accepted = |renewed| Event::ReservationAccepted { peer: alice(), address: home(), renewed };
     let freed = |billed_to| Event::ReservationFreed {
         peer: alice(),
         billed_to,
         reason: FreedReason::GraceOver,
     };
-    let refused = Event::ReservationRefused {
-        peer: alice(),
-        address: home(),
-        reason: Refused::TableFull,
-    };
+    let refused =
+        Event::ReservationRefused { peer: alice(), address: home(), reason: Refused::TableFull };
     let silent = Event::PeerSilent {
         peer: alice(),
         address: home(),
@@ -65,11 +44,7 @@ fn each_event_is_one_line_in_these_words() {
         address: home(),
         reason: BadRequest::Malformed("CONNECT to oneself"),
     };
-    let opened = Event::CircuitOpened {
-        circuit: first_circuit(),
-        source: alice(),
-        target: bob(),
-    };
+    let opened = Event::CircuitOpened { circuit: CircuitId(1), source: alice(), target: bob() };
     let no_circuit = Event::CircuitRefused {
         source: alice(),
         address: home(),
@@ -77,50 +52,23 @@ fn each_event_is_one_line_in_these_words() {
         reason: Refused::NoReservation,
     };
     let closed = Event::CircuitClosed {
-        circuit: first_circuit(),
+        circuit: CircuitId(1),
         source: alice(),
         target: bob(),
         end: CircuitEnd::Finished,
-        carried: Carried {
-            to_target: 5,
-            to_source: 7,
-        },
+        carried: Carried { to_target: 5, to_source: 7 },
     };
     let (v4, v6) = (billed_to(HOME), billed_to("/ip6/2001:db8:1:2:3::4/tcp/1"));
     for (event, line) in [
-        (
-            accepted(false),
-            format!("reservation granted: peer {ALICE} at {HOME}"),
-        ),
-        (
-            accepted(true),
-            format!("reservation renewed: peer {ALICE} at {HOME}"),
-        ),
-        (
-            refused,
-            format!("reservation refused: peer {ALICE} at {HOME}: all slots are taken"),
-        ),
-        (
-            silent,
-            format!("peer silent: peer {ALICE} at {HOME}: nothing heard for 60 s"),
-        ),
-        (
-            Event::GraceBegan { peer: alice() },
-            format!("grace began: peer {ALICE}"),
-        ),
-        (
-            freed(Some(v4)),
-            format!("slot freed: peer {ALICE} at 192.0.2.1: grace over"),
-        ),
-        (
-            freed(Some(v6)),
-            format!("slot freed: peer {ALICE} at 2001:db8:1:2::/64: grace over"),
-        ),
+        (accepted(false), format!("reservation granted: peer {ALICE} at {HOME}")),
+        (accepted(true), format!("reservation renewed: peer {ALICE} at {HOME}")),
+        (refused, format!("reservation refused: peer {ALICE} at {HOME}: all slots are taken")),
+        (silent, format!("peer silent: peer {ALICE} at {HOME}: nothing heard for 60 s")),
+        (Event::GraceBegan { peer: alice() }, format!("grace began: peer {ALICE}")),
+        (freed(Some(v4)), format!("slot freed: peer {ALICE} at 192.0.2.1: grace over")),
+        (freed(Some(v6)), format!("slot freed: peer {ALICE} at 2001:db8:1:2::/64: grace over")),
         (freed(None), format!("slot freed: peer {ALICE}: grace over")),
-        (
-            rejected,
-            format!("request rejected: peer {ALICE} at {HOME}: CONNECT to oneself"),
-        ),
+        (rejected, format!("request rejected: peer {ALICE} at {HOME}: CONNECT to oneself")),
         (opened, format!("circuit 1 opened: {ALICE} to {BOB}")),
         (
             no_circuit,
@@ -154,34 +102,18 @@ fn each_reason_to_refuse_has_these_words() {
     let home = billed_to(HOME);
     for (reason, words) in [
         (Refused::TableFull, "all slots are taken"),
-        (
-            Refused::AddressFull(home),
-            "all slots of 192.0.2.1 are taken",
-        ),
-        (
-            Refused::SubnetFull(home.subnet()),
-            "all slots of 192.0.2.0/24 are taken",
-        ),
+        (Refused::AddressFull(home), "all slots of 192.0.2.1 are taken"),
+        (Refused::SubnetFull(home.subnet()), "all slots of 192.0.2.0/24 are taken"),
         (Refused::Relayed, "it came over a relayed connection"),
         (Refused::Denied, "the rules do not allow it"),
         (Refused::TooOften, "the peer asks too often"),
-        (
-            Refused::AddressTooOften(home),
-            "the peers of 192.0.2.1 ask too often",
-        ),
-        (
-            Refused::NoReservation,
-            "the target holds no live reservation",
-        ),
+        (Refused::AddressTooOften(home), "the peers of 192.0.2.1 ask too often"),
+        (Refused::NoReservation, "the target holds no live reservation"),
         (Refused::TooManyCircuits, "too many circuits"),
-        (
-            Refused::TooManyCircuitsOfSource,
-            "too many circuits of the source",
-        ),
-        (
-            Refused::TooManyCircuitsOfTarget,
-            "too many circuits of the target",
-        ),
+        (Refused::TooManyCircuitsOfAddress(home), "too many circuits of 192.0.2.1"),
+        (Refused::TooManyCircuitsOfSubnet(home.subnet()), "too many circuits of 192.0.2.0/24"),
+        (Refused::TooManyCircuitsOfSource, "too many circuits of the source"),
+        (Refused::TooManyCircuitsOfTarget, "too many circuits of the target"),
         (Refused::StopFailed(StopFailed::Gone), "the target is gone"),
         (Refused::Gone, "one of its peers is gone"),
         (Refused::NotSigned, "the voucher could not be signed"),
@@ -197,6 +129,8 @@ fn each_reason_to_refuse_has_these_words() {
             | Refused::AddressTooOften(_)
             | Refused::NoReservation
             | Refused::TooManyCircuits
+            | Refused::TooManyCircuitsOfAddress(_)
+            | Refused::TooManyCircuitsOfSubnet(_)
             | Refused::TooManyCircuitsOfSource
             | Refused::TooManyCircuitsOfTarget
             | Refused::StopFailed(_)
@@ -212,22 +146,10 @@ fn each_way_to_fail_with_a_target_has_these_words() {
     let nonsense = BadRequest::Unexpected("CONNECT as an answer");
     for (failed, words) in [
         (StopFailed::Gone, "the target is gone"),
-        (
-            StopFailed::Unsupported,
-            "the target does not speak the stop protocol",
-        ),
-        (
-            StopFailed::Refused(203),
-            "the target refused with status 203",
-        ),
-        (
-            StopFailed::Nonsense(nonsense),
-            "the target answered with CONNECT as an answer",
-        ),
-        (
-            StopFailed::Io(ErrorKind::TimedOut),
-            "the target was asked in vain: timed out",
-        ),
+        (StopFailed::Unsupported, "the target does not speak the stop protocol"),
+        (StopFailed::Refused(203), "the target refused with status 203"),
+        (StopFailed::Nonsense(nonsense), "the target answered with CONNECT as an answer"),
+        (StopFailed::Io(ErrorKind::TimedOut), "the target was asked in vain: timed out"),
     ] {
         match failed {
             StopFailed::Gone
@@ -246,10 +168,7 @@ fn each_reason_for_a_freed_slot_has_these_words() {
         (FreedReason::GraceOver, "grace over"),
         (FreedReason::Disconnected, "disconnected"),
         (FreedReason::Silent, "silent"),
-        (
-            FreedReason::TakenBy { peer: bob() },
-            &*format!("taken by {BOB}"),
-        ),
+        (FreedReason::TakenBy { peer: bob() }, &*format!("taken by {BOB}")),
         (FreedReason::Undelivered, "answer undelivered"),
         (FreedReason::Denied, "denied"),
         (FreedReason::Released, "released"),
@@ -273,10 +192,7 @@ fn each_end_of_a_circuit_has_these_words() {
         (CircuitEnd::Finished, "finished"),
         (CircuitEnd::DataLimit, "data limit"),
         (CircuitEnd::TimeLimit, "time limit"),
-        (
-            CircuitEnd::Reset(ErrorKind::ConnectionReset),
-            "reset: connection reset",
-        ),
+        (CircuitEnd::Reset(ErrorKind::ConnectionReset), "reset: connection reset"),
         (CircuitEnd::Ended, "ended by the relay"),
     ] {
         match end {

@@ -20,19 +20,13 @@ mod target;
 
 use std::{
     convert::Infallible,
-    iter,
-    net::IpAddr,
     sync::Arc,
     task::{Context, Poll},
 };
 
 use libp2p::{
-    Multiaddr, PeerId, Stream, StreamProtocol,
-    core::{
-        Endpoint,
-        transport::PortUse,
-        upgrade::{DeniedUpgrade, InboundUpgrade, UpgradeInfo},
-    },
+    Multiaddr, PeerId, StreamProtocol,
+    core::{Endpoint, transport::PortUse, upgrade::DeniedUpgrade},
     futures::{FutureExt, future::BoxFuture},
     swarm::{
         ConnectionDenied, ConnectionHandler, ConnectionHandlerEvent, ConnectionId, FromSwarm,
@@ -41,11 +35,8 @@ use libp2p::{
     },
 };
 
-use self::exchange::Server;
-use crate::address;
-
-/// How many clients it dials at a time.
-pub const MOST_DIALED: usize = gate::AT_ONCE;
+use self::{exchange::Server, target::Client};
+use crate::{address, behaviour::inbound::Inbound};
 
 const VERSION_1: StreamProtocol = StreamProtocol::new("/libp2p/autonat/1.0.0");
 const VERSION_2: StreamProtocol = StreamProtocol::new("/libp2p/autonat/2/dial-request");
@@ -55,14 +46,6 @@ const MOST_EXCHANGES: usize = 2;
 
 /// Answers AutoNAT's questions on all connections.
 pub struct AutoNat(Arc<Server>);
-
-/// Who asks, and from where.
-#[derive(Clone, Copy, Debug)]
-struct Client {
-    peer: PeerId,
-    /// The only address that is ever dialed for it.
-    ip: IpAddr,
-}
 
 impl AutoNat {
     /// `private`: whether addresses that are not global are dialed, too; that is for tests.
@@ -143,7 +126,7 @@ impl ConnectionHandler for Handler {
     type OutboundOpenInfo = ();
 
     fn listen_protocol(&self) -> SubstreamProtocol<Inbound> {
-        SubstreamProtocol::new(Inbound, ())
+        Inbound(VERSION_2, Some(VERSION_1)).listen()
     }
 
     fn on_behaviour_event(&mut self, never: Infallible) {
@@ -175,28 +158,5 @@ impl ConnectionHandler for Handler {
         let exchanges = &mut self.0.exchanges;
         exchanges.retain_mut(|exchange| exchange.poll_unpin(cx).is_pending());
         Poll::Pending
-    }
-}
-
-/// Both versions' questions.
-#[derive(Clone, Copy, Debug)]
-pub struct Inbound;
-
-impl UpgradeInfo for Inbound {
-    type Info = StreamProtocol;
-    type InfoIter = iter::Chain<iter::Once<StreamProtocol>, iter::Once<StreamProtocol>>;
-
-    fn protocol_info(&self) -> Self::InfoIter {
-        iter::once(VERSION_2).chain(iter::once(VERSION_1))
-    }
-}
-
-impl InboundUpgrade<Stream> for Inbound {
-    type Output = (Stream, StreamProtocol);
-    type Error = Infallible;
-    type Future = std::future::Ready<Result<Self::Output, Infallible>>;
-
-    fn upgrade_inbound(self, stream: Stream, protocol: StreamProtocol) -> Self::Future {
-        std::future::ready(Ok((stream, protocol)))
     }
 }

@@ -5,6 +5,10 @@
 //! others, keeps and dials only addresses that make sense, and so many at a time; and it comes into
 //! the DHT, again and again if need be, by the nodes that the operator named.
 
+mod bootstrap;
+mod routable;
+mod visits;
+
 use std::{
     collections::HashSet,
     error::Error,
@@ -26,17 +30,11 @@ use libp2p::{
     },
 };
 
-use super::{
-    bootstrap,
+use self::{
     routable::{Reach, without_peer},
     visits::Visits,
 };
-
-/// How many connections that were dialed for the DHT may be open, or on their way, at a time.
-///
-/// Those that come in have limits of their own. A lookup wants three at once; each stays open until
-/// the relay closes it as idle.
-pub const MOST_DIALED: usize = 128;
+use crate::program::net::admission::limits::DIALED_FOR_DHT;
 
 /// A store for nothing at all: what strangers bring is theirs to keep.
 const NOTHING: MemoryStoreConfig = MemoryStoreConfig {
@@ -68,13 +66,8 @@ impl Config {
         }
         let is_one = protocol.len() <= 140 && protocol.chars().all(|c| c.is_ascii_graphic());
         match StreamProtocol::try_from_owned(protocol.to_owned()) {
-            Ok(protocol) if is_one => Ok(Self {
-                protocol,
-                bootstrap: bootstrap.to_vec(),
-            }),
-            _ => Err(format!(
-                "--dht-protocol {protocol:?}: is no protocol; try /ipfs/kad/1.0.0"
-            )),
+            Ok(protocol) if is_one => Ok(Self { protocol, bootstrap: bootstrap.to_vec() }),
+            _ => Err(format!("--dht-protocol {protocol:?}: is no protocol; try /ipfs/kad/1.0.0")),
         }
     }
 }
@@ -147,9 +140,13 @@ impl Dht {
         }
     }
 
-    /// A peer says what it speaks and where it listens.
-    pub fn hear(&mut self, peer: PeerId, speaks: &[StreamProtocol], listens: &[Multiaddr]) {
-        let serves = speaks.contains(&self.protocol);
+    /// The protocol that all of its nodes speak.
+    pub fn protocol(&self) -> &StreamProtocol {
+        &self.protocol
+    }
+
+    /// A peer says whether it speaks that protocol, and where it listens.
+    pub fn hear(&mut self, peer: PeerId, serves: bool, listens: &[Multiaddr]) {
         if !serves && self.kad.remove_peer(&peer).is_some() {
             self.joined &= self.kad.kbuckets().next().is_some();
         }
@@ -176,9 +173,7 @@ impl Dht {
         let Some(bucket) = self.kad.kbucket(peer) else {
             return; // ourselves
         };
-        let entry = bucket
-            .iter()
-            .find(|entry| *entry.node.key.preimage() == peer);
+        let entry = bucket.iter().find(|entry| *entry.node.key.preimage() == peer);
         let known = entry.map(|entry| entry.node.value.clone().into_vec());
         // One waits for a place in it already. It may be this one, and has what it needs.
         if known.is_none() && bucket.has_pending() {
@@ -253,11 +248,7 @@ impl Dht {
 /// kad answers a PUT_VALUE with the value, whether or not it was stored. Without it whoever asked
 /// knows.
 fn admit_that_nothing_is_stored(event: &mut ToSwarm<kad::Event, ToHandler>) {
-    if let ToSwarm::NotifyHandler {
-        event: ToHandler::PutRecordRes { value, .. },
-        ..
-    } = event
-    {
+    if let ToSwarm::NotifyHandler { event: ToHandler::PutRecordRes { value, .. }, .. } = event {
         value.clear();
     }
 }
@@ -274,8 +265,7 @@ impl NetworkBehaviour for Dht {
         local: &Multiaddr,
         remote: &Multiaddr,
     ) -> Result<THandler<Self>, ConnectionDenied> {
-        self.kad
-            .handle_established_inbound_connection(id, peer, local, remote)
+        self.kad.handle_established_inbound_connection(id, peer, local, remote)
     }
 
     /// Where to dial, if we are to: what strangers say of each other leads nowhere but into the DHT.
@@ -289,12 +279,10 @@ impl NetworkBehaviour for Dht {
         if self.visits.include(id) {
             return Ok(Vec::new()); // where the operator says
         }
-        if self.dialed.contains(&id) && (self.resting || self.dialed.len() > MOST_DIALED) {
+        if self.dialed.contains(&id) && (self.resting || self.dialed.len() > DIALED_FOR_DHT) {
             return Err(ConnectionDenied::new(NotNow));
         }
-        let known = self
-            .kad
-            .handle_pending_outbound_connection(id, peer, addresses, role)?;
+        let known = self.kad.handle_pending_outbound_connection(id, peer, addresses, role)?;
         Ok(self.reach.dialable(&known))
     }
 
@@ -306,8 +294,7 @@ impl NetworkBehaviour for Dht {
         role: Endpoint,
         port_use: PortUse,
     ) -> Result<THandler<Self>, ConnectionDenied> {
-        self.kad
-            .handle_established_outbound_connection(id, peer, address, role, port_use)
+        self.kad.handle_established_outbound_connection(id, peer, address, role, port_use)
     }
 
     fn on_swarm_event(&mut self, event: FromSwarm<'_>) {
@@ -404,14 +391,13 @@ mod tests {
         let mut dht = dht();
         let peer = PeerId::random();
         for n in 1..100 {
-            let more: Vec<_> = (0..9)
-                .map(|m| format!("/ip4/8.8.8.8/tcp/{}", n * 100 + m))
-                .collect();
+            let more: Vec<_> =
+                (0..9).map(|m| format!("/ip4/8.8.8.8/tcp/{}", n * 100 + m)).collect();
             let more: Vec<_> = more.iter().map(String::as_str).collect();
-            dht.hear(peer, &[KAD], &addresses(&more));
+            dht.hear(peer, true, &addresses(&more));
             assert_eq!(told(&mut dht, peer), addresses(&more[..6]));
         }
-        dht.hear(peer, &[], &addresses(&["/ip4/8.8.8.8/tcp/1"]));
+        dht.hear(peer, false, &addresses(&["/ip4/8.8.8.8/tcp/1"]));
         assert!(told(&mut dht, peer).is_empty(), "it serves no DHT any more");
     }
 
@@ -420,7 +406,7 @@ mod tests {
         let mut dht = dht();
         let peer = PeerId::random();
         let inside = addresses(&["/ip4/127.0.0.1/tcp/22", "/ip4/10.0.0.1/tcp/22"]);
-        dht.hear(peer, &[KAD], &inside);
+        dht.hear(peer, true, &inside);
         assert!(told(&mut dht, peer).is_empty() && !dht.joined);
         // However it came to be there.
         for address in inside {
@@ -435,11 +421,11 @@ mod tests {
         let mut dht = dht();
         let peer = PeerId::random();
         let id = ConnectionId::new_unchecked;
-        for n in 1..=MOST_DIALED {
+        for n in 1..=DIALED_FOR_DHT {
             dht.dialed.insert(id(n));
             assert!(pending(&mut dht, id(n), peer).is_ok());
         }
-        let one_more = id(MOST_DIALED + 1);
+        let one_more = id(DIALED_FOR_DHT + 1);
         dht.dialed.insert(one_more);
         assert!(pending(&mut dht, one_more, peer).is_err());
         let failure = DialFailure {
@@ -448,7 +434,7 @@ mod tests {
             connection_id: one_more,
         };
         dht.dial_failed(&failure);
-        assert_eq!(dht.dialed.len(), MOST_DIALED);
+        assert_eq!(dht.dialed.len(), DIALED_FOR_DHT);
 
         let endpoint = libp2p::core::ConnectedPoint::Dialer {
             address: Multiaddr::empty(),

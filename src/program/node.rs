@@ -16,7 +16,6 @@ use libp2p::{
         upgrade::Version,
     },
     futures::StreamExt,
-    identify,
     identity::Keypair,
     swarm::{self, ConnectionId, ListenError, NetworkBehaviour, SwarmEvent},
 };
@@ -26,44 +25,44 @@ use super::autonat::AutoNat;
 #[cfg(feature = "dht")]
 use super::dht::{self, Dht};
 #[cfg(feature = "pnet")]
-use super::swarm_key::{self, PreSharedKey};
-use super::{
-    boxed::Boxed,
-    connection_limits::{Denied, Limits},
-    door::Door,
-    ledger::{Buffered, Ledgers},
-    muxer::{self, Multiplex},
-    observed::Observed,
-    proxies::Proxies,
-    read_ahead::ReadAhead,
-    security::Security,
-    stream_limits::StreamLimits,
-    traffic::Traffic,
-    transport::{self, Tcp},
-};
+use super::net::swarm_key::{self, PreSharedKey};
 #[cfg(feature = "websocket")]
-use super::{
-    certificate::Certificate,
+use super::net::{
     joined::Joined,
-    websocket::{Presented, UntilEnd, WebSocket},
+    websocket::{Presented, UntilEnd, WebSocket, certificate::Certificate},
+};
+use super::{
+    mux::{
+        ledger::{Buffered, Ledgers},
+        muxer::{self, Multiplex},
+        places::Commons,
+        stream_limits::{self, StreamLimits},
+    },
+    net::{
+        admission::{
+            arrivals::Arrivals,
+            door::Door,
+            handshakes::MUXED,
+            limits::{Denied, Limits},
+            proxies::Proxies,
+        },
+        boxed::Boxed,
+        identify::{Identified, Identify},
+        multiaddr,
+        observed::Observed,
+        read_ahead::ReadAhead,
+        security::Security,
+        tcp::Tcp,
+        traffic::Traffic,
+    },
 };
 use crate::{
-    address,
+    address::{self, Known},
     behaviour::Behaviour,
     config::{Config, ConfigError},
     event::Event,
+    relay::quota::Busiest,
 };
-
-/// How long a connection may take from its first byte to its muxer.
-const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// Streams of a connection beside its circuits: requests, pings, identify, and some to spare.
-pub(super) const SPARE_STREAMS: usize = 32;
-
-/// How often identify asks a peer again after the first time.
-///
-/// Nothing here depends on a second answer, and each wakes a phone.
-const IDENTIFY_INTERVAL: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// A whole relay: a swarm that listens, on async-std.
 ///
@@ -83,6 +82,7 @@ pub struct Node {
     traffic: Traffic,
     proxies: Proxies,
     ledgers: Ledgers,
+    commons: Commons,
     observed: Observed<ConnectionId>,
     #[cfg(feature = "websocket")]
     presented: Presented,
@@ -132,7 +132,7 @@ pub enum NodeEvent {
 struct Parts {
     // First, so that it turns a connection away before anyone else hears of it.
     relay: Door,
-    identify: identify::Behaviour,
+    identify: Identify,
     #[cfg(feature = "autonat")]
     autonat: Toggle<AutoNat>,
     #[cfg(feature = "dht")]
@@ -141,6 +141,9 @@ struct Parts {
 
 impl Node {
     /// A relay under the identity of `keypair`, with the default [`Setup`].
+    ///
+    /// libp2p's TLS writes the secrets of each session to the file that the environment variable
+    /// `SSLKEYLOGFILE` names. The program never starts with that variable; other programs should not either.
     ///
     /// # Errors
     ///
@@ -159,16 +162,18 @@ impl Node {
         let peer = keypair.public().to_peer_id();
         let circuits_per_peer = config.max_circuits_per_peer;
         setup.streams.check()?;
-        let outbound = streams(circuits_per_peer)?;
-        let asked_for = setup.streams.max_streams_per_connection;
-        let inbound = asked_for.unwrap_or(outbound);
+        let outbound = stream_limits::per_connection(circuits_per_peer)?;
+        let inbound = setup.streams.max_streams_per_connection.unwrap_or(outbound);
         let budget = muxer::Budget { inbound, outbound };
-        let multiplex = Multiplex::new(budget, setup.streams);
-        let ledgers = multiplex.ledgers();
+        let multiplex = Multiplex::new(budget, setup.streams, circuits_per_peer);
+        let (ledgers, commons) = (multiplex.ledgers(), multiplex.commons());
         let traffic = Traffic::default();
         let proxies = Proxies::new(limits.max_handshakes);
-        let tcp =
-            || Tcp::new(traffic.clone(), proxies.clone()).map(|stream, _| ReadAhead::new(stream));
+        let arrivals = Arrivals::new(&config, &limits);
+        let tcp = || {
+            let tcp = Tcp::new(traffic.clone(), proxies.clone(), arrivals.clone());
+            tcp.map(|stream, _| ReadAhead::new(stream))
+        };
         let transport = tcp();
         #[cfg(feature = "websocket")]
         let presented = Presented::default();
@@ -181,20 +186,20 @@ impl Node {
         #[cfg(feature = "pnet")]
         let transport =
             transport.and_then(move |stream, _| swarm_key::enter(setup.swarm_key, stream));
+        let counters = traffic.clone();
         let transport = transport
             .upgrade(Version::V1Lazy)
             .authenticate(Security::new(&keypair).context("the key cannot secure connections")?)
-            .multiplex(multiplex)
-            .timeout(HANDSHAKE_TIMEOUT)
+            .multiplex_ext(move |_, to| {
+                let progress = counters.look_up(to).map(|pending| pending.progress.secured());
+                multiplex.of(to.get_remote_address(), progress.map(|progress| progress.signs))
+            })
+            .timeout(MUXED)
             .boxed();
 
-        let identify = identify::Config::new("ipfs/0.1.0".into(), keypair.public())
-            .with_agent_version(concat!("relaylet/", env!("CARGO_PKG_VERSION")).into())
-            .with_interval(IDENTIFY_INTERVAL)
-            .with_cache_size(0);
         let parts = Parts {
-            relay: Door::new(limits, Behaviour::new(keypair, config)?),
-            identify: identify::Behaviour::new(identify),
+            identify: Identify::new(&keypair.public()),
+            relay: Door::new(limits, Behaviour::new(keypair, config)?, traffic.clone()),
             #[cfg(feature = "autonat")]
             autonat: None.into(),
             #[cfg(feature = "dht")]
@@ -215,13 +220,14 @@ impl Node {
             traffic,
             proxies,
             ledgers,
+            commons,
             observed: Observed::new(Instant::now()),
             #[cfg(feature = "websocket")]
             presented,
             listeners: Vec::new(),
             circuits_per_peer,
         };
-        node.tell_addresses();
+        node.tell_addresses(true);
         Ok(node)
     }
 
@@ -240,39 +246,35 @@ impl Node {
             return Err(ConfigError::new("max_circuits_per_peer", problem));
         }
         self.relay_mut().set_config(config)?;
-        self.tell_addresses();
+        self.tell_addresses(true);
         Ok(())
     }
 
-    /// Makes what is announced, or else what its peers agree on, the addresses at which the swarm
-    /// says it can be reached; and tells all who are connected if they are others than before.
-    fn tell_addresses(&mut self) {
-        let announced = &self.relay().config().announce;
-        let wanted = match announced.is_empty() {
-            true => self.observed.believed().to_vec(),
-            false => announced.clone(),
-        };
+    /// Makes the announced addresses, or else the confirmed ones, the swarm's external addresses, and
+    /// has identify tell peers the announced ones, or else the confirmed and the listening ones. With
+    /// `push`, pushes them to all connected peers if they have changed; a reservation has them from its
+    /// next renewal on.
+    fn tell_addresses(&mut self, push: bool) {
+        let announced = self.relay().config().announce.clone();
+        let listening: Vec<_> = self.swarm.listeners().cloned().collect();
+        let confirmed = self.observed.believed();
+        let wanted = if announced.is_empty() { confirmed } else { &announced };
         let told: Vec<_> = self.swarm.external_addresses().cloned().collect();
-        let (mut gone, mut come) = (told.clone(), wanted.clone());
-        gone.retain(|address| !wanted.contains(address));
-        come.retain(|address| !told.contains(address));
-        if gone.is_empty() && come.is_empty() {
-            return;
+        for gone in told.iter().filter(|address| !wanted.contains(address)) {
+            self.swarm.remove_external_address(gone);
         }
-        for address in &gone {
-            self.swarm.remove_external_address(address);
+        for come in wanted.iter().filter(|address| !told.contains(address)) {
+            self.swarm.add_external_address(come.clone());
         }
-        for address in come {
-            self.swarm.add_external_address(address);
-        }
-        self.push_addresses();
-    }
 
-    /// Tells all who are connected where it can be reached now. Who reserved a slot hears it with
-    /// the next renewal, too.
-    fn push_addresses(&mut self) {
-        let peers: Vec<_> = self.swarm.connected_peers().copied().collect();
-        self.swarm.behaviour_mut().identify.push(peers);
+        let known =
+            Known { announced: &announced, confirmed, listening: &listening, reported: None };
+        let addresses = known.best_first().into_iter().cloned().collect();
+        let peers = self.swarm.connected_peers().copied().collect();
+        let identify = &mut self.swarm.behaviour_mut().identify;
+        if identify.set_addresses(addresses) && push {
+            identify.push(peers);
+        }
     }
 
     /// Whether peers agree on another address than before, and what follows.
@@ -284,7 +286,7 @@ impl Node {
         for address in self.observed.believed() {
             log::info!("peers of several networks reached it at {address}");
         }
-        self.tell_addresses();
+        self.tell_addresses(true);
     }
 
     /// The subnets of the proxies in front of the relay, instead of those named before.
@@ -325,8 +327,10 @@ impl Node {
     /// [`Node::listen_on`].
     #[cfg(feature = "dht")]
     pub fn join(&mut self, dht: dht::Config) {
-        let dht = Boxed::new(Dht::new(self.peer_id(), dht));
-        self.swarm.behaviour_mut().dht = Some(dht).into();
+        let dht = Dht::new(self.peer_id(), dht);
+        let parts = self.swarm.behaviour_mut();
+        parts.identify.set_dht(dht.protocol().clone());
+        parts.dht = Some(Boxed::new(dht)).into();
     }
 
     /// Who the relay is.
@@ -347,6 +351,19 @@ impl Node {
     /// What waits in it to be read by a peer, or to be taken by one.
     pub fn buffered(&self) -> Buffered {
         self.ledgers.buffered()
+    }
+
+    /// The address that holds the most of each resource that all share.
+    pub(crate) fn busiest(&self) -> [(&'static str, Option<Busiest>); 5] {
+        let (relay, [connections, handshakes]) =
+            (self.relay(), self.swarm.behaviour().relay.busiest());
+        [
+            ("slots", relay.reservations().quota().busiest()),
+            ("circuits", relay.circuits().quota().busiest()),
+            ("connections", connections),
+            ("handshakes", handshakes),
+            ("streams", self.commons.busiest()),
+        ]
     }
 
     /// The addresses it can be reached at.
@@ -371,10 +388,10 @@ impl Node {
                 Ok(())
             }
             Err(TransportError::Other(error)) => Err(error),
-            Err(TransportError::MultiaddrNotSupported(address)) => Err(io::Error::new(
-                io::ErrorKind::Unsupported,
-                transport::unsupported(&address),
-            )),
+            Err(TransportError::MultiaddrNotSupported(address)) => {
+                let problem = multiaddr::unsupported(&address, false).unwrap_or("no such address");
+                Err(io::Error::new(io::ErrorKind::Unsupported, problem))
+            }
         }
     }
 
@@ -439,28 +456,21 @@ impl Node {
             SwarmEvent::Behaviour(PartsEvent::Relay(event)) => {
                 return Some(NodeEvent::Relay(event));
             }
-            SwarmEvent::Behaviour(PartsEvent::Identify(identify::Event::Received {
-                connection_id,
-                #[cfg(feature = "dht")]
-                peer_id,
-                info,
-                ..
-            })) => {
-                #[cfg(feature = "dht")]
-                if let Some(dht) = self.swarm.behaviour_mut().dht.as_mut() {
-                    dht.hear(peer_id, &info.protocols, &info.listen_addrs);
-                }
-                self.reported(connection_id, info.observed_addr);
+            SwarmEvent::Behaviour(PartsEvent::Identify(identified)) => {
+                self.on_identified(identified);
             }
+            // The addresses of the machine's containers come and go, and are of no use to a client:
+            // not worth waking every phone.
             SwarmEvent::NewListenAddr { address, .. } => {
-                self.listening_changed(&address);
+                self.tell_addresses(address::is_global(&address));
                 return Some(NodeEvent::Listening(address));
             }
             SwarmEvent::ExpiredListenAddr { address, .. } => {
-                self.listening_changed(&address);
+                self.tell_addresses(address::is_global(&address));
                 return Some(NodeEvent::NotListening(address));
             }
             SwarmEvent::ListenerClosed { addresses, .. } => {
+                self.tell_addresses(false);
                 for address in addresses {
                     log::info!("no longer listening on {address}");
                 }
@@ -468,11 +478,7 @@ impl Node {
             SwarmEvent::ListenerError { error, .. } => {
                 log::error!("connections cannot be accepted, trying again: {error}");
             }
-            SwarmEvent::IncomingConnectionError {
-                send_back_addr: address,
-                error,
-                ..
-            } => {
+            SwarmEvent::IncomingConnectionError { send_back_addr: address, error, .. } => {
                 if let Some(reason) = denied(&error) {
                     log::debug!("connection denied: {address}: {reason}");
                     return Some(NodeEvent::ConnectionDenied { address, reason });
@@ -480,25 +486,14 @@ impl Node {
                 let error = anyhow::Error::from(error); // it shows its causes
                 log::debug!("connection failed: {address}: {error:#}");
             }
-            SwarmEvent::ConnectionEstablished {
-                peer_id,
-                connection_id,
-                endpoint,
-                ..
-            } => {
+            SwarmEvent::ConnectionEstablished { peer_id, connection_id, endpoint, .. } => {
                 if let Some(signs) = self.traffic.claim(&endpoint) {
                     self.relay_mut().listen_to(connection_id, signs);
                 }
                 let address = endpoint.get_remote_address();
                 log::debug!("connection {connection_id} opened: peer {peer_id} at {address}");
             }
-            SwarmEvent::ConnectionClosed {
-                peer_id,
-                connection_id,
-                endpoint,
-                cause,
-                ..
-            } => {
+            SwarmEvent::ConnectionClosed { peer_id, connection_id, endpoint, cause, .. } => {
                 let from = endpoint.get_remote_address();
                 self.observed.closed(connection_id, from, Instant::now());
                 let cause = cause.map_or("closed by the relay".into(), |cause| cause.to_string());
@@ -510,41 +505,29 @@ impl Node {
         None
     }
 
+    /// Handles a peer's identify message.
+    fn on_identified(&mut self, identified: Identified) {
+        let Identified { connection, info, .. } = identified;
+        #[cfg(feature = "dht")]
+        if let Some(serves) = info.supports_dht
+            && let Some(dht) = self.swarm.behaviour_mut().dht.as_mut()
+        {
+            dht.hear(identified.peer, serves, &info.listening);
+        }
+        if let Some(observed) = info.observed {
+            self.reported(connection, observed);
+        }
+    }
+
     /// A peer says under which address it reached the relay.
     fn reported(&mut self, connection: ConnectionId, address: Multiaddr) {
         let (peer, now) = (self.peer_id(), Instant::now());
         let relay = &self.swarm.behaviour().relay.relay;
         if let Some(up) = relay.connections().get(connection) {
             let listening = self.swarm.listeners();
-            self.observed
-                .say(connection, &up.remote, &address, peer, listening, now);
+            self.observed.say(connection, &up.remote, &address, peer, listening, now);
         }
         self.relay_mut().reported(connection, address);
-    }
-
-    /// The machine has an address more, or one less.
-    fn listening_changed(&mut self, address: &Multiaddr) {
-        // Those of its containers come and go, and are of no use to a client: not worth waking
-        // every phone.
-        if address::is_global(address) {
-            self.push_addresses();
-        }
-    }
-}
-
-/// How many streams a connection may have in each direction, for so many circuits.
-///
-/// # Errors
-///
-/// When that is more than a muxer can tell apart.
-pub(super) fn streams(circuits: usize) -> Result<usize, ConfigError> {
-    const MOST: usize = muxer::MOST_STREAMS - SPARE_STREAMS;
-    match circuits {
-        0..=MOST => Ok(circuits + SPARE_STREAMS),
-        _ => {
-            let problem = format!("one connection cannot carry so many; try {MOST} or less");
-            Err(ConfigError::new("max_circuits_per_peer", problem))
-        }
     }
 }
 
@@ -576,27 +559,19 @@ mod tests {
         type Plain = ReadAhead<Socket>;
         type Below = Map<Tcp, fn(Socket, ConnectedPoint) -> Joined<Plain>>;
         type OverWebSocket = UntilEnd<<WebSocket<Below> as Transport>::Output>;
-        assert_eq!(
-            size_of::<Either<Plain, OverWebSocket>>(),
-            size_of::<Plain>()
-        );
+        assert_eq!(size_of::<Either<Plain, OverWebSocket>>(), size_of::<Plain>());
     }
 
-    /// A connection has it once, on the heap, and nearly all of it is identify's.
+    /// A connection has it once, on the heap.
     #[test]
     fn the_handlers_of_a_connection_are_small() {
-        let identify = size_of::<THandler<identify::Behaviour>>();
+        let identify = size_of::<THandler<Identify>>();
         let pointer = size_of::<usize>();
-        let autonat = if cfg!(feature = "autonat") {
-            pointer
-        } else {
-            0
-        };
+        let autonat = if cfg!(feature = "autonat") { pointer } else { 0 };
         let dht = if cfg!(feature = "dht") { pointer } else { 0 };
         assert!(size_of::<THandler<Parts>>() <= identify + 416 + autonat + dht);
         assert_eq!(size_of::<THandler<Boxed<Parts>>>(), pointer);
         assert_eq!(size_of::<THandlerOutEvent<Boxed<Parts>>>(), pointer);
-        // libp2p 0.57's: events that wait, nearly all of the time none, have their room in it.
-        assert!(identify <= 3480);
+        assert!(identify <= 144, "{identify}");
     }
 }

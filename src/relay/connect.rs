@@ -4,21 +4,14 @@ use std::{hash::Hash, time::Instant};
 
 use libp2p::PeerId;
 
-use super::{Command, Quota, Relay, RequestId};
+use super::{
+    Asking, Command, Quota, Relay, RequestId,
+    circuits::{Circuit, End},
+};
 use crate::{
     access::Permission,
-    circuit::{Carried, CircuitEnd},
-    circuits::{Circuit, CircuitId, End},
-    event::{Event, Refused},
-    stop::StopFailed,
-    wire::Limit,
+    event::{Carried, CircuitEnd, CircuitId, Event, Refused, StopFailed},
 };
-
-/// A CONNECT whose target has yet to answer.
-pub(super) struct Asking {
-    request: RequestId,
-    limit: Limit,
-}
 
 impl<C: Copy + Ord + Hash, S> Relay<C, S> {
     pub(super) fn connect(
@@ -40,19 +33,26 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
             self.refuse_circuit(from, request, target, Refused::Denied);
             return;
         };
-        let Some(over) = self.reservations.live(&target, now) else {
-            self.refuse_circuit(from, request, target, Refused::NoReservation);
-            return;
-        };
-        let to = End {
-            peer: target,
-            connection: over,
-        };
+        // Before anything is looked up: who holds a slot is not to be had by asking often.
         if let Err(spent) = self.connect_rates.take(from.peer, billed_to, now) {
             self.refuse_circuit(from, request, target, spent.into());
             return;
         }
-        let id = match self.circuits.admit(from, to) {
+        let Some(over) = self.reservations.live(&target, now) else {
+            self.refuse_circuit(from, request, target, Refused::NoReservation);
+            return;
+        };
+        let to = End { peer: target, connection: over };
+        let mut admitted = self.circuits.admit(from, to, billed_to, now);
+        if let Err(full) = admitted
+            && let Some((id, circuit)) =
+                self.circuits.cede(full, &target, billed_to, |id| !self.asking.contains_key(&id))
+        {
+            log::debug!("circuit {id} ends for another one: source {}", circuit.source.peer);
+            self.end_circuit(id, circuit);
+            admitted = self.circuits.admit(from, to, billed_to, now);
+        }
+        let id = match admitted {
             Ok(id) => id,
             Err(full) => {
                 self.refuse_circuit(from, request, target, full.into());
@@ -93,16 +93,13 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
         let (source, target) = (circuit.source.peer, circuit.target.peer);
         let quota = Quota {
             limit: asking.limit,
-            share: self.link.share([source, target]),
+            link: self.link.clone(),
+            ends: [source, target],
             meter: self.accounts.opened(id, source, target),
         };
         let open = Command::OpenCircuit(asking.request, id, stream, quota);
         self.command(circuit.source, open);
-        self.tell(Event::CircuitOpened {
-            circuit: id,
-            source,
-            target,
-        });
+        self.tell(Event::CircuitOpened { circuit: id, source, target });
     }
 
     /// A circuit ended, having carried so much.
@@ -116,13 +113,7 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
         if let Some(circuit) = self.forget_circuit(id, now) {
             let (source, target) = (circuit.source.peer, circuit.target.peer);
             self.accounts.closed(id, source, target, carried);
-            self.tell(Event::CircuitClosed {
-                circuit: id,
-                source,
-                target,
-                end,
-                carried,
-            });
+            self.tell(Event::CircuitClosed { circuit: id, source, target, end, carried });
         }
     }
 

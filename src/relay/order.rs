@@ -4,13 +4,15 @@ use std::time::{Duration, Instant};
 
 use libp2p::PeerId;
 
+use super::{
+    accounts::Meter,
+    bandwidth::{Ends, Link},
+    circuits::End,
+    reservations::Receipt,
+};
 use crate::{
     access::Terms,
-    circuits::{CircuitId, End},
-    event::Event,
-    meter::Meter,
-    reservations::Receipt,
-    share::Share,
+    event::{CircuitId, Event},
     wire::{Limit, Status},
 };
 
@@ -22,7 +24,7 @@ pub struct RequestId(pub u64);
 #[derive(Debug)]
 pub enum Order<C, S> {
     /// Answer a RESERVE: it is granted. Then say whether the answer arrived, or that there is none:
-    /// [`super::Relay::answered`], [`super::Relay::not_signed`].
+    /// [`crate::relay::Relay::answered`], [`crate::relay::Relay::not_signed`].
     Grant(Grant<C>),
     /// Have a connection do this.
     Command(End<C>, Command<S>),
@@ -53,8 +55,10 @@ pub struct Grant<C> {
 pub struct Quota {
     /// As on the wire.
     pub limit: Limit,
-    /// Of the link.
-    pub share: Share,
+    /// The link that it shares with the others.
+    pub link: Link,
+    /// Its peers, by which that is shared.
+    pub ends: Ends,
     /// Shows what it has carried so far.
     pub meter: Meter,
 }

@@ -4,10 +4,9 @@ use std::{hash::Hash, time::Instant};
 
 use libp2p::{Multiaddr, PeerId};
 
-use super::Relay;
+use super::{Relay, circuits::End};
 use crate::{
     access::{Access, Permission},
-    circuits::End,
     config::{Config, ConfigError},
     event::Refused,
 };
@@ -92,7 +91,14 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
         self.access().may_reserve(peer, &address) == Permission::Deny
     }
 
-    fn access(&self) -> &dyn Access {
+    /// The connections of `peer` that its slot may move to, oldest first: those it may reserve over.
+    pub(super) fn fit_for_a_slot(&self, peer: PeerId) -> Vec<C> {
+        let mut fit = self.connections.fit_for_a_slot(&peer);
+        fit.retain(|id| self.may_reserve(End { peer, connection: *id }) != Permission::Deny);
+        fit
+    }
+
+    pub(crate) fn access(&self) -> &dyn Access {
         self.access.as_deref().unwrap_or(&self.config.access)
     }
 }
@@ -103,8 +109,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        connections::Connection,
-        relay::{Command, Order, RequestId},
+        relay::{Command, Order, RequestId, connections::Connection},
         wire::Request,
     };
 
@@ -114,10 +119,7 @@ mod tests {
     /// A relay with two connections, the target's from 192.0.2.1.
     fn relay(now: Instant) -> (Relay<u32, ()>, [End<u32>; 2]) {
         let mut relay = Relay::new(Config::default(), now).unwrap();
-        let ends = [
-            (SOURCE, "/ip4/198.51.100.1/tcp/1"),
-            (TARGET, "/ip4/192.0.2.1/tcp/1"),
-        ];
+        let ends = [(SOURCE, "/ip4/198.51.100.1/tcp/1"), (TARGET, "/ip4/192.0.2.1/tcp/1")];
         let ends = ends.map(|(connection, address)| {
             let peer = PeerId::random();
             let address = address.parse().unwrap();
@@ -139,12 +141,10 @@ mod tests {
         relay.requested(target, RequestId(1), Request::Reserve, start);
         let connect = Request::Connect(target.peer);
         relay.requested(source, RequestId(1), connect, start);
-        let asked = orders(&mut relay)
-            .into_iter()
-            .find_map(|order| match order {
-                Order::Command(_, Command::AskTarget(id, ..)) => Some(id),
-                _ => None,
-            });
+        let asked = orders(&mut relay).into_iter().find_map(|order| match order {
+            Order::Command(_, Command::AskTarget(id, ..)) => Some(id),
+            _ => None,
+        });
         let circuit = asked.expect("the target is asked");
         relay.target_answered(circuit, Ok(()), start);
         let later = start + Duration::from_secs(2 * 60 * 60);
@@ -161,6 +161,26 @@ mod tests {
             |order| matches!(order, Order::Command(to, Command::EndCircuit(id)) if (to, id) == (source, circuit)),
         );
         assert!(ended);
+    }
+
+    #[test]
+    fn a_slot_does_not_move_to_a_connection_that_may_not_reserve() {
+        let start = Instant::now();
+        let (mut relay, [_, holder]) = relay(start);
+        relay.requested(holder, RequestId(1), Request::Reserve, start);
+        let granted = orders(&mut relay).into_iter().find_map(|order| match order {
+            Order::Grant(grant) => Some(grant.receipt),
+            _ => None,
+        });
+        relay.answered(holder.peer, granted.expect("a slot is free"), Ok(()), start);
+        let address = "/ip4/203.0.113.1/tcp/1".parse().unwrap();
+        relay.connected(3, Connection::new(holder.peer, address, false, 0, start));
+        let mut config = relay.config().clone();
+        config.access.deny_subnet = vec!["203.0.113.0/24".parse().unwrap()];
+        relay.set_config(config, start).unwrap();
+        relay.disconnected(holder, start);
+        assert_eq!(relay.reservations().connection(&holder.peer), None);
+        assert_eq!(relay.reservations().in_grace(), 1);
     }
 
     #[test]

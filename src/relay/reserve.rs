@@ -4,23 +4,17 @@ use std::{hash::Hash, io, time::Instant};
 
 use libp2p::PeerId;
 
-use super::{Command, Grant, Order, Relay, RequestId};
-use crate::{
-    access::{Permission, Terms},
-    bills::Full,
+use super::{
+    Command, Grant, Newcomer, Order, Relay, RequestId,
     circuits::End,
-    event::{Event, Refused},
+    quota::Scope,
     reclaim::{Candidate, Prospect},
     reservations::{Admission, Left, Receipt},
 };
-
-/// A RESERVE that is yet to be answered.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Newcomer<C> {
-    pub(super) from: End<C>,
-    pub(super) request: RequestId,
-    pub(super) terms: Terms,
-}
+use crate::{
+    access::Permission,
+    event::{Event, Refused},
+};
 
 impl<C: Copy + Ord + Hash, S> Relay<C, S> {
     pub(super) fn reserve(&mut self, from: End<C>, request: RequestId, now: Instant) {
@@ -45,11 +39,7 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
             self.refuse(from, request, spent.into());
             return;
         }
-        let newcomer = Newcomer {
-            from,
-            request,
-            terms,
-        };
+        let newcomer = Newcomer { from, request, terms };
         let Err(full) = self.try_reserve(newcomer, now) else {
             return;
         };
@@ -61,22 +51,14 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
             self.refuse(from, request, full.into());
             return;
         }
-        log::debug!(
-            "reservation waits: peer {}: {}",
-            from.peer,
-            Refused::from(full)
-        );
+        log::debug!("reservation waits: peer {}: {}", from.peer, Refused::from(full));
         self.connections.waits(from.connection, now);
         self.hurry(now);
     }
 
     /// Decides a RESERVE and answers it, unless somebody under a full cap may turn out to be gone.
-    fn try_reserve(&mut self, newcomer: Newcomer<C>, now: Instant) -> Result<(), Full> {
-        let Newcomer {
-            from,
-            request,
-            terms,
-        } = newcomer;
+    fn try_reserve(&mut self, newcomer: Newcomer<C>, now: Instant) -> Result<(), Scope> {
+        let Newcomer { from, request, terms } = newcomer;
         let Some(connection) = self.connections.get(from.connection) else {
             return Ok(()); // nobody to answer
         };
@@ -84,9 +66,7 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
         let before = self.reservations.connection(&peer);
         let billed_to = connection.billed_to();
         let ttl = self.config.ttl(terms);
-        let admission = self
-            .reservations
-            .reserve(peer, from.connection, billed_to, ttl, now);
+        let admission = self.reservations.reserve(peer, from.connection, billed_to, ttl, now);
         self.tell_freed(now);
         let (receipt, renewed) = match admission {
             Admission::Refused(full) => return Err(full),
@@ -98,19 +78,9 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
             Admission::Renewed(receipt) => (receipt, true),
         };
         self.point(peer, before, now);
-        let grant = Grant {
-            to: from,
-            request,
-            receipt,
-            terms,
-            expires: now + ttl,
-        };
+        let grant = Grant { to: from, request, receipt, terms, expires: now + ttl };
         self.orders.push_back(Order::Grant(grant));
-        self.tell(Event::ReservationAccepted {
-            peer,
-            address,
-            renewed,
-        });
+        self.tell(Event::ReservationAccepted { peer, address, renewed });
         Ok(())
     }
 
@@ -179,7 +149,7 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
 
     fn undelivered(&mut self, peer: PeerId, receipt: Receipt, now: Instant) {
         let before = self.reservations.connection(&peer);
-        let up = self.connections.fit_for_a_slot(&peer);
+        let up = self.fit_for_a_slot(peer);
         let left = self.reservations.undelivered(peer, receipt, &up, now);
         self.after_leaving(peer, before, left, now);
     }
@@ -238,10 +208,6 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
         };
         let address = connection.remote.address.clone();
         self.turn_down(from, request, &reason);
-        self.tell(Event::ReservationRefused {
-            peer: from.peer,
-            address,
-            reason,
-        });
+        self.tell(Event::ReservationRefused { peer: from.peer, address, reason });
     }
 }

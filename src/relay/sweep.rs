@@ -11,8 +11,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Command, Order, Relay};
-use crate::{circuits::End, connections::Remote, event::Event, reclaim::TICK};
+use super::{Command, Order, Relay, circuits::End, connections::Remote, reclaim::TICK};
+use crate::event::Event;
 
 /// How late a sweep may come before questions count anew. Before that its lateness is taken off the
 /// time for which they have been open: a relay that has no time hears no answers.
@@ -35,6 +35,7 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
         self.reservations.end_what_is_over(now);
         self.tell_freed(now);
         self.connections.listen(now);
+        self.circuits.look(self.accounts.open_circuits(), now);
         let mut beat = self.heartbeat.beat(self.connections.watched(), now);
         if let Some(fault) = beat.fault {
             log::warn!("{fault}");
@@ -56,11 +57,10 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
 
     fn close_idle(&mut self, now: Instant) {
         let timeout = self.config.idle_timeout;
-        if timeout.is_zero() {
-            return;
-        }
-        for (peer, connection) in self.connections.take_idle(timeout, now) {
-            log::debug!("connection idle for {timeout:?}: closing that of peer {peer}");
+        let timeout = if timeout.is_zero() { Duration::MAX } else { timeout };
+        for (peer, connection, floods) in self.connections.take_idle(timeout, now) {
+            let why = if floods { "flooding".into() } else { format!("idle for {timeout:?}") };
+            log::debug!("connection {why}: closing that of peer {peer}");
             let idle = End { peer, connection };
             self.orders.push_back(Order::Close(idle));
         }
@@ -82,11 +82,7 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
         let (peer, address) = (*peer, address.clone());
         let silent_for = silent.silent_for(now);
         self.connections.judged(connection, now);
-        self.tell(Event::PeerSilent {
-            peer,
-            address,
-            silent_for,
-        });
+        self.tell(Event::PeerSilent { peer, address, silent_for });
         self.give_up(End { peer, connection }, now);
         if self.config.close_silent {
             self.close(End { peer, connection });
@@ -100,7 +96,7 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
             self.end_circuit(id, circuit);
         }
         let before = self.reservations.connection(&peer);
-        let mut up = self.connections.fit_for_a_slot(&peer);
+        let mut up = self.fit_for_a_slot(peer);
         up.retain(|other| *other != connection);
         let left = self.reservations.silent(peer, connection, &up, now);
         self.after_leaving(peer, before, left, now);
@@ -123,9 +119,8 @@ mod tests {
     use super::*;
     use crate::{
         config::Config,
-        connections::Connection,
-        relay::{Grant, RequestId},
-        reservations::FreedReason,
+        event::FreedReason,
+        relay::{Grant, RequestId, connections::Connection},
         wire::Request,
     };
 
@@ -196,16 +191,12 @@ mod tests {
 
         let late = asked + TEN_MINUTES;
         relay.sweep(late);
-        let expected = Found {
-            freed: vec![(leaves.peer, FreedReason::GraceOver)],
-            ..Found::default()
-        };
+        let expected =
+            Found { freed: vec![(leaves.peer, FreedReason::GraceOver)], ..Found::default() };
         assert_eq!(found(&mut relay), expected);
 
         // The question from before counts for nothing.
-        let Config {
-            heartbeat, silence, ..
-        } = Config::default();
+        let Config { heartbeat, silence, .. } = Config::default();
         let (asked, again) = until_found(&mut relay);
         assert_eq!((asked, again.asked), (late + heartbeat, vec![stays.peer]));
         let (judged, silent) = until_found(&mut relay);
@@ -215,10 +206,7 @@ mod tests {
     #[test]
     fn a_term_that_ended_while_it_stood_still_is_over() {
         let start = Instant::now();
-        let config = Config {
-            reservation_ttl: TEN_MINUTES / 2,
-            ..Config::default()
-        };
+        let config = Config { reservation_ttl: TEN_MINUTES / 2, ..Config::default() };
         let (mut relay, holders) = relay(config, start);
         relay.sweep(start + TEN_MINUTES);
         let found = found(&mut relay);

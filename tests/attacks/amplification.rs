@@ -26,24 +26,12 @@ async fn little_is_said_to_whoever_has_not_said_who_it_is() {
         ("half of multistream's header", header[..10].to_vec()),
         ("multistream's header", header.clone()),
         ("what protocols there are", proposal("ls")),
-        (
-            "a thousand short names of no protocol",
-            [header, line("/").repeat(1000)].concat(),
-        ),
+        ("a thousand short names of no protocol", [header, line("/").repeat(1000)].concat()),
         ("Noise", proposal("/noise")),
         ("TLS", proposal("/tls/1.0.0")),
-        (
-            "the first message of Noise",
-            [proposal("/noise"), first_of_noise()].concat(),
-        ),
-        (
-            "the first message of TLS",
-            [proposal("/tls/1.0.0"), first_of_tls()].concat(),
-        ),
-        (
-            "no message of TLS",
-            [proposal("/tls/1.0.0"), vec![0x16; 5]].concat(),
-        ),
+        ("the first message of Noise", [proposal("/noise"), first_of_noise()].concat()),
+        ("the first message of TLS", [proposal("/tls/1.0.0"), first_of_tls()].concat()),
+        ("no message of TLS", [proposal("/tls/1.0.0"), vec![0x16; 5]].concat()),
         ("HTTP", b"GET / HTTP/1.1\r\n\r\n".to_vec()),
     ];
     let attack = async move {
@@ -77,17 +65,8 @@ async fn little_is_said_to_whoever_has_not_said_who_it_is() {
         assert!(*heard <= MOST * said, "{what}: {heard} bytes for {said}");
     }
     // Both secure channels went on as far as they do.
-    let longest = |of| {
-        heard
-            .iter()
-            .filter(|(what, ..)| *what == of)
-            .map(|heard| heard.2)
-            .max()
-    };
-    assert!(
-        longest("the first message of Noise") > Some(100),
-        "{heard:?}"
-    );
+    let longest = |of| heard.iter().filter(|(what, ..)| *what == of).map(|heard| heard.2).max();
+    assert!(longest("the first message of Noise") > Some(100), "{heard:?}");
     assert!(longest("the first message of TLS") > Some(500), "{heard:?}");
     ground.ends_as_it_began().await;
 }

@@ -11,7 +11,9 @@ use tokio::{
 
 use super::{
     ground::{Ground, quick_or_long},
-    strangers::{AT_A_TIME, Heard, PIECE, ROOM, Stranger, address, agreement, all, each, opening},
+    strangers::{
+        AT_A_TIME, Heard, PIECE, ROOM, Staying, Stranger, address, agreement, all, each, opening,
+    },
 };
 use crate::common::{
     STOP,
@@ -71,15 +73,9 @@ async fn targets_that_never_answer() {
     let what = "targets that never answer";
     let (answers, _) = ground.suffer(what, &how_hard, attack).await;
     for (_, status) in &answers {
-        assert!(
-            [CONNECTION_FAILED, RESOURCE_LIMIT_EXCEEDED].contains(status),
-            "{status:?}"
-        );
+        assert!([CONNECTION_FAILED, RESOURCE_LIMIT_EXCEEDED].contains(status), "{status:?}");
     }
-    assert_eq!(
-        answers.len(),
-        quick_or_long(answers.len(), SOURCES * CONNECTS)
-    );
+    assert_eq!(answers.len(), quick_or_long(answers.len(), SOURCES * CONNECTS));
     ground.ends_as_it_began().await;
 }
 
@@ -118,14 +114,11 @@ async fn idle_circuits_up_to_the_cap() {
         }
         (opened, sources, targets)
     };
-    let how_hard = format!(
-        "{} CONNECTs to {TARGETS} targets that agree",
-        SOURCES * CONNECTS
-    );
+    let how_hard = format!("{} CONNECTs to {TARGETS} targets that agree", SOURCES * CONNECTS);
     let what = "circuits left idle, up to the cap";
     let ((opened, sources, targets), _) = ground.suffer(what, &how_hard, attack).await;
-    // Beside the one that is watched.
-    assert_eq!(opened, CAP - 1);
+    // Beside the one that is watched; a source that has many cedes some to those that come late.
+    assert!(opened >= CAP - 1, "{opened}");
     ground.until(|counts| counts.circuits == CAP).await;
     drop((sources, targets));
     ground.ends_as_it_began().await;
@@ -196,10 +189,7 @@ async fn readers_that_stall() {
 async fn write_until_halted(source: &mut Stranger, circuits: Vec<u32>) -> io::Result<usize> {
     /// No more room for so long: halted, or on a machine so slow that it will do.
     const HALTED: Duration = Duration::from_secs(2);
-    let mut room: Vec<_> = circuits
-        .into_iter()
-        .map(|circuit| (circuit, ROOM))
-        .collect();
+    let mut room: Vec<_> = circuits.into_iter().map(|circuit| (circuit, ROOM)).collect();
     let mut said = 0;
     loop {
         for (circuit, room) in &mut room {
@@ -218,9 +208,7 @@ async fn write_until_halted(source: &mut Stranger, circuits: Vec<u32>) -> io::Re
             return Ok(said);
         };
         let heard = heard?;
-        if let Some((_, room)) = room
-            .iter_mut()
-            .find(|(circuit, _)| *circuit == heard.stream)
+        if let Some((_, room)) = room.iter_mut().find(|(circuit, _)| *circuit == heard.stream)
             && heard.kind == WINDOW_UPDATE
         {
             *room += heard.length as usize;
@@ -258,10 +246,7 @@ async fn streams_reset_at_random_points() {
     ground.is_calm().await;
     let after = ground.resident();
     println!("{opened} of them were open once; {before} KiB before, {after} KiB after");
-    assert!(
-        after * 10 <= before * 11,
-        "{before} KiB before, {after} KiB after"
-    );
+    assert!(after * 10 <= before * 11, "{before} KiB before, {after} KiB after");
     ground.ends_as_it_began().await;
 }
 
@@ -347,4 +332,41 @@ async fn agree_at_random(mut target: Stranger, mut random: Random) -> io::Result
             target.say(&data(RST, id, &[])).await?;
         }
     }
+}
+
+/// One address takes all circuits that a target may have, and keeps them busy with nothing: a client from
+/// elsewhere reaches the target all the same.
+#[tokio::test]
+async fn circuits_of_one_address_to_one_target() {
+    const CIRCUITS: usize = 64;
+    const IDENTITIES: usize = 4; // each may ask 30 times a minute
+    let mut ground = Ground::prepare(&[]).await;
+    let port = ground.port;
+    let attack = async move {
+        let mut target = Stranger::connect(port, address(1)).await?;
+        assert_eq!(target.ask_once(&reserve()).await?.1, OK);
+        let request = connect(target.peer);
+        let agrees = Staying::as_long_as(async move {
+            let _ = target.agrees(|_| Vec::new()).await;
+        });
+        let mut sources = Vec::new();
+        for _ in 0..IDENTITIES {
+            let mut source = Stranger::connect(port, address(2)).await?;
+            let answers = source.ask(&vec![request.clone(); CIRCUITS / IDENTITIES]).await?;
+            assert!(answers.iter().all(|(_, status)| *status == OK), "{answers:?}");
+            sources.push(source.stays());
+        }
+        let mut same = Stranger::connect(port, address(2)).await?;
+        let same = same.ask_once(&request).await?.1;
+        let mut elsewhere = Stranger::connect(port, address(3)).await?;
+        let answer = elsewhere.ask_once(&request).await?.1;
+        io::Result::Ok((agrees, sources, elsewhere, same, answer))
+    };
+    let how_hard = format!("all {CIRCUITS} that it may have; a client from elsewhere gets one");
+    let what = "circuits of one address to one target";
+    let (attacked, _) = ground.suffer(what, &how_hard, attack).await;
+    let (agrees, sources, elsewhere, same, answer) = attacked.expect("they stay connected");
+    assert_eq!((same, answer), (RESOURCE_LIMIT_EXCEEDED, OK));
+    drop((agrees, sources, elsewhere));
+    ground.ends_as_it_began().await;
 }

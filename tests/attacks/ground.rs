@@ -5,6 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use libp2p::futures::{FutureExt, future::BoxFuture};
 use tokio::time::sleep;
 
 use crate::common::{
@@ -17,12 +18,7 @@ use crate::common::{
 
 /// The limits are the program's own, but for those of the circuit that is watched; and a slot is not
 /// kept for long for strangers that are gone.
-const FLAGS: [&str; 4] = [
-    ANYWHERE,
-    "--circuit-duration=0s",
-    "--circuit-bytes=0",
-    "--grace=1s",
-];
+const FLAGS: [&str; 4] = [ANYWHERE, "--circuit-duration=0s", "--circuit-bytes=0", "--grace=1s"];
 
 /// No attack may take more than this, in KiB.
 const MUCH: u64 = 512 * 1024;
@@ -59,19 +55,9 @@ pub struct Counts {
 }
 
 /// The two who are watched.
-const THEM: Counts = Counts {
-    live: 1,
-    grace: 0,
-    circuits: 1,
-    connections: 2,
-};
+const THEM: Counts = Counts { live: 1, grace: 0, circuits: 1, connections: 2 };
 
-const NOBODY: Counts = Counts {
-    live: 0,
-    grace: 0,
-    circuits: 0,
-    connections: 0,
-};
+const NOBODY: Counts = Counts { live: 0, grace: 0, circuits: 0, connections: 0 };
 
 impl Ground {
     /// A relay with these flags as well.
@@ -104,6 +90,12 @@ impl Ground {
     pub async fn count(&self, name: &str) -> f64 {
         let samples = samples(&get(self.watched_at, "/metrics").await);
         samples.get(name).copied().unwrap_or_default()
+    }
+
+    /// What tells what it counts, in an attack.
+    pub fn watch(&self) -> impl Fn() -> BoxFuture<'static, Counts> + Send + 'static {
+        let port = self.watched_at;
+        move || counts(port).boxed()
     }
 
     /// Waits until it counts so many, or more, under this name.

@@ -40,9 +40,7 @@ use Step::{Muxed, Negotiated, Noise, Secured, Tcp, Tls};
 #[tokio::test]
 async fn connections_abandoned_at_each_step() {
     // Those at the end are the dear ones, for who does it as well.
-    let steps = [
-        Tcp, Negotiated, Noise, Tls, Tcp, Negotiated, Noise, Tls, Secured, Muxed,
-    ];
+    let steps = [Tcp, Negotiated, Noise, Tls, Tcp, Negotiated, Noise, Tls, Secured, Muxed];
     const ADDRESSES: usize = 16;
     let count = quick_or_long(5000, 100_000);
     let stay = 200; // within what may be in its handshake at a time

@@ -103,40 +103,24 @@ async fn forge(
     relay: PeerId,
 ) -> io::Result<()> {
     let stolen = granted.reservation.clone();
-    assert!(
-        stolen
-            .as_ref()
-            .is_some_and(|stolen| stolen.voucher.is_some())
-    );
+    assert!(stolen.as_ref().is_some_and(|stolen| stolen.voucher.is_some()));
 
     // A voucher of the relay's, for somebody else or a little changed, is no slot for its target.
     let mut forged = stolen.clone();
-    if let Some(byte) = forged
-        .iter_mut()
-        .flat_map(|forged| &mut forged.voucher)
-        .flatten()
-        .last()
-    {
+    if let Some(byte) = forged.iter_mut().flat_map(|forged| &mut forged.voucher).flatten().last() {
         *byte ^= 1;
     }
     for reservation in [&stolen, &forged] {
-        let to_nobody = HopMessage {
-            reservation: reservation.clone(),
-            ..connect(PeerId::random())
-        };
+        let to_nobody =
+            HopMessage { reservation: reservation.clone(), ..connect(PeerId::random()) };
         assert_eq!(thief.ask_once(&to_nobody).await?.1, NO_RESERVATION);
     }
 
     // Nor a slot of the victim's: who asks gets one of its own, in its own name.
-    let with_voucher = HopMessage {
-        reservation: stolen.clone(),
-        ..reserve()
-    };
+    let with_voucher = HopMessage { reservation: stolen.clone(), ..reserve() };
     let answer = thief.ask_whole(&with_voucher).await?;
     assert_eq!(answer.status, OK);
-    let voucher = answer
-        .reservation
-        .and_then(|reservation| reservation.voucher);
+    let voucher = answer.reservation.and_then(|reservation| reservation.voucher);
     let envelope = SignedEnvelope::from_protobuf_encoding(&voucher.expect("a voucher"));
     let envelope = envelope.expect("a signed one");
     let signed = envelope.payload_and_signing_key("libp2p-relay-rsvp".into(), &[0x03, 0x02]);
@@ -151,20 +135,14 @@ async fn forge(
     // target hears who it is that asks, and nothing of the rest.
     let replayed = HopMessage {
         reservation: stolen,
-        limit: Some(Limit {
-            duration: Some(u32::MAX),
-            data: Some(u64::MAX),
-        }),
+        limit: Some(Limit { duration: Some(u32::MAX), data: Some(u64::MAX) }),
         status: OK,
         ..connect(victim.peer)
     };
     let (answer, question) = tokio::join!(thief.ask_once(&replayed), victim.refuses());
     assert_eq!(answer?.1, CONNECTION_FAILED);
     let question = question?;
-    assert_eq!(
-        question.peer.and_then(|peer| peer.id),
-        Some(thief.peer.to_bytes())
-    );
+    assert_eq!(question.peer.and_then(|peer| peer.id), Some(thief.peer.to_bytes()));
     assert_eq!((question.limit, question.status), (None, None));
 
     // To oneself, with a slot and by whatever name.
@@ -176,16 +154,9 @@ async fn forge(
     // The relay is nobody's target, by whatever protocol.
     assert_eq!(thief.ask_once(&connect(relay)).await?.1, NO_RESERVATION);
     let stream = thief.next_stream();
-    let question = StopMessage {
-        kind: Some(0),
-        peer: connect(victim.peer).peer,
-        ..StopMessage::default()
-    };
-    let stop = [
-        proposal(STOP.as_ref()),
-        question.encode_length_delimited_to_vec(),
-    ]
-    .concat();
+    let question =
+        StopMessage { kind: Some(0), peer: connect(victim.peer).peer, ..StopMessage::default() };
+    let stop = [proposal(STOP.as_ref()), question.encode_length_delimited_to_vec()].concat();
     thief.say(&data(SYN | FIN, stream, &stop)).await?;
     let mut heard = Vec::new();
     loop {

@@ -26,8 +26,8 @@ use crate::common::{
     within,
 };
 
-/// How many arrive at a time.
-pub const AT_A_TIME: usize = 32;
+/// How many arrive at a time: half as many as one address may have in their handshakes.
+pub const AT_A_TIME: usize = 16;
 
 /// What a window still has room for once a request was made, at least, in bytes.
 pub const ROOM: usize = WINDOW - 1024;
@@ -63,9 +63,7 @@ pub async fn each<T: Send + 'static, F: Future<Output = T> + Send + 'static>(
 ///
 /// When the relay turned one away, or closed its connection.
 pub fn all<T>(done: Vec<io::Result<T>>) -> Vec<T> {
-    done.into_iter()
-        .collect::<io::Result<_>>()
-        .expect("the relay keeps them all")
+    done.into_iter().collect::<io::Result<_>>().expect("the relay keeps them all")
 }
 
 /// A peer that is connected, and awaits frames.
@@ -82,8 +80,16 @@ impl Stranger {
     ///
     /// When the relay turned it away.
     pub async fn connect(port: u16, from: Ipv4Addr) -> io::Result<Self> {
-        let keypair = Keypair::generate_ed25519();
-        let secured = secure(tcp_from(from, port).await?, &keypair, Security::Noise);
+        Self::connect_as(&Keypair::generate_ed25519(), port, from).await
+    }
+
+    /// The owner of this key.
+    ///
+    /// # Errors
+    ///
+    /// When the relay turned it away.
+    pub async fn connect_as(keypair: &Keypair, port: u16, from: Ipv4Addr) -> io::Result<Self> {
+        let secured = secure(tcp_from(from, port).await?, keypair, Security::Noise);
         Ok(Self {
             peer: keypair.public().to_peer_id(),
             channel: mux(secured.await?).await?,
@@ -190,9 +196,7 @@ impl Stranger {
                 }
             }
         }
-        let answers = streams
-            .into_iter()
-            .map(|id| (id, answers.remove(&id).flatten()));
+        let answers = streams.into_iter().map(|id| (id, answers.remove(&id).flatten()));
         Ok(answers.collect())
     }
 
@@ -242,6 +246,18 @@ impl Stranger {
             let frame = self.frame().await?;
             if (frame.stream, frame.kind) == (stream, WINDOW_UPDATE) {
                 room += frame.length as usize;
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends as many pings on two streams as it may without reading their echoes.
+    pub async fn asks_for_echoes(&mut self) -> io::Result<()> {
+        for _ in 0..2 {
+            let stream = self.next_stream();
+            self.say(&data(SYN, stream, &proposal("/ipfs/ping/1.0.0"))).await?;
+            for _ in 0..ROOM / PIECE {
+                self.say(&data(0, stream, &[7; PIECE])).await?;
             }
         }
         Ok(())
@@ -313,6 +329,11 @@ impl Drop for Staying {
     fn drop(&mut self) {
         self.0.abort();
     }
+}
+
+/// Stays connected, and does not read.
+pub async fn takes_nothing(_stranger: Stranger) {
+    std::future::pending().await
 }
 
 /// What came on streams so far.

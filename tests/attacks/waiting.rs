@@ -2,11 +2,12 @@
 
 use std::{io, time::Duration};
 
+use libp2p::futures::future;
 use tokio::time::timeout;
 
 use super::{
     ground::{Ground, quick_or_long},
-    strangers::{AT_A_TIME, Staying, Stranger, address, all, each, opening},
+    strangers::{AT_A_TIME, Staying, Stranger, address, all, each, opening, takes_nothing},
 };
 use crate::common::{
     by_hand::{RST, SYN, WINDOW_UPDATE, data, frame},
@@ -23,6 +24,8 @@ const WIDE: u32 = 1 << 30;
 #[tokio::test]
 async fn more_waits_than_there_is_room_for() {
     const STRANGERS: usize = 48;
+    /// So few that each of them holds more than those who are watched.
+    const ADDRESSES: usize = 8;
     const FRAMES: usize = 2500; // a quarter of a MiB, each frame with what yamux needs for it
     /// What it may hold, and what its heap may keep besides, in KiB.
     const HELD: u64 = (4 + 16) * 1024;
@@ -31,10 +34,14 @@ async fn more_waits_than_there_is_room_for() {
     let port = ground.port;
     let before = ground.resident();
     let attack = async move {
-        let reset = each(STRANGERS, AT_A_TIME, move |number| async move {
-            let mut target = Stranger::connect(port, address(number)).await?;
+        let pairs = each(STRANGERS, AT_A_TIME, move |number| async move {
+            let mut target = Stranger::connect(port, address(number % ADDRESSES)).await?;
             assert_eq!(target.ask_once(&reserve()).await?.1, Some(100));
-            let mut source = Stranger::connect(port, address(number)).await?;
+            let source = Stranger::connect(port, address(number % ADDRESSES)).await?;
+            Ok((source, target))
+        });
+        // All at once.
+        let reset = all(pairs.await).into_iter().map(|(mut source, target)| async move {
             let mut reset = 0;
             for _ in 0..rounds {
                 let stream = source.next_stream();
@@ -46,12 +53,9 @@ async fn more_waits_than_there_is_room_for() {
             }
             io::Result::Ok((reset, target.stays(), source.stays()))
         });
-        all(reset.await)
+        all(future::join_all(reset).await)
     };
-    let how_hard = format!(
-        "{} MiB in {STRANGERS} streams, of 4 MiB",
-        STRANGERS * rounds / 4
-    );
+    let how_hard = format!("{} MiB in {STRANGERS} streams, of 4 MiB", STRANGERS * rounds / 4);
     let what = "more than may wait, unread";
     let (strangers, noticed) = ground.suffer(what, &how_hard, attack).await;
     let reset: usize = strangers.iter().map(|(reset, ..)| reset).sum();
@@ -95,8 +99,4 @@ async fn readers_that_take_nothing() {
     ground.until_counted(name, 1.0).await;
     drop(strangers);
     ground.ends_as_it_began().await;
-}
-
-async fn takes_nothing(_stranger: Stranger) {
-    std::future::pending().await
 }

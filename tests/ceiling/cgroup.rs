@@ -37,14 +37,9 @@ impl Cgroup {
                     events: "memory.oom_control",
                 },
             ),
-            false => (
-                V2,
-                Names {
-                    limit: "memory.max",
-                    peak: "memory.peak",
-                    events: "memory.events",
-                },
-            ),
+            false => {
+                (V2, Names { limit: "memory.max", peak: "memory.peak", events: "memory.events" })
+            }
         };
         if !is_v1 {
             let control = Path::new(V2).join("cgroup.subtree_control");
@@ -80,13 +75,8 @@ impl Cgroup {
     /// How many processes were killed for want of memory.
     pub fn killed(&self) -> u64 {
         let events = self.read(self.names.events);
-        let killed = events
-            .lines()
-            .find_map(|line| line.strip_prefix("oom_kill "));
-        killed
-            .expect("the kernel counts")
-            .parse()
-            .expect("a number")
+        let killed = events.lines().find_map(|line| line.strip_prefix("oom_kill "));
+        killed.expect("the kernel counts").parse().expect("a number")
     }
 
     fn read(&self, name: &str) -> String {

@@ -1,6 +1,7 @@
 //! Strangers who take all that each of them may have.
 
 use std::{
+    collections::HashMap,
     io,
     sync::{
         Arc,
@@ -20,7 +21,9 @@ use tokio::{
 
 use crate::{
     common::{
-        by_hand::{RST, SYN, agree, data, tcp_from},
+        by_hand::{
+            ACK, DATA, FIN, RST, SYN, agree, behind_its_length, data, frame, proposal, tcp_from,
+        },
         http::{get, samples},
         messages::{connect, reserve},
         within,
@@ -41,6 +44,18 @@ const PIECE: usize = 60 * 1024;
 
 /// How many streams each opens, on which it never says what it wants.
 const MUTE: usize = 8;
+
+/// How peers say of themselves what they are, asked or not: a message in protobuf, whose field 1 is the
+/// peer's key, 2 an address, and 3 a protocol.
+const IDENTIFY: &str = "/ipfs/id/1.0.0";
+const PUSH: &str = "/ipfs/id/push/1.0.0";
+
+/// The messages that take the most memory once they are decoded: as many fields as there is room for.
+const EMPTY_ADDRESSES: usize = 2010;
+const SHORT_PROTOCOLS: usize = 844;
+
+/// The longest body that a header may announce.
+const LONGEST_BODY: u32 = 1024 * 1024;
 
 /// How often to look at what the relay counts.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
@@ -124,18 +139,18 @@ impl Crowd {
             let from = address(2 * number / OF_ONE_ADDRESS);
             let mut target = Stranger::connect(port, from).await?;
             let mut source = Stranger::connect(port, from).await?;
+            for stranger in [&mut target, &mut source] {
+                answer_identify(stranger).await?;
+            }
             assert_eq!(target.ask_once(&reserve()).await?.1, Some(100));
             for stranger in [&mut target, &mut source] {
                 fill_what_stays(stranger).await?;
+                push(stranger, &empty_addresses()).await?;
+                push(stranger, &short_protocols()).await?;
             }
             io::Result::Ok((target, source))
         });
-        Self {
-            port,
-            watched_at,
-            size,
-            pairs: all(pairs.await),
-        }
+        Self { port, watched_at, size, pairs: all(pairs.await) }
     }
 
     /// Waits until it counts so many.
@@ -156,12 +171,12 @@ impl Crowd {
     pub async fn presses(mut self) -> Reached {
         let reset = Arc::new(AtomicUsize::new(0));
         // It counts once a second.
-        self.until("relaylet_connections", self.size.connections)
-            .await;
-        self.until(r#"relaylet_slots{state="live"}"#, self.size.slots)
-            .await;
+        self.until("relaylet_connections", self.size.connections).await;
+        self.until(r#"relaylet_slots{state="live"}"#, self.size.slots).await;
         let mut circuits = 0;
-        for round in 0..quick_or_long(3, 8) {
+        let rounds = quick_or_long(3, 8);
+        for round in 0..rounds {
+            let is_last = round + 1 == rounds;
             // A target that does not answer is asked for a while, and counts. Two look on.
             self.until("relaylet_circuits", 1).await;
             let handshakes = in_handshake(self.port, self.size.handshakes);
@@ -170,8 +185,8 @@ impl Crowd {
                 let reset = Arc::clone(&reset);
                 pressing.spawn(async move {
                     match round % 2 {
-                        0 => stalls_unanswered(target, source, &reset).await,
-                        _ => stalls_in_a_circuit(target, source, &reset).await,
+                        0 => stalls_unanswered(target, source, &reset, is_last).await,
+                        _ => stalls_in_a_circuit(target, source, &reset, is_last).await,
                     }
                 });
             }
@@ -194,6 +209,66 @@ async fn fill_what_stays(stranger: &mut Stranger) -> io::Result<()> {
     stranger.say(&data(RST, stream, &[])).await
 }
 
+fn empty_addresses() -> Vec<u8> {
+    [0x12, 0].repeat(EMPTY_ADDRESSES)
+}
+
+fn short_protocols() -> Vec<u8> {
+    let name = |number: usize| [b'A' + (number / 32) as u8, b'A' + (number % 32) as u8];
+    let field = |number| [&[0x1a, 3, b'/'][..], &name(number)].concat();
+    (0..SHORT_PROTOCOLS).flat_map(field).collect()
+}
+
+/// Answers the relay, which asks each peer that connects what it is.
+async fn answer_identify(stranger: &mut Stranger) -> io::Result<()> {
+    let mut asked = HashMap::<u32, Vec<u8>>::new();
+    loop {
+        let frame = stranger.frame().await?;
+        let said = asked.entry(frame.stream).or_default();
+        said.extend(frame.body);
+        if *said == proposal(IDENTIFY) {
+            // An Ed25519 key is in the peer's id, behind two bytes.
+            let key = &stranger.peer.to_bytes()[2..];
+            let key = [&[0x0a][..], &behind_its_length(key)].concat();
+            let message = behind_its_length(&[key, empty_addresses()].concat());
+            let answer = [proposal(IDENTIFY), message].concat();
+            return stranger.say(&data(ACK | FIN, frame.stream, &answer)).await;
+        }
+    }
+}
+
+/// What opens a stream with a push of this message.
+fn pushed(message: &[u8]) -> Vec<u8> {
+    [proposal(PUSH), behind_its_length(message)].concat()
+}
+
+/// Pushes this message, and waits until the relay is done with it.
+async fn push(stranger: &mut Stranger, message: &[u8]) -> io::Result<()> {
+    let stream = stranger.next_stream();
+    stranger.say(&data(SYN | FIN, stream, &pushed(message))).await?;
+    loop {
+        let frame = stranger.frame().await?;
+        if frame.stream == stream && frame.has(FIN | RST) {
+            return Ok(());
+        }
+    }
+}
+
+/// Pushes all of a message but its last byte. Yields the stream, which stays open.
+async fn push_most(stranger: &mut Stranger) -> io::Result<u32> {
+    let stream = stranger.next_stream();
+    let mut most = pushed(&short_protocols());
+    most.pop();
+    stranger.say(&data(SYN, stream, &most)).await?;
+    Ok(stream)
+}
+
+/// Announces a body as long as there can be on an open stream. None follows, so it is the last that the
+/// relay hears.
+async fn say_only_a_header(stranger: &mut Stranger, stream: u32) -> io::Result<()> {
+    stranger.say(&frame(DATA, 0, stream, LONGEST_BODY)).await
+}
+
 /// Streams on which the relay cannot yet be asked anything; those beyond its limits are reset.
 async fn stay_mute(stranger: &mut Stranger) -> io::Result<()> {
     for _ in 0..MUTE {
@@ -205,24 +280,23 @@ async fn stay_mute(stranger: &mut Stranger) -> io::Result<()> {
 }
 
 /// A circuit is asked for, and the target says nothing: so the relay reads nothing of what its source
-/// sends behind the request, in the smallest of frames.
+/// sends behind the request, in the smallest of frames. The last round ends with a header alone.
 async fn stalls_unanswered(
     mut target: Stranger,
     mut source: Stranger,
     reset: &AtomicUsize,
+    is_last: bool,
 ) -> Option<(Stranger, Stranger)> {
     let stream = source.next_stream();
     let request = data(SYN, stream, &opening(&connect(target.peer)));
     let small = data(0, stream, &[7]).repeat(SMALL_FRAMES);
     let pressed = async {
         source.say(&request).await?;
+        let pushes = [push_most(&mut source).await?, push_most(&mut target).await?];
         stay_mute(&mut source).await?;
         stay_mute(&mut target).await?;
         source.say(&small).await?;
-        let is_reset = source.is_reset(stream, IN_HANDSHAKE).await?;
-        reset.fetch_add(is_reset.into(), Ordering::Relaxed);
-        source.say(&data(RST, stream, &[])).await?;
-        target.hears_out().await
+        stays(&mut target, &mut source, stream, pushes, reset, is_last).await
     };
     pressed.await.ok()?;
     Some((target, source))
@@ -233,6 +307,7 @@ async fn stalls_in_a_circuit(
     mut target: Stranger,
     mut source: Stranger,
     reset: &AtomicUsize,
+    is_last: bool,
 ) -> Option<(Stranger, Stranger)> {
     let stream = source.next_stream();
     let request = data(SYN, stream, &opening(&connect(target.peer)));
@@ -240,17 +315,38 @@ async fn stalls_in_a_circuit(
         source.say(&request).await?;
         let asked = timeout(IN_HANDSHAKE, target.agree_to(1)).await;
         let circuit = asked.map_err(io::Error::other)??[0];
+        let pushes = [push_most(&mut source).await?, push_most(&mut target).await?];
         for _ in 0..PIECES {
             source.say(&data(0, stream, &vec![7; PIECE])).await?;
             target.say(&data(0, circuit, &vec![7; PIECE])).await?;
         }
-        let is_reset = source.is_reset(stream, IN_HANDSHAKE).await?;
-        reset.fetch_add(is_reset.into(), Ordering::Relaxed);
-        source.say(&data(RST, stream, &[])).await?;
-        target.hears_out().await
+        stays(&mut target, &mut source, stream, pushes, reset, is_last).await
     };
     pressed.await.ok()?;
     Some((target, source))
+}
+
+/// All of it stays for a while, or until the relay resets the source's stream; in the last round with a
+/// header alone behind it, and for good.
+async fn stays(
+    target: &mut Stranger,
+    source: &mut Stranger,
+    stream: u32,
+    [of_source, of_target]: [u32; 2],
+    reset: &AtomicUsize,
+    is_last: bool,
+) -> io::Result<()> {
+    if is_last {
+        say_only_a_header(source, of_source).await?;
+        say_only_a_header(target, of_target).await?;
+    }
+    let is_reset = source.is_reset(stream, IN_HANDSHAKE).await?;
+    reset.fetch_add(is_reset.into(), Ordering::Relaxed);
+    if !is_last {
+        source.say(&data(RST, stream, &[])).await?;
+        target.hears_out().await?;
+    }
+    Ok(())
 }
 
 /// So many come, and stop in the midst of a message of Noise as long as there can be.

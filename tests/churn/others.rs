@@ -111,10 +111,7 @@ impl Relay for Model {
             return;
         }
         let expires = now + self.term();
-        let reservation = Reservation {
-            connection,
-            expires,
-        };
+        let reservation = Reservation { connection, expires };
         self.reservations.insert(peer, reservation);
         self.due.insert((expires, Due::Expires(peer)));
         self.acts.push(Act::Granted(connection));

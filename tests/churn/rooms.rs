@@ -12,10 +12,8 @@ use std::{
 use libp2p::PeerId;
 use relaylet::{
     Config, Event, FreedReason,
-    circuits::End,
-    connections::Connection,
-    relay::{self, Command, Order, RequestId},
-    signs::Signs,
+    activity::Signs,
+    relay::{self, Command, Order, RequestId, circuits::End, connections::Connection},
     wire::Request,
 };
 
@@ -61,11 +59,7 @@ impl Rooms {
             true => (config.probe, config.probe_after),
             false => (config.silence - config.heartbeat, config.silence),
         };
-        Act::Judged {
-            connection,
-            asked_for,
-            silent_for,
-        }
+        Act::Judged { connection, asked_for, silent_for }
     }
 
     /// What the relay ordered, as acts.
@@ -73,8 +67,7 @@ impl Rooms {
         while let Some(order) = self.relay.next_order() {
             let act = match order {
                 Order::Grant(grant) => {
-                    self.relay
-                        .answered(grant.to.peer, grant.receipt, Ok(()), now);
+                    self.relay.answered(grant.to.peer, grant.receipt, Ok(()), now);
                     Act::Granted(grant.to.connection)
                 }
                 Order::Command(to, Command::Refuse(..)) => Act::Refused(to.connection),
@@ -126,8 +119,7 @@ impl Relay for Rooms {
         let now = self.start + now;
         if self.signs.contains_key(&id) {
             let from = self.end(id);
-            self.relay
-                .requested(from, RequestId(0), Request::Reserve, now);
+            self.relay.requested(from, RequestId(0), Request::Reserve, now);
             self.carry_out(now);
         }
     }
@@ -155,7 +147,7 @@ impl Relay for Rooms {
 
     fn left_over(&self) -> usize {
         let table = self.relay.reservations();
-        let slots = table.taken() + table.in_grace() + table.bills().len();
+        let slots = table.taken() + table.in_grace() + table.quota().len();
         slots + self.relay.connections().count() + self.relay.waiting()
     }
 

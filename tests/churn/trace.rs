@@ -117,11 +117,7 @@ impl Trace {
             });
         }
         events.sort_by_key(|(at, client, _)| (*at, *client));
-        Self {
-            clients,
-            peers,
-            events,
-        }
+        Self { clients, peers, events }
     }
 
     /// How many clients want a slot, on average over the time that is measured.
@@ -183,9 +179,7 @@ fn stalls(rng: &mut Xoshiro256PlusPlus, from: f64, to: f64, tell: &mut impl FnMu
     let mut now = from + every(STALLS_EVERY).sample(rng);
     while now < to {
         let until = to.min(now + stall.sample(rng).min(LONGEST_STALL));
-        let stalls = What::Stalls {
-            until: Duration::from_secs_f64(until),
-        };
+        let stalls = What::Stalls { until: Duration::from_secs_f64(until) };
         tell(now, stalls);
         now = until + every(STALLS_EVERY).sample(rng);
     }

@@ -151,10 +151,7 @@ pub fn play(trace: &Trace, relay: impl Relay, promise: Option<Duration>) -> Tall
         counted_until: MEASURED_FROM,
         due: BinaryHeap::new(),
         put: 0,
-        tally: Tally {
-            broken: promise.map(|_| 0),
-            ..Tally::default()
-        },
+        tally: Tally { broken: promise.map(|_| 0), ..Tally::default() },
     };
     world.play();
     world.tally.left_over = world.relay.left_over();
@@ -210,11 +207,7 @@ impl<R: Relay> World<'_, R> {
             What::Comes { peer } => {
                 self.tally.stays += usize::from(self.measured());
                 let stay = self.clients[client].stay + 1;
-                self.clients[client] = Client {
-                    peer,
-                    stay,
-                    ..Client::default()
-                };
+                self.clients[client] = Client { peer, stay, ..Client::default() };
                 self.change(peer, |peer| peer.gone_since = None);
                 self.connect(client);
             }
@@ -287,11 +280,7 @@ impl<R: Relay> World<'_, R> {
         if self.clients[client].connection != Some(connection) {
             return;
         }
-        let Client {
-            stalled_until,
-            stay,
-            ..
-        } = self.clients[client];
+        let Client { stalled_until, stay, .. } = self.clients[client];
         let family = self.trace.clients[client].family;
         if self.now < stalled_until {
             return self.later(stalled_until - self.now, due);
@@ -335,14 +324,8 @@ impl<R: Relay> World<'_, R> {
                     self.later(ready + round_trip - self.now, Due::Answers(connection));
                 }
             }
-            Act::Judged {
-                connection,
-                asked_for,
-                silent_for,
-            } => {
-                let Connection {
-                    last_heard, asked, ..
-                } = self.connections[connection];
+            Act::Judged { connection, asked_for, silent_for } => {
+                let Connection { last_heard, asked, .. } = self.connections[connection];
                 let silent = last_heard + silent_for <= self.now;
                 let in_vain =
                     asked.is_some_and(|asked| last_heard <= asked && asked + asked_for <= self.now);

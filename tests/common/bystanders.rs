@@ -87,16 +87,7 @@ impl Bystanders {
         // The last that it says by itself.
         relay.wait_for_log("can be dialed from the internet").await;
         let lines = loud(&relay).len();
-        Self {
-            relay,
-            source,
-            target,
-            there,
-            back,
-            lines,
-            much,
-            strangers: Strangers(None),
-        }
+        Self { relay, source, target, there, back, lines, much, strangers: Strangers(None) }
     }
 
     /// Lives on while somebody attacks: every echo comes back, and every renewal is granted.
@@ -232,9 +223,7 @@ impl Noticed {
     /// What a well-behaved client sees: by how much its echoes took longer, the median and the
     /// slowest hundredth, how much of its throughput was left, and that it could renew.
     pub fn by_clients(&self) -> String {
-        let Self {
-            before, meanwhile, ..
-        } = self;
+        let Self { before, meanwhile, .. } = self;
         format!(
             "echo × {:.1}, slowest hundredth × {:.1}, throughput × {:.2}; {} of {} renewals",
             meanwhile.echo(50) / before.echo(50),

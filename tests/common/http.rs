@@ -30,9 +30,7 @@ pub async fn port(relay: &Relay) -> u16 {
 
 /// A connection without any request yet.
 pub async fn call(port: u16) -> TcpStream {
-    within(TcpStream::connect(("127.0.0.1", port)))
-        .await
-        .expect("the port is open")
+    within(TcpStream::connect(("127.0.0.1", port))).await.expect("the port is open")
 }
 
 /// Asks for something, and reads the answer.

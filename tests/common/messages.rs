@@ -62,29 +62,19 @@ pub struct Limit {
 }
 
 pub fn reserve() -> HopMessage {
-    HopMessage {
-        kind: Some(0),
-        ..HopMessage::default()
-    }
+    HopMessage { kind: Some(0), ..HopMessage::default() }
 }
 
 pub fn connect(target: PeerId) -> HopMessage {
     HopMessage {
         kind: Some(1),
-        peer: Some(Peer {
-            id: Some(target.to_bytes()),
-            addrs: Vec::new(),
-        }),
+        peer: Some(Peer { id: Some(target.to_bytes()), addrs: Vec::new() }),
         ..HopMessage::default()
     }
 }
 
 pub fn stop_status(status: i32) -> StopMessage {
-    StopMessage {
-        kind: Some(1),
-        status: Some(status),
-        ..StopMessage::default()
-    }
+    StopMessage { kind: Some(1), status: Some(status), ..StopMessage::default() }
 }
 
 /// Writes a message behind its length.
@@ -103,15 +93,11 @@ pub async fn read<M: Message + Default>(stream: &mut Stream) -> M {
     let mut prefix = Vec::new();
     while prefix.last().is_none_or(|byte| byte & 0x80 != 0) {
         let mut byte = [0];
-        within(stream.read_exact(&mut byte))
-            .await
-            .expect("an answer comes");
+        within(stream.read_exact(&mut byte)).await.expect("an answer comes");
         prefix.push(byte[0]);
     }
     let length = prost::decode_length_delimiter(&*prefix).expect("a length");
     let mut message = vec![0; length];
-    within(stream.read_exact(&mut message))
-        .await
-        .expect("the whole of it comes");
+    within(stream.read_exact(&mut message)).await.expect("the whole of it comes");
     M::decode(&*message).expect("a message")
 }

@@ -9,13 +9,17 @@ pub mod children;
 pub mod http;
 pub mod messages;
 pub mod network;
+pub mod play;
 pub mod process;
 pub mod running;
+pub mod tcp_from;
 #[cfg(feature = "websocket")]
 pub mod websocket;
 
 use std::{
+    env,
     io::{BufRead, BufReader, Read},
+    path::PathBuf,
     process::{Child, ChildStdout, Command, ExitStatus, Stdio},
     sync::{Arc, Mutex, mpsc},
     thread,
@@ -23,8 +27,8 @@ use std::{
 };
 
 use libp2p::{
-    Multiaddr, PeerId, Stream, StreamProtocol, Swarm, SwarmBuilder,
-    core::{muxing::StreamMuxerBox, transport::Boxed},
+    Multiaddr, PeerId, Stream, StreamProtocol, Swarm, SwarmBuilder, Transport,
+    core::{muxing::StreamMuxerBox, transport::Boxed, upgrade::Version},
     futures::{AsyncReadExt, AsyncWriteExt, StreamExt},
     identify,
     identity::Keypair,
@@ -38,6 +42,7 @@ use tempfile::TempDir;
 use tokio::{sync::watch, task::JoinHandle};
 
 use messages::{HopMessage, StopMessage};
+use tcp_from::{TcpFrom, address_of};
 
 /// How long anything may take that is only waited for: generous, because machines are shared.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -96,14 +101,8 @@ impl Relay {
             }
         });
         let lines = lines_of(child.stdout.take().expect("its output is piped"));
-        let mut relay = Self {
-            address: Multiaddr::empty(),
-            peer: PeerId::random(),
-            folder,
-            child,
-            log,
-            lines,
-        };
+        let mut relay =
+            Self { address: Multiaddr::empty(), peer: PeerId::random(), folder, child, log, lines };
         relay.address = relay.next_address();
         relay.peer = match relay.address.iter().last() {
             Some(Protocol::P2p(peer)) => peer,
@@ -115,14 +114,9 @@ impl Relay {
     /// The next address that it says it listens on.
     pub fn next_address(&self) -> Multiaddr {
         let line = self.lines.recv_timeout(PATIENCE).unwrap_or_else(|_| {
-            panic!(
-                "the relay says no (further) address; its log: {:#?}",
-                self.log()
-            )
+            panic!("the relay says no (further) address; its log: {:#?}", self.log())
         });
-        let address = line
-            .strip_prefix("listening on ")
-            .expect("the only kind of line");
+        let address = line.strip_prefix("listening on ").expect("the only kind of line");
         address.parse().expect("a multiaddr")
     }
 
@@ -133,11 +127,7 @@ impl Relay {
 
     /// The TCP port of [`Relay::address`].
     pub fn port(&self) -> u16 {
-        let port = self.address.iter().find_map(|part| match part {
-            Protocol::Tcp(port) => Some(port),
-            _ => None,
-        });
-        port.expect("a TCP address")
+        tcp_port(&self.address)
     }
 
     /// What it logged so far.
@@ -186,10 +176,7 @@ impl Relay {
     pub fn kill(mut self) -> TempDir {
         self.child.kill().expect("it can be killed");
         self.child.wait().expect("it ends");
-        std::mem::replace(
-            &mut self.folder,
-            tempfile::tempdir().expect("a temporary folder"),
-        )
+        std::mem::replace(&mut self.folder, tempfile::tempdir().expect("a temporary folder"))
     }
 
     /// Waits for it to end by itself.
@@ -213,9 +200,45 @@ impl Drop for Relay {
     }
 }
 
+/// rust-libp2p with this behaviour, under a new identity, on its own TCP, Noise and yamux; it keeps connections
+/// that are idle.
+pub fn swarm<B: NetworkBehaviour>(behaviour: impl FnOnce(&Keypair) -> B) -> Swarm<B> {
+    swarm_of(Keypair::generate_ed25519(), behaviour)
+}
+
+/// As [`swarm`], under this identity.
+pub fn swarm_of<B: NetworkBehaviour>(
+    keypair: Keypair,
+    behaviour: impl FnOnce(&Keypair) -> B,
+) -> Swarm<B> {
+    SwarmBuilder::with_existing_identity(keypair)
+        .with_tokio()
+        .with_tcp(tcp::Config::default(), noise::Config::new, yamux::Config::default)
+        .unwrap()
+        .with_behaviour(behaviour)
+        .unwrap()
+        .with_swarm_config(|config| config.with_idle_connection_timeout(PATIENCE * 10))
+        .build()
+}
+
+/// The TCP port of an address.
+pub fn tcp_port(address: &Multiaddr) -> u16 {
+    let port = address.iter().find_map(|part| match part {
+        Protocol::Tcp(port) => Some(port),
+        _ => None,
+    });
+    port.expect("a TCP address")
+}
+
+/// The program that is tested: the one built with the tests, or the one that `RELAYLET_PROGRAM` names.
+fn program() -> PathBuf {
+    let named = env::var_os("RELAYLET_PROGRAM").map(PathBuf::from);
+    named.unwrap_or_else(|| env!("CARGO_BIN_EXE_relaylet").into())
+}
+
 /// The program, to be run in `folder` and with nothing of this machine's environment.
 pub fn command(folder: &TempDir) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_relaylet"));
+    let mut command = Command::new(program());
     command.current_dir(folder.path()).env_clear();
     command
 }
@@ -381,6 +404,24 @@ impl Client {
         Self::run(Swarm::new(transport(&keypair), parts, peer, config), relay).await
     }
 
+    /// The owner of `keypair`, connected from an address in a /24 of its own: the so-manieth.
+    pub async fn connect_from(number: usize, keypair: Keypair, relay: &Multiaddr) -> Self {
+        let ping = ping::Behaviour::new(ping::Config::new().with_interval(NEVER));
+        let swarm = SwarmBuilder::with_existing_identity(keypair)
+            .with_tokio()
+            .with_other_transport(|keypair| {
+                let noise = noise::Config::new(keypair).expect("a key for Noise");
+                let tcp = TcpFrom(address_of(number)).upgrade(Version::V1Lazy);
+                tcp.authenticate(noise).multiplex(yamux::Config::default())
+            })
+            .unwrap()
+            .with_behaviour(|keypair| Parts::of(keypair, Some(ping)))
+            .unwrap()
+            .with_swarm_config(|config| config.with_idle_connection_timeout(PATIENCE * 10))
+            .build();
+        Self::run(swarm, relay).await
+    }
+
     async fn run(mut swarm: Swarm<Parts>, relay: &Multiaddr) -> Self {
         let Some(Protocol::P2p(relay_peer)) = relay.iter().last() else {
             panic!("{relay} names no peer");
@@ -403,22 +444,14 @@ impl Client {
                 }
             }
         });
-        let mut client = Self {
-            peer,
-            relay: relay_peer,
-            control,
-            connections,
-            task,
-        };
+        let mut client = Self { peer, relay: relay_peer, control, connections, task };
         client.wait_for_connections(1).await;
         client
     }
 
     /// Waits until that many connections to the relay are up.
     pub async fn wait_for_connections(&mut self, wanted: usize) {
-        within(self.connections.wait_for(|count| *count == wanted))
-            .await
-            .expect("the client runs");
+        within(self.connections.wait_for(|count| *count == wanted)).await.expect("the client runs");
     }
 
     /// Whether its connection is still the first that it had.
@@ -501,17 +534,13 @@ pub async fn agree(stops: &mut IncomingStreams) -> (StopMessage, Stream) {
 
 /// What `future` yields, within the patience of these tests.
 pub async fn within<T>(future: impl Future<Output = T>) -> T {
-    tokio::time::timeout(PATIENCE, future)
-        .await
-        .expect("it happens within a minute")
+    tokio::time::timeout(PATIENCE, future).await.expect("it happens within a minute")
 }
 
 /// Reads exactly `count` bytes.
 pub async fn read_bytes(stream: &mut Stream, count: usize) -> Vec<u8> {
     let mut bytes = vec![0; count];
-    within(stream.read_exact(&mut bytes))
-        .await
-        .expect("that many bytes come");
+    within(stream.read_exact(&mut bytes)).await.expect("that many bytes come");
     bytes
 }
 

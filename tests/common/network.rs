@@ -56,21 +56,9 @@ impl Network {
     fn with(addresses: Addresses) -> Self {
         let number = MADE.fetch_add(1, Ordering::Relaxed);
         let name = format!("relaylet-{}-{number}", process::id());
-        let network = Self {
-            name,
-            hosts: Vec::new(),
-            addresses,
-        };
+        let network = Self { name, hosts: Vec::new(), addresses };
         ip(&["netns", "add", &network.name]);
-        ip(&[
-            "-n",
-            &network.name,
-            "link",
-            "add",
-            "switch",
-            "type",
-            "bridge",
-        ]);
+        ip(&["-n", &network.name, "link", "add", "switch", "type", "bridge"]);
         ip(&["-n", &network.name, "link", "set", "switch", "up"]);
         network
     }
@@ -95,9 +83,7 @@ impl Network {
             "-n", &self.name, "link", "add", port, "type", "veth", "peer", "cable", "netns",
             namespace,
         ]);
-        ip(&[
-            "-n", &self.name, "link", "set", port, "master", "switch", "up",
-        ]);
+        ip(&["-n", &self.name, "link", "set", port, "master", "switch", "up"]);
         let address = format!("{}/{prefix}", host.address);
         ip(&["-n", namespace, "address", "add", &address, "dev", "cable"]);
         ip(&["-n", namespace, "link", "set", "cable", "up"]);
@@ -109,9 +95,7 @@ impl Network {
 impl Drop for Network {
     fn drop(&mut self) {
         for namespace in self.hosts.iter().chain([&self.name]) {
-            let _ = Command::new("ip")
-                .args(["netns", "del", namespace])
-                .status();
+            let _ = Command::new("ip").args(["netns", "del", namespace]).status();
         }
     }
 }
@@ -197,8 +181,5 @@ fn ip(arguments: &[&str]) {
     let status = Command::new("ip").args(arguments).status();
     let done = status.is_ok_and(|status| status.success());
     let line = arguments.join(" ");
-    assert!(
-        done,
-        "ip {line}: failed; these tests need root, iproute2 and nftables"
-    );
+    assert!(done, "ip {line}: failed; these tests need root, iproute2 and nftables");
 }

@@ -1,7 +1,6 @@
 //! A client in a process of its own, so that it can be frozen, killed, and put into a network.
 //!
-//! The process is the test program itself, started to run the "test" [`a_client`]: each file that
-//! uses this has to have one of that name that calls it.
+//! The process is the test program itself, started to run the "test" `a_client`.
 
 use std::{env, ffi::OsString, process::Stdio};
 
@@ -63,10 +62,7 @@ impl Process {
 
     /// One that is the source of a circuit.
     pub async fn that_connects(relay: &Multiaddr, target: PeerId) -> Self {
-        let role = Role {
-            target: Some(target),
-            ..Role::default()
-        };
+        let role = Role { target: Some(target), ..Role::default() };
         let process = Self::start(relay, role).await;
         assert_eq!(process.status, Some(100));
         process
@@ -81,9 +77,11 @@ impl Process {
         let keypair = role.keypair.unwrap_or_else(Keypair::generate_ed25519);
         let key = keypair.to_protobuf_encoding().expect("a key");
         let key: String = key.iter().map(|byte| format!("{byte:02x}")).collect();
+        let (_, module) = module_path!().split_once("::").expect("within a crate");
+        let name = format!("{module}::a_client");
         let mut child = Command::new(&command[0])
             .args(&command[1..])
-            .args(["--ignored", "--exact", "--nocapture", "a_client"])
+            .args(["--ignored", "--exact", "--nocapture", &name])
             .env(RELAY, relay.to_string())
             .env(TARGET, target.unwrap_or_default())
             .env(KEY, key)
@@ -114,8 +112,14 @@ impl Process {
     }
 }
 
+#[tokio::test]
+#[ignore = "not a test: the client that the tests start"]
+async fn a_client() {
+    run().await;
+}
+
 /// What the process does.
-pub async fn a_client() {
+async fn run() {
     let relay: Multiaddr = env::var(RELAY).expect("the relay").parse().unwrap();
     let target = env::var(TARGET).expect("whom to connect to, or nobody");
     let key = env::var(KEY).expect("who it is");

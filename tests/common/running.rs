@@ -4,7 +4,7 @@ use libp2p::{Multiaddr, identity::Keypair};
 use relaylet::{Config, ConfigError, Event, Node, NodeEvent};
 use tokio::sync::{mpsc, oneshot};
 
-use super::{Client, Security, within};
+use super::{Client, Security, tcp_port, within};
 
 pub type Change = Box<dyn FnOnce(&mut Config) + Send>;
 type Order = Box<dyn FnOnce(&mut Node) + Send>;
@@ -44,11 +44,12 @@ impl Running {
                 }
             }
         });
-        Self {
-            address,
-            events,
-            orders,
-        }
+        Self { address, events, orders }
+    }
+
+    /// The TCP port that it listens on.
+    pub fn port(&self) -> u16 {
+        tcp_port(&self.address)
     }
 
     pub async fn connect(&self, keypair: Keypair) -> Client {

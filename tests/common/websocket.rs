@@ -15,7 +15,6 @@ use libp2p::{
         upgrade::Version,
     },
     identity::Keypair,
-    multiaddr::Protocol,
     noise, tcp, yamux,
 };
 use libp2p_websocket::{Config, tls};
@@ -60,10 +59,7 @@ impl Certificate {
 
     /// Whether this is what the relay shows at a `/tls/ws` address.
     pub async fn is_shown(&self, address: &Multiaddr) -> bool {
-        let options = DialOpts {
-            role: Endpoint::Dialer,
-            port_use: PortUse::New,
-        };
+        let options = DialOpts { role: Endpoint::Dialer, port_use: PortUse::New };
         let dial = transport(Some(self)).dial(address.clone(), options);
         let dialed = within(dial.expect("an address to dial")).await;
         match dialed {
@@ -102,20 +98,10 @@ pub async fn connect(relay: &Multiaddr) -> Client {
 
 /// A new peer, connected over `/tls/ws` to a relay that shows this certificate.
 pub async fn connect_in_tls(relay: &Multiaddr, certificate: &Certificate) -> Client {
-    Client::connect_over(relay, |keypair| {
-        secured(transport(Some(certificate)), keypair)
-    })
-    .await
+    Client::connect_over(relay, |keypair| secured(transport(Some(certificate)), keypair)).await
 }
 
-/// The port in an address.
-pub fn port(address: &Multiaddr) -> u16 {
-    let port = address.iter().find_map(|part| match part {
-        Protocol::Tcp(port) => Some(port),
-        _ => None,
-    });
-    port.expect("a TCP address")
-}
+pub use super::tcp_port as port;
 
 /// The address with this ending behind its port that the relay listens on.
 pub async fn address(relay: &Relay, ending: &str) -> Multiaddr {

@@ -4,7 +4,7 @@ use libp2p::{Multiaddr, PeerId, futures::FutureExt, multiaddr::Protocol};
 use proptest::{collection::vec, prelude::*, sample::select};
 use relaylet::{
     Config,
-    address::{self, BilledTo, Known},
+    address::{self, ClientPrefix, Known},
     wire::{self, Limit, MAX_MESSAGE, Status},
 };
 
@@ -32,10 +32,7 @@ pub fn check(bytes: &[u8]) {
     let half = addresses.len() / 2;
     let (some, others) = addresses.split_at(half);
     for known in [
-        Known {
-            announced: &addresses,
-            ..Known::default()
-        },
+        Known { announced: &addresses, ..Known::default() },
         Known {
             confirmed: some,
             listening: others,
@@ -62,10 +59,7 @@ fn peer_id(bytes: &[u8]) {
     };
     assert_eq!(PeerId::from_bytes(&peer.to_bytes()).ok(), Some(peer));
     assert_eq!(peer.to_base58().parse().ok(), Some(peer));
-    let limit = Limit {
-        bytes: Some(bytes.len() as u64),
-        duration: None,
-    };
+    let limit = Limit { bytes: Some(bytes.len() as u64), duration: None };
     let question = unframed(&wire::stop_connect(peer, limit));
     let read = protobuf::read(&question, STOP).expect("not deep");
     let read = read.expect("protobuf");
@@ -75,13 +69,10 @@ fn peer_id(bytes: &[u8]) {
 }
 
 fn one_address(address: &Multiaddr) {
+    assert_eq!(Multiaddr::try_from(address.to_vec()).ok().as_ref(), Some(address));
     assert_eq!(
-        Multiaddr::try_from(address.to_vec()).ok().as_ref(),
-        Some(address)
-    );
-    assert_eq!(
-        BilledTo::of(address).map(|to| to.ip()),
-        address::ip(address).map(|ip| BilledTo::from(ip).ip()),
+        ClientPrefix::of(address).map(|to| to.ip()),
+        address::ip(address).map(|ip| ClientPrefix::from(ip).ip()),
     );
     let _ = (address::is_global(address), address::is_relayed(address));
     let mut config = Config::default();
@@ -102,9 +93,7 @@ fn answer(known: Known<'_>) {
     }
     let frame = wire::reserve_ok(7, &told, vec![1; VOUCHER], Limit::default());
     let message = unframed(&frame);
-    let read = protobuf::read(&message, HOP)
-        .expect("not deep")
-        .expect("protobuf");
+    let read = protobuf::read(&message, HOP).expect("not deep").expect("protobuf");
     let sent: Vec<_> = protobuf::all_bytes(&read, &[3, 2]).collect();
     let meant: Vec<_> = told.iter().map(Multiaddr::to_vec).collect();
     assert_eq!(sent, meant);

@@ -25,7 +25,10 @@ use libp2p::{
     identity::Keypair,
     swarm::{self, SwarmEvent},
 };
-use relaylet::{Access, Behaviour, CircuitId, Config, Event, Permission, Terms, address::BilledTo};
+use relaylet::{
+    Access, Behaviour, CircuitId, Config, Event, Permission, Terms, address::ClientPrefix,
+    relay::quota::Scope,
+};
 
 use super::{
     memory::{Door, Link, Pipe, Shared, WINDOW},
@@ -84,10 +87,8 @@ const SWEEP: Duration = Duration::from_millis(2);
 
 /// Histories side by side, which wait together: so these pauses can be long.
 pub fn check_together(histories: &[Vec<u8>], pauses: &[Duration]) {
-    let mut worlds: Vec<_> = histories
-        .iter()
-        .map(|history| World::new(history, Tempo::Shared))
-        .collect();
+    let mut worlds: Vec<_> =
+        histories.iter().map(|history| World::new(history, Tempo::Shared)).collect();
     for pause in pauses {
         for world in &mut worlds {
             world.live();
@@ -212,11 +213,7 @@ fn peer(number: usize) -> PeerId {
 
 /// Both connections of Mallory are hers.
 fn peer_of(which: usize) -> PeerId {
-    peer(if which == MALLORY_AGAIN {
-        MALLORY
-    } else {
-        which
-    })
+    peer(if which == MALLORY_AGAIN { MALLORY } else { which })
 }
 
 fn config(choice: u8, other: u8, tempo: Tempo) -> Config {
@@ -352,12 +349,7 @@ impl World {
         let script = &mut self.script;
         match step {
             0..4 => {
-                let names = [
-                    HOP_PROTOCOL,
-                    PING_PROTOCOL,
-                    STOP_PROTOCOL,
-                    "/who/knows/1.0.0",
-                ];
+                let names = [HOP_PROTOCOL, PING_PROTOCOL, STOP_PROTOCOL, "/who/knows/1.0.0"];
                 let name = names[usize::from(step)];
                 remote.open(WINDOW).say(&proposal(name));
             }
@@ -443,9 +435,7 @@ impl World {
                 self.opened += 1;
                 assert!(self.open.insert(circuit), "it is open already");
             }
-            SwarmEvent::Behaviour(Event::CircuitClosed {
-                circuit, source, ..
-            }) => {
+            SwarmEvent::Behaviour(Event::CircuitClosed { circuit, source, .. }) => {
                 assert!(self.open.remove(&circuit), "it is not open");
                 assert!(!favourites.contains(&source), "Ben's circuit ended");
             }
@@ -482,27 +472,15 @@ impl World {
             assert!(behaviour.circuits().count_of(&remote.peer) <= per_peer);
         }
         assert!(behaviour.circuits().count() <= self.config.max_circuits);
-        assert_eq!(
-            behaviour.accounts().open_circuits().count(),
-            self.open.len()
-        );
+        assert_eq!(behaviour.accounts().open_circuits().count(), self.open.len());
         assert!(self.open.len() <= behaviour.circuits().count());
 
         let mut traffic = Traffic::default();
-        self.remotes
-            .iter()
-            .for_each(|remote| traffic.add(&remote.lines));
-        let Traffic {
-            streams,
-            taken,
-            given,
-        } = &self.gone;
+        self.remotes.iter().for_each(|remote| traffic.add(&remote.lines));
+        let Traffic { streams, taken, given } = &self.gone;
         let held_back = (traffic.taken + taken).saturating_sub(traffic.given + given);
         let most = (traffic.streams + streams) * UNANSWERED + self.opened * 2 * HELD_BACK;
-        assert!(
-            held_back <= most,
-            "{held_back} bytes were taken and not given"
-        );
+        assert!(held_back <= most, "{held_back} bytes were taken and not given");
     }
 
     /// Whoever still has a connection, and behaves from now on, is served on it.
@@ -553,10 +531,7 @@ impl World {
         let table = behaviour.reservations();
         assert_eq!(table.taken() - table.in_grace(), 1, "Anna's, and no other");
         let totals = behaviour.accounts().totals();
-        assert_eq!(
-            (totals.opened, totals.closed + 1),
-            (self.opened as u64, totals.opened)
-        );
+        assert_eq!((totals.opened, totals.closed + 1), (self.opened as u64, totals.opened));
         for which in [MALLORY, MO] {
             let in_grace = behaviour.reservations().ends(&peer(which)).is_some();
             assert!(!in_grace || !self.config.grace.is_zero());
@@ -567,8 +542,8 @@ impl World {
         assert_eq!((table.taken(), table.in_grace()), (1, 0));
         assert_eq!(table.holders().collect::<Vec<_>>(), [peer(ANNA)]);
         for which in HOSTILE {
-            let billed_to = BilledTo::of(&self.remotes[which].address).expect("an address");
-            assert_eq!(table.bills().of_address(billed_to), 0);
+            let billed_to = ClientPrefix::of(&self.remotes[which].address).expect("an address");
+            assert_eq!(table.quota().held(Scope::Address(billed_to)), 0);
         }
 
         // Ben's circuit carries, and whoever comes next gets what it wants.
@@ -643,14 +618,7 @@ impl Remote {
 
 impl Line {
     fn new(pipe: Shared<Pipe>, by_relay: bool) -> Self {
-        Self {
-            pipe,
-            by_relay,
-            reads: true,
-            got: Vec::new(),
-            served: 0,
-            stage: Stage::Named,
-        }
+        Self { pipe, by_relay, reads: true, got: Vec::new(), served: 0, stage: Stage::Named }
     }
 
     fn say(&mut self, bytes: &[u8]) {

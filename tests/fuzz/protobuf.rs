@@ -83,10 +83,7 @@ fn message(
                     Kind::Message => Value::Message,
                     _ => Value::Bytes(inner.to_vec()),
                 };
-                fields.push(Field {
-                    path: path.clone(),
-                    value,
-                });
+                fields.push(Field { path: path.clone(), value });
                 if kind == Kind::Message {
                     message(inner, path, schema, fields)?;
                 }
@@ -275,18 +272,12 @@ fn peers() -> impl Strategy<Value = Vec<u8>> {
     (vec(id, 0..3), addresses, vec(any_field(), 0..2)).prop_map(|(ids, addresses, other)| {
         let ids = ids.iter().map(|id| field(1, id));
         let addresses = addresses.iter().map(|address| field(2, address));
-        ids.chain(addresses)
-            .chain(other)
-            .collect::<Vec<_>>()
-            .concat()
+        ids.chain(addresses).chain(other).collect::<Vec<_>>().concat()
     })
 }
 
 fn statuses() -> impl Strategy<Value = u64> {
-    prop_oneof![
-        select(vec![100, 203, 1 << 31, 1 << 32, u64::MAX]),
-        any::<u64>()
-    ]
+    prop_oneof![select(vec![100, 203, 1 << 31, 1 << 32, u64::MAX]), any::<u64>()]
 }
 
 fn padding() -> impl Strategy<Value = usize> {

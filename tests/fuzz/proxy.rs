@@ -2,7 +2,7 @@
 
 use proptest::{collection::vec, prelude::*, sample::select};
 use proxy_header::{ProxiedAddress, ProxyHeader};
-use relaylet::program::proxy_header::{LONGEST, NoHeader, parse};
+use relaylet::program::net::admission::proxy_header::{LONGEST, NoHeader, parse};
 
 /// Takes `bytes` for what comes first on a connection: what it is taken for once there is enough of
 /// it stays so, however it was cut.
@@ -88,13 +88,7 @@ pub fn headers() -> impl Strategy<Value = Vec<u8>> {
     let behind = prop_oneof![vec(any::<u8>(), 0..60), vec(any::<u8>(), 500..560)];
     let v2 = (fixed, behind).prop_map(|((command, family, length), behind)| {
         let length = length.unwrap_or(behind.len() as u16).to_be_bytes();
-        [
-            &b"\r\n\r\n\0\r\nQUIT\n"[..],
-            &[command, family],
-            &length,
-            &behind,
-        ]
-        .concat()
+        [&b"\r\n\r\n\0\r\nQUIT\n"[..], &[command, family], &length, &behind].concat()
     });
     let flip = prop_oneof![
         5 => Just(None),

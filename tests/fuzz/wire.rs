@@ -34,13 +34,7 @@ pub fn check(bytes: &[u8]) {
 
 /// What is read from a stream on which `bytes` come `piece` by piece.
 fn frame(bytes: &[u8], piece: usize) -> Result<Vec<u8>, &'static str> {
-    let mut stream = Trickle {
-        bytes,
-        read: 0,
-        piece,
-        most: 0,
-        late: false,
-    };
+    let mut stream = Trickle { bytes, read: 0, piece, most: 0, late: false };
     let read = {
         let cx = &mut Context::from_waker(noop_waker_ref());
         let mut reading = Box::pin(wire::read_frame(&mut stream));
@@ -80,10 +74,7 @@ fn frame(bytes: &[u8], piece: usize) -> Result<Vec<u8>, &'static str> {
 
 /// What one message means to the relay has to be what it means to the naive reader.
 fn message(bytes: &[u8]) {
-    let (asked, answered) = (
-        wire::decode_request(bytes, alice()),
-        wire::decode_stop_answer(bytes),
-    );
+    let (asked, answered) = (wire::decode_request(bytes, alice()), wire::decode_stop_answer(bytes));
     if let Some(read) = protobuf::read(bytes, HOP) {
         let hop = read.ok();
         assert_eq!(asked, expected_request(hop.as_deref()));

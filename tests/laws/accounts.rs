@@ -6,9 +6,7 @@ use libp2p::{Multiaddr, PeerId};
 use proptest::{prelude::*, test_runner::RngAlgorithm};
 use relaylet::{
     Account, Carried, CircuitEnd, CircuitId, Config, Event, StopFailed,
-    circuits::End,
-    connections::Connection,
-    relay::{Command, Order, Relay, RequestId},
+    relay::{Command, Order, Relay, RequestId, circuits::End, connections::Connection},
     wire::Request,
 };
 
@@ -158,10 +156,7 @@ impl World {
     }
 
     fn end(&mut self, id: CircuitId, (to_target, to_source): (u16, u16)) {
-        let carried = Carried {
-            to_target: to_target.into(),
-            to_source: to_source.into(),
-        };
+        let carried = Carried { to_target: to_target.into(), to_source: to_source.into() };
         self.said.to_target += carried.to_target;
         self.said.to_source += carried.to_source;
         let end = CircuitEnd::Finished;
@@ -175,16 +170,10 @@ impl World {
                 Order::Command(source, Command::OpenCircuit(_, id, ..)) => {
                     self.open.push((id, source));
                 }
-                Order::Tell(Event::CircuitOpened {
-                    circuit,
-                    source,
-                    target,
-                }) => self
-                    .happened
-                    .push(Happened::Opened(circuit, source, target)),
-                Order::Tell(Event::CircuitClosed {
-                    circuit, carried, ..
-                }) => {
+                Order::Tell(Event::CircuitOpened { circuit, source, target }) => {
+                    self.happened.push(Happened::Opened(circuit, source, target))
+                }
+                Order::Tell(Event::CircuitClosed { circuit, carried, .. }) => {
                     self.open.retain(|(id, _)| *id != circuit);
                     self.happened.push(Happened::Closed(circuit, carried));
                 }

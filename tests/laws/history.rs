@@ -18,12 +18,12 @@ use libp2p::PeerId;
 use proptest::{prelude::*, test_runner::RngAlgorithm};
 use relaylet::{
     Config, Event, FreedReason,
-    address::BilledTo,
-    circuits::End,
-    connections::Connection,
-    relay::{Command, Order, Relay, RequestId},
-    reservations::Receipt,
-    signs::Signs,
+    activity::Signs,
+    address::ClientPrefix,
+    relay::{
+        Command, Order, Relay, RequestId, circuits::End, connections::Connection, quota::Scope,
+        reservations::Receipt,
+    },
     wire::{Request, Status},
 };
 
@@ -124,11 +124,7 @@ fn step() -> impl Strategy<Value = Step> {
 
 fn policy() -> impl Strategy<Value = Policy> {
     let total = prop_oneof![2 => 1..5usize, 1 => 9..14usize];
-    let caps = (
-        total,
-        prop_oneof![0..4usize, Just(0)],
-        prop_oneof![0..5usize, Just(0)],
-    );
+    let caps = (total, prop_oneof![0..4usize, Just(0)], prop_oneof![0..5usize, Just(0)]);
     let grace = prop_oneof![Just(0), Just(30_000)];
     let heartbeat = prop_oneof![1 => Just(0), 4 => Just(30_000)];
     let probe = prop_oneof![1 => Just(0), 4 => Just(3_000)];
@@ -140,34 +136,23 @@ fn policy() -> impl Strategy<Value = Policy> {
     let sweep = prop_oneof![3 => Just(2_000), 2 => Just(7_000), 1 => Just(50_000)];
     let rate = prop_oneof![3 => Just(0), 1 => Just(1), 1 => Just(4)];
     let denied = prop_oneof![4 => Just(None), 1 => (0..PEERS).prop_map(Some)];
-    (
-        caps,
-        times,
-        grace,
-        heartbeat,
-        probe,
-        sweep,
-        rate,
-        denied,
-        any::<bool>(),
+    (caps, times, grace, heartbeat, probe, sweep, rate, denied, any::<bool>()).prop_map(
+        |(caps, times, grace, heartbeat, probe, sweep, rate, denied, close_silent)| Policy {
+            total: caps.0,
+            per_ip: caps.1,
+            per_subnet: caps.2,
+            ttl: times.0,
+            grace,
+            heartbeat,
+            silence: times.1,
+            close_silent,
+            probe,
+            probe_after: times.2,
+            sweep,
+            rate,
+            denied,
+        },
     )
-        .prop_map(
-            |(caps, times, grace, heartbeat, probe, sweep, rate, denied, close_silent)| Policy {
-                total: caps.0,
-                per_ip: caps.1,
-                per_subnet: caps.2,
-                ttl: times.0,
-                grace,
-                heartbeat,
-                silence: times.1,
-                close_silent,
-                probe,
-                probe_after: times.2,
-                sweep,
-                rate,
-                denied,
-            },
-        )
 }
 
 fn config(policy: Policy, peers: &[PeerId]) -> Config {
@@ -193,7 +178,7 @@ fn ip(address: u8) -> IpAddr {
     Ipv4Addr::new(10, 0, model::subnet(address), address).into()
 }
 
-fn billed_to(address: u8) -> BilledTo {
+fn billed_to(address: u8) -> ClientPrefix {
     ip(address).into()
 }
 
@@ -261,10 +246,7 @@ impl World {
     fn end(&self, connection: u32) -> End<u32> {
         let mut all = self.model.connections.iter();
         let peer = all.find(|c| c.id == connection).expect("it is up").peer;
-        End {
-            peer: self.peers[peer],
-            connection,
-        }
+        End { peer: self.peers[peer], connection }
     }
 
     fn choose(&self, peer: usize, which: usize) -> Option<u32> {
@@ -288,21 +270,16 @@ impl World {
 
     /// By how much each cap is exceeded: those of the addresses, of their subnets, and the total.
     fn over_caps(&self) -> Vec<usize> {
-        let Policy {
-            total,
-            per_ip,
-            per_subnet,
-            ..
-        } = self.model.policy;
+        let Policy { total, per_ip, per_subnet, .. } = self.model.policy;
         let table = self.relay.reservations();
         let beyond = |held: usize, cap| match cap {
             0 => 0,
             cap => held.saturating_sub(cap),
         };
         let each = (0..ADDRESSES).map(billed_to).flat_map(|bill| {
-            let of_subnet = table.bills().of_subnet(bill.subnet());
+            let of_subnet = table.quota().held(Scope::Subnet(bill.subnet()));
             [
-                beyond(table.bills().of_address(bill), per_ip),
+                beyond(table.quota().held(Scope::Address(bill)), per_ip),
                 beyond(of_subnet, per_subnet),
             ]
         });
@@ -397,8 +374,7 @@ impl World {
     }
 
     fn disconnect(&mut self, connection: u32) {
-        self.relay
-            .disconnected(self.end(connection), self.instant());
+        self.relay.disconnected(self.end(connection), self.instant());
         self.model.disconnect(connection, self.now);
     }
 
@@ -442,11 +418,7 @@ impl World {
             let asked = all.filter_map(|c| self.unanswered.get(&c.id)).min();
             assert!(asked.is_some_and(|asked| now - asked >= time), "law 1");
         }
-        let closed = if self.model.policy.close_silent {
-            done.judged.len()
-        } else {
-            0
-        };
+        let closed = if self.model.policy.close_silent { done.judged.len() } else { 0 };
         assert_eq!(done.closed, closed, "who is judged is closed, or nobody is");
         self.model.sweep(due.as_millis() as u64, &done.judged, now);
         let next = self.relay.sweep_due().saturating_duration_since(self.start);
@@ -503,10 +475,7 @@ impl World {
     /// Whether both did the same.
     fn compare(&mut self, done: Done) {
         let model = &mut self.model;
-        assert_eq!(
-            sorted(done.answers),
-            sorted(std::mem::take(&mut model.answers))
-        );
+        assert_eq!(sorted(done.answers), sorted(std::mem::take(&mut model.answers)));
         assert_eq!(sorted(done.freed), sorted(std::mem::take(&mut model.freed)));
         assert_eq!(sorted(done.asked), sorted(std::mem::take(&mut model.asked)));
     }
@@ -523,10 +492,7 @@ impl World {
                 State::Grace(..) => None,
             });
             assert_eq!(table.connection(peer), connection);
-            assert_eq!(
-                table.bill_of(peer),
-                slot.map(|slot| billed_to(slot.address))
-            );
+            assert_eq!(table.bill_of(peer), slot.map(|slot| billed_to(slot.address)));
             let expires = slot.map(|slot| self.start + Duration::from_millis(slot.expires));
             assert_eq!(table.expires(peer), expires);
             let ends = slot.map(|slot| self.start + Duration::from_millis(self.model.end(slot)));
@@ -542,27 +508,19 @@ impl World {
         let (table, slots) = (self.relay.reservations(), &self.model.slots);
         assert_eq!(table.taken(), slots.len());
         assert_eq!(table.holders().count(), slots.len());
-        let in_grace = slots
-            .iter()
-            .filter(|slot| matches!(slot.state, State::Grace(..)));
+        let in_grace = slots.iter().filter(|slot| matches!(slot.state, State::Grace(..)));
         assert_eq!(table.in_grace(), in_grace.count());
         assert_eq!(self.relay.waiting(), self.model.waiting());
         assert_eq!(self.relay.questions(), self.questions);
-        assert_eq!(
-            self.relay.connections().count(),
-            self.model.connections.len()
-        );
+        assert_eq!(self.relay.connections().count(), self.model.connections.len());
         for address in 0..ADDRESSES {
             let at = |same: fn(u8, u8) -> bool| {
                 let there = slots.iter().filter(|slot| same(slot.address, address));
                 there.count()
             };
             let bill = billed_to(address);
-            assert_eq!(
-                table.bills().of_address(bill),
-                at(|one, other| one == other)
-            );
-            let of_subnet = table.bills().of_subnet(bill.subnet());
+            assert_eq!(table.quota().held(Scope::Address(bill)), at(|one, other| one == other));
+            let of_subnet = table.quota().held(Scope::Subnet(bill.subnet()));
             let same = |one, other| model::subnet(one) == model::subnet(other);
             assert_eq!(of_subnet, at(same));
         }
@@ -579,14 +537,8 @@ impl World {
         }
         self.pass(self.now + self.model.policy.ttl + self.model.policy.sweep);
         let table = self.relay.reservations();
-        assert_eq!(
-            (table.taken(), table.in_grace(), table.bills().len()),
-            (0, 0, 0)
-        );
-        assert_eq!(
-            (self.relay.waiting(), self.relay.connections().count()),
-            (0, 0)
-        );
+        assert_eq!((table.taken(), table.in_grace(), table.quota().len()), (0, 0, 0));
+        assert_eq!((self.relay.waiting(), self.relay.connections().count()), (0, 0));
     }
 }
 

@@ -110,10 +110,7 @@ impl Policy {
     pub fn time_to_answer(&self, somebody_waits: bool) -> u64 {
         let beat = (self.heartbeat > 0).then(|| self.silence - self.heartbeat);
         let probe = (somebody_waits && self.probe > 0).then_some(self.probe);
-        beat.into_iter()
-            .chain(probe)
-            .min()
-            .expect("somebody judges")
+        beat.into_iter().chain(probe).min().expect("somebody judges")
     }
 }
 
@@ -253,22 +250,15 @@ impl Model {
         {
             self.free(own, why);
         }
-        if self
-            .caps(address)
-            .iter()
-            .any(|(_, held, most)| held >= most)
-        {
+        if self.caps(address).iter().any(|(_, held, most)| held >= most) {
             self.end_what_is_over(now);
         }
         let expires = now + self.policy.ttl;
         if let Some(own) = self.slot(peer) {
             let from = self.slots[own].address;
             let room = |(cap, held, most): &(Cap, usize, usize)| cap.covers(from) || held < most;
-            let narrow: Vec<_> = self
-                .caps(address)
-                .into_iter()
-                .filter(|c| c.0 != Cap::Table)
-                .collect();
+            let narrow: Vec<_> =
+                self.caps(address).into_iter().filter(|c| c.0 != Cap::Table).collect();
             let moves = narrow.iter().all(room);
             let slot = &mut self.slots[own];
             slot.before.get_or_insert(Some((slot.state, slot.expires)));
@@ -286,11 +276,7 @@ impl Model {
             if caps.iter().any(|(_, held, most)| held > most) {
                 return Err(None);
             }
-            let under = self
-                .slots
-                .iter()
-                .enumerate()
-                .filter(|(_, s)| narrowest.covers(s.address));
+            let under = self.slots.iter().enumerate().filter(|(_, s)| narrowest.covers(s.address));
             let left = under.filter_map(|(index, slot)| match slot.state {
                 State::Grace(_, nth) => Some((nth, index)),
                 State::Live(_) => None,
@@ -328,8 +314,7 @@ impl Model {
         }
         self.peer_buckets.insert(peer, (own - spacing, now));
         if let (Some(address), Some(left)) = (address, all) {
-            self.address_buckets
-                .insert(address, (left - spacing / 10, now));
+            self.address_buckets.insert(address, (left - spacing / 10, now));
         }
         true
     }
@@ -354,10 +339,7 @@ impl Model {
             self.answers.push((request, Answer::Denied));
             return;
         }
-        let holds = self
-            .slots
-            .iter()
-            .any(|s| s.peer == peer && !self.over(s, now));
+        let holds = self.slots.iter().any(|s| s.peer == peer && !self.over(s, now));
         if !self.pay(peer, (!holds).then_some(address), now) {
             self.answers.push((request, Answer::TooOften));
             return;
@@ -374,21 +356,14 @@ impl Model {
         let (older, others) = self.waiting.iter().partition(|w| w.peer == peer);
         self.waiting = others;
         let older: Vec<Waiting> = older;
-        self.answers
-            .extend(older.iter().map(|w| (w.request, Answer::Refused)));
+        self.answers.extend(older.iter().map(|w| (w.request, Answer::Refused)));
         let from_there = |w: &&Waiting| w.address == address;
         let crowded = self.waiting.iter().filter(from_there).count() >= MOST_WAITING_PER_ADDRESS;
         if self.policy.probe == 0 || crowded {
             self.answers.push((request, Answer::Refused));
             return;
         }
-        self.waiting.push(Waiting {
-            peer,
-            connection,
-            address,
-            request,
-            since: None,
-        });
+        self.waiting.push(Waiting { peer, connection, address, request, since: None });
     }
 
     pub fn disconnect(&mut self, id: u32, now: u64) {
@@ -429,8 +404,7 @@ impl Model {
         let (shut_out, others): (Vec<_>, Vec<_>) =
             self.waiting.iter().partition(|w| w.peer == denied);
         self.waiting = others;
-        self.answers
-            .extend(shut_out.iter().map(|w| (w.request, Answer::Denied)));
+        self.answers.extend(shut_out.iter().map(|w| (w.request, Answer::Denied)));
     }
 
     fn lose(&mut self, peer: usize, gone: u32, up: Vec<u32>, why: Why, now: u64) {
@@ -517,12 +491,7 @@ impl Model {
     }
 
     fn beat(&mut self, now: u64) -> Vec<u32> {
-        let Policy {
-            heartbeat,
-            silence,
-            sweep,
-            ..
-        } = self.policy;
+        let Policy { heartbeat, silence, sweep, .. } = self.policy;
         if heartbeat == 0 {
             return Vec::new();
         }
@@ -536,10 +505,7 @@ impl Model {
         }
         let asked: Vec<_> = watched.iter().filter(|c| c.asked.is_some()).collect();
         let silent_for = |c: &Connection, limit| now - c.last_heard >= limit;
-        let soon = asked
-            .iter()
-            .filter(|c| silent_for(c, silence - heartbeat))
-            .count();
+        let soon = asked.iter().filter(|c| silent_for(c, silence - heartbeat)).count();
         let could_answer =
             |c: &Connection| c.asked.is_some_and(|at| now - at >= silence - heartbeat);
         let due: Vec<_> = asked
@@ -568,12 +534,7 @@ impl Model {
     fn reclaim(&mut self, judged: &mut impl Iterator<Item = usize>, now: u64) {
         let mut in_need = Vec::new();
         for newcomer in std::mem::take(&mut self.waiting) {
-            let Waiting {
-                peer,
-                connection,
-                request,
-                ..
-            } = newcomer;
+            let Waiting { peer, connection, request, .. } = newcomer;
             match self.try_reserve(peer, connection, request, now) {
                 Ok(()) => {}
                 Err(None) => self.answers.push((request, Answer::Refused)),
@@ -583,12 +544,7 @@ impl Model {
         if in_need.is_empty() {
             return;
         }
-        let Policy {
-            probe,
-            probe_after,
-            silence,
-            ..
-        } = self.policy;
+        let Policy { probe, probe_after, silence, .. } = self.policy;
         let mut candidates = self.watched();
         candidates.retain(|c| now - c.last_heard >= probe_after);
         for candidate in &mut candidates {
@@ -609,10 +565,7 @@ impl Model {
                 let peer = judged.next().expect("somebody is judged");
                 let which = candidates.iter().position(|c| c.peer == peer);
                 let judged = candidates.remove(which.expect("and was asked"));
-                assert!(
-                    due(&&judged) && judged.last_heard == longest,
-                    "the longest silent"
-                );
+                assert!(due(&&judged) && judged.last_heard == longest, "the longest silent");
                 to_judge.push((newcomer, Some(judged.id)));
             } else if now - since >= probe + TICK || !candidates.iter().any(under) {
                 self.answers.push((newcomer.request, Answer::Refused));
@@ -627,12 +580,7 @@ impl Model {
             }
         }
         for (newcomer, judged) in to_judge {
-            let Waiting {
-                peer,
-                connection,
-                request,
-                ..
-            } = newcomer;
+            let Waiting { peer, connection, request, .. } = newcomer;
             let room = judged.map(|judged| {
                 self.judge(judged, now);
                 self.try_reserve(peer, connection, request, now)

@@ -57,11 +57,7 @@ pub async fn pair(relay: &Multiaddr, security: Security) -> Pair {
     let (mut source, mut target) = (client().await, client().await);
     target.reserve().await;
     let (from, to) = circuit(&mut source, &mut target).await;
-    Pair {
-        source: from,
-        target: to,
-        clients: [source, target],
-    }
+    Pair { source: from, target: to, clients: [source, target] }
 }
 
 impl Pair {

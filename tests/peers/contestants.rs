@@ -3,6 +3,7 @@
 use std::{
     path::{Path, PathBuf},
     process::Command,
+    thread,
 };
 
 use libp2p::Multiaddr;
@@ -15,7 +16,7 @@ pub const RELAYLET_FLAGS: &str = "--listen=/ip4/127.0.0.1/tcp/0 --max-reservatio
     --max-reservations-per-ip=0 --max-reservations-per-subnet=0 --max-connections=30000 \
     --max-connections-per-ip=0 --max-handshakes=4096 --max-circuits=20000 \
     --max-circuits-per-peer=2048 --circuit-duration=0s --circuit-bytes=0 --reserve-rate=0 \
-    --connect-rate=0";
+    --connect-rate=0 --stream-rate=0";
 
 /// Who takes part, in the order of the table's columns. The first is what the others are compared
 /// with.
@@ -63,10 +64,7 @@ impl Contestants {
         run(go.args(["build", "-o"]).arg(built.join("go-libp2p")));
         let all = RELAYLET_FLAGS.split_whitespace();
         let flags = all.chain(flags.split_whitespace()).map(str::to_owned);
-        Self {
-            flags: flags.collect(),
-            built,
-        }
+        Self { flags: flags.collect(), built }
     }
 
     /// go-libp2p as a relay; with arguments as a client.
@@ -82,18 +80,19 @@ impl Contestants {
     /// As [`Contestants::start`]; relaylet with these flags, too.
     pub fn start_with(&self, who: Contestant, flags: &[String]) -> Relay {
         let folder = tempfile::tempdir().expect("a temporary folder");
-        let command = match who {
+        let mut command = match who {
             Contestant::Relaylet => {
                 let mut command = common::command(&folder);
-                command
-                    .args(&self.flags)
-                    .args(flags)
-                    .env("RUST_LOG", "error");
+                command.args(&self.flags).args(flags).env("RUST_LOG", "error");
                 command
             }
             Contestant::Rust => Command::new(self.built.join("release/rust-libp2p-relay")),
             Contestant::Go => self.go(),
         };
+        // As many as relaylet has by itself.
+        let cores = thread::available_parallelism().map_or(1, usize::from);
+        let threads = (cores / 2).max(1).to_string();
+        command.env("TOKIO_WORKER_THREADS", &threads).env("GOMAXPROCS", &threads);
         Relay::run(command, folder)
     }
 }
@@ -116,10 +115,6 @@ impl Relay {
     pub fn run(mut command: Command, folder: TempDir) -> Self {
         command.current_dir(folder.path());
         let mut process = Process::start(command);
-        Self {
-            address: process.listens(),
-            process,
-            _folder: folder,
-        }
+        Self { address: process.listens(), process, _folder: folder }
     }
 }

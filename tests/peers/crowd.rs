@@ -3,32 +3,24 @@
 
 use std::{
     io,
-    net::{Ipv4Addr, SocketAddr},
-    pin::Pin,
+    net::Ipv4Addr,
     process::{self, Command},
-    task::{Context, Poll},
     time::Duration,
 };
 
 use libp2p::{
     Multiaddr, PeerId, Swarm, Transport,
-    core::{
-        muxing::StreamMuxerBox,
-        transport::{Boxed, DialOpts, ListenerId, TransportError, TransportEvent},
-        upgrade::Version,
-    },
-    futures::{FutureExt, StreamExt, future::BoxFuture, stream},
+    core::{muxing::StreamMuxerBox, transport::Boxed, upgrade::Version},
+    futures::{StreamExt, stream},
     identify,
     identity::Keypair,
     multiaddr::Protocol,
     noise, ping,
     swarm::{self, NetworkBehaviour, SwarmEvent},
-    tcp::tokio::TcpStream,
     tls, yamux,
 };
-use tokio::net::TcpSocket;
 
-use crate::common::{HOP, Security, children::Process, messages, within};
+use crate::common::{HOP, Security, children::Process, messages, tcp_from::TcpFrom, within};
 
 /// The argument of a process.
 pub const ROLE: &str = "crowd";
@@ -193,54 +185,5 @@ fn transport(from: Ipv4Addr, keypair: &Keypair, security: &str) -> Boxed<(PeerId
             let noise = noise::Config::new(keypair).expect("a key for Noise");
             tcp.authenticate(noise).multiplex(muxer).boxed()
         }
-    }
-}
-
-/// Dials from this address.
-struct TcpFrom(Ipv4Addr);
-
-impl Transport for TcpFrom {
-    type Output = TcpStream;
-    type Error = io::Error;
-    type ListenerUpgrade = BoxFuture<'static, io::Result<TcpStream>>;
-    type Dial = BoxFuture<'static, io::Result<TcpStream>>;
-
-    fn listen_on(
-        &mut self,
-        _: ListenerId,
-        address: Multiaddr,
-    ) -> Result<(), TransportError<io::Error>> {
-        Err(TransportError::MultiaddrNotSupported(address))
-    }
-
-    fn remove_listener(&mut self, _: ListenerId) -> bool {
-        false
-    }
-
-    fn dial(
-        &mut self,
-        address: Multiaddr,
-        _: DialOpts,
-    ) -> Result<Self::Dial, TransportError<io::Error>> {
-        let parts: Vec<_> = address.iter().take(2).collect();
-        let [Protocol::Ip4(ip), Protocol::Tcp(port)] = parts[..] else {
-            return Err(TransportError::MultiaddrNotSupported(address));
-        };
-        let from = SocketAddr::from((self.0, 0));
-        Ok(async move {
-            let socket = TcpSocket::new_v4()?;
-            socket.bind(from)?;
-            let stream = socket.connect(SocketAddr::from((ip, port))).await?;
-            stream.set_nodelay(true)?;
-            Ok(TcpStream(stream))
-        }
-        .boxed())
-    }
-
-    fn poll(
-        self: Pin<&mut Self>,
-        _: &mut Context<'_>,
-    ) -> Poll<TransportEvent<Self::ListenerUpgrade, io::Error>> {
-        Poll::Pending
     }
 }

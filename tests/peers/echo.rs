@@ -30,10 +30,7 @@ pub struct Latency {
 impl Latency {
     /// What lies between the two.
     pub fn beyond(self, base: Self) -> Self {
-        Self {
-            p50: self.p50 - base.p50,
-            p99: self.p99 - base.p99,
-        }
+        Self { p50: self.p50 - base.p50, p99: self.p99 - base.p99 }
     }
 }
 
@@ -57,9 +54,7 @@ pub async fn direct(count: usize) -> Latency {
     let mut echoes_of = listener.behaviour().new_control();
     let mut incoming = echoes_of.accept(ECHO).expect("it is not taken yet");
     let mut dialer = swarm();
-    dialer
-        .dial(address.with_p2p(peer).expect("no peer in it"))
-        .expect("it can be dialed");
+    dialer.dial(address.with_p2p(peer).expect("no peer in it")).expect("it can be dialed");
     let mut control = dialer.behaviour().new_control();
     for mut swarm in [listener, dialer] {
         tokio::spawn(async move {
@@ -81,11 +76,7 @@ pub async fn direct(count: usize) -> Latency {
 fn swarm() -> libp2p::Swarm<libp2p_stream::Behaviour> {
     SwarmBuilder::with_new_identity()
         .with_tokio()
-        .with_tcp(
-            tcp::Config::default(),
-            noise::Config::new,
-            yamux::Config::default,
-        )
+        .with_tcp(tcp::Config::default(), noise::Config::new, yamux::Config::default)
         .expect("TCP")
         .with_behaviour(|_| libp2p_stream::Behaviour::new())
         .expect("a behaviour")
@@ -107,9 +98,7 @@ async fn echoes(mut source: Stream, mut target: Stream, count: usize) -> Latency
         let start = Instant::now();
         source.write_all(&bytes).await.expect("it is read");
         source.flush().await.expect("it is read");
-        within(source.read_exact(&mut bytes))
-            .await
-            .expect("it comes back");
+        within(source.read_exact(&mut bytes)).await.expect("it comes back");
         if number >= WARM_UP {
             took.push(start.elapsed().as_secs_f64() * 1e6);
         }
@@ -117,10 +106,7 @@ async fn echoes(mut source: Stream, mut target: Stream, count: usize) -> Latency
     echo.abort();
     took.sort_by(f64::total_cmp);
     let at = |share: f64| took[(took.len() as f64 * share) as usize];
-    Latency {
-        p50: at(0.5),
-        p99: at(0.99),
-    }
+    Latency { p50: at(0.5), p99: at(0.99) }
 }
 
 /// A process that keeps one circuit through the relay as busy as it can, until it is dropped.

@@ -2,7 +2,7 @@
 
 use std::{fmt::Write, fs, process::ExitCode};
 
-use super::contestants::Contestant;
+use super::{contestants::Contestant, floor};
 
 /// A row of the table.
 struct Row {
@@ -51,10 +51,7 @@ impl Rounds {
             for figures in &row.figures {
                 let _ = write!(table, " {} |", spread(figures));
             }
-            for (other, goal) in [Contestant::Rust, Contestant::Go]
-                .into_iter()
-                .zip(row.goals)
-            {
+            for (other, goal) in [Contestant::Rust, Contestant::Go].into_iter().zip(row.goals) {
                 let Some(ratio) = row.ratio(other) else {
                     table.push_str(" |");
                     continue;
@@ -71,6 +68,7 @@ impl Rounds {
             }
             table.push('\n');
         }
+        table.push_str(&format!("\n{}\n", floor::processor()));
         println!("\n{table}");
         fs::write(file, table).expect("the folder target is there");
         println!("{missed} ratios are above their goals; the table is in {file}");

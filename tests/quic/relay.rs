@@ -31,11 +31,7 @@ pub(crate) fn swarm(
 ) -> Result<Swarm<Parts>, Box<dyn Error>> {
     let swarm = SwarmBuilder::with_existing_identity(keypair)
         .with_tokio()
-        .with_tcp(
-            tcp::Config::default(),
-            noise::Config::new,
-            yamux::Config::default,
-        )?
+        .with_tcp(tcp::Config::default(), noise::Config::new, yamux::Config::default)?
         .with_quic()
         .with_behaviour(|keypair| {
             let identify = identify::Config::new("my/1.0.0".into(), keypair.public());

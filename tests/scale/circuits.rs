@@ -63,10 +63,7 @@ pub async fn measure(circuits: usize, pairs: usize, bytes: usize, flags: &str, t
     let spent = (process.cpu() - before) as f64 / 1e9;
     table.add("MB a second, in all", gigabytes * 1e3 / took.as_secs_f64());
     table.add("CPU of the relay for a GB, s", spent / gigabytes);
-    table.add(
-        "resident memory at its peak, MiB",
-        process.peak() as f64 / 1024.0,
-    );
+    table.add("resident memory at its peak, MiB", process.peak() as f64 / 1024.0);
 }
 
 /// Room for all circuits on one connection: by default there would be 512 streams.
@@ -97,14 +94,10 @@ async fn hear(mut stream: Stream, circuit: usize, bytes: usize) {
     let expected = bytes_of(circuit);
     let mut piece = vec![0; PIECE];
     for _ in 0..bytes / PIECE {
-        within(stream.read_exact(&mut piece))
-            .await
-            .expect("it is said");
+        within(stream.read_exact(&mut piece)).await.expect("it is said");
         assert!(piece == expected, "circuit {circuit} carries what was said");
     }
     let end = within(stream.read(&mut piece)).await;
     assert_eq!(end.expect("a clean end"), 0);
-    within(stream.close())
-        .await
-        .expect("the other end is there");
+    within(stream.close()).await.expect("the other end is there");
 }

@@ -12,11 +12,7 @@ pub struct Table {
 impl Table {
     pub fn of(columns: impl Iterator<Item = String>, growth: bool) -> Self {
         let columns: Vec<_> = columns.collect();
-        Self {
-            growth: growth && columns.len() > 1,
-            columns,
-            rows: Vec::new(),
-        }
+        Self { growth: growth && columns.len() > 1, columns, rows: Vec::new() }
     }
 
     /// The figure of the next column in this row.

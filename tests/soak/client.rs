@@ -265,9 +265,9 @@ impl Life {
                 self.refusals = 0;
                 (self.stay.tell)(Saw::Granted { renewal });
             }
-            SwarmEvent::ListenerClosed {
-                reason: Err(why), ..
-            } if self.body.swarm.is_connected(&self.relay) => {
+            SwarmEvent::ListenerClosed { reason: Err(why), .. }
+                if self.body.swarm.is_connected(&self.relay) =>
+            {
                 let Some(why) = refusal(&why) else {
                     return; // the connection is on its way out
                 };
@@ -276,12 +276,9 @@ impl Life {
                 self.refusals += 1;
                 self.comes_back_after(self.stay.family.asks_again_after(self.refusals));
             }
-            SwarmEvent::ConnectionClosed {
-                peer_id,
-                num_established: 0,
-                cause,
-                ..
-            } if peer_id == self.relay => {
+            SwarmEvent::ConnectionClosed { peer_id, num_established: 0, cause, .. }
+                if peer_id == self.relay =>
+            {
                 if std::mem::take(&mut self.holds) {
                     (self.stay.tell)(Saw::Lost(format!("{cause:?}")));
                     self.comes_back_after(self.stay.family.returns_after());
@@ -308,12 +305,7 @@ impl Life {
 
     fn calls(&mut self, peer: PeerId, bytes: usize) {
         let through = self.stay.relay.clone().with(Protocol::P2pCircuit);
-        if self
-            .body
-            .swarm
-            .dial(through.with(Protocol::P2p(peer)))
-            .is_ok()
-        {
+        if self.body.swarm.dial(through.with(Protocol::P2p(peer))).is_ok() {
             self.calls.push((peer, bytes));
         }
     }

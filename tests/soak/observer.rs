@@ -46,15 +46,8 @@ pub enum Law {
 }
 
 /// All of them.
-pub const LAWS: [Law; 7] = [
-    Law::Safety,
-    Law::Bounds,
-    Law::Return,
-    Law::Refusal,
-    Law::Owner,
-    Law::Echo,
-    Law::NothingLeft,
-];
+pub const LAWS: [Law; 7] =
+    [Law::Safety, Law::Bounds, Law::Return, Law::Refusal, Law::Owner, Law::Echo, Law::NothingLeft];
 
 impl fmt::Display for Law {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -377,10 +370,7 @@ impl Observer {
         }
         if let Some(left) = had {
             self.check(Law::Owner);
-            let what = format!(
-                "came back after {:?}, and was refused ({status})",
-                now - left.at
-            );
+            let what = format!("came back after {:?}, and was refused ({status})", now - left.at);
             return broken(Law::Owner, Some(id), now, what);
         }
         if status != "Refused" {
@@ -501,10 +491,5 @@ impl Peer {
 }
 
 fn broken(law: Law, peer: Option<PeerId>, at: Duration, what: String) -> Verdict {
-    Err(Box::new(Broken {
-        law,
-        peer,
-        at,
-        what,
-    }))
+    Err(Box::new(Broken { law, peer, at, what }))
 }

@@ -57,9 +57,7 @@ impl Plan {
         config.max_reservations_per_subnet = Some(0);
         let events = events.into_iter().map(|(at, who, what)| {
             let what = match what {
-                What::Stalls { until } => What::Stalls {
-                    until: until / FACTOR,
-                },
+                What::Stalls { until } => What::Stalls { until: until / FACTOR },
                 other => other,
             };
             (at / FACTOR, who, what)
@@ -142,9 +140,7 @@ fn part(
             continue;
         }
         let what = match what {
-            What::Stalls { until } => What::Stalls {
-                until: until - from,
-            },
+            What::Stalls { until } => What::Stalls { until: until - from },
             other => other,
         };
         events.push((at - from, who, what));

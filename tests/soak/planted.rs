@@ -74,10 +74,7 @@ impl Stage {
     fn new() -> Self {
         let mut rules = Config::default();
         rules.max_reservations = SLOTS;
-        Self {
-            observer: Observer::new(rules),
-            peers: std::array::from_fn(|_| PeerId::random()),
-        }
+        Self { observer: Observer::new(rules), peers: std::array::from_fn(|_| PeerId::random()) }
     }
 
     fn saw(&mut self, at: u64, who: usize, saw: Saw) -> Verdict {
@@ -155,11 +152,7 @@ fn history(planted: Planted, wrong: bool) -> Verdict {
             stage.is_refused(30, 2, 1, "Refused")
         }
         Planted::RefusedForItsRate => {
-            let status = if wrong {
-                "ResourceLimitExceeded"
-            } else {
-                "Refused"
-            };
+            let status = if wrong { "ResourceLimitExceeded" } else { "Refused" };
             stage.is_refused(30, 2, 1, status)
         }
         Planted::OwnerRefused => {
@@ -172,10 +165,7 @@ fn history(planted: Planted, wrong: bool) -> Verdict {
         },
         Planted::OtherBytes => stage.saw(20, 0, Saw::Echoed { right: !wrong }),
         Planted::OneConnectionLeft => {
-            let shown = Shown {
-                connections: usize::from(wrong),
-                ..Shown::default()
-            };
+            let shown = Shown { connections: usize::from(wrong), ..Shown::default() };
             let at = Duration::from_secs(300);
             stage.observer.nothing_left(at, &shown)
         }

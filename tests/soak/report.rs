@@ -56,9 +56,7 @@ pub fn of(measured: Measured<'_>) -> Soaked {
          the time after which a peer is asked: {}.",
         measured.observer.excused, measured.observer.refused_too_early,
     );
-    let never = LAWS
-        .into_iter()
-        .find(|law| measured.observer.checked[law] == 0);
+    let never = LAWS.into_iter().find(|law| measured.observer.checked[law] == 0);
     let sound = match never {
         Some(law) => Err(format!("never was there anything to see of a law: {law}")),
         None => is_flat(&measured, &quarters),

@@ -42,10 +42,7 @@ impl Sample {
 
     /// The means of the samples of this time.
     pub fn mean(all: &[Self], from: Duration, until: Duration) -> Option<Self> {
-        let all: Vec<_> = all
-            .iter()
-            .filter(|sample| (from..=until).contains(&sample.at))
-            .collect();
+        let all: Vec<_> = all.iter().filter(|sample| (from..=until).contains(&sample.at)).collect();
         let mean = |of: fn(&Self) -> f64| {
             let sum: f64 = all.iter().map(|sample| of(sample)).sum();
             sum / all.len() as f64
@@ -81,18 +78,8 @@ pub fn is_flat(early: &Sample, end: &Sample) -> Result<(), String> {
     };
     let most = |early: f64, more: f64| early * (1.0 + MORE) + more;
     let (memory, files) = (early.resident, early.files - early.connections);
-    same(
-        "memory (KiB)",
-        memory,
-        end.resident,
-        most(memory, MORE_MEMORY),
-    )?;
+    same("memory (KiB)", memory, end.resident, most(memory, MORE_MEMORY))?;
     let at_end = end.files - end.connections;
-    same(
-        "descriptors beside connections",
-        files,
-        at_end,
-        most(files, MORE_FILES),
-    )?;
+    same("descriptors beside connections", files, at_end, most(files, MORE_FILES))?;
     same("threads", early.threads, end.threads, early.threads)
 }

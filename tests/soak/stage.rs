@@ -270,9 +270,7 @@ impl Stage<'_> {
         client.before = Some((peer, fin));
         let now = self.began.elapsed();
         // No stay has begun after it: the number of the last is as good as its own.
-        let _ = self
-            .tell
-            .send(Told::Saw(now, peer, u64::MAX, Saw::Leaves { fin }));
+        let _ = self.tell.send(Told::Saw(now, peer, u64::MAX, Saw::Leaves { fin }));
         let buried_after = self.observer.all_back_within();
         let _ = orders.send(match fin {
             true => Order::Close,

@@ -24,9 +24,7 @@ impl Bounds {
         let verdict = if holds { "holds" } else { "FAIL" };
         let decimals = if bound < 10.0 { 2 } else { 0 };
         self.missed |= !holds;
-        self.rows.push(format!(
-            "| {what} | {measured:.decimals$} | {which} {bound} | {verdict} |"
-        ));
+        self.rows.push(format!("| {what} | {measured:.decimals$} | {which} {bound} | {verdict} |"));
     }
 
     /// Prints them; the status to end with.

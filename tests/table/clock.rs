@@ -56,10 +56,6 @@ impl fmt::Display for Samples {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (low, high) = (self.0[self.0.len() / 4], self.0[self.0.len() * 3 / 4]);
         let decimals = if self.median() < 100.0 { 2 } else { 0 };
-        write!(
-            f,
-            "{:.decimals$} ({low:.decimals$}-{high:.decimals$})",
-            self.median()
-        )
+        write!(f, "{:.decimals$} ({low:.decimals$}-{high:.decimals$})", self.median())
     }
 }

@@ -11,7 +11,7 @@ use std::{
     time::Instant,
 };
 
-use relaylet::{Config, reservations::Reservations};
+use relaylet::{Config, relay::reservations::Reservations};
 
 use super::{
     bounds::Bounds,

@@ -78,12 +78,9 @@ pub fn measure(words: &[&str], bounds: &mut Bounds) {
     let per = peers * minutes / 60.0;
     row("bytes a peer and hour, in TCP", 0, per, |s| s.bytes);
     row("TCP segments a peer and hour", 0, per, |s| s.segments);
-    row(
-        "bytes a peer and hour, with TCP's and IPv4's headers",
-        0,
-        per,
-        |s| s.bytes + s.segments * HEADERS,
-    );
+    row("bytes a peer and hour, with TCP's and IPv4's headers", 0, per, |s| {
+        s.bytes + s.segments * HEADERS
+    });
     let what = "CPU of 1,000 idle peers: relaylet / rust-libp2p";
     bounds.at_most(what, ratio, 0.65);
 }
@@ -116,11 +113,7 @@ impl Relay {
     fn spent(&self) -> Spent {
         let (connections, bytes, segments) = self.traffic();
         assert_eq!(connections, PEERS, "everybody is still there");
-        Spent {
-            cpu: self.process.cpu(),
-            bytes,
-            segments,
-        }
+        Spent { cpu: self.process.cpu(), bytes, segments }
     }
 
     /// The kernel's count of its connections, and of the bytes and segments on them, both ways.
@@ -140,9 +133,7 @@ impl Relay {
             let words = said.split_whitespace();
             let counts = words.filter_map(|word| word.split_once(':'));
             let counts = counts.filter(|(name, _)| names.contains(name));
-            counts
-                .filter_map(|(_, count)| count.parse::<u64>().ok())
-                .sum()
+            counts.filter_map(|(_, count)| count.parse::<u64>().ok()).sum()
         };
         let bytes = sum(["bytes_sent", "bytes_received"]);
         (said.lines().count(), bytes, sum(["segs_in", "segs_out"]))

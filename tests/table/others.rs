@@ -58,11 +58,7 @@ pub struct WalksAll {
 
 impl WalksAll {
     pub fn of(max: usize) -> Self {
-        Self {
-            max,
-            all: Vec::new(),
-            by_address: HashMap::new(),
-        }
+        Self { max, all: Vec::new(), by_address: HashMap::new() }
     }
 
     fn keep(&mut self, keep: impl Fn(&(PeerId, Instant)) -> bool) {

@@ -4,7 +4,7 @@ use std::{hint::black_box, time::Instant};
 
 use relaylet::{
     Config,
-    reservations::{Admission, Reservations},
+    relay::reservations::{Admission, Reservations},
 };
 
 use super::{
@@ -102,12 +102,7 @@ impl Full {
         };
         let peers: Vec<_> = (0..size).map(Peer::number).collect();
         peers.iter().for_each(|peer| table.hold(peer, now));
-        Self {
-            table,
-            peers,
-            at: 0,
-            newest: size,
-        }
+        Self { table, peers, at: 0, newest: size }
     }
 
     /// Makes way for a batch, and says who is to reserve.
@@ -149,19 +144,13 @@ struct Row {
 pub fn measure(bounds: &mut Bounds) {
     let now = Instant::now();
     let mut caches = Caches::new();
-    let mut tables: Vec<_> = (0..NAMES.len())
-        .map(|name| SIZES.map(|size| Full::of(size, name, now)))
-        .collect();
+    let mut tables: Vec<_> =
+        (0..NAMES.len()).map(|name| SIZES.map(|size| Full::of(size, name, now))).collect();
     let rows = (0..NAMES.len()).flat_map(|name| WHATS.map(|what| (name, what)));
     let mut rows: Vec<_> = rows
         // The others have no grace.
         .filter(|(name, what)| *name == RELAYLET || what.0 != What::AdmissionForGrace)
-        .map(|(name, what)| Row {
-            name,
-            what,
-            cold: Default::default(),
-            warm: Default::default(),
-        })
+        .map(|(name, what)| Row { name, what, cold: Default::default(), warm: Default::default() })
         .collect();
     for _ in 0..ROUNDS {
         for row in &mut rows {

@@ -140,11 +140,7 @@ fn swarm<B: NetworkBehaviour>(
 ) -> Swarm<B> {
     SwarmBuilder::with_new_identity()
         .with_tokio()
-        .with_tcp(
-            tcp::Config::default(),
-            noise::Config::new,
-            yamux::Config::default,
-        )
+        .with_tcp(tcp::Config::default(), noise::Config::new, yamux::Config::default)
         .expect("TCP")
         .with_behaviour(|keypair| behaviour(keypair))
         .expect("a behaviour")

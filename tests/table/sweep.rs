@@ -6,11 +6,10 @@ use std::time::{Duration, Instant};
 use libp2p::{Multiaddr, multiaddr::Protocol};
 use relaylet::{
     Config, Event,
-    circuits::End,
-    connections::Connection,
-    reclaim::TICK,
-    relay::{Command, Order, Relay, RequestId},
-    signs::Signs,
+    activity::Signs,
+    relay::{
+        Command, Order, Relay, RequestId, circuits::End, connections::Connection, reclaim::TICK,
+    },
     wire::Request,
 };
 
@@ -75,12 +74,8 @@ impl Full {
             self.relay.listen_to(id, signs.clone());
         }
         self.signs.extend(heard.into_iter().last());
-        let from = End {
-            peer: peer.id,
-            connection: id,
-        };
-        self.relay
-            .requested(from, RequestId(1), Request::Reserve, now);
+        let from = End { peer: peer.id, connection: id };
+        self.relay.requested(from, RequestId(1), Request::Reserve, now);
     }
 
     /// Everybody has fallen silent, and somebody waits.

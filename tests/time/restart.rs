@@ -53,10 +53,7 @@ async fn after_kill_9_under_500_clients_all_are_reserved_again_and_none_is_refus
         .collect();
     let start = Instant::now();
     all_reserve(&clients, &mut told).await;
-    println!(
-        "{CLIENTS} clients came in {:.1} s",
-        start.elapsed().as_secs_f64()
-    );
+    println!("{CLIENTS} clients came in {:.1} s", start.elapsed().as_secs_f64());
     assert_eq!(relay.count_in_log("refused"), 0);
 
     let peer = relay.peer;
@@ -163,9 +160,6 @@ fn client(keypair: &Keypair, from: Ipv4Addr) -> Swarm<Parts> {
         .authenticate(noise::Config::new(keypair).expect("a key for Noise"))
         .multiplex(yamux::Config::default())
         .boxed();
-    let parts = Parts {
-        relay,
-        ping: ping::Behaviour::default(),
-    };
+    let parts = Parts { relay, ping: ping::Behaviour::default() };
     Swarm::new(transport, parts, peer, Config::with_tokio_executor())
 }

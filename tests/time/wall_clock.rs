@@ -75,11 +75,9 @@ async fn nothing_ends_early_or_late(step: i64) {
     let (_, end) = read_to_end(&mut there).await;
     assert!(opened.elapsed() >= CIRCUIT, "{end:?}");
     clock.relay.wait_for_log("time limit").await;
-    for (peer, since) in [
-        (idle.peer, idle_since),
-        (renews.peer, renewed),
-        (newcomer.peer, newcomer_since),
-    ] {
+    for (peer, since) in
+        [(idle.peer, idle_since), (renews.peer, renewed), (newcomer.peer, newcomer_since)]
+    {
         clock.freed(peer, "expired", since + TERM).await;
         let answer = source.ask(&connect(peer)).await;
         assert_eq!(answer.status, NO_RESERVATION);
@@ -118,11 +116,7 @@ impl WallClock {
         // The loader says so, and goes on without it.
         let missing = relay.count_in_log("cannot be preloaded");
         assert_eq!(missing, 0, "{LIBRARY}: is libfaketime installed?");
-        Self {
-            relay,
-            file,
-            off: 0,
-        }
+        Self { relay, file, off: 0 }
     }
 
     /// Puts it forward or back by so many seconds.

@@ -26,13 +26,18 @@ use multistream_select::dialer_select_proto;
 
 use super::messages::{self, v2};
 use crate::program::{
-    muxer::{Budget, Multiplex},
-    proxies::Proxies,
-    read_ahead::ReadAhead,
-    security::Security,
-    stream_limits::{LEAST_BUFFERED, StreamLimits},
-    traffic::Traffic,
-    transport::{Tcp, multiaddr},
+    mux::{
+        muxer::{Budget, Multiplex},
+        stream_limits::{LEAST_BUFFERED, StreamLimits},
+    },
+    net::{
+        admission::{arrivals::Arrivals, proxies::Proxies},
+        multiaddr::multiaddr,
+        read_ahead::ReadAhead,
+        security::Security,
+        tcp::Tcp,
+        traffic::Traffic,
+    },
 };
 
 const DIAL_BACK: &str = "/libp2p/autonat/2/dial-back";
@@ -46,17 +51,15 @@ const STREAM_TIMEOUT: Duration = Duration::from_secs(3);
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The client may open a few streams, as each does on a new connection; none is answered.
-const BUDGET: Budget = Budget {
-    inbound: 8,
-    outbound: 1,
-};
+const BUDGET: Budget = Budget { inbound: 8, outbound: 1 };
 
 /// Nothing that the client sends on a stream is read.
 const LIMITS: StreamLimits = StreamLimits {
     max_streams: 0,
     max_streams_per_connection: Some(BUDGET.inbound),
-    max_buffered: 4 * LEAST_BUFFERED,
-    max_buffered_per_connection: LEAST_BUFFERED,
+    stream_rate: 0,
+    max_buffered: Some(4 * LEAST_BUFFERED),
+    max_buffered_per_connection: Some(LEAST_BUFFERED),
 };
 
 /// Dials, under an identity of its own, as go-libp2p's server does: to the client this is one more
@@ -67,12 +70,12 @@ impl Dialer {
     /// With a new identity.
     pub fn new() -> anyhow::Result<Self> {
         let keypair = Keypair::generate_ed25519();
-        let transport = Tcp::new(Traffic::default(), Proxies::new(0))
+        let transport = Tcp::new(Traffic::default(), Proxies::new(0), Arrivals::unlimited())
             .map(|stream, _| ReadAhead::new(stream))
             // Not lazily: the client is to see the connection come up before it is closed.
             .upgrade(Version::V1)
             .authenticate(Security::new(&keypair)?)
-            .multiplex(Multiplex::new(BUDGET, LIMITS))
+            .multiplex(Multiplex::new(BUDGET, LIMITS, 0))
             .timeout(DIAL_TIMEOUT)
             .boxed();
         Ok(Self(Mutex::new(transport)))
@@ -84,10 +87,7 @@ impl Dialer {
     ///
     /// When it cannot be reached there, or somebody else is.
     pub async fn dial(&self, peer: PeerId, to: SocketAddr) -> io::Result<Dialed> {
-        let how = DialOpts {
-            role: Endpoint::Dialer,
-            port_use: PortUse::New,
-        };
+        let how = DialOpts { role: Endpoint::Dialer, port_use: PortUse::New };
         let dial = {
             let mut transport = self.0.lock().unwrap_or_else(PoisonError::into_inner);
             transport.dial(multiaddr(to), how)

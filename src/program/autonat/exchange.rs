@@ -17,13 +17,12 @@ use libp2p::{
 };
 
 use super::{
-    Client,
     dial::{Dialed, Dialer},
     gate::{Gate, Refused},
     messages::{self, v1, v2},
-    target,
+    target::{self, Client},
 };
-use crate::{address::BilledTo, program::transport::multiaddr};
+use crate::{address::ClientPrefix, program::net::multiaddr::multiaddr};
 
 /// How long a client may take to ask, and to read the answer.
 const READ_TIMEOUT: Duration = Duration::from_secs(10);
@@ -39,7 +38,7 @@ pub struct Server {
 /// A dial that was let begin.
 struct Permit<'a> {
     server: &'a Server,
-    at: BilledTo,
+    at: ClientPrefix,
 }
 
 impl Drop for Permit<'_> {
@@ -51,11 +50,7 @@ impl Drop for Permit<'_> {
 impl Server {
     /// `private`: whether addresses that are not global are dialed, too.
     pub fn new(private: bool) -> anyhow::Result<Self> {
-        Ok(Self {
-            gate: Mutex::new(Gate::new(Instant::now())),
-            dialer: Dialer::new()?,
-            private,
-        })
+        Ok(Self { gate: Mutex::new(Gate::new(Instant::now())), dialer: Dialer::new()?, private })
     }
 
     fn gate(&self) -> MutexGuard<'_, Gate> {
@@ -74,20 +69,14 @@ impl Server {
         match &dialed {
             Ok(_) => log::debug!("autonat: peer {} can be reached at {to}", client.peer),
             Err(error) => {
-                log::debug!(
-                    "autonat: peer {} cannot be reached at {to}: {error}",
-                    client.peer
-                );
+                log::debug!("autonat: peer {} cannot be reached at {to}: {error}", client.peer);
             }
         }
         dialed.ok()
     }
 
     async fn answer_2(&self, client: Client, asked: v2::DialRequest) -> v2::DialResponse {
-        let refused = |status| v2::DialResponse {
-            status,
-            ..v2::DialResponse::default()
-        };
+        let refused = |status| v2::DialResponse { status, ..v2::DialResponse::default() };
         let target = target::of_version_2(&asked.addrs, client, self.private);
         let Some((index, to)) = target else {
             return refused(v2::E_DIAL_REFUSED);

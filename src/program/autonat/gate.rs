@@ -11,7 +11,9 @@ use std::{
 
 use libp2p::PeerId;
 
-use crate::{address::BilledTo, rates::Rates};
+use crate::{
+    address::ClientPrefix, program::net::admission::limits::DIALED_FOR_AUTONAT, relay::rates::Rates,
+};
 
 /// How many times a minute a peer is dialed, all at once if it likes: go-libp2p's limit. Its
 /// address, ten times as often for all its peers together.
@@ -19,9 +21,6 @@ pub const PER_PEER: u32 = 12;
 
 /// How many times a minute anyone is dialed.
 pub const IN_ALL: u32 = 600;
-
-/// How many are dialed at once; of these one address may have a quarter.
-pub const AT_ONCE: usize = 64;
 
 const MINUTE: Duration = Duration::from_secs(60);
 
@@ -32,7 +31,7 @@ pub struct Gate {
     /// When there will be a whole minute's worth for all again.
     full_at: Instant,
     tidied: Instant,
-    dialing: HashMap<BilledTo, usize>,
+    dialing: HashMap<ClientPrefix, usize>,
     at_once: usize,
 }
 
@@ -74,9 +73,9 @@ impl Gate {
     /// # Errors
     ///
     /// When it may not begin.
-    pub fn begin(&mut self, peer: PeerId, at: BilledTo, now: Instant) -> Result<(), Refused> {
+    pub fn begin(&mut self, peer: PeerId, at: ClientPrefix, now: Instant) -> Result<(), Refused> {
         let of_address = self.dialing.get(&at).copied().unwrap_or(0);
-        if self.at_once >= AT_ONCE || of_address >= AT_ONCE / 4 {
+        if self.at_once >= DIALED_FOR_AUTONAT || of_address >= DIALED_FOR_AUTONAT / 4 {
             return Err(Refused::AtOnce);
         }
         // Asked first: so no more is remembered than that many.
@@ -97,7 +96,7 @@ impl Gate {
     }
 
     /// One dial that was let begin is over.
-    pub fn ended(&mut self, at: BilledTo) {
+    pub fn ended(&mut self, at: ClientPrefix) {
         if let Entry::Occupied(mut dialing) = self.dialing.entry(at) {
             self.at_once -= 1;
             *dialing.get_mut() -= 1;
@@ -114,12 +113,12 @@ mod tests {
 
     use super::*;
 
-    fn at(n: u32) -> BilledTo {
+    fn at(n: u32) -> ClientPrefix {
         IpAddr::from(Ipv4Addr::from_bits(0x0b00_0000 + n)).into()
     }
 
     /// Dials that take no time.
-    fn dial(gate: &mut Gate, peer: PeerId, at: BilledTo, now: Instant) -> Result<(), Refused> {
+    fn dial(gate: &mut Gate, peer: PeerId, at: ClientPrefix, now: Instant) -> Result<(), Refused> {
         gate.begin(peer, at, now).inspect(|()| gate.ended(at))
     }
 
@@ -142,9 +141,7 @@ mod tests {
         let now = Instant::now();
         let mut gate = Gate::new(now);
         let dialed = |gate: &mut Gate, at| {
-            (0..10 * IN_ALL)
-                .filter(|_| dial(gate, PeerId::random(), at, now).is_ok())
-                .count()
+            (0..10 * IN_ALL).filter(|_| dial(gate, PeerId::random(), at, now).is_ok()).count()
         };
         assert_eq!(dialed(&mut gate, at(1)), 10 * PER_PEER as usize);
         assert_eq!(dialed(&mut gate, at(2)), 10 * PER_PEER as usize);
@@ -171,7 +168,7 @@ mod tests {
         let mut gate = Gate::new(now);
         let begin = |gate: &mut Gate, n| gate.begin(PeerId::random(), at(n), now);
         for n in 0..4 {
-            for _ in 0..AT_ONCE / 4 {
+            for _ in 0..DIALED_FOR_AUTONAT / 4 {
                 assert_eq!(begin(&mut gate, n), Ok(()));
             }
             assert_eq!(begin(&mut gate, n), Err(Refused::AtOnce));

@@ -7,10 +7,17 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use libp2p::{Multiaddr, multiaddr::Protocol};
+use libp2p::{Multiaddr, PeerId, multiaddr::Protocol};
 
-use super::Client;
-use crate::{address, program::transport};
+use crate::{address, program::net::multiaddr};
+
+/// The peer that asks, and its address.
+#[derive(Clone, Copy, Debug)]
+pub struct Client {
+    pub peer: PeerId,
+    /// The only address that is ever dialed for it.
+    pub ip: IpAddr,
+}
 
 /// How many addresses of a request are looked at: as many as go-libp2p looks at.
 const MOST_NAMED: usize = 50;
@@ -24,10 +31,7 @@ pub fn of_version_2(
     client: Client,
     private: bool,
 ) -> Option<(usize, SocketAddr)> {
-    let mut read = named
-        .iter()
-        .take(MOST_NAMED)
-        .map(|bytes| read(bytes, client));
+    let mut read = named.iter().take(MOST_NAMED).map(|bytes| read(bytes, client));
     let at = read.position(|to| to.is_some_and(|to| to.ip() == client.ip))?;
     let to = self::read(named.get(at)?, client)?;
     may_be_dialed(to.ip(), private).then_some((at, to))
@@ -57,7 +61,7 @@ fn read(bytes: &[u8], client: Client) -> Option<SocketAddr> {
     let address = Multiaddr::try_from(bytes.to_vec()).ok()?;
     let names_another =
         matches!(address.iter().last(), Some(Protocol::P2p(peer)) if peer != client.peer);
-    let mut to = transport::dialable(&address).filter(|_| !names_another)?;
+    let mut to = multiaddr::dialable(&address).filter(|_| !names_another)?;
     to.set_ip(to.ip().to_canonical());
     Some(to)
 }
@@ -85,17 +89,12 @@ fn may_be_dialed(ip: IpAddr, private: bool) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use libp2p::PeerId;
-
     use super::*;
 
     const PEER: &str = "12D3KooWPGM3wYKMsTHGEqbhcBft6cPjA2F3rQmyWTEDD3wCGS1g";
 
     fn client(ip: &str) -> Client {
-        Client {
-            peer: PEER.parse().unwrap(),
-            ip: ip.parse().unwrap(),
-        }
+        Client { peer: PEER.parse().unwrap(), ip: ip.parse().unwrap() }
     }
 
     fn bytes(addresses: &[&str]) -> Vec<Vec<u8>> {
@@ -142,9 +141,7 @@ mod tests {
         ];
         let expected = ["5.5.5.5:4001", "5.5.5.5:4002"];
         assert_eq!(first("5.5.5.5", &addresses), expected);
-        let many: Vec<_> = (1..99)
-            .map(|port| format!("/ip4/5.5.5.5/tcp/{port}"))
-            .collect();
+        let many: Vec<_> = (1..99).map(|port| format!("/ip4/5.5.5.5/tcp/{port}")).collect();
         let many: Vec<_> = many.iter().map(String::as_str).collect();
         assert_eq!(first("5.5.5.5", &many).len(), MOST_DIALED);
     }
@@ -209,10 +206,7 @@ mod tests {
             "ff02::1",
         ] {
             let ip: IpAddr = ip.parse::<IpAddr>().unwrap().to_canonical();
-            let client = Client {
-                ip,
-                ..client("5.5.5.5")
-            };
+            let client = Client { ip, ..client("5.5.5.5") };
             let address = Multiaddr::from(ip).with(Protocol::Tcp(4001));
             let named = [address.to_vec()];
             assert_eq!(of_version_2(&named, client, false), None, "{ip}");
@@ -222,13 +216,7 @@ mod tests {
                 assert_eq!(of_version_1(&named, client, true).len(), 1, "{ip}");
             }
         }
-        for ip in [
-            "5.5.5.5",
-            "192.0.1.1",
-            "2a00::1",
-            "2001:4860::1",
-            "2001:200::1",
-        ] {
+        for ip in ["5.5.5.5", "192.0.1.1", "2a00::1", "2001:4860::1", "2001:200::1"] {
             assert!(may_be_dialed(ip.parse().unwrap(), false), "{ip}");
         }
     }

@@ -21,13 +21,13 @@ export async function unlimited (relay) {
   const [near, far] = await connect(relay, source, target)
   check(near.limits == null && far.limits == null, 'the circuit is marked as limited')
 
-  const rate = await exchange(near, target)
+  const rate = await exchange(near, target, BULK)
   proved(`64 MiB each way at once, unlimited at both ends: ${rate} MB/s each way`)
   await Promise.all([source.stop(), target.stop()])
 }
 
-// Sends 64 MiB each way at once on a stream of the circuit; yields how many MB a second that were.
-export async function exchange (near, target) {
+// Sends so many bytes each way at once on a stream of the circuit; yields how many MB a second that were.
+export async function exchange (near, target, bytes) {
   const arrival = inTime('the stream at the target', resolve => target.handle(PROTOCOL, resolve))
   // The ordinary way, which js-libp2p refuses on a limited connection.
   const there = await near.newStream(PROTOCOL, patient())
@@ -37,18 +37,18 @@ export async function exchange (near, target) {
   const [atSource, atTarget] = await Promise.all([
     receive(there, payload(answer)),
     receive(back, payload(question)),
-    sendAll(there, question),
-    sendAll(back, answer)
+    sendAll(there, question, bytes),
+    sendAll(back, answer, bytes)
   ])
   for (const [end, { count, error }] of Object.entries({ source: atSource, target: atTarget })) {
-    check(error == null && count === BULK, `the ${end} got ${count} bytes: ${error}`)
+    check(error == null && count === bytes, `the ${end} got ${count} bytes: ${error}`)
   }
-  return (BULK / 1e3 / (Date.now() - start)).toFixed(1)
+  return (bytes / 1e3 / (Date.now() - start)).toFixed(1)
 }
 
 // Closes its own direction behind the bytes, and no other.
-async function sendAll (stream, seed) {
-  await send(stream, payload(seed), BULK)
+async function sendAll (stream, seed, bytes) {
+  await send(stream, payload(seed), bytes)
   await stream.close(patient())
 }
 

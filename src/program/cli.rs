@@ -1,0 +1,18 @@
+//! The program from its command line to its exit code.
+
+pub mod flags;
+mod help;
+pub mod identity;
+mod key_log;
+pub mod load;
+mod log_summary;
+mod memory_estimate;
+mod reload;
+pub mod run;
+mod runtime;
+mod sd_notify;
+mod signals;
+mod startup_log;
+#[cfg(feature = "websocket")]
+mod tls_files;
+mod values;

@@ -1,0 +1,721 @@
+//! Every setting: one struct for the command line, the environment and the file, and what it means.
+
+use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
+
+use bytesize::ByteSize;
+use humantime::Duration;
+use ipnet::IpNet;
+use libp2p::{Multiaddr, PeerId};
+use serde::{Deserialize, Serialize};
+use structopt::{StructOpt, clap::AppSettings as Set};
+use toml::{Table, Value};
+
+use super::{
+    runtime,
+    values::{Parsed, unwrapped},
+};
+use crate::{
+    access::{Lists, subnets_make_sense},
+    config::{Config, ConfigError, LONGEST},
+    program::net::{admission::limits, multiaddr},
+    program::{
+        component::CertificateFiles,
+        mux::stream_limits::{self, StreamLimits},
+    },
+};
+
+/// Where the relay listens unless told otherwise.
+const DEFAULT_LISTEN: [&str; 2] = ["/ip4/0.0.0.0/tcp/4001", "/ip6/::/tcp/4001"];
+
+/// Whether the settings of the DHT are left out of the help.
+const NO_DHT: bool = !cfg!(feature = "dht");
+
+/// The features that a program may be built without, whether this one has them, and their settings.
+const FEATURES: [(&str, bool, &[&str]); 5] = [
+    ("autonat", cfg!(feature = "autonat"), &["autonat"]),
+    ("dht", !NO_DHT, &["bootstrap", "dht", "dht-protocol"]),
+    ("http", cfg!(feature = "http"), &["http"]),
+    ("pnet", cfg!(feature = "pnet"), &["swarm-key"]),
+    ("websocket", cfg!(feature = "websocket"), &["tls-cert", "tls-key"]),
+];
+
+/// Where each setting was given that is not on the command line: `RELAYLET_GRACE`,
+/// `relaylet.toml:3`.
+pub type Origins = BTreeMap<String, String>;
+
+/// A libp2p circuit relay (v2) whose slots come back.
+///
+/// Each flag also as RELAYLET_NAME in the environment, lists with commas; a flag wins.
+#[derive(Clone, Debug, PartialEq, StructOpt, Serialize, Deserialize)]
+#[serde(default, rename_all = "kebab-case", deny_unknown_fields)]
+#[structopt(usage = "relaylet [FLAGS]", help_message = "Prints help information [group: About]")]
+#[structopt(settings = &[Set::UnifiedHelpMessage, Set::NextLineHelp, Set::DeriveDisplayOrder, Set::NoBinaryName])]
+pub struct Flags {
+    /// Reads settings from a TOML file, under the names of these flags
+    ///
+    /// A flag wins over the environment, and that over the file. SIGHUP reads it again.
+    ///
+    /// [group: Configuration]
+    #[structopt(long, value_name = "FILE")]
+    #[serde(skip)]
+    pub config: Option<PathBuf>,
+
+    /// Prints the settings that hold, as such a file, and ends
+    #[structopt(long)]
+    #[serde(skip)]
+    pub print_config: bool,
+
+    /// Where the others were given, if not on the command line.
+    #[structopt(skip)]
+    #[serde(skip)]
+    pub(super) origins: Origins,
+
+    /// Address to listen on; may be given several times
+    ///
+    /// Browsers want WebSocket, on a port of its own: /ip4/0.0.0.0/tcp/4002/ws, or /tls/ws in place
+    /// of /ws with --tls-cert. [default: /ip4/0.0.0.0/tcp/4001 and /ip6/::/tcp/4001]
+    ///
+    /// [group: Who it is and where it can be reached]
+    #[structopt(long, value_name = "MULTIADDR", use_delimiter = true)]
+    // Empty stands for the default, which follows from the machine.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub listen: Vec<Parsed<Multiaddr>>,
+
+    /// Address to put into reservations instead of those found; may be given several times
+    #[structopt(long, value_name = "MULTIADDR", use_delimiter = true)]
+    pub announce: Vec<Parsed<Multiaddr>>,
+
+    /// Subnet of proxies that send a PROXY protocol header; may be given several times
+    ///
+    /// A connection from there is the client's that the header names, and is closed without one.
+    #[structopt(long, value_name = "SUBNET", use_delimiter = true)]
+    pub proxy_protocol_from: Vec<Parsed<IpNet>>,
+
+    /// Certificate that /tls/ws shows, its issuers' behind it, in PEM
+    ///
+    /// Read again when the file changes, and on SIGHUP.
+    #[structopt(long, value_name = "FILE", hidden = needs("tls-cert").is_some())]
+    pub tls_cert: Option<PathBuf>,
+
+    /// The private key of --tls-cert, in PEM
+    #[structopt(long, value_name = "FILE", hidden = needs("tls-key").is_some())]
+    pub tls_key: Option<PathBuf>,
+
+    /// Tells clients whether they can be reached from outside, by dialing them (AutoNAT)
+    ///
+    /// At the address that they connect from only, and only if that is a global one; a client 12 times
+    /// a minute, all together 600 times.
+    #[structopt(long, hidden = needs("autonat").is_some())]
+    pub autonat: bool,
+
+    /// For tests: AutoNAT dials addresses that are not global, too
+    #[structopt(long, hidden = true)]
+    #[serde(skip)]
+    pub autonat_private: bool,
+
+    /// The relay's private key; made on the first run
+    #[structopt(long, value_name = "FILE", default_value = "relaylet.key")]
+    pub identity: PathBuf,
+
+    /// Joins a DHT as a server, so that clients that walk it find the relay
+    #[structopt(long, hidden = NO_DHT)]
+    pub dht: bool,
+
+    /// Node of the DHT to join it by, with its id at the end; may be given several times
+    ///
+    /// Without any the relay is in the DHT once others join by it.
+    #[structopt(long, value_name = "MULTIADDR", use_delimiter = true, hidden = NO_DHT)]
+    pub bootstrap: Vec<Parsed<Multiaddr>>,
+
+    /// What the nodes of the DHT speak
+    #[structopt(long, value_name = "PROTOCOL", default_value = "/ipfs/kad/1.0.0", hidden = NO_DHT)]
+    pub dht_protocol: String,
+
+    /// How many peers may hold a slot at a time
+    ///
+    /// [group: Slots]
+    #[structopt(long, value_name = "N", default_value = "1024")]
+    pub max_reservations: Parsed<usize>,
+
+    /// How many slots one IP address (IPv6: one /64) may have; 0: no cap
+    ///
+    /// [default: a sixteenth of --max-reservations, at least 8]
+    #[structopt(long, value_name = "N")]
+    pub max_reservations_per_ip: Option<Parsed<usize>>,
+
+    /// How many slots one subnet (IPv4: a /24, IPv6: a /48) may have; 0: no cap
+    ///
+    /// [default: a quarter of --max-reservations, at least 64]
+    #[structopt(long, value_name = "N")]
+    pub max_reservations_per_subnet: Option<Parsed<usize>>,
+
+    /// For how long a reservation is granted, and renewed
+    #[structopt(long, value_name = "DURATION", default_value = "1h")]
+    pub reservation_ttl: Parsed<Duration>,
+
+    /// How long a peer that disconnected keeps its claim to the slot; 0s: none
+    #[structopt(long, value_name = "DURATION", default_value = "30s")]
+    pub grace: Parsed<Duration>,
+
+    /// After how much silence a peer with a slot or circuit is asked for a sign of life; 0s: only
+    /// when a newcomer waits
+    ///
+    /// [group: Who is still there]
+    #[structopt(long, value_name = "DURATION", default_value = "30s")]
+    pub heartbeat: Parsed<Duration>,
+
+    /// After how much silence a peer that was asked is given up
+    #[structopt(long, value_name = "DURATION", default_value = "1m")]
+    pub silence: Parsed<Duration>,
+
+    /// How long a silent peer has to answer when a newcomer waits for its slot; 0s: none is asked
+    #[structopt(long, value_name = "DURATION", default_value = "3s")]
+    pub probe: Parsed<Duration>,
+
+    /// After how much silence a peer is asked when a newcomer waits for its slot
+    #[structopt(long, value_name = "DURATION", default_value = "10s")]
+    pub probe_after: Parsed<Duration>,
+
+    /// How often to look for slots whose time is over
+    #[structopt(long, value_name = "DURATION", default_value = "1s")]
+    pub sweep: Parsed<Duration>,
+
+    /// After which time a connection without a reservation or a circuit is closed; 0s: never
+    #[structopt(long, value_name = "DURATION", default_value = "1m")]
+    pub idle_timeout: Parsed<Duration>,
+
+    /// How many circuits may be open at a time
+    ///
+    /// [group: Circuits]
+    #[structopt(long, value_name = "N", default_value = "1024")]
+    pub max_circuits: Parsed<usize>,
+
+    /// How many of them the sources of one IP address (IPv6: one /64) may have; 0: no cap
+    ///
+    /// [default: an eighth of all, at least 64]
+    #[structopt(long, value_name = "N")]
+    pub max_circuits_per_ip: Option<Parsed<usize>>,
+
+    /// How many of them the sources of one subnet (an IPv4 /24, an IPv6 /48) may have; 0: no cap
+    ///
+    /// [default: a quarter of all, at least 64]
+    #[structopt(long, value_name = "N")]
+    pub max_circuits_per_subnet: Option<Parsed<usize>>,
+
+    /// How many circuits one peer may be part of, as source and as target together
+    #[structopt(long, value_name = "N", default_value = "64")]
+    pub max_circuits_per_peer: Parsed<usize>,
+
+    /// How long a circuit may stay open; 0s: no limit
+    #[structopt(long, value_name = "DURATION", default_value = "2m")]
+    pub circuit_duration: Parsed<Duration>,
+
+    /// How many bytes a circuit may carry in each direction; 0: no limit
+    #[structopt(long, value_name = "SIZE", default_value = "128KiB")]
+    pub circuit_bytes: Parsed<ByteSize>,
+
+    /// How many payload bytes a second all circuits may carry together; 0: no cap
+    #[structopt(long, value_name = "SIZE", default_value = "0")]
+    pub bandwidth: Parsed<ByteSize>,
+
+    /// How many of them one peer may send and receive through its circuits; 0: no cap
+    #[structopt(long, value_name = "SIZE", default_value = "0")]
+    pub bandwidth_per_peer: Parsed<ByteSize>,
+
+    /// How many times a minute a peer may send a RESERVE, its address ten times as often; 0: no limit
+    ///
+    /// [group: Requests]
+    #[structopt(long, value_name = "N", default_value = "30")]
+    pub reserve_rate: Parsed<u32>,
+
+    /// How many times a minute a peer may send a CONNECT, its address ten times as often; 0: no limit
+    #[structopt(long, value_name = "N", default_value = "30")]
+    pub connect_rate: Parsed<u32>,
+
+    /// Peer that may use the relay, all others may not; may be given several times
+    ///
+    /// [group: Who may use it]
+    #[structopt(long, value_name = "PEER", use_delimiter = true)]
+    pub allow_peer: Vec<Parsed<PeerId>>,
+
+    /// Peer that may not use the relay; may be given several times
+    #[structopt(long, value_name = "PEER", use_delimiter = true)]
+    pub deny_peer: Vec<Parsed<PeerId>>,
+
+    /// Subnet whose peers may use the relay, all others may not; may be given several times
+    #[structopt(long, value_name = "SUBNET", use_delimiter = true)]
+    pub allow_subnet: Vec<Parsed<IpNet>>,
+
+    /// Subnet whose peers may not use the relay; may be given several times
+    #[structopt(long, value_name = "SUBNET", use_delimiter = true)]
+    pub deny_subnet: Vec<Parsed<IpNet>>,
+
+    /// Peer that may connect to others without being on --allow-peer; may be given several times
+    ///
+    /// Without --allow-peer everyone may reserve, and only these may connect.
+    #[structopt(long, value_name = "PEER", use_delimiter = true)]
+    pub allow_connect_peer: Vec<Parsed<PeerId>>,
+
+    /// The key of a private network, in the format of go-ipfs; who has another gets nowhere
+    #[structopt(long, value_name = "FILE", hidden = needs("swarm-key").is_some())]
+    pub swarm_key: Option<PathBuf>,
+
+    /// How many connections may be open at a time, beside those in their handshakes
+    ///
+    /// An eighth of them is for peers that hold slots. Beyond, an idle connection of a stranger makes room:
+    /// one of the address that has the most.
+    /// [default: twice --max-reservations, at least 1024]
+    ///
+    /// [group: Connections]
+    #[structopt(long, value_name = "N")]
+    pub max_connections: Option<Parsed<usize>>,
+
+    /// How many connections one peer may have; 0: no cap
+    ///
+    /// Beyond it a peer that holds a slot gets a new one in the place of an old one.
+    #[structopt(long, value_name = "N", default_value = "8")]
+    pub max_connections_per_peer: Parsed<usize>,
+
+    /// How many connections one IP address (IPv6: one /64) may have; 0: no cap
+    ///
+    /// [default: an eighth of all, at least 16]
+    #[structopt(long, value_name = "N")]
+    pub max_connections_per_ip: Option<Parsed<usize>>,
+
+    /// How many connections one subnet (an IPv4 /24, an IPv6 /48) may have; 0: no cap
+    ///
+    /// [default: a quarter of all, at least 64]
+    #[structopt(long, value_name = "N")]
+    pub max_connections_per_subnet: Option<Parsed<usize>>,
+
+    /// How many connections may be in their handshakes, which take 10 s at most
+    #[structopt(long, value_name = "N", default_value = "256")]
+    pub max_handshakes: Parsed<usize>,
+
+    /// How many streams the peers may have open at a time, beside four of each connection
+    ///
+    /// [default: four times --max-circuits, at least 1024]
+    #[structopt(long, value_name = "N")]
+    pub max_streams: Option<Parsed<usize>>,
+
+    /// How many streams a peer may have open on one connection
+    ///
+    /// [default: 32 more than --max-circuits-per-peer]
+    #[structopt(long, value_name = "N")]
+    pub max_streams_per_connection: Option<Parsed<usize>>,
+
+    /// How many streams a second the connections of one IP address (IPv6: one /64) may open, beside a few of
+    /// each, a subnet four times as many; 0: no limit
+    ///
+    /// As many as in 16 s may come at once. One beyond that is reset.
+    #[structopt(long, value_name = "N", default_value = "64")]
+    pub stream_rate: Parsed<u32>,
+
+    /// How many bytes may wait in the relay to be read by a peer, or to be taken by one
+    ///
+    /// Above it the heaviest connection of the heaviest address resets the stream on which most has waited
+    /// for the longest. No other connection waits for it.
+    ///
+    /// [default: 4 times --max-buffered-per-connection, at least 80MiB]
+    #[structopt(long, value_name = "SIZE")]
+    pub max_buffered: Option<Parsed<ByteSize>>,
+
+    /// How many of them that came one connection may hold
+    ///
+    /// [default: 256KiB a circuit of a peer, plus 1MiB]
+    #[structopt(long, value_name = "SIZE")]
+    pub max_buffered_per_connection: Option<Parsed<ByteSize>>,
+
+    /// How long circuits may go on once SIGTERM came; 0s: not at all
+    ///
+    /// Meanwhile all other connections are closed, a few at a time. A second SIGTERM ends it at once.
+    ///
+    /// [group: The end]
+    #[structopt(long, value_name = "DURATION", default_value = "8s")]
+    pub drain: Parsed<Duration>,
+
+    /// How many threads do the work
+    ///
+    /// [default: half of the machine's cores, at least 1]
+    ///
+    /// [group: The machine]
+    #[structopt(long, value_name = "N")]
+    pub threads: Option<Parsed<usize>>,
+
+    /// Where to be watched over HTTP: /metrics, /healthz, /status.json, and a page
+    ///
+    /// [default: nowhere]
+    #[structopt(long, value_name = "ADDR:PORT", hidden = needs("http").is_some())]
+    pub http: Option<Parsed<SocketAddr>>,
+}
+
+/// Says which feature a setting needs, if the program was built without it.
+pub fn needs(name: &str) -> Option<String> {
+    let mut lacking = FEATURES.iter().filter(|(_, is_built_in, _)| !is_built_in);
+    let (feature, ..) = lacking.find(|(.., names)| names.contains(&name))?;
+    Some(format!("--{name}: this relay was built without it; build it with the feature {feature}"))
+}
+
+impl Default for Flags {
+    fn default() -> Self {
+        Self::from_iter([""; 0])
+    }
+}
+
+impl Flags {
+    /// Returns the settings that have a value, by their names.
+    ///
+    /// Each is a text, a number, a switch or a list of them.
+    ///
+    /// # Errors
+    ///
+    /// When TOML cannot write one: a path that is no text in UTF-8.
+    pub fn to_table(&self) -> Result<Table, String> {
+        Table::try_from(self).map_err(|error| {
+            format!("a setting cannot be written as TOML: {error}; write it in UTF-8")
+        })
+    }
+
+    /// Returns all settings as they hold, with what follows from others, in the order of `--help`, but
+    /// those of the DHT last. One that has no value is an empty text.
+    ///
+    /// # Errors
+    ///
+    /// As [`Flags::to_table`].
+    pub fn settings(&self) -> Result<Table, String> {
+        let config = self.config();
+        let (circuits, limits) = (self.max_circuits_per_peer.0, self.stream_limits());
+        let streams = Parsed(circuits.saturating_add(stream_limits::SPARE));
+        let size = |bytes: usize| Some(Parsed(ByteSize::b(bytes as u64)));
+        let mut all = Self {
+            listen: self.listen_addresses().0.into_iter().map(Parsed).collect(),
+            tls_cert: Some(self.tls_cert.clone().unwrap_or_default()),
+            tls_key: Some(self.tls_key.clone().unwrap_or_default()),
+            max_reservations_per_ip: config.reservations_per_ip().or(Some(0)).map(Parsed),
+            max_reservations_per_subnet: config.reservations_per_subnet().or(Some(0)).map(Parsed),
+            max_circuits_per_ip: config.circuits_per_ip().or(Some(0)).map(Parsed),
+            max_circuits_per_subnet: config.circuits_per_subnet().or(Some(0)).map(Parsed),
+            swarm_key: Some(self.swarm_key.clone().unwrap_or_default()),
+            max_connections: Some(Parsed(self.limits().max_connections)),
+            max_connections_per_ip: self.limits().per_ip().or(Some(0)).map(Parsed),
+            max_connections_per_subnet: self.limits().per_subnet().or(Some(0)).map(Parsed),
+            max_streams: Some(Parsed(limits.max_streams)),
+            max_buffered: size(limits.buffered(circuits)),
+            max_buffered_per_connection: size(limits.buffered_per_connection(circuits)),
+            max_streams_per_connection: self.max_streams_per_connection.or(Some(streams)),
+            threads: Some(Parsed(self.threads())),
+            ..self.clone()
+        }
+        .to_table()?;
+        all.entry("http").or_insert_with(|| Value::from(""));
+        let is_of_dht = |name: &str| ["bootstrap", "dht", "dht-protocol"].contains(&name);
+        let (dht, others): (Table, Table) = all.into_iter().partition(|(name, _)| is_of_dht(name));
+        Ok(others.into_iter().chain(dht).collect())
+    }
+
+    /// How many threads there are to be.
+    pub fn threads(&self) -> usize {
+        self.threads.map_or_else(runtime::default, |threads| threads.0)
+    }
+
+    /// The relay's configuration.
+    pub fn config(&self) -> Config {
+        Config {
+            max_reservations: self.max_reservations.0,
+            max_reservations_per_ip: self.max_reservations_per_ip.map(|most| most.0),
+            max_reservations_per_subnet: self.max_reservations_per_subnet.map(|most| most.0),
+            reservation_ttl: *self.reservation_ttl.0,
+            grace: *self.grace.0,
+            heartbeat: *self.heartbeat.0,
+            silence: *self.silence.0,
+            probe: *self.probe.0,
+            probe_after: *self.probe_after.0,
+            sweep: *self.sweep.0,
+            idle_timeout: *self.idle_timeout.0,
+            max_circuits: self.max_circuits.0,
+            max_circuits_per_ip: self.max_circuits_per_ip.map(|most| most.0),
+            max_circuits_per_subnet: self.max_circuits_per_subnet.map(|most| most.0),
+            max_circuits_per_peer: self.max_circuits_per_peer.0,
+            circuit_duration: *self.circuit_duration.0,
+            circuit_bytes: self.circuit_bytes.0.as_u64(),
+            bandwidth: self.bandwidth.0.as_u64(),
+            bandwidth_per_peer: self.bandwidth_per_peer.0.as_u64(),
+            reserve_rate: self.reserve_rate.0,
+            connect_rate: self.connect_rate.0,
+            access: Lists {
+                allow_peer: unwrapped(&self.allow_peer).collect(),
+                deny_peer: unwrapped(&self.deny_peer).collect(),
+                allow_subnet: unwrapped(&self.allow_subnet).collect(),
+                deny_subnet: unwrapped(&self.deny_subnet).collect(),
+                allow_connect_peer: unwrapped(&self.allow_connect_peer).collect(),
+            },
+            announce: unwrapped(&self.announce).collect(),
+            ..Config::default()
+        }
+    }
+
+    /// The subnets of proxies that send a PROXY protocol header.
+    pub fn proxies(&self) -> Vec<IpNet> {
+        unwrapped(&self.proxy_protocol_from).collect()
+    }
+
+    /// The limits on connections.
+    pub fn limits(&self) -> limits::Limits {
+        let default = || self.max_reservations.0.saturating_mul(2).max(1024);
+        limits::Limits {
+            max_connections: self.max_connections.map_or_else(default, |most| most.0),
+            max_connections_per_peer: self.max_connections_per_peer.0,
+            max_connections_per_ip: self.max_connections_per_ip.map(|most| most.0),
+            max_connections_per_subnet: self.max_connections_per_subnet.map(|most| most.0),
+            max_handshakes: self.max_handshakes.0,
+        }
+    }
+
+    /// The limits on streams.
+    pub fn stream_limits(&self) -> StreamLimits {
+        let default = || self.max_circuits.0.saturating_mul(4).max(1024);
+        let size = |size: Parsed<ByteSize>| usize::try_from(size.0.as_u64()).unwrap_or(usize::MAX);
+        StreamLimits {
+            max_streams: self.max_streams.map_or_else(default, |most| most.0),
+            max_streams_per_connection: self.max_streams_per_connection.map(|most| most.0),
+            stream_rate: self.stream_rate.0,
+            max_buffered: self.max_buffered.map(size),
+            max_buffered_per_connection: self.max_buffered_per_connection.map(size),
+        }
+    }
+
+    /// How many connections it may dial for the DHT, at a time.
+    pub fn dials(&self) -> usize {
+        if self.dht { limits::DIALED_FOR_DHT } else { 0 }
+    }
+
+    /// How many it may dial to say whether clients can be reached, at a time.
+    pub fn dials_back(&self) -> usize {
+        if self.autonat { limits::DIALED_FOR_AUTONAT } else { 0 }
+    }
+
+    /// The certificate's file and its key's, as far as they are set.
+    pub fn certificate_files(&self) -> CertificateFiles<'_> {
+        (self.tls_cert.as_deref(), self.tls_key.as_deref())
+    }
+
+    /// The DHT to join, if any.
+    ///
+    /// # Errors
+    ///
+    /// What makes no sense about it, in one line with its name and the remedy.
+    #[cfg(feature = "dht")]
+    pub fn joins(&self) -> Result<Option<crate::program::dht::Config>, String> {
+        let bootstrap: Vec<_> = unwrapped(&self.bootstrap).collect();
+        let config = crate::program::dht::Config::new(&self.dht_protocol, &bootstrap)?;
+        if let Some(own) = bootstrap.first().filter(|_| !self.dht) {
+            return Err(format!("--bootstrap {own}: is for a DHT; add --dht, or leave it out"));
+        }
+        Ok(self.dht.then_some(config))
+    }
+
+    /// The addresses to listen on, and whether they were asked for.
+    pub fn listen_addresses(&self) -> (Vec<Multiaddr>, bool) {
+        let default = || DEFAULT_LISTEN.iter().filter_map(|text| text.parse().ok()).collect();
+        let own: Vec<_> = unwrapped(&self.listen).collect();
+        if own.is_empty() { (default(), false) } else { (own, true) }
+    }
+
+    /// Whether clients may come over WebSocket.
+    pub fn listens_on_websocket(&self) -> bool {
+        let mut layers = self.listen.iter().filter_map(|own| multiaddr::listen_address(&own.0));
+        layers.any(|(_, layer)| layer != multiaddr::Layer::Tcp)
+    }
+
+    /// Whether they make sense as a whole.
+    ///
+    /// # Errors
+    ///
+    /// The first that does not, in one line with its name and the remedy.
+    pub(super) fn check(&self) -> Result<(), String> {
+        self.config().validate().map_err(in_flags)?;
+        subnets_make_sense("proxy_protocol_from", &self.proxies())
+            .map_err(|problem| in_flags(problem.into()))?;
+        stream_limits::per_connection(self.max_circuits_per_peer.0).map_err(in_flags)?;
+        self.stream_limits().check().map_err(in_flags)?;
+        #[cfg(feature = "dht")]
+        self.joins()?;
+        let (cert, key) = self.certificate_files();
+        let unsupported = |own| Some((multiaddr::unsupported(&own, cert.is_some())?, own));
+        Err(if *self.drain.0 > LONGEST {
+            "--drain: is over a year; try 8s".into()
+        } else if self.limits().max_connections == 0 {
+            "--max-connections 0: lets nobody in; try 1 or more".into()
+        } else if self.max_handshakes.0 == 0 {
+            "--max-handshakes 0: lets nobody in; try 1 or more".into()
+        } else if !(1..=runtime::MOST).contains(&self.threads()) {
+            format!("--threads {}: try 1 to {}, or leave it out", self.threads(), runtime::MOST)
+        } else if self.dht && self.idle_timeout.0.is_zero() {
+            // The connections that a walk dials would stay open for ever.
+            "--idle-timeout 0s: connections of the DHT have to end; try 1m, or leave out --dht"
+                .into()
+        } else if let (Some(file), None) = (cert, key) {
+            let problem = "has no use without its private key; name that with --tls-key";
+            format!("--tls-cert {}: {problem}", file.display())
+        } else if let (None, Some(file)) = (cert, key) {
+            let problem = "has no use without its certificate; name that with --tls-cert";
+            format!("--tls-key {}: {problem}", file.display())
+        } else if self.autonat && self.swarm_key.is_some() {
+            "--autonat: cannot dial within a private network; leave --swarm-key out, or this".into()
+        } else if let Some((problem, own)) = unwrapped(&self.listen).find_map(unsupported) {
+            format!("--listen {own}: {problem}")
+        } else {
+            return Ok(());
+        })
+    }
+
+    /// A problem that begins with the name of a flag, behind the place where it was given.
+    pub fn locate(&self, problem: String) -> String {
+        let name = problem.trim_start_matches("--").split([':', ' ']).next();
+        let place = name.and_then(|name| self.origins.get(name));
+        place.map(|place| format!("{place}: {problem}")).unwrap_or(problem)
+    }
+}
+
+/// A setting's error under the name of its flag.
+pub fn in_flags(error: ConfigError) -> String {
+    format!("--{}: {}", error.setting().replace('_', "-"), error.problem())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{ffi::OsString, time::Duration};
+
+    use super::super::load::Stop;
+    use super::*;
+
+    const PEER: &str = "12D3KooWPGM3wYKMsTHGEqbhcBft6cPjA2F3rQmyWTEDD3wCGS1g";
+
+    fn read(arguments: &[&str]) -> Result<Flags, Stop> {
+        let program = std::iter::once("relaylet");
+        let arguments = program.chain(arguments.iter().copied());
+        Flags::read(arguments.map(OsString::from), |_| None)
+    }
+
+    fn usage(arguments: &[&str]) -> String {
+        match read(arguments) {
+            Err(Stop::Usage(line)) => line,
+            other => panic!("{arguments:?} should be refused: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn without_flags_the_defaults_hold() {
+        let flags = read(&[]).unwrap();
+        let expected = Config { idle_timeout: Duration::from_secs(60), ..Config::default() };
+        assert_eq!(flags.config(), expected);
+        assert_eq!(flags.limits(), limits::Limits::default());
+        assert_eq!(flags.stream_limits(), StreamLimits::default());
+        let (addresses, asked_for) = flags.listen_addresses();
+        assert_eq!((addresses.len(), asked_for), (2, false));
+    }
+
+    #[test]
+    fn sizes_durations_and_lists_are_read_as_people_write_them() {
+        let flags = read(&[
+            "--circuit-bytes",
+            "1MiB",
+            "--circuit-duration",
+            "1h 30m",
+            "--listen",
+            "/ip4/127.0.0.1/tcp/0,/ip6/::1/tcp/0",
+            "--listen",
+            "/ip4/127.0.0.2/tcp/0",
+        ])
+        .unwrap();
+        assert_eq!(flags.config().circuit_bytes, 1024 * 1024);
+        assert_eq!(flags.config().circuit_duration, Duration::from_secs(90 * 60));
+        assert_eq!(flags.listen.len(), 3);
+    }
+
+    #[cfg(feature = "websocket")]
+    #[test]
+    fn websocket_is_listened_on_beside_tcp_and_in_tls_with_a_certificate() {
+        let tcp = "/ip4/0.0.0.0/tcp/4001";
+        let beside = format!("--listen={tcp},/ip4/0.0.0.0/tcp/4002/ws");
+        assert_eq!(read(&[&beside]).unwrap().listen.len(), 2);
+        for address in ["/ip6/::/tcp/443/tls/ws", "/ip4/0.0.0.0/tcp/443/wss"] {
+            let certificate = ["--tls-cert", "cert.pem", "--tls-key", "key.pem"];
+            let arguments = [&["--listen", address][..], &certificate].concat();
+            assert_eq!(read(&arguments).unwrap().listen.len(), 1);
+        }
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_one_line_that_names_the_flag() {
+        for (arguments, flag) in [
+            (&["--grace", "soon"][..], "--grace"),
+            (&["--sweep", "0s"], "--sweep"),
+            (&["--circuit-bytes", "a lot"], "--circuit-bytes"),
+            (&["--circuit-bytes", "99999999TiB"], "--circuit-bytes"),
+            (&["--bandwidth", "fast"], "--bandwidth"),
+            (&["--bandwidth", "99999999TB"], "--bandwidth"),
+            (&["--bandwidth-per-peer", "-1"], "-1"),
+            (&["--reserve-rate", "4294967296"], "--reserve-rate"),
+            (&["--connect-rate", "99999999999"], "--connect-rate"),
+            (&["--max-reservations", "0"], "--max-reservations"),
+            (&["--max-reservations", "-1"], "-1"),
+            (&["--max-circuits", "99999999999999999999"], "--max-circuits"),
+            (&["--max-connections", "0"], "--max-connections"),
+            (&["--threads", "0"], "--threads"),
+            (&["--threads", "1025"], "--threads"),
+            #[cfg(feature = "http")]
+            (&["--http", "9180"], "try 127.0.0.1:9180"),
+            #[cfg(not(feature = "http"))]
+            (&["--http", "127.0.0.1:9180"], "feature http"),
+            #[cfg(feature = "autonat")]
+            (&["--autonat=perhaps"], "--autonat"),
+            #[cfg(feature = "autonat")]
+            (&["--autonat", "true"], "true"),
+            #[cfg(not(feature = "autonat"))]
+            (&["--autonat"], "feature autonat"),
+            (&["--deny-peer", "alice"], "--deny-peer"),
+            (&["--allow-subnet", "192.0.2.1"], "--allow-subnet"),
+            (&["--deny-subnet", "192.0.2.1/24"], "try 192.0.2.0/24"),
+            (&["--allow-peer", PEER, "--deny-peer", PEER], "--allow-peer"),
+            (&["--proxy-protocol-from", "10.0.0.1"], "--proxy-protocol-from"),
+            (&["--proxy-protocol-from", "10.0.0.1/8"], "--proxy-protocol-from: 10.0.0.1/8"),
+            (&["--reserve-rate", "-1"], "-1"),
+            (&["--probe", "4s"], "--probe"),
+            (&["--heartbeat", "1m"], "--silence"),
+            (&["--listen", "/ip4/0.0.0.0/udp/4001"], "--listen"),
+            (&["--listen", "/ip4/0.0.0.0/tcp/4001/ws/ws"], "--listen"),
+            (&["--listen", "/ip4/0.0.0.0/tcp/4001/tls"], "--listen"),
+            (&["--listen", "/dns4/example.org/tcp/4001/ws"], "--listen"),
+            (&["--listen", "/ip4/0.0.0.0/tcp/4001/tls/ws"], "tls"),
+            (&["--listen", "/ip4/0.0.0.0/tcp/4001/wss"], "--listen"),
+            #[cfg(feature = "websocket")]
+            (&["--listen", "/ip4/0.0.0.0/tcp/4001/tls/ws"], "--tls-cert"),
+            #[cfg(feature = "websocket")]
+            (&["--tls-cert", "cert.pem"], "--tls-key"),
+            #[cfg(feature = "websocket")]
+            (&["--tls-key", "key.pem"], "--tls-cert"),
+            #[cfg(not(feature = "websocket"))]
+            (&["--listen", "/ip4/0.0.0.0/tcp/4001/ws"], "feature websocket"),
+            #[cfg(not(feature = "websocket"))]
+            (&["--tls-cert", "cert.pem"], "feature websocket"),
+            (&["--listen", "127.0.0.1:4001"], "--listen"),
+            (&["--announce", "/ip4/0.0.0.0/tcp/4001"], "--announce"),
+            (&["--circuit-bites", "1"], "--circuit-bites"),
+            (&["stray"], "stray"),
+            (&["--max-reservations"], "--max-reservations"),
+            (&["--grace", "--sweep", "2s"], "--grace"),
+            (&["--drain", "500000000000y"], "--drain"),
+            (&["--drain", "2y"], "--drain"),
+            (&["--max-circuits-per-peer", "70000"], "try 65503 or less"),
+            (&["--max-streams-per-connection", "2"], "--max-streams-per-connection"),
+            (&["--max-streams-per-connection", "70000"], "--max-streams-per-connection"),
+            (&["--max-buffered", "1MB"], "--max-buffered: "),
+            (&["--max-buffered-per-connection", "0"], "--max-buffered-per-connection"),
+        ] {
+            let line = usage(arguments);
+            assert!(line.contains(flag), "{arguments:?}: {line}");
+            assert_eq!(line.lines().count(), 1, "{line}");
+        }
+    }
+}

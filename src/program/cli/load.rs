@@ -1,0 +1,350 @@
+//! From the command line, the environment and a file to flags: which of them wins, and what an
+//! operator is told when they cannot be read.
+
+use std::{env, ffi::OsString, fs, path::PathBuf};
+
+use strsim::damerau_levenshtein;
+use structopt::{StructOpt, clap};
+use toml::{Table, Value, de::DeTable, de::DeValue};
+
+use super::{flags, flags::Flags, flags::Origins, help};
+
+/// Why the flags do not make a relay.
+#[derive(Debug)]
+pub enum Stop {
+    /// Help or the version was asked for; this is it.
+    Asked(String),
+    /// One line that names the flag and the remedy.
+    Usage(String),
+}
+
+impl From<String> for Stop {
+    /// In one line, whatever stands in quotes in a file, or in an argument.
+    fn from(problem: String) -> Self {
+        let show = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.into() };
+        Self::Usage(problem.chars().map(show).collect())
+    }
+}
+
+/// What the environment or the file gives: the name of a setting, its value (of a list: one part),
+/// and the place.
+type Given = (String, Result<Value, String>, String);
+
+impl Flags {
+    /// Those of this process: [`Flags::read`].
+    ///
+    /// # Errors
+    ///
+    /// When something cannot be read or makes no sense, or help was asked for.
+    pub fn of_process() -> Result<Self, Stop> {
+        Self::read(env::args_os(), |name| env::var_os(name))
+    }
+
+    /// Reads flags; what they leave open from the environment; what that leaves open from the file
+    /// that either names.
+    ///
+    /// # Errors
+    ///
+    /// As [`Flags::of_process`].
+    pub fn read(
+        arguments: impl IntoIterator<Item = OsString>,
+        variable: impl Fn(&str) -> Option<OsString>,
+    ) -> Result<Self, Stop> {
+        let (known, mut origins) = (Self::default().settings()?, Origins::new());
+        let words: Vec<_> = arguments.into_iter().skip(1).map(to_utf8).collect::<Result<_, _>>()?;
+        let matches = Self::clap().get_matches_from_safe(&words).map_err(explain)?;
+        let given = Self::from_clap(&matches);
+        let mut table = given.to_table()?;
+        table.retain(|name, _| matches.occurrences_of(name) > 0);
+        check_values(&words, &known, &mut table)?;
+        lay(read_environment(&known, &variable), &mut table, &mut origins)?;
+        let config = variable(&variable_of("config")).filter(|file| !file.is_empty());
+        let config = given.config.or(config.map(PathBuf::from));
+        if let Some(file) = &config {
+            let shown = file.display().to_string();
+            let why = |error| format!("--config {shown}: {error}; name a file that can be read");
+            let bytes = fs::read(file).map_err(why)?;
+            lay(read_file(&shown, &bytes, &known)?, &mut table, &mut origins)?;
+        }
+
+        let lacking = table.keys().find_map(|name| flags::needs(name));
+        let read: Self = table.try_into().map_err(|error| error.to_string())?;
+        let flags = Self { config, autonat_private: given.autonat_private, origins, ..read };
+        let checked = lacking.map_or_else(|| flags.check(), Err);
+        checked.map_err(|problem| flags.locate(problem))?;
+        match given.print_config {
+            true => Err(Stop::Asked(flags.to_file()?)),
+            false => Ok(flags),
+        }
+    }
+
+    /// Writes a file that sets all of these.
+    fn to_file(&self) -> Result<String, String> {
+        let given = self.to_table()?;
+        let mut file =
+            String::from("# Where a line begins with #, the setting follows from others.\n");
+        let is_known = |name: &str| flags::needs(name).is_none();
+        for (name, value) in self.settings()?.into_iter().filter(|(name, _)| is_known(name)) {
+            let comment = if given.contains_key(&name) { "" } else { "# " };
+            file += &format!("{comment}{name} = {value}\n");
+        }
+        Ok(file)
+    }
+}
+
+/// Adds the settings of a layer that no layer above has. Each is read by itself first, so that the
+/// error names its place.
+fn lay(mut layer: Vec<Given>, table: &mut Table, origins: &mut Origins) -> Result<(), String> {
+    layer.retain(|(name, ..)| !table.contains_key(name));
+    for (name, value, place) in layer {
+        let value = value.map_err(|problem| format!("{place}: {problem}"))?;
+        let alone = Table::from_iter([(name.clone(), value.clone())]);
+        if let Err(error) = alone.try_into::<Flags>() {
+            return Err(format!("{place}: --{name}: {}", error.message()));
+        }
+        origins.entry(name.clone()).or_insert(place);
+        match (table.get_mut(&name), value) {
+            (Some(Value::Array(list)), Value::Array(more)) => list.extend(more),
+            (_, value) => drop(table.insert(name, value)),
+        }
+    }
+    Ok(())
+}
+
+/// Checks what clap 2 does not: the value of a switch, which it ignores, and that a flag with a
+/// default has a value. Adds the switches to `table`.
+fn check_values(flags: &[String], known: &Table, table: &mut Table) -> Result<(), String> {
+    let next = flags.iter().skip(1).map(String::as_str).chain(["--"]);
+    for (flag, next) in flags.iter().zip(next) {
+        let (flag, given) = flag.split_once('=').map_or((&**flag, None), |(f, v)| (f, Some(v)));
+        let Some(name) = flag.strip_prefix("--") else { continue };
+        match (known.get(name), given) {
+            (Some(switch @ Value::Boolean(_)), Some(on)) => {
+                let value = value(switch, &typed(switch, on.into()));
+                let value = value.map_err(|takes| format!("{flag} {on}: {takes}"))?;
+                table.insert(name.into(), value);
+            }
+            (Some(setting), None) if next.starts_with("--") && !setting.is_bool() => {
+                return Err(format!("{flag} needs a value; see relaylet --help"));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Reads the environment. An empty value is an empty list, or else none.
+fn read_environment(known: &Table, variable: impl Fn(&str) -> Option<OsString>) -> Vec<Given> {
+    let given = |(name, setting): (&String, &Value)| {
+        let place = variable_of(name);
+        let value = match to_utf8(variable(&place)?) {
+            Ok(text) if text.is_empty() => Ok(setting.is_array().then(|| Value::Array(vec![]))?),
+            Ok(text) => value(setting, &typed(setting, text)).map_err(str::to_owned),
+            Err(problem) => Err(problem),
+        };
+        Some((name.clone(), value, place))
+    };
+    known.iter().filter_map(given).collect()
+}
+
+/// The setting's name in the environment.
+fn variable_of(name: &str) -> String {
+    format!("RELAYLET_{}", name.replace('-', "_").to_uppercase())
+}
+
+/// Reads a file: flags by their names and values, as TOML.
+fn read_file(file: &str, bytes: &[u8], known: &Table) -> Result<Vec<Given>, String> {
+    let line = |at| 1 + bytes.iter().take(at).filter(|byte| **byte == b'\n').count();
+    let place = |at| format!("{file}:{}", line(at));
+    let text = str::from_utf8(bytes).map_err(|error| {
+        format!("{}: no text in UTF-8; save the file as such", place(error.valid_up_to()))
+    })?;
+    let table = DeTable::parse(text).map_err(|error| {
+        let place = place(error.span().map_or(0, |span| span.start));
+        let problem = error.message().replace('\n', "; ");
+        format!("{place}: {problem}; a setting is its name, =, and a number or a text in quotes")
+    })?;
+    let mut given = Vec::new();
+    for (name, whole) in table.get_ref() {
+        let (at, name) = (place(name.span().start), name.get_ref().to_string());
+        let Some(setting) = known.get(&name) else {
+            let nearest = known.keys().min_by_key(|known| damerau_levenshtein(&name, known));
+            let nearest = nearest.map_or("", String::as_str);
+            return Err(format!("{at}: {name}: there is no such setting; try {nearest}"));
+        };
+        let parts = match (setting, whole.get_ref()) {
+            (Value::Array(_), DeValue::Array(parts)) if parts.is_empty() => {
+                given.push((name, Ok(Value::Array(vec![])), at));
+                continue;
+            }
+            (Value::Array(_), DeValue::Array(parts)) => parts.iter().collect(),
+            _ => vec![whole],
+        };
+        for part in parts {
+            let value =
+                value(setting, part.get_ref()).map_err(|takes| format!("{at}: {name}: {takes}"))?;
+            given.push((name.clone(), Ok(value), place(part.span().start)));
+        }
+    }
+    Ok(given)
+}
+
+/// What a text from the command line or the environment would be in a file.
+fn typed(setting: &Value, text: String) -> DeValue<'static> {
+    match (setting, &*text) {
+        (Value::Boolean(_), "true" | "1") => DeValue::Boolean(true),
+        (Value::Boolean(_), "false" | "0") => DeValue::Boolean(false),
+        _ => DeValue::String(text.into()),
+    }
+}
+
+/// Returns a value of the same kind as the setting's own, or says what the setting takes.
+fn value(setting: &Value, given: &DeValue<'_>) -> Result<Value, &'static str> {
+    let text = match given {
+        DeValue::String(text) => Some(text.as_ref()),
+        DeValue::Integer(number) if number.radix() == 10 => Some(number.as_str()),
+        _ => None,
+    };
+    match (setting, given, text) {
+        (Value::Boolean(_), DeValue::Boolean(on), _) => Ok((*on).into()),
+        (Value::Boolean(_), ..) => Err("takes true or false"),
+        (Value::Array(_), _, Some("")) => Ok(vec![""].into()),
+        // As clap does it: nothing behind the last comma is nothing.
+        (Value::Array(_), _, Some(text)) => Ok(Vec::from_iter(text.split_terminator(',')).into()),
+        (Value::Array(_), ..) => Err("takes a list of texts in quotes"),
+        (_, _, Some(text)) => Ok(text.into()),
+        _ => Err("takes a text in quotes, or a number"),
+    }
+}
+
+fn to_utf8(text: OsString) -> Result<String, String> {
+    text.into_string().map_err(|bytes| format!("{bytes:?} is no text in UTF-8; write it as such"))
+}
+
+/// clap explains in several lines; the first says what is wrong, and one is what an operator gets.
+fn explain(error: clap::Error) -> Stop {
+    match error.kind {
+        clap::ErrorKind::HelpDisplayed => return Stop::Asked(help::help()),
+        clap::ErrorKind::VersionDisplayed => return Stop::Asked(error.message),
+        _ => {}
+    }
+    // What clap says first may stand in two lines: the flag, then its name.
+    let is_said = |line: &&str| !["USAGE", "For more"].iter().any(|end| line.starts_with(end));
+    let said = error.message.trim_start_matches("error:").lines().map(str::trim);
+    let said: Vec<_> = said.take_while(is_said).filter(|line| !line.is_empty()).collect();
+    format!("{}; see relaylet --help", said.join(" ")).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A value of each kind.
+    fn known() -> Table {
+        let settings: [(&str, Value); 4] = [
+            ("max-reservations", 1.into()),
+            ("grace", "1s".into()),
+            ("deny-subnet", Value::Array(Vec::new())),
+            ("dht", false.into()),
+        ];
+        settings.map(|(name, value)| (name.to_owned(), value)).into_iter().collect()
+    }
+
+    fn read(text: impl AsRef<[u8]>) -> Result<Vec<Given>, String> {
+        read_file("file", text.as_ref(), &known())
+    }
+
+    fn problem(text: impl AsRef<[u8]>) -> (usize, String) {
+        let problem = read(text).expect_err("a problem");
+        assert_eq!(problem.lines().count(), 1, "{problem}");
+        let (line, problem) =
+            problem.strip_prefix("file:").unwrap().split_once(": ").expect("a line");
+        (line.parse().unwrap(), problem.into())
+    }
+
+    #[test]
+    fn a_setting_is_the_flag_of_its_name() {
+        let text = "# slots\nmax-reservations = 5_00\n\ngrace = \"1m 30s\"\n\
+                    deny-subnet = [\"192.0.2.0/24\",\n \"2001:db8::/32\"]\ndht = true\n";
+        let expected = [
+            ("max-reservations", "500".into(), "file:2"),
+            ("grace", "1m 30s".into(), "file:4"),
+            ("deny-subnet", vec!["192.0.2.0/24"].into(), "file:5"),
+            ("deny-subnet", vec!["2001:db8::/32"].into(), "file:6"),
+            ("dht", true.into(), "file:7"),
+        ];
+        let expected: Vec<Given> = expected
+            .map(|(name, value, place)| (name.into(), Ok::<Value, _>(value), place.into()))
+            .into();
+        assert_eq!(read(text), Ok(expected));
+        assert_eq!(read(""), Ok(vec![]));
+        let empty = read("deny-subnet = []\ndht = false").unwrap();
+        let values: Vec<_> = empty.into_iter().map(|(_, value, _)| value.unwrap()).collect();
+        assert_eq!(values, [Value::Array(vec![]), false.into()]);
+    }
+
+    #[test]
+    fn what_is_wrong_is_told_with_its_line_and_the_remedy() {
+        let (line, text) = problem("grace = \"1s\"\nmax-reservation = 5\n");
+        assert_eq!(line, 2);
+        assert_eq!(text, "max-reservation: there is no such setting; try max-reservations");
+        for (text, at) in [
+            ("\n\ngrace = 1s\n", 3),
+            ("grace = \"1s\"\ngrace = \"2s\"\n", 2),
+            ("grace =", 1),
+            ("grace = \"1s", 1),
+        ] {
+            let (line, text) = problem(text);
+            assert!(text.ends_with("a number or a text in quotes"), "{text}");
+            assert_eq!(line, at);
+        }
+        for value in ["true", "1.5", "{ a = 1 }", "1979-05-27", "[]", "0x1F"] {
+            let (line, text) = problem(format!("grace = {value}"));
+            assert_eq!(line, 1);
+            assert!(text.starts_with("grace: takes a text"), "{text}");
+        }
+        assert!(problem("[grace]\nx = 1").1.starts_with("grace: takes"));
+        assert_eq!(problem("dht = 1").1, "dht: takes true or false");
+        let list = "deny-subnet: takes a list of texts in quotes";
+        for value in ["[true]", "[[]]", "[\"192.0.2.0/24\", []]", "[[\"192.0.2.0/24\"]]"] {
+            assert_eq!(problem(format!("deny-subnet = {value}")).1, list, "{value}");
+        }
+        let (line, text) = problem(b"grace = \"1s\"\n# \xff");
+        assert_eq!(line, 2);
+        assert!(text.contains("UTF-8"), "{text}");
+    }
+
+    #[test]
+    fn what_is_written_reads_the_same() {
+        let identity = "with \"quotes\" and \\ and\n";
+        let flags = Flags { identity: identity.into(), ..Flags::default() };
+        let file = flags.to_file().unwrap();
+        let given = read_file("file", file.as_bytes(), &flags.settings().unwrap()).unwrap();
+        let value = |name: &str| {
+            let (_, value, _) = given.iter().find(|(own, ..)| own == name)?;
+            value.as_ref().ok()?.as_str()
+        };
+        assert_eq!(value("identity"), Some(identity));
+        assert_eq!(value("max-reservations"), Some("1024"));
+        assert_eq!(value("max-reservations-per-ip"), None, "it follows from others");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn what_cannot_be_written_is_an_error() {
+        use std::{ffi::OsStr, os::unix::ffi::OsStrExt};
+
+        let flags = Flags { identity: OsStr::from_bytes(b"\xff").into(), ..Flags::default() };
+        for error in [flags.to_table().err(), flags.settings().err(), flags.to_file().err()] {
+            let error = error.expect("an error");
+            assert!(error.contains("UTF-8") && error.lines().count() == 1, "{error}");
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn whatever_a_file_says_nothing_panics(text in ".*") {
+            let _ = read(text);
+        }
+    }
+}

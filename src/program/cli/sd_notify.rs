@@ -1,0 +1,124 @@
+//! Tells the service manager, if one started the relay, when it is ready, that it runs, and when it ends.
+//!
+//! That is [sd_notify][spec]: a datagram to the socket that the environment names. Written here
+//! because it is a few lines, and the crate that is kept for it knows no abstract sockets.
+//!
+//! [spec]: https://www.freedesktop.org/software/systemd/man/latest/sd_notify.html
+
+use std::{
+    env,
+    ffi::OsStr,
+    io, process,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use futures_timer::Delay;
+use libp2p::{PeerId, futures::FutureExt};
+
+use crate::program::{component::Component, node::Node};
+
+/// How much longer the end may take than it was to, on a busy machine.
+const SLACK: Duration = Duration::from_secs(10);
+
+/// Every listener is up.
+pub fn ready(relay: PeerId) {
+    tell(&format!("READY=1\nSTATUS=relaying as {relay}"));
+}
+
+/// The relay was told to end, and does so within this time. systemd's own patience is 90 s.
+pub fn stopping(within: Duration) {
+    let patience = within.saturating_add(SLACK).as_micros();
+    tell(&format!("STOPPING=1\nEXTEND_TIMEOUT_USEC={patience}"));
+}
+
+/// Pings the service manager's watchdog from the main loop: the manager restarts a relay whose loop hangs.
+pub struct Watchdog {
+    period: Duration,
+    next_ping: Delay,
+}
+
+impl Watchdog {
+    /// The watchdog that the environment asks for, if it asks for one.
+    pub fn of_process() -> Option<Self> {
+        let variable = |name| env::var(name).ok();
+        let pid = variable("WATCHDOG_PID");
+        let period = ping_period(&variable("WATCHDOG_USEC")?, pid.as_deref(), process::id())?;
+        Some(Self { period, next_ping: Delay::new(period) })
+    }
+}
+
+impl Component for Watchdog {
+    fn poll_due(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        self.next_ping.poll_unpin(cx)
+    }
+
+    fn on_due(&mut self, _: &mut Node) {
+        self.next_ping.reset(self.period);
+        tell("WATCHDOG=1");
+    }
+}
+
+/// How often to ping: twice within the `usec` microseconds after which the manager takes the relay for
+/// hung. `None` if that is no time, or `pid` names another process than this one, which is `own`.
+fn ping_period(usec: &str, pid: Option<&str>, own: u32) -> Option<Duration> {
+    let is_for_us = pid.is_none_or(|pid| pid.parse() == Ok(own));
+    let usec = usec.parse().ok().filter(|usec| *usec > 0 && is_for_us)?;
+    Some(Duration::from_micros(usec) / 2)
+}
+
+/// A manager that cannot be told is no reason not to run; it may have one to stop waiting.
+fn tell(state: &str) {
+    let Some(socket) = env::var_os("NOTIFY_SOCKET") else {
+        return;
+    };
+    if let Err(error) = send(state, &socket) {
+        let socket = socket.display();
+        log::warn!("the service manager cannot be told {state:?}: NOTIFY_SOCKET {socket}: {error}");
+    }
+}
+
+#[cfg(target_os = "linux")]
+fn send(state: &str, socket: &OsStr) -> io::Result<()> {
+    use std::os::{
+        linux::net::SocketAddrExt,
+        unix::{
+            ffi::OsStrExt,
+            net::{SocketAddr, UnixDatagram},
+        },
+    };
+
+    let address = match socket.as_bytes() {
+        [b'@', name @ ..] => SocketAddr::from_abstract_name(name)?,
+        _ => SocketAddr::from_pathname(socket)?,
+    };
+    UnixDatagram::unbound()?.send_to_addr(state.as_bytes(), &address)?;
+    Ok(())
+}
+
+#[cfg(not(target_os = "linux"))]
+fn send(_: &str, _: &OsStr) -> io::Result<()> {
+    Err(io::ErrorKind::Unsupported.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_pings_twice_within_the_time_if_that_is_for_this_process() {
+        let minute = Some(Duration::from_secs(60));
+        for (usec, pid, expected) in [
+            ("120000000", None, minute),
+            ("120000000", Some("7"), minute),
+            ("120000000", Some("8"), None),
+            ("120000000", Some(""), None),
+            ("0", None, None),
+            ("", None, None),
+            ("-1", None, None),
+            ("2min", None, None),
+        ] {
+            assert_eq!(ping_period(usec, pid, 7), expected, "{usec} {pid:?}");
+        }
+    }
+}

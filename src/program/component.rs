@@ -1,0 +1,32 @@
+//! What runs in the main loop beside the node, where the program was built with it.
+
+use std::{
+    path::Path,
+    task::{Context, Poll},
+};
+
+use super::node::{Node, NodeEvent};
+
+/// The certificate's file and its key's, as far as they are set.
+pub type CertificateFiles<'a> = (Option<&'a Path>, Option<&'a Path>);
+
+/// A component of the program that the main loop polls.
+pub trait Component: Send {
+    /// Resolves when [`on_due`](Self::on_due) is to be called. Wakes as a future does.
+    fn poll_due(&mut self, cx: &mut Context<'_>) -> Poll<()>;
+
+    /// Runs what is due and schedules the next time.
+    fn on_due(&mut self, node: &mut Node);
+
+    /// Something happened at the node.
+    fn on_event(&mut self, _event: &NodeEvent) {}
+
+    /// The settings were read again, on SIGHUP, and name these files.
+    fn on_reload(&mut self, _files: CertificateFiles<'_>, _node: &mut Node) {}
+}
+
+/// The index of the first component that is due.
+pub fn poll_due(components: &mut [Box<dyn Component>], cx: &mut Context<'_>) -> Poll<usize> {
+    let due = components.iter_mut().position(|component| component.poll_due(cx).is_ready());
+    due.map_or(Poll::Pending, Poll::Ready)
+}

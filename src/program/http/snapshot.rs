@@ -1,0 +1,60 @@
+//! What the thread that serves HTTP gets to see of the relay.
+
+use std::{
+    mem,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Instant,
+};
+
+use super::status::Status;
+
+/// The relay at one moment.
+#[derive(Debug)]
+pub struct Snapshot {
+    pub at: Instant,
+    pub draining: bool,
+    /// Only while it is requested: the lists in it are long.
+    pub status: Option<Status>,
+}
+
+/// The latest snapshot, shared by the relay's thread and the one that serves HTTP. Neither holds the
+/// lock for longer than it takes to copy a pointer.
+#[derive(Debug)]
+pub struct LatestSnapshot {
+    snapshot: Mutex<Arc<Snapshot>>,
+    status_requested: AtomicBool,
+}
+
+impl LatestSnapshot {
+    pub fn new(snapshot: Snapshot) -> Self {
+        Self { snapshot: Mutex::new(Arc::new(snapshot)), status_requested: AtomicBool::new(false) }
+    }
+
+    /// Replaces the snapshot.
+    pub fn publish(&self, snapshot: Snapshot) {
+        let before = mem::replace(&mut *self.lock(), Arc::new(snapshot));
+        drop(before); // it may be long: after the lock
+    }
+
+    /// Returns the snapshot that was published last.
+    pub fn read(&self) -> Arc<Snapshot> {
+        Arc::clone(&self.lock())
+    }
+
+    /// Requests that the next snapshots have a status.
+    pub fn request_status(&self) {
+        self.status_requested.store(true, Ordering::Relaxed);
+    }
+
+    /// Returns whether a status was requested since the last call.
+    pub fn take_request(&self) -> bool {
+        self.status_requested.swap(false, Ordering::Relaxed)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Arc<Snapshot>> {
+        self.snapshot.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,161 @@
+//! Smaller connections: their handlers, and what those tell, on the heap.
+//!
+//! The swarm moves a connection's handler into the future of the connection's task, which then has
+//! room for it several times over: 3.3 KiB, of which the handler is 0.6 KiB. With a handler that is a
+//! pointer it is 1.5 KiB, and the handler itself is there once. kad's handler is kept apart once more,
+//! so that connections have no room for it without a DHT.
+
+use std::{
+    ops::{Deref, DerefMut},
+    task::{Context, Poll},
+};
+
+use libp2p::{
+    Multiaddr, PeerId,
+    core::{Endpoint, transport::PortUse},
+    swarm::{
+        ConnectionDenied, ConnectionHandler, ConnectionHandlerEvent, ConnectionId, FromSwarm,
+        NetworkBehaviour, SubstreamProtocol, THandler, THandlerInEvent, THandlerOutEvent, ToSwarm,
+        handler::ConnectionEvent,
+    },
+};
+
+/// A behaviour, or the handler of one of its connections, as it is but for where the handlers are.
+pub struct Boxed<T>(T);
+
+impl<B> Boxed<B> {
+    /// This behaviour with handlers on the heap.
+    pub fn new(behaviour: B) -> Self {
+        Self(behaviour)
+    }
+}
+
+impl<T> Deref for Boxed<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.0
+    }
+}
+
+impl<T> DerefMut for Boxed<T> {
+    fn deref_mut(&mut self) -> &mut T {
+        &mut self.0
+    }
+}
+
+impl<B: NetworkBehaviour> NetworkBehaviour for Boxed<B> {
+    type ConnectionHandler = Boxed<Box<THandler<B>>>;
+    type ToSwarm = B::ToSwarm;
+
+    fn handle_pending_inbound_connection(
+        &mut self,
+        id: ConnectionId,
+        local: &Multiaddr,
+        remote: &Multiaddr,
+    ) -> Result<(), ConnectionDenied> {
+        self.0.handle_pending_inbound_connection(id, local, remote)
+    }
+
+    fn handle_established_inbound_connection(
+        &mut self,
+        id: ConnectionId,
+        peer: PeerId,
+        local: &Multiaddr,
+        remote: &Multiaddr,
+    ) -> Result<Self::ConnectionHandler, ConnectionDenied> {
+        let handler = self.0.handle_established_inbound_connection(id, peer, local, remote)?;
+        Ok(Boxed(Box::new(handler)))
+    }
+
+    fn handle_pending_outbound_connection(
+        &mut self,
+        id: ConnectionId,
+        peer: Option<PeerId>,
+        addresses: &[Multiaddr],
+        role: Endpoint,
+    ) -> Result<Vec<Multiaddr>, ConnectionDenied> {
+        self.0.handle_pending_outbound_connection(id, peer, addresses, role)
+    }
+
+    fn handle_established_outbound_connection(
+        &mut self,
+        id: ConnectionId,
+        peer: PeerId,
+        address: &Multiaddr,
+        role: Endpoint,
+        port_use: PortUse,
+    ) -> Result<Self::ConnectionHandler, ConnectionDenied> {
+        let handler =
+            self.0.handle_established_outbound_connection(id, peer, address, role, port_use)?;
+        Ok(Boxed(Box::new(handler)))
+    }
+
+    fn on_swarm_event(&mut self, event: FromSwarm<'_>) {
+        self.0.on_swarm_event(event);
+    }
+
+    fn on_connection_handler_event(
+        &mut self,
+        peer: PeerId,
+        id: ConnectionId,
+        event: THandlerOutEvent<Self>,
+    ) {
+        self.0.on_connection_handler_event(peer, id, *event);
+    }
+
+    fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<ToSwarm<Self::ToSwarm, THandlerInEvent<Self>>> {
+        self.0.poll(cx)
+    }
+}
+
+impl<H: ConnectionHandler> ConnectionHandler for Boxed<Box<H>> {
+    type FromBehaviour = H::FromBehaviour;
+    type ToBehaviour = Box<H::ToBehaviour>;
+    type InboundProtocol = H::InboundProtocol;
+    type OutboundProtocol = H::OutboundProtocol;
+    type InboundOpenInfo = H::InboundOpenInfo;
+    type OutboundOpenInfo = H::OutboundOpenInfo;
+
+    fn listen_protocol(&self) -> SubstreamProtocol<H::InboundProtocol, H::InboundOpenInfo> {
+        self.0.listen_protocol()
+    }
+
+    /// Always: it is the relay's sweep that closes idle connections. The swarm would set a timer each
+    /// time that a peer's last circuit ends.
+    fn connection_keep_alive(&self) -> bool {
+        true
+    }
+
+    fn on_behaviour_event(&mut self, event: H::FromBehaviour) {
+        self.0.on_behaviour_event(event);
+    }
+
+    fn on_connection_event(
+        &mut self,
+        event: ConnectionEvent<
+            '_,
+            H::InboundProtocol,
+            H::OutboundProtocol,
+            H::InboundOpenInfo,
+            H::OutboundOpenInfo,
+        >,
+    ) {
+        self.0.on_connection_event(event);
+    }
+
+    fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<ConnectionHandlerEvent<H::OutboundProtocol, H::OutboundOpenInfo, Box<H::ToBehaviour>>>
+    {
+        self.0.poll(cx).map(|event| event.map_custom(Box::new))
+    }
+
+    fn poll_close(&mut self, cx: &mut Context<'_>) -> Poll<Option<Box<H::ToBehaviour>>> {
+        self.0.poll_close(cx).map(|event| event.map(Box::new))
+    }
+}

@@ -1,0 +1,460 @@
+//! Identify: tells each peer the relay's key, protocols and addresses, and learns from it at which
+//! address it reached the relay.
+//!
+//! Answers requests over `/ipfs/id/1.0.0`, sends each peer one after it connects, reads what peers push
+//! over `/ipfs/id/push/1.0.0`, and pushes when the node asks for it. The messages are in `identify/message.rs`.
+//!
+//! Written here because libp2p-identify 0.48 keeps all that a peer says of itself, up to 300 KiB a
+//! connection, and sends a message of any size: rust-libp2p refuses more than 4,096 bytes, go-libp2p
+//! more than 8,192.
+
+mod message;
+
+use std::{
+    collections::{HashSet, VecDeque},
+    mem,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::{Context, Poll},
+    time::{Duration, Instant},
+    vec,
+};
+
+use libp2p::{
+    Multiaddr, PeerId, Stream, StreamProtocol,
+    core::{Endpoint, transport::PortUse, upgrade::ReadyUpgrade},
+    futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered},
+    identity::PublicKey,
+    multiaddr::Protocol,
+    swarm::{
+        ConnectionDenied, ConnectionHandler, ConnectionHandlerEvent, ConnectionId, FromSwarm,
+        NetworkBehaviour, NotifyHandler, SubstreamProtocol, SupportedProtocols, THandler,
+        THandlerInEvent, THandlerOutEvent, ToSwarm,
+        handler::{ConnectionEvent, ProtocolSupport},
+    },
+};
+
+pub use self::message::Info;
+use self::message::TIME_LIMIT;
+use crate::{
+    behaviour::inbound::Inbound,
+    relay::rates::{Bucket, Rate},
+};
+
+const IDENTIFY: StreamProtocol = StreamProtocol::new("/ipfs/id/1.0.0");
+const PUSH: StreamProtocol = StreamProtocol::new("/ipfs/id/push/1.0.0");
+
+/// How many answers may be in progress on one connection. A request beyond that is reset.
+const MAX_ANSWERS: usize = 4;
+
+/// How many pushes of one peer are read: 20 at once, then one each 3 s. One beyond that is reset, as is
+/// one while another is in progress.
+const PUSHES: Rate = Rate { burst: 20, spacing: Duration::from_secs(3) };
+
+/// Identify on all connections.
+pub struct Identify {
+    shared: Arc<Shared>,
+    /// The peers that are yet to be sent a push.
+    pushing: vec::IntoIter<PeerId>,
+    identified: VecDeque<Identified>,
+}
+
+/// A peer's message arrived: the answer to the request after connecting, or a push.
+#[derive(Debug)]
+pub struct Identified {
+    /// The connection that it arrived on.
+    pub connection: ConnectionId,
+    /// The sender.
+    #[cfg(feature = "dht")]
+    pub peer: PeerId,
+    /// What the message says.
+    pub info: Info,
+}
+
+/// What the handlers of all connections send, and look for.
+struct Shared {
+    public_key: Vec<u8>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// The relay's addresses, best first.
+    addresses: Vec<Multiaddr>,
+    /// Whether it was logged that not all of them fit into a message.
+    is_overflow_logged: bool,
+    /// The protocol of the DHT that the relay is in.
+    dht: Option<StreamProtocol>,
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn message(&self, protocols: &SupportedProtocols, observed: &Multiaddr) -> Vec<u8> {
+        let mut state = self.state();
+        let protocols = protocols.iter().map(AsRef::as_ref);
+        let (message, left_out) =
+            message::encode(&self.public_key, &state.addresses, protocols, observed);
+        if left_out > 0 && !mem::replace(&mut state.is_overflow_logged, true) {
+            let all = state.addresses.len();
+            log::warn!(
+                "identify message is full: {left_out} of {all} addresses are left out; choose some \
+                 with --announce"
+            );
+        }
+        message
+    }
+}
+
+impl Identify {
+    /// Identify for the owner of this key. It sends no addresses until [`Identify::set_addresses`].
+    pub fn new(public_key: &PublicKey) -> Self {
+        let (public_key, state) = (public_key.encode_protobuf(), Mutex::default());
+        Self {
+            shared: Arc::new(Shared { public_key, state }),
+            pushing: Vec::new().into_iter(),
+            identified: VecDeque::new(),
+        }
+    }
+
+    /// Reads from now on where peers listen, and whether they support this protocol of a DHT.
+    #[cfg(feature = "dht")]
+    pub fn set_dht(&mut self, protocol: StreamProtocol) {
+        self.shared.state().dht = Some(protocol);
+    }
+
+    /// Sends these addresses from now on: as many as fit into a message, the first ones first. Returns
+    /// whether they differ from those before.
+    pub fn set_addresses(&mut self, addresses: Vec<Multiaddr>) -> bool {
+        let mut state = self.shared.state();
+        let has_changed = state.addresses != addresses;
+        if has_changed {
+            (state.addresses, state.is_overflow_logged) = (addresses, false);
+        }
+        has_changed
+    }
+
+    /// Pushes the relay's message to `peers`, over one connection of each.
+    pub fn push(&mut self, peers: Vec<PeerId>) {
+        self.pushing = peers.into_iter();
+    }
+
+    fn handler(&self, remote: &Multiaddr) -> Handler {
+        Handler {
+            shared: Arc::clone(&self.shared),
+            remote: remote.clone(),
+            protocols: SupportedProtocols::default(),
+            tasks: FuturesUnordered::new(),
+            pushes: Bucket::default(),
+            reported_dht: None,
+            answers: 0,
+            is_to_ask: true,
+            is_to_push: false,
+            is_pushing: false,
+            is_reading_push: false,
+            has_told: false,
+        }
+    }
+}
+
+impl NetworkBehaviour for Identify {
+    type ConnectionHandler = Handler;
+    type ToSwarm = Identified;
+
+    fn handle_established_inbound_connection(
+        &mut self,
+        _: ConnectionId,
+        _: PeerId,
+        _: &Multiaddr,
+        remote: &Multiaddr,
+    ) -> Result<THandler<Self>, ConnectionDenied> {
+        Ok(self.handler(remote))
+    }
+
+    fn handle_established_outbound_connection(
+        &mut self,
+        _: ConnectionId,
+        _: PeerId,
+        remote: &Multiaddr,
+        _: Endpoint,
+        _: PortUse,
+    ) -> Result<THandler<Self>, ConnectionDenied> {
+        // A dialed address ends in the peer's id, which is no part of an observed one.
+        let mut remote = remote.clone();
+        if let Some(Protocol::P2p(_)) = remote.iter().last() {
+            remote.pop();
+        }
+        Ok(self.handler(&remote))
+    }
+
+    fn on_swarm_event(&mut self, _: FromSwarm<'_>) {}
+
+    fn on_connection_handler_event(
+        &mut self,
+        peer: PeerId,
+        connection: ConnectionId,
+        mut info: THandlerOutEvent<Self>,
+    ) {
+        // Not those that end in another peer's id.
+        info.listening.retain(|address| address.clone().with_p2p(peer).is_ok());
+        self.identified.push_back(Identified {
+            connection,
+            #[cfg(feature = "dht")]
+            peer,
+            info,
+        });
+    }
+
+    fn poll(&mut self, _: &mut Context<'_>) -> Poll<ToSwarm<Identified, THandlerInEvent<Self>>> {
+        if let Some(identified) = self.identified.pop_front() {
+            return Poll::Ready(ToSwarm::GenerateEvent(identified));
+        }
+        match self.pushing.next() {
+            Some(peer_id) => Poll::Ready(ToSwarm::NotifyHandler {
+                peer_id,
+                handler: NotifyHandler::Any,
+                event: Push,
+            }),
+            None => Poll::Pending,
+        }
+    }
+}
+
+/// Identify on one connection. It keeps nothing that the peer says.
+pub struct Handler {
+    shared: Arc<Shared>,
+    /// The peer's address, which it is told as the observed one.
+    remote: Multiaddr,
+    /// The protocols that the connection's handlers support, which the peer is told.
+    protocols: SupportedProtocols,
+    tasks: FuturesUnordered<BoxFuture<'static, (Exchange, Option<Info>)>>,
+    /// How many pushes may be read.
+    pushes: Bucket,
+    /// Whether the peer supports the DHT's protocol, until the swarm is told.
+    reported_dht: Option<bool>,
+    /// How many answers are in progress.
+    answers: usize,
+    is_to_ask: bool,
+    is_to_push: bool,
+    is_pushing: bool,
+    is_reading_push: bool,
+    /// Whether the peer was told the protocols: then a change of them is pushed.
+    has_told: bool,
+}
+
+/// Has the handler send the peer the relay's message.
+#[derive(Clone, Copy, Debug)]
+pub struct Push;
+
+/// What one stream is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exchange {
+    /// The peer asked, and is answered.
+    Answer,
+    /// The peer is asked.
+    Ask,
+    /// The peer pushes.
+    ReadPush,
+    /// The relay pushes.
+    Push,
+}
+
+impl Handler {
+    fn on_inbound(&mut self, stream: Stream, protocol: &StreamProtocol) {
+        if *protocol == PUSH {
+            let is_free = !self.is_reading_push;
+            if is_free && self.pushes.take(PUSHES, Duration::ZERO, Instant::now()).is_some() {
+                self.is_reading_push = true;
+                self.read(stream, Exchange::ReadPush);
+            }
+        } else if self.answers < MAX_ANSWERS {
+            self.answers += 1;
+            self.send(stream, Exchange::Answer);
+        }
+    }
+
+    fn read(&mut self, stream: Stream, exchange: Exchange) {
+        let dht = self.shared.state().dht.clone();
+        let read = async move {
+            let dht = dht.as_ref().map(AsRef::as_ref);
+            (exchange, message::read(stream, dht).await.ok())
+        };
+        self.tasks.push(read.boxed());
+    }
+
+    fn send(&mut self, stream: Stream, exchange: Exchange) {
+        self.has_told = true;
+        let message = self.shared.message(&self.protocols, &self.remote);
+        let send = async move {
+            let _ = message::send(stream, &message).await; // the peer may ask again
+            (exchange, None)
+        };
+        self.tasks.push(send.boxed());
+    }
+
+    fn on_ended(&mut self, exchange: Exchange) {
+        match exchange {
+            Exchange::Answer => self.answers -= 1,
+            Exchange::Ask => {}
+            Exchange::ReadPush => self.is_reading_push = false,
+            Exchange::Push => self.is_pushing = false,
+        }
+    }
+}
+
+type Event = ConnectionHandlerEvent<ReadyUpgrade<StreamProtocol>, Exchange, Info>;
+
+fn open(protocol: StreamProtocol, exchange: Exchange) -> Poll<Event> {
+    let protocol = SubstreamProtocol::new(ReadyUpgrade::new(protocol), exchange);
+    let protocol = protocol.with_timeout(TIME_LIMIT);
+    Poll::Ready(ConnectionHandlerEvent::OutboundSubstreamRequest { protocol })
+}
+
+impl ConnectionHandler for Handler {
+    type FromBehaviour = Push;
+    type ToBehaviour = Info;
+    type InboundProtocol = Inbound;
+    type OutboundProtocol = ReadyUpgrade<StreamProtocol>;
+    type InboundOpenInfo = ();
+    type OutboundOpenInfo = Exchange;
+
+    fn listen_protocol(&self) -> SubstreamProtocol<Inbound> {
+        Inbound(IDENTIFY, Some(PUSH)).listen()
+    }
+
+    fn on_behaviour_event(&mut self, _: Push) {
+        self.is_to_push = true;
+    }
+
+    fn on_connection_event(
+        &mut self,
+        event: ConnectionEvent<Inbound, ReadyUpgrade<StreamProtocol>, (), Exchange>,
+    ) {
+        match event {
+            ConnectionEvent::FullyNegotiatedInbound(inbound) => {
+                let (stream, protocol) = inbound.protocol;
+                self.on_inbound(stream, &protocol);
+            }
+            ConnectionEvent::FullyNegotiatedOutbound(outbound) => match outbound.info {
+                Exchange::Push => self.send(outbound.protocol, Exchange::Push),
+                exchange => self.read(outbound.protocol, exchange),
+            },
+            ConnectionEvent::DialUpgradeError(failed) => self.on_ended(failed.info),
+            ConnectionEvent::LocalProtocolsChange(change) => {
+                let has_changed = self.protocols.on_protocols_change(change);
+                self.is_to_push |= has_changed && self.has_told;
+            }
+            _ => {}
+        }
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Event> {
+        if mem::take(&mut self.is_to_ask) {
+            return open(IDENTIFY, Exchange::Ask);
+        }
+        if let Some(is_supported) = self.reported_dht.take()
+            && let Some(dht) = self.shared.state().dht.clone()
+        {
+            let kind = if is_supported { ProtocolSupport::Added } else { ProtocolSupport::Removed };
+            let support = kind(HashSet::from([dht]));
+            return Poll::Ready(ConnectionHandlerEvent::ReportRemoteProtocols(support));
+        }
+        while let Poll::Ready(Some((exchange, info))) = self.tasks.poll_next_unpin(cx) {
+            self.on_ended(exchange);
+            if let Some(info) = info {
+                self.reported_dht = info.supports_dht;
+                return Poll::Ready(ConnectionHandlerEvent::NotifyBehaviour(info));
+            }
+        }
+        if self.is_to_push && !self.is_pushing {
+            (self.is_to_push, self.is_pushing) = (false, true);
+            return open(PUSH, Exchange::Push);
+        }
+        Poll::Pending
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use libp2p::{
+        futures::task::noop_waker_ref,
+        identity::Keypair,
+        swarm::{StreamUpgradeError, handler::DialUpgradeError},
+    };
+
+    use super::*;
+
+    fn identify() -> Identify {
+        Identify::new(&Keypair::generate_ed25519().public())
+    }
+
+    /// What the handler asks a stream for, or `None` if it has nothing to do.
+    fn requested(handler: &mut Handler) -> Option<Exchange> {
+        match handler.poll(&mut Context::from_waker(noop_waker_ref())) {
+            Poll::Ready(ConnectionHandlerEvent::OutboundSubstreamRequest { protocol }) => {
+                Some(*protocol.info())
+            }
+            Poll::Ready(other) => panic!("{other:?}"),
+            Poll::Pending => None,
+        }
+    }
+
+    #[test]
+    fn pushes_wanted_while_one_is_in_progress_become_one() {
+        let mut handler = identify().handler(&Multiaddr::empty());
+        assert_eq!(requested(&mut handler), Some(Exchange::Ask));
+        assert_eq!(requested(&mut handler), None);
+        handler.on_behaviour_event(Push);
+        assert_eq!(requested(&mut handler), Some(Exchange::Push));
+        for _ in 0..9 {
+            handler.on_behaviour_event(Push);
+            assert_eq!(requested(&mut handler), None);
+        }
+        handler.tasks.push(async { (Exchange::Push, None) }.boxed());
+        assert_eq!(requested(&mut handler), Some(Exchange::Push));
+        assert_eq!(requested(&mut handler), None);
+        // A peer that does not support it.
+        let error = StreamUpgradeError::NegotiationFailed;
+        let failed = DialUpgradeError { info: Exchange::Push, error };
+        handler.on_connection_event(ConnectionEvent::DialUpgradeError(failed));
+        assert_eq!(requested(&mut handler), None);
+        handler.on_behaviour_event(Push);
+        assert_eq!(requested(&mut handler), Some(Exchange::Push));
+    }
+
+    #[test]
+    fn that_addresses_are_left_out_is_logged_once_a_change() {
+        let mut identify = identify();
+        let many = |port| -> Vec<Multiaddr> {
+            let one = |n| format!("/ip6/2a00:1450::{n:x}/tcp/{port}").parse().expect("a multiaddr");
+            (0..1000u16).map(one).collect()
+        };
+        let (shared, protocols) = (Arc::clone(&identify.shared), SupportedProtocols::default());
+        assert!(identify.set_addresses(many(1)) && !shared.state().is_overflow_logged);
+        let message = shared.message(&protocols, &Multiaddr::empty());
+        assert!((4000..=4098).contains(&message.len()) && shared.state().is_overflow_logged);
+        assert!(!identify.set_addresses(many(1)) && shared.state().is_overflow_logged);
+        assert!(identify.set_addresses(many(2)) && !shared.state().is_overflow_logged);
+        shared.message(&protocols, &Multiaddr::empty());
+        assert!(identify.set_addresses(Vec::new()));
+        shared.message(&protocols, &Multiaddr::empty());
+        assert!(!shared.state().is_overflow_logged);
+    }
+
+    #[test]
+    fn addresses_that_end_in_another_peer_are_dropped() {
+        let mut identify = identify();
+        let peer = PeerId::random();
+        let plain: Multiaddr = "/ip4/1.2.3.4/tcp/1".parse().expect("a multiaddr");
+        let listening = [plain.clone(), plain.clone().with_p2p(peer).expect("it had none")];
+        let other = plain.with_p2p(PeerId::random()).expect("it had none");
+        let info = Info { listening: [&listening[..], &[other]].concat(), ..Info::default() };
+        identify.on_connection_handler_event(peer, ConnectionId::new_unchecked(1), info);
+        let identified = identify.poll(&mut Context::from_waker(noop_waker_ref()));
+        let Poll::Ready(ToSwarm::GenerateEvent(identified)) = identified else {
+            panic!("{identified:?}");
+        };
+        assert_eq!(identified.info.listening, listening);
+    }
+}

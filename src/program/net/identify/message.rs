@@ -1,0 +1,483 @@
+//! Identify's message: encodes the relay's, and reads the few fields of a peer's that are used.
+//!
+//! A peer's message is decoded field by field while it arrives. So one that is never completed, and one
+//! of which nothing is used, take no more memory than the read-ahead and one field.
+//! See [the specification](https://github.com/libp2p/specs/blob/master/identify/README.md).
+
+use std::{io, time::Duration};
+
+use async_std::io::timeout;
+use libp2p::{
+    Multiaddr,
+    futures::{
+        AsyncBufRead, AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt,
+        io::BufReader,
+    },
+};
+use prost::Message;
+
+use crate::wire;
+
+/// How long each exchange may take.
+pub const TIME_LIMIT: Duration = Duration::from_secs(10);
+
+/// The largest message that is read, in bytes: go-libp2p's limit. rust-libp2p sends at most 4,096.
+const MAX_READ: usize = 8192;
+
+/// How many bytes are read of one stream, and how many messages: go-libp2p sends a signed record as a
+/// second one where both together exceed 2,048 bytes, and reads at most ten.
+const MAX_STREAM: u64 = 16 * 1024;
+const MAX_MESSAGES: usize = 10;
+
+/// The longest field that is used, in bytes; a longer one is skipped.
+const MAX_FIELD: u64 = 256;
+
+/// How many listening addresses of a peer are used.
+const MAX_ADDRESSES: usize = 32;
+
+/// How many bytes are read ahead of what is decoded.
+const READ_AHEAD: usize = 512;
+
+// The fields of a peer's message that are used.
+const LISTEN_ADDRS: u64 = 2;
+const PROTOCOLS: u64 = 3;
+const OBSERVED_ADDR: u64 = 4;
+
+const PROTOCOL_VERSION: &str = "ipfs/0.1.0";
+const AGENT_VERSION: &str = concat!("relaylet/", env!("CARGO_PKG_VERSION"));
+
+/// The message that is sent.
+#[derive(Clone, PartialEq, Message)]
+struct Identify {
+    #[prost(bytes = "vec", optional, tag = "1")]
+    public_key: Option<Vec<u8>>,
+    #[prost(bytes = "vec", repeated, tag = "2")]
+    listen_addrs: Vec<Vec<u8>>,
+    #[prost(string, repeated, tag = "3")]
+    protocols: Vec<String>,
+    #[prost(bytes = "vec", optional, tag = "4")]
+    observed_addr: Option<Vec<u8>>,
+    #[prost(string, optional, tag = "5")]
+    protocol_version: Option<String>,
+    #[prost(string, optional, tag = "6")]
+    agent_version: Option<String>,
+}
+
+/// What a peer says of itself and of the relay, as far as it is used.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Info {
+    /// The address at which the peer reached the relay.
+    pub observed: Option<Multiaddr>,
+    /// Where the peer listens; empty without a DHT.
+    pub listening: Vec<Multiaddr>,
+    /// Whether the peer supports the DHT's protocol; `None` if it names no protocols, and without a
+    /// DHT.
+    pub supports_dht: Option<bool>,
+}
+
+/// Encodes the relay's message behind its length, with as many of `addresses` as fit into
+/// [`wire::MAX_MESSAGE`] bytes, first ones first. Returns how many were left out, too.
+pub fn encode<'a>(
+    public_key: &[u8],
+    addresses: &[Multiaddr],
+    protocols: impl Iterator<Item = &'a str>,
+    observed: &Multiaddr,
+) -> (Vec<u8>, usize) {
+    let mut message = Identify {
+        public_key: Some(public_key.to_vec()),
+        listen_addrs: Vec::new(),
+        protocols: protocols.map(str::to_owned).collect(),
+        observed_addr: Some(observed.to_vec()),
+        protocol_version: Some(PROTOCOL_VERSION.into()),
+        agent_version: Some(AGENT_VERSION.into()),
+    };
+    let mut size = message.encoded_len();
+    for address in addresses {
+        let address = address.to_vec();
+        // A byte for the number of the field, and the length.
+        size += 1 + prost::length_delimiter_len(address.len()) + address.len();
+        if size > wire::MAX_MESSAGE {
+            break;
+        }
+        message.listen_addrs.push(address);
+    }
+    let left_out = addresses.len() - message.listen_addrs.len();
+    (message.encode_length_delimited_to_vec(), left_out)
+}
+
+/// Sends an encoded message, and closes the stream.
+///
+/// # Errors
+///
+/// When the stream fails, or the peer does not take the message within [`TIME_LIMIT`].
+pub async fn send(mut stream: impl AsyncWrite + Unpin, message: &[u8]) -> io::Result<()> {
+    let send = async {
+        stream.write_all(message).await?;
+        stream.close().await
+    };
+    timeout(TIME_LIMIT, send).await
+}
+
+/// Reads a peer's messages until it closes the stream. `dht` is the protocol of the DHT that the relay
+/// is in.
+///
+/// # Errors
+///
+/// When the first message is malformed, too long, or not complete within [`TIME_LIMIT`]. What is
+/// wrong with further ones ends the reading, and is no error.
+pub async fn read(stream: impl AsyncRead + Unpin, dht: Option<&str>) -> io::Result<Info> {
+    let mut stream = BufReader::with_capacity(READ_AHEAD, stream).take(MAX_STREAM);
+    let (mut info, mut messages) = (Info::default(), 0);
+    let all = async {
+        while messages < MAX_MESSAGES {
+            read_message(&mut stream, dht, &mut info).await?;
+            messages += 1;
+        }
+        Ok(())
+    };
+    match timeout(TIME_LIMIT, all).await {
+        Err(error) if messages == 0 => Err(error),
+        _ => Ok(info),
+    }
+}
+
+async fn read_message(
+    stream: &mut (impl AsyncBufRead + Unpin),
+    dht: Option<&str>,
+    info: &mut Info,
+) -> io::Result<()> {
+    let length = wire::read_length(stream).await?;
+    let length = length.filter(|length| *length <= MAX_READ).ok_or(io::ErrorKind::InvalidData)?;
+    let mut message = stream.take(length as u64);
+    while message.limit() > 0 {
+        let key = read_varint(&mut message).await?;
+        // The lower three bits are the wire type.
+        let skipped = match key & 7 {
+            0 => read_varint(&mut message).await.map(|_| 0)?,
+            1 => 8,
+            2 => {
+                let (field, length) = (key >> 3, read_varint(&mut message).await?);
+                let is_used = match field {
+                    OBSERVED_ADDR => true,
+                    LISTEN_ADDRS | PROTOCOLS => dht.is_some(),
+                    _ => false,
+                };
+                if is_used && length <= MAX_FIELD {
+                    let mut bytes = vec![0; length as usize];
+                    message.read_exact(&mut bytes).await?;
+                    info.set(field, bytes, dht);
+                    0
+                } else {
+                    length
+                }
+            }
+            5 => 4,
+            _ => return Err(io::ErrorKind::InvalidData.into()),
+        };
+        skip(&mut message, skipped).await?;
+    }
+    Ok(())
+}
+
+impl Info {
+    /// Takes over a field; an address that is none is ignored.
+    fn set(&mut self, field: u64, bytes: Vec<u8>, dht: Option<&str>) {
+        if field == PROTOCOLS {
+            let is_dht = dht.is_some_and(|dht| dht.as_bytes() == bytes);
+            self.supports_dht = Some(is_dht || self.supports_dht == Some(true));
+            return;
+        }
+        let address = Multiaddr::try_from(bytes).ok().filter(|address| !address.is_empty());
+        match address {
+            Some(address) if field == OBSERVED_ADDR => self.observed = Some(address),
+            Some(address) if self.listening.len() < MAX_ADDRESSES => self.listening.push(address),
+            _ => {}
+        }
+    }
+}
+
+/// Reads a varint of protobuf: at most ten bytes, 64 bits.
+async fn read_varint(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<u64> {
+    let mut value = 0;
+    for shift in (0..64).step_by(7) {
+        let mut byte = [0];
+        stream.read_exact(&mut byte).await?;
+        let bits = u64::from(byte[0] & 0x7f);
+        if bits << shift >> shift != bits {
+            break;
+        }
+        value |= bits << shift;
+        if byte[0] & 0x80 == 0 {
+            return Ok(value);
+        }
+    }
+    Err(io::ErrorKind::InvalidData.into())
+}
+
+async fn skip(stream: &mut (impl AsyncBufRead + Unpin), mut bytes: u64) -> io::Result<()> {
+    while bytes > 0 {
+        let available = stream.fill_buf().await?.len() as u64;
+        if available == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let skipped = available.min(bytes);
+        stream.consume_unpin(skipped as usize);
+        bytes -= skipped;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use async_std::task::block_on;
+    use libp2p::{PeerId, futures::io::Cursor, identity::Keypair};
+    use proptest::{collection::vec, prelude::*};
+
+    use super::*;
+
+    const KAD: &str = "/ipfs/kad/1.0.0";
+
+    /// The message as other implementations send it.
+    #[derive(Clone, PartialEq, Message)]
+    struct Theirs {
+        #[prost(bytes = "vec", optional, tag = "1")]
+        public_key: Option<Vec<u8>>,
+        #[prost(bytes = "vec", repeated, tag = "2")]
+        listen_addrs: Vec<Vec<u8>>,
+        #[prost(string, repeated, tag = "3")]
+        protocols: Vec<String>,
+        #[prost(bytes = "vec", optional, tag = "4")]
+        observed_addr: Option<Vec<u8>>,
+        #[prost(string, optional, tag = "5")]
+        protocol_version: Option<String>,
+        #[prost(string, optional, tag = "6")]
+        agent_version: Option<String>,
+        #[prost(bytes = "vec", optional, tag = "8")]
+        signed_peer_record: Option<Vec<u8>>,
+    }
+
+    fn address(text: &str) -> Multiaddr {
+        text.parse().expect("a multiaddr")
+    }
+
+    fn theirs(addresses: u16, protocols: &[&str]) -> Theirs {
+        let listening = |n| address(&format!("/ip6/2a00:1450::{n:x}/tcp/4001")).to_vec();
+        Theirs {
+            public_key: Some(Keypair::generate_ed25519().public().encode_protobuf()),
+            listen_addrs: (0..addresses).map(listening).collect(),
+            protocols: protocols.iter().copied().map(str::to_owned).collect(),
+            observed_addr: Some(address("/ip4/5.5.5.5/tcp/4001").to_vec()),
+            protocol_version: Some("ipfs/0.1.0".into()),
+            agent_version: Some("someone/1.0.0".into()),
+            signed_peer_record: None,
+        }
+    }
+
+    fn read_all(bytes: &[u8], dht: Option<&str>) -> io::Result<Info> {
+        block_on(read(Cursor::new(bytes), dht))
+    }
+
+    fn read_one(message: &Theirs, dht: Option<&str>) -> io::Result<Info> {
+        read_all(&message.encode_length_delimited_to_vec(), dht)
+    }
+
+    fn observed() -> Option<Multiaddr> {
+        Some(address("/ip4/5.5.5.5/tcp/4001"))
+    }
+
+    #[test]
+    fn without_a_dht_only_the_observed_address_is_read() {
+        let info = read_one(&theirs(3, &[KAD]), None).unwrap();
+        assert_eq!(info, Info { observed: observed(), ..Info::default() });
+    }
+
+    #[test]
+    fn with_a_dht_the_addresses_are_read_too_and_whether_the_peer_supports_it() {
+        for (protocols, supports_dht) in [
+            (&["/ipfs/id/1.0.0", KAD, "/ipfs/ping/1.0.0"][..], Some(true)),
+            (&["/ipfs/id/1.0.0", "/ipfs/kad/1.0.00"], Some(false)),
+            (&[], None),
+        ] {
+            let info = read_one(&theirs(3, protocols), Some(KAD)).unwrap();
+            assert_eq!((info.supports_dht, info.listening.len()), (supports_dht, 3));
+            assert_eq!(info.observed, observed());
+        }
+    }
+
+    /// go-libp2p, where both together are long; with a further message of a later version.
+    #[test]
+    fn a_signed_record_may_follow_in_a_message_of_its_own() {
+        let record = Theirs { signed_peer_record: Some(vec![7; 3000]), ..Theirs::default() };
+        let later = Theirs { protocols: vec!["/new".into()], ..Theirs::default() };
+        let messages = [theirs(40, &[KAD]), record, later];
+        let bytes: Vec<_> =
+            messages.iter().flat_map(Message::encode_length_delimited_to_vec).collect();
+        let whole = read_all(&bytes, Some(KAD)).unwrap();
+        assert_eq!(whole.observed, observed());
+        assert_eq!((whole.supports_dht, whole.listening.len()), (Some(true), MAX_ADDRESSES));
+        // The first message counts whatever becomes of the others.
+        let first = messages[0].encode_length_delimited_to_vec().len();
+        for end in first..bytes.len() {
+            assert_eq!(read_all(&bytes[..end], Some(KAD)).unwrap().observed, observed());
+        }
+    }
+
+    #[test]
+    fn a_message_that_is_cut_short_says_nothing() {
+        let bytes = theirs(5, &[KAD]).encode_length_delimited_to_vec();
+        for end in 0..bytes.len() {
+            assert!(read_all(&bytes[..end], Some(KAD)).is_err(), "{end}");
+        }
+    }
+
+    #[test]
+    fn of_a_fat_message_little_is_kept() {
+        let fat = Theirs { listen_addrs: vec![Vec::new(); 2010], ..theirs(0, &[]) };
+        assert_eq!(
+            read_one(&fat, Some(KAD)).unwrap(),
+            Info { observed: observed(), ..Info::default() }
+        );
+        let talkative = Theirs { protocols: vec!["/a".into(); 844], ..theirs(100, &[]) };
+        let info = read_one(&talkative, Some(KAD)).unwrap();
+        assert_eq!((info.supports_dht, info.listening.len()), (Some(false), MAX_ADDRESSES));
+        let too_long = Theirs { listen_addrs: vec![Vec::new(); 10_000], ..theirs(0, &[]) };
+        assert_eq!(read_one(&too_long, None).unwrap_err().kind(), io::ErrorKind::InvalidData);
+        // A field that is too long is skipped, and so is one that is no address.
+        let long = address(&format!("/dns4/{}/tcp/1", "x".repeat(300))).to_vec();
+        for bytes in [long, vec![255; 8]] {
+            let message = Theirs { observed_addr: Some(bytes.clone()), ..Theirs::default() };
+            assert_eq!(read_one(&message, None).unwrap(), Info::default());
+            let message = Theirs { listen_addrs: vec![bytes], ..Theirs::default() };
+            assert_eq!(read_one(&message, Some(KAD)).unwrap(), Info::default());
+        }
+    }
+
+    #[test]
+    fn no_more_than_16_kib_of_a_stream_are_read() {
+        let long = Theirs { signed_peer_record: Some(vec![7; 8000]), ..Theirs::default() };
+        let last = theirs(0, &[KAD]);
+        let read_behind = |count| {
+            let messages = std::iter::repeat_n(&long, count).chain([&last]);
+            let bytes: Vec<_> =
+                messages.flat_map(Message::encode_length_delimited_to_vec).collect();
+            read_all(&bytes, None).unwrap()
+        };
+        assert_eq!(read_behind(2).observed, observed());
+        assert_eq!(read_behind(3).observed, None);
+        let short = vec![0; MAX_MESSAGES];
+        let bytes = [short, last.encode_length_delimited_to_vec()].concat();
+        assert_eq!(read_all(&bytes[1..], None).unwrap().observed, observed());
+        assert_eq!(read_all(&bytes, None).unwrap().observed, None);
+    }
+
+    #[test]
+    fn unknown_fields_are_skipped_and_malformed_ones_are_errors() {
+        let framed = |message: &[u8]| [&[message.len() as u8], message].concat();
+        for skipped in [
+            &[0x78, 0x80, 0x00][..], // a varint that is not minimal
+            &[0x79, 1, 2, 3, 4, 5, 6, 7, 8],
+            &[0x7d, 1, 2, 3, 4],
+            &[0x7a, 2, 0x7a, 200], // nested: not looked into
+            &[0x78, 255, 255, 255, 255, 255, 255, 255, 255, 255, 1], // 2^64 - 1
+            &[0x22, 0],            // an observed address that is empty
+        ] {
+            assert_eq!(read_all(&framed(skipped), None).unwrap(), Info::default(), "{skipped:?}");
+        }
+        for malformed in [
+            &[0x7b][..], // a group
+            &[0x7c],
+            &[0x7f],
+            &[0x78, 255, 255, 255, 255, 255, 255, 255, 255, 255, 2], // 2^64 and more
+            &[0x78, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255],
+            &[0x78, 0x80],
+            &[0x7a, 255, 255, 255, 255, 255, 255, 255, 255, 127], // 2^63 - 1 bytes
+            &[0x22, 255, 255, 255, 255, 255, 255, 255, 255, 127],
+            &[0x7a, 3, 1, 2],
+            &[0x7d, 1, 2, 3],
+        ] {
+            assert!(read_all(&framed(malformed), None).is_err(), "{malformed:?}");
+        }
+        assert!(read_all(&[0x80, 0x80, 0x80, 0x01], None).is_err(), "a length of 4 bytes");
+    }
+
+    fn decoded(bytes: &[u8]) -> Theirs {
+        Theirs::decode_length_delimited(bytes).expect("a message")
+    }
+
+    #[test]
+    fn what_is_sent_is_what_is_read() {
+        let key = Keypair::generate_ed25519().public().encode_protobuf();
+        let addresses = [address("/ip4/1.2.3.4/tcp/1"), address("/dns4/example.org/tcp/1")];
+        let observed = address("/ip4/5.6.7.8/tcp/9");
+        let (bytes, left_out) = encode(&key, &addresses, ["/a/1", KAD].into_iter(), &observed);
+        assert_eq!(left_out, 0);
+        let expected = Theirs {
+            public_key: Some(key),
+            listen_addrs: addresses.iter().map(Multiaddr::to_vec).collect(),
+            protocols: vec!["/a/1".into(), KAD.into()],
+            observed_addr: Some(observed.to_vec()),
+            protocol_version: Some("ipfs/0.1.0".into()),
+            agent_version: Some(AGENT_VERSION.into()),
+            signed_peer_record: None,
+        };
+        assert_eq!(decoded(&bytes), expected);
+        let info = Info {
+            observed: Some(observed),
+            listening: addresses.into(),
+            supports_dht: Some(true),
+        };
+        assert_eq!(read_all(&bytes, Some(KAD)).unwrap(), info);
+    }
+
+    /// A machine of so many IPv6 addresses was seen.
+    #[test]
+    fn of_190_addresses_those_that_fit_are_told() {
+        let many: Vec<_> =
+            (0..190u16).map(|n| address(&format!("/ip6/2a00:1450::{n:x}/tcp/4001"))).collect();
+        let observed = address("/ip4/5.6.7.8/tcp/9");
+        let (bytes, left_out) = encode(&[7; 36], &many, [KAD].into_iter(), &observed);
+        let told = decoded(&bytes).listen_addrs;
+        assert_eq!(told.len() + left_out, 190);
+        assert!((150..190).contains(&told.len()), "{}", told.len());
+        assert!(told.iter().zip(&many).all(|(told, one)| *told == one.to_vec()), "the first ones");
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_arrives_the_bounds_hold(bytes: Vec<u8>, length in 0..200usize) {
+            let framed = [&[length as u8 & 0x7f], &bytes[..]].concat();
+            for bytes in [bytes, framed] {
+                for dht in [None, Some(KAD)] {
+                    if let Ok(info) = read_all(&bytes, dht) {
+                        prop_assert!(info.listening.len() <= MAX_ADDRESSES);
+                        let mut all = info.listening.iter().chain(&info.observed);
+                        prop_assert!(all.all(|address| address.len() as u64 <= MAX_FIELD));
+                    }
+                }
+            }
+        }
+
+        #[test]
+        fn what_is_sent_never_exceeds_4096_bytes_and_is_understood(
+            hosts in vec("[a-z]{1,200}", 0..100),
+            key in vec(any::<u8>(), 0..1000),
+        ) {
+            let named = |host: &String| {
+                let named = address(&format!("/dns4/{host}/tcp/4001"));
+                named.with_p2p(PeerId::random()).expect("it named none")
+            };
+            let addresses: Vec<_> = hosts.iter().map(named).collect();
+            let (bytes, left_out) =
+                encode(&key, &addresses, [KAD].into_iter(), &address("/ip4/5.6.7.8/tcp/9"));
+            let message = decoded(&bytes);
+            prop_assert!(message.encoded_len() <= 4096);
+            let told = message.listen_addrs.len();
+            prop_assert_eq!(told + left_out, addresses.len());
+            if let Some(next) = addresses.get(told) {
+                prop_assert!(message.encoded_len() + next.len() + 3 > 4096);
+            }
+            let info = read_all(&bytes, Some(KAD)).unwrap();
+            prop_assert_eq!(&info.listening[..], &addresses[..told.min(MAX_ADDRESSES)]);
+        }
+    }
+}

@@ -1,0 +1,149 @@
+//! A private network: who has not the same key gets nowhere.
+//!
+//! Each side tells a nonce of its own, and what follows is enciphered with that and the key, below
+//! everything else; so with another key nothing that follows makes sense. See [the specification].
+//!
+//! [the specification]: https://github.com/libp2p/specs/blob/master/pnet/Private-Networks-PSK-V1.md
+
+use std::{fs::File, io, path::Path};
+
+use anyhow::{Context, Result};
+use data_encoding::{BASE64, HEXLOWER_PERMISSIVE};
+use libp2p::{
+    futures::{AsyncRead, AsyncWrite, future::Either},
+    pnet::{PnetConfig, PnetOutput},
+};
+use zeroize::Zeroizing;
+
+use crate::program::secret_file;
+
+pub use libp2p::pnet::PreSharedKey;
+
+/// No encoding of a key takes more.
+const MAX_FILE: usize = 1024;
+
+/// What stands in the first line of a file.
+const HEADING: &str = "/key/swarm/psk/1.0.0/";
+
+/// A connection in a private network, if it is in one. On the heap, because most are not.
+pub type Enciphered<S> = Either<S, Box<PnetOutput<S>>>;
+
+/// Reads the key in `file`, in the format of go-ipfs: `/base16/`, `/base64/` or `/bin/`. The log says
+/// which network it is.
+///
+/// # Errors
+///
+/// When the file cannot be read, or holds no such key.
+pub fn load(file: &Path) -> Result<PreSharedKey> {
+    let shown = file.display();
+    let read = File::open(file).and_then(|opened| secret_file::read(opened, MAX_FILE));
+    let bytes = read.with_context(|| {
+        format!("--swarm-key {shown}: cannot be read; make it readable or name another file")
+    })?;
+    let key = parse(&bytes).with_context(|| {
+        format!(
+            "--swarm-key {shown}: holds no swarm key; its lines are {HEADING}, /base16/, and 64 \
+             hexadecimal digits, the same on each machine of the network"
+        )
+    })?;
+    log::info!("private network {}: who has another key gets nowhere", key.fingerprint());
+    Ok(key)
+}
+
+fn parse(file: &[u8]) -> Option<PreSharedKey> {
+    let (heading, rest) = line(file)?;
+    let (encoding, key) = line(rest)?;
+    let key = Zeroizing::new(match encoding {
+        b"/base16/" => HEXLOWER_PERMISSIVE.decode(key.trim_ascii()).ok()?,
+        b"/base64/" => BASE64.decode(key.trim_ascii()).ok()?,
+        b"/bin/" => key.get(..32)?.to_vec(),
+        _ => return None,
+    });
+    let key = PreSharedKey::new(key.as_slice().try_into().ok()?);
+    (heading == HEADING.as_bytes()).then_some(key)
+}
+
+/// The first line, and what follows it.
+fn line(text: &[u8]) -> Option<(&[u8], &[u8])> {
+    let end = text.iter().position(|byte| *byte == b'\n')?;
+    let (line, rest) = text.split_at_checked(end + 1)?;
+    Some((line.trim_ascii_end(), rest))
+}
+
+/// Enters the network of `key` over `stream`, if there is one.
+///
+/// # Errors
+///
+/// When the other side does not say its nonce.
+pub async fn enter<S>(key: Option<PreSharedKey>, stream: S) -> io::Result<Enciphered<S>>
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    let Some(key) = key else {
+        return Ok(Either::Left(stream));
+    };
+    let entered = PnetConfig::new(key).handshake(stream).await;
+    entered.map(|stream| Either::Right(Box::new(stream))).map_err(io::Error::other)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DIGITS: &str = "000102030405060708090a0b0c0d0e0f101112131415161718191A1B1C1D1E1F";
+
+    fn key() -> PreSharedKey {
+        PreSharedKey::new(std::array::from_fn(|at| at as u8))
+    }
+
+    #[test]
+    fn a_key_is_read_in_each_encoding_that_go_writes() {
+        let bin: Vec<u8> = (0..32).collect();
+        let base64 = BASE64.encode(&bin);
+        for (encoding, text) in [
+            ("/base16/", format!("{DIGITS}\n").as_bytes()),
+            ("/base16/", DIGITS.as_bytes()),
+            ("/base64/", base64.as_bytes()),
+            ("/bin/", &bin),
+        ] {
+            for end in ["\n", "\r\n"] {
+                let mut file = format!("{HEADING}{end}{encoding}{end}").into_bytes();
+                file.extend(text);
+                assert!(parse(&file) == Some(key()), "{encoding}");
+            }
+        }
+        assert!(parse(key().to_key_file().as_bytes()) == Some(key()));
+    }
+
+    #[test]
+    fn what_is_no_key_is_one_line_with_the_file_and_the_remedy() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("swarm.key");
+        let digits = |digits: &str| format!("{HEADING}\n/base16/\n{digits}\n").into_bytes();
+        for bytes in [
+            vec![],
+            b"\n\n\n".to_vec(),
+            DIGITS.into(),
+            HEADING.into(),
+            digits(""),
+            digits(&DIGITS[..62]),
+            digits(&format!("{DIGITS}00")),
+            digits(&"ä".repeat(32)),
+            digits(&"+f".repeat(32)),
+            format!("/key/swarm/psk/2.0.0/\n/base16/\n{DIGITS}\n").into(),
+            format!("{HEADING}\n/base32/\n{DIGITS}\n").into(),
+            format!("{HEADING}\n/bin/\ntoo short").into(),
+            format!("{HEADING}\n/base64/\n{}\n", BASE64.encode(&[0; 31])).into(),
+            vec![b'a'; 1 << 20],
+        ] {
+            std::fs::write(&file, &bytes).unwrap();
+            let error = format!("{:#}", load(&file).unwrap_err());
+            let name = format!("--swarm-key {}: holds no swarm key; ", file.display());
+            assert!(error.starts_with(&name), "{error}");
+            assert_eq!(error.lines().count(), 1);
+        }
+        std::fs::remove_file(&file).unwrap();
+        let error = format!("{:#}", load(&file).unwrap_err());
+        assert!(error.contains("cannot be read; make it readable"), "{error}");
+    }
+}

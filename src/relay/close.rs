@@ -1,0 +1,412 @@
+//! Which connections the relay closes: all of them, a few at a time, while it drains; and one for another, where there
+//! is no room for both.
+//!
+//! While it drains no request is granted. A client whose connection was closed is back within seconds, here or
+//! elsewhere; one that was refused may stay away for an hour. So a request is answered by closing its connection.
+//! Spread out, because clients that leave together come back together. Circuits stay for as long as they may.
+
+use std::{cmp::Reverse, hash::Hash, time::Instant};
+
+use libp2p::PeerId;
+
+use super::{Command, Draining, Order, Relay, RequestId, circuits::End};
+use crate::{address::ClientPrefix, event::Refused};
+
+impl Draining {
+    /// How many of `unused` connections are due: with those that remain, as many in the same time
+    /// from now on.
+    fn due(&mut self, unused: usize, now: Instant) -> usize {
+        if now >= self.until {
+            return unused;
+        }
+        let since = now.saturating_duration_since(self.looked);
+        let left = self.until.saturating_duration_since(self.looked);
+        self.due += unused as f64 * since.as_secs_f64() / left.as_secs_f64();
+        self.looked = now;
+        let due = self.due.floor();
+        self.due -= due;
+        due as usize
+    }
+}
+
+impl<C: Copy + Ord + Hash, S> Relay<C, S> {
+    /// Takes nobody in from now on, and closes all connections without a circuit until then.
+    pub fn drain(&mut self, until: Instant, now: Instant) {
+        self.draining = Some(Draining { until, looked: now, due: 0.0 });
+        for waiting in self.reclaim.take() {
+            let newcomer = waiting.newcomer;
+            self.refuse(newcomer.from, newcomer.request, Refused::Draining);
+        }
+        self.hurry(now);
+    }
+
+    /// Takes clients in again.
+    pub fn resume(&mut self) {
+        self.draining = None;
+    }
+
+    /// Whether it takes nobody in.
+    pub fn is_draining(&self) -> bool {
+        self.draining.is_some()
+    }
+
+    /// Closes as many connections as are due. One whose last circuit ends is one of them.
+    pub(super) fn give_back(&mut self, now: Instant) {
+        let Some(draining) = &mut self.draining else {
+            return;
+        };
+        let mut unused = self.connections.without_circuits();
+        let due = draining.due(unused.len(), now);
+        unused.sort_unstable_by_key(|(_, connection)| *connection);
+        for (peer, connection) in unused.into_iter().take(due) {
+            self.close(End { peer, connection });
+        }
+    }
+
+    /// Turns a request down: with its status, or, where there is none for it, without a word.
+    pub(super) fn turn_down(&mut self, from: End<C>, request: RequestId, reason: &Refused) {
+        if let Some(status) = reason.status() {
+            self.command(from, Command::Refuse(request, status));
+        } else if self.connections.carries_circuits(from.connection) {
+            self.command(from, Command::Drop(request));
+        } else {
+            self.close(from);
+        }
+    }
+
+    /// Has a connection closed; from now on it counts as one that closes.
+    pub(super) fn close(&mut self, connection: End<C>) {
+        self.connections.closing(connection.connection);
+        self.orders.push_back(Order::Close(connection));
+    }
+
+    /// Closes that connection of `peer` but `but` on which nothing was heard for the longest, as if
+    /// it were gone.
+    pub fn close_longest_silent_of(&mut self, peer: PeerId, but: C, now: Instant) {
+        self.connections.listen(now);
+        let silence = |id: &C| self.connections.get(*id).map(|c| c.silent_for(now));
+        let others = self.connections.open_of(&peer).filter(|id| *id != but);
+        // Of several that were heard at once, the first: the oldest.
+        let Some(connection) = others.min_by_key(|id| Reverse(silence(id))) else {
+            return;
+        };
+        log::debug!("another connection of peer {peer} takes the place of one of its own");
+        let replaced = End { peer, connection };
+        self.give_up(replaced, now);
+        self.close(replaced);
+    }
+
+    /// The idle connections of peers that hold no slot, with their clients' prefixes and since when they are
+    /// idle; in no order.
+    pub fn idle_strangers(&self) -> impl Iterator<Item = (End<C>, Option<ClientPrefix>, Instant)> {
+        let is_stranger = |end: &End<C>| self.reservations.ends(&end.peer).is_none();
+        self.connections.idle().filter(move |(end, ..)| is_stranger(end))
+    }
+
+    /// Closes an idle connection to make room for another.
+    pub fn close_stranger(&mut self, stranger: End<C>) {
+        log::debug!(
+            "idle connection of peer {} closed: another one takes its place",
+            stranger.peer
+        );
+        self.close(stranger);
+    }
+}
+
+#[cfg(test)]
+mod drain_tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::{config::Config, relay::connections::Connection, wire::Request};
+
+    const DRAIN: Duration = Duration::from_secs(8);
+
+    /// A relay with so many connections.
+    fn relay(connections: u32, now: Instant) -> (Relay<u32, ()>, Vec<End<u32>>) {
+        let mut relay = Relay::new(Config::default(), now).unwrap();
+        let connect = |connection| {
+            let peer = PeerId::random();
+            let address = "/memory/1".parse().unwrap();
+            relay.connected(connection, Connection::new(peer, address, false, 0, now));
+            End { peer, connection }
+        };
+        let ends = (0..connections).map(connect).collect();
+        (relay, ends)
+    }
+
+    /// The connections that are closed, and whether anything was answered.
+    fn orders(relay: &mut Relay<u32, ()>) -> (Vec<u32>, bool) {
+        let (mut closed, mut answered) = (Vec::new(), false);
+        while let Some(order) = relay.next_order() {
+            match order {
+                Order::Close(end) => closed.push(end.connection),
+                Order::Command(_, Command::Refuse(..)) | Order::Grant(_) => answered = true,
+                _ => {}
+            }
+        }
+        (closed, answered)
+    }
+
+    /// Two of its connections become the ends of a circuit.
+    fn circuit(relay: &mut Relay<u32, ()>, ends: &[End<u32>], now: Instant) {
+        relay.requested(ends[1], RequestId(1), Request::Reserve, now);
+        let connect = Request::Connect(ends[1].peer);
+        relay.requested(ends[0], RequestId(1), connect, now);
+        let (id, _) = relay.circuits().iter().next().expect("it is admitted");
+        relay.target_answered(id, Ok(()), now);
+        orders(relay);
+    }
+
+    #[test]
+    fn connections_are_closed_evenly_and_all_of_them_in_time() {
+        for connections in [1000, 10, 1] {
+            for sweep in [1000, 10] {
+                let start = Instant::now();
+                let (mut relay, _) = relay(connections, start);
+                let sweep = Duration::from_millis(sweep);
+                let config = Config { sweep, ..Config::default() };
+                relay.set_config(config, start).unwrap();
+                relay.drain(start + DRAIN, start);
+                let mut closed = 0;
+                while relay.sweep_due() <= start + DRAIN {
+                    let now = relay.sweep_due();
+                    relay.sweep(now);
+                    closed += orders(&mut relay).0.len();
+                    let part = (now - start).as_secs_f64() / DRAIN.as_secs_f64();
+                    let due = f64::from(connections) * part;
+                    assert!((due - closed as f64).abs() <= 1.001, "{closed} of {due}");
+                }
+                assert_eq!(closed, connections as usize);
+            }
+        }
+    }
+
+    #[test]
+    fn who_carries_a_circuit_stays_until_it_ends() {
+        let start = Instant::now();
+        let (mut relay, ends) = relay(3, start);
+        circuit(&mut relay, &ends, start);
+        relay.drain(start + DRAIN, start);
+        relay.sweep(start + DRAIN);
+        assert_eq!(orders(&mut relay).0, [2]);
+        let (id, _) = relay.circuits().iter().next().expect("it is still there");
+        let ended = crate::CircuitEnd::Finished;
+        relay.circuit_ended(id, ended, crate::Carried::default(), start + DRAIN);
+        relay.sweep(start + DRAIN);
+        assert_eq!(orders(&mut relay).0, [0, 1]);
+    }
+
+    #[test]
+    fn who_asks_is_answered_by_the_end_of_its_connection_unless_that_carries_a_circuit() {
+        let start = Instant::now();
+        let (mut relay, ends) = relay(4, start);
+        circuit(&mut relay, &ends, start);
+        relay.drain(start + DRAIN, start);
+        relay.requested(ends[2], RequestId(2), Request::Reserve, start);
+        let connect = Request::Connect(ends[1].peer);
+        relay.requested(ends[3], RequestId(2), connect, start);
+        relay.requested(ends[0], RequestId(2), Request::Reserve, start);
+        assert_eq!(orders(&mut relay), (vec![2, 3], false));
+    }
+
+    #[test]
+    fn a_relay_that_resumes_takes_clients_in() {
+        let start = Instant::now();
+        let (mut relay, ends) = relay(1, start);
+        relay.drain(start + DRAIN, start);
+        relay.resume();
+        relay.sweep(start + DRAIN);
+        relay.requested(ends[0], RequestId(1), Request::Reserve, start + DRAIN);
+        assert_eq!(orders(&mut relay), (vec![], true));
+    }
+}
+
+#[cfg(test)]
+mod preemption_tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::{
+        activity::Signs,
+        config::Config,
+        event::Event,
+        relay::{Command, Order, RequestId, connections::Connection},
+        wire::Request,
+    };
+
+    /// A relay whose connections bear numbers, and come up a second after each other.
+    struct Clients {
+        relay: Relay<u32, ()>,
+        ends: Vec<End<u32>>,
+        signs: Vec<Signs>,
+        now: Instant,
+    }
+
+    /// What became of it.
+    #[derive(Debug, Default, PartialEq)]
+    struct Did {
+        closed: Vec<u32>,
+        graces_begun: usize,
+        circuits_ended: usize,
+    }
+
+    fn closed(connection: u32) -> Did {
+        Did { closed: vec![connection], ..Did::default() }
+    }
+
+    impl Clients {
+        fn none() -> Self {
+            let now = Instant::now();
+            Self {
+                relay: Relay::new(Config::default(), now).unwrap(),
+                ends: Vec::new(),
+                signs: Vec::new(),
+                now,
+            }
+        }
+
+        fn pass_a_second(&mut self) {
+            self.now += Duration::from_secs(1);
+        }
+
+        fn connect(&mut self, peer: PeerId) -> u32 {
+            self.pass_a_second();
+            let (connection, address) = (self.ends.len() as u32, "/memory/1".parse().unwrap());
+            let up = Connection::new(peer, address, false, 0, self.now);
+            let signs = Signs::default();
+            self.relay.connected(connection, up);
+            self.relay.listen_to(connection, signs.clone());
+            self.signs.push(signs);
+            self.ends.push(End { peer, connection });
+            connection
+        }
+
+        fn reserve(&mut self, connection: u32) {
+            let (from, now) = (self.ends[connection as usize], self.now);
+            self.relay.requested(from, RequestId(1), Request::Reserve, now);
+            while let Some(order) = self.relay.next_order() {
+                if let Order::Grant(grant) = order {
+                    self.relay.answered(from.peer, grant.receipt, Ok(()), now);
+                }
+            }
+            assert_eq!(self.slot_of(from.peer), Some(connection));
+        }
+
+        /// A circuit to `target`, who holds a slot.
+        fn circuit(&mut self, source: u32, target: PeerId) {
+            let (from, now) = (self.ends[source as usize], self.now);
+            self.relay.requested(from, RequestId(2), Request::Connect(target), now);
+            let ids = self.relay.circuits().iter().map(|(id, _)| id);
+            let id = ids.max().expect("it is admitted");
+            self.relay.target_answered(id, Ok(()), now);
+            self.did();
+        }
+
+        fn slot_of(&self, peer: PeerId) -> Option<u32> {
+            self.relay.reservations().connection(&peer)
+        }
+
+        /// A second later, the connection takes the place of another of its peer's.
+        fn replaces_its_own(&mut self, connection: u32) -> Did {
+            self.pass_a_second();
+            let (peer, now) = (self.ends[connection as usize].peer, self.now);
+            self.relay.close_longest_silent_of(peer, connection, now);
+            self.did()
+        }
+
+        /// The connections of the idle strangers.
+        fn idle_strangers(&self) -> Vec<u32> {
+            let mut idle: Vec<_> =
+                self.relay.idle_strangers().map(|(end, ..)| end.connection).collect();
+            idle.sort_unstable();
+            idle
+        }
+
+        fn did(&mut self) -> Did {
+            let mut did = Did::default();
+            while let Some(order) = self.relay.next_order() {
+                match order {
+                    Order::Close(end) => did.closed.push(end.connection),
+                    Order::Tell(Event::GraceBegan { .. }) => did.graces_begun += 1,
+                    Order::Command(_, Command::EndCircuit(_)) => did.circuits_ended += 1,
+                    _ => {}
+                }
+            }
+            did
+        }
+    }
+
+    #[test]
+    fn the_longest_silent_is_replaced_and_its_slot_moves_to_the_new_one_without_grace() {
+        let (mut clients, alice) = (Clients::none(), PeerId::random());
+        let [first, second] = [0; 2].map(|_| clients.connect(alice));
+        clients.reserve(first);
+        let third = clients.connect(alice);
+        assert_eq!(clients.replaces_its_own(third), closed(first));
+        assert_eq!(clients.slot_of(alice), Some(third));
+        // The one that is being closed is no longer one of hers.
+        assert_eq!(clients.replaces_its_own(third), closed(second));
+        assert_eq!(clients.slot_of(alice), Some(third));
+        // The only one that is left is the new one itself.
+        assert_eq!(clients.replaces_its_own(third), Did::default());
+    }
+
+    #[test]
+    fn what_no_sweep_has_heard_yet_counts_and_the_slot_stays_where_it_is() {
+        let (mut clients, alice) = (Clients::none(), PeerId::random());
+        let [first, second] = [0; 2].map(|_| clients.connect(alice));
+        clients.reserve(first);
+        clients.signs[first as usize].heard(1);
+        let third = clients.connect(alice);
+        assert_eq!(clients.replaces_its_own(third), closed(second));
+        assert_eq!(clients.slot_of(alice), Some(first));
+    }
+
+    #[test]
+    fn of_those_that_are_equally_silent_the_oldest_is_replaced() {
+        let (mut clients, alice) = (Clients::none(), PeerId::random());
+        let old = [0; 3].map(|_| clients.connect(alice));
+        let new = clients.connect(alice);
+        clients.relay.heard(alice, clients.now); // on all of them at once
+        for old in old {
+            assert_eq!(clients.replaces_its_own(new), closed(old));
+        }
+    }
+
+    #[test]
+    fn the_circuits_over_the_one_that_is_replaced_end_and_others_go_on() {
+        let mut clients = Clients::none();
+        let (alice, bob) = (PeerId::random(), PeerId::random());
+        let [first, of_bob] = [alice, bob].map(|peer| clients.connect(peer));
+        let carol = clients.connect(PeerId::random());
+        clients.reserve(first);
+        clients.reserve(of_bob);
+        clients.circuit(carol, alice);
+        clients.circuit(carol, bob);
+        let second = clients.connect(alice);
+        let did = clients.replaces_its_own(second);
+        assert_eq!((did.closed, did.circuits_ended), (vec![first], 1));
+        clients.circuit(carol, alice); // over the new one, at once
+        let ends = |clients: &Clients, of| {
+            let circuits = clients.relay.circuits().over(clients.ends[of as usize]);
+            circuits.len()
+        };
+        assert_eq!(ends(&clients, second), 1);
+        assert_eq!(ends(&clients, of_bob), 1);
+    }
+
+    #[test]
+    fn an_idle_connection_is_a_strangers_unless_its_peer_holds_a_slot() {
+        let mut clients = Clients::none();
+        let alice = PeerId::random();
+        let holder = clients.connect(alice);
+        clients.reserve(holder);
+        clients.connect(alice); // one to spare
+        let [first, second] = [0; 2].map(|_| clients.connect(PeerId::random()));
+        assert_eq!(clients.idle_strangers(), [first, second]);
+        clients.relay.close_stranger(clients.ends[first as usize]);
+        assert_eq!(clients.did(), closed(first));
+        assert_eq!(clients.idle_strangers(), [second]);
+    }
+}

@@ -1,0 +1,329 @@
+//! Quotas: how much of something each client prefix holds, and how much it may.
+//!
+//! Sans-IO. One type counts slots, connections, handshakes, streams and circuits alike. Each unit counts
+//! towards its address, the subnet of that, and the total ([`Scope`]); what is asked of any of them costs
+//! the same however many there are.
+//!
+//! Caps bound what one prefix holds while others hold little. Where the total is full anyway,
+//! [`Quota::yields`] says which unit makes room: one of the heaviest subnet, and in it of the heaviest
+//! address. So a prefix that holds less than its fair share (the total divided by the prefixes in use) is
+//! not refused because of another one.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, hash_map::Entry};
+
+use crate::{
+    address::{ClientPrefix, Subnet},
+    event::Refused,
+};
+
+/// What a unit counts towards.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Scope {
+    /// An IPv4 address, or an IPv6 /64.
+    Address(ClientPrefix),
+    /// An IPv4 /24, or an IPv6 /48.
+    Subnet(Subnet),
+    /// All there is.
+    Total,
+}
+
+impl Scope {
+    /// What a unit of this prefix counts towards, the narrowest first.
+    pub fn of(prefix: Option<ClientPrefix>) -> impl Iterator<Item = Self> {
+        let narrow = prefix.map(|prefix| [Self::Address(prefix), Self::Subnet(prefix.subnet())]);
+        narrow.into_iter().flatten().chain([Self::Total])
+    }
+
+    /// Whether a unit of this prefix counts towards it.
+    pub fn covers(self, prefix: Option<ClientPrefix>) -> bool {
+        Self::of(prefix).any(|scope| scope == self)
+    }
+}
+
+/// How much each scope may hold; `None`: no cap.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Caps {
+    /// All together.
+    pub total: Option<usize>,
+    /// Each subnet.
+    pub per_subnet: Option<usize>,
+    /// Each address.
+    pub per_address: Option<usize>,
+}
+
+/// The address that holds the most of something, and how much.
+pub type Busiest = (ClientPrefix, usize);
+
+/// How much of something is held.
+#[derive(Clone, Debug)]
+pub struct Quota {
+    caps: Caps,
+    held: HashMap<Scope, u32>,
+}
+
+impl Quota {
+    /// Nothing is held.
+    pub fn new(caps: Caps) -> Self {
+        Self { caps, held: HashMap::new() }
+    }
+
+    /// Replaces the caps. What is held above them stays.
+    pub fn set_caps(&mut self, caps: Caps) {
+        self.caps = caps;
+    }
+
+    /// How much this scope may hold; `None`: no cap.
+    pub fn cap(&self, scope: Scope) -> Option<usize> {
+        match scope {
+            Scope::Address(_) => self.caps.per_address,
+            Scope::Subnet(_) => self.caps.per_subnet,
+            Scope::Total => self.caps.total,
+        }
+    }
+
+    /// How much this scope holds.
+    pub fn held(&self, scope: Scope) -> usize {
+        self.held.get(&scope).map_or(0, |held| *held as usize)
+    }
+
+    /// The narrowest scope that has no room for one more unit of this prefix.
+    pub fn full(&self, prefix: Option<ClientPrefix>) -> Option<Scope> {
+        let is_full = |scope: &Scope| self.cap(*scope).is_some_and(|cap| self.held(*scope) >= cap);
+        Scope::of(prefix).find(is_full)
+    }
+
+    /// The narrowest scope of this prefix that holds more than its cap, as it may after the caps changed.
+    pub fn above(&self, prefix: Option<ClientPrefix>) -> Option<Scope> {
+        let is_above = |scope: &Scope| self.cap(*scope).is_some_and(|cap| self.held(*scope) > cap);
+        Scope::of(prefix).find(is_above)
+    }
+
+    /// Whether one unit can move from a prefix to another one within the caps.
+    pub fn could_move(&self, from: Option<ClientPrefix>, to: Option<ClientPrefix>) -> bool {
+        let has_room = |scope: Scope| self.cap(scope).is_none_or(|cap| self.held(scope) < cap);
+        Scope::of(to).all(|scope| scope.covers(from) || has_room(scope))
+    }
+
+    /// One more unit of this prefix.
+    pub fn add(&mut self, prefix: Option<ClientPrefix>) {
+        for scope in Scope::of(prefix) {
+            *self.held.entry(scope).or_default() += 1;
+        }
+    }
+
+    /// One unit less of it.
+    pub fn remove(&mut self, prefix: Option<ClientPrefix>) {
+        for scope in Scope::of(prefix) {
+            if let Entry::Occupied(mut held) = self.held.entry(scope) {
+                *held.get_mut() = held.get().saturating_sub(1);
+                if *held.get() == 0 {
+                    held.remove();
+                }
+            }
+        }
+    }
+
+    /// How much the subnet of this prefix holds, and how much its address: the larger, the sooner a unit of
+    /// it makes room.
+    pub fn load(&self, prefix: Option<ClientPrefix>) -> [usize; 2] {
+        let held = |prefix: ClientPrefix| {
+            [Scope::Subnet(prefix.subnet()), Scope::Address(prefix)].map(|scope| self.held(scope))
+        };
+        prefix.map_or([0; 2], held)
+    }
+
+    /// Whether a unit of `holder` makes room for one of `newcomer` where all of it is held: it does if its
+    /// subnet would still hold at least as much as the newcomer's afterwards, or, within one subnet, its address.
+    pub fn yields(&self, holder: Option<ClientPrefix>, newcomer: Option<ClientPrefix>) -> bool {
+        let (Some(holder), Some(newcomer)) = (holder, newcomer) else {
+            return holder.is_none() && newcomer.is_some();
+        };
+        let heavier = |holder, newcomer| self.held(holder) > self.held(newcomer) + 1;
+        let [from, to] = [holder, newcomer].map(|prefix| Scope::Subnet(prefix.subnet()));
+        match from == to {
+            true => heavier(Scope::Address(holder), Scope::Address(newcomer)),
+            false => heavier(from, to),
+        }
+    }
+
+    /// The address that holds the most, and how much.
+    pub fn busiest(&self) -> Option<Busiest> {
+        let addresses = self.held.iter().filter_map(|(scope, held)| match scope {
+            Scope::Address(prefix) => Some((*prefix, *held as usize)),
+            _ => None,
+        });
+        addresses.max_by_key(|(_, held)| *held)
+    }
+
+    /// How many scopes hold something.
+    pub fn len(&self) -> usize {
+        self.held.len()
+    }
+
+    /// Whether nothing is held.
+    pub fn is_empty(&self) -> bool {
+        self.held.is_empty()
+    }
+}
+
+/// Things in the order of their numbers, and the first one under each scope.
+#[derive(Clone, Debug)]
+pub(super) struct Queue<T> {
+    things: BTreeMap<u64, (T, Option<ClientPrefix>)>,
+    by_scope: BTreeSet<(Scope, u64)>,
+}
+
+impl<T> Queue<T> {
+    /// There is nothing in it.
+    pub fn new() -> Self {
+        Self { things: BTreeMap::new(), by_scope: BTreeSet::new() }
+    }
+
+    /// Puts in a thing of this prefix, under this number.
+    pub fn insert(&mut self, number: u64, thing: T, prefix: Option<ClientPrefix>) {
+        self.by_scope.extend(Scope::of(prefix).map(|scope| (scope, number)));
+        self.things.insert(number, (thing, prefix));
+    }
+
+    /// Takes out the thing of this number.
+    pub fn remove(&mut self, number: u64) -> Option<T> {
+        let (thing, prefix) = self.things.remove(&number)?;
+        for scope in Scope::of(prefix) {
+            self.by_scope.remove(&(scope, number));
+        }
+        Some(thing)
+    }
+
+    /// The thing with the lowest number that counts towards this scope.
+    pub fn first(&self, scope: Scope) -> Option<&T> {
+        let (_, number) = self.by_scope.range((scope, u64::MIN)..=(scope, u64::MAX)).next()?;
+        self.things.get(number).map(|(thing, _)| thing)
+    }
+
+    /// How many things are in it.
+    pub fn len(&self) -> usize {
+        self.things.len()
+    }
+}
+
+impl From<Scope> for Refused {
+    fn from(full: Scope) -> Self {
+        match full {
+            Scope::Address(address) => Self::AddressFull(address),
+            Scope::Subnet(subnet) => Self::SubnetFull(subnet),
+            Scope::Total => Self::TableFull,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{IpAddr, Ipv4Addr};
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// An address, of so many subnets with so many addresses each.
+    fn prefix() -> impl Strategy<Value = Option<ClientPrefix>> {
+        let of = |(subnet, host)| IpAddr::from(Ipv4Addr::new(192, 0, subnet, host)).into();
+        prop::option::weighted(0.9, (0_u8..6, 0_u8..6).prop_map(of))
+    }
+
+    fn caps() -> impl Strategy<Value = Caps> {
+        let cap = || prop::option::of(1_usize..12);
+        (prop::option::of(1_usize..24), cap(), cap())
+            .prop_map(|(total, per_subnet, per_address)| Caps { total, per_subnet, per_address })
+    }
+
+    /// What is held, one by one, as a naive model of a [`Quota`].
+    #[derive(Default)]
+    struct Model(Vec<Option<ClientPrefix>>);
+
+    impl Model {
+        fn held(&self, scope: Scope) -> usize {
+            self.0.iter().filter(|prefix| scope.covers(**prefix)).count()
+        }
+
+        /// The fair share of each subnet once there is a newcomer.
+        fn share(&self, total: usize, newcomer: ClientPrefix) -> usize {
+            let mut subnets: Vec<_> =
+                self.0.iter().flatten().map(|prefix| prefix.subnet()).collect();
+            subnets.push(newcomer.subnet());
+            subnets.sort_unstable();
+            subnets.dedup();
+            total / subnets.len()
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn it_counts_as_a_list_does_and_never_above_a_cap(
+            caps in caps(),
+            steps in prop::collection::vec((prefix(), any::<bool>()), 0..120),
+        ) {
+            let (mut quota, mut model) = (Quota::new(caps), Model::default());
+            for (prefix, adds) in steps {
+                if adds {
+                    let full = quota.full(prefix);
+                    let expected = Scope::of(prefix)
+                        .find(|scope| quota.cap(*scope).is_some_and(|cap| model.held(*scope) >= cap));
+                    prop_assert_eq!(full, expected);
+                    if full.is_none() {
+                        quota.add(prefix);
+                        model.0.push(prefix);
+                    }
+                } else if let Some(index) = model.0.iter().position(|held| *held == prefix) {
+                    quota.remove(prefix);
+                    model.0.swap_remove(index);
+                }
+                prop_assert_eq!(quota.above(prefix), None);
+                for scope in Scope::of(prefix) {
+                    prop_assert_eq!(quota.held(scope), model.held(scope));
+                }
+            }
+            model.0.drain(..).for_each(|prefix| quota.remove(prefix));
+            prop_assert!(quota.is_empty());
+        }
+
+        #[test]
+        fn none_below_its_fair_share_is_refused_because_of_another(
+            total in 1_usize..30,
+            arrivals in prop::collection::vec(prefix().prop_filter_map("none", |prefix| prefix), 0..200),
+        ) {
+            let caps = Caps { total: Some(total), ..Caps::default() };
+            let (mut quota, mut model) = (Quota::new(caps), Model::default());
+            for newcomer in arrivals {
+                let prefix = Some(newcomer);
+                if quota.full(prefix).is_some() {
+                    let heaviest = (0..total).max_by_key(|nth| quota.load(model.0[*nth]));
+                    let heaviest = heaviest.expect("one at least");
+                    if !quota.yields(model.0[heaviest], prefix) {
+                        let subnet = Scope::Subnet(newcomer.subnet());
+                        let share = model.share(total, newcomer);
+                        prop_assert!(share == 0 || model.held(subnet) >= share);
+                        continue;
+                    }
+                    quota.remove(model.0.swap_remove(heaviest));
+                }
+                quota.add(prefix);
+                model.0.push(prefix);
+                prop_assert!(quota.held(Scope::Total) <= total);
+            }
+        }
+    }
+
+    #[test]
+    fn when_all_are_gone_nothing_is_left() {
+        let mut quota = Quota::new(Caps::default());
+        let home = ClientPrefix::from(IpAddr::from(Ipv4Addr::new(192, 0, 2, 1)));
+        for prefix in [Some(home), Some(home), None] {
+            quota.add(prefix);
+        }
+        assert_eq!((quota.busiest(), quota.len()), (Some((home, 2)), 3));
+        for prefix in [Some(home), None, Some(home), Some(home)] {
+            quota.remove(prefix);
+        }
+        assert!(quota.is_empty());
+    }
+}

@@ -1,0 +1,515 @@
+//! The table of reservations: admission, renewal, grace, and the end of each.
+//!
+//! Pure: no I/O, no clock, no swarm. Every method takes `now`, and whatever is decided comes back
+//! as a value. `C` names a connection; the behaviour uses the swarm's `ConnectionId`, tests use
+//! numbers.
+//!
+//! ```text
+//!                  granted                       last connection lost
+//!       (none) ───────────────▶ Live { connection } ───────────────▶ Grace { since }
+//!          ▲                     │   ▲  ▲                              │   │
+//!          │      term over      │   └──┴─ RESERVE: renewed ───────────┘   │
+//!          └─────────────────────┴── grace over, term over, or taken by a newcomer
+//! ```
+
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use libp2p::PeerId;
+
+use super::quota::{Caps, Queue, Quota, Scope};
+use crate::{address::ClientPrefix, config::Config, event::FreedReason};
+
+/// The how-manieth departure it was: the order in which slots in grace are taken.
+type Departure = u64;
+
+/// The reservations of one relay.
+#[derive(Debug)]
+pub struct Reservations<C> {
+    policy: Policy,
+    /// The ids are shared with `left`: each is larger than all else that is kept of a slot.
+    slots: HashMap<Arc<PeerId>, Reservation<C>>,
+    /// Who is in grace, in the order in which they left.
+    left: Queue<Arc<PeerId>>,
+    quota: Quota,
+    /// Before this, no term and no grace ends: nobody has to look for one.
+    next_end: Option<Instant>,
+    /// What ended since the last [`Reservations::take_freed`].
+    freed: Vec<Freed<C>>,
+    departures: u64,
+    receipts: u64,
+}
+
+/// The part of [`Config`] that this table follows.
+#[derive(Clone, Copy, Debug)]
+pub struct Policy {
+    caps: Caps,
+    grace: Duration,
+}
+
+impl From<&Config> for Policy {
+    fn from(config: &Config) -> Self {
+        let caps = Caps {
+            total: Some(config.max_reservations),
+            per_subnet: config.reservations_per_subnet(),
+            per_address: config.reservations_per_ip(),
+        };
+        Self { caps, grace: config.grace }
+    }
+}
+
+/// One peer's hold on a slot.
+#[derive(Debug)]
+struct Reservation<C> {
+    state: State<C>,
+    expires: Instant,
+    billed_to: Option<ClientPrefix>,
+    receipt: Receipt,
+    /// What to go back to if the last answer does not reach the peer; `None` once one did.
+    undo: Option<Box<Undo<C>>>,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum State<C> {
+    /// The peer can be reached over this connection, the one it last reserved over.
+    Live { connection: C },
+    /// Its last connection is gone: the slot counts, but is void on the wire.
+    Grace { since: Instant, departure: Departure },
+}
+
+#[derive(Debug)]
+enum Undo<C> {
+    Free,
+    Restore { state: State<C>, expires: Instant },
+}
+
+/// Names one grant or renewal, to say later whether its answer reached the peer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Receipt(u64);
+
+/// The answer to a RESERVE.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Admission {
+    /// The peer has a slot that it did not have before.
+    Granted(Receipt),
+    /// The peer keeps the slot it held, for a new term.
+    Renewed(Receipt),
+    /// There is none to be had, unless somebody under that cap turns out to be gone.
+    Refused(Scope),
+    /// There is none to be had even then: the cap was lowered, and more are held than it allows.
+    Over(Scope),
+}
+
+/// A reservation that ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Freed<C> {
+    /// Who held it.
+    pub peer: PeerId,
+    /// The connection it was live on.
+    pub connection: Option<C>,
+    /// The address it was billed to.
+    pub billed_to: Option<ClientPrefix>,
+    /// Why it ended.
+    pub reason: FreedReason,
+}
+
+/// What the end of a connection, or of an attempt to answer, meant for the peer's slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Left<C> {
+    /// The slot does not depend on it, or there is none.
+    Untouched,
+    /// The reservation now points at this connection of the same peer.
+    MovedTo(C),
+    /// The peer has no connection any more: its grace began.
+    Grace,
+    /// The slot came back at once.
+    Freed,
+}
+
+impl<C: Copy + Eq> Reservations<C> {
+    /// An empty table.
+    pub fn new(policy: Policy) -> Self {
+        Self {
+            policy,
+            slots: HashMap::new(),
+            left: Queue::new(),
+            quota: Quota::new(policy.caps),
+            next_end: None,
+            freed: Vec::new(),
+            departures: 0,
+            receipts: 0,
+        }
+    }
+
+    /// This policy holds from now on. Nobody who is there is dropped for it; terms that were
+    /// promised stay.
+    pub fn set_policy(&mut self, policy: Policy, now: Instant) {
+        self.policy = policy;
+        self.quota.set_caps(policy.caps);
+        // A shorter grace may be over already.
+        self.ends_no_later_than(now);
+    }
+
+    /// How many slots are taken, those in grace included.
+    pub fn taken(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// How many slots are in grace.
+    pub fn in_grace(&self) -> usize {
+        self.left.len()
+    }
+
+    /// What each address and subnet holds.
+    pub fn quota(&self) -> &Quota {
+        &self.quota
+    }
+
+    /// The connection over which `peer` can be reached; `None` without a live reservation.
+    ///
+    /// A term that is over is over, whether or not the sweep has been by.
+    pub fn live(&self, peer: &PeerId, now: Instant) -> Option<C> {
+        let in_term = now < self.slots.get(peer)?.expires;
+        self.connection(peer).filter(|_| in_term)
+    }
+
+    /// The connection that `peer`'s reservation points at, its term over or not.
+    pub fn connection(&self, peer: &PeerId) -> Option<C> {
+        match self.slots.get(peer)?.state {
+            State::Live { connection } => Some(connection),
+            State::Grace { .. } => None,
+        }
+    }
+
+    /// The address that `peer`'s slot is billed to.
+    pub fn bill_of(&self, peer: &PeerId) -> Option<ClientPrefix> {
+        self.slots.get(peer)?.billed_to
+    }
+
+    /// When `peer`'s term ends, if it holds a slot.
+    pub fn expires(&self, peer: &PeerId) -> Option<Instant> {
+        self.slots.get(peer).map(|reservation| reservation.expires)
+    }
+
+    /// When `peer`'s slot comes back by itself: at the end of its term, or of its grace.
+    pub fn ends(&self, peer: &PeerId) -> Option<Instant> {
+        self.slots.get(peer).map(|reservation| self.end(reservation))
+    }
+
+    /// Who holds a slot, in no order.
+    pub fn holders(&self) -> impl Iterator<Item = PeerId> {
+        self.slots.keys().map(|peer| **peer)
+    }
+
+    /// Whether `peer` has a slot at `now`, live or in grace: whether a RESERVE by it would be a
+    /// renewal.
+    pub fn holds(&self, peer: &PeerId, now: Instant) -> bool {
+        let reservation = self.slots.get(peer);
+        reservation.is_some_and(|reservation| self.ended(reservation, now).is_none())
+    }
+
+    /// Decides a RESERVE by `peer`, which came over `connection`, is billed to an address, and
+    /// would hold for `ttl`.
+    pub fn reserve(
+        &mut self,
+        peer: PeerId,
+        connection: C,
+        billed_to: Option<ClientPrefix>,
+        ttl: Duration,
+        now: Instant,
+    ) -> Admission {
+        let expires = now + ttl;
+        if let Some(reason) = self.slots.get(&peer).and_then(|r| self.ended(r, now)) {
+            self.free(peer, reason);
+        }
+        // What is over is in nobody's way, even before the sweep. Each such pass is paid for by an
+        // end that has come: a full table does not cost a pass a request.
+        if self.quota.full(billed_to).is_some() {
+            self.end_what_is_over(now);
+        }
+        if self.slots.contains_key(&peer) {
+            return Admission::Renewed(self.renew(peer, connection, billed_to, expires));
+        }
+        if let Err(refused) = self.make_room(peer, billed_to) {
+            return refused;
+        }
+
+        let receipt = self.next_receipt();
+        self.slots.insert(
+            Arc::new(peer),
+            Reservation {
+                state: State::Live { connection },
+                expires,
+                billed_to,
+                receipt,
+                undo: Some(Box::new(Undo::Free)),
+            },
+        );
+        self.quota.add(billed_to);
+        self.ends_no_later_than(expires);
+        Admission::Granted(receipt)
+    }
+
+    /// An answer reached the peer: what it says now holds.
+    ///
+    /// Any answer to the reservation's peer confirms it: who has read one OK relies on the slot.
+    pub fn delivered(&mut self, peer: &PeerId) {
+        if let Some(reservation) = self.slots.get_mut(peer) {
+            reservation.undo = None;
+        }
+    }
+
+    /// The answer that this receipt stands for did not reach the peer: a new grant is freed, a
+    /// renewal undone. `up` are the peer's connections, oldest first.
+    pub fn undelivered(
+        &mut self,
+        peer: PeerId,
+        receipt: Receipt,
+        up: &[C],
+        now: Instant,
+    ) -> Left<C> {
+        match self.slots.get(&peer) {
+            Some(reservation) if reservation.receipt == receipt => self.undo(peer, up, now),
+            _ => Left::Untouched,
+        }
+    }
+
+    /// A connection of `peer` is gone; `up` are those that remain, oldest first.
+    ///
+    /// Unless the reservation points at the one that is gone, nothing happens to it.
+    pub fn disconnected(&mut self, peer: PeerId, gone: C, up: &[C], now: Instant) -> Left<C> {
+        self.lost(peer, gone, up, FreedReason::Disconnected, now)
+    }
+
+    /// A connection of `peer` was judged silent: as if it were gone.
+    pub fn silent(&mut self, peer: PeerId, gone: C, up: &[C], now: Instant) -> Left<C> {
+        self.lost(peer, gone, up, FreedReason::Silent, now)
+    }
+
+    fn lost(
+        &mut self,
+        peer: PeerId,
+        gone: C,
+        up: &[C],
+        without_grace: FreedReason,
+        now: Instant,
+    ) -> Left<C> {
+        let Some(reservation) = self.slots.get(&peer) else {
+            return Left::Untouched;
+        };
+        match reservation.state {
+            State::Live { connection } if connection == gone => {}
+            _ => return Left::Untouched,
+        }
+        // An answer on its way over that connection will not arrive any more.
+        if reservation.undo.is_some() {
+            return self.undo(peer, up, now);
+        }
+        self.settle(peer, up, without_grace, now)
+    }
+
+    /// Gives up `peer`'s slot, whatever state it is in. Whether there was one.
+    pub fn release(&mut self, peer: PeerId) -> bool {
+        self.free(peer, FreedReason::Released)
+    }
+
+    /// As [`Reservations::release`], because the rules say so.
+    pub fn deny(&mut self, peer: PeerId) -> bool {
+        self.free(peer, FreedReason::Denied)
+    }
+
+    /// Ends what is over at `now`: terms and graces. One pass over the table, if any can be.
+    pub fn end_what_is_over(&mut self, now: Instant) {
+        if self.next_end.is_none_or(|end| end > now) {
+            return;
+        }
+        let mut over = Vec::new();
+        let mut next_end: Option<Instant> = None;
+        for (peer, reservation) in &self.slots {
+            if let Some(reason) = self.ended(reservation, now) {
+                over.push((**peer, reason));
+                continue;
+            }
+            let end = self.end(reservation);
+            next_end = Some(next_end.map_or(end, |next| next.min(end)));
+        }
+        self.next_end = next_end;
+        for (peer, reason) in over {
+            self.free(peer, reason);
+        }
+    }
+
+    /// Hands over what ended since the last call, in that order.
+    pub fn take_freed(&mut self) -> Vec<Freed<C>> {
+        std::mem::take(&mut self.freed)
+    }
+
+    fn renew(
+        &mut self,
+        peer: PeerId,
+        connection: C,
+        billed_to: Option<ClientPrefix>,
+        expires: Instant,
+    ) -> Receipt {
+        self.move_bill(peer, billed_to);
+        let receipt = self.next_receipt();
+        let Some(reservation) = self.slots.get_mut(&peer) else {
+            return receipt; // the caller saw it there
+        };
+        let (state, old_term) = (reservation.state, reservation.expires);
+        reservation.state = State::Live { connection };
+        reservation.expires = expires;
+        reservation.receipt = receipt;
+        // Answers in a row that were all lost go back to before the first of them.
+        reservation
+            .undo
+            .get_or_insert_with(|| Box::new(Undo::Restore { state, expires: old_term }));
+        if let State::Grace { departure, .. } = state {
+            self.left.remove(departure);
+        }
+        self.ends_no_later_than(expires);
+        receipt
+    }
+
+    /// Makes sure that one more slot fits under each cap, taking one in grace where it must.
+    fn make_room(
+        &mut self,
+        newcomer: PeerId,
+        billed_to: Option<ClientPrefix>,
+    ) -> Result<(), Admission> {
+        // A slot taken under the narrowest cap makes room under the wider ones as well.
+        let Some(full) = self.quota.full(billed_to) else {
+            return Ok(());
+        };
+        // Where one would not be enough, nobody loses its claim for nothing.
+        if let Some(above) = self.quota.above(billed_to) {
+            return Err(Admission::Over(above));
+        }
+        let holder = **self.left.first(full).ok_or(Admission::Refused(full))?;
+        self.free(holder, FreedReason::TakenBy { peer: newcomer });
+        Ok(())
+    }
+
+    /// Bills a slot to another address if there is room there; else it stays where it is.
+    fn move_bill(&mut self, peer: PeerId, to: Option<ClientPrefix>) {
+        let Some(reservation) = self.slots.get_mut(&peer) else {
+            return;
+        };
+        let from = reservation.billed_to;
+        if from == to || !self.quota.could_move(from, to) {
+            return;
+        }
+        reservation.billed_to = to;
+        if let State::Grace { departure, .. } = reservation.state
+            && let Some(id) = self.left.remove(departure)
+        {
+            self.left.insert(departure, id, to);
+        }
+        self.quota.remove(from);
+        self.quota.add(to);
+    }
+
+    /// Goes back to what held before the answers that never arrived.
+    fn undo(&mut self, peer: PeerId, up: &[C], now: Instant) -> Left<C> {
+        let Some(reservation) = self.slots.get_mut(&peer) else {
+            return Left::Untouched;
+        };
+        match reservation.undo.take().map(|undo| *undo) {
+            None => Left::Untouched,
+            Some(Undo::Free) => {
+                self.free(peer, FreedReason::Undelivered);
+                Left::Freed
+            }
+            Some(Undo::Restore { state, expires }) => {
+                reservation.expires = expires;
+                reservation.state = state;
+                self.ends_no_later_than(expires);
+                match state {
+                    State::Live { connection } if up.contains(&connection) => {
+                        Left::MovedTo(connection)
+                    }
+                    State::Live { .. } => self.settle(peer, up, FreedReason::Disconnected, now),
+                    State::Grace { since, departure } => self.enter_grace(peer, since, departure),
+                }
+            }
+        }
+    }
+
+    /// The connection that the reservation points at is gone: another takes over, or grace begins.
+    fn settle(
+        &mut self,
+        peer: PeerId,
+        up: &[C],
+        without_grace: FreedReason,
+        now: Instant,
+    ) -> Left<C> {
+        if let Some(&connection) = up.last() {
+            if let Some(reservation) = self.slots.get_mut(&peer) {
+                reservation.state = State::Live { connection };
+            }
+            return Left::MovedTo(connection);
+        }
+        if self.policy.grace.is_zero() {
+            self.free(peer, without_grace);
+            return Left::Freed;
+        }
+        self.departures += 1;
+        self.enter_grace(peer, now, self.departures)
+    }
+
+    fn enter_grace(&mut self, peer: PeerId, since: Instant, departure: Departure) -> Left<C> {
+        let Some((id, reservation)) = self.slots.get_key_value(&peer) else {
+            return Left::Untouched;
+        };
+        self.left.insert(departure, id.clone(), reservation.billed_to);
+        if let Some(reservation) = self.slots.get_mut(&peer) {
+            reservation.state = State::Grace { since, departure };
+        }
+        self.ends_no_later_than(since + self.policy.grace);
+        Left::Grace
+    }
+
+    /// The one way in which a slot comes back.
+    fn free(&mut self, peer: PeerId, reason: FreedReason) -> bool {
+        let Some(reservation) = self.slots.remove(&peer) else {
+            return false;
+        };
+        let (connection, departure) = match reservation.state {
+            State::Live { connection } => (Some(connection), None),
+            State::Grace { departure, .. } => (None, Some(departure)),
+        };
+        if let Some(departure) = departure {
+            self.left.remove(departure);
+        }
+        self.quota.remove(reservation.billed_to);
+        self.freed.push(Freed { peer, connection, billed_to: reservation.billed_to, reason });
+        true
+    }
+
+    /// When the slot comes back if nothing happens, and why.
+    fn end(&self, reservation: &Reservation<C>) -> Instant {
+        match reservation.state {
+            State::Live { .. } => reservation.expires,
+            State::Grace { since, .. } => reservation.expires.min(since + self.policy.grace),
+        }
+    }
+
+    fn ended(&self, reservation: &Reservation<C>, now: Instant) -> Option<FreedReason> {
+        if reservation.expires <= now {
+            return Some(FreedReason::Expired);
+        }
+        (self.end(reservation) <= now).then_some(FreedReason::GraceOver)
+    }
+
+    fn ends_no_later_than(&mut self, end: Instant) {
+        self.next_end = Some(self.next_end.map_or(end, |next| next.min(end)));
+    }
+
+    fn next_receipt(&mut self) -> Receipt {
+        self.receipts += 1;
+        Receipt(self.receipts)
+    }
+}

@@ -1,0 +1,317 @@
+//! What an attack from one address costs those who have nothing to do with it:
+//! `cargo bench --bench attacks`.
+//!
+//! A relay at its defaults carries a circuit whose ends send each other a few bytes, while one address does
+//! what it can at full speed. The attackers share the machine with the relay, so each attack has a control:
+//! the same circuit at the same relay, at peace, while threads burn as much CPU time as the attackers took.
+//! Five rounds, in each of which the attack comes first; medians of their ratios. Meanwhile newcomers from
+//! other addresses connect and reserve. With names of attacks behind `--` it makes those alone.
+
+#[path = "../common/mod.rs"]
+mod common;
+#[allow(dead_code)] // the rows use the rest
+#[path = "strangers.rs"]
+mod strangers;
+
+use std::{
+    env, fs, io,
+    net::Ipv4Addr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use libp2p::{Multiaddr, PeerId, Stream, futures::future::BoxFuture, identity::Keypair};
+use tokio::{runtime, time::sleep};
+
+use self::{
+    common::{
+        Client, Security,
+        by_hand::{PING, SYN, behind_its_length, data, frame, proposal, send},
+        children::Process,
+        circuit,
+        messages::{HopMessage, connect, reserve},
+        read_bytes, tcp_port,
+    },
+    strangers::{Stranger, address},
+};
+
+const ROUNDS: usize = 5;
+
+/// How long an attack lasts, and its control.
+const LASTS: Duration = Duration::from_secs(5);
+
+/// How many attack at once, from one address, and on how many threads.
+const ATTACKERS: usize = 32;
+const THREADS: usize = 2;
+const THEIR_NAME: &str = "attacker";
+
+/// The pause between two echoes, and between two newcomers.
+const PAUSE: Duration = Duration::from_millis(5);
+const NEWCOMERS: Duration = Duration::from_millis(250);
+
+type Attack = fn(u16) -> BoxFuture<'static, io::Result<()>>;
+
+const ATTACKS: [(&str, &str, Attack); 6] = [
+    ("requests", "RESERVE, CONNECT, malformed", |port| Box::pin(requests(port))),
+    ("unknown", "CONNECT to unknown peers", |port| Box::pin(unknown(port))),
+    ("pushes", "identify pushes of 4 kB", |port| Box::pin(pushes(port))),
+    ("handshakes", "new connections", |port| Box::pin(handshakes(port))),
+    ("streams", "streams opened and left", |port| Box::pin(streams(port))),
+    ("pings", "yamux's pings", |port| Box::pin(pings(port))),
+];
+
+fn from() -> Ipv4Addr {
+    address(0)
+}
+
+async fn requests(port: u16) -> io::Result<()> {
+    let mut stranger = Stranger::connect(port, from()).await?;
+    let malformed = HopMessage { kind: Some(7), ..HopMessage::default() };
+    let kinds = [reserve(), connect(PeerId::random()), malformed];
+    let requests: Vec<_> = kinds.into_iter().cycle().take(21).collect();
+    loop {
+        stranger.ask(&requests).await?;
+    }
+}
+
+async fn unknown(port: u16) -> io::Result<()> {
+    let mut stranger = Stranger::connect(port, from()).await?;
+    let requests = vec![connect(PeerId::random()); 20];
+    loop {
+        stranger.ask(&requests).await?;
+    }
+}
+
+async fn pushes(port: u16) -> io::Result<()> {
+    let mut stranger = Stranger::connect(port, from()).await?;
+    // Field 3 is a protocol that the peer supports.
+    let protocols = (0..100).flat_map(|nth| {
+        [vec![0x1a], behind_its_length(format!("/a/protocol/of/some/length/{nth:012}").as_bytes())]
+            .concat()
+    });
+    let message = behind_its_length(&protocols.collect::<Vec<_>>());
+    let push = [proposal("/ipfs/id/push/1.0.0"), message].concat();
+    loop {
+        for _ in 0..20 {
+            let stream = stranger.next_stream();
+            stranger.say(&data(SYN, stream, &push)).await?;
+        }
+        stranger.hears_out().await?;
+    }
+}
+
+async fn handshakes(port: u16) -> io::Result<()> {
+    Stranger::connect(port, from()).await.map(drop)
+}
+
+async fn streams(port: u16) -> io::Result<()> {
+    let mut stranger = Stranger::connect(port, from()).await?;
+    loop {
+        let open = (0..100).flat_map(|_| data(SYN, stranger.next_stream(), &proposal("/a")));
+        let open: Vec<_> = open.collect();
+        stranger.say(&open).await?;
+        stranger.hears_out().await?;
+    }
+}
+
+async fn pings(port: u16) -> io::Result<()> {
+    let mut stranger = Stranger::connect(port, from()).await?;
+    let flood = frame(PING, SYN, 0, 7).repeat(200);
+    loop {
+        stranger.say(&flood).await?;
+        stranger.hears_out().await?;
+    }
+}
+
+/// A circuit, and how long an echo through it takes.
+struct Bystanders {
+    there: Stream,
+    back: Stream,
+    _clients: [Client; 2],
+}
+
+impl Bystanders {
+    async fn gather(relay: &Multiaddr) -> Self {
+        let client = || Client::connect_as(Keypair::generate_ed25519(), relay, Security::Noise);
+        let (mut source, mut target) = (client().await, client().await);
+        target.reserve().await;
+        let (there, back) = circuit(&mut source, &mut target).await;
+        Self { there, back, _clients: [source, target] }
+    }
+
+    /// The median and the 99th percentile of its echoes.
+    async fn echo_for(&mut self, time: Duration) -> [f64; 2] {
+        let (start, mut echoes) = (Instant::now(), Vec::new());
+        while start.elapsed() < time {
+            let sent = Instant::now();
+            send(&mut self.there, b"still here").await;
+            read_bytes(&mut self.back, 10).await;
+            send(&mut self.back, b"still here").await;
+            read_bytes(&mut self.there, 10).await;
+            echoes.push(sent.elapsed().as_secs_f64());
+            sleep(PAUSE).await;
+        }
+        echoes.sort_by(f64::total_cmp);
+        [50, 99].map(|percentile| echoes[(echoes.len() - 1) * percentile / 100])
+    }
+}
+
+/// Comes and reserves, again and again, from another address each time; how long the slowest took.
+async fn newcomers(port: u16) -> Duration {
+    let (start, mut slowest) = (Instant::now(), Duration::ZERO);
+    let mut number = 100;
+    while start.elapsed() < LASTS {
+        let came = Instant::now();
+        let newcomer = Stranger::connect(port, address(number)).await;
+        let mut newcomer = newcomer.expect("a newcomer is let in");
+        let (_, status) = newcomer.ask_once(&reserve()).await.expect("a newcomer is answered");
+        assert_eq!(status, Some(100), "a newcomer gets a slot");
+        slowest = slowest.max(came.elapsed());
+        number += 1;
+        sleep(NEWCOMERS).await;
+    }
+    slowest
+}
+
+/// Threads that are to take no core from those whom they attack: elsewhere they have machines of their own.
+fn attackers() -> runtime::Runtime {
+    runtime::Builder::new_multi_thread()
+        .worker_threads(THREADS)
+        .thread_name(THEIR_NAME)
+        .enable_all()
+        .on_thread_start(|| _ = rustix::process::nice(5))
+        .build()
+        .expect("threads")
+}
+
+/// The CPU time of the attackers' threads so far.
+fn burnt() -> Duration {
+    let threads = fs::read_dir("/proc/self/task").expect("Linux").flatten();
+    let of = |thread: fs::DirEntry| -> Option<u64> {
+        let name = fs::read_to_string(thread.path().join("comm")).ok()?;
+        let schedstat = fs::read_to_string(thread.path().join("schedstat")).ok()?;
+        let on_cpu = schedstat.split_whitespace().next()?.parse().ok()?;
+        (name.trim() == THEIR_NAME).then_some(on_cpu)
+    };
+    Duration::from_nanos(threads.filter_map(of).sum())
+}
+
+/// Burns this share of a core, on as many threads as attack, until the flag says so.
+fn burn(share: f64, over: &Arc<AtomicBool>) -> Vec<thread::JoinHandle<()>> {
+    const SLICE: Duration = Duration::from_millis(2);
+    let burner = || {
+        let over = Arc::clone(over);
+        thread::spawn(move || {
+            let _ = rustix::process::nice(5);
+            let busy = SLICE.mul_f64((share / THREADS as f64).min(1.0));
+            while !over.load(Ordering::Relaxed) {
+                let start = Instant::now();
+                while start.elapsed() < busy {
+                    std::hint::spin_loop();
+                }
+                thread::sleep(SLICE - busy);
+            }
+        })
+    };
+    (0..THREADS).map(|_| burner()).collect()
+}
+
+/// What one round came to.
+struct Round {
+    /// The median and the 99th percentile of echoes, in seconds.
+    attack: [f64; 2],
+    control: [f64; 2],
+    newcomer: f64,
+    /// Cores that the attackers kept busy, and the relay.
+    attackers: f64,
+    relay: f64,
+}
+
+async fn round(attack: Attack) -> Round {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let mut command = common::command(&folder);
+    let flags = "--listen /ip4/127.0.0.1/tcp/0 --circuit-duration 0s --circuit-bytes 0";
+    command.args(flags.split(' ')).env("RUST_LOG", "error");
+    let mut relay = Process::start(command);
+    let listens = relay.listens();
+    let mut bystanders = Bystanders::gather(&listens).await;
+    let port = tcp_port(&listens);
+
+    let (burnt_before, computed_before) = (burnt(), relay.cpu());
+    let all = attackers();
+    for _ in 0..ATTACKERS {
+        all.spawn(async move {
+            loop {
+                if attack(port).await.is_err() {
+                    sleep(PAUSE).await; // turned away, or closed
+                }
+            }
+        });
+    }
+    let newcomers = tokio::spawn(newcomers(port));
+    let attacked = bystanders.echo_for(LASTS).await;
+    let attackers = (burnt() - burnt_before).as_secs_f64() / LASTS.as_secs_f64();
+    let computed = Duration::from_nanos(relay.cpu() - computed_before);
+    all.shutdown_background();
+    let newcomer = newcomers.await.expect("they come").as_secs_f64();
+    sleep(Duration::from_secs(2)).await; // what is left of the attack
+
+    let over = Arc::new(AtomicBool::new(false));
+    let burners = burn(attackers, &over);
+    let control = tokio::spawn(self::newcomers(port));
+    let in_peace = bystanders.echo_for(LASTS).await;
+    control.await.expect("they come");
+    over.store(true, Ordering::Relaxed);
+    burners.into_iter().for_each(|burner| burner.join().expect("it burns"));
+    Round {
+        attack: attacked,
+        control: in_peace,
+        newcomer,
+        attackers,
+        relay: computed.as_secs_f64() / LASTS.as_secs_f64(),
+    }
+}
+
+fn median(values: impl Iterator<Item = f64>) -> f64 {
+    let mut values: Vec<_> = values.collect();
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+fn main() {
+    // `cargo test --all-targets` starts benchmarks too, unoptimized, and without this flag.
+    if !env::args().any(|argument| argument == "--bench") {
+        return;
+    }
+    rlimit::increase_nofile_limit(u64::MAX).expect("a limit of open files");
+    let wanted: Vec<_> = env::args().skip(1).filter(|name| !name.starts_with('-')).collect();
+    let runtime = runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
+    let runtime = runtime.expect("a thread");
+    println!(
+        "| one address at full speed | its echo, median | slowest hundredth | a newcomer's slot, slowest | cores: attackers, relay |"
+    );
+    println!("| --- | --- | --- | --- | --- |");
+    for (name, what, attack) in ATTACKS {
+        if !wanted.is_empty() && !wanted.iter().any(|wanted| wanted == name) {
+            continue;
+        }
+        let rounds: Vec<_> = (0..ROUNDS).map(|_| runtime.block_on(round(attack))).collect();
+        let of = |value: fn(&Round) -> f64| median(rounds.iter().map(value));
+        println!(
+            "| {what} | × {:.1} ({:.0} µs for {:.0}) | × {:.1} ({:.0} µs for {:.0}) | {:.0} ms | {:.2}, {:.2} |",
+            of(|round| round.attack[0] / round.control[0]),
+            of(|round| round.attack[0]) * 1e6,
+            of(|round| round.control[0]) * 1e6,
+            of(|round| round.attack[1] / round.control[1]),
+            of(|round| round.attack[1]) * 1e6,
+            of(|round| round.control[1]) * 1e6,
+            of(|round| round.newcomer) * 1e3,
+            of(|round| round.attackers),
+            of(|round| round.relay),
+        );
+    }
+}

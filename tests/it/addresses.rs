@@ -1,0 +1,295 @@
+//! Where the relay says it can be reached: what is announced as it was given, what peers agree on,
+//! and how whoever is connected hears of a change.
+
+use std::{fs, net::Ipv4Addr};
+
+use crate::common::{HOP, Relay, messages, swarm, swarm_of, within};
+use libp2p::{
+    Multiaddr, PeerId, StreamProtocol,
+    futures::{AsyncWriteExt, StreamExt},
+    identify,
+    identity::Keypair,
+    multiaddr::Protocol,
+    swarm::{NetworkBehaviour, SwarmEvent},
+};
+use libp2p_stream::Control;
+use prost::Message;
+use tempfile::TempDir;
+use tokio::{
+    net::{TcpListener, TcpSocket, TcpStream},
+    sync::mpsc,
+    task::JoinHandle,
+};
+
+const IDENTIFY: StreamProtocol = StreamProtocol::new("/ipfs/id/1.0.0");
+
+// ---- What is announced
+
+#[tokio::test]
+async fn names_are_announced_as_they_are_given() {
+    let names = [
+        "/dns4/relay.example.org/tcp/4001",
+        "/dns6/relay.example.org/tcp/4001",
+        "/dns/relay.example.org/tcp/4001/p2p/<relay>",
+        "/dnsaddr/relay.example.org",
+        "/dnsaddr/example.org/p2p/<relay>",
+    ];
+    let folder = TempDir::new().unwrap();
+    let first = Relay::start_in(folder, &["--listen=/ip4/127.0.0.1/tcp/0"]);
+    let peer = first.peer.to_string();
+    let names = names.map(|name| name.replace("<relay>", &peer));
+    let announce = format!("--announce={}", names.join(","));
+    let relay = Relay::start_in(first.kill(), &["--listen=/ip4/127.0.0.1/tcp/0", &announce]);
+
+    let mut client = Client::connect(&relay).await;
+    let identified = client.told().await;
+    for name in &names {
+        assert!(identified.contains(name), "{name}: {identified:?}");
+    }
+    let with_the_relay = names.map(|name| match name.contains("/p2p/") {
+        true => name,
+        false => format!("{name}/p2p/{peer}"),
+    });
+    assert_eq!(client.reserve().await, with_the_relay);
+}
+
+#[tokio::test]
+async fn a_change_of_what_is_announced_is_pushed_and_in_the_next_reservation() {
+    const BEFORE: &str = "/dns4/before.example.org/tcp/4001";
+    const AFTER: &str = "/dns4/after.example.org/tcp/4001";
+    let folder = TempDir::new().unwrap();
+    write(&folder, &format!("announce = [\"{BEFORE}\"]\n"));
+    let mut command = crate::common::command(&folder);
+    command.args(["--config", "relay.toml", "--listen", "/ip4/127.0.0.1/tcp/0"]);
+    let relay = Relay::run(command, folder);
+
+    let mut client = Client::connect(&relay).await;
+    let mut bystander = Client::connect(&relay).await;
+    for told in [client.told().await, bystander.told().await] {
+        assert!(told.contains(&BEFORE.to_owned()), "{told:?}");
+    }
+    let of_relay = |address: &str| format!("{address}/p2p/{}", relay.peer);
+    assert_eq!(client.reserve().await, [of_relay(BEFORE)]);
+
+    write(&relay.folder, &format!("announce = [\"{AFTER}\"]\n"));
+    relay.signal("HUP");
+    for client in [&mut client, &mut bystander] {
+        let told = client.told().await;
+        assert!(told.contains(&AFTER.to_owned()), "{told:?}");
+        assert!(!told.contains(&BEFORE.to_owned()), "{told:?}");
+    }
+    assert_eq!(client.reserve().await, [of_relay(AFTER)]);
+
+    // What was found stands in its place when nothing is announced.
+    write(&relay.folder, "");
+    relay.signal("HUP");
+    let listening = relay.address.to_string();
+    let told = client.told().await;
+    assert_eq!(of_relay(&told.join(" ")), listening);
+    assert_eq!(client.reserve().await, [listening]);
+
+    // And a change of something else is no news.
+    write(&relay.folder, "max-reservations = 7\n");
+    relay.signal("HUP");
+    relay.wait_for_log("SIGHUP: changed: max-reservations").await;
+    client.reserve().await;
+    assert!(client.told.try_recv().is_err());
+}
+
+fn write(folder: &TempDir, file: &str) {
+    fs::write(folder.path().join("relay.toml"), file).expect("it can be written");
+}
+
+// ---- What peers agree on
+
+#[tokio::test]
+async fn what_peers_of_four_networks_say_is_pushed_and_in_the_next_reservation() {
+    let relay = Relay::start(&[]);
+    let reached = format!("/ip4/5.5.5.5/tcp/{}", relay.port());
+    let mut client = Client::connect(&relay).await;
+    let listening = relay.address.to_string();
+    assert_eq!(client.told().await.len(), 1);
+    assert_eq!(client.reserve().await, [&*listening]);
+
+    let mut observers = Vec::new();
+    for network in 1..4 {
+        for host in [1, 2] {
+            let from = Ipv4Addr::new(127, 1, network, host);
+            observers.push(Observer::connect(&relay, from, &reached).await);
+        }
+    }
+    // Six peers of three networks, who have been heard, are not enough.
+    assert_eq!(client.reserve().await, [&*listening]);
+    assert!(client.told.try_recv().is_err());
+
+    let fourth = Ipv4Addr::new(127, 1, 4, 1);
+    observers.push(Observer::connect(&relay, fourth, &reached).await);
+    let told = client.told().await;
+    assert!(told.contains(&reached), "{told:?}");
+    relay.wait_for_log(&format!("reached it at {reached}")).await;
+    let expected = [format!("{reached}/p2p/{}", relay.peer), listening];
+    assert_eq!(client.reserve().await, expected);
+    let newcomer = Client::connect(&relay).await.told().await;
+    assert!(newcomer.contains(&reached), "{newcomer:?}");
+}
+
+#[tokio::test]
+async fn what_peers_agree_on_does_not_stand_beside_what_is_announced() {
+    const ANNOUNCED: &str = "/dns4/relay.example.org/tcp/4001";
+    let relay = Relay::start(&["--announce", ANNOUNCED]);
+    let reached = format!("/ip4/5.5.5.5/tcp/{}", relay.port());
+    let mut observers = Vec::new();
+    for network in 1..6 {
+        let from = Ipv4Addr::new(127, 1, network, 1);
+        observers.push(Observer::connect(&relay, from, &reached).await);
+    }
+    let mut client = Client::connect(&relay).await;
+    let told = client.told().await;
+    assert!(told.contains(&ANNOUNCED.to_owned()) && !told.contains(&reached));
+    let announced = format!("{ANNOUNCED}/p2p/{}", relay.peer);
+    assert_eq!(client.reserve().await, [announced]);
+}
+
+// ---- Who is connected
+
+/// rust-libp2p with its own identify, which tells what it was told.
+struct Client {
+    relay: PeerId,
+    control: Control,
+    /// The relay's addresses, each time that identify has heard them.
+    told: mpsc::UnboundedReceiver<Vec<String>>,
+    task: JoinHandle<()>,
+}
+
+#[derive(NetworkBehaviour)]
+struct Parts {
+    identify: identify::Behaviour,
+    stream: libp2p_stream::Behaviour,
+}
+
+impl Client {
+    async fn connect(relay: &Relay) -> Self {
+        let mut swarm = swarm(|keypair| Parts {
+            identify: identify::Behaviour::new(identify::Config::new(
+                "test".into(),
+                keypair.public(),
+            )),
+            stream: libp2p_stream::Behaviour::new(),
+        });
+        let control = swarm.behaviour().stream.new_control();
+        swarm.dial(relay.address.clone()).expect("it can be dialed");
+        let (tell, told) = mpsc::unbounded_channel();
+        let task = tokio::spawn(async move {
+            loop {
+                let event = swarm.select_next_some().await;
+                if let SwarmEvent::Behaviour(PartsEvent::Identify(identify::Event::Received {
+                    info,
+                    ..
+                })) = event
+                {
+                    let addresses = info.listen_addrs.iter().map(Multiaddr::to_string);
+                    let _ = tell.send(addresses.collect());
+                }
+            }
+        });
+        Self { relay: relay.peer, control, told, task }
+    }
+
+    /// The relay's addresses, the next time that identify hears them.
+    async fn told(&mut self) -> Vec<String> {
+        within(self.told.recv()).await.expect("the client runs")
+    }
+
+    /// The relay's addresses, as a reservation has them.
+    async fn reserve(&mut self) -> Vec<String> {
+        let stream = self.control.open_stream(self.relay, HOP);
+        let mut stream = within(stream).await.expect("the relay takes it");
+        messages::write(&mut stream, &messages::reserve()).await;
+        let answer: messages::HopMessage = messages::read(&mut stream).await;
+        assert_eq!(answer.status, Some(100));
+        let addresses = answer.reservation.expect("a reservation").addrs;
+        let read = |bytes| Multiaddr::try_from(bytes).expect("a multiaddr").to_string();
+        addresses.into_iter().map(read).collect()
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// A peer that says it reached the relay somewhere.
+struct Observer(JoinHandle<()>);
+
+/// What identify says, as far as it has to.
+#[derive(Clone, PartialEq, Message)]
+struct Identify {
+    #[prost(bytes = "vec", optional, tag = "1")]
+    public_key: Option<Vec<u8>>,
+    #[prost(bytes = "vec", optional, tag = "4")]
+    observed: Option<Vec<u8>>,
+}
+
+impl Observer {
+    /// A new peer that comes from this address of the loopback, and has said so.
+    async fn connect(relay: &Relay, from: Ipv4Addr, reached: &str) -> Self {
+        let keypair = Keypair::generate_ed25519();
+        let says = Identify {
+            public_key: Some(keypair.public().encode_protobuf()),
+            observed: Some(reached.parse::<Multiaddr>().unwrap().to_vec()),
+        };
+        let mut swarm = swarm_of(keypair, |_| libp2p_stream::Behaviour::new());
+        let mut control = swarm.behaviour().new_control();
+        let mut asked = control.accept(IDENTIFY).expect("nobody else answers");
+        let through = forwarder(relay.port(), from).await;
+        swarm.dial(through).expect("it can be dialed");
+        let (heard, mut was_heard) = mpsc::unbounded_channel();
+        let relay = relay.peer;
+        let task = tokio::spawn(async move {
+            let run = async {
+                loop {
+                    swarm.select_next_some().await;
+                }
+            };
+            let answer = async {
+                let (_, mut stream) = asked.next().await.expect("the relay asks");
+                messages::write(&mut stream, &says).await;
+                stream.close().await.expect("the relay reads");
+                // The relay reads this behind the other, on the same connection.
+                let mut hop = control.open_stream(relay, HOP).await.expect("it is up");
+                messages::write(&mut hop, &messages::connect(PeerId::random())).await;
+                let _: messages::HopMessage = messages::read(&mut hop).await;
+                let _ = heard.send(());
+            };
+            tokio::join!(run, answer);
+        });
+        within(was_heard.recv()).await.expect("it is heard");
+        Self(task)
+    }
+}
+
+impl Drop for Observer {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// Where a connection is taken on to the relay, as one from `from`.
+async fn forwarder(relay: u16, from: Ipv4Addr) -> Multiaddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        let (mut client, _) = listener.accept().await.unwrap();
+        let mut relay = dial_from(from, relay).await;
+        let _ = tokio::io::copy_bidirectional(&mut client, &mut relay).await;
+    });
+    Multiaddr::from(Ipv4Addr::LOCALHOST).with(Protocol::Tcp(port))
+}
+
+async fn dial_from(from: Ipv4Addr, port: u16) -> TcpStream {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind((from, 0).into()).unwrap();
+    let relay = (Ipv4Addr::LOCALHOST, port).into();
+    socket.connect(relay).await.expect("the relay listens")
+}

@@ -1,0 +1,243 @@
+//! The configuration file: what it says holds, what is wrong with it is told, and it can be changed
+//! while the relay runs.
+
+use std::{fs, process::Command};
+
+use crate::common::{
+    Client, Relay, STOP, circuit_to,
+    messages::{connect, reserve},
+    read_bytes,
+};
+use libp2p::futures::AsyncWriteExt;
+use tempfile::TempDir;
+
+const PERMISSION_DENIED: Option<i32> = Some(202);
+const RESERVATION_REFUSED: Option<i32> = Some(200);
+const RESOURCE_LIMIT_EXCEEDED: Option<i32> = Some(201);
+
+const NAME: &str = "relaylet.toml";
+
+fn folder_with(file: &str) -> TempDir {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    write(&folder, file);
+    folder
+}
+
+fn write(folder: &TempDir, file: &str) {
+    fs::write(folder.path().join(NAME), file).expect("it can be written");
+}
+
+fn command(folder: &TempDir, flags: &[&str]) -> Command {
+    let mut command = crate::common::command(folder);
+    command.args(["--config", NAME]).args(flags);
+    command
+}
+
+/// What it says on standard output, on standard error, and its status.
+fn run(folder: &TempDir, flags: &[&str]) -> (String, String, Option<i32>) {
+    let output = command(folder, flags).output().expect("it can be started");
+    let text = |bytes| String::from_utf8(bytes).expect("text");
+    (text(output.stdout), text(output.stderr), output.status.code())
+}
+
+/// What a relay with this file would run with.
+fn effective(folder: &TempDir, flags: &[&str]) -> String {
+    let (file, errors, status) = run(folder, &[flags, &["--print-config"]].concat());
+    assert_eq!((errors.as_str(), status), ("", Some(0)));
+    file
+}
+
+#[test]
+fn a_flag_wins_over_the_environment_and_that_over_the_file() {
+    let folder = folder_with(
+        "grace = \"1s\"\nsweep = \"2s\"\nprobe = \"1s\"\ndeny-subnet = \"192.0.2.0/24\"\n",
+    );
+    let mut command = command(&folder, &["--grace", "3s", "--print-config"]);
+    command.env("RELAYLET_GRACE", "4s").env("RELAYLET_SWEEP", "5s");
+    let output = command.output().expect("it can be started");
+    let file = String::from_utf8(output.stdout).unwrap();
+    for line in [
+        "grace = \"3s\"",
+        "sweep = \"5s\"",
+        "probe = \"1s\"",
+        "silence = \"1m\"",
+        "deny-subnet = [\"192.0.2.0/24\"]",
+        "# max-reservations-per-ip = 64",
+    ] {
+        assert!(file.lines().any(|is| is == line), "{line}: {file}");
+    }
+}
+
+#[test]
+fn the_environment_is_read_as_flags_are_where_none_is_given() {
+    let folder = folder_with("deny-subnet = \"192.0.2.0/24\"");
+    let print = |name: &str, value: &str, flags: &[&str]| {
+        let mut command = command(&folder, flags);
+        let output = command.arg("--print-config").env(name, value).output().unwrap();
+        let text = [output.stdout, output.stderr].concat();
+        (String::from_utf8(text).unwrap(), output.status.code())
+    };
+    let (line, status) = print("RELAYLET_GRACE", "soon", &[]);
+    assert_eq!(status, Some(2));
+    assert!(line.starts_with("relaylet: RELAYLET_GRACE: "), "{line}");
+    assert!(line.contains("\"soon\" is no duration; try 30s"), "{line}");
+    // Nobody looks at it if there is a flag.
+    let (file, _) = print("RELAYLET_GRACE", "soon", &["--grace=1s"]);
+    assert!(file.contains("grace = \"1s\""), "{file}");
+    // What is empty is not there, but for a list.
+    assert!(print("RELAYLET_GRACE", "", &[]).0.contains("grace = \"30s\""));
+    let (file, _) = print("RELAYLET_DENY_SUBNET", "", &[]);
+    assert!(file.contains("deny-subnet = []"), "{file}");
+    let (line, status) = print("RELAYLET_MAX_CONNECTIONS", "0", &[]);
+    assert_eq!(status, Some(2));
+    let told = "relaylet: RELAYLET_MAX_CONNECTIONS: --max-connections 0: lets nobody in";
+    assert!(line.starts_with(told), "{line}");
+}
+
+#[test]
+fn what_is_printed_is_a_file_that_means_the_same() {
+    let folder = folder_with("");
+    let flags = "--max-reservations=7 --max-reservations-per-ip=3 --circuit-bytes=1MiB \
+                 --allow-subnet=192.0.2.0/24,2001:db8::/32 --bandwidth=10MB --threads=2 \
+                 --listen=/ip4/127.0.0.1/tcp/0 --announce=/dns4/relay.example.org/tcp/4001";
+    let flags: Vec<_> = flags.split_whitespace().collect();
+    let first = effective(&folder, &flags);
+    write(&folder, &first);
+    assert_eq!(effective(&folder, &[]), first);
+}
+
+#[test]
+fn what_is_wrong_is_one_line_with_the_file_the_line_and_the_remedy() {
+    for (file, said) in [
+        ("\ngrase = \"1s\"", "relaylet.toml:2: grase: there is no such setting; try grace"),
+        ("grace = \"soon\"", "\"soon\" is no duration; try 30s"),
+        ("\ngrace = \"soon\"", "relaylet.toml:2: "),
+        ("grace = []", "relaylet.toml:1: grace: takes a text"),
+        (
+            "deny-peer = [\n \"12D3KooWPGM3wYKMsTHGEqbhcBft6cPjA2F3rQmyWTEDD3wCGS1g\",\n \"al\"]",
+            "relaylet.toml:3: ",
+        ),
+        ("max-reservations = -1", "\"-1\" is no number"),
+        (
+            "\nannounce = \"/dns4/a/tcp/1/p2p/12D3KooWPGM3wYKMsTHGEqbhcBft6cPjA2F3rQmyWTEDD3wCGS1g\"",
+            "relaylet.toml:2: --announce: ",
+        ),
+        ("drain = \"2y\"", "relaylet.toml:1: --drain: is over a year"),
+        ("max-circuits-per-peer = 70000", "relaylet.toml:1: --max-circuits-per-peer: "),
+        ("sweep = \"1s\"\n\nsweep = \"1s\"", "relaylet.toml:3: "),
+        (
+            "# slots\nmax-reservations = 0",
+            "relaylet.toml:2: --max-reservations: a relay without slots",
+        ),
+        ("grace = 1s", "relaylet.toml:1: "),
+        ("deny-subnet = [\"192.0.2.1/24\"]", "try 192.0.2.0/24"),
+        ("threads = 0", "relaylet.toml:1: --threads 0: try 1"),
+        // Names and values may have anything in them.
+        (r#""\nsweep" = 1"#, r"relaylet.toml:1: \nsweep: there is no such setting; try sweep"),
+        (r#"grace = "\u001b[2J""#, r"relaylet.toml:1: "),
+    ] {
+        let (out, errors, status) = run(&folder_with(file), &[]);
+        assert_eq!((out.as_str(), status), ("", Some(2)), "{file}");
+        assert!(errors.contains(said), "{file}: {errors}");
+        assert_eq!(errors.lines().count(), 1, "{errors}");
+        assert!(!errors.trim_end().contains(char::is_control), "{errors:?}");
+    }
+    let missing = tempfile::tempdir().unwrap();
+    let (_, errors, status) = run(&missing, &[]);
+    assert_eq!(status, Some(2));
+    assert!(errors.starts_with("relaylet: --config relaylet.toml: "), "{errors}");
+}
+
+fn start(folder: TempDir) -> Relay {
+    let command = command(&folder, &["--listen", "/ip4/127.0.0.1/tcp/0"]);
+    Relay::run(command, folder)
+}
+
+#[tokio::test]
+async fn limits_and_rules_change_with_sighup_and_no_connection_is_dropped() {
+    let relay = start(folder_with("max-reservations = 1\nprobe = \"0s\"\n"));
+    let mut alice = Client::connect(&relay).await;
+    let mut bob = Client::connect(&relay).await;
+    alice.reserve().await;
+    assert_eq!(bob.ask(&reserve()).await.status, RESERVATION_REFUSED);
+
+    let file = format!(
+        "max-reservations = 2\nprobe = \"0s\"\ndeny-peer = [\"{}\"]\nthreads = 3\n",
+        alice.peer
+    );
+    write(&relay.folder, &file);
+    relay.signal("HUP");
+    relay.wait_for_log("SIGHUP: changed: max-reservations, deny-peer").await;
+    relay.wait_for_log("SIGHUP: threads holds from the next start on").await;
+    bob.reserve().await;
+    // On the connections that they had.
+    assert_eq!(alice.ask(&reserve()).await.status, PERMISSION_DENIED);
+    assert_eq!(alice.ask(&connect(bob.peer)).await.status, PERMISSION_DENIED);
+}
+
+#[tokio::test]
+async fn what_a_file_said_can_be_taken_back_while_a_circuit_goes_on() {
+    let folder = folder_with("connect-rate = 2\n");
+    let flags = ["--listen", "/ip4/127.0.0.1/tcp/0", "--grace=1m"];
+    let relay = Relay::run(command(&folder, &flags), folder);
+    let mut alice = Client::connect(&relay).await;
+    let mut bob = Client::connect(&relay).await;
+    let mut carol = Client::connect(&relay).await;
+    bob.reserve().await;
+    let mut stops = bob.accept(STOP);
+    let (mut there, mut back) = circuit_to(&mut carol, bob.peer, &mut stops).await;
+
+    let more = "grace = \"1s\"\nlisten = \"/ip4/127.0.0.2/tcp/0\"\nhttp = \"127.0.0.1:0\"\n";
+    let address = "/dns4/relay.example.org/tcp/4001";
+    let file = format!(
+        "announce = \"{address}\"\nreserve-rate = 2\ndeny-peer = [\"{}\"]\n{more}",
+        alice.peer
+    );
+    write(&relay.folder, &file);
+    relay.signal("HUP");
+    // The flag has its way with the grace, and with where it listens.
+    let changed = "SIGHUP: changed: announce, reserve-rate, connect-rate, deny-peer";
+    let line = relay.wait_for_log(changed).await;
+    assert!(line.ends_with(changed), "{line}");
+    relay.wait_for_log("SIGHUP: http holds from the next start on").await;
+    assert!(!relay.log().iter().any(|line| line.contains("SIGHUP: listen")));
+    let told = bob.reserve().await.reservation.unwrap().addrs;
+    assert!(told.len() == 1, "{told:?}");
+    assert_eq!(bob.ask(&reserve()).await.status, RESOURCE_LIMIT_EXCEEDED);
+    let (status, _) = alice.ask_for_circuit(&connect(bob.peer)).await;
+    assert_eq!(status.status, PERMISSION_DENIED);
+
+    write(&relay.folder, "deny-peer = []\n");
+    relay.signal("HUP");
+    relay.wait_for_log("SIGHUP: changed: announce, reserve-rate, deny-peer").await;
+    circuit_to(&mut alice, bob.peer, &mut stops).await;
+    there.write_all(b"hello").await.unwrap();
+    there.flush().await.unwrap();
+    assert_eq!(read_bytes(&mut back, 5).await, b"hello");
+
+    // Without the file nothing changes.
+    fs::remove_file(relay.folder.path().join(NAME)).unwrap();
+    relay.signal("HUP");
+    relay.wait_for_log("SIGHUP: nothing has changed: --config relaylet.toml: ").await;
+    carol.reserve().await;
+}
+
+#[tokio::test]
+async fn a_file_that_is_wrong_changes_nothing_and_the_relay_says_so() {
+    let relay = start(folder_with("max-reservations = 2\n"));
+    let mut alice = Client::connect(&relay).await;
+    write(&relay.folder, "max-reservations = 1\nprobe = \"1h\"\n");
+    relay.signal("HUP");
+    let line = relay.wait_for_log("SIGHUP: nothing has changed: relaylet.toml:2: --probe").await;
+    assert!(line.contains("ERROR"), "{line}");
+    alice.reserve().await;
+    Client::connect(&relay).await.reserve().await;
+}
+
+#[tokio::test]
+async fn without_a_file_sighup_changes_nothing() {
+    let relay = Relay::start(&[]);
+    relay.signal("HUP");
+    relay.wait_for_log("SIGHUP: there is no file to read again").await;
+    Client::connect(&relay).await.reserve().await;
+}

@@ -1,0 +1,497 @@
+//! The relay as it is watched over HTTP: what there is to be had, what the figures mean, and that
+//! whoever calls is not felt by anybody else.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    net::TcpListener,
+    process::Stdio,
+    time::{Duration, Instant},
+};
+
+use crate::common::{
+    Client, PATIENCE, Relay, by_hand,
+    bystanders::Bystanders,
+    circuit, command,
+    http::{ANYWHERE, ask, call, get, hear, port, samples, say},
+    play, within,
+};
+use libp2p::{futures::future, identity::Keypair};
+use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    time::sleep,
+};
+
+/// How often to look again at what changes once a second.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
+
+/// How many callers are served at a time.
+const MOST_CALLERS: usize = 32;
+
+// ---- What there is to be had
+
+#[tokio::test]
+async fn each_path_has_its_kind_and_nothing_in_a_browser_may_do_more_than_it_must() {
+    let relay = Relay::start(&[ANYWHERE]);
+    let port = port(&relay).await;
+    for (path, status, kind) in [
+        ("/", 200, "text/html; charset=utf-8"),
+        ("/?from=somewhere", 200, "text/html; charset=utf-8"),
+        ("/status.json", 200, "application/json"),
+        ("/healthz", 200, "text/plain; charset=utf-8"),
+        ("/metrics", 200, "application/openmetrics-text; version=1.0.0; charset=utf-8"),
+        ("/nothing", 404, "text/plain; charset=utf-8"),
+        ("/../etc/passwd", 404, "text/plain; charset=utf-8"),
+    ] {
+        let answer = ask(port, "GET", path).await;
+        assert_eq!(answer.status, status, "{path}");
+        assert_eq!(answer.headers["content-type"], kind, "{path}");
+        let length: usize = answer.headers["content-length"].parse().unwrap();
+        assert_eq!(answer.body.len(), length, "{path}");
+        assert_eq!(answer.headers["cache-control"], "no-store");
+        assert_eq!(answer.headers["x-content-type-options"], "nosniff");
+        assert_eq!(answer.headers["referrer-policy"], "no-referrer");
+        let policy = &answer.headers["content-security-policy"];
+        assert!(policy.starts_with("default-src 'none'; "), "{policy}");
+        assert!(policy.contains("frame-ancestors 'none'"), "{policy}");
+        assert!(!policy.contains("unsafe"), "{policy}");
+
+        let head = ask(port, "HEAD", path).await;
+        assert_eq!((head.status, &head.body[..]), (status, ""), "HEAD {path}");
+        assert_eq!(head.headers["content-type"], kind, "HEAD {path}");
+    }
+    let page = ask(port, "GET", "/").await;
+    let policy = &page.headers["content-security-policy"];
+    assert_eq!(policy.matches("'sha256-").count(), 2, "{policy}");
+    // It loads nothing from anywhere; what its style and its script do is `browser.rs`'s.
+    for elsewhere in ["http://", "https://", "//cdn", "@import", "src="] {
+        let used = page.body.replace("http://www.w3.org/2000/svg", "");
+        assert!(!used.contains(elsewhere), "{elsewhere}");
+    }
+    assert_eq!(get(port, "/healthz").await, "serving\n");
+}
+
+#[tokio::test]
+async fn a_relay_that_drains_says_so_to_whoever_sends_it_clients() {
+    let mut relay = Relay::start(&[ANYWHERE, "--drain=10m"]);
+    let port = port(&relay).await;
+    for (draining, status, says) in [(true, 503, "draining\n"), (false, 200, "serving\n")] {
+        relay.signal("USR1");
+        status_when(port, |status| status["draining"] == draining).await;
+        let health = ask(port, "GET", "/healthz").await;
+        assert_eq!((health.status, &health.body[..]), (status, says));
+        let serves = samples(&get(port, "/metrics").await)["libp2p_relaysvc_status"];
+        assert_eq!(serves, if draining { 0.0 } else { 1.0 });
+    }
+    relay.address = relay.next_address(); // any port
+    // Once it is to end, too, while circuits have their time.
+    let mut alice = Client::connect(&relay).await;
+    let mut bob = Client::connect(&relay).await;
+    bob.reserve().await;
+    let _ends = circuit(&mut alice, &mut bob).await;
+    relay.signal("TERM");
+    status_when(port, |status| status["draining"] == true).await;
+    assert_eq!(ask(port, "GET", "/healthz").await.status, 503);
+}
+
+#[tokio::test]
+async fn nothing_can_be_changed_and_who_tries_is_told_so() {
+    let relay = Relay::start(&[ANYWHERE]);
+    let port = port(&relay).await;
+    for method in ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "BREW"] {
+        for path in ["/", "/status.json", "/metrics", "/healthz", "/nothing"] {
+            let answer = ask(port, method, path).await;
+            assert_eq!(answer.status, 405, "{method} {path}");
+            assert_eq!(answer.headers["allow"], "GET, HEAD");
+        }
+    }
+    let with_body =
+        "POST / HTTP/1.1\r\nHost: relay\r\nConnection: close\r\nContent-Length: 6\r\n\r\nplease";
+    assert_eq!(say(port, with_body.as_bytes()).await.status, 405);
+}
+
+#[tokio::test]
+async fn a_connection_takes_one_request_after_another() {
+    let relay = Relay::start(&[ANYWHERE]);
+    let port = port(&relay).await;
+    let mut stream = call(port).await;
+    for path in ["/healthz", "/status.json", "/metrics", "/"] {
+        let request = format!("GET {path} HTTP/1.1\r\nHost: relay\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            head.push(within(stream.read_u8()).await.unwrap());
+        }
+        let head = String::from_utf8(head).unwrap();
+        let length = head.lines().find_map(|l| l.strip_prefix("content-length: "));
+        let mut body = vec![0; length.unwrap().parse().unwrap()];
+        within(stream.read_exact(&mut body)).await.unwrap();
+    }
+    // Two in one go are answered in their order.
+    let both = "GET /healthz HTTP/1.1\r\nHost: relay\r\n\r\n\
+                GET /nothing HTTP/1.1\r\nHost: relay\r\nConnection: close\r\n\r\n";
+    stream.write_all(both.as_bytes()).await.unwrap();
+    let mut text = String::new();
+    within(stream.read_to_string(&mut text)).await.unwrap();
+    let statuses: Vec<_> = text.matches("HTTP/1.1 ").collect();
+    assert_eq!(statuses.len(), 2);
+    assert!(text.starts_with("HTTP/1.1 200") && text.contains("HTTP/1.1 404"), "{text}");
+}
+
+#[test]
+fn an_address_that_cannot_be_had_is_one_line_that_names_the_flag() {
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let taken = taken.local_addr().unwrap();
+    for (address, status) in [
+        (taken.to_string(), 1),
+        ("192.0.2.1:9180".into(), 1),
+        ("9180".into(), 2),
+        ("localhost:9180".into(), 2),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        let output = command(&folder)
+            .args(["--listen=/ip4/127.0.0.1/tcp/0", "--http", &address])
+            .env("RUST_LOG", "error")
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        let line = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(status), "{line}");
+        assert_eq!(line.lines().count(), 1, "{line}");
+        assert!(line.contains("--http"), "{line}");
+    }
+}
+
+// ---- What the figures mean
+
+#[tokio::test]
+async fn the_metrics_are_go_libp2ps_and_say_what_happened() {
+    let relay = play::relay();
+    let port = port(&relay).await;
+    let _still_there = play::play(&relay).await;
+    let expected = expected();
+    // What is not told by events is brought up to date once a second.
+    let start = Instant::now();
+    let samples = loop {
+        let samples = samples(&get(port, "/metrics").await);
+        let different = expected.iter().find(|(name, value)| samples.get(**name) != Some(value));
+        if different.is_none() && samples["relaylet_sweeps_total"] >= 1.0 {
+            break samples;
+        }
+        assert!(start.elapsed() < PATIENCE, "{different:?} is missing: {samples:#?}");
+        sleep(LOOK_AGAIN).await;
+    };
+    // Of go-libp2p's there is nothing beside those, but for the figures that are measured.
+    let measured = "libp2p_relaysvc_connection_duration_seconds_";
+    for name in samples.keys().filter(|name| name.starts_with("libp2p_")) {
+        assert!(expected.contains_key(&name[..]) || name.starts_with(measured), "{name}");
+    }
+    let bucket = |le| samples[&format!("{measured}bucket{{le=\"{le}\"}}")];
+    for le in ["0.005", "0.01", "0.025", "0.05", "0.1", "0.25", "0.5", "1.0", "2.5", "5.0", "10.0"]
+    {
+        assert!(bucket(le) <= 2.0);
+    }
+    assert_eq!(bucket("+Inf"), 2.0);
+    assert!(samples[&format!("{measured}sum")] > 0.0);
+    let version = env!("CARGO_PKG_VERSION");
+    assert_eq!(samples[&format!("relaylet_build_info{{version=\"{version}\"}}")], 1.0);
+    assert!(samples["relaylet_sweep_seconds_total"] > 0.0);
+}
+
+/// What the metrics say once all of that was played.
+fn expected() -> BTreeMap<&'static str, f64> {
+    let samples = [
+        ("libp2p_relaysvc_status", 1.0),
+        (r#"libp2p_relaysvc_reservations_total{type="opened"}"#, 2.0),
+        (r#"libp2p_relaysvc_reservations_total{type="renewed"}"#, 2.0),
+        (r#"libp2p_relaysvc_reservations_total{type="closed"}"#, 1.0),
+        (r#"libp2p_relaysvc_reservation_request_response_status_total{status="ok"}"#, 4.0),
+        (r#"libp2p_relaysvc_reservation_request_response_status_total{status="rejected"}"#, 3.0),
+        (r#"libp2p_relaysvc_reservation_request_response_status_total{status="error"}"#, 0.0),
+        (r#"libp2p_relaysvc_reservation_rejections_total{reason="ip constraint violation"}"#, 1.0),
+        (r#"libp2p_relaysvc_reservation_rejections_total{reason="resource limit exceeded"}"#, 1.0),
+        (r#"libp2p_relaysvc_reservation_rejections_total{reason="permission denied"}"#, 1.0),
+        (r#"libp2p_relaysvc_connections_total{type="opened"}"#, 3.0),
+        (r#"libp2p_relaysvc_connections_total{type="closed"}"#, 2.0),
+        (r#"libp2p_relaysvc_connection_request_response_status_total{status="ok"}"#, 3.0),
+        (r#"libp2p_relaysvc_connection_request_response_status_total{status="rejected"}"#, 3.0),
+        (r#"libp2p_relaysvc_connection_request_response_status_total{status="error"}"#, 1.0),
+        (r#"libp2p_relaysvc_connection_rejections_total{reason="no reservation"}"#, 1.0),
+        (r#"libp2p_relaysvc_connection_rejections_total{reason="permission denied"}"#, 1.0),
+        (r#"libp2p_relaysvc_connection_rejections_total{reason="malformed message"}"#, 1.0),
+        (r#"libp2p_relaysvc_connection_rejections_total{reason="resource limit exceeded"}"#, 0.0),
+        ("libp2p_relaysvc_connection_duration_seconds_count", 2.0),
+        ("libp2p_relaysvc_data_transferred_bytes_total", 1734.0),
+        (r#"relaylet_slots{state="live"}"#, 1.0),
+        (r#"relaylet_slots{state="grace"}"#, 0.0),
+        (r#"relaylet_slots{state="free"}"#, 1.0),
+        (r#"relaylet_slots_freed_total{reason="disconnected"}"#, 1.0),
+        (r#"relaylet_slots_freed_total{reason="silent"}"#, 0.0),
+        (r#"relaylet_connections_denied_total{reason="too many handshakes"}"#, 0.0),
+        (r#"relaylet_requests_refused_total{request="RESERVE",reason="all slots are taken"}"#, 1.0),
+        (
+            r#"relaylet_requests_refused_total{request="RESERVE",reason="the rules do not allow it"}"#,
+            1.0,
+        ),
+        (
+            r#"relaylet_requests_refused_total{request="RESERVE",reason="the peer asks too often"}"#,
+            1.0,
+        ),
+        (
+            r#"relaylet_requests_refused_total{request="CONNECT",reason="the target holds no live reservation"}"#,
+            1.0,
+        ),
+        (
+            r#"relaylet_requests_refused_total{request="CONNECT",reason="the target could not be won"}"#,
+            1.0,
+        ),
+        (r#"relaylet_requests_refused_total{request="unreadable",reason="not understood"}"#, 2.0),
+        (r#"relaylet_relayed_bytes_total{direction="to target"}"#, 1704.0),
+        (r#"relaylet_relayed_bytes_total{direction="to source"}"#, 30.0),
+        ("relaylet_circuits", 1.0),
+        (r#"relaylet_circuits_closed_total{end="finished"}"#, 1.0),
+        (r#"relaylet_circuits_closed_total{end="data limit"}"#, 1.0),
+        (r#"relaylet_circuits_closed_total{end="time limit"}"#, 0.0),
+        ("relaylet_connections", 3.0),
+        (r#"relaylet_busiest{resource="slots",address="127.0.0.1"}"#, 1.0),
+        (r#"relaylet_busiest{resource="connections",address="127.0.0.1"}"#, 3.0),
+        (r#"relaylet_busiest{resource="circuits",address="127.0.0.1"}"#, 1.0),
+        ("relaylet_questions_asked_total", 0.0),
+        ("relaylet_questions_unanswered_total", 0.0),
+    ];
+    samples.into()
+}
+
+/// The status once it is as wanted: it is brought up to date once a second.
+async fn status_when(port: u16, wanted: impl Fn(&Value) -> bool) -> Value {
+    let start = Instant::now();
+    loop {
+        let status = serde_json::from_str(&get(port, "/status.json").await).expect("JSON");
+        if wanted(&status) {
+            return status;
+        }
+        assert!(start.elapsed() < PATIENCE, "{status:#}");
+        sleep(LOOK_AGAIN).await;
+    }
+}
+
+#[tokio::test]
+async fn the_status_names_who_holds_slots_the_circuits_and_the_refusals() {
+    let relay = play::relay();
+    let port = port(&relay).await;
+    let (bob, carol, mut circuit) = play::play(&relay).await;
+    let status = status_when(port, |status| {
+        status["relayed"]["to_target"] == 1704 && status["slots"]["free"] == 1
+    })
+    .await;
+    assert_eq!(status["version"], env!("CARGO_PKG_VERSION"));
+    assert_eq!(status["peer"], relay.peer.to_string());
+    assert_eq!(status["draining"], false);
+    let address = relay.address.to_string();
+    let listens = status["addresses"][0].as_str().unwrap();
+    assert!(address.starts_with(listens), "{listens}");
+    assert_eq!(status["slots"], json!({"total": 2, "live": 1, "grace": 0, "free": 1}));
+    for (span, every) in [("hour", 15), ("day", 360)] {
+        let curve = &status["history"][span];
+        assert_eq!(curve["every"], every);
+        assert_eq!(curve["points"][0], json!([0, 0, 2]), "when it started");
+    }
+
+    assert_eq!(status["holders"]["count"], 1);
+    let holder = &status["holders"]["listed"][0];
+    assert_eq!(holder["peer"], bob.peer.to_string());
+    let from = holder["address"].as_str().unwrap();
+    assert!(from.starts_with("/ip4/127.0.0.1/tcp/"), "{from}");
+    assert_eq!((&holder["state"], &holder["circuits"]), (&json!("live"), &json!(1)));
+    assert!((3000..3600).contains(&holder["ends_in"].as_u64().unwrap()));
+    assert!(holder["silent_for"].as_u64().unwrap() < PATIENCE.as_secs());
+
+    assert_eq!(status["circuits"]["count"], 1);
+    let open = &status["circuits"]["listed"][0];
+    assert_eq!(open["source"], carol.peer.to_string());
+    assert_eq!(open["target"], bob.peer.to_string());
+    assert_eq!(open["carried"], json!({"to_target": 4, "to_source": 0}));
+
+    let tally = |list: &str, what: &str, why: &str| {
+        let of = |tally: &&Value| tally["what"] == what && tally["why"] == why;
+        let list = status[list].as_array().unwrap();
+        list.iter().find(of).map_or(0, |tally| tally["count"].as_u64().unwrap())
+    };
+    assert_eq!(tally("refused", "RESERVE", "all slots are taken"), 1);
+    assert_eq!(tally("refused", "CONNECT", "the rules do not allow it"), 1);
+    assert_eq!(tally("refused", "request", "not understood"), 2);
+    assert_eq!(tally("freed", "slot", "disconnected"), 1);
+    let latest = status["latest_refusals"].as_array().unwrap();
+    assert_eq!(latest.len(), 8);
+    assert_eq!(latest[0]["why"], "not understood", "the last one first");
+    assert_eq!(latest[7]["peer"], carol.peer.to_string());
+    assert_eq!(latest[7]["why"], "all slots are taken");
+
+    // What goes on now has a rate.
+    let (there, back) = (&mut circuit.0, &mut circuit.1);
+    play::carry(there, back, 900).await;
+    status_when(port, |status| {
+        let open = &status["circuits"]["listed"][0];
+        open["carried"]["to_target"] == 904
+            && open["rate"]["to_target"].as_u64() > Some(0)
+            && status["rate"]["to_target"].as_u64() > Some(0)
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_peer_that_froze_was_asked_in_vain_and_is_shown_in_grace() {
+    let relay = Relay::start(&[
+        ANYWHERE,
+        "--heartbeat=500ms",
+        "--silence=2s",
+        "--sweep=100ms",
+        "--grace=1h",
+    ]);
+    let port = port(&relay).await;
+    let peer = Keypair::generate_ed25519();
+    let mut channel = by_hand::muxed_as(&relay, &peer).await;
+    assert_eq!(by_hand::reserve(&mut channel, 1).await, Some(100));
+    // And is never heard of again.
+    let status = status_when(port, |status| status["slots"]["grace"] == 1).await;
+    let holder = &status["holders"]["listed"][0];
+    assert_eq!(holder["peer"], peer.public().to_peer_id().to_string());
+    assert_eq!(holder["state"], "grace");
+    assert_eq!(holder["address"], "/ip4/127.0.0.1");
+    assert_eq!(holder["silent_for"], Value::Null);
+    assert!((3000..3600).contains(&holder["ends_in"].as_u64().unwrap()));
+    let asked = status["questions"]["asked"].as_u64().unwrap();
+    assert!(asked >= 1, "more often if a sweep was late");
+    assert_eq!(status["questions"]["unanswered"], 1);
+    let samples = samples(&get(port, "/metrics").await);
+    assert_eq!(samples["relaylet_questions_asked_total"], asked as f64);
+    assert_eq!(samples["relaylet_questions_unanswered_total"], 1.0);
+    assert_eq!(samples[r#"relaylet_slots{state="grace"}"#], 1.0);
+}
+
+// ---- Whoever calls is not felt by anybody else
+
+#[tokio::test]
+async fn what_is_no_request_gets_an_error_or_an_end() {
+    let mut bystanders = Bystanders::gather(&[ANYWHERE]).await;
+    let port = port(&bystanders.relay).await;
+    let long = "a".repeat(1024 * 1024);
+    let many = "X-Header: value\r\n".repeat(10_000);
+    for request in [
+        "\r\n\r\n\r\n\r\n".into(),
+        "\0".repeat(1000),
+        "GET".into(),
+        "GET /".into(),
+        "GET / HTTP/9.9\r\n\r\n".into(),
+        "GET nowhere HTTP/1.1\r\n\r\n".into(),
+        "GET / HTTP/1.1\r\nHost relay\r\n\r\n".into(),
+        "GET / HTTP/1.1\r\nContent-Length: -1\r\n\r\n".into(),
+        "GET / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n".into(),
+        "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".into(),
+        "\u{16}\u{3}\u{1}\u{2}\0\u{1}\0\u{1}\u{fc}\u{3}\u{3}".into(), // a TLS client
+        format!("GET /{long} HTTP/1.1\r\n\r\n"),
+        format!("GET / HTTP/1.1\r\nX-Long: {long}\r\n\r\n"),
+        format!("GET / HTTP/1.1\r\n{many}\r\n"),
+        long.clone(),
+    ] {
+        let shown = &request[..request.len().min(40)];
+        let mut stream = call(port).await;
+        // It may have heard enough before the end.
+        let _ = within(stream.write_all(request.as_bytes())).await;
+        let _ = stream.shutdown().await;
+        let answer = hear(&mut stream).await;
+        let error = [0, 400, 404, 414, 431, 505].contains(&answer.status);
+        assert!(error, "{shown:?}: {answer:?}");
+    }
+    // What comes behind a request is nothing that anybody waits for.
+    for request in [
+        "GET /healthz HTTP/1.1\r\nContent-Length: 99999999999\r\n\r\nand so on".into(),
+        format!("GET /healthz HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nfffff\r\n{long}"),
+    ] {
+        let answer = say(port, request.as_bytes()).await;
+        assert!([0, 200].contains(&answer.status), "{answer:?}");
+    }
+    assert_eq!(get(port, "/healthz").await, "serving\n");
+    bystanders.are_unharmed().await;
+}
+
+#[tokio::test]
+async fn who_is_slow_is_shown_out() {
+    let mut bystanders = Bystanders::gather(&[ANYWHERE]).await;
+    let port = port(&bystanders.relay).await;
+    let says_nothing = async { hear(&mut call(port).await).await.status };
+    let says_a_letter_at_a_time = async {
+        let mut stream = call(port).await;
+        let start = Instant::now();
+        for letter in b"GET /healthz HTTP/1.1\r\nX-Slow: ".iter().chain([b'a'].iter().cycle()) {
+            if stream.write_all(&[*letter]).await.is_err() {
+                break;
+            }
+            assert!(start.elapsed() < PATIENCE, "it is listened to for ever");
+            sleep(LOOK_AGAIN).await;
+        }
+        hear(&mut stream).await.status
+    };
+    let reads_nothing = async {
+        let mut stream = call(port).await;
+        let requests = "GET / HTTP/1.1\r\nHost: relay\r\n\r\n".repeat(100);
+        while within(stream.write_all(requests.as_bytes())).await.is_ok() {}
+    };
+    let (silent, slow, ()) =
+        future::join3(says_nothing, says_a_letter_at_a_time, reads_nothing).await;
+    assert_eq!((silent, slow), (0, 0), "there is no answer");
+    assert_eq!(get(port, "/healthz").await, "serving\n");
+    bystanders.are_unharmed().await;
+}
+
+/// Only Linux says how many files a process has open.
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn a_thousand_idle_callers_keep_nobody_out() {
+    let mut bystanders = Bystanders::gather(&[ANYWHERE]).await;
+    let port = port(&bystanders.relay).await;
+    let files = || {
+        let files = fs::read_dir(format!("/proc/{}/fd", bystanders.relay.pid())).unwrap();
+        files.count()
+    };
+    let before = files();
+    let mut idle = Vec::new();
+    for _ in 0..1000 {
+        idle.push(call(port).await);
+        // They come and are not felt.
+        if idle.len() % 100 == 0 {
+            assert_eq!(get(port, "/healthz").await, "serving\n");
+        }
+    }
+    assert!(files() <= before + MOST_CALLERS);
+    bystanders.are_unharmed().await;
+    assert_eq!(get(port, "/healthz").await, "serving\n");
+}
+
+/// Only Linux says how often a thread waits.
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn the_relay_is_not_woken_by_those_who_call() {
+    const REQUESTS: u64 = 1000;
+    let relay = Relay::start(&[ANYWHERE, "--threads=1"]);
+    let port = port(&relay).await;
+    let pid = relay.pid();
+    // How often the relay's own thread began to wait.
+    let waits = || {
+        let status = fs::read_to_string(format!("/proc/{pid}/task/{pid}/status")).unwrap();
+        let mut lines = status.lines();
+        let line = lines.find(|l| l.starts_with("voluntary_ctxt")).unwrap();
+        let number = line.split_whitespace().nth(1).unwrap();
+        number.parse::<u64>().unwrap()
+    };
+    let (before, start) = (waits(), Instant::now());
+    for number in 0..REQUESTS {
+        let paths = ["/", "/metrics", "/status.json", "/healthz"];
+        get(port, paths[number as usize % paths.len()]).await;
+    }
+    let waited = waits() - before;
+    // For its sweep once a second, and to tell of itself.
+    let by_itself = 20 + 5 * start.elapsed().as_secs();
+    assert!(waited <= by_itself, "{waited}");
+}

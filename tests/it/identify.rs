@@ -1,0 +1,216 @@
+//! Identify: what the relay tells of itself, what it hears of itself from its peers, and how little of
+//! it a peer can make it read.
+
+use crate::common::{Client, HOP, Relay, by_hand::until_closed, messages, swarm, within};
+use libp2p::{
+    Multiaddr, PeerId, StreamProtocol,
+    futures::{AsyncWriteExt, StreamExt},
+    identify::{self, Info},
+    swarm::SwarmEvent,
+};
+use libp2p_stream::Control;
+use prost::Message;
+use tokio::task::JoinHandle;
+
+const IDENTIFY: StreamProtocol = StreamProtocol::new("/ipfs/id/1.0.0");
+const PUSH: StreamProtocol = StreamProtocol::new("/ipfs/id/push/1.0.0");
+
+// ---- What the relay tells
+
+/// What rust-libp2p's identify hears of the relay, and the peer that heard it.
+async fn info_of(relay: &Relay) -> (PeerId, Info) {
+    let mut swarm = swarm(|keypair| {
+        identify::Behaviour::new(identify::Config::new("test".into(), keypair.public()))
+    });
+    swarm.dial(relay.address.clone()).expect("it can be dialed");
+    let heard = async {
+        loop {
+            let event = swarm.select_next_some().await;
+            if let SwarmEvent::Behaviour(identify::Event::Received { info, .. }) = event {
+                return info;
+            }
+        }
+    };
+    let info = within(heard).await;
+    (*swarm.local_peer_id(), info)
+}
+
+#[tokio::test]
+async fn a_client_hears_who_the_relay_is_where_it_is_and_at_which_address_it_came() {
+    let relay = Relay::start(&[]);
+    let (client, info) = info_of(&relay).await;
+    assert_eq!(info.public_key.to_peer_id(), relay.peer);
+    assert_eq!(info.protocol_version, "ipfs/0.1.0");
+    assert_eq!(info.agent_version, format!("relaylet/{}", env!("CARGO_PKG_VERSION")));
+    let listening: Vec<_> =
+        info.listen_addrs.into_iter().map(|own| own.with_p2p(relay.peer).unwrap()).collect();
+    assert_eq!(listening, std::slice::from_ref(&relay.address));
+    for protocol in [HOP, IDENTIFY, PUSH, StreamProtocol::new("/ipfs/ping/1.0.0")] {
+        assert!(info.protocols.contains(&protocol), "{protocol}: {:?}", info.protocols);
+    }
+    assert!(info.signed_peer_record.is_none());
+    let opened = relay.wait_for_log(&format!("opened: peer {client} at")).await;
+    assert!(opened.ends_with(&format!(" at {}", info.observed_addr)), "{opened}");
+}
+
+#[tokio::test]
+async fn announced_addresses_are_told_instead_of_those_that_it_listens_on() {
+    const ANNOUNCED: &str = "/dns4/relay.example.org/tcp/4001";
+    let relay = Relay::start(&["--announce", ANNOUNCED]);
+    let (_, info) = info_of(&relay).await;
+    assert_eq!(info.listen_addrs, [ANNOUNCED.parse::<Multiaddr>().unwrap()]);
+}
+
+#[tokio::test]
+async fn what_does_not_fit_into_a_message_is_left_out_and_the_client_hears_the_rest() {
+    let announced: Vec<_> = (1..=190).map(|n| format!("/ip6/2a00:1450::{n:x}/tcp/4001")).collect();
+    let relay = Relay::start(&["--announce", &announced.join(",")]);
+    for _ in 0..2 {
+        let (_, info) = info_of(&relay).await;
+        let told = info.listen_addrs.iter().map(Multiaddr::to_string);
+        assert!((100..190).contains(&told.len()), "{}", told.len());
+        assert!(told.eq(announced[..info.listen_addrs.len()].iter().cloned()));
+    }
+    assert_eq!(relay.count_in_log("are left out"), 1, "{:#?}", relay.log());
+}
+
+#[tokio::test]
+async fn requests_that_come_all_at_once_are_answered_or_reset() {
+    let relay = Relay::start(&[]);
+    let mut client = Client::connect(&relay).await;
+    let mut asked = Vec::new();
+    for _ in 0..20 {
+        asked.push(client.open(IDENTIFY).await);
+    }
+    let mut answered = 0;
+    for stream in asked {
+        answered += usize::from(!until_closed(stream).await.is_empty());
+    }
+    assert!(answered > 0);
+    assert_eq!(client.reserve().await.status, Some(100));
+}
+
+// ---- What the relay hears
+
+/// A peer's message, as far as it has to be.
+#[derive(Clone, PartialEq, Message)]
+struct Identify {
+    #[prost(bytes = "vec", repeated, tag = "2")]
+    listen_addrs: Vec<Vec<u8>>,
+    #[prost(bytes = "vec", optional, tag = "4")]
+    observed_addr: Option<Vec<u8>>,
+}
+
+impl Identify {
+    /// One that says that the relay was reached at this port.
+    fn reached_at(port: u16) -> Self {
+        Self { listen_addrs: Vec::new(), observed_addr: Some(address(port).to_vec()) }
+    }
+}
+
+fn address(port: u16) -> Multiaddr {
+    format!("/ip4/5.5.5.5/tcp/{port}").parse().expect("a multiaddr")
+}
+
+#[tokio::test]
+async fn a_push_changes_the_address_in_the_next_reservation() {
+    let relay = Relay::start(&[]);
+    let mut peer = Peer::connect(&relay).await;
+    for port in [1, 2] {
+        peer.push(&Identify::reached_at(port).encode_length_delimited_to_vec()).await;
+        assert_eq!(peer.reported().await, Some(address(port)));
+    }
+}
+
+#[tokio::test]
+async fn a_push_beside_one_that_is_half_sent_is_reset() {
+    let relay = Relay::start(&[]);
+    let mut peer = Peer::connect(&relay).await;
+    let message = Identify::reached_at(1).encode_length_delimited_to_vec();
+    let (first, second) = message.split_at(5);
+    let mut half_sent = peer.open(PUSH).await;
+    within(half_sent.write_all(first)).await.expect("the relay reads");
+    within(half_sent.flush()).await.expect("the relay reads");
+    for _ in 0..3 {
+        peer.push(&Identify::reached_at(2).encode_length_delimited_to_vec()).await;
+        assert_eq!(peer.reported().await, None);
+    }
+    within(half_sent.write_all(second)).await.expect("the relay reads");
+    within(half_sent.close()).await.expect("the relay reads");
+    until_closed(half_sent).await;
+    assert_eq!(peer.reported().await, Some(address(1)));
+    peer.push(&Identify::reached_at(2).encode_length_delimited_to_vec()).await;
+    assert_eq!(peer.reported().await, Some(address(2)));
+}
+
+#[tokio::test]
+async fn fat_messages_harm_nothing_but_their_stream() {
+    let relay = Relay::start(&[]);
+    let mut peer = Peer::connect(&relay).await;
+    for (addresses, port, reported) in [(2010, 1, Some(1)), (10_000, 2, Some(1))] {
+        let fat =
+            Identify { listen_addrs: vec![Vec::new(); addresses], ..Identify::reached_at(port) };
+        peer.push(&fat.encode_length_delimited_to_vec()).await;
+        assert_eq!(peer.reported().await, reported.map(address));
+    }
+    assert_eq!(relay.count_in_log("connection closed") + relay.count_in_log("WARN"), 0);
+}
+
+/// A peer that does not speak identify by itself.
+struct Peer {
+    relay: PeerId,
+    /// Where the relay listens.
+    listening: Multiaddr,
+    control: Control,
+    task: JoinHandle<()>,
+}
+
+impl Peer {
+    async fn connect(relay: &Relay) -> Self {
+        let mut swarm = swarm(|_| libp2p_stream::Behaviour::new());
+        let control = swarm.behaviour().new_control();
+        swarm.dial(relay.address.clone()).expect("it can be dialed");
+        let task = tokio::spawn(async move {
+            loop {
+                swarm.select_next_some().await;
+            }
+        });
+        Self { relay: relay.peer, listening: relay.address.clone(), control, task }
+    }
+
+    async fn open(&mut self, protocol: StreamProtocol) -> libp2p::Stream {
+        within(self.control.open_stream(self.relay, protocol)).await.expect("the relay takes it")
+    }
+
+    /// Pushes this, and waits until the relay is done with it.
+    async fn push(&mut self, bytes: &[u8]) {
+        let mut stream = self.open(PUSH).await;
+        // It may be reset meanwhile.
+        let _ = within(stream.write_all(bytes)).await;
+        let _ = within(stream.close()).await;
+        assert!(until_closed(stream).await.is_empty());
+    }
+
+    /// The address of a reservation that the relay does not know by itself.
+    async fn reported(&mut self) -> Option<Multiaddr> {
+        let mut stream = self.open(HOP).await;
+        messages::write(&mut stream, &messages::reserve()).await;
+        let answer: messages::HopMessage = messages::read(&mut stream).await;
+        assert_eq!(answer.status, Some(100));
+        let addresses = answer.reservation.expect("a reservation").addrs;
+        let addresses = addresses.into_iter().map(|bytes| Multiaddr::try_from(bytes).unwrap());
+        let mut reported = addresses.filter(|address| *address != self.listening);
+        let first = reported.next().map(|mut address| {
+            address.pop();
+            address
+        });
+        assert_eq!(reported.next(), None);
+        first
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}

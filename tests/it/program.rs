@@ -1,0 +1,462 @@
+//! The program as its operator meets it: flags, environment, key file, output, signals, limits.
+
+use std::{
+    fs,
+    net::TcpListener,
+    os::unix::fs::PermissionsExt,
+    process::{Command, Output, Stdio},
+    sync::atomic::{AtomicU16, Ordering},
+    time::{Duration, Instant},
+};
+
+use crate::common::{
+    Client, PATIENCE, Relay, Security,
+    by_hand::{self, proposal, say_and_hang_up, until_closed},
+    bystanders::comes_to_rest,
+    circuit, command, messages, read_bytes, signal,
+};
+use libp2p::{
+    Multiaddr, futures::future, identity::Keypair, multiaddr::Protocol, tcp::tokio::TcpStream,
+};
+use tempfile::TempDir;
+use tokio::{net::TcpSocket, time::sleep};
+
+/// Each flag, and what it cannot be.
+const FLAGS: &[(&str, &str)] = &[
+    ("--config", "/there/is/none.toml"),
+    ("--listen", "/ip4/0.0.0.0/udp/4001"),
+    ("--announce", "/ip4/0.0.0.0/tcp/4001"),
+    ("--proxy-protocol-from", "10.0.0.1/8"),
+    #[cfg(feature = "websocket")]
+    ("--tls-cert", "without-its-key.pem"),
+    #[cfg(feature = "websocket")]
+    ("--tls-key", "without-its-certificate.pem"),
+    ("--identity", "/"),
+    ("--max-reservations", "0"),
+    ("--max-reservations-per-ip", "some"),
+    ("--max-reservations-per-subnet", "a few"),
+    ("--reserve-rate", "-1"),
+    ("--connect-rate", "30/min"),
+    ("--allow-peer", "alice"),
+    ("--deny-peer", "12D3KooW"),
+    ("--allow-subnet", "192.0.2.1"),
+    ("--deny-subnet", "192.0.2.1/24"),
+    ("--allow-connect-peer", "bob"),
+    ("--reservation-ttl", "0s"),
+    ("--grace", "soon"),
+    ("--heartbeat", "often"),
+    ("--silence", "30s"),
+    ("--probe", "4s"),
+    ("--probe-after", "later"),
+    ("--sweep", "0s"),
+    ("--idle-timeout", "1"),
+    ("--max-circuits", "-1"),
+    ("--max-circuits-per-peer", "1.5"),
+    ("--circuit-duration", "2 months ago"),
+    ("--bandwidth", "fast"),
+    ("--bandwidth-per-peer", "fast"),
+    ("--drain", "soon"),
+    ("--circuit-bytes", "99999999999EiB"),
+    ("--max-connections", "0"),
+    ("--max-connections-per-peer", "one"),
+    ("--max-connections-per-ip", "99999999999999999999"),
+    ("--max-handshakes", "0"),
+    ("--max-streams", "many"),
+    ("--max-streams-per-connection", "3"),
+    ("--max-buffered", "1MiB"),
+    ("--max-buffered-per-connection", "0"),
+    ("--threads", "0"),
+    #[cfg(feature = "http")]
+    ("--http", "127.0.0.1"),
+    #[cfg(feature = "dht")]
+    ("--bootstrap", "127.0.0.1:4001"),
+    #[cfg(feature = "dht")]
+    ("--dht-protocol", "kad"),
+];
+
+// ---- Flags and environment
+
+#[test]
+fn a_bad_flag_is_one_line_that_names_it() {
+    for &(flag, value) in FLAGS {
+        // With `=`, because -1 would look like a flag of its own.
+        let line = refused(&[&format!("{flag}={value}")], &[]);
+        assert!(line.contains(flag), "{flag} {value}: {line}");
+    }
+    for arguments in [&["--listen"][..], &["--circuit-bites=1"], &["stray"]] {
+        let line = refused(arguments, &[]);
+        assert!(line.contains(arguments[0].split('=').next().unwrap()), "{line}");
+    }
+}
+
+#[test]
+fn each_flag_is_in_the_environment_too() {
+    for &(flag, value) in FLAGS {
+        let name = flag.trim_start_matches("--").replace('-', "_").to_uppercase();
+        let line = refused(&[], &[(&format!("RELAYLET_{name}"), value)]);
+        assert!(line.contains(flag), "{flag} {value}: {line}");
+    }
+}
+
+#[cfg(not(feature = "dht"))]
+#[test]
+fn a_flag_of_a_feature_that_was_left_out_names_it() {
+    for flag in ["--dht", "--bootstrap=/ip4/127.0.0.1/tcp/1", "--dht-protocol=x"] {
+        let line = refused(&[flag], &[]);
+        let expected = "this relay was built without it; build it with the feature dht";
+        assert!(line.contains(expected), "{flag}: {line}");
+    }
+}
+
+#[tokio::test]
+async fn a_flag_wins_over_the_environment_and_lists_have_commas() {
+    let folder = TempDir::new().unwrap();
+    let mut command = command(&folder);
+    command
+        .env("RELAYLET_LISTEN", "/ip4/127.0.0.1/tcp/0,/ip4/127.0.0.2/tcp/0")
+        .env("RELAYLET_CIRCUIT_BYTES", "1MiB")
+        .env("RELAYLET_CIRCUIT_DURATION", "1h")
+        .args(["--circuit-duration", "30s"]);
+    let relay = Relay::run(command, folder);
+    let both = [&relay.address, &relay.next_address()].map(|address| address.to_string());
+    assert!(both.iter().any(|address| address.starts_with("/ip4/127.0.0.1/tcp/")));
+    assert!(both.iter().any(|address| address.starts_with("/ip4/127.0.0.2/tcp/")));
+    let mut client = Client::connect(&relay).await;
+    let limit = client.reserve().await.limit.unwrap();
+    assert_eq!((limit.data, limit.duration), (Some(1024 * 1024), Some(30)));
+}
+
+#[test]
+fn help_names_every_flag_and_the_version_is_said() {
+    let help = output(&["--help"], &[]);
+    assert!(help.status.success() && help.stderr.is_empty());
+    let help = String::from_utf8(help.stdout).unwrap();
+    assert!(help.contains("RELAYLET_NAME in the environment"), "{help}");
+    for (flag, _) in FLAGS {
+        let usage = format!("\n    {flag} <");
+        assert!(help.contains(&usage), "{flag}: {help}");
+    }
+    for heading in ["\nSlots:\n", "\nCircuits:\n", "\nWho may use it:\n"] {
+        assert!(help.contains(heading), "{help}");
+    }
+    assert_eq!(output(&["-h"], &[]).stdout, help.as_bytes());
+    let version = output(&["--version"], &[]);
+    let expected = format!("relaylet {}\n", env!("CARGO_PKG_VERSION"));
+    assert_eq!(String::from_utf8(version.stdout).unwrap(), expected);
+}
+
+// ---- Where it listens, and what it says of it
+
+#[tokio::test]
+async fn the_log_begins_with_who_it_is_where_and_what_a_circuit_may_carry() {
+    let relay = Relay::start(&[]);
+    relay.wait_for_log("can be dialed from the internet").await;
+    let log = relay.log();
+    let first = |text: &str| log.iter().position(|line| line.contains(text));
+    let (who, key) = (first(&format!("is {}", relay.peer)), first("new identity in /"));
+    let what = first("relays for anyone: 1024 slots, 1024 circuits at a time; a circuit may carry");
+    let where_ = first(&format!("listening on {}", relay.address));
+    let paste = first(&format!("clients on this machine reach it at {}", relay.address));
+    for line in [who, key, what, where_, paste] {
+        assert!(line.is_some_and(|line| line < 6), "{log:#?}");
+    }
+}
+
+#[tokio::test]
+async fn an_announced_address_needs_no_warning() {
+    let relay = Relay::start(&[
+        "--announce=/dns4/relay.example.org/tcp/4001",
+        "--announce=/ip4/192.0.2.1/tcp/4001",
+    ]);
+    let paste = format!("clients reach it at /dns4/relay.example.org/tcp/4001/p2p/{}", relay.peer);
+    relay.wait_for_log(&paste).await;
+    relay.wait_for_log("and at /ip4/192.0.2.1/tcp/4001").await;
+    assert!(!relay.log().iter().any(|line| line.contains("WARN")));
+}
+
+#[tokio::test]
+async fn both_wildcards_listen_on_one_port_at_once() {
+    let port = free_port();
+    let listen = format!("/ip4/0.0.0.0/tcp/{port},/ip6/::/tcp/{port}");
+    let relay = Relay::start_listening(&["--listen", &listen]);
+    let mut missing: Vec<Multiaddr> =
+        [format!("/ip4/127.0.0.1/tcp/{port}"), format!("/ip6/::1/tcp/{port}")]
+            .map(|address| address.parse::<Multiaddr>().unwrap().with(Protocol::P2p(relay.peer)))
+            .into();
+    let mut said = relay.address.clone();
+    for address in missing.clone() {
+        let mut client =
+            Client::connect_as(Keypair::generate_ed25519(), &address, Security::Noise).await;
+        client.reserve().await;
+    }
+    loop {
+        missing.retain(|address| *address != said);
+        if missing.is_empty() {
+            break;
+        }
+        said = relay.next_address();
+    }
+}
+
+#[test]
+fn standard_output_has_the_addresses_and_nothing_else() {
+    let mut relay = Relay::start_listening(&["--listen", "/ip4/0.0.0.0/tcp/0"]);
+    relay.signal("TERM");
+    assert!(relay.wait().success());
+    for line in relay.rest_of_output() {
+        let address = line.strip_prefix("listening on /ip4/").unwrap();
+        assert!(address.ends_with(&format!("/tcp/{}/p2p/{}", relay.port(), relay.peer)));
+    }
+}
+
+#[tokio::test]
+async fn nobody_has_to_read_standard_output() {
+    let folder = TempDir::new().unwrap();
+    let port = free_port();
+    let listen = format!("/ip4/127.0.0.1/tcp/{port}");
+    let mut child = command(&folder)
+        .args(["--listen", &listen])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let start = Instant::now();
+    while tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_err() {
+        assert!(start.elapsed() < PATIENCE, "it does not listen");
+        sleep(Duration::from_millis(20)).await;
+    }
+    signal(child.id(), "INT");
+    assert!(crate::common::wait_for(&mut child).success());
+}
+
+#[test]
+fn an_address_in_use_or_not_of_this_machine_is_one_line() {
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let taken = format!("/ip4/127.0.0.1/tcp/{}", taken_port(&taken));
+    for address in [taken.as_str(), "/ip4/203.0.113.1/tcp/0"] {
+        let line = failed(&["--listen", address], &TempDir::new().unwrap());
+        assert!(line.contains(&format!("--listen {address}: ")), "{line}");
+    }
+}
+
+// ---- Who it is
+
+#[tokio::test]
+async fn the_key_is_made_once_for_its_owner_alone() {
+    let relay = Relay::start(&[]);
+    let file = relay.folder.path().canonicalize().unwrap().join("relaylet.key");
+    relay.wait_for_log(&format!("new identity in {}", file.display())).await;
+    assert_eq!(fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
+    let key = fs::read(&file).unwrap();
+    let keypair = Keypair::from_protobuf_encoding(&key).unwrap();
+    assert_eq!(keypair.public().to_peer_id(), relay.peer);
+
+    let peer = relay.peer;
+    let again = Relay::start_in(relay.kill(), &["--listen", "/ip4/127.0.0.1/tcp/0"]);
+    assert_eq!(again.peer, peer);
+    assert_eq!(fs::read(&file).unwrap(), key);
+    assert!(!again.log().iter().any(|line| line.contains("new identity")));
+}
+
+#[tokio::test]
+async fn keys_of_every_kind_are_taken() {
+    for keypair in [Keypair::generate_secp256k1(), Keypair::generate_ecdsa()] {
+        let folder = with_key(&keypair.to_protobuf_encoding().unwrap());
+        let relay = Relay::start_in(folder, &["--listen", "/ip4/127.0.0.1/tcp/0"]);
+        assert_eq!(relay.peer, keypair.public().to_peer_id());
+        for security in [Security::Noise, Security::Tls] {
+            let client = Keypair::generate_ed25519();
+            Client::connect_as(client, &relay.address, security).await.reserve().await;
+        }
+    }
+}
+
+#[test]
+fn a_corrupt_key_is_never_overwritten() {
+    let folder = with_key(b"no key");
+    let line = failed(&["--listen", "/ip4/127.0.0.1/tcp/0"], &folder);
+    assert!(line.contains("relaylet.key") && line.contains("backup"), "{line}");
+    assert_eq!(fs::read(folder.path().join("relaylet.key")).unwrap(), b"no key");
+}
+
+#[test]
+fn a_key_that_cannot_be_read_or_written_is_one_line() {
+    for identity in [".", "no/such/folder/relaylet.key", "/proc/relaylet.key"] {
+        let line = failed(&["--identity", identity], &TempDir::new().unwrap());
+        assert!(line.contains(&format!("--identity {identity}: ")), "{line}");
+    }
+}
+
+#[tokio::test]
+async fn a_key_that_others_can_read_is_a_warning() {
+    let folder = with_key(&Keypair::generate_ed25519().to_protobuf_encoding().unwrap());
+    let file = folder.path().join("relaylet.key");
+    fs::set_permissions(file, fs::Permissions::from_mode(0o644)).unwrap();
+    let relay = Relay::start_in(folder, &["--listen", "/ip4/127.0.0.1/tcp/0"]);
+    relay.wait_for_log("chmod 600 relaylet.key").await;
+}
+
+// ---- How it ends, and begins again
+
+#[tokio::test]
+async fn sigint_and_sigterm_end_it_well() {
+    for (name, said) in [("INT", "ending: SIGINT"), ("TERM", "ending: nobody is left")] {
+        let mut relay = Relay::start(&[]);
+        Client::connect(&relay).await.reserve().await;
+        relay.signal(name);
+        assert!(relay.wait().success());
+        relay.wait_for_log(said).await;
+    }
+}
+
+#[tokio::test]
+async fn after_kill_9_under_a_hundred_connections_its_port_is_bound_again_at_once() {
+    let listen = format!("/ip4/127.0.0.1/tcp/{}", free_port());
+    let no_caps = ["--max-connections-per-ip=0", "--max-connections-per-subnet=0"];
+    let relay = Relay::start_listening(&[&["--listen", &listen][..], &no_caps].concat());
+    let connections = future::join_all((0..100).map(|_| by_hand::muxed(&relay))).await;
+    let peer = relay.peer;
+    let again = Relay::start_in(relay.kill(), &["--listen", &listen]);
+    assert_eq!(again.peer, peer);
+    Client::connect(&again).await.reserve().await;
+    drop(connections);
+}
+
+// ---- Limits on connections
+
+#[tokio::test]
+async fn connections_are_limited_for_each_address() {
+    let relay = Relay::start(&["--max-connections-per-ip", "1"]);
+    let _first = Client::connect(&relay).await;
+    assert!(!is_served(by_hand::tcp(&relay).await).await);
+    let elsewhere = TcpSocket::new_v4().unwrap();
+    elsewhere.bind("127.0.0.2:0".parse().unwrap()).unwrap();
+    let relay_address = ([127, 0, 0, 1], relay.port()).into();
+    let connection = elsewhere.connect(relay_address).await.unwrap();
+    assert!(is_served(TcpStream(connection)).await);
+}
+
+#[tokio::test]
+async fn the_first_refusal_by_an_address_cap_is_a_warning() {
+    let relay = Relay::start(&["--max-reservations-per-ip=1", "--max-connections-per-ip=2"]);
+    let mut first = Client::connect(&relay).await;
+    let mut second = Client::connect(&relay).await;
+    first.reserve().await;
+    second.ask(&messages::reserve()).await;
+    assert!(!is_served(by_hand::tcp(&relay).await).await);
+    for flag in ["--max-reservations-per-ip", "--max-connections-per-ip"] {
+        let line = relay.wait_for_log(flag).await;
+        let warns = line.contains(" WARN ") && line.contains("127.0.0.1") && line.contains("proxy");
+        assert!(warns, "{line}");
+    }
+}
+
+#[tokio::test]
+async fn handshakes_are_limited_and_end_after_their_time() {
+    let relay = Relay::start(&["--max-handshakes", "1"]);
+    let mut silent = by_hand::tcp(&relay).await;
+    assert!(!is_served(by_hand::tcp(&relay).await).await);
+    until_closed(&mut silent).await;
+    relay.wait_for_log("dropped: it takes too long").await;
+    Client::connect(&relay).await.reserve().await;
+}
+
+#[tokio::test]
+async fn without_open_files_it_serves_those_it_has_and_waits_for_some_and_says_so_once() {
+    let folder = TempDir::new().unwrap();
+    let mut limited = Command::new("sh");
+    let program = env!("CARGO_BIN_EXE_relaylet");
+    let script = format!("ulimit -n 40; exec {program} --listen /ip4/127.0.0.1/tcp/0");
+    limited.args(["-c", &script]).current_dir(folder.path());
+    let relay = Relay::run(limited, folder);
+    relay.wait_for_log("--max-connections 2048 needs").await;
+    let mut source = Client::connect(&relay).await;
+    let mut target = Client::connect(&relay).await;
+    target.reserve().await;
+    let (mut there, mut back) = circuit(&mut source, &mut target).await;
+
+    let crowd = future::join_all((0..60).map(|_| by_hand::tcp(&relay))).await;
+    let told = "connections cannot be accepted";
+    relay.wait_for_log(told).await;
+    by_hand::send(&mut there, b"still here").await;
+    assert_eq!(read_bytes(&mut back, 10).await, b"still here");
+    target.reserve().await;
+    comes_to_rest(&relay).await;
+    drop(crowd);
+    Client::connect(&relay).await.reserve().await;
+    assert!(source.kept_its_connection() && target.kept_its_connection());
+    let log = relay.log();
+    assert_eq!(log.iter().filter(|line| line.contains(told)).count(), 1);
+}
+
+// ---- Helpers
+
+/// Whether the relay says a word on this connection when asked for Noise.
+async fn is_served(connection: TcpStream) -> bool {
+    !say_and_hang_up(connection, &proposal("/noise")).await.is_empty()
+}
+
+fn output(arguments: &[&str], environment: &[(&str, &str)]) -> Output {
+    let folder = TempDir::new().unwrap();
+    let mut command = command(&folder);
+    command.args(arguments).envs(environment.iter().copied());
+    output_of(&mut command)
+}
+
+/// Waits for the program to end by itself.
+fn output_of(command: &mut Command) -> Output {
+    let piped = command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = piped.spawn().unwrap();
+    crate::common::wait_for(&mut child);
+    child.wait_with_output().unwrap()
+}
+
+/// Bad usage: the one line that says so. (An identity that cannot be is not usage but a failure.)
+fn refused(arguments: &[&str], environment: &[(&str, &str)]) -> String {
+    let output = output(arguments, environment);
+    let line = one_line(&output);
+    let status = if line.contains("--identity") { 1 } else { 2 };
+    assert_eq!(output.status.code(), Some(status), "{line}");
+    line
+}
+
+/// What keeps it from starting in `folder`, in one line.
+fn failed(arguments: &[&str], folder: &TempDir) -> String {
+    // The log says who it is first; only what comes last is of interest.
+    let mut command = command(folder);
+    let output = output_of(command.args(arguments).env("RUST_LOG", "off"));
+    assert_eq!(output.status.code(), Some(1));
+    one_line(&output)
+}
+
+fn one_line(output: &Output) -> String {
+    let line = String::from_utf8(output.stderr.clone()).unwrap();
+    assert!(output.stdout.is_empty());
+    assert_eq!(line.lines().count(), 1, "{line}");
+    line
+}
+
+fn with_key(key: &[u8]) -> TempDir {
+    let folder = TempDir::new().unwrap();
+    let file = folder.path().join("relaylet.key");
+    fs::write(&file, key).unwrap();
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
+    folder
+}
+
+fn free_port() -> u16 {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    // Below those that systems give to whoever asks for any, which is most of what runs beside.
+    let first = 10_000 + (std::process::id() % 10_000) as u16;
+    loop {
+        let port = first + NEXT.fetch_add(1, Ordering::Relaxed);
+        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
+}
+
+fn taken_port(listener: &TcpListener) -> u16 {
+    listener.local_addr().unwrap().port()
+}

@@ -1,0 +1,370 @@
+//! Behind a proxy: who is believed when it says whose connection it brings, and what follows.
+//!
+//! The proxy is a forwarder of this test that writes a header in front, at 127.0.0.3; the clients
+//! are rust-libp2p.
+
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    time::Duration,
+};
+
+use crate::common::{
+    Client, Relay, Security,
+    by_hand::{proposal, say_and_hang_up, until_closed},
+    command,
+    messages::reserve,
+    within,
+};
+use libp2p::{Multiaddr, futures::future, identity::Keypair, multiaddr::Protocol};
+use proxy_header::{ProxiedAddress, ProxyHeader, Tlv};
+use tempfile::TempDir;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpSocket, TcpStream},
+    time::sleep,
+};
+
+const PROXY: &str = "127.0.0.3";
+const FROM_PROXY: &str = "--proxy-protocol-from=127.0.0.3/32";
+
+const RESERVATION_REFUSED: Option<i32> = Some(200);
+const RESOURCE_LIMIT_EXCEEDED: Option<i32> = Some(201);
+
+// ---- Whose connection it is
+
+#[tokio::test]
+async fn both_versions_name_the_client_and_so_does_the_log() {
+    let relay = Relay::start(&[FROM_PROXY]);
+    for (client, logged) in [
+        ("192.0.2.7:1234", "/ip4/192.0.2.7/tcp/1234"),
+        ("[2001:db8::7]:1234", "/ip6/2001:db8::7/tcp/1234"),
+        ("[::ffff:192.0.2.8]:1234", "/ip4/192.0.2.8/tcp/1234"),
+    ] {
+        for header in [v1(client), v2(client)] {
+            let through = proxy(&relay, header, Pace::AtOnce).await;
+            let mut client = connect(&through).await;
+            client.reserve().await;
+            let opened = format!("opened: peer {} at {logged}", client.peer);
+            relay.wait_for_log(&opened).await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_connection_of_the_proxys_own_is_the_proxys() {
+    let relay = Relay::start(&[FROM_PROXY]);
+    let mut local = Vec::new();
+    ProxyHeader::with_local().encode_v2(&mut local).unwrap();
+    for header in [local, b"PROXY UNKNOWN\r\n".to_vec()] {
+        let through = proxy(&relay, header, Pace::AtOnce).await;
+        let mut client = connect(&through).await;
+        client.reserve().await;
+        let opened = format!("opened: peer {} at /ip4/{PROXY}/tcp/", client.peer);
+        relay.wait_for_log(&opened).await;
+    }
+}
+
+#[tokio::test]
+async fn a_header_comes_in_pieces_or_with_what_follows() {
+    let relay = Relay::start(&[FROM_PROXY]);
+    for header in [v1("192.0.2.7:1"), v2("192.0.2.7:1"), v2("[2001:db8::7]:1")] {
+        for pace in [Pace::ByteByByte, Pace::WithTheFirstBytes] {
+            let through = proxy(&relay, header.clone(), pace).await;
+            connect(&through).await.reserve().await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_extended_header_is_read_to_its_end() {
+    let relay = Relay::start(&[FROM_PROXY]);
+    let mut header = header_of("192.0.2.7:1");
+    header.append_tlv(Tlv::UniqueId(vec![7; 500].into()));
+    let mut bytes = Vec::new();
+    header.encode_v2(&mut bytes).unwrap();
+    let through = proxy(&relay, bytes, Pace::WithTheFirstBytes).await;
+    connect(&through).await.reserve().await;
+}
+
+#[tokio::test]
+async fn everyone_else_connects_as_ever() {
+    let folder = TempDir::new().unwrap();
+    let mut command = command(&folder);
+    command
+        .args(["--listen", "/ip4/127.0.0.1/tcp/0"])
+        .env("RELAYLET_PROXY_PROTOCOL_FROM", "127.0.0.3/32,2001:db8::/32");
+    let relay = Relay::run(command, folder);
+    let mut client = Client::connect(&relay).await;
+    client.reserve().await;
+    let opened = format!("opened: peer {} at /ip4/127.0.0.1/tcp/", client.peer);
+    relay.wait_for_log(&opened).await;
+    let through = proxy(&relay, v2("192.0.2.7:1"), Pace::AtOnce).await;
+    connect(&through).await.reserve().await;
+}
+
+#[tokio::test]
+async fn one_address_twice_is_two_connections() {
+    // A client may reach two ports of a proxy from one port of its own.
+    let relay = Relay::start(&[FROM_PROXY]);
+    let through = proxy(&relay, v2("192.0.2.7:1"), Pace::AtOnce).await;
+    let mut in_handshake = by_hand_through(&relay, &v2("192.0.2.7:1")).await;
+    let hello = proposal("/noise");
+    in_handshake.write_all(&hello).await.unwrap();
+    let mut answer = vec![0; hello.len()];
+    within(in_handshake.read_exact(&mut answer)).await.unwrap();
+
+    let clients = future::join_all((0..8).map(|_| async {
+        let mut client = connect(&through).await;
+        client.reserve().await;
+        client
+    }));
+    for mut client in clients.await {
+        client.reserve().await;
+    }
+    drop(in_handshake);
+    connect(&through).await.reserve().await;
+}
+
+// ---- What is counted by address
+
+#[tokio::test]
+async fn caps_and_rules_see_the_client() {
+    let relay = Relay::start(&[
+        FROM_PROXY,
+        "--max-reservations-per-ip=1",
+        "--max-connections-per-ip=2",
+        "--deny-subnet=198.51.100.0/24",
+    ]);
+    let through = async |client| proxy(&relay, v2(client), Pace::AtOnce).await;
+    let (one, other) = (through("192.0.2.7:1").await, through("192.0.2.8:1").await);
+    let mut first = connect(&one).await;
+    let mut second = connect(&one).await;
+    let mut elsewhere = connect(&other).await;
+    first.reserve().await;
+    elsewhere.reserve().await;
+    assert_eq!(second.ask(&reserve()).await.status, RESERVATION_REFUSED);
+
+    let third = by_hand_through(&relay, &v2("192.0.2.7:2")).await;
+    assert!(!is_served(third).await);
+    let denied = "denied: /ip4/192.0.2.7/tcp/2: too many connections of 192.0.2.7";
+    relay.wait_for_log(denied).await;
+
+    let unwanted = by_hand_through(&relay, &v2("198.51.100.7:1")).await;
+    assert!(!is_served(unwanted).await);
+    relay.wait_for_log("denied: /ip4/198.51.100.7/tcp/1: the rules do not allow it").await;
+}
+
+#[tokio::test]
+async fn requests_are_counted_by_the_client() {
+    // Each peer may once a minute, their address ten times.
+    let relay = Relay::start(&[FROM_PROXY, "--reserve-rate=1"]);
+    let one = proxy(&relay, v1("192.0.2.7:1"), Pace::AtOnce).await;
+    let other = proxy(&relay, v1("192.0.2.8:1"), Pace::AtOnce).await;
+    let refused = async {
+        loop {
+            let answer = connect(&one).await.ask(&reserve()).await;
+            if answer.status != Some(100) {
+                return answer.status;
+            }
+        }
+    };
+    assert_eq!(within(refused).await, RESOURCE_LIMIT_EXCEEDED);
+    connect(&other).await.reserve().await;
+}
+
+// ---- Who is not let in
+
+#[tokio::test]
+async fn what_is_no_header_closes_the_connection_and_is_told_once() {
+    let relay = Relay::start(&[FROM_PROXY]);
+    let noise = proposal("/noise");
+    for bytes in [
+        &noise[..],
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"PROXY TCP4 192.0.2.7 192.0.2.1 1\r\n",
+        b"PROXY TCP4 192.0.2.7 192.0.2.1 1 2 3\r\n",
+        &[&b"PROXY UNKNOWN "[..], &[b' '; 200]].concat(),
+        b"\r\n\r\n\0\r\nQUIT\n\x31\x11\0\x0c\x01\x02\x03\x04\x05\x06\x07\x08\x01\x02\x03\x04",
+        b"\r\n\r\n\0\r\nQUIT\n\x21\x11\xff\xff",
+        b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x04\x01\x02\x03\x04",
+        b"PROXY TCP4 192.0.2.7 192.0", // and then nothing
+    ] {
+        let connection = by_hand_through(&relay, bytes).await;
+        assert!(heard_until_closed(connection).await.is_empty());
+    }
+    let ended = by_hand_through(&relay, b"PROXY TCP4 192.0.2.7 192.0").await;
+    drop(ended);
+    relay.wait_for_log("ended in the middle").await;
+    let log = relay.log();
+    let warnings: Vec<_> = log.iter().filter(|line| line.contains(FLAG)).collect();
+    let [warning] = warnings[..] else {
+        panic!("{warnings:#?}");
+    };
+    assert!(warning.contains(" WARN ") && warning.contains(PROXY), "{warning}");
+    let through = proxy(&relay, v1("192.0.2.7:1"), Pace::AtOnce).await;
+    connect(&through).await.reserve().await;
+}
+
+const FLAG: &str = "--proxy-protocol-from says";
+
+#[tokio::test]
+async fn a_header_from_elsewhere_closes_the_connection() {
+    let relay = Relay::start(&[FROM_PROXY]);
+    for header in [v1("192.0.2.7:1"), v2("192.0.2.7:1"), v2("[2001:db8::7]:1")] {
+        let stranger = TcpStream::connect(("127.0.0.1", relay.port()));
+        let mut stranger = stranger.await.unwrap();
+        let with_more = [header, proposal("/noise"), proposal("/noise")].concat();
+        stranger.write_all(&with_more).await.unwrap();
+        assert!(heard_until_closed(stranger).await.is_empty());
+    }
+    relay.wait_for_log("Received an invalid message").await;
+    assert!(!relay.log().iter().any(|line| line.contains("192.0.2.7")));
+}
+
+#[tokio::test]
+async fn a_health_check_that_hangs_up_is_no_news() {
+    let relay = Relay::start(&[FROM_PROXY]);
+    drop(by_hand_through(&relay, b"").await);
+    relay.wait_for_log(&format!("connection failed: /ip4/{PROXY}/tcp/")).await;
+    assert!(!relay.log().iter().any(|line| line.contains(FLAG)));
+}
+
+#[tokio::test]
+async fn a_header_that_dribbles_in_is_given_up() {
+    let relay = Relay::start(&[FROM_PROXY]);
+    let (mut reader, mut writer) = by_hand_through(&relay, b"").await.into_split();
+    let dribble = async {
+        for byte in v2("[2001:db8::7]:1") {
+            if writer.write_all(&[byte]).await.is_err() {
+                break;
+            }
+            sleep(Duration::from_secs(1)).await;
+        }
+        future::pending::<()>().await
+    };
+    let mut heard = Vec::new();
+    tokio::select! {
+        _ = within(reader.read_to_end(&mut heard)) => {}
+        () = dribble => {}
+    }
+    assert!(heard.is_empty());
+    relay.wait_for_log("not there in time").await;
+}
+
+#[tokio::test]
+async fn silent_proxies_take_a_bounded_number_of_connections_from_nobody_else() {
+    let relay = Relay::start(&[FROM_PROXY, "--max-handshakes=4"]);
+    let mut silent = Vec::new();
+    let full = || relay.log().iter().any(|line| line.contains("too many handshakes"));
+    while !full() {
+        assert!(silent.len() < 1000, "any number of them is let in");
+        silent.push(by_hand_through(&relay, b"").await);
+        sleep(Duration::from_millis(10)).await;
+    }
+    Client::connect(&relay).await.reserve().await;
+    for connection in silent {
+        assert!(heard_until_closed(connection).await.is_empty());
+    }
+    let through = proxy(&relay, v2("192.0.2.7:1"), Pace::AtOnce).await;
+    connect(&through).await.reserve().await;
+}
+
+// ---- Helpers
+
+/// How a proxy writes its header.
+#[derive(Clone, Copy)]
+enum Pace {
+    AtOnce,
+    ByteByByte,
+    WithTheFirstBytes,
+}
+
+/// A proxy in front of the relay, and what a client dials to get through it.
+async fn proxy(relay: &Relay, header: Vec<u8>, pace: Pace) -> Multiaddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let relay_port = relay.port();
+    tokio::spawn(async move {
+        while let Ok((client, _)) = listener.accept().await {
+            tokio::spawn(forward(client, relay_port, header.clone(), pace));
+        }
+    });
+    let address = Multiaddr::from(Ipv4Addr::LOCALHOST).with(Protocol::Tcp(port));
+    address.with(Protocol::P2p(relay.peer))
+}
+
+async fn forward(
+    mut client: TcpStream,
+    relay: u16,
+    header: Vec<u8>,
+    pace: Pace,
+) -> std::io::Result<()> {
+    let mut there = from_proxy(relay).await;
+    there.set_nodelay(true)?;
+    match pace {
+        Pace::AtOnce => there.write_all(&header).await?,
+        Pace::ByteByByte => {
+            for byte in header {
+                there.write_all(&[byte]).await?;
+            }
+        }
+        Pace::WithTheFirstBytes => {
+            let mut first = [0; 1024];
+            let read = client.read(&mut first).await?;
+            there.write_all(&[&header, &first[..read]].concat()).await?;
+        }
+    }
+    tokio::io::copy_bidirectional(&mut client, &mut there).await?;
+    Ok(())
+}
+
+/// A connection from where the proxy is.
+async fn from_proxy(relay: u16) -> TcpStream {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind(SocketAddr::new(PROXY.parse().unwrap(), 0)).unwrap();
+    let connecting = socket.connect(([127, 0, 0, 1], relay).into());
+    within(connecting).await.expect("the relay listens")
+}
+
+/// As [`from_proxy`], with these bytes in front.
+async fn by_hand_through(relay: &Relay, bytes: &[u8]) -> TcpStream {
+    let mut connection = from_proxy(relay.port()).await;
+    connection.write_all(bytes).await.unwrap();
+    connection
+}
+
+async fn connect(through: &Multiaddr) -> Client {
+    Client::connect_as(Keypair::generate_ed25519(), through, Security::Noise).await
+}
+
+/// What the relay says until it closes the connection.
+async fn heard_until_closed(connection: TcpStream) -> Vec<u8> {
+    until_closed(libp2p::tcp::tokio::TcpStream(connection)).await
+}
+
+/// Whether the relay says a word on this connection when asked for Noise.
+async fn is_served(connection: TcpStream) -> bool {
+    let connection = libp2p::tcp::tokio::TcpStream(connection);
+    !say_and_hang_up(connection, &proposal("/noise")).await.is_empty()
+}
+
+fn header_of(client: &str) -> ProxyHeader<'static> {
+    let client: SocketAddr = client.parse().unwrap();
+    let relay = match client {
+        SocketAddr::V4(_) => "203.0.113.1:4001",
+        SocketAddr::V6(_) => "[2001:db8::1]:4001",
+    };
+    ProxyHeader::with_address(ProxiedAddress::stream(client, relay.parse().unwrap()))
+}
+
+fn v1(client: &str) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    header_of(client).encode_v1(&mut bytes).unwrap();
+    bytes
+}
+
+fn v2(client: &str) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    header_of(client).encode_v2(&mut bytes).unwrap();
+    bytes
+}

@@ -1,0 +1,205 @@
+//! rust-libp2p's own relay client, on its own TCP and yamux, against the running program.
+
+use std::time::Duration;
+
+use crate::common::{Client, Relay, Security, within};
+use libp2p::{
+    Multiaddr, PeerId, StreamProtocol, Swarm, SwarmBuilder,
+    core::ConnectedPoint,
+    futures::{AsyncReadExt, AsyncWriteExt, StreamExt},
+    identity::Keypair,
+    multiaddr::Protocol,
+    noise, ping, relay,
+    swarm::{NetworkBehaviour, SwarmEvent},
+    tcp, tls, yamux,
+};
+
+const ECHO: StreamProtocol = StreamProtocol::new("/test/echo/1.0.0");
+
+#[derive(NetworkBehaviour)]
+struct Parts {
+    relay: relay::client::Behaviour,
+    stream: libp2p_stream::Behaviour,
+    ping: ping::Behaviour,
+}
+
+fn client(security: Security) -> Swarm<Parts> {
+    let builder = SwarmBuilder::with_new_identity().with_tokio();
+    let parts = |_: &Keypair, relay| Parts {
+        relay,
+        stream: libp2p_stream::Behaviour::new(),
+        ping: ping::Behaviour::default(),
+    };
+    // The circuit's own inner connection is secured with the same.
+    match security {
+        Security::Noise => builder
+            .with_tcp(tcp::Config::default(), noise::Config::new, yamux::Config::default)
+            .unwrap()
+            .with_relay_client(noise::Config::new, yamux::Config::default)
+            .unwrap()
+            .with_behaviour(parts)
+            .unwrap()
+            .build(),
+        Security::Tls => builder
+            .with_tcp(tcp::Config::default(), tls::Config::new, yamux::Config::default)
+            .unwrap()
+            .with_relay_client(tls::Config::new, yamux::Config::default)
+            .unwrap()
+            .with_behaviour(parts)
+            .unwrap()
+            .build(),
+    }
+}
+
+/// Runs a swarm until it says what is waited for.
+async fn until<T>(
+    swarm: &mut Swarm<Parts>,
+    mut wanted: impl FnMut(SwarmEvent<PartsEvent>) -> Option<T>,
+) -> T {
+    within(async {
+        loop {
+            if let Some(found) = wanted(swarm.select_next_some().await) {
+                return found;
+            }
+        }
+    })
+    .await
+}
+
+/// A client that holds a reservation and echoes what comes on [`ECHO`].
+async fn target(relay: &Relay, security: Security) -> PeerId {
+    let mut swarm = client(security);
+    let circuit = relay.address.clone().with(Protocol::P2pCircuit);
+    swarm.listen_on(circuit).unwrap();
+    let (mut accepted, mut told) = (false, None);
+    until(&mut swarm, |event| {
+        match event {
+            SwarmEvent::Behaviour(PartsEvent::Relay(
+                relay::client::Event::ReservationReqAccepted { renewal, .. },
+            )) => accepted = !renewal,
+            SwarmEvent::NewListenAddr { address, .. } => told = Some(address),
+            _ => {}
+        }
+        (accepted && told.is_some()).then_some(())
+    })
+    .await;
+    let peer = *swarm.local_peer_id();
+    let mut echoes = swarm.behaviour().stream.new_control().accept(ECHO).unwrap();
+    tokio::spawn(async move {
+        while let Some((_, stream)) = echoes.next().await {
+            let (mut reader, mut writer) = stream.split();
+            let _ = libp2p::futures::io::copy(&mut reader, &mut writer).await;
+            let _ = writer.close().await;
+        }
+    });
+    tokio::spawn(async move {
+        loop {
+            swarm.select_next_some().await;
+        }
+    });
+    peer
+}
+
+fn through(relay: &Relay, target: PeerId) -> Multiaddr {
+    let circuit = relay.address.clone().with(Protocol::P2pCircuit);
+    circuit.with(Protocol::P2p(target))
+}
+
+/// Connects two clients through the relay, and carries a megabyte there and back.
+async fn reserve_connect_and_echo(security: Security) {
+    let relay = Relay::start(&["--circuit-bytes", "0", "--circuit-duration", "0s"]);
+    let target = target(&relay, security).await;
+    let mut source = client(security);
+    source.dial(through(&relay, target)).unwrap();
+    let endpoint = until(&mut source, |event| match event {
+        SwarmEvent::ConnectionEstablished { peer_id, endpoint, .. } if peer_id == target => {
+            Some(endpoint)
+        }
+        SwarmEvent::OutgoingConnectionError { error, .. } => panic!("{error}"),
+        _ => None,
+    })
+    .await;
+    assert!(matches!(endpoint, ConnectedPoint::Dialer { ref address, .. }
+        if address.iter().any(|part| part == Protocol::P2pCircuit)));
+
+    let mut control = source.behaviour().stream.new_control();
+    tokio::spawn(async move {
+        loop {
+            source.select_next_some().await;
+        }
+    });
+    let stream = within(control.open_stream(target, ECHO)).await.unwrap();
+    let sent: Vec<u8> = (0..1024 * 1024u32).map(|n| ((n * 31) >> 3) as u8).collect();
+    let (mut reader, mut writer) = stream.split();
+    let write = async {
+        writer.write_all(&sent).await.unwrap();
+        writer.close().await.unwrap();
+    };
+    let mut received = Vec::new();
+    let ((), read) = within(async { tokio::join!(write, reader.read_to_end(&mut received)) }).await;
+    read.unwrap();
+    assert!(sent == received, "what came back differs from what was sent");
+}
+
+#[tokio::test]
+async fn over_noise_they_reserve_connect_and_carry_a_megabyte() {
+    reserve_connect_and_echo(Security::Noise).await;
+}
+
+#[tokio::test]
+async fn over_tls_they_reserve_connect_and_carry_a_megabyte() {
+    reserve_connect_and_echo(Security::Tls).await;
+}
+
+#[tokio::test]
+async fn they_renew_before_the_term_is_over() {
+    let relay = Relay::start(&["--reservation-ttl", "4s", "--max-reservations", "1"]);
+    let mut swarm = client(Security::Noise);
+    let circuit = relay.address.clone().with(Protocol::P2pCircuit);
+    swarm.listen_on(circuit).unwrap();
+    let mut renewals = 0;
+    until(&mut swarm, |event| {
+        match event {
+            SwarmEvent::Behaviour(PartsEvent::Relay(
+                relay::client::Event::ReservationReqAccepted { renewal, limit, .. },
+            )) => {
+                renewals += u32::from(renewal);
+                let limit = limit.expect("the default limits are told");
+                assert_eq!(limit.data_in_bytes(), Some(128 * 1024));
+                assert_eq!(limit.duration(), Some(Duration::from_secs(120)));
+            }
+            SwarmEvent::ListenerClosed { reason, .. } => panic!("{reason:?}"),
+            _ => {}
+        }
+        (renewals == 2).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_refusal_ends_their_listener() {
+    let relay = Relay::start(&["--max-reservations", "1"]);
+    let _holder = target(&relay, Security::Noise).await;
+    let mut newcomer = client(Security::Noise);
+    let circuit = relay.address.clone().with(Protocol::P2pCircuit);
+    newcomer.listen_on(circuit).unwrap();
+    let reason = until(&mut newcomer, |event| match event {
+        SwarmEvent::ListenerClosed { reason, .. } => Some(reason),
+        _ => None,
+    })
+    .await;
+    assert!(reason.is_err(), "{reason:?}");
+}
+
+/// RSA is what old nodes of IPFS have, 2,048 bits mostly.
+#[tokio::test]
+async fn a_client_with_the_longest_rsa_key_gets_a_slot() {
+    let relay = Relay::start(&[]);
+    for security in [Security::Noise, Security::Tls] {
+        let mut key = include_bytes!("rsa-4096.pk8").to_vec();
+        let key = Keypair::rsa_from_pkcs8(&mut key).expect("a key");
+        let mut client = Client::connect_as(key, &relay.address, security).await;
+        client.reserve().await;
+        client.leave().await;
+    }
+}

@@ -1,0 +1,517 @@
+//! Random histories of circuits, which the relay and a naive model of it live through side by side: sources
+//! of a few addresses that take all they can get, targets that answer or do not, caps that change, and
+//! connections that are being closed and are not gone yet.
+//!
+//! The model keeps a list, and counts everything from scratch. Who holds a slot it asks the relay: that is
+//! the other history's.
+
+use std::{
+    cmp::Reverse,
+    net::{IpAddr, Ipv4Addr},
+    time::{Duration, Instant},
+};
+
+use libp2p::PeerId;
+use proptest::prelude::*;
+use relaylet::{
+    Config,
+    activity::Signs,
+    event::{Carried, CircuitEnd, CircuitId, StopFailed},
+    relay::{
+        Command, Order, Relay, RequestId, accounts::Meter, circuits::End, connections::Connection,
+    },
+    wire::{Request, Status},
+};
+
+const PEERS: usize = 9;
+/// The first of them hold slots.
+const TARGETS: usize = 3;
+const ADDRESSES: u8 = 6;
+
+/// `nth` chooses among the circuits that are being set up, or are open.
+#[derive(Clone, Debug)]
+enum Step {
+    Ask {
+        source: usize,
+        target: usize,
+    },
+    /// One peer asks for as much as it may, of all targets.
+    Grab {
+        source: usize,
+    },
+    Answer {
+        nth: usize,
+        agrees: bool,
+    },
+    Carries {
+        nth: usize,
+    },
+    Ends {
+        nth: usize,
+    },
+    /// Nothing is heard from the peer any more.
+    Freezes {
+        peer: usize,
+    },
+    /// The peer's connection is gone, and it comes back from there.
+    ComesFrom {
+        peer: usize,
+        address: u8,
+    },
+    Pass {
+        millis: u64,
+    },
+    Configure(Caps),
+}
+
+/// Zero is no cap, but for the total and the peers'.
+#[derive(Clone, Copy, Debug)]
+struct Caps {
+    total: usize,
+    per_ip: usize,
+    per_subnet: usize,
+    per_peer: usize,
+}
+
+fn caps() -> impl Strategy<Value = Caps> {
+    (1..9usize, 0..5usize, 0..6usize, 1..6usize).prop_map(
+        |(total, per_ip, per_subnet, per_peer)| Caps { total, per_ip, per_subnet, per_peer },
+    )
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let (source, target, nth) = (0..PEERS, 0..TARGETS, 0..9usize);
+    let peer = source.clone();
+    prop_oneof![
+        8 => (source.clone(), target).prop_map(|(source, target)| Step::Ask { source, target }),
+        2 => source.prop_map(|source| Step::Grab { source }),
+        8 => (nth.clone(), prop::bool::weighted(0.8))
+            .prop_map(|(nth, agrees)| Step::Answer { nth, agrees }),
+        3 => nth.clone().prop_map(|nth| Step::Carries { nth }),
+        2 => nth.prop_map(|nth| Step::Ends { nth }),
+        1 => peer.clone().prop_map(|peer| Step::Freezes { peer }),
+        2 => (peer, 0..ADDRESSES).prop_map(|(peer, address)| Step::ComesFrom { peer, address }),
+        4 => (1..40_000u64).prop_map(|millis| Step::Pass { millis }),
+        1 => caps().prop_map(Step::Configure),
+    ]
+}
+
+fn config(caps: Caps) -> Config {
+    let mut config = Config::default();
+    config.max_circuits = caps.total;
+    config.max_circuits_per_ip = Some(caps.per_ip);
+    config.max_circuits_per_subnet = Some(caps.per_subnet);
+    config.max_circuits_per_peer = caps.per_peer;
+    (config.connect_rate, config.reserve_rate) = (0, 0);
+    config
+}
+
+/// A circuit, as the model knows it.
+#[derive(Debug)]
+struct Record {
+    id: CircuitId,
+    source: usize,
+    target: usize,
+    address: u8,
+    state: State,
+    carried: u64,
+    /// As the last sweep saw it, and when that was news.
+    seen: u64,
+    moved: u64,
+}
+
+#[derive(Debug)]
+enum State {
+    Asking,
+    /// Its source is gone or was refused, and the target has yet to answer.
+    GivenUp,
+    Open(Meter),
+    /// It ends for another one, and has yet to say so.
+    Ceded,
+}
+
+impl Record {
+    fn counts(&self) -> bool {
+        !matches!(self.state, State::Ceded)
+    }
+
+    fn is_of(&self, peer: usize) -> bool {
+        self.source == peer || self.target == peer
+    }
+}
+
+struct Peer {
+    id: PeerId,
+    connection: u32,
+    address: u8,
+    signs: Signs,
+    is_frozen: bool,
+}
+
+struct World {
+    relay: Relay<u32, ()>,
+    caps: Caps,
+    peers: Vec<Peer>,
+    circuits: Vec<Record>,
+    start: Instant,
+    now: u64,
+    connections: u32,
+    requests: u64,
+}
+
+fn subnet(address: u8) -> u8 {
+    address / 2
+}
+
+impl World {
+    fn new(caps: Caps) -> Self {
+        let start = Instant::now();
+        let peers = (0..PEERS).map(|nth| Peer {
+            id: PeerId::random(),
+            connection: 0,
+            address: nth as u8 % ADDRESSES,
+            signs: Signs::default(),
+            is_frozen: false,
+        });
+        let mut world = Self {
+            relay: Relay::new(config(caps), start).expect("it makes sense"),
+            caps,
+            peers: peers.collect(),
+            circuits: Vec::new(),
+            start,
+            now: 0,
+            connections: 0,
+            requests: 0,
+        };
+        (0..PEERS).for_each(|peer| world.connect(peer));
+        world
+    }
+
+    fn instant(&self) -> Instant {
+        self.start + Duration::from_millis(self.now)
+    }
+
+    fn end(&self, peer: usize) -> End<u32> {
+        let Peer { id, connection, .. } = self.peers[peer];
+        End { peer: id, connection }
+    }
+
+    fn connect(&mut self, peer: usize) {
+        self.connections += 1;
+        let now = self.instant();
+        let signs = Signs::default();
+        let known = &mut self.peers[peer];
+        (known.connection, known.signs, known.is_frozen) = (self.connections, signs.clone(), false);
+        let ip: IpAddr = Ipv4Addr::new(10, 0, subnet(known.address), known.address).into();
+        let connection = Connection::new(known.id, ip.into(), false, 0, now);
+        self.relay.connected(self.connections, connection);
+        self.relay.listen_to(self.connections, signs);
+        if peer < TARGETS {
+            self.requests += 1;
+            let request = RequestId(self.requests);
+            self.relay.requested(self.end(peer), request, Request::Reserve, now);
+            self.orders(&mut Vec::new());
+        }
+    }
+
+    /// What the relay ordered, but for what is not of circuits: refusals, questions, and what is to end.
+    fn orders(&mut self, ended: &mut Vec<CircuitId>) -> Vec<Command<()>> {
+        let mut orders = Vec::new();
+        while let Some(order) = self.relay.next_order() {
+            match order {
+                Order::Command(_, Command::EndCircuit(id)) => ended.push(id),
+                Order::Grant(grant) => {
+                    let now = self.instant();
+                    self.relay.answered(grant.to.peer, grant.receipt, Ok(()), now);
+                }
+                Order::Command(_, command) => orders.push(command),
+                // A connection that is to be closed is there until it is gone.
+                Order::Close(_) | Order::Tell(_) => {}
+            }
+        }
+        orders
+    }
+
+    fn take(&mut self, step: Step) {
+        let now = self.instant();
+        match step {
+            Step::Ask { source, target } => self.ask(source, target),
+            Step::Grab { source } => {
+                for nth in 0..3 * TARGETS {
+                    self.ask(source, nth % TARGETS);
+                }
+            }
+            Step::Answer { nth, agrees } => {
+                let asked = |c: &&mut Record| matches!(c.state, State::Asking | State::GivenUp);
+                let Some(record) = self.circuits.iter_mut().filter(asked).nth(nth) else {
+                    return;
+                };
+                let id = record.id;
+                let answer = if agrees { Ok(()) } else { Err(StopFailed::Gone) };
+                self.relay.target_answered(id, answer, now);
+                let meter = self.orders(&mut Vec::new()).into_iter().find_map(|it| match it {
+                    Command::OpenCircuit(_, opened, (), quota) if opened == id => Some(quota.meter),
+                    _ => None,
+                });
+                let asking = self.circuits.iter().position(|record| record.id == id).unwrap();
+                let waits = matches!(self.circuits[asking].state, State::Asking);
+                assert_eq!(meter.is_some(), agrees && waits, "it is opened if both want it");
+                match meter {
+                    Some(meter) => self.circuits[asking].state = State::Open(meter),
+                    None => _ = self.circuits.remove(asking),
+                }
+            }
+            Step::Carries { nth } => {
+                if let Some(record) = self.open().nth(nth) {
+                    record.carried += 1;
+                    let carried = Carried { to_target: record.carried, to_source: 0 };
+                    if let State::Open(meter) = &record.state {
+                        meter.set(carried);
+                    }
+                }
+            }
+            Step::Ends { nth } => {
+                let is_open = |c: &Record| matches!(c.state, State::Open(_) | State::Ceded);
+                let open = self.circuits.iter().enumerate().filter(|(_, c)| is_open(c));
+                if let Some(index) = open.map(|(index, _)| index).nth(nth) {
+                    let record = self.circuits.remove(index);
+                    let carried = Carried { to_target: record.carried, to_source: 0 };
+                    self.relay.circuit_ended(record.id, CircuitEnd::Ended, carried, now);
+                }
+            }
+            Step::Freezes { peer } => self.peers[peer].is_frozen = true,
+            Step::ComesFrom { peer, address } => {
+                self.relay.disconnected(self.end(peer), now);
+                self.peers[peer].address = address;
+                self.circuits.retain_mut(|record| match record.state {
+                    // The target will not answer any more.
+                    State::Asking | State::GivenUp if record.target == peer => false,
+                    State::Asking if record.source == peer => {
+                        record.state = State::GivenUp;
+                        true
+                    }
+                    State::Open(_) | State::Ceded if record.source == peer => false,
+                    _ => true,
+                });
+                self.ends_with(|record| record.target == peer);
+                self.connect(peer);
+            }
+            Step::Pass { millis } => self.pass(self.now + millis),
+            Step::Configure(caps) => {
+                self.caps = caps;
+                self.relay.set_config(config(caps), now).expect("it makes sense");
+            }
+        }
+    }
+
+    fn open(&mut self) -> impl Iterator<Item = &mut Record> {
+        self.circuits.iter_mut().filter(|c| matches!(c.state, State::Open(_)))
+    }
+
+    /// The open circuits of which this holds are told to end, which their handlers do at once.
+    fn ends_with(&mut self, of: impl Fn(&Record) -> bool) {
+        let mut ended = Vec::new();
+        self.orders(&mut ended);
+        let now = self.instant();
+        for id in ended {
+            let index = self.circuits.iter().position(|record| record.id == id);
+            let Some(index) = index else {
+                continue; // its source's connection is gone
+            };
+            let record = self.circuits.remove(index);
+            assert!(of(&record), "{record:?} ends, and nobody knows why");
+            let carried = Carried { to_target: record.carried, to_source: 0 };
+            self.relay.circuit_ended(id, CircuitEnd::Ended, carried, now);
+        }
+    }
+
+    fn pass(&mut self, until: u64) {
+        loop {
+            let due = self.relay.sweep_due().saturating_duration_since(self.start);
+            let due = due.as_millis() as u64;
+            if due > until {
+                break;
+            }
+            self.now = self.now.max(due);
+            for peer in self.peers.iter().filter(|peer| !peer.is_frozen) {
+                peer.signs.heard(1);
+            }
+            let now = self.now;
+            self.relay.sweep(self.instant());
+            for record in &mut self.circuits {
+                let is_open = matches!(record.state, State::Open(_) | State::Ceded);
+                if is_open && record.carried != record.seen {
+                    (record.seen, record.moved) = (record.carried, now);
+                }
+            }
+            let mut ended = Vec::new();
+            let orders = self.orders(&mut ended);
+            for order in &orders {
+                if let Command::GiveUpAsking(id) = order {
+                    let given_up = self.circuits.iter_mut().find(|record| record.id == *id);
+                    given_up.expect("it was asked for").state = State::GivenUp;
+                }
+            }
+            // A peer that fell silent loses its circuits; they have yet to say so.
+            for id in ended {
+                let record = self.circuits.iter().find(|record| record.id == id);
+                let record = record.expect("it is there until it ended");
+                let silent = [record.source, record.target].map(|peer| self.peers[peer].is_frozen);
+                assert!(silent.contains(&true), "{record:?} ends, and its peers are there");
+            }
+        }
+        self.now = until;
+    }
+
+    /// The relay and the model decide on the same CONNECT.
+    fn ask(&mut self, source: usize, target: usize) {
+        if source == target {
+            return; // no request that is understood
+        }
+        self.requests += 1;
+        let (request, now) = (self.requests, self.instant());
+        let asked = Request::Connect(self.peers[target].id);
+        let has_slot = self.relay.reservations().live(&self.peers[target].id, now).is_some();
+        self.relay.requested(self.end(source), RequestId(request), asked, now);
+        let mut ended = Vec::new();
+        let orders = self.orders(&mut ended);
+        let mut admitted = None;
+        let mut refused = None;
+        for order in orders {
+            match order {
+                Command::AskTarget(id, ..) => admitted = Some(id),
+                Command::Refuse(RequestId(id), status) if id == request => refused = Some(status),
+                _ => {}
+            }
+        }
+        let ceded = self.decide(source, target);
+        if !has_slot {
+            assert_eq!((admitted, refused), (None, Some(Status::NoReservation)));
+            return assert!(ended.is_empty());
+        }
+        let Some(ceded) = ceded else {
+            assert_eq!((admitted, refused), (None, Some(Status::ResourceLimitExceeded)));
+            return assert!(ended.is_empty(), "nobody loses a circuit for one that is refused");
+        };
+        let id = admitted.expect("there is room");
+        assert_eq!(ended, Vec::from_iter(ceded), "the one that is to make room");
+        let gone = ceded.and_then(|id| self.circuits.iter_mut().find(|record| record.id == id));
+        if let Some(record) = gone {
+            record.state = State::Ceded;
+        }
+        self.circuits.push(Record {
+            id,
+            source,
+            target,
+            address: self.peers[source].address,
+            state: State::Asking,
+            carried: 0,
+            seen: 0,
+            moved: self.now,
+        });
+    }
+
+    /// What ends for this circuit, if anything; `None`: it is refused.
+    fn decide(&self, source: usize, target: usize) -> Option<Option<CircuitId>> {
+        let Caps { total, per_ip, per_subnet, per_peer } = self.caps;
+        let address = self.peers[source].address;
+        let counting: Vec<_> = self.circuits.iter().filter(|record| record.counts()).collect();
+        let held = |of: &dyn Fn(&Record) -> bool| counting.iter().filter(|c| of(c)).count();
+        let is_full = |held: usize, cap: usize| cap > 0 && held >= cap;
+        let same_subnet = |record: &Record| subnet(record.address) == subnet(address);
+        if is_full(held(&|record| record.address == address), per_ip)
+            || is_full(held(&same_subnet), per_subnet)
+            || held(&|record| record.is_of(source)) >= per_peer
+        {
+            return None;
+        }
+        let of_target = held(&|record| record.is_of(target));
+        if of_target < per_peer && counting.len() < total {
+            return Some(None);
+        }
+        if of_target > per_peer || counting.len() > total {
+            return None;
+        }
+        let under: Vec<_> = match of_target < per_peer {
+            true => counting,
+            false => counting.into_iter().filter(|record| record.is_of(target)).collect(),
+        };
+        let load = |of: u8| {
+            let in_subnet = under.iter().filter(|c| subnet(c.address) == subnet(of)).count();
+            [in_subnet, under.iter().filter(|c| c.address == of).count()]
+        };
+        let [subnet_load, address_load] = load(address);
+        // After it has made room, its prefix holds no less than the newcomer's.
+        let yields = |record: &Record| {
+            let [of_subnet, of_address] = load(record.address);
+            match same_subnet(record) {
+                true => of_address > address_load + 1,
+                false => of_subnet > subnet_load + 1,
+            }
+        };
+        let open = under.iter().filter(|record| matches!(record.state, State::Open(_)));
+        let ceding = open.filter(|record| yields(record));
+        let ceding = ceding.max_by_key(|c| (load(c.address), Reverse(c.moved), Reverse(c.id)));
+        ceding.map(|record| Some(record.id))
+    }
+
+    /// The relay counts what the list does.
+    fn compare(&self) {
+        let counting: Vec<_> = self.circuits.iter().filter(|record| record.counts()).collect();
+        assert_eq!(self.relay.circuits().count(), counting.len());
+        let mut ids: Vec<_> = self.relay.circuits().iter().map(|(id, _)| id).collect();
+        ids.sort_unstable();
+        let known: Vec<_> = self.circuits.iter().map(|record| record.id).collect();
+        assert_eq!(ids, known);
+        for (index, peer) in self.peers.iter().enumerate() {
+            let of_peer = counting.iter().filter(|record| record.is_of(index)).count();
+            assert_eq!(self.relay.circuits().count_of(&peer.id), of_peer);
+        }
+    }
+
+    /// By how much each cap is exceeded.
+    fn over_caps(&self) -> Vec<usize> {
+        let Caps { total, per_ip, per_subnet, per_peer } = self.caps;
+        let held = |of: &dyn Fn(&Record) -> bool| {
+            self.circuits.iter().filter(|record| record.counts() && of(record)).count()
+        };
+        let beyond = |held: usize, cap| if cap == 0 { 0 } else { held.saturating_sub(cap) };
+        let mut over = vec![beyond(held(&|_| true), total)];
+        over.extend((0..ADDRESSES).flat_map(|address| {
+            [
+                beyond(held(&|record| record.address == address), per_ip),
+                beyond(held(&|record| subnet(record.address) == subnet(address)), per_subnet),
+            ]
+        }));
+        over.extend((0..PEERS).map(|peer| beyond(held(&|record| record.is_of(peer)), per_peer)));
+        over
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 500, ..ProptestConfig::default() })]
+
+    #[test]
+    fn circuits_are_admitted_and_cede_as_a_list_of_them_says(
+        caps in caps(),
+        steps in prop::collection::vec(step(), 1..80),
+    ) {
+        let mut world = World::new(caps);
+        for step in steps {
+            let changes = matches!(step, Step::Configure(_));
+            let before = world.over_caps();
+            world.take(step);
+            world.compare();
+            let over = world.over_caps().into_iter().zip(before);
+            for (after, before) in over.filter(|_| !changes) {
+                assert!(after <= before, "a cap is exceeded");
+            }
+        }
+        for peer in 0..PEERS {
+            let now = world.instant();
+            world.relay.disconnected(world.end(peer), now);
+        }
+        prop_assert_eq!(world.relay.circuits().count(), 0);
+        prop_assert!(world.relay.circuits().quota().is_empty());
+    }
+}
