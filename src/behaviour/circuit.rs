@@ -170,7 +170,11 @@ impl Direction {
                         return Poll::Pending;
                     }
                 }
-                Poll::Ready(Err(error)) => return Poll::Ready(Err(reset(error))),
+                Poll::Ready(Err(error)) => {
+                    // What was written before reaches the other end.
+                    let _ = Pin::new(&mut *to).poll_flush(cx);
+                    return Poll::Ready(Err(reset(error)));
+                }
                 Poll::Pending => {
                     // Nothing to read now, or not its turn: let what was written reach the other end.
                     let _ = Pin::new(&mut *to).poll_flush(cx).map_err(reset)?;

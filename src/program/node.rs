@@ -33,7 +33,7 @@ use super::net::{
 };
 use super::{
     mux::{
-        ledger::{Buffered, Ledgers},
+        budget::{Buffered, MemoryBudget},
         muxer::{self, Multiplex},
         places::Commons,
         stream_limits::{self, StreamLimits},
@@ -81,7 +81,7 @@ pub struct Node {
     swarm: Swarm<Boxed<Parts>>,
     traffic: Traffic,
     proxies: Proxies,
-    ledgers: Ledgers,
+    memory: MemoryBudget,
     commons: Commons,
     observed: Observed<ConnectionId>,
     #[cfg(feature = "websocket")]
@@ -166,7 +166,7 @@ impl Node {
         let inbound = setup.streams.max_streams_per_connection.unwrap_or(outbound);
         let budget = muxer::Budget { inbound, outbound };
         let multiplex = Multiplex::new(budget, setup.streams, circuits_per_peer);
-        let (ledgers, commons) = (multiplex.ledgers(), multiplex.commons());
+        let (memory, commons) = (multiplex.memory(), multiplex.commons());
         let traffic = Traffic::default();
         let proxies = Proxies::new(limits.max_handshakes);
         let arrivals = Arrivals::new(&config, &limits);
@@ -219,7 +219,7 @@ impl Node {
             swarm: Swarm::new(transport, Boxed::new(parts), peer, swarm_config),
             traffic,
             proxies,
-            ledgers,
+            memory,
             commons,
             observed: Observed::new(Instant::now()),
             #[cfg(feature = "websocket")]
@@ -350,7 +350,7 @@ impl Node {
 
     /// What waits in it to be read by a peer, or to be taken by one.
     pub fn buffered(&self) -> Buffered {
-        self.ledgers.buffered()
+        self.memory.buffered()
     }
 
     /// The address that holds the most of each resource that all share.

@@ -140,8 +140,12 @@ impl Dialed {
             match self.0.poll_inbound_unpin(cx) {
                 Poll::Ready(Ok(stream)) => drop(stream),
                 Poll::Ready(Err(error)) => return Poll::Ready(error),
-                Poll::Pending => return Poll::Pending,
+                Poll::Pending => break,
             }
+        }
+        match self.0.poll_unpin(cx) {
+            Poll::Ready(Err(error)) => Poll::Ready(error),
+            Poll::Ready(Ok(_)) | Poll::Pending => Poll::Pending,
         }
     }
 }

@@ -9,7 +9,7 @@ use crate::{
     address::ClientPrefix,
     event::{Event, Refused},
     program::{
-        mux::ledger::Buffered, net::admission::limits::Denied, node::NodeEvent, tally::Tally,
+        mux::budget::Buffered, net::admission::limits::Denied, node::NodeEvent, tally::Tally,
     },
     relay::quota::Busiest,
 };

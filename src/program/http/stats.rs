@@ -8,7 +8,7 @@ use serde::{Serialize, Serializer};
 use crate::{
     behaviour::Upkeep,
     event::{Carried, CircuitId},
-    program::{mux::ledger::Buffered, node::Node},
+    program::{mux::budget::Buffered, node::Node},
     relay::quota::Busiest,
 };
 

@@ -1,21 +1,17 @@
-//! Streams over one connection: yamux, with budgets.
+//! Streams over one connection: yamux, with limits on what a peer may have open and have waiting.
 //!
-//! A `StreamMuxer` over the yamux crate itself, because libp2p's own lets a peer break the whole
-//! connection by opening one stream too many, and cannot tell a reset from an end of file.
+//! [`Muxer`] moves bytes between the connection and a [`session`](super::session); `poll` alone does that. A
+//! stream that the peer opens beyond its limit is reset, one that we want beyond ours waits for another to end.
 //!
-//! Budgets: yamux ends the connection when it knows of more streams than it may, so it is never
-//! let come that far. A stream that the peer opens beyond its budget is reset, one that we want
-//! beyond ours waits for another to end.
-//!
-//! Windows cannot be taken back, and all of them together are more than there is memory for. So what
-//! they hold is counted (`ledger.rs`), and given up where that gets too much.
+//! The secure channel makes a message, and a system call, of each flush. So a flush comes when there is
+//! nothing more to send, or as much as goes into a message of Noise (write batching): it saves a fifth of the
+//! CPU time of a circuit's set-up.
 
 use std::{
-    collections::VecDeque,
     io, iter,
     pin::Pin,
     sync::Arc,
-    task::{Context, Poll, Waker, ready},
+    task::{Context, Poll, ready},
     time::{Duration, Instant},
 };
 
@@ -30,32 +26,30 @@ use libp2p::{
 };
 
 use super::{
-    corked::{Cork, Corked, cork},
-    frames::{INITIAL_WINDOW, LONGEST_FRAME},
-    held::Pool,
-    ledger::{Client, Ledger, Ledgers, Rest},
-    metered::Metered,
+    budget::{MemoryBudget, Shed},
+    frame::HEADER,
     pace::{Pace, Paces},
     places::{Commons, Place, Places},
+    session::{End, Frames, Role, Room},
+    stream::QUANTUM,
     stream_limits::StreamLimits,
-    substream::{OpenedBy, Substream},
+    substream::{OpenedBy, Shared, Substream},
 };
-use crate::{activity::Signs, address::ClientPrefix, behaviour::buffer};
+use crate::{activity::Signs, address::ClientPrefix};
 
-/// By how much the windows of one connection may grow in all beyond the initial ones, in bytes.
-///
-/// js-libp2p sends as much as the window holds in a single frame, so no window may get larger than
-/// the longest frame. That is enough for 80 Mbit/s over a round trip of 100 ms.
-const WINDOW_GROWTH: usize = LONGEST_FRAME - INITIAL_WINDOW;
+/// How much is read before others have their turn, in bytes, and in frames.
+const TURN: usize = 256 * 1024;
+const TURN_FRAMES: usize = 64;
 
-/// How many streams yamux lets us open before the peer acknowledged the first.
-const ACK_BACKLOG: usize = 256;
+/// How much goes out in one message where memory is short, in bytes. Noise has room for three such messages
+/// for ever, once there was one.
+const SMALL_BATCH: usize = 8 * 1024;
 
-/// How long a connection may take to tell its peer that a stream is given up, once that has to be.
-const PATIENCE: Duration = Duration::from_millis(250);
+/// How much goes out in one message at most, in bytes: a whole frame, and the largest message of Noise.
+const LARGE_BATCH: usize = QUANTUM + HEADER;
 
-/// For how long a connection is not read that holds more than its share of a pool that is over its limit.
-const PAUSE: Duration = Duration::from_millis(10);
+/// How much more memory a connection takes with large batches.
+const LARGE_BATCH_COST: usize = 3 * (LARGE_BATCH - SMALL_BATCH);
 
 /// How long a connection may take to close in good order, before it is dropped.
 const CLOSING: Duration = Duration::from_secs(3);
@@ -69,27 +63,11 @@ pub struct Budget {
     pub outbound: usize,
 }
 
-impl Budget {
-    /// Yamux forgets a stream that we dropped only once it could write so, and until then counts
-    /// it: of ours, all that were acknowledged and all that still may be. Beside those that are
-    /// open, that many must fit, so that nobody's connection breaks because others asked for it.
-    fn known_to_yamux(self) -> usize {
-        self.inbound + 2 * self.outbound + ACK_BACKLOG
-    }
-
-    fn yamux(self) -> yamux::Config {
-        let streams = self.known_to_yamux();
-        let mut config = yamux::Config::default();
-        // First the window, then the number: each is checked against the other.
-        config.set_max_connection_receive_window(None);
-        config.set_max_num_streams(streams);
-        // A frame of ours is one message of Noise, and one write: four times fewer of them than
-        // with yamux's 16 KiB.
-        config.set_split_send_size(buffer::SIZE);
-        let window = streams * INITIAL_WINDOW + WINDOW_GROWTH;
-        config.set_max_connection_receive_window(Some(window));
-        config
-    }
+/// Where a connection comes from, and its activity counter.
+#[derive(Clone, Debug, Default)]
+struct Client {
+    prefix: Option<ClientPrefix>,
+    signs: Signs,
 }
 
 /// Makes connections carry streams. Clones share what all connections may have together.
@@ -98,19 +76,19 @@ pub struct Multiplex {
     budget: Budget,
     commons: Commons,
     paces: Paces,
-    ledgers: Ledgers,
+    memory: MemoryBudget,
     client: Client,
 }
 
 impl Multiplex {
     /// Within these limits, each connection for so many circuits.
     pub fn new(budget: Budget, limits: StreamLimits, circuits: usize) -> Self {
-        let pool = Pool::new(limits.buffered(circuits), limits.buffered_per_connection(circuits));
+        let per_connection = limits.buffered_per_connection(circuits);
         Self {
             budget,
             commons: Commons::new(limits.max_streams),
             paces: Paces::new(limits.stream_rate),
-            ledgers: Ledgers::new(pool),
+            memory: MemoryBudget::new(limits.buffered(circuits), per_connection),
             client: Client::default(),
         }
     }
@@ -126,9 +104,9 @@ impl Multiplex {
         self.commons.clone()
     }
 
-    /// The ledgers of its connections.
-    pub fn ledgers(&self) -> Ledgers {
-        self.ledgers.clone()
+    /// The memory that its connections share.
+    pub fn memory(&self) -> MemoryBudget {
+        self.memory.clone()
     }
 }
 
@@ -147,7 +125,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> InboundConnectionUpgrade<C> for Multiple
     type Future = std::future::Ready<io::Result<Muxer<C>>>;
 
     fn upgrade_inbound(self, connection: C, _: Self::Info) -> Self::Future {
-        std::future::ready(Ok(Muxer::new(connection, &self, yamux::Mode::Server)))
+        std::future::ready(Ok(Muxer::new(connection, &self, Role::Server)))
     }
 }
 
@@ -157,110 +135,195 @@ impl<C: AsyncRead + AsyncWrite + Unpin> OutboundConnectionUpgrade<C> for Multipl
     type Future = std::future::Ready<io::Result<Muxer<C>>>;
 
     fn upgrade_outbound(self, connection: C, _: Self::Info) -> Self::Future {
-        std::future::ready(Ok(Muxer::new(connection, &self, yamux::Mode::Client)))
+        std::future::ready(Ok(Muxer::new(connection, &self, Role::Client)))
     }
 }
 
-/// A connection as yamux has it.
-type Below<C> = Metered<Corked<C>>;
-
 /// One connection.
+#[derive(Debug)]
 pub struct Muxer<C> {
-    connection: yamux::Connection<Below<C>>,
-    cork: Cork<C>,
-    ledger: Arc<Ledger>,
+    connection: C,
+    shared: Arc<Shared>,
+    room: Room,
+    /// Frames that are being written, how much of them was, and what they are.
+    frames: Vec<u8>,
+    written: usize,
+    kind: Frames,
+    /// How much was written since the last flush; whether data is among it.
+    unflushed: usize,
+    has_data: bool,
+    is_flushing: bool,
+    /// How much may be written before a flush.
+    batch: usize,
     inbound: Arc<Places>,
-    pace: Pace,
     outbound: Arc<Places>,
-    /// Streams that came in while nobody asked for one. Each holds a place, so they are few.
-    waiting: VecDeque<Substream>,
-    /// Until then its peer may still be told of what it gives up.
-    patience: Option<Delay>,
-    /// Until then it is not read.
+    /// How fast the peer may open streams, and send frames that open streams, reset them, or ping.
+    pace: Pace,
+    frame_pace: Pace,
+    signs: Signs,
+    /// Until then it is not read, because such frames came faster.
     pause: Option<Delay>,
+    /// Why it ends, once everybody was told.
+    end: Option<io::Error>,
     /// Until then it may close in good order.
     closing: Option<Delay>,
-    wants_inbound: Option<Waker>,
+}
+
+impl<C> Muxer<C> {
+    fn new(connection: C, multiplex: &Multiplex, role: Role) -> Self {
+        let Multiplex { budget, commons, paces, memory, client } = multiplex;
+        let prefix = client.prefix;
+        Self {
+            connection,
+            shared: Shared::new(role, memory, prefix),
+            room: Room::default(),
+            frames: Vec::new(),
+            written: 0,
+            kind: Frames::Control,
+            unflushed: 0,
+            has_data: false,
+            is_flushing: false,
+            batch: SMALL_BATCH,
+            inbound: Places::shared(budget.inbound, commons.clone(), prefix),
+            outbound: Places::new(budget.outbound),
+            pace: paces.streams(prefix),
+            frame_pace: paces.frames(prefix),
+            signs: client.signs.clone(),
+            pause: None,
+            end: None,
+            closing: None,
+        }
+    }
+}
+
+/// Why a connection is read no further.
+enum Stop {
+    End(End),
+    Io(io::Error),
+}
+
+impl From<End> for Stop {
+    fn from(end: End) -> Self {
+        Self::End(end)
+    }
+}
+
+impl From<io::Error> for Stop {
+    fn from(error: io::Error) -> Self {
+        Self::Io(error)
+    }
 }
 
 impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
-    fn new(connection: C, multiplex: &Multiplex, mode: yamux::Mode) -> Self {
-        let Multiplex { budget, commons, paces, ledgers, client } = multiplex;
-        let ledger = ledgers.open(client.clone());
-        let (connection, cork) = cork(connection, ledger.account.clone());
-        let connection = Metered::new(connection, Arc::clone(&ledger), paces.frames(client.prefix));
-        Self {
-            connection: yamux::Connection::new(connection, budget.yamux(), mode),
-            cork,
-            ledger,
-            inbound: Places::shared(budget.inbound, commons.clone(), client.prefix),
-            pace: paces.streams(client.prefix),
-            outbound: Places::new(budget.outbound),
-            waiting: VecDeque::new(),
-            patience: None,
-            pause: None,
-            closing: None,
-            wants_inbound: None,
+    /// Reads what there is, for a turn. Never waits for what is to be written, or for a stream to be read.
+    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Stop>> {
+        if let Some(pause) = &mut self.pause {
+            ready!(pause.poll_unpin(cx));
+            self.pause = None;
         }
-    }
-
-    /// Lets the connection make progress. A new stream within the budget is handed over.
-    fn progress(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Option<Substream>>> {
-        if !self.ledger.begins(cx) {
-            return Poll::Ready(Err(holds_too_much()));
-        }
-        let progress = self.connection.poll_next_inbound(cx);
-        let wrote_all = self.cork.took_all();
-        // Where the socket takes no more, it calls when it does.
-        let _ = self.cork.poll_flush(cx)?;
-        match progress {
-            Poll::Pending => self.rest(cx, wrote_all),
-            Poll::Ready(None) => Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into())),
-            Poll::Ready(Some(Err(error))) => Poll::Ready(Err(into_io(error))),
-            Poll::Ready(Some(Ok(stream))) => {
-                let is_admitted = self.pace.admits(Instant::now());
-                let place = is_admitted.then(|| Place::take(&self.inbound)).flatten();
-                let has_place = place.is_some();
-                let stream = self.substream(stream, OpenedBy::Peer, place);
-                match has_place {
-                    true => Poll::Ready(Ok(Some(stream))),
-                    // Dropping a stream resets it, once yamux can say so.
-                    false if wrote_all => Poll::Ready(Ok(None)),
-                    false => Poll::Ready(Err(holds_too_much())),
+        let (mut bytes, mut frames) = (0, 0);
+        while bytes < TURN && frames < TURN_FRAMES {
+            if self.room.needs_chunk() {
+                self.shared.with(|session| session.lend(&mut self.room));
+            }
+            let room = self.room.buffer();
+            let Poll::Ready(read) = Pin::new(&mut self.connection).poll_read(cx, room) else {
+                if self.room.has_chunk() {
+                    self.shared.with(|session| session.reclaim(&mut self.room));
                 }
+                return Poll::Pending;
+            };
+            let (read, now) = (read?, Instant::now());
+            if read == 0 {
+                return Poll::Ready(Err(End::Left.into()));
+            }
+            bytes += read;
+            let received = self.shared.with(|session| session.receive(&mut self.room, read, now))?;
+            self.shared.budget().pool().push_out(now);
+            frames += usize::from(received.is_frame);
+            if let Some(stream) = received.opened {
+                let is_admitted = self.pace.admits(now);
+                let place = is_admitted.then(|| Place::take(&self.inbound)).flatten();
+                self.shared.with(|session| session.admit(stream, place))?;
+            }
+            if received.is_dear
+                && let Some(pause) = self.frame_pace.rest(now)
+            {
+                self.signs.set_flooding();
+                self.pause = Some(Delay::new(pause));
+                break;
+            }
+        }
+        cx.waker().wake_by_ref(); // there may be more
+        Poll::Ready(Ok(()))
+    }
+
+    /// Writes what there is to be sent, for a turn, and flushes it.
+    fn poll_write(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let mut turn = 0;
+        loop {
+            if self.is_flushing {
+                ready!(Pin::new(&mut self.connection).poll_flush(cx))?;
+                (self.is_flushing, self.has_data, self.unflushed) = (false, false, 0);
+            }
+            if self.written >= self.frames.len() {
+                if turn >= TURN {
+                    cx.waker().wake_by_ref();
+                    return Poll::Pending;
+                }
+                let most = self.batch.saturating_sub(HEADER);
+                let (frames, now) = (&mut self.frames, Instant::now());
+                self.written = 0;
+                let taken = self.shared.with(|session| session.take_frames(frames, most, now));
+                let Some(kind) = taken else {
+                    self.frames = Vec::new();
+                    if self.unflushed == 0 {
+                        return Poll::Ready(Ok(()));
+                    }
+                    self.is_flushing = true;
+                    continue;
+                };
+                self.kind = kind;
+            }
+            let left = self.frames.get(self.written..).unwrap_or_default();
+            // js-libp2p drops data that comes with a reset in one message.
+            let splits = self.kind == Frames::Resets && self.has_data;
+            if self.unflushed > 0 && (splits || self.unflushed + left.len() > self.batch) {
+                self.is_flushing = true;
+                continue;
+            }
+            let written = ready!(Pin::new(&mut self.connection).poll_write(cx, left))?;
+            if written == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            turn += written;
+            self.written += written;
+            self.unflushed += written;
+            self.has_data |= self.kind == Frames::Data;
+            let budget = self.shared.budget();
+            if self.kind == Frames::Data
+                && self.unflushed + HEADER >= self.batch
+                && self.batch == SMALL_BATCH
+                && budget.keep_if_plenty(LARGE_BATCH_COST)
+            {
+                self.batch = LARGE_BATCH;
             }
         }
     }
 
-    /// It can do no more now; but it does not wait for its peer for long while it holds too much.
-    fn rest<T>(&mut self, cx: &mut Context<'_>, wrote_all: bool) -> Poll<io::Result<T>> {
-        match self.ledger.rests(wrote_all) {
-            Rest::Calm => self.patience = None,
-            Rest::Paused => {
-                let pause = self.pause.get_or_insert_with(|| Delay::new(PAUSE));
-                ready!(pause.poll_unpin(cx));
-                self.pause = None;
-                cx.waker().wake_by_ref();
-            }
-            Rest::Relieved => {
-                self.patience = None;
-                cx.waker().wake_by_ref();
-            }
-            Rest::Blocked => {
-                let patience = self.patience.get_or_insert_with(|| Delay::new(PATIENCE));
-                ready!(patience.poll_unpin(cx));
-                self.ledger.is_closed_instead();
-                return Poll::Ready(Err(holds_too_much()));
-            }
+    /// The session ends. What was received may still be read until the next poll, which fails.
+    fn end(&mut self, stop: Stop, cx: &mut Context<'_>) {
+        let (end, error) = match stop {
+            Stop::Io(error) => (End::Left, error),
+            Stop::End(End::Left) => (End::Left, io::ErrorKind::ConnectionAborted.into()),
+            Stop::End(end @ End::Broken(_, why)) => (end, io::Error::other(why)),
+        };
+        self.shared.with(|session| session.end(end));
+        if end != End::Left {
+            let _ = self.poll_write(cx); // the go-away, if there is room for it
         }
-        Poll::Pending
-    }
-
-    fn substream(&self, yamux: yamux::Stream, by: OpenedBy, place: Option<Place>) -> Substream {
-        let id = yamux.id();
-        let stream = Substream::new(yamux, by, place, self.ledger.account.clone());
-        self.ledger.open(id, stream.kept());
-        stream
+        self.end = Some(error);
+        cx.waker().wake_by_ref();
     }
 }
 
@@ -268,62 +331,57 @@ impl<C: AsyncRead + AsyncWrite + Unpin> StreamMuxer for Muxer<C> {
     type Substream = Substream;
     type Error = io::Error;
 
-    fn poll_inbound(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<Substream>> {
-        if let Some(stream) = self.waiting.pop_front() {
-            return Poll::Ready(Ok(stream));
-        }
-        if let Poll::Ready(progress) = self.progress(cx)? {
-            match progress {
-                Some(stream) => return Poll::Ready(Ok(stream)),
-                // Come back at once, but let others run first.
-                None => cx.waker().wake_by_ref(),
-            }
-        }
-        self.wants_inbound = Some(cx.waker().clone());
-        Poll::Pending
+    fn poll_inbound(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<Substream>> {
+        let serial = ready!(self.shared.with(|session| session.poll_accept(cx)));
+        Poll::Ready(Ok(Substream::new(&self.shared, serial, OpenedBy::Peer)))
     }
 
-    fn poll_outbound(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<io::Result<Substream>> {
+    fn poll_outbound(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<Substream>> {
+        ready!(self.shared.with(|session| session.poll_open(cx)));
         let place = ready!(Place::poll_take(&self.outbound, cx));
-        let stream = ready!(self.connection.poll_new_outbound(cx)).map_err(into_io)?;
-        Poll::Ready(Ok(self.substream(stream, OpenedBy::Relay, Some(place))))
+        let serial = self.shared.with(|session| session.open(place, Instant::now()))?;
+        Poll::Ready(Ok(Substream::new(&self.shared, serial, OpenedBy::Relay)))
     }
 
     fn poll_close(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.waiting.clear();
-        if self.ledger.gives(cx) {
-            return Poll::Ready(Err(holds_too_much()));
+        let this = &mut *self;
+        this.shared.with(|session| {
+            session.set_driver(cx);
+            session.leave();
+        });
+        let closed = match this.poll_write(cx) {
+            Poll::Ready(Ok(())) => Pin::new(&mut this.connection).poll_close(cx),
+            other => other,
+        };
+        if closed.is_pending() {
+            let closing = this.closing.get_or_insert_with(|| Delay::new(CLOSING));
+            ready!(closing.poll_unpin(cx));
         }
-        if let Poll::Ready(closed) = self.connection.poll_close(cx) {
-            return Poll::Ready(closed.map_err(into_io));
-        }
-        let closing = self.closing.get_or_insert_with(|| Delay::new(CLOSING));
-        ready!(closing.poll_unpin(cx));
-        Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
+        Poll::Ready(Ok(()))
     }
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<StreamMuxerEvent>> {
-        if let Some(stream) = ready!(self.progress(cx))? {
-            self.waiting.push_back(stream);
-            if let Some(waker) = self.wants_inbound.take() {
-                waker.wake();
+        if let Some(error) = self.end.take() {
+            return Poll::Ready(Err(error));
+        }
+        self.shared.with(|session| session.set_driver(cx));
+        match self.poll_read(cx) {
+            Poll::Ready(Err(stop)) => self.end(stop, cx),
+            Poll::Ready(Ok(())) | Poll::Pending => {
+                if let Poll::Ready(Err(error)) = self.poll_write(cx) {
+                    self.end(error.into(), cx);
+                }
             }
         }
-        cx.waker().wake_by_ref();
         Poll::Pending
     }
 }
 
-fn into_io(error: yamux::ConnectionError) -> io::Error {
-    match error {
-        yamux::ConnectionError::Io(error) => error,
-        other => io::Error::other(other),
+impl<C> Drop for Muxer<C> {
+    fn drop(&mut self) {
+        self.shared.with(|session| {
+            session.reclaim(&mut self.room);
+            session.close_all();
+        });
     }
-}
-
-fn holds_too_much() -> io::Error {
-    io::Error::other("it holds more of what others are to read than there is room for")
 }

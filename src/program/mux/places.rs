@@ -38,13 +38,13 @@ struct Shared {
 
 struct Taken {
     prefix: Option<ClientPrefix>,
-    silent: Option<Weak<dyn Reset>>,
+    silent: Option<(Weak<dyn Reset>, u64)>,
 }
 
-/// A stream that can be reset for another.
+/// A session of which a stream can be reset for another.
 pub trait Reset: Send + Sync {
-    /// Resets it.
-    fn reset(&self);
+    /// Resets the stream with this serial number.
+    fn reset(&self, stream: u64);
 }
 
 impl fmt::Debug for Taken {
@@ -86,8 +86,10 @@ impl Commons {
         let number = shared.last;
         shared.taken.insert(number, Taken { prefix, silent: None });
         drop(shared);
-        if let Some(stream) = reset.and_then(|stream| stream.upgrade()) {
-            stream.reset();
+        if let Some((session, stream)) = reset
+            && let Some(session) = session.upgrade()
+        {
+            session.reset(stream);
         }
         Some(number)
     }
@@ -106,7 +108,7 @@ impl Commons {
 
 impl Shared {
     /// Frees the place of a silent stream for one of this prefix.
-    fn give_way(&mut self, prefix: Option<ClientPrefix>) -> Option<Weak<dyn Reset>> {
+    fn give_way(&mut self, prefix: Option<ClientPrefix>) -> Option<(Weak<dyn Reset>, u64)> {
         let silent = self
             .taken
             .iter()
@@ -174,8 +176,8 @@ impl Place {
     }
 
     /// No request has come on its stream yet: it can be reset for another.
-    pub fn is_silent(&self, stream: Weak<dyn Reset>) {
-        self.set_silent(Some(stream));
+    pub fn is_silent(&self, session: Weak<dyn Reset>, stream: u64) {
+        self.set_silent(Some((session, stream)));
     }
 
     /// A request has come on its stream.
@@ -183,7 +185,7 @@ impl Place {
         self.set_silent(None);
     }
 
-    fn set_silent(&self, silent: Option<Weak<dyn Reset>>) {
+    fn set_silent(&self, silent: Option<(Weak<dyn Reset>, u64)>) {
         if let Some((commons, number)) = &self.commons
             && let Some(taken) = commons.shared().taken.get_mut(number)
         {
@@ -238,7 +240,7 @@ mod tests {
     }
 
     impl Reset for AtomicBool {
-        fn reset(&self) {
+        fn reset(&self, _: u64) {
             self.store(true, Ordering::Relaxed);
         }
     }
@@ -275,7 +277,7 @@ mod tests {
         places.retain(|place| place.commons.is_some());
         for (place, stream) in places.iter().zip(&streams) {
             let stream: Weak<AtomicBool> = Arc::downgrade(stream);
-            place.is_silent(stream);
+            place.is_silent(stream, 0);
         }
         let reset = || streams.iter().filter(|it| it.load(Ordering::Relaxed)).count();
         places.iter().skip(1).for_each(Place::is_used);

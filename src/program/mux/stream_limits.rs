@@ -3,7 +3,7 @@
 use bytesize::ByteSize;
 
 use super::{
-    frames::{INITIAL_WINDOW, LONGEST_FRAME, MOST_STREAMS},
+    frame::{INITIAL_WINDOW, MAX_STREAMS, MAX_WINDOW},
     places::OWN,
 };
 use crate::config::ConfigError;
@@ -17,7 +17,7 @@ pub const SPARE: usize = 32;
 ///
 /// When that is more than a muxer can tell apart.
 pub fn per_connection(circuits: usize) -> Result<usize, ConfigError> {
-    const MOST: usize = MOST_STREAMS - SPARE;
+    const MOST: usize = MAX_STREAMS - SPARE;
     match circuits {
         0..=MOST => Ok(circuits + SPARE),
         _ => {
@@ -28,7 +28,7 @@ pub fn per_connection(circuits: usize) -> Result<usize, ConfigError> {
 }
 
 /// The least that may be held: a window that is as large as it can get, and as much on its way out.
-pub const LEAST_BUFFERED: usize = 2 * LONGEST_FRAME;
+pub const LEAST_BUFFERED: usize = 2 * MAX_WINDOW;
 
 /// The least that may wait on all connections by default, in bytes.
 const LEAST_POOL: usize = 80 * 1024 * 1024;
@@ -86,8 +86,8 @@ impl StreamLimits {
     /// The first that does not.
     pub fn check(&self) -> Result<(), ConfigError> {
         let per_connection = self.max_streams_per_connection.unwrap_or(OWN);
-        if !(OWN..=MOST_STREAMS).contains(&per_connection) {
-            let problem = format!("{per_connection} cannot be; try {OWN} to {MOST_STREAMS}");
+        if !(OWN..=MAX_STREAMS).contains(&per_connection) {
+            let problem = format!("{per_connection} cannot be; try {OWN} to {MAX_STREAMS}");
             return Err(ConfigError::new("max_streams_per_connection", problem));
         }
         for (name, bytes) in [
@@ -105,7 +105,7 @@ impl StreamLimits {
 
     /// How many bytes one connection may hold that is made for so many circuits.
     pub fn buffered_per_connection(&self, circuits: usize) -> usize {
-        let default = || circuits.saturating_mul(INITIAL_WINDOW).saturating_add(LONGEST_FRAME);
+        let default = || circuits.saturating_mul(INITIAL_WINDOW).saturating_add(MAX_WINDOW);
         self.max_buffered_per_connection.unwrap_or_else(default)
     }
 

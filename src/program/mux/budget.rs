@@ -1,0 +1,339 @@
+//! Memory for bytes that wait in the relay: one pool, an account for each connection, and push-out.
+//!
+//! Push-out (longest queue drop): while the pool is above its limit, the heaviest client prefix loses
+//! streams: of its heaviest connection the one with the most bytes that have waited for the longest. Their
+//! bytes are freed at once. No connection is read more slowly because of another one.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
+    time::Instant,
+};
+
+use crate::address::ClientPrefix;
+
+/// The smallest window that is granted when the pool fills up, in bytes.
+const MIN_WINDOW: usize = 32 * 1024;
+
+/// The pool of all connections. Clones are the same pool.
+#[derive(Clone, Debug)]
+pub struct MemoryBudget(Arc<Pool>);
+
+#[derive(Debug)]
+struct Pool {
+    limit: usize,
+    limit_per_connection: usize,
+    held: AtomicUsize,
+    opened: AtomicU64,
+    open: Mutex<BTreeMap<u64, Weak<dyn Shed>>>,
+    /// Held by the thread that pushes out.
+    pushing_out: Mutex<()>,
+    streams_cut: AtomicU64,
+    connections_closed: AtomicU64,
+}
+
+/// A connection that can free memory.
+pub trait Shed: Send + Sync + std::fmt::Debug {
+    /// Its account.
+    fn budget(&self) -> &ConnectionBudget;
+
+    /// Resets its most stalled stream; returns how many bytes that freed.
+    fn shed(&self, now: Instant) -> usize;
+}
+
+/// How many bytes wait in the relay, and what was cut for them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Buffered {
+    /// The bytes that are held.
+    pub bytes: usize,
+    /// How many streams were reset because too much waited on them.
+    pub streams_given_up: u64,
+    /// How many connections were closed because their peers take no answers.
+    pub connections_given_up: u64,
+}
+
+/// The account of one connection.
+#[derive(Debug)]
+pub struct ConnectionBudget {
+    pool: MemoryBudget,
+    number: u64,
+    prefix: Option<ClientPrefix>,
+    /// All that it is charged.
+    held: AtomicUsize,
+    /// Of that, what was received and is unread.
+    unread: AtomicUsize,
+    /// What it is charged until it closes, and cannot free.
+    kept: AtomicUsize,
+}
+
+impl MemoryBudget {
+    /// An empty pool with its limit, and the limit on what one connection holds unread, in bytes.
+    pub fn new(limit: usize, limit_per_connection: usize) -> Self {
+        Self(Arc::new(Pool {
+            limit,
+            limit_per_connection,
+            held: AtomicUsize::new(0),
+            opened: AtomicU64::new(0),
+            open: Mutex::default(),
+            pushing_out: Mutex::default(),
+            streams_cut: AtomicU64::new(0),
+            connections_closed: AtomicU64::new(0),
+        }))
+    }
+
+    /// Opens the account of a connection from this prefix.
+    pub fn open(&self, prefix: Option<ClientPrefix>) -> Arc<ConnectionBudget> {
+        Arc::new(ConnectionBudget {
+            pool: self.clone(),
+            number: self.0.opened.fetch_add(1, Ordering::Relaxed),
+            prefix,
+            held: AtomicUsize::new(0),
+            unread: AtomicUsize::new(0),
+            kept: AtomicUsize::new(0),
+        })
+    }
+
+    /// From now on this connection is asked to free memory when the pool is above its limit.
+    pub fn register(&self, connection: &Arc<impl Shed + 'static>) {
+        let number = connection.budget().number;
+        let connection: Weak<_> = Arc::downgrade(connection);
+        self.connections().insert(number, connection);
+    }
+
+    /// What is held, and what was cut.
+    pub fn buffered(&self) -> Buffered {
+        Buffered {
+            bytes: self.held(),
+            streams_given_up: self.0.streams_cut.load(Ordering::Relaxed),
+            connections_given_up: self.0.connections_closed.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Frees memory down to nine tenths of the limit, if more than that limit is held. Takes the locks of
+    /// sessions, one at a time: the caller must hold none.
+    pub fn push_out(&self, now: Instant) {
+        let pool = &self.0;
+        if self.held() <= pool.limit {
+            return;
+        }
+        let Ok(_alone) = pool.pushing_out.try_lock() else {
+            return;
+        };
+        let open: Vec<_> = self.connections().values().filter_map(Weak::upgrade).collect();
+        let mut prefixes: HashMap<_, usize> = HashMap::new();
+        let weigh = |connection: Arc<dyn Shed>| {
+            let budget = connection.budget();
+            let held = budget.held();
+            *prefixes.entry(budget.prefix).or_default() += held;
+            (connection, held)
+        };
+        let mut open: Vec<_> = open.into_iter().map(weigh).collect();
+        while self.held() > pool.limit / 10 * 9 {
+            let heaviest = open.iter_mut().max_by_key(|(connection, held)| {
+                let prefix = connection.budget().prefix;
+                // What has nothing to free weighs nothing, whatever its prefix.
+                let of_prefix = if *held > 0 { prefixes.get(&prefix).copied() } else { None };
+                (of_prefix, prefix, *held)
+            });
+            let Some((connection, held)) = heaviest.filter(|(_, held)| *held > 0) else {
+                return;
+            };
+            let freed = match connection.shed(now) {
+                0 => *held,
+                freed => freed.min(*held),
+            };
+            *held -= freed;
+            if let Some(of_prefix) = prefixes.get_mut(&connection.budget().prefix) {
+                *of_prefix = of_prefix.saturating_sub(freed);
+            }
+        }
+    }
+
+    fn held(&self) -> usize {
+        self.0.held.load(Ordering::Relaxed)
+    }
+
+    fn connections(&self) -> MutexGuard<'_, BTreeMap<u64, Weak<dyn Shed>>> {
+        self.0.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl ConnectionBudget {
+    /// The pool that it is a part of.
+    pub fn pool(&self) -> &MemoryBudget {
+        &self.pool
+    }
+
+    /// How many bytes it is charged that can be freed.
+    pub fn held(&self) -> usize {
+        self.held.load(Ordering::Relaxed)
+    }
+
+    /// Charges so many bytes.
+    pub fn charge(&self, bytes: usize) {
+        self.held.fetch_add(bytes, Ordering::Relaxed);
+        self.pool.0.held.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Releases so many bytes.
+    pub fn release(&self, bytes: usize) {
+        self.held.fetch_sub(bytes, Ordering::Relaxed);
+        self.pool.0.held.fetch_sub(bytes, Ordering::Relaxed);
+    }
+
+    /// Charges so many bytes that were received.
+    pub fn charge_unread(&self, bytes: usize) {
+        self.unread.fetch_add(bytes, Ordering::Relaxed);
+        self.charge(bytes);
+    }
+
+    /// Releases so many bytes that were received.
+    pub fn release_unread(&self, bytes: usize) {
+        self.unread.fetch_sub(bytes, Ordering::Relaxed);
+        self.release(bytes);
+    }
+
+    /// Charges so many bytes until the connection closes, if half of the pool stays free.
+    pub fn keep_if_plenty(&self, bytes: usize) -> bool {
+        let pool = &self.pool.0;
+        let is_plenty = self.pool.held().saturating_add(bytes) <= pool.limit / 2;
+        if is_plenty {
+            self.kept.fetch_add(bytes, Ordering::Relaxed);
+            pool.held.fetch_add(bytes, Ordering::Relaxed);
+        }
+        is_plenty
+    }
+
+    /// Whether more is unread than one connection may hold.
+    pub fn is_exceeded(&self) -> bool {
+        self.unread.load(Ordering::Relaxed) > self.pool.0.limit_per_connection
+    }
+
+    /// Which window a stream gets whose own is `window`: all of it while half of the pool is free, the
+    /// smallest from three quarters on, in between in proportion.
+    pub fn window(&self, window: usize) -> usize {
+        let limit = self.pool.0.limit.max(4);
+        let above_half = self.pool.held().saturating_sub(limit / 2).min(limit / 4);
+        let falls_by = window.saturating_sub(MIN_WINDOW) as u128;
+        window - (falls_by * above_half as u128 / (limit / 4) as u128) as usize
+    }
+
+    /// Counts a stream that was reset for its bytes.
+    pub fn count_cut(&self) {
+        self.pool.0.streams_cut.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Counts a connection that is closed because its peer takes no answers.
+    pub fn count_closed(&self) {
+        self.pool.0.connections_closed.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+impl Drop for ConnectionBudget {
+    fn drop(&mut self) {
+        self.pool.connections().remove(&self.number);
+        let bytes = *self.held.get_mut() + *self.kept.get_mut();
+        self.pool.0.held.fetch_sub(bytes, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::IpAddr;
+
+    use super::*;
+
+    /// A connection that frees ten bytes at a time, as long as it holds some beside `fixed`.
+    #[derive(Debug)]
+    struct Connection(Arc<ConnectionBudget>, usize);
+
+    impl Shed for Connection {
+        fn budget(&self) -> &ConnectionBudget {
+            &self.0
+        }
+
+        fn shed(&self, _: Instant) -> usize {
+            let held = self.0.held();
+            if held - self.1 < 10 {
+                return 0;
+            }
+            self.0.release(10);
+            self.0.count_cut();
+            10
+        }
+    }
+
+    fn connection(budget: &MemoryBudget, host: u8, fixed: usize) -> Arc<Connection> {
+        let account = budget.open(Some(IpAddr::from([10, 0, 0, host]).into()));
+        account.charge(fixed);
+        let connection = Arc::new(Connection(account, fixed));
+        budget.register(&connection);
+        connection
+    }
+
+    fn held(connection: &Connection) -> usize {
+        connection.0.held()
+    }
+
+    #[test]
+    fn the_heaviest_connection_of_the_heaviest_prefix_loses_streams_down_to_nine_tenths() {
+        let budget = MemoryBudget::new(1000, 1000);
+        let [light, other, heavy] = [1, 2, 2].map(|host| connection(&budget, host, 0));
+        light.0.charge(400);
+        other.0.charge(250);
+        heavy.0.charge(350);
+        budget.push_out(Instant::now());
+        assert_eq!(budget.buffered().streams_given_up, 0, "nothing is cut at the limit");
+        heavy.0.charge(10);
+        budget.push_out(Instant::now());
+        assert_eq!((held(&light), held(&other), held(&heavy)), (400, 250, 250));
+        assert_eq!(budget.buffered(), Buffered { bytes: 900, streams_given_up: 11, ..Buffered::default() });
+    }
+
+    #[test]
+    fn who_cannot_free_anything_is_passed_over() {
+        let budget = MemoryBudget::new(1000, 1000);
+        let [fixed, other] = [(1, 900), (2, 0)].map(|(host, fixed)| connection(&budget, host, fixed));
+        other.0.charge(200);
+        budget.push_out(Instant::now());
+        assert_eq!((held(&fixed), held(&other)), (900, 0));
+        budget.push_out(Instant::now());
+        other.0.charge(500);
+        drop(fixed);
+        assert_eq!(budget.buffered().bytes, 500);
+        assert_eq!(budget.connections().len(), 1);
+    }
+
+    #[test]
+    fn what_a_connection_holds_counts_until_it_is_released_or_the_connection_is_gone() {
+        let budget = MemoryBudget::new(100, 50);
+        let [one, other] = [1, 2].map(|host| connection(&budget, host, 0));
+        one.0.charge_unread(50);
+        other.0.charge_unread(51);
+        one.0.charge(10);
+        assert!(!one.0.is_exceeded() && other.0.is_exceeded());
+        other.0.release_unread(51);
+        assert_eq!(budget.buffered().bytes, 60);
+        drop(one);
+        assert!(other.0.keep_if_plenty(50) && !other.0.keep_if_plenty(1));
+        drop(other);
+        assert_eq!(budget.buffered().bytes, 0);
+    }
+
+    #[test]
+    fn windows_fall_between_half_and_three_quarters_of_the_pool() {
+        const KIB: usize = 1024;
+        let budget = MemoryBudget::new(1000 * KIB, 1000 * KIB);
+        let connection = connection(&budget, 1, 0);
+        for (held, window) in [(0, 1024), (500, 1024), (625, 528), (750, 32), (2000, 32)] {
+            connection.0.charge(held * KIB);
+            assert_eq!(connection.0.window(1024 * KIB), window * KIB, "{held}");
+            connection.0.release(held * KIB);
+        }
+        connection.0.charge(900 * KIB);
+        assert_eq!(connection.0.window(256 * KIB), 32 * KIB);
+    }
+}

@@ -1,0 +1,420 @@
+//! The state of one stream: what was received and is unread, what is to be sent, and the credit of both sides.
+//!
+//! Sans-IO.
+
+use std::{
+    collections::VecDeque,
+    io::{Read, Write},
+    task::Waker,
+    time::{Duration, Instant},
+};
+
+use super::{
+    budget::ConnectionBudget,
+    frame::{Flags, HEADER, Header, INITIAL_WINDOW, Kind, MAX_WINDOW},
+    places::Place,
+};
+use crate::behaviour::buffer;
+
+/// How much of a stream is unsent at most, and how much of it is sent in its turn, in bytes: a frame, which is
+/// a message of Noise.
+pub const QUANTUM: usize = buffer::SIZE;
+
+/// Chunks are multiples of the smallest one, in bytes.
+const MIN_CHUNK: usize = 4 * 1024;
+const MAX_CHUNK: usize = 16 * 1024;
+
+/// No credit is granted that leaves the peer so little or less, in bytes: it would send crumbs.
+const CRUMB: usize = 16 * 1024;
+
+/// Memory for bytes that are received.
+#[derive(Debug, Default)]
+pub struct Chunk {
+    bytes: Box<[u8]>,
+    /// Of those before `end`, the ones before `start` were read.
+    start: usize,
+    end: usize,
+}
+
+impl Chunk {
+    /// An empty chunk for a body of so many bytes, or as much of it as goes into one.
+    pub fn for_body(bytes: usize) -> Self {
+        let capacity = bytes.next_multiple_of(MIN_CHUNK).clamp(MIN_CHUNK, MAX_CHUNK);
+        Self { bytes: vec![0; capacity].into(), start: 0, end: 0 }
+    }
+
+    /// What it is charged, in bytes.
+    pub fn capacity(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// Room for so many bytes at most.
+    pub fn room(&mut self, most: usize) -> &mut [u8] {
+        let end = self.bytes.len().min(self.end + most);
+        self.bytes.get_mut(self.end..end).unwrap_or_default()
+    }
+
+    /// So many bytes were put into the room.
+    pub fn advance(&mut self, bytes: usize) {
+        self.end += bytes;
+    }
+
+    /// Forgets what is in it.
+    pub fn clear(&mut self) {
+        (self.start, self.end) = (0, 0);
+    }
+
+    fn unread(&self) -> &[u8] {
+        self.bytes.get(self.start..self.end).unwrap_or_default()
+    }
+
+    /// Appends all of `other`, if there is room.
+    fn append(&mut self, other: &mut Self) -> bool {
+        let new = other.unread();
+        let (length, room) = (new.len(), self.room(usize::MAX));
+        let Some(room) = room.get_mut(..length) else {
+            return false;
+        };
+        room.copy_from_slice(new);
+        self.end += length;
+        other.clear();
+        true
+    }
+}
+
+/// What the peer has said of its half.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Inbound {
+    /// More may come.
+    Open,
+    /// FIN: nothing more comes.
+    Finished,
+    /// RST, or the session is over.
+    Reset,
+}
+
+/// What this side has said of its half.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outbound {
+    /// There may be more to say.
+    Open,
+    /// FIN goes with the last of what is unsent.
+    Finishing,
+    /// FIN was sent.
+    Finished,
+    /// RST goes after what is unsent.
+    Resetting,
+    /// RST was sent, or need not be.
+    Reset,
+}
+
+/// Where a stream stands in the queue of those that have something to send (deficit round robin).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Turn {
+    /// In none.
+    Idle,
+    /// Among the new flows, which go first.
+    New,
+    /// Among the old ones.
+    Old,
+}
+
+/// One stream.
+#[derive(Debug)]
+pub struct Stream {
+    /// Its number on the wire.
+    pub id: u32,
+    /// What the peer has said.
+    pub inbound: Inbound,
+    /// What this side has said.
+    pub outbound: Outbound,
+    /// SYN or ACK, to go with the next frame.
+    pub opening: Flags,
+    /// This side opened it, and the peer has not acknowledged it yet.
+    pub is_unacknowledged: bool,
+    /// Somebody holds its handle, or is to get it.
+    pub has_handle: bool,
+    /// Data came that nobody is there to read.
+    pub is_stray: bool,
+    /// It has a place among the control frames to be sent.
+    pub in_control: bool,
+    /// Its turn to send data, and how much of that it has left, in bytes.
+    pub turn: Turn,
+    /// How many bytes it may send in its turn.
+    pub deficit: i64,
+    /// Who waits for data, and for room to write.
+    pub reader: Option<Waker>,
+    /// Who waits for room to write.
+    pub writer: Option<Waker>,
+    /// Its place among all streams.
+    pub place: Option<Place>,
+    chunks: VecDeque<Chunk>,
+    unread: usize,
+    /// What was read last. Until the next read the reader may still hold it.
+    passing: usize,
+    read_at: Instant,
+    /// What the peer may still send.
+    credit: usize,
+    /// The window that it is granted while memory is plenty.
+    window: usize,
+    granted_at: Instant,
+    send_window: u32,
+    /// A frame to be sent: room for its header, and its body.
+    out: Vec<u8>,
+    /// How much of the body was sent.
+    sent: usize,
+    /// How much of it is sent even if the stream is dropped, because it was flushed.
+    flushed: usize,
+    sent_at: Instant,
+}
+
+impl Stream {
+    /// A new stream with this flag on its first frame.
+    pub fn new(id: u32, opening: Flags, now: Instant) -> Self {
+        Self {
+            id,
+            inbound: Inbound::Open,
+            outbound: Outbound::Open,
+            opening,
+            is_unacknowledged: opening == Flags::SYN,
+            has_handle: true,
+            is_stray: false,
+            in_control: false,
+            turn: Turn::Idle,
+            deficit: 0,
+            reader: None,
+            writer: None,
+            place: None,
+            chunks: VecDeque::new(),
+            unread: 0,
+            passing: 0,
+            read_at: now,
+            credit: INITIAL_WINDOW,
+            window: INITIAL_WINDOW,
+            granted_at: now,
+            send_window: INITIAL_WINDOW as u32,
+            out: Vec::new(),
+            sent: 0,
+            flushed: 0,
+            sent_at: now,
+        }
+    }
+
+    // ---- Receiving
+
+    /// Takes so many bytes off the peer's credit; false if it has less.
+    pub fn consume_credit(&mut self, bytes: usize) -> bool {
+        let left = self.credit.checked_sub(bytes);
+        self.credit = left.unwrap_or_default();
+        left.is_some()
+    }
+
+    /// Whether data that comes is for anybody.
+    pub fn is_read(&self) -> bool {
+        self.has_handle && !matches!(self.outbound, Outbound::Resetting | Outbound::Reset)
+    }
+
+    /// Stores what is in the chunk, whose charge goes with it if it is taken.
+    pub fn store(&mut self, chunk: &mut Chunk, now: Instant) {
+        if self.unread == 0 {
+            self.read_at = now;
+        }
+        self.unread += chunk.unread().len();
+        if !self.chunks.back_mut().is_some_and(|last| last.append(chunk)) {
+            self.chunks.push_back(std::mem::take(chunk));
+        }
+    }
+
+    /// Reads what there is, as far as it fits.
+    pub fn read(&mut self, mut into: &mut [u8], now: Instant, budget: &ConnectionBudget) -> usize {
+        let (mut read, mut freed) = (0, 0);
+        while let Some(first) = self.chunks.front_mut() {
+            let some = first.unread().read(into).unwrap_or_default(); // from memory
+            first.start += some;
+            read += some;
+            into = into.get_mut(some..).unwrap_or_default();
+            if first.start < first.end {
+                break;
+            }
+            freed += first.capacity();
+            self.chunks.pop_front();
+        }
+        self.unread -= read;
+        freed += std::mem::replace(&mut self.passing, read);
+        self.read_at = now;
+        // Never less than what is there in between.
+        budget.charge_unread(read);
+        budget.release_unread(freed);
+        read
+    }
+
+    /// Frees what was received.
+    pub fn discard_unread(&mut self, budget: &ConnectionBudget) {
+        let chunks = std::mem::take(&mut self.chunks);
+        let freed = chunks.iter().map(Chunk::capacity).sum::<usize>();
+        self.unread = 0;
+        budget.release_unread(freed + std::mem::take(&mut self.passing));
+    }
+
+    /// Whether the peer is to get more credit.
+    pub fn is_grant_due(&self, budget: &ConnectionBudget) -> bool {
+        let (grant, window) = self.missing_credit(budget);
+        let is_read = self.inbound == Inbound::Open && self.is_read();
+        is_read && grant >= window / 2 && self.credit + grant > CRUMB
+    }
+
+    /// Grants the credit that is due, in bytes.
+    ///
+    /// Before that, widens the window by `growth` at most if the peer uses half of it within two round
+    /// trips: it could send no faster else. Returns the credit, and by how much the window is wider.
+    pub fn grant(
+        &mut self,
+        rtt: Option<Duration>,
+        growth: usize,
+        now: Instant,
+        budget: &ConnectionBudget,
+    ) -> (usize, usize) {
+        if !self.is_grant_due(budget) {
+            return (0, 0);
+        }
+        let is_fast = rtt.is_some_and(|rtt| now.saturating_duration_since(self.granted_at) < rtt * 2);
+        let most = self.window.min(growth).min(MAX_WINDOW - self.window);
+        let wider = if is_fast { most } else { 0 };
+        self.window += wider;
+        self.granted_at = now;
+        let (grant, _) = self.missing_credit(budget);
+        self.credit += grant;
+        (grant, wider)
+    }
+
+    /// How much credit is missing to the window, and that window.
+    fn missing_credit(&self, budget: &ConnectionBudget) -> (usize, usize) {
+        let window = budget.window(self.window);
+        (window.saturating_sub(self.credit + self.unread), window)
+    }
+
+    /// By how much its window is wider than at its start.
+    pub fn growth(&self) -> usize {
+        self.window - INITIAL_WINDOW
+    }
+
+    // ---- Sending
+
+    /// Adds credit that the peer grants; false if it overflows.
+    pub fn add_send_window(&mut self, credit: u32) -> bool {
+        let sum = self.send_window.checked_add(credit);
+        self.send_window = sum.unwrap_or_default();
+        sum.is_some()
+    }
+
+    /// How many bytes may be written now.
+    pub fn room(&self) -> usize {
+        QUANTUM.saturating_sub(self.unsent()).min(self.send_window as usize)
+    }
+
+    /// How many bytes wait to be sent.
+    pub fn unsent(&self) -> usize {
+        self.out.len().saturating_sub(HEADER + self.sent)
+    }
+
+    /// Takes as many of these bytes as there is room for.
+    pub fn write(&mut self, bytes: &[u8], now: Instant, budget: &ConnectionBudget) -> usize {
+        let bytes = bytes.get(..self.room()).unwrap_or(bytes);
+        let before = self.out.capacity();
+        if self.out.is_empty() {
+            self.sent_at = now;
+            self.out.reserve_exact(HEADER + bytes.len());
+            self.out.resize(HEADER, 0);
+        }
+        self.out.extend_from_slice(bytes);
+        self.send_window -= bytes.len() as u32;
+        budget.charge(self.out.capacity() - before);
+        bytes.len()
+    }
+
+    /// What was written so far is sent, whatever becomes of the stream.
+    pub fn flush(&mut self) {
+        self.flushed = self.unsent();
+    }
+
+    /// Drops what was written and not flushed.
+    pub fn discard_unflushed(&mut self, budget: &ConnectionBudget) {
+        match self.flushed {
+            0 => self.discard_unsent(budget),
+            flushed => self.out.truncate(HEADER + self.sent + flushed),
+        }
+    }
+
+    /// Frees what was to be sent.
+    pub fn discard_unsent(&mut self, budget: &ConnectionBudget) {
+        budget.release(self.out.capacity());
+        (self.out, self.sent, self.flushed) = (Vec::new(), 0, 0);
+    }
+
+    /// Whether there is something to send that takes its turn: data, or the end of it.
+    pub fn has_data(&self) -> bool {
+        self.unsent() > 0 || self.outbound == Outbound::Finishing
+    }
+
+    /// Moves a frame of at most `most` bytes of data into `into`, which is empty; returns how many bytes of
+    /// data, and what stays charged for the frame.
+    pub fn take_frame(
+        &mut self,
+        into: &mut Vec<u8>,
+        most: usize,
+        now: Instant,
+        budget: &ConnectionBudget,
+    ) -> (usize, usize) {
+        let body = self.unsent().min(most);
+        let is_last = body == self.unsent();
+        let mut flags = std::mem::take(&mut self.opening);
+        if is_last && self.outbound == Outbound::Finishing {
+            flags = flags | Flags::FIN;
+            self.outbound = Outbound::Finished;
+        }
+        let header = self.header(Kind::Data, flags, body as u32).encode();
+        self.sent_at = now;
+        self.flushed = self.flushed.saturating_sub(body);
+        if is_last && self.sent == 0 && !self.out.is_empty() {
+            // The frame as it was written: no copy.
+            *into = std::mem::take(&mut self.out);
+            let _ = into.as_mut_slice().write(&header); // to memory
+            return (body, into.capacity());
+        }
+        let from = HEADER + self.sent;
+        into.extend_from_slice(&header);
+        into.extend_from_slice(self.out.get(from..from + body).unwrap_or_default());
+        self.sent += body;
+        if is_last {
+            self.discard_unsent(budget);
+        }
+        (body, 0)
+    }
+
+    /// A header of this stream.
+    pub fn header(&self, kind: Kind, flags: Flags, length: u32) -> Header {
+        Header { kind, flags, stream: self.id, length }
+    }
+
+    // ---- The end
+
+    /// How much its bytes are in the way: how many they are, times how long its reader, or its peer, has taken
+    /// none.
+    pub fn weight(&self, now: Instant) -> u128 {
+        let waits = |bytes: usize, since: Instant| {
+            bytes as u128 * (1 + now.saturating_duration_since(since).as_millis())
+        };
+        waits(self.unread + self.passing, self.read_at) + waits(self.out.capacity(), self.sent_at)
+    }
+
+    /// Whether neither side has anything to say any more, so that its number is free.
+    pub fn is_finished(&self) -> bool {
+        let both = (self.inbound, self.outbound) == (Inbound::Finished, Outbound::Finished);
+        both || self.outbound == Outbound::Reset
+    }
+
+    /// Whether nobody holds it, and there is nothing to send.
+    pub fn is_gone(&self) -> bool {
+        !self.has_handle && matches!(self.outbound, Outbound::Finished | Outbound::Reset)
+    }
+}
