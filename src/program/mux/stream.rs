@@ -50,7 +50,7 @@ impl Chunk {
 
     /// Room for so many bytes at most.
     pub fn room(&mut self, most: usize) -> &mut [u8] {
-        let end = self.bytes.len().min(self.end + most);
+        let end = self.bytes.len().min(self.end.saturating_add(most));
         self.bytes.get_mut(self.end..end).unwrap_or_default()
     }
 
