@@ -898,3 +898,6 @@ fn go_away(into: &mut Vec<u8>, reason: Reason) -> Frames {
 fn broken(why: &'static str) -> End {
     End::Broken(Reason::ProtocolError, why)
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,846 @@
+//! Two sessions, and what a peer may say.
+
+use std::{collections::HashMap, task::Waker};
+
+use proptest::{collection::vec, prelude::*};
+
+use super::*;
+use crate::program::mux::{budget::MemoryBudget, places::Places};
+
+const KIB: usize = 1024;
+const PLENTY: usize = 1 << 40;
+
+/// One end of a connection.
+struct Side {
+    session: Session,
+    room: Room,
+    places: Arc<Places>,
+    now: Instant,
+    budget: MemoryBudget,
+}
+
+impl Side {
+    fn new(role: Role) -> Self {
+        Self::with(role, MemoryBudget::new(PLENTY, PLENTY))
+    }
+
+    fn with(role: Role, budget: MemoryBudget) -> Self {
+        let session = Session::new(role, budget.open(None));
+        let (room, now) = (Room::default(), Instant::now());
+        Self { session, room, places: Places::new(100), now, budget }
+    }
+
+    fn open(&mut self) -> u64 {
+        let place = Place::take(&self.places).expect("a place");
+        self.session.open(place, self.now).expect("a number")
+    }
+
+    fn accept(&mut self) -> Option<u64> {
+        match self.session.poll_accept(&mut cx()) {
+            Poll::Ready(serial) => Some(serial),
+            Poll::Pending => None,
+        }
+    }
+
+    fn write(&mut self, stream: u64, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let written = self.session.poll_write(stream, &cx(), bytes, self.now);
+        self.session.take_effects().apply();
+        written
+    }
+
+    /// Reads once; `None` if there is nothing.
+    fn read(&mut self, stream: u64, most: usize) -> Option<io::Result<Vec<u8>>> {
+        let mut bytes = vec![0; most];
+        let read = self.session.poll_read(stream, &cx(), &mut bytes, self.now);
+        self.session.take_effects().apply();
+        match read {
+            Poll::Ready(read) => Some(read.map(|read| bytes[..read].to_vec())),
+            Poll::Pending => None,
+        }
+    }
+
+    /// What it has to send, as far as it is sent at once.
+    fn send(&mut self) -> Vec<u8> {
+        let mut frames = Vec::new();
+        self.session.take_frames(&mut frames, QUANTUM, self.now);
+        self.session.take_effects().apply();
+        frames
+    }
+
+    fn send_all(&mut self) -> Vec<u8> {
+        let mut all = Vec::new();
+        loop {
+            let frames = self.send();
+            if frames.is_empty() {
+                return all;
+            }
+            all.extend(frames);
+        }
+    }
+
+    fn receive(&mut self, mut bytes: &[u8]) -> Result<(), End> {
+        while !bytes.is_empty() {
+            if self.room.needs_chunk() {
+                self.session.lend(&mut self.room);
+            }
+            let into = self.room.buffer();
+            let some = into.len().min(bytes.len());
+            into[..some].copy_from_slice(&bytes[..some]);
+            bytes = &bytes[some..];
+            let received = self.session.receive(&mut self.room, some, self.now)?;
+            if let Some(stream) = received.opened {
+                self.session.admit(stream, Place::take(&self.places))?;
+            }
+            self.session.take_effects().apply();
+        }
+        Ok(())
+    }
+
+    fn drop_handle(&mut self, stream: u64) {
+        self.session.drop_handle(stream);
+        self.session.take_effects().apply();
+    }
+
+    /// Nothing is left of any stream.
+    fn assert_empty(&mut self) {
+        let session = &self.session;
+        assert!(session.streams.is_empty() && session.ids.is_empty(), "{session:#?}");
+        assert!(session.half_closed.is_empty() && session.unacknowledged == 0, "{session:#?}");
+        assert_eq!(session.growth, MAX_GROWTH);
+        assert_eq!(self.budget.buffered().bytes, 0);
+        assert!(Place::take(&self.places).is_some());
+    }
+}
+
+fn cx() -> Context<'static> {
+    Context::from_waker(Waker::noop())
+}
+
+fn frame(kind: Kind, flags: Flags, stream: u32, length: usize) -> Vec<u8> {
+    Header { kind, flags, stream, length: length as u32 }.encode().to_vec()
+}
+
+fn data(flags: Flags, stream: u32, length: usize) -> Vec<u8> {
+    [frame(Kind::Data, flags, stream, length), vec![7; length]].concat()
+}
+
+/// The headers of these frames.
+fn headers(mut bytes: &[u8]) -> Vec<Header> {
+    let mut headers = Vec::new();
+    while let Some((header, rest)) = bytes.split_first_chunk() {
+        let header = Header::parse(*header).expect("a header");
+        headers.push(header);
+        bytes = &rest[if header.kind == Kind::Data { header.length as usize } else { 0 }..];
+    }
+    headers
+}
+
+fn is_reset(read: Option<io::Result<Vec<u8>>>) -> bool {
+    matches!(read, Some(Err(error)) if error.kind() == io::ErrorKind::ConnectionReset)
+}
+
+/// A stream that the peer opened.
+fn opened(server: &mut Side, id: u32) -> u64 {
+    server.receive(&frame(Kind::Data, Flags::SYN, id, 0)).expect("it is in order");
+    server.accept().expect("it was opened")
+}
+
+// ---- What a peer may say
+
+#[test]
+fn frames_against_the_rules_end_the_session_with_go_away() {
+    let window = INITIAL_WINDOW;
+    for (broken, reason) in [
+        (data(Flags::NONE, 1, window + 1), Reason::ProtocolError),
+        (data(Flags::SYN, 3, window + 1), Reason::ProtocolError),
+        (frame(Kind::Data, Flags::NONE, 99, MAX_WINDOW + 1), Reason::ProtocolError),
+        (frame(Kind::WindowUpdate, Flags::NONE, 1, u32::MAX as usize), Reason::ProtocolError),
+        (frame(Kind::WindowUpdate, Flags::SYN, 3, u32::MAX as usize), Reason::ProtocolError),
+        (frame(Kind::Data, Flags::SYN, 1, 0), Reason::ProtocolError),
+        (frame(Kind::WindowUpdate, Flags::SYN, 2, 0), Reason::ProtocolError),
+        (frame(Kind::Data, Flags::SYN, 0, 0), Reason::ProtocolError),
+        (frame(Kind::Ping, Flags::ACK, 0, 4711), Reason::ProtocolError),
+        ([0, 9, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0].to_vec(), Reason::ProtocolError),
+        ([1; HEADER].to_vec(), Reason::ProtocolError),
+    ] {
+        let mut server = Side::new(Role::Server);
+        opened(&mut server, 1);
+        let end = server.receive(&broken).expect_err("it is broken");
+        assert!(matches!(end, End::Broken(its, _) if its == reason), "{end:?}");
+        server.session.end(end);
+        let last = headers(&server.send_all()).pop().expect("a go-away");
+        assert_eq!((last.kind, last.length), (Kind::GoAway, reason as u32));
+    }
+}
+
+#[test]
+fn go_away_ends_the_session_and_what_came_before_is_read() {
+    let mut server = Side::new(Role::Server);
+    let stream = opened(&mut server, 1);
+    server.receive(&data(Flags::NONE, 1, 5)).unwrap();
+    let end = server.receive(&frame(Kind::GoAway, Flags::NONE, 0, 0)).expect_err("it ends");
+    assert_eq!(end, End::Left);
+    server.session.end(end);
+    assert_eq!(server.read(stream, 9).unwrap().unwrap(), [7; 5]);
+    assert!(is_reset(server.read(stream, 9)));
+    assert!(server.send_all().is_empty());
+    server.session.close_all();
+    server.assert_empty();
+}
+
+#[test]
+fn only_the_newest_ping_is_answered_and_only_once() {
+    let mut server = Side::new(Role::Server);
+    server.receive(&[1, 2, 3].map(|id| frame(Kind::Ping, Flags::SYN, 0, id)).concat()).unwrap();
+    assert_eq!(server.send_all(), frame(Kind::Ping, Flags::ACK, 0, 3));
+    assert!(server.send_all().is_empty());
+}
+
+#[test]
+fn frames_of_unknown_streams_are_passed_over_unstored() {
+    let mut server = Side::new(Role::Server);
+    for flags in [Flags::NONE, Flags::ACK, Flags::FIN, Flags::RST] {
+        server.receive(&data(flags, 5, 100 * KIB)).unwrap();
+        server.receive(&frame(Kind::WindowUpdate, flags, 5, u32::MAX as usize)).unwrap();
+    }
+    assert!(server.send_all().is_empty());
+    server.assert_empty();
+}
+
+#[test]
+fn numbers_need_not_rise_and_a_finished_one_may_return() {
+    let mut server = Side::new(Role::Server);
+    for id in [5, 1, 3, 1] {
+        let stream = opened(&mut server, id);
+        server.receive(&data(Flags::FIN, id, 3)).unwrap();
+        server.session.close(stream);
+        assert!(headers(&server.send_all()).iter().any(|header| header.flags.has(Flags::FIN)));
+        // What came is still read.
+        assert_eq!(server.read(stream, 9).unwrap().unwrap(), [7; 3]);
+        assert!(server.read(stream, 9).unwrap().unwrap().is_empty());
+        if id != 1 {
+            server.drop_handle(stream);
+        }
+    }
+}
+
+#[test]
+fn the_flags_of_one_frame_are_handled_in_order() {
+    for kind in [Kind::Data, Kind::WindowUpdate] {
+        let mut server = Side::new(Role::Server);
+        let bytes = match kind {
+            Kind::Data => data(Flags::SYN | Flags::FIN, 1, 3),
+            _ => frame(kind, Flags::SYN | Flags::FIN, 1, 3),
+        };
+        server.receive(&bytes).unwrap();
+        let stream = server.accept().unwrap();
+        if kind == Kind::Data {
+            assert_eq!(server.read(stream, 9).unwrap().unwrap(), [7; 3]);
+        }
+        assert!(server.read(stream, 9).unwrap().unwrap().is_empty());
+        server.session.close(stream);
+        server.send_all();
+        server.drop_handle(stream);
+        server.assert_empty();
+    }
+}
+
+#[test]
+fn a_stream_that_is_reset_as_it_opens_is_none() {
+    let mut server = Side::new(Role::Server);
+    server.receive(&data(Flags::SYN | Flags::RST, 1, 3)).unwrap();
+    assert_eq!(server.accept(), None);
+    server.assert_empty();
+}
+
+#[test]
+fn beyond_256_refusals_that_are_not_taken_the_session_ends() {
+    let mut server = Side::new(Role::Server);
+    server.places = Places::new(0);
+    let syn = |id: u32| frame(Kind::Data, Flags::SYN, 2 * id + 1, 0);
+    for id in 0..MAX_REFUSED as u32 {
+        server.receive(&syn(id)).unwrap();
+    }
+    let end = server.receive(&syn(4711)).expect_err("too many");
+    assert!(matches!(end, End::Broken(Reason::InternalError, _)));
+    assert_eq!(server.budget.buffered().connections_given_up, 1);
+    let resets = headers(&server.send_all());
+    assert_eq!(resets.len(), MAX_REFUSED);
+    assert!(resets.iter().all(|header| header.flags == Flags::RST));
+}
+
+#[test]
+fn the_windows_overflow_is_not_that_of_a_stream_just_opened() {
+    let mut server = Side::new(Role::Server);
+    let most = u32::MAX as usize - INITIAL_WINDOW;
+    server.receive(&frame(Kind::WindowUpdate, Flags::SYN, 1, most)).unwrap();
+    assert!(server.receive(&frame(Kind::WindowUpdate, Flags::NONE, 1, 1)).is_err());
+}
+
+// ---- The end of a stream
+
+#[test]
+fn dropped_with_its_half_open_a_stream_is_reset_after_what_was_flushed() {
+    for flushed in [true, false] {
+        let mut server = Side::new(Role::Server);
+        let stream = opened(&mut server, 1);
+        assert!(server.write(stream, &[1; 9]).is_ready());
+        if flushed {
+            server.session.flush(stream);
+            assert!(server.write(stream, &[2; 9]).is_ready());
+        }
+        server.drop_handle(stream);
+        let mut sent = Vec::new();
+        while let Some(kind) = server.session.take_frames(&mut sent, QUANTUM, server.now) {
+            let is_reset = headers(&sent).iter().any(|header| header.flags.has(Flags::RST));
+            assert_eq!(is_reset, kind == Frames::Resets, "a reset goes by itself");
+            if kind == Frames::Data {
+                assert_eq!((headers(&sent)[0].length, flushed), (9, true));
+            }
+        }
+        server.session.take_effects().apply();
+        server.assert_empty();
+    }
+}
+
+#[test]
+fn dropped_after_its_end_a_stream_is_reset_once_if_data_still_comes() {
+    let mut server = Side::new(Role::Server);
+    let stream = opened(&mut server, 1);
+    assert!(server.write(stream, &[1; 9]).is_ready());
+    server.session.close(stream);
+    server.drop_handle(stream);
+    let sent = headers(&server.send_all());
+    let last = sent.last().unwrap();
+    assert_eq!((last.length, last.flags.has(Flags::FIN)), (9, true), "unsent data goes");
+    assert!(server.session.streams.is_empty());
+    assert!(server.receive(&frame(Kind::Data, Flags::SYN, 1, 0)).is_err(), "it is in use");
+    server.receive(&data(Flags::NONE, 1, 3)).unwrap();
+    assert_eq!(headers(&server.send_all())[0].flags, Flags::RST);
+    server.receive(&data(Flags::NONE, 1, 3)).unwrap();
+    assert!(server.send_all().is_empty(), "once");
+    server.assert_empty();
+}
+
+#[test]
+fn so_many_streams_are_remembered_after_their_end_and_no_more() {
+    let mut server = Side::new(Role::Server);
+    for id in 0..2 * MAX_REFUSED as u32 {
+        let stream = opened(&mut server, 2 * id + 1);
+        server.session.close(stream);
+        server.drop_handle(stream);
+        server.send_all();
+    }
+    assert_eq!(server.session.half_closed.len(), MAX_REFUSED);
+    assert!(server.session.streams.is_empty());
+}
+
+#[test]
+fn data_after_the_end_resets_the_stream() {
+    let mut server = Side::new(Role::Server);
+    let stream = opened(&mut server, 1);
+    server.receive(&data(Flags::FIN, 1, 1)).unwrap();
+    server.receive(&data(Flags::NONE, 1, 1)).unwrap();
+    assert!(is_reset(server.read(stream, 9)));
+    assert!(headers(&server.send_all()).iter().any(|header| header.flags.has(Flags::RST)));
+}
+
+#[test]
+fn a_reset_is_no_end_of_file_even_after_our_own_end() {
+    for closes in [true, false] {
+        let mut server = Side::new(Role::Server);
+        let stream = opened(&mut server, 1);
+        if closes {
+            server.session.close(stream);
+            server.send_all();
+        }
+        server.receive(&data(Flags::RST, 1, 2)).unwrap();
+        assert_eq!(server.read(stream, 9).unwrap().unwrap(), [7; 2], "what came before");
+        assert!(is_reset(server.read(stream, 9)));
+        server.drop_handle(stream);
+        server.send_all();
+        server.assert_empty();
+    }
+}
+
+#[test]
+fn a_stream_of_ours_that_the_peer_never_heard_of_is_dropped_in_silence() {
+    let mut client = Side::new(Role::Client);
+    let stream = client.open();
+    assert!(client.write(stream, b"unflushed").is_ready());
+    client.drop_handle(stream);
+    assert!(client.send_all().is_empty());
+    client.assert_empty();
+}
+
+#[test]
+fn more_than_256_unacknowledged_streams_are_not_opened() {
+    let mut client = Side::new(Role::Client);
+    client.places = Places::new(1000);
+    let streams: Vec<_> = (0..MAX_UNACKNOWLEDGED).map(|_| client.open()).collect();
+    assert!(client.session.poll_open(&cx()).is_pending());
+    for stream in &streams {
+        assert!(client.write(*stream, b"!").is_ready());
+    }
+    client.send_all();
+    client.receive(&frame(Kind::WindowUpdate, Flags::ACK, 1, 0)).unwrap();
+    client.receive(&frame(Kind::WindowUpdate, Flags::ACK, 1, 0)).unwrap();
+    assert!(client.session.poll_open(&cx()).is_ready());
+    client.open();
+    assert!(client.session.poll_open(&cx()).is_pending());
+    client.drop_handle(streams[1]);
+    client.send_all();
+    assert!(client.session.poll_open(&cx()).is_ready());
+}
+
+// ---- Memory
+
+#[test]
+fn a_header_takes_no_memory_and_a_byte_a_chunk() {
+    let mut server = Side::new(Role::Server);
+    let stream = opened(&mut server, 1);
+    server.send_all();
+    let open = server.budget.buffered().bytes;
+    server.receive(&frame(Kind::Data, Flags::NONE, 1, INITIAL_WINDOW)).unwrap();
+    server.session.reclaim(&mut server.room);
+    assert_eq!(server.budget.buffered().bytes, open);
+    for _ in 0..3 {
+        server.receive(&[1]).unwrap();
+        server.session.reclaim(&mut server.room);
+        assert_eq!(server.budget.buffered().bytes, open + 16 * KIB);
+    }
+    assert_eq!(server.read(stream, 9).unwrap().unwrap(), [1; 3]);
+    assert_eq!(server.budget.buffered().bytes, open + 3, "the reader may still hold it");
+    assert!(server.read(stream, 9).is_none());
+    assert_eq!(server.budget.buffered().bytes, open);
+}
+
+#[test]
+fn frames_of_one_byte_take_as_much_as_long_ones() {
+    let mut server = Side::new(Role::Server);
+    opened(&mut server, 1);
+    server.send_all();
+    let open = server.budget.buffered().bytes;
+    for _ in 0..8 * KIB {
+        server.receive(&data(Flags::NONE, 1, 1)).unwrap();
+    }
+    assert_eq!(server.budget.buffered().bytes, open + 8 * KIB);
+}
+
+#[test]
+fn twelve_thousand_silent_streams_are_charged_what_they_take() {
+    const STREAMS: usize = 12_288;
+    let mut server = Side::new(Role::Server);
+    server.places = Places::new(STREAMS);
+    for id in 0..STREAMS as u32 {
+        opened(&mut server, 2 * id + 1);
+    }
+    let each = server.budget.buffered().bytes / STREAMS;
+    assert!((size_of::<Stream>()..KIB).contains(&each), "{each}");
+}
+
+#[test]
+fn the_stream_whose_reader_took_nothing_for_the_longest_is_cut_and_freed_at_once() {
+    let mut server = Side::new(Role::Server);
+    let [slow, fast] = [1, 3].map(|id| opened(&mut server, id));
+    server.receive(&data(Flags::NONE, 1, 100 * KIB)).unwrap();
+    server.receive(&data(Flags::NONE, 3, 200 * KIB)).unwrap();
+    server.now += Duration::from_secs(10);
+    server.read(fast, 1).unwrap().unwrap();
+    server.send_all();
+    let freed = server.session.shed(server.now);
+    assert!((100 * KIB..200 * KIB).contains(&freed), "{freed}");
+    assert!(is_reset(server.read(slow, 9)));
+    assert_eq!(headers(&server.send_all())[0], Header {
+        kind: Kind::Data,
+        flags: Flags::RST,
+        stream: 1,
+        length: 0
+    });
+    assert_eq!(server.read(fast, 9).unwrap().unwrap(), [7; 9]);
+    assert_eq!(server.budget.buffered().streams_given_up, 1);
+}
+
+#[test]
+fn a_connection_above_its_limit_loses_a_stream_and_reads_on() {
+    let mut server = Side::with(Role::Server, MemoryBudget::new(PLENTY, 300 * KIB));
+    let [first, second] = [1, 3].map(|id| opened(&mut server, id));
+    server.receive(&data(Flags::NONE, 1, 200 * KIB)).unwrap();
+    server.now += Duration::from_secs(1);
+    server.receive(&data(Flags::NONE, 3, 200 * KIB)).unwrap();
+    assert!(is_reset(server.read(first, 9)));
+    assert_eq!(server.read(second, PLENTY >> 20).unwrap().unwrap().len(), 200 * KIB);
+}
+
+// ---- Credit
+
+#[test]
+fn credit_is_topped_up_when_half_is_read_and_never_to_a_crumb() {
+    for (filled, window) in [(0, 256 * KIB), (625, 144 * KIB), (750, 32 * KIB), (900, 32 * KIB)] {
+        let mut server = Side::with(Role::Server, MemoryBudget::new(1000 << 20, PLENTY));
+        let other = server.budget.open(None);
+        let stream = opened(&mut server, 1);
+        server.send_all();
+        other.charge(filled << 20);
+        let mut credit = INITIAL_WINDOW;
+        for _ in 0..1000 {
+            let some = credit.min(KIB);
+            assert!(some > 0, "the peer is never left without");
+            server.receive(&data(Flags::NONE, 1, some)).unwrap();
+            server.read(stream, some).unwrap().unwrap();
+            credit -= some;
+            for update in headers(&server.send_all()) {
+                if update.kind == Kind::WindowUpdate {
+                    credit += update.length as usize;
+                    assert!(credit > 16 * KIB && credit <= window + KIB, "{credit}");
+                }
+            }
+        }
+        assert!(credit <= window + KIB);
+    }
+}
+
+#[test]
+fn who_reads_nothing_grants_nothing() {
+    let mut server = Side::new(Role::Server);
+    opened(&mut server, 1);
+    server.send_all();
+    server.receive(&data(Flags::NONE, 1, INITIAL_WINDOW)).unwrap();
+    let sent = headers(&server.send_all());
+    assert!(sent.iter().all(|header| header.kind == Kind::Ping), "{sent:?}");
+    assert!(server.receive(&data(Flags::NONE, 1, 1)).is_err());
+}
+
+#[test]
+fn windows_grow_to_a_mebibyte_as_the_round_trip_demands() {
+    let mut server = Side::new(Role::Server);
+    let stream = opened(&mut server, 1);
+    server.send_all();
+    let (mut credit, mut widest) = (INITIAL_WINDOW, 0);
+    for _ in 0..50 {
+        // All that may be sent, each round trip of 100 ms.
+        server.receive(&data(Flags::NONE, 1, credit)).unwrap();
+        credit = 0;
+        while server.read(stream, 64 * KIB).is_some() {}
+        let sent = headers(&server.send_all());
+        server.now += Duration::from_millis(100);
+        for header in sent {
+            match header.kind {
+                Kind::Ping => {
+                    let id = header.length as usize;
+                    server.receive(&frame(Kind::Ping, Flags::ACK, 0, id)).unwrap();
+                }
+                _ => credit += header.length as usize,
+            }
+        }
+        widest = widest.max(credit);
+    }
+    assert_eq!(widest, MAX_WINDOW);
+}
+
+// ---- Turns
+
+#[test]
+fn a_new_flow_goes_first_and_those_that_stay_take_turns() {
+    let mut server = Side::new(Role::Server);
+    let [bulk, other, quick] = [1, 3, 5].map(|id| opened(&mut server, id));
+    server.send_all();
+    let mut order = Vec::new();
+    for round in 0..6 {
+        for stream in [bulk, other] {
+            let _ = server.write(stream, &[0; QUANTUM]);
+        }
+        if round == 3 {
+            assert!(server.write(quick, b"quick").is_ready());
+        }
+        for id in [1, 3, 5] {
+            server.receive(&frame(Kind::WindowUpdate, Flags::NONE, id, QUANTUM)).unwrap();
+        }
+        order.extend(headers(&server.send()).iter().map(|header| header.stream));
+    }
+    assert_eq!(order, [1, 3, 1, 5, 3, 1]);
+}
+
+// ---- Two sessions
+
+#[derive(Clone, Copy, Debug)]
+enum Step {
+    Open,
+    Write(usize, usize),
+    Read(usize, usize),
+    Close(usize),
+    Drop(usize),
+    Flush(usize),
+    Send,
+    /// So many bytes arrive.
+    Arrive(usize),
+    Pass(u64),
+}
+
+/// What one side knows of a stream.
+#[derive(Debug, Default)]
+struct Known {
+    serial: u64,
+    id: u32,
+    written: usize,
+    flushed: usize,
+    read: usize,
+    closed: bool,
+    dropped: bool,
+    ended: bool,
+    was_reset: bool,
+}
+
+#[derive(Default)]
+struct World {
+    sides: Vec<Side>,
+    streams: [Vec<Known>; 2],
+    wires: [Vec<u8>; 2],
+}
+
+fn byte(id: u32, side: usize, at: usize) -> u8 {
+    (at as u32).wrapping_mul(31).wrapping_add(id * 7 + side as u32) as u8
+}
+
+impl World {
+    fn new() -> Self {
+        let sides = [Role::Client, Role::Server].map(Side::new).into_iter().collect();
+        Self { sides, ..Self::default() }
+    }
+
+    fn step(&mut self, at: usize, step: Step) {
+        let (side, known) = (&mut self.sides[at], &mut self.streams[at]);
+        let count = known.len();
+        let stream = |number: usize| (count > 0).then(|| number % count.max(1));
+        match step {
+            Step::Open if count < 8 => {
+                let serial = side.open();
+                let id = side.session.streams[&serial].id;
+                known.push(Known { serial, id, ..Known::default() });
+            }
+            Step::Open => {}
+            Step::Write(number, bytes) => {
+                let Some(stream) = stream(number).map(|number| &mut known[number]) else { return };
+                if stream.closed || stream.dropped {
+                    return;
+                }
+                let from = stream.written;
+                let bytes: Vec<_> = (from..from + bytes).map(|n| byte(stream.id, at, n)).collect();
+                if let Poll::Ready(Ok(written)) = side.write(stream.serial, &bytes) {
+                    stream.written += written;
+                }
+            }
+            Step::Read(number, most) => {
+                let Some(stream) = stream(number).map(|number| &mut known[number]) else { return };
+                if !stream.dropped && !stream.ended {
+                    Self::read(side, stream, at, most);
+                }
+            }
+            Step::Close(number) => {
+                let Some(stream) = stream(number).map(|number| &mut known[number]) else { return };
+                if !stream.dropped {
+                    side.session.close(stream.serial);
+                    stream.closed = true;
+                }
+            }
+            Step::Flush(number) => {
+                let Some(stream) = stream(number).map(|number| &mut known[number]) else { return };
+                if !stream.dropped {
+                    side.session.flush(stream.serial);
+                    stream.flushed = stream.written;
+                }
+            }
+            Step::Drop(number) => {
+                let Some(stream) = stream(number).map(|number| &mut known[number]) else { return };
+                if !std::mem::replace(&mut stream.dropped, true) {
+                    side.drop_handle(stream.serial);
+                }
+            }
+            Step::Send => {
+                let frames = side.send();
+                self.wires[at].extend(frames);
+            }
+            Step::Arrive(bytes) => {
+                let wire = &mut self.wires[1 - at];
+                let bytes: Vec<_> = wire.drain(..bytes.min(wire.len())).collect();
+                side.receive(&bytes).expect("the other side keeps to the rules");
+                while let Some(serial) = side.accept() {
+                    let id = side.session.streams[&serial].id;
+                    known.push(Known { serial, id, ..Known::default() });
+                }
+            }
+            Step::Pass(millis) => {
+                self.sides.iter_mut().for_each(|side| side.now += Duration::from_millis(millis));
+            }
+        }
+    }
+
+    fn read(side: &mut Side, stream: &mut Known, at: usize, most: usize) -> bool {
+        match side.read(stream.serial, most.max(1)) {
+            None => return false,
+            Some(Ok(bytes)) if bytes.is_empty() => stream.ended = true,
+            Some(Ok(bytes)) => {
+                let from = stream.read;
+                stream.read += bytes.len();
+                let expected = (from..).map(|n| byte(stream.id, 1 - at, n));
+                assert!(bytes.iter().copied().eq(expected.take(bytes.len())), "no other bytes");
+            }
+            Some(Err(error)) => {
+                assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+                (stream.ended, stream.was_reset) = (true, true);
+            }
+        }
+        true
+    }
+
+    /// All that was said arrives, and is read.
+    fn settle(&mut self) {
+        loop {
+            let mut moved = false;
+            for at in 0..2 {
+                while !self.sides[at].session.new.is_empty() || !self.wires[at].is_empty() || {
+                    self.step(at, Step::Send);
+                    !self.wires[at].is_empty()
+                } {
+                    moved = true;
+                    self.step(at, Step::Send);
+                    self.step(1 - at, Step::Arrive(usize::MAX));
+                }
+                let side = &mut self.sides[at];
+                for stream in &mut self.streams[at] {
+                    while !stream.dropped && !stream.ended && Self::read(side, stream, at, 1 << 20) {
+                        moved = true;
+                    }
+                }
+            }
+            if !moved {
+                return;
+            }
+        }
+    }
+
+    /// Both sides agree on each stream.
+    fn check(&mut self) {
+        let mut by_id: HashMap<u32, Vec<(usize, &Known)>> = HashMap::new();
+        for (at, streams) in self.streams.iter().enumerate() {
+            for stream in streams {
+                by_id.entry(stream.id).or_default().push((at, stream));
+            }
+        }
+        for ends in by_id.values() {
+            let [(_, one), (_, other)] = ends[..] else { continue };
+            for (from, to) in [(one, other), (other, one)] {
+                assert!(to.read <= from.written);
+                if to.dropped {
+                    continue;
+                }
+                let cut = from.dropped && !from.closed;
+                if to.ended && !to.was_reset {
+                    assert!(from.closed, "an end of file that nobody said: {from:?} {to:?}");
+                    assert_eq!(to.read, from.written, "all of it: {from:?} {to:?}");
+                }
+                if cut {
+                    assert!(to.was_reset, "what was cut is not complete: {from:?} {to:?}");
+                    assert!(to.closed || to.read >= from.flushed, "what was flushed comes: {from:?} {to:?}");
+                } else if from.closed && !to.was_reset {
+                    assert!(to.ended, "{from:?} {to:?}");
+                }
+            }
+        }
+    }
+
+    /// Everything ends, and nothing is left.
+    fn end(&mut self) {
+        for at in 0..2 {
+            for number in 0..self.streams[at].len() {
+                self.step(at, Step::Drop(number));
+            }
+        }
+        self.settle();
+        self.sides.iter_mut().for_each(Side::assert_empty);
+    }
+}
+
+fn steps() -> impl Strategy<Value = Step> {
+    let size = prop_oneof![1..20_usize, 1..200_000_usize];
+    prop_oneof![
+        1 => Just(Step::Open),
+        4 => (0..8_usize, size.clone()).prop_map(|(stream, bytes)| Step::Write(stream, bytes)),
+        4 => (0..8_usize, size.clone()).prop_map(|(stream, bytes)| Step::Read(stream, bytes)),
+        1 => (0..8_usize).prop_map(Step::Close),
+        1 => (0..8_usize).prop_map(Step::Drop),
+        1 => (0..8_usize).prop_map(Step::Flush),
+        5 => Just(Step::Send),
+        5 => size.prop_map(Step::Arrive),
+        1 => (0..200_u64).prop_map(Step::Pass),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn no_byte_is_lost_doubled_or_moved_and_every_stream_ends(
+        steps in vec((0..2_usize, steps()), 0..120),
+    ) {
+        let mut world = World::new();
+        for (at, step) in steps {
+            world.step(at, step);
+        }
+        world.settle();
+        world.check();
+        world.end();
+    }
+}
+
+/// FIN, RST and ACK in every order of what either side does, with each delivery at any time.
+#[test]
+fn every_history_of_a_stream_ends_alike_on_both_sides() {
+    let mut histories = 0;
+    explore(&mut Vec::new(), DEPTH, &mut histories);
+    assert!(histories > 10_000, "{histories}");
+}
+
+/// How many steps a history has.
+const DEPTH: usize = 9;
+
+/// Goes on with this history in every way.
+fn explore(history: &mut Vec<(usize, Step)>, depth: usize, histories: &mut usize) {
+    let mut world = World::new();
+    world.step(0, Step::Open);
+    for (at, step) in history.iter() {
+        world.step(*at, *step);
+    }
+    let changes = |at: usize, step: Step| {
+        let stream = world.streams[at].first();
+        match step {
+            Step::Arrive(_) => !world.wires[1 - at].is_empty(),
+            Step::Write(..) | Step::Close(_) => stream.is_some_and(|it| !it.dropped && !it.closed),
+            Step::Drop(_) => stream.is_some_and(|it| !it.dropped),
+            _ => !matches!(history.last(), Some((last, Step::Send)) if *last == at),
+        }
+    };
+    // Where the order of two steps makes no difference, the first side's comes first.
+    let commutes = |at: usize, step: Step| match history.last() {
+        Some((1, last)) if at == 0 => {
+            !matches!((last, step), (Step::Arrive(_), Step::Send) | (Step::Send, Step::Arrive(_)))
+        }
+        _ => false,
+    };
+    let own = |at| {
+        let steps = [Step::Write(0, 3), Step::Close(0), Step::Drop(0), Step::Send, Step::Arrive(usize::MAX)];
+        steps.map(|step| (at, step))
+    };
+    let next: Vec<_> = [own(0), own(1)].concat();
+    let next = next.into_iter().filter(|(at, step)| changes(*at, *step) && !commutes(*at, *step));
+    let next: Vec<_> = if depth > 0 { next.collect() } else { Vec::new() };
+    world.settle();
+    world.check();
+    world.end();
+    *histories += 1;
+    for step in next {
+        history.push(step);
+        explore(history, depth - 1, histories);
+        history.pop();
+    }
+}
