@@ -56,7 +56,7 @@ const MINUTE: Duration = Duration::from_secs(60);
 
 /// What logs as errors or warnings what any stranger can provoke, and so has to be asked for by its
 /// name. soketto is WebSocket.
-const TOO_LOUD: [&str; 2] = ["soketto", "yamux"];
+const TOO_LOUD: [&str; 1] = ["soketto"];
 
 /// Something in the command line that makes no sense.
 #[derive(Debug)]
