@@ -26,7 +26,7 @@ async fn more_waits_than_there_is_room_for() {
     const STRANGERS: usize = 48;
     /// So few that each of them holds more than those who are watched.
     const ADDRESSES: usize = 8;
-    const FRAMES: usize = 2500; // a quarter of a MiB, each frame with what yamux needs for it
+    const FRAMES: usize = 2500; // of 100 bytes: a quarter of a MiB
     /// What it may hold, and what its heap may keep besides, in KiB.
     const HELD: u64 = (4 + 16) * 1024;
     let rounds = quick_or_long(1, 20);
@@ -47,7 +47,7 @@ async fn more_waits_than_there_is_room_for() {
                 let stream = source.next_stream();
                 let request = opening(&connect(target.peer));
                 source.say(&data(SYN, stream, &request)).await?;
-                source.say(&data(0, stream, &[7]).repeat(FRAMES)).await?;
+                source.say(&data(0, stream, &[7; 100]).repeat(FRAMES)).await?;
                 reset += usize::from(source.is_reset(stream, BEFORE_LONG).await?);
                 source.say(&data(RST, stream, &[])).await?;
             }
@@ -66,8 +66,8 @@ async fn more_waits_than_there_is_room_for() {
     ground.ends_as_it_began().await;
 }
 
-/// Who opens its window and takes nothing is closed, for yamux cannot tell it that its streams are
-/// given up.
+/// A peer that opens its window and takes nothing loses its streams: what waits on them is freed though
+/// it cannot be told.
 #[tokio::test]
 async fn readers_that_take_nothing() {
     const PAIRS: usize = 6;
@@ -95,7 +95,7 @@ async fn readers_that_take_nothing() {
     let how_hard = format!("{PAIRS} circuits whose targets take nothing, of 2 MiB");
     let what = "more than may wait, untaken";
     let (strangers, _) = ground.suffer(what, &how_hard, attack).await;
-    let name = r#"relaylet_given_up_total{what="connection"}"#;
+    let name = r#"relaylet_given_up_total{what="stream"}"#;
     ground.until_counted(name, 1.0).await;
     drop(strangers);
     ground.ends_as_it_began().await;

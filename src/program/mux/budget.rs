@@ -63,7 +63,7 @@ pub struct ConnectionBudget {
     prefix: Option<ClientPrefix>,
     /// All that it is charged.
     held: AtomicUsize,
-    /// Of that, what was received and is unread.
+    /// The bytes that were received and are unread.
     unread: AtomicUsize,
     /// What it is charged until it closes, and cannot free.
     kept: AtomicUsize,
@@ -184,16 +184,14 @@ impl ConnectionBudget {
         self.pool.0.held.fetch_sub(bytes, Ordering::Relaxed);
     }
 
-    /// Charges so many bytes that were received.
-    pub fn charge_unread(&self, bytes: usize) {
+    /// So many bytes more are unread.
+    pub fn add_unread(&self, bytes: usize) {
         self.unread.fetch_add(bytes, Ordering::Relaxed);
-        self.charge(bytes);
     }
 
-    /// Releases so many bytes that were received.
-    pub fn release_unread(&self, bytes: usize) {
+    /// So many bytes fewer are unread.
+    pub fn remove_unread(&self, bytes: usize) {
         self.unread.fetch_sub(bytes, Ordering::Relaxed);
-        self.release(bytes);
     }
 
     /// Charges so many bytes until the connection closes, if half of the pool stays free.
@@ -311,11 +309,13 @@ mod tests {
     fn what_a_connection_holds_counts_until_it_is_released_or_the_connection_is_gone() {
         let budget = MemoryBudget::new(100, 50);
         let [one, other] = [1, 2].map(|host| connection(&budget, host, 0));
-        one.0.charge_unread(50);
-        other.0.charge_unread(51);
-        one.0.charge(10);
+        one.0.add_unread(50);
+        other.0.add_unread(51);
+        one.0.charge(60);
+        other.0.charge(51);
         assert!(!one.0.is_exceeded() && other.0.is_exceeded());
-        other.0.release_unread(51);
+        other.0.release(51);
+        other.0.remove_unread(51);
         assert_eq!(budget.buffered().bytes, 60);
         drop(one);
         assert!(other.0.keep_if_plenty(50) && !other.0.keep_if_plenty(1));

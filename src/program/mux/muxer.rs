@@ -385,3 +385,6 @@ impl<C> Drop for Muxer<C> {
         });
     }
 }
+
+#[cfg(test)]
+mod tests;

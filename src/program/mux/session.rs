@@ -263,12 +263,12 @@ impl Session {
     /// Lends memory for the body that comes.
     pub fn lend(&mut self, room: &mut Room) {
         room.chunk = Chunk::for_body(room.body);
-        self.budget.charge_unread(room.chunk.capacity());
+        self.budget.charge(room.chunk.capacity());
     }
 
     /// Takes back what was lent.
     pub fn reclaim(&mut self, room: &mut Room) {
-        self.budget.release_unread(std::mem::take(&mut room.chunk).capacity());
+        self.budget.release(std::mem::take(&mut room.chunk).capacity());
     }
 
     /// "Framing": SYN comes first, then ACK, then what the type says, then FIN and RST.
@@ -360,7 +360,7 @@ impl Session {
         let stream = serial.and_then(|serial| self.streams.get_mut(&serial));
         match stream.filter(|stream| stream.is_read() && stream.inbound == Inbound::Open) {
             Some(stream) if bytes > 0 => {
-                stream.store(chunk, now);
+                stream.store(chunk, now, &self.budget);
                 self.effects.wakers.extend(stream.reader.take());
             }
             _ => chunk.clear(),

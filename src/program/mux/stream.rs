@@ -68,17 +68,16 @@ impl Chunk {
         self.bytes.get(self.start..self.end).unwrap_or_default()
     }
 
-    /// Appends all of `other`, if there is room.
+    /// Takes as much of `other` as there is room for; whether that is all of it.
     fn append(&mut self, other: &mut Self) -> bool {
-        let new = other.unread();
-        let (length, room) = (new.len(), self.room(usize::MAX));
-        let Some(room) = room.get_mut(..length) else {
-            return false;
-        };
-        room.copy_from_slice(new);
-        self.end += length;
-        other.clear();
-        true
+        let moved = other.unread().read(self.room(usize::MAX)).unwrap_or_default(); // from memory
+        self.end += moved;
+        other.start += moved;
+        let is_all = other.unread().is_empty();
+        if is_all {
+            other.clear();
+        }
+        is_all
     }
 }
 
@@ -215,11 +214,12 @@ impl Stream {
     }
 
     /// Stores what is in the chunk, whose charge goes with it if it is taken.
-    pub fn store(&mut self, chunk: &mut Chunk, now: Instant) {
+    pub fn store(&mut self, chunk: &mut Chunk, now: Instant, budget: &ConnectionBudget) {
         if self.unread == 0 {
             self.read_at = now;
         }
         self.unread += chunk.unread().len();
+        budget.add_unread(chunk.unread().len());
         if !self.chunks.back_mut().is_some_and(|last| last.append(chunk)) {
             self.chunks.push_back(std::mem::take(chunk));
         }
@@ -240,11 +240,11 @@ impl Stream {
             self.chunks.pop_front();
         }
         self.unread -= read;
-        freed += std::mem::replace(&mut self.passing, read);
+        let passed_on = std::mem::replace(&mut self.passing, read);
         self.read_at = now;
-        // Never less than what is there in between.
-        budget.charge_unread(read);
-        budget.release_unread(freed);
+        budget.remove_unread(passed_on);
+        budget.charge(read);
+        budget.release(freed + passed_on);
         read
     }
 
@@ -252,8 +252,9 @@ impl Stream {
     pub fn discard_unread(&mut self, budget: &ConnectionBudget) {
         let chunks = std::mem::take(&mut self.chunks);
         let freed = chunks.iter().map(Chunk::capacity).sum::<usize>();
-        self.unread = 0;
-        budget.release_unread(freed + std::mem::take(&mut self.passing));
+        budget.remove_unread(self.unread + self.passing);
+        budget.release(freed + self.passing);
+        (self.unread, self.passing) = (0, 0);
     }
 
     /// Whether the peer is to get more credit.
@@ -290,7 +291,7 @@ impl Stream {
     /// How much credit is missing to the window, and that window.
     fn missing_credit(&self, budget: &ConnectionBudget) -> (usize, usize) {
         let window = budget.window(self.window);
-        (window.saturating_sub(self.credit + self.unread), window)
+        (window.saturating_sub(self.credit + self.unread + self.passing), window)
     }
 
     /// By how much its window is wider than at its start.

@@ -1,0 +1,284 @@
+//! A muxer against another one, and against the yamux crate, over memory.
+
+use std::{
+    collections::VecDeque,
+    future::poll_fn,
+    sync::{Mutex, MutexGuard},
+    task::Waker,
+};
+
+use libp2p::futures::{
+    AsyncReadExt, AsyncWriteExt, StreamExt,
+    channel::mpsc,
+    executor::block_on,
+    future::{BoxFuture, FutureExt},
+    stream::FuturesUnordered,
+};
+use yamux::Mode;
+
+use super::*;
+
+const KIB: usize = 1024;
+
+/// One direction of a connection in memory.
+#[derive(Default)]
+struct Wire {
+    bytes: VecDeque<u8>,
+    ended: bool,
+    reader: Option<Waker>,
+    writer: Option<Waker>,
+}
+
+/// One end of a connection in memory, which holds a few bytes each way.
+struct Pipe {
+    from: Arc<Mutex<Wire>>,
+    to: Arc<Mutex<Wire>>,
+    room: usize,
+}
+
+fn pipes(room: usize) -> (Pipe, Pipe) {
+    let [there, back] = [(); 2].map(|()| Arc::new(Mutex::new(Wire::default())));
+    let one = Pipe { from: Arc::clone(&back), to: Arc::clone(&there), room };
+    (one, Pipe { from: there, to: back, room })
+}
+
+fn lock(wire: &Mutex<Wire>) -> MutexGuard<'_, Wire> {
+    wire.lock().unwrap()
+}
+
+impl AsyncRead for Pipe {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut [u8],
+    ) -> Poll<io::Result<usize>> {
+        let mut wire = lock(&self.from);
+        if wire.bytes.is_empty() && !wire.ended {
+            wire.reader = Some(cx.waker().clone());
+            return Poll::Pending;
+        }
+        let read = io::Read::read(&mut wire.bytes, buffer)?;
+        let writer = wire.writer.take();
+        drop(wire);
+        writer.map(Waker::wake);
+        Poll::Ready(Ok(read))
+    }
+}
+
+impl AsyncWrite for Pipe {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let mut wire = lock(&self.to);
+        if wire.ended {
+            return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
+        }
+        let room = self.room - wire.bytes.len();
+        if room == 0 {
+            wire.writer = Some(cx.waker().clone());
+            return Poll::Pending;
+        }
+        let written = room.min(bytes.len());
+        wire.bytes.extend(&bytes[..written]);
+        let reader = wire.reader.take();
+        drop(wire);
+        reader.map(Waker::wake);
+        Poll::Ready(Ok(written))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_close(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        for wire in [&self.from, &self.to] {
+            let mut wire = lock(wire);
+            wire.ended = true;
+            let wakers = [wire.reader.take(), wire.writer.take()];
+            drop(wire);
+            wakers.into_iter().flatten().for_each(Waker::wake);
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl Drop for Pipe {
+    fn drop(&mut self) {
+        let _ = Pin::new(self).poll_close(&mut Context::from_waker(Waker::noop()));
+    }
+}
+
+type Task = BoxFuture<'static, ()>;
+
+/// Where tasks run.
+#[derive(Clone)]
+enum Executor {
+    /// With this test.
+    Here(mpsc::UnboundedSender<Task>),
+    /// On the threads of async-std.
+    Threads,
+}
+
+impl Executor {
+    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        match self {
+            Self::Here(tasks) => tasks.unbounded_send(task.boxed()).unwrap(),
+            Self::Threads => drop(async_std::task::spawn(task)),
+        }
+    }
+}
+
+/// Runs this, with the tasks that it spawns, in the test's own thread and on others.
+fn everywhere<F: Future<Output = ()>>(test: impl Fn(Executor) -> F) {
+    block_on(test(Executor::Threads));
+    let (spawn, mut spawned) = mpsc::unbounded();
+    block_on(async {
+        let mut tasks = FuturesUnordered::new();
+        let mut test = std::pin::pin!(test(Executor::Here(spawn)));
+        poll_fn(|cx| {
+            loop {
+                while let Poll::Ready(Some(task)) = spawned.poll_next_unpin(cx) {
+                    tasks.push(task);
+                }
+                if test.as_mut().poll(cx).is_ready() {
+                    return Poll::Ready(());
+                }
+                if !matches!(tasks.poll_next_unpin(cx), Poll::Ready(Some(()))) {
+                    return Poll::Pending;
+                }
+            }
+        })
+        .await;
+    });
+}
+
+/// What a stream carries: so many bytes, all different from those of others. At least one, for the crate does
+/// not tell of a stream that it closes before it writes.
+fn said(number: usize) -> Vec<u8> {
+    let length = [1, 2, 3, 12, 40_000, 70_000, 300_000, 600_000][number % 8];
+    (0..length).map(|at: usize| (at / 7 + at * number) as u8).collect()
+}
+
+/// Says it all, closes its half, and hears the same.
+async fn ask(stream: impl AsyncRead + AsyncWrite, number: usize, done: mpsc::UnboundedSender<()>) {
+    let (mut reads, mut writes) = stream.split();
+    let said = said(number);
+    let say = async {
+        for piece in said.chunks(1 + 9000 * (number % 11)) {
+            writes.write_all(piece).await.expect("it goes on");
+        }
+        writes.flush().await.expect("it goes on");
+        writes.close().await.expect("it goes on");
+    };
+    let mut heard = Vec::new();
+    let hear = async {
+        reads.read_to_end(&mut heard).await.expect("it goes on");
+    };
+    libp2p::futures::future::join(say, hear).await;
+    assert!(heard == said, "{number}: {} of {} bytes", heard.len(), said.len());
+    let _ = done.unbounded_send(());
+}
+
+/// Says what it hears.
+async fn echo(stream: impl AsyncRead + AsyncWrite) {
+    let (mut reads, mut writes) = stream.split();
+    let mut buffer = vec![0; 30_000];
+    loop {
+        match reads.read(&mut buffer).await.expect("it goes on") {
+            0 => break,
+            read => writes.write_all(&buffer[..read]).await.expect("it goes on"),
+        }
+    }
+    writes.close().await.expect("it goes on");
+}
+
+fn muxer(pipe: Pipe, role: Role) -> Muxer<Pipe> {
+    let budget = Budget { inbound: 64, outbound: 64 };
+    let limits = StreamLimits { stream_rate: 0, ..StreamLimits::default() };
+    Muxer::new(pipe, &Multiplex::new(budget, limits, 64), role)
+}
+
+/// Opens so many streams over ours, and echoes what comes on others.
+fn ours(pipe: Pipe, role: Role, streams: usize, executor: Executor, done: mpsc::UnboundedSender<()>) {
+    let (mut muxer, spawn) = (muxer(pipe, role), executor.clone());
+    let mut opened = 0;
+    executor.spawn(poll_fn(move |cx| {
+        loop {
+            if opened < streams
+                && let Poll::Ready(stream) = Pin::new(&mut muxer).poll_outbound(cx)
+            {
+                spawn.spawn(ask(stream.expect("it goes on"), opened, done.clone()));
+                opened += 1;
+                continue;
+            }
+            if let Poll::Ready(stream) = Pin::new(&mut muxer).poll_inbound(cx) {
+                spawn.spawn(echo(stream.expect("it goes on")));
+                continue;
+            }
+            return match Pin::new(&mut muxer).poll(cx) {
+                Poll::Ready(Err(error)) => {
+                    assert_eq!(error.kind(), io::ErrorKind::ConnectionAborted);
+                    Poll::Ready(())
+                }
+                _ => Poll::Pending,
+            };
+        }
+    }));
+}
+
+/// As [`ours`], over the crate.
+fn theirs(pipe: Pipe, role: Role, streams: usize, executor: Executor, done: mpsc::UnboundedSender<()>) {
+    let mode = if role == Role::Client { Mode::Client } else { Mode::Server };
+    let mut connection = yamux::Connection::new(pipe, yamux::Config::default(), mode);
+    let (mut opened, spawn) = (0, executor.clone());
+    executor.spawn(poll_fn(move |cx| {
+        loop {
+            if opened < streams
+                && let Poll::Ready(stream) = connection.poll_new_outbound(cx)
+            {
+                spawn.spawn(ask(stream.expect("it goes on"), opened, done.clone()));
+                opened += 1;
+                continue;
+            }
+            match connection.poll_next_inbound(cx) {
+                Poll::Ready(Some(Ok(stream))) => spawn.spawn(echo(stream)),
+                Poll::Ready(Some(Err(error))) => panic!("it goes on: {error}"),
+                Poll::Ready(None) => return Poll::Ready(()),
+                Poll::Pending => return Poll::Pending,
+            }
+        }
+    }));
+}
+
+/// Has both ends carry streams until all are done.
+async fn exchange(
+    room: usize,
+    [one, other]: [fn(Pipe, Role, usize, Executor, mpsc::UnboundedSender<()>); 2],
+    executor: Executor,
+) {
+    const STREAMS: usize = 16;
+    let (client, server) = pipes(room);
+    let (done, mut exchanged) = mpsc::unbounded();
+    one(client, Role::Client, STREAMS, executor.clone(), done.clone());
+    other(server, Role::Server, STREAMS, executor, done);
+    for _ in 0..2 * STREAMS {
+        exchanged.next().await.expect("each ends");
+    }
+}
+
+#[test]
+fn streams_of_two_muxers_carry_all_that_is_said() {
+    for room in [997, 100 * KIB] {
+        everywhere(|executor| exchange(room, [ours, ours], executor));
+    }
+}
+
+#[test]
+fn the_crate_and_we_understand_each_other_in_either_role() {
+    for room in [997, 100 * KIB] {
+        everywhere(|executor| exchange(room, [ours, theirs], executor));
+        everywhere(|executor| exchange(room, [theirs, ours], executor));
+    }
+}
