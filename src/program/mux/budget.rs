@@ -288,13 +288,17 @@ mod tests {
         heavy.0.charge(10);
         budget.push_out(Instant::now());
         assert_eq!((held(&light), held(&other), held(&heavy)), (400, 250, 250));
-        assert_eq!(budget.buffered(), Buffered { bytes: 900, streams_given_up: 11, ..Buffered::default() });
+        assert_eq!(
+            budget.buffered(),
+            Buffered { bytes: 900, streams_given_up: 11, ..Buffered::default() }
+        );
     }
 
     #[test]
     fn who_cannot_free_anything_is_passed_over() {
         let budget = MemoryBudget::new(1000, 1000);
-        let [fixed, other] = [(1, 900), (2, 0)].map(|(host, fixed)| connection(&budget, host, fixed));
+        let [fixed, other] =
+            [(1, 900), (2, 0)].map(|(host, fixed)| connection(&budget, host, fixed));
         other.0.charge(200);
         budget.push_out(Instant::now());
         assert_eq!((held(&fixed), held(&other)), (900, 0));

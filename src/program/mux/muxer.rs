@@ -30,16 +30,20 @@ use super::{
     frame::HEADER,
     pace::{Pace, Paces},
     places::{Commons, Place, Places},
-    session::{End, Frames, Role, Room},
+    session::{
+        End, Role,
+        receive::{Received, Room},
+        send::Frames,
+    },
     stream::QUANTUM,
     stream_limits::StreamLimits,
     substream::{OpenedBy, Shared, Substream},
 };
 use crate::{activity::Signs, address::ClientPrefix};
 
-/// How much is read before others have their turn, in bytes, and in frames.
+/// How much is read, or written, before others have their turn, in bytes; and in how many reads.
 const TURN: usize = 256 * 1024;
-const TURN_FRAMES: usize = 64;
+const TURN_READS: usize = 128;
 
 /// How much goes out in one message where memory is short, in bytes. Noise has room for three such messages
 /// for ever, once there was one.
@@ -196,34 +200,16 @@ impl<C> Muxer<C> {
     }
 }
 
-/// Why a connection is read no further.
-enum Stop {
-    End(End),
-    Io(io::Error),
-}
-
-impl From<End> for Stop {
-    fn from(end: End) -> Self {
-        Self::End(end)
-    }
-}
-
-impl From<io::Error> for Stop {
-    fn from(error: io::Error) -> Self {
-        Self::Io(error)
-    }
-}
-
 impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
     /// Reads what there is, for a turn. Never waits for what is to be written, or for a stream to be read.
-    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Stop>> {
+    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), End>> {
         if let Some(pause) = &mut self.pause {
             ready!(pause.poll_unpin(cx));
             self.pause = None;
         }
-        let (mut bytes, mut frames) = (0, 0);
-        while bytes < TURN && frames < TURN_FRAMES {
-            if self.room.needs_chunk() {
+        let mut bytes = 0;
+        for _ in 0..TURN_READS {
+            if self.room.buffer().is_empty() {
                 self.shared.with(|session| session.lend(&mut self.room));
             }
             let room = self.room.buffer();
@@ -235,22 +221,24 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
             };
             let (read, now) = (read?, Instant::now());
             if read == 0 {
-                return Poll::Ready(Err(End::Left.into()));
+                return Poll::Ready(Err(End::Left));
             }
             bytes += read;
-            let received = self.shared.with(|session| session.receive(&mut self.room, read, now))?;
+            let received =
+                self.shared.with(|session| session.receive(&mut self.room, read, now))?;
             self.shared.budget().pool().push_out(now);
-            frames += usize::from(received.is_frame);
-            if let Some(stream) = received.opened {
+            if let Received::Opened(stream) = received {
                 let is_admitted = self.pace.admits(now);
                 let place = is_admitted.then(|| Place::take(&self.inbound)).flatten();
                 self.shared.with(|session| session.admit(stream, place))?;
             }
-            if received.is_dear
+            if received != Received::Cheap
                 && let Some(pause) = self.frame_pace.rest(now)
             {
                 self.signs.set_flooding();
                 self.pause = Some(Delay::new(pause));
+            }
+            if bytes >= TURN || self.pause.is_some() {
                 break;
             }
         }
@@ -312,17 +300,14 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
     }
 
     /// The session ends. What was received may still be read until the next poll, which fails.
-    fn end(&mut self, stop: Stop, cx: &mut Context<'_>) {
-        let (end, error) = match stop {
-            Stop::Io(error) => (End::Left, error),
-            Stop::End(End::Left) => (End::Left, io::ErrorKind::ConnectionAborted.into()),
-            Stop::End(end @ End::Broken(_, why)) => (end, io::Error::other(why)),
-        };
-        self.shared.with(|session| session.end(end));
-        if end != End::Left {
-            let _ = self.poll_write(cx); // the go-away, if there is room for it
-        }
-        self.end = Some(error);
+    fn end(&mut self, end: End, cx: &mut Context<'_>) {
+        self.shared.with(|session| session.end(&end));
+        let _ = self.poll_write(cx); // the go-away, if there is one, and room for it
+        self.end = Some(match end {
+            End::Left => io::ErrorKind::ConnectionAborted.into(),
+            End::Broken(_, why) => io::Error::other(why),
+            End::Failed(error) => error,
+        });
         cx.waker().wake_by_ref();
     }
 }
@@ -366,7 +351,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> StreamMuxer for Muxer<C> {
         }
         self.shared.with(|session| session.set_driver(cx));
         match self.poll_read(cx) {
-            Poll::Ready(Err(stop)) => self.end(stop, cx),
+            Poll::Ready(Err(end)) => self.end(end, cx),
             Poll::Ready(Ok(())) | Poll::Pending => {
                 if let Poll::Ready(Err(error)) = self.poll_write(cx) {
                     self.end(error.into(), cx);

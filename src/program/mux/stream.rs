@@ -107,17 +107,6 @@ pub enum Outbound {
     Reset,
 }
 
-/// Where a stream stands in the queue of those that have something to send (deficit round robin).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Turn {
-    /// In none.
-    Idle,
-    /// Among the new flows, which go first.
-    New,
-    /// Among the old ones.
-    Old,
-}
-
 /// One stream.
 #[derive(Debug)]
 pub struct Stream {
@@ -135,13 +124,11 @@ pub struct Stream {
     pub has_handle: bool,
     /// Data came that nobody is there to read.
     pub is_stray: bool,
-    /// It has a place among the control frames to be sent.
+    /// It is queued for its control frames.
     pub in_control: bool,
-    /// Its turn to send data, and how much of that it has left, in bytes.
-    pub turn: Turn,
-    /// How many bytes it may send in its turn.
-    pub deficit: i64,
-    /// Who waits for data, and for room to write.
+    /// It is queued for its data.
+    pub in_turns: bool,
+    /// Who waits for data.
     pub reader: Option<Waker>,
     /// Who waits for room to write.
     pub writer: Option<Waker>,
@@ -169,7 +156,7 @@ pub struct Stream {
 
 impl Stream {
     /// A new stream with this flag on its first frame.
-    pub fn new(id: u32, opening: Flags, now: Instant) -> Self {
+    pub fn new(id: u32, opening: Flags, place: Option<Place>, now: Instant) -> Self {
         Self {
             id,
             inbound: Inbound::Open,
@@ -179,11 +166,10 @@ impl Stream {
             has_handle: true,
             is_stray: false,
             in_control: false,
-            turn: Turn::Idle,
-            deficit: 0,
+            in_turns: false,
             reader: None,
             writer: None,
-            place: None,
+            place,
             chunks: VecDeque::new(),
             unread: 0,
             passing: 0,
@@ -210,7 +196,7 @@ impl Stream {
 
     /// Whether data that comes is for anybody.
     pub fn is_read(&self) -> bool {
-        self.has_handle && !matches!(self.outbound, Outbound::Resetting | Outbound::Reset)
+        self.has_handle && self.is_open()
     }
 
     /// Stores what is in the chunk, whose charge goes with it if it is taken.
@@ -278,7 +264,8 @@ impl Stream {
         if !self.is_grant_due(budget) {
             return (0, 0);
         }
-        let is_fast = rtt.is_some_and(|rtt| now.saturating_duration_since(self.granted_at) < rtt * 2);
+        let is_fast =
+            rtt.is_some_and(|rtt| now.saturating_duration_since(self.granted_at) < rtt * 2);
         let most = self.window.min(growth).min(MAX_WINDOW - self.window);
         let wider = if is_fast { most } else { 0 };
         self.window += wider;
@@ -338,14 +325,6 @@ impl Stream {
         self.flushed = self.unsent();
     }
 
-    /// Drops what was written and not flushed.
-    pub fn discard_unflushed(&mut self, budget: &ConnectionBudget) {
-        match self.flushed {
-            0 => self.discard_unsent(budget),
-            flushed => self.out.truncate(HEADER + self.sent + flushed),
-        }
-    }
-
     /// Frees what was to be sent.
     pub fn discard_unsent(&mut self, budget: &ConnectionBudget) {
         budget.release(self.out.capacity());
@@ -357,21 +336,20 @@ impl Stream {
         self.unsent() > 0 || self.outbound == Outbound::Finishing
     }
 
-    /// Moves a frame of at most `most` bytes of data into `into`, which is empty; returns how many bytes of
-    /// data, and what stays charged for the frame.
+    /// Moves a frame of at most `most` bytes of data into `into`, which is empty; what stays charged for it.
     pub fn take_frame(
         &mut self,
         into: &mut Vec<u8>,
         most: usize,
         now: Instant,
         budget: &ConnectionBudget,
-    ) -> (usize, usize) {
+    ) -> usize {
         let body = self.unsent().min(most);
         let is_last = body == self.unsent();
         let mut flags = std::mem::take(&mut self.opening);
         if is_last && self.outbound == Outbound::Finishing {
             flags = flags | Flags::FIN;
-            self.outbound = Outbound::Finished;
+            self.outbound = if self.is_stray { Outbound::Resetting } else { Outbound::Finished };
         }
         let header = self.header(Kind::Data, flags, body as u32).encode();
         self.sent_at = now;
@@ -380,7 +358,7 @@ impl Stream {
             // The frame as it was written: no copy.
             *into = std::mem::take(&mut self.out);
             let _ = into.as_mut_slice().write(&header); // to memory
-            return (body, into.capacity());
+            return into.capacity();
         }
         let from = HEADER + self.sent;
         into.extend_from_slice(&header);
@@ -389,7 +367,19 @@ impl Stream {
         if is_last {
             self.discard_unsent(budget);
         }
-        (body, 0)
+        0
+    }
+
+    /// Whether there are frames without data to send.
+    pub fn has_control(&self, budget: &ConnectionBudget) -> bool {
+        // An ACK goes with data if there is some.
+        let acknowledges = self.opening == Flags::ACK && self.is_open() && !self.has_data();
+        acknowledges || self.is_reset_due() || self.is_grant_due(budget)
+    }
+
+    /// Whether RST is to be sent now.
+    pub fn is_reset_due(&self) -> bool {
+        self.outbound == Outbound::Resetting && self.unsent() == 0
     }
 
     /// A header of this stream.
@@ -398,6 +388,61 @@ impl Stream {
     }
 
     // ---- The end
+
+    /// FIN is to be sent.
+    pub fn close(&mut self) {
+        if self.outbound == Outbound::Open {
+            self.outbound = Outbound::Finishing;
+        }
+    }
+
+    /// Nobody holds it any more. Unless this side closed it, it is reset: what is cut must not look complete.
+    pub fn drop_handle(&mut self, budget: &ConnectionBudget) {
+        self.has_handle = false;
+        self.discard_unread(budget);
+        if self.outbound == Outbound::Open {
+            match self.flushed {
+                0 => self.discard_unsent(budget),
+                flushed => self.out.truncate(HEADER + self.sent + flushed),
+            }
+            self.set_resetting();
+        }
+    }
+
+    /// This side resets it.
+    pub fn reset(&mut self, budget: &ConnectionBudget) {
+        self.discard_unread(budget);
+        self.discard_unsent(budget);
+        self.inbound = Inbound::Reset;
+        if self.outbound != Outbound::Reset {
+            self.set_resetting();
+        }
+    }
+
+    /// The peer resets it.
+    pub fn on_reset(&mut self, budget: &ConnectionBudget) {
+        self.discard_unsent(budget);
+        (self.inbound, self.outbound) = (Inbound::Reset, Outbound::Reset);
+    }
+
+    /// The session is over.
+    pub fn end(&mut self, budget: &ConnectionBudget) {
+        self.discard_unsent(budget);
+        self.outbound = Outbound::Reset;
+        if self.inbound == Inbound::Open {
+            self.inbound = Inbound::Reset;
+        }
+    }
+
+    /// A stream that the peer has not heard of needs no RST.
+    fn set_resetting(&mut self) {
+        let is_unheard = self.opening == Flags::SYN && self.unsent() == 0;
+        self.outbound = if is_unheard { Outbound::Reset } else { Outbound::Resetting };
+    }
+
+    fn is_open(&self) -> bool {
+        !matches!(self.outbound, Outbound::Resetting | Outbound::Reset)
+    }
 
     /// How much its bytes are in the way: how many they are, times how long its reader, or its peer, has taken
     /// none.

@@ -10,6 +10,7 @@ use std::{
 
 use libp2p::futures::{AsyncRead, AsyncWrite};
 
+use super::budget::MemoryBudget;
 use super::{
     budget::{ConnectionBudget, Shed},
     negotiation::Negotiation,
@@ -17,7 +18,6 @@ use super::{
     session::{Role, Session},
 };
 use crate::address::ClientPrefix;
-use super::budget::MemoryBudget;
 
 /// A session under its lock, which is never held together with another session's, and under which no task is
 /// woken.

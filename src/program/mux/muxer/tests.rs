@@ -201,7 +201,13 @@ fn muxer(pipe: Pipe, role: Role) -> Muxer<Pipe> {
 }
 
 /// Opens so many streams over ours, and echoes what comes on others.
-fn ours(pipe: Pipe, role: Role, streams: usize, executor: Executor, done: mpsc::UnboundedSender<()>) {
+fn ours(
+    pipe: Pipe,
+    role: Role,
+    streams: usize,
+    executor: Executor,
+    done: mpsc::UnboundedSender<()>,
+) {
     let (mut muxer, spawn) = (muxer(pipe, role), executor.clone());
     let mut opened = 0;
     executor.spawn(poll_fn(move |cx| {
@@ -229,7 +235,13 @@ fn ours(pipe: Pipe, role: Role, streams: usize, executor: Executor, done: mpsc::
 }
 
 /// As [`ours`], over the crate.
-fn theirs(pipe: Pipe, role: Role, streams: usize, executor: Executor, done: mpsc::UnboundedSender<()>) {
+fn theirs(
+    pipe: Pipe,
+    role: Role,
+    streams: usize,
+    executor: Executor,
+    done: mpsc::UnboundedSender<()>,
+) {
     let mode = if role == Role::Client { Mode::Client } else { Mode::Server };
     let mut connection = yamux::Connection::new(pipe, yamux::Config::default(), mode);
     let (mut opened, spawn) = (0, executor.clone());
