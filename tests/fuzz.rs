@@ -15,6 +15,8 @@ mod files;
 mod hostile;
 #[path = "fuzz/memory.rs"]
 mod memory;
+#[path = "fuzz/mux.rs"]
+mod mux;
 #[path = "fuzz/protobuf.rs"]
 mod protobuf;
 #[path = "fuzz/proxy.rs"]
@@ -39,6 +41,7 @@ const TARGETS: &[Target] = &[
     ("config", files::check_config),
     ("hostile", hostile::check),
     ("identity", files::check_identity),
+    ("mux", mux::check),
     ("proxy", proxy::check),
     #[cfg(feature = "pnet")]
     ("swarm_key", files::check_swarm_key),
@@ -117,6 +120,12 @@ fn whatever_the_addresses_an_answer_fits_and_leads_to_the_relay() {
 #[test]
 fn a_proxys_header_means_the_same_however_it_is_cut() {
     holds(proxy::check, 2000, proxy::headers());
+}
+
+#[test]
+fn whatever_a_peer_sends_its_muxer_holds_no_more_than_it_may() {
+    holds(mux::check, 500, mux::frames());
+    holds(mux::check, 1000, any_bytes());
 }
 
 #[test]

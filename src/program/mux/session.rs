@@ -267,7 +267,9 @@ impl Session {
 
     /// What was written to the stream will be sent, whatever becomes of the stream.
     pub fn flush(&mut self, serial: u64) {
-        self.streams.get_mut(&serial).map(|stream| stream.flush());
+        if let Some(stream) = self.streams.get_mut(&serial) {
+            stream.flush();
+        }
     }
 
     /// Nothing more will be written to the stream: FIN goes with the last of it.
@@ -287,8 +289,8 @@ impl Session {
 
     /// Resets the stream with the most bytes that have waited for the longest; how many bytes that freed.
     pub fn shed(&mut self, now: Instant) -> usize {
-        let weigh = |(serial, stream): (&u64, &Box<Stream>)| (stream.weight(now), *serial);
-        let (weight, serial) = self.streams.iter().map(weigh).max().unwrap_or_default();
+        let weights = self.streams.iter().map(|(serial, stream)| (stream.weight(now), *serial));
+        let (weight, serial) = weights.max().unwrap_or_default();
         if weight == 0 {
             return 0;
         }
@@ -353,7 +355,8 @@ impl Session {
         self.budget.release(size_of::<Stream>());
         self.growth += stream.growth();
         self.acknowledge(stream.is_unacknowledged);
-        self.refused -= usize::from(stream.place.is_none());
+        // One whose first frame broke the session was not refused yet.
+        self.refused = self.refused.saturating_sub(usize::from(stream.place.is_none()));
         self.effects.places.extend(stream.place.take());
     }
 

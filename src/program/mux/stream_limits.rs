@@ -56,8 +56,9 @@ pub struct StreamLimits {
     /// yet, or are to go and were not taken. Default: four times as many as one connection may hold, at
     /// least 80 MiB.
     ///
-    /// Above it the heaviest connection of the heaviest client prefix resets streams, those first that have
-    /// waited the most, and is closed if it cannot tell its peer. No other connection waits for it.
+    /// Above it, down to nine tenths, the heaviest connection of the heaviest client prefix resets streams,
+    /// those first that have waited the most, and frees their bytes at once. No connection is read more
+    /// slowly for it.
     pub max_buffered: Option<usize>,
     /// How many bytes that came one connection may hold. Default: a window of 256 KiB for each of
     /// [`crate::Config::max_circuits_per_peer`], and 1 MiB.

@@ -60,7 +60,7 @@ impl AsyncRead for Pipe {
         let read = io::Read::read(&mut wire.bytes, buffer)?;
         let writer = wire.writer.take();
         drop(wire);
-        writer.map(Waker::wake);
+        writer.into_iter().for_each(Waker::wake);
         Poll::Ready(Ok(read))
     }
 }
@@ -84,7 +84,7 @@ impl AsyncWrite for Pipe {
         wire.bytes.extend(&bytes[..written]);
         let reader = wire.reader.take();
         drop(wire);
-        reader.map(Waker::wake);
+        reader.into_iter().for_each(Waker::wake);
         Poll::Ready(Ok(written))
     }
 
@@ -264,12 +264,11 @@ fn theirs(
     }));
 }
 
+/// Runs one end: [`ours`], or [`theirs`].
+type Run = fn(Pipe, Role, usize, Executor, mpsc::UnboundedSender<()>);
+
 /// Has both ends carry streams until all are done.
-async fn exchange(
-    room: usize,
-    [one, other]: [fn(Pipe, Role, usize, Executor, mpsc::UnboundedSender<()>); 2],
-    executor: Executor,
-) {
+async fn exchange(room: usize, [one, other]: [Run; 2], executor: Executor) {
     const STREAMS: usize = 16;
     let (client, server) = pipes(room);
     let (done, mut exchanged) = mpsc::unbounded();

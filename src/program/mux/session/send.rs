@@ -69,7 +69,9 @@ impl Session {
             let stream = self.streams.get_mut(&serial);
             let Some(stream) = stream.filter(|stream| stream.has_control(&self.budget)) else {
                 self.control.pop_front();
-                self.streams.get_mut(&serial).map(|stream| stream.in_control = false);
+                if let Some(stream) = self.streams.get_mut(&serial) {
+                    stream.in_control = false;
+                }
                 continue;
             };
             let resets = stream.is_reset_due();

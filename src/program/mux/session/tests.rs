@@ -45,7 +45,7 @@ impl Side {
     }
 
     fn accept(&mut self) -> Option<u64> {
-        match self.session.poll_accept(&mut cx()) {
+        match self.session.poll_accept(&cx()) {
             Poll::Ready(serial) => Some(serial),
             Poll::Pending => None,
         }
@@ -180,6 +180,9 @@ fn frames_against_the_rules_end_the_session_with_go_away() {
         server.session.end(&end);
         let last = headers(&server.send_all()).pop().expect("a go-away");
         assert_eq!((last.kind, last.length), (Kind::GoAway, reason as u32));
+        server.session.reclaim(&mut server.room);
+        server.session.close_all();
+        server.assert_empty();
     }
 }
 

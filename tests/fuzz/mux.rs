@@ -1,0 +1,132 @@
+//! The muxer: whatever a peer sends, it reads on or says why not, and holds no more than it may.
+
+use std::{
+    io,
+    pin::Pin,
+    sync::{Arc, Mutex},
+    task::{Context, Poll, Waker},
+};
+
+use libp2p::{
+    core::{muxing::StreamMuxer, upgrade::InboundConnectionUpgrade},
+    futures::{AsyncRead, AsyncWrite, FutureExt},
+};
+use proptest::{collection::vec, prelude::*};
+use relaylet::program::mux::{
+    muxer::{Budget, Multiplex},
+    stream_limits::StreamLimits,
+};
+
+const STREAMS: usize = 8;
+const KIB: usize = 1024;
+
+/// What the muxer may hold: a window for each stream and as much on its way out, and a little.
+const HELD: usize = STREAMS * 2 * (256 + 64) * KIB + 2048 * KIB;
+
+/// A connection whose peer sends these bytes, so many at a time, and takes all that comes.
+struct Link<'a> {
+    sends: &'a [u8],
+    at_once: usize,
+    taken: Arc<Mutex<Vec<u8>>>,
+}
+
+impl AsyncRead for Link<'_> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+        buffer: &mut [u8],
+    ) -> Poll<io::Result<usize>> {
+        let (room, _) = buffer.split_at_mut(self.at_once.min(buffer.len()));
+        Poll::Ready(io::Read::read(&mut self.sends, room))
+    }
+}
+
+impl AsyncWrite for Link<'_> {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.taken.lock().unwrap().extend(bytes);
+        Poll::Ready(Ok(bytes.len()))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_close(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+}
+
+/// Has a peer send `bytes` behind the first two, which say how many come at once, and what becomes of the
+/// streams that it opens.
+pub fn check(bytes: &[u8]) {
+    let [at_once, fate, sends @ ..] = bytes else {
+        return;
+    };
+    let budget = Budget { inbound: STREAMS, outbound: STREAMS };
+    let limits = StreamLimits { stream_rate: 0, ..StreamLimits::default() };
+    let multiplex = Multiplex::new(budget, limits, STREAMS);
+    let memory = multiplex.memory();
+    let taken = Arc::default();
+    let link = Link { sends, at_once: 1 + usize::from(*at_once), taken: Arc::clone(&taken) };
+    let muxer = multiplex.upgrade_inbound(link, "/yamux/1.0.0").now_or_never();
+    let mut muxer = muxer.expect("it is ready").expect("it needs nothing");
+    let cx = &mut Context::from_waker(Waker::noop());
+    let mut streams = Vec::new();
+    let mut buffer = vec![0; 4 * KIB];
+    // The end of what it sends ends the muxer.
+    while Pin::new(&mut muxer).poll(cx).is_pending() {
+        while let Poll::Ready(stream) = Pin::new(&mut muxer).poll_inbound(cx) {
+            streams.push(stream.expect("it goes on"));
+        }
+        for (number, stream) in streams.iter_mut().enumerate() {
+            let does = |what: u8| fate.rotate_left(number as u32) & what != 0;
+            if does(1)
+                && let Poll::Ready(Ok(read)) = Pin::new(&mut *stream).poll_read(cx, &mut buffer)
+            {
+                let _ = Pin::new(&mut *stream).poll_write(cx, &buffer[..read]);
+            }
+            if does(2) {
+                let _ = Pin::new(stream).poll_close(cx);
+            }
+        }
+        if fate & 4 != 0 {
+            streams.pop();
+        }
+        let held = memory.buffered().bytes;
+        assert!(held <= HELD, "{held}");
+    }
+    drop(muxer);
+    drop(streams);
+    assert_eq!(memory.buffered().bytes, 0);
+    assert_frames(&taken.lock().unwrap());
+}
+
+/// What the muxer says is frames, each of a type that there is; go-away is the last.
+fn assert_frames(mut bytes: &[u8]) {
+    while let Some((header, rest)) = bytes.split_first_chunk::<12>() {
+        let [version, kind, _, _, _, _, _, _, l0, l1, l2, l3] = *header;
+        assert!(version == 0 && kind <= 3, "{header:?}");
+        let length = if kind == 0 { u32::from_be_bytes([l0, l1, l2, l3]) as usize } else { 0 };
+        bytes = rest.get(length..).expect("all of the body");
+        assert!(kind != 3 || bytes.is_empty(), "nothing behind go-away");
+    }
+    assert!(bytes.is_empty(), "all of the header");
+}
+
+/// Frames, most of them in order.
+pub fn frames() -> impl Strategy<Value = Vec<u8>> {
+    let flags = prop_oneof![4 => Just(0_u16), 4 => Just(1), 1 => 0..16_u16];
+    let length = prop_oneof![4 => 0..40_usize, 1 => 0..300_000_usize];
+    let frame = (0..3_u8, flags, 0..12_u32, length).prop_map(|(kind, flags, stream, length)| {
+        let [flags, stream] = [u32::from(flags), stream].map(u32::to_be_bytes);
+        let header = [&[0, kind], &flags[2..], &stream, &(length as u32).to_be_bytes()].concat();
+        let body = vec![7; if kind == 0 { length } else { 0 }];
+        [header, body].concat()
+    });
+    (any::<[u8; 2]>(), vec(frame, 0..40))
+        .prop_map(|(how, frames)| [&how[..], &frames.concat()].concat())
+}
