@@ -272,7 +272,7 @@ impl Session {
         }
     }
 
-    /// Nothing more will be written to the stream: FIN goes with the last of it.
+    /// Nothing more will be written to the stream: FIN goes after the last of it.
     pub fn close(&mut self, serial: u64) {
         self.change(serial, |stream, _| stream.close());
     }

@@ -97,7 +97,7 @@ pub enum Inbound {
 pub enum Outbound {
     /// There may be more to say.
     Open,
-    /// FIN goes with the last of what is unsent.
+    /// FIN goes after the last of what is unsent.
     Finishing,
     /// FIN was sent.
     Finished,
@@ -347,7 +347,9 @@ impl Stream {
         let body = self.unsent().min(most);
         let is_last = body == self.unsent();
         let mut flags = std::mem::take(&mut self.opening);
-        if is_last && self.outbound == Outbound::Finishing {
+        // A frame of its own: go-yamux handles the flags of a frame before it reads the body, and a reader of
+        // the stream would see the end before the last of the data.
+        if body == 0 && self.outbound == Outbound::Finishing {
             flags = flags | Flags::FIN;
             self.outbound = if self.is_stray { Outbound::Resetting } else { Outbound::Finished };
         }
