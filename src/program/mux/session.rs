@@ -6,6 +6,7 @@
 
 pub mod receive;
 pub mod send;
+mod turns;
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -15,7 +16,7 @@ use std::{
     time::Instant,
 };
 
-use self::send::{RoundTrip, Turns};
+use self::turns::{RoundTrip, Turns};
 use super::{
     budget::ConnectionBudget,
     frame::{Flags, INITIAL_WINDOW, MAX_WINDOW, Reason},

@@ -1,20 +1,13 @@
 //! Sending: control frames are state, and not a queue, so that each is sent once however long it waits; data takes
 //! turns.
 
-use std::{
-    collections::{BTreeMap, VecDeque},
-    time::{Duration, Instant},
-};
+use std::time::Instant;
 
 use super::Session;
 use crate::program::mux::{
     frame::{Flags, HEADER, Header, Kind},
-    stream::{Outbound, QUANTUM, Stream},
+    stream::Outbound,
 };
-
-/// After so many received bytes the round trip is measured, unless that was done a short time ago.
-const PING_AFTER: usize = 64 * 1024;
-const PING_INTERVAL: Duration = Duration::from_secs(10);
 
 /// How many bytes of control frames are sent at once.
 const MAX_CONTROL: usize = 64 * HEADER;
@@ -97,92 +90,4 @@ impl Session {
 
 fn session_header(kind: Kind, flags: Flags, length: u32) -> [u8; HEADER] {
     Header { kind, flags, stream: 0, length }.encode()
-}
-
-/// Whose turn it is to send data: deficit round robin with a list of new flows, as in fq_codel (RFC 8290, 4.2). A
-/// stream that had nothing to send goes first, for one quantum.
-#[derive(Debug, Default)]
-pub struct Turns {
-    new: VecDeque<Turn>,
-    old: VecDeque<Turn>,
-}
-
-/// A stream, and how many bytes it may send before the others have their turn.
-#[derive(Debug)]
-struct Turn {
-    stream: u64,
-    deficit: i64,
-}
-
-impl Turns {
-    /// This stream has something to send.
-    pub fn add(&mut self, stream: u64) {
-        self.new.push_back(Turn { stream, deficit: QUANTUM as i64 });
-    }
-
-    /// The stream that sends next.
-    fn next(&mut self, streams: &mut BTreeMap<u64, Box<Stream>>) -> Option<u64> {
-        loop {
-            let is_new = !self.new.is_empty();
-            let list = if is_new { &mut self.new } else { &mut self.old };
-            let mut turn = list.pop_front()?;
-            let stream = streams.get_mut(&turn.stream);
-            let has_data = stream.as_ref().is_some_and(|stream| stream.has_data());
-            if has_data && turn.deficit > 0 {
-                let serial = turn.stream;
-                list.push_front(turn);
-                return Some(serial);
-            }
-            // One that comes and goes is not new each time.
-            if has_data || (stream.is_some() && is_new && !self.old.is_empty()) {
-                turn.deficit += if turn.deficit <= 0 { QUANTUM as i64 } else { 0 };
-                self.old.push_back(turn);
-            } else if let Some(stream) = stream {
-                stream.in_turns = false;
-            }
-        }
-    }
-
-    /// It sent so many bytes.
-    fn spend(&mut self, bytes: usize) {
-        let list = if self.new.is_empty() { &mut self.old } else { &mut self.new };
-        if let Some(turn) = list.front_mut() {
-            turn.deficit -= bytes as i64;
-        }
-    }
-}
-
-/// Round trips, as measured by our pings ("Ping"): one at a time.
-#[derive(Debug, Default)]
-pub struct RoundTrip {
-    /// The last that was measured.
-    measured: Option<Duration>,
-    /// How many bytes of data were received since.
-    pub received: usize,
-    /// When the last ping was sent, its number, and whether it is to be answered.
-    last: Option<Instant>,
-    number: u32,
-    is_asked: bool,
-}
-
-impl RoundTrip {
-    /// The ping to send, if one is due.
-    fn ask(&mut self, now: Instant) -> Option<u32> {
-        let since = self.last.map(|last| now.saturating_duration_since(last));
-        let is_old = since.is_none_or(|since| since >= PING_INTERVAL);
-        if self.is_asked || self.received < PING_AFTER || !is_old {
-            return None;
-        }
-        let number = self.number.wrapping_add(1);
-        let (last, is_asked, measured) = (Some(now), true, self.measured);
-        *self = Self { measured, received: 0, last, number, is_asked };
-        Some(number)
-    }
-
-    /// The peer answers; false if it was not asked.
-    pub fn on_answer(&mut self, number: u32, now: Instant) -> bool {
-        let is_asked = std::mem::take(&mut self.is_asked) && self.number == number;
-        self.measured = self.last.map(|last| now.saturating_duration_since(last));
-        is_asked
-    }
 }
