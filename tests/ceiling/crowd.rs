@@ -54,8 +54,8 @@ const PUSH: &str = "/ipfs/id/push/1.0.0";
 const EMPTY_ADDRESSES: usize = 2010;
 const SHORT_PROTOCOLS: usize = 844;
 
-/// The longest body that a header may announce.
-const LONGEST_BODY: u32 = 1024 * 1024;
+/// A body that a header may announce: the stream's window is 256 KiB wide, and some of it is used.
+const LONGEST_BODY: u32 = 192 * 1024;
 
 /// How often to look at what the relay counts.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
@@ -263,7 +263,7 @@ async fn push_most(stranger: &mut Stranger) -> io::Result<u32> {
     Ok(stream)
 }
 
-/// Announces a body as long as there can be on an open stream. None follows, so it is the last that the
+/// Announces a body as long as there can be on such a stream. None follows, so it is the last that the
 /// relay hears.
 async fn say_only_a_header(stranger: &mut Stranger, stream: u32) -> io::Result<()> {
     stranger.say(&frame(DATA, 0, stream, LONGEST_BODY)).await
