@@ -7,6 +7,9 @@ use std::{
 
 use libp2p::{Multiaddr, PeerId, multiaddr::Protocol};
 
+/// How many addresses one reservation carries at most. Clients dial all of them.
+pub const MAX_TOLD: usize = 10;
+
 /// How many bytes of addresses one reservation carries at most, so that the answer, voucher
 /// included, stays below [`crate::wire::MAX_MESSAGE`] whatever key the relay has.
 const MAX_BYTES: usize = 2048;
@@ -164,7 +167,8 @@ impl<'a> Known<'a> {
         if !self.announced.is_empty() {
             return self.announced.iter().collect();
         }
-        let listening = self.listening.iter().filter(|own| !self.confirmed.contains(own));
+        let is_known = |own: &&Multiaddr| !self.confirmed.contains(own) && !is_unspecified(own);
+        let listening = self.listening.iter().filter(is_known);
         let (global, local): (Vec<_>, Vec<_>) = listening.partition(|own| is_global(own));
         self.confirmed.iter().chain(global).chain(self.reported).chain(local).collect()
     }
@@ -179,13 +183,18 @@ pub fn for_reservation(known: Known<'_>, relay: PeerId) -> Vec<Multiaddr> {
         let Ok(address) = candidate.clone().with_p2p(relay) else {
             continue; // another peer's
         };
-        let fits = bytes + address.len() <= MAX_BYTES;
+        let fits = addresses.len() < MAX_TOLD && bytes + address.len() <= MAX_BYTES;
         if fits && !is_relayed(&address) && !addresses.contains(&address) {
             bytes += address.len();
             addresses.push(address);
         }
     }
     addresses
+}
+
+/// Whether this stands for all addresses of a machine.
+pub fn is_unspecified(address: &Multiaddr) -> bool {
+    ip(address).is_some_and(|ip| ip.is_unspecified())
 }
 
 /// The IP address in front, if that is what stands in front; an IPv4-mapped one as IPv4.
@@ -310,12 +319,19 @@ mod tests {
     }
 
     #[test]
+    fn an_address_that_stands_for_all_is_not_told() {
+        let listening = ["/ip4/0.0.0.0/tcp/1", "/ip6/::/tcp/1", "/ip4/10.0.0.1/tcp/1"].map(address);
+        let known = Known { listening: &listening, ..Known::default() };
+        assert_eq!(known.best_first(), [&listening[2]]);
+    }
+
+    #[test]
     fn a_machine_of_a_thousand_addresses_still_fits_one_answer() {
         let many: Vec<_> =
             (0..1000u16).map(|n| address(&format!("/ip6/2a00:1450::{n:x}/tcp/4001"))).collect();
         let known = Known { listening: &many, ..Known::default() };
         let told = for_reservation(known, PeerId::random());
-        assert!(!told.is_empty());
+        assert_eq!(told.len(), MAX_TOLD);
         assert!(told.iter().map(Multiaddr::len).sum::<usize>() <= MAX_BYTES);
     }
 }

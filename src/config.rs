@@ -300,23 +300,33 @@ fn cap(given: usize) -> Option<usize> {
     (given > 0).then_some(given)
 }
 
-/// Whether clients could be sent to this address at all.
+/// Whether clients could be sent to this address at all: it names a host, and a port unless the name stands
+/// for whole addresses (dnsaddr).
 fn announceable(address: &Multiaddr) -> Result<(), ConfigError> {
-    let problem = address.iter().find_map(|part| match part {
-        Protocol::P2pCircuit => Some("leads through another relay; give an address of this one"),
-        Protocol::Ip4(ip) if ip.is_unspecified() => Some("is no address that a client can dial"),
-        Protocol::Ip6(ip) if ip.is_unspecified() => Some("is no address that a client can dial"),
-        Protocol::Tcp(0) | Protocol::Udp(0) => Some("names no port; give the one clients dial"),
-        _ => None,
-    });
-    match problem {
-        Some(problem) => Err(ConfigError::new("announce", format!("{address} {problem}"))),
-        None if address.is_empty() => Err(ConfigError::new(
-            "announce",
-            "an empty address; try /dns4/relay.example.org/tcp/4001",
-        )),
-        None => Ok(()),
-    }
+    let parts: Vec<_> =
+        address.iter().filter(|part| !matches!(part, Protocol::Ip6zone(_))).collect();
+    let has_host = match parts.first() {
+        Some(Protocol::Ip4(ip)) => !ip.is_unspecified(),
+        Some(Protocol::Ip6(ip)) => !ip.is_unspecified(),
+        Some(Protocol::Dns(_) | Protocol::Dns4(_) | Protocol::Dns6(_)) => true,
+        Some(Protocol::Dnsaddr(_) | Protocol::Memory(_)) => true,
+        _ => false,
+    };
+    let needs_port = !matches!(parts.first(), Some(Protocol::Dnsaddr(_) | Protocol::Memory(_)));
+    let has_port = parts.get(1).is_some_and(
+        |part| matches!(part, Protocol::Tcp(port) | Protocol::Udp(port) if *port != 0),
+    );
+    let problem = if parts.contains(&Protocol::P2pCircuit) {
+        "leads through another relay; give an address of this one"
+    } else if !has_host {
+        "names no host that a client can dial; try /dns4/relay.example.org/tcp/4001"
+    } else if needs_port && !has_port {
+        "names no port; add the one that clients dial: /tcp/4001"
+    } else {
+        return Ok(());
+    };
+    let shown = if parts.is_empty() { "an empty address".into() } else { address.to_string() };
+    Err(ConfigError::new("announce", format!("{shown} {problem}")))
 }
 
 /// A setting that makes no sense, and the remedy, in one line.
@@ -381,9 +391,35 @@ mod tests {
         assert_eq!(refused(|c| c.sweep = Duration::ZERO), "sweep");
         let short = Duration::from_millis(10);
         assert_eq!(refused(|c| c.circuit_duration = short), "circuit_duration");
-        for address in ["/ip4/0.0.0.0/tcp/4001", "/ip6/::/tcp/4001", "/ip4/1.2.3.4/tcp/0", ""] {
-            let address: Multiaddr = address.parse().unwrap();
-            assert_eq!(refused(|c| c.announce = vec![address]), "announce");
+    }
+
+    #[test]
+    fn an_announced_address_names_a_host_and_a_port() {
+        let announced = |text: &str| {
+            let announce = vec![text.parse().unwrap()];
+            Config { announce, ..Config::default() }.validate().map_err(|error| error.to_string())
+        };
+        for (text, problem) in [
+            ("", "names no host"),
+            ("/ip4/0.0.0.0/tcp/4001", "names no host"),
+            ("/ip6/::/tcp/4001", "names no host"),
+            ("/tcp/4001", "names no host"),
+            ("/unix/x", "names no host"),
+            ("/dns4/relay.example.org", "names no port"),
+            ("/ip4/198.51.100.7", "names no port"),
+            ("/ip4/198.51.100.7/tcp/0", "names no port"),
+            ("/ip4/198.51.100.7/tls/ws", "names no port"),
+        ] {
+            let error = announced(text).unwrap_err();
+            assert!(error.starts_with("announce: ") && error.contains(problem), "{error}");
+        }
+        for text in [
+            "/dnsaddr/relay.example.org",
+            "/dns6/relay.example.org/tcp/443/tls/ws",
+            "/ip6zone/eth0/ip6/fe80::1/tcp/4001",
+            "/ip4/198.51.100.7/udp/4001/quic-v1",
+        ] {
+            assert_eq!(announced(text), Ok(()), "{text}");
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use anyhow::{Context, Result};
@@ -84,6 +84,7 @@ pub struct Node {
     memory: MemoryBudget,
     commons: Commons,
     observed: Observed<ConnectionId>,
+    certificate_not_after: Option<SystemTime>,
     #[cfg(feature = "websocket")]
     presented: Presented,
     /// What it listens on, as it was asked to.
@@ -222,6 +223,7 @@ impl Node {
             memory,
             commons,
             observed: Observed::new(Instant::now()),
+            certificate_not_after: None,
             #[cfg(feature = "websocket")]
             presented,
             listeners: Vec::new(),
@@ -303,7 +305,13 @@ impl Node {
     /// Without one [`Node::listen_on`] takes no such address.
     #[cfg(feature = "websocket")]
     pub fn set_certificate(&mut self, certificate: Certificate) {
+        self.certificate_not_after = Some(certificate.validity().not_after);
         self.presented.set(certificate);
+    }
+
+    /// When the certificate expires that connections to `/tls/ws` see.
+    pub fn certificate_not_after(&self) -> Option<SystemTime> {
+        self.certificate_not_after
     }
 
     /// Tells clients whether they can be reached from outside, by dialing them: AutoNAT, versions 1
@@ -426,6 +434,16 @@ impl Node {
         Ok(())
     }
 
+    /// After a drain it listens on the same port again, also where that was any free one.
+    fn keep_port(&mut self, listener: ListenerId, bound: &Multiaddr) {
+        let asked = self.listeners.iter_mut().find(|(id, _)| *id == listener);
+        if let Some((_, asked)) = asked
+            && let Some((socket, _)) = multiaddr::listen_address(bound)
+        {
+            *asked = multiaddr::with_port(asked, socket.port());
+        }
+    }
+
     #[cfg(feature = "dht")]
     fn rest(&mut self, resting: bool) {
         if let Some(dht) = self.swarm.behaviour_mut().dht.as_mut() {
@@ -461,7 +479,8 @@ impl Node {
             }
             // The addresses of the machine's containers come and go, and are of no use to a client:
             // not worth waking every phone.
-            SwarmEvent::NewListenAddr { address, .. } => {
+            SwarmEvent::NewListenAddr { address, listener_id } => {
+                self.keep_port(listener_id, &address);
                 self.tell_addresses(address::is_global(&address));
                 return Some(NodeEvent::Listening(address));
             }
@@ -572,6 +591,6 @@ mod tests {
         assert!(size_of::<THandler<Parts>>() <= identify + 416 + autonat + dht);
         assert_eq!(size_of::<THandler<Boxed<Parts>>>(), pointer);
         assert_eq!(size_of::<THandlerOutEvent<Boxed<Parts>>>(), pointer);
-        assert!(identify <= 144, "{identify}");
+        assert!(identify <= 152, "{identify}");
     }
 }

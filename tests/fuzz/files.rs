@@ -67,7 +67,7 @@ pub fn check_swarm_key(bytes: &[u8]) {
 
 fn flags(arguments: &[&str]) -> Result<Flags, Stop> {
     let program = ["relaylet"].iter().chain(arguments);
-    Flags::read(program.map(OsString::from), |_| None)
+    Flags::read(program.map(OsString::from), [])
 }
 
 /// Takes `bytes` for a file of settings: what holds then can be printed, and read again.

@@ -81,17 +81,33 @@ fn the_environment_is_read_as_flags_are_where_none_is_given() {
     assert_eq!(status, Some(2));
     assert!(line.starts_with("relaylet: RELAYLET_GRACE: "), "{line}");
     assert!(line.contains("\"soon\" is no duration; try 30s"), "{line}");
-    // Nobody looks at it if there is a flag.
-    let (file, _) = print("RELAYLET_GRACE", "soon", &["--grace=1s"]);
+    // Also one that a flag hides, for it would hold without the flag.
+    let (line, status) = print("RELAYLET_GRACE", "soon", &["--grace=1s"]);
+    assert_eq!(status, Some(2));
+    assert!(line.starts_with("relaylet: RELAYLET_GRACE: "), "{line}");
+    let (file, _) = print("RELAYLET_GRACE", "2s", &["--grace=1s"]);
     assert!(file.contains("grace = \"1s\""), "{file}");
-    // What is empty is not there, but for a list.
+    // An empty variable is not set: it does not open a relay that the file closes.
     assert!(print("RELAYLET_GRACE", "", &[]).0.contains("grace = \"30s\""));
     let (file, _) = print("RELAYLET_DENY_SUBNET", "", &[]);
-    assert!(file.contains("deny-subnet = []"), "{file}");
+    assert!(file.contains("deny-subnet = [\"192.0.2.0/24\"]"), "{file}");
+    let (line, status) = print("RELAYLET_ALLOW_PEERS", "12D3KooW", &[]);
+    assert_eq!(status, Some(2));
+    let told = "relaylet: RELAYLET_ALLOW_PEERS: there is no such setting; try RELAYLET_ALLOW_PEER";
+    assert_eq!(line.trim(), told);
     let (line, status) = print("RELAYLET_MAX_CONNECTIONS", "0", &[]);
     assert_eq!(status, Some(2));
     let told = "relaylet: RELAYLET_MAX_CONNECTIONS: --max-connections 0: lets nobody in";
     assert!(line.starts_with(told), "{line}");
+}
+
+#[test]
+fn a_wrong_value_in_the_file_is_an_error_also_where_a_flag_hides_it() {
+    let folder = folder_with("grace = \"soon\"\n");
+    let output = command(&folder, &["--grace=1s", "--print-config"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    let line = String::from_utf8(output.stderr).unwrap();
+    assert!(line.contains(":1: --grace: \"soon\" is no duration"), "{line}");
 }
 
 #[test]
@@ -168,6 +184,7 @@ async fn limits_and_rules_change_with_sighup_and_no_connection_is_dropped() {
     write(&relay.folder, &file);
     relay.signal("HUP");
     relay.wait_for_log("SIGHUP: changed: max-reservations, deny-peer").await;
+    relay.wait_for_log("SIGHUP: max-reservations: 1 → 2").await;
     relay.wait_for_log("SIGHUP: threads holds from the next start on").await;
     bob.reserve().await;
     // On the connections that they had.

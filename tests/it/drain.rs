@@ -81,12 +81,7 @@ async fn a_second_signal_ends_it_at_once() {
 
 #[tokio::test]
 async fn sigusr1_drains_without_an_end_and_another_one_resumes() {
-    let folder = tempfile::tempdir().unwrap();
-    // A port of its own, to be found there again.
-    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let listen = format!("/ip4/127.0.0.1/tcp/{}", free.local_addr().unwrap().port());
-    drop(free);
-    let relay = Relay::start_in(folder, &["--listen", &listen, LONG]);
+    let relay = Relay::start(&[LONG]);
     let mut alice = Client::connect(&relay).await;
     alice.reserve().await;
     relay.signal("USR1");
@@ -96,6 +91,7 @@ async fn sigusr1_drains_without_an_end_and_another_one_resumes() {
     assert!(refused.is_err(), "nobody is taken in");
     relay.signal("USR1");
     relay.wait_for_log("SIGUSR1: taking clients in again").await;
+    // On the port that it was given before.
     assert_eq!(relay.next_address(), relay.address);
     Client::connect(&relay).await.reserve().await;
 }

@@ -147,7 +147,7 @@ fn an_address_that_cannot_be_had_is_one_line_that_names_the_flag() {
         (taken.to_string(), 1),
         ("192.0.2.1:9180".into(), 1),
         ("9180".into(), 2),
-        ("localhost:9180".into(), 2),
+        ("example.org:9180".into(), 2),
     ] {
         let folder = tempfile::tempdir().unwrap();
         let output = command(&folder)

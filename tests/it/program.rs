@@ -83,10 +83,16 @@ fn a_bad_flag_is_one_line_that_names_it() {
         let line = refused(&[&format!("{flag}={value}")], &[]);
         assert!(line.contains(flag), "{flag} {value}: {line}");
     }
-    for arguments in [&["--listen"][..], &["--circuit-bites=1"], &["stray"]] {
+    for arguments in
+        [&["--listen"][..], &["--circuit-bites=1"], &["--print-config=json"], &["stray"]]
+    {
         let line = refused(arguments, &[]);
         assert!(line.contains(arguments[0].split('=').next().unwrap()), "{line}");
     }
+    let line = refused(&["--max-reservation=4"], &[]);
+    assert!(line.contains("there is no such flag; try --max-reservations"), "{line}");
+    let line = refused(&["--listen=0.0.0.0:4001"], &[]);
+    assert!(line.contains("try /ip4/0.0.0.0/tcp/4001"), "{line}");
 }
 
 #[test]
@@ -163,15 +169,44 @@ async fn the_log_begins_with_who_it_is_where_and_what_a_circuit_may_carry() {
 }
 
 #[tokio::test]
-async fn an_announced_address_needs_no_warning() {
-    let relay = Relay::start(&[
-        "--announce=/dns4/relay.example.org/tcp/4001",
-        "--announce=/ip4/192.0.2.1/tcp/4001",
-    ]);
+async fn announced_addresses_are_in_the_log_as_clients_need_them_and_need_no_warning() {
+    let announce =
+        ["--announce=/dns4/relay.example.org/tcp/4001", "--announce=/ip4/8.8.8.8/tcp/4001"];
+    let first = Relay::start(&announce);
+    first.wait_for_log("WARN").await;
+    let warning = "--announce with a new identity: clients that know the relay by another peer id";
+    assert!(first.log().iter().any(|line| line.contains(warning)));
+    let relay = Relay::start_in(
+        first.kill(),
+        &[&["--listen=/ip4/127.0.0.1/tcp/0"], &announce[..]].concat(),
+    );
     let paste = format!("clients reach it at /dns4/relay.example.org/tcp/4001/p2p/{}", relay.peer);
     relay.wait_for_log(&paste).await;
-    relay.wait_for_log("and at /ip4/192.0.2.1/tcp/4001").await;
+    relay.wait_for_log(&format!("and at /ip4/8.8.8.8/tcp/4001/p2p/{}", relay.peer)).await;
     assert!(!relay.log().iter().any(|line| line.contains("WARN")));
+}
+
+#[tokio::test]
+async fn settings_that_an_operator_may_regret_are_warned_about_with_the_remedy() {
+    let folder = TempDir::new().unwrap();
+    let mut command = command(&folder);
+    command.env("RELAYLET_COLOR", "1").args([
+        "--listen=/ip4/127.0.0.1/tcp/0",
+        "--announce=/ip4/10.0.0.1/tcp/4001,/ip4/8.8.8.8/udp/4001/quic-v1",
+        "--reservation-ttl=1m",
+        "--proxy-protocol-from=0.0.0.0/0",
+        "--max-connections=100000000",
+    ]);
+    let relay = Relay::run(command, folder);
+    for warning in [
+        "RELAYLET_COLOR is ignored",
+        "--announce: clients elsewhere get no use of /ip4/10.0.0.1/tcp/4001 is not global; of /ip4/8.8.8.8/udp",
+        "--reservation-ttl 1m: ",
+        "--proxy-protocol-from 0.0.0.0/0: any client can claim any address",
+        "MiB that it can have here; lower --max-connections or --max-buffered",
+    ] {
+        relay.wait_for_log(warning).await;
+    }
 }
 
 #[tokio::test]

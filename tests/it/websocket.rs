@@ -285,6 +285,27 @@ async fn a_certificate_that_nobody_gets_to_see_is_a_warning() {
     assert!(line.contains(" WARN "), "{line}");
 }
 
+#[tokio::test]
+async fn a_certificate_that_is_for_no_announced_name_is_a_warning_and_its_end_a_metric() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    Certificate::new().write(folder.path());
+    let mut flags = vec!["--tls-cert=cert.pem", "--tls-key=key.pem", LISTEN_TLS];
+    flags.push("--announce=/dns4/relay.example.org/tcp/443/tls/ws");
+    if cfg!(feature = "http") {
+        flags.push("--http=127.0.0.1:0");
+    }
+    let relay = Relay::start_in(folder, &flags);
+    let warning = "--tls-cert cert.pem: is for no name, and for none of the names that are announced (relay.example.org)";
+    relay.wait_for_log(warning).await;
+    #[cfg(feature = "http")]
+    {
+        use crate::common::http;
+        let at = http::port(&relay).await;
+        let metrics = http::samples(&http::get(at, "/metrics").await);
+        assert!(metrics["relaylet_certificate_not_after_seconds"] > 1.7e9, "{metrics:?}");
+    }
+}
+
 #[test]
 fn what_keeps_a_certificate_from_being_shown_is_one_line() {
     let (one, other) = (Certificate::new(), Certificate::new());

@@ -70,6 +70,11 @@ pub struct Flags {
     #[serde(skip)]
     pub(super) origins: Origins,
 
+    /// What is wrong with the environment, but no error.
+    #[structopt(skip)]
+    #[serde(skip)]
+    pub(super) warnings: Vec<String>,
+
     /// Address to listen on; may be given several times
     ///
     /// Browsers want WebSocket, on a port of its own: /ip4/0.0.0.0/tcp/4002/ws, or /tls/ws in place
@@ -521,6 +526,23 @@ impl Flags {
         if own.is_empty() { (default(), false) } else { (own, true) }
     }
 
+    /// Two of the addresses to listen on that need the same port of the same address.
+    fn listen_twice(&self) -> Option<(Multiaddr, Multiaddr)> {
+        let sockets = unwrapped(&self.listen)
+            .filter_map(|own| Some((multiaddr::listen_address(&own)?.0, own)));
+        let sockets: Vec<_> = sockets.filter(|(socket, _)| socket.port() != 0).collect();
+        let overlap = |one: SocketAddr, other: SocketAddr| {
+            let is_same =
+                one.ip() == other.ip() || one.ip().is_unspecified() || other.ip().is_unspecified();
+            one.port() == other.port() && one.is_ipv4() == other.is_ipv4() && is_same
+        };
+        sockets.iter().enumerate().find_map(|(at, (socket, own))| {
+            let (_, before) =
+                sockets.iter().take(at).find(|(before, _)| overlap(*before, *socket))?;
+            Some((own.clone(), before.clone()))
+        })
+    }
+
     /// Whether clients may come over WebSocket.
     pub fn listens_on_websocket(&self) -> bool {
         let mut layers = self.listen.iter().filter_map(|own| multiaddr::listen_address(&own.0));
@@ -564,6 +586,10 @@ impl Flags {
             "--autonat: cannot dial within a private network; leave --swarm-key out, or this".into()
         } else if let Some((problem, own)) = unwrapped(&self.listen).find_map(unsupported) {
             format!("--listen {own}: {problem}")
+        } else if let Some((one, other)) = self.listen_twice() {
+            format!(
+                "--listen {one}: has the port of --listen {other}; give one of them another, or leave it out"
+            )
         } else {
             return Ok(());
         })
@@ -594,7 +620,7 @@ mod tests {
     fn read(arguments: &[&str]) -> Result<Flags, Stop> {
         let program = std::iter::once("relaylet");
         let arguments = program.chain(arguments.iter().copied());
-        Flags::read(arguments.map(OsString::from), |_| None)
+        Flags::read(arguments.map(OsString::from), [])
     }
 
     fn usage(arguments: &[&str]) -> String {
@@ -700,6 +726,8 @@ mod tests {
             #[cfg(not(feature = "websocket"))]
             (&["--tls-cert", "cert.pem"], "feature websocket"),
             (&["--listen", "127.0.0.1:4001"], "--listen"),
+            (&["--listen=/ip4/0.0.0.0/tcp/1,/ip4/0.0.0.0/tcp/1"], "--listen"),
+            (&["--listen=/ip4/127.0.0.1/tcp/1", "--listen=/ip4/0.0.0.0/tcp/1/ws"], "--listen"),
             (&["--announce", "/ip4/0.0.0.0/tcp/4001"], "--announce"),
             (&["--circuit-bites", "1"], "--circuit-bites"),
             (&["stray"], "stray"),

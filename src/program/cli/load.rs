@@ -1,13 +1,22 @@
 //! From the command line, the environment and a file to flags: which of them wins, and what an
 //! operator is told when they cannot be read.
 
-use std::{env, ffi::OsString, fs, path::PathBuf};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    env,
+    ffi::OsString,
+    fs,
+    path::PathBuf,
+};
 
 use strsim::damerau_levenshtein;
 use structopt::{StructOpt, clap};
 use toml::{Table, Value, de::DeTable, de::DeValue};
 
-use super::{flags, flags::Flags, flags::Origins, help};
+use super::{environment, flags, flags::Flags, flags::Origins, help};
+
+/// The flags that are no settings, and take no value.
+const SWITCHES: [&str; 4] = ["autonat-private", "help", "print-config", "version"];
 
 /// Why the flags do not make a relay.
 #[derive(Debug)]
@@ -37,7 +46,7 @@ impl Flags {
     ///
     /// When something cannot be read or makes no sense, or help was asked for.
     pub fn of_process() -> Result<Self, Stop> {
-        Self::read(env::args_os(), |name| env::var_os(name))
+        Self::read(env::args_os(), env::vars_os())
     }
 
     /// Reads flags; what they leave open from the environment; what that leaves open from the file
@@ -48,18 +57,21 @@ impl Flags {
     /// As [`Flags::of_process`].
     pub fn read(
         arguments: impl IntoIterator<Item = OsString>,
-        variable: impl Fn(&str) -> Option<OsString>,
+        environment: impl IntoIterator<Item = (OsString, OsString)>,
     ) -> Result<Self, Stop> {
         let (known, mut origins) = (Self::default().settings()?, Origins::new());
         let words: Vec<_> = arguments.into_iter().skip(1).map(to_utf8).collect::<Result<_, _>>()?;
+        check_names_of_flags(&words, &known)?;
+        let environment = environment::of_relaylet(environment);
+        let warnings = environment::check_names(&environment, &known)?;
         let matches = Self::clap().get_matches_from_safe(&words).map_err(explain)?;
         let given = Self::from_clap(&matches);
         let mut table = given.to_table()?;
         table.retain(|name, _| matches.occurrences_of(name) > 0);
         check_values(&words, &known, &mut table)?;
-        lay(read_environment(&known, &variable), &mut table, &mut origins)?;
-        let config = variable(&variable_of("config")).filter(|file| !file.is_empty());
-        let config = given.config.or(config.map(PathBuf::from));
+        lay(read_environment(&known, &environment), &mut table, &mut origins)?;
+        let config = environment.get(&environment::name_of("config")).map(PathBuf::from);
+        let config = given.config.or(config);
         if let Some(file) = &config {
             let shown = file.display().to_string();
             let why = |error| format!("--config {shown}: {error}; name a file that can be read");
@@ -69,7 +81,8 @@ impl Flags {
 
         let lacking = table.keys().find_map(|name| flags::needs(name));
         let read: Self = table.try_into().map_err(|error| error.to_string())?;
-        let flags = Self { config, autonat_private: given.autonat_private, origins, ..read };
+        let autonat_private = given.autonat_private;
+        let flags = Self { config, autonat_private, origins, warnings, ..read };
         let checked = lacking.map_or_else(|| flags.check(), Err);
         checked.map_err(|problem| flags.locate(problem))?;
         match given.print_config {
@@ -92,15 +105,19 @@ impl Flags {
     }
 }
 
-/// Adds the settings of a layer that no layer above has. Each is read by itself first, so that the
-/// error names its place.
-fn lay(mut layer: Vec<Given>, table: &mut Table, origins: &mut Origins) -> Result<(), String> {
-    layer.retain(|(name, ..)| !table.contains_key(name));
+/// Adds the settings of a layer that no layer above has. Each of the layer's values is checked, also those
+/// that a layer above hides: they would hold as soon as that one is gone.
+fn lay(layer: Vec<Given>, table: &mut Table, origins: &mut Origins) -> Result<(), String> {
+    let above: BTreeSet<_> = table.keys().cloned().collect();
     for (name, value, place) in layer {
         let value = value.map_err(|problem| format!("{place}: {problem}"))?;
+        // By itself, so that the error names its place.
         let alone = Table::from_iter([(name.clone(), value.clone())]);
         if let Err(error) = alone.try_into::<Flags>() {
             return Err(format!("{place}: --{name}: {}", error.message()));
+        }
+        if above.contains(&name) {
+            continue;
         }
         origins.entry(name.clone()).or_insert(place);
         match (table.get_mut(&name), value) {
@@ -109,6 +126,31 @@ fn lay(mut layer: Vec<Given>, table: &mut Table, origins: &mut Origins) -> Resul
         }
     }
     Ok(())
+}
+
+/// Checks that each flag exists, and that only those have a value that take one.
+fn check_names_of_flags(words: &[String], known: &Table) -> Result<(), String> {
+    for flag in words.iter().filter(|word| word.starts_with("--")) {
+        let name = flag.trim_start_matches("--");
+        let (name, value) = name.split_once('=').map_or((name, None), |(n, v)| (n, Some(v)));
+        let is_switch = SWITCHES.contains(&name);
+        if is_switch && value.is_some() {
+            return Err(format!("--{name} takes no value; leave out what follows it"));
+        }
+        if !is_switch && !known.contains_key(name) && name != "config" && !name.is_empty() {
+            let nearest = nearest(name, known).0;
+            return Err(format!(
+                "--{name}: there is no such flag; try --{nearest}, or see relaylet --help"
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// The setting whose name is most like this one, and in how many letters they differ.
+pub(super) fn nearest<'a>(name: &str, known: &'a Table) -> (&'a str, usize) {
+    let distances = known.keys().map(|known| (known.as_str(), damerau_levenshtein(name, known)));
+    distances.min_by_key(|(_, distance)| *distance).unwrap_or_default()
 }
 
 /// Checks what clap 2 does not: the value of a switch, which it ignores, and that a flag with a
@@ -133,23 +175,17 @@ fn check_values(flags: &[String], known: &Table, table: &mut Table) -> Result<()
     Ok(())
 }
 
-/// Reads the environment. An empty value is an empty list, or else none.
-fn read_environment(known: &Table, variable: impl Fn(&str) -> Option<OsString>) -> Vec<Given> {
+/// Reads the environment.
+fn read_environment(known: &Table, environment: &BTreeMap<String, OsString>) -> Vec<Given> {
     let given = |(name, setting): (&String, &Value)| {
-        let place = variable_of(name);
-        let value = match to_utf8(variable(&place)?) {
-            Ok(text) if text.is_empty() => Ok(setting.is_array().then(|| Value::Array(vec![]))?),
+        let place = environment::name_of(name);
+        let value = match to_utf8(environment.get(&place)?.clone()) {
             Ok(text) => value(setting, &typed(setting, text)).map_err(str::to_owned),
             Err(problem) => Err(problem),
         };
         Some((name.clone(), value, place))
     };
     known.iter().filter_map(given).collect()
-}
-
-/// The setting's name in the environment.
-fn variable_of(name: &str) -> String {
-    format!("RELAYLET_{}", name.replace('-', "_").to_uppercase())
 }
 
 /// Reads a file: flags by their names and values, as TOML.
@@ -167,9 +203,13 @@ fn read_file(file: &str, bytes: &[u8], known: &Table) -> Result<Vec<Given>, Stri
     let mut given = Vec::new();
     for (name, whole) in table.get_ref() {
         let (at, name) = (place(name.span().start), name.get_ref().to_string());
+        if let DeValue::Table(_) = whole.get_ref() {
+            let problem =
+                "a file has no tables; write each setting as a line of its own: grace = \"30s\"";
+            return Err(format!("{at}: {name}: {problem}"));
+        }
         let Some(setting) = known.get(&name) else {
-            let nearest = known.keys().min_by_key(|known| damerau_levenshtein(&name, known));
-            let nearest = nearest.map_or("", String::as_str);
+            let nearest = nearest(&name, known).0;
             return Err(format!("{at}: {name}: there is no such setting; try {nearest}"));
         };
         let parts = match (setting, whole.get_ref()) {
@@ -298,12 +338,17 @@ mod tests {
             assert!(text.ends_with("a number or a text in quotes"), "{text}");
             assert_eq!(line, at);
         }
-        for value in ["true", "1.5", "{ a = 1 }", "1979-05-27", "[]", "0x1F"] {
+        for value in ["true", "1.5", "1979-05-27", "[]", "0x1F"] {
             let (line, text) = problem(format!("grace = {value}"));
             assert_eq!(line, 1);
             assert!(text.starts_with("grace: takes a text"), "{text}");
         }
-        assert!(problem("[grace]\nx = 1").1.starts_with("grace: takes"));
+        for (text, name) in
+            [("[grace]\nx = 1", "grace"), ("grace = { a = 1 }", "grace"), ("\n[limits]", "limits")]
+        {
+            let (_, text) = problem(text);
+            assert!(text.starts_with(&format!("{name}: a file has no tables")), "{text}");
+        }
         assert_eq!(problem("dht = 1").1, "dht: takes true or false");
         let list = "deny-subnet: takes a list of texts in quotes";
         for value in ["[true]", "[[]]", "[\"192.0.2.0/24\", []]", "[[\"192.0.2.0/24\"]]"] {

@@ -74,6 +74,44 @@ pub fn most(config: &Config, limits: &Limits, streams: &StreamLimits, uses: Uses
     sum.saturating_add(sum / 100 * LOST)
 }
 
+/// How much memory this process can have, in bytes: the machine's, or what its cgroup is limited to. `None`
+/// where that cannot be told.
+#[cfg(target_os = "linux")]
+pub fn available() -> Option<u64> {
+    let machine = rustix::system::sysinfo();
+    let machine = machine.totalram.saturating_mul(machine.mem_unit.into());
+    let cgroups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let limits = cgroups.lines().flat_map(limit_files).filter_map(|file| {
+        // "max" where there is no limit.
+        std::fs::read_to_string(file).ok()?.trim().parse().ok()
+    });
+    limits.chain([machine]).min()
+}
+
+#[cfg(not(target_os = "linux"))]
+pub fn available() -> Option<u64> {
+    None
+}
+
+/// The files that may have a limit on memory, by a line of /proc/self/cgroup: of the cgroup and of each above
+/// it.
+///
+/// See cgroups(7), "/proc files": version 2 has no controllers in its line.
+#[cfg(target_os = "linux")]
+fn limit_files(line: &str) -> Vec<std::path::PathBuf> {
+    let mut fields = line.splitn(3, ':').skip(1);
+    let (Some(controllers), Some(path)) = (fields.next(), fields.next()) else {
+        return Vec::new();
+    };
+    let (root, file) = match controllers.split(',').any(|name| name == "memory") {
+        true => ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),
+        false if controllers.is_empty() => ("/sys/fs/cgroup", "memory.max"),
+        false => return Vec::new(),
+    };
+    let path = std::path::Path::new(path.trim_start_matches('/'));
+    path.ancestors().map(|path| std::path::Path::new(root).join(path).join(file)).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -87,6 +125,25 @@ mod tests {
     #[test]
     fn by_default_it_is_less_than_660_mib() {
         assert!((600 * MIB..660 * MIB).contains(&at_most(ALONE)), "{}", at_most(ALONE));
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn the_machine_has_memory_and_a_cgroup_may_limit_it() {
+        assert!(available().is_some_and(|bytes| bytes > MIB));
+        let files = |line| limit_files(line).into_iter().map(|file| file.display().to_string());
+        let two = [
+            "/sys/fs/cgroup/a/b/memory.max",
+            "/sys/fs/cgroup/a/memory.max",
+            "/sys/fs/cgroup/memory.max",
+        ];
+        assert!(files("0::/a/b").eq(two));
+        let one = [
+            "/sys/fs/cgroup/memory/a/memory.limit_in_bytes",
+            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        ];
+        assert!(files("5:cpu,memory:/a").eq(one));
+        assert_eq!(files("4:cpuset:/a").count() + files("nonsense").count(), 0);
     }
 
     #[test]

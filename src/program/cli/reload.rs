@@ -1,6 +1,8 @@
 //! The configuration, read again while the relay runs.
 
-use super::{flags, flags::Flags, load::Stop};
+use toml::Value;
+
+use super::{flags, flags::Flags, load::Stop, values::SHOWN};
 use crate::program::node::Node;
 
 /// What is read at the start only. `max-circuits-per-peer` can be lowered while the relay runs.
@@ -55,6 +57,12 @@ impl Settings {
             true => log::info!("SIGHUP: nothing to change"),
             false => log::info!("SIGHUP: changed: {}", changed.join(", ")),
         }
+        for line in self.now.changes(&flags, &changed)? {
+            log::info!("SIGHUP: {line}");
+        }
+        for warning in &flags.warnings {
+            log::warn!("SIGHUP: {warning}");
+        }
         self.now = flags;
         Ok(())
     }
@@ -70,6 +78,27 @@ impl Flags {
         let both = self.settings()?.into_iter().zip(others.settings()?);
         Ok(both.filter(|(one, other)| one != other).map(|((name, _), _)| name).collect())
     }
+
+    /// A line for each of the settings of these names, with its value before and after.
+    fn changes(&self, after: &Self, names: &[String]) -> Result<Vec<String>, String> {
+        let (old, new, given) = (self.settings()?, after.settings()?, after.to_table()?);
+        let line = |name: &String| {
+            let derived = if given.contains_key(name) { "" } else { " (derived from others)" };
+            let [before, after] =
+                [&old, &new].map(|all| all.get(name).map_or(String::new(), shown));
+            format!("{name}: {before} → {after}{derived}")
+        };
+        Ok(names.iter().map(line).collect())
+    }
+}
+
+/// A value as a file has it; of a long one the beginning.
+fn shown(value: &Value) -> String {
+    let text = value.to_string();
+    match text.char_indices().nth(SHOWN) {
+        Some((end, _)) => format!("{}…", text.get(..end).unwrap_or_default()),
+        None => text,
+    }
 }
 
 #[cfg(test)]
@@ -77,6 +106,25 @@ mod tests {
     use structopt::StructOpt;
 
     use super::*;
+
+    #[test]
+    fn a_change_is_told_with_the_value_before_and_after() {
+        let before = Flags::from_iter([""; 0]);
+        let after = Flags::from_iter([
+            "--grace=1m",
+            "--max-reservations=4096",
+            "--announce=/dns4/a.example/tcp/1",
+        ]);
+        let mut names = after.differ_in(&before).unwrap();
+        names.retain(|name| ["announce", "grace", "max-connections"].contains(&name.as_str()));
+        let expected = [
+            r#"announce: [] → ["/dns4/a.example/tcp/1"]"#,
+            r#"grace: "30s" → "1m""#,
+            "max-connections: 2048 → 8192 (derived from others)",
+        ];
+        assert_eq!(before.changes(&after, &names).unwrap(), expected);
+        assert_eq!(shown(&"x".repeat(1000).into()).chars().count(), SHOWN + 1);
+    }
 
     #[test]
     fn a_number_that_the_running_relay_does_not_take_up_is_known_to_need_a_restart() {

@@ -40,6 +40,7 @@ use crate::program::http::monitor::Watch;
 #[cfg(feature = "pnet")]
 use crate::program::net::swarm_key;
 use crate::{
+    address,
     config::ConfigError,
     program::{
         component::{Component, poll_due},
@@ -124,6 +125,12 @@ async fn run(flags: &Flags) -> Result<()> {
     if let Some(file) = identity.new {
         let file = file.display();
         log::info!("new identity in {file}: keep that file, clients know the relay by it");
+        if !flags.announce.is_empty() {
+            log::warn!(
+                "--announce with a new identity: clients that know the relay by another peer id can no longer \
+                 reach it; restore its key to {file} if it had one"
+            );
+        }
     }
     let mut components: Vec<Box<dyn Component>> = Vec::new();
     #[cfg(feature = "websocket")]
@@ -156,7 +163,12 @@ async fn run(flags: &Flags) -> Result<()> {
     );
     log::info!("{}", startup_log::takes(most));
     let too_few_files = open_files::raise_limit(&flags.limits(), behind_proxy, dialed);
-    for warning in identity.warning.into_iter().chain(too_few_files) {
+    let too_much = memory_estimate::available()
+        .and_then(|available| startup_log::takes_too_much(most, available));
+    let in_vain = startup_log::announced_in_vain(&flags.config().announce, node.peer_id());
+    let warnings =
+        flags.warnings.iter().cloned().chain(startup_log::regrettable(flags)).chain(in_vain);
+    for warning in warnings.chain(identity.warning).chain(too_few_files).chain(too_much) {
         log::warn!("{warning}");
     }
     sd_notify::ready(node.peer_id());
@@ -327,15 +339,18 @@ fn say(text: &str) {
 
 /// The machine has named its addresses by now.
 fn tell_where(node: &Node, announce: &[Multiaddr]) {
-    let found: Vec<_> = node.listeners().cloned().collect();
+    let is_known = |address: &&Multiaddr| !address::is_unspecified(address);
+    let found: Vec<_> = node.listeners().filter(is_known).cloned().collect();
     let out = interfaces::way_out();
     for line in startup_log::reached_at(node.peer_id(), announce, &found, out) {
         log::info!("{line}");
     }
     for address in announce.iter().skip(1) {
+        let address = address.clone().with_p2p(node.peer_id()).unwrap_or_else(|other| other);
         log::info!("and at {address}");
     }
-    if let Some(warning) = startup_log::unreachable(announce, &found) {
+    let unreachable = startup_log::unreachable(announce, &found);
+    for warning in unreachable.into_iter().chain(startup_log::too_many(announce, &found)) {
         log::warn!("{warning}");
     }
 }

@@ -5,14 +5,20 @@ use std::{net::IpAddr, time::Duration};
 use bytesize::ByteSize;
 use libp2p::{Multiaddr, PeerId};
 
+use super::flags::Flags;
 #[cfg(feature = "dht")]
 use crate::program::dht;
 use crate::{
     access::Lists,
-    address,
+    address::{self, Known},
     config::Config,
     program::net::multiaddr::{self, Layer},
 };
+
+const MIB: u64 = 1024 * 1024;
+
+/// Reservations for a shorter time lapse before some clients renew them.
+const SHORT_TTL: Duration = Duration::from_secs(3 * 60);
 
 /// For whom it relays, and how much.
 pub fn relays(config: &Config) -> String {
@@ -49,7 +55,6 @@ fn circuits_carry(bytes: u64, duration: Duration) -> String {
 
 /// How much memory it may come to take, at most, in bytes.
 pub fn takes(most: u64) -> String {
-    const MIB: u64 = 1024 * 1024;
     format!("at most {} MiB under these limits", most.div_ceil(MIB))
 }
 
@@ -131,7 +136,7 @@ fn by_name(address: &Multiaddr) -> Option<String> {
     ))
 }
 
-/// That strangers cannot reach it, if they cannot.
+/// A warning that clients elsewhere cannot reach it, if nothing is announced and they cannot.
 pub fn unreachable(announced: &[Multiaddr], found: &[Multiaddr]) -> Option<String> {
     let reachable = !announced.is_empty() || found.iter().any(address::is_global);
     (!reachable).then(|| {
@@ -141,12 +146,118 @@ pub fn unreachable(announced: &[Multiaddr], found: &[Multiaddr]) -> Option<Strin
     })
 }
 
+/// A warning that names the announced addresses that clients elsewhere cannot use, or that do not fit into an
+/// answer.
+pub fn announced_in_vain(announced: &[Multiaddr], relay: PeerId) -> Option<String> {
+    let told = address::for_reservation(Known { announced, ..Known::default() }, relay);
+    let is_told = |address: &Multiaddr| {
+        let with_relay = address.clone().with_p2p(relay);
+        with_relay.is_ok_and(|address| told.contains(&address))
+    };
+    let problem = |address: &Multiaddr| {
+        let does_not_fit = (!is_told(address)).then_some("does not fit beside those before it");
+        let problem = multiaddr::unusable(address).or(does_not_fit)?;
+        Some(format!("{address} {problem}"))
+    };
+    let problems: Vec<_> = announced.iter().filter_map(problem).collect();
+    let line = format!("--announce: clients elsewhere get no use of {}", problems.join("; of "));
+    (!problems.is_empty()).then_some(line)
+}
+
+/// A warning that clients are told only some of the addresses that were found, if they are.
+pub fn too_many(announced: &[Multiaddr], found: &[Multiaddr]) -> Option<String> {
+    (announced.is_empty() && found.len() > address::MAX_TOLD).then(|| {
+        format!(
+            "this relay listens on {} addresses: clients are told {} of them, global ones first; choose with \
+             --announce",
+            found.len(),
+            address::MAX_TOLD
+        )
+    })
+}
+
+/// A warning for each setting that an operator may regret, with the remedy.
+pub fn regrettable(flags: &Flags) -> Vec<String> {
+    let trusts_all = flags.proxies().into_iter().find(|subnet| subnet.prefix_len() == 0);
+    let ttl = flags.config().reservation_ttl;
+    let proxies = trusts_all.map(|subnet| {
+        format!(
+            "--proxy-protocol-from {subnet}: any client can claim any address; name only the subnets of \
+             your proxies"
+        )
+    });
+    let short = (ttl < SHORT_TTL).then(|| {
+        format!(
+            "--reservation-ttl {}: go-libp2p looks once a minute whether to renew, and would be without a slot \
+             in between; try 3m or more",
+            humantime::format_duration(ttl)
+        )
+    });
+    proxies.into_iter().chain(short).collect()
+}
+
+/// A warning that it may come to take more memory than there is, both in bytes.
+pub fn takes_too_much(most: u64, available: u64) -> Option<String> {
+    (most > available).then(|| {
+        format!(
+            "{}, which is more than the {} MiB that it can have here; lower --max-connections or \
+             --max-buffered",
+            takes(most),
+            available / MIB
+        )
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn addresses(texts: &[&str]) -> Vec<Multiaddr> {
         texts.iter().map(|text| text.parse().unwrap()).collect()
+    }
+
+    #[test]
+    fn announced_addresses_that_are_of_no_use_are_named_in_one_warning() {
+        let relay = PeerId::random();
+        let good = addresses(&["/dns4/relay.example.org/tcp/4001", "/ip4/8.8.8.8/tcp/4001"]);
+        assert_eq!(announced_in_vain(&good, relay), None);
+        assert_eq!(announced_in_vain(&[], relay), None);
+        let mixed = [&good[..], &addresses(&["/ip4/10.0.0.1/tcp/1", "/ip4/8.8.8.8/udp/1/quic-v1"])]
+            .concat();
+        let warning = announced_in_vain(&mixed, relay).unwrap();
+        assert!(warning.contains("/ip4/10.0.0.1/tcp/1 is not global"), "{warning}");
+        assert!(warning.contains("quic-v1 this relay has no such transport"), "{warning}");
+        assert!(!warning.contains("relay.example.org"), "{warning}");
+        assert!(
+            too_many(&[], &vec![good[0].clone(); 11]).unwrap().contains("listens on 11 addresses")
+        );
+        assert_eq!(too_many(&[], &vec![good[0].clone(); 10]), None);
+        assert_eq!(too_many(&good, &vec![good[0].clone(); 11]), None);
+        let many: Vec<_> = (1..100).map(|port| format!("/ip4/8.8.8.8/tcp/{port}")).collect();
+        let many = addresses(&many.iter().map(String::as_str).collect::<Vec<_>>());
+        let warning = announced_in_vain(&many, relay).unwrap();
+        assert!(
+            warning.contains("tcp/99 does not fit") && !warning.contains("tcp/1 "),
+            "{warning}"
+        );
+    }
+
+    #[test]
+    fn what_an_operator_may_regret_is_warned_about() {
+        use structopt::StructOpt;
+
+        let warnings = |words: &[&str]| regrettable(&Flags::from_iter(words));
+        assert!(warnings(&["--proxy-protocol-from=10.0.0.0/8", "--reservation-ttl=3m"]).is_empty());
+        for (word, named) in [
+            ("--proxy-protocol-from=0.0.0.0/0", "--proxy-protocol-from 0.0.0.0/0: "),
+            ("--proxy-protocol-from=::/0", "--proxy-protocol-from ::/0: "),
+            ("--reservation-ttl=45s", "--reservation-ttl 45s: "),
+        ] {
+            let warnings = warnings(&[word]);
+            assert!(warnings.len() == 1 && warnings[0].starts_with(named), "{warnings:?}");
+        }
+        assert_eq!(takes_too_much(MIB, MIB), None);
+        assert!(takes_too_much(2 * MIB, MIB).unwrap().starts_with("at most 2 MiB"));
     }
 
     #[test]

@@ -19,7 +19,7 @@ use crate::program::{
     component::{CertificateFiles, Component},
     net::{
         multiaddr::{self, Layer},
-        websocket::certificate::{Certificate, Unusable},
+        websocket::certificate::{Certificate, Unusable, Validity},
     },
     node::Node,
     secret_file,
@@ -31,10 +31,15 @@ const LOOK: Duration = Duration::from_secs(3);
 /// A chain of a dozen certificates has 30 KiB.
 const MAX_FILE: usize = 1024 * 1024;
 
+/// How often to warn about a certificate that expires soon, or clients refuse.
+const WARN_AGAIN: Duration = Duration::from_secs(24 * 60 * 60);
+
 /// The files, and which of their states was read.
 pub struct Certificates {
     files: Option<(Files, Changes)>,
     next_look: Delay,
+    validity: Option<Validity>,
+    warned_at: SystemTime,
 }
 
 impl Certificates {
@@ -44,7 +49,8 @@ impl Certificates {
     ///
     /// When what stands there is of no use, in one line with the flag, the file and the remedy.
     pub fn start(flags: &Flags, node: &mut Node) -> Result<Self> {
-        let mut certificates = Self { files: None, next_look: Delay::new(LOOK) };
+        let (next_look, warned_at) = (Delay::new(LOOK), SystemTime::UNIX_EPOCH);
+        let mut certificates = Self { files: None, next_look, validity: None, warned_at };
         let cert = certificates.read(flags.certificate_files(), node)?;
         let in_tls = |address| {
             let layer = multiaddr::listen_address(address).map(|(_, layer)| layer);
@@ -64,15 +70,31 @@ impl Certificates {
 
     fn read(&mut self, files: CertificateFiles<'_>, node: &mut Node) -> Result<Option<PathBuf>> {
         let Some(files) = Files::of(files) else {
-            self.files = None;
+            (self.files, self.validity) = (None, None);
             return Ok(None);
         };
         let stamp = files.stamp();
         let read = files.read();
         let cert = files.cert.clone();
         self.files = Some((files, Changes::since(stamp)));
-        node.set_certificate(read?);
+        self.serve(read?, node);
         Ok(Some(cert))
+    }
+
+    fn serve(&mut self, certificate: Certificate, node: &mut Node) {
+        self.validity = Some(certificate.validity().clone());
+        node.set_certificate(certificate);
+        self.warn(node, SystemTime::now());
+    }
+
+    /// Warns about the certificate if it has to be.
+    fn warn(&mut self, node: &Node, now: SystemTime) {
+        self.warned_at = now;
+        if let (Some((files, _)), Some(validity)) = (&self.files, &self.validity) {
+            for warning in validity.warnings(&node.relay().config().announce, now) {
+                log::warn!("--tls-cert {}: {warning}", files.cert.display());
+            }
+        }
     }
 }
 
@@ -87,16 +109,20 @@ impl Component for Certificates {
     /// Reads the files if they have changed.
     fn on_due(&mut self, node: &mut Node) {
         self.next_look.reset(LOOK);
+        let now = SystemTime::now();
+        if now.duration_since(self.warned_at).is_ok_and(|ago| ago >= WARN_AGAIN) {
+            self.warn(node, now);
+        }
         let Some((files, changes)) = &mut self.files else {
             return;
         };
         if !changes.settled(files.stamp()) {
             return;
         }
-        let cert = files.cert.display();
+        let cert = files.cert.display().to_string();
         match files.read() {
             Ok(certificate) => {
-                node.set_certificate(certificate);
+                self.serve(certificate, node);
                 log::info!(
                     "--tls-cert {cert}: it has changed, and new connections see the new one"
                 );

@@ -5,7 +5,7 @@
 
 use std::{
     sync::atomic::{AtomicU64, Ordering},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use prometheus_client::{
@@ -41,6 +41,7 @@ pub struct Metrics {
     buffered: Gauge,
     given_up: Counters,
     busiest: Family<[(&'static str, String); 2], Gauge>,
+    certificate_not_after: Family<[Label; 0], Gauge>,
 }
 
 impl Metrics {
@@ -54,8 +55,13 @@ impl Metrics {
         let sweep_seconds = Counter::default();
         let text = "Time that the passes over the tables took";
         own.register_with_unit("sweep", text, Unit::Seconds, sweep_seconds.clone());
+        let certificate_not_after = Family::default();
+        let text = "When the certificate expires, in seconds since 1970";
+        let gauge: Family<[Label; 0], Gauge> = certificate_not_after.clone();
+        own.register_with_unit("certificate_not_after", text, Unit::Seconds, gauge);
         let metrics = Self {
             relaysvc,
+            certificate_not_after,
             slots: registered(own, "slots", "Slots"),
             freed: Counters::new(
                 own,
@@ -153,6 +159,10 @@ impl Metrics {
         set(&self.buffered, buffered.bytes);
         self.given_up.raise("stream", buffered.streams_given_up);
         self.given_up.raise("connection", buffered.connections_given_up);
+        if let Some(time) = figures.certificate_not_after {
+            let seconds = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+            self.certificate_not_after.get_or_create(&[]).set(seconds as i64);
+        }
         self.busiest.clear(); // one address a resource
         for (resource, busiest) in figures.busiest {
             if let Some((address, holds)) = busiest {

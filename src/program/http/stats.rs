@@ -1,6 +1,6 @@
 //! The numbers that the relay shows, and the types that `/status.json` is made of.
 
-use std::fmt;
+use std::{fmt, time::SystemTime};
 
 use libp2p::PeerId;
 use serde::{Serialize, Serializer};
@@ -24,6 +24,7 @@ pub struct Figures {
     pub buffered: Buffered,
     /// The address that holds the most of each resource.
     pub busiest: [(&'static str, Option<Busiest>); 5],
+    pub certificate_not_after: Option<SystemTime>,
 }
 
 /// How many slots there are, by state.
@@ -50,6 +51,7 @@ impl Figures {
             upkeep: relay.upkeep(),
             buffered: node.buffered(),
             busiest: node.busiest(),
+            certificate_not_after: node.certificate_not_after(),
         }
     }
 }

@@ -27,6 +27,8 @@ pub struct Status {
     pub draining: bool,
     pub up_for: u64,
     pub addresses: Vec<Shown<Multiaddr>>,
+    /// Those that clients are told instead, if any.
+    pub announced: Vec<Shown<Multiaddr>>,
     pub slots: Slots,
     pub history: History,
     pub holders: Listed<Holder>,
@@ -127,6 +129,7 @@ impl Status {
             draining: figures.draining,
             up_for: now.saturating_duration_since(memory.started).as_secs(),
             addresses: node.listeners().cloned().map(Shown).collect(),
+            announced: node.relay().config().announce.iter().cloned().map(Shown).collect(),
             slots: figures.slots,
             history: memory.history.clone(),
             holders: holders(node, now),

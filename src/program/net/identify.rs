@@ -14,11 +14,12 @@ use std::{
     collections::{HashSet, VecDeque},
     mem,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
     time::{Duration, Instant},
     vec,
 };
 
+use futures_timer::Delay;
 use libp2p::{
     Multiaddr, PeerId, Stream, StreamProtocol,
     core::{Endpoint, transport::PortUse, upgrade::ReadyUpgrade},
@@ -43,6 +44,11 @@ use crate::{
 const IDENTIFY: StreamProtocol = StreamProtocol::new("/ipfs/id/1.0.0");
 const PUSH: StreamProtocol = StreamProtocol::new("/ipfs/id/push/1.0.0");
 
+/// How many peers are sent a push at once, and after which time the next ones are: an address that changed
+/// wakes a thousand phones within seconds, and not all in the same instant.
+const PUSHES_AT_ONCE: usize = 32;
+const PUSH_PAUSE: Duration = Duration::from_millis(100);
+
 /// How many answers may be in progress on one connection. A request beyond that is reset.
 const MAX_ANSWERS: usize = 4;
 
@@ -55,6 +61,9 @@ pub struct Identify {
     shared: Arc<Shared>,
     /// The peers that are yet to be sent a push.
     pushing: vec::IntoIter<PeerId>,
+    /// How many were sent one since the last pause.
+    pushed: usize,
+    pause: Option<Delay>,
     identified: VecDeque<Identified>,
 }
 
@@ -91,11 +100,21 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn message(&self, protocols: &SupportedProtocols, observed: &Multiaddr) -> Vec<u8> {
+    /// The message for a connection whose two ends have these addresses. Where none of the relay's is known
+    /// otherwise, it is the one of its own end.
+    fn message(
+        &self,
+        protocols: &SupportedProtocols,
+        observed: &Multiaddr,
+        local: Option<&Multiaddr>,
+    ) -> Vec<u8> {
         let mut state = self.state();
         let protocols = protocols.iter().map(AsRef::as_ref);
-        let (message, left_out) =
-            message::encode(&self.public_key, &state.addresses, protocols, observed);
+        let addresses = match local {
+            Some(local) if state.addresses.is_empty() => std::slice::from_ref(local),
+            _ => &state.addresses,
+        };
+        let (message, left_out) = message::encode(&self.public_key, addresses, protocols, observed);
         if left_out > 0 && !mem::replace(&mut state.is_overflow_logged, true) {
             let all = state.addresses.len();
             log::warn!(
@@ -114,6 +133,8 @@ impl Identify {
         Self {
             shared: Arc::new(Shared { public_key, state }),
             pushing: Vec::new().into_iter(),
+            pushed: 0,
+            pause: None,
             identified: VecDeque::new(),
         }
     }
@@ -140,9 +161,13 @@ impl Identify {
         self.pushing = peers.into_iter();
     }
 
-    fn handler(&self, remote: &Multiaddr) -> Handler {
+    fn handler(&self, remote: &Multiaddr, local: Option<&Multiaddr>) -> Handler {
         Handler {
             shared: Arc::clone(&self.shared),
+            local: local
+                .filter(|_| self.shared.state().addresses.is_empty())
+                .cloned()
+                .map(Box::new),
             remote: remote.clone(),
             protocols: SupportedProtocols::default(),
             tasks: FuturesUnordered::new(),
@@ -166,10 +191,10 @@ impl NetworkBehaviour for Identify {
         &mut self,
         _: ConnectionId,
         _: PeerId,
-        _: &Multiaddr,
+        local: &Multiaddr,
         remote: &Multiaddr,
     ) -> Result<THandler<Self>, ConnectionDenied> {
-        Ok(self.handler(remote))
+        Ok(self.handler(remote, Some(local)))
     }
 
     fn handle_established_outbound_connection(
@@ -185,7 +210,7 @@ impl NetworkBehaviour for Identify {
         if let Some(Protocol::P2p(_)) = remote.iter().last() {
             remote.pop();
         }
-        Ok(self.handler(&remote))
+        Ok(self.handler(&remote, None))
     }
 
     fn on_swarm_event(&mut self, _: FromSwarm<'_>) {}
@@ -206,18 +231,19 @@ impl NetworkBehaviour for Identify {
         });
     }
 
-    fn poll(&mut self, _: &mut Context<'_>) -> Poll<ToSwarm<Identified, THandlerInEvent<Self>>> {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<ToSwarm<Identified, THandlerInEvent<Self>>> {
         if let Some(identified) = self.identified.pop_front() {
             return Poll::Ready(ToSwarm::GenerateEvent(identified));
         }
-        match self.pushing.next() {
-            Some(peer_id) => Poll::Ready(ToSwarm::NotifyHandler {
-                peer_id,
-                handler: NotifyHandler::Any,
-                event: Push,
-            }),
-            None => Poll::Pending,
+        if self.pushed == PUSHES_AT_ONCE {
+            ready!(self.pause.get_or_insert_with(|| Delay::new(PUSH_PAUSE)).poll_unpin(cx));
+            (self.pushed, self.pause) = (0, None);
         }
+        let Some(peer_id) = self.pushing.next() else {
+            return Poll::Pending;
+        };
+        self.pushed += 1;
+        Poll::Ready(ToSwarm::NotifyHandler { peer_id, handler: NotifyHandler::Any, event: Push })
     }
 }
 
@@ -226,6 +252,8 @@ pub struct Handler {
     shared: Arc<Shared>,
     /// The peer's address, which it is told as the observed one.
     remote: Multiaddr,
+    /// The relay's own address, if the peer opened the connection and no other one was known then.
+    local: Option<Box<Multiaddr>>,
     /// The protocols that the connection's handlers support, which the peer is told.
     protocols: SupportedProtocols,
     tasks: FuturesUnordered<BoxFuture<'static, (Exchange, Option<Info>)>>,
@@ -285,7 +313,7 @@ impl Handler {
 
     fn send(&mut self, stream: Stream, exchange: Exchange) {
         self.has_told = true;
-        let message = self.shared.message(&self.protocols, &self.remote);
+        let message = self.shared.message(&self.protocols, &self.remote, self.local.as_deref());
         let send = async move {
             let _ = message::send(stream, &message).await; // the peer may ask again
             (exchange, None)
@@ -402,7 +430,7 @@ mod tests {
 
     #[test]
     fn pushes_wanted_while_one_is_in_progress_become_one() {
-        let mut handler = identify().handler(&Multiaddr::empty());
+        let mut handler = identify().handler(&Multiaddr::empty(), None);
         assert_eq!(requested(&mut handler), Some(Exchange::Ask));
         assert_eq!(requested(&mut handler), None);
         handler.on_behaviour_event(Push);
@@ -432,14 +460,45 @@ mod tests {
         };
         let (shared, protocols) = (Arc::clone(&identify.shared), SupportedProtocols::default());
         assert!(identify.set_addresses(many(1)) && !shared.state().is_overflow_logged);
-        let message = shared.message(&protocols, &Multiaddr::empty());
+        let message = shared.message(&protocols, &Multiaddr::empty(), None);
         assert!((4000..=4098).contains(&message.len()) && shared.state().is_overflow_logged);
         assert!(!identify.set_addresses(many(1)) && shared.state().is_overflow_logged);
         assert!(identify.set_addresses(many(2)) && !shared.state().is_overflow_logged);
-        shared.message(&protocols, &Multiaddr::empty());
+        shared.message(&protocols, &Multiaddr::empty(), None);
         assert!(identify.set_addresses(Vec::new()));
-        shared.message(&protocols, &Multiaddr::empty());
+        shared.message(&protocols, &Multiaddr::empty(), None);
         assert!(!shared.state().is_overflow_logged);
+    }
+
+    #[test]
+    fn pushes_go_out_in_batches() {
+        let mut identify = identify();
+        identify.push((0..PUSHES_AT_ONCE + 1).map(|_| PeerId::random()).collect());
+        let cx = &mut Context::from_waker(std::task::Waker::noop());
+        let mut sent = 0;
+        while identify.poll(cx).is_ready() {
+            sent += 1;
+        }
+        assert_eq!(sent, PUSHES_AT_ONCE);
+        while identify.poll(cx).is_pending() {
+            std::thread::yield_now();
+        }
+        assert!(identify.poll(cx).is_pending(), "that was the last");
+    }
+
+    #[test]
+    fn where_no_address_is_known_a_peer_is_told_the_one_that_it_reached() {
+        let mut identify = identify();
+        let [local, known]: [Multiaddr; 2] =
+            ["/ip4/10.0.0.1/tcp/4001", "/ip4/8.8.8.8/tcp/1"].map(|text| text.parse().unwrap());
+        let tells = |identify: &Identify, address: &Multiaddr| {
+            let protocols = SupportedProtocols::default();
+            let message = identify.shared.message(&protocols, &Multiaddr::empty(), Some(&local));
+            message.windows(address.len()).any(|bytes| bytes == address.as_ref())
+        };
+        assert!(tells(&identify, &local));
+        identify.set_addresses(vec![known.clone()]);
+        assert!(tells(&identify, &known) && !tells(&identify, &local));
     }
 
     #[test]

@@ -5,13 +5,18 @@
 
 use std::{
     collections::{BTreeSet, VecDeque},
-    net::{IpAddr, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket},
+    sync::Once,
     task::{Context, Poll, ready},
     time::Duration,
 };
 
 use futures_timer::Delay;
 use libp2p::futures::FutureExt;
+
+/// What stands for the machine's addresses where the system does not tell them, as on Android.
+const UNSPECIFIED_IPV4: IpAddr = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+const UNSPECIFIED_IPV6: IpAddr = IpAddr::V6(Ipv6Addr::UNSPECIFIED);
 
 /// How often to look.
 const INTERVAL: Duration = Duration::from_secs(5);
@@ -49,6 +54,17 @@ impl Interfaces {
             self.next_look.reset(INTERVAL);
             match if_addrs::get_if_addrs() {
                 Ok(found) => self.seen(found.iter().map(if_addrs::Interface::ip).collect()),
+                Err(error) if self.known.is_empty() => {
+                    // Once for all listeners.
+                    static TOLD: Once = Once::new();
+                    TOLD.call_once(|| {
+                        log::warn!(
+                            "this system does not tell the machine's addresses: {error}; each client is told the one \
+                             that it reached, and none is in the log; give others with --announce"
+                        );
+                    });
+                    self.seen([UNSPECIFIED_IPV4, UNSPECIFIED_IPV6].into());
+                }
                 Err(error) => log::debug!("the machine does not tell its addresses: {error}"),
             }
         }

@@ -1,8 +1,10 @@
 //! Multiaddrs that this relay can listen on and dial, as socket addresses and what runs over them.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use libp2p::{Multiaddr, multiaddr::Protocol};
+
+use crate::address;
 
 /// What runs over the TCP connections of an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,6 +83,121 @@ pub(crate) fn dialable(address: &Multiaddr) -> Option<SocketAddr> {
     }
 }
 
+/// This address with that TCP port.
+pub(crate) fn with_port(address: &Multiaddr, port: u16) -> Multiaddr {
+    let part = |part| if let Protocol::Tcp(_) = part { Protocol::Tcp(port) } else { part };
+    address.iter().map(part).collect()
+}
+
+/// Why clients elsewhere cannot use an announced address; `None` if they can.
+pub fn unusable(address: &Multiaddr) -> Option<&'static str> {
+    let mut parts = address.iter();
+    let host = parts.next()?;
+    if let Protocol::Dns(name)
+    | Protocol::Dns4(name)
+    | Protocol::Dns6(name)
+    | Protocol::Dnsaddr(name) = &host
+        && !is_name(name)
+    {
+        return Some("its name is not a DNS name");
+    }
+    let is_transport = |part: &Protocol<'_>| !matches!(part, Protocol::P2p(_) | Protocol::Sni(_));
+    let behind_any_ip =
+        parts.filter(is_transport).fold(Multiaddr::from(Ipv4Addr::LOCALHOST), Multiaddr::with);
+    if !matches!(host, Protocol::Dnsaddr(_)) && listen_address(&behind_any_ip).is_none() {
+        return Some("this relay has no such transport");
+    }
+    (!address::is_global(address)).then_some("is not global")
+}
+
+/// Whether this is a name in the DNS (RFC 1123, 2.1): labels of letters, digits and hyphens.
+fn is_name(name: &str) -> bool {
+    let is_label = |label: &str| {
+        let is_allowed = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+        (1..=63).contains(&label.len())
+            && label.chars().all(is_allowed)
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+    };
+    let labels = name.strip_suffix('.').unwrap_or(name);
+    let top = labels.rsplit('.').next().unwrap_or_default();
+    let is_numeric = top.chars().all(|c| c.is_ascii_digit()); // an IPv4 address
+    labels.len() <= 253 && !is_numeric && labels.split('.').all(is_label)
+}
+
+/// The multiaddr that somebody means by a URL, or by a host with or without a port.
+pub fn meant(text: &str) -> Option<String> {
+    let (scheme, rest) = text.split_once("://").unwrap_or(("tcp", text));
+    let (default_port, layers) = match scheme {
+        "tcp" => (4001, ""),
+        "ws" | "http" => (80, "/ws"),
+        "wss" | "https" => (443, "/tls/ws"),
+        _ => return None,
+    };
+    let rest = rest.split('/').next()?;
+    let (host, port) = match rest.rsplit_once(':') {
+        Some((host, port)) if !host.contains(':') || host.ends_with(']') => {
+            (host, port.parse().ok()?)
+        }
+        _ => (rest, default_port),
+    };
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    let host = match host.parse() {
+        Ok(IpAddr::V4(ip)) => format!("/ip4/{ip}"),
+        Ok(IpAddr::V6(ip)) => format!("/ip6/{ip}"),
+        Err(_) if is_name(host) && host.contains('.') => format!("/dns4/{host}"),
+        Err(_) => return None,
+    };
+    Some(format!("{host}/tcp/{port}{layers}"))
+}
+
 pub(crate) fn multiaddr(address: SocketAddr) -> Multiaddr {
     Multiaddr::from(address.ip()).with(Protocol::Tcp(address.port()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn announced_addresses_that_clients_elsewhere_cannot_use_are_known() {
+        const TRANSPORT: Option<&str> = Some("this relay has no such transport");
+        const NAME: Option<&str> = Some("its name is not a DNS name");
+        const LOCAL: Option<&str> = Some("is not global");
+        for (text, expected) in [
+            ("/ip4/8.8.8.8/tcp/4001", None),
+            ("/dns4/relay.example.org/tcp/443/tls/ws", None),
+            ("/dns4/relay.example.org/tcp/443/tls/sni/relay.example.org/ws", None),
+            ("/dnsaddr/relay.example.org", None),
+            ("/ip4/8.8.8.8/udp/4001/quic-v1", TRANSPORT),
+            ("/ip4/8.8.8.8/tcp/4001/http", TRANSPORT),
+            ("/memory/7", TRANSPORT),
+            ("/ip4/127.0.0.1/tcp/4001", LOCAL),
+            ("/ip6/fe80::1/tcp/4001", LOCAL),
+            ("/dns4/198.51.100.7/tcp/4001", NAME),
+            ("/dns4/relay example/tcp/4001", NAME),
+            ("/dns4/-relay.example.org/tcp/4001", NAME),
+        ] {
+            assert_eq!(unusable(&text.parse().unwrap()), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn hosts_with_ports_and_urls_mean_multiaddrs() {
+        for (text, expected) in [
+            ("0.0.0.0:4001", "/ip4/0.0.0.0/tcp/4001"),
+            ("198.51.100.7", "/ip4/198.51.100.7/tcp/4001"),
+            ("[::]:4002", "/ip6/::/tcp/4002"),
+            ("2001:db8::1", "/ip6/2001:db8::1/tcp/4001"),
+            ("relay.example.org:4003", "/dns4/relay.example.org/tcp/4003"),
+            ("wss://relay.example.org/", "/dns4/relay.example.org/tcp/443/tls/ws"),
+            ("ws://198.51.100.7:4002", "/ip4/198.51.100.7/tcp/4002/ws"),
+        ] {
+            assert_eq!(meant(text).as_deref(), Some(expected), "{text}");
+            assert!(expected.parse::<Multiaddr>().is_ok());
+        }
+        for text in ["", "here", "/ip4/1.2.3.4", "0.0.0.0:port", "udp://1.2.3.4:5", "a b.c:1"] {
+            assert_eq!(meant(text), None, "{text}");
+        }
+    }
 }

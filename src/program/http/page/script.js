@@ -320,9 +320,10 @@ find("#holders input").addEventListener("input", () => status && who());
 function about() {
   const parts = find("#about");
   if (!parts.children.length) {
-    parts.append(peer(status.peer), element("span"));
+    parts.append(peer(status.peer), element("span"), element("span"));
   }
   say(parts.children[1], `up for ${time(status.up_for)}`);
+  say(parts.children[2], status.announced.length ? `announced at ${status.announced.join(", ")}` : "");
   say(find("#version"), `relaylet ${status.version}`);
 }
 

@@ -1,18 +1,37 @@
 //! A certificate and its key, read from PEM and found to belong together before anyone is handed
 //! them: libp2p panics over a key that is none.
 
-use std::fmt;
+use std::{
+    fmt,
+    time::{Duration, SystemTime},
+};
 
+use libp2p::{Multiaddr, multiaddr::Protocol};
 use libp2p_websocket::tls;
 use rustls::pki_types::{
     CertificateDer, PrivateKeyDer,
     pem::{self, PemObject},
 };
+use x509_parser::{extensions::GeneralName, time::ASN1Time};
 use zeroize::Zeroizing;
 
 /// What a relay that listens in TLS shows its clients.
 #[derive(Clone, Debug)]
-pub struct Certificate(tls::Config);
+pub struct Certificate {
+    config: tls::Config,
+    validity: Validity,
+}
+
+/// When a certificate is valid, and for which names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Validity {
+    /// The first moment at which it is valid.
+    pub not_before: SystemTime,
+    /// The last one.
+    pub not_after: SystemTime,
+    /// The DNS names of its subject, in lower case; the first label may be a `*`.
+    pub names: Vec<String>,
+}
 
 /// Why a certificate or a key is of no use.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,25 +70,130 @@ impl Certificate {
             read => read,
         };
         let chain = chain.map_err(|error| Unusable::Certificate(problem(&error, "CERTIFICATE")))?;
+        if ENCRYPTED.iter().any(|mark| contains(key, mark)) {
+            return Err(Unusable::Key(
+                "is encrypted, and nobody is there to enter its passphrase; decrypt it: openssl pkey -in FILE \
+                 -out key.pem"
+                    .into(),
+            ));
+        }
         let key = PrivateKeyDer::from_pem_slice(key)
             .map_err(|error| Unusable::Key(problem(&error, "PRIVATE KEY")))?;
         let key = Zeroizing::new(key);
+        if contains(key.secret_der(), P521) {
+            return Err(Unusable::Key(
+                "holds a P-521 key, which is not supported; have the certificate made for a P-256 key".into(),
+            ));
+        }
         if PrivateKeyDer::try_from(key.secret_der()).is_err() {
             return Err(Unusable::Key(NO_KEY.into()));
         }
+        let own = chain.first().and_then(|own| Validity::of(own));
         let chain = chain.iter().map(|one| tls::Certificate::new(one.to_vec()));
         // A copy for libp2p-websocket and rustls, which do not wipe it.
-        tls::Config::new(tls::PrivateKey::new(key.secret_der().to_vec()), chain)
-            .map(Self)
-            .map_err(|error| unusable(&error))
+        let config = tls::Config::new(tls::PrivateKey::new(key.secret_der().to_vec()), chain)
+            .map_err(|error| unusable(&error))?;
+        let unreadable =
+            || Unusable::Certificate("holds what is no certificate; copy it again".into());
+        Ok(Self { config, validity: own.ok_or_else(unreadable)? })
     }
+
+    /// When it is valid, and for which names.
+    pub fn validity(&self) -> &Validity {
+        &self.validity
+    }
+}
+
+impl Validity {
+    /// That of a certificate in DER (RFC 5280, 4.1.2.5 and 4.2.1.6).
+    fn of(certificate: &[u8]) -> Option<Self> {
+        let (_, certificate) = x509_parser::parse_x509_certificate(certificate).ok()?;
+        let time = |time: ASN1Time| {
+            let seconds = u64::try_from(time.timestamp()).unwrap_or_default();
+            SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds))
+        };
+        let names = certificate.subject_alternative_name().ok()?;
+        let names = names.iter().flat_map(|names| &names.value.general_names);
+        let dns = names.filter_map(|name| match name {
+            GeneralName::DNSName(name) => Some(name.to_lowercase()),
+            _ => None,
+        });
+        Some(Self {
+            not_before: time(certificate.validity().not_before)?,
+            not_after: time(certificate.validity().not_after)?,
+            names: dns.collect(),
+        })
+    }
+
+    /// Whether it is for this DNS name (RFC 6125, 6.4): a `*` stands for one label.
+    fn is_for(&self, name: &str) -> bool {
+        let name = name.to_lowercase();
+        let parent = name.split_once('.').map(|(_, parent)| parent);
+        self.names.iter().any(|own| match own.strip_prefix("*.") {
+            Some(own) => Some(own) == parent,
+            None => *own == name,
+        })
+    }
+
+    /// What keeps clients from taking it, now or within [`SOON`], and the remedy.
+    pub fn warnings(&self, announced: &[Multiaddr], now: SystemTime) -> Vec<String> {
+        let date = |time: SystemTime| humantime::format_rfc3339_seconds(time);
+        let (from, until) = (self.not_before, self.not_after);
+        let time = if now > until {
+            Some(format!("expired at {}: clients refuse it; renew it", date(until)))
+        } else if now < from {
+            Some(format!(
+                "is not valid before {}: clients refuse it; check this machine's clock",
+                date(from)
+            ))
+        } else if until.duration_since(now).is_ok_and(|left| left <= SOON) {
+            Some(format!("expires at {}; renew it", date(until)))
+        } else {
+            None
+        };
+        let names: Vec<_> = announced.iter().filter_map(name_in_tls).collect();
+        let is_for_none = !names.is_empty() && !names.iter().any(|name| self.is_for(name));
+        let names = is_for_none.then(|| {
+            format!(
+                "is for {}, and for none of the names that are announced ({}): browsers refuse it; announce one of \
+                 its names, or have it made for one of those",
+                if self.names.is_empty() { "no name".into() } else { self.names.join(", ") },
+                names.join(", "),
+            )
+        });
+        time.into_iter().chain(names).collect()
+    }
+}
+
+/// The DNS name at which clients reach an address in TLS.
+fn name_in_tls(address: &Multiaddr) -> Option<String> {
+    let is_in_tls = address.iter().any(|part| matches!(part, Protocol::Tls | Protocol::Wss(_)));
+    match address.iter().next()? {
+        Protocol::Dns(name) | Protocol::Dns4(name) | Protocol::Dns6(name) if is_in_tls => {
+            Some(name.into_owned())
+        }
+        _ => None,
+    }
+}
+
+fn contains(bytes: &[u8], part: &[u8]) -> bool {
+    bytes.windows(part.len()).any(|window| window == part)
 }
 
 impl From<Certificate> for tls::Config {
     fn from(certificate: Certificate) -> Self {
-        certificate.0
+        certificate.config
     }
 }
+
+/// How long before the end of a certificate to warn about it.
+pub const SOON: Duration = Duration::from_secs(14 * 24 * 60 * 60);
+
+/// What stands in a PEM file with an encrypted key: PKCS #8 (RFC 7468, 11), or the older form (RFC 1421, 4.6.1.1).
+const ENCRYPTED: [&[u8]; 2] = [b"BEGIN ENCRYPTED PRIVATE KEY", b"Proc-Type: 4,ENCRYPTED"];
+
+/// The object identifier of the curve P-521 in DER (RFC 5480, 2.1.1.1).
+const P521: &[u8] = &[0x06, 0x05, 0x2b, 0x81, 0x04, 0x00, 0x23];
 
 const NO_KEY: &str = "holds a key of no use; give it an ECDSA, Ed25519 or RSA key";
 
@@ -147,6 +271,66 @@ mod tests {
             };
             assert_eq!(problem.lines().count(), 1, "{problem}");
         }
+    }
+
+    #[test]
+    fn an_encrypted_key_and_one_on_an_unsupported_curve_are_named() {
+        let (chain, _) = made();
+        let p521 = "MAcGBSuBBAAj"; // its object identifier alone
+        for (key, told) in [
+            (under("ENCRYPTED PRIVATE KEY", "AAAA"), "is encrypted"),
+            (under("RSA PRIVATE KEY", "Proc-Type: 4,ENCRYPTED\n\nAAAA"), "is encrypted"),
+            (under("PRIVATE KEY", p521), "holds a P-521 key"),
+        ] {
+            let Err(Unusable::Key(problem)) = read(&chain, &key) else { panic!("{key}") };
+            assert!(problem.starts_with(told), "{problem}");
+        }
+    }
+
+    #[test]
+    fn a_certificate_that_clients_refuse_is_warned_about() {
+        let day = |days: u64| SystemTime::UNIX_EPOCH + Duration::from_secs(days * 24 * 60 * 60);
+        let mut parameters =
+            rcgen::CertificateParams::new(["Relay.example.org".into(), "*.b.example".into()])
+                .unwrap();
+        (parameters.not_before, parameters.not_after) =
+            (rcgen::date_time_ymd(2000, 1, 1), rcgen::date_time_ymd(2001, 1, 1));
+        let key = rcgen::KeyPair::generate().unwrap();
+        let certificate = parameters.self_signed(&key).unwrap();
+        let read =
+            Certificate::from_pem(certificate.pem().as_bytes(), key.serialize_pem().as_bytes())
+                .unwrap();
+        let validity = read.validity();
+        let (from, until) = (10_957, 11_323); // days since 1970
+        assert_eq!((validity.not_before, validity.not_after), (day(from), day(until)));
+        let warning = |days, announced: &str| {
+            let warnings = validity.warnings(&[announced.parse().unwrap()], day(days));
+            assert!(warnings.len() < 2, "{warnings:?}");
+            warnings.into_iter().next().unwrap_or_default()
+        };
+        for good in [
+            "/dns4/relay.example.org/tcp/1/tls/ws",
+            "/dns6/a.b.example/tcp/1/wss",
+            "/ip4/8.8.8.8/tcp/1/tls/ws",
+        ] {
+            assert_eq!(warning(from + 1, good), "", "{good}");
+        }
+        let good = "/dns4/relay.example.org/tcp/1/tls/ws";
+        assert!(warning(from - 1, good).starts_with("is not valid before 2000-01-01"));
+        assert_eq!(warning(until - 15, good), "");
+        assert!(warning(until - 14, good).starts_with("expires at 2001-01-01"));
+        assert!(warning(until + 1, good).starts_with("expired at 2001-01-01"));
+        for other in [
+            "/dns4/example.org/tcp/1/tls/ws",
+            "/dns4/b.example/tcp/1/wss",
+            "/dns4/a.a.b.example/tcp/1/wss",
+        ] {
+            assert!(
+                warning(from + 1, other)
+                    .starts_with("is for relay.example.org, *.b.example, and for none")
+            );
+        }
+        assert_eq!(warning(from + 1, "/dns4/example.org/tcp/1"), "", "not in TLS");
     }
 
     proptest::proptest! {

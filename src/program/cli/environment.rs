@@ -1,0 +1,116 @@
+//! The variables of the environment that are meant for the relay: `RELAYLET_GRACE` for `--grace`.
+//!
+//! A name that is wrong must not pass in silence: `RELAYLET_ALLOW_PEERS` would leave the relay open.
+
+use std::{collections::BTreeMap, ffi::OsString};
+
+use toml::Table;
+
+use super::load::nearest;
+
+const PREFIX: &str = "RELAYLET_";
+
+/// In how many letters a name may differ from a setting's to be that setting, misspelled; never more than one
+/// in four.
+const MAX_MISSPELLED: usize = 2;
+
+/// The variables whose names begin with the prefix. An empty one is not set.
+pub fn of_relaylet(
+    environment: impl IntoIterator<Item = (OsString, OsString)>,
+) -> BTreeMap<String, OsString> {
+    let named =
+        environment.into_iter().map(|(name, value)| (name.to_string_lossy().into_owned(), value));
+    named
+        .filter(|(name, value)| name.to_uppercase().starts_with(PREFIX) && !value.is_empty())
+        .collect()
+}
+
+/// The name of a setting's variable.
+pub fn name_of(setting: &str) -> String {
+    format!("{PREFIX}{}", setting.replace('-', "_").to_uppercase())
+}
+
+/// Returns a warning for each variable that is none of a setting.
+///
+/// # Errors
+///
+/// When one is near to a setting, or begins as those that say who may use the relay.
+pub fn check_names(
+    environment: &BTreeMap<String, OsString>,
+    known: &Table,
+) -> Result<Vec<String>, String> {
+    let is_known =
+        |name: &str| known.keys().any(|known| name_of(known) == name) || name == name_of("config");
+    let mut warnings = Vec::new();
+    for (name, value) in environment.iter().filter(|(name, _)| !is_known(name)) {
+        let own = name.get(PREFIX.len()..).unwrap_or_default().to_lowercase().replace('_', "-");
+        if is_of_kubernetes(&own, &value.to_string_lossy()) {
+            continue;
+        }
+        let (nearest, distance) = nearest(&own, known);
+        let is_of_access = own.starts_with("allow") || own.starts_with("deny");
+        if is_of_access || distance <= MAX_MISSPELLED.min(own.len() / 4) {
+            return Err(format!("{name}: there is no such setting; try {}", name_of(nearest)));
+        }
+        warnings.push(format!("{name} is ignored: there is no such setting; see relaylet --help"));
+    }
+    Ok(warnings)
+}
+
+/// Whether this tells of a service named relaylet, or relaylet-something: Kubernetes sets such variables in
+/// each pod ("Discovering services").
+fn is_of_kubernetes(own: &str, value: &str) -> bool {
+    let is_port = own == "port" || own.ends_with("-port");
+    let is_service = own.starts_with("service-") || own.contains("-service-");
+    let is_protocol = ["-tcp", "-udp", "-sctp"].iter().any(|protocol| own.contains(protocol));
+    is_service || (is_port && value.contains("://")) || (is_protocol && own.contains("port-"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::program::cli::flags::Flags;
+
+    fn check(name: &str, value: &str) -> Result<Vec<String>, String> {
+        let environment = of_relaylet([(name.into(), value.into())]);
+        check_names(&environment, &Flags::default().settings().unwrap())
+    }
+
+    #[test]
+    fn a_misspelled_variable_is_an_error_that_names_the_setting() {
+        for (name, meant) in [
+            ("RELAYLET_ALLOW_PEERS", "RELAYLET_ALLOW_PEER"),
+            ("RELAYLET_ALLOWED_SUBNETS", "RELAYLET_ALLOW_SUBNET"),
+            ("RELAYLET_DENY", "RELAYLET_DENY_PEER"),
+            ("RELAYLET_ANOUNCE", "RELAYLET_ANNOUNCE"),
+            ("RELAYLET_MAX_RESERVATION", "RELAYLET_MAX_RESERVATIONS"),
+            ("relaylet_allow_peer", "RELAYLET_ALLOW_PEER"),
+        ] {
+            let error = check(name, "1").unwrap_err();
+            assert!(error.starts_with(&format!("{name}: ")), "{error}");
+            if name != "RELAYLET_DENY" {
+                assert!(error.ends_with(&format!("try {meant}")), "{error}");
+            }
+        }
+    }
+
+    #[test]
+    fn other_variables_are_warned_about_but_not_those_of_kubernetes() {
+        assert_eq!(check("RELAYLET_COLOR", "1").unwrap().len(), 1);
+        for (name, value) in [
+            ("RELAYLET_GRACE", "1s"),
+            ("RELAYLET_CONFIG", "file"),
+            ("RELAYLET_COLOR", ""),
+            ("RELAY_COLOR", "1"),
+            ("RELAYLET_PORT", "tcp://10.0.0.1:4001"),
+            ("RELAYLET_SERVICE_HOST", "10.0.0.1"),
+            ("RELAYLET_SERVICE_PORT_HTTP", "9180"),
+            ("RELAYLET_PORT_4001_TCP", "tcp://10.0.0.1:4001"),
+            ("RELAYLET_PORT_4001_TCP_ADDR", "10.0.0.1"),
+            ("RELAYLET_HTTP_PORT_9180_TCP_PROTO", "tcp"),
+            ("RELAYLET_HTTP_SERVICE_PORT", "9180"),
+        ] {
+            assert_eq!(check(name, value), Ok(Vec::new()), "{name}");
+        }
+    }
+}
