@@ -67,12 +67,32 @@ fn systemd_runs_it_as_somebody_who_may_do_nothing_else() {
     assert_eq!(value("seccomp"), "2");
     assert_eq!(value("setting"), "7");
     assert_eq!(value("nice"), "19", "what is shown over HTTP comes last");
+    assert_eq!(value("reload of a file with an error"), "failed");
+    assert_eq!(value("reload"), "done");
+    assert_eq!(value("status at 443"), status);
+    assert_eq!(value("capabilities at 443"), "0000000000000400", "CAP_NET_BIND_SERVICE alone");
+    assert_eq!(value("status without netlink"), status);
     assert_eq!(value("result"), "success");
     let journal: Vec<_> = output.lines().filter(|line| line.starts_with("journal=")).collect();
     let says = |text: &str| journal.iter().filter(|line| line.contains(text)).count();
-    let both_times = (says(&status.replace("relaying as", "is")), says("SIGTERM: draining"));
-    assert_eq!(both_times, (2, 2), "{journal:#?}");
-    assert_eq!(says(" WARN "), says("can be dialed from the internet"), "{journal:#?}");
+    let each_time = (says(&status.replace("relaying as", "is")), says("SIGTERM: draining"));
+    assert_eq!(each_time, (4, 4), "{journal:#?}");
+    let untold = [
+        "this system does not tell the machine's addresses",
+        "listening on /ip4/0.0.0.0/tcp/4001/p2p/",
+    ];
+    assert_eq!(untold.map(says), [1; 2], "{journal:#?}");
+    let changes = [
+        "SIGHUP: grace: \"20s\" → \"10s\"",
+        "private network",
+        "listening on /ip4/127.0.0.1/tcp/443/",
+    ];
+    assert_eq!(changes.map(says), [1, 2, 1], "{journal:#?}");
+    assert_eq!(
+        says(" WARN "),
+        says("can be dialed from the internet") + says(untold[0]),
+        "{journal:#?}"
+    );
 }
 
 /// The unit, for the program of these tests.
