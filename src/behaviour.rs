@@ -1,7 +1,7 @@
-//! The swarm's view of the relay: events in, commands out.
+//! The swarm's view of the relay: events in, actions out.
 //!
 //! Hands what happens on the swarm's connections to [`crate::relay`], and carries out what that
-//! orders. It decides nothing itself; it has the clock, the key that signs vouchers, and knows the
+//! decides. It decides nothing itself; it has the clock, the key that signs vouchers, and knows the
 //! addresses that clients are told.
 
 pub(crate) mod buffer;
@@ -9,6 +9,7 @@ mod circuit;
 mod handler;
 mod hop;
 pub(crate) mod inbound;
+mod messages;
 mod ping;
 mod share;
 mod stop;
@@ -27,7 +28,7 @@ use futures_timer::Delay;
 use libp2p::{
     Multiaddr, PeerId,
     core::{ConnectedPoint, Endpoint, transport::PortUse},
-    futures::{FutureExt, channel::mpsc},
+    futures::{FutureExt, StreamExt, channel::mpsc},
     identity::{Keypair, SigningError},
     swarm::{
         CloseConnection, ConnectionClosed, ConnectionDenied, ConnectionId, DialFailure, FromSwarm,
@@ -36,18 +37,23 @@ use libp2p::{
     },
 };
 
-use self::handler::{Handler, Ordered, Substream, Told};
+use self::{
+    handler::Handler,
+    messages::{
+        Answer, Events, HandlerCommand, HandlerEvent, Opening, Outbound, Reply, Report, StopRequest,
+    },
+};
 use crate::{
-    access::Access,
+    access::{Access, Terms},
     activity::Signs,
     address::{self, ClientPrefix, Known},
     config::{Config, ConfigError},
-    event::Event,
+    event::{CircuitEnd, Event, StopFailed},
     relay::{
-        Command, Grant, Order, Relay,
+        Action, PendingConnect, Relay,
         accounts::Accounts,
         circuits::{Circuits, End},
-        connections::{Connection, Connections},
+        connections::{Connection, Connections, Origin},
         reservations::Reservations,
     },
     wire,
@@ -63,13 +69,13 @@ const MAX_REPORTED: usize = 256;
 pub struct Behaviour {
     keypair: Keypair,
     peer: PeerId,
-    relay: Relay<ConnectionId, Box<Substream>>,
+    relay: Relay<ConnectionId, Reply>,
     confirmed: ExternalAddresses,
     listening: ListenAddresses,
-    /// Of connections whose handler was made and that are not up yet.
-    signs: HashMap<ConnectionId, Signs>,
-    /// To the handlers.
-    commands: HashMap<ConnectionId, mpsc::UnboundedSender<Ordered>>,
+    /// To the handlers, and where each counts what is heard until its connection is up.
+    handlers: HashMap<ConnectionId, (mpsc::UnboundedSender<HandlerCommand>, Option<Signs>)>,
+    /// From the tasks of all connections.
+    events: (Events, mpsc::UnboundedReceiver<HandlerEvent>),
     random: RandomState,
     next_sweep: Delay,
     /// What that is set to.
@@ -110,8 +116,8 @@ impl Behaviour {
             relay,
             confirmed: ExternalAddresses::default(),
             listening: ListenAddresses::default(),
-            signs: HashMap::new(),
-            commands: HashMap::new(),
+            handlers: HashMap::new(),
+            events: mpsc::unbounded(),
             random: RandomState::new(),
             next_sweep: Delay::new(interval),
             sweeps: 0,
@@ -154,7 +160,7 @@ impl Behaviour {
     }
 
     /// The table of circuits, to look at.
-    pub fn circuits(&self) -> &Circuits<ConnectionId> {
+    pub fn circuits(&self) -> &Circuits<ConnectionId, PendingConnect<ConnectionId, Reply>> {
         self.relay.circuits()
     }
 
@@ -165,7 +171,7 @@ impl Behaviour {
 
     /// What the relay did of its own accord since it started.
     pub fn upkeep(&self) -> Upkeep {
-        Upkeep { questions: self.relay.questions(), sweeps: self.sweeps, swept_for: self.swept_for }
+        Upkeep { questions: self.relay.probes(), sweeps: self.sweeps, swept_for: self.swept_for }
     }
 
     /// What circuits carried, to look at: for each peer while it is connected, and in all since the
@@ -266,67 +272,110 @@ impl Behaviour {
             self.random.hash_one(id) as u8,
             Instant::now(),
         );
-        self.relay.connected(id, connection);
-        if let Some(signs) = self.signs.remove(&id) {
+        self.relay.on_connected(id, connection);
+        if let Some(signs) = self.handlers.get_mut(&id).and_then(|(_, signs)| signs.take()) {
             self.relay.listen_to(id, signs);
         }
     }
 
     fn handler(&mut self, connection: ConnectionId, peer: PeerId) -> Handler {
         let signs = Signs::default();
-        self.signs.insert(connection, signs.clone());
         let (sender, commands) = mpsc::unbounded();
-        self.commands.insert(connection, sender);
-        Handler::new(peer, self.relay.config(), signs, commands)
+        self.handlers.insert(connection, (sender, Some(signs.clone())));
+        let (end, events) = (End { peer, connection }, self.events.0.clone());
+        Handler::new(end, self.relay.config(), signs, commands, events)
     }
 
     fn carry_out(
         &mut self,
-        order: Order<ConnectionId, Box<Substream>>,
+        action: Action<ConnectionId, Reply>,
     ) -> Option<ToSwarm<Event, Infallible>> {
-        let (to, command) = match order {
-            Order::Command(to, command) => (to, command),
-            Order::Grant(grant) => match self.answer(grant) {
-                Ok(message) => {
-                    let granted = Command::Granted(grant.request, grant.receipt, message);
-                    (grant.to, granted)
-                }
-                Err(_) => {
-                    self.relay.not_signed(grant, Instant::now());
+        let now = Instant::now();
+        match action {
+            Action::Grant { request, receipt, terms, expires } => {
+                let Ok(message) = self.reserve_ok(&request.origin, terms, expires) else {
+                    self.relay.on_sign_failed(request, receipt, now);
                     return None;
+                };
+                if request.reply.0.send(Answer::Reserved(message, receipt)).is_err() {
+                    self.relay.on_delivered(request.from.peer, receipt, false, now);
                 }
-            },
-            Order::Close(End { peer, connection }) => {
+            }
+            Action::Refuse(reply, status) => _ = reply.0.send(Answer::Refused(status)),
+            Action::AskTarget { target, circuit, source, limit, ended } => {
+                let gone = HandlerEvent::TargetAnswered(circuit, Err(StopFailed::Gone));
+                let report = Report::new(gone, self.events.0.clone());
+                let request = StopRequest { circuit, source, limit, since: now, ended, report };
+                self.command(target, HandlerCommand::Open(Outbound::Stop(Box::new(request))));
+            }
+            Action::Probe(to, patience) => {
+                self.command(to, HandlerCommand::Open(Outbound::Probe(patience)));
+            }
+            Action::Hold(on, holds) => self.command(on, HandlerCommand::Hold(holds)),
+            Action::Close(End { peer, connection }) => {
                 return Some(ToSwarm::CloseConnection {
                     peer_id: peer,
                     connection: CloseConnection::One(connection),
                 });
             }
-            Order::Tell(event) => return Some(ToSwarm::GenerateEvent(event)),
-        };
-        if let Some(handler) = self.commands.get(&to.connection) {
-            let _ = handler.unbounded_send(Box::new(command)); // or it is closing
+            Action::Tell(event) => return Some(ToSwarm::GenerateEvent(event)),
         }
         None
     }
 
+    fn command(&self, to: End<ConnectionId>, command: HandlerCommand) {
+        if let Some((handler, _)) = self.handlers.get(&to.connection) {
+            let _ = handler.unbounded_send(command); // or it is closing
+        }
+    }
+
+    fn on_event(&mut self, event: HandlerEvent) {
+        let (relay, now) = (&mut self.relay, Instant::now());
+        match event {
+            HandlerEvent::Requested(from, asked, reply) => {
+                relay.handle_request(from, asked, reply, now);
+            }
+            HandlerEvent::Delivered(peer, receipt, arrived) => {
+                relay.on_delivered(peer, receipt, arrived, now);
+            }
+            HandlerEvent::TargetAnswered(circuit, answer) => {
+                let (target, answer) = match answer {
+                    Ok(target) => (Some(target), Ok(())),
+                    Err(failed) => (None, Err(failed)),
+                };
+                let opened = relay.on_target_answered(circuit, answer, now);
+                if let (Some(target), Some((reply, parameters))) = (target, opened) {
+                    let ended = HandlerEvent::CircuitEnded(circuit, CircuitEnd::Ended);
+                    let report = Report::new(ended, self.events.0.clone());
+                    let opening = Opening { circuit, target: *target, parameters, report };
+                    // Else the source is gone, and the report says so.
+                    let _ = reply.0.send(Answer::Connected(Box::new(opening)));
+                }
+            }
+            HandlerEvent::CircuitEnded(circuit, end) => relay.on_circuit_ended(circuit, end, now),
+        }
+    }
+
     /// The message that tells a peer of its reservation.
-    fn answer(&self, grant: Grant<ConnectionId>) -> Result<Vec<u8>, SigningError> {
-        let term = grant.expires.saturating_duration_since(Instant::now());
+    fn reserve_ok(
+        &self,
+        to: &Origin,
+        terms: Terms,
+        expires: Instant,
+    ) -> Result<Vec<u8>, SigningError> {
+        let term = expires.saturating_duration_since(Instant::now());
         let wall_clock = SystemTime::now().duration_since(UNIX_EPOCH);
         let expire = (wall_clock.unwrap_or_default() + term).as_secs();
         let listening: Vec<_> = self.listening.iter().cloned().collect();
-        let connection = self.relay.connections().get(grant.to.connection);
         let known = Known {
             announced: &self.config().announce,
             confirmed: self.confirmed.as_slice(),
             listening: &listening,
-            reported: connection.and_then(|connection| connection.remote.reported.as_ref()),
+            reported: to.reported.as_ref(),
         };
         let addresses = address::for_reservation(known, self.peer);
-        let voucher = voucher::sign(&self.keypair, grant.to.peer, expire)?;
-        let limit = self.config().circuit_limit(grant.terms);
-        Ok(wire::reserve_ok(expire, &addresses, voucher, limit))
+        let voucher = voucher::sign(&self.keypair, to.peer, expire)?;
+        Ok(wire::reserve_ok(expire, &addresses, voucher, self.config().circuit_limit(terms)))
     }
 }
 
@@ -372,38 +421,31 @@ impl NetworkBehaviour for Behaviour {
         match event {
             FromSwarm::ConnectionEstablished(established) => self.connected(established),
             FromSwarm::ConnectionClosed(ConnectionClosed { peer_id, connection_id, .. }) => {
+                // Its tasks have told what is over before.
+                while let Ok(event) = self.events.1.try_recv() {
+                    self.on_event(event);
+                }
+                self.handlers.remove(&connection_id);
                 let gone = End { peer: peer_id, connection: connection_id };
-                self.commands.remove(&connection_id);
-                self.relay.disconnected(gone, Instant::now());
+                self.relay.on_disconnected(gone, Instant::now());
             }
             // Another behaviour did not let it in.
             FromSwarm::ListenFailure(ListenFailure { connection_id, .. })
             | FromSwarm::DialFailure(DialFailure { connection_id, .. }) => {
-                self.signs.remove(&connection_id);
-                self.commands.remove(&connection_id);
+                self.handlers.remove(&connection_id);
             }
             _ => {}
         }
     }
 
-    fn on_connection_handler_event(&mut self, peer: PeerId, connection: ConnectionId, told: Told) {
-        let (relay, now) = (&mut self.relay, Instant::now());
-        let from = End { peer, connection };
-        match told {
-            Told::Requested(request, asked) => relay.requested(from, request, asked, now),
-            Told::NotUnderstood(reason) => relay.not_understood(from, reason),
-            Told::Answered(receipt, arrived) => relay.answered(peer, receipt, arrived, now),
-            Told::TargetAnswered(circuit, answer) => relay.target_answered(circuit, answer, now),
-            Told::CircuitEnded(circuit, end, carried) => {
-                relay.circuit_ended(circuit, end, carried, now);
-            }
-        }
+    fn on_connection_handler_event(&mut self, _: PeerId, _: ConnectionId, never: Infallible) {
+        match never {}
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<ToSwarm<Event, Infallible>> {
         loop {
-            while let Some(order) = self.relay.next_order() {
-                if let Some(done) = self.carry_out(order) {
+            while let Some(action) = self.relay.next_action() {
+                if let Some(done) = self.carry_out(action) {
                     return Poll::Ready(done);
                 }
             }
@@ -413,7 +455,11 @@ impl NetworkBehaviour for Behaviour {
                 self.next_sweep.reset(self.sweep_due.saturating_duration_since(now));
             }
             if self.next_sweep.poll_unpin(cx).is_pending() {
-                return Poll::Pending;
+                match self.events.1.poll_next_unpin(cx) {
+                    Poll::Ready(Some(event)) => self.on_event(event),
+                    _ => return Poll::Pending,
+                }
+                continue;
             }
             self.relay.sweep(now);
             let took = now.elapsed();

@@ -130,6 +130,8 @@ pub enum Event {
         end: CircuitEnd,
         /// How many payload bytes it delivered each way; see [`crate::relay::accounts`] for the sums.
         carried: Carried,
+        /// For how long it was open.
+        open_for: Duration,
     },
 }
 
@@ -181,7 +183,7 @@ impl fmt::Display for Event {
             Self::CircuitRefused { source, address, target, reason } => {
                 write!(f, "circuit refused: peer {source} at {address} to {target}: {reason}")
             }
-            Self::CircuitClosed { circuit, source, target, end, carried } => write!(
+            Self::CircuitClosed { circuit, source, target, end, carried, .. } => write!(
                 f,
                 "circuit {circuit} closed: {source} to {target}: {end}; {} bytes to the target, \
                  {} back",

@@ -1,20 +1,21 @@
 //! The relay without its sockets: what it makes of what happens on its connections.
 //!
-//! Sans-IO. What happened comes in with `now`, what is to be done goes out as [`Order`]s, and the tables
+//! Sans-IO. What happened comes in with `now`, what is to be done goes out as [`Action`]s, and the tables
 //! in between are wired together here: [`reservations`] and [`circuits`] decide what a request gets,
 //! [`heartbeat`] and [`reclaim`] which peers are gone. `relay/reserve.rs` follows one RESERVE through,
 //! `relay/connect.rs` one CONNECT; `relay/sweep.rs` finds what ends by time, `relay/close.rs` says which
 //! connections the relay closes, `relay/policy.rs` has what may change while it runs. `C` names a
-//! connection: [`crate::Behaviour`] uses the swarm's `ConnectionId`, tests use numbers.
+//! connection, and `R` takes the answer to a request: [`crate::Behaviour`] uses the swarm's `ConnectionId`
+//! and a oneshot, tests use numbers.
 
 pub mod accounts;
+mod action;
 pub mod bandwidth;
 pub mod circuits;
 mod close;
 mod connect;
 pub mod connections;
 pub mod heartbeat;
-mod order;
 mod policy;
 pub mod quota;
 pub mod rates;
@@ -23,15 +24,11 @@ pub mod reservations;
 mod reserve;
 mod sweep;
 
-use std::{
-    collections::{HashMap, VecDeque},
-    hash::Hash,
-    time::Instant,
-};
+use std::{collections::VecDeque, hash::Hash, sync::Arc, time::Instant};
 
 use libp2p::{Multiaddr, PeerId};
 
-pub use self::order::{Command, Grant, Order, Quota, RequestId};
+pub use self::action::{Action, CircuitParameters, PendingRequest};
 use self::{
     accounts::Accounts,
     bandwidth::Link,
@@ -43,62 +40,55 @@ use self::{
     reservations::Reservations,
 };
 use crate::{
-    access::{Access, Terms},
+    access::Access,
     activity::Signs,
     config::{Config, ConfigError},
-    event::{Carried, CircuitEnd, CircuitId, Event, Refused, StopFailed},
+    event::{CircuitEnd, Event, StopFailed},
     wire::{BadRequest, Limit, Request},
 };
 
 /// One relay.
-pub struct Relay<C, S> {
+pub struct Relay<C, R> {
     config: Config,
     connections: Connections<C>,
     reservations: Reservations<C>,
-    circuits: Circuits<C>,
+    circuits: Circuits<C, PendingConnect<C, R>>,
     accounts: Accounts,
-    /// The CONNECTs whose targets have yet to answer; `None` for those that were given up.
-    asking: HashMap<CircuitId, Option<Asking>>,
-    /// Who decides instead of the configuration's lists.
+    /// Decides instead of the configuration's lists.
     access: Option<Box<dyn Access>>,
     reserve_rates: Rates,
     connect_rates: Rates,
     link: Link,
     heartbeat: Heartbeat,
-    reclaim: Reclaim<Newcomer<C>>,
+    reclaim: Reclaim<C, R>,
     sweep_due: Instant,
-    draining: Option<Draining>,
+    draining: Option<Draining<R>>,
     /// How many peers were asked for a sign of life so far.
-    questions: u64,
-    orders: VecDeque<Order<C, S>>,
+    probes: u64,
+    actions: VecDeque<Action<C, R>>,
 }
 
 /// A CONNECT whose target has yet to answer.
-struct Asking {
-    request: RequestId,
+#[derive(Debug)]
+pub struct PendingConnect<C, R> {
+    request: PendingRequest<C, R>,
     limit: Limit,
 }
 
-/// A RESERVE that is yet to be answered.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Newcomer<C> {
-    from: End<C>,
-    request: RequestId,
-    terms: Terms,
-}
-
 /// While it takes nobody in.
-#[derive(Clone, Copy, Debug)]
-struct Draining {
+#[derive(Debug)]
+struct Draining<R> {
     /// When all connections without a circuit are to be closed.
     until: Instant,
     /// When it was last looked how many there are.
     looked: Instant,
     /// The part of a connection that was due then.
     due: f64,
+    /// The requests of connections that are being closed for them: none is reset before that.
+    unanswered: Vec<R>,
 }
 
-impl<C: Copy + Ord + Hash, S> Relay<C, S> {
+impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     /// A relay that starts at `now`.
     ///
     /// # Errors
@@ -108,27 +98,26 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
         config.validate()?;
         Ok(Self {
             connections: Connections::new(),
-            reservations: Reservations::new((&config).into()),
-            circuits: Circuits::new((&config).into()),
+            reservations: Reservations::new(&config),
+            circuits: Circuits::new(&config),
             accounts: Accounts::new(),
-            asking: HashMap::new(),
             access: None,
             reserve_rates: Rates::new(config.reserve_rate),
             connect_rates: Rates::new(config.connect_rate),
-            link: Link::new((&config).into(), now),
-            heartbeat: Heartbeat::new((&config).into(), now),
-            reclaim: Reclaim::new((&config).into()),
+            link: Link::new(&config, now),
+            heartbeat: Heartbeat::new(now),
+            reclaim: Reclaim::new(),
             sweep_due: now + config.sweep,
             draining: None,
-            questions: 0,
-            orders: VecDeque::new(),
+            probes: 0,
+            actions: VecDeque::new(),
             config,
         })
     }
 
     /// The next thing to be done.
-    pub fn next_order(&mut self) -> Option<Order<C, S>> {
-        self.orders.pop_front()
+    pub fn next_action(&mut self) -> Option<Action<C, R>> {
+        self.actions.pop_front()
     }
 
     /// When [`Relay::sweep`] is due. Whatever happens may bring it forward.
@@ -147,7 +136,7 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
     }
 
     /// The table of circuits, to look at.
-    pub fn circuits(&self) -> &Circuits<C> {
+    pub fn circuits(&self) -> &Circuits<C, PendingConnect<C, R>> {
         &self.circuits
     }
 
@@ -162,8 +151,8 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
     }
 
     /// How often a peer was asked for a sign of life since the start.
-    pub fn questions(&self) -> u64 {
-        self.questions
+    pub fn probes(&self) -> u64 {
+        self.probes
     }
 
     /// How many newcomers wait for a slot.
@@ -172,7 +161,7 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
     }
 
     /// A connection came up.
-    pub fn connected(&mut self, id: C, connection: Connection) {
+    pub fn on_connected(&mut self, id: C, connection: Connection) {
         self.connections.add(id, connection);
     }
 
@@ -191,45 +180,50 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
         self.connections.listen_to(connection, signs);
     }
 
-    /// A peer asks for something.
-    pub fn requested(&mut self, from: End<C>, request: RequestId, asked: Request, now: Instant) {
+    /// A peer asks for something, or for nothing that is understood; its answer goes to `reply`.
+    pub fn handle_request(
+        &mut self,
+        from: End<C>,
+        asked: Result<Request, BadRequest>,
+        reply: R,
+        now: Instant,
+    ) {
+        let Some(connection) = self.connections.get(from.connection) else {
+            return; // it is gone by now
+        };
+        let request = PendingRequest { from, origin: Arc::clone(&connection.origin), reply };
         match asked {
-            Request::Reserve if self.is_draining() => {
-                self.refuse(from, request, Refused::Draining);
+            Ok(Request::Reserve) => self.reserve(request, now),
+            Ok(Request::Connect(target)) => self.connect(request, target, now),
+            Err(reason) => {
+                let address = request.origin.address.clone();
+                self.actions.push_back(Action::Refuse(request.reply, reason.status()));
+                self.tell(Event::RequestRejected { peer: from.peer, address, reason });
             }
-            Request::Connect(target) if self.is_draining() => {
-                self.refuse_circuit(from, request, target, Refused::Draining);
-            }
-            Request::Reserve => self.reserve(from, request, now),
-            Request::Connect(target) => self.connect(from, request, target, now),
         }
-    }
-
-    /// A peer asked for something that was not understood; it has been told.
-    pub fn not_understood(&mut self, from: End<C>, reason: BadRequest) {
-        let address = self.address_of(from.connection);
-        self.tell(Event::RequestRejected { peer: from.peer, address, reason });
     }
 
     /// A connection is gone.
-    pub fn disconnected(&mut self, gone: End<C>, now: Instant) {
+    pub fn on_disconnected(&mut self, gone: End<C>, now: Instant) {
         let End { peer, connection } = gone;
         self.connections.remove(connection);
-        let left = self.reclaim.withdraw(|newcomer| newcomer.from.connection == connection);
+        let left = self.reclaim.withdraw(|request| request.from == gone);
         if !left.is_empty() {
             log::debug!("reservation waits no longer: peer {peer}: its connection is gone");
         }
-        for (id, circuit) in self.circuits.over(gone) {
-            self.end_circuit(id, circuit);
-            let at_source = circuit.source.connection == connection;
-            match self.asking.contains_key(&id) {
+        for id in self.circuits.over(gone) {
+            self.end_circuit(id);
+            let circuit = self.circuits.get(id);
+            let Some((at_source, is_open)) =
+                circuit.map(|circuit| (circuit.source == gone, circuit.open().is_some()))
+            else {
+                continue;
+            };
+            match is_open {
                 // The target will not answer any more.
-                true if !at_source => self.target_answered(id, Err(StopFailed::Gone), now),
-                // Its handler has said what its circuits carried (`Handler::poll_close`), but for
-                // one that it never came to open: nothing was carried there.
-                false if at_source => {
-                    self.circuit_ended(id, CircuitEnd::Ended, Carried::default(), now);
-                }
+                false if !at_source => _ = self.on_target_answered(id, Err(StopFailed::Gone), now),
+                // Nothing carries its bytes any more.
+                true if at_source => self.on_circuit_ended(id, CircuitEnd::Ended, now),
                 _ => {}
             }
         }
@@ -251,26 +245,18 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
     }
 
     fn end_circuits_of(&mut self, peer: &PeerId) {
-        for (id, circuit) in self.circuits.of(peer) {
-            self.end_circuit(id, circuit);
-        }
-    }
-
-    fn command(&mut self, to: End<C>, command: Command<S>) {
-        // A connection that is gone takes no commands.
-        if self.connections.get(to.connection).is_some() {
-            self.orders.push_back(Order::Command(to, command));
-        }
+        let circuits: Vec<_> = self.circuits.of(peer).map(|(id, _)| id).collect();
+        circuits.into_iter().for_each(|id| self.end_circuit(id));
     }
 
     /// Where the peer at the other end comes from; empty if the connection is gone.
     fn address_of(&self, connection: C) -> Multiaddr {
         let connection = self.connections.get(connection);
-        connection.map_or_else(Multiaddr::empty, |connection| connection.remote.address.clone())
+        connection.map_or_else(Multiaddr::empty, |connection| connection.origin.address.clone())
     }
 
     fn tell(&mut self, event: Event) {
         log::debug!("{event}");
-        self.orders.push_back(Order::Tell(event));
+        self.actions.push_back(Action::Tell(event));
     }
 }

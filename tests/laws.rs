@@ -33,7 +33,7 @@ use relaylet::{
     event::FreedReason,
     relay::{
         quota::Scope,
-        reservations::{Admission, Freed, Left, Receipt, Reservations},
+        reservations::{Freed, Granted, Left, Receipt, Reservations},
     },
 };
 
@@ -88,7 +88,7 @@ impl Table {
 
     fn with(config: &Config) -> Self {
         Self {
-            reservations: Reservations::new(config.into()),
+            reservations: Reservations::new(config),
             peers: (0..3).map(|_| PeerId::random()).collect(),
             now: Instant::now(),
         }
@@ -114,10 +114,12 @@ impl Table {
             (freed.reason == FreedReason::TakenBy { peer }).then_some(from)
         });
         match admission {
-            Admission::Granted(receipt) => (taken.map_or(Got::Slot, Got::SlotOf), Some(receipt)),
-            Admission::Renewed(receipt) => (Got::Renewal, Some(receipt)),
-            Admission::Refused(full) => (Got::Nothing(full), None),
-            Admission::Over(full) => (Got::NothingYet(full), None),
+            Ok(Granted { receipt, is_renewal: true }) => (Got::Renewal, Some(receipt)),
+            Ok(Granted { receipt, .. }) => (taken.map_or(Got::Slot, Got::SlotOf), Some(receipt)),
+            Err(full) => match self.reservations.quota().above(address) {
+                Some(above) => (Got::NothingYet(above), None),
+                None => (Got::Nothing(full), None),
+            },
         }
     }
 
@@ -146,7 +148,7 @@ impl Table {
     }
 
     fn set(&mut self, config: &Config) {
-        self.reservations.set_policy(config.into(), self.now);
+        self.reservations.configure(config, self.now);
     }
 
     fn reaches(&self, who: usize) -> Option<u32> {

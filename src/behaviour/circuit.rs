@@ -17,10 +17,10 @@ use libp2p::futures::{AsyncRead, AsyncWrite, FutureExt, channel::oneshot};
 use super::{buffer::Buffer, share::Share, timer::Timeout};
 use crate::{
     event::{Carried, CircuitEnd},
-    relay::{Quota, accounts::Meter},
+    relay::{CircuitParameters, accounts::Counters},
 };
 
-/// Carries bytes between a source and a target until the circuit ends; yields how, and how many.
+/// Carries bytes between a source and a target until the circuit ends; yields how. Counts them as it does.
 #[derive(Debug)]
 pub(crate) struct Circuit<S, T> {
     source: S,
@@ -28,9 +28,9 @@ pub(crate) struct Circuit<S, T> {
     to_target: Direction,
     to_source: Direction,
     share: Share,
-    meter: Meter,
+    counters: Counters,
     deadline: Option<Timeout>,
-    /// Resolves when the relay ends the circuit, be it by dropping the other half.
+    /// Is cancelled when the relay ends the circuit.
     ended: oneshot::Receiver<()>,
 }
 
@@ -39,25 +39,26 @@ impl<S, T> Circuit<S, T> {
     pub(crate) fn new(
         source: S,
         target: T,
-        quota: Quota,
+        parameters: CircuitParameters,
         deadline: Option<Timeout>,
         ended: oneshot::Receiver<()>,
     ) -> Self {
-        let Quota { limit, link, ends, meter } = quota;
+        let CircuitParameters { limit, link, ends, counters } = parameters;
         Self {
             source,
             target,
             to_target: Direction::new(limit.bytes),
             to_source: Direction::new(limit.bytes),
             share: Share::new(link, ends),
-            meter,
+            counters,
             deadline,
             ended,
         }
     }
 
-    fn carried(&self) -> Carried {
-        Carried { to_target: self.to_target.delivered, to_source: self.to_source.delivered }
+    fn count(&self) {
+        let (to_target, to_source) = (self.to_target.delivered, self.to_source.delivered);
+        self.counters.set(Carried { to_target, to_source });
     }
 }
 
@@ -66,7 +67,7 @@ where
     S: AsyncRead + AsyncWrite + Unpin,
     T: AsyncRead + AsyncWrite + Unpin,
 {
-    type Output = (CircuitEnd, Carried);
+    type Output = CircuitEnd;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = &mut *self;
@@ -94,13 +95,13 @@ where
                 (Poll::Ready(Err(end)), _) | (_, Poll::Ready(Err(end))) => end,
                 (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => CircuitEnd::Finished,
                 _ => {
-                    this.meter.set(this.carried());
+                    this.count();
                     return Poll::Pending;
                 }
             }
         };
-        this.meter.set(this.carried());
-        Poll::Ready((end, this.carried()))
+        this.count();
+        Poll::Ready(end)
     }
 }
 

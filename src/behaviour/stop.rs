@@ -1,13 +1,19 @@
 //! The target of a circuit asked on a stop stream: does it take this connection?
 
-use std::{io, time::Duration};
+use std::{io, pin::pin, time::Duration};
 
 use libp2p::{
     core::upgrade::NegotiationError,
-    futures::{AsyncRead, AsyncWrite, AsyncWriteExt},
+    futures::{
+        AsyncRead, AsyncWrite, AsyncWriteExt,
+        future::{self, Either},
+    },
 };
 
-use super::timer::{Timeout, within};
+use super::{
+    messages::{HandlerEvent, StopRequest, StopStream, TrackedStream},
+    timer::{Timeout, Timeouts, within},
+};
 use crate::{
     event::StopFailed,
     wire::{self, BadRequest, FrameError, Status},
@@ -27,10 +33,25 @@ impl From<io::Error> for StopFailed {
     }
 }
 
+impl StopRequest {
+    /// Asks over this stream, and reports what the target says.
+    pub(crate) async fn ask(self, mut stream: TrackedStream, timeouts: Timeouts) {
+        let Self { circuit, source, limit, since, mut ended, report } = self;
+        let timeout = timeouts.start(STOP_TIMEOUT.saturating_sub(since.elapsed()));
+        let exchange = exchange(&mut stream, wire::stop_connect(source, limit), timeout);
+        let answer = match future::select(pin!(exchange), &mut ended).await {
+            Either::Left((answer, _)) => answer,
+            Either::Right(_) => Err(StopFailed::Gone),
+        };
+        let answer = answer.map(|()| Box::new(StopStream { stream, ended }));
+        report.send(HandlerEvent::TargetAnswered(circuit, answer));
+    }
+}
+
 /// Puts `question` to the target and reads its answer, within the limit.
 ///
 /// When it agreed, whatever it sends next already belongs to the circuit and is still unread.
-pub(crate) async fn ask(
+async fn exchange(
     stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
     question: Vec<u8>,
     limit: Timeout,

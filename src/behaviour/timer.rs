@@ -9,7 +9,7 @@ use std::{
     io,
     pin::Pin,
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     task::{Context, Poll},
@@ -23,9 +23,12 @@ use libp2p::futures::{
     task::AtomicWaker,
 };
 
-/// The time limits of one connection.
+/// The time limits of one connection, shared by its tasks.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Timeouts(Arc<Mutex<Started>>);
+
 #[derive(Debug, Default)]
-pub(crate) struct Timeouts {
+struct Started {
     /// The timer, and what it is set to: the end of the first limit, or earlier.
     timer: Option<(Delay, Instant)>,
     started: Vec<Arc<Limit>>,
@@ -45,8 +48,24 @@ struct Limit {
 }
 
 impl Timeouts {
-    /// A limit that ends so long after `now`. Somebody has to [poll](Self::poll) for it to do so.
-    pub(crate) fn start(&mut self, limit: Duration, now: Instant) -> Timeout {
+    /// A limit that ends so long from now, if the connection [polls](Self::poll) for it.
+    pub(crate) fn start(&self, limit: Duration) -> Timeout {
+        let now = Instant::now();
+        self.lock().start(limit, now)
+    }
+
+    /// Ends the limits whose time is over, and has `cx` woken for the next: after the tasks that start some.
+    pub(crate) fn poll(&self, cx: &mut Context<'_>) {
+        self.lock().poll(cx);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Started> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Started {
+    fn start(&mut self, limit: Duration, now: Instant) -> Timeout {
         if self.started.len() >= self.crowded {
             self.started.retain(|limit| limit.is_waited_for());
             self.crowded = 2 * self.started.len().max(4);
@@ -72,8 +91,7 @@ impl Timeouts {
         }
     }
 
-    /// Ends the limits whose time is over, and has `cx` woken for the next.
-    pub(crate) fn poll(&mut self, cx: &mut Context<'_>) {
+    fn poll(&mut self, cx: &mut Context<'_>) {
         while let Some((timer, _)) = &mut self.timer {
             if timer.poll_unpin(cx).is_pending() {
                 return;
@@ -134,7 +152,7 @@ mod tests {
     const LONG: Duration = Duration::from_secs(3600);
 
     /// What comes of `future` while somebody looks after the limits.
-    fn run<T>(limits: &mut Timeouts, future: impl Future<Output = T>) -> T {
+    fn run<T>(limits: &mut Started, future: impl Future<Output = T>) -> T {
         let mut future = std::pin::pin!(future);
         block_on(poll_fn(|cx| {
             limits.poll(cx);
@@ -144,7 +162,7 @@ mod tests {
 
     #[test]
     fn what_takes_too_long_is_given_up_whatever_began_before_or_after_it() {
-        let mut limits = Timeouts::default();
+        let mut limits = Started::default();
         let now = Instant::now();
         let _longer = limits.start(LONG, now);
         let short = limits.start(SHORT, now);
@@ -158,7 +176,7 @@ mod tests {
 
     #[test]
     fn what_is_done_in_time_leaves_the_timer_to_the_next() {
-        let mut limits = Timeouts::default();
+        let mut limits = Started::default();
         let now = Instant::now();
         for _ in 0..1000 {
             let limit = limits.start(SHORT, now);

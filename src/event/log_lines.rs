@@ -57,6 +57,7 @@ fn each_event_is_one_line_in_these_words() {
         target: bob(),
         end: CircuitEnd::Finished,
         carried: Carried { to_target: 5, to_source: 7 },
+        open_for: Duration::from_secs(1),
     };
     let (v4, v6) = (billed_to(HOME), billed_to("/ip6/2001:db8:1:2:3::4/tcp/1"));
     for (event, line) in [

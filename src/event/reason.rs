@@ -11,7 +11,7 @@ use crate::{
 };
 
 /// Why a request was refused.
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Refused {
     /// All slots are taken.
@@ -199,7 +199,7 @@ impl fmt::Display for CircuitEnd {
 }
 
 /// Why a target could not be won for a circuit.
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum StopFailed {
     /// It is not connected any more.

@@ -544,7 +544,7 @@ impl Node {
         let relay = &self.swarm.behaviour().relay.relay;
         if let Some(up) = relay.connections().get(connection) {
             let listening = self.swarm.listeners();
-            self.observed.say(connection, &up.remote, &address, peer, listening, now);
+            self.observed.say(connection, &up.origin, &address, peer, listening, now);
         }
         self.relay_mut().reported(connection, address);
     }

@@ -1,9 +1,9 @@
 //! The accounts: what circuits carried, for each peer while it is connected, and in all since the
 //! start.
 //!
-//! Pure. What counts is payload, as it was delivered: neither the relay's own messages, nor what
+//! Sans-IO. What counts is payload, as it was delivered: neither the relay's own messages, nor what
 //! the secure channel and the muxer put around it. A circuit counts from when it is opened, its
-//! bytes when it ends; until then its meter has them.
+//! bytes when it ends; until then they are in its [`Counters`] alone.
 
 use std::{
     collections::HashMap,
@@ -21,11 +21,10 @@ use crate::event::{Carried, CircuitId};
 #[derive(Debug, Default)]
 pub struct Accounts {
     totals: Totals,
-    relayed: Total,
+    /// What all circuits together have carried, the open ones included.
+    relayed: Arc<Counts>,
     /// Of the peers that are connected and were part of a circuit since.
     peers: HashMap<PeerId, Stay>,
-    /// Of the circuits that are open.
-    meters: HashMap<CircuitId, Meter>,
 }
 
 /// What a peer used the relay for since it connected: since the first of its connections that are
@@ -93,20 +92,12 @@ impl Accounts {
         self.relayed.read()
     }
 
-    /// The circuits that are open and what each has carried so far, in no order.
-    pub fn open_circuits(&self) -> impl Iterator<Item = (CircuitId, Carried)> {
-        self.meters.iter().map(|(id, meter)| (*id, meter.read()))
-    }
-
-    /// A circuit was opened between two peers that are connected. What it carries is to be shown on
-    /// this meter.
-    pub fn opened(&mut self, id: CircuitId, source: PeerId, target: PeerId) -> Meter {
+    /// A circuit was opened between two peers that are connected. Returns where it is to count its bytes.
+    pub fn opened(&mut self, id: CircuitId, source: PeerId, target: PeerId) -> Counters {
         self.totals.opened += 1;
         self.open(id, source).as_source += 1;
         self.open(id, target).as_target += 1;
-        let meter = self.relayed.meter();
-        self.meters.insert(id, meter.clone());
-        meter
+        Counters { circuit: Arc::default(), all: Arc::clone(&self.relayed) }
     }
 
     fn open(&mut self, id: CircuitId, peer: PeerId) -> &mut Account {
@@ -119,7 +110,6 @@ impl Accounts {
     /// A circuit that was opened has ended, having carried so much.
     pub fn closed(&mut self, id: CircuitId, source: PeerId, target: PeerId, carried: Carried) {
         let Carried { to_target, to_source } = carried;
-        self.meters.remove(&id);
         self.totals.closed += 1;
         self.totals.carried.to_target += to_target;
         self.totals.carried.to_source += to_source;
@@ -144,30 +134,14 @@ impl Accounts {
     }
 }
 
-/// What all circuits together have carried, the open ones included.
-#[derive(Debug, Default)]
-pub struct Total(Arc<Counts>);
-
-impl Total {
-    /// What was carried so far.
-    pub fn read(&self) -> Carried {
-        self.0.read()
-    }
-
-    /// A meter for one more circuit.
-    pub fn meter(&self) -> Meter {
-        Meter { circuit: Arc::default(), all: Arc::clone(&self.0) }
-    }
-}
-
-/// Says what one circuit has carried. Clones share the counts.
+/// How many bytes one circuit has carried. Clones share the counts.
 #[derive(Clone, Debug)]
-pub struct Meter {
+pub struct Counters {
     circuit: Arc<Counts>,
     all: Arc<Counts>,
 }
 
-impl Meter {
+impl Counters {
     /// What was carried so far.
     pub fn read(&self) -> Carried {
         self.circuit.read()
@@ -221,7 +195,7 @@ mod tests {
     /// Accounts, and the table that names the circuits.
     struct House {
         accounts: Accounts,
-        circuits: Circuits<()>,
+        circuits: Circuits<(), ()>,
         alice: PeerId,
         bob: PeerId,
     }
@@ -230,7 +204,7 @@ mod tests {
         fn new() -> Self {
             Self {
                 accounts: Accounts::new(),
-                circuits: Circuits::new((&Config::default()).into()),
+                circuits: Circuits::new(&Config::default()),
                 alice: PeerId::random(),
                 bob: PeerId::random(),
             }
@@ -238,7 +212,7 @@ mod tests {
 
         fn admit(&mut self) -> CircuitId {
             let [source, target] = [self.alice, self.bob].map(|peer| End { peer, connection: () });
-            self.circuits.admit(source, target, None, std::time::Instant::now()).unwrap()
+            self.circuits.add(source, target, None, (), std::time::Instant::now()).0
         }
 
         /// From Alice to Bob.
@@ -275,7 +249,6 @@ mod tests {
         house.close(id);
         let after = house.accounts.totals();
         assert_eq!((before.opened, before.closed), (1, 0));
-        assert_eq!(house.accounts.open_circuits().count(), 0);
         assert_eq!((after.opened, after.closed), (1, 1));
         assert_eq!((before.carried, after.carried), (Carried::default(), CARRIED));
     }

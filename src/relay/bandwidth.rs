@@ -27,23 +27,11 @@ const LEAST_PIECE: u64 = 1024;
 /// What was not used for so long may be made up for: timers come late.
 const BURST: Duration = Duration::from_millis(50);
 
-/// The part of [`Config`] that this follows, in bytes a second; zero: no cap.
-#[derive(Clone, Copy, Debug)]
-pub struct Policy {
-    total: u64,
-    per_peer: u64,
-}
-
-impl From<&Config> for Policy {
-    fn from(config: &Config) -> Self {
-        Self { total: config.bandwidth, per_peer: config.bandwidth_per_peer }
-    }
-}
-
 /// The link of one relay.
 #[derive(Debug)]
 pub struct Bandwidth {
-    policy: Policy,
+    /// How much all circuits may carry together, and those of one peer, in bytes a second; zero: no cap.
+    caps: [u64; 2],
     all: Queue,
     /// Of the peers whose circuits carried something a moment ago.
     peers: HashMap<PeerId, Queue>,
@@ -54,8 +42,8 @@ pub struct Bandwidth {
 pub struct Link(Arc<Mutex<Bandwidth>>);
 
 impl Link {
-    pub(crate) fn new(policy: Policy, now: Instant) -> Self {
-        Self(Arc::new(Mutex::new(Bandwidth::new(policy, now))))
+    pub(crate) fn new(config: &Config, now: Instant) -> Self {
+        Self(Arc::new(Mutex::new(Bandwidth::new(config, now))))
     }
 
     pub(crate) fn bandwidth(&self) -> MutexGuard<'_, Bandwidth> {
@@ -77,13 +65,14 @@ pub type Ends = [PeerId; 2];
 
 impl Bandwidth {
     /// Nothing was carried yet.
-    pub fn new(policy: Policy, now: Instant) -> Self {
-        Self { policy, all: Queue::new(now), peers: HashMap::new() }
+    pub fn new(config: &Config, now: Instant) -> Self {
+        let caps = [config.bandwidth, config.bandwidth_per_peer];
+        Self { caps, all: Queue::new(now), peers: HashMap::new() }
     }
 
-    /// This policy holds from the next piece of each circuit on.
-    pub fn set_policy(&mut self, policy: Policy, now: Instant) {
-        self.policy = policy;
+    /// This configuration holds from the next piece of each circuit on.
+    pub fn configure(&mut self, config: &Config, now: Instant) {
+        self.caps = [config.bandwidth, config.bandwidth_per_peer];
         // What is owed was counted at the old price.
         for queue in self.peers.values_mut().chain([&mut self.all]) {
             queue.paid_at = queue.paid_at.min(now);
@@ -92,10 +81,11 @@ impl Bandwidth {
 
     /// How many bytes a circuit may carry at a time; `None`: there is no cap.
     pub fn piece(&self, ends: Ends) -> Option<usize> {
-        let total = self.all.piece(self.policy.total);
+        let [total, per_peer] = self.caps;
+        let total = self.all.piece(total);
         let of = |peer| match self.peers.get(peer) {
-            Some(queue) => queue.piece(self.policy.per_peer),
-            None => whole_round(self.policy.per_peer),
+            Some(queue) => queue.piece(per_peer),
+            None => whole_round(per_peer),
         };
         let least = ends.iter().filter_map(of).chain(total).min()?;
         Some(usize::try_from(least).unwrap_or(usize::MAX))
@@ -104,7 +94,7 @@ impl Bandwidth {
     /// A circuit carried so many bytes. When it may carry more, if it has to wait for that: until
     /// [`Bandwidth::waited`] it counts as waiting.
     pub fn carried(&mut self, ends: Ends, bytes: usize, now: Instant) -> Option<Instant> {
-        let Policy { total, per_peer } = self.policy;
+        let [total, per_peer] = self.caps;
         let mut next = self.all.charge(bytes, total, now);
         if per_peer > 0 {
             for peer in ends {
@@ -188,6 +178,10 @@ mod tests {
         carried: u64,
     }
 
+    fn caps(bandwidth: u64, bandwidth_per_peer: u64) -> Config {
+        Config { bandwidth, bandwidth_per_peer, ..Config::default() }
+    }
+
     /// Circuits over one link, and a clock of milliseconds.
     struct World {
         bandwidth: Bandwidth,
@@ -201,7 +195,7 @@ mod tests {
         fn new(total: u64, per_peer: u64) -> Self {
             let start = Instant::now();
             Self {
-                bandwidth: Bandwidth::new(Policy { total, per_peer }, start),
+                bandwidth: Bandwidth::new(&caps(total, per_peer), start),
                 circuits: Vec::new(),
                 start,
                 late: Duration::from_millis(1),
@@ -344,13 +338,12 @@ mod tests {
     fn without_a_cap_nobody_waits_and_nothing_is_remembered() {
         let now = Instant::now();
         let ends = [PeerId::random(), PeerId::random()];
-        let policy = |total, per_peer| Policy { total, per_peer };
-        let mut bandwidth = Bandwidth::new(policy(0, 0), now);
+        let mut bandwidth = Bandwidth::new(&caps(0, 0), now);
         assert_eq!(bandwidth.piece(ends), None);
         assert_eq!(bandwidth.carried(ends, usize::MAX, now), None);
         assert_eq!(bandwidth.peers(), 0);
         // The largest there is does not overflow either.
-        bandwidth.set_policy(policy(u64::MAX, u64::MAX), now);
+        bandwidth.configure(&caps(u64::MAX, u64::MAX), now);
         assert!(bandwidth.piece(ends).is_some());
         assert_eq!(bandwidth.carried(ends, 65_536, now), None);
     }
@@ -359,7 +352,7 @@ mod tests {
     fn who_owes_nothing_is_forgotten_and_who_waits_is_not() {
         let now = Instant::now();
         let ends = [PeerId::random(), PeerId::random()];
-        let mut bandwidth = Bandwidth::new(Policy { total: 0, per_peer: 10 }, now);
+        let mut bandwidth = Bandwidth::new(&caps(0, 10), now);
         let next = bandwidth.carried(ends, 20, now).expect("it has to wait");
         bandwidth.forget_paid(next + BURST);
         assert_eq!(bandwidth.peers(), 2);
@@ -374,10 +367,9 @@ mod tests {
     fn a_new_price_is_not_asked_for_what_was_carried_before() {
         let now = Instant::now();
         let ends = [PeerId::random(), PeerId::random()];
-        let policy = |total| Policy { total, per_peer: 0 };
-        let mut bandwidth = Bandwidth::new(policy(1), now);
+        let mut bandwidth = Bandwidth::new(&caps(1, 0), now);
         assert!(bandwidth.carried(ends, 1000, now).is_some());
-        bandwidth.set_policy(policy(MB), now);
+        bandwidth.configure(&caps(MB, 0), now);
         bandwidth.waited(ends);
         let next = bandwidth.carried(ends, 1000, now);
         assert_eq!(next, Some(now + Duration::from_millis(1)));

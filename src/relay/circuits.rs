@@ -1,7 +1,7 @@
-//! The table of circuits: who is connected to whom, and the caps on how many.
+//! The table of circuits: one record each, and the caps on how many.
 //!
-//! Pure, as [`crate::relay::reservations`] is. The bytes that pass through a circuit are not seen here: they
-//! are the concern of `behaviour/circuit.rs`.
+//! Sans-IO, as [`crate::relay::reservations`] is. The bytes that pass through a circuit are not seen here, only
+//! their counters: `behaviour/circuit.rs` carries them.
 
 use std::{
     cmp::Reverse,
@@ -9,9 +9,12 @@ use std::{
     time::Instant,
 };
 
-use libp2p::PeerId;
+use libp2p::{PeerId, futures::channel::oneshot};
 
-use super::quota::{Caps, Quota, Scope};
+use super::{
+    accounts::Counters,
+    quota::{Caps, Quota, Scope},
+};
 use crate::{
     address::ClientPrefix,
     config::Config,
@@ -19,100 +22,88 @@ use crate::{
 };
 
 /// The circuits of one relay, those that are being set up included.
+///
+/// `Q` is the CONNECT that a circuit answers, until it is answered.
 #[derive(Debug)]
-pub struct Circuits<C> {
-    policy: Policy,
-    circuits: HashMap<CircuitId, Entry<C>>,
+pub struct Circuits<C, Q> {
+    circuits: HashMap<CircuitId, Circuit<C, Q>>,
     /// Those that count, by the prefix of their source.
     quota: Quota,
+    per_peer: usize,
     /// The circuits that a peer is part of, in either role.
     by_peer: HashMap<PeerId, Vec<CircuitId>>,
     last: u64,
 }
 
-/// The part of [`Config`] that this table follows.
-#[derive(Clone, Copy, Debug)]
-pub struct Policy {
-    caps: Caps,
-    per_peer: usize,
-}
-
-impl From<&Config> for Policy {
-    fn from(config: &Config) -> Self {
-        let caps = Caps {
-            total: Some(config.max_circuits),
-            per_subnet: config.circuits_per_subnet(),
-            per_address: config.circuits_per_ip(),
-        };
-        Self { caps, per_peer: config.max_circuits_per_peer }
-    }
-}
-
 /// A peer, and the connection over which it takes part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct End<C> {
-    /// Who.
+    /// The peer.
     pub peer: PeerId,
-    /// Over which connection.
+    /// One of its connections.
     pub connection: C,
 }
 
 /// One circuit: `source` asked for it, `target` holds the reservation.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Circuit<C> {
-    /// Who asked.
-    pub source: End<C>,
-    /// Who is asked for.
-    pub target: End<C>,
-}
-
-/// What is kept of a circuit.
 #[derive(Debug)]
-struct Entry<C> {
-    circuit: Circuit<C>,
+pub struct Circuit<C, Q> {
+    /// The peer that asked.
+    pub source: End<C>,
+    /// The peer that is asked for.
+    pub target: End<C>,
+    /// How far it has come.
+    pub state: State<Q>,
+    /// Dropping it ends the circuit, or the exchange with its target.
+    guard: Option<oneshot::Sender<()>>,
     /// The prefix of the source.
     prefix: Option<ClientPrefix>,
-    /// How many bytes it had carried when it was looked at, and when it was seen to carry some last.
+    /// How many bytes it had carried at the last sweep, and at which sweep it had last carried some.
     carried: Carried,
     moved: Instant,
-    /// It was ordered to end for another one, and counts no longer.
+    /// It was ended for another one, and counts no longer.
     has_ceded: bool,
 }
 
-/// Which cap left no room.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Full {
-    /// The relay's own, or that of the source's address or subnet.
-    Scope(Scope),
-    /// That of the source.
-    Source,
-    /// That of the target.
-    Target,
+/// How far a circuit has come.
+#[derive(Debug)]
+pub enum State<Q> {
+    /// Its target has yet to answer. `None`: the source was refused meanwhile.
+    Asking(Option<Q>),
+    /// Bytes pass.
+    Open {
+        /// Since when.
+        since: Instant,
+        /// How many.
+        counters: Counters,
+    },
 }
 
-impl From<Full> for Refused {
-    fn from(full: Full) -> Self {
-        match full {
-            Full::Scope(Scope::Total) => Self::TooManyCircuits,
-            Full::Scope(Scope::Address(address)) => Self::TooManyCircuitsOfAddress(address),
-            Full::Scope(Scope::Subnet(subnet)) => Self::TooManyCircuitsOfSubnet(subnet),
-            Full::Source => Self::TooManyCircuitsOfSource,
-            Full::Target => Self::TooManyCircuitsOfTarget,
+impl<C, Q> Circuit<C, Q> {
+    /// Since when it is open, and how many bytes it has carried by now; `None`: it is being set up.
+    pub fn open(&self) -> Option<(Instant, Carried)> {
+        match &self.state {
+            State::Open { since, counters } => Some((*since, counters.read())),
+            State::Asking(_) => None,
         }
     }
 }
 
-impl<C: Copy + Eq> Circuits<C> {
+impl<C: Copy + Eq, Q> Circuits<C, Q> {
     /// An empty table.
-    pub fn new(policy: Policy) -> Self {
-        let quota = Quota::new(policy.caps);
-        Self { policy, circuits: HashMap::new(), quota, by_peer: HashMap::new(), last: 0 }
+    pub fn new(config: &Config) -> Self {
+        Self {
+            circuits: HashMap::new(),
+            quota: Quota::new(caps(config)),
+            per_peer: config.max_circuits_per_peer,
+            by_peer: HashMap::new(),
+            last: 0,
+        }
     }
 
-    /// This policy holds from the next circuit on.
-    pub fn set_policy(&mut self, policy: Policy) {
-        self.policy = policy;
-        self.quota.set_caps(policy.caps);
+    /// This configuration holds from the next circuit on.
+    pub fn configure(&mut self, config: &Config) {
+        self.quota.set_caps(caps(config));
+        self.per_peer = config.max_circuits_per_peer;
     }
 
     /// What each prefix holds as a source.
@@ -127,7 +118,7 @@ impl<C: Copy + Eq> Circuits<C> {
 
     /// How many of them `peer` is part of, as source and as target together.
     pub fn count_of(&self, peer: &PeerId) -> usize {
-        self.entries_of(peer).filter(|(_, entry)| !entry.has_ceded).count()
+        self.of(peer).filter(|(_, circuit)| !circuit.has_ceded).count()
     }
 
     /// How many peers are part of one: the size of the index behind the cap.
@@ -135,103 +126,138 @@ impl<C: Copy + Eq> Circuits<C> {
         self.by_peer.len()
     }
 
-    /// Admits a circuit that is yet to be set up, for a source of this prefix, or says which cap is reached.
+    /// Checks that one more circuit between these two fits under every cap.
     ///
     /// # Errors
     ///
-    /// The cap.
-    pub fn admit(
+    /// The cap that is reached. One that [`Circuits::cede`] cannot make room under comes first.
+    pub fn check_caps(
+        &self,
+        source: &PeerId,
+        target: &PeerId,
+        prefix: Option<ClientPrefix>,
+    ) -> Result<(), Refused> {
+        let full = self.quota.full(prefix);
+        match full {
+            Some(Scope::Address(address)) => {
+                return Err(Refused::TooManyCircuitsOfAddress(address));
+            }
+            Some(Scope::Subnet(subnet)) => return Err(Refused::TooManyCircuitsOfSubnet(subnet)),
+            Some(Scope::Total) | None => {}
+        }
+        if self.count_of(source) >= self.per_peer {
+            return Err(Refused::TooManyCircuitsOfSource);
+        }
+        // A circuit of the target's that makes room does so in the table as well.
+        if self.count_of(target) >= self.per_peer {
+            return Err(Refused::TooManyCircuitsOfTarget);
+        }
+        full.map_or(Ok(()), |_| Err(Refused::TooManyCircuits))
+    }
+
+    /// Adds a circuit whose target is to be asked, for a source of this prefix. The receiver is cancelled when
+    /// the circuit is [ended](Self::end).
+    pub fn add(
         &mut self,
         source: End<C>,
         target: End<C>,
         prefix: Option<ClientPrefix>,
+        request: Q,
         now: Instant,
-    ) -> Result<CircuitId, Full> {
-        let full = self.quota.full(prefix);
-        if let Some(narrow) = full.filter(|full| *full != Scope::Total) {
-            return Err(Full::Scope(narrow));
-        }
-        if self.count_of(&source.peer) >= self.policy.per_peer {
-            return Err(Full::Source);
-        }
-        // A circuit of the target's that makes room does so in the table as well.
-        if self.count_of(&target.peer) >= self.policy.per_peer {
-            return Err(Full::Target);
-        }
-        if let Some(total) = full {
-            return Err(Full::Scope(total));
-        }
+    ) -> (CircuitId, oneshot::Receiver<()>) {
         self.last += 1;
         let id = CircuitId(self.last);
         for peer in [source.peer, target.peer] {
             self.by_peer.entry(peer).or_default().push(id);
         }
-        let circuit = Circuit { source, target };
-        let carried = Carried::default();
-        let entry = Entry { circuit, prefix, carried, moved: now, has_ceded: false };
-        self.circuits.insert(id, entry);
+        let (guard, ended) = oneshot::channel();
+        let circuit = Circuit {
+            source,
+            target,
+            state: State::Asking(Some(request)),
+            guard: Some(guard),
+            prefix,
+            carried: Carried::default(),
+            moved: now,
+            has_ceded: false,
+        };
+        self.circuits.insert(id, circuit);
         self.quota.add(prefix);
-        Ok(id)
+        (id, ended)
     }
 
     /// Where the table, or the target, has as many circuits as it may: the one that ends for another of a
     /// source of this prefix, which counts no longer. Of those under the cap, one of the heaviest prefix
     /// that holds more than the newcomer's would, the one that has carried nothing for the longest. `None`:
-    /// there is none such, or more than one would have to end. `is_open` says which are: one that is being set up stays.
+    /// there is none such, or more than one would have to end. One that is being set up stays.
     pub fn cede(
         &mut self,
-        full: Full,
+        full: &Refused,
         target: &PeerId,
         prefix: Option<ClientPrefix>,
-        is_open: impl Fn(CircuitId) -> bool,
-    ) -> Option<(CircuitId, Circuit<C>)> {
-        if self.quota.above(None).is_some() || self.count_of(target) > self.policy.per_peer {
+    ) -> Option<CircuitId> {
+        if self.quota.above(None).is_some() || self.count_of(target) > self.per_peer {
             return None;
         }
         let under_cap: Vec<_> = match full {
-            Full::Scope(Scope::Total) => {
-                self.circuits.iter().map(|(id, entry)| (*id, entry)).collect()
-            }
-            Full::Target => self.entries_of(target).collect(),
-            Full::Scope(_) | Full::Source => return None,
+            Refused::TooManyCircuits => self.iter().collect(),
+            Refused::TooManyCircuitsOfTarget => self.of(target).collect(),
+            _ => return None,
         };
-        let counts = under_cap.into_iter().filter(|(_, entry)| !entry.has_ceded);
+        let counts = under_cap.into_iter().filter(|(_, circuit)| !circuit.has_ceded);
         let counts: Vec<_> = counts.collect();
         let mut shares = Quota::new(Caps::default());
-        counts.iter().for_each(|(_, entry)| shares.add(entry.prefix));
-        let ceding = counts
-            .into_iter()
-            .filter(|(id, entry)| shares.yields(entry.prefix, prefix) && is_open(*id));
-        let (id, _) = ceding.max_by_key(|(id, entry)| {
-            (shares.load(entry.prefix), Reverse(entry.moved), Reverse(*id))
+        counts.iter().for_each(|(_, circuit)| shares.add(circuit.prefix));
+        let ceding = counts.into_iter().filter(|(_, circuit)| {
+            shares.yields(circuit.prefix, prefix) && circuit.open().is_some()
+        });
+        let (id, _) = ceding.max_by_key(|(id, circuit)| {
+            (shares.load(circuit.prefix), Reverse(circuit.moved), Reverse(*id))
         })?;
-        let entry = self.circuits.get_mut(&id)?;
-        entry.has_ceded = true;
-        self.quota.remove(entry.prefix);
-        Some((id, entry.circuit))
+        let circuit = self.circuits.get_mut(&id)?;
+        circuit.has_ceded = true;
+        self.quota.remove(circuit.prefix);
+        Some(id)
     }
 
     /// Looks which circuits have carried something since the last look.
-    pub fn look(&mut self, carried: impl Iterator<Item = (CircuitId, Carried)>, now: Instant) {
-        for (id, carried) in carried {
-            if let Some(entry) = self.circuits.get_mut(&id)
-                && entry.carried != carried
+    pub fn look(&mut self, now: Instant) {
+        for circuit in self.circuits.values_mut() {
+            if let Some((_, carried)) = circuit.open()
+                && circuit.carried != carried
             {
-                (entry.carried, entry.moved) = (carried, now);
+                (circuit.carried, circuit.moved) = (carried, now);
             }
+        }
+    }
+
+    /// Ends a circuit: whatever goes on for it notices. It counts until that has been reported.
+    ///
+    /// Returns the CONNECT that was not answered yet.
+    pub fn end(&mut self, id: CircuitId) -> Option<Q> {
+        let circuit = self.circuits.get_mut(&id)?;
+        circuit.guard = None;
+        match &mut circuit.state {
+            State::Asking(request) => request.take(),
+            State::Open { .. } => None,
         }
     }
 
     /// The circuit of this name.
-    pub fn get(&self, id: CircuitId) -> Option<Circuit<C>> {
-        self.circuits.get(&id).map(|entry| entry.circuit)
+    pub fn get(&self, id: CircuitId) -> Option<&Circuit<C, Q>> {
+        self.circuits.get(&id)
+    }
+
+    /// As [`Circuits::get`], to change.
+    pub fn get_mut(&mut self, id: CircuitId) -> Option<&mut Circuit<C, Q>> {
+        self.circuits.get_mut(&id)
     }
 
     /// Takes a circuit that ended, or was never set up, out of the table.
-    pub fn remove(&mut self, id: CircuitId) -> Option<Circuit<C>> {
-        let Entry { circuit, prefix, has_ceded, .. } = self.circuits.remove(&id)?;
-        if !has_ceded {
-            self.quota.remove(prefix);
+    pub fn remove(&mut self, id: CircuitId) -> Option<Circuit<C, Q>> {
+        let circuit = self.circuits.remove(&id)?;
+        if !circuit.has_ceded {
+            self.quota.remove(circuit.prefix);
         }
         for peer in [circuit.source.peer, circuit.target.peer] {
             let hash_map::Entry::Occupied(mut ids) = self.by_peer.entry(peer) else {
@@ -246,25 +272,33 @@ impl<C: Copy + Eq> Circuits<C> {
     }
 
     /// The circuits that `peer` is part of, in either role, in the order of their admission.
-    pub fn of(&self, peer: &PeerId) -> Vec<(CircuitId, Circuit<C>)> {
-        self.entries_of(peer).map(|(id, entry)| (id, entry.circuit)).collect()
-    }
-
-    fn entries_of(&self, peer: &PeerId) -> impl Iterator<Item = (CircuitId, &Entry<C>)> {
+    pub fn of(&self, peer: &PeerId) -> impl Iterator<Item = (CircuitId, &Circuit<C, Q>)> {
         let ids = self.by_peer.get(peer).into_iter().flatten();
         ids.filter_map(|id| Some((*id, self.circuits.get(id)?)))
     }
 
     /// All circuits, in no order.
-    pub fn iter(&self) -> impl Iterator<Item = (CircuitId, Circuit<C>)> {
-        self.circuits.iter().map(|(id, entry)| (*id, entry.circuit))
+    pub fn iter(&self) -> impl Iterator<Item = (CircuitId, &Circuit<C, Q>)> {
+        self.circuits.iter().map(|(id, circuit)| (*id, circuit))
     }
 
-    /// The circuits that go over this connection of the peer.
-    pub fn over(&self, end: End<C>) -> Vec<(CircuitId, Circuit<C>)> {
-        let mut over = self.of(&end.peer);
-        over.retain(|(_, circuit)| [circuit.source, circuit.target].contains(&end));
-        over
+    /// Those that are open, and what each has carried so far, in no order.
+    pub fn open(&self) -> impl Iterator<Item = (CircuitId, Carried)> {
+        self.iter().filter_map(|(id, circuit)| Some((id, circuit.open()?.1)))
+    }
+
+    /// The circuits that go over this connection of the peer, in the order of their admission.
+    pub fn over(&self, end: End<C>) -> Vec<CircuitId> {
+        let over = self.of(&end.peer).filter(|(_, c)| [c.source, c.target].contains(&end));
+        over.map(|(id, _)| id).collect()
+    }
+}
+
+fn caps(config: &Config) -> Caps {
+    Caps {
+        total: Some(config.max_circuits),
+        per_subnet: config.circuits_per_subnet(),
+        per_address: config.circuits_per_ip(),
     }
 }
 
@@ -276,9 +310,10 @@ mod tests {
     };
 
     use super::*;
+    use crate::relay::accounts::Accounts;
 
-    fn table(caps: Caps, per_peer: usize) -> Circuits<u32> {
-        Circuits::new(Policy { caps, per_peer })
+    fn table(caps: Caps, per_peer: usize) -> Circuits<u32, ()> {
+        Circuits { quota: Quota::new(caps), per_peer, ..Circuits::new(&Config::default()) }
     }
 
     fn of_total(total: usize) -> Caps {
@@ -295,12 +330,22 @@ mod tests {
     }
 
     fn admit(
-        circuits: &mut Circuits<u32>,
+        circuits: &mut Circuits<u32, ()>,
         source: End<u32>,
         target: End<u32>,
         from: u8,
-    ) -> Result<CircuitId, Full> {
-        circuits.admit(source, target, prefix(from), Instant::now())
+    ) -> Result<CircuitId, Refused> {
+        circuits.check_caps(&source.peer, &target.peer, prefix(from))?;
+        Ok(circuits.add(source, target, prefix(from), (), Instant::now()).0)
+    }
+
+    /// The target agreed; returns where its bytes are counted.
+    fn open(circuits: &mut Circuits<u32, ()>, id: CircuitId) -> Counters {
+        let [source, target] = [(); 2].map(|()| PeerId::random());
+        let counters = Accounts::new().opened(id, source, target);
+        let circuit = circuits.get_mut(id).unwrap();
+        circuit.state = State::Open { since: Instant::now(), counters: counters.clone() };
+        counters
     }
 
     #[test]
@@ -309,8 +354,8 @@ mod tests {
         let (alice, bob, carol) = (end(1), end(2), end(3));
         admit(&mut circuits, alice, bob, 1).unwrap();
         admit(&mut circuits, carol, alice, 1).unwrap();
-        assert_eq!(admit(&mut circuits, alice, carol, 1), Err(Full::Source));
-        assert_eq!(admit(&mut circuits, bob, alice, 1), Err(Full::Target));
+        assert_eq!(admit(&mut circuits, alice, carol, 1), Err(Refused::TooManyCircuitsOfSource));
+        assert_eq!(admit(&mut circuits, bob, alice, 1), Err(Refused::TooManyCircuitsOfTarget));
         assert!(admit(&mut circuits, bob, carol, 1).is_ok());
     }
 
@@ -321,10 +366,10 @@ mod tests {
         for _ in 0..2 {
             admit(&mut circuits, end(1), end(2), 1).unwrap();
         }
-        let full = Full::Scope(Scope::Address(prefix(1).unwrap()));
+        let full = Refused::TooManyCircuitsOfAddress(prefix(1).unwrap());
         assert_eq!(admit(&mut circuits, end(3), end(4), 1), Err(full));
         assert!(admit(&mut circuits, end(3), end(4), 2).is_ok());
-        assert_eq!(admit(&mut circuits, end(3), end(4), 3), Err(Full::Scope(Scope::Total)));
+        assert_eq!(admit(&mut circuits, end(3), end(4), 3), Err(Refused::TooManyCircuits));
     }
 
     #[test]
@@ -333,22 +378,23 @@ mod tests {
         let (start, target) = (Instant::now(), end(1));
         let ids: Vec<_> =
             (0..4).map(|n| admit(&mut circuits, end(2 + n), target, 1).unwrap()).collect();
-        let full = admit(&mut circuits, end(9), target, 2).unwrap_err();
-        assert_eq!(full, Full::Target);
+        let full = &admit(&mut circuits, end(9), target, 2).unwrap_err();
+        assert_eq!(*full, Refused::TooManyCircuitsOfTarget);
         // All but the second have carried something, and the third is being set up.
-        let some = Carried { to_target: 1, to_source: 0 };
-        let moved = [0, 2, 3].map(|n| (ids[n], some));
-        circuits.look(moved.into_iter(), start + Duration::from_secs(1));
-        let is_open = |id| id != ids[2];
-        let same = circuits.cede(full, &target.peer, prefix(1), is_open);
+        for n in [0, 1, 3] {
+            let carried = Carried { to_target: u64::from(n != 1), to_source: 0 };
+            open(&mut circuits, ids[n]).set(carried);
+        }
+        circuits.look(start + Duration::from_secs(1));
+        let same = circuits.cede(full, &target.peer, prefix(1));
         assert_eq!(same, None, "of the same prefix");
-        let (ceded, _) = circuits.cede(full, &target.peer, prefix(2), is_open).unwrap();
+        let ceded = circuits.cede(full, &target.peer, prefix(2)).unwrap();
         assert_eq!((ceded, circuits.count()), (ids[1], 3));
         assert!(admit(&mut circuits, end(9), target, 2).is_ok());
         // Two of one and one of the other are what is fair; the ended one is there until it says so.
-        circuits.cede(full, &target.peer, prefix(2), is_open).unwrap();
-        assert_eq!(circuits.cede(full, &target.peer, prefix(2), is_open), None);
-        assert_eq!(circuits.of(&target.peer).len(), 5);
+        circuits.cede(full, &target.peer, prefix(2)).unwrap();
+        assert_eq!(circuits.cede(full, &target.peer, prefix(2)), None);
+        assert_eq!(circuits.of(&target.peer).count(), 5);
         assert!(circuits.remove(ceded).is_some());
         assert_eq!((circuits.count(), circuits.count_of(&target.peer)), (3, 3));
     }
@@ -358,13 +404,26 @@ mod tests {
         let mut circuits = table(of_total(3), 9);
         let ends: Vec<_> = (0..3).map(|n| (end(n), end(10 + n))).collect();
         for (source, target) in &ends {
-            admit(&mut circuits, *source, *target, 1).unwrap();
+            let id = admit(&mut circuits, *source, *target, 1).unwrap();
+            open(&mut circuits, id);
         }
-        let (full, nobody) = (Full::Scope(Scope::Total), PeerId::random());
-        assert_eq!(circuits.cede(Full::Source, &nobody, prefix(2), |_| true), None);
-        assert_eq!(circuits.cede(full, &nobody, prefix(1), |_| true), None);
-        assert!(circuits.cede(full, &nobody, prefix(2), |_| true).is_some());
+        let (full, nobody) = (&Refused::TooManyCircuits, PeerId::random());
+        let of_source = &Refused::TooManyCircuitsOfSource;
+        assert_eq!(circuits.cede(of_source, &nobody, prefix(2)), None);
+        assert_eq!(circuits.cede(full, &nobody, prefix(1)), None);
+        assert!(circuits.cede(full, &nobody, prefix(2)).is_some());
         assert!(admit(&mut circuits, end(8), end(9), 2).is_ok());
+    }
+
+    #[test]
+    fn whatever_goes_on_for_a_circuit_notices_its_end() {
+        let mut circuits = table(of_total(9), 9);
+        let (id, mut ended) = circuits.add(end(1), end(2), None, (), Instant::now());
+        assert_eq!(ended.try_recv(), Ok(None));
+        assert_eq!(circuits.end(id), Some(()), "its CONNECT is yet to be answered");
+        assert_eq!(circuits.end(id), None);
+        assert!(ended.try_recv().is_err());
+        assert_eq!(circuits.count(), 1, "until that is reported");
     }
 
     #[test]
@@ -372,7 +431,7 @@ mod tests {
         let mut circuits = table(of_total(1), 1);
         let (alice, bob) = (end(1), end(2));
         let id = admit(&mut circuits, alice, bob, 1).unwrap();
-        assert_eq!(circuits.of(&bob.peer).len(), 1);
+        assert_eq!(circuits.of(&bob.peer).count(), 1);
         assert!(circuits.remove(id).is_some());
         assert!(circuits.remove(id).is_none());
         assert_eq!((circuits.count(), circuits.peers()), (0, 0));

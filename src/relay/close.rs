@@ -9,10 +9,10 @@ use std::{cmp::Reverse, hash::Hash, time::Instant};
 
 use libp2p::PeerId;
 
-use super::{Command, Draining, Order, Relay, RequestId, circuits::End};
+use super::{Action, Draining, PendingRequest, Relay, circuits::End};
 use crate::{address::ClientPrefix, event::Refused};
 
-impl Draining {
+impl<R> Draining<R> {
     /// How many of `unused` connections are due: with those that remain, as many in the same time
     /// from now on.
     fn due(&mut self, unused: usize, now: Instant) -> usize {
@@ -29,13 +29,12 @@ impl Draining {
     }
 }
 
-impl<C: Copy + Ord + Hash, S> Relay<C, S> {
+impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     /// Takes nobody in from now on, and closes all connections without a circuit until then.
     pub fn drain(&mut self, until: Instant, now: Instant) {
-        self.draining = Some(Draining { until, looked: now, due: 0.0 });
-        for waiting in self.reclaim.take() {
-            let newcomer = waiting.newcomer;
-            self.refuse(newcomer.from, newcomer.request, Refused::Draining);
+        self.draining = Some(Draining { until, looked: now, due: 0.0, unanswered: Vec::new() });
+        for newcomer in self.reclaim.take() {
+            self.refuse(newcomer.request, Refused::Draining);
         }
         self.hurry(now);
     }
@@ -64,20 +63,22 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
     }
 
     /// Turns a request down: with its status, or, where there is none for it, without a word.
-    pub(super) fn turn_down(&mut self, from: End<C>, request: RequestId, reason: &Refused) {
+    pub(super) fn turn_down(&mut self, request: PendingRequest<C, R>, reason: &Refused) {
+        let PendingRequest { from, reply, .. } = request;
         if let Some(status) = reason.status() {
-            self.command(from, Command::Refuse(request, status));
-        } else if self.connections.carries_circuits(from.connection) {
-            self.command(from, Command::Drop(request));
-        } else {
+            self.actions.push_back(Action::Refuse(reply, status));
+        } else if !self.connections.carries_circuits(from.connection) {
             self.close(from);
+            if let Some(draining) = &mut self.draining {
+                draining.unanswered.push(reply);
+            }
         }
     }
 
     /// Has a connection closed; from now on it counts as one that closes.
     pub(super) fn close(&mut self, connection: End<C>) {
         self.connections.closing(connection.connection);
-        self.orders.push_back(Order::Close(connection));
+        self.actions.push_back(Action::Close(connection));
     }
 
     /// Closes that connection of `peer` but `but` on which nothing was heard for the longest, as if
@@ -128,7 +129,7 @@ mod drain_tests {
         let connect = |connection| {
             let peer = PeerId::random();
             let address = "/memory/1".parse().unwrap();
-            relay.connected(connection, Connection::new(peer, address, false, 0, now));
+            relay.on_connected(connection, Connection::new(peer, address, false, 0, now));
             End { peer, connection }
         };
         let ends = (0..connections).map(connect).collect();
@@ -136,12 +137,12 @@ mod drain_tests {
     }
 
     /// The connections that are closed, and whether anything was answered.
-    fn orders(relay: &mut Relay<u32, ()>) -> (Vec<u32>, bool) {
+    fn actions(relay: &mut Relay<u32, ()>) -> (Vec<u32>, bool) {
         let (mut closed, mut answered) = (Vec::new(), false);
-        while let Some(order) = relay.next_order() {
-            match order {
-                Order::Close(end) => closed.push(end.connection),
-                Order::Command(_, Command::Refuse(..)) | Order::Grant(_) => answered = true,
+        while let Some(action) = relay.next_action() {
+            match action {
+                Action::Close(end) => closed.push(end.connection),
+                Action::Refuse(..) | Action::Grant { .. } => answered = true,
                 _ => {}
             }
         }
@@ -150,12 +151,11 @@ mod drain_tests {
 
     /// Two of its connections become the ends of a circuit.
     fn circuit(relay: &mut Relay<u32, ()>, ends: &[End<u32>], now: Instant) {
-        relay.requested(ends[1], RequestId(1), Request::Reserve, now);
-        let connect = Request::Connect(ends[1].peer);
-        relay.requested(ends[0], RequestId(1), connect, now);
+        relay.handle_request(ends[1], Ok(Request::Reserve), (), now);
+        relay.handle_request(ends[0], Ok(Request::Connect(ends[1].peer)), (), now);
         let (id, _) = relay.circuits().iter().next().expect("it is admitted");
-        relay.target_answered(id, Ok(()), now);
-        orders(relay);
+        assert!(relay.on_target_answered(id, Ok(()), now).is_some());
+        actions(relay);
     }
 
     #[test]
@@ -172,7 +172,7 @@ mod drain_tests {
                 while relay.sweep_due() <= start + DRAIN {
                     let now = relay.sweep_due();
                     relay.sweep(now);
-                    closed += orders(&mut relay).0.len();
+                    closed += actions(&mut relay).0.len();
                     let part = (now - start).as_secs_f64() / DRAIN.as_secs_f64();
                     let due = f64::from(connections) * part;
                     assert!((due - closed as f64).abs() <= 1.001, "{closed} of {due}");
@@ -189,12 +189,12 @@ mod drain_tests {
         circuit(&mut relay, &ends, start);
         relay.drain(start + DRAIN, start);
         relay.sweep(start + DRAIN);
-        assert_eq!(orders(&mut relay).0, [2]);
+        assert_eq!(actions(&mut relay).0, [2]);
         let (id, _) = relay.circuits().iter().next().expect("it is still there");
         let ended = crate::CircuitEnd::Finished;
-        relay.circuit_ended(id, ended, crate::Carried::default(), start + DRAIN);
+        relay.on_circuit_ended(id, ended, start + DRAIN);
         relay.sweep(start + DRAIN);
-        assert_eq!(orders(&mut relay).0, [0, 1]);
+        assert_eq!(actions(&mut relay).0, [0, 1]);
     }
 
     #[test]
@@ -203,11 +203,10 @@ mod drain_tests {
         let (mut relay, ends) = relay(4, start);
         circuit(&mut relay, &ends, start);
         relay.drain(start + DRAIN, start);
-        relay.requested(ends[2], RequestId(2), Request::Reserve, start);
-        let connect = Request::Connect(ends[1].peer);
-        relay.requested(ends[3], RequestId(2), connect, start);
-        relay.requested(ends[0], RequestId(2), Request::Reserve, start);
-        assert_eq!(orders(&mut relay), (vec![2, 3], false));
+        relay.handle_request(ends[2], Ok(Request::Reserve), (), start);
+        relay.handle_request(ends[3], Ok(Request::Connect(ends[1].peer)), (), start);
+        relay.handle_request(ends[0], Ok(Request::Reserve), (), start);
+        assert_eq!(actions(&mut relay), (vec![2, 3], false));
     }
 
     #[test]
@@ -217,8 +216,8 @@ mod drain_tests {
         relay.drain(start + DRAIN, start);
         relay.resume();
         relay.sweep(start + DRAIN);
-        relay.requested(ends[0], RequestId(1), Request::Reserve, start + DRAIN);
-        assert_eq!(orders(&mut relay), (vec![], true));
+        relay.handle_request(ends[0], Ok(Request::Reserve), (), start + DRAIN);
+        assert_eq!(actions(&mut relay), (vec![], true));
     }
 }
 
@@ -226,12 +225,14 @@ mod drain_tests {
 mod preemption_tests {
     use std::time::Duration;
 
+    use libp2p::futures::channel::oneshot;
+
     use super::*;
     use crate::{
         activity::Signs,
         config::Config,
         event::Event,
-        relay::{Command, Order, RequestId, connections::Connection},
+        relay::{Action, connections::Connection},
         wire::Request,
     };
 
@@ -248,7 +249,6 @@ mod preemption_tests {
     struct Did {
         closed: Vec<u32>,
         graces_begun: usize,
-        circuits_ended: usize,
     }
 
     fn closed(connection: u32) -> Did {
@@ -275,7 +275,7 @@ mod preemption_tests {
             let (connection, address) = (self.ends.len() as u32, "/memory/1".parse().unwrap());
             let up = Connection::new(peer, address, false, 0, self.now);
             let signs = Signs::default();
-            self.relay.connected(connection, up);
+            self.relay.on_connected(connection, up);
             self.relay.listen_to(connection, signs.clone());
             self.signs.push(signs);
             self.ends.push(End { peer, connection });
@@ -284,23 +284,29 @@ mod preemption_tests {
 
         fn reserve(&mut self, connection: u32) {
             let (from, now) = (self.ends[connection as usize], self.now);
-            self.relay.requested(from, RequestId(1), Request::Reserve, now);
-            while let Some(order) = self.relay.next_order() {
-                if let Order::Grant(grant) = order {
-                    self.relay.answered(from.peer, grant.receipt, Ok(()), now);
+            self.relay.handle_request(from, Ok(Request::Reserve), (), now);
+            while let Some(action) = self.relay.next_action() {
+                if let Action::Grant { receipt, .. } = action {
+                    self.relay.on_delivered(from.peer, receipt, true, now);
                 }
             }
             assert_eq!(self.slot_of(from.peer), Some(connection));
         }
 
-        /// A circuit to `target`, who holds a slot.
-        fn circuit(&mut self, source: u32, target: PeerId) {
+        /// A circuit to `target`, which holds a slot; the receiver is cancelled when it is ended.
+        fn circuit(&mut self, source: u32, target: PeerId) -> oneshot::Receiver<()> {
             let (from, now) = (self.ends[source as usize], self.now);
-            self.relay.requested(from, RequestId(2), Request::Connect(target), now);
-            let ids = self.relay.circuits().iter().map(|(id, _)| id);
-            let id = ids.max().expect("it is admitted");
-            self.relay.target_answered(id, Ok(()), now);
+            self.relay.handle_request(from, Ok(Request::Connect(target)), (), now);
+            let asked = std::iter::from_fn(|| self.relay.next_action()).find_map(|action| {
+                let Action::AskTarget { circuit, ended, .. } = action else {
+                    return None;
+                };
+                Some((circuit, ended))
+            });
+            let (id, ended) = asked.expect("it is admitted");
+            assert!(self.relay.on_target_answered(id, Ok(()), now).is_some());
             self.did();
+            ended
         }
 
         fn slot_of(&self, peer: PeerId) -> Option<u32> {
@@ -325,11 +331,10 @@ mod preemption_tests {
 
         fn did(&mut self) -> Did {
             let mut did = Did::default();
-            while let Some(order) = self.relay.next_order() {
-                match order {
-                    Order::Close(end) => did.closed.push(end.connection),
-                    Order::Tell(Event::GraceBegan { .. }) => did.graces_begun += 1,
-                    Order::Command(_, Command::EndCircuit(_)) => did.circuits_ended += 1,
+            while let Some(action) = self.relay.next_action() {
+                match action {
+                    Action::Close(end) => did.closed.push(end.connection),
+                    Action::Tell(Event::GraceBegan { .. }) => did.graces_begun += 1,
                     _ => {}
                 }
             }
@@ -382,12 +387,12 @@ mod preemption_tests {
         let carol = clients.connect(PeerId::random());
         clients.reserve(first);
         clients.reserve(of_bob);
-        clients.circuit(carol, alice);
-        clients.circuit(carol, bob);
+        let mut circuits = [alice, bob].map(|target| clients.circuit(carol, target));
         let second = clients.connect(alice);
-        let did = clients.replaces_its_own(second);
-        assert_eq!((did.closed, did.circuits_ended), (vec![first], 1));
-        clients.circuit(carol, alice); // over the new one, at once
+        assert_eq!(clients.replaces_its_own(second), closed(first));
+        let ended = circuits.each_mut().map(|circuit| circuit.try_recv().is_err());
+        assert_eq!(ended, [true, false]);
+        let _over_the_new_one = clients.circuit(carol, alice); // at once
         let ends = |clients: &Clients, of| {
             let circuits = clients.relay.circuits().over(clients.ends[of as usize]);
             circuits.len()

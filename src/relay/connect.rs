@@ -5,134 +5,129 @@ use std::{hash::Hash, time::Instant};
 use libp2p::PeerId;
 
 use super::{
-    Asking, Command, Quota, Relay, RequestId,
-    circuits::{Circuit, End},
+    Action, CircuitParameters, PendingConnect, PendingRequest, Relay,
+    circuits::{Circuit, End, State},
 };
 use crate::{
     access::Permission,
-    event::{Carried, CircuitEnd, CircuitId, Event, Refused, StopFailed},
+    event::{CircuitEnd, CircuitId, Event, Refused, StopFailed},
+    wire::Limit,
 };
 
-impl<C: Copy + Ord + Hash, S> Relay<C, S> {
-    pub(super) fn connect(
+impl<C: Copy + Ord + Hash, R> Relay<C, R> {
+    pub(super) fn connect(&mut self, request: PendingRequest<C, R>, peer: PeerId, now: Instant) {
+        let (connection, limit) = match self.permit_connect(&request, peer, now) {
+            Ok(permitted) => permitted,
+            Err(reason) => return self.refuse_circuit(request, peer, reason),
+        };
+        let (source, target) = (request.from, End { peer, connection });
+        let prefix = request.origin.prefix;
+        let pending = PendingConnect { request, limit };
+        let (circuit, ended) = self.circuits.add(source, target, prefix, pending, now);
+        self.connections.add_circuit(source.connection, now);
+        self.connections.add_circuit(connection, now);
+        let source = source.peer;
+        self.actions.push_back(Action::AskTarget { target, circuit, source, limit, ended });
+    }
+
+    /// Returns the connection of the target's reservation, and what a circuit to it may carry. Where that takes
+    /// the place of another one, this one ends.
+    fn permit_connect(
         &mut self,
-        from: End<C>,
-        request: RequestId,
+        request: &PendingRequest<C, R>,
         target: PeerId,
         now: Instant,
-    ) {
-        let Some(connection) = self.connections.get(from.connection) else {
-            return;
-        };
-        if connection.remote.relayed {
-            self.refuse_circuit(from, request, target, Refused::Relayed);
-            return;
+    ) -> Result<(C, Limit), Refused> {
+        let (source, origin) = (request.from.peer, &*request.origin);
+        if self.is_draining() {
+            return Err(Refused::Draining);
         }
-        let billed_to = connection.billed_to();
-        let Permission::Allow(terms) = self.may_connect(from, target) else {
-            self.refuse_circuit(from, request, target, Refused::Denied);
-            return;
-        };
-        // Before anything is looked up: who holds a slot is not to be had by asking often.
-        if let Err(spent) = self.connect_rates.take(from.peer, billed_to, now) {
-            self.refuse_circuit(from, request, target, spent.into());
-            return;
+        if origin.relayed {
+            return Err(Refused::Relayed);
         }
-        let Some(over) = self.reservations.live(&target, now) else {
-            self.refuse_circuit(from, request, target, Refused::NoReservation);
-            return;
+        let permission = self.access().may_connect(source, &origin.address, target);
+        let Permission::Allow(terms) = permission else {
+            return Err(Refused::Denied);
         };
-        let to = End { peer: target, connection: over };
-        let mut admitted = self.circuits.admit(from, to, billed_to, now);
-        if let Err(full) = admitted
-            && let Some((id, circuit)) =
-                self.circuits.cede(full, &target, billed_to, |id| !self.asking.contains_key(&id))
-        {
-            log::debug!("circuit {id} ends for another one: source {}", circuit.source.peer);
-            self.end_circuit(id, circuit);
-            admitted = self.circuits.admit(from, to, billed_to, now);
-        }
-        let id = match admitted {
-            Ok(id) => id,
-            Err(full) => {
-                self.refuse_circuit(from, request, target, full.into());
-                return;
+        // Before anything is looked up: asking often is no way to find out who holds a slot.
+        self.connect_rates.take(source, origin.prefix, now)?;
+        let over = self.reservations.live(&target, now).ok_or(Refused::NoReservation)?;
+        if let Err(full) = self.circuits.check_caps(&source, &target, origin.prefix) {
+            let Some(ceded) = self.circuits.cede(&full, &target, origin.prefix) else {
+                return Err(full);
+            };
+            if let Some(circuit) = self.circuits.get(ceded) {
+                let source = circuit.source.peer;
+                log::debug!("circuit {ceded} ends for another one: source {source}");
             }
-        };
-        let limit = self.config.circuit_limit(terms);
-        self.asking.insert(id, Some(Asking { request, limit }));
-        self.connections.add_circuit(from.connection, now);
-        self.connections.add_circuit(to.connection, now);
-        self.command(to, Command::AskTarget(id, from.peer, limit));
+            self.end_circuit(ceded);
+            self.circuits.check_caps(&source, &target, origin.prefix)?;
+        }
+        Ok((over, self.config.circuit_limit(terms)))
     }
 
-    /// A target answered, with the stream that the circuit is to go over, or in some other way.
-    pub fn target_answered(&mut self, id: CircuitId, answer: Result<S, StopFailed>, now: Instant) {
-        let Some(asking) = self.asking.remove(&id) else {
-            return; // ended meanwhile; dropping the stream resets it
-        };
-        match (asking, answer) {
-            (Some(asking), Ok(stream)) => self.open_circuit(id, asking, stream),
-            (Some(Asking { request, .. }), Err(failed)) => {
-                if let Some(circuit) = self.forget_circuit(id, now) {
-                    let reason = Refused::StopFailed(failed);
-                    self.refuse_circuit(circuit.source, request, circuit.target.peer, reason);
-                }
-            }
-            // Given up: the source was refused then.
-            (None, _) => {
-                self.forget_circuit(id, now);
-            }
-        }
-    }
-
-    fn open_circuit(&mut self, id: CircuitId, asking: Asking, stream: S) {
-        let Some(circuit) = self.circuits.get(id) else {
-            return;
-        };
-        let (source, target) = (circuit.source.peer, circuit.target.peer);
-        let quota = Quota {
-            limit: asking.limit,
-            link: self.link.clone(),
-            ends: [source, target],
-            meter: self.accounts.opened(id, source, target),
-        };
-        let open = Command::OpenCircuit(asking.request, id, stream, quota);
-        self.command(circuit.source, open);
-        self.tell(Event::CircuitOpened { circuit: id, source, target });
-    }
-
-    /// A circuit ended, having carried so much.
-    pub fn circuit_ended(
+    /// A target agreed to a circuit, or not. Returns how to answer the source where both want it: bytes pass then.
+    pub fn on_target_answered(
         &mut self,
         id: CircuitId,
-        end: CircuitEnd,
-        carried: Carried,
+        answer: Result<(), StopFailed>,
         now: Instant,
-    ) {
-        if let Some(circuit) = self.forget_circuit(id, now) {
-            let (source, target) = (circuit.source.peer, circuit.target.peer);
-            self.accounts.closed(id, source, target, carried);
-            self.tell(Event::CircuitClosed { circuit: id, source, target, end, carried });
+    ) -> Option<(R, CircuitParameters)> {
+        let circuit = self.circuits.get_mut(id)?;
+        let State::Asking(pending) = &mut circuit.state else {
+            return None;
+        };
+        let (source, target) = (circuit.source.peer, circuit.target.peer);
+        match (pending.take(), answer) {
+            (Some(PendingConnect { request, limit }), Ok(())) => {
+                let counters = self.accounts.opened(id, source, target);
+                circuit.state = State::Open { since: now, counters: counters.clone() };
+                self.tell(Event::CircuitOpened { circuit: id, source, target });
+                let (link, ends) = (self.link.clone(), [source, target]);
+                Some((request.reply, CircuitParameters { limit, link, ends, counters }))
+            }
+            (pending, answer) => {
+                self.forget_circuit(id, now);
+                // Else the source was refused before.
+                if let (Some(PendingConnect { request, .. }), Err(failed)) = (pending, answer) {
+                    self.refuse_circuit(request, target, Refused::StopFailed(failed));
+                }
+                None
+            }
         }
     }
 
-    /// Ends a circuit by command; an open one reports back what it carried.
+    /// An open circuit ended.
+    pub fn on_circuit_ended(&mut self, id: CircuitId, end: CircuitEnd, now: Instant) {
+        let Some(circuit) = self.forget_circuit(id, now) else {
+            return;
+        };
+        if let Some((since, carried)) = circuit.open() {
+            let (source, target) = (circuit.source.peer, circuit.target.peer);
+            let open_for = now.saturating_duration_since(since);
+            self.accounts.closed(id, source, target, carried);
+            let circuit = id;
+            self.tell(Event::CircuitClosed { circuit, source, target, end, carried, open_for });
+        }
+    }
+
+    /// Ends a circuit; an open one reports back when it has.
     ///
     /// One that is being set up keeps its place until nothing is left of it at the target: else
     /// sources that ask and leave could ask one target for more than its cap.
-    pub(super) fn end_circuit(&mut self, id: CircuitId, circuit: Circuit<C>) {
-        let Some(asking) = self.asking.get_mut(&id) else {
-            self.command(circuit.source, Command::EndCircuit(id));
-            return;
-        };
-        if let Some(Asking { request, .. }) = asking.take() {
-            self.refuse_circuit(circuit.source, request, circuit.target.peer, Refused::Gone);
-            self.command(circuit.target, Command::GiveUpAsking(id));
+    pub(super) fn end_circuit(&mut self, id: CircuitId) {
+        let pending = self.circuits.end(id);
+        let target = self.circuits.get(id).map(|circuit| circuit.target.peer);
+        if let (Some(PendingConnect { request, .. }), Some(target)) = (pending, target) {
+            self.refuse_circuit(request, target, Refused::Gone);
         }
     }
 
-    fn forget_circuit(&mut self, id: CircuitId, now: Instant) -> Option<Circuit<C>> {
+    fn forget_circuit(
+        &mut self,
+        id: CircuitId,
+        now: Instant,
+    ) -> Option<Circuit<C, PendingConnect<C, R>>> {
         let circuit = self.circuits.remove(id)?;
         for end in [circuit.source, circuit.target] {
             self.connections.remove_circuit(end.connection, now);
@@ -140,19 +135,9 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
         Some(circuit)
     }
 
-    pub(super) fn refuse_circuit(
-        &mut self,
-        from: End<C>,
-        request: RequestId,
-        target: PeerId,
-        reason: Refused,
-    ) {
-        self.turn_down(from, request, &reason);
-        self.tell(Event::CircuitRefused {
-            source: from.peer,
-            address: self.address_of(from.connection),
-            target,
-            reason,
-        });
+    fn refuse_circuit(&mut self, request: PendingRequest<C, R>, target: PeerId, reason: Refused) {
+        let (source, address) = (request.from.peer, request.origin.address.clone());
+        self.turn_down(request, &reason);
+        self.tell(Event::CircuitRefused { source, address, target, reason });
     }
 }

@@ -5,6 +5,7 @@
 
 use std::{
     collections::{HashMap, HashSet, hash_map::Entry},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -24,12 +25,12 @@ pub struct Connections<C> {
 
 /// One connection that is up.
 ///
-/// A sweep looks at all of them, and takes as long as the memory does: what it need not know is
-/// boxed.
+/// A sweep looks at all of them, and takes as long as the memory does: what it need not know stands
+/// elsewhere.
 #[derive(Debug)]
 pub struct Connection {
-    /// Where it leads.
-    pub remote: Box<Remote>,
+    /// Where it comes from; requests that came over it share this.
+    pub origin: Arc<Origin>,
     holds_reservation: bool,
     circuits: u32,
     idle_since: Instant,
@@ -43,25 +44,33 @@ pub struct Connection {
     pulse: Pulse,
 }
 
-/// The other end of a connection.
-#[derive(Debug)]
-pub struct Remote {
-    /// Who it is.
+/// Where a connection comes from: found out once, when it comes up.
+#[derive(Clone, Debug)]
+pub struct Origin {
+    /// The peer at its other end.
     pub peer: PeerId,
     /// The address it came from, or was dialed at.
     pub address: Multiaddr,
-    /// Whether it is behind another relay.
+    /// The prefix that what its peer holds counts towards.
+    pub prefix: Option<ClientPrefix>,
+    /// Whether it leads through another relay.
     pub relayed: bool,
-    /// The address under which it says that it reached this relay.
+    /// The address under which the peer says that it reached this relay.
     pub reported: Option<Multiaddr>,
+}
+
+impl Origin {
+    /// That of a connection to `peer`.
+    pub fn new(peer: PeerId, address: Multiaddr, relayed: bool) -> Self {
+        Self { peer, prefix: ClientPrefix::of(&address), address, relayed, reported: None }
+    }
 }
 
 impl Connection {
     /// A connection that came up at `now`; for `jitter` see [`Pulse::new`].
     pub fn new(peer: PeerId, address: Multiaddr, relayed: bool, jitter: u8, now: Instant) -> Self {
-        let remote = Remote { peer, address, relayed, reported: None };
         Self {
-            remote: Box::new(remote),
+            origin: Arc::new(Origin::new(peer, address, relayed)),
             holds_reservation: false,
             circuits: 0,
             idle_since: now,
@@ -71,11 +80,6 @@ impl Connection {
             heard: 0,
             pulse: Pulse::new(now, jitter),
         }
-    }
-
-    /// Whom a slot that is reserved over it is billed to.
-    pub fn billed_to(&self) -> Option<ClientPrefix> {
-        ClientPrefix::of(&self.remote.address)
     }
 
     /// For how long nothing was heard on it.
@@ -126,9 +130,9 @@ impl<C: Copy + Eq + std::hash::Hash> Connections<C> {
     }
 
     /// Those of them that a reservation may point at, oldest first: not relayed, nor being closed.
-    pub fn fit_for_a_slot(&self, peer: &PeerId) -> Vec<C> {
-        let fit = |id: &&C| self.get(**id).is_some_and(|c| !c.remote.relayed && !c.closing);
-        self.of(peer).iter().filter(fit).copied().collect()
+    pub fn fit_for_a_slot(&self, peer: &PeerId) -> impl Iterator<Item = (C, &Connection)> {
+        let of = self.of(peer).iter().filter_map(|id| Some((*id, self.get(*id)?)));
+        of.filter(|(_, connection)| !connection.origin.relayed && !connection.closing)
     }
 
     /// Those of them that are not being closed, oldest first.
@@ -141,14 +145,14 @@ impl<C: Copy + Eq + std::hash::Hash> Connections<C> {
     pub fn idle(&self) -> impl Iterator<Item = (End<C>, Option<ClientPrefix>, Instant)> {
         self.idle.iter().filter_map(|id| {
             let connection = self.up.get(id)?;
-            let end = End { peer: connection.remote.peer, connection: *id };
-            Some((end, connection.billed_to(), connection.idle_since))
+            let end = End { peer: connection.origin.peer, connection: *id };
+            Some((end, connection.origin.prefix, connection.idle_since))
         })
     }
 
     /// A connection came up.
     pub fn add(&mut self, id: C, connection: Connection) {
-        let peer = connection.remote.peer;
+        let peer = connection.origin.peer;
         self.by_peer.entry(peer).or_default().push(id);
         self.idle.insert(id);
         self.up.insert(id, connection);
@@ -158,7 +162,7 @@ impl<C: Copy + Eq + std::hash::Hash> Connections<C> {
     pub fn remove(&mut self, id: C) -> Option<Connection> {
         let connection = self.up.remove(&id)?;
         self.idle.remove(&id);
-        if let Entry::Occupied(mut ids) = self.by_peer.entry(connection.remote.peer) {
+        if let Entry::Occupied(mut ids) = self.by_peer.entry(connection.origin.peer) {
             ids.get_mut().retain(|other| *other != id);
             if ids.get().is_empty() {
                 ids.remove();
@@ -170,7 +174,7 @@ impl<C: Copy + Eq + std::hash::Hash> Connections<C> {
     /// The peer says under which address it reached the relay.
     pub fn reported(&mut self, id: C, address: Multiaddr) {
         if let Some(connection) = self.up.get_mut(&id) {
-            connection.remote.reported = Some(address);
+            Arc::make_mut(&mut connection.origin).reported = Some(address);
         }
     }
 
@@ -200,7 +204,7 @@ impl<C: Copy + Eq + std::hash::Hash> Connections<C> {
             let connection = self.up.get(id)?;
             let idle_for = now.saturating_duration_since(connection.idle_since);
             let is_over = idle_for >= timeout || connection.floods;
-            is_over.then_some((connection.remote.peer, *id, connection.floods))
+            is_over.then_some((connection.origin.peer, *id, connection.floods))
         });
         let idle: Vec<_> = idle.collect();
         for (_, id, _) in &idle {
@@ -212,7 +216,7 @@ impl<C: Copy + Eq + std::hash::Hash> Connections<C> {
     /// Those that carry no circuit and are not being closed.
     pub fn without_circuits(&self) -> Vec<(PeerId, C)> {
         let unused = self.up.iter().filter(|(_, c)| c.circuits == 0 && !c.closing);
-        unused.map(|(id, c)| (c.remote.peer, *id)).collect()
+        unused.map(|(id, c)| (c.origin.peer, *id)).collect()
     }
 
     /// Whether a circuit goes over the connection.
@@ -285,7 +289,7 @@ impl<C: Copy + Eq + std::hash::Hash> Connections<C> {
             let reserved = connection.holds_reservation && connection.watched();
             reserved && connection.silent_for(now) >= at_least
         });
-        silent.map(|(id, connection)| (*id, connection.remote.peer, &connection.pulse))
+        silent.map(|(id, connection)| (*id, connection.origin.peer, &connection.pulse))
     }
 
     /// A question was put to the peer at the other end.
@@ -388,7 +392,7 @@ mod tests {
     #[test]
     fn a_connection_that_is_gone_leaves_nothing_behind() {
         let (mut connections, _) = connections();
-        let peer = connections.get(1).unwrap().remote.peer;
+        let peer = connections.get(1).unwrap().origin.peer;
         assert_eq!(connections.of(&peer), [1]);
         connections.remove(1);
         assert_eq!(connections.count(), 0);

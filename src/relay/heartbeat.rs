@@ -19,20 +19,6 @@ const MANY: usize = 8;
 /// How often the operator is told at most that the link may be down.
 const TELL_AGAIN: Duration = Duration::from_secs(60 * 60);
 
-/// The part of [`Config`] that the heartbeat follows.
-#[derive(Clone, Copy, Debug)]
-pub struct Policy {
-    heartbeat: Duration,
-    silence: Duration,
-    sweep: Duration,
-}
-
-impl From<&Config> for Policy {
-    fn from(config: &Config) -> Self {
-        Self { heartbeat: config.heartbeat, silence: config.silence, sweep: config.sweep }
-    }
-}
-
 /// What is known of one watched connection.
 #[derive(Debug)]
 pub struct Pulse {
@@ -78,7 +64,6 @@ impl Pulse {
 /// When the relay looked last, and whether it doubts its own link.
 #[derive(Debug)]
 pub struct Heartbeat {
-    policy: Policy,
     last_beat: Instant,
     /// Verdicts wait until then, because most fell silent at once.
     doubt: Option<Instant>,
@@ -130,25 +115,24 @@ impl fmt::Display for Fault {
 
 impl Heartbeat {
     /// The heartbeat of a relay that starts at `now`.
-    pub fn new(policy: Policy, now: Instant) -> Self {
-        Self { policy, last_beat: now, doubt: None, told: None }
+    pub fn new(now: Instant) -> Self {
+        Self { last_beat: now, doubt: None, told: None }
     }
 
-    /// This policy holds from `now` on.
-    pub fn set_policy(&mut self, policy: Policy, now: Instant) {
-        self.policy = policy;
-        // What the one before made of time says nothing about a pause.
+    /// Another configuration holds from `now` on: the time since the last beat says nothing about a pause.
+    pub fn restart(&mut self, now: Instant) {
         self.last_beat = now;
     }
 
     /// Looks at all that are watched.
     pub fn beat<'a, C>(
         &mut self,
+        config: &Config,
         watched: impl Iterator<Item = (C, &'a mut Pulse)>,
         now: Instant,
     ) -> Beat<C> {
         let mut beat = Beat { ask: Vec::new(), silent: Vec::new(), fault: None };
-        let Policy { heartbeat, silence, sweep } = self.policy;
+        let Config { heartbeat, silence, sweep, .. } = *config;
         if heartbeat.is_zero() {
             return beat;
         }
@@ -217,6 +201,7 @@ mod tests {
     /// Some connections that are watched, and seconds that pass by the sweep.
     struct Ward {
         heartbeat: Heartbeat,
+        config: Config,
         pulses: Vec<Pulse>,
         now: Instant,
     }
@@ -224,13 +209,15 @@ mod tests {
     impl Ward {
         fn of(count: usize) -> Self {
             let now = Instant::now();
-            let policy = Policy {
+            let config = Config {
                 heartbeat: Duration::from_secs(HEARTBEAT),
                 silence: Duration::from_secs(SILENCE),
                 sweep: Duration::from_secs(1),
+                ..Config::default()
             };
             Self {
-                heartbeat: Heartbeat::new(policy, now),
+                heartbeat: Heartbeat::new(now),
+                config,
                 pulses: (0..count).map(|_| Pulse::new(now, 0)).collect(),
                 now,
             }
@@ -238,7 +225,7 @@ mod tests {
 
         fn beat_after(&mut self, seconds: u64) -> Beat<usize> {
             self.now += Duration::from_secs(seconds);
-            self.heartbeat.beat(self.pulses.iter_mut().enumerate(), self.now)
+            self.heartbeat.beat(&self.config, self.pulses.iter_mut().enumerate(), self.now)
         }
 
         /// All that was found in so many seconds.
@@ -302,7 +289,7 @@ mod tests {
     fn nobody_is_judged_without_a_question() {
         let mut ward = Ward::of(1);
         // As far apart as beats may be without being late: the limit is over before the first.
-        ward.heartbeat.policy.sweep = Duration::from_secs(SILENCE);
+        ward.config.sweep = Duration::from_secs(SILENCE);
         assert_eq!(ward.beat_after(SILENCE + 1), asked(&[0]));
     }
 
@@ -391,7 +378,7 @@ mod tests {
     #[test]
     fn without_a_heartbeat_nobody_is_asked() {
         let mut ward = Ward::of(1);
-        ward.heartbeat.policy.heartbeat = Duration::ZERO;
+        ward.config.heartbeat = Duration::ZERO;
         assert_eq!(ward.pass(10 * SILENCE), asked(&[]));
     }
 

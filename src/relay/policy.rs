@@ -4,14 +4,14 @@ use std::{hash::Hash, time::Instant};
 
 use libp2p::{Multiaddr, PeerId};
 
-use super::{Relay, circuits::End};
+use super::{PendingRequest, Relay, circuits::Circuit, connections::Connection};
 use crate::{
     access::{Access, Permission},
     config::{Config, ConfigError},
     event::Refused,
 };
 
-impl<C: Copy + Ord + Hash, S> Relay<C, S> {
+impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     /// Replaces the configuration: [`crate::Behaviour::set_config`].
     ///
     /// # Errors
@@ -19,13 +19,12 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
     /// As [`Relay::new`]. Nothing has changed then.
     pub fn set_config(&mut self, config: Config, now: Instant) -> Result<(), ConfigError> {
         config.validate()?;
-        self.reservations.set_policy((&config).into(), now);
-        self.circuits.set_policy((&config).into());
-        self.heartbeat.set_policy((&config).into(), now);
-        self.reclaim.set_policy((&config).into());
+        self.reservations.configure(&config, now);
+        self.circuits.configure(&config);
+        self.heartbeat.restart(now);
         self.reserve_rates.set(config.reserve_rate);
         self.connect_rates.set(config.connect_rate);
-        self.link.bandwidth().set_policy((&config).into(), now);
+        self.link.bandwidth().configure(&config, now);
         // Never later than it was: whoever changes something every second would put it off for ever.
         self.sweep_due = self.sweep_due.min(now + config.sweep);
         self.hurry(now);
@@ -50,33 +49,28 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
                 self.end_circuits_of(&peer);
             }
         }
-        for (id, circuit) in self.circuits.iter().collect::<Vec<_>>() {
-            let source_may = self.may_connect(circuit.source, circuit.target.peer);
+        let is_denied = |circuit: &Circuit<C, _>| {
+            let (source, target) = (circuit.source, circuit.target);
+            let from = self.address_of(source.connection);
+            let source_may = self.access().may_connect(source.peer, &from, target.peer);
             // Its target need not hold a slot any more, or may hold it over another connection.
-            if [source_may, self.may_reserve(circuit.target)].contains(&Permission::Deny) {
-                self.end_circuit(id, circuit);
-            }
-        }
-        for mut waiting in self.reclaim.take() {
-            let newcomer = &mut waiting.newcomer;
-            match self.may_reserve(newcomer.from) {
-                Permission::Deny => self.refuse(newcomer.from, newcomer.request, Refused::Denied),
+            let at = self.address_of(target.connection);
+            let target_may = self.access().may_reserve(target.peer, &at);
+            [source_may, target_may].contains(&Permission::Deny)
+        };
+        let denied = self.circuits.iter().filter(|(_, circuit)| is_denied(circuit));
+        let denied: Vec<_> = denied.map(|(id, _)| id).collect();
+        denied.into_iter().for_each(|id| self.end_circuit(id));
+        for mut newcomer in self.reclaim.take() {
+            let PendingRequest { from, origin, .. } = &newcomer.request;
+            match self.access().may_reserve(from.peer, &origin.address) {
+                Permission::Deny => self.refuse(newcomer.request, Refused::Denied),
                 Permission::Allow(terms) => {
                     newcomer.terms = terms;
-                    self.reclaim.wait_on(waiting);
+                    self.reclaim.requeue(newcomer);
                 }
             }
         }
-    }
-
-    pub(super) fn may_reserve(&self, from: End<C>) -> Permission {
-        let address = self.address_of(from.connection);
-        self.access().may_reserve(from.peer, &address)
-    }
-
-    pub(super) fn may_connect(&self, from: End<C>, target: PeerId) -> Permission {
-        let address = self.address_of(from.connection);
-        self.access().may_connect(from.peer, &address, target)
     }
 
     fn denies_holder(&self, peer: PeerId) -> bool {
@@ -93,9 +87,10 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
 
     /// The connections of `peer` that its slot may move to, oldest first: those it may reserve over.
     pub(super) fn fit_for_a_slot(&self, peer: PeerId) -> Vec<C> {
-        let mut fit = self.connections.fit_for_a_slot(&peer);
-        fit.retain(|id| self.may_reserve(End { peer, connection: *id }) != Permission::Deny);
-        fit
+        let may =
+            |connection: &Connection| self.access().may_reserve(peer, &connection.origin.address);
+        let fit = self.connections.fit_for_a_slot(&peer);
+        fit.filter(|(_, up)| may(up) != Permission::Deny).map(|(id, _)| id).collect()
     }
 
     pub(crate) fn access(&self) -> &dyn Access {
@@ -109,7 +104,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        relay::{Command, Order, RequestId, connections::Connection},
+        relay::{Action, circuits::End},
         wire::Request,
     };
 
@@ -117,68 +112,64 @@ mod tests {
     const TARGET: u32 = 2;
 
     /// A relay with two connections, the target's from 192.0.2.1.
-    fn relay(now: Instant) -> (Relay<u32, ()>, [End<u32>; 2]) {
+    fn relay(now: Instant) -> (Relay<u32, u32>, [End<u32>; 2]) {
         let mut relay = Relay::new(Config::default(), now).unwrap();
         let ends = [(SOURCE, "/ip4/198.51.100.1/tcp/1"), (TARGET, "/ip4/192.0.2.1/tcp/1")];
         let ends = ends.map(|(connection, address)| {
             let peer = PeerId::random();
             let address = address.parse().unwrap();
             let up = Connection::new(peer, address, false, 0, now);
-            relay.connected(connection, up);
+            relay.on_connected(connection, up);
             End { peer, connection }
         });
         (relay, ends)
     }
 
-    fn orders(relay: &mut Relay<u32, ()>) -> Vec<Order<u32, ()>> {
-        std::iter::from_fn(|| relay.next_order()).collect()
+    fn actions(relay: &mut Relay<u32, u32>) -> Vec<Action<u32, u32>> {
+        std::iter::from_fn(|| relay.next_action()).collect()
     }
 
     #[test]
     fn a_circuit_ends_whose_target_is_denied_and_holds_no_slot_any_more() {
         let start = Instant::now();
         let (mut relay, [source, target]) = relay(start);
-        relay.requested(target, RequestId(1), Request::Reserve, start);
-        let connect = Request::Connect(target.peer);
-        relay.requested(source, RequestId(1), connect, start);
-        let asked = orders(&mut relay).into_iter().find_map(|order| match order {
-            Order::Command(_, Command::AskTarget(id, ..)) => Some(id),
+        relay.handle_request(target, Ok(Request::Reserve), 1, start);
+        relay.handle_request(source, Ok(Request::Connect(target.peer)), 2, start);
+        let asked = actions(&mut relay).into_iter().find_map(|action| match action {
+            Action::AskTarget { circuit, ended, .. } => Some((circuit, ended)),
             _ => None,
         });
-        let circuit = asked.expect("the target is asked");
-        relay.target_answered(circuit, Ok(()), start);
+        let (circuit, mut ended) = asked.expect("the target is asked");
+        assert!(relay.on_target_answered(circuit, Ok(()), start).is_some());
         let later = start + Duration::from_secs(2 * 60 * 60);
         relay.heard(target.peer, later);
         relay.heard(source.peer, later);
         relay.sweep(later);
         assert_eq!(relay.reservations().taken(), 0, "the term is over");
-        orders(&mut relay);
+        assert_eq!(ended.try_recv(), Ok(None));
 
         let mut config = relay.config().clone();
         config.access.deny_subnet = vec!["192.0.2.0/24".parse().unwrap()];
         relay.set_config(config, later).unwrap();
-        let ended = orders(&mut relay).into_iter().any(
-            |order| matches!(order, Order::Command(to, Command::EndCircuit(id)) if (to, id) == (source, circuit)),
-        );
-        assert!(ended);
+        assert!(ended.try_recv().is_err());
     }
 
     #[test]
     fn a_slot_does_not_move_to_a_connection_that_may_not_reserve() {
         let start = Instant::now();
         let (mut relay, [_, holder]) = relay(start);
-        relay.requested(holder, RequestId(1), Request::Reserve, start);
-        let granted = orders(&mut relay).into_iter().find_map(|order| match order {
-            Order::Grant(grant) => Some(grant.receipt),
+        relay.handle_request(holder, Ok(Request::Reserve), 1, start);
+        let granted = actions(&mut relay).into_iter().find_map(|action| match action {
+            Action::Grant { receipt, .. } => Some(receipt),
             _ => None,
         });
-        relay.answered(holder.peer, granted.expect("a slot is free"), Ok(()), start);
+        relay.on_delivered(holder.peer, granted.expect("a slot is free"), true, start);
         let address = "/ip4/203.0.113.1/tcp/1".parse().unwrap();
-        relay.connected(3, Connection::new(holder.peer, address, false, 0, start));
+        relay.on_connected(3, Connection::new(holder.peer, address, false, 0, start));
         let mut config = relay.config().clone();
         config.access.deny_subnet = vec!["203.0.113.0/24".parse().unwrap()];
         relay.set_config(config, start).unwrap();
-        relay.disconnected(holder, start);
+        relay.on_disconnected(holder, start);
         assert_eq!(relay.reservations().connection(&holder.peer), None);
         assert_eq!(relay.reservations().in_grace(), 1);
     }

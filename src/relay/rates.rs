@@ -32,24 +32,6 @@ pub struct Rates {
 /// When a bucket will be full again.
 type FullAt = Instant;
 
-/// Whose bucket is empty.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Spent {
-    /// The peer's.
-    Peer,
-    /// That of its address.
-    Address(ClientPrefix),
-}
-
-impl From<Spent> for Refused {
-    fn from(spent: Spent) -> Self {
-        match spent {
-            Spent::Peer => Self::TooOften,
-            Spent::Address(address) => Self::AddressTooOften(address),
-        }
-    }
-}
-
 impl Rates {
     /// All buckets are full. Zero: no limit.
     pub fn new(per_minute: u32) -> Self {
@@ -73,14 +55,14 @@ impl Rates {
         peer: PeerId,
         address: Option<ClientPrefix>,
         now: Instant,
-    ) -> Result<(), Spent> {
+    ) -> Result<(), Refused> {
         let Some(rate) = self.rate(1) else {
             return Ok(());
         };
-        let peer_full_at = after_one(&self.peers, &peer, rate, now).ok_or(Spent::Peer)?;
+        let peer_full_at = after_one(&self.peers, &peer, rate, now).ok_or(Refused::TooOften)?;
         if let (Some(address), Some(rate)) = (address, self.rate(PEERS_PER_ADDRESS)) {
             let full_at = after_one(&self.addresses, &address, rate, now);
-            let full_at = full_at.ok_or(Spent::Address(address))?;
+            let full_at = full_at.ok_or(Refused::AddressTooOften(address))?;
             self.addresses.insert(address, full_at);
         }
         self.peers.insert(peer, peer_full_at);
@@ -88,7 +70,7 @@ impl Rates {
     }
 
     /// Takes one request out of the peer's bucket alone.
-    pub fn take_own(&mut self, peer: PeerId, now: Instant) -> Result<(), Spent> {
+    pub fn take_own(&mut self, peer: PeerId, now: Instant) -> Result<(), Refused> {
         self.take(peer, None, now)
     }
 
@@ -283,11 +265,11 @@ mod tests {
             assert_eq!(rates.take(PeerId::random(), home(1), now), Ok(()));
         }
         let eleventh = PeerId::random();
-        let spent = Spent::Address(home(1).unwrap());
+        let spent = Refused::AddressTooOften(home(1).unwrap());
         assert_eq!(rates.take(eleventh, home(1), now), Err(spent));
         // That cost the peer nothing.
         assert_eq!(rates.take(eleventh, home(2), now), Ok(()));
-        assert_eq!(rates.take(eleventh, home(2), now), Err(Spent::Peer));
+        assert_eq!(rates.take(eleventh, home(2), now), Err(Refused::TooOften));
     }
 
     #[test]

@@ -1,9 +1,9 @@
 //! Reclaim on demand: a newcomer waits, and a slot is got back for it from a peer that is gone.
 //!
-//! Pure. When a cap leaves no room, the peers under it that have been silent for a while are asked
-//! for a sign of life at once, and whoever does not give one within the probe time is judged: the
-//! longest silent first, and no more than newcomers wait. A peer that answers keeps its slot. Doubts
-//! about our own link (see [`crate::relay::heartbeat`]) keep nobody waiting: the newcomer came by it.
+//! Sans-IO. When a cap is full, probes the silent peers under it at once; a peer that does not answer within
+//! [`Config::probe`] is evicted: the longest silent first, and no more than newcomers wait. A peer that
+//! answers keeps its slot. Doubts about our own link (see [`crate::relay::heartbeat`]) delay none of it:
+//! the newcomer came over that link.
 
 use std::{
     cmp::Reverse,
@@ -11,8 +11,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::quota::Scope;
-use crate::{address::ClientPrefix, config::Config};
+use super::{action::PendingRequest, quota::Scope};
+use crate::{access::Terms, address::ClientPrefix, config::Config};
 
 /// How many newcomers may wait at a time. Whoever comes beyond that is refused at once.
 const MOST_WAITING: usize = 64;
@@ -26,35 +26,20 @@ const MOST_ASKED: usize = 32;
 /// How often the relay looks while a newcomer waits.
 pub const TICK: Duration = Duration::from_millis(100);
 
-/// The part of [`Config`] that this follows.
-#[derive(Clone, Copy, Debug)]
-pub struct Policy {
-    probe: Duration,
-    /// A question is forgotten after it.
-    silence: Duration,
-}
-
-impl From<&Config> for Policy {
-    fn from(config: &Config) -> Self {
-        Self { probe: config.probe, silence: config.silence }
-    }
-}
-
 /// The newcomers that wait, first come first.
 #[derive(Debug)]
-pub struct Reclaim<N> {
-    policy: Policy,
-    waiting: VecDeque<Waiting<N>>,
+pub struct Reclaim<C, R> {
+    waiting: VecDeque<PendingReservation<C, R>>,
 }
 
-/// A newcomer that waits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Waiting<N> {
-    /// Who, and what for.
-    pub newcomer: N,
-    /// From where.
-    pub from: Option<ClientPrefix>,
-    /// Since when somebody may have been asked for its sake; the first look at it may come late.
+/// A RESERVE that waits for a slot, or is about to get one.
+#[derive(Debug)]
+pub struct PendingReservation<C, R> {
+    /// The request.
+    pub request: PendingRequest<C, R>,
+    /// On which terms it is granted.
+    pub terms: Terms,
+    /// Since when a peer may have been probed for its sake; the first look at it may come late.
     pub since: Option<Instant>,
 }
 
@@ -74,23 +59,18 @@ pub struct Candidate<C> {
 /// What is to become of a newcomer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Prospect<C> {
-    /// The peer behind this connection is judged silent, and its slot is to be had.
-    Judge(C),
+    /// The peer behind this connection has timed out, and its slot is to be had.
+    Evict(C),
     /// Somebody under the cap may yet turn out to be gone.
     Wait,
     /// There is nothing to be had.
     Refuse,
 }
 
-impl<N> Reclaim<N> {
-    /// Nobody waits.
-    pub fn new(policy: Policy) -> Self {
-        Self { policy, waiting: VecDeque::new() }
-    }
-
-    /// This policy holds from now on, for those who wait already as well.
-    pub fn set_policy(&mut self, policy: Policy) {
-        self.policy = policy;
+impl<C, R> Reclaim<C, R> {
+    /// None waits.
+    pub fn new() -> Self {
+        Self { waiting: VecDeque::new() }
     }
 
     /// How many wait.
@@ -98,103 +78,117 @@ impl<N> Reclaim<N> {
         self.waiting.len()
     }
 
-    /// Lets a newcomer from this address wait, if there is a probe at all and room to wait in;
-    /// whether it does.
-    pub fn wait(&mut self, newcomer: N, from: Option<ClientPrefix>) -> bool {
-        let alike = self.waiting.iter().filter(|waiting| waiting.from == from);
-        if self.policy.probe.is_zero()
+    /// Lets a newcomer wait, if there is a probe at all and room to wait in; else returns it.
+    pub fn wait(
+        &mut self,
+        config: &Config,
+        newcomer: PendingReservation<C, R>,
+    ) -> Result<(), PendingReservation<C, R>> {
+        let prefix = newcomer.request.origin.prefix;
+        let alike = self.waiting.iter().filter(|other| other.request.origin.prefix == prefix);
+        if config.probe.is_zero()
             || self.waiting.len() >= MOST_WAITING
             || alike.count() >= MOST_WAITING_PER_ADDRESS
         {
-            return false;
+            return Err(newcomer);
         }
-        self.waiting.push_back(Waiting { newcomer, from, since: None });
-        true
+        self.waiting.push_back(newcomer);
+        Ok(())
     }
 
-    /// A newcomer whose turn it is again: it waits on, since when it did before.
-    pub fn wait_on(&mut self, waiting: Waiting<N>) {
-        self.waiting.push_back(waiting);
+    /// Lets a newcomer whose turn it was wait on.
+    pub fn requeue(&mut self, newcomer: PendingReservation<C, R>) {
+        self.waiting.push_back(newcomer);
     }
 
-    /// Those for whom this holds wait no longer.
-    pub fn withdraw(&mut self, who: impl Fn(&N) -> bool) -> Vec<N> {
-        let (gone, rest): (Vec<_>, Vec<_>) = std::mem::take(&mut self.waiting)
-            .into_iter()
-            .partition(|waiting| who(&waiting.newcomer));
-        self.waiting = VecDeque::from(rest);
-        gone.into_iter().map(|waiting| waiting.newcomer).collect()
+    /// Takes out those for whom this holds.
+    pub fn withdraw(
+        &mut self,
+        which: impl Fn(&PendingRequest<C, R>) -> bool,
+    ) -> Vec<PendingReservation<C, R>> {
+        let (gone, rest) = self.take().into_iter().partition(|waiting| which(&waiting.request));
+        self.waiting = rest;
+        Vec::from(gone)
     }
 
-    /// All who wait, first come first. They are to come back by [`Reclaim::wait_on`] or not at all.
-    pub fn take(&mut self) -> VecDeque<Waiting<N>> {
+    /// Takes out all, first come first. They are to come back by [`Reclaim::requeue`] or not at all.
+    pub fn take(&mut self) -> VecDeque<PendingReservation<C, R>> {
         std::mem::take(&mut self.waiting)
     }
+}
 
-    /// What is to become of each who waits under a cap, for so long; and whom to ask. Candidates
-    /// are all who have been silent for [`Config::probe_after`].
-    pub fn decide<C: Copy + Ord>(
-        &self,
-        waiting: impl Iterator<Item = (Scope, Duration)>,
-        mut candidates: Vec<Candidate<C>>,
-    ) -> (Vec<Prospect<C>>, Vec<C>) {
-        let Policy { probe, silence } = self.policy;
-        if probe.is_zero() {
-            // Switched off while they waited: nobody could answer in no time.
-            return (waiting.map(|_| Prospect::Refuse).collect(), Vec::new());
-        }
-        for candidate in &mut candidates {
-            // Nobody listens for the answer to an older one.
-            candidate.asked_for = candidate.asked_for.filter(|open| *open <= silence);
-        }
-        let is_due =
-            |candidate: &Candidate<C>| candidate.asked_for.is_some_and(|open| open >= probe);
-        let (mut due, mut others): (Vec<_>, Vec<_>) = candidates.into_iter().partition(is_due);
-        let on_probation = others.iter().filter(|candidate| candidate.asked_for.is_some());
-        let mut room = MOST_ASKED.saturating_sub(on_probation.count());
-        // The longest silent first; of these, who came first.
-        let order =
-            |candidate: &Candidate<C>| (Reverse(candidate.silent_for), candidate.connection);
-        due.sort_unstable_by_key(order);
-        if room > 0 {
-            others.sort_unstable_by_key(order);
-        }
-        let mut ask = Vec::new();
-        let prospects = waiting.map(|(full, waited)| {
-            let covered = |candidate: &Candidate<C>| full.covers(candidate.billed_to);
-            if let Some(silent) = due.iter().position(covered) {
-                return Prospect::Judge(due.remove(silent).connection);
-            }
-            // Those who were asked for it have had their time.
-            if waited >= probe + TICK {
-                return Prospect::Refuse;
-            }
-            let mut prospect = Prospect::Refuse;
-            for candidate in others.iter_mut().filter(|candidate| covered(candidate)) {
-                prospect = Prospect::Wait;
-                if room == 0 {
-                    break;
-                }
-                if candidate.asked_for.is_none() {
-                    room -= 1;
-                    candidate.asked_for = Some(Duration::ZERO);
-                    ask.push(candidate.connection);
-                }
-            }
-            prospect
-        });
-        (prospects.collect(), ask)
+impl<C, R> Default for Reclaim<C, R> {
+    fn default() -> Self {
+        Self::new()
     }
+}
+
+/// What is to become of each newcomer that waits under a cap, for so long; and whom to probe. Candidates
+/// are all that have been silent for [`Config::probe_after`].
+pub fn decide<C: Copy + Ord>(
+    config: &Config,
+    waiting: impl Iterator<Item = (Scope, Duration)>,
+    mut candidates: Vec<Candidate<C>>,
+) -> (Vec<Prospect<C>>, Vec<C>) {
+    let Config { probe, silence, .. } = *config;
+    if probe.is_zero() {
+        // Switched off while they waited: nobody could answer in no time.
+        return (waiting.map(|_| Prospect::Refuse).collect(), Vec::new());
+    }
+    for candidate in &mut candidates {
+        // Nobody listens for the answer to an older one.
+        candidate.asked_for = candidate.asked_for.filter(|open| *open <= silence);
+    }
+    let is_due = |candidate: &Candidate<C>| candidate.asked_for.is_some_and(|open| open >= probe);
+    let (mut due, mut others): (Vec<_>, Vec<_>) = candidates.into_iter().partition(is_due);
+    let on_probation = others.iter().filter(|candidate| candidate.asked_for.is_some());
+    let mut room = MOST_ASKED.saturating_sub(on_probation.count());
+    // The longest silent first; of these, who came first.
+    let order = |candidate: &Candidate<C>| (Reverse(candidate.silent_for), candidate.connection);
+    due.sort_unstable_by_key(order);
+    if room > 0 {
+        others.sort_unstable_by_key(order);
+    }
+    let mut ask = Vec::new();
+    let prospects = waiting.map(|(full, waited)| {
+        let covered = |candidate: &Candidate<C>| full.covers(candidate.billed_to);
+        if let Some(silent) = due.iter().position(covered) {
+            return Prospect::Evict(due.remove(silent).connection);
+        }
+        // Those who were asked for it have had their time.
+        if waited >= probe + TICK {
+            return Prospect::Refuse;
+        }
+        let mut prospect = Prospect::Refuse;
+        for candidate in others.iter_mut().filter(|candidate| covered(candidate)) {
+            prospect = Prospect::Wait;
+            if room == 0 {
+                break;
+            }
+            if candidate.asked_for.is_none() {
+                room -= 1;
+                candidate.asked_for = Some(Duration::ZERO);
+                ask.push(candidate.connection);
+            }
+        }
+        prospect
+    });
+    (prospects.collect(), ask)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use libp2p::PeerId;
+
     use super::*;
+    use crate::relay::{circuits::End, connections::Origin};
 
     const PROBE: Duration = Duration::from_secs(3);
 
-    fn reclaim() -> Reclaim<&'static str> {
-        Reclaim::new(Policy { probe: PROBE, silence: secs(60) })
+    fn config() -> Config {
+        Config { probe: PROBE, silence: secs(60), ..Config::default() }
     }
 
     fn secs(seconds: u64) -> Duration {
@@ -214,7 +208,7 @@ mod tests {
         candidates: Vec<Candidate<u32>>,
     ) -> (Vec<Prospect<u32>>, Vec<u32>) {
         let waiting = waited.iter().map(|waited| (Scope::Total, *waited));
-        reclaim().decide(waiting, candidates)
+        super::decide(&config(), waiting, candidates)
     }
 
     #[test]
@@ -233,7 +227,7 @@ mod tests {
     fn as_many_are_judged_as_newcomers_wait_the_longest_silent_first() {
         let due = vec![asked(1, 13, PROBE), asked(2, 20, PROBE), asked(3, 15, PROBE)];
         let (prospects, ask) = decide(&[secs(3), secs(1)], due);
-        assert_eq!(prospects, [Prospect::Judge(2), Prospect::Judge(3)]);
+        assert_eq!(prospects, [Prospect::Evict(2), Prospect::Evict(3)]);
         assert!(ask.is_empty());
     }
 
@@ -258,11 +252,10 @@ mod tests {
 
     #[test]
     fn once_the_probe_is_switched_off_nobody_is_asked_or_judged_for_those_who_wait() {
-        let mut reclaim = reclaim();
-        reclaim.set_policy(Policy { probe: Duration::ZERO, silence: secs(60) });
+        let config = Config { probe: Duration::ZERO, ..config() };
         let waiting = [(Scope::Total, secs(0)), (Scope::Total, secs(1))];
         let candidates = vec![asked(1, 13, secs(1)), silent(2, 12)];
-        let (prospects, ask) = reclaim.decide(waiting.into_iter(), candidates);
+        let (prospects, ask) = super::decide(&config, waiting.into_iter(), candidates);
         assert_eq!((prospects, ask), (vec![Prospect::Refuse; 2], vec![]));
     }
 
@@ -272,8 +265,8 @@ mod tests {
         let mut own = asked(2, 12, PROBE);
         own.billed_to = Some(home);
         let waiting = std::iter::once((Scope::Address(home), secs(1)));
-        let (prospects, _) = reclaim().decide(waiting, vec![asked(1, 50, PROBE), own]);
-        assert_eq!(prospects, [Prospect::Judge(2)]);
+        let (prospects, _) = super::decide(&config(), waiting, vec![asked(1, 50, PROBE), own]);
+        assert_eq!(prospects, [Prospect::Evict(2)]);
     }
 
     #[test]
@@ -282,18 +275,22 @@ mod tests {
         let (_, ask) = decide(&[secs(0), secs(0)], candidates);
         assert_eq!(ask.len(), MOST_ASKED);
 
-        let mut reclaim = reclaim();
-        let home = |n: usize| {
-            let address = format!("/ip4/192.0.2.{}/tcp/1", n / MOST_WAITING_PER_ADDRESS);
-            ClientPrefix::of(&address.parse().unwrap())
+        let (mut reclaim, config) = (Reclaim::new(), config());
+        let wait = |reclaim: &mut Reclaim<u32, ()>, address: &str| {
+            let origin = Origin::new(PeerId::random(), address.parse().unwrap(), false);
+            let from = End { peer: origin.peer, connection: 0 };
+            let request = PendingRequest { from, origin: Arc::new(origin), reply: () };
+            let newcomer = PendingReservation { request, terms: Terms::default(), since: None };
+            reclaim.wait(&config, newcomer).is_ok()
         };
         for n in 0..MOST_WAITING {
-            assert!(reclaim.wait("newcomer", home(n)));
+            let home = format!("/ip4/192.0.2.{}/tcp/1", n / MOST_WAITING_PER_ADDRESS);
+            assert!(wait(&mut reclaim, &home));
             let crowded = (n + 1) % MOST_WAITING_PER_ADDRESS == 0;
-            assert!(!crowded || !reclaim.wait("one too many", home(n)));
+            assert!(!crowded || !wait(&mut reclaim, &home));
         }
-        assert!(!reclaim.wait("one too many", None));
-        let withdrawn = reclaim.withdraw(|who| *who == "newcomer");
+        assert!(!wait(&mut reclaim, "/memory/1"));
+        let withdrawn = reclaim.withdraw(|request| request.from.connection == 0);
         assert_eq!(withdrawn.len(), MOST_WAITING);
         assert_eq!(reclaim.waiting(), 0);
     }

@@ -29,7 +29,7 @@ type Departure = u64;
 /// The reservations of one relay.
 #[derive(Debug)]
 pub struct Reservations<C> {
-    policy: Policy,
+    grace: Duration,
     /// The ids are shared with `left`: each is larger than all else that is kept of a slot.
     slots: HashMap<Arc<PeerId>, Reservation<C>>,
     /// Who is in grace, in the order in which they left.
@@ -41,24 +41,6 @@ pub struct Reservations<C> {
     freed: Vec<Freed<C>>,
     departures: u64,
     receipts: u64,
-}
-
-/// The part of [`Config`] that this table follows.
-#[derive(Clone, Copy, Debug)]
-pub struct Policy {
-    caps: Caps,
-    grace: Duration,
-}
-
-impl From<&Config> for Policy {
-    fn from(config: &Config) -> Self {
-        let caps = Caps {
-            total: Some(config.max_reservations),
-            per_subnet: config.reservations_per_subnet(),
-            per_address: config.reservations_per_ip(),
-        };
-        Self { caps, grace: config.grace }
-    }
 }
 
 /// One peer's hold on a slot.
@@ -90,17 +72,13 @@ enum Undo<C> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Receipt(u64);
 
-/// The answer to a RESERVE.
+/// A slot that was granted or renewed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Admission {
-    /// The peer has a slot that it did not have before.
-    Granted(Receipt),
-    /// The peer keeps the slot it held, for a new term.
-    Renewed(Receipt),
-    /// There is none to be had, unless somebody under that cap turns out to be gone.
-    Refused(Scope),
-    /// There is none to be had even then: the cap was lowered, and more are held than it allows.
-    Over(Scope),
+pub struct Granted {
+    /// Names the answer.
+    pub receipt: Receipt,
+    /// Whether the peer held the slot already, and keeps it for a new term.
+    pub is_renewal: bool,
 }
 
 /// A reservation that ended.
@@ -131,12 +109,12 @@ pub enum Left<C> {
 
 impl<C: Copy + Eq> Reservations<C> {
     /// An empty table.
-    pub fn new(policy: Policy) -> Self {
+    pub fn new(config: &Config) -> Self {
         Self {
-            policy,
+            grace: config.grace,
             slots: HashMap::new(),
             left: Queue::new(),
-            quota: Quota::new(policy.caps),
+            quota: Quota::new(caps(config)),
             next_end: None,
             freed: Vec::new(),
             departures: 0,
@@ -144,11 +122,10 @@ impl<C: Copy + Eq> Reservations<C> {
         }
     }
 
-    /// This policy holds from now on. Nobody who is there is dropped for it; terms that were
-    /// promised stay.
-    pub fn set_policy(&mut self, policy: Policy, now: Instant) {
-        self.policy = policy;
-        self.quota.set_caps(policy.caps);
+    /// This configuration holds from now on. No slot is freed for it; terms that were granted stay.
+    pub fn configure(&mut self, config: &Config, now: Instant) {
+        self.grace = config.grace;
+        self.quota.set_caps(caps(config));
         // A shorter grace may be over already.
         self.ends_no_later_than(now);
     }
@@ -213,6 +190,11 @@ impl<C: Copy + Eq> Reservations<C> {
 
     /// Decides a RESERVE by `peer`, which came over `connection`, is billed to an address, and
     /// would hold for `ttl`.
+    ///
+    /// # Errors
+    ///
+    /// The cap that leaves no room: there is a slot only if a peer under it turns out to be gone, and not even
+    /// then if more are held than it allows ([`Quota::above`]).
     pub fn reserve(
         &mut self,
         peer: PeerId,
@@ -220,7 +202,7 @@ impl<C: Copy + Eq> Reservations<C> {
         billed_to: Option<ClientPrefix>,
         ttl: Duration,
         now: Instant,
-    ) -> Admission {
+    ) -> Result<Granted, Scope> {
         let expires = now + ttl;
         if let Some(reason) = self.slots.get(&peer).and_then(|r| self.ended(r, now)) {
             self.free(peer, reason);
@@ -230,27 +212,23 @@ impl<C: Copy + Eq> Reservations<C> {
         if self.quota.full(billed_to).is_some() {
             self.end_what_is_over(now);
         }
-        if self.slots.contains_key(&peer) {
-            return Admission::Renewed(self.renew(peer, connection, billed_to, expires));
+        let is_renewal = self.slots.contains_key(&peer);
+        if !is_renewal {
+            self.make_room(peer, billed_to)?;
         }
-        if let Err(refused) = self.make_room(peer, billed_to) {
-            return refused;
-        }
-
-        let receipt = self.next_receipt();
-        self.slots.insert(
-            Arc::new(peer),
-            Reservation {
-                state: State::Live { connection },
-                expires,
-                billed_to,
-                receipt,
-                undo: Some(Box::new(Undo::Free)),
-            },
-        );
-        self.quota.add(billed_to);
+        self.receipts += 1;
+        let receipt = Receipt(self.receipts);
         self.ends_no_later_than(expires);
-        Admission::Granted(receipt)
+        if is_renewal {
+            self.renew(peer, connection, billed_to, expires, receipt);
+        } else {
+            let state = State::Live { connection };
+            let undo = Some(Box::new(Undo::Free));
+            let reservation = Reservation { state, expires, billed_to, receipt, undo };
+            self.slots.insert(Arc::new(peer), reservation);
+            self.quota.add(billed_to);
+        }
+        Ok(Granted { receipt, is_renewal })
     }
 
     /// An answer reached the peer: what it says now holds.
@@ -353,25 +331,22 @@ impl<C: Copy + Eq> Reservations<C> {
         connection: C,
         billed_to: Option<ClientPrefix>,
         expires: Instant,
-    ) -> Receipt {
+        receipt: Receipt,
+    ) {
         self.move_bill(peer, billed_to);
-        let receipt = self.next_receipt();
         let Some(reservation) = self.slots.get_mut(&peer) else {
-            return receipt; // the caller saw it there
+            return; // the caller saw it there
         };
-        let (state, old_term) = (reservation.state, reservation.expires);
+        // Answers in a row that were all lost go back to before the first of them.
+        let Reservation { state, expires: before, .. } = *reservation;
+        let undo = || Box::new(Undo::Restore { state, expires: before });
+        reservation.undo.get_or_insert_with(undo);
         reservation.state = State::Live { connection };
         reservation.expires = expires;
         reservation.receipt = receipt;
-        // Answers in a row that were all lost go back to before the first of them.
-        reservation
-            .undo
-            .get_or_insert_with(|| Box::new(Undo::Restore { state, expires: old_term }));
         if let State::Grace { departure, .. } = state {
             self.left.remove(departure);
         }
-        self.ends_no_later_than(expires);
-        receipt
     }
 
     /// Makes sure that one more slot fits under each cap, taking one in grace where it must.
@@ -379,16 +354,16 @@ impl<C: Copy + Eq> Reservations<C> {
         &mut self,
         newcomer: PeerId,
         billed_to: Option<ClientPrefix>,
-    ) -> Result<(), Admission> {
+    ) -> Result<(), Scope> {
         // A slot taken under the narrowest cap makes room under the wider ones as well.
         let Some(full) = self.quota.full(billed_to) else {
             return Ok(());
         };
         // Where one would not be enough, nobody loses its claim for nothing.
-        if let Some(above) = self.quota.above(billed_to) {
-            return Err(Admission::Over(above));
+        if self.quota.above(billed_to).is_some() {
+            return Err(full);
         }
-        let holder = **self.left.first(full).ok_or(Admission::Refused(full))?;
+        let holder = **self.left.first(full).ok_or(full)?;
         self.free(holder, FreedReason::TakenBy { peer: newcomer });
         Ok(())
     }
@@ -452,7 +427,7 @@ impl<C: Copy + Eq> Reservations<C> {
             }
             return Left::MovedTo(connection);
         }
-        if self.policy.grace.is_zero() {
+        if self.grace.is_zero() {
             self.free(peer, without_grace);
             return Left::Freed;
         }
@@ -468,7 +443,7 @@ impl<C: Copy + Eq> Reservations<C> {
         if let Some(reservation) = self.slots.get_mut(&peer) {
             reservation.state = State::Grace { since, departure };
         }
-        self.ends_no_later_than(since + self.policy.grace);
+        self.ends_no_later_than(since + self.grace);
         Left::Grace
     }
 
@@ -493,7 +468,7 @@ impl<C: Copy + Eq> Reservations<C> {
     fn end(&self, reservation: &Reservation<C>) -> Instant {
         match reservation.state {
             State::Live { .. } => reservation.expires,
-            State::Grace { since, .. } => reservation.expires.min(since + self.policy.grace),
+            State::Grace { since, .. } => reservation.expires.min(since + self.grace),
         }
     }
 
@@ -507,9 +482,12 @@ impl<C: Copy + Eq> Reservations<C> {
     fn ends_no_later_than(&mut self, end: Instant) {
         self.next_end = Some(self.next_end.map_or(end, |next| next.min(end)));
     }
+}
 
-    fn next_receipt(&mut self) -> Receipt {
-        self.receipts += 1;
-        Receipt(self.receipts)
+fn caps(config: &Config) -> Caps {
+    Caps {
+        total: Some(config.max_reservations),
+        per_subnet: config.reservations_per_subnet(),
+        per_address: config.reservations_per_ip(),
     }
 }

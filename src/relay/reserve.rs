@@ -1,86 +1,93 @@
 //! RESERVE, from the request to what became of the slot.
 
-use std::{hash::Hash, io, time::Instant};
+use std::{hash::Hash, time::Instant};
 
 use libp2p::PeerId;
 
 use super::{
-    Command, Grant, Newcomer, Order, Relay, RequestId,
+    Action, PendingRequest, Relay,
     circuits::End,
     quota::Scope,
-    reclaim::{Candidate, Prospect},
-    reservations::{Admission, Left, Receipt},
+    reclaim::{self, Candidate, PendingReservation, Prospect},
+    reservations::{Freed, Granted, Left, Receipt},
 };
 use crate::{
-    access::Permission,
+    access::{Permission, Terms},
     event::{Event, Refused},
 };
 
-impl<C: Copy + Ord + Hash, S> Relay<C, S> {
-    pub(super) fn reserve(&mut self, from: End<C>, request: RequestId, now: Instant) {
-        let Some(connection) = self.connections.get(from.connection) else {
-            return;
+impl<C: Copy + Ord + Hash, R> Relay<C, R> {
+    pub(super) fn reserve(&mut self, request: PendingRequest<C, R>, now: Instant) {
+        let terms = match self.permit_reserve(&request, now) {
+            Ok(terms) => terms,
+            Err(reason) => return self.refuse(request, reason),
         };
-        if connection.remote.relayed {
-            self.refuse(from, request, Refused::Relayed);
-            return;
-        }
-        let billed_to = connection.billed_to();
-        let Permission::Allow(terms) = self.may_reserve(from) else {
-            self.refuse(from, request, Refused::Denied);
-            return;
-        };
-        // Who holds a slot is stopped by nobody but itself.
-        let paid = match self.reservations.holds(&from.peer, now) {
-            true => self.reserve_rates.take_own(from.peer, now),
-            false => self.reserve_rates.take(from.peer, billed_to, now),
-        };
-        if let Err(spent) = paid {
-            self.refuse(from, request, spent.into());
-            return;
-        }
-        let newcomer = Newcomer { from, request, terms };
-        let Err(full) = self.try_reserve(newcomer, now) else {
+        let pending = PendingReservation { request, terms, since: None };
+        let Err((pending, full)) = self.try_reserve(pending, now) else {
             return;
         };
         // A peer waits once: what it asked before, from another network maybe, is over.
-        for older in self.reclaim.withdraw(|older| older.from.peer == from.peer) {
-            self.refuse(older.from, older.request, full.into());
+        let End { peer, connection } = pending.request.from;
+        for older in self.reclaim.withdraw(|older| older.from.peer == peer) {
+            self.refuse(older.request, full.into());
         }
-        if !self.reclaim.wait(newcomer, billed_to) {
-            self.refuse(from, request, full.into());
-            return;
+        if let Err(refused) = self.reclaim.wait(&self.config, pending) {
+            return self.refuse(refused.request, full.into());
         }
-        log::debug!("reservation waits: peer {}: {}", from.peer, Refused::from(full));
-        self.connections.waits(from.connection, now);
+        log::debug!("reservation waits: peer {peer}: {}", Refused::from(full));
+        self.connections.waits(connection, now);
         self.hurry(now);
     }
 
-    /// Decides a RESERVE and answers it, unless somebody under a full cap may turn out to be gone.
-    fn try_reserve(&mut self, newcomer: Newcomer<C>, now: Instant) -> Result<(), Scope> {
-        let Newcomer { from, request, terms } = newcomer;
-        let Some(connection) = self.connections.get(from.connection) else {
-            return Ok(()); // nobody to answer
+    /// Checks whether the peer may ask at all, before it is asked whether there is a slot.
+    fn permit_reserve(
+        &mut self,
+        request: &PendingRequest<C, R>,
+        now: Instant,
+    ) -> Result<Terms, Refused> {
+        let (peer, origin) = (request.from.peer, &*request.origin);
+        if self.is_draining() {
+            return Err(Refused::Draining);
+        }
+        if origin.relayed {
+            return Err(Refused::Relayed);
+        }
+        let Permission::Allow(terms) = self.access().may_reserve(peer, &origin.address) else {
+            return Err(Refused::Denied);
         };
-        let (peer, address) = (from.peer, connection.remote.address.clone());
+        // A peer that holds a slot is stopped by none but itself.
+        match self.reservations.holds(&peer, now) {
+            true => self.reserve_rates.take_own(peer, now)?,
+            false => self.reserve_rates.take(peer, origin.prefix, now)?,
+        }
+        Ok(terms)
+    }
+
+    /// Decides a RESERVE and answers it, unless a peer under a full cap may turn out to be gone: then returns
+    /// it, with that cap.
+    fn try_reserve(
+        &mut self,
+        pending: PendingReservation<C, R>,
+        now: Instant,
+    ) -> Result<(), (PendingReservation<C, R>, Scope)> {
+        let (End { peer, connection }, prefix) =
+            (pending.request.from, pending.request.origin.prefix);
         let before = self.reservations.connection(&peer);
-        let billed_to = connection.billed_to();
-        let ttl = self.config.ttl(terms);
-        let admission = self.reservations.reserve(peer, from.connection, billed_to, ttl, now);
+        let ttl = self.config.ttl(pending.terms);
+        let decided = self.reservations.reserve(peer, connection, prefix, ttl, now);
         self.tell_freed(now);
-        let (receipt, renewed) = match admission {
-            Admission::Refused(full) => return Err(full),
-            Admission::Over(full) => {
-                self.refuse(from, request, full.into());
-                return Ok(());
-            }
-            Admission::Granted(receipt) => (receipt, false),
-            Admission::Renewed(receipt) => (receipt, true),
+        let Granted { receipt, is_renewal } = match decided {
+            Ok(granted) => granted,
+            Err(full) => match self.reservations.quota().above(prefix) {
+                Some(above) => return Ok(self.refuse(pending.request, above.into())),
+                None => return Err((pending, full)),
+            },
         };
         self.point(peer, before, now);
-        let grant = Grant { to: from, request, receipt, terms, expires: now + ttl };
-        self.orders.push_back(Order::Grant(grant));
-        self.tell(Event::ReservationAccepted { peer, address, renewed });
+        let PendingReservation { request, terms, .. } = pending;
+        let address = request.origin.address.clone();
+        self.actions.push_back(Action::Grant { request, receipt, terms, expires: now + ttl });
+        self.tell(Event::ReservationAccepted { peer, address, renewed: is_renewal });
         Ok(())
     }
 
@@ -88,8 +95,9 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
     pub(super) fn reclaim(&mut self, now: Instant) {
         let mut waiting = Vec::new();
         for newcomer in self.reclaim.take() {
-            if let Err(full) = self.try_reserve(newcomer.newcomer, now) {
-                waiting.push((newcomer, full));
+            if let Err((mut newcomer, full)) = self.try_reserve(newcomer, now) {
+                let since = *newcomer.since.get_or_insert(now);
+                waiting.push((newcomer, full, now - since));
             }
         }
         if waiting.is_empty() {
@@ -102,56 +110,47 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
             silent_for: pulse.silent_for(now),
             asked_for: pulse.asked_for(now),
         });
-        let caps = waiting.iter_mut().map(|(who, full)| {
-            let since = *who.since.get_or_insert(now);
-            (*full, now - since)
-        });
-        let (prospects, ask) = self.reclaim.decide(caps, candidates.collect());
+        let caps = waiting.iter().map(|(_, full, waited)| (*full, *waited));
+        let (prospects, ask) = reclaim::decide(&self.config, caps, candidates.collect());
         for connection in ask {
             self.connections.asked(connection, now);
-            self.ask_for_sign(connection);
+            self.probe(connection);
         }
-        for ((waiting, full), prospect) in waiting.into_iter().zip(prospects) {
-            let Newcomer { from, request, .. } = waiting.newcomer;
+        for ((newcomer, full, _), prospect) in waiting.into_iter().zip(prospects) {
             match prospect {
-                Prospect::Refuse => self.refuse(from, request, full.into()),
-                Prospect::Wait => self.reclaim.wait_on(waiting),
-                Prospect::Judge(connection) => {
-                    self.silent(connection, now);
+                Prospect::Refuse => self.refuse(newcomer.request, full.into()),
+                Prospect::Wait => self.reclaim.requeue(newcomer),
+                Prospect::Evict(connection) => {
+                    self.time_out(connection, now);
                     // Unless the peer has another connection, there is room now.
-                    if self.try_reserve(waiting.newcomer, now).is_err() {
-                        self.reclaim.wait_on(waiting);
+                    if let Err((newcomer, _)) = self.try_reserve(newcomer, now) {
+                        self.reclaim.requeue(newcomer);
                     }
                 }
             }
         }
     }
 
-    /// Whether the answer of this receipt arrived.
-    pub fn answered(
-        &mut self,
-        peer: PeerId,
-        receipt: Receipt,
-        arrived: Result<(), io::ErrorKind>,
-        now: Instant,
-    ) {
-        match arrived {
-            Ok(()) => self.reservations.delivered(&peer),
-            Err(_) => self.undelivered(peer, receipt, now),
+    /// The answer of this receipt arrived, or did not.
+    pub fn on_delivered(&mut self, peer: PeerId, receipt: Receipt, arrived: bool, now: Instant) {
+        if arrived {
+            return self.reservations.delivered(&peer);
         }
-    }
-
-    /// There is no answer: the voucher could not be signed.
-    pub fn not_signed(&mut self, grant: Grant<C>, now: Instant) {
-        self.undelivered(grant.to.peer, grant.receipt, now);
-        self.refuse(grant.to, grant.request, Refused::NotSigned);
-    }
-
-    fn undelivered(&mut self, peer: PeerId, receipt: Receipt, now: Instant) {
         let before = self.reservations.connection(&peer);
         let up = self.fit_for_a_slot(peer);
         let left = self.reservations.undelivered(peer, receipt, &up, now);
         self.after_leaving(peer, before, left, now);
+    }
+
+    /// There is no answer: the voucher could not be signed.
+    pub fn on_sign_failed(
+        &mut self,
+        request: PendingRequest<C, R>,
+        receipt: Receipt,
+        now: Instant,
+    ) {
+        self.on_delivered(request.from.peer, receipt, false, now);
+        self.refuse(request, Refused::NotSigned);
     }
 
     pub(super) fn after_leaving(
@@ -184,30 +183,22 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
 
     fn hold(&mut self, on: End<C>, holds: bool, now: Instant) {
         if self.connections.hold_reservation(on.connection, holds, now) {
-            self.command(on, Command::Hold(holds));
+            self.actions.push_back(Action::Hold(on, holds));
         }
     }
 
     pub(super) fn tell_freed(&mut self, now: Instant) {
-        for freed in self.reservations.take_freed() {
-            if let Some(connection) = freed.connection {
-                let peer = freed.peer;
+        for Freed { peer, connection, billed_to, reason } in self.reservations.take_freed() {
+            if let Some(connection) = connection {
                 self.hold(End { peer, connection }, false, now);
             }
-            self.tell(Event::ReservationFreed {
-                peer: freed.peer,
-                billed_to: freed.billed_to,
-                reason: freed.reason,
-            });
+            self.tell(Event::ReservationFreed { peer, billed_to, reason });
         }
     }
 
-    pub(super) fn refuse(&mut self, from: End<C>, request: RequestId, reason: Refused) {
-        let Some(connection) = self.connections.get(from.connection) else {
-            return; // nobody to answer
-        };
-        let address = connection.remote.address.clone();
-        self.turn_down(from, request, &reason);
-        self.tell(Event::ReservationRefused { peer: from.peer, address, reason });
+    pub(super) fn refuse(&mut self, request: PendingRequest<C, R>, reason: Refused) {
+        let (peer, address) = (request.from.peer, request.origin.address.clone());
+        self.turn_down(request, &reason);
+        self.tell(Event::ReservationRefused { peer, address, reason });
     }
 }

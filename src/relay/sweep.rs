@@ -11,14 +11,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Command, Order, Relay, circuits::End, connections::Remote, reclaim::TICK};
+use super::{Action, Relay, circuits::End, reclaim::TICK};
 use crate::event::Event;
 
 /// How late a sweep may come before questions count anew. Before that its lateness is taken off the
 /// time for which they have been open: a relay that has no time hears no answers.
 const LATE: Duration = Duration::from_secs(1);
 
-impl<C: Copy + Ord + Hash, S> Relay<C, S> {
+impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     /// Looks at everything: what is over, who has been silent, who is idle, and whether there is a
     /// slot for those who wait.
     pub fn sweep(&mut self, now: Instant) {
@@ -35,18 +35,18 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
         self.reservations.end_what_is_over(now);
         self.tell_freed(now);
         self.connections.listen(now);
-        self.circuits.look(self.accounts.open_circuits(), now);
-        let mut beat = self.heartbeat.beat(self.connections.watched(), now);
+        self.circuits.look(now);
+        let mut beat = self.heartbeat.beat(&self.config, self.connections.watched(), now);
         if let Some(fault) = beat.fault {
             log::warn!("{fault}");
         }
         for connection in beat.ask {
-            self.ask_for_sign(connection);
+            self.probe(connection);
         }
         // In the order in which they came, so that a rerun of a simulation is the same.
         beat.silent.sort_unstable();
         for connection in beat.silent {
-            self.silent(connection, now);
+            self.time_out(connection, now);
         }
         self.reclaim(now);
         self.close_idle(now);
@@ -61,8 +61,7 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
         for (peer, connection, floods) in self.connections.take_idle(timeout, now) {
             let why = if floods { "flooding".into() } else { format!("idle for {timeout:?}") };
             log::debug!("connection {why}: closing that of peer {peer}");
-            let idle = End { peer, connection };
-            self.orders.push_back(Order::Close(idle));
+            self.actions.push_back(Action::Close(End { peer, connection }));
         }
     }
 
@@ -73,13 +72,13 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
         }
     }
 
-    /// Nothing was heard on this connection: as if it were gone, whether or not it is closed.
-    pub(super) fn silent(&mut self, connection: C, now: Instant) {
+    /// The peer at the other end of this connection has timed out: as if it were gone, whether or not it is
+    /// closed.
+    pub(super) fn time_out(&mut self, connection: C, now: Instant) {
         let Some(silent) = self.connections.get(connection) else {
             return;
         };
-        let Remote { peer, address, .. } = &*silent.remote;
-        let (peer, address) = (*peer, address.clone());
+        let (peer, address) = (silent.origin.peer, silent.origin.address.clone());
         let silent_for = silent.silent_for(now);
         self.connections.judged(connection, now);
         self.tell(Event::PeerSilent { peer, address, silent_for });
@@ -92,9 +91,7 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
     /// From now on nothing goes over a connection, whether or not it is closed.
     pub(super) fn give_up(&mut self, gone: End<C>, now: Instant) {
         let End { peer, connection } = gone;
-        for (id, circuit) in self.circuits.over(gone) {
-            self.end_circuit(id, circuit);
-        }
+        self.circuits.over(gone).into_iter().for_each(|id| self.end_circuit(id));
         let before = self.reservations.connection(&peer);
         let mut up = self.fit_for_a_slot(peer);
         up.retain(|other| *other != connection);
@@ -102,12 +99,12 @@ impl<C: Copy + Ord + Hash, S> Relay<C, S> {
         self.after_leaving(peer, before, left, now);
     }
 
-    pub(super) fn ask_for_sign(&mut self, connection: C) {
-        if let Some(peer) = self.connections.get(connection).map(|c| c.remote.peer) {
+    pub(super) fn probe(&mut self, connection: C) {
+        if let Some(peer) = self.connections.get(connection).map(|c| c.origin.peer) {
             log::debug!("asked for a sign of life: peer {peer}");
-            self.questions += 1;
-            let question = Command::AskForSign(self.config.silence);
-            self.command(End { peer, connection }, question);
+            self.probes += 1;
+            let to = End { peer, connection };
+            self.actions.push_back(Action::Probe(to, self.config.silence));
         }
     }
 }
@@ -118,10 +115,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        config::Config,
-        event::FreedReason,
-        relay::{Grant, RequestId, connections::Connection},
-        wire::Request,
+        config::Config, event::FreedReason, relay::connections::Connection, wire::Request,
     };
 
     const TEN_MINUTES: Duration = Duration::from_secs(600);
@@ -132,14 +126,14 @@ mod tests {
         let holders = [0, 1].map(|connection| {
             let peer = PeerId::random();
             let address = "/memory/1".parse().unwrap();
-            relay.connected(connection, Connection::new(peer, address, false, 0, now));
+            relay.on_connected(connection, Connection::new(peer, address, false, 0, now));
             let end = End { peer, connection };
-            relay.requested(end, RequestId(1), Request::Reserve, now);
+            relay.handle_request(end, Ok(Request::Reserve), (), now);
             end
         });
-        while let Some(order) = relay.next_order() {
-            if let Order::Grant(Grant { to, receipt, .. }) = order {
-                relay.answered(to.peer, receipt, Ok(()), now);
+        while let Some(action) = relay.next_action() {
+            if let Action::Grant { request, receipt, .. } = action {
+                relay.on_delivered(request.from.peer, receipt, true, now);
             }
         }
         (relay, holders)
@@ -155,11 +149,11 @@ mod tests {
 
     fn found(relay: &mut Relay<u32, ()>) -> Found {
         let mut found = Found::default();
-        while let Some(order) = relay.next_order() {
-            match order {
-                Order::Command(to, Command::AskForSign(_)) => found.asked.push(to.peer),
-                Order::Tell(Event::PeerSilent { peer, .. }) => found.silent.push(peer),
-                Order::Tell(Event::ReservationFreed { peer, reason, .. }) => {
+        while let Some(action) = relay.next_action() {
+            match action {
+                Action::Probe(to, _) => found.asked.push(to.peer),
+                Action::Tell(Event::PeerSilent { peer, .. }) => found.silent.push(peer),
+                Action::Tell(Event::ReservationFreed { peer, reason, .. }) => {
                     found.freed.push((peer, reason));
                 }
                 _ => {}
@@ -186,7 +180,7 @@ mod tests {
         let (mut relay, [stays, leaves]) = relay(Config::default(), start);
         let (asked, both) = until_found(&mut relay);
         assert_eq!(both.asked.len(), 2);
-        relay.disconnected(leaves, asked);
+        relay.on_disconnected(leaves, asked);
         found(&mut relay);
 
         let late = asked + TEN_MINUTES;

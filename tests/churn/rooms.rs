@@ -13,7 +13,7 @@ use libp2p::PeerId;
 use relaylet::{
     Config, Event, FreedReason,
     activity::Signs,
-    relay::{self, Command, Order, RequestId, circuits::End, connections::Connection},
+    relay::{self, Action, circuits::End, connections::Connection},
     wire::Request,
 };
 
@@ -24,7 +24,7 @@ use crate::world::{Act, Relay};
 const KERNEL_GIVES_UP: Duration = Duration::from_secs(75);
 
 pub struct Rooms {
-    relay: relay::Relay<usize, ()>,
+    relay: relay::Relay<usize, usize>,
     /// What the virtual clock calls zero; the relay sees differences only.
     start: Instant,
     peers: HashMap<usize, PeerId>,
@@ -64,21 +64,21 @@ impl Rooms {
 
     /// What the relay ordered, as acts.
     fn carry_out(&mut self, now: Instant) {
-        while let Some(order) = self.relay.next_order() {
-            let act = match order {
-                Order::Grant(grant) => {
-                    self.relay.answered(grant.to.peer, grant.receipt, Ok(()), now);
-                    Act::Granted(grant.to.connection)
+        while let Some(action) = self.relay.next_action() {
+            let act = match action {
+                Action::Grant { request, receipt, .. } => {
+                    self.relay.on_delivered(request.from.peer, receipt, true, now);
+                    Act::Granted(request.from.connection)
                 }
-                Order::Command(to, Command::Refuse(..)) => Act::Refused(to.connection),
-                Order::Command(to, Command::AskForSign(_)) => Act::Asked(to.connection),
+                Action::Refuse(connection, _) => Act::Refused(connection),
+                Action::Probe(to, _) => Act::Asked(to.connection),
                 // Nobody is closed for being idle: that is switched off.
-                Order::Close(End { connection, .. }) => {
+                Action::Close(End { connection, .. }) => {
                     self.acts.push(self.judged(connection));
                     Act::Closed(connection)
                 }
-                Order::Tell(Event::GraceBegan { peer }) => Act::Grace(number(&peer)),
-                Order::Tell(Event::ReservationFreed { peer, reason, .. }) => {
+                Action::Tell(Event::GraceBegan { peer }) => Act::Grace(number(&peer)),
+                Action::Tell(Event::ReservationFreed { peer, reason, .. }) => {
                     assert_ne!(reason, FreedReason::Undelivered);
                     Act::Freed(number(&peer))
                 }
@@ -100,7 +100,7 @@ impl Relay for Rooms {
         let peer = peer_id(peer);
         let connection = Connection::new(peer, address, false, id as u8, self.start + now);
         let signs = Signs::default();
-        self.relay.connected(id, connection);
+        self.relay.on_connected(id, connection);
         self.relay.listen_to(id, signs.clone());
         self.signs.insert(id, signs);
         self.peers.insert(id, peer);
@@ -109,7 +109,7 @@ impl Relay for Rooms {
     fn disconnected(&mut self, id: usize, now: Duration) {
         let now = self.start + now;
         if self.signs.remove(&id).is_some() {
-            self.relay.disconnected(self.end(id), now);
+            self.relay.on_disconnected(self.end(id), now);
             self.peers.remove(&id);
             self.carry_out(now);
         }
@@ -119,7 +119,7 @@ impl Relay for Rooms {
         let now = self.start + now;
         if self.signs.contains_key(&id) {
             let from = self.end(id);
-            self.relay.requested(from, RequestId(0), Request::Reserve, now);
+            self.relay.handle_request(from, Ok(Request::Reserve), id, now);
             self.carry_out(now);
         }
     }

@@ -268,7 +268,7 @@ async fn the_meter_of_an_open_circuit_shows_what_it_has_carried_so_far() {
         // The bytes may be there before the meter shows them.
         within(async {
             let shown = |node: &Node| {
-                let open = node.relay().accounts().open_circuits();
+                let open = node.relay().circuits().open();
                 open.map(|(_, carried)| carried).eq([carried])
                     && node.relay().accounts().relayed() == carried
             };
@@ -281,7 +281,7 @@ async fn the_meter_of_an_open_circuit_shows_what_it_has_carried_so_far() {
     drop((source, target));
     let ((), told) = run(&mut node, async {}, |told| !closed(told).is_empty()).await;
     assert_eq!(closed(&told)[0].3, before);
-    assert_eq!(node.relay().accounts().open_circuits().count(), 0);
+    assert_eq!(node.relay().circuits().open().count(), 0);
 }
 
 #[tokio::test]

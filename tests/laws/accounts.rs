@@ -6,7 +6,7 @@ use libp2p::{Multiaddr, PeerId};
 use proptest::{prelude::*, test_runner::RngAlgorithm};
 use relaylet::{
     Account, Carried, CircuitEnd, CircuitId, Config, Event, StopFailed,
-    relay::{Command, Order, Relay, RequestId, circuits::End, connections::Connection},
+    relay::{Action, Relay, accounts::Counters, circuits::End, connections::Connection},
     wire::Request,
 };
 
@@ -18,8 +18,7 @@ const PEERS: usize = 4;
 enum Step {
     /// A peer comes, or opens one more connection, and reserves.
     Come { peer: usize },
-    /// A connection is lost; its handler says first what the circuits over it carried, unless it
-    /// never came to open them.
+    /// A connection is lost; the circuits over it end first, unless they never came to carry anything.
     Lose { which: usize, said: Option<u16> },
     /// Over one connection, to a peer.
     Connect { which: usize, target: usize },
@@ -59,10 +58,10 @@ struct World {
     up: Vec<End<u32>>,
     /// Circuits whose targets were asked.
     asked: Vec<CircuitId>,
-    /// Circuits that are open, and the connections of their sources.
-    open: Vec<(CircuitId, End<u32>)>,
+    /// Circuits that are open, the connections of their sources, and where their bytes are counted.
+    open: Vec<(CircuitId, End<u32>, Counters)>,
     happened: Vec<Happened>,
-    /// What the handlers said was carried.
+    /// What the circuits that ended carried.
     said: Carried,
     names: u32,
 }
@@ -111,12 +110,16 @@ impl World {
                 if let Some(id) = chosen(&self.asked, which) {
                     self.asked.retain(|other| *other != id);
                     let answer = agrees.then_some(()).ok_or(StopFailed::Unsupported);
-                    self.relay.target_answered(id, answer, self.now);
+                    let source = self.relay.circuits().get(id).map(|circuit| circuit.source);
+                    let opened = self.relay.on_target_answered(id, answer, self.now);
+                    if let (Some((_, parameters)), Some(source)) = (opened, source) {
+                        self.open.push((id, source, parameters.counters));
+                    }
                 }
             }
             Step::End { which, carried } => {
-                if let Some((id, _)) = chosen(&self.open, which) {
-                    self.end(id, carried);
+                if let Some((id, ..)) = self.open.get(which % self.open.len().max(1)) {
+                    self.end(*id, carried);
                 }
             }
         }
@@ -129,25 +132,24 @@ impl World {
         let end = End { peer, connection };
         let address: Multiaddr = "/ip4/10.0.0.1/tcp/1".parse().expect("an address");
         let new = Connection::new(peer, address, false, 0, self.now);
-        self.relay.connected(connection, new);
+        self.relay.on_connected(connection, new);
         self.up.push(end);
         self.request(end, Request::Reserve);
     }
 
     fn request(&mut self, from: End<u32>, asked: Request) {
-        let request = RequestId(self.name().into());
-        self.relay.requested(from, request, asked, self.now);
+        self.relay.handle_request(from, Ok(asked), (), self.now);
     }
 
     fn lose(&mut self, gone: End<u32>, said: Option<u16>) {
-        let over = self.open.iter().filter(|(_, source)| *source == gone);
-        let over: Vec<_> = over.map(|(id, _)| *id).collect();
+        let over = self.open.iter().filter(|(_, source, _)| *source == gone);
+        let over: Vec<_> = over.map(|(id, ..)| *id).collect();
         for id in over {
             if let Some(said) = said {
                 self.end(id, (said, said / 3));
             }
         }
-        self.relay.disconnected(gone, self.now);
+        self.relay.on_disconnected(gone, self.now);
         self.carry_out();
         self.up.retain(|end| *end != gone);
         if self.up.iter().all(|end| end.peer != gone.peer) {
@@ -159,22 +161,21 @@ impl World {
         let carried = Carried { to_target: to_target.into(), to_source: to_source.into() };
         self.said.to_target += carried.to_target;
         self.said.to_source += carried.to_source;
-        let end = CircuitEnd::Finished;
-        self.relay.circuit_ended(id, end, carried, self.now);
+        let open = self.open.iter().find(|(open, ..)| *open == id);
+        let (.., counters) = open.expect("it is open");
+        counters.set(carried);
+        self.relay.on_circuit_ended(id, CircuitEnd::Finished, self.now);
     }
 
     fn carry_out(&mut self) {
-        while let Some(order) = self.relay.next_order() {
-            match order {
-                Order::Command(_, Command::AskTarget(id, ..)) => self.asked.push(id),
-                Order::Command(source, Command::OpenCircuit(_, id, ..)) => {
-                    self.open.push((id, source));
-                }
-                Order::Tell(Event::CircuitOpened { circuit, source, target }) => {
+        while let Some(action) = self.relay.next_action() {
+            match action {
+                Action::AskTarget { circuit, .. } => self.asked.push(circuit),
+                Action::Tell(Event::CircuitOpened { circuit, source, target }) => {
                     self.happened.push(Happened::Opened(circuit, source, target))
                 }
-                Order::Tell(Event::CircuitClosed { circuit, carried, .. }) => {
-                    self.open.retain(|(id, _)| *id != circuit);
+                Action::Tell(Event::CircuitClosed { circuit, carried, .. }) => {
+                    self.open.retain(|(id, ..)| *id != circuit);
                     self.happened.push(Happened::Closed(circuit, carried));
                 }
                 _ => {}
@@ -199,9 +200,9 @@ impl World {
         assert_eq!(totals.closed, count(|h| matches!(h, Happened::Closed(..))));
         assert_eq!(totals.opened - totals.closed, self.open.len() as u64);
         assert_eq!(totals.carried, self.said);
-        let mut metered: Vec<_> = accounts.open_circuits().map(|(id, _)| id).collect();
+        let mut metered: Vec<_> = self.relay.circuits().open().map(|(id, _)| id).collect();
         metered.sort();
-        let mut open: Vec<_> = self.open.iter().map(|(id, _)| *id).collect();
+        let mut open: Vec<_> = self.open.iter().map(|(id, ..)| *id).collect();
         open.sort();
         assert_eq!(metered, open);
     }

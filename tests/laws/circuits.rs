@@ -11,15 +11,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use libp2p::PeerId;
+use libp2p::{PeerId, futures::channel::oneshot};
 use proptest::prelude::*;
 use relaylet::{
     Config,
     activity::Signs,
     event::{Carried, CircuitEnd, CircuitId, StopFailed},
-    relay::{
-        Command, Order, Relay, RequestId, accounts::Meter, circuits::End, connections::Connection,
-    },
+    relay::{Action, Relay, accounts::Counters, circuits::End, connections::Connection},
     wire::{Request, Status},
 };
 
@@ -114,6 +112,9 @@ struct Record {
     target: usize,
     address: u8,
     state: State,
+    /// Is cancelled when the relay ends it; and whether that was noticed.
+    ended: oneshot::Receiver<()>,
+    has_noticed: bool,
     carried: u64,
     /// As the last sweep saw it, and when that was news.
     seen: u64,
@@ -125,7 +126,7 @@ enum State {
     Asking,
     /// Its source is gone or was refused, and the target has yet to answer.
     GivenUp,
-    Open(Meter),
+    Open(Counters),
     /// It ends for another one, and has yet to say so.
     Ceded,
 }
@@ -149,7 +150,7 @@ struct Peer {
 }
 
 struct World {
-    relay: Relay<u32, ()>,
+    relay: Relay<u32, u64>,
     caps: Caps,
     peers: Vec<Peer>,
     circuits: Vec<Record>,
@@ -204,32 +205,45 @@ impl World {
         (known.connection, known.signs, known.is_frozen) = (self.connections, signs.clone(), false);
         let ip: IpAddr = Ipv4Addr::new(10, 0, subnet(known.address), known.address).into();
         let connection = Connection::new(known.id, ip.into(), false, 0, now);
-        self.relay.connected(self.connections, connection);
+        self.relay.on_connected(self.connections, connection);
         self.relay.listen_to(self.connections, signs);
         if peer < TARGETS {
             self.requests += 1;
-            let request = RequestId(self.requests);
-            self.relay.requested(self.end(peer), request, Request::Reserve, now);
-            self.orders(&mut Vec::new());
+            let (from, request) = (self.end(peer), self.requests);
+            self.relay.handle_request(from, Ok(Request::Reserve), request, now);
+            self.actions();
         }
     }
 
-    /// What the relay ordered, but for what is not of circuits: refusals, questions, and what is to end.
-    fn orders(&mut self, ended: &mut Vec<CircuitId>) -> Vec<Command<()>> {
-        let mut orders = Vec::new();
-        while let Some(order) = self.relay.next_order() {
-            match order {
-                Order::Command(_, Command::EndCircuit(id)) => ended.push(id),
-                Order::Grant(grant) => {
+    /// What the relay decided of circuits: targets to ask, and refusals.
+    fn actions(&mut self) -> Vec<Action<u32, u64>> {
+        let mut actions = Vec::new();
+        while let Some(action) = self.relay.next_action() {
+            match action {
+                Action::Grant { request, receipt, .. } => {
                     let now = self.instant();
-                    self.relay.answered(grant.to.peer, grant.receipt, Ok(()), now);
+                    self.relay.on_delivered(request.from.peer, receipt, true, now);
                 }
-                Order::Command(_, command) => orders.push(command),
+                Action::AskTarget { .. } | Action::Refuse(..) => actions.push(action),
                 // A connection that is to be closed is there until it is gone.
-                Order::Close(_) | Order::Tell(_) => {}
+                _ => {}
             }
         }
-        orders
+        actions
+    }
+
+    /// The circuits that the relay has ended since this was last asked, those that were being set up apart.
+    fn ended(&mut self) -> (Vec<CircuitId>, Vec<CircuitId>) {
+        let (mut given_up, mut ended) = (Vec::new(), Vec::new());
+        for record in self.circuits.iter_mut().filter(|record| !record.has_noticed) {
+            record.has_noticed = record.ended.try_recv().is_err();
+            match record.state {
+                _ if !record.has_noticed => {}
+                State::Asking | State::GivenUp => given_up.push(record.id),
+                State::Open(_) | State::Ceded => ended.push(record.id),
+            }
+        }
+        (given_up, ended)
     }
 
     fn take(&mut self, step: Step) {
@@ -248,16 +262,14 @@ impl World {
                 };
                 let id = record.id;
                 let answer = if agrees { Ok(()) } else { Err(StopFailed::Gone) };
-                self.relay.target_answered(id, answer, now);
-                let meter = self.orders(&mut Vec::new()).into_iter().find_map(|it| match it {
-                    Command::OpenCircuit(_, opened, (), quota) if opened == id => Some(quota.meter),
-                    _ => None,
-                });
+                let opened = self.relay.on_target_answered(id, answer, now);
+                let counters = opened.map(|(_, parameters)| parameters.counters);
+                self.actions();
                 let asking = self.circuits.iter().position(|record| record.id == id).unwrap();
                 let waits = matches!(self.circuits[asking].state, State::Asking);
-                assert_eq!(meter.is_some(), agrees && waits, "it is opened if both want it");
-                match meter {
-                    Some(meter) => self.circuits[asking].state = State::Open(meter),
+                assert_eq!(counters.is_some(), agrees && waits, "it is opened if both want it");
+                match counters {
+                    Some(counters) => self.circuits[asking].state = State::Open(counters),
                     None => _ = self.circuits.remove(asking),
                 }
             }
@@ -265,8 +277,8 @@ impl World {
                 if let Some(record) = self.open().nth(nth) {
                     record.carried += 1;
                     let carried = Carried { to_target: record.carried, to_source: 0 };
-                    if let State::Open(meter) = &record.state {
-                        meter.set(carried);
+                    if let State::Open(counters) = &record.state {
+                        counters.set(carried);
                     }
                 }
             }
@@ -275,13 +287,12 @@ impl World {
                 let open = self.circuits.iter().enumerate().filter(|(_, c)| is_open(c));
                 if let Some(index) = open.map(|(index, _)| index).nth(nth) {
                     let record = self.circuits.remove(index);
-                    let carried = Carried { to_target: record.carried, to_source: 0 };
-                    self.relay.circuit_ended(record.id, CircuitEnd::Ended, carried, now);
+                    self.relay.on_circuit_ended(record.id, CircuitEnd::Ended, now);
                 }
             }
             Step::Freezes { peer } => self.peers[peer].is_frozen = true,
             Step::ComesFrom { peer, address } => {
-                self.relay.disconnected(self.end(peer), now);
+                self.relay.on_disconnected(self.end(peer), now);
                 self.peers[peer].address = address;
                 self.circuits.retain_mut(|record| match record.state {
                     // The target will not answer any more.
@@ -308,20 +319,15 @@ impl World {
         self.circuits.iter_mut().filter(|c| matches!(c.state, State::Open(_)))
     }
 
-    /// The open circuits of which this holds are told to end, which their handlers do at once.
+    /// The open circuits of which this holds are ended, which they notice at once.
     fn ends_with(&mut self, of: impl Fn(&Record) -> bool) {
-        let mut ended = Vec::new();
-        self.orders(&mut ended);
+        self.actions();
         let now = self.instant();
-        for id in ended {
+        for id in self.ended().1 {
             let index = self.circuits.iter().position(|record| record.id == id);
-            let Some(index) = index else {
-                continue; // its source's connection is gone
-            };
-            let record = self.circuits.remove(index);
+            let record = self.circuits.remove(index.expect("it is there"));
             assert!(of(&record), "{record:?} ends, and nobody knows why");
-            let carried = Carried { to_target: record.carried, to_source: 0 };
-            self.relay.circuit_ended(id, CircuitEnd::Ended, carried, now);
+            self.relay.on_circuit_ended(id, CircuitEnd::Ended, now);
         }
     }
 
@@ -344,13 +350,11 @@ impl World {
                     (record.seen, record.moved) = (record.carried, now);
                 }
             }
-            let mut ended = Vec::new();
-            let orders = self.orders(&mut ended);
-            for order in &orders {
-                if let Command::GiveUpAsking(id) = order {
-                    let given_up = self.circuits.iter_mut().find(|record| record.id == *id);
-                    given_up.expect("it was asked for").state = State::GivenUp;
-                }
+            self.actions();
+            let (given_up, ended) = self.ended();
+            for id in given_up {
+                let record = self.circuits.iter_mut().find(|record| record.id == id);
+                record.expect("it was asked for").state = State::GivenUp;
             }
             // A peer that fell silent loses its circuits; they have yet to say so.
             for id in ended {
@@ -370,30 +374,35 @@ impl World {
         }
         self.requests += 1;
         let (request, now) = (self.requests, self.instant());
-        let asked = Request::Connect(self.peers[target].id);
+        let asked = Ok(Request::Connect(self.peers[target].id));
         let has_slot = self.relay.reservations().live(&self.peers[target].id, now).is_some();
-        self.relay.requested(self.end(source), RequestId(request), asked, now);
-        let mut ended = Vec::new();
-        let orders = self.orders(&mut ended);
+        self.relay.handle_request(self.end(source), asked, request, now);
         let mut admitted = None;
         let mut refused = None;
-        for order in orders {
-            match order {
-                Command::AskTarget(id, ..) => admitted = Some(id),
-                Command::Refuse(RequestId(id), status) if id == request => refused = Some(status),
+        for action in self.actions() {
+            match action {
+                Action::AskTarget { circuit, ended, .. } => admitted = Some((circuit, ended)),
+                Action::Refuse(id, status) if id == request => refused = Some(status),
                 _ => {}
             }
         }
+        let (_, mut ended) = self.ended();
         let ceded = self.decide(source, target);
         if !has_slot {
-            assert_eq!((admitted, refused), (None, Some(Status::NoReservation)));
+            assert!(admitted.is_none());
+            assert_eq!(refused, Some(Status::NoReservation));
             return assert!(ended.is_empty());
         }
         let Some(ceded) = ceded else {
-            assert_eq!((admitted, refused), (None, Some(Status::ResourceLimitExceeded)));
+            assert!(admitted.is_none());
+            assert_eq!(refused, Some(Status::ResourceLimitExceeded));
             return assert!(ended.is_empty(), "nobody loses a circuit for one that is refused");
         };
-        let id = admitted.expect("there is room");
+        let (id, guard) = admitted.expect("there is room");
+        // One of a peer that fell silent may be on its way out already.
+        let is_ending = self.circuits.iter().filter(|record| record.has_noticed);
+        ended.extend(ceded.filter(|ceded| is_ending.clone().any(|record| record.id == *ceded)));
+        ended.dedup();
         assert_eq!(ended, Vec::from_iter(ceded), "the one that is to make room");
         let gone = ceded.and_then(|id| self.circuits.iter_mut().find(|record| record.id == id));
         if let Some(record) = gone {
@@ -405,6 +414,8 @@ impl World {
             target,
             address: self.peers[source].address,
             state: State::Asking,
+            ended: guard,
+            has_noticed: false,
             carried: 0,
             seen: 0,
             moved: self.now,
@@ -509,7 +520,7 @@ proptest! {
         }
         for peer in 0..PEERS {
             let now = world.instant();
-            world.relay.disconnected(world.end(peer), now);
+            world.relay.on_disconnected(world.end(peer), now);
         }
         prop_assert_eq!(world.relay.circuits().count(), 0);
         prop_assert!(world.relay.circuits().quota().is_empty());

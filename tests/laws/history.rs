@@ -9,7 +9,6 @@
 
 use std::{
     collections::HashMap,
-    io,
     net::{IpAddr, Ipv4Addr},
     time::{Duration, Instant},
 };
@@ -21,8 +20,7 @@ use relaylet::{
     activity::Signs,
     address::ClientPrefix,
     relay::{
-        Command, Order, Relay, RequestId, circuits::End, connections::Connection, quota::Scope,
-        reservations::Receipt,
+        Action, Relay, circuits::End, connections::Connection, quota::Scope, reservations::Receipt,
     },
     wire::{Request, Status},
 };
@@ -184,7 +182,7 @@ fn billed_to(address: u8) -> ClientPrefix {
 
 /// The relay and the model, and those who use them.
 struct World {
-    relay: Relay<u32, ()>,
+    relay: Relay<u32, u64>,
     model: Model,
     peers: Vec<PeerId>,
     start: Instant,
@@ -304,15 +302,14 @@ impl World {
             }
             Step::Delivered { peer } => {
                 if let Some((_, receipt)) = self.receipts[peer].last() {
-                    self.relay.answered(self.peers[peer], *receipt, Ok(()), now);
+                    self.relay.on_delivered(self.peers[peer], *receipt, true, now);
                     self.model.delivered(peer);
                 }
             }
             Step::Undelivered { peer, older } => {
                 let mut granted = self.receipts[peer].iter().rev();
                 if let Some((request, receipt)) = granted.nth(usize::from(older)) {
-                    let lost = Err(io::ErrorKind::BrokenPipe);
-                    self.relay.answered(self.peers[peer], *receipt, lost, now);
+                    self.relay.on_delivered(self.peers[peer], *receipt, false, now);
                     self.model.undelivered(peer, *request, self.now);
                 }
             }
@@ -357,7 +354,7 @@ impl World {
         self.connections += 1;
         let (id, now) = (self.connections, self.instant());
         let connection = Connection::new(self.peers[peer], ip(address).into(), false, 0, now);
-        self.relay.connected(id, connection);
+        self.relay.on_connected(id, connection);
         let signs = Signs::default();
         self.relay.listen_to(id, signs.clone());
         self.signs.insert(id, signs);
@@ -367,14 +364,13 @@ impl World {
 
     fn reserve(&mut self, connection: u32) {
         self.requests += 1;
-        let (from, request) = (self.end(connection), RequestId(self.requests));
-        let now = self.instant();
-        self.relay.requested(from, request, Request::Reserve, now);
+        let (from, now) = (self.end(connection), self.instant());
+        self.relay.handle_request(from, Ok(Request::Reserve), self.requests, now);
         self.model.reserve(connection, self.requests, self.now);
     }
 
     fn disconnect(&mut self, connection: u32) {
-        self.relay.disconnected(self.end(connection), self.instant());
+        self.relay.on_disconnected(self.end(connection), self.instant());
         self.model.disconnect(connection, self.now);
     }
 
@@ -428,18 +424,15 @@ impl World {
 
     fn carry_out(&mut self) -> Done {
         let mut done = Done::default();
-        while let Some(order) = self.relay.next_order() {
-            match order {
-                Order::Grant(grant) => {
-                    let RequestId(request) = grant.request;
-                    done.answers.push((request, Answer::Granted));
-                    let peer = self.who(grant.to.peer);
-                    self.receipts[peer].push((request, grant.receipt));
+        while let Some(action) = self.relay.next_action() {
+            match action {
+                Action::Grant { request, receipt, .. } => {
+                    done.answers.push((request.reply, Answer::Granted));
+                    let peer = self.who(request.from.peer);
+                    self.receipts[peer].push((request.reply, receipt));
                 }
-                Order::Command(_, Command::Refuse(RequestId(request), status)) => {
-                    done.answers.push((request, answer(status)));
-                }
-                Order::Command(to, Command::AskForSign(_)) => {
+                Action::Refuse(request, status) => done.answers.push((request, answer(status))),
+                Action::Probe(to, _) => {
                     done.asked.push(to.connection);
                     self.unanswered.entry(to.connection).or_insert(self.now);
                     self.questions += 1;
@@ -447,9 +440,9 @@ impl World {
                         self.under_way.push((self.now + after, to.connection));
                     }
                 }
-                Order::Close(_) => done.closed += 1,
-                Order::Tell(Event::PeerSilent { peer, .. }) => done.judged.push(self.who(peer)),
-                Order::Tell(Event::ReservationFreed { peer, reason, .. }) => {
+                Action::Close(_) => done.closed += 1,
+                Action::Tell(Event::PeerSilent { peer, .. }) => done.judged.push(self.who(peer)),
+                Action::Tell(Event::ReservationFreed { peer, reason, .. }) => {
                     done.freed.push((self.who(peer), self.why(reason)));
                 }
                 _ => {}
@@ -511,7 +504,7 @@ impl World {
         let in_grace = slots.iter().filter(|slot| matches!(slot.state, State::Grace(..)));
         assert_eq!(table.in_grace(), in_grace.count());
         assert_eq!(self.relay.waiting(), self.model.waiting());
-        assert_eq!(self.relay.questions(), self.questions);
+        assert_eq!(self.relay.probes(), self.questions);
         assert_eq!(self.relay.connections().count(), self.model.connections.len());
         for address in 0..ADDRESSES {
             let at = |same: fn(u8, u8) -> bool| {

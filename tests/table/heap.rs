@@ -73,10 +73,10 @@ pub fn role(case: &str, count: &str) -> ExitCode {
     };
 
     let (now, before) = (Instant::now(), bytes_asked_for());
-    let mut table = Reservations::new((&config).into());
+    let mut table = Reservations::new(&config);
     for peer in (0..count).map(peer) {
         let billed_to = Some(peer.address.into());
-        table.reserve(peer.id, peer.connection, billed_to, TERM, now);
+        table.reserve(peer.id, peer.connection, billed_to, TERM, now).expect("there is room");
         table.delivered(&peer.id);
         if [GRACE, GRACE_AT_ONE].contains(&case) {
             table.disconnected(peer.id, peer.connection, &[], now);

@@ -2,10 +2,7 @@
 
 use std::{hint::black_box, time::Instant};
 
-use relaylet::{
-    Config,
-    relay::reservations::{Admission, Reservations},
-};
+use relaylet::{Config, relay::reservations::Reservations};
 
 use super::{
     bounds::Bounds,
@@ -52,7 +49,7 @@ impl Table for Reservations<usize> {
         let admission = self.reserve(peer.id, peer.connection, billed_to, TERM, now);
         black_box(self.take_freed());
         self.delivered(&peer.id);
-        !matches!(admission, Admission::Refused(_))
+        admission.is_ok()
     }
 
     fn free(&mut self, peer: &Peer) {
@@ -95,7 +92,7 @@ impl Full {
         config.max_reservations_per_ip = Some(size);
         config.max_reservations_per_subnet = Some(size);
         let mut table: Box<dyn Table> = match name {
-            RELAYLET => Box::new(Reservations::new((&config).into())),
+            RELAYLET => Box::new(Reservations::new(&config)),
             // One to spare, else it would refuse renewals.
             1 => Box::new(CountsAll::of(size + 1)),
             _ => Box::new(WalksAll::of(size)),

@@ -7,9 +7,7 @@ use libp2p::{Multiaddr, multiaddr::Protocol};
 use relaylet::{
     Config, Event,
     activity::Signs,
-    relay::{
-        Command, Order, Relay, RequestId, circuits::End, connections::Connection, reclaim::TICK,
-    },
+    relay::{Action, Relay, circuits::End, connections::Connection, reclaim::TICK},
     wire::Request,
 };
 
@@ -67,7 +65,7 @@ impl Full {
         let (id, now) = (peer.connection, self.now);
         let address = Multiaddr::from(peer.address).with(Protocol::Tcp(4001));
         let connection = Connection::new(peer.id, address, false, id as u8, now);
-        self.relay.connected(id, connection);
+        self.relay.on_connected(id, connection);
         // The handler's, and the transport's.
         let heard = [Signs::default(), Signs::default()];
         for signs in &heard {
@@ -75,7 +73,7 @@ impl Full {
         }
         self.signs.extend(heard.into_iter().last());
         let from = End { peer: peer.id, connection: id };
-        self.relay.requested(from, RequestId(1), Request::Reserve, now);
+        self.relay.handle_request(from, Ok(Request::Reserve), (), now);
     }
 
     /// Everybody has fallen silent, and somebody waits.
@@ -99,16 +97,16 @@ impl Full {
     }
 
     fn carry_out(&mut self) {
-        while let Some(order) = self.relay.next_order() {
-            match order {
-                Order::Grant(grant) => {
-                    let peer = grant.to.peer;
-                    self.relay.answered(peer, grant.receipt, Ok(()), self.now);
+        while let Some(action) = self.relay.next_action() {
+            match action {
+                Action::Grant { request, receipt, .. } => {
+                    self.relay.on_delivered(request.from.peer, receipt, true, self.now);
                 }
-                Order::Command(to, Command::AskForSign(_)) if self.answers => {
-                    self.signs[to.connection].heard(1);
-                }
-                Order::Command(..) | Order::Tell(Event::ReservationAccepted { .. }) => {}
+                Action::Probe(to, _) if self.answers => self.signs[to.connection].heard(1),
+                Action::Probe(..)
+                | Action::Refuse(..)
+                | Action::Hold(..)
+                | Action::Tell(Event::ReservationAccepted { .. }) => {}
                 other => panic!("nobody leaves: {other:?}"),
             }
         }

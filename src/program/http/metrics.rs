@@ -5,7 +5,7 @@
 
 use std::{
     sync::atomic::{AtomicU64, Ordering},
-    time::{Duration, SystemTime},
+    time::SystemTime,
 };
 
 use prometheus_client::{
@@ -114,8 +114,9 @@ impl Metrics {
     /// Counts an event.
     pub fn note(&self, event: &Event) {
         self.relaysvc.note(event);
-        if let Event::CircuitClosed { end, .. } = event {
+        if let Event::CircuitClosed { end, open_for, .. } = event {
             self.circuits_closed.count(end.kind());
+            self.relaysvc.circuit_lasted(*open_for);
         }
     }
 
@@ -134,11 +135,6 @@ impl Metrics {
                 }
             }
         }
-    }
-
-    /// A circuit has ended, after so much time.
-    pub fn circuit_lasted(&self, time: Duration) {
-        self.relaysvc.circuit_lasted(time);
     }
 
     /// Shows what no event tells.

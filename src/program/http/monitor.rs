@@ -23,14 +23,11 @@ use super::{
     stats::Figures,
     status::{Memory, Status},
 };
-use crate::{
-    event::Event,
-    program::{
-        component::Component,
-        net::socket::with_remedy,
-        node::{Node, NodeEvent},
-        tally::Tally,
-    },
+use crate::program::{
+    component::Component,
+    net::socket::with_remedy,
+    node::{Node, NodeEvent},
+    tally::Tally,
 };
 
 /// How often to look.
@@ -87,20 +84,8 @@ impl Component for Watch {
             self.metrics.count(&tally);
             self.memory.refusals.note(&tally, now);
         }
-        let NodeEvent::Relay(event) = event else {
-            return;
-        };
-        self.metrics.note(event);
-        match event {
-            Event::CircuitOpened { circuit, source, target } => {
-                self.memory.circuits.opened(*circuit, *source, *target, now);
-            }
-            Event::CircuitClosed { circuit, .. } => {
-                if let Some(lasted) = self.memory.circuits.closed(*circuit, now) {
-                    self.metrics.circuit_lasted(lasted);
-                }
-            }
-            _ => {}
+        if let NodeEvent::Relay(event) = event {
+            self.metrics.note(event);
         }
     }
 

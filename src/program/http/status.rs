@@ -10,8 +10,8 @@ use serde::Serialize;
 
 use super::{
     history::History,
-    open_circuits::{OpenCircuits, Speed},
     refusals::{Case, Reason, Refusals},
+    speeds::{Speed, Speeds},
     stats::{Bytes, Circuit, Figures, Shown, Slots},
 };
 use crate::program::node::Node;
@@ -94,7 +94,8 @@ pub struct Questions {
 pub struct Memory {
     pub started: Instant,
     pub history: History,
-    pub circuits: OpenCircuits,
+    /// That of each circuit.
+    pub speeds: Speeds,
     /// That of all circuits together.
     pub speed: Speed,
     pub refusals: Refusals,
@@ -112,7 +113,7 @@ impl Memory {
         Self {
             started: now,
             history: History::new(now),
-            circuits: OpenCircuits::default(),
+            speeds: Speeds::default(),
             speed: Speed::new(now),
             refusals: Refusals::default(),
         }
@@ -122,7 +123,9 @@ impl Memory {
 impl Status {
     /// That of this relay.
     pub fn of(node: &Node, figures: &Figures, memory: &mut Memory, now: Instant) -> Self {
-        let open = node.relay().accounts().open_circuits();
+        let circuits = node.relay().circuits();
+        let open = circuits.iter().filter_map(|(id, circuit)| Some((id, circuit, circuit.open()?)));
+        memory.speeds.forget(|id| circuits.get(id).is_some());
         Self {
             version: env!("CARGO_PKG_VERSION"),
             peer: Shown(node.peer_id()),
@@ -133,8 +136,15 @@ impl Status {
             slots: figures.slots,
             history: memory.history.clone(),
             holders: holders(node, now),
-            circuits: Listed::of(figures.circuits, open, |(id, carried)| {
-                memory.circuits.look(id, carried, now)
+            circuits: Listed::of(figures.circuits, open, |(id, circuit, (since, carried))| {
+                Some(Circuit {
+                    id: Shown(id),
+                    source: Shown(circuit.source.peer),
+                    target: Shown(circuit.target.peer),
+                    open_for: now.saturating_duration_since(since).as_secs(),
+                    carried: carried.into(),
+                    rate: memory.speeds.look(id, since, carried, now).into(),
+                })
             }),
             connections: figures.connections,
             relayed: figures.relayed.into(),
@@ -157,7 +167,7 @@ fn holders(node: &Node, now: Instant) -> Listed<Holder> {
         let over = table.connection(&peer);
         let connection = over.and_then(|over| relay.connections().get(over));
         let address = match connection {
-            Some(connection) => Some(connection.remote.address.clone()),
+            Some(connection) => Some(connection.origin.address.clone()),
             None => table.bill_of(&peer).map(|bill| bill.ip().into()),
         };
         let left = table.ends(&peer)?.saturating_duration_since(now);

@@ -25,7 +25,7 @@ use libp2p::{Multiaddr, PeerId, multiaddr::Protocol};
 
 use crate::{
     address::{self, ClientPrefix, Subnet},
-    relay::connections::Remote,
+    relay::connections::Origin,
 };
 
 /// How many have to agree: as many as for go-libp2p.
@@ -98,13 +98,13 @@ impl<C: Copy + Eq> Observed<C> {
     pub fn say<'a>(
         &mut self,
         connection: C,
-        from: &Remote,
+        from: &Origin,
         address: &Multiaddr,
         relay: PeerId,
         mut listening: impl Iterator<Item = &'a Multiaddr>,
         now: Instant,
     ) {
-        let Some(subnet) = ClientPrefix::of(&from.address).map(ClientPrefix::subnet) else {
+        let Some(subnet) = from.prefix.map(ClientPrefix::subnet) else {
             return;
         };
         let Some((reached, service)) = parse(address, relay) else {
@@ -222,16 +222,11 @@ mod tests {
 
         fn say_as(&mut self, peer: PeerId, from: &str, reached: &str) -> u32 {
             self.connections += 1;
-            let remote = Remote {
-                peer,
-                address: address(from),
-                relayed: from.contains("p2p-circuit"),
-                reported: None,
-            };
+            let origin = Origin::new(peer, address(from), from.contains("p2p-circuit"));
             let listening = ["/ip4/10.0.0.2/tcp/4001", "/ip6/fd00::2/tcp/4001"].map(address);
             self.observed.say(
                 self.connections,
-                &remote,
+                &origin,
                 &address(reached),
                 self.relay,
                 listening.iter(),

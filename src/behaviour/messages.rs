@@ -1,0 +1,128 @@
+//! What passes between the tasks of the connections and the behaviour.
+//!
+//! It goes directly, over channels of ours: the swarm would look for a connection among those of all peers, one by
+//! one. A stream waits for the reply to its request, so no more events wait than there are streams.
+
+use std::time::{Duration, Instant};
+
+use libp2p::{
+    PeerId, Stream,
+    futures::channel::{mpsc, oneshot},
+    swarm::ConnectionId,
+};
+
+use crate::{
+    activity::Heard,
+    event::{CircuitEnd, CircuitId, StopFailed},
+    relay::{CircuitParameters, circuits::End, reservations::Receipt},
+    wire::{BadRequest, Limit, Request, Status},
+};
+
+/// A stream on which everything that comes in is a sign of life.
+pub type TrackedStream = Heard<Stream>;
+
+/// To the behaviour.
+pub type Events = mpsc::UnboundedSender<HandlerEvent>;
+
+/// What a connection tells the behaviour.
+#[derive(Debug)]
+pub enum HandlerEvent {
+    /// The peer asks for something, or for nothing that is understood.
+    Requested(End<ConnectionId>, Result<Request, BadRequest>, Reply),
+    /// Whether the answer of this receipt arrived.
+    Delivered(PeerId, Receipt, bool),
+    /// What the target of a circuit said; with the stream that it goes over if it agreed.
+    TargetAnswered(CircuitId, Result<Box<StopStream>, StopFailed>),
+    /// An open circuit has ended.
+    CircuitEnded(CircuitId, CircuitEnd),
+}
+
+/// An accepted stop stream.
+#[derive(Debug)]
+pub struct StopStream {
+    pub(crate) stream: TrackedStream,
+    /// Is cancelled when the relay ends the circuit.
+    pub(crate) ended: oneshot::Receiver<()>,
+}
+
+/// An event that is told when it is dropped: whatever becomes of the task that it belongs to.
+#[derive(Debug)]
+pub struct Report {
+    event: Option<HandlerEvent>,
+    events: Events,
+}
+
+impl Report {
+    pub(crate) fn new(event: HandlerEvent, events: Events) -> Self {
+        Self { event: Some(event), events }
+    }
+
+    /// Tells this instead.
+    pub(crate) fn send(mut self, event: HandlerEvent) {
+        self.event = Some(event);
+    }
+}
+
+impl Drop for Report {
+    fn drop(&mut self) {
+        if let Some(event) = self.event.take() {
+            let _ = self.events.unbounded_send(event); // or the whole swarm is gone
+        }
+    }
+}
+
+/// Takes the answer to one request. Dropping it resets the request's stream.
+#[derive(Debug)]
+pub struct Reply(pub(crate) oneshot::Sender<Answer>);
+
+/// The answer to a request.
+#[derive(Debug)]
+pub enum Answer {
+    /// To a RESERVE: OK, in this message. Whether it arrives is to be reported.
+    Reserved(Vec<u8>, Receipt),
+    /// To a CONNECT: OK. Then the stream is the circuit.
+    Connected(Box<Opening>),
+    /// To any request: it is refused.
+    Refused(Status),
+}
+
+/// A circuit that is to be opened.
+#[derive(Debug)]
+pub struct Opening {
+    pub(crate) circuit: CircuitId,
+    pub(crate) target: StopStream,
+    pub(crate) parameters: CircuitParameters,
+    /// Tells that it has ended.
+    pub(crate) report: Report,
+}
+
+/// What the behaviour asks of a connection.
+#[derive(Debug)]
+pub enum HandlerCommand {
+    /// Open a stream, for this.
+    Open(Outbound),
+    /// Keep the connection while it holds a reservation.
+    Hold(bool),
+}
+
+/// What a stream is opened for.
+#[derive(Debug)]
+pub enum Outbound {
+    /// To ask the peer whether it takes a circuit.
+    Stop(Box<StopRequest>),
+    /// To ask it for a sign of life, within this time.
+    Probe(Duration),
+}
+
+/// A circuit that the target is to be asked for.
+#[derive(Debug)]
+pub struct StopRequest {
+    pub(crate) circuit: CircuitId,
+    pub(crate) source: PeerId,
+    pub(crate) limit: Limit,
+    pub(crate) since: Instant,
+    /// Is cancelled when the relay ends the circuit.
+    pub(crate) ended: oneshot::Receiver<()>,
+    /// Tells what the target said; unless that is known, that it is gone.
+    pub(crate) report: Report,
+}
