@@ -27,7 +27,7 @@ use std::{
 use futures_timer::Delay;
 use libp2p::{
     Multiaddr, PeerId,
-    core::{ConnectedPoint, Endpoint, transport::PortUse},
+    core::{Endpoint, transport::PortUse},
     futures::{FutureExt, StreamExt, channel::mpsc},
     identity::{Keypair, SigningError},
     swarm::{
@@ -80,8 +80,7 @@ pub struct Behaviour {
     next_sweep: Delay,
     /// What that is set to.
     sweep_due: Instant,
-    sweeps: u64,
-    swept_for: Duration,
+    upkeep: Upkeep,
 }
 
 /// What a relay did of its own accord since it started.
@@ -120,8 +119,7 @@ impl Behaviour {
             events: mpsc::unbounded(),
             random: RandomState::new(),
             next_sweep: Delay::new(interval),
-            sweeps: 0,
-            swept_for: Duration::ZERO,
+            upkeep: Upkeep::default(),
         })
     }
 
@@ -171,7 +169,7 @@ impl Behaviour {
 
     /// What the relay did of its own accord since it started.
     pub fn upkeep(&self) -> Upkeep {
-        Upkeep { questions: self.relay.probes(), sweeps: self.sweeps, swept_for: self.swept_for }
+        Upkeep { questions: self.relay.probes(), ..self.upkeep }
     }
 
     /// What circuits carried, to look at: for each peer while it is connected, and in all since the
@@ -259,15 +257,10 @@ impl Behaviour {
     }
 
     fn connected(&mut self, established: ConnectionEstablished<'_>) {
-        let endpoint = established.endpoint;
-        let address = match endpoint {
-            ConnectedPoint::Dialer { address, .. } => address,
-            ConnectedPoint::Listener { send_back_addr, .. } => send_back_addr,
-        };
-        let id = established.connection_id;
+        let (id, endpoint) = (established.connection_id, established.endpoint);
         let connection = Connection::new(
             established.peer_id,
-            address.clone(),
+            endpoint.get_remote_address().clone(),
             endpoint.is_relayed(),
             self.random.hash_one(id) as u8,
             Instant::now(),
@@ -464,8 +457,8 @@ impl NetworkBehaviour for Behaviour {
             self.relay.sweep(now);
             let took = now.elapsed();
             log::trace!("swept in {} µs", took.as_micros());
-            self.sweeps += 1;
-            self.swept_for += took;
+            self.upkeep.sweeps += 1;
+            self.upkeep.swept_for += took;
         }
     }
 }

@@ -193,12 +193,12 @@ impl Config {
     ///
     /// The first setting that does not, by name and with the remedy.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        if self.max_reservations == 0 {
-            return Err(ConfigError::new(
-                "max_reservations",
-                "a relay without slots relays nothing; try 1 or more",
-            ));
-        }
+        let check = |is_wrong, setting, problem: &str| match is_wrong {
+            true => Err(ConfigError::new(setting, problem)),
+            false => Ok(()),
+        };
+        let problem = "a relay without slots relays nothing; try 1 or more";
+        check(self.max_reservations == 0, "max_reservations", problem)?;
         for (setting, duration) in [
             ("reservation_ttl", self.reservation_ttl),
             ("grace", self.grace),
@@ -209,47 +209,22 @@ impl Config {
             ("idle_timeout", self.idle_timeout),
             ("circuit_duration", self.circuit_duration),
         ] {
-            if duration > LONGEST {
-                return Err(ConfigError::new(setting, "is over a year; try 8760h or less"));
-            }
+            check(duration > LONGEST, setting, "is over a year; try 8760h or less")?;
         }
-        if self.reservation_ttl < SHORTEST {
-            return Err(ConfigError::new(
-                "reservation_ttl",
-                "a reservation lasts at least a second; try 1h",
-            ));
-        }
+        let problem = "a reservation lasts at least a second; try 1h";
+        check(self.reservation_ttl < SHORTEST, "reservation_ttl", problem)?;
         let to_answer = self.silence.saturating_sub(self.heartbeat);
-        if !self.heartbeat.is_zero() && to_answer < Duration::from_secs(1) {
-            return Err(ConfigError::new(
-                "silence",
-                "nobody could answer in time; try twice the heartbeat or more",
-            ));
-        }
-        if !self.probe.is_zero() && self.probe < SHORTEST_PROBE {
-            return Err(ConfigError::new(
-                "probe",
-                "no peer far away could answer in time; try 3s, or 0s to ask nobody",
-            ));
-        }
-        if self.probe > LONGEST_PROBE {
-            return Err(ConfigError::new(
-                "probe",
-                "js-libp2p would not wait so long for an answer; try 3500ms or less",
-            ));
-        }
-        if self.sweep.is_zero() {
-            return Err(ConfigError::new(
-                "sweep",
-                "without a sweep no slot ever comes back; try 1s",
-            ));
-        }
-        if !self.circuit_duration.is_zero() && self.circuit_duration < SHORTEST {
-            return Err(ConfigError::new(
-                "circuit_duration",
-                "clients are told whole seconds; try 1s or more, or 0s for no limit",
-            ));
-        }
+        let is_unanswerable = !self.heartbeat.is_zero() && to_answer < Duration::from_secs(1);
+        let problem = "nobody could answer in time; try twice the heartbeat or more";
+        check(is_unanswerable, "silence", problem)?;
+        let is_short = |time: Duration, shortest| !time.is_zero() && time < shortest;
+        let problem = "no peer far away could answer in time; try 3s, or 0s to ask nobody";
+        check(is_short(self.probe, SHORTEST_PROBE), "probe", problem)?;
+        let problem = "js-libp2p would not wait so long for an answer; try 3500ms or less";
+        check(self.probe > LONGEST_PROBE, "probe", problem)?;
+        check(self.sweep.is_zero(), "sweep", "without a sweep no slot ever comes back; try 1s")?;
+        let problem = "clients are told whole seconds; try 1s or more, or 0s for no limit";
+        check(is_short(self.circuit_duration, SHORTEST), "circuit_duration", problem)?;
         self.access.validate()?;
         self.announce.iter().try_for_each(announceable)
     }

@@ -43,7 +43,7 @@ use crate::{
     access::Access,
     activity::Signs,
     config::{Config, ConfigError},
-    event::{CircuitEnd, Event, StopFailed},
+    event::{CircuitEnd, Event, FreedReason, StopFailed},
     wire::{BadRequest, Limit, Request},
 };
 
@@ -167,7 +167,9 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
 
     /// The peer says under which address it reached the relay over this connection.
     pub fn reported(&mut self, connection: C, address: Multiaddr) {
-        self.connections.reported(connection, address);
+        if let Some(up) = self.connections.get_mut(connection) {
+            Arc::make_mut(&mut up.origin).reported = Some(address);
+        }
     }
 
     /// Something was heard from `peer`.
@@ -177,7 +179,9 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
 
     /// Signs of life on this connection are counted here: [`crate::Behaviour::listen_to`].
     pub fn listen_to(&mut self, connection: C, signs: Signs) {
-        self.connections.listen_to(connection, signs);
+        if let Some(up) = self.connections.get_mut(connection) {
+            up.listen_to(signs);
+        }
     }
 
     /// A peer asks for something, or for nothing that is understood; its answer goes to `reply`.
@@ -230,16 +234,15 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         if self.connections.of(&peer).is_empty() {
             self.accounts.left(&peer);
         }
-        let before = self.reservations.connection(&peer);
         let up = self.fit_for_a_slot(peer);
-        let left = self.reservations.disconnected(peer, connection, &up, now);
-        self.after_leaving(peer, before, left, now);
+        self.reservations.disconnected(peer, connection, &up, FreedReason::Disconnected, now);
+        self.tell_changes(now);
     }
 
     /// Gives up `peer`'s slot and ends its circuits. Whether it held a slot.
     pub fn release(&mut self, peer: PeerId, now: Instant) -> bool {
         let held = self.reservations.release(peer);
-        self.tell_freed(now);
+        self.tell_changes(now);
         self.end_circuits_of(&peer);
         held
     }

@@ -114,6 +114,12 @@ pub enum FrameError {
     Io(io::Error),
 }
 
+impl From<io::Error> for FrameError {
+    fn from(error: io::Error) -> Self {
+        Self::Io(error)
+    }
+}
+
 /// Reads the length in front of a message; `None` when it is none that any message has.
 ///
 /// Three bytes say more than that. Read here, because the library reads 65,538 as 2: it drops what
@@ -131,7 +137,7 @@ pub async fn read_length(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Op
 
 /// Reads one message and not a byte more: what follows it on the stream belongs to the circuit.
 pub async fn read_frame(stream: &mut (impl AsyncRead + Unpin)) -> Result<Vec<u8>, FrameError> {
-    let length = match read_length(stream).await.map_err(FrameError::Io)? {
+    let length = match read_length(stream).await? {
         Some(length) if length <= MAX_MESSAGE => length,
         Some(_) => return Err(FrameError::Malformed("a message of more than 4096 bytes")),
         None => return Err(FrameError::Malformed("a length prefix beyond 4096")),
@@ -142,7 +148,7 @@ pub async fn read_frame(stream: &mut (impl AsyncRead + Unpin)) -> Result<Vec<u8>
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
             Err(FrameError::Malformed("a message cut short"))
         }
-        Err(error) => Err(FrameError::Io(error)),
+        Err(error) => Err(error.into()),
     }
 }
 
@@ -183,36 +189,24 @@ pub fn decode_stop_answer(message: &[u8]) -> Result<i32, BadRequest> {
 ///
 /// `expire` is in UNIX seconds.
 pub fn reserve_ok(expire: u64, addrs: &[Multiaddr], voucher: Vec<u8>, limit: Limit) -> Vec<u8> {
-    frame(&proto::HopMessage {
-        r#type: Some(proto::HOP_STATUS),
-        status: Some(Status::Ok as i32),
-        reservation: Some(proto::Reservation {
-            expire: Some(expire),
-            addrs: addrs.iter().map(Multiaddr::to_vec).collect(),
-            voucher: Some(voucher),
-        }),
-        limit: limit.into(),
-        peer: None,
-    })
+    let addrs = addrs.iter().map(Multiaddr::to_vec).collect();
+    let reservation = proto::Reservation { expire: Some(expire), addrs, voucher: Some(voucher) };
+    answer(Status::Ok, Some(reservation), limit)
 }
 
 /// The answer to a CONNECT whose target agreed: after it, the stream is the circuit.
 pub fn connect_ok(limit: Limit) -> Vec<u8> {
-    frame(&proto::HopMessage {
-        r#type: Some(proto::HOP_STATUS),
-        status: Some(Status::Ok as i32),
-        limit: limit.into(),
-        ..Default::default()
-    })
+    answer(Status::Ok, None, limit)
 }
 
 /// The answer to a request that is not granted.
 pub fn refusal(status: Status) -> Vec<u8> {
-    frame(&proto::HopMessage {
-        r#type: Some(proto::HOP_STATUS),
-        status: Some(status as i32),
-        ..Default::default()
-    })
+    answer(status, None, Limit::default())
+}
+
+fn answer(status: Status, reservation: Option<proto::Reservation>, limit: Limit) -> Vec<u8> {
+    let (r#type, status) = (Some(proto::HOP_STATUS), Some(status as i32));
+    frame(&proto::HopMessage { r#type, status, reservation, limit: limit.into(), peer: None })
 }
 
 /// The question to the target of a circuit.
@@ -236,12 +230,8 @@ impl From<Limit> for Option<proto::Limit> {
         if limit == Limit::default() {
             return None;
         }
-        Some(proto::Limit {
-            duration: limit
-                .duration
-                .map(|limit| u32::try_from(limit.as_secs()).unwrap_or(u32::MAX)),
-            data: limit.bytes,
-        })
+        let seconds = |limit: Duration| u32::try_from(limit.as_secs()).unwrap_or(u32::MAX);
+        Some(proto::Limit { duration: limit.duration.map(seconds), data: limit.bytes })
     }
 }
 

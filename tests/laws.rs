@@ -33,7 +33,7 @@ use relaylet::{
     event::FreedReason,
     relay::{
         quota::Scope,
-        reservations::{Freed, Granted, Left, Receipt, Reservations},
+        reservations::{Change, Granted, Receipt, Reservations},
     },
 };
 
@@ -81,6 +81,15 @@ enum Got {
     NothingYet(Scope),
 }
 
+/// What the end of a connection, or of an attempt to answer, meant for a slot.
+#[derive(Debug, PartialEq, Eq)]
+enum Left {
+    Untouched,
+    MovedTo(u32),
+    Grace,
+    Freed(FreedReason),
+}
+
 impl Table {
     fn of(slots: usize) -> Self {
         Self::with(&config(slots, 0))
@@ -109,10 +118,10 @@ impl Table {
         let peer = self.peers[who];
         let address = Some(billed_to(address));
         let admission = self.reservations.reserve(peer, connection, address, TTL, self.now);
-        let taken = self.reservations.take_freed().into_iter().find_map(|freed| {
-            let from = self.peers.iter().position(|peer| *peer == freed.peer)?;
-            (freed.reason == FreedReason::TakenBy { peer }).then_some(from)
-        });
+        let taken = self
+            .freed()
+            .into_iter()
+            .find_map(|(from, reason)| (reason == FreedReason::TakenBy { peer }).then_some(from));
         match admission {
             Ok(Granted { receipt, is_renewal: true }) => (Got::Renewal, Some(receipt)),
             Ok(Granted { receipt, .. }) => (taken.map_or(Got::Slot, Got::SlotOf), Some(receipt)),
@@ -123,24 +132,59 @@ impl Table {
         }
     }
 
-    fn disconnect(&mut self, who: usize) -> Left<u32> {
+    fn disconnect(&mut self, who: usize) -> Left {
         self.lose(who, connection_of(who), &[])
     }
 
-    fn lose(&mut self, who: usize, connection: u32, up: &[u32]) -> Left<u32> {
-        self.reservations.disconnected(self.peers[who], connection, up, self.now)
+    fn lose(&mut self, who: usize, connection: u32, up: &[u32]) -> Left {
+        let (peer, reason) = (self.peers[who], FreedReason::Disconnected);
+        self.changes();
+        self.reservations.disconnected(peer, connection, up, reason, self.now);
+        self.left(who)
     }
 
-    fn undelivered(&mut self, who: usize, receipt: Option<Receipt>, up: &[u32]) -> Left<u32> {
+    fn undelivered(&mut self, who: usize, receipt: Option<Receipt>, up: &[u32]) -> Left {
         let receipt = receipt.expect("there was an answer");
-        self.reservations.undelivered(self.peers[who], receipt, up, self.now)
+        self.changes();
+        self.reservations.undelivered(self.peers[who], receipt, up, self.now);
+        self.left(who)
+    }
+
+    /// What became of its slot.
+    fn left(&mut self, who: usize) -> Left {
+        let mut changes = self.changes();
+        let change = changes.pop();
+        assert!(changes.is_empty(), "one at a time");
+        match change {
+            None => Left::Untouched,
+            Some(Change::Moved { peer, to, .. }) => {
+                assert_eq!(peer, self.peers[who]);
+                to.map_or(Left::Grace, Left::MovedTo)
+            }
+            Some(Change::Freed { peer, reason, .. }) => {
+                assert_eq!(peer, self.peers[who]);
+                Left::Freed(reason)
+            }
+        }
+    }
+
+    fn changes(&mut self) -> Vec<Change<u32>> {
+        std::iter::from_fn(|| self.reservations.next_change()).collect()
+    }
+
+    fn freed(&mut self) -> Vec<(usize, FreedReason)> {
+        let changes = self.changes().into_iter();
+        let freed = changes.filter_map(|change| match change {
+            Change::Freed { peer, reason, .. } => Some((peer, reason)),
+            Change::Moved { .. } => None,
+        });
+        let who = |peer| self.peers.iter().position(|other| *other == peer);
+        freed.map(|(peer, reason)| (who(peer).unwrap(), reason)).collect()
     }
 
     fn sweep(&mut self) -> Vec<(usize, FreedReason)> {
         self.reservations.end_what_is_over(self.now);
-        let freed = self.reservations.take_freed();
-        let who = |freed: &Freed<u32>| self.peers.iter().position(|peer| *peer == freed.peer);
-        freed.iter().map(|freed| (who(freed).unwrap(), freed.reason)).collect()
+        self.freed()
     }
 
     fn slots_of(&self, address: ClientPrefix) -> usize {
@@ -190,7 +234,7 @@ fn without_grace_the_slot_is_free_with_the_last_connection() {
     config.grace = Duration::ZERO;
     let mut table = Table::with(&config);
     table.reserve(ALICE);
-    assert_eq!(table.disconnect(ALICE), Left::Freed);
+    assert_eq!(table.disconnect(ALICE), Left::Freed(FreedReason::Disconnected));
     assert_eq!(table.reserve(BOB), Got::Slot);
 }
 
@@ -310,7 +354,7 @@ fn when_the_connection_goes_another_of_the_same_peer_takes_over() {
 fn a_grant_whose_answer_is_lost_is_freed() {
     let mut table = Table::of(1);
     let (_, receipt) = table.reserve_over(ALICE, 1, 1);
-    assert_eq!(table.undelivered(ALICE, receipt, &[1]), Left::Freed);
+    assert_eq!(table.undelivered(ALICE, receipt, &[1]), Left::Freed(FreedReason::Undelivered));
     assert_eq!(table.reserve(BOB), Got::Slot);
 }
 
@@ -318,8 +362,7 @@ fn a_grant_whose_answer_is_lost_is_freed() {
 fn a_grant_is_freed_as_well_when_its_connection_is_lost_before_the_answer() {
     let mut table = Table::of(1);
     table.reserve_over(ALICE, 1, 1);
-    assert_eq!(table.lose(ALICE, 1, &[]), Left::Freed);
-    assert_eq!(table.sweep(), [(ALICE, FreedReason::Undelivered)]);
+    assert_eq!(table.lose(ALICE, 1, &[]), Left::Freed(FreedReason::Undelivered));
 }
 
 #[test]

@@ -44,7 +44,7 @@ pub(crate) async fn serve(
 ) -> io::Result<()> {
     // 1. Read the request.
     let limit = timeouts.start(REQUEST_TIMEOUT);
-    let request = match within(limit, wire::read_frame(&mut stream)).await? {
+    let request = match within(limit, wire::read_frame(&mut stream)).await {
         Ok(message) => wire::decode_request(&message, from.peer),
         Err(FrameError::Malformed(what)) => Err(BadRequest::Malformed(what)),
         Err(FrameError::Io(error)) => return Err(error),
@@ -58,11 +58,9 @@ pub(crate) async fn serve(
     // 3. Answer. After a CONNECT that was granted, the stream is the circuit.
     let limit = timeouts.start(ANSWER_TIMEOUT);
     match answer {
-        Answer::Refused(status) => {
-            within(limit, deliver_all(stream, wire::refusal(status))).await?
-        }
+        Answer::Refused(status) => within(limit, deliver_all(stream, wire::refusal(status))).await,
         Answer::Reserved(message, receipt) => {
-            let delivered = within(limit, deliver_all(stream, message)).await.flatten();
+            let delivered = within(limit, deliver_all(stream, message)).await;
             let event = HandlerEvent::Delivered(from.peer, receipt, delivered.is_ok());
             let _ = events.unbounded_send(event);
             delivered
@@ -75,7 +73,7 @@ pub(crate) async fn serve(
             let deadline = parameters.limit.duration.map(|duration| timeouts.start(duration));
             let answer = deliver(&mut stream, wire::connect_ok(parameters.limit));
             let answered = match future::select(pin!(within(limit, answer)), &mut ended).await {
-                Either::Left((answered, _)) => Some(answered.flatten()),
+                Either::Left((answered, _)) => Some(answered),
                 Either::Right(_) => None,
             };
             let end = match answered {

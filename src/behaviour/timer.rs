@@ -135,10 +135,13 @@ impl Future for Timeout {
 }
 
 /// What `future` yields, unless the time is over first.
-pub(crate) async fn within<T>(limit: Timeout, future: impl Future<Output = T>) -> io::Result<T> {
+pub(crate) async fn within<T, E: From<io::Error>>(
+    limit: Timeout,
+    future: impl Future<Output = Result<T, E>>,
+) -> Result<T, E> {
     match future::select(std::pin::pin!(future), limit).await {
-        Either::Left((value, _)) => Ok(value),
-        Either::Right(_) => Err(io::ErrorKind::TimedOut.into()),
+        Either::Left((value, _)) => value,
+        Either::Right(_) => Err(io::Error::from(io::ErrorKind::TimedOut).into()),
     }
 }
 
@@ -167,7 +170,7 @@ mod tests {
         let _longer = limits.start(LONG, now);
         let short = limits.start(SHORT, now);
         let _later = limits.start(LONG, now);
-        let never = within(short, future::pending::<()>());
+        let never = within(short, future::pending::<io::Result<()>>());
         let error = run(&mut limits, never).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
         assert_eq!(limits.started.len(), 2);
@@ -180,7 +183,10 @@ mod tests {
         let now = Instant::now();
         for _ in 0..1000 {
             let limit = limits.start(SHORT, now);
-            assert_eq!(run(&mut limits, within(limit, future::ready(7))).unwrap(), 7);
+            assert_eq!(
+                run(&mut limits, within(limit, future::ready(io::Result::Ok(7)))).unwrap(),
+                7
+            );
         }
         assert!(limits.started.len() <= 8, "who is done is forgotten");
         let last = limits.start(SHORT * 2, now);

@@ -53,46 +53,46 @@ pub enum Refused {
 impl Refused {
     /// The status that the client is told; `None`: it is not told anything.
     pub fn status(&self) -> Option<Status> {
-        let status = match self {
-            Self::TableFull | Self::AddressFull(_) | Self::SubnetFull(_) | Self::NotSigned => {
-                Status::ReservationRefused
-            }
-            Self::Relayed | Self::Denied => Status::PermissionDenied,
-            Self::NoReservation => Status::NoReservation,
-            Self::TooOften
-            | Self::AddressTooOften(_)
-            | Self::TooManyCircuits
-            | Self::TooManyCircuitsOfAddress(_)
-            | Self::TooManyCircuitsOfSubnet(_)
-            | Self::TooManyCircuitsOfSource
-            | Self::TooManyCircuitsOfTarget => Status::ResourceLimitExceeded,
-            Self::StopFailed(_) | Self::Gone => Status::ConnectionFailed,
-            Self::Draining => return None,
-        };
-        Some(status)
+        self.told().0
     }
 
     /// The reason in a few words, the same for all cases of it.
     pub fn kind(&self) -> &'static str {
-        match self {
-            Self::TableFull => "all slots are taken",
-            Self::AddressFull(_) => "all slots of the address are taken",
-            Self::SubnetFull(_) => "all slots of the subnet are taken",
-            Self::Relayed => "it came over a relayed connection",
-            Self::Denied => "the rules do not allow it",
-            Self::TooOften => "the peer asks too often",
-            Self::AddressTooOften(_) => "the peers of the address ask too often",
-            Self::NoReservation => "the target holds no live reservation",
-            Self::TooManyCircuits => "too many circuits",
-            Self::TooManyCircuitsOfAddress(_) => "too many circuits of the source's address",
-            Self::TooManyCircuitsOfSubnet(_) => "too many circuits of the source's subnet",
-            Self::TooManyCircuitsOfSource => "too many circuits of the source",
-            Self::TooManyCircuitsOfTarget => "too many circuits of the target",
-            Self::StopFailed(_) => "the target could not be won",
-            Self::Gone => "one of its peers is gone",
-            Self::NotSigned => "the voucher could not be signed",
-            Self::Draining => "the relay is draining",
-        }
+        self.told().1
+    }
+
+    fn told(&self) -> (Option<Status>, &'static str) {
+        use Status::*;
+        let (status, kind) = match self {
+            Self::TableFull => (ReservationRefused, "all slots are taken"),
+            Self::AddressFull(_) => (ReservationRefused, "all slots of the address are taken"),
+            Self::SubnetFull(_) => (ReservationRefused, "all slots of the subnet are taken"),
+            Self::NotSigned => (ReservationRefused, "the voucher could not be signed"),
+            Self::Relayed => (PermissionDenied, "it came over a relayed connection"),
+            Self::Denied => (PermissionDenied, "the rules do not allow it"),
+            Self::TooOften => (ResourceLimitExceeded, "the peer asks too often"),
+            Self::AddressTooOften(_) => {
+                (ResourceLimitExceeded, "the peers of the address ask too often")
+            }
+            Self::NoReservation => (NoReservation, "the target holds no live reservation"),
+            Self::TooManyCircuits => (ResourceLimitExceeded, "too many circuits"),
+            Self::TooManyCircuitsOfAddress(_) => {
+                (ResourceLimitExceeded, "too many circuits of the source's address")
+            }
+            Self::TooManyCircuitsOfSubnet(_) => {
+                (ResourceLimitExceeded, "too many circuits of the source's subnet")
+            }
+            Self::TooManyCircuitsOfSource => {
+                (ResourceLimitExceeded, "too many circuits of the source")
+            }
+            Self::TooManyCircuitsOfTarget => {
+                (ResourceLimitExceeded, "too many circuits of the target")
+            }
+            Self::StopFailed(_) => (ConnectionFailed, "the target could not be won"),
+            Self::Gone => (ConnectionFailed, "one of its peers is gone"),
+            Self::Draining => return (None, "the relay is draining"),
+        };
+        (Some(status), kind)
     }
 }
 

@@ -24,8 +24,9 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         let prefix = request.origin.prefix;
         let pending = PendingConnect { request, limit };
         let (circuit, ended) = self.circuits.add(source, target, prefix, pending, now);
-        self.connections.add_circuit(source.connection, now);
-        self.connections.add_circuit(connection, now);
+        for end in [source, target] {
+            self.connections.count_circuit(end.connection, 1, now);
+        }
         let source = source.peer;
         self.actions.push_back(Action::AskTarget { target, circuit, source, limit, ended });
     }
@@ -130,7 +131,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     ) -> Option<Circuit<C, PendingConnect<C, R>>> {
         let circuit = self.circuits.remove(id)?;
         for end in [circuit.source, circuit.target] {
-            self.connections.remove_circuit(end.connection, now);
+            self.connections.count_circuit(end.connection, -1, now);
         }
         Some(circuit)
     }

@@ -33,7 +33,8 @@ pub struct Connection {
     pub origin: Arc<Origin>,
     holds_reservation: bool,
     circuits: u32,
-    idle_since: Instant,
+    /// When it became so.
+    pub idle_since: Instant,
     closing: bool,
     /// Its peer sends more than it may of what serves nothing.
     floods: bool,
@@ -41,7 +42,8 @@ pub struct Connection {
     /// much it was when we last looked.
     signs: [Option<Signs>; 2],
     heard: u64,
-    pulse: Pulse,
+    /// When it was heard last, and whether it is being probed.
+    pub pulse: Pulse,
 }
 
 /// Where a connection comes from: found out once, when it comes up.
@@ -80,6 +82,12 @@ impl Connection {
             heard: 0,
             pulse: Pulse::new(now, jitter),
         }
+    }
+
+    /// Signs of life on it are counted here: the first call's, and the last one's.
+    pub fn listen_to(&mut self, signs: Signs) {
+        let [first, last] = &mut self.signs;
+        *(if first.is_none() { first } else { last }) = Some(signs);
     }
 
     /// For how long nothing was heard on it.
@@ -171,11 +179,9 @@ impl<C: Copy + Eq + std::hash::Hash> Connections<C> {
         Some(connection)
     }
 
-    /// The peer says under which address it reached the relay.
-    pub fn reported(&mut self, id: C, address: Multiaddr) {
-        if let Some(connection) = self.up.get_mut(&id) {
-            Arc::make_mut(&mut connection.origin).reported = Some(address);
-        }
+    /// As [`Connections::get`], to change what has nothing to do with whether it is idle.
+    pub fn get_mut(&mut self, id: C) -> Option<&mut Connection> {
+        self.up.get_mut(&id)
     }
 
     /// The connection holds a reservation from now on, or does so no longer. Whether that is news.
@@ -185,16 +191,10 @@ impl<C: Copy + Eq + std::hash::Hash> Connections<C> {
         news
     }
 
-    /// One circuit more goes over the connection.
-    pub fn add_circuit(&mut self, id: C, now: Instant) {
-        self.change(id, now, |connection| connection.circuits += 1);
-    }
-
-    /// One circuit less goes over the connection.
-    pub fn remove_circuit(&mut self, id: C, now: Instant) {
-        self.change(id, now, |connection| {
-            connection.circuits = connection.circuits.saturating_sub(1);
-        });
+    /// One circuit more goes over the connection, or one less.
+    pub fn count_circuit(&mut self, id: C, by: i32, now: Instant) {
+        let count = |up: &mut Connection| up.circuits = up.circuits.saturating_add_signed(by);
+        self.change(id, now, count);
     }
 
     /// Those that have been idle for `timeout` or longer, or are idle and flood the relay, to be closed:
@@ -224,27 +224,12 @@ impl<C: Copy + Eq + std::hash::Hash> Connections<C> {
         self.get(id).is_some_and(|connection| connection.circuits > 0)
     }
 
-    /// Signs of life on this connection are counted here: the first call's, and the last one's.
-    pub fn listen_to(&mut self, id: C, signs: Signs) {
-        if let Some(connection) = self.up.get_mut(&id) {
-            let [first, last] = &mut connection.signs;
-            *(if first.is_none() { first } else { last }) = Some(signs);
-        }
-    }
-
     /// Something was heard from `peer`.
     pub fn heard(&mut self, peer: &PeerId, now: Instant) {
         for id in self.by_peer.get(peer).into_iter().flatten() {
             if let Some(connection) = self.up.get_mut(id) {
                 connection.pulse.heard(now);
             }
-        }
-    }
-
-    /// The peer waits for an answer: until now its connection was not idle.
-    pub fn waits(&mut self, id: C, now: Instant) {
-        if let Some(connection) = self.up.get_mut(&id) {
-            connection.idle_since = now;
         }
     }
 
@@ -290,20 +275,6 @@ impl<C: Copy + Eq + std::hash::Hash> Connections<C> {
             reserved && connection.silent_for(now) >= at_least
         });
         silent.map(|(id, connection)| (*id, connection.origin.peer, &connection.pulse))
-    }
-
-    /// A question was put to the peer at the other end.
-    pub fn asked(&mut self, id: C, now: Instant) {
-        if let Some(connection) = self.up.get_mut(&id) {
-            connection.pulse.asked(now);
-        }
-    }
-
-    /// The connection was judged silent: if it stays up, its silence starts anew.
-    pub fn judged(&mut self, id: C, now: Instant) {
-        if let Some(connection) = self.up.get_mut(&id) {
-            connection.pulse.heard(now);
-        }
     }
 
     /// The connection is being closed: it is neither watched nor idle any more.
@@ -367,11 +338,11 @@ mod tests {
     fn who_holds_a_reservation_or_carries_a_circuit_is_not_idle() {
         let (mut connections, start) = connections();
         connections.hold_reservation(1, true, start);
-        connections.add_circuit(1, start);
+        connections.count_circuit(1, 1, start);
         assert!(idle(&mut connections, start + 9 * MINUTE).is_empty());
         connections.hold_reservation(1, false, start + 9 * MINUTE);
         assert!(idle(&mut connections, start + 20 * MINUTE).is_empty());
-        connections.remove_circuit(1, start + 20 * MINUTE);
+        connections.count_circuit(1, -1, start + 20 * MINUTE);
         assert!(idle(&mut connections, start + 20 * MINUTE).is_empty());
         assert_eq!(idle(&mut connections, start + 21 * MINUTE), [1]);
     }
@@ -380,7 +351,7 @@ mod tests {
     fn who_floods_the_relay_is_closed_at_once_unless_it_holds_a_reservation_or_carries_a_circuit() {
         let (mut connections, start) = connections();
         let signs = Signs::default();
-        connections.listen_to(1, signs.clone());
+        connections.get_mut(1).unwrap().listen_to(signs.clone());
         connections.hold_reservation(1, true, start);
         signs.set_flooding();
         connections.listen(start);
@@ -437,14 +408,14 @@ mod tests {
             idle.iter().map(|(end, ..)| end.connection).collect()
         };
         connections.hold_reservation(0, true, start);
-        connections.add_circuit(1, start);
+        connections.count_circuit(1, 1, start);
         assert_eq!(longest_first(&connections), [2, 3, 4]);
         connections.closing(2);
         assert_eq!(longest_first(&connections), [3, 4]);
         // It waits for an answer: until now it was not idle.
-        connections.waits(3, start + MINUTE);
+        connections.get_mut(3).unwrap().idle_since = start + MINUTE;
         assert_eq!(longest_first(&connections), [4, 3]);
-        connections.remove_circuit(1, start + 2 * MINUTE);
+        connections.count_circuit(1, -1, start + 2 * MINUTE);
         connections.remove(4);
         assert_eq!(longest_first(&connections), [3, 1]);
     }

@@ -45,7 +45,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         for peer in self.reservations.holders().collect::<Vec<_>>() {
             if self.denies_holder(peer) {
                 self.reservations.deny(peer);
-                self.tell_freed(now);
+                self.tell_changes(now);
                 self.end_circuits_of(&peer);
             }
         }

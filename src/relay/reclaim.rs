@@ -83,17 +83,17 @@ impl<C, R> Reclaim<C, R> {
         &mut self,
         config: &Config,
         newcomer: PendingReservation<C, R>,
-    ) -> Result<(), PendingReservation<C, R>> {
+    ) -> Option<PendingReservation<C, R>> {
         let prefix = newcomer.request.origin.prefix;
         let alike = self.waiting.iter().filter(|other| other.request.origin.prefix == prefix);
         if config.probe.is_zero()
             || self.waiting.len() >= MOST_WAITING
             || alike.count() >= MOST_WAITING_PER_ADDRESS
         {
-            return Err(newcomer);
+            return Some(newcomer);
         }
         self.waiting.push_back(newcomer);
-        Ok(())
+        None
     }
 
     /// Lets a newcomer whose turn it was wait on.
@@ -281,7 +281,7 @@ mod tests {
             let from = End { peer: origin.peer, connection: 0 };
             let request = PendingRequest { from, origin: Arc::new(origin), reply: () };
             let newcomer = PendingReservation { request, terms: Terms::default(), since: None };
-            reclaim.wait(&config, newcomer).is_ok()
+            reclaim.wait(&config, newcomer).is_none()
         };
         for n in 0..MOST_WAITING {
             let home = format!("/ip4/192.0.2.{}/tcp/1", n / MOST_WAITING_PER_ADDRESS);

@@ -13,7 +13,7 @@
 //! ```
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -37,8 +37,8 @@ pub struct Reservations<C> {
     quota: Quota,
     /// Before this, no term and no grace ends: nobody has to look for one.
     next_end: Option<Instant>,
-    /// What ended since the last [`Reservations::take_freed`].
-    freed: Vec<Freed<C>>,
+    /// What became of slots, until [`Reservations::next_change`] takes it.
+    changes: VecDeque<Change<C>>,
     departures: u64,
     receipts: u64,
 }
@@ -62,6 +62,15 @@ enum State<C> {
     Grace { since: Instant, departure: Departure },
 }
 
+impl<C> State<C> {
+    fn connection(self) -> Option<C> {
+        match self {
+            Self::Live { connection } => Some(connection),
+            Self::Grace { .. } => None,
+        }
+    }
+}
+
 #[derive(Debug)]
 enum Undo<C> {
     Free,
@@ -81,30 +90,29 @@ pub struct Granted {
     pub is_renewal: bool,
 }
 
-/// A reservation that ended.
+/// What became of a slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Freed<C> {
-    /// Who held it.
-    pub peer: PeerId,
-    /// The connection it was live on.
-    pub connection: Option<C>,
-    /// The address it was billed to.
-    pub billed_to: Option<ClientPrefix>,
-    /// Why it ended.
-    pub reason: FreedReason,
-}
-
-/// What the end of a connection, or of an attempt to answer, meant for the peer's slot.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Left<C> {
-    /// The slot does not depend on it, or there is none.
-    Untouched,
-    /// The reservation now points at this connection of the same peer.
-    MovedTo(C),
-    /// The peer has no connection any more: its grace began.
-    Grace,
-    /// The slot came back at once.
-    Freed,
+pub enum Change<C> {
+    /// The reservation points at another connection of the peer.
+    Moved {
+        /// The peer.
+        peer: PeerId,
+        /// `None`: it was granted, or had been in grace.
+        from: Option<C>,
+        /// `None`: the peer has no connection any more, and its grace began.
+        to: Option<C>,
+    },
+    /// It came back.
+    Freed {
+        /// The peer that held it.
+        peer: PeerId,
+        /// The connection it was live on.
+        connection: Option<C>,
+        /// The address it was billed to.
+        billed_to: Option<ClientPrefix>,
+        /// Why it came back.
+        reason: FreedReason,
+    },
 }
 
 impl<C: Copy + Eq> Reservations<C> {
@@ -116,7 +124,7 @@ impl<C: Copy + Eq> Reservations<C> {
             left: Queue::new(),
             quota: Quota::new(caps(config)),
             next_end: None,
-            freed: Vec::new(),
+            changes: VecDeque::new(),
             departures: 0,
             receipts: 0,
         }
@@ -155,10 +163,7 @@ impl<C: Copy + Eq> Reservations<C> {
 
     /// The connection that `peer`'s reservation points at, its term over or not.
     pub fn connection(&self, peer: &PeerId) -> Option<C> {
-        match self.slots.get(peer)?.state {
-            State::Live { connection } => Some(connection),
-            State::Grace { .. } => None,
-        }
+        self.slots.get(peer)?.state.connection()
     }
 
     /// The address that `peer`'s slot is billed to.
@@ -227,6 +232,7 @@ impl<C: Copy + Eq> Reservations<C> {
             let reservation = Reservation { state, expires, billed_to, receipt, undo };
             self.slots.insert(Arc::new(peer), reservation);
             self.quota.add(billed_to);
+            self.changes.push_back(Change::Moved { peer, from: None, to: Some(connection) });
         }
         Ok(Granted { receipt, is_renewal })
     }
@@ -242,51 +248,31 @@ impl<C: Copy + Eq> Reservations<C> {
 
     /// The answer that this receipt stands for did not reach the peer: a new grant is freed, a
     /// renewal undone. `up` are the peer's connections, oldest first.
-    pub fn undelivered(
-        &mut self,
-        peer: PeerId,
-        receipt: Receipt,
-        up: &[C],
-        now: Instant,
-    ) -> Left<C> {
-        match self.slots.get(&peer) {
-            Some(reservation) if reservation.receipt == receipt => self.undo(peer, up, now),
-            _ => Left::Untouched,
+    pub fn undelivered(&mut self, peer: PeerId, receipt: Receipt, up: &[C], now: Instant) {
+        if self.slots.get(&peer).is_some_and(|reservation| reservation.receipt == receipt) {
+            self.undo(peer, up, now);
         }
     }
 
-    /// A connection of `peer` is gone; `up` are those that remain, oldest first.
+    /// A connection of `peer` is gone, or timed out; `up` are those that remain, oldest first.
     ///
-    /// Unless the reservation points at the one that is gone, nothing happens to it.
-    pub fn disconnected(&mut self, peer: PeerId, gone: C, up: &[C], now: Instant) -> Left<C> {
-        self.lost(peer, gone, up, FreedReason::Disconnected, now)
-    }
-
-    /// A connection of `peer` was judged silent: as if it were gone.
-    pub fn silent(&mut self, peer: PeerId, gone: C, up: &[C], now: Instant) -> Left<C> {
-        self.lost(peer, gone, up, FreedReason::Silent, now)
-    }
-
-    fn lost(
+    /// Unless the reservation points at the one that is gone, nothing happens to it. `reason` is why the slot
+    /// comes back if there is no grace.
+    pub fn disconnected(
         &mut self,
         peer: PeerId,
         gone: C,
         up: &[C],
-        without_grace: FreedReason,
+        reason: FreedReason,
         now: Instant,
-    ) -> Left<C> {
-        let Some(reservation) = self.slots.get(&peer) else {
-            return Left::Untouched;
-        };
-        match reservation.state {
-            State::Live { connection } if connection == gone => {}
-            _ => return Left::Untouched,
+    ) {
+        match self.slots.get(&peer) {
+            Some(reservation) if reservation.state.connection() != Some(gone) => {}
+            // An answer on its way over that connection will not arrive any more.
+            Some(reservation) if reservation.undo.is_some() => self.undo(peer, up, now),
+            Some(_) => self.settle(peer, up, reason, now),
+            None => {}
         }
-        // An answer on its way over that connection will not arrive any more.
-        if reservation.undo.is_some() {
-            return self.undo(peer, up, now);
-        }
-        self.settle(peer, up, without_grace, now)
     }
 
     /// Gives up `peer`'s slot, whatever state it is in. Whether there was one.
@@ -320,9 +306,9 @@ impl<C: Copy + Eq> Reservations<C> {
         }
     }
 
-    /// Hands over what ended since the last call, in that order.
-    pub fn take_freed(&mut self) -> Vec<Freed<C>> {
-        std::mem::take(&mut self.freed)
+    /// Takes out the next thing that became of a slot, first come first.
+    pub fn next_change(&mut self) -> Option<Change<C>> {
+        self.changes.pop_front()
     }
 
     fn renew(
@@ -341,12 +327,9 @@ impl<C: Copy + Eq> Reservations<C> {
         let Reservation { state, expires: before, .. } = *reservation;
         let undo = || Box::new(Undo::Restore { state, expires: before });
         reservation.undo.get_or_insert_with(undo);
-        reservation.state = State::Live { connection };
         reservation.expires = expires;
         reservation.receipt = receipt;
-        if let State::Grace { departure, .. } = state {
-            self.left.remove(departure);
-        }
+        self.set_state(peer, State::Live { connection });
     }
 
     /// Makes sure that one more slot fits under each cap, taking one in grace where it must.
@@ -388,63 +371,57 @@ impl<C: Copy + Eq> Reservations<C> {
     }
 
     /// Goes back to what held before the answers that never arrived.
-    fn undo(&mut self, peer: PeerId, up: &[C], now: Instant) -> Left<C> {
+    fn undo(&mut self, peer: PeerId, up: &[C], now: Instant) {
         let Some(reservation) = self.slots.get_mut(&peer) else {
-            return Left::Untouched;
+            return;
         };
         match reservation.undo.take().map(|undo| *undo) {
-            None => Left::Untouched,
-            Some(Undo::Free) => {
-                self.free(peer, FreedReason::Undelivered);
-                Left::Freed
-            }
+            None => {}
+            Some(Undo::Free) => _ = self.free(peer, FreedReason::Undelivered),
             Some(Undo::Restore { state, expires }) => {
                 reservation.expires = expires;
-                reservation.state = state;
                 self.ends_no_later_than(expires);
-                match state {
-                    State::Live { connection } if up.contains(&connection) => {
-                        Left::MovedTo(connection)
+                match state.connection() {
+                    Some(gone) if !up.contains(&gone) => {
+                        self.settle(peer, up, FreedReason::Disconnected, now);
                     }
-                    State::Live { .. } => self.settle(peer, up, FreedReason::Disconnected, now),
-                    State::Grace { since, departure } => self.enter_grace(peer, since, departure),
+                    _ => self.set_state(peer, state),
                 }
             }
         }
     }
 
     /// The connection that the reservation points at is gone: another takes over, or grace begins.
-    fn settle(
-        &mut self,
-        peer: PeerId,
-        up: &[C],
-        without_grace: FreedReason,
-        now: Instant,
-    ) -> Left<C> {
+    fn settle(&mut self, peer: PeerId, up: &[C], without_grace: FreedReason, now: Instant) {
         if let Some(&connection) = up.last() {
-            if let Some(reservation) = self.slots.get_mut(&peer) {
-                reservation.state = State::Live { connection };
-            }
-            return Left::MovedTo(connection);
-        }
-        if self.grace.is_zero() {
+            self.set_state(peer, State::Live { connection });
+        } else if self.grace.is_zero() {
             self.free(peer, without_grace);
-            return Left::Freed;
+        } else {
+            self.departures += 1;
+            self.set_state(peer, State::Grace { since: now, departure: self.departures });
         }
-        self.departures += 1;
-        self.enter_grace(peer, now, self.departures)
     }
 
-    fn enter_grace(&mut self, peer: PeerId, since: Instant, departure: Departure) -> Left<C> {
-        let Some((id, reservation)) = self.slots.get_key_value(&peer) else {
-            return Left::Untouched;
+    fn set_state(&mut self, peer: PeerId, state: State<C>) {
+        let Some(id) = self.slots.get_key_value(&peer).map(|(id, _)| Arc::clone(id)) else {
+            return;
         };
-        self.left.insert(departure, id.clone(), reservation.billed_to);
-        if let Some(reservation) = self.slots.get_mut(&peer) {
-            reservation.state = State::Grace { since, departure };
+        let Some(reservation) = self.slots.get_mut(&peer) else {
+            return;
+        };
+        let before = std::mem::replace(&mut reservation.state, state);
+        if let State::Grace { departure, .. } = before {
+            self.left.remove(departure);
         }
-        self.ends_no_later_than(since + self.grace);
-        Left::Grace
+        if let State::Grace { since, departure } = state {
+            self.left.insert(departure, id, reservation.billed_to);
+            self.ends_no_later_than(since + self.grace);
+        }
+        let (from, to) = (before.connection(), state.connection());
+        if from != to {
+            self.changes.push_back(Change::Moved { peer, from, to });
+        }
     }
 
     /// The one way in which a slot comes back.
@@ -452,15 +429,17 @@ impl<C: Copy + Eq> Reservations<C> {
         let Some(reservation) = self.slots.remove(&peer) else {
             return false;
         };
-        let (connection, departure) = match reservation.state {
-            State::Live { connection } => (Some(connection), None),
-            State::Grace { departure, .. } => (None, Some(departure)),
-        };
-        if let Some(departure) = departure {
+        if let State::Grace { departure, .. } = reservation.state {
             self.left.remove(departure);
         }
-        self.quota.remove(reservation.billed_to);
-        self.freed.push(Freed { peer, connection, billed_to: reservation.billed_to, reason });
+        let Reservation { state, billed_to, .. } = reservation;
+        self.quota.remove(billed_to);
+        self.changes.push_back(Change::Freed {
+            peer,
+            connection: state.connection(),
+            billed_to,
+            reason,
+        });
         true
     }
 

@@ -9,7 +9,7 @@ use super::{
     circuits::End,
     quota::Scope,
     reclaim::{self, Candidate, PendingReservation, Prospect},
-    reservations::{Freed, Granted, Left, Receipt},
+    reservations::{Change, Granted, Receipt},
 };
 use crate::{
     access::{Permission, Terms},
@@ -23,7 +23,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
             Err(reason) => return self.refuse(request, reason),
         };
         let pending = PendingReservation { request, terms, since: None };
-        let Err((pending, full)) = self.try_reserve(pending, now) else {
+        let Some((pending, full)) = self.try_reserve(pending, now) else {
             return;
         };
         // A peer waits once: what it asked before, from another network maybe, is over.
@@ -31,11 +31,13 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         for older in self.reclaim.withdraw(|older| older.from.peer == peer) {
             self.refuse(older.request, full.into());
         }
-        if let Err(refused) = self.reclaim.wait(&self.config, pending) {
+        if let Some(refused) = self.reclaim.wait(&self.config, pending) {
             return self.refuse(refused.request, full.into());
         }
         log::debug!("reservation waits: peer {peer}: {}", Refused::from(full));
-        self.connections.waits(connection, now);
+        if let Some(up) = self.connections.get_mut(connection) {
+            up.idle_since = now; // until now it was not
+        }
         self.hurry(now);
     }
 
@@ -69,33 +71,34 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         &mut self,
         pending: PendingReservation<C, R>,
         now: Instant,
-    ) -> Result<(), (PendingReservation<C, R>, Scope)> {
+    ) -> Option<(PendingReservation<C, R>, Scope)> {
         let (End { peer, connection }, prefix) =
             (pending.request.from, pending.request.origin.prefix);
-        let before = self.reservations.connection(&peer);
         let ttl = self.config.ttl(pending.terms);
         let decided = self.reservations.reserve(peer, connection, prefix, ttl, now);
-        self.tell_freed(now);
+        self.tell_changes(now);
         let Granted { receipt, is_renewal } = match decided {
             Ok(granted) => granted,
             Err(full) => match self.reservations.quota().above(prefix) {
-                Some(above) => return Ok(self.refuse(pending.request, above.into())),
-                None => return Err((pending, full)),
+                Some(above) => {
+                    self.refuse(pending.request, above.into());
+                    return None;
+                }
+                None => return Some((pending, full)),
             },
         };
-        self.point(peer, before, now);
         let PendingReservation { request, terms, .. } = pending;
         let address = request.origin.address.clone();
         self.actions.push_back(Action::Grant { request, receipt, terms, expires: now + ttl });
         self.tell(Event::ReservationAccepted { peer, address, renewed: is_renewal });
-        Ok(())
+        None
     }
 
     /// Looks for a slot for each newcomer that waits.
     pub(super) fn reclaim(&mut self, now: Instant) {
         let mut waiting = Vec::new();
         for newcomer in self.reclaim.take() {
-            if let Err((mut newcomer, full)) = self.try_reserve(newcomer, now) {
+            if let Some((mut newcomer, full)) = self.try_reserve(newcomer, now) {
                 let since = *newcomer.since.get_or_insert(now);
                 waiting.push((newcomer, full, now - since));
             }
@@ -113,7 +116,9 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         let caps = waiting.iter().map(|(_, full, waited)| (*full, *waited));
         let (prospects, ask) = reclaim::decide(&self.config, caps, candidates.collect());
         for connection in ask {
-            self.connections.asked(connection, now);
+            if let Some(up) = self.connections.get_mut(connection) {
+                up.pulse.asked(now);
+            }
             self.probe(connection);
         }
         for ((newcomer, full, _), prospect) in waiting.into_iter().zip(prospects) {
@@ -123,7 +128,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
                 Prospect::Evict(connection) => {
                     self.time_out(connection, now);
                     // Unless the peer has another connection, there is room now.
-                    if let Err((newcomer, _)) = self.try_reserve(newcomer, now) {
+                    if let Some((newcomer, _)) = self.try_reserve(newcomer, now) {
                         self.reclaim.requeue(newcomer);
                     }
                 }
@@ -136,10 +141,9 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         if arrived {
             return self.reservations.delivered(&peer);
         }
-        let before = self.reservations.connection(&peer);
         let up = self.fit_for_a_slot(peer);
-        let left = self.reservations.undelivered(peer, receipt, &up, now);
-        self.after_leaving(peer, before, left, now);
+        self.reservations.undelivered(peer, receipt, &up, now);
+        self.tell_changes(now);
     }
 
     /// There is no answer: the voucher could not be signed.
@@ -153,46 +157,30 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         self.refuse(request, Refused::NotSigned);
     }
 
-    pub(super) fn after_leaving(
-        &mut self,
-        peer: PeerId,
-        before: Option<C>,
-        left: Left<C>,
-        now: Instant,
-    ) {
-        self.tell_freed(now);
-        self.point(peer, before, now);
-        if left == Left::Grace {
-            self.tell(Event::GraceBegan { peer });
-        }
-    }
-
-    /// Keeps the connection that `peer`'s reservation points at now, and no longer the one before.
-    fn point(&mut self, peer: PeerId, before: Option<C>, now: Instant) {
-        let after = self.reservations.connection(&peer);
-        if let Some(connection) = before.filter(|_| before != after) {
-            self.hold(End { peer, connection }, false, now);
-            if after.is_some() {
-                log::debug!("slot moved to another connection: peer {peer}");
+    /// Keeps the connections that reservations point at now, and no others; tells what became of slots.
+    pub(super) fn tell_changes(&mut self, now: Instant) {
+        while let Some(change) = self.reservations.next_change() {
+            let (peer, from, to) = match change {
+                Change::Moved { peer, from, to } => (peer, from, to),
+                Change::Freed { peer, connection, .. } => (peer, connection, None),
+            };
+            for (connection, holds) in [(from, false), (to, true)] {
+                if let Some(connection) = connection
+                    && self.connections.hold_reservation(connection, holds, now)
+                {
+                    self.actions.push_back(Action::Hold(End { peer, connection }, holds));
+                }
             }
-        }
-        if let Some(connection) = after {
-            self.hold(End { peer, connection }, true, now);
-        }
-    }
-
-    fn hold(&mut self, on: End<C>, holds: bool, now: Instant) {
-        if self.connections.hold_reservation(on.connection, holds, now) {
-            self.actions.push_back(Action::Hold(on, holds));
-        }
-    }
-
-    pub(super) fn tell_freed(&mut self, now: Instant) {
-        for Freed { peer, connection, billed_to, reason } in self.reservations.take_freed() {
-            if let Some(connection) = connection {
-                self.hold(End { peer, connection }, false, now);
+            match change {
+                Change::Freed { peer, billed_to, reason, .. } => {
+                    self.tell(Event::ReservationFreed { peer, billed_to, reason });
+                }
+                Change::Moved { to: None, .. } => self.tell(Event::GraceBegan { peer }),
+                Change::Moved { from: None, .. } => {}
+                Change::Moved { .. } => {
+                    log::debug!("slot moved to another connection: peer {peer}");
+                }
             }
-            self.tell(Event::ReservationFreed { peer, billed_to, reason });
         }
     }
 

@@ -12,7 +12,7 @@ use std::{
 };
 
 use super::{Action, Relay, circuits::End, reclaim::TICK};
-use crate::event::Event;
+use crate::event::{Event, FreedReason};
 
 /// How late a sweep may come before questions count anew. Before that its lateness is taken off the
 /// time for which they have been open: a relay that has no time hears no answers.
@@ -33,7 +33,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         self.connect_rates.forget_full(now);
         self.link.bandwidth().forget_paid(now);
         self.reservations.end_what_is_over(now);
-        self.tell_freed(now);
+        self.tell_changes(now);
         self.connections.listen(now);
         self.circuits.look(now);
         let mut beat = self.heartbeat.beat(&self.config, self.connections.watched(), now);
@@ -75,12 +75,12 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     /// The peer at the other end of this connection has timed out: as if it were gone, whether or not it is
     /// closed.
     pub(super) fn time_out(&mut self, connection: C, now: Instant) {
-        let Some(silent) = self.connections.get(connection) else {
+        let Some(silent) = self.connections.get_mut(connection) else {
             return;
         };
         let (peer, address) = (silent.origin.peer, silent.origin.address.clone());
         let silent_for = silent.silent_for(now);
-        self.connections.judged(connection, now);
+        silent.pulse.heard(now); // if it stays up, its silence starts anew
         self.tell(Event::PeerSilent { peer, address, silent_for });
         self.give_up(End { peer, connection }, now);
         if self.config.close_silent {
@@ -92,18 +92,17 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     pub(super) fn give_up(&mut self, gone: End<C>, now: Instant) {
         let End { peer, connection } = gone;
         self.circuits.over(gone).into_iter().for_each(|id| self.end_circuit(id));
-        let before = self.reservations.connection(&peer);
         let mut up = self.fit_for_a_slot(peer);
         up.retain(|other| *other != connection);
-        let left = self.reservations.silent(peer, connection, &up, now);
-        self.after_leaving(peer, before, left, now);
+        self.reservations.disconnected(peer, connection, &up, FreedReason::Silent, now);
+        self.tell_changes(now);
     }
 
     pub(super) fn probe(&mut self, connection: C) {
-        if let Some(peer) = self.connections.get(connection).map(|c| c.origin.peer) {
-            log::debug!("asked for a sign of life: peer {peer}");
+        if let Some(up) = self.connections.get(connection) {
+            let to = End { peer: up.origin.peer, connection };
+            log::debug!("asked for a sign of life: peer {}", to.peer);
             self.probes += 1;
-            let to = End { peer, connection };
             self.actions.push_back(Action::Probe(to, self.config.silence));
         }
     }
@@ -114,9 +113,7 @@ mod tests {
     use libp2p::PeerId;
 
     use super::*;
-    use crate::{
-        config::Config, event::FreedReason, relay::connections::Connection, wire::Request,
-    };
+    use crate::{config::Config, relay::connections::Connection, wire::Request};
 
     const TEN_MINUTES: Duration = Duration::from_secs(600);
 

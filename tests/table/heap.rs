@@ -11,7 +11,7 @@ use std::{
     time::Instant,
 };
 
-use relaylet::{Config, relay::reservations::Reservations};
+use relaylet::{Config, FreedReason, relay::reservations::Reservations};
 
 use super::{
     bounds::Bounds,
@@ -78,8 +78,10 @@ pub fn role(case: &str, count: &str) -> ExitCode {
         let billed_to = Some(peer.address.into());
         table.reserve(peer.id, peer.connection, billed_to, TERM, now).expect("there is room");
         table.delivered(&peer.id);
+        while table.next_change().is_some() {}
         if [GRACE, GRACE_AT_ONE].contains(&case) {
-            table.disconnected(peer.id, peer.connection, &[], now);
+            table.disconnected(peer.id, peer.connection, &[], FreedReason::Disconnected, now);
+            while table.next_change().is_some() {}
         }
     }
     println!("{}", bytes_asked_for() - before);

@@ -2,7 +2,7 @@
 
 use std::{hint::black_box, time::Instant};
 
-use relaylet::{Config, relay::reservations::Reservations};
+use relaylet::{Config, FreedReason, relay::reservations::Reservations};
 
 use super::{
     bounds::Bounds,
@@ -47,18 +47,20 @@ impl Table for Reservations<usize> {
     fn reserve(&mut self, peer: &Peer, now: Instant) -> bool {
         let billed_to = Some(peer.address.into());
         let admission = self.reserve(peer.id, peer.connection, billed_to, TERM, now);
-        black_box(self.take_freed());
+        while let Some(change) = self.next_change() {
+            black_box(change);
+        }
         self.delivered(&peer.id);
         admission.is_ok()
     }
 
     fn free(&mut self, peer: &Peer) {
         self.release(peer.id);
-        self.take_freed();
+        while self.next_change().is_some() {}
     }
 
     fn leave(&mut self, peer: &Peer, now: Instant) {
-        self.disconnected(peer.id, peer.connection, &[], now);
+        self.disconnected(peer.id, peer.connection, &[], FreedReason::Disconnected, now);
     }
 }
 
