@@ -33,7 +33,7 @@ use self::{
     accounts::Accounts,
     bandwidth::Link,
     circuits::{Circuits, End},
-    connections::{Connection, Connections},
+    connections::{Connection, Connections, Origin},
     heartbeat::Heartbeat,
     rates::Rates,
     reclaim::Reclaim,
@@ -43,7 +43,7 @@ use crate::{
     access::Access,
     activity::Signs,
     config::{Config, ConfigError},
-    event::{CircuitEnd, Event, FreedReason, StopFailed},
+    event::{CircuitEnd, Event, FreedReason, Refused, StopFailed},
     wire::{BadRequest, Limit, Request},
 };
 
@@ -205,6 +205,18 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
                 self.tell(Event::RequestRejected { peer: from.peer, address, reason });
             }
         }
+    }
+
+    /// Checks what holds for every request. `Draining` comes first: such a peer is not told anything.
+    fn permit(&self, origin: &Origin) -> Result<(), Refused> {
+        if self.draining.is_some() {
+            return Err(Refused::Draining);
+        }
+        if origin.relayed { Err(Refused::Relayed) } else { Ok(()) }
+    }
+
+    pub(crate) fn access(&self) -> &dyn Access {
+        self.access.as_deref().unwrap_or(&self.config.access)
     }
 
     /// A connection is gone.

@@ -41,9 +41,8 @@ impl<S, T> Circuit<S, T> {
         target: T,
         parameters: CircuitParameters,
         deadline: Option<Timeout>,
-        ended: oneshot::Receiver<()>,
     ) -> Self {
-        let CircuitParameters { limit, link, ends, counters } = parameters;
+        let CircuitParameters { limit, link, ends, counters, ended } = parameters;
         Self {
             source,
             target,

@@ -17,7 +17,7 @@ use libp2p::{
 use super::{
     circuit::Circuit,
     inbound::REQUEST_TIMEOUT,
-    messages::{Answer, Events, HandlerEvent, Opening, Reply, StopStream, TrackedStream},
+    messages::{Answer, Events, HandlerEvent, Opening, Reply, TrackedStream},
     timer::{Timeouts, within},
 };
 use crate::{
@@ -67,17 +67,17 @@ pub(crate) async fn serve(
         }
         Answer::Connected(opening) => {
             drop(permit);
-            let Opening { circuit, target, parameters, report } = *opening;
-            let StopStream { stream: target, mut ended } = target;
+            let Opening { circuit, target, mut parameters, report } = *opening;
             // Its time begins now, not when the answer has been sent.
             let deadline = parameters.limit.duration.map(|duration| timeouts.start(duration));
             let answer = deliver(&mut stream, wire::connect_ok(parameters.limit));
-            let answered = match future::select(pin!(within(limit, answer)), &mut ended).await {
-                Either::Left((answered, _)) => Some(answered),
-                Either::Right(_) => None,
-            };
+            let answered =
+                match future::select(pin!(within(limit, answer)), &mut parameters.ended).await {
+                    Either::Left((answered, _)) => Some(answered),
+                    Either::Right(_) => None,
+                };
             let end = match answered {
-                Some(Ok(())) => Circuit::new(stream, target, parameters, deadline, ended).await,
+                Some(Ok(())) => Circuit::new(stream, target, parameters, deadline).await,
                 Some(Err(error)) => CircuitEnd::Reset(error.kind()),
                 None => CircuitEnd::Ended,
             };

@@ -32,17 +32,9 @@ pub enum HandlerEvent {
     /// Whether the answer of this receipt arrived.
     Delivered(PeerId, Receipt, bool),
     /// What the target of a circuit said; with the stream that it goes over if it agreed.
-    TargetAnswered(CircuitId, Result<Box<StopStream>, StopFailed>),
+    TargetAnswered(CircuitId, Result<Box<TrackedStream>, StopFailed>),
     /// An open circuit has ended.
     CircuitEnded(CircuitId, CircuitEnd),
-}
-
-/// An accepted stop stream.
-#[derive(Debug)]
-pub struct StopStream {
-    pub(crate) stream: TrackedStream,
-    /// Is cancelled when the relay ends the circuit.
-    pub(crate) ended: oneshot::Receiver<()>,
 }
 
 /// An event that is told when it is dropped: whatever becomes of the task that it belongs to.
@@ -90,7 +82,7 @@ pub enum Answer {
 #[derive(Debug)]
 pub struct Opening {
     pub(crate) circuit: CircuitId,
-    pub(crate) target: StopStream,
+    pub(crate) target: TrackedStream,
     pub(crate) parameters: CircuitParameters,
     /// Tells that it has ended.
     pub(crate) report: Report,

@@ -11,7 +11,7 @@ use libp2p::{
 };
 
 use super::{
-    messages::{HandlerEvent, StopRequest, StopStream, TrackedStream},
+    messages::{HandlerEvent, StopRequest, TrackedStream},
     timer::{Timeout, Timeouts, within},
 };
 use crate::{
@@ -36,14 +36,14 @@ impl From<io::Error> for StopFailed {
 impl StopRequest {
     /// Asks over this stream, and reports what the target says.
     pub(crate) async fn ask(self, mut stream: TrackedStream, timeouts: Timeouts) {
-        let Self { circuit, source, limit, since, mut ended, report } = self;
+        let Self { circuit, source, limit, since, ended, report } = self;
         let timeout = timeouts.start(STOP_TIMEOUT.saturating_sub(since.elapsed()));
         let exchange = exchange(&mut stream, wire::stop_connect(source, limit), timeout);
-        let answer = match future::select(pin!(exchange), &mut ended).await {
+        let answer = match future::select(pin!(exchange), ended).await {
             Either::Left((answer, _)) => answer,
             Either::Right(_) => Err(StopFailed::Gone),
         };
-        let answer = answer.map(|()| Box::new(StopStream { stream, ended }));
+        let answer = answer.map(|()| Box::new(stream));
         report.send(HandlerEvent::TargetAnswered(circuit, answer));
     }
 }

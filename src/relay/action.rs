@@ -48,7 +48,7 @@ pub enum Action<C, R> {
         source: PeerId,
         /// What it may carry.
         limit: Limit,
-        /// Is cancelled when the relay ends the circuit, be it open by then or not.
+        /// Is cancelled when the target need not answer any more.
         ended: oneshot::Receiver<()>,
     },
     /// Ask the peer for a sign of life, and wait for it for so long.
@@ -85,4 +85,6 @@ pub struct CircuitParameters {
     pub ends: Ends,
     /// Where it counts what it carries.
     pub counters: Counters,
+    /// Is cancelled when the relay ends it.
+    pub ended: oneshot::Receiver<()>,
 }

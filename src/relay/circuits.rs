@@ -53,7 +53,7 @@ pub struct Circuit<C, Q> {
     pub target: End<C>,
     /// How far it has come.
     pub state: State<Q>,
-    /// Dropping it ends the circuit, or the exchange with its target.
+    /// Dropping it ends the exchange with its target, or the open circuit.
     guard: Option<oneshot::Sender<()>>,
     /// The prefix of the source.
     prefix: Option<ClientPrefix>,
@@ -85,6 +85,14 @@ impl<C, Q> Circuit<C, Q> {
             State::Open { since, counters } => Some((*since, counters.read())),
             State::Asking(_) => None,
         }
+    }
+
+    /// Opens it. The receiver is cancelled when it is [ended](Circuits::end).
+    pub fn begin(&mut self, since: Instant, counters: Counters) -> oneshot::Receiver<()> {
+        let (guard, ended) = oneshot::channel();
+        self.guard = Some(guard);
+        self.state = State::Open { since, counters };
+        ended
     }
 }
 
@@ -344,7 +352,7 @@ mod tests {
         let [source, target] = [(); 2].map(|()| PeerId::random());
         let counters = Accounts::new().opened(id, source, target);
         let circuit = circuits.get_mut(id).unwrap();
-        circuit.state = State::Open { since: Instant::now(), counters: counters.clone() };
+        assert!(circuit.begin(Instant::now(), counters.clone()).try_recv().is_ok());
         counters
     }
 

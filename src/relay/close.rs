@@ -298,15 +298,14 @@ mod preemption_tests {
             let (from, now) = (self.ends[source as usize], self.now);
             self.relay.handle_request(from, Ok(Request::Connect(target)), (), now);
             let asked = std::iter::from_fn(|| self.relay.next_action()).find_map(|action| {
-                let Action::AskTarget { circuit, ended, .. } = action else {
+                let Action::AskTarget { circuit, .. } = action else {
                     return None;
                 };
-                Some((circuit, ended))
+                Some(circuit)
             });
-            let (id, ended) = asked.expect("it is admitted");
-            assert!(self.relay.on_target_answered(id, Ok(()), now).is_some());
+            let opened = self.relay.on_target_answered(asked.expect("it is admitted"), Ok(()), now);
             self.did();
-            ended
+            opened.expect("both want it").1.ended
         }
 
         fn slot_of(&self, peer: PeerId) -> Option<u32> {

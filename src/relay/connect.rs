@@ -40,12 +40,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         now: Instant,
     ) -> Result<(C, Limit), Refused> {
         let (source, origin) = (request.from.peer, &*request.origin);
-        if self.is_draining() {
-            return Err(Refused::Draining);
-        }
-        if origin.relayed {
-            return Err(Refused::Relayed);
-        }
+        self.permit(origin)?;
         let permission = self.access().may_connect(source, &origin.address, target);
         let Permission::Allow(terms) = permission else {
             return Err(Refused::Denied);
@@ -82,10 +77,10 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         match (pending.take(), answer) {
             (Some(PendingConnect { request, limit }), Ok(())) => {
                 let counters = self.accounts.opened(id, source, target);
-                circuit.state = State::Open { since: now, counters: counters.clone() };
+                let ended = circuit.begin(now, counters.clone());
                 self.tell(Event::CircuitOpened { circuit: id, source, target });
                 let (link, ends) = (self.link.clone(), [source, target]);
-                Some((request.reply, CircuitParameters { limit, link, ends, counters }))
+                Some((request.reply, CircuitParameters { limit, link, ends, counters, ended }))
             }
             (pending, answer) => {
                 self.forget_circuit(id, now);

@@ -8,7 +8,7 @@ use super::{PendingRequest, Relay, circuits::Circuit, connections::Connection};
 use crate::{
     access::{Access, Permission},
     config::{Config, ConfigError},
-    event::Refused,
+    event::{FreedReason, Refused},
 };
 
 impl<C: Copy + Ord + Hash, R> Relay<C, R> {
@@ -44,7 +44,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     pub fn access_changed(&mut self, now: Instant) {
         for peer in self.reservations.holders().collect::<Vec<_>>() {
             if self.denies_holder(peer) {
-                self.reservations.deny(peer);
+                self.reservations.free(peer, FreedReason::Denied);
                 self.tell_changes(now);
                 self.end_circuits_of(&peer);
             }
@@ -92,10 +92,6 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         let fit = self.connections.fit_for_a_slot(&peer);
         fit.filter(|(_, up)| may(up) != Permission::Deny).map(|(id, _)| id).collect()
     }
-
-    pub(crate) fn access(&self) -> &dyn Access {
-        self.access.as_deref().unwrap_or(&self.config.access)
-    }
 }
 
 #[cfg(test)]
@@ -136,22 +132,23 @@ mod tests {
         relay.handle_request(target, Ok(Request::Reserve), 1, start);
         relay.handle_request(source, Ok(Request::Connect(target.peer)), 2, start);
         let asked = actions(&mut relay).into_iter().find_map(|action| match action {
-            Action::AskTarget { circuit, ended, .. } => Some((circuit, ended)),
+            Action::AskTarget { circuit, .. } => Some(circuit),
             _ => None,
         });
-        let (circuit, mut ended) = asked.expect("the target is asked");
-        assert!(relay.on_target_answered(circuit, Ok(()), start).is_some());
+        let circuit = asked.expect("the target is asked");
+        let opened = relay.on_target_answered(circuit, Ok(()), start);
+        let (_, mut parameters) = opened.expect("both want it");
         let later = start + Duration::from_secs(2 * 60 * 60);
         relay.heard(target.peer, later);
         relay.heard(source.peer, later);
         relay.sweep(later);
         assert_eq!(relay.reservations().taken(), 0, "the term is over");
-        assert_eq!(ended.try_recv(), Ok(None));
+        assert_eq!(parameters.ended.try_recv(), Ok(None));
 
         let mut config = relay.config().clone();
         config.access.deny_subnet = vec!["192.0.2.0/24".parse().unwrap()];
         relay.set_config(config, later).unwrap();
-        assert!(ended.try_recv().is_err());
+        assert!(parameters.ended.try_recv().is_err());
     }
 
     #[test]

@@ -48,8 +48,12 @@ impl Rates {
         self.peers.len() + self.addresses.len()
     }
 
-    /// Takes one request out of the peer's bucket and out of its address's; from neither if one is
-    /// empty.
+    /// Takes one request out of the peer's bucket and, if one is given, out of its address's; from neither if
+    /// one is empty.
+    ///
+    /// # Errors
+    ///
+    /// Which one is.
     pub fn take(
         &mut self,
         peer: PeerId,
@@ -67,11 +71,6 @@ impl Rates {
         }
         self.peers.insert(peer, peer_full_at);
         Ok(())
-    }
-
-    /// Takes one request out of the peer's bucket alone.
-    pub fn take_own(&mut self, peer: PeerId, now: Instant) -> Result<(), Refused> {
-        self.take(peer, None, now)
     }
 
     /// Forgets the buckets that are full.
@@ -197,7 +196,7 @@ mod tests {
 
     /// How often in a row the peer is let through.
     fn takes(rates: &mut Rates, peer: PeerId, now: Instant) -> usize {
-        (0..1000).take_while(|_| rates.take_own(peer, now).is_ok()).count()
+        (0..1000).take_while(|_| rates.take(peer, None, now).is_ok()).count()
     }
 
     #[test]
@@ -276,7 +275,7 @@ mod tests {
     fn who_pays_its_own_is_not_stopped_by_its_address() {
         let (mut rates, now, peer) = (Rates::new(1), Instant::now(), PeerId::random());
         while rates.take(PeerId::random(), home(1), now).is_ok() {}
-        assert_eq!(rates.take_own(peer, now), Ok(()));
+        assert_eq!(rates.take(peer, None, now), Ok(()));
     }
 
     #[test]

@@ -280,11 +280,6 @@ impl<C: Copy + Eq> Reservations<C> {
         self.free(peer, FreedReason::Released)
     }
 
-    /// As [`Reservations::release`], because the rules say so.
-    pub fn deny(&mut self, peer: PeerId) -> bool {
-        self.free(peer, FreedReason::Denied)
-    }
-
     /// Ends what is over at `now`: terms and graces. One pass over the table, if any can be.
     pub fn end_what_is_over(&mut self, now: Instant) {
         if self.next_end.is_none_or(|end| end > now) {
@@ -425,7 +420,7 @@ impl<C: Copy + Eq> Reservations<C> {
     }
 
     /// The one way in which a slot comes back.
-    fn free(&mut self, peer: PeerId, reason: FreedReason) -> bool {
+    pub(super) fn free(&mut self, peer: PeerId, reason: FreedReason) -> bool {
         let Some(reservation) = self.slots.remove(&peer) else {
             return false;
         };

@@ -48,20 +48,13 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         now: Instant,
     ) -> Result<Terms, Refused> {
         let (peer, origin) = (request.from.peer, &*request.origin);
-        if self.is_draining() {
-            return Err(Refused::Draining);
-        }
-        if origin.relayed {
-            return Err(Refused::Relayed);
-        }
+        self.permit(origin)?;
         let Permission::Allow(terms) = self.access().may_reserve(peer, &origin.address) else {
             return Err(Refused::Denied);
         };
         // A peer that holds a slot is stopped by none but itself.
-        match self.reservations.holds(&peer, now) {
-            true => self.reserve_rates.take_own(peer, now)?,
-            false => self.reserve_rates.take(peer, origin.prefix, now)?,
-        }
+        let prefix = origin.prefix.filter(|_| !self.reservations.holds(&peer, now));
+        self.reserve_rates.take(peer, prefix, now)?;
         Ok(terms)
     }
 

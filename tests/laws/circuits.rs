@@ -263,13 +263,16 @@ impl World {
                 let id = record.id;
                 let answer = if agrees { Ok(()) } else { Err(StopFailed::Gone) };
                 let opened = self.relay.on_target_answered(id, answer, now);
-                let counters = opened.map(|(_, parameters)| parameters.counters);
+                let opened = opened.map(|(_, parameters)| (parameters.counters, parameters.ended));
                 self.actions();
                 let asking = self.circuits.iter().position(|record| record.id == id).unwrap();
                 let waits = matches!(self.circuits[asking].state, State::Asking);
-                assert_eq!(counters.is_some(), agrees && waits, "it is opened if both want it");
-                match counters {
-                    Some(counters) => self.circuits[asking].state = State::Open(counters),
+                assert_eq!(opened.is_some(), agrees && waits, "it is opened if both want it");
+                match opened {
+                    Some((counters, ended)) => {
+                        let record = &mut self.circuits[asking];
+                        (record.state, record.ended) = (State::Open(counters), ended);
+                    }
                     None => _ = self.circuits.remove(asking),
                 }
             }
