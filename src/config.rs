@@ -231,26 +231,25 @@ impl Config {
 
     /// The cap on slots billed to one address; `None`: no cap.
     pub(crate) fn reservations_per_ip(&self) -> Option<usize> {
-        let share = (self.max_reservations / SHARE_PER_IP).max(LEAST_PER_IP);
-        cap(self.max_reservations_per_ip.unwrap_or(share))
+        cap(self.max_reservations_per_ip, self.max_reservations / SHARE_PER_IP, LEAST_PER_IP)
     }
 
     /// The cap on slots billed to one subnet; `None`: no cap.
     pub(crate) fn reservations_per_subnet(&self) -> Option<usize> {
-        let share = (self.max_reservations / SHARE_PER_SUBNET).max(LEAST_PER_SUBNET);
-        cap(self.max_reservations_per_subnet.unwrap_or(share))
+        let share = self.max_reservations / SHARE_PER_SUBNET;
+        cap(self.max_reservations_per_subnet, share, LEAST_PER_SUBNET)
     }
 
     /// The cap on circuits of the sources of one address; `None`: no cap.
     pub(crate) fn circuits_per_ip(&self) -> Option<usize> {
-        let share = (self.max_circuits / SHARE_OF_CIRCUITS_PER_IP).max(LEAST_CIRCUITS);
-        cap(self.max_circuits_per_ip.unwrap_or(share))
+        let share = self.max_circuits / SHARE_OF_CIRCUITS_PER_IP;
+        cap(self.max_circuits_per_ip, share, LEAST_CIRCUITS)
     }
 
     /// The cap on circuits of the sources of one subnet; `None`: no cap.
     pub(crate) fn circuits_per_subnet(&self) -> Option<usize> {
-        let share = (self.max_circuits / SHARE_OF_CIRCUITS_PER_SUBNET).max(LEAST_CIRCUITS);
-        cap(self.max_circuits_per_subnet.unwrap_or(share))
+        let share = self.max_circuits / SHARE_OF_CIRCUITS_PER_SUBNET;
+        cap(self.max_circuits_per_subnet, share, LEAST_CIRCUITS)
     }
 
     /// For how long a reservation is granted on these terms.
@@ -270,9 +269,10 @@ impl Config {
     }
 }
 
-/// A cap as people give it: zero stands for none.
-fn cap(given: usize) -> Option<usize> {
-    (given > 0).then_some(given)
+/// A cap as people give it, where zero stands for none; or else this share, but at least so many.
+fn cap(given: Option<usize>, share: usize, least: usize) -> Option<usize> {
+    let cap = given.unwrap_or(share.max(least));
+    (cap > 0).then_some(cap)
 }
 
 /// Whether clients could be sent to this address at all: it names a host, and a port unless the name stands

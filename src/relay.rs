@@ -28,7 +28,7 @@ use std::{collections::VecDeque, hash::Hash, sync::Arc, time::Instant};
 
 use libp2p::{Multiaddr, PeerId};
 
-pub use self::action::{Action, CircuitParameters, PendingRequest};
+pub use self::action::{Action, CircuitParameters, Pending};
 use self::{
     accounts::Accounts,
     bandwidth::Link,
@@ -71,7 +71,7 @@ pub struct Relay<C, R> {
 /// A CONNECT whose target has yet to answer.
 #[derive(Debug)]
 pub struct PendingConnect<C, R> {
-    request: PendingRequest<C, R>,
+    request: Pending<C, R>,
     limit: Limit,
 }
 
@@ -195,7 +195,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         let Some(connection) = self.connections.get(from.connection) else {
             return; // it is gone by now
         };
-        let request = PendingRequest { from, origin: Arc::clone(&connection.origin), reply };
+        let request = Pending { from, origin: Arc::clone(&connection.origin), reply };
         match asked {
             Ok(Request::Reserve) => self.reserve(request, now),
             Ok(Request::Connect(target)) => self.connect(request, target, now),

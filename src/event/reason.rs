@@ -62,34 +62,29 @@ impl Refused {
     }
 
     fn told(&self) -> (Option<Status>, &'static str) {
-        use Status::*;
+        let refused = |kind| (Status::ReservationRefused, kind);
+        let denied = |kind| (Status::PermissionDenied, kind);
+        let limited = |kind| (Status::ResourceLimitExceeded, kind);
+        let failed = |kind| (Status::ConnectionFailed, kind);
         let (status, kind) = match self {
-            Self::TableFull => (ReservationRefused, "all slots are taken"),
-            Self::AddressFull(_) => (ReservationRefused, "all slots of the address are taken"),
-            Self::SubnetFull(_) => (ReservationRefused, "all slots of the subnet are taken"),
-            Self::NotSigned => (ReservationRefused, "the voucher could not be signed"),
-            Self::Relayed => (PermissionDenied, "it came over a relayed connection"),
-            Self::Denied => (PermissionDenied, "the rules do not allow it"),
-            Self::TooOften => (ResourceLimitExceeded, "the peer asks too often"),
-            Self::AddressTooOften(_) => {
-                (ResourceLimitExceeded, "the peers of the address ask too often")
-            }
-            Self::NoReservation => (NoReservation, "the target holds no live reservation"),
-            Self::TooManyCircuits => (ResourceLimitExceeded, "too many circuits"),
+            Self::TableFull => refused("all slots are taken"),
+            Self::AddressFull(_) => refused("all slots of the address are taken"),
+            Self::SubnetFull(_) => refused("all slots of the subnet are taken"),
+            Self::NotSigned => refused("the voucher could not be signed"),
+            Self::Relayed => denied("it came over a relayed connection"),
+            Self::Denied => denied("the rules do not allow it"),
+            Self::TooOften => limited("the peer asks too often"),
+            Self::AddressTooOften(_) => limited("the peers of the address ask too often"),
+            Self::NoReservation => (Status::NoReservation, "the target holds no live reservation"),
+            Self::TooManyCircuits => limited("too many circuits"),
             Self::TooManyCircuitsOfAddress(_) => {
-                (ResourceLimitExceeded, "too many circuits of the source's address")
+                limited("too many circuits of the source's address")
             }
-            Self::TooManyCircuitsOfSubnet(_) => {
-                (ResourceLimitExceeded, "too many circuits of the source's subnet")
-            }
-            Self::TooManyCircuitsOfSource => {
-                (ResourceLimitExceeded, "too many circuits of the source")
-            }
-            Self::TooManyCircuitsOfTarget => {
-                (ResourceLimitExceeded, "too many circuits of the target")
-            }
-            Self::StopFailed(_) => (ConnectionFailed, "the target could not be won"),
-            Self::Gone => (ConnectionFailed, "one of its peers is gone"),
+            Self::TooManyCircuitsOfSubnet(_) => limited("too many circuits of the source's subnet"),
+            Self::TooManyCircuitsOfSource => limited("too many circuits of the source"),
+            Self::TooManyCircuitsOfTarget => limited("too many circuits of the target"),
+            Self::StopFailed(_) => failed("the target could not be won"),
+            Self::Gone => failed("one of its peers is gone"),
             Self::Draining => return (None, "the relay is draining"),
         };
         (Some(status), kind)

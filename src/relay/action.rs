@@ -27,7 +27,7 @@ pub enum Action<C, R> {
     /// [`crate::relay::Relay::on_delivered`], [`crate::relay::Relay::on_sign_failed`].
     Grant {
         /// The request.
-        request: PendingRequest<C, R>,
+        request: Pending<C, R>,
         /// Names the answer.
         receipt: Receipt,
         /// The limits of circuits to the peer.
@@ -65,7 +65,7 @@ pub enum Action<C, R> {
 ///
 /// Dropping its reply handle leaves it unanswered: its stream is reset.
 #[derive(Debug)]
-pub struct PendingRequest<C, R> {
+pub struct Pending<C, R> {
     /// The peer, and the connection that the request came over.
     pub from: End<C>,
     /// Where that connection comes from.

@@ -9,7 +9,7 @@ use std::{cmp::Reverse, hash::Hash, time::Instant};
 
 use libp2p::PeerId;
 
-use super::{Action, Draining, PendingRequest, Relay, circuits::End};
+use super::{Action, Draining, Pending, Relay, circuits::End};
 use crate::{address::ClientPrefix, event::Refused};
 
 impl<R> Draining<R> {
@@ -56,15 +56,13 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         };
         let mut unused = self.connections.without_circuits();
         let due = draining.due(unused.len(), now);
-        unused.sort_unstable_by_key(|(_, connection)| *connection);
-        for (peer, connection) in unused.into_iter().take(due) {
-            self.close(End { peer, connection });
-        }
+        unused.sort_unstable_by_key(|end| end.connection);
+        unused.into_iter().take(due).for_each(|end| self.close(end));
     }
 
     /// Turns a request down: with its status, or, where there is none for it, without a word.
-    pub(super) fn turn_down(&mut self, request: PendingRequest<C, R>, reason: &Refused) {
-        let PendingRequest { from, reply, .. } = request;
+    pub(super) fn turn_down(&mut self, request: Pending<C, R>, reason: &Refused) {
+        let Pending { from, reply, .. } = request;
         if let Some(status) = reason.status() {
             self.actions.push_back(Action::Refuse(reply, status));
         } else if !self.connections.carries_circuits(from.connection) {

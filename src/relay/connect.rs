@@ -5,7 +5,7 @@ use std::{hash::Hash, time::Instant};
 use libp2p::PeerId;
 
 use super::{
-    Action, CircuitParameters, PendingConnect, PendingRequest, Relay,
+    Action, CircuitParameters, Pending, PendingConnect, Relay,
     circuits::{Circuit, End, State},
 };
 use crate::{
@@ -15,7 +15,7 @@ use crate::{
 };
 
 impl<C: Copy + Ord + Hash, R> Relay<C, R> {
-    pub(super) fn connect(&mut self, request: PendingRequest<C, R>, peer: PeerId, now: Instant) {
+    pub(super) fn connect(&mut self, request: Pending<C, R>, peer: PeerId, now: Instant) {
         let (connection, limit) = match self.permit_connect(&request, peer, now) {
             Ok(permitted) => permitted,
             Err(reason) => return self.refuse_circuit(request, peer, reason),
@@ -35,7 +35,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     /// the place of another one, this one ends.
     fn permit_connect(
         &mut self,
-        request: &PendingRequest<C, R>,
+        request: &Pending<C, R>,
         target: PeerId,
         now: Instant,
     ) -> Result<(C, Limit), Refused> {
@@ -131,7 +131,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         Some(circuit)
     }
 
-    fn refuse_circuit(&mut self, request: PendingRequest<C, R>, target: PeerId, reason: Refused) {
+    fn refuse_circuit(&mut self, request: Pending<C, R>, target: PeerId, reason: Refused) {
         let (source, address) = (request.from.peer, request.origin.address.clone());
         self.turn_down(request, &reason);
         self.tell(Event::CircuitRefused { source, address, target, reason });

@@ -199,24 +199,25 @@ impl<C: Copy + Eq + std::hash::Hash> Connections<C> {
 
     /// Those that have been idle for `timeout` or longer, or are idle and flood the relay, to be closed:
     /// each is named once, with whether it floods.
-    pub fn take_idle(&mut self, timeout: Duration, now: Instant) -> Vec<(PeerId, C, bool)> {
+    pub fn take_idle(&mut self, timeout: Duration, now: Instant) -> Vec<(End<C>, bool)> {
         let idle = self.idle.iter().filter_map(|id| {
             let connection = self.up.get(id)?;
             let idle_for = now.saturating_duration_since(connection.idle_since);
             let is_over = idle_for >= timeout || connection.floods;
-            is_over.then_some((connection.origin.peer, *id, connection.floods))
+            let end = End { peer: connection.origin.peer, connection: *id };
+            is_over.then_some((end, connection.floods))
         });
         let idle: Vec<_> = idle.collect();
-        for (_, id, _) in &idle {
-            self.closing(*id);
+        for (end, _) in &idle {
+            self.closing(end.connection);
         }
         idle
     }
 
     /// Those that carry no circuit and are not being closed.
-    pub fn without_circuits(&self) -> Vec<(PeerId, C)> {
+    pub fn without_circuits(&self) -> Vec<End<C>> {
         let unused = self.up.iter().filter(|(_, c)| c.circuits == 0 && !c.closing);
-        unused.map(|(id, c)| (c.origin.peer, *id)).collect()
+        unused.map(|(id, c)| End { peer: c.origin.peer, connection: *id }).collect()
     }
 
     /// Whether a circuit goes over the connection.
@@ -233,20 +234,9 @@ impl<C: Copy + Eq + std::hash::Hash> Connections<C> {
         }
     }
 
-    /// Open questions count from `now`: nobody could hear an answer to them.
-    pub fn ask_anew(&mut self, now: Instant) {
-        for connection in self.up.values_mut() {
-            if connection.pulse.asked_for(now).is_some() {
-                connection.pulse.asked(now);
-            }
-        }
-    }
-
-    /// Open questions count from so much later.
-    pub fn excuse(&mut self, late: Duration) {
-        for connection in self.up.values_mut() {
-            connection.pulse.excuse(late);
-        }
+    /// Open questions count from another time.
+    pub fn excuse(&mut self, from: impl Fn(Instant) -> Instant) {
+        self.up.values_mut().for_each(|connection| connection.pulse.excuse(&from));
     }
 
     /// Listens to all connections: one that is not watched now may be so next.
@@ -323,7 +313,7 @@ mod tests {
 
     fn idle(connections: &mut Connections<u32>, now: Instant) -> Vec<u32> {
         let idle = connections.take_idle(MINUTE, now);
-        idle.into_iter().map(|(_, id, _)| id).collect()
+        idle.into_iter().map(|(end, _)| end.connection).collect()
     }
 
     #[test]

@@ -45,9 +45,9 @@ impl Pulse {
         self.asked = Some(now);
     }
 
-    /// A question that is open was put so much later.
-    pub fn excuse(&mut self, late: Duration) {
-        self.asked = self.asked.map(|asked| asked + late);
+    /// A question that is open counts from another time.
+    pub fn excuse(&mut self, from: impl Fn(Instant) -> Instant) {
+        self.asked = self.asked.map(from);
     }
 
     /// For how long a question has been open, if one is.

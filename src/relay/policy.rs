@@ -4,7 +4,7 @@ use std::{hash::Hash, time::Instant};
 
 use libp2p::{Multiaddr, PeerId};
 
-use super::{PendingRequest, Relay, circuits::Circuit, connections::Connection};
+use super::{Pending, Relay, circuits::Circuit, connections::Connection};
 use crate::{
     access::{Access, Permission},
     config::{Config, ConfigError},
@@ -62,7 +62,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         let denied: Vec<_> = denied.map(|(id, _)| id).collect();
         denied.into_iter().for_each(|id| self.end_circuit(id));
         for mut newcomer in self.reclaim.take() {
-            let PendingRequest { from, origin, .. } = &newcomer.request;
+            let Pending { from, origin, .. } = &newcomer.request;
             match self.access().may_reserve(from.peer, &origin.address) {
                 Permission::Deny => self.refuse(newcomer.request, Refused::Denied),
                 Permission::Allow(terms) => {

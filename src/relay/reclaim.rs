@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{action::PendingRequest, quota::Scope};
+use super::{action::Pending, quota::Scope};
 use crate::{access::Terms, address::ClientPrefix, config::Config};
 
 /// How many newcomers may wait at a time. Whoever comes beyond that is refused at once.
@@ -36,7 +36,7 @@ pub struct Reclaim<C, R> {
 #[derive(Debug)]
 pub struct PendingReservation<C, R> {
     /// The request.
-    pub request: PendingRequest<C, R>,
+    pub request: Pending<C, R>,
     /// On which terms it is granted.
     pub terms: Terms,
     /// Since when a peer may have been probed for its sake; the first look at it may come late.
@@ -104,7 +104,7 @@ impl<C, R> Reclaim<C, R> {
     /// Takes out those for whom this holds.
     pub fn withdraw(
         &mut self,
-        which: impl Fn(&PendingRequest<C, R>) -> bool,
+        which: impl Fn(&Pending<C, R>) -> bool,
     ) -> Vec<PendingReservation<C, R>> {
         let (gone, rest) = self.take().into_iter().partition(|waiting| which(&waiting.request));
         self.waiting = rest;
@@ -279,7 +279,7 @@ mod tests {
         let wait = |reclaim: &mut Reclaim<u32, ()>, address: &str| {
             let origin = Origin::new(PeerId::random(), address.parse().unwrap(), false);
             let from = End { peer: origin.peer, connection: 0 };
-            let request = PendingRequest { from, origin: Arc::new(origin), reply: () };
+            let request = Pending { from, origin: Arc::new(origin), reply: () };
             let newcomer = PendingReservation { request, terms: Terms::default(), since: None };
             reclaim.wait(&config, newcomer).is_none()
         };

@@ -5,7 +5,7 @@ use std::{hash::Hash, time::Instant};
 use libp2p::PeerId;
 
 use super::{
-    Action, PendingRequest, Relay,
+    Action, Pending, Relay,
     circuits::End,
     quota::Scope,
     reclaim::{self, Candidate, PendingReservation, Prospect},
@@ -17,7 +17,7 @@ use crate::{
 };
 
 impl<C: Copy + Ord + Hash, R> Relay<C, R> {
-    pub(super) fn reserve(&mut self, request: PendingRequest<C, R>, now: Instant) {
+    pub(super) fn reserve(&mut self, request: Pending<C, R>, now: Instant) {
         let terms = match self.permit_reserve(&request, now) {
             Ok(terms) => terms,
             Err(reason) => return self.refuse(request, reason),
@@ -42,11 +42,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     }
 
     /// Checks whether the peer may ask at all, before it is asked whether there is a slot.
-    fn permit_reserve(
-        &mut self,
-        request: &PendingRequest<C, R>,
-        now: Instant,
-    ) -> Result<Terms, Refused> {
+    fn permit_reserve(&mut self, request: &Pending<C, R>, now: Instant) -> Result<Terms, Refused> {
         let (peer, origin) = (request.from.peer, &*request.origin);
         self.permit(origin)?;
         let Permission::Allow(terms) = self.access().may_reserve(peer, &origin.address) else {
@@ -140,12 +136,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     }
 
     /// There is no answer: the voucher could not be signed.
-    pub fn on_sign_failed(
-        &mut self,
-        request: PendingRequest<C, R>,
-        receipt: Receipt,
-        now: Instant,
-    ) {
+    pub fn on_sign_failed(&mut self, request: Pending<C, R>, receipt: Receipt, now: Instant) {
         self.on_delivered(request.from.peer, receipt, false, now);
         self.refuse(request, Refused::NotSigned);
     }
@@ -177,7 +168,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         }
     }
 
-    pub(super) fn refuse(&mut self, request: PendingRequest<C, R>, reason: Refused) {
+    pub(super) fn refuse(&mut self, request: Pending<C, R>, reason: Refused) {
         let (peer, address) = (request.from.peer, request.origin.address.clone());
         self.turn_down(request, &reason);
         self.tell(Event::ReservationRefused { peer, address, reason });

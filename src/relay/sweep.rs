@@ -24,10 +24,8 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     pub fn sweep(&mut self, now: Instant) {
         // What was answered while the relay stood still may not have been read yet.
         let late = now.saturating_duration_since(self.sweep_due);
-        if late > LATE {
-            self.connections.ask_anew(now);
-        } else if late > TICK {
-            self.connections.excuse(late);
+        if late > TICK {
+            self.connections.excuse(|asked| if late > LATE { now } else { asked + late });
         }
         self.reserve_rates.forget_full(now);
         self.connect_rates.forget_full(now);
@@ -58,10 +56,10 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     fn close_idle(&mut self, now: Instant) {
         let timeout = self.config.idle_timeout;
         let timeout = if timeout.is_zero() { Duration::MAX } else { timeout };
-        for (peer, connection, floods) in self.connections.take_idle(timeout, now) {
+        for (end, floods) in self.connections.take_idle(timeout, now) {
             let why = if floods { "flooding".into() } else { format!("idle for {timeout:?}") };
-            log::debug!("connection {why}: closing that of peer {peer}");
-            self.actions.push_back(Action::Close(End { peer, connection }));
+            log::debug!("connection {why}: closing that of peer {}", end.peer);
+            self.actions.push_back(Action::Close(end));
         }
     }
 
