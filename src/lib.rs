@@ -30,39 +30,42 @@
 //!
 //! # One RESERVE, file by file
 //!
-//! 1. A client opens a hop stream. The connection's [handler](behaviour) gives it a task in which
-//!    `behaviour/hop.rs` reads one message, framed and decoded by [`wire`]; a message that is none
-//!    is answered there, and nothing behind it ever sees one.
-//! 2. The [behaviour] hands it to the [`relay`], which knows neither clock nor socket: `now` comes
-//!    in, orders go out. [`access`] says whether the peer may have a slot, [`rates`](relay::rates)
-//!    whether it asks too often; then it is up to the table in
+//! 1. A client opens a hop stream. The connection's handler (`behaviour/handler.rs`) gives it a task,
+//!    `behaviour/hop.rs`, which reads one message, framed and decoded by [`wire`], hands it to the
+//!    [behaviour] together with a oneshot for the reply, and awaits that.
+//! 2. The behaviour hands it to the [`relay`], which knows neither clock nor socket: `now` comes
+//!    in, actions go out. `relay/reserve.rs` is the whole way: [`access`] says whether the peer may
+//!    have a slot, [`rates`](relay::rates) whether it asks too often; then it is up to the table in
 //!    [`reservations`](relay::reservations). A peer that has a slot keeps it: it is renewed. A
 //!    newcomer gets a free slot, or one in grace, under the caps of the table and of the address
 //!    and subnet it is billed to ([`quota`](relay::quota)); or it waits while
-//!    [`reclaim`](relay::reclaim) finds out who under that cap is gone; or it is refused.
+//!    [`reclaim`](relay::reclaim) finds out which peers under that cap are gone; or it is refused.
 //! 3. The behaviour turns a grant into a message: until when, where the relay can be reached
-//!    ([`address`] again), a signed voucher (`behaviour/voucher.rs`), what a circuit may carry. It
-//!    goes back through the handler and `behaviour/hop.rs`, and whether it arrived is reported to
-//!    the table: a grant that nobody read is undone.
+//!    ([`address`]), a signed voucher (`behaviour/voucher.rs`), what a circuit may carry. It sends
+//!    that as the reply. `behaviour/hop.rs` writes it and reports whether it arrived: a grant that
+//!    was not read is undone.
 //! 4. From now on the connection is watched: [`activity`] counts what is heard on it, and
-//!    [`heartbeat`](relay::heartbeat) decides whom to ask (`behaviour/ping.rs`), and who is silent.
-//! 5. When the connection is lost, or judged silent, grace begins. The sweep (`relay/sweep.rs`)
+//!    [`heartbeat`](relay::heartbeat) decides which peers to probe (`behaviour/ping.rs`), and which
+//!    have timed out.
+//! 5. When the connection is lost, or timed out, grace begins. The sweep (`relay/sweep.rs`)
 //!    ends it, and the term.
 //!
 //! # One CONNECT, file by file
 //!
-//! 1. To the relay as above, and past [`access`]. No live reservation of the target, no circuit;
-//!    else, if it is not asked for too often, the table in [`circuits`](relay::circuits) counts it,
-//!    if source, target and relay have room for one more.
+//! 1. To the relay as above; `relay/connect.rs` is the way from there. Past [`access`] and the rate:
+//!    without a live reservation of the target, it is refused; else the table in
+//!    [`circuits`](relay::circuits) adds one record, if source, target and relay have room for it. The
+//!    record holds the reply until the target has answered.
 //! 2. The handler of the *target's* connection opens a stop stream, on which `behaviour/stop.rs`
 //!    asks.
-//! 3. The stream comes back through the relay to the handler of the *source's* connection, which
-//!    answers on the hop stream. From here on the two streams are one circuit
-//!    (`behaviour/circuit.rs`): bytes both ways, limits, half-close, its share of the link
-//!    ([`bandwidth`](relay::bandwidth), `behaviour/share.rs`), and how many bytes were carried when
-//!    it ends. Those go into the [`accounts`](relay::accounts): both peers' while they are
-//!    connected, and the totals since the start. Until then its meter says what it has carried so
-//!    far.
+//! 3. The accepted stream comes to the behaviour, which asks the relay what to make of it, and sends
+//!    it as the reply, with what the circuit may carry. `behaviour/hop.rs` answers the source. From here
+//!    on the two streams are one circuit (`behaviour/circuit.rs`): bytes both ways, limits, half-close,
+//!    its share of the link ([`bandwidth`](relay::bandwidth), `behaviour/share.rs`).
+//! 4. The relay ends a circuit by dropping the guard in its record, and learns that it has ended from
+//!    a report that is sent when its task is dropped. How many bytes it carried is in the counters that
+//!    record and task share; they go into the [`accounts`](relay::accounts): both peers' while they are
+//!    connected, and the totals since the start.
 //!
 //! # In a swarm of one's own
 //!

@@ -31,8 +31,8 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         self.actions.push_back(Action::AskTarget { target, circuit, source, limit, ended });
     }
 
-    /// Returns the connection of the target's reservation, and what a circuit to it may carry. Where that takes
-    /// the place of another one, this one ends.
+    /// Returns the connection of the target's reservation, and what a circuit to it may carry. Where there is room
+    /// only in the place of another circuit, ends that one.
     fn permit_connect(
         &mut self,
         request: &Pending<C, R>,
