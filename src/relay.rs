@@ -168,7 +168,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     /// The peer says under which address it reached the relay over this connection.
     pub fn reported(&mut self, connection: C, address: Multiaddr) {
         if let Some(up) = self.connections.get_mut(connection) {
-            Arc::make_mut(&mut up.origin).reported = Some(address);
+            up.reported = Some(address);
         }
     }
 

@@ -206,20 +206,16 @@ pub fn refusal(status: Status) -> Vec<u8> {
 
 fn answer(status: Status, reservation: Option<proto::Reservation>, limit: Limit) -> Vec<u8> {
     let (r#type, status) = (Some(proto::HOP_STATUS), Some(status as i32));
-    frame(&proto::HopMessage { r#type, status, reservation, limit: limit.into(), peer: None })
+    let limit = limit.into();
+    let message = proto::HopMessage { r#type, status, reservation, limit, peer: None };
+    message.encode_length_delimited_to_vec()
 }
 
 /// The question to the target of a circuit.
 pub fn stop_connect(source: PeerId, limit: Limit) -> Vec<u8> {
-    frame(&proto::StopMessage {
-        r#type: Some(proto::STOP_CONNECT),
-        peer: Some(proto::Peer { id: Some(source.to_bytes()), addrs: Vec::new() }),
-        limit: limit.into(),
-        status: None,
-    })
-}
-
-fn frame(message: &impl Message) -> Vec<u8> {
+    let peer = proto::Peer { id: Some(source.to_bytes()), addrs: Vec::new() };
+    let (r#type, limit) = (Some(proto::STOP_CONNECT), limit.into());
+    let message = proto::StopMessage { r#type, peer: Some(peer), limit, status: None };
     message.encode_length_delimited_to_vec()
 }
 

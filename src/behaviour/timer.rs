@@ -9,7 +9,7 @@ use std::{
     io,
     pin::Pin,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     task::{Context, Poll},
@@ -50,58 +50,49 @@ struct Limit {
 impl Timeouts {
     /// A limit that ends so long from now, if the connection [polls](Self::poll) for it.
     pub(crate) fn start(&self, limit: Duration) -> Timeout {
-        let now = Instant::now();
-        self.lock().start(limit, now)
-    }
-
-    /// Ends the limits whose time is over, and has `cx` woken for the next: after the tasks that start some.
-    pub(crate) fn poll(&self, cx: &mut Context<'_>) {
-        self.lock().poll(cx);
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Started> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Started {
-    fn start(&mut self, limit: Duration, now: Instant) -> Timeout {
-        if self.started.len() >= self.crowded {
-            self.started.retain(|limit| limit.is_waited_for());
-            self.crowded = 2 * self.started.len().max(4);
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if all.started.len() >= all.crowded {
+            all.started.retain(|limit| limit.is_waited_for());
+            all.crowded = 2 * all.started.len().max(4);
         }
+        let now = Instant::now();
         let limit = Arc::new(Limit {
             ends: now + limit,
             over: AtomicBool::new(false),
             task: AtomicWaker::new(),
         });
-        self.started.push(Arc::clone(&limit));
-        self.be_awake_at(limit.ends, now);
+        all.started.push(Arc::clone(&limit));
+        all.be_awake_at(limit.ends, now);
         Timeout(limit)
     }
 
-    fn be_awake_at(&mut self, ends: Instant, now: Instant) {
-        match &mut self.timer {
-            Some((_, set_to)) if *set_to <= ends => {}
-            Some((timer, set_to)) => {
-                timer.reset(ends.saturating_duration_since(now));
-                *set_to = ends;
-            }
-            None => self.timer = Some((Delay::new(ends.saturating_duration_since(now)), ends)),
-        }
-    }
-
-    fn poll(&mut self, cx: &mut Context<'_>) {
-        while let Some((timer, _)) = &mut self.timer {
+    /// Ends the limits whose time is over, and has `cx` woken for the next: after the tasks that start some.
+    pub(crate) fn poll(&self, cx: &mut Context<'_>) {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        while let Some((timer, _)) = &mut all.timer {
             if timer.poll_unpin(cx).is_pending() {
                 return;
             }
-            self.timer = None;
+            all.timer = None;
             let now = Instant::now();
-            self.started.retain(|limit| limit.is_waited_for() && !limit.end_at(now));
-            if let Some(next) = self.started.iter().map(|limit| limit.ends).min() {
-                self.be_awake_at(next, now);
+            all.started.retain(|limit| limit.is_waited_for() && !limit.end_at(now));
+            if let Some(next) = all.started.iter().map(|limit| limit.ends).min() {
+                all.be_awake_at(next, now);
             }
+        }
+    }
+}
+
+impl Started {
+    fn be_awake_at(&mut self, ends: Instant, now: Instant) {
+        let left = ends.saturating_duration_since(now);
+        match &mut self.timer {
+            Some((_, set_to)) if *set_to <= ends => {}
+            Some((timer, set_to)) => {
+                timer.reset(left);
+                *set_to = ends;
+            }
+            None => self.timer = Some((Delay::new(left), ends)),
         }
     }
 }
@@ -155,7 +146,7 @@ mod tests {
     const LONG: Duration = Duration::from_secs(3600);
 
     /// What comes of `future` while somebody looks after the limits.
-    fn run<T>(limits: &mut Started, future: impl Future<Output = T>) -> T {
+    fn run<T>(limits: &Timeouts, future: impl Future<Output = T>) -> T {
         let mut future = std::pin::pin!(future);
         block_on(poll_fn(|cx| {
             limits.poll(cx);
@@ -165,32 +156,29 @@ mod tests {
 
     #[test]
     fn what_takes_too_long_is_given_up_whatever_began_before_or_after_it() {
-        let mut limits = Started::default();
-        let now = Instant::now();
-        let _longer = limits.start(LONG, now);
-        let short = limits.start(SHORT, now);
-        let _later = limits.start(LONG, now);
+        let limits = Timeouts::default();
+        let longer = limits.start(LONG);
+        let short = limits.start(SHORT);
+        let _later = limits.start(LONG);
         let never = within(short, future::pending::<io::Result<()>>());
-        let error = run(&mut limits, never).unwrap_err();
+        let error = run(&limits, never).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        let limits = limits.0.lock().unwrap();
         assert_eq!(limits.started.len(), 2);
-        assert!(limits.timer.as_ref().is_some_and(|(_, set_to)| *set_to == now + LONG));
+        assert!(limits.timer.as_ref().is_some_and(|(_, set_to)| *set_to == longer.0.ends));
     }
 
     #[test]
     fn what_is_done_in_time_leaves_the_timer_to_the_next() {
-        let mut limits = Started::default();
-        let now = Instant::now();
+        let limits = Timeouts::default();
         for _ in 0..1000 {
-            let limit = limits.start(SHORT, now);
-            assert_eq!(
-                run(&mut limits, within(limit, future::ready(io::Result::Ok(7)))).unwrap(),
-                7
-            );
+            let limit = limits.start(SHORT);
+            assert_eq!(run(&limits, within(limit, future::ready(io::Result::Ok(7)))).unwrap(), 7);
         }
-        assert!(limits.started.len() <= 8, "who is done is forgotten");
-        let last = limits.start(SHORT * 2, now);
-        run(&mut limits, last);
+        assert!(limits.0.lock().unwrap().started.len() <= 8, "who is done is forgotten");
+        let last = limits.start(SHORT * 2);
+        run(&limits, last);
+        let limits = limits.0.lock().unwrap();
         assert!(limits.timer.is_none() && limits.started.is_empty());
     }
 }

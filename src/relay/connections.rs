@@ -31,6 +31,8 @@ pub struct Connections<C> {
 pub struct Connection {
     /// Where it comes from; requests that came over it share this.
     pub origin: Arc<Origin>,
+    /// The address under which the peer says that it reached this relay.
+    pub reported: Option<Multiaddr>,
     holds_reservation: bool,
     circuits: u32,
     /// When it became so.
@@ -47,7 +49,7 @@ pub struct Connection {
 }
 
 /// Where a connection comes from: found out once, when it comes up.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Origin {
     /// The peer at its other end.
     pub peer: PeerId,
@@ -57,14 +59,12 @@ pub struct Origin {
     pub prefix: Option<ClientPrefix>,
     /// Whether it leads through another relay.
     pub relayed: bool,
-    /// The address under which the peer says that it reached this relay.
-    pub reported: Option<Multiaddr>,
 }
 
 impl Origin {
     /// That of a connection to `peer`.
     pub fn new(peer: PeerId, address: Multiaddr, relayed: bool) -> Self {
-        Self { peer, prefix: ClientPrefix::of(&address), address, relayed, reported: None }
+        Self { peer, prefix: ClientPrefix::of(&address), address, relayed }
     }
 }
 
@@ -73,6 +73,7 @@ impl Connection {
     pub fn new(peer: PeerId, address: Multiaddr, relayed: bool, jitter: u8, now: Instant) -> Self {
         Self {
             origin: Arc::new(Origin::new(peer, address, relayed)),
+            reported: None,
             holds_reservation: false,
             circuits: 0,
             idle_since: now,
