@@ -97,16 +97,16 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     pub fn new(config: Config, now: Instant) -> Result<Self, ConfigError> {
         config.validate()?;
         Ok(Self {
-            connections: Connections::new(),
+            connections: Connections::default(),
             reservations: Reservations::new(&config),
             circuits: Circuits::new(&config),
-            accounts: Accounts::new(),
+            accounts: Accounts::default(),
             access: None,
             reserve_rates: Rates::new(config.reserve_rate),
             connect_rates: Rates::new(config.connect_rate),
             link: Link::new(&config, now),
             heartbeat: Heartbeat::new(now),
-            reclaim: Reclaim::new(),
+            reclaim: Reclaim::default(),
             sweep_due: now + config.sweep,
             draining: None,
             probes: 0,

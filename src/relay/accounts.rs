@@ -66,11 +66,6 @@ struct Stay {
 }
 
 impl Accounts {
-    /// Nothing was carried yet.
-    pub fn new() -> Self {
-        Self::default()
-    }
-
     /// What all peers together used the relay for since it started.
     pub fn totals(&self) -> Totals {
         self.totals
@@ -203,7 +198,7 @@ mod tests {
     impl House {
         fn new() -> Self {
             Self {
-                accounts: Accounts::new(),
+                accounts: Accounts::default(),
                 circuits: Circuits::new(&Config::default()),
                 alice: PeerId::random(),
                 bob: PeerId::random(),

@@ -350,7 +350,7 @@ mod tests {
     /// The target agreed; returns where its bytes are counted.
     fn open(circuits: &mut Circuits<u32, ()>, id: CircuitId) -> Counters {
         let [source, target] = [(); 2].map(|()| PeerId::random());
-        let counters = Accounts::new().opened(id, source, target);
+        let counters = Accounts::default().opened(id, source, target);
         let circuit = circuits.get_mut(id).unwrap();
         assert!(circuit.begin(Instant::now(), counters.clone()).try_recv().is_ok());
         counters

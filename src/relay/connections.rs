@@ -118,11 +118,6 @@ impl Connection {
 }
 
 impl<C: Copy + Eq + std::hash::Hash> Connections<C> {
-    /// No connections.
-    pub fn new() -> Self {
-        Self { up: HashMap::new(), idle: HashSet::new(), by_peer: HashMap::new() }
-    }
-
     /// How many are up.
     pub fn count(&self) -> usize {
         self.up.len()
@@ -294,7 +289,7 @@ impl<C: Copy + Eq + std::hash::Hash> Connections<C> {
 
 impl<C: Copy + Eq + std::hash::Hash> Default for Connections<C> {
     fn default() -> Self {
-        Self::new()
+        Self { up: HashMap::new(), idle: HashSet::new(), by_peer: HashMap::new() }
     }
 }
 
@@ -306,7 +301,7 @@ mod tests {
 
     fn connections() -> (Connections<u32>, Instant) {
         let now = Instant::now();
-        let mut connections = Connections::new();
+        let mut connections = Connections::default();
         let address = "/ip4/127.0.0.1/tcp/1".parse().unwrap();
         connections.add(1, Connection::new(PeerId::random(), address, false, 0, now));
         (connections, now)
@@ -363,7 +358,7 @@ mod tests {
 
     /// Connections that came up a second after each other, of these peers.
     fn in_turn(peers: &[PeerId], start: Instant) -> Connections<u32> {
-        let mut connections = Connections::new();
+        let mut connections = Connections::default();
         for (id, peer) in (0..).zip(peers) {
             let address = "/ip4/127.0.0.1/tcp/1".parse().unwrap();
             let up = start + Duration::from_secs(id.into());

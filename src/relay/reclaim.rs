@@ -68,11 +68,6 @@ pub enum Prospect<C> {
 }
 
 impl<C, R> Reclaim<C, R> {
-    /// None waits.
-    pub fn new() -> Self {
-        Self { waiting: VecDeque::new() }
-    }
-
     /// How many wait.
     pub fn waiting(&self) -> usize {
         self.waiting.len()
@@ -119,7 +114,7 @@ impl<C, R> Reclaim<C, R> {
 
 impl<C, R> Default for Reclaim<C, R> {
     fn default() -> Self {
-        Self::new()
+        Self { waiting: VecDeque::new() }
     }
 }
 
@@ -275,7 +270,7 @@ mod tests {
         let (_, ask) = decide(&[secs(0), secs(0)], candidates);
         assert_eq!(ask.len(), MOST_ASKED);
 
-        let (mut reclaim, config) = (Reclaim::new(), config());
+        let (mut reclaim, config) = (Reclaim::default(), config());
         let wait = |reclaim: &mut Reclaim<u32, ()>, address: &str| {
             let origin = Origin::new(PeerId::random(), address.parse().unwrap(), false);
             let from = End { peer: origin.peer, connection: 0 };
