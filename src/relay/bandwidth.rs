@@ -1,7 +1,7 @@
 //! Shares of the link: how many payload bytes a second all circuits may carry together, and how
 //! many those of one peer.
 //!
-//! Pure. A circuit pays afterwards: it carries a piece, and carries the next one when all that was
+//! Sans-IO. A circuit pays afterwards: it carries a piece, and carries the next one when all that was
 //! carried before it, by anyone, is paid for. So everyone who wants more than there is has one piece
 //! at a time in the queue, and gets as much as the others; and who wants little never waits longer
 //! than one round of pieces. The queue is a single instant: when everything in it will be paid for.

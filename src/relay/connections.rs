@@ -1,6 +1,6 @@
 //! The connections that are up: whose they are, from where, and which of them are idle.
 //!
-//! Pure. A connection is *idle* while it neither holds a reservation nor carries a circuit,
+//! Sans-IO. A connection is *idle* while it neither holds a reservation nor carries a circuit,
 //! whatever else is open on it: a stranger with a stalled stream does not stay for ever.
 
 use std::{
@@ -11,7 +11,7 @@ use std::{
 
 use libp2p::{Multiaddr, PeerId};
 
-use super::{circuits::End, heartbeat::Pulse};
+use super::{circuits::End, heartbeat::Liveness};
 use crate::{activity::Signs, address::ClientPrefix};
 
 /// The connections of one relay.
@@ -45,7 +45,7 @@ pub struct Connection {
     signs: [Option<Signs>; 2],
     heard: u64,
     /// When it was heard last, and whether it is being probed.
-    pub pulse: Pulse,
+    pub liveness: Liveness,
 }
 
 /// Where a connection comes from: found out once, when it comes up.
@@ -69,7 +69,7 @@ impl Origin {
 }
 
 impl Connection {
-    /// A connection that came up at `now`; for `jitter` see [`Pulse::new`].
+    /// A connection that came up at `now`; for `jitter` see [`Liveness::new`].
     pub fn new(peer: PeerId, address: Multiaddr, relayed: bool, jitter: u8, now: Instant) -> Self {
         Self {
             origin: Arc::new(Origin::new(peer, address, relayed)),
@@ -81,7 +81,7 @@ impl Connection {
             floods: false,
             signs: [None, None],
             heard: 0,
-            pulse: Pulse::new(now, jitter),
+            liveness: Liveness::new(now, jitter),
         }
     }
 
@@ -93,7 +93,7 @@ impl Connection {
 
     /// For how long nothing was heard on it.
     pub fn silent_for(&self, now: Instant) -> Duration {
-        self.pulse.silent_for(now)
+        self.liveness.silent_for(now)
     }
 
     fn idle(&self) -> bool {
@@ -112,7 +112,7 @@ impl Connection {
         self.floods = self.signs.iter().flatten().any(Signs::is_flooding);
         if count != self.heard {
             self.heard = count;
-            self.pulse.heard(now);
+            self.liveness.on_activity(now);
         }
     }
 }
@@ -225,14 +225,14 @@ impl<C: Copy + Eq + std::hash::Hash> Connections<C> {
     pub fn heard(&mut self, peer: &PeerId, now: Instant) {
         for id in self.by_peer.get(peer).into_iter().flatten() {
             if let Some(connection) = self.up.get_mut(id) {
-                connection.pulse.heard(now);
+                connection.liveness.on_activity(now);
             }
         }
     }
 
-    /// Open questions count from another time.
+    /// Open probes count from another time.
     pub fn excuse(&mut self, from: impl Fn(Instant) -> Instant) {
-        self.up.values_mut().for_each(|connection| connection.pulse.excuse(&from));
+        self.up.values_mut().for_each(|connection| connection.liveness.excuse(&from));
     }
 
     /// Listens to all connections: one that is not watched now may be so next.
@@ -245,9 +245,9 @@ impl<C: Copy + Eq + std::hash::Hash> Connections<C> {
     }
 
     /// The connections that are watched, with what is known of them: those that are not idle.
-    pub fn watched(&mut self) -> impl Iterator<Item = (C, &mut Pulse)> {
+    pub fn watched(&mut self) -> impl Iterator<Item = (C, &mut Liveness)> {
         let watched = self.up.iter_mut().filter(|(_, c)| c.watched());
-        watched.map(|(id, connection)| (*id, &mut connection.pulse))
+        watched.map(|(id, connection)| (*id, &mut connection.liveness))
     }
 
     /// The watched ones that hold a reservation and were not heard for so long, with whose they are.
@@ -255,12 +255,12 @@ impl<C: Copy + Eq + std::hash::Hash> Connections<C> {
         &self,
         at_least: Duration,
         now: Instant,
-    ) -> impl Iterator<Item = (C, PeerId, &Pulse)> {
+    ) -> impl Iterator<Item = (C, PeerId, &Liveness)> {
         let silent = self.up.iter().filter(move |(_, connection)| {
             let reserved = connection.holds_reservation && connection.watched();
             reserved && connection.silent_for(now) >= at_least
         });
-        silent.map(|(id, connection)| (*id, connection.origin.peer, &connection.pulse))
+        silent.map(|(id, connection)| (*id, connection.origin.peer, &connection.liveness))
     }
 
     /// The connection is being closed: it is neither watched nor idle any more.

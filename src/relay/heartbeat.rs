@@ -1,10 +1,10 @@
-//! The heartbeat: whom to ask for a sign of life, whom to judge silent, and when the fault is ours.
+//! The heartbeat: which connections to probe, which have timed out, and when the fault is ours.
 //!
-//! Pure: what was heard and when comes in with `now`; whom to ask and whom to judge goes out.
+//! Sans-IO: what was heard and when comes in with `now`; what to probe and what has timed out goes out.
 //!
-//! Nobody is judged who did not have the time to answer a question, however long it had been silent
-//! before that; and nobody because of a silence that may be our own: after a pass that came late,
-//! silences start anew; when most fall silent at once, verdicts wait.
+//! No connection times out that did not have the time to answer a probe, however long it had been silent
+//! before that; and none because of a silence that may be our own: after a pass that came late, liveness
+//! timers are reset; when most fall silent at once, verdicts wait.
 
 use std::{
     fmt,
@@ -21,38 +21,38 @@ const TELL_AGAIN: Duration = Duration::from_secs(60 * 60);
 
 /// What is known of one watched connection.
 #[derive(Debug)]
-pub struct Pulse {
+pub struct Liveness {
     last_heard: Instant,
-    /// Since when a question is open.
-    asked: Option<Instant>,
+    /// Since when it has been probed without an answer.
+    probed: Option<Instant>,
     jitter: u8,
 }
 
-impl Pulse {
-    /// A connection that was heard of at `now`. `jitter` is any number: it spreads the questions.
+impl Liveness {
+    /// A connection that was heard of at `now`. `jitter` is any number: it spreads the probes.
     pub fn new(now: Instant, jitter: u8) -> Self {
-        Self { last_heard: now, asked: None, jitter }
+        Self { last_heard: now, probed: None, jitter }
     }
 
-    /// Something was heard. Whatever was asked is answered with it.
-    pub fn heard(&mut self, now: Instant) {
+    /// Something was heard: whatever it was, it answers an open probe.
+    pub fn on_activity(&mut self, now: Instant) {
         self.last_heard = now;
-        self.asked = None;
+        self.probed = None;
     }
 
-    /// A question was put.
-    pub fn asked(&mut self, now: Instant) {
-        self.asked = Some(now);
+    /// It was probed.
+    pub fn on_probe(&mut self, now: Instant) {
+        self.probed = Some(now);
     }
 
-    /// A question that is open counts from another time.
+    /// An open probe counts from another time.
     pub fn excuse(&mut self, from: impl Fn(Instant) -> Instant) {
-        self.asked = self.asked.map(from);
+        self.probed = self.probed.map(from);
     }
 
-    /// For how long a question has been open, if one is.
-    pub fn asked_for(&self, now: Instant) -> Option<Duration> {
-        self.asked.map(|asked| now.saturating_duration_since(asked))
+    /// For how long a probe has been open, if one is.
+    pub fn probed_for(&self, now: Instant) -> Option<Duration> {
+        self.probed.map(|since| now.saturating_duration_since(since))
     }
 
     /// For how long nothing was heard.
@@ -71,13 +71,13 @@ pub struct Heartbeat {
     told: Option<Instant>,
 }
 
-/// What one beat found.
+/// The outcome of one heartbeat.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Beat<C> {
-    /// Whom to ask for a sign of life.
-    pub ask: Vec<C>,
-    /// Who is judged silent.
-    pub silent: Vec<C>,
+pub struct HeartbeatOutcome<C> {
+    /// The connections to probe.
+    pub probe: Vec<C>,
+    /// The connections that have timed out.
+    pub timed_out: Vec<C>,
     /// What the operator should know.
     pub fault: Option<Fault>,
 }
@@ -128,10 +128,10 @@ impl Heartbeat {
     pub fn beat<'a, C>(
         &mut self,
         config: &Config,
-        watched: impl Iterator<Item = (C, &'a mut Pulse)>,
+        watched: impl Iterator<Item = (C, &'a mut Liveness)>,
         now: Instant,
-    ) -> Beat<C> {
-        let mut beat = Beat { ask: Vec::new(), silent: Vec::new(), fault: None };
+    ) -> HeartbeatOutcome<C> {
+        let mut beat = HeartbeatOutcome { probe: Vec::new(), timed_out: Vec::new(), fault: None };
         let Config { heartbeat, silence, sweep, .. } = *config;
         if heartbeat.is_zero() {
             return beat;
@@ -139,7 +139,7 @@ impl Heartbeat {
         let pause = now.saturating_duration_since(self.last_beat);
         self.last_beat = now;
         if pause > sweep + heartbeat {
-            let stood_still = watched.map(|(_, pulse)| pulse.heard(now)).count() > 0;
+            let stood_still = watched.map(|(_, liveness)| liveness.on_activity(now)).count() > 0;
             beat.fault = stood_still.then_some(Fault::Late(pause));
             return beat;
         }
@@ -147,18 +147,18 @@ impl Heartbeat {
         let time_to_answer = silence.saturating_sub(heartbeat);
         let mut due = Vec::new();
         let (mut count, mut soon_due) = (0, 0);
-        for (id, pulse) in watched {
+        for (id, liveness) in watched {
             count += 1;
-            let silent_for = pulse.silent_for(now);
-            if let Some(asked_for) = pulse.asked_for(now) {
+            let silent_for = liveness.silent_for(now);
+            if let Some(probed_for) = liveness.probed_for(now) {
                 soon_due += usize::from(silent_for + heartbeat >= silence);
                 // A connection that nobody watched until now may have been quiet for hours.
-                if silent_for >= silence && asked_for >= time_to_answer {
-                    due.push((id, pulse));
+                if silent_for >= silence && probed_for >= time_to_answer {
+                    due.push((id, liveness));
                 }
-            } else if silent_for >= first_question(heartbeat, pulse.jitter) {
-                pulse.asked(now);
-                beat.ask.push(id);
+            } else if silent_for >= first_question(heartbeat, liveness.jitter) {
+                liveness.on_probe(now);
+                beat.probe.push(id);
             }
         }
 
@@ -175,12 +175,12 @@ impl Heartbeat {
                     beat.fault = Some(Fault::Link { silent: soon_due, watched: count });
                 }
                 // The question may have been lost with the link.
-                beat.ask.extend(due.into_iter().map(|(id, _)| id));
+                beat.probe.extend(due.into_iter().map(|(id, _)| id));
                 return beat;
             }
             _ => {}
         }
-        beat.silent.extend(due.into_iter().map(|(id, _)| id));
+        beat.timed_out.extend(due.into_iter().map(|(id, _)| id));
         beat
     }
 }
@@ -202,7 +202,7 @@ mod tests {
     struct Ward {
         heartbeat: Heartbeat,
         config: Config,
-        pulses: Vec<Pulse>,
+        livenesses: Vec<Liveness>,
         now: Instant,
     }
 
@@ -218,43 +218,43 @@ mod tests {
             Self {
                 heartbeat: Heartbeat::new(now),
                 config,
-                pulses: (0..count).map(|_| Pulse::new(now, 0)).collect(),
+                livenesses: (0..count).map(|_| Liveness::new(now, 0)).collect(),
                 now,
             }
         }
 
-        fn beat_after(&mut self, seconds: u64) -> Beat<usize> {
+        fn beat_after(&mut self, seconds: u64) -> HeartbeatOutcome<usize> {
             self.now += Duration::from_secs(seconds);
-            self.heartbeat.beat(&self.config, self.pulses.iter_mut().enumerate(), self.now)
+            self.heartbeat.beat(&self.config, self.livenesses.iter_mut().enumerate(), self.now)
         }
 
         /// All that was found in so many seconds.
-        fn pass(&mut self, seconds: u64) -> Beat<usize> {
+        fn pass(&mut self, seconds: u64) -> HeartbeatOutcome<usize> {
             let mut all = self.beat_after(1);
             for _ in 1..seconds {
                 let beat = self.beat_after(1);
-                all.ask.extend(beat.ask);
-                all.silent.extend(beat.silent);
+                all.probe.extend(beat.probe);
+                all.timed_out.extend(beat.timed_out);
                 all.fault = all.fault.or(beat.fault);
             }
             all
         }
 
         fn hear(&mut self, who: usize) {
-            self.pulses[who].heard(self.now);
+            self.livenesses[who].on_activity(self.now);
         }
     }
 
-    fn asked(who: &[usize]) -> Beat<usize> {
+    fn asked(who: &[usize]) -> HeartbeatOutcome<usize> {
         found(who, &[])
     }
 
-    fn judged(who: &[usize]) -> Beat<usize> {
+    fn judged(who: &[usize]) -> HeartbeatOutcome<usize> {
         found(&[], who)
     }
 
-    fn found(ask: &[usize], silent: &[usize]) -> Beat<usize> {
-        Beat { ask: ask.into(), silent: silent.into(), fault: None }
+    fn found(ask: &[usize], silent: &[usize]) -> HeartbeatOutcome<usize> {
+        HeartbeatOutcome { probe: ask.into(), timed_out: silent.into(), fault: None }
     }
 
     #[test]
@@ -296,9 +296,9 @@ mod tests {
     #[test]
     fn who_was_quiet_for_long_before_it_was_watched_has_the_usual_time_to_answer() {
         let mut ward = Ward::of(1);
-        let quiet = ward.pulses.split_off(0);
+        let quiet = ward.livenesses.split_off(0);
         ward.pass(10 * SILENCE);
-        ward.pulses = quiet;
+        ward.livenesses = quiet;
         assert_eq!(ward.pass(1), asked(&[0]));
         assert_eq!(ward.pass(SILENCE - HEARTBEAT - 1), asked(&[]));
         assert_eq!(ward.pass(1), judged(&[0]));
@@ -308,7 +308,7 @@ mod tests {
     fn a_question_that_was_put_anew_gives_the_usual_time_to_answer() {
         let mut ward = Ward::of(1);
         assert_eq!(ward.pass(SILENCE - 1), asked(&[0]));
-        ward.pulses[0].asked(ward.now);
+        ward.livenesses[0].on_probe(ward.now);
         assert_eq!(ward.pass(SILENCE - HEARTBEAT - 1), asked(&[]));
         assert_eq!(ward.pass(1), judged(&[0]));
     }
@@ -320,7 +320,7 @@ mod tests {
         let pause = HEARTBEAT + 2;
         let late = ward.beat_after(pause);
         assert_eq!(late.fault, Some(Fault::Late(Duration::from_secs(pause))));
-        assert!(late.ask.is_empty() && late.silent.is_empty());
+        assert!(late.probe.is_empty() && late.timed_out.is_empty());
         assert_eq!(ward.pass(HEARTBEAT - 1), asked(&[]));
         assert_eq!(ward.pass(1), asked(&[0, 1, 2]));
     }
@@ -329,21 +329,21 @@ mod tests {
     fn when_most_fall_silent_at_once_their_verdict_waits_for_one_more_limit() {
         let mut ward = Ward::of(15);
         for _ in 0..SILENCE - 1 {
-            assert!(ward.beat_after(1).silent.is_empty());
+            assert!(ward.beat_after(1).timed_out.is_empty());
             (8..15).for_each(|who| ward.hear(who));
         }
         let beat = ward.beat_after(1);
         let (silent, watched) = (8, 15);
         assert_eq!(beat.fault, Some(Fault::Link { silent, watched }));
-        assert!(beat.silent.is_empty());
-        assert_eq!(beat.ask.len(), 8, "asked anew");
+        assert!(beat.timed_out.is_empty());
+        assert_eq!(beat.probe.len(), 8, "asked anew");
 
         // Two were there all the time. The others are judged, without a second warning.
         ward.hear(0);
         ward.hear(1);
         for _ in 0..SILENCE - 1 {
             let beat = ward.beat_after(1);
-            assert!(beat.silent.is_empty() && beat.fault.is_none());
+            assert!(beat.timed_out.is_empty() && beat.fault.is_none());
             (8..15).for_each(|who| ward.hear(who));
         }
         ward.hear(0);
@@ -361,7 +361,7 @@ mod tests {
         for _ in 0..SILENCE {
             (1..8).for_each(|who| ward.hear(who));
             let beat = ward.beat_after(1);
-            if !beat.silent.is_empty() {
+            if !beat.timed_out.is_empty() {
                 assert_eq!(beat, judged(&[0]));
                 return;
             }
@@ -372,7 +372,7 @@ mod tests {
     #[test]
     fn a_few_that_fall_silent_are_no_sign_of_a_broken_link() {
         let mut ward = Ward::of(7);
-        assert_eq!(ward.pass(SILENCE).silent.len(), 7);
+        assert_eq!(ward.pass(SILENCE).timed_out.len(), 7);
     }
 
     #[test]

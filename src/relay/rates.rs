@@ -1,6 +1,6 @@
 //! Request rates: how often a peer may ask, and all the peers of one address together.
 //!
-//! Pure. Each has a token bucket that holds a minute's worth, kept as the one instant at which it
+//! Sans-IO. Each has a token bucket that holds a minute's worth, kept as the one instant at which it
 //! will be full again. A full bucket is no different from none: the sweep forgets it, so there are
 //! never more than were asked of within the last minute.
 

@@ -53,7 +53,7 @@ pub struct Candidate<C> {
     /// For how long nothing was heard from the peer.
     pub silent_for: Duration,
     /// For how long a question to it has been open, if one is.
-    pub asked_for: Option<Duration>,
+    pub probed_for: Option<Duration>,
 }
 
 /// What is to become of a newcomer.
@@ -132,11 +132,11 @@ pub fn decide<C: Copy + Ord>(
     }
     for candidate in &mut candidates {
         // Nobody listens for the answer to an older one.
-        candidate.asked_for = candidate.asked_for.filter(|open| *open <= silence);
+        candidate.probed_for = candidate.probed_for.filter(|open| *open <= silence);
     }
-    let is_due = |candidate: &Candidate<C>| candidate.asked_for.is_some_and(|open| open >= probe);
+    let is_due = |candidate: &Candidate<C>| candidate.probed_for.is_some_and(|open| open >= probe);
     let (mut due, mut others): (Vec<_>, Vec<_>) = candidates.into_iter().partition(is_due);
-    let on_probation = others.iter().filter(|candidate| candidate.asked_for.is_some());
+    let on_probation = others.iter().filter(|candidate| candidate.probed_for.is_some());
     let mut room = MOST_ASKED.saturating_sub(on_probation.count());
     // The longest silent first; of these, who came first.
     let order = |candidate: &Candidate<C>| (Reverse(candidate.silent_for), candidate.connection);
@@ -160,9 +160,9 @@ pub fn decide<C: Copy + Ord>(
             if room == 0 {
                 break;
             }
-            if candidate.asked_for.is_none() {
+            if candidate.probed_for.is_none() {
                 room -= 1;
-                candidate.asked_for = Some(Duration::ZERO);
+                candidate.probed_for = Some(Duration::ZERO);
                 ask.push(candidate.connection);
             }
         }
@@ -191,11 +191,11 @@ mod tests {
     }
 
     fn silent(connection: u32, seconds: u64) -> Candidate<u32> {
-        Candidate { connection, billed_to: None, silent_for: secs(seconds), asked_for: None }
+        Candidate { connection, billed_to: None, silent_for: secs(seconds), probed_for: None }
     }
 
     fn asked(connection: u32, seconds: u64, open: Duration) -> Candidate<u32> {
-        Candidate { asked_for: Some(open), ..silent(connection, seconds) }
+        Candidate { probed_for: Some(open), ..silent(connection, seconds) }
     }
 
     fn decide(

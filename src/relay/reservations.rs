@@ -1,6 +1,6 @@
 //! The table of reservations: admission, renewal, grace, and the end of each.
 //!
-//! Pure: no I/O, no clock, no swarm. Every method takes `now`, and whatever is decided comes back
+//! Sans-IO: no I/O, no clock, no swarm. Every method takes `now`, and whatever is decided comes back
 //! as a value. `C` names a connection; the behaviour uses the swarm's `ConnectionId`, tests use
 //! numbers.
 //!

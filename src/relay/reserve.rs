@@ -96,17 +96,17 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
             return;
         }
         let silent = self.connections.silent(self.config.probe_after, now);
-        let candidates = silent.map(|(connection, peer, pulse)| Candidate {
+        let candidates = silent.map(|(connection, peer, liveness)| Candidate {
             connection,
             billed_to: self.reservations.bill_of(&peer),
-            silent_for: pulse.silent_for(now),
-            asked_for: pulse.asked_for(now),
+            silent_for: liveness.silent_for(now),
+            probed_for: liveness.probed_for(now),
         });
         let caps = waiting.iter().map(|(_, full, waited)| (*full, *waited));
         let (prospects, ask) = reclaim::decide(&self.config, caps, candidates.collect());
         for connection in ask {
             if let Some(up) = self.connections.get_mut(connection) {
-                up.pulse.asked(now);
+                up.liveness.on_probe(now);
             }
             self.probe(connection);
         }

@@ -38,12 +38,12 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         if let Some(fault) = beat.fault {
             log::warn!("{fault}");
         }
-        for connection in beat.ask {
+        for connection in beat.probe {
             self.probe(connection);
         }
         // In the order in which they came, so that a rerun of a simulation is the same.
-        beat.silent.sort_unstable();
-        for connection in beat.silent {
+        beat.timed_out.sort_unstable();
+        for connection in beat.timed_out {
             self.time_out(connection, now);
         }
         self.reclaim(now);
@@ -78,7 +78,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         };
         let (peer, address) = (silent.origin.peer, silent.origin.address.clone());
         let silent_for = silent.silent_for(now);
-        silent.pulse.heard(now); // if it stays up, its silence starts anew
+        silent.liveness.on_activity(now); // if it stays up, its silence starts anew
         self.tell(Event::PeerSilent { peer, address, silent_for });
         self.give_up(End { peer, connection }, now);
         if self.config.close_silent {
