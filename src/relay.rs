@@ -84,7 +84,7 @@ struct Draining<R> {
     looked: Instant,
     /// The part of a connection that was due then.
     due: f64,
-    /// The requests of connections that are being closed for them: none is reset before that.
+    /// Requests that closing the connection answers: dropped here, their streams would be reset before.
     unanswered: Vec<R>,
 }
 
@@ -184,7 +184,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         }
     }
 
-    /// A peer asks for something, or for nothing that is understood; its answer goes to `reply`.
+    /// Decides a request, or refuses one that could not be decoded; the answer goes to `reply`.
     pub fn handle_request(
         &mut self,
         from: End<C>,
@@ -207,7 +207,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         }
     }
 
-    /// Checks what holds for every request. `Draining` comes first: such a peer is not told anything.
+    /// The checks that RESERVE and CONNECT share.
     fn permit(&self, origin: &Origin) -> Result<(), Refused> {
         if self.draining.is_some() {
             return Err(Refused::Draining);

@@ -1,8 +1,8 @@
 //! One connection: which substreams are open on it, and what is asked of them.
 //!
 //! The exchanges themselves are in [`hop`], [`stop`] and [`ping`]; each runs as a task of its own, so that a stalled
-//! one costs a substream and not the connection. The handler starts them and bounds their number. They talk to
-//! the behaviour by themselves, and tell it what is over when they are dropped.
+//! one costs a substream and not the connection. The handler starts the tasks and bounds their number. A task
+//! sends its events to the behaviour directly; one that is dropped with its connection sends its last from `Drop`.
 
 use std::{
     convert::Infallible,
@@ -59,9 +59,9 @@ pub struct Handler {
     events: Events,
     timeouts: Timeouts,
     tasks: FuturesUnordered<BoxFuture<'static, ()>>,
-    /// Each hop stream whose request is being read or answered has a clone of it, and each ping stream of the
-    /// other.
+    /// Counts hop streams whose request is being read or answered: each holds a clone.
     requests: Arc<()>,
+    /// Counts ping streams in the same way.
     pings: Arc<()>,
     holds_reservation: bool,
 }
@@ -98,7 +98,7 @@ impl Handler {
             false => (&self.requests, self.max_requests),
         };
         if Arc::strong_count(permits) > most {
-            return; // one of them is our own
+            return; // the handler holds one itself; dropping the stream resets it
         }
         let permit = Arc::clone(permits);
         if is_ping {
@@ -236,7 +236,7 @@ mod tests {
     /// figure knowingly: it is multiplied by the number of peers.
     #[test]
     fn a_handler_is_small() {
-        assert!(size_of::<Handler>() <= 208, "{}", size_of::<Handler>());
+        assert!(size_of::<Handler>() <= 184, "{}", size_of::<Handler>());
         // An empty queue has room for one.
         assert!(size_of::<HandlerCommand>() <= 16);
     }

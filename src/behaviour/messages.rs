@@ -1,7 +1,8 @@
 //! What passes between the tasks of the connections and the behaviour.
 //!
-//! It goes directly, over channels of ours: the swarm would look for a connection among those of all peers, one by
-//! one. A stream waits for the reply to its request, so no more events wait than there are streams.
+//! Commands and events go over channels of our own: to deliver a command, the swarm would search the connections of
+//! all peers. The channels are unbounded, but a stream sends nothing more until its request has been answered, so
+//! the number of queued events is bounded by the number of streams.
 
 use std::time::{Duration, Instant};
 
@@ -24,20 +25,20 @@ pub type TrackedStream = Heard<Stream>;
 /// To the behaviour.
 pub type Events = mpsc::UnboundedSender<HandlerEvent>;
 
-/// What a connection tells the behaviour.
+/// What a connection's tasks report to the behaviour.
 #[derive(Debug)]
 pub enum HandlerEvent {
-    /// The peer asks for something, or for nothing that is understood.
+    /// A request, or why it could not be decoded.
     Requested(End<ConnectionId>, Result<Request, BadRequest>, Reply),
     /// Whether the answer of this receipt arrived.
     Delivered(PeerId, Receipt, bool),
-    /// What the target of a circuit said; with the stream that it goes over if it agreed.
+    /// The answer of a circuit's target: the accepted stop stream, or why there is none.
     TargetAnswered(CircuitId, Result<Box<TrackedStream>, StopFailed>),
     /// An open circuit has ended.
     CircuitEnded(CircuitId, CircuitEnd),
 }
 
-/// An event that is told when it is dropped: whatever becomes of the task that it belongs to.
+/// Sends its event when it is dropped: also when the task that owns it is dropped unfinished.
 #[derive(Debug)]
 pub struct Report {
     event: Option<HandlerEvent>,
@@ -49,7 +50,7 @@ impl Report {
         Self { event: Some(event), events }
     }
 
-    /// Tells this instead.
+    /// Sends this event instead.
     pub(crate) fn send(mut self, event: HandlerEvent) {
         self.event = Some(event);
     }
@@ -84,7 +85,7 @@ pub struct Opening {
     pub(crate) circuit: CircuitId,
     pub(crate) target: TrackedStream,
     pub(crate) parameters: CircuitParameters,
-    /// Tells that it has ended.
+    /// Reports that it has ended.
     pub(crate) report: Report,
 }
 
@@ -115,6 +116,6 @@ pub struct StopRequest {
     pub(crate) since: Instant,
     /// Is cancelled when the relay ends the circuit.
     pub(crate) ended: oneshot::Receiver<()>,
-    /// Tells what the target said; unless that is known, that it is gone.
+    /// Reports the target's answer; if there is none, that the target is gone.
     pub(crate) report: Report,
 }

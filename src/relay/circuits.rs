@@ -239,7 +239,7 @@ impl<C: Copy + Eq, Q> Circuits<C, Q> {
         }
     }
 
-    /// Ends a circuit: whatever goes on for it notices. It counts until that has been reported.
+    /// Ends a circuit by dropping its guard, which cancels the receiver. It counts until its end is reported.
     ///
     /// Returns the CONNECT that was not answered yet.
     pub fn end(&mut self, id: CircuitId) -> Option<Q> {
@@ -424,7 +424,7 @@ mod tests {
     }
 
     #[test]
-    fn whatever_goes_on_for_a_circuit_notices_its_end() {
+    fn ending_a_circuit_cancels_its_receiver_and_returns_the_pending_connect() {
         let mut circuits = table(of_total(9), 9);
         let (id, mut ended) = circuits.add(end(1), end(2), None, (), Instant::now());
         assert_eq!(ended.try_recv(), Ok(None));

@@ -62,7 +62,8 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         Ok((over, self.config.circuit_limit(terms)))
     }
 
-    /// A target agreed to a circuit, or not. Returns how to answer the source where both want it: bytes pass then.
+    /// The target of a circuit agreed, or did not. Returns the reply handle and the parameters of the circuit that
+    /// is open now, if the source still waits for it.
     pub fn on_target_answered(
         &mut self,
         id: CircuitId,
@@ -107,7 +108,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         }
     }
 
-    /// Ends a circuit; an open one reports back when it has.
+    /// Ends a circuit; its task reports when an open one has ended.
     ///
     /// One that is being set up keeps its place until nothing is left of it at the target: else
     /// sources that ask and leave could ask one target for more than its cap.

@@ -37,7 +37,7 @@ pub struct Reservations<C> {
     quota: Quota,
     /// Before this, no term and no grace ends: nobody has to look for one.
     next_end: Option<Instant>,
-    /// What became of slots, until [`Reservations::next_change`] takes it.
+    /// Changes to slots, oldest first, until [`Reservations::next_change`] takes them.
     changes: VecDeque<Change<C>>,
     departures: u64,
     receipts: u64,
@@ -90,7 +90,7 @@ pub struct Granted {
     pub is_renewal: bool,
 }
 
-/// What became of a slot.
+/// A change to a slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Change<C> {
     /// The reservation points at another connection of the peer.
@@ -301,7 +301,7 @@ impl<C: Copy + Eq> Reservations<C> {
         }
     }
 
-    /// Takes out the next thing that became of a slot, first come first.
+    /// Takes out the oldest change that was not taken out yet.
     pub fn next_change(&mut self) -> Option<Change<C>> {
         self.changes.pop_front()
     }

@@ -41,14 +41,14 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         self.hurry(now);
     }
 
-    /// Checks whether the peer may ask at all, before it is asked whether there is a slot.
+    /// Checks everything but whether there is a slot; returns the terms of a grant.
     fn permit_reserve(&mut self, request: &Pending<C, R>, now: Instant) -> Result<Terms, Refused> {
         let (peer, origin) = (request.from.peer, &*request.origin);
         self.permit(origin)?;
         let Permission::Allow(terms) = self.access().may_reserve(peer, &origin.address) else {
             return Err(Refused::Denied);
         };
-        // A peer that holds a slot is stopped by none but itself.
+        // A peer that holds a slot pays only its own request rate.
         let prefix = origin.prefix.filter(|_| !self.reservations.holds(&peer, now));
         self.reserve_rates.take(peer, prefix, now)?;
         Ok(terms)
@@ -141,7 +141,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         self.refuse(request, Refused::NotSigned);
     }
 
-    /// Keeps the connections that reservations point at now, and no others; tells what became of slots.
+    /// Holds the connections that reservations point at now and releases the others; reports freed slots and graces.
     pub(super) fn tell_changes(&mut self, now: Instant) {
         while let Some(change) = self.reservations.next_change() {
             let (peer, from, to) = match change {
