@@ -20,6 +20,7 @@ use std::{
     collections::HashMap,
     convert::Infallible,
     hash::{BuildHasher, RandomState},
+    sync::PoisonError,
     task::{Context, Poll},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
@@ -53,7 +54,7 @@ use crate::{
         Action, PendingConnect, Relay,
         accounts::Accounts,
         circuits::{Circuits, End},
-        connections::{Connection, Connections},
+        connections::{Connection, Connections, Origin},
         reservations::Reservations,
     },
     wire,
@@ -286,7 +287,7 @@ impl Behaviour {
         let now = Instant::now();
         match action {
             Action::Grant { request, receipt, terms, expires } => {
-                let Ok(message) = self.reserve_ok(request.from, terms, expires) else {
+                let Ok(message) = self.reserve_ok(&request.origin, terms, expires) else {
                     self.relay.on_sign_failed(request, receipt, now);
                     return None;
                 };
@@ -352,7 +353,7 @@ impl Behaviour {
     /// The message that tells a peer of its reservation.
     fn reserve_ok(
         &self,
-        to: End<ConnectionId>,
+        to: &Origin,
         terms: Terms,
         expires: Instant,
     ) -> Result<Vec<u8>, SigningError> {
@@ -360,12 +361,12 @@ impl Behaviour {
         let wall_clock = SystemTime::now().duration_since(UNIX_EPOCH);
         let expire = (wall_clock.unwrap_or_default() + term).as_secs();
         let listening: Vec<_> = self.listening.iter().cloned().collect();
-        let connection = self.relay.connections().get(to.connection);
+        let reported = to.reported.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let known = Known {
             announced: &self.config().announce,
             confirmed: self.confirmed.as_slice(),
             listening: &listening,
-            reported: connection.and_then(|up| up.reported.as_ref()),
+            reported: reported.as_ref(),
         };
         let addresses = address::for_reservation(known, self.peer);
         let voucher = voucher::sign(&self.keypair, to.peer, expire)?;

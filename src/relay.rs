@@ -24,7 +24,12 @@ pub mod reservations;
 mod reserve;
 mod sweep;
 
-use std::{collections::VecDeque, hash::Hash, sync::Arc, time::Instant};
+use std::{
+    collections::VecDeque,
+    hash::Hash,
+    sync::{Arc, PoisonError},
+    time::Instant,
+};
 
 use libp2p::{Multiaddr, PeerId};
 
@@ -167,8 +172,8 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
 
     /// The peer says under which address it reached the relay over this connection.
     pub fn reported(&mut self, connection: C, address: Multiaddr) {
-        if let Some(up) = self.connections.get_mut(connection) {
-            up.reported = Some(address);
+        if let Some(up) = self.connections.get(connection) {
+            *up.origin.reported.lock().unwrap_or_else(PoisonError::into_inner) = Some(address);
         }
     }
 

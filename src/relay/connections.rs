@@ -5,7 +5,7 @@
 
 use std::{
     collections::{HashMap, HashSet, hash_map::Entry},
-    sync::Arc,
+    sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
@@ -31,8 +31,6 @@ pub struct Connections<C> {
 pub struct Connection {
     /// Where it comes from; requests that came over it share this.
     pub origin: Arc<Origin>,
-    /// The address under which the peer says that it reached this relay.
-    pub reported: Option<Multiaddr>,
     holds_reservation: bool,
     circuits: u32,
     /// When it became so.
@@ -59,12 +57,16 @@ pub struct Origin {
     pub prefix: Option<ClientPrefix>,
     /// Whether it leads through another relay.
     pub relayed: bool,
+    /// The address under which the peer says that it reached this relay: found out later, and by requests that
+    /// wait as well.
+    pub reported: Mutex<Option<Multiaddr>>,
 }
 
 impl Origin {
     /// That of a connection to `peer`.
     pub fn new(peer: PeerId, address: Multiaddr, relayed: bool) -> Self {
-        Self { peer, prefix: ClientPrefix::of(&address), address, relayed }
+        let (prefix, reported) = (ClientPrefix::of(&address), Mutex::default());
+        Self { peer, address, prefix, relayed, reported }
     }
 }
 
@@ -73,7 +75,6 @@ impl Connection {
     pub fn new(peer: PeerId, address: Multiaddr, relayed: bool, jitter: u8, now: Instant) -> Self {
         Self {
             origin: Arc::new(Origin::new(peer, address, relayed)),
-            reported: None,
             holds_reservation: false,
             circuits: 0,
             idle_since: now,

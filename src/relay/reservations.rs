@@ -399,18 +399,18 @@ impl<C: Copy + Eq> Reservations<C> {
     }
 
     fn set_state(&mut self, peer: PeerId, state: State<C>) {
-        let Some(id) = self.slots.get_key_value(&peer).map(|(id, _)| Arc::clone(id)) else {
-            return;
-        };
         let Some(reservation) = self.slots.get_mut(&peer) else {
             return;
         };
         let before = std::mem::replace(&mut reservation.state, state);
+        let billed_to = reservation.billed_to;
         if let State::Grace { departure, .. } = before {
             self.left.remove(departure);
         }
-        if let State::Grace { since, departure } = state {
-            self.left.insert(departure, id, reservation.billed_to);
+        if let State::Grace { since, departure } = state
+            && let Some((id, _)) = self.slots.get_key_value(&peer)
+        {
+            self.left.insert(departure, Arc::clone(id), billed_to);
             self.ends_no_later_than(since + self.grace);
         }
         let (from, to) = (before.connection(), state.connection());
