@@ -156,7 +156,8 @@ pub struct Known<'a> {
     pub confirmed: &'a [Multiaddr],
     /// The relay's own listening addresses.
     pub listening: &'a [Multiaddr],
-    /// The address under which the asking client says that it reached the relay.
+    /// The address under which the asking client says that it reached the relay, or else the relay's end of
+    /// its connection.
     pub reported: Option<&'a Multiaddr>,
 }
 

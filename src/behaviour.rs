@@ -28,7 +28,7 @@ use std::{
 use futures_timer::Delay;
 use libp2p::{
     Multiaddr, PeerId,
-    core::{Endpoint, transport::PortUse},
+    core::{ConnectedPoint, Endpoint, transport::PortUse},
     futures::{FutureExt, StreamExt, channel::mpsc},
     identity::{Keypair, SigningError},
     swarm::{
@@ -267,6 +267,10 @@ impl Behaviour {
             Instant::now(),
         );
         self.relay.on_connected(id, connection);
+        // Until the peer says under which address it reached the relay.
+        if let ConnectedPoint::Listener { local_addr, .. } = endpoint {
+            self.reported(id, local_addr.clone());
+        }
         if let Some(signs) = self.handlers.get_mut(&id).and_then(|(_, signs)| signs.take()) {
             self.relay.listen_to(id, signs);
         }

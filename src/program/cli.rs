@@ -1,6 +1,5 @@
 //! The program from its command line to its exit code.
 
-mod environment;
 pub mod flags;
 mod help;
 pub mod identity;

@@ -1,6 +1,8 @@
 //! From the command line, the environment and a file to flags: which of them wins, and what an
 //! operator is told when they cannot be read.
 
+mod environment;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     env,
@@ -9,11 +11,11 @@ use std::{
     path::PathBuf,
 };
 
-use strsim::damerau_levenshtein;
 use structopt::{StructOpt, clap};
 use toml::{Table, Value, de::DeTable, de::DeValue};
 
-use super::{environment, flags, flags::Flags, flags::Origins, help};
+use self::environment::nearest;
+use super::{flags, flags::Flags, flags::Origins, help};
 
 /// The flags that are no settings, and take no value.
 const SWITCHES: [&str; 4] = ["autonat-private", "help", "print-config", "version"];
@@ -145,12 +147,6 @@ fn check_names_of_flags(words: &[String], known: &Table) -> Result<(), String> {
         }
     }
     Ok(())
-}
-
-/// The setting whose name is most like this one, and in how many letters they differ.
-pub(super) fn nearest<'a>(name: &str, known: &'a Table) -> (&'a str, usize) {
-    let distances = known.keys().map(|known| (known.as_str(), damerau_levenshtein(name, known)));
-    distances.min_by_key(|(_, distance)| *distance).unwrap_or_default()
 }
 
 /// Checks what clap 2 does not: the value of a switch, which it ignores, and that a flag with a

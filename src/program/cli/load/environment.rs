@@ -4,9 +4,8 @@
 
 use std::{collections::BTreeMap, ffi::OsString};
 
+use strsim::damerau_levenshtein;
 use toml::Table;
-
-use super::load::nearest;
 
 const PREFIX: &str = "RELAYLET_";
 
@@ -55,6 +54,12 @@ pub fn check_names(
         warnings.push(format!("{name} is ignored: there is no such setting; see relaylet --help"));
     }
     Ok(warnings)
+}
+
+/// The setting whose name is most like this one, and in how many letters they differ.
+pub fn nearest<'a>(name: &str, known: &'a Table) -> (&'a str, usize) {
+    let distances = known.keys().map(|known| (known.as_str(), damerau_levenshtein(name, known)));
+    distances.min_by_key(|(_, distance)| *distance).unwrap_or_default()
 }
 
 /// Whether this tells of a service named relaylet, or relaylet-something: Kubernetes sets such variables in
