@@ -51,6 +51,7 @@ export const status = {
   draining: false,
   up_for: 31234567,
   addresses: ["/ip4/203.0.113.7/tcp/4001"],
+  announced: [],
   slots: { total: TOTAL, live: 1201, grace: 37, free: 262 },
   history: { hour: curve(15, 90), day: curve(360, 40) },
   holders: { count: 1238, listed: holders },

@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Error, Result, anyhow, bail};
+use anyhow::{Context, Error, Result, bail};
 use libp2p::identity::Keypair;
 use tempfile::NamedTempFile;
 use zeroize::Zeroizing;
@@ -114,10 +114,6 @@ fn make(
     sync: impl FnOnce(&Path) -> io::Result<()>,
 ) -> Result<Identity> {
     let shown = file.display();
-    // Without any to be had, libp2p would panic.
-    getrandom::fill(&mut [0]).map_err(|error| {
-        anyhow!("--identity {shown}: this system has no random numbers for a new key: {error}; mount /dev")
-    })?;
     let write = || -> io::Result<(Keypair, Option<String>)> {
         let keypair = Keypair::generate_ed25519();
         let bytes = keypair.to_protobuf_encoding().map_err(io::Error::other)?;

@@ -73,6 +73,12 @@ impl Error for Usage {}
 
 /// Runs the program with the arguments of the process.
 pub fn main() -> ExitCode {
+    // Without any, the first hash map would panic.
+    if let Err(error) = getrandom::fill(&mut [0]) {
+        return failed(&anyhow!(
+            "this system has no random numbers: {error}; give it /dev/urandom"
+        ));
+    }
     if let Err(error) = key_log::forbid() {
         return failed(&error);
     }

@@ -1,6 +1,6 @@
 //! Streams over one connection: yamux, with limits on what a peer may have open and have waiting.
 //!
-//! [`Muxer`] moves bytes between the connection and a [`session`](super::session); `poll` alone does that. A
+//! [`Muxer`] moves bytes between the connection and a session (`session.rs`); `poll` alone does that. A
 //! stream that the peer opens beyond its limit is reset, one that we want beyond ours waits for another to end.
 //!
 //! The secure channel makes a message, and a system call, of each flush. So a flush comes when there is
