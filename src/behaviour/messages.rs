@@ -19,7 +19,7 @@ use crate::{
     wire::{BadRequest, Limit, Request, Status},
 };
 
-/// A stream on which everything that comes in is a sign of life.
+/// A stream whose received bytes, and whose end, count as activity of its peer.
 pub type TrackedStream = Heard<Stream>;
 
 /// To the behaviour.
@@ -101,9 +101,9 @@ pub enum HandlerCommand {
 /// What a stream is opened for.
 #[derive(Debug)]
 pub enum Outbound {
-    /// To ask the peer whether it takes a circuit.
+    /// Asks the peer whether it accepts a circuit.
     Stop(Box<StopRequest>),
-    /// To ask it for a sign of life, within this time.
+    /// Probes the peer, which has to answer within this time.
     Probe(Duration),
 }
 

@@ -46,7 +46,7 @@ pub enum Refused {
     Gone,
     /// The relay could not sign the voucher.
     NotSigned,
-    /// The relay takes nobody in any more. The peer is not told: its connection is closed.
+    /// The relay is draining. The peer gets no answer: its connection is closed.
     Draining,
 }
 
@@ -115,7 +115,7 @@ pub enum FreedReason {
     GraceOver,
     /// The peer left, and there is no grace.
     Disconnected,
-    /// The peer was judged silent, and there is no grace.
+    /// The peer did not answer a probe in time, and there is no grace.
     Silent,
     /// The peer was in grace, and a newcomer found no other slot free.
     TakenBy {
