@@ -132,9 +132,7 @@ fn lay(layer: Vec<Given>, table: &mut Table, origins: &mut Origins) -> Result<()
 
 /// Checks that each flag exists, and that only those have a value that take one.
 fn check_names_of_flags(words: &[String], known: &Table) -> Result<(), String> {
-    for flag in words.iter().filter(|word| word.starts_with("--")) {
-        let name = flag.trim_start_matches("--");
-        let (name, value) = name.split_once('=').map_or((name, None), |(n, v)| (n, Some(v)));
+    for (name, value) in words.iter().filter_map(|word| flag(word)) {
         let is_switch = SWITCHES.contains(&name);
         if is_switch && value.is_some() {
             return Err(format!("--{name} takes no value; leave out what follows it"));
@@ -153,22 +151,27 @@ fn check_names_of_flags(words: &[String], known: &Table) -> Result<(), String> {
 /// default has a value. Adds the switches to `table`.
 fn check_values(flags: &[String], known: &Table, table: &mut Table) -> Result<(), String> {
     let next = flags.iter().skip(1).map(String::as_str).chain(["--"]);
-    for (flag, next) in flags.iter().zip(next) {
-        let (flag, given) = flag.split_once('=').map_or((&**flag, None), |(f, v)| (f, Some(v)));
-        let Some(name) = flag.strip_prefix("--") else { continue };
+    for (word, next) in flags.iter().zip(next) {
+        let Some((name, given)) = flag(word) else { continue };
         match (known.get(name), given) {
             (Some(switch @ Value::Boolean(_)), Some(on)) => {
                 let value = value(switch, &typed(switch, on.into()));
-                let value = value.map_err(|takes| format!("{flag} {on}: {takes}"))?;
+                let value = value.map_err(|takes| format!("--{name} {on}: {takes}"))?;
                 table.insert(name.into(), value);
             }
             (Some(setting), None) if next.starts_with("--") && !setting.is_bool() => {
-                return Err(format!("{flag} needs a value; see relaylet --help"));
+                return Err(format!("--{name} needs a value; see relaylet --help"));
             }
             _ => {}
         }
     }
     Ok(())
+}
+
+/// The name of a flag, and the value behind its `=`; `None` for a word that is no flag.
+fn flag(word: &str) -> Option<(&str, Option<&str>)> {
+    let word = word.strip_prefix("--")?;
+    Some(word.split_once('=').map_or((word, None), |(name, value)| (name, Some(value))))
 }
 
 /// Reads the environment.
