@@ -1,6 +1,7 @@
 //! Streams over one connection: yamux, with limits on what a peer may have open and have waiting.
 
 pub mod budget;
+mod chunk;
 mod frame;
 pub mod muxer;
 mod negotiation;

@@ -4,13 +4,14 @@
 
 use std::{
     collections::VecDeque,
-    io::{Read, Write},
+    io::Write,
     task::Waker,
     time::{Duration, Instant},
 };
 
 use super::{
     budget::ConnectionBudget,
+    chunk::Chunk,
     frame::{Flags, HEADER, Header, INITIAL_WINDOW, Kind, MAX_WINDOW},
     places::Place,
 };
@@ -20,66 +21,8 @@ use crate::behaviour::buffer;
 /// a message of Noise.
 pub const QUANTUM: usize = buffer::SIZE;
 
-/// Chunks are multiples of the smallest one, in bytes.
-const MIN_CHUNK: usize = 4 * 1024;
-const MAX_CHUNK: usize = 16 * 1024;
-
 /// No credit is granted that leaves the peer so little or less, in bytes: it would send crumbs.
 const CRUMB: usize = 16 * 1024;
-
-/// Memory for bytes that are received.
-#[derive(Debug, Default)]
-pub struct Chunk {
-    bytes: Box<[u8]>,
-    /// Of those before `end`, the ones before `start` were read.
-    start: usize,
-    end: usize,
-}
-
-impl Chunk {
-    /// An empty chunk for a body of so many bytes, or as much of it as goes into one.
-    pub fn for_body(bytes: usize) -> Self {
-        let capacity = bytes.next_multiple_of(MIN_CHUNK).clamp(MIN_CHUNK, MAX_CHUNK);
-        Self { bytes: vec![0; capacity].into(), start: 0, end: 0 }
-    }
-
-    /// What it is charged, in bytes.
-    pub fn capacity(&self) -> usize {
-        self.bytes.len()
-    }
-
-    /// Room for so many bytes at most.
-    pub fn room(&mut self, most: usize) -> &mut [u8] {
-        let end = self.bytes.len().min(self.end.saturating_add(most));
-        self.bytes.get_mut(self.end..end).unwrap_or_default()
-    }
-
-    /// So many bytes were put into the room.
-    pub fn advance(&mut self, bytes: usize) {
-        self.end += bytes;
-    }
-
-    /// Forgets what is in it.
-    pub fn clear(&mut self) {
-        (self.start, self.end) = (0, 0);
-    }
-
-    fn unread(&self) -> &[u8] {
-        self.bytes.get(self.start..self.end).unwrap_or_default()
-    }
-
-    /// Takes as much of `other` as there is room for; whether that is all of it.
-    fn append(&mut self, other: &mut Self) -> bool {
-        let moved = other.unread().read(self.room(usize::MAX)).unwrap_or_default(); // from memory
-        self.end += moved;
-        other.start += moved;
-        let is_all = other.unread().is_empty();
-        if is_all {
-            other.clear();
-        }
-        is_all
-    }
-}
 
 /// What the peer has said of its half.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -215,11 +158,10 @@ impl Stream {
     pub fn read(&mut self, mut into: &mut [u8], now: Instant, budget: &ConnectionBudget) -> usize {
         let (mut read, mut freed) = (0, 0);
         while let Some(first) = self.chunks.front_mut() {
-            let some = first.unread().read(into).unwrap_or_default(); // from memory
-            first.start += some;
+            let some = first.read(into);
             read += some;
             into = into.get_mut(some..).unwrap_or_default();
-            if first.start < first.end {
+            if !first.unread().is_empty() {
                 break;
             }
             freed += first.capacity();

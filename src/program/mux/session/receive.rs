@@ -4,9 +4,10 @@ use std::time::Instant;
 
 use super::{End, MAX_REFUSED, Role, Session};
 use crate::program::mux::{
+    chunk::Chunk,
     frame::{Flags, HEADER, Header, Kind, MAX_WINDOW, Reason},
     places::Place,
-    stream::{Chunk, Inbound, Stream},
+    stream::{Inbound, Stream},
 };
 
 /// Where the next bytes of the connection belong.
