@@ -115,7 +115,10 @@ impl Process {
 #[tokio::test]
 #[ignore = "not a test: the client that the tests start"]
 async fn a_client() {
-    run().await;
+    // Nobody started it where all that is ignored runs.
+    if env::var_os(RELAY).is_some() {
+        run().await;
+    }
 }
 
 /// What the process does.

@@ -7,10 +7,14 @@ mod common;
 mod access;
 mod accounts;
 mod addresses;
+#[cfg(feature = "autonat")]
+mod autonat;
 mod backpressure;
 mod bandwidth;
 mod config;
 mod crowd;
+#[cfg(feature = "dht")]
+mod dht;
 mod door;
 mod drain;
 mod embed;
@@ -23,6 +27,8 @@ mod identify;
 mod private;
 mod program;
 mod proxy;
+#[cfg(feature = "quic-example")]
+mod quic;
 #[cfg(target_os = "linux")]
 mod readiness;
 mod restarts;
@@ -30,5 +36,15 @@ mod rust_client;
 #[cfg(all(target_os = "linux", feature = "pnet", feature = "websocket"))]
 mod secrets;
 mod spec;
+#[cfg(all(
+    feature = "autonat",
+    feature = "dht",
+    feature = "http",
+    feature = "pnet",
+    feature = "websocket"
+))]
+mod surface;
+#[cfg(feature = "http")]
+mod time;
 #[cfg(feature = "websocket")]
 mod websocket;

@@ -1,7 +1,7 @@
 //! How much memory the relay may come to take, by its limits.
 //!
 //! What one of each takes was measured: `cargo bench --bench scale` for those that are well behaved,
-//! and `tests/ceiling.rs`, which has strangers drive all limits to their edge at once, for the most.
+//! and `tests/env/ceiling.rs`, which has strangers drive all limits to their edge at once, for the most.
 
 use crate::{
     config::Config,
@@ -39,7 +39,7 @@ const SLOT: u64 = KIB;
 /// What the heap loses to fragmentation, where blocks are of many sizes and come and go: in percent of
 /// all else.
 ///
-/// With the default limits all else adds up to 404 MiB. The crowd of `tests/ceiling.rs` once had 328 MiB
+/// With the default limits all else adds up to 404 MiB. The crowd of `tests/env/ceiling.rs` once had 328 MiB
 /// of that in use, for which the heap took 527 MiB; the most that it took in five runs was 571 MiB.
 const LOST: u64 = 60;
 

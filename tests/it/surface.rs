@@ -1,10 +1,8 @@
 //! All that users of the program rely on by name, held to the files in `tests/surface`: what it prints, every
 //! flag, variable and key of the file, metrics, fields of the JSON, exit codes.
 //!
-//! To accept a change run `UPDATE_SURFACE=1 cargo test --features environment --test surface`; say why in
+//! To accept a change run `UPDATE_SURFACE=1 cargo test --all-features --test it surface`; say why in
 //! the commit.
-
-mod common;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -15,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use common::{
+use crate::common::{
     Client, PATIENCE, Relay, circuit, command,
     http::{get, port},
     play,

@@ -1,10 +1,7 @@
 //! A real Chromium. It looks at the relay's page, at the sizes of a desk and a phone, in dark and
 //! light; and two pages with js-libp2p in them meet through the relay.
 //!
-//! It needs Chromium (`CHROMIUM=…`, else `/usr/bin/chromium`), and Node with npm. Without those it
-//! fails. What it saw is under `target/tmp/browser`.
-
-mod common;
+//! Chromium is `CHROMIUM=…`, else `/usr/bin/chromium`. What it saw is under `target/tmp/browser`.
 
 use std::{
     fs,
@@ -13,7 +10,7 @@ use std::{
     sync::LazyLock,
 };
 
-use common::{
+use crate::common::{
     Client, Relay, circuit, http, messages, read_bytes,
     websocket::{self, CERTIFICATE, Certificate},
 };
@@ -25,7 +22,7 @@ use tokio::{
 
 /// Where the scripts are, with what they need.
 static SCRIPTS: LazyLock<PathBuf> = LazyLock::new(|| {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/browser");
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/env/browser");
     let mut npm = Command::new("npm");
     npm.args(["ci", "--no-audit", "--no-fund"]);
     let status = npm.current_dir(&folder).status().expect("npm is installed");
@@ -34,6 +31,7 @@ static SCRIPTS: LazyLock<PathBuf> = LazyLock::new(|| {
 });
 
 #[tokio::test]
+#[ignore = "needs Chromium, Node and npm"]
 async fn two_pages_meet_through_the_relay_and_again_after_its_restart() {
     let certificate = Certificate::new();
     let folder = tempfile::tempdir().expect("a temporary folder");
@@ -92,6 +90,7 @@ fn free_port() -> u16 {
 }
 
 #[tokio::test]
+#[ignore = "needs Chromium, Node and npm"]
 async fn the_page_shows_the_relay_to_whoever_looks_at_it() {
     let screenshots = Path::new(env!("CARGO_TARGET_TMPDIR")).join("browser");
     fs::create_dir_all(&screenshots).expect("a folder for what is seen");

@@ -1,11 +1,9 @@
 //! The relay as a server of a DHT: how it comes into it, whom it tells of, and what strangers may
 //! make it keep, which is nothing.
 
-mod common;
-
 use std::{collections::BTreeSet, fs, process::Stdio, time::Duration};
 
-use common::{Client, Relay, command, messages, within};
+use crate::common::{self, Client, Relay, command, messages, within};
 use libp2p::{
     Multiaddr, PeerId, StreamProtocol,
     futures::{AsyncReadExt, AsyncWriteExt},

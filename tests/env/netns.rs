@@ -1,15 +1,12 @@
 //! Networks that fail under the relay and its clients, for as long as networks do.
 //!
-//! Behind the feature `netns`: it makes namespaces, for which it needs root, iproute2 and
-//! nftables, and takes two minutes and a half. `cargo test --features environment --test netns -- --test-threads 8`
+//! It makes namespaces, and takes two minutes and a half: `.ci/env netns`.
 //!
 //! The clients say nothing by themselves: whoever keeps its slot here answered the relay's questions.
 
-mod common;
-
 use std::time::{Duration, Instant};
 
-use common::{
+use crate::common::{
     Relay,
     network::{Host, Network},
     process::{Process, Role},
@@ -26,6 +23,7 @@ const NO_RESERVATION: Option<i32> = Some(204);
 const A_HEARTBEAT: Duration = Duration::from_secs(35);
 
 #[tokio::test]
+#[ignore = "needs root, iproute2 and nftables"]
 async fn a_client_whose_cable_is_pulled_loses_its_slot() {
     let mut network = Network::new();
     let (here, there) = (network.host(), network.host());
@@ -37,6 +35,7 @@ async fn a_client_whose_cable_is_pulled_loses_its_slot() {
 }
 
 #[tokio::test]
+#[ignore = "needs root, iproute2 and nftables"]
 async fn a_newcomer_gets_the_slot_of_a_client_whose_cable_is_pulled() {
     let mut network = Network::new();
     let (here, there, elsewhere) = (network.host(), network.host(), network.host());
@@ -57,6 +56,7 @@ async fn a_newcomer_gets_the_slot_of_a_client_whose_cable_is_pulled() {
 }
 
 #[tokio::test]
+#[ignore = "needs root, iproute2 and nftables"]
 async fn two_minutes_of_thirty_percent_loss_cost_nobody_its_slot() {
     let mut network = Network::new();
     let (here, there) = (network.host(), network.host());
@@ -80,6 +80,7 @@ async fn two_minutes_of_thirty_percent_loss_cost_nobody_its_slot() {
 }
 
 #[tokio::test]
+#[ignore = "needs root, iproute2 and nftables"]
 async fn while_the_relays_own_cable_is_out_nobody_is_given_up() {
     let mut network = Network::new();
     let (here, there) = (network.host(), network.host());
@@ -94,6 +95,7 @@ async fn while_the_relays_own_cable_is_out_nobody_is_given_up() {
 }
 
 #[tokio::test]
+#[ignore = "needs root, iproute2 and nftables"]
 async fn a_relay_that_was_stopped_for_ninety_seconds_gives_nobody_up() {
     let mut network = Network::new();
     let (here, there) = (network.host(), network.host());
@@ -109,6 +111,7 @@ async fn a_relay_that_was_stopped_for_ninety_seconds_gives_nobody_up() {
 }
 
 #[tokio::test]
+#[ignore = "needs root, iproute2 and nftables"]
 async fn a_client_that_changes_networks_takes_its_slot_along() {
     let mut network = Network::new();
     let (here, old, new, elsewhere) =
@@ -140,6 +143,7 @@ async fn a_client_that_changes_networks_takes_its_slot_along() {
 }
 
 #[tokio::test]
+#[ignore = "needs root, iproute2 and nftables"]
 async fn a_relay_behind_a_router_learns_its_address_from_its_clients() {
     let mut network = Network::of_global_addresses();
     let router = network.host();

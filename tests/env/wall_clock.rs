@@ -30,11 +30,13 @@ const GRACE: Duration = Duration::from_secs(5);
 const CIRCUIT: Duration = Duration::from_secs(10);
 
 #[tokio::test]
+#[ignore = "needs libfaketime"]
 async fn a_day_forward_ends_and_prolongs_nothing() {
     nothing_ends_early_or_late(DAY).await;
 }
 
 #[tokio::test]
+#[ignore = "needs libfaketime"]
 async fn a_day_back_ends_and_prolongs_nothing() {
     nothing_ends_early_or_late(-DAY).await;
 }

@@ -1,13 +1,11 @@
 //! The behaviour beside QUIC, in the swarm that the example makes: reserved on over QUIC, and reached
 //! over QUIC and over TCP.
 
-mod common;
-
 #[allow(dead_code, reason = "its `main` is for whoever runs it")]
-#[path = "quic/relay.rs"]
+#[path = "../quic/relay.rs"]
 mod example;
 
-use common::within;
+use crate::common::within;
 use libp2p::{
     Multiaddr, PeerId, Swarm, SwarmBuilder,
     core::ConnectedPoint,

@@ -1,0 +1,21 @@
+//! What needs more than this crate and Rust: root, Go, Node, Chromium, libfaketime, systemd's tools.
+//!
+//! Each test is `#[ignore]`d with the tools that it needs, and fails without them. `.ci/env` installs them and
+//! runs all of these tests.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+#[allow(dead_code)]
+#[path = "../attacks/ground.rs"]
+mod ground;
+#[allow(dead_code)]
+#[path = "../attacks/strangers.rs"]
+mod strangers;
+
+mod browser;
+mod ceiling;
+mod deploy;
+mod interop;
+mod netns;
+mod wall_clock;
