@@ -23,6 +23,5 @@ mod attacks {
     pub mod pressure;
     pub mod requests;
     pub mod silence;
-    pub mod strangers;
     pub mod waiting;
 }

@@ -5,10 +5,10 @@ use libp2p::futures::{AsyncReadExt, AsyncWriteExt};
 use super::{
     ground::Ground,
     handshakes::{first_of_noise, first_of_tls},
-    strangers::address,
 };
 use crate::common::{
     by_hand::{line, proposal, tcp_from},
+    strangers::address,
     within,
 };
 

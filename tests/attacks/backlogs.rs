@@ -9,15 +9,16 @@ use std::{
 use libp2p::futures::{AsyncReadExt, AsyncWriteExt, future};
 use tokio::time::{interval, sleep};
 
-use super::{
-    ground::{Ground, quick_or_long},
-    strangers::{AT_A_TIME, PIECE, Staying, Stranger, address, all, each, opening, takes_nothing},
-};
+use super::ground::Ground;
 use crate::common::{
     Client,
     by_hand::{RST, SYN, WINDOW_UPDATE, data, frame},
     circuit,
     messages::{connect, reserve},
+    strangers::{
+        AT_A_TIME, PIECE, Staying, Stranger, address, all, each, opening, quick_or_long,
+        takes_nothing,
+    },
     within,
 };
 

@@ -9,16 +9,15 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::{
-    ground::{Ground, quick_or_long},
-    strangers::{
-        AT_A_TIME, Heard, PIECE, ROOM, Staying, Stranger, address, agreement, all, each, opening,
-    },
-};
+use super::ground::Ground;
 use crate::common::{
     STOP,
     by_hand::{ACK, FIN, RST, SYN, WINDOW_UPDATE, data, frame},
     messages::{StopMessage, connect, reserve},
+    strangers::{
+        AT_A_TIME, Heard, PIECE, ROOM, Staying, Stranger, address, agreement, all, each, opening,
+        quick_or_long,
+    },
 };
 
 const OK: Option<i32> = Some(100);

@@ -9,9 +9,6 @@
 
 #[path = "../common/mod.rs"]
 mod common;
-#[allow(dead_code)] // the rows use the rest
-#[path = "strangers.rs"]
-mod strangers;
 
 use std::{
     env, fs, io,
@@ -27,16 +24,15 @@ use std::{
 use libp2p::{Multiaddr, PeerId, Stream, futures::future::BoxFuture, identity::Keypair};
 use tokio::{runtime, time::sleep};
 
-use self::{
-    common::{
-        Client, Security,
-        by_hand::{PING, SYN, behind_its_length, data, frame, proposal, send},
-        children::Process,
-        circuit,
-        messages::{HopMessage, connect, reserve},
-        read_bytes, tcp_port,
-    },
+use self::common::{
+    Client, Security,
+    by_hand::{PING, SYN, behind_its_length, data, frame, proposal, send},
+    children::Process,
+    circuit,
+    messages::{HopMessage, connect, reserve},
+    read_bytes,
     strangers::{Stranger, address},
+    tcp_port,
 };
 
 const ROUNDS: usize = 5;

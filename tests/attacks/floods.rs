@@ -8,14 +8,12 @@ use libp2p::{
 };
 use prost::Message;
 
-use super::{
-    ground::{Ground, quick_or_long},
-    strangers::{AT_A_TIME, Stranger, address, address_in, all, each},
-};
+use super::ground::Ground;
 use crate::common::{
     STOP,
     by_hand::{RST, data},
     messages::{HopMessage, connect, reserve, stop_status},
+    strangers::{AT_A_TIME, Stranger, address, address_in, all, each, quick_or_long},
 };
 
 const OK: Option<i32> = Some(100);

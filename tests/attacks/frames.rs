@@ -12,13 +12,11 @@ use std::{
 use libp2p::futures::{AsyncReadExt, AsyncWriteExt};
 use tokio::{task::JoinSet, time::sleep};
 
-use super::{
-    ground::{Ground, quick_or_long},
-    strangers::{AT_A_TIME, ROOM, Stranger, address, all, each, opening},
-};
+use super::ground::Ground;
 use crate::common::{
     by_hand::{ACK, Frame, PING, RST, SYN, WINDOW, WINDOW_UPDATE, data, frame, next_frame},
     messages::{connect, reserve},
+    strangers::{AT_A_TIME, ROOM, Stranger, address, all, each, opening, quick_or_long},
     within,
 };
 

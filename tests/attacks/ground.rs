@@ -1,7 +1,7 @@
 //! Where attacks take place: a relay at its defaults, those who are watched, and what is counted.
 
 use std::{
-    env, fs,
+    fs,
     time::{Duration, Instant},
 };
 
@@ -25,15 +25,6 @@ const MUCH: u64 = 512 * 1024;
 
 /// How often to look again at what is counted once a second.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
-
-/// The first for `cargo test`, the second for whoever has the time.
-pub fn quick_or_long<T>(quick: T, long: T) -> T {
-    match env::var("RELAYLET_ATTACKS").as_deref() {
-        Ok("long") => long,
-        Ok(other) => panic!("RELAYLET_ATTACKS={other}: it can be long, or not there"),
-        Err(_) => quick,
-    }
-}
 
 /// A relay under attack.
 pub struct Ground {

@@ -8,13 +8,11 @@ use libp2p::{
     tcp::tokio::TcpStream,
 };
 
-use super::{
-    ground::{Ground, quick_or_long},
-    strangers::{AT_A_TIME, address, all, each},
-};
+use super::ground::Ground;
 use crate::common::{
     Security,
     by_hand::{agree, mux, secure, tcp_from, until_closed},
+    strangers::{AT_A_TIME, address, all, each, quick_or_long},
     within,
 };
 

@@ -8,13 +8,11 @@ use std::{
 
 use tokio::{sync::Semaphore, time::sleep};
 
-use super::{
-    ground::{Ground, quick_or_long},
-    strangers::{Staying, Stranger, address, each},
-};
+use super::ground::Ground;
 use crate::common::{
     by_hand::{RST, SYN, data},
     messages::reserve,
+    strangers::{Staying, Stranger, address, each, quick_or_long},
 };
 
 const OK: Option<i32> = Some(100);

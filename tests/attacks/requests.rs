@@ -6,14 +6,12 @@ use libp2p::{PeerId, core::SignedEnvelope};
 use prost::Message;
 use tokio::time::{Instant, sleep_until};
 
-use super::{
-    ground::{Ground, quick_or_long},
-    strangers::{AT_A_TIME, Stranger, address, all, each, opening},
-};
+use super::ground::Ground;
 use crate::common::{
     HOP, STOP,
     by_hand::{FIN, RST, SYN, data, proposal},
     messages::{HopMessage, Limit, StopMessage, connect, reserve},
+    strangers::{AT_A_TIME, Stranger, address, all, each, opening, quick_or_long},
 };
 
 const OK: Option<i32> = Some(100);

@@ -17,14 +17,14 @@ use tokio::{
     time::{sleep, sleep_until, timeout},
 };
 
-use super::{
-    ground::{Ground, quick_or_long},
-    strangers::{AT_A_TIME, Staying, Stranger, address, address_in, all, each, takes_nothing},
-};
+use super::ground::Ground;
 use crate::common::{
     HOP,
     by_hand::{SYN, data, proposal, tcp_from},
     messages::{connect, reserve},
+    strangers::{
+        AT_A_TIME, Staying, Stranger, address, address_in, all, each, quick_or_long, takes_nothing,
+    },
     within,
 };
 

@@ -5,13 +5,13 @@ use std::{io, time::Duration};
 use libp2p::futures::future;
 use tokio::time::timeout;
 
-use super::{
-    ground::{Ground, quick_or_long},
-    strangers::{AT_A_TIME, Staying, Stranger, address, all, each, opening, takes_nothing},
-};
+use super::ground::Ground;
 use crate::common::{
     by_hand::{RST, SYN, WINDOW_UPDATE, data, frame},
     messages::{connect, reserve},
+    strangers::{
+        AT_A_TIME, Staying, Stranger, address, all, each, opening, quick_or_long, takes_nothing,
+    },
 };
 
 /// How long to listen whether a stream is reset.

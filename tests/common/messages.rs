@@ -2,7 +2,7 @@
 //! so that a mistake in the relay's own is not made twice.
 
 use libp2p::{
-    PeerId, Stream,
+    Multiaddr, PeerId, Stream,
     futures::{AsyncReadExt, AsyncWriteExt},
 };
 use prost::Message;
@@ -59,6 +59,24 @@ pub struct Limit {
     pub duration: Option<u32>,
     #[prost(uint64, optional, tag = "2")]
     pub data: Option<u64>,
+}
+
+/// What identify says, as far as these tests do.
+#[derive(Clone, PartialEq, Message)]
+pub struct Identify {
+    #[prost(bytes = "vec", optional, tag = "1")]
+    pub public_key: Option<Vec<u8>>,
+    #[prost(bytes = "vec", repeated, tag = "2")]
+    pub listen_addrs: Vec<Vec<u8>>,
+    #[prost(bytes = "vec", optional, tag = "4")]
+    pub observed_addr: Option<Vec<u8>>,
+}
+
+impl Identify {
+    /// One that says that the relay was reached at this address.
+    pub fn reached_at(address: &Multiaddr) -> Self {
+        Self { observed_addr: Some(address.to_vec()), ..Self::default() }
+    }
 }
 
 pub fn reserve() -> HopMessage {

@@ -2,7 +2,6 @@
 
 #![allow(dead_code)] // each test file uses its own part
 
-pub mod at;
 pub mod by_hand;
 pub mod bystanders;
 pub mod children;
@@ -12,7 +11,11 @@ pub mod network;
 pub mod play;
 pub mod process;
 pub mod running;
+pub mod silent;
+pub mod strangers;
+pub mod swarms;
 pub mod tcp_from;
+pub mod turn;
 #[cfg(feature = "websocket")]
 pub mod websocket;
 
@@ -45,10 +48,10 @@ use messages::{HopMessage, StopMessage};
 use tcp_from::{TcpFrom, address_of};
 
 /// How long anything may take that is only waited for: generous, because machines are shared.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(180);
 
-/// Longer than any test takes.
-const NEVER: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+/// Longer than any test or bench takes.
+pub const NEVER: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
 pub const HOP: StreamProtocol = StreamProtocol::new("/libp2p/circuit/relay/0.2.0/hop");
 pub const STOP: StreamProtocol = StreamProtocol::new("/libp2p/circuit/relay/0.2.0/stop");
@@ -84,8 +87,9 @@ impl Relay {
         Self::run(command, folder)
     }
 
-    /// Runs this command in its folder, and waits until it listens.
+    /// Runs this command in its folder, and waits until it listens. Before that it waits for its [`turn`].
     pub fn run(mut command: Command, folder: TempDir) -> Self {
+        turn::wait();
         let mut child = command
             .env("RUST_LOG", "info,relaylet=debug,soketto=off,yamux=off")
             .stdout(Stdio::piped())
@@ -198,27 +202,6 @@ impl Drop for Relay {
             eprintln!("the relay's log: {:#?}", self.log());
         }
     }
-}
-
-/// rust-libp2p with this behaviour, under a new identity, on its own TCP, Noise and yamux; it keeps connections
-/// that are idle.
-pub fn swarm<B: NetworkBehaviour>(behaviour: impl FnOnce(&Keypair) -> B) -> Swarm<B> {
-    swarm_of(Keypair::generate_ed25519(), behaviour)
-}
-
-/// As [`swarm`], under this identity.
-pub fn swarm_of<B: NetworkBehaviour>(
-    keypair: Keypair,
-    behaviour: impl FnOnce(&Keypair) -> B,
-) -> Swarm<B> {
-    SwarmBuilder::with_existing_identity(keypair)
-        .with_tokio()
-        .with_tcp(tcp::Config::default(), noise::Config::new, yamux::Config::default)
-        .unwrap()
-        .with_behaviour(behaviour)
-        .unwrap()
-        .with_swarm_config(|config| config.with_idle_connection_timeout(PATIENCE * 10))
-        .build()
 }
 
 /// The TCP port of an address.
@@ -505,6 +488,13 @@ impl Client {
     }
 }
 
+/// Two clients, the second of which holds a slot.
+pub async fn source_and_target(relay: &Relay) -> (Client, Client) {
+    let (source, mut target) = (Client::connect(relay).await, Client::connect(relay).await);
+    target.reserve().await;
+    (source, target)
+}
+
 /// Both ends of a circuit from `source` to `target`, who holds a reservation.
 pub async fn circuit(source: &mut Client, target: &mut Client) -> (Stream, Stream) {
     let mut stops = target.accept(STOP);
@@ -534,7 +524,7 @@ pub async fn agree(stops: &mut IncomingStreams) -> (StopMessage, Stream) {
 
 /// What `future` yields, within the patience of these tests.
 pub async fn within<T>(future: impl Future<Output = T>) -> T {
-    tokio::time::timeout(PATIENCE, future).await.expect("it happens within a minute")
+    tokio::time::timeout(PATIENCE, future).await.expect("it happens within three minutes")
 }
 
 /// Reads exactly `count` bytes.

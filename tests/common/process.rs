@@ -4,11 +4,7 @@
 
 use std::{env, ffi::OsString, process::Stdio};
 
-use libp2p::{
-    Multiaddr, PeerId, StreamProtocol,
-    futures::{AsyncReadExt, StreamExt, io},
-    identity::Keypair,
-};
+use libp2p::{Multiaddr, PeerId, futures::StreamExt, identity::Keypair};
 use tokio::{
     io::{AsyncBufReadExt, BufReader, Lines},
     process::{Child, ChildStdout, Command},
@@ -17,11 +13,10 @@ use tokio::{
 use super::{
     Client, HOP, STOP, Security,
     messages::{HopMessage, StopMessage, connect, read, reserve, stop_status, write},
-    signal, within,
+    signal,
+    swarms::{ECHO, echo},
+    within,
 };
-
-/// Another protocol that the process speaks beside the relay's: it gives back what it is sent.
-pub const ECHO: StreamProtocol = StreamProtocol::new("/test/echo/1.0.0");
 
 // What the process is told: the relay, whom to connect to if anyone, and who it is.
 const RELAY: &str = "RELAYLET_TEST_RELAY";
@@ -136,13 +131,7 @@ async fn run() {
         _ => Client::connect_as(keypair, &relay, Security::Noise).await,
     };
     let mut stops = client.accept(STOP);
-    let mut echoes = client.accept(ECHO);
-    tokio::spawn(async move {
-        while let Some((_, echo)) = echoes.next().await {
-            let (reader, mut writer) = echo.split();
-            tokio::spawn(async move { io::copy(reader, &mut writer).await });
-        }
-    });
+    echo(client.accept(ECHO));
     let mut stream = client.open(HOP).await;
     let request = match target.is_empty() {
         true => reserve(),

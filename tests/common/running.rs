@@ -4,7 +4,7 @@ use libp2p::{Multiaddr, identity::Keypair};
 use relaylet::{Config, ConfigError, Event, Node, NodeEvent};
 use tokio::sync::{mpsc, oneshot};
 
-use super::{Client, Security, tcp_port, within};
+use super::{Client, Security, tcp_port, turn, within};
 
 pub type Change = Box<dyn FnOnce(&mut Config) + Send>;
 type Order = Box<dyn FnOnce(&mut Node) + Send>;
@@ -18,6 +18,7 @@ pub struct Running {
 
 impl Running {
     pub async fn start(config: Config) -> Self {
+        turn::wait();
         let mut node = Node::new(Keypair::generate_ed25519(), config).expect("it makes sense");
         let listen = "/ip4/127.0.0.1/tcp/0".parse().unwrap();
         node.listen_on(listen).expect("a port is free");

@@ -14,8 +14,8 @@ use crate::common::{
     children::peak,
     command,
     http::{self, ANYWHERE},
+    strangers::quick_or_long,
 };
-use crate::ground::quick_or_long;
 use cgroup::Cgroup;
 use crowd::{Crowd, Size};
 

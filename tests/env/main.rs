@@ -6,13 +6,6 @@
 #[path = "../common/mod.rs"]
 mod common;
 
-#[allow(dead_code)]
-#[path = "../attacks/ground.rs"]
-mod ground;
-#[allow(dead_code)]
-#[path = "../attacks/strangers.rs"]
-mod strangers;
-
 mod browser;
 mod ceiling;
 mod deploy;

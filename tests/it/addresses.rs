@@ -3,7 +3,12 @@
 
 use std::{fs, net::Ipv4Addr};
 
-use crate::common::{HOP, Relay, messages, swarm, swarm_of, within};
+use crate::common::{
+    HOP, Relay,
+    messages::{self, Identify},
+    swarms::{swarm, swarm_of},
+    within,
+};
 use libp2p::{
     Multiaddr, PeerId, StreamProtocol,
     futures::{AsyncWriteExt, StreamExt},
@@ -13,7 +18,6 @@ use libp2p::{
     swarm::{NetworkBehaviour, SwarmEvent},
 };
 use libp2p_stream::Control;
-use prost::Message;
 use tempfile::TempDir;
 use tokio::{
     net::{TcpListener, TcpSocket, TcpStream},
@@ -222,22 +226,13 @@ impl Drop for Client {
 /// A peer that says it reached the relay somewhere.
 struct Observer(JoinHandle<()>);
 
-/// What identify says, as far as it has to.
-#[derive(Clone, PartialEq, Message)]
-struct Identify {
-    #[prost(bytes = "vec", optional, tag = "1")]
-    public_key: Option<Vec<u8>>,
-    #[prost(bytes = "vec", optional, tag = "4")]
-    observed: Option<Vec<u8>>,
-}
-
 impl Observer {
     /// A new peer that comes from this address of the loopback, and has said so.
     async fn connect(relay: &Relay, from: Ipv4Addr, reached: &str) -> Self {
         let keypair = Keypair::generate_ed25519();
         let says = Identify {
             public_key: Some(keypair.public().encode_protobuf()),
-            observed: Some(reached.parse::<Multiaddr>().unwrap().to_vec()),
+            ..Identify::reached_at(&reached.parse().unwrap())
         };
         let mut swarm = swarm_of(keypair, |_| libp2p_stream::Behaviour::new());
         let mut control = swarm.behaviour().new_control();

@@ -5,17 +5,19 @@
 
 use std::{io, net::TcpListener, time::Duration};
 
-use crate::common::{self, Client, Relay, messages, swarm, within};
+use crate::common::{
+    self, Client, Relay, messages,
+    swarms::{self, drive, swarm, swarm_of, until},
+    within,
+};
 use libp2p::{
-    Multiaddr, PeerId, StreamProtocol, Swarm, SwarmBuilder,
+    Multiaddr, PeerId, StreamProtocol, Swarm,
     autonat::{self, v1::NatStatus},
     core::ConnectedPoint,
-    futures::{AsyncReadExt, AsyncWriteExt, StreamExt},
+    futures::{AsyncReadExt, AsyncWriteExt},
     identify,
     identity::Keypair,
-    noise,
     swarm::{NetworkBehaviour, SwarmEvent, dial_opts::DialOpts},
-    tcp, yamux,
 };
 use prost::Message;
 
@@ -79,28 +81,9 @@ async fn connect<B: NetworkBehaviour>(swarm: &mut Swarm<B>, relay: &Relay) {
     .await;
 }
 
-/// Listens on the loopback, and waits until it does.
+/// Listens on the loopback.
 async fn listen<B: NetworkBehaviour>(swarm: &mut Swarm<B>) -> Multiaddr {
-    swarm.listen_on("/ip4/127.0.0.1/tcp/0".parse().unwrap()).unwrap();
-    until(swarm, |event| match event {
-        SwarmEvent::NewListenAddr { address, .. } => Some(address),
-        _ => None,
-    })
-    .await
-}
-
-async fn until<B: NetworkBehaviour, T>(
-    swarm: &mut Swarm<B>,
-    mut wanted: impl FnMut(SwarmEvent<B::ToSwarm>) -> Option<T>,
-) -> T {
-    within(async {
-        loop {
-            if let Some(found) = wanted(swarm.select_next_some().await) {
-                return found;
-            }
-        }
-    })
-    .await
+    swarms::listen(swarm, "/ip4/127.0.0.1/tcp/0".parse().unwrap()).await
 }
 
 /// The dial-back came, from somebody who is not the relay, and was closed again.
@@ -387,11 +370,7 @@ async fn whoever_else_answers_there_is_not_the_client() {
     let relay = Relay::start(&FOR_TESTS);
     let mut other = swarm(|_| libp2p::swarm::dummy::Behaviour);
     let address = listen(&mut other).await;
-    tokio::spawn(async move {
-        loop {
-            other.select_next_some().await;
-        }
-    });
+    drive(other);
     let mut client = Client::connect(&relay).await;
     let address = [address];
     assert_eq!(ask_2(&mut client, &address).await.dial_status, DIAL_ERROR);
@@ -417,29 +396,14 @@ async fn a_dial_that_hangs_is_given_up_and_so_is_a_client_that_does_not_take_the
     // The client itself listens, and does not know the protocol.
     const DIAL_BACK_ERROR: i32 = 101;
     let keypair = Keypair::generate_ed25519();
-    let mut listens = swarm_of(keypair.clone());
+    let mut listens = swarm_of(keypair.clone(), |_| libp2p::swarm::dummy::Behaviour);
     let address = listen(&mut listens).await;
-    tokio::spawn(async move {
-        loop {
-            listens.select_next_some().await;
-        }
-    });
+    drive(listens);
     let security = common::Security::Noise;
     let mut client = Client::connect_as(keypair, &relay.address, security).await;
     let answer = ask_2(&mut client, std::slice::from_ref(&address)).await;
     assert_eq!((answer.status, answer.dial_status), (OK_2, DIAL_BACK_ERROR));
     assert_eq!(ask_1(&mut client, &[address]).await.status, Some(OK_1));
-}
-
-fn swarm_of(keypair: Keypair) -> Swarm<libp2p::swarm::dummy::Behaviour> {
-    SwarmBuilder::with_existing_identity(keypair)
-        .with_tokio()
-        .with_tcp(tcp::Config::default(), noise::Config::new, yamux::Config::default)
-        .unwrap()
-        .with_behaviour(|_| libp2p::swarm::dummy::Behaviour)
-        .unwrap()
-        .with_swarm_config(|config| config.with_idle_connection_timeout(common::PATIENCE * 10))
-        .build()
 }
 
 #[tokio::test]
@@ -498,11 +462,7 @@ async fn it_is_off_unless_asked_for() {
     let mut swarm = swarm(|_| libp2p_stream::Behaviour::new());
     let mut control = swarm.behaviour().new_control();
     swarm.dial(relay.address.clone()).unwrap();
-    tokio::spawn(async move {
-        loop {
-            swarm.select_next_some().await;
-        }
-    });
+    drive(swarm);
     for protocol in [VERSION_1, VERSION_2] {
         let opened = within(control.open_stream(relay.peer, protocol)).await;
         assert!(matches!(opened, Err(libp2p_stream::OpenStreamError::UnsupportedProtocol(_))));

@@ -1,6 +1,6 @@
 //! A reader that stops halts its writer, and costs the relay what the windows allow.
 
-use std::{cell::Cell, collections::HashMap, time::Duration};
+use std::{cell::Cell, time::Duration};
 
 use crate::common::{
     Client, HOP, Relay, STOP, Security, agree,
@@ -11,6 +11,7 @@ use crate::common::{
     children::resident,
     circuit,
     messages::{HopMessage, StopMessage, connect, stop_status},
+    strangers::Heard,
     within,
 };
 use libp2p::{
@@ -279,14 +280,10 @@ async fn first_message<M: Message + Default>(
     channel: &mut Channel,
     protocol: &StreamProtocol,
 ) -> (u32, M) {
-    let agreed = proposal(protocol.as_ref());
-    let mut heard: HashMap<u32, Vec<u8>> = HashMap::new();
+    let mut heard = Heard::default();
     loop {
         let frame = next_frame(channel).await.expect("the connection stays");
-        let heard = heard.entry(frame.stream).or_default();
-        heard.extend(frame.body);
-        let message = heard.strip_prefix(&agreed[..]);
-        if let Some(Ok(message)) = message.map(M::decode_length_delimited) {
+        if let Some(message) = heard.message(protocol, &frame) {
             return (frame.stream, message);
         }
     }

@@ -3,7 +3,9 @@
 //! How fair the shares are is shown by the unit tests of `src/relay/bandwidth.rs`, under a clock of their
 //! own, and by `cargo bench --bench shares`, against the program.
 
-use crate::common::{Client, Relay, circuit, read_bytes, read_to_end, running::Running};
+use crate::common::{
+    Client, Relay, circuit, read_bytes, read_to_end, running::Running, source_and_target,
+};
 use libp2p::futures::AsyncWriteExt;
 use relaylet::{Config, Event};
 
@@ -13,9 +15,7 @@ const MUCH: usize = 100_000;
 #[tokio::test]
 async fn a_byte_a_second_works_slowly_and_hangs_nothing() {
     let mut relay = Relay::start(&["--bandwidth=1", "--circuit-duration=0s"]);
-    let mut alice = Client::connect(&relay).await;
-    let mut bob = Client::connect(&relay).await;
-    bob.reserve().await;
+    let (mut alice, mut bob) = source_and_target(&relay).await;
     let (mut there, mut back) = circuit(&mut alice, &mut bob).await;
     there.write_all(b"slow").await.unwrap();
     there.write_all(&vec![0; MUCH]).await.unwrap();
@@ -70,9 +70,7 @@ async fn a_new_cap_holds_for_circuits_that_are_open() {
 #[tokio::test]
 async fn both_ways_of_a_circuit_take_turns() {
     let relay = Relay::start(&["--bandwidth=20", "--circuit-duration=0s"]);
-    let mut alice = Client::connect(&relay).await;
-    let mut bob = Client::connect(&relay).await;
-    bob.reserve().await;
+    let (mut alice, mut bob) = source_and_target(&relay).await;
     let (mut there, mut back) = circuit(&mut alice, &mut bob).await;
     for stream in [&mut there, &mut back] {
         stream.write_all(&vec![7; MUCH]).await.unwrap();

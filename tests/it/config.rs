@@ -6,7 +6,7 @@ use std::{fs, process::Command};
 use crate::common::{
     Client, Relay, STOP, circuit_to,
     messages::{connect, reserve},
-    read_bytes,
+    read_bytes, source_and_target,
 };
 use libp2p::futures::AsyncWriteExt;
 use tempfile::TempDir;
@@ -197,10 +197,8 @@ async fn what_a_file_said_can_be_taken_back_while_a_circuit_goes_on() {
     let folder = folder_with("connect-rate = 2\n");
     let flags = ["--listen", "/ip4/127.0.0.1/tcp/0", "--grace=1m"];
     let relay = Relay::run(command(&folder, &flags), folder);
-    let mut alice = Client::connect(&relay).await;
-    let mut bob = Client::connect(&relay).await;
+    let (mut alice, mut bob) = source_and_target(&relay).await;
     let mut carol = Client::connect(&relay).await;
-    bob.reserve().await;
     let mut stops = bob.accept(STOP);
     let (mut there, mut back) = circuit_to(&mut carol, bob.peer, &mut stops).await;
 

@@ -3,7 +3,7 @@
 use crate::common::{
     Client, HOP, Relay, circuit,
     messages::{connect, reserve, write},
-    read_bytes, read_to_end, within,
+    read_bytes, read_to_end, source_and_target, within,
 };
 use libp2p::futures::AsyncWriteExt;
 
@@ -12,15 +12,13 @@ const LONG: &str = "--drain=10m";
 
 #[tokio::test]
 async fn sigterm_closes_who_carries_no_circuit_and_leaves_circuits_their_time() {
-    let mut relay = Relay::start(&["--drain=3s", "--circuit-bytes=0"]);
-    let mut alice = Client::connect(&relay).await;
-    let mut bob = Client::connect(&relay).await;
+    let mut relay = Relay::start(&["--drain=8s", "--circuit-bytes=0"]);
+    let (mut alice, mut bob) = source_and_target(&relay).await;
     let mut carol = Client::connect(&relay).await;
-    bob.reserve().await;
     carol.reserve().await;
     let (mut there, mut back) = circuit(&mut alice, &mut bob).await;
     relay.signal("TERM");
-    relay.wait_for_log("SIGTERM: draining for 3s, then ending").await;
+    relay.wait_for_log("SIGTERM: draining for 8s, then ending").await;
     carol.wait_for_connections(0).await;
     // The circuit goes on until the time is over.
     there.write_all(b"still here").await.unwrap();
@@ -33,10 +31,8 @@ async fn sigterm_closes_who_carries_no_circuit_and_leaves_circuits_their_time() 
 
 #[tokio::test]
 async fn it_ends_when_the_last_circuit_has_ended() {
-    let mut relay = Relay::start(&["--drain=20s"]);
-    let mut alice = Client::connect(&relay).await;
-    let mut bob = Client::connect(&relay).await;
-    bob.reserve().await;
+    let mut relay = Relay::start(&[LONG]);
+    let (mut alice, mut bob) = source_and_target(&relay).await;
     let (mut there, mut back) = circuit(&mut alice, &mut bob).await;
     relay.signal("TERM");
     relay.wait_for_log("draining").await;
@@ -52,9 +48,7 @@ async fn it_ends_when_the_last_circuit_has_ended() {
 #[tokio::test]
 async fn whoever_asks_is_answered_by_the_end_of_its_connection() {
     let relay = Relay::start(&[LONG]);
-    let mut alice = Client::connect(&relay).await;
-    let mut bob = Client::connect(&relay).await;
-    bob.reserve().await;
+    let (mut alice, mut bob) = source_and_target(&relay).await;
     relay.signal("USR1");
     relay.wait_for_log("SIGUSR1: draining").await;
     let mut asked = alice.open(HOP).await;

@@ -13,8 +13,10 @@ use crate::common::{
     by_hand::send,
     circuit,
     messages::{self, HopMessage, connect, reserve},
-    process::{ECHO, Process},
-    read_bytes, read_to_end, within,
+    process::Process,
+    read_bytes, read_to_end,
+    swarms::{self, ECHO, drive},
+    within,
 };
 use libp2p::{
     Multiaddr, PeerId, StreamProtocol, Swarm, SwarmBuilder,
@@ -80,15 +82,7 @@ impl Embedded {
 
     async fn start_listening(config: Config, listen: Multiaddr) -> Self {
         let mut swarm = swarm(config);
-        swarm.listen_on(listen).unwrap();
-        let address = within(async {
-            loop {
-                if let SwarmEvent::NewListenAddr { address, .. } = swarm.select_next_some().await {
-                    return address;
-                }
-            }
-        })
-        .await;
+        let address = swarms::listen(&mut swarm, listen).await;
         let peer = *swarm.local_peer_id();
         let control = swarm.behaviour().stream.new_control();
         let (tell, events) = mpsc::unbounded_channel();
@@ -417,11 +411,7 @@ async fn over_a_relayed_connection_everything_is_denied() {
     let mut client = swarm(Config::default());
     let mut control = client.behaviour().stream.new_control();
     client.dial(through_outer.with(Protocol::P2p(inner.peer))).unwrap();
-    tokio::spawn(async move {
-        loop {
-            client.select_next_some().await;
-        }
-    });
+    drive(client);
     for request in [reserve(), connect(PeerId::random())] {
         let stream = tokio::time::timeout(PATIENCE, async {
             loop {

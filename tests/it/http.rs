@@ -10,11 +10,11 @@ use std::{
 };
 
 use crate::common::{
-    Client, PATIENCE, Relay, by_hand,
+    PATIENCE, Relay, by_hand,
     bystanders::Bystanders,
     circuit, command,
     http::{ANYWHERE, ask, call, get, hear, port, samples, say},
-    play, within,
+    play, source_and_target, within,
 };
 use libp2p::{futures::future, identity::Keypair};
 use serde_json::{Value, json};
@@ -86,9 +86,7 @@ async fn a_relay_that_drains_says_so_to_whoever_sends_it_clients() {
     }
     relay.address = relay.next_address(); // any port
     // Once it is to end, too, while circuits have their time.
-    let mut alice = Client::connect(&relay).await;
-    let mut bob = Client::connect(&relay).await;
-    bob.reserve().await;
+    let (mut alice, mut bob) = source_and_target(&relay).await;
     let _ends = circuit(&mut alice, &mut bob).await;
     relay.signal("TERM");
     status_when(port, |status| status["draining"] == true).await;

@@ -1,10 +1,16 @@
 //! Identify: what the relay tells of itself, what it hears of itself from its peers, and how little of
 //! it a peer can make it read.
 
-use crate::common::{Client, HOP, Relay, by_hand::until_closed, messages, swarm, within};
+use crate::common::{
+    Client, HOP, Relay,
+    by_hand::until_closed,
+    messages::{self, Identify},
+    swarms::{drive, swarm, until},
+    within,
+};
 use libp2p::{
     Multiaddr, PeerId, StreamProtocol,
-    futures::{AsyncWriteExt, StreamExt},
+    futures::AsyncWriteExt,
     identify::{self, Info},
     swarm::SwarmEvent,
 };
@@ -23,15 +29,11 @@ async fn info_of(relay: &Relay) -> (PeerId, Info) {
         identify::Behaviour::new(identify::Config::new("test".into(), keypair.public()))
     });
     swarm.dial(relay.address.clone()).expect("it can be dialed");
-    let heard = async {
-        loop {
-            let event = swarm.select_next_some().await;
-            if let SwarmEvent::Behaviour(identify::Event::Received { info, .. }) = event {
-                return info;
-            }
-        }
-    };
-    let info = within(heard).await;
+    let info = until(&mut swarm, |event| match event {
+        SwarmEvent::Behaviour(identify::Event::Received { info, .. }) => Some(info),
+        _ => None,
+    })
+    .await;
     (*swarm.local_peer_id(), info)
 }
 
@@ -92,22 +94,6 @@ async fn requests_that_come_all_at_once_are_answered_or_reset() {
 
 // ---- What the relay hears
 
-/// A peer's message, as far as it has to be.
-#[derive(Clone, PartialEq, Message)]
-struct Identify {
-    #[prost(bytes = "vec", repeated, tag = "2")]
-    listen_addrs: Vec<Vec<u8>>,
-    #[prost(bytes = "vec", optional, tag = "4")]
-    observed_addr: Option<Vec<u8>>,
-}
-
-impl Identify {
-    /// One that says that the relay was reached at this port.
-    fn reached_at(port: u16) -> Self {
-        Self { listen_addrs: Vec::new(), observed_addr: Some(address(port).to_vec()) }
-    }
-}
-
 fn address(port: u16) -> Multiaddr {
     format!("/ip4/5.5.5.5/tcp/{port}").parse().expect("a multiaddr")
 }
@@ -117,7 +103,7 @@ async fn a_push_changes_the_address_in_the_next_reservation() {
     let relay = Relay::start(&[]);
     let mut peer = Peer::connect(&relay).await;
     for port in [1, 2] {
-        peer.push(&Identify::reached_at(port).encode_length_delimited_to_vec()).await;
+        peer.push(&Identify::reached_at(&address(port)).encode_length_delimited_to_vec()).await;
         assert_eq!(peer.reported().await, Some(address(port)));
     }
 }
@@ -126,20 +112,20 @@ async fn a_push_changes_the_address_in_the_next_reservation() {
 async fn a_push_beside_one_that_is_half_sent_is_reset() {
     let relay = Relay::start(&[]);
     let mut peer = Peer::connect(&relay).await;
-    let message = Identify::reached_at(1).encode_length_delimited_to_vec();
+    let message = Identify::reached_at(&address(1)).encode_length_delimited_to_vec();
     let (first, second) = message.split_at(5);
     let mut half_sent = peer.open(PUSH).await;
     within(half_sent.write_all(first)).await.expect("the relay reads");
     within(half_sent.flush()).await.expect("the relay reads");
     for _ in 0..3 {
-        peer.push(&Identify::reached_at(2).encode_length_delimited_to_vec()).await;
+        peer.push(&Identify::reached_at(&address(2)).encode_length_delimited_to_vec()).await;
         assert_eq!(peer.reported().await, None);
     }
     within(half_sent.write_all(second)).await.expect("the relay reads");
     within(half_sent.close()).await.expect("the relay reads");
     until_closed(half_sent).await;
     assert_eq!(peer.reported().await, Some(address(1)));
-    peer.push(&Identify::reached_at(2).encode_length_delimited_to_vec()).await;
+    peer.push(&Identify::reached_at(&address(2)).encode_length_delimited_to_vec()).await;
     assert_eq!(peer.reported().await, Some(address(2)));
 }
 
@@ -148,8 +134,10 @@ async fn fat_messages_harm_nothing_but_their_stream() {
     let relay = Relay::start(&[]);
     let mut peer = Peer::connect(&relay).await;
     for (addresses, port, reported) in [(2010, 1, Some(1)), (10_000, 2, Some(1))] {
-        let fat =
-            Identify { listen_addrs: vec![Vec::new(); addresses], ..Identify::reached_at(port) };
+        let fat = Identify {
+            listen_addrs: vec![Vec::new(); addresses],
+            ..Identify::reached_at(&address(port))
+        };
         peer.push(&fat.encode_length_delimited_to_vec()).await;
         assert_eq!(peer.reported().await, reported.map(address));
     }
@@ -170,11 +158,7 @@ impl Peer {
         let mut swarm = swarm(|_| libp2p_stream::Behaviour::new());
         let control = swarm.behaviour().new_control();
         swarm.dial(relay.address.clone()).expect("it can be dialed");
-        let task = tokio::spawn(async move {
-            loop {
-                swarm.select_next_some().await;
-            }
-        });
+        let task = drive(swarm);
         Self { relay: relay.peer, listening: relay.address.clone(), control, task }
     }
 

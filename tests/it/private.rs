@@ -7,12 +7,12 @@ use crate::common::{
     by_hand::{proposal, say_and_hang_up, tcp},
     command,
     messages::{self, HopMessage},
+    swarms::{drive, until},
     wait_for, within,
 };
 use libp2p::{
     StreamProtocol, Swarm, SwarmBuilder, Transport,
     core::upgrade::Version,
-    futures::StreamExt,
     identity::Keypair,
     noise,
     pnet::{PnetConfig, PreSharedKey},
@@ -54,14 +54,10 @@ fn client(key: PreSharedKey) -> Swarm<libp2p_stream::Behaviour> {
 async fn lets_in(relay: &Relay, key: PreSharedKey) -> bool {
     let mut client = client(key);
     client.dial(relay.address.clone()).unwrap();
-    within(async {
-        loop {
-            match client.select_next_some().await {
-                SwarmEvent::ConnectionEstablished { .. } => return true,
-                SwarmEvent::OutgoingConnectionError { .. } => return false,
-                _ => {}
-            }
-        }
+    until(&mut client, |event| match event {
+        SwarmEvent::ConnectionEstablished { .. } => Some(true),
+        SwarmEvent::OutgoingConnectionError { .. } => Some(false),
+        _ => None,
     })
     .await
 }
@@ -71,11 +67,7 @@ async fn reserves(relay: &Relay, key: PreSharedKey) {
     let mut client = client(key);
     client.dial(relay.address.clone()).unwrap();
     let mut control = client.behaviour().new_control();
-    tokio::spawn(async move {
-        loop {
-            client.select_next_some().await;
-        }
-    });
+    drive(client);
     let mut stream = within(control.open_stream(relay.peer, HOP)).await.unwrap();
     messages::write(&mut stream, &messages::reserve()).await;
     let answer: HopMessage = messages::read(&mut stream).await;

@@ -13,7 +13,7 @@ use crate::common::{
     Client, PATIENCE, Relay, Security,
     by_hand::{self, proposal, say_and_hang_up, until_closed},
     bystanders::comes_to_rest,
-    circuit, command, messages, read_bytes, signal,
+    circuit, command, messages, read_bytes, signal, source_and_target,
 };
 use libp2p::{
     Multiaddr, futures::future, identity::Keypair, multiaddr::Protocol, tcp::tokio::TcpStream,
@@ -406,9 +406,7 @@ async fn without_open_files_it_serves_those_it_has_and_waits_for_some_and_says_s
     limited.args(["-c", &script]).current_dir(folder.path());
     let relay = Relay::run(limited, folder);
     relay.wait_for_log("--max-connections 2048 needs").await;
-    let mut source = Client::connect(&relay).await;
-    let mut target = Client::connect(&relay).await;
-    target.reserve().await;
+    let (mut source, mut target) = source_and_target(&relay).await;
     let (mut there, mut back) = circuit(&mut source, &mut target).await;
 
     let crowd = future::join_all((0..60).map(|_| by_hand::tcp(&relay))).await;

@@ -5,11 +5,10 @@
 #[path = "../quic/relay.rs"]
 mod example;
 
-use crate::common::within;
+use crate::common::swarms::{drive, listen, until};
 use libp2p::{
     Multiaddr, PeerId, Swarm, SwarmBuilder,
     core::ConnectedPoint,
-    futures::StreamExt,
     identity::Keypair,
     multiaddr::Protocol,
     noise, ping, relay,
@@ -43,27 +42,13 @@ async fn relay() -> [Multiaddr; 2] {
     let mut swarm = example::swarm(keypair, relaylet::Config::default()).unwrap();
     let mut addresses = Vec::new();
     for address in ["/ip4/127.0.0.1/tcp/0", "/ip4/127.0.0.1/udp/0/quic-v1"] {
-        swarm.listen_on(address.parse().unwrap()).unwrap();
-        let address = within(async {
-            loop {
-                if let SwarmEvent::NewListenAddr { address, .. } = swarm.select_next_some().await {
-                    return address;
-                }
-            }
-        });
-        let address = address.await;
+        let address = listen(&mut swarm, address.parse().unwrap()).await;
         // Clients are told of it at once, and need not be asked where they reached it.
         swarm.add_external_address(address.clone());
         addresses.push(address.with_p2p(*swarm.local_peer_id()).unwrap());
     }
-    tokio::spawn(run(swarm));
+    drive(swarm);
     addresses.try_into().unwrap()
-}
-
-async fn run<B: NetworkBehaviour>(mut swarm: Swarm<B>) {
-    loop {
-        swarm.select_next_some().await;
-    }
 }
 
 /// A client that holds a slot which it reserved at this address of the relay.
@@ -72,21 +57,20 @@ async fn target(relay: &Multiaddr) -> PeerId {
     let circuit = relay.clone().with(Protocol::P2pCircuit);
     swarm.listen_on(circuit).unwrap();
     let mut over = None;
-    within(async {
-        loop {
-            match swarm.select_next_some().await {
-                SwarmEvent::ConnectionEstablished { endpoint, .. } => over = Some(endpoint),
-                SwarmEvent::Behaviour(PartsEvent::Relay(
-                    relay::client::Event::ReservationReqAccepted { .. },
-                )) => break,
-                _ => {}
-            }
+    until(&mut swarm, |event| {
+        match event {
+            SwarmEvent::ConnectionEstablished { endpoint, .. } => over = Some(endpoint),
+            SwarmEvent::Behaviour(PartsEvent::Relay(
+                relay::client::Event::ReservationReqAccepted { .. },
+            )) => return Some(()),
+            _ => {}
         }
+        None
     })
     .await;
     assert_eq!(over.expect("a connection").get_remote_address(), relay);
     let peer = *swarm.local_peer_id();
-    tokio::spawn(run(swarm));
+    drive(swarm);
     peer
 }
 
@@ -96,24 +80,21 @@ async fn pings(relay: &Multiaddr, target: PeerId) {
     let circuit = relay.clone().with(Protocol::P2pCircuit);
     swarm.dial(circuit.with(Protocol::P2p(target))).unwrap();
     let (mut direct, mut relayed) = (None, false);
-    within(async {
-        loop {
-            match swarm.select_next_some().await {
-                SwarmEvent::ConnectionEstablished { peer_id, endpoint, .. } => match endpoint {
-                    ConnectedPoint::Dialer { address, .. } if peer_id != target => {
-                        direct = Some(address);
-                    }
-                    endpoint => relayed = endpoint.is_relayed(),
-                },
-                SwarmEvent::Behaviour(PartsEvent::Ping(ping::Event {
-                    peer,
-                    result: Ok(_),
-                    ..
-                })) if peer == target => break,
-                SwarmEvent::OutgoingConnectionError { error, .. } => panic!("{error}"),
-                _ => {}
-            }
+    until(&mut swarm, |event| {
+        match event {
+            SwarmEvent::ConnectionEstablished { peer_id, endpoint, .. } => match endpoint {
+                ConnectedPoint::Dialer { address, .. } if peer_id != target => {
+                    direct = Some(address);
+                }
+                endpoint => relayed = endpoint.is_relayed(),
+            },
+            SwarmEvent::Behaviour(PartsEvent::Ping(ping::Event {
+                peer, result: Ok(_), ..
+            })) if peer == target => return Some(()),
+            SwarmEvent::OutgoingConnectionError { error, .. } => panic!("{error}"),
+            _ => {}
         }
+        None
     })
     .await;
     assert_eq!(direct.as_ref(), Some(relay));

@@ -2,19 +2,21 @@
 
 use std::time::Duration;
 
-use crate::common::{Client, Relay, Security, within};
+use crate::common::{
+    Client, Relay, Security,
+    swarms::{ECHO, drive, echo, until},
+    within,
+};
 use libp2p::{
-    Multiaddr, PeerId, StreamProtocol, Swarm, SwarmBuilder,
+    Multiaddr, PeerId, Swarm, SwarmBuilder,
     core::ConnectedPoint,
-    futures::{AsyncReadExt, AsyncWriteExt, StreamExt},
+    futures::{AsyncReadExt, AsyncWriteExt},
     identity::Keypair,
     multiaddr::Protocol,
     noise, ping, relay,
     swarm::{NetworkBehaviour, SwarmEvent},
     tcp, tls, yamux,
 };
-
-const ECHO: StreamProtocol = StreamProtocol::new("/test/echo/1.0.0");
 
 #[derive(NetworkBehaviour)]
 struct Parts {
@@ -51,21 +53,6 @@ fn client(security: Security) -> Swarm<Parts> {
     }
 }
 
-/// Runs a swarm until it says what is waited for.
-async fn until<T>(
-    swarm: &mut Swarm<Parts>,
-    mut wanted: impl FnMut(SwarmEvent<PartsEvent>) -> Option<T>,
-) -> T {
-    within(async {
-        loop {
-            if let Some(found) = wanted(swarm.select_next_some().await) {
-                return found;
-            }
-        }
-    })
-    .await
-}
-
 /// A client that holds a reservation and echoes what comes on [`ECHO`].
 async fn target(relay: &Relay, security: Security) -> PeerId {
     let mut swarm = client(security);
@@ -84,19 +71,8 @@ async fn target(relay: &Relay, security: Security) -> PeerId {
     })
     .await;
     let peer = *swarm.local_peer_id();
-    let mut echoes = swarm.behaviour().stream.new_control().accept(ECHO).unwrap();
-    tokio::spawn(async move {
-        while let Some((_, stream)) = echoes.next().await {
-            let (mut reader, mut writer) = stream.split();
-            let _ = libp2p::futures::io::copy(&mut reader, &mut writer).await;
-            let _ = writer.close().await;
-        }
-    });
-    tokio::spawn(async move {
-        loop {
-            swarm.select_next_some().await;
-        }
-    });
+    echo(swarm.behaviour().stream.new_control().accept(ECHO).unwrap());
+    drive(swarm);
     peer
 }
 
@@ -123,11 +99,7 @@ async fn reserve_connect_and_echo(security: Security) {
         if address.iter().any(|part| part == Protocol::P2pCircuit)));
 
     let mut control = source.behaviour().stream.new_control();
-    tokio::spawn(async move {
-        loop {
-            source.select_next_some().await;
-        }
-    });
+    drive(source);
     let stream = within(control.open_stream(target, ECHO)).await.unwrap();
     let sent: Vec<u8> = (0..1024 * 1024u32).map(|n| ((n * 31) >> 3) as u8).collect();
     let (mut reader, mut writer) = stream.split();

@@ -3,9 +3,9 @@
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::common::{
-    Client, HOP, Relay, STOP, agree, circuit, circuit_to,
+    Client, HOP, PATIENCE, Relay, STOP, agree, circuit, circuit_to,
     messages::{self, HopMessage, StopMessage, connect, reserve, stop_status},
-    read_bytes, read_to_end, within,
+    read_bytes, read_to_end, source_and_target, within,
 };
 use libp2p::{
     Multiaddr, PeerId,
@@ -32,12 +32,14 @@ fn unix_now() -> u64 {
 async fn a_reservation_says_until_when_where_and_what_a_circuit_may_carry() {
     let relay = Relay::start(&[]);
     let mut alice = Client::connect(&relay).await;
+    let earliest = unix_now() + 3600;
     let answer = alice.reserve().await;
+    let latest = unix_now() + 3600;
     assert_eq!(answer.kind, STATUS);
 
     let reservation = answer.reservation.unwrap();
-    let term = reservation.expire.unwrap() - unix_now();
-    assert!((3590..=3600).contains(&term), "{term} s");
+    let expire = reservation.expire.unwrap();
+    assert!((earliest..=latest).contains(&expire), "{expire} is not in {earliest}..={latest}");
     let addresses: Vec<Multiaddr> =
         reservation.addrs.into_iter().map(|bytes| bytes.try_into().unwrap()).collect();
     assert_eq!(addresses, std::slice::from_ref(&relay.address));
@@ -116,9 +118,7 @@ async fn a_newcomer_takes_the_slot_of_a_peer_that_left() {
 #[tokio::test]
 async fn the_target_is_asked_for_the_source_under_the_same_limit() {
     let relay = Relay::start(&[]);
-    let mut alice = Client::connect(&relay).await;
-    let mut bob = Client::connect(&relay).await;
-    bob.reserve().await;
+    let (mut alice, mut bob) = source_and_target(&relay).await;
     let mut stops = bob.accept(STOP);
     let request = connect(bob.peer);
     let ((answer, _), (question, _)) =
@@ -158,7 +158,7 @@ async fn nobody_is_reached_without_a_live_reservation() {
     let reserved = Instant::now();
     bob.reserve().await;
     let mut stops = bob.accept(STOP);
-    while reserved.elapsed() < Duration::from_secs(30) {
+    while reserved.elapsed() < PATIENCE {
         let request = connect(bob.peer);
         let asked = alice.ask(&request);
         let answer = tokio::select! {
@@ -196,9 +196,7 @@ async fn a_slot_in_grace_is_void_until_its_peer_reserves_again() {
 #[tokio::test]
 async fn a_target_that_refuses_or_talks_nonsense_is_a_failed_connection() {
     let relay = Relay::start(&[]);
-    let mut alice = Client::connect(&relay).await;
-    let mut bob = Client::connect(&relay).await;
-    bob.reserve().await;
+    let (mut alice, mut bob) = source_and_target(&relay).await;
     let request = connect(bob.peer);
 
     // It does not speak stop at all.
@@ -227,9 +225,7 @@ async fn a_target_that_refuses_or_talks_nonsense_is_a_failed_connection() {
 #[tokio::test]
 async fn a_target_that_never_answers_is_given_up_after_30_seconds() {
     let relay = Relay::start(&[]);
-    let mut alice = Client::connect(&relay).await;
-    let mut bob = Client::connect(&relay).await;
-    bob.reserve().await;
+    let (mut alice, mut bob) = source_and_target(&relay).await;
     let mut stops = bob.accept(STOP);
     let asked = Instant::now();
     let request = connect(bob.peer);
@@ -241,9 +237,7 @@ async fn a_target_that_never_answers_is_given_up_after_30_seconds() {
 #[tokio::test]
 async fn a_target_that_goes_while_it_is_asked_is_a_failed_connection() {
     let relay = Relay::start(&[]);
-    let mut alice = Client::connect(&relay).await;
-    let mut bob = Client::connect(&relay).await;
-    bob.reserve().await;
+    let (mut alice, mut bob) = source_and_target(&relay).await;
     let mut stops = bob.accept(STOP);
     let request = connect(bob.peer);
     let (answer, ()) = tokio::join!(alice.ask(&request), async {
@@ -256,10 +250,8 @@ async fn a_target_that_goes_while_it_is_asked_is_a_failed_connection() {
 #[tokio::test]
 async fn a_source_that_goes_while_its_target_is_asked_leaves_nothing_behind() {
     let relay = Relay::start(&["--max-circuits-per-peer", "1"]);
-    let mut alice = Client::connect(&relay).await;
-    let mut bob = Client::connect(&relay).await;
+    let (mut alice, mut bob) = source_and_target(&relay).await;
     let mut carol = Client::connect(&relay).await;
-    bob.reserve().await;
     let mut stops = bob.accept(STOP);
     let mut asked = alice.open(HOP).await;
     messages::write(&mut asked, &connect(bob.peer)).await;
@@ -276,10 +268,8 @@ async fn a_source_that_goes_while_its_target_is_asked_leaves_nothing_behind() {
 #[tokio::test]
 async fn circuits_are_limited_in_total() {
     let relay = Relay::start(&["--max-circuits", "1"]);
-    let mut alice = Client::connect(&relay).await;
-    let mut bob = Client::connect(&relay).await;
+    let (mut alice, mut bob) = source_and_target(&relay).await;
     let mut carol = Client::connect(&relay).await;
-    bob.reserve().await;
     let mut stops = bob.accept(STOP);
     let ends = circuit_to(&mut alice, bob.peer, &mut stops).await;
     let refused = carol.ask(&connect(bob.peer)).await;
@@ -294,10 +284,8 @@ async fn circuits_are_limited_in_total() {
 #[tokio::test]
 async fn circuits_are_limited_for_source_and_target() {
     let relay = Relay::start(&["--max-circuits-per-peer", "1"]);
-    let mut alice = Client::connect(&relay).await;
-    let mut bob = Client::connect(&relay).await;
+    let (mut alice, mut bob) = source_and_target(&relay).await;
     let mut carol = Client::connect(&relay).await;
-    bob.reserve().await;
     carol.reserve().await;
     let _open = circuit(&mut alice, &mut bob).await;
     let from_alice = alice.ask(&connect(carol.peer)).await;
@@ -393,9 +381,7 @@ async fn a_request_that_comes_byte_by_byte_is_served_and_one_that_stalls_costs_o
 #[tokio::test]
 async fn bytes_pass_both_ways() {
     let relay = Relay::start(&[]);
-    let mut alice = Client::connect(&relay).await;
-    let mut bob = Client::connect(&relay).await;
-    bob.reserve().await;
+    let (mut alice, mut bob) = source_and_target(&relay).await;
     let (mut there, mut back) = circuit(&mut alice, &mut bob).await;
     there.write_all(b"over there").await.unwrap();
     there.flush().await.unwrap();
@@ -408,9 +394,7 @@ async fn bytes_pass_both_ways() {
 #[tokio::test]
 async fn what_is_sent_before_the_answer_belongs_to_the_circuit() {
     let relay = Relay::start(&[]);
-    let mut alice = Client::connect(&relay).await;
-    let mut bob = Client::connect(&relay).await;
-    bob.reserve().await;
+    let (mut alice, mut bob) = source_and_target(&relay).await;
     let mut stops = bob.accept(STOP);
 
     // The source sends right behind its CONNECT, the target right behind its STATUS.
@@ -433,9 +417,7 @@ async fn what_is_sent_before_the_answer_belongs_to_the_circuit() {
 #[tokio::test]
 async fn a_half_close_carries_over_and_the_other_direction_flows_on() {
     let relay = Relay::start(&[]);
-    let mut alice = Client::connect(&relay).await;
-    let mut bob = Client::connect(&relay).await;
-    bob.reserve().await;
+    let (mut alice, mut bob) = source_and_target(&relay).await;
     let mut stops = bob.accept(STOP);
     for source_first in [true, false] {
         let (there, back) = circuit_to(&mut alice, bob.peer, &mut stops).await;
@@ -459,9 +441,7 @@ async fn a_half_close_carries_over_and_the_other_direction_flows_on() {
 async fn exactly_the_limit_passes_and_the_next_byte_resets() {
     const LIMIT: usize = 100_000;
     let relay = Relay::start(&["--circuit-bytes", &LIMIT.to_string()]);
-    let mut alice = Client::connect(&relay).await;
-    let mut bob = Client::connect(&relay).await;
-    bob.reserve().await;
+    let (mut alice, mut bob) = source_and_target(&relay).await;
     let mut stops = bob.accept(STOP);
     for source_sends in [true, false] {
         let (there, back) = circuit_to(&mut alice, bob.peer, &mut stops).await;
@@ -490,9 +470,7 @@ async fn exactly_the_limit_passes_and_the_next_byte_resets() {
 #[tokio::test]
 async fn the_time_limit_resets_both_ends() {
     let relay = Relay::start(&["--circuit-duration", "2s"]);
-    let mut alice = Client::connect(&relay).await;
-    let mut bob = Client::connect(&relay).await;
-    bob.reserve().await;
+    let (mut alice, mut bob) = source_and_target(&relay).await;
     let begun = Instant::now();
     let (mut there, mut back) = circuit(&mut alice, &mut bob).await;
     for end in [&mut there, &mut back] {
@@ -506,9 +484,7 @@ async fn the_time_limit_resets_both_ends() {
 #[tokio::test]
 async fn a_reset_on_one_side_resets_the_other() {
     let relay = Relay::start(&[]);
-    let mut alice = Client::connect(&relay).await;
-    let mut bob = Client::connect(&relay).await;
-    bob.reserve().await;
+    let (mut alice, mut bob) = source_and_target(&relay).await;
     let mut stops = bob.accept(STOP);
     for source_resets in [true, false] {
         let (there, back) = circuit_to(&mut alice, bob.peer, &mut stops).await;
@@ -523,13 +499,12 @@ async fn a_reset_on_one_side_resets_the_other() {
 
 #[tokio::test]
 async fn a_circuit_outlives_the_reservation_and_keeps_its_connections() {
-    let flags = ["--reservation-ttl", "1s", "--idle-timeout", "1s", "--circuit-duration", "0s"];
+    // Long enough for the circuit to be open by then, on a busy machine.
+    let flags = ["--reservation-ttl", "8s", "--idle-timeout", "8s", "--circuit-duration", "0s"];
     let relay = Relay::start(&flags);
-    let mut alice = Client::connect(&relay).await;
-    let mut bob = Client::connect(&relay).await;
-    let mut carol = Client::connect(&relay).await;
-    bob.reserve().await;
+    let (mut alice, mut bob) = source_and_target(&relay).await;
     let (mut there, mut back) = circuit(&mut alice, &mut bob).await;
+    let mut carol = Client::connect(&relay).await;
     relay.wait_for_log(&format!("slot freed: peer {} at 127.0.0.1: expired", bob.peer)).await;
     carol.wait_for_connections(0).await; // idle, and closed for it
     there.write_all(b"still here").await.unwrap();

@@ -1,26 +1,22 @@
 //! Processes full of clients that hold a reservation and only answer, each with a connection of its
 //! own, spread over the addresses of 127.0.0.0/8.
 
-use std::{
-    io,
-    net::Ipv4Addr,
-    process::{self, Command},
-    time::Duration,
-};
+use std::{io, net::Ipv4Addr, process::Command};
 
 use libp2p::{
     Multiaddr, PeerId, Swarm, Transport,
     core::{muxing::StreamMuxerBox, transport::Boxed, upgrade::Version},
     futures::{StreamExt, stream},
-    identify,
     identity::Keypair,
-    multiaddr::Protocol,
-    noise, ping,
-    swarm::{self, NetworkBehaviour, SwarmEvent},
-    tls, yamux,
+    noise, swarm, tls, yamux,
 };
 
-use crate::common::{HOP, Security, children::Process, messages, tcp_from::TcpFrom, within};
+use crate::common::{
+    NEVER, Security,
+    children::Process,
+    silent::{self, Parts},
+    tcp_from::TcpFrom,
+};
 
 /// The argument of a process.
 pub const ROLE: &str = "crowd";
@@ -34,9 +30,6 @@ const AT_A_TIME: usize = 64;
 // What a process is told to do, and says when it did.
 const CONNECT: &str = "connect";
 const RESERVE: &str = "reserve";
-
-/// Longer than anybody watches.
-const NEVER: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
 /// Clients in processes of their own, until it is dropped.
 pub struct Crowd(Vec<Process>);
@@ -86,13 +79,6 @@ impl Crowd {
     }
 }
 
-#[derive(NetworkBehaviour)]
-struct Parts {
-    stream: libp2p_stream::Behaviour,
-    ping: ping::Behaviour,
-    identify: identify::Behaviour,
-}
-
 /// What a process does.
 pub async fn run(relay: &str, first: &str, count: &str, security: &str) {
     rlimit::increase_nofile_limit(u64::MAX).expect("a limit of open files");
@@ -104,11 +90,9 @@ pub async fn run(relay: &str, first: &str, count: &str, security: &str) {
     let arriving = numbers.map(|number| connect(&relay, number, security));
     let controls: Vec<_> = arriving.buffer_unordered(AT_A_TIME).collect().await;
     println!("{CONNECT}");
-    let Some(Protocol::P2p(peer)) = relay.iter().last() else {
-        panic!("{relay} names no peer");
-    };
+    let peer = silent::peer_of(&relay);
     hears(RESERVE);
-    let reserving = stream::iter(controls).map(|control| reserve(control, peer));
+    let reserving = stream::iter(controls).map(|control| silent::reserve(control, peer));
     reserving.buffer_unordered(AT_A_TIME).collect::<()>().await;
     println!("{RESERVE}");
     std::future::pending().await
@@ -123,54 +107,12 @@ fn hears(what: &str) {
 
 async fn connect(relay: &Multiaddr, number: u32, security: &str) -> libp2p_stream::Control {
     let keypair = Keypair::generate_ed25519();
-    let peer = keypair.public().to_peer_id();
-    let quiet = ping::Config::new().with_interval(NEVER);
-    let who = identify::Config::new("bench".into(), keypair.public()).with_interval(NEVER);
-    let parts = Parts {
-        stream: libp2p_stream::Behaviour::new(),
-        ping: ping::Behaviour::new(quiet),
-        identify: identify::Behaviour::new(who),
-    };
     // Sixteen to an address, and as many addresses to a /24 as there are.
     let from = Ipv4Addr::from_bits(Ipv4Addr::new(127, 1, 0, 1).to_bits() + number / 16);
     let transport = transport(from, &keypair, security);
     let config = swarm::Config::with_tokio_executor().with_idle_connection_timeout(NEVER);
-    let mut swarm = Swarm::new(transport, parts, peer, config);
-    let control = swarm.behaviour().stream.new_control();
-    swarm.dial(relay.clone()).expect("the relay can be dialed");
-    loop {
-        match within(swarm.select_next_some()).await {
-            SwarmEvent::ConnectionEstablished { .. } => break,
-            SwarmEvent::OutgoingConnectionError { error, .. } => give_up(&error),
-            _ => {}
-        }
-    }
-    tokio::spawn(async move {
-        loop {
-            if let SwarmEvent::ConnectionClosed { cause, .. } = swarm.select_next_some().await {
-                give_up(&cause);
-            }
-        }
-    });
-    control
-}
-
-async fn reserve(mut control: libp2p_stream::Control, relay: PeerId) {
-    let mut stream = match within(control.open_stream(relay, HOP)).await {
-        Ok(stream) => stream,
-        Err(error) => give_up(&error),
-    };
-    messages::write(&mut stream, &messages::reserve()).await;
-    let answer: messages::HopMessage = messages::read(&mut stream).await;
-    if answer.status != Some(100) {
-        give_up(&answer);
-    }
-}
-
-/// With one client less, the bench would measure something else than it says.
-fn give_up(why: &dyn std::fmt::Debug) -> ! {
-    eprintln!("a client lost the relay: {why:?}");
-    process::exit(1)
+    let peer = keypair.public().to_peer_id();
+    silent::connect(Swarm::new(transport, Parts::of(&keypair), peer, config), relay.clone()).await
 }
 
 fn transport(from: Ipv4Addr, keypair: &Keypair, security: &str) -> Boxed<(PeerId, StreamMuxerBox)> {

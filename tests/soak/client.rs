@@ -34,7 +34,7 @@ use tokio::{
     time::{Instant, sleep, sleep_until, timeout},
 };
 
-use crate::{common::at::At, observer::Saw, plan::FACTOR, trace::Family};
+use crate::{common::tcp_from::TcpFrom, observer::Saw, plan::FACTOR, trace::Family};
 
 const ECHO: StreamProtocol = StreamProtocol::new("/soak/echo/1.0.0");
 
@@ -93,7 +93,7 @@ impl Body {
         let peer = stay.keypair.public().to_peer_id();
         let (circuits, relay) = relay::client::new(peer);
         let transport = circuits
-            .or_transport(At(stay.from))
+            .or_transport(TcpFrom(stay.from))
             .upgrade(Version::V1Lazy)
             .authenticate(noise::Config::new(&stay.keypair).expect("a key for Noise"))
             .multiplex(yamux::Config::default())

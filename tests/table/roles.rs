@@ -1,30 +1,26 @@
 //! What this program is as a child process: rust-libp2p's relay, or a crowd of silent clients.
 
-use std::{
-    process::{self, ExitCode},
-    time::Duration,
-};
+use std::{process::ExitCode, time::Duration};
 
 use libp2p::{
     Multiaddr, Swarm, SwarmBuilder,
     futures::{StreamExt, future},
     identify,
     identity::Keypair,
-    multiaddr::Protocol,
     noise, ping, relay,
     swarm::{NetworkBehaviour, SwarmEvent},
     tcp, yamux,
 };
 use tokio::runtime::Runtime;
 
-use crate::common::{HOP, messages, within};
+use crate::common::{
+    NEVER,
+    silent::{self, Parts},
+};
 
 // The arguments that name the roles.
 pub const RELAY: &str = "a-rust-libp2p-relay";
 pub const CLIENTS: &str = "clients";
-
-/// Longer than anybody watches.
-const NEVER: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
 #[derive(NetworkBehaviour)]
 struct RelayParts {
@@ -45,7 +41,10 @@ pub fn relay() -> ExitCode {
         let mut swarm = swarm(Duration::from_secs(10), |keypair| RelayParts {
             relay: relay::Behaviour::new(keypair.public().to_peer_id(), config),
             ping: ping::Behaviour::default(),
-            identify: identify::Behaviour::new(identity(keypair)),
+            identify: identify::Behaviour::new(identify::Config::new(
+                "bench".into(),
+                keypair.public(),
+            )),
         });
         let any = "/ip4/127.0.0.1/tcp/0".parse().expect("a multiaddr");
         swarm.listen_on(any).expect("a free port");
@@ -80,58 +79,11 @@ pub fn clients(relay: &str, count: &str, seconds: &str) -> ExitCode {
     })
 }
 
-#[derive(NetworkBehaviour)]
-struct ClientParts {
-    stream: libp2p_stream::Behaviour,
-    ping: ping::Behaviour,
-    identify: identify::Behaviour,
-}
-
 /// Connects and reserves. After that it only answers: it neither asks nor renews.
 async fn client(relay: Multiaddr) {
-    let mut swarm = swarm(NEVER, |keypair| ClientParts {
-        stream: libp2p_stream::Behaviour::new(),
-        ping: ping::Behaviour::new(ping::Config::new().with_interval(NEVER)),
-        identify: identify::Behaviour::new(identity(keypair).with_interval(NEVER)),
-    });
-    let Some(Protocol::P2p(peer)) = relay.iter().last() else {
-        panic!("{relay} names no peer");
-    };
-    let mut control = swarm.behaviour().stream.new_control();
-    swarm.dial(relay).expect("the relay can be dialed");
-    loop {
-        match swarm.select_next_some().await {
-            SwarmEvent::ConnectionEstablished { .. } => break,
-            SwarmEvent::OutgoingConnectionError { error, .. } => give_up(&error),
-            _ => {}
-        }
-    }
-    tokio::spawn(async move {
-        loop {
-            if let SwarmEvent::ConnectionClosed { cause, .. } = swarm.select_next_some().await {
-                give_up(&cause);
-            }
-        }
-    });
-    let mut stream = match within(control.open_stream(peer, HOP)).await {
-        Ok(stream) => stream,
-        Err(error) => give_up(&error),
-    };
-    messages::write(&mut stream, &messages::reserve()).await;
-    let answer: messages::HopMessage = messages::read(&mut stream).await;
-    if answer.status != Some(100) {
-        give_up(&answer);
-    }
-}
-
-/// With one client less, the bench would measure something else than it says.
-fn give_up(why: &dyn std::fmt::Debug) -> ! {
-    eprintln!("a client lost the relay: {why:?}");
-    process::exit(1)
-}
-
-fn identity(keypair: &Keypair) -> identify::Config {
-    identify::Config::new("bench".into(), keypair.public())
+    let peer = silent::peer_of(&relay);
+    let control = silent::connect(swarm(NEVER, Parts::of), relay).await;
+    silent::reserve(control, peer).await;
 }
 
 fn swarm<B: NetworkBehaviour>(

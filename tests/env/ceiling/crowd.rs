@@ -19,17 +19,14 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use crate::{
-    common::{
-        by_hand::{
-            ACK, DATA, FIN, RST, SYN, agree, behind_its_length, data, frame, proposal, tcp_from,
-        },
-        http::{get, samples},
-        messages::{connect, reserve},
-        within,
+use crate::common::{
+    by_hand::{
+        ACK, DATA, FIN, RST, SYN, agree, behind_its_length, data, frame, proposal, tcp_from,
     },
-    ground::quick_or_long,
-    strangers::{AT_A_TIME, Stranger, address, all, each, opening},
+    http::{get, samples},
+    messages::{connect, reserve},
+    strangers::{AT_A_TIME, Stranger, address, all, each, opening, quick_or_long},
+    within,
 };
 
 /// How many come from one address.

@@ -23,8 +23,8 @@ use tokio::{sync::mpsc, time::sleep};
 
 use crate::common::{
     Relay,
-    at::At,
     http::{self, ANYWHERE, get, samples},
+    tcp_from::TcpFrom,
     within,
 };
 
@@ -155,7 +155,7 @@ fn client(keypair: &Keypair, from: Ipv4Addr) -> Swarm<Parts> {
     let peer = keypair.public().to_peer_id();
     let (circuits, relay) = relay::client::new(peer);
     let transport = circuits
-        .or_transport(At(from))
+        .or_transport(TcpFrom(from))
         .upgrade(Version::V1Lazy)
         .authenticate(noise::Config::new(keypair).expect("a key for Noise"))
         .multiplex(yamux::Config::default())

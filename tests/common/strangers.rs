@@ -2,7 +2,7 @@
 
 use std::{
     collections::{HashMap, HashSet, hash_map::Entry},
-    io,
+    env, io,
     net::Ipv4Addr,
     slice,
     time::Duration,
@@ -16,7 +16,7 @@ use libp2p::{
 use prost::Message;
 use tokio::{task::JoinHandle, time::timeout};
 
-use crate::common::{
+use super::{
     HOP, STOP, Security,
     by_hand::{
         ACK, Channel, FIN, Frame, PING, RST, SYN, WINDOW, WINDOW_UPDATE, data, frame, mux,
@@ -34,6 +34,15 @@ pub const ROOM: usize = WINDOW - 1024;
 
 /// What is written at a time, in bytes.
 pub const PIECE: usize = 32 * 1024;
+
+/// The first for `cargo test`, the second for whoever has the time.
+pub fn quick_or_long<T>(quick: T, long: T) -> T {
+    match env::var("RELAYLET_ATTACKS").as_deref() {
+        Ok("long") => long,
+        Ok(other) => panic!("RELAYLET_ATTACKS={other}: it can be long, or not there"),
+        Err(_) => quick,
+    }
+}
 
 /// The so-manieth address, each of which is in a /24 of its own.
 pub fn address(number: usize) -> Ipv4Addr {
