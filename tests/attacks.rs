@@ -2,13 +2,12 @@
 //! are watched: their circuit stays, each echo comes back, each renewal is granted, and with
 //! everybody gone every count is zero.
 //!
-//! Each prints a row of the README's table of attacks:
+//! Each prints a row of the README's table of attacks: `.ci/attacks` runs them all on a release build. Those that take
+//! least are run by `cargo test`, too. With `RELAYLET_ATTACKS=long` they go on for as long as they can do harm, in
+//! all for half an hour.
 //!
-//! `cargo test --test attacks -- --nocapture --test-threads=1 | grep '^|'`
-//!
-//! With `RELAYLET_ATTACKS=long` in front of it they go on for as long as they can do harm, in all for
-//! half an hour in a debug build. How fast anything is depends on the machine, so nothing is asserted
-//! of it.
+//! A row asserts admissions, evictions, counts and bytes. How fast anything is depends on the machine, so it is printed
+//! and never asserted.
 
 mod common;
 

@@ -27,6 +27,10 @@ const UNREAD: Duration = Duration::from_secs(15);
 
 const OK: Option<i32> = Some(100);
 
+/// The metrics of streams and of connections that the relay ended for want of memory.
+const GIVEN_UP: [&str; 2] =
+    [r#"relaylet_given_up_total{what="stream"}"#, r#"relaylet_given_up_total{what="connection"}"#];
+
 /// Ping streams that are written to, on connections that are never read: their echoes are more than the
 /// relay may hold. With the table full, and newcomers waiting, peers are probed; each answers.
 #[tokio::test]
@@ -40,7 +44,7 @@ async fn unread_echoes_of_four_addresses_at_a_full_table() {
     let port = ground.port;
     let mut holders = Vec::new();
     for number in 1..SLOTS {
-        let mut holder = Stranger::connect(port, address(number)).await.expect("there is room");
+        let mut holder = Stranger::arrive(port, address(number)).await;
         assert_eq!(holder.ask_once(&reserve()).await.expect("an answer").1, OK);
         holders.push((holder.peer, holder.stays()));
     }
@@ -67,8 +71,7 @@ async fn unread_echoes_of_four_addresses_at_a_full_table() {
     let how_hard = format!("2 on each of {CONNECTIONS} connections, {NEWCOMERS} newcomers");
     let what = "unread echoes of four addresses, at a full table";
     ground.suffer(what, &how_hard, attack).await;
-    let given_up = ground.count(r#"relaylet_given_up_total{what="stream"}"#).await
-        + ground.count(r#"relaylet_given_up_total{what="connection"}"#).await;
+    let given_up = ground.count(GIVEN_UP[0]).await + ground.count(GIVEN_UP[1]).await;
     // None where the kernel's buffers hold all of it.
     println!("{given_up} streams and connections were given up");
     let probed = ground.count("relaylet_questions_asked_total").await;
@@ -99,9 +102,9 @@ async fn headers_without_bodies_beside_a_busy_target() {
     let lasts = Duration::from_secs(quick_or_long(8, 60));
     let mut ground = Ground::prepare(&[]).await;
     let port = ground.port;
-    let mut target = Stranger::connect(port, address(1)).await.expect("there is room");
+    let mut target = Stranger::arrive(port, address(1)).await;
     assert_eq!(target.ask_once(&reserve()).await.expect("an answer").1, OK);
-    let mut source = Stranger::connect(port, address(2)).await.expect("there is room");
+    let mut source = Stranger::arrive(port, address(2)).await;
     let stream = source.next_stream();
     source.say(&data(SYN, stream, &opening(&connect(target.peer)))).await.expect("it is there");
     let circuit = target.agree_to(1).await.expect("it is asked")[0];
@@ -134,7 +137,7 @@ async fn headers_without_bodies_beside_a_busy_target() {
     });
     let attack = async move {
         let announced = each(HEADERS, AT_A_TIME, move |number| async move {
-            let mut stranger = Stranger::connect(port, address(10 + number % 5)).await?;
+            let mut stranger = Stranger::arrive(port, address(10 + number % 5)).await;
             let stream = stranger.next_stream();
             let [open, header] = [0, LONGEST].map(|length| {
                 [
@@ -155,9 +158,8 @@ async fn headers_without_bodies_beside_a_busy_target() {
         format!("{HEADERS} of 12 bytes that announce 1 MiB, a target that reads 500 kB/s");
     let what = "headers without bodies";
     let (strangers, _) = ground.suffer(what, &how_hard, attack).await;
-    for what in ["stream", "connection"] {
-        let given_up = ground.count(&format!("relaylet_given_up_total{{what=\"{what}\"}}")).await;
-        assert_eq!(given_up, 0.0, "{what}");
+    for given_up in GIVEN_UP {
+        assert_eq!(ground.count(given_up).await, 0.0, "{given_up}");
     }
     writes.abort();
     drop(strangers);
@@ -211,9 +213,8 @@ async fn as_many_circuits_as_a_peer_may_have_both_ways() {
     let what = "as many circuits as a peer may have";
     ground.suffer(what, &how_hard, attack).await;
     assert!(source.kept_its_connection() && target.kept_its_connection());
-    for what in ["stream", "connection"] {
-        let given_up = ground.count(&format!("relaylet_given_up_total{{what=\"{what}\"}}")).await;
-        assert_eq!(given_up, 0.0, "{what}");
+    for given_up in GIVEN_UP {
+        assert_eq!(ground.count(given_up).await, 0.0, "{given_up}");
     }
     source.leave().await;
     target.leave().await;

@@ -38,12 +38,12 @@ async fn requests_from_one_address() {
     let rounds = quick_or_long(4, 200);
     let mut ground = Ground::prepare(&[]).await;
     let port = ground.port;
-    let mut holder = Stranger::connect(port, address(0)).await.expect("there is room");
+    let mut holder = Stranger::arrive(port, address(0)).await;
     assert_eq!(holder.ask_once(&reserve()).await.expect("an answer").1, OK);
     let flood = async move {
         let start = Instant::now();
         let flood = each(IDENTITIES, AT_A_TIME, move |_| async move {
-            let mut stranger = Stranger::connect(port, address(0)).await?;
+            let mut stranger = Stranger::arrive(port, address(0)).await;
             let malformed = HopMessage { kind: Some(7), ..HopMessage::default() };
             let to_unknown = connect(PeerId::random());
             let requests = [reserve(), to_unknown, malformed, connect(stranger.peer)];
@@ -73,6 +73,7 @@ async fn requests_from_one_address() {
 }
 
 #[tokio::test]
+#[ignore = "takes long: .ci/attacks"]
 async fn reserves_from_a_thousand_identities() {
     const SUBNETS: usize = 8;
     const ADDRESSES: usize = 5; // of each
@@ -85,7 +86,7 @@ async fn reserves_from_a_thousand_identities() {
     let flood = async move {
         let flood = each(IDENTITIES, AT_A_TIME, move |number| async move {
             let from = address_in(number % SUBNETS, number / SUBNETS % ADDRESSES);
-            let mut stranger = Stranger::connect(port, from).await?;
+            let mut stranger = Stranger::arrive(port, from).await;
             for _ in 0..rounds {
                 let (_, status) = stranger.ask_once(&reserve()).await?;
                 assert!(
@@ -132,7 +133,7 @@ async fn connects_to_one_victim() {
         let flood = each(IDENTITIES, AT_A_TIME, move |number| {
             let request = request.clone();
             async move {
-                let mut stranger = Stranger::connect(port, address(number % ADDRESSES)).await?;
+                let mut stranger = Stranger::arrive(port, address(number % ADDRESSES)).await;
                 let mut opened = 0;
                 for _ in 0..rounds {
                     for (stream, status) in stranger.ask(&vec![request.clone(); AT_ONCE]).await? {

@@ -78,9 +78,23 @@ impl Ground {
     }
 
     /// What it counts under this name of the metrics, labels included.
-    pub async fn count(&self, name: &str) -> f64 {
-        let samples = samples(&get(self.watched_at, "/metrics").await);
-        samples.get(name).copied().unwrap_or_default()
+    pub async fn count(&self, name: &'static str) -> f64 {
+        self.counting(name)().await
+    }
+
+    /// What tells what it counts under this name, in an attack.
+    pub fn counting(
+        &self,
+        name: &'static str,
+    ) -> impl Fn() -> BoxFuture<'static, f64> + Send + 'static {
+        let port = self.watched_at;
+        move || {
+            let count = async move {
+                let samples = samples(&get(port, "/metrics").await);
+                samples.get(name).copied().unwrap_or_default()
+            };
+            count.boxed()
+        }
     }
 
     /// What tells what it counts, in an attack.

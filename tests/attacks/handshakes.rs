@@ -36,6 +36,7 @@ pub enum Step {
 use Step::{Muxed, Negotiated, Noise, Secured, Tcp, Tls};
 
 #[tokio::test]
+#[ignore = "takes long: .ci/attacks"]
 async fn connections_abandoned_at_each_step() {
     // Those at the end are the dear ones, for who does it as well.
     let steps = [Tcp, Negotiated, Noise, Tls, Tcp, Negotiated, Noise, Tls, Secured, Muxed];

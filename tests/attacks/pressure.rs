@@ -41,8 +41,7 @@ async fn newcomers_to_a_full_table_of_slow_peers() {
     // those who are watched, so that they are no slower than they mean to be.
     let mut holders = Vec::new();
     for number in 0..SLOTS - 1 {
-        let holder = Stranger::connect(port, address(number % 8)).await;
-        let mut holder = holder.expect("there is room");
+        let mut holder = Stranger::arrive(port, address(number % 8)).await;
         let answer = holder.ask_once(&reserve()).await.expect("an answer");
         assert_eq!(answer.1, OK);
         holders.push((holder.peer, slow(holder)));

@@ -32,7 +32,7 @@ async fn a_byte_a_second_on_a_thousand_streams() {
     let attack = async move {
         let start = Instant::now() + SECOND * 2;
         let done = each(STRANGERS, STRANGERS, move |number| async move {
-            let mut stranger = Stranger::connect(port, address(number)).await?;
+            let mut stranger = Stranger::arrive(port, address(number)).await;
             let streams: Vec<_> = (0..STREAMS).map(|_| stranger.next_stream()).collect();
             // Half of them are slow from the first byte on, the others once it counts.
             let whole = opening(&connect(stranger.peer));
@@ -76,10 +76,10 @@ async fn forged_and_replayed_requests() {
     let (port, relay) = (ground.port, ground.bystanders.relay.peer);
     let attack = async move {
         let done = each(4, AT_A_TIME, move |number| async move {
-            let mut victim = Stranger::connect(port, address(number)).await?;
+            let mut victim = Stranger::arrive(port, address(number)).await;
             let granted = victim.ask_whole(&reserve()).await?;
             assert_eq!(granted.status, OK);
-            let mut thief = Stranger::connect(port, address(number)).await?;
+            let mut thief = Stranger::arrive(port, address(number)).await;
             for _ in 0..rounds {
                 forge(&mut thief, &mut victim, &granted, relay).await?;
             }

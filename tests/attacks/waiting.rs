@@ -3,7 +3,7 @@
 use std::{io, time::Duration};
 
 use libp2p::futures::future;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use super::ground::Ground;
 use crate::common::{
@@ -12,10 +12,14 @@ use crate::common::{
     strangers::{
         AT_A_TIME, Staying, Stranger, address, all, each, opening, quick_or_long, takes_nothing,
     },
+    within,
 };
 
 /// How long to listen whether a stream is reset.
 const BEFORE_LONG: Duration = Duration::from_secs(2);
+
+/// How often to look whether the relay has given a stream up.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
 /// A window that all of it fits into.
 const WIDE: u32 = 1 << 30;
@@ -33,33 +37,49 @@ async fn more_waits_than_there_is_room_for() {
     let mut ground = Ground::prepare(&["--max-buffered=4MiB"]).await;
     let port = ground.port;
     let before = ground.resident();
+    let given_up = ground.counting(r#"relaylet_given_up_total{what="stream"}"#);
     let attack = async move {
         let pairs = each(STRANGERS, AT_A_TIME, move |number| async move {
-            let mut target = Stranger::connect(port, address(number % ADDRESSES)).await?;
+            let mut target = Stranger::arrive(port, address(number % ADDRESSES)).await;
             assert_eq!(target.ask_once(&reserve()).await?.1, Some(100));
-            let source = Stranger::connect(port, address(number % ADDRESSES)).await?;
+            let source = Stranger::arrive(port, address(number % ADDRESSES)).await;
             Ok((source, target))
         });
-        // All at once.
-        let reset = all(pairs.await).into_iter().map(|(mut source, target)| async move {
-            let mut reset = 0;
-            for _ in 0..rounds {
+        let mut strangers = all(pairs.await);
+        let mut reset = 0;
+        for _ in 0..rounds {
+            // All at once, and none listens before the relay has given one up.
+            let before = given_up().await;
+            let sent = strangers.into_iter().map(|(mut source, target)| async move {
                 let stream = source.next_stream();
                 let request = opening(&connect(target.peer));
                 source.say(&data(SYN, stream, &request)).await?;
                 source.say(&data(0, stream, &[7; 100]).repeat(FRAMES)).await?;
-                reset += usize::from(source.is_reset(stream, BEFORE_LONG).await?);
+                Ok((source, target, stream))
+            });
+            let sent = all(future::join_all(sent).await);
+            within(async {
+                while given_up().await == before {
+                    sleep(LOOK_AGAIN).await;
+                }
+            })
+            .await;
+            let heard = sent.into_iter().map(|(mut source, target, stream)| async move {
+                let is_reset = source.is_reset(stream, BEFORE_LONG).await?;
                 source.say(&data(RST, stream, &[])).await?;
-            }
-            io::Result::Ok((reset, target.stays(), source.stays()))
-        });
-        all(future::join_all(reset).await)
+                Ok((is_reset, (source, target)))
+            });
+            let heard = all(future::join_all(heard).await);
+            reset += heard.iter().filter(|(is_reset, _)| *is_reset).count();
+            strangers = heard.into_iter().map(|(_, pair)| pair).collect();
+        }
+        let stay = strangers.into_iter().map(|(source, target)| [source.stays(), target.stays()]);
+        (reset, stay.collect::<Vec<_>>())
     };
     let how_hard = format!("{} MiB in {STRANGERS} streams, of 4 MiB", STRANGERS * rounds / 4);
     let what = "more than may wait, unread";
-    let (strangers, noticed) = ground.suffer(what, &how_hard, attack).await;
-    let reset: usize = strangers.iter().map(|(reset, ..)| reset).sum();
-    assert!(reset > 0, "none was given up");
+    let ((reset, strangers), noticed) = ground.suffer(what, &how_hard, attack).await;
+    assert!(reset > 0, "none heard that it was given up");
     let grown = noticed.peak.saturating_sub(before);
     assert!(grown <= HELD, "{grown} KiB");
     drop(strangers);
@@ -77,9 +97,9 @@ async fn readers_that_take_nothing() {
     let port = ground.port;
     let attack = async move {
         let offered = each(PAIRS, AT_A_TIME, move |number| async move {
-            let mut target = Stranger::connect(port, address(number)).await?;
+            let mut target = Stranger::arrive(port, address(number)).await;
             assert_eq!(target.ask_once(&reserve()).await?.1, Some(100));
-            let mut source = Stranger::connect(port, address(number)).await?;
+            let mut source = Stranger::arrive(port, address(number)).await;
             let stream = source.next_stream();
             let request = data(SYN, stream, &opening(&connect(target.peer)));
             source.say(&request).await?;

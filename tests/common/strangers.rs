@@ -14,7 +14,10 @@ use libp2p::{
     identity::Keypair,
 };
 use prost::Message;
-use tokio::{task::JoinHandle, time::timeout};
+use tokio::{
+    task::JoinHandle,
+    time::{sleep, timeout},
+};
 
 use super::{
     HOP, STOP, Security,
@@ -28,6 +31,9 @@ use super::{
 
 /// How many arrive at a time: half as many as one address may have in their handshakes.
 pub const AT_A_TIME: usize = 16;
+
+/// The pause before a connection that was turned away is tried again.
+const TRY_AGAIN: Duration = Duration::from_millis(100);
 
 /// What a window still has room for once a request was made, at least, in bytes.
 pub const ROOM: usize = WINDOW - 1024;
@@ -92,6 +98,20 @@ impl Stranger {
         Self::connect_as(&Keypair::generate_ed25519(), port, from).await
     }
 
+    /// As [`Self::connect`], and tries again if it is turned away: on a busy machine its handshake takes too long
+    /// now and then.
+    pub async fn arrive(port: u16, from: Ipv4Addr) -> Self {
+        let arrives = async {
+            loop {
+                if let Ok(stranger) = Self::connect(port, from).await {
+                    return stranger;
+                }
+                sleep(TRY_AGAIN).await;
+            }
+        };
+        within(arrives).await
+    }
+
     /// The owner of this key.
     ///
     /// # Errors
@@ -149,13 +169,13 @@ impl Stranger {
     }
 
     /// Hears out what the relay has to say: it answers a ping after all that came before. Yields how
-    /// many streams it reset meanwhile.
+    /// many streams of the stranger's it reset meanwhile; those of its own it resets when nothing is said on them.
     pub async fn hears_out(&mut self) -> io::Result<usize> {
         self.say(&frame(PING, SYN, 0, 4711)).await?;
         let mut reset = 0;
         loop {
             let frame = self.frame().await?;
-            reset += usize::from(frame.has(RST));
+            reset += usize::from(frame.has(RST) && frame.stream % 2 == 1);
             if (frame.kind, frame.flags) == (PING, ACK) {
                 return Ok(reset);
             }

@@ -31,7 +31,7 @@ async fn sigterm_closes_who_carries_no_circuit_and_leaves_circuits_their_time() 
 
 #[tokio::test]
 async fn it_ends_when_the_last_circuit_has_ended() {
-    let mut relay = Relay::start(&[LONG]);
+    let mut relay = Relay::start(&["--drain=60s"]);
     let (mut alice, mut bob) = source_and_target(&relay).await;
     let (mut there, mut back) = circuit(&mut alice, &mut bob).await;
     relay.signal("TERM");

@@ -134,8 +134,8 @@ impl Crowd {
         // Two look on, who have a slot and a circuit.
         let pairs = each(size.slots - 1, AT_A_TIME, move |number| async move {
             let from = address(2 * number / OF_ONE_ADDRESS);
-            let mut target = Stranger::connect(port, from).await?;
-            let mut source = Stranger::connect(port, from).await?;
+            let mut target = Stranger::arrive(port, from).await;
+            let mut source = Stranger::arrive(port, from).await;
             for stranger in [&mut target, &mut source] {
                 answer_identify(stranger).await?;
             }
