@@ -9,7 +9,7 @@ use std::{
 use libp2p::futures::{AsyncReadExt, AsyncWriteExt, future};
 use tokio::time::{interval, sleep};
 
-use super::ground::Ground;
+use super::ground::{GIVEN_UP, Ground};
 use crate::common::{
     Client,
     by_hand::{RST, SYN, WINDOW_UPDATE, data, frame},
@@ -26,10 +26,6 @@ use crate::common::{
 const UNREAD: Duration = Duration::from_secs(15);
 
 const OK: Option<i32> = Some(100);
-
-/// The metrics of streams and of connections that the relay ended for want of memory.
-const GIVEN_UP: [&str; 2] =
-    [r#"relaylet_given_up_total{what="stream"}"#, r#"relaylet_given_up_total{what="connection"}"#];
 
 /// Ping streams that are written to, on connections that are never read: their echoes are more than the
 /// relay may hold. With the table full, and newcomers waiting, peers are probed; each answers.

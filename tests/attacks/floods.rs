@@ -1,12 +1,16 @@
 //! Requests without end.
 
-use std::time::Instant;
+use std::{
+    sync::atomic::{AtomicBool, Ordering},
+    time::{Duration, Instant},
+};
 
 use libp2p::{
     PeerId, Stream,
-    futures::{AsyncReadExt, AsyncWriteExt, StreamExt},
+    futures::{AsyncReadExt, AsyncWriteExt, StreamExt, future},
 };
 use prost::Message;
+use tokio::time::sleep;
 
 use super::ground::Ground;
 use crate::common::{
@@ -55,7 +59,20 @@ async fn requests_from_one_address() {
             }
             Ok((stranger.stays(), answered))
         });
-        let flood = all(flood.await);
+        // Whatever is heard of the holder keeps its slot, for which the others wait.
+        let is_over = AtomicBool::new(false);
+        let flood = async {
+            let flood = all(flood.await);
+            is_over.store(true, Ordering::Relaxed);
+            flood
+        };
+        let is_heard = async {
+            while !is_over.load(Ordering::Relaxed) {
+                holder.hears_out().await.expect("it is connected");
+                sleep(Duration::from_secs(1)).await;
+            }
+        };
+        let (flood, ()) = future::join(flood, is_heard).await;
         assert_eq!(holder.ask_once(&reserve()).await.expect("an answer").1, OK, "it renews");
         (flood, start.elapsed().as_secs_f64(), holder.stays())
     };

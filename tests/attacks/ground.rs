@@ -23,6 +23,10 @@ const FLAGS: [&str; 4] = [ANYWHERE, "--circuit-duration=0s", "--circuit-bytes=0"
 /// No attack may take more than this, in KiB.
 const MUCH: u64 = 512 * 1024;
 
+/// The metrics of streams and of connections that the relay ended for want of memory.
+pub const GIVEN_UP: [&str; 2] =
+    [r#"relaylet_given_up_total{what="stream"}"#, r#"relaylet_given_up_total{what="connection"}"#];
+
 /// How often to look again at what is counted once a second.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 

@@ -5,7 +5,7 @@ use std::{io, time::Duration};
 use libp2p::futures::future;
 use tokio::time::{sleep, timeout};
 
-use super::ground::Ground;
+use super::ground::{GIVEN_UP, Ground};
 use crate::common::{
     by_hand::{RST, SYN, WINDOW_UPDATE, data, frame},
     messages::{connect, reserve},
@@ -37,7 +37,7 @@ async fn more_waits_than_there_is_room_for() {
     let mut ground = Ground::prepare(&["--max-buffered=4MiB"]).await;
     let port = ground.port;
     let before = ground.resident();
-    let given_up = ground.counting(r#"relaylet_given_up_total{what="stream"}"#);
+    let given_up = ground.counting(GIVEN_UP[0]);
     let attack = async move {
         let pairs = each(STRANGERS, AT_A_TIME, move |number| async move {
             let mut target = Stranger::arrive(port, address(number % ADDRESSES)).await;

@@ -212,6 +212,7 @@ async fn what_strangers_bring_is_not_kept() {
     const MIB: usize = 1024 * 1024;
     let relay = Relay::start(&["--dht", "--max-connections-per-ip=0"]);
     let mut stranger = Client::connect(&relay).await;
+    stranger.reserve().await; // else it has a minute
     let (mut adds, mut puts) = (stranger.open(KAD).await, stranger.open(KAD).await);
     let mut before = 0;
     for n in 0..MANY {

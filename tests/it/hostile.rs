@@ -1,6 +1,6 @@
 //! What a stranger may send at any layer: it gets an answer or an end, and nobody else notices.
 
-use std::time::Instant;
+use std::{collections::BTreeSet, time::Instant};
 
 use crate::common::{
     Client, HOP, PATIENCE, Relay,
@@ -12,6 +12,7 @@ use crate::common::{
     bystanders::Bystanders,
     children::resident,
     messages::{self, HopMessage, connect},
+    strangers::Heard,
 };
 use libp2p::{
     PeerId, StreamProtocol,
@@ -324,20 +325,34 @@ async fn random_bytes_to_identify_end_their_stream() {
 #[tokio::test]
 async fn silent_requests_cost_their_streams_alone() {
     const SERVED: usize = 300;
+    const BEYOND: usize = 20;
     // As many streams as the muxer would let through, so that the handler has to count them.
     let mut bystanders = Bystanders::gather(&["--max-circuits-per-peer", "300"]).await;
-    let mut stranger = Client::connect(&bystanders.relay).await;
-    let mut silent = Vec::new();
-    for _ in 0..SERVED + 20 {
-        silent.push(stranger.open(HOP).await);
-    }
-    for beyond in silent.split_off(SERVED) {
-        assert!(until_closed(beyond).await.is_empty());
+    let mut stranger = muxed(&bystanders.relay).await;
+    let streams = (1..).step_by(2).take(SERVED + BEYOND);
+    let silent = streams.clone().flat_map(|stream| data(SYN, stream, &proposal(HOP.as_ref())));
+    send(&mut stranger, &silent.collect::<Vec<_>>()).await;
+    let mut heard = Heard::default();
+    let mut reset = BTreeSet::new();
+    while reset.len() < BEYOND {
+        let frame = next_frame(&mut stranger).await.expect("it goes on");
+        assert!(heard.message::<HopMessage>(&HOP, &frame).is_none());
+        if frame.has(RST) {
+            reset.insert(frame.stream);
+        }
     }
 
-    let mut found_words = silent.pop().unwrap();
-    messages::write(&mut found_words, &messages::reserve()).await;
-    let answer: HopMessage = messages::read(&mut found_words).await;
+    let served: Vec<_> = streams.filter(|stream| !reset.contains(stream)).collect();
+    assert_eq!(served.len(), SERVED);
+    let finds_words = served[SERVED - 1];
+    let request = messages::reserve().encode_length_delimited_to_vec();
+    send(&mut stranger, &data(0, finds_words, &request)).await;
+    let answer: HopMessage = loop {
+        let frame = next_frame(&mut stranger).await.expect("it goes on");
+        if let Some(answer) = heard.message(&HOP, &frame) {
+            break answer;
+        }
+    };
     assert_eq!(answer.status, OK);
     bystanders.are_unharmed().await;
 }
