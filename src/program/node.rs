@@ -162,7 +162,7 @@ impl Node {
         let limits = setup.limits;
         let peer = keypair.public().to_peer_id();
         let circuits_per_peer = config.max_circuits_per_peer;
-        setup.streams.check()?;
+        setup.streams.check(circuits_per_peer)?;
         let outbound = stream_limits::per_connection(circuits_per_peer)?;
         let inbound = setup.streams.max_streams_per_connection.unwrap_or(outbound);
         let budget = muxer::Budget { inbound, outbound };

@@ -21,20 +21,23 @@ const BEFORE_LONG: Duration = Duration::from_secs(2);
 /// How often to look whether the relay has given a stream up.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
+/// The smallest pool for peers that may have four circuits each.
+const SMALL_POOL: [&str; 2] = ["--max-circuits-per-peer=4", "--max-buffered=8MiB"];
+
 /// A window that all of it fits into.
 const WIDE: u32 = 1 << 30;
 
 /// Until their targets answer nothing of what sources send is read: what waits the longest goes.
 #[tokio::test]
 async fn more_waits_than_there_is_room_for() {
-    const STRANGERS: usize = 48;
+    const STRANGERS: usize = 96;
     /// So few that each of them holds more than those who are watched.
     const ADDRESSES: usize = 8;
     const FRAMES: usize = 2500; // of 100 bytes: a quarter of a MiB
     /// What it may hold, and what its heap may keep besides, in KiB.
-    const HELD: u64 = (4 + 16) * 1024;
+    const HELD: u64 = (8 + 16) * 1024;
     let rounds = quick_or_long(1, 20);
-    let mut ground = Ground::prepare(&["--max-buffered=4MiB"]).await;
+    let mut ground = Ground::prepare(&SMALL_POOL).await;
     let port = ground.port;
     let before = ground.resident();
     let given_up = ground.counting(GIVEN_UP[0]);
@@ -65,7 +68,7 @@ async fn more_waits_than_there_is_room_for() {
             })
             .await;
             let heard = sent.into_iter().map(|(mut source, target, stream)| async move {
-                let is_reset = source.is_reset(stream, BEFORE_LONG).await?;
+                let is_reset = source.is_reset(stream, BEFORE_LONG * 5).await?;
                 source.say(&data(RST, stream, &[])).await?;
                 Ok((is_reset, (source, target)))
             });
@@ -76,7 +79,7 @@ async fn more_waits_than_there_is_room_for() {
         let stay = strangers.into_iter().map(|(source, target)| [source.stays(), target.stays()]);
         (reset, stay.collect::<Vec<_>>())
     };
-    let how_hard = format!("{} MiB in {STRANGERS} streams, of 4 MiB", STRANGERS * rounds / 4);
+    let how_hard = format!("{} MiB in {STRANGERS} streams, of 8 MiB", STRANGERS * rounds / 4);
     let what = "more than may wait, unread";
     let ((reset, strangers), noticed) = ground.suffer(what, &how_hard, attack).await;
     assert!(reset > 0, "none heard that it was given up");
@@ -90,10 +93,10 @@ async fn more_waits_than_there_is_room_for() {
 /// it cannot be told.
 #[tokio::test]
 async fn readers_that_take_nothing() {
-    const PAIRS: usize = 6;
+    const PAIRS: usize = 24;
     /// More than fits into the sockets in between, in bytes.
     const OFFER: usize = 24 * 1024 * 1024;
-    let mut ground = Ground::prepare(&["--max-buffered=2MiB"]).await;
+    let mut ground = Ground::prepare(&SMALL_POOL).await;
     let port = ground.port;
     let attack = async move {
         let offered = each(PAIRS, AT_A_TIME, move |number| async move {
@@ -112,7 +115,7 @@ async fn readers_that_take_nothing() {
         });
         all(offered.await)
     };
-    let how_hard = format!("{PAIRS} circuits whose targets take nothing, of 2 MiB");
+    let how_hard = format!("{PAIRS} circuits whose targets take nothing, of 8 MiB");
     let what = "more than may wait, untaken";
     let (strangers, _) = ground.suffer(what, &how_hard, attack).await;
     drop(strangers);

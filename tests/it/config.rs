@@ -140,6 +140,10 @@ fn what_is_wrong_is_one_line_with_the_file_the_line_and_the_remedy() {
         ),
         ("drain = \"2y\"", "relaylet.toml:1: --drain: is over a year"),
         ("max-circuits-per-peer = 70000", "relaylet.toml:1: --max-circuits-per-peer: "),
+        (
+            "max-circuits-per-peer = 32\nmax-buffered = \"35MiB\"",
+            "relaylet.toml:2: --max-buffered: 35.0 MiB is too little for --max-circuits-per-peer 32; try 36MiB or",
+        ),
         ("sweep = \"1s\"\n\nsweep = \"1s\"", "relaylet.toml:3: "),
         (
             "# slots\nmax-reservations = 0",
@@ -245,6 +249,9 @@ async fn a_file_that_is_wrong_changes_nothing_and_the_relay_says_so() {
     relay.signal("HUP");
     let line = relay.wait_for_log("SIGHUP: nothing has changed: relaylet.toml:2: --probe").await;
     assert!(line.contains("ERROR"), "{line}");
+    write(&relay.folder, "max-reservations = 1\nmax-buffered = \"8MiB\"\n");
+    relay.signal("HUP");
+    relay.wait_for_log("SIGHUP: nothing has changed: relaylet.toml:2: --max-buffered: 8.0").await;
     alice.reserve().await;
     Client::connect(&relay).await.reserve().await;
 }

@@ -28,7 +28,7 @@ use super::messages::{self, v2};
 use crate::program::{
     mux::{
         muxer::{Budget, Multiplex},
-        stream_limits::{LEAST_BUFFERED, StreamLimits},
+        stream_limits::StreamLimits,
     },
     net::{
         admission::{arrivals::Arrivals, proxies::Proxies},
@@ -58,8 +58,8 @@ const LIMITS: StreamLimits = StreamLimits {
     max_streams: 0,
     max_streams_per_connection: Some(BUDGET.inbound),
     stream_rate: 0,
-    max_buffered: Some(4 * LEAST_BUFFERED),
-    max_buffered_per_connection: Some(LEAST_BUFFERED),
+    max_buffered: None,
+    max_buffered_per_connection: None,
 };
 
 /// Dials, under an identity of its own, as go-libp2p's server does: to the client this is one more

@@ -321,11 +321,15 @@ pub struct Flags {
     /// Above it the heaviest connection of the heaviest address resets the stream on which most has waited
     /// for the longest. No other connection waits for it.
     ///
+    /// At least 4 times --max-buffered-per-connection.
+    ///
     /// [default: 4 times --max-buffered-per-connection, at least 80MiB]
     #[structopt(long, value_name = "SIZE")]
     pub max_buffered: Option<Parsed<ByteSize>>,
 
     /// How many of them that came one connection may hold
+    ///
+    /// At least 256KiB for each circuit that a peer may have, and 1MiB.
     ///
     /// [default: 256KiB a circuit of a peer, plus 1MiB]
     #[structopt(long, value_name = "SIZE")]
@@ -559,7 +563,7 @@ impl Flags {
         subnets_make_sense("proxy_protocol_from", &self.proxies())
             .map_err(|problem| in_flags(problem.into()))?;
         stream_limits::per_connection(self.max_circuits_per_peer.0).map_err(in_flags)?;
-        self.stream_limits().check().map_err(in_flags)?;
+        self.stream_limits().check(self.max_circuits_per_peer.0).map_err(in_flags)?;
         #[cfg(feature = "dht")]
         self.joins()?;
         let (cert, key) = self.certificate_files();

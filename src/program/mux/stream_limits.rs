@@ -27,8 +27,11 @@ pub fn per_connection(circuits: usize) -> Result<usize, ConfigError> {
     }
 }
 
-/// The least that may be held: a window that is as large as it can get, and as much on its way out.
-pub const LEAST_BUFFERED: usize = 2 * MAX_WINDOW;
+/// The pool is at least so many times what one connection may hold: a few that hold all they may are pushed out
+/// before all others have to share the rest.
+const CONNECTIONS_IN_POOL: usize = 4;
+
+const KIB: usize = 1024;
 
 /// The least that may wait on all connections by default, in bytes.
 const LEAST_POOL: usize = 80 * 1024 * 1024;
@@ -53,15 +56,15 @@ pub struct StreamLimits {
     /// connection that sends more is read no faster, and closed if no slot and no circuit goes over it.
     pub stream_rate: u32,
     /// How many bytes may wait in the relay, of all circuits and requests: that came and were not read
-    /// yet, or are to go and were not taken. Default: four times as many as one connection may hold, at
-    /// least 80 MiB.
+    /// yet, or are to go and were not taken. At least four times as many as one connection may hold; default:
+    /// as many, but at least 80 MiB.
     ///
     /// Above it, down to nine tenths, the heaviest connection of the heaviest client prefix resets streams,
     /// those first that have waited the most, and frees their bytes at once. No connection is read more
     /// slowly for it.
     pub max_buffered: Option<usize>,
-    /// How many bytes that came one connection may hold. Default: a window of 256 KiB for each of
-    /// [`crate::Config::max_circuits_per_peer`], and 1 MiB.
+    /// How many bytes that came one connection may hold. Default, and the least: a window of 256 KiB for each
+    /// of [`crate::Config::max_circuits_per_peer`], and 1 MiB.
     ///
     /// Above it the same goes for that one.
     pub max_buffered_per_connection: Option<usize>,
@@ -80,44 +83,148 @@ impl Default for StreamLimits {
 }
 
 impl StreamLimits {
-    /// Whether they make sense.
+    /// Whether they make sense, for so many circuits of a peer.
     ///
     /// # Errors
     ///
     /// The first that does not.
-    pub fn check(&self) -> Result<(), ConfigError> {
+    pub fn check(&self, circuits: usize) -> Result<(), ConfigError> {
         let per_connection = self.max_streams_per_connection.unwrap_or(OWN);
         if !(OWN..=MAX_STREAMS).contains(&per_connection) {
             let problem = format!("{per_connection} cannot be; try {OWN} to {MAX_STREAMS}");
             return Err(ConfigError::new("max_streams_per_connection", problem));
         }
-        for (name, bytes) in [
-            ("max_buffered", self.max_buffered),
-            ("max_buffered_per_connection", self.max_buffered_per_connection),
-        ] {
-            if bytes.is_some_and(|bytes| bytes < LEAST_BUFFERED) {
-                let least = ByteSize::b(LEAST_BUFFERED as u64);
-                let problem = format!("a single circuit may need more; try {least} or more");
-                return Err(ConfigError::new(name, problem));
-            }
+        // Each circuit may fill the window that it has from the start, and windows grow by 1 MiB at most.
+        let (held, least) = (self.buffered_per_connection(circuits), needed_by(circuits));
+        if held < least {
+            let problem = too_little(held, least, held, circuits);
+            return Err(ConfigError::new("max_buffered_per_connection", problem));
+        }
+        let (pool, least) = (self.buffered(circuits), held.saturating_mul(CONNECTIONS_IN_POOL));
+        if pool < least {
+            let one = pool / CONNECTIONS_IN_POOL;
+            let problem = match self.max_buffered_per_connection {
+                Some(_) => format!(
+                    "{} is below four times --max-buffered-per-connection; try {} or more, or lower that to {}",
+                    ByteSize::b(pool as u64),
+                    in_kib(least.div_ceil(KIB)),
+                    in_kib(one / KIB)
+                ),
+                None => too_little(pool, least, one, circuits),
+            };
+            return Err(ConfigError::new("max_buffered", problem));
         }
         Ok(())
     }
 
     /// How many bytes one connection may hold that is made for so many circuits.
     pub fn buffered_per_connection(&self, circuits: usize) -> usize {
-        let default = || circuits.saturating_mul(INITIAL_WINDOW).saturating_add(MAX_WINDOW);
-        self.max_buffered_per_connection.unwrap_or_else(default)
+        self.max_buffered_per_connection.unwrap_or_else(|| needed_by(circuits))
     }
 
     /// How many bytes may wait on all connections, made for so many circuits each.
     pub fn buffered(&self, circuits: usize) -> usize {
-        let default = || self.buffered_per_connection(circuits).saturating_mul(4).max(LEAST_POOL);
+        let one = self.buffered_per_connection(circuits);
+        let default = || one.saturating_mul(CONNECTIONS_IN_POOL).max(LEAST_POOL);
         self.max_buffered.unwrap_or_else(default)
     }
 
     /// How many streams the peers can have open on so many connections.
     pub fn most(&self, connections: usize) -> usize {
         connections.saturating_mul(OWN).saturating_add(self.max_streams)
+    }
+}
+
+/// How many bytes a connection holds whose circuits are all full.
+fn needed_by(circuits: usize) -> usize {
+    circuits.saturating_mul(INITIAL_WINDOW).saturating_add(MAX_WINDOW)
+}
+
+/// Why `bytes` do not suffice for so many circuits, where one connection could hold `one`; and the remedy.
+fn too_little(bytes: usize, least: usize, one: usize, circuits: usize) -> String {
+    let fit = one.saturating_sub(MAX_WINDOW) / INITIAL_WINDOW;
+    let or_lower = match fit {
+        0 => String::new(),
+        fit => format!(", or lower --max-circuits-per-peer to {fit}"),
+    };
+    format!(
+        "{} is too little for --max-circuits-per-peer {circuits}; try {} or more{or_lower}",
+        ByteSize::b(bytes as u64),
+        in_kib(least.div_ceil(KIB))
+    )
+}
+
+/// A size as the flags take it, unrounded.
+fn in_kib(kib: usize) -> String {
+    if kib % KIB == 0 { format!("{}MiB", kib / KIB) } else { format!("{kib}KiB") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: usize = KIB * KIB;
+
+    fn problem(pool: Option<usize>, one: Option<usize>, circuits: usize) -> Option<String> {
+        let limits = StreamLimits {
+            max_buffered: pool,
+            max_buffered_per_connection: one,
+            ..StreamLimits::default()
+        };
+        let error = limits.check(circuits).err()?;
+        Some(format!("{}: {}", error.setting(), error.problem()))
+    }
+
+    #[test]
+    fn the_sizes_that_are_named_as_a_remedy_are_one() {
+        for circuits in [1, 2, 63, 64, 65] {
+            let line = problem(Some(0), None, circuits).unwrap();
+            let (_, named) = line.split_once("try ").unwrap();
+            let bytes: ByteSize = named.split(' ').next().unwrap().parse().unwrap();
+            let least = bytes.as_u64() as usize;
+            assert_eq!(problem(Some(least), None, circuits), None, "{line}");
+            assert!(problem(Some(least - 1), None, circuits).is_some(), "{line}");
+        }
+    }
+
+    #[test]
+    fn a_connection_holds_all_windows_of_its_circuits_and_the_pool_four_connections() {
+        for circuits in [0, 1, 64, 4096, usize::MAX] {
+            assert_eq!(problem(None, None, circuits), None);
+        }
+        assert_eq!(problem(Some(68 * MIB), Some(17 * MIB), 64), None);
+        assert_eq!(problem(Some(5 * MIB), None, 1), None);
+        for (pool, one, circuits, expected) in [
+            (
+                None,
+                Some(17 * MIB - 1),
+                64,
+                "max_buffered_per_connection: 17.0 MiB is too little for --max-circuits-per-peer 64; try 17MiB \
+                 or more, or lower --max-circuits-per-peer to 63",
+            ),
+            (
+                None,
+                Some(MIB),
+                64,
+                "max_buffered_per_connection: 1.0 MiB is too little for --max-circuits-per-peer 64; try 17MiB \
+                 or more",
+            ),
+            (
+                Some(8 * MIB),
+                None,
+                64,
+                "max_buffered: 8.0 MiB is too little for --max-circuits-per-peer 64; try 68MiB or more, or \
+                 lower --max-circuits-per-peer to 4",
+            ),
+            (
+                Some(79 * MIB),
+                Some(20 * MIB),
+                64,
+                "max_buffered: 79.0 MiB is below four times --max-buffered-per-connection; try 80MiB or more, \
+                 or lower that to 20224KiB",
+            ),
+        ] {
+            assert_eq!(problem(pool, one, circuits).as_deref(), Some(expected));
+        }
     }
 }

@@ -67,6 +67,7 @@ pub struct Size {
     handshakes: usize,
     slots: usize,
     pub circuits: usize,
+    circuits_per_peer: usize,
     streams: usize,
     buffered: usize,
 }
@@ -79,6 +80,7 @@ impl Default for Size {
             handshakes: 256,
             slots: 1024,
             circuits: 1024,
+            circuits_per_peer: 64,
             streams: 4096,
             buffered: 80 * 1024 * 1024,
         }
@@ -92,6 +94,7 @@ impl Size {
             handshakes: self.handshakes / by,
             slots: self.slots / by,
             circuits: self.circuits / by,
+            circuits_per_peer: self.circuits_per_peer / by,
             streams: self.streams / by,
             buffered: self.buffered / by,
         }
@@ -103,6 +106,7 @@ impl Size {
             format!("--max-handshakes={}", self.handshakes),
             format!("--max-reservations={}", self.slots),
             format!("--max-circuits={}", self.circuits),
+            format!("--max-circuits-per-peer={}", self.circuits_per_peer),
             format!("--max-streams={}", self.streams),
             format!("--max-buffered={}", self.buffered),
         ]
