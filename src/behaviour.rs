@@ -82,6 +82,8 @@ pub struct Behaviour {
     /// What that is set to.
     sweep_due: Instant,
     upkeep: Upkeep,
+    /// Whether memory for the bytes in circuits is scarce.
+    is_memory_scarce: Box<dyn Fn() -> bool + Send>,
 }
 
 /// What a relay did of its own accord since it started.
@@ -121,6 +123,7 @@ impl Behaviour {
             random: RandomState::new(),
             next_sweep: Delay::new(interval),
             upkeep: Upkeep::default(),
+            is_memory_scarce: Box::new(|| false),
         })
     }
 
@@ -230,6 +233,14 @@ impl Behaviour {
     /// Closes one of those, to make room for another.
     pub fn close_stranger(&mut self, stranger: End<ConnectionId>) {
         self.relay.close_stranger(stranger);
+    }
+
+    /// Has each sweep ask whether memory for the bytes that wait in circuits is scarce. While it is, a circuit ends
+    /// one of whose directions has moved nothing for 10 s though bytes waited: [`CircuitEnd::Stalled`].
+    ///
+    /// Unless it is called, memory is never scarce.
+    pub fn watch_memory(&mut self, is_scarce: impl Fn() -> bool + Send + 'static) {
+        self.is_memory_scarce = Box::new(is_scarce);
     }
 
     /// Whether the access rules let a connection in: [`Access::may_enter`].
@@ -461,6 +472,9 @@ impl NetworkBehaviour for Behaviour {
                 continue;
             }
             self.relay.sweep(now);
+            if (self.is_memory_scarce)() {
+                self.relay.end_stalled(now);
+            }
             let took = now.elapsed();
             log::trace!("swept in {} µs", took.as_micros());
             self.upkeep.sweeps += 1;

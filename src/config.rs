@@ -87,7 +87,8 @@ pub struct Config {
     /// Default 30 s; zero: nobody is asked, and nobody judged silent, but when a newcomer waits
     /// ([`probe`](Self::probe)).
     pub heartbeat: Duration,
-    /// After how much silence a peer that was asked is judged: its circuits end, and its slot
+    /// After how much silence a peer that was asked is judged, and, by [`crate::Node`], one that for as long takes
+    /// nothing of what is sent to it: its circuits end, and its slot
     /// enters grace. Default 60 s; at least 1 s above [`heartbeat`](Self::heartbeat).
     pub silence: Duration,
     /// Whether the connection of a peer that was judged silent is closed. Default true.

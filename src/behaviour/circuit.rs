@@ -58,6 +58,8 @@ impl<S, T> Circuit<S, T> {
     fn count(&self) {
         let (to_target, to_source) = (self.to_target.delivered, self.to_source.delivered);
         self.counters.set(Carried { to_target, to_source });
+        let ways = [&self.to_target, &self.to_source];
+        self.counters.set_waiting(ways.map(|way| !way.waiting.is_empty()));
     }
 }
 
@@ -237,4 +239,87 @@ fn poll_read(
 
 fn reset(error: io::Error) -> CircuitEnd {
     CircuitEnd::Reset(error.kind())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use libp2p::{PeerId, futures::io::Cursor};
+
+    use super::*;
+    use crate::{
+        config::Config,
+        relay::{
+            accounts::Accounts,
+            bandwidth::Link,
+            circuits::{Circuits, End},
+        },
+        wire::Limit,
+    };
+
+    /// A peer that says this, and takes so many bytes.
+    struct Peer {
+        says: Cursor<&'static [u8]>,
+        takes: usize,
+    }
+
+    impl AsyncRead for Peer {
+        fn poll_read(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            into: &mut [u8],
+        ) -> Poll<io::Result<usize>> {
+            match Pin::new(&mut self.says).poll_read(cx, into) {
+                Poll::Ready(Ok(0)) => Poll::Pending,
+                other => other,
+            }
+        }
+    }
+
+    impl AsyncWrite for Peer {
+        fn poll_write(
+            mut self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+            bytes: &[u8],
+        ) -> Poll<io::Result<usize>> {
+            let taken = self.takes.min(bytes.len());
+            self.takes -= taken;
+            if taken > 0 { Poll::Ready(Ok(taken)) } else { Poll::Pending }
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn poll_close(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    #[test]
+    fn it_tells_which_way_bytes_wait() {
+        let (now, config) = (Instant::now(), Config::default());
+        let peers = [(); 2].map(|()| PeerId::random());
+        let [source, target] = peers.map(|peer| End { peer, connection: () });
+        let mut circuits = Circuits::<(), ()>::new(&config);
+        let (id, ended) = circuits.add(source, target, None, (), now);
+        let counters = Accounts::default().opened(id, source.peer, target.peer);
+        let parameters = CircuitParameters {
+            limit: Limit { duration: None, bytes: None },
+            link: Link::new(&config, now),
+            ends: peers,
+            counters: counters.clone(),
+            ended,
+        };
+        let peer = |takes| Peer { says: Cursor::new(b"ten bytes."), takes };
+        let mut circuit = Circuit::new(peer(99), peer(4), parameters, None);
+        let mut cx = Context::from_waker(std::task::Waker::noop());
+        assert!(circuit.poll_unpin(&mut cx).is_pending());
+        assert_eq!(counters.read(), Carried { to_target: 4, to_source: 10 });
+        assert_eq!(counters.waiting(), [true, false]);
+        circuit.target.takes = 99;
+        assert!(circuit.poll_unpin(&mut cx).is_pending());
+        assert_eq!(counters.waiting(), [false, false]);
+    }
 }

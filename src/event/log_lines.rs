@@ -195,13 +195,15 @@ fn each_end_of_a_circuit_has_these_words() {
         (CircuitEnd::TimeLimit, "time limit"),
         (CircuitEnd::Reset(ErrorKind::ConnectionReset), "reset: connection reset"),
         (CircuitEnd::Ended, "ended by the relay"),
+        (CircuitEnd::Stalled, "stalled"),
     ] {
         match end {
             CircuitEnd::Finished
             | CircuitEnd::DataLimit
             | CircuitEnd::TimeLimit
             | CircuitEnd::Reset(_)
-            | CircuitEnd::Ended => assert_eq!(end.to_string(), words),
+            | CircuitEnd::Ended
+            | CircuitEnd::Stalled => assert_eq!(end.to_string(), words),
         }
     }
 }

@@ -169,6 +169,8 @@ pub enum CircuitEnd {
     Reset(io::ErrorKind),
     /// The relay ended it: a peer's slot was given up, or its connection went.
     Ended,
+    /// The relay ended it: memory was scarce, and one direction had moved nothing for 10 s though bytes waited.
+    Stalled,
 }
 
 impl CircuitEnd {
@@ -180,6 +182,7 @@ impl CircuitEnd {
             Self::TimeLimit => "time limit",
             Self::Reset(_) => "reset",
             Self::Ended => "ended by the relay",
+            Self::Stalled => "stalled",
         }
     }
 }

@@ -8,6 +8,7 @@ mod negotiation;
 mod pace;
 pub(crate) mod places;
 mod session;
+pub mod stall;
 mod stream;
 pub mod stream_limits;
 mod substream;

@@ -33,9 +33,8 @@ use super::net::{
 };
 use super::{
     mux::{
-        budget::{Buffered, MemoryBudget},
+        budget::Buffered,
         muxer::{self, Multiplex},
-        places::Commons,
         stream_limits::{self, StreamLimits},
     },
     net::{
@@ -81,8 +80,7 @@ pub struct Node {
     swarm: Swarm<Boxed<Parts>>,
     traffic: Traffic,
     proxies: Proxies,
-    memory: MemoryBudget,
-    commons: Commons,
+    multiplex: Multiplex,
     observed: Observed<ConnectionId>,
     certificate_not_after: Option<SystemTime>,
     #[cfg(feature = "websocket")]
@@ -167,7 +165,8 @@ impl Node {
         let inbound = setup.streams.max_streams_per_connection.unwrap_or(outbound);
         let budget = muxer::Budget { inbound, outbound };
         let multiplex = Multiplex::new(budget, setup.streams, circuits_per_peer);
-        let (memory, commons) = (multiplex.memory(), multiplex.commons());
+        multiplex.max_stall().set(config.silence);
+        let all = multiplex.clone();
         let traffic = Traffic::default();
         let proxies = Proxies::new(limits.max_handshakes);
         let arrivals = Arrivals::new(&config, &limits);
@@ -192,8 +191,10 @@ impl Node {
             .upgrade(Version::V1Lazy)
             .authenticate(Security::new(&keypair).context("the key cannot secure connections")?)
             .multiplex_ext(move |_, to| {
-                let progress = counters.look_up(to).map(|pending| pending.progress.secured());
-                multiplex.of(to.get_remote_address(), progress.map(|progress| progress.signs))
+                let pending = counters.look_up(to);
+                let (signs, socket) =
+                    pending.map(|it| (it.progress.secured().signs, it.socket)).unzip();
+                multiplex.of(to.get_remote_address(), signs, socket.flatten())
             })
             .timeout(MUXED)
             .boxed();
@@ -220,8 +221,7 @@ impl Node {
             swarm: Swarm::new(transport, Boxed::new(parts), peer, swarm_config),
             traffic,
             proxies,
-            memory,
-            commons,
+            multiplex: all,
             observed: Observed::new(Instant::now()),
             certificate_not_after: None,
             #[cfg(feature = "websocket")]
@@ -229,6 +229,8 @@ impl Node {
             listeners: Vec::new(),
             circuits_per_peer,
         };
+        let memory = node.multiplex.memory();
+        node.relay_mut().watch_memory(move || memory.is_scarce());
         node.tell_addresses(true);
         Ok(node)
     }
@@ -247,7 +249,9 @@ impl Node {
             );
             return Err(ConfigError::new("max_circuits_per_peer", problem));
         }
+        let silence = config.silence;
         self.relay_mut().set_config(config)?;
+        self.multiplex.max_stall().set(silence);
         self.tell_addresses(true);
         Ok(())
     }
@@ -358,7 +362,7 @@ impl Node {
 
     /// What waits in it to be read by a peer, or to be taken by one.
     pub fn buffered(&self) -> Buffered {
-        self.memory.buffered()
+        self.multiplex.memory().buffered()
     }
 
     /// The address that holds the most of each resource that all share.
@@ -370,7 +374,7 @@ impl Node {
             ("circuits", relay.circuits().quota().busiest()),
             ("connections", connections),
             ("handshakes", handshakes),
-            ("streams", self.commons.busiest()),
+            ("streams", self.multiplex.commons().busiest()),
         ]
     }
 

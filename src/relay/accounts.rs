@@ -9,7 +9,7 @@ use std::{
     collections::HashMap,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
@@ -129,17 +129,35 @@ impl Accounts {
     }
 }
 
-/// How many bytes one circuit has carried. Clones share the counts.
+/// How many bytes one circuit has carried, and whether some wait. Clones share the counts.
 #[derive(Clone, Debug)]
 pub struct Counters {
-    circuit: Arc<Counts>,
+    circuit: Arc<OfCircuit>,
     all: Arc<Counts>,
+}
+
+#[derive(Debug, Default)]
+struct OfCircuit {
+    counts: Counts,
+    waiting: [AtomicBool; 2],
 }
 
 impl Counters {
     /// What was carried so far.
     pub fn read(&self) -> Carried {
-        self.circuit.read()
+        self.circuit.counts.read()
+    }
+
+    /// Whether bytes wait that were read, to be taken by the target, and by the source.
+    pub fn waiting(&self) -> [bool; 2] {
+        self.circuit.waiting.each_ref().map(|waits| waits.load(Ordering::Relaxed))
+    }
+
+    /// Says so. Only the circuit itself does.
+    pub fn set_waiting(&self, waiting: [bool; 2]) {
+        for (waits, now) in self.circuit.waiting.iter().zip(waiting) {
+            waits.store(now, Ordering::Relaxed);
+        }
     }
 
     /// So much was carried by now. Only the circuit itself says so.
@@ -152,7 +170,7 @@ impl Counters {
             to_target: carried.to_target - before.to_target,
             to_source: carried.to_source - before.to_source,
         };
-        self.circuit.add(more);
+        self.circuit.counts.add(more);
         self.all.add(more);
     }
 }

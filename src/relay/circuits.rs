@@ -6,7 +6,7 @@
 use std::{
     cmp::Reverse,
     collections::{HashMap, hash_map},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use libp2p::{PeerId, futures::channel::oneshot};
@@ -18,8 +18,11 @@ use super::{
 use crate::{
     address::ClientPrefix,
     config::Config,
-    event::{Carried, CircuitId, Refused},
+    event::{Carried, CircuitEnd, CircuitId, Refused},
 };
+
+/// How long a direction may move nothing though bytes wait, while memory is scarce.
+const MAX_STALL: Duration = Duration::from_secs(10);
 
 /// The circuits of one relay, those that are being set up included.
 ///
@@ -60,6 +63,10 @@ pub struct Circuit<C, Q> {
     /// How many bytes it had carried at the last sweep, and at which sweep it had last carried some.
     carried: Carried,
     moved: Instant,
+    /// Since which sweep each direction, to the target and to the source, has moved nothing though bytes waited.
+    stalled: [Option<Instant>; 2],
+    /// Why the relay ended it, or ends it if it does.
+    end: CircuitEnd,
     /// It was ended for another one, and counts no longer.
     has_ceded: bool,
 }
@@ -85,6 +92,11 @@ impl<C, Q> Circuit<C, Q> {
             State::Open { since, counters } => Some((*since, counters.read())),
             State::Asking(_) => None,
         }
+    }
+
+    /// How it ended, if its task says so: where the relay ended it, why.
+    pub fn end(&self, said: CircuitEnd) -> CircuitEnd {
+        if said == CircuitEnd::Ended { self.end } else { said }
     }
 
     /// Opens it. The receiver is cancelled when it is [ended](Circuits::end).
@@ -187,6 +199,8 @@ impl<C: Copy + Eq, Q> Circuits<C, Q> {
             prefix,
             carried: Carried::default(),
             moved: now,
+            stalled: [None; 2],
+            end: CircuitEnd::Ended,
             has_ceded: false,
         };
         self.circuits.insert(id, circuit);
@@ -228,15 +242,44 @@ impl<C: Copy + Eq, Q> Circuits<C, Q> {
         Some(id)
     }
 
-    /// Looks which circuits have carried something since the last look.
+    /// Looks which circuits have carried something since the last look, and on which bytes wait.
     pub fn look(&mut self, now: Instant) {
         for circuit in self.circuits.values_mut() {
-            if let Some((_, carried)) = circuit.open()
-                && circuit.carried != carried
-            {
-                (circuit.carried, circuit.moved) = (carried, now);
+            let State::Open { counters, .. } = &circuit.state else {
+                continue;
+            };
+            let (carried, waiting) = (counters.read(), counters.waiting());
+            let before = std::mem::replace(&mut circuit.carried, carried);
+            if before != carried {
+                circuit.moved = now;
+            }
+            let stays =
+                [before.to_target == carried.to_target, before.to_source == carried.to_source];
+            for ((since, waits), stays) in circuit.stalled.iter_mut().zip(waiting).zip(stays) {
+                *since = (waits && stays).then(|| since.unwrap_or(now));
             }
         }
+    }
+
+    /// The looks came late: stalls count from another time.
+    pub fn excuse(&mut self, from: impl Fn(Instant) -> Instant) {
+        let stalls = self.circuits.values_mut().flat_map(|circuit| &mut circuit.stalled);
+        stalls.flatten().for_each(|since| *since = from(*since));
+    }
+
+    /// The circuits one of whose directions had moved nothing for [`MAX_STALL`] at the last look though bytes
+    /// waited, in the order of their admission. From now on that is why they end, if the relay ends them.
+    pub fn stalled(&mut self, now: Instant) -> Vec<CircuitId> {
+        let is_long = |since: &Instant| now.saturating_duration_since(*since) >= MAX_STALL;
+        let stalled = self.circuits.iter_mut().filter_map(|(id, circuit)| {
+            let is_stalled =
+                circuit.guard.is_some() && circuit.stalled.iter().flatten().any(is_long);
+            circuit.end = if is_stalled { CircuitEnd::Stalled } else { circuit.end };
+            is_stalled.then_some(*id)
+        });
+        let mut stalled: Vec<_> = stalled.collect();
+        stalled.sort_unstable();
+        stalled
     }
 
     /// Ends a circuit by dropping its guard, which cancels the receiver. It counts until its end is reported.
@@ -312,10 +355,7 @@ fn caps(config: &Config) -> Caps {
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        net::{IpAddr, Ipv4Addr},
-        time::Duration,
-    };
+    use std::net::{IpAddr, Ipv4Addr};
 
     use super::*;
     use crate::relay::accounts::Accounts;
@@ -405,6 +445,43 @@ mod tests {
         assert_eq!(circuits.of(&target.peer).count(), 5);
         assert!(circuits.remove(ceded).is_some());
         assert_eq!((circuits.count(), circuits.count_of(&target.peer)), (3, 3));
+    }
+
+    #[test]
+    fn a_circuit_is_stalled_that_moves_nothing_for_10_s_one_way_though_bytes_wait() {
+        const SECOND: Duration = Duration::from_secs(1);
+        let mut circuits = table(of_total(9), 9);
+        let mut now = Instant::now();
+        let [stalls, moves, idles, reads] = [1, 2, 3, 4].map(|n| {
+            let id = admit(&mut circuits, end(n), end(10 + n), 1).unwrap();
+            (id, open(&mut circuits, id))
+        });
+        admit(&mut circuits, end(5), end(15), 1).unwrap(); // is being set up
+        for second in 0..30 {
+            // The way to the target stands still while the other one moves.
+            stalls.1.set(Carried { to_target: 7, to_source: second });
+            stalls.1.set_waiting([true, false]);
+            moves.1.set(Carried { to_target: second / 9, to_source: 0 });
+            moves.1.set_waiting([true, true].map(|waits| waits && second % 9 != 0));
+            idles.1.set(Carried { to_target: 7, to_source: 7 });
+            reads.1.set_waiting([false, second < 9]);
+            circuits.look(now);
+            let expected = if second < 11 { vec![] } else { vec![stalls.0] };
+            assert_eq!(circuits.stalled(now), expected, "after {second} s");
+            now += SECOND;
+        }
+        // A look that came late says nothing.
+        moves.1.set_waiting([false; 2]);
+        circuits.look(now);
+        circuits.excuse(|_| now);
+        assert_eq!(circuits.stalled(now), []);
+        assert_eq!(circuits.stalled(now + 10 * SECOND), [stalls.0]);
+        circuits.end(stalls.0);
+        assert_eq!(circuits.stalled(now + 10 * SECOND), [], "it ends already");
+        let end_of = |id, said| circuits.get(id).unwrap().end(said);
+        assert_eq!(end_of(stalls.0, CircuitEnd::Ended), CircuitEnd::Stalled);
+        assert_eq!(end_of(stalls.0, CircuitEnd::Finished), CircuitEnd::Finished);
+        assert_eq!(end_of(idles.0, CircuitEnd::Ended), CircuitEnd::Ended);
     }
 
     #[test]

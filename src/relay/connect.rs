@@ -103,6 +103,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
             let (source, target) = (circuit.source.peer, circuit.target.peer);
             let open_for = now.saturating_duration_since(since);
             self.accounts.closed(id, source, target, carried);
+            let end = circuit.end(end);
             let circuit = id;
             self.tell(Event::CircuitClosed { circuit, source, target, end, carried, open_for });
         }

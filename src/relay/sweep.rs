@@ -25,7 +25,9 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         // What was answered while the relay stood still may not have been read yet.
         let late = now.saturating_duration_since(self.sweep_due);
         if late > TICK {
-            self.connections.excuse(|asked| if late > LATE { now } else { asked + late });
+            let excuse = |since| if late > LATE { now } else { since + late };
+            self.connections.excuse(excuse);
+            self.circuits.excuse(excuse);
         }
         self.reserve_rates.forget_full(now);
         self.connect_rates.forget_full(now);
@@ -51,6 +53,11 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         self.give_back(now);
         self.sweep_due = now + self.config.sweep;
         self.hurry(now);
+    }
+
+    /// Memory was scarce at the last sweep: ends the circuits that hold some and have moved nothing for a while.
+    pub fn end_stalled(&mut self, now: Instant) {
+        self.circuits.stalled(now).into_iter().for_each(|id| self.end_circuit(id));
     }
 
     fn close_idle(&mut self, now: Instant) {

@@ -107,6 +107,16 @@ impl Ground {
         move || counts(port).boxed()
     }
 
+    /// Waits until it counts so many, or more, under this name.
+    pub async fn until_counted(&self, name: &'static str, wanted: f64) {
+        within(async {
+            while self.count(name).await < wanted {
+                sleep(LOOK_AGAIN).await;
+            }
+        })
+        .await;
+    }
+
     /// Waits until it counts this.
     pub async fn until(&self, wanted: impl Fn(Counts) -> bool) -> Counts {
         until(self.watched_at, wanted).await

@@ -89,8 +89,8 @@ async fn more_waits_than_there_is_room_for() {
     ground.ends_as_it_began().await;
 }
 
-/// A peer that opens its window and takes nothing loses its streams: what waits on them is freed though
-/// it cannot be told.
+/// Peers that open their windows and take nothing: above three quarters of the pool their circuits end as stalled,
+/// and what waits on them is freed though they cannot be told.
 #[tokio::test]
 async fn readers_that_take_nothing() {
     const PAIRS: usize = 24;
@@ -118,6 +118,7 @@ async fn readers_that_take_nothing() {
     let how_hard = format!("{PAIRS} circuits whose targets take nothing, of 8 MiB");
     let what = "more than may wait, untaken";
     let (strangers, _) = ground.suffer(what, &how_hard, attack).await;
+    ground.until_counted(r#"relaylet_circuits_closed_total{end="stalled"}"#, 1.0).await;
     drop(strangers);
     ground.ends_as_it_began().await;
 }

@@ -156,6 +156,14 @@ impl Host {
         ip(&["-n", &self.switch, "link", "set", &self.port, state]);
     }
 
+    /// From now on its cable brings so many bytes a second at most.
+    pub fn slow_down(&self, bytes: usize) {
+        let rate = format!("{}bit", bytes * 8);
+        let qdisc = ["qdisc", "replace", "dev", &self.port, "root", "tbf", "rate", &rate];
+        let qdisc = [&qdisc[..], &["burst", "10kb", "latency", "400ms"]].concat();
+        run("tc", &[&["-n", &self.switch], &qdisc[..]].concat());
+    }
+
     /// From now on its cable loses so many packets of a hundred, both ways.
     ///
     /// Each end drops what comes in: to a sender whose own firewall drops, that is no loss.
@@ -178,8 +186,12 @@ impl Host {
 }
 
 fn ip(arguments: &[&str]) {
-    let status = Command::new("ip").args(arguments).status();
+    run("ip", arguments);
+}
+
+fn run(tool: &str, arguments: &[&str]) {
+    let status = Command::new(tool).args(arguments).status();
     let done = status.is_ok_and(|status| status.success());
     let line = arguments.join(" ");
-    assert!(done, "ip {line}: failed; these tests need root, iproute2 and nftables");
+    assert!(done, "{tool} {line}: failed; these tests need root, iproute2 and nftables");
 }

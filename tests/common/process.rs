@@ -4,7 +4,11 @@
 
 use std::{env, ffi::OsString, process::Stdio};
 
-use libp2p::{Multiaddr, PeerId, futures::StreamExt, identity::Keypair};
+use libp2p::{
+    Multiaddr, PeerId,
+    futures::{AsyncWriteExt, StreamExt, io},
+    identity::Keypair,
+};
 use tokio::{
     io::{AsyncBufReadExt, BufReader, Lines},
     process::{Child, ChildStdout, Command},
@@ -23,6 +27,7 @@ const RELAY: &str = "RELAYLET_TEST_RELAY";
 const TARGET: &str = "RELAYLET_TEST_TARGET";
 const KEY: &str = "RELAYLET_TEST_KEY";
 const PINGS: &str = "RELAYLET_TEST_PINGS";
+const CARRIES: &str = "RELAYLET_TEST_CARRIES";
 
 /// A client that runs.
 pub struct Process {
@@ -43,6 +48,8 @@ pub struct Role {
     pub keypair: Option<Keypair>,
     /// Whether it pings by itself, every 15 s, as rust-libp2p does; else it only answers.
     pub pings: bool,
+    /// Whether it writes to the circuit that it connects by, and reads from those that it agrees to, all the time.
+    pub carries: bool,
     /// The command that runs it, where it is not to run as this process does.
     pub under: Vec<OsString>,
 }
@@ -81,6 +88,7 @@ impl Process {
             .env(TARGET, target.unwrap_or_default())
             .env(KEY, key)
             .env(PINGS, role.pings.to_string())
+            .env(CARRIES, role.carries.to_string())
             .stdout(Stdio::piped())
             .kill_on_drop(true)
             .spawn()
@@ -140,10 +148,17 @@ async fn run() {
     write(&mut stream, &request).await;
     let answer: HopMessage = read(&mut stream).await;
     println!("answered: {}", answer.status.expect("a status"));
+    let carries = env::var(CARRIES).is_ok_and(|carries| carries == "true");
+    if carries && !target.is_empty() {
+        while stream.write_all(&[7; 16 * 1024]).await.is_ok() {}
+    }
     let mut circuits = Vec::new();
     while let Some((_, mut circuit)) = stops.next().await {
         let _: StopMessage = read(&mut circuit).await;
         write(&mut circuit, &stop_status(100)).await;
-        circuits.push(circuit);
+        match carries {
+            true => drop(tokio::spawn(async move { io::copy(circuit, &mut io::sink()).await })),
+            false => circuits.push(circuit),
+        }
     }
 }

@@ -4,16 +4,27 @@
 //!
 //! The clients say nothing by themselves: whoever keeps its slot here answered the relay's questions.
 
-use std::time::{Duration, Instant};
+use std::{
+    env,
+    net::Ipv4Addr,
+    time::{Duration, Instant},
+};
 
 use crate::common::{
     Relay,
+    by_hand::{FIN, RST, SYN, WINDOW_UPDATE, data, frame},
+    messages::{connect, reserve},
     network::{Host, Network},
     process::{Process, Role},
+    strangers::{Stranger, opening},
     within,
 };
 use libp2p::{PeerId, futures::future, identity::Keypair};
-use tokio::time::sleep;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt, copy},
+    net::{TcpListener, TcpSocket},
+    time::sleep,
+};
 
 const OK: Option<i32> = Some(100);
 const RESERVATION_REFUSED: Option<i32> = Some(200);
@@ -108,6 +119,96 @@ async fn a_relay_that_was_stopped_for_ninety_seconds_gives_nobody_up() {
     sleep(A_HEARTBEAT).await;
     were_asked(&clients, 1, &relay);
     are_unharmed(&clients, &there, &relay).await;
+}
+
+/// As slow as a modem. What is carried must be more than all buffers on the way hold.
+const SLOW: usize = 20_000; // bytes a second
+
+/// Longer than the 60 s for which a peer may take nothing; with `RELAYLET_NETNS=long` five minutes.
+fn a_while() -> Duration {
+    let is_long = env::var("RELAYLET_NETNS").is_ok_and(|how| how == "long");
+    Duration::from_secs(if is_long { 300 } else { 100 })
+}
+
+#[tokio::test]
+#[ignore = "needs root, iproute2 and nftables"]
+async fn a_peer_behind_20_kilobytes_a_second_that_goes_on_taking_bytes_is_never_closed() {
+    let mut network = Network::new();
+    let (here, there, elsewhere) = (network.host(), network.host(), network.host());
+    let relay = here.relay(&["--circuit-bytes=0", "--circuit-duration=0s"]);
+    let carries = Role { carries: true, ..Role::default() };
+    let target = start(&there, &relay, carries.clone()).await;
+    assert_eq!(target.status, OK);
+    there.slow_down(SLOW);
+    let downloads = Role { target: Some(target.peer), ..carries };
+    let source = within(start(&elsewhere, &relay, downloads)).await;
+    assert_eq!(source.status, OK);
+    sleep(a_while()).await;
+    for peer in [source.peer, target.peer] {
+        assert!(!says(&relay, &judged(peer)) && !says(&relay, &format!("closed: peer {peer}")));
+    }
+    assert!(!says(&relay, "grace began") && !says(&relay, "circuit 1 closed"));
+    drop(source);
+    relay.wait_for_log(" bytes to the target").await;
+    let carried = relay.log().iter().find_map(|line| {
+        let (before, _) = line.split_once(" bytes to the target")?;
+        before.rsplit(' ').next()?.parse::<u64>().ok()
+    });
+    // Half of what the path could have brought.
+    let least = SLOW as u64 / 2 * a_while().as_secs();
+    assert!(carried.is_some_and(|bytes| bytes > least), "{carried:?} of {least}");
+}
+
+/// A port on the way to the relay's, where what the relay says is read slowly.
+async fn read_slowly(relay: u16) -> u16 {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a port");
+    let port = listener.local_addr().expect("a port").port();
+    tokio::spawn(async move {
+        let (client, _) = listener.accept().await.expect("it is dialed");
+        let socket = TcpSocket::new_v4().expect("a socket");
+        // A window smaller than what the relay would like to send at once.
+        socket.set_recv_buffer_size(8 * 1024).expect("it takes that");
+        let relay = socket.connect((Ipv4Addr::LOCALHOST, relay).into()).await;
+        let relay = relay.expect("it listens");
+        let (mut from_client, mut to_client) = client.into_split();
+        let (mut from_relay, mut to_relay) = relay.into_split();
+        tokio::spawn(async move { copy(&mut from_client, &mut to_relay).await });
+        let mut piece = vec![0; SLOW / 10];
+        while let Ok(read) = from_relay.read(&mut piece).await
+            && read > 0
+            && to_client.write_all(&piece[..read]).await.is_ok()
+        {
+            sleep(Duration::from_secs_f64(read as f64 / SLOW as f64)).await;
+        }
+    });
+    port
+}
+
+/// Its window in TCP is small, and closed most of the time: where the kernel is told to give up what is not
+/// acknowledged for 60 s (TCP_USER_TIMEOUT), it gives up this one after 60 s.
+#[tokio::test]
+#[ignore = "needs root, iproute2 and nftables"]
+async fn a_peer_that_reads_20_kilobytes_a_second_is_never_closed() {
+    let relay = Relay::start(&["--circuit-bytes=0", "--circuit-duration=0s"]);
+    let (port, here) = (relay.port(), Ipv4Addr::LOCALHOST);
+    let slow = read_slowly(port).await;
+    let mut target = Stranger::connect(slow, here).await.expect("there is room");
+    assert_eq!(target.ask_once(&reserve()).await.expect("an answer").1, OK);
+    let mut source = Stranger::connect(port, here).await.expect("there is room");
+    let stream = source.next_stream();
+    source.say(&data(SYN, stream, &opening(&connect(target.peer)))).await.expect("it is there");
+    let circuit = target.agree_to(1).await.expect("it is asked")[0];
+    target.say(&frame(WINDOW_UPDATE, 0, circuit, 1 << 30)).await.expect("it is there");
+    let writes = tokio::spawn(async move { source.write(stream, usize::MAX).await });
+    let start = Instant::now();
+    while start.elapsed() < a_while() {
+        let came = target.frame().await.expect("it stays connected");
+        assert!(came.stream != circuit || !came.has(RST | FIN), "the circuit stays");
+        // It says something, and is no silent peer.
+        target.say(&frame(WINDOW_UPDATE, 0, circuit, 1)).await.expect("it stays connected");
+    }
+    assert!(!writes.is_finished(), "the circuit stays");
+    writes.abort();
 }
 
 #[tokio::test]

@@ -1,6 +1,6 @@
 //! A reader that stops halts its writer, and costs the relay what the windows allow.
 
-use std::{cell::Cell, time::Duration};
+use std::{cell::Cell, io, time::Duration};
 
 use crate::common::{
     Client, HOP, Relay, STOP, Security, agree,
@@ -138,6 +138,54 @@ async fn halts_at(security: Security, reads: Reads, stops: Stops, threads: usize
     }
 }
 
+/// What `--silence` is where a peer is to be found write stalled.
+const SILENCE: Duration = Duration::from_secs(6);
+
+/// Both speak, so neither is silent. One takes nothing of what is sent to it; the other one reads, though slowly.
+#[tokio::test]
+async fn a_peer_that_takes_nothing_enters_grace_and_one_that_reads_slowly_stays() {
+    let relay = Relay::start(&[
+        "--circuit-bytes=0",
+        "--circuit-duration=0s",
+        "--heartbeat=2s",
+        &format!("--silence={}s", SILENCE.as_secs()),
+    ]);
+    let slow = circuit_over(&relay, Security::Noise, Reads::Target, Stops::Socket).await;
+    let stalled = circuit_over(&relay, Security::Noise, Reads::Target, Stops::Socket).await;
+    let [(mut slow, mut to_slow), (mut stalled, mut to_stalled)] = [slow, stalled];
+    let writing = future::join(
+        write(&mut to_slow.stream, OFFER, |_| ()),
+        to_stalled.stream.write_all(&[7; 32 * MIB]),
+    );
+    let reading = async {
+        loop {
+            slow.take(PIECE).await;
+            slow.speak().await.expect("it stays connected");
+            tokio::time::sleep(SILENCE / 4).await;
+        }
+    };
+    let speaking = async {
+        while stalled.speak().await.is_ok() {
+            tokio::time::sleep(SILENCE / 4).await;
+        }
+        future::pending::<()>().await // it was closed
+    };
+    let closing = async {
+        relay.wait_for_log("write stalled: took nothing for ").await;
+        relay.wait_for_log("grace began: peer ").await;
+    };
+    tokio::select! {
+        () = closing => {}
+        _ = future::join3(writing, reading, speaking) => panic!("a circuit ends"),
+    }
+    slow.take(PIECE).await;
+    slow.speak().await.expect("it stays connected");
+    for line in ["write stalled", "grace began"] {
+        assert_eq!(relay.count_in_log(line), 1, "{line}");
+    }
+    assert_eq!(relay.count_in_log("peer silent"), 0);
+}
+
 /// Writes so many bytes; tells how many more were accepted, each time that some were.
 async fn write(stream: &mut Stream, bytes: usize, told: impl Fn(usize)) {
     let piece = vec![7; PIECE];
@@ -174,6 +222,15 @@ struct Writer {
 }
 
 impl Reader {
+    /// Says something that needs no answer.
+    async fn speak(&mut self) -> io::Result<()> {
+        let Self::ByHand(channel, circuit) = self else {
+            panic!("a client speaks by itself");
+        };
+        channel.write_all(&frame(WINDOW_UPDATE, 0, *circuit, 1)).await?;
+        channel.flush().await
+    }
+
     /// Takes so many bytes of the circuit.
     async fn take(&mut self, bytes: usize) {
         let mut left = bytes;

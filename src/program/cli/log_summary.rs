@@ -9,7 +9,10 @@ use crate::{
     address::ClientPrefix,
     event::{Event, Refused},
     program::{
-        mux::budget::Buffered, net::admission::limits::Denied, node::NodeEvent, tally::Tally,
+        mux::budget::{Buffered, Cut},
+        net::admission::limits::Denied,
+        node::NodeEvent,
+        tally::Tally,
     },
     relay::quota::Busiest,
 };
@@ -74,7 +77,7 @@ impl Digest {
         buffered: Buffered,
         busiest: impl IntoIterator<Item = (&'static str, Option<Busiest>)>,
     ) -> Vec<String> {
-        let given_up = buffered.streams_given_up + buffered.connections_given_up;
+        let given_up = buffered.sum(&[Cut::STREAMS, Cut::CONNECTIONS].concat());
         let more = given_up.saturating_sub(self.given_up);
         self.given_up = given_up;
         if more > 0 {

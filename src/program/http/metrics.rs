@@ -19,8 +19,11 @@ use super::{
     stats::Figures,
 };
 use crate::{
-    event::Event,
-    program::tally::{self, Tally},
+    event::{CircuitEnd, Event},
+    program::{
+        mux::budget::Cut,
+        tally::{self, Tally},
+    },
 };
 
 /// All that is counted.
@@ -39,7 +42,10 @@ pub struct Metrics {
     connections: Gauge,
     connections_denied: Counters,
     buffered: Gauge,
+    credit: Gauge,
     given_up: Counters,
+    streams_cut: Counters,
+    connections_closed: Counters,
     busiest: Family<[(&'static str, String); 2], Gauge>,
     certificate_not_after: Family<[Label; 0], Gauge>,
 }
@@ -88,7 +94,7 @@ impl Metrics {
                 "circuits_closed",
                 "Circuits that ended, and how",
                 "end",
-                &["data limit", "time limit"],
+                &["data limit", "time limit", CircuitEnd::Stalled.kind()],
             ),
             connections: registered(own, "connections", "Open connections"),
             connections_denied: Counters::new(
@@ -99,6 +105,25 @@ impl Metrics {
                 &["too many connections", "too many handshakes"],
             ),
             buffered: registered(own, "buffered_bytes", "What waits to be read or taken by a peer"),
+            credit: registered(
+                own,
+                "credit_bytes",
+                "What peers may still send before they are granted more",
+            ),
+            streams_cut: Counters::new(
+                own,
+                "streams_cut",
+                "Streams that were reset because too much waited on them, by the limit that was reached",
+                "reason",
+                &Cut::STREAMS.map(Cut::kind),
+            ),
+            connections_closed: Counters::new(
+                own,
+                "connections_closed",
+                "Connections that were closed because their peers did not take what was sent, by reason",
+                "reason",
+                &Cut::CONNECTIONS.map(Cut::kind),
+            ),
             given_up: Counters::new(
                 own,
                 "given_up",
@@ -153,8 +178,15 @@ impl Metrics {
         set(&self.circuits, figures.circuits);
         set(&self.connections, figures.connections);
         set(&self.buffered, buffered.bytes);
-        self.given_up.raise("stream", buffered.streams_given_up);
-        self.given_up.raise("connection", buffered.connections_given_up);
+        set(&self.credit, buffered.credit);
+        self.given_up.raise("stream", buffered.sum(&Cut::STREAMS));
+        self.given_up.raise("connection", buffered.sum(&Cut::CONNECTIONS));
+        Cut::STREAMS
+            .iter()
+            .for_each(|cut| self.streams_cut.raise(cut.kind(), buffered.count(*cut)));
+        for cut in Cut::CONNECTIONS {
+            self.connections_closed.raise(cut.kind(), buffered.count(cut));
+        }
         if let Some(time) = figures.certificate_not_after {
             let seconds = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
             self.certificate_not_after.get_or_create(&[]).set(seconds as i64);

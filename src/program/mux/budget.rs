@@ -31,8 +31,7 @@ struct Pool {
     open: Mutex<BTreeMap<u64, Weak<dyn Shed>>>,
     /// Held by the thread that pushes out.
     pushing_out: Mutex<()>,
-    streams_cut: AtomicU64,
-    connections_closed: AtomicU64,
+    cut: [AtomicU64; CUTS],
 }
 
 /// A connection that can free memory.
@@ -42,6 +41,42 @@ pub trait Shed: Send + Sync + std::fmt::Debug {
 
     /// Resets its most stalled stream; returns how many bytes that freed.
     fn shed(&self, now: Instant) -> usize;
+
+    /// How many bytes its peer may still send.
+    fn credit(&self) -> usize;
+}
+
+/// Why a stream was reset, or a connection closed, because of what its peers did not take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cut {
+    /// A stream: the pool was full.
+    Pool,
+    /// A stream: its connection held as much as one may.
+    Connection,
+    /// A connection: its peer takes no refusals of the streams that it opens.
+    Refusals,
+    /// A connection: its peer takes nothing of what is sent to it.
+    WriteStalled,
+}
+
+/// How many reasons there are.
+const CUTS: usize = 4;
+
+impl Cut {
+    /// Those for streams.
+    pub const STREAMS: [Self; 2] = [Self::Pool, Self::Connection];
+    /// Those for connections.
+    pub const CONNECTIONS: [Self; 2] = [Self::Refusals, Self::WriteStalled];
+
+    /// The reason in a few words.
+    pub fn kind(self) -> &'static str {
+        match self {
+            Self::Pool => "max-buffered",
+            Self::Connection => "max-buffered-per-connection",
+            Self::Refusals => "refusals not taken",
+            Self::WriteStalled => "write stalled",
+        }
+    }
 }
 
 /// How many bytes wait in the relay, and what was cut for them.
@@ -49,10 +84,21 @@ pub trait Shed: Send + Sync + std::fmt::Debug {
 pub struct Buffered {
     /// The bytes that are held.
     pub bytes: usize,
-    /// How many streams were reset because too much waited on them.
-    pub streams_given_up: u64,
-    /// How many connections were closed because their peers take no answers.
-    pub connections_given_up: u64,
+    /// How many bytes the peers may still send on their streams.
+    pub credit: usize,
+    cut: [u64; CUTS],
+}
+
+impl Buffered {
+    /// How many streams were reset, or connections closed, for this reason.
+    pub fn count(&self, cut: Cut) -> u64 {
+        self.cut.get(cut as usize).copied().unwrap_or_default()
+    }
+
+    /// How many for any of these reasons.
+    pub fn sum(&self, cuts: &[Cut]) -> u64 {
+        cuts.iter().map(|cut| self.count(*cut)).sum()
+    }
 }
 
 /// The account of one connection.
@@ -79,8 +125,7 @@ impl MemoryBudget {
             opened: AtomicU64::new(0),
             open: Mutex::default(),
             pushing_out: Mutex::default(),
-            streams_cut: AtomicU64::new(0),
-            connections_closed: AtomicU64::new(0),
+            cut: Default::default(),
         }))
     }
 
@@ -103,13 +148,20 @@ impl MemoryBudget {
         self.connections().insert(number, connection);
     }
 
-    /// What is held, and what was cut.
+    /// What is held, what may still come, and what was cut. Takes the locks of sessions, one at a time: the caller
+    /// must hold none.
     pub fn buffered(&self) -> Buffered {
+        let open: Vec<_> = self.connections().values().filter_map(Weak::upgrade).collect();
         Buffered {
             bytes: self.held(),
-            streams_given_up: self.0.streams_cut.load(Ordering::Relaxed),
-            connections_given_up: self.0.connections_closed.load(Ordering::Relaxed),
+            credit: open.iter().map(|connection| connection.credit()).sum(),
+            cut: self.0.cut.each_ref().map(|count| count.load(Ordering::Relaxed)),
         }
+    }
+
+    /// Whether more than three quarters of the limit are held.
+    pub fn is_scarce(&self) -> bool {
+        self.held() > self.0.limit / 4 * 3
     }
 
     /// Frees memory down to nine tenths of the limit, if more than that limit is held. Takes the locks of
@@ -219,14 +271,11 @@ impl ConnectionBudget {
         window - (falls_by * above_half as u128 / (limit / 4) as u128) as usize
     }
 
-    /// Counts a stream that was reset for its bytes.
-    pub fn count_cut(&self) {
-        self.pool.0.streams_cut.fetch_add(1, Ordering::Relaxed);
-    }
-
-    /// Counts a connection that is closed because its peer takes no answers.
-    pub fn count_closed(&self) {
-        self.pool.0.connections_closed.fetch_add(1, Ordering::Relaxed);
+    /// Counts a stream that was reset, or a connection that is closed.
+    pub fn count(&self, cut: Cut) {
+        if let Some(count) = self.pool.0.cut.get(cut as usize) {
+            count.fetch_add(1, Ordering::Relaxed);
+        }
     }
 }
 
@@ -259,8 +308,12 @@ mod tests {
                 return 0;
             }
             self.0.release(10);
-            self.0.count_cut();
+            self.0.count(Cut::Pool);
             10
+        }
+
+        fn credit(&self) -> usize {
+            7
         }
     }
 
@@ -284,14 +337,12 @@ mod tests {
         other.0.charge(250);
         heavy.0.charge(350);
         budget.push_out(Instant::now());
-        assert_eq!(budget.buffered().streams_given_up, 0, "nothing is cut at the limit");
+        assert_eq!(budget.buffered().count(Cut::Pool), 0, "nothing is cut at the limit");
         heavy.0.charge(10);
         budget.push_out(Instant::now());
         assert_eq!((held(&light), held(&other), held(&heavy)), (400, 250, 250));
-        assert_eq!(
-            budget.buffered(),
-            Buffered { bytes: 900, streams_given_up: 11, ..Buffered::default() }
-        );
+        let expected = Buffered { bytes: 900, credit: 3 * 7, cut: [11, 0, 0, 0] };
+        assert_eq!(budget.buffered(), expected);
     }
 
     #[test]
@@ -339,5 +390,14 @@ mod tests {
         }
         connection.0.charge(900 * KIB);
         assert_eq!(connection.0.window(256 * KIB), 32 * KIB);
+    }
+
+    #[test]
+    fn memory_is_scarce_above_three_quarters_of_the_pool() {
+        let budget = MemoryBudget::new(1000, 1000);
+        let connection = connection(&budget, 1, 750);
+        assert!(!budget.is_scarce());
+        connection.0.charge(1);
+        assert!(budget.is_scarce());
     }
 }

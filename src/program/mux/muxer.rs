@@ -15,6 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use async_std::net::TcpStream;
 use futures_timer::Delay;
 use libp2p::{
     Multiaddr,
@@ -26,7 +27,7 @@ use libp2p::{
 };
 
 use super::{
-    budget::{MemoryBudget, Shed},
+    budget::{Cut, MemoryBudget, Shed},
     frame::HEADER,
     pace::{Pace, Paces},
     places::{Commons, Place, Places},
@@ -35,11 +36,12 @@ use super::{
         receive::{Received, Room},
         send::Frames,
     },
+    stall::{StallLimit, WriteStall},
     stream::QUANTUM,
     stream_limits::StreamLimits,
     substream::{OpenedBy, Shared, Substream},
 };
-use crate::{activity::Signs, address::ClientPrefix};
+use crate::{activity::Signs, address::ClientPrefix, program::net::socket};
 
 /// How much is read, or written, before others have their turn, in bytes; and in how many reads.
 const TURN: usize = 256 * 1024;
@@ -55,6 +57,12 @@ const LARGE_BATCH: usize = QUANTUM + HEADER;
 /// How much more memory a connection takes with large batches.
 const LARGE_BATCH_COST: usize = 3 * (LARGE_BATCH - SMALL_BATCH);
 
+/// How often it is looked whether a connection that takes no more is write stalled.
+const LOOK: Duration = Duration::from_secs(5);
+
+/// How long a connection may be write stalled, unless that is [set](StallLimit::set).
+const MAX_STALL: Duration = Duration::from_secs(60);
+
 /// How long a connection may take to close in good order, before it is dropped.
 const CLOSING: Duration = Duration::from_secs(3);
 
@@ -67,11 +75,12 @@ pub struct Budget {
     pub outbound: usize,
 }
 
-/// Where a connection comes from, and its activity counter.
+/// Where a connection comes from, its activity counter, and the socket below it.
 #[derive(Clone, Debug, Default)]
 struct Client {
     prefix: Option<ClientPrefix>,
     signs: Signs,
+    socket: Option<TcpStream>,
 }
 
 /// Makes connections carry streams. Clones share what all connections may have together.
@@ -81,6 +90,7 @@ pub struct Multiplex {
     commons: Commons,
     paces: Paces,
     memory: MemoryBudget,
+    max_stall: StallLimit,
     client: Client,
 }
 
@@ -93,19 +103,26 @@ impl Multiplex {
             commons: Commons::new(limits.max_streams),
             paces: Paces::new(limits.stream_rate),
             memory: MemoryBudget::new(limits.buffered(circuits), per_connection),
+            max_stall: StallLimit::new(MAX_STALL),
             client: Client::default(),
         }
     }
 
-    /// For a connection from there, of which the transport hears these signs.
-    pub fn of(&self, remote: &Multiaddr, signs: Option<Signs>) -> Self {
-        let client = Client { prefix: ClientPrefix::of(remote), signs: signs.unwrap_or_default() };
+    /// For a connection from there over this socket, of which the transport hears these signs.
+    pub fn of(&self, remote: &Multiaddr, signs: Option<Signs>, socket: Option<TcpStream>) -> Self {
+        let (prefix, signs) = (ClientPrefix::of(remote), signs.unwrap_or_default());
+        let client = Client { prefix, signs, socket };
         Self { client, ..self.clone() }
     }
 
     /// The places that the streams of its connections share.
     pub fn commons(&self) -> Commons {
         self.commons.clone()
+    }
+
+    /// How long its connections may be write stalled.
+    pub fn max_stall(&self) -> StallLimit {
+        self.max_stall.clone()
     }
 
     /// The memory that its connections share.
@@ -146,7 +163,9 @@ impl<C: AsyncRead + AsyncWrite + Unpin> OutboundConnectionUpgrade<C> for Multipl
 /// One connection.
 #[derive(Debug)]
 pub struct Muxer<C> {
+    // Before the socket: see `Unclaimed` of the transport.
     connection: C,
+    socket: Option<TcpStream>,
     shared: Arc<Shared>,
     room: Room,
     /// Frames that are being written, how much of them was, and what they are.
@@ -167,6 +186,10 @@ pub struct Muxer<C> {
     signs: Signs,
     /// Until then it is not read, because such frames came faster.
     pause: Option<Delay>,
+    /// Since when it takes nothing; and when to look next, once it took nothing.
+    stall: WriteStall,
+    max_stall: StallLimit,
+    look: Option<Delay>,
     /// Why it ends, once everybody was told.
     end: Option<io::Error>,
     /// Until then it may close in good order.
@@ -175,10 +198,14 @@ pub struct Muxer<C> {
 
 impl<C> Muxer<C> {
     fn new(connection: C, multiplex: &Multiplex, role: Role) -> Self {
-        let Multiplex { budget, commons, paces, memory, client } = multiplex;
+        let Multiplex { budget, commons, paces, memory, max_stall, client } = multiplex;
         let prefix = client.prefix;
+        if let Some(socket) = &client.socket {
+            socket::leave_to_mux(socket, true);
+        }
         Self {
             connection,
+            socket: client.socket.clone(),
             shared: Shared::new(role, memory, prefix),
             room: Room::default(),
             frames: Vec::new(),
@@ -194,6 +221,9 @@ impl<C> Muxer<C> {
             frame_pace: paces.frames(prefix),
             signs: client.signs.clone(),
             pause: None,
+            stall: WriteStall::default(),
+            max_stall: max_stall.clone(),
+            look: None,
             end: None,
             closing: None,
         }
@@ -252,6 +282,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
         loop {
             if self.is_flushing {
                 ready!(Pin::new(&mut self.connection).poll_flush(cx))?;
+                self.stall.on_written();
                 (self.is_flushing, self.has_data, self.unflushed) = (false, false, 0);
             }
             if self.written >= self.frames.len() {
@@ -284,6 +315,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
             if written == 0 {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
+            self.stall.on_written();
             turn += written;
             self.written += written;
             self.unflushed += written;
@@ -297,6 +329,23 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
                 self.batch = LARGE_BATCH;
             }
         }
+    }
+
+    /// Looks from time to time whether a connection is write stalled that takes no more.
+    fn poll_stall(&mut self, cx: &mut Context<'_>) -> Result<(), End> {
+        let look = self.look.get_or_insert_with(|| Delay::new(LOOK));
+        while look.poll_unpin(cx).is_ready() {
+            look.reset(LOOK);
+            let acknowledged = self.socket.as_ref().and_then(socket::acknowledged);
+            let lasts = self.stall.on_waiting(acknowledged, Instant::now());
+            let budget = self.shared.budget();
+            if lasts >= self.max_stall.get(budget.pool().is_scarce()).max(LOOK) {
+                budget.count(Cut::WriteStalled);
+                let why = format!("write stalled: took nothing for {} s", lasts.as_secs());
+                return Err(io::Error::new(io::ErrorKind::TimedOut, why).into());
+            }
+        }
+        Ok(())
     }
 
     /// The session ends. What was received may still be read until the next poll, which fails.
@@ -352,11 +401,15 @@ impl<C: AsyncRead + AsyncWrite + Unpin> StreamMuxer for Muxer<C> {
         self.shared.with(|session| session.set_driver(cx));
         match self.poll_read(cx) {
             Poll::Ready(Err(end)) => self.end(end, cx),
-            Poll::Ready(Ok(())) | Poll::Pending => {
-                if let Poll::Ready(Err(error)) = self.poll_write(cx) {
-                    self.end(error.into(), cx);
+            Poll::Ready(Ok(())) | Poll::Pending => match self.poll_write(cx) {
+                Poll::Ready(Ok(())) => {}
+                Poll::Ready(Err(error)) => self.end(error.into(), cx),
+                Poll::Pending => {
+                    if let Err(end) = self.poll_stall(cx) {
+                        self.end(end, cx);
+                    }
                 }
-            }
+            },
         }
         Poll::Pending
     }
@@ -364,6 +417,9 @@ impl<C: AsyncRead + AsyncWrite + Unpin> StreamMuxer for Muxer<C> {
 
 impl<C> Drop for Muxer<C> {
     fn drop(&mut self) {
+        if let Some(socket) = &self.socket {
+            socket::leave_to_mux(socket, false); // what it still has to send is the kernel's
+        }
         self.shared.with(|session| {
             session.reclaim(&mut self.room);
             session.close_all();

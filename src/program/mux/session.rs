@@ -18,7 +18,7 @@ use std::{
 
 use self::turns::{RoundTrip, Turns};
 use super::{
-    budget::ConnectionBudget,
+    budget::{ConnectionBudget, Cut},
     frame::{Flags, INITIAL_WINDOW, MAX_WINDOW, Reason},
     places::Place,
     stream::{Inbound, Outbound, Stream},
@@ -289,7 +289,7 @@ impl Session {
     }
 
     /// Resets the stream with the most bytes that have waited for the longest; how many bytes that freed.
-    pub fn shed(&mut self, now: Instant) -> usize {
+    pub fn shed(&mut self, now: Instant, cut: Cut) -> usize {
         let weights = self.streams.iter().map(|(serial, stream)| (stream.weight(now), *serial));
         let (weight, serial) = weights.max().unwrap_or_default();
         if weight == 0 {
@@ -297,8 +297,13 @@ impl Session {
         }
         let before = self.budget.held();
         self.reset(serial);
-        self.budget.count_cut();
+        self.budget.count(cut);
         before.saturating_sub(self.budget.held())
+    }
+
+    /// How many bytes the peer may still send.
+    pub fn credit(&self) -> usize {
+        self.streams.values().map(|stream| stream.credit()).sum()
     }
 
     /// The place of a stream.

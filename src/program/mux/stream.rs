@@ -137,6 +137,11 @@ impl Stream {
         left.is_some()
     }
 
+    /// How many bytes the peer may still send.
+    pub fn credit(&self) -> usize {
+        if self.inbound == Inbound::Open { self.credit } else { 0 }
+    }
+
     /// Whether data that comes is for anybody.
     pub fn is_read(&self) -> bool {
         self.has_handle && self.is_open()

@@ -10,9 +10,8 @@ use std::{
 
 use libp2p::futures::{AsyncRead, AsyncWrite};
 
-use super::budget::MemoryBudget;
 use super::{
-    budget::{ConnectionBudget, Shed},
+    budget::{ConnectionBudget, Cut, MemoryBudget, Shed},
     negotiation::Negotiation,
     places::{Place, Reset},
     session::{Role, Session},
@@ -54,7 +53,11 @@ impl Shed for Shared {
     }
 
     fn shed(&self, now: Instant) -> usize {
-        self.with(|session| session.shed(now))
+        self.with(|session| session.shed(now, Cut::Pool))
+    }
+
+    fn credit(&self) -> usize {
+        self.with(|session| session.credit())
     }
 }
 

@@ -1,14 +1,25 @@
-//! The options of every TCP socket, and the remedy in errors of bind.
+//! The options of every TCP socket, what the kernel knows of it, and the remedy in errors of bind.
+
+#[cfg(target_os = "linux")]
+mod acknowledged;
 
 use std::{io, time::Duration};
 
 use async_std::net::TcpStream;
 use socket2::{SockRef, TcpKeepalive};
 
-/// How long what we sent may stay unacknowledged before the kernel gives the connection up.
+/// How long what we sent may stay unacknowledged before the kernel gives the connection up, unless
+/// [`leave_to_mux`] takes that over.
 ///
 /// Without it a peer that vanished behind a full window holds its socket for a quarter of an hour.
+#[cfg(any(target_os = "android", target_os = "linux"))]
 const UNACKNOWLEDGED: Duration = Duration::from_secs(60);
+
+/// How much of what was written may wait unsent in the kernel, in bytes; above it the socket takes no more.
+/// What is written next, answers to probes among it, waits behind no more than this and what is on its way.
+#[cfg(any(target_os = "android", target_os = "linux"))]
+const MAX_UNSENT: u32 = 128 * 1024;
+
 /// After which silence the kernel asks whether the other side is still there, and how often.
 const KEEPALIVE: Duration = Duration::from_secs(60);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
@@ -31,6 +42,51 @@ pub(crate) fn prepare(stream: &TcpStream) -> io::Result<()> {
     let keepalive = TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE_INTERVAL);
     socket.set_tcp_keepalive(&keepalive)?;
     #[cfg(any(target_os = "android", target_os = "linux"))]
-    socket.set_tcp_user_timeout(Some(UNACKNOWLEDGED))?;
+    {
+        socket.set_tcp_user_timeout(Some(UNACKNOWLEDGED))?;
+        socket.set_tcp_notsent_lowat(MAX_UNSENT)?;
+    }
     Ok(())
+}
+
+/// Whether the muxer, and not the kernel, gives up a connection that takes nothing. The kernel does so as well if
+/// the other end reads slowly: it counts from when it first had to wait for room there (Linux 6.18).
+pub(crate) fn leave_to_mux(stream: &TcpStream, is_left: bool) {
+    #[cfg(any(target_os = "android", target_os = "linux"))]
+    let _ = SockRef::from(stream).set_tcp_user_timeout((!is_left).then_some(UNACKNOWLEDGED));
+    #[cfg(not(any(target_os = "android", target_os = "linux")))]
+    let _ = (stream, is_left);
+}
+
+/// How many bytes the other end has acknowledged so far; `None` where the kernel does not say so.
+pub(crate) fn acknowledged(stream: &TcpStream) -> Option<u64> {
+    #[cfg(target_os = "linux")]
+    return acknowledged::acknowledged(stream.local_addr().ok()?, stream.peer_addr().ok()?);
+    #[cfg(not(target_os = "linux"))]
+    return None;
+}
+
+#[cfg(test)]
+#[cfg(target_os = "linux")]
+mod tests {
+    use async_std::{net::TcpListener, task::block_on};
+
+    use super::*;
+
+    #[test]
+    fn the_kernel_holds_little_unsent_and_gives_up_what_is_not_left_to_the_muxer() {
+        block_on(async {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let _client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+            let (stream, _) = listener.accept().await.unwrap();
+            prepare(&stream).unwrap();
+            let socket = SockRef::from(&stream);
+            assert_eq!(socket.tcp_notsent_lowat().unwrap(), MAX_UNSENT);
+            assert_eq!(socket.tcp_user_timeout().unwrap(), Some(UNACKNOWLEDGED));
+            leave_to_mux(&stream, true);
+            assert_eq!(socket.tcp_user_timeout().unwrap(), None);
+            leave_to_mux(&stream, false);
+            assert_eq!(socket.tcp_user_timeout().unwrap(), Some(UNACKNOWLEDGED));
+        });
+    }
 }

@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use super::{End, MAX_REFUSED, Role, Session};
 use crate::program::mux::{
+    budget::Cut,
     chunk::Chunk,
     frame::{Flags, HEADER, Header, Kind, MAX_WINDOW, Reason},
     places::Place,
@@ -115,7 +116,7 @@ impl Session {
         self.refused += 1;
         self.drop_handle(serial);
         if self.refused > MAX_REFUSED {
-            self.budget.count_closed();
+            self.budget.count(Cut::Refusals);
             return Err(End::Broken(Reason::InternalError, "the peer takes no refusals"));
         }
         Ok(())
@@ -210,7 +211,7 @@ impl Session {
             }
             None => chunk.clear(),
         }
-        while self.budget.is_exceeded() && self.shed(now) > 0 {}
+        while self.budget.is_exceeded() && self.shed(now, Cut::Connection) > 0 {}
     }
 
     fn on_frame_end(&mut self) {

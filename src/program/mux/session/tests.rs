@@ -285,7 +285,7 @@ fn beyond_256_refusals_that_are_not_taken_the_session_ends() {
     }
     let end = server.receive(&syn(4711)).expect_err("too many");
     assert!(matches!(end, End::Broken(Reason::InternalError, _)));
-    assert_eq!(server.budget.buffered().connections_given_up, 1);
+    assert_eq!(server.budget.buffered().count(Cut::Refusals), 1);
     let resets = headers(&server.send_all());
     assert_eq!(resets.len(), MAX_REFUSED + 1);
     assert!(resets.iter().all(|header| header.flags == Flags::RST));
@@ -471,7 +471,7 @@ fn the_stream_whose_reader_took_nothing_for_the_longest_is_cut_and_freed_at_once
     server.now += Duration::from_secs(10);
     server.read(fast, 1).unwrap().unwrap();
     server.send_all();
-    let freed = server.session.shed(server.now);
+    let freed = server.session.shed(server.now, Cut::Pool);
     assert!((100 * KIB..200 * KIB).contains(&freed), "{freed}");
     assert!(is_reset(server.read(slow, 9)));
     assert_eq!(
@@ -479,7 +479,7 @@ fn the_stream_whose_reader_took_nothing_for_the_longest_is_cut_and_freed_at_once
         Header { kind: Kind::Data, flags: Flags::RST, stream: 1, length: 0 }
     );
     assert_eq!(server.read(fast, 9).unwrap().unwrap(), [7; 9]);
-    assert_eq!(server.budget.buffered().streams_given_up, 1);
+    assert_eq!(server.budget.buffered().count(Cut::Pool), 1);
 }
 
 #[test]
@@ -491,6 +491,25 @@ fn a_connection_above_its_limit_loses_a_stream_and_reads_on() {
     server.receive(&data(Flags::NONE, 3, 200 * KIB)).unwrap();
     assert!(is_reset(server.read(first, 9)));
     assert_eq!(server.read(second, PLENTY >> 20).unwrap().unwrap().len(), 200 * KIB);
+    assert_eq!(server.budget.buffered().count(Cut::Connection), 1);
+}
+
+#[test]
+fn credit_is_what_the_peer_may_still_send() {
+    let mut server = Side::new(Role::Server);
+    let [reads, stays] = [1, 3].map(|id| opened(&mut server, id));
+    assert_eq!(server.session.credit(), 2 * 256 * KIB);
+    server.receive(&data(Flags::NONE, 1, 200 * KIB)).unwrap();
+    assert_eq!(server.session.credit(), 312 * KIB);
+    server.read(reads, 1 << 20).unwrap().unwrap();
+    server.send_all();
+    assert_eq!(server.session.credit(), 312 * KIB, "the reader may still hold it");
+    server.read(reads, 1);
+    server.send_all();
+    assert_eq!(server.session.credit(), 512 * KIB);
+    server.receive(&data(Flags::FIN, 1, 0)).unwrap();
+    server.session.reset(stays);
+    assert_eq!(server.session.credit(), 0);
 }
 
 // ---- Credit
