@@ -30,7 +30,7 @@ const WIDE: u32 = 1 << 30;
 /// Until their targets answer nothing of what sources send is read: what waits the longest goes.
 #[tokio::test]
 async fn more_waits_than_there_is_room_for() {
-    const STRANGERS: usize = 96;
+    const STRANGERS: usize = 48;
     /// So few that each of them holds more than those who are watched.
     const ADDRESSES: usize = 8;
     const FRAMES: usize = 2500; // of 100 bytes: a quarter of a MiB

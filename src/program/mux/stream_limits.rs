@@ -156,7 +156,7 @@ fn too_little(bytes: usize, least: usize, one: usize, circuits: usize) -> String
 
 /// A size as the flags take it, unrounded.
 fn in_kib(kib: usize) -> String {
-    if kib % KIB == 0 { format!("{}MiB", kib / KIB) } else { format!("{kib}KiB") }
+    if kib.is_multiple_of(KIB) { format!("{}MiB", kib / KIB) } else { format!("{kib}KiB") }
 }
 
 #[cfg(test)]
