@@ -1,20 +1,17 @@
-//! AutoNAT: tells a client whether it can be reached from outside, by dialing it. Version 1 and
-//! version 2, the server's half of each.
+//! AutoNAT: tells a client whether it can be reached, by dialing it. The server's half of versions 1 and 2.
 //!
-//! One conversation is in `autonat/exchange.rs`, its messages are in `autonat/messages.rs`; which
-//! address is dialed is decided in `autonat/target.rs`, how often in `autonat/gate.rs`, and
-//! `autonat/dial.rs` dials. All of it goes on in the handler of the connection that the client
-//! asked over, and ends with that connection: to the swarm there is no dial-back, and none holds a
-//! slot, is watched or counted.
+//! `autonat/exchange.rs` serves one request and `autonat/messages.rs` has its messages; `autonat/target.rs` chooses the
+//! address, `autonat/dial_limits.rs` limits the dials, and `autonat/dial.rs` dials. All of it runs in the handler of the
+//! connection on which the client asks, and ends with it: the swarm does not see these dials, and they hold no slot, are
+//! not watched and not counted.
 //!
-//! Written here because libp2p-autonat 0.16 tells clients of a relay that dials TCP only what is
-//! not true: its version 2 tries the last of a client's addresses instead of the first that it can
-//! dial, both versions answer that QUIC addresses cannot be reached, and where a limit is to be, it
-//! can only fail, not refuse.
+//! Not libp2p-autonat, because version 0.16 answers wrongly when the server dials only TCP: its version 2 dials the last
+//! of a client's addresses instead of the first that it can dial, both versions report QUIC addresses as unreachable, and
+//! a rate limit in front of it can only fail a request, not refuse it.
 
 mod dial;
+mod dial_limits;
 mod exchange;
-mod gate;
 mod messages;
 mod target;
 
@@ -41,29 +38,29 @@ use crate::{address, behaviour::inbound::Inbound};
 const VERSION_1: StreamProtocol = StreamProtocol::new("/libp2p/autonat/1.0.0");
 const VERSION_2: StreamProtocol = StreamProtocol::new("/libp2p/autonat/2/dial-request");
 
-/// How many conversations go on over one connection. A stream beyond that is reset.
-const MOST_EXCHANGES: usize = 2;
+/// How many requests of one connection are served at a time. A stream beyond that is reset.
+const MAX_EXCHANGES: usize = 2;
 
-/// Answers AutoNAT's questions on all connections.
+/// The AutoNAT server on all connections.
 pub struct AutoNat(Arc<Server>);
 
 impl AutoNat {
-    /// `private`: whether addresses that are not global are dialed, too; that is for tests.
+    /// `private`: whether addresses that are not global are dialed, too, as in tests.
     ///
     /// # Errors
     ///
-    /// When the secure channels cannot be made.
+    /// When the secure channels cannot be created.
     pub fn new(private: bool) -> anyhow::Result<Self> {
         Ok(Self(Arc::new(Server::new(private)?)))
     }
 
     fn handler(&self, peer: PeerId, remote: &Multiaddr) -> Handler {
-        let open = Open {
+        let state = State {
             server: Arc::clone(&self.0),
             client: address::ip(remote).map(|ip| Client { peer, ip }),
             exchanges: Vec::new(),
         };
-        Handler(Box::new(open))
+        Handler(Box::new(state))
     }
 }
 
@@ -108,10 +105,10 @@ impl NetworkBehaviour for AutoNat {
     }
 }
 
-/// One connection. On the heap, because every connection has room for it, AutoNAT or not.
-pub struct Handler(Box<Open>);
+/// The AutoNAT server on one connection. Boxed, because a connection has space for it even without AutoNAT.
+pub struct Handler(Box<State>);
 
-struct Open {
+struct State {
     server: Arc<Server>,
     client: Option<Client>,
     exchanges: Vec<BoxFuture<'static, ()>>,
@@ -144,9 +141,9 @@ impl ConnectionHandler for Handler {
         let Some(client) = self.0.client else {
             return;
         };
-        if self.0.exchanges.len() < MOST_EXCHANGES {
+        if self.0.exchanges.len() < MAX_EXCHANGES {
             let server = Arc::clone(&self.0.server);
-            let exchange = exchange::hold(server, client, protocol == VERSION_2, stream);
+            let exchange = exchange::serve(server, client, protocol == VERSION_2, stream);
             self.0.exchanges.push(exchange.boxed());
         }
     }

@@ -1,4 +1,4 @@
-//! The program from its command line to its exit code.
+//! The program: settings, main loop, signals, exit code.
 
 pub mod flags;
 mod help;

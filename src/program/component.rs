@@ -1,4 +1,4 @@
-//! What runs in the main loop beside the node, where the program was built with it.
+//! The interface of optional parts that run in the main loop besides the node.
 
 use std::{
     path::Path,
@@ -7,21 +7,21 @@ use std::{
 
 use super::node::{Node, NodeEvent};
 
-/// The certificate's file and its key's, as far as they are set.
+/// The files of the certificate and of its key, if they are set.
 pub type CertificateFiles<'a> = (Option<&'a Path>, Option<&'a Path>);
 
 /// A component of the program that the main loop polls.
 pub trait Component: Send {
-    /// Resolves when [`on_due`](Self::on_due) is to be called. Wakes as a future does.
+    /// Ready when [`on_due`](Self::on_due) is to be called. Wakes the task as a future does.
     fn poll_due(&mut self, cx: &mut Context<'_>) -> Poll<()>;
 
     /// Runs what is due and schedules the next time.
     fn on_due(&mut self, node: &mut Node);
 
-    /// Something happened at the node.
+    /// Handles an event of the node.
     fn on_event(&mut self, _event: &NodeEvent) {}
 
-    /// The settings were read again, on SIGHUP, and name these files.
+    /// Handles a reload of the settings on SIGHUP, which name these files.
     fn on_reload(&mut self, _files: CertificateFiles<'_>, _node: &mut Node) {}
 }
 

@@ -1,13 +1,12 @@
-//! A Kademlia DHT, joined as a server: those who walk it, as clients do that look for relays, find
-//! this one.
+//! Joins a Kademlia DHT as a server, so that clients that look for relays in it find this one.
 //!
-//! libp2p's `kad` does the work. Around it stands what keeps it small: it stores nothing for
-//! others, keeps and dials only addresses that make sense, and so many at a time; and it comes into
-//! the DHT, again and again if need be, by the nodes that the operator named.
+//! libp2p's `kad` does the work. This module bounds what it does: it stores nothing for others, keeps and dials only
+//! addresses that all nodes of the DHT can dial, and limits the dials in progress. While no node of the DHT is known to
+//! answer, it dials the bootstrap nodes.
 
-mod bootstrap;
-mod routable;
-mod visits;
+mod address_range;
+mod bootstrap_dialer;
+mod bootstrap_nodes;
 
 use std::{
     collections::HashSet,
@@ -30,44 +29,44 @@ use libp2p::{
     },
 };
 
-use self::{
-    routable::{Reach, without_peer},
-    visits::Visits,
+use self::{address_range::AddressRange, bootstrap_dialer::BootstrapDialer};
+use crate::program::{
+    delegate::delegate_behaviour,
+    net::{admission::limits::DIALED_FOR_DHT, multiaddr::without_peer},
 };
-use crate::program::net::admission::limits::DIALED_FOR_DHT;
 
-/// A store for nothing at all: what strangers bring is theirs to keep.
-const NOTHING: MemoryStoreConfig = MemoryStoreConfig {
+/// A store without room for records or providers.
+const EMPTY_STORE: MemoryStoreConfig = MemoryStoreConfig {
     max_records: 0,
     max_value_bytes: 0,
     max_providers_per_key: 0,
     max_provided_keys: 0,
 };
 
-/// Which DHT, and by whom it is joined.
+/// Which DHT to join, and by which nodes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// The protocol that all of its nodes speak.
+    /// The protocol of the DHT.
     pub protocol: StreamProtocol,
-    /// Nodes that are in it, each with its id at the end. Those that make no sense are left out.
+    /// The bootstrap nodes, each with its peer id at the end. Invalid ones are skipped.
     pub bootstrap: Vec<Multiaddr>,
 }
 
 impl Config {
-    /// A DHT whose nodes speak this protocol, by these nodes.
+    /// The DHT of this protocol, joined by these nodes.
     ///
     /// # Errors
     ///
-    /// What makes no sense, in one line, with the name of its flag and the remedy.
+    /// The invalid setting in one line, with the name of its flag and the remedy.
     pub fn new(protocol: &str, bootstrap: &[Multiaddr]) -> Result<Self, String> {
         for address in bootstrap {
-            bootstrap::named(address)
+            bootstrap_nodes::parse(address)
                 .map_err(|problem| format!("--bootstrap {address}: {problem}"))?;
         }
-        let is_one = protocol.len() <= 140 && protocol.chars().all(|c| c.is_ascii_graphic());
+        let is_valid = protocol.len() <= 140 && protocol.chars().all(|c| c.is_ascii_graphic());
         match StreamProtocol::try_from_owned(protocol.to_owned()) {
-            Ok(protocol) if is_one => Ok(Self { protocol, bootstrap: bootstrap.to_vec() }),
-            _ => Err(format!("--dht-protocol {protocol:?}: is no protocol; try /ipfs/kad/1.0.0")),
+            Ok(protocol) if is_valid => Ok(Self { protocol, bootstrap: bootstrap.to_vec() }),
+            _ => Err(format!("--dht-protocol {protocol:?}: not a protocol; try /ipfs/kad/1.0.0")),
         }
     }
 }
@@ -75,111 +74,110 @@ impl Config {
 type Kad = kad::Behaviour<MemoryStore>;
 type ToHandler = THandlerInEvent<Kad>;
 
-/// The relay's part in the DHT.
+/// The relay as a node of a DHT.
 pub struct Dht {
     kad: Kad,
     protocol: StreamProtocol,
-    visits: Visits,
-    /// What was dialed for the DHT, whether or not it is up yet.
+    bootstrap: BootstrapDialer,
+    /// The connections that were dialed for the DHT, or are being dialed.
     dialed: HashSet<ConnectionId>,
-    reach: Reach,
-    /// Whether that follows from where the relay is, because the operator named nobody.
-    reach_follows: bool,
-    /// Whether somebody in it is known to answer.
+    /// The range of the DHT: a peer's address of a narrower one is neither kept nor dialed.
+    range: AddressRange,
+    /// Whether the range follows from the relay's own addresses, because there are no bootstrap nodes.
+    range_follows: bool,
+    /// Whether a node of the DHT is known to answer.
     joined: bool,
-    /// Whether anybody answered in the walk that is under way.
+    /// Whether a node answered during the current bootstrap query.
     answered: bool,
-    /// Whether it was ever told that it has joined.
-    told: bool,
-    resting: bool,
+    has_logged_join: bool,
+    is_paused: bool,
 }
 
-/// As many connections are dialed as may be, or none may be.
+/// The error of a dial beyond [`DIALED_FOR_DHT`], or while the DHT is paused.
 #[derive(Debug)]
-struct NotNow;
+struct DialDenied;
 
-impl fmt::Display for NotNow {
+impl fmt::Display for DialDenied {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("enough connections were dialed for the DHT")
+        f.write_str("too many connections were dialed for the DHT")
     }
 }
 
-impl Error for NotNow {}
+impl Error for DialDenied {}
 
 impl Dht {
-    /// The part of `local` in that DHT.
+    /// The relay `local` as a node of this DHT.
     pub fn new(local: PeerId, config: Config) -> Self {
         let mut settings = kad::Config::new(config.protocol.clone());
         settings
             .set_kbucket_inserts(kad::BucketInserts::Manual)
-            // What comes to be stored is dropped. Not by a store that refuses it: kad 0.49 would leave
-            // the stream that it came on open, and unanswered.
+            // Drops records that others want stored. A store that refuses them would not do: kad 0.49 leaves the
+            // stream of a refused record open and unanswered.
             .set_record_filtering(kad::StoreInserts::FilterBoth)
-            // There is nothing to hand on; and the job that would remembers each key that it is
-            // asked to store, whether or not it was stored.
+            // Turns off the replication job, which remembers each key that it was asked to store, stored or not.
             .set_replication_interval(None)
             .set_publication_interval(None)
             .set_provider_publication_interval(None)
             .set_caching(kad::Caching::Disabled);
-        let store = MemoryStore::with_config(local, NOTHING);
+        let store = MemoryStore::with_config(local, EMPTY_STORE);
         let mut kad = Kad::with_config(local, store, settings);
         kad.set_mode(Some(kad::Mode::Server));
-        let visits = Visits::new(&config.bootstrap, local);
-        let reach = visits.reach();
+        let bootstrap = BootstrapDialer::new(&config.bootstrap, local);
+        let range = bootstrap.address_range();
         Self {
             kad,
             protocol: config.protocol,
-            visits,
+            bootstrap,
             dialed: HashSet::new(),
-            reach: reach.unwrap_or(Reach::Machine),
-            reach_follows: reach.is_none(),
+            range: range.unwrap_or(AddressRange::Loopback),
+            range_follows: range.is_none(),
             joined: false,
             answered: false,
-            told: false,
-            resting: false,
+            has_logged_join: false,
+            is_paused: false,
         }
     }
 
-    /// The protocol that all of its nodes speak.
+    /// The protocol of the DHT.
     pub fn protocol(&self) -> &StreamProtocol {
         &self.protocol
     }
 
-    /// A peer says whether it speaks that protocol, and where it listens.
-    pub fn hear(&mut self, peer: PeerId, serves: bool, listens: &[Multiaddr]) {
+    /// Handles what a peer says in identify: whether it serves the DHT, and where it listens.
+    pub fn on_identified(&mut self, peer: PeerId, serves: bool, listening: &[Multiaddr]) {
         if !serves && self.kad.remove_peer(&peer).is_some() {
             self.joined &= self.kad.kbuckets().next().is_some();
         }
         if serves {
-            self.insert(peer, listens);
+            self.insert(peer, listening);
         }
         let missing = || format!("does not serve {}; see --dht-protocol", self.protocol);
         let serves = serves.then_some(()).ok_or_else(missing);
-        self.visits.heard(peer, serves);
+        self.bootstrap.on_identified(peer, serves);
     }
 
-    /// Goes out of the DHT, as far as that depends on us, or into it again.
-    pub fn rest(&mut self, resting: bool) {
-        self.resting = resting;
-        self.kad.set_mode(Some(match resting {
+    /// Pauses or resumes serving the DHT. While paused, the relay is a client of it and dials no nodes.
+    pub fn set_paused(&mut self, is_paused: bool) {
+        self.is_paused = is_paused;
+        self.kad.set_mode(Some(match is_paused {
             true => kad::Mode::Client,
             false => kad::Mode::Server,
         }));
-        self.joined &= !resting;
+        self.joined &= !is_paused;
     }
 
-    /// Puts a peer that is in the DHT, and listens there, into the table.
-    fn insert(&mut self, peer: PeerId, listens: &[Multiaddr]) {
+    /// Inserts a peer into the routing table, or replaces its addresses there.
+    fn insert(&mut self, peer: PeerId, listening: &[Multiaddr]) {
         let Some(bucket) = self.kad.kbucket(peer) else {
-            return; // ourselves
+            return; // the relay itself
         };
         let entry = bucket.iter().find(|entry| *entry.node.key.preimage() == peer);
         let known = entry.map(|entry| entry.node.value.clone().into_vec());
-        // One waits for a place in it already. It may be this one, and has what it needs.
+        // The bucket is full and its pending entry taken, perhaps by this very peer.
         if known.is_none() && bucket.has_pending() {
             return;
         }
-        let addresses = self.reach.tellable(listens);
+        let addresses = self.range.shareable(listening);
         if addresses.is_empty() {
             return;
         }
@@ -188,29 +186,29 @@ impl Dht {
                 return;
             }
         }
-        // So that it has no more than these, however often it says others.
-        for before in known.iter().flatten() {
-            if !addresses.contains(&without_peer(before)) {
-                self.kad.remove_address(&peer, before);
+        // Removes the older addresses, so that a peer's entry does not grow with each change.
+        for old in known.iter().flatten() {
+            if !addresses.contains(&without_peer(old)) {
+                self.kad.remove_address(&peer, old);
             }
         }
     }
 
-    /// Whether the peer is in the table now.
+    /// Adds an address to the routing table. Returns whether the peer is in it now.
     fn add(&mut self, peer: PeerId, address: Multiaddr) -> bool {
         let added = matches!(self.kad.add_address(&peer, address), RoutingUpdate::Success);
         if added {
-            self.joined |= !self.resting;
-            if !std::mem::replace(&mut self.told, true) {
+            self.joined |= !self.is_paused;
+            if !std::mem::replace(&mut self.has_logged_join, true) {
                 log::info!("joined the DHT {} at peer {peer}", self.protocol);
             }
         }
         added
     }
 
-    fn note(&mut self, event: kad::Event) {
+    fn on_kad_event(&mut self, event: kad::Event) {
         match event {
-            // It was dialed there, so it can be.
+            // The relay has dialed the peer there.
             kad::Event::RoutablePeer { peer, address } => {
                 self.add(peer, address);
             }
@@ -223,31 +221,31 @@ impl Dht {
                 self.answered |= stats.num_successes() > 0;
                 if step.last {
                     let answered = std::mem::take(&mut self.answered);
-                    log::debug!("walked the DHT: anybody there: {answered}");
-                    self.joined = answered && !self.resting;
+                    log::debug!("DHT bootstrap query ended: any node answered: {answered}");
+                    self.joined = answered && !self.is_paused;
                 }
             }
             _ => {}
         }
     }
 
-    fn dial_failed(&mut self, failure: &DialFailure<'_>) {
+    fn on_dial_failure(&mut self, failure: &DialFailure<'_>) {
         self.dialed.remove(&failure.connection_id);
-        if self.visits.failed(failure) {
-            // It may have been silent until now.
+        if self.bootstrap.on_dial_failure(failure) {
+            // The node is connected, but perhaps did not answer earlier queries.
             let _ = self.kad.bootstrap();
         }
     }
 
-    fn closed(&mut self, closed: &ConnectionClosed<'_>) {
+    fn on_connection_closed(&mut self, closed: &ConnectionClosed<'_>) {
         self.dialed.remove(&closed.connection_id);
-        self.visits.closed(closed.connection_id);
+        self.bootstrap.on_connection_closed(closed.connection_id);
     }
 }
 
-/// kad answers a PUT_VALUE with the value, whether or not it was stored. Without it whoever asked
-/// knows.
-fn admit_that_nothing_is_stored(event: &mut ToSwarm<kad::Event, ToHandler>) {
+/// Clears the value in the answer to a PUT_VALUE: kad echoes it whether or not it was stored; an answer without it tells
+/// the peer that it was not.
+fn clear_put_answer(event: &mut ToSwarm<kad::Event, ToHandler>) {
     if let ToSwarm::NotifyHandler { event: ToHandler::PutRecordRes { value, .. }, .. } = event {
         value.clear();
     }
@@ -255,20 +253,14 @@ fn admit_that_nothing_is_stored(event: &mut ToSwarm<kad::Event, ToHandler>) {
 
 impl NetworkBehaviour for Dht {
     type ConnectionHandler = THandler<Kad>;
-    /// Never: it keeps all of kad's events to itself.
+    /// Never emitted: all of kad's events are handled here.
     type ToSwarm = kad::Event;
 
-    fn handle_established_inbound_connection(
-        &mut self,
-        id: ConnectionId,
-        peer: PeerId,
-        local: &Multiaddr,
-        remote: &Multiaddr,
-    ) -> Result<THandler<Self>, ConnectionDenied> {
-        self.kad.handle_established_inbound_connection(id, peer, local, remote)
-    }
+    delegate_behaviour!(kad:
+        handle_established_inbound_connection, handle_established_outbound_connection,
+        on_connection_handler_event);
 
-    /// Where to dial, if we are to: what strangers say of each other leads nowhere but into the DHT.
+    /// Chooses where to dial, or denies the dial.
     fn handle_pending_outbound_connection(
         &mut self,
         id: ConnectionId,
@@ -276,49 +268,30 @@ impl NetworkBehaviour for Dht {
         addresses: &[Multiaddr],
         role: Endpoint,
     ) -> Result<Vec<Multiaddr>, ConnectionDenied> {
-        if self.visits.include(id) {
-            return Ok(Vec::new()); // where the operator says
+        // A bootstrap node is dialed only at the operator's addresses.
+        if self.bootstrap.has_dialed(id) {
+            return Ok(Vec::new());
         }
-        if self.dialed.contains(&id) && (self.resting || self.dialed.len() > DIALED_FOR_DHT) {
-            return Err(ConnectionDenied::new(NotNow));
+        if self.dialed.contains(&id) && (self.is_paused || self.dialed.len() > DIALED_FOR_DHT) {
+            return Err(ConnectionDenied::new(DialDenied));
         }
         let known = self.kad.handle_pending_outbound_connection(id, peer, addresses, role)?;
-        Ok(self.reach.dialable(&known))
-    }
-
-    fn handle_established_outbound_connection(
-        &mut self,
-        id: ConnectionId,
-        peer: PeerId,
-        address: &Multiaddr,
-        role: Endpoint,
-        port_use: PortUse,
-    ) -> Result<THandler<Self>, ConnectionDenied> {
-        self.kad.handle_established_outbound_connection(id, peer, address, role, port_use)
+        Ok(self.range.dialable(&known))
     }
 
     fn on_swarm_event(&mut self, event: FromSwarm<'_>) {
         match &event {
-            FromSwarm::DialFailure(failure) => self.dial_failed(failure),
-            FromSwarm::ConnectionClosed(closed) => self.closed(closed),
+            FromSwarm::DialFailure(failure) => self.on_dial_failure(failure),
+            FromSwarm::ConnectionClosed(closed) => self.on_connection_closed(closed),
             FromSwarm::NewListenAddr(NewListenAddr { addr, .. })
             | FromSwarm::ExternalAddrConfirmed(ExternalAddrConfirmed { addr })
-                if self.reach_follows =>
+                if self.range_follows =>
             {
-                self.reach = self.reach.max(Reach::of(addr));
+                self.range = self.range.max(AddressRange::of(addr));
             }
             _ => {}
         }
         self.kad.on_swarm_event(event);
-    }
-
-    fn on_connection_handler_event(
-        &mut self,
-        peer: PeerId,
-        id: ConnectionId,
-        event: THandlerOutEvent<Self>,
-    ) {
-        self.kad.on_connection_handler_event(peer, id, event);
     }
 
     fn poll(
@@ -326,19 +299,19 @@ impl NetworkBehaviour for Dht {
         cx: &mut Context<'_>,
     ) -> Poll<ToSwarm<Self::ToSwarm, THandlerInEvent<Self>>> {
         loop {
-            let alone = !self.joined && !self.resting;
-            if let Poll::Ready(opts) = self.visits.poll(alone, cx) {
+            let needs_bootstrap = !self.joined && !self.is_paused;
+            if let Poll::Ready(opts) = self.bootstrap.poll(needs_bootstrap, cx) {
                 self.dialed.insert(opts.connection_id());
                 return Poll::Ready(ToSwarm::Dial { opts });
             }
             match self.kad.poll(cx) {
-                Poll::Ready(ToSwarm::GenerateEvent(event)) => self.note(event),
+                Poll::Ready(ToSwarm::GenerateEvent(event)) => self.on_kad_event(event),
                 Poll::Ready(ToSwarm::Dial { opts }) => {
                     self.dialed.insert(opts.connection_id());
                     return Poll::Ready(ToSwarm::Dial { opts });
                 }
                 Poll::Ready(mut event) => {
-                    admit_that_nothing_is_stored(&mut event);
+                    clear_put_answer(&mut event);
                     return Poll::Ready(event);
                 }
                 Poll::Pending => return Poll::Pending,
@@ -360,22 +333,22 @@ mod tests {
         parsed.collect::<Result<_, _>>().expect("multiaddrs")
     }
 
-    /// A DHT that is joined by a node of the internet.
+    /// A DHT with a bootstrap node on the internet.
     fn dht() -> Dht {
         let node = format!("/ip4/8.8.8.8/tcp/1/p2p/{}", PeerId::random());
         let config = Config::new(KAD.as_ref(), &addresses(&[&node])).unwrap();
         Dht::new(PeerId::random(), config)
     }
 
-    /// What others are told of this peer.
-    fn told(dht: &mut Dht, peer: PeerId) -> Vec<Multiaddr> {
-        let mut told = Vec::new();
+    /// The addresses of this peer that others are sent.
+    fn shared(dht: &mut Dht, peer: PeerId) -> Vec<Multiaddr> {
+        let mut shared = Vec::new();
         for bucket in dht.kad.kbuckets() {
             let entries = bucket.iter();
             let of_peer = entries.filter(|entry| *entry.node.key.preimage() == peer);
-            told.extend(of_peer.flat_map(|entry| entry.node.value.clone().into_vec()));
+            shared.extend(of_peer.flat_map(|entry| entry.node.value.clone().into_vec()));
         }
-        told.iter().map(without_peer).collect()
+        shared.iter().map(without_peer).collect()
     }
 
     fn pending(
@@ -387,28 +360,28 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_is_told_with_the_addresses_that_it_named_last() {
+    fn a_peers_last_addresses_are_shared() {
         let mut dht = dht();
         let peer = PeerId::random();
         for n in 1..100 {
             let more: Vec<_> =
                 (0..9).map(|m| format!("/ip4/8.8.8.8/tcp/{}", n * 100 + m)).collect();
             let more: Vec<_> = more.iter().map(String::as_str).collect();
-            dht.hear(peer, true, &addresses(&more));
-            assert_eq!(told(&mut dht, peer), addresses(&more[..6]));
+            dht.on_identified(peer, true, &addresses(&more));
+            assert_eq!(shared(&mut dht, peer), addresses(&more[..6]));
         }
-        dht.hear(peer, false, &addresses(&["/ip4/8.8.8.8/tcp/1"]));
-        assert!(told(&mut dht, peer).is_empty(), "it serves no DHT any more");
+        dht.on_identified(peer, false, &addresses(&["/ip4/8.8.8.8/tcp/1"]));
+        assert!(shared(&mut dht, peer).is_empty(), "it serves no DHT any more");
     }
 
     #[test]
-    fn where_a_stranger_points_into_a_network_is_neither_told_nor_dialed() {
+    fn a_peers_private_addresses_are_neither_shared_nor_dialed() {
         let mut dht = dht();
         let peer = PeerId::random();
         let inside = addresses(&["/ip4/127.0.0.1/tcp/22", "/ip4/10.0.0.1/tcp/22"]);
-        dht.hear(peer, true, &inside);
-        assert!(told(&mut dht, peer).is_empty() && !dht.joined);
-        // However it came to be there.
+        dht.on_identified(peer, true, &inside);
+        assert!(shared(&mut dht, peer).is_empty() && !dht.joined);
+        // Even if they are in the routing table.
         for address in inside {
             dht.kad.add_address(&peer, address);
         }
@@ -417,7 +390,7 @@ mod tests {
     }
 
     #[test]
-    fn so_many_are_dialed_at_a_time_and_none_while_it_rests() {
+    fn dials_are_capped_and_denied_while_paused() {
         let mut dht = dht();
         let peer = PeerId::random();
         let id = ConnectionId::new_unchecked;
@@ -433,7 +406,7 @@ mod tests {
             error: &DialError::Aborted,
             connection_id: one_more,
         };
-        dht.dial_failed(&failure);
+        dht.on_dial_failure(&failure);
         assert_eq!(dht.dialed.len(), DIALED_FOR_DHT);
 
         let endpoint = libp2p::core::ConnectedPoint::Dialer {
@@ -441,7 +414,7 @@ mod tests {
             role_override: Endpoint::Dialer,
             port_use: PortUse::Reuse,
         };
-        dht.closed(&ConnectionClosed {
+        dht.on_connection_closed(&ConnectionClosed {
             peer_id: peer,
             connection_id: id(1),
             endpoint: &endpoint,
@@ -450,9 +423,9 @@ mod tests {
         });
         dht.dialed.insert(one_more);
         assert!(pending(&mut dht, one_more, peer).is_ok());
-        dht.rest(true);
+        dht.set_paused(true);
         assert!(pending(&mut dht, one_more, peer).is_err());
-        // Somebody else's dial is none of its business.
+        // A dial of another behaviour is not denied.
         assert!(pending(&mut dht, id(9999), peer).is_ok());
     }
 }

@@ -1,12 +1,12 @@
-//! Streams over one connection: yamux, with limits on what a peer may have open and have waiting.
+//! yamux: streams over one connection, with limits on streams and on buffered bytes.
 
 pub mod budget;
 mod chunk;
 mod frame;
 pub mod muxer;
 mod negotiation;
-mod pace;
-pub(crate) mod places;
+pub(crate) mod permits;
+mod rates;
 mod session;
 pub mod stall;
 mod stream;

@@ -1,21 +1,21 @@
-//! Connections below their streams: TCP and WebSocket, admission, secure channels, and the addresses that
-//! peers observe.
+//! Connections below their streams: TCP and WebSocket, admission, secure channels, identify, and the addresses
+//! at which peers observe the relay.
 
 pub mod admission;
 pub(crate) mod boxed;
+pub mod byte_counters;
 pub(crate) mod identify;
 pub(crate) mod interfaces;
-#[cfg(feature = "websocket")]
-pub(crate) mod joined;
 mod listener;
 pub(crate) mod multiaddr;
-pub(crate) mod observed;
-pub(crate) mod read_ahead;
+pub(crate) mod observations;
+pub(crate) mod read_buffer;
 pub mod security;
 pub(crate) mod socket;
 #[cfg(feature = "pnet")]
 pub mod swarm_key;
 pub mod tcp;
-pub mod traffic;
 #[cfg(feature = "websocket")]
 pub mod websocket;
+#[cfg(feature = "websocket")]
+pub(crate) mod write_coalescing;

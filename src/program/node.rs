@@ -1,4 +1,4 @@
-//! The relay as a whole swarm: TCP and WebSocket, the secure channels, yamux, identify, connection limits.
+//! The relay as a swarm: transports, secure channels, yamux, admission, identify, and optionally AutoNAT and a DHT.
 
 use std::{
     io,
@@ -28,8 +28,8 @@ use super::dht::{self, Dht};
 use super::net::swarm_key::{self, PreSharedKey};
 #[cfg(feature = "websocket")]
 use super::net::{
-    joined::Joined,
     websocket::{Presented, UntilEnd, WebSocket, certificate::Certificate},
+    write_coalescing::WriteCoalescing,
 };
 use super::{
     mux::{
@@ -39,20 +39,20 @@ use super::{
     },
     net::{
         admission::{
-            arrivals::Arrivals,
-            door::Door,
-            handshakes::MUXED,
+            behaviour::Admission,
+            connection_rates::ConnectionRates,
+            handshakes::HANDSHAKE_TIMEOUT,
             limits::{Denied, Limits},
             proxies::Proxies,
         },
         boxed::Boxed,
+        byte_counters::ByteCounters,
         identify::{Identified, Identify},
         multiaddr,
-        observed::Observed,
-        read_ahead::ReadAhead,
+        observations::Observations,
+        read_buffer::ReadBuffer,
         security::Security,
         tcp::Tcp,
-        traffic::Traffic,
     },
 };
 use crate::{
@@ -78,59 +78,59 @@ use crate::{
 /// ```
 pub struct Node {
     swarm: Swarm<Boxed<Parts>>,
-    traffic: Traffic,
+    counters: ByteCounters,
     proxies: Proxies,
     multiplex: Multiplex,
-    observed: Observed<ConnectionId>,
+    observations: Observations<ConnectionId>,
     certificate_not_after: Option<SystemTime>,
     #[cfg(feature = "websocket")]
     presented: Presented,
-    /// What it listens on, as it was asked to.
+    /// The open listeners, and the address that each was opened with.
     listeners: Vec<(ListenerId, Multiaddr)>,
-    /// How many circuits of a peer the connections are made for.
+    /// [`Config::max_circuits_per_peer`] at the start: the muxer's limits follow from it.
     circuits_per_peer: usize,
 }
 
-/// What a [`Node`] is made with beside its configuration, and keeps to its end.
+/// The settings of a [`Node`] besides its [`Config`]. They cannot change while it runs.
 #[derive(Clone, Debug, Default)]
 pub struct Setup {
     /// The limits on connections.
     pub limits: Limits,
-    /// The limits on streams, and on what waits on them.
+    /// The limits on streams, and on the bytes buffered for them.
     pub streams: StreamLimits,
-    /// Whether connections are polled with the node, by whoever polls that: cheaper, and never on
-    /// more than one core at a time. Else each is a task of async-std's.
+    /// Whether polling the node also polls its connections: cheaper, but on one core at a time. Otherwise each
+    /// connection is a task of async-std's. Default: false.
     pub one_thread: bool,
-    /// The key of the private network that it is in: [`swarm_key::load`]. Without one it is in none.
+    /// The key of the relay's private network ([`swarm_key::load`]); `None`: the relay is in no private network.
     #[cfg(feature = "pnet")]
     pub swarm_key: Option<PreSharedKey>,
 }
 
-/// What happened at a [`Node`].
+/// An event of a [`Node`].
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum NodeEvent {
-    /// It can be reached at this address.
+    /// The relay listens on this address now.
     Listening(Multiaddr),
-    /// It can be reached at this address no longer.
+    /// The relay listens on this address no longer.
     NotListening(Multiaddr),
-    /// A connection was turned away, because as many are open as may be.
+    /// A connection was denied.
     ConnectionDenied {
-        /// Where it came from.
+        /// The client's address.
         address: Multiaddr,
-        /// Which limit was reached.
+        /// The limit or rule that denied it.
         reason: Denied,
     },
-    /// A connection is gone.
+    /// A connection was closed.
     ConnectionClosed,
-    /// Something happened at the relay.
+    /// An event of the relay's behaviour.
     Relay(Event),
 }
 
 #[derive(NetworkBehaviour)]
 struct Parts {
-    // First, so that it turns a connection away before anyone else hears of it.
-    relay: Door,
+    // First, so that the other behaviours see no connection that it denies.
+    relay: Admission,
     identify: Identify,
     #[cfg(feature = "autonat")]
     autonat: Toggle<AutoNat>,
@@ -139,10 +139,10 @@ struct Parts {
 }
 
 impl Node {
-    /// A relay under the identity of `keypair`, with the default [`Setup`].
+    /// A relay with the identity of `keypair` and the default [`Setup`].
     ///
     /// libp2p's TLS writes the secrets of each session to the file that the environment variable
-    /// `SSLKEYLOGFILE` names. The program never starts with that variable; other programs should not either.
+    /// `SSLKEYLOGFILE` names. Do not run a node with that variable set; `relaylet` itself never does.
     ///
     /// # Errors
     ///
@@ -151,15 +151,17 @@ impl Node {
         Self::with_setup(keypair, config, Setup::default())
     }
 
-    /// A relay under the identity of `keypair`.
+    /// A relay with the identity of `keypair`.
     ///
     /// # Errors
     ///
-    /// A [`ConfigError`] when the configuration or the setup makes no sense; another when the key is of no use.
+    /// A [`ConfigError`] when the configuration or the setup is invalid; another error when the key cannot sign.
     pub fn with_setup(keypair: Keypair, config: Config, setup: Setup) -> Result<Self> {
         let limits = setup.limits;
         let peer = keypair.public().to_peer_id();
         let circuits_per_peer = config.max_circuits_per_peer;
+
+        // 1. The muxer.
         setup.streams.check(circuits_per_peer)?;
         let outbound = stream_limits::per_connection(circuits_per_peer)?;
         let inbound = setup.streams.max_streams_per_connection.unwrap_or(outbound);
@@ -167,62 +169,65 @@ impl Node {
         let multiplex = Multiplex::new(budget, setup.streams, circuits_per_peer);
         multiplex.max_stall().set(config.silence);
         let all = multiplex.clone();
-        let traffic = Traffic::default();
+
+        // 2. The transport: TCP, WebSocket over another TCP, the private network, the secure channel, the muxer.
+        let counters = ByteCounters::default();
         let proxies = Proxies::new(limits.max_handshakes);
-        let arrivals = Arrivals::new(&config, &limits);
+        let rates = ConnectionRates::new(&config, &limits);
         let tcp = || {
-            let tcp = Tcp::new(traffic.clone(), proxies.clone(), arrivals.clone());
-            tcp.map(|stream, _| ReadAhead::new(stream))
+            let tcp = Tcp::new(counters.clone(), proxies.clone(), rates.clone());
+            tcp.map(|stream, _| ReadBuffer::new(stream))
         };
         let transport = tcp();
         #[cfg(feature = "websocket")]
         let presented = Presented::default();
         #[cfg(feature = "websocket")]
         let transport = {
-            let tcp = tcp().map(|stream, _| Joined::new(stream));
+            let tcp = tcp().map(|stream, _| WriteCoalescing::new(stream));
             let websocket = WebSocket::over(tcp, presented.clone());
             transport.or_transport(websocket.map(|stream, _| UntilEnd::new(stream)))
         };
         #[cfg(feature = "pnet")]
         let transport =
-            transport.and_then(move |stream, _| swarm_key::enter(setup.swarm_key, stream));
-        let counters = traffic.clone();
+            transport.and_then(move |stream, _| swarm_key::encrypt(setup.swarm_key, stream));
+        let pending = counters.clone();
         let transport = transport
             .upgrade(Version::V1Lazy)
             .authenticate(Security::new(&keypair).context("the key cannot secure connections")?)
-            .multiplex_ext(move |_, to| {
-                let pending = counters.look_up(to);
-                let (signs, socket) =
-                    pending.map(|it| (it.progress.secured().signs, it.socket)).unzip();
-                multiplex.of(to.get_remote_address(), signs, socket.flatten())
+            .multiplex_ext(move |_, endpoint| {
+                let pending = pending.get(endpoint);
+                pending.iter().for_each(|pending| pending.progress.set_secured());
+                let (signs, socket) = pending.map(|it| (it.progress.signs, it.socket)).unzip();
+                multiplex.of(endpoint.get_remote_address(), signs, socket.flatten())
             })
-            .timeout(MUXED)
+            .timeout(HANDSHAKE_TIMEOUT)
             .boxed();
 
+        // 3. The behaviours.
         let parts = Parts {
             identify: Identify::new(&keypair.public()),
-            relay: Door::new(limits, Behaviour::new(keypair, config)?, traffic.clone()),
+            relay: Admission::new(limits, Behaviour::new(keypair, config)?, counters.clone()),
             #[cfg(feature = "autonat")]
             autonat: None.into(),
             #[cfg(feature = "dht")]
             dht: None.into(),
         };
+
+        // 4. The swarm.
         let swarm_config = match setup.one_thread {
             true => swarm::Config::without_executor(),
             false => swarm::Config::with_executor(|task| {
                 async_std::task::spawn(task);
             }),
         };
-        let swarm_config = swarm_config
-            // A question goes out together with the name of its protocol: a round trip less, and half
-            // as many packets.
-            .with_substream_upgrade_protocol_override(Version::V1Lazy);
+        // Sends a request together with its protocol's name: one round trip and half of the packets less.
+        let swarm_config = swarm_config.with_substream_upgrade_protocol_override(Version::V1Lazy);
         let mut node = Self {
             swarm: Swarm::new(transport, Boxed::new(parts), peer, swarm_config),
-            traffic,
+            counters,
             proxies,
             multiplex: all,
-            observed: Observed::new(Instant::now()),
+            observations: Observations::new(Instant::now()),
             certificate_not_after: None,
             #[cfg(feature = "websocket")]
             presented,
@@ -231,7 +236,7 @@ impl Node {
         };
         let memory = node.multiplex.memory();
         node.relay_mut().watch_memory(move || memory.is_scarce());
-        node.tell_addresses(true);
+        node.update_addresses(true);
         Ok(node)
     }
 
@@ -239,12 +244,12 @@ impl Node {
     ///
     /// # Errors
     ///
-    /// When it makes no sense, or raises [`Config::max_circuits_per_peer`] above what the node was
-    /// started with. Nothing has changed then.
+    /// When it is invalid, or raises [`Config::max_circuits_per_peer`] above its value at the start. The previous
+    /// configuration stays in effect then.
     pub fn set_config(&mut self, config: Config) -> Result<(), ConfigError> {
         if config.max_circuits_per_peer > self.circuits_per_peer {
             let problem = format!(
-                "connections are made for {} since the start; restart to raise it",
+                "the limits on streams were set for {} at the start; restart to raise it",
                 self.circuits_per_peer
             );
             return Err(ConfigError::new("max_circuits_per_peer", problem));
@@ -252,25 +257,26 @@ impl Node {
         let silence = config.silence;
         self.relay_mut().set_config(config)?;
         self.multiplex.max_stall().set(silence);
-        self.tell_addresses(true);
+        self.update_addresses(true);
         Ok(())
     }
 
-    /// Makes the announced addresses, or else the confirmed ones, the swarm's external addresses, and
-    /// has identify tell peers the announced ones, or else the confirmed and the listening ones. With
-    /// `push`, pushes them to all connected peers if they have changed; a reservation has them from its
-    /// next renewal on.
-    fn tell_addresses(&mut self, push: bool) {
+    /// Updates the addresses of the relay wherever they are used.
+    ///
+    /// The announced addresses, or else the confirmed ones, become the swarm's external addresses. Identify sends the
+    /// announced ones, or else the confirmed and the listening ones; with `push` it pushes a change to all connected
+    /// peers. A reservation contains them from its next renewal on.
+    fn update_addresses(&mut self, push: bool) {
         let announced = self.relay().config().announce.clone();
         let listening: Vec<_> = self.swarm.listeners().cloned().collect();
-        let confirmed = self.observed.believed();
+        let confirmed = self.observations.confirmed();
         let wanted = if announced.is_empty() { confirmed } else { &announced };
-        let told: Vec<_> = self.swarm.external_addresses().cloned().collect();
-        for gone in told.iter().filter(|address| !wanted.contains(address)) {
-            self.swarm.remove_external_address(gone);
+        let external: Vec<_> = self.swarm.external_addresses().cloned().collect();
+        for old in external.iter().filter(|address| !wanted.contains(address)) {
+            self.swarm.remove_external_address(old);
         }
-        for come in wanted.iter().filter(|address| !told.contains(address)) {
-            self.swarm.add_external_address(come.clone());
+        for new in wanted.iter().filter(|address| !external.contains(address)) {
+            self.swarm.add_external_address(new.clone());
         }
 
         let known =
@@ -283,51 +289,51 @@ impl Node {
         }
     }
 
-    /// Whether peers agree on another address than before, and what follows.
-    fn look_at_observed(&mut self, now: Instant) {
-        // While it drains it listens nowhere, and nobody is to come.
-        if self.relay().is_draining() || !self.observed.look(now) {
+    /// Updates the relay's addresses if the confirmed ones have changed.
+    fn update_confirmed(&mut self, now: Instant) {
+        // A draining relay listens nowhere.
+        if self.relay().is_draining() || !self.observations.update(now) {
             return;
         }
-        for address in self.observed.believed() {
-            log::info!("peers of several networks reached it at {address}");
+        for address in self.observations.confirmed() {
+            log::info!(
+                "address confirmed: peers of several networks reached the relay at {address}"
+            );
         }
-        self.tell_addresses(true);
+        self.update_addresses(true);
     }
 
-    /// The subnets of the proxies in front of the relay, instead of those named before.
+    /// Replaces the subnets of the proxies in front of the relay.
     ///
-    /// A connection from there begins with a PROXY protocol header, version 1 or 2, and counts as
-    /// the client's that the header names; without one it is closed. At most
-    /// [`Limits::max_handshakes`] wait for theirs, beside those in their handshakes.
+    /// A connection from there has to begin with a PROXY protocol header, version 1 or 2, and counts under the client
+    /// that the header names; without a header it is closed. At most [`Limits::max_handshakes`] wait for their headers,
+    /// not counting those in their handshakes.
     pub fn set_proxies(&mut self, subnets: Vec<IpNet>) {
         self.proxies.set(subnets);
     }
 
-    /// The certificate that connections to `/tls/ws` see from now on; those that are open stay.
-    ///
-    /// Without one [`Node::listen_on`] takes no such address.
+    /// Replaces the certificate of `/tls/ws` for new connections. [`Node::listen_on`] takes such an address only with a
+    /// certificate.
     #[cfg(feature = "websocket")]
     pub fn set_certificate(&mut self, certificate: Certificate) {
         self.certificate_not_after = Some(certificate.validity().not_after);
         self.presented.set(certificate);
     }
 
-    /// When the certificate expires that connections to `/tls/ws` see.
+    /// When the certificate of `/tls/ws` expires.
     pub fn certificate_not_after(&self) -> Option<SystemTime> {
         self.certificate_not_after
     }
 
-    /// Tells clients whether they can be reached from outside, by dialing them: AutoNAT, versions 1
-    /// and 2. It holds for connections to come.
+    /// Serves AutoNAT, versions 1 and 2, on new connections: tells clients whether they can be reached, by dialing
+    /// them.
     ///
-    /// A client is dialed at the IP address that its connection comes from and at no other, 12 times
-    /// a minute at most, its address 120 times, and all clients together 600 times; and only where
-    /// that address is global, unless `private` says otherwise, as tests do.
+    /// Dials a client only at the IP address of its connection, and only if that is global or `private` is true, as in
+    /// tests. Dials a client at most 12 times a minute, its address 120 times, and all clients together 600 times.
     ///
     /// # Errors
     ///
-    /// When the secure channels for it cannot be made.
+    /// When the secure channels for dialing cannot be created.
     #[cfg(feature = "autonat")]
     pub fn serve_autonat(&mut self, private: bool) -> Result<()> {
         let autonat = AutoNat::new(private).context("AutoNAT cannot dial")?;
@@ -335,8 +341,7 @@ impl Node {
         Ok(())
     }
 
-    /// Joins a DHT as a server, so that those who walk it find the relay. To be called before
-    /// [`Node::listen_on`].
+    /// Joins a DHT as a server, so that clients find the relay in it. Call it before [`Node::listen_on`].
     #[cfg(feature = "dht")]
     pub fn join(&mut self, dht: dht::Config) {
         let dht = Dht::new(self.peer_id(), dht);
@@ -345,7 +350,7 @@ impl Node {
         parts.dht = Some(Boxed::new(dht)).into();
     }
 
-    /// Who the relay is.
+    /// The relay's peer id.
     pub fn peer_id(&self) -> PeerId {
         *self.swarm.local_peer_id()
     }
@@ -355,44 +360,42 @@ impl Node {
         &self.swarm.behaviour().relay.relay
     }
 
-    /// The relay's behaviour, to give orders to; but see [`Node::set_config`].
+    /// The relay's behaviour, mutably. To replace its configuration use [`Node::set_config`].
     pub fn relay_mut(&mut self) -> &mut Behaviour {
         &mut self.swarm.behaviour_mut().relay.relay
     }
 
-    /// What waits in it to be read by a peer, or to be taken by one.
+    /// How many bytes are buffered for streams.
     pub fn buffered(&self) -> Buffered {
         self.multiplex.memory().buffered()
     }
 
-    /// The address that holds the most of each resource that all share.
+    /// The address that holds the most of each shared resource.
     pub(crate) fn busiest(&self) -> [(&'static str, Option<Busiest>); 5] {
-        let (relay, [connections, handshakes]) =
-            (self.relay(), self.swarm.behaviour().relay.busiest());
+        let relay = self.relay();
+        let [connections, handshakes] = self.swarm.behaviour().relay.limits.busiest();
         [
             ("slots", relay.reservations().quota().busiest()),
             ("circuits", relay.circuits().quota().busiest()),
             ("connections", connections),
             ("handshakes", handshakes),
-            ("streams", self.multiplex.commons().busiest()),
+            ("streams", self.multiplex.shared_pool().busiest()),
         ]
     }
 
-    /// The addresses it can be reached at.
+    /// The addresses that the relay listens on.
     pub fn listeners(&self) -> impl Iterator<Item = &Multiaddr> {
         self.swarm.listeners()
     }
 
-    /// Listens on an address: `/ip4/…/tcp/…` or `/ip6/…/tcp/…`, with `/ws` or `/tls/ws` behind it
-    /// for WebSocket.
+    /// Listens on an address: `/ip4/…/tcp/…` or `/ip6/…/tcp/…`, followed by `/ws` or `/tls/ws` for WebSocket.
     ///
-    /// Port 0 stands for any free one, `0.0.0.0` and `::` for all addresses of the machine; what
-    /// comes of it is told as [`NodeEvent::Listening`].
+    /// Port 0 is any free one, `0.0.0.0` and `::` are all addresses of the machine. A [`NodeEvent::Listening`] reports
+    /// each address that results.
     ///
     /// # Errors
     ///
-    /// When the socket cannot be bound, or the address is no such address; and when it is `/tls/ws`,
-    /// and there is no certificate.
+    /// When the address has another form, is `/tls/ws` without a certificate, or the socket cannot be bound.
     pub fn listen_on(&mut self, address: Multiaddr) -> io::Result<()> {
         match self.swarm.listen_on(address.clone()) {
             Ok(id) => {
@@ -401,32 +404,33 @@ impl Node {
             }
             Err(TransportError::Other(error)) => Err(error),
             Err(TransportError::MultiaddrNotSupported(address)) => {
-                let problem = multiaddr::unsupported(&address, false).unwrap_or("no such address");
+                let problem =
+                    multiaddr::unsupported(&address, false).unwrap_or("address is not supported");
                 Err(io::Error::new(io::ErrorKind::Unsupported, problem))
             }
         }
     }
 
-    /// Stops listening, and lets go of everyone: [`Behaviour::drain`].
+    /// Stops listening and closes all connections within that time: [`Behaviour::drain`].
     pub fn drain(&mut self, over: Duration) {
         for (id, _) in &self.listeners {
             self.swarm.remove_listener(*id);
         }
         self.relay_mut().drain(over);
         #[cfg(feature = "dht")]
-        self.rest(true);
+        self.set_dht_paused(true);
     }
 
-    /// Listens again where it did before [`Node::drain`], and takes clients in.
+    /// Ends a [`Node::drain`]: listens on the same addresses again, and admits clients.
     ///
     /// # Errors
     ///
-    /// When it cannot listen there any more: then it goes on draining.
+    /// When one of the addresses cannot be bound any more. The node keeps draining then.
     pub fn resume(&mut self) -> io::Result<()> {
-        let before = std::mem::take(&mut self.listeners);
-        for (_, address) in &before {
+        let closed = std::mem::take(&mut self.listeners);
+        for (_, address) in &closed {
             if let Err(error) = self.listen_on(address.clone()) {
-                for (id, _) in std::mem::replace(&mut self.listeners, before) {
+                for (id, _) in std::mem::replace(&mut self.listeners, closed) {
                     self.swarm.remove_listener(id);
                 }
                 return Err(error);
@@ -434,24 +438,24 @@ impl Node {
         }
         self.relay_mut().resume();
         #[cfg(feature = "dht")]
-        self.rest(false);
+        self.set_dht_paused(false);
         Ok(())
     }
 
-    /// After a drain it listens on the same port again, also where that was any free one.
-    fn keep_port(&mut self, listener: ListenerId, bound: &Multiaddr) {
-        let asked = self.listeners.iter_mut().find(|(id, _)| *id == listener);
-        if let Some((_, asked)) = asked
+    /// Records the port that a listener was bound to, so that [`Node::resume`] binds the same one in place of port 0.
+    fn record_port(&mut self, listener: ListenerId, bound: &Multiaddr) {
+        let address = self.listeners.iter_mut().find(|(id, _)| *id == listener);
+        if let Some((_, address)) = address
             && let Some((socket, _)) = multiaddr::listen_address(bound)
         {
-            *asked = multiaddr::with_port(asked, socket.port());
+            *address = multiaddr::with_port(address, socket.port());
         }
     }
 
     #[cfg(feature = "dht")]
-    fn rest(&mut self, resting: bool) {
+    fn set_dht_paused(&mut self, is_paused: bool) {
         if let Some(dht) = self.swarm.behaviour_mut().dht.as_mut() {
-            dht.rest(resting);
+            dht.set_paused(is_paused);
         }
     }
 
@@ -461,19 +465,19 @@ impl Node {
         counters.connection_counters().num_established() as usize
     }
 
-    /// Runs the relay until something happens that its owner may want to know.
+    /// Runs the relay until its next event.
     pub async fn next(&mut self) -> NodeEvent {
         loop {
             let event = self.swarm.select_next_some().await;
-            let told = self.handle(event);
-            self.look_at_observed(Instant::now());
-            if let Some(event) = told {
+            let event = self.on_event(event);
+            self.update_confirmed(Instant::now());
+            if let Some(event) = event {
                 return event;
             }
         }
     }
 
-    fn handle(&mut self, event: SwarmEvent<PartsEvent>) -> Option<NodeEvent> {
+    fn on_event(&mut self, event: SwarmEvent<PartsEvent>) -> Option<NodeEvent> {
         match event {
             SwarmEvent::Behaviour(PartsEvent::Relay(event)) => {
                 return Some(NodeEvent::Relay(event));
@@ -481,36 +485,35 @@ impl Node {
             SwarmEvent::Behaviour(PartsEvent::Identify(identified)) => {
                 self.on_identified(identified);
             }
-            // The addresses of the machine's containers come and go, and are of no use to a client:
-            // not worth waking every phone.
+            // Pushes only global addresses: those of the machine's containers change often, and clients cannot dial them.
             SwarmEvent::NewListenAddr { address, listener_id } => {
-                self.keep_port(listener_id, &address);
-                self.tell_addresses(address::is_global(&address));
+                self.record_port(listener_id, &address);
+                self.update_addresses(address::is_global(&address));
                 return Some(NodeEvent::Listening(address));
             }
             SwarmEvent::ExpiredListenAddr { address, .. } => {
-                self.tell_addresses(address::is_global(&address));
+                self.update_addresses(address::is_global(&address));
                 return Some(NodeEvent::NotListening(address));
             }
             SwarmEvent::ListenerClosed { addresses, .. } => {
-                self.tell_addresses(false);
+                self.update_addresses(false);
                 for address in addresses {
                     log::info!("no longer listening on {address}");
                 }
             }
             SwarmEvent::ListenerError { error, .. } => {
-                log::error!("connections cannot be accepted, trying again: {error}");
+                log::error!("accepting connections failed, trying again: {error}");
             }
             SwarmEvent::IncomingConnectionError { send_back_addr: address, error, .. } => {
                 if let Some(reason) = denied(&error) {
                     log::debug!("connection denied: {address}: {reason}");
                     return Some(NodeEvent::ConnectionDenied { address, reason });
                 }
-                let error = anyhow::Error::from(error); // it shows its causes
+                let error = anyhow::Error::from(error); // {:#} shows its sources
                 log::debug!("connection failed: {address}: {error:#}");
             }
             SwarmEvent::ConnectionEstablished { peer_id, connection_id, endpoint, .. } => {
-                if let Some(signs) = self.traffic.claim(&endpoint) {
+                if let Some(signs) = self.counters.take(&endpoint) {
                     self.relay_mut().listen_to(connection_id, signs);
                 }
                 let address = endpoint.get_remote_address();
@@ -518,7 +521,7 @@ impl Node {
             }
             SwarmEvent::ConnectionClosed { peer_id, connection_id, endpoint, cause, .. } => {
                 let from = endpoint.get_remote_address();
-                self.observed.closed(connection_id, from, Instant::now());
+                self.observations.on_connection_closed(connection_id, from, Instant::now());
                 let cause = cause.map_or("closed by the relay".into(), |cause| cause.to_string());
                 log::debug!("connection {connection_id} closed: peer {peer_id}: {cause}");
                 return Some(NodeEvent::ConnectionClosed);
@@ -535,30 +538,30 @@ impl Node {
         if let Some(serves) = info.supports_dht
             && let Some(dht) = self.swarm.behaviour_mut().dht.as_mut()
         {
-            dht.hear(identified.peer, serves, &info.listening);
+            dht.on_identified(identified.peer, serves, &info.listening);
         }
         if let Some(observed) = info.observed {
-            self.reported(connection, observed);
+            self.on_observed(connection, observed);
         }
     }
 
-    /// A peer says under which address it reached the relay.
-    fn reported(&mut self, connection: ConnectionId, address: Multiaddr) {
+    /// Handles the address at which a peer reached the relay.
+    fn on_observed(&mut self, connection: ConnectionId, address: Multiaddr) {
         let (peer, now) = (self.peer_id(), Instant::now());
         let relay = &self.swarm.behaviour().relay.relay;
         if let Some(up) = relay.connections().get(connection) {
             let listening = self.swarm.listeners();
-            self.observed.say(connection, &up.origin, &address, peer, listening, now);
+            self.observations.add(connection, &up.origin, &address, peer, listening, now);
         }
         self.relay_mut().reported(connection, address);
     }
 }
 
-/// Why we denied the connection, if we did.
+/// Why the relay denied a connection; `None` if it failed for another reason.
 fn denied(error: &ListenError) -> Option<Denied> {
     match error {
         ListenError::Denied { cause } => cause.downcast_ref().copied(),
-        ListenError::Transport(TransportError::Other(error)) => Denied::behind(error).copied(),
+        ListenError::Transport(TransportError::Other(error)) => Denied::cause_of(error).copied(),
         _ => None,
     }
 }
@@ -569,7 +572,7 @@ mod tests {
 
     use super::*;
 
-    /// What a plain connection carries around for there being others.
+    /// The type of a connection is an enum of both; the larger variant must not make the other one larger.
     #[cfg(feature = "websocket")]
     #[test]
     fn a_connection_over_tcp_is_as_small_as_without_websocket() {
@@ -579,13 +582,13 @@ mod tests {
         };
 
         type Socket = <Tcp as Transport>::Output;
-        type Plain = ReadAhead<Socket>;
-        type Below = Map<Tcp, fn(Socket, ConnectedPoint) -> Joined<Plain>>;
+        type Plain = ReadBuffer<Socket>;
+        type Below = Map<Tcp, fn(Socket, ConnectedPoint) -> WriteCoalescing<Plain>>;
         type OverWebSocket = UntilEnd<<WebSocket<Below> as Transport>::Output>;
         assert_eq!(size_of::<Either<Plain, OverWebSocket>>(), size_of::<Plain>());
     }
 
-    /// A connection has it once, on the heap.
+    /// The handlers of all behaviours take one allocation per connection.
     #[test]
     fn the_handlers_of_a_connection_are_small() {
         let identify = size_of::<THandler<Identify>>();

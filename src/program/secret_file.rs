@@ -4,13 +4,12 @@ use std::io::{self, Read};
 
 use zeroize::Zeroizing;
 
-/// `read_to_end` looks for the end of a file in spare capacity of this many bytes at least, and grows
-/// the buffer if there is less.
+/// `read_to_end` needs this many bytes of spare capacity to find the end of a file, and otherwise grows the buffer.
 const SPARE: usize = 64;
 
-/// Reads `file` to its end, at most `limit` bytes, into a buffer that is wiped when it is dropped.
+/// Reads at most `limit` bytes of `file` into a buffer that is zeroed when it is dropped.
 ///
-/// The buffer has room for `limit` from the start, because a buffer that grows leaves copies on the heap.
+/// The buffer has its full capacity from the start: one that grows would leave copies on the heap.
 ///
 /// # Errors
 ///
@@ -36,7 +35,7 @@ mod tests {
 
     #[cfg(target_os = "linux")]
     #[test]
-    fn the_buffer_is_wiped_when_it_is_dropped() {
+    fn the_buffer_is_zeroed_when_it_is_dropped() {
         use std::{fs::File, os::unix::fs::FileExt};
 
         let secret = [7; 1000];

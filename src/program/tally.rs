@@ -1,4 +1,4 @@
-//! What of an event is counted: the same for the log's summary, the metrics and the status.
+//! How events are counted: the same for the log summary, the metrics and the status.
 
 use libp2p::{Multiaddr, PeerId};
 
@@ -9,22 +9,22 @@ use crate::{address::ClientPrefix, event::Event};
 #[derive(Debug)]
 pub struct Tally<'a> {
     pub what: What,
-    /// The reason in a few words, the same for all cases of it.
+    /// The reason in a few words: one of a fixed set.
     pub why: &'static str,
     /// The client prefix that it is counted under.
     pub prefix: Option<ClientPrefix>,
-    /// Which peer's request was refused, and the address of its connection.
+    /// The peer whose request was refused, and the address of its connection.
     pub client: Option<(PeerId, &'a Multiaddr)>,
 }
 
-/// What happened, by its names.
+/// The kind of an event, with its name in each place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct What {
-    /// In the log's summary.
+    /// In the log summary.
     pub log: &'static str,
     /// In `/status.json`.
     pub json: &'static str,
-    /// Value of the label `request` of a metric; only requests have it.
+    /// The label `request` of a metric; `None` if it is not a request.
     pub metric: Option<&'static str>,
 }
 
@@ -32,7 +32,7 @@ pub const CONNECTION: What = what("connections denied", "connection", None);
 pub const RESERVE: What = what("reservations refused", "RESERVE", Some("RESERVE"));
 pub const CONNECT: What = what("circuits refused", "CONNECT", Some("CONNECT"));
 pub const REQUEST: What = what("requests rejected", "request", Some("unreadable"));
-pub const PEER: What = what("peers judged silent", "peer", None);
+pub const PEER: What = what("peers timed out", "peer", None);
 pub const SLOT: What = what("slots freed", "slot", None);
 
 const fn what(log: &'static str, json: &'static str, metric: Option<&'static str>) -> What {
@@ -40,7 +40,7 @@ const fn what(log: &'static str, json: &'static str, metric: Option<&'static str
 }
 
 impl<'a> Tally<'a> {
-    /// How this event is counted; `None`: it is not.
+    /// How this event is counted; `None` if it is not.
     pub fn of(event: &'a NodeEvent) -> Option<Self> {
         let (what, why, peer, address) = match event {
             NodeEvent::ConnectionDenied { address, reason } => {
@@ -56,7 +56,7 @@ impl<'a> Tally<'a> {
                 (REQUEST, "not understood", Some(*peer), address)
             }
             NodeEvent::Relay(Event::PeerSilent { address, .. }) => {
-                (PEER, "no sign of life when asked", None, address)
+                (PEER, "no answer to a probe", None, address)
             }
             NodeEvent::Relay(Event::ReservationFreed { billed_to: prefix, reason, .. }) => {
                 let why = reason.kind();

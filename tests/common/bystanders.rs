@@ -271,7 +271,7 @@ async fn pass(from: &mut Stream, to: &mut Stream) {
 /// What the relay logs by default, but for what it sums up each minute or says only once: panics,
 /// and all that is above debug.
 fn loud(relay: &Relay) -> Vec<String> {
-    let quiet = [" DEBUG relaylet", " within a minute: ", "this is said once"];
+    let quiet = [" DEBUG relaylet", " within a minute: ", "this is logged once"];
     let mut log = relay.log();
     log.retain(|line| !quiet.iter().any(|words| line.contains(words)));
     log

@@ -86,7 +86,7 @@ async fn two_minutes_of_thirty_percent_loss_cost_nobody_its_slot() {
     are_unharmed(&clients, &there, &relay).await;
     // Since it takes so long anyway: what the log says once a minute.
     let summed_up = "circuits refused within a minute: 1: the target holds no live reservation";
-    let most = format!("{summed_up}; most of {}: 1", there.address);
+    let most = format!("{summed_up}; most from {}: 1", there.address);
     relay.wait_for_log(&most).await;
 }
 
@@ -251,7 +251,7 @@ async fn a_relay_behind_a_router_learns_its_address_from_its_clients() {
     let relay = router.relay_behind(&[]);
     let reached = format!("/ip4/{}/tcp/4001", router.address);
     let address = format!("{reached}/p2p/{}", relay.peer).parse().unwrap();
-    let learnt = format!("reached it at {reached}");
+    let learnt = format!("reached the relay at {reached}");
     let mut clients = Vec::new();
     for _ in 0..4 {
         assert!(!says(&relay, &learnt), "with {} clients", clients.len());

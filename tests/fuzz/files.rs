@@ -4,7 +4,7 @@ use std::{cell::RefCell, ffi::OsString, fs, path::PathBuf};
 
 use libp2p::identity::Keypair;
 use proptest::{collection::vec, prelude::*, sample::select};
-use relaylet::program::cli::{flags::Flags, identity::load_or_make, load::Stop};
+use relaylet::program::cli::{flags::Flags, identity::load_or_create, load::Exit};
 use tempfile::TempDir;
 
 thread_local! {
@@ -30,11 +30,11 @@ fn is_one_line_about(line: &str, file: &str) {
 /// Takes `bytes` for a key file.
 pub fn check_identity(bytes: &[u8]) {
     let file = file_with(bytes);
-    let loaded = load_or_make(&file);
+    let loaded = load_or_create(&file);
     assert_eq!(fs::read(&file).expect("it is there"), bytes);
     match loaded {
         Ok(identity) => {
-            assert_eq!(identity.new, None);
+            assert_eq!(identity.created, None);
             let public = identity.keypair.public();
             let again = identity.keypair.to_protobuf_encoding().expect("a key");
             let again = Keypair::from_protobuf_encoding(&again).expect("a key");
@@ -65,7 +65,7 @@ pub fn check_swarm_key(bytes: &[u8]) {
     }
 }
 
-fn flags(arguments: &[&str]) -> Result<Flags, Stop> {
+fn flags(arguments: &[&str]) -> Result<Flags, Exit> {
     let program = ["relaylet"].iter().chain(arguments);
     Flags::read(program.map(OsString::from), [])
 }
@@ -76,17 +76,17 @@ pub fn check_config(bytes: &[u8]) {
     let named = file.to_str().expect("text");
     let read = match flags(&["--config", named]) {
         Ok(read) => read,
-        Err(Stop::Usage(line)) => {
+        Err(Exit::Usage(line)) => {
             let control = line.chars().find(|char| char.is_control());
             assert_eq!(control, None, "{line:?}");
             assert!(!line.is_empty());
             return;
         }
-        Err(Stop::Asked(what)) => panic!("nobody asked: {what}"),
+        Err(Exit::Print(what)) => panic!("nobody asked: {what}"),
     };
     assert_eq!(read.config().validate(), Ok(()));
     let print = || match flags(&["--print-config", "--config", named]) {
-        Err(Stop::Asked(printed)) => printed,
+        Err(Exit::Print(printed)) => printed,
         other => panic!("it was asked for: {other:?}"),
     };
     let printed = print();
@@ -94,7 +94,7 @@ pub fn check_config(bytes: &[u8]) {
     let again = flags(&["--config", named]);
     let again = again.unwrap_or_else(|stop| panic!("{stop:?}\n{printed}"));
     assert_eq!(again.settings(), read.settings(), "{printed}");
-    assert_eq!(again.differ_in(&read), Ok(vec![]));
+    assert_eq!(again.differing(&read), Ok(vec![]));
     assert_eq!(print(), printed);
 }
 

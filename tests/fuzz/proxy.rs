@@ -2,27 +2,27 @@
 
 use proptest::{collection::vec, prelude::*, sample::select};
 use proxy_header::{ProxiedAddress, ProxyHeader};
-use relaylet::program::net::admission::proxy_header::{LONGEST, NoHeader, parse};
+use relaylet::program::net::admission::proxy_header::{HeaderError, MAX_LENGTH, parse};
 
 /// Takes `bytes` for what comes first on a connection: what it is taken for once there is enough of
 /// it stays so, however it was cut.
 pub fn check(bytes: &[u8]) {
     let mut said = Ok(None);
-    for there in 0..=bytes.len().min(LONGEST + 8) {
+    for there in 0..=bytes.len().min(MAX_LENGTH + 8) {
         let now = parse(&bytes[..there]);
         match said {
             Ok(None) => said = now,
             decided => assert_eq!(now, decided, "after {there} bytes"),
         }
-        assert!(said != Ok(None) || there < LONGEST, "it waits for ever");
+        assert!(said != Ok(None) || there < MAX_LENGTH, "it waits for ever");
     }
     assert_eq!(parse(bytes), said);
     let Ok(Some(header)) = said else {
-        let too_early = [NoHeader::Ended, NoHeader::Late].map(Err);
-        assert!(!too_early.contains(&said), "nothing ended, no time is over");
+        let too_early = [HeaderError::Truncated, HeaderError::TimedOut].map(Err);
+        assert!(!too_early.contains(&said), "a parser has neither an end nor a time limit");
         return;
     };
-    assert!(header.length <= LONGEST.min(bytes.len()));
+    assert!(header.length <= MAX_LENGTH.min(bytes.len()));
     let Some(client) = header.client else {
         return;
     };

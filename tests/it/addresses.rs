@@ -130,7 +130,7 @@ async fn what_peers_of_four_networks_say_is_pushed_and_in_the_next_reservation()
     observers.push(Observer::connect(&relay, fourth, &reached).await);
     let told = client.told().await;
     assert!(told.contains(&reached), "{told:?}");
-    relay.wait_for_log(&format!("reached it at {reached}")).await;
+    relay.wait_for_log(&format!("reached the relay at {reached}")).await;
     let expected = [format!("{reached}/p2p/{}", relay.peer), listening];
     assert_eq!(client.reserve().await, expected);
     let newcomer = Client::connect(&relay).await.told().await;

@@ -80,7 +80,7 @@ fn the_environment_is_read_as_flags_are_where_none_is_given() {
     let (line, status) = print("RELAYLET_GRACE", "soon", &[]);
     assert_eq!(status, Some(2));
     assert!(line.starts_with("relaylet: RELAYLET_GRACE: "), "{line}");
-    assert!(line.contains("\"soon\" is no duration; try 30s"), "{line}");
+    assert!(line.contains("\"soon\" is not a duration; try 30s"), "{line}");
     // Also one that a flag hides, for it would hold without the flag.
     let (line, status) = print("RELAYLET_GRACE", "soon", &["--grace=1s"]);
     assert_eq!(status, Some(2));
@@ -93,11 +93,11 @@ fn the_environment_is_read_as_flags_are_where_none_is_given() {
     assert!(file.contains("deny-subnet = [\"192.0.2.0/24\"]"), "{file}");
     let (line, status) = print("RELAYLET_ALLOW_PEERS", "12D3KooW", &[]);
     assert_eq!(status, Some(2));
-    let told = "relaylet: RELAYLET_ALLOW_PEERS: there is no such setting; try RELAYLET_ALLOW_PEER";
+    let told = "relaylet: RELAYLET_ALLOW_PEERS: unknown setting; try RELAYLET_ALLOW_PEER";
     assert_eq!(line.trim(), told);
     let (line, status) = print("RELAYLET_MAX_CONNECTIONS", "0", &[]);
     assert_eq!(status, Some(2));
-    let told = "relaylet: RELAYLET_MAX_CONNECTIONS: --max-connections 0: lets nobody in";
+    let told = "relaylet: RELAYLET_MAX_CONNECTIONS: --max-connections 0: admits no connection";
     assert!(line.starts_with(told), "{line}");
 }
 
@@ -107,7 +107,7 @@ fn a_wrong_value_in_the_file_is_an_error_also_where_a_flag_hides_it() {
     let output = command(&folder, &["--grace=1s", "--print-config"]).output().unwrap();
     assert_eq!(output.status.code(), Some(2));
     let line = String::from_utf8(output.stderr).unwrap();
-    assert!(line.contains(":1: --grace: \"soon\" is no duration"), "{line}");
+    assert!(line.contains(":1: --grace: \"soon\" is not a duration"), "{line}");
 }
 
 #[test]
@@ -125,20 +125,20 @@ fn what_is_printed_is_a_file_that_means_the_same() {
 #[test]
 fn what_is_wrong_is_one_line_with_the_file_the_line_and_the_remedy() {
     for (file, said) in [
-        ("\ngrase = \"1s\"", "relaylet.toml:2: grase: there is no such setting; try grace"),
-        ("grace = \"soon\"", "\"soon\" is no duration; try 30s"),
+        ("\ngrase = \"1s\"", "relaylet.toml:2: grase: unknown setting; try grace"),
+        ("grace = \"soon\"", "\"soon\" is not a duration; try 30s"),
         ("\ngrace = \"soon\"", "relaylet.toml:2: "),
         ("grace = []", "relaylet.toml:1: grace: takes a text"),
         (
             "deny-peer = [\n \"12D3KooWPGM3wYKMsTHGEqbhcBft6cPjA2F3rQmyWTEDD3wCGS1g\",\n \"al\"]",
             "relaylet.toml:3: ",
         ),
-        ("max-reservations = -1", "\"-1\" is no number"),
+        ("max-reservations = -1", "\"-1\" is not a whole number"),
         (
             "\nannounce = \"/dns4/a/tcp/1/p2p/12D3KooWPGM3wYKMsTHGEqbhcBft6cPjA2F3rQmyWTEDD3wCGS1g\"",
             "relaylet.toml:2: --announce: ",
         ),
-        ("drain = \"2y\"", "relaylet.toml:1: --drain: is over a year"),
+        ("drain = \"2y\"", "relaylet.toml:1: --drain: longer than a year"),
         ("max-circuits-per-peer = 70000", "relaylet.toml:1: --max-circuits-per-peer: "),
         (
             "max-circuits-per-peer = 32\nmax-buffered = \"35MiB\"",
@@ -153,7 +153,7 @@ fn what_is_wrong_is_one_line_with_the_file_the_line_and_the_remedy() {
         ("deny-subnet = [\"192.0.2.1/24\"]", "try 192.0.2.0/24"),
         ("threads = 0", "relaylet.toml:1: --threads 0: try 1"),
         // Names and values may have anything in them.
-        (r#""\nsweep" = 1"#, r"relaylet.toml:1: \nsweep: there is no such setting; try sweep"),
+        (r#""\nsweep" = 1"#, r"relaylet.toml:1: \nsweep: unknown setting; try sweep"),
         (r#"grace = "\u001b[2J""#, r"relaylet.toml:1: "),
     ] {
         let (out, errors, status) = run(&folder_with(file), &[]);
@@ -189,7 +189,7 @@ async fn limits_and_rules_change_with_sighup_and_no_connection_is_dropped() {
     relay.signal("HUP");
     relay.wait_for_log("SIGHUP: changed: max-reservations, deny-peer").await;
     relay.wait_for_log("SIGHUP: max-reservations: 1 → 2").await;
-    relay.wait_for_log("SIGHUP: threads holds from the next start on").await;
+    relay.wait_for_log("SIGHUP: threads requires a restart").await;
     bob.reserve().await;
     // On the connections that they had.
     assert_eq!(alice.ask(&reserve()).await.status, PERMISSION_DENIED);
@@ -218,7 +218,7 @@ async fn what_a_file_said_can_be_taken_back_while_a_circuit_goes_on() {
     let changed = "SIGHUP: changed: announce, reserve-rate, connect-rate, deny-peer";
     let line = relay.wait_for_log(changed).await;
     assert!(line.ends_with(changed), "{line}");
-    relay.wait_for_log("SIGHUP: http holds from the next start on").await;
+    relay.wait_for_log("SIGHUP: http requires a restart").await;
     assert!(!relay.log().iter().any(|line| line.contains("SIGHUP: listen")));
     let told = bob.reserve().await.reservation.unwrap().addrs;
     assert!(told.len() == 1, "{told:?}");
@@ -237,7 +237,7 @@ async fn what_a_file_said_can_be_taken_back_while_a_circuit_goes_on() {
     // Without the file nothing changes.
     fs::remove_file(relay.folder.path().join(NAME)).unwrap();
     relay.signal("HUP");
-    relay.wait_for_log("SIGHUP: nothing has changed: --config relaylet.toml: ").await;
+    relay.wait_for_log("SIGHUP: keeping the previous settings: --config relaylet.toml: ").await;
     carol.reserve().await;
 }
 
@@ -247,7 +247,8 @@ async fn a_file_that_is_wrong_changes_nothing_and_the_relay_says_so() {
     let mut alice = Client::connect(&relay).await;
     write(&relay.folder, "max-reservations = 1\nprobe = \"1h\"\n");
     relay.signal("HUP");
-    let line = relay.wait_for_log("SIGHUP: nothing has changed: relaylet.toml:2: --probe").await;
+    let line =
+        relay.wait_for_log("SIGHUP: keeping the previous settings: relaylet.toml:2: --probe").await;
     assert!(line.contains("ERROR"), "{line}");
     write(&relay.folder, "max-reservations = 1\nmax-buffered = \"8MiB\"\n");
     relay.signal("HUP");
@@ -260,6 +261,6 @@ async fn a_file_that_is_wrong_changes_nothing_and_the_relay_says_so() {
 async fn without_a_file_sighup_changes_nothing() {
     let relay = Relay::start(&[]);
     relay.signal("HUP");
-    relay.wait_for_log("SIGHUP: there is no file to read again").await;
+    relay.wait_for_log("SIGHUP: no file to reload").await;
     Client::connect(&relay).await.reserve().await;
 }

@@ -27,16 +27,16 @@ fn bad_usage_is_one_line_with_the_remedy() {
     for (arguments, said) in [
         (
             &["--dht", "--bootstrap=/ip4/127.0.0.1/tcp/1"][..],
-            "--bootstrap /ip4/127.0.0.1/tcp/1: says where and not who; put the node's id behind it",
+            "--bootstrap /ip4/127.0.0.1/tcp/1: lacks the node's peer id; add it at the end",
         ),
         (&["--dht", "--bootstrap=127.0.0.1:1"], "--bootstrap"),
         (&["--dht", "--bootstrap", &quic], "this relay dials TCP"),
         (&["--dht", "--bootstrap", &text], "_dnsaddr"),
-        (&["--bootstrap", &node], "is for a DHT; add --dht"),
+        (&["--bootstrap", &node], "has no effect without a DHT; add --dht"),
         (&["--dht", "--bootstrap"], "--bootstrap"),
         (
             &["--dht", "--dht-protocol=kad"],
-            "--dht-protocol \"kad\": is no protocol; try /ipfs/kad/1.0.0",
+            "--dht-protocol \"kad\": not a protocol; try /ipfs/kad/1.0.0",
         ),
         (&["--dht", "--dht-protocol=/a b"], "--dht-protocol"),
         (&["--dht", "--idle-timeout=0s"], "--idle-timeout 0s"),
@@ -103,7 +103,7 @@ async fn a_node_that_cannot_be_reached_delays_nothing_and_is_joined_once_it_is_t
     let node = Relay::start_in(folder, &["--dht", "--listen", &listen.to_string()]);
     let relays_peer = format!("joined the DHT {KAD} at peer {}", relay.peer);
     node.wait_for_log(&relays_peer).await;
-    relay.wait_for_log("is there again").await;
+    relay.wait_for_log("answers again").await;
     let nodes_peer = format!("joined the DHT {KAD} at peer {}", node.peer);
     relay.wait_for_log(&nodes_peer).await;
 }

@@ -18,7 +18,7 @@ async fn sigterm_closes_who_carries_no_circuit_and_leaves_circuits_their_time() 
     carol.reserve().await;
     let (mut there, mut back) = circuit(&mut alice, &mut bob).await;
     relay.signal("TERM");
-    relay.wait_for_log("SIGTERM: draining for 8s, then ending").await;
+    relay.wait_for_log("SIGTERM: draining for 8s, then exiting").await;
     carol.wait_for_connections(0).await;
     // The circuit goes on until the time is over.
     there.write_all(b"still here").await.unwrap();
@@ -26,7 +26,7 @@ async fn sigterm_closes_who_carries_no_circuit_and_leaves_circuits_their_time() 
     assert_eq!(read_bytes(&mut back, 10).await, b"still here");
     assert!(read_to_end(&mut back).await.0.is_empty());
     assert!(relay.wait().success());
-    relay.wait_for_log("had circuits to the last").await;
+    relay.wait_for_log("drain timeout reached: closing").await;
 }
 
 #[tokio::test]
@@ -42,7 +42,7 @@ async fn it_ends_when_the_last_circuit_has_ended() {
         assert!(read_to_end(end).await.1.is_ok());
     }
     assert!(relay.wait().success());
-    relay.wait_for_log("ending: nobody is left").await;
+    relay.wait_for_log("exiting: no connections are left").await;
 }
 
 #[tokio::test]
@@ -84,7 +84,7 @@ async fn sigusr1_drains_without_an_end_and_another_one_resumes() {
     let refused = within(tokio::net::TcpStream::connect(("127.0.0.1", port))).await;
     assert!(refused.is_err(), "nobody is taken in");
     relay.signal("USR1");
-    relay.wait_for_log("SIGUSR1: taking clients in again").await;
+    relay.wait_for_log("SIGUSR1: admitting clients again").await;
     // On the port that it was given before.
     assert_eq!(relay.next_address(), relay.address);
     Client::connect(&relay).await.reserve().await;
@@ -98,7 +98,7 @@ async fn it_ends_when_the_last_who_holds_no_slot_is_gone() {
     relay.wait_for_log("draining").await;
     alice.leave().await;
     assert!(relay.wait().success());
-    relay.wait_for_log("ending: nobody is left").await;
+    relay.wait_for_log("exiting: no connections are left").await;
 }
 
 #[tokio::test]
@@ -125,7 +125,7 @@ async fn two_signals_in_one_go_drain_and_resume() {
             let states = states();
             let last = states.last().map_or("", String::as_str);
             match states.len() == before {
-                true if last.contains("taking clients in again") => break,
+                true if last.contains("admitting clients again") => break,
                 true if before > 0 => relay.signal("USR1"),
                 _ => {}
             }
@@ -134,7 +134,7 @@ async fn two_signals_in_one_go_drain_and_resume() {
         }
     })
     .await;
-    assert!(!states().iter().any(|line| line.contains("cannot listen")));
+    assert!(!states().iter().any(|line| line.contains("listening failed")));
     Client::connect(&relay).await.reserve().await;
 }
 

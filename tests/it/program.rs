@@ -90,7 +90,7 @@ fn a_bad_flag_is_one_line_that_names_it() {
         assert!(line.contains(arguments[0].split('=').next().unwrap()), "{line}");
     }
     let line = refused(&["--max-reservation=4"], &[]);
-    assert!(line.contains("there is no such flag; try --max-reservations"), "{line}");
+    assert!(line.contains("unknown flag; try --max-reservations"), "{line}");
     let line = refused(&["--listen=0.0.0.0:4001"], &[]);
     assert!(line.contains("try /ip4/0.0.0.0/tcp/4001"), "{line}");
 }
@@ -159,7 +159,7 @@ async fn the_log_begins_with_who_it_is_where_and_what_a_circuit_may_carry() {
     relay.wait_for_log("can be dialed from the internet").await;
     let log = relay.log();
     let first = |text: &str| log.iter().position(|line| line.contains(text));
-    let (who, key) = (first(&format!("is {}", relay.peer)), first("new identity in /"));
+    let (who, key) = (first(&format!("is {}", relay.peer)), first("identity created: /"));
     let what = first("relays for anyone: 1024 slots, 1024 circuits at a time; a circuit may carry");
     let where_ = first(&format!("listening on {}", relay.address));
     let paste = first(&format!("clients on this machine reach it at {}", relay.address));
@@ -182,7 +182,9 @@ async fn announced_addresses_are_in_the_log_as_clients_need_them_and_need_no_war
     );
     let paste = format!("clients reach it at /dns4/relay.example.org/tcp/4001/p2p/{}", relay.peer);
     relay.wait_for_log(&paste).await;
-    relay.wait_for_log(&format!("and at /ip4/8.8.8.8/tcp/4001/p2p/{}", relay.peer)).await;
+    relay
+        .wait_for_log(&format!("clients also reach it at /ip4/8.8.8.8/tcp/4001/p2p/{}", relay.peer))
+        .await;
     assert!(!relay.log().iter().any(|line| line.contains("WARN")));
 }
 
@@ -199,11 +201,11 @@ async fn settings_that_an_operator_may_regret_are_warned_about_with_the_remedy()
     ]);
     let relay = Relay::run(command, folder);
     for warning in [
-        "RELAYLET_COLOR is ignored",
-        "--announce: clients elsewhere get no use of /ip4/10.0.0.1/tcp/4001 is not global; of /ip4/8.8.8.8/udp",
+        "RELAYLET_COLOR ignored",
+        "--announce: clients on the internet cannot use /ip4/10.0.0.1/tcp/4001 (is not global), /ip4/8.8.8.8/udp",
         "--reservation-ttl 1m: ",
         "--proxy-protocol-from 0.0.0.0/0: any client can claim any address",
-        "MiB that it can have here; lower --max-connections or --max-buffered",
+        "MiB available; lower --max-connections or --max-buffered",
     ] {
         relay.wait_for_log(warning).await;
     }
@@ -281,7 +283,7 @@ fn an_address_in_use_or_not_of_this_machine_is_one_line() {
 async fn the_key_is_made_once_for_its_owner_alone() {
     let relay = Relay::start(&[]);
     let file = relay.folder.path().canonicalize().unwrap().join("relaylet.key");
-    relay.wait_for_log(&format!("new identity in {}", file.display())).await;
+    relay.wait_for_log(&format!("identity created: {}", file.display())).await;
     assert_eq!(fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
     let key = fs::read(&file).unwrap();
     let keypair = Keypair::from_protobuf_encoding(&key).unwrap();
@@ -291,7 +293,7 @@ async fn the_key_is_made_once_for_its_owner_alone() {
     let again = Relay::start_in(relay.kill(), &["--listen", "/ip4/127.0.0.1/tcp/0"]);
     assert_eq!(again.peer, peer);
     assert_eq!(fs::read(&file).unwrap(), key);
-    assert!(!again.log().iter().any(|line| line.contains("new identity")));
+    assert!(!again.log().iter().any(|line| line.contains("identity created")));
 }
 
 #[tokio::test]
@@ -336,7 +338,7 @@ async fn a_key_that_others_can_read_is_a_warning() {
 
 #[tokio::test]
 async fn sigint_and_sigterm_end_it_well() {
-    for (name, said) in [("INT", "ending: SIGINT"), ("TERM", "ending: nobody is left")] {
+    for (name, said) in [("INT", "exiting: SIGINT"), ("TERM", "exiting: no connections are left")] {
         let mut relay = Relay::start(&[]);
         Client::connect(&relay).await.reserve().await;
         relay.signal(name);
@@ -393,7 +395,7 @@ async fn handshakes_are_limited_and_end_after_their_time() {
     let mut silent = by_hand::tcp(&relay).await;
     assert!(!is_served(by_hand::tcp(&relay).await).await);
     until_closed(&mut silent).await;
-    relay.wait_for_log("dropped: it takes too long").await;
+    relay.wait_for_log("exceeded its time limit").await;
     Client::connect(&relay).await.reserve().await;
 }
 
@@ -410,7 +412,7 @@ async fn without_open_files_it_serves_those_it_has_and_waits_for_some_and_says_s
     let (mut there, mut back) = circuit(&mut source, &mut target).await;
 
     let crowd = future::join_all((0..60).map(|_| by_hand::tcp(&relay))).await;
-    let told = "connections cannot be accepted";
+    let told = "accepting connections failed";
     relay.wait_for_log(told).await;
     by_hand::send(&mut there, b"still here").await;
     assert_eq!(read_bytes(&mut back, 10).await, b"still here");

@@ -168,7 +168,7 @@ async fn a_proxy_says_whose_connection_it_brings_over_websocket_too() {
     let mut without = from_proxy(port(&direct)).await;
     without.write_all(REQUEST).await.expect("it is read");
     assert!(heard_until_closed(without).await.is_empty());
-    relay.wait_for_log("--proxy-protocol-from says").await;
+    relay.wait_for_log("or remove its address from --proxy-protocol-from").await;
     connect(&direct).await.reserve().await;
 }
 
@@ -185,7 +185,7 @@ async fn a_header_that_comes_when_nobody_listens_any_more_is_late() {
     late.write_all(&v2("192.0.2.7:1")).await.expect("it is read");
     assert!(heard_until_closed(late).await.is_empty());
     relay.signal("USR1");
-    relay.wait_for_log("taking clients in again").await;
+    relay.wait_for_log("admitting clients again").await;
     connect(&over_websocket).await.reserve().await;
 }
 
@@ -208,13 +208,13 @@ async fn in_tls_the_certificate_of_the_flags_is_shown_and_a_new_one_once_it_is_t
     assert!(!second.is_shown(&secure).await);
 
     second.write(relay.folder.path());
-    relay.wait_for_log("it has changed").await;
+    relay.wait_for_log("changed, reloaded").await;
     assert!(second.is_shown(&secure).await && !first.is_shown(&secure).await);
     connect_in_tls(&secure, &second).await.reserve().await;
 
     third.write(relay.folder.path());
     relay.signal("HUP");
-    relay.wait_for_log("SIGHUP: --tls-cert cert.pem was read again").await;
+    relay.wait_for_log("SIGHUP: --tls-cert cert.pem: reloaded").await;
     assert!(third.is_shown(&secure).await);
     // On the connection that it had, and without TLS.
     open.reserve().await;
@@ -231,23 +231,23 @@ async fn a_bad_certificate_leaves_the_old_one_serving_and_is_told_once() {
     let folder = relay.folder.path();
     let told = || {
         let log = relay.log();
-        log.into_iter().filter(|line| line.contains("goes on serving")).collect::<Vec<_>>()
+        log.into_iter()
+            .filter(|line| line.contains("keeping the previous certificate"))
+            .collect::<Vec<_>>()
     };
 
     fs::write(folder.join("cert.pem"), &second.pem).expect("it can be written");
-    relay.wait_for_log("--tls-key key.pem: is not the key of --tls-cert cert.pem").await;
+    relay.wait_for_log("--tls-key key.pem: not the key of --tls-cert cert.pem").await;
     assert!(first.is_shown(&secure).await);
     fs::remove_file(folder.join("key.pem")).expect("it can be removed");
     relay.wait_for_log("--tls-key key.pem: No such file").await;
     assert!(first.is_shown(&secure).await);
     relay.signal("HUP");
-    relay
-        .wait_for_log("SIGHUP: the certificate from before goes on serving: --tls-key key.pem")
-        .await;
+    relay.wait_for_log("SIGHUP: keeping the previous certificate: --tls-key key.pem").await;
     assert!(first.is_shown(&secure).await);
 
     second.write(folder);
-    relay.wait_for_log("it has changed").await;
+    relay.wait_for_log("changed, reloaded").await;
     assert!(second.is_shown(&secure).await);
     let told = told();
     assert_eq!(told.len(), 3, "{told:#?}");
@@ -270,18 +270,20 @@ async fn sighup_takes_up_files_under_other_names() {
     fs::write(&file, "tls-cert = \"new/cert.pem\"\ntls-key = \"new/key.pem\"\n").expect("a file");
     relay.signal("HUP");
     relay.wait_for_log("SIGHUP: changed: tls-cert, tls-key").await;
-    relay.wait_for_log("SIGHUP: --tls-cert new/cert.pem was read again").await;
+    relay.wait_for_log("SIGHUP: --tls-cert new/cert.pem: reloaded").await;
     assert!(second.is_shown(&secure).await);
     fs::write(&file, "tls-cert = \"cert.pem\"\n").expect("a file");
     relay.signal("HUP");
-    relay.wait_for_log("SIGHUP: nothing has changed: relaylet.toml:1: --tls-cert cert.pem").await;
+    relay
+        .wait_for_log("SIGHUP: keeping the previous settings: relaylet.toml:1: --tls-cert cert.pem")
+        .await;
     assert!(second.is_shown(&secure).await);
 }
 
 #[tokio::test]
 async fn a_certificate_that_nobody_gets_to_see_is_a_warning() {
     let relay = with_certificate(&Certificate::new(), &[TCP, LISTEN]);
-    let line = relay.wait_for_log("--tls-cert cert.pem: nobody").await;
+    let line = relay.wait_for_log("--tls-cert cert.pem: not in use").await;
     assert!(line.contains(" WARN "), "{line}");
 }
 
@@ -317,11 +319,7 @@ fn what_keeps_a_certificate_from_being_shown_is_one_line() {
         (Some(""), Some(&one.key[..]), "--tls-cert cert.pem: has no BEGIN CERTIFICATE"),
         (Some(&one.pem), Some(&one.pem), "--tls-key key.pem: has no BEGIN PRIVATE KEY"),
         (Some(&one.pem), Some(garbage), "--tls-key key.pem: holds a key of no use"),
-        (
-            Some(&one.pem),
-            Some(&other.key),
-            "--tls-key key.pem: is not the key of --tls-cert cert.pem",
-        ),
+        (Some(&one.pem), Some(&other.key), "--tls-key key.pem: not the key of --tls-cert cert.pem"),
     ] {
         let folder = tempfile::tempdir().expect("a temporary folder");
         for (name, contents) in [("cert.pem", cert), ("key.pem", key)] {
@@ -336,12 +334,12 @@ fn what_keeps_a_certificate_from_being_shown_is_one_line() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     fs::create_dir(folder.path().join("cert.pem")).expect("a folder");
     let (line, _) = refused(&folder, &[&CERTIFICATE[..], &[LISTEN_TLS]].concat());
-    assert!(line.contains("--tls-cert cert.pem: it is no regular file"), "{line}");
+    assert!(line.contains("--tls-cert cert.pem: not a regular file"), "{line}");
 
     for (flags, said) in [
         (&[LISTEN_TLS][..], "name one with --tls-cert and --tls-key"),
-        (&[CERTIFICATE[0]], "--tls-cert cert.pem: has no use without its private key"),
-        (&[CERTIFICATE[1]], "--tls-key key.pem: has no use without its certificate"),
+        (&[CERTIFICATE[0]], "--tls-cert cert.pem: requires its private key"),
+        (&[CERTIFICATE[1]], "--tls-key key.pem: requires its certificate"),
     ] {
         let (line, status) = refused(&folder, flags);
         assert!(line.contains(said), "{line}");
@@ -401,7 +399,7 @@ async fn an_upgrade_that_dribbles_in_ends_after_its_time_too() {
         () = dribble => {}
     }
     assert!(heard.is_empty());
-    relay.wait_for_log("dropped: it takes too long").await;
+    relay.wait_for_log("exceeded its time limit").await;
 }
 
 /// A client says this, and then nothing, to a relay that has time for one handshake.
@@ -414,7 +412,7 @@ async fn stalls(ending: &str, bytes: &[u8]) {
     assert!(heard_until_closed(tcp(port(&address)).await).await.is_empty());
     relay.wait_for_log("too many handshakes").await;
     heard_until_closed(stalled).await;
-    relay.wait_for_log("dropped: it takes too long").await;
+    relay.wait_for_log("exceeded its time limit").await;
     match ending {
         "/ws" => connect(&address).await.reserve().await,
         _ => connect_in_tls(&address, &certificate).await.reserve().await,

@@ -1,4 +1,4 @@
-//! The dial itself: TCP, the secure channel, the muxer, and for version 2 one stream.
+//! Dials a client: TCP, the secure channel, the muxer, and one stream for version 2.
 
 use std::{
     future::poll_fn,
@@ -31,29 +31,29 @@ use crate::program::{
         stream_limits::StreamLimits,
     },
     net::{
-        admission::{arrivals::Arrivals, proxies::Proxies},
+        admission::{connection_rates::ConnectionRates, proxies::Proxies},
+        byte_counters::ByteCounters,
         multiaddr::multiaddr,
-        read_ahead::ReadAhead,
+        read_buffer::ReadBuffer,
         security::Security,
         tcp::Tcp,
-        traffic::Traffic,
     },
 };
 
 const DIAL_BACK: &str = "/libp2p/autonat/2/dial-back";
 
-/// How long a dial may take, the handshakes included; and version 2's stream after it. Together
-/// below the 10 s for which rust-libp2p's client waits to be told that it cannot be reached.
+/// How long a dial may take with its handshakes, and then version 2's stream. The sum is below the 10 s for which
+/// rust-libp2p's client waits for the result.
 const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
 const STREAM_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// How long a connection has to be closed in good order.
+/// How long closing the muxer may take.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// The client may open a few streams, as each does on a new connection; none is answered.
+/// Clients open a few streams on every new connection; the relay answers none of them.
 const BUDGET: Budget = Budget { inbound: 8, outbound: 1 };
 
-/// Nothing that the client sends on a stream is read.
+/// The least that is possible: the relay reads nothing of what the client sends on streams.
 const LIMITS: StreamLimits = StreamLimits {
     max_streams: 0,
     max_streams_per_connection: Some(BUDGET.inbound),
@@ -62,17 +62,18 @@ const LIMITS: StreamLimits = StreamLimits {
     max_buffered_per_connection: None,
 };
 
-/// Dials, under an identity of its own, as go-libp2p's server does: to the client this is one more
-/// stranger, and not a second connection to its relay that comes and goes.
+/// Dials under an identity of its own, as go-libp2p's server does: the client sees an unknown peer, not a second
+/// connection to its relay that opens and closes.
 pub struct Dialer(Mutex<Boxed<(PeerId, StreamMuxerBox)>>);
 
 impl Dialer {
-    /// With a new identity.
+    /// A dialer with a new identity.
     pub fn new() -> anyhow::Result<Self> {
         let keypair = Keypair::generate_ed25519();
-        let transport = Tcp::new(Traffic::default(), Proxies::new(0), Arrivals::unlimited())
-            .map(|stream, _| ReadAhead::new(stream))
-            // Not lazily: the client is to see the connection come up before it is closed.
+        let (counters, proxies) = (ByteCounters::default(), Proxies::new(0));
+        let transport = Tcp::new(counters, proxies, ConnectionRates::unlimited())
+            .map(|stream, _| ReadBuffer::new(stream))
+            // Not V1Lazy: the client has to see the connection established before the relay closes it.
             .upgrade(Version::V1)
             .authenticate(Security::new(&keypair)?)
             .multiplex(Multiplex::new(BUDGET, LIMITS, 0))
@@ -81,48 +82,48 @@ impl Dialer {
         Ok(Self(Mutex::new(transport)))
     }
 
-    /// A connection to this peer.
+    /// Dials this peer.
     ///
     /// # Errors
     ///
-    /// When it cannot be reached there, or somebody else is.
+    /// When it cannot be reached at this address, or another peer answers.
     pub async fn dial(&self, peer: PeerId, to: SocketAddr) -> io::Result<Dialed> {
-        let how = DialOpts { role: Endpoint::Dialer, port_use: PortUse::New };
+        let options = DialOpts { role: Endpoint::Dialer, port_use: PortUse::New };
         let dial = {
             let mut transport = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            transport.dial(multiaddr(to), how)
+            transport.dial(multiaddr(to), options)
         };
-        let (who, muxer) = dial.map_err(io::Error::other)?.await?;
-        match who == peer {
+        let (dialed, muxer) = dial.map_err(io::Error::other)?.await?;
+        match dialed == peer {
             true => Ok(Dialed(muxer)),
-            false => Err(io::Error::other("somebody else")),
+            false => Err(io::Error::other(format!("another peer answers: {dialed}"))),
         }
     }
 }
 
-/// A connection that was dialed.
+/// A connection to a client that was dialed.
 pub struct Dialed(StreamMuxerBox);
 
 impl Dialed {
-    /// Proves to the client that it was dialed: tells it the number that it gave.
+    /// Sends the client the nonce of its request, which proves that it was dialed.
     ///
     /// # Errors
     ///
-    /// When it does not take it.
-    pub async fn prove(&mut self, nonce: u64) -> io::Result<()> {
-        let prove = async {
+    /// When the client does not answer within [`STREAM_TIMEOUT`].
+    pub async fn dial_back(&mut self, nonce: u64) -> io::Result<()> {
+        let dial_back = async {
             let stream = poll_fn(|cx| self.poll_open(cx)).await?;
-            let exchange = pin!(exchange(stream, nonce));
+            let exchange = pin!(send_nonce(stream, nonce));
             let progress = pin!(poll_fn(|cx| self.poll_progress(cx)));
             match future::select(exchange, progress).await {
-                Either::Left((proved, _)) => proved,
+                Either::Left((sent, _)) => sent,
                 Either::Right((error, _)) => Err(error),
             }
         };
-        timeout(STREAM_TIMEOUT, prove).await
+        timeout(STREAM_TIMEOUT, dial_back).await
     }
 
-    /// Ends it.
+    /// Closes the connection.
     pub async fn close(self) {
         let _ = timeout(CLOSE_TIMEOUT, self.0.close()).await;
     }
@@ -134,7 +135,7 @@ impl Dialed {
         self.0.poll_outbound_unpin(cx)
     }
 
-    /// Lets the connection make progress, until it ends. What the client opens is reset.
+    /// Polls the connection until it fails. Resets the streams that the client opens.
     fn poll_progress(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
         loop {
             match self.0.poll_inbound_unpin(cx) {
@@ -150,11 +151,11 @@ impl Dialed {
     }
 }
 
-async fn exchange(stream: SubstreamBox, nonce: u64) -> io::Result<()> {
+async fn send_nonce(stream: SubstreamBox, nonce: u64) -> io::Result<()> {
     let agreed = dialer_select_proto(stream, [DIAL_BACK], Version::V1).await;
     let (_, mut stream) = agreed.map_err(io::Error::other)?;
     messages::write_and_close(&mut stream, &v2::DialBack { nonce }).await?;
-    // That it answers is what says that it has read.
+    // The answer shows that the client has read the nonce.
     messages::read::<v2::DialBackResponse>(&mut stream).await?;
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! AutoNAT's messages, of which each stands behind its length.
+//! AutoNAT's messages, each with its length in front.
 //!
 //! See [version 1](https://github.com/libp2p/specs/blob/master/autonat/autonat-v1.md#protobuf) and
 //! [version 2](https://github.com/libp2p/specs/blob/master/autonat/autonat-v2.md#rpc-messages).
@@ -11,22 +11,22 @@ use prost::Message;
 use crate::wire;
 
 /// The longest message that is read, in bytes: go-libp2p's limit.
-const LONGEST: usize = 8192;
+const MAX_MESSAGE: usize = 8192;
 
-/// Reads one.
+/// Reads a message.
 ///
 /// # Errors
 ///
-/// When the stream fails, or what comes is none.
+/// When the stream fails, or the message is too long or malformed.
 pub async fn read<M: Message + Default>(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<M> {
     let length = wire::read_length(stream).await?;
-    let length = length.filter(|length| *length <= LONGEST);
+    let length = length.filter(|length| *length <= MAX_MESSAGE);
     let mut bytes = vec![0; length.ok_or(io::ErrorKind::InvalidData)?];
     stream.read_exact(&mut bytes).await?;
     M::decode(&*bytes).map_err(io::Error::other)
 }
 
-/// Writes one, and closes this half of the stream.
+/// Writes a message, and closes this half of the stream.
 ///
 /// # Errors
 ///
@@ -90,12 +90,11 @@ pub mod v2 {
     pub const E_REQUEST_REJECTED: i32 = 100;
     pub const E_DIAL_REFUSED: i32 = 101;
 
-    // How the dial went, where it was made.
+    // Values of `dial_status`, if the relay has dialed.
     pub const E_DIAL_ERROR: i32 = 100;
     pub const E_DIAL_BACK_ERROR: i32 = 101;
 
-    /// One of these. The others of the specification are about data that this server never asks
-    /// for.
+    /// One of these fields is set. The specification's others are about data that this server never requests.
     #[derive(Clone, PartialEq, prost::Message)]
     pub struct Message {
         #[prost(message, optional, tag = "1")]

@@ -1,9 +1,8 @@
 //! Which of the addresses that a client names are dialed.
 //!
-//! Pure. Nobody but the client itself: only the IP address that its connection comes from, so that
-//! nobody can have the relay knock at somebody else's door. Version 2 has clients pay for other
-//! addresses with data, so that they are no use for a flood; they are of use to a scanner still.
-//! For the same reason no name is looked up, and no relay is dialed.
+//! Only those at the IP address of the client's connection, so that no client can have the relay probe other machines.
+//! Version 2 makes clients pay for other addresses with data, which deters a flood but not a port scanner. For the same
+//! reason the relay resolves no names and dials no other relays.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -15,76 +14,76 @@ use crate::{address, program::net::multiaddr};
 #[derive(Clone, Copy, Debug)]
 pub struct Client {
     pub peer: PeerId,
-    /// The only address that is ever dialed for it.
+    /// The only IP address that is dialed for it.
     pub ip: IpAddr,
 }
 
-/// How many addresses of a request are looked at: as many as go-libp2p looks at.
-const MOST_NAMED: usize = 50;
+/// How many addresses of a request are read: as many as in go-libp2p.
+const MAX_NAMED: usize = 50;
 
-/// How many of them version 1 dials, one after the other.
-const MOST_DIALED: usize = 3;
+/// How many addresses version 1 dials, one after the other.
+const MAX_DIALED: usize = 3;
 
-/// What version 2 dials: the first address that can be, and which one that is.
+/// What version 2 dials: the first named address that the relay can dial, with its index.
 pub fn of_version_2(
     named: &[Vec<u8>],
     client: Client,
     private: bool,
 ) -> Option<(usize, SocketAddr)> {
-    let mut read = named.iter().take(MOST_NAMED).map(|bytes| read(bytes, client));
-    let at = read.position(|to| to.is_some_and(|to| to.ip() == client.ip))?;
-    let to = self::read(named.get(at)?, client)?;
-    may_be_dialed(to.ip(), private).then_some((at, to))
+    let parsed = named.iter().take(MAX_NAMED).enumerate();
+    let mut parsed = parsed.filter_map(|(index, bytes)| Some((index, parse(bytes, client)?)));
+    let target = parsed.find(|(_, to)| to.ip() == client.ip);
+    target.filter(|(_, to)| may_be_dialed(to.ip(), private))
 }
 
-/// What version 1 dials: the ports that the client names, at its own address. A client behind NAT
-/// knows no better than the address that it has there.
+/// What version 1 dials: the named ports at the client's own IP address, because a client behind a NAT may know only the
+/// address that it has there.
 pub fn of_version_1(named: &[Vec<u8>], client: Client, private: bool) -> Vec<SocketAddr> {
-    let mut dialed = Vec::new();
+    let mut targets = Vec::new();
     if !may_be_dialed(client.ip, private) {
-        return dialed;
+        return targets;
     }
-    for bytes in named.iter().take(MOST_NAMED) {
-        let to = read(bytes, client).map(|to| SocketAddr::new(client.ip, to.port()));
+    for bytes in named.iter().take(MAX_NAMED) {
+        let to = parse(bytes, client).map(|to| SocketAddr::new(client.ip, to.port()));
         if let Some(to) = to
-            && dialed.len() < MOST_DIALED
-            && !dialed.contains(&to)
+            && targets.len() < MAX_DIALED
+            && !targets.contains(&to)
         {
-            dialed.push(to);
+            targets.push(to);
         }
     }
-    dialed
+    targets
 }
 
-/// A TCP address of the client's, with its name behind it or not.
-fn read(bytes: &[u8], client: Client) -> Option<SocketAddr> {
+/// Parses a TCP address of the client, with or without its peer id at the end.
+fn parse(bytes: &[u8], client: Client) -> Option<SocketAddr> {
     let address = Multiaddr::try_from(bytes.to_vec()).ok()?;
-    let names_another =
+    let is_of_another =
         matches!(address.iter().last(), Some(Protocol::P2p(peer)) if peer != client.peer);
-    let mut to = multiaddr::dialable(&address).filter(|_| !names_another)?;
+    let mut to = multiaddr::dialable(&address).filter(|_| !is_of_another)?;
     to.set_ip(to.ip().to_canonical());
     Some(to)
 }
 
-/// Whether this is an address of the internet, with a machine behind it.
+/// Whether this is the address of one machine on the internet.
 fn may_be_dialed(ip: IpAddr, private: bool) -> bool {
     if private {
         return true;
     }
-    let special = match ip {
+    let is_special = match ip {
         IpAddr::V4(ip) => matches!(
             ip.octets(),
-            [192, 0, 0, _] // the protocols' own
-            | [192, 88, 99, _] // a way into IPv6
+            [192, 0, 0, _] // IETF protocol assignments
+            | [192, 88, 99, _] // 6to4 relay anycast
         ),
         IpAddr::V6(ip) => matches!(
             ip.segments(),
-            [0x2001, 0..0x200, ..] // the protocols' own, ways into IPv4 among them
-            | [0x2002, ..] // a way into IPv4
+            [0x2001, 0..0x200, ..] // IETF protocol assignments, with Teredo
+            | [0x2002, ..] // 6to4
             | [0x3fff, 0..0x1000, ..] // documentation
         ),
     };
-    !special && address::is_global(&Multiaddr::from(ip))
+    !is_special && address::is_global(&Multiaddr::from(ip))
 }
 
 #[cfg(test)]
@@ -102,18 +101,18 @@ mod tests {
         addresses.iter().map(bytes).collect()
     }
 
-    fn second(ip: &str, addresses: &[&str]) -> Option<(usize, String)> {
+    fn version_2(ip: &str, addresses: &[&str]) -> Option<(usize, String)> {
         let target = of_version_2(&bytes(addresses), client(ip), false);
         target.map(|(at, to)| (at, to.to_string()))
     }
 
-    fn first(ip: &str, addresses: &[&str]) -> Vec<String> {
+    fn version_1(ip: &str, addresses: &[&str]) -> Vec<String> {
         let targets = of_version_1(&bytes(addresses), client(ip), false);
         targets.iter().map(SocketAddr::to_string).collect()
     }
 
     #[test]
-    fn version_2_dials_the_first_tcp_address_of_the_clients_own() {
+    fn version_2_dials_the_first_tcp_address_at_the_clients_ip_address() {
         let addresses = [
             "/ip4/5.5.5.5/udp/4001/quic-v1",
             "/ip4/6.6.6.6/tcp/4001",
@@ -123,15 +122,15 @@ mod tests {
             "/ip4/5.5.5.5/tcp/4003",
         ];
         let expected = Some((4, "5.5.5.5:4002".into()));
-        assert_eq!(second("5.5.5.5", &addresses), expected);
+        assert_eq!(version_2("5.5.5.5", &addresses), expected);
         let mapped = ["/ip6/::ffff:5.5.5.5/tcp/4001"];
-        assert_eq!(second("5.5.5.5", &mapped), Some((0, "5.5.5.5:4001".into())));
-        assert_eq!(second("7.7.7.7", &addresses), None);
-        assert_eq!(second("5.5.5.5", &[]), None);
+        assert_eq!(version_2("5.5.5.5", &mapped), Some((0, "5.5.5.5:4001".into())));
+        assert_eq!(version_2("7.7.7.7", &addresses), None);
+        assert_eq!(version_2("5.5.5.5", &[]), None);
     }
 
     #[test]
-    fn version_1_dials_the_ports_that_are_named_at_the_clients_own_address() {
+    fn version_1_dials_the_named_ports_at_the_clients_ip_address() {
         let addresses = [
             "/ip4/192.168.1.7/tcp/4001",
             "/ip4/6.6.6.6/tcp/4001",
@@ -140,14 +139,14 @@ mod tests {
             "/dns4/example.org/tcp/4004",
         ];
         let expected = ["5.5.5.5:4001", "5.5.5.5:4002"];
-        assert_eq!(first("5.5.5.5", &addresses), expected);
+        assert_eq!(version_1("5.5.5.5", &addresses), expected);
         let many: Vec<_> = (1..99).map(|port| format!("/ip4/5.5.5.5/tcp/{port}")).collect();
         let many: Vec<_> = many.iter().map(String::as_str).collect();
-        assert_eq!(first("5.5.5.5", &many).len(), MOST_DIALED);
+        assert_eq!(version_1("5.5.5.5", &many).len(), MAX_DIALED);
     }
 
     #[test]
-    fn relays_others_and_what_is_no_address_are_dialed_by_neither() {
+    fn neither_version_dials_relays_other_peers_or_malformed_addresses() {
         let other = PeerId::random();
         for address in [
             "/ip4/5.5.5.5/tcp/4001/p2p-circuit".into(),
@@ -160,12 +159,12 @@ mod tests {
             "/memory/7".into(),
             String::new(),
         ] {
-            assert_eq!(second("5.5.5.5", &[&address]), None, "{address}");
-            assert!(first("5.5.5.5", &[&address]).is_empty(), "{address}");
+            assert_eq!(version_2("5.5.5.5", &[&address]), None, "{address}");
+            assert!(version_1("5.5.5.5", &[&address]).is_empty(), "{address}");
         }
         let own = format!("/ip4/5.5.5.5/tcp/4001/p2p/{PEER}");
-        assert!(second("5.5.5.5", &[&own]).is_some());
-        assert_eq!(first("5.5.5.5", &[&own]).len(), 1);
+        assert!(version_2("5.5.5.5", &[&own]).is_some());
+        assert_eq!(version_1("5.5.5.5", &[&own]).len(), 1);
         let garbage = [vec![255; 9], Vec::new()];
         assert_eq!(of_version_2(&garbage, client("5.5.5.5"), true), None);
         assert!(of_version_1(&garbage, client("5.5.5.5"), true).is_empty());

@@ -1,4 +1,4 @@
-//! Every setting: one struct for the command line, the environment and the file, and what it means.
+//! The settings: one struct for the command line, the environment and the file, and the configurations that follow from it.
 
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
 
@@ -12,7 +12,7 @@ use toml::{Table, Value};
 
 use super::{
     runtime,
-    values::{Parsed, unwrapped},
+    values::{Parsed, unwrap_all},
 };
 use crate::{
     access::{Lists, subnets_make_sense},
@@ -24,13 +24,13 @@ use crate::{
     },
 };
 
-/// Where the relay listens unless told otherwise.
+/// The default of `--listen`.
 const DEFAULT_LISTEN: [&str; 2] = ["/ip4/0.0.0.0/tcp/4001", "/ip6/::/tcp/4001"];
 
-/// Whether the settings of the DHT are left out of the help.
+/// Whether the program was built without the DHT; `--help` hides its settings then.
 const NO_DHT: bool = !cfg!(feature = "dht");
 
-/// The features that a program may be built without, whether this one has them, and their settings.
+/// The optional features, whether this program has them, and their settings.
 const FEATURES: [(&str, bool, &[&str]); 5] = [
     ("autonat", cfg!(feature = "autonat"), &["autonat"]),
     ("dht", !NO_DHT, &["bootstrap", "dht", "dht-protocol"]),
@@ -39,13 +39,12 @@ const FEATURES: [(&str, bool, &[&str]); 5] = [
     ("websocket", cfg!(feature = "websocket"), &["tls-cert", "tls-key"]),
 ];
 
-/// Where each setting was given that is not on the command line: `RELAYLET_GRACE`,
-/// `relaylet.toml:3`.
+/// The origin of each setting that is not from the command line: `RELAYLET_GRACE`, `relaylet.toml:3`.
 pub type Origins = BTreeMap<String, String>;
 
 /// A libp2p circuit relay (v2) whose slots come back.
 ///
-/// Each flag also as RELAYLET_NAME in the environment, lists with commas; a flag wins.
+/// Each flag can also be set as RELAYLET_NAME in the environment, lists with commas; a flag wins.
 #[derive(Clone, Debug, PartialEq, StructOpt, Serialize, Deserialize)]
 #[serde(default, rename_all = "kebab-case", deny_unknown_fields)]
 #[structopt(usage = "relaylet [FLAGS]", help_message = "Prints help information [group: About]")]
@@ -53,63 +52,63 @@ pub type Origins = BTreeMap<String, String>;
 pub struct Flags {
     /// Reads settings from a TOML file, under the names of these flags
     ///
-    /// A flag wins over the environment, and that over the file. SIGHUP reads it again.
+    /// A flag wins over the environment, and the environment over the file. SIGHUP reloads it.
     ///
     /// [group: Configuration]
     #[structopt(long, value_name = "FILE")]
     #[serde(skip)]
     pub config: Option<PathBuf>,
 
-    /// Prints the settings that hold, as such a file, and ends
+    /// Prints the settings in effect, as such a file, and exits
     #[structopt(long)]
     #[serde(skip)]
     pub print_config: bool,
 
-    /// Where the others were given, if not on the command line.
+    /// The origins of the settings that are not from the command line.
     #[structopt(skip)]
     #[serde(skip)]
     pub(super) origins: Origins,
 
-    /// What is wrong with the environment, but no error.
+    /// Warnings about variables of the environment.
     #[structopt(skip)]
     #[serde(skip)]
     pub(super) warnings: Vec<String>,
 
     /// Address to listen on; may be given several times
     ///
-    /// Browsers want WebSocket, on a port of its own: /ip4/0.0.0.0/tcp/4002/ws, or /tls/ws in place
+    /// Browsers need WebSocket, on a port of its own: /ip4/0.0.0.0/tcp/4002/ws, or /tls/ws in place
     /// of /ws with --tls-cert. [default: /ip4/0.0.0.0/tcp/4001 and /ip6/::/tcp/4001]
     ///
-    /// [group: Who it is and where it can be reached]
+    /// [group: Identity and addresses]
     #[structopt(long, value_name = "MULTIADDR", use_delimiter = true)]
-    // Empty stands for the default, which follows from the machine.
+    // An empty list is the default, which depends on the machine.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub listen: Vec<Parsed<Multiaddr>>,
 
-    /// Address to put into reservations instead of those found; may be given several times
+    /// Address to announce to clients instead of those found; may be given several times
     #[structopt(long, value_name = "MULTIADDR", use_delimiter = true)]
     pub announce: Vec<Parsed<Multiaddr>>,
 
     /// Subnet of proxies that send a PROXY protocol header; may be given several times
     ///
-    /// A connection from there is the client's that the header names, and is closed without one.
+    /// A connection from there counts under the client that the header names, and is closed without a header.
     #[structopt(long, value_name = "SUBNET", use_delimiter = true)]
     pub proxy_protocol_from: Vec<Parsed<IpNet>>,
 
-    /// Certificate that /tls/ws shows, its issuers' behind it, in PEM
+    /// Certificate of /tls/ws, followed by those of its issuers, in PEM
     ///
-    /// Read again when the file changes, and on SIGHUP.
+    /// Reloaded when the file changes, and on SIGHUP.
     #[structopt(long, value_name = "FILE", hidden = needs("tls-cert").is_some())]
     pub tls_cert: Option<PathBuf>,
 
-    /// The private key of --tls-cert, in PEM
+    /// Private key of --tls-cert, in PEM
     #[structopt(long, value_name = "FILE", hidden = needs("tls-key").is_some())]
     pub tls_key: Option<PathBuf>,
 
-    /// Tells clients whether they can be reached from outside, by dialing them (AutoNAT)
+    /// Serves AutoNAT: tells clients whether they can be reached, by dialing them
     ///
-    /// At the address that they connect from only, and only if that is a global one; a client 12 times
-    /// a minute, all together 600 times.
+    /// Dials a client only at the address that it connects from, and only if that is global; a client 12
+    /// times a minute, all together 600 times.
     #[structopt(long, hidden = needs("autonat").is_some())]
     pub autonat: bool,
 
@@ -118,21 +117,21 @@ pub struct Flags {
     #[serde(skip)]
     pub autonat_private: bool,
 
-    /// The relay's private key; made on the first run
+    /// File with the relay's private key; created on the first run
     #[structopt(long, value_name = "FILE", default_value = "relaylet.key")]
     pub identity: PathBuf,
 
-    /// Joins a DHT as a server, so that clients that walk it find the relay
+    /// Joins a DHT as a server, so that clients find the relay in it
     #[structopt(long, hidden = NO_DHT)]
     pub dht: bool,
 
-    /// Node of the DHT to join it by, with its id at the end; may be given several times
+    /// Bootstrap node of the DHT, with its peer id at the end; may be given several times
     ///
-    /// Without any the relay is in the DHT once others join by it.
+    /// Without any, the relay is in the DHT once other nodes dial it.
     #[structopt(long, value_name = "MULTIADDR", use_delimiter = true, hidden = NO_DHT)]
     pub bootstrap: Vec<Parsed<Multiaddr>>,
 
-    /// What the nodes of the DHT speak
+    /// Protocol of the DHT
     #[structopt(long, value_name = "PROTOCOL", default_value = "/ipfs/kad/1.0.0", hidden = NO_DHT)]
     pub dht_protocol: String,
 
@@ -154,38 +153,37 @@ pub struct Flags {
     #[structopt(long, value_name = "N")]
     pub max_reservations_per_subnet: Option<Parsed<usize>>,
 
-    /// For how long a reservation is granted, and renewed
+    /// How long a reservation lasts unless it is renewed
     #[structopt(long, value_name = "DURATION", default_value = "1h")]
     pub reservation_ttl: Parsed<Duration>,
 
-    /// How long a peer that disconnected keeps its claim to the slot; 0s: none
+    /// How long a disconnected peer keeps its slot; 0s: not at all
     #[structopt(long, value_name = "DURATION", default_value = "30s")]
     pub grace: Parsed<Duration>,
 
-    /// After how much silence a peer with a slot or circuit is asked for a sign of life; 0s: only
-    /// when a newcomer waits
+    /// After how much silence a peer with a slot or a circuit is probed; 0s: only when a newcomer waits
     ///
-    /// [group: Who is still there]
+    /// [group: Liveness]
     #[structopt(long, value_name = "DURATION", default_value = "30s")]
     pub heartbeat: Parsed<Duration>,
 
-    /// After how much silence a peer that was asked is given up
+    /// After how much silence a probed peer has timed out and is disconnected
     #[structopt(long, value_name = "DURATION", default_value = "1m")]
     pub silence: Parsed<Duration>,
 
-    /// How long a silent peer has to answer when a newcomer waits for its slot; 0s: none is asked
+    /// How long a silent peer has to answer a probe when a newcomer waits for its slot; 0s: no such probes
     #[structopt(long, value_name = "DURATION", default_value = "3s")]
     pub probe: Parsed<Duration>,
 
-    /// After how much silence a peer is asked when a newcomer waits for its slot
+    /// After how much silence a peer is probed when a newcomer waits for its slot
     #[structopt(long, value_name = "DURATION", default_value = "10s")]
     pub probe_after: Parsed<Duration>,
 
-    /// How often to look for slots whose time is over
+    /// How often expired slots and silent peers are looked for
     #[structopt(long, value_name = "DURATION", default_value = "1s")]
     pub sweep: Parsed<Duration>,
 
-    /// After which time a connection without a reservation or a circuit is closed; 0s: never
+    /// How long a connection without a reservation or a circuit stays open; 0s: for ever
     #[structopt(long, value_name = "DURATION", default_value = "1m")]
     pub idle_timeout: Parsed<Duration>,
 
@@ -195,13 +193,13 @@ pub struct Flags {
     #[structopt(long, value_name = "N", default_value = "1024")]
     pub max_circuits: Parsed<usize>,
 
-    /// How many of them the sources of one IP address (IPv6: one /64) may have; 0: no cap
+    /// How many circuits the sources of one IP address (IPv6: one /64) may have; 0: no cap
     ///
     /// [default: an eighth of all, at least 64]
     #[structopt(long, value_name = "N")]
     pub max_circuits_per_ip: Option<Parsed<usize>>,
 
-    /// How many of them the sources of one subnet (an IPv4 /24, an IPv6 /48) may have; 0: no cap
+    /// How many circuits the sources of one subnet (IPv4: a /24, IPv6: a /48) may have; 0: no cap
     ///
     /// [default: a quarter of all, at least 64]
     #[structopt(long, value_name = "N")]
@@ -223,7 +221,7 @@ pub struct Flags {
     #[structopt(long, value_name = "SIZE", default_value = "0")]
     pub bandwidth: Parsed<ByteSize>,
 
-    /// How many of them one peer may send and receive through its circuits; 0: no cap
+    /// How many payload bytes a second one peer may send and receive through its circuits; 0: no cap
     #[structopt(long, value_name = "SIZE", default_value = "0")]
     pub bandwidth_per_peer: Parsed<ByteSize>,
 
@@ -237,9 +235,9 @@ pub struct Flags {
     #[structopt(long, value_name = "N", default_value = "30")]
     pub connect_rate: Parsed<u32>,
 
-    /// Peer that may use the relay, all others may not; may be given several times
+    /// Peer that may use the relay; all others may not; may be given several times
     ///
-    /// [group: Who may use it]
+    /// [group: Access]
     #[structopt(long, value_name = "PEER", use_delimiter = true)]
     pub allow_peer: Vec<Parsed<PeerId>>,
 
@@ -247,7 +245,7 @@ pub struct Flags {
     #[structopt(long, value_name = "PEER", use_delimiter = true)]
     pub deny_peer: Vec<Parsed<PeerId>>,
 
-    /// Subnet whose peers may use the relay, all others may not; may be given several times
+    /// Subnet whose peers may use the relay; all others may not; may be given several times
     #[structopt(long, value_name = "SUBNET", use_delimiter = true)]
     pub allow_subnet: Vec<Parsed<IpNet>>,
 
@@ -257,18 +255,18 @@ pub struct Flags {
 
     /// Peer that may connect to others without being on --allow-peer; may be given several times
     ///
-    /// Without --allow-peer everyone may reserve, and only these may connect.
+    /// Without --allow-peer every peer may reserve, and only these may connect.
     #[structopt(long, value_name = "PEER", use_delimiter = true)]
     pub allow_connect_peer: Vec<Parsed<PeerId>>,
 
-    /// The key of a private network, in the format of go-ipfs; who has another gets nowhere
+    /// File with the key of a private network, in the format of go-ipfs; peers with another key cannot connect
     #[structopt(long, value_name = "FILE", hidden = needs("swarm-key").is_some())]
     pub swarm_key: Option<PathBuf>,
 
-    /// How many connections may be open at a time, beside those in their handshakes
+    /// How many connections may be open at a time, not counting those in their handshakes
     ///
-    /// An eighth of them is for peers that hold slots. Beyond, an idle connection of a stranger makes room:
-    /// one of the address that has the most.
+    /// An eighth is reserved for peers that hold slots. Beyond the rest, an idle connection of the address
+    /// with the most connections is closed for a new one.
     /// [default: twice --max-reservations, at least 1024]
     ///
     /// [group: Connections]
@@ -277,7 +275,7 @@ pub struct Flags {
 
     /// How many connections one peer may have; 0: no cap
     ///
-    /// Beyond it a peer that holds a slot gets a new one in the place of an old one.
+    /// Beyond it, a new connection of a peer that holds a slot replaces the one that was silent the longest.
     #[structopt(long, value_name = "N", default_value = "8")]
     pub max_connections_per_peer: Parsed<usize>,
 
@@ -287,17 +285,17 @@ pub struct Flags {
     #[structopt(long, value_name = "N")]
     pub max_connections_per_ip: Option<Parsed<usize>>,
 
-    /// How many connections one subnet (an IPv4 /24, an IPv6 /48) may have; 0: no cap
+    /// How many connections one subnet (IPv4: a /24, IPv6: a /48) may have; 0: no cap
     ///
     /// [default: a quarter of all, at least 64]
     #[structopt(long, value_name = "N")]
     pub max_connections_per_subnet: Option<Parsed<usize>>,
 
-    /// How many connections may be in their handshakes, which take 10 s at most
+    /// How many connections may be in their handshakes, which take at most 10 s
     #[structopt(long, value_name = "N", default_value = "256")]
     pub max_handshakes: Parsed<usize>,
 
-    /// How many streams the peers may have open at a time, beside four of each connection
+    /// How many streams all peers together may have open, not counting four of each connection
     ///
     /// [default: four times --max-circuits, at least 1024]
     #[structopt(long, value_name = "N")]
@@ -309,17 +307,17 @@ pub struct Flags {
     #[structopt(long, value_name = "N")]
     pub max_streams_per_connection: Option<Parsed<usize>>,
 
-    /// How many streams a second the connections of one IP address (IPv6: one /64) may open, beside a few of
+    /// How many streams a second the connections of one IP address (IPv6: one /64) may open, besides a few of
     /// each, a subnet four times as many; 0: no limit
     ///
-    /// As many as in 16 s may come at once. One beyond that is reset.
+    /// The burst is the number for 16 s. A stream beyond that is reset.
     #[structopt(long, value_name = "N", default_value = "64")]
     pub stream_rate: Parsed<u32>,
 
-    /// How many bytes may wait in the relay to be read by a peer, or to be taken by one
+    /// How many bytes may be buffered for all streams
     ///
-    /// Above it the heaviest connection of the heaviest address resets the stream on which most has waited
-    /// for the longest. No other connection waits for it.
+    /// Above it, streams of the heaviest connection of the heaviest address are reset, those first whose
+    /// bytes have waited the longest. Other connections are not slowed down.
     ///
     /// At least 4 times --max-buffered-per-connection.
     ///
@@ -327,7 +325,7 @@ pub struct Flags {
     #[structopt(long, value_name = "SIZE")]
     pub max_buffered: Option<Parsed<ByteSize>>,
 
-    /// How many of them that came one connection may hold
+    /// How many received bytes may be buffered for one connection
     ///
     /// At least 256KiB for each circuit that a peer may have, and 1MiB.
     ///
@@ -335,23 +333,23 @@ pub struct Flags {
     #[structopt(long, value_name = "SIZE")]
     pub max_buffered_per_connection: Option<Parsed<ByteSize>>,
 
-    /// How long circuits may go on once SIGTERM came; 0s: not at all
+    /// How long circuits may continue after SIGTERM; 0s: not at all
     ///
-    /// Meanwhile all other connections are closed, a few at a time. A second SIGTERM ends it at once.
+    /// Meanwhile all other connections are closed, a few at a time. A second SIGTERM exits at once.
     ///
-    /// [group: The end]
+    /// [group: Shutdown]
     #[structopt(long, value_name = "DURATION", default_value = "8s")]
     pub drain: Parsed<Duration>,
 
-    /// How many threads do the work
+    /// How many threads run the relay
     ///
     /// [default: half of the machine's cores, at least 1]
     ///
-    /// [group: The machine]
+    /// [group: Resources]
     #[structopt(long, value_name = "N")]
     pub threads: Option<Parsed<usize>>,
 
-    /// Where to be watched over HTTP: /metrics, /healthz, /status.json, and a page
+    /// Address of the HTTP server: /metrics, /healthz, /status.json, and a page
     ///
     /// [default: nowhere]
     #[structopt(long, value_name = "ADDR:PORT", hidden = needs("http").is_some())]
@@ -372,29 +370,27 @@ impl Default for Flags {
 }
 
 impl Flags {
-    /// Returns the settings that have a value, by their names.
-    ///
-    /// Each is a text, a number, a switch or a list of them.
+    /// Returns the settings that have a value, by name.
     ///
     /// # Errors
     ///
-    /// When TOML cannot write one: a path that is no text in UTF-8.
+    /// When TOML cannot represent one: a path that is not UTF-8.
     pub fn to_table(&self) -> Result<Table, String> {
-        Table::try_from(self).map_err(|error| {
-            format!("a setting cannot be written as TOML: {error}; write it in UTF-8")
-        })
+        Table::try_from(self)
+            .map_err(|error| format!("writing a setting as TOML failed: {error}; use UTF-8"))
     }
 
-    /// Returns all settings as they hold, with what follows from others, in the order of `--help`, but
-    /// those of the DHT last. One that has no value is an empty text.
+    /// Returns all settings in effect, also those that follow from others, in the order of `--help`, but those of the DHT
+    /// last. A setting without a value is an empty text.
     ///
     /// # Errors
     ///
     /// As [`Flags::to_table`].
     pub fn settings(&self) -> Result<Table, String> {
         let config = self.config();
-        let (circuits, limits) = (self.max_circuits_per_peer.0, self.stream_limits());
-        let streams = Parsed(circuits.saturating_add(stream_limits::SPARE));
+        let (circuits, limits) = (self.max_circuits_per_peer.0, self.limits());
+        let streams = self.stream_limits();
+        let per_connection = Parsed(circuits.saturating_add(stream_limits::SPARE));
         let size = |bytes: usize| Some(Parsed(ByteSize::b(bytes as u64)));
         let mut all = Self {
             listen: self.listen_addresses().0.into_iter().map(Parsed).collect(),
@@ -405,13 +401,13 @@ impl Flags {
             max_circuits_per_ip: config.circuits_per_ip().or(Some(0)).map(Parsed),
             max_circuits_per_subnet: config.circuits_per_subnet().or(Some(0)).map(Parsed),
             swarm_key: Some(self.swarm_key.clone().unwrap_or_default()),
-            max_connections: Some(Parsed(self.limits().max_connections)),
-            max_connections_per_ip: self.limits().per_ip().or(Some(0)).map(Parsed),
-            max_connections_per_subnet: self.limits().per_subnet().or(Some(0)).map(Parsed),
-            max_streams: Some(Parsed(limits.max_streams)),
-            max_buffered: size(limits.buffered(circuits)),
-            max_buffered_per_connection: size(limits.buffered_per_connection(circuits)),
-            max_streams_per_connection: self.max_streams_per_connection.or(Some(streams)),
+            max_connections: Some(Parsed(limits.max_connections)),
+            max_connections_per_ip: limits.per_ip().or(Some(0)).map(Parsed),
+            max_connections_per_subnet: limits.per_subnet().or(Some(0)).map(Parsed),
+            max_streams: Some(Parsed(streams.max_streams)),
+            max_buffered: size(streams.buffered(circuits)),
+            max_buffered_per_connection: size(streams.buffered_per_connection(circuits)),
+            max_streams_per_connection: self.max_streams_per_connection.or(Some(per_connection)),
             threads: Some(Parsed(self.threads())),
             ..self.clone()
         }
@@ -422,17 +418,17 @@ impl Flags {
         Ok(others.into_iter().chain(dht).collect())
     }
 
-    /// How many threads there are to be.
+    /// How many threads run the relay.
     pub fn threads(&self) -> usize {
-        self.threads.map_or_else(runtime::default, |threads| threads.0)
+        self.threads.map_or_else(runtime::default_threads, |threads| threads.0)
     }
 
     /// The relay's configuration.
     pub fn config(&self) -> Config {
         Config {
             max_reservations: self.max_reservations.0,
-            max_reservations_per_ip: self.max_reservations_per_ip.map(|most| most.0),
-            max_reservations_per_subnet: self.max_reservations_per_subnet.map(|most| most.0),
+            max_reservations_per_ip: self.max_reservations_per_ip.map(|value| value.0),
+            max_reservations_per_subnet: self.max_reservations_per_subnet.map(|value| value.0),
             reservation_ttl: *self.reservation_ttl.0,
             grace: *self.grace.0,
             heartbeat: *self.heartbeat.0,
@@ -442,8 +438,8 @@ impl Flags {
             sweep: *self.sweep.0,
             idle_timeout: *self.idle_timeout.0,
             max_circuits: self.max_circuits.0,
-            max_circuits_per_ip: self.max_circuits_per_ip.map(|most| most.0),
-            max_circuits_per_subnet: self.max_circuits_per_subnet.map(|most| most.0),
+            max_circuits_per_ip: self.max_circuits_per_ip.map(|value| value.0),
+            max_circuits_per_subnet: self.max_circuits_per_subnet.map(|value| value.0),
             max_circuits_per_peer: self.max_circuits_per_peer.0,
             circuit_duration: *self.circuit_duration.0,
             circuit_bytes: self.circuit_bytes.0.as_u64(),
@@ -452,30 +448,30 @@ impl Flags {
             reserve_rate: self.reserve_rate.0,
             connect_rate: self.connect_rate.0,
             access: Lists {
-                allow_peer: unwrapped(&self.allow_peer).collect(),
-                deny_peer: unwrapped(&self.deny_peer).collect(),
-                allow_subnet: unwrapped(&self.allow_subnet).collect(),
-                deny_subnet: unwrapped(&self.deny_subnet).collect(),
-                allow_connect_peer: unwrapped(&self.allow_connect_peer).collect(),
+                allow_peer: unwrap_all(&self.allow_peer).collect(),
+                deny_peer: unwrap_all(&self.deny_peer).collect(),
+                allow_subnet: unwrap_all(&self.allow_subnet).collect(),
+                deny_subnet: unwrap_all(&self.deny_subnet).collect(),
+                allow_connect_peer: unwrap_all(&self.allow_connect_peer).collect(),
             },
-            announce: unwrapped(&self.announce).collect(),
+            announce: unwrap_all(&self.announce).collect(),
             ..Config::default()
         }
     }
 
     /// The subnets of proxies that send a PROXY protocol header.
     pub fn proxies(&self) -> Vec<IpNet> {
-        unwrapped(&self.proxy_protocol_from).collect()
+        unwrap_all(&self.proxy_protocol_from).collect()
     }
 
     /// The limits on connections.
     pub fn limits(&self) -> limits::Limits {
         let default = || self.max_reservations.0.saturating_mul(2).max(1024);
         limits::Limits {
-            max_connections: self.max_connections.map_or_else(default, |most| most.0),
+            max_connections: self.max_connections.map_or_else(default, |value| value.0),
             max_connections_per_peer: self.max_connections_per_peer.0,
-            max_connections_per_ip: self.max_connections_per_ip.map(|most| most.0),
-            max_connections_per_subnet: self.max_connections_per_subnet.map(|most| most.0),
+            max_connections_per_ip: self.max_connections_per_ip.map(|value| value.0),
+            max_connections_per_subnet: self.max_connections_per_subnet.map(|value| value.0),
             max_handshakes: self.max_handshakes.0,
         }
     }
@@ -485,25 +481,25 @@ impl Flags {
         let default = || self.max_circuits.0.saturating_mul(4).max(1024);
         let size = |size: Parsed<ByteSize>| usize::try_from(size.0.as_u64()).unwrap_or(usize::MAX);
         StreamLimits {
-            max_streams: self.max_streams.map_or_else(default, |most| most.0),
-            max_streams_per_connection: self.max_streams_per_connection.map(|most| most.0),
+            max_streams: self.max_streams.map_or_else(default, |value| value.0),
+            max_streams_per_connection: self.max_streams_per_connection.map(|value| value.0),
             stream_rate: self.stream_rate.0,
             max_buffered: self.max_buffered.map(size),
             max_buffered_per_connection: self.max_buffered_per_connection.map(size),
         }
     }
 
-    /// How many connections it may dial for the DHT, at a time.
-    pub fn dials(&self) -> usize {
+    /// How many connections may be dialed for the DHT at a time.
+    pub fn max_dht_dials(&self) -> usize {
         if self.dht { limits::DIALED_FOR_DHT } else { 0 }
     }
 
-    /// How many it may dial to say whether clients can be reached, at a time.
-    pub fn dials_back(&self) -> usize {
+    /// How many connections may be dialed for AutoNAT at a time.
+    pub fn max_autonat_dials(&self) -> usize {
         if self.autonat { limits::DIALED_FOR_AUTONAT } else { 0 }
     }
 
-    /// The certificate's file and its key's, as far as they are set.
+    /// The files of the certificate and of its key, if they are set.
     pub fn certificate_files(&self) -> CertificateFiles<'_> {
         (self.tls_cert.as_deref(), self.tls_key.as_deref())
     }
@@ -512,27 +508,29 @@ impl Flags {
     ///
     /// # Errors
     ///
-    /// What makes no sense about it, in one line with its name and the remedy.
+    /// The invalid setting in one line, with the name of its flag and the remedy.
     #[cfg(feature = "dht")]
-    pub fn joins(&self) -> Result<Option<crate::program::dht::Config>, String> {
-        let bootstrap: Vec<_> = unwrapped(&self.bootstrap).collect();
+    pub fn dht_config(&self) -> Result<Option<crate::program::dht::Config>, String> {
+        let bootstrap: Vec<_> = unwrap_all(&self.bootstrap).collect();
         let config = crate::program::dht::Config::new(&self.dht_protocol, &bootstrap)?;
         if let Some(own) = bootstrap.first().filter(|_| !self.dht) {
-            return Err(format!("--bootstrap {own}: is for a DHT; add --dht, or leave it out"));
+            return Err(format!(
+                "--bootstrap {own}: has no effect without a DHT; add --dht, or leave it out"
+            ));
         }
         Ok(self.dht.then_some(config))
     }
 
-    /// The addresses to listen on, and whether they were asked for.
+    /// The addresses to listen on, and whether they were set.
     pub fn listen_addresses(&self) -> (Vec<Multiaddr>, bool) {
         let default = || DEFAULT_LISTEN.iter().filter_map(|text| text.parse().ok()).collect();
-        let own: Vec<_> = unwrapped(&self.listen).collect();
+        let own: Vec<_> = unwrap_all(&self.listen).collect();
         if own.is_empty() { (default(), false) } else { (own, true) }
     }
 
-    /// Two of the addresses to listen on that need the same port of the same address.
-    fn listen_twice(&self) -> Option<(Multiaddr, Multiaddr)> {
-        let sockets = unwrapped(&self.listen)
+    /// Two of the addresses to listen on that need the same port.
+    fn port_conflict(&self) -> Option<(Multiaddr, Multiaddr)> {
+        let sockets = unwrap_all(&self.listen)
             .filter_map(|own| Some((multiaddr::listen_address(&own)?.0, own)));
         let sockets: Vec<_> = sockets.filter(|(socket, _)| socket.port() != 0).collect();
         let overlap = |one: SocketAddr, other: SocketAddr| {
@@ -547,17 +545,17 @@ impl Flags {
         })
     }
 
-    /// Whether clients may come over WebSocket.
+    /// Whether clients can connect over WebSocket.
     pub fn listens_on_websocket(&self) -> bool {
         let mut layers = self.listen.iter().filter_map(|own| multiaddr::listen_address(&own.0));
         layers.any(|(_, layer)| layer != multiaddr::Layer::Tcp)
     }
 
-    /// Whether they make sense as a whole.
+    /// Checks all settings.
     ///
     /// # Errors
     ///
-    /// The first that does not, in one line with its name and the remedy.
+    /// The first invalid one in one line, with the name of its flag and the remedy.
     pub(super) fn check(&self) -> Result<(), String> {
         self.config().validate().map_err(in_flags)?;
         subnets_make_sense("proxy_protocol_from", &self.proxies())
@@ -565,41 +563,46 @@ impl Flags {
         stream_limits::per_connection(self.max_circuits_per_peer.0).map_err(in_flags)?;
         self.stream_limits().check(self.max_circuits_per_peer.0).map_err(in_flags)?;
         #[cfg(feature = "dht")]
-        self.joins()?;
+        self.dht_config()?;
         let (cert, key) = self.certificate_files();
         let unsupported = |own| Some((multiaddr::unsupported(&own, cert.is_some())?, own));
         Err(if *self.drain.0 > LONGEST {
-            "--drain: is over a year; try 8s".into()
+            "--drain: longer than a year; try 8s".into()
         } else if self.limits().max_connections == 0 {
-            "--max-connections 0: lets nobody in; try 1 or more".into()
+            "--max-connections 0: admits no connection; try 1 or more".into()
         } else if self.max_handshakes.0 == 0 {
-            "--max-handshakes 0: lets nobody in; try 1 or more".into()
-        } else if !(1..=runtime::MOST).contains(&self.threads()) {
-            format!("--threads {}: try 1 to {}, or leave it out", self.threads(), runtime::MOST)
+            "--max-handshakes 0: admits no connection; try 1 or more".into()
+        } else if !(1..=runtime::MAX_THREADS).contains(&self.threads()) {
+            format!(
+                "--threads {}: try 1 to {}, or leave it out",
+                self.threads(),
+                runtime::MAX_THREADS
+            )
         } else if self.dht && self.idle_timeout.0.is_zero() {
-            // The connections that a walk dials would stay open for ever.
-            "--idle-timeout 0s: connections of the DHT have to end; try 1m, or leave out --dht"
+            // The connections that a DHT lookup dials would never be closed.
+            "--idle-timeout 0s: would never close the connections of the DHT; try 1m, or leave out --dht"
                 .into()
         } else if let (Some(file), None) = (cert, key) {
-            let problem = "has no use without its private key; name that with --tls-key";
+            let problem = "requires its private key; name that with --tls-key";
             format!("--tls-cert {}: {problem}", file.display())
         } else if let (None, Some(file)) = (cert, key) {
-            let problem = "has no use without its certificate; name that with --tls-cert";
+            let problem = "requires its certificate; name that with --tls-cert";
             format!("--tls-key {}: {problem}", file.display())
         } else if self.autonat && self.swarm_key.is_some() {
-            "--autonat: cannot dial within a private network; leave --swarm-key out, or this".into()
-        } else if let Some((problem, own)) = unwrapped(&self.listen).find_map(unsupported) {
+            "--autonat: cannot dial within a private network; leave out --swarm-key or --autonat"
+                .into()
+        } else if let Some((problem, own)) = unwrap_all(&self.listen).find_map(unsupported) {
             format!("--listen {own}: {problem}")
-        } else if let Some((one, other)) = self.listen_twice() {
+        } else if let Some((one, other)) = self.port_conflict() {
             format!(
-                "--listen {one}: has the port of --listen {other}; give one of them another, or leave it out"
+                "--listen {one}: has the same port as --listen {other}; change or leave out one of them"
             )
         } else {
             return Ok(());
         })
     }
 
-    /// A problem that begins with the name of a flag, behind the place where it was given.
+    /// Puts the origin of a setting in front of a problem that begins with the name of its flag.
     pub fn locate(&self, problem: String) -> String {
         let name = problem.trim_start_matches("--").split([':', ' ']).next();
         let place = name.and_then(|name| self.origins.get(name));
@@ -607,7 +610,7 @@ impl Flags {
     }
 }
 
-/// A setting's error under the name of its flag.
+/// The message of a configuration error, under the name of its flag.
 pub fn in_flags(error: ConfigError) -> String {
     format!("--{}: {}", error.setting().replace('_', "-"), error.problem())
 }
@@ -616,12 +619,12 @@ pub fn in_flags(error: ConfigError) -> String {
 mod tests {
     use std::{ffi::OsString, time::Duration};
 
-    use super::super::load::Stop;
+    use super::super::load::Exit;
     use super::*;
 
     const PEER: &str = "12D3KooWPGM3wYKMsTHGEqbhcBft6cPjA2F3rQmyWTEDD3wCGS1g";
 
-    fn read(arguments: &[&str]) -> Result<Flags, Stop> {
+    fn read(arguments: &[&str]) -> Result<Flags, Exit> {
         let program = std::iter::once("relaylet");
         let arguments = program.chain(arguments.iter().copied());
         Flags::read(arguments.map(OsString::from), [])
@@ -629,13 +632,13 @@ mod tests {
 
     fn usage(arguments: &[&str]) -> String {
         match read(arguments) {
-            Err(Stop::Usage(line)) => line,
-            other => panic!("{arguments:?} should be refused: {other:?}"),
+            Err(Exit::Usage(line)) => line,
+            other => panic!("{arguments:?} should be an error: {other:?}"),
         }
     }
 
     #[test]
-    fn without_flags_the_defaults_hold() {
+    fn without_flags_the_defaults_are_in_effect() {
         let flags = read(&[]).unwrap();
         let expected = Config { idle_timeout: Duration::from_secs(60), ..Config::default() };
         assert_eq!(flags.config(), expected);
@@ -646,7 +649,7 @@ mod tests {
     }
 
     #[test]
-    fn sizes_durations_and_lists_are_read_as_people_write_them() {
+    fn sizes_durations_and_lists_are_parsed() {
         let flags = read(&[
             "--circuit-bytes",
             "1MiB",
@@ -677,7 +680,7 @@ mod tests {
     }
 
     #[test]
-    fn what_makes_no_sense_is_one_line_that_names_the_flag() {
+    fn an_invalid_setting_is_an_error_of_one_line_that_names_the_flag() {
         for (arguments, flag) in [
             (&["--grace", "soon"][..], "--grace"),
             (&["--sweep", "0s"], "--sweep"),

@@ -1,14 +1,14 @@
-//! `--help` for people: what clap knows of the flags, under headings and with their defaults beside.
+//! `--help`: clap's help of the flags, under headings and with each default next to its flag.
 //!
-//! clap 2 has no headings. The flags come in the order in which [`Flags`] has them, and the first of
-//! a group names its heading, as `[group: Slots]`.
+//! clap 2 has no headings. The flags are in the order of [`Flags`], and the first one of a group names its heading:
+//! `[group: Slots]`.
 
 use structopt::StructOpt;
 use textwrap::{NoHyphenation, Wrapper};
 
 use super::flags::Flags;
 
-/// How values are written.
+/// Examples of values.
 const VALUES: &str = "\
 Values:
     DURATION   30s, 5m, 1h 30m
@@ -18,14 +18,14 @@ Values:
     SUBNET     192.0.2.0/24, 2001:db8::/32
 ";
 
-/// How far text goes to the right.
+/// The longest line, in characters.
 const WIDTH: usize = 100;
 const INDENT: &str = "        ";
 
-/// What `--help` and `-h` say.
+/// The text of `--help` and `-h`.
 pub fn help() -> String {
     let mut clap = Vec::new();
-    // Into memory, where nothing can fail.
+    // Writing to memory cannot fail.
     let _ = Flags::clap().write_long_help(&mut clap);
     let clap = String::from_utf8_lossy(&clap);
     let (about, flags) = clap.split_once("OPTIONS:\n").unwrap_or((&clap, ""));
@@ -45,7 +45,7 @@ pub fn help() -> String {
     help + "\n" + VALUES
 }
 
-/// Splits clap's help into flags: `--grace <DURATION>`, and the text.
+/// Splits clap's help into flags (`--grace <DURATION>`) and their texts.
 fn split(flags: &str) -> Vec<(&str, String)> {
     let mut split: Vec<(&str, String)> = Vec::new();
     for line in flags.lines() {
@@ -61,7 +61,7 @@ fn split(flags: &str) -> Vec<(&str, String)> {
     split
 }
 
-/// Takes `[what: …]` out of the text: returns what stands in it, and the rest.
+/// Takes `[what: …]` out of the text. Returns what is in the brackets, and the rest of the text.
 fn take_bracket<'a>(text: &'a str, what: &str) -> (Option<&'a str>, String) {
     let (before, rest) = text.split_once(&format!("[{what}: ")).unwrap_or((text, ""));
     match rest.split_once(']') {
@@ -75,7 +75,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_flag_stands_once_under_a_heading() {
+    fn each_flag_is_once_under_a_heading() {
         let mut clap = Vec::new();
         Flags::clap().write_long_help(&mut clap).unwrap();
         let clap = String::from_utf8(clap).unwrap();
@@ -94,15 +94,15 @@ mod tests {
         let headings = flags.iter().filter_map(|(_, text)| heading(text));
         let expected = [
             "Configuration",
-            "Who it is and where it can be reached",
+            "Identity and addresses",
             "Slots",
-            "Who is still there",
+            "Liveness",
             "Circuits",
             "Requests",
-            "Who may use it",
+            "Access",
             "Connections",
-            "The end",
-            "The machine",
+            "Shutdown",
+            "Resources",
             "About",
         ];
         assert!(headings.eq(expected), "in the order of the flags: {help}");
@@ -112,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flag_has_its_default_beside_it_and_nothing_of_clap_behind() {
+    fn a_flag_has_its_default_next_to_it_and_nothing_of_claps_after_it() {
         let help = help();
         for line in [
             "    --circuit-bytes <SIZE>  [default: 128KiB]",

@@ -1,8 +1,8 @@
-//! Keeps the secrets of TLS sessions off the disk.
+//! Prevents that the secrets of TLS sessions are written to a file.
 //!
-//! libp2p-tls appends the secrets of each session to the file that the environment variable
-//! `SSLKEYLOGFILE` names, and has no setting against it. A process changes its own environment only with
-//! `unsafe`, so the program executes itself anew, as the same process and without the variable.
+//! libp2p-tls appends the secrets of each session to the file that the environment variable `SSLKEYLOGFILE` names, and no
+//! setting turns that off. To change its own environment a process needs `unsafe` code, so the program executes itself
+//! again without the variable, in the same process.
 
 use std::env;
 
@@ -10,18 +10,17 @@ use anyhow::{Context, Result};
 
 const VARIABLE: &str = "SSLKEYLOGFILE";
 
-/// Makes sure that the variable is not set. Returns only if it is not.
+/// Returns if the variable is not set; otherwise executes the program again without it.
 ///
 /// # Errors
 ///
-/// When it is set, and the program cannot be executed anew.
-pub fn forbid() -> Result<()> {
+/// When the program cannot be executed again.
+pub fn disable() -> Result<()> {
     if env::var_os(VARIABLE).is_none() {
         return Ok(());
     }
-    execute_without_it().with_context(|| {
-        format!("{VARIABLE} is set, and the program could not be started without it; unset it")
-    })
+    execute_without_it()
+        .with_context(|| format!("{VARIABLE} is set and restarting without it failed; unset it"))
 }
 
 #[cfg(unix)]
@@ -38,5 +37,5 @@ fn execute_without_it() -> Result<()> {
 
 #[cfg(not(unix))]
 fn execute_without_it() -> Result<()> {
-    anyhow::bail!("it cannot replace its own process here")
+    anyhow::bail!("this system cannot replace a process")
 }

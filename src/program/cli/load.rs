@@ -1,5 +1,4 @@
-//! From the command line, the environment and a file to flags: which of them wins, and what an
-//! operator is told when they cannot be read.
+//! Reads the settings from the command line, the environment and a file: which of them wins, and the errors.
 
 mod environment;
 
@@ -17,42 +16,41 @@ use toml::{Table, Value, de::DeTable, de::DeValue};
 use self::environment::nearest;
 use super::{flags, flags::Flags, flags::Origins, help};
 
-/// The flags that are no settings, and take no value.
+/// The flags that are not settings and take no value.
 const SWITCHES: [&str; 4] = ["autonat-private", "help", "print-config", "version"];
 
-/// Why the flags do not make a relay.
+/// Why the program exits instead of running a relay.
 #[derive(Debug)]
-pub enum Stop {
-    /// Help or the version was asked for; this is it.
-    Asked(String),
-    /// One line that names the flag and the remedy.
+pub enum Exit {
+    /// To print this text: the help, the version or the settings.
+    Print(String),
+    /// Because of an error: one line that names the flag and the remedy.
     Usage(String),
 }
 
-impl From<String> for Stop {
-    /// In one line, whatever stands in quotes in a file, or in an argument.
+impl From<String> for Exit {
+    /// Escapes control characters, so that a quoted value cannot add lines.
     fn from(problem: String) -> Self {
         let show = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.into() };
         Self::Usage(problem.chars().map(show).collect())
     }
 }
 
-/// What the environment or the file gives: the name of a setting, its value (of a list: one part),
-/// and the place.
-type Given = (String, Result<Value, String>, String);
+/// A setting from the environment or the file: its name, its value (of a list: one element), and its origin.
+type Entry = (String, Result<Value, String>, String);
 
 impl Flags {
-    /// Those of this process: [`Flags::read`].
+    /// Reads the settings of this process: [`Flags::read`].
     ///
     /// # Errors
     ///
-    /// When something cannot be read or makes no sense, or help was asked for.
-    pub fn of_process() -> Result<Self, Stop> {
+    /// When a setting is invalid or cannot be read, or the program is to print something.
+    pub fn of_process() -> Result<Self, Exit> {
         Self::read(env::args_os(), env::vars_os())
     }
 
-    /// Reads flags; what they leave open from the environment; what that leaves open from the file
-    /// that either names.
+    /// Reads the flags; settings without a flag from the environment; and the remaining ones from the file that a flag or
+    /// the environment names.
     ///
     /// # Errors
     ///
@@ -60,44 +58,46 @@ impl Flags {
     pub fn read(
         arguments: impl IntoIterator<Item = OsString>,
         environment: impl IntoIterator<Item = (OsString, OsString)>,
-    ) -> Result<Self, Stop> {
+    ) -> Result<Self, Exit> {
+        // 1. The command line and the names in the environment.
         let (known, mut origins) = (Self::default().settings()?, Origins::new());
         let words: Vec<_> = arguments.into_iter().skip(1).map(to_utf8).collect::<Result<_, _>>()?;
         check_names_of_flags(&words, &known)?;
         let environment = environment::of_relaylet(environment);
         let warnings = environment::check_names(&environment, &known)?;
-        let matches = Self::clap().get_matches_from_safe(&words).map_err(explain)?;
+        let matches = Self::clap().get_matches_from_safe(&words).map_err(from_clap_error)?;
         let given = Self::from_clap(&matches);
         let mut table = given.to_table()?;
         table.retain(|name, _| matches.occurrences_of(name) > 0);
         check_values(&words, &known, &mut table)?;
-        lay(read_environment(&known, &environment), &mut table, &mut origins)?;
+        // 2. The layers below it.
+        merge_layer(read_environment(&known, &environment), &mut table, &mut origins)?;
         let config = environment.get(&environment::name_of("config")).map(PathBuf::from);
         let config = given.config.or(config);
         if let Some(file) = &config {
             let shown = file.display().to_string();
             let why = |error| format!("--config {shown}: {error}; name a file that can be read");
             let bytes = fs::read(file).map_err(why)?;
-            lay(read_file(&shown, &bytes, &known)?, &mut table, &mut origins)?;
+            merge_layer(read_file(&shown, &bytes, &known)?, &mut table, &mut origins)?;
         }
 
-        let lacking = table.keys().find_map(|name| flags::needs(name));
+        // 3. The settings as a whole.
+        let missing = table.keys().find_map(|name| flags::needs(name));
         let read: Self = table.try_into().map_err(|error| error.to_string())?;
         let autonat_private = given.autonat_private;
         let flags = Self { config, autonat_private, origins, warnings, ..read };
-        let checked = lacking.map_or_else(|| flags.check(), Err);
+        let checked = missing.map_or_else(|| flags.check(), Err);
         checked.map_err(|problem| flags.locate(problem))?;
         match given.print_config {
-            true => Err(Stop::Asked(flags.to_file()?)),
+            true => Err(Exit::Print(flags.to_file()?)),
             false => Ok(flags),
         }
     }
 
-    /// Writes a file that sets all of these.
+    /// Returns the text of a file with all settings.
     fn to_file(&self) -> Result<String, String> {
         let given = self.to_table()?;
-        let mut file =
-            String::from("# Where a line begins with #, the setting follows from others.\n");
+        let mut file = String::from("# A setting whose line begins with # follows from others.\n");
         let is_known = |name: &str| flags::needs(name).is_none();
         for (name, value) in self.settings()?.into_iter().filter(|(name, _)| is_known(name)) {
             let comment = if given.contains_key(&name) { "" } else { "# " };
@@ -107,21 +107,21 @@ impl Flags {
     }
 }
 
-/// Adds the settings of a layer that no layer above has. Each of the layer's values is checked, also those
-/// that a layer above hides: they would hold as soon as that one is gone.
-fn lay(layer: Vec<Given>, table: &mut Table, origins: &mut Origins) -> Result<(), String> {
+/// Adds the settings of a layer that no layer above has. Checks all of its values, also those that a layer above hides:
+/// they would take effect as soon as the other one is removed.
+fn merge_layer(layer: Vec<Entry>, table: &mut Table, origins: &mut Origins) -> Result<(), String> {
     let above: BTreeSet<_> = table.keys().cloned().collect();
-    for (name, value, place) in layer {
-        let value = value.map_err(|problem| format!("{place}: {problem}"))?;
-        // By itself, so that the error names its place.
+    for (name, value, origin) in layer {
+        let value = value.map_err(|problem| format!("{origin}: {problem}"))?;
+        // One at a time, so that the error can name the origin.
         let alone = Table::from_iter([(name.clone(), value.clone())]);
         if let Err(error) = alone.try_into::<Flags>() {
-            return Err(format!("{place}: --{name}: {}", error.message()));
+            return Err(format!("{origin}: --{name}: {}", error.message()));
         }
         if above.contains(&name) {
             continue;
         }
-        origins.entry(name.clone()).or_insert(place);
+        origins.entry(name.clone()).or_insert(origin);
         match (table.get_mut(&name), value) {
             (Some(Value::Array(list)), Value::Array(more)) => list.extend(more),
             (_, value) => drop(table.insert(name, value)),
@@ -130,25 +130,23 @@ fn lay(layer: Vec<Given>, table: &mut Table, origins: &mut Origins) -> Result<()
     Ok(())
 }
 
-/// Checks that each flag exists, and that only those have a value that take one.
+/// Checks that each flag exists, and that switches have no value.
 fn check_names_of_flags(words: &[String], known: &Table) -> Result<(), String> {
     for (name, value) in words.iter().filter_map(|word| flag(word)) {
         let is_switch = SWITCHES.contains(&name);
         if is_switch && value.is_some() {
-            return Err(format!("--{name} takes no value; leave out what follows it"));
+            return Err(format!("--{name}: takes no value; leave out the = and what follows it"));
         }
         if !is_switch && !known.contains_key(name) && name != "config" && !name.is_empty() {
             let nearest = nearest(name, known).0;
-            return Err(format!(
-                "--{name}: there is no such flag; try --{nearest}, or see relaylet --help"
-            ));
+            return Err(format!("--{name}: unknown flag; try --{nearest}, or see relaylet --help"));
         }
     }
     Ok(())
 }
 
-/// Checks what clap 2 does not: the value of a switch, which it ignores, and that a flag with a
-/// default has a value. Adds the switches to `table`.
+/// Checks what clap 2 does not: the value of a switch, which it ignores, and that a flag with a default has a value. Adds
+/// the switches to `table`.
 fn check_values(flags: &[String], known: &Table, table: &mut Table) -> Result<(), String> {
     let next = flags.iter().skip(1).map(String::as_str).chain(["--"]);
     for (word, next) in flags.iter().zip(next) {
@@ -160,7 +158,7 @@ fn check_values(flags: &[String], known: &Table, table: &mut Table) -> Result<()
                 table.insert(name.into(), value);
             }
             (Some(setting), None) if next.starts_with("--") && !setting.is_bool() => {
-                return Err(format!("--{name} needs a value; see relaylet --help"));
+                return Err(format!("--{name}: requires a value; see relaylet --help"));
             }
             _ => {}
         }
@@ -168,48 +166,49 @@ fn check_values(flags: &[String], known: &Table, table: &mut Table) -> Result<()
     Ok(())
 }
 
-/// The name of a flag, and the value behind its `=`; `None` for a word that is no flag.
+/// The name of a flag, and the value after its `=`; `None` for a word that is not a flag.
 fn flag(word: &str) -> Option<(&str, Option<&str>)> {
     let word = word.strip_prefix("--")?;
     Some(word.split_once('=').map_or((word, None), |(name, value)| (name, Some(value))))
 }
 
 /// Reads the environment.
-fn read_environment(known: &Table, environment: &BTreeMap<String, OsString>) -> Vec<Given> {
+fn read_environment(known: &Table, environment: &BTreeMap<String, OsString>) -> Vec<Entry> {
     let given = |(name, setting): (&String, &Value)| {
-        let place = environment::name_of(name);
-        let value = match to_utf8(environment.get(&place)?.clone()) {
+        let origin = environment::name_of(name);
+        let value = match to_utf8(environment.get(&origin)?.clone()) {
             Ok(text) => value(setting, &typed(setting, text)).map_err(str::to_owned),
             Err(problem) => Err(problem),
         };
-        Some((name.clone(), value, place))
+        Some((name.clone(), value, origin))
     };
     known.iter().filter_map(given).collect()
 }
 
-/// Reads a file: flags by their names and values, as TOML.
-fn read_file(file: &str, bytes: &[u8], known: &Table) -> Result<Vec<Given>, String> {
+/// Reads a TOML file whose keys are names of flags.
+fn read_file(file: &str, bytes: &[u8], known: &Table) -> Result<Vec<Entry>, String> {
     let line = |at| 1 + bytes.iter().take(at).filter(|byte| **byte == b'\n').count();
-    let place = |at| format!("{file}:{}", line(at));
+    let origin = |at| format!("{file}:{}", line(at));
     let text = str::from_utf8(bytes).map_err(|error| {
-        format!("{}: no text in UTF-8; save the file as such", place(error.valid_up_to()))
+        format!("{}: not UTF-8; save the file as UTF-8", origin(error.valid_up_to()))
     })?;
     let table = DeTable::parse(text).map_err(|error| {
-        let place = place(error.span().map_or(0, |span| span.start));
+        let origin = origin(error.span().map_or(0, |span| span.start));
         let problem = error.message().replace('\n', "; ");
-        format!("{place}: {problem}; a setting is its name, =, and a number or a text in quotes")
+        format!(
+            "{origin}: {problem}; write a setting as its name, =, and a number or a text in quotes"
+        )
     })?;
     let mut given = Vec::new();
     for (name, whole) in table.get_ref() {
-        let (at, name) = (place(name.span().start), name.get_ref().to_string());
+        let (at, name) = (origin(name.span().start), name.get_ref().to_string());
         if let DeValue::Table(_) = whole.get_ref() {
-            let problem =
-                "a file has no tables; write each setting as a line of its own: grace = \"30s\"";
+            let problem = "tables are not supported; write each setting on a line of its own: grace = \"30s\"";
             return Err(format!("{at}: {name}: {problem}"));
         }
         let Some(setting) = known.get(&name) else {
             let nearest = nearest(&name, known).0;
-            return Err(format!("{at}: {name}: there is no such setting; try {nearest}"));
+            return Err(format!("{at}: {name}: unknown setting; try {nearest}"));
         };
         let parts = match (setting, whole.get_ref()) {
             (Value::Array(_), DeValue::Array(parts)) if parts.is_empty() => {
@@ -222,13 +221,13 @@ fn read_file(file: &str, bytes: &[u8], known: &Table) -> Result<Vec<Given>, Stri
         for part in parts {
             let value =
                 value(setting, part.get_ref()).map_err(|takes| format!("{at}: {name}: {takes}"))?;
-            given.push((name.clone(), Ok(value), place(part.span().start)));
+            given.push((name.clone(), Ok(value), origin(part.span().start)));
         }
     }
     Ok(given)
 }
 
-/// What a text from the command line or the environment would be in a file.
+/// The TOML value of a text from the command line or the environment.
 fn typed(setting: &Value, text: String) -> DeValue<'static> {
     match (setting, &*text) {
         (Value::Boolean(_), "true" | "1") => DeValue::Boolean(true),
@@ -237,7 +236,7 @@ fn typed(setting: &Value, text: String) -> DeValue<'static> {
     }
 }
 
-/// Returns a value of the same kind as the setting's own, or says what the setting takes.
+/// Converts a value to the type of the setting. The error says what the setting takes.
 fn value(setting: &Value, given: &DeValue<'_>) -> Result<Value, &'static str> {
     let text = match given {
         DeValue::String(text) => Some(text.as_ref()),
@@ -248,7 +247,7 @@ fn value(setting: &Value, given: &DeValue<'_>) -> Result<Value, &'static str> {
         (Value::Boolean(_), DeValue::Boolean(on), _) => Ok((*on).into()),
         (Value::Boolean(_), ..) => Err("takes true or false"),
         (Value::Array(_), _, Some("")) => Ok(vec![""].into()),
-        // As clap does it: nothing behind the last comma is nothing.
+        // As in clap: a comma at the end adds no element.
         (Value::Array(_), _, Some(text)) => Ok(Vec::from_iter(text.split_terminator(',')).into()),
         (Value::Array(_), ..) => Err("takes a list of texts in quotes"),
         (_, _, Some(text)) => Ok(text.into()),
@@ -257,21 +256,21 @@ fn value(setting: &Value, given: &DeValue<'_>) -> Result<Value, &'static str> {
 }
 
 fn to_utf8(text: OsString) -> Result<String, String> {
-    text.into_string().map_err(|bytes| format!("{bytes:?} is no text in UTF-8; write it as such"))
+    text.into_string().map_err(|bytes| format!("{bytes:?} is not UTF-8; write it as UTF-8"))
 }
 
-/// clap explains in several lines; the first says what is wrong, and one is what an operator gets.
-fn explain(error: clap::Error) -> Stop {
+/// Reduces an error of clap to one line: it has several, of which the first says what is wrong.
+fn from_clap_error(error: clap::Error) -> Exit {
     match error.kind {
-        clap::ErrorKind::HelpDisplayed => return Stop::Asked(help::help()),
-        clap::ErrorKind::VersionDisplayed => return Stop::Asked(error.message),
+        clap::ErrorKind::HelpDisplayed => return Exit::Print(help::help()),
+        clap::ErrorKind::VersionDisplayed => return Exit::Print(error.message),
         _ => {}
     }
-    // What clap says first may stand in two lines: the flag, then its name.
-    let is_said = |line: &&str| !["USAGE", "For more"].iter().any(|end| line.starts_with(end));
-    let said = error.message.trim_start_matches("error:").lines().map(str::trim);
-    let said: Vec<_> = said.take_while(is_said).filter(|line| !line.is_empty()).collect();
-    format!("{}; see relaylet --help", said.join(" ")).into()
+    // The problem may take two lines: the flag, then its name.
+    let is_problem = |line: &&str| !["USAGE", "For more"].iter().any(|end| line.starts_with(end));
+    let problem = error.message.trim_start_matches("error:").lines().map(str::trim);
+    let problem: Vec<_> = problem.take_while(is_problem).filter(|line| !line.is_empty()).collect();
+    format!("{}; see relaylet --help", problem.join(" ")).into()
 }
 
 #[cfg(test)]
@@ -289,7 +288,7 @@ mod tests {
         settings.map(|(name, value)| (name.to_owned(), value)).into_iter().collect()
     }
 
-    fn read(text: impl AsRef<[u8]>) -> Result<Vec<Given>, String> {
+    fn read(text: impl AsRef<[u8]>) -> Result<Vec<Entry>, String> {
         read_file("file", text.as_ref(), &known())
     }
 
@@ -312,8 +311,8 @@ mod tests {
             ("deny-subnet", vec!["2001:db8::/32"].into(), "file:6"),
             ("dht", true.into(), "file:7"),
         ];
-        let expected: Vec<Given> = expected
-            .map(|(name, value, place)| (name.into(), Ok::<Value, _>(value), place.into()))
+        let expected: Vec<Entry> = expected
+            .map(|(name, value, origin)| (name.into(), Ok::<Value, _>(value), origin.into()))
             .into();
         assert_eq!(read(text), Ok(expected));
         assert_eq!(read(""), Ok(vec![]));
@@ -323,10 +322,10 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_told_with_its_line_and_the_remedy() {
+    fn an_error_names_its_line_and_the_remedy() {
         let (line, text) = problem("grace = \"1s\"\nmax-reservation = 5\n");
         assert_eq!(line, 2);
-        assert_eq!(text, "max-reservation: there is no such setting; try max-reservations");
+        assert_eq!(text, "max-reservation: unknown setting; try max-reservations");
         for (text, at) in [
             ("\n\ngrace = 1s\n", 3),
             ("grace = \"1s\"\ngrace = \"2s\"\n", 2),
@@ -346,7 +345,7 @@ mod tests {
             [("[grace]\nx = 1", "grace"), ("grace = { a = 1 }", "grace"), ("\n[limits]", "limits")]
         {
             let (_, text) = problem(text);
-            assert!(text.starts_with(&format!("{name}: a file has no tables")), "{text}");
+            assert!(text.starts_with(&format!("{name}: tables are not supported")), "{text}");
         }
         assert_eq!(problem("dht = 1").1, "dht: takes true or false");
         let list = "deny-subnet: takes a list of texts in quotes";
@@ -359,7 +358,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_reads_the_same() {
+    fn a_printed_file_is_read_back_unchanged() {
         let identity = "with \"quotes\" and \\ and\n";
         let flags = Flags { identity: identity.into(), ..Flags::default() };
         let file = flags.to_file().unwrap();

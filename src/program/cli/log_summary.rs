@@ -1,9 +1,11 @@
-//! What was refused, who was given up and what came back, for whoever reads the log: a line a minute
-//! for each reason.
+//! The log summary: once a minute a line for each kind of refusal and timeout, with its count.
 //!
-//! Pure. Each single case is a line at debug; at info that would be the stranger's to fill.
+//! Sans-IO. Each single event is a line at debug; at info, peers could fill the log.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    fmt::Display,
+};
 
 use crate::{
     address::ClientPrefix,
@@ -17,49 +19,46 @@ use crate::{
     relay::quota::Busiest,
 };
 
-/// How many addresses are told apart under one reason. The busiest is among them unless as many
-/// others came before it.
-const MOST_ADDRESSES: usize = 1000;
+/// How many addresses are counted separately for one reason. The busiest one is among them unless that many others came
+/// first.
+const MAX_ADDRESSES: usize = 1000;
 
-/// What happened since the last lines.
+/// The counts since the last summary.
 #[derive(Debug, Default)]
-pub struct Digest {
+pub struct LogSummary {
     counts: BTreeMap<Key, Count>,
-    /// The flags that somebody has run into.
+    /// The flags that a warning has named.
     warned: HashSet<&'static str>,
-    /// What had been given up by then.
-    given_up: u64,
+    /// How many streams and connections had been reset for their buffered bytes by then.
+    shed: u64,
 }
 
-/// What happened, and why.
+/// What happened, and the reason.
 type Key = (&'static str, &'static str);
 
 #[derive(Debug, Default)]
 struct Count {
     total: usize,
-    from: HashMap<ClientPrefix, usize>,
+    by_address: HashMap<ClientPrefix, usize>,
 }
 
-impl Digest {
-    /// Counts an event; returns the warning that it calls for, if it is the first of its kind.
-    pub fn note(&mut self, event: &NodeEvent) -> Option<String> {
+impl LogSummary {
+    /// Counts an event. Returns a warning if it is the first one to reach the limit of a flag.
+    pub fn on_event(&mut self, event: &NodeEvent) -> Option<String> {
         let tally = Tally::of(event)?;
         self.count((tally.what.log, tally.why), tally.prefix);
         match event {
-            NodeEvent::ConnectionDenied { reason: Denied::Address(address), .. } => {
-                self.warn(address, "as many connections as it may", "--max-connections-per-ip")
-            }
-            NodeEvent::ConnectionDenied { reason: Denied::Subnet(subnet), .. } => {
-                self.warn(subnet, "as many connections as it may", "--max-connections-per-subnet")
-            }
-            NodeEvent::ConnectionDenied { address, reason: Denied::NoHeader(why) } => {
-                self.once("--proxy-protocol-from", |flag| {
+            NodeEvent::ConnectionDenied { reason, address } => match reason {
+                Denied::Address(own) => self.warn(own, "connections", "--max-connections-per-ip"),
+                Denied::Subnet(own) => self.warn(own, "connections", "--max-connections-per-subnet"),
+                Denied::ProxyHeader(error) => self.once("--proxy-protocol-from", |flag| {
                     format!(
-                        "{address}: no PROXY protocol header: {why}; {flag} says that a proxy is \
-                         there: make it send one, or leave the address out"
+                        "connection denied: {address}: no PROXY protocol header: {error}; have the proxy send one, \
+                         or remove its address from {flag}"
                     )
-                })
-            }
+                }),
+                _ => None,
+            },
             NodeEvent::Relay(Event::ReservationRefused { reason, .. }) => {
                 self.warn_of(reason, "--reserve-rate")
             }
@@ -70,25 +69,25 @@ impl Digest {
         }
     }
 
-    /// A line for each reason that there was since the last time, and for what was given up; if there was
-    /// any, one more says which address holds the most of each resource.
+    /// Returns the summary and resets the counts: a line for each reason, then, if there is any, one with the busiest
+    /// address of each resource.
     pub fn lines(
         &mut self,
         buffered: Buffered,
         busiest: impl IntoIterator<Item = (&'static str, Option<Busiest>)>,
     ) -> Vec<String> {
-        let given_up = buffered.sum(&[Cut::STREAMS, Cut::CONNECTIONS].concat());
-        let more = given_up.saturating_sub(self.given_up);
-        self.given_up = given_up;
-        if more > 0 {
-            let key = ("streams given up", "more waited than --max-buffered");
-            self.counts.entry(key).or_default().total = usize::try_from(more).unwrap_or(usize::MAX);
+        let shed = buffered.sum(&[Cut::STREAMS, Cut::CONNECTIONS].concat());
+        let newly_shed = shed.saturating_sub(std::mem::replace(&mut self.shed, shed));
+        if newly_shed > 0 {
+            let key = ("streams reset", "more was buffered than --max-buffered allows");
+            let total = usize::try_from(newly_shed).unwrap_or(usize::MAX);
+            self.counts.entry(key).or_default().total = total;
         }
         let counts = std::mem::take(&mut self.counts);
         let lines = counts.into_iter().map(|((what, why), count)| {
             let line = format!("{what} within a minute: {}: {why}", count.total);
-            match count.from.into_iter().max_by_key(|(_, count)| *count) {
-                Some((address, count)) => format!("{line}; most of {address}: {count}"),
+            match count.by_address.into_iter().max_by_key(|(_, count)| *count) {
+                Some((address, count)) => format!("{line}; most from {address}: {count}"),
                 None => line,
             }
         });
@@ -104,56 +103,45 @@ impl Digest {
         lines
     }
 
-    fn count(&mut self, key: Key, from: Option<ClientPrefix>) {
+    fn count(&mut self, key: Key, prefix: Option<ClientPrefix>) {
         let count = self.counts.entry(key).or_default();
         count.total += 1;
-        let Some(address) = from else {
+        let Some(address) = prefix else {
             return;
         };
-        let known = count.from.contains_key(&address);
-        if known || count.from.len() < MOST_ADDRESSES {
-            *count.from.entry(address).or_default() += 1;
+        let is_known = count.by_address.contains_key(&address);
+        if is_known || count.by_address.len() < MAX_ADDRESSES {
+            *count.by_address.entry(address).or_default() += 1;
         }
     }
 
     fn warn_of(&mut self, reason: &Refused, rate: &'static str) -> Option<String> {
         match reason {
-            Refused::AddressFull(address) => {
-                self.warn(address, "as many slots as it may", "--max-reservations-per-ip")
+            Refused::AddressFull(own) => self.warn(own, "slots", "--max-reservations-per-ip"),
+            Refused::SubnetFull(own) => self.warn(own, "slots", "--max-reservations-per-subnet"),
+            Refused::TooManyCircuitsOfAddress(own) => {
+                self.warn(own, "circuits", "--max-circuits-per-ip")
             }
-            Refused::SubnetFull(subnet) => {
-                self.warn(subnet, "as many slots as it may", "--max-reservations-per-subnet")
+            Refused::TooManyCircuitsOfSubnet(own) => {
+                self.warn(own, "circuits", "--max-circuits-per-subnet")
             }
-            Refused::TooManyCircuitsOfAddress(address) => {
-                self.warn(address, "as many circuits as it may", "--max-circuits-per-ip")
-            }
-            Refused::TooManyCircuitsOfSubnet(subnet) => {
-                self.warn(subnet, "as many circuits as it may", "--max-circuits-per-subnet")
-            }
-            Refused::AddressTooOften(address) => {
-                self.warn(address, "sent as many requests as it may", rate)
-            }
+            Refused::AddressTooOften(own) => self.warn(own, "requests", rate),
             _ => None,
         }
     }
 
-    fn warn(
-        &mut self,
-        address: &impl std::fmt::Display,
-        has: &str,
-        flag: &'static str,
-    ) -> Option<String> {
+    fn warn(&mut self, own: &impl Display, resource: &str, flag: &'static str) -> Option<String> {
         self.once(flag, |flag| {
             format!(
-                "{address} has {has}, and was refused: is it a proxy? Then name it with \
-                 --proxy-protocol-from; one address for many people? Then raise {flag}"
+                "limit reached: {own} has as many {resource} as {flag} allows; if it is a proxy, name it with \
+                 --proxy-protocol-from; if many clients share it, raise {flag}"
             )
         })
     }
 
     fn once(&mut self, flag: &'static str, warning: impl Fn(&str) -> String) -> Option<String> {
-        let first = self.warned.insert(flag);
-        first.then(|| format!("{}; this is said once", warning(flag)))
+        let is_first = self.warned.insert(flag);
+        is_first.then(|| format!("{}; this is logged once", warning(flag)))
     }
 }
 
@@ -165,7 +153,7 @@ mod tests {
 
     use super::*;
     use crate::event::FreedReason;
-    use crate::program::net::admission::proxy_header::NoHeader;
+    use crate::program::net::admission::proxy_header::HeaderError;
 
     fn freed(from: &str, reason: FreedReason) -> NodeEvent {
         NodeEvent::Relay(Event::ReservationFreed {
@@ -189,79 +177,79 @@ mod tests {
 
     #[test]
     fn a_reason_is_one_line_with_its_count_and_the_busiest_address() {
-        let mut digest = Digest::default();
+        let mut summary = LogSummary::default();
         for from in ["192.0.2.1", "192.0.2.2", "192.0.2.2"] {
-            assert_eq!(digest.note(&freed(from, FreedReason::GraceOver)), None);
+            assert_eq!(summary.on_event(&freed(from, FreedReason::GraceOver)), None);
         }
         let taken = FreedReason::TakenBy { peer: PeerId::random() };
-        digest.note(&freed("192.0.2.3", taken));
+        summary.on_event(&freed("192.0.2.3", taken));
         let lines = [
-            "slots freed within a minute: 3: grace over; most of 192.0.2.2: 2",
-            "slots freed within a minute: 1: taken by a newcomer; most of 192.0.2.3: 1",
+            "slots freed within a minute: 3: grace over; most from 192.0.2.2: 2",
+            "slots freed within a minute: 1: taken by a newcomer; most from 192.0.2.3: 1",
         ];
-        assert_eq!(digest.lines(Buffered::default(), []), lines);
-        assert!(digest.lines(Buffered::default(), []).is_empty(), "a minute later");
+        assert_eq!(summary.lines(Buffered::default(), []), lines);
+        assert!(summary.lines(Buffered::default(), []).is_empty(), "a minute later");
     }
 
     #[test]
     fn peers_that_were_judged_silent_are_one_line_as_well() {
-        let mut digest = Digest::default();
+        let mut summary = LogSummary::default();
         for from in ["192.0.2.1", "192.0.2.2", "192.0.2.2"] {
             let silent = Event::PeerSilent {
                 peer: PeerId::random(),
                 address: address(from),
                 silent_for: Duration::from_secs(60),
             };
-            assert_eq!(digest.note(&NodeEvent::Relay(silent)), None);
+            assert_eq!(summary.on_event(&NodeEvent::Relay(silent)), None);
         }
-        let line = "peers judged silent within a minute: 3: no sign of life when asked; most of \
+        let line = "peers timed out within a minute: 3: no answer to a probe; most from \
                     192.0.2.2: 2";
-        assert_eq!(digest.lines(Buffered::default(), []), [line]);
+        assert_eq!(summary.lines(Buffered::default(), []), [line]);
     }
 
     #[test]
     fn the_first_refusal_by_an_address_cap_is_a_warning() {
-        let mut digest = Digest::default();
-        assert_eq!(digest.note(&refused("192.0.2.1", Refused::TableFull)), None);
+        let mut summary = LogSummary::default();
+        assert_eq!(summary.on_event(&refused("192.0.2.1", Refused::TableFull)), None);
         let home = ClientPrefix::of(&address("192.0.2.1")).unwrap();
-        let mut full = || digest.note(&refused("192.0.2.1", Refused::AddressFull(home)));
+        let mut full = || summary.on_event(&refused("192.0.2.1", Refused::AddressFull(home)));
         let warning = full().expect("a warning");
         for word in ["192.0.2.1", "--max-reservations-per-ip", "proxy"] {
             assert!(warning.contains(word), "{warning}");
         }
         assert_eq!(full(), None);
-        let subnet = digest.note(&refused("192.0.2.1", Refused::SubnetFull(home.subnet())));
+        let subnet = summary.on_event(&refused("192.0.2.1", Refused::SubnetFull(home.subnet())));
         assert!(subnet.is_some_and(|line| line.contains("192.0.2.0/24")));
     }
 
     #[test]
     fn the_first_connection_of_a_proxy_without_a_header_is_a_warning() {
-        let mut digest = Digest::default();
+        let mut summary = LogSummary::default();
         let mut denied = || {
-            digest.note(&NodeEvent::ConnectionDenied {
+            summary.on_event(&NodeEvent::ConnectionDenied {
                 address: address("192.0.2.1"),
-                reason: Denied::NoHeader(NoHeader::SomethingElse),
+                reason: Denied::ProxyHeader(HeaderError::NotAHeader),
             })
         };
         let warning = denied().expect("a warning");
-        for word in ["192.0.2.1", "--proxy-protocol-from", "something else"] {
+        for word in ["192.0.2.1", "--proxy-protocol-from", "not a header"] {
             assert!(warning.contains(word), "{warning}");
         }
         assert_eq!(denied(), None);
-        let line = "connections denied within a minute: 2: no PROXY protocol header; most of \
+        let line = "connections denied within a minute: 2: no PROXY protocol header; most from \
                     192.0.2.1: 2";
-        assert_eq!(digest.lines(Buffered::default(), []), [line]);
+        assert_eq!(summary.lines(Buffered::default(), []), [line]);
     }
 
     #[test]
     fn in_a_minute_with_refusals_the_busiest_address_of_each_resource_is_named() {
-        let mut digest = Digest::default();
+        let mut summary = LogSummary::default();
         let home = "192.0.2.1".parse::<std::net::IpAddr>().unwrap().into();
         let busiest =
             [("slots", Some((home, 12))), ("circuits", None), ("streams", Some((home, 3)))];
-        assert!(digest.lines(Buffered::default(), busiest).is_empty());
-        digest.note(&refused("192.0.2.9", Refused::TableFull));
-        let lines = digest.lines(Buffered::default(), busiest);
+        assert!(summary.lines(Buffered::default(), busiest).is_empty());
+        summary.on_event(&refused("192.0.2.9", Refused::TableFull));
+        let lines = summary.lines(Buffered::default(), busiest);
         assert_eq!(
             lines[1..],
             ["busiest addresses within a minute: slots: 192.0.2.1 (12), streams: 192.0.2.1 (3)"]
@@ -270,13 +258,13 @@ mod tests {
 
     #[test]
     fn a_thousand_addresses_and_no_more_are_told_apart() {
-        let mut digest = Digest::default();
-        for n in 0..MOST_ADDRESSES + 500 {
+        let mut summary = LogSummary::default();
+        for n in 0..MAX_ADDRESSES + 500 {
             let from = format!("10.0.{}.{}", n / 256, n % 256);
-            digest.note(&refused(&from, Refused::TableFull));
+            summary.on_event(&refused(&from, Refused::TableFull));
         }
-        let count = digest.counts.values().next().unwrap();
-        assert_eq!(count.total, MOST_ADDRESSES + 500);
-        assert_eq!(count.from.len(), MOST_ADDRESSES);
+        let count = summary.counts.values().next().unwrap();
+        assert_eq!(count.total, MAX_ADDRESSES + 500);
+        assert_eq!(count.by_address.len(), MAX_ADDRESSES);
     }
 }

@@ -1,7 +1,7 @@
-//! How much memory the relay may come to take, by its limits.
+//! Estimates how much memory the relay takes at most under its limits.
 //!
-//! What one of each takes was measured: `cargo bench --bench scale` for those that are well behaved,
-//! and `tests/env/ceiling.rs`, which has strangers drive all limits to their edge at once, for the most.
+//! The cost of each item was measured: with `cargo bench --bench scale` for ordinary use, and with `tests/env/ceiling.rs`, in
+//! which peers reach all limits at once, for the maximum.
 
 use crate::{
     config::Config,
@@ -11,59 +11,57 @@ use crate::{
 const KIB: u64 = 1024;
 const MIB: u64 = 1024 * KIB;
 
-/// The program itself, and what it keeps of what was.
+/// The program itself, with its tables when empty.
 const PROGRAM: u64 = 12 * MIB;
 
-/// What the heap of one thread keeps of what was freed: see `runtime.rs`.
+/// Freed memory that the allocator keeps for one thread: see `runtime.rs`.
 const THREAD: u64 = 8 * MIB;
 
-/// A connection over Noise that has nothing to read or to write, but once had a message of the largest
-/// size to read, and a piece to write. One over TLS takes a third of it.
+/// An idle connection over Noise, whose buffers have grown to the largest message. One over TLS takes a third of that.
 const CONNECTION: u64 = 116 * KIB;
 
-/// What WebSocket takes beside, and its longest message.
+/// What WebSocket adds, with its longest message.
 #[cfg(feature = "websocket")]
 const WEBSOCKET: u64 = 16 * KIB + crate::program::net::websocket::LONGEST_MESSAGE as u64;
 #[cfg(not(feature = "websocket"))]
 const WEBSOCKET: u64 = 0;
 
-/// A stream, and who negotiates or asks on it.
+/// A stream, with the task that negotiates its protocol or serves its request.
 const STREAM: u64 = 3 * KIB;
 
-/// A circuit beside its source's stream: the target's, and what carries it.
+/// A circuit besides its source's stream: the target's stream, and the task that copies bytes.
 const CIRCUIT: u64 = 3 * KIB;
 
-/// A slot, and what is counted of its peer and its address.
+/// A slot, with the counts of its peer and its address.
 const SLOT: u64 = KIB;
 
-/// What the heap loses to fragmentation, where blocks are of many sizes and come and go: in percent of
-/// all else.
+/// Fragmentation of the heap, in percent of all else.
 ///
-/// With the default limits all else adds up to 404 MiB. The crowd of `tests/env/ceiling.rs` once had 328 MiB
-/// of that in use, for which the heap took 527 MiB; the most that it took in five runs was 571 MiB.
-const LOST: u64 = 60;
+/// With the default limits all else adds up to 404 MiB. In one run of `tests/env/ceiling.rs` 328 MiB of that were in use, for
+/// which the heap took 527 MiB; the most that it took in five runs was 571 MiB.
+const FRAGMENTATION: u64 = 60;
 
-/// What the relay was told that memory depends on, beside its configuration.
+/// What memory depends on besides the limits.
 #[derive(Clone, Copy, Debug)]
-pub struct Uses {
-    /// How many threads do the work.
+pub struct Usage {
+    /// How many threads run the relay.
     pub threads: usize,
     /// How many connections may be dialed.
     pub dialed: usize,
-    /// Whether clients may come over WebSocket.
+    /// Whether clients can connect over WebSocket.
     pub websocket: bool,
 }
 
-/// The most memory that there can be use for, in bytes.
-pub fn most(config: &Config, limits: &Limits, streams: &StreamLimits, uses: Uses) -> u64 {
-    let connections = limits.max_connections.saturating_add(uses.dialed);
-    let places = connections.saturating_add(limits.max_handshakes);
-    let connection = CONNECTION + if uses.websocket { WEBSOCKET } else { 0 };
+/// The estimate, in bytes.
+pub fn estimate(config: &Config, limits: &Limits, streams: &StreamLimits, usage: Usage) -> u64 {
+    let connections = limits.max_connections.saturating_add(usage.dialed);
+    let with_handshakes = connections.saturating_add(limits.max_handshakes);
+    let connection = CONNECTION + if usage.websocket { WEBSOCKET } else { 0 };
     let all = [
         (1, PROGRAM),
-        (uses.threads, THREAD),
-        (places, connection),
-        (streams.most(places), STREAM),
+        (usage.threads, THREAD),
+        (with_handshakes, connection),
+        (streams.most(with_handshakes), STREAM),
         (config.max_circuits, CIRCUIT),
         (config.max_reservations, SLOT),
         (streams.buffered(config.max_circuits_per_peer), 1),
@@ -71,18 +69,17 @@ pub fn most(config: &Config, limits: &Limits, streams: &StreamLimits, uses: Uses
     let sum = all.iter().fold(0_u64, |sum, (count, each)| {
         sum.saturating_add((*count as u64).saturating_mul(*each))
     });
-    sum.saturating_add(sum / 100 * LOST)
+    sum.saturating_add(sum / 100 * FRAGMENTATION)
 }
 
-/// How much memory this process can have, in bytes: the machine's, or what its cgroup is limited to. `None`
-/// where that cannot be told.
+/// How much memory this process can have, in bytes: the machine's, or the limit of its cgroup. `None` if that is unknown.
 #[cfg(target_os = "linux")]
 pub fn available() -> Option<u64> {
     let machine = rustix::system::sysinfo();
     let machine = machine.totalram.saturating_mul(machine.mem_unit.into());
     let cgroups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
     let limits = cgroups.lines().flat_map(limit_files).filter_map(|file| {
-        // "max" where there is no limit.
+        // "max", which is not a number, if there is no limit.
         std::fs::read_to_string(file).ok()?.trim().parse().ok()
     });
     limits.chain([machine]).min()
@@ -93,10 +90,9 @@ pub fn available() -> Option<u64> {
     None
 }
 
-/// The files that may have a limit on memory, by a line of /proc/self/cgroup: of the cgroup and of each above
-/// it.
+/// The files with the memory limits of a cgroup, which is a line of /proc/self/cgroup, and of its ancestors.
 ///
-/// See cgroups(7), "/proc files": version 2 has no controllers in its line.
+/// See cgroups(7), "/proc files": the line of version 2 has no controllers.
 #[cfg(target_os = "linux")]
 fn limit_files(line: &str) -> Vec<std::path::PathBuf> {
     let mut fields = line.splitn(3, ':').skip(1);
@@ -116,14 +112,14 @@ fn limit_files(line: &str) -> Vec<std::path::PathBuf> {
 mod tests {
     use super::*;
 
-    const ALONE: Uses = Uses { threads: 1, dialed: 0, websocket: false };
+    const ALONE: Usage = Usage { threads: 1, dialed: 0, websocket: false };
 
-    fn at_most(uses: Uses) -> u64 {
-        most(&Config::default(), &Limits::default(), &StreamLimits::default(), uses)
+    fn at_most(usage: Usage) -> u64 {
+        estimate(&Config::default(), &Limits::default(), &StreamLimits::default(), usage)
     }
 
     #[test]
-    fn by_default_it_is_less_than_660_mib() {
+    fn the_default_is_below_660_mib() {
         assert!((600 * MIB..660 * MIB).contains(&at_most(ALONE)), "{}", at_most(ALONE));
     }
 
@@ -147,10 +143,10 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_counted_is_too_much() {
+    fn the_sum_saturates() {
         let config =
             Config { max_circuits: usize::MAX, max_reservations: usize::MAX, ..Config::default() };
         let (limits, streams) = (Limits::default(), StreamLimits::default());
-        assert_eq!(most(&config, &limits, &streams, ALONE), u64::MAX);
+        assert_eq!(estimate(&config, &limits, &streams, ALONE), u64::MAX);
     }
 }

@@ -1,60 +1,64 @@
-//! The configuration, read again while the relay runs.
+//! Reloads the settings while the relay runs.
 
 use toml::Value;
 
-use super::{flags, flags::Flags, load::Stop, values::SHOWN};
+use super::{flags, flags::Flags, load::Exit, values::MAX_SHOWN};
 use crate::program::node::Node;
 
-/// What is read at the start only. `max-circuits-per-peer` can be lowered while the relay runs.
+/// The settings that require a restart. `max-circuits-per-peer` can be lowered without one.
 const AT_START: &str = "autonat bootstrap dht dht-protocol http identity listen swarm-key threads \
     max-buffered max-buffered-per-connection max-circuits-per-peer max-connections max-handshakes \
     max-connections-per-ip max-connections-per-peer max-connections-per-subnet max-streams max-streams-per-connection \
     stream-rate";
 
-/// The settings that the relay was started with, and those that hold now.
+/// The settings at the start, and those in effect.
 #[derive(Debug)]
 pub struct Settings {
     at_start: Flags,
-    /// What holds now.
+    /// The settings in effect.
     pub now: Flags,
 }
 
 impl Settings {
-    /// A relay that was started with these.
+    /// The settings of a relay that was started with these.
     pub fn new(flags: &Flags) -> Self {
         Self { at_start: flags.clone(), now: flags.clone() }
     }
 
-    /// Reads flags, environment and file once more, and has the node follow. What is wrong is told,
-    /// and changes nothing.
-    pub fn read_again(&mut self, node: &mut Node) {
+    /// Reads flags, environment and file again, and applies them to the node. Logs an error, and changes nothing then.
+    pub fn reload(&mut self, node: &mut Node) {
         match self.now.config {
-            Some(_) => match Flags::of_process().and_then(|flags| self.follow(flags, node)) {
-                Err(Stop::Usage(problem)) => log::error!("SIGHUP: nothing has changed: {problem}"),
-                Ok(()) | Err(Stop::Asked(_)) => {} // the arguments are those that started it
+            Some(_) => match Flags::of_process().and_then(|flags| self.apply(flags, node)) {
+                Err(Exit::Usage(problem)) => {
+                    log::error!("SIGHUP: keeping the previous settings: {problem}");
+                }
+                Ok(()) | Err(Exit::Print(_)) => {} // the arguments did not print at the start either
             },
             None if self.now.tls_cert.is_some() => {}
-            None => log::warn!("SIGHUP: there is no file to read again; name one with --config"),
+            None => log::warn!("SIGHUP: no file to reload; name one with --config"),
         }
     }
 
-    fn follow(&mut self, mut flags: Flags, node: &mut Node) -> Result<(), Stop> {
-        let lowered = flags.max_circuits_per_peer < self.at_start.max_circuits_per_peer;
-        let mut restart = self.at_start.differ_in(&flags)?;
+    fn apply(&mut self, mut flags: Flags, node: &mut Node) -> Result<(), Exit> {
+        // 1. What has changed, and what of that requires a restart.
+        let is_lowered = flags.max_circuits_per_peer < self.at_start.max_circuits_per_peer;
+        let mut restart = self.at_start.differing(&flags)?;
         restart.retain(|name| AT_START.split(' ').any(|at_start| at_start == name));
-        restart.retain(|name| !(lowered && name == "max-circuits-per-peer"));
-        // Connections are made for so many since the start.
-        let most = self.at_start.max_circuits_per_peer;
-        flags.max_circuits_per_peer = flags.max_circuits_per_peer.min(most);
-        let mut changed = flags.differ_in(&self.now)?;
+        restart.retain(|name| !(is_lowered && name == "max-circuits-per-peer"));
+        // Limits of streams follow from its value at the start.
+        let limit = self.at_start.max_circuits_per_peer;
+        flags.max_circuits_per_peer = flags.max_circuits_per_peer.min(limit);
+        let mut changed = flags.differing(&self.now)?;
         changed.retain(|name| name == "max-circuits-per-peer" || !restart.contains(name));
+        // 2. Apply it.
         node.set_config(flags.config()).map_err(|error| flags.locate(flags::in_flags(error)))?;
         node.set_proxies(flags.proxies());
+        // 3. Log it.
         for name in &restart {
-            log::warn!("SIGHUP: {name} holds from the next start on");
+            log::warn!("SIGHUP: {name} requires a restart");
         }
         match changed.is_empty() {
-            true => log::info!("SIGHUP: nothing to change"),
+            true => log::info!("SIGHUP: no setting has changed"),
             false => log::info!("SIGHUP: changed: {}", changed.join(", ")),
         }
         for line in self.now.changes(&flags, &changed)? {
@@ -69,17 +73,17 @@ impl Settings {
 }
 
 impl Flags {
-    /// The names of the settings in which these flags differ from others.
+    /// The names of the settings that differ from those of `others`.
     ///
     /// # Errors
     ///
     /// As [`Flags::to_table`].
-    pub fn differ_in(&self, others: &Self) -> Result<Vec<String>, String> {
+    pub fn differing(&self, others: &Self) -> Result<Vec<String>, String> {
         let both = self.settings()?.into_iter().zip(others.settings()?);
         Ok(both.filter(|(one, other)| one != other).map(|((name, _), _)| name).collect())
     }
 
-    /// A line for each of the settings of these names, with its value before and after.
+    /// A line for each of these settings, with its value before and after.
     fn changes(&self, after: &Self, names: &[String]) -> Result<Vec<String>, String> {
         let (old, new, given) = (self.settings()?, after.settings()?, after.to_table()?);
         let line = |name: &String| {
@@ -92,10 +96,10 @@ impl Flags {
     }
 }
 
-/// A value as a file has it; of a long one the beginning.
+/// A value as it is written in a file, shortened if it is long.
 fn shown(value: &Value) -> String {
     let text = value.to_string();
-    match text.char_indices().nth(SHOWN) {
+    match text.char_indices().nth(MAX_SHOWN) {
         Some((end, _)) => format!("{}…", text.get(..end).unwrap_or_default()),
         None => text,
     }
@@ -108,14 +112,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_change_is_told_with_the_value_before_and_after() {
+    fn a_change_is_logged_with_the_value_before_and_after() {
         let before = Flags::from_iter([""; 0]);
         let after = Flags::from_iter([
             "--grace=1m",
             "--max-reservations=4096",
             "--announce=/dns4/a.example/tcp/1",
         ]);
-        let mut names = after.differ_in(&before).unwrap();
+        let mut names = after.differing(&before).unwrap();
         names.retain(|name| ["announce", "grace", "max-connections"].contains(&name.as_str()));
         let expected = [
             r#"announce: [] → ["/dns4/a.example/tcp/1"]"#,
@@ -123,20 +127,20 @@ mod tests {
             "max-connections: 2048 → 8192 (derived from others)",
         ];
         assert_eq!(before.changes(&after, &names).unwrap(), expected);
-        assert_eq!(shown(&"x".repeat(1000).into()).chars().count(), SHOWN + 1);
+        assert_eq!(shown(&"x".repeat(1000).into()).chars().count(), MAX_SHOWN + 1);
     }
 
     #[test]
-    fn a_number_that_the_running_relay_does_not_take_up_is_known_to_need_a_restart() {
+    fn each_number_that_a_reload_does_not_apply_requires_a_restart() {
         let defaults = Flags::from_iter([""; 0]);
         let settings = defaults.settings().unwrap();
         let numbers: Vec<_> = settings.iter().filter(|(_, value)| value.is_integer()).collect();
         assert!(numbers.len() > 15);
         for (name, _) in numbers {
             let flags = Flags::from_iter([&format!("--{name}"), "7777777"]);
-            let is_taken_up = flags.config() != defaults.config();
+            let is_applied = flags.config() != defaults.config();
             let at_start = AT_START.split(' ').any(|at_start| at_start == name);
-            assert!(is_taken_up != at_start || name == "max-circuits-per-peer", "{name}");
+            assert!(is_applied != at_start || name == "max-circuits-per-peer", "{name}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The program from its first line to its last: what it says, and what ends it.
+//! Starts the relay, runs its main loop, and exits.
 
 use std::{
     error::Error,
@@ -23,16 +23,16 @@ use libp2p::{
 use log::LevelFilter;
 
 #[cfg(feature = "websocket")]
-use super::tls_files::Certificates;
+use super::tls_files::TlsFiles;
 #[cfg(feature = "http")]
 use super::values::Parsed;
 use super::{
     flags::{Flags, in_flags},
     identity, key_log,
-    load::Stop,
-    log_summary::Digest,
+    load::Exit,
+    log_summary::LogSummary,
     memory_estimate, reload, runtime, sd_notify,
-    signals::{self, Order, Phase},
+    signals::{self, Phase, SignalAction},
     startup_log,
 };
 #[cfg(feature = "http")]
@@ -41,7 +41,7 @@ use crate::program::http::monitor::Watch;
 use crate::program::net::swarm_key;
 use crate::{
     address,
-    config::ConfigError,
+    config::{Config, ConfigError},
     program::{
         component::{Component, poll_due},
         net::{admission::open_files, interfaces, multiaddr},
@@ -49,78 +49,78 @@ use crate::{
     },
 };
 
-/// How long the machine gets to name its addresses before the relay says that none is global.
-const SETTLED: Duration = Duration::from_millis(500);
+/// How long to wait for the addresses of wildcard listeners before the relay logs which of them clients can dial.
+const ADDRESSES_AFTER: Duration = Duration::from_millis(500);
 
-/// How often the log says what was refused, and what came back.
-const MINUTE: Duration = Duration::from_secs(60);
+/// How often the log summary is written.
+const SUMMARY_INTERVAL: Duration = Duration::from_secs(60);
 
-/// What logs as errors or warnings what any stranger can provoke, and so has to be asked for by its
-/// name. soketto is WebSocket.
-const TOO_LOUD: [&str; 1] = ["soketto"];
+/// Libraries that log errors or warnings which any peer can cause. `RUST_LOG` has to name them to see these. soketto
+/// implements WebSocket.
+const MUTED: [&str; 1] = ["soketto"];
 
-/// Something in the command line that makes no sense.
+/// An error in the settings.
 #[derive(Debug)]
-struct Usage(String);
+struct UsageError(String);
 
-impl fmt::Display for Usage {
+impl fmt::Display for UsageError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
 }
 
-impl Error for Usage {}
+impl Error for UsageError {}
 
 /// Runs the program with the arguments of the process.
 pub fn main() -> ExitCode {
-    // Without any, the first hash map would panic.
+    // Without random numbers the first hash map would panic.
     if let Err(error) = getrandom::fill(&mut [0]) {
-        return failed(&anyhow!(
-            "this system has no random numbers: {error}; give it /dev/urandom"
-        ));
+        return exit_with(&anyhow!("reading random numbers failed: {error}; provide /dev/urandom"));
     }
-    if let Err(error) = key_log::forbid() {
-        return failed(&error);
+    if let Err(error) = key_log::disable() {
+        return exit_with(&error);
     }
     let flags = match Flags::of_process() {
         Ok(flags) => flags,
-        Err(Stop::Asked(text)) => {
-            say(&text);
+        Err(Exit::Print(text)) => {
+            print(&text);
             return ExitCode::SUCCESS;
         }
-        Err(Stop::Usage(line)) => return failed(&Usage(line).into()),
+        Err(Exit::Usage(line)) => return exit_with(&UsageError(line).into()),
     };
     start_log();
-    runtime::keep_what_is_freed();
+    runtime::keep_freed_memory();
     match runtime::run(flags.threads(), async move { run(&flags).await }) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => failed(&error),
+        Err(error) => exit_with(&error),
     }
 }
 
-/// The log on standard error, as `RUST_LOG` has it.
+/// Starts logging to standard error, as `RUST_LOG` configures.
 fn start_log() {
     let mut log = env_logger::Builder::new();
     log.filter_level(LevelFilter::Info);
-    for library in TOO_LOUD {
+    for library in MUTED {
         log.filter_module(library, LevelFilter::Off);
     }
     log.parse_default_env().init();
 }
 
-/// One line that says why there is no relay, and the status: 2 for bad usage, else 1.
-fn failed(error: &anyhow::Error) -> ExitCode {
+/// Prints an error in one line. Returns the exit code: 2 for an error in the settings, otherwise 1.
+fn exit_with(error: &anyhow::Error) -> ExitCode {
     let _ = writeln!(io::stderr(), "relaylet: {error:#}");
-    ExitCode::from(if error.is::<Usage>() { 2 } else { 1 })
+    ExitCode::from(if error.is::<UsageError>() { 2 } else { 1 })
 }
 
 async fn run(flags: &Flags) -> Result<()> {
+    // 1. Signals, the identity and the node.
     let signals = Signals::new(signals::SIGNALS).context("signals cannot be received")?;
-    // As a set of one, because a set asks only who has called: to ask for signals takes two system
-    // calls, and the relay comes by here each time that a connection gets on.
+    // `SelectAll` polls a stream only after it woke. Polling this one takes two system calls, and the main loop runs each
+    // time that a connection makes progress.
     let mut signals = stream::select_all([signals]);
-    let identity = identity::load_or_make(&flags.identity)?;
-    let mut node = Node::with_setup(identity.keypair, flags.config(), setup(flags)?)
+    let identity = identity::load_or_create(&flags.identity)?;
+    let config = flags.config();
+    let mut node = Node::with_setup(identity.keypair, config.clone(), setup(flags)?)
         .map_err(|error| usage_if_config(flags, error))?;
     node.set_proxies(flags.proxies());
     #[cfg(feature = "autonat")]
@@ -128,9 +128,9 @@ async fn run(flags: &Flags) -> Result<()> {
         node.serve_autonat(flags.autonat_private)?;
     }
     log::info!("relaylet {} is {}", env!("CARGO_PKG_VERSION"), node.peer_id());
-    if let Some(file) = identity.new {
+    if let Some(file) = identity.created {
         let file = file.display();
-        log::info!("new identity in {file}: keep that file, clients know the relay by it");
+        log::info!("identity created: {file}; keep that file, clients know the relay by it");
         if !flags.announce.is_empty() {
             log::warn!(
                 "--announce with a new identity: clients that know the relay by another peer id can no longer \
@@ -138,12 +138,14 @@ async fn run(flags: &Flags) -> Result<()> {
             );
         }
     }
+
+    // 2. Components, the DHT, listeners, the HTTP server.
     let mut components: Vec<Box<dyn Component>> = Vec::new();
     #[cfg(feature = "websocket")]
-    components.push(Box::new(Certificates::start(flags, &mut node)?));
+    components.push(Box::new(TlsFiles::start(flags, &mut node)?));
     #[cfg(feature = "dht")]
-    if let Some(dht) = flags.joins().map_err(Usage)? {
-        log::info!("{}", startup_log::joins(&dht));
+    if let Some(dht) = flags.dht_config().map_err(UsageError)? {
+        log::info!("{}", startup_log::dht(&dht));
         node.join(dht);
     }
     if let Some(watchdog) = sd_notify::Watchdog::of_process() {
@@ -154,108 +156,126 @@ async fn run(flags: &Flags) -> Result<()> {
     if let Some(Parsed(address)) = flags.http {
         components.insert(0, Box::new(Watch::start(address, &node)?)); // polled first
     }
-    log::info!("{}", startup_log::relays(&flags.config()));
-    let behind_proxy = !flags.proxy_protocol_from.is_empty();
-    let dialed = flags.dials();
-    let most = memory_estimate::most(
-        &flags.config(),
-        &flags.limits(),
-        &flags.stream_limits(),
-        memory_estimate::Uses {
-            threads: flags.threads(),
-            dialed: dialed + flags.dials_back(),
-            websocket: flags.listens_on_websocket(),
-        },
-    );
-    log::info!("{}", startup_log::takes(most));
-    let too_few_files = open_files::raise_limit(&flags.limits(), behind_proxy, dialed);
-    let too_much = memory_estimate::available()
-        .and_then(|available| startup_log::takes_too_much(most, available));
-    let in_vain = startup_log::announced_in_vain(&flags.config().announce, node.peer_id());
-    let warnings =
-        flags.warnings.iter().cloned().chain(startup_log::regrettable(flags)).chain(in_vain);
-    for warning in warnings.chain(identity.warning).chain(too_few_files).chain(too_much) {
+
+    // 3. What to log at the start.
+    log_limits(flags, &config);
+    let unusable = startup_log::unusable_announced(&config.announce, node.peer_id());
+    for warning in unusable.into_iter().chain(identity.warning) {
         log::warn!("{warning}");
     }
     sd_notify::ready(node.peer_id());
 
-    let mut settled = Delay::new(SETTLED).fuse();
-    let mut minute = Delay::new(MINUTE);
-    let mut digest = Digest::default();
+    main_loop(flags, &config.announce, &mut node, &mut components, &mut signals).await
+}
+
+/// Logs the limits, the memory estimate, and warnings about the settings.
+fn log_limits(flags: &Flags, config: &Config) {
+    let (limits, dht_dials) = (flags.limits(), flags.max_dht_dials());
+    let usage = memory_estimate::Usage {
+        threads: flags.threads(),
+        dialed: dht_dials + flags.max_autonat_dials(),
+        websocket: flags.listens_on_websocket(),
+    };
+    let estimate = memory_estimate::estimate(config, &limits, &flags.stream_limits(), usage);
+    log::info!("{}", startup_log::capacity(config));
+    log::info!("{}", startup_log::memory(estimate));
+    let too_few_files = open_files::raise_limit(&limits, !flags.proxies().is_empty(), dht_dials);
+    let memory_exceeded = memory_estimate::available()
+        .and_then(|available| startup_log::memory_exceeded(estimate, available));
+    let warnings = flags.warnings.iter().cloned().chain(startup_log::questionable_settings(flags));
+    for warning in warnings.chain(too_few_files).chain(memory_exceeded) {
+        log::warn!("{warning}");
+    }
+}
+
+/// Runs the node until a signal, or the end of a drain, ends the program.
+async fn main_loop(
+    flags: &Flags,
+    announce: &[Multiaddr],
+    node: &mut Node,
+    components: &mut [Box<dyn Component>],
+    signals: &mut stream::SelectAll<Signals>,
+) -> Result<()> {
+    let mut addresses_are_due = Delay::new(ADDRESSES_AFTER).fuse();
+    let mut next_summary = Delay::new(SUMMARY_INTERVAL);
+    let mut summary = LogSummary::default();
     let mut settings = reload::Settings::new(flags);
     let mut phase = Phase::default();
-    let mut time_is_over = Either::Left(pending()).fuse();
+    let mut drain_timeout = Either::Left(pending()).fuse();
     loop {
-        if phase == Phase::Ending && node.connections() == 0 {
-            log::info!("ending: nobody is left");
+        if phase == Phase::Exiting && node.connections() == 0 {
+            log::info!("exiting: no connections are left");
             return Ok(());
         }
         select_biased! {
             signal = signals.next() => {
                 let signal = match signal {
                     Some(Ok(signal)) => signal,
-                    Some(Err(_)) => continue, // one that was interrupted
-                    None => bail!("signals are received no longer"),
+                    Some(Err(_)) => continue, // interrupted
+                    None => bail!("signals can no longer be received"),
                 };
                 let name = signals::name(signal);
-                match phase.order(signal) {
-                    Some(Order::End) => {
-                        log::info!("ending: {name}");
+                match phase.on_signal(signal) {
+                    Some(SignalAction::Exit) => {
+                        log::info!("exiting: {name}");
                         sd_notify::stopping(Duration::ZERO);
                         return Ok(());
                     }
-                    Some(Order::DrainAndEnd) => {
+                    Some(SignalAction::DrainAndExit) => {
                         let drain = settings.now.drain.0;
-                        log::info!("{name}: draining for {drain}, then ending");
+                        log::info!("{name}: draining for {drain}, then exiting");
                         sd_notify::stopping(drain.into());
                         node.drain(drain.into());
-                        time_is_over = Either::Right(Delay::new(drain.into())).fuse();
+                        drain_timeout = Either::Right(Delay::new(drain.into())).fuse();
                     }
-                    Some(Order::Drain) => {
-                        log::info!("{name}: draining; another one resumes");
+                    Some(SignalAction::Drain) => {
+                        log::info!("{name}: draining until the next {name}");
                         node.drain(*settings.now.drain.0);
                     }
-                    Some(Order::Resume) => match node.resume() {
-                        Ok(()) => log::info!("{name}: taking clients in again"),
+                    Some(SignalAction::Resume) => match node.resume() {
+                        Ok(()) => log::info!("{name}: admitting clients again"),
                         Err(error) => {
                             phase = Phase::Draining;
-                            log::error!("{name}: still draining, for it cannot listen: {error}");
+                            log::error!("{name}: still draining: listening failed: {error}");
                         }
                     },
-                    Some(Order::Reload) => {
-                        settings.read_again(&mut node);
-                        for component in &mut components {
-                            component.on_reload(settings.now.certificate_files(), &mut node);
+                    Some(SignalAction::Reload) => {
+                        settings.reload(node);
+                        for component in &mut *components {
+                            component.on_reload(settings.now.certificate_files(), node);
                         }
                     }
                     None => {}
                 }
             }
-            () = time_is_over => {
-                log::info!("ending: {} connections had circuits to the last", node.connections());
+            () = drain_timeout => {
+                log::info!(
+                    "drain timeout reached: closing {} connections that still carry circuits",
+                    node.connections()
+                );
                 return Ok(());
             }
-            // Before what happens: that never stops on a busy relay.
-            index = poll_fn(|cx| poll_due(&mut components, cx)).fuse() => {
+            // Before the node's events, which a busy relay never runs out of.
+            index = poll_fn(|cx| poll_due(components, cx)).fuse() => {
                 if let Some(component) = components.get_mut(index) {
-                    component.on_due(&mut node);
+                    component.on_due(node);
                 }
             }
-            () = settled => tell_where(&node, &flags.config().announce),
-            () = (&mut minute).fuse() => {
-                minute.reset(MINUTE);
-                for line in digest.lines(node.buffered(), node.busiest()) {
+            () = addresses_are_due => log_addresses(node, announce),
+            () = (&mut next_summary).fuse() => {
+                next_summary.reset(SUMMARY_INTERVAL);
+                for line in summary.lines(node.buffered(), node.busiest()) {
                     log::info!("{line}");
                 }
             }
             event = node.next().fuse() => {
-                for component in &mut components {
+                for component in &mut *components {
                     component.on_event(&event);
                 }
-                if let Some(warning) = digest.note(&event) {
+                if let Some(warning) = summary.on_event(&event) {
                     log::warn!("{warning}");
                 }
-                tell(&node, event);
+                log_listener(node, event);
             }
         }
     }
@@ -267,96 +287,95 @@ fn setup(flags: &Flags) -> Result<Setup> {
         streams: flags.stream_limits(),
         one_thread: flags.threads() == 1,
         #[cfg(feature = "pnet")]
-        swarm_key: match &flags.swarm_key {
-            Some(file) => {
-                let key = swarm_key::load(file)?;
-                if let Some(warning) = identity::open_to_others("--swarm-key", file) {
-                    log::warn!("{warning}");
-                }
-                Some(key)
-            }
-            None => None,
-        },
+        swarm_key: flags.swarm_key.as_deref().map(load_swarm_key).transpose()?,
     })
 }
 
+#[cfg(feature = "pnet")]
+fn load_swarm_key(file: &std::path::Path) -> Result<swarm_key::PreSharedKey> {
+    let key = swarm_key::load(file)?;
+    if let Some(warning) = identity::permission_warning("--swarm-key", file) {
+        log::warn!("{warning}");
+    }
+    Ok(key)
+}
+
 fn listen(node: &mut Node, flags: &Flags) -> Result<()> {
-    let (mut addresses, asked_for) = flags.listen_addresses();
-    if !asked_for {
-        addresses.retain(|address| {
-            let has = machine_has(address);
-            if !has {
-                log::warn!("not listening on {address}: this machine has no such address");
-            }
-            has
-        });
+    let (addresses, are_set) = flags.listen_addresses();
+    let (addresses, missing): (Vec<_>, Vec<_>) =
+        addresses.into_iter().partition(|address| are_set || has_version(address));
+    for address in missing {
+        log::warn!("not listening on {address}: this machine has no such address");
     }
     if addresses.is_empty() {
         bail!("--listen: this machine has neither IPv4 nor IPv6");
     }
     for address in addresses {
-        if !has_family(&address) {
-            bail!("--listen {address}: this machine has no address of that kind; name another");
+        if !has_address(&address) {
+            bail!(
+                "--listen {address}: this machine has no address of that IP version; name another"
+            );
         }
         node.listen_on(address.clone()).map_err(|error| anyhow!("--listen {address}: {error}"))?;
     }
     Ok(())
 }
 
-/// Whether the machine has this kind of address at all: IPv6 may be switched off.
-fn machine_has(address: &Multiaddr) -> bool {
-    let bound = multiaddr::listen_address(address)
+/// Whether the machine has addresses of this IP version: IPv6 may be switched off.
+fn has_version(address: &Multiaddr) -> bool {
+    let can_bind = multiaddr::listen_address(address)
         .is_some_and(|(socket, _)| TcpListener::bind((socket.ip(), 0)).is_ok());
-    bound && has_family(address)
+    can_bind && has_address(address)
 }
 
-fn has_family(address: &Multiaddr) -> bool {
+fn has_address(address: &Multiaddr) -> bool {
     multiaddr::listen_address(address)
-        .is_none_or(|(socket, _)| interfaces::has_one_like(socket.ip()))
+        .is_none_or(|(socket, _)| interfaces::has_version_of(socket.ip()))
 }
 
 fn usage_if_config(flags: &Flags, error: anyhow::Error) -> anyhow::Error {
     match error.downcast::<ConfigError>() {
-        Ok(error) => Usage(flags.locate(in_flags(error))).into(),
+        Ok(error) => UsageError(flags.locate(in_flags(error))).into(),
         Err(error) => error,
     }
 }
 
-fn tell(node: &Node, event: NodeEvent) {
+fn log_listener(node: &Node, event: NodeEvent) {
     match event {
         NodeEvent::Listening(address) => {
             let line = format!("listening on {address}/p2p/{}", node.peer_id());
-            say(&line);
-            // In a terminal both are in one place.
+            print(&line);
+            // A terminal shows standard output and the log in one place.
             if !(io::stdout().is_terminal() && io::stderr().is_terminal()) {
                 log::info!("{line}");
             }
         }
         NodeEvent::NotListening(address) => log::info!("no longer listening on {address}"),
-        _ => {} // logged where it happened
+        _ => {} // logged elsewhere
     }
 }
 
-/// Standard output may be closed, or a pipe that nobody reads any more; the relay goes on.
-fn say(text: &str) {
+/// Prints a line. Ignores errors: standard output may be closed.
+fn print(text: &str) {
     let mut out = io::stdout();
     let _ = writeln!(out, "{}", text.trim_end()).and_then(|()| out.flush());
 }
 
-/// The machine has named its addresses by now.
-fn tell_where(node: &Node, announce: &[Multiaddr]) {
+/// Logs the addresses to paste into clients, and warnings about them.
+fn log_addresses(node: &Node, announce: &[Multiaddr]) {
     let is_known = |address: &&Multiaddr| !address::is_unspecified(address);
     let found: Vec<_> = node.listeners().filter(is_known).cloned().collect();
-    let out = interfaces::way_out();
-    for line in startup_log::reached_at(node.peer_id(), announce, &found, out) {
+    let outbound = interfaces::outbound_ip();
+    for line in startup_log::client_addresses(node.peer_id(), announce, &found, outbound) {
         log::info!("{line}");
     }
     for address in announce.iter().skip(1) {
         let address = address.clone().with_p2p(node.peer_id()).unwrap_or_else(|other| other);
-        log::info!("and at {address}");
+        log::info!("clients also reach it at {address}");
     }
     let unreachable = startup_log::unreachable(announce, &found);
-    for warning in unreachable.into_iter().chain(startup_log::too_many(announce, &found)) {
+    for warning in unreachable.into_iter().chain(startup_log::too_many_addresses(announce, &found))
+    {
         log::warn!("{warning}");
     }
 }

@@ -1,28 +1,26 @@
-//! How many threads do the work, and what the allocator keeps for them.
+//! The threads of the async runtime, and what the allocator keeps for them.
 //!
-//! With more than one, each connection is a task and any thread runs it: the relay may use as many
-//! cores, and pays for it with calls from thread to thread. With one the swarm polls its
-//! connections itself, on the thread that waits for the sockets, and nothing is ever called across
-//! threads: a circuit's set-up costs a third less, a relayed gigabyte a tenth.
+//! With several threads each connection is a task that any of them runs: the relay uses as many cores, at the cost of
+//! wake-ups across threads. With one thread the swarm polls its connections itself, on the thread that waits for the
+//! sockets: setting up a circuit then costs a third less CPU time, and relaying a gigabyte a tenth less.
 
 use std::{future::Future, hint::black_box, num::NonZeroUsize, thread};
 
 use async_global_executor::GlobalExecutorConfig;
 
-/// The most that may be asked for: more than any machine has cores.
-pub const MOST: usize = 1024;
+/// The most threads that can be configured: more than any machine has cores.
+pub const MAX_THREADS: usize = 1024;
 
-/// Twice as much is kept, at most, of what a thread freed at the top of its heap.
+/// Half of the memory that the C library keeps at most at the top of a heap, in bytes.
 const KEPT: usize = 4 * 1024 * 1024;
 
 /// Half of the machine's cores, at least one: the kernel needs the others for the network.
-pub fn default() -> usize {
+pub fn default_threads() -> usize {
     let cores = thread::available_parallelism().map_or(1, NonZeroUsize::get);
     (cores / 2).max(1)
 }
 
-/// Runs `program` to its end on so many threads. To be called once, before anything else uses
-/// async-std's executor.
+/// Runs `program` to its end on this many threads. Call it once, before anything else uses async-std's executor.
 pub fn run<T: Send + 'static>(
     threads: usize,
     program: impl Future<Output = T> + Send + 'static,
@@ -35,16 +33,16 @@ pub fn run<T: Send + 'static>(
         .with_max_threads(threads)
         .with_thread_name_fn(|| "relaylet".into());
     async_global_executor::init_with_config(config);
-    // On those threads, because the one that waits is none of them.
+    // Spawned, because this thread is not one of the executor's.
     async_std::task::block_on(async_std::task::spawn(program))
 }
 
-/// Has the C library keep what is freed, up to a few MiB.
+/// Makes the C library keep freed memory, up to a few MiB.
 ///
-/// Glibc returns memory as soon as 128 KiB are free at the top of a heap. Bulk frees that much
-/// with every other frame, and pays for the same pages again with the next. The largest block that
-/// was freed moves that threshold (`M_MMAP_THRESHOLD` in mallopt(3)); it need never be touched,
-/// and other C libraries do not care. Gained: a tenth of the CPU time of a relayed gigabyte.
-pub fn keep_what_is_freed() {
+/// Glibc returns memory to the kernel as soon as 128 KiB are free at the top of a heap. Bulk traffic frees that much with
+/// every other frame, and then faults the same pages in again. The threshold follows the largest block that was ever
+/// freed (`M_MMAP_THRESHOLD` in mallopt(3)), even if that was never written to; other C libraries ignore it. This saves a
+/// tenth of the CPU time of a relayed gigabyte.
+pub fn keep_freed_memory() {
     drop(black_box(Vec::<u8>::with_capacity(KEPT)));
 }

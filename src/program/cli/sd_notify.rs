@@ -1,7 +1,7 @@
-//! Tells the service manager, if one started the relay, when it is ready, that it runs, and when it ends.
+//! [sd_notify][spec]: tells the service manager that the relay is ready, alive or stopping.
 //!
-//! That is [sd_notify][spec]: a datagram to the socket that the environment names. Written here
-//! because it is a few lines, and the crate that is kept for it knows no abstract sockets.
+//! Each message is a datagram to the socket that the environment names. Not a library, because this takes a few lines and
+//! the maintained crate does not support abstract sockets.
 //!
 //! [spec]: https://www.freedesktop.org/software/systemd/man/latest/sd_notify.html
 
@@ -18,28 +18,28 @@ use libp2p::{PeerId, futures::FutureExt};
 
 use crate::program::{component::Component, node::Node};
 
-/// How much longer the end may take than it was to, on a busy machine.
+/// How much longer than configured shutting down may take on a busy machine.
 const SLACK: Duration = Duration::from_secs(10);
 
-/// Every listener is up.
+/// Reports that every listener is open.
 pub fn ready(relay: PeerId) {
-    tell(&format!("READY=1\nSTATUS=relaying as {relay}"));
+    notify(&format!("READY=1\nSTATUS=relaying as {relay}"));
 }
 
-/// The relay was told to end, and does so within this time. systemd's own patience is 90 s.
+/// Reports that the relay stops within this time. systemd's own timeout is 90 s.
 pub fn stopping(within: Duration) {
-    let patience = within.saturating_add(SLACK).as_micros();
-    tell(&format!("STOPPING=1\nEXTEND_TIMEOUT_USEC={patience}"));
+    let timeout = within.saturating_add(SLACK).as_micros();
+    notify(&format!("STOPPING=1\nEXTEND_TIMEOUT_USEC={timeout}"));
 }
 
-/// Pings the service manager's watchdog from the main loop: the manager restarts a relay whose loop hangs.
+/// Pings the service manager's watchdog from the main loop, so that the manager restarts a relay whose main loop hangs.
 pub struct Watchdog {
     period: Duration,
     next_ping: Delay,
 }
 
 impl Watchdog {
-    /// The watchdog that the environment asks for, if it asks for one.
+    /// The watchdog that the environment configures, if it does.
     pub fn of_process() -> Option<Self> {
         let variable = |name| env::var(name).ok();
         let pid = variable("WATCHDOG_PID");
@@ -55,26 +55,26 @@ impl Component for Watchdog {
 
     fn on_due(&mut self, _: &mut Node) {
         self.next_ping.reset(self.period);
-        tell("WATCHDOG=1");
+        notify("WATCHDOG=1");
     }
 }
 
-/// How often to ping: twice within the `usec` microseconds after which the manager takes the relay for
-/// hung. `None` if that is no time, or `pid` names another process than this one, which is `own`.
+/// How often to ping: twice within the watchdog's timeout of `usec` microseconds. `None` if that is not a time, or `pid` is
+/// not `own`, the id of this process.
 fn ping_period(usec: &str, pid: Option<&str>, own: u32) -> Option<Duration> {
     let is_for_us = pid.is_none_or(|pid| pid.parse() == Ok(own));
     let usec = usec.parse().ok().filter(|usec| *usec > 0 && is_for_us)?;
     Some(Duration::from_micros(usec) / 2)
 }
 
-/// A manager that cannot be told is no reason not to run; it may have one to stop waiting.
-fn tell(state: &str) {
+/// Sends a message, if there is a service manager. The relay keeps running if that fails, but the manager may stop it.
+fn notify(state: &str) {
     let Some(socket) = env::var_os("NOTIFY_SOCKET") else {
         return;
     };
     if let Err(error) = send(state, &socket) {
         let socket = socket.display();
-        log::warn!("the service manager cannot be told {state:?}: NOTIFY_SOCKET {socket}: {error}");
+        log::warn!("sd_notify failed: {state:?} to NOTIFY_SOCKET {socket}: {error}");
     }
 }
 
@@ -106,7 +106,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_pings_twice_within_the_time_if_that_is_for_this_process() {
+    fn it_pings_twice_within_the_timeout_of_this_process() {
         let minute = Some(Duration::from_secs(60));
         for (usec, pid, expected) in [
             ("120000000", None, minute),

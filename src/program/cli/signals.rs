@@ -1,55 +1,55 @@
-//! What the operator's signals ask for, by what was asked before. Pure.
+//! What the process does on a signal, depending on earlier ones. Sans-IO.
 
 use async_signal::Signal;
 
-/// The signals that are listened to.
+/// The signals that the program handles.
 pub const SIGNALS: [Signal; 4] = [Signal::Int, Signal::Term, Signal::Hup, Signal::Usr1];
 
-/// What the relay is to do.
+/// What to do on a signal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Order {
-    /// End at once.
-    End,
-    /// Drain, and end when nobody is left or the time is over.
-    DrainAndEnd,
-    /// Drain, and stay.
+pub enum SignalAction {
+    /// Exit at once.
+    Exit,
+    /// Drain, and exit when no connections are left or the drain timeout is reached.
+    DrainAndExit,
+    /// Drain, and keep running.
     Drain,
-    /// Take clients in again.
+    /// End the drain, and admit clients again.
     Resume,
-    /// Read the configuration again.
+    /// Reload the settings.
     Reload,
 }
 
-/// What was asked so far.
+/// The state that signals have put the program in.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Phase {
-    /// Nothing: it serves.
+    /// Serves clients.
     #[default]
     Serving,
-    /// To drain.
+    /// Drains, and keeps running.
     Draining,
-    /// To drain and end.
-    Ending,
+    /// Drains, and then exits.
+    Exiting,
 }
 
 impl Phase {
-    /// What this signal asks for; `None`: nothing that is not under way.
-    pub fn order(&mut self, signal: Signal) -> Option<Order> {
-        let (next, order) = match (*self, signal) {
-            (_, Signal::Int) | (Self::Ending, Signal::Term) => (Self::Ending, Order::End),
-            (_, Signal::Term) => (Self::Ending, Order::DrainAndEnd),
-            (Self::Ending, _) => return None,
-            (phase, Signal::Hup) => (phase, Order::Reload),
-            (Self::Serving, Signal::Usr1) => (Self::Draining, Order::Drain),
-            (Self::Draining, Signal::Usr1) => (Self::Serving, Order::Resume),
+    /// Handles a signal; `None` if there is nothing to do.
+    pub fn on_signal(&mut self, signal: Signal) -> Option<SignalAction> {
+        let (next, action) = match (*self, signal) {
+            (_, Signal::Int) | (Self::Exiting, Signal::Term) => (Self::Exiting, SignalAction::Exit),
+            (_, Signal::Term) => (Self::Exiting, SignalAction::DrainAndExit),
+            (Self::Exiting, _) => return None,
+            (phase, Signal::Hup) => (phase, SignalAction::Reload),
+            (Self::Serving, Signal::Usr1) => (Self::Draining, SignalAction::Drain),
+            (Self::Draining, Signal::Usr1) => (Self::Serving, SignalAction::Resume),
             _ => return None,
         };
         *self = next;
-        Some(order)
+        Some(action)
     }
 }
 
-/// A signal's name.
+/// The name of a signal.
 pub fn name(signal: Signal) -> &'static str {
     match signal {
         Signal::Int => "SIGINT",
@@ -64,35 +64,35 @@ pub fn name(signal: Signal) -> &'static str {
 mod tests {
     use super::*;
 
-    fn orders(signals: &[Signal]) -> Vec<Option<Order>> {
+    fn actions(signals: &[Signal]) -> Vec<Option<SignalAction>> {
         let mut phase = Phase::default();
-        signals.iter().map(|signal| phase.order(*signal)).collect()
+        signals.iter().map(|signal| phase.on_signal(*signal)).collect()
     }
 
     #[test]
-    fn the_first_sigterm_drains_and_the_second_ends_it() {
-        let twice = orders(&[Signal::Term, Signal::Term]);
-        assert_eq!(twice, [Some(Order::DrainAndEnd), Some(Order::End)]);
-        let mixed = orders(&[Signal::Term, Signal::Usr1, Signal::Hup, Signal::Int]);
-        assert_eq!(mixed, [Some(Order::DrainAndEnd), None, None, Some(Order::End)]);
+    fn the_first_sigterm_drains_and_the_second_exits() {
+        let twice = actions(&[Signal::Term, Signal::Term]);
+        assert_eq!(twice, [Some(SignalAction::DrainAndExit), Some(SignalAction::Exit)]);
+        let mixed = actions(&[Signal::Term, Signal::Usr1, Signal::Hup, Signal::Int]);
+        assert_eq!(mixed, [Some(SignalAction::DrainAndExit), None, None, Some(SignalAction::Exit)]);
     }
 
     #[test]
-    fn sigint_ends_it_at_once() {
-        assert_eq!(orders(&[Signal::Int]), [Some(Order::End)]);
+    fn sigint_exits_at_once() {
+        assert_eq!(actions(&[Signal::Int]), [Some(SignalAction::Exit)]);
     }
 
     #[test]
-    fn sigusr1_drains_and_resumes_by_turns() {
+    fn sigusr1_drains_and_resumes_alternately() {
         let usr1 = Signal::Usr1;
         assert_eq!(
-            orders(&[usr1, Signal::Hup, usr1, usr1, Signal::Term]),
+            actions(&[usr1, Signal::Hup, usr1, usr1, Signal::Term]),
             [
-                Some(Order::Drain),
-                Some(Order::Reload),
-                Some(Order::Resume),
-                Some(Order::Drain),
-                Some(Order::DrainAndEnd)
+                Some(SignalAction::Drain),
+                Some(SignalAction::Reload),
+                Some(SignalAction::Resume),
+                Some(SignalAction::Drain),
+                Some(SignalAction::DrainAndExit)
             ]
         );
     }

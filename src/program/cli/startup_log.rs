@@ -1,4 +1,4 @@
-//! What the relay says of itself when it starts: what it relays, and what to paste into a client.
+//! The lines that the relay logs at its start: its limits, its addresses to paste into a client, and warnings.
 
 use std::{net::IpAddr, time::Duration};
 
@@ -17,89 +17,88 @@ use crate::{
 
 const MIB: u64 = 1024 * 1024;
 
-/// Reservations for a shorter time lapse before some clients renew them.
+/// A shorter reservation expires before some clients renew it.
 const SHORT_TTL: Duration = Duration::from_secs(3 * 60);
 
-/// For whom it relays, and how much.
-pub fn relays(config: &Config) -> String {
-    let whom = match config.access == Lists::default() {
+/// Whom the relay serves, and its limits.
+pub fn capacity(config: &Config) -> String {
+    let clients = match config.access == Lists::default() {
         true => "anyone",
-        false => "whom its lists allow",
+        false => "the peers that its lists allow",
     };
     format!(
-        "relays for {whom}: {} slots, {} circuits at a time; {}",
+        "relays for {clients}: {} slots, {} circuits at a time; {}",
         config.max_reservations,
         config.max_circuits,
-        circuits_carry(config.circuit_bytes, config.circuit_duration)
+        circuit_limits(config.circuit_bytes, config.circuit_duration)
     )
 }
 
-fn circuits_carry(bytes: u64, duration: Duration) -> String {
+fn circuit_limits(bytes: u64, duration: Duration) -> String {
     let size = ByteSize::b(bytes);
     let time = humantime::format_duration(duration);
     match (bytes == 0, duration.is_zero()) {
         (true, true) => "a circuit may carry any number of bytes for any time".into(),
         (true, false) => format!(
-            "a circuit may carry any number of bytes for {time}; --circuit-duration 0s lifts that"
+            "a circuit may carry any number of bytes for {time}; --circuit-duration 0s removes the limit"
         ),
         (false, true) => format!(
-            "a circuit may carry {size} in each direction, for any time; --circuit-bytes 0 lifts \
-             that"
+            "a circuit may carry {size} in each direction, for any time; --circuit-bytes 0 removes \
+             the limit"
         ),
         (false, false) => format!(
             "a circuit may carry {size} in each direction for {time}; --circuit-bytes 0 and \
-             --circuit-duration 0s lift that"
+             --circuit-duration 0s remove the limits"
         ),
     }
 }
 
-/// How much memory it may come to take, at most, in bytes.
-pub fn takes(most: u64) -> String {
-    format!("at most {} MiB under these limits", most.div_ceil(MIB))
+/// The memory estimate, in bytes.
+pub fn memory(estimate: u64) -> String {
+    format!("memory: at most {} MiB under these limits", estimate.div_ceil(MIB))
 }
 
-/// Which DHT it joins, and by whom.
+/// Which DHT the relay joins.
 #[cfg(feature = "dht")]
-pub fn joins(dht: &dht::Config) -> String {
+pub fn dht(dht: &dht::Config) -> String {
     match dht.bootstrap.len() {
         0 => format!(
-            "joins the DHT {} once others come by this relay; name nodes that are in it with \
-             --bootstrap",
+            "joining the DHT {}: no --bootstrap is named, so other nodes have to dial this relay",
             dht.protocol
         ),
-        nodes => format!("joins the DHT {} by {nodes} --bootstrap", dht.protocol),
+        nodes => format!("joining the DHT {}: {nodes} --bootstrap addresses", dht.protocol),
     }
 }
 
-/// What clients dial: the first address that is announced, else the best of those found, if any;
-/// and then what browsers dial, if that is another.
+/// The address that clients dial: the first announced one, or else the best of those found. A second line has the address
+/// for browsers, if that is another one.
 ///
-/// Of several in one network that is the one with which the machine itself goes `out`, because
-/// machines have others for their containers; and rather IPv4.
-pub fn reached_at(
+/// Of several addresses in one network the best is `outbound`, from which the machine reaches the internet: others may
+/// belong to its containers. IPv4 is preferred.
+pub fn client_addresses(
     relay: PeerId,
     announced: &[Multiaddr],
     found: &[Multiaddr],
-    out: Option<IpAddr>,
+    outbound: Option<IpAddr>,
 ) -> Vec<String> {
-    let reach = |who: &str, address: &Multiaddr| {
+    let line = |who: &str, address: &Multiaddr| {
         let address = address.clone().with_p2p(relay).ok()?;
         Some(format!("{who} reach it at {address}"))
     };
     if let Some(address) = announced.first() {
-        return reach("clients", address).into_iter().collect();
+        return line("clients", address).into_iter().collect();
     }
     let over = |layer| {
         let of_layer = move |address: &&Multiaddr| layer_of(address) == Some(layer);
-        best(found.iter().filter(of_layer), out)
+        best(found.iter().filter(of_layer), outbound)
     };
     let websocket = over(Layer::WebSocket);
     let tcp = over(Layer::Tcp);
     let clients =
-        tcp.or(websocket).and_then(|(address, whose)| reach(&format!("clients{whose}"), address));
+        tcp.or(websocket).and_then(|(address, range)| line(&format!("clients{range}"), address));
     let browsers = match (websocket, over(Layer::SecureWebSocket)) {
-        (Some((address, whose)), _) if tcp.is_some() => reach(&format!("browsers{whose}"), address),
-        (None, Some((address, _))) => by_name(address),
+        (Some((address, range)), _) if tcp.is_some() => line(&format!("browsers{range}"), address),
+        (None, Some((address, _))) => announce_name(address),
         _ => None,
     };
     clients.into_iter().chain(browsers).collect()
@@ -109,25 +108,25 @@ fn layer_of(address: &Multiaddr) -> Option<Layer> {
     multiaddr::listen_address(address).map(|(_, layer)| layer)
 }
 
-/// The best of these addresses, and in which network clients have to be for it.
+/// The best of these addresses, and where clients that can dial it are.
 fn best<'a>(
     addresses: impl Iterator<Item = &'a Multiaddr>,
-    out: Option<IpAddr>,
+    outbound: Option<IpAddr>,
 ) -> Option<(&'a Multiaddr, &'static str)> {
-    let whose = |address: &Multiaddr| match address::ip(address) {
+    let range_of = |address: &Multiaddr| match address::ip(address) {
         _ if address::is_global(address) => "",
         Some(ip) if ip.is_loopback() => " on this machine",
         _ => " in the same network",
     };
-    addresses.map(|address| (address, whose(address))).min_by_key(|(address, whose)| {
+    addresses.map(|address| (address, range_of(address))).min_by_key(|(address, range)| {
         let ip = address::ip(address);
-        let itself = whose.ends_with("machine");
-        (itself, !whose.is_empty(), ip != out, ip.is_none_or(|ip| ip.is_ipv6()))
+        let is_loopback = range.ends_with("machine");
+        (is_loopback, !range.is_empty(), ip != outbound, ip.is_none_or(|ip| ip.is_ipv6()))
     })
 }
 
-/// A certificate is for a name, which only the operator knows.
-fn by_name(address: &Multiaddr) -> Option<String> {
+/// The line for browsers if the relay is reached over TLS: at the certificate's name, which only the operator knows.
+fn announce_name(address: &Multiaddr) -> Option<String> {
     let (socket, _) = multiaddr::listen_address(address)?;
     let port = socket.port();
     Some(format!(
@@ -136,50 +135,50 @@ fn by_name(address: &Multiaddr) -> Option<String> {
     ))
 }
 
-/// A warning that clients elsewhere cannot reach it, if nothing is announced and they cannot.
+/// A warning if no address is announced and clients on the internet can dial none of those found.
 pub fn unreachable(announced: &[Multiaddr], found: &[Multiaddr]) -> Option<String> {
     let reachable = !announced.is_empty() || found.iter().any(address::is_global);
     (!reachable).then(|| {
-        "no address of this machine can be dialed from the internet: clients elsewhere need one; \
-         if a router or a load balancer has it, say so: --announce /ip4/…/tcp/4001"
+        "no public address: no address of this machine can be dialed from the internet; \
+         if a router or a load balancer has one, announce it: --announce /ip4/…/tcp/4001"
             .into()
     })
 }
 
-/// A warning that names the announced addresses that clients elsewhere cannot use, or that do not fit into an
-/// answer.
-pub fn announced_in_vain(announced: &[Multiaddr], relay: PeerId) -> Option<String> {
-    let told = address::for_reservation(Known { announced, ..Known::default() }, relay);
-    let is_told = |address: &Multiaddr| {
+/// A warning if clients on the internet cannot use some of the announced addresses, or these do not fit into an answer.
+pub fn unusable_announced(announced: &[Multiaddr], relay: PeerId) -> Option<String> {
+    let sent = address::for_reservation(Known { announced, ..Known::default() }, relay);
+    let is_sent = |address: &Multiaddr| {
         let with_relay = address.clone().with_p2p(relay);
-        with_relay.is_ok_and(|address| told.contains(&address))
+        with_relay.is_ok_and(|address| sent.contains(&address))
     };
     let problem = |address: &Multiaddr| {
-        let does_not_fit = (!is_told(address)).then_some("does not fit beside those before it");
+        let does_not_fit =
+            (!is_sent(address)).then_some("does not fit into an answer with those before it");
         let problem = multiaddr::unusable(address).or(does_not_fit)?;
-        Some(format!("{address} {problem}"))
+        Some(format!("{address} ({problem})"))
     };
     let problems: Vec<_> = announced.iter().filter_map(problem).collect();
-    let line = format!("--announce: clients elsewhere get no use of {}", problems.join("; of "));
+    let line = format!("--announce: clients on the internet cannot use {}", problems.join(", "));
     (!problems.is_empty()).then_some(line)
 }
 
-/// A warning that clients are told only some of the addresses that were found, if they are.
-pub fn too_many(announced: &[Multiaddr], found: &[Multiaddr]) -> Option<String> {
+/// A warning if an answer has no room for all addresses that were found.
+pub fn too_many_addresses(announced: &[Multiaddr], found: &[Multiaddr]) -> Option<String> {
     (announced.is_empty() && found.len() > address::MAX_TOLD).then(|| {
         format!(
-            "this relay listens on {} addresses: clients are told {} of them, global ones first; choose with \
-             --announce",
+            "too many addresses: this relay listens on {} and sends clients {} of them, global ones first; choose \
+             some with --announce",
             found.len(),
             address::MAX_TOLD
         )
     })
 }
 
-/// A warning for each setting that an operator may regret, with the remedy.
-pub fn regrettable(flags: &Flags) -> Vec<String> {
+/// A warning for each valid setting that is probably a mistake, with the remedy.
+pub fn questionable_settings(flags: &Flags) -> Vec<String> {
     let trusts_all = flags.proxies().into_iter().find(|subnet| subnet.prefix_len() == 0);
-    let ttl = flags.config().reservation_ttl;
+    let ttl = *flags.reservation_ttl.0;
     let proxies = trusts_all.map(|subnet| {
         format!(
             "--proxy-protocol-from {subnet}: any client can claim any address; name only the subnets of \
@@ -188,21 +187,20 @@ pub fn regrettable(flags: &Flags) -> Vec<String> {
     });
     let short = (ttl < SHORT_TTL).then(|| {
         format!(
-            "--reservation-ttl {}: go-libp2p looks once a minute whether to renew, and would be without a slot \
-             in between; try 3m or more",
+            "--reservation-ttl {}: go-libp2p checks once a minute whether to renew, and would lose its slot in \
+             between; try 3m or more",
             humantime::format_duration(ttl)
         )
     });
     proxies.into_iter().chain(short).collect()
 }
 
-/// A warning that it may come to take more memory than there is, both in bytes.
-pub fn takes_too_much(most: u64, available: u64) -> Option<String> {
-    (most > available).then(|| {
+/// A warning if the memory estimate exceeds what is available; both are in bytes.
+pub fn memory_exceeded(estimate: u64, available: u64) -> Option<String> {
+    (estimate > available).then(|| {
         format!(
-            "{}, which is more than the {} MiB that it can have here; lower --max-connections or \
-             --max-buffered",
-            takes(most),
+            "{}, more than the {} MiB available; lower --max-connections or --max-buffered",
+            memory(estimate),
             available / MIB
         )
     })
@@ -217,36 +215,38 @@ mod tests {
     }
 
     #[test]
-    fn announced_addresses_that_are_of_no_use_are_named_in_one_warning() {
+    fn announced_addresses_that_clients_cannot_use_are_one_warning() {
         let relay = PeerId::random();
         let good = addresses(&["/dns4/relay.example.org/tcp/4001", "/ip4/8.8.8.8/tcp/4001"]);
-        assert_eq!(announced_in_vain(&good, relay), None);
-        assert_eq!(announced_in_vain(&[], relay), None);
+        assert_eq!(unusable_announced(&good, relay), None);
+        assert_eq!(unusable_announced(&[], relay), None);
         let mixed = [&good[..], &addresses(&["/ip4/10.0.0.1/tcp/1", "/ip4/8.8.8.8/udp/1/quic-v1"])]
             .concat();
-        let warning = announced_in_vain(&mixed, relay).unwrap();
-        assert!(warning.contains("/ip4/10.0.0.1/tcp/1 is not global"), "{warning}");
-        assert!(warning.contains("quic-v1 this relay has no such transport"), "{warning}");
+        let warning = unusable_announced(&mixed, relay).unwrap();
+        assert!(warning.contains("/ip4/10.0.0.1/tcp/1 (is not global)"), "{warning}");
+        assert!(warning.contains("quic-v1 (this relay has no such transport)"), "{warning}");
         assert!(!warning.contains("relay.example.org"), "{warning}");
         assert!(
-            too_many(&[], &vec![good[0].clone(); 11]).unwrap().contains("listens on 11 addresses")
+            too_many_addresses(&[], &vec![good[0].clone(); 11])
+                .unwrap()
+                .contains("listens on 11 and")
         );
-        assert_eq!(too_many(&[], &vec![good[0].clone(); 10]), None);
-        assert_eq!(too_many(&good, &vec![good[0].clone(); 11]), None);
+        assert_eq!(too_many_addresses(&[], &vec![good[0].clone(); 10]), None);
+        assert_eq!(too_many_addresses(&good, &vec![good[0].clone(); 11]), None);
         let many: Vec<_> = (1..100).map(|port| format!("/ip4/8.8.8.8/tcp/{port}")).collect();
         let many = addresses(&many.iter().map(String::as_str).collect::<Vec<_>>());
-        let warning = announced_in_vain(&many, relay).unwrap();
+        let warning = unusable_announced(&many, relay).unwrap();
         assert!(
-            warning.contains("tcp/99 does not fit") && !warning.contains("tcp/1 "),
+            warning.contains("tcp/99 (does not fit") && !warning.contains("tcp/1 "),
             "{warning}"
         );
     }
 
     #[test]
-    fn what_an_operator_may_regret_is_warned_about() {
+    fn questionable_settings_are_warnings() {
         use structopt::StructOpt;
 
-        let warnings = |words: &[&str]| regrettable(&Flags::from_iter(words));
+        let warnings = |words: &[&str]| questionable_settings(&Flags::from_iter(words));
         assert!(warnings(&["--proxy-protocol-from=10.0.0.0/8", "--reservation-ttl=3m"]).is_empty());
         for (word, named) in [
             ("--proxy-protocol-from=0.0.0.0/0", "--proxy-protocol-from 0.0.0.0/0: "),
@@ -256,27 +256,27 @@ mod tests {
             let warnings = warnings(&[word]);
             assert!(warnings.len() == 1 && warnings[0].starts_with(named), "{warnings:?}");
         }
-        assert_eq!(takes_too_much(MIB, MIB), None);
-        assert!(takes_too_much(2 * MIB, MIB).unwrap().starts_with("at most 2 MiB"));
+        assert_eq!(memory_exceeded(MIB, MIB), None);
+        assert!(memory_exceeded(2 * MIB, MIB).unwrap().starts_with("memory: at most 2 MiB"));
     }
 
     #[test]
-    fn what_it_relays_is_one_sentence() {
-        let relayed = relays(&Config::default());
+    fn the_capacity_is_one_line() {
+        let relayed = capacity(&Config::default());
         let expected = "relays for anyone: 1024 slots, 1024 circuits at a time; a circuit may \
                         carry 128.0 KiB in each direction for 2m; --circuit-bytes 0 and \
-                        --circuit-duration 0s lift that";
+                        --circuit-duration 0s remove the limits";
         assert_eq!(relayed, expected);
         let mut own =
             Config { circuit_bytes: 0, circuit_duration: Duration::ZERO, ..Config::default() };
         own.access.allow_peer.insert(PeerId::random());
-        let relayed = relays(&own);
-        assert!(relayed.starts_with("relays for whom its lists allow: "), "{relayed}");
+        let relayed = capacity(&own);
+        assert!(relayed.starts_with("relays for the peers that its lists allow: "), "{relayed}");
         assert!(relayed.ends_with("any number of bytes for any time"), "{relayed}");
     }
 
     #[test]
-    fn the_address_to_paste_is_the_best_and_says_for_whom() {
+    fn the_address_to_paste_is_the_best_one_and_names_who_can_dial_it() {
         let relay = PeerId::random();
         let out = Some([192, 168, 1, 7].into());
         let itself = "/ip4/127.0.0.1/tcp/4001";
@@ -296,15 +296,15 @@ mod tests {
         ] {
             let (announced, found) = (addresses(announced), addresses(found));
             let expected = format!("{clients} reach it at {best}/p2p/{relay}");
-            assert_eq!(reached_at(relay, &announced, &found, out), [expected]);
+            assert_eq!(client_addresses(relay, &announced, &found, out), [expected]);
             let warned = unreachable(&announced, &found).is_some();
             assert_eq!(warned, clients != "clients");
         }
-        assert!(reached_at(relay, &[], &[], out).is_empty());
+        assert!(client_addresses(relay, &[], &[], out).is_empty());
     }
 
     #[test]
-    fn browsers_have_an_address_of_their_own_to_paste() {
+    fn browsers_have_their_own_address_to_paste() {
         let relay = PeerId::random();
         let out = Some([192, 168, 1, 7].into());
         let itself = "/ip4/127.0.0.1/tcp/4002/ws";
@@ -327,10 +327,10 @@ mod tests {
             (&[secure], vec![named.into()]),
         ] {
             let found = addresses(found);
-            assert_eq!(reached_at(relay, &[], &found, out), expected);
+            assert_eq!(client_addresses(relay, &[], &found, out), expected);
             let announced = addresses(&[secure]);
             let announced_line = line("clients", secure);
-            assert_eq!(reached_at(relay, &announced, &found, out), [announced_line]);
+            assert_eq!(client_addresses(relay, &announced, &found, out), [announced_line]);
         }
     }
 }

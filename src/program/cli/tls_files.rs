@@ -1,5 +1,5 @@
-//! The files of `--tls-cert` and `--tls-key`: read at the start, and again when they change or on
-//! SIGHUP. What is wrong then is told, and the certificate that was there goes on serving.
+//! The files of `--tls-cert` and `--tls-key`: read at the start, and reloaded when they change or on SIGHUP. If reloading
+//! fails, the previous certificate stays in use.
 
 use std::{
     fs::{self, File},
@@ -25,33 +25,33 @@ use crate::program::{
     secret_file,
 };
 
-/// How often to look whether the files have changed.
-const LOOK: Duration = Duration::from_secs(3);
+/// How often the files are checked for changes.
+const CHECK_INTERVAL: Duration = Duration::from_secs(3);
 
-/// A chain of a dozen certificates has 30 KiB.
+/// The largest file that is read, in bytes. A chain of a dozen certificates takes 30 KiB.
 const MAX_FILE: usize = 1024 * 1024;
 
-/// How often to warn about a certificate that expires soon, or clients refuse.
-const WARN_AGAIN: Duration = Duration::from_secs(24 * 60 * 60);
+/// How often to warn about a certificate that expires soon or that clients reject.
+const WARN_INTERVAL: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// The files, and which of their states was read.
-pub struct Certificates {
-    files: Option<(Files, Changes)>,
-    next_look: Delay,
+/// Keeps the node's certificate up to date with the files.
+pub struct TlsFiles {
+    files: Option<(Files, ChangeDetector)>,
+    next_check: Delay,
     validity: Option<Validity>,
     warned_at: SystemTime,
 }
 
-impl Certificates {
-    /// Reads the files that the flags name, if they name some, for `node` to show.
+impl TlsFiles {
+    /// Reads the files that the flags name, if any, and sets the node's certificate.
     ///
     /// # Errors
     ///
-    /// When what stands there is of no use, in one line with the flag, the file and the remedy.
+    /// When a file cannot be used; one line with the flag, the file and the remedy.
     pub fn start(flags: &Flags, node: &mut Node) -> Result<Self> {
-        let (next_look, warned_at) = (Delay::new(LOOK), SystemTime::UNIX_EPOCH);
-        let mut certificates = Self { files: None, next_look, validity: None, warned_at };
-        let cert = certificates.read(flags.certificate_files(), node)?;
+        let (next_check, warned_at) = (Delay::new(CHECK_INTERVAL), SystemTime::UNIX_EPOCH);
+        let mut tls_files = Self { files: None, next_check, validity: None, warned_at };
+        let cert = tls_files.read(flags.certificate_files(), node)?;
         let in_tls = |address| {
             let layer = multiaddr::listen_address(address).map(|(_, layer)| layer);
             layer == Some(Layer::SecureWebSocket)
@@ -60,12 +60,11 @@ impl Certificates {
             && !flags.listen_addresses().0.iter().any(in_tls)
         {
             log::warn!(
-                "--tls-cert {}: nobody gets to see it; listen in TLS, too: --listen \
-                 /ip4/0.0.0.0/tcp/4002/tls/ws",
+                "--tls-cert {}: not in use; listen with TLS: --listen /ip4/0.0.0.0/tcp/4002/tls/ws",
                 cert.display()
             );
         }
-        Ok(certificates)
+        Ok(tls_files)
     }
 
     fn read(&mut self, files: CertificateFiles<'_>, node: &mut Node) -> Result<Option<PathBuf>> {
@@ -76,7 +75,7 @@ impl Certificates {
         let stamp = files.stamp();
         let read = files.read();
         let cert = files.cert.clone();
-        self.files = Some((files, Changes::since(stamp)));
+        self.files = Some((files, ChangeDetector::new(stamp)));
         self.serve(read?, node);
         Ok(Some(cert))
     }
@@ -87,7 +86,7 @@ impl Certificates {
         self.warn(node, SystemTime::now());
     }
 
-    /// Warns about the certificate if it has to be.
+    /// Logs the warnings about the certificate.
     fn warn(&mut self, node: &Node, now: SystemTime) {
         self.warned_at = now;
         if let (Some((files, _)), Some(validity)) = (&self.files, &self.validity) {
@@ -98,46 +97,44 @@ impl Certificates {
     }
 }
 
-impl Component for Certificates {
+impl Component for TlsFiles {
     fn poll_due(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         match self.files {
-            Some(_) => self.next_look.poll_unpin(cx),
+            Some(_) => self.next_check.poll_unpin(cx),
             None => Poll::Pending,
         }
     }
 
-    /// Reads the files if they have changed.
+    /// Reloads the files if they have changed.
     fn on_due(&mut self, node: &mut Node) {
-        self.next_look.reset(LOOK);
+        self.next_check.reset(CHECK_INTERVAL);
         let now = SystemTime::now();
-        if now.duration_since(self.warned_at).is_ok_and(|ago| ago >= WARN_AGAIN) {
+        if now.duration_since(self.warned_at).is_ok_and(|ago| ago >= WARN_INTERVAL) {
             self.warn(node, now);
         }
         let Some((files, changes)) = &mut self.files else {
             return;
         };
-        if !changes.settled(files.stamp()) {
+        if !changes.has_settled(files.stamp()) {
             return;
         }
         let cert = files.cert.display().to_string();
         match files.read() {
             Ok(certificate) => {
                 self.serve(certificate, node);
-                log::info!(
-                    "--tls-cert {cert}: it has changed, and new connections see the new one"
-                );
+                log::info!("--tls-cert {cert}: changed, reloaded for new connections");
             }
-            Err(error) => log::error!("the certificate from before goes on serving: {error:#}"),
+            Err(error) => log::error!("keeping the previous certificate: {error:#}"),
         }
     }
 
-    /// Reads these files, whether or not they have changed.
+    /// Reloads these files, changed or not.
     fn on_reload(&mut self, files: CertificateFiles<'_>, node: &mut Node) {
         match self.read(files, node) {
-            Ok(Some(cert)) => log::info!("SIGHUP: --tls-cert {} was read again", cert.display()),
+            Ok(Some(cert)) => log::info!("SIGHUP: --tls-cert {}: reloaded", cert.display()),
             Ok(None) => {}
             Err(error) => {
-                log::error!("SIGHUP: the certificate from before goes on serving: {error:#}");
+                log::error!("SIGHUP: keeping the previous certificate: {error:#}");
             }
         }
     }
@@ -163,13 +160,13 @@ impl Files {
             Unusable::Certificate(problem) => anyhow!("--tls-cert {cert}: {problem}"),
             Unusable::Key(problem) => anyhow!("--tls-key {key}: {problem}"),
             Unusable::Mismatch => anyhow!(
-                "--tls-key {key}: is not the key of --tls-cert {cert}; name the one that it was \
-                 made with"
+                "--tls-key {key}: not the key of --tls-cert {cert}; name the one that it was \
+                 created with"
             ),
         })
     }
 
-    /// Followed through symbolic links, which is what those who renew certificates replace.
+    /// Follows symbolic links, which tools that renew certificates replace.
     fn stamp(&self) -> Stamp {
         [&self.cert, &self.key].map(|file| {
             let metadata = fs::metadata(file).ok()?;
@@ -178,11 +175,11 @@ impl Files {
     }
 }
 
-/// Both files are read as secrets: the key may stand in the certificate's.
+/// Reads both files as secrets, because the certificate's may contain the key, too.
 fn contents(file: &Path) -> io::Result<Zeroizing<Vec<u8>>> {
     let metadata = fs::metadata(file)?;
     if !metadata.is_file() {
-        return Err(io::Error::other("it is no regular file")); // which might never end
+        return Err(io::Error::other("not a regular file")); // reading it might block for ever
     }
     let length = usize::try_from(metadata.len()).unwrap_or(usize::MAX);
     secret_file::read(File::open(file)?, length.min(MAX_FILE))
@@ -202,29 +199,31 @@ fn inode(_: &fs::Metadata) -> u64 {
     0
 }
 
-/// By what a change of the files can be seen: when each was written, its length, and which it is.
+/// What shows a change of the files: the modification time, length and inode of each.
 type Stamp = [Option<(SystemTime, u64, u64)>; 2];
 
-/// Which state of the files was read last, and which was seen last.
-struct Changes {
+/// Detects that the files have changed and are complete.
+struct ChangeDetector {
+    /// The files when they were last read.
     read: Stamp,
-    seen: Stamp,
+    /// The files at the last check.
+    checked: Stamp,
 }
 
-impl Changes {
-    fn since(read: Stamp) -> Self {
-        Self { read, seen: read }
+impl ChangeDetector {
+    fn new(read: Stamp) -> Self {
+        Self { read, checked: read }
     }
 
-    /// Whether it is time to read the files: they have changed, and are the same as at the last
-    /// look. Whoever replaces both replaces one of them first.
-    fn settled(&mut self, now: Stamp) -> bool {
-        let rests = now == std::mem::replace(&mut self.seen, now);
-        let changed = rests && now != self.read;
-        if changed {
+    /// Whether to read the files: they have changed, and are the same as at the last check. Both files are replaced, but not
+    /// in the same instant.
+    fn has_settled(&mut self, now: Stamp) -> bool {
+        let is_stable = now == std::mem::replace(&mut self.checked, now);
+        let has_settled = is_stable && now != self.read;
+        if has_settled {
             self.read = now;
         }
-        changed
+        has_settled
     }
 }
 
@@ -238,17 +237,17 @@ mod tests {
 
     #[test]
     fn files_are_read_once_they_rest_and_once_for_each_change() {
-        let mut changes = Changes::since(stamp(1, 1));
-        assert!(!changes.settled(stamp(1, 1)));
-        assert!(!changes.settled(stamp(2, 1)), "the key may follow");
-        assert!(!changes.settled(stamp(2, 2)));
-        assert!(changes.settled(stamp(2, 2)));
-        assert!(!changes.settled(stamp(2, 2)));
-        assert!(!changes.settled([None, None]));
-        assert!(changes.settled([None, None]));
-        assert!(!changes.settled([None, None]));
-        assert!(!changes.settled(stamp(3, 3)));
-        assert!(!changes.settled(stamp(2, 2)));
-        assert!(changes.settled(stamp(2, 2)));
+        let mut changes = ChangeDetector::new(stamp(1, 1));
+        assert!(!changes.has_settled(stamp(1, 1)));
+        assert!(!changes.has_settled(stamp(2, 1)), "the key may follow");
+        assert!(!changes.has_settled(stamp(2, 2)));
+        assert!(changes.has_settled(stamp(2, 2)));
+        assert!(!changes.has_settled(stamp(2, 2)));
+        assert!(!changes.has_settled([None, None]));
+        assert!(changes.has_settled([None, None]));
+        assert!(!changes.has_settled([None, None]));
+        assert!(!changes.has_settled(stamp(3, 3)));
+        assert!(!changes.has_settled(stamp(2, 2)));
+        assert!(changes.has_settled(stamp(2, 2)));
     }
 }

@@ -1,4 +1,4 @@
-//! The values of settings as people write them. What cannot be read is shown, with what could be.
+//! Parses and writes the values of settings. Errors show the value, and examples of valid ones.
 
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
@@ -12,22 +12,22 @@ use toml::Value;
 use crate::program::net::multiaddr;
 
 /// How many characters of a value are shown.
-pub const SHOWN: usize = 80;
+pub const MAX_SHOWN: usize = 80;
 
-/// A value that is read from a text or a number, and written as such.
+/// A value that is parsed from a text or a number, and written as one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "Value", into = "Value", bound = "T: Readable")]
 pub struct Parsed<T>(pub T);
 
-/// A type that settings have values of.
+/// A type of settings.
 pub trait Readable: Clone + FromStr {
-    /// What the type is called: "`soon` is no ...".
+    /// The name of the type, for errors: "not a …".
     const NAME: &'static str;
 
-    /// What can be parsed.
+    /// Examples of valid values.
     const EXAMPLES: &'static str;
 
-    /// The text from which the same value is read.
+    /// The text that is parsed as the same value.
     fn text(&self) -> String;
 
     /// Parses a text.
@@ -35,8 +35,8 @@ pub trait Readable: Clone + FromStr {
         text.parse().ok()
     }
 
-    /// What somebody probably means by a text that cannot be parsed.
-    fn meant(_text: &str) -> Option<String> {
+    /// Suggests a valid text for one that cannot be parsed.
+    fn suggest(_text: &str) -> Option<String> {
         None
     }
 }
@@ -59,8 +59,8 @@ readable! {
     humantime::Duration: "duration", "30s, 5m or 1h 30m", ToString::to_string;
     ipnet::IpNet: "subnet", "192.0.2.0/24 or 2001:db8::/32", ToString::to_string;
     libp2p::PeerId: "peer id", "one that begins with 12D3KooW or Qm", ToString::to_string;
-    u32: "number that fits", "a whole one from 0 on", ToString::to_string;
-    usize: "number that fits", "a whole one from 0 on", ToString::to_string;
+    u32: "whole number in range", "0 or more", ToString::to_string;
+    usize: "whole number in range", "0 or more", ToString::to_string;
 }
 
 impl Readable for libp2p::Multiaddr {
@@ -71,20 +71,20 @@ impl Readable for libp2p::Multiaddr {
         self.to_string()
     }
 
-    fn meant(text: &str) -> Option<String> {
-        multiaddr::meant(text)
+    fn suggest(text: &str) -> Option<String> {
+        multiaddr::suggest(text)
     }
 }
 
 impl Readable for SocketAddr {
-    const NAME: &'static str = "address with a port";
+    const NAME: &'static str = "host and port";
     const EXAMPLES: &'static str = "127.0.0.1:9180";
 
     fn text(&self) -> String {
         self.to_string()
     }
 
-    /// `localhost:9180` is on this machine alone, `:9180` on all of its IPv4 addresses.
+    /// `localhost:9180` is on this machine only, `:9180` on all of its IPv4 addresses.
     fn read(text: &str) -> Option<Self> {
         let (host, port) = text.rsplit_once(':')?;
         let ip = match host {
@@ -100,15 +100,15 @@ impl<T: Readable> FromStr for Parsed<T> {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let shown: String = text.chars().take(SHOWN).collect();
+        let shown: String = text.chars().take(MAX_SHOWN).collect();
         let value = T::read(text).ok_or_else(|| {
-            let remedy = T::meant(text).unwrap_or_else(|| T::EXAMPLES.into());
-            format!("{shown:?} is no {}; try {remedy}", T::NAME)
+            let remedy = T::suggest(text).unwrap_or_else(|| T::EXAMPLES.into());
+            format!("{shown:?} is not a {}; try {remedy}", T::NAME)
         })?;
-        // bytesize reads the largest number where the text says more.
+        // bytesize parses a larger number as the largest one.
         let is_largest = value.text() == u64::MAX.to_string();
         match is_largest && text.parse::<u64>().is_err() {
-            true => Err(format!("{shown:?} is more than can be counted; 0 stands for no limit")),
+            true => Err(format!("{shown:?} is too large; 0 is no limit")),
             false => Ok(Self(value)),
         }
     }
@@ -123,15 +123,15 @@ impl<T: Readable> TryFrom<Value> for Parsed<T> {
 }
 
 impl<T: Readable> From<Parsed<T>> for Value {
-    /// A number if it is one that TOML knows, which has none beyond an `i64`.
+    /// An integer if TOML can represent it, which is an `i64`; otherwise a text.
     fn from(value: Parsed<T>) -> Self {
         let text = value.0.text();
         text.parse().map_or(Self::String(text), Self::Integer)
     }
 }
 
-/// Returns the values themselves.
-pub fn unwrapped<T: Clone>(list: &[Parsed<T>]) -> impl Iterator<Item = T> {
+/// Returns the values of a list.
+pub fn unwrap_all<T: Clone>(list: &[Parsed<T>]) -> impl Iterator<Item = T> {
     list.iter().map(|value| value.0.clone())
 }
 
@@ -144,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_with_a_port_may_be_of_this_machine_or_of_all_of_its_addresses() {
+    fn a_host_and_port_may_be_of_this_machine_or_of_all_its_addresses() {
         for (text, expected) in [
             ("localhost:9180", "127.0.0.1:9180"),
             (":9180", "0.0.0.0:9180"),
@@ -154,15 +154,15 @@ mod tests {
         }
         for text in ["localhost", ":", "localhost:70000", "::1", "example.org:9180"] {
             let error = parsed::<SocketAddr>(text).unwrap_err();
-            assert!(error.ends_with("is no address with a port; try 127.0.0.1:9180"), "{error}");
+            assert!(error.ends_with("is not a host and port; try 127.0.0.1:9180"), "{error}");
         }
     }
 
     #[test]
-    fn what_is_no_multiaddr_is_told_with_the_one_that_is_meant() {
+    fn an_invalid_multiaddr_is_an_error_with_a_suggestion() {
         let error = parsed::<libp2p::Multiaddr>("0.0.0.0:4001").unwrap_err();
-        assert_eq!(error, r#""0.0.0.0:4001" is no multiaddr; try /ip4/0.0.0.0/tcp/4001"#);
+        assert_eq!(error, r#""0.0.0.0:4001" is not a multiaddr; try /ip4/0.0.0.0/tcp/4001"#);
         let error = parsed::<libp2p::Multiaddr>("here").unwrap_err();
-        assert_eq!(error, r#""here" is no multiaddr; try /ip4/192.0.2.1/tcp/4001"#);
+        assert_eq!(error, r#""here" is not a multiaddr; try /ip4/192.0.2.1/tcp/4001"#);
     }
 }

@@ -1,8 +1,8 @@
-//! Memory for bytes that wait in the relay: one pool, an account for each connection, and push-out.
+//! The budget for buffered bytes: one for all connections, with an account for each, and push-out.
 //!
-//! Push-out (longest queue drop): while the pool is above its limit, the heaviest client prefix loses
-//! streams: of its heaviest connection the one with the most bytes that have waited for the longest. Their
-//! bytes are freed at once. No connection is read more slowly because of another one.
+//! Push-out (longest queue drop): above the limit, streams of the heaviest connection of the heaviest client prefix are
+//! reset, those first with the most bytes that have waited the longest. Their bytes are freed at once. No connection is
+//! read more slowly because of another one.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -18,12 +18,12 @@ use crate::address::ClientPrefix;
 /// The smallest window that is granted when the pool fills up, in bytes.
 const MIN_WINDOW: usize = 32 * 1024;
 
-/// The pool of all connections. Clones are the same pool.
+/// The budget of all connections. Clones are the same budget.
 #[derive(Clone, Debug)]
-pub struct MemoryBudget(Arc<Pool>);
+pub struct MemoryBudget(Arc<Inner>);
 
 #[derive(Debug)]
-struct Pool {
+struct Inner {
     limit: usize,
     limit_per_connection: usize,
     held: AtomicUsize,
@@ -36,7 +36,7 @@ struct Pool {
 
 /// A connection that can free memory.
 pub trait Shed: Send + Sync + std::fmt::Debug {
-    /// Its account.
+    /// The account of the connection.
     fn budget(&self) -> &ConnectionBudget;
 
     /// Resets its most stalled stream; returns how many bytes that freed.
@@ -79,10 +79,10 @@ impl Cut {
     }
 }
 
-/// How many bytes wait in the relay, and what was cut for them.
+/// How many bytes are buffered, and what was reset or closed because of them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Buffered {
-    /// The bytes that are held.
+    /// The buffered bytes.
     pub bytes: usize,
     /// How many bytes the peers may still send on their streams.
     pub credit: usize,
@@ -118,7 +118,7 @@ pub struct ConnectionBudget {
 impl MemoryBudget {
     /// An empty pool with its limit, and the limit on what one connection holds unread, in bytes.
     pub fn new(limit: usize, limit_per_connection: usize) -> Self {
-        Self(Arc::new(Pool {
+        Self(Arc::new(Inner {
             limit,
             limit_per_connection,
             held: AtomicUsize::new(0),
@@ -224,29 +224,29 @@ impl ConnectionBudget {
         self.held.load(Ordering::Relaxed)
     }
 
-    /// Charges so many bytes.
+    /// Charges this many bytes.
     pub fn charge(&self, bytes: usize) {
         self.held.fetch_add(bytes, Ordering::Relaxed);
         self.pool.0.held.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// Releases so many bytes.
+    /// Releases this many bytes.
     pub fn release(&self, bytes: usize) {
         self.held.fetch_sub(bytes, Ordering::Relaxed);
         self.pool.0.held.fetch_sub(bytes, Ordering::Relaxed);
     }
 
-    /// So many bytes more are unread.
+    /// This many bytes more are unread.
     pub fn add_unread(&self, bytes: usize) {
         self.unread.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// So many bytes fewer are unread.
+    /// This many bytes fewer are unread.
     pub fn remove_unread(&self, bytes: usize) {
         self.unread.fetch_sub(bytes, Ordering::Relaxed);
     }
 
-    /// Charges so many bytes until the connection closes, if half of the pool stays free.
+    /// Charges this many bytes until the connection closes, if half of the pool stays free.
     pub fn keep_if_plenty(&self, bytes: usize) -> bool {
         let pool = &self.pool.0;
         let is_plenty = self.pool.held().saturating_add(bytes) <= pool.limit / 2;

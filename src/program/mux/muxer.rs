@@ -29,8 +29,8 @@ use libp2p::{
 use super::{
     budget::{Cut, MemoryBudget, Shed},
     frame::HEADER,
-    pace::{Pace, Paces},
-    places::{Commons, Place, Places},
+    permits::{SharedPool, StreamPermit, StreamPermits},
+    rates::{MuxRates, RateLimiter},
     session::{
         End, Role,
         receive::{Received, Room},
@@ -87,8 +87,8 @@ struct Client {
 #[derive(Clone, Debug)]
 pub struct Multiplex {
     budget: Budget,
-    commons: Commons,
-    paces: Paces,
+    shared_pool: SharedPool,
+    rates: MuxRates,
     memory: MemoryBudget,
     max_stall: StallLimit,
     client: Client,
@@ -100,8 +100,8 @@ impl Multiplex {
         let per_connection = limits.buffered_per_connection(circuits);
         Self {
             budget,
-            commons: Commons::new(limits.max_streams),
-            paces: Paces::new(limits.stream_rate),
+            shared_pool: SharedPool::new(limits.max_streams),
+            rates: MuxRates::new(limits.stream_rate),
             memory: MemoryBudget::new(limits.buffered(circuits), per_connection),
             max_stall: StallLimit::new(MAX_STALL),
             client: Client::default(),
@@ -115,9 +115,9 @@ impl Multiplex {
         Self { client, ..self.clone() }
     }
 
-    /// The places that the streams of its connections share.
-    pub fn commons(&self) -> Commons {
-        self.commons.clone()
+    /// The permits that the streams of its connections share.
+    pub fn shared_pool(&self) -> SharedPool {
+        self.shared_pool.clone()
     }
 
     /// How long its connections may be write stalled.
@@ -178,11 +178,11 @@ pub struct Muxer<C> {
     is_flushing: bool,
     /// How much may be written before a flush.
     batch: usize,
-    inbound: Arc<Places>,
-    outbound: Arc<Places>,
+    inbound: Arc<StreamPermits>,
+    outbound: Arc<StreamPermits>,
     /// How fast the peer may open streams, and send frames that open streams, reset them, or ping.
-    pace: Pace,
-    frame_pace: Pace,
+    stream_limiter: RateLimiter,
+    frame_limiter: RateLimiter,
     signs: Signs,
     /// Until then it is not read, because such frames came faster.
     pause: Option<Delay>,
@@ -198,7 +198,7 @@ pub struct Muxer<C> {
 
 impl<C> Muxer<C> {
     fn new(connection: C, multiplex: &Multiplex, role: Role) -> Self {
-        let Multiplex { budget, commons, paces, memory, max_stall, client } = multiplex;
+        let Multiplex { budget, shared_pool, rates, memory, max_stall, client } = multiplex;
         let prefix = client.prefix;
         if let Some(socket) = &client.socket {
             socket::leave_to_mux(socket, true);
@@ -215,10 +215,10 @@ impl<C> Muxer<C> {
             has_data: false,
             is_flushing: false,
             batch: SMALL_BATCH,
-            inbound: Places::shared(budget.inbound, commons.clone(), prefix),
-            outbound: Places::new(budget.outbound),
-            pace: paces.streams(prefix),
-            frame_pace: paces.frames(prefix),
+            inbound: StreamPermits::shared(budget.inbound, shared_pool.clone(), prefix),
+            outbound: StreamPermits::new(budget.outbound),
+            stream_limiter: rates.streams(prefix),
+            frame_limiter: rates.frames(prefix),
             signs: client.signs.clone(),
             pause: None,
             stall: WriteStall::default(),
@@ -258,12 +258,12 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
                 self.shared.with(|session| session.receive(&mut self.room, read, now))?;
             self.shared.budget().pool().push_out(now);
             if let Received::Opened(stream) = received {
-                let is_admitted = self.pace.admits(now);
-                let place = is_admitted.then(|| Place::take(&self.inbound)).flatten();
-                self.shared.with(|session| session.admit(stream, place))?;
+                let is_admitted = self.stream_limiter.try_take(now);
+                let permit = is_admitted.then(|| StreamPermit::take(&self.inbound)).flatten();
+                self.shared.with(|session| session.admit(stream, permit))?;
             }
             if received != Received::Cheap
-                && let Some(pause) = self.frame_pace.rest(now)
+                && let Some(pause) = self.frame_limiter.take_or_pause(now)
             {
                 self.signs.set_flooding();
                 self.pause = Some(Delay::new(pause));
@@ -372,8 +372,8 @@ impl<C: AsyncRead + AsyncWrite + Unpin> StreamMuxer for Muxer<C> {
 
     fn poll_outbound(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<Substream>> {
         ready!(self.shared.with(|session| session.poll_open(cx)));
-        let place = ready!(Place::poll_take(&self.outbound, cx));
-        let serial = self.shared.with(|session| session.open(place, Instant::now()))?;
+        let permit = ready!(StreamPermit::poll_take(&self.outbound, cx));
+        let serial = self.shared.with(|session| session.open(permit, Instant::now()))?;
         Poll::Ready(Ok(Substream::new(&self.shared, serial, OpenedBy::Relay)))
     }
 

@@ -1,39 +1,39 @@
-//! What a peer may say while the protocol of its stream is not agreed on yet.
+//! Limits what a peer may send while the protocol of its stream is being negotiated.
 //!
-//! Pure. libp2p's multistream-select takes 16 KiB as soon as a message of that length is announced,
-//! which takes two bytes; nobody has protocols with names longer than 127 bytes. So a longer message is
-//! not let come. See [the specification](https://github.com/multiformats/multistream-select).
+//! Sans-IO. libp2p's multistream-select allocates 16 KiB for a message as soon as its length is announced, which takes two
+//! bytes. No protocol name is longer than 127 bytes, so longer messages are rejected.
+//! See [the specification](https://github.com/multiformats/multistream-select).
 
-/// What the relay says first.
+/// The first message that the relay sends.
 const HEADER: &[u8] = b"/multistream/1.0.0\n";
 
-/// How much of a message tells what it is, in bytes.
-const BEGINNING: usize = HEADER.len();
+/// How many bytes at the start of a message tell what it is.
+const PREFIX: usize = HEADER.len();
 
-/// A negotiation in which the relay agrees or not.
+/// A negotiation in which the relay accepts a protocol or not, followed by parsing what the relay writes.
 #[derive(Debug, Default)]
 pub struct Negotiation {
-    /// The length of the message that it is writing, as far as it was written.
+    /// The length of the current message, as far as it was written: a varint.
     length: usize,
     length_bits: u32,
-    /// How much of that message is yet to be written, once its length was.
+    /// How many bytes of the message are left to write, once its length was written.
     left: Option<usize>,
-    beginning: Vec<u8>,
+    prefix: Vec<u8>,
 }
 
 impl Negotiation {
-    /// Whether this can be the first byte of a length that the relay reads on: lengths are read byte by
-    /// byte, and nothing else is.
-    pub fn takes(read: &[u8], room: usize) -> bool {
-        !(room == 1 && read.first().is_some_and(|byte| *byte >= 0x80))
+    /// Whether the relay accepts what it has read into a buffer of this size. multistream-select reads only lengths byte
+    /// by byte; the first byte of a length above 127 has its highest bit set.
+    pub fn accepts(read: &[u8], buffer: usize) -> bool {
+        !(buffer == 1 && read.first().is_some_and(|byte| *byte >= 0x80))
     }
 
-    /// The relay writes this; whether it has agreed by now.
-    pub fn writes(&mut self, bytes: &[u8]) -> bool {
-        bytes.iter().any(|byte| self.writes_one(*byte))
+    /// Parses what the relay writes. Returns whether it has accepted a protocol by now.
+    pub fn on_write(&mut self, bytes: &[u8]) -> bool {
+        bytes.iter().any(|byte| self.on_byte(*byte))
     }
 
-    fn writes_one(&mut self, byte: u8) -> bool {
+    fn on_byte(&mut self, byte: u8) -> bool {
         let Some(left) = &mut self.left else {
             self.length |= usize::from(byte & 0x7f).checked_shl(self.length_bits).unwrap_or(0);
             self.length_bits += 7;
@@ -42,15 +42,15 @@ impl Negotiation {
             }
             return false;
         };
-        if self.beginning.len() < BEGINNING {
-            self.beginning.push(byte);
+        if self.prefix.len() < PREFIX {
+            self.prefix.push(byte);
         }
         *left = left.saturating_sub(1);
         if *left > 0 {
             return false;
         }
-        let said = std::mem::take(self).beginning;
-        said.starts_with(b"/") && said != HEADER
+        let message = std::mem::take(self).prefix;
+        message.starts_with(b"/") && message != HEADER
     }
 }
 
@@ -63,7 +63,7 @@ mod tests {
     }
 
     #[test]
-    fn it_ends_when_the_relay_names_a_protocol_however_that_is_cut() {
+    fn it_ends_when_the_relay_accepts_a_protocol_in_any_number_of_writes() {
         let list = line(&"/one/of/them".repeat(12));
         let list = [&[0x80 | (list.len() as u8 & 0x7f), 1], &list[..]].concat();
         for (said, agrees) in [
@@ -74,19 +74,19 @@ mod tests {
             (line("/ipfs/ping/1.0.0"), true),
         ] {
             let mut at_once = Negotiation::default();
-            assert!(!at_once.writes(&line("/multistream/1.0.0")));
-            assert_eq!(at_once.writes(&said), agrees, "{said:?}");
+            assert!(!at_once.on_write(&line("/multistream/1.0.0")));
+            assert_eq!(at_once.on_write(&said), agrees, "{said:?}");
             let mut cut = Negotiation::default();
-            let agreed = said.iter().map(|byte| cut.writes(&[*byte]));
+            let agreed = said.iter().map(|byte| cut.on_write(&[*byte]));
             assert_eq!(agreed.last(), Some(agrees), "{said:?}");
         }
     }
 
     #[test]
-    fn long_messages_are_not_announced() {
-        assert!(Negotiation::takes(&[0x7f], 1));
-        assert!(!Negotiation::takes(&[0x80], 1));
-        assert!(Negotiation::takes(&[0xff, 7], 99), "no length");
-        assert!(Negotiation::takes(&[], 1));
+    fn lengths_above_127_are_rejected() {
+        assert!(Negotiation::accepts(&[0x7f], 1));
+        assert!(!Negotiation::accepts(&[0x80], 1));
+        assert!(Negotiation::accepts(&[0xff, 7], 99), "not a length");
+        assert!(Negotiation::accepts(&[], 1));
     }
 }

@@ -20,7 +20,7 @@ use self::turns::{RoundTrip, Turns};
 use super::{
     budget::{ConnectionBudget, Cut},
     frame::{Flags, INITIAL_WINDOW, MAX_WINDOW, Reason},
-    places::Place,
+    permits::StreamPermit,
     stream::{Inbound, Outbound, Stream},
 };
 
@@ -63,13 +63,13 @@ impl From<io::Error> for End {
 #[derive(Debug, Default)]
 pub struct Effects {
     wakers: Vec<Waker>,
-    places: Vec<Place>,
+    permits: Vec<StreamPermit>,
 }
 
 impl Effects {
-    /// Wakes tasks, frees places.
+    /// Wakes tasks and releases permits.
     pub fn apply(self) {
-        drop(self.places);
+        drop(self.permits);
         self.wakers.into_iter().for_each(Waker::wake);
     }
 
@@ -165,20 +165,20 @@ impl Session {
 
     // ---- Streams come
 
-    /// Opens a stream, which takes this place; its serial number.
+    /// Opens a stream, which takes this permit; its serial number.
     ///
     /// # Errors
     ///
     /// When the session is over, or has used up its numbers.
-    pub fn open(&mut self, place: Place, now: Instant) -> io::Result<u64> {
+    pub fn open(&mut self, permit: StreamPermit, now: Instant) -> io::Result<u64> {
         let next_id = self.next_id.checked_add(2).filter(|_| !self.is_over);
         let Some(next_id) = next_id else {
-            self.effects.places.push(place);
+            self.effects.permits.push(permit);
             return Err(io::ErrorKind::NotConnected.into());
         };
         let id = std::mem::replace(&mut self.next_id, next_id);
         self.unacknowledged += 1;
-        Ok(self.insert(Stream::new(id, Flags::SYN, Some(place), now)))
+        Ok(self.insert(Stream::new(id, Flags::SYN, Some(permit), now)))
     }
 
     /// Ready when another stream may be opened.
@@ -306,9 +306,9 @@ impl Session {
         self.streams.values().map(|stream| stream.credit()).sum()
     }
 
-    /// The place of a stream.
-    pub fn place(&self, serial: u64) -> Option<&Place> {
-        self.streams.get(&serial)?.place.as_ref()
+    /// The permit of a stream.
+    pub fn permit(&self, serial: u64) -> Option<&StreamPermit> {
+        self.streams.get(&serial)?.permit.as_ref()
     }
 
     // ---- What follows
@@ -362,8 +362,8 @@ impl Session {
         self.growth += stream.growth();
         self.acknowledge(stream.is_unacknowledged);
         // One whose first frame broke the session was not refused yet.
-        self.refused = self.refused.saturating_sub(usize::from(stream.place.is_none()));
-        self.effects.places.extend(stream.place.take());
+        self.refused = self.refused.saturating_sub(usize::from(stream.permit.is_none()));
+        self.effects.permits.extend(stream.permit.take());
     }
 
     /// A stream of ours does not wait any more to be acknowledged, if it did.

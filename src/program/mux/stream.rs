@@ -13,7 +13,7 @@ use super::{
     budget::ConnectionBudget,
     chunk::Chunk,
     frame::{Flags, HEADER, Header, INITIAL_WINDOW, Kind, MAX_WINDOW},
-    places::Place,
+    permits::StreamPermit,
 };
 use crate::behaviour::buffer;
 
@@ -75,8 +75,8 @@ pub struct Stream {
     pub reader: Option<Waker>,
     /// Who waits for room to write.
     pub writer: Option<Waker>,
-    /// Its place among all streams.
-    pub place: Option<Place>,
+    /// Its permit; `None` if it is refused.
+    pub permit: Option<StreamPermit>,
     chunks: VecDeque<Chunk>,
     unread: usize,
     /// What was read last. Until the next read the reader may still hold it.
@@ -99,7 +99,7 @@ pub struct Stream {
 
 impl Stream {
     /// A new stream with this flag on its first frame.
-    pub fn new(id: u32, opening: Flags, place: Option<Place>, now: Instant) -> Self {
+    pub fn new(id: u32, opening: Flags, permit: Option<StreamPermit>, now: Instant) -> Self {
         Self {
             id,
             inbound: Inbound::Open,
@@ -112,7 +112,7 @@ impl Stream {
             in_turns: false,
             reader: None,
             writer: None,
-            place,
+            permit,
             chunks: VecDeque::new(),
             unread: 0,
             passing: 0,

@@ -1,27 +1,28 @@
-//! How many streams there may be, and how much may wait on them.
+//! Limits on streams, and on the bytes buffered for them.
 
 use bytesize::ByteSize;
 
 use super::{
     frame::{INITIAL_WINDOW, MAX_STREAMS, MAX_WINDOW},
-    places::OWN,
+    permits::OWN,
 };
 use crate::config::ConfigError;
 
-/// Streams of a connection beside its circuits: requests, pings, identify, and some to spare.
+/// Streams of a connection besides those of its circuits: requests, pings, identify, and some to spare.
 pub const SPARE: usize = 32;
 
-/// How many streams a connection may have in each direction, for so many circuits.
+/// How many streams a connection may have in each direction, for this many circuits.
 ///
 /// # Errors
 ///
-/// When that is more than a muxer can tell apart.
+/// When yamux cannot number this many.
 pub fn per_connection(circuits: usize) -> Result<usize, ConfigError> {
-    const MOST: usize = MAX_STREAMS - SPARE;
+    const MAX_CIRCUITS: usize = MAX_STREAMS - SPARE;
     match circuits {
-        0..=MOST => Ok(circuits + SPARE),
+        0..=MAX_CIRCUITS => Ok(circuits + SPARE),
         _ => {
-            let problem = format!("one connection cannot carry so many; try {MOST} or less");
+            let problem =
+                format!("one connection cannot carry so many; try {MAX_CIRCUITS} or less");
             Err(ConfigError::new("max_circuits_per_peer", problem))
         }
     }
@@ -33,40 +34,37 @@ const CONNECTIONS_IN_POOL: usize = 4;
 
 const KIB: usize = 1024;
 
-/// The least that may wait on all connections by default, in bytes.
-const LEAST_POOL: usize = 80 * 1024 * 1024;
+/// The lowest default of [`StreamLimits::max_buffered`], in bytes.
+const LEAST_DEFAULT: usize = 80 * 1024 * 1024;
 
-/// The limits themselves.
+/// The limits on streams.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StreamLimits {
-    /// How many streams the peers may have open together, beside four of each connection.
-    /// Default 4096.
+    /// How many streams all peers together may have open, not counting four of each connection. Default 4096.
     ///
-    /// One beyond that is reset.
+    /// A stream beyond that is reset.
     pub max_streams: usize,
     /// How many streams a peer may have open on one connection. Default: 32 more than
     /// [`crate::Config::max_circuits_per_peer`].
     ///
-    /// One beyond that is reset.
+    /// A stream beyond that is reset.
     pub max_streams_per_connection: Option<usize>,
-    /// How many streams a second the connections of one address may open together, beside a few of each;
-    /// a subnet four times as many. As many as in 16 s may come at once. Default 64; zero: no limit.
+    /// How many streams a second the connections of one address may open together, besides a few of each connection; a
+    /// subnet four times as many. The burst is the number for 16 s. Default 64; zero: no limit.
     ///
-    /// One beyond that is reset. Frames that open streams, reset them or ping may come four times as fast: a
-    /// connection that sends more is read no faster, and closed if no slot and no circuit goes over it.
+    /// A stream beyond that is reset. Frames that open streams, reset them or ping have four times that rate: a connection
+    /// above it is read more slowly, and closed unless it has a slot or a circuit.
     pub stream_rate: u32,
-    /// How many bytes may wait in the relay, of all circuits and requests: that came and were not read
-    /// yet, or are to go and were not taken. At least four times as many as one connection may hold; default:
-    /// as many, but at least 80 MiB.
+    /// How many bytes may be buffered for all streams: received and not read yet, or not sent yet. Default, and the least:
+    /// four times [`StreamLimits::max_buffered_per_connection`]; the default is 80 MiB or more.
     ///
-    /// Above it, down to nine tenths, the heaviest connection of the heaviest client prefix resets streams,
-    /// those first that have waited the most, and frees their bytes at once. No connection is read more
-    /// slowly for it.
+    /// Above it, streams of the heaviest connection of the heaviest client prefix are reset, those first whose bytes have
+    /// waited the longest, until nine tenths are left. No connection is read more slowly because of another one.
     pub max_buffered: Option<usize>,
-    /// How many bytes that came one connection may hold. Default, and the least: a window of 256 KiB for each
-    /// of [`crate::Config::max_circuits_per_peer`], and 1 MiB.
+    /// How many received bytes may be buffered for one connection. Default, and the least: a window of 256 KiB for each of
+    /// [`crate::Config::max_circuits_per_peer`], and 1 MiB.
     ///
-    /// Above it the same goes for that one.
+    /// Above it, streams of that connection are reset.
     pub max_buffered_per_connection: Option<usize>,
 }
 
@@ -83,15 +81,15 @@ impl Default for StreamLimits {
 }
 
 impl StreamLimits {
-    /// Whether they make sense, for so many circuits of a peer.
+    /// Checks the limits, for this many circuits of a peer.
     ///
     /// # Errors
     ///
-    /// The first that does not.
+    /// The first invalid one.
     pub fn check(&self, circuits: usize) -> Result<(), ConfigError> {
         let per_connection = self.max_streams_per_connection.unwrap_or(OWN);
         if !(OWN..=MAX_STREAMS).contains(&per_connection) {
-            let problem = format!("{per_connection} cannot be; try {OWN} to {MAX_STREAMS}");
+            let problem = format!("{per_connection} is out of range; try {OWN} to {MAX_STREAMS}");
             return Err(ConfigError::new("max_streams_per_connection", problem));
         }
         // Each circuit may fill the window that it has from the start, and windows grow by 1 MiB at most.
@@ -117,19 +115,19 @@ impl StreamLimits {
         Ok(())
     }
 
-    /// How many bytes one connection may hold that is made for so many circuits.
+    /// The limit on the received bytes of one connection, for this many circuits of a peer.
     pub fn buffered_per_connection(&self, circuits: usize) -> usize {
         self.max_buffered_per_connection.unwrap_or_else(|| needed_by(circuits))
     }
 
-    /// How many bytes may wait on all connections, made for so many circuits each.
+    /// The limit on the bytes of all connections, for this many circuits of a peer.
     pub fn buffered(&self, circuits: usize) -> usize {
         let one = self.buffered_per_connection(circuits);
-        let default = || one.saturating_mul(CONNECTIONS_IN_POOL).max(LEAST_POOL);
+        let default = || one.saturating_mul(CONNECTIONS_IN_POOL).max(LEAST_DEFAULT);
         self.max_buffered.unwrap_or_else(default)
     }
 
-    /// How many streams the peers can have open on so many connections.
+    /// How many streams all peers can have open on this many connections.
     pub fn most(&self, connections: usize) -> usize {
         connections.saturating_mul(OWN).saturating_add(self.max_streams)
     }

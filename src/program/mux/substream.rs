@@ -1,4 +1,4 @@
-//! Handles of streams: `AsyncRead` and `AsyncWrite` over the session that they share with their connection.
+//! Handles of streams: `AsyncRead` and `AsyncWrite` over a session that they share with the connection's muxer.
 
 use std::{
     io,
@@ -13,13 +13,12 @@ use libp2p::futures::{AsyncRead, AsyncWrite};
 use super::{
     budget::{ConnectionBudget, Cut, MemoryBudget, Shed},
     negotiation::Negotiation,
-    places::{Place, Reset},
+    permits::{Reset, StreamPermit},
     session::{Role, Session},
 };
 use crate::address::ClientPrefix;
 
-/// A session under its lock, which is never held together with another session's, and under which no task is
-/// woken.
+/// A session and its lock. No thread holds the locks of two sessions, or wakes a task under one.
 #[derive(Debug)]
 pub struct Shared {
     session: Mutex<Session>,
@@ -36,7 +35,7 @@ impl Shared {
         shared
     }
 
-    /// Calls `act` under the lock, and does what follows from it without.
+    /// Calls `act` under the lock, and applies its effects after releasing that.
     pub fn with<T>(&self, act: impl FnOnce(&mut Session) -> T) -> T {
         let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
         let result = act(&mut session);
@@ -76,30 +75,30 @@ pub enum OpenedBy {
     Relay,
 }
 
-/// The handle of a stream. Dropped before it is closed, it resets the stream.
+/// The handle of a stream. Dropping it before it is closed resets the stream.
 #[derive(Debug)]
 pub struct Substream {
     shared: Arc<Shared>,
     serial: u64,
-    /// What is agreed on, while that is not known.
+    /// The negotiation of the protocol, until that is known.
     negotiation: Option<Box<Negotiation>>,
-    /// The peer opened it, and no request has come on it yet.
-    is_silent: bool,
+    /// Whether the peer opened it and no request has arrived on it yet.
+    is_unused: bool,
 }
 
 impl Substream {
     /// The handle of this stream of the session.
     pub fn new(shared: &Arc<Shared>, serial: u64, by: OpenedBy) -> Self {
-        let is_silent = by == OpenedBy::Peer;
-        if is_silent {
+        let is_unused = by == OpenedBy::Peer;
+        if is_unused {
             let session: Weak<Shared> = Arc::downgrade(shared);
-            shared.with(|all| all.place(serial).map(|place| place.is_silent(session, serial)));
+            shared.with(|all| all.permit(serial).map(|permit| permit.set_stream(session, serial)));
         }
         Self {
             shared: Arc::clone(shared),
             serial,
-            negotiation: is_silent.then(Box::default),
-            is_silent,
+            negotiation: is_unused.then(Box::default),
+            is_unused,
         }
     }
 }
@@ -120,12 +119,12 @@ impl AsyncRead for Substream {
         let read = self.shared.with(|session| session.poll_read(serial, cx, buffer, now));
         let read = ready!(read)?;
         if self.negotiation.is_some() {
-            let said = buffer.get(..read).unwrap_or_default();
-            if !Negotiation::takes(said, buffer.len()) {
+            let bytes = buffer.get(..read).unwrap_or_default();
+            if !Negotiation::accepts(bytes, buffer.len()) {
                 return Poll::Ready(Err(io::ErrorKind::InvalidData.into()));
             }
-        } else if read > 0 && std::mem::take(&mut self.is_silent) {
-            self.shared.with(|session| session.place(serial).map(Place::is_used));
+        } else if read > 0 && std::mem::take(&mut self.is_unused) {
+            self.shared.with(|session| session.permit(serial).map(StreamPermit::mark_used));
         }
         Poll::Ready(Ok(read))
     }
@@ -141,20 +140,20 @@ impl AsyncWrite for Substream {
         let written = self.shared.with(|session| session.poll_write(serial, cx, bytes, now));
         let written = ready!(written)?;
         self.shared.budget.pool().push_out(now);
-        let said = bytes.get(..written).unwrap_or_default();
-        if self.negotiation.as_mut().is_some_and(|talk| talk.writes(said)) {
+        let bytes = bytes.get(..written).unwrap_or_default();
+        if self.negotiation.as_mut().is_some_and(|negotiation| negotiation.on_write(bytes)) {
             self.negotiation = None;
         }
         Poll::Ready(Ok(written))
     }
 
-    /// Ready at once: what was written is sent, even if the stream is dropped.
+    /// Ready at once: written data is sent even if the handle is dropped.
     fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.shared.with(|session| session.flush(self.serial));
         Poll::Ready(Ok(()))
     }
 
-    /// Ready at once: the end is sent behind what was written.
+    /// Ready at once: the end of the stream is sent after the written data.
     fn poll_close(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.shared.with(|session| session.close(self.serial));
         Poll::Ready(Ok(()))

@@ -1,7 +1,7 @@
-//! Admission of connections: limits by prefix and peer, handshakes, and PROXY protocol headers.
+//! Admission of connections: rates and caps by client prefix and peer, handshakes, PROXY protocol headers.
 
-pub mod arrivals;
-pub(crate) mod door;
+pub(crate) mod behaviour;
+pub mod connection_rates;
 pub mod handshakes;
 pub mod limits;
 pub mod open_files;

@@ -1,9 +1,9 @@
-//! Smaller connections: their handlers, and what those tell, on the heap.
+//! Smaller connection tasks: puts a behaviour's connection handlers, and the events that they emit, on the heap.
 //!
-//! The swarm moves a connection's handler into the future of the connection's task, which then has
-//! room for it several times over: 3.3 KiB, of which the handler is 0.6 KiB. With a handler that is a
-//! pointer it is 1.5 KiB, and the handler itself is there once. kad's handler is kept apart once more,
-//! so that connections have no room for it without a DHT.
+//! The swarm moves a connection's handler into the future of the connection's task, which stores it several
+//! times over: 3.3 KiB for a handler of 0.6 KiB. With a handler that is a pointer the future takes 1.5 KiB, and
+//! the handler itself exists once. The DHT's handler is boxed a second time, so that a connection without a DHT
+//! has no space for it.
 
 use std::{
     ops::{Deref, DerefMut},
@@ -20,11 +20,13 @@ use libp2p::{
     },
 };
 
-/// A behaviour, or the handler of one of its connections, as it is but for where the handlers are.
+use crate::program::delegate::delegate_behaviour;
+
+/// A behaviour whose connection handlers are on the heap, or such a handler.
 pub struct Boxed<T>(T);
 
 impl<B> Boxed<B> {
-    /// This behaviour with handlers on the heap.
+    /// Wraps a behaviour.
     pub fn new(behaviour: B) -> Self {
         Self(behaviour)
     }
@@ -48,6 +50,9 @@ impl<B: NetworkBehaviour> NetworkBehaviour for Boxed<B> {
     type ConnectionHandler = Boxed<Box<THandler<B>>>;
     type ToSwarm = B::ToSwarm;
 
+    delegate_behaviour!(0 |handler| Boxed(Box::new(handler));
+        handle_established_inbound_connection, handle_established_outbound_connection);
+
     fn handle_pending_inbound_connection(
         &mut self,
         id: ConnectionId,
@@ -55,17 +60,6 @@ impl<B: NetworkBehaviour> NetworkBehaviour for Boxed<B> {
         remote: &Multiaddr,
     ) -> Result<(), ConnectionDenied> {
         self.0.handle_pending_inbound_connection(id, local, remote)
-    }
-
-    fn handle_established_inbound_connection(
-        &mut self,
-        id: ConnectionId,
-        peer: PeerId,
-        local: &Multiaddr,
-        remote: &Multiaddr,
-    ) -> Result<Self::ConnectionHandler, ConnectionDenied> {
-        let handler = self.0.handle_established_inbound_connection(id, peer, local, remote)?;
-        Ok(Boxed(Box::new(handler)))
     }
 
     fn handle_pending_outbound_connection(
@@ -76,19 +70,6 @@ impl<B: NetworkBehaviour> NetworkBehaviour for Boxed<B> {
         role: Endpoint,
     ) -> Result<Vec<Multiaddr>, ConnectionDenied> {
         self.0.handle_pending_outbound_connection(id, peer, addresses, role)
-    }
-
-    fn handle_established_outbound_connection(
-        &mut self,
-        id: ConnectionId,
-        peer: PeerId,
-        address: &Multiaddr,
-        role: Endpoint,
-        port_use: PortUse,
-    ) -> Result<Self::ConnectionHandler, ConnectionDenied> {
-        let handler =
-            self.0.handle_established_outbound_connection(id, peer, address, role, port_use)?;
-        Ok(Boxed(Box::new(handler)))
     }
 
     fn on_swarm_event(&mut self, event: FromSwarm<'_>) {
@@ -124,8 +105,8 @@ impl<H: ConnectionHandler> ConnectionHandler for Boxed<Box<H>> {
         self.0.listen_protocol()
     }
 
-    /// Always: it is the relay's sweep that closes idle connections. The swarm would set a timer each
-    /// time that a peer's last circuit ends.
+    /// Always true: the relay's sweep closes idle connections. Otherwise the swarm would set a timer each time
+    /// that a peer's last circuit ends.
     fn connection_keep_alive(&self) -> bool {
         true
     }

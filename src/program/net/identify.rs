@@ -1,12 +1,11 @@
-//! Identify: tells each peer the relay's key, protocols and addresses, and learns from it at which
-//! address it reached the relay.
+//! Identify: sends each peer the relay's key, protocols and addresses, and reads at which address the peer reached the
+//! relay.
 //!
-//! Answers requests over `/ipfs/id/1.0.0`, sends each peer one after it connects, reads what peers push
-//! over `/ipfs/id/push/1.0.0`, and pushes when the node asks for it. The messages are in `identify/message.rs`.
+//! Answers requests over `/ipfs/id/1.0.0`, sends one to each peer that connects, reads pushes over
+//! `/ipfs/id/push/1.0.0`, and pushes when the node asks for it. The messages are in `identify/message.rs`.
 //!
-//! Written here because libp2p-identify 0.48 keeps all that a peer says of itself, up to 300 KiB a
-//! connection, and sends a message of any size: rust-libp2p refuses more than 4,096 bytes, go-libp2p
-//! more than 8,192.
+//! Not libp2p-identify, because version 0.48 stores a peer's whole message, up to 300 KiB a connection, and sends a
+//! message of any size, although rust-libp2p rejects more than 4,096 bytes and go-libp2p more than 8,192.
 
 mod message;
 
@@ -25,7 +24,6 @@ use libp2p::{
     core::{Endpoint, transport::PortUse, upgrade::ReadyUpgrade},
     futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered},
     identity::PublicKey,
-    multiaddr::Protocol,
     swarm::{
         ConnectionDenied, ConnectionHandler, ConnectionHandlerEvent, ConnectionId, FromSwarm,
         NetworkBehaviour, NotifyHandler, SubstreamProtocol, SupportedProtocols, THandler,
@@ -36,6 +34,7 @@ use libp2p::{
 
 pub use self::message::Info;
 use self::message::TIME_LIMIT;
+use super::multiaddr::without_peer;
 use crate::{
     behaviour::inbound::Inbound,
     relay::rates::{Bucket, Rate},
@@ -44,22 +43,22 @@ use crate::{
 const IDENTIFY: StreamProtocol = StreamProtocol::new("/ipfs/id/1.0.0");
 const PUSH: StreamProtocol = StreamProtocol::new("/ipfs/id/push/1.0.0");
 
-/// How many peers are sent a push at once, and after which time the next ones are: an address that changed
-/// wakes a thousand phones within seconds, and not all in the same instant.
+/// How many peers are sent a push at once, and how long before the next ones: a changed address wakes a thousand phones
+/// within seconds, but not all in the same instant.
 const PUSHES_AT_ONCE: usize = 32;
 const PUSH_PAUSE: Duration = Duration::from_millis(100);
 
 /// How many answers may be in progress on one connection. A request beyond that is reset.
 const MAX_ANSWERS: usize = 4;
 
-/// How many pushes of one peer are read: 20 at once, then one each 3 s. One beyond that is reset, as is
-/// one while another is in progress.
+/// How many pushes of one peer are read: 20 at once, then one each 3 s. A push beyond that is reset, and so is one that
+/// arrives while another is being read.
 const PUSHES: Rate = Rate { burst: 20, spacing: Duration::from_secs(3) };
 
 /// Identify on all connections.
 pub struct Identify {
     shared: Arc<Shared>,
-    /// The peers that are yet to be sent a push.
+    /// The peers that have yet to be sent a push.
     pushing: vec::IntoIter<PeerId>,
     /// How many were sent one since the last pause.
     pushed: usize,
@@ -79,7 +78,7 @@ pub struct Identified {
     pub info: Info,
 }
 
-/// What the handlers of all connections send, and look for.
+/// What the handlers of all connections send, and which protocol they look for.
 struct Shared {
     public_key: Vec<u8>,
     state: Mutex<State>,
@@ -100,8 +99,8 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The message for a connection whose two ends have these addresses. Where none of the relay's is known
-    /// otherwise, it is the one of its own end.
+    /// The message for a connection with these addresses: the remote one is the observed address. If the relay knows no
+    /// other address of its own, it sends the local one.
     fn message(
         &self,
         protocols: &SupportedProtocols,
@@ -118,8 +117,8 @@ impl Shared {
         if left_out > 0 && !mem::replace(&mut state.is_overflow_logged, true) {
             let all = state.addresses.len();
             log::warn!(
-                "identify message is full: {left_out} of {all} addresses are left out; choose some \
-                 with --announce"
+                "identify message is full: {left_out} of {all} addresses left out; choose some with \
+                 --announce"
             );
         }
         message
@@ -127,7 +126,7 @@ impl Shared {
 }
 
 impl Identify {
-    /// Identify for the owner of this key. It sends no addresses until [`Identify::set_addresses`].
+    /// Identify under this key. It sends no addresses until [`Identify::set_addresses`].
     pub fn new(public_key: &PublicKey) -> Self {
         let (public_key, state) = (public_key.encode_protobuf(), Mutex::default());
         Self {
@@ -139,14 +138,14 @@ impl Identify {
         }
     }
 
-    /// Reads from now on where peers listen, and whether they support this protocol of a DHT.
+    /// From now on reads where peers listen, and whether they support this protocol of a DHT.
     #[cfg(feature = "dht")]
     pub fn set_dht(&mut self, protocol: StreamProtocol) {
         self.shared.state().dht = Some(protocol);
     }
 
-    /// Sends these addresses from now on: as many as fit into a message, the first ones first. Returns
-    /// whether they differ from those before.
+    /// From now on sends these addresses: as many as fit into a message, the first ones first. Returns whether they
+    /// differ from those before.
     pub fn set_addresses(&mut self, addresses: Vec<Multiaddr>) -> bool {
         let mut state = self.shared.state();
         let has_changed = state.addresses != addresses;
@@ -174,11 +173,11 @@ impl Identify {
             pushes: Bucket::default(),
             reported_dht: None,
             answers: 0,
-            is_to_ask: true,
-            is_to_push: false,
+            should_ask: true,
+            should_push: false,
             is_pushing: false,
             is_reading_push: false,
-            has_told: false,
+            has_sent: false,
         }
     }
 }
@@ -205,12 +204,8 @@ impl NetworkBehaviour for Identify {
         _: Endpoint,
         _: PortUse,
     ) -> Result<THandler<Self>, ConnectionDenied> {
-        // A dialed address ends in the peer's id, which is no part of an observed one.
-        let mut remote = remote.clone();
-        if let Some(Protocol::P2p(_)) = remote.iter().last() {
-            remote.pop();
-        }
-        Ok(self.handler(&remote, None))
+        // A dialed address may end in the peer's id; an observed one does not.
+        Ok(self.handler(&without_peer(remote), None))
     }
 
     fn on_swarm_event(&mut self, _: FromSwarm<'_>) {}
@@ -221,7 +216,7 @@ impl NetworkBehaviour for Identify {
         connection: ConnectionId,
         mut info: THandlerOutEvent<Self>,
     ) {
-        // Not those that end in another peer's id.
+        // Drop addresses that end in another peer's id.
         info.listening.retain(|address| address.clone().with_p2p(peer).is_ok());
         self.identified.push_back(Identified {
             connection,
@@ -247,44 +242,44 @@ impl NetworkBehaviour for Identify {
     }
 }
 
-/// Identify on one connection. It keeps nothing that the peer says.
+/// Identify on one connection. It stores nothing of what the peer sends.
 pub struct Handler {
     shared: Arc<Shared>,
-    /// The peer's address, which it is told as the observed one.
+    /// The peer's address, sent as the observed one.
     remote: Multiaddr,
-    /// The relay's own address, if the peer opened the connection and no other one was known then.
+    /// The local address, if the peer opened the connection and the relay knew no other address of its own then.
     local: Option<Box<Multiaddr>>,
-    /// The protocols that the connection's handlers support, which the peer is told.
+    /// The protocols that the connection's handlers support, sent to the peer.
     protocols: SupportedProtocols,
     tasks: FuturesUnordered<BoxFuture<'static, (Exchange, Option<Info>)>>,
     /// How many pushes may be read.
     pushes: Bucket,
-    /// Whether the peer supports the DHT's protocol, until the swarm is told.
+    /// Whether the peer supports the DHT's protocol, until that is reported to the swarm.
     reported_dht: Option<bool>,
     /// How many answers are in progress.
     answers: usize,
-    is_to_ask: bool,
-    is_to_push: bool,
+    should_ask: bool,
+    should_push: bool,
     is_pushing: bool,
     is_reading_push: bool,
-    /// Whether the peer was told the protocols: then a change of them is pushed.
-    has_told: bool,
+    /// Whether the protocols were sent: if so, a change of them is pushed.
+    has_sent: bool,
 }
 
 /// Has the handler send the peer the relay's message.
 #[derive(Clone, Copy, Debug)]
 pub struct Push;
 
-/// What one stream is for.
+/// The purpose of a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exchange {
-    /// The peer asked, and is answered.
+    /// Answer the peer's request.
     Answer,
-    /// The peer is asked.
+    /// Request the peer's message.
     Ask,
-    /// The peer pushes.
+    /// Read the peer's push.
     ReadPush,
-    /// The relay pushes.
+    /// Push the relay's message.
     Push,
 }
 
@@ -312,7 +307,7 @@ impl Handler {
     }
 
     fn send(&mut self, stream: Stream, exchange: Exchange) {
-        self.has_told = true;
+        self.has_sent = true;
         let message = self.shared.message(&self.protocols, &self.remote, self.local.as_deref());
         let send = async move {
             let _ = message::send(stream, &message).await; // the peer may ask again
@@ -352,7 +347,7 @@ impl ConnectionHandler for Handler {
     }
 
     fn on_behaviour_event(&mut self, _: Push) {
-        self.is_to_push = true;
+        self.should_push = true;
     }
 
     fn on_connection_event(
@@ -371,14 +366,14 @@ impl ConnectionHandler for Handler {
             ConnectionEvent::DialUpgradeError(failed) => self.on_ended(failed.info),
             ConnectionEvent::LocalProtocolsChange(change) => {
                 let has_changed = self.protocols.on_protocols_change(change);
-                self.is_to_push |= has_changed && self.has_told;
+                self.should_push |= has_changed && self.has_sent;
             }
             _ => {}
         }
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Event> {
-        if mem::take(&mut self.is_to_ask) {
+        if mem::take(&mut self.should_ask) {
             return open(IDENTIFY, Exchange::Ask);
         }
         if let Some(is_supported) = self.reported_dht.take()
@@ -395,8 +390,8 @@ impl ConnectionHandler for Handler {
                 return Poll::Ready(ConnectionHandlerEvent::NotifyBehaviour(info));
             }
         }
-        if self.is_to_push && !self.is_pushing {
-            (self.is_to_push, self.is_pushing) = (false, true);
+        if self.should_push && !self.is_pushing {
+            (self.should_push, self.is_pushing) = (false, true);
             return open(PUSH, Exchange::Push);
         }
         Poll::Pending
@@ -417,7 +412,7 @@ mod tests {
         Identify::new(&Keypair::generate_ed25519().public())
     }
 
-    /// What the handler asks a stream for, or `None` if it has nothing to do.
+    /// The stream that the handler requests; `None` if it requests none.
     fn requested(handler: &mut Handler) -> Option<Exchange> {
         match handler.poll(&mut Context::from_waker(noop_waker_ref())) {
             Poll::Ready(ConnectionHandlerEvent::OutboundSubstreamRequest { protocol }) => {
@@ -429,7 +424,7 @@ mod tests {
     }
 
     #[test]
-    fn pushes_wanted_while_one_is_in_progress_become_one() {
+    fn pushes_requested_during_a_push_are_merged_into_one() {
         let mut handler = identify().handler(&Multiaddr::empty(), None);
         assert_eq!(requested(&mut handler), Some(Exchange::Ask));
         assert_eq!(requested(&mut handler), None);
@@ -452,7 +447,7 @@ mod tests {
     }
 
     #[test]
-    fn that_addresses_are_left_out_is_logged_once_a_change() {
+    fn left_out_addresses_are_logged_once_per_change() {
         let mut identify = identify();
         let many = |port| -> Vec<Multiaddr> {
             let one = |n| format!("/ip6/2a00:1450::{n:x}/tcp/{port}").parse().expect("a multiaddr");
@@ -471,7 +466,7 @@ mod tests {
     }
 
     #[test]
-    fn pushes_go_out_in_batches() {
+    fn pushes_are_sent_in_batches() {
         let mut identify = identify();
         identify.push((0..PUSHES_AT_ONCE + 1).map(|_| PeerId::random()).collect());
         let cx = &mut Context::from_waker(std::task::Waker::noop());
@@ -487,18 +482,18 @@ mod tests {
     }
 
     #[test]
-    fn where_no_address_is_known_a_peer_is_told_the_one_that_it_reached() {
+    fn without_a_known_address_the_local_one_is_sent() {
         let mut identify = identify();
         let [local, known]: [Multiaddr; 2] =
             ["/ip4/10.0.0.1/tcp/4001", "/ip4/8.8.8.8/tcp/1"].map(|text| text.parse().unwrap());
-        let tells = |identify: &Identify, address: &Multiaddr| {
+        let sends = |identify: &Identify, address: &Multiaddr| {
             let protocols = SupportedProtocols::default();
             let message = identify.shared.message(&protocols, &Multiaddr::empty(), Some(&local));
             message.windows(address.len()).any(|bytes| bytes == address.as_ref())
         };
-        assert!(tells(&identify, &local));
+        assert!(sends(&identify, &local));
         identify.set_addresses(vec![known.clone()]);
-        assert!(tells(&identify, &known) && !tells(&identify, &local));
+        assert!(sends(&identify, &known) && !sends(&identify, &local));
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! One listening socket: it accepts, tells which addresses it can be reached at, and lets be for a
-//! while when there are no more file descriptors.
+//! One listening socket: accepts connections, reports the addresses it can be reached at, and backs off when the process
+//! is out of file descriptors.
 
 use std::{
     collections::VecDeque,
@@ -22,38 +22,39 @@ use libp2p::{
 use socket2::{Domain, Socket, Type};
 
 use super::{
+    byte_counters::{ByteCounters, Counted},
     interfaces::{Change, Interfaces},
     multiaddr::multiaddr,
-    socket::prepare,
-    traffic::{Counted, Traffic},
+    socket::set_options,
 };
 
-/// How many connections the kernel keeps for us until they are accepted.
+/// How many connections the kernel queues until they are accepted.
 const BACKLOG: i32 = 1024;
 
-/// How long to leave a listener alone after it failed to accept: the first time, and at most.
+/// How long to wait after accepting has failed: the first time, and at most. It doubles in between.
 ///
 /// Out of file descriptors, accepting again at once would fail again at once.
-const PAUSE: Duration = Duration::from_millis(100);
-const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+const FIRST_BACKOFF: Duration = Duration::from_millis(100);
+const MAX_BACKOFF: Duration = Duration::from_secs(2);
 
-/// After how long without a failure the next one is told again: whoever can make accepting fail
-/// can also make it succeed in between, and is not to fill the log.
-const TELL_AGAIN: Duration = Duration::from_secs(60);
+/// A failure is reported only if there was none for this long: a peer that can make accepting fail can also make it
+/// succeed in between, and must not fill the log.
+const REPORT_AGAIN: Duration = Duration::from_secs(60);
 
-/// A connection needs nothing more from TCP.
+/// The upgrade of a TCP connection, which is done at once.
 pub(super) type Upgrade = std::future::Ready<io::Result<Counted<TcpStream>>>;
 
-/// What the swarm is told.
+/// An event for the swarm.
 pub(super) type Event = TransportEvent<Upgrade, io::Error>;
 
-/// What comes of a listening socket.
-pub(super) enum News {
+/// What a listener yields.
+pub(super) enum Output {
+    /// A connection that the swarm does not know yet.
     Accepted(Accepted),
     Event(Event),
 }
 
-/// A connection that nobody was told of yet.
+/// An accepted connection.
 pub(super) struct Accepted {
     pub(super) listener: ListenerId,
     pub(super) stream: TcpStream,
@@ -62,12 +63,16 @@ pub(super) struct Accepted {
 }
 
 impl Accepted {
-    /// Tells whose it is; or that it failed, and is the remote address's.
-    pub(super) fn incoming(self, traffic: &Traffic, client: io::Result<SocketAddr>) -> Event {
+    /// The event that reports this connection under its client's address, or why it failed under the remote one.
+    pub(super) fn into_event(
+        self,
+        counters: &ByteCounters,
+        client: io::Result<SocketAddr>,
+    ) -> Event {
         let Self { stream, local, .. } = self;
         let send_back_addr = multiaddr(*client.as_ref().unwrap_or(&self.remote));
         let socket = Some(stream.clone());
-        let upgrade = client.map(|client| traffic.count(stream, Some(local), client, socket));
+        let upgrade = client.map(|client| counters.count(stream, Some(local), client, socket));
         TransportEvent::Incoming {
             listener_id: self.listener,
             upgrade: std::future::ready(upgrade),
@@ -82,13 +87,12 @@ pub(super) struct Listener {
     id: ListenerId,
     bound: SocketAddr,
     accepted: BoxStream<'static, io::Result<(TcpStream, SocketAddr)>>,
-    /// The addresses of the machine, if the socket is bound to all of them.
+    /// The machine's addresses, if the socket is bound to all of them.
     interfaces: Option<Interfaces>,
-    pause: Option<Delay>,
-    /// How long the next pause is; longer than [`PAUSE`] while accepting fails.
-    next_pause: Duration,
-    /// When accepting failed last.
-    failed: Option<Instant>,
+    backoff: Option<Delay>,
+    /// Grows while accepting fails.
+    next_backoff: Duration,
+    last_failure: Option<Instant>,
     events: VecDeque<Event>,
     closed: bool,
     waker: Option<Waker>,
@@ -98,25 +102,23 @@ impl Listener {
     pub(super) fn bind(id: ListenerId, address: SocketAddr) -> io::Result<Self> {
         let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
         if address.is_ipv6() {
-            // Else the two default listeners would claim the same port.
+            // Otherwise the IPv4 listener on the same port could not be bound.
             socket.set_only_v6(true)?;
         }
-        // A relay that was killed can be started again at once.
+        // So that a relay that was killed can be restarted at once.
         socket.set_reuse_address(true)?;
         socket.bind(&address.into())?;
         socket.listen(BACKLOG)?;
         let listener = std::net::TcpListener::from(socket);
         let bound = listener.local_addr()?;
 
-        let mut events = VecDeque::new();
-        let interfaces = if bound.ip().is_unspecified() {
-            Some(Interfaces::new())
-        } else {
-            events.push_back(TransportEvent::NewAddress {
-                listener_id: id,
-                listen_addr: multiaddr(bound),
-            });
-            None
+        let interfaces = bound.ip().is_unspecified().then(Interfaces::new);
+        let bound_event = match &interfaces {
+            Some(_) => None,
+            None => {
+                let listen_addr = multiaddr(bound);
+                Some(TransportEvent::NewAddress { listener_id: id, listen_addr })
+            }
         };
         let accepted = stream::unfold(TcpListener::from(listener), |listener| async move {
             Some((listener.accept().await, listener))
@@ -126,10 +128,10 @@ impl Listener {
             bound,
             accepted: accepted.boxed(),
             interfaces,
-            pause: None,
-            next_pause: PAUSE,
-            failed: None,
-            events,
+            backoff: None,
+            next_backoff: FIRST_BACKOFF,
+            last_failure: None,
+            events: bound_event.into_iter().collect(),
             closed: false,
             waker: None,
         })
@@ -143,21 +145,20 @@ impl Listener {
         self.closed
     }
 
+    /// Closes the socket at once, so that its port can be bound again.
     pub(super) fn close(&mut self) {
-        if self.closed {
+        if std::mem::replace(&mut self.closed, true) {
             return;
         }
-        self.closed = true;
-        // The socket itself, so that its port can be had again at once.
         self.accepted = stream::pending().boxed();
-        self.events
-            .push_back(TransportEvent::ListenerClosed { listener_id: self.id, reason: Ok(()) });
+        let closed = TransportEvent::ListenerClosed { listener_id: self.id, reason: Ok(()) };
+        self.events.push_back(closed);
         if let Some(waker) = self.waker.take() {
             waker.wake();
         }
     }
 
-    /// An address of the machine came or went.
+    /// Reports addresses of the machine that are new or gone.
     fn poll_interfaces(&mut self, cx: &mut Context<'_>) -> Poll<Event> {
         let Some(interfaces) = &mut self.interfaces else {
             return Poll::Pending;
@@ -178,59 +179,55 @@ impl Listener {
     }
 
     fn accepted(&self, stream: TcpStream, remote: SocketAddr) -> io::Result<Accepted> {
-        prepare(&stream)?;
+        set_options(&stream)?;
         Ok(Accepted { listener: self.id, local: stream.local_addr()?, stream, remote })
     }
 
-    /// Accepting failed: leaves the listener alone for a while. Told once for as long as it lasts.
-    fn failed(&mut self, error: io::Error, now: Instant) -> Option<Event> {
-        let last = self.failed.replace(now);
-        let news = last.is_none_or(|last| now.duration_since(last) > TELL_AGAIN);
-        self.pause = Some(Delay::new(self.next_pause));
-        self.next_pause = (self.next_pause * 2).min(LONGEST_PAUSE);
-        news.then_some(TransportEvent::ListenerError { listener_id: self.id, error })
+    /// Backs off after accepting has failed. Returns an event for the first failure in [`REPORT_AGAIN`].
+    fn on_failure(&mut self, error: io::Error, now: Instant) -> Option<Event> {
+        let last = self.last_failure.replace(now);
+        let is_new = last.is_none_or(|last| now.duration_since(last) > REPORT_AGAIN);
+        self.backoff = Some(Delay::new(self.next_backoff));
+        self.next_backoff = (self.next_backoff * 2).min(MAX_BACKOFF);
+        is_new.then_some(TransportEvent::ListenerError { listener_id: self.id, error })
     }
 }
 
 impl Stream for Listener {
-    type Item = News;
+    type Item = Output;
 
-    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<News>> {
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Output>> {
         let this = &mut *self;
         if let Some(event) = this.events.pop_front() {
-            return Poll::Ready(Some(News::Event(event)));
+            return Poll::Ready(Some(Output::Event(event)));
         }
         if this.closed {
             return Poll::Ready(None);
         }
         this.waker = Some(cx.waker().clone());
         if let Poll::Ready(event) = this.poll_interfaces(cx) {
-            return Poll::Ready(Some(News::Event(event)));
+            return Poll::Ready(Some(Output::Event(event)));
         }
         loop {
-            if let Some(pause) = &mut this.pause {
-                if pause.poll_unpin(cx).is_pending() {
-                    return Poll::Pending;
-                }
-                this.pause = None;
+            if let Some(backoff) = &mut this.backoff {
+                ready!(backoff.poll_unpin(cx));
+                this.backoff = None;
             }
-            match this.accepted.poll_next_unpin(cx) {
-                Poll::Ready(Some(Ok((stream, remote)))) => {
-                    this.next_pause = PAUSE;
-                    // A connection that was reset before it was accepted is nobody's loss.
+            match ready!(this.accepted.poll_next_unpin(cx)) {
+                Some(Ok((stream, remote))) => {
+                    this.next_backoff = FIRST_BACKOFF;
+                    // Fails if the peer reset the connection before it was accepted.
                     if let Ok(accepted) = this.accepted(stream, remote) {
-                        return Poll::Ready(Some(News::Accepted(accepted)));
+                        return Poll::Ready(Some(Output::Accepted(accepted)));
                     }
                 }
-                Poll::Ready(Some(Err(error)))
-                    if error.kind() == io::ErrorKind::ConnectionAborted => {}
-                Poll::Ready(Some(Err(error))) => {
-                    if let Some(event) = this.failed(error, Instant::now()) {
-                        return Poll::Ready(Some(News::Event(event)));
+                Some(Err(error)) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+                Some(Err(error)) => {
+                    if let Some(event) = this.on_failure(error, Instant::now()) {
+                        return Poll::Ready(Some(Output::Event(event)));
                     }
                 }
-                Poll::Ready(None) => return Poll::Ready(None),
-                Poll::Pending => return Poll::Pending,
+                None => return Poll::Ready(None),
             }
         }
     }

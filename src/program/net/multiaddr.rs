@@ -1,4 +1,4 @@
-//! Multiaddrs that this relay can listen on and dial, as socket addresses and what runs over them.
+//! Multiaddrs that the relay can listen on, dial or announce: parsed into a socket address and what runs over it.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
@@ -9,16 +9,15 @@ use crate::address;
 /// What runs over the TCP connections of an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Layer {
-    /// Nothing: libp2p itself does.
+    /// libp2p directly.
     Tcp,
-    /// `/ws`
+    /// WebSocket: `/ws`.
     WebSocket,
-    /// `/tls/ws`, or `/wss`, which is the same.
+    /// WebSocket over TLS: `/tls/ws`, or its older form `/wss`.
     SecureWebSocket,
 }
 
-/// The socket address to listen on, and for what: an IP address, a TCP port, and WebSocket or
-/// nothing behind them.
+/// Parses an address to listen on: an IP address, a TCP port, and optionally WebSocket.
 pub fn listen_address(address: &Multiaddr) -> Option<(SocketAddr, Layer)> {
     let mut parts = address.iter();
     let ip = match parts.next()? {
@@ -29,12 +28,12 @@ pub fn listen_address(address: &Multiaddr) -> Option<(SocketAddr, Layer)> {
     let Some(Protocol::Tcp(port)) = parts.next() else {
         return None;
     };
-    let at_root = |path: &str| path == "/";
+    let is_root = |path: &str| path == "/";
     let layer = match (parts.next(), parts.next(), parts.next()) {
         (None, ..) => Layer::Tcp,
-        (Some(Protocol::Ws(path)), None, _) if at_root(&path) => Layer::WebSocket,
-        (Some(Protocol::Wss(path)), None, _) if at_root(&path) => Layer::SecureWebSocket,
-        (Some(Protocol::Tls), Some(Protocol::Ws(path)), None) if at_root(&path) => {
+        (Some(Protocol::Ws(path)), None, _) if is_root(&path) => Layer::WebSocket,
+        (Some(Protocol::Wss(path)), None, _) if is_root(&path) => Layer::SecureWebSocket,
+        (Some(Protocol::Tls), Some(Protocol::Ws(path)), None) if is_root(&path) => {
             Layer::SecureWebSocket
         }
         _ => return None,
@@ -42,7 +41,7 @@ pub fn listen_address(address: &Multiaddr) -> Option<(SocketAddr, Layer)> {
     Some((SocketAddr::new(ip, port), layer))
 }
 
-/// Why an address cannot be listened on, and what can; `None` if its form is supported.
+/// Why the relay cannot listen on an address, and the remedy; `None` if its form is supported.
 pub fn unsupported(address: &Multiaddr, has_certificate: bool) -> Option<&'static str> {
     const WEBSOCKET: bool = cfg!(feature = "websocket");
     match listen_address(address) {
@@ -65,17 +64,14 @@ pub fn unsupported(address: &Multiaddr, has_certificate: bool) -> Option<&'stati
     }
 }
 
-/// The socket address of one side of a connection, and what runs over it: as [`listen_address`],
-/// with the peer's id behind it or not.
+/// Parses the address of one end of a connection: as [`listen_address`], with or without a peer id at the end, and
+/// without wildcards.
 pub(crate) fn remote_address(address: &Multiaddr) -> Option<(SocketAddr, Layer)> {
-    let mut address = address.clone();
-    if let Some(Protocol::P2p(_)) = address.iter().last() {
-        address.pop();
-    }
-    listen_address(&address).filter(|(to, _)| to.port() != 0 && !to.ip().is_unspecified())
+    let parsed = listen_address(&without_peer(address))?;
+    (parsed.0.port() != 0 && !parsed.0.ip().is_unspecified()).then_some(parsed)
 }
 
-/// The socket address of a TCP address that can be dialed: nothing is dialed over WebSocket.
+/// Parses an address that can be dialed. The relay does not dial over WebSocket.
 pub(crate) fn dialable(address: &Multiaddr) -> Option<SocketAddr> {
     match remote_address(address)? {
         (to, Layer::Tcp) => Some(to),
@@ -83,13 +79,22 @@ pub(crate) fn dialable(address: &Multiaddr) -> Option<SocketAddr> {
     }
 }
 
-/// This address with that TCP port.
-pub(crate) fn with_port(address: &Multiaddr, port: u16) -> Multiaddr {
-    let part = |part| if let Protocol::Tcp(_) = part { Protocol::Tcp(port) } else { part };
-    address.iter().map(part).collect()
+/// The address without the peer id at its end.
+pub(crate) fn without_peer(address: &Multiaddr) -> Multiaddr {
+    let mut address = address.clone();
+    if let Some(Protocol::P2p(_)) = address.iter().last() {
+        address.pop();
+    }
+    address
 }
 
-/// Why clients elsewhere cannot use an announced address; `None` if they can.
+/// The address with another TCP port.
+pub(crate) fn with_port(address: &Multiaddr, port: u16) -> Multiaddr {
+    let replace = |part| if let Protocol::Tcp(_) = part { Protocol::Tcp(port) } else { part };
+    address.iter().map(replace).collect()
+}
+
+/// Why clients on the internet cannot use an announced address; `None` if they can.
 pub fn unusable(address: &Multiaddr) -> Option<&'static str> {
     let mut parts = address.iter();
     let host = parts.next()?;
@@ -97,21 +102,21 @@ pub fn unusable(address: &Multiaddr) -> Option<&'static str> {
     | Protocol::Dns4(name)
     | Protocol::Dns6(name)
     | Protocol::Dnsaddr(name) = &host
-        && !is_name(name)
+        && !is_dns_name(name)
     {
         return Some("its name is not a DNS name");
     }
     let is_transport = |part: &Protocol<'_>| !matches!(part, Protocol::P2p(_) | Protocol::Sni(_));
-    let behind_any_ip =
+    let with_any_ip =
         parts.filter(is_transport).fold(Multiaddr::from(Ipv4Addr::LOCALHOST), Multiaddr::with);
-    if !matches!(host, Protocol::Dnsaddr(_)) && listen_address(&behind_any_ip).is_none() {
+    if !matches!(host, Protocol::Dnsaddr(_)) && listen_address(&with_any_ip).is_none() {
         return Some("this relay has no such transport");
     }
     (!address::is_global(address)).then_some("is not global")
 }
 
-/// Whether this is a name in the DNS (RFC 1123, 2.1): labels of letters, digits and hyphens.
-fn is_name(name: &str) -> bool {
+/// Whether this is a DNS name (RFC 1123, 2.1): labels of letters, digits and hyphens.
+fn is_dns_name(name: &str) -> bool {
     let is_label = |label: &str| {
         let is_allowed = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
         (1..=63).contains(&label.len())
@@ -125,8 +130,8 @@ fn is_name(name: &str) -> bool {
     labels.len() <= 253 && !is_numeric && labels.split('.').all(is_label)
 }
 
-/// The multiaddr that somebody means by a URL, or by a host with or without a port.
-pub fn meant(text: &str) -> Option<String> {
+/// Suggests the multiaddr for a URL, or for a host with or without a port.
+pub fn suggest(text: &str) -> Option<String> {
     let (scheme, rest) = text.split_once("://").unwrap_or(("tcp", text));
     let (default_port, layers) = match scheme {
         "tcp" => (4001, ""),
@@ -145,12 +150,13 @@ pub fn meant(text: &str) -> Option<String> {
     let host = match host.parse() {
         Ok(IpAddr::V4(ip)) => format!("/ip4/{ip}"),
         Ok(IpAddr::V6(ip)) => format!("/ip6/{ip}"),
-        Err(_) if is_name(host) && host.contains('.') => format!("/dns4/{host}"),
+        Err(_) if is_dns_name(host) && host.contains('.') => format!("/dns4/{host}"),
         Err(_) => return None,
     };
     Some(format!("{host}/tcp/{port}{layers}"))
 }
 
+/// The multiaddr of a TCP socket address.
 pub(crate) fn multiaddr(address: SocketAddr) -> Multiaddr {
     Multiaddr::from(address.ip()).with(Protocol::Tcp(address.port()))
 }
@@ -160,7 +166,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn announced_addresses_that_clients_elsewhere_cannot_use_are_known() {
+    fn announced_addresses_that_clients_on_the_internet_cannot_use_are_found() {
         const TRANSPORT: Option<&str> = Some("this relay has no such transport");
         const NAME: Option<&str> = Some("its name is not a DNS name");
         const LOCAL: Option<&str> = Some("is not global");
@@ -183,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn hosts_with_ports_and_urls_mean_multiaddrs() {
+    fn a_multiaddr_is_suggested_for_a_host_with_a_port_and_for_a_url() {
         for (text, expected) in [
             ("0.0.0.0:4001", "/ip4/0.0.0.0/tcp/4001"),
             ("198.51.100.7", "/ip4/198.51.100.7/tcp/4001"),
@@ -193,11 +199,11 @@ mod tests {
             ("wss://relay.example.org/", "/dns4/relay.example.org/tcp/443/tls/ws"),
             ("ws://198.51.100.7:4002", "/ip4/198.51.100.7/tcp/4002/ws"),
         ] {
-            assert_eq!(meant(text).as_deref(), Some(expected), "{text}");
+            assert_eq!(suggest(text).as_deref(), Some(expected), "{text}");
             assert!(expected.parse::<Multiaddr>().is_ok());
         }
         for text in ["", "here", "/ip4/1.2.3.4", "0.0.0.0:port", "udp://1.2.3.4:5", "a b.c:1"] {
-            assert_eq!(meant(text), None, "{text}");
+            assert_eq!(suggest(text), None, "{text}");
         }
     }
 }

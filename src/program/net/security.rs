@@ -1,27 +1,30 @@
-//! The secure channel of a connection: TLS 1.3 or Noise, whichever the client proposes.
+//! The secure channel of a connection: TLS 1.3 or Noise, as the client proposes.
 
-mod apart;
+mod noise_framing;
 
-use std::{io, iter};
+use std::io;
 
 use libp2p::{
     PeerId,
     core::upgrade::{InboundConnectionUpgrade, OutboundConnectionUpgrade, UpgradeInfo},
     futures::{
         AsyncRead, AsyncWrite, FutureExt, TryFutureExt,
-        future::{self, BoxFuture},
+        future::{BoxFuture, Either},
     },
     identity::Keypair,
     noise, tls,
 };
 
-use self::apart::Apart;
+use self::noise_framing::NoiseFraming;
 
-/// How many messages of Noise's handshake, XX, each side hears.
-const HEARD_BY_LISTENER: u8 = 2;
-const HEARD_BY_DIALER: u8 = 1;
+const TLS: &str = "/tls/1.0.0";
+const NOISE: &str = "/noise";
 
-/// Both secure channels, for either side of a connection.
+/// How many messages of Noise's XX handshake each side reads.
+const READ_BY_LISTENER: u8 = 2;
+const READ_BY_DIALER: u8 = 1;
+
+/// Both secure channels, for either end of a connection.
 #[derive(Clone)]
 pub struct Security {
     noise: noise::Config,
@@ -29,51 +32,27 @@ pub struct Security {
 }
 
 impl Security {
-    /// For the owner of `keypair`.
+    /// Secures connections under the identity of `keypair`.
     ///
     /// # Errors
     ///
-    /// When the key cannot sign the certificate or the static key.
+    /// When the key cannot sign the TLS certificate or Noise's static key.
     pub fn new(keypair: &Keypair) -> anyhow::Result<Self> {
         Ok(Self { noise: noise::Config::new(keypair)?, tls: tls::Config::new(keypair)? })
     }
 }
 
-/// Which of the two was agreed upon.
-#[derive(Clone, Copy, Debug)]
-pub enum Agreed {
-    /// `/tls/1.0.0`
-    Tls,
-    /// `/noise`
-    Noise,
-}
-
-impl Agreed {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Tls => "/tls/1.0.0",
-            Self::Noise => "/noise",
-        }
-    }
-}
-
-impl AsRef<str> for Agreed {
-    fn as_ref(&self) -> &str {
-        self.name()
-    }
-}
-
 impl UpgradeInfo for Security {
-    type Info = Agreed;
-    type InfoIter = iter::Chain<iter::Once<Agreed>, iter::Once<Agreed>>;
+    type Info = &'static str;
+    type InfoIter = [&'static str; 2];
 
     fn protocol_info(&self) -> Self::InfoIter {
-        iter::once(Agreed::Tls).chain(iter::once(Agreed::Noise))
+        [TLS, NOISE]
     }
 }
 
 /// A secured connection.
-type Secured<C> = future::Either<tls::TlsStream<C>, noise::Output<Apart<C>>>;
+type Secured<C> = Either<tls::TlsStream<C>, noise::Output<NoiseFraming<C>>>;
 type Securing<C> = BoxFuture<'static, io::Result<(PeerId, Secured<C>)>>;
 
 impl<C: AsyncRead + AsyncWrite + Unpin + Send + 'static> InboundConnectionUpgrade<C> for Security {
@@ -81,17 +60,12 @@ impl<C: AsyncRead + AsyncWrite + Unpin + Send + 'static> InboundConnectionUpgrad
     type Error = io::Error;
     type Future = Securing<C>;
 
-    fn upgrade_inbound(self, connection: C, agreed: Agreed) -> Self::Future {
-        let name = agreed.name();
-        match agreed {
-            Agreed::Tls => {
-                secured(self.tls.upgrade_inbound(connection, name), future::Either::Left)
-            }
-            Agreed::Noise => secured(
-                self.noise.upgrade_inbound(Apart::new(connection, HEARD_BY_LISTENER), name),
-                future::Either::Right,
-            ),
+    fn upgrade_inbound(self, connection: C, protocol: &'static str) -> Self::Future {
+        if protocol == TLS {
+            return secure(self.tls.upgrade_inbound(connection, protocol), Either::Left);
         }
+        let connection = NoiseFraming::new(connection, READ_BY_LISTENER);
+        secure(self.noise.upgrade_inbound(connection, protocol), Either::Right)
     }
 }
 
@@ -100,31 +74,20 @@ impl<C: AsyncRead + AsyncWrite + Unpin + Send + 'static> OutboundConnectionUpgra
     type Error = io::Error;
     type Future = Securing<C>;
 
-    fn upgrade_outbound(self, connection: C, agreed: Agreed) -> Self::Future {
-        let name = agreed.name();
-        match agreed {
-            Agreed::Tls => {
-                secured(self.tls.upgrade_outbound(connection, name), future::Either::Left)
-            }
-            Agreed::Noise => secured(
-                self.noise.upgrade_outbound(Apart::new(connection, HEARD_BY_DIALER), name),
-                future::Either::Right,
-            ),
+    fn upgrade_outbound(self, connection: C, protocol: &'static str) -> Self::Future {
+        if protocol == TLS {
+            return secure(self.tls.upgrade_outbound(connection, protocol), Either::Left);
         }
+        let connection = NoiseFraming::new(connection, READ_BY_DIALER);
+        secure(self.noise.upgrade_outbound(connection, protocol), Either::Right)
     }
 }
 
-fn secured<C, T, E>(
+/// Gives the handshakes of both channels one type.
+fn secure<C: 'static, T: 'static, E: std::error::Error + Send + Sync + 'static>(
     handshake: impl Future<Output = Result<(PeerId, T), E>> + Send + 'static,
-    which: fn(T) -> Secured<C>,
-) -> Securing<C>
-where
-    C: 'static,
-    T: 'static,
-    E: std::error::Error + Send + Sync + 'static,
-{
-    handshake
-        .map_ok(move |(peer, connection)| (peer, which(connection)))
-        .map_err(io::Error::other)
-        .boxed()
+    wrap: fn(T) -> Secured<C>,
+) -> Securing<C> {
+    let secured = handshake.map_ok(move |(peer, connection)| (peer, wrap(connection)));
+    secured.map_err(io::Error::other).boxed()
 }

@@ -1,4 +1,4 @@
-//! The options of every TCP socket, what the kernel knows of it, and the remedy in errors of bind.
+//! Options of TCP sockets, what the kernel knows of them, and the remedies for errors of bind.
 
 #[cfg(target_os = "linux")]
 mod acknowledged;
@@ -8,26 +8,27 @@ use std::{io, time::Duration};
 use async_std::net::TcpStream;
 use socket2::{SockRef, TcpKeepalive};
 
-/// How long what we sent may stay unacknowledged before the kernel gives the connection up, unless
-/// [`leave_to_mux`] takes that over.
+/// How long sent data may stay unacknowledged before the kernel closes the connection, unless [`leave_to_mux`] takes that
+/// over.
 ///
-/// Without it a peer that vanished behind a full window holds its socket for a quarter of an hour.
+/// Without it a peer that vanished while its window was full holds its socket for a quarter of an hour.
 #[cfg(any(target_os = "android", target_os = "linux"))]
-const UNACKNOWLEDGED: Duration = Duration::from_secs(60);
+const USER_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How much of what was written may wait unsent in the kernel, in bytes; above it the socket takes no more.
-/// What is written next, answers to probes among it, waits behind no more than this and what is on its way.
+/// How many written bytes may wait unsent in the kernel; above it the socket takes no more. What is written next, probes
+/// and their answers among it, waits behind no more than this and what is in flight.
 #[cfg(any(target_os = "android", target_os = "linux"))]
 const MAX_UNSENT: u32 = 128 * 1024;
 
-/// After which silence the kernel asks whether the other side is still there, and how often.
+/// After how much silence the kernel sends the first keep-alive probe, and how often further ones.
 const KEEPALIVE: Duration = Duration::from_secs(60);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
 
-/// Said here, because libp2p's boxed transports keep the words of an error and lose its kind.
+/// Adds the remedy to an error of bind. Done here because libp2p's boxed transports keep the text of an error and drop
+/// its kind.
 pub(crate) fn with_remedy(error: &io::Error) -> io::Error {
     let remedy = match error.kind() {
-        io::ErrorKind::AddrInUse => "stop the program that has it, or listen on another port",
+        io::ErrorKind::AddrInUse => "stop the program that uses it, or listen on another port",
         io::ErrorKind::AddrNotAvailable => "this machine has no such address; try 0.0.0.0 or ::",
         io::ErrorKind::PermissionDenied => "ports below 1024 are for root; try a higher one",
         _ => "try another address",
@@ -35,15 +36,15 @@ pub(crate) fn with_remedy(error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("{error}; {remedy}"))
 }
 
-/// The options of every connection.
-pub(crate) fn prepare(stream: &TcpStream) -> io::Result<()> {
+/// Sets the options of a connection's socket.
+pub(crate) fn set_options(stream: &TcpStream) -> io::Result<()> {
     let socket = SockRef::from(stream);
     socket.set_tcp_nodelay(true)?;
     let keepalive = TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE_INTERVAL);
     socket.set_tcp_keepalive(&keepalive)?;
     #[cfg(any(target_os = "android", target_os = "linux"))]
     {
-        socket.set_tcp_user_timeout(Some(UNACKNOWLEDGED))?;
+        socket.set_tcp_user_timeout(Some(USER_TIMEOUT))?;
         socket.set_tcp_notsent_lowat(MAX_UNSENT)?;
     }
     Ok(())
@@ -53,7 +54,7 @@ pub(crate) fn prepare(stream: &TcpStream) -> io::Result<()> {
 /// the other end reads slowly: it counts from when it first had to wait for room there (Linux 6.18).
 pub(crate) fn leave_to_mux(stream: &TcpStream, is_left: bool) {
     #[cfg(any(target_os = "android", target_os = "linux"))]
-    let _ = SockRef::from(stream).set_tcp_user_timeout((!is_left).then_some(UNACKNOWLEDGED));
+    let _ = SockRef::from(stream).set_tcp_user_timeout((!is_left).then_some(USER_TIMEOUT));
     #[cfg(not(any(target_os = "android", target_os = "linux")))]
     let _ = (stream, is_left);
 }
@@ -79,14 +80,14 @@ mod tests {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let _client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
             let (stream, _) = listener.accept().await.unwrap();
-            prepare(&stream).unwrap();
+            set_options(&stream).unwrap();
             let socket = SockRef::from(&stream);
             assert_eq!(socket.tcp_notsent_lowat().unwrap(), MAX_UNSENT);
-            assert_eq!(socket.tcp_user_timeout().unwrap(), Some(UNACKNOWLEDGED));
+            assert_eq!(socket.tcp_user_timeout().unwrap(), Some(USER_TIMEOUT));
             leave_to_mux(&stream, true);
             assert_eq!(socket.tcp_user_timeout().unwrap(), None);
             leave_to_mux(&stream, false);
-            assert_eq!(socket.tcp_user_timeout().unwrap(), Some(UNACKNOWLEDGED));
+            assert_eq!(socket.tcp_user_timeout().unwrap(), Some(USER_TIMEOUT));
         });
     }
 }

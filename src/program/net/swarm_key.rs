@@ -1,7 +1,7 @@
-//! A private network: who has not the same key gets nowhere.
+//! Private networks: a peer without the network's key cannot connect.
 //!
-//! Each side tells a nonce of its own, and what follows is enciphered with that and the key, below
-//! everything else; so with another key nothing that follows makes sense. See [the specification].
+//! Each side sends a nonce. All that follows on the TCP connection is encrypted with the nonce and the key (XSalsa20), so
+//! that with another key the negotiation fails. See [the specification].
 //!
 //! [the specification]: https://github.com/libp2p/specs/blob/master/pnet/Private-Networks-PSK-V1.md
 
@@ -19,21 +19,20 @@ use crate::program::secret_file;
 
 pub use libp2p::pnet::PreSharedKey;
 
-/// No encoding of a key takes more.
+/// The largest file that is read, in bytes. No encoding of a key takes more.
 const MAX_FILE: usize = 1024;
 
-/// What stands in the first line of a file.
+/// The first line of a file.
 const HEADING: &str = "/key/swarm/psk/1.0.0/";
 
-/// A connection in a private network, if it is in one. On the heap, because most are not.
-pub type Enciphered<S> = Either<S, Box<PnetOutput<S>>>;
+/// A connection, encrypted in a private network. Boxed, because most connections are not.
+pub type Encrypted<S> = Either<S, Box<PnetOutput<S>>>;
 
-/// Reads the key in `file`, in the format of go-ipfs: `/base16/`, `/base64/` or `/bin/`. The log says
-/// which network it is.
+/// Reads the key in `file`, in the format of go-ipfs (`/base16/`, `/base64/` or `/bin/`), and logs its fingerprint.
 ///
 /// # Errors
 ///
-/// When the file cannot be read, or holds no such key.
+/// When the file cannot be read or holds no such key; one line with the remedy.
 pub fn load(file: &Path) -> Result<PreSharedKey> {
     let shown = file.display();
     let read = File::open(file).and_then(|opened| secret_file::read(opened, MAX_FILE));
@@ -46,13 +45,13 @@ pub fn load(file: &Path) -> Result<PreSharedKey> {
              hexadecimal digits, the same on each machine of the network"
         )
     })?;
-    log::info!("private network {}: who has another key gets nowhere", key.fingerprint());
+    log::info!("private network {}: peers with another key cannot connect", key.fingerprint());
     Ok(key)
 }
 
 fn parse(file: &[u8]) -> Option<PreSharedKey> {
-    let (heading, rest) = line(file)?;
-    let (encoding, key) = line(rest)?;
+    let (heading, rest) = split_line(file)?;
+    let (encoding, key) = split_line(rest)?;
     let key = Zeroizing::new(match encoding {
         b"/base16/" => HEXLOWER_PERMISSIVE.decode(key.trim_ascii()).ok()?,
         b"/base64/" => BASE64.decode(key.trim_ascii()).ok()?,
@@ -63,27 +62,27 @@ fn parse(file: &[u8]) -> Option<PreSharedKey> {
     (heading == HEADING.as_bytes()).then_some(key)
 }
 
-/// The first line, and what follows it.
-fn line(text: &[u8]) -> Option<(&[u8], &[u8])> {
+/// Splits off the first line.
+fn split_line(text: &[u8]) -> Option<(&[u8], &[u8])> {
     let end = text.iter().position(|byte| *byte == b'\n')?;
     let (line, rest) = text.split_at_checked(end + 1)?;
     Some((line.trim_ascii_end(), rest))
 }
 
-/// Enters the network of `key` over `stream`, if there is one.
+/// Exchanges nonces over `stream` and encrypts it, if there is a key.
 ///
 /// # Errors
 ///
-/// When the other side does not say its nonce.
-pub async fn enter<S>(key: Option<PreSharedKey>, stream: S) -> io::Result<Enciphered<S>>
+/// When the peer does not send its nonce.
+pub async fn encrypt<S>(key: Option<PreSharedKey>, stream: S) -> io::Result<Encrypted<S>>
 where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
     let Some(key) = key else {
         return Ok(Either::Left(stream));
     };
-    let entered = PnetConfig::new(key).handshake(stream).await;
-    entered.map(|stream| Either::Right(Box::new(stream))).map_err(io::Error::other)
+    let encrypted = PnetConfig::new(key).handshake(stream).await;
+    encrypted.map(|stream| Either::Right(Box::new(stream))).map_err(io::Error::other)
 }
 
 #[cfg(test)]
@@ -97,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_is_read_in_each_encoding_that_go_writes() {
+    fn a_key_is_read_in_each_encoding_of_go_ipfs() {
         let bin: Vec<u8> = (0..32).collect();
         let base64 = BASE64.encode(&bin);
         for (encoding, text) in [
@@ -116,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_key_is_one_line_with_the_file_and_the_remedy() {
+    fn a_file_without_a_key_is_an_error_of_one_line_with_the_remedy() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("swarm.key");
         let digits = |digits: &str| format!("{HEADING}\n/base16/\n{digits}\n").into_bytes();

@@ -1,11 +1,12 @@
-//! async-std TCP under libp2p: dialing, and who connects.
+//! TCP on async-std as a libp2p transport: it dials, and accepts connections.
 //!
-//! WebSocket runs over a TCP of its own (`websocket.rs`); `multiaddr.rs` tells apart what each listens on.
+//! WebSocket runs over another instance of it (`websocket.rs`); the address to listen on says which one takes it
+//! (`multiaddr.rs`).
 //!
-//! Whose connection it is, a proxy says before anyone else sees it: the limits that turn away
-//! whoever has too many decide by that.
+//! An inbound connection passes two steps before the swarm sees it: the PROXY protocol header of a proxy's connection is
+//! read, because the limits count a connection under its client's address; and the rate limits delay or deny it.
 //!
-//! Written here because libp2p's own TCP has come with tokio only since 0.56.
+//! Not libp2p's own TCP, because that has supported only tokio since 0.56.
 
 use std::{
     io,
@@ -29,83 +30,82 @@ use libp2p::{
 
 use super::{
     admission::{
-        arrivals::Arrivals,
+        connection_rates::ConnectionRates,
         limits::Denied,
-        proxies::{self, Introduction, Proxies},
+        proxies::{self, Proxies},
     },
-    listener::{Accepted, Event, Listener, News, Upgrade},
+    byte_counters::{ByteCounters, Counted},
+    listener::{Accepted, Event, Listener, Output, Upgrade},
     multiaddr::{Layer, dialable, listen_address},
-    socket::{prepare, with_remedy},
-    traffic::{Counted, Traffic},
+    socket::{set_options, with_remedy},
 };
 
-/// TCP, IPv4 and IPv6.
+/// TCP, over IPv4 and IPv6.
 pub struct Tcp {
     listeners: SelectAll<Listener>,
-    traffic: Traffic,
+    counters: ByteCounters,
     proxies: Proxies,
-    arrivals: Arrivals,
-    /// Connections of proxies that have not said yet whom they bring.
-    introductions: FuturesUnordered<BoxFuture<'static, (Accepted, io::Result<SocketAddr>)>>,
-    /// Connections that come too fast, until it is their turn.
-    waiting: FuturesUnordered<BoxFuture<'static, (Accepted, SocketAddr)>>,
+    rates: ConnectionRates,
+    /// Connections of proxies whose headers are being read.
+    reading_headers: FuturesUnordered<BoxFuture<'static, (Accepted, io::Result<SocketAddr>)>>,
+    /// Connections that are delayed by the rate limits.
+    delayed: FuturesUnordered<BoxFuture<'static, (Accepted, SocketAddr)>>,
 }
 
 impl Tcp {
-    /// TCP that counts what comes in on each connection in `traffic`, believes `proxies`, and takes
-    /// connections as fast as `arrivals` says.
-    pub fn new(traffic: Traffic, proxies: Proxies, arrivals: Arrivals) -> Self {
+    /// A transport that counts received bytes in `counters`, trusts the headers of `proxies`, and accepts connections
+    /// at `rates`.
+    pub fn new(counters: ByteCounters, proxies: Proxies, rates: ConnectionRates) -> Self {
         Self {
             listeners: SelectAll::new(),
-            traffic,
+            counters,
             proxies,
-            arrivals,
-            introductions: FuturesUnordered::new(),
-            waiting: FuturesUnordered::new(),
+            rates,
+            reading_headers: FuturesUnordered::new(),
+            delayed: FuturesUnordered::new(),
         }
     }
 
-    /// Whether there is still such a listener. Nobody is told of connections of one that is closed,
-    /// and libp2p's WebSocket panics over them.
-    fn listens(&self, id: ListenerId) -> bool {
+    /// Whether this listener is open. A connection of a closed one must not be reported: libp2p's WebSocket panics on
+    /// it.
+    fn is_listening(&self, id: ListenerId) -> bool {
         let mut listeners = self.listeners.iter();
         listeners.any(|listener| listener.id() == id && !listener.is_closed())
     }
 
-    /// Takes a connection, if it is a client's. A proxy is asked first whose it is.
-    fn accepted(&mut self, accepted: Accepted) -> Option<Event> {
+    /// Step 1: determines the client of an accepted connection. Of a proxy's connection it reads the header first.
+    fn on_accepted(&mut self, accepted: Accepted) -> Option<Event> {
         let remote = accepted.remote;
-        if !self.proxies.include(remote.ip()) {
-            return self.arrived(accepted, Ok(remote));
+        if !self.proxies.contains(remote.ip()) {
+            return self.on_client(accepted, Ok(remote));
         }
-        let room = match self.proxies.introduce() {
-            Ok(room) => room,
-            Err(full) => return Some(accepted.incoming(&self.traffic, Err(full.into()))),
+        let permit = match self.proxies.acquire() {
+            Ok(permit) => permit,
+            Err(full) => return Some(accepted.into_event(&self.counters, Err(full.into()))),
         };
-        let introduction = async move {
-            let _room: Introduction = room;
-            let client = proxies::client_of(&accepted.stream).await;
-            let client = client.map(|client| client.unwrap_or(remote));
-            (accepted, client)
+        let read_header = async move {
+            let client = proxies::read_client(&accepted.stream).await;
+            drop(permit);
+            (accepted, client.map(|client| client.unwrap_or(remote)))
         };
-        self.introductions.push(introduction.boxed());
+        self.reading_headers.push(read_header.boxed());
         None
     }
 
-    /// Takes a connection of this client, at once or when it is its turn.
-    fn arrived(&mut self, accepted: Accepted, client: io::Result<SocketAddr>) -> Option<Event> {
-        let wait = match &client {
-            Ok(client) => self.arrivals.wait(client.ip(), self.waiting.len(), Instant::now()),
+    /// Step 2: applies the rate limits to a connection of this client.
+    fn on_client(&mut self, accepted: Accepted, client: io::Result<SocketAddr>) -> Option<Event> {
+        let delay = match &client {
+            Ok(client) => self.rates.delay(client.ip(), self.delayed.len(), Instant::now()),
             Err(_) => Some(Duration::ZERO),
         };
-        match (client, wait) {
-            (Ok(client), Some(wait)) if !wait.is_zero() => {
-                let turn = Delay::new(wait).map(move |()| (accepted, client));
-                self.waiting.push(turn.boxed());
+        match (client, delay) {
+            (Ok(client), Some(delay)) if !delay.is_zero() => {
+                let delayed = Delay::new(delay).map(move |()| (accepted, client));
+                self.delayed.push(delayed.boxed());
                 None
             }
-            (Ok(_), None) => Some(accepted.incoming(&self.traffic, Err(Denied::Rate.into()))),
-            (client, _) => Some(accepted.incoming(&self.traffic, client)),
+            (Ok(_), None) => Some(accepted.into_event(&self.counters, Err(Denied::Rate.into()))),
+            (client, _) => Some(accepted.into_event(&self.counters, client)),
         }
     }
 }
@@ -131,13 +131,8 @@ impl Transport for Tcp {
     }
 
     fn remove_listener(&mut self, id: ListenerId) -> bool {
-        match self.listeners.iter_mut().find(|listener| listener.id() == id) {
-            Some(listener) => {
-                listener.close();
-                true
-            }
-            None => false,
-        }
+        let listener = self.listeners.iter_mut().find(|listener| listener.id() == id);
+        listener.map(Listener::close).is_some()
     }
 
     fn dial(
@@ -148,11 +143,11 @@ impl Transport for Tcp {
         let Some(remote) = dialable(&address) else {
             return Err(TransportError::MultiaddrNotSupported(address));
         };
-        let traffic = self.traffic.clone();
+        let counters = self.counters.clone();
         Ok(async move {
             let stream = TcpStream::connect(remote).await?;
-            prepare(&stream)?;
-            Ok(traffic.count(stream, None, remote, None))
+            set_options(&stream)?;
+            Ok(counters.count(stream, None, remote, None))
         }
         .boxed())
     }
@@ -160,22 +155,26 @@ impl Transport for Tcp {
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Event> {
         let this = &mut *self;
         loop {
-            if let Poll::Ready(Some((accepted, client))) = this.introductions.poll_next_unpin(cx) {
-                let listens = this.listens(accepted.listener);
-                if listens && let Some(event) = this.arrived(accepted, client) {
+            // 1. Headers that were read.
+            if let Poll::Ready(Some((accepted, client))) = this.reading_headers.poll_next_unpin(cx)
+            {
+                let is_listening = this.is_listening(accepted.listener);
+                if is_listening && let Some(event) = this.on_client(accepted, client) {
                     return Poll::Ready(event);
                 }
                 continue;
             }
-            if let Poll::Ready(Some((accepted, client))) = this.waiting.poll_next_unpin(cx) {
-                if this.listens(accepted.listener) {
-                    return Poll::Ready(accepted.incoming(&this.traffic, Ok(client)));
+            // 2. Connections whose delay is over.
+            if let Poll::Ready(Some((accepted, client))) = this.delayed.poll_next_unpin(cx) {
+                if this.is_listening(accepted.listener) {
+                    return Poll::Ready(accepted.into_event(&this.counters, Ok(client)));
                 }
                 continue;
             }
+            // 3. New connections, last: a flood of them must not hold up the others.
             let event = match this.listeners.poll_next_unpin(cx) {
-                Poll::Ready(Some(News::Accepted(accepted))) => this.accepted(accepted),
-                Poll::Ready(Some(News::Event(event))) => Some(event),
+                Poll::Ready(Some(Output::Accepted(accepted))) => this.on_accepted(accepted),
+                Poll::Ready(Some(Output::Event(event))) => Some(event),
                 Poll::Ready(None) | Poll::Pending => return Poll::Pending,
             };
             if let Some(event) = event {

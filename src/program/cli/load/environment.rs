@@ -1,6 +1,6 @@
-//! The variables of the environment that are meant for the relay: `RELAYLET_GRACE` for `--grace`.
+//! The variables of the environment that are settings: `RELAYLET_GRACE` is `--grace`.
 //!
-//! A name that is wrong must not pass in silence: `RELAYLET_ALLOW_PEERS` would leave the relay open.
+//! A misspelled name must not be ignored silently: with `RELAYLET_ALLOW_PEERS` the relay would be open to everyone.
 
 use std::{collections::BTreeMap, ffi::OsString};
 
@@ -9,11 +9,10 @@ use toml::Table;
 
 const PREFIX: &str = "RELAYLET_";
 
-/// In how many letters a name may differ from a setting's to be that setting, misspelled; never more than one
-/// in four.
-const MAX_MISSPELLED: usize = 2;
+/// A name is a misspelled setting if it differs in at most this many letters, and in at most one of four.
+const MAX_DISTANCE: usize = 2;
 
-/// The variables whose names begin with the prefix. An empty one is not set.
+/// The variables whose names begin with the prefix. An empty one counts as not set.
 pub fn of_relaylet(
     environment: impl IntoIterator<Item = (OsString, OsString)>,
 ) -> BTreeMap<String, OsString> {
@@ -29,11 +28,11 @@ pub fn name_of(setting: &str) -> String {
     format!("{PREFIX}{}", setting.replace('-', "_").to_uppercase())
 }
 
-/// Returns a warning for each variable that is none of a setting.
+/// Returns a warning for each variable that is not a setting.
 ///
 /// # Errors
 ///
-/// When one is near to a setting, or begins as those that say who may use the relay.
+/// When one is a misspelled setting, or begins like the settings of access.
 pub fn check_names(
     environment: &BTreeMap<String, OsString>,
     known: &Table,
@@ -48,22 +47,22 @@ pub fn check_names(
         }
         let (nearest, distance) = nearest(&own, known);
         let is_of_access = own.starts_with("allow") || own.starts_with("deny");
-        if is_of_access || distance <= MAX_MISSPELLED.min(own.len() / 4) {
-            return Err(format!("{name}: there is no such setting; try {}", name_of(nearest)));
+        if is_of_access || distance <= MAX_DISTANCE.min(own.len() / 4) {
+            return Err(format!("{name}: unknown setting; try {}", name_of(nearest)));
         }
-        warnings.push(format!("{name} is ignored: there is no such setting; see relaylet --help"));
+        warnings.push(format!("{name} ignored: unknown setting; see relaylet --help"));
     }
     Ok(warnings)
 }
 
-/// The setting whose name is most like this one, and in how many letters they differ.
+/// The setting with the most similar name, and in how many letters it differs.
 pub fn nearest<'a>(name: &str, known: &'a Table) -> (&'a str, usize) {
     let distances = known.keys().map(|known| (known.as_str(), damerau_levenshtein(name, known)));
     distances.min_by_key(|(_, distance)| *distance).unwrap_or_default()
 }
 
-/// Whether this tells of a service named relaylet, or relaylet-something: Kubernetes sets such variables in
-/// each pod ("Discovering services").
+/// Whether this variable describes a service named relaylet, or relaylet-something. Kubernetes sets such variables in each
+/// pod ("Discovering services").
 fn is_of_kubernetes(own: &str, value: &str) -> bool {
     let is_port = own == "port" || own.ends_with("-port");
     let is_service = own.starts_with("service-") || own.contains("-service-");

@@ -7,7 +7,7 @@ use crate::program::mux::{
     budget::Cut,
     chunk::Chunk,
     frame::{Flags, HEADER, Header, Kind, MAX_WINDOW, Reason},
-    places::Place,
+    permits::StreamPermit,
     stream::{Inbound, Stream},
 };
 
@@ -94,17 +94,17 @@ impl Session {
         self.budget.release(std::mem::take(&mut room.chunk).capacity());
     }
 
-    /// The stream that was opened just now gets this place, or is refused.
+    /// The stream that was opened just now gets this permit, or is refused.
     ///
     /// # Errors
     ///
     /// When the peer takes no refusals.
-    pub fn admit(&mut self, serial: u64, place: Option<Place>) -> Result<(), End> {
+    pub fn admit(&mut self, serial: u64, permit: Option<StreamPermit>) -> Result<(), End> {
         let Some(stream) = self.streams.get_mut(&serial) else {
             return Ok(());
         };
-        stream.place = place;
-        if stream.place.is_none() {
+        stream.permit = permit;
+        if stream.permit.is_none() {
             return self.refuse(serial);
         }
         self.accepted.push_back(serial);

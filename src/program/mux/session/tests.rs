@@ -12,7 +12,7 @@ use super::{
 use crate::program::mux::{
     budget::MemoryBudget,
     frame::{HEADER, Header, Kind},
-    places::Places,
+    permits::StreamPermits,
     stream::QUANTUM,
 };
 
@@ -23,7 +23,7 @@ const PLENTY: usize = 1 << 40;
 struct Side {
     session: Session,
     room: Room,
-    places: Arc<Places>,
+    permits: Arc<StreamPermits>,
     now: Instant,
     budget: MemoryBudget,
 }
@@ -36,12 +36,12 @@ impl Side {
     fn with(role: Role, budget: MemoryBudget) -> Self {
         let session = Session::new(role, budget.open(None));
         let (room, now) = (Room::default(), Instant::now());
-        Self { session, room, places: Places::new(100), now, budget }
+        Self { session, room, permits: StreamPermits::new(100), now, budget }
     }
 
     fn open(&mut self) -> u64 {
-        let place = Place::take(&self.places).expect("a place");
-        self.session.open(place, self.now).expect("a number")
+        let permit = StreamPermit::take(&self.permits).expect("a permit");
+        self.session.open(permit, self.now).expect("a number")
     }
 
     fn accept(&mut self) -> Option<u64> {
@@ -98,7 +98,7 @@ impl Side {
             bytes = &bytes[some..];
             let received = self.session.receive(&mut self.room, some, self.now)?;
             if let Received::Opened(stream) = received {
-                self.session.admit(stream, Place::take(&self.places))?;
+                self.session.admit(stream, StreamPermit::take(&self.permits))?;
             }
             self.session.take_effects().apply();
         }
@@ -118,7 +118,7 @@ impl Side {
         assert_eq!((session.unacknowledged, session.refused), (0, 0));
         assert_eq!(session.growth, MAX_GROWTH);
         assert_eq!(self.budget.buffered().bytes, 0);
-        assert!(Place::take(&self.places).is_some());
+        assert!(StreamPermit::take(&self.permits).is_some());
     }
 }
 
@@ -278,7 +278,7 @@ fn a_stream_that_is_reset_as_it_opens_is_none() {
 #[test]
 fn beyond_256_refusals_that_are_not_taken_the_session_ends() {
     let mut server = Side::new(Role::Server);
-    server.places = Places::new(0);
+    server.permits = StreamPermits::new(0);
     let syn = |id: u32| frame(Kind::Data, Flags::SYN, 2 * id + 1, 0);
     for id in 0..MAX_REFUSED as u32 {
         server.receive(&syn(id)).unwrap();
@@ -399,7 +399,7 @@ fn a_stream_of_ours_that_the_peer_never_heard_of_is_dropped_in_silence() {
 #[test]
 fn more_than_256_unacknowledged_streams_are_not_opened() {
     let mut client = Side::new(Role::Client);
-    client.places = Places::new(1000);
+    client.permits = StreamPermits::new(1000);
     let streams: Vec<_> = (0..MAX_UNACKNOWLEDGED).map(|_| client.open()).collect();
     assert!(client.session.poll_open(&cx()).is_pending());
     for stream in &streams {
@@ -454,7 +454,7 @@ fn frames_of_one_byte_take_as_much_as_long_ones() {
 fn twelve_thousand_silent_streams_are_charged_what_they_take() {
     const STREAMS: usize = 12_288;
     let mut server = Side::new(Role::Server);
-    server.places = Places::new(STREAMS);
+    server.permits = StreamPermits::new(STREAMS);
     for id in 0..STREAMS as u32 {
         opened(&mut server, 2 * id + 1);
     }

@@ -1,12 +1,12 @@
-//! Connections in their handshakes: how many there may be, and which one makes room for another.
+//! Connections in their handshakes: how many there may be, and which one is dropped for another.
 //!
-//! Sans-IO. Peers are not known yet, so their progress and their prefixes decide, as in OpenSSH's MaxStartups
-//! and PerSourceNetBlockSize. Where all places are taken one is dropped that has not advanced within the
-//! last second; of these one that is least far, of these one of the heaviest prefix, and of these any one.
-//! So a client with a round trip of 600 ms gets through while silent connections come without end.
+//! Sans-IO. The peer of a connection is not known yet, so progress and client prefixes decide, as in OpenSSH's
+//! MaxStartups and PerSourceNetBlockSize. When all permits are taken, the handshake is dropped that (1) has made no
+//! progress within the last second, (2) is at the earliest stage, (3) is of the heaviest prefix; the rest is random.
+//! So a client with a round trip of 600 ms completes its handshake during a flood of silent connections.
 //!
-//! An eighth of the places is kept for prefixes that hold slots, two for each at most, so that a slot's owner
-//! can come back whatever others do. An owner that comes from a new prefix has none of that.
+//! An eighth of the permits is reserved for prefixes that hold slots, at most two for each, so that the peer of a slot
+//! can reconnect during a flood. A peer that reconnects from another prefix gets none of these.
 
 use std::{
     cmp::Reverse,
@@ -25,46 +25,44 @@ use crate::{
     relay::quota::{Busiest, Caps, Quota, Scope},
 };
 
-/// How long a connection may take to its first byte, and to its secure channel.
-const FIRST_BYTE: Duration = Duration::from_secs(3);
-const SECURED: Duration = Duration::from_secs(8);
+/// How long a connection may take, from its start, until its first byte and until its secure channel is up.
+const FIRST_BYTE_TIMEOUT: Duration = Duration::from_secs(3);
+const SECURED_TIMEOUT: Duration = Duration::from_secs(8);
 
-/// How long a connection may take to its muxer.
-pub const MUXED: Duration = Duration::from_secs(10);
+/// How long a connection may take, from its start, until its muxer is up.
+pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long a handshake that has advanced is not dropped for another, while there is one that has not.
-const ADVANCED: Duration = Duration::from_secs(1);
+/// For how long after its last progress a handshake is dropped only if all others have made progress, too.
+const PROGRESS_GRACE: Duration = Duration::from_secs(1);
 
-/// How many bytes a client sends at least before it begins the key exchange: the header of
-/// multistream-select, and `/noise`.
+/// How many bytes a client sends at least before the key exchange: the header of multistream-select, and `/noise`.
 const NEGOTIATION: u64 = 20 + 8;
 
-/// How many of the kept places one prefix that holds slots may have at most.
-const KEPT_PER_PREFIX: usize = 2;
+/// How many reserved permits one prefix may take.
+const RESERVED_PER_PREFIX: usize = 2;
 
-/// How far a handshake is.
+/// The stage that a handshake has reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Stage {
     Silent,
-    Negotiates,
-    ExchangesKeys,
+    Negotiating,
+    ExchangingKeys,
     Secured,
 }
 
-/// What tells how far a connection's handshake is. Clones are of the same connection.
+/// Shows which stage a connection's handshake has reached. Clones share one connection's progress.
 #[derive(Clone, Debug, Default)]
 pub struct Progress {
-    /// Counts the bytes that come in.
+    /// Counts the bytes received.
     pub signs: Signs,
-    /// Whether the secure channel stands.
+    /// Whether the secure channel is up.
     pub is_secured: Arc<AtomicBool>,
 }
 
 impl Progress {
-    /// The secure channel stands.
-    pub fn secured(self) -> Self {
+    /// Records that the secure channel is up.
+    pub fn set_secured(&self) {
         self.is_secured.store(true, Ordering::Relaxed);
-        self
     }
 
     fn stage(&self) -> Stage {
@@ -73,36 +71,37 @@ impl Progress {
         }
         match self.signs.count() {
             0 => Stage::Silent,
-            1..=NEGOTIATION => Stage::Negotiates,
-            _ => Stage::ExchangesKeys,
+            1..=NEGOTIATION => Stage::Negotiating,
+            _ => Stage::ExchangingKeys,
         }
     }
 }
 
-/// The connections in their handshakes. `C` names a connection.
+/// The connections in their handshakes. `C` identifies a connection.
 #[derive(Debug)]
 pub struct Handshakes<C> {
-    /// Those in the places for all; the total is without the kept ones.
-    quota: Quota,
-    kept: Quota,
-    of: HashMap<C, Handshake>,
-    /// Chooses among equals.
+    /// Permits that any prefix may take.
+    shared: Quota,
+    /// Permits for prefixes that hold slots.
+    reserved: Quota,
+    open: HashMap<C, Handshake>,
+    /// Breaks ties.
     random: RandomState,
 }
 
 #[derive(Debug)]
 struct Handshake {
     prefix: Option<ClientPrefix>,
-    /// `None`: it cannot be told, and so is not dropped for another.
+    /// `None`: unknown; the handshake is not dropped for another.
     progress: Option<Progress>,
     stage: Stage,
     began: Instant,
     advanced: Instant,
-    is_kept: bool,
+    is_reserved: bool,
 }
 
 impl Handshake {
-    fn look(&mut self, now: Instant) {
+    fn update_stage(&mut self, now: Instant) {
         let stage = self.progress.as_ref().map_or(Stage::Secured, Progress::stage);
         if stage != self.stage {
             (self.stage, self.advanced) = (stage, now);
@@ -110,40 +109,45 @@ impl Handshake {
     }
 
     fn is_overdue(&self, now: Instant) -> bool {
-        let within = match self.stage {
-            Stage::Silent => FIRST_BYTE,
-            Stage::Negotiates | Stage::ExchangesKeys => SECURED,
-            Stage::Secured => MUXED,
+        let limit = match self.stage {
+            Stage::Silent => FIRST_BYTE_TIMEOUT,
+            Stage::Negotiating | Stage::ExchangingKeys => SECURED_TIMEOUT,
+            Stage::Secured => HANDSHAKE_TIMEOUT,
         };
-        now.duration_since(self.began) > within
+        now.duration_since(self.began) > limit
+    }
+
+    fn has_advanced(&self, now: Instant) -> bool {
+        now.duration_since(self.advanced) <= PROGRESS_GRACE
     }
 }
 
 impl<C: Copy + Eq + Hash> Handshakes<C> {
-    /// None yet.
+    /// No handshakes yet; an eighth of the total cap is reserved.
     pub fn new(caps: Caps) -> Self {
-        let kept = caps.total.map(|all| all / 8);
-        let places = caps.total.zip(kept).map(|(all, kept)| all - kept);
-        let kept_caps = Caps { total: kept, per_subnet: None, per_address: Some(KEPT_PER_PREFIX) };
+        let reserved = caps.total.map(|all| all / 8);
+        let shared = caps.total.zip(reserved).map(|(all, reserved)| all - reserved);
+        let reserved_caps =
+            Caps { total: reserved, per_subnet: None, per_address: Some(RESERVED_PER_PREFIX) };
         Self {
-            quota: Quota::new(Caps { total: places, ..caps }),
-            kept: Quota::new(kept_caps),
-            of: HashMap::new(),
+            shared: Quota::new(Caps { total: shared, ..caps }),
+            reserved: Quota::new(reserved_caps),
+            open: HashMap::new(),
             random: RandomState::new(),
         }
     }
 
-    /// The address that has the most of the places for all.
+    /// The address that holds the most shared permits.
     pub fn busiest(&self) -> Option<Busiest> {
-        self.quota.busiest()
+        self.shared.busiest()
     }
 
-    /// One more begins, from a prefix that holds so many slots. Returns the one that is to be dropped for
-    /// it, which does not count from now on.
+    /// Adds a handshake from a prefix that holds this many slots. Returns the handshake to be dropped for it, which is
+    /// removed already.
     ///
     /// # Errors
     ///
-    /// The scope that has as many as it may: the total where none can make room for it.
+    /// The scope that is at its cap; [`Scope::Total`] if no other handshake can be dropped.
     pub fn admit(
         &mut self,
         id: C,
@@ -152,10 +156,11 @@ impl<C: Copy + Eq + Hash> Handshakes<C> {
         progress: Option<Progress>,
         now: Instant,
     ) -> Result<Option<C>, Scope> {
-        let of_prefix = prefix.map_or(0, |prefix| self.kept.held(Scope::Address(prefix)));
-        let is_kept = of_prefix < slots.min(KEPT_PER_PREFIX) && self.kept.full(prefix).is_none();
-        let dropped = match self.quota.full(prefix) {
-            _ if is_kept => None,
+        let of_prefix = prefix.map_or(0, |prefix| self.reserved.held(Scope::Address(prefix)));
+        let has_claim = of_prefix < slots.min(RESERVED_PER_PREFIX);
+        let is_reserved = has_claim && self.reserved.full(prefix).is_none();
+        let dropped = match self.shared.full(prefix) {
+            _ if is_reserved => None,
             None => None,
             Some(Scope::Total) => Some(self.least_advanced(prefix, now).ok_or(Scope::Total)?),
             Some(full) => return Err(full),
@@ -163,50 +168,49 @@ impl<C: Copy + Eq + Hash> Handshakes<C> {
         if let Some(dropped) = dropped {
             self.remove(&dropped);
         }
-        let quota = if is_kept { &mut self.kept } else { &mut self.quota };
+        let quota = if is_reserved { &mut self.reserved } else { &mut self.shared };
         quota.add(prefix);
         let stage = Stage::Silent;
-        let new = Handshake { prefix, progress, stage, began: now, advanced: now, is_kept };
-        self.of.insert(id, new);
+        let new = Handshake { prefix, progress, stage, began: now, advanced: now, is_reserved };
+        self.open.insert(id, new);
         Ok(dropped)
     }
 
-    /// The one to be dropped for another of this prefix; `None`: that one itself.
+    /// The handshake to drop for another one of this prefix; `None` if that one is to be denied.
     fn least_advanced(&mut self, prefix: Option<ClientPrefix>, now: Instant) -> Option<C> {
-        self.of.values_mut().for_each(|handshake| handshake.look(now));
-        let Self { quota, of, random, .. } = self;
-        let candidates = of.iter().filter(|(_, other)| !other.is_kept && other.progress.is_some());
+        self.open.values_mut().for_each(|handshake| handshake.update_stage(now));
+        let Self { shared, open, random, .. } = self;
+        let candidates =
+            open.iter().filter(|(_, other)| !other.is_reserved && other.progress.is_some());
         let (id, other) = candidates.min_by_key(|(id, other)| {
-            let has_advanced = now.duration_since(other.advanced) <= ADVANCED;
-            let load = Reverse(quota.load(other.prefix));
-            (has_advanced, other.stage, load, random.hash_one(id))
+            let load = Reverse(shared.load(other.prefix));
+            (other.has_advanced(now), other.stage, load, random.hash_one(id))
         })?;
-        // Where all have just advanced, the new one is one of them.
-        let has_advanced = now.duration_since(other.advanced) <= ADVANCED;
-        let gives_way = !has_advanced || quota.yields(other.prefix, prefix);
+        // When all have just advanced, the new one counts as one of them: only prefixes decide.
+        let gives_way = !other.has_advanced(now) || shared.yields(other.prefix, prefix);
         gives_way.then_some(*id)
     }
 
-    /// Those that take too long.
+    /// The handshakes that have exceeded the time limit of their stage.
     pub fn overdue(&mut self, now: Instant) -> Vec<C> {
-        let overdue = self.of.iter_mut().filter_map(|(id, handshake)| {
-            handshake.look(now);
+        let overdue = self.open.iter_mut().filter_map(|(id, handshake)| {
+            handshake.update_stage(now);
             handshake.is_overdue(now).then_some(*id)
         });
         overdue.collect()
     }
 
-    /// Its handshake is over.
+    /// Removes a handshake, which has ended.
     pub fn remove(&mut self, id: &C) {
-        if let Some(handshake) = self.of.remove(id) {
-            let quota = if handshake.is_kept { &mut self.kept } else { &mut self.quota };
+        if let Some(handshake) = self.open.remove(id) {
+            let quota = if handshake.is_reserved { &mut self.reserved } else { &mut self.shared };
             quota.remove(handshake.prefix);
         }
     }
 
-    /// How many there are.
+    /// How many handshakes there are.
     pub fn count(&self) -> usize {
-        self.of.len()
+        self.open.len()
     }
 }
 
@@ -228,7 +232,7 @@ mod tests {
         Some(IpAddr::from(Ipv4Addr::from_bits(0x0a00_0001 + 256 * n as u32)).into())
     }
 
-    fn come(
+    fn start_handshake(
         all: &mut Handshakes<usize>,
         n: usize,
         of: usize,
@@ -239,21 +243,24 @@ mod tests {
     }
 
     #[test]
-    fn silent_connections_of_many_prefixes_keep_no_slow_client_out() {
+    fn a_slow_client_completes_its_handshake_during_a_flood_of_silent_connections() {
         let (mut all, start) = (handshakes(256), Instant::now());
         for n in 0..300 {
-            let _ = come(&mut all, n, n, 0, start); // more than there are places
+            let _ = start_handshake(&mut all, n, n, 0, start); // more than there are permits
         }
         assert_eq!(all.count(), 224);
-        let mut now = start + ADVANCED + ROUND_TRIP;
+        let mut now = start + PROGRESS_GRACE + ROUND_TRIP;
         let progress = Progress::default();
         all.admit(999, prefix(999), 0, Some(progress.clone()), now).unwrap();
-        // What it sends with each round trip: its proposals, and two messages of the key exchange.
+        // One message per round trip: the proposals, then two messages of the key exchange.
         for round_trip in 0..4 {
-            // Each silent one that is dropped or overdue comes back at once.
+            // Each silent connection that was dropped is opened again at once.
             for n in 0..300 {
                 let at = now + ROUND_TRIP * n as u32 / 300;
-                assert_ne!(come(&mut all, 1000 * (round_trip + 1) + n, n, 0, at), Ok(Some(999)));
+                assert_ne!(
+                    start_handshake(&mut all, 1000 * (round_trip + 1) + n, n, 0, at),
+                    Ok(Some(999))
+                );
             }
             now += ROUND_TRIP;
             progress.signs.heard(NEGOTIATION);
@@ -263,70 +270,70 @@ mod tests {
                 all.remove(&overdue);
             }
         }
-        assert!(all.of.contains_key(&999));
+        assert!(all.open.contains_key(&999));
     }
 
     #[test]
-    fn the_least_far_of_the_heaviest_prefix_is_dropped() {
+    fn the_least_advanced_handshake_of_the_heaviest_prefix_is_dropped() {
         let (mut all, start) = (handshakes(32), Instant::now());
         let progress: Vec<_> = (0..28).map(|_| Progress::default()).collect();
-        for (n, of_it) in progress.iter().enumerate() {
+        for (n, handshake) in progress.iter().enumerate() {
             // Four of one prefix, one of each other.
             let prefix = prefix(n.saturating_sub(3));
-            assert_eq!(all.admit(n, prefix, 0, Some(of_it.clone()), start), Ok(None));
+            assert_eq!(all.admit(n, prefix, 0, Some(handshake.clone()), start), Ok(None));
         }
-        let later = start + 2 * ADVANCED;
+        let later = start + 2 * PROGRESS_GRACE;
         progress[0].signs.heard(1);
         progress[1].signs.heard(NEGOTIATION + 1);
         all.overdue(start);
-        let dropped = come(&mut all, 100, 100, 0, later).unwrap().unwrap();
+        let dropped = start_handshake(&mut all, 100, 100, 0, later).unwrap().unwrap();
         assert!([2, 3].contains(&dropped), "{dropped}");
-        // One that has just advanced stays while there is one that has not.
-        progress[4..].iter().for_each(|of_it| of_it.signs.heard(1));
-        assert!([2, 3].contains(&come(&mut all, 101, 101, 0, later).unwrap().unwrap()));
-        // Now 0 and 1 are the only ones that have not; 0 is less far.
-        assert_eq!(come(&mut all, 102, 102, 0, later), Ok(Some(0)));
-        assert_eq!(come(&mut all, 103, 103, 0, later), Ok(Some(1)));
-        // All have advanced: none makes room for one that holds as many.
-        assert_eq!(come(&mut all, 104, 104, 0, later), Err(Scope::Total));
+        // A handshake that has just advanced is kept while another one has not.
+        progress[4..].iter().for_each(|handshake| handshake.signs.heard(1));
+        assert!([2, 3].contains(&start_handshake(&mut all, 101, 101, 0, later).unwrap().unwrap()));
+        // Now only 0 and 1 have not; 0 is at the earlier stage.
+        assert_eq!(start_handshake(&mut all, 102, 102, 0, later), Ok(Some(0)));
+        assert_eq!(start_handshake(&mut all, 103, 103, 0, later), Ok(Some(1)));
+        // All have advanced: a prefix with as many handshakes as the others is denied.
+        assert_eq!(start_handshake(&mut all, 104, 104, 0, later), Err(Scope::Total));
     }
 
     #[test]
-    fn one_prefix_has_its_share_and_those_that_hold_slots_have_places_of_their_own() {
+    fn a_prefix_is_capped_and_prefixes_that_hold_slots_have_reserved_permits() {
         let (mut all, now) = (handshakes(32), Instant::now());
         for n in 0..4 {
-            assert_eq!(come(&mut all, n, 0, 0, now), Ok(None));
+            assert_eq!(start_handshake(&mut all, n, 0, 0, now), Ok(None));
         }
         let full = Scope::Address(prefix(0).unwrap());
-        assert_eq!(come(&mut all, 4, 0, 0, now), Err(full));
+        assert_eq!(start_handshake(&mut all, 4, 0, 0, now), Err(full));
         for n in 5..29 {
-            assert_eq!(come(&mut all, n, n, 0, now), Ok(None));
+            assert_eq!(start_handshake(&mut all, n, n, 0, now), Ok(None));
         }
-        // Two of each prefix at most, and as many as it holds slots; four in all.
+        // For each prefix as many as it holds slots, at most two; four in total.
         for n in 30..33 {
-            assert!(come(&mut all, n, 30, 9, now).is_ok());
+            assert!(start_handshake(&mut all, n, 30, 9, now).is_ok());
         }
-        assert_eq!(all.kept.held(Scope::Total), 2);
+        assert_eq!(all.reserved.held(Scope::Total), 2);
         for n in 33..40 {
-            let _ = come(&mut all, n, n, 1, now);
+            let _ = start_handshake(&mut all, n, n, 1, now);
         }
-        assert_eq!(all.kept.held(Scope::Total), 4);
+        assert_eq!(all.reserved.held(Scope::Total), 4);
         assert!(all.count() <= 32);
         for n in 0..40 {
             all.remove(&n);
         }
-        assert!(all.quota.is_empty() && all.kept.is_empty());
+        assert!(all.shared.is_empty() && all.reserved.is_empty());
     }
 
     #[test]
-    fn each_stage_has_its_time() {
+    fn each_stage_has_its_time_limit() {
         let (mut all, start) = (handshakes(32), Instant::now());
         let progress = [(); 4].map(|()| Progress::default());
-        for (n, of_it) in progress.iter().enumerate() {
-            all.admit(n, prefix(n), 0, Some(of_it.clone()), start).unwrap();
+        for (n, handshake) in progress.iter().enumerate() {
+            all.admit(n, prefix(n), 0, Some(handshake.clone()), start).unwrap();
         }
-        for of_it in &progress[1..] {
-            of_it.signs.heard(1);
+        for handshake in &progress[1..] {
+            handshake.signs.heard(1);
         }
         progress[2].signs.heard(NEGOTIATION);
         progress[3].is_secured.store(true, Ordering::Relaxed);

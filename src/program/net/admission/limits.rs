@@ -1,8 +1,8 @@
-//! Limits on connections: in total, of one client prefix, of one peer, and in their handshakes.
+//! Limits on connections: in total, by client prefix, by peer, and on handshakes.
 //!
-//! Sans-IO. A peer is known only after its handshake, and a flood comes from addresses: so before it
-//! prefixes and handshakes count (`handshakes.rs`), and after it a peer that holds a slot comes before
-//! strangers. A connection counts until it is gone, also while it is being closed.
+//! Sans-IO. The peer of a connection is known only after the handshake. Until then the caps by prefix and on handshakes
+//! (`handshakes.rs`) apply; after it the caps in total and by peer, under which a peer that holds a slot may preempt
+//! another connection. A connection counts until it is closed, also while it is closing.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -16,46 +16,46 @@ use libp2p::swarm::ConnectionId;
 
 use super::{
     handshakes::{Handshakes, Progress},
-    proxy_header::NoHeader,
+    proxy_header::HeaderError,
 };
 use crate::{
     address::{ClientPrefix, Subnet},
     relay::quota::{Busiest, Caps, Quota, Scope},
 };
 
-/// How many connections that were dialed for the DHT may be open, or on their way, at a time.
+/// How many connections dialed for the DHT may be open or being dialed at a time.
 ///
-/// Those that come in have limits of their own. A lookup wants three at once; each stays open until
-/// the relay closes it as idle.
+/// Inbound connections have their own limits. A DHT lookup dials three at once; each stays open until the relay closes
+/// it as idle.
 pub const DIALED_FOR_DHT: usize = 128;
 
-/// How many AutoNAT clients are dialed at a time; of these one address may have a quarter.
+/// How many AutoNAT clients are dialed at a time; at most a quarter of these at one address.
 pub const DIALED_FOR_AUTONAT: usize = 64;
 
-/// The limits themselves.
+/// The limits on connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// How many connections may be open, beside those in their handshakes. Default 2048.
+    /// How many connections may be open, not counting those in their handshakes. Default 2048.
     ///
-    /// An eighth of them is for peers that hold slots, as long as fewer do. Beyond the others a stranger is let
-    /// in only in the place of an idle one whose prefix holds more; a peer that holds a slot in that of any
-    /// idle one.
+    /// An eighth is reserved for peers that hold slots, as long as fewer slots are live. Beyond the rest, a connection
+    /// of a peer without a slot is admitted only if an idle one of a prefix with more connections is closed for it; one
+    /// of a peer with a slot, if any idle one is.
     pub max_connections: usize,
-    /// How many of them one peer may have. Default 8; zero: no cap.
+    /// How many connections one peer may have. Default 8; zero: no cap.
     ///
-    /// Beyond it a peer that holds a slot is let in, and that one of its connections is closed on
-    /// which nothing was heard for the longest; any other is turned away.
+    /// Beyond it, a new connection of a peer that holds a slot is admitted and that peer's longest silent one closed; a
+    /// new connection of any other peer is denied.
     pub max_connections_per_peer: usize,
-    /// How many of them may come from one address (an IPv6 address counts as its /64). Default: an eighth of
-    /// all, at least 16; zero: no cap.
+    /// How many connections one address may have (IPv6: one /64). Default: an eighth of all, at least 16; zero: no cap.
     pub max_connections_per_ip: Option<usize>,
-    /// How many of them may come from one subnet, an IPv4 /24 or an IPv6 /48. Default: a quarter of all, at
-    /// least 64; zero: no cap.
+    /// How many connections one subnet may have (IPv4: a /24, IPv6: a /48). Default: a quarter of all, at least 64;
+    /// zero: no cap.
     pub max_connections_per_subnet: Option<usize>,
-    /// How many may be in their handshakes. Default 256; see `handshakes.rs` for which makes room.
+    /// How many connections may be in their handshakes. Default 256. `handshakes.rs` says which one is dropped for
+    /// another.
     ///
-    /// Of these one address may have an eighth, at least 16, and one subnet a quarter; unless there is no cap
-    /// on its connections.
+    /// One address may have an eighth of these, at least 16, and one subnet a quarter; no cap on the connections of an
+    /// address or subnet is no cap on its handshakes either.
     pub max_handshakes: usize,
 }
 
@@ -84,7 +84,7 @@ impl Limits {
 
     fn connections(&self) -> Caps {
         let [per_address, per_subnet] = [self.per_ip(), self.per_subnet()];
-        // Those in their handshakes count as well, and have a total of their own.
+        // This quota counts handshakes, too, and the total does not: `establish` checks that.
         Caps { total: None, per_subnet, per_address }
     }
 
@@ -98,68 +98,68 @@ impl Limits {
     }
 }
 
-/// A cap that was set, or else the default; zero stands for none.
+/// The cap that was set, or else the default; zero is no cap.
 fn cap(set: Option<usize>, default: usize) -> Option<usize> {
     Some(set.unwrap_or(default)).filter(|cap| *cap > 0)
 }
 
-/// What is known of a peer once its handshake is done.
+/// What the relay knows of a peer when the handshake of a new connection is done.
 #[derive(Clone, Copy, Debug)]
-pub struct Standing {
-    /// Whether it holds a slot, be it in grace.
-    pub holds_a_slot: bool,
-    /// How many connections it has without the new one.
+pub struct PeerStatus {
+    /// Whether the peer holds a slot, live or in grace.
+    pub holds_slot: bool,
+    /// How many other connections the peer has.
     pub connections: usize,
-    /// How many of those are being closed.
+    /// How many of those are closing.
     pub closing: usize,
 }
 
-/// Which connection makes room for another.
+/// Which connection is closed to admit another one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Room {
-    /// None: there is room.
-    Free,
-    /// Of the same peer that one on which nothing was heard for the longest.
-    OfItsOwn,
-    /// The one that has been idle for the longest.
-    OfAStranger,
+pub enum Preemption {
+    /// None: the caps have room.
+    None,
+    /// The same peer's longest silent one.
+    OwnConnection,
+    /// An idle one.
+    IdleConnection,
 }
 
-/// The connections that come in, as far as they count.
+/// The inbound connections, as they count towards the limits.
 #[derive(Debug)]
 pub struct ConnectionLimits {
     limits: Limits,
-    /// The incoming connections that were let in, and their clients' prefixes.
+    /// The connections that were admitted to their handshakes, until they are closed.
     admitted: HashMap<ConnectionId, Option<ClientPrefix>>,
     quota: Quota,
     handshakes: Handshakes<ConnectionId>,
-    /// Those whose handshake was dropped, until they are gone.
+    /// Those whose handshake was dropped, until they are closed.
     dropped: HashSet<ConnectionId>,
 }
 
-/// Why a connection was turned away.
+/// Why a connection was denied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Denied {
-    /// As many are open as may be.
+    /// The cap on all connections is reached.
     Connections,
-    /// As many are open of this peer as may be.
+    /// The cap on the peer's connections is reached.
     Peer,
-    /// As many are open from this address as may be.
+    /// The cap on the connections of this address is reached.
     Address(ClientPrefix),
-    /// As many are open from this subnet as may be.
+    /// The cap on the connections of this subnet is reached.
     Subnet(Subnet),
-    /// As many are in their handshakes as may be.
+    /// The cap on handshakes is reached.
     Handshakes,
-    /// New connections of its address, or of its network, come too fast.
+    /// Its address or its network opens connections above the rate limit.
     Rate,
     /// The access rules deny its address or its peer.
     Rules,
-    /// It came from a proxy, and its PROXY protocol header did not.
-    NoHeader(NoHeader),
+    /// It came from a proxy without a valid PROXY protocol header.
+    ProxyHeader(HeaderError),
 }
 
 impl Denied {
-    /// The reason in a few words, the same for all cases of it.
+    /// The reason in a few words, the same for every address and header: a label of metrics.
     pub fn kind(&self) -> &'static str {
         match self {
             Self::Connections => "too many connections",
@@ -169,8 +169,13 @@ impl Denied {
             Self::Handshakes => "too many handshakes",
             Self::Rate => "connections come too fast",
             Self::Rules => "the rules do not allow it",
-            Self::NoHeader(_) => "no PROXY protocol header",
+            Self::ProxyHeader(_) => "no PROXY protocol header",
         }
+    }
+
+    /// Finds the denial among the sources of `error`.
+    pub fn cause_of<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a Self> {
+        Chain::new(error).find_map(|error| error.downcast_ref())
     }
 }
 
@@ -179,7 +184,7 @@ impl fmt::Display for Denied {
         match self {
             Self::Address(address) => write!(f, "too many connections of {address}"),
             Self::Subnet(subnet) => write!(f, "too many connections of {subnet}"),
-            Self::NoHeader(why) => write!(f, "{}: {why}", self.kind()),
+            Self::ProxyHeader(error) => write!(f, "{}: {error}", self.kind()),
             other => f.write_str(other.kind()),
         }
     }
@@ -187,25 +192,17 @@ impl fmt::Display for Denied {
 
 impl Error for Denied {}
 
-impl Denied {
-    /// The denial that this error stems from, if it stems from one.
-    pub fn behind<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a Self> {
-        Chain::new(error).find_map(|error| error.downcast_ref())
-    }
-}
-
-/// A denial as the source of an error: libp2p's layers hand on the sources of what went wrong below
-/// them, and not that itself.
+/// An error whose source is a denial. libp2p's transports wrap an error by its source and drop the error itself.
 #[derive(Debug)]
-struct Because(Denied);
+struct DeniedError(Denied);
 
-impl fmt::Display for Because {
+impl fmt::Display for DeniedError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("denied")
     }
 }
 
-impl Error for Because {
+impl Error for DeniedError {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
         Some(&self.0)
     }
@@ -213,12 +210,12 @@ impl Error for Because {
 
 impl From<Denied> for io::Error {
     fn from(denied: Denied) -> Self {
-        Self::other(Because(denied))
+        Self::other(DeniedError(denied))
     }
 }
 
 impl ConnectionLimits {
-    /// Nobody is connected yet.
+    /// No connections yet.
     pub fn new(limits: Limits) -> Self {
         Self {
             limits,
@@ -229,12 +226,12 @@ impl ConnectionLimits {
         }
     }
 
-    /// A connection has come from a prefix that holds so many slots: whether it may begin its handshake,
-    /// and which handshake is to end for it.
+    /// Admits a connection from a prefix that holds this many slots to its handshake. Returns the connection whose
+    /// handshake is to be dropped for it.
     ///
     /// # Errors
     ///
-    /// When there is no room.
+    /// The cap that is reached.
     pub fn admit(
         &mut self,
         id: ConnectionId,
@@ -243,8 +240,10 @@ impl ConnectionLimits {
         progress: Option<Progress>,
         now: Instant,
     ) -> Result<Option<ConnectionId>, Denied> {
-        if let Some(full) = self.quota.full(prefix) {
-            return Err(full.into());
+        match self.quota.full(prefix) {
+            Some(Scope::Address(address)) => return Err(Denied::Address(address)),
+            Some(Scope::Subnet(subnet)) => return Err(Denied::Subnet(subnet)),
+            Some(Scope::Total) | None => {}
         }
         let dropped = self.handshakes.admit(id, prefix, slots, progress, now);
         let dropped = dropped.map_err(|_| Denied::Handshakes)?;
@@ -254,7 +253,8 @@ impl ConnectionLimits {
         Ok(dropped)
     }
 
-    /// The handshakes that take too long: they are to be dropped, and make room at once.
+    /// Returns the connections whose handshakes have exceeded their time limit, to be dropped by the caller. They count
+    /// as handshakes no longer.
     pub fn overdue(&mut self, now: Instant) -> Vec<ConnectionId> {
         let overdue = self.handshakes.overdue(now);
         overdue.iter().for_each(|id| self.handshakes.remove(id));
@@ -262,78 +262,65 @@ impl ConnectionLimits {
         overdue
     }
 
-    /// Its handshake is done, and shows whose it is: whether it may stay, and what goes for it. So many slots
-    /// are live.
+    /// Admits a connection that has completed its handshake, while this many slots are live. Returns what is to be
+    /// closed for it.
     ///
     /// # Errors
     ///
-    /// When there is no room. It counts until it is [forgotten](Self::forget).
+    /// The cap that is reached. The connection counts until it is [removed](Self::remove) all the same.
     pub fn establish(
         &mut self,
         id: ConnectionId,
-        peer: Standing,
+        peer: PeerStatus,
         live: usize,
-    ) -> Result<Room, Denied> {
+    ) -> Result<Preemption, Denied> {
         let per_peer = self.limits.max_connections_per_peer;
         let (all, established) = (self.limits.max_connections, self.established());
-        // Strangers leave an eighth to peers that hold slots.
-        let kept = if peer.holds_a_slot { 0 } else { (all / 8).saturating_sub(live) };
-        let places = all - kept;
-        let room = if per_peer > 0 && peer.connections >= per_peer {
-            Room::OfItsOwn
-        } else if established >= places {
-            Room::OfAStranger
+        let reserved = if peer.holds_slot { 0 } else { (all / 8).saturating_sub(live) };
+        let preemption = if per_peer > 0 && peer.connections >= per_peer {
+            Preemption::OwnConnection
+        } else if established >= all - reserved {
+            Preemption::IdleConnection
         } else {
-            Room::Free
+            Preemption::None
         };
         self.handshakes.remove(&id);
         self.dropped.remove(&id);
-        match room {
-            // One at a time makes room: what is being closed counts.
-            Room::OfItsOwn if !peer.holds_a_slot || peer.closing > 0 => Err(Denied::Peer),
-            room => Ok(room),
+        match preemption {
+            // One at a time: while one of the peer's connections is closing, it gets no other.
+            Preemption::OwnConnection if !peer.holds_slot || peer.closing > 0 => Err(Denied::Peer),
+            preemption => Ok(preemption),
         }
     }
 
-    /// How many are beyond their handshakes.
+    /// How many connections have completed their handshakes.
     fn established(&self) -> usize {
         self.admitted.len() - self.handshakes.count() - self.dropped.len()
     }
 
-    /// How much each prefix holds of the connections.
+    /// How many connections each prefix has.
     pub fn quota(&self) -> &Quota {
         &self.quota
     }
 
-    /// The addresses that have the most connections, and the most handshakes.
+    /// The address with the most connections, and the one with the most handshakes.
     pub fn busiest(&self) -> [Option<Busiest>; 2] {
         [self.quota.busiest(), self.handshakes.busiest()]
     }
 
-    /// How many are let in, how many of them are in their handshakes, and how many prefixes they count
+    /// How many connections are admitted, how many of these are in their handshakes, and how many scopes they count
     /// towards.
     #[cfg(test)]
     pub fn counts(&self) -> [usize; 3] {
         [self.admitted.len(), self.handshakes.count(), self.quota.len()]
     }
 
-    /// It is gone, or was not let in.
-    pub fn forget(&mut self, id: ConnectionId) {
+    /// Removes a connection that was closed or denied. Does nothing for one that was dialed.
+    pub fn remove(&mut self, id: ConnectionId) {
         self.handshakes.remove(&id);
         self.dropped.remove(&id);
-        // Else it was turned away, or dialed by us.
         if let Some(prefix) = self.admitted.remove(&id) {
             self.quota.remove(prefix);
-        }
-    }
-}
-
-impl From<Scope> for Denied {
-    fn from(full: Scope) -> Self {
-        match full {
-            Scope::Address(address) => Self::Address(address),
-            Scope::Subnet(subnet) => Self::Subnet(subnet),
-            Scope::Total => Self::Handshakes,
         }
     }
 }
@@ -373,17 +360,21 @@ mod tests {
         all.admit(id(n), prefix, 0, None, Instant::now()).map(drop)
     }
 
-    const STRANGER: Standing = Standing { holds_a_slot: false, connections: 0, closing: 0 };
-    const HOLDER: Standing = Standing { holds_a_slot: true, ..STRANGER };
+    const WITHOUT_SLOT: PeerStatus = PeerStatus { holds_slot: false, connections: 0, closing: 0 };
+    const WITH_SLOT: PeerStatus = PeerStatus { holds_slot: true, ..WITHOUT_SLOT };
 
-    /// Comes from a subnet of its own, and is through with its handshake.
-    fn come(all: &mut ConnectionLimits, n: usize, peer: Standing) -> Result<Room, Denied> {
+    /// A connection from a subnet of its own that completes its handshake.
+    fn establish(
+        all: &mut ConnectionLimits,
+        n: usize,
+        peer: PeerStatus,
+    ) -> Result<Preemption, Denied> {
         admit(all, n, from(n as u8, 1)).unwrap();
         all.establish(id(n), peer, 0)
     }
 
     #[test]
-    fn an_address_and_a_subnet_have_their_caps_until_what_they_have_is_gone() {
+    fn an_address_and_a_subnet_are_capped_until_a_connection_closes() {
         let mut all = limits(99);
         for n in 0..3 {
             assert_eq!(admit(&mut all, n, from(1, 1)), Ok(()));
@@ -394,58 +385,59 @@ mod tests {
         let full = Denied::Subnet(from(1, 1).unwrap().subnet());
         assert_eq!(admit(&mut all, 5, from(1, 3)), Err(full));
         assert_eq!(admit(&mut all, 6, from(2, 1)), Ok(()));
-        // Beyond their handshakes they count as well.
+        // They count after their handshakes, too.
         for n in [0, 1, 2, 4] {
-            assert_eq!(all.establish(id(n), STRANGER, 0), Ok(Room::Free));
+            assert_eq!(all.establish(id(n), WITHOUT_SLOT, 0), Ok(Preemption::None));
         }
         assert!(admit(&mut all, 7, from(1, 3)).is_err());
-        all.forget(id(4));
+        all.remove(id(4));
         assert_eq!(admit(&mut all, 8, from(1, 3)), Ok(()));
     }
 
     #[test]
-    fn strangers_leave_an_eighth_to_peers_that_hold_slots() {
+    fn an_eighth_is_reserved_for_peers_that_hold_slots() {
         let mut all = limits(16);
         for n in 0..14 {
-            assert_eq!(come(&mut all, n, STRANGER), Ok(Room::Free));
+            assert_eq!(establish(&mut all, n, WITHOUT_SLOT), Ok(Preemption::None));
         }
-        assert_eq!(come(&mut all, 20, STRANGER), Ok(Room::OfAStranger));
-        all.forget(id(20));
+        assert_eq!(establish(&mut all, 20, WITHOUT_SLOT), Ok(Preemption::IdleConnection));
+        all.remove(id(20));
         for n in 21..23 {
-            assert_eq!(come(&mut all, n, HOLDER), Ok(Room::Free));
+            assert_eq!(establish(&mut all, n, WITH_SLOT), Ok(Preemption::None));
         }
-        assert_eq!(come(&mut all, 23, HOLDER), Ok(Room::OfAStranger));
-        // Where as many hold slots, nothing more is kept for them.
+        assert_eq!(establish(&mut all, 23, WITH_SLOT), Ok(Preemption::IdleConnection));
+        // While as many slots are live, nothing is reserved.
         admit(&mut all, 25, from(25, 1)).unwrap();
-        all.forget(id(0));
-        all.forget(id(23));
-        assert_eq!(all.establish(id(25), STRANGER, 1), Ok(Room::OfAStranger));
-        all.forget(id(25));
+        all.remove(id(0));
+        all.remove(id(23));
+        assert_eq!(all.establish(id(25), WITHOUT_SLOT, 1), Ok(Preemption::IdleConnection));
+        all.remove(id(25));
         admit(&mut all, 26, from(26, 1)).unwrap();
-        assert_eq!(all.establish(id(26), STRANGER, 2), Ok(Room::Free));
-        all.forget(id(26));
-        // Connections in their handshakes keep none out.
-        all.forget(id(23));
-        all.forget(id(0));
+        assert_eq!(all.establish(id(26), WITHOUT_SLOT, 2), Ok(Preemption::None));
+        all.remove(id(26));
+        // Connections in their handshakes do not count towards the total.
+        all.remove(id(23));
+        all.remove(id(0));
         for n in 30..40 {
             admit(&mut all, n, from(n as u8, 1)).unwrap();
         }
-        assert_eq!(come(&mut all, 24, HOLDER), Ok(Room::Free));
+        assert_eq!(establish(&mut all, 24, WITH_SLOT), Ok(Preemption::None));
     }
 
     #[test]
-    fn at_its_cap_a_peer_that_holds_a_slot_replaces_a_connection_one_at_a_time() {
-        let has = |peer: Standing, connections, closing| Standing { connections, closing, ..peer };
+    fn at_its_cap_a_peer_that_holds_slot_replaces_a_connection_one_at_a_time() {
+        let has =
+            |peer: PeerStatus, connections, closing| PeerStatus { connections, closing, ..peer };
         let mut all = limits(99);
-        assert_eq!(come(&mut all, 1, has(STRANGER, 1, 0)), Ok(Room::Free));
-        assert_eq!(come(&mut all, 2, has(STRANGER, 2, 0)), Err(Denied::Peer));
-        assert_eq!(come(&mut all, 3, has(HOLDER, 2, 0)), Ok(Room::OfItsOwn));
-        assert_eq!(come(&mut all, 4, has(HOLDER, 3, 1)), Err(Denied::Peer));
-        assert_eq!(come(&mut all, 5, has(STRANGER, 2, 1)), Err(Denied::Peer));
+        assert_eq!(establish(&mut all, 1, has(WITHOUT_SLOT, 1, 0)), Ok(Preemption::None));
+        assert_eq!(establish(&mut all, 2, has(WITHOUT_SLOT, 2, 0)), Err(Denied::Peer));
+        assert_eq!(establish(&mut all, 3, has(WITH_SLOT, 2, 0)), Ok(Preemption::OwnConnection));
+        assert_eq!(establish(&mut all, 4, has(WITH_SLOT, 3, 1)), Err(Denied::Peer));
+        assert_eq!(establish(&mut all, 5, has(WITHOUT_SLOT, 2, 1)), Err(Denied::Peer));
     }
 
     #[test]
-    fn a_dropped_handshake_makes_room_at_once_and_is_no_open_connection() {
+    fn a_dropped_handshake_frees_its_permit_at_once_and_does_not_count_as_established() {
         let mut all = limits(1);
         for n in 0..56 {
             let progress = Some(Progress::default());
@@ -454,20 +446,20 @@ mod tests {
         assert_eq!(admit(&mut all, 99, from(99, 1)), Err(Denied::Handshakes));
         assert_eq!(all.overdue(Instant::now() + Duration::from_secs(4)).len(), 56);
         assert_eq!(admit(&mut all, 99, from(99, 1)), Ok(()));
-        assert_eq!(all.establish(id(99), STRANGER, 0), Ok(Room::Free));
-        (0..100).for_each(|n| all.forget(id(n)));
+        assert_eq!(all.establish(id(99), WITHOUT_SLOT, 0), Ok(Preemption::None));
+        (0..100).for_each(|n| all.remove(id(n)));
         assert!(all.counts() == [0; 3] && all.dropped.is_empty());
     }
 
     #[test]
-    fn what_is_gone_leaves_nothing_behind() {
+    fn closed_connections_leave_no_counts_behind() {
         let mut all = limits(9);
         for n in 1..4 {
             admit(&mut all, n, from(1, 1)).unwrap();
         }
-        all.establish(id(1), STRANGER, 0).unwrap();
+        all.establish(id(1), WITHOUT_SLOT, 0).unwrap();
         for n in [1, 1, 2, 3, 4] {
-            all.forget(id(n));
+            all.remove(id(n));
         }
         assert_eq!(all.counts(), [0; 3]);
     }

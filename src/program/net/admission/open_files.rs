@@ -1,34 +1,32 @@
-//! The limit of open files: each connection is one.
+//! The process's limit on open files: each connection takes one.
 
 use rlimit::Resource;
 
 use super::limits::Limits;
 
-/// Files that are open beside the connections: listeners, timers, standard streams, the runtime's,
-/// whoever watches over HTTP, and whom AutoNAT dials.
-const OTHERS: u64 = if cfg!(feature = "autonat") { 160 } else { 96 };
+/// Files besides those of inbound connections and of the DHT: listeners, timers, standard streams, the runtime's, HTTP
+/// clients, and AutoNAT's dials.
+const OTHER_FILES: u64 = if cfg!(feature = "autonat") { 160 } else { 96 };
 
-/// Raises the limit as far as the system lets us; a warning if that is not far enough.
+/// Raises the limit as far as the system allows. Returns a warning if that is not enough.
 ///
-/// Beside the connections that count are those in their handshakes; behind a proxy as many again are
-/// open before even those count; and so many may be `dialed`, which do not count at all.
+/// Connections in their handshakes are not among `limits.max_connections`. Behind a proxy as many more wait for their
+/// PROXY protocol headers, and `dialed` are open for the DHT.
 pub fn raise_limit(limits: &Limits, behind_proxy: bool, dialed: usize) -> Option<String> {
-    // An unreadable limit is no reason not to start.
+    // The relay starts without a warning if the limit cannot be read.
     let (_, hard) = Resource::NOFILE.get().ok()?;
     let limit = rlimit::increase_nofile_limit(hard).ok()?;
     let rounds = if behind_proxy { 2 } else { 1 };
-    let uncounted = limits.max_handshakes.saturating_mul(rounds);
-    let uncounted = uncounted.saturating_add(dialed);
-    warning(limit, limits.max_connections, uncounted)
+    let others = limits.max_handshakes.saturating_mul(rounds).saturating_add(dialed);
+    warning(limit, limits.max_connections, others)
 }
 
-fn warning(limit: u64, max_connections: usize, uncounted: usize) -> Option<String> {
-    let connections = max_connections.saturating_add(uncounted) as u64;
-    let needed = connections.saturating_add(OTHERS);
+fn warning(limit: u64, max_connections: usize, others: usize) -> Option<String> {
+    let needed = (max_connections.saturating_add(others) as u64).saturating_add(OTHER_FILES);
     (limit < needed).then(|| {
         format!(
-            "--max-connections {max_connections} needs {needed} open files and the system allows \
-             {limit}: raise its hard limit (ulimit -Hn, LimitNOFILE) or lower --max-connections"
+            "too few open files: --max-connections {max_connections} needs {needed} and the system allows \
+             {limit}; raise its hard limit (ulimit -Hn, LimitNOFILE) or lower --max-connections"
         )
     })
 }

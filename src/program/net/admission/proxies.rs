@@ -1,4 +1,4 @@
-//! The proxies in front of the relay that are believed when they say whose connection they bring.
+//! The trusted proxies in front of the relay, and reading the client's address from their PROXY protocol headers.
 
 use std::{
     io,
@@ -15,100 +15,100 @@ use ipnet::IpNet;
 
 use super::{
     limits::Denied,
-    proxy_header::{self, NoHeader},
+    proxy_header::{self, HeaderError},
 };
 
-/// How long a header may take. A proxy has it in its first packet; this leaves time to send that
-/// again.
+/// How long a header may take. A proxy sends it in its first packet; this allows for retransmissions.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The subnets that proxies are in, and how many of their connections wait for a header. Clones
-/// share both.
+/// The subnets of proxies, and a semaphore for connections that wait for a header. Clones share both.
 #[derive(Clone, Debug)]
 pub struct Proxies {
     subnets: Arc<RwLock<Vec<IpNet>>>,
-    introductions: Arc<AtomicUsize>,
-    most_introductions: usize,
+    waiting: Arc<AtomicUsize>,
+    max_waiting: usize,
 }
 
-/// A connection's place among those that wait for a header, given back when it is dropped.
+/// A permit to wait for a header, released when it is dropped.
 #[derive(Debug)]
-pub struct Introduction(Arc<AtomicUsize>);
+pub struct HeaderPermit(Arc<AtomicUsize>);
 
-impl Drop for Introduction {
+impl Drop for HeaderPermit {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
 impl Proxies {
-    /// No proxies yet; when there are, so many of their connections may wait for a header.
-    pub fn new(most_introductions: usize) -> Self {
-        Self { subnets: Arc::default(), introductions: Arc::default(), most_introductions }
+    /// No proxies; at most `max_waiting` of their connections may wait for a header at a time.
+    pub fn new(max_waiting: usize) -> Self {
+        Self { subnets: Arc::default(), waiting: Arc::default(), max_waiting }
     }
 
-    /// A place to wait for a header.
+    /// Acquires a permit.
     ///
     /// # Errors
     ///
-    /// When as many wait as may.
-    pub fn introduce(&self) -> Result<Introduction, Denied> {
-        let one_more = |waiting: usize| (waiting < self.most_introductions).then_some(waiting + 1);
-        self.introductions
+    /// When as many connections wait as may.
+    pub fn acquire(&self) -> Result<HeaderPermit, Denied> {
+        let one_more = |waiting: usize| (waiting < self.max_waiting).then_some(waiting + 1);
+        self.waiting
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more)
-            .map(|_| Introduction(Arc::clone(&self.introductions)))
+            .map(|_| HeaderPermit(Arc::clone(&self.waiting)))
             .map_err(|_| Denied::Handshakes)
     }
 
-    /// From now on the proxies are in these.
+    /// Replaces the subnets of proxies.
     pub fn set(&self, subnets: Vec<IpNet>) {
         *self.subnets.write().unwrap_or_else(PoisonError::into_inner) = subnets;
     }
 
-    /// Whether a connection from here has a header in front.
-    pub fn include(&self, ip: IpAddr) -> bool {
+    /// Whether a proxy has this address: its connections begin with a header.
+    pub fn contains(&self, ip: IpAddr) -> bool {
         let ip = ip.to_canonical();
         let subnets = self.subnets.read().unwrap_or_else(PoisonError::into_inner);
         subnets.iter().any(|subnet| subnet.contains(&ip))
     }
 }
 
-/// Whose connection a proxy brings, `None` for its own. What follows the header is left unread.
+/// Reads the header of a proxy's connection and returns the client's address; `None` if the connection is the proxy's
+/// own. Leaves what follows the header unread.
 ///
 /// # Errors
 ///
-/// When there is no header ([`Denied::NoHeader`]), or not even the first byte of one.
-pub async fn client_of(mut stream: &TcpStream) -> io::Result<Option<SocketAddr>> {
+/// [`Denied::ProxyHeader`] when there is no valid header; `UnexpectedEof` when the connection ends without a byte.
+pub async fn read_client(mut stream: &TcpStream) -> io::Result<Option<SocketAddr>> {
     let header = timeout(HEADER_TIMEOUT, read_header(&mut stream)).await;
-    header.unwrap_or_else(|_| Err(denied(NoHeader::Late)))
+    header.unwrap_or_else(|_| Err(denied(HeaderError::TimedOut)))
 }
 
 #[expect(
     clippy::indexing_slicing,
-    reason = "nothing is read beyond the buffer, and a header is no longer than what it was found in"
+    reason = "nothing is read beyond the buffer, and a header is no longer than the bytes it was parsed from"
 )]
 async fn read_header(stream: &mut &TcpStream) -> io::Result<Option<SocketAddr>> {
-    let mut bytes = [0; proxy_header::LONGEST];
+    let mut bytes = [0; proxy_header::MAX_LENGTH];
     let mut read = 0;
     loop {
-        // Looked at first: only what belongs to the header is taken out of the stream.
-        let there = stream.peek(&mut bytes[read..]).await?;
-        if there == 0 {
+        // 1. Peek, so that only bytes of the header are taken out of the stream.
+        let peeked = stream.peek(&mut bytes[read..]).await?;
+        if peeked == 0 {
             return Err(match read {
-                0 => io::ErrorKind::UnexpectedEof.into(), // whether we are there, asks a health check
-                _ => denied(NoHeader::Ended),
+                0 => io::ErrorKind::UnexpectedEof.into(), // a proxy's health check
+                _ => denied(HeaderError::Truncated),
             });
         }
-        let header = proxy_header::parse(&bytes[..read + there]).map_err(denied)?;
-        let until = header.map_or(read + there, |header| header.length);
-        stream.read_exact(&mut bytes[read..until]).await?;
-        read = until;
+        // 2. Parse, and take what belongs to the header.
+        let header = proxy_header::parse(&bytes[..read + peeked]).map_err(denied)?;
+        let end = header.map_or(read + peeked, |header| header.length);
+        stream.read_exact(&mut bytes[read..end]).await?;
+        read = end;
         if let Some(header) = header {
             return Ok(header.client);
         }
     }
 }
 
-fn denied(why: NoHeader) -> io::Error {
-    Denied::NoHeader(why).into()
+fn denied(error: HeaderError) -> io::Error {
+    Denied::ProxyHeader(error).into()
 }

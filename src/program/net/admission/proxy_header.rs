@@ -1,8 +1,8 @@
-//! The header of the [PROXY protocol][spec]: whose connection it is that a proxy brings.
+//! The header of the [PROXY protocol][spec], with which a proxy names the client of a connection.
 //!
-//! Pure. Written here because the parsers that are kept take for headers what are none (`PROXYxTCP4`,
-//! the port `+1`), refuse a LOCAL whose addresses the specification says to ignore, and are thirty
-//! times as long, for extensions that nobody here reads. One of them writes the headers of the tests.
+//! Sans-IO. Not a library, because the maintained parsers accept malformed headers (`PROXYxTCP4`, the port `+1`) and
+//! reject a LOCAL with addresses, which the specification says to ignore; and because they are thirty times as long, for
+//! extensions that the relay does not read. The tests compare this parser with the headers that one of them writes.
 //!
 //! [spec]: https://www.haproxy.org/download/3.2/doc/proxy-protocol.txt
 
@@ -12,137 +12,142 @@ use std::{
     str::FromStr,
 };
 
-/// How long a header may be: what a TCP segment carries on any network, so that it comes in one.
-pub const LONGEST: usize = 536;
+/// The longest header that is read, in bytes: what a TCP segment carries on any network, so that it arrives in one.
+pub const MAX_LENGTH: usize = 536;
 
-/// How long one of version 1 may be, by the specification.
-const LONGEST_V1: usize = 107;
+/// The longest header of version 1, in bytes, by the specification.
+const MAX_LENGTH_V1: usize = 107;
 
-const V1: &[u8] = b"PROXY ";
-const V2: &[u8] = b"\r\n\r\n\0\r\nQUIT\n";
+const SIGNATURE_V1: &[u8] = b"PROXY ";
+const SIGNATURE_V2: &[u8] = b"\r\n\r\n\0\r\nQUIT\n";
 
-/// Signature, version and command, family and protocol, length.
+/// Length of version 2's fixed part: signature, version and command, family and protocol, length.
 const FIXED_V2: usize = 16;
 
-/// What a header says.
+/// A parsed header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {
-    /// Whose connection it is; an IPv4-mapped address as IPv4. `None`: the proxy's own, a health
-    /// check for example, or of somebody without an IP address.
+    /// The client; an IPv4-mapped address as IPv4. `None`: the connection is the proxy's own (a health check), or the
+    /// client has no IP address.
     pub client: Option<SocketAddr>,
-    /// How many bytes the header has.
+    /// The length of the header, in bytes.
     pub length: usize,
 }
 
-/// Why there is no header.
+/// Why there is no valid header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum NoHeader {
-    /// It begins like none.
-    SomethingElse,
-    /// It is longer than may be.
+pub enum HeaderError {
+    /// The first bytes are not a header's.
+    NotAHeader,
+    /// It exceeds the maximum length.
     TooLong,
-    /// What it begins with is a header's, and what follows is not.
+    /// It begins like a header and does not follow the specification.
     Malformed,
-    /// The connection ended in the middle of it.
-    Ended,
-    /// It was not there in time.
-    Late,
+    /// The connection ended before the end of the header.
+    Truncated,
+    /// It did not arrive in time.
+    TimedOut,
 }
 
-impl fmt::Display for NoHeader {
+impl fmt::Display for HeaderError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::SomethingElse => "something else came first",
+            Self::NotAHeader => "the first bytes are not a header",
             Self::TooLong => "longer than 536 bytes, or 107 in version 1",
             Self::Malformed => "malformed",
-            Self::Ended => "ended in the middle",
-            Self::Late => "not there in time",
+            Self::Truncated => "truncated",
+            Self::TimedOut => "timed out",
         })
     }
 }
 
-/// The header that these bytes begin with. `None`: it is not all there, and all of them belong to it.
+/// Parses the header at the start of these bytes. `None`: it is incomplete, and all bytes belong to it.
 ///
 /// # Errors
 ///
-/// When they begin like no header, or it is too long, or malformed now that it is all there.
-pub fn parse(bytes: &[u8]) -> Result<Option<Header>, NoHeader> {
-    if starts_alike(bytes, V1) {
-        v1(bytes)
-    } else if starts_alike(bytes, V2) {
-        v2(bytes)
+/// When the bytes begin with no header, or with one that is too long or malformed.
+pub fn parse(bytes: &[u8]) -> Result<Option<Header>, HeaderError> {
+    if may_begin_with(bytes, SIGNATURE_V1) {
+        parse_v1(bytes)
+    } else if may_begin_with(bytes, SIGNATURE_V2) {
+        parse_v2(bytes)
     } else {
-        Err(NoHeader::SomethingElse)
+        Err(HeaderError::NotAHeader)
     }
 }
 
-/// Whether one begins with the other.
-fn starts_alike(bytes: &[u8], signature: &[u8]) -> bool {
+/// Whether the bytes begin with the signature, or are the beginning of it.
+fn may_begin_with(bytes: &[u8], signature: &[u8]) -> bool {
     bytes.iter().zip(signature).all(|(a, b)| a == b)
 }
 
 /// Section 2.1: `PROXY TCP4 192.0.2.1 192.0.2.2 56324 443`, CR and LF.
-fn v1(bytes: &[u8]) -> Result<Option<Header>, NoHeader> {
-    let within = bytes.get(..LONGEST_V1).unwrap_or(bytes);
+fn parse_v1(bytes: &[u8]) -> Result<Option<Header>, HeaderError> {
+    let within = bytes.get(..MAX_LENGTH_V1).unwrap_or(bytes);
     let Some(end) = within.windows(2).position(|two| two == b"\r\n") else {
         return match within.len() {
-            LONGEST_V1 => Err(NoHeader::TooLong),
+            MAX_LENGTH_V1 => Err(HeaderError::TooLong),
             _ => Ok(None),
         };
     };
     let line = String::from_utf8_lossy(within.get(..end).unwrap_or_default());
     let client = match line.split(' ').collect::<Vec<_>>()[..] {
-        ["PROXY", "UNKNOWN", ..] => None, // what follows is to be ignored
+        ["PROXY", "UNKNOWN", ..] => None, // the rest of the line is to be ignored
         ["PROXY", "TCP4", from, to, from_port, to_port] => {
-            written::<Ipv4Addr>(to, to_port)?;
-            Some(written::<Ipv4Addr>(from, from_port)?)
+            text_address::<Ipv4Addr>(to, to_port)?;
+            Some(text_address::<Ipv4Addr>(from, from_port)?)
         }
         ["PROXY", "TCP6", from, to, from_port, to_port] => {
-            written::<Ipv6Addr>(to, to_port)?;
-            Some(written::<Ipv6Addr>(from, from_port)?)
+            text_address::<Ipv6Addr>(to, to_port)?;
+            Some(text_address::<Ipv6Addr>(from, from_port)?)
         }
-        _ => return Err(NoHeader::Malformed),
+        _ => return Err(HeaderError::Malformed),
     };
     let length = end + 2;
     Ok(Some(Header { client, length }))
 }
 
-/// Section 2.2: 16 bytes, the last two of which say how many follow.
-fn v2(bytes: &[u8]) -> Result<Option<Header>, NoHeader> {
+/// Section 2.2: 16 bytes, the last two of which are the length of what follows.
+fn parse_v2(bytes: &[u8]) -> Result<Option<Header>, HeaderError> {
     let Some((fixed, rest)) = bytes.split_first_chunk::<FIXED_V2>() else {
         return Ok(None);
     };
     let [.., command, family, l0, l1] = *fixed;
-    let follow = usize::from(u16::from_be_bytes([l0, l1]));
-    let length = FIXED_V2 + follow;
-    if length > LONGEST {
-        return Err(NoHeader::TooLong);
+    let rest_length = usize::from(u16::from_be_bytes([l0, l1]));
+    let length = FIXED_V2 + rest_length;
+    if length > MAX_LENGTH {
+        return Err(HeaderError::TooLong);
     }
-    let Some(rest) = rest.get(..follow) else {
+    let Some(rest) = rest.get(..rest_length) else {
         return Ok(None);
     };
-    // Behind the addresses may be extensions; nothing here is told by them.
+    // Extensions may follow the addresses; they are ignored.
     let client = match (command, family) {
         (0x20, _) => None,           // LOCAL: the rest is to be ignored
-        (0x21, 0x00 | 0x31) => None, // PROXY: for somebody unknown, or on a Unix socket
-        (0x21, 0x11) => Some(packed::<4, Ipv4Addr>(rest).ok_or(NoHeader::Malformed)?),
-        (0x21, 0x21) => Some(packed::<16, Ipv6Addr>(rest).ok_or(NoHeader::Malformed)?),
-        _ => return Err(NoHeader::Malformed),
+        (0x21, 0x00 | 0x31) => None, // PROXY: for an unknown client, or over a Unix socket
+        (0x21, 0x11) => Some(binary_address::<4, Ipv4Addr>(rest).ok_or(HeaderError::Malformed)?),
+        (0x21, 0x21) => Some(binary_address::<16, Ipv6Addr>(rest).ok_or(HeaderError::Malformed)?),
+        _ => return Err(HeaderError::Malformed),
     };
     Ok(Some(Header { client, length }))
 }
 
-/// An address and a port as text.
-fn written<I: FromStr + Into<IpAddr>>(ip: &str, port: &str) -> Result<SocketAddr, NoHeader> {
-    let digits = port.bytes().all(|byte| byte.is_ascii_digit());
+/// Parses an address and a port as text.
+fn text_address<I: FromStr + Into<IpAddr>>(
+    ip: &str,
+    port: &str,
+) -> Result<SocketAddr, HeaderError> {
+    let is_numeric = port.bytes().all(|byte| byte.is_ascii_digit()); // `parse` accepts a +, too
     match (ip.parse::<I>(), port.parse()) {
-        (Ok(ip), Ok(port)) if digits => Ok(canonical(ip, port)),
-        _ => Err(NoHeader::Malformed),
+        (Ok(ip), Ok(port)) if is_numeric => Ok(canonical(ip, port)),
+        _ => Err(HeaderError::Malformed),
     }
 }
 
-/// The first of two addresses in `N` bytes each, and the first of the two ports behind them.
-fn packed<const N: usize, I: From<[u8; N]> + Into<IpAddr>>(bytes: &[u8]) -> Option<SocketAddr> {
+/// Parses the first of two addresses of `N` bytes, and the first of the two ports that follow them.
+fn binary_address<const N: usize, I: From<[u8; N]> + Into<IpAddr>>(
+    bytes: &[u8],
+) -> Option<SocketAddr> {
     let (from, bytes) = bytes.split_first_chunk::<N>()?;
     let (_to, bytes) = bytes.split_first_chunk::<N>()?;
     let (ports, _) = bytes.split_first_chunk::<4>()?;
@@ -161,19 +166,19 @@ mod tests {
 
     use super::*;
 
-    fn read(bytes: &[u8]) -> Result<Option<SocketAddr>, NoHeader> {
-        let header = parse(bytes)?.expect("a header that is all there");
+    fn read(bytes: &[u8]) -> Result<Option<SocketAddr>, HeaderError> {
+        let header = parse(bytes)?.expect("a complete header");
         assert_eq!(header.length, bytes.len());
         Ok(header.client)
     }
 
     fn of_v2(command: u8, family: u8, rest: &[u8]) -> Vec<u8> {
         let length = u16::try_from(rest.len()).unwrap().to_be_bytes();
-        [V2, &[command, family], &length, rest].concat()
+        [SIGNATURE_V2, &[command, family], &length, rest].concat()
     }
 
     #[test]
-    fn the_specifications_examples_are_understood() {
+    fn the_examples_of_the_specification_are_parsed() {
         let client = |text: &str| Ok(Some(text.parse().unwrap()));
         let v1 = read(b"PROXY TCP4 192.168.0.1 192.168.0.11 56324 443\r\n");
         assert_eq!(v1, client("192.168.0.1:56324"));
@@ -198,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn local_and_unknown_are_the_proxys_own_whatever_they_carry() {
+    fn local_and_unknown_have_no_client_whatever_follows() {
         for (command, family) in [(0x20, 0x00), (0x20, 0x11), (0x20, 0xff), (0x21, 0)] {
             for rest in [&[][..], &[0xff; 7], &[0; 520]] {
                 assert_eq!(read(&of_v2(command, family, rest)), Ok(None));
@@ -210,39 +215,39 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_header_is_refused() {
+    fn invalid_headers_are_rejected() {
         for (bytes, why) in [
-            (&b"\x13/multistream/1.0.0\n"[..], NoHeader::SomethingElse),
-            (b"proxy TCP4 192.0.2.1", NoHeader::SomethingElse),
-            (b"PROXYxTCP4 192.0.2.1", NoHeader::SomethingElse),
-            (b"\r\n\r\n\0\r\nQUIT\r", NoHeader::SomethingElse),
-            (&[&b"PROXY UNKNOWN "[..], &[b'1'; 93]].concat(), NoHeader::TooLong),
-            (&[V2, &[0x21, 0x11, 2, 9]].concat(), NoHeader::TooLong),
-            (b"PROXY \r\n", NoHeader::Malformed),
-            (b"PROXY UNKNOWNS\r\n", NoHeader::Malformed),
-            (b"PROXY TCP4\r\n", NoHeader::Malformed),
-            (b"PROXY TCP4 192.0.2.1 192.0.2.2 1\r\n", NoHeader::Malformed),
-            (b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2 3\r\n", NoHeader::Malformed),
-            (b"PROXY TCP4 192.0.2.1 192.0.2.2 +1 2\r\n", NoHeader::Malformed),
-            (b"PROXY TCP4 192.0.2.1 192.0.2.2 1 65536\r\n", NoHeader::Malformed),
-            (b"PROXY TCP4 192.0.2.1  192.0.2.2 1 2\r\n", NoHeader::Malformed),
-            (b"PROXY TCP4 192.0.2.256 192.0.2.2 1 2\r\n", NoHeader::Malformed),
-            (b"PROXY TCP4 ::1 ::2 1 2\r\n", NoHeader::Malformed),
-            (b"PROXY TCP6 192.0.2.1 192.0.2.2 1 2\r\n", NoHeader::Malformed),
-            (b"PROXY UDP4 192.0.2.1 192.0.2.2 1 2\r\n", NoHeader::Malformed),
-            (b"PROXY TCP4 192.0.2.1\n192.0.2.2 1 2\r\n", NoHeader::Malformed),
-            (&of_v2(0x21, 0x11, &[0; 11]), NoHeader::Malformed),
-            (&of_v2(0x21, 0x21, &[0; 35]), NoHeader::Malformed),
-            (&of_v2(0x21, 0x12, &[0; 12]), NoHeader::Malformed), // UDP
-            (&of_v2(0x21, 0x41, &[0; 36]), NoHeader::Malformed),
-            (&of_v2(0x22, 0x11, &[0; 12]), NoHeader::Malformed),
-            (&of_v2(0x11, 0x11, &[0; 12]), NoHeader::Malformed), // version 1
+            (&b"\x13/multistream/1.0.0\n"[..], HeaderError::NotAHeader),
+            (b"proxy TCP4 192.0.2.1", HeaderError::NotAHeader),
+            (b"PROXYxTCP4 192.0.2.1", HeaderError::NotAHeader),
+            (b"\r\n\r\n\0\r\nQUIT\r", HeaderError::NotAHeader),
+            (&[&b"PROXY UNKNOWN "[..], &[b'1'; 93]].concat(), HeaderError::TooLong),
+            (&[SIGNATURE_V2, &[0x21, 0x11, 2, 9]].concat(), HeaderError::TooLong),
+            (b"PROXY \r\n", HeaderError::Malformed),
+            (b"PROXY UNKNOWNS\r\n", HeaderError::Malformed),
+            (b"PROXY TCP4\r\n", HeaderError::Malformed),
+            (b"PROXY TCP4 192.0.2.1 192.0.2.2 1\r\n", HeaderError::Malformed),
+            (b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2 3\r\n", HeaderError::Malformed),
+            (b"PROXY TCP4 192.0.2.1 192.0.2.2 +1 2\r\n", HeaderError::Malformed),
+            (b"PROXY TCP4 192.0.2.1 192.0.2.2 1 65536\r\n", HeaderError::Malformed),
+            (b"PROXY TCP4 192.0.2.1  192.0.2.2 1 2\r\n", HeaderError::Malformed),
+            (b"PROXY TCP4 192.0.2.256 192.0.2.2 1 2\r\n", HeaderError::Malformed),
+            (b"PROXY TCP4 ::1 ::2 1 2\r\n", HeaderError::Malformed),
+            (b"PROXY TCP6 192.0.2.1 192.0.2.2 1 2\r\n", HeaderError::Malformed),
+            (b"PROXY UDP4 192.0.2.1 192.0.2.2 1 2\r\n", HeaderError::Malformed),
+            (b"PROXY TCP4 192.0.2.1\n192.0.2.2 1 2\r\n", HeaderError::Malformed),
+            (&of_v2(0x21, 0x11, &[0; 11]), HeaderError::Malformed),
+            (&of_v2(0x21, 0x21, &[0; 35]), HeaderError::Malformed),
+            (&of_v2(0x21, 0x12, &[0; 12]), HeaderError::Malformed), // UDP
+            (&of_v2(0x21, 0x41, &[0; 36]), HeaderError::Malformed),
+            (&of_v2(0x22, 0x11, &[0; 12]), HeaderError::Malformed),
+            (&of_v2(0x11, 0x11, &[0; 12]), HeaderError::Malformed), // version 1
         ] {
             assert_eq!(parse(bytes), Err(why), "{}", bytes.escape_ascii());
         }
     }
 
-    /// A header of either version, and whose it is.
+    /// A header of either version, and its client.
     fn headers() -> impl Strategy<Value = (Vec<u8>, Option<SocketAddr>)> {
         let v4 = || (any::<[u8; 4]>(), any::<u16>()).prop_map(SocketAddr::from);
         let v6 = || (any::<[u8; 16]>(), any::<u16>()).prop_map(SocketAddr::from);
@@ -271,27 +276,27 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_another_program_writes_is_understood(
+        fn headers_written_by_another_library_are_parsed(
             (bytes, client) in headers(),
-            behind in vec(any::<u8>(), 0..64),
+            after in vec(any::<u8>(), 0..64),
         ) {
             let length = bytes.len();
             let header = Header { client, length };
-            prop_assert_eq!(parse(&[&bytes[..], &behind].concat()), Ok(Some(header)));
+            prop_assert_eq!(parse(&[&bytes[..], &after].concat()), Ok(Some(header)));
             for part in 0..length {
                 prop_assert_eq!(parse(&bytes[..part]), Ok(None), "{} bytes of it", part);
             }
         }
 
         #[test]
-        fn no_bytes_are_too_much(
-            signature in select(vec![&b""[..], V1, b"PROXY TCP4 ", V2]),
+        fn arbitrary_bytes_are_parsed_or_rejected(
+            signature in select(vec![&b""[..], SIGNATURE_V1, b"PROXY TCP4 ", SIGNATURE_V2]),
             bytes in vec(any::<u8>(), 0..700),
         ) {
             let bytes = [signature, &bytes].concat();
             match parse(&bytes) {
-                Ok(Some(header)) => prop_assert!(header.length <= LONGEST.min(bytes.len())),
-                Ok(None) => prop_assert!(bytes.len() < LONGEST),
+                Ok(Some(header)) => prop_assert!(header.length <= MAX_LENGTH.min(bytes.len())),
+                Ok(None) => prop_assert!(bytes.len() < MAX_LENGTH),
                 Err(_) => {}
             }
         }

@@ -1,7 +1,7 @@
 //! Identify's message: encodes the relay's, and reads the few fields of a peer's that are used.
 //!
-//! A peer's message is decoded field by field while it arrives. So one that is never completed, and one
-//! of which nothing is used, take no more memory than the read-ahead and one field.
+//! A peer's message is decoded field by field while it arrives, so that even one that is never completed takes no more
+//! memory than the read buffer and one field.
 //! See [the specification](https://github.com/libp2p/specs/blob/master/identify/README.md).
 
 use std::{io, time::Duration};
@@ -24,8 +24,8 @@ pub const TIME_LIMIT: Duration = Duration::from_secs(10);
 /// The largest message that is read, in bytes: go-libp2p's limit. rust-libp2p sends at most 4,096.
 const MAX_READ: usize = 8192;
 
-/// How many bytes are read of one stream, and how many messages: go-libp2p sends a signed record as a
-/// second one where both together exceed 2,048 bytes, and reads at most ten.
+/// How many bytes and messages are read from one stream. go-libp2p sends a signed record as a second message if both
+/// together exceed 2,048 bytes, and reads at most ten messages.
 const MAX_STREAM: u64 = 16 * 1024;
 const MAX_MESSAGES: usize = 10;
 
@@ -35,8 +35,8 @@ const MAX_FIELD: u64 = 256;
 /// How many listening addresses of a peer are used.
 const MAX_ADDRESSES: usize = 32;
 
-/// How many bytes are read ahead of what is decoded.
-const READ_AHEAD: usize = 512;
+/// The size of the read buffer, in bytes.
+const READ_BUFFER: usize = 512;
 
 // The fields of a peer's message that are used.
 const LISTEN_ADDRS: u64 = 2;
@@ -63,7 +63,7 @@ struct Identify {
     agent_version: Option<String>,
 }
 
-/// What a peer says of itself and of the relay, as far as it is used.
+/// The fields of a peer's message that are used.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Info {
     /// The address at which the peer reached the relay.
@@ -75,8 +75,8 @@ pub struct Info {
     pub supports_dht: Option<bool>,
 }
 
-/// Encodes the relay's message behind its length, with as many of `addresses` as fit into
-/// [`wire::MAX_MESSAGE`] bytes, first ones first. Returns how many were left out, too.
+/// Encodes the relay's message with its length in front, and with as many of `addresses` as fit into
+/// [`wire::MAX_MESSAGE`] bytes, the first ones first. Also returns how many are left out.
 pub fn encode<'a>(
     public_key: &[u8],
     addresses: &[Multiaddr],
@@ -94,7 +94,7 @@ pub fn encode<'a>(
     let mut size = message.encoded_len();
     for address in addresses {
         let address = address.to_vec();
-        // A byte for the number of the field, and the length.
+        // One byte for the field number, then the length.
         size += 1 + prost::length_delimiter_len(address.len()) + address.len();
         if size > wire::MAX_MESSAGE {
             break;
@@ -109,7 +109,7 @@ pub fn encode<'a>(
 ///
 /// # Errors
 ///
-/// When the stream fails, or the peer does not take the message within [`TIME_LIMIT`].
+/// When the stream fails, or the peer does not read the message within [`TIME_LIMIT`].
 pub async fn send(mut stream: impl AsyncWrite + Unpin, message: &[u8]) -> io::Result<()> {
     let send = async {
         stream.write_all(message).await?;
@@ -123,10 +123,10 @@ pub async fn send(mut stream: impl AsyncWrite + Unpin, message: &[u8]) -> io::Re
 ///
 /// # Errors
 ///
-/// When the first message is malformed, too long, or not complete within [`TIME_LIMIT`]. What is
-/// wrong with further ones ends the reading, and is no error.
+/// When the first message is malformed, too long, or not complete within [`TIME_LIMIT`]. A problem with a further one
+/// ends reading and is no error.
 pub async fn read(stream: impl AsyncRead + Unpin, dht: Option<&str>) -> io::Result<Info> {
-    let mut stream = BufReader::with_capacity(READ_AHEAD, stream).take(MAX_STREAM);
+    let mut stream = BufReader::with_capacity(READ_BUFFER, stream).take(MAX_STREAM);
     let (mut info, mut messages) = (Info::default(), 0);
     let all = async {
         while messages < MAX_MESSAGES {
@@ -180,7 +180,7 @@ async fn read_message(
 }
 
 impl Info {
-    /// Takes over a field; an address that is none is ignored.
+    /// Sets a field. Ignores a malformed address.
     fn set(&mut self, field: u64, bytes: Vec<u8>, dht: Option<&str>) {
         if field == PROTOCOLS {
             let is_dht = dht.is_some_and(|dht| dht.as_bytes() == bytes);
@@ -196,7 +196,7 @@ impl Info {
     }
 }
 
-/// Reads a varint of protobuf: at most ten bytes, 64 bits.
+/// Reads a protobuf varint: at most ten bytes, 64 bits.
 async fn read_varint(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<u64> {
     let mut value = 0;
     for shift in (0..64).step_by(7) {
@@ -315,7 +315,7 @@ mod tests {
         let whole = read_all(&bytes, Some(KAD)).unwrap();
         assert_eq!(whole.observed, observed());
         assert_eq!((whole.supports_dht, whole.listening.len()), (Some(true), MAX_ADDRESSES));
-        // The first message counts whatever becomes of the others.
+        // The first message counts even if a later one is truncated.
         let first = messages[0].encode_length_delimited_to_vec().len();
         for end in first..bytes.len() {
             assert_eq!(read_all(&bytes[..end], Some(KAD)).unwrap().observed, observed());
@@ -323,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn a_message_that_is_cut_short_says_nothing() {
+    fn a_truncated_message_is_an_error() {
         let bytes = theirs(5, &[KAD]).encode_length_delimited_to_vec();
         for end in 0..bytes.len() {
             assert!(read_all(&bytes[..end], Some(KAD)).is_err(), "{end}");
@@ -331,7 +331,7 @@ mod tests {
     }
 
     #[test]
-    fn of_a_fat_message_little_is_kept() {
+    fn of_a_large_message_only_the_used_fields_are_kept() {
         let fat = Theirs { listen_addrs: vec![Vec::new(); 2010], ..theirs(0, &[]) };
         assert_eq!(
             read_one(&fat, Some(KAD)).unwrap(),
@@ -342,7 +342,7 @@ mod tests {
         assert_eq!((info.supports_dht, info.listening.len()), (Some(false), MAX_ADDRESSES));
         let too_long = Theirs { listen_addrs: vec![Vec::new(); 10_000], ..theirs(0, &[]) };
         assert_eq!(read_one(&too_long, None).unwrap_err().kind(), io::ErrorKind::InvalidData);
-        // A field that is too long is skipped, and so is one that is no address.
+        // A field that is too long is skipped, and so is a malformed address.
         let long = address(&format!("/dns4/{}/tcp/1", "x".repeat(300))).to_vec();
         for bytes in [long, vec![255; 8]] {
             let message = Theirs { observed_addr: Some(bytes.clone()), ..Theirs::default() };
@@ -377,7 +377,7 @@ mod tests {
             &[0x78, 0x80, 0x00][..], // a varint that is not minimal
             &[0x79, 1, 2, 3, 4, 5, 6, 7, 8],
             &[0x7d, 1, 2, 3, 4],
-            &[0x7a, 2, 0x7a, 200], // nested: not looked into
+            &[0x7a, 2, 0x7a, 200], // nested: not parsed
             &[0x78, 255, 255, 255, 255, 255, 255, 255, 255, 255, 1], // 2^64 - 1
             &[0x22, 0],            // an observed address that is empty
         ] {
@@ -405,7 +405,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_sent_is_what_is_read() {
+    fn a_sent_message_is_read_back_unchanged() {
         let key = Keypair::generate_ed25519().public().encode_protobuf();
         let addresses = [address("/ip4/1.2.3.4/tcp/1"), address("/dns4/example.org/tcp/1")];
         let observed = address("/ip4/5.6.7.8/tcp/9");
@@ -429,9 +429,9 @@ mod tests {
         assert_eq!(read_all(&bytes, Some(KAD)).unwrap(), info);
     }
 
-    /// A machine of so many IPv6 addresses was seen.
+    /// A machine with this many IPv6 addresses exists.
     #[test]
-    fn of_190_addresses_those_that_fit_are_told() {
+    fn of_190_addresses_those_that_fit_are_sent() {
         let many: Vec<_> =
             (0..190u16).map(|n| address(&format!("/ip6/2a00:1450::{n:x}/tcp/4001"))).collect();
         let observed = address("/ip4/5.6.7.8/tcp/9");
@@ -444,7 +444,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_arrives_the_bounds_hold(bytes: Vec<u8>, length in 0..200usize) {
+        fn arbitrary_bytes_stay_within_the_bounds(bytes: Vec<u8>, length in 0..200usize) {
             let framed = [&[length as u8 & 0x7f], &bytes[..]].concat();
             for bytes in [bytes, framed] {
                 for dht in [None, Some(KAD)] {
@@ -458,7 +458,7 @@ mod tests {
         }
 
         #[test]
-        fn what_is_sent_never_exceeds_4096_bytes_and_is_understood(
+        fn a_sent_message_is_at_most_4096_bytes_and_can_be_read(
             hosts in vec("[a-z]{1,200}", 0..100),
             key in vec(any::<u8>(), 0..1000),
         ) {

@@ -1,7 +1,7 @@
-//! The head of a WebSocket message goes out in one piece with its body.
+//! Write coalescing: sends the head of a WebSocket message together with its body.
 //!
-//! libp2p's WebSocket writes one after the other, and our sockets send at once what they are given:
-//! that would be two system calls and two packets for each message.
+//! libp2p's WebSocket writes one after the other, and our sockets send each write at once (TCP_NODELAY): that would take
+//! two system calls and two packets for each message.
 
 use std::{
     io::{self, ErrorKind, IoSlice},
@@ -11,33 +11,33 @@ use std::{
 
 use libp2p::futures::{AsyncRead, AsyncWrite};
 
-/// How a message of the relay's begins: binary, and whole. No record of TLS does.
+/// The first byte of each message that the relay sends: binary, not fragmented. No TLS record begins with it.
 const MESSAGE: u8 = 0x82;
 
 /// The longest head of such a message, in bytes.
-const LONGEST_HEAD: usize = 10;
+const MAX_HEAD: usize = 10;
 
-/// A stream that holds a head back until its body comes, or it is flushed.
+/// A stream that delays a head until its body is written, or the stream is flushed.
 #[derive(Debug)]
-pub struct Joined<S> {
+pub struct WriteCoalescing<S> {
     stream: S,
-    head: [u8; LONGEST_HEAD],
-    /// How much of it is held.
-    held: usize,
+    head: [u8; MAX_HEAD],
+    /// How many bytes of `head` are delayed.
+    delayed: usize,
 }
 
-impl<S> Joined<S> {
-    /// Nothing was written to `stream` yet.
+impl<S> WriteCoalescing<S> {
+    /// Wraps a stream to which nothing was written yet.
     pub fn new(stream: S) -> Self {
-        Self { stream, head: [0; LONGEST_HEAD], held: 0 }
+        Self { stream, head: [0; MAX_HEAD], delayed: 0 }
     }
 
-    /// Takes these bytes, if they look like a head.
-    fn hold(&mut self, bytes: &[u8]) -> bool {
+    /// Delays these bytes if they look like a head. Returns whether they do.
+    fn delay(&mut self, bytes: &[u8]) -> bool {
         match self.head.get_mut(..bytes.len()) {
             Some(head) if bytes.first() == Some(&MESSAGE) => {
                 head.copy_from_slice(bytes);
-                self.held = bytes.len();
+                self.delayed = bytes.len();
                 true
             }
             _ => false,
@@ -45,19 +45,20 @@ impl<S> Joined<S> {
     }
 }
 
-impl<S: AsyncWrite + Unpin> Joined<S> {
-    /// Writes what is held and, behind it, from `body`; how much of that, once nothing is held.
-    fn poll_release(&mut self, cx: &mut Context<'_>, body: &[u8]) -> Poll<io::Result<usize>> {
-        while self.held > 0 {
-            let head = self.head.get(..self.held).unwrap_or_default();
+impl<S: AsyncWrite + Unpin> WriteCoalescing<S> {
+    /// Writes the delayed head and, after it, from `body`. Returns how much of `body` was written once no head is
+    /// delayed any more.
+    fn poll_write_delayed(&mut self, cx: &mut Context<'_>, body: &[u8]) -> Poll<io::Result<usize>> {
+        while self.delayed > 0 {
+            let head = self.head.get(..self.delayed).unwrap_or_default();
             let pieces = [IoSlice::new(head), IoSlice::new(body)];
             let written = ready!(Pin::new(&mut self.stream).poll_write_vectored(cx, &pieces))?;
             if written == 0 {
                 return Poll::Ready(Err(ErrorKind::WriteZero.into()));
             }
-            let of_head = written.min(self.held);
-            self.head.copy_within(of_head..self.held, 0);
-            self.held -= of_head;
+            let of_head = written.min(self.delayed);
+            self.head.copy_within(of_head..self.delayed, 0);
+            self.delayed -= of_head;
             if written > of_head {
                 return Poll::Ready(Ok(written - of_head));
             }
@@ -66,33 +67,33 @@ impl<S: AsyncWrite + Unpin> Joined<S> {
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Joined<S> {
+impl<S: AsyncWrite + Unpin> AsyncWrite for WriteCoalescing<S> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        if self.held == 0 && self.hold(bytes) {
+        if self.delayed == 0 && self.delay(bytes) {
             return Poll::Ready(Ok(bytes.len()));
         }
-        match ready!(self.poll_release(cx, bytes))? {
+        match ready!(self.poll_write_delayed(cx, bytes))? {
             0 => Pin::new(&mut self.stream).poll_write(cx, bytes),
             written => Poll::Ready(Ok(written)),
         }
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        ready!(self.poll_release(cx, &[]))?;
+        ready!(self.poll_write_delayed(cx, &[]))?;
         Pin::new(&mut self.stream).poll_flush(cx)
     }
 
     fn poll_close(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        ready!(self.poll_release(cx, &[]))?;
+        ready!(self.poll_write_delayed(cx, &[]))?;
         Pin::new(&mut self.stream).poll_close(cx)
     }
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for Joined<S> {
+impl<S: AsyncRead + Unpin> AsyncRead for WriteCoalescing<S> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -109,7 +110,7 @@ mod tests {
 
     use super::*;
 
-    /// Takes so many bytes at most in one call, and keeps what each call brought.
+    /// Takes at most this many bytes in one call, and records each call.
     struct Socket {
         at_once: usize,
         calls: Vec<Vec<u8>>,
@@ -144,14 +145,14 @@ mod tests {
         }
     }
 
-    fn joined(at_once: usize) -> Joined<Socket> {
+    fn coalescing(at_once: usize) -> WriteCoalescing<Socket> {
         let calls = Vec::new();
-        Joined::new(Socket { at_once, calls })
+        WriteCoalescing::new(Socket { at_once, calls })
     }
 
     #[test]
-    fn a_head_and_its_body_are_one_call() {
-        let mut stream = joined(usize::MAX);
+    fn a_head_and_its_body_are_written_in_one_call() {
+        let mut stream = coalescing(usize::MAX);
         block_on(async {
             stream.write_all(&[MESSAGE, 3]).await.unwrap();
             stream.write_all(b"one").await.unwrap();
@@ -165,14 +166,14 @@ mod tests {
 
     proptest! {
         #[test]
-        fn nothing_is_lost_or_moved(
+        fn no_byte_is_lost_or_reordered(
             writes in prop::collection::vec(
                 prop::collection::vec(prop_oneof![Just(MESSAGE), any::<u8>()], 0..14),
                 0..20,
             ),
             at_once in 1_usize..20,
         ) {
-            let mut stream = joined(at_once);
+            let mut stream = coalescing(at_once);
             block_on(async {
                 for bytes in &writes {
                     stream.write_all(bytes).await.unwrap();

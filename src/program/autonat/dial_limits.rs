@@ -1,0 +1,189 @@
+//! Limits on AutoNAT's dials: how often, and how many at once.
+//!
+//! Sans-IO. A client can have only its own address dialed; these limits keep clients from having the relay dial without
+//! end, and one client from using up the dials of all.
+
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    fmt,
+    time::{Duration, Instant},
+};
+
+use libp2p::PeerId;
+
+use crate::{
+    address::ClientPrefix, program::net::admission::limits::DIALED_FOR_AUTONAT, relay::rates::Rates,
+};
+
+/// How many times a minute a peer is dialed, with a burst of as many: go-libp2p's limit. All peers of an address
+/// together: ten times as often.
+pub const PER_PEER: u32 = 12;
+
+/// How many times a minute all peers together are dialed, with a burst of as many.
+pub const TOTAL: u32 = 600;
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+/// The rates, and the dials in progress.
+#[derive(Debug)]
+pub struct DialLimits {
+    rates: Rates,
+    /// The GCRA of the total: when its whole burst is available again.
+    full_at: Instant,
+    last_cleanup: Instant,
+    in_progress: HashMap<ClientPrefix, usize>,
+    total_in_progress: usize,
+}
+
+/// Which limit a dial would exceed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exceeded {
+    /// The rate of the peer or of its address.
+    Client,
+    /// The rate of all peers together.
+    Total,
+    /// The number of dials in progress, of the address or in total.
+    InProgress,
+}
+
+impl fmt::Display for Exceeded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Client => "too many dials for the client",
+            Self::Total => "too many dials",
+            Self::InProgress => "too many dials at once",
+        })
+    }
+}
+
+impl DialLimits {
+    /// No dials yet.
+    pub fn new(now: Instant) -> Self {
+        Self {
+            rates: Rates::new(PER_PEER),
+            full_at: now,
+            last_cleanup: now,
+            in_progress: HashMap::new(),
+            total_in_progress: 0,
+        }
+    }
+
+    /// Begins a dial, to be [released](Self::release) when it ends.
+    ///
+    /// # Errors
+    ///
+    /// The limit that it would exceed. It counts towards none then.
+    pub fn acquire(
+        &mut self,
+        peer: PeerId,
+        prefix: ClientPrefix,
+        now: Instant,
+    ) -> Result<(), Exceeded> {
+        let of_address = self.in_progress.get(&prefix).copied().unwrap_or(0);
+        if self.total_in_progress >= DIALED_FOR_AUTONAT || of_address >= DIALED_FOR_AUTONAT / 4 {
+            return Err(Exceeded::InProgress);
+        }
+        // Before the rates by peer, whose table so grows by at most `TOTAL` entries a minute.
+        let full_at = self.full_at.max(now) + MINUTE / TOTAL;
+        if full_at > now + MINUTE {
+            return Err(Exceeded::Total);
+        }
+        if now.saturating_duration_since(self.last_cleanup) >= MINUTE {
+            self.rates.forget_full(now);
+            self.last_cleanup = now;
+        }
+        self.rates.take(peer, Some(prefix), now).map_err(|_| Exceeded::Client)?;
+        self.full_at = full_at;
+        self.total_in_progress += 1;
+        *self.in_progress.entry(prefix).or_default() += 1;
+        Ok(())
+    }
+
+    /// Ends a dial.
+    pub fn release(&mut self, prefix: ClientPrefix) {
+        if let Entry::Occupied(mut in_progress) = self.in_progress.entry(prefix) {
+            self.total_in_progress -= 1;
+            *in_progress.get_mut() -= 1;
+            if *in_progress.get() == 0 {
+                in_progress.remove();
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{IpAddr, Ipv4Addr};
+
+    use super::*;
+
+    fn at(n: u32) -> ClientPrefix {
+        IpAddr::from(Ipv4Addr::from_bits(0x0b00_0000 + n)).into()
+    }
+
+    /// A dial that ends at once.
+    fn dial(
+        limits: &mut DialLimits,
+        peer: PeerId,
+        at: ClientPrefix,
+        now: Instant,
+    ) -> Result<(), Exceeded> {
+        limits.acquire(peer, at, now).inspect(|()| limits.release(at))
+    }
+
+    #[test]
+    fn a_peer_has_its_rate() {
+        let now = Instant::now();
+        let (mut limits, peer) = (DialLimits::new(now), PeerId::random());
+        for _ in 0..PER_PEER {
+            assert_eq!(dial(&mut limits, peer, at(1), now), Ok(()));
+        }
+        assert_eq!(dial(&mut limits, peer, at(2), now), Err(Exceeded::Client));
+        assert_eq!(dial(&mut limits, PeerId::random(), at(1), now), Ok(()));
+        let later = now + MINUTE / PER_PEER;
+        assert_eq!(dial(&mut limits, peer, at(1), later), Ok(()));
+        assert_eq!(dial(&mut limits, peer, at(1), later), Err(Exceeded::Client));
+    }
+
+    #[test]
+    fn an_address_has_ten_times_the_rate_of_a_peer() {
+        let now = Instant::now();
+        let mut limits = DialLimits::new(now);
+        let dialed = |limits: &mut DialLimits, at| {
+            (0..10 * TOTAL).filter(|_| dial(limits, PeerId::random(), at, now).is_ok()).count()
+        };
+        assert_eq!(dialed(&mut limits, at(1)), 10 * PER_PEER as usize);
+        assert_eq!(dialed(&mut limits, at(2)), 10 * PER_PEER as usize);
+    }
+
+    #[test]
+    fn all_peers_together_have_a_rate_and_the_table_is_bounded() {
+        let start = Instant::now();
+        let mut limits = DialLimits::new(start);
+        for minute in 0..5 {
+            let now = start + minute * MINUTE;
+            let dials = (0..10 * TOTAL).map(|n| dial(&mut limits, PeerId::random(), at(n), now));
+            assert_eq!(dials.filter(Result::is_ok).count(), TOTAL as usize);
+            let exceeded = dial(&mut limits, PeerId::random(), at(0), now);
+            assert_eq!(exceeded, Err(Exceeded::Total));
+            assert!(limits.rates.buckets() <= 4 * TOTAL as usize);
+        }
+        assert!(limits.in_progress.is_empty() && limits.total_in_progress == 0);
+    }
+
+    #[test]
+    fn dials_in_progress_are_capped_in_total_and_by_address() {
+        let now = Instant::now();
+        let mut limits = DialLimits::new(now);
+        let acquire = |limits: &mut DialLimits, n| limits.acquire(PeerId::random(), at(n), now);
+        for n in 0..4 {
+            for _ in 0..DIALED_FOR_AUTONAT / 4 {
+                assert_eq!(acquire(&mut limits, n), Ok(()));
+            }
+            assert_eq!(acquire(&mut limits, n), Err(Exceeded::InProgress));
+        }
+        assert_eq!(acquire(&mut limits, 9), Err(Exceeded::InProgress));
+        limits.release(at(0));
+        assert_eq!(acquire(&mut limits, 9), Ok(()));
+    }
+}

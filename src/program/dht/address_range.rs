@@ -1,0 +1,125 @@
+//! Which addresses of a peer are kept in the DHT and dialed. Sans-IO.
+//!
+//! Every node of a DHT hands out the addresses that it was sent and dials them, so only addresses that all of its nodes
+//! can dial are kept.
+
+use libp2p::{Multiaddr, multiaddr::Protocol};
+
+use crate::{
+    address,
+    program::net::multiaddr::{self, without_peer},
+};
+
+/// How many addresses of one peer are kept and dialed.
+const MAX_ADDRESSES: usize = 6;
+
+/// The longest address that is kept, in bytes: an answer with twenty peers then stays below 16 KiB, the limit on a
+/// message.
+const MAX_LENGTH: usize = 80;
+
+/// From where an address can be dialed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum AddressRange {
+    /// From the same machine.
+    Loopback,
+    /// From the same network.
+    Private,
+    /// From the internet.
+    Global,
+}
+
+impl AddressRange {
+    /// The range of this address.
+    pub fn of(address: &Multiaddr) -> Self {
+        match address::ip(address) {
+            _ if address::is_global(address) => Self::Global,
+            Some(ip) if ip.is_loopback() => Self::Loopback,
+            _ => Self::Private,
+        }
+    }
+
+    /// Those of a peer's addresses that the relay may hand out in a DHT of this range.
+    pub fn shareable(self, addresses: &[Multiaddr]) -> Vec<Multiaddr> {
+        self.choose(addresses, is_tcp)
+    }
+
+    /// Those of a peer's addresses that the relay may dial. Not names, so that no peer can have the relay look up any.
+    pub fn dialable(self, addresses: &[Multiaddr]) -> Vec<Multiaddr> {
+        self.choose(addresses, |address| multiaddr::dialable(address).is_some())
+    }
+
+    fn choose(self, addresses: &[Multiaddr], fits: fn(&Multiaddr) -> bool) -> Vec<Multiaddr> {
+        let mut chosen: Vec<Multiaddr> = Vec::new();
+        for address in addresses.iter().map(without_peer) {
+            let is_short = address.len() <= MAX_LENGTH;
+            let fits = Self::of(&address) >= self && fits(&address) && is_short;
+            if fits && chosen.len() < MAX_ADDRESSES && !chosen.contains(&address) {
+                chosen.push(address);
+            }
+        }
+        chosen
+    }
+}
+
+/// Whether this is an IP address or a name, and a TCP port.
+fn is_tcp(address: &Multiaddr) -> bool {
+    let mut parts = address.iter();
+    let is_host = match parts.next() {
+        Some(Protocol::Ip4(ip)) => !ip.is_unspecified(),
+        Some(Protocol::Ip6(ip)) => !ip.is_unspecified(),
+        Some(Protocol::Dns(_) | Protocol::Dns4(_) | Protocol::Dns6(_)) => true,
+        _ => false,
+    };
+    is_host
+        && matches!((parts.next(), parts.next()), (Some(Protocol::Tcp(port)), None) if port != 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use libp2p::PeerId;
+
+    use super::*;
+
+    fn addresses(texts: &[&str]) -> Vec<Multiaddr> {
+        let parsed = texts.iter().map(|text| text.parse());
+        parsed.collect::<Result<_, _>>().expect("multiaddrs")
+    }
+
+    const OF_ALL_KINDS: [&str; 10] = [
+        "/ip4/127.0.0.1/tcp/1",
+        "/ip4/0.0.0.0/tcp/1",
+        "/ip4/192.168.1.7/tcp/1",
+        "/ip4/8.8.8.8/tcp/1",
+        "/ip4/8.8.8.8/tcp/0",
+        "/ip4/8.8.8.8/udp/1/quic-v1",
+        "/ip4/8.8.8.8/tcp/1/ws",
+        "/dns4/relay.example.org/tcp/1",
+        "/ip6/2a00:1450::1/tcp/1",
+        "/memory/7",
+    ];
+
+    #[test]
+    fn shared_and_dialed_addresses_can_be_dialed_by_all_nodes_of_the_dht() {
+        let all = addresses(&OF_ALL_KINDS);
+        let global = [OF_ALL_KINDS[3], OF_ALL_KINDS[7], OF_ALL_KINDS[8]];
+        assert_eq!(AddressRange::Global.shareable(&all), addresses(&global));
+        let global = [OF_ALL_KINDS[3], OF_ALL_KINDS[8]];
+        assert_eq!(AddressRange::Global.dialable(&all), addresses(&global));
+        let private = [OF_ALL_KINDS[2], OF_ALL_KINDS[3], OF_ALL_KINDS[8]];
+        assert_eq!(AddressRange::Private.dialable(&all), addresses(&private));
+        assert_eq!(AddressRange::Loopback.dialable(&all).len(), 4);
+    }
+
+    #[test]
+    fn a_few_short_addresses_of_a_peer_are_kept_each_once() {
+        let peer = PeerId::random();
+        let mut many: Vec<_> = (1..100)
+            .map(|n| format!("/ip4/8.8.8.8/tcp/{n}").parse::<Multiaddr>().unwrap())
+            .collect();
+        let long = format!("/dns4/{}.example.org/tcp/1", "x".repeat(80));
+        many.insert(0, long.parse().unwrap());
+        many.insert(1, many[1].clone().with_p2p(peer).unwrap());
+        let shareable = AddressRange::Global.shareable(&many);
+        assert_eq!(shareable, many[2..2 + MAX_ADDRESSES]);
+    }
+}

@@ -1,0 +1,277 @@
+//! Admission: a behaviour around the relay's that lets a connection in or denies it.
+//!
+//! It wraps the relay's behaviour because that knows which peers hold slots. It decides nothing itself: the caps
+//! are in [`super::limits`], the access rules in [`crate::access`].
+
+use std::{
+    collections::HashMap,
+    net::Shutdown,
+    task::{Context, Poll},
+    time::{Duration, Instant},
+};
+
+use async_std::net::TcpStream;
+use futures_timer::Delay;
+use libp2p::{
+    Multiaddr, PeerId,
+    core::{ConnectedPoint, Endpoint, transport::PortUse},
+    futures::FutureExt,
+    swarm::{
+        ConnectionClosed, ConnectionDenied, ConnectionId, FromSwarm, ListenFailure,
+        NetworkBehaviour, THandler, THandlerInEvent, THandlerOutEvent, ToSwarm,
+    },
+};
+
+use super::limits::{ConnectionLimits, Denied, Limits, PeerStatus, Preemption};
+use crate::{
+    address::ClientPrefix,
+    behaviour::Behaviour,
+    event::Event,
+    program::{delegate::delegate_behaviour, net::byte_counters::ByteCounters},
+    relay::{circuits::End, quota::Scope},
+};
+
+/// How often handshakes are checked against their time limits.
+const CHECK_INTERVAL: Duration = Duration::from_millis(500);
+
+/// The relay's behaviour behind the limits on connections.
+pub struct Admission {
+    /// The limits, and what counts towards them.
+    pub limits: ConnectionLimits,
+    counters: ByteCounters,
+    /// The sockets of connections in their handshakes: the only way to end a handshake from outside.
+    sockets: HashMap<ConnectionId, TcpStream>,
+    /// Set while there are handshakes.
+    next_check: Option<Delay>,
+    /// What is closed once this connection, which the swarm is about to establish, is up.
+    preempted: Option<(ConnectionId, Preempted)>,
+    /// The relay's behaviour.
+    pub relay: Behaviour,
+}
+
+/// The connection that is closed to admit another one.
+#[derive(Clone, Copy, Debug)]
+enum Preempted {
+    /// The longest silent one of the same peer.
+    OwnConnection,
+    /// This idle one.
+    Idle(End<ConnectionId>),
+}
+
+impl Admission {
+    /// No connections yet; `counters` knows the sockets of those in their handshakes.
+    pub fn new(limits: Limits, relay: Behaviour, counters: ByteCounters) -> Self {
+        let limits = ConnectionLimits::new(limits);
+        Self { limits, counters, sockets: HashMap::new(), next_check: None, preempted: None, relay }
+    }
+
+    /// Admits a connection to its handshake; may drop another handshake for it.
+    fn admit_handshake(
+        &mut self,
+        id: ConnectionId,
+        local: &Multiaddr,
+        remote: &Multiaddr,
+    ) -> Result<(), Denied> {
+        if !self.relay.may_enter(None, remote) {
+            return Err(Denied::Rules);
+        }
+        let prefix = ClientPrefix::of(remote);
+        let held = |prefix| self.relay.reservations().quota().held(Scope::Address(prefix));
+        let slots = prefix.map_or(0, held);
+        let (local_addr, send_back_addr) = (local.clone(), remote.clone());
+        let pending = self.counters.get(&ConnectedPoint::Listener { local_addr, send_back_addr });
+        let (progress, socket) = pending.map(|it| (it.progress, it.socket)).unzip();
+        if let Some(dropped) = self.limits.admit(id, prefix, slots, progress, Instant::now())? {
+            log::debug!("handshake dropped: connection {dropped} makes room for connection {id}");
+            self.drop_handshake(dropped);
+        }
+        self.sockets.extend(socket.flatten().map(|socket| (id, socket)));
+        self.next_check.get_or_insert_with(|| Delay::new(CHECK_INTERVAL));
+        Ok(())
+    }
+
+    /// Ends a handshake: the task that runs it reads the end of its socket.
+    fn drop_handshake(&mut self, id: ConnectionId) {
+        if let Some(socket) = self.sockets.remove(&id) {
+            let _ = socket.shutdown(Shutdown::Both); // fails if the peer closed it first
+        }
+    }
+
+    /// Drops the handshakes that have exceeded their time limit, once per [`CHECK_INTERVAL`].
+    fn poll_overdue(&mut self, cx: &mut Context<'_>) {
+        while let Some(next_check) = &mut self.next_check
+            && next_check.poll_unpin(cx).is_ready()
+        {
+            for overdue in self.limits.overdue(Instant::now()) {
+                log::debug!("handshake dropped: connection {overdue} exceeded its time limit");
+                self.drop_handshake(overdue);
+            }
+            self.next_check = (!self.sockets.is_empty()).then(|| Delay::new(CHECK_INTERVAL));
+        }
+    }
+
+    /// Admits a connection that has completed its handshake, and so shows its peer.
+    fn admit(&mut self, id: ConnectionId, peer: PeerId, remote: &Multiaddr) -> Result<(), Denied> {
+        if !self.relay.may_enter(Some(peer), remote) {
+            return Err(Denied::Rules);
+        }
+        let (all, reservations) = (self.relay.connections(), self.relay.reservations());
+        let (connections, open) = (all.of(&peer).len(), all.open_of(&peer).count());
+        let holds_slot = reservations.ends(&peer).is_some();
+        let status = PeerStatus { holds_slot, connections, closing: connections - open };
+        let live = reservations.taken() - reservations.in_grace();
+        let preempted = match self.limits.establish(id, status, live)? {
+            Preemption::None => None,
+            Preemption::OwnConnection => Some(Preempted::OwnConnection),
+            Preemption::IdleConnection => {
+                let idle = self.idle_connection(ClientPrefix::of(remote), holds_slot);
+                Some(Preempted::Idle(idle.ok_or(Denied::Connections)?))
+            }
+        };
+        self.preempted = preempted.map(|preempted| (id, preempted));
+        Ok(())
+    }
+
+    /// The idle connection to close for one of this prefix: of the heaviest prefix the longest idle. For a peer
+    /// without a slot only one whose prefix has more connections than its own.
+    fn idle_connection(
+        &self,
+        prefix: Option<ClientPrefix>,
+        holds_slot: bool,
+    ) -> Option<End<ConnectionId>> {
+        let (now, quota) = (Instant::now(), self.limits.quota());
+        let idle = self.relay.idle_strangers();
+        let candidates = idle.filter(|(_, other, _)| holds_slot || quota.yields(*other, prefix));
+        let heaviest = candidates.max_by_key(|(_, other, since)| {
+            (quota.load(*other), now.saturating_duration_since(*since))
+        });
+        heaviest.map(|(idle, ..)| idle)
+    }
+
+    /// Closes the connection that was chosen for this one, which is up now: not earlier, so that the slot of a
+    /// peer's old connection can move to the new one.
+    fn preempt(&mut self, id: ConnectionId, peer: PeerId) {
+        match self.preempted.take_if(|(admitted, _)| *admitted == id) {
+            Some((_, Preempted::OwnConnection)) => self.relay.close_longest_silent_of(peer, id),
+            Some((_, Preempted::Idle(idle))) => self.relay.close_stranger(idle),
+            None => {}
+        }
+    }
+}
+
+impl NetworkBehaviour for Admission {
+    type ConnectionHandler = THandler<Behaviour>;
+    type ToSwarm = Event;
+
+    delegate_behaviour!(relay:
+        handle_established_outbound_connection, on_connection_handler_event);
+
+    fn handle_pending_inbound_connection(
+        &mut self,
+        id: ConnectionId,
+        local: &Multiaddr,
+        remote: &Multiaddr,
+    ) -> Result<(), ConnectionDenied> {
+        self.admit_handshake(id, local, remote).map_err(ConnectionDenied::new)
+    }
+
+    fn handle_established_inbound_connection(
+        &mut self,
+        id: ConnectionId,
+        peer: PeerId,
+        local: &Multiaddr,
+        remote: &Multiaddr,
+    ) -> Result<THandler<Self>, ConnectionDenied> {
+        self.sockets.remove(&id);
+        self.admit(id, peer, remote).map_err(ConnectionDenied::new)?;
+        self.relay.handle_established_inbound_connection(id, peer, local, remote)
+    }
+
+    fn on_swarm_event(&mut self, event: FromSwarm<'_>) {
+        if let FromSwarm::ConnectionClosed(ConnectionClosed { connection_id, .. })
+        | FromSwarm::ListenFailure(ListenFailure { connection_id, .. }) = event
+        {
+            self.sockets.remove(&connection_id);
+            self.limits.remove(connection_id);
+        }
+        self.relay.on_swarm_event(event);
+        if let FromSwarm::ConnectionEstablished(up) = event {
+            self.preempt(up.connection_id, up.peer_id);
+        }
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<ToSwarm<Event, THandlerInEvent<Self>>> {
+        self.poll_overdue(cx);
+        self.relay.poll(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use libp2p::{identity::Keypair, swarm::ListenError};
+
+    use super::*;
+    use crate::config::Config;
+
+    fn admission(limits: Limits) -> Admission {
+        let relay = Behaviour::new(Keypair::generate_ed25519(), Config::default()).unwrap();
+        Admission::new(limits, relay, ByteCounters::default())
+    }
+
+    /// A connection from 192.0.2.1 that completes its handshake.
+    fn connect(admission: &mut Admission, n: usize) -> Result<(), ConnectionDenied> {
+        let (id, [local, remote]) = (ConnectionId::new_unchecked(n), addresses());
+        admission.handle_pending_inbound_connection(id, &local, &remote)?;
+        admission
+            .handle_established_inbound_connection(id, PeerId::random(), &local, &remote)
+            .map(drop)
+    }
+
+    /// The swarm reports a connection that was denied.
+    fn fail(admission: &mut Admission, n: usize, cause: ConnectionDenied) {
+        let [local_addr, send_back_addr] = &addresses();
+        admission.on_swarm_event(FromSwarm::ListenFailure(ListenFailure {
+            local_addr,
+            send_back_addr,
+            error: &ListenError::Denied { cause },
+            connection_id: ConnectionId::new_unchecked(n),
+            peer_id: None,
+        }));
+    }
+
+    fn addresses() -> [Multiaddr; 2] {
+        ["/ip4/192.0.2.9/tcp/4001", "/ip4/192.0.2.1/tcp/1"].map(|text| text.parse().unwrap())
+    }
+
+    fn kind(denied: &ConnectionDenied) -> Option<&'static str> {
+        denied.downcast_ref::<Denied>().map(Denied::kind)
+    }
+
+    #[test]
+    fn a_connection_denied_before_or_after_its_handshake_stops_counting() {
+        let mut admission = admission(Limits {
+            max_connections: 1,
+            max_connections_per_peer: 1,
+            max_connections_per_ip: Some(2),
+            max_connections_per_subnet: None,
+            max_handshakes: 1,
+        });
+        connect(&mut admission, 0).unwrap();
+        assert_eq!(admission.limits.counts(), [1, 0, 3]);
+        for n in 1..9 {
+            let denied = connect(&mut admission, n).unwrap_err();
+            // By the total, not by the address or the handshakes: earlier ones no longer count.
+            assert_eq!(kind(&denied), Some("too many connections"));
+            assert_eq!(admission.limits.counts(), [2, 0, 3], "until the swarm reports it");
+            // Meanwhile the next one is denied before its handshake.
+            let of_address = connect(&mut admission, n + 100).unwrap_err();
+            assert_eq!(kind(&of_address), Some("too many connections of the address"));
+            fail(&mut admission, n + 100, of_address);
+            fail(&mut admission, n, denied);
+            assert_eq!(admission.limits.counts(), [1, 0, 3]);
+        }
+        fail(&mut admission, 0, ConnectionDenied::new(Denied::Connections)); // by another behaviour
+        assert_eq!(admission.limits.counts(), [0; 3]);
+        connect(&mut admission, 9).unwrap();
+    }
+}

@@ -1,0 +1,104 @@
+//! Rate limits on new connections, by address, subnet and IPv6 /32.
+//!
+//! A token bucket (GCRA) for each scope. Its burst is twice the slots that the scope may hold, so that after a restart
+//! of the relay all clients behind one carrier's NAT can reconnect at once. Its rate is 8 connections a second for an
+//! address, four times that for a subnet, and four times that again for an IPv6 /32. A connection above the rate is
+//! delayed by a few seconds at most, or denied.
+
+use std::{
+    net::IpAddr,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use super::limits::Limits;
+use crate::{
+    config::Config,
+    relay::rates::{Rate, ScopedRates},
+};
+
+/// How many connections a second an address may open in the long run.
+const PER_SECOND: u32 = 8;
+
+/// The ratio between the rate of a scope and that of the next narrower one.
+const WIDER: u32 = 4;
+
+/// The longest that a connection is delayed.
+const MAX_DELAY: Duration = Duration::from_secs(5);
+
+/// The rates of new connections. Clones share them.
+#[derive(Clone, Debug)]
+pub struct ConnectionRates {
+    rates: Arc<Mutex<ScopedRates>>,
+    max_delayed: usize,
+}
+
+impl ConnectionRates {
+    /// The rates that follow from the slots that a scope may hold. A scope without a cap on its connections has no
+    /// rate limit.
+    pub fn new(config: &Config, limits: &Limits) -> Self {
+        let all = config.max_reservations;
+        let slots = [config.reservations_per_ip(), config.reservations_per_subnet()];
+        let [of_address, of_subnet] = slots.map(|slots| slots.unwrap_or(all));
+        let rate = |slots: usize, wider: u32| Rate {
+            burst: u32::try_from(slots.saturating_mul(2))
+                .unwrap_or(u32::MAX)
+                .max(PER_SECOND * wider),
+            spacing: Duration::from_secs(1) / (PER_SECOND * wider),
+        };
+        let per_subnet = limits.per_subnet();
+        let levels = [
+            limits.per_ip().map(|_| rate(of_address, 1)),
+            per_subnet.map(|_| rate(of_subnet, WIDER)),
+            per_subnet.map(|_| rate(all, WIDER * WIDER)),
+        ];
+        Self::with(levels, limits.max_handshakes)
+    }
+
+    /// No limit, for a transport that only dials.
+    pub fn unlimited() -> Self {
+        Self::with([None; 3], 0)
+    }
+
+    fn with(levels: [Option<Rate>; 3], max_delayed: usize) -> Self {
+        Self { rates: Arc::new(Mutex::new(ScopedRates::new(levels))), max_delayed }
+    }
+
+    /// Returns how long to delay a connection from this address while this many others are delayed; `None` if it is
+    /// denied.
+    pub fn delay(&self, ip: IpAddr, delayed: usize, now: Instant) -> Option<Duration> {
+        let max_delay = if delayed < self.max_delayed { MAX_DELAY } else { Duration::ZERO };
+        let mut rates = self.rates.lock().unwrap_or_else(PoisonError::into_inner);
+        rates.take(ip.into(), max_delay, now)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clients_of_a_restarted_relay_reconnect_at_once_and_a_flood_is_delayed_or_denied() {
+        let rates = ConnectionRates::new(&Config::default(), &Limits::default());
+        let (now, ip) = (Instant::now(), IpAddr::from([192, 0, 2, 1]));
+        let delays: Vec<_> = (0..1000).map(|_| rates.delay(ip, 0, now)).collect();
+        let at_once = delays.iter().filter(|delay| **delay == Some(Duration::ZERO));
+        assert_eq!(at_once.count(), 2 * 64);
+        assert_eq!(delays.iter().flatten().count(), 2 * 64 + 5 * 8);
+        assert_eq!(rates.delay(ip, usize::MAX, now), None);
+        assert_eq!(rates.delay(ip, 0, now + Duration::from_secs(60)), Some(Duration::ZERO));
+    }
+
+    #[test]
+    fn without_a_cap_on_connections_there_is_no_rate_limit() {
+        let limits = Limits {
+            max_connections_per_ip: Some(0),
+            max_connections_per_subnet: Some(0),
+            ..Limits::default()
+        };
+        let rates = ConnectionRates::new(&Config::default(), &limits);
+        let ip = IpAddr::from([192, 0, 2, 1]);
+        let delays = (0..9999).map(|_| rates.delay(ip, 0, Instant::now()));
+        assert!(delays.into_iter().all(|delay| delay == Some(Duration::ZERO)));
+    }
+}

@@ -1,0 +1,179 @@
+//! Counts the bytes received on each TCP connection: the cheapest evidence that a peer is alive.
+//!
+//! The transport creates a connection before the swarm assigns its id, so a new counter is kept here under the
+//! connection's socket addresses until the owner of the swarm takes it.
+//!
+//! Two connections have the same addresses only if a proxy's headers say so, for example when a client reaches it twice
+//! from one port. Their counters cannot be told apart, so neither is handed out, and only activity on the streams of
+//! those two connections counts.
+
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use async_std::net::TcpStream;
+use libp2p::core::ConnectedPoint;
+
+use super::{admission::handshakes::Progress, multiaddr::remote_address};
+use crate::activity::{Heard, Signs};
+
+/// The counters that were not taken yet. Clones share them.
+#[derive(Clone, Debug, Default)]
+pub struct ByteCounters(Arc<Mutex<Table>>);
+
+#[derive(Debug, Default)]
+struct Table {
+    pending: BTreeMap<Key, Pending>,
+    /// How many counters were ever created.
+    created: u64,
+}
+
+/// The local address of an inbound connection, and the remote one.
+type Ends = (Option<SocketAddr>, SocketAddr);
+
+/// The number tells apart connections with the same ends.
+type Key = (Ends, u64);
+
+/// A connection whose counter was not taken yet.
+#[derive(Clone, Debug)]
+pub struct Pending {
+    /// The progress of its handshake, with the counter.
+    pub progress: Progress,
+    /// Its socket, to abort the handshake; `None` if it was dialed.
+    pub socket: Option<TcpStream>,
+}
+
+impl Table {
+    /// The pending connection with these ends, if there is exactly one.
+    fn only(&self, ends: Ends) -> Option<(&Key, &Pending)> {
+        let mut candidates = self.pending.range((ends, 0)..=(ends, u64::MAX));
+        let only = candidates.next()?;
+        candidates.next().is_none().then_some(only)
+    }
+}
+
+fn ends(endpoint: &ConnectedPoint) -> Option<Ends> {
+    let socket_address = |address| remote_address(address).map(|(socket, _)| socket);
+    Some(match endpoint {
+        ConnectedPoint::Dialer { address, .. } => (None, socket_address(address)?),
+        ConnectedPoint::Listener { local_addr, send_back_addr } => {
+            (Some(socket_address(local_addr)?), socket_address(send_back_addr)?)
+        }
+    })
+}
+
+impl ByteCounters {
+    /// Counts the bytes received on `stream`.
+    pub(crate) fn count<S>(
+        &self,
+        stream: S,
+        local: Option<SocketAddr>,
+        remote: SocketAddr,
+        socket: Option<TcpStream>,
+    ) -> Counted<S> {
+        let progress = Progress::default();
+        let signs = progress.signs.clone();
+        let mut table = self.table();
+        table.created += 1;
+        let key = ((local, remote), table.created);
+        table.pending.insert(key, Pending { progress, socket });
+        drop(table);
+        signs.listen_with(stream, PendingCounter { key, counters: self.clone() })
+    }
+
+    /// Takes the counter of the connection between these ends; `None` if there are several.
+    pub fn take(&self, endpoint: &ConnectedPoint) -> Option<Signs> {
+        let ends = ends(endpoint)?;
+        let mut table = self.table();
+        let key = *table.only(ends)?.0;
+        table.pending.remove(&key).map(|pending| pending.progress.signs)
+    }
+
+    /// The pending connection between these ends; `None` if there are several, or its counter was taken.
+    pub fn get(&self, endpoint: &ConnectedPoint) -> Option<Pending> {
+        let table = self.table();
+        ends(endpoint).and_then(|ends| table.only(ends)).map(|(_, pending)| pending.clone())
+    }
+
+    /// How many counters were not taken yet.
+    pub fn pending(&self) -> usize {
+        self.table().pending.len()
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A stream whose received bytes are counted.
+pub type Counted<S> = Heard<S, PendingCounter>;
+
+/// Removes the counter of a connection that ended before it was taken.
+///
+/// Dropped before the socket: once that is closed, another connection may have its addresses.
+#[derive(Debug)]
+pub struct PendingCounter {
+    key: Key,
+    counters: ByteCounters,
+}
+
+impl Drop for PendingCounter {
+    fn drop(&mut self) {
+        self.counters.table().pending.remove(&self.key);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn connection(local: &str, remote: &str) -> ConnectedPoint {
+        ConnectedPoint::Listener {
+            local_addr: local.parse().unwrap(),
+            send_back_addr: remote.parse().unwrap(),
+        }
+    }
+
+    #[test]
+    fn a_counter_is_taken_once_by_its_addresses() {
+        let counters = ByteCounters::default();
+        let (local, remote) = ("192.0.2.1:1".parse().unwrap(), "192.0.2.2:2".parse().unwrap());
+        let counted = counters.count((), Some(local), remote, None);
+        let elsewhere = connection("/ip4/192.0.2.1/tcp/1", "/ip4/192.0.2.2/tcp/3");
+        let here = connection("/ip4/192.0.2.1/tcp/1", "/ip4/192.0.2.2/tcp/2");
+        assert!(counters.take(&elsewhere).is_none());
+        assert!(counters.take(&here).is_some());
+        assert!(counters.take(&here).is_none());
+        drop(counted);
+        assert_eq!(counters.pending(), 0);
+    }
+
+    #[test]
+    fn websocket_in_an_address_does_not_matter() {
+        let counters = ByteCounters::default();
+        for layer in ["/ws", "/tls/ws", "/wss"] {
+            let (local, remote) = ("192.0.2.1:1".parse().unwrap(), "192.0.2.2:2".parse().unwrap());
+            let counted = counters.count((), Some(local), remote, None);
+            let (local, remote) = ("/ip4/192.0.2.1/tcp/1", "/ip4/192.0.2.2/tcp/2");
+            let over = connection(&format!("{local}{layer}"), &format!("{remote}{layer}"));
+            assert!(counters.take(&over).is_some(), "{layer}");
+            drop(counted);
+        }
+    }
+
+    #[test]
+    fn two_connections_with_the_same_addresses_get_no_counter() {
+        let counters = ByteCounters::default();
+        let (local, remote) = ("192.0.2.1:1".parse().unwrap(), "192.0.2.2:2".parse().unwrap());
+        let both = connection("/ip4/192.0.2.1/tcp/1", "/ip4/192.0.2.2/tcp/2");
+        let first = counters.count((), Some(local), remote, None);
+        let second = counters.count((), Some(local), remote, None);
+        assert!(counters.take(&both).is_none());
+        drop(first);
+        assert!(counters.take(&both).is_some(), "only the second is left");
+        assert_eq!(counters.pending(), 0);
+        drop(second);
+    }
+}

@@ -1,0 +1,451 @@
+//! At which addresses peers observe the relay, and which of these the relay confirms.
+//!
+//! Sans-IO. In identify each peer names the address at which it reached the relay, and may lie. The relay sends a
+//! confirmed address to every client, and clients dial it. Therefore:
+//!
+//! - An observation counts only if it is of a global IP address with a port that the relay listens on. So a liar can have
+//!   clients dial another machine, but no service of its choice there. Names do not count, because their owner can point
+//!   them elsewhere later; the operator can announce one.
+//! - A peer observes only addresses of the IP version that it connects over. Otherwise a liar with many IPv6 subnets,
+//!   which are cheap, could decide on an IPv4 address.
+//! - One observation counts for each subnet (IPv4: a /24, IPv6: a /48), and one for each peer.
+//! - To confirm an address takes [`MIN_OBSERVERS`] that agree, and more than half of all observers.
+//! - The last observation of a subnet counts, while its connection is up and for [`OBSERVATION_TTL`] after that: when the
+//!   relay's address changes, its clients reconnect and observe the new one.
+
+use std::{
+    collections::HashMap,
+    net::IpAddr,
+    time::{Duration, Instant},
+};
+
+use libp2p::{Multiaddr, PeerId, multiaddr::Protocol};
+
+use crate::{
+    address::{self, ClientPrefix, Subnet},
+    relay::connections::Origin,
+};
+
+/// How many observers have to agree: as many as in go-libp2p.
+const MIN_OBSERVERS: usize = 4;
+
+/// How long an observation counts after its connection has closed: longer than most clients stay away, so that the
+/// confirmed addresses do not depend on which clients are connected.
+const OBSERVATION_TTL: Duration = Duration::from_secs(60 * 60);
+
+/// How many observations are kept for each port and IP version. One more replaces the oldest.
+const MAX_OBSERVATIONS: usize = 256;
+
+/// How long a change of the confirmed addresses keeps the next one from happening: each is pushed to all peers.
+const CHANGE_INTERVAL: Duration = Duration::from_secs(5 * 60);
+
+/// How often expired observations are removed.
+const UPDATE_INTERVAL: Duration = Duration::from_secs(60);
+
+/// All observations, and the addresses that they confirm. `C` identifies a connection.
+#[derive(Debug)]
+pub struct Observations<C> {
+    by_service: HashMap<Service, HashMap<Subnet, Observation<C>>>,
+    confirmed: Vec<Multiaddr>,
+    /// When the confirmed addresses may change again.
+    next_change: Instant,
+    next_update: Instant,
+}
+
+/// The part of an observed address besides the IP address itself: its version, and what follows it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Service {
+    ipv4: bool,
+    rest: Multiaddr,
+}
+
+/// The last observation from a subnet.
+#[derive(Debug)]
+struct Observation<C> {
+    peer: PeerId,
+    connection: C,
+    ip: IpAddr,
+    observed_at: Instant,
+    closed_at: Option<Instant>,
+}
+
+impl<C> Observation<C> {
+    fn is_current(&self, now: Instant) -> bool {
+        self.closed_at.is_none_or(|at| now.saturating_duration_since(at) < OBSERVATION_TTL)
+    }
+}
+
+impl<C: Copy + Eq> Observations<C> {
+    /// No observations yet.
+    pub fn new(now: Instant) -> Self {
+        Self {
+            by_service: HashMap::new(),
+            confirmed: Vec::new(),
+            next_change: now,
+            next_update: now + UPDATE_INTERVAL,
+        }
+    }
+
+    /// The confirmed addresses: at most one for each port and IP version.
+    pub fn confirmed(&self) -> &[Multiaddr] {
+        &self.confirmed
+    }
+
+    /// Adds an observation: the peer at `from` reached `relay`, which listens on `listening`, at `address`.
+    pub fn add<'a>(
+        &mut self,
+        connection: C,
+        from: &Origin,
+        address: &Multiaddr,
+        relay: PeerId,
+        mut listening: impl Iterator<Item = &'a Multiaddr>,
+        now: Instant,
+    ) {
+        let Some(subnet) = from.prefix.map(ClientPrefix::subnet) else {
+            return;
+        };
+        let Some((ip, service)) = parse(address, relay) else {
+            return;
+        };
+        let is_ours = |own| parse(own, relay).is_some_and(|(_, own)| own == service);
+        let is_same_version =
+            address::ip(&from.address).is_some_and(|ip| ip.is_ipv4() == service.ipv4);
+        let counts = is_same_version && !from.relayed && address::is_global(address);
+        if !counts || !listening.any(is_ours) {
+            return;
+        }
+        let observations = self.by_service.entry(service).or_default();
+        // One for each peer and each subnet.
+        observations.retain(|other, observation| *other == subnet || observation.peer != from.peer);
+        if observations.len() >= MAX_OBSERVATIONS && !observations.contains_key(&subnet) {
+            let oldest = observations.iter().min_by_key(|(_, observation)| observation.observed_at);
+            let oldest = oldest.map(|(subnet, _)| *subnet);
+            oldest.map(|oldest| observations.remove(&oldest));
+        }
+        let (peer, observed_at) = (from.peer, now);
+        let observation = Observation { peer, connection, ip, observed_at, closed_at: None };
+        observations.insert(subnet, observation);
+        self.next_update = self.next_change.max(now);
+    }
+
+    /// Records that a connection, which came `from` there, was closed.
+    pub fn on_connection_closed(&mut self, connection: C, from: &Multiaddr, now: Instant) {
+        let Some(subnet) = ClientPrefix::of(from).map(ClientPrefix::subnet) else {
+            return;
+        };
+        for observations in self.by_service.values_mut() {
+            if let Some(observation) = observations.get_mut(&subnet)
+                && observation.connection == connection
+            {
+                observation.closed_at = Some(now);
+            }
+        }
+    }
+
+    /// Updates the confirmed addresses if that is due. Returns whether they have changed.
+    pub fn update(&mut self, now: Instant) -> bool {
+        if now < self.next_update {
+            return false;
+        }
+        self.next_update = now + UPDATE_INTERVAL;
+        self.by_service.retain(|_, observations| {
+            observations.retain(|_, observation| observation.is_current(now));
+            !observations.is_empty()
+        });
+        if now < self.next_change {
+            return false;
+        }
+        let confirmed = self.by_service.iter().filter_map(|(service, observations)| {
+            let ip = majority(observations.values().map(|observation| observation.ip))?;
+            Some(service.rest.iter().fold(Multiaddr::from(ip), Multiaddr::with))
+        });
+        let mut confirmed: Vec<_> = confirmed.collect();
+        confirmed.sort_unstable();
+        let has_changed = confirmed != self.confirmed;
+        if has_changed {
+            self.confirmed = confirmed;
+            self.next_change = now + CHANGE_INTERVAL;
+        }
+        has_changed
+    }
+}
+
+/// The address that more than half of all observers agree on, and at least [`MIN_OBSERVERS`].
+fn majority(observed: impl Iterator<Item = IpAddr>) -> Option<IpAddr> {
+    let (mut votes, mut all) = (HashMap::<_, usize>::new(), 0);
+    for ip in observed {
+        *votes.entry(ip).or_default() += 1;
+        all += 1;
+    }
+    let is_elected = |count: usize| count >= MIN_OBSERVERS && 2 * count > all;
+    votes.into_iter().find_map(|(ip, count)| is_elected(count).then_some(ip))
+}
+
+/// Splits an address into its IP address and the rest, without the relay's peer id at its end.
+fn parse(address: &Multiaddr, relay: PeerId) -> Option<(IpAddr, Service)> {
+    let ip = address::ip(address)?;
+    let rest = address.iter().skip(1).filter(|part| *part != Protocol::P2p(relay)).collect();
+    Some((ip, Service { ipv4: ip.is_ipv4(), rest }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HOUR: Duration = OBSERVATION_TTL;
+    const TRUE: &str = "/ip4/5.5.5.5/tcp/4001";
+    const TRUE6: &str = "/ip6/2a00::5/tcp/4001";
+    const LIE: &str = "/ip4/6.6.6.6/tcp/4001";
+
+    /// A relay that listens on port 4001, and its observers.
+    struct Scene {
+        observations: Observations<u32>,
+        relay: PeerId,
+        now: Instant,
+        connections: u32,
+    }
+
+    impl Scene {
+        fn new() -> Self {
+            let now = Instant::now();
+            Self {
+                observations: Observations::new(now),
+                relay: PeerId::random(),
+                now,
+                connections: 0,
+            }
+        }
+
+        /// A new peer at `from` observes the relay at `reached`.
+        fn observe(&mut self, from: &str, reached: &str) -> u32 {
+            self.observe_as(PeerId::random(), from, reached)
+        }
+
+        fn observe_as(&mut self, peer: PeerId, from: &str, reached: &str) -> u32 {
+            self.connections += 1;
+            let origin = Origin::new(peer, address(from), from.contains("p2p-circuit"));
+            let listening = ["/ip4/10.0.0.2/tcp/4001", "/ip6/fd00::2/tcp/4001"].map(address);
+            self.observations.add(
+                self.connections,
+                &origin,
+                &address(reached),
+                self.relay,
+                listening.iter(),
+                self.now,
+            );
+            self.connections
+        }
+
+        /// This many new peers, each in a subnet of its own, the first of which is `10.<first>.0.0`.
+        fn crowd(&mut self, first: u8, count: u16, reached: &str) -> Vec<u32> {
+            let from = |n: u16| format!("/ip4/10.{first}.{n}.1/tcp/1");
+            (0..count).map(|n| self.observe(&from(n), reached)).collect()
+        }
+
+        /// The same over IPv6, the first in `2001:<first>::/48`.
+        fn crowd6(&mut self, first: u8, count: u16, reached: &str) -> Vec<u32> {
+            let from = |n: u16| format!("/ip6/2001:{first:x}:{n:x}::1/tcp/1");
+            (0..count).map(|n| self.observe(&from(n), reached)).collect()
+        }
+
+        fn close(&mut self, connection: u32, from: &str) {
+            self.observations.on_connection_closed(connection, &address(from), self.now);
+        }
+
+        fn pass(&mut self, time: Duration) {
+            self.now += time;
+        }
+
+        fn confirmed(&mut self) -> Vec<String> {
+            self.observations.update(self.now);
+            self.observations.confirmed().iter().map(Multiaddr::to_string).collect()
+        }
+    }
+
+    fn address(text: &str) -> Multiaddr {
+        text.parse().expect("a multiaddr")
+    }
+
+    #[test]
+    fn an_address_is_confirmed_once_enough_subnets_observe_it() {
+        let mut scene = Scene::new();
+        scene.crowd(1, 3, TRUE);
+        assert!(scene.confirmed().is_empty());
+        scene.observe("/ip4/10.2.0.1/tcp/1", TRUE);
+        assert_eq!(scene.confirmed(), [TRUE]);
+        assert!(!scene.observations.update(scene.now), "nothing has changed");
+    }
+
+    #[test]
+    fn a_host_with_many_identities_is_one_observer() {
+        let mut scene = Scene::new();
+        for host in 0..200 {
+            scene.observe(&format!("/ip4/192.0.2.{host}/tcp/1"), LIE);
+            scene.observe(&format!("/ip6/2001:db8:1:{host:x}::1/tcp/1"), TRUE6);
+        }
+        assert!(scene.confirmed().is_empty());
+    }
+
+    #[test]
+    fn an_identity_on_many_hosts_is_one_observer() {
+        let mut scene = Scene::new();
+        let peer = PeerId::random();
+        for host in 0..200 {
+            scene.observe_as(peer, &format!("/ip4/10.1.{host}.1/tcp/1"), LIE);
+        }
+        assert!(scene.confirmed().is_empty());
+        assert_eq!(scene.observations.by_service.values().next().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn later_observers_outvote_earlier_liars() {
+        let mut scene = Scene::new();
+        scene.crowd(1, 4, LIE);
+        assert_eq!(scene.confirmed(), [LIE]);
+        scene.crowd(2, 4, TRUE);
+        scene.pass(CHANGE_INTERVAL);
+        assert!(scene.confirmed().is_empty(), "half are no majority");
+        scene.observe("/ip4/10.3.0.1/tcp/1", TRUE);
+        scene.pass(CHANGE_INTERVAL);
+        assert_eq!(scene.confirmed(), [TRUE]);
+    }
+
+    #[test]
+    fn confirmed_addresses_change_once_per_interval() {
+        let mut scene = Scene::new();
+        scene.crowd(1, 4, LIE);
+        assert_eq!(scene.confirmed(), [LIE]);
+        scene.crowd(2, 9, TRUE);
+        scene.pass(CHANGE_INTERVAL - Duration::from_millis(1));
+        assert_eq!(scene.confirmed(), [LIE]);
+        scene.pass(Duration::from_millis(1));
+        assert_eq!(scene.confirmed(), [TRUE]);
+    }
+
+    #[test]
+    fn clients_that_reconnect_confirm_a_new_address() {
+        let mut scene = Scene::new();
+        scene.crowd(1, 10, TRUE);
+        assert_eq!(scene.confirmed(), [TRUE]);
+        scene.pass(CHANGE_INTERVAL);
+        scene.crowd(1, 10, LIE);
+        assert_eq!(scene.confirmed(), [LIE]);
+    }
+
+    #[test]
+    fn only_a_global_address_with_a_port_that_the_relay_listens_on_counts() {
+        for reached in [
+            "/ip4/5.5.5.5/tcp/25",
+            "/ip4/5.5.5.5/udp/4001",
+            "/ip4/5.5.5.5/tcp/4001/ws",
+            "/ip4/5.5.5.5",
+            "/ip4/127.0.0.1/tcp/4001",
+            "/ip4/192.168.1.1/tcp/4001",
+            "/ip6/fe80::1/tcp/4001",
+            "/dns4/relay.example.org/tcp/4001",
+            "/ip4/5.5.5.5/tcp/4001/p2p/12D3KooWPGM3wYKMsTHGEqbhcBft6cPjA2F3rQmyWTEDD3wCGS1g",
+            "/ip4/5.5.5.5/tcp/4001/p2p-circuit",
+            "",
+        ] {
+            let mut scene = Scene::new();
+            scene.crowd(1, 9, reached);
+            scene.crowd6(1, 9, reached);
+            assert!(scene.confirmed().is_empty(), "{reached}");
+            assert!(scene.observations.by_service.is_empty(), "{reached}");
+        }
+    }
+
+    #[test]
+    fn a_peer_over_a_relayed_connection_is_no_observer() {
+        let mut scene = Scene::new();
+        for n in 0..9 {
+            scene.observe(&format!("/ip4/10.1.{n}.1/tcp/1/p2p-circuit"), TRUE);
+        }
+        assert!(scene.confirmed().is_empty());
+    }
+
+    #[test]
+    fn the_relays_peer_id_at_the_end_makes_no_difference() {
+        let mut scene = Scene::new();
+        scene.crowd(1, 3, TRUE);
+        let named = format!("{TRUE}/p2p/{}", scene.relay);
+        scene.observe("/ip4/10.2.0.1/tcp/1", &named);
+        assert_eq!(scene.confirmed(), [TRUE]);
+        // An IPv4-mapped address is the same as well.
+        let mut scene = Scene::new();
+        scene.crowd(1, 4, "/ip6/::ffff:5.5.5.5/tcp/4001");
+        assert_eq!(scene.confirmed(), [TRUE]);
+    }
+
+    #[test]
+    fn each_ip_version_is_confirmed_by_itself() {
+        let mut scene = Scene::new();
+        scene.crowd(1, 5, TRUE);
+        scene.crowd6(2, 4, TRUE6);
+        assert_eq!(scene.confirmed(), [TRUE, TRUE6]);
+    }
+
+    #[test]
+    fn peers_over_one_ip_version_observe_no_address_of_the_other() {
+        let mut scene = Scene::new();
+        scene.crowd6(1, 9, TRUE);
+        scene.crowd(1, 9, TRUE6);
+        assert!(scene.confirmed().is_empty());
+        // Nor do they count among the observers of whom more than half have to agree.
+        scene.crowd(2, 4, TRUE);
+        scene.crowd6(2, 4, TRUE6);
+        scene.crowd6(3, 9, LIE);
+        assert_eq!(scene.confirmed(), [TRUE, TRUE6]);
+    }
+
+    #[test]
+    fn a_peer_with_an_ipv4_mapped_address_observes_ipv4() {
+        let mut scene = Scene::new();
+        for n in 0..4 {
+            scene.observe(&format!("/ip6/::ffff:10.1.{n}.1/tcp/1"), TRUE);
+        }
+        assert_eq!(scene.confirmed(), [TRUE]);
+    }
+
+    #[test]
+    fn an_observation_counts_until_an_hour_after_its_connection_closed() {
+        let mut scene = Scene::new();
+        let connections = scene.crowd(1, 4, TRUE);
+        assert_eq!(scene.confirmed(), [TRUE]);
+        scene.pass(24 * HOUR);
+        assert_eq!(scene.confirmed(), [TRUE]);
+        scene.close(connections[0], "/ip4/10.1.0.1/tcp/1");
+        scene.pass(HOUR - Duration::from_secs(1));
+        assert_eq!(scene.confirmed(), [TRUE]);
+        scene.pass(UPDATE_INTERVAL);
+        assert!(scene.confirmed().is_empty());
+    }
+
+    #[test]
+    fn closing_an_old_connection_keeps_the_observation_of_the_new_one() {
+        let mut scene = Scene::new();
+        let old = scene.crowd(1, 4, TRUE);
+        scene.crowd(1, 4, TRUE);
+        for (n, connection) in old.into_iter().enumerate() {
+            scene.close(connection, &format!("/ip4/10.1.{n}.1/tcp/1"));
+        }
+        scene.pass(2 * HOUR);
+        assert_eq!(scene.confirmed(), [TRUE]);
+    }
+
+    #[test]
+    fn observations_expire_and_are_bounded() {
+        let mut scene = Scene::new();
+        for first in 0..4 {
+            let connections = scene.crowd(first, 256, TRUE);
+            for (n, connection) in connections.into_iter().enumerate() {
+                scene.close(connection, &format!("/ip4/10.{first}.{n}.1/tcp/1"));
+            }
+            let kept = scene.observations.by_service.values().next().unwrap().len();
+            assert_eq!(kept, MAX_OBSERVATIONS);
+        }
+        scene.pass(HOUR);
+        scene.confirmed();
+        assert!(scene.observations.by_service.is_empty());
+    }
+}
