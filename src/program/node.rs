@@ -195,8 +195,7 @@ impl Node {
             .upgrade(Version::V1Lazy)
             .authenticate(Security::new(&keypair).context("the key cannot secure connections")?)
             .multiplex_ext(move |_, endpoint| {
-                let pending = pending.get(endpoint);
-                pending.iter().for_each(|pending| pending.progress.set_secured());
+                let pending = pending.get(endpoint).inspect(|it| it.progress.set_secured());
                 let (signs, socket) = pending.map(|it| (it.progress.signs, it.socket)).unzip();
                 multiplex.of(endpoint.get_remote_address(), signs, socket.flatten())
             })
