@@ -1,10 +1,12 @@
-//! The relay watched over HTTP: metrics, health, status, and a page.
+//! Monitoring over HTTP: metrics, health, status, and a page.
 
 mod counters;
 mod go_metrics;
 mod history;
-mod metrics;
+mod hosts;
+pub mod metrics;
 pub mod monitor;
+mod process;
 mod refusals;
 mod routes;
 mod server;
@@ -12,3 +14,4 @@ mod snapshot;
 mod speeds;
 mod stats;
 mod status;
+mod text_format;

@@ -17,7 +17,7 @@ use libp2p::{
     },
     futures::StreamExt,
     identity::Keypair,
-    swarm::{self, ConnectionId, ListenError, NetworkBehaviour, SwarmEvent},
+    swarm::{self, ConnectionId, NetworkBehaviour, SwarmEvent},
 };
 
 #[cfg(feature = "autonat")]
@@ -28,7 +28,7 @@ use super::dht::{self, Dht};
 use super::net::swarm_key::{self, PreSharedKey};
 #[cfg(feature = "websocket")]
 use super::net::{
-    websocket::{Presented, UntilEnd, WebSocket, certificate::Certificate},
+    websocket::{self, certificate::Certificate},
     write_coalescing::WriteCoalescing,
 };
 use super::{
@@ -84,7 +84,7 @@ pub struct Node {
     observations: Observations<ConnectionId>,
     certificate_not_after: Option<SystemTime>,
     #[cfg(feature = "websocket")]
-    presented: Presented,
+    websocket: websocket::Control,
     /// The open listeners, and the address that each was opened with.
     listeners: Vec<(ListenerId, Multiaddr)>,
     /// [`Config::max_circuits_per_peer`] at the start: the muxer's limits follow from it.
@@ -174,18 +174,18 @@ impl Node {
         let counters = ByteCounters::default();
         let proxies = Proxies::new(limits.max_handshakes);
         let rates = ConnectionRates::new(&config, &limits);
-        let tcp = || {
-            let tcp = Tcp::new(counters.clone(), proxies.clone(), rates.clone());
+        let tcp = |rates| {
+            let tcp = Tcp::new(counters.clone(), proxies.clone(), rates);
             tcp.map(|stream, _| ReadBuffer::new(stream))
         };
-        let transport = tcp();
+        let transport = tcp(rates.clone());
         #[cfg(feature = "websocket")]
-        let presented = Presented::default();
+        let websocket = websocket::Control::new(limits.max_handshakes);
         #[cfg(feature = "websocket")]
         let transport = {
-            let tcp = tcp().map(|stream, _| WriteCoalescing::new(stream));
-            let websocket = WebSocket::over(tcp, presented.clone());
-            transport.or_transport(websocket.map(|stream, _| UntilEnd::new(stream)))
+            let tcp = tcp(rates.except(websocket.forwarders().clone()));
+            let tcp = tcp.map(|stream, _| WriteCoalescing::new(stream));
+            transport.or_transport(websocket.over(tcp, counters.clone(), rates))
         };
         #[cfg(feature = "pnet")]
         let transport =
@@ -229,7 +229,7 @@ impl Node {
             observations: Observations::new(Instant::now()),
             certificate_not_after: None,
             #[cfg(feature = "websocket")]
-            presented,
+            websocket,
             listeners: Vec::new(),
             circuits_per_peer,
         };
@@ -311,12 +311,21 @@ impl Node {
         self.proxies.set(subnets);
     }
 
+    /// Replaces the subnets of the reverse proxies in front of the relay's WebSocket listeners.
+    ///
+    /// A WebSocket from there counts under the client that `Forwarded` or `X-Forwarded-For` names: the last hop that is in
+    /// none of these subnets. Without such a header it counts under the proxy's address.
+    #[cfg(feature = "websocket")]
+    pub fn set_forwarders(&mut self, subnets: Vec<IpNet>) {
+        self.websocket.set_forwarders(subnets);
+    }
+
     /// Replaces the certificate of `/tls/ws` for new connections. [`Node::listen_on`] takes such an address only with a
     /// certificate.
     #[cfg(feature = "websocket")]
     pub fn set_certificate(&mut self, certificate: Certificate) {
         self.certificate_not_after = Some(certificate.validity().not_after);
-        self.presented.set(certificate);
+        self.websocket.set_certificate(&certificate);
     }
 
     /// When the certificate of `/tls/ws` expires.
@@ -416,8 +425,7 @@ impl Node {
             self.swarm.remove_listener(*id);
         }
         self.relay_mut().drain(over);
-        #[cfg(feature = "dht")]
-        self.set_dht_paused(true);
+        self.set_draining(true);
     }
 
     /// Ends a [`Node::drain`]: listens on the same addresses again, and admits clients.
@@ -436,8 +444,7 @@ impl Node {
             }
         }
         self.relay_mut().resume();
-        #[cfg(feature = "dht")]
-        self.set_dht_paused(false);
+        self.set_draining(false);
         Ok(())
     }
 
@@ -451,10 +458,14 @@ impl Node {
         }
     }
 
-    #[cfg(feature = "dht")]
-    fn set_dht_paused(&mut self, is_paused: bool) {
+    /// Tells the listeners and behaviours that do not hear it from the relay whether it drains.
+    #[allow(unused_variables, reason = "they may not be built in")]
+    fn set_draining(&mut self, is_draining: bool) {
+        #[cfg(feature = "websocket")]
+        self.websocket.set_draining(is_draining);
+        #[cfg(feature = "dht")]
         if let Some(dht) = self.swarm.behaviour_mut().dht.as_mut() {
-            dht.set_paused(is_paused);
+            dht.set_paused(is_draining);
         }
     }
 
@@ -504,7 +515,7 @@ impl Node {
                 log::error!("accepting connections failed, trying again: {error}");
             }
             SwarmEvent::IncomingConnectionError { send_back_addr: address, error, .. } => {
-                if let Some(reason) = denied(&error) {
+                if let Some(reason) = Denied::of(&error) {
                     log::debug!("connection denied: {address}: {reason}");
                     return Some(NodeEvent::ConnectionDenied { address, reason });
                 }
@@ -556,15 +567,6 @@ impl Node {
     }
 }
 
-/// Why the relay denied a connection; `None` if it failed for another reason.
-fn denied(error: &ListenError) -> Option<Denied> {
-    match error {
-        ListenError::Denied { cause } => cause.downcast_ref().copied(),
-        ListenError::Transport(TransportError::Other(error)) => Denied::cause_of(error).copied(),
-        _ => None,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use libp2p::swarm::{THandler, THandlerOutEvent};
@@ -583,7 +585,7 @@ mod tests {
         type Socket = <Tcp as Transport>::Output;
         type Plain = ReadBuffer<Socket>;
         type Below = Map<Tcp, fn(Socket, ConnectedPoint) -> WriteCoalescing<Plain>>;
-        type OverWebSocket = UntilEnd<<WebSocket<Below> as Transport>::Output>;
+        type OverWebSocket = <websocket::WebSocket<Below> as Transport>::Output;
         assert_eq!(size_of::<Either<Plain, OverWebSocket>>(), size_of::<Plain>());
     }
 

@@ -33,9 +33,15 @@ pub async fn call(port: u16) -> TcpStream {
     within(TcpStream::connect(("127.0.0.1", port))).await.expect("the port is open")
 }
 
-/// Asks for something, and reads the answer.
+/// Asks for something as Prometheus does, and reads the answer.
 pub async fn ask(port: u16, method: &str, path: &str) -> Answer {
-    let request = format!("{method} {path} HTTP/1.1\r\nHost: relay\r\nConnection: close\r\n\r\n");
+    let headers = "Host: localhost\r\nAccept: application/openmetrics-text, */*;q=0.1";
+    ask_with(port, method, path, headers).await
+}
+
+/// Asks for something with these headers.
+pub async fn ask_with(port: u16, method: &str, path: &str, headers: &str) -> Answer {
+    let request = format!("{method} {path} HTTP/1.1\r\n{headers}\r\nConnection: close\r\n\r\n");
     say(port, request.as_bytes()).await
 }
 

@@ -57,6 +57,10 @@ impl Certificate {
         fs::write(folder.join("key.pem"), &self.key).expect("it can be written");
     }
 
+    pub fn der(&self) -> Vec<u8> {
+        self.der.clone()
+    }
+
     /// Whether this is what the relay shows at a `/tls/ws` address.
     pub async fn is_shown(&self, address: &Multiaddr) -> bool {
         let options = DialOpts { role: Endpoint::Dialer, port_use: PortUse::New };

@@ -230,6 +230,40 @@ async fn the_metrics_are_those_that_go_libp2p_counts_and_its_dashboard_asks_for(
     assert!(asked >= 14, "{asked}");
 }
 
+#[tokio::test]
+async fn the_metrics_are_parsed_by_prometheus_own_parser() {
+    use std::io::Write;
+
+    let relay = Relay::start(&[http::ANYWHERE]);
+    let port = http::port(&relay).await;
+    let answer = http::ask_with(port, "GET", "/metrics", "Host: localhost").await;
+    assert_eq!(answer.headers["content-type"], "text/plain; version=0.0.4; charset=utf-8");
+    let mut parser = Command::new(go_client())
+        .arg("metrics")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("it starts");
+    let mut input = parser.stdin.take().expect("it is piped");
+    input.write_all(answer.body.as_bytes()).expect("it reads");
+    drop(input);
+    let output = parser.wait_with_output().expect("it ends");
+    assert!(output.status.success(), "{}", answer.body);
+    let families = String::from_utf8(output.stdout).expect("text");
+    for family in [
+        "libp2p_relaysvc_connection_duration_seconds HISTOGRAM 1",
+        "libp2p_relaysvc_reservations_total COUNTER 3",
+        "process_cpu_seconds_total COUNTER 1",
+        "process_open_fds GAUGE 1",
+        "relaylet_build_info GAUGE 1",
+        "relaylet_limit GAUGE 12",
+        "relaylet_slots GAUGE 3",
+        "relaylet_sweep_seconds_total COUNTER 1",
+    ] {
+        assert!(families.lines().any(|line| line == family), "{family}: {families}");
+    }
+}
+
 /// A client that says when it wants something done.
 struct Talking {
     client: Child,

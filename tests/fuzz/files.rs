@@ -174,6 +174,8 @@ pub fn configs() -> impl Strategy<Value = Vec<u8>> {
         "listen",
         "announce",
         "proxy-protocol-from",
+        "trust-forwarded-from",
+        "http-host",
         "allow-peer",
         "deny-peer",
         "allow-subnet",

@@ -13,7 +13,7 @@ use crate::common::{
     PATIENCE, Relay, by_hand,
     bystanders::Bystanders,
     circuit, command,
-    http::{ANYWHERE, ask, call, get, hear, port, samples, say},
+    http::{ANYWHERE, ask, ask_with, call, get, hear, port, samples, say},
     play, source_and_target, within,
 };
 use libp2p::{futures::future, identity::Keypair};
@@ -115,7 +115,7 @@ async fn a_connection_takes_one_request_after_another() {
     let port = port(&relay).await;
     let mut stream = call(port).await;
     for path in ["/healthz", "/status.json", "/metrics", "/"] {
-        let request = format!("GET {path} HTTP/1.1\r\nHost: relay\r\n\r\n");
+        let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n");
         stream.write_all(request.as_bytes()).await.unwrap();
         let mut head = Vec::new();
         while !head.ends_with(b"\r\n\r\n") {
@@ -135,6 +135,110 @@ async fn a_connection_takes_one_request_after_another() {
     let statuses: Vec<_> = text.matches("HTTP/1.1 ").collect();
     assert_eq!(statuses.len(), 2);
     assert!(text.starts_with("HTTP/1.1 200") && text.contains("HTTP/1.1 404"), "{text}");
+}
+
+#[tokio::test]
+async fn the_page_and_the_status_are_served_under_no_name_that_a_web_page_could_point_here() {
+    let relay = Relay::start(&[ANYWHERE, "--http-host=relay.example.org,relay.internal"]);
+    let port = port(&relay).await;
+    for (host, status) in [
+        ("localhost", 200),
+        (&format!("127.0.0.1:{port}"), 200),
+        (&format!("[::1]:{port}"), 200),
+        ("Relay.Example.org:80", 200),
+        ("relay.internal", 200),
+        ("evil.example", 421),
+        ("localhost.evil.example", 421),
+        ("127.0.0.1.evil.example", 421),
+        ("", 421),
+    ] {
+        let host = format!("Host: {host}");
+        for path in ["/", "/status.json"] {
+            let answer = ask_with(port, "GET", path, &host).await;
+            assert_eq!(answer.status, status, "{host} {path}");
+            let sentence = answer.body.lines().count() == 1 && answer.body.contains("--http-host");
+            assert!(status == 200 || sentence, "{answer:?}");
+        }
+        // Prometheus and load balancers name the service as they like.
+        for path in ["/metrics", "/healthz"] {
+            assert_eq!(ask_with(port, "GET", path, &host).await.status, 200, "{host} {path}");
+        }
+    }
+    let absolute = "http://evil.example/status.json";
+    assert_eq!(ask(port, "GET", absolute).await.status, 421);
+}
+
+#[tokio::test]
+async fn metrics_are_in_the_format_that_is_asked_for() {
+    let relay = Relay::start(&[ANYWHERE]);
+    let port = port(&relay).await;
+    for (accept, kind) in [
+        ("X-None: none", "text/plain; version=0.0.4; charset=utf-8"),
+        ("Accept: */*", "text/plain; version=0.0.4; charset=utf-8"),
+        ("Accept: text/plain;version=0.0.4", "text/plain; version=0.0.4; charset=utf-8"),
+        (
+            "Accept: application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.2",
+            "application/openmetrics-text; version=1.0.0; charset=utf-8",
+        ),
+    ] {
+        let answer = ask_with(port, "GET", "/metrics", &format!("Host: relay\r\n{accept}")).await;
+        assert_eq!(answer.headers["content-type"], kind, "{accept}");
+        let is_openmetrics = kind.starts_with("application");
+        for word in ["# EOF", "# UNIT ", " info\n"] {
+            assert_eq!(answer.body.contains(word), is_openmetrics, "{word}: {}", answer.body);
+        }
+        let build =
+            if is_openmetrics { "relaylet_build info" } else { "relaylet_build_info gauge" };
+        assert!(answer.body.contains(&format!("# TYPE {build}\n")), "{}", answer.body);
+    }
+}
+
+/// Only Linux tells all of them.
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn the_metrics_have_the_process_and_the_configured_limits() {
+    let flags = [ANYWHERE, "--max-reservations=77", "--max-handshakes=7", "--circuit-duration=90s"];
+    let relay = Relay::start(&flags);
+    let port = port(&relay).await;
+    let text = get(port, "/metrics").await;
+    let metrics = samples(&text);
+    let files = fs::read_dir(format!("/proc/{}/fd", relay.pid())).unwrap().count() as f64;
+    let open = metrics["process_open_fds"];
+    assert!((files - 5.0..files + 5.0).contains(&open), "{open} of {files}");
+    assert!(metrics["process_max_fds"] > open);
+    assert!(metrics["process_cpu_seconds_total"] > 0.0);
+    let (resident, all) =
+        (metrics["process_resident_memory_bytes"], metrics["process_virtual_memory_bytes"]);
+    assert!(resident > 1e6 && all > resident, "{resident} of {all}");
+    let now = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap().as_secs_f64();
+    let age = now - metrics["process_start_time_seconds"];
+    assert!((-1.0..PATIENCE.as_secs_f64()).contains(&age), "{age}");
+    for (setting, limit) in [
+        ("max-reservations", 77.0),
+        ("max-connections", 1024.0),
+        ("max-handshakes", 7.0),
+        ("max-circuits", 1024.0),
+        ("circuit-duration", 90.0),
+        ("circuit-bytes", 131_072.0),
+        ("bandwidth", 0.0),
+    ] {
+        assert_eq!(
+            metrics[&format!("relaylet_limit{{setting=\"{setting}\"}}")],
+            limit,
+            "{setting}"
+        );
+    }
+    let bucket = |le: &str| {
+        metrics.contains_key(&format!(
+            "libp2p_relaysvc_connection_duration_seconds_bucket{{le=\"{le}\"}}"
+        ))
+    };
+    assert!(bucket("60.0") && bucket("90.0") && !bucket("120.0"), "{text}");
+    // Each help text is a sentence's worth of words of its own.
+    let helps: Vec<_> = text.lines().filter_map(|line| line.strip_prefix("# HELP ")).collect();
+    for help in &helps {
+        assert!(help.split(' ').count() > 2, "{help}");
+    }
 }
 
 #[test]
@@ -433,7 +537,7 @@ async fn who_is_slow_is_shown_out() {
     };
     let reads_nothing = async {
         let mut stream = call(port).await;
-        let requests = "GET / HTTP/1.1\r\nHost: relay\r\n\r\n".repeat(100);
+        let requests = "GET / HTTP/1.1\r\nHost: localhost\r\n\r\n".repeat(100);
         while within(stream.write_all(requests.as_bytes())).await.is_ok() {}
     };
     let (silent, slow, ()) =

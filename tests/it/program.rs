@@ -28,6 +28,8 @@ const FLAGS: &[(&str, &str)] = &[
     ("--announce", "/ip4/0.0.0.0/tcp/4001"),
     ("--proxy-protocol-from", "10.0.0.1/8"),
     #[cfg(feature = "websocket")]
+    ("--trust-forwarded-from", "10.0.0.1/8"),
+    #[cfg(feature = "websocket")]
     ("--tls-cert", "without-its-key.pem"),
     #[cfg(feature = "websocket")]
     ("--tls-key", "without-its-certificate.pem"),
@@ -68,6 +70,8 @@ const FLAGS: &[(&str, &str)] = &[
     ("--threads", "0"),
     #[cfg(feature = "http")]
     ("--http", "127.0.0.1"),
+    #[cfg(feature = "http")]
+    ("--http-host", "relay.example.org:9180"),
     #[cfg(feature = "dht")]
     ("--bootstrap", "127.0.0.1:4001"),
     #[cfg(feature = "dht")]

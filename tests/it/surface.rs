@@ -98,6 +98,7 @@ fn right(takes: &str) -> &'static str {
         "<SIZE>" => "77MiB",
         "<DURATION>" => "77s",
         "<SUBNET>" => "192.0.2.0/24",
+        "<NAME>" => "relay.example.org",
         "<MULTIADDR>" => "/ip4/192.0.2.1/tcp/77",
         "<PEER>" => "12D3KooWPGM3wYKMsTHGEqbhcBft6cPjA2F3rQmyWTEDD3wCGS1g",
         "<FILE>" => "some.file",

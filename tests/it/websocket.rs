@@ -1,5 +1,5 @@
-//! WebSocket, by itself and in TLS: who connects over it, which certificate it shows, and what it
-//! takes from strangers.
+//! WebSocket, with TLS and without: who connects over it, also through reverse proxies, which certificate it
+//! shows, and what it takes from strangers.
 
 use std::{
     fs,
@@ -17,9 +17,17 @@ use crate::common::{
     },
     within,
 };
+use futures_rustls::{
+    TlsConnector,
+    client::TlsStream,
+    rustls::{
+        self, ClientConfig, ProtocolVersion, RootCertStore, SupportedProtocolVersion,
+        version::{TLS12, TLS13},
+    },
+};
 use libp2p::{
     Multiaddr, Stream,
-    futures::{AsyncWriteExt as _, future},
+    futures::{AsyncReadExt as _, AsyncWriteExt as _, future},
     multiaddr::Protocol,
 };
 use proxy_header::{ProxiedAddress, ProxyHeader};
@@ -189,6 +197,117 @@ async fn a_header_that_comes_when_nobody_listens_any_more_is_late() {
     connect(&over_websocket).await.reserve().await;
 }
 
+#[tokio::test]
+async fn a_trusted_reverse_proxy_names_its_clients_in_forwarded_or_x_forwarded_for() {
+    let relay = Relay::start(&[
+        LISTEN,
+        "--trust-forwarded-from=127.0.0.3/32,10.0.0.0/8",
+        "--max-reservations-per-ip=1",
+        "--deny-subnet=198.51.100.0/24",
+    ]);
+    let direct = address(&relay, "/ws").await;
+    let mut clients = Vec::new();
+    let reach = async |headers: &str| connect(&through(PROXY, &direct, headers).await).await;
+    for (headers, client) in [
+        ("X-Forwarded-For: 198.51.100.7, 192.0.2.7, 10.1.1.1\r\n", "/ip4/192.0.2.7/tcp/"),
+        (
+            "Forwarded: for=198.51.100.7\r\nForwarded: for=\"[2001:db8::1]:1234\";proto=https\r\n",
+            "/ip6/2001:db8::1/tcp/1234/ws",
+        ),
+        ("X-Forwarded-For: 192.0.2.8:4711\r\n", "/ip4/192.0.2.8/tcp/4711/ws"),
+    ] {
+        let mut behind_proxy = reach(headers).await;
+        // Each has a slot, for each has an address of its own.
+        behind_proxy.reserve().await;
+        let opened = format!("opened: peer {} at {client}", behind_proxy.peer);
+        relay.wait_for_log(&opened).await;
+        clients.push(behind_proxy);
+    }
+    let mut second = reach("X-Forwarded-For: 192.0.2.7\r\n").await;
+    assert_eq!(second.ask(&messages::reserve()).await.status, RESERVATION_REFUSED);
+
+    // A rule holds for the client, and before a byte is answered.
+    let mut denied = from_proxy(port(&direct)).await;
+    let request = with_headers("X-Forwarded-For: 198.51.100.7\r\n");
+    denied.write_all(&request).await.expect("it is read");
+    assert!(heard_until_closed(denied).await.is_empty());
+    let line = relay.wait_for_log("denied: /ip4/198.51.100.7/tcp/").await;
+    assert!(line.ends_with("/ws: the rules do not allow it"), "{line}");
+    assert_eq!(relay.count_in_log("--trust-forwarded-from"), 0);
+}
+
+#[tokio::test]
+async fn a_proxy_that_names_no_client_is_the_client_and_one_warning() {
+    let relay = Relay::start(&[LISTEN, "--trust-forwarded-from=127.0.0.3/32"]);
+    let direct = address(&relay, "/ws").await;
+    for (headers, reason) in [
+        ("", "there is no Forwarded and no X-Forwarded-For header"),
+        ("X-Forwarded-For: 192.0.2.7, unknown\r\n", "names no IP address"),
+        ("Forwarded: for=_hidden\r\n", "names no IP address"),
+    ] {
+        for _ in 0..2 {
+            let mut client = connect(&through(PROXY, &direct, headers).await).await;
+            client.reserve().await;
+            let opened = format!("opened: peer {} at /ip4/127.0.0.3/tcp/", client.peer);
+            relay.wait_for_log(&opened).await;
+        }
+        assert_eq!(relay.count_in_log(reason), 1);
+    }
+    // Of two headers one is the client's own.
+    let both = with_headers("Forwarded: for=192.0.2.1\r\nX-Forwarded-For: 192.0.2.2\r\n");
+    let heard = said(from_proxy(port(&direct)).await, &both).await;
+    assert_eq!(status(&heard), 400);
+    relay.wait_for_log("name different clients").await;
+    // The proxy's own health checks are none of a client.
+    let heard = said(from_proxy(port(&direct)).await, b"GET /healthz HTTP/1.1\r\n\r\n").await;
+    assert_eq!(status(&heard), 200);
+    assert_eq!(relay.count_in_log("--trust-forwarded-from"), 3);
+}
+
+#[tokio::test]
+async fn what_others_than_trusted_proxies_say_of_their_address_is_ignored() {
+    let relay = Relay::start(&[LISTEN, "--trust-forwarded-from=127.0.0.4/32"]);
+    let direct = address(&relay, "/ws").await;
+    let spoofed = "Forwarded: for=192.0.2.7\r\nX-Forwarded-For: 192.0.2.7\r\n";
+    let mut client = connect(&through(PROXY, &direct, spoofed).await).await;
+    client.reserve().await;
+    let opened = format!("opened: peer {} at /ip4/127.0.0.3/tcp/", client.peer);
+    relay.wait_for_log(&opened).await;
+    assert_eq!(relay.count_in_log("192.0.2.7"), 0);
+}
+
+#[tokio::test]
+async fn a_trusted_proxy_may_speak_tls_to_the_relay_and_its_subnets_can_be_changed() {
+    let certificate = Certificate::new();
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    certificate.write(folder.path());
+    let file = folder.path().join("relaylet.toml");
+    let with = |subnet: &str| {
+        let text = format!(
+            "tls-cert = \"cert.pem\"\ntls-key = \"key.pem\"\ntrust-forwarded-from = \"{subnet}\"\n"
+        );
+        fs::write(&file, text).expect("a file");
+    };
+    with("127.0.0.4/32");
+    let relay = Relay::start_in(folder, &["--config=relaylet.toml", LISTEN_TLS]);
+    let secure = port(&address(&relay, "/tls/ws").await);
+    let request = with_headers("X-Forwarded-For: 198.51.100.7\r\n");
+    let ask = async || {
+        let mut stream = in_tls(from_proxy(secure).await, &certificate, &TLS12).await;
+        stream.write_all(&request).await.expect("it reads");
+        let heard = within(read_head(&mut stream)).await;
+        assert_eq!(status(&heard), 101);
+        drop(stream);
+    };
+    ask().await;
+    relay.wait_for_log("connection failed: /ip4/127.0.0.3/tcp/").await;
+    with("127.0.0.3/32");
+    relay.signal("HUP");
+    relay.wait_for_log("SIGHUP: changed: trust-forwarded-from").await;
+    ask().await;
+    relay.wait_for_log("connection failed: /ip4/198.51.100.7/tcp/").await;
+}
+
 /// Where nobody listens.
 fn free_port() -> u16 {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
@@ -318,8 +437,12 @@ fn what_keeps_a_certificate_from_being_shown_is_one_line() {
         (Some(&one.pem[..]), no_file, "--tls-key key.pem: No such file"),
         (Some(""), Some(&one.key[..]), "--tls-cert cert.pem: has no BEGIN CERTIFICATE"),
         (Some(&one.pem), Some(&one.pem), "--tls-key key.pem: has no BEGIN PRIVATE KEY"),
-        (Some(&one.pem), Some(garbage), "--tls-key key.pem: holds a key of no use"),
-        (Some(&one.pem), Some(&other.key), "--tls-key key.pem: not the key of --tls-cert cert.pem"),
+        (Some(&one.pem), Some(garbage), "--tls-key key.pem: holds no usable key"),
+        (
+            Some(&one.pem),
+            Some(&other.key),
+            "--tls-key key.pem: is not the key of --tls-cert cert.pem",
+        ),
     ] {
         let folder = tempfile::tempdir().expect("a temporary folder");
         for (name, contents) in [("cert.pem", cert), ("key.pem", key)] {
@@ -364,6 +487,146 @@ fn with_certificate(certificate: &Certificate, listen: &[&str]) -> Relay {
     Relay::start_in(folder, &[listen, &CERTIFICATE].concat())
 }
 
+/// A client in TLS of this version alone.
+async fn in_tls(
+    stream: TcpStream,
+    certificate: &Certificate,
+    version: &'static SupportedProtocolVersion,
+) -> TlsStream<libp2p::tcp::tokio::TcpStream> {
+    let mut roots = RootCertStore::empty();
+    roots.add(certificate.der().into()).expect("a certificate");
+    let tls = tls_client(roots, version);
+    let stream = libp2p::tcp::tokio::TcpStream(stream);
+    let name = "127.0.0.1".try_into().expect("a name");
+    within(tls.connect(name, stream)).await.expect("TLS of this version")
+}
+
+fn tls_client(roots: RootCertStore, version: &'static SupportedProtocolVersion) -> TlsConnector {
+    let provider = rustls::crypto::ring::default_provider();
+    let config = ClientConfig::builder_with_provider(provider.into())
+        .with_protocol_versions(&[version])
+        .expect("a version")
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    TlsConnector::from(std::sync::Arc::new(config))
+}
+
+#[tokio::test]
+async fn websocket_in_tls_is_opened_over_versions_1_2_and_1_3_and_libp2ps_own_tls_is_not() {
+    let certificate = Certificate::new();
+    let relay = with_certificate(&certificate, &[LISTEN_TLS, TCP]);
+    let secure = address(&relay, "/tls/ws").await;
+    for (version, is) in [(&TLS12, ProtocolVersion::TLSv1_2), (&TLS13, ProtocolVersion::TLSv1_3)] {
+        let mut stream = in_tls(tcp(port(&secure)).await, &certificate, version).await;
+        assert_eq!(stream.get_ref().1.protocol_version(), Some(is));
+        stream.write_all(REQUEST).await.expect("it reads");
+        assert_eq!(status(&within(read_head(&mut stream)).await), 101);
+        // And bytes of libp2p both ways.
+        let hello = frame(BINARY | LAST, &by_hand::line("/multistream/1.0.0"));
+        stream.write_all(&hello).await.expect("it reads");
+        let mut answer = vec![0; 2 + by_hand::line("/multistream/1.0.0").len()];
+        within(stream.read_exact(&mut answer)).await.expect("it answers");
+        assert_eq!(answer[2..], by_hand::line("/multistream/1.0.0"));
+    }
+    let plain = {
+        let lines = relay.log();
+        let listening = lines.iter().filter_map(|line| line.split_once("listening on "));
+        let mut tcp = listening.filter(|(_, address)| !address.contains("/ws"));
+        port(&tcp.next().expect("TCP").1.parse().expect("an address"))
+    };
+    for (version, cause) in [(&TLS12, "ProtocolVersion"), (&TLS13, "InvalidCertificate")] {
+        let mut stream = libp2p::tcp::tokio::TcpStream(tcp(plain).await);
+        by_hand::agree(&mut stream, "/tls/1.0.0").await.expect("libp2p's TLS");
+        let name = "relay.example.org".try_into().expect("a name");
+        let tls = tls_client(RootCertStore::empty(), version);
+        let error = within(tls.connect(name, stream)).await.expect_err("no certificate to trust");
+        let error = format!("{error:?}");
+        assert!(error.contains(cause), "{error}");
+    }
+}
+
+// ---- Requests
+
+/// A client's request with more headers.
+fn with_headers(headers: &str) -> Vec<u8> {
+    let request = String::from_utf8(REQUEST.into()).expect("text");
+    request.replace("\r\n\r\n", &format!("\r\n{headers}\r\n")).into_bytes()
+}
+
+/// The status of an answer.
+fn status(answer: &[u8]) -> u16 {
+    let text = String::from_utf8_lossy(answer);
+    let status = text.strip_prefix("HTTP/1.1 ").and_then(|text| text.get(..3));
+    status.and_then(|status| status.parse().ok()).unwrap_or_else(|| panic!("no answer: {text}"))
+}
+
+/// The head of an answer, with the empty line at its end.
+async fn read_head(stream: &mut (impl libp2p::futures::AsyncRead + Unpin)) -> Vec<u8> {
+    let (mut head, mut byte) = (Vec::new(), [0]);
+    while !head.ends_with(b"\r\n\r\n") {
+        stream.read_exact(&mut byte).await.expect("an answer");
+        head.extend(byte);
+    }
+    head
+}
+
+#[tokio::test]
+async fn eighty_headers_and_12_kib_of_cookies_open_a_websocket() {
+    let relay = Relay::start(&[LISTEN]);
+    let direct = address(&relay, "/ws").await;
+    let headers = "X-From-A-CDN: some value\r\n".repeat(70);
+    let cookies = format!("Cookie: {}\r\n", "c=0123456; ".repeat(120)).repeat(9);
+    assert!(cookies.len() > 11_800, "{}", cookies.len());
+    let mut client = connect(&through("127.0.0.1", &direct, &(headers + &cookies)).await).await;
+    client.reserve().await;
+}
+
+#[tokio::test]
+async fn what_asks_for_no_websocket_is_answered_in_one_sentence() {
+    let certificate = Certificate::new();
+    let relay = with_certificate(&certificate, &[LISTEN, LISTEN_TLS]);
+    let plain = port(&address(&relay, "/ws").await);
+    let secure = port(&address(&relay, "/tls/ws").await);
+    let get = |path: &str| format!("GET {path} HTTP/1.1\r\nHost: relay\r\n\r\n").into_bytes();
+    for (request, expected) in [
+        (get("/"), 426),
+        (get("/healthz"), 200),
+        (with_headers(&"X-Header: value\r\n".repeat(200)), 431),
+        (with_headers(&format!("Cookie: {}\r\n", "c".repeat(17_000))), 431),
+        (with_headers("not a header\r\n"), 400),
+    ] {
+        let mut in_tls = in_tls(tcp(secure).await, &certificate, &TLS13).await;
+        in_tls.write_all(&request).await.expect("it reads");
+        let mut from_secure = Vec::new();
+        within(in_tls.read_to_end(&mut from_secure)).await.expect("an end that TLS announces");
+        let from_plain = said(tcp(plain).await, &request).await;
+        for heard in [from_plain, from_secure] {
+            assert_eq!(status(&heard), expected);
+            let text = String::from_utf8(heard).expect("text");
+            let (head, body) = text.split_once("\r\n\r\n").expect("a body");
+            assert!(head.contains(&format!("\r\nContent-Length: {}\r\n", body.len())), "{text}");
+            assert_eq!(body.lines().count(), 1, "{text}");
+            assert_eq!(head.contains("\r\nUpgrade: websocket\r\n"), expected == 426, "{text}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_health_check_that_is_connected_when_the_relay_begins_to_drain_is_told_so() {
+    let relay = Relay::start(&[LISTEN]);
+    let over_websocket = address(&relay, "/ws").await;
+    let mut check = tcp(port(&over_websocket)).await;
+    check.write_all(b"GET /healthz HTTP/1.1\r\n").await.expect("it is read");
+    // It is accepted once a later one is.
+    let client = connect(&over_websocket).await;
+    relay.signal("USR1");
+    relay.wait_for_log("SIGUSR1: draining").await;
+    let heard = said(check, b"Host: relay\r\n\r\n").await;
+    assert_eq!(status(&heard), 503);
+    assert!(heard.ends_with(b"\r\n\r\ndraining\n"));
+    client.leave().await;
+}
+
 // ---- What it takes from strangers
 
 #[tokio::test]
@@ -381,16 +644,24 @@ async fn an_upgrade_that_never_ends_is_one_handshake_and_ends_after_its_time() {
 
 #[tokio::test]
 async fn an_upgrade_that_dribbles_in_ends_after_its_time_too() {
+    let endless = with_headers("X-Endless: ");
+    let endless = endless[..endless.len() - 2].iter().copied().chain(std::iter::repeat(b'a'));
+    future::join(dribbles(REQUEST.iter().copied(), 500), dribbles(endless, 10)).await;
+}
+
+/// A request of which a byte comes each time that so many milliseconds have passed.
+async fn dribbles(request: impl Iterator<Item = u8>, pause: u64) {
     let relay = Relay::start(&[LISTEN]);
     let port = port(&address(&relay, "/ws").await);
     let (mut reader, mut writer) = tcp(port).await.into_split();
     let mut heard = Vec::new();
     let dribble = async {
-        for byte in REQUEST {
-            if writer.write_all(&[*byte]).await.is_err() {
+        // A request that is complete after a while, and one that never is.
+        for byte in request {
+            if writer.write_all(&[byte]).await.is_err() {
                 break;
             }
-            sleep(Duration::from_millis(500)).await;
+            sleep(Duration::from_millis(pause)).await;
         }
         future::pending::<()>().await
     };
@@ -426,25 +697,32 @@ async fn what_is_no_upgrade_and_what_is_no_frame_harms_nobody() {
     let line =
         "X-Long: aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa\r\n";
     let request = String::from_utf8(REQUEST.into()).unwrap();
-    let many = request.replace("\r\n\r\n", &format!("\r\n{}\r\n", line.repeat(40)));
+    let many = with_headers(&line.repeat(110));
     let long = request.replace("\r\n\r\n", &format!("\r\n{}", line.repeat(10_000)));
-    for bytes in [
-        &b"\r\n\r\n"[..],
-        b"GET / HTTP/1.1\r\n\r\n",
-        &[0xff; 20_000],
-        &[b'\n'; 20_000],
-        request.replace("GET", "POST").as_bytes(),
-        request.replace("HTTP/1.1", "HTTP/1.0").as_bytes(),
-        request.replace("Version: 13", "Version: 8").as_bytes(),
-        request.replace("dGhlIHNhbXBsZSBub25jZQ==", "").as_bytes(),
-        request.replace("relay", "\u{0}").as_bytes(),
-        many.as_bytes(),
-        long.as_bytes(),
-        &by_hand::proposal("/noise"),
+    for (bytes, expected) in [
+        (&b"\r\n\r\n"[..], None),
+        (&REQUEST[..REQUEST.len() - 2], None),
+        (b"GET / HTTP/1.1\r\n\r\n", Some(426)),
+        (&[0xff; 20_000], Some(400)),
+        (&[b'\n'; 20_000], Some(431)),
+        (request.replace("GET", "POST").as_bytes(), Some(400)),
+        (request.replace("HTTP/1.1", "HTTP/1.0").as_bytes(), Some(400)),
+        (request.replace("Version: 13", "Version: 8").as_bytes(), Some(426)),
+        (request.replace("dGhlIHNhbXBsZSBub25jZQ==", "").as_bytes(), Some(400)),
+        (request.replace("relay", "\u{0}").as_bytes(), Some(400)),
+        (&many, Some(431)),
+        (&[REQUEST, &frame(BINARY | LAST, b"too soon")].concat(), Some(400)),
+        (&by_hand::proposal("/noise"), Some(400)),
     ] {
         let heard = said(tcp(port).await, bytes).await;
-        assert!(heard.is_empty(), "{}", String::from_utf8_lossy(bytes));
+        let shown = String::from_utf8_lossy(bytes);
+        match expected {
+            Some(expected) => assert_eq!(status(&heard), expected, "{shown}"),
+            None => assert!(heard.is_empty(), "{shown}"),
+        }
     }
+    // It is not read to its end, so that the answer may be lost.
+    said(tcp(port).await, long.as_bytes()).await;
 
     let noise = by_hand::proposal("/noise");
     for bytes in [
@@ -610,10 +888,38 @@ async fn pass_on(
     future::try_join(there, back).await.map(|_| ())
 }
 
+/// An HTTP proxy at this address, which takes one client and adds headers to its request. Returns what the client
+/// dials to get through.
+async fn through(proxy: &str, relay: &Multiaddr, headers: &str) -> Multiaddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let own = listener.local_addr().unwrap().port();
+    let (proxy, to, headers) = (proxy.to_owned(), port(relay), headers.to_owned());
+    tokio::spawn(async move {
+        let (mut client, _) = listener.accept().await?;
+        let mut there = tcp_from(&proxy, to).await;
+        let mut request = Vec::new();
+        while !request.ends_with(b"\r\n\r\n") {
+            request.push(client.read_u8().await?);
+        }
+        request.truncate(request.len() - 2);
+        there.write_all(&[&request, headers.as_bytes(), b"\r\n"].concat()).await?;
+        tokio::io::copy_bidirectional(&mut client, &mut there).await
+    });
+    let with_port = |part| if let Protocol::Tcp(_) = part { Protocol::Tcp(own) } else { part };
+    relay.iter().map(with_port).collect()
+}
+
+/// Where the proxy is.
+const PROXY: &str = "127.0.0.3";
+
 /// A connection from where the proxy is.
 async fn from_proxy(port: u16) -> TcpStream {
+    tcp_from(PROXY, port).await
+}
+
+async fn tcp_from(ip: &str, port: u16) -> TcpStream {
     let socket = TcpSocket::new_v4().unwrap();
-    socket.bind(([127, 0, 0, 3], 0).into()).unwrap();
+    socket.bind(SocketAddr::new(ip.parse().unwrap(), 0)).unwrap();
     let connecting = socket.connect(([127, 0, 0, 1], port).into());
     within(connecting).await.expect("the relay listens")
 }

@@ -77,7 +77,7 @@ async fn busy(port: u16) {
                 let mut caller = connect(port).await;
                 let mut buffer = vec![0; 64 * 1024];
                 for path in ["", "metrics", "status.json", "healthz"].iter().cycle() {
-                    let request = format!("GET /{path} HTTP/1.1\r\nHost: relay\r\n\r\n");
+                    let request = format!("GET /{path} HTTP/1.1\r\nHost: localhost\r\n\r\n");
                     let asked = caller.write_all(request.as_bytes()).await;
                     if asked.is_err() || !matches!(caller.read(&mut buffer).await, Ok(1..)) {
                         break;

@@ -34,9 +34,9 @@ const NO_DHT: bool = !cfg!(feature = "dht");
 const FEATURES: [(&str, bool, &[&str]); 5] = [
     ("autonat", cfg!(feature = "autonat"), &["autonat"]),
     ("dht", !NO_DHT, &["bootstrap", "dht", "dht-protocol"]),
-    ("http", cfg!(feature = "http"), &["http"]),
+    ("http", cfg!(feature = "http"), &["http", "http-host"]),
     ("pnet", cfg!(feature = "pnet"), &["swarm-key"]),
-    ("websocket", cfg!(feature = "websocket"), &["tls-cert", "tls-key"]),
+    ("websocket", cfg!(feature = "websocket"), &["tls-cert", "tls-key", "trust-forwarded-from"]),
 ];
 
 /// The origin of each setting that is not from the command line: `RELAYLET_GRACE`, `relaylet.toml:3`.
@@ -94,6 +94,12 @@ pub struct Flags {
     /// A connection from there counts under the client that the header names, and is closed without a header.
     #[structopt(long, value_name = "SUBNET", use_delimiter = true)]
     pub proxy_protocol_from: Vec<Parsed<IpNet>>,
+
+    /// Subnet of reverse proxies that name their WebSocket clients; may be given several times
+    ///
+    /// A connection from there counts under the client that Forwarded or X-Forwarded-For names.
+    #[structopt(long, value_name = "SUBNET", use_delimiter = true, hidden = needs("trust-forwarded-from").is_some())]
+    pub trust_forwarded_from: Vec<Parsed<IpNet>>,
 
     /// Certificate of /tls/ws, followed by those of its issuers, in PEM
     ///
@@ -354,6 +360,13 @@ pub struct Flags {
     /// [default: nowhere]
     #[structopt(long, value_name = "ADDR:PORT", hidden = needs("http").is_some())]
     pub http: Option<Parsed<SocketAddr>>,
+
+    /// DNS name under which the page and /status.json are served; may be given several times
+    ///
+    /// Beside localhost and IP addresses. No other name is served, because a web page elsewhere could have its
+    /// own name point here and read them.
+    #[structopt(long, value_name = "NAME", use_delimiter = true, hidden = needs("http-host").is_some())]
+    pub http_host: Vec<String>,
 }
 
 /// Says which feature a setting needs, if the program was built without it.
@@ -464,6 +477,11 @@ impl Flags {
         unwrap_all(&self.proxy_protocol_from).collect()
     }
 
+    /// The subnets of reverse proxies that name their WebSocket clients.
+    pub fn forwarders(&self) -> Vec<IpNet> {
+        unwrap_all(&self.trust_forwarded_from).collect()
+    }
+
     /// The limits on connections.
     pub fn limits(&self) -> limits::Limits {
         let default = || self.max_reservations.0.saturating_mul(2).max(1024);
@@ -560,6 +578,8 @@ impl Flags {
         self.config().validate().map_err(in_flags)?;
         subnets_make_sense("proxy_protocol_from", &self.proxies())
             .map_err(|problem| in_flags(problem.into()))?;
+        subnets_make_sense("trust_forwarded_from", &self.forwarders())
+            .map_err(|problem| in_flags(problem.into()))?;
         stream_limits::per_connection(self.max_circuits_per_peer.0).map_err(in_flags)?;
         self.stream_limits().check(self.max_circuits_per_peer.0).map_err(in_flags)?;
         #[cfg(feature = "dht")]
@@ -593,6 +613,11 @@ impl Flags {
                 .into()
         } else if let Some((problem, own)) = unwrap_all(&self.listen).find_map(unsupported) {
             format!("--listen {own}: {problem}")
+        } else if let Some(name) = self.http_host.iter().find(|name| !multiaddr::is_dns_name(name))
+        {
+            format!(
+                "--http-host {name}: is not a DNS name; try relay.example.org, without a scheme or a port"
+            )
         } else if let Some((one, other)) = self.port_conflict() {
             format!(
                 "--listen {one}: has the same port as --listen {other}; change or leave out one of them"
@@ -713,6 +738,12 @@ mod tests {
             (&["--allow-peer", PEER, "--deny-peer", PEER], "--allow-peer"),
             (&["--proxy-protocol-from", "10.0.0.1"], "--proxy-protocol-from"),
             (&["--proxy-protocol-from", "10.0.0.1/8"], "--proxy-protocol-from: 10.0.0.1/8"),
+            #[cfg(feature = "websocket")]
+            (&["--trust-forwarded-from", "10.0.0.1/8"], "--trust-forwarded-from: 10.0.0.1/8"),
+            #[cfg(not(feature = "websocket"))]
+            (&["--trust-forwarded-from", "10.0.0.0/8"], "feature websocket"),
+            #[cfg(feature = "http")]
+            (&["--http-host", "relay.example.org:9180"], "without a scheme or a port"),
             (&["--reserve-rate", "-1"], "-1"),
             (&["--probe", "4s"], "--probe"),
             (&["--heartbeat", "1m"], "--silence"),

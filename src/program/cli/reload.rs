@@ -6,7 +6,7 @@ use super::{flags, flags::Flags, load::Exit, values::MAX_SHOWN};
 use crate::program::node::Node;
 
 /// The settings that require a restart. `max-circuits-per-peer` can be lowered without one.
-const AT_START: &str = "autonat bootstrap dht dht-protocol http identity listen swarm-key threads \
+const AT_START: &str = "autonat bootstrap dht dht-protocol http http-host identity listen swarm-key threads \
     max-buffered max-buffered-per-connection max-circuits-per-peer max-connections max-handshakes \
     max-connections-per-ip max-connections-per-peer max-connections-per-subnet max-streams max-streams-per-connection \
     stream-rate";
@@ -53,6 +53,8 @@ impl Settings {
         // 2. Apply it.
         node.set_config(flags.config()).map_err(|error| flags.locate(flags::in_flags(error)))?;
         node.set_proxies(flags.proxies());
+        #[cfg(feature = "websocket")]
+        node.set_forwarders(flags.forwarders());
         // 3. Log it.
         for name in &restart {
             log::warn!("SIGHUP: {name} requires a restart");

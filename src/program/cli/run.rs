@@ -36,7 +36,7 @@ use super::{
     startup_log,
 };
 #[cfg(feature = "http")]
-use crate::program::http::monitor::Watch;
+use crate::program::http::{metrics::StartLimits, monitor::Monitor};
 #[cfg(feature = "pnet")]
 use crate::program::net::swarm_key;
 use crate::{
@@ -123,6 +123,8 @@ async fn run(flags: &Flags) -> Result<()> {
     let mut node = Node::with_setup(identity.keypair, config.clone(), setup(flags)?)
         .map_err(|error| usage_if_config(flags, error))?;
     node.set_proxies(flags.proxies());
+    #[cfg(feature = "websocket")]
+    node.set_forwarders(flags.forwarders());
     #[cfg(feature = "autonat")]
     if flags.autonat {
         node.serve_autonat(flags.autonat_private)?;
@@ -154,7 +156,9 @@ async fn run(flags: &Flags) -> Result<()> {
     listen(&mut node, flags)?;
     #[cfg(feature = "http")]
     if let Some(Parsed(address)) = flags.http {
-        components.insert(0, Box::new(Watch::start(address, &node)?)); // polled first
+        let limits = StartLimits { connections: flags.limits(), streams: flags.stream_limits() };
+        let monitor = Monitor::start(address, flags.http_host.clone(), limits, &node)?;
+        components.insert(0, Box::new(monitor)); // polled first
     }
 
     // 3. What to log at the start.

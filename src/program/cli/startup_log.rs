@@ -177,14 +177,17 @@ pub fn too_many_addresses(announced: &[Multiaddr], found: &[Multiaddr]) -> Optio
 
 /// A warning for each valid setting that is probably a mistake, with the remedy.
 pub fn questionable_settings(flags: &Flags) -> Vec<String> {
-    let trusts_all = flags.proxies().into_iter().find(|subnet| subnet.prefix_len() == 0);
-    let ttl = *flags.reservation_ttl.0;
-    let proxies = trusts_all.map(|subnet| {
-        format!(
-            "--proxy-protocol-from {subnet}: any client can claim any address; name only the subnets of \
-             your proxies"
-        )
+    let [proxies, forwarders] = [
+        ("--proxy-protocol-from", flags.proxies()),
+        ("--trust-forwarded-from", flags.forwarders()),
+    ]
+    .map(|(flag, subnets)| {
+        let trusts_all = subnets.into_iter().find(|subnet| subnet.prefix_len() == 0)?;
+        Some(format!(
+            "{flag} {trusts_all}: any client can claim any address; name only the subnets of your proxies"
+        ))
     });
+    let ttl = flags.config().reservation_ttl;
     let short = (ttl < SHORT_TTL).then(|| {
         format!(
             "--reservation-ttl {}: go-libp2p checks once a minute whether to renew, and would lose its slot in \
@@ -192,7 +195,7 @@ pub fn questionable_settings(flags: &Flags) -> Vec<String> {
             humantime::format_duration(ttl)
         )
     });
-    proxies.into_iter().chain(short).collect()
+    proxies.into_iter().chain(forwarders).chain(short).collect()
 }
 
 /// A warning if the memory estimate exceeds what is available; both are in bytes.
@@ -251,6 +254,7 @@ mod tests {
         for (word, named) in [
             ("--proxy-protocol-from=0.0.0.0/0", "--proxy-protocol-from 0.0.0.0/0: "),
             ("--proxy-protocol-from=::/0", "--proxy-protocol-from ::/0: "),
+            ("--trust-forwarded-from=0.0.0.0/0", "--trust-forwarded-from 0.0.0.0/0: "),
             ("--reservation-ttl=45s", "--reservation-ttl 45s: "),
         ] {
             let warnings = warnings(&[word]);

@@ -17,8 +17,7 @@ pub struct Counters {
 }
 
 impl Counters {
-    /// Registers them. Those of `values` are there from the start: what begins at zero can be seen
-    /// to grow.
+    /// Registers them. Those of `values` exist from the start, so that a rate over the first event is right.
     pub fn new(
         registry: &mut Registry,
         name: &str,
@@ -33,7 +32,7 @@ impl Counters {
         counters
     }
 
-    /// Counts one more under this value of the label.
+    /// Adds one to the counter with this value of the label.
     pub fn count(&self, value: &'static str) {
         self.add(value, 1);
     }
@@ -43,7 +42,7 @@ impl Counters {
         self.family.get_or_create(&labels).inc_by(more);
     }
 
-    /// Brings one of them up to what was counted elsewhere.
+    /// Raises one of them to a count that is kept elsewhere.
     pub fn raise(&self, value: &'static str, to: u64) {
         raise(&self.family.get_or_create(&[(self.label, value)]), to);
     }
@@ -60,7 +59,7 @@ pub fn registered<M: Metric + Clone + Default>(
     metric
 }
 
-/// Brings a counter up to what was counted elsewhere.
+/// Raises a counter to a count that is kept elsewhere.
 pub fn raise(counter: &Counter, to: u64) {
     counter.inner().fetch_max(to, Ordering::Relaxed);
 }

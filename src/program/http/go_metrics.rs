@@ -1,4 +1,4 @@
-//! What go-libp2p's relay counts, under its names: a dashboard made for that relay shows this one.
+//! The metrics of go-libp2p's relay, under its names, so that a dashboard made for that relay shows this one.
 //!
 //! Names, labels and phrases are those of
 //! [its metrics.go](https://github.com/libp2p/go-libp2p/blob/master/p2p/protocol/circuitv2/relay/metrics.go),
@@ -13,15 +13,30 @@ use prometheus_client::{
 
 use super::{
     counters::{Counters, raise, registered},
-    stats::Figures,
+    stats::Stats,
 };
 use crate::{
     event::Event,
     wire::{BadRequest, Status},
 };
 
-/// The bounds of the histogram's buckets that go-libp2p leaves to its library, in seconds.
-const BUCKETS: [f64; 11] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
+/// The upper bounds of the buckets in seconds: those that go-libp2p leaves to its library, up to 10 s, and
+/// above them up to a day.
+const BUCKETS: [f64; 20] = [
+    0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 900.0,
+    3600.0, 14_400.0, 43_200.0, 86_400.0,
+];
+
+/// Returns the bounds up to the longest that a circuit may stay open, which is the last one; all of them
+/// without a limit.
+fn buckets(circuit_duration: Duration) -> Vec<f64> {
+    let limit = match circuit_duration.as_secs_f64() {
+        0.0 => f64::INFINITY,
+        limit => limit.max(10.0), // go-libp2p's own are always there
+    };
+    let last = limit.is_finite().then_some(limit);
+    BUCKETS.into_iter().filter(|bound| *bound < limit).chain(last).collect()
+}
 
 /// All of it.
 pub(super) struct RelaySvc {
@@ -34,35 +49,39 @@ pub(super) struct RelaySvc {
     data_transferred: Counter,
 }
 
-/// How requests of one kind were answered.
+/// The answers to requests of one kind.
 struct Answers {
     statuses: Counters,
     rejections: Counters,
 }
 
 impl RelaySvc {
-    /// Nothing has happened yet.
-    pub(super) fn new(registry: &mut Registry) -> Self {
-        let connection_duration = Histogram::new(BUCKETS);
+    /// Registers all of them.
+    pub(super) fn new(registry: &mut Registry, circuit_duration: Duration) -> Self {
+        let connection_duration = Histogram::new(buckets(circuit_duration));
         registry.register_with_unit(
             "connection_duration",
-            "How long circuits were open",
+            "How long circuits that have ended were open",
             Unit::Seconds,
             connection_duration.clone(),
         );
         let data_transferred = Counter::default();
         registry.register_with_unit(
             "data_transferred",
-            "Payload that circuits carried, both ways",
+            "Payload bytes that circuits carried, both directions together",
             Unit::Bytes,
             data_transferred.clone(),
         );
         Self {
-            status: registered(registry, "status", "Whether the relay serves"),
+            status: registered(
+                registry,
+                "status",
+                "1 while the relay takes requests, 0 while it drains",
+            ),
             reservations: Counters::new(
                 registry,
                 "reservations",
-                "Reservations",
+                "Reservations that were opened, renewed, and closed",
                 "type",
                 &["opened", "renewed", "closed"],
             ),
@@ -70,14 +89,14 @@ impl RelaySvc {
                 statuses: Counters::new(
                     registry,
                     "reservation_request_response_status",
-                    "Answers to RESERVE",
+                    "Answers to RESERVE requests by their status",
                     "status",
                     &["ok", "rejected", "error"],
                 ),
                 rejections: Counters::new(
                     registry,
                     "reservation_rejections",
-                    "Why RESERVE was rejected",
+                    "Rejected RESERVE requests by the reason",
                     "reason",
                     &["ip constraint violation", "resource limit exceeded", "permission denied"],
                 ),
@@ -85,7 +104,7 @@ impl RelaySvc {
             connections: Counters::new(
                 registry,
                 "connections",
-                "Circuits",
+                "Circuits that were opened, and closed",
                 "type",
                 &["opened", "closed"],
             ),
@@ -93,14 +112,14 @@ impl RelaySvc {
                 statuses: Counters::new(
                     registry,
                     "connection_request_response_status",
-                    "Answers to CONNECT",
+                    "Answers to CONNECT requests by their status",
                     "status",
                     &["ok", "rejected", "error"],
                 ),
                 rejections: Counters::new(
                     registry,
                     "connection_rejections",
-                    "Why CONNECT was rejected",
+                    "Rejected CONNECT requests by the reason",
                     "reason",
                     &[
                         "resource limit exceeded",
@@ -116,21 +135,21 @@ impl RelaySvc {
     }
 
     /// Counts an event.
-    pub(super) fn note(&self, event: &Event) {
+    pub(super) fn record(&self, event: &Event) {
         match event {
             Event::ReservationAccepted { renewed, .. } => {
                 let kind = if *renewed { "renewed" } else { "opened" };
                 self.reservations.count(kind);
                 self.reserve.count(Status::Ok);
             }
-            Event::ReservationRefused { reason, .. } => self.reserve.count_told(reason.status()),
+            Event::ReservationRefused { reason, .. } => self.reserve.count_sent(reason.status()),
             Event::ReservationFreed { .. } => self.reservations.count("closed"),
             Event::CircuitOpened { .. } => {
                 self.connections.count("opened");
                 self.connect.count(Status::Ok);
             }
-            Event::CircuitRefused { reason, .. } => self.connect.count_told(reason.status()),
-            // Of what it cannot read go-libp2p counts what it knows to be a CONNECT.
+            Event::CircuitRefused { reason, .. } => self.connect.count_sent(reason.status()),
+            // Of malformed requests go-libp2p counts those that are known to be a CONNECT.
             Event::RequestRejected { reason, .. } => {
                 if let BadRequest::BadTarget(_) = reason {
                     self.connect.count(reason.status());
@@ -141,22 +160,22 @@ impl RelaySvc {
         }
     }
 
-    /// A circuit has ended, after so much time.
-    pub(super) fn circuit_lasted(&self, time: Duration) {
+    /// Records how long a circuit was open that has ended.
+    pub(super) fn record_duration(&self, time: Duration) {
         self.connection_duration.observe(time.as_secs_f64());
     }
 
-    /// Shows what no event tells.
-    pub(super) fn show(&self, figures: &Figures) {
-        self.status.set((!figures.draining).into());
-        let relayed = figures.relayed.to_target + figures.relayed.to_source;
+    /// Updates what no event reports.
+    pub(super) fn update(&self, stats: &Stats) {
+        self.status.set((!stats.draining).into());
+        let relayed = stats.relayed.to_target + stats.relayed.to_source;
         raise(&self.data_transferred, relayed);
     }
 }
 
 impl Answers {
-    /// Whoever is not told a status is not answered.
-    fn count_told(&self, status: Option<Status>) {
+    /// Counts an answer; without a status there was none.
+    fn count_sent(&self, status: Option<Status>) {
         if let Some(status) = status {
             self.count(status);
         }
@@ -176,5 +195,23 @@ impl Answers {
         };
         self.statuses.count("rejected");
         self.rejections.count(reason);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_buckets_end_at_the_longest_that_a_circuit_may_stay_open() {
+        let last_two = |seconds| {
+            let buckets = buckets(Duration::from_secs(seconds));
+            assert!(buckets.is_sorted() && buckets.len() >= 11, "{buckets:?}");
+            (buckets[buckets.len() - 2], buckets[buckets.len() - 1])
+        };
+        assert_eq!(last_two(120), (60.0, 120.0));
+        assert_eq!(last_two(150), (120.0, 150.0));
+        assert_eq!(last_two(1), (5.0, 10.0));
+        assert_eq!(last_two(0), (43_200.0, 86_400.0));
     }
 }

@@ -1,11 +1,11 @@
-//! What there is to count, for Prometheus: what go-libp2p's relay counts too, under its names
-//! ([`crate::program::http::go_metrics`]), and what only this relay has, under `relaylet_*`.
+//! The metrics: those of go-libp2p's relay under its names ([`super::go_metrics`]), those of the process, and
+//! our own under `relaylet_*`.
 //!
-//! To count is to add to an atomic number: the relay never waits for whoever reads it.
+//! Counting adds to an atomic number, so that the relay never waits for a reader.
 
 use std::{
     sync::atomic::{AtomicU64, Ordering},
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use prometheus_client::{
@@ -16,23 +16,28 @@ use prometheus_client::{
 use super::{
     counters::{Counters, Label, raise, registered, set},
     go_metrics::RelaySvc,
-    stats::Figures,
+    process::Process,
+    stats::Stats,
 };
 use crate::{
+    config::Config,
     event::{CircuitEnd, Event},
     program::{
-        mux::budget::Cut,
+        mux::{budget::Cut, stream_limits::StreamLimits},
+        net::admission::limits::Limits,
         tally::{self, Tally},
     },
 };
 
-/// All that is counted.
+/// All metrics that the relay updates.
 pub struct Metrics {
     relaysvc: RelaySvc,
+    start_limits: StartLimits,
     slots: Family<[Label; 1], Gauge>,
+    limits: Family<[Label; 1], Gauge>,
     freed: Counters,
     refused: Family<[Label; 2], Counter>,
-    questions: Counter,
+    probes: Counter,
     unanswered: Counter,
     sweeps: Counter,
     sweep_seconds: Counter<f64, AtomicU64>,
@@ -51,40 +56,64 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Nothing has happened yet; and the registry that shows what will.
-    pub fn new() -> (Self, Registry) {
+    /// Registers all of them, of a relay whose circuits may stay open for so long; zero: without a limit.
+    pub fn new(circuit_duration: Duration, start_limits: StartLimits) -> (Self, Registry) {
         let mut all = Registry::default();
-        let relaysvc = RelaySvc::new(all.sub_registry_with_prefix("libp2p_relaysvc"));
+        let go = all.sub_registry_with_prefix("libp2p_relaysvc");
+        let relaysvc = RelaySvc::new(go, circuit_duration);
+        all.register_collector(Box::new(Process::new()));
         let own = all.sub_registry_with_prefix("relaylet");
         let version = [("version", env!("CARGO_PKG_VERSION"))];
-        own.register("build", "The program", Info::new(version));
+        own.register("build", "The version of the program", Info::new(version));
         let sweep_seconds = Counter::default();
         let text = "Time that the passes over the tables took";
         own.register_with_unit("sweep", text, Unit::Seconds, sweep_seconds.clone());
         let certificate_not_after = Family::default();
-        let text = "When the certificate expires, in seconds since 1970";
+        let text = "When the certificate of --tls-cert expires, in seconds since 1970";
         let gauge: Family<[Label; 0], Gauge> = certificate_not_after.clone();
         own.register_with_unit("certificate_not_after", text, Unit::Seconds, gauge);
         let metrics = Self {
             relaysvc,
+            start_limits,
             certificate_not_after,
-            slots: registered(own, "slots", "Slots"),
+            slots: registered(
+                own,
+                "slots",
+                "Slots by state: live, in grace (the peer has disconnected and may come back), free",
+            ),
+            limits: registered(
+                own,
+                "limit",
+                "Configured limits by the names of their settings, in bytes and seconds; 0: no limit",
+            ),
             freed: Counters::new(
                 own,
                 "slots_freed",
-                "Slots that came back",
+                "Slots that were freed, by the reason",
                 "reason",
                 &["expired", "grace over", "silent", "taken by a newcomer"],
             ),
-            refused: registered(own, "requests_refused", "Requests that were refused"),
-            questions: registered(own, "questions_asked", "Peers asked for a sign of life"),
-            unanswered: registered(own, "questions_unanswered", "Peers that gave none"),
-            sweeps: registered(own, "sweeps", "Passes over the tables"),
+            refused: registered(
+                own,
+                "requests_refused",
+                "RESERVE and CONNECT requests that were refused, by the reason",
+            ),
+            probes: registered(
+                own,
+                "questions_asked",
+                "Pings sent to peers that were silent, to learn whether they are still there",
+            ),
+            unanswered: registered(
+                own,
+                "questions_unanswered",
+                "Peers that answered no such ping in time and were disconnected",
+            ),
+            sweeps: registered(own, "sweeps", "Passes over the tables that end what has expired"),
             sweep_seconds,
             relayed: Counters::new(
                 own,
                 "relayed_bytes",
-                "Payload that circuits carried",
+                "Payload bytes that circuits carried, by direction",
                 "direction",
                 &["to target", "to source"],
             ),
@@ -92,23 +121,31 @@ impl Metrics {
             circuits_closed: Counters::new(
                 own,
                 "circuits_closed",
-                "Circuits that ended, and how",
+                "Circuits that ended, by the reason",
                 "end",
                 &["data limit", "time limit", CircuitEnd::Stalled.kind()],
             ),
-            connections: registered(own, "connections", "Open connections"),
+            connections: registered(
+                own,
+                "connections",
+                "Open connections of peers, without those in their handshakes",
+            ),
             connections_denied: Counters::new(
                 own,
                 "connections_denied",
-                "Connections that were turned away",
+                "Incoming connections that were closed by a limit or a rule, by the reason",
                 "reason",
                 &["too many connections", "too many handshakes"],
             ),
-            buffered: registered(own, "buffered_bytes", "What waits to be read or taken by a peer"),
+            buffered: registered(
+                own,
+                "buffered_bytes",
+                "Bytes received and not yet processed, or not yet taken by the peer they go to",
+            ),
             credit: registered(
                 own,
                 "credit_bytes",
-                "What peers may still send before they are granted more",
+                "Bytes that peers may still send before they are granted more",
             ),
             streams_cut: Counters::new(
                 own,
@@ -127,25 +164,29 @@ impl Metrics {
             given_up: Counters::new(
                 own,
                 "given_up",
-                "What was ended because too much waited on it for too long",
+                "Streams reset and connections closed because too many bytes waited on them",
                 "what",
                 &["stream", "connection"],
             ),
-            busiest: registered(own, "busiest", "The address that holds the most of a resource"),
+            busiest: registered(
+                own,
+                "busiest",
+                "How much of a resource the address holds that holds the most of it",
+            ),
         };
         (metrics, all)
     }
 
     /// Counts an event.
-    pub fn note(&self, event: &Event) {
-        self.relaysvc.note(event);
+    pub fn record(&self, event: &Event) {
+        self.relaysvc.record(event);
         if let Event::CircuitClosed { end, open_for, .. } = event {
             self.circuits_closed.count(end.kind());
-            self.relaysvc.circuit_lasted(*open_for);
+            self.relaysvc.record_duration(*open_for);
         }
     }
 
-    /// Counts what was refused, freed or not answered.
+    /// Counts a refusal, a freed slot, or a probe without an answer.
     pub fn count(&self, tally: &Tally) {
         match tally.what {
             tally::CONNECTION => self.connections_denied.count(tally.why),
@@ -162,21 +203,25 @@ impl Metrics {
         }
     }
 
-    /// Shows what no event tells.
-    pub fn show(&self, figures: &Figures) {
-        self.relaysvc.show(figures);
-        let Figures { slots, relayed, upkeep, buffered, .. } = figures;
+    /// Updates what no event reports.
+    pub fn update(&self, stats: &Stats, config: &Config) {
+        self.relaysvc.update(stats);
+        let Stats { slots, relayed, upkeep, buffered, .. } = stats;
         for (state, count) in [("live", slots.live), ("grace", slots.grace), ("free", slots.free)] {
             set(&self.slots.get_or_create(&[("state", state)]), count);
         }
-        raise(&self.questions, upkeep.questions);
+        for (setting, limit) in self.start_limits.beside(config) {
+            let limit = i64::try_from(limit).unwrap_or(i64::MAX);
+            self.limits.get_or_create(&[("setting", setting)]).set(limit);
+        }
+        raise(&self.probes, upkeep.questions);
         raise(&self.sweeps, upkeep.sweeps);
         let seconds = upkeep.swept_for.as_secs_f64().to_bits();
         self.sweep_seconds.inner().store(seconds, Ordering::Relaxed);
         self.relayed.raise("to target", relayed.to_target);
         self.relayed.raise("to source", relayed.to_source);
-        set(&self.circuits, figures.circuits);
-        set(&self.connections, figures.connections);
+        set(&self.circuits, stats.circuits);
+        set(&self.connections, stats.connections);
         set(&self.buffered, buffered.bytes);
         set(&self.credit, buffered.credit);
         self.given_up.raise("stream", buffered.sum(&Cut::STREAMS));
@@ -187,16 +232,46 @@ impl Metrics {
         for cut in Cut::CONNECTIONS {
             self.connections_closed.raise(cut.kind(), buffered.count(cut));
         }
-        if let Some(time) = figures.certificate_not_after {
+        if let Some(time) = stats.certificate_not_after {
             let seconds = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
             self.certificate_not_after.get_or_create(&[]).set(seconds as i64);
         }
-        self.busiest.clear(); // one address a resource
-        for (resource, busiest) in figures.busiest {
+        self.busiest.clear(); // so that each resource has one address
+        for (resource, busiest) in stats.busiest {
             if let Some((address, holds)) = busiest {
                 let labels = [("resource", resource.into()), ("address", address.to_string())];
                 set(&self.busiest.get_or_create(&labels), holds);
             }
         }
+    }
+}
+
+/// The limits that the node was started with, beside those of its configuration.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct StartLimits {
+    /// The limits on connections.
+    pub connections: Limits,
+    /// The limits on streams.
+    pub streams: StreamLimits,
+}
+
+impl StartLimits {
+    /// Returns the configured limits by the names of their settings; durations in seconds, zero for none.
+    fn beside(&self, config: &Config) -> [(&'static str, u64); 12] {
+        let Self { connections, streams } = self;
+        [
+            ("max-reservations", config.max_reservations as u64),
+            ("max-circuits", config.max_circuits as u64),
+            ("max-circuits-per-peer", config.max_circuits_per_peer as u64),
+            ("max-connections", connections.max_connections as u64),
+            ("max-connections-per-peer", connections.max_connections_per_peer as u64),
+            ("max-handshakes", connections.max_handshakes as u64),
+            ("max-streams", streams.max_streams as u64),
+            ("max-buffered", streams.buffered(config.max_circuits_per_peer) as u64),
+            ("reservation-ttl", config.reservation_ttl.as_secs()),
+            ("circuit-duration", config.circuit_duration.as_secs()),
+            ("circuit-bytes", config.circuit_bytes),
+            ("bandwidth", config.bandwidth),
+        ]
     }
 }

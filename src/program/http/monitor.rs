@@ -1,8 +1,7 @@
-//! The relay as it is watched over HTTP: what it tells of itself, once a second.
+//! Monitors the relay for HTTP: counts its events and publishes a [`Snapshot`] once a second.
 //!
-//! Runs on the thread of the relay: counts events and publishes a [`Snapshot`]. A thread of its own
-//! ([`super::server`]) serves the callers and reads the latest snapshot, nothing else. The lists are
-//! long, so they are only made while the status is requested.
+//! Runs on the relay's thread. The thread that serves HTTP ([`super::server`]) reads the latest snapshot and
+//! nothing else. The lists of a status are long, so a snapshot has one only while it is requested.
 
 use std::{
     net::{SocketAddr, TcpListener},
@@ -16,12 +15,13 @@ use futures_timer::Delay;
 use libp2p::futures::FutureExt;
 
 use super::{
-    metrics::Metrics,
-    routes::Site,
+    hosts::Hosts,
+    metrics::{Metrics, StartLimits},
+    routes::Routes,
     server,
     snapshot::{LatestSnapshot, Snapshot},
-    stats::Figures,
-    status::{Memory, Status},
+    stats::Stats,
+    status::{Recorder, Status},
 };
 use crate::program::{
     component::Component,
@@ -30,92 +30,113 @@ use crate::program::{
     tally::Tally,
 };
 
-/// How often to look.
-const EVERY: Duration = Duration::from_secs(1);
+/// The interval between snapshots.
+const INTERVAL: Duration = Duration::from_secs(1);
 
-/// How long somebody is interested who asked for the status: the page asks again after two seconds.
-const INTEREST: Duration = Duration::from_secs(5);
+/// How long snapshots have a status after a request for it: the page requests it every two seconds.
+const STATUS_FOR: Duration = Duration::from_secs(5);
 
-/// What serves `--http`, on the relay's thread.
-pub struct Watch {
+/// The component behind `--http`.
+pub struct Monitor {
     metrics: Metrics,
-    memory: Memory,
+    recorder: Recorder,
     latest: Arc<LatestSnapshot>,
-    /// Until when somebody is interested in the status.
-    interest: Option<Instant>,
-    next_look: Delay,
+    /// Until when snapshots have a status.
+    status_until: Option<Instant>,
+    next_snapshot: Delay,
 }
 
-impl Watch {
-    /// Listens on the address of `--http` and serves it.
+impl Monitor {
+    /// Listens on the address of `--http` and serves it, the page and the status under `--http-host` only.
     ///
     /// # Errors
     ///
     /// When the address cannot be listened on.
-    pub fn start(address: SocketAddr, node: &Node) -> Result<Self> {
+    pub fn start(
+        address: SocketAddr,
+        hosts: Vec<String>,
+        limits: StartLimits,
+        node: &Node,
+    ) -> Result<Self> {
         let listener = TcpListener::bind(address).map_err(|error| with_remedy(&error));
         let listener = listener.with_context(|| format!("--http {address}"))?;
         let address = listener.local_addr().context("--http")?;
         let now = Instant::now();
-        let (metrics, registry) = Metrics::new();
-        let mut memory = Memory::new(now);
-        let snapshot = look(node, false, false, &metrics, &mut memory);
+        let (metrics, registry) = Metrics::new(node.relay().config().circuit_duration, limits);
+        let mut recorder = Recorder::new(now);
+        let snapshot = take_snapshot(node, false, false, &metrics, &mut recorder);
         let latest = Arc::new(LatestSnapshot::new(snapshot));
-        server::start(listener, Site::new(Arc::clone(&latest), registry))
+        server::start(listener, Routes::new(Arc::clone(&latest), registry, Hosts(hosts)))
             .with_context(|| format!("--http {address}"))?;
         log::info!("watch it at http://{address}/");
         if !address.ip().is_loopback() {
             log::warn!(
-                "--http {address}: whoever can reach it sees who uses this relay, and from where"
+                "--http {address}: anyone who can reach this address sees the peers that use this relay, and \
+                 their addresses"
             );
         }
-        Ok(Self { metrics, memory, latest, interest: None, next_look: Delay::new(EVERY) })
+        Ok(Self {
+            metrics,
+            recorder,
+            latest,
+            status_until: None,
+            next_snapshot: Delay::new(INTERVAL),
+        })
     }
 }
 
-impl Component for Watch {
+impl Component for Monitor {
     fn poll_due(&mut self, cx: &mut task::Context<'_>) -> Poll<()> {
-        self.next_look.poll_unpin(cx)
+        self.next_snapshot.poll_unpin(cx)
     }
 
     fn on_event(&mut self, event: &NodeEvent) {
         let now = Instant::now();
         if let Some(tally) = Tally::of(event) {
             self.metrics.count(&tally);
-            self.memory.refusals.note(&tally, now);
+            self.recorder.refusals.record(&tally, now);
         }
         if let NodeEvent::Relay(event) = event {
-            self.metrics.note(event);
+            self.metrics.record(event);
         }
     }
 
-    /// Publishes how the relay is now.
+    /// Publishes a snapshot.
     fn on_due(&mut self, node: &mut Node) {
         let now = Instant::now();
         if self.latest.take_request() {
-            self.interest = Some(now + INTEREST);
+            self.status_until = Some(now + STATUS_FOR);
         }
-        let whole = self.interest.is_some_and(|until| now < until);
-        let snapshot =
-            look(node, node.relay().is_draining(), whole, &self.metrics, &mut self.memory);
+        let with_status = self.status_until.is_some_and(|until| now < until);
+        let snapshot = take_snapshot(
+            node,
+            node.relay().is_draining(),
+            with_status,
+            &self.metrics,
+            &mut self.recorder,
+        );
         self.latest.publish(snapshot);
-        self.next_look.reset(EVERY);
+        self.next_snapshot.reset(INTERVAL);
     }
 }
 
-/// What there is to be told now: with the whole status, or without.
-fn look(
+/// Takes a snapshot and updates the metrics.
+fn take_snapshot(
     node: &Node,
     draining: bool,
-    whole: bool,
+    with_status: bool,
     metrics: &Metrics,
-    memory: &mut Memory,
+    recorder: &mut Recorder,
 ) -> Snapshot {
     let now = Instant::now();
-    let figures = Figures::of(node, draining);
-    metrics.show(&figures);
-    memory.note(&figures, now);
-    Snapshot { at: now, draining, status: whole.then(|| Status::of(node, &figures, memory, now)) }
+    let stats = Stats::of(node, draining);
+    metrics.update(&stats, node.relay().config());
+    recorder.record(&stats, now);
+    Snapshot {
+        at: now,
+        draining,
+        status: with_status.then(|| Status::of(node, &stats, recorder, now)),
+    }
 }
 
 #[cfg(test)]
@@ -128,26 +149,32 @@ mod tests {
     use super::*;
     use crate::config::Config;
 
-    /// What there is to be seen of a relay that told of itself `ago`.
-    fn published(draining: bool, whole: bool, ago: Duration) -> (Arc<LatestSnapshot>, Site) {
+    /// The snapshot of a relay that published it `ago`, and what is served of it.
+    fn published(
+        draining: bool,
+        with_status: bool,
+        ago: Duration,
+    ) -> (Arc<LatestSnapshot>, Routes) {
         let keypair = Keypair::generate_ed25519();
         let node = Node::new(keypair, Config::default()).unwrap();
-        let (metrics, registry) = Metrics::new();
-        let mut memory = Memory::new(Instant::now());
-        let mut snapshot = look(&node, draining, whole, &metrics, &mut memory);
+        let (metrics, registry) = Metrics::new(Duration::from_secs(120), StartLimits::default());
+        let mut recorder = Recorder::new(Instant::now());
+        let mut snapshot = take_snapshot(&node, draining, with_status, &metrics, &mut recorder);
         snapshot.at = snapshot.at.checked_sub(ago).unwrap();
         let latest = Arc::new(LatestSnapshot::new(snapshot));
-        (Arc::clone(&latest), Site::new(latest, registry))
+        (Arc::clone(&latest), Routes::new(latest, registry, Hosts::default()))
     }
 
-    fn site(draining: bool, ago: Duration) -> Site {
+    fn routes_of(draining: bool, ago: Duration) -> Routes {
         published(draining, true, ago).1
     }
 
-    /// The status of an answer, and what it says.
-    fn get(site: &Site, path: &str) -> (u16, String) {
-        let Poll::Ready(answer) = site.answer(&Request::get(path).body(()).unwrap()) else {
-            panic!("{path} is not there yet");
+    /// The status of an answer, and its body.
+    fn get(routes: &Routes, path: &str) -> (u16, String) {
+        let Poll::Ready(answer) =
+            routes.answer(&Request::get(path).header("Host", "localhost").body(()).unwrap())
+        else {
+            panic!("{path}: no answer yet");
         };
         let status = answer.status().as_u16();
         let mut body = pin!(answer.into_body());
@@ -157,34 +184,34 @@ mod tests {
     }
 
     #[test]
-    fn the_status_is_made_for_those_who_ask() {
-        let (latest, site) = published(false, false, Duration::ZERO);
-        assert_eq!(get(&site, "/healthz").0, 200);
-        assert_eq!(get(&site, "/metrics").0, 200);
-        assert!(!latest.take_request(), "nobody wants it");
-        let request = Request::get("/status.json").body(()).unwrap();
-        assert!(site.answer(&request).is_pending());
+    fn a_snapshot_has_a_status_only_while_it_is_requested() {
+        let (latest, routes) = published(false, false, Duration::ZERO);
+        assert_eq!(get(&routes, "/healthz").0, 200);
+        assert_eq!(get(&routes, "/metrics").0, 200);
+        assert!(!latest.take_request(), "not requested");
+        let request = Request::get("/status.json").header("Host", "[::1]:80").body(()).unwrap();
+        assert!(routes.answer(&request).is_pending());
         assert!(latest.take_request());
     }
 
     #[test]
     fn a_relay_that_drains_or_is_stuck_does_not_serve() {
         let now = Duration::ZERO;
-        assert_eq!(get(&site(false, now), "/healthz"), (200, "serving\n".into()));
-        assert_eq!(get(&site(true, now), "/healthz"), (503, "draining\n".into()));
-        let (status, text) = get(&site(false, Duration::from_secs(31)), "/healthz");
+        assert_eq!(get(&routes_of(false, now), "/healthz"), (200, "serving\n".into()));
+        assert_eq!(get(&routes_of(true, now), "/healthz"), (503, "draining\n".into()));
+        let (status, text) = get(&routes_of(false, Duration::from_secs(31)), "/healthz");
         assert_eq!(status, 503);
-        assert_eq!(text, "the relay has not been heard of for 31 s\n");
+        assert_eq!(text, "the relay has published nothing for 31 s\n");
     }
 
     #[test]
     fn draining_is_a_status_of_its_own() {
         for (draining, status) in [(false, 1), (true, 0)] {
-            let site = site(draining, Duration::ZERO);
-            let (_, metrics) = get(&site, "/metrics");
+            let routes = routes_of(draining, Duration::ZERO);
+            let (_, metrics) = get(&routes, "/metrics");
             let line = format!("\nlibp2p_relaysvc_status {status}\n");
             assert!(metrics.contains(&line), "{metrics}");
-            let (_, json) = get(&site, "/status.json");
+            let (_, json) = get(&routes, "/status.json");
             assert!(json.contains(&format!("\"draining\":{draining}")), "{json}");
         }
     }

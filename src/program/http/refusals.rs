@@ -1,7 +1,6 @@
-//! What was refused and what came back, since the start: how often for which reason, and the latest
-//! refusals one by one.
+//! Refusals and released slots since the start: the count of each reason, and the latest refusals one by one.
 //!
-//! Pure. The log has the same by the minute: [`crate::program::cli::log_summary`].
+//! Sans-IO. The log has the same by the minute: [`crate::program::cli::log_summary`].
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -14,38 +13,38 @@ use serde::Serialize;
 use super::stats::Shown;
 use crate::program::tally::{self, Tally};
 
-/// How many refusals are remembered one by one.
-const MOST_CASES: usize = 50;
+/// How many refusals are kept one by one.
+const MAX_LATEST: usize = 50;
 
-/// All that is remembered of them.
+/// All of it.
 #[derive(Debug, Default)]
 pub struct Refusals {
     refused: Reasons,
     freed: Reasons,
     unanswered: u64,
-    latest: VecDeque<Case>,
-    /// How many there were of those.
+    latest: VecDeque<Refusal>,
+    /// How many refusals there were since the start.
     count: u64,
 }
 
 type Reasons = BTreeMap<(&'static str, &'static str), Reason>;
 
-/// What happened and why, how often, and when last.
+/// How often something happened for one reason, and when it did last.
 #[derive(Clone, Debug, Serialize)]
 pub struct Reason {
     what: &'static str,
     why: &'static str,
     count: u64,
     #[serde(skip)]
-    last: Instant,
+    last_at: Instant,
     /// How many seconds ago that was.
     ago: u64,
 }
 
 /// One refusal.
 #[derive(Clone, Debug, Serialize)]
-pub struct Case {
-    /// The how-manieth it was.
+pub struct Refusal {
+    /// Its number, counted from the start.
     number: u64,
     what: &'static str,
     why: &'static str,
@@ -59,7 +58,7 @@ pub struct Case {
 
 impl Refusals {
     /// Counts an event.
-    pub fn note(&mut self, tally: &Tally, now: Instant) {
+    pub fn record(&mut self, tally: &Tally, now: Instant) {
         let reasons = match tally.what {
             tally::PEER => {
                 self.unanswered += 1;
@@ -69,17 +68,17 @@ impl Refusals {
             _ => &mut self.refused,
         };
         let (what, why) = (tally.what.json, tally.why);
-        let new = Reason { what, why, count: 0, last: now, ago: 0 };
+        let new = Reason { what, why, count: 0, last_at: now, ago: 0 };
         let reason = reasons.entry((what, why)).or_insert(new);
         reason.count += 1;
-        reason.last = now;
-        // Denied connections are too many to be listed one by one.
+        reason.last_at = now;
+        // Without a client it is a denied connection, of which there are too many to list.
         let Some((peer, address)) = tally.client else {
             return;
         };
-        self.latest.truncate(MOST_CASES - 1);
+        self.latest.truncate(MAX_LATEST - 1);
         self.count += 1;
-        self.latest.push_front(Case {
+        self.latest.push_front(Refusal {
             number: self.count,
             what,
             why,
@@ -90,30 +89,30 @@ impl Refusals {
         });
     }
 
-    /// What was refused, by reason.
+    /// Returns the refusals by reason.
     pub fn refused(&self, now: Instant) -> Vec<Reason> {
         shown(&self.refused, now)
     }
 
-    /// The slots that came back, by reason.
+    /// Returns the released slots by reason.
     pub fn freed(&self, now: Instant) -> Vec<Reason> {
         shown(&self.freed, now)
     }
 
-    /// How many peers did not answer a probe.
+    /// Returns how many peers did not answer a probe.
     pub fn unanswered(&self) -> u64 {
         self.unanswered
     }
 
-    /// The latest refusals, the last one first.
-    pub fn latest(&self, now: Instant) -> Vec<Case> {
-        let case = |case: &Case| Case { ago: seconds(case.at, now), ..case.clone() };
+    /// Returns the latest refusals, the last one first.
+    pub fn latest(&self, now: Instant) -> Vec<Refusal> {
+        let case = |case: &Refusal| Refusal { ago: seconds(case.at, now), ..case.clone() };
         self.latest.iter().map(case).collect()
     }
 }
 
 fn shown(reasons: &Reasons, now: Instant) -> Vec<Reason> {
-    let shown = |reason: &Reason| Reason { ago: seconds(reason.last, now), ..reason.clone() };
+    let shown = |reason: &Reason| Reason { ago: seconds(reason.last_at, now), ..reason.clone() };
     reasons.values().map(shown).collect()
 }
 
@@ -137,23 +136,23 @@ mod tests {
         })
     }
 
-    fn note(refusals: &mut Refusals, event: &NodeEvent, now: Instant) {
-        refusals.note(&Tally::of(event).unwrap(), now);
+    fn record(refusals: &mut Refusals, event: &NodeEvent, now: Instant) {
+        refusals.record(&Tally::of(event).unwrap(), now);
     }
 
     #[test]
-    fn a_reason_has_its_count_and_when_it_was_the_last_time() {
+    fn a_reason_has_a_count_and_the_time_of_its_last_event() {
         let (mut refusals, start) = (Refusals::default(), Instant::now());
         let at = |seconds| start + Duration::from_secs(seconds);
-        note(&mut refusals, &refused(Refused::TableFull), at(0));
-        note(&mut refusals, &refused(Refused::TooOften), at(1));
-        note(&mut refusals, &refused(Refused::TableFull), at(2));
+        record(&mut refusals, &refused(Refused::TableFull), at(0));
+        record(&mut refusals, &refused(Refused::TooOften), at(1));
+        record(&mut refusals, &refused(Refused::TableFull), at(2));
         let freed = NodeEvent::Relay(Event::ReservationFreed {
             peer: PeerId::random(),
             billed_to: None,
             reason: FreedReason::GraceOver,
         });
-        note(&mut refusals, &freed, at(3));
+        record(&mut refusals, &freed, at(3));
         let counts: Vec<_> = refusals.refused(at(10)).into_iter().collect();
         let counts: Vec<_> = counts.iter().map(|t| (t.why, t.count, t.ago)).collect();
         assert_eq!(counts, [("all slots are taken", 2, 8), ("the peer asks too often", 1, 9)]);
@@ -161,14 +160,14 @@ mod tests {
     }
 
     #[test]
-    fn the_latest_are_told_one_by_one_and_no_more_of_them_than_fifty() {
+    fn the_latest_fifty_refusals_are_listed_one_by_one() {
         let (mut refusals, now) = (Refusals::default(), Instant::now());
         for _ in 0..100 {
-            note(&mut refusals, &refused(Refused::TableFull), now);
+            record(&mut refusals, &refused(Refused::TableFull), now);
         }
-        note(&mut refusals, &refused(Refused::Denied), now);
+        record(&mut refusals, &refused(Refused::Denied), now);
         let latest = refusals.latest(now);
-        assert_eq!(latest.len(), MOST_CASES);
+        assert_eq!(latest.len(), MAX_LATEST);
         assert_eq!(latest[0].why, "the rules do not allow it");
         assert_eq!((latest[0].number, latest[49].number), (101, 52));
     }

@@ -1,7 +1,7 @@
-//! What there is to be had on the HTTP port, and nothing there changes anything.
+//! What the HTTP port serves. Nothing there changes the relay.
 //!
-//! The page stands in one document, which loads nothing but the JSON beside it: the browser is told
-//! the hashes of its script and its style, and to run no others.
+//! The page is one document that loads `/status.json` and nothing else; its policy has the hashes of its script
+//! and its style, so that the browser runs no others.
 
 use std::{
     cell::RefCell,
@@ -13,32 +13,37 @@ use std::{
 use data_encoding::BASE64;
 use http_body_util::Full;
 use hyper::{
-    Method, Request, Response, StatusCode,
+    HeaderMap, Method, Request, Response, StatusCode,
     body::Bytes,
     header::{self, HeaderName, HeaderValue},
 };
 use prometheus_client::{encoding::text, registry::Registry};
 use sha2::{Digest, Sha256};
 
-use super::snapshot::LatestSnapshot;
+use super::{
+    hosts::Hosts,
+    snapshot::LatestSnapshot,
+    text_format::{prefers_openmetrics, to_prometheus},
+};
 
-/// The page's parts. The first has room for the other two.
+/// The page's parts. The first has placeholders for the other two.
 const PAGE: &str = include_str!("page/index.html");
 const STYLE: &str = include_str!("page/style.css");
 const SCRIPT: &str = include_str!("page/script.js");
 
-/// If the relay has not been heard of for so long, it does not serve.
-const STUCK: Duration = Duration::from_secs(30);
+/// A relay that has published no snapshot for so long does not serve.
+const STUCK_AFTER: Duration = Duration::from_secs(30);
 
 const HTML: &str = "text/html; charset=utf-8";
 const JSON: &str = "application/json";
 const TEXT: &str = "text/plain; charset=utf-8";
-const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+const PROMETHEUS: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// What a browser may do with anything but the page: nothing.
+/// The policy of everything but the page: a browser may load nothing.
 const NOTHING: HeaderValue = HeaderValue::from_static("default-src 'none'; frame-ancestors 'none'");
 
-/// What stands in the head of every answer.
+/// Headers of every answer.
 const ALWAYS: [(HeaderName, &str); 4] = [
     (header::CACHE_CONTROL, "no-store"),
     (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
@@ -46,19 +51,20 @@ const ALWAYS: [(HeaderName, &str); 4] = [
     (HeaderName::from_static("cross-origin-resource-policy"), "same-origin"),
 ];
 
-/// All of it.
-pub struct Site {
+/// The answers to requests.
+pub struct Routes {
     latest: Arc<LatestSnapshot>,
     metrics: Registry,
+    hosts: Hosts,
     page: Bytes,
     page_policy: HeaderValue,
-    /// The JSON that was made last, and from which snapshot.
+    /// The JSON that was made last, and the time of its snapshot.
     json: RefCell<Option<(Instant, Bytes)>>,
 }
 
-impl Site {
-    /// What this snapshot and this registry show.
-    pub fn new(latest: Arc<LatestSnapshot>, metrics: Registry) -> Self {
+impl Routes {
+    /// Serves this snapshot and this registry; the page and the status under these hosts.
+    pub fn new(latest: Arc<LatestSnapshot>, metrics: Registry, hosts: Hosts) -> Self {
         let page = PAGE.replace("/* style.css */", STYLE).replace("/* script.js */", SCRIPT);
         let hash = |text| format!("'sha256-{}'", BASE64.encode(&Sha256::digest(text)));
         let policy = format!(
@@ -71,22 +77,28 @@ impl Site {
         Self {
             latest,
             metrics,
+            hosts,
             page: page.into(),
             page_policy: HeaderValue::try_from(policy).unwrap_or(NOTHING),
             json: RefCell::new(None),
         }
     }
 
-    /// The answer to a request. If it is not there yet, to be asked for again.
+    /// Returns the answer to a request; pending until the next snapshot if that is to have a status.
     pub fn answer<B>(&self, request: &Request<B>) -> Poll<Response<Full<Bytes>>> {
         if !matches!(*request.method(), Method::GET | Method::HEAD) {
-            let text = "nothing can be changed here: GET and HEAD only\n";
+            let text = "only GET and HEAD are served: nothing can be changed here\n";
             let mut answer = answer(StatusCode::METHOD_NOT_ALLOWED, TEXT, text);
             let allowed = HeaderValue::from_static("GET, HEAD");
             answer.headers_mut().insert(header::ALLOW, allowed);
             return Poll::Ready(answer);
         }
         Poll::Ready(match request.uri().path() {
+            "/" | "/status.json" if !self.hosts.include_host_of(request) => {
+                let text = "this host name is not served: use the IP address, or start the relay with \
+                            --http-host NAME\n";
+                answer(StatusCode::MISDIRECTED_REQUEST, TEXT, text)
+            }
             "/" => {
                 let mut answer = answer(StatusCode::OK, HTML, self.page.clone());
                 let policy = self.page_policy.clone();
@@ -95,10 +107,10 @@ impl Site {
                 answer
             }
             "/status.json" => answer(StatusCode::OK, JSON, ready!(self.status())),
-            "/metrics" => answer(StatusCode::OK, OPEN_METRICS, self.metrics()),
+            "/metrics" => self.metrics(request.headers()),
             "/healthz" => self.health(),
             _ => {
-                let text = "nothing here: try /, /status.json, /metrics or /healthz\n";
+                let text = "not found: try /, /status.json, /metrics or /healthz\n";
                 answer(StatusCode::NOT_FOUND, TEXT, text)
             }
         })
@@ -121,18 +133,23 @@ impl Site {
         Poll::Ready(made)
     }
 
-    fn metrics(&self) -> String {
+    fn metrics(&self, headers: &HeaderMap) -> Response<Full<Bytes>> {
         let mut metrics = String::new();
         // A string takes all that is written to it.
         let _ = text::encode(&mut metrics, &self.metrics);
-        metrics
+        let accept = headers.get_all(header::ACCEPT).iter();
+        let accept: Vec<_> = accept.filter_map(|value| value.to_str().ok()).collect();
+        match prefers_openmetrics(&accept.join(",")) {
+            true => answer(StatusCode::OK, OPENMETRICS, metrics),
+            false => answer(StatusCode::OK, PROMETHEUS, to_prometheus(&metrics)),
+        }
     }
 
     fn health(&self) -> Response<Full<Bytes>> {
         let snapshot = self.latest.read();
         let age = snapshot.at.elapsed();
-        if age > STUCK {
-            let text = format!("the relay has not been heard of for {} s\n", age.as_secs());
+        if age > STUCK_AFTER {
+            let text = format!("the relay has published nothing for {} s\n", age.as_secs());
             return answer(StatusCode::SERVICE_UNAVAILABLE, TEXT, text);
         }
         if snapshot.draining {

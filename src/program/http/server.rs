@@ -1,9 +1,8 @@
-//! The HTTP port: a thread of its own, which waits for a few sockets and for nothing else.
+//! The HTTP port: hyper on a thread of its own, which polls a few sockets.
 //!
-//! hyper speaks HTTP; this keeps whoever calls from being felt by the relay. The thread shares
-//! neither executor nor reactor with it, so that nothing that comes in here ever wakes it. What
-//! callers can cost is bounded: how many there are, how much each may send ahead, how long it may
-//! take, and how much of a core they get all together.
+//! The thread shares neither executor nor reactor with the relay, so that no request wakes the relay. The cost of
+//! its clients is bounded: their number, the bytes that each may send ahead, the time that each may take, and
+//! the share of a core for all of them.
 
 use std::{
     cell::Cell,
@@ -32,66 +31,66 @@ use rustix::{
     time::{ClockId, clock_gettime},
 };
 
-use super::routes::Site;
+use super::routes::Routes;
 
-/// How many callers are served at a time. One more takes the place of whoever has asked for nothing
-/// for the longest.
-const MOST_CALLERS: usize = 32;
+/// How many connections are served at a time. One more takes the place of the one that has requested nothing for
+/// the longest.
+const MAX_CONNECTIONS: usize = 32;
 
-/// How many are let in before those who are in get their turn.
-const MOST_AT_ONCE: usize = MOST_CALLERS / 4;
+/// How many connections are accepted before the open ones are served.
+const MAX_ACCEPTS: usize = MAX_CONNECTIONS / 4;
 
-/// How long the first request of a connection may take to come.
+/// How long the first request of a connection may take.
 const FIRST_REQUEST: Duration = Duration::from_secs(10);
 
-/// How long an answer may take to be read, and the next request to come.
+/// How long the client may take to read an answer and to send the next request.
 const NEXT_REQUEST: Duration = Duration::from_secs(30);
 
-/// How much of a request is read ahead, in bytes: its head has to fit. The least that hyper takes.
+/// The longest head of a request, in bytes: the least that hyper takes.
 const READ_AHEAD: usize = 8 * 1024;
 
-/// How many times as long as it worked the thread rests: a tenth of a core is all that callers get.
+/// After each turn the thread sleeps this many times as long as it worked: it takes a tenth of a core at most.
 const REST: u32 = 9;
 
-/// When to look again whether there is what was not there yet.
-const SOON: Duration = Duration::from_millis(10);
+/// When to poll again for an answer that was pending.
+const RETRY: Duration = Duration::from_millis(10);
 
-/// The longest rest, and how long to wait when there are no files left to open.
+/// The longest sleep, also when no file descriptors are left.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// Serves `site` to whoever calls, on a thread that never ends.
+/// Serves `routes` on a thread that never ends.
 ///
 /// # Errors
 ///
-/// When there is no thread to be had.
-pub fn start(listener: TcpListener, site: Site) -> io::Result<()> {
+/// When no thread can be started.
+pub fn start(listener: TcpListener, routes: Routes) -> io::Result<()> {
     listener.set_nonblocking(true)?;
     let thread = thread::Builder::new().name("relaylet-http".into());
-    thread.spawn(move || serve(&listener, site))?;
+    thread.spawn(move || serve(&listener, routes))?;
     Ok(())
 }
 
-fn serve(listener: &TcpListener, site: Site) {
-    // Whatever the relay's threads have to do comes first. Elsewhere this would be about them, too.
+fn serve(listener: &TcpListener, routes: Routes) {
+    // The relay's threads come first. Elsewhere than on Linux this would lower their priority, too.
     #[cfg(target_os = "linux")]
     let _ = rustix::process::nice(19);
-    let site = Rc::new(site);
-    let mut callers: Vec<Caller> = Vec::new();
+    let routes = Rc::new(routes);
+    let mut connections: Vec<Connection> = Vec::new();
     let woken = Arc::new(Woken::default());
     let waker = Waker::from(Arc::clone(&woken));
     loop {
-        wait(listener, &callers, woken.0.swap(false, Ordering::Relaxed));
+        wait(listener, &connections, woken.0.swap(false, Ordering::Relaxed));
         let (start, before) = (Instant::now(), time_worked());
-        for _ in 0..MOST_AT_ONCE {
+        for _ in 0..MAX_ACCEPTS {
             match listener.accept() {
-                Ok((socket, _)) => {
-                    if callers.len() == MOST_CALLERS {
-                        show_out(&mut callers);
+                Ok((stream, _)) => {
+                    if connections.len() == MAX_CONNECTIONS {
+                        evict(&mut connections);
                     }
-                    callers.extend(Caller::new(socket, &site, start));
+                    connections.extend(Connection::new(stream, &routes, start));
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                // It went again before its turn came.
+                // The client closed it before it was accepted.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
                 Err(_) => {
                     thread::sleep(PAUSE);
@@ -100,28 +99,31 @@ fn serve(listener: &TcpListener, site: Site) {
             }
         }
         let cx = &mut Context::from_waker(&waker);
-        callers.retain_mut(|caller| caller.serve(start, cx));
+        connections.retain_mut(|connection| connection.poll(start, cx));
         let worked = time_worked().saturating_sub(before);
         thread::sleep((worked * REST).min(PAUSE));
     }
 }
 
-/// How long this thread has worked: not for how long it was kept from it.
+/// The CPU time of this thread.
 fn time_worked() -> Duration {
     let worked = clock_gettime(ClockId::ThreadCPUTime);
     Duration::try_from(worked).unwrap_or_default()
 }
 
-/// Waits until a socket is ready or somebody's time is up; not for long, if there is more to do.
-fn wait(listener: &TcpListener, callers: &[Caller], more_to_do: bool) {
+/// Waits until a socket is ready or a connection times out; for a short time if an answer is pending.
+fn wait(listener: &TcpListener, connections: &[Connection], is_pending: bool) {
     let mut sockets = vec![PollFd::new(listener, PollFlags::IN)];
-    let waiting =
-        callers.iter().map(|caller| PollFd::new(&caller.line.socket, caller.line.waits_for.get()));
+    let waiting = connections.iter().map(|connection| {
+        PollFd::new(&connection.socket.stream, connection.socket.waits_for.get())
+    });
     sockets.extend(waiting);
-    let until = callers.iter().map(|caller| caller.line.until.get()).min();
-    let time = match (more_to_do, until) {
-        (true, _) => Some(SOON),
-        (false, until) => until.map(|until| until.saturating_duration_since(Instant::now())),
+    let deadline = connections.iter().map(|connection| connection.socket.deadline.get()).min();
+    let time = match (is_pending, deadline) {
+        (true, _) => Some(RETRY),
+        (false, deadline) => {
+            deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()))
+        }
     };
     let time = time.and_then(|time| Timespec::try_from(time).ok());
     match poll(&mut sockets, time.as_ref()) {
@@ -130,16 +132,16 @@ fn wait(listener: &TcpListener, callers: &[Caller], more_to_do: bool) {
     }
 }
 
-/// Ends the connection whose time would be up first.
-fn show_out(callers: &mut Vec<Caller>) {
-    let first = callers.iter().enumerate();
-    let first = first.min_by_key(|(_, caller)| caller.line.until.get());
+/// Closes the connection that would time out first.
+fn evict(connections: &mut Vec<Connection>) {
+    let first = connections.iter().enumerate();
+    let first = first.min_by_key(|(_, connection)| connection.socket.deadline.get());
     if let Some((index, _)) = first {
-        callers.swap_remove(index);
+        connections.swap_remove(index);
     }
 }
 
-/// Whether somebody wants to go on without waiting for a socket.
+/// Whether a task was woken by something other than a socket.
 #[derive(Default)]
 struct Woken(AtomicBool);
 
@@ -149,65 +151,65 @@ impl Wake for Woken {
     }
 }
 
-/// One connection, and what hyper has to do on it.
-struct Caller {
-    line: Rc<Line>,
-    conversation: Pin<Box<dyn Future<Output = ()>>>,
+/// One connection, and hyper's task for it.
+struct Connection {
+    socket: Rc<Socket>,
+    task: Pin<Box<dyn Future<Output = ()>>>,
 }
 
-/// A socket, what it is waited for, and until when.
-struct Line {
-    socket: TcpStream,
+/// A socket, the readiness that its task waits for, and its deadline.
+struct Socket {
+    stream: TcpStream,
     waits_for: Cell<PollFlags>,
-    until: Cell<Instant>,
+    deadline: Cell<Instant>,
 }
 
-impl Caller {
-    fn new(socket: TcpStream, site: &Rc<Site>, now: Instant) -> io::Result<Self> {
-        socket.set_nonblocking(true)?;
-        socket.set_nodelay(true)?;
-        let line = Rc::new(Line {
-            socket,
+impl Connection {
+    fn new(stream: TcpStream, routes: &Rc<Routes>, now: Instant) -> io::Result<Self> {
+        stream.set_nonblocking(true)?;
+        stream.set_nodelay(true)?;
+        let socket = Rc::new(Socket {
+            stream,
             waits_for: Cell::new(PollFlags::IN),
-            until: Cell::new(now + FIRST_REQUEST),
+            deadline: Cell::new(now + FIRST_REQUEST),
         });
-        let (site, asked) = (Rc::clone(site), Rc::clone(&line));
+        let (routes, requested) = (Rc::clone(routes), Rc::clone(&socket));
         let service = service_fn(move |request| {
-            asked.until.set(Instant::now() + NEXT_REQUEST);
-            let site = Rc::clone(&site);
+            requested.deadline.set(Instant::now() + NEXT_REQUEST);
+            let routes = Rc::clone(&routes);
             poll_fn(move |cx| {
-                let answer = site.answer(&request);
+                let answer = routes.answer(&request);
                 if answer.is_pending() {
                     cx.waker().wake_by_ref();
                 }
                 answer.map(Ok::<_, Infallible>)
             })
         });
-        let conversation = http1::Builder::new()
+        let serving = http1::Builder::new()
             .max_buf_size(READ_AHEAD)
-            .header_read_timeout(None) // a caller's time is up whatever it does
-            .serve_connection(Wire(Rc::clone(&line)), service);
+            .header_read_timeout(None) // the deadline is ours
+            .serve_connection(Wire(Rc::clone(&socket)), service);
         Ok(Self {
-            line,
-            conversation: Box::pin(async {
-                let _ = conversation.await; // whose fault it is does not matter
+            socket,
+            task: Box::pin(async {
+                let _ = serving.await; // an error ends the connection
             }),
         })
     }
 
-    /// Does what there is to do; whether the caller is to stay.
-    fn serve(&mut self, now: Instant, cx: &mut Context<'_>) -> bool {
-        self.line.waits_for.set(PollFlags::empty());
-        self.conversation.as_mut().poll(cx).is_pending() && now < self.line.until.get()
+    /// Polls its task; returns whether the connection stays open.
+    fn poll(&mut self, now: Instant, cx: &mut Context<'_>) -> bool {
+        self.socket.waits_for.set(PollFlags::empty());
+        self.task.as_mut().poll(cx).is_pending() && now < self.socket.deadline.get()
     }
 }
 
-/// The socket as hyper wants it.
-struct Wire(Rc<Line>);
+/// The socket as hyper's I/O.
+struct Wire(Rc<Socket>);
 
 impl Wire {
-    /// What an attempt on the socket came to; if it would have to wait, for this.
-    fn tried<T>(&self, result: io::Result<T>, wait_for: PollFlags) -> Poll<io::Result<T>> {
+    /// Converts the result of an attempt; one that would block waits for this readiness.
+    fn poll_result<T>(&self, result: io::Result<T>, wait_for: PollFlags) -> Poll<io::Result<T>> {
         match result {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 let all = self.0.waits_for.get() | wait_for;
@@ -227,9 +229,9 @@ impl Read for Wire {
     ) -> Poll<io::Result<()>> {
         let mut bytes = [0; READ_AHEAD];
         let (room, _) = bytes.split_at_mut(READ_AHEAD.min(buffer.remaining()));
-        let read = (&self.0.socket).read(room);
+        let read = (&self.0.stream).read(room);
         let read = read.map(|read| buffer.put_slice(room.get(..read).unwrap_or_default()));
-        self.tried(read, PollFlags::IN)
+        self.poll_result(read, PollFlags::IN)
     }
 }
 
@@ -239,7 +241,7 @@ impl Write for Wire {
         _: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        self.tried((&self.0.socket).write(bytes), PollFlags::OUT)
+        self.poll_result((&self.0.stream).write(bytes), PollFlags::OUT)
     }
 
     fn poll_write_vectored(
@@ -247,11 +249,11 @@ impl Write for Wire {
         _: &mut Context<'_>,
         bytes: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        self.tried((&self.0.socket).write_vectored(bytes), PollFlags::OUT)
+        self.poll_result((&self.0.stream).write_vectored(bytes), PollFlags::OUT)
     }
 
     fn is_write_vectored(&self) -> bool {
-        true // without it hyper would copy each answer
+        true // else hyper copies each answer
     }
 
     fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -259,6 +261,6 @@ impl Write for Wire {
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(self.0.socket.shutdown(Shutdown::Write))
+        Poll::Ready(self.0.stream.shutdown(Shutdown::Write))
     }
 }

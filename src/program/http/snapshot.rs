@@ -1,4 +1,4 @@
-//! What the thread that serves HTTP gets to see of the relay.
+//! The latest snapshot of the relay: its thread publishes it, the thread that serves HTTP reads it.
 
 use std::{
     mem,
@@ -16,7 +16,7 @@ use super::status::Status;
 pub struct Snapshot {
     pub at: Instant,
     pub draining: bool,
-    /// Only while it is requested: the lists in it are long.
+    /// Only while it is requested, because its lists are long.
     pub status: Option<Status>,
 }
 
@@ -36,7 +36,7 @@ impl LatestSnapshot {
     /// Replaces the snapshot.
     pub fn publish(&self, snapshot: Snapshot) {
         let before = mem::replace(&mut *self.lock(), Arc::new(snapshot));
-        drop(before); // it may be long: after the lock
+        drop(before); // outside of the lock, because freeing its lists takes time
     }
 
     /// Returns the snapshot that was published last.

@@ -1,16 +1,16 @@
-//! How fast circuits go.
+//! The rates of circuits.
 //!
-//! Sans-IO. Looked at now and then; a rate is what was carried since the look before.
+//! Sans-IO. A rate is the number of bytes carried since the update before, by the time that has passed.
 
 use std::{collections::HashMap, time::Instant};
 
 use crate::event::{Carried, CircuitId};
 
-/// That of each circuit that was looked at.
+/// The rate of each circuit.
 #[derive(Debug, Default)]
 pub struct Speeds(HashMap<CircuitId, Speed>);
 
-/// How fast something goes that is looked at now and then.
+/// The rate of one counter.
 #[derive(Debug)]
 pub struct Speed {
     carried: Carried,
@@ -19,15 +19,15 @@ pub struct Speed {
 }
 
 impl Speeds {
-    /// Looks at a circuit that is open since then, with what it has carried so far; returns the rate.
-    pub fn look(
+    /// Updates the rate of a circuit that was opened at `since` and has carried so much; returns it.
+    pub fn update(
         &mut self,
         id: CircuitId,
         since: Instant,
         carried: Carried,
         now: Instant,
     ) -> Carried {
-        self.0.entry(id).or_insert_with(|| Speed::new(since)).look(carried, now)
+        self.0.entry(id).or_insert_with(|| Speed::new(since)).update(carried, now)
     }
 
     /// Forgets the circuits that have ended.
@@ -37,18 +37,18 @@ impl Speeds {
 }
 
 impl Speed {
-    /// Of something that begins now.
+    /// The rate of a counter that is zero now.
     pub fn new(now: Instant) -> Self {
         Self { carried: Carried::default(), at: now, rate: Carried::default() }
     }
 
-    /// How many bytes a second it was between the last two looks.
+    /// Returns the bytes a second between the last two updates.
     pub fn rate(&self) -> Carried {
         self.rate
     }
 
-    /// So much was carried by now; what that makes the rate.
-    pub fn look(&mut self, carried: Carried, now: Instant) -> Carried {
+    /// Updates the rate by what was carried until now; returns it.
+    pub fn update(&mut self, carried: Carried, now: Instant) -> Carried {
         let time = now.saturating_duration_since(self.at).as_secs_f64();
         if time > 0.0 {
             let rate =
@@ -74,15 +74,15 @@ mod tests {
     }
 
     #[test]
-    fn a_rate_is_what_was_carried_since_the_look_before() {
+    fn a_rate_is_what_was_carried_since_the_update_before() {
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
         let mut speed = Speed::new(start);
-        assert_eq!(speed.look(carried(0, 0), start), carried(0, 0));
-        assert_eq!(speed.look(carried(100, 10), at(1)), carried(100, 10));
-        assert_eq!(speed.look(carried(500, 10), at(3)), carried(200, 0));
-        assert_eq!(speed.look(carried(500, 10), at(3)), carried(200, 0), "at once again");
-        assert_eq!(speed.look(carried(500, 10), at(4)), carried(0, 0));
+        assert_eq!(speed.update(carried(0, 0), start), carried(0, 0));
+        assert_eq!(speed.update(carried(100, 10), at(1)), carried(100, 10));
+        assert_eq!(speed.update(carried(500, 10), at(3)), carried(200, 0));
+        assert_eq!(speed.update(carried(500, 10), at(3)), carried(200, 0), "at once again");
+        assert_eq!(speed.update(carried(500, 10), at(4)), carried(0, 0));
     }
 
     #[test]
@@ -90,8 +90,8 @@ mod tests {
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
         let (id, mut speeds) = (CircuitId(1), Speeds::default());
-        assert_eq!(speeds.look(id, start, carried(30, 3), at(3)), carried(10, 1));
-        assert_eq!(speeds.look(id, start, carried(30, 4), at(4)), carried(0, 1));
+        assert_eq!(speeds.update(id, start, carried(30, 3), at(3)), carried(10, 1));
+        assert_eq!(speeds.update(id, start, carried(30, 4), at(4)), carried(0, 1));
         speeds.forget(|_| false);
         assert!(speeds.0.is_empty());
     }

@@ -1,4 +1,4 @@
-//! The numbers that the relay shows, and the types that `/status.json` is made of.
+//! The figures of the relay at one moment, and the types that `/status.json` is made of.
 
 use std::{fmt, time::SystemTime};
 
@@ -12,9 +12,9 @@ use crate::{
     relay::quota::Busiest,
 };
 
-/// The numbers of a relay at one moment.
+/// The figures of a relay at one moment.
 #[derive(Clone, Copy, Debug)]
-pub struct Figures {
+pub struct Stats {
     pub draining: bool,
     pub slots: Slots,
     pub circuits: usize,
@@ -27,7 +27,7 @@ pub struct Figures {
     pub certificate_not_after: Option<SystemTime>,
 }
 
-/// How many slots there are, by state.
+/// The number of slots, by state.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct Slots {
     pub total: usize,
@@ -36,8 +36,8 @@ pub struct Slots {
     pub free: usize,
 }
 
-impl Figures {
-    /// Takes those of this relay.
+impl Stats {
+    /// Takes those of this relay now.
     pub fn of(node: &Node, draining: bool) -> Self {
         let relay = node.relay();
         let (total, table) = (relay.config().max_reservations, relay.reservations());
@@ -67,7 +67,7 @@ pub struct Circuit {
     pub rate: Bytes,
 }
 
-/// Bytes, each way.
+/// Bytes in each direction.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct Bytes {
     pub to_target: u64,
@@ -80,7 +80,7 @@ impl From<Carried> for Bytes {
     }
 }
 
-/// A value that is shown in JSON as its `Display` has it.
+/// Serializes a value as the text of its `Display`.
 #[derive(Clone, Debug)]
 pub struct Shown<T>(pub T);
 

@@ -1,7 +1,7 @@
-//! What the relay's operator sees at a glance: `/status.json`, and behind it the page.
+//! `/status.json`, which the page shows.
 //!
-//! Taken on the thread of the relay, once a second while somebody asks for it. So it is only copied
-//! there; to make text of it is the reader's.
+//! Taken on the relay's thread, once a second while it is asked for. That thread only copies it; the thread that
+//! serves HTTP makes it text.
 
 use std::time::Instant;
 
@@ -10,16 +10,16 @@ use serde::Serialize;
 
 use super::{
     history::History,
-    refusals::{Case, Reason, Refusals},
+    refusals::{Reason, Refusal, Refusals},
     speeds::{Speed, Speeds},
-    stats::{Bytes, Circuit, Figures, Shown, Slots},
+    stats::{Bytes, Circuit, Shown, Slots, Stats},
 };
 use crate::program::node::Node;
 
-/// How many holders of slots are listed, and how many circuits.
-pub const MOST_LISTED: usize = 1000;
+/// How many holders of slots are listed at most, and how many circuits.
+pub const MAX_LISTED: usize = 1000;
 
-/// The whole of it. Times are in seconds, rates in bytes a second.
+/// The whole status. Times are in seconds, rates in bytes a second.
 #[derive(Debug, Serialize)]
 pub struct Status {
     pub version: &'static str,
@@ -27,7 +27,7 @@ pub struct Status {
     pub draining: bool,
     pub up_for: u64,
     pub addresses: Vec<Shown<Multiaddr>>,
-    /// Those that clients are told instead, if any.
+    /// The addresses that clients are told instead, if there are any.
     pub announced: Vec<Shown<Multiaddr>>,
     pub slots: Slots,
     pub history: History,
@@ -37,44 +37,44 @@ pub struct Status {
     pub relayed: Bytes,
     pub rate: Bytes,
     pub refused: Vec<Reason>,
-    pub latest_refusals: Vec<Case>,
+    pub latest_refusals: Vec<Refusal>,
     pub freed: Vec<Reason>,
-    pub questions: Questions,
+    pub questions: Probes,
 }
 
-/// A list that may be too long to be given whole.
+/// A list of which a part is shown if it is long.
 #[derive(Debug, Serialize)]
 pub struct Listed<T> {
-    /// How many there are.
+    /// The length of the whole list.
     pub count: usize,
-    /// Some of them, in no order: all, or the first [`MOST_LISTED`] that were come across.
+    /// All of it or [`MAX_LISTED`] of its elements, in no order.
     pub listed: Vec<T>,
 }
 
 impl<T> Listed<T> {
-    /// So many, of which as many are shown as may be: no other is looked at.
+    /// Lists at most [`MAX_LISTED`] of `all`, whose number is `count`, and looks at no other.
     fn of<I>(count: usize, all: impl Iterator<Item = I>, show: impl FnMut(I) -> Option<T>) -> Self {
-        let listed = all.take(MOST_LISTED).filter_map(show).collect();
+        let listed = all.take(MAX_LISTED).filter_map(show).collect();
         Self { count, listed }
     }
 }
 
-/// Who holds a slot.
+/// A peer that holds a slot.
 #[derive(Debug, Serialize)]
 pub struct Holder {
     pub peer: Shown<PeerId>,
-    /// Where it is connected from; in grace, whom its slot is billed to.
+    /// The remote address of its connection; in grace, the IP address that its slot counts towards.
     pub address: Option<Shown<Multiaddr>>,
     pub state: State,
-    /// When the slot comes back unless the peer renews, or comes back itself.
+    /// When the slot is freed, unless the peer renews or reconnects.
     pub ends_in: u64,
-    /// For how long nothing was heard from it.
+    /// For how long nothing was received from it.
     pub silent_for: Option<u64>,
-    /// The circuits it is part of.
+    /// The number of circuits that it is part of.
     pub circuits: usize,
 }
 
-/// Whether a slot's holder is there.
+/// Whether a slot's holder is connected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
@@ -82,33 +82,33 @@ pub enum State {
     Grace,
 }
 
-/// Signs of life that were asked for.
+/// Probes of silent peers.
 #[derive(Clone, Copy, Debug, Serialize)]
-pub struct Questions {
+pub struct Probes {
     pub asked: u64,
     pub unanswered: u64,
 }
 
-/// The parts of a [`Status`] that somebody has to remember from one to the next.
+/// The parts of a [`Status`] that build up over time.
 #[derive(Debug)]
-pub struct Memory {
+pub struct Recorder {
     pub started: Instant,
     pub history: History,
-    /// That of each circuit.
+    /// The rate of each circuit.
     pub speeds: Speeds,
-    /// That of all circuits together.
+    /// The rate of all circuits together.
     pub speed: Speed,
     pub refusals: Refusals,
 }
 
-impl Memory {
-    /// Remembers how it is now, whether or not somebody asks.
-    pub fn note(&mut self, figures: &Figures, now: Instant) {
-        self.history.note(figures.slots, now);
-        self.speed.look(figures.relayed, now);
+impl Recorder {
+    /// Records the stats of this moment, whether or not a status is asked for.
+    pub fn record(&mut self, stats: &Stats, now: Instant) {
+        self.history.record(stats.slots, now);
+        self.speed.update(stats.relayed, now);
     }
 
-    /// That of a relay that starts now.
+    /// An empty record, from now on.
     pub fn new(now: Instant) -> Self {
         Self {
             started: now,
@@ -121,40 +121,40 @@ impl Memory {
 }
 
 impl Status {
-    /// That of this relay.
-    pub fn of(node: &Node, figures: &Figures, memory: &mut Memory, now: Instant) -> Self {
+    /// Takes that of this relay now.
+    pub fn of(node: &Node, stats: &Stats, recorder: &mut Recorder, now: Instant) -> Self {
         let circuits = node.relay().circuits();
         let open = circuits.iter().filter_map(|(id, circuit)| Some((id, circuit, circuit.open()?)));
-        memory.speeds.forget(|id| circuits.get(id).is_some());
+        recorder.speeds.forget(|id| circuits.get(id).is_some());
         Self {
             version: env!("CARGO_PKG_VERSION"),
             peer: Shown(node.peer_id()),
-            draining: figures.draining,
-            up_for: now.saturating_duration_since(memory.started).as_secs(),
+            draining: stats.draining,
+            up_for: now.saturating_duration_since(recorder.started).as_secs(),
             addresses: node.listeners().cloned().map(Shown).collect(),
             announced: node.relay().config().announce.iter().cloned().map(Shown).collect(),
-            slots: figures.slots,
-            history: memory.history.clone(),
+            slots: stats.slots,
+            history: recorder.history.clone(),
             holders: holders(node, now),
-            circuits: Listed::of(figures.circuits, open, |(id, circuit, (since, carried))| {
+            circuits: Listed::of(stats.circuits, open, |(id, circuit, (since, carried))| {
                 Some(Circuit {
                     id: Shown(id),
                     source: Shown(circuit.source.peer),
                     target: Shown(circuit.target.peer),
                     open_for: now.saturating_duration_since(since).as_secs(),
                     carried: carried.into(),
-                    rate: memory.speeds.look(id, since, carried, now).into(),
+                    rate: recorder.speeds.update(id, since, carried, now).into(),
                 })
             }),
-            connections: figures.connections,
-            relayed: figures.relayed.into(),
-            rate: memory.speed.rate().into(),
-            refused: memory.refusals.refused(now),
-            latest_refusals: memory.refusals.latest(now),
-            freed: memory.refusals.freed(now),
-            questions: Questions {
-                asked: figures.upkeep.questions,
-                unanswered: memory.refusals.unanswered(),
+            connections: stats.connections,
+            relayed: stats.relayed.into(),
+            rate: recorder.speed.rate().into(),
+            refused: recorder.refusals.refused(now),
+            latest_refusals: recorder.refusals.latest(now),
+            freed: recorder.refusals.freed(now),
+            questions: Probes {
+                asked: stats.upkeep.questions,
+                unanswered: recorder.refusals.unanswered(),
             },
         }
     }
@@ -188,7 +188,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn of_a_long_list_a_thousand_are_looked_at() {
+    fn at_most_a_thousand_elements_of_a_long_list_are_looked_at() {
         let mut looked_at = 0;
         let list = Listed::of(1_000_000, 0..1_000_000, |number| {
             looked_at += 1;

@@ -8,7 +8,7 @@
 //! those two connections counts.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     net::SocketAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -26,6 +26,8 @@ pub struct ByteCounters(Arc<Mutex<Table>>);
 #[derive(Debug, Default)]
 struct Table {
     pending: BTreeMap<Key, Pending>,
+    /// The new ends of renamed connections, by their numbers.
+    renamed: HashMap<u64, Ends>,
     /// How many counters were ever created.
     created: u64,
 }
@@ -97,6 +99,20 @@ impl ByteCounters {
         ends(endpoint).and_then(|ends| table.only(ends)).map(|(_, pending)| pending.clone())
     }
 
+    /// Replaces the remote end of the connection between these ends, a reverse proxy's, by its client's; unless there are
+    /// several, or its counter was taken.
+    #[cfg(feature = "websocket")]
+    pub(crate) fn rename(&self, endpoint: &ConnectedPoint, client: SocketAddr) {
+        let Some(ends) = ends(endpoint) else { return };
+        let mut table = self.table();
+        let Some((&key, _)) = table.only(ends) else { return };
+        if let Some(pending) = table.pending.remove(&key) {
+            let ends = (ends.0, client);
+            table.pending.insert((ends, key.1), pending);
+            table.renamed.insert(key.1, ends);
+        }
+    }
+
     /// How many counters were not taken yet.
     pub fn pending(&self) -> usize {
         self.table().pending.len()
@@ -121,7 +137,10 @@ pub struct PendingCounter {
 
 impl Drop for PendingCounter {
     fn drop(&mut self) {
-        self.counters.table().pending.remove(&self.key);
+        let (ends, number) = self.key;
+        let mut table = self.counters.table();
+        let ends = table.renamed.remove(&number).unwrap_or(ends);
+        table.pending.remove(&(ends, number));
     }
 }
 
@@ -160,6 +179,25 @@ mod tests {
             let over = connection(&format!("{local}{layer}"), &format!("{remote}{layer}"));
             assert!(counters.take(&over).is_some(), "{layer}");
             drop(counted);
+        }
+    }
+
+    #[cfg(feature = "websocket")]
+    #[test]
+    fn a_renamed_connection_is_found_by_its_new_end_and_leaves_nothing_behind() {
+        let counters = ByteCounters::default();
+        let (local, proxy) = ("192.0.2.1:1".parse().unwrap(), "10.0.0.1:2".parse().unwrap());
+        let through = connection("/ip4/192.0.2.1/tcp/1", "/ip4/10.0.0.1/tcp/2/ws");
+        let client = connection("/ip4/192.0.2.1/tcp/1", "/ip4/198.51.100.7/tcp/3/ws");
+        for is_taken in [true, false] {
+            let counted = counters.count((), Some(local), proxy, None);
+            counters.rename(&through, "198.51.100.7:3".parse().unwrap());
+            assert!(counters.get(&through).is_none());
+            assert!(counters.get(&client).is_some());
+            assert!(!is_taken || counters.take(&client).is_some());
+            drop(counted);
+            assert_eq!(counters.pending(), 0);
+            assert!(counters.table().renamed.is_empty());
         }
     }
 

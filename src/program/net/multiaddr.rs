@@ -116,7 +116,7 @@ pub fn unusable(address: &Multiaddr) -> Option<&'static str> {
 }
 
 /// Whether this is a DNS name (RFC 1123, 2.1): labels of letters, digits and hyphens.
-fn is_dns_name(name: &str) -> bool {
+pub(crate) fn is_dns_name(name: &str) -> bool {
     let is_label = |label: &str| {
         let is_allowed = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
         (1..=63).contains(&label.len())

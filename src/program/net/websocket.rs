@@ -1,196 +1,385 @@
-//! WebSocket over our TCP, by itself and in TLS: what browsers speak.
+//! WebSocket over our TCP, with TLS and without: the transport of browsers.
 //!
-//! libp2p's own, and what it needs to face strangers: a bound on what they may send at once, a
-//! certificate that can be replaced while it runs, and an end that can be read twice.
-//!
-//! Its upgrade runs where the handshake does, so it is timed and limited together with that.
+//! The upgrade runs within the connection's handshake, so the limits and deadlines of handshakes hold for it.
+//! A connection of a trusted reverse proxy is reported to the swarm only once its request has named the
+//! client, because admission decides by the client's address.
 
 pub mod certificate;
+mod forwarded;
+mod head;
+mod stream;
+mod upgrade;
 
 use std::{
+    collections::HashMap,
     io,
+    net::SocketAddr,
     pin::Pin,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, PoisonError, RwLock,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll, ready},
+    time::{Duration, Instant},
 };
 
+use async_std::future::timeout;
+use futures_rustls::rustls::ServerConfig;
+use futures_timer::Delay;
+use ipnet::IpNet;
 use libp2p::{
     Multiaddr, Transport,
-    core::transport::{DialOpts, ListenerId, TransportError, TransportEvent},
-    futures::{AsyncRead, AsyncWrite},
+    core::{
+        ConnectedPoint,
+        transport::{DialOpts, ListenerId, TransportError, TransportEvent},
+    },
+    futures::{
+        AsyncRead, AsyncWrite, FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered,
+    },
 };
-use libp2p_websocket::Config;
 
-use self::certificate::Certificate;
-use crate::delegate::delegate_write;
+pub use self::stream::{LONGEST_MESSAGE, WebSocketStream};
+use self::{
+    certificate::Certificate,
+    forwarded::Unnamed,
+    head::{Head, Request},
+    upgrade::Requested,
+};
+use super::{
+    admission::{connection_rates::ConnectionRates, limits::Denied, proxies::Proxies},
+    byte_counters::ByteCounters,
+    multiaddr::{Layer, listen_address, multiaddr},
+};
 
-/// The longest message that is read, in bytes.
-///
-/// It takes that much memory as soon as it is announced, which anyone may do. The longest that
-/// clients send is rust-libp2p's, 192 KiB: all that its Noise has gathered before it writes. go- and
-/// js-libp2p send each message of Noise, or each record of TLS, by itself: 64 KiB.
-pub const LONGEST_MESSAGE: usize = 256 * 1024;
+/// How long a trusted proxy has for TLS and its request. It is near, and has the request at hand.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The certificate that new connections get to see. Clones share it.
-#[derive(Clone, Default)]
-pub struct Presented(Arc<Mutex<Option<Certificate>>>);
+/// What a [`Node`](crate::program::node::Node) changes while it runs. Clones share it.
+#[derive(Clone, Debug)]
+pub struct Control {
+    tls: Arc<RwLock<Option<Arc<ServerConfig>>>>,
+    forwarders: Proxies,
+    is_draining: Arc<AtomicBool>,
+}
 
-impl Presented {
-    /// From now on it is this one.
-    pub fn set(&self, certificate: Certificate) {
-        *self.next() = Some(certificate);
+impl Control {
+    /// No certificate and no trusted proxies yet; at most `max_requests` of their connections may be without
+    /// a request.
+    pub fn new(max_requests: usize) -> Self {
+        Self {
+            tls: Arc::default(),
+            forwarders: Proxies::new(max_requests),
+            is_draining: Arc::default(),
+        }
     }
 
-    fn next(&self) -> MutexGuard<'_, Option<Certificate>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Replaces the certificate that new connections see.
+    pub fn set_certificate(&self, certificate: &Certificate) {
+        let tls = Some(certificate.tls_config());
+        *self.tls.write().unwrap_or_else(PoisonError::into_inner) = tls;
+    }
+
+    /// Replaces the subnets of the reverse proxies that are trusted to name their clients.
+    pub fn set_forwarders(&self, subnets: Vec<IpNet>) {
+        self.forwarders.set(subnets);
+    }
+
+    /// The reverse proxies that are trusted to name their clients.
+    pub fn forwarders(&self) -> &Proxies {
+        &self.forwarders
+    }
+
+    /// Sets whether health checks are told that the relay drains.
+    pub fn set_draining(&self, is_draining: bool) {
+        self.is_draining.store(is_draining, Ordering::Relaxed);
+    }
+
+    /// Returns the transport over `tcp`, which counts its connections in `counters`. The `rates` hold
+    /// for the clients that trusted proxies name; for others they hold in `tcp`.
+    pub fn over<T: Transport>(
+        &self,
+        tcp: T,
+        counters: ByteCounters,
+        rates: ConnectionRates,
+    ) -> WebSocket<T> {
+        WebSocket {
+            tcp,
+            control: self.clone(),
+            counters,
+            rates,
+            listeners: HashMap::new(),
+            requests: FuturesUnordered::new(),
+            warned: Vec::new(),
+        }
+    }
+
+    fn is_draining(&self) -> bool {
+        self.is_draining.load(Ordering::Relaxed)
+    }
+
+    fn tls(&self) -> Option<Arc<ServerConfig>> {
+        self.tls.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
-/// WebSocket over `T`: to listen only, for nobody is dialed.
-pub struct WebSocket<T>
-where
-    T: Transport,
-    T::Output: AsyncRead + AsyncWrite + Send + Unpin + 'static,
-{
-    inner: Config<T>,
-    presented: Presented,
+type Upgrade = BoxFuture<'static, io::Result<WebSocketStream>>;
+type Event = TransportEvent<Upgrade, io::Error>;
+
+/// WebSocket over `T`, to listen only.
+pub struct WebSocket<T: Transport> {
+    tcp: T,
+    control: Control,
+    counters: ByteCounters,
+    rates: ConnectionRates,
+    listeners: HashMap<ListenerId, Listener>,
+    /// Connections of trusted proxies whose request has not come yet.
+    requests: FuturesUnordered<BoxFuture<'static, Introduced<T::Output>>>,
+    warned: Vec<Unnamed>,
+}
+
+/// What is known of a listener beside its TCP address.
+struct Listener {
+    /// `/ws`, `/wss` or `/tls/ws`
+    suffix: Multiaddr,
+    is_secure: bool,
+}
+
+/// A connection that a trusted proxy has made, with the client that its request names.
+struct Introduced<S> {
+    connection: Connection,
+    requested: io::Result<Requested<S>>,
+    client: Result<SocketAddr, Option<Unnamed>>,
+}
+
+/// The ends of a connection: ours, and the peer's or its proxy's.
+struct Connection {
+    listener: ListenerId,
+    local: Multiaddr,
+    remote: Multiaddr,
 }
 
 impl<T> WebSocket<T>
 where
-    T: Transport + Send + Unpin + 'static,
-    T::Error: Send + 'static,
-    T::Dial: Send + 'static,
+    T: Transport<Error = io::Error> + Send + Unpin + 'static,
     T::ListenerUpgrade: Send + 'static,
     T::Output: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
-    /// For the connections of `tcp`; in TLS with the certificate that is presented.
-    pub fn over(tcp: T, presented: Presented) -> Self {
-        let mut inner = Config::new(tcp);
-        inner.set_max_data_size(LONGEST_MESSAGE);
-        Self { inner, presented }
+    /// Handles a new connection over TCP. One of a trusted proxy waits for its request.
+    fn on_incoming(
+        &mut self,
+        connection: Connection,
+        upgrade: T::ListenerUpgrade,
+    ) -> Option<Event> {
+        let listener = self.listeners.get(&connection.listener)?;
+        let tls = match listener.is_secure {
+            true => Some(self.control.tls()?),
+            false => None,
+        };
+        let (remote, _) = listen_address(&connection.remote)?;
+        if !self.control.forwarders.contains(remote.ip()) {
+            let (control, socket) = (self.control.clone(), self.socket(&connection));
+            let upgrade = async move {
+                let requested = Requested::read(upgrade.await?, tls).await?;
+                requested.answer(socket, control.is_draining()).await
+            };
+            return self.incoming(connection, upgrade.boxed());
+        }
+        let permit = match self.control.forwarders.acquire() {
+            Ok(permit) => permit,
+            Err(full) => {
+                let denied = std::future::ready(Err(full.into()));
+                return self.incoming(connection, denied.boxed());
+            }
+        };
+        let (forwarders, rates) = (self.control.forwarders.clone(), self.rates.clone());
+        self.requests.push(
+            async move {
+                let _permit = permit;
+                let request = async { Requested::read(upgrade.await?, tls).await };
+                let requested = timeout(REQUEST_TIMEOUT, request).await;
+                let mut requested =
+                    requested.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
+                let client = match &mut requested {
+                    Ok(requested) => client_of(&mut requested.head, remote, &forwarders),
+                    Err(_) => Err(None),
+                };
+                let ip = client.as_ref().unwrap_or(&remote).ip();
+                match rates.delay(ip, 0, Instant::now()) {
+                    Some(wait) => Delay::new(wait).await,
+                    None if requested.is_ok() => requested = Err(Denied::Rate.into()),
+                    None => {}
+                }
+                Introduced { connection, requested, client }
+            }
+            .boxed(),
+        );
+        None
     }
 
-    /// Takes up a new certificate, for all connections that come from now on.
-    fn present(&mut self) {
-        if let Some(certificate) = self.presented.next().take() {
-            self.inner.set_tls_config(certificate.into());
+    /// Handles a connection whose proxy has sent its request.
+    fn on_introduced(&mut self, introduced: Introduced<T::Output>) -> Option<Event> {
+        let Introduced { mut connection, requested, client } = introduced;
+        let socket = self.socket(&connection);
+        match client {
+            Ok(client) => {
+                self.counters.rename(&connection.endpoint(), client);
+                connection.remote = multiaddr(client);
+            }
+            Err(Some(reason)) => self.warn_once(&connection.remote, reason),
+            Err(None) => {}
+        }
+        let is_draining = self.control.is_draining();
+        let upgrade = async move { requested?.answer(socket, is_draining).await };
+        self.incoming(connection, upgrade.boxed())
+    }
+
+    /// Tells of a connection, if its listener is still there.
+    fn incoming(&self, connection: Connection, upgrade: Upgrade) -> Option<Event> {
+        let Connection { listener: listener_id, local, remote } = connection;
+        let listener = self.listeners.get(&listener_id)?;
+        Some(TransportEvent::Incoming {
+            listener_id,
+            upgrade,
+            local_addr: listener.on_top_of(&local),
+            send_back_addr: listener.on_top_of(&remote),
+        })
+    }
+
+    fn socket(&self, connection: &Connection) -> Option<async_std::net::TcpStream> {
+        self.counters.get(&connection.endpoint())?.socket
+    }
+
+    fn warn_once(&mut self, proxy: &Multiaddr, reason: Unnamed) {
+        if !self.warned.contains(&reason) {
+            self.warned.push(reason);
+            let consequence = match reason {
+                Unnamed::Contradictory => {
+                    "such a connection is refused: have the proxy remove the one"
+                }
+                _ => "the connection counts as the proxy's own: have the proxy add one",
+            };
+            log::warn!("--trust-forwarded-from: {proxy}: {reason}; {consequence}");
+        }
+    }
+
+    /// Puts the listener's suffix back on the addresses of an event over TCP.
+    fn on_top(&mut self, event: TransportEvent<T::ListenerUpgrade, io::Error>) -> Option<Event> {
+        Some(match event {
+            TransportEvent::Incoming { listener_id, upgrade, local_addr, send_back_addr } => {
+                let (local, remote) = (local_addr, send_back_addr);
+                let connection = Connection { listener: listener_id, local, remote };
+                return self.on_incoming(connection, upgrade);
+            }
+            TransportEvent::NewAddress { listener_id, listen_addr } => {
+                let listen_addr = self.listeners.get(&listener_id)?.on_top_of(&listen_addr);
+                TransportEvent::NewAddress { listener_id, listen_addr }
+            }
+            TransportEvent::AddressExpired { listener_id, listen_addr } => {
+                let listen_addr = self.listeners.get(&listener_id)?.on_top_of(&listen_addr);
+                TransportEvent::AddressExpired { listener_id, listen_addr }
+            }
+            TransportEvent::ListenerClosed { listener_id, reason } => {
+                self.listeners.remove(&listener_id);
+                TransportEvent::ListenerClosed { listener_id, reason }
+            }
+            TransportEvent::ListenerError { listener_id, error } => {
+                TransportEvent::ListenerError { listener_id, error }
+            }
+        })
+    }
+}
+
+impl Listener {
+    fn on_top_of(&self, address: &Multiaddr) -> Multiaddr {
+        address.iter().chain(self.suffix.iter()).collect()
+    }
+}
+
+impl Connection {
+    fn endpoint(&self) -> ConnectedPoint {
+        ConnectedPoint::Listener {
+            local_addr: self.local.clone(),
+            send_back_addr: self.remote.clone(),
         }
     }
 }
 
+/// Returns the address of the client for which this proxy makes its request, with the proxy's port unless
+/// the client's is known.
+///
+/// # Errors
+///
+/// When it counts as the proxy's own; with the reason if the operator should know it: a proxy also checks
+/// the relay's health, or passes on what is no upgrade, for no client.
+fn client_of(
+    head: &mut Head,
+    proxy: SocketAddr,
+    forwarders: &Proxies,
+) -> Result<SocketAddr, Option<Unnamed>> {
+    if !matches!(head.request, Request::Upgrade(_)) {
+        return Err(None);
+    }
+    let client = head.forwarded.client(|ip| forwarders.contains(ip));
+    if client == Err(Unnamed::Contradictory) {
+        head.request = Request::Bad("Forwarded and X-Forwarded-For name different clients");
+    }
+    let (ip, port) = client.map_err(Some)?;
+    Ok(SocketAddr::new(ip, port.unwrap_or(proxy.port())))
+}
+
 impl<T> Transport for WebSocket<T>
 where
-    T: Transport + Send + Unpin + 'static,
-    T::Error: Send + 'static,
-    T::Dial: Send + 'static,
+    T: Transport<Error = io::Error> + Send + Unpin + 'static,
     T::ListenerUpgrade: Send + 'static,
     T::Output: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
-    type Output = <Config<T> as Transport>::Output;
-    type Error = <Config<T> as Transport>::Error;
-    type ListenerUpgrade = <Config<T> as Transport>::ListenerUpgrade;
-    type Dial = <Config<T> as Transport>::Dial;
+    type Output = WebSocketStream;
+    type Error = io::Error;
+    type ListenerUpgrade = Upgrade;
+    type Dial = std::future::Pending<io::Result<WebSocketStream>>;
 
     fn listen_on(
         &mut self,
         id: ListenerId,
         address: Multiaddr,
-    ) -> Result<(), TransportError<Self::Error>> {
-        self.present();
-        self.inner.listen_on(id, address)
+    ) -> Result<(), TransportError<io::Error>> {
+        let is_secure = match listen_address(&address) {
+            Some((_, Layer::WebSocket)) => false,
+            Some((_, Layer::SecureWebSocket)) if self.control.tls().is_some() => true,
+            _ => return Err(TransportError::MultiaddrNotSupported(address)),
+        };
+        let tcp = address.iter().take(2).collect();
+        let suffix = address.iter().skip(2).collect();
+        self.tcp.listen_on(id, tcp)?;
+        self.listeners.insert(id, Listener { suffix, is_secure });
+        Ok(())
     }
 
     fn remove_listener(&mut self, id: ListenerId) -> bool {
-        self.inner.remove_listener(id)
+        self.tcp.remove_listener(id)
     }
 
     fn dial(
         &mut self,
         address: Multiaddr,
         _: DialOpts,
-    ) -> Result<Self::Dial, TransportError<Self::Error>> {
+    ) -> Result<Self::Dial, TransportError<io::Error>> {
         Err(TransportError::MultiaddrNotSupported(address))
     }
 
-    fn poll(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<TransportEvent<Self::ListenerUpgrade, Self::Error>> {
-        self.present();
-        Pin::new(&mut self.inner).poll(cx)
-    }
-}
-
-/// A stream that has ended once it says so, or fails: libp2p's panics when it is read again behind
-/// its end, and goes on in the middle of what it could not read.
-#[derive(Debug)]
-pub struct UntilEnd<S> {
-    stream: S,
-    ended: bool,
-}
-
-impl<S> UntilEnd<S> {
-    /// Nothing was read from `stream` yet.
-    pub fn new(stream: S) -> Self {
-        Self { stream, ended: false }
-    }
-}
-
-impl<S: AsyncRead + Unpin> AsyncRead for UntilEnd<S> {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        into: &mut [u8],
-    ) -> Poll<io::Result<usize>> {
-        if self.ended || into.is_empty() {
-            return Poll::Ready(Ok(0));
-        }
-        let read = ready!(Pin::new(&mut self.stream).poll_read(cx, into));
-        self.ended = !matches!(read, Ok(1..));
-        Poll::Ready(read)
-    }
-}
-
-impl<S: AsyncWrite + Unpin> AsyncWrite for UntilEnd<S> {
-    delegate_write!(stream: poll_write, poll_flush, poll_close);
-}
-
-#[cfg(test)]
-mod tests {
-    use std::{collections::VecDeque, io::ErrorKind};
-
-    use libp2p::futures::AsyncReadExt;
-
-    use super::*;
-
-    /// As libp2p's stream: it must not be read behind its end.
-    struct Pieces(VecDeque<io::Result<&'static [u8]>>);
-
-    impl AsyncRead for Pieces {
-        fn poll_read(
-            mut self: Pin<&mut Self>,
-            _: &mut Context<'_>,
-            into: &mut [u8],
-        ) -> Poll<io::Result<usize>> {
-            let piece = self.0.pop_front().expect("nothing comes behind the end")?;
-            into[..piece.len()].copy_from_slice(piece);
-            Poll::Ready(Ok(piece.len()))
-        }
-    }
-
-    #[test]
-    fn an_end_can_be_read_twice_and_so_can_a_failure() {
-        async_std::task::block_on(async {
-            for end in [Ok(&b""[..]), Err(ErrorKind::InvalidData.into())] {
-                let fails = end.is_err();
-                let mut stream = UntilEnd::new(Pieces([Ok(&b"one"[..]), end].into()));
-                let mut bytes = [0; 3];
-                assert_eq!(stream.read(&mut []).await.unwrap(), 0);
-                assert_eq!(stream.read(&mut bytes).await.unwrap(), 3);
-                assert_eq!(stream.read(&mut bytes).await.is_err(), fails);
-                assert_eq!(stream.read(&mut bytes).await.unwrap(), 0);
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Event> {
+        let this = &mut *self;
+        loop {
+            let event = match this.requests.poll_next_unpin(cx) {
+                Poll::Ready(Some(introduced)) => this.on_introduced(introduced),
+                _ => {
+                    let event = ready!(Pin::new(&mut this.tcp).poll(cx));
+                    this.on_top(event)
+                }
+            };
+            if let Some(event) = event {
+                return Poll::Ready(event);
             }
-        });
+        }
     }
 }

@@ -73,7 +73,7 @@ async function shows_what_the_relay_says() {
   await search.fill(holder.slice(-8));
   assert.equal(await rows(page, "#holders").count(), 1);
   await search.fill("nobody");
-  assert.equal(await text(page, "#holders .none"), "Nobody like that.");
+  assert.equal(await text(page, "#holders .none"), "No peer matches.");
   await search.fill("");
 
   // The circuit, and how fast it goes.

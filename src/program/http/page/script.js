@@ -1,13 +1,13 @@
-// The page over /status.json: asked for every two seconds, while somebody looks.
+// The page that shows /status.json, which it requests every two seconds while it is visible.
 
-const EVERY = 2000;
-const PATIENCE = 5000;
-// Rows of a table that are shown without being asked for.
+const INTERVAL = 2000;
+const TIMEOUT = 5000;
+// Rows of a table that are shown at first.
 const ROWS = 10;
 
 const find = (selector, inside = document) => inside.querySelector(selector);
 
-// ---- Words
+// ---- Texts
 
 const number = new Intl.NumberFormat("en");
 const count = (n) => number.format(n);
@@ -22,7 +22,7 @@ function bytes(n) {
   return `${unit === 0 || n >= 100 ? Math.round(n) : n.toFixed(1)} ${units[unit]}`;
 }
 
-// To two units at most: `2 h 5 min`.
+// In two units at most: `2 h 5 min`.
 function time(seconds) {
   const [minutes, hours, days] = [60, 3600, 86400].map((unit) => Math.floor(seconds / unit));
   const parts = days ? [days, "d", hours % 24, "h"] : hours ? [hours, "h", minutes % 60, "min"] : [minutes, "min", 0];
@@ -32,10 +32,10 @@ function time(seconds) {
 
 const ago = (seconds) => (seconds < 2 ? "now" : `${time(seconds)} ago`);
 
-// What all peers have in front says nothing.
+// Without the middle: the start is the same for many peers.
 const short = (peer) => (peer.length > 16 ? `${peer.slice(0, 4)}…${peer.slice(-8)}` : peer);
 
-// `/ip4/192.0.2.1/tcp/4001` as `192.0.2.1:4001`; what else there may be, as it is.
+// `/ip4/192.0.2.1/tcp/4001` as `192.0.2.1:4001`; other addresses unchanged.
 function place(address) {
   const [, kind, host, , port, ...rest] = (address ?? "").split("/");
   if (rest.length > 0 || !["ip4", "ip6"].includes(kind)) return address ?? "";
@@ -51,8 +51,8 @@ function element(name, content, properties = {}) {
   return made;
 }
 
-// Only what changed is touched, so that what somebody selects stays selected.
-function say(where, text) {
+// Changes only what differs, so that a selection of text stays.
+function setText(where, text) {
   if (where.textContent !== text) where.textContent = text;
 }
 
@@ -67,7 +67,7 @@ function peer(id) {
   return button;
 }
 
-// Browsers lend their clipboard to pages that came over TLS, or from the same machine.
+// Browsers offer the clipboard to pages that came over TLS, or from the same machine.
 async function copy(text) {
   if (navigator.clipboard) return navigator.clipboard.writeText(text);
   const area = element("textarea", text, { readOnly: true });
@@ -79,8 +79,8 @@ async function copy(text) {
 
 // ---- Tables
 
-// A column has a title, the class of its cells, and what stands in the cell of a row: a text that
-// may change, or an element that does not. Where there is something to sort it by, its title does.
+// A column has a title, the class of its cells, and their content: `text`, which may change, or `build`, an
+// element that does not. With `by`, a click on the title sorts by that number.
 class Table {
   constructor(section, columns) {
     this.section = section;
@@ -100,7 +100,7 @@ class Table {
     });
   }
 
-  // The largest first; once more, and the smallest is.
+  // Descending; a second click makes it ascending.
   sort(by, head) {
     const turned = head.ariaSort === "descending";
     for (const other of head.parentElement.cells) other.ariaSort = null;
@@ -109,7 +109,7 @@ class Table {
     this.show(this.last);
   }
 
-  // `rows` are pairs of a key and what is to be shown under it.
+  // `rows` are pairs of a key and the object that the row shows.
   show(rows) {
     this.last = rows;
     const sorted = this.order ? rows.toSorted(([, a], [, b]) => this.order(a, b)) : rows;
@@ -125,7 +125,7 @@ class Table {
     shown.forEach(([key, of], index) => {
       const row = this.rows.get(key) ?? this.add(key, of);
       this.columns.forEach(({ text, kind }, at) => {
-        if (text) say(row.cells[at], text(of));
+        if (text) setText(row.cells[at], text(of));
         if (typeof kind === "function") row.cells[at].className = kind(of);
       });
       if (body.children[index] !== row) body.insertBefore(row, body.children[index] ?? null);
@@ -134,7 +134,7 @@ class Table {
     find(".none", this.section).hidden = rows.length > 0;
     const more = find(".more", this.section);
     more.hidden = rows.length <= shown.length;
-    say(more, `Show all ${count(rows.length)}`);
+    setText(more, `Show all ${count(rows.length)}`);
   }
 
   add(key, of) {
@@ -157,7 +157,7 @@ const holders = new Table(find("#holders"), [
   { title: "", kind: (holder) => `state ${holder.state}`, text: ({ state }) => (state === "grace" ? "in grace" : state) },
   { title: "From", kind: "full", text: (holder) => place(holder.address) },
   { title: "Ends in", kind: "number", label: true, by: (holder) => holder.ends_in, text: (holder) => time(holder.ends_in) },
-  { title: "Heard", kind: "number", label: true, by: ({ silent_for }) => silent_for ?? -1, text: ({ silent_for }) => (silent_for === null ? "" : ago(silent_for)) },
+  { title: "Last heard", kind: "number", label: true, by: ({ silent_for }) => silent_for ?? -1, text: ({ silent_for }) => (silent_for === null ? "" : ago(silent_for)) },
   { title: "Circuits", kind: "number", label: true, by: (holder) => holder.circuits, text: ({ circuits }) => (circuits ? count(circuits) : "") },
 ]);
 
@@ -182,7 +182,7 @@ function tallies(section, list) {
   const total = list.reduce((total, { count }) => total + count, 0);
   const most = Math.max(...list.map(({ count }) => count));
   list.sort((a, b) => b.count - a.count);
-  say(find(".count", section), total ? count(total) : "");
+  setText(find(".count", section), total ? count(total) : "");
   find(".none", section).hidden = total > 0;
   const lines = list.map((tally) => {
     const what = tally.what === "slot" ? [] : element("small", `${tally.what}: `);
@@ -203,11 +203,11 @@ let status;
 function curve() {
   const { every, points } = status.history[span];
   const { live, grace, free } = status.slots;
-  // The last point may be a while ago; now is not.
+  // The last sample may be old: the current numbers follow it.
   return { every, points: [...points, [live, grace, free]] };
 }
 
-// The next number that is good to read.
+// The next round number.
 function round(n) {
   const power = 10 ** Math.floor(Math.log10(n));
   return [1, 2, 4, 5, 10].map((step) => step * power).find((step) => step >= n);
@@ -217,7 +217,7 @@ function draw() {
   const { every, points } = curve();
   const total = status.slots.total;
   const taken = points.map(([live, grace]) => live + grace);
-  // All slots if many are taken; else as many as can be told apart.
+  // The scale ends at all slots if many are taken, else a little above the maximum.
   const most = Math.max(...taken);
   const top = most * 4 > total ? Math.max(total, most) : Math.min(total, round(Math.max(most * 1.25, 4)));
   const x = (index) => 240 - (points.length - 1 - index);
@@ -241,7 +241,7 @@ function draw() {
   find("#times").replaceChildren(...[...times, "now"].map((text) => element("li", text)));
   const hint = find("#hint");
   hint.hidden = points.length > 3;
-  say(hint, "It has just started");
+  setText(hint, "No data yet");
   plot.setAttribute(
     "aria-label",
     `Slots over the last ${span}: ${live.at(-1)} live and ${points.at(-1)[1]} in grace now, ${most} taken at most, of ${total}`,
@@ -276,7 +276,7 @@ for (const button of document.querySelectorAll("#span button")) {
   });
 }
 
-// ---- All of it
+// ---- The whole page
 
 function figures() {
   const { circuits, connections, rate: now, relayed, questions } = status;
@@ -285,7 +285,7 @@ function figures() {
     ["Relaying", `${bytes(sum(now))}/s`, `→ ${bytes(now.to_target)}/s\u2002← ${bytes(now.to_source)}/s`],
     ["Relayed", bytes(sum(relayed)), `→ ${bytes(relayed.to_target)}\u2002← ${bytes(relayed.to_source)}`],
     ["Connections", count(connections), ""],
-    ["Heartbeat questions", count(questions.asked), `${count(questions.unanswered)} unanswered`],
+    ["Heartbeat probes", count(questions.asked), `${count(questions.unanswered)} unanswered`],
   ];
   const list = find("#figures");
   all.forEach(([title, figure, detail], index) => {
@@ -293,48 +293,48 @@ function figures() {
       list.append(element("div", [element("dt", title), element("dd", [element("span"), element("small")])]));
     }
     const [main, small] = find("dd", list.children[index]).children;
-    say(main, figure);
-    say(small, detail);
+    setText(main, figure);
+    setText(small, detail);
   });
 }
 
 function listed(section, list, found) {
   const some = list.count > list.listed.length ? `, ${count(list.listed.length)} listed` : "";
   const matching = found === undefined ? "" : `, ${count(found)} found`;
-  say(find(".count", section), list.count ? `${count(list.count)}${some}${matching}` : "");
+  setText(find(".count", section), list.count ? `${count(list.count)}${some}${matching}` : "");
 }
 
-function who() {
+function showHolders() {
   const wanted = find("#holders input").value.trim();
   const all = status.holders.listed;
   const found = all.filter(({ peer, address }) => peer.includes(wanted) || place(address).includes(wanted));
-  // Who is away first; else in an order that stays.
+  // Peers in grace first, then by peer id, so that rows keep their places.
   const order = (a, b) => a.state.localeCompare(b.state) || (a.peer < b.peer ? -1 : 1);
   holders.show(found.sort(order).map((holder) => [holder.peer, holder]));
-  say(find("#holders .none"), wanted && all.length ? "Nobody like that." : "Nobody holds a slot.");
+  setText(find("#holders .none"), wanted && all.length ? "No peer matches." : "No peer holds a slot.");
   listed(find("#holders"), status.holders, wanted ? found.length : undefined);
 }
 
-find("#holders input").addEventListener("input", () => status && who());
+find("#holders input").addEventListener("input", () => status && showHolders());
 
 function about() {
   const parts = find("#about");
   if (!parts.children.length) {
     parts.append(peer(status.peer), element("span"), element("span"));
   }
-  say(parts.children[1], `up for ${time(status.up_for)}`);
-  say(parts.children[2], status.announced.length ? `announced at ${status.announced.join(", ")}` : "");
-  say(find("#version"), `relaylet ${status.version}`);
+  setText(parts.children[1], `up for ${time(status.up_for)}`);
+  setText(parts.children[2], status.announced.length ? `announced at ${status.announced.join(", ")}` : "");
+  setText(find("#version"), `relaylet ${status.version}`);
 }
 
 function show() {
   find("main").hidden = false;
   about();
   const { live, grace, free } = status.slots;
-  [live, grace, free].forEach((n, index) => say(find("dd", find("#counts").children[index]), count(n)));
+  [live, grace, free].forEach((n, index) => setText(find("dd", find("#counts").children[index]), count(n)));
   draw();
   figures();
-  who();
+  showHolders();
   const byCarried = (a, b) => sum(b.carried) - sum(a.carried);
   circuits.show(status.circuits.listed.sort(byCarried).map((circuit) => [circuit.id, circuit]));
   listed(find("#circuits"), status.circuits);
@@ -347,7 +347,7 @@ function state(kind, text) {
   const pill = find("#state");
   pill.className = kind;
   document.body.classList.toggle("silent", kind === "silent");
-  say(pill, text);
+  setText(pill, text);
   document.title = kind ? `relaylet: ${text}` : "relaylet";
 }
 
@@ -355,7 +355,7 @@ let heard = Date.now();
 
 async function refresh() {
   try {
-    const signal = AbortSignal.timeout(PATIENCE);
+    const signal = AbortSignal.timeout(TIMEOUT);
     const answer = await fetch("status.json", { cache: "no-store", signal });
     if (!answer.ok) throw new Error(answer.statusText);
     status = await answer.json();
@@ -368,14 +368,14 @@ async function refresh() {
   show();
 }
 
-async function keepOn() {
+async function run() {
   for (;;) {
     if (!document.hidden) await refresh();
     await new Promise((resolve) => {
-      setTimeout(resolve, EVERY);
+      setTimeout(resolve, INTERVAL);
       document.addEventListener("visibilitychange", resolve, { once: true });
     });
   }
 }
 
-keepOn();
+run();

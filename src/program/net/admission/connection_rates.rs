@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::limits::Limits;
+use super::{limits::Limits, proxies::Proxies};
 use crate::{
     config::Config,
     relay::rates::{Rate, ScopedRates},
@@ -31,6 +31,8 @@ const MAX_DELAY: Duration = Duration::from_secs(5);
 pub struct ConnectionRates {
     rates: Arc<Mutex<ScopedRates>>,
     max_delayed: usize,
+    /// Connections of these proxies are not delayed: those of their clients are, once they are named.
+    exempt: Option<Proxies>,
 }
 
 impl ConnectionRates {
@@ -61,12 +63,21 @@ impl ConnectionRates {
     }
 
     fn with(levels: [Option<Rate>; 3], max_delayed: usize) -> Self {
-        Self { rates: Arc::new(Mutex::new(ScopedRates::new(levels))), max_delayed }
+        Self { rates: Arc::new(Mutex::new(ScopedRates::new(levels))), max_delayed, exempt: None }
+    }
+
+    /// The same rates, with none for connections of these proxies.
+    #[cfg(feature = "websocket")]
+    pub fn except(&self, proxies: Proxies) -> Self {
+        Self { exempt: Some(proxies), ..self.clone() }
     }
 
     /// Returns how long to delay a connection from this address while this many others are delayed; `None` if it is
     /// denied.
     pub fn delay(&self, ip: IpAddr, delayed: usize, now: Instant) -> Option<Duration> {
+        if self.exempt.as_ref().is_some_and(|proxies| proxies.contains(ip)) {
+            return Some(Duration::ZERO);
+        }
         let max_delay = if delayed < self.max_delayed { MAX_DELAY } else { Duration::ZERO };
         let mut rates = self.rates.lock().unwrap_or_else(PoisonError::into_inner);
         rates.take(ip.into(), max_delay, now)

@@ -12,7 +12,10 @@ use std::{
 };
 
 use anyhow::Chain;
-use libp2p::swarm::ConnectionId;
+use libp2p::{
+    core::transport::TransportError,
+    swarm::{ConnectionId, ListenError},
+};
 
 use super::{
     handshakes::{Handshakes, Progress},
@@ -170,6 +173,15 @@ impl Denied {
             Self::Rate => "connections come too fast",
             Self::Rules => "the rules do not allow it",
             Self::ProxyHeader(_) => "no PROXY protocol header",
+        }
+    }
+
+    /// Why the relay denied a connection; `None` if it failed for another reason.
+    pub fn of(error: &ListenError) -> Option<Self> {
+        match error {
+            ListenError::Denied { cause } => cause.downcast_ref().copied(),
+            ListenError::Transport(TransportError::Other(error)) => Self::cause_of(error).copied(),
+            _ => None,
         }
     }
 

@@ -1,24 +1,29 @@
-//! A certificate and its key, read from PEM and found to belong together before anyone is handed
-//! them: libp2p panics over a key that is none.
+//! The certificate of `/tls/ws` and its key: read from PEM and checked against each other; what is wrong with
+//! them, and the remedy.
 
 use std::{
     fmt,
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
-use libp2p::{Multiaddr, multiaddr::Protocol};
-use libp2p_websocket::tls;
-use rustls::pki_types::{
-    CertificateDer, PrivateKeyDer,
-    pem::{self, PemObject},
+use futures_rustls::rustls::{
+    self, ServerConfig,
+    crypto::ring,
+    pki_types::{
+        CertificateDer, PrivateKeyDer,
+        pem::{self, PemObject},
+    },
+    version::{TLS12, TLS13},
 };
+use libp2p::{Multiaddr, multiaddr::Protocol};
 use x509_parser::{extensions::GeneralName, time::ASN1Time};
 use zeroize::Zeroizing;
 
-/// What a relay that listens in TLS shows its clients.
+/// What a relay that listens in TLS presents to its clients.
 #[derive(Clone, Debug)]
 pub struct Certificate {
-    config: tls::Config,
+    config: Arc<ServerConfig>,
     validity: Validity,
 }
 
@@ -27,13 +32,13 @@ pub struct Certificate {
 pub struct Validity {
     /// The first moment at which it is valid.
     pub not_before: SystemTime,
-    /// The last one.
+    /// The last moment at which it is valid.
     pub not_after: SystemTime,
     /// The DNS names of its subject, in lower case; the first label may be a `*`.
     pub names: Vec<String>,
 }
 
-/// Why a certificate or a key is of no use.
+/// Why a certificate or a key cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Unusable {
     /// There is something wrong with the certificate.
@@ -49,7 +54,7 @@ impl fmt::Display for Unusable {
         match self {
             Self::Certificate(problem) => write!(f, "the certificate's PEM {problem}"),
             Self::Key(problem) => write!(f, "the key's PEM {problem}"),
-            Self::Mismatch => f.write_str("the key is another certificate's"),
+            Self::Mismatch => f.write_str("the key belongs to another certificate"),
         }
     }
 }
@@ -57,12 +62,12 @@ impl fmt::Display for Unusable {
 impl std::error::Error for Unusable {}
 
 impl Certificate {
-    /// From a chain of certificates, the relay's own first, and the private key of that one; both
-    /// in PEM. What else stands there is passed over, so both may come from one file.
+    /// Reads a chain of certificates, the relay's own first, and the private key of that one, both in PEM.
+    /// Other sections are ignored, so that both may come from one file.
     ///
     /// # Errors
     ///
-    /// When one of them is none, or they do not belong together.
+    /// When one of them cannot be used, or they do not belong together.
     pub fn from_pem(chain: &[u8], key: &[u8]) -> Result<Self, Unusable> {
         let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(chain).collect();
         let chain = match chain {
@@ -72,7 +77,7 @@ impl Certificate {
         let chain = chain.map_err(|error| Unusable::Certificate(problem(&error, "CERTIFICATE")))?;
         if ENCRYPTED.iter().any(|mark| contains(key, mark)) {
             return Err(Unusable::Key(
-                "is encrypted, and nobody is there to enter its passphrase; decrypt it: openssl pkey -in FILE \
+                "is encrypted, and a passphrase cannot be entered here; decrypt it: openssl pkey -in FILE \
                  -out key.pem"
                     .into(),
             ));
@@ -82,20 +87,23 @@ impl Certificate {
         let key = Zeroizing::new(key);
         if contains(key.secret_der(), P521) {
             return Err(Unusable::Key(
-                "holds a P-521 key, which is not supported; have the certificate made for a P-256 key".into(),
+                "holds a P-521 key, which is not supported; have the certificate issued for a P-256 key".into(),
             ));
         }
         if PrivateKeyDer::try_from(key.secret_der()).is_err() {
             return Err(Unusable::Key(NO_KEY.into()));
         }
         let own = chain.first().and_then(|own| Validity::of(own));
-        let chain = chain.iter().map(|one| tls::Certificate::new(one.to_vec()));
-        // A copy for libp2p-websocket and rustls, which do not wipe it.
-        let config = tls::Config::new(tls::PrivateKey::new(key.secret_der().to_vec()), chain)
-            .map_err(|error| unusable(&error))?;
         let unreadable =
-            || Unusable::Certificate("holds what is no certificate; copy it again".into());
-        Ok(Self { config, validity: own.ok_or_else(unreadable)? })
+            || Unusable::Certificate("cannot be parsed as a certificate; copy it again".into());
+        // A copy for rustls, which does not wipe it.
+        let config = tls_config(chain, key.clone_key()).map_err(|error| unusable(&error))?;
+        Ok(Self { config: config.into(), validity: own.ok_or_else(unreadable)? })
+    }
+
+    /// The TLS configuration that presents it.
+    pub fn tls_config(&self) -> Arc<ServerConfig> {
+        Arc::clone(&self.config)
     }
 
     /// When it is valid, and for which names.
@@ -105,7 +113,7 @@ impl Certificate {
 }
 
 impl Validity {
-    /// That of a certificate in DER (RFC 5280, 4.1.2.5 and 4.2.1.6).
+    /// Reads the validity of a certificate in DER (RFC 5280, 4.1.2.5 and 4.2.1.6).
     fn of(certificate: &[u8]) -> Option<Self> {
         let (_, certificate) = x509_parser::parse_x509_certificate(certificate).ok()?;
         let time = |time: ASN1Time| {
@@ -125,7 +133,7 @@ impl Validity {
         })
     }
 
-    /// Whether it is for this DNS name (RFC 6125, 6.4): a `*` stands for one label.
+    /// Returns whether it is for this DNS name (RFC 6125, 6.4): a `*` stands for one label.
     fn is_for(&self, name: &str) -> bool {
         let name = name.to_lowercase();
         let parent = name.split_once('.').map(|(_, parent)| parent);
@@ -135,7 +143,7 @@ impl Validity {
         })
     }
 
-    /// What keeps clients from taking it, now or within [`SOON`], and the remedy.
+    /// Returns what makes clients refuse it, now or within [`SOON`], and the remedy.
     pub fn warnings(&self, announced: &[Multiaddr], now: SystemTime) -> Vec<String> {
         let date = |time: SystemTime| humantime::format_rfc3339_seconds(time);
         let (from, until) = (self.not_before, self.not_after);
@@ -156,7 +164,7 @@ impl Validity {
         let names = is_for_none.then(|| {
             format!(
                 "is for {}, and for none of the names that are announced ({}): browsers refuse it; announce one of \
-                 its names, or have it made for one of those",
+                 its names, or have it issued for one of those",
                 if self.names.is_empty() { "no name".into() } else { self.names.join(", ") },
                 names.join(", "),
             )
@@ -165,7 +173,7 @@ impl Validity {
     }
 }
 
-/// The DNS name at which clients reach an address in TLS.
+/// Returns the DNS name in an announced address over TLS.
 fn name_in_tls(address: &Multiaddr) -> Option<String> {
     let is_in_tls = address.iter().any(|part| matches!(part, Protocol::Tls | Protocol::Wss(_)));
     match address.iter().next()? {
@@ -180,24 +188,30 @@ fn contains(bytes: &[u8], part: &[u8]) -> bool {
     bytes.windows(part.len()).any(|window| window == part)
 }
 
-impl From<Certificate> for tls::Config {
-    fn from(certificate: Certificate) -> Self {
-        certificate.config
-    }
+/// TLS 1.2 is for reverse proxies: nginx before 1.23 connects to its upstreams with nothing newer. libp2p's
+/// own TLS stays at 1.3, as its specification demands.
+fn tls_config(
+    chain: Vec<CertificateDer<'static>>,
+    key: PrivateKeyDer<'static>,
+) -> Result<ServerConfig, rustls::Error> {
+    ServerConfig::builder_with_provider(ring::default_provider().into())
+        .with_protocol_versions(&[&TLS13, &TLS12])?
+        .with_no_client_auth()
+        .with_single_cert(chain, key)
 }
 
-/// How long before the end of a certificate to warn about it.
+/// How long before a certificate expires to warn about it.
 pub const SOON: Duration = Duration::from_secs(14 * 24 * 60 * 60);
 
-/// What stands in a PEM file with an encrypted key: PKCS #8 (RFC 7468, 11), or the older form (RFC 1421, 4.6.1.1).
+/// What a PEM file with an encrypted key contains: PKCS #8 (RFC 7468, 11), or the older form (RFC 1421, 4.6.1.1).
 const ENCRYPTED: [&[u8]; 2] = [b"BEGIN ENCRYPTED PRIVATE KEY", b"Proc-Type: 4,ENCRYPTED"];
 
 /// The object identifier of the curve P-521 in DER (RFC 5480, 2.1.1.1).
 const P521: &[u8] = &[0x06, 0x05, 0x2b, 0x81, 0x04, 0x00, 0x23];
 
-const NO_KEY: &str = "holds a key of no use; give it an ECDSA, Ed25519 or RSA key";
+const NO_KEY: &str = "holds no usable key; give it an ECDSA, Ed25519 or RSA key";
 
-/// In words of our own: those of the error may have a part of the key in them.
+/// In our own words: the text of the error may contain a part of the key.
 fn problem(error: &pem::Error, name: &str) -> String {
     match error {
         pem::Error::NoItemsFound => {
@@ -207,15 +221,12 @@ fn problem(error: &pem::Error, name: &str) -> String {
     }
 }
 
-fn unusable(error: &tls::Error) -> Unusable {
-    let tls::Error::Tls(cause) = error else {
-        return Unusable::Certificate(format!("is of no use: {error}"));
-    };
-    match cause.downcast_ref() {
-        Some(rustls::Error::InconsistentKeys(_)) => Unusable::Mismatch,
-        Some(rustls::Error::InvalidCertificate(why)) => {
-            Unusable::Certificate(format!("holds what is no certificate: {why}; copy it again"))
-        }
+fn unusable(error: &rustls::Error) -> Unusable {
+    match error {
+        rustls::Error::InconsistentKeys(_) => Unusable::Mismatch,
+        rustls::Error::InvalidCertificate(why) => Unusable::Certificate(format!(
+            "cannot be parsed as a certificate: {why}; copy it again"
+        )),
         _ => Unusable::Key(NO_KEY.into()),
     }
 }
@@ -240,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn a_chain_and_its_key_are_taken_from_two_files_or_one() {
+    fn a_chain_and_its_key_may_be_in_two_files_or_one() {
         let ((chain, key), (issuer, _)) = (made(), made());
         assert_eq!(read(&chain, &key), Ok(()));
         assert_eq!(read(&format!("{chain}{issuer}"), &key), Ok(()));
@@ -249,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_of_no_use_is_told_and_never_a_panic() {
+    fn an_unusable_pair_is_an_error_and_never_a_panic() {
         let ((chain, key), (_, another)) = (made(), made());
         assert_eq!(read(&chain, &another), Err(Unusable::Mismatch));
         let broken = chain.replace("-----END", "-----FIN");
@@ -335,7 +346,7 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn whatever_stands_in_a_key_nothing_panics(base64 in "[A-Za-z0-9+/]{0,80}") {
+        fn no_key_makes_it_panic(base64 in "[A-Za-z0-9+/]{0,80}") {
             let (chain, _) = made();
             for name in ["PRIVATE KEY", "RSA PRIVATE KEY", "EC PRIVATE KEY"] {
                 let _ = read(&chain, &under(name, &base64));

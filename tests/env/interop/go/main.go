@@ -46,9 +46,11 @@ func main() {
 		err = run(os.Args[1], os.Args[2:])
 	case len(os.Args) == 2 && os.Args[1] == "fleet": // its relays are started when it says by whom to join
 		err = fleet()
+	case len(os.Args) == 2 && os.Args[1] == "metrics": // on standard input
+		err = metrics(os.Stdin)
 	default:
 		names := strings.Join(slices.Sorted(maps.Keys(scenarios)), "|")
-		fmt.Fprintln(os.Stderr, "usage: go run .", names, "<relay multiaddr>..., or go run . fleet")
+		fmt.Fprintln(os.Stderr, "usage: go run .", names, "<relay multiaddr>..., or go run . fleet, or go run . metrics")
 		os.Exit(2)
 	}
 	if err != nil {

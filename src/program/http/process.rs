@@ -1,0 +1,140 @@
+//! The metrics that Prometheus's client libraries have of each process, under their names:
+//! [process metrics](https://prometheus.io/docs/instrumenting/writing_clientlibs/#process-metrics).
+//!
+//! Read when they are asked for, on the thread that serves HTTP: to count open files takes a system call for
+//! every few hundred of them.
+
+use std::{
+    fmt, fs,
+    time::{Duration, SystemTime},
+};
+
+use prometheus_client::{
+    collector::Collector,
+    encoding::{DescriptorEncoder, EncodeMetric},
+    metrics::{counter::ConstCounter, gauge::ConstGauge},
+    registry::Unit,
+};
+use rlimit::Resource;
+use rustix::time::{ClockId, clock_gettime};
+
+/// How many ticks of `/proc` there are in a second: `USER_HZ`, which is 100 on all architectures that Rust
+/// builds for.
+const TICKS: f64 = 100.0;
+
+/// The figures of this process.
+#[derive(Debug)]
+pub struct Process {
+    /// In seconds since 1970.
+    started: Option<f64>,
+}
+
+impl Process {
+    pub fn new() -> Self {
+        Self { started: started() }
+    }
+}
+
+impl Collector for Process {
+    /// What this system does not tell is left out.
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let cpu = ConstCounter::new(cpu_time().as_secs_f64());
+        let help = "User and system CPU time that the process has taken.";
+        let unit = Some(&Unit::Seconds);
+        cpu.encode(encoder.encode_descriptor("process_cpu", help, unit, cpu.metric_type())?)?;
+        let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+        for (name, unit, help, value) in [
+            (
+                "process_resident_memory",
+                Some(&Unit::Bytes),
+                "Memory of the process that is in RAM.",
+                memory(&status, "VmRSS:"),
+            ),
+            (
+                "process_virtual_memory",
+                Some(&Unit::Bytes),
+                "Address space of the process.",
+                memory(&status, "VmSize:"),
+            ),
+            (
+                "process_open_fds",
+                None,
+                "Open file descriptors; each connection has one.",
+                open_files(),
+            ),
+            (
+                "process_max_fds",
+                None,
+                "Limit of open file descriptors.",
+                Resource::NOFILE.get_soft().ok().map(|limit| limit as f64),
+            ),
+            (
+                "process_start_time",
+                Some(&Unit::Seconds),
+                "When the process was started, in seconds since 1970.",
+                self.started,
+            ),
+        ] {
+            if let Some(value) = value {
+                let gauge = ConstGauge::new(value);
+                let descriptor =
+                    encoder.encode_descriptor(name, help, unit, gauge.metric_type())?;
+                gauge.encode(descriptor)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn cpu_time() -> Duration {
+    Duration::try_from(clock_gettime(ClockId::ProcessCPUTime)).unwrap_or_default()
+}
+
+/// A line of `/proc/self/status` that has KiB, in bytes.
+fn memory(status: &str, name: &str) -> Option<f64> {
+    let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some((kib * 1024) as f64)
+}
+
+fn open_files() -> Option<f64> {
+    let files = fs::read_dir("/proc/self/fd").ok()?.count();
+    Some(files.saturating_sub(1) as f64) // the folder's own
+}
+
+/// When the process was started, in seconds since 1970: field 22 of `/proc/self/stat` counts from the boot.
+#[cfg(target_os = "linux")]
+fn started() -> Option<f64> {
+    let stat = fs::read_to_string("/proc/self/stat").ok()?;
+    let (_, fields) = stat.rsplit_once(") ")?; // behind the name, which may hold anything
+    let ticks: f64 = fields.split(' ').nth(22 - 3)?.parse().ok()?;
+    let since_boot = Duration::try_from(clock_gettime(ClockId::Boottime)).ok()?;
+    let age = since_boot.as_secs_f64() - ticks / TICKS;
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).ok()?;
+    Some(now.as_secs_f64() - age)
+}
+
+#[cfg(not(target_os = "linux"))]
+fn started() -> Option<f64> {
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use super::*;
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn the_figures_are_this_process() {
+        let status = "Name:\tVmRSS:\nVmSize:\t  123 kB\nVmRSS:\t      45 kB\n";
+        assert_eq!(memory(status, "VmRSS:"), Some(45.0 * 1024.0));
+        assert_eq!(memory(status, "VmSize:"), Some(123.0 * 1024.0));
+        assert_eq!(memory("", "VmSize:"), None);
+        let files: Vec<_> = (0..50).map(|_| File::open("/dev/null").unwrap()).collect();
+        assert!(open_files().is_some_and(|open| open >= files.len() as f64));
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs_f64();
+        assert!(started().is_some_and(|started| started <= now && now - started < 86_400.0));
+    }
+}

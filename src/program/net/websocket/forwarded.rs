@@ -1,0 +1,251 @@
+//! The client that a reverse proxy names in `Forwarded` (RFC 7239) or `X-Forwarded-For`.
+//!
+//! Sans-IO. Each proxy appends the address that it was reached from, so that only the end of a list is
+//! trustworthy: the list is read from its end, and nothing that the client wrote at its start can change
+//! what that says.
+
+use std::{
+    fmt,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
+
+/// The values of the headers, one for each line, in the order in which they came.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Forwarded {
+    /// `Forwarded`
+    pub standard: Vec<Vec<u8>>,
+    /// `X-Forwarded-For`
+    pub de_facto: Vec<Vec<u8>>,
+}
+
+/// An address that a proxy was reached from, with its port if the proxy names that.
+pub type Hop = (IpAddr, Option<u16>);
+
+/// Why the headers name no client.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unnamed {
+    /// There is none of them.
+    Absent,
+    /// A trusted proxy named something other than an IP address.
+    Malformed,
+    /// Both are there and name different clients. One of them is then the client's own: a proxy that
+    /// appends to one header passes the other on as it came.
+    Contradictory,
+}
+
+impl fmt::Display for Unnamed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Absent => "there is no Forwarded and no X-Forwarded-For header",
+            Self::Malformed => "its Forwarded or X-Forwarded-For header names no IP address",
+            Self::Contradictory => "Forwarded and X-Forwarded-For name different clients",
+        })
+    }
+}
+
+impl Forwarded {
+    /// Returns the last hop that is not trusted; if all are, the first one.
+    ///
+    /// # Errors
+    ///
+    /// When the headers name no client.
+    pub fn client(&self, is_trusted: impl Fn(IpAddr) -> bool) -> Result<Hop, Unnamed> {
+        let standard = last_untrusted(&self.standard, parse_element, &is_trusted);
+        let de_facto = last_untrusted(&self.de_facto, parse_node, &is_trusted);
+        match (standard, de_facto) {
+            (None, None) => Err(Unnamed::Absent),
+            (Some(one), None) | (None, Some(one)) => one.ok_or(Unnamed::Malformed),
+            (Some(Some(one)), Some(Some(other))) if one.0 == other.0 => Ok(one),
+            (Some(_), Some(_)) => Err(Unnamed::Contradictory),
+        }
+    }
+}
+
+/// Walks the elements of all lines from the last to the first. `None`: there is no element; `Some(None)`:
+/// one that was reached is no address.
+fn last_untrusted(
+    lines: &[Vec<u8>],
+    parse: fn(&[u8]) -> Option<Hop>,
+    is_trusted: impl Fn(IpAddr) -> bool,
+) -> Option<Option<Hop>> {
+    let mut trusted = None;
+    for line in lines.iter().rev() {
+        let mut rest = Some(line.as_slice());
+        while let Some(list) = rest {
+            let (before, element) = split_last(list, b',');
+            rest = before;
+            if element.trim_ascii().is_empty() {
+                continue; // RFC 9110, 5.6.1: a list may have empty elements
+            }
+            match parse(element) {
+                Some(hop) if is_trusted(hop.0) => trusted = Some(Some(hop)),
+                other => return Some(other),
+            }
+        }
+    }
+    trusted
+}
+
+/// Splits at the last separator outside of a quoted string, which is what stands before it, if there is one,
+/// and behind it. Looked for from the end, so that a quote that the start leaves open has no effect.
+fn split_last(list: &[u8], separator: u8) -> (Option<&[u8]>, &[u8]) {
+    let mut is_quoted = false;
+    for (at, byte) in list.iter().enumerate().rev() {
+        match byte {
+            b'"' => is_quoted = !is_quoted,
+            byte if *byte == separator && !is_quoted => {
+                let (before, rest) = list.split_at(at);
+                return (Some(before), rest.get(1..).unwrap_or_default());
+            }
+            _ => {}
+        }
+    }
+    (None, list)
+}
+
+/// RFC 7239, 4: the node in the one parameter `for` of an element.
+fn parse_element(element: &[u8]) -> Option<Hop> {
+    let (mut rest, mut found) = (Some(element), None);
+    while let Some(parameters) = rest {
+        let (before, parameter) = split_last(parameters, b';');
+        rest = before;
+        let equals = parameter.iter().position(|byte| *byte == b'=')?;
+        let (name, value) = parameter.split_at(equals);
+        if name.trim_ascii().eq_ignore_ascii_case(b"for")
+            && found.replace(value.get(1..).unwrap_or_default()).is_some()
+        {
+            return None;
+        }
+    }
+    parse_node(found?)
+}
+
+/// RFC 7239, 6: an IPv4 address, or an IPv6 address in brackets, with a port or without; quoted or not. In
+/// `X-Forwarded-For` the brackets may be missing. `unknown` and obfuscated names are no addresses.
+fn parse_node(node: &[u8]) -> Option<Hop> {
+    let text = str::from_utf8(node).ok()?.trim();
+    let text = text.strip_prefix('"').and_then(|text| text.strip_suffix('"')).unwrap_or(text);
+    let (ip, port) = if let Some(rest) = text.strip_prefix('[') {
+        let (ip, behind) = rest.split_once(']')?;
+        let port = if behind.is_empty() { None } else { Some(behind.strip_prefix(':')?) };
+        (IpAddr::from(ip.parse::<Ipv6Addr>().ok()?), port)
+    } else if let Ok(ip) = text.parse::<IpAddr>() {
+        (ip, None)
+    } else {
+        let (ip, port) = text.split_once(':')?;
+        (IpAddr::from(ip.parse::<Ipv4Addr>().ok()?), Some(port))
+    };
+    // A port may be obfuscated, too.
+    let port = port.and_then(|port| port.parse().ok()).filter(|port| *port != 0);
+    let ip = ip.to_canonical();
+    (!ip.is_unspecified()).then_some((ip, port))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::{collection::vec, prelude::*, sample::select};
+
+    use super::*;
+
+    fn lines(lines: &[&str]) -> Vec<Vec<u8>> {
+        lines.iter().map(|line| line.as_bytes().to_vec()).collect()
+    }
+
+    /// Whether it is the proxies' own: 10.0.0.0/8.
+    fn is_trusted(ip: IpAddr) -> bool {
+        matches!(ip, IpAddr::V4(ip) if ip.octets()[0] == 10)
+    }
+
+    fn standard(values: &[&str]) -> Result<Hop, Unnamed> {
+        Forwarded { standard: lines(values), de_facto: Vec::new() }.client(is_trusted)
+    }
+
+    fn de_facto(values: &[&str]) -> Result<Hop, Unnamed> {
+        Forwarded { standard: Vec::new(), de_facto: lines(values) }.client(is_trusted)
+    }
+
+    fn hop(ip: &str, port: Option<u16>) -> Result<Hop, Unnamed> {
+        Ok((ip.parse().unwrap(), port))
+    }
+
+    #[test]
+    fn the_last_hop_that_is_not_trusted_is_the_client() {
+        for (values, client) in [
+            (&["192.0.2.1"][..], hop("192.0.2.1", None)),
+            (&["198.51.100.1, 192.0.2.1"], hop("192.0.2.1", None)),
+            (&["198.51.100.1, 192.0.2.1,10.0.0.1 , 10.0.0.2"], hop("192.0.2.1", None)),
+            (&["198.51.100.1", "192.0.2.1", "10.0.0.1"], hop("192.0.2.1", None)),
+            (&["192.0.2.1:4711, "], hop("192.0.2.1", Some(4711))),
+            (&["2001:db8::1"], hop("2001:db8::1", None)),
+            (&["[2001:db8::1]:443"], hop("2001:db8::1", Some(443))),
+            (&["::ffff:192.0.2.1"], hop("192.0.2.1", None)),
+            (&["10.0.0.7, 10.0.0.1"], hop("10.0.0.7", None)),
+            (&["192.0.2.1, unknown"], Err(Unnamed::Malformed)),
+            (&["192.0.2.1, 0.0.0.0"], Err(Unnamed::Malformed)),
+            (&["192.0.2.1, fe80::1%eth0"], Err(Unnamed::Malformed)),
+            (&["unknown, 10.0.0.1"], Err(Unnamed::Malformed)),
+            (&["", " , "], Err(Unnamed::Absent)),
+            (&[], Err(Unnamed::Absent)),
+        ] {
+            assert_eq!(de_facto(values), client, "{values:?}");
+        }
+    }
+
+    #[test]
+    fn the_examples_of_rfc_7239_are_understood() {
+        for (values, client) in [
+            (&["for=\"_gazonk\""][..], Err(Unnamed::Malformed)),
+            (&["For=\"[2001:db8:cafe::17]:4711\""], hop("2001:db8:cafe::17", Some(4711))),
+            (&["for=192.0.2.60;proto=http;by=203.0.113.43"], hop("192.0.2.60", None)),
+            (&["for=192.0.2.43, for=198.51.100.17"], hop("198.51.100.17", None)),
+            (&["for=192.0.2.43, for=\"[2001:db8::1]:1234\""], hop("2001:db8::1", Some(1234))),
+            (&["for=192.0.2.43", "for=198.51.100.17;by=\"a;b,c\""], hop("198.51.100.17", None)),
+            (&["for=\"192.0.2.43:_port\""], hop("192.0.2.43", None)),
+            (&["for=192.0.2.1, for=unknown"], Err(Unnamed::Malformed)),
+            (&["for=192.0.2.1;for=192.0.2.2"], Err(Unnamed::Malformed)),
+            (&["by=192.0.2.1"], Err(Unnamed::Malformed)),
+            (&["192.0.2.1"], Err(Unnamed::Malformed)),
+        ] {
+            assert_eq!(standard(values), client, "{values:?}");
+        }
+    }
+
+    #[test]
+    fn of_two_headers_that_disagree_none_is_believed() {
+        let both = |one: &str, other: &str| {
+            Forwarded { standard: lines(&[one]), de_facto: lines(&[other]) }.client(is_trusted)
+        };
+        assert_eq!(both("for=192.0.2.1", "192.0.2.1, 10.0.0.1"), hop("192.0.2.1", None));
+        assert_eq!(both("for=192.0.2.1", "192.0.2.2"), Err(Unnamed::Contradictory));
+        assert_eq!(both("for=unknown", "192.0.2.2"), Err(Unnamed::Contradictory));
+    }
+
+    proptest! {
+        #[test]
+        fn what_the_client_wrote_never_changes_what_the_proxy_appended(
+            before in vec(any::<u8>(), 0..200),
+            quotes in "[\"\\\\,;= for]{0,20}",
+            is_standard in any::<bool>(),
+            (text, client) in select(vec![
+                ("for=192.0.2.1", "192.0.2.1"),
+                ("by=10.0.0.1;for=\"[2001:db8::1]:1234\"", "2001:db8::1"),
+                ("for=192.0.2.1, for=10.0.0.1", "192.0.2.1"),
+            ]),
+        ) {
+            let text = if is_standard { text.into() } else { text.replace("for=", "") };
+            prop_assume!(is_standard || !text.contains(';'));
+            let line = [&before, quotes.as_bytes(), b",", text.as_bytes()].concat();
+            let mut forwarded = Forwarded::default();
+            let lines = if is_standard { &mut forwarded.standard } else { &mut forwarded.de_facto };
+            *lines = vec![before, line];
+            prop_assert_eq!(forwarded.client(is_trusted).map(|hop| hop.0), Ok(client.parse().unwrap()));
+        }
+
+        #[test]
+        fn no_bytes_make_it_panic(lines in vec(vec(any::<u8>(), 0..100), 0..4), text in "[\\[\\]:.0-9a-f\";=,for ]{0,60}") {
+            let both = [lines, vec![text.into_bytes()]].concat();
+            let forwarded = Forwarded { standard: both.clone(), de_facto: both };
+            let _ = forwarded.client(|_| true);
+        }
+    }
+}

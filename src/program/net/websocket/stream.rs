@@ -1,0 +1,285 @@
+//! A WebSocket as a stream of bytes: each write is one binary message.
+//!
+//! What libp2p-websocket does, on the same soketto; that crate hides its connection's constructor, and so
+//! leaves no way to read the request before it.
+
+use std::{
+    io,
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use libp2p::futures::{
+    AsyncRead, AsyncWrite, FutureExt, StreamExt, TryStreamExt,
+    future::BoxFuture,
+    stream::{self, BoxStream, IntoAsyncRead},
+};
+use soketto::{
+    Incoming,
+    connection::{Builder, Error, Mode, Receiver, Sender},
+};
+
+use crate::delegate::delegate_write;
+
+/// The longest message that is read, in bytes.
+///
+/// It takes that much memory as soon as it is announced, which any client may do. The longest that
+/// clients send is rust-libp2p's, 192 KiB: all that its Noise has gathered before it writes. go- and
+/// js-libp2p send each message of Noise, or each record of TLS, by itself: 64 KiB.
+pub const LONGEST_MESSAGE: usize = 256 * 1024;
+
+/// An open WebSocket. Its end and a failure can be read several times.
+pub struct WebSocketStream {
+    reader: IntoAsyncRead<BoxStream<'static, io::Result<Vec<u8>>>>,
+    writer: Pin<Box<dyn AsyncWrite + Send>>,
+}
+
+impl WebSocketStream {
+    /// The server's side of a connection whose upgrade was answered.
+    pub fn new<S>(connection: S) -> Self
+    where
+        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        let mut builder = Builder::new(connection, Mode::Server);
+        builder.set_max_message_size(LONGEST_MESSAGE);
+        builder.set_max_frame_size(LONGEST_MESSAGE);
+        let (sender, receiver) = builder.finish();
+        let messages = stream::unfold(receiver, |mut receiver| async {
+            let message = next_message(&mut receiver).await?;
+            Some((message, receiver))
+        });
+        let writer = Writer { state: State::Idle(sender), is_flushed: true, is_closed: false };
+        Self { reader: messages.boxed().into_async_read(), writer: Box::pin(writer) }
+    }
+}
+
+/// Returns the payload of the next message; `None` once the peer has closed the WebSocket.
+async fn next_message<S>(receiver: &mut Receiver<S>) -> Option<io::Result<Vec<u8>>>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let mut message = Vec::new();
+    loop {
+        match receiver.receive(&mut message).await {
+            Ok(Incoming::Data(_)) => return Some(Ok(message)),
+            Ok(Incoming::Pong(_)) => {}
+            Ok(Incoming::Closed(_)) | Err(Error::Closed) => return None,
+            Err(error) => return Some(Err(io_error(error))),
+        }
+    }
+}
+
+fn io_error(error: Error) -> io::Error {
+    match error {
+        Error::Io(error) => error,
+        other => io::Error::other(other),
+    }
+}
+
+impl AsyncRead for WebSocketStream {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        into: &mut [u8],
+    ) -> Poll<io::Result<usize>> {
+        if into.is_empty() {
+            return Poll::Ready(Ok(0));
+        }
+        Pin::new(&mut self.reader).poll_read(cx, into)
+    }
+}
+
+impl AsyncWrite for WebSocketStream {
+    delegate_write!(writer: poll_write, poll_flush, poll_close);
+}
+
+/// soketto's sender has asynchronous methods; this has polled ones.
+struct Writer<S> {
+    state: State<S>,
+    is_flushed: bool,
+    is_closed: bool,
+}
+
+enum State<S> {
+    Idle(Sender<S>),
+    /// An operation, which gives the sender back.
+    Busy(BoxFuture<'static, Result<Sender<S>, Error>>),
+    Failed,
+}
+
+impl<S> Writer<S>
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    /// Completes the operation that is under way.
+    fn poll_idle(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if let State::Busy(operation) = &mut self.state {
+            match ready!(operation.poll_unpin(cx)) {
+                Ok(sender) => self.state = State::Idle(sender),
+                Err(error) => {
+                    self.state = State::Failed;
+                    return Poll::Ready(Err(io_error(error)));
+                }
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Begins an operation; none is under way.
+    fn begin<F>(&mut self, operation: impl FnOnce(Sender<S>) -> F) -> io::Result<()>
+    where
+        F: Future<Output = Result<Sender<S>, Error>> + Send + 'static,
+    {
+        match std::mem::replace(&mut self.state, State::Failed) {
+            State::Idle(sender) => {
+                self.state = State::Busy(operation(sender).boxed());
+                Ok(())
+            }
+            _ => Err(io::ErrorKind::BrokenPipe.into()),
+        }
+    }
+}
+
+impl<S> AsyncWrite for Writer<S>
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        ready!(self.poll_idle(cx))?;
+        if self.is_closed {
+            return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into())); // soketto would send it
+        }
+        let message = bytes.to_vec();
+        self.begin(|mut sender| async {
+            sender.send_binary_mut(message).await?;
+            Ok(sender)
+        })?;
+        self.is_flushed = false;
+        Poll::Ready(Ok(bytes.len()))
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        loop {
+            ready!(self.poll_idle(cx))?;
+            if self.is_flushed {
+                return Poll::Ready(Ok(()));
+            }
+            self.is_flushed = true;
+            self.begin(|mut sender| async {
+                sender.flush().await?;
+                Ok(sender)
+            })?;
+        }
+    }
+
+    fn poll_close(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        loop {
+            ready!(self.poll_idle(cx))?;
+            if self.is_closed {
+                return Poll::Ready(Ok(()));
+            }
+            self.is_closed = true;
+            self.begin(|mut sender| async {
+                sender.close().await?;
+                Ok(sender)
+            })?;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::ErrorKind,
+        sync::{Arc, Mutex},
+    };
+
+    use libp2p::futures::{AsyncReadExt, AsyncWriteExt, executor::block_on};
+
+    use super::*;
+
+    /// A connection on which these bytes come, and then an error; and what was written to it.
+    #[derive(Default)]
+    struct Connection {
+        bytes: &'static [u8],
+        written: Arc<Mutex<Vec<u8>>>,
+    }
+
+    impl AsyncRead for Connection {
+        fn poll_read(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            into: &mut [u8],
+        ) -> Poll<io::Result<usize>> {
+            if self.bytes.is_empty() {
+                return Poll::Ready(Err(ErrorKind::ConnectionReset.into()));
+            }
+            Pin::new(&mut self.bytes).poll_read(cx, into)
+        }
+    }
+
+    impl AsyncWrite for Connection {
+        fn poll_write(
+            self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+            bytes: &[u8],
+        ) -> Poll<io::Result<usize>> {
+            // A few at a time, and never a whole message.
+            let taken = bytes.len().min(2);
+            self.written.lock().unwrap().extend(&bytes[..taken]);
+            Poll::Ready(Ok(taken))
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn poll_close(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    /// A client's frame, masked with zeros.
+    fn frame(kind: u8, payload: &[u8]) -> Vec<u8> {
+        [&[0x80 | kind, 0x80 | payload.len() as u8, 0, 0, 0, 0], payload].concat()
+    }
+
+    #[test]
+    fn messages_are_bytes_and_an_end_or_a_failure_can_be_read_twice() {
+        let (binary, close, reserved) = (2, 8, 3);
+        for (last, fails) in [(frame(close, b""), false), (frame(reserved, b""), true)] {
+            let pieces = [frame(binary, b"one"), frame(binary, b""), frame(binary, b"two"), last];
+            let connection = Connection { bytes: pieces.concat().leak(), ..Connection::default() };
+            let mut stream = WebSocketStream::new(connection);
+            block_on(async {
+                let mut bytes = [0; 6];
+                assert_eq!(stream.read(&mut []).await.unwrap(), 0);
+                stream.read_exact(&mut bytes).await.unwrap();
+                assert_eq!(&bytes, b"onetwo");
+                assert_eq!(stream.read(&mut bytes).await.is_err(), fails);
+                assert_eq!(stream.read(&mut bytes).await.unwrap(), 0);
+            });
+        }
+    }
+
+    #[test]
+    fn each_write_is_one_message_and_after_the_close_there_is_none() {
+        let connection = Connection::default();
+        let written = Arc::clone(&connection.written);
+        let mut stream = WebSocketStream::new(connection);
+        block_on(async {
+            for bytes in [&b"one"[..], b"three"] {
+                assert_eq!(stream.write(bytes).await.unwrap(), bytes.len());
+                stream.flush().await.unwrap();
+            }
+            stream.close().await.unwrap();
+            assert!(stream.write(b"more").await.is_err());
+        });
+        let written = written.lock().unwrap();
+        assert_eq!(written.as_slice(), b"\x82\x03one\x82\x05three\x88\x02\x03\xe8");
+    }
+}

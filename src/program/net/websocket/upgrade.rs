@@ -1,0 +1,108 @@
+//! From an accepted connection to an open WebSocket: TLS, the head of the request, the answer.
+
+use std::{io, net::Shutdown, sync::Arc};
+
+use async_std::net::TcpStream;
+use futures_rustls::{TlsAcceptor, rustls::ServerConfig, server::TlsStream};
+use libp2p::futures::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, future::Either};
+use soketto::handshake::{Server, server::Response};
+
+use super::{
+    head::{Head, MAX_BYTES, Request},
+    stream::WebSocketStream,
+};
+
+/// How many bytes of a head are read at once.
+const STEP: usize = 2 * 1024;
+
+/// How many bytes that came behind a request are read after its answer. Closing a socket on which some are
+/// unread resets the connection, and the client may lose the answer.
+const LINGER: usize = 256 * 1024;
+
+/// A connection whose request was read.
+pub struct Requested<S> {
+    stream: Either<TlsStream<S>, S>,
+    /// The head of the request.
+    pub head: Head,
+}
+
+impl<S: AsyncRead + AsyncWrite + Send + Unpin + 'static> Requested<S> {
+    /// Performs the TLS handshake, if there is a configuration for it, and reads the head of the request.
+    ///
+    /// # Errors
+    ///
+    /// When TLS fails, or the connection ends within the head.
+    pub async fn read(stream: S, tls: Option<Arc<ServerConfig>>) -> io::Result<Self> {
+        let mut stream = match tls {
+            Some(config) => Either::Left(TlsAcceptor::from(config).accept(stream).await?),
+            None => Either::Right(stream),
+        };
+        let head = read_head(&mut stream).await?;
+        Ok(Self { stream, head })
+    }
+
+    /// Opens the WebSocket. Another request is answered, and the connection shut down: `socket` is its own.
+    ///
+    /// # Errors
+    ///
+    /// When no WebSocket was asked for, or the connection ends.
+    pub async fn answer(
+        self,
+        socket: Option<TcpStream>,
+        is_draining: bool,
+    ) -> io::Result<WebSocketStream> {
+        let Self { mut stream, head } = self;
+        if let Request::Upgrade(key) = head.request {
+            let mut server = Server::new(stream);
+            let accept = Response::Accept { key, protocol: None };
+            server.send_response(&accept).await.map_err(io::Error::other)?;
+            return Ok(WebSocketStream::new(server.into_inner()));
+        }
+        let (status, response) = head.response(is_draining);
+        stream.write_all(&response).await?;
+        stream.flush().await?;
+        stream.close().await?; // TLS says that nothing more comes; the socket stays open
+        if let Some(socket) = socket {
+            socket.shutdown(Shutdown::Write)?;
+            skip(&mut stream).await;
+        }
+        Err(io::Error::other(format!("no WebSocket was asked for: answered with {status}")))
+    }
+}
+
+/// Reads up to the end of the head. Parses only what may be a whole one, so that a head that comes byte by
+/// byte costs no more than another.
+async fn read_head(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Head> {
+    let mut bytes = Vec::new();
+    loop {
+        let before = bytes.len();
+        bytes.resize(before + STEP, 0);
+        let read = stream.read(bytes.get_mut(before..).unwrap_or_default()).await?;
+        bytes.truncate(before + read);
+        if read == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        // The first piece, because most requests come in one, and what is not HTTP is told by it.
+        let new = bytes.get(before.saturating_sub(2)..).unwrap_or_default();
+        let may_be_whole = before == 0 || bytes.len() >= MAX_BYTES || has_empty_line(new);
+        if may_be_whole && let Some(head) = Head::parse(&bytes) {
+            return Ok(head);
+        }
+    }
+}
+
+/// Whether an empty line is in it, or its end: lines end with LF, and most with CR before it.
+fn has_empty_line(bytes: &[u8]) -> bool {
+    bytes.windows(2).any(|two| two == b"\n\n") || bytes.windows(3).any(|three| three == b"\n\r\n")
+}
+
+/// Reads what the client still sends, until it closes its side.
+async fn skip(stream: &mut (impl AsyncRead + Unpin)) {
+    let (mut bytes, mut left) = ([0; STEP], LINGER);
+    while left > 0 {
+        match stream.read(&mut bytes).await {
+            Ok(read) if read > 0 => left = left.saturating_sub(read),
+            _ => return,
+        }
+    }
+}
