@@ -349,6 +349,13 @@ impl Stream {
     pub fn drop_handle(&mut self, budget: &ConnectionBudget) {
         self.has_handle = false;
         self.discard_unread(budget);
+        // A peer without credit waits for some, and sends no data that a reset could answer.
+        if self.inbound == Inbound::Open && self.credit == 0 {
+            self.is_stray = true;
+            if self.outbound == Outbound::Finished {
+                self.set_resetting();
+            }
+        }
         if self.outbound == Outbound::Open {
             match self.flushed {
                 0 => self.discard_unsent(budget),

@@ -346,6 +346,23 @@ fn dropped_after_its_end_a_stream_is_reset_once_if_data_still_comes() {
 }
 
 #[test]
+fn dropped_after_its_end_a_stream_whose_peer_has_no_credit_is_reset_at_once() {
+    for is_sent in [true, false] {
+        let mut server = Side::new(Role::Server);
+        let stream = opened(&mut server, 1);
+        server.session.close(stream);
+        let mut sent = if is_sent { server.send_all() } else { Vec::new() };
+        server.receive(&data(Flags::NONE, 1, INITIAL_WINDOW)).unwrap();
+        server.drop_handle(stream);
+        sent.extend(server.send_all());
+        let flags: Vec<_> = headers(&sent).iter().map(|header| header.flags).collect();
+        assert!(flags.iter().any(|flags| flags.has(Flags::FIN)), "{flags:?}");
+        assert_eq!(flags.last(), Some(&Flags::RST), "no data of the peer's asks for it");
+        server.assert_empty();
+    }
+}
+
+#[test]
 fn so_many_streams_are_remembered_after_their_end_and_no_more() {
     let mut server = Side::new(Role::Server);
     for id in 0..2 * MAX_REFUSED as u32 {
