@@ -365,13 +365,15 @@ impl Stream {
         }
     }
 
-    /// This side resets it.
+    /// This side resets it. The number of one that is finished may be another stream's by now: no RST is sent.
     pub fn reset(&mut self, budget: &ConnectionBudget) {
+        let is_finished = self.is_finished();
         self.discard_unread(budget);
         self.discard_unsent(budget);
         self.inbound = Inbound::Reset;
-        if self.outbound != Outbound::Reset {
-            self.set_resetting();
+        self.set_resetting();
+        if is_finished {
+            self.outbound = Outbound::Reset;
         }
     }
 

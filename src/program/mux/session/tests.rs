@@ -363,6 +363,20 @@ fn dropped_after_its_end_a_stream_whose_peer_has_no_credit_is_reset_at_once() {
 }
 
 #[test]
+fn a_finished_stream_that_is_cut_does_not_reset_the_next_one_of_its_number() {
+    let mut server = Side::new(Role::Server);
+    let stream = opened(&mut server, 1);
+    server.receive(&data(Flags::FIN, 1, 9)).unwrap();
+    server.session.close(stream);
+    server.send_all();
+    let next = opened(&mut server, 1);
+    assert!(server.session.shed(server.now) > 0);
+    assert!(is_reset(server.read(stream, 9)));
+    assert!(headers(&server.send_all()).iter().all(|header| !header.flags.has(Flags::RST)));
+    assert!(server.read(next, 9).is_none(), "it goes on");
+}
+
+#[test]
 fn so_many_streams_are_remembered_after_their_end_and_no_more() {
     let mut server = Side::new(Role::Server);
     for id in 0..2 * MAX_REFUSED as u32 {
