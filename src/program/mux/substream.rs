@@ -44,6 +44,12 @@ impl Shared {
         effects.apply();
         result
     }
+
+    /// Whether its lock is held.
+    #[cfg(test)]
+    pub fn is_locked(&self) -> bool {
+        self.session.try_lock().is_err()
+    }
 }
 
 impl Shed for Shared {

@@ -1,15 +1,19 @@
 //! A muxer against another one, and against the yamux crate, over memory.
 
+#[cfg(test)]
+mod locks;
+
 use std::{
     collections::VecDeque,
     future::poll_fn,
     sync::{Mutex, MutexGuard},
     task::Waker,
+    thread,
 };
 
 use libp2p::futures::{
     AsyncReadExt, AsyncWriteExt, StreamExt,
-    channel::mpsc,
+    channel::{mpsc, oneshot},
     executor::block_on,
     future::{BoxFuture, FutureExt},
     stream::FuturesUnordered,
@@ -115,8 +119,10 @@ type Task = BoxFuture<'static, ()>;
 /// Where tasks run.
 #[derive(Clone)]
 enum Executor {
-    /// With this test.
+    /// Where [`run`] is called.
     Here(mpsc::UnboundedSender<Task>),
+    /// There, and no waker is woken or dropped while one of the sessions is locked.
+    Checked(mpsc::UnboundedSender<Task>, locks::Sessions),
     /// On the threads of async-std.
     Threads,
 }
@@ -125,33 +131,51 @@ impl Executor {
     fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
         match self {
             Self::Here(tasks) => tasks.unbounded_send(task.boxed()).unwrap(),
+            Self::Checked(tasks, sessions) => {
+                tasks.unbounded_send(sessions.checked(task).boxed()).unwrap();
+            }
             Self::Threads => drop(async_std::task::spawn(task)),
         }
     }
 }
 
-/// Runs this, with the tasks that it spawns, in the test's own thread and on others.
-fn everywhere<F: Future<Output = ()>>(test: impl Fn(Executor) -> F) {
-    block_on(test(Executor::Threads));
-    let (spawn, mut spawned) = mpsc::unbounded();
-    block_on(async {
-        let mut tasks = FuturesUnordered::new();
-        let mut test = std::pin::pin!(test(Executor::Here(spawn)));
-        poll_fn(|cx| {
-            loop {
-                while let Poll::Ready(Some(task)) = spawned.poll_next_unpin(cx) {
-                    tasks.push(task);
-                }
-                if test.as_mut().poll(cx).is_ready() {
-                    return Poll::Ready(());
-                }
-                if !matches!(tasks.poll_next_unpin(cx), Poll::Ready(Some(()))) {
-                    return Poll::Pending;
-                }
-            }
-        })
-        .await;
+/// Runs this, with the tasks that it spawns: on an executor, without one, and with each side on a thread of its own.
+fn everywhere<F: Future<Output = ()>>(test: impl Fn([Executor; 2]) -> F) {
+    block_on(test([Executor::Threads, Executor::Threads]));
+    let (spawn, spawned) = mpsc::unbounded();
+    let here = Executor::Here(spawn);
+    block_on(run(spawned, test([here.clone(), here])));
+    thread::scope(|scope| {
+        let mut over = Vec::new();
+        let threads = [(); 2].map(|()| {
+            let (spawn, spawned) = mpsc::unbounded();
+            let (end, ended) = oneshot::channel::<()>();
+            over.push(end);
+            scope.spawn(move || block_on(run(spawned, ended.map(drop))));
+            Executor::Here(spawn)
+        });
+        block_on(test(threads));
     });
+}
+
+/// Runs what is spawned until this is over.
+async fn run(mut spawned: mpsc::UnboundedReceiver<Task>, until: impl Future<Output = ()>) {
+    let mut tasks = FuturesUnordered::new();
+    let mut until = std::pin::pin!(until);
+    poll_fn(|cx| {
+        loop {
+            while let Poll::Ready(Some(task)) = spawned.poll_next_unpin(cx) {
+                tasks.push(task);
+            }
+            if until.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(());
+            }
+            if !matches!(tasks.poll_next_unpin(cx), Poll::Ready(Some(()))) {
+                return Poll::Pending;
+            }
+        }
+    })
+    .await;
 }
 
 /// What a stream carries: so many bytes, all different from those of others. At least one, for the crate does
@@ -209,6 +233,9 @@ fn ours(
     done: mpsc::UnboundedSender<()>,
 ) {
     let (mut muxer, spawn) = (muxer(pipe, role), executor.clone());
+    if let Executor::Checked(_, sessions) = &executor {
+        sessions.add(&muxer.shared);
+    }
     let mut opened = 0;
     executor.spawn(poll_fn(move |cx| {
         loop {
@@ -268,12 +295,12 @@ fn theirs(
 type Run = fn(Pipe, Role, usize, Executor, mpsc::UnboundedSender<()>);
 
 /// Has both ends carry streams until all are done.
-async fn exchange(room: usize, [one, other]: [Run; 2], executor: Executor) {
+async fn exchange(room: usize, [one, other]: [Run; 2], [first, second]: [Executor; 2]) {
     const STREAMS: usize = 16;
     let (client, server) = pipes(room);
     let (done, mut exchanged) = mpsc::unbounded();
-    one(client, Role::Client, STREAMS, executor.clone(), done.clone());
-    other(server, Role::Server, STREAMS, executor, done);
+    one(client, Role::Client, STREAMS, first, done.clone());
+    other(server, Role::Server, STREAMS, second, done);
     for _ in 0..2 * STREAMS {
         exchanged.next().await.expect("each ends");
     }
@@ -282,14 +309,14 @@ async fn exchange(room: usize, [one, other]: [Run; 2], executor: Executor) {
 #[test]
 fn streams_of_two_muxers_carry_all_that_is_said() {
     for room in [997, 100 * KIB] {
-        everywhere(|executor| exchange(room, [ours, ours], executor));
+        everywhere(|executors| exchange(room, [ours, ours], executors));
     }
 }
 
 #[test]
 fn the_crate_and_we_understand_each_other_in_either_role() {
     for room in [997, 100 * KIB] {
-        everywhere(|executor| exchange(room, [ours, theirs], executor));
-        everywhere(|executor| exchange(room, [theirs, ours], executor));
+        everywhere(|executors| exchange(room, [ours, theirs], executors));
+        everywhere(|executors| exchange(room, [theirs, ours], executors));
     }
 }

@@ -373,7 +373,7 @@ fn a_finished_stream_that_is_cut_does_not_reset_the_next_one_of_its_number() {
     server.session.close(stream);
     server.send_all();
     let next = opened(&mut server, 1);
-    assert!(server.session.shed(server.now) > 0);
+    assert!(server.session.shed(server.now, Cut::Pool) > 0);
     assert!(is_reset(server.read(stream, 9)));
     assert!(headers(&server.send_all()).iter().all(|header| !header.flags.has(Flags::RST)));
     assert!(server.read(next, 9).is_none(), "it goes on");

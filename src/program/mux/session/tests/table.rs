@@ -180,7 +180,7 @@ fn fingerprint(world: &World) -> u64 {
             let ends = (stream.inbound as u8, stream.outbound as u8, stream.opening.0);
             let queued = (stream.in_control, stream.in_turns, stream.unsent());
             let held = (stream.has_handle, stream.is_unacknowledged, stream.is_stray);
-            (serial, stream.id, ends, queued, held, stream.place.is_some()).hash(&mut hash);
+            (serial, stream.id, ends, queued, held, stream.permit.is_some()).hash(&mut hash);
         }
         (&session.ids, session.next_id, session.unacknowledged, session.refused).hash(&mut hash);
         (&session.half_closed, &session.accepted, &session.control).hash(&mut hash);
