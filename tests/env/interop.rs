@@ -2,6 +2,8 @@
 //!
 //! Without Go, or Node with npm, they fail, because a client that was not tried is not served.
 
+mod yamux;
+
 use std::{
     fs,
     io::{BufRead, BufReader, Lines},
@@ -111,8 +113,7 @@ fn after_kill_9_under_60_clients_with_autorelay_all_are_reserved_again_and_none_
 async fn js_libp2p_is_served() {
     // js-libp2p asks to reserve again only when little of the term is left.
     const SHORT: &str = "--reservation-ttl=5m";
-    let folder = client("js");
-    run(Command::new("npm").args(["ci", "--no-audit", "--no-fund"]).current_dir(&folder));
+    let folder = js_client();
     for scenario in [
         ("reserve", &[SHORT][..]),
         UNLIMITED,
@@ -123,7 +124,7 @@ async fn js_libp2p_is_served() {
         WEBSOCKET,
     ] {
         let mut node = Command::new("node_modules/.bin/node");
-        play(scenario, node.arg("client.mjs").current_dir(&folder)).await;
+        play(scenario, node.arg("client.mjs").current_dir(folder)).await;
     }
 }
 
@@ -311,6 +312,16 @@ fn go_client() -> &'static Path {
         let build = ["build", "-o", program.to_str().expect("a path in UTF-8"), "."];
         run(Command::new("go").args(build).current_dir(client("go")));
         program
+    })
+}
+
+/// The folder of the JavaScript client, with what it needs, which is installed once.
+fn js_client() -> &'static Path {
+    static INSTALLED: OnceLock<PathBuf> = OnceLock::new();
+    INSTALLED.get_or_init(|| {
+        let folder = client("js");
+        run(Command::new("npm").args(["ci", "--no-audit", "--no-fund"]).current_dir(&folder));
+        folder
     })
 }
 
