@@ -2,6 +2,7 @@
 //!
 //! Without Go, or Node with npm, they fail, because a client that was not tried is not served.
 
+mod many;
 mod yamux;
 
 use std::{
@@ -289,7 +290,9 @@ impl Talking {
         found.unwrap_or_else(|| panic!("the client ended before it said {word:?}"))
     }
 
+    /// One that waits for the end of its input goes now.
     fn ends_well(mut self) {
+        drop(self.client.stdin.take());
         let rest = self.lines.by_ref().map_while(Result::ok);
         rest.for_each(|line| println!("{line}"));
         let status = self.client.wait().expect("it ends");

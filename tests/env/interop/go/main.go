@@ -48,9 +48,11 @@ func main() {
 		err = fleet()
 	case len(os.Args) == 2 && os.Args[1] == "metrics": // on standard input
 		err = metrics(os.Stdin)
+	case len(os.Args) > 4 && os.Args[1] == "many":
+		err = many(os.Args[2:])
 	default:
 		names := strings.Join(slices.Sorted(maps.Keys(scenarios)), "|")
-		fmt.Fprintln(os.Stderr, "usage: go run .", names, "<relay multiaddr>..., or go run . fleet, or go run . metrics")
+		fmt.Fprintln(os.Stderr, "usage: go run .", names, "<relay multiaddr>..., or go run . fleet, or go run . metrics, or go run . many <relay multiaddr> <circuits> <seconds> [<target>]")
 		os.Exit(2)
 	}
 	if err != nil {
