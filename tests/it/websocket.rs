@@ -438,11 +438,7 @@ fn what_keeps_a_certificate_from_being_shown_is_one_line() {
         (Some(""), Some(&one.key[..]), "--tls-cert cert.pem: has no BEGIN CERTIFICATE"),
         (Some(&one.pem), Some(&one.pem), "--tls-key key.pem: has no BEGIN PRIVATE KEY"),
         (Some(&one.pem), Some(garbage), "--tls-key key.pem: holds no usable key"),
-        (
-            Some(&one.pem),
-            Some(&other.key),
-            "--tls-key key.pem: is not the key of --tls-cert cert.pem",
-        ),
+        (Some(&one.pem), Some(&other.key), "--tls-key key.pem: not the key of --tls-cert cert.pem"),
     ] {
         let folder = tempfile::tempdir().expect("a temporary folder");
         for (name, contents) in [("cert.pem", cert), ("key.pem", key)] {
