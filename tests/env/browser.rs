@@ -99,6 +99,7 @@ async fn the_page_shows_the_relay_to_whoever_looks_at_it() {
         http::ANYWHERE,
         "--max-reservations=8",
         "--grace=1h",
+        "--http-host=relay.example",
         "--circuit-bytes=0",
         "--circuit-duration=0s",
     ]);

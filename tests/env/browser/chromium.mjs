@@ -2,7 +2,7 @@
 
 import { chromium } from "playwright-core";
 
-export const PATIENCE = 60_000;
+export const PATIENCE = 180_000;
 
 export function launch() {
   return chromium.launch({

@@ -22,7 +22,7 @@ import (
 )
 
 // stepTimeout is far more than any single step takes, on a busy machine too.
-const stepTimeout = 60 * time.Second
+const stepTimeout = 180 * time.Second
 
 // testProtocol is what parties speak to each other over a circuit.
 const testProtocol protocol.ID = "/relaylet-interop/1"

@@ -13,7 +13,7 @@ import { yamux } from '@libp2p/yamux'
 import { createLibp2p } from 'libp2p'
 
 // Far more than any single step takes, on a busy machine too.
-const STEP = 60_000
+const STEP = 180_000
 
 // What a relay has to offer, each to be used alone.
 export const securities = { noise: noise(), tls: tls() }
