@@ -1,19 +1,18 @@
-//! Who may reserve a slot, and who may connect to whom.
+//! Access rules: which peers may reserve a slot, and which may connect to which.
 //!
-//! An app that knows better implements [`Access`]; without one, [`Lists`] of peers and subnets
-//! decide.
+//! An app decides by implementing [`Access`]; otherwise [`Lists`] of peers and subnets decide.
 
-use std::{collections::HashSet, net::IpAddr, time::Duration};
+use std::{collections::HashSet, time::Duration};
 
 use ipnet::IpNet;
 use libp2p::{Multiaddr, PeerId};
 
 use crate::address;
 
-/// Decides who may use the relay. Asked at each request, and again of everyone who holds a slot or
-/// is part of a circuit when the rules may have changed: [`crate::Behaviour::access_changed`].
+/// Decides which peers may use the relay: at each request, and again for each peer that holds a slot or is part of a
+/// circuit after [`Behaviour::recheck_access`](crate::Behaviour::recheck_access).
 ///
-/// It runs in the swarm's task: what takes time belongs elsewhere.
+/// It runs in the swarm's task and must not block.
 ///
 /// ```
 /// use std::{collections::HashSet, sync::{Arc, RwLock}};
@@ -36,8 +35,8 @@ use crate::address;
 /// let members = Arc::new(RwLock::new(HashSet::new()));
 /// let mut relay = Behaviour::new(Keypair::generate_ed25519(), Config::default())?;
 /// relay.set_access(Members(members.clone()));
-/// members.write().unwrap().clear(); // somebody left
-/// relay.access_changed();
+/// members.write().unwrap().clear();
+/// relay.recheck_access();
 /// # Ok::<_, relaylet::ConfigError>(())
 /// ```
 pub trait Access: Send {
@@ -47,24 +46,24 @@ pub trait Access: Send {
     /// Whether `source`, which comes from `address`, may be connected to `target`.
     fn may_connect(&self, source: PeerId, address: &Multiaddr, target: PeerId) -> Permission;
 
-    /// Whether the program lets a connection from `address` in: asked without a peer before the handshake, and
-    /// with the peer after it. Default: yes. The behaviour alone, in another swarm, does not ask.
+    /// Whether the program accepts a connection from `address`: asked without a peer before the handshake, and with the
+    /// peer after it. Default: yes. The behaviour alone, in another swarm, does not ask.
     fn may_enter(&self, _peer: Option<PeerId>, _address: &Multiaddr) -> bool {
         true
     }
 }
 
-/// What was decided.
+/// The decision about a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Permission {
-    /// No: PERMISSION_DENIED.
+    /// Refuse with PERMISSION_DENIED.
     Deny,
-    /// Yes, on these terms; `Terms::default()` are those of the configuration.
+    /// Allow on these terms; `Terms::default()` are those of the configuration.
     Allow(Terms),
 }
 
 impl Permission {
-    /// Allows on the usual terms, or denies.
+    /// Allows on the terms of the configuration, or denies.
     pub fn allow_if(allowed: bool) -> Self {
         match allowed {
             true => Self::Allow(Terms::default()),
@@ -73,27 +72,26 @@ impl Permission {
     }
 }
 
-/// Limits for one peer or circuit, where they are to differ from the configuration.
+/// Limits for one peer or circuit that differ from the configuration.
 ///
-/// `None` is what the configuration says. A time between zero and 1 s counts as 1 s, and one over
-/// a year as a year.
+/// `None`: as configured. A time between zero and 1 s counts as 1 s, and one over a year as a year.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Terms {
-    /// For how long the reservation is granted. Of no meaning to a circuit.
+    /// For how long the reservation is granted. Without effect on a circuit.
     pub reservation_ttl: Option<Duration>,
     /// How long a circuit may stay open; zero: no limit.
     ///
-    /// With a reservation this is what its holder is told; what holds for a circuit is what
-    /// [`Access::may_connect`] says of it.
+    /// On a reservation it is only told to the holder: a circuit gets the terms of [`Access::may_connect`].
     pub circuit_duration: Option<Duration>,
-    /// How many bytes a circuit may carry in each direction; zero: no limit. Else as above.
+    /// How many bytes a circuit may carry in each direction; zero: no limit. Otherwise as above.
     pub circuit_bytes: Option<u64>,
 }
 
-/// Lists of peers and subnets: what decides unless an app does. Empty lists let everyone in.
+/// Lists of peers and subnets, which decide unless an app does. Empty lists allow everything.
 ///
-/// They hold for whoever reserves, connects, or is connected to. A list that denies wins over one
-/// that allows; where peers and subnets are both listed as allowed, a peer has to match both.
+/// They apply to peers that reserve, that connect, and that are connected to. A list that denies takes precedence over
+/// one that allows; if both peers and subnets are listed as allowed, a peer has to match both.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Lists {
@@ -105,96 +103,49 @@ pub struct Lists {
     pub allow_subnet: Vec<IpNet>,
     /// No peers that come from these subnets.
     pub deny_subnet: Vec<IpNet>,
-    /// These peers may connect to others, whether or not they are in `allow_peer`. If there are
-    /// any, and `allow_peer` is empty, only these may connect, and everyone may reserve.
+    /// These peers may connect to others, whether or not they are in `allow_peer`. If there are any, and `allow_peer` is
+    /// empty, only these may connect, and all may reserve.
     pub allow_connect_peer: HashSet<PeerId>,
 }
 
-/// The setting that makes no sense, what is wrong with it, and the remedy.
-pub(crate) type Problem = (&'static str, String);
-
-/// Whether each of these is a whole subnet, in the family that addresses are looked up in.
-pub(crate) fn subnets_make_sense(setting: &'static str, subnets: &[IpNet]) -> Result<(), Problem> {
-    for subnet in subnets {
-        let whole = subnet.trunc();
-        if whole != *subnet {
-            let problem = format!("{subnet} names one host in it; try {whole}");
-            return Err((setting, problem));
-        }
-        if let IpNet::V6(v6) = subnet
-            && v6.addr().to_ipv4_mapped().is_some()
-        {
-            let problem = format!("{subnet} stands for IPv4; write it as IPv4");
-            return Err((setting, problem));
-        }
-    }
-    Ok(())
-}
-
 impl Lists {
-    /// Whether they make sense together.
-    ///
-    /// # Errors
-    ///
-    /// The first that does not, by name and with the remedy.
-    pub(crate) fn validate(&self) -> Result<(), Problem> {
-        for (setting, allowed) in
-            [("allow_peer", &self.allow_peer), ("allow_connect_peer", &self.allow_connect_peer)]
-        {
-            if let Some(peer) = allowed.intersection(&self.deny_peer).next() {
-                let problem = format!("{peer} is denied as well; take it off one of the lists");
-                return Err((setting, problem));
-            }
+    fn allows_address(&self, address: &Multiaddr) -> bool {
+        if self.allow_subnet.is_empty() && self.deny_subnet.is_empty() {
+            return true;
         }
-        for (setting, subnets) in
-            [("allow_subnet", &self.allow_subnet), ("deny_subnet", &self.deny_subnet)]
-        {
-            subnets_make_sense(setting, subnets)?;
-        }
-        for allowed in &self.allow_subnet {
-            if let Some(denied) = self.deny_subnet.iter().find(|net| net.contains(allowed)) {
-                let problem = format!("{allowed} lies in {denied}, which is denied; drop one");
-                return Err(("allow_subnet", problem));
-            }
-        }
-        Ok(())
-    }
-
-    fn lets_in_from(&self, address: &Multiaddr) -> bool {
         let ip = address::ip(address);
-        let among = |subnets: &[IpNet]| {
-            let contains = |ip: IpAddr| subnets.iter().any(|subnet| subnet.contains(&ip));
-            ip.is_some_and(contains)
+        let is_in = |subnets: &[IpNet]| {
+            ip.is_some_and(|ip| subnets.iter().any(|subnet| subnet.contains(&ip)))
         };
-        !among(&self.deny_subnet) && (self.allow_subnet.is_empty() || among(&self.allow_subnet))
+        !is_in(&self.deny_subnet) && (self.allow_subnet.is_empty() || is_in(&self.allow_subnet))
     }
 
-    fn lets_in(&self, peer: &PeerId) -> bool {
+    fn allows_peer(&self, peer: &PeerId) -> bool {
         !self.deny_peer.contains(peer)
             && (self.allow_peer.is_empty() || self.allow_peer.contains(peer))
     }
 
-    fn lets_connect(&self, source: &PeerId) -> bool {
-        let unlisted = self.allow_peer.is_empty() && self.allow_connect_peer.is_empty();
-        let listed = [&self.allow_peer, &self.allow_connect_peer];
-        !self.deny_peer.contains(source)
-            && (unlisted || listed.iter().any(|list| list.contains(source)))
+    fn allows_source(&self, source: &PeerId) -> bool {
+        let [may_reserve, may_connect] = [&self.allow_peer, &self.allow_connect_peer];
+        let is_open = may_reserve.is_empty() && may_connect.is_empty();
+        let is_listed = may_reserve.contains(source) || may_connect.contains(source);
+        !self.deny_peer.contains(source) && (is_open || is_listed)
     }
 }
 
 impl Access for Lists {
     fn may_reserve(&self, peer: PeerId, address: &Multiaddr) -> Permission {
-        Permission::allow_if(self.lets_in(&peer) && self.lets_in_from(address))
+        Permission::allow_if(self.allows_peer(&peer) && self.allows_address(address))
     }
 
     fn may_connect(&self, source: PeerId, address: &Multiaddr, target: PeerId) -> Permission {
-        let source_may = self.lets_connect(&source) && self.lets_in_from(address);
-        Permission::allow_if(source_may && self.lets_in(&target))
+        let source_may = self.allows_source(&source) && self.allows_address(address);
+        Permission::allow_if(source_may && self.allows_peer(&target))
     }
 
     fn may_enter(&self, peer: Option<PeerId>, address: &Multiaddr) -> bool {
-        let is_of_use = |peer| self.lets_in(&peer) || self.lets_connect(&peer);
-        self.lets_in_from(address) && peer.is_none_or(is_of_use)
+        let may_do_something = |peer| self.allows_peer(&peer) || self.allows_source(&peer);
+        self.allows_address(address) && peer.is_none_or(may_do_something)
     }
 }
 
@@ -267,33 +218,5 @@ mod tests {
         assert!(reserves(&lists, device, HOME));
         assert!(connects(&lists, app, HOME, device));
         assert!(!connects(&lists, device, HOME, stranger));
-    }
-
-    #[test]
-    fn what_makes_no_sense_together_is_refused_by_name() {
-        let alice = PeerId::random();
-        let refused = |lists: Lists| lists.validate().expect_err("no sense").0;
-        for (setting, allow_peer, allow_connect_peer) in [
-            ("allow_peer", HashSet::from([alice]), HashSet::new()),
-            ("allow_connect_peer", HashSet::new(), HashSet::from([alice])),
-        ] {
-            let lists = Lists {
-                allow_peer,
-                allow_connect_peer,
-                deny_peer: [alice].into(),
-                ..Lists::default()
-            };
-            assert_eq!(refused(lists), setting);
-        }
-        for subnet in ["192.0.2.7/24", "::ffff:192.0.2.0/120"] {
-            let lists = Lists { deny_subnet: vec![net(subnet)], ..Lists::default() };
-            assert_eq!(refused(lists), "deny_subnet", "{subnet}");
-        }
-        let lists = Lists {
-            allow_subnet: vec![net("10.1.0.0/16")],
-            deny_subnet: vec![net("10.0.0.0/8")],
-            ..Lists::default()
-        };
-        assert_eq!(refused(lists), "allow_subnet");
     }
 }

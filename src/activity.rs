@@ -1,7 +1,6 @@
-//! Signs of life: how much has been heard from the other end of a connection.
+//! The activity of a peer: a counter that I/O adds to and the sweep polls.
 //!
-//! A counter, shared between whoever hears something and whoever looks now and then whether there
-//! is more than last time. What was heard does not matter.
+//! A connection whose counter has grown since the last sweep is alive, whatever it was that arrived.
 
 use std::{
     io,
@@ -17,59 +16,57 @@ use libp2p::futures::{AsyncRead, AsyncWrite};
 
 use crate::delegate::delegate_write;
 
-/// Counts what is heard. Clones share one counter.
+/// Counts what is received from a peer. Clones share one counter.
 #[derive(Clone, Debug, Default)]
-pub struct Signs(Arc<Shared>);
+pub struct ActivityCounter(Arc<Shared>);
 
 #[derive(Debug, Default)]
 struct Shared {
-    heard: AtomicU64,
+    received: AtomicU64,
     is_flooding: AtomicBool,
 }
 
-impl Signs {
-    /// How much was heard so far: bytes, and the ends of streams.
+impl ActivityCounter {
+    /// Adds received bytes, or 1 for anything else that shows that the peer is alive.
+    pub fn add(&self, amount: u64) {
+        self.0.received.fetch_add(amount, Ordering::Relaxed);
+    }
+
+    /// The sum of what was added.
+    #[doc(hidden)]
     pub fn count(&self) -> u64 {
-        self.0.heard.load(Ordering::Relaxed)
+        self.0.received.load(Ordering::Relaxed)
     }
 
-    /// So much more was heard.
-    pub fn heard(&self, more: u64) {
-        self.0.heard.fetch_add(more, Ordering::Relaxed);
-    }
-
-    /// Whether the peer sends so much that serves nothing that it is to be closed, unless it holds a slot or
-    /// is part of a circuit.
-    pub fn is_flooding(&self) -> bool {
+    /// Whether the peer exceeded its rate of frames that carry nothing. The next sweep closes such a connection
+    /// unless it holds a slot or carries a circuit.
+    pub(crate) fn is_flooding(&self) -> bool {
         self.0.is_flooding.load(Ordering::Relaxed)
     }
 
-    /// The peer sends that much.
+    /// Marks the peer as flooding.
+    #[doc(hidden)]
     pub fn set_flooding(&self) {
         self.0.is_flooding.store(true, Ordering::Relaxed);
     }
 
-    /// Counts what comes in on `stream`, its end or failure included.
-    pub fn listen_to<S>(&self, stream: S) -> Heard<S> {
-        self.listen_with(stream, ())
-    }
-
-    /// As [`Signs::listen_to`]; `guard` is dropped with the stream, and before it.
-    pub fn listen_with<S, G>(&self, stream: S, guard: G) -> Heard<S, G> {
-        Heard { _guard: guard, signs: self.clone(), stream }
+    /// Counts what is read from `stream`; an end or an error of it counts as 1. `guard` is dropped before the stream.
+    #[doc(hidden)]
+    pub fn track<S, G>(&self, stream: S, guard: G) -> TrackedStream<S, G> {
+        TrackedStream { _guard: guard, activity: self.clone(), stream }
     }
 }
 
-/// A stream that counts what comes in on it.
+/// A stream whose received bytes count as activity.
 #[derive(Debug)]
-pub struct Heard<S, G = ()> {
+pub struct TrackedStream<S, G = ()> {
     // Fields are dropped in this order.
     _guard: G,
-    signs: Signs,
+    activity: ActivityCounter,
     stream: S,
 }
 
-impl<S: AsyncRead + Unpin, G: Unpin> AsyncRead for Heard<S, G> {
+impl<S: AsyncRead + Unpin, G: Unpin> AsyncRead for TrackedStream<S, G> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -77,11 +74,11 @@ impl<S: AsyncRead + Unpin, G: Unpin> AsyncRead for Heard<S, G> {
     ) -> Poll<io::Result<usize>> {
         let read = ready!(Pin::new(&mut self.stream).poll_read(cx, buffer));
         let bytes = read.as_ref().map_or(0, |bytes| *bytes as u64);
-        self.signs.heard(bytes.max(1));
+        self.activity.add(bytes.max(1));
         Poll::Ready(read)
     }
 }
 
-impl<S: AsyncWrite + Unpin, G: Unpin> AsyncWrite for Heard<S, G> {
+impl<S: AsyncWrite + Unpin, G: Unpin> AsyncWrite for TrackedStream<S, G> {
     delegate_write!(stream: poll_write, poll_write_vectored, poll_flush, poll_close);
 }

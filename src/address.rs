@@ -1,4 +1,4 @@
-//! What an address means here: whom a slot is billed to, and what clients are told to dial.
+//! Addresses: the client prefix that a slot counts towards, and the addresses that clients are told to dial.
 
 use std::{
     fmt,
@@ -7,48 +7,46 @@ use std::{
 
 use libp2p::{Multiaddr, PeerId, multiaddr::Protocol};
 
-/// How many addresses one reservation carries at most. Clients dial all of them.
+/// The most addresses in one reservation. Clients dial all of them.
 pub const MAX_TOLD: usize = 10;
 
-/// How many bytes of addresses one reservation carries at most, so that the answer, voucher
-/// included, stays below [`crate::wire::MAX_MESSAGE`] whatever key the relay has.
+/// The most bytes of addresses in one reservation, so that the answer, with a voucher of any key,
+/// stays below [`crate::wire::MAX_MESSAGE`].
 const MAX_BYTES: usize = 2048;
 
-/// The IP address that a slot is billed to.
+/// The part of the internet that one client has: an IPv4 address, or an IPv6 /64. What a client holds counts towards it.
 ///
-/// An IPv4-mapped, NAT64 or 6to4 address is the IPv4 address in it; any other IPv6 address stands for its
-/// /64, because that is what one household or one machine is given.
+/// An IPv4-mapped, NAT64 or 6to4 address counts as the IPv4 address in it.
 ///
-/// Kept in eight bytes, because each slot has several: the upper half of an IPv6 address, among
-/// which IPv4 has the part that is nobody's, `0:ffff::/32`.
+/// Stored in eight bytes, because each slot has several: the upper half of an IPv6 address, in which IPv4 uses the
+/// unassigned `0:ffff::/32`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ClientPrefix(u64);
 
-/// The part of the internet that slots are billed to beside the address: an IPv4 /24, an IPv6 /48.
-///
-/// That is about what one site or one customer of a hoster is given.
+/// An IPv4 /24 or an IPv6 /48: about what one site or one customer of a hoster has. What its clients hold counts towards
+/// it, too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Subnet(ClientPrefix);
+pub struct Subnet(pub(crate) ClientPrefix);
 
-/// Where IPv4 stands among the upper halves of IPv6.
+/// The upper half of an IPv6 address that stands for IPv4.
 const IPV4: u64 = 0xffff << 32;
 
 impl ClientPrefix {
-    /// The address at the front of `address`; `None` where there is no IP address in front.
+    /// The prefix of a multiaddr; `None` if that does not begin with an IP address.
+    #[doc(hidden)]
     pub fn of(address: &Multiaddr) -> Option<Self> {
         ip(address).map(Self::from)
     }
 
     /// The subnet that it is in: an IPv4 address's /24, an IPv6 address's /48.
+    #[doc(hidden)]
     pub fn subnet(self) -> Subnet {
-        let host_bits = match self.ip() {
-            IpAddr::V4(_) => 8,
-            IpAddr::V6(_) => 16,
-        };
+        let host_bits = if self.0 >> 32 == IPV4 >> 32 { 8 } else { 16 };
         Subnet(Self(self.0 >> host_bits << host_bits))
     }
 
-    /// The IPv6 /32 that it is in, about what one provider is given; an IPv4 address is in none.
+    /// The IPv6 /32 that it is in, about what one provider has; `None` for IPv4.
+    #[doc(hidden)]
     pub fn wide(self) -> Option<Self> {
         self.ip().is_ipv6().then_some(Self(self.0 >> 32 << 32))
     }
@@ -86,13 +84,6 @@ fn ipv4_within(ip: Ipv6Addr) -> Option<Ipv4Addr> {
     }
 }
 
-impl From<Subnet> for ClientPrefix {
-    /// The first address of the subnet.
-    fn from(subnet: Subnet) -> Self {
-        subnet.0
-    }
-}
-
 impl fmt::Display for ClientPrefix {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.ip() {
@@ -111,72 +102,93 @@ impl fmt::Display for Subnet {
     }
 }
 
-/// Whether this leads through another relay.
-pub fn is_relayed(address: &Multiaddr) -> bool {
-    address.iter().any(|part| part == Protocol::P2pCircuit)
+/// From where an address can be dialed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// From nowhere: it stands for all addresses of a machine.
+    Unspecified,
+    /// From the same machine or network.
+    Local,
+    /// From anywhere on the internet. Names count as global: the operator chose them.
+    Global,
 }
 
-/// Whether this can be dialed from anywhere on the internet.
-///
-/// Names count as global: who has one told us so.
-pub fn is_global(address: &Multiaddr) -> bool {
-    match ip(address) {
-        Some(IpAddr::V4(ip)) => {
-            let [a, b, ..] = ip.octets();
-            !(ip.is_private()
-                || ip.is_loopback()
-                || ip.is_link_local()
-                || ip.is_documentation()
-                || ip.is_multicast()
-                || a == 0
-                || a >= 240
-                || (a == 100 && (64..128).contains(&b)) // shared by carriers: RFC 6598
-                || (a == 198 && (18..20).contains(&b))) // benchmarks: RFC 2544
-        }
-        // Of IPv6 only 2000::/3 is given out, and of that one block is for documentation.
-        Some(IpAddr::V6(ip)) => {
-            let [first, second, ..] = ip.segments();
-            first & 0xe000 == 0x2000 && (first, second) != (0x2001, 0xdb8)
-        }
-        None => address.iter().next().is_some_and(|part| {
-            matches!(
-                part,
-                Protocol::Dns(_) | Protocol::Dns4(_) | Protocol::Dns6(_) | Protocol::Dnsaddr(_)
-            )
-        }),
+impl Kind {
+    fn of(address: &Multiaddr) -> Self {
+        let is_global = match ip(address) {
+            Some(ip) if ip.is_unspecified() => return Self::Unspecified,
+            Some(IpAddr::V4(ip)) => {
+                let [a, b, ..] = ip.octets();
+                !(ip.is_private()
+                    || ip.is_loopback()
+                    || ip.is_link_local()
+                    || ip.is_documentation()
+                    || ip.is_multicast()
+                    || a == 0
+                    || a >= 240
+                    || (a == 100 && (64..128).contains(&b)) // shared by carriers: RFC 6598
+                    || (a == 198 && (18..20).contains(&b))) // benchmarks: RFC 2544
+            }
+            // Of IPv6 only 2000::/3 is assigned, and of that one block is for documentation.
+            Some(IpAddr::V6(ip)) => {
+                let [first, second, ..] = ip.segments();
+                first & 0xe000 == 0x2000 && (first, second) != (0x2001, 0xdb8)
+            }
+            None => matches!(
+                address.iter().next(),
+                Some(
+                    Protocol::Dns(_) | Protocol::Dns4(_) | Protocol::Dns6(_) | Protocol::Dnsaddr(_)
+                )
+            ),
+        };
+        if is_global { Self::Global } else { Self::Local }
     }
 }
 
-/// Where a client may have been told to reach the relay, by how it became known.
+/// Whether this address can be dialed from anywhere on the internet.
+pub fn is_global(address: &Multiaddr) -> bool {
+    Kind::of(address) == Kind::Global
+}
+
+/// Whether this address stands for all addresses of a machine.
+pub fn is_unspecified(address: &Multiaddr) -> bool {
+    Kind::of(address) == Kind::Unspecified
+}
+
+/// The addresses at which a client may reach the relay, by their source.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Known<'a> {
-    /// Given by the operator. Where there are any, nothing else is told.
+    /// Given by the operator. If there are any, clients are told no others.
     pub announced: &'a [Multiaddr],
     /// Confirmed to be reachable from outside.
     pub confirmed: &'a [Multiaddr],
-    /// The relay's own listening addresses.
+    /// The relay's listening addresses.
     pub listening: &'a [Multiaddr],
-    /// The address under which the asking client says that it reached the relay, or else the relay's end of
-    /// its connection.
+    /// The address at which the client says that it reached the relay, or else the relay's end of its connection.
     pub reported: Option<&'a Multiaddr>,
 }
 
 impl<'a> Known<'a> {
-    /// The addresses to tell, best first: the announced ones if there are any; otherwise the confirmed
-    /// ones, the global listening ones, the reported one, and the other listening ones.
+    /// The addresses to tell, best first: the announced ones if there are any; otherwise the confirmed ones, the global
+    /// listening ones, the reported one, and the other listening ones.
     pub fn best_first(self) -> Vec<&'a Multiaddr> {
         if !self.announced.is_empty() {
             return self.announced.iter().collect();
         }
-        let is_known = |own: &&Multiaddr| !self.confirmed.contains(own) && !is_unspecified(own);
-        let listening = self.listening.iter().filter(is_known);
-        let (global, local): (Vec<_>, Vec<_>) = listening.partition(|own| is_global(own));
+        let (mut global, mut local) = (Vec::new(), Vec::new());
+        for own in self.listening.iter().filter(|own| !self.confirmed.contains(own)) {
+            match Kind::of(own) {
+                Kind::Global => global.push(own),
+                Kind::Local => local.push(own),
+                Kind::Unspecified => {}
+            }
+        }
         self.confirmed.iter().chain(global).chain(self.reported).chain(local).collect()
     }
 }
 
-/// The addresses for one client's reservation, [best first](Known::best_first), each once and ending in
-/// `/p2p/<relay>`. Never more than fit into the answer.
+/// The addresses for one client's reservation, [best first](Known::best_first), without duplicates and with
+/// `/p2p/<relay>` at the end; not more than fit into the answer.
 pub fn for_reservation(known: Known<'_>, relay: PeerId) -> Vec<Multiaddr> {
     let mut addresses = Vec::new();
     let mut bytes = 0;
@@ -184,8 +196,9 @@ pub fn for_reservation(known: Known<'_>, relay: PeerId) -> Vec<Multiaddr> {
         let Ok(address) = candidate.clone().with_p2p(relay) else {
             continue; // another peer's
         };
+        let is_relayed = address.iter().any(|part| part == Protocol::P2pCircuit);
         let fits = addresses.len() < MAX_TOLD && bytes + address.len() <= MAX_BYTES;
-        if fits && !is_relayed(&address) && !addresses.contains(&address) {
+        if fits && !is_relayed && !addresses.contains(&address) {
             bytes += address.len();
             addresses.push(address);
         }
@@ -193,12 +206,7 @@ pub fn for_reservation(known: Known<'_>, relay: PeerId) -> Vec<Multiaddr> {
     addresses
 }
 
-/// Whether this stands for all addresses of a machine.
-pub fn is_unspecified(address: &Multiaddr) -> bool {
-    ip(address).is_some_and(|ip| ip.is_unspecified())
-}
-
-/// The IP address in front, if that is what stands in front; an IPv4-mapped one as IPv4.
+/// The IP address at the beginning of a multiaddr, if there is one; an IPv4-mapped one as IPv4.
 pub fn ip(address: &Multiaddr) -> Option<IpAddr> {
     match address.iter().next()? {
         Protocol::Ip4(ip) => Some(ip.into()),
@@ -216,16 +224,16 @@ mod tests {
     }
 
     #[test]
-    fn ipv6_is_billed_by_its_64_and_a_mapped_address_as_ipv4() {
-        let billed = |text: &str| ClientPrefix::of(&address(text)).map(|to| to.to_string());
-        assert_eq!(billed("/ip4/1.2.3.4/tcp/1"), Some("1.2.3.4".into()));
+    fn the_prefix_of_ipv6_is_its_64_and_of_a_mapped_address_its_ipv4() {
+        let prefix = |text: &str| ClientPrefix::of(&address(text)).map(|to| to.to_string());
+        assert_eq!(prefix("/ip4/1.2.3.4/tcp/1"), Some("1.2.3.4".into()));
         for around in ["::ffff:1.2.3.4", "64:ff9b::1.2.3.4", "2002:102:304:5::6"] {
-            assert_eq!(billed(&format!("/ip6/{around}/tcp/1")), Some("1.2.3.4".into()));
+            assert_eq!(prefix(&format!("/ip6/{around}/tcp/1")), Some("1.2.3.4".into()));
         }
-        let one = billed("/ip6/2001:db8:1:2:3::1/tcp/1");
+        let one = prefix("/ip6/2001:db8:1:2:3::1/tcp/1");
         assert_eq!(one, Some("2001:db8:1:2::/64".into()));
-        assert_eq!(one, billed("/ip6/2001:db8:1:2:ffff::9/tcp/7"));
-        assert_eq!(billed("/memory/7"), None);
+        assert_eq!(one, prefix("/ip6/2001:db8:1:2:ffff::9/tcp/7"));
+        assert_eq!(prefix("/memory/7"), None);
     }
 
     #[test]

@@ -1,20 +1,13 @@
-//! The swarm's view of the relay: events in, actions out.
+//! The relay as a [`NetworkBehaviour`]: swarm events in, actions out.
 //!
-//! Hands what happens on the swarm's connections to [`crate::relay`], and carries out what that
-//! decides. It decides nothing itself; it has the clock, the key that signs vouchers, and knows the
-//! addresses that clients are told.
+//! Passes what happens on the swarm's connections to [`crate::relay`], and carries out the actions that it returns. The
+//! behaviour decides nothing; it has the clock, the key that signs vouchers, and the addresses that clients are told.
 
-pub(crate) mod buffer;
-mod circuit;
+pub(crate) mod circuit;
 mod handler;
 mod hop;
-pub(crate) mod inbound;
-mod messages;
 mod ping;
-mod share;
-mod stop;
 mod timer;
-mod voucher;
 
 use std::{
     collections::HashMap,
@@ -40,24 +33,22 @@ use libp2p::{
 
 use self::{
     handler::Handler,
-    messages::{
+    hop::{
         Answer, Events, HandlerCommand, HandlerEvent, Opening, Outbound, Reply, Report, StopRequest,
     },
 };
 use crate::{
-    access::{Access, Terms},
-    activity::Signs,
-    address::{self, ClientPrefix, Known},
+    access::Access,
+    activity::ActivityCounter,
+    address::{self, Known},
     config::{Config, ConfigError},
-    event::{CircuitEnd, Event, StopFailed},
+    event::{CircuitEnd, Event, FreedReason, StopFailed},
     relay::{
-        Action, PendingConnect, Relay,
-        accounts::Accounts,
-        circuits::{Circuits, End},
-        connections::{Connection, Connections, Origin},
-        reservations::Reservations,
+        Action, Relay,
+        accounts::{Account, Totals},
+        connections::{Connection, End, Origin},
     },
-    wire,
+    wire::{self, Limit},
 };
 
 /// The longest reported address that is kept for a connection, in bytes.
@@ -65,56 +56,42 @@ const MAX_REPORTED: usize = 256;
 
 /// The relay as a [`NetworkBehaviour`], for a swarm on any executor.
 ///
-/// It takes the place of `libp2p::relay::Behaviour`; see [`Config`] and [`Event`] for what became
-/// of that one's settings and events.
+/// It replaces `libp2p::relay::Behaviour`; see [`Config`] and [`Event`] for its settings and events.
 pub struct Behaviour {
     keypair: Keypair,
     peer: PeerId,
-    relay: Relay<ConnectionId, Reply>,
+    pub(crate) relay: Relay<ConnectionId, Reply>,
     confirmed: ExternalAddresses,
     listening: ListenAddresses,
-    /// To the handlers, and where each counts what is heard until its connection is up.
-    handlers: HashMap<ConnectionId, (mpsc::UnboundedSender<HandlerCommand>, Option<Signs>)>,
+    /// To the handlers, and the activity counter of each.
+    handlers: HashMap<ConnectionId, (mpsc::UnboundedSender<HandlerCommand>, ActivityCounter)>,
     /// From the tasks of all connections.
     events: (Events, mpsc::UnboundedReceiver<HandlerEvent>),
     random: RandomState,
     next_sweep: Delay,
-    /// What that is set to.
+    /// What `next_sweep` is set to.
     sweep_due: Instant,
-    upkeep: Upkeep,
-    /// Whether memory for the bytes in circuits is scarce.
+    /// How many sweeps there were since the start, and how long all of them took.
+    pub(crate) sweeps: (u64, Duration),
+    /// Whether memory for the bytes in circuits is scarce: never in a foreign swarm, whose muxer has it.
     is_memory_scarce: Box<dyn Fn() -> bool + Send>,
 }
 
-/// What a relay did of its own accord since it started.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Upkeep {
-    /// How often it asked a peer for a sign of life. Those that gave none are
-    /// [`Event::PeerSilent`].
-    pub questions: u64,
-    /// How often it looked at its tables.
-    pub sweeps: u64,
-    /// How long that took, all sweeps together.
-    pub swept_for: Duration,
-}
-
 impl Behaviour {
-    /// A relay of the swarm that owns `keypair`, which signs the vouchers.
+    /// A relay for the swarm that owns `keypair`, which signs the vouchers.
     ///
     /// # Errors
     ///
-    /// When the configuration makes no sense: [`Config::validate`], or an announced address that
-    /// names another peer.
+    /// When the configuration is invalid ([`Config::validate`]), or an announced address names another peer.
     pub fn new(keypair: Keypair, config: Config) -> Result<Self, ConfigError> {
         let peer = keypair.public().to_peer_id();
-        are_of(peer, &config.announce)?;
+        validate_announced(peer, &config.announce)?;
         let interval = config.sweep;
         let relay = Relay::new(config, Instant::now())?;
         Ok(Self {
             keypair,
             peer,
-            sweep_due: relay.sweep_due(),
+            sweep_due: relay.sweep_due,
             relay,
             confirmed: ExternalAddresses::default(),
             listening: ListenAddresses::default(),
@@ -122,26 +99,26 @@ impl Behaviour {
             events: mpsc::unbounded(),
             random: RandomState::new(),
             next_sweep: Delay::new(interval),
-            upkeep: Upkeep::default(),
+            sweeps: (0, Duration::ZERO),
             is_memory_scarce: Box::new(|| false),
         })
     }
 
-    /// The configuration that holds.
+    /// The configuration in force.
     pub fn config(&self) -> &Config {
-        self.relay.config()
+        &self.relay.config
     }
 
-    /// Replaces the configuration while the relay runs. See [`Config`] for what holds from when.
+    /// Replaces the configuration while the relay runs. See [`Config`] for what applies from when.
     ///
-    /// A lowered cap drops nobody who is live: nobody is admitted until there is room. Whoever the
-    /// rules no longer let in loses its slot and its circuits at once.
+    /// A lowered cap frees no live slot: newcomers are refused until there is room. Peers that the access rules do not
+    /// allow any more lose their slots and circuits at once.
     ///
     /// # Errors
     ///
     /// As [`Behaviour::new`]. Nothing has changed then.
     pub fn set_config(&mut self, config: Config) -> Result<(), ConfigError> {
-        are_of(self.peer, &config.announce)?;
+        validate_announced(self.peer, &config.announce)?;
         self.relay.set_config(config, Instant::now())
     }
 
@@ -150,226 +127,185 @@ impl Behaviour {
         self.relay.set_access(Box::new(access), Instant::now());
     }
 
-    /// Asks again of everyone who holds a slot, waits for one or is part of a circuit, and ends
-    /// what is no longer allowed. To be called when [`Access`] would answer otherwise than before.
-    pub fn access_changed(&mut self) {
-        self.relay.access_changed(Instant::now());
+    /// Asks [`Access`] again about all peers that hold a slot, wait for one or are part of a circuit, and ends what is
+    /// denied. To be called when the rules have changed.
+    pub fn recheck_access(&mut self) {
+        self.relay.recheck_access(Instant::now());
     }
 
-    /// The table of reservations, to look at.
-    pub fn reservations(&self) -> &Reservations<ConnectionId> {
-        self.relay.reservations()
+    /// What `peer` used the relay for since it connected; `None` if it has been part of no circuit or is not connected.
+    pub fn account(&self, peer: &PeerId) -> Option<Account> {
+        self.relay.accounts.of(peer)
     }
 
-    /// The table of circuits, to look at.
-    pub fn circuits(&self) -> &Circuits<ConnectionId, PendingConnect<ConnectionId, Reply>> {
-        self.relay.circuits()
+    /// The accounts of all peers that have one, in no order.
+    pub fn accounts(&self) -> impl Iterator<Item = (PeerId, Account)> {
+        self.relay.accounts.iter()
     }
 
-    /// The connections that are up, to look at.
-    pub fn connections(&self) -> &Connections<ConnectionId> {
-        self.relay.connections()
+    /// What all peers together used the relay for since it started.
+    pub fn totals(&self) -> Totals {
+        self.relay.accounts.totals
     }
 
-    /// What the relay did of its own accord since it started.
-    pub fn upkeep(&self) -> Upkeep {
-        Upkeep { questions: self.relay.probes(), ..self.upkeep }
+    /// The tables of the relay, to be read.
+    #[doc(hidden)]
+    pub fn view(&self) -> &Relay<ConnectionId, Reply> {
+        &self.relay
     }
 
-    /// What circuits carried, to look at: for each peer while it is connected, and in all since the
-    /// start. [`Event::CircuitClosed`] says the same of each circuit.
-    pub fn accounts(&self) -> &Accounts {
-        self.relay.accounts()
-    }
-
-    /// Says under which address the peer at the other end of this connection reached the relay.
+    /// Sets the address at which the peer reached the relay over this connection: what identify reports as
+    /// `observed_addr`.
     ///
-    /// That is what identify reports as `observed_addr`. It goes into reservations that are made
-    /// over this connection, and into no others. Without it a relay behind NAT, none of whose
-    /// addresses is announced or confirmed, has only local ones to tell.
-    pub fn reported(&mut self, connection: ConnectionId, address: Multiaddr) {
-        if address.len() <= MAX_REPORTED {
-            self.relay.reported(connection, address);
+    /// It is told in reservations over this connection only. A relay behind NAT without announced or confirmed addresses
+    /// has only local ones otherwise.
+    pub fn set_reported_address(&mut self, connection: ConnectionId, address: Multiaddr) {
+        if address.len() <= MAX_REPORTED
+            && let Some(up) = self.relay.connections.get(connection)
+        {
+            *up.origin.reported.lock().unwrap_or_else(PoisonError::into_inner) = Some(address);
         }
     }
 
-    /// Says that something was heard from `peer`, on whatever protocol: it is alive.
-    ///
-    /// By itself the behaviour hears hop, stop, circuit and ping streams only.
-    pub fn heard(&mut self, peer: PeerId) {
-        self.relay.heard(peer, Instant::now());
+    /// Records that `peer` is alive, on whatever protocol. The behaviour itself sees only hop, stop, circuit and ping
+    /// streams.
+    pub fn record_activity(&mut self, peer: PeerId) {
+        self.relay.connections.record_activity(&peer, Instant::now());
     }
 
-    /// Counts `signs` as signs of life on this connection, from the next sweep on.
+    /// Polls `counter` for activity on this connection, from the next sweep on, beside the behaviour's own. A further
+    /// call replaces the counter.
     ///
-    /// Beside what the behaviour hears by itself; a further call puts others in their place.
-    ///
-    /// For whoever can count more cheaply than call [`Behaviour::heard`]: a transport, say.
-    pub fn listen_to(&mut self, connection: ConnectionId, signs: Signs) {
-        self.relay.listen_to(connection, signs);
+    /// Cheaper than [`Behaviour::record_activity`] where a transport, say, can count.
+    pub fn track(&mut self, connection: ConnectionId, counter: ActivityCounter) {
+        if let Some(up) = self.relay.connections.get_mut(connection) {
+            up.track(counter);
+        }
     }
 
-    /// Gives up `peer`'s slot and ends its circuits, now. Whether it held a slot.
-    ///
-    /// Its connections stay up: to close them is the swarm's affair.
+    /// Frees `peer`'s slot and ends its circuits; returns whether it held a slot. Its connections stay open.
     pub fn release(&mut self, peer: PeerId) -> bool {
-        self.relay.release(peer, Instant::now())
+        self.relay.release(peer, FreedReason::Released, Instant::now())
     }
 
-    /// Closes that connection of `peer` but `but` on which nothing was heard for the longest; its
-    /// slot moves to another of its connections.
-    pub fn close_longest_silent_of(&mut self, peer: PeerId, but: ConnectionId) {
-        self.relay.close_longest_silent_of(peer, but, Instant::now());
-    }
-
-    /// The connections over which neither slot nor circuit goes, of peers that hold no slot, with their
-    /// clients' prefixes and since when they are idle; in no order.
-    pub fn idle_strangers(
-        &self,
-    ) -> impl Iterator<Item = (End<ConnectionId>, Option<ClientPrefix>, Instant)> {
-        self.relay.idle_strangers()
-    }
-
-    /// Closes one of those, to make room for another.
-    pub fn close_stranger(&mut self, stranger: End<ConnectionId>) {
-        self.relay.close_stranger(stranger);
-    }
-
-    /// Has each sweep ask whether memory for the bytes that wait in circuits is scarce. While it is, a circuit ends
-    /// one of whose directions has moved nothing for 10 s though bytes waited: [`CircuitEnd::Stalled`].
-    ///
-    /// Unless it is called, memory is never scarce.
-    pub fn watch_memory(&mut self, is_scarce: impl Fn() -> bool + Send + 'static) {
+    /// Calls `is_scarce` after each sweep. While it says that memory for the bytes that wait in circuits is scarce, a
+    /// circuit ends one of whose directions has transferred nothing for 10 s though bytes waited:
+    /// [`CircuitEnd::Stalled`].
+    #[cfg(feature = "program")]
+    pub(crate) fn watch_memory(&mut self, is_scarce: impl Fn() -> bool + Send + 'static) {
         self.is_memory_scarce = Box::new(is_scarce);
     }
 
-    /// Whether the access rules let a connection in: [`Access::may_enter`].
-    pub fn may_enter(&self, peer: Option<PeerId>, address: &Multiaddr) -> bool {
-        self.relay.access().may_enter(peer, address)
-    }
-
-    /// Takes nobody in from now on: a RESERVE or CONNECT is answered by closing its connection. All
-    /// connections without a circuit are closed, evenly over so much time; one with circuits when
-    /// they have ended.
+    /// Drains: answers RESERVE and CONNECT by closing the connection. Closes all connections without a circuit, spread
+    /// evenly over this time, and those with circuits when these have ended.
     ///
-    /// To be called after the swarm's listeners were removed, or clients come right back.
+    /// Remove the swarm's listeners first, or clients reconnect at once.
     pub fn drain(&mut self, over: Duration) {
         let now = Instant::now();
         self.relay.drain(now + over, now);
     }
 
-    /// Takes clients in again after [`Behaviour::drain`].
+    /// Ends a [drain](Behaviour::drain): newcomers are admitted again.
     pub fn resume(&mut self) {
         self.relay.resume();
     }
 
-    /// Whether it takes nobody in.
+    /// Whether the relay drains.
     pub fn is_draining(&self) -> bool {
         self.relay.is_draining()
     }
 
-    fn connected(&mut self, established: ConnectionEstablished<'_>) {
+    fn on_established(&mut self, established: ConnectionEstablished<'_>) {
         let (id, endpoint) = (established.connection_id, established.endpoint);
-        let connection = Connection::new(
+        let mut connection = Connection::new(
             established.peer_id,
             endpoint.get_remote_address().clone(),
             endpoint.is_relayed(),
             self.random.hash_one(id) as u8,
             Instant::now(),
         );
-        self.relay.on_connected(id, connection);
-        // Until the peer says under which address it reached the relay.
+        if let Some((_, activity)) = self.handlers.get(&id) {
+            connection.track(activity.clone());
+        }
+        self.relay.connections.add(id, connection);
+        // Until the peer reports the address at which it reached the relay.
         if let ConnectedPoint::Listener { local_addr, .. } = endpoint {
-            self.reported(id, local_addr.clone());
-        }
-        if let Some(signs) = self.handlers.get_mut(&id).and_then(|(_, signs)| signs.take()) {
-            self.relay.listen_to(id, signs);
+            self.set_reported_address(id, local_addr.clone());
         }
     }
 
-    fn handler(&mut self, connection: ConnectionId, peer: PeerId) -> Handler {
-        let signs = Signs::default();
-        let (sender, commands) = mpsc::unbounded();
-        self.handlers.insert(connection, (sender, Some(signs.clone())));
-        let (end, events) = (End { peer, connection }, self.events.0.clone());
-        Handler::new(end, self.relay.config(), signs, commands, events)
-    }
-
+    /// Carries out an action; returns what the swarm has to do for it.
     fn carry_out(
         &mut self,
         action: Action<ConnectionId, Reply>,
     ) -> Option<ToSwarm<Event, Infallible>> {
         let now = Instant::now();
-        match action {
-            Action::Grant { request, receipt, terms, expires } => {
-                let Ok(message) = self.reserve_ok(&request.origin, terms, expires) else {
+        let (to, command) = match action {
+            Action::Grant { request, receipt, limit, expires } => {
+                let Ok(message) = self.reserve_ok(&request.origin, limit, expires) else {
                     self.relay.on_sign_failed(request, receipt, now);
                     return None;
                 };
-                if request.reply.0.send(Answer::Reserved(message, receipt)).is_err() {
+                if request.reply.0.send(Answer::Final(message, Some(receipt))).is_err() {
                     self.relay.on_delivered(request.from.peer, receipt, false, now);
                 }
+                return None;
             }
-            Action::Refuse(reply, status) => _ = reply.0.send(Answer::Refused(status)),
+            Action::Refuse(reply, status) => {
+                let message = wire::status(status, Limit::default());
+                let _ = reply.0.send(Answer::Final(message, None)); // fails once the stream is gone
+                return None;
+            }
             Action::AskTarget { target, circuit, source, limit, ended } => {
-                let gone = HandlerEvent::TargetAnswered(circuit, Err(StopFailed::Gone));
-                let report = Report::new(gone, self.events.0.clone());
+                let event = Some(HandlerEvent::TargetAnswered(circuit, Err(StopFailed::Gone)));
+                let report = Report { event, events: self.events.0.clone() };
                 let request = StopRequest { circuit, source, limit, since: now, ended, report };
-                self.command(target, HandlerCommand::Open(Outbound::Stop(Box::new(request))));
+                (target, HandlerCommand::Open(Outbound::Stop(Box::new(request))))
             }
-            Action::Probe(to, patience) => {
-                self.command(to, HandlerCommand::Open(Outbound::Probe(patience)));
-            }
-            Action::Hold(on, holds) => self.command(on, HandlerCommand::Hold(holds)),
+            Action::Probe(to, timeout) => (to, HandlerCommand::Open(Outbound::Probe(timeout))),
+            Action::Hold(on, holds) => (on, HandlerCommand::Hold(holds)),
             Action::Close(End { peer, connection }) => {
-                return Some(ToSwarm::CloseConnection {
-                    peer_id: peer,
-                    connection: CloseConnection::One(connection),
-                });
+                let connection = CloseConnection::One(connection);
+                return Some(ToSwarm::CloseConnection { peer_id: peer, connection });
             }
-            Action::Tell(event) => return Some(ToSwarm::GenerateEvent(event)),
+            Action::Report(event) => return Some(ToSwarm::GenerateEvent(event)),
+        };
+        if let Some((handler, _)) = self.handlers.get(&to.connection) {
+            let _ = handler.unbounded_send(command); // fails once the connection closes
         }
         None
-    }
-
-    fn command(&self, to: End<ConnectionId>, command: HandlerCommand) {
-        if let Some((handler, _)) = self.handlers.get(&to.connection) {
-            let _ = handler.unbounded_send(command); // or it is closing
-        }
     }
 
     fn on_event(&mut self, event: HandlerEvent) {
         let (relay, now) = (&mut self.relay, Instant::now());
         match event {
-            HandlerEvent::Requested(from, asked, reply) => {
-                relay.handle_request(from, asked, reply, now);
+            HandlerEvent::RequestReceived(from, request, reply) => {
+                relay.handle_request(from, request, reply, now);
             }
             HandlerEvent::Delivered(peer, receipt, arrived) => {
                 relay.on_delivered(peer, receipt, arrived, now);
             }
-            HandlerEvent::TargetAnswered(circuit, answer) => {
-                let (target, answer) = match answer {
-                    Ok(target) => (Some(target), Ok(())),
-                    Err(failed) => (None, Err(failed)),
-                };
-                let opened = relay.on_target_answered(circuit, answer, now);
-                if let (Some(target), Some((reply, parameters))) = (target, opened) {
-                    let ended = HandlerEvent::CircuitEnded(circuit, CircuitEnd::Ended);
-                    let report = Report::new(ended, self.events.0.clone());
+            HandlerEvent::TargetAnswered(circuit, Err(failed)) => {
+                relay.on_target_answered(circuit, Err(failed), now);
+            }
+            HandlerEvent::TargetAnswered(circuit, Ok(target)) => {
+                if let Some((reply, parameters)) = relay.on_target_answered(circuit, Ok(()), now) {
+                    let event = Some(HandlerEvent::CircuitEnded(circuit, CircuitEnd::Ended));
+                    let report = Report { event, events: self.events.0.clone() };
                     let opening = Opening { circuit, target: *target, parameters, report };
-                    // Else the source is gone, and the report says so.
-                    let _ = reply.0.send(Answer::Connected(Box::new(opening)));
+                    // If the source is gone, the report is sent.
+                    let _ = reply.0.send(Answer::Open(Box::new(opening)));
                 }
             }
             HandlerEvent::CircuitEnded(circuit, end) => relay.on_circuit_ended(circuit, end, now),
         }
     }
 
-    /// The message that tells a peer of its reservation.
+    /// The answer that grants a reservation.
     fn reserve_ok(
         &self,
         to: &Origin,
-        terms: Terms,
+        limit: Limit,
         expires: Instant,
     ) -> Result<Vec<u8>, SigningError> {
         let term = expires.saturating_duration_since(Instant::now());
@@ -378,26 +314,26 @@ impl Behaviour {
         let listening: Vec<_> = self.listening.iter().cloned().collect();
         let reported = to.reported.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let known = Known {
-            announced: &self.config().announce,
+            announced: &self.relay.config.announce,
             confirmed: self.confirmed.as_slice(),
             listening: &listening,
             reported: reported.as_ref(),
         };
         let addresses = address::for_reservation(known, self.peer);
-        let voucher = voucher::sign(&self.keypair, to.peer, expire)?;
-        Ok(wire::reserve_ok(expire, &addresses, voucher, self.config().circuit_limit(terms)))
+        let voucher = wire::sign_voucher(&self.keypair, to.peer, expire)?;
+        Ok(wire::reserve_ok(expire, &addresses, voucher, limit))
     }
 }
 
-/// Whether these addresses lead to this relay, as far as they say whom they lead to.
-fn are_of(relay: PeerId, announced: &[Multiaddr]) -> Result<(), ConfigError> {
-    for address in announced {
-        if address.clone().with_p2p(relay).is_err() {
+/// Checks that none of these addresses names another peer than this relay.
+fn validate_announced(relay: PeerId, announced: &[Multiaddr]) -> Result<(), ConfigError> {
+    match announced.iter().find(|address| (*address).clone().with_p2p(relay).is_err()) {
+        None => Ok(()),
+        Some(address) => {
             let problem = format!("{address} names another peer; this relay is {relay}");
-            return Err(ConfigError::new("announce", problem));
+            Err(ConfigError::new("announce", problem))
         }
     }
-    Ok(())
 }
 
 impl NetworkBehaviour for Behaviour {
@@ -411,27 +347,31 @@ impl NetworkBehaviour for Behaviour {
         _: &Multiaddr,
         _: &Multiaddr,
     ) -> Result<Handler, ConnectionDenied> {
-        Ok(self.handler(connection, peer))
+        let activity = ActivityCounter::default();
+        let (sender, commands) = mpsc::unbounded();
+        self.handlers.insert(connection, (sender, activity.clone()));
+        let (end, events) = (End { peer, connection }, self.events.0.clone());
+        Ok(Handler::new(end, &self.relay.config, activity, commands, events))
     }
 
     fn handle_established_outbound_connection(
         &mut self,
         connection: ConnectionId,
         peer: PeerId,
-        _: &Multiaddr,
+        address: &Multiaddr,
         _: Endpoint,
         _: PortUse,
     ) -> Result<Handler, ConnectionDenied> {
-        Ok(self.handler(connection, peer))
+        self.handle_established_inbound_connection(connection, peer, address, address)
     }
 
     fn on_swarm_event(&mut self, event: FromSwarm) {
         self.confirmed.on_swarm_event(&event);
         self.listening.on_swarm_event(&event);
         match event {
-            FromSwarm::ConnectionEstablished(established) => self.connected(established),
+            FromSwarm::ConnectionEstablished(established) => self.on_established(established),
             FromSwarm::ConnectionClosed(ConnectionClosed { peer_id, connection_id, .. }) => {
-                // Its tasks have told what is over before.
+                // First what its tasks reported before.
                 while let Ok(event) = self.events.1.try_recv() {
                     self.on_event(event);
                 }
@@ -439,7 +379,7 @@ impl NetworkBehaviour for Behaviour {
                 let gone = End { peer: peer_id, connection: connection_id };
                 self.relay.on_disconnected(gone, Instant::now());
             }
-            // Another behaviour did not let it in.
+            // Another behaviour denied the connection.
             FromSwarm::ListenFailure(ListenFailure { connection_id, .. })
             | FromSwarm::DialFailure(DialFailure { connection_id, .. }) => {
                 self.handlers.remove(&connection_id);
@@ -454,31 +394,33 @@ impl NetworkBehaviour for Behaviour {
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<ToSwarm<Event, Infallible>> {
         loop {
-            while let Some(action) = self.relay.next_action() {
-                if let Some(done) = self.carry_out(action) {
-                    return Poll::Ready(done);
+            // 1. Carry out what the relay has decided.
+            while let Some(action) = self.relay.actions.pop_front() {
+                if let Some(event) = self.carry_out(action) {
+                    return Poll::Ready(event);
                 }
             }
+            // 2. Set the timer to the next sweep.
             let now = Instant::now();
-            if self.sweep_due != self.relay.sweep_due() {
-                self.sweep_due = self.relay.sweep_due();
+            if self.sweep_due != self.relay.sweep_due {
+                self.sweep_due = self.relay.sweep_due;
                 self.next_sweep.reset(self.sweep_due.saturating_duration_since(now));
             }
-            if self.next_sweep.poll_unpin(cx).is_pending() {
-                match self.events.1.poll_next_unpin(cx) {
-                    Poll::Ready(Some(event)) => self.on_event(event),
-                    _ => return Poll::Pending,
+            // 3. Sweep if it is due; otherwise pass on one event of a task.
+            if self.next_sweep.poll_unpin(cx).is_ready() {
+                self.relay.sweep(now);
+                if (self.is_memory_scarce)() {
+                    self.relay.end_stalled(now);
                 }
+                let took = now.elapsed();
+                log::trace!("swept: {} µs", took.as_micros());
+                self.sweeps = (self.sweeps.0 + 1, self.sweeps.1 + took);
                 continue;
             }
-            self.relay.sweep(now);
-            if (self.is_memory_scarce)() {
-                self.relay.end_stalled(now);
+            match self.events.1.poll_next_unpin(cx) {
+                Poll::Ready(Some(event)) => self.on_event(event),
+                _ => return Poll::Pending,
             }
-            let took = now.elapsed();
-            log::trace!("swept in {} µs", took.as_micros());
-            self.upkeep.sweeps += 1;
-            self.upkeep.swept_for += took;
         }
     }
 }

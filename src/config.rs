@@ -1,23 +1,19 @@
-//! Every limit and timer of the relay, its default and unit, and the one place that judges them.
+//! Every limit and timer of the relay, with its unit and default, and the one function that validates them.
 
 use std::{fmt, time::Duration};
 
+use ipnet::IpNet;
 use libp2p::{Multiaddr, multiaddr::Protocol};
 
-use crate::{
-    access::{Lists, Terms},
-    wire::Limit,
-};
+use crate::access::Lists;
 
-/// The longest time that any setting may name: one year.
-///
-/// It keeps every deadline within what an `Instant` can hold.
+/// The longest duration of any setting: one year, so that an `Instant` can hold every deadline.
 pub(crate) const LONGEST: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
 /// The shortest reservation or circuit: clients are told whole seconds.
-const SHORTEST: Duration = Duration::from_secs(1);
+pub(crate) const SHORTEST: Duration = Duration::from_secs(1);
 
-/// The shortest probe: a phone far away needs it.
+/// The shortest probe: the round trip to a distant phone.
 const SHORTEST_PROBE: Duration = Duration::from_millis(500);
 
 /// The longest probe: js-libp2p gives up 5 s after it began to dial.
@@ -25,91 +21,96 @@ const LONGEST_PROBE: Duration = Duration::from_millis(3500);
 
 /// The cap on slots of one address is this fraction of the total, unless given.
 const SHARE_PER_IP: usize = 16;
-/// But never below this: a household or a small office behind one address.
+/// The least cap: a household or a small office behind one address.
 const LEAST_PER_IP: usize = 8;
 
 /// The cap on slots of one subnet is this fraction of the total, unless given.
 const SHARE_PER_SUBNET: usize = 4;
-/// But never below this: a site, or a corner of a carrier's network.
+/// The least cap: a site, or a part of a carrier's network.
 const LEAST_PER_SUBNET: usize = 64;
 
 /// The caps on circuits of the sources of one address and of one subnet are these fractions of the total,
 /// unless given.
 const SHARE_OF_CIRCUITS_PER_IP: usize = 8;
 const SHARE_OF_CIRCUITS_PER_SUBNET: usize = 4;
-/// But never below this: as many as one peer may be part of by default.
+/// The least caps: as many as one peer may be part of by default.
 const LEAST_CIRCUITS: usize = 64;
 
-/// What the relay grants, to how many and for how long.
+/// What the relay grants, to how many peers and for how long.
 ///
-/// Made with [`Config::default`] and changed field by field; [`crate::Behaviour::new`] refuses one
-/// that makes no sense. Who comes from [`libp2p::relay::Config`](https://docs.rs/libp2p-relay)
-/// finds its fields under the names below.
+/// ```
+/// let config = relaylet::Config::default().with(|config| {
+///     config.max_reservations = 100;
+///     config.circuit_bytes = 0; // no limit
+/// });
+/// # assert_eq!(config.validate(), Ok(()));
+/// ```
 ///
-/// A configuration can be replaced while the relay runs ([`crate::Behaviour::set_config`]). All
-/// settings hold from the next request or sweep on, with three exceptions: a term that was granted
-/// and a circuit that was admitted keep what they were promised; [`answer_ping`](Self::answer_ping)
-/// holds for connections to come; and [`crate::Node`] needs a restart to raise
+/// [`Behaviour::new`](crate::Behaviour::new) rejects an invalid one. A configuration can be replaced while the relay runs
+/// ([`Behaviour::set_config`](crate::Behaviour::set_config)). All settings apply from the next request or sweep on, with
+/// three exceptions: granted terms and admitted circuits keep what they were promised;
+/// [`answer_ping`](Self::answer_ping) applies to new connections; and the program's `Node` needs a restart to raise
 /// [`max_circuits_per_peer`](Self::max_circuits_per_peer), for which its connections are made.
+///
+/// The fields of [`libp2p::relay::Config`](https://docs.rs/libp2p-relay) have these names:
 ///
 /// | `libp2p::relay::Config` | here |
 /// | --- | --- |
 /// | `max_reservations` | [`max_reservations`](Self::max_reservations) |
-/// | `max_reservations_per_peer` | none: a peer has one slot, by construction; see [`max_reservations_per_ip`](Self::max_reservations_per_ip) |
+/// | `max_reservations_per_peer` | none: a peer has one slot; see [`max_reservations_per_ip`](Self::max_reservations_per_ip) |
 /// | `reservation_duration` | [`reservation_ttl`](Self::reservation_ttl) |
 /// | `max_circuits`, `max_circuits_per_peer` | the same |
 /// | `max_circuit_duration` | [`circuit_duration`](Self::circuit_duration) |
-/// | `max_circuit_bytes` | [`circuit_bytes`](Self::circuit_bytes), counted for each direction by itself |
+/// | `max_circuit_bytes` | [`circuit_bytes`](Self::circuit_bytes), for each direction |
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Config {
     /// How many peers may hold a slot at a time. Default 1024.
     pub max_reservations: usize,
-    /// How many slots may be billed to one IP address (an IPv6 address counts as its /64).
+    /// How many slots one IP address may hold; an IPv6 address counts as its /64.
     ///
     /// Default `None`: a sixteenth of [`max_reservations`](Self::max_reservations), at least 8.
     /// Zero: no cap.
     pub max_reservations_per_ip: Option<usize>,
-    /// How many slots may be billed to one subnet: an IPv4 /24, an IPv6 /48.
+    /// How many slots one subnet may hold: an IPv4 /24, an IPv6 /48.
     ///
     /// Default `None`: a quarter of [`max_reservations`](Self::max_reservations), at least 64.
     /// Zero: no cap.
     pub max_reservations_per_subnet: Option<usize>,
     /// For how long a reservation is granted, and renewed. Default 1 h; at least 1 s.
     pub reservation_ttl: Duration,
-    /// How long a peer that disconnected keeps its claim to the slot.
+    /// How long a peer that disconnected keeps its claim to its slot.
     ///
     /// Default 30 s; zero frees the slot at once.
     pub grace: Duration,
-    /// After how much silence a peer that holds a slot or is part of a circuit is asked for a sign
-    /// of life, over `/ipfs/ping/1.0.0`; up to a quarter earlier, at random.
+    /// The silence after which a peer that holds a slot or is part of a circuit is probed over `/ipfs/ping/1.0.0`; up to
+    /// a quarter less, at random.
     ///
-    /// Default 30 s; zero: nobody is asked, and nobody judged silent, but when a newcomer waits
-    /// ([`probe`](Self::probe)).
+    /// Default 30 s; zero: peers are probed, and time out, only while a newcomer waits ([`probe`](Self::probe)).
     pub heartbeat: Duration,
-    /// After how much silence a peer that was asked is judged, and, by [`crate::Node`], one that for as long takes
-    /// nothing of what is sent to it: its circuits end, and its slot
-    /// enters grace. Default 60 s; at least 1 s above [`heartbeat`](Self::heartbeat).
+    /// The silence after which a peer that was probed has timed out: its circuits end, and its slot enters grace. In
+    /// `Node`, a peer that accepts nothing of what is sent to it for as long times out, too.
+    ///
+    /// Default 60 s; at least 1 s above [`heartbeat`](Self::heartbeat).
     pub silence: Duration,
-    /// Whether the connection of a peer that was judged silent is closed. Default true.
+    /// Whether the connection of a peer that timed out is closed. Default true.
     ///
     /// Switch it off where a connection serves other protocols.
     pub close_silent: bool,
-    /// How long a peer has to answer when a newcomer waits for its slot, and how long the newcomer
-    /// waits. At most 64 newcomers wait at a time, at most 8 of them from one address; whoever comes
-    /// beyond that is refused at once.
+    /// How long a peer has to answer a probe while a newcomer waits for its slot, and how long the newcomer waits. At
+    /// most 64 newcomers wait at a time, at most 8 of them from one address; others are refused at once.
     ///
     /// Default 3 s, at most 3.5 s: js-libp2p gives up 5 s after it began to dial. Zero: a newcomer
     /// to a full table is refused at once.
     pub probe: Duration,
-    /// After how much silence a peer is asked when a newcomer waits for its slot. Default 10 s.
+    /// The silence after which a peer is probed while a newcomer waits for its slot. Default 10 s.
     pub probe_after: Duration,
-    /// How often the sweep passes over the table. Default 1 s; above zero.
+    /// The time between two sweeps. Default 1 s; above zero.
     pub sweep: Duration,
-    /// After which time without a reservation or a circuit a connection is closed.
+    /// The time without a reservation or a circuit after which a connection is closed.
     ///
-    /// Default zero: the behaviour closes none, because in a swarm of one's own a connection may
-    /// serve other protocols. (The program's default is 1 min.)
+    /// Default zero: none is closed, because connections of an embedding swarm may serve other protocols. (The program's
+    /// default is 1 min.)
     pub idle_timeout: Duration,
     /// How many circuits may be open at a time, those being set up included. Default 1024.
     pub max_circuits: usize,
@@ -128,24 +129,23 @@ pub struct Config {
     pub circuit_bytes: u64,
     /// How many payload bytes a second all circuits may carry together, both directions counted.
     ///
-    /// Default zero: no cap. Circuits that want more than there is get the same each; open ones
-    /// follow a new cap at once.
+    /// Default zero: no cap. Circuits share it by fair queueing; a new cap applies to open ones at once.
     pub bandwidth: u64,
     /// How many payload bytes a second one peer may send and receive together through its circuits,
-    /// whether as source or as target. Default zero: no cap. Its circuits share it alike.
+    /// whether as source or as target. Default zero: no cap. Its circuits share it by fair queueing.
     pub bandwidth_per_peer: u64,
-    /// How many times a minute a peer may send a RESERVE; its address ten times as often, for all
-    /// its peers together. Default 30, all of which may come at once; zero: no limit.
+    /// How many RESERVEs a minute a peer may send, all of which may arrive at once; the peers of one address together ten
+    /// times as many. Default 30; zero: no limit.
     ///
-    /// A peer that renews pays from its own minute only.
+    /// A renewal counts only towards the rate of its peer.
     pub reserve_rate: u32,
-    /// How many times a minute a peer may send a CONNECT; its address ten times as often.
-    /// Default 30; zero: no limit.
+    /// How many CONNECTs a minute a peer may send; the peers of one address together ten times as many. Default 30; zero:
+    /// no limit.
     pub connect_rate: u32,
-    /// Who may use the relay, unless an app decides ([`crate::Behaviour::set_access`]).
-    /// Default: everyone.
+    /// Who may use the relay, unless an app decides ([`Behaviour::set_access`](crate::Behaviour::set_access)). Default:
+    /// all peers.
     pub access: Lists,
-    /// The addresses to put into reservations *instead* of those found. Default: none.
+    /// The addresses to tell in reservations *instead* of those found. Default: none.
     ///
     /// With or without the relay's `/p2p/…` at the end.
     pub announce: Vec<Multiaddr>,
@@ -188,11 +188,17 @@ impl Default for Config {
 }
 
 impl Config {
-    /// Whether this makes sense as a whole.
+    /// Changes fields in an expression.
+    pub fn with(mut self, change: impl FnOnce(&mut Self)) -> Self {
+        change(&mut self);
+        self
+    }
+
+    /// Checks all settings.
     ///
     /// # Errors
     ///
-    /// The first setting that does not, by name and with the remedy.
+    /// The first invalid setting, by name and with the remedy.
     pub fn validate(&self) -> Result<(), ConfigError> {
         let check = |is_wrong, setting, problem: &str| match is_wrong {
             true => Err(ConfigError::new(setting, problem)),
@@ -216,69 +222,112 @@ impl Config {
         check(self.reservation_ttl < SHORTEST, "reservation_ttl", problem)?;
         let to_answer = self.silence.saturating_sub(self.heartbeat);
         let is_unanswerable = !self.heartbeat.is_zero() && to_answer < Duration::from_secs(1);
-        let problem = "nobody could answer in time; try twice the heartbeat or more";
+        let problem = "leaves no time to answer; try twice the heartbeat or more";
         check(is_unanswerable, "silence", problem)?;
         let is_short = |time: Duration, shortest| !time.is_zero() && time < shortest;
-        let problem = "no peer far away could answer in time; try 3s, or 0s to ask nobody";
+        let problem = "is too short for distant peers; try 3s, or 0s to probe none";
         check(is_short(self.probe, SHORTEST_PROBE), "probe", problem)?;
-        let problem = "js-libp2p would not wait so long for an answer; try 3500ms or less";
+        let problem = "is longer than js-libp2p waits for an answer; try 3500ms or less";
         check(self.probe > LONGEST_PROBE, "probe", problem)?;
-        check(self.sweep.is_zero(), "sweep", "without a sweep no slot ever comes back; try 1s")?;
+        check(self.sweep.is_zero(), "sweep", "without a sweep no slot is freed; try 1s")?;
         let problem = "clients are told whole seconds; try 1s or more, or 0s for no limit";
         check(is_short(self.circuit_duration, SHORTEST), "circuit_duration", problem)?;
-        self.access.validate()?;
-        self.announce.iter().try_for_each(announceable)
+        validate_lists(&self.access)?;
+        self.announce.iter().try_for_each(validate_address)
     }
 
-    /// The cap on slots billed to one address; `None`: no cap.
-    pub(crate) fn reservations_per_ip(&self) -> Option<usize> {
-        cap(self.max_reservations_per_ip, self.max_reservations / SHARE_PER_IP, LEAST_PER_IP)
+    /// The caps on slots.
+    pub(crate) fn slot_caps(&self) -> Caps {
+        let (of, total) = (self.max_reservations, Some(self.max_reservations));
+        let (per_ip, per_subnet) = (self.max_reservations_per_ip, self.max_reservations_per_subnet);
+        let per_address = cap(per_ip, of / SHARE_PER_IP, LEAST_PER_IP);
+        let per_subnet = cap(per_subnet, of / SHARE_PER_SUBNET, LEAST_PER_SUBNET);
+        Caps { total, per_subnet, per_address }
     }
 
-    /// The cap on slots billed to one subnet; `None`: no cap.
-    pub(crate) fn reservations_per_subnet(&self) -> Option<usize> {
-        let share = self.max_reservations / SHARE_PER_SUBNET;
-        cap(self.max_reservations_per_subnet, share, LEAST_PER_SUBNET)
-    }
-
-    /// The cap on circuits of the sources of one address; `None`: no cap.
-    pub(crate) fn circuits_per_ip(&self) -> Option<usize> {
-        let share = self.max_circuits / SHARE_OF_CIRCUITS_PER_IP;
-        cap(self.max_circuits_per_ip, share, LEAST_CIRCUITS)
-    }
-
-    /// The cap on circuits of the sources of one subnet; `None`: no cap.
-    pub(crate) fn circuits_per_subnet(&self) -> Option<usize> {
-        let share = self.max_circuits / SHARE_OF_CIRCUITS_PER_SUBNET;
-        cap(self.max_circuits_per_subnet, share, LEAST_CIRCUITS)
-    }
-
-    /// For how long a reservation is granted on these terms.
-    pub(crate) fn ttl(&self, terms: Terms) -> Duration {
-        let ttl = terms.reservation_ttl.unwrap_or(self.reservation_ttl);
-        ttl.clamp(SHORTEST, LONGEST)
-    }
-
-    /// What a circuit may carry on these terms, as it is told and enforced.
-    pub(crate) fn circuit_limit(&self, terms: Terms) -> Limit {
-        let duration = terms.circuit_duration.unwrap_or(self.circuit_duration);
-        let bytes = terms.circuit_bytes.unwrap_or(self.circuit_bytes);
-        Limit {
-            duration: (!duration.is_zero()).then_some(duration.clamp(SHORTEST, LONGEST)),
-            bytes: (bytes > 0).then_some(bytes),
-        }
+    /// The caps on circuits, which count by source.
+    pub(crate) fn circuit_caps(&self) -> Caps {
+        let (of, total) = (self.max_circuits, Some(self.max_circuits));
+        let (per_ip, per_subnet) = (self.max_circuits_per_ip, self.max_circuits_per_subnet);
+        let per_address = cap(per_ip, of / SHARE_OF_CIRCUITS_PER_IP, LEAST_CIRCUITS);
+        let per_subnet = cap(per_subnet, of / SHARE_OF_CIRCUITS_PER_SUBNET, LEAST_CIRCUITS);
+        Caps { total, per_subnet, per_address }
     }
 }
 
-/// A cap as people give it, where zero stands for none; or else this share, but at least so many.
+/// How much each scope may hold; `None`: no cap.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Caps {
+    /// All together.
+    pub total: Option<usize>,
+    /// Each subnet.
+    pub per_subnet: Option<usize>,
+    /// Each address.
+    pub per_address: Option<usize>,
+}
+
+/// The cap that was given, of which zero means none; otherwise `share`, but at least `least`.
 fn cap(given: Option<usize>, share: usize, least: usize) -> Option<usize> {
     let cap = given.unwrap_or(share.max(least));
     (cap > 0).then_some(cap)
 }
 
-/// Whether clients could be sent to this address at all: it names a host, and a port unless the name stands
-/// for whole addresses (dnsaddr).
-fn announceable(address: &Multiaddr) -> Result<(), ConfigError> {
+/// Checks that each of these is a whole subnet, in the family that addresses are looked up in.
+pub(crate) fn validate_subnets(
+    setting: &'static str,
+    subnets: &[IpNet],
+) -> Result<(), ConfigError> {
+    for subnet in subnets {
+        let whole = subnet.trunc();
+        if whole != *subnet {
+            return Err(ConfigError::new(
+                setting,
+                format!("{subnet} names one host in it; try {whole}"),
+            ));
+        }
+        if let IpNet::V6(v6) = subnet
+            && v6.addr().to_ipv4_mapped().is_some()
+        {
+            return Err(ConfigError::new(
+                setting,
+                format!("{subnet} stands for IPv4; write it as IPv4"),
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Checks that the lists do not contradict each other.
+///
+/// # Errors
+///
+/// The first list that does, by name and with the remedy.
+fn validate_lists(lists: &Lists) -> Result<(), ConfigError> {
+    for (setting, allowed) in
+        [("allow_peer", &lists.allow_peer), ("allow_connect_peer", &lists.allow_connect_peer)]
+    {
+        if let Some(peer) = allowed.intersection(&lists.deny_peer).next() {
+            let problem = format!("{peer} is denied as well; take it off one of the lists");
+            return Err(ConfigError::new(setting, problem));
+        }
+    }
+    for (setting, subnets) in
+        [("allow_subnet", &lists.allow_subnet), ("deny_subnet", &lists.deny_subnet)]
+    {
+        validate_subnets(setting, subnets)?;
+    }
+    for allowed in &lists.allow_subnet {
+        if let Some(denied) = lists.deny_subnet.iter().find(|net| net.contains(allowed)) {
+            let problem = format!("{allowed} lies in {denied}, which is denied; drop one");
+            return Err(ConfigError::new("allow_subnet", problem));
+        }
+    }
+    Ok(())
+}
+
+/// Checks that clients can dial this address: it names a host, and a port unless the name stands for whole addresses
+/// (dnsaddr).
+fn validate_address(address: &Multiaddr) -> Result<(), ConfigError> {
     let parts: Vec<_> =
         address.iter().filter(|part| !matches!(part, Protocol::Ip6zone(_))).collect();
     let has_host = match parts.first() {
@@ -305,7 +354,7 @@ fn announceable(address: &Multiaddr) -> Result<(), ConfigError> {
     Err(ConfigError::new("announce", format!("{shown} {problem}")))
 }
 
-/// A setting that makes no sense, and the remedy, in one line.
+/// An invalid setting and the remedy, in one line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConfigError {
     setting: &'static str,
@@ -318,20 +367,14 @@ impl ConfigError {
         Self { setting, problem }
     }
 
-    /// The field of [`Config`] that is meant.
+    /// The field of [`Config`].
     pub fn setting(&self) -> &'static str {
         self.setting
     }
 
-    /// What is wrong with it, and what to do.
+    /// What is wrong with it, and the remedy.
     pub fn problem(&self) -> &str {
         &self.problem
-    }
-}
-
-impl From<(&'static str, String)> for ConfigError {
-    fn from((setting, problem): (&'static str, String)) -> Self {
-        Self { setting, problem }
     }
 }
 
@@ -408,11 +451,47 @@ mod tests {
                 max_reservations_per_subnet: given,
                 ..Config::default()
             };
-            (config.reservations_per_ip(), config.reservations_per_subnet())
+            (config.slot_caps().per_address, config.slot_caps().per_subnet)
         };
         assert_eq!(caps(1024, None), (Some(64), Some(256)));
         assert_eq!(caps(10, None), (Some(8), Some(64)));
         assert_eq!(caps(1024, Some(3)), (Some(3), Some(3)));
         assert_eq!(caps(1024, Some(0)), (None, None));
+    }
+
+    #[test]
+    fn what_makes_no_sense_together_is_refused_by_name() {
+        let alice = libp2p::PeerId::random();
+        let refused = |lists: Lists| validate_lists(&lists).expect_err("no sense").setting();
+        for (setting, allow_peer, allow_connect_peer) in [
+            (
+                "allow_peer",
+                std::collections::HashSet::from([alice]),
+                std::collections::HashSet::new(),
+            ),
+            (
+                "allow_connect_peer",
+                std::collections::HashSet::new(),
+                std::collections::HashSet::from([alice]),
+            ),
+        ] {
+            let lists = Lists {
+                allow_peer,
+                allow_connect_peer,
+                deny_peer: [alice].into(),
+                ..Lists::default()
+            };
+            assert_eq!(refused(lists), setting);
+        }
+        for subnet in ["192.0.2.7/24", "::ffff:192.0.2.0/120"] {
+            let lists = Lists { deny_subnet: vec![subnet.parse().unwrap()], ..Lists::default() };
+            assert_eq!(refused(lists), "deny_subnet", "{subnet}");
+        }
+        let lists = Lists {
+            allow_subnet: vec!["10.1.0.0/16".parse().unwrap()],
+            deny_subnet: vec!["10.0.0.0/8".parse().unwrap()],
+            ..Lists::default()
+        };
+        assert_eq!(refused(lists), "allow_subnet");
     }
 }

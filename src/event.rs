@@ -1,8 +1,6 @@
-//! What the relay tells its owner: each fact in the past tense, each refusal and each freed slot
-//! with its reason.
+//! What the relay reports to the embedder, each refusal and each freed slot with its reason.
 //!
-//! [`Display`](std::fmt::Display) is the line that stands in the log. These lines are stable, for
-//! whoever searches and counts them: a release that changes one is a breaking one.
+//! [`Display`](std::fmt::Display) is the line in the log. These lines are stable: changing one is a breaking change.
 //!
 //! ```text
 //! reservation granted: peer <id> at <multiaddr>
@@ -10,17 +8,16 @@
 //! reservation refused: peer <id> at <multiaddr>: <reason>
 //! peer silent: peer <id> at <multiaddr>: nothing heard for <seconds> s
 //! grace began: peer <id>
-//! slot freed: peer <id> at <address>: <reason>
+//! slot freed: peer <id> at <prefix>: <reason>
 //! request rejected: peer <id> at <multiaddr>: <reason>
 //! circuit <number> opened: <source's id> to <target's id>
 //! circuit refused: peer <source's id> at <multiaddr> to <target's id>: <reason>
 //! circuit <number> closed: <source's id> to <target's id>: <end>; <bytes> bytes to the target, <bytes> back
 //! ```
 //!
-//! The multiaddr is the one that the connection comes from. A slot outlives connections: it is freed
-//! at the address it is billed to, an IPv4 address or an IPv6 /64, and at none if it is billed to
-//! none. The reasons, in their words, are [`Refused`], [`FreedReason`], [`CircuitEnd`] and
-//! [`BadRequest`].
+//! The multiaddr is the one that the connection comes from. A slot outlives connections: its line has the prefix that it
+//! counted towards, an IPv4 address or an IPv6 /64, if any. The reasons are the `Display` of [`Refused`],
+//! [`FreedReason`], [`CircuitEnd`] and [`BadRequest`].
 
 mod reason;
 
@@ -33,7 +30,7 @@ use crate::{address::ClientPrefix, wire::BadRequest};
 
 /// Something that happened at the relay.
 ///
-/// Who comes from [`libp2p::relay::Event`](https://docs.rs/libp2p-relay) finds its events here:
+/// The events of [`libp2p::relay::Event`](https://docs.rs/libp2p-relay) have these names:
 ///
 /// | `libp2p::relay::Event` | here |
 /// | --- | --- |
@@ -49,102 +46,103 @@ use crate::{address::ClientPrefix, wire::BadRequest};
 pub enum Event {
     /// A peer got a slot, or a new term for the one it holds.
     ReservationAccepted {
-        /// Who.
+        /// The peer.
         peer: PeerId,
         /// Where it came from.
         address: Multiaddr,
-        /// Whether it held the slot already.
+        /// Whether it already held the slot.
         renewed: bool,
     },
-    /// A peer got no slot.
+    /// A RESERVE was refused.
     ReservationRefused {
-        /// Who.
+        /// The peer.
         peer: PeerId,
         /// Where it came from.
         address: Multiaddr,
-        /// Why.
+        /// The reason.
         reason: Refused,
     },
-    /// A peer with a slot or a circuit was asked for a sign of life and gave none: its circuits
-    /// over that connection end, and its slot moves to another connection of it or enters grace.
+    /// A peer with a slot or a circuit did not answer a probe in time: its circuits over that connection end, and its
+    /// slot moves to another connection of it or enters grace.
     PeerSilent {
-        /// Who.
+        /// The peer.
         peer: PeerId,
         /// Where it came from.
         address: Multiaddr,
-        /// For how long nothing was heard from it.
+        /// How long it has been silent.
         silent_for: Duration,
     },
-    /// The last connection of a peer with a slot is gone; it may come back until its grace is over.
+    /// The last connection of a peer with a slot closed; the peer may return until its grace is over.
     GraceBegan {
-        /// Who.
+        /// The peer.
         peer: PeerId,
     },
-    /// A slot came back.
+    /// A slot was freed.
     ReservationFreed {
-        /// Who held it.
+        /// The peer that held it.
         peer: PeerId,
-        /// The address that it was billed to.
-        billed_to: Option<ClientPrefix>,
-        /// Why it came back.
+        /// The prefix that it counted towards.
+        prefix: Option<ClientPrefix>,
+        /// The reason.
         reason: FreedReason,
     },
-    /// A request was not understood, and was answered with the status for that.
+    /// A request could not be decoded, and was refused.
     RequestRejected {
-        /// Whose.
+        /// The peer that sent it.
         peer: PeerId,
         /// Where it came from.
         address: Multiaddr,
         /// What was wrong with it.
         reason: BadRequest,
     },
-    /// A circuit was set up: the target agreed, and the source is being told.
+    /// A circuit was opened: the target accepted, and the source is being told.
     CircuitOpened {
-        /// Its name.
+        /// The circuit.
         circuit: CircuitId,
-        /// Who asked for it.
+        /// The peer that asked for it.
         source: PeerId,
-        /// Whom it leads to.
+        /// The peer that it leads to.
         target: PeerId,
     },
-    /// A circuit was asked for and not set up.
+    /// A CONNECT was refused.
     CircuitRefused {
-        /// Who asked for it.
+        /// The peer that asked for it.
         source: PeerId,
         /// Where that peer came from.
         address: Multiaddr,
-        /// Whom it should have led to.
+        /// The peer that it should have led to.
         target: PeerId,
-        /// Why not.
+        /// The reason.
         reason: Refused,
     },
     /// A circuit ended.
     CircuitClosed {
-        /// Its name.
+        /// The circuit.
         circuit: CircuitId,
-        /// Who had asked for it.
+        /// The peer that asked for it.
         source: PeerId,
-        /// Whom it led to.
+        /// The peer that it led to.
         target: PeerId,
         /// How it ended.
         end: CircuitEnd,
-        /// How many payload bytes it delivered each way; see [`crate::relay::accounts`] for the sums.
-        carried: Carried,
-        /// For how long it was open.
+        /// The payload bytes that it delivered; see [`Totals`](crate::Totals) and [`Account`](crate::Account) for the sums.
+        transferred: BytesTransferred,
+        /// How long it was open.
         open_for: Duration,
     },
 }
 
-/// What a circuit carried.
+/// Payload bytes that one circuit, or all circuits, delivered.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Carried {
+#[non_exhaustive]
+pub struct BytesTransferred {
     /// Bytes delivered from the source to the target.
     pub to_target: u64,
     /// Bytes delivered from the target to the source.
     pub to_source: u64,
 }
 
-/// Names a circuit, from the CONNECT that asks for it to its end. Never used twice.
+/// Identifies a circuit, from its CONNECT to its end. Never used twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct CircuitId(pub(crate) u64);
 
@@ -170,8 +168,8 @@ impl fmt::Display for Event {
                 silent_for.as_secs()
             ),
             Self::GraceBegan { peer } => write!(f, "grace began: peer {peer}"),
-            Self::ReservationFreed { peer, billed_to, reason } => match billed_to {
-                Some(address) => write!(f, "slot freed: peer {peer} at {address}: {reason}"),
+            Self::ReservationFreed { peer, prefix, reason } => match prefix {
+                Some(prefix) => write!(f, "slot freed: peer {peer} at {prefix}: {reason}"),
                 None => write!(f, "slot freed: peer {peer}: {reason}"),
             },
             Self::RequestRejected { peer, address, reason } => {
@@ -183,11 +181,11 @@ impl fmt::Display for Event {
             Self::CircuitRefused { source, address, target, reason } => {
                 write!(f, "circuit refused: peer {source} at {address} to {target}: {reason}")
             }
-            Self::CircuitClosed { circuit, source, target, end, carried, .. } => write!(
+            Self::CircuitClosed { circuit, source, target, end, transferred, .. } => write!(
                 f,
                 "circuit {circuit} closed: {source} to {target}: {end}; {} bytes to the target, \
                  {} back",
-                carried.to_target, carried.to_source
+                transferred.to_target, transferred.to_source
             ),
         }
     }

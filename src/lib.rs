@@ -1,75 +1,67 @@
-//! A libp2p circuit relay whose slots come back.
+//! A libp2p circuit relay that releases the slots of peers that are gone.
 //!
-//! A peer behind NAT reserves a *slot* on a relay, so that others can reach it through a *circuit*
-//! over that relay ([Circuit Relay v2][spec]). Peers vanish without a word; this relay gets their
-//! slots back. It is a program (`relaylet`, see the README), a [`Behaviour`] for any rust-libp2p
-//! swarm, and meant to be read whole.
+//! A peer behind NAT reserves a *slot* on a relay, so that others can reach it through a *circuit* over that relay
+//! ([Circuit Relay v2][spec]). This crate is a program (`relaylet`, see the README) and a [`Behaviour`] for any
+//! rust-libp2p swarm, small enough to be read as a whole.
 //!
-//! # The words
+//! # Terms
 //!
-//! Reservation, circuit, hop, stop, voucher, source and target are the specification's. Our own
-//! are few, and mean the same in flags, events, logs and tests:
+//! Reservation, circuit, hop, stop, voucher, source and target are the specification's. These are ours, in flags, events,
+//! logs and tests alike:
 //!
-//! - *Slot*: the capacity that one reservation takes up. A peer has one, or none.
-//! - *Grace*: the time after a peer's last connection is gone in which its slot still counts as
-//!   taken, so that a phone which changes networks finds it again. The reservation is void
-//!   meanwhile: nobody is connected to a peer in grace. A newcomer takes a slot in grace only when
+//! - *Slot*: the capacity that one reservation takes. A peer has one, or none.
+//! - *Newcomer*: a peer that asks for a slot and has none.
+//! - *Grace*: the time after a peer's last connection closed in which its slot is kept for it, so that a phone which
+//!   changes networks finds it again. CONNECT finds no reservation meanwhile. A newcomer takes a slot in grace only when
 //!   no other is free.
-//! - *Heartbeat*: the silence after which a peer that holds a slot or is part of a circuit is asked
-//!   for a sign of life. Whatever is heard from it counts.
-//! - *Silence*: the limit after which a peer that was asked, and of which nothing was heard, is
-//!   judged: its circuits end, and what follows is what follows a disconnect.
-//! - *Probe*: the short time that a silent peer has to answer when a newcomer waits for its slot.
-//! - *Billed*: a slot counts towards the caps of the address that it was reserved from, and of that
-//!   address's subnet.
-//! - *Share*: what a circuit gets of a link that is too narrow for all, one piece at a time.
-//! - *Sweep*: the pass over the tables, once a second and more often while a newcomer waits, that
-//!   ends what is over.
-//! - *Drain*: to take nobody in any more, and to close connections a few at a time.
+//! - *Heartbeat*: the silence after which a peer that holds a slot or is part of a circuit is probed. Any byte from it is
+//!   an answer.
+//! - *Silence*: the limit after which a peer that was probed and did not answer has timed out; what follows is what
+//!   follows a disconnect.
+//! - *Probe*: a ping to a silent peer; and the short time that the peer has to answer while a newcomer waits.
+//! - *Prefix*: the IPv4 address or IPv6 /64 of a client. Its slots count towards the caps of that and of its subnet.
+//! - *Fair share*: what a circuit gets of a link whose bandwidth is too small for all, one quantum at a time.
+//! - *Sweep*: the pass over the tables that ends what no event ends, once a second, and more often while a newcomer waits.
+//! - *Drain*: to admit no newcomer, and to close the connections a few at a time.
 //! - *Idle*: a connection that neither holds a reservation nor carries a circuit.
 //!
 //! # One RESERVE, file by file
 //!
-//! 1. A client opens a hop stream. The connection's handler (`behaviour/handler.rs`) gives it a task,
-//!    `behaviour/hop.rs`, which reads one message, framed and decoded by [`wire`], hands it to the
-//!    [behaviour] together with a oneshot for the reply, and awaits that.
-//! 2. The behaviour hands it to the [`relay`], which knows neither clock nor socket: `now` comes
-//!    in, actions go out. `relay/reserve.rs` is the whole way: [`access`] says whether the peer may
-//!    have a slot, [`rates`](relay::rates) whether it asks too often; then it is up to the table in
-//!    [`reservations`](relay::reservations). A peer that has a slot keeps it: it is renewed. A
-//!    newcomer gets a free slot, or one in grace, under the caps of the table and of the address
-//!    and subnet it is billed to ([`quota`](relay::quota)); or it waits while
-//!    [`reclaim`](relay::reclaim) finds out which peers under that cap are gone; or it is refused.
-//! 3. The behaviour turns a grant into a message: until when, where the relay can be reached
-//!    ([`address`]), a signed voucher (`behaviour/voucher.rs`), what a circuit may carry. It sends
-//!    that as the reply. `behaviour/hop.rs` writes it and reports whether it arrived: a grant that
-//!    was not read is undone.
-//! 4. From now on the connection is watched: [`activity`] counts what is heard on it, and
-//!    [`heartbeat`](relay::heartbeat) decides which peers to probe (`behaviour/ping.rs`), and which
-//!    have timed out.
-//! 5. When the connection is lost, or timed out, grace begins. The sweep (`relay/sweep.rs`)
-//!    ends it, and the term.
+//! 1. `behaviour/handler.rs`: `on_connection_event` gets the client's hop stream and starts a task for it.
+//! 2. `behaviour/hop.rs`: `serve`, that task, reads one message. `wire.rs`: `decode_request`. The request goes to the
+//!    behaviour with a oneshot for the reply, which the task awaits.
+//! 3. `behaviour.rs`: `on_event` passes it to the relay, which has no clock and no socket: time comes in, actions go out.
+//! 4. `relay.rs`: `handle_request` finds the connection. `relay/reserve.rs`: `reserve` asks `access.rs` (`may_reserve`)
+//!    and `relay/rates.rs` (`take`). `relay/reserve.rs`: `try_reserve` asks for a slot.
+//! 5. `relay/reservations.rs`: `reserve` renews the slot of a peer that has one. A newcomer gets a free one, or the oldest
+//!    in grace, under the caps of `relay/quota.rs` (`full`). If there is none, it waits while `relay/reclaim.rs`
+//!    (`decide`) finds out which silent peers are gone.
+//! 6. `relay/reserve.rs`: `apply_changes` marks the connection (`relay/connections.rs`: `update`) and reports what changed.
+//! 7. `behaviour.rs`: `carry_out` turns the grant into an answer (`reserve_ok`): until when, where the relay is reachable
+//!    (`address.rs`: `for_reservation`), and the voucher (`wire.rs`: `sign_voucher`). It is sent as the reply.
+//! 8. `behaviour/hop.rs`: `serve` writes it and reports the delivery. `relay/reserve.rs`: `on_delivered` undoes the grant
+//!    if it failed.
+//! 9. From now on `relay/sweep.rs` (`sweep`) polls the connection's counter (`activity.rs`) and has `relay/heartbeat.rs`
+//!    (`check`) find out whether to probe the peer (`behaviour/ping.rs`: `probe`). When the connection closes or times
+//!    out, `relay/reservations.rs` (`settle`) begins the grace; `end_what_is_over` ends it, and the term.
 //!
 //! # One CONNECT, file by file
 //!
-//! 1. To the relay as above; `relay/connect.rs` is the way from there. Past [`access`] and the rate:
-//!    without a live reservation of the target, it is refused; else the table in
-//!    [`circuits`](relay::circuits) adds one record, if source, target and relay have room for it. The
-//!    record holds the reply until the target has answered.
-//! 2. The handler of the *target's* connection opens a stop stream, on which `behaviour/stop.rs`
-//!    asks.
-//! 3. The accepted stream comes to the behaviour, which asks the relay what to make of it, and sends
-//!    it as the reply, with what the circuit may carry. `behaviour/hop.rs` answers the source. From here
-//!    on the two streams are one circuit (`behaviour/circuit.rs`): bytes both ways, limits, half-close,
-//!    its share of the link ([`bandwidth`](relay::bandwidth), `behaviour/share.rs`).
-//! 4. The relay ends a circuit by dropping the guard in its record, and learns that it has ended from
-//!    a report that is sent when its task is dropped. How many bytes it carried is in the counters that
-//!    record and task share; they go into the [`accounts`](relay::accounts): both peers' while they are
-//!    connected, and the totals since the start.
+//! 1. As above up to `relay.rs`: `handle_request`. `relay/connect.rs`: `permit_connect` asks for access and rate, and finds
+//!    the target's live reservation. `relay/circuits.rs`: `check_caps`; `add` makes a record, which holds the reply.
+//! 2. `behaviour.rs`: `carry_out` commands the handler of the *target's* connection. `behaviour/handler.rs`: `poll` opens
+//!    a stop stream. `behaviour/hop.rs`: `ask` asks on it.
+//! 3. `behaviour.rs`: `on_event` gets the accepted stream. `relay/connect.rs`: `on_target_answered` opens the circuit,
+//!    which `relay/accounts.rs` (`on_opened`) counts. The stream is sent as the reply.
+//! 4. `behaviour/hop.rs`: `serve` answers the source. From here on both streams are one circuit. `behaviour/circuit.rs`:
+//!    `poll` transfers its bytes both ways: limits, half-close, fair share (`relay/bandwidth.rs`: `quantum`).
+//! 5. The relay ends a circuit by dropping the guard in its record (`relay/circuits.rs`: `end`). The task sends a report
+//!    when it ends, even when it is dropped (`behaviour/hop.rs`: `drop`). `relay/connect.rs`: `on_circuit_ended`
+//!    removes the record; `relay/accounts.rs` (`on_closed`) adds its bytes to both peers' accounts and the totals.
 //!
-//! # In a swarm of one's own
+//! # In another swarm
 //!
-//! Where `libp2p::relay::Behaviour` would stand, on any executor, beside any other behaviour:
+//! In place of `libp2p::relay::Behaviour`, on any executor, beside any other behaviour:
 //!
 //! ```
 //! use libp2p::{SwarmBuilder, identify, noise, swarm::NetworkBehaviour, tcp, yamux};
@@ -82,10 +74,7 @@
 //!
 //! # #[tokio::main(flavor = "current_thread")]
 //! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! let mut config = relaylet::Config::default();
-//! config.max_reservations = 100;
-//! config.circuit_bytes = 0; // no limit
-//!
+//! let config = relaylet::Config::default().with(|config| config.max_reservations = 100);
 //! let mut swarm = SwarmBuilder::with_new_identity()
 //!     .with_tokio()
 //!     .with_tcp(tcp::Config::default(), noise::Config::new, yamux::Config::default)?
@@ -102,11 +91,10 @@
 //! # }
 //! ```
 //!
-//! Drive it with `swarm.select_next_some()`. Two things are yours: to tell the relay where it can
-//! be reached (`swarm.add_external_address`, [`Config::announce`], or [`Behaviour::reported`] with
-//! what identify observes), and to switch [`Config::answer_ping`] off if you have a ping behaviour
-//! and want that one to answer. Who used the relay for how much is in [`Behaviour::accounts`].
-//! Without default features the crate is this behaviour alone.
+//! Poll it with `swarm.select_next_some()`. Tell the relay where it is reachable (`swarm.add_external_address`,
+//! [`Config::announce`], or [`Behaviour::set_reported_address`] with what identify observes), and switch
+//! [`Config::answer_ping`] off if a ping behaviour of yours answers. Without default features the crate is this behaviour
+//! alone.
 //!
 //! [spec]: https://github.com/libp2p/specs/blob/master/relay/circuit-v2.md
 
@@ -122,22 +110,31 @@
     )
 )]
 
-pub mod access;
-pub mod activity;
-pub mod address;
-pub mod behaviour;
-pub mod config;
+mod access;
+mod activity;
+mod behaviour;
+mod config;
 mod delegate;
-pub mod event;
+mod event;
+
+// For the tests, benches and fuzz targets of this repository, and no part of the interface.
+#[doc(hidden)]
+pub mod address;
 #[cfg(feature = "program")]
+#[doc(hidden)]
 pub mod program;
+#[doc(hidden)]
 pub mod relay;
+#[doc(hidden)]
 pub mod wire;
 
-pub use access::{Access, Permission, Terms};
-pub use behaviour::{Behaviour, Upkeep};
+pub use access::{Access, Lists, Permission, Terms};
+pub use activity::ActivityCounter;
+pub use address::{ClientPrefix, Subnet};
+pub use behaviour::Behaviour;
 pub use config::{Config, ConfigError};
-pub use event::{Carried, CircuitEnd, CircuitId, Event, FreedReason, Refused, StopFailed};
+pub use event::{BytesTransferred, CircuitEnd, CircuitId, Event, FreedReason, Refused, StopFailed};
 #[cfg(feature = "program")]
-pub use program::node::{Node, NodeEvent};
+pub use program::node::{Node, NodeEvent, Setup};
 pub use relay::accounts::{Account, Totals};
+pub use wire::BadRequest;

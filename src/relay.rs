@@ -1,12 +1,11 @@
-//! The relay without its sockets: what it makes of what happens on its connections.
+//! The relay as a state machine, without sockets and clocks.
 //!
-//! Sans-IO. What happened comes in with `now`, what is to be done goes out as [`Action`]s, and the tables
-//! in between are wired together here: [`reservations`] and [`circuits`] decide what a request gets,
-//! [`heartbeat`] and [`reclaim`] which peers are gone. `relay/reserve.rs` follows one RESERVE through,
-//! `relay/connect.rs` one CONNECT; `relay/sweep.rs` finds what ends by time, `relay/close.rs` says which
-//! connections the relay closes, `relay/policy.rs` has what may change while it runs. `C` names a
-//! connection, and `R` takes the answer to a request: [`crate::Behaviour`] uses the swarm's `ConnectionId`
-//! and a oneshot, tests use numbers.
+//! Sans-IO: methods take what happened and `now`; what is to be done is appended to [`Relay::actions`]. This file connects
+//! the tables: [`reservations`] and [`circuits`] decide what a request gets, [`heartbeat`] and [`reclaim`] which peers are
+//! gone. `relay/reserve.rs` is one RESERVE, `relay/connect.rs` one CONNECT, `relay/sweep.rs` what ends by time,
+//! `relay/close.rs` which connections the relay closes, `relay/policy.rs` what may change while it runs. `C` identifies a
+//! connection and `R` takes the answer to a request: [`crate::Behaviour`] uses the swarm's `ConnectionId` and a oneshot,
+//! tests use numbers.
 
 pub mod accounts;
 mod action;
@@ -24,72 +23,68 @@ pub mod reservations;
 mod reserve;
 mod sweep;
 
-use std::{
-    collections::VecDeque,
-    hash::Hash,
-    sync::{Arc, PoisonError},
-    time::Instant,
-};
+use std::{collections::VecDeque, hash::Hash, sync::Arc, time::Instant};
 
-use libp2p::{Multiaddr, PeerId};
+use libp2p::PeerId;
 
-pub use self::action::{Action, CircuitParameters, Pending};
+pub use self::action::{Action, CircuitParameters};
 use self::{
     accounts::Accounts,
     bandwidth::Link,
-    circuits::{Circuits, End},
-    connections::{Connection, Connections, Origin},
+    circuits::Circuits,
+    connections::{Connections, End, PendingRequest},
     heartbeat::Heartbeat,
     rates::Rates,
-    reclaim::Reclaim,
+    reclaim::PendingReservation,
     reservations::Reservations,
 };
 use crate::{
-    access::Access,
-    activity::Signs,
-    config::{Config, ConfigError},
+    access::{Access, Terms},
+    config::{Config, ConfigError, LONGEST, SHORTEST},
     event::{CircuitEnd, Event, FreedReason, Refused, StopFailed},
     wire::{BadRequest, Limit, Request},
 };
 
-/// One relay.
+/// One relay. A caller reads its fields, and changes [`Relay::connections`] only: adds those that came up.
 pub struct Relay<C, R> {
-    config: Config,
-    connections: Connections<C>,
-    reservations: Reservations<C>,
-    circuits: Circuits<C, PendingConnect<C, R>>,
-    accounts: Accounts,
-    /// Decides instead of the configuration's lists.
-    access: Option<Box<dyn Access>>,
+    /// The configuration in force.
+    pub config: Config,
+    /// The connections that are up.
+    pub connections: Connections<C>,
+    /// The slots.
+    pub reservations: Reservations<C>,
+    /// The circuits.
+    pub circuits: Circuits<C, R>,
+    /// Who used the relay for how much.
+    pub accounts: Accounts,
+    /// Decides who may use the relay: the lists of the configuration, or the embedder.
+    pub access: Box<dyn Access>,
+    has_own_access: bool,
     reserve_rates: Rates,
     connect_rates: Rates,
     link: Link,
     heartbeat: Heartbeat,
-    reclaim: Reclaim<C, R>,
-    sweep_due: Instant,
+    /// The newcomers that wait for a slot, in the order of their arrival.
+    pub waiting: VecDeque<PendingReservation<C, R>>,
+    /// When [`Relay::sweep`] is due. Any method may bring it forward.
+    pub sweep_due: Instant,
     draining: Option<Draining<R>>,
-    /// How many peers were asked for a sign of life so far.
-    probes: u64,
-    actions: VecDeque<Action<C, R>>,
+    /// How many probes were sent since the start.
+    pub probes: u64,
+    /// What is to be done, oldest first, until the caller takes it.
+    pub actions: VecDeque<Action<C, R>>,
 }
 
-/// A CONNECT whose target has yet to answer.
-#[derive(Debug)]
-pub struct PendingConnect<C, R> {
-    request: Pending<C, R>,
-    limit: Limit,
-}
-
-/// While it takes nobody in.
+/// The progress of a drain.
 #[derive(Debug)]
 struct Draining<R> {
     /// When all connections without a circuit are to be closed.
     until: Instant,
-    /// When it was last looked how many there are.
-    looked: Instant,
-    /// The part of a connection that was due then.
+    /// When some were last closed.
+    last: Instant,
+    /// The fraction of a connection that was due then.
     due: f64,
-    /// Requests that closing the connection answers: dropped here, their streams would be reset before.
+    /// Requests that are answered by closing their connection: dropping a reply handle would reset its stream first.
     unanswered: Vec<R>,
 }
 
@@ -98,7 +93,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     ///
     /// # Errors
     ///
-    /// When the configuration makes no sense: [`Config::validate`].
+    /// When the configuration is invalid: [`Config::validate`].
     pub fn new(config: Config, now: Instant) -> Result<Self, ConfigError> {
         config.validate()?;
         Ok(Self {
@@ -106,12 +101,13 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
             reservations: Reservations::new(&config),
             circuits: Circuits::new(&config),
             accounts: Accounts::default(),
-            access: None,
+            access: Box::new(config.access.clone()),
+            has_own_access: false,
             reserve_rates: Rates::new(config.reserve_rate),
             connect_rates: Rates::new(config.connect_rate),
             link: Link::new(&config, now),
             heartbeat: Heartbeat::new(now),
-            reclaim: Reclaim::default(),
+            waiting: VecDeque::new(),
             sweep_due: now + config.sweep,
             draining: None,
             probes: 0,
@@ -120,163 +116,99 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         })
     }
 
-    /// The next thing to be done.
-    pub fn next_action(&mut self) -> Option<Action<C, R>> {
-        self.actions.pop_front()
-    }
-
-    /// When [`Relay::sweep`] is due. Whatever happens may bring it forward.
-    pub fn sweep_due(&self) -> Instant {
-        self.sweep_due
-    }
-
-    /// The configuration that holds.
-    pub fn config(&self) -> &Config {
-        &self.config
-    }
-
-    /// The table of reservations, to look at.
-    pub fn reservations(&self) -> &Reservations<C> {
-        &self.reservations
-    }
-
-    /// The table of circuits, to look at.
-    pub fn circuits(&self) -> &Circuits<C, PendingConnect<C, R>> {
-        &self.circuits
-    }
-
-    /// The accounts, to look at.
-    pub fn accounts(&self) -> &Accounts {
-        &self.accounts
-    }
-
-    /// The connections that are up, to look at.
-    pub fn connections(&self) -> &Connections<C> {
-        &self.connections
-    }
-
-    /// How often a peer was asked for a sign of life since the start.
-    pub fn probes(&self) -> u64 {
-        self.probes
-    }
-
-    /// How many newcomers wait for a slot.
-    pub fn waiting(&self) -> usize {
-        self.reclaim.waiting()
-    }
-
-    /// A connection came up.
-    pub fn on_connected(&mut self, id: C, connection: Connection) {
-        self.connections.add(id, connection);
-    }
-
-    /// The peer says under which address it reached the relay over this connection.
-    pub fn reported(&mut self, connection: C, address: Multiaddr) {
-        if let Some(up) = self.connections.get(connection) {
-            *up.origin.reported.lock().unwrap_or_else(PoisonError::into_inner) = Some(address);
-        }
-    }
-
-    /// Something was heard from `peer`.
-    pub fn heard(&mut self, peer: PeerId, now: Instant) {
-        self.connections.heard(&peer, now);
-    }
-
-    /// Signs of life on this connection are counted here: [`crate::Behaviour::listen_to`].
-    pub fn listen_to(&mut self, connection: C, signs: Signs) {
-        if let Some(up) = self.connections.get_mut(connection) {
-            up.listen_to(signs);
-        }
-    }
-
-    /// Decides a request, or refuses one that could not be decoded; the answer goes to `reply`.
+    /// Handles a request, or one that could not be decoded. The answer goes to `reply`.
     pub fn handle_request(
         &mut self,
         from: End<C>,
-        asked: Result<Request, BadRequest>,
+        request: Result<Request, BadRequest>,
         reply: R,
         now: Instant,
     ) {
         let Some(connection) = self.connections.get(from.connection) else {
-            return; // it is gone by now
+            return; // it closed meanwhile
         };
-        let request = Pending { from, origin: Arc::clone(&connection.origin), reply };
-        match asked {
-            Ok(Request::Reserve) => self.reserve(request, now),
-            Ok(Request::Connect(target)) => self.connect(request, target, now),
+        let origin = Arc::clone(&connection.origin);
+        let request = match request {
+            Ok(request) => PendingRequest { from, origin, request, reply },
             Err(reason) => {
-                let address = request.origin.address.clone();
-                self.actions.push_back(Action::Refuse(request.reply, reason.status()));
-                self.tell(Event::RequestRejected { peer: from.peer, address, reason });
+                self.actions.push_back(Action::Refuse(reply, reason.status()));
+                let address = origin.address.clone();
+                return self.report(Event::RequestRejected { peer: from.peer, address, reason });
             }
+        };
+        match request.request {
+            _ if self.draining.is_some() => self.refuse(request, Refused::Draining),
+            _ if request.origin.relayed => self.refuse(request, Refused::Relayed),
+            Request::Reserve => self.reserve(request, now),
+            Request::Connect(target) => self.connect(request, target, now),
         }
     }
 
-    /// The checks that RESERVE and CONNECT share.
-    fn permit(&self, origin: &Origin) -> Result<(), Refused> {
-        if self.draining.is_some() {
-            return Err(Refused::Draining);
+    /// Refuses a request with its status; while the relay drains, by closing its connection.
+    fn refuse(&mut self, request: PendingRequest<C, R>, reason: Refused) {
+        let PendingRequest { from, origin, request, reply } = request;
+        match reason.status() {
+            Some(status) => self.actions.push_back(Action::Refuse(reply, status)),
+            None => self.close_unanswered(from, reply),
         }
-        if origin.relayed { Err(Refused::Relayed) } else { Ok(()) }
+        let (peer, address) = (from.peer, origin.address.clone());
+        self.report(match request {
+            Request::Reserve => Event::ReservationRefused { peer, address, reason },
+            Request::Connect(target) => {
+                Event::CircuitRefused { source: peer, address, target, reason }
+            }
+        });
     }
 
-    pub(crate) fn access(&self) -> &dyn Access {
-        self.access.as_deref().unwrap_or(&self.config.access)
-    }
-
-    /// A connection is gone.
+    /// Handles a connection that closed.
     pub fn on_disconnected(&mut self, gone: End<C>, now: Instant) {
         let End { peer, connection } = gone;
+        // 1. Forget it, and its request that waits for a slot.
         self.connections.remove(connection);
-        let left = self.reclaim.withdraw(|request| request.from == gone);
-        if !left.is_empty() {
-            log::debug!("reservation waits no longer: peer {peer}: its connection is gone");
-        }
+        self.waiting.retain(|waiting| waiting.request.from != gone);
+        // 2. End its circuits. The tasks of the connection are gone, and report nothing any more.
         for id in self.circuits.over(gone) {
             self.end_circuit(id);
-            let circuit = self.circuits.get(id);
-            let Some((at_source, is_open)) =
-                circuit.map(|circuit| (circuit.source == gone, circuit.open().is_some()))
-            else {
+            let Some(circuit) = self.circuits.get(id) else {
                 continue;
             };
-            match is_open {
-                // The target will not answer any more.
-                false if !at_source => _ = self.on_target_answered(id, Err(StopFailed::Gone), now),
-                // Nothing carries its bytes any more.
-                true if at_source => self.on_circuit_ended(id, CircuitEnd::Ended, now),
+            match (circuit.open().is_some(), circuit.source == gone) {
+                (false, false) => {
+                    self.on_target_answered(id, Err(StopFailed::Gone), now);
+                }
+                (true, true) => self.on_circuit_ended(id, CircuitEnd::Ended, now),
                 _ => {}
             }
         }
-        if self.connections.of(&peer).is_empty() {
-            self.accounts.left(&peer);
+        // 3. Move its reservation, or begin the grace.
+        if self.connections.of(&peer).next().is_none() {
+            self.accounts.remove(&peer);
         }
         let up = self.fit_for_a_slot(peer);
-        self.reservations.disconnected(peer, connection, &up, FreedReason::Disconnected, now);
-        self.tell_changes(now);
+        self.reservations.on_disconnected(peer, connection, &up, FreedReason::Disconnected, now);
+        self.apply_changes(now);
     }
 
-    /// Gives up `peer`'s slot and ends its circuits. Whether it held a slot.
-    pub fn release(&mut self, peer: PeerId, now: Instant) -> bool {
-        let held = self.reservations.release(peer);
-        self.tell_changes(now);
-        self.end_circuits_of(&peer);
+    /// Frees `peer`'s slot and ends its circuits; returns whether it held a slot.
+    pub fn release(&mut self, peer: PeerId, reason: FreedReason, now: Instant) -> bool {
+        let held = self.reservations.free(peer, reason);
+        self.apply_changes(now);
+        let circuits: Vec<_> = self.circuits.of(&peer).map(|(id, _)| id).collect();
+        circuits.into_iter().for_each(|id| self.end_circuit(id));
         held
     }
 
-    fn end_circuits_of(&mut self, peer: &PeerId) {
-        let circuits: Vec<_> = self.circuits.of(peer).map(|(id, _)| id).collect();
-        circuits.into_iter().for_each(|id| self.end_circuit(id));
+    /// What a circuit may carry on these terms.
+    fn circuit_limit(&self, terms: Terms) -> Limit {
+        let duration = terms.circuit_duration.unwrap_or(self.config.circuit_duration);
+        let bytes = terms.circuit_bytes.unwrap_or(self.config.circuit_bytes);
+        let duration = (!duration.is_zero()).then_some(duration.clamp(SHORTEST, LONGEST));
+        Limit { duration, bytes: (bytes > 0).then_some(bytes) }
     }
 
-    /// Where the peer at the other end comes from; empty if the connection is gone.
-    fn address_of(&self, connection: C) -> Multiaddr {
-        let connection = self.connections.get(connection);
-        connection.map_or_else(Multiaddr::empty, |connection| connection.origin.address.clone())
-    }
-
-    fn tell(&mut self, event: Event) {
+    /// Logs an event, and reports it to the embedder.
+    fn report(&mut self, event: Event) {
         log::debug!("{event}");
-        self.actions.push_back(Action::Tell(event));
+        self.actions.push_back(Action::Report(event));
     }
 }

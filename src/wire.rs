@@ -1,15 +1,16 @@
-//! The messages of Circuit Relay v2 and their framing: bytes in, typed values out.
+//! The messages of Circuit Relay v2, their framing, and the signed vouchers: bytes in, typed values out, and back.
 //!
-//! Nothing behind this file ever sees a malformed message, and nothing outside it sees protobuf.
-//! Each message stands behind an unsigned-varint length and is proto2 in spirit: presence matters,
-//! so that a message without a type is malformed rather than a RESERVE.
+//! No other file handles malformed messages or protobuf. Each message is preceded by its length as an unsigned varint.
+//! Presence matters as in proto2, so that a message without a type is malformed and not a RESERVE.
 //! See [the specification](https://github.com/libp2p/specs/blob/master/relay/circuit-v2.md#protobuf).
 
 use std::{fmt, io, time::Duration};
 
 use libp2p::{
     Multiaddr, PeerId, StreamProtocol,
+    core::SignedEnvelope,
     futures::{AsyncRead, AsyncReadExt},
+    identity::{Keypair, SigningError},
 };
 use prost::Message;
 use unsigned_varint::decode;
@@ -22,13 +23,18 @@ pub const STOP_PROTOCOL: StreamProtocol = StreamProtocol::new("/libp2p/circuit/r
 /// The largest message accepted or sent, in bytes: the limit of the Go and Rust implementations.
 pub const MAX_MESSAGE: usize = 4096;
 
+/// Separates the signatures of vouchers from any other use of the relay's key.
+const VOUCHER_DOMAIN: &str = "libp2p-relay-rsvp";
+/// The multicodec `libp2p-relay-rsvp`, as the two bytes that implementations write.
+const VOUCHER_TYPE: [u8; 2] = [0x03, 0x02];
+
 /// The status codes of the specification, as they stand on the wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Status {
     /// The request was granted.
     Ok = 100,
-    /// No slot is to be had under the total or the address cap.
+    /// A cap on slots is reached.
     ReservationRefused = 200,
     /// A rate limit, or too many circuits.
     ResourceLimitExceeded = 201,
@@ -40,23 +46,8 @@ pub enum Status {
     NoReservation = 204,
     /// The message could not be decoded.
     MalformedMessage = 400,
-    /// The message is none that a client may send here.
+    /// A client may not send this message here.
     UnexpectedMessage = 401,
-}
-
-impl fmt::Display for Status {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Ok => "OK",
-            Self::ReservationRefused => "RESERVATION_REFUSED",
-            Self::ResourceLimitExceeded => "RESOURCE_LIMIT_EXCEEDED",
-            Self::PermissionDenied => "PERMISSION_DENIED",
-            Self::ConnectionFailed => "CONNECTION_FAILED",
-            Self::NoReservation => "NO_RESERVATION",
-            Self::MalformedMessage => "MALFORMED_MESSAGE",
-            Self::UnexpectedMessage => "UNEXPECTED_MESSAGE",
-        })
-    }
 }
 
 /// What a circuit may carry; told to both ends and enforced on both directions.
@@ -68,7 +59,7 @@ pub struct Limit {
     pub bytes: Option<u64>,
 }
 
-/// What a client may ask on a hop stream.
+/// A request on a hop stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Request {
     /// A slot for the client itself, or the renewal of the one it holds.
@@ -77,20 +68,21 @@ pub enum Request {
     Connect(PeerId),
 }
 
-/// Why a request was not understood.
+/// Why a request could not be decoded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum BadRequest {
     /// Not a message of this protocol.
     Malformed(&'static str),
-    /// A CONNECT that does not say to whom.
+    /// A CONNECT without a valid target.
     BadTarget(&'static str),
     /// A message of this protocol, out of place.
     Unexpected(&'static str),
 }
 
 impl BadRequest {
-    /// The status that answers it.
-    pub fn status(self) -> Status {
+    /// The status of the answer.
+    pub(crate) fn status(self) -> Status {
         match self {
             Self::Malformed(_) | Self::BadTarget(_) => Status::MalformedMessage,
             Self::Unexpected(_) => Status::UnexpectedMessage,
@@ -105,25 +97,9 @@ impl fmt::Display for BadRequest {
     }
 }
 
-/// Why no whole message could be read.
-#[derive(Debug)]
-pub enum FrameError {
-    /// The length in front is no length, or one beyond [`MAX_MESSAGE`], or more than what followed.
-    Malformed(&'static str),
-    /// The stream failed, or ended before a message began.
-    Io(io::Error),
-}
-
-impl From<io::Error> for FrameError {
-    fn from(error: io::Error) -> Self {
-        Self::Io(error)
-    }
-}
-
-/// Reads the length in front of a message; `None` when it is none that any message has.
+/// Reads the length of a message; `None` when it is invalid or takes more than three bytes.
 ///
-/// Three bytes say more than that. Read here, because the library reads 65,538 as 2: it drops what
-/// goes beyond the type.
+/// `unsigned-varint`'s own reader takes 65,538 for 2: it drops the bits that do not fit the type.
 pub async fn read_length(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Option<usize>> {
     let mut prefix = [0; 3];
     for byte in prefix.chunks_mut(1) {
@@ -136,23 +112,30 @@ pub async fn read_length(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Op
 }
 
 /// Reads one message and not a byte more: what follows it on the stream belongs to the circuit.
-pub async fn read_frame(stream: &mut (impl AsyncRead + Unpin)) -> Result<Vec<u8>, FrameError> {
+///
+/// # Errors
+///
+/// When the stream fails, or ends before a message.
+pub async fn read_frame(
+    stream: &mut (impl AsyncRead + Unpin),
+) -> io::Result<Result<Vec<u8>, BadRequest>> {
+    let malformed = |what| Ok(Err(BadRequest::Malformed(what)));
     let length = match read_length(stream).await? {
         Some(length) if length <= MAX_MESSAGE => length,
-        Some(_) => return Err(FrameError::Malformed("a message of more than 4096 bytes")),
-        None => return Err(FrameError::Malformed("a length prefix beyond 4096")),
+        Some(_) => return malformed("a message of more than 4096 bytes"),
+        None => return malformed("a length prefix beyond 4096"),
     };
     let mut message = vec![0; length];
     match stream.read_exact(&mut message).await {
-        Ok(()) => Ok(message),
+        Ok(()) => Ok(Ok(message)),
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-            Err(FrameError::Malformed("a message cut short"))
+            malformed("a message cut short")
         }
-        Err(error) => Err(error.into()),
+        Err(error) => Err(error),
     }
 }
 
-/// Decodes what the client `from` asks.
+/// Decodes a request of the client `from`.
 pub fn decode_request(message: &[u8], from: PeerId) -> Result<Request, BadRequest> {
     let message = proto::HopMessage::decode(message)
         .map_err(|_| BadRequest::Malformed("a message that is no protobuf"))?;
@@ -173,7 +156,7 @@ pub fn decode_request(message: &[u8], from: PeerId) -> Result<Request, BadReques
     }
 }
 
-/// Decodes the target's answer on a stop stream: the status it gives, on the wire's own numbers.
+/// Decodes the target's answer on a stop stream, and returns its status as on the wire.
 pub fn decode_stop_answer(message: &[u8]) -> Result<i32, BadRequest> {
     let message = proto::StopMessage::decode(message)
         .map_err(|_| BadRequest::Malformed("an answer that is no protobuf"))?;
@@ -185,33 +168,31 @@ pub fn decode_stop_answer(message: &[u8]) -> Result<i32, BadRequest> {
     }
 }
 
-/// The answer to a RESERVE that was granted or renewed.
-///
-/// `expire` is in UNIX seconds.
+/// The answer to a RESERVE that was granted or renewed. `expire` is in UNIX seconds.
 pub fn reserve_ok(expire: u64, addrs: &[Multiaddr], voucher: Vec<u8>, limit: Limit) -> Vec<u8> {
     let addrs = addrs.iter().map(Multiaddr::to_vec).collect();
-    let reservation = proto::Reservation { expire: Some(expire), addrs, voucher: Some(voucher) };
-    answer(Status::Ok, Some(reservation), limit)
-}
-
-/// The answer to a CONNECT whose target agreed: after it, the stream is the circuit.
-pub fn connect_ok(limit: Limit) -> Vec<u8> {
-    answer(Status::Ok, None, limit)
-}
-
-/// The answer to a request that is not granted.
-pub fn refusal(status: Status) -> Vec<u8> {
-    answer(status, None, Limit::default())
-}
-
-fn answer(status: Status, reservation: Option<proto::Reservation>, limit: Limit) -> Vec<u8> {
-    let (r#type, status) = (Some(proto::HOP_STATUS), Some(status as i32));
-    let limit = limit.into();
-    let message = proto::HopMessage { r#type, status, reservation, limit, peer: None };
+    let message = proto::HopMessage {
+        r#type: Some(proto::HOP_STATUS),
+        status: Some(Status::Ok as i32),
+        reservation: Some(proto::Reservation {
+            expire: Some(expire),
+            addrs,
+            voucher: Some(voucher),
+        }),
+        limit: limit.into(),
+        peer: None,
+    };
     message.encode_length_delimited_to_vec()
 }
 
-/// The question to the target of a circuit.
+/// Any other answer: OK to a CONNECT, after which the stream is the circuit, or a refusal.
+pub fn status(status: Status, limit: Limit) -> Vec<u8> {
+    let (r#type, status, limit) = (Some(proto::HOP_STATUS), Some(status as i32), limit.into());
+    let message = proto::HopMessage { r#type, status, limit, ..Default::default() };
+    message.encode_length_delimited_to_vec()
+}
+
+/// The request to the target of a circuit.
 pub fn stop_connect(source: PeerId, limit: Limit) -> Vec<u8> {
     let peer = proto::Peer { id: Some(source.to_bytes()), addrs: Vec::new() };
     let (r#type, limit) = (Some(proto::STOP_CONNECT), limit.into());
@@ -219,9 +200,33 @@ pub fn stop_connect(source: PeerId, limit: Limit) -> Vec<u8> {
     message.encode_length_delimited_to_vec()
 }
 
+/// Signs the voucher that `peer` holds a slot with the owner of `keypair` until `expiration`, in UNIX seconds.
+///
+/// A signed envelope (libp2p RFC 0002) as
+/// [the specification](https://github.com/libp2p/specs/blob/master/relay/circuit-v2.md#reservation-vouchers) defines it.
+/// Go clients verify it, and fail the reservation if it is invalid.
+///
+/// # Errors
+///
+/// When the key cannot sign, which none of libp2p's key types reports in practice.
+pub fn sign_voucher(
+    keypair: &Keypair,
+    peer: PeerId,
+    expiration: u64,
+) -> Result<Vec<u8>, SigningError> {
+    let voucher = proto::Voucher {
+        relay: Some(keypair.public().to_peer_id().to_bytes()),
+        peer: Some(peer.to_bytes()),
+        expiration: Some(expiration),
+    };
+    let (domain, payload_type) = (VOUCHER_DOMAIN.to_owned(), VOUCHER_TYPE.to_vec());
+    let envelope = SignedEnvelope::new(keypair, domain, payload_type, voucher.encode_to_vec())?;
+    Ok(envelope.into_protobuf_encoding())
+}
+
 impl From<Limit> for Option<proto::Limit> {
-    /// No limits at all are no `Limit` at all: Go takes even an empty one as the mark of a limited
-    /// connection, and then refuses ordinary streams on it.
+    /// Without any limit the message has none: go-libp2p takes even an empty one for a limited connection, and then
+    /// refuses ordinary streams on it.
     fn from(limit: Limit) -> Self {
         if limit == Limit::default() {
             return None;
@@ -290,6 +295,16 @@ mod proto {
         #[prost(uint64, optional, tag = "2")]
         pub data: Option<u64>,
     }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct Voucher {
+        #[prost(bytes = "vec", optional, tag = "1")]
+        pub relay: Option<Vec<u8>>,
+        #[prost(bytes = "vec", optional, tag = "2")]
+        pub peer: Option<Vec<u8>>,
+        #[prost(uint64, optional, tag = "3")]
+        pub expiration: Option<u64>,
+    }
 }
 
 #[cfg(test)]
@@ -299,12 +314,12 @@ mod tests {
 
     use super::*;
 
-    fn read(bytes: &[u8]) -> Result<Vec<u8>, FrameError> {
-        block_on(read_frame(&mut Cursor::new(bytes)))
+    fn read(bytes: &[u8]) -> Option<Result<Vec<u8>, BadRequest>> {
+        block_on(read_frame(&mut Cursor::new(bytes))).ok()
     }
 
     fn unframed(frame: &[u8]) -> Vec<u8> {
-        read(frame).expect("our own frames can be read")
+        read(frame).unwrap().expect("our own frames can be read")
     }
 
     #[test]
@@ -354,22 +369,22 @@ mod tests {
             bytes.resize(bytes.len() + usize::from(length), 0);
             bytes
         };
-        assert_eq!(read(&framed(4096)).unwrap().len(), 4096);
-        assert!(matches!(read(&framed(4097)), Err(FrameError::Malformed(_))));
+        assert_eq!(read(&framed(4096)).unwrap().unwrap().len(), 4096);
+        assert!(matches!(read(&framed(4097)), Some(Err(BadRequest::Malformed(_)))));
     }
 
     #[test]
     fn a_length_of_2_to_the_63_is_malformed_and_allocates_nothing() {
         let mut buffer = unsigned_varint::encode::u64_buffer();
         let prefix = unsigned_varint::encode::u64(1 << 63, &mut buffer);
-        assert!(matches!(read(prefix), Err(FrameError::Malformed(_))));
+        assert!(matches!(read(prefix), Some(Err(BadRequest::Malformed(_)))));
     }
 
     /// They stand in the log, whose lines are stable: see [`crate::event`].
     #[test]
     fn what_is_wrong_with_a_message_is_said_in_these_words() {
-        let words_of = |read: Result<Vec<u8>, FrameError>| match read {
-            Err(FrameError::Malformed(words)) => words,
+        let words_of = |read: Option<Result<Vec<u8>, BadRequest>>| match read {
+            Some(Err(BadRequest::Malformed(words))) => words,
             other => panic!("{other:?}"),
         };
         for (bytes, words) in [
@@ -412,7 +427,7 @@ mod tests {
     #[test]
     fn what_follows_a_message_stays_on_the_stream() {
         let mut stream = Cursor::new(b"\x02\x08\x00early data".to_vec());
-        block_on(read_frame(&mut stream)).unwrap();
+        block_on(read_frame(&mut stream)).unwrap().unwrap();
         let mut rest = String::new();
         block_on(stream.read_to_string(&mut rest)).unwrap();
         assert_eq!(rest, "early data");
@@ -421,7 +436,8 @@ mod tests {
     #[test]
     fn limits_that_are_not_set_are_left_out() {
         let limit = |limit| {
-            let message = proto::HopMessage::decode(&*unframed(&connect_ok(limit))).unwrap();
+            let message =
+                proto::HopMessage::decode(&*unframed(&super::status(Status::Ok, limit))).unwrap();
             message.limit
         };
         assert_eq!(limit(Limit::default()), None);
@@ -430,10 +446,24 @@ mod tests {
         assert_eq!(limit(only_bytes), Some(sent));
     }
 
+    #[test]
+    fn a_voucher_names_relay_peer_and_expiration_and_is_signed_by_the_relay() {
+        let (relay, peer) = (Keypair::generate_ed25519(), PeerId::random());
+        let bytes = sign_voucher(&relay, peer, 1_800_000_000).unwrap();
+        let envelope = SignedEnvelope::from_protobuf_encoding(&bytes).unwrap();
+        let (payload, signer) =
+            envelope.payload_and_signing_key(VOUCHER_DOMAIN.to_owned(), &VOUCHER_TYPE).unwrap();
+        assert_eq!(*signer, relay.public());
+        let voucher = proto::Voucher::decode(payload).unwrap();
+        assert_eq!(voucher.relay, Some(signer.to_peer_id().to_bytes()));
+        assert_eq!(voucher.peer, Some(peer.to_bytes()));
+        assert_eq!(voucher.expiration, Some(1_800_000_000));
+    }
+
     proptest! {
         #[test]
         fn whatever_arrives_nothing_panics(bytes: Vec<u8>) {
-            if let Ok(message) = read(&bytes) {
+            if let Some(Ok(message)) = read(&bytes) {
                 let _ = decode_request(&message, PeerId::random());
                 let _ = decode_stop_answer(&message);
             }

@@ -28,9 +28,8 @@ use std::{
 
 use libp2p::PeerId;
 use relaylet::{
-    Config,
+    Config, FreedReason,
     address::ClientPrefix,
-    event::FreedReason,
     relay::{
         quota::Scope,
         reservations::{Change, Granted, Receipt, Reservations},
@@ -109,7 +108,7 @@ impl Table {
 
     fn reserve(&mut self, who: usize) -> Got {
         let (got, _) = self.reserve_over(who, connection_of(who), who as u8);
-        self.reservations.delivered(&self.peers[who]);
+        self.reservations.confirm(&self.peers[who]);
         got
     }
 
@@ -125,7 +124,7 @@ impl Table {
         match admission {
             Ok(Granted { receipt, is_renewal: true }) => (Got::Renewal, Some(receipt)),
             Ok(Granted { receipt, .. }) => (taken.map_or(Got::Slot, Got::SlotOf), Some(receipt)),
-            Err(full) => match self.reservations.quota().above(address) {
+            Err(full) => match self.reservations.quota.above(address) {
                 Some(above) => (Got::NothingYet(above), None),
                 None => (Got::Nothing(full), None),
             },
@@ -139,14 +138,14 @@ impl Table {
     fn lose(&mut self, who: usize, connection: u32, up: &[u32]) -> Left {
         let (peer, reason) = (self.peers[who], FreedReason::Disconnected);
         self.changes();
-        self.reservations.disconnected(peer, connection, up, reason, self.now);
+        self.reservations.on_disconnected(peer, connection, up, reason, self.now);
         self.left(who)
     }
 
     fn undelivered(&mut self, who: usize, receipt: Option<Receipt>, up: &[u32]) -> Left {
         let receipt = receipt.expect("there was an answer");
         self.changes();
-        self.reservations.undelivered(self.peers[who], receipt, up, self.now);
+        self.reservations.on_undelivered(self.peers[who], receipt, up, self.now);
         self.left(who)
     }
 
@@ -169,7 +168,7 @@ impl Table {
     }
 
     fn changes(&mut self) -> Vec<Change<u32>> {
-        std::iter::from_fn(|| self.reservations.next_change()).collect()
+        self.reservations.changes.drain(..).collect()
     }
 
     fn freed(&mut self) -> Vec<(usize, FreedReason)> {
@@ -188,7 +187,7 @@ impl Table {
     }
 
     fn slots_of(&self, address: ClientPrefix) -> usize {
-        self.reservations.quota().held(Scope::Address(address))
+        self.reservations.quota.held(Scope::Address(address))
     }
 
     fn set(&mut self, config: &Config) {
@@ -196,7 +195,7 @@ impl Table {
     }
 
     fn reaches(&self, who: usize) -> Option<u32> {
-        self.reservations.live(&self.peers[who], self.now)
+        self.reservations.get(&self.peers[who]).filter(|slot| self.now < slot.ends)?.connection
     }
 }
 
@@ -274,8 +273,8 @@ fn a_grace_ends_with_the_term_at_the_latest() {
 fn a_slot_that_is_given_up_is_free_at_once() {
     let mut table = Table::of(1);
     table.reserve(ALICE);
-    assert!(table.reservations.release(table.peers[ALICE]));
-    assert!(!table.reservations.release(table.peers[ALICE]));
+    assert!(table.reservations.free(table.peers[ALICE], FreedReason::Released));
+    assert!(!table.reservations.free(table.peers[ALICE], FreedReason::Released));
     assert_eq!(table.reserve(BOB), Got::Slot);
 }
 
@@ -331,9 +330,9 @@ fn the_end_of_an_old_connection_touches_nothing_that_moved_on() {
     let mut table = Table::of(1);
     let (old, new) = (7, 8);
     table.reserve_over(ALICE, old, 1);
-    table.reservations.delivered(&table.peers[ALICE]);
+    table.reservations.confirm(&table.peers[ALICE]);
     table.reserve_over(ALICE, new, 2);
-    table.reservations.delivered(&table.peers[ALICE]);
+    table.reservations.confirm(&table.peers[ALICE]);
     assert_eq!(table.lose(ALICE, old, &[new]), Left::Untouched);
     assert_eq!(table.reaches(ALICE), Some(new));
 }
@@ -396,7 +395,7 @@ fn news_of_an_older_answer_undoes_nothing() {
     let mut table = Table::of(1);
     let (_, first) = table.reserve_over(ALICE, 1, 1);
     let _second = table.reserve_over(ALICE, 1, 1);
-    table.reservations.delivered(&table.peers[ALICE]);
+    table.reservations.confirm(&table.peers[ALICE]);
     assert_eq!(table.undelivered(ALICE, first, &[1]), Left::Untouched);
     assert!(table.reaches(ALICE).is_some());
 }
@@ -407,7 +406,7 @@ fn news_of_an_older_answer_undoes_nothing() {
 fn an_address_cap_takes_only_from_the_same_address() {
     let mut table = Table::with(&config(9, 1));
     table.reserve_over(ALICE, 0, 1);
-    table.reservations.delivered(&table.peers[ALICE]);
+    table.reservations.confirm(&table.peers[ALICE]);
     let full = Scope::Address(billed_to(1));
     assert_eq!(table.reserve_over(BOB, 1, 1).0, Got::Nothing(full));
     table.disconnect(ALICE);
@@ -451,7 +450,7 @@ fn a_subnet_cap_takes_only_from_the_same_subnet() {
     assert_eq!(table.reserve(CAROL), Got::Nothing(Scope::Subnet(subnet)));
     table.disconnect(BOB);
     assert_eq!(table.reserve(CAROL), Got::SlotOf(BOB));
-    assert_eq!(table.reservations.quota().held(Scope::Subnet(subnet)), 2);
+    assert_eq!(table.reservations.quota.held(Scope::Subnet(subnet)), 2);
 }
 
 // ---- A policy that changes
@@ -466,9 +465,9 @@ fn a_cap_that_is_lowered_drops_nobody_and_admits_nobody_until_there_is_room() {
     assert_eq!(table.reserve(CAROL), Got::NothingYet(Scope::Total));
     assert_eq!(table.reserve(ALICE), Got::Renewal);
     assert_eq!(table.reserve(BOB), Got::Renewal, "its claim was left alone");
-    table.reservations.release(table.peers[BOB]);
+    table.reservations.free(table.peers[BOB], FreedReason::Released);
     assert_eq!(table.reserve(CAROL), Got::Nothing(Scope::Total));
-    table.reservations.release(table.peers[ALICE]);
+    table.reservations.free(table.peers[ALICE], FreedReason::Released);
     assert_eq!(table.reserve(CAROL), Got::Slot);
 }
 

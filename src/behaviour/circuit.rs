@@ -1,33 +1,48 @@
-//! The bytes between two streams: limits, half-close, accounting.
+//! The bytes between two streams: limits, half-close, fair share of the link, counting.
 //!
-//! A circuit ends in one of two ways. Both ends close their writing half, each close is carried
-//! over, and it is [`CircuitEnd::Finished`]. Or something cuts it short: then both streams are
-//! dropped without being closed, which makes the muxer reset them.
+//! A circuit ends in one of two ways. Both peers close their writing half, each close is passed on, and it is
+//! [`CircuitEnd::Finished`]. Or something cuts it short: then both streams are dropped without being closed, which makes
+//! the muxer reset them.
 //! See [the specification](https://github.com/libp2p/specs/blob/master/relay/circuit-v2.md#hop-protocol).
 
 use std::{
+    cell::Cell,
     future::Future,
-    io,
+    io, mem,
     pin::Pin,
     task::{Context, Poll, ready},
+    time::Instant,
 };
 
+use futures_timer::Delay;
 use libp2p::futures::{AsyncRead, AsyncWrite, FutureExt, channel::oneshot};
 
-use super::{buffer::Buffer, share::Share, timer::Timeout};
+use super::timer::Timeout;
 use crate::{
-    event::{Carried, CircuitEnd},
-    relay::{CircuitParameters, accounts::Counters},
+    event::{BytesTransferred, CircuitEnd},
+    relay::{
+        CircuitParameters,
+        accounts::Counters,
+        bandwidth::{Ends, Link},
+    },
 };
 
-/// Carries bytes between a source and a target until the circuit ends; yields how. Counts them as it does.
+/// The size of a buffer in bytes: what a secure channel sends in one piece. The largest message of Noise carries 64,511
+/// bytes, of which a yamux frame's header takes 12.
+pub(crate) const BUFFER_SIZE: usize = 64_511 - 12;
+
+thread_local! {
+    static UNUSED: Cell<Option<Box<[u8]>>> = const { Cell::new(None) };
+}
+
+/// Transfers bytes between a source and a target until the circuit ends, and counts them. Yields how it ended.
 #[derive(Debug)]
 pub(crate) struct Circuit<S, T> {
     source: S,
     target: T,
     to_target: Direction,
     to_source: Direction,
-    share: Share,
+    share: FairShare,
     counters: Counters,
     deadline: Option<Timeout>,
     /// Is cancelled when the relay ends the circuit.
@@ -35,7 +50,7 @@ pub(crate) struct Circuit<S, T> {
 }
 
 impl<S, T> Circuit<S, T> {
-    /// A circuit whose time is over at the deadline.
+    /// A circuit that ends at the deadline.
     pub(crate) fn new(
         source: S,
         target: T,
@@ -43,23 +58,14 @@ impl<S, T> Circuit<S, T> {
         deadline: Option<Timeout>,
     ) -> Self {
         let CircuitParameters { limit, link, ends, counters, ended } = parameters;
-        Self {
-            source,
-            target,
-            to_target: Direction::new(limit.bytes),
-            to_source: Direction::new(limit.bytes),
-            share: Share::new(link, ends),
-            counters,
-            deadline,
-            ended,
-        }
-    }
-
-    fn count(&self) {
-        let (to_target, to_source) = (self.to_target.delivered, self.to_source.delivered);
-        self.counters.set(Carried { to_target, to_source });
-        let ways = [&self.to_target, &self.to_source];
-        self.counters.set_waiting(ways.map(|way| !way.waiting.is_empty()));
+        let [to_target, to_source] = [(); 2].map(|()| Direction {
+            pending: Vec::new(),
+            allowance: limit.bytes,
+            delivered: 0,
+            state: State::Open,
+        });
+        let share = FairShare { link, ends, wait: None, is_target_first: false };
+        Self { source, target, to_target, to_source, share, counters, deadline, ended }
     }
 }
 
@@ -71,48 +77,47 @@ where
     type Output = CircuitEnd;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        // 1. Whether the relay or the deadline ends it.
         let this = &mut *self;
-        let end = 'end: {
-            if this.ended.poll_unpin(cx).is_ready() {
-                break 'end CircuitEnd::Ended;
-            }
-            let deadline = this.deadline.as_mut();
-            if deadline.is_some_and(|deadline| deadline.poll_unpin(cx).is_ready()) {
-                break 'end CircuitEnd::TimeLimit;
-            }
-            let (source, target) = (&mut this.source, &mut this.target);
-            let share = &mut this.share;
-            let ways = match share.target_first() {
-                false => {
-                    let there = this.to_target.poll(source, target, share, cx);
-                    (there, this.to_source.poll(target, source, share, cx))
-                }
-                true => {
-                    let back = this.to_source.poll(target, source, share, cx);
-                    (this.to_target.poll(source, target, share, cx), back)
-                }
-            };
-            match ways {
-                (Poll::Ready(Err(end)), _) | (_, Poll::Ready(Err(end))) => end,
-                (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => CircuitEnd::Finished,
-                _ => {
-                    this.count();
-                    return Poll::Pending;
-                }
-            }
+        if this.ended.poll_unpin(cx).is_ready() {
+            return Poll::Ready(CircuitEnd::Ended);
+        }
+        if this.deadline.as_mut().is_some_and(|deadline| deadline.poll_unpin(cx).is_ready()) {
+            return Poll::Ready(CircuitEnd::TimeLimit);
+        }
+        // 2. Transfer, in the order that alternates while bandwidth is short.
+        let (source, target, share) = (&mut this.source, &mut this.target, &mut this.share);
+        let directions = if share.is_target_first {
+            let back = this.to_source.poll(target, source, share, cx);
+            [this.to_target.poll(source, target, share, cx), back]
+        } else {
+            let there = this.to_target.poll(source, target, share, cx);
+            [there, this.to_source.poll(target, source, share, cx)]
         };
-        this.count();
-        Poll::Ready(end)
+        // 3. Count. The counters of all circuits stay out of this core's cache if there is nothing to count.
+        let [to_target, to_source] =
+            [&mut this.to_target, &mut this.to_source].map(|way| mem::take(&mut way.delivered));
+        if to_target + to_source > 0 {
+            this.counters.add(BytesTransferred { to_target, to_source });
+        }
+        let directions_now = [&this.to_target, &this.to_source];
+        this.counters.set_waiting(directions_now.map(|way| !way.pending.is_empty()));
+        match directions {
+            [Poll::Ready(Err(end)), _] | [_, Poll::Ready(Err(end))] => Poll::Ready(end),
+            [Poll::Ready(Ok(())), Poll::Ready(Ok(()))] => Poll::Ready(CircuitEnd::Finished),
+            _ => Poll::Pending,
+        }
     }
 }
 
-/// One of the two ways through a circuit.
+/// One of the two directions of a circuit.
 #[derive(Debug)]
 struct Direction {
-    /// What the writer did not take yet. Usually nothing: a circuit that waits holds no memory.
-    waiting: Vec<u8>,
+    /// What the writer did not accept yet. Usually empty: a circuit that waits holds no memory.
+    pending: Vec<u8>,
     /// How many more bytes may be read; `None`: no limit.
     allowance: Option<u64>,
+    /// Bytes that were written and are not counted yet.
     delivered: u64,
     state: State,
 }
@@ -120,34 +125,32 @@ struct Direction {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     Open,
-    /// There was a byte too many. Those before it are still owed.
+    /// One byte exceeded the limit. Those before it are still to be delivered.
     OverLimit,
-    /// The reader saw the end; the writer is to be told.
+    /// The reader reached the end; the writer is to be closed.
     Closing,
     Closed,
 }
 
 impl Direction {
-    fn new(allowance: Option<u64>) -> Self {
-        Self { waiting: Vec::new(), allowance, delivered: 0, state: State::Open }
-    }
-
-    /// Carries what there is; ready when the end was carried over, or cut short.
+    /// Transfers what there is; ready when the end was passed on, or the circuit cut short.
     fn poll(
         &mut self,
         from: &mut (impl AsyncRead + Unpin),
         to: &mut (impl AsyncWrite + Unpin),
-        share: &mut Share,
+        share: &mut FairShare,
         cx: &mut Context<'_>,
     ) -> Poll<Result<(), CircuitEnd>> {
-        let mut waiting = std::mem::take(&mut self.waiting);
-        let left = self.write(&waiting, to, cx)?.len();
+        // 1. Write what is pending.
+        let mut pending = mem::take(&mut self.pending);
+        let left = self.write(&pending, to, cx)?.len();
         if left > 0 {
-            waiting.drain(..waiting.len() - left);
-            self.waiting = waiting;
+            pending.drain(..pending.len() - left);
+            self.pending = pending;
             return Poll::Pending;
         }
         loop {
+            // 2. Once the reader has ended, flush or close the writer.
             match self.state {
                 State::Closed => return Poll::Ready(Ok(())),
                 State::OverLimit => {
@@ -161,24 +164,24 @@ impl Direction {
                 }
                 State::Open => {}
             }
+            // 3. Read one quantum, and write it. What was written is flushed before an error ends the circuit, and
+            // before a wait for bytes or for bandwidth.
             let mut buffer = Buffer::borrow();
-            match poll_read(from, &mut buffer, share, cx) {
+            match share.poll_read(from, &mut buffer.0, cx) {
                 Poll::Ready(Ok(0)) => self.state = State::Closing,
                 Poll::Ready(Ok(read)) => {
-                    let passing = buffer.get(..self.allowed(read)).unwrap_or_default();
-                    let left = self.write(passing, to, cx)?;
+                    let allowed = buffer.0.get(..self.allow(read)).unwrap_or_default();
+                    let left = self.write(allowed, to, cx)?;
                     if !left.is_empty() {
-                        self.waiting = left.to_vec();
+                        self.pending = left.to_vec();
                         return Poll::Pending;
                     }
                 }
                 Poll::Ready(Err(error)) => {
-                    // What was written before reaches the other end.
                     let _ = Pin::new(&mut *to).poll_flush(cx);
                     return Poll::Ready(Err(reset(error)));
                 }
                 Poll::Pending => {
-                    // Nothing to read now, or not its turn: let what was written reach the other end.
                     let _ = Pin::new(&mut *to).poll_flush(cx).map_err(reset)?;
                     return Poll::Pending;
                 }
@@ -186,7 +189,7 @@ impl Direction {
         }
     }
 
-    /// Writes these bytes; says which of them the writer left when it had to be waited for.
+    /// Writes these bytes; returns those that the writer did not accept.
     fn write<'a>(
         &mut self,
         mut bytes: &'a [u8],
@@ -206,46 +209,96 @@ impl Direction {
         Ok(bytes)
     }
 
-    /// How many of the `read` bytes may pass.
-    fn allowed(&mut self, read: usize) -> usize {
+    /// Takes `read` bytes out of the allowance; returns how many of them it allows.
+    fn allow(&mut self, read: usize) -> usize {
         let Some(allowance) = &mut self.allowance else {
             return read;
         };
         if *allowance < read as u64 {
             self.state = State::OverLimit;
         }
-        let passing = (*allowance).min(read as u64);
-        *allowance -= passing;
-        passing as usize
+        let allowed = (*allowance).min(read as u64);
+        *allowance -= allowed;
+        allowed as usize
     }
 }
 
-/// Reads what there is, as far as the circuit's share of the link goes.
-fn poll_read(
-    from: &mut (impl AsyncRead + Unpin),
-    buffer: &mut [u8],
-    share: &mut Share,
-    cx: &mut Context<'_>,
-) -> Poll<io::Result<usize>> {
-    let piece = ready!(share.poll(cx));
-    let room = piece.map_or(buffer.len(), |piece| piece.min(buffer.len()));
-    let (room, _) = buffer.split_at_mut(room);
-    let read = ready!(Pin::new(from).poll_read(cx, room))?;
-    if piece.is_some() && read > 0 {
-        share.carried(read);
+/// One circuit's fair share of the link, for both directions: [`crate::relay::bandwidth`].
+#[derive(Debug)]
+struct FairShare {
+    link: Link,
+    ends: Ends,
+    /// Until it may read again.
+    wait: Option<Delay>,
+    /// Whether the target sends first: the directions take turns.
+    is_target_first: bool,
+}
+
+impl FairShare {
+    /// Reads what there is, at most one quantum.
+    fn poll_read(
+        &mut self,
+        from: &mut (impl AsyncRead + Unpin),
+        buffer: &mut [u8],
+        cx: &mut Context<'_>,
+    ) -> Poll<io::Result<usize>> {
+        if let Some(wait) = &mut self.wait {
+            ready!(wait.poll_unpin(cx));
+            self.end_wait();
+        }
+        let quantum = self.link.lock().quantum(self.ends);
+        let room = quantum.map_or(buffer.len(), |quantum| quantum.min(buffer.len()));
+        let (room, _) = buffer.split_at_mut(room);
+        let read = ready!(Pin::new(from).poll_read(cx, room))?;
+        if quantum.is_some() && read > 0 {
+            let now = Instant::now();
+            let next = self.link.lock().charge(self.ends, read, now);
+            if let Some(next) = next {
+                self.wait = Some(Delay::new(next.saturating_duration_since(now)));
+                self.is_target_first = !self.is_target_first;
+            }
+        }
+        Poll::Ready(Ok(read))
     }
-    Poll::Ready(Ok(read))
+
+    fn end_wait(&mut self) {
+        if self.wait.take().is_some() {
+            self.link.lock().end_wait(self.ends);
+        }
+    }
+}
+
+impl Drop for FairShare {
+    fn drop(&mut self) {
+        self.end_wait();
+    }
 }
 
 fn reset(error: io::Error) -> CircuitEnd {
     CircuitEnd::Reset(error.kind())
 }
 
+/// The thread's buffer, or a new one while that is borrowed. Returned when it is dropped.
+#[derive(Debug)]
+pub(crate) struct Buffer(pub(crate) Box<[u8]>);
+
+impl Buffer {
+    pub(crate) fn borrow() -> Self {
+        Self(UNUSED.take().unwrap_or_else(|| vec![0; BUFFER_SIZE].into()))
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        UNUSED.set(Some(std::mem::take(&mut self.0)));
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use std::time::Instant;
+    use std::{sync::Arc, time::Instant};
 
-    use libp2p::{PeerId, futures::io::Cursor};
+    use libp2p::{Multiaddr, PeerId, futures::io::Cursor};
 
     use super::*;
     use crate::{
@@ -253,9 +306,10 @@ mod tests {
         relay::{
             accounts::Accounts,
             bandwidth::Link,
-            circuits::{Circuits, End},
+            circuits::Circuits,
+            connections::{End, Origin, PendingRequest},
         },
-        wire::Limit,
+        wire::{Limit, Request},
     };
 
     /// A peer that says this, and takes so many bytes.
@@ -303,10 +357,13 @@ mod tests {
         let peers = [(); 2].map(|()| PeerId::random());
         let [source, target] = peers.map(|peer| End { peer, connection: () });
         let mut circuits = Circuits::<(), ()>::new(&config);
-        let (id, ended) = circuits.add(source, target, None, (), now);
-        let counters = Accounts::default().opened(id, source.peer, target.peer);
+        let origin = Arc::new(Origin::new(source.peer, Multiaddr::empty(), false));
+        let request = Request::Connect(target.peer);
+        let request = PendingRequest { from: source, origin, request, reply: () };
+        let (id, ended) = circuits.add(request, target, Limit::default(), now);
+        let counters = Accounts::default().on_opened(id, source.peer, target.peer);
         let parameters = CircuitParameters {
-            limit: Limit { duration: None, bytes: None },
+            limit: Limit::default(),
             link: Link::new(&config, now),
             ends: peers,
             counters: counters.clone(),
@@ -316,7 +373,7 @@ mod tests {
         let mut circuit = Circuit::new(peer(99), peer(4), parameters, None);
         let mut cx = Context::from_waker(std::task::Waker::noop());
         assert!(circuit.poll_unpin(&mut cx).is_pending());
-        assert_eq!(counters.read(), Carried { to_target: 4, to_source: 10 });
+        assert_eq!(counters.read(), BytesTransferred { to_target: 4, to_source: 10 });
         assert_eq!(counters.waiting(), [true, false]);
         circuit.target.takes = 99;
         assert!(circuit.poll_unpin(&mut cx).is_pending());

@@ -1,65 +1,68 @@
-//! One connection: which substreams are open on it, and what is asked of them.
+//! One connection: the streams that are open on it.
 //!
-//! The exchanges themselves are in [`hop`], [`stop`] and [`ping`]; each runs as a task of its own, so that a stalled
-//! one costs a substream and not the connection. The handler starts the tasks and bounds their number. A task
-//! sends its events to the behaviour directly; one that is dropped with its connection sends its last from `Drop`.
+//! [`hop`] and [`ping`] serve the streams; each runs as a task of its own, so that a stalled one costs a stream
+//! and not the connection. The handler starts the tasks and bounds their number. A task sends its events to the behaviour
+//! directly; one that is dropped with its connection sends its last event from `Drop`.
 
 use std::{
     convert::Infallible,
-    fmt,
-    future::Future,
     io,
     sync::Arc,
     task::{Context, Poll},
 };
 
+use either::Either as Upgrade;
 use libp2p::{
-    Stream, StreamProtocol,
-    core::upgrade::ReadyUpgrade,
-    futures::{FutureExt, StreamExt, channel::mpsc, future::BoxFuture, stream::FuturesUnordered},
+    StreamProtocol,
+    core::upgrade::{DeniedUpgrade, ReadyUpgrade, SelectUpgrade},
+    futures::{
+        FutureExt, StreamExt,
+        channel::mpsc,
+        future::{BoxFuture, Either},
+        stream::FuturesUnordered,
+    },
     swarm::{
         ConnectionHandler, ConnectionHandlerEvent, ConnectionId, StreamUpgradeError,
         SubstreamProtocol,
-        handler::{
-            ConnectionEvent, DialUpgradeError, FullyNegotiatedInbound, FullyNegotiatedOutbound,
-        },
+        handler::{ConnectionEvent, DialUpgradeError, FullyNegotiatedOutbound},
     },
 };
 
 use super::{
-    hop,
-    inbound::Inbound,
-    messages::{Events, HandlerCommand, HandlerEvent, Outbound},
-    ping, stop,
+    hop::{self, Events, HandlerCommand, HandlerEvent, Outbound},
+    ping,
     timer::{Timeouts, within},
 };
 use crate::{
-    activity::Signs,
+    activity::ActivityCounter,
     config::Config,
     event::StopFailed,
-    relay::circuits::End,
+    relay::connections::End,
     wire::{HOP_PROTOCOL, STOP_PROTOCOL},
 };
 
-/// How many requests of one connection may be on their way, from the first byte to the last of
-/// their answer, or as many as one peer may have circuits: a client may ask for all of them at
-/// once. A stream beyond that is reset.
+/// How many requests of one connection may be unanswered, or as many as one peer may have circuits: a client may ask for
+/// all of them at once. A stream beyond that is reset.
 const LEAST_MAX_REQUESTS: usize = 128;
 
-/// How many ping streams are served on one connection, as its specification asks.
+/// How many ping streams are served on one connection, as the specification asks.
 const MAX_PINGS: usize = 2;
+
+/// Accepts hop streams, and ping streams unless that is switched off.
+type Inbound = SelectUpgrade<Ready, Upgrade<Ready, DeniedUpgrade>>;
+type Ready = ReadyUpgrade<StreamProtocol>;
 
 /// The relay's side of one connection.
 pub struct Handler {
     end: End<ConnectionId>,
     answer_ping: bool,
     max_requests: usize,
-    signs: Signs,
+    activity: ActivityCounter,
     commands: mpsc::UnboundedReceiver<HandlerCommand>,
     events: Events,
     timeouts: Timeouts,
     tasks: FuturesUnordered<BoxFuture<'static, ()>>,
-    /// Counts hop streams whose request is being read or answered: each holds a clone.
+    /// Counts hop streams whose request is unanswered: each holds a clone.
     requests: Arc<()>,
     /// Counts ping streams in the same way.
     pings: Arc<()>,
@@ -67,12 +70,11 @@ pub struct Handler {
 }
 
 impl Handler {
-    /// The handler of a new connection. What is heard on it is counted in `signs`, what the behaviour asks of it
-    /// comes over `commands`, and what its tasks have to tell goes over `events`.
+    /// The handler of a new connection. It counts in `activity`, obeys `commands`, and its tasks send `events`.
     pub(crate) fn new(
         end: End<ConnectionId>,
         config: &Config,
-        signs: Signs,
+        activity: ActivityCounter,
         commands: mpsc::UnboundedReceiver<HandlerCommand>,
         events: Events,
     ) -> Self {
@@ -80,7 +82,7 @@ impl Handler {
             end,
             answer_ping: config.answer_ping,
             max_requests: config.max_circuits_per_peer.max(LEAST_MAX_REQUESTS),
-            signs,
+            activity,
             commands,
             events,
             timeouts: Timeouts::default(),
@@ -90,62 +92,27 @@ impl Handler {
             holds_reservation: false,
         }
     }
-
-    fn serve(&self, mut stream: Stream, protocol: &StreamProtocol) {
-        let is_ping = *protocol == ping::PING_PROTOCOL;
-        let (permits, most) = match is_ping {
-            true => (&self.pings, MAX_PINGS),
-            false => (&self.requests, self.max_requests),
-        };
-        if Arc::strong_count(permits) > most {
-            return; // the handler holds one itself; dropping the stream resets it
-        }
-        let permit = Arc::clone(permits);
-        if is_ping {
-            stream.ignore_for_keep_alive();
-            let stream = self.signs.listen_to(stream);
-            self.run(ping::answer(stream).map(|_| drop(permit)));
-        } else {
-            let (stream, events) = (self.signs.listen_to(stream), self.events.clone());
-            let served = hop::serve(stream, self.end, events, self.timeouts.clone(), permit);
-            self.run(served.map(drop));
-        }
-    }
-
-    fn use_outbound(&self, mut stream: Stream, outbound: Outbound) {
-        match outbound {
-            Outbound::Stop(request) => {
-                let stream = self.signs.listen_to(stream);
-                self.run(request.ask(stream, self.timeouts.clone()));
-            }
-            Outbound::Probe(patience) => {
-                stream.ignore_for_keep_alive();
-                let exchange = ping::ask(self.signs.listen_to(stream));
-                self.run(within(self.timeouts.start(patience), exchange).map(drop));
-            }
-        }
-    }
-
-    fn run(&self, task: impl Future<Output = ()> + Send + 'static) {
-        self.tasks.push(task.boxed());
-    }
 }
 
 impl ConnectionHandler for Handler {
-    /// The swarm carries nothing, in either direction: see [`super::messages`].
+    /// The swarm transports nothing, in either direction: see [`super::hop`].
     type FromBehaviour = Infallible;
     type ToBehaviour = Infallible;
     type InboundProtocol = Inbound;
-    type OutboundProtocol = ReadyUpgrade<StreamProtocol>;
+    type OutboundProtocol = Ready;
     type InboundOpenInfo = ();
     type OutboundOpenInfo = Outbound;
 
     fn listen_protocol(&self) -> SubstreamProtocol<Inbound> {
-        let ping = self.answer_ping.then_some(ping::PING_PROTOCOL);
-        Inbound(HOP_PROTOCOL, ping).listen()
+        let ping = match self.answer_ping {
+            true => Upgrade::Left(ReadyUpgrade::new(ping::PING_PROTOCOL)),
+            false => Upgrade::Right(DeniedUpgrade),
+        };
+        let inbound = SelectUpgrade::new(ReadyUpgrade::new(HOP_PROTOCOL), ping);
+        SubstreamProtocol::new(inbound, ()).with_timeout(hop::REQUEST_TIMEOUT)
     }
 
-    /// Circuits keep it by their streams.
+    /// Circuits keep the connection by their streams.
     fn connection_keep_alive(&self) -> bool {
         self.holds_reservation
     }
@@ -154,27 +121,50 @@ impl ConnectionHandler for Handler {
         match never {}
     }
 
-    fn on_connection_event(
-        &mut self,
-        event: ConnectionEvent<Inbound, ReadyUpgrade<StreamProtocol>, (), Outbound>,
-    ) {
+    fn on_connection_event(&mut self, event: ConnectionEvent<Inbound, Ready, (), Outbound>) {
         match event {
-            ConnectionEvent::FullyNegotiatedInbound(FullyNegotiatedInbound {
-                protocol: (stream, protocol),
-                ..
-            }) => {
-                self.signs.heard(1);
-                self.serve(stream, &protocol);
+            ConnectionEvent::FullyNegotiatedInbound(inbound) => {
+                self.activity.add(1);
+                // The handler holds one of each permit itself. Dropping a stream resets it.
+                match inbound.protocol {
+                    Either::Left(hop) if Arc::strong_count(&self.requests) <= self.max_requests => {
+                        let hop = self.activity.track(hop, ());
+                        let (events, timeouts) = (self.events.clone(), self.timeouts.clone());
+                        let permit = Arc::clone(&self.requests);
+                        let task = hop::serve(hop, self.end, events, timeouts, permit);
+                        self.tasks.push(task.map(drop).boxed());
+                    }
+                    Either::Right(Either::Left(mut ping))
+                        if Arc::strong_count(&self.pings) <= MAX_PINGS =>
+                    {
+                        ping.ignore_for_keep_alive();
+                        let permit = Arc::clone(&self.pings);
+                        let task = ping::answer(self.activity.track(ping, ()));
+                        self.tasks.push(task.map(|_| drop(permit)).boxed());
+                    }
+                    _ => {}
+                }
             }
             ConnectionEvent::FullyNegotiatedOutbound(FullyNegotiatedOutbound {
-                protocol: stream,
+                protocol: mut stream,
                 info,
-            }) => self.use_outbound(stream, info),
+            }) => match info {
+                Outbound::Stop(request) => {
+                    let stream = self.activity.track(stream, ());
+                    self.tasks.push(request.ask(stream, self.timeouts.clone()).boxed());
+                }
+                Outbound::Probe(timeout) => {
+                    stream.ignore_for_keep_alive();
+                    let probe = ping::probe(self.activity.track(stream, ()));
+                    let task = within(self.timeouts.start(timeout), probe);
+                    self.tasks.push(task.map(drop).boxed());
+                }
+            },
             ConnectionEvent::DialUpgradeError(DialUpgradeError { info, error }) => {
                 if !matches!(error, StreamUpgradeError::Timeout) {
-                    self.signs.heard(1); // a refusal is an answer
+                    self.activity.add(1); // a refusal is an answer
                 }
-                let Outbound::Stop(request) = info else {
+                let Outbound::Stop(mut request) = info else {
                     return;
                 };
                 let failed = match error {
@@ -183,8 +173,8 @@ impl ConnectionHandler for Handler {
                     StreamUpgradeError::Io(error) => error.into(),
                     StreamUpgradeError::Apply(never) => match never {},
                 };
-                let answer = HandlerEvent::TargetAnswered(request.circuit, Err(failed));
-                request.report.send(answer);
+                let event = HandlerEvent::TargetAnswered(request.circuit, Err(failed));
+                request.report.event = Some(event);
             }
             _ => {}
         }
@@ -193,7 +183,8 @@ impl ConnectionHandler for Handler {
     fn poll(
         &mut self,
         cx: &mut Context<'_>,
-    ) -> Poll<ConnectionHandlerEvent<ReadyUpgrade<StreamProtocol>, Outbound, Infallible>> {
+    ) -> Poll<ConnectionHandlerEvent<Ready, Outbound, Infallible>> {
+        // 1. Carry out commands.
         while let Poll::Ready(Some(command)) = self.commands.poll_next_unpin(cx) {
             let outbound = match command {
                 HandlerCommand::Hold(holds) => {
@@ -203,34 +194,28 @@ impl ConnectionHandler for Handler {
                 HandlerCommand::Open(outbound) => outbound,
             };
             let (protocol, timeout) = match &outbound {
-                Outbound::Stop(_) => (STOP_PROTOCOL, stop::STOP_TIMEOUT),
-                Outbound::Probe(patience) => (ping::PING_PROTOCOL, *patience),
+                Outbound::Stop(_) => (STOP_PROTOCOL, hop::STOP_TIMEOUT),
+                Outbound::Probe(timeout) => (ping::PING_PROTOCOL, *timeout),
             };
             let upgrade = ReadyUpgrade::new(protocol);
             let protocol = SubstreamProtocol::new(upgrade, outbound).with_timeout(timeout);
             return Poll::Ready(ConnectionHandlerEvent::OutboundSubstreamRequest { protocol });
         }
+        // 2. Run the tasks; then the timer, which they may have set.
         while let Poll::Ready(Some(())) = self.tasks.poll_next_unpin(cx) {}
         self.timeouts.poll(cx);
         Poll::Pending
     }
 }
 
-impl fmt::Debug for Handler {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Handler")
-            .field("peer", &self.end.peer)
-            .field("tasks", &self.tasks.len())
-            .finish_non_exhaustive()
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::future;
+
     use libp2p::PeerId;
 
-    use super::{super::messages::Report, *};
-    use crate::relay::circuits::Circuits;
+    use super::{super::hop::Report, *};
+    use crate::event::CircuitId;
 
     /// Every connection has one. Where this fails for a reason, box what is rare, or change the
     /// figure knowingly: it is multiplied by the number of peers.
@@ -244,24 +229,20 @@ mod tests {
     #[test]
     fn a_connection_that_closes_reports_all_that_goes_on_on_it() {
         let (_behaviour, commands) = mpsc::unbounded();
-        let (events, mut told) = mpsc::unbounded();
+        let (events, mut reported) = mpsc::unbounded();
         let end = End { peer: PeerId::random(), connection: ConnectionId::new_unchecked(1) };
-        let signs = Signs::default();
-        let handler = Handler::new(end, &Config::default(), signs, commands, events.clone());
-        let mut ids = Circuits::new(&Config::default());
-        for _ in 0..3 {
-            let (id, ended) = ids.add(end, end, None, (), std::time::Instant::now());
-            let event = HandlerEvent::TargetAnswered(id, Err(StopFailed::Gone));
-            let report = Report::new(event, events.clone());
-            handler.run(async move {
-                let _ = ended.await;
-                drop(report);
-            });
+        let activity = ActivityCounter::default();
+        let handler = Handler::new(end, &Config::default(), activity, commands, events.clone());
+        for id in 0..3 {
+            let event = Some(HandlerEvent::TargetAnswered(CircuitId(id), Err(StopFailed::Gone)));
+            let report = Report { event, events: events.clone() };
+            let never = future::pending::<()>();
+            handler.tasks.push(never.map(|()| drop(report)).boxed());
         }
-        assert!(told.try_recv().is_err(), "nothing yet");
+        assert!(reported.try_recv().is_err(), "nothing yet");
         drop(handler);
         for _ in 0..3 {
-            let event = told.try_recv().unwrap();
+            let event = reported.try_recv().unwrap();
             assert!(matches!(event, HandlerEvent::TargetAnswered(_, Err(StopFailed::Gone))));
         }
     }

@@ -1,14 +1,24 @@
-//! A hop stream, from the client's request to the end of what it was granted:
-//! [the specification](https://github.com/libp2p/specs/blob/master/relay/circuit-v2.md#hop-protocol), top to bottom.
+//! Hop and stop streams: the exchanges of
+//! [the specification](https://github.com/libp2p/specs/blob/master/relay/circuit-v2.md#hop-protocol), top to bottom, and
+//! what passes between their tasks and the behaviour.
 //!
-//! What the answer is comes from the behaviour; here it is only carried.
+//! Commands and events use channels of their own: to deliver a command, the swarm would search the connections of all
+//! peers. The channels are unbounded, but a stream sends nothing more until its request has been answered, so the number
+//! of queued events is bounded by the number of streams.
 
-use std::{io, pin::pin, sync::Arc, time::Duration};
+use std::{
+    io,
+    pin::pin,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use libp2p::{
+    PeerId, Stream,
+    core::upgrade::NegotiationError,
     futures::{
-        AsyncWrite, AsyncWriteExt,
-        channel::oneshot,
+        AsyncWriteExt,
+        channel::{mpsc, oneshot},
         future::{self, Either},
     },
     swarm::ConnectionId,
@@ -16,85 +26,208 @@ use libp2p::{
 
 use super::{
     circuit::Circuit,
-    inbound::REQUEST_TIMEOUT,
-    messages::{Answer, Events, HandlerEvent, Opening, Reply, TrackedStream},
     timer::{Timeouts, within},
 };
 use crate::{
-    event::CircuitEnd,
-    relay::circuits::End,
-    wire::{self, BadRequest, FrameError},
+    activity::TrackedStream,
+    event::{CircuitEnd, CircuitId, StopFailed},
+    relay::{CircuitParameters, connections::End, reservations::Receipt},
+    wire::{self, BadRequest, Limit, Request, Status},
 };
+
+/// How long a client may take to negotiate the protocol, and then to send its request.
+pub(crate) const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How long an answer may take to be written, flushed and, unless a circuit follows, closed.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long the exchange may take, from the request for a stream to the target's answer.
+pub(crate) const STOP_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Sends to the behaviour.
+pub type Events = mpsc::UnboundedSender<HandlerEvent>;
+
+/// What a connection's tasks report to the behaviour.
+#[derive(Debug)]
+pub enum HandlerEvent {
+    /// A request, or why it could not be decoded.
+    RequestReceived(End<ConnectionId>, Result<Request, BadRequest>, Reply),
+    /// Whether the answer of this receipt arrived.
+    Delivered(PeerId, Receipt, bool),
+    /// The answer of a circuit's target: the accepted stop stream, or why there is none.
+    TargetAnswered(CircuitId, Result<Box<TrackedStream<Stream>>, StopFailed>),
+    /// An open circuit has ended.
+    CircuitEnded(CircuitId, CircuitEnd),
+}
+
+/// Sends its event when it is dropped, even if the task that owns it is dropped unfinished.
+#[derive(Debug)]
+pub struct Report {
+    pub(super) event: Option<HandlerEvent>,
+    pub(super) events: Events,
+}
+
+impl Drop for Report {
+    fn drop(&mut self) {
+        if let Some(event) = self.event.take() {
+            let _ = self.events.unbounded_send(event); // fails once the swarm is dropped
+        }
+    }
+}
+
+/// Takes the answer to one request. Dropping it resets the request's stream.
+#[derive(Debug)]
+pub struct Reply(pub(super) oneshot::Sender<Answer>);
+
+/// The answer to a request.
+#[derive(Debug)]
+pub enum Answer {
+    /// This message, after which the stream is closed. With a receipt, report whether it arrived.
+    Final(Vec<u8>, Option<Receipt>),
+    /// OK to a CONNECT, after which the stream is the circuit.
+    Open(Box<Opening>),
+}
+
+/// A circuit that opens.
+#[derive(Debug)]
+pub struct Opening {
+    pub(super) circuit: CircuitId,
+    pub(super) target: TrackedStream<Stream>,
+    pub(super) parameters: CircuitParameters,
+    /// Reports that it has ended.
+    pub(super) report: Report,
+}
+
+/// What the behaviour tells a connection's handler to do.
+#[derive(Debug)]
+pub enum HandlerCommand {
+    /// Open a stream for this.
+    Open(Outbound),
+    /// Keep the connection while it holds a reservation.
+    Hold(bool),
+}
+
+/// What a stream is opened for.
+#[derive(Debug)]
+pub enum Outbound {
+    /// Asks the peer whether it accepts a circuit.
+    Stop(Box<StopRequest>),
+    /// Probes the peer, which has to answer within this time.
+    Probe(Duration),
+}
+
+/// A circuit that the target is asked for.
+#[derive(Debug)]
+pub struct StopRequest {
+    pub(super) circuit: CircuitId,
+    pub(super) source: PeerId,
+    pub(super) limit: Limit,
+    pub(super) since: Instant,
+    /// Is cancelled when the relay ends the circuit.
+    pub(super) ended: oneshot::Receiver<()>,
+    /// Reports the target's answer; if there is none, that the target is gone.
+    pub(super) report: Report,
+}
 
 /// Serves a hop stream of this client; `permit` is held until its request has been answered.
 ///
 /// # Errors
 ///
-/// When the client sent nothing in time, or the stream failed before the request was read: none is to be
-/// answered then. A request that makes no sense is no error here but one to be refused.
+/// When the stream failed, or the request did not arrive in time: there is no answer then. A request that cannot be
+/// decoded is not an error; it is refused.
 pub(crate) async fn serve(
-    mut stream: TrackedStream,
+    mut stream: TrackedStream<Stream>,
     from: End<ConnectionId>,
     events: Events,
     timeouts: Timeouts,
     permit: Arc<()>,
 ) -> io::Result<()> {
     // 1. Read the request.
-    let limit = timeouts.start(REQUEST_TIMEOUT);
-    let request = match within(limit, wire::read_frame(&mut stream)).await {
-        Ok(message) => wire::decode_request(&message, from.peer),
-        Err(FrameError::Malformed(what)) => Err(BadRequest::Malformed(what)),
-        Err(FrameError::Io(error)) => return Err(error),
-    };
-    // 2. Hand it to the relay, and await the reply. Without one, the stream is reset.
+    let timeout = timeouts.start(REQUEST_TIMEOUT);
+    let message = within(timeout, wire::read_frame(&mut stream)).await?;
+    let request = message.and_then(|message| wire::decode_request(&message, from.peer));
+    // 2. Send it to the relay, and await the reply. Without one, the stream is reset.
     let (sender, reply) = oneshot::channel();
-    let _ = events.unbounded_send(HandlerEvent::Requested(from, request, Reply(sender)));
+    let _ = events.unbounded_send(HandlerEvent::RequestReceived(from, request, Reply(sender)));
     let Ok(answer) = reply.await else {
         return Ok(());
     };
-    // 3. Answer. After a CONNECT that was granted, the stream is the circuit.
-    let limit = timeouts.start(ANSWER_TIMEOUT);
-    match answer {
-        Answer::Refused(status) => within(limit, deliver_all(stream, wire::refusal(status))).await,
-        Answer::Reserved(message, receipt) => {
-            let delivered = within(limit, deliver_all(stream, message)).await;
-            let event = HandlerEvent::Delivered(from.peer, receipt, delivered.is_ok());
-            let _ = events.unbounded_send(event);
-            delivered
-        }
-        Answer::Connected(opening) => {
-            drop(permit);
-            let Opening { circuit, target, mut parameters, report } = *opening;
-            // Its time begins now, not when the answer has been sent.
-            let deadline = parameters.limit.duration.map(|duration| timeouts.start(duration));
-            let answer = deliver(&mut stream, wire::connect_ok(parameters.limit));
-            let answered =
-                match future::select(pin!(within(limit, answer)), &mut parameters.ended).await {
-                    Either::Left((answered, _)) => Some(answered),
-                    Either::Right(_) => None,
-                };
-            let end = match answered {
-                Some(Ok(())) => Circuit::new(stream, target, parameters, deadline).await,
-                Some(Err(error)) => CircuitEnd::Reset(error.kind()),
-                None => CircuitEnd::Ended,
+    // 3. Answer. Unless a circuit follows, report the delivery and end here.
+    let timeout = timeouts.start(ANSWER_TIMEOUT);
+    let Opening { circuit, target, mut parameters, mut report } = match answer {
+        Answer::Open(opening) => *opening,
+        Answer::Final(message, receipt) => {
+            let delivery = async {
+                stream.write_all(&message).await?;
+                stream.flush().await?;
+                stream.close().await
             };
-            report.send(HandlerEvent::CircuitEnded(circuit, end));
-            Ok(())
+            let delivered = within(timeout, delivery).await;
+            if let Some(receipt) = receipt {
+                let event = HandlerEvent::Delivered(from.peer, receipt, delivered.is_ok());
+                let _ = events.unbounded_send(event);
+            }
+            return delivered;
+        }
+    };
+    drop(permit);
+    // The time limit of a circuit begins before its answer is delivered.
+    let deadline = parameters.limit.duration.map(|duration| timeouts.start(duration));
+    let message = wire::status(Status::Ok, parameters.limit);
+    let failed = {
+        let delivery = async {
+            stream.write_all(&message).await?;
+            stream.flush().await
+        };
+        let delivery = pin!(within::<_, io::Error>(timeout, delivery));
+        match future::select(delivery, &mut parameters.ended).await {
+            Either::Left((Ok(()), _)) => None,
+            Either::Left((Err(error), _)) => Some(CircuitEnd::Reset(error.kind())),
+            Either::Right(_) => Some(CircuitEnd::Ended),
+        }
+    };
+    // 4. Transfer the bytes of the circuit.
+    let end = match failed {
+        None => Circuit::new(stream, target, parameters, deadline).await,
+        Some(end) => end,
+    };
+    report.event = Some(HandlerEvent::CircuitEnded(circuit, end));
+    Ok(())
+}
+
+impl From<io::Error> for StopFailed {
+    fn from(error: io::Error) -> Self {
+        // With V1Lazy negotiation, the target's refusal of the protocol arrives instead of its answer.
+        let refusal = error.get_ref().and_then(|cause| cause.downcast_ref());
+        match refusal {
+            Some(NegotiationError::Failed) => Self::Unsupported,
+            _ => Self::Io(error.kind()),
         }
     }
 }
 
-/// Writes and flushes an answer.
-async fn deliver(stream: &mut (impl AsyncWrite + Unpin), message: Vec<u8>) -> io::Result<()> {
-    stream.write_all(&message).await?;
-    stream.flush().await
-}
-
-/// Delivers an answer that ends the exchange: written, flushed and closed.
-async fn deliver_all(mut stream: impl AsyncWrite + Unpin, message: Vec<u8>) -> io::Result<()> {
-    deliver(&mut stream, message).await?;
-    stream.close().await
+impl StopRequest {
+    /// Asks on this stream, and reports the target's answer.
+    ///
+    /// After it agreed, what the target sends belongs to the circuit: nothing beyond the answer is read.
+    pub(crate) async fn ask(self, mut stream: TrackedStream<Stream>, timeouts: Timeouts) {
+        let Self { circuit, source, limit, since, ended, mut report } = self;
+        let timeout = timeouts.start(STOP_TIMEOUT.saturating_sub(since.elapsed()));
+        let exchange = async {
+            stream.write_all(&wire::stop_connect(source, limit)).await?;
+            stream.flush().await?;
+            let message = wire::read_frame(&mut stream).await?;
+            let status = message.and_then(|message| wire::decode_stop_answer(&message));
+            match status.map_err(StopFailed::Nonsense)? {
+                status if status == Status::Ok as i32 => Ok(()),
+                status => Err(StopFailed::Refused(status)),
+            }
+        };
+        let answer = match future::select(pin!(within(timeout, exchange)), ended).await {
+            Either::Left((answer, _)) => answer,
+            Either::Right(_) => Err(StopFailed::Gone),
+        };
+        let answer = answer.map(|()| Box::new(stream));
+        report.event = Some(HandlerEvent::TargetAnswered(circuit, answer));
+    }
 }

@@ -1,7 +1,7 @@
-//! A sign of life, over `/ipfs/ping/1.0.0`: given when asked for, and asked for.
+//! `/ipfs/ping/1.0.0`, both ways: answers pings, and probes peers.
 //!
-//! Served by the relay's own handler, because libp2p's ping behaviour would also *ask* on every
-//! connection, which drains phones and cannot be switched off.
+//! Part of the relay's own handler, because libp2p's ping behaviour also pings on every connection, which drains phones
+//! and cannot be switched off.
 
 use std::io;
 
@@ -10,14 +10,13 @@ use libp2p::{
     futures::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
 };
 
-/// The protocol, as [the specification](https://github.com/libp2p/specs/blob/master/ping/ping.md)
-/// has it.
+/// The protocol of [the specification](https://github.com/libp2p/specs/blob/master/ping/ping.md).
 pub(crate) const PING_PROTOCOL: StreamProtocol = StreamProtocol::new("/ipfs/ping/1.0.0");
 
-/// How many bytes are sent and echoed at a time.
+/// The length of a ping, in bytes.
 const PAYLOAD: usize = 32;
 
-/// Echoes whatever the peer sends, 32 bytes at a time, until it has had enough.
+/// Echoes what the peer sends, 32 bytes at a time, until it closes the stream.
 pub(crate) async fn answer(mut stream: impl AsyncRead + AsyncWrite + Unpin) -> io::Result<()> {
     let mut payload = [0; PAYLOAD];
     loop {
@@ -32,10 +31,10 @@ pub(crate) async fn answer(mut stream: impl AsyncRead + AsyncWrite + Unpin) -> i
     stream.close().await
 }
 
-/// Asks for a sign of life, on a stream of its own, and waits for any: an answer, an end, a reset.
+/// Sends one ping and awaits any reaction: an answer, an end, a reset.
 ///
-/// What is sent does not matter, because what comes back is not looked at.
-pub(crate) async fn ask(mut stream: impl AsyncRead + AsyncWrite + Unpin) -> io::Result<()> {
+/// The payload is zeros, because the answer is not compared with it.
+pub(crate) async fn probe(mut stream: impl AsyncRead + AsyncWrite + Unpin) -> io::Result<()> {
     let mut payload = [0; PAYLOAD];
     stream.write_all(&payload).await?;
     stream.flush().await?;

@@ -1,9 +1,8 @@
-//! Time limits without a runtime: one timer for all that go on on a connection.
+//! Time limits without a runtime: one timer for all tasks of a connection.
 //!
-//! A timer of futures-timer wakes a thread when it is set and once more when it is dropped, and
-//! nearly all of these limits are set and never reached. So a connection's timer, once set, is left
-//! to run, and what starts meanwhile waits for the same one: 4 timers less for each circuit, a tenth
-//! of the CPU time of its set-up.
+//! A timer of futures-timer wakes a thread when it is set and again when it is dropped, and nearly all of these limits
+//! are set and never reached. So a connection's timer, once set, is left to run, and later limits use the same one. That
+//! saves 4 timers for each circuit, a tenth of the CPU time of its set-up.
 
 use std::{
     io,
@@ -31,85 +30,68 @@ pub(crate) struct Timeouts(Arc<Mutex<Started>>);
 struct Started {
     /// The timer, and what it is set to: the end of the first limit, or earlier.
     timer: Option<(Delay, Instant)>,
-    started: Vec<Arc<Limit>>,
-    /// When there are so many, those that nobody waits for any more are forgotten.
+    limits: Vec<Arc<Limit>>,
+    /// At this many limits, those that were dropped are forgotten.
     crowded: usize,
 }
 
-/// One of them. Ready when the time is over.
+/// One time limit. Ready when it is reached.
 #[derive(Debug)]
 pub(crate) struct Timeout(Arc<Limit>);
 
 #[derive(Debug)]
 struct Limit {
     ends: Instant,
-    over: AtomicBool,
+    is_over: AtomicBool,
     task: AtomicWaker,
 }
 
 impl Timeouts {
-    /// A limit that ends so long from now, if the connection [polls](Self::poll) for it.
-    pub(crate) fn start(&self, limit: Duration) -> Timeout {
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if all.started.len() >= all.crowded {
-            all.started.retain(|limit| limit.is_waited_for());
-            all.crowded = 2 * all.started.len().max(4);
+    /// Starts a limit of this duration. It ends when the connection [polls](Self::poll) for it.
+    pub(crate) fn start(&self, duration: Duration) -> Timeout {
+        let mut started = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        // 1. Forget limits that were dropped.
+        if started.limits.len() >= started.crowded {
+            started.limits.retain(|limit| Arc::strong_count(limit) > 1);
+            started.crowded = 2 * started.limits.len().max(4);
         }
-        let now = Instant::now();
-        let limit = Arc::new(Limit {
-            ends: now + limit,
-            over: AtomicBool::new(false),
-            task: AtomicWaker::new(),
-        });
-        all.started.push(Arc::clone(&limit));
-        all.be_awake_at(limit.ends, now);
+        // 2. Add this one.
+        let ends = Instant::now() + duration;
+        let (is_over, task) = (AtomicBool::new(false), AtomicWaker::new());
+        let limit = Arc::new(Limit { ends, is_over, task });
+        started.limits.push(Arc::clone(&limit));
+        // 3. Set the timer, unless it fires earlier anyway.
+        match &mut started.timer {
+            Some((_, set_to)) if *set_to <= ends => {}
+            Some((timer, set_to)) => {
+                timer.reset(duration);
+                *set_to = ends;
+            }
+            None => started.timer = Some((Delay::new(duration), ends)),
+        }
         Timeout(limit)
     }
 
-    /// Ends the limits whose time is over, and has `cx` woken for the next: after the tasks that start some.
+    /// Ends the limits that are reached, and has `cx` woken for the next. To be called after the tasks that start some.
     pub(crate) fn poll(&self, cx: &mut Context<'_>) {
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        while let Some((timer, _)) = &mut all.timer {
+        let mut started = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        while let Some((timer, _)) = &mut started.timer {
             if timer.poll_unpin(cx).is_pending() {
                 return;
             }
-            all.timer = None;
             let now = Instant::now();
-            all.started.retain(|limit| limit.is_waited_for() && !limit.end_at(now));
-            if let Some(next) = all.started.iter().map(|limit| limit.ends).min() {
-                all.be_awake_at(next, now);
-            }
+            started.limits.retain(|limit| {
+                let is_over = limit.ends <= now;
+                if is_over {
+                    limit.is_over.store(true, Ordering::Release);
+                    limit.task.wake();
+                }
+                !is_over && Arc::strong_count(limit) > 1
+            });
+            let next = started.limits.iter().map(|limit| limit.ends).min();
+            started.timer =
+                next.map(|ends| (Delay::new(ends.saturating_duration_since(now)), ends));
         }
-    }
-}
-
-impl Started {
-    fn be_awake_at(&mut self, ends: Instant, now: Instant) {
-        let left = ends.saturating_duration_since(now);
-        match &mut self.timer {
-            Some((_, set_to)) if *set_to <= ends => {}
-            Some((timer, set_to)) => {
-                timer.reset(left);
-                *set_to = ends;
-            }
-            None => self.timer = Some((Delay::new(left), ends)),
-        }
-    }
-}
-
-impl Limit {
-    fn is_waited_for(self: &Arc<Self>) -> bool {
-        Arc::strong_count(self) > 1
-    }
-
-    /// Ends it if its time is over; whether it is.
-    fn end_at(&self, now: Instant) -> bool {
-        let over = self.ends <= now;
-        if over {
-            self.over.store(true, Ordering::Release);
-            self.task.wake();
-        }
-        over
     }
 }
 
@@ -118,14 +100,14 @@ impl Future for Timeout {
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         self.0.task.register(cx.waker());
-        match self.0.over.load(Ordering::Acquire) {
+        match self.0.is_over.load(Ordering::Acquire) {
             true => Poll::Ready(()),
             false => Poll::Pending,
         }
     }
 }
 
-/// What `future` yields, unless the time is over first.
+/// The result of `future`, or an error of the kind `TimedOut` when the limit is reached first.
 pub(crate) async fn within<T, E: From<io::Error>>(
     limit: Timeout,
     future: impl Future<Output = Result<T, E>>,
@@ -145,7 +127,7 @@ mod tests {
     const SHORT: Duration = Duration::from_millis(20);
     const LONG: Duration = Duration::from_secs(3600);
 
-    /// What comes of `future` while somebody looks after the limits.
+    /// What comes of `future` while the limits are polled.
     fn run<T>(limits: &Timeouts, future: impl Future<Output = T>) -> T {
         let mut future = std::pin::pin!(future);
         block_on(poll_fn(|cx| {
@@ -164,7 +146,7 @@ mod tests {
         let error = run(&limits, never).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
         let limits = limits.0.lock().unwrap();
-        assert_eq!(limits.started.len(), 2);
+        assert_eq!(limits.limits.len(), 2);
         assert!(limits.timer.as_ref().is_some_and(|(_, set_to)| *set_to == longer.0.ends));
     }
 
@@ -175,10 +157,10 @@ mod tests {
             let limit = limits.start(SHORT);
             assert_eq!(run(&limits, within(limit, future::ready(io::Result::Ok(7)))).unwrap(), 7);
         }
-        assert!(limits.0.lock().unwrap().started.len() <= 8, "who is done is forgotten");
+        assert!(limits.0.lock().unwrap().limits.len() <= 8, "what is done is forgotten");
         let last = limits.start(SHORT * 2);
         run(&limits, last);
         let limits = limits.0.lock().unwrap();
-        assert!(limits.timer.is_none() && limits.started.is_empty());
+        assert!(limits.timer.is_none() && limits.limits.is_empty());
     }
 }

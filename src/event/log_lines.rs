@@ -1,4 +1,4 @@
-//! The lines of the log, word for word. They are stable: see [`crate::event`].
+//! The exact lines of the log. They are stable: see [`crate::event`].
 
 use std::io::ErrorKind;
 
@@ -20,18 +20,15 @@ fn home() -> Multiaddr {
     HOME.parse().unwrap()
 }
 
-fn billed_to(address: &str) -> ClientPrefix {
+fn prefix(address: &str) -> ClientPrefix {
     ClientPrefix::of(&address.parse().unwrap()).unwrap()
 }
 
 #[test]
 fn each_event_is_one_line_in_these_words() {
     let accepted = |renewed| Event::ReservationAccepted { peer: alice(), address: home(), renewed };
-    let freed = |billed_to| Event::ReservationFreed {
-        peer: alice(),
-        billed_to,
-        reason: FreedReason::GraceOver,
-    };
+    let freed =
+        |prefix| Event::ReservationFreed { peer: alice(), prefix, reason: FreedReason::GraceOver };
     let refused =
         Event::ReservationRefused { peer: alice(), address: home(), reason: Refused::TableFull };
     let silent = Event::PeerSilent {
@@ -56,10 +53,10 @@ fn each_event_is_one_line_in_these_words() {
         source: alice(),
         target: bob(),
         end: CircuitEnd::Finished,
-        carried: Carried { to_target: 5, to_source: 7 },
+        transferred: BytesTransferred { to_target: 5, to_source: 7 },
         open_for: Duration::from_secs(1),
     };
-    let (v4, v6) = (billed_to(HOME), billed_to("/ip6/2001:db8:1:2:3::4/tcp/1"));
+    let (v4, v6) = (prefix(HOME), prefix("/ip6/2001:db8:1:2:3::4/tcp/1"));
     for (event, line) in [
         (accepted(false), format!("reservation granted: peer {ALICE} at {HOME}")),
         (accepted(true), format!("reservation renewed: peer {ALICE} at {HOME}")),
@@ -83,7 +80,7 @@ fn each_event_is_one_line_in_these_words() {
             format!("circuit 1 closed: {ALICE} to {BOB}: finished; 5 bytes to the target, 7 back"),
         ),
     ] {
-        // Whoever adds an event is told here, by the compiler, to add its line above.
+        // An event without a line above does not compile.
         match event {
             Event::ReservationAccepted { .. }
             | Event::ReservationRefused { .. }
@@ -100,7 +97,7 @@ fn each_event_is_one_line_in_these_words() {
 
 #[test]
 fn each_reason_to_refuse_has_these_words() {
-    let home = billed_to(HOME);
+    let home = prefix(HOME);
     for (reason, words) in [
         (Refused::TableFull, "all slots are taken"),
         (Refused::AddressFull(home), "all slots of 192.0.2.1 are taken"),
@@ -147,10 +144,10 @@ fn each_way_to_fail_with_a_target_has_these_words() {
     let nonsense = BadRequest::Unexpected("CONNECT as an answer");
     for (failed, words) in [
         (StopFailed::Gone, "the target is gone"),
-        (StopFailed::Unsupported, "the target does not speak the stop protocol"),
+        (StopFailed::Unsupported, "the target does not support the stop protocol"),
         (StopFailed::Refused(203), "the target refused with status 203"),
         (StopFailed::Nonsense(nonsense), "the target answered with CONNECT as an answer"),
-        (StopFailed::Io(ErrorKind::TimedOut), "the target was asked in vain: timed out"),
+        (StopFailed::Io(ErrorKind::TimedOut), "stop request failed: timed out"),
     ] {
         match failed {
             StopFailed::Gone

@@ -1,5 +1,5 @@
-//! The reasons: why a request was refused, why a slot came back, how a circuit ended, and why a target could not be
-//! reached. `kind` is the same few words for all cases of one.
+//! The reasons: why a request was refused, why a slot was freed, how a circuit ended, why a target did not accept. `kind`
+//! is the same for all values of a variant: it labels metrics.
 
 use std::{fmt, io};
 
@@ -16,52 +16,52 @@ use crate::{
 pub enum Refused {
     /// All slots are taken.
     TableFull,
-    /// All slots that this address may have are taken.
+    /// The cap on slots of this address is reached.
     AddressFull(ClientPrefix),
-    /// All slots that this subnet may have are taken.
+    /// The cap on slots of this subnet is reached.
     SubnetFull(Subnet),
-    /// It came over a relayed connection.
+    /// The request came over a relayed connection.
     Relayed,
-    /// The rules do not allow it.
+    /// The access rules deny it.
     Denied,
-    /// The peer asks more often than it may.
+    /// The request rate of the peer is exceeded.
     TooOften,
-    /// The peers of this address together ask more often than they may.
+    /// The request rate of this address is exceeded.
     AddressTooOften(ClientPrefix),
     /// The target holds no live reservation.
     NoReservation,
-    /// The relay carries as many circuits as it may.
+    /// The cap on circuits is reached.
     TooManyCircuits,
-    /// The sources of this address have as many circuits as they may.
+    /// The cap on circuits of this address's sources is reached.
     TooManyCircuitsOfAddress(ClientPrefix),
-    /// The sources of this subnet have as many circuits as they may.
+    /// The cap on circuits of this subnet's sources is reached.
     TooManyCircuitsOfSubnet(Subnet),
-    /// The source is part of as many circuits as it may be.
+    /// The cap on circuits of the source is reached.
     TooManyCircuitsOfSource,
-    /// The target is part of as many circuits as it may be.
+    /// The cap on circuits of the target is reached.
     TooManyCircuitsOfTarget,
-    /// The target could not be won.
+    /// The target did not accept the circuit.
     StopFailed(StopFailed),
-    /// The source went, or the relay gave up one of the two, while the target was being asked.
+    /// The source disconnected, or the relay ended the circuit, before the target answered.
     Gone,
     /// The relay could not sign the voucher.
     NotSigned,
-    /// The relay is draining. The peer gets no answer: its connection is closed.
+    /// The relay drains. There is no answer: the connection is closed.
     Draining,
 }
 
 impl Refused {
-    /// The status that the client is told; `None`: it is not told anything.
-    pub fn status(&self) -> Option<Status> {
-        self.told().0
+    /// The status of the answer; `None`: there is no answer.
+    pub(crate) fn status(&self) -> Option<Status> {
+        self.status_and_kind().0
     }
 
-    /// The reason in a few words, the same for all cases of it.
+    /// The reason in a few words, the same for all values of a variant.
     pub fn kind(&self) -> &'static str {
-        self.told().1
+        self.status_and_kind().1
     }
 
-    fn told(&self) -> (Option<Status>, &'static str) {
+    fn status_and_kind(&self) -> (Option<Status>, &'static str) {
         let refused = |kind| (Status::ReservationRefused, kind);
         let denied = |kind| (Status::PermissionDenied, kind);
         let limited = |kind| (Status::ResourceLimitExceeded, kind);
@@ -105,33 +105,33 @@ impl fmt::Display for Refused {
     }
 }
 
-/// Why a slot came back.
+/// Why a slot was freed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum FreedReason {
     /// The term was over.
     Expired,
-    /// The peer left and did not come back in time.
+    /// The peer disconnected and did not return within grace.
     GraceOver,
-    /// The peer left, and there is no grace.
+    /// The peer disconnected, and there is no grace.
     Disconnected,
     /// The peer did not answer a probe in time, and there is no grace.
     Silent,
-    /// The peer was in grace, and a newcomer found no other slot free.
+    /// The peer was in grace, and no other slot was free for a newcomer.
     TakenBy {
         /// The newcomer.
         peer: PeerId,
     },
     /// The answer that granted it could not be delivered.
     Undelivered,
-    /// The rules do not let the peer hold a slot any more.
+    /// The access rules deny the peer a slot now.
     Denied,
-    /// Given up by command: [`crate::Behaviour::release`].
+    /// The embedder released it: [`Behaviour::release`](crate::Behaviour::release).
     Released,
 }
 
 impl FreedReason {
-    /// The reason in a few words, the same for all cases of it.
+    /// The reason in a few words, the same for all values of a variant.
     pub fn kind(&self) -> &'static str {
         match self {
             Self::Expired => "expired",
@@ -159,22 +159,23 @@ impl fmt::Display for FreedReason {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum CircuitEnd {
-    /// Both ends closed it.
+    /// Both peers closed it.
     Finished,
-    /// One direction carried as many bytes as it may, and there was one more.
+    /// One direction exceeded its limit of bytes.
     DataLimit,
-    /// It was open for as long as it may be.
+    /// It reached its time limit.
     TimeLimit,
-    /// One end reset it, or its connection failed.
+    /// One peer reset it, or its connection failed.
     Reset(io::ErrorKind),
-    /// The relay ended it: a peer's slot was given up, or its connection went.
+    /// The relay ended it: a slot was released, a connection closed, or a peer timed out.
     Ended,
-    /// The relay ended it: memory was scarce, and one direction had moved nothing for 10 s though bytes waited.
+    /// The relay ended it: memory was scarce, and one direction had transferred nothing for 10 s though bytes waited. Only
+    /// in `Node`, which has that memory.
     Stalled,
 }
 
 impl CircuitEnd {
-    /// How in a few words, the same for all cases of it.
+    /// The end in a few words, the same for all values of a variant.
     pub fn kind(&self) -> &'static str {
         match self {
             Self::Finished => "finished",
@@ -196,19 +197,19 @@ impl fmt::Display for CircuitEnd {
     }
 }
 
-/// Why a target could not be won for a circuit.
+/// Why a target did not accept a circuit.
 #[derive(Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum StopFailed {
-    /// It is not connected any more.
+    /// It disconnected.
     Gone,
-    /// It does not speak the stop protocol.
+    /// It does not support the stop protocol.
     Unsupported,
     /// It refused, with this status.
     Refused(i32),
-    /// It answered with something that is no answer.
+    /// Its answer could not be decoded.
     Nonsense(BadRequest),
-    /// The stream failed, or the time was up.
+    /// The stream failed, or the time limit was reached.
     Io(io::ErrorKind),
 }
 
@@ -216,10 +217,10 @@ impl fmt::Display for StopFailed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Gone => f.write_str("the target is gone"),
-            Self::Unsupported => f.write_str("the target does not speak the stop protocol"),
+            Self::Unsupported => f.write_str("the target does not support the stop protocol"),
             Self::Refused(status) => write!(f, "the target refused with status {status}"),
             Self::Nonsense(what) => write!(f, "the target answered with {what}"),
-            Self::Io(kind) => write!(f, "the target was asked in vain: {kind}"),
+            Self::Io(kind) => write!(f, "stop request failed: {kind}"),
         }
     }
 }

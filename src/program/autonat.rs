@@ -19,12 +19,20 @@ use std::{
     convert::Infallible,
     sync::Arc,
     task::{Context, Poll},
+    time::Duration,
 };
 
 use libp2p::{
     Multiaddr, PeerId, StreamProtocol,
-    core::{Endpoint, transport::PortUse, upgrade::DeniedUpgrade},
-    futures::{FutureExt, future::BoxFuture},
+    core::{
+        Endpoint,
+        transport::PortUse,
+        upgrade::{DeniedUpgrade, ReadyUpgrade, SelectUpgrade},
+    },
+    futures::{
+        FutureExt,
+        future::{BoxFuture, Either},
+    },
     swarm::{
         ConnectionDenied, ConnectionHandler, ConnectionHandlerEvent, ConnectionId, FromSwarm,
         NetworkBehaviour, SubstreamProtocol, THandler, THandlerInEvent, THandlerOutEvent, ToSwarm,
@@ -33,10 +41,16 @@ use libp2p::{
 };
 
 use self::{exchange::Server, target::Client};
-use crate::{address, behaviour::inbound::Inbound};
+use crate::address;
 
 const VERSION_1: StreamProtocol = StreamProtocol::new("/libp2p/autonat/1.0.0");
 const VERSION_2: StreamProtocol = StreamProtocol::new("/libp2p/autonat/2/dial-request");
+
+/// Both versions of the protocol, the newer first.
+type Inbound = SelectUpgrade<ReadyUpgrade<StreamProtocol>, ReadyUpgrade<StreamProtocol>>;
+
+/// How long a peer may take to negotiate the protocol of a stream.
+const NEGOTIATION_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How many requests of one connection are served at a time. A stream beyond that is reset.
 const MAX_EXCHANGES: usize = 2;
@@ -123,7 +137,9 @@ impl ConnectionHandler for Handler {
     type OutboundOpenInfo = ();
 
     fn listen_protocol(&self) -> SubstreamProtocol<Inbound> {
-        Inbound(VERSION_2, Some(VERSION_1)).listen()
+        let inbound =
+            SelectUpgrade::new(ReadyUpgrade::new(VERSION_2), ReadyUpgrade::new(VERSION_1));
+        SubstreamProtocol::new(inbound, ()).with_timeout(NEGOTIATION_TIMEOUT)
     }
 
     fn on_behaviour_event(&mut self, never: Infallible) {
@@ -131,19 +147,21 @@ impl ConnectionHandler for Handler {
     }
 
     fn on_connection_event(&mut self, event: ConnectionEvent<Inbound, DeniedUpgrade>) {
-        let ConnectionEvent::FullyNegotiatedInbound(FullyNegotiatedInbound {
-            protocol: (stream, protocol),
-            ..
-        }) = event
+        let ConnectionEvent::FullyNegotiatedInbound(FullyNegotiatedInbound { protocol, .. }) =
+            event
         else {
             return;
+        };
+        let (stream, is_version_2) = match protocol {
+            Either::Left(stream) => (stream, true),
+            Either::Right(stream) => (stream, false),
         };
         let Some(client) = self.0.client else {
             return;
         };
         if self.0.exchanges.len() < MAX_EXCHANGES {
             let server = Arc::clone(&self.0.server);
-            let exchange = exchange::serve(server, client, protocol == VERSION_2, stream);
+            let exchange = exchange::serve(server, client, is_version_2, stream);
             self.0.exchanges.push(exchange.boxed());
         }
     }

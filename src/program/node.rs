@@ -196,8 +196,9 @@ impl Node {
             .authenticate(Security::new(&keypair).context("the key cannot secure connections")?)
             .multiplex_ext(move |_, endpoint| {
                 let pending = pending.get(endpoint).inspect(|it| it.progress.set_secured());
-                let (signs, socket) = pending.map(|it| (it.progress.signs, it.socket)).unzip();
-                multiplex.of(endpoint.get_remote_address(), signs, socket.flatten())
+                let (activity, socket) =
+                    pending.map(|it| (it.progress.activity, it.socket)).unzip();
+                multiplex.of(endpoint.get_remote_address(), activity, socket.flatten())
             })
             .timeout(HANDSHAKE_TIMEOUT)
             .boxed();
@@ -383,8 +384,8 @@ impl Node {
         let relay = self.relay();
         let [connections, handshakes] = self.swarm.behaviour().relay.limits.busiest();
         [
-            ("slots", relay.reservations().quota().busiest()),
-            ("circuits", relay.circuits().quota().busiest()),
+            ("slots", relay.view().reservations.quota.busiest()),
+            ("circuits", relay.view().circuits.quota.busiest()),
             ("connections", connections),
             ("handshakes", handshakes),
             ("streams", self.multiplex.shared_pool().busiest()),
@@ -523,8 +524,8 @@ impl Node {
                 log::debug!("connection failed: {address}: {error:#}");
             }
             SwarmEvent::ConnectionEstablished { peer_id, connection_id, endpoint, .. } => {
-                if let Some(signs) = self.counters.take(&endpoint) {
-                    self.relay_mut().listen_to(connection_id, signs);
+                if let Some(activity) = self.counters.take(&endpoint) {
+                    self.relay_mut().track(connection_id, activity);
                 }
                 let address = endpoint.get_remote_address();
                 log::debug!("connection {connection_id} opened: peer {peer_id} at {address}");
@@ -559,11 +560,11 @@ impl Node {
     fn on_observed(&mut self, connection: ConnectionId, address: Multiaddr) {
         let (peer, now) = (self.peer_id(), Instant::now());
         let relay = &self.swarm.behaviour().relay.relay;
-        if let Some(up) = relay.connections().get(connection) {
+        if let Some(up) = relay.view().connections.get(connection) {
             let listening = self.swarm.listeners();
             self.observations.add(connection, &up.origin, &address, peer, listening, now);
         }
-        self.relay_mut().reported(connection, address);
+        self.relay_mut().set_reported_address(connection, address);
     }
 }
 

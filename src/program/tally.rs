@@ -58,7 +58,7 @@ impl<'a> Tally<'a> {
             NodeEvent::Relay(Event::PeerSilent { address, .. }) => {
                 (PEER, "no answer to a probe", None, address)
             }
-            NodeEvent::Relay(Event::ReservationFreed { billed_to: prefix, reason, .. }) => {
+            NodeEvent::Relay(Event::ReservationFreed { prefix, reason, .. }) => {
                 let why = reason.kind();
                 return Some(Self { what: SLOT, why, prefix: *prefix, client: None });
             }

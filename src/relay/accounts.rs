@@ -1,9 +1,7 @@
-//! The accounts: what circuits carried, for each peer while it is connected, and in all since the
-//! start.
+//! Accounts: the bytes that circuits transferred, for each peer while it is connected, and the totals since the start.
 //!
-//! Sans-IO. What counts is payload, as it was delivered: neither the relay's own messages, nor what
-//! the secure channel and the muxer put around it. A circuit counts from when it is opened, its
-//! bytes when it ends; until then they are in its [`Counters`] alone.
+//! Sans-IO. Counted is delivered payload: neither the relay's own messages nor the overhead of the secure channel and the
+//! muxer. A circuit counts from when it opens; its bytes are in its [`Counters`] alone until it ends.
 
 use std::{
     collections::HashMap,
@@ -15,26 +13,26 @@ use std::{
 
 use libp2p::PeerId;
 
-use crate::event::{Carried, CircuitId};
+use crate::event::{BytesTransferred, CircuitId};
 
 /// The accounts of one relay.
 #[derive(Debug, Default)]
 pub struct Accounts {
-    totals: Totals,
-    /// What all circuits together have carried, the open ones included.
+    /// What all peers together used the relay for since it started.
+    pub totals: Totals,
+    /// The bytes of all circuits, of the open ones too.
     relayed: Arc<Counts>,
-    /// Of the peers that are connected and were part of a circuit since.
+    /// The peers that are connected and have been part of a circuit since.
     peers: HashMap<PeerId, Stay>,
 }
 
-/// What a peer used the relay for since it connected: since the first of its connections that are
-/// up without a gap.
+/// What a peer used the relay for since it connected: since the first of its connections that are up without a gap.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Account {
-    /// Circuits that it asked for and got, those that are open included.
+    /// Circuits that it opened, those that are open included.
     pub as_source: u64,
-    /// Circuits that led to it, those that are open included.
+    /// Circuits to it, those that are open included.
     pub as_target: u64,
     /// Payload bytes that it sent and that were delivered, of the circuits that ended.
     pub sent: u64,
@@ -50,128 +48,118 @@ pub struct Totals {
     pub opened: u64,
     /// Circuits that were opened and have ended.
     pub closed: u64,
-    /// Payload bytes that those delivered.
-    pub carried: Carried,
+    /// Payload bytes that the ended circuits delivered.
+    pub transferred: BytesTransferred,
 }
 
-/// What is known of a peer from its first connection to its last.
+/// The account of a peer from its first connection to its last.
 #[derive(Debug)]
 struct Stay {
-    /// Of its circuits the one that was admitted first.
+    /// The first of its circuits that was admitted.
     ///
-    /// What remains of an earlier stay may end during this one, and was admitted before: a circuit
-    /// that is not open when its peer goes never opens.
+    /// Circuits of an earlier stay may end during this one. They were admitted before: a circuit that is not open
+    /// when its peer leaves never opens.
     first: CircuitId,
     account: Account,
 }
 
 impl Accounts {
-    /// What all peers together used the relay for since it started.
-    pub fn totals(&self) -> Totals {
-        self.totals
-    }
-
-    /// What `peer` used the relay for since it connected; `None` if it was part of no circuit, or
-    /// is not connected.
+    /// The account of `peer`; `None` if it has been part of no circuit or is not connected.
     pub fn of(&self, peer: &PeerId) -> Option<Account> {
         self.peers.get(peer).map(|stay| stay.account)
     }
 
-    /// All peers that [`Accounts::of`] has an account of, in no order.
+    /// All accounts, in no order.
     pub fn iter(&self) -> impl Iterator<Item = (PeerId, Account)> {
         self.peers.iter().map(|(peer, stay)| (*peer, stay.account))
     }
 
-    /// What circuits have carried since the relay started, the open ones included.
-    pub fn relayed(&self) -> Carried {
+    /// The bytes of all circuits since the relay started, of the open ones too.
+    pub fn relayed(&self) -> BytesTransferred {
         self.relayed.read()
     }
 
-    /// A circuit was opened between two peers that are connected. Returns where it is to count its bytes.
-    pub fn opened(&mut self, id: CircuitId, source: PeerId, target: PeerId) -> Counters {
+    /// Counts a circuit that opens between two connected peers. Returns where it counts its bytes.
+    pub fn on_opened(&mut self, id: CircuitId, source: PeerId, target: PeerId) -> Counters {
         self.totals.opened += 1;
-        self.open(id, source).as_source += 1;
-        self.open(id, target).as_target += 1;
-        Counters { circuit: Arc::default(), all: Arc::clone(&self.relayed) }
+        for (peer, is_source) in [(source, true), (target, false)] {
+            let new = || Stay { first: id, account: Account::default() };
+            let stay = self.peers.entry(peer).or_insert_with(new);
+            stay.first = stay.first.min(id); // circuits may open in another order
+            *(if is_source { &mut stay.account.as_source } else { &mut stay.account.as_target }) +=
+                1;
+        }
+        Counters { circuit: Arc::default(), relayed: Arc::clone(&self.relayed) }
     }
 
-    fn open(&mut self, id: CircuitId, peer: PeerId) -> &mut Account {
-        let stay =
-            self.peers.entry(peer).or_insert(Stay { first: id, account: Account::default() });
-        stay.first = stay.first.min(id); // circuits may open in another order
-        &mut stay.account
-    }
-
-    /// A circuit that was opened has ended, having carried so much.
-    pub fn closed(&mut self, id: CircuitId, source: PeerId, target: PeerId, carried: Carried) {
-        let Carried { to_target, to_source } = carried;
+    /// Counts an open circuit that ended, and its bytes.
+    pub fn on_closed(
+        &mut self,
+        id: CircuitId,
+        [source, target]: [PeerId; 2],
+        transferred: BytesTransferred,
+    ) {
+        let BytesTransferred { to_target, to_source } = transferred;
         self.totals.closed += 1;
-        self.totals.carried.to_target += to_target;
-        self.totals.carried.to_source += to_source;
-        self.charge(id, source, to_target, to_source);
-        self.charge(id, target, to_source, to_target);
-    }
-
-    fn charge(&mut self, id: CircuitId, peer: PeerId, sent: u64, received: u64) {
-        // Who is gone gets no account any more: nobody would end it.
-        let Some(stay) = self.peers.get_mut(&peer) else {
-            return;
-        };
-        if stay.first <= id {
-            stay.account.sent += sent;
-            stay.account.received += received;
+        self.totals.transferred.to_target += to_target;
+        self.totals.transferred.to_source += to_source;
+        for (peer, sent, received) in
+            [(source, to_target, to_source), (target, to_source, to_target)]
+        {
+            // A peer that left gets no new account: nothing would remove it.
+            if let Some(stay) = self.peers.get_mut(&peer)
+                && stay.first <= id
+            {
+                stay.account.sent += sent;
+                stay.account.received += received;
+            }
         }
     }
 
-    /// The last connection of `peer` is gone.
-    pub fn left(&mut self, peer: &PeerId) {
+    /// Removes the account of a peer whose last connection closed.
+    pub fn remove(&mut self, peer: &PeerId) {
         self.peers.remove(peer);
     }
 }
 
-/// How many bytes one circuit has carried, and whether some wait. Clones share the counts.
+/// Counts the bytes of one circuit, and shows whether some wait. Clones share both.
 #[derive(Clone, Debug)]
 pub struct Counters {
     circuit: Arc<OfCircuit>,
-    all: Arc<Counts>,
+    relayed: Arc<Counts>,
 }
 
 #[derive(Debug, Default)]
 struct OfCircuit {
     counts: Counts,
+    /// Of the bytes to the target, and of those to the source.
     waiting: [AtomicBool; 2],
 }
 
 impl Counters {
-    /// What was carried so far.
-    pub fn read(&self) -> Carried {
+    /// The bytes of the circuit so far.
+    pub fn read(&self) -> BytesTransferred {
         self.circuit.counts.read()
     }
 
-    /// Whether bytes wait that were read, to be taken by the target, and by the source.
+    /// Whether bytes were read that the target, and the source, did not accept yet.
     pub fn waiting(&self) -> [bool; 2] {
         self.circuit.waiting.each_ref().map(|waits| waits.load(Ordering::Relaxed))
     }
 
-    /// Says so. Only the circuit itself does.
+    /// Sets [`Counters::waiting`].
     pub fn set_waiting(&self, waiting: [bool; 2]) {
         for (waits, now) in self.circuit.waiting.iter().zip(waiting) {
             waits.store(now, Ordering::Relaxed);
         }
     }
 
-    /// So much was carried by now. Only the circuit itself says so.
-    pub fn set(&self, carried: Carried) {
-        let before = self.read();
-        if carried == before {
-            return; // what is shared by all stays out of the caches of other cores
+    /// Adds bytes that were delivered.
+    pub fn add(&self, more: BytesTransferred) {
+        for counts in [&self.circuit.counts, &*self.relayed] {
+            counts.to_target.fetch_add(more.to_target, Ordering::Relaxed);
+            counts.to_source.fetch_add(more.to_source, Ordering::Relaxed);
         }
-        let more = Carried {
-            to_target: carried.to_target - before.to_target,
-            to_source: carried.to_source - before.to_source,
-        };
-        self.circuit.counts.add(more);
-        self.all.add(more);
     }
 }
 
@@ -182,61 +170,49 @@ struct Counts {
 }
 
 impl Counts {
-    fn read(&self) -> Carried {
-        Carried {
-            to_target: self.to_target.load(Ordering::Relaxed),
-            to_source: self.to_source.load(Ordering::Relaxed),
+    fn read(&self) -> BytesTransferred {
+        let (to_target, to_source) = (&self.to_target, &self.to_source);
+        BytesTransferred {
+            to_target: to_target.load(Ordering::Relaxed),
+            to_source: to_source.load(Ordering::Relaxed),
         }
-    }
-
-    fn add(&self, more: Carried) {
-        self.to_target.fetch_add(more.to_target, Ordering::Relaxed);
-        self.to_source.fetch_add(more.to_source, Ordering::Relaxed);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        config::Config,
-        relay::circuits::{Circuits, End},
-    };
 
-    const CARRIED: Carried = Carried { to_target: 1000, to_source: 7 };
+    const BYTES: BytesTransferred = BytesTransferred { to_target: 1000, to_source: 7 };
 
-    /// Accounts, and the table that names the circuits.
+    /// Accounts, and two peers between whom circuits open.
     struct House {
         accounts: Accounts,
-        circuits: Circuits<(), ()>,
+        admitted: u64,
         alice: PeerId,
         bob: PeerId,
     }
 
     impl House {
         fn new() -> Self {
-            Self {
-                accounts: Accounts::default(),
-                circuits: Circuits::new(&Config::default()),
-                alice: PeerId::random(),
-                bob: PeerId::random(),
-            }
+            let [alice, bob] = [(); 2].map(|()| PeerId::random());
+            Self { accounts: Accounts::default(), admitted: 0, alice, bob }
         }
 
         fn admit(&mut self) -> CircuitId {
-            let [source, target] = [self.alice, self.bob].map(|peer| End { peer, connection: () });
-            self.circuits.add(source, target, None, (), std::time::Instant::now()).0
+            self.admitted += 1;
+            CircuitId(self.admitted)
         }
 
         /// From Alice to Bob.
         fn open(&mut self) -> CircuitId {
             let id = self.admit();
-            self.accounts.opened(id, self.alice, self.bob);
+            self.accounts.on_opened(id, self.alice, self.bob);
             id
         }
 
         fn close(&mut self, id: CircuitId) {
-            self.accounts.closed(id, self.alice, self.bob, CARRIED);
+            self.accounts.on_closed(id, [self.alice, self.bob], BYTES);
         }
     }
 
@@ -258,35 +234,36 @@ mod tests {
         let id = house.open();
         let alices = house.accounts.of(&house.alice).unwrap();
         assert_eq!((alices.as_source, alices.sent), (1, 0));
-        let before = house.accounts.totals();
+        let before = house.accounts.totals;
         house.close(id);
-        let after = house.accounts.totals();
+        let after = house.accounts.totals;
         assert_eq!((before.opened, before.closed), (1, 0));
         assert_eq!((after.opened, after.closed), (1, 1));
-        assert_eq!((before.carried, after.carried), (Carried::default(), CARRIED));
+        let none = BytesTransferred::default();
+        assert_eq!((before.transferred, after.transferred), (none, BYTES));
     }
 
     #[test]
-    fn who_left_has_no_account_and_gets_none_by_the_end_of_its_circuits() {
+    fn a_peer_that_left_has_no_account_and_gets_none_when_its_circuits_end() {
         let mut house = House::new();
         let id = house.open();
-        house.accounts.left(&house.bob);
+        house.accounts.remove(&house.bob);
         house.close(id);
         assert_eq!(house.accounts.of(&house.bob), None);
         assert_eq!(house.accounts.of(&house.alice).unwrap().sent, 1000);
-        house.accounts.left(&house.alice);
+        house.accounts.remove(&house.alice);
         assert_eq!(house.accounts.iter().count(), 0);
-        assert_eq!(house.accounts.totals().carried, CARRIED, "for good");
+        assert_eq!(house.accounts.totals.transferred, BYTES, "for good");
     }
 
     #[test]
-    fn who_came_back_does_not_pay_for_an_earlier_stay() {
+    fn a_peer_that_came_back_does_not_pay_for_an_earlier_stay() {
         let mut house = House::new();
         let old = house.open();
-        house.accounts.left(&house.bob);
+        house.accounts.remove(&house.bob);
         let (second, third) = (house.admit(), house.admit());
         for id in [third, second] {
-            house.accounts.opened(id, house.alice, house.bob);
+            house.accounts.on_opened(id, house.alice, house.bob);
         }
         house.close(old);
         assert_eq!(house.accounts.of(&house.bob).unwrap().received, 0);
@@ -295,5 +272,16 @@ mod tests {
         house.close(third);
         let bobs = house.accounts.of(&house.bob).unwrap();
         assert_eq!((bobs.as_target, bobs.received), (2, 2000));
+    }
+
+    #[test]
+    fn the_bytes_of_a_circuit_are_among_those_of_all() {
+        let mut house = House::new();
+        let [one, other] =
+            [1, 2].map(|id| house.accounts.on_opened(CircuitId(id), house.alice, house.bob));
+        one.add(BYTES);
+        other.add(BytesTransferred { to_source: 1, ..BYTES });
+        assert_eq!(one.read(), BYTES);
+        assert_eq!(house.accounts.relayed(), BytesTransferred { to_target: 2000, to_source: 8 });
     }
 }

@@ -1,46 +1,41 @@
-//! What the relay decides, as values: to be carried out by the owner of the connections.
+//! What the relay decides, as values: carried out by the owner of the connections.
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use libp2p::{PeerId, futures::channel::oneshot};
 
 use super::{
     accounts::Counters,
     bandwidth::{Ends, Link},
-    circuits::End,
-    connections::Origin,
+    connections::{End, PendingRequest},
     reservations::Receipt,
 };
 use crate::{
-    access::Terms,
     event::{CircuitId, Event},
     wire::{Limit, Status},
 };
 
-/// Something to be done. `R` is the reply handle of a request.
+/// Something to do. `R` is the reply handle of a request.
 #[derive(Debug)]
 pub enum Action<C, R> {
     /// Answer a RESERVE with OK. Then report whether the answer arrived, or that it could not be signed:
-    /// [`crate::relay::Relay::on_delivered`], [`crate::relay::Relay::on_sign_failed`].
+    /// [`Relay::on_delivered`](super::Relay::on_delivered), [`Relay::on_sign_failed`](super::Relay::on_sign_failed).
     Grant {
         /// The request.
-        request: Pending<C, R>,
-        /// Names the answer.
+        request: PendingRequest<C, R>,
+        /// Identifies the answer.
         receipt: Receipt,
         /// The limits of circuits to the peer.
-        terms: Terms,
+        limit: Limit,
         /// When the reservation's term ends.
         expires: Instant,
     },
     /// Answer a request with a status other than OK.
     Refuse(R, Status),
-    /// Ask `target` over a stop stream whether it takes a circuit, and report its answer:
-    /// [`crate::relay::Relay::on_target_answered`].
+    /// Ask `target` on a stop stream whether it accepts a circuit, and report its answer:
+    /// [`Relay::on_target_answered`](super::Relay::on_target_answered).
     AskTarget {
-        /// The peer that is asked, and the connection of its reservation.
+        /// The target, and the connection of its reservation.
         target: End<C>,
         /// The circuit.
         circuit: CircuitId,
@@ -48,42 +43,29 @@ pub enum Action<C, R> {
         source: PeerId,
         /// What it may carry.
         limit: Limit,
-        /// Is cancelled when the target need not answer any more.
+        /// Is cancelled when the relay ends the circuit.
         ended: oneshot::Receiver<()>,
     },
-    /// Ask the peer for a sign of life, and wait for it for so long.
+    /// Probe the peer, and wait this long for the answer.
     Probe(End<C>, Duration),
     /// Keep the connection while it holds a reservation; `false`: it holds none any more.
     Hold(End<C>, bool),
     /// Close a connection.
     Close(End<C>),
-    /// Tell the relay's owner.
-    Tell(Event),
+    /// Report an event to the embedder.
+    Report(Event),
 }
 
-/// A request that is yet to be answered.
-///
-/// Dropping its reply handle leaves it unanswered: its stream is reset.
-#[derive(Debug)]
-pub struct Pending<C, R> {
-    /// The peer, and the connection that the request came over.
-    pub from: End<C>,
-    /// Where that connection comes from.
-    pub origin: Arc<Origin>,
-    /// Takes the answer.
-    pub reply: R,
-}
-
-/// What a circuit may carry: what both of its peers were told, and what the others leave it.
+/// What a circuit may carry, and where it counts what it carries.
 #[derive(Debug)]
 pub struct CircuitParameters {
-    /// As on the wire.
+    /// The limits, as told to both peers.
     pub limit: Limit,
-    /// The link that it shares with the others.
+    /// The link whose bandwidth it shares with the other circuits.
     pub link: Link,
-    /// Its peers, by which that is shared.
+    /// Its source and its target.
     pub ends: Ends,
-    /// Where it counts what it carries.
+    /// Counts the bytes that it carries.
     pub counters: Counters,
     /// Is cancelled when the relay ends it.
     pub ended: oneshot::Receiver<()>,

@@ -1,10 +1,10 @@
-//! Shares of the link: how many payload bytes a second all circuits may carry together, and how
-//! many those of one peer.
+//! Fair queueing of the link: how many payload bytes a second all circuits may carry together, and how many those of one
+//! peer.
 //!
-//! Sans-IO. A circuit pays afterwards: it carries a piece, and carries the next one when all that was
-//! carried before it, by anyone, is paid for. So everyone who wants more than there is has one piece
-//! at a time in the queue, and gets as much as the others; and who wants little never waits longer
-//! than one round of pieces. The queue is a single instant: when everything in it will be paid for.
+//! Sans-IO. A circuit pays afterwards: it carries a quantum, and carries the next one once all that was carried before,
+//! by any circuit, is paid for. So each circuit that wants more than its fair share has one quantum at a time in the
+//! queue and gets as much as the others; one that wants less waits for one round at most. The queue is a single instant:
+//! when everything in it will be paid for.
 
 use std::{
     collections::HashMap,
@@ -16,28 +16,28 @@ use libp2p::PeerId;
 
 use crate::config::Config;
 
-/// How long it takes to pay for one piece of everyone who waits.
+/// How long it takes to pay for one quantum of each circuit that waits.
 ///
-/// Short, because a circuit that begins carries its first piece before anyone has paid for it.
+/// Short, because a new circuit carries its first quantum at once.
 const ROUND: Duration = Duration::from_millis(50);
 
-/// No piece gets smaller than this, in bytes, unless all of a round is: it would be mostly headers.
-const LEAST_PIECE: u64 = 1024;
+/// The smallest quantum in bytes, unless a whole round is smaller: a smaller one would be mostly headers.
+const LEAST_QUANTUM: u64 = 1024;
 
-/// What was not used for so long may be made up for: timers come late.
+/// Bandwidth that was not used for up to this long may be used later: timers fire late.
 const BURST: Duration = Duration::from_millis(50);
 
-/// The link of one relay.
+/// The bandwidth of one relay.
 #[derive(Debug)]
 pub struct Bandwidth {
-    /// How much all circuits may carry together, and those of one peer, in bytes a second; zero: no cap.
+    /// The caps of all circuits together and of those of one peer, in bytes a second; zero: no cap.
     caps: [u64; 2],
     all: Queue,
-    /// Of the peers whose circuits carried something a moment ago.
+    /// The peers whose circuits carried something a moment ago.
     peers: HashMap<PeerId, Queue>,
 }
 
-/// The link of one relay, which its circuits use wherever they run.
+/// The bandwidth of one relay, shared by its circuits wherever they run.
 #[derive(Clone, Debug)]
 pub struct Link(Arc<Mutex<Bandwidth>>);
 
@@ -46,15 +46,15 @@ impl Link {
         Self(Arc::new(Mutex::new(Bandwidth::new(config, now))))
     }
 
-    pub(crate) fn bandwidth(&self) -> MutexGuard<'_, Bandwidth> {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Bandwidth> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// What was carried under one cap, and is being paid for.
+/// What was carried under one cap and is not paid for yet.
 #[derive(Clone, Copy, Debug)]
 struct Queue {
-    /// When all of it will be.
+    /// When all of it will be paid for.
     paid_at: Instant,
     /// How many circuits wait for that.
     waiting: u32,
@@ -64,56 +64,58 @@ struct Queue {
 pub type Ends = [PeerId; 2];
 
 impl Bandwidth {
-    /// Nothing was carried yet.
+    /// An unused link.
     pub fn new(config: &Config, now: Instant) -> Self {
-        let caps = [config.bandwidth, config.bandwidth_per_peer];
-        Self { caps, all: Queue::new(now), peers: HashMap::new() }
+        let all = Queue { paid_at: now, waiting: 0 };
+        Self { caps: [config.bandwidth, config.bandwidth_per_peer], all, peers: HashMap::new() }
     }
 
-    /// This configuration holds from the next piece of each circuit on.
+    /// Replaces the caps, from the next quantum of each circuit on.
     pub fn configure(&mut self, config: &Config, now: Instant) {
         self.caps = [config.bandwidth, config.bandwidth_per_peer];
-        // What is owed was counted at the old price.
+        // What is not paid for yet was counted with the old caps.
         for queue in self.peers.values_mut().chain([&mut self.all]) {
             queue.paid_at = queue.paid_at.min(now);
         }
     }
 
-    /// How many bytes a circuit may carry at a time; `None`: there is no cap.
-    pub fn piece(&self, ends: Ends) -> Option<usize> {
+    /// How many bytes a circuit may carry at a time; `None`: no cap.
+    pub fn quantum(&self, ends: Ends) -> Option<usize> {
         let [total, per_peer] = self.caps;
-        let total = self.all.piece(total);
-        let of = |peer| match self.peers.get(peer) {
-            Some(queue) => queue.piece(per_peer),
-            None => whole_round(per_peer),
-        };
-        let least = ends.iter().filter_map(of).chain(total).min()?;
+        if self.caps == [0, 0] {
+            return None;
+        }
+        let of_peers = ends.iter().filter_map(|peer| {
+            let waiting = self.peers.get(peer).map_or(0, |queue| queue.waiting);
+            quantum(per_peer, waiting)
+        });
+        let least = of_peers.chain(quantum(total, self.all.waiting)).min()?;
         Some(usize::try_from(least).unwrap_or(usize::MAX))
     }
 
-    /// A circuit carried so many bytes. When it may carry more, if it has to wait for that: until
-    /// [`Bandwidth::waited`] it counts as waiting.
-    pub fn carried(&mut self, ends: Ends, bytes: usize, now: Instant) -> Option<Instant> {
+    /// Charges a circuit for bytes that it carried. Returns when it may carry more, if it has to wait for that: until
+    /// [`Bandwidth::end_wait`] it counts as waiting.
+    pub fn charge(&mut self, ends: Ends, bytes: usize, now: Instant) -> Option<Instant> {
         let [total, per_peer] = self.caps;
         let mut next = self.all.charge(bytes, total, now);
         if per_peer > 0 {
             for peer in ends {
-                let queue = self.peers.entry(peer).or_insert(Queue::new(now));
+                let queue = self.peers.entry(peer).or_insert(Queue { paid_at: now, waiting: 0 });
                 next = next.max(queue.charge(bytes, per_peer, now));
             }
         }
         (next > now).then(|| {
-            self.each(ends, |queue| queue.waiting += 1);
+            self.for_each(ends, |queue| queue.waiting += 1);
             next
         })
     }
 
-    /// A circuit that had to wait does so no longer.
-    pub fn waited(&mut self, ends: Ends) {
-        self.each(ends, |queue| queue.waiting = queue.waiting.saturating_sub(1));
+    /// Ends the wait of a circuit.
+    pub fn end_wait(&mut self, ends: Ends) {
+        self.for_each(ends, |queue| queue.waiting = queue.waiting.saturating_sub(1));
     }
 
-    fn each(&mut self, ends: Ends, change: impl Fn(&mut Queue)) {
+    fn for_each(&mut self, ends: Ends, change: impl Fn(&mut Queue)) {
         change(&mut self.all);
         for peer in ends {
             if let Some(queue) = self.peers.get_mut(&peer) {
@@ -122,30 +124,14 @@ impl Bandwidth {
         }
     }
 
-    /// Forgets the peers who owe nothing.
+    /// Forgets the peers that owe nothing.
     pub fn forget_paid(&mut self, now: Instant) {
         self.peers.retain(|_, queue| queue.waiting > 0 || queue.paid_at + BURST > now);
-    }
-
-    /// How many peers are remembered.
-    pub fn peers(&self) -> usize {
-        self.peers.len()
     }
 }
 
 impl Queue {
-    fn new(now: Instant) -> Self {
-        Self { paid_at: now, waiting: 0 }
-    }
-
-    /// The part of a round for one more than wait already.
-    fn piece(&self, rate: u64) -> Option<u64> {
-        let round = whole_round(rate)?;
-        let piece = round / (u64::from(self.waiting) + 1);
-        Some(piece.max(LEAST_PIECE.min(round)))
-    }
-
-    /// When these bytes will be paid for; at once, where there is no cap.
+    /// Returns when these bytes will be paid for; without a cap, `now`.
     fn charge(&mut self, bytes: usize, rate: u64, now: Instant) -> Instant {
         let nanos = (bytes as u64).saturating_mul(1_000_000_000).checked_div(rate);
         let Some(nanos) = nanos else {
@@ -157,10 +143,11 @@ impl Queue {
     }
 }
 
-/// How many bytes are carried in a round, at least one; `None`: there is no cap.
-fn whole_round(rate: u64) -> Option<u64> {
+/// The share of a round for one circuit more than wait already; `None`: no cap.
+fn quantum(rate: u64, waiting: u32) -> Option<u64> {
     let rounds_per_second = 1000 / ROUND.as_millis() as u64;
-    (rate > 0).then(|| (rate / rounds_per_second).max(1))
+    let round = (rate > 0).then(|| (rate / rounds_per_second).max(1))?;
+    Some((round / (u64::from(waiting) + 1)).max(LEAST_QUANTUM.min(round)))
 }
 
 #[cfg(test)]
@@ -221,18 +208,18 @@ mod tests {
                 }
                 let circuit = &mut self.circuits[who];
                 if waited {
-                    self.bandwidth.waited(circuit.ends);
+                    self.bandwidth.end_wait(circuit.ends);
                 }
-                let piece = self.bandwidth.piece(circuit.ends).expect("a cap") as u64;
-                let there = circuit.wants.map_or(piece, |rate| {
+                let quantum = self.bandwidth.quantum(circuit.ends).expect("a cap") as u64;
+                let there = circuit.wants.map_or(quantum, |rate| {
                     let sent = (now - self.start).as_secs_f64() * rate as f64;
                     sent as u64 - circuit.carried
                 });
-                let bytes = piece.min(there);
+                let bytes = quantum.min(there);
                 circuit.carried += bytes;
                 let next = match bytes {
                     0 => None,
-                    _ => self.bandwidth.carried(circuit.ends, bytes as usize, now),
+                    _ => self.bandwidth.charge(circuit.ends, bytes as usize, now),
                 };
                 let next = match next {
                     Some(then) => (then + self.late, true, who),
@@ -339,13 +326,13 @@ mod tests {
         let now = Instant::now();
         let ends = [PeerId::random(), PeerId::random()];
         let mut bandwidth = Bandwidth::new(&caps(0, 0), now);
-        assert_eq!(bandwidth.piece(ends), None);
-        assert_eq!(bandwidth.carried(ends, usize::MAX, now), None);
-        assert_eq!(bandwidth.peers(), 0);
+        assert_eq!(bandwidth.quantum(ends), None);
+        assert_eq!(bandwidth.charge(ends, usize::MAX, now), None);
+        assert_eq!(bandwidth.peers.len(), 0);
         // The largest there is does not overflow either.
         bandwidth.configure(&caps(u64::MAX, u64::MAX), now);
-        assert!(bandwidth.piece(ends).is_some());
-        assert_eq!(bandwidth.carried(ends, 65_536, now), None);
+        assert!(bandwidth.quantum(ends).is_some());
+        assert_eq!(bandwidth.charge(ends, 65_536, now), None);
     }
 
     #[test]
@@ -353,14 +340,14 @@ mod tests {
         let now = Instant::now();
         let ends = [PeerId::random(), PeerId::random()];
         let mut bandwidth = Bandwidth::new(&caps(0, 10), now);
-        let next = bandwidth.carried(ends, 20, now).expect("it has to wait");
+        let next = bandwidth.charge(ends, 20, now).expect("it has to wait");
         bandwidth.forget_paid(next + BURST);
-        assert_eq!(bandwidth.peers(), 2);
-        bandwidth.waited(ends);
+        assert_eq!(bandwidth.peers.len(), 2);
+        bandwidth.end_wait(ends);
         bandwidth.forget_paid(next);
-        assert_eq!(bandwidth.peers(), 2);
+        assert_eq!(bandwidth.peers.len(), 2);
         bandwidth.forget_paid(next + BURST);
-        assert_eq!(bandwidth.peers(), 0);
+        assert_eq!(bandwidth.peers.len(), 0);
     }
 
     #[test]
@@ -368,10 +355,10 @@ mod tests {
         let now = Instant::now();
         let ends = [PeerId::random(), PeerId::random()];
         let mut bandwidth = Bandwidth::new(&caps(1, 0), now);
-        assert!(bandwidth.carried(ends, 1000, now).is_some());
+        assert!(bandwidth.charge(ends, 1000, now).is_some());
         bandwidth.configure(&caps(MB, 0), now);
-        bandwidth.waited(ends);
-        let next = bandwidth.carried(ends, 1000, now);
+        bandwidth.end_wait(ends);
+        let next = bandwidth.charge(ends, 1000, now);
         assert_eq!(next, Some(now + Duration::from_millis(1)));
     }
 }

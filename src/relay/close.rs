@@ -1,71 +1,65 @@
-//! Which connections the relay closes: all of them, a few at a time, while it drains; and one for another, where there
-//! is no room for both.
+//! Which connections the relay closes: all of them, a few at a time, while it drains; and one for another, when there is
+//! no room for both.
 //!
-//! While it drains no request is granted. A client whose connection was closed is back within seconds, here or
-//! elsewhere; one that was refused may stay away for an hour. So a request is answered by closing its connection.
-//! Spread out, because clients that leave together come back together. Circuits stay for as long as they may.
+//! While it drains, it grants no request. A client whose connection was closed is back within seconds, here or at another
+//! relay; one that was refused may stay away for an hour. So a request is answered by closing its connection. The closes
+//! are spread over the drain time, because clients that leave together come back together. Circuits stay.
 
 use std::{cmp::Reverse, hash::Hash, time::Instant};
 
 use libp2p::PeerId;
 
-use super::{Action, Draining, Pending, Relay, circuits::End};
-use crate::{address::ClientPrefix, event::Refused};
-
-impl<R> Draining<R> {
-    /// How many of `unused` connections are due: with those that remain, as many in the same time
-    /// from now on.
-    fn due(&mut self, unused: usize, now: Instant) -> usize {
-        if now >= self.until {
-            return unused;
-        }
-        let since = now.saturating_duration_since(self.looked);
-        let left = self.until.saturating_duration_since(self.looked);
-        self.due += unused as f64 * since.as_secs_f64() / left.as_secs_f64();
-        self.looked = now;
-        let due = self.due.floor();
-        self.due -= due;
-        due as usize
-    }
-}
+use super::{
+    Action, Draining, Relay,
+    connections::{Connection, End},
+};
+use crate::event::Refused;
 
 impl<C: Copy + Ord + Hash, R> Relay<C, R> {
-    /// Takes nobody in from now on, and closes all connections without a circuit until then.
+    /// Drains: refuses newcomers from now on, and closes all connections without a circuit until then.
     pub fn drain(&mut self, until: Instant, now: Instant) {
-        self.draining = Some(Draining { until, looked: now, due: 0.0, unanswered: Vec::new() });
-        for newcomer in self.reclaim.take() {
+        self.draining = Some(Draining { until, last: now, due: 0.0, unanswered: Vec::new() });
+        for newcomer in std::mem::take(&mut self.waiting) {
             self.refuse(newcomer.request, Refused::Draining);
         }
-        self.hurry(now);
+        self.bring_sweep_forward(now);
     }
 
-    /// Takes clients in again.
+    /// Ends a drain.
     pub fn resume(&mut self) {
         self.draining = None;
     }
 
-    /// Whether it takes nobody in.
+    /// Whether the relay drains.
     pub fn is_draining(&self) -> bool {
         self.draining.is_some()
     }
 
-    /// Closes as many connections as are due. One whose last circuit ends is one of them.
-    pub(super) fn give_back(&mut self, now: Instant) {
+    /// Closes as many connections as are due in a drain, one whose last circuit ended included.
+    pub(super) fn close_due(&mut self, now: Instant) {
         let Some(draining) = &mut self.draining else {
             return;
         };
-        let mut unused = self.connections.without_circuits();
-        let due = draining.due(unused.len(), now);
+        let unused = self.connections.iter().filter(|(_, up)| up.circuits == 0 && !up.is_closing);
+        let unused = unused.map(|(connection, up)| End { peer: up.origin.peer, connection });
+        let mut unused: Vec<_> = unused.collect();
+        let mut due = unused.len();
+        if now < draining.until {
+            // The rate at which those that remain are closed in the time that remains.
+            let left = draining.until.saturating_duration_since(draining.last).as_secs_f64();
+            let passed = now.saturating_duration_since(draining.last).as_secs_f64();
+            draining.due += due as f64 * passed / left;
+            draining.last = now;
+            due = draining.due as usize;
+            draining.due -= due as f64;
+        }
         unused.sort_unstable_by_key(|end| end.connection);
         unused.into_iter().take(due).for_each(|end| self.close(end));
     }
 
-    /// Turns a request down: with its status, or, where there is none for it, without a word.
-    pub(super) fn turn_down(&mut self, request: Pending<C, R>, reason: &Refused) {
-        let Pending { from, reply, .. } = request;
-        if let Some(status) = reason.status() {
-            self.actions.push_back(Action::Refuse(reply, status));
-        } else if !self.connections.carries_circuits(from.connection) {
+    /// Answers a request by closing its connection, unless that carries circuits.
+    pub(super) fn close_unanswered(&mut self, from: End<C>, reply: R) {
+        if self.connections.get(from.connection).is_some_and(|up| up.circuits == 0) {
             self.close(from);
             if let Some(draining) = &mut self.draining {
                 draining.unanswered.push(reply);
@@ -73,41 +67,37 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         }
     }
 
-    /// Has a connection closed; from now on it counts as one that closes.
+    /// Closes a connection, and marks it as closing.
     pub(super) fn close(&mut self, connection: End<C>) {
-        self.connections.closing(connection.connection);
+        self.connections.mark_closing(connection.connection);
         self.actions.push_back(Action::Close(connection));
     }
 
-    /// Closes that connection of `peer` but `but` on which nothing was heard for the longest, as if
-    /// it were gone.
+    /// Makes room for the connection `but` of `peer`: closes that other one of it which has been silent for longest, and
+    /// handles it as closed at once.
     pub fn close_longest_silent_of(&mut self, peer: PeerId, but: C, now: Instant) {
-        self.connections.listen(now);
-        let silence = |id: &C| self.connections.get(*id).map(|c| c.silent_for(now));
-        let others = self.connections.open_of(&peer).filter(|id| *id != but);
-        // Of several that were heard at once, the first: the oldest.
-        let Some(connection) = others.min_by_key(|id| Reverse(silence(id))) else {
+        self.connections.poll_counters(now);
+        let others = self.connections.of(&peer).filter(|(id, up)| *id != but && !up.is_closing);
+        // The oldest of several that have been silent for the same time.
+        let silent = others.min_by_key(|(_, up)| Reverse(up.liveness.silent_for(now)));
+        let Some((connection, _)) = silent else {
             return;
         };
-        log::debug!("another connection of peer {peer} takes the place of one of its own");
+        log::debug!("connection closed: peer {peer}: another connection of it replaces it");
         let replaced = End { peer, connection };
-        self.give_up(replaced, now);
+        self.abandon(replaced, now);
         self.close(replaced);
     }
 
-    /// The idle connections of peers that hold no slot, with their clients' prefixes and since when they are
-    /// idle; in no order.
-    pub fn idle_strangers(&self) -> impl Iterator<Item = (End<C>, Option<ClientPrefix>, Instant)> {
-        let is_stranger = |end: &End<C>| self.reservations.ends(&end.peer).is_none();
-        self.connections.idle().filter(move |(end, ..)| is_stranger(end))
+    /// The idle connections of peers that hold no slot, in no order.
+    pub fn idle_strangers(&self) -> impl Iterator<Item = (C, &Connection)> {
+        let is_stranger = |up: &Connection| self.reservations.get(&up.origin.peer).is_none();
+        self.connections.idle().filter(move |(_, up)| is_stranger(up))
     }
 
-    /// Closes an idle connection to make room for another.
+    /// Closes an idle connection to make room for another one.
     pub fn close_stranger(&mut self, stranger: End<C>) {
-        log::debug!(
-            "idle connection of peer {} closed: another one takes its place",
-            stranger.peer
-        );
+        log::debug!("connection closed: peer {}: idle, another peer needs the room", stranger.peer);
         self.close(stranger);
     }
 }
@@ -117,7 +107,7 @@ mod drain_tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::{config::Config, relay::connections::Connection, wire::Request};
+    use crate::{config::Config, wire::Request};
 
     const DRAIN: Duration = Duration::from_secs(8);
 
@@ -127,7 +117,7 @@ mod drain_tests {
         let connect = |connection| {
             let peer = PeerId::random();
             let address = "/memory/1".parse().unwrap();
-            relay.on_connected(connection, Connection::new(peer, address, false, 0, now));
+            relay.connections.add(connection, Connection::new(peer, address, false, 0, now));
             End { peer, connection }
         };
         let ends = (0..connections).map(connect).collect();
@@ -137,7 +127,7 @@ mod drain_tests {
     /// The connections that are closed, and whether anything was answered.
     fn actions(relay: &mut Relay<u32, ()>) -> (Vec<u32>, bool) {
         let (mut closed, mut answered) = (Vec::new(), false);
-        while let Some(action) = relay.next_action() {
+        while let Some(action) = relay.actions.pop_front() {
             match action {
                 Action::Close(end) => closed.push(end.connection),
                 Action::Refuse(..) | Action::Grant { .. } => answered = true,
@@ -151,7 +141,7 @@ mod drain_tests {
     fn circuit(relay: &mut Relay<u32, ()>, ends: &[End<u32>], now: Instant) {
         relay.handle_request(ends[1], Ok(Request::Reserve), (), now);
         relay.handle_request(ends[0], Ok(Request::Connect(ends[1].peer)), (), now);
-        let (id, _) = relay.circuits().iter().next().expect("it is admitted");
+        let (id, _) = relay.circuits.iter().next().expect("it is admitted");
         assert!(relay.on_target_answered(id, Ok(()), now).is_some());
         actions(relay);
     }
@@ -167,8 +157,8 @@ mod drain_tests {
                 relay.set_config(config, start).unwrap();
                 relay.drain(start + DRAIN, start);
                 let mut closed = 0;
-                while relay.sweep_due() <= start + DRAIN {
-                    let now = relay.sweep_due();
+                while relay.sweep_due <= start + DRAIN {
+                    let now = relay.sweep_due;
                     relay.sweep(now);
                     closed += actions(&mut relay).0.len();
                     let part = (now - start).as_secs_f64() / DRAIN.as_secs_f64();
@@ -188,7 +178,7 @@ mod drain_tests {
         relay.drain(start + DRAIN, start);
         relay.sweep(start + DRAIN);
         assert_eq!(actions(&mut relay).0, [2]);
-        let (id, _) = relay.circuits().iter().next().expect("it is still there");
+        let (id, _) = relay.circuits.iter().next().expect("it is still there");
         let ended = crate::CircuitEnd::Finished;
         relay.on_circuit_ended(id, ended, start + DRAIN);
         relay.sweep(start + DRAIN);
@@ -227,18 +217,14 @@ mod preemption_tests {
 
     use super::*;
     use crate::{
-        activity::Signs,
-        config::Config,
-        event::Event,
-        relay::{Action, connections::Connection},
-        wire::Request,
+        activity::ActivityCounter, config::Config, event::Event, relay::Action, wire::Request,
     };
 
     /// A relay whose connections bear numbers, and come up a second after each other.
     struct Clients {
         relay: Relay<u32, ()>,
         ends: Vec<End<u32>>,
-        signs: Vec<Signs>,
+        activity: Vec<ActivityCounter>,
         now: Instant,
     }
 
@@ -259,7 +245,7 @@ mod preemption_tests {
             Self {
                 relay: Relay::new(Config::default(), now).unwrap(),
                 ends: Vec::new(),
-                signs: Vec::new(),
+                activity: Vec::new(),
                 now,
             }
         }
@@ -272,10 +258,10 @@ mod preemption_tests {
             self.pass_a_second();
             let (connection, address) = (self.ends.len() as u32, "/memory/1".parse().unwrap());
             let up = Connection::new(peer, address, false, 0, self.now);
-            let signs = Signs::default();
-            self.relay.on_connected(connection, up);
-            self.relay.listen_to(connection, signs.clone());
-            self.signs.push(signs);
+            let activity = ActivityCounter::default();
+            self.relay.connections.add(connection, up);
+            self.relay.connections.get_mut(connection).unwrap().track(activity.clone());
+            self.activity.push(activity);
             self.ends.push(End { peer, connection });
             connection
         }
@@ -283,7 +269,7 @@ mod preemption_tests {
         fn reserve(&mut self, connection: u32) {
             let (from, now) = (self.ends[connection as usize], self.now);
             self.relay.handle_request(from, Ok(Request::Reserve), (), now);
-            while let Some(action) = self.relay.next_action() {
+            while let Some(action) = self.relay.actions.pop_front() {
                 if let Action::Grant { receipt, .. } = action {
                     self.relay.on_delivered(from.peer, receipt, true, now);
                 }
@@ -295,7 +281,7 @@ mod preemption_tests {
         fn circuit(&mut self, source: u32, target: PeerId) -> oneshot::Receiver<()> {
             let (from, now) = (self.ends[source as usize], self.now);
             self.relay.handle_request(from, Ok(Request::Connect(target)), (), now);
-            let asked = std::iter::from_fn(|| self.relay.next_action()).find_map(|action| {
+            let asked = std::iter::from_fn(|| self.relay.actions.pop_front()).find_map(|action| {
                 let Action::AskTarget { circuit, .. } = action else {
                     return None;
                 };
@@ -307,7 +293,7 @@ mod preemption_tests {
         }
 
         fn slot_of(&self, peer: PeerId) -> Option<u32> {
-            self.relay.reservations().connection(&peer)
+            self.relay.reservations.get(&peer)?.connection
         }
 
         /// A second later, the connection takes the place of another of its peer's.
@@ -320,18 +306,17 @@ mod preemption_tests {
 
         /// The connections of the idle strangers.
         fn idle_strangers(&self) -> Vec<u32> {
-            let mut idle: Vec<_> =
-                self.relay.idle_strangers().map(|(end, ..)| end.connection).collect();
+            let mut idle: Vec<_> = self.relay.idle_strangers().map(|(id, _)| id).collect();
             idle.sort_unstable();
             idle
         }
 
         fn did(&mut self) -> Did {
             let mut did = Did::default();
-            while let Some(action) = self.relay.next_action() {
+            while let Some(action) = self.relay.actions.pop_front() {
                 match action {
                     Action::Close(end) => did.closed.push(end.connection),
-                    Action::Tell(Event::GraceBegan { .. }) => did.graces_begun += 1,
+                    Action::Report(Event::GraceBegan { .. }) => did.graces_begun += 1,
                     _ => {}
                 }
             }
@@ -359,7 +344,7 @@ mod preemption_tests {
         let (mut clients, alice) = (Clients::none(), PeerId::random());
         let [first, second] = [0; 2].map(|_| clients.connect(alice));
         clients.reserve(first);
-        clients.signs[first as usize].heard(1);
+        clients.activity[first as usize].add(1);
         let third = clients.connect(alice);
         assert_eq!(clients.replaces_its_own(third), closed(second));
         assert_eq!(clients.slot_of(alice), Some(first));
@@ -370,7 +355,7 @@ mod preemption_tests {
         let (mut clients, alice) = (Clients::none(), PeerId::random());
         let old = [0; 3].map(|_| clients.connect(alice));
         let new = clients.connect(alice);
-        clients.relay.heard(alice, clients.now); // on all of them at once
+        clients.relay.connections.record_activity(&alice, clients.now); // on all of them at once
         for old in old {
             assert_eq!(clients.replaces_its_own(new), closed(old));
         }
@@ -391,7 +376,7 @@ mod preemption_tests {
         assert_eq!(ended, [true, false]);
         let _over_the_new_one = clients.circuit(carol, alice); // at once
         let ends = |clients: &Clients, of| {
-            let circuits = clients.relay.circuits().over(clients.ends[of as usize]);
+            let circuits = clients.relay.circuits.over(clients.ends[of as usize]);
             circuits.len()
         };
         assert_eq!(ends(&clients, second), 1);

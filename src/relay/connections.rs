@@ -1,52 +1,39 @@
-//! The connections that are up: whose they are, from where, and which of them are idle.
+//! The connections that are up: their peers, where they come from, and which of them are idle.
 //!
-//! Sans-IO. A connection is *idle* while it neither holds a reservation nor carries a circuit,
-//! whatever else is open on it: a stranger with a stalled stream does not stay for ever.
+//! Sans-IO. A connection is *idle* while it neither holds a reservation nor carries a circuit, whatever streams are open
+//! on it: a stalled stream does not keep a connection.
 
 use std::{
     collections::{HashMap, HashSet, hash_map::Entry},
+    hash::Hash,
     sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
 use libp2p::{Multiaddr, PeerId};
 
-use super::{circuits::End, heartbeat::Liveness};
-use crate::{activity::Signs, address::ClientPrefix};
+use super::heartbeat::Liveness;
+use crate::{activity::ActivityCounter, address::ClientPrefix, wire::Request};
 
 /// The connections of one relay.
 #[derive(Debug)]
 pub struct Connections<C> {
     up: HashMap<C, Connection>,
-    /// Those that are idle, and not being closed for it.
+    /// Those that are idle and not being closed.
     idle: HashSet<C>,
     by_peer: HashMap<PeerId, Vec<C>>,
 }
 
-/// One connection that is up.
-///
-/// A sweep looks at all of them, and takes as long as the memory does: what it need not know stands
-/// elsewhere.
-#[derive(Debug)]
-pub struct Connection {
-    /// Where it comes from; requests that came over it share this.
-    pub origin: Arc<Origin>,
-    holds_reservation: bool,
-    circuits: u32,
-    /// When it became so.
-    pub idle_since: Instant,
-    closing: bool,
-    /// Its peer sends more than it may of what serves nothing.
-    floods: bool,
-    /// Where what is heard from the peer is counted, by the handler and by somebody else; and how
-    /// much it was when we last looked.
-    signs: [Option<Signs>; 2],
-    heard: u64,
-    /// When it was heard last, and whether it is being probed.
-    pub liveness: Liveness,
+/// A peer, and one of its connections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct End<C> {
+    /// The peer.
+    pub peer: PeerId,
+    /// Its connection.
+    pub connection: C,
 }
 
-/// Where a connection comes from: found out once, when it comes up.
+/// Where a connection comes from, determined once, when it comes up.
 #[derive(Debug)]
 pub struct Origin {
     /// The peer at its other end.
@@ -57,17 +44,52 @@ pub struct Origin {
     pub prefix: Option<ClientPrefix>,
     /// Whether it leads through another relay.
     pub relayed: bool,
-    /// The address under which the peer says that it reached this relay: found out later, and by requests that
-    /// wait as well.
+    /// The address at which the peer says that it reached this relay. Set later; requests that wait see the change.
     pub reported: Mutex<Option<Multiaddr>>,
 }
 
 impl Origin {
-    /// That of a connection to `peer`.
+    /// The origin of a connection to `peer`.
     pub fn new(peer: PeerId, address: Multiaddr, relayed: bool) -> Self {
         let (prefix, reported) = (ClientPrefix::of(&address), Mutex::default());
         Self { peer, address, prefix, relayed, reported }
     }
+}
+
+/// A request without an answer. Dropping its reply handle resets its stream.
+#[derive(Debug)]
+pub struct PendingRequest<C, R> {
+    /// The client, and the connection that the request came over.
+    pub from: End<C>,
+    /// Where that connection comes from.
+    pub origin: Arc<Origin>,
+    /// What the client asks for.
+    pub request: Request,
+    /// Takes the answer.
+    pub reply: R,
+}
+
+/// One connection that is up.
+///
+/// A sweep reads all of them and is bound by memory bandwidth: what it does not need is behind the `Arc`.
+#[derive(Debug)]
+pub struct Connection {
+    /// Where it comes from, shared with the requests that came over it.
+    pub origin: Arc<Origin>,
+    /// Whether a reservation points at it.
+    pub holds_reservation: bool,
+    /// How many circuits it carries.
+    pub circuits: u32,
+    /// When it became idle.
+    pub idle_since: Instant,
+    /// Whether the relay is closing it.
+    pub is_closing: bool,
+    is_flooding: bool,
+    /// The counters of the handler and of the embedder, and their sum at the last poll.
+    counters: [Option<ActivityCounter>; 2],
+    counted: u64,
+    /// When its peer was last active, and whether it is being probed.
+    pub liveness: Liveness,
 }
 
 impl Connection {
@@ -78,94 +100,65 @@ impl Connection {
             holds_reservation: false,
             circuits: 0,
             idle_since: now,
-            closing: false,
-            floods: false,
-            signs: [None, None],
-            heard: 0,
+            is_closing: false,
+            is_flooding: false,
+            counters: [None, None],
+            counted: 0,
             liveness: Liveness::new(now, jitter),
         }
     }
 
-    /// Signs of life on it are counted here: the first call's, and the last one's.
-    pub fn listen_to(&mut self, signs: Signs) {
-        let [first, last] = &mut self.signs;
-        *(if first.is_none() { first } else { last }) = Some(signs);
-    }
-
-    /// For how long nothing was heard on it.
-    pub fn silent_for(&self, now: Instant) -> Duration {
-        self.liveness.silent_for(now)
-    }
-
-    fn idle(&self) -> bool {
-        !self.holds_reservation && self.circuits == 0
-    }
-
-    fn watched(&self) -> bool {
-        !self.idle() && !self.closing
-    }
-
-    /// Whether there is more to be heard than when this was last asked.
-    fn listen(&mut self, now: Instant) {
-        let [first, last] = &self.signs;
-        let count = |signs: &Option<Signs>| signs.as_ref().map_or(0, Signs::count);
-        let count = count(first) + count(last);
-        self.floods = self.signs.iter().flatten().any(Signs::is_flooding);
-        if count != self.heard {
-            self.heard = count;
-            self.liveness.on_activity(now);
-        }
+    /// Has the sweep poll this counter. There are two: the first call's, and the last call's.
+    pub fn track(&mut self, counter: ActivityCounter) {
+        let [first, last] = &mut self.counters;
+        *(if first.is_none() { first } else { last }) = Some(counter);
     }
 }
 
-impl<C: Copy + Eq + std::hash::Hash> Connections<C> {
+impl<C: Copy + Eq + Hash> Connections<C> {
     /// How many are up.
     pub fn count(&self) -> usize {
         self.up.len()
     }
 
-    /// The connection of this name.
+    /// The connection of this id.
     pub fn get(&self, id: C) -> Option<&Connection> {
         self.up.get(&id)
     }
 
+    /// As [`Connections::get`], to change what does not decide whether it is idle.
+    pub fn get_mut(&mut self, id: C) -> Option<&mut Connection> {
+        self.up.get_mut(&id)
+    }
+
     /// The connections of `peer`, oldest first.
-    pub fn of(&self, peer: &PeerId) -> &[C] {
-        self.by_peer.get(peer).map_or(&[], Vec::as_slice)
+    pub fn of(&self, peer: &PeerId) -> impl Iterator<Item = (C, &Connection)> {
+        let ids = self.by_peer.get(peer).into_iter().flatten();
+        ids.filter_map(|id| Some((*id, self.up.get(id)?)))
     }
 
-    /// Those of them that a reservation may point at, oldest first: not relayed, nor being closed.
-    pub fn fit_for_a_slot(&self, peer: &PeerId) -> impl Iterator<Item = (C, &Connection)> {
-        let of = self.of(peer).iter().filter_map(|id| Some((*id, self.get(*id)?)));
-        of.filter(|(_, connection)| !connection.origin.relayed && !connection.closing)
+    /// The idle connections, in no order.
+    pub fn idle(&self) -> impl Iterator<Item = (C, &Connection)> {
+        self.idle.iter().filter_map(|id| Some((*id, self.up.get(id)?)))
     }
 
-    /// Those of them that are not being closed, oldest first.
-    pub fn open_of(&self, peer: &PeerId) -> impl Iterator<Item = C> {
-        let open = |id: &&C| self.get(**id).is_some_and(|connection| !connection.closing);
-        self.of(peer).iter().filter(open).copied()
+    /// All connections, in no order.
+    pub fn iter(&self) -> impl Iterator<Item = (C, &Connection)> {
+        self.up.iter().map(|(id, connection)| (*id, connection))
     }
 
-    /// Those that are idle, with their clients' prefixes and since when; in no order.
-    pub fn idle(&self) -> impl Iterator<Item = (End<C>, Option<ClientPrefix>, Instant)> {
-        self.idle.iter().filter_map(|id| {
-            let connection = self.up.get(id)?;
-            let end = End { peer: connection.origin.peer, connection: *id };
-            Some((end, connection.origin.prefix, connection.idle_since))
-        })
-    }
-
-    /// A connection came up.
+    /// Adds a connection that came up. It is idle.
     pub fn add(&mut self, id: C, connection: Connection) {
-        let peer = connection.origin.peer;
-        self.by_peer.entry(peer).or_default().push(id);
+        self.by_peer.entry(connection.origin.peer).or_default().push(id);
         self.idle.insert(id);
         self.up.insert(id, connection);
     }
 
-    /// A connection is gone.
-    pub fn remove(&mut self, id: C) -> Option<Connection> {
-        let connection = self.up.remove(&id)?;
+    /// Removes a connection that is closed.
+    pub fn remove(&mut self, id: C) {
+        let Some(connection) = self.up.remove(&id) else {
+            return;
+        };
         self.idle.remove(&id);
         if let Entry::Occupied(mut ids) = self.by_peer.entry(connection.origin.peer) {
             ids.get_mut().retain(|other| *other != id);
@@ -173,57 +166,53 @@ impl<C: Copy + Eq + std::hash::Hash> Connections<C> {
                 ids.remove();
             }
         }
-        Some(connection)
     }
 
-    /// As [`Connections::get`], to change what has nothing to do with whether it is idle.
-    pub fn get_mut(&mut self, id: C) -> Option<&mut Connection> {
-        self.up.get_mut(&id)
+    /// Changes a connection, and whether it is idle accordingly. Returns what `change` returns.
+    pub fn update<T>(
+        &mut self,
+        id: C,
+        now: Instant,
+        change: impl FnOnce(&mut Connection) -> T,
+    ) -> Option<T> {
+        let connection = self.up.get_mut(&id)?;
+        let is_used =
+            |connection: &Connection| connection.holds_reservation || connection.circuits > 0;
+        let was_used = is_used(connection);
+        let result = change(connection);
+        if was_used {
+            connection.idle_since = now;
+        }
+        match is_used(connection) || connection.is_closing {
+            true => self.idle.remove(&id),
+            false => self.idle.insert(id),
+        };
+        Some(result)
     }
 
-    /// The connection holds a reservation from now on, or does so no longer. Whether that is news.
-    pub fn hold_reservation(&mut self, id: C, holds: bool, now: Instant) -> bool {
-        let news = self.up.get(&id).is_some_and(|c| c.holds_reservation != holds);
-        self.change(id, now, |connection| connection.holds_reservation = holds);
-        news
+    /// Marks a connection as closing: it is neither watched nor idle any more.
+    pub fn mark_closing(&mut self, id: C) {
+        if let Some(connection) = self.up.get_mut(&id) {
+            connection.is_closing = true;
+            self.idle.remove(&id);
+        }
     }
 
-    /// One circuit more goes over the connection, or one less.
-    pub fn count_circuit(&mut self, id: C, by: i32, now: Instant) {
-        let count = |up: &mut Connection| up.circuits = up.circuits.saturating_add_signed(by);
-        self.change(id, now, count);
-    }
-
-    /// Those that have been idle for `timeout` or longer, or are idle and flood the relay, to be closed:
-    /// each is named once, with whether it floods.
+    /// Marks the connections that have been idle for `timeout`, or are idle and flood the relay, as closing. Returns
+    /// them, each with whether it floods.
     pub fn take_idle(&mut self, timeout: Duration, now: Instant) -> Vec<(End<C>, bool)> {
-        let idle = self.idle.iter().filter_map(|id| {
-            let connection = self.up.get(id)?;
+        let idle = self.idle().filter_map(|(id, connection)| {
             let idle_for = now.saturating_duration_since(connection.idle_since);
-            let is_over = idle_for >= timeout || connection.floods;
-            let end = End { peer: connection.origin.peer, connection: *id };
-            is_over.then_some((end, connection.floods))
+            let end = End { peer: connection.origin.peer, connection: id };
+            (idle_for >= timeout || connection.is_flooding).then_some((end, connection.is_flooding))
         });
         let idle: Vec<_> = idle.collect();
-        for (end, _) in &idle {
-            self.closing(end.connection);
-        }
+        idle.iter().for_each(|(end, _)| self.mark_closing(end.connection));
         idle
     }
 
-    /// Those that carry no circuit and are not being closed.
-    pub fn without_circuits(&self) -> Vec<End<C>> {
-        let unused = self.up.iter().filter(|(_, c)| c.circuits == 0 && !c.closing);
-        unused.map(|(id, c)| End { peer: c.origin.peer, connection: *id }).collect()
-    }
-
-    /// Whether a circuit goes over the connection.
-    pub fn carries_circuits(&self, id: C) -> bool {
-        self.get(id).is_some_and(|connection| connection.circuits > 0)
-    }
-
-    /// Something was heard from `peer`.
-    pub fn heard(&mut self, peer: &PeerId, now: Instant) {
+    /// Records activity on all connections of `peer`.
+    pub fn record_activity(&mut self, peer: &PeerId, now: Instant) {
         for id in self.by_peer.get(peer).into_iter().flatten() {
             if let Some(connection) = self.up.get_mut(id) {
                 connection.liveness.on_activity(now);
@@ -231,64 +220,52 @@ impl<C: Copy + Eq + std::hash::Hash> Connections<C> {
         }
     }
 
-    /// Open probes count from another time.
-    pub fn excuse(&mut self, from: impl Fn(Instant) -> Instant) {
-        self.up.values_mut().for_each(|connection| connection.liveness.excuse(&from));
-    }
-
-    /// Listens to all connections: one that is not watched now may be so next.
-    pub fn listen(&mut self, now: Instant) {
-        // Nothing else: the counters are all over the memory, and so the processor fetches several
-        // at a time.
+    /// Changes since when open probes count.
+    pub fn shift_probes(&mut self, since: impl Fn(Instant) -> Instant) {
         for connection in self.up.values_mut() {
-            connection.listen(now);
+            connection.liveness.shift_probe(&since);
         }
     }
 
-    /// The connections that are watched, with what is known of them: those that are not idle.
+    /// Polls the activity counters of all connections: one that is not watched now may be so next.
+    pub fn poll_counters(&mut self, now: Instant) {
+        // A loop of its own: the counters are spread over the heap, and so the processor prefetches several at a time.
+        for connection in self.up.values_mut() {
+            let (mut count, mut is_flooding) = (0, false);
+            for counter in connection.counters.iter().flatten() {
+                count += counter.count();
+                is_flooding |= counter.is_flooding();
+            }
+            connection.is_flooding = is_flooding;
+            if count != connection.counted {
+                connection.counted = count;
+                connection.liveness.on_activity(now);
+            }
+        }
+    }
+
+    /// The watched connections: those that are neither idle nor being closed.
     pub fn watched(&mut self) -> impl Iterator<Item = (C, &mut Liveness)> {
-        let watched = self.up.iter_mut().filter(|(_, c)| c.watched());
+        let watched = self.up.iter_mut().filter(|(_, connection)| {
+            (connection.holds_reservation || connection.circuits > 0) && !connection.is_closing
+        });
         watched.map(|(id, connection)| (*id, &mut connection.liveness))
     }
 
-    /// The watched ones that hold a reservation and were not heard for so long, with whose they are.
+    /// The watched connections that hold a reservation and have been silent for at least this long.
     pub fn silent(
         &self,
         at_least: Duration,
         now: Instant,
-    ) -> impl Iterator<Item = (C, PeerId, &Liveness)> {
-        let silent = self.up.iter().filter(move |(_, connection)| {
-            let reserved = connection.holds_reservation && connection.watched();
-            reserved && connection.silent_for(now) >= at_least
-        });
-        silent.map(|(id, connection)| (*id, connection.origin.peer, &connection.liveness))
-    }
-
-    /// The connection is being closed: it is neither watched nor idle any more.
-    pub fn closing(&mut self, id: C) {
-        if let Some(connection) = self.up.get_mut(&id) {
-            connection.closing = true;
-            self.idle.remove(&id);
-        }
-    }
-
-    fn change(&mut self, id: C, now: Instant, change: impl FnOnce(&mut Connection)) {
-        let Some(connection) = self.up.get_mut(&id) else {
-            return;
-        };
-        let was_idle = connection.idle();
-        change(connection);
-        if !was_idle {
-            connection.idle_since = now;
-        }
-        match connection.idle() && !connection.closing {
-            true => self.idle.insert(id),
-            false => self.idle.remove(&id),
-        };
+    ) -> impl Iterator<Item = (C, &Connection)> {
+        self.iter().filter(move |(_, connection)| {
+            let is_holder = connection.holds_reservation && !connection.is_closing;
+            is_holder && connection.liveness.silent_for(now) >= at_least
+        })
     }
 }
 
-impl<C: Copy + Eq + std::hash::Hash> Default for Connections<C> {
+impl<C> Default for Connections<C> {
     fn default() -> Self {
         Self { up: HashMap::new(), idle: HashSet::new(), by_peer: HashMap::new() }
     }
@@ -308,6 +285,15 @@ mod tests {
         (connections, now)
     }
 
+    fn hold(connections: &mut Connections<u32>, id: u32, holds: bool, now: Instant) {
+        connections.update(id, now, |up| up.holds_reservation = holds);
+    }
+
+    fn count(connections: &mut Connections<u32>, id: u32, by: i32, now: Instant) {
+        let by = |up: &mut Connection| up.circuits = up.circuits.saturating_add_signed(by);
+        connections.update(id, now, by);
+    }
+
     fn idle(connections: &mut Connections<u32>, now: Instant) -> Vec<u32> {
         let idle = connections.take_idle(MINUTE, now);
         idle.into_iter().map(|(end, _)| end.connection).collect()
@@ -324,12 +310,12 @@ mod tests {
     #[test]
     fn who_holds_a_reservation_or_carries_a_circuit_is_not_idle() {
         let (mut connections, start) = connections();
-        connections.hold_reservation(1, true, start);
-        connections.count_circuit(1, 1, start);
+        hold(&mut connections, 1, true, start);
+        count(&mut connections, 1, 1, start);
         assert!(idle(&mut connections, start + 9 * MINUTE).is_empty());
-        connections.hold_reservation(1, false, start + 9 * MINUTE);
+        hold(&mut connections, 1, false, start + 9 * MINUTE);
         assert!(idle(&mut connections, start + 20 * MINUTE).is_empty());
-        connections.count_circuit(1, -1, start + 20 * MINUTE);
+        count(&mut connections, 1, -1, start + 20 * MINUTE);
         assert!(idle(&mut connections, start + 20 * MINUTE).is_empty());
         assert_eq!(idle(&mut connections, start + 21 * MINUTE), [1]);
     }
@@ -337,13 +323,13 @@ mod tests {
     #[test]
     fn who_floods_the_relay_is_closed_at_once_unless_it_holds_a_reservation_or_carries_a_circuit() {
         let (mut connections, start) = connections();
-        let signs = Signs::default();
-        connections.get_mut(1).unwrap().listen_to(signs.clone());
-        connections.hold_reservation(1, true, start);
-        signs.set_flooding();
-        connections.listen(start);
+        let activity = ActivityCounter::default();
+        connections.get_mut(1).unwrap().track(activity.clone());
+        hold(&mut connections, 1, true, start);
+        activity.set_flooding();
+        connections.poll_counters(start);
         assert!(idle(&mut connections, start).is_empty());
-        connections.hold_reservation(1, false, start);
+        hold(&mut connections, 1, false, start);
         assert_eq!(idle(&mut connections, start), [1]);
     }
 
@@ -351,7 +337,7 @@ mod tests {
     fn a_connection_that_is_gone_leaves_nothing_behind() {
         let (mut connections, _) = connections();
         let peer = connections.get(1).unwrap().origin.peer;
-        assert_eq!(connections.of(&peer), [1]);
+        assert_eq!(connections.of(&peer).count(), 1);
         connections.remove(1);
         assert_eq!(connections.count(), 0);
         assert!(connections.by_peer.is_empty() && connections.idle.is_empty());
@@ -372,11 +358,11 @@ mod tests {
     fn those_of_a_peer_that_are_not_being_closed_are_told_oldest_first() {
         let (alice, bob) = (PeerId::random(), PeerId::random());
         let mut connections = in_turn(&[alice, bob, alice, alice], Instant::now());
-        let open = |connections: &Connections<u32>, peer| -> Vec<_> {
-            connections.open_of(peer).collect()
+        let open = |connections: &Connections<u32>, peer: &PeerId| -> Vec<_> {
+            connections.of(peer).filter(|(_, up)| !up.is_closing).map(|(id, _)| id).collect()
         };
         assert_eq!(open(&connections, &alice), [0, 2, 3]);
-        connections.closing(2);
+        connections.mark_closing(2);
         assert_eq!(open(&connections, &alice), [0, 3]);
         connections.remove(0);
         assert_eq!(open(&connections, &alice), [3]);
@@ -391,18 +377,18 @@ mod tests {
         let mut connections = in_turn(&peers, start);
         let longest_first = |connections: &Connections<u32>| -> Vec<_> {
             let mut idle: Vec<_> = connections.idle().collect();
-            idle.sort_by_key(|(_, _, since)| *since);
-            idle.iter().map(|(end, ..)| end.connection).collect()
+            idle.sort_by_key(|(_, up)| up.idle_since);
+            idle.iter().map(|(id, _)| *id).collect()
         };
-        connections.hold_reservation(0, true, start);
-        connections.count_circuit(1, 1, start);
+        hold(&mut connections, 0, true, start);
+        count(&mut connections, 1, 1, start);
         assert_eq!(longest_first(&connections), [2, 3, 4]);
-        connections.closing(2);
+        connections.mark_closing(2);
         assert_eq!(longest_first(&connections), [3, 4]);
         // It waits for an answer: until now it was not idle.
         connections.get_mut(3).unwrap().idle_since = start + MINUTE;
         assert_eq!(longest_first(&connections), [4, 3]);
-        connections.count_circuit(1, -1, start + 2 * MINUTE);
+        count(&mut connections, 1, -1, start + 2 * MINUTE);
         connections.remove(4);
         assert_eq!(longest_first(&connections), [3, 1]);
     }

@@ -1,149 +1,117 @@
-//! The heartbeat: which connections to probe, which have timed out, and when the fault is ours.
+//! The heartbeat: which connections to probe, which have timed out, and whether the relay itself is at fault.
 //!
-//! Sans-IO: what was heard and when comes in with `now`; what to probe and what has timed out goes out.
-//!
-//! No connection times out that did not have the time to answer a probe, however long it had been silent
-//! before that; and none because of a silence that may be our own: after a pass that came late, liveness
-//! timers are reset; when most fall silent at once, verdicts wait.
+//! Sans-IO. No connection times out that did not have the time to answer a probe, however long it had been silent before.
+//! And none times out for a silence that may be the relay's own: a check that comes late resets the liveness timers, and
+//! when most connections become silent at once, time-outs wait.
 
-use std::{
-    fmt,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use crate::config::Config;
 
-/// So many that fall silent together may be our own link's fault, if they are most of the watched.
+/// This many connections that become silent together, if they are most of the watched, may mean that the relay's own
+/// link is down.
 const MANY: usize = 8;
 
-/// How often the operator is told at most that the link may be down.
-const TELL_AGAIN: Duration = Duration::from_secs(60 * 60);
+/// The least time between two warnings that the link may be down.
+const WARN_AGAIN: Duration = Duration::from_secs(60 * 60);
 
-/// What is known of one watched connection.
+/// When a connection was last active, and whether it is being probed.
 #[derive(Debug)]
 pub struct Liveness {
-    last_heard: Instant,
-    /// Since when it has been probed without an answer.
-    probed: Option<Instant>,
+    active_at: Instant,
+    /// Since when a probe has been open.
+    probed_at: Option<Instant>,
     jitter: u8,
 }
 
 impl Liveness {
-    /// A connection that was heard of at `now`. `jitter` is any number: it spreads the probes.
+    /// A connection that was active at `now`. `jitter` is any number: it spreads the probes.
     pub fn new(now: Instant, jitter: u8) -> Self {
-        Self { last_heard: now, probed: None, jitter }
+        Self { active_at: now, probed_at: None, jitter }
     }
 
-    /// Something was heard: whatever it was, it answers an open probe.
+    /// Records activity, which answers an open probe.
     pub fn on_activity(&mut self, now: Instant) {
-        self.last_heard = now;
-        self.probed = None;
+        self.active_at = now;
+        self.probed_at = None;
     }
 
-    /// It was probed.
+    /// Records a probe.
     pub fn on_probe(&mut self, now: Instant) {
-        self.probed = Some(now);
+        self.probed_at = Some(now);
     }
 
-    /// An open probe counts from another time.
-    pub fn excuse(&mut self, from: impl Fn(Instant) -> Instant) {
-        self.probed = self.probed.map(from);
+    /// Changes since when an open probe counts.
+    pub fn shift_probe(&mut self, since: impl Fn(Instant) -> Instant) {
+        self.probed_at = self.probed_at.map(since);
     }
 
-    /// For how long a probe has been open, if one is.
+    /// How long a probe has been open, if one is.
     pub fn probed_for(&self, now: Instant) -> Option<Duration> {
-        self.probed.map(|since| now.saturating_duration_since(since))
+        self.probed_at.map(|since| now.saturating_duration_since(since))
     }
 
-    /// For how long nothing was heard.
+    /// How long the peer has been silent.
     pub fn silent_for(&self, now: Instant) -> Duration {
-        now.saturating_duration_since(self.last_heard)
+        now.saturating_duration_since(self.active_at)
     }
 }
 
-/// When the relay looked last, and whether it doubts its own link.
+/// When the last check was, and whether the relay doubts its own link.
 #[derive(Debug)]
 pub struct Heartbeat {
-    last_beat: Instant,
-    /// Verdicts wait until then, because most fell silent at once.
+    checked_at: Instant,
+    /// Time-outs wait until then, because most connections became silent at once.
     doubt: Option<Instant>,
-    /// When the operator was told so last.
-    told: Option<Instant>,
+    warned_at: Option<Instant>,
 }
 
-/// The outcome of one heartbeat.
+/// The outcome of one check.
 #[derive(Debug, PartialEq, Eq)]
 pub struct HeartbeatOutcome<C> {
     /// The connections to probe.
     pub probe: Vec<C>,
     /// The connections that have timed out.
     pub timed_out: Vec<C>,
-    /// What the operator should know.
-    pub fault: Option<Fault>,
-}
-
-/// Why the silence may be our own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fault {
-    /// So many of all that are watched fell silent at once.
-    Link {
-        /// So many.
-        silent: usize,
-        /// Of these.
-        watched: usize,
-    },
-    /// The beat came so much later than the one before: the process or the machine was stopped.
-    Late(Duration),
-}
-
-impl fmt::Display for Fault {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Link { silent, watched } => write!(
-                f,
-                "{silent} of {watched} watched connections fell silent at once: is this relay's \
-                 own link down? Nobody is judged for one more silence limit"
-            ),
-            Self::Late(pause) => write!(
-                f,
-                "the relay stood still for {} s: all silences start anew",
-                pause.as_secs()
-            ),
-        }
-    }
+    /// Why the relay itself may be at fault, as a warning.
+    pub fault: Option<String>,
 }
 
 impl Heartbeat {
     /// The heartbeat of a relay that starts at `now`.
     pub fn new(now: Instant) -> Self {
-        Self { last_beat: now, doubt: None, told: None }
+        Self { checked_at: now, doubt: None, warned_at: None }
     }
 
-    /// Another configuration holds from `now` on: the time since the last beat says nothing about a pause.
+    /// Starts again at `now` with another configuration: the time since the last check is no pause.
     pub fn restart(&mut self, now: Instant) {
-        self.last_beat = now;
+        self.checked_at = now;
     }
 
-    /// Looks at all that are watched.
-    pub fn beat<'a, C>(
+    /// Checks all watched connections.
+    pub fn check<'a, C>(
         &mut self,
         config: &Config,
         watched: impl Iterator<Item = (C, &'a mut Liveness)>,
         now: Instant,
     ) -> HeartbeatOutcome<C> {
-        let mut beat = HeartbeatOutcome { probe: Vec::new(), timed_out: Vec::new(), fault: None };
+        let mut found = HeartbeatOutcome { probe: Vec::new(), timed_out: Vec::new(), fault: None };
         let Config { heartbeat, silence, sweep, .. } = *config;
         if heartbeat.is_zero() {
-            return beat;
+            return found;
         }
-        let pause = now.saturating_duration_since(self.last_beat);
-        self.last_beat = now;
+        // 1. After a pause, reset all timers.
+        let pause = now.saturating_duration_since(self.checked_at);
+        self.checked_at = now;
         if pause > sweep + heartbeat {
-            let stood_still = watched.map(|(_, liveness)| liveness.on_activity(now)).count() > 0;
-            beat.fault = stood_still.then_some(Fault::Late(pause));
-            return beat;
+            let reset = watched.map(|(_, liveness)| liveness.on_activity(now)).count();
+            let seconds = pause.as_secs();
+            let warning =
+                || format!("process was suspended for {seconds} s: liveness timers reset");
+            found.fault = (reset > 0).then(warning);
+            return found;
         }
-
+        // 2. Find those to probe, and those that did not answer.
         let time_to_answer = silence.saturating_sub(heartbeat);
         let mut due = Vec::new();
         let (mut count, mut soon_due) = (0, 0);
@@ -152,42 +120,45 @@ impl Heartbeat {
             let silent_for = liveness.silent_for(now);
             if let Some(probed_for) = liveness.probed_for(now) {
                 soon_due += usize::from(silent_for + heartbeat >= silence);
-                // A connection that nobody watched until now may have been quiet for hours.
+                // A connection that was not watched until now may have been silent for hours.
                 if silent_for >= silence && probed_for >= time_to_answer {
-                    due.push((id, liveness));
+                    due.push(id);
                 }
-            } else if silent_for >= first_question(heartbeat, liveness.jitter) {
+            } else if silent_for >= probe_after(heartbeat, liveness.jitter) {
                 liveness.on_probe(now);
-                beat.probe.push(id);
+                found.probe.push(id);
             }
         }
-
-        let most = soon_due >= MANY && soon_due * 2 > count;
+        // 3. If most became silent at once, wait for one more silence limit.
+        let are_most = soon_due >= MANY && soon_due * 2 > count;
         match self.doubt {
-            Some(until) if now < until => return beat,
+            Some(until) if now < until => return found,
             Some(_) if due.is_empty() => self.doubt = None,
-            None if most && !due.is_empty() => {
+            None if are_most && !due.is_empty() => {
                 self.doubt = Some(now + silence);
-                // Once an hour: strangers can fall silent together as often as they like.
-                let last = self.told.map(|told| now.saturating_duration_since(told));
-                if last.is_none_or(|last| last > TELL_AGAIN) {
-                    self.told = Some(now);
-                    beat.fault = Some(Fault::Link { silent: soon_due, watched: count });
+                // Warn rarely: any client can cause this.
+                let last = self.warned_at.map(|last| now.saturating_duration_since(last));
+                if last.is_none_or(|last| last > WARN_AGAIN) {
+                    self.warned_at = Some(now);
+                    found.fault = Some(format!(
+                        "{soon_due} of {count} watched connections became silent at once: evictions wait for one \
+                         more silence limit; check this relay's own link"
+                    ));
                 }
-                // The question may have been lost with the link.
-                beat.probe.extend(due.into_iter().map(|(id, _)| id));
-                return beat;
+                found.probe.append(&mut due); // their probes may have been lost with the link
+                return found;
             }
             _ => {}
         }
-        beat.timed_out.extend(due.into_iter().map(|(id, _)| id));
-        beat
+        // 4. Else they have timed out.
+        found.timed_out = due;
+        found
     }
 }
 
-/// After how much silence the question comes: up to a quarter of the heartbeat early, so that those
-/// who came together are not asked together.
-fn first_question(heartbeat: Duration, jitter: u8) -> Duration {
+/// The silence after which a connection is probed: up to a quarter of the heartbeat early, so that connections that came
+/// up together are not probed together.
+fn probe_after(heartbeat: Duration, jitter: u8) -> Duration {
     heartbeat - heartbeat / 4 * u32::from(jitter) / 255
 }
 
@@ -225,7 +196,7 @@ mod tests {
 
         fn beat_after(&mut self, seconds: u64) -> HeartbeatOutcome<usize> {
             self.now += Duration::from_secs(seconds);
-            self.heartbeat.beat(&self.config, self.livenesses.iter_mut().enumerate(), self.now)
+            self.heartbeat.check(&self.config, self.livenesses.iter_mut().enumerate(), self.now)
         }
 
         /// All that was found in so many seconds.
@@ -319,7 +290,8 @@ mod tests {
         ward.pass(SILENCE - 1);
         let pause = HEARTBEAT + 2;
         let late = ward.beat_after(pause);
-        assert_eq!(late.fault, Some(Fault::Late(Duration::from_secs(pause))));
+        let warning = format!("process was suspended for {pause} s: liveness timers reset");
+        assert_eq!(late.fault, Some(warning));
         assert!(late.probe.is_empty() && late.timed_out.is_empty());
         assert_eq!(ward.pass(HEARTBEAT - 1), asked(&[]));
         assert_eq!(ward.pass(1), asked(&[0, 1, 2]));
@@ -333,8 +305,8 @@ mod tests {
             (8..15).for_each(|who| ward.hear(who));
         }
         let beat = ward.beat_after(1);
-        let (silent, watched) = (8, 15);
-        assert_eq!(beat.fault, Some(Fault::Link { silent, watched }));
+        let warning = "8 of 15 watched connections became silent at once: evictions wait";
+        assert!(beat.fault.as_ref().is_some_and(|fault| fault.starts_with(warning)));
         assert!(beat.timed_out.is_empty());
         assert_eq!(beat.probe.len(), 8, "asked anew");
 
@@ -385,7 +357,7 @@ mod tests {
     #[test]
     fn those_who_came_together_are_not_asked_together() {
         let heartbeat = Duration::from_secs(32);
-        assert_eq!(first_question(heartbeat, 0), heartbeat);
-        assert_eq!(first_question(heartbeat, 255), Duration::from_secs(24));
+        assert_eq!(probe_after(heartbeat, 0), heartbeat);
+        assert_eq!(probe_after(heartbeat, 255), Duration::from_secs(24));
     }
 }

@@ -4,7 +4,7 @@ use std::{hash::Hash, time::Instant};
 
 use libp2p::{Multiaddr, PeerId};
 
-use super::{Pending, Relay, circuits::Circuit, connections::Connection};
+use super::Relay;
 use crate::{
     access::{Access, Permission},
     config::{Config, ConfigError},
@@ -24,73 +24,84 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         self.heartbeat.restart(now);
         self.reserve_rates.set(config.reserve_rate);
         self.connect_rates.set(config.connect_rate);
-        self.link.bandwidth().configure(&config, now);
-        // Never later than it was: whoever changes something every second would put it off for ever.
+        self.link.lock().configure(&config, now);
+        // Never later than before: a change every second would put it off for ever.
         self.sweep_due = self.sweep_due.min(now + config.sweep);
-        self.hurry(now);
+        self.bring_sweep_forward(now);
+        if !self.has_own_access {
+            self.access = Box::new(config.access.clone());
+        }
         self.config = config;
-        self.access_changed(now);
+        self.recheck_access(now);
         Ok(())
     }
 
     /// Lets `access` decide who may use the relay, instead of the configuration's lists.
     pub fn set_access(&mut self, access: Box<dyn Access>, now: Instant) {
-        self.access = Some(access);
-        self.access_changed(now);
+        (self.access, self.has_own_access) = (access, true);
+        self.recheck_access(now);
     }
 
-    /// Asks again of everyone who holds a slot, waits for one or is part of a circuit, and ends
-    /// what is no longer allowed.
-    pub fn access_changed(&mut self, now: Instant) {
+    /// Asks again about all peers that hold a slot, wait for one or are part of a circuit, and ends what is denied.
+    pub fn recheck_access(&mut self, now: Instant) {
         for peer in self.reservations.holders().collect::<Vec<_>>() {
-            if self.denies_holder(peer) {
-                self.reservations.free(peer, FreedReason::Denied);
-                self.tell_changes(now);
-                self.end_circuits_of(&peer);
+            if self.is_denied(peer, self.address_of_holder(peer)) {
+                self.release(peer, FreedReason::Denied, now);
             }
         }
-        let is_denied = |circuit: &Circuit<C, _>| {
+        let mut denied = Vec::new();
+        for (id, circuit) in self.circuits.iter() {
             let (source, target) = (circuit.source, circuit.target);
             let from = self.address_of(source.connection);
-            let source_may = self.access().may_connect(source.peer, &from, target.peer);
-            // Its target need not hold a slot any more, or may hold it over another connection.
+            let may_connect = self.access.may_connect(source.peer, &from, target.peer);
+            // The target may hold no slot any more, or hold it over another connection.
             let at = self.address_of(target.connection);
-            let target_may = self.access().may_reserve(target.peer, &at);
-            [source_may, target_may].contains(&Permission::Deny)
-        };
-        let denied = self.circuits.iter().filter(|(_, circuit)| is_denied(circuit));
-        let denied: Vec<_> = denied.map(|(id, _)| id).collect();
+            if may_connect == Permission::Deny || self.is_denied(target.peer, at) {
+                denied.push(id);
+            }
+        }
         denied.into_iter().for_each(|id| self.end_circuit(id));
-        for mut newcomer in self.reclaim.take() {
-            let Pending { from, origin, .. } = &newcomer.request;
-            match self.access().may_reserve(from.peer, &origin.address) {
+        for mut newcomer in std::mem::take(&mut self.waiting) {
+            let request = &newcomer.request;
+            match self.access.may_reserve(request.from.peer, &request.origin.address) {
                 Permission::Deny => self.refuse(newcomer.request, Refused::Denied),
                 Permission::Allow(terms) => {
                     newcomer.terms = terms;
-                    self.reclaim.requeue(newcomer);
+                    self.waiting.push_back(newcomer);
                 }
             }
         }
     }
 
-    fn denies_holder(&self, peer: PeerId) -> bool {
-        // Who is in grace has no connection; its bill still says where it came from.
-        let address = match self.reservations.connection(&peer) {
-            Some(connection) => self.address_of(connection),
-            None => {
-                let bill = self.reservations.bill_of(&peer);
-                bill.map_or_else(Multiaddr::empty, |address| address.ip().into())
-            }
-        };
-        self.access().may_reserve(peer, &address) == Permission::Deny
+    /// The connections of `peer` that its slot may move to, oldest first: those over which it may reserve.
+    pub(super) fn fit_for_a_slot(&self, peer: PeerId) -> Vec<C> {
+        let fit = self.connections.of(&peer).filter(|(_, up)| {
+            let is_usable = !up.origin.relayed && !up.is_closing;
+            is_usable && self.access.may_reserve(peer, &up.origin.address) != Permission::Deny
+        });
+        fit.map(|(id, _)| id).collect()
     }
 
-    /// The connections of `peer` that its slot may move to, oldest first: those it may reserve over.
-    pub(super) fn fit_for_a_slot(&self, peer: PeerId) -> Vec<C> {
-        let may =
-            |connection: &Connection| self.access().may_reserve(peer, &connection.origin.address);
-        let fit = self.connections.fit_for_a_slot(&peer);
-        fit.filter(|(_, up)| may(up) != Permission::Deny).map(|(id, _)| id).collect()
+    fn is_denied(&self, peer: PeerId, address: Multiaddr) -> bool {
+        self.access.may_reserve(peer, &address) == Permission::Deny
+    }
+
+    /// The address of the slot's connection; in grace, the first one of the prefix that it counts towards.
+    fn address_of_holder(&self, peer: PeerId) -> Multiaddr {
+        let slot = self.reservations.get(&peer);
+        match slot.and_then(|slot| slot.connection) {
+            Some(connection) => self.address_of(connection),
+            None => {
+                let prefix = slot.and_then(|slot| slot.prefix);
+                prefix.map_or_else(Multiaddr::empty, |prefix| prefix.ip().into())
+            }
+        }
+    }
+
+    /// The address of a connection's peer; empty if the connection closed.
+    fn address_of(&self, connection: C) -> Multiaddr {
+        let up = self.connections.get(connection);
+        up.map_or_else(Multiaddr::empty, |up| up.origin.address.clone())
     }
 }
 
@@ -100,7 +111,10 @@ mod tests {
 
     use super::*;
     use crate::{
-        relay::{Action, circuits::End},
+        relay::{
+            Action,
+            connections::{Connection, End},
+        },
         wire::Request,
     };
 
@@ -115,14 +129,14 @@ mod tests {
             let peer = PeerId::random();
             let address = address.parse().unwrap();
             let up = Connection::new(peer, address, false, 0, now);
-            relay.on_connected(connection, up);
+            relay.connections.add(connection, up);
             End { peer, connection }
         });
         (relay, ends)
     }
 
     fn actions(relay: &mut Relay<u32, u32>) -> Vec<Action<u32, u32>> {
-        std::iter::from_fn(|| relay.next_action()).collect()
+        std::iter::from_fn(|| relay.actions.pop_front()).collect()
     }
 
     #[test]
@@ -139,13 +153,13 @@ mod tests {
         let opened = relay.on_target_answered(circuit, Ok(()), start);
         let (_, mut parameters) = opened.expect("both want it");
         let later = start + Duration::from_secs(2 * 60 * 60);
-        relay.heard(target.peer, later);
-        relay.heard(source.peer, later);
+        relay.connections.record_activity(&target.peer, later);
+        relay.connections.record_activity(&source.peer, later);
         relay.sweep(later);
-        assert_eq!(relay.reservations().taken(), 0, "the term is over");
+        assert_eq!(relay.reservations.taken(), 0, "the term is over");
         assert_eq!(parameters.ended.try_recv(), Ok(None));
 
-        let mut config = relay.config().clone();
+        let mut config = relay.config.clone();
         config.access.deny_subnet = vec!["192.0.2.0/24".parse().unwrap()];
         relay.set_config(config, later).unwrap();
         assert!(parameters.ended.try_recv().is_err());
@@ -162,24 +176,24 @@ mod tests {
         });
         relay.on_delivered(holder.peer, granted.expect("a slot is free"), true, start);
         let address = "/ip4/203.0.113.1/tcp/1".parse().unwrap();
-        relay.on_connected(3, Connection::new(holder.peer, address, false, 0, start));
-        let mut config = relay.config().clone();
+        relay.connections.add(3, Connection::new(holder.peer, address, false, 0, start));
+        let mut config = relay.config.clone();
         config.access.deny_subnet = vec!["203.0.113.0/24".parse().unwrap()];
         relay.set_config(config, start).unwrap();
         relay.on_disconnected(holder, start);
-        assert_eq!(relay.reservations().connection(&holder.peer), None);
-        assert_eq!(relay.reservations().in_grace(), 1);
+        assert_eq!(relay.reservations.get(&holder.peer).unwrap().connection, None);
+        assert_eq!(relay.reservations.in_grace(), 1);
     }
 
     #[test]
     fn a_policy_that_changes_all_the_time_puts_no_sweep_off() {
         let start = Instant::now();
         let (mut relay, _) = relay(start);
-        let due = relay.sweep_due();
+        let due = relay.sweep_due;
         for later in 1..9 {
             let now = start + Duration::from_millis(later * 100);
-            relay.set_config(relay.config().clone(), now).unwrap();
+            relay.set_config(relay.config.clone(), now).unwrap();
         }
-        assert_eq!(relay.sweep_due(), due);
+        assert_eq!(relay.sweep_due, due);
     }
 }

@@ -1,16 +1,15 @@
-//! Quotas: how much of something each client prefix holds, and how much it may.
+//! Quotas: how much of something each client prefix holds, and how much it may hold.
 //!
-//! Sans-IO. One type counts slots, connections, handshakes, streams and circuits alike. Each unit counts
-//! towards its address, the subnet of that, and the total ([`Scope`]); what is asked of any of them costs
-//! the same however many there are.
+//! Sans-IO. One type counts slots, connections, handshakes, streams and circuits alike. A unit counts towards its
+//! address, the subnet of that, and the total ([`Scope`]). The cost of a call does not depend on how many there are.
 //!
-//! Caps bound what one prefix holds while others hold little. Where the total is full anyway,
-//! [`Quota::yields`] says which unit makes room: one of the heaviest subnet, and in it of the heaviest
-//! address. So a prefix that holds less than its fair share (the total divided by the prefixes in use) is
-//! not refused because of another one.
+//! Caps bound what one prefix holds while others hold little. When the total is full, [`Quota::yields`] tells which unit
+//! makes room: one of the heaviest subnet, and in that of the heaviest address. So a prefix that holds less than its fair
+//! share (the total divided by the prefixes in use) is not refused because of another one.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, hash_map::Entry};
+use std::collections::{HashMap, hash_map::Entry};
 
+pub use crate::config::Caps;
 use crate::{
     address::{ClientPrefix, Subnet},
     event::Refused,
@@ -23,7 +22,7 @@ pub enum Scope {
     Address(ClientPrefix),
     /// An IPv4 /24, or an IPv6 /48.
     Subnet(Subnet),
-    /// All there is.
+    /// All units.
     Total,
 }
 
@@ -40,21 +39,10 @@ impl Scope {
     }
 }
 
-/// How much each scope may hold; `None`: no cap.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Caps {
-    /// All together.
-    pub total: Option<usize>,
-    /// Each subnet.
-    pub per_subnet: Option<usize>,
-    /// Each address.
-    pub per_address: Option<usize>,
-}
-
 /// The address that holds the most of something, and how much.
 pub type Busiest = (ClientPrefix, usize);
 
-/// How much of something is held.
+/// How much of something is held, and the caps on it.
 #[derive(Clone, Debug)]
 pub struct Quota {
     caps: Caps,
@@ -62,23 +50,14 @@ pub struct Quota {
 }
 
 impl Quota {
-    /// Nothing is held.
+    /// A quota of which nothing is held.
     pub fn new(caps: Caps) -> Self {
         Self { caps, held: HashMap::new() }
     }
 
-    /// Replaces the caps. What is held above them stays.
+    /// Replaces the caps. Units above them stay.
     pub fn set_caps(&mut self, caps: Caps) {
         self.caps = caps;
-    }
-
-    /// How much this scope may hold; `None`: no cap.
-    pub fn cap(&self, scope: Scope) -> Option<usize> {
-        match scope {
-            Scope::Address(_) => self.caps.per_address,
-            Scope::Subnet(_) => self.caps.per_subnet,
-            Scope::Total => self.caps.total,
-        }
     }
 
     /// How much this scope holds.
@@ -86,32 +65,46 @@ impl Quota {
         self.held.get(&scope).map_or(0, |held| *held as usize)
     }
 
+    /// How many more units this scope may hold, negative if it holds too many; without a cap the largest number.
+    fn room(&self, scope: Scope) -> i64 {
+        let cap = match scope {
+            Scope::Address(_) => self.caps.per_address,
+            Scope::Subnet(_) => self.caps.per_subnet,
+            Scope::Total => self.caps.total,
+        };
+        let held = self.held.get(&scope).copied().map_or(0, i64::from);
+        cap.and_then(|cap| i64::try_from(cap).ok()).map_or(i64::MAX, |cap| cap - held)
+    }
+
     /// The narrowest scope that has no room for one more unit of this prefix.
     pub fn full(&self, prefix: Option<ClientPrefix>) -> Option<Scope> {
-        let is_full = |scope: &Scope| self.cap(*scope).is_some_and(|cap| self.held(*scope) >= cap);
-        Scope::of(prefix).find(is_full)
+        Scope::of(prefix).find(|scope| self.room(*scope) <= 0)
     }
 
     /// The narrowest scope of this prefix that holds more than its cap, as it may after the caps changed.
     pub fn above(&self, prefix: Option<ClientPrefix>) -> Option<Scope> {
-        let is_above = |scope: &Scope| self.cap(*scope).is_some_and(|cap| self.held(*scope) > cap);
-        Scope::of(prefix).find(is_above)
+        Scope::of(prefix).find(|scope| self.room(*scope) < 0)
     }
 
-    /// Whether one unit can move from a prefix to another one within the caps.
-    pub fn could_move(&self, from: Option<ClientPrefix>, to: Option<ClientPrefix>) -> bool {
-        let has_room = |scope: Scope| self.cap(scope).is_none_or(|cap| self.held(scope) < cap);
-        Scope::of(to).all(|scope| scope.covers(from) || has_room(scope))
+    /// Moves one unit from a prefix to another one if the caps allow it; returns whether it did.
+    pub fn move_unit(&mut self, from: Option<ClientPrefix>, to: Option<ClientPrefix>) -> bool {
+        let is_allowed = |scope: Scope| scope.covers(from) || self.room(scope) > 0;
+        let moves = from != to && Scope::of(to).all(is_allowed);
+        if moves {
+            self.remove(from);
+            self.add(to);
+        }
+        moves
     }
 
-    /// One more unit of this prefix.
+    /// Adds one unit of this prefix.
     pub fn add(&mut self, prefix: Option<ClientPrefix>) {
         for scope in Scope::of(prefix) {
             *self.held.entry(scope).or_default() += 1;
         }
     }
 
-    /// One unit less of it.
+    /// Removes one unit of this prefix.
     pub fn remove(&mut self, prefix: Option<ClientPrefix>) {
         for scope in Scope::of(prefix) {
             if let Entry::Occupied(mut held) = self.held.entry(scope) {
@@ -123,26 +116,25 @@ impl Quota {
         }
     }
 
-    /// How much the subnet of this prefix holds, and how much its address: the larger, the sooner a unit of
-    /// it makes room.
+    /// How much the subnet of this prefix holds, and how much its address: the larger, the sooner a unit of it makes
+    /// room.
     pub fn load(&self, prefix: Option<ClientPrefix>) -> [usize; 2] {
-        let held = |prefix: ClientPrefix| {
+        prefix.map_or([0; 2], |prefix| {
             [Scope::Subnet(prefix.subnet()), Scope::Address(prefix)].map(|scope| self.held(scope))
-        };
-        prefix.map_or([0; 2], held)
+        })
     }
 
-    /// Whether a unit of `holder` makes room for one of `newcomer` where all of it is held: it does if its
-    /// subnet would still hold at least as much as the newcomer's afterwards, or, within one subnet, its address.
+    /// Whether a unit of `holder` makes room for one of `newcomer` when the total is full: it does if its subnet, or
+    /// within one subnet its address, would still hold at least as much as the newcomer's afterwards.
     pub fn yields(&self, holder: Option<ClientPrefix>, newcomer: Option<ClientPrefix>) -> bool {
         let (Some(holder), Some(newcomer)) = (holder, newcomer) else {
             return holder.is_none() && newcomer.is_some();
         };
-        let heavier = |holder, newcomer| self.held(holder) > self.held(newcomer) + 1;
+        let is_heavier = |holder, newcomer| self.held(holder) > self.held(newcomer) + 1;
         let [from, to] = [holder, newcomer].map(|prefix| Scope::Subnet(prefix.subnet()));
         match from == to {
-            true => heavier(Scope::Address(holder), Scope::Address(newcomer)),
-            false => heavier(from, to),
+            true => is_heavier(Scope::Address(holder), Scope::Address(newcomer)),
+            false => is_heavier(from, to),
         }
     }
 
@@ -166,50 +158,10 @@ impl Quota {
     }
 }
 
-/// Things in the order of their numbers, and the first one under each scope.
-#[derive(Clone, Debug)]
-pub(super) struct Queue<T> {
-    things: BTreeMap<u64, (T, Option<ClientPrefix>)>,
-    by_scope: BTreeSet<(Scope, u64)>,
-}
-
-impl<T> Queue<T> {
-    /// There is nothing in it.
-    pub fn new() -> Self {
-        Self { things: BTreeMap::new(), by_scope: BTreeSet::new() }
-    }
-
-    /// Puts in a thing of this prefix, under this number.
-    pub fn insert(&mut self, number: u64, thing: T, prefix: Option<ClientPrefix>) {
-        self.by_scope.extend(Scope::of(prefix).map(|scope| (scope, number)));
-        self.things.insert(number, (thing, prefix));
-    }
-
-    /// Takes out the thing of this number.
-    pub fn remove(&mut self, number: u64) -> Option<T> {
-        let (thing, prefix) = self.things.remove(&number)?;
-        for scope in Scope::of(prefix) {
-            self.by_scope.remove(&(scope, number));
-        }
-        Some(thing)
-    }
-
-    /// The thing with the lowest number that counts towards this scope.
-    pub fn first(&self, scope: Scope) -> Option<&T> {
-        let (_, number) = self.by_scope.range((scope, u64::MIN)..=(scope, u64::MAX)).next()?;
-        self.things.get(number).map(|(thing, _)| thing)
-    }
-
-    /// How many things are in it.
-    pub fn len(&self) -> usize {
-        self.things.len()
-    }
-}
-
 impl From<Scope> for Refused {
     fn from(full: Scope) -> Self {
         match full {
-            Scope::Address(address) => Self::AddressFull(address),
+            Scope::Address(prefix) => Self::AddressFull(prefix),
             Scope::Subnet(subnet) => Self::SubnetFull(subnet),
             Scope::Total => Self::TableFull,
         }
@@ -234,6 +186,14 @@ mod tests {
         let cap = || prop::option::of(1_usize..12);
         (prop::option::of(1_usize..24), cap(), cap())
             .prop_map(|(total, per_subnet, per_address)| Caps { total, per_subnet, per_address })
+    }
+
+    fn cap(caps: Caps, scope: Scope) -> Option<usize> {
+        match scope {
+            Scope::Address(_) => caps.per_address,
+            Scope::Subnet(_) => caps.per_subnet,
+            Scope::Total => caps.total,
+        }
     }
 
     /// What is held, one by one, as a naive model of a [`Quota`].
@@ -267,7 +227,7 @@ mod tests {
                 if adds {
                     let full = quota.full(prefix);
                     let expected = Scope::of(prefix)
-                        .find(|scope| quota.cap(*scope).is_some_and(|cap| model.held(*scope) >= cap));
+                        .find(|scope| cap(caps, *scope).is_some_and(|cap| model.held(*scope) >= cap));
                     prop_assert_eq!(full, expected);
                     if full.is_none() {
                         quota.add(prefix);

@@ -1,12 +1,10 @@
 //! Request rates: how often a peer may ask, and all the peers of one address together.
 //!
-//! Sans-IO. Each has a token bucket that holds a minute's worth, kept as the one instant at which it
-//! will be full again. A full bucket is no different from none: the sweep forgets it, so there are
-//! never more than were asked of within the last minute.
+//! Sans-IO. GCRA: a token bucket that holds a minute's worth, kept as the instant at which it will be full again. A full
+//! bucket is the same as none, and the sweep forgets it: only those that were used within the last minute are kept.
 
 use std::{
     collections::HashMap,
-    hash::Hash,
     time::{Duration, Instant},
 };
 
@@ -17,56 +15,72 @@ use crate::{address::ClientPrefix, event::Refused};
 /// What a bucket holds, as the time it takes to fill.
 const BURST: Duration = Duration::from_secs(60);
 
-/// An address may ask so many times as often as a peer: a household, or a small office.
+/// The rate of an address is this many times that of a peer: a household, or a small office.
 const PEERS_PER_ADDRESS: u64 = 10;
 
 /// The buckets for one kind of request.
 #[derive(Debug)]
 pub struct Rates {
-    /// How often a peer may ask, in requests a minute; zero: as often as it likes.
-    per_minute: u32,
+    /// The rates of a peer and of an address; `None`: no limit.
+    rates: Option<[Rate; 2]>,
     peers: HashMap<PeerId, FullAt>,
     addresses: HashMap<ClientPrefix, FullAt>,
 }
 
 /// When a bucket will be full again.
-type FullAt = Instant;
+pub type FullAt = Instant;
 
 impl Rates {
-    /// All buckets are full. Zero: no limit.
+    /// A peer may send this many requests a minute; zero: no limit. All buckets are full.
     pub fn new(per_minute: u32) -> Self {
-        Self { per_minute, peers: HashMap::new(), addresses: HashMap::new() }
+        let mut rates = Self { rates: None, peers: HashMap::new(), addresses: HashMap::new() };
+        rates.set(per_minute);
+        rates
     }
 
-    /// This rate holds from now on.
+    /// Replaces the rate.
     pub fn set(&mut self, per_minute: u32) {
-        self.per_minute = per_minute;
+        let rate = |per_burst: u64| {
+            let nanos = (BURST.as_nanos() as u64).checked_div(per_burst)?;
+            let burst = u32::try_from(per_burst).unwrap_or(u32::MAX);
+            Some(Rate { burst, spacing: Duration::from_nanos(nanos) })
+        };
+        let per_minute = u64::from(per_minute);
+        self.rates =
+            rate(per_minute).zip(rate(per_minute * PEERS_PER_ADDRESS)).map(<[Rate; 2]>::from);
     }
 
     /// How many buckets are kept.
+    #[cfg(test)]
     pub fn buckets(&self) -> usize {
         self.peers.len() + self.addresses.len()
     }
 
-    /// Takes one request out of the peer's bucket and, if one is given, out of its address's; from neither if
+    /// Takes one request out of the peer's bucket and, if `address` is given, out of its address's; out of neither if
     /// one is empty.
     ///
     /// # Errors
     ///
-    /// Which one is.
+    /// Which one is empty.
     pub fn take(
         &mut self,
         peer: PeerId,
         address: Option<ClientPrefix>,
         now: Instant,
     ) -> Result<(), Refused> {
-        let Some(rate) = self.rate(1) else {
+        let Some([of_peer, of_address]) = self.rates else {
             return Ok(());
         };
-        let peer_full_at = after_one(&self.peers, &peer, rate, now).ok_or(Refused::TooOften)?;
-        if let (Some(address), Some(rate)) = (address, self.rate(PEERS_PER_ADDRESS)) {
-            let full_at = after_one(&self.addresses, &address, rate, now);
-            let full_at = full_at.ok_or(Refused::AddressTooOften(address))?;
+        let (peer_full_at, wait) = of_peer.after_one(self.peers.get(&peer).copied(), now);
+        if !wait.is_zero() {
+            return Err(Refused::TooOften);
+        }
+        if let Some(address) = address {
+            let bucket = self.addresses.get(&address).copied();
+            let (full_at, wait) = of_address.after_one(bucket, now);
+            if !wait.is_zero() {
+                return Err(Refused::AddressTooOften(address));
+            }
             self.addresses.insert(address, full_at);
         }
         self.peers.insert(peer, peer_full_at);
@@ -78,110 +92,23 @@ impl Rates {
         self.peers.retain(|_, full_at| *full_at > now);
         self.addresses.retain(|_, full_at| *full_at > now);
     }
-
-    /// That of so many peers together.
-    fn rate(&self, peers: u64) -> Option<Rate> {
-        let per_burst = u64::from(self.per_minute) * peers;
-        let nanos = (BURST.as_nanos() as u64).checked_div(per_burst)?;
-        let burst = u32::try_from(per_burst).unwrap_or(u32::MAX);
-        Some(Rate { burst, spacing: Duration::from_nanos(nanos) })
-    }
 }
 
-/// How many scopes of one level have a bucket at most. Beyond that the next wider one counts alone.
-const MOST_SCOPES: usize = 65_536;
-
-/// How fast something may come from each address, subnet, and IPv6 /32: GCRA.
-#[derive(Debug)]
-pub struct ScopedRates {
-    /// For an address, a subnet, and an IPv6 /32; `None`: no limit.
-    levels: [Option<Rate>; 3],
-    buckets: [HashMap<ClientPrefix, FullAt>; 3],
-}
-
-/// So many at once, and one more each `spacing`.
+/// `burst` at once, and one more each `spacing`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rate {
-    /// How many may come at once.
+    /// How many may arrive at once.
     pub burst: u32,
-    /// After how long there may be one more.
+    /// The time between two after that.
     pub spacing: Duration,
 }
 
 impl Rate {
-    /// When a bucket will be full again once one was taken out of it, and how long that one has to wait.
-    fn after_one(self, full_at: Option<FullAt>, now: Instant) -> (FullAt, Duration) {
+    /// When a bucket will be full again once one was taken out, and how long that one has to wait.
+    pub fn after_one(self, full_at: Option<FullAt>, now: Instant) -> (FullAt, Duration) {
         let full_at = full_at.map_or(now, |full_at| now.max(full_at)) + self.spacing;
         (full_at, full_at.saturating_duration_since(now + self.spacing * self.burst))
     }
-}
-
-/// One bucket, full at first.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Bucket(Option<FullAt>);
-
-impl Bucket {
-    /// Takes one out: how long it has to wait. `None`: longer than `patience`, and it does not count then.
-    pub fn take(&mut self, rate: Rate, patience: Duration, now: Instant) -> Option<Duration> {
-        let (full_at, wait) = rate.after_one(self.0, now);
-        (wait <= patience).then(|| {
-            self.0 = Some(full_at);
-            wait
-        })
-    }
-}
-
-impl ScopedRates {
-    /// Nothing has come yet. `levels` are those of an address, a subnet, and an IPv6 /32; `None`: no limit.
-    pub fn new(levels: [Option<Rate>; 3]) -> Self {
-        Self { levels, buckets: [HashMap::new(), HashMap::new(), HashMap::new()] }
-    }
-
-    /// One comes from this prefix: how long it has to wait. `None`: longer than `patience`, and it does not
-    /// count then.
-    pub fn take(
-        &mut self,
-        prefix: ClientPrefix,
-        patience: Duration,
-        now: Instant,
-    ) -> Option<Duration> {
-        let scopes = [Some(prefix), Some(prefix.subnet().into()), prefix.wide()];
-        let mut wait = Duration::ZERO;
-        let full_at = std::array::from_fn::<_, 3, _>(|level| {
-            let (rate, scope) = (self.levels.get(level).copied()??, scopes.get(level).copied()??);
-            let before = self.buckets.get(level)?.get(&scope).copied();
-            let (full_at, waits) = rate.after_one(before, now);
-            wait = wait.max(waits);
-            Some((scope, full_at))
-        });
-        if wait > patience {
-            return None;
-        }
-        for (buckets, bucket) in self.buckets.iter_mut().zip(full_at) {
-            let Some((scope, full_at)) = bucket else {
-                continue;
-            };
-            if buckets.len() >= MOST_SCOPES && !buckets.contains_key(&scope) {
-                buckets.retain(|_, full_at| *full_at > now);
-                if buckets.len() >= MOST_SCOPES {
-                    continue;
-                }
-            }
-            buckets.insert(scope, full_at);
-        }
-        Some(wait)
-    }
-}
-
-/// When a bucket will be full once a request was taken out of it; `None`: there is none in it.
-fn after_one<K: Hash + Eq>(
-    buckets: &HashMap<K, FullAt>,
-    whose: &K,
-    rate: Rate,
-    now: Instant,
-) -> Option<FullAt> {
-    let (full_at, wait) = rate.after_one(buckets.get(whose).copied(), now);
-    wait.is_zero().then_some(full_at)
 }
 
 #[cfg(test)]
@@ -207,54 +134,6 @@ mod tests {
         assert_eq!(takes(&mut rates, peer, now + Duration::from_secs(2)), 1);
         assert_eq!(takes(&mut rates, peer, now + Duration::from_secs(32)), 15);
         assert_eq!(takes(&mut rates, peer, now + Duration::from_secs(999)), 30);
-    }
-
-    #[test]
-    fn a_bucket_has_a_burst_at_once_and_then_one_each_spacing() {
-        let rate = Rate { burst: 20, spacing: Duration::from_secs(3) };
-        let (mut bucket, start) = (Bucket::default(), Instant::now());
-        let mut taken = |spacings: u32| {
-            let now = start + rate.spacing * spacings;
-            (0..100).filter(|_| bucket.take(rate, Duration::ZERO, now).is_some()).count()
-        };
-        assert_eq!([0, 1, 11, 1000].map(&mut taken), [20, 1, 10, 20]);
-        let now = start + rate.spacing * 1000;
-        let waits = [0; 2].map(|_| bucket.take(rate, Duration::MAX, now));
-        assert_eq!(waits, [1, 2].map(|nth| Some(rate.spacing * nth)));
-    }
-
-    #[test]
-    fn what_comes_too_fast_waits_for_the_narrowest_and_the_wider_scope() {
-        let start = Instant::now();
-        let rate = |burst| Some(Rate { burst, spacing: Duration::from_secs(1) });
-        let mut rates = ScopedRates::new([rate(2), rate(3), None]);
-        let [first, second] = [1, 2].map(|n| home(n).unwrap());
-        let patience = Duration::from_secs(2);
-        let mut take = |prefix, at: u64| {
-            let wait = rates.take(prefix, patience, start + Duration::from_secs(at));
-            wait.map(|wait| wait.as_secs())
-        };
-        assert_eq!([0; 3].map(|at| take(first, at)), [Some(0), Some(0), Some(1)]);
-        // The subnet has had three, and the address waits for itself no longer than it would else.
-        assert_eq!([0; 3].map(|at| take(second, at)), [Some(1), Some(2), None]);
-        assert_eq!(take(second, 100), Some(0));
-    }
-
-    #[test]
-    fn no_more_scopes_are_kept_than_there_is_room_for() {
-        let start = Instant::now();
-        let rate = Some(Rate { burst: 1, spacing: Duration::from_secs(1) });
-        let mut rates = ScopedRates::new([rate, None, None]);
-        let address = |n: u32| ClientPrefix::from(IpAddr::from(Ipv4Addr::from_bits(n)));
-        for n in 0..MOST_SCOPES as u32 + 10 {
-            assert_eq!(rates.take(address(n), Duration::ZERO, start), Some(Duration::ZERO));
-        }
-        assert_eq!(rates.buckets[0].len(), MOST_SCOPES);
-        // Those that are there are still held to it; later they make room.
-        assert_eq!(rates.take(address(1), Duration::ZERO, start), None);
-        let later = start + Duration::from_secs(9);
-        assert!(rates.take(address(u32::MAX), Duration::ZERO, later).is_some());
-        assert_eq!(rates.buckets[0].len(), 1);
     }
 
     #[test]

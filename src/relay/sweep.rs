@@ -1,112 +1,106 @@
-//! The sweep: one pass over the tables, for all that ends without anybody saying so.
+//! The sweep: one pass over the tables that ends what no event ends.
 //!
-//! All of it goes by the monotonic clock ([`Instant`]), whatever becomes of the wall clock. A process
-//! that was stopped, or a virtual machine that was paused, finds that this clock went on: its sweep is
-//! late, what is over is over, and silences start anew. On a machine that was suspended, Linux lets it
-//! stand still: it is as if no time had passed but on the wall clock, so a slot that is not renewed
-//! ends so much later than its peer was told, and who went meanwhile is asked within a heartbeat.
+//! All times are of the monotonic clock ([`Instant`]), whatever the wall clock does. If the process was stopped or its
+//! virtual machine paused, that clock went on: the sweep is late, what is over ends, and liveness timers are reset. Linux
+//! stops it while the machine is suspended, as if no time had passed: a slot that is not renewed ends that much later
+//! than its peer was told, and a peer that left meanwhile is probed within a heartbeat.
 
 use std::{
     hash::Hash,
     time::{Duration, Instant},
 };
 
-use super::{Action, Relay, circuits::End, reclaim::TICK};
+use super::{Action, Relay, connections::End, reclaim::TICK};
 use crate::event::{Event, FreedReason};
 
-/// How late a sweep may come before questions count anew. Before that its lateness is taken off the
-/// time for which they have been open: a relay that has no time hears no answers.
+/// A sweep that is later than this restarts open probes. One that is less late extends them by its lateness: a relay
+/// without CPU time reads no answers.
 const LATE: Duration = Duration::from_secs(1);
 
 impl<C: Copy + Ord + Hash, R> Relay<C, R> {
-    /// Looks at everything: what is over, who has been silent, who is idle, and whether there is a
-    /// slot for those who wait.
+    /// Passes over all tables.
     pub fn sweep(&mut self, now: Instant) {
-        // What was answered while the relay stood still may not have been read yet.
+        // 1. What arrived while the process was stopped may not have been read yet: probes and stalls get that time.
         let late = now.saturating_duration_since(self.sweep_due);
         if late > TICK {
-            let excuse = |since| if late > LATE { now } else { since + late };
-            self.connections.excuse(excuse);
-            self.circuits.excuse(excuse);
+            let shift = |since| if late > LATE { now } else { since + late };
+            self.connections.shift_probes(shift);
+            self.circuits.shift_stalls(shift);
         }
+        // 2. Forget what has run out, and free the slots whose term or grace has ended.
         self.reserve_rates.forget_full(now);
         self.connect_rates.forget_full(now);
-        self.link.bandwidth().forget_paid(now);
+        self.link.lock().forget_paid(now);
         self.reservations.end_what_is_over(now);
-        self.tell_changes(now);
-        self.connections.listen(now);
-        self.circuits.look(now);
-        let mut beat = self.heartbeat.beat(&self.config, self.connections.watched(), now);
-        if let Some(fault) = beat.fault {
+        self.apply_changes(now);
+        // 3. Read the counters.
+        self.connections.poll_counters(now);
+        self.circuits.poll_counters(now);
+        // 4. Probe silent peers, and disconnect those that timed out.
+        let mut found = self.heartbeat.check(&self.config, self.connections.watched(), now);
+        if let Some(fault) = found.fault {
             log::warn!("{fault}");
         }
-        for connection in beat.probe {
-            self.probe(connection);
-        }
-        // In the order in which they came, so that a rerun of a simulation is the same.
-        beat.timed_out.sort_unstable();
-        for connection in beat.timed_out {
-            self.time_out(connection, now);
-        }
+        found.probe.into_iter().for_each(|connection| self.probe(connection));
+        found.timed_out.sort_unstable(); // so that a simulation can be repeated
+        found.timed_out.into_iter().for_each(|connection| self.time_out(connection, now));
+        // 5. Find slots for newcomers.
         self.reclaim(now);
-        self.close_idle(now);
-        self.give_back(now);
+        // 6. Close idle connections, and while draining those that are due.
+        let timeout = self.config.idle_timeout;
+        let timeout = if timeout.is_zero() { Duration::MAX } else { timeout };
+        for (end, is_flooding) in self.connections.take_idle(timeout, now) {
+            let reason =
+                if is_flooding { "flooding".into() } else { format!("idle for {timeout:?}") };
+            log::debug!("connection closed: peer {}: {reason}", end.peer);
+            self.actions.push_back(Action::Close(end));
+        }
+        self.close_due(now);
         self.sweep_due = now + self.config.sweep;
-        self.hurry(now);
+        self.bring_sweep_forward(now);
     }
 
-    /// Memory was scarce at the last sweep: ends the circuits that hold some and have moved nothing for a while.
+    /// Ends the circuits that hold bytes and have transferred none for a while: memory was scarce at the last sweep.
     pub fn end_stalled(&mut self, now: Instant) {
         self.circuits.stalled(now).into_iter().for_each(|id| self.end_circuit(id));
     }
 
-    fn close_idle(&mut self, now: Instant) {
-        let timeout = self.config.idle_timeout;
-        let timeout = if timeout.is_zero() { Duration::MAX } else { timeout };
-        for (end, floods) in self.connections.take_idle(timeout, now) {
-            let why = if floods { "flooding".into() } else { format!("idle for {timeout:?}") };
-            log::debug!("connection {why}: closing that of peer {}", end.peer);
-            self.actions.push_back(Action::Close(end));
-        }
-    }
-
-    /// Sweeps soon, if a newcomer waits or connections are given back.
-    pub(super) fn hurry(&mut self, now: Instant) {
-        if self.reclaim.waiting() > 0 || self.is_draining() {
+    /// Sweeps soon if a newcomer waits or the relay drains.
+    pub(super) fn bring_sweep_forward(&mut self, now: Instant) {
+        if !self.waiting.is_empty() || self.is_draining() {
             self.sweep_due = self.sweep_due.min(now + TICK);
         }
     }
 
-    /// The peer at the other end of this connection has timed out: as if it were gone, whether or not it is
-    /// closed.
+    /// Handles a peer that timed out on this connection: as if it had closed, whether or not the relay closes it.
     pub(super) fn time_out(&mut self, connection: C, now: Instant) {
         let Some(silent) = self.connections.get_mut(connection) else {
             return;
         };
         let (peer, address) = (silent.origin.peer, silent.origin.address.clone());
-        let silent_for = silent.silent_for(now);
-        silent.liveness.on_activity(now); // if it stays up, its silence starts anew
-        self.tell(Event::PeerSilent { peer, address, silent_for });
-        self.give_up(End { peer, connection }, now);
+        let silent_for = silent.liveness.silent_for(now);
+        silent.liveness.on_activity(now); // if it stays open, its timers start again
+        self.report(Event::PeerSilent { peer, address, silent_for });
+        self.abandon(End { peer, connection }, now);
         if self.config.close_silent {
             self.close(End { peer, connection });
         }
     }
 
-    /// From now on nothing goes over a connection, whether or not it is closed.
-    pub(super) fn give_up(&mut self, gone: End<C>, now: Instant) {
+    /// Ends the circuits over a connection, and moves its reservation or begins the grace.
+    pub(super) fn abandon(&mut self, gone: End<C>, now: Instant) {
         let End { peer, connection } = gone;
         self.circuits.over(gone).into_iter().for_each(|id| self.end_circuit(id));
         let mut up = self.fit_for_a_slot(peer);
         up.retain(|other| *other != connection);
-        self.reservations.disconnected(peer, connection, &up, FreedReason::Silent, now);
-        self.tell_changes(now);
+        self.reservations.on_disconnected(peer, connection, &up, FreedReason::Silent, now);
+        self.apply_changes(now);
     }
 
     pub(super) fn probe(&mut self, connection: C) {
         if let Some(up) = self.connections.get(connection) {
             let to = End { peer: up.origin.peer, connection };
-            log::debug!("asked for a sign of life: peer {}", to.peer);
+            log::debug!("probe sent: peer {}", to.peer);
             self.probes += 1;
             self.actions.push_back(Action::Probe(to, self.config.silence));
         }
@@ -128,12 +122,12 @@ mod tests {
         let holders = [0, 1].map(|connection| {
             let peer = PeerId::random();
             let address = "/memory/1".parse().unwrap();
-            relay.on_connected(connection, Connection::new(peer, address, false, 0, now));
+            relay.connections.add(connection, Connection::new(peer, address, false, 0, now));
             let end = End { peer, connection };
             relay.handle_request(end, Ok(Request::Reserve), (), now);
             end
         });
-        while let Some(action) = relay.next_action() {
+        while let Some(action) = relay.actions.pop_front() {
             if let Action::Grant { request, receipt, .. } = action {
                 relay.on_delivered(request.from.peer, receipt, true, now);
             }
@@ -151,11 +145,11 @@ mod tests {
 
     fn found(relay: &mut Relay<u32, ()>) -> Found {
         let mut found = Found::default();
-        while let Some(action) = relay.next_action() {
+        while let Some(action) = relay.actions.pop_front() {
             match action {
                 Action::Probe(to, _) => found.asked.push(to.peer),
-                Action::Tell(Event::PeerSilent { peer, .. }) => found.silent.push(peer),
-                Action::Tell(Event::ReservationFreed { peer, reason, .. }) => {
+                Action::Report(Event::PeerSilent { peer, .. }) => found.silent.push(peer),
+                Action::Report(Event::ReservationFreed { peer, reason, .. }) => {
                     found.freed.push((peer, reason));
                 }
                 _ => {}
@@ -167,7 +161,7 @@ mod tests {
     /// Sweeps when it is due, until something is found. When that was.
     fn until_found(relay: &mut Relay<u32, ()>) -> (Instant, Found) {
         loop {
-            let now = relay.sweep_due();
+            let now = relay.sweep_due;
             relay.sweep(now);
             let found = found(relay);
             if found != Found::default() {

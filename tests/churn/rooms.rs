@@ -11,9 +11,11 @@ use std::{
 
 use libp2p::PeerId;
 use relaylet::{
-    Config, Event, FreedReason,
-    activity::Signs,
-    relay::{self, Action, circuits::End, connections::Connection},
+    ActivityCounter, Config, Event, FreedReason,
+    relay::{
+        self, Action,
+        connections::{Connection, End},
+    },
     wire::Request,
 };
 
@@ -28,7 +30,7 @@ pub struct Rooms {
     /// What the virtual clock calls zero; the relay sees differences only.
     start: Instant,
     peers: HashMap<usize, PeerId>,
-    signs: HashMap<usize, Signs>,
+    signs: HashMap<usize, ActivityCounter>,
     acts: Vec<Act>,
     /// Whether somebody waited for a slot when the relay looked last.
     somebody_waited: bool,
@@ -54,7 +56,7 @@ impl Rooms {
 
     /// By the heartbeat, or sooner because somebody waited. Who waited may have been served by then.
     fn judged(&self, connection: usize) -> Act {
-        let config = self.relay.config();
+        let config = &self.relay.config;
         let (asked_for, silent_for) = match self.somebody_waited {
             true => (config.probe, config.probe_after),
             false => (config.silence - config.heartbeat, config.silence),
@@ -64,7 +66,7 @@ impl Rooms {
 
     /// What the relay ordered, as acts.
     fn carry_out(&mut self, now: Instant) {
-        while let Some(action) = self.relay.next_action() {
+        while let Some(action) = self.relay.actions.pop_front() {
             let act = match action {
                 Action::Grant { request, receipt, .. } => {
                     self.relay.on_delivered(request.from.peer, receipt, true, now);
@@ -77,8 +79,8 @@ impl Rooms {
                     self.acts.push(self.judged(connection));
                     Act::Closed(connection)
                 }
-                Action::Tell(Event::GraceBegan { peer }) => Act::Grace(number(&peer)),
-                Action::Tell(Event::ReservationFreed { peer, reason, .. }) => {
+                Action::Report(Event::GraceBegan { peer }) => Act::Grace(number(&peer)),
+                Action::Report(Event::ReservationFreed { peer, reason, .. }) => {
                     assert_ne!(reason, FreedReason::Undelivered);
                     Act::Freed(number(&peer))
                 }
@@ -91,7 +93,7 @@ impl Rooms {
 
 impl Relay for Rooms {
     fn term(&self) -> Duration {
-        self.relay.config().reservation_ttl
+        self.relay.config.reservation_ttl
     }
 
     fn connected(&mut self, id: usize, peer: usize, now: Duration) {
@@ -99,9 +101,9 @@ impl Relay for Rooms {
         let address = IpAddr::from(Ipv4Addr::from_bits(id as u32)).into();
         let peer = peer_id(peer);
         let connection = Connection::new(peer, address, false, id as u8, self.start + now);
-        let signs = Signs::default();
-        self.relay.on_connected(id, connection);
-        self.relay.listen_to(id, signs.clone());
+        let signs = ActivityCounter::default();
+        self.relay.connections.add(id, connection);
+        self.relay.connections.get_mut(id).unwrap().track(signs.clone());
         self.signs.insert(id, signs);
         self.peers.insert(id, peer);
     }
@@ -126,17 +128,17 @@ impl Relay for Rooms {
 
     fn heard(&mut self, id: usize) {
         if let Some(signs) = self.signs.get(&id) {
-            signs.heard(1);
+            signs.add(1);
         }
     }
 
     fn next(&self) -> Option<Duration> {
-        Some(self.relay.sweep_due() - self.start)
+        Some(self.relay.sweep_due - self.start)
     }
 
     fn wake(&mut self, now: Duration) {
         let now = self.start + now;
-        self.somebody_waited = self.relay.waiting() > 0;
+        self.somebody_waited = !self.relay.waiting.is_empty();
         self.relay.sweep(now);
         self.carry_out(now);
     }
@@ -146,9 +148,9 @@ impl Relay for Rooms {
     }
 
     fn left_over(&self) -> usize {
-        let table = self.relay.reservations();
-        let slots = table.taken() + table.in_grace() + table.quota().len();
-        slots + self.relay.connections().count() + self.relay.waiting()
+        let table = &self.relay.reservations;
+        let slots = table.taken() + table.in_grace() + table.quota.len();
+        slots + self.relay.connections.count() + self.relay.waiting.len()
     }
 
     fn kernel_gives_up_after(&self) -> Option<Duration> {

@@ -115,7 +115,7 @@ async fn a_relay_that_was_stopped_for_ninety_seconds_gives_nobody_up() {
     relay.signal("STOP");
     sleep(Duration::from_secs(90)).await;
     relay.signal("CONT");
-    relay.wait_for_log("the relay stood still for").await;
+    relay.wait_for_log("process was suspended for").await;
     sleep(A_HEARTBEAT).await;
     were_asked(&clients, 1, &relay);
     are_unharmed(&clients, &there, &relay).await;
@@ -276,11 +276,11 @@ async fn reserve_all(count: usize, host: &Host, relay: &Relay) -> Vec<Process> {
     future::join_all((0..count).map(|_| reserves(host, relay))).await
 }
 
-/// Each was asked for a sign of life, so many times or more often.
+/// Each was probed, so many times or more often.
 fn were_asked(clients: &[Process], times: usize, relay: &Relay) {
     let log = relay.log();
     for client in clients {
-        let asked = format!("asked for a sign of life: peer {}", client.peer);
+        let asked = format!("probe sent: peer {}", client.peer);
         let asked = log.iter().filter(|line| line.contains(&asked)).count();
         assert!(asked >= times, "{} was asked {asked} times", client.peer);
     }

@@ -85,7 +85,7 @@ async fn nothing_ends_early_or_late(step: i64) {
         assert_eq!(answer.status, NO_RESERVATION);
     }
     // Nobody was suspected of anything.
-    for line in ["peer silent", "stood still", "reservation refused"] {
+    for line in ["peer silent", "was suspended", "reservation refused"] {
         assert_eq!(clock.relay.count_in_log(line), 0, "{line}");
     }
 }

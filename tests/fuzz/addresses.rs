@@ -74,7 +74,7 @@ fn one_address(address: &Multiaddr) {
         ClientPrefix::of(address).map(|to| to.ip()),
         address::ip(address).map(|ip| ClientPrefix::from(ip).ip()),
     );
-    let _ = (address::is_global(address), address::is_relayed(address));
+    let _ = (address::is_global(address), address::is_unspecified(address));
     let mut config = Config::default();
     config.announce = vec![address.clone()];
     if let Err(error) = config.validate() {
@@ -89,7 +89,7 @@ fn answer(known: Known<'_>) {
     let told = address::for_reservation(known, relay);
     for address in &told {
         assert_eq!(address.iter().last(), Some(Protocol::P2p(relay)));
-        assert!(!address::is_relayed(address));
+        assert!(address.iter().all(|part| part != Protocol::P2pCircuit));
     }
     let frame = wire::reserve_ok(7, &told, vec![1; VOUCHER], Limit::default());
     let message = unframed(&frame);
@@ -103,7 +103,7 @@ fn answer(known: Known<'_>) {
 /// The message in a frame of ours, which has to be one that we would read ourselves.
 fn unframed(mut frame: &[u8]) -> Vec<u8> {
     let read = wire::read_frame(&mut frame).now_or_never();
-    let message = read.expect("it is all there").expect("a frame");
+    let message = read.expect("it is all there").expect("a frame").expect("a message");
     assert!(message.len() <= MAX_MESSAGE && frame.is_empty());
     message
 }

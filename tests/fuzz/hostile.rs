@@ -384,11 +384,11 @@ impl World {
                 self.swarm.behaviour_mut().release(peer);
                 self.settle();
                 // A question that waits for a stream is given up only when there is one.
-                let left = self.swarm.behaviour().circuits().of(&peer);
+                let left = self.swarm.behaviour().view().circuits.of(&peer);
                 let left = left.filter(|(circuit, _)| self.open.contains(circuit));
                 assert_eq!(left.count(), 0, "circuits of a peer that was given up");
             }
-            16 => self.swarm.behaviour_mut().access_changed(),
+            16 => self.swarm.behaviour_mut().recheck_access(),
             17 => {
                 let mut config = self.config.clone();
                 config.max_reservations = 1 + script.below(4);
@@ -469,11 +469,11 @@ impl World {
             assert!(opened <= MOST_OPENED + per_peer, "{opened} streams");
             let asked = relays.iter().filter(held).count();
             assert!(asked <= MOST_QUESTIONS + per_peer, "{asked} streams");
-            assert!(behaviour.circuits().count_of(&remote.peer) <= per_peer);
+            assert!(behaviour.view().circuits.count_of(&remote.peer) <= per_peer);
         }
-        assert!(behaviour.circuits().count() <= self.config.max_circuits);
-        assert_eq!(behaviour.circuits().open().count(), self.open.len());
-        assert!(self.open.len() <= behaviour.circuits().count());
+        assert!(behaviour.view().circuits.count() <= self.config.max_circuits);
+        assert_eq!(behaviour.view().circuits.open().count(), self.open.len());
+        assert!(self.open.len() <= behaviour.view().circuits.count());
 
         let mut traffic = Traffic::default();
         self.remotes.iter().for_each(|remote| traffic.add(&remote.lines));
@@ -524,26 +524,26 @@ impl World {
             assert_eq!(left.count(), 0, "streams are left");
         }
         let behaviour = self.swarm.behaviour_mut();
-        assert_eq!(behaviour.connections().count(), 2);
-        assert_eq!(behaviour.circuits().count(), 1, "Ben's, and no other");
-        assert_eq!(behaviour.circuits().peers(), 2);
-        assert_eq!(behaviour.accounts().iter().count(), 2);
-        let table = behaviour.reservations();
+        assert_eq!(behaviour.view().connections.count(), 2);
+        assert_eq!(behaviour.view().circuits.count(), 1, "Ben's, and no other");
+        assert_eq!(behaviour.view().circuits.peers(), 2);
+        assert_eq!(behaviour.accounts().count(), 2);
+        let table = &behaviour.view().reservations;
         assert_eq!(table.taken() - table.in_grace(), 1, "Anna's, and no other");
-        let totals = behaviour.accounts().totals();
+        let totals = behaviour.totals();
         assert_eq!((totals.opened, totals.closed + 1), (self.opened as u64, totals.opened));
         for which in [MALLORY, MO] {
-            let in_grace = behaviour.reservations().ends(&peer(which)).is_some();
+            let in_grace = behaviour.view().reservations.get(&peer(which)).is_some();
             assert!(!in_grace || !self.config.grace.is_zero());
             assert_eq!(behaviour.release(peer(which)), in_grace);
         }
         self.settle();
-        let table = self.swarm.behaviour().reservations();
+        let table = &self.swarm.behaviour().view().reservations;
         assert_eq!((table.taken(), table.in_grace()), (1, 0));
         assert_eq!(table.holders().collect::<Vec<_>>(), [peer(ANNA)]);
         for which in HOSTILE {
             let billed_to = ClientPrefix::of(&self.remotes[which].address).expect("an address");
-            assert_eq!(table.quota().held(Scope::Address(billed_to)), 0);
+            assert_eq!(table.quota.held(Scope::Address(billed_to)), 0);
         }
 
         // Ben's circuit carries, and whoever comes next gets what it wants.

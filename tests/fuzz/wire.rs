@@ -11,7 +11,10 @@ use libp2p::{
     futures::{AsyncRead, FutureExt, task::noop_waker_ref},
 };
 use proptest::{collection::vec, prelude::*, sample::select};
-use relaylet::wire::{self, BadRequest, FrameError, MAX_MESSAGE, Request};
+use relaylet::{
+    BadRequest,
+    wire::{self, MAX_MESSAGE, Request},
+};
 
 use super::protobuf::{self, Field, HOP, STOP};
 
@@ -47,23 +50,23 @@ fn frame(bytes: &[u8], piece: usize) -> Result<Vec<u8>, &'static str> {
     assert!(stream.most <= MAX_MESSAGE, "room for {}", stream.most);
     let length = protobuf::length_in_front(bytes);
     match (read, length) {
-        (Ok(message), Some((prefix, length))) => {
+        (Ok(Ok(message)), Some((prefix, length))) => {
             assert!(length <= MAX_MESSAGE);
             assert_eq!(message, bytes[prefix..prefix + length]);
             assert_eq!(stream.read, prefix + length, "and not a byte more");
             Ok(message)
         }
-        (Err(FrameError::Malformed(why)), None) => {
+        (Ok(Err(BadRequest::Malformed(why))), None) => {
             assert!(stream.read <= 3, "no more than a length");
             Err(why)
         }
-        (Err(FrameError::Malformed(why)), Some((prefix, length))) => {
+        (Ok(Err(BadRequest::Malformed(why))), Some((prefix, length))) => {
             let cut_short = length <= MAX_MESSAGE && bytes.len() < prefix + length;
             assert!(length > MAX_MESSAGE || cut_short);
             assert!(cut_short || stream.read == prefix, "nothing was taken in");
             Err(why)
         }
-        (Err(FrameError::Io(error)), None) => {
+        (Err(error), None) => {
             assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
             assert!(bytes.len() < 3 && bytes.iter().all(|byte| byte & 0x80 != 0));
             Err("the end")

@@ -250,18 +250,19 @@ impl Access for Club {
         if peer != self.member || !matches!(address.iter().next(), Some(Protocol::Ip4(_))) {
             return Permission::Deny;
         }
-        Permission::Allow(Terms {
-            reservation_ttl: Some(Duration::from_secs(24 * 60 * 60)),
-            circuit_bytes: Some(0),
-            ..Terms::default()
-        })
+        let mut terms = Terms::default();
+        terms.reservation_ttl = Some(Duration::from_secs(24 * 60 * 60));
+        terms.circuit_bytes = Some(0);
+        Permission::Allow(terms)
     }
 
     fn may_connect(&self, _: PeerId, _: &Multiaddr, target: PeerId) -> Permission {
         if target != self.member {
             return Permission::Deny;
         }
-        Permission::Allow(Terms { circuit_bytes: Some(7), ..Terms::default() })
+        let mut terms = Terms::default();
+        terms.circuit_bytes = Some(7);
+        Permission::Allow(terms)
     }
 }
 

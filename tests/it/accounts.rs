@@ -9,7 +9,7 @@ use libp2p::{
     identity::Keypair,
 };
 use libp2p_stream::IncomingStreams;
-use relaylet::{Account, Carried, CircuitEnd, Config, Event, Node, NodeEvent, Totals};
+use relaylet::{Account, BytesTransferred, CircuitEnd, Config, Event, Node, NodeEvent, Totals};
 use tokio::time::timeout;
 
 /// A relay whose circuits may carry anything, and where it listens.
@@ -55,11 +55,11 @@ async fn run<T>(
 }
 
 /// Whom a circuit connected, how it ended and what it is said to have carried.
-type Closed = (PeerId, PeerId, CircuitEnd, Carried);
+type Closed = (PeerId, PeerId, CircuitEnd, BytesTransferred);
 
 fn closed(told: &[Event]) -> Vec<Closed> {
     let closed = told.iter().filter_map(|event| match event {
-        Event::CircuitClosed { source, target, end, carried, .. } => {
+        Event::CircuitClosed { source, target, end, transferred: carried, .. } => {
             Some((*source, *target, *end, *carried))
         }
         _ => None,
@@ -115,14 +115,14 @@ const TALKS: [Talk; 8] = [
 ];
 
 /// Talks until both have closed their half; yields what each received.
-async fn talk(source: Stream, target: Stream, (there, back, polite): Talk) -> Carried {
+async fn talk(source: Stream, target: Stream, (there, back, polite): Talk) -> BytesTransferred {
     let (to_source, to_target) = within(future::join(
         converse(source, there, polite == Polite::Source),
         converse(target, back, polite == Polite::Target),
     ))
     .await;
     assert_eq!((to_target, to_source), (there as u64, back as u64));
-    Carried { to_target, to_source }
+    bytes(to_target, to_source)
 }
 
 /// One side of it: yields how many bytes it received.
@@ -147,7 +147,7 @@ async fn converse(stream: Stream, to_say: usize, listens_first: bool) -> u64 {
 }
 
 /// What the two accounts of one circuit are, the source's first.
-fn add(source: &mut Account, target: &mut Account, received: Carried) {
+fn add(source: &mut Account, target: &mut Account, received: BytesTransferred) {
     source.as_source += 1;
     source.sent += received.to_target;
     source.received += received.to_source;
@@ -156,13 +156,19 @@ fn add(source: &mut Account, target: &mut Account, received: Carried) {
     target.received += received.to_target;
 }
 
-fn totals(circuits: &[Carried]) -> Totals {
+fn bytes(to_target: u64, to_source: u64) -> BytesTransferred {
+    let mut bytes = BytesTransferred::default();
+    (bytes.to_target, bytes.to_source) = (to_target, to_source);
+    bytes
+}
+
+fn totals(circuits: &[BytesTransferred]) -> Totals {
     let mut totals = Totals::default();
     totals.opened = circuits.len() as u64;
     totals.closed = totals.opened;
     for carried in circuits {
-        totals.carried.to_target += carried.to_target;
-        totals.carried.to_source += carried.to_source;
+        totals.transferred.to_target += carried.to_target;
+        totals.transferred.to_source += carried.to_source;
     }
     totals
 }
@@ -173,7 +179,7 @@ async fn events_accounts_and_totals_are_what_the_clients_received() {
     let parties = async { (Party::at(&address).await, Party::at(&address).await) };
     let ((mut alice, mut bob), _) = run(&mut node, parties, |_| true).await;
     let (a, b) = (alice.client.peer, bob.client.peer);
-    assert_eq!(node.relay().accounts().of(&a), None, "no circuit yet");
+    assert_eq!(node.relay().account(&a), None, "no circuit yet");
     let (mut alices, mut bobs) = (Account::default(), Account::default());
     let mut all = Vec::new();
 
@@ -187,10 +193,10 @@ async fn events_accounts_and_totals_are_what_the_clients_received() {
         assert_eq!(closed(&told), [(a, b, CircuitEnd::Finished, received)], "{plan:?}");
         add(&mut alices, &mut bobs, received);
         all.push(received);
-        let accounts = node.relay().accounts();
-        assert_eq!(accounts.of(&a), Some(alices), "{plan:?}");
-        assert_eq!(accounts.of(&b), Some(bobs), "{plan:?}");
-        assert_eq!(accounts.totals(), totals(&all));
+        let relay = node.relay();
+        assert_eq!(relay.account(&a), Some(alices), "{plan:?}");
+        assert_eq!(relay.account(&b), Some(bobs), "{plan:?}");
+        assert_eq!(relay.totals(), totals(&all));
     }
 
     // All at once, both ways.
@@ -220,16 +226,16 @@ async fn events_accounts_and_totals_are_what_the_clients_received() {
     };
     assert_eq!(in_order(closed(&told)), in_order(expected));
     all.extend(received);
-    let accounts = node.relay().accounts();
-    assert_eq!(accounts.of(&a), Some(alices));
-    assert_eq!(accounts.of(&b), Some(bobs));
-    assert_eq!(accounts.iter().count(), 2);
-    assert_eq!(accounts.totals(), totals(&all));
-    assert_eq!(accounts.relayed(), accounts.totals().carried);
+    let relay = node.relay();
+    assert_eq!(relay.account(&a), Some(alices));
+    assert_eq!(relay.account(&b), Some(bobs));
+    assert_eq!(relay.accounts().count(), 2);
+    assert_eq!(relay.totals(), totals(&all));
+    assert_eq!(relay.view().accounts.relayed(), relay.totals().transferred);
 }
 
 /// Carries these, and leaves the circuit open.
-async fn carry(source: &mut Stream, target: &mut Stream, carried: Carried) {
+async fn carry(source: &mut Stream, target: &mut Stream, carried: BytesTransferred) {
     let ways = [(true, carried.to_target), (false, carried.to_source)];
     for (there, bytes) in ways {
         let (from, to) = match there {
@@ -249,28 +255,26 @@ async fn the_meter_of_an_open_circuit_shows_what_it_has_carried_so_far() {
     const LOOK_AGAIN: Duration = Duration::from_millis(5);
     let (mut node, address) = relay().await;
     let so_far = [(123_457, 0), (123_457, 679), (200_000, 70_000)];
-    let so_far = so_far.map(|(to_target, to_source)| Carried { to_target, to_source });
+    let so_far = so_far.map(|(to_target, to_source)| bytes(to_target, to_source));
     let open = async {
         let (mut alice, mut bob) = (Party::at(&address).await, Party::at(&address).await);
         let streams = alice.connect(&mut bob).await;
         (alice, bob, streams)
     };
     let ((_alice, _bob, (mut source, mut target)), _) = run(&mut node, open, |_| true).await;
-    let mut before = Carried::default();
+    let mut before = BytesTransferred::default();
     for carried in so_far {
-        let more = Carried {
-            to_target: carried.to_target - before.to_target,
-            to_source: carried.to_source - before.to_source,
-        };
+        let to_target = carried.to_target - before.to_target;
+        let more = bytes(to_target, carried.to_source - before.to_source);
         before = carried;
         let carry = carry(&mut source, &mut target, more);
         run(&mut node, carry, |_| true).await;
         // The bytes may be there before the meter shows them.
         within(async {
             let shown = |node: &Node| {
-                let open = node.relay().circuits().open();
+                let open = node.relay().view().circuits.open();
                 open.map(|(_, carried)| carried).eq([carried])
-                    && node.relay().accounts().relayed() == carried
+                    && node.relay().view().accounts.relayed() == carried
             };
             while !shown(&node) {
                 let _ = timeout(LOOK_AGAIN, node.next()).await;
@@ -281,7 +285,7 @@ async fn the_meter_of_an_open_circuit_shows_what_it_has_carried_so_far() {
     drop((source, target));
     let ((), told) = run(&mut node, async {}, |told| !closed(told).is_empty()).await;
     assert_eq!(closed(&told)[0].3, before);
-    assert_eq!(node.relay().circuits().open().count(), 0);
+    assert_eq!(node.relay().view().circuits.open().count(), 0);
 }
 
 #[tokio::test]
@@ -293,8 +297,8 @@ async fn who_leaves_in_the_middle_is_forgotten_and_what_was_carried_is_not() {
     };
     let ((mut alice, mut bob, mut carol), _) = run(&mut node, parties, |_| true).await;
     let [a, b, c] = [&alice, &bob, &carol].map(|party| party.client.peer);
-    let from_alice = Carried { to_target: 123_457, to_source: 679 };
-    let from_carol = Carried { to_target: 3, to_source: 65_537 };
+    let from_alice = bytes(123_457, 679);
+    let from_carol = bytes(3, 65_537);
     let (mut alices, mut bobs, mut carols) = Default::default();
     add(&mut alices, &mut bobs, from_alice);
 
@@ -307,9 +311,9 @@ async fn who_leaves_in_the_middle_is_forgotten_and_what_was_carried_is_not() {
     };
     let ((), told) = run(&mut node, source_leaves, |told| gone(a, told)).await;
     assert_eq!(closed(&told)[0].3, from_alice);
-    let accounts = node.relay().accounts();
-    assert_eq!(accounts.of(&a), None);
-    assert_eq!(accounts.of(&b), Some(bobs));
+    let relay = node.relay();
+    assert_eq!(relay.account(&a), None);
+    assert_eq!(relay.account(&b), Some(bobs));
 
     // The target leaves: it is the source's connection that says so, later.
     add(&mut carols, &mut bobs, from_carol);
@@ -320,9 +324,9 @@ async fn who_leaves_in_the_middle_is_forgotten_and_what_was_carried_is_not() {
     };
     let ((), told) = run(&mut node, target_leaves, |told| gone(b, told)).await;
     assert_eq!(closed(&told)[0].3, from_carol);
-    let accounts = node.relay().accounts();
-    assert_eq!(accounts.of(&b), None);
-    assert_eq!(accounts.of(&c), Some(carols));
-    assert_eq!(accounts.iter().count(), 1);
-    assert_eq!(accounts.totals(), totals(&[from_alice, from_carol]));
+    let relay = node.relay();
+    assert_eq!(relay.account(&b), None);
+    assert_eq!(relay.account(&c), Some(carols));
+    assert_eq!(relay.accounts().count(), 1);
+    assert_eq!(relay.totals(), totals(&[from_alice, from_carol]));
 }

@@ -61,7 +61,7 @@ async fn a_new_cap_holds_for_circuits_that_are_open() {
     assert_eq!(read_bytes(&mut there, 2).await, [8; 2]);
     alice.leave().await;
     let carried = |event| match event {
-        Event::CircuitClosed { carried, .. } => Some(carried.to_source),
+        Event::CircuitClosed { transferred, .. } => Some(transferred.to_source),
         _ => None,
     };
     assert!(relay.until(carried).await < MUCH as u64 / 2);

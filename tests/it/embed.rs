@@ -28,7 +28,7 @@ use libp2p::{
     swarm::{ConnectionId, NetworkBehaviour, SwarmEvent},
     tcp, yamux,
 };
-use relaylet::{Config, Event, activity::Signs};
+use relaylet::{ActivityCounter, Config, Event};
 use tokio::sync::mpsc;
 
 /// A second protocol, which keeps the connection busy.
@@ -57,7 +57,7 @@ struct Embedded {
 enum Order {
     Release(PeerId),
     Heard(PeerId),
-    ListenTo(PeerId, Signs),
+    ListenTo(PeerId, ActivityCounter),
 }
 
 impl Order {
@@ -69,8 +69,8 @@ impl Order {
     ) {
         match self {
             Self::Release(peer) => assert!(relay.release(peer)),
-            Self::Heard(peer) => relay.heard(peer),
-            Self::ListenTo(peer, signs) => relay.listen_to(connections[&peer], signs),
+            Self::Heard(peer) => relay.record_activity(peer),
+            Self::ListenTo(peer, signs) => relay.track(connections[&peer], signs),
         }
     }
 }
@@ -354,13 +354,13 @@ async fn whom_its_owner_hears_of_is_not_judged_silent() {
 
 #[tokio::test]
 async fn on_whose_connection_its_owner_counts_signs_is_not_judged_silent() {
-    let signs = Signs::default();
+    let signs = ActivityCounter::default();
     let mut listens = false;
     owner_keeps_alive(|orders, peer| {
         if !std::mem::replace(&mut listens, true) {
             drop(orders.send(Order::ListenTo(peer, signs.clone())));
         }
-        signs.heard(1);
+        signs.add(1);
     })
     .await;
 }
@@ -456,9 +456,9 @@ fn record_the_log() {
     });
 }
 
-/// Waits until a peer has been asked for a sign of life so many times.
+/// Waits until a peer has been probed so many times.
 async fn asked_times(peer: PeerId, times: usize) {
-    let asked = format!("asked for a sign of life: peer {peer}");
+    let asked = format!("probe sent: peer {peer}");
     let count = || LOG.lock().unwrap().iter().filter(|line| **line == asked).count();
     let asked = async {
         while count() < times {

@@ -138,7 +138,7 @@ async fn a_newcomer_to_a_table_full_of_clients_that_answer_is_refused() {
     let relay = Relay::start(&[&ONE_SLOT[..], &["--heartbeat", "0s"]].concat());
     let quiet = Process::that_reserves(&relay.address).await;
     let mut newcomer = Client::connect(&relay).await;
-    while !says(&relay, &format!("asked for a sign of life: peer {}", quiet.peer)) {
+    while !says(&relay, &format!("probe sent: peer {}", quiet.peer)) {
         let refused = within(newcomer.ask(&reserve())).await;
         assert_eq!(refused.status, RESERVATION_REFUSED);
     }
@@ -153,7 +153,7 @@ async fn a_client_that_answers_after_2_s_of_the_probe_keeps_its_slot() {
     let mut newcomer = Client::connect(&relay).await;
     let refused = async {
         // Silent for a moment at first, for long enough then.
-        while !says(&relay, "asked for a sign of life") {
+        while !says(&relay, "probe sent") {
             assert_eq!(newcomer.ask(&reserve()).await.status, RESERVATION_REFUSED);
         }
     };
@@ -180,7 +180,7 @@ async fn a_newcomer_that_asks_twice_waits_once() {
     loop {
         let (mut first, mut second) = (newcomer.open(HOP).await, newcomer.open(HOP).await);
         write(&mut first, &reserve()).await;
-        relay.wait_for_log("asked for a sign of life").await;
+        relay.wait_for_log("probe sent").await;
         write(&mut second, &reserve()).await;
         let answers: [HopMessage; 2] = [read(&mut first).await, read(&mut second).await];
         match answers.map(|answer| answer.status) {
@@ -221,7 +221,7 @@ async fn a_relay_that_stood_still_judges_nobody() {
     // Longer than the silence limit: nobody could be heard meanwhile.
     tokio::time::sleep(Duration::from_secs(6)).await;
     relay.signal("CONT");
-    relay.wait_for_log("the relay stood still for").await;
+    relay.wait_for_log("process was suspended for").await;
     for client in &clients {
         asked_times(&relay, client.peer, 2).await;
     }
@@ -239,9 +239,9 @@ fn said(relay: &Relay, text: &str) -> usize {
     log.iter().filter(|line| line.contains(text)).count()
 }
 
-/// Waits until a peer has been asked for a sign of life so many times.
+/// Waits until a peer has been probed so many times.
 async fn asked_times(relay: &Relay, peer: PeerId, times: usize) {
-    let asked = format!("asked for a sign of life: peer {peer}");
+    let asked = format!("probe sent: peer {peer}");
     let count = async {
         while said(relay, &asked) < times {
             tokio::time::sleep(Duration::from_millis(20)).await;

@@ -31,6 +31,7 @@ mod proxy;
 mod quic;
 #[cfg(target_os = "linux")]
 mod readiness;
+mod reading;
 mod restarts;
 mod rust_client;
 #[cfg(all(target_os = "linux", feature = "pnet", feature = "websocket"))]

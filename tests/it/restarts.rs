@@ -109,7 +109,7 @@ async fn a_newcomer_to_a_full_table_is_refused_and_nobody_is_harmed() {
     assert_eq!(newcomer.ask(&reserve()).await.status, RESERVATION_REFUSED);
     // The relay's own time is a second or so; js-libp2p waits 5 s from its dial on.
     println!("a newcomer to a full table is refused after {:?}", start.elapsed());
-    assert_ne!(said(&relay, "asked for a sign of life"), 0);
+    assert_ne!(said(&relay, "probe sent"), 0);
     assert_eq!(said(&relay, "peer silent"), 0);
     for holder in holders {
         assert_eq!(newcomer.ask(&connect(holder.peer)).await.status, OK);

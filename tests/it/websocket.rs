@@ -137,7 +137,7 @@ async fn whatever_comes_in_over_websocket_is_a_sign_of_life() {
     chatty.reserve().await;
     quiet.reserve().await;
     let asked = |peer| {
-        let asked = format!("asked for a sign of life: peer {peer}");
+        let asked = format!("probe sent: peer {peer}");
         let log = relay.log();
         log.iter().filter(|line| line.contains(&asked)).count()
     };

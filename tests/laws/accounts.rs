@@ -5,8 +5,12 @@ use std::time::Instant;
 use libp2p::{Multiaddr, PeerId};
 use proptest::{prelude::*, test_runner::RngAlgorithm};
 use relaylet::{
-    Account, Carried, CircuitEnd, CircuitId, Config, Event, StopFailed,
-    relay::{Action, Relay, accounts::Counters, circuits::End, connections::Connection},
+    Account, BytesTransferred, CircuitEnd, CircuitId, Config, Event, StopFailed,
+    relay::{
+        Action, Relay,
+        accounts::Counters,
+        connections::{Connection, End},
+    },
     wire::Request,
 };
 
@@ -47,7 +51,7 @@ enum Happened {
     /// The peer's last connection was lost.
     Left(PeerId),
     Opened(CircuitId, PeerId, PeerId),
-    Closed(CircuitId, Carried),
+    Closed(CircuitId, BytesTransferred),
 }
 
 /// The relay, without sockets, and those who use it.
@@ -62,7 +66,7 @@ struct World {
     open: Vec<(CircuitId, End<u32>, Counters)>,
     happened: Vec<Happened>,
     /// What the circuits that ended carried.
-    said: Carried,
+    said: BytesTransferred,
     names: u32,
 }
 
@@ -81,7 +85,7 @@ impl World {
             asked: Vec::new(),
             open: Vec::new(),
             happened: Vec::new(),
-            said: Carried::default(),
+            said: BytesTransferred::default(),
             names: 0,
         }
     }
@@ -110,7 +114,7 @@ impl World {
                 if let Some(id) = chosen(&self.asked, which) {
                     self.asked.retain(|other| *other != id);
                     let answer = agrees.then_some(()).ok_or(StopFailed::Unsupported);
-                    let source = self.relay.circuits().get(id).map(|circuit| circuit.source);
+                    let source = self.relay.circuits.get(id).map(|circuit| circuit.source);
                     let opened = self.relay.on_target_answered(id, answer, self.now);
                     if let (Some((_, parameters)), Some(source)) = (opened, source) {
                         self.open.push((id, source, parameters.counters));
@@ -132,7 +136,7 @@ impl World {
         let end = End { peer, connection };
         let address: Multiaddr = "/ip4/10.0.0.1/tcp/1".parse().expect("an address");
         let new = Connection::new(peer, address, false, 0, self.now);
-        self.relay.on_connected(connection, new);
+        self.relay.connections.add(connection, new);
         self.up.push(end);
         self.request(end, Request::Reserve);
     }
@@ -158,23 +162,24 @@ impl World {
     }
 
     fn end(&mut self, id: CircuitId, (to_target, to_source): (u16, u16)) {
-        let carried = Carried { to_target: to_target.into(), to_source: to_source.into() };
+        let mut carried = BytesTransferred::default();
+        (carried.to_target, carried.to_source) = (to_target.into(), to_source.into());
         self.said.to_target += carried.to_target;
         self.said.to_source += carried.to_source;
         let open = self.open.iter().find(|(open, ..)| *open == id);
         let (.., counters) = open.expect("it is open");
-        counters.set(carried);
+        counters.add(carried);
         self.relay.on_circuit_ended(id, CircuitEnd::Finished, self.now);
     }
 
     fn carry_out(&mut self) {
-        while let Some(action) = self.relay.next_action() {
+        while let Some(action) = self.relay.actions.pop_front() {
             match action {
                 Action::AskTarget { circuit, .. } => self.asked.push(circuit),
-                Action::Tell(Event::CircuitOpened { circuit, source, target }) => {
+                Action::Report(Event::CircuitOpened { circuit, source, target }) => {
                     self.happened.push(Happened::Opened(circuit, source, target))
                 }
-                Action::Tell(Event::CircuitClosed { circuit, carried, .. }) => {
+                Action::Report(Event::CircuitClosed { circuit, transferred: carried, .. }) => {
                     self.open.retain(|(id, ..)| *id != circuit);
                     self.happened.push(Happened::Closed(circuit, carried));
                 }
@@ -184,7 +189,7 @@ impl World {
     }
 
     fn compare(&self) {
-        let accounts = self.relay.accounts();
+        let accounts = &self.relay.accounts;
         for peer in &self.peers {
             assert_eq!(accounts.of(peer), self.account(*peer));
         }
@@ -195,12 +200,12 @@ impl World {
             let those = self.happened.iter().filter(|happened| what(happened));
             those.count() as u64
         };
-        let totals = accounts.totals();
+        let totals = accounts.totals;
         assert_eq!(totals.opened, count(|h| matches!(h, Happened::Opened(..))));
         assert_eq!(totals.closed, count(|h| matches!(h, Happened::Closed(..))));
         assert_eq!(totals.opened - totals.closed, self.open.len() as u64);
-        assert_eq!(totals.carried, self.said);
-        let mut metered: Vec<_> = self.relay.circuits().open().map(|(id, _)| id).collect();
+        assert_eq!(totals.transferred, self.said);
+        let mut metered: Vec<_> = self.relay.circuits.open().map(|(id, _)| id).collect();
         metered.sort();
         let mut open: Vec<_> = self.open.iter().map(|(id, ..)| *id).collect();
         open.sort();
@@ -244,10 +249,10 @@ impl World {
             self.lose(*gone, Some(1));
             self.compare();
         }
-        let accounts = self.relay.accounts();
+        let accounts = &self.relay.accounts;
         assert_eq!(accounts.iter().count(), 0);
-        assert_eq!(accounts.totals().opened, accounts.totals().closed);
-        assert_eq!(self.relay.circuits().count(), 0);
+        assert_eq!(accounts.totals.opened, accounts.totals.closed);
+        assert_eq!(self.relay.circuits.count(), 0);
     }
 }
 

@@ -14,10 +14,12 @@ use std::{
 use libp2p::{PeerId, futures::channel::oneshot};
 use proptest::prelude::*;
 use relaylet::{
-    Config,
-    activity::Signs,
-    event::{Carried, CircuitEnd, CircuitId, StopFailed},
-    relay::{Action, Relay, accounts::Counters, circuits::End, connections::Connection},
+    ActivityCounter, BytesTransferred, CircuitEnd, CircuitId, Config, StopFailed,
+    relay::{
+        Action, Relay,
+        accounts::Counters,
+        connections::{Connection, End},
+    },
     wire::{Request, Status},
 };
 
@@ -145,7 +147,7 @@ struct Peer {
     id: PeerId,
     connection: u32,
     address: u8,
-    signs: Signs,
+    signs: ActivityCounter,
     is_frozen: bool,
 }
 
@@ -171,7 +173,7 @@ impl World {
             id: PeerId::random(),
             connection: 0,
             address: nth as u8 % ADDRESSES,
-            signs: Signs::default(),
+            signs: ActivityCounter::default(),
             is_frozen: false,
         });
         let mut world = Self {
@@ -200,13 +202,13 @@ impl World {
     fn connect(&mut self, peer: usize) {
         self.connections += 1;
         let now = self.instant();
-        let signs = Signs::default();
+        let signs = ActivityCounter::default();
         let known = &mut self.peers[peer];
         (known.connection, known.signs, known.is_frozen) = (self.connections, signs.clone(), false);
         let ip: IpAddr = Ipv4Addr::new(10, 0, subnet(known.address), known.address).into();
         let connection = Connection::new(known.id, ip.into(), false, 0, now);
-        self.relay.on_connected(self.connections, connection);
-        self.relay.listen_to(self.connections, signs);
+        self.relay.connections.add(self.connections, connection);
+        self.relay.connections.get_mut(self.connections).unwrap().track(signs);
         if peer < TARGETS {
             self.requests += 1;
             let (from, request) = (self.end(peer), self.requests);
@@ -218,7 +220,7 @@ impl World {
     /// What the relay decided of circuits: targets to ask, and refusals.
     fn actions(&mut self) -> Vec<Action<u32, u64>> {
         let mut actions = Vec::new();
-        while let Some(action) = self.relay.next_action() {
+        while let Some(action) = self.relay.actions.pop_front() {
             match action {
                 Action::Grant { request, receipt, .. } => {
                     let now = self.instant();
@@ -279,9 +281,10 @@ impl World {
             Step::Carries { nth } => {
                 if let Some(record) = self.open().nth(nth) {
                     record.carried += 1;
-                    let carried = Carried { to_target: record.carried, to_source: 0 };
+                    let mut carried = BytesTransferred::default();
+                    carried.to_target = 1;
                     if let State::Open(counters) = &record.state {
-                        counters.set(carried);
+                        counters.add(carried);
                     }
                 }
             }
@@ -336,14 +339,14 @@ impl World {
 
     fn pass(&mut self, until: u64) {
         loop {
-            let due = self.relay.sweep_due().saturating_duration_since(self.start);
+            let due = self.relay.sweep_due.saturating_duration_since(self.start);
             let due = due.as_millis() as u64;
             if due > until {
                 break;
             }
             self.now = self.now.max(due);
             for peer in self.peers.iter().filter(|peer| !peer.is_frozen) {
-                peer.signs.heard(1);
+                peer.signs.add(1);
             }
             let now = self.now;
             self.relay.sweep(self.instant());
@@ -378,7 +381,8 @@ impl World {
         self.requests += 1;
         let (request, now) = (self.requests, self.instant());
         let asked = Ok(Request::Connect(self.peers[target].id));
-        let has_slot = self.relay.reservations().live(&self.peers[target].id, now).is_some();
+        let has_slot = self.relay.reservations.get(&self.peers[target].id);
+        let has_slot = has_slot.is_some_and(|slot| slot.live(now).is_some());
         self.relay.handle_request(self.end(source), asked, request, now);
         let mut admitted = None;
         let mut refused = None;
@@ -472,14 +476,14 @@ impl World {
     /// The relay counts what the list does.
     fn compare(&self) {
         let counting: Vec<_> = self.circuits.iter().filter(|record| record.counts()).collect();
-        assert_eq!(self.relay.circuits().count(), counting.len());
-        let mut ids: Vec<_> = self.relay.circuits().iter().map(|(id, _)| id).collect();
+        assert_eq!(self.relay.circuits.count(), counting.len());
+        let mut ids: Vec<_> = self.relay.circuits.iter().map(|(id, _)| id).collect();
         ids.sort_unstable();
         let known: Vec<_> = self.circuits.iter().map(|record| record.id).collect();
         assert_eq!(ids, known);
         for (index, peer) in self.peers.iter().enumerate() {
             let of_peer = counting.iter().filter(|record| record.is_of(index)).count();
-            assert_eq!(self.relay.circuits().count_of(&peer.id), of_peer);
+            assert_eq!(self.relay.circuits.count_of(&peer.id), of_peer);
         }
     }
 
@@ -525,7 +529,7 @@ proptest! {
             let now = world.instant();
             world.relay.on_disconnected(world.end(peer), now);
         }
-        prop_assert_eq!(world.relay.circuits().count(), 0);
-        prop_assert!(world.relay.circuits().quota().is_empty());
+        prop_assert_eq!(world.relay.circuits.count(), 0);
+        prop_assert!(world.relay.circuits.quota.is_empty());
     }
 }

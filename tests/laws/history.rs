@@ -16,11 +16,13 @@ use std::{
 use libp2p::PeerId;
 use proptest::{prelude::*, test_runner::RngAlgorithm};
 use relaylet::{
-    Config, Event, FreedReason,
-    activity::Signs,
+    ActivityCounter, Config, Event, FreedReason,
     address::ClientPrefix,
     relay::{
-        Action, Relay, circuits::End, connections::Connection, quota::Scope, reservations::Receipt,
+        Action, Relay,
+        connections::{Connection, End},
+        quota::Scope,
+        reservations::Receipt,
     },
     wire::{Request, Status},
 };
@@ -187,7 +189,7 @@ struct World {
     peers: Vec<PeerId>,
     start: Instant,
     now: u64,
-    signs: HashMap<u32, Signs>,
+    signs: HashMap<u32, ActivityCounter>,
     /// What each peer was granted, first to last.
     receipts: Vec<Vec<(u64, Receipt)>>,
     answers_after: Vec<Option<u64>>,
@@ -269,17 +271,14 @@ impl World {
     /// By how much each cap is exceeded: those of the addresses, of their subnets, and the total.
     fn over_caps(&self) -> Vec<usize> {
         let Policy { total, per_ip, per_subnet, .. } = self.model.policy;
-        let table = self.relay.reservations();
+        let table = &self.relay.reservations;
         let beyond = |held: usize, cap| match cap {
             0 => 0,
             cap => held.saturating_sub(cap),
         };
         let each = (0..ADDRESSES).map(billed_to).flat_map(|bill| {
-            let of_subnet = table.quota().held(Scope::Subnet(bill.subnet()));
-            [
-                beyond(table.quota().held(Scope::Address(bill)), per_ip),
-                beyond(of_subnet, per_subnet),
-            ]
+            let of_subnet = table.quota.held(Scope::Subnet(bill.subnet()));
+            [beyond(table.quota.held(Scope::Address(bill)), per_ip), beyond(of_subnet, per_subnet)]
         });
         let all: Vec<_> = each.chain([beyond(table.taken(), total)]).collect();
         all
@@ -324,7 +323,7 @@ impl World {
                 }
             }
             Step::Heard { peer } => {
-                self.relay.heard(self.peers[peer], now);
+                self.relay.connections.record_activity(&self.peers[peer], now);
                 for connection in self.model.connections.iter_mut().filter(|c| c.peer == peer) {
                     connection.last_heard = self.now;
                     connection.asked = None;
@@ -334,7 +333,7 @@ impl World {
             Step::Answers { peer, after } => self.answers_after[peer] = after,
             Step::AllAnswer { after } => self.answers_after.fill(after),
             Step::Release { peer } => {
-                self.relay.release(self.peers[peer], now);
+                self.relay.release(self.peers[peer], FreedReason::Released, now);
                 self.model.release(peer);
             }
             Step::Pass { millis } => self.pass(self.now + millis),
@@ -354,9 +353,9 @@ impl World {
         self.connections += 1;
         let (id, now) = (self.connections, self.instant());
         let connection = Connection::new(self.peers[peer], ip(address).into(), false, 0, now);
-        self.relay.on_connected(id, connection);
-        let signs = Signs::default();
-        self.relay.listen_to(id, signs.clone());
+        self.relay.connections.add(id, connection);
+        let signs = ActivityCounter::default();
+        self.relay.connections.get_mut(id).unwrap().track(signs.clone());
         self.signs.insert(id, signs);
         self.model.connect(id, peer, address, self.now);
         id
@@ -378,14 +377,14 @@ impl World {
         let connection = self.model.connections.iter_mut().find(|c| c.id == id);
         if let Some(connection) = connection {
             connection.unseen = true;
-            self.signs[&id].heard(1);
+            self.signs[&id].add(1);
             self.unanswered.remove(&id);
         }
     }
 
     fn pass(&mut self, until: u64) {
         loop {
-            let due = self.relay.sweep_due().saturating_duration_since(self.start);
+            let due = self.relay.sweep_due.saturating_duration_since(self.start);
             let due = due.as_millis() as u64;
             if due > until {
                 break;
@@ -404,8 +403,8 @@ impl World {
         for (_, connection) in arrived {
             self.speaks(connection);
         }
-        let due = self.relay.sweep_due().saturating_duration_since(self.start);
-        let somebody_waits = self.relay.waiting() > 0;
+        let due = self.relay.sweep_due.saturating_duration_since(self.start);
+        let somebody_waits = !self.relay.waiting.is_empty();
         self.relay.sweep(self.instant());
         let done = self.carry_out();
         for peer in &done.judged {
@@ -417,18 +416,20 @@ impl World {
         let closed = if self.model.policy.close_silent { done.judged.len() } else { 0 };
         assert_eq!(done.closed, closed, "who is judged is closed, or nobody is");
         self.model.sweep(due.as_millis() as u64, &done.judged, now);
-        let next = self.relay.sweep_due().saturating_duration_since(self.start);
+        let next = self.relay.sweep_due.saturating_duration_since(self.start);
         assert_eq!(next.as_millis() as u64, self.model.next_sweep(now));
         self.compare(done);
     }
 
     fn carry_out(&mut self) -> Done {
         let mut done = Done::default();
-        while let Some(action) = self.relay.next_action() {
+        while let Some(action) = self.relay.actions.pop_front() {
             match action {
-                Action::Grant { request, receipt, .. } => {
+                Action::Grant { request, receipt, expires, .. } => {
                     done.answers.push((request.reply, Answer::Granted));
                     let peer = self.who(request.from.peer);
+                    let ttl = Duration::from_millis(self.model.policy.ttl);
+                    assert_eq!(expires, self.instant() + ttl, "the end that the peer is told");
                     self.receipts[peer].push((request.reply, receipt));
                 }
                 Action::Refuse(request, status) => done.answers.push((request, answer(status))),
@@ -441,8 +442,8 @@ impl World {
                     }
                 }
                 Action::Close(_) => done.closed += 1,
-                Action::Tell(Event::PeerSilent { peer, .. }) => done.judged.push(self.who(peer)),
-                Action::Tell(Event::ReservationFreed { peer, reason, .. }) => {
+                Action::Report(Event::PeerSilent { peer, .. }) => done.judged.push(self.who(peer)),
+                Action::Report(Event::ReservationFreed { peer, reason, .. }) => {
                     done.freed.push((self.who(peer), self.why(reason)));
                 }
                 _ => {}
@@ -475,45 +476,45 @@ impl World {
 
     /// Whether both hold the same.
     fn compare_tables(&self) {
-        let (now, table) = (self.instant(), self.relay.reservations());
+        let (now, table) = (self.instant(), &self.relay.reservations);
         for (index, peer) in self.peers.iter().enumerate() {
             let slot = self.model.slots.iter().find(|slot| slot.peer == index);
+            let held = table.get(peer);
             let holds = slot.is_some_and(|slot| !self.model.over(slot, self.now));
-            assert_eq!(table.holds(peer, now), holds);
+            assert_eq!(held.is_some_and(|held| now < held.ends), holds);
             let connection = slot.and_then(|slot| match slot.state {
                 State::Live(connection) => Some(connection),
                 State::Grace(..) => None,
             });
-            assert_eq!(table.connection(peer), connection);
-            assert_eq!(table.bill_of(peer), slot.map(|slot| billed_to(slot.address)));
-            let expires = slot.map(|slot| self.start + Duration::from_millis(slot.expires));
-            assert_eq!(table.expires(peer), expires);
+            assert_eq!(held.and_then(|held| held.connection), connection);
+            let prefix = slot.map(|slot| billed_to(slot.address));
+            assert_eq!(held.and_then(|held| held.prefix), prefix);
             let ends = slot.map(|slot| self.start + Duration::from_millis(self.model.end(slot)));
-            assert_eq!(table.ends(peer), ends);
+            assert_eq!(held.map(|held| held.ends), ends);
             let live = connection.filter(|_| slot.is_some_and(|slot| slot.expires > self.now));
-            assert_eq!(table.live(peer, now), live);
+            assert_eq!(held.and_then(|held| held.live(now)), live);
         }
         self.count();
     }
 
     /// Counts from scratch whatever the relay has counters for.
     fn count(&self) {
-        let (table, slots) = (self.relay.reservations(), &self.model.slots);
+        let (table, slots) = (&self.relay.reservations, &self.model.slots);
         assert_eq!(table.taken(), slots.len());
         assert_eq!(table.holders().count(), slots.len());
         let in_grace = slots.iter().filter(|slot| matches!(slot.state, State::Grace(..)));
         assert_eq!(table.in_grace(), in_grace.count());
-        assert_eq!(self.relay.waiting(), self.model.waiting());
-        assert_eq!(self.relay.probes(), self.questions);
-        assert_eq!(self.relay.connections().count(), self.model.connections.len());
+        assert_eq!(self.relay.waiting.len(), self.model.waiting());
+        assert_eq!(self.relay.probes, self.questions);
+        assert_eq!(self.relay.connections.count(), self.model.connections.len());
         for address in 0..ADDRESSES {
             let at = |same: fn(u8, u8) -> bool| {
                 let there = slots.iter().filter(|slot| same(slot.address, address));
                 there.count()
             };
             let bill = billed_to(address);
-            assert_eq!(table.quota().held(Scope::Address(bill)), at(|one, other| one == other));
-            let of_subnet = table.quota().held(Scope::Subnet(bill.subnet()));
+            assert_eq!(table.quota.held(Scope::Address(bill)), at(|one, other| one == other));
+            let of_subnet = table.quota.held(Scope::Subnet(bill.subnet()));
             let same = |one, other| model::subnet(one) == model::subnet(other);
             assert_eq!(of_subnet, at(same));
         }
@@ -529,9 +530,9 @@ impl World {
             self.compare_tables();
         }
         self.pass(self.now + self.model.policy.ttl + self.model.policy.sweep);
-        let table = self.relay.reservations();
-        assert_eq!((table.taken(), table.in_grace(), table.quota().len()), (0, 0, 0));
-        assert_eq!((self.relay.waiting(), self.relay.connections().count()), (0, 0));
+        let table = &self.relay.reservations;
+        assert_eq!((table.taken(), table.in_grace(), table.quota.len()), (0, 0, 0));
+        assert_eq!((self.relay.waiting.len(), self.relay.connections.count()), (0, 0));
     }
 }
 

@@ -173,11 +173,8 @@ impl Model {
     }
 
     fn why_over(&self, slot: &Slot, now: u64) -> Option<Why> {
-        match (slot.expires <= now, self.over(slot, now)) {
-            (true, _) => Some(Why::Expired),
-            (false, true) => Some(Why::GraceOver),
-            (false, false) => None,
-        }
+        let is_term = self.end(slot) == slot.expires;
+        self.over(slot, now).then_some(if is_term { Why::Expired } else { Why::GraceOver })
     }
 
     pub fn end(&self, slot: &Slot) -> u64 {

@@ -62,7 +62,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
                 ..
             })) => {
                 let relay = &mut swarm.behaviour_mut().relay;
-                relay.reported(connection_id, info.observed_addr);
+                relay.set_reported_address(connection_id, info.observed_addr);
             }
             SwarmEvent::Behaviour(PartsEvent::Relay(event)) => println!("{event}"),
             _ => {}

@@ -17,7 +17,7 @@ const NO_HURRY: &str = "--idle-timeout=0s";
 
 /// One line for each sweep.
 const LOG: &str = "error,relaylet::behaviour=trace";
-const SWEPT: &str = "swept in ";
+const SWEPT: &str = "swept: ";
 
 /// A relay that spent less than a hundredth of this on its CPU has done what there was to do. After
 /// so many it may have, and be asking thousands of peers whether they are alive.

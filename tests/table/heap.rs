@@ -77,11 +77,11 @@ pub fn role(case: &str, count: &str) -> ExitCode {
     for peer in (0..count).map(peer) {
         let billed_to = Some(peer.address.into());
         table.reserve(peer.id, peer.connection, billed_to, TERM, now).expect("there is room");
-        table.delivered(&peer.id);
-        while table.next_change().is_some() {}
+        table.confirm(&peer.id);
+        table.changes.clear();
         if [GRACE, GRACE_AT_ONE].contains(&case) {
-            table.disconnected(peer.id, peer.connection, &[], FreedReason::Disconnected, now);
-            while table.next_change().is_some() {}
+            table.on_disconnected(peer.id, peer.connection, &[], FreedReason::Disconnected, now);
+            table.changes.clear();
         }
     }
     println!("{}", bytes_asked_for() - before);

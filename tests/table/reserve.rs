@@ -47,20 +47,20 @@ impl Table for Reservations<usize> {
     fn reserve(&mut self, peer: &Peer, now: Instant) -> bool {
         let billed_to = Some(peer.address.into());
         let admission = self.reserve(peer.id, peer.connection, billed_to, TERM, now);
-        while let Some(change) = self.next_change() {
+        while let Some(change) = self.changes.pop_front() {
             black_box(change);
         }
-        self.delivered(&peer.id);
+        self.confirm(&peer.id);
         admission.is_ok()
     }
 
     fn free(&mut self, peer: &Peer) {
-        self.release(peer.id);
-        while self.next_change().is_some() {}
+        Reservations::free(self, peer.id, FreedReason::Released);
+        self.changes.clear();
     }
 
     fn leave(&mut self, peer: &Peer, now: Instant) {
-        self.disconnected(peer.id, peer.connection, &[], FreedReason::Disconnected, now);
+        self.on_disconnected(peer.id, peer.connection, &[], FreedReason::Disconnected, now);
     }
 }
 

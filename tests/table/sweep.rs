@@ -5,9 +5,12 @@ use std::time::{Duration, Instant};
 
 use libp2p::{Multiaddr, multiaddr::Protocol};
 use relaylet::{
-    Config, Event,
-    activity::Signs,
-    relay::{Action, Relay, circuits::End, connections::Connection, reclaim::TICK},
+    ActivityCounter, Config, Event,
+    relay::{
+        Action, Relay,
+        connections::{Connection, End},
+        reclaim::TICK,
+    },
     wire::Request,
 };
 
@@ -38,7 +41,7 @@ const TICKS: usize = 29;
 /// A relay whose slots are all taken.
 struct Full {
     relay: Relay<usize, ()>,
-    signs: Vec<Signs>,
+    signs: Vec<ActivityCounter>,
     now: Instant,
     /// Whether its peers answer when they are asked.
     answers: bool,
@@ -65,11 +68,11 @@ impl Full {
         let (id, now) = (peer.connection, self.now);
         let address = Multiaddr::from(peer.address).with(Protocol::Tcp(4001));
         let connection = Connection::new(peer.id, address, false, id as u8, now);
-        self.relay.on_connected(id, connection);
+        self.relay.connections.add(id, connection);
         // The handler's, and the transport's.
-        let heard = [Signs::default(), Signs::default()];
+        let heard = [ActivityCounter::default(), ActivityCounter::default()];
         for signs in &heard {
-            self.relay.listen_to(id, signs.clone());
+            self.relay.connections.get_mut(id).unwrap().track(signs.clone());
         }
         self.signs.extend(heard.into_iter().last());
         let from = End { peer: peer.id, connection: id };
@@ -97,16 +100,16 @@ impl Full {
     }
 
     fn carry_out(&mut self) {
-        while let Some(action) = self.relay.next_action() {
+        while let Some(action) = self.relay.actions.pop_front() {
             match action {
                 Action::Grant { request, receipt, .. } => {
                     self.relay.on_delivered(request.from.peer, receipt, true, self.now);
                 }
-                Action::Probe(to, _) if self.answers => self.signs[to.connection].heard(1),
+                Action::Probe(to, _) if self.answers => self.signs[to.connection].add(1),
                 Action::Probe(..)
                 | Action::Refuse(..)
                 | Action::Hold(..)
-                | Action::Tell(Event::ReservationAccepted { .. }) => {}
+                | Action::Report(Event::ReservationAccepted { .. }) => {}
                 other => panic!("nobody leaves: {other:?}"),
             }
         }
@@ -135,7 +138,7 @@ fn while_newcomers_wait() -> Row {
     relays.iter_mut().for_each(Full::freeze);
     let times = measure_in_turn(&mut relays, TICKS, TICK);
     for full in &relays {
-        assert_eq!(full.relay.waiting(), NEWCOMERS, "all the time");
+        assert_eq!(full.relay.waiting.len(), NEWCOMERS, "all the time");
     }
     times
 }

@@ -15,8 +15,8 @@ use super::{
     values::{Parsed, unwrap_all},
 };
 use crate::{
-    access::{Lists, subnets_make_sense},
-    config::{Config, ConfigError, LONGEST},
+    access::Lists,
+    config::{Config, ConfigError, LONGEST, validate_subnets},
     program::net::{admission::limits, multiaddr},
     program::{
         component::CertificateFiles,
@@ -401,6 +401,7 @@ impl Flags {
     /// As [`Flags::to_table`].
     pub fn settings(&self) -> Result<Table, String> {
         let config = self.config();
+        let (slot_caps, circuit_caps) = (config.slot_caps(), config.circuit_caps());
         let (circuits, limits) = (self.max_circuits_per_peer.0, self.limits());
         let streams = self.stream_limits();
         let per_connection = Parsed(circuits.saturating_add(stream_limits::SPARE));
@@ -409,10 +410,10 @@ impl Flags {
             listen: self.listen_addresses().0.into_iter().map(Parsed).collect(),
             tls_cert: Some(self.tls_cert.clone().unwrap_or_default()),
             tls_key: Some(self.tls_key.clone().unwrap_or_default()),
-            max_reservations_per_ip: config.reservations_per_ip().or(Some(0)).map(Parsed),
-            max_reservations_per_subnet: config.reservations_per_subnet().or(Some(0)).map(Parsed),
-            max_circuits_per_ip: config.circuits_per_ip().or(Some(0)).map(Parsed),
-            max_circuits_per_subnet: config.circuits_per_subnet().or(Some(0)).map(Parsed),
+            max_reservations_per_ip: slot_caps.per_address.or(Some(0)).map(Parsed),
+            max_reservations_per_subnet: slot_caps.per_subnet.or(Some(0)).map(Parsed),
+            max_circuits_per_ip: circuit_caps.per_address.or(Some(0)).map(Parsed),
+            max_circuits_per_subnet: circuit_caps.per_subnet.or(Some(0)).map(Parsed),
             swarm_key: Some(self.swarm_key.clone().unwrap_or_default()),
             max_connections: Some(Parsed(limits.max_connections)),
             max_connections_per_ip: limits.per_ip().or(Some(0)).map(Parsed),
@@ -576,10 +577,8 @@ impl Flags {
     /// The first invalid one in one line, with the name of its flag and the remedy.
     pub(super) fn check(&self) -> Result<(), String> {
         self.config().validate().map_err(in_flags)?;
-        subnets_make_sense("proxy_protocol_from", &self.proxies())
-            .map_err(|problem| in_flags(problem.into()))?;
-        subnets_make_sense("trust_forwarded_from", &self.forwarders())
-            .map_err(|problem| in_flags(problem.into()))?;
+        validate_subnets("proxy_protocol_from", &self.proxies()).map_err(in_flags)?;
+        validate_subnets("trust_forwarded_from", &self.forwarders()).map_err(in_flags)?;
         stream_limits::per_connection(self.max_circuits_per_peer.0).map_err(in_flags)?;
         self.stream_limits().check(self.max_circuits_per_peer.0).map_err(in_flags)?;
         #[cfg(feature = "dht")]

@@ -158,7 +158,7 @@ mod tests {
     fn freed(from: &str, reason: FreedReason) -> NodeEvent {
         NodeEvent::Relay(Event::ReservationFreed {
             peer: PeerId::random(),
-            billed_to: ClientPrefix::of(&address(from)),
+            prefix: ClientPrefix::of(&address(from)),
             reason,
         })
     }

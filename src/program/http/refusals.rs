@@ -149,7 +149,7 @@ mod tests {
         record(&mut refusals, &refused(Refused::TableFull), at(2));
         let freed = NodeEvent::Relay(Event::ReservationFreed {
             peer: PeerId::random(),
-            billed_to: None,
+            prefix: None,
             reason: FreedReason::GraceOver,
         });
         record(&mut refusals, &freed, at(3));

@@ -4,7 +4,7 @@
 
 use std::{collections::HashMap, time::Instant};
 
-use crate::event::{Carried, CircuitId};
+use crate::event::{BytesTransferred, CircuitId};
 
 /// The rate of each circuit.
 #[derive(Debug, Default)]
@@ -13,9 +13,9 @@ pub struct Speeds(HashMap<CircuitId, Speed>);
 /// The rate of one counter.
 #[derive(Debug)]
 pub struct Speed {
-    carried: Carried,
+    carried: BytesTransferred,
     at: Instant,
-    rate: Carried,
+    rate: BytesTransferred,
 }
 
 impl Speeds {
@@ -24,9 +24,9 @@ impl Speeds {
         &mut self,
         id: CircuitId,
         since: Instant,
-        carried: Carried,
+        carried: BytesTransferred,
         now: Instant,
-    ) -> Carried {
+    ) -> BytesTransferred {
         self.0.entry(id).or_insert_with(|| Speed::new(since)).update(carried, now)
     }
 
@@ -39,21 +39,21 @@ impl Speeds {
 impl Speed {
     /// The rate of a counter that is zero now.
     pub fn new(now: Instant) -> Self {
-        Self { carried: Carried::default(), at: now, rate: Carried::default() }
+        Self { carried: BytesTransferred::default(), at: now, rate: BytesTransferred::default() }
     }
 
     /// Returns the bytes a second between the last two updates.
-    pub fn rate(&self) -> Carried {
+    pub fn rate(&self) -> BytesTransferred {
         self.rate
     }
 
     /// Updates the rate by what was carried until now; returns it.
-    pub fn update(&mut self, carried: Carried, now: Instant) -> Carried {
+    pub fn update(&mut self, carried: BytesTransferred, now: Instant) -> BytesTransferred {
         let time = now.saturating_duration_since(self.at).as_secs_f64();
         if time > 0.0 {
             let rate =
                 |before: u64, after: u64| (after.saturating_sub(before) as f64 / time) as u64;
-            self.rate = Carried {
+            self.rate = BytesTransferred {
                 to_target: rate(self.carried.to_target, carried.to_target),
                 to_source: rate(self.carried.to_source, carried.to_source),
             };
@@ -69,8 +69,8 @@ mod tests {
 
     use super::*;
 
-    fn carried(to_target: u64, to_source: u64) -> Carried {
-        Carried { to_target, to_source }
+    fn carried(to_target: u64, to_source: u64) -> BytesTransferred {
+        BytesTransferred { to_target, to_source }
     }
 
     #[test]

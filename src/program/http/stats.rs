@@ -1,13 +1,15 @@
 //! The figures of the relay at one moment, and the types that `/status.json` is made of.
 
-use std::{fmt, time::SystemTime};
+use std::{
+    fmt,
+    time::{Duration, SystemTime},
+};
 
 use libp2p::PeerId;
 use serde::{Serialize, Serializer};
 
 use crate::{
-    behaviour::Upkeep,
-    event::{Carried, CircuitId},
+    event::{BytesTransferred, CircuitId},
     program::{mux::budget::Buffered, node::Node},
     relay::quota::Busiest,
 };
@@ -19,12 +21,23 @@ pub struct Stats {
     pub slots: Slots,
     pub circuits: usize,
     pub connections: usize,
-    pub relayed: Carried,
+    pub relayed: BytesTransferred,
     pub upkeep: Upkeep,
     pub buffered: Buffered,
     /// The address that holds the most of each resource.
     pub busiest: [(&'static str, Option<Busiest>); 5],
     pub certificate_not_after: Option<SystemTime>,
+}
+
+/// What the relay did of its own accord since it started.
+#[derive(Clone, Copy, Debug)]
+pub struct Upkeep {
+    /// How many probes it sent. Those without an answer are [`crate::Event::PeerSilent`].
+    pub questions: u64,
+    /// How many sweeps there were.
+    pub sweeps: u64,
+    /// How long all sweeps took together.
+    pub swept_for: Duration,
 }
 
 /// The number of slots, by state.
@@ -40,15 +53,16 @@ impl Stats {
     /// Takes those of this relay now.
     pub fn of(node: &Node, draining: bool) -> Self {
         let relay = node.relay();
-        let (total, table) = (relay.config().max_reservations, relay.reservations());
+        let (view, (sweeps, swept_for)) = (relay.view(), relay.sweeps);
+        let (total, table) = (view.config.max_reservations, &view.reservations);
         let (taken, grace) = (table.taken(), table.in_grace());
         Self {
             draining,
             slots: Slots { total, live: taken - grace, grace, free: total.saturating_sub(taken) },
-            circuits: relay.circuits().count(),
-            connections: relay.connections().count(),
-            relayed: relay.accounts().relayed(),
-            upkeep: relay.upkeep(),
+            circuits: view.circuits.count(),
+            connections: view.connections.count(),
+            relayed: view.accounts.relayed(),
+            upkeep: Upkeep { questions: view.probes, sweeps, swept_for },
             buffered: node.buffered(),
             busiest: node.busiest(),
             certificate_not_after: node.certificate_not_after(),
@@ -74,8 +88,8 @@ pub struct Bytes {
     pub to_source: u64,
 }
 
-impl From<Carried> for Bytes {
-    fn from(carried: Carried) -> Self {
+impl From<BytesTransferred> for Bytes {
+    fn from(carried: BytesTransferred) -> Self {
         Self { to_target: carried.to_target, to_source: carried.to_source }
     }
 }

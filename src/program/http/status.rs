@@ -123,7 +123,7 @@ impl Recorder {
 impl Status {
     /// Takes that of this relay now.
     pub fn of(node: &Node, stats: &Stats, recorder: &mut Recorder, now: Instant) -> Self {
-        let circuits = node.relay().circuits();
+        let circuits = &node.relay().view().circuits;
         let open = circuits.iter().filter_map(|(id, circuit)| Some((id, circuit, circuit.open()?)));
         recorder.speeds.forget(|id| circuits.get(id).is_some());
         Self {
@@ -161,23 +161,22 @@ impl Status {
 }
 
 fn holders(node: &Node, now: Instant) -> Listed<Holder> {
-    let relay = node.relay();
-    let table = relay.reservations();
+    let relay = node.relay().view();
+    let table = &relay.reservations;
     let holder = |peer| {
-        let over = table.connection(&peer);
-        let connection = over.and_then(|over| relay.connections().get(over));
+        let slot = table.get(&peer)?;
+        let connection = slot.connection.and_then(|over| relay.connections.get(over));
         let address = match connection {
             Some(connection) => Some(connection.origin.address.clone()),
-            None => table.bill_of(&peer).map(|bill| bill.ip().into()),
+            None => slot.prefix.map(|prefix| prefix.ip().into()),
         };
-        let left = table.ends(&peer)?.saturating_duration_since(now);
         Some(Holder {
             peer: Shown(peer),
             address: address.map(Shown),
-            state: if over.is_some() { State::Live } else { State::Grace },
-            ends_in: left.as_secs(),
-            silent_for: connection.map(|connection| connection.silent_for(now).as_secs()),
-            circuits: relay.circuits().count_of(&peer),
+            state: if slot.connection.is_some() { State::Live } else { State::Grace },
+            ends_in: slot.ends.saturating_duration_since(now).as_secs(),
+            silent_for: connection.map(|connection| connection.liveness.silent_for(now).as_secs()),
+            circuits: relay.circuits.count_of(&peer),
         })
     };
     Listed::of(table.taken(), table.holders(), holder)

@@ -41,7 +41,7 @@ use super::{
     stream_limits::StreamLimits,
     substream::{OpenedBy, Shared, Substream},
 };
-use crate::{activity::Signs, address::ClientPrefix, program::net::socket};
+use crate::{activity::ActivityCounter, address::ClientPrefix, program::net::socket};
 
 /// How much is read, or written, before others have their turn, in bytes; and in how many reads.
 const TURN: usize = 256 * 1024;
@@ -79,7 +79,7 @@ pub struct Budget {
 #[derive(Clone, Debug, Default)]
 struct Client {
     prefix: Option<ClientPrefix>,
-    signs: Signs,
+    activity: ActivityCounter,
     socket: Option<TcpStream>,
 }
 
@@ -108,10 +108,15 @@ impl Multiplex {
         }
     }
 
-    /// For a connection from there over this socket, of which the transport hears these signs.
-    pub fn of(&self, remote: &Multiaddr, signs: Option<Signs>, socket: Option<TcpStream>) -> Self {
-        let (prefix, signs) = (ClientPrefix::of(remote), signs.unwrap_or_default());
-        let client = Client { prefix, signs, socket };
+    /// For a connection from `remote` over this socket, whose transport counts its activity.
+    pub fn of(
+        &self,
+        remote: &Multiaddr,
+        activity: Option<ActivityCounter>,
+        socket: Option<TcpStream>,
+    ) -> Self {
+        let (prefix, activity) = (ClientPrefix::of(remote), activity.unwrap_or_default());
+        let client = Client { prefix, activity, socket };
         Self { client, ..self.clone() }
     }
 
@@ -183,7 +188,7 @@ pub struct Muxer<C> {
     /// How fast the peer may open streams, and send frames that open streams, reset them, or ping.
     stream_limiter: RateLimiter,
     frame_limiter: RateLimiter,
-    signs: Signs,
+    activity: ActivityCounter,
     /// Until then it is not read, because such frames came faster.
     pause: Option<Delay>,
     /// Since when it takes nothing; and when to look next, once it took nothing.
@@ -219,7 +224,7 @@ impl<C> Muxer<C> {
             outbound: StreamPermits::new(budget.outbound),
             stream_limiter: rates.streams(prefix),
             frame_limiter: rates.frames(prefix),
-            signs: client.signs.clone(),
+            activity: client.activity.clone(),
             pause: None,
             stall: WriteStall::default(),
             max_stall: max_stall.clone(),
@@ -265,7 +270,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
             if received != Received::Cheap
                 && let Some(pause) = self.frame_limiter.take_or_pause(now)
             {
-                self.signs.set_flooding();
+                self.activity.set_flooding();
                 self.pause = Some(Delay::new(pause));
             }
             if bytes >= TURN || self.pause.is_some() {

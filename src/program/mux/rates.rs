@@ -10,7 +10,8 @@ use std::{
 
 use crate::{
     address::ClientPrefix,
-    relay::rates::{Bucket, Rate, ScopedRates},
+    program::net::admission::scoped_rates::{Bucket, ScopedRates},
+    relay::rates::Rate,
 };
 
 /// The burst of an address, in seconds of its rate: for clients behind one carrier's NAT that reconnect together.

@@ -15,11 +15,11 @@ use super::{
     frame::{Flags, HEADER, Header, INITIAL_WINDOW, Kind, MAX_WINDOW},
     permits::StreamPermit,
 };
-use crate::behaviour::buffer;
+use crate::behaviour::circuit::BUFFER_SIZE;
 
 /// How much of a stream is unsent at most, and how much of it is sent in its turn, in bytes: a frame, which is
 /// a message of Noise.
-pub const QUANTUM: usize = buffer::SIZE;
+pub const QUANTUM: usize = BUFFER_SIZE;
 
 /// No credit is granted that leaves the peer so little or less, in bytes: it would send crumbs.
 const CRUMB: usize = 16 * 1024;

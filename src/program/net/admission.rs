@@ -7,3 +7,4 @@ pub mod limits;
 pub mod open_files;
 pub mod proxies;
 pub mod proxy_header;
+pub mod scoped_rates;

@@ -17,7 +17,7 @@ use async_std::net::TcpStream;
 use libp2p::core::ConnectedPoint;
 
 use super::{admission::handshakes::Progress, multiaddr::remote_address};
-use crate::activity::{Heard, Signs};
+use crate::activity::{ActivityCounter, TrackedStream};
 
 /// The counters that were not taken yet. Clones share them.
 #[derive(Clone, Debug, Default)]
@@ -76,21 +76,21 @@ impl ByteCounters {
         socket: Option<TcpStream>,
     ) -> Counted<S> {
         let progress = Progress::default();
-        let signs = progress.signs.clone();
+        let activity = progress.activity.clone();
         let mut table = self.table();
         table.created += 1;
         let key = ((local, remote), table.created);
         table.pending.insert(key, Pending { progress, socket });
         drop(table);
-        signs.listen_with(stream, PendingCounter { key, counters: self.clone() })
+        activity.track(stream, PendingCounter { key, counters: self.clone() })
     }
 
     /// Takes the counter of the connection between these ends; `None` if there are several.
-    pub fn take(&self, endpoint: &ConnectedPoint) -> Option<Signs> {
+    pub fn take(&self, endpoint: &ConnectedPoint) -> Option<ActivityCounter> {
         let ends = ends(endpoint)?;
         let mut table = self.table();
         let key = *table.only(ends)?.0;
-        table.pending.remove(&key).map(|pending| pending.progress.signs)
+        table.pending.remove(&key).map(|pending| pending.progress.activity)
     }
 
     /// The pending connection between these ends; `None` if there are several, or its counter was taken.
@@ -124,7 +124,7 @@ impl ByteCounters {
 }
 
 /// A stream whose received bytes are counted.
-pub type Counted<S> = Heard<S, PendingCounter>;
+pub type Counted<S> = TrackedStream<S, PendingCounter>;
 
 /// Removes the counter of a connection that ended before it was taken.
 ///

@@ -21,8 +21,16 @@ use std::{
 use futures_timer::Delay;
 use libp2p::{
     Multiaddr, PeerId, Stream, StreamProtocol,
-    core::{Endpoint, transport::PortUse, upgrade::ReadyUpgrade},
-    futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered},
+    core::{
+        Endpoint,
+        transport::PortUse,
+        upgrade::{ReadyUpgrade, SelectUpgrade},
+    },
+    futures::{
+        FutureExt, StreamExt,
+        future::{BoxFuture, Either},
+        stream::FuturesUnordered,
+    },
     identity::PublicKey,
     swarm::{
         ConnectionDenied, ConnectionHandler, ConnectionHandlerEvent, ConnectionId, FromSwarm,
@@ -34,14 +42,16 @@ use libp2p::{
 
 pub use self::message::Info;
 use self::message::TIME_LIMIT;
-use super::multiaddr::without_peer;
-use crate::{
-    behaviour::inbound::Inbound,
-    relay::rates::{Bucket, Rate},
-};
+use super::{admission::scoped_rates::Bucket, multiaddr::without_peer};
+use crate::relay::rates::Rate;
 
 const IDENTIFY: StreamProtocol = StreamProtocol::new("/ipfs/id/1.0.0");
 const PUSH: StreamProtocol = StreamProtocol::new("/ipfs/id/push/1.0.0");
+
+type Ready = ReadyUpgrade<StreamProtocol>;
+
+/// How long a peer may take to negotiate the protocol of a stream.
+const NEGOTIATION_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How many peers are sent a push at once, and how long before the next ones: a changed address wakes a thousand phones
 /// within seconds, but not all in the same instant.
@@ -326,7 +336,7 @@ impl Handler {
     }
 }
 
-type Event = ConnectionHandlerEvent<ReadyUpgrade<StreamProtocol>, Exchange, Info>;
+type Event = ConnectionHandlerEvent<Ready, Exchange, Info>;
 
 fn open(protocol: StreamProtocol, exchange: Exchange) -> Poll<Event> {
     let protocol = SubstreamProtocol::new(ReadyUpgrade::new(protocol), exchange);
@@ -337,13 +347,14 @@ fn open(protocol: StreamProtocol, exchange: Exchange) -> Poll<Event> {
 impl ConnectionHandler for Handler {
     type FromBehaviour = Push;
     type ToBehaviour = Info;
-    type InboundProtocol = Inbound;
-    type OutboundProtocol = ReadyUpgrade<StreamProtocol>;
+    type InboundProtocol = SelectUpgrade<Ready, Ready>;
+    type OutboundProtocol = Ready;
     type InboundOpenInfo = ();
     type OutboundOpenInfo = Exchange;
 
-    fn listen_protocol(&self) -> SubstreamProtocol<Inbound> {
-        Inbound(IDENTIFY, Some(PUSH)).listen()
+    fn listen_protocol(&self) -> SubstreamProtocol<SelectUpgrade<Ready, Ready>> {
+        let inbound = SelectUpgrade::new(ReadyUpgrade::new(IDENTIFY), ReadyUpgrade::new(PUSH));
+        SubstreamProtocol::new(inbound, ()).with_timeout(NEGOTIATION_TIMEOUT)
     }
 
     fn on_behaviour_event(&mut self, _: Push) {
@@ -352,11 +363,14 @@ impl ConnectionHandler for Handler {
 
     fn on_connection_event(
         &mut self,
-        event: ConnectionEvent<Inbound, ReadyUpgrade<StreamProtocol>, (), Exchange>,
+        event: ConnectionEvent<SelectUpgrade<Ready, Ready>, Ready, (), Exchange>,
     ) {
         match event {
             ConnectionEvent::FullyNegotiatedInbound(inbound) => {
-                let (stream, protocol) = inbound.protocol;
+                let (stream, protocol) = match inbound.protocol {
+                    Either::Left(stream) => (stream, IDENTIFY),
+                    Either::Right(stream) => (stream, PUSH),
+                };
                 self.on_inbound(stream, &protocol);
             }
             ConnectionEvent::FullyNegotiatedOutbound(outbound) => match outbound.info {

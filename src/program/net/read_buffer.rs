@@ -19,7 +19,7 @@ use std::{
 use libp2p::futures::{AsyncRead, AsyncWrite, task::AtomicWaker};
 
 use crate::{
-    behaviour::buffer::{self, Buffer},
+    behaviour::circuit::{BUFFER_SIZE, Buffer},
     delegate::delegate_write,
 };
 
@@ -27,7 +27,7 @@ use crate::{
 ///
 /// With twice as much an echo takes half as long again beside a circuit at full speed; with half as much a relayed
 /// gigabyte costs a twentieth more CPU time.
-const YIELD_AFTER: usize = 2 * buffer::SIZE;
+const YIELD_AFTER: usize = 2 * BUFFER_SIZE;
 
 /// A stream with a read buffer. It borrows the [`Buffer`] only while that holds bytes, so that an idle connection has
 /// none.
@@ -90,7 +90,7 @@ impl<S: AsyncRead + Unpin> ReadBuffer<S> {
         // 3. Read.
         let mut buffer = Buffer::borrow();
         let mut cx = Context::from_waker(&self.waker);
-        let Poll::Ready(read) = Pin::new(&mut self.stream).poll_read(&mut cx, &mut buffer) else {
+        let Poll::Ready(read) = Pin::new(&mut self.stream).poll_read(&mut cx, &mut buffer.0) else {
             self.read_since_yield = 0;
             return Poll::Pending;
         };
@@ -111,7 +111,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for ReadBuffer<S> {
             Some(buffered) => buffered,
             None => ready!(self.poll_fill(cx))?,
         };
-        let mut rest = buffer.get(unread.clone()).unwrap_or_default();
+        let mut rest = buffer.0.get(unread.clone()).unwrap_or_default();
         let read = rest.read(into)?; // a copy
         unread.start += read;
         if !unread.is_empty() {

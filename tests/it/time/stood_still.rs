@@ -37,14 +37,14 @@ async fn for_ten_silences_and_each_has_a_whole_one_again() {
     sleep(10 * SILENCE).await;
     let goes_on = Instant::now();
     relay.signal("CONT");
-    relay.wait_for_log("the relay stood still for").await;
+    relay.wait_for_log("process was suspended for").await;
 
     // Who is there is asked again, and answers; who froze with the relay has all of its time again.
     let judged = format!("peer silent: peer {}", frozen.peer);
     relay.wait_for_log(&judged).await;
     assert!(goes_on.elapsed() >= SILENCE, "{:?}", goes_on.elapsed());
     for client in &clients {
-        let asked = format!("asked for a sign of life: peer {}", client.peer);
+        let asked = format!("probe sent: peer {}", client.peer);
         let twice = async {
             while relay.count_in_log(&asked) < 2 {
                 sleep(Duration::from_millis(20)).await;

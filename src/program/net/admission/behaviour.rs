@@ -28,7 +28,7 @@ use crate::{
     behaviour::Behaviour,
     event::Event,
     program::{delegate::delegate_behaviour, net::byte_counters::ByteCounters},
-    relay::{circuits::End, quota::Scope},
+    relay::{connections::End, quota::Scope},
 };
 
 /// How often handshakes are checked against their time limits.
@@ -72,11 +72,11 @@ impl Admission {
         local: &Multiaddr,
         remote: &Multiaddr,
     ) -> Result<(), Denied> {
-        if !self.relay.may_enter(None, remote) {
+        if !self.relay.relay.access.may_enter(None, remote) {
             return Err(Denied::Rules);
         }
         let prefix = ClientPrefix::of(remote);
-        let held = |prefix| self.relay.reservations().quota().held(Scope::Address(prefix));
+        let held = |prefix| self.relay.relay.reservations.quota.held(Scope::Address(prefix));
         let slots = prefix.map_or(0, held);
         let (local_addr, send_back_addr) = (local.clone(), remote.clone());
         let pending = self.counters.get(&ConnectedPoint::Listener { local_addr, send_back_addr });
@@ -112,13 +112,15 @@ impl Admission {
 
     /// Admits a connection that has completed its handshake, and so shows its peer.
     fn admit(&mut self, id: ConnectionId, peer: PeerId, remote: &Multiaddr) -> Result<(), Denied> {
-        if !self.relay.may_enter(Some(peer), remote) {
+        let relay = &self.relay.relay;
+        if !relay.access.may_enter(Some(peer), remote) {
             return Err(Denied::Rules);
         }
-        let (all, reservations) = (self.relay.connections(), self.relay.reservations());
-        let (connections, open) = (all.of(&peer).len(), all.open_of(&peer).count());
-        let holds_slot = reservations.ends(&peer).is_some();
-        let status = PeerStatus { holds_slot, connections, closing: connections - open };
+        let (all, reservations) = (&relay.connections, &relay.reservations);
+        let connections = all.of(&peer).count();
+        let closing = all.of(&peer).filter(|(_, up)| up.is_closing).count();
+        let holds_slot = reservations.get(&peer).is_some();
+        let status = PeerStatus { holds_slot, connections, closing };
         let live = reservations.taken() - reservations.in_grace();
         let preempted = match self.limits.establish(id, status, live)? {
             Preemption::None => None,
@@ -140,20 +142,25 @@ impl Admission {
         holds_slot: bool,
     ) -> Option<End<ConnectionId>> {
         let (now, quota) = (Instant::now(), self.limits.quota());
-        let idle = self.relay.idle_strangers();
-        let candidates = idle.filter(|(_, other, _)| holds_slot || quota.yields(*other, prefix));
-        let heaviest = candidates.max_by_key(|(_, other, since)| {
-            (quota.load(*other), now.saturating_duration_since(*since))
+        let idle = self.relay.relay.idle_strangers();
+        let candidates =
+            idle.filter(|(_, other)| holds_slot || quota.yields(other.origin.prefix, prefix));
+        let heaviest = candidates.max_by_key(|(_, other)| {
+            let idle_for = now.saturating_duration_since(other.idle_since);
+            (quota.load(other.origin.prefix), idle_for)
         });
-        heaviest.map(|(idle, ..)| idle)
+        heaviest.map(|(connection, idle)| End { peer: idle.origin.peer, connection })
     }
 
     /// Closes the connection that was chosen for this one, which is up now: not earlier, so that the slot of a
     /// peer's old connection can move to the new one.
     fn preempt(&mut self, id: ConnectionId, peer: PeerId) {
+        let relay = &mut self.relay.relay;
         match self.preempted.take_if(|(admitted, _)| *admitted == id) {
-            Some((_, Preempted::OwnConnection)) => self.relay.close_longest_silent_of(peer, id),
-            Some((_, Preempted::Idle(idle))) => self.relay.close_stranger(idle),
+            Some((_, Preempted::OwnConnection)) => {
+                relay.close_longest_silent_of(peer, id, Instant::now());
+            }
+            Some((_, Preempted::Idle(idle))) => relay.close_stranger(idle),
             None => {}
         }
     }

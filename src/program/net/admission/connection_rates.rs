@@ -11,11 +11,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{limits::Limits, proxies::Proxies};
-use crate::{
-    config::Config,
-    relay::rates::{Rate, ScopedRates},
-};
+use super::{limits::Limits, proxies::Proxies, scoped_rates::ScopedRates};
+use crate::{config::Config, relay::rates::Rate};
 
 /// How many connections a second an address may open in the long run.
 const PER_SECOND: u32 = 8;
@@ -40,7 +37,8 @@ impl ConnectionRates {
     /// rate limit.
     pub fn new(config: &Config, limits: &Limits) -> Self {
         let all = config.max_reservations;
-        let slots = [config.reservations_per_ip(), config.reservations_per_subnet()];
+        let caps = config.slot_caps();
+        let slots = [caps.per_address, caps.per_subnet];
         let [of_address, of_subnet] = slots.map(|slots| slots.unwrap_or(all));
         let rate = |slots: usize, wider: u32| Rate {
             burst: u32::try_from(slots.saturating_mul(2))

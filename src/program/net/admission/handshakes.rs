@@ -20,7 +20,7 @@ use std::{
 };
 
 use crate::{
-    activity::Signs,
+    activity::ActivityCounter,
     address::ClientPrefix,
     relay::quota::{Busiest, Caps, Quota, Scope},
 };
@@ -54,7 +54,7 @@ enum Stage {
 #[derive(Clone, Debug, Default)]
 pub struct Progress {
     /// Counts the bytes received.
-    pub signs: Signs,
+    pub activity: ActivityCounter,
     /// Whether the secure channel is up.
     pub is_secured: Arc<AtomicBool>,
 }
@@ -69,7 +69,7 @@ impl Progress {
         if self.is_secured.load(Ordering::Relaxed) {
             return Stage::Secured;
         }
-        match self.signs.count() {
+        match self.activity.count() {
             0 => Stage::Silent,
             1..=NEGOTIATION => Stage::Negotiating,
             _ => Stage::ExchangingKeys,
@@ -263,7 +263,7 @@ mod tests {
                 );
             }
             now += ROUND_TRIP;
-            progress.signs.heard(NEGOTIATION);
+            progress.activity.add(NEGOTIATION);
             progress.is_secured.store(round_trip == 2, Ordering::Relaxed);
             for overdue in all.overdue(now) {
                 assert_ne!(overdue, 999);
@@ -283,13 +283,13 @@ mod tests {
             assert_eq!(all.admit(n, prefix, 0, Some(handshake.clone()), start), Ok(None));
         }
         let later = start + 2 * PROGRESS_GRACE;
-        progress[0].signs.heard(1);
-        progress[1].signs.heard(NEGOTIATION + 1);
+        progress[0].activity.add(1);
+        progress[1].activity.add(NEGOTIATION + 1);
         all.overdue(start);
         let dropped = start_handshake(&mut all, 100, 100, 0, later).unwrap().unwrap();
         assert!([2, 3].contains(&dropped), "{dropped}");
         // A handshake that has just advanced is kept while another one has not.
-        progress[4..].iter().for_each(|handshake| handshake.signs.heard(1));
+        progress[4..].iter().for_each(|handshake| handshake.activity.add(1));
         assert!([2, 3].contains(&start_handshake(&mut all, 101, 101, 0, later).unwrap().unwrap()));
         // Now only 0 and 1 have not; 0 is at the earlier stage.
         assert_eq!(start_handshake(&mut all, 102, 102, 0, later), Ok(Some(0)));
@@ -333,9 +333,9 @@ mod tests {
             all.admit(n, prefix(n), 0, Some(handshake.clone()), start).unwrap();
         }
         for handshake in &progress[1..] {
-            handshake.signs.heard(1);
+            handshake.activity.add(1);
         }
-        progress[2].signs.heard(NEGOTIATION);
+        progress[2].activity.add(NEGOTIATION);
         progress[3].is_secured.store(true, Ordering::Relaxed);
         let mut at = |seconds| {
             let mut overdue = all.overdue(start + Duration::from_secs(seconds));

@@ -1,0 +1,141 @@
+//! Rates by client prefix: how often something may arrive from each address, subnet and IPv6 /32.
+//!
+//! Sans-IO. GCRA, as [`crate::relay::rates`] has it.
+
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant},
+};
+
+use crate::{
+    address::ClientPrefix,
+    relay::rates::{FullAt, Rate},
+};
+
+/// The most buckets of one level. Beyond that only the next wider scope counts.
+const MOST_SCOPES: usize = 65_536;
+
+/// How often something may arrive from each address, subnet and IPv6 /32.
+#[derive(Debug)]
+pub struct ScopedRates {
+    /// For an address, a subnet, and an IPv6 /32; `None`: no limit.
+    levels: [Option<Rate>; 3],
+    buckets: [HashMap<ClientPrefix, FullAt>; 3],
+}
+
+/// One bucket, full at the start.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Bucket(Option<FullAt>);
+
+impl Bucket {
+    /// Takes one out, and returns how long it has to wait; `None`, and takes none out, if that is longer than
+    /// `patience`.
+    pub fn take(&mut self, rate: Rate, patience: Duration, now: Instant) -> Option<Duration> {
+        let (full_at, wait) = rate.after_one(self.0, now);
+        (wait <= patience).then(|| {
+            self.0 = Some(full_at);
+            wait
+        })
+    }
+}
+
+impl ScopedRates {
+    /// `levels` are the rates of an address, a subnet, and an IPv6 /32; `None`: no limit. All buckets are full.
+    pub fn new(levels: [Option<Rate>; 3]) -> Self {
+        Self { levels, buckets: [HashMap::new(), HashMap::new(), HashMap::new()] }
+    }
+
+    /// Takes one out for this prefix, and returns how long it has to wait; `None`, and takes none out, if that is
+    /// longer than `patience`.
+    pub fn take(
+        &mut self,
+        prefix: ClientPrefix,
+        patience: Duration,
+        now: Instant,
+    ) -> Option<Duration> {
+        let scopes = [Some(prefix), Some(prefix.subnet().0), prefix.wide()];
+        let mut wait = Duration::ZERO;
+        let full_at = std::array::from_fn::<_, 3, _>(|level| {
+            let (rate, scope) = (self.levels.get(level).copied()??, scopes.get(level).copied()??);
+            let before = self.buckets.get(level)?.get(&scope).copied();
+            let (full_at, waits) = rate.after_one(before, now);
+            wait = wait.max(waits);
+            Some((scope, full_at))
+        });
+        if wait > patience {
+            return None;
+        }
+        for (buckets, bucket) in self.buckets.iter_mut().zip(full_at) {
+            let Some((scope, full_at)) = bucket else {
+                continue;
+            };
+            if buckets.len() >= MOST_SCOPES && !buckets.contains_key(&scope) {
+                buckets.retain(|_, full_at| *full_at > now);
+                if buckets.len() >= MOST_SCOPES {
+                    continue;
+                }
+            }
+            buckets.insert(scope, full_at);
+        }
+        Some(wait)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{IpAddr, Ipv4Addr};
+
+    use super::*;
+
+    fn home(n: u8) -> Option<ClientPrefix> {
+        Some(IpAddr::from(Ipv4Addr::new(192, 0, 2, n)).into())
+    }
+
+    #[test]
+    fn a_bucket_has_a_burst_at_once_and_then_one_each_spacing() {
+        let rate = Rate { burst: 20, spacing: Duration::from_secs(3) };
+        let (mut bucket, start) = (Bucket::default(), Instant::now());
+        let mut taken = |spacings: u32| {
+            let now = start + rate.spacing * spacings;
+            (0..100).filter(|_| bucket.take(rate, Duration::ZERO, now).is_some()).count()
+        };
+        assert_eq!([0, 1, 11, 1000].map(&mut taken), [20, 1, 10, 20]);
+        let now = start + rate.spacing * 1000;
+        let waits = [0; 2].map(|_| bucket.take(rate, Duration::MAX, now));
+        assert_eq!(waits, [1, 2].map(|nth| Some(rate.spacing * nth)));
+    }
+
+    #[test]
+    fn what_comes_too_fast_waits_for_the_narrowest_and_the_wider_scope() {
+        let start = Instant::now();
+        let rate = |burst| Some(Rate { burst, spacing: Duration::from_secs(1) });
+        let mut rates = ScopedRates::new([rate(2), rate(3), None]);
+        let [first, second] = [1, 2].map(|n| home(n).unwrap());
+        let patience = Duration::from_secs(2);
+        let mut take = |prefix, at: u64| {
+            let wait = rates.take(prefix, patience, start + Duration::from_secs(at));
+            wait.map(|wait| wait.as_secs())
+        };
+        assert_eq!([0; 3].map(|at| take(first, at)), [Some(0), Some(0), Some(1)]);
+        // The subnet has had three, and the address waits for itself no longer than it would else.
+        assert_eq!([0; 3].map(|at| take(second, at)), [Some(1), Some(2), None]);
+        assert_eq!(take(second, 100), Some(0));
+    }
+
+    #[test]
+    fn no_more_scopes_are_kept_than_there_is_room_for() {
+        let start = Instant::now();
+        let rate = Some(Rate { burst: 1, spacing: Duration::from_secs(1) });
+        let mut rates = ScopedRates::new([rate, None, None]);
+        let address = |n: u32| ClientPrefix::from(IpAddr::from(Ipv4Addr::from_bits(n)));
+        for n in 0..MOST_SCOPES as u32 + 10 {
+            assert_eq!(rates.take(address(n), Duration::ZERO, start), Some(Duration::ZERO));
+        }
+        assert_eq!(rates.buckets[0].len(), MOST_SCOPES);
+        // Those that are there are still held to it; later they make room.
+        assert_eq!(rates.take(address(1), Duration::ZERO, start), None);
+        let later = start + Duration::from_secs(9);
+        assert!(rates.take(address(u32::MAX), Duration::ZERO, later).is_some());
+        assert_eq!(rates.buckets[0].len(), 1);
+    }
+}
