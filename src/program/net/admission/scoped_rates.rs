@@ -15,12 +15,16 @@ use crate::{
 /// The most buckets of one level. Beyond that only the next wider scope counts.
 const MOST_SCOPES: usize = 65_536;
 
+/// How often full buckets are removed at most: that looks at each of them.
+const PURGE_INTERVAL: Duration = Duration::from_secs(1);
+
 /// How often something may arrive from each address, subnet and IPv6 /32.
 #[derive(Debug)]
 pub struct ScopedRates {
     /// For an address, a subnet, and an IPv6 /32; `None`: no limit.
     levels: [Option<Rate>; 3],
     buckets: [HashMap<ClientPrefix, FullAt>; 3],
+    purged_at: Option<Instant>,
 }
 
 /// One bucket, full at the start.
@@ -42,7 +46,8 @@ impl Bucket {
 impl ScopedRates {
     /// `levels` are the rates of an address, a subnet, and an IPv6 /32; `None`: no limit. All buckets are full.
     pub fn new(levels: [Option<Rate>; 3]) -> Self {
-        Self { levels, buckets: [HashMap::new(), HashMap::new(), HashMap::new()] }
+        let buckets = [HashMap::new(), HashMap::new(), HashMap::new()];
+        Self { levels, buckets, purged_at: None }
     }
 
     /// Takes one out for this prefix, and returns how long it has to wait; `None`, and takes none out, if that is
@@ -65,17 +70,17 @@ impl ScopedRates {
         if wait > patience {
             return None;
         }
+        let has_no_room = self.buckets.iter().any(|buckets| buckets.len() >= MOST_SCOPES);
+        if has_no_room && self.purged_at.is_none_or(|at| now >= at + PURGE_INTERVAL) {
+            self.buckets.iter_mut().for_each(|buckets| buckets.retain(|_, full_at| *full_at > now));
+            self.purged_at = Some(now);
+        }
         for (buckets, bucket) in self.buckets.iter_mut().zip(full_at) {
-            let Some((scope, full_at)) = bucket else {
-                continue;
-            };
-            if buckets.len() >= MOST_SCOPES && !buckets.contains_key(&scope) {
-                buckets.retain(|_, full_at| *full_at > now);
-                if buckets.len() >= MOST_SCOPES {
-                    continue;
-                }
+            if let Some((scope, full_at)) = bucket
+                && (buckets.len() < MOST_SCOPES || buckets.contains_key(&scope))
+            {
+                buckets.insert(scope, full_at);
             }
-            buckets.insert(scope, full_at);
         }
         Some(wait)
     }
@@ -137,5 +142,22 @@ mod tests {
         let later = start + Duration::from_secs(9);
         assert!(rates.take(address(u32::MAX), Duration::ZERO, later).is_some());
         assert_eq!(rates.buckets[0].len(), 1);
+    }
+
+    #[test]
+    fn a_flood_of_addresses_has_the_buckets_purged_once_a_second() {
+        let start = Instant::now();
+        let rate = Some(Rate { burst: 1, spacing: Duration::from_millis(100) });
+        let mut rates = ScopedRates::new([rate, None, None]);
+        let address = |n: u32| ClientPrefix::from(IpAddr::from(Ipv4Addr::from_bits(n)));
+        let most = MOST_SCOPES as u32;
+        for n in 0..=most {
+            assert!(rates.take(address(n), Duration::ZERO, start).is_some());
+        }
+        for (millis, kept) in [(500, MOST_SCOPES), (1000, 1)] {
+            let now = start + Duration::from_millis(millis);
+            assert!(rates.take(address(most + millis as u32), Duration::ZERO, now).is_some());
+            assert_eq!(rates.buckets[0].len(), kept, "after {millis} ms");
+        }
     }
 }
