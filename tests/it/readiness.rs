@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use crate::common::{Client, PATIENCE, Relay, command};
+use crate::common::{Client, PATIENCE, Relay, circuit, command};
 use tempfile::TempDir;
 
 #[test]
@@ -26,12 +26,27 @@ fn a_service_manager_is_told_when_it_is_ready_and_when_it_ends() {
         let told = told.unwrap();
         told.set_read_timeout(Some(PATIENCE)).unwrap();
         let mut relay = run(socket, &["--drain=2m"]);
-        let ready = format!("READY=1\nSTATUS=relaying as {}", relay.peer);
+        let ready = format!("READY=1\nSTATUS=0 of 1024 slots, 0 circuits; peer id {}", relay.peer);
         assert_eq!(hear(&told), ready);
         relay.signal("TERM");
         assert_eq!(hear(&told), "STOPPING=1\nEXTEND_TIMEOUT_USEC=130000000");
         assert!(relay.wait().success());
     }
+}
+
+#[tokio::test]
+async fn a_service_manager_is_told_how_much_is_used() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("notify");
+    let told = UnixDatagram::bind(&path).unwrap();
+    told.set_read_timeout(Some(PATIENCE)).unwrap();
+    let relay = run(path.to_str().unwrap(), &[]);
+    let (mut source, mut target) = (Client::connect(&relay).await, Client::connect(&relay).await);
+    target.reserve().await;
+    let _circuit = circuit(&mut source, &mut target).await;
+    let used = format!("STATUS=1 of 1024 slots, 1 circuit; peer id {}", relay.peer);
+    let hears = tokio::task::spawn_blocking(move || while hear(&told) != used {});
+    hears.await.expect("it is told");
 }
 
 #[test]

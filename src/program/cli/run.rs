@@ -167,7 +167,9 @@ async fn run(flags: &Flags) -> Result<()> {
     for warning in unusable.into_iter().chain(identity.warning) {
         log::warn!("{warning}");
     }
-    sd_notify::ready(node.peer_id());
+    if sd_notify::ready(&node) {
+        components.push(Box::new(sd_notify::Status::new(&node)));
+    }
 
     main_loop(flags, &config.announce, &mut node, &mut components, &mut signals).await
 }

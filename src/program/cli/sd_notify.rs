@@ -1,4 +1,4 @@
-//! [sd_notify][spec]: tells the service manager that the relay is ready, alive or stopping.
+//! [sd_notify][spec]: tells the service manager that the relay is ready, alive or stopping, and how much of it is used.
 //!
 //! Each message is a datagram to the socket that the environment names. Not a library, because this takes a few lines and
 //! the maintained crate does not support abstract sockets.
@@ -14,16 +14,55 @@ use std::{
 };
 
 use futures_timer::Delay;
-use libp2p::{PeerId, futures::FutureExt};
+use libp2p::futures::FutureExt;
 
 use crate::program::{component::Component, node::Node};
 
 /// How much longer than configured shutting down may take on a busy machine.
 const SLACK: Duration = Duration::from_secs(10);
 
-/// Reports that every listener is open.
-pub fn ready(relay: PeerId) {
-    notify(&format!("READY=1\nSTATUS=relaying as {relay}"));
+/// How often the status is sent, if it has changed.
+const STATUS_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Reports that every listener is open; whether there is a service manager that hears it.
+pub fn ready(node: &Node) -> bool {
+    notify(&format!("READY=1\nSTATUS={}", status(node)))
+}
+
+fn status(node: &Node) -> String {
+    let (relay, peer) = (node.relay(), node.peer_id());
+    let (slots, circuits) = (&relay.view().reservations, relay.view().circuits.open().count());
+    let (taken, most) = (slots.taken(), relay.config().max_reservations);
+    let plural = if circuits == 1 { "" } else { "s" };
+    format!("{taken} of {most} slots, {circuits} circuit{plural}; peer id {peer}")
+}
+
+/// Keeps the status up to date that `systemctl status` shows.
+pub struct Status {
+    sent: String,
+    next: Delay,
+}
+
+impl Status {
+    /// The status that [`ready`] sent.
+    pub fn new(node: &Node) -> Self {
+        Self { sent: status(node), next: Delay::new(STATUS_INTERVAL) }
+    }
+}
+
+impl Component for Status {
+    fn poll_due(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        self.next.poll_unpin(cx)
+    }
+
+    fn on_due(&mut self, node: &mut Node) {
+        self.next.reset(STATUS_INTERVAL);
+        let status = status(node);
+        if status != self.sent {
+            notify(&format!("STATUS={status}"));
+            self.sent = status;
+        }
+    }
 }
 
 /// Reports that the relay stops within this time. systemd's own timeout is 90 s.
@@ -67,15 +106,18 @@ fn ping_period(usec: &str, pid: Option<&str>, own: u32) -> Option<Duration> {
     Some(Duration::from_micros(usec) / 2)
 }
 
-/// Sends a message, if there is a service manager. The relay keeps running if that fails, but the manager may stop it.
-fn notify(state: &str) {
+/// Sends a message, if there is a service manager; whether it was sent. The relay keeps running if not, but the manager
+/// may stop it.
+fn notify(state: &str) -> bool {
     let Some(socket) = env::var_os("NOTIFY_SOCKET") else {
-        return;
+        return false;
     };
-    if let Err(error) = send(state, &socket) {
+    let sent = send(state, &socket);
+    if let Err(error) = &sent {
         let socket = socket.display();
         log::warn!("sd_notify failed: {state:?} to NOTIFY_SOCKET {socket}: {error}");
     }
+    sent.is_ok()
 }
 
 #[cfg(target_os = "linux")]
