@@ -197,18 +197,21 @@ impl<C: Copy + Eq> Reservations<C> {
     ) -> Result<Granted, Scope> {
         // 1. Free what has ended, if the sweep has not yet. A pass over the table frees at least one slot, so a full
         // table does not cost a pass for each request.
-        if let Some((ends, reason)) = self.slots.get(&peer).map(|slot| self.end(slot))
-            && ends <= now
-        {
-            self.free(peer, reason);
-        }
-        if self.quota.full(prefix).is_some() {
+        let is_renewal = match self.slots.get(&peer).map(|slot| self.end(slot)) {
+            Some((ends, reason)) if ends <= now => {
+                self.free(peer, reason);
+                false
+            }
+            held => held.is_some(),
+        };
+        let mut full = self.quota.full(prefix);
+        if full.is_some() {
             self.end_what_is_over(now);
+            full = self.quota.full(prefix);
         }
         // 2. For a newcomer under a full cap, take the oldest slot in grace. One that is taken under the narrowest cap
         // makes room under the wider ones; where one would not be enough, none is taken.
-        let is_renewal = self.slots.contains_key(&peer);
-        if !is_renewal && let Some(full) = self.quota.full(prefix) {
+        if let Some(full) = full.filter(|_| !is_renewal) {
             let mut under_cap = self.queue.range((full, 0)..=(full, GraceNumber::MAX));
             let oldest = under_cap.next().filter(|_| self.quota.above(prefix).is_none());
             let (_, oldest) = oldest.ok_or(full)?;
