@@ -486,11 +486,11 @@ mod tests {
             let id = admit(&mut circuits, *source, *target, 1).unwrap();
             open(&mut circuits, id);
         }
-        let (full, nobody) = (&Refused::TooManyCircuits, PeerId::random());
+        let (full, target) = (&Refused::TooManyCircuits, PeerId::random());
         let of_source = &Refused::TooManyCircuitsOfSource;
-        assert_eq!(circuits.yield_one(of_source, &nobody, prefix(2)), None);
-        assert_eq!(circuits.yield_one(full, &nobody, prefix(1)), None);
-        assert!(circuits.yield_one(full, &nobody, prefix(2)).is_some());
+        assert_eq!(circuits.yield_one(of_source, &target, prefix(2)), None);
+        assert_eq!(circuits.yield_one(full, &target, prefix(1)), None);
+        assert!(circuits.yield_one(full, &target, prefix(2)).is_some());
         assert!(admit(&mut circuits, end(8), end(9), 2).is_ok());
     }
 

@@ -118,7 +118,7 @@ impl Process {
 #[tokio::test]
 #[ignore = "not a test: the client that the tests start"]
 async fn a_client() {
-    // Nobody started it where all that is ignored runs.
+    // Without the variable it was run as one of the ignored tests.
     if env::var_os(RELAY).is_some() {
         run().await;
     }

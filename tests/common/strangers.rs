@@ -41,7 +41,7 @@ pub const ROOM: usize = WINDOW - 1024;
 /// What is written at a time, in bytes.
 pub const PIECE: usize = 32 * 1024;
 
-/// The first for `cargo test`, the second for whoever has the time.
+/// The first for `cargo test`, the second with `RELAYLET_ATTACKS=long`.
 pub fn quick_or_long<T>(quick: T, long: T) -> T {
     match env::var("RELAYLET_ATTACKS").as_deref() {
         Ok("long") => long,

@@ -29,15 +29,17 @@ struct Permit;
 impl Permit {
     fn wait() -> Self {
         let most = PER_CORE * thread::available_parallelism().map_or(1, NonZero::get);
-        let running = RUNNING.lock().expect("nobody panics with it");
-        *ENDED.wait_while(running, |running| *running >= most).expect("nobody panics with it") += 1;
+        let running = RUNNING.lock().expect("no test panics while it is locked");
+        *ENDED
+            .wait_while(running, |running| *running >= most)
+            .expect("no test panics while it is locked") += 1;
         Self
     }
 }
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        *RUNNING.lock().expect("nobody panics with it") -= 1;
+        *RUNNING.lock().expect("no test panics while it is locked") -= 1;
         ENDED.notify_one();
     }
 }

@@ -167,8 +167,8 @@ async fn run(flags: &Flags) -> Result<()> {
     for warning in unusable.into_iter().chain(identity.warning) {
         log::warn!("{warning}");
     }
-    if sd_notify::ready(&node) {
-        components.push(Box::new(sd_notify::Status::new(&node)));
+    if let Some(status) = sd_notify::ready(&node) {
+        components.push(Box::new(status));
     }
 
     main_loop(flags, &config.announce, &mut node, &mut components, &mut signals).await

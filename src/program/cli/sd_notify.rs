@@ -24,9 +24,11 @@ const SLACK: Duration = Duration::from_secs(10);
 /// How often the status is sent, if it has changed.
 const STATUS_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Reports that every listener is open; whether there is a service manager that hears it.
-pub fn ready(node: &Node) -> bool {
-    notify(&format!("READY=1\nSTATUS={}", status(node)))
+/// Reports that every listener is open. Returns the status to keep up to date, if there is a service manager.
+pub fn ready(node: &Node) -> Option<Status> {
+    let sent = status(node);
+    notify(&format!("READY=1\nSTATUS={sent}"))
+        .then(|| Status { sent, next: Delay::new(STATUS_INTERVAL) })
 }
 
 fn status(node: &Node) -> String {
@@ -41,13 +43,6 @@ fn status(node: &Node) -> String {
 pub struct Status {
     sent: String,
     next: Delay,
-}
-
-impl Status {
-    /// The status that [`ready`] sent.
-    pub fn new(node: &Node) -> Self {
-        Self { sent: status(node), next: Delay::new(STATUS_INTERVAL) }
-    }
 }
 
 impl Component for Status {
