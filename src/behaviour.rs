@@ -413,7 +413,6 @@ impl NetworkBehaviour for Behaviour {
                     self.relay.end_stalled(now);
                 }
                 let took = now.elapsed();
-                log::trace!("swept: {} µs", took.as_micros());
                 self.sweeps = (self.sweeps.0 + 1, self.sweeps.1 + took);
                 continue;
             }

@@ -32,16 +32,20 @@ pub fn measure(peers: usize, watched: Duration, flags: &str, table: &mut Table) 
     let each = (reserved - connected) / count * 1e3;
     table.add("CPU of the relay for a RESERVE, ms", each);
 
-    let (before, sweeps) = (relay.relay.process.cpu(), relay.sweeps().len());
+    let names =
+        ["relaylet_questions_asked_total", "relaylet_sweeps_total", "relaylet_sweep_seconds_total"];
+    let earlier = relay.metrics(names);
+    let before = relay.relay.process.cpu();
     thread::sleep(watched);
     let idle = (relay.relay.process.cpu() - before) as f64 / 1e6;
-    let per_minute = idle / count / (watched.as_secs_f64() / 60.0);
     let resident = resident();
+    let later = relay.metrics(names);
+    let [probes, sweeps, seconds] = std::array::from_fn(|index| later[index] - earlier[index]);
+    let each_minute = |value: f64| value / count / (watched.as_secs_f64() / 60.0);
     table.add("resident memory, MiB", resident / 1024.0);
     let each = (resident - empty) / count;
     table.add("resident memory for a peer, KiB", each);
-    table.add("CPU for an idle peer and minute, ms", per_minute);
-    let mut sweeps = relay.sweeps().split_off(sweeps);
-    sweeps.sort_by(f64::total_cmp);
-    table.add("a sweep (the median), ms", sweeps[sweeps.len() / 2]);
+    table.add("CPU for an idle peer and minute, ms", each_minute(idle));
+    table.add("probes for an idle peer and minute", each_minute(probes));
+    table.add("a sweep, ms", seconds / sweeps * 1e3);
 }

@@ -1,23 +1,25 @@
-//! The relay as the bench runs it, and what the kernel and its log say of it.
+//! The relay as the bench runs it, and what the kernel and its metrics say of it.
 
 use std::{
     fs::{self, File},
+    io::{Read, Write},
+    net::TcpStream,
     path::PathBuf,
     thread,
     time::Duration,
 };
 
 use crate::{
-    common,
+    common::{self, http},
     contestants::{RELAYLET_FLAGS, Relay},
 };
 
 /// Whoever connects may take its time to reserve.
 const NO_HURRY: &str = "--idle-timeout=0s";
 
-/// One line for each sweep.
-const LOG: &str = "error,relaylet::behaviour=trace";
-const SWEPT: &str = "swept: ";
+/// Nothing but where its metrics are.
+const LOG: &str = "error,relaylet::program::http=info";
+const WATCH_IT: &str = "watch it at http://";
 
 /// A relay that spent less than a hundredth of this on its CPU has done what there was to do. After
 /// so many it may have, and be asking thousands of peers whether they are alive.
@@ -38,7 +40,7 @@ impl Watched {
         let mut command = common::command(&folder);
         command
             .args(RELAYLET_FLAGS.split_whitespace())
-            .arg(NO_HURRY)
+            .args([NO_HURRY, http::ANYWHERE])
             .args(flags.split_whitespace())
             .env("RUST_LOG", LOG)
             .stderr(File::create(&log).expect("a file"));
@@ -60,13 +62,18 @@ impl Watched {
         spent as f64 / 1e9
     }
 
-    /// How long each sweep took so far, in milliseconds.
-    pub fn sweeps(&self) -> Vec<f64> {
+    /// The values of these metrics.
+    pub fn metrics<const N: usize>(&self, names: [&str; N]) -> [f64; N] {
         let log = fs::read_to_string(&self.log).expect("its log");
-        let swept = log.lines().filter_map(|line| {
-            let (_, took) = line.split_once(SWEPT)?;
-            took.strip_suffix(" µs")?.parse::<f64>().ok()
-        });
-        swept.map(|microseconds| microseconds / 1e3).collect()
+        let (_, rest) = log.split_once(WATCH_IT).expect("where its metrics are");
+        let (address, _) = rest.split_once('/').expect("an address");
+        let mut stream = TcpStream::connect(address).expect("the port is open");
+        stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").expect("it reads");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).expect("an answer");
+        names.map(|name| {
+            let value = answer.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+            value.unwrap_or_else(|| panic!("{name}: {answer}")).parse().expect("a number")
+        })
     }
 }
