@@ -104,7 +104,7 @@ impl Relay {
                 copy.lock().unwrap().push(line);
             }
         });
-        let lines = lines_of(child.stdout.take().expect("its output is piped"));
+        let lines = lines_of(child.stdout.take().expect("its output is piped"), Arc::clone(&log));
         let mut relay =
             Self { address: Multiaddr::empty(), peer: PeerId::random(), folder, child, log, lines };
         relay.address = relay.next_address();
@@ -134,7 +134,7 @@ impl Relay {
         tcp_port(&self.address)
     }
 
-    /// What it logged so far.
+    /// What it logged so far, and the lines of standard output: as a container's log has both.
     pub fn log(&self) -> Vec<String> {
         self.log.lock().unwrap().clone()
     }
@@ -250,10 +250,12 @@ pub fn signal(pid: u32, name: &str) {
     assert!(status.success());
 }
 
-fn lines_of(output: ChildStdout) -> mpsc::Receiver<String> {
+/// The lines of standard output. They are copied to the log, as in a container.
+fn lines_of(output: ChildStdout, log: Arc<Mutex<Vec<String>>>) -> mpsc::Receiver<String> {
     let (sender, receiver) = mpsc::channel();
     thread::spawn(move || {
         for line in BufReader::new(output).lines().map_while(Result::ok) {
+            log.lock().unwrap().push(line.clone());
             if sender.send(line).is_err() {
                 break;
             }

@@ -1,9 +1,13 @@
 //! The program as its operator meets it: flags, environment, key file, output, signals, limits.
 
 use std::{
-    fs,
+    fs::{self, File},
+    io::{BufRead, BufReader, Read},
     net::TcpListener,
-    os::unix::fs::PermissionsExt,
+    os::{
+        fd::OwnedFd,
+        unix::fs::{MetadataExt, PermissionsExt},
+    },
     process::{Command, Output, Stdio},
     sync::atomic::{AtomicU16, Ordering},
     time::{Duration, Instant},
@@ -13,7 +17,7 @@ use crate::common::{
     Client, PATIENCE, Relay, Security,
     by_hand::{self, proposal, say_and_hang_up, until_closed},
     bystanders::comes_to_rest,
-    circuit, command, messages, read_bytes, signal, source_and_target,
+    circuit, command, messages, read_bytes, signal, source_and_target, wait_for,
 };
 use libp2p::{
     Multiaddr, futures::future, identity::Keypair, multiaddr::Protocol, tcp::tokio::TcpStream,
@@ -162,7 +166,8 @@ async fn the_log_begins_with_who_it_is_where_and_what_a_circuit_may_carry() {
     let relay = Relay::start(&[]);
     relay.wait_for_log("can be dialed from the internet").await;
     // With all features there are lines of libp2p's.
-    let log: Vec<_> = relay.log().into_iter().filter(|it| it.contains(" relaylet::")).collect();
+    let is_own = |it: &String| it.contains(" relaylet::") || it.starts_with("listening on ");
+    let log: Vec<_> = relay.log().into_iter().filter(is_own).collect();
     let first = |text: &str| log.iter().position(|line| line.contains(text));
     let (who, key) = (first(&format!("is {}", relay.peer)), first("identity created: /"));
     let what = first("relays for anyone: 1024 slots, 1024 circuits at a time; a circuit may carry");
@@ -249,6 +254,63 @@ fn standard_output_has_the_addresses_and_nothing_else() {
         let address = line.strip_prefix("listening on /ip4/").unwrap();
         assert!(address.ends_with(&format!("/tcp/{}/p2p/{}", relay.port(), relay.peer)));
     }
+}
+
+/// A container's log is what both pipes carry.
+#[tokio::test]
+async fn an_address_is_said_once_where_both_streams_are_collected() {
+    let relay = Relay::start(&[]);
+    relay.wait_for_log("reach it at").await;
+    assert_eq!(relay.count_in_log("listening on "), 1, "{:#?}", relay.log());
+}
+
+/// The program with this standard error, which is the journal or is not, and what it writes until it ends.
+fn logged(flags: &[&str], is_journal: bool) -> String {
+    let (mut reader, writer) = std::io::pipe().unwrap();
+    let writer = File::from(OwnedFd::from(writer));
+    let pipe = writer.metadata().unwrap();
+    let inode = pipe.ino() + u64::from(!is_journal);
+    let folder = TempDir::new().unwrap();
+    let mut command = command(&folder);
+    command
+        .args(flags)
+        .env("JOURNAL_STREAM", format!("{}:{inode}", pipe.dev()))
+        .stdout(Stdio::null())
+        .stderr(writer);
+    let mut child = command.spawn().unwrap();
+    drop(command); // and with it the writing end
+    let mut lines = String::new();
+    let mut line = BufReader::new(&mut reader);
+    // It runs until it has said all that it says at its start.
+    while line.read_line(&mut lines).unwrap() > 0 {
+        if lines.contains("can be dialed from the internet") {
+            signal(child.id(), "INT");
+            break;
+        }
+    }
+    line.read_to_string(&mut lines).unwrap();
+    wait_for(&mut child);
+    lines
+}
+
+#[test]
+fn the_journal_gets_priorities_and_anything_else_the_time() {
+    let flags = ["--listen=/ip4/127.0.0.1/tcp/0"];
+    let journal = logged(&flags, true);
+    let mut priorities: Vec<_> = journal.lines().map(|line| line.split_at(3).0).collect();
+    priorities.sort_unstable();
+    priorities.dedup();
+    assert_eq!(priorities, ["<4>", "<6>"], "{journal}");
+    assert_eq!(journal.matches("<6>listening on /ip4/127.0.0.1/tcp/").count(), 1, "{journal}");
+    assert!(journal.contains("\n<4>no public address: "), "{journal}");
+    assert!(!journal.contains("relaylet::"), "{journal}");
+    let elsewhere = logged(&flags, false);
+    assert!(elsewhere.lines().all(|line| line.starts_with("[20")), "{elsewhere}");
+    let flags = ["--listen=/ip4/192.0.2.1/tcp/1"];
+    assert!(
+        logged(&flags, true).lines().last().unwrap().starts_with("<3>relaylet: --listen /ip4/")
+    );
+    assert!(logged(&flags, false).lines().last().unwrap().starts_with("relaylet: --listen /ip4/"));
 }
 
 #[tokio::test]

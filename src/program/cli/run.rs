@@ -1,9 +1,11 @@
 //! Starts the relay, runs its main loop, and exits.
 
+mod log_output;
+
 use std::{
     error::Error,
     fmt,
-    io::{self, IsTerminal, Write},
+    io::{self, Write},
     net::TcpListener,
     process::ExitCode,
     time::Duration,
@@ -20,7 +22,6 @@ use libp2p::{
         select_biased, stream,
     },
 };
-use log::LevelFilter;
 
 #[cfg(feature = "websocket")]
 use super::tls_files::TlsFiles;
@@ -55,10 +56,6 @@ const ADDRESSES_AFTER: Duration = Duration::from_millis(500);
 /// How often the log summary is written.
 const SUMMARY_INTERVAL: Duration = Duration::from_secs(60);
 
-/// Libraries that log errors or warnings which any peer can cause. `RUST_LOG` has to name them to see these. soketto
-/// implements WebSocket.
-const MUTED: [&str; 1] = ["soketto"];
-
 /// An error in the settings.
 #[derive(Debug)]
 struct UsageError(String);
@@ -88,7 +85,7 @@ pub fn main() -> ExitCode {
         }
         Err(Exit::Usage(line)) => return exit_with(&UsageError(line).into()),
     };
-    start_log();
+    log_output::start();
     runtime::keep_freed_memory();
     match runtime::run(flags.threads(), async move { run(&flags).await }) {
         Ok(()) => ExitCode::SUCCESS,
@@ -96,19 +93,9 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// Starts logging to standard error, as `RUST_LOG` configures.
-fn start_log() {
-    let mut log = env_logger::Builder::new();
-    log.filter_level(LevelFilter::Info);
-    for library in MUTED {
-        log.filter_module(library, LevelFilter::Off);
-    }
-    log.parse_default_env().init();
-}
-
 /// Prints an error in one line. Returns the exit code: 2 for an error in the settings, otherwise 1.
 fn exit_with(error: &anyhow::Error) -> ExitCode {
-    let _ = writeln!(io::stderr(), "relaylet: {error:#}");
+    log_output::write_error(error);
     ExitCode::from(if error.is::<UsageError>() { 2 } else { 1 })
 }
 
@@ -351,8 +338,7 @@ fn log_listener(node: &Node, event: NodeEvent) {
         NodeEvent::Listening(address) => {
             let line = format!("listening on {address}/p2p/{}", node.peer_id());
             print(&line);
-            // A terminal shows standard output and the log in one place.
-            if !(io::stdout().is_terminal() && io::stderr().is_terminal()) {
+            if !log_output::has_standard_output() {
                 log::info!("{line}");
             }
         }
