@@ -290,7 +290,7 @@ impl Behaviour {
             }
             HandlerEvent::TargetAnswered(circuit, Ok(target)) => {
                 if let Some((reply, parameters)) = relay.on_target_answered(circuit, Ok(()), now) {
-                    let event = Some(HandlerEvent::CircuitEnded(circuit, CircuitEnd::Ended));
+                    let event = Some(HandlerEvent::CircuitEnded(circuit, CircuitEnd::Disconnected));
                     let report = Report { event, events: self.events.0.clone() };
                     let opening = Opening { circuit, target: *target, parameters, report };
                     // If the source is gone, the report is sent.

@@ -168,7 +168,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         self.waiting.retain(|waiting| waiting.request.from != gone);
         // 2. End its circuits. The tasks of the connection are gone, and report nothing any more.
         for id in self.circuits.over(gone) {
-            self.end_circuit(id);
+            self.end_circuit(id, CircuitEnd::Disconnected);
             let Some(circuit) = self.circuits.get(id) else {
                 continue;
             };
@@ -176,7 +176,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
                 (false, false) => {
                     self.on_target_answered(id, Err(StopFailed::Gone), now);
                 }
-                (true, true) => self.on_circuit_ended(id, CircuitEnd::Ended, now),
+                (true, true) => self.on_circuit_ended(id, CircuitEnd::Disconnected, now),
                 _ => {}
             }
         }
@@ -194,7 +194,9 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         let held = self.reservations.free(peer, reason);
         self.apply_changes(now);
         let circuits: Vec<_> = self.circuits.of(&peer).map(|(id, _)| id).collect();
-        circuits.into_iter().for_each(|id| self.end_circuit(id));
+        let is_denied = reason == FreedReason::Denied;
+        let end = if is_denied { CircuitEnd::Denied } else { CircuitEnd::Released };
+        circuits.into_iter().for_each(|id| self.end_circuit(id, end));
         held
     }
 

@@ -35,7 +35,8 @@ thread_local! {
     static UNUSED: Cell<Option<Box<[u8]>>> = const { Cell::new(None) };
 }
 
-/// Transfers bytes between a source and a target until the circuit ends, and counts them. Yields how it ended.
+/// Transfers bytes between a source and a target until the circuit ends, and counts them. Yields how it ended;
+/// [`CircuitEnd::Disconnected`] also if the relay ended it.
 #[derive(Debug)]
 pub(crate) struct Circuit<S, T> {
     source: S,
@@ -80,7 +81,7 @@ where
         // 1. Whether the relay or the deadline ends it.
         let this = &mut *self;
         if this.ended.poll_unpin(cx).is_ready() {
-            return Poll::Ready(CircuitEnd::Ended);
+            return Poll::Ready(CircuitEnd::Disconnected);
         }
         if this.deadline.as_mut().is_some_and(|deadline| deadline.poll_unpin(cx).is_ready()) {
             return Poll::Ready(CircuitEnd::TimeLimit);
@@ -154,11 +155,11 @@ impl Direction {
             match self.state {
                 State::Closed => return Poll::Ready(Ok(())),
                 State::OverLimit => {
-                    ready!(Pin::new(&mut *to).poll_flush(cx)).map_err(reset)?;
+                    ready!(Pin::new(&mut *to).poll_flush(cx)).map_err(|error| end_of(&error))?;
                     return Poll::Ready(Err(CircuitEnd::DataLimit));
                 }
                 State::Closing => {
-                    ready!(Pin::new(&mut *to).poll_close(cx)).map_err(reset)?;
+                    ready!(Pin::new(&mut *to).poll_close(cx)).map_err(|error| end_of(&error))?;
                     self.state = State::Closed;
                     return Poll::Ready(Ok(()));
                 }
@@ -179,10 +180,10 @@ impl Direction {
                 }
                 Poll::Ready(Err(error)) => {
                     let _ = Pin::new(&mut *to).poll_flush(cx);
-                    return Poll::Ready(Err(reset(error)));
+                    return Poll::Ready(Err(end_of(&error)));
                 }
                 Poll::Pending => {
-                    let _ = Pin::new(&mut *to).poll_flush(cx).map_err(reset)?;
+                    let _ = Pin::new(&mut *to).poll_flush(cx).map_err(|error| end_of(&error))?;
                     return Poll::Pending;
                 }
             }
@@ -197,7 +198,7 @@ impl Direction {
         cx: &mut Context<'_>,
     ) -> Result<&'a [u8], CircuitEnd> {
         while !bytes.is_empty() {
-            match Pin::new(&mut *to).poll_write(cx, bytes).map_err(reset)? {
+            match Pin::new(&mut *to).poll_write(cx, bytes).map_err(|error| end_of(&error))? {
                 Poll::Ready(0) => return Err(CircuitEnd::Reset(io::ErrorKind::WriteZero)),
                 Poll::Ready(written) => {
                     self.delivered += written as u64;
@@ -274,8 +275,12 @@ impl Drop for FairShare {
     }
 }
 
-fn reset(error: io::Error) -> CircuitEnd {
-    CircuitEnd::Reset(error.kind())
+/// How a circuit ends when one of its streams fails: reset by its peer, or with its connection.
+pub(super) fn end_of(error: &io::Error) -> CircuitEnd {
+    match error.kind() {
+        io::ErrorKind::ConnectionAborted => CircuitEnd::Disconnected,
+        kind => CircuitEnd::Reset(kind),
+    }
 }
 
 /// The thread's buffer, or a new one while that is borrowed. Returned when it is dropped.

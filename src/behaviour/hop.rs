@@ -25,7 +25,7 @@ use libp2p::{
 };
 
 use super::{
-    circuit::Circuit,
+    circuit::{self, Circuit},
     timer::{Timeouts, within},
 };
 use crate::{
@@ -182,8 +182,8 @@ pub(crate) async fn serve(
         let delivery = pin!(within::<_, io::Error>(timeout, delivery));
         match future::select(delivery, &mut parameters.ended).await {
             Either::Left((Ok(()), _)) => None,
-            Either::Left((Err(error), _)) => Some(CircuitEnd::Reset(error.kind())),
-            Either::Right(_) => Some(CircuitEnd::Ended),
+            Either::Left((Err(error), _)) => Some(circuit::end_of(&error)),
+            Either::Right(_) => Some(CircuitEnd::Disconnected),
         }
     };
     // 4. Transfer the bytes of the circuit.

@@ -191,7 +191,12 @@ fn each_end_of_a_circuit_has_these_words() {
         (CircuitEnd::DataLimit, "data limit"),
         (CircuitEnd::TimeLimit, "time limit"),
         (CircuitEnd::Reset(ErrorKind::ConnectionReset), "reset: connection reset"),
-        (CircuitEnd::Ended, "ended by the relay"),
+        (CircuitEnd::Disconnected, "disconnected"),
+        (CircuitEnd::Silent, "silent"),
+        (CircuitEnd::Denied, "denied"),
+        (CircuitEnd::Released, "released"),
+        (CircuitEnd::Preempted, "preempted"),
+        (CircuitEnd::Replaced, "connection replaced"),
         (CircuitEnd::Stalled, "stalled"),
     ] {
         match end {
@@ -199,7 +204,12 @@ fn each_end_of_a_circuit_has_these_words() {
             | CircuitEnd::DataLimit
             | CircuitEnd::TimeLimit
             | CircuitEnd::Reset(_)
-            | CircuitEnd::Ended
+            | CircuitEnd::Disconnected
+            | CircuitEnd::Silent
+            | CircuitEnd::Denied
+            | CircuitEnd::Released
+            | CircuitEnd::Preempted
+            | CircuitEnd::Replaced
             | CircuitEnd::Stalled => assert_eq!(end.to_string(), words),
         }
     }

@@ -165,10 +165,20 @@ pub enum CircuitEnd {
     DataLimit,
     /// It reached its time limit.
     TimeLimit,
-    /// One peer reset it, or its connection failed.
+    /// One peer reset it.
     Reset(io::ErrorKind),
-    /// The relay ended it: a slot was released, a connection closed, or a peer timed out.
-    Ended,
+    /// The connection of one peer closed.
+    Disconnected,
+    /// One peer did not answer a probe in time.
+    Silent,
+    /// The access rules deny it now.
+    Denied,
+    /// The embedder released one peer: [`Behaviour::release`](crate::Behaviour::release).
+    Released,
+    /// A client whose prefix has fewer circuits needed the room.
+    Preempted,
+    /// A newer connection of one peer replaced the one that it used.
+    Replaced,
     /// The relay ended it: memory was scarce, and one direction had transferred nothing for 10 s though bytes waited. Only
     /// in `Node`, which has that memory.
     Stalled,
@@ -182,7 +192,12 @@ impl CircuitEnd {
             Self::DataLimit => "data limit",
             Self::TimeLimit => "time limit",
             Self::Reset(_) => "reset",
-            Self::Ended => "ended by the relay",
+            Self::Disconnected => "disconnected",
+            Self::Silent => "silent",
+            Self::Denied => "denied",
+            Self::Released => "released",
+            Self::Preempted => "preempted",
+            Self::Replaced => "connection replaced",
             Self::Stalled => "stalled",
         }
     }

@@ -58,7 +58,7 @@ pub struct Circuit<C, R> {
     active_at: Instant,
     /// Since which sweep each direction, to the target and to the source, has transferred nothing though bytes waited.
     stalled: [Option<Instant>; 2],
-    /// Why the relay ended it, or ends it if it does.
+    /// Why the relay ended it. [`CircuitEnd::Disconnected`] if it did not: then its task ended with a connection.
     end: CircuitEnd,
     /// Whether it was ended for another one, and does not count any more.
     has_yielded: bool,
@@ -87,9 +87,9 @@ impl<C, R> Circuit<C, R> {
         }
     }
 
-    /// How it ended. Its task knows only whether the relay ended it; the table knows why.
+    /// How it ended. Its task reports [`CircuitEnd::Disconnected`] also if the relay ended it; the table knows why.
     pub fn end(&self, reported: CircuitEnd) -> CircuitEnd {
-        if reported == CircuitEnd::Ended { self.end } else { reported }
+        if reported == CircuitEnd::Disconnected { self.end } else { reported }
     }
 
     /// Marks it as open. The receiver is cancelled when it is [ended](Circuits::end).
@@ -215,7 +215,7 @@ impl<C: Copy + Eq + Hash, R> Circuits<C, R> {
             transferred: BytesTransferred::default(),
             active_at: now,
             stalled: [None; 2],
-            end: CircuitEnd::Ended,
+            end: CircuitEnd::Disconnected,
             has_yielded: false,
         };
         self.circuits.insert(id, circuit);
@@ -249,13 +249,12 @@ impl<C: Copy + Eq + Hash, R> Circuits<C, R> {
     }
 
     /// The circuits one of whose directions had transferred nothing for [`MAX_STALL`] at the last sweep though bytes
-    /// waited, in the order of their admission. If the relay ends them from now on, they end as stalled.
-    pub fn stalled(&mut self, now: Instant) -> Vec<CircuitId> {
+    /// waited, in the order of their admission.
+    pub fn stalled(&self, now: Instant) -> Vec<CircuitId> {
         let is_long = |since: &Instant| now.saturating_duration_since(*since) >= MAX_STALL;
-        let stalled = self.circuits.iter_mut().filter_map(|(id, circuit)| {
+        let stalled = self.circuits.iter().filter_map(|(id, circuit)| {
             let is_stalled =
                 circuit.guard.is_some() && circuit.stalled.iter().flatten().any(is_long);
-            circuit.end = if is_stalled { CircuitEnd::Stalled } else { circuit.end };
             is_stalled.then_some(*id)
         });
         let mut stalled: Vec<_> = stalled.collect();
@@ -263,12 +262,15 @@ impl<C: Copy + Eq + Hash, R> Circuits<C, R> {
         stalled
     }
 
-    /// Ends a circuit by dropping its guard, which cancels the receiver. It counts until its end is reported.
+    /// Ends a circuit by dropping its guard, which cancels the receiver. It counts until its end is reported. The reason
+    /// of the first call holds.
     ///
     /// Returns the CONNECT that was not answered yet.
-    pub fn end(&mut self, id: CircuitId) -> Option<PendingRequest<C, R>> {
+    pub fn end(&mut self, id: CircuitId, end: CircuitEnd) -> Option<PendingRequest<C, R>> {
         let circuit = self.circuits.get_mut(&id)?;
-        circuit.guard = None;
+        if circuit.guard.take().is_some() {
+            circuit.end = end;
+        }
         match &mut circuit.state {
             State::Pending(request) => request.take(),
             State::Open { .. } => None,
@@ -470,12 +472,13 @@ mod tests {
         circuits.shift_stalls(|_| now);
         assert_eq!(circuits.stalled(now), []);
         assert_eq!(circuits.stalled(now + 10 * SECOND), [stalls.0]);
-        circuits.end(stalls.0);
+        circuits.end(stalls.0, CircuitEnd::Stalled);
         assert_eq!(circuits.stalled(now + 10 * SECOND), [], "it ends already");
+        circuits.end(stalls.0, CircuitEnd::Silent);
         let end_of = |id, reported| circuits.get(id).unwrap().end(reported);
-        assert_eq!(end_of(stalls.0, CircuitEnd::Ended), CircuitEnd::Stalled);
+        assert_eq!(end_of(stalls.0, CircuitEnd::Disconnected), CircuitEnd::Stalled);
         assert_eq!(end_of(stalls.0, CircuitEnd::Finished), CircuitEnd::Finished);
-        assert_eq!(end_of(idles.0, CircuitEnd::Ended), CircuitEnd::Ended);
+        assert_eq!(end_of(idles.0, CircuitEnd::Disconnected), CircuitEnd::Disconnected);
     }
 
     #[test]
@@ -499,8 +502,9 @@ mod tests {
         let mut circuits = table(of_total(9), 9);
         let (id, mut ended) = add(&mut circuits, end(1), end(2), 1);
         assert_eq!(ended.try_recv(), Ok(None));
-        assert!(circuits.end(id).is_some(), "its CONNECT is yet to be answered");
-        assert!(circuits.end(id).is_none());
+        let end = CircuitEnd::Released;
+        assert!(circuits.end(id, end).is_some(), "its CONNECT is yet to be answered");
+        assert!(circuits.end(id, end).is_none());
         assert!(ended.try_recv().is_err());
         assert_eq!(circuits.count(), 1, "until that is reported");
     }

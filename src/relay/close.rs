@@ -11,9 +11,9 @@ use libp2p::PeerId;
 
 use super::{
     Action, Draining, Relay,
-    connections::{Connection, End},
+    connections::{CloseReason, Connection, End},
 };
-use crate::event::Refused;
+use crate::event::{CircuitEnd, Refused};
 
 impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     /// Drains: refuses newcomers from now on, and closes all connections without a circuit until then.
@@ -40,7 +40,8 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         let Some(draining) = &mut self.draining else {
             return;
         };
-        let unused = self.connections.iter().filter(|(_, up)| up.circuits == 0 && !up.is_closing);
+        let unused =
+            self.connections.iter().filter(|(_, up)| up.circuits == 0 && up.closing.is_none());
         let unused = unused.map(|(connection, up)| End { peer: up.origin.peer, connection });
         let mut unused: Vec<_> = unused.collect();
         let mut due = unused.len();
@@ -54,13 +55,14 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
             draining.due -= due as f64;
         }
         unused.sort_unstable_by_key(|end| end.connection);
-        unused.into_iter().take(due).for_each(|end| self.close(end));
+        let due = unused.into_iter().take(due);
+        due.for_each(|end| self.close(end, CloseReason::Draining));
     }
 
     /// Answers a request by closing its connection, unless that carries circuits.
     pub(super) fn close_unanswered(&mut self, from: End<C>, reply: R) {
         if self.connections.get(from.connection).is_some_and(|up| up.circuits == 0) {
-            self.close(from);
+            self.close(from, CloseReason::Draining);
             if let Some(draining) = &mut self.draining {
                 draining.unanswered.push(reply);
             }
@@ -68,8 +70,9 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     }
 
     /// Closes a connection, and marks it as closing.
-    pub(super) fn close(&mut self, connection: End<C>) {
-        self.connections.mark_closing(connection.connection);
+    pub(super) fn close(&mut self, connection: End<C>, reason: CloseReason) {
+        log::debug!("closing connection: peer {}: {}", connection.peer, reason.kind());
+        self.connections.mark_closing(connection.connection, reason);
         self.actions.push_back(Action::Close(connection));
     }
 
@@ -77,16 +80,16 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     /// handles it as closed at once.
     pub fn close_longest_silent_of(&mut self, peer: PeerId, but: C, now: Instant) {
         self.connections.poll_counters(now);
-        let others = self.connections.of(&peer).filter(|(id, up)| *id != but && !up.is_closing);
+        let others =
+            self.connections.of(&peer).filter(|(id, up)| *id != but && up.closing.is_none());
         // The oldest of several that have been silent for the same time.
         let silent = others.min_by_key(|(_, up)| Reverse(up.liveness.silent_for(now)));
         let Some((connection, _)) = silent else {
             return;
         };
-        log::debug!("connection closed: peer {peer}: another connection of it replaces it");
         let replaced = End { peer, connection };
-        self.abandon(replaced, now);
-        self.close(replaced);
+        self.abandon(replaced, CircuitEnd::Replaced, now);
+        self.close(replaced, CloseReason::Replaced);
     }
 
     /// The idle connections of peers that hold no slot, in no order.
@@ -97,8 +100,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
 
     /// Closes an idle connection to make room for another one.
     pub fn close_stranger(&mut self, stranger: End<C>) {
-        log::debug!("connection closed: peer {}: idle, another peer needs the room", stranger.peer);
-        self.close(stranger);
+        self.close(stranger, CloseReason::Preempted);
     }
 }
 

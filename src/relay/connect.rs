@@ -54,7 +54,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
             let yielded = self.circuits.yield_one(&full, &target, origin.prefix);
             let yielded = yielded.ok_or(full)?;
             log::debug!("circuit {yielded} ends: a prefix with fewer circuits needs one");
-            self.end_circuit(yielded);
+            self.end_circuit(yielded, CircuitEnd::Preempted);
         }
         Ok((connection, self.circuit_limit(terms)))
     }
@@ -117,9 +117,10 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     ///
     /// A circuit that is being set up counts until nothing is left of it at the target: else sources that ask and leave
     /// could send one target more requests than its cap.
-    pub(super) fn end_circuit(&mut self, id: CircuitId) {
-        if let Some(request) = self.circuits.end(id) {
-            self.refuse(request, Refused::Gone);
+    pub(super) fn end_circuit(&mut self, id: CircuitId, end: CircuitEnd) {
+        if let Some(request) = self.circuits.end(id, end) {
+            let is_denied = end == CircuitEnd::Denied;
+            self.refuse(request, if is_denied { Refused::Denied } else { Refused::Gone });
         }
     }
 

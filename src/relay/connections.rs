@@ -33,6 +33,37 @@ pub struct End<C> {
     pub connection: C,
 }
 
+/// Why the relay closes a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CloseReason {
+    /// It was idle for the idle timeout.
+    Idle,
+    /// It was idle, and its peer exceeded its rate of frames that carry nothing.
+    Flooding,
+    /// Its peer did not answer a probe in time.
+    Silent,
+    /// A newer connection of its peer needs the room.
+    Replaced,
+    /// It was idle, and a connection of another peer needs the room.
+    Preempted,
+    /// The relay drains.
+    Draining,
+}
+
+impl CloseReason {
+    /// The reason in a few words: a label of metrics.
+    pub fn kind(self) -> &'static str {
+        match self {
+            Self::Idle => "idle",
+            Self::Flooding => "flooding",
+            Self::Silent => "silent",
+            Self::Replaced => "replaced",
+            Self::Preempted => "preempted",
+            Self::Draining => "draining",
+        }
+    }
+}
+
 /// Where a connection comes from, determined once, when it comes up.
 #[derive(Debug)]
 pub struct Origin {
@@ -82,8 +113,8 @@ pub struct Connection {
     pub circuits: u32,
     /// When it became idle.
     pub idle_since: Instant,
-    /// Whether the relay is closing it.
-    pub is_closing: bool,
+    /// Why the relay is closing it; `None`: it is not.
+    pub closing: Option<CloseReason>,
     is_flooding: bool,
     /// The counters of the handler and of the embedder, and their sum at the last poll.
     counters: [Option<ActivityCounter>; 2],
@@ -100,7 +131,7 @@ impl Connection {
             holds_reservation: false,
             circuits: 0,
             idle_since: now,
-            is_closing: false,
+            closing: None,
             is_flooding: false,
             counters: [None, None],
             counted: 0,
@@ -183,7 +214,7 @@ impl<C: Copy + Eq + Hash> Connections<C> {
         if was_used {
             connection.idle_since = now;
         }
-        match is_used(connection) || connection.is_closing {
+        match is_used(connection) || connection.closing.is_some() {
             true => self.idle.remove(&id),
             false => self.idle.insert(id),
         };
@@ -191,24 +222,25 @@ impl<C: Copy + Eq + Hash> Connections<C> {
     }
 
     /// Marks a connection as closing: it is neither watched nor idle any more.
-    pub fn mark_closing(&mut self, id: C) {
+    pub fn mark_closing(&mut self, id: C, reason: CloseReason) {
         if let Some(connection) = self.up.get_mut(&id) {
-            connection.is_closing = true;
+            connection.closing = Some(reason);
             self.idle.remove(&id);
         }
     }
 
-    /// Marks the connections that have been idle for `timeout`, or are idle and flood the relay, as closing. Returns
-    /// them, each with whether it floods.
-    pub fn take_idle(&mut self, timeout: Duration, now: Instant) -> Vec<(End<C>, bool)> {
+    /// The connections that have been idle for `timeout`, or are idle and flood the relay, each with that reason to close
+    /// it.
+    pub fn too_long_idle(&self, timeout: Duration, now: Instant) -> Vec<(End<C>, CloseReason)> {
         let idle = self.idle().filter_map(|(id, connection)| {
             let idle_for = now.saturating_duration_since(connection.idle_since);
             let end = End { peer: connection.origin.peer, connection: id };
-            (idle_for >= timeout || connection.is_flooding).then_some((end, connection.is_flooding))
+            match connection.is_flooding {
+                true => Some((end, CloseReason::Flooding)),
+                false => (idle_for >= timeout).then_some((end, CloseReason::Idle)),
+            }
         });
-        let idle: Vec<_> = idle.collect();
-        idle.iter().for_each(|(end, _)| self.mark_closing(end.connection));
-        idle
+        idle.collect()
     }
 
     /// Records activity on all connections of `peer`.
@@ -247,7 +279,8 @@ impl<C: Copy + Eq + Hash> Connections<C> {
     /// The watched connections: those that are neither idle nor being closed.
     pub fn watched(&mut self) -> impl Iterator<Item = (C, &mut Liveness)> {
         let watched = self.up.iter_mut().filter(|(_, connection)| {
-            (connection.holds_reservation || connection.circuits > 0) && !connection.is_closing
+            (connection.holds_reservation || connection.circuits > 0)
+                && connection.closing.is_none()
         });
         watched.map(|(id, connection)| (*id, &mut connection.liveness))
     }
@@ -259,7 +292,7 @@ impl<C: Copy + Eq + Hash> Connections<C> {
         now: Instant,
     ) -> impl Iterator<Item = (C, &Connection)> {
         self.iter().filter(move |(_, connection)| {
-            let is_holder = connection.holds_reservation && !connection.is_closing;
+            let is_holder = connection.holds_reservation && connection.closing.is_none();
             is_holder && connection.liveness.silent_for(now) >= at_least
         })
     }
@@ -295,7 +328,8 @@ mod tests {
     }
 
     fn idle(connections: &mut Connections<u32>, now: Instant) -> Vec<u32> {
-        let idle = connections.take_idle(MINUTE, now);
+        let idle = connections.too_long_idle(MINUTE, now);
+        idle.iter().for_each(|(end, reason)| connections.mark_closing(end.connection, *reason));
         idle.into_iter().map(|(end, _)| end.connection).collect()
     }
 
@@ -359,10 +393,10 @@ mod tests {
         let (alice, bob) = (PeerId::random(), PeerId::random());
         let mut connections = in_turn(&[alice, bob, alice, alice], Instant::now());
         let open = |connections: &Connections<u32>, peer: &PeerId| -> Vec<_> {
-            connections.of(peer).filter(|(_, up)| !up.is_closing).map(|(id, _)| id).collect()
+            connections.of(peer).filter(|(_, up)| up.closing.is_none()).map(|(id, _)| id).collect()
         };
         assert_eq!(open(&connections, &alice), [0, 2, 3]);
-        connections.mark_closing(2);
+        connections.mark_closing(2, CloseReason::Idle);
         assert_eq!(open(&connections, &alice), [0, 3]);
         connections.remove(0);
         assert_eq!(open(&connections, &alice), [3]);
@@ -383,7 +417,7 @@ mod tests {
         hold(&mut connections, 0, true, start);
         count(&mut connections, 1, 1, start);
         assert_eq!(longest_first(&connections), [2, 3, 4]);
-        connections.mark_closing(2);
+        connections.mark_closing(2, CloseReason::Idle);
         assert_eq!(longest_first(&connections), [3, 4]);
         // It waits for an answer: until now it was not idle.
         connections.get_mut(3).unwrap().idle_since = start + MINUTE;

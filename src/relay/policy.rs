@@ -8,7 +8,7 @@ use super::Relay;
 use crate::{
     access::{Access, Permission},
     config::{Config, ConfigError},
-    event::{FreedReason, Refused},
+    event::{CircuitEnd, FreedReason, Refused},
 };
 
 impl<C: Copy + Ord + Hash, R> Relay<C, R> {
@@ -60,7 +60,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
                 denied.push(id);
             }
         }
-        denied.into_iter().for_each(|id| self.end_circuit(id));
+        denied.into_iter().for_each(|id| self.end_circuit(id, CircuitEnd::Denied));
         for mut newcomer in std::mem::take(&mut self.waiting) {
             let request = &newcomer.request;
             match self.access.may_reserve(request.from.peer, &request.origin.address) {
@@ -76,7 +76,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     /// The connections of `peer` that its slot may move to, oldest first: those over which it may reserve.
     pub(super) fn fit_for_a_slot(&self, peer: PeerId) -> Vec<C> {
         let fit = self.connections.of(&peer).filter(|(_, up)| {
-            let is_usable = !up.origin.relayed && !up.is_closing;
+            let is_usable = !up.origin.relayed && up.closing.is_none();
             is_usable && self.access.may_reserve(peer, &up.origin.address) != Permission::Deny
         });
         fit.map(|(id, _)| id).collect()
@@ -111,6 +111,7 @@ mod tests {
 
     use super::*;
     use crate::{
+        event::Event,
         relay::{
             Action,
             connections::{Connection, End},
@@ -163,6 +164,30 @@ mod tests {
         config.access.deny_subnet = vec!["192.0.2.0/24".parse().unwrap()];
         relay.set_config(config, later).unwrap();
         assert!(parameters.ended.try_recv().is_err());
+        actions(&mut relay);
+        relay.on_circuit_ended(circuit, CircuitEnd::Disconnected, later); // its task was cancelled
+        let ended = actions(&mut relay);
+        let [Action::Report(Event::CircuitClosed { end: CircuitEnd::Denied, .. })] = ended[..]
+        else {
+            panic!("{ended:?}");
+        };
+    }
+
+    #[test]
+    fn a_connect_that_waits_is_refused_as_denied_once_its_target_is_denied() {
+        let start = Instant::now();
+        let (mut relay, [source, target]) = relay(start);
+        relay.handle_request(target, Ok(Request::Reserve), 1, start);
+        relay.handle_request(source, Ok(Request::Connect(target.peer)), 2, start);
+        actions(&mut relay);
+        let mut config = relay.config.clone();
+        config.access.deny_peer.insert(target.peer);
+        relay.set_config(config, start).unwrap();
+        let refused = actions(&mut relay).into_iter().find_map(|action| match action {
+            Action::Report(Event::CircuitRefused { reason, .. }) => Some(reason),
+            _ => None,
+        });
+        assert_eq!(refused, Some(Refused::Denied));
     }
 
     #[test]

@@ -10,8 +10,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Action, Relay, connections::End, reclaim::TICK};
-use crate::event::{Event, FreedReason};
+use super::{
+    Action, Relay,
+    connections::{CloseReason, End},
+    reclaim::TICK,
+};
+use crate::event::{CircuitEnd, Event, FreedReason};
 
 /// A sweep that is later than this restarts open probes. One that is less late extends them by its lateness: a relay
 /// without CPU time reads no answers.
@@ -49,12 +53,8 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         // 6. Close idle connections, and while draining those that are due.
         let timeout = self.config.idle_timeout;
         let timeout = if timeout.is_zero() { Duration::MAX } else { timeout };
-        for (end, is_flooding) in self.connections.take_idle(timeout, now) {
-            let reason =
-                if is_flooding { "flooding".into() } else { format!("idle for {timeout:?}") };
-            log::debug!("connection closed: peer {}: {reason}", end.peer);
-            self.actions.push_back(Action::Close(end));
-        }
+        let idle = self.connections.too_long_idle(timeout, now);
+        idle.into_iter().for_each(|(end, reason)| self.close(end, reason));
         self.close_due(now);
         self.sweep_due = now + self.config.sweep;
         self.bring_sweep_forward(now);
@@ -62,7 +62,8 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
 
     /// Ends the circuits that hold bytes and have transferred none for a while: memory was scarce at the last sweep.
     pub fn end_stalled(&mut self, now: Instant) {
-        self.circuits.stalled(now).into_iter().for_each(|id| self.end_circuit(id));
+        let stalled = self.circuits.stalled(now);
+        stalled.into_iter().for_each(|id| self.end_circuit(id, CircuitEnd::Stalled));
     }
 
     /// Sweeps soon if a newcomer waits or the relay drains.
@@ -81,16 +82,16 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         let silent_for = silent.liveness.silent_for(now);
         silent.liveness.on_activity(now); // if it stays open, its timers start again
         self.report(Event::PeerSilent { peer, address, silent_for });
-        self.abandon(End { peer, connection }, now);
+        self.abandon(End { peer, connection }, CircuitEnd::Silent, now);
         if self.config.close_silent {
-            self.close(End { peer, connection });
+            self.close(End { peer, connection }, CloseReason::Silent);
         }
     }
 
     /// Ends the circuits over a connection, and moves its reservation or begins the grace.
-    pub(super) fn abandon(&mut self, gone: End<C>, now: Instant) {
+    pub(super) fn abandon(&mut self, gone: End<C>, end: CircuitEnd, now: Instant) {
         let End { peer, connection } = gone;
-        self.circuits.over(gone).into_iter().for_each(|id| self.end_circuit(id));
+        self.circuits.over(gone).into_iter().for_each(|id| self.end_circuit(id, end));
         let mut up = self.fit_for_a_slot(peer);
         up.retain(|other| *other != connection);
         self.reservations.on_disconnected(peer, connection, &up, FreedReason::Silent, now);

@@ -58,7 +58,7 @@ async fn who_holds_a_slot_takes_the_place_of_the_stranger_that_was_idle_the_long
         stranger.wait_for_connections(1).await;
         stranger.reserve().await;
     }
-    relay.wait_for_log("idle, another peer needs the room").await;
+    relay.wait_for_log(&format!("closing connection: peer {}: preempted", strangers[0].peer)).await;
     // All of them hold a slot now: nobody is closed for a stranger.
     one_more_is_turned_away(&relay).await;
     holder.wait_for_connections(1).await;

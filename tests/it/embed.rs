@@ -278,7 +278,7 @@ async fn who_is_released_loses_slot_and_circuits_at_once() {
             _ => None,
         })
         .await;
-    assert_eq!(end, "ended by the relay");
+    assert_eq!(end, "released");
 }
 
 /// Asks and judges within seconds.

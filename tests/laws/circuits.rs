@@ -293,7 +293,7 @@ impl World {
                 let open = self.circuits.iter().enumerate().filter(|(_, c)| is_open(c));
                 if let Some(index) = open.map(|(index, _)| index).nth(nth) {
                     let record = self.circuits.remove(index);
-                    self.relay.on_circuit_ended(record.id, CircuitEnd::Ended, now);
+                    self.relay.on_circuit_ended(record.id, CircuitEnd::Disconnected, now);
                 }
             }
             Step::Freezes { peer } => self.peers[peer].is_frozen = true,
@@ -333,7 +333,7 @@ impl World {
             let index = self.circuits.iter().position(|record| record.id == id);
             let record = self.circuits.remove(index.expect("it is there"));
             assert!(of(&record), "{record:?} ends, and nobody knows why");
-            self.relay.on_circuit_ended(id, CircuitEnd::Ended, now);
+            self.relay.on_circuit_ended(id, CircuitEnd::Disconnected, now);
         }
     }
 

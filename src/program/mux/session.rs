@@ -216,6 +216,12 @@ impl Session {
 
     // ---- What their holders do
 
+    /// The error of a stream that was reset, by its peer or with the connection: [`CircuitEnd`](crate::CircuitEnd) tells
+    /// these apart.
+    fn reset_kind(&self) -> io::ErrorKind {
+        if self.is_over { io::ErrorKind::ConnectionAborted } else { io::ErrorKind::ConnectionReset }
+    }
+
     /// Reads from a stream. What was received before a reset is still read.
     pub fn poll_read(
         &mut self,
@@ -224,12 +230,13 @@ impl Session {
         into: &mut [u8],
         now: Instant,
     ) -> Poll<io::Result<usize>> {
-        let stream = self.streams.get_mut(&serial).ok_or(io::ErrorKind::ConnectionReset)?;
+        let reset = self.reset_kind();
+        let stream = self.streams.get_mut(&serial).ok_or(reset)?;
         let read = stream.read(into, now, &self.budget);
         let result = match stream.inbound {
             _ if read > 0 || into.is_empty() => Poll::Ready(Ok(read)),
             Inbound::Finished => Poll::Ready(Ok(0)),
-            Inbound::Reset => Poll::Ready(Err(io::ErrorKind::ConnectionReset.into())),
+            Inbound::Reset => Poll::Ready(Err(reset.into())),
             Inbound::Open => {
                 self.effects.register(&mut stream.reader, cx);
                 Poll::Pending
@@ -247,14 +254,15 @@ impl Session {
         bytes: &[u8],
         now: Instant,
     ) -> Poll<io::Result<usize>> {
-        let stream = self.streams.get_mut(&serial).ok_or(io::ErrorKind::ConnectionReset)?;
+        let reset = self.reset_kind();
+        let stream = self.streams.get_mut(&serial).ok_or(reset)?;
         match stream.outbound {
             Outbound::Open => {}
             Outbound::Finishing | Outbound::Finished => {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
             Outbound::Resetting | Outbound::Reset => {
-                return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
+                return Poll::Ready(Err(reset.into()));
             }
         }
         if stream.room() == 0 && !bytes.is_empty() {

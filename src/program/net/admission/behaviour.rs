@@ -118,7 +118,7 @@ impl Admission {
         }
         let (all, reservations) = (&relay.connections, &relay.reservations);
         let connections = all.of(&peer).count();
-        let closing = all.of(&peer).filter(|(_, up)| up.is_closing).count();
+        let closing = all.of(&peer).filter(|(_, up)| up.closing.is_some()).count();
         let holds_slot = reservations.get(&peer).is_some();
         let status = PeerStatus { holds_slot, connections, closing };
         let live = reservations.taken() - reservations.in_grace();
