@@ -1,5 +1,8 @@
 //! The relay as a swarm: transports, secure channels, yamux, admission, identify, and optionally AutoNAT and a DHT.
 
+mod event;
+mod setup;
+
 use std::{
     io,
     time::{Duration, Instant, SystemTime},
@@ -20,12 +23,13 @@ use libp2p::{
     swarm::{self, ConnectionId, NetworkBehaviour, SwarmEvent},
 };
 
+pub use self::{event::NodeEvent, setup::Setup};
 #[cfg(feature = "autonat")]
 use super::autonat::AutoNat;
 #[cfg(feature = "dht")]
 use super::dht::{self, Dht};
 #[cfg(feature = "pnet")]
-use super::net::swarm_key::{self, PreSharedKey};
+use super::net::swarm_key;
 #[cfg(feature = "websocket")]
 use super::net::{
     websocket::{self, certificate::Certificate},
@@ -35,15 +39,12 @@ use super::{
     mux::{
         budget::Buffered,
         muxer::{self, Multiplex},
-        stream_limits::{self, StreamLimits},
+        stream_limits,
     },
     net::{
         admission::{
-            behaviour::Admission,
-            connection_rates::ConnectionRates,
-            handshakes::HANDSHAKE_TIMEOUT,
-            limits::{Denied, Limits},
-            proxies::Proxies,
+            behaviour::Admission, connection_rates::ConnectionRates, handshakes::HANDSHAKE_TIMEOUT,
+            limits::Denied, proxies::Proxies,
         },
         boxed::Boxed,
         byte_counters::ByteCounters,
@@ -59,7 +60,6 @@ use crate::{
     address::{self, Known},
     behaviour::Behaviour,
     config::{Config, ConfigError},
-    event::Event,
     relay::quota::Busiest,
 };
 
@@ -89,42 +89,6 @@ pub struct Node {
     listeners: Vec<(ListenerId, Multiaddr)>,
     /// [`Config::max_circuits_per_peer`] at the start: the muxer's limits follow from it.
     circuits_per_peer: usize,
-}
-
-/// The settings of a [`Node`] besides its [`Config`]. They cannot change while it runs.
-#[derive(Clone, Debug, Default)]
-pub struct Setup {
-    /// The limits on connections.
-    pub limits: Limits,
-    /// The limits on streams, and on the bytes buffered for them.
-    pub streams: StreamLimits,
-    /// Whether polling the node also polls its connections: cheaper, but on one core at a time. Otherwise each
-    /// connection is a task of async-std's. Default: false.
-    pub one_thread: bool,
-    /// The key of the relay's private network ([`swarm_key::load`]); `None`: the relay is in no private network.
-    #[cfg(feature = "pnet")]
-    pub swarm_key: Option<PreSharedKey>,
-}
-
-/// An event of a [`Node`].
-#[derive(Debug)]
-#[non_exhaustive]
-pub enum NodeEvent {
-    /// The relay listens on this address now.
-    Listening(Multiaddr),
-    /// The relay listens on this address no longer.
-    NotListening(Multiaddr),
-    /// A connection was denied.
-    ConnectionDenied {
-        /// The client's address.
-        address: Multiaddr,
-        /// The limit or rule that denied it.
-        reason: Denied,
-    },
-    /// A connection was closed.
-    ConnectionClosed,
-    /// An event of the relay's behaviour.
-    Relay(Event),
 }
 
 #[derive(NetworkBehaviour)]
@@ -176,7 +140,10 @@ impl Node {
         let rates = ConnectionRates::new(&config, &limits);
         let tcp = |rates| {
             let tcp = Tcp::new(counters.clone(), proxies.clone(), rates);
-            tcp.map(|stream, _| ReadBuffer::new(stream))
+            let pending = counters.clone();
+            tcp.map(move |stream, endpoint| {
+                ReadBuffer::new(stream, pending.get(&endpoint).map(|it| it.progress.opening))
+            })
         };
         let transport = tcp(rates.clone());
         #[cfg(feature = "websocket")]
@@ -187,6 +154,7 @@ impl Node {
             let tcp = tcp.map(|stream, _| WriteCoalescing::new(stream));
             transport.or_transport(websocket.over(tcp, counters.clone(), rates))
         };
+        let is_private = setup.is_private();
         #[cfg(feature = "pnet")]
         let transport =
             transport.and_then(move |stream, _| swarm_key::encrypt(setup.swarm_key, stream));
@@ -204,9 +172,11 @@ impl Node {
             .boxed();
 
         // 3. The behaviours.
+        let identify = Identify::new(&keypair.public());
+        let relay = Behaviour::new(keypair, config)?;
         let parts = Parts {
-            identify: Identify::new(&keypair.public()),
-            relay: Admission::new(limits, Behaviour::new(keypair, config)?, counters.clone()),
+            identify,
+            relay: Admission::new(limits, relay, counters.clone(), is_private),
             #[cfg(feature = "autonat")]
             autonat: None.into(),
             #[cfg(feature = "dht")]
@@ -306,8 +276,8 @@ impl Node {
     /// Replaces the subnets of the proxies in front of the relay.
     ///
     /// A connection from there has to begin with a PROXY protocol header, version 1 or 2, and counts under the client
-    /// that the header names; without a header it is closed. At most [`Limits::max_handshakes`] wait for their headers,
-    /// not counting those in their handshakes.
+    /// that the header names; without a header it is closed. At most as many wait for their headers as [`Setup::limits`]
+    /// allows handshakes, not counting those in their handshakes.
     pub fn set_proxies(&mut self, subnets: Vec<IpNet>) {
         self.proxies.set(subnets);
     }
@@ -520,8 +490,10 @@ impl Node {
                     log::debug!("connection denied: {address}: {reason}");
                     return Some(NodeEvent::ConnectionDenied { address, reason });
                 }
+                let failure = self.swarm.behaviour_mut().relay.failed.take();
                 let error = anyhow::Error::from(error); // {:#} shows its sources
                 log::debug!("connection failed: {address}: {error:#}");
+                return failure.map(|failure| NodeEvent::HandshakeFailed { address, failure });
             }
             SwarmEvent::ConnectionEstablished { peer_id, connection_id, endpoint, .. } => {
                 if let Some(activity) = self.counters.take(&endpoint) {
@@ -533,9 +505,10 @@ impl Node {
             SwarmEvent::ConnectionClosed { peer_id, connection_id, endpoint, cause, .. } => {
                 let from = endpoint.get_remote_address();
                 self.observations.on_connection_closed(connection_id, from, Instant::now());
-                let cause = cause.map_or("closed by the relay".into(), |cause| cause.to_string());
-                log::debug!("connection {connection_id} closed: peer {peer_id}: {cause}");
-                return Some(NodeEvent::ConnectionClosed);
+                let by_relay = self.swarm.behaviour_mut().relay.closed.take();
+                let (event, why) = NodeEvent::closed(&endpoint, by_relay, cause.as_ref());
+                log::debug!("connection {connection_id} closed: peer {peer_id}: {why}");
+                return Some(event);
             }
             _ => {}
         }

@@ -29,6 +29,7 @@ pub struct What {
 }
 
 pub const CONNECTION: What = what("connections denied", "connection", None);
+pub const HANDSHAKE: What = what("handshakes failed", "handshake", None);
 pub const RESERVE: What = what("reservations refused", "RESERVE", Some("RESERVE"));
 pub const CONNECT: What = what("circuits refused", "CONNECT", Some("CONNECT"));
 pub const REQUEST: What = what("requests rejected", "request", Some("unreadable"));
@@ -45,6 +46,9 @@ impl<'a> Tally<'a> {
         let (what, why, peer, address) = match event {
             NodeEvent::ConnectionDenied { address, reason } => {
                 (CONNECTION, reason.kind(), None, address)
+            }
+            NodeEvent::HandshakeFailed { address, failure } => {
+                (HANDSHAKE, failure.reason.kind(), None, address)
             }
             NodeEvent::Relay(Event::ReservationRefused { peer, address, reason }) => {
                 (RESERVE, reason.kind(), Some(*peer), address)

@@ -18,7 +18,11 @@ mod dht;
 mod door;
 mod drain;
 mod embed;
+#[cfg(feature = "http")]
+mod ends;
 mod faults;
+#[cfg(all(feature = "http", feature = "pnet", feature = "websocket"))]
+mod handshakes;
 mod hostile;
 #[cfg(feature = "http")]
 mod http;

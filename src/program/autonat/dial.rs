@@ -72,7 +72,7 @@ impl Dialer {
         let keypair = Keypair::generate_ed25519();
         let (counters, proxies) = (ByteCounters::default(), Proxies::new(0));
         let transport = Tcp::new(counters, proxies, ConnectionRates::unlimited())
-            .map(|stream, _| ReadBuffer::new(stream))
+            .map(|stream, _| ReadBuffer::new(stream, None))
             // Not V1Lazy: the client has to see the connection established before the relay closes it.
             .upgrade(Version::V1)
             .authenticate(Security::new(&keypair)?)

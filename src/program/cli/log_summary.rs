@@ -27,7 +27,7 @@ const MAX_ADDRESSES: usize = 1000;
 #[derive(Debug, Default)]
 pub struct LogSummary {
     counts: BTreeMap<Key, Count>,
-    /// The flags that a warning has named.
+    /// The flags, and the reasons of failed handshakes, that a warning has named.
     warned: HashSet<&'static str>,
     /// How many streams and connections had been reset for their buffered bytes by then.
     shed: u64,
@@ -43,7 +43,8 @@ struct Count {
 }
 
 impl LogSummary {
-    /// Counts an event. Returns a warning if it is the first one to reach the limit of a flag.
+    /// Counts an event. Returns a warning if it is the first one to reach the limit of a flag, or the first handshake to
+    /// fail for a reason.
     pub fn on_event(&mut self, event: &NodeEvent) -> Option<String> {
         let tally = Tally::of(event)?;
         self.count((tally.what.log, tally.why), tally.prefix);
@@ -59,6 +60,10 @@ impl LogSummary {
                 }),
                 _ => None,
             },
+            NodeEvent::HandshakeFailed { address, failure } => {
+                let hint = failure.reason.hint()?;
+                self.once(failure.reason.kind(), |_| format!("handshake failed: {address}: {hint}"))
+            }
             NodeEvent::Relay(Event::ReservationRefused { reason, .. }) => {
                 self.warn_of(reason, "--reserve-rate")
             }
@@ -153,7 +158,10 @@ mod tests {
 
     use super::*;
     use crate::event::FreedReason;
-    use crate::program::net::admission::proxy_header::HeaderError;
+    use crate::program::net::admission::{
+        handshake_failure::{HandshakeFailure, Reason, Stage},
+        proxy_header::HeaderError,
+    };
 
     fn freed(from: &str, reason: FreedReason) -> NodeEvent {
         NodeEvent::Relay(Event::ReservationFreed {
@@ -239,6 +247,28 @@ mod tests {
         let line = "connections denied within a minute: 2: no PROXY protocol header; most from \
                     192.0.2.1: 2";
         assert_eq!(summary.lines(Buffered::default(), []), [line]);
+    }
+
+    #[test]
+    fn the_first_handshake_to_fail_for_a_reason_is_a_warning_if_there_is_a_remedy() {
+        let mut summary = LogSummary::default();
+        let mut failed = |stage, reason| {
+            summary.on_event(&NodeEvent::HandshakeFailed {
+                address: address("192.0.2.1"),
+                failure: HandshakeFailure { stage, reason },
+            })
+        };
+        let warning = failed(Stage::Multistream, Reason::Http).expect("a warning");
+        let begins = "handshake failed: /ip4/192.0.2.1/tcp/1: an HTTP request came to";
+        assert!(warning.starts_with(begins), "{warning}");
+        assert_eq!(failed(Stage::WebSocket, Reason::Http), None);
+        assert!(failed(Stage::Security, Reason::PeerId).is_some());
+        assert_eq!(failed(Stage::Multistream, Reason::Closed), None);
+        let lines = ["closed; most from 192.0.2.1: 1", "http; most from 192.0.2.1: 2"];
+        for (line, end) in summary.lines(Buffered::default(), []).iter().zip(lines) {
+            assert!(line.starts_with("handshakes failed within a minute: "), "{line}");
+            assert!(line.ends_with(end), "{line}");
+        }
     }
 
     #[test]

@@ -21,13 +21,27 @@ use super::{
 };
 use crate::{
     config::Config,
-    event::{CircuitEnd, Event},
+    event::Event,
     program::{
         mux::{budget::Cut, stream_limits::StreamLimits},
-        net::admission::limits::Limits,
+        net::admission::{
+            handshake_failure::{Reason, Stage},
+            limits::Limits,
+        },
+        node::NodeEvent,
         tally::{self, Tally},
     },
 };
+
+/// The failed handshakes that are counted from the start, so that a rate over the first one is right.
+const HANDSHAKES: [(Stage, Reason); 6] = [
+    (Stage::Multistream, Reason::Http),
+    (Stage::Multistream, Reason::Tls),
+    (Stage::Multistream, Reason::ProxyHeader),
+    (Stage::Multistream, Reason::SwarmKey),
+    (Stage::Multistream, Reason::Protocol),
+    (Stage::Security, Reason::PeerId),
+];
 
 /// All metrics that the relay updates.
 pub struct Metrics {
@@ -46,6 +60,7 @@ pub struct Metrics {
     circuits_closed: Counters,
     connections: Gauge,
     connections_denied: Counters,
+    handshakes_failed: Family<[Label; 2], Counter>,
     buffered: Gauge,
     credit: Gauge,
     given_up: Counters,
@@ -123,7 +138,16 @@ impl Metrics {
                 "circuits_closed",
                 "Circuits that ended, by the reason",
                 "end",
-                &["data limit", "time limit", CircuitEnd::Stalled.kind()],
+                &[
+                    "finished",
+                    "reset",
+                    "disconnected",
+                    "data limit",
+                    "time limit",
+                    "silent",
+                    "denied",
+                    "stalled",
+                ],
             ),
             connections: registered(
                 own,
@@ -136,6 +160,11 @@ impl Metrics {
                 "Incoming connections that were closed by a limit or a rule, by the reason",
                 "reason",
                 &["too many connections", "too many handshakes"],
+            ),
+            handshakes_failed: registered(
+                own,
+                "handshakes_failed",
+                "Incoming connections that failed before their first stream, by the stage and the reason",
             ),
             buffered: registered(
                 own,
@@ -157,9 +186,9 @@ impl Metrics {
             connections_closed: Counters::new(
                 own,
                 "connections_closed",
-                "Connections that were closed because their peers did not take what was sent, by reason",
+                "Connections that were closed, by the reason",
                 "reason",
-                &Cut::CONNECTIONS.map(Cut::kind),
+                &["closed by the peer", "idle", "silent", "refusals not taken", "write stalled"],
             ),
             given_up: Counters::new(
                 own,
@@ -174,15 +203,29 @@ impl Metrics {
                 "How much of a resource the address holds that holds the most of it",
             ),
         };
+        for (stage, reason) in HANDSHAKES {
+            let labels = [("stage", stage.kind()), ("reason", reason.kind())];
+            metrics.handshakes_failed.get_or_create(&labels).inc_by(0);
+        }
         (metrics, all)
     }
 
     /// Counts an event.
-    pub fn record(&self, event: &Event) {
-        self.relaysvc.record(event);
-        if let Event::CircuitClosed { end, open_for, .. } = event {
-            self.circuits_closed.count(end.kind());
-            self.relaysvc.record_duration(*open_for);
+    pub fn record(&self, event: &NodeEvent) {
+        match event {
+            NodeEvent::Relay(event) => {
+                self.relaysvc.record(event);
+                if let Event::CircuitClosed { end, open_for, .. } = event {
+                    self.circuits_closed.count(end.kind());
+                    self.relaysvc.record_duration(*open_for);
+                }
+            }
+            NodeEvent::HandshakeFailed { failure, .. } => {
+                let labels = [("stage", failure.stage.kind()), ("reason", failure.reason.kind())];
+                self.handshakes_failed.get_or_create(&labels).inc();
+            }
+            NodeEvent::ConnectionClosed { reason } => self.connections_closed.count(reason),
+            _ => {}
         }
     }
 
@@ -229,9 +272,6 @@ impl Metrics {
         Cut::STREAMS
             .iter()
             .for_each(|cut| self.streams_cut.raise(cut.kind(), buffered.count(*cut)));
-        for cut in Cut::CONNECTIONS {
-            self.connections_closed.raise(cut.kind(), buffered.count(cut));
-        }
         if let Some(time) = stats.certificate_not_after {
             let seconds = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
             self.certificate_not_after.get_or_create(&[]).set(seconds as i64);

@@ -96,9 +96,7 @@ impl Component for Monitor {
             self.metrics.count(&tally);
             self.recorder.refusals.record(&tally, now);
         }
-        if let NodeEvent::Relay(event) = event {
-            self.metrics.record(event);
-        }
+        self.metrics.record(event);
     }
 
     /// Publishes a snapshot.

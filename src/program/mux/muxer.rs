@@ -41,7 +41,14 @@ use super::{
     stream_limits::StreamLimits,
     substream::{OpenedBy, Shared, Substream},
 };
-use crate::{activity::ActivityCounter, address::ClientPrefix, program::net::socket};
+use crate::{
+    activity::ActivityCounter,
+    address::ClientPrefix,
+    program::net::{
+        admission::handshake_failure::{Reason, Stage, StageError},
+        socket,
+    },
+};
 
 /// How much is read, or written, before others have their turn, in bytes; and in how many reads.
 const TURN: usize = 256 * 1024;
@@ -195,6 +202,8 @@ pub struct Muxer<C> {
     stall: WriteStall,
     max_stall: StallLimit,
     look: Option<Delay>,
+    /// Whether the peer has dialed it and opened no stream yet.
+    is_unused: bool,
     /// Why it ends, once everybody was told.
     end: Option<io::Error>,
     /// Until then it may close in good order.
@@ -229,6 +238,7 @@ impl<C> Muxer<C> {
             stall: WriteStall::default(),
             max_stall: max_stall.clone(),
             look: None,
+            is_unused: role == Role::Server,
             end: None,
             closing: None,
         }
@@ -263,6 +273,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
                 self.shared.with(|session| session.receive(&mut self.room, read, now))?;
             self.shared.budget().pool().push_out(now);
             if let Received::Opened(stream) = received {
+                self.is_unused = false;
                 let is_admitted = self.stream_limiter.try_take(now);
                 let permit = is_admitted.then(|| StreamPermit::take(&self.inbound)).flatten();
                 self.shared.with(|session| session.admit(stream, permit))?;
@@ -358,6 +369,11 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
         self.shared.with(|session| session.end(&end));
         let _ = self.poll_write(cx); // the go-away, if there is one, and room for it
         self.end = Some(match end {
+            // rust-libp2p ends a connection to another peer than it expected once the connection is up.
+            End::Left if self.is_unused => {
+                let error = io::ErrorKind::ConnectionAborted.into();
+                StageError::wrap(Stage::Muxer, Some(Reason::PeerId), error)
+            }
             End::Left => io::ErrorKind::ConnectionAborted.into(),
             End::Broken(_, why) => io::Error::other(why),
             End::Failed(error) => error,

@@ -2,6 +2,7 @@
 
 pub(crate) mod behaviour;
 pub mod connection_rates;
+pub mod handshake_failure;
 pub mod handshakes;
 pub mod limits;
 pub mod open_files;

@@ -18,6 +18,7 @@ use std::{
 
 use libp2p::futures::{AsyncRead, AsyncWrite, task::AtomicWaker};
 
+use super::admission::handshakes::Opening;
 use crate::{
     behaviour::circuit::{BUFFER_SIZE, Buffer},
     delegate::delegate_write,
@@ -40,6 +41,8 @@ pub struct ReadBuffer<S> {
     waker: Waker,
     /// How many bytes were read since the task last yielded.
     read_since_yield: usize,
+    /// Records the first bytes, until there are enough.
+    opening: Option<Opening>,
 }
 
 /// Whether the stream may have bytes.
@@ -63,12 +66,12 @@ impl Wake for Readiness {
 }
 
 impl<S> ReadBuffer<S> {
-    /// Wraps a stream from which nothing was read yet.
-    pub fn new(stream: S) -> Self {
+    /// Wraps a stream from which nothing was read yet; `opening` records the first bytes.
+    pub fn new(stream: S, opening: Option<Opening>) -> Self {
         let readiness =
             Arc::new(Readiness { ready: AtomicBool::new(true), task: AtomicWaker::new() });
         let waker = Arc::clone(&readiness).into();
-        Self { stream, buffered: None, readiness, waker, read_since_yield: 0 }
+        Self { stream, buffered: None, readiness, waker, read_since_yield: 0, opening }
     }
 }
 
@@ -97,6 +100,8 @@ impl<S: AsyncRead + Unpin> ReadBuffer<S> {
         self.readiness.ready.store(true, Ordering::Release);
         let read = read?;
         self.read_since_yield += read;
+        let bytes = buffer.0.get(..read).unwrap_or_default();
+        self.opening.take_if(|opening| opening.record(bytes));
         Poll::Ready(Ok((buffer, 0..read)))
     }
 }

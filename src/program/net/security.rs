@@ -2,7 +2,7 @@
 
 mod noise_framing;
 
-use std::io;
+use std::{error::Error, io};
 
 use libp2p::{
     PeerId,
@@ -16,6 +16,7 @@ use libp2p::{
 };
 
 use self::noise_framing::NoiseFraming;
+use super::admission::handshake_failure::{Reason, Stage, StageError, causes};
 
 const TLS: &str = "/tls/1.0.0";
 const NOISE: &str = "/noise";
@@ -84,10 +85,22 @@ impl<C: AsyncRead + AsyncWrite + Unpin + Send + 'static> OutboundConnectionUpgra
 }
 
 /// Gives the handshakes of both channels one type.
-fn secure<C: 'static, T: 'static, E: std::error::Error + Send + Sync + 'static>(
+fn secure<C: 'static, T: 'static, E: Error + Send + Sync + 'static>(
     handshake: impl Future<Output = Result<(PeerId, T), E>> + Send + 'static,
     wrap: fn(T) -> Secured<C>,
 ) -> Securing<C> {
     let secured = handshake.map_ok(move |(peer, connection)| (peer, wrap(connection)));
-    secured.map_err(io::Error::other).boxed()
+    let failed = |error: E| {
+        let reason = is_refusal(&error).then_some(Reason::PeerId);
+        StageError::wrap(Stage::Security, reason, io::Error::other(error))
+    };
+    secured.map_err(failed).boxed()
+}
+
+/// Whether a dialer has rejected our certificate, as go-libp2p does if it expected another peer id. By the text, because
+/// libp2p does not export the error's type, which is rustls's.
+fn is_refusal(error: &(dyn Error + 'static)) -> bool {
+    let alerts = ["AccessDenied", "BadCertificate", "CertificateUnknown", "UnknownCA"];
+    let alert = |name| format!("received fatal alert: {name}");
+    causes(error).any(|cause| alerts.iter().any(|name| cause.to_string() == alert(name)))
 }

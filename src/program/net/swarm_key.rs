@@ -15,6 +15,7 @@ use libp2p::{
 };
 use zeroize::Zeroizing;
 
+use super::admission::handshake_failure::{Stage, StageError};
 use crate::program::secret_file;
 
 pub use libp2p::pnet::PreSharedKey;
@@ -82,7 +83,8 @@ where
         return Ok(Either::Left(stream));
     };
     let encrypted = PnetConfig::new(key).handshake(stream).await;
-    encrypted.map(|stream| Either::Right(Box::new(stream))).map_err(io::Error::other)
+    let failed = |error| StageError::wrap(Stage::SwarmKey, None, io::Error::other(error));
+    encrypted.map(|stream| Either::Right(Box::new(stream))).map_err(failed)
 }
 
 #[cfg(test)]

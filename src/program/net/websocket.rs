@@ -34,7 +34,8 @@ use libp2p::{
         transport::{DialOpts, ListenerId, TransportError, TransportEvent},
     },
     futures::{
-        AsyncRead, AsyncWrite, FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered,
+        AsyncRead, AsyncWrite, FutureExt, StreamExt, TryFutureExt, future::BoxFuture,
+        stream::FuturesUnordered,
     },
 };
 
@@ -46,7 +47,12 @@ use self::{
     upgrade::Requested,
 };
 use super::{
-    admission::{connection_rates::ConnectionRates, limits::Denied, proxies::Proxies},
+    admission::{
+        connection_rates::ConnectionRates,
+        handshake_failure::{Stage, StageError},
+        limits::Denied,
+        proxies::Proxies,
+    },
     byte_counters::ByteCounters,
     multiaddr::{Layer, listen_address, multiaddr},
 };
@@ -237,9 +243,10 @@ where
     fn incoming(&self, connection: Connection, upgrade: Upgrade) -> Option<Event> {
         let Connection { listener: listener_id, local, remote } = connection;
         let listener = self.listeners.get(&listener_id)?;
+        let upgrade = upgrade.map_err(|error| StageError::wrap(Stage::WebSocket, None, error));
         Some(TransportEvent::Incoming {
             listener_id,
-            upgrade,
+            upgrade: upgrade.boxed(),
             local_addr: listener.on_top_of(&local),
             send_back_addr: listener.on_top_of(&remote),
         })

@@ -117,7 +117,7 @@ impl Session {
         self.drop_handle(serial);
         if self.refused > MAX_REFUSED {
             self.budget.count(Cut::Refusals);
-            return Err(End::Broken(Reason::InternalError, "the peer takes no refusals"));
+            return Err(End::Broken(Reason::InternalError, Cut::Refusals.kind()));
         }
         Ok(())
     }

@@ -6,6 +6,7 @@
 use std::{
     collections::HashMap,
     net::Shutdown,
+    sync::atomic::Ordering,
     task::{Context, Poll},
     time::{Duration, Instant},
 };
@@ -22,13 +23,26 @@ use libp2p::{
     },
 };
 
-use super::limits::{ConnectionLimits, Denied, Limits, PeerStatus, Preemption};
+use super::{
+    handshake_failure::{HandshakeFailure, Known, Reason},
+    handshakes::Progress,
+    limits::{ConnectionLimits, Denied, Limits, PeerStatus, Preemption},
+};
 use crate::{
     address::ClientPrefix,
     behaviour::Behaviour,
     event::Event,
-    program::{delegate::delegate_behaviour, net::byte_counters::ByteCounters},
-    relay::{connections::End, quota::Scope},
+    program::{
+        delegate::delegate_behaviour,
+        net::{
+            byte_counters::{ByteCounters, Pending},
+            multiaddr::{Layer, listen_address},
+        },
+    },
+    relay::{
+        connections::{CloseReason, End},
+        quota::Scope,
+    },
 };
 
 /// How often handshakes are checked against their time limits.
@@ -39,14 +53,27 @@ pub struct Admission {
     /// The limits, and what counts towards them.
     pub limits: ConnectionLimits,
     counters: ByteCounters,
-    /// The sockets of connections in their handshakes: the only way to end a handshake from outside.
-    sockets: HashMap<ConnectionId, TcpStream>,
+    handshakes: HashMap<ConnectionId, InHandshake>,
+    /// Whether the relay is in a private network.
+    is_private: bool,
+    /// Why the last connection ended that the swarm reported.
+    pub failed: Option<HandshakeFailure>,
+    pub closed: Option<CloseReason>,
     /// Set while there are handshakes.
     next_check: Option<Delay>,
     /// What is closed once this connection, which the swarm is about to establish, is up.
     preempted: Option<(ConnectionId, Preempted)>,
     /// The relay's behaviour.
     pub relay: Behaviour,
+}
+
+/// A connection in its handshake.
+struct InHandshake {
+    progress: Progress,
+    /// To end the handshake: there is no other way from outside.
+    socket: Option<TcpStream>,
+    /// Why the relay dropped it.
+    dropped: Option<Reason>,
 }
 
 /// The connection that is closed to admit another one.
@@ -60,9 +87,18 @@ enum Preempted {
 
 impl Admission {
     /// No connections yet; `counters` knows the sockets of those in their handshakes.
-    pub fn new(limits: Limits, relay: Behaviour, counters: ByteCounters) -> Self {
-        let limits = ConnectionLimits::new(limits);
-        Self { limits, counters, sockets: HashMap::new(), next_check: None, preempted: None, relay }
+    pub fn new(limits: Limits, relay: Behaviour, counters: ByteCounters, is_private: bool) -> Self {
+        Self {
+            limits: ConnectionLimits::new(limits),
+            counters,
+            handshakes: HashMap::new(),
+            is_private,
+            failed: None,
+            closed: None,
+            next_check: None,
+            preempted: None,
+            relay,
+        }
     }
 
     /// Admits a connection to its handshake; may drop another handshake for it.
@@ -80,21 +116,41 @@ impl Admission {
         let slots = prefix.map_or(0, held);
         let (local_addr, send_back_addr) = (local.clone(), remote.clone());
         let pending = self.counters.get(&ConnectedPoint::Listener { local_addr, send_back_addr });
-        let (progress, socket) = pending.map(|it| (it.progress, it.socket)).unzip();
+        let progress = pending.as_ref().map(|pending| pending.progress.clone());
         if let Some(dropped) = self.limits.admit(id, prefix, slots, progress, Instant::now())? {
             log::debug!("handshake dropped: connection {dropped} makes room for connection {id}");
-            self.drop_handshake(dropped);
+            self.drop_handshake(dropped, Reason::Preempted);
         }
-        self.sockets.extend(socket.flatten().map(|socket| (id, socket)));
+        self.handshakes.extend(pending.map(|Pending { progress, socket }| {
+            let dropped = None;
+            (id, InHandshake { progress, socket, dropped })
+        }));
         self.next_check.get_or_insert_with(|| Delay::new(CHECK_INTERVAL));
         Ok(())
     }
 
     /// Ends a handshake: the task that runs it reads the end of its socket.
-    fn drop_handshake(&mut self, id: ConnectionId) {
-        if let Some(socket) = self.sockets.remove(&id) {
+    fn drop_handshake(&mut self, id: ConnectionId, reason: Reason) {
+        if let Some(handshake) = self.handshakes.get_mut(&id)
+            && let Some(socket) = handshake.socket.take()
+        {
+            handshake.dropped = Some(reason);
             let _ = socket.shutdown(Shutdown::Both); // fails if the peer closed it first
         }
+    }
+
+    /// Why a connection failed; `None` if it was denied, or a health check.
+    fn failure(&mut self, failed: &ListenFailure<'_>) -> Option<HandshakeFailure> {
+        let InHandshake { progress, dropped, .. } =
+            self.handshakes.remove(&failed.connection_id)?;
+        let known = Known {
+            is_secured: progress.is_secured.load(Ordering::Relaxed),
+            opening: progress.opening,
+            dropped,
+            layer: listen_address(failed.local_addr).map_or(Layer::Tcp, |(_, layer)| layer),
+            is_private: self.is_private,
+        };
+        HandshakeFailure::of(failed.error, &known)
     }
 
     /// Drops the handshakes that have exceeded their time limit, once per [`CHECK_INTERVAL`].
@@ -104,9 +160,9 @@ impl Admission {
         {
             for overdue in self.limits.overdue(Instant::now()) {
                 log::debug!("handshake dropped: connection {overdue} exceeded its time limit");
-                self.drop_handshake(overdue);
+                self.drop_handshake(overdue, Reason::Timeout);
             }
-            self.next_check = (!self.sockets.is_empty()).then(|| Delay::new(CHECK_INTERVAL));
+            self.next_check = (!self.handshakes.is_empty()).then(|| Delay::new(CHECK_INTERVAL));
         }
     }
 
@@ -189,17 +245,23 @@ impl NetworkBehaviour for Admission {
         local: &Multiaddr,
         remote: &Multiaddr,
     ) -> Result<THandler<Self>, ConnectionDenied> {
-        self.sockets.remove(&id);
+        self.handshakes.remove(&id);
         self.admit(id, peer, remote).map_err(ConnectionDenied::new)?;
         self.relay.handle_established_inbound_connection(id, peer, local, remote)
     }
 
     fn on_swarm_event(&mut self, event: FromSwarm<'_>) {
-        if let FromSwarm::ConnectionClosed(ConnectionClosed { connection_id, .. })
-        | FromSwarm::ListenFailure(ListenFailure { connection_id, .. }) = event
-        {
-            self.sockets.remove(&connection_id);
-            self.limits.remove(connection_id);
+        match event {
+            FromSwarm::ConnectionClosed(ConnectionClosed { connection_id, .. }) => {
+                let up = self.relay.relay.connections.get(connection_id);
+                self.closed = up.and_then(|up| up.closing);
+                self.limits.remove(connection_id);
+            }
+            FromSwarm::ListenFailure(failed) => {
+                self.failed = self.failure(&failed);
+                self.limits.remove(failed.connection_id);
+            }
+            _ => {}
         }
         self.relay.on_swarm_event(event);
         if let FromSwarm::ConnectionEstablished(up) = event {
@@ -222,7 +284,7 @@ mod tests {
 
     fn admission(limits: Limits) -> Admission {
         let relay = Behaviour::new(Keypair::generate_ed25519(), Config::default()).unwrap();
-        Admission::new(limits, relay, ByteCounters::default())
+        Admission::new(limits, relay, ByteCounters::default(), false)
     }
 
     /// A connection from 192.0.2.1 that completes its handshake.

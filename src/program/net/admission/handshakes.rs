@@ -13,7 +13,7 @@ use std::{
     collections::HashMap,
     hash::{BuildHasher, Hash, RandomState},
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::{Duration, Instant},
@@ -38,6 +38,9 @@ const PROGRESS_GRACE: Duration = Duration::from_secs(1);
 /// How many bytes a client sends at least before the key exchange: the header of multistream-select, and `/noise`.
 const NEGOTIATION: u64 = 20 + 8;
 
+/// How many of a client's first bytes are kept: the length of PROXY's signature, the longest that tells a protocol.
+const MAX_OPENING: usize = 12;
+
 /// How many reserved permits one prefix may take.
 const RESERVED_PER_PREFIX: usize = 2;
 
@@ -50,6 +53,25 @@ enum Stage {
     Secured,
 }
 
+/// The first bytes that a connection's client sent. Clones share them.
+#[derive(Clone, Debug, Default)]
+pub struct Opening(Arc<Mutex<Vec<u8>>>);
+
+impl Opening {
+    /// Records bytes that were read. Returns whether there are enough now.
+    pub fn record(&self, bytes: &[u8]) -> bool {
+        let mut first = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let left = MAX_OPENING.saturating_sub(first.len());
+        first.extend(bytes.iter().take(left));
+        first.len() >= MAX_OPENING
+    }
+
+    /// What was recorded.
+    pub fn first(&self) -> Vec<u8> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
 /// Shows which stage a connection's handshake has reached. Clones share one connection's progress.
 #[derive(Clone, Debug, Default)]
 pub struct Progress {
@@ -57,6 +79,8 @@ pub struct Progress {
     pub activity: ActivityCounter,
     /// Whether the secure channel is up.
     pub is_secured: Arc<AtomicBool>,
+    /// What the client sent first.
+    pub opening: Opening,
 }
 
 impl Progress {
@@ -218,6 +242,8 @@ impl<C: Copy + Eq + Hash> Handshakes<C> {
 mod tests {
     use std::net::{IpAddr, Ipv4Addr};
 
+    use proptest::{collection::vec, prelude::*};
+
     use super::*;
 
     const ROUND_TRIP: Duration = Duration::from_millis(600);
@@ -346,5 +372,17 @@ mod tests {
         assert_eq!(at(4), [0]);
         assert_eq!(at(9), [0, 1, 2]);
         assert_eq!(at(11), [0, 1, 2, 3]);
+    }
+
+    proptest! {
+        #[test]
+        fn any_first_bytes_are_kept_up_to_the_longest_signature(pieces in vec(vec(any::<u8>(), 0..9), 0..9)) {
+            let opening = Opening::default();
+            let enough = pieces.iter().fold(false, |_, piece| opening.record(piece));
+            let mut all = pieces.concat();
+            all.truncate(MAX_OPENING);
+            prop_assert_eq!(enough, all.len() == MAX_OPENING);
+            prop_assert_eq!(opening.first(), all);
+        }
     }
 }

@@ -15,7 +15,10 @@ use std::{
 
 use libp2p::futures::{AsyncRead, AsyncWrite};
 
-use crate::delegate::delegate_write;
+use crate::{
+    delegate::delegate_write,
+    program::net::admission::handshake_failure::{Reason, Stage, StageError},
+};
 
 /// The length of a message's head, in bytes; the head is the length of the message.
 /// See [the specification](https://github.com/libp2p/specs/blob/master/noise/README.md#wire-format).
@@ -34,15 +37,17 @@ pub struct NoiseFraming<S> {
     head_read: usize,
     /// How many bytes of the message are left to read.
     left: usize,
-    /// How many handshake messages are left to read.
+    /// How many handshake messages are left to read, and whether some were read.
     handshake_left: u8,
+    has_read_message: bool,
 }
 
 impl<S> NoiseFraming<S> {
     /// Wraps a stream from which nothing was read yet. The handshake reads this many messages.
     pub fn new(stream: S, handshake_messages: u8) -> Self {
         let handshake_left = handshake_messages;
-        Self { stream, head: [0; HEAD], head_read: 0, left: 0, handshake_left }
+        let has_read_message = false;
+        Self { stream, head: [0; HEAD], head_read: 0, left: 0, handshake_left, has_read_message }
     }
 
     /// Parses the bytes of one read.
@@ -66,9 +71,20 @@ impl<S> NoiseFraming<S> {
                 let problem = "the peer's key takes too long to verify: above RSA of 4096 bits";
                 return Err(io::Error::new(io::ErrorKind::InvalidData, problem));
             }
+            self.has_read_message = self.handshake_left > 0;
             self.handshake_left = self.handshake_left.saturating_sub(1);
         }
         Ok(())
+    }
+
+    /// The error of a connection that closes. In place of a listener's last handshake message, it means that the dialer
+    /// has seen the listener's peer id, and expected another: go-libp2p and js-libp2p close the connection then.
+    fn closed(&self, error: io::Error) -> io::Error {
+        let is_last = self.handshake_left == 1 && self.has_read_message;
+        match is_last && self.left == 0 && self.head_read == 0 {
+            true => StageError::wrap(Stage::Security, Some(Reason::PeerId), error),
+            false => error,
+        }
     }
 }
 
@@ -84,7 +100,11 @@ impl<S: AsyncRead + Unpin> AsyncRead for NoiseFraming<S> {
             left => left,
         };
         let (into, _) = into.split_at_mut(wanted.min(into.len()));
-        let read = ready!(Pin::new(&mut this.stream).poll_read(cx, into))?;
+        let read = ready!(Pin::new(&mut this.stream).poll_read(cx, into));
+        let read = read.map_err(|error| this.closed(error))?;
+        if read == 0 && !into.is_empty() && this.handshake_left > 0 {
+            return Poll::Ready(Err(this.closed(io::ErrorKind::UnexpectedEof.into())));
+        }
         this.on_read(into.get(..read).unwrap_or_default())?;
         Poll::Ready(Ok(read))
     }

@@ -11,6 +11,7 @@ use super::{
     head::{Head, MAX_BYTES, Request},
     stream::WebSocketStream,
 };
+use crate::program::net::admission::handshake_failure::{Reason, Stage, StageError};
 
 /// How many bytes of a head are read at once.
 const STEP: usize = 2 * 1024;
@@ -66,7 +67,13 @@ impl<S: AsyncRead + AsyncWrite + Send + Unpin + 'static> Requested<S> {
             socket.shutdown(Shutdown::Write)?;
             skip(&mut stream).await;
         }
-        Err(io::Error::other(format!("no WebSocket was asked for: answered with {status}")))
+        let error = io::Error::other(format!("no WebSocket was asked for: answered with {status}"));
+        let reason = match head.request {
+            Request::Health => Reason::HealthCheck,
+            Request::Upgrade(_) | Request::Other | Request::TooLarge => Reason::Http,
+            Request::Bad(_) => Reason::Protocol,
+        };
+        Err(StageError::wrap(Stage::WebSocket, Some(reason), error))
     }
 }
 

@@ -1,0 +1,464 @@
+//! Why a handshake failed: at which stage, and for which reason.
+//!
+//! Sans-IO: decides by the error and by the client's first bytes. Both labels come from fixed sets. A connection that
+//! closes without a byte is a load balancer's health check, and no failure.
+
+use std::{error::Error, fmt, io, iter};
+
+#[cfg(feature = "pnet")]
+use libp2p::pnet::PnetError;
+use libp2p::{
+    core::{transport::TransportError, upgrade::NegotiationError},
+    noise,
+    swarm::ListenError,
+    tls,
+};
+
+use super::{handshakes::Opening, limits::Denied};
+use crate::program::net::multiaddr::Layer;
+
+/// The signatures of both versions of the PROXY protocol.
+const PROXY: [&[u8]; 2] = [b"PROXY ", b"\r\n\r\n\0\r\nQUIT\n"];
+
+/// The start of a TLS record with a handshake message, of any version of TLS.
+const TLS: &[u8] = b"\x16\x03";
+
+/// How multistream-select begins, as far as it is kept.
+const MULTISTREAM: &[u8] = b"\x13/multistrea";
+
+/// How requests of HTTP/1 begin, and a connection of HTTP/2.
+const HTTP: [&[u8]; 8] =
+    [b"GET ", b"HEAD ", b"POST ", b"PUT ", b"DELETE ", b"OPTIONS ", b"CONNECT ", b"PRI * "];
+
+/// A handshake that failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HandshakeFailure {
+    /// The stage at which it failed.
+    pub stage: Stage,
+    /// The reason.
+    pub reason: Reason,
+}
+
+/// A stage of the handshake, in their order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// TLS and the HTTP request that open a WebSocket.
+    WebSocket,
+    /// The exchange of nonces in a private network.
+    SwarmKey,
+    /// Agreeing on a secure channel.
+    Multistream,
+    /// The key exchange.
+    Security,
+    /// Agreeing on a muxer, and the first stream.
+    Muxer,
+}
+
+/// Why a handshake failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reason {
+    /// The client exceeded a time limit.
+    Timeout,
+    /// The client closed the connection.
+    Closed,
+    /// The client sent an HTTP request, and no WebSocket's.
+    Http,
+    /// The client began TLS where none is spoken.
+    Tls,
+    /// The client sent a PROXY protocol header, and is no trusted proxy.
+    ProxyHeader,
+    /// The client has another swarm key, or none.
+    SwarmKey,
+    /// The client left when it saw the relay's peer id, or has the same.
+    PeerId,
+    /// The client does not follow the protocols.
+    Protocol,
+    /// The relay dropped the handshake for another one.
+    Preempted,
+    /// None: a health check.
+    HealthCheck,
+}
+
+impl Stage {
+    /// The stage in a few words: a label of metrics.
+    pub fn kind(self) -> &'static str {
+        match self {
+            Self::WebSocket => "websocket",
+            Self::SwarmKey => "swarm key",
+            Self::Multistream => "multistream",
+            Self::Security => "security",
+            Self::Muxer => "muxer",
+        }
+    }
+}
+
+impl Reason {
+    /// The reason in a few words: a label of metrics.
+    pub fn kind(self) -> &'static str {
+        match self {
+            Self::Timeout => "timeout",
+            Self::Closed => "closed",
+            Self::Http => "http",
+            Self::Tls => "tls",
+            Self::ProxyHeader => "proxy header",
+            Self::SwarmKey => "swarm key",
+            Self::PeerId => "peer id",
+            Self::Protocol => "protocol",
+            Self::Preempted => "too many handshakes",
+            Self::HealthCheck => "health check",
+        }
+    }
+
+    /// What went wrong, and the remedy; `None` if an operator has none.
+    pub fn hint(self) -> Option<&'static str> {
+        Some(match self {
+            Self::Timeout | Self::Closed | Self::Preempted | Self::HealthCheck => return None,
+            Self::Http => {
+                "an HTTP request came to a port for libp2p; send it to the port of --http, and WebSocket to that of \
+                 --listen /…/ws"
+            }
+            Self::Tls => {
+                "TLS came to a port without TLS; use the port of --listen /…/tls/ws, or have the proxy in front end \
+                 TLS, or send none"
+            }
+            Self::ProxyHeader => {
+                "a PROXY protocol header came from an untrusted address; name it with --proxy-protocol-from, or have \
+                 the proxy send no header"
+            }
+            Self::SwarmKey => {
+                "the client has another swarm key, or none; give it the key in the file of --swarm-key"
+            }
+            Self::PeerId => {
+                "the client left when it saw this relay's peer id; give it the address from a \"listening on\" line, \
+                 or restore the key that it expects to --identity"
+            }
+            Self::Protocol => {
+                "the client sent what is not libp2p over Noise or TLS 1.3 and yamux; if it is in a private network, \
+                 give this relay the same --swarm-key"
+            }
+        })
+    }
+}
+
+/// An error of a stage, for which the error of a transport stands.
+#[derive(Debug)]
+pub struct StageError {
+    stage: Stage,
+    /// The reason; `None`: it follows from the error.
+    reason: Option<Reason>,
+    error: io::Error,
+}
+
+/// An error whose source is a [`StageError`]: libp2p's transports drop an error and keep its source.
+#[derive(Debug)]
+struct Wrapped(StageError);
+
+impl StageError {
+    /// The error of this stage; without a reason, it follows from the error.
+    pub fn wrap(stage: Stage, reason: Option<Reason>, error: io::Error) -> io::Error {
+        io::Error::new(error.kind(), Wrapped(Self { stage, reason, error }))
+    }
+}
+
+impl fmt::Display for StageError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.error.fmt(f)
+    }
+}
+
+impl Error for StageError {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        self.error.source()
+    }
+}
+
+impl fmt::Display for Wrapped {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} failed", self.0.stage.kind())
+    }
+}
+
+impl Error for Wrapped {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        Some(&self.0)
+    }
+}
+
+/// What is known of a handshake besides its error.
+#[derive(Clone, Debug)]
+pub struct Known {
+    /// What the client sent first.
+    pub opening: Opening,
+    /// Whether the secure channel was up.
+    pub is_secured: bool,
+    /// Why the relay dropped it, if it did.
+    pub dropped: Option<Reason>,
+    /// What the listener speaks.
+    pub layer: Layer,
+    /// Whether the relay is in a private network.
+    pub is_private: bool,
+}
+
+impl HandshakeFailure {
+    /// Why a handshake failed; `None` if it did not: the relay denied the connection, or it was a health check.
+    pub fn of(error: &ListenError, known: &Known) -> Option<Self> {
+        let cause = match error {
+            ListenError::Transport(TransportError::Other(_)) if Denied::of(error).is_some() => {
+                return None;
+            }
+            ListenError::Transport(TransportError::Other(cause)) => cause,
+            ListenError::WrongPeerId { .. } | ListenError::LocalPeerId { .. } => {
+                return Some(Self { stage: Stage::Muxer, reason: Reason::PeerId });
+            }
+            _ => return None,
+        };
+        let stage = stage(cause, known.is_secured);
+        let reason = reason(cause, stage, known);
+        (reason != Reason::HealthCheck).then_some(Self { stage, reason })
+    }
+}
+
+fn stages(cause: &io::Error) -> impl Iterator<Item = &StageError> {
+    causes(cause).filter_map(|cause| cause.downcast_ref())
+}
+
+fn stage(cause: &io::Error, is_secured: bool) -> Stage {
+    match stages(cause).next() {
+        _ if is_secured => Stage::Muxer,
+        Some(error) => error.stage,
+        None => Stage::Multistream,
+    }
+}
+
+fn reason(cause: &io::Error, stage: Stage, known: &Known) -> Reason {
+    let opening = known.opening.first();
+    // 1. First bytes that belong elsewhere: how such a connection ends afterwards tells nothing.
+    if let Some(foreign) = foreign(&opening, known)
+        && !known.is_secured
+        && known.dropped != Some(Reason::Preempted)
+    {
+        return foreign;
+    }
+    // 2. In a private network, all that follows the nonces is unreadable with another key.
+    let is_unreadable = known.is_private && stage == Stage::Multistream && !opening.is_empty();
+    if is_unreadable && known.dropped != Some(Reason::Preempted) {
+        return Reason::SwarmKey;
+    }
+    // 3. What the relay, or the stage, knows.
+    if let Some(reason) = known.dropped.or_else(|| stages(cause).find_map(|error| error.reason)) {
+        return reason;
+    }
+    // 4. The error. Only the transport's own time limit has no cause.
+    match causes(cause).any(is_closed) {
+        true if opening.is_empty() => Reason::HealthCheck,
+        // rust-libp2p compares the peer id once the secure channel is up, and closes the connection.
+        true if stage == Stage::Muxer => Reason::PeerId,
+        true => Reason::Closed,
+        false if has_no_cause(cause) => Reason::Timeout,
+        false => Reason::Protocol,
+    }
+}
+
+fn has_no_cause(cause: &io::Error) -> bool {
+    stages(cause).next().is_none() && !causes(cause).any(|cause| cause.is::<NegotiationError>())
+}
+
+/// What else than libp2p these first bytes belong to.
+fn foreign(opening: &[u8], known: &Known) -> Option<Reason> {
+    let begins_with = |signatures: &[&[u8]]| signatures.iter().any(|it| opening.starts_with(it));
+    match known.layer {
+        _ if begins_with(&PROXY) => Some(Reason::ProxyHeader),
+        Layer::Tcp | Layer::WebSocket if begins_with(&[TLS]) => Some(Reason::Tls),
+        Layer::Tcp | Layer::SecureWebSocket if begins_with(&HTTP) => Some(Reason::Http),
+        Layer::Tcp if !known.is_private && !MULTISTREAM.starts_with(opening) => {
+            Some(Reason::Protocol)
+        }
+        _ => None,
+    }
+}
+
+/// Whether this is the error of a connection that its peer closed.
+pub fn is_closed(cause: &(dyn Error + 'static)) -> bool {
+    use io::ErrorKind::{
+        BrokenPipe, ConnectionAborted, ConnectionReset, NotConnected, UnexpectedEof, WriteZero,
+    };
+
+    // multistream-select reports an end of file as if no protocol was agreed on.
+    let is_end_of_file = matches!(cause.downcast_ref(), Some(NegotiationError::Failed));
+    let closed =
+        [BrokenPipe, ConnectionAborted, ConnectionReset, NotConnected, UnexpectedEof, WriteZero];
+    let kind = cause.downcast_ref().map(io::Error::kind);
+    is_end_of_file || kind.is_some_and(|kind| closed.contains(&kind))
+}
+
+/// An error and its causes.
+pub fn causes<'a>(
+    error: &'a (dyn Error + 'static),
+) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
+    iter::successors(Some(error), |error| cause(*error))
+}
+
+/// The cause of an error. `source` leaves out those that some errors pass on as their own.
+fn cause<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a (dyn Error + 'static)> {
+    if let Some(error) = error.downcast_ref::<io::Error>() {
+        return error.get_ref().map(|inner| inner as _);
+    }
+    if let Some(error) = error.downcast_ref::<StageError>() {
+        return Some(&error.error);
+    }
+    if let Some(noise::Error::Io(inner)) = error.downcast_ref() {
+        return Some(inner);
+    }
+    if let Some(tls::UpgradeError::ServerUpgrade(inner)) = error.downcast_ref() {
+        return Some(inner);
+    }
+    #[cfg(feature = "pnet")]
+    if let Some(PnetError::HandshakeError(inner) | PnetError::IoError(inner)) = error.downcast_ref()
+    {
+        return Some(inner);
+    }
+    error.source()
+}
+
+#[cfg(test)]
+mod tests {
+    use either::Either;
+    use libp2p::core::{transport::timeout::TransportTimeoutError, upgrade::ProtocolError};
+
+    use super::*;
+
+    /// As libp2p's transports report it.
+    fn reported(error: impl Error + Send + Sync + 'static) -> ListenError {
+        let error = io::Error::other(TransportTimeoutError::Other(error));
+        ListenError::Transport(TransportError::Other(error))
+    }
+
+    /// As they report an error of one of two transports, of which only the source is left.
+    fn of_either(error: io::Error) -> ListenError {
+        reported(Either::<_, io::Error>::Left(error))
+    }
+
+    fn negotiation(error: ProtocolError) -> ListenError {
+        reported(NegotiationError::from(error))
+    }
+
+    fn eof() -> io::Error {
+        io::ErrorKind::UnexpectedEof.into()
+    }
+
+    fn known(opening: &[u8]) -> Known {
+        let first = Opening::default();
+        opening.iter().for_each(|byte| _ = first.record(&[*byte]));
+        let layer = Layer::Tcp;
+        Known { opening: first, is_secured: false, dropped: None, layer, is_private: false }
+    }
+
+    fn kinds(error: &ListenError, known: &Known) -> Option<(&'static str, &'static str)> {
+        let failure = HandshakeFailure::of(error, known)?;
+        Some((failure.stage.kind(), failure.reason.kind()))
+    }
+
+    #[test]
+    fn the_first_bytes_tell_what_is_not_libp2p_however_the_connection_ends() {
+        for (opening, reason) in [
+            (&b"GET / HTTP/1.1\r\n"[..], "http"),
+            (b"POST /x HTTP/1.1", "http"),
+            (b"PRI * HTTP/2.0\r\n", "http"),
+            (b"\x16\x03\x01\x02\x00\x01", "tls"),
+            (b"PROXY TCP4 192.0.2.7 ", "proxy header"),
+            (b"\r\n\r\n\0\r\nQUIT\n\x21\x11", "proxy header"),
+            (b"SSH-2.0-OpenSSH_9.9\r\n", "protocol"),
+        ] {
+            for is_overdue in [false, true] {
+                let dropped = is_overdue.then_some(Reason::Timeout);
+                let known = Known { dropped, ..known(opening) };
+                for error in [ProtocolError::InvalidMessage, ProtocolError::IoError(eof())] {
+                    let expected = Some(("multistream", reason));
+                    assert_eq!(kinds(&negotiation(error), &known), expected, "{opening:?}");
+                }
+            }
+        }
+        // Each where it belongs.
+        let with = |opening: &[u8], layer| Known { layer, ..known(opening) };
+        for (known, reason) in [
+            (with(b"GET / HTTP/1.1", Layer::WebSocket), "protocol"),
+            (with(b"\x16\x03\x01\x02", Layer::SecureWebSocket), "protocol"),
+            (with(b"\x16\x03\x01\x02", Layer::WebSocket), "tls"),
+            (with(b"GET / HTTP/1.1", Layer::SecureWebSocket), "http"),
+            (with(b"\x13/multistream", Layer::Tcp), "protocol"),
+        ] {
+            let error = StageError::wrap(Stage::WebSocket, None, io::Error::other("what is this"));
+            let expected = Some(("websocket", reason));
+            assert_eq!(kinds(&of_either(error), &known), expected, "{known:?}");
+        }
+    }
+
+    #[test]
+    fn a_connection_that_closes_without_a_byte_is_a_health_check() {
+        let reset = io::Error::from(io::ErrorKind::ConnectionReset);
+        let errors = [eof(), reset].map(|error| negotiation(ProtocolError::IoError(error)));
+        for error in errors.into_iter().chain([reported(NegotiationError::Failed)]) {
+            assert_eq!(kinds(&error, &known(b"")), None);
+            let private = Known { is_private: true, ..known(b"") };
+            assert_eq!(kinds(&error, &private), None);
+            assert_eq!(kinds(&error, &known(b"\x13")), Some(("multistream", "closed")));
+            // One that stays silent is dropped.
+            let overdue = Known { dropped: Some(Reason::Timeout), ..known(b"") };
+            assert_eq!(kinds(&error, &overdue), Some(("multistream", "timeout")));
+        }
+        let asked = StageError::wrap(Stage::WebSocket, Some(Reason::HealthCheck), eof());
+        let websocket = Known { layer: Layer::WebSocket, ..known(b"GET /healthz") };
+        assert_eq!(kinds(&of_either(asked), &websocket), None);
+    }
+
+    #[test]
+    fn in_a_private_network_what_cannot_be_read_is_another_key() {
+        let private = Known { is_private: true, ..known(&[7; 24]) };
+        let expected = Some(("multistream", "swarm key"));
+        for error in [ProtocolError::InvalidMessage, ProtocolError::IoError(eof())] {
+            let overdue = Known { dropped: Some(Reason::Timeout), ..private.clone() };
+            assert_eq!(kinds(&negotiation(error), &private), expected);
+            assert_eq!(kinds(&negotiation(ProtocolError::InvalidMessage), &overdue), expected);
+        }
+        let nonce = StageError::wrap(Stage::SwarmKey, None, eof());
+        let expected = Some(("swarm key", "closed"));
+        assert_eq!(kinds(&of_either(nonce), &private), expected);
+    }
+
+    #[test]
+    fn a_stage_is_told_by_the_error_and_by_whether_the_channel_is_secure() {
+        let hello = known(b"\x13/multistream/1.0.0\n");
+        let of_security = |reason, error: noise::Error| {
+            let error = StageError::wrap(Stage::Security, reason, io::Error::other(error));
+            reported(error)
+        };
+        let secured = Known { is_secured: true, ..hello.clone() };
+        let timeout = io::Error::other(TransportTimeoutError::<io::Error>::Timeout);
+        let timeout = ListenError::Transport(TransportError::Other(timeout));
+        let seen = StageError::wrap(Stage::Security, Some(Reason::PeerId), eof());
+        let myself = ListenError::LocalPeerId { address: "/memory/1".parse().unwrap() };
+        for (error, known, expected) in [
+            (of_security(None, noise::Error::Io(eof())), &hello, ("security", "closed")),
+            (of_security(None, noise::Error::BadSignature), &hello, ("security", "protocol")),
+            (of_security(None, noise::Error::Io(seen)), &hello, ("security", "peer id")),
+            (negotiation(ProtocolError::InvalidMessage), &secured, ("muxer", "protocol")),
+            (negotiation(ProtocolError::IoError(eof())), &secured, ("muxer", "peer id")),
+            (timeout, &secured, ("muxer", "timeout")),
+            (myself, &secured, ("muxer", "peer id")),
+        ] {
+            assert_eq!(kinds(&error, known), Some(expected), "{error:?}");
+        }
+    }
+
+    #[test]
+    fn what_was_denied_or_dropped_for_another_is_no_failure_of_the_client() {
+        let denied = of_either(Denied::Rate.into());
+        assert_eq!(kinds(&denied, &known(b"")), None);
+        let within = StageError::wrap(Stage::WebSocket, None, Denied::Rate.into());
+        assert_eq!(kinds(&of_either(within), &known(b"GET ")), None);
+        assert_eq!(kinds(&ListenError::Aborted, &known(b"")), None);
+        let dropped = Known { dropped: Some(Reason::Preempted), ..known(b"GET ") };
+        let expected = Some(("multistream", "too many handshakes"));
+        assert_eq!(kinds(&negotiation(ProtocolError::IoError(eof())), &dropped), expected);
+    }
+}
