@@ -256,10 +256,11 @@ impl Behaviour {
                 let _ = reply.0.send(Answer::Final(message, None)); // fails once the stream is gone
                 return None;
             }
-            Action::AskTarget { target, circuit, source, limit, ended } => {
-                let event = Some(HandlerEvent::TargetAnswered(circuit, Err(StopFailed::Gone)));
+            Action::AskTarget { target, circuit, source, limit, since, ended } => {
+                let gone = Err(StopFailed::Gone);
+                let event = Some(HandlerEvent::TargetAnswered(circuit, target.connection, gone));
                 let report = Report { event, events: self.events.0.clone() };
-                let request = StopRequest { circuit, source, limit, since: now, ended, report };
+                let request = StopRequest { circuit, source, limit, since, ended, report };
                 (target, HandlerCommand::Open(Outbound::Stop(Box::new(request))))
             }
             Action::Probe(to, timeout) => (to, HandlerCommand::Open(Outbound::Probe(timeout))),
@@ -285,11 +286,12 @@ impl Behaviour {
             HandlerEvent::Delivered(peer, receipt, arrived) => {
                 relay.on_delivered(peer, receipt, arrived, now);
             }
-            HandlerEvent::TargetAnswered(circuit, Err(failed)) => {
-                relay.on_target_answered(circuit, Err(failed), now);
+            HandlerEvent::TargetAnswered(circuit, over, Err(failed)) => {
+                relay.on_target_answered(circuit, over, Err(failed), now);
             }
-            HandlerEvent::TargetAnswered(circuit, Ok(target)) => {
-                if let Some((reply, parameters)) = relay.on_target_answered(circuit, Ok(()), now) {
+            HandlerEvent::TargetAnswered(circuit, over, Ok(target)) => {
+                let opened = relay.on_target_answered(circuit, over, Ok(()), now);
+                if let Some((reply, parameters)) = opened {
                     let event = Some(HandlerEvent::CircuitEnded(circuit, CircuitEnd::Ended));
                     let report = Report { event, events: self.events.0.clone() };
                     let opening = Opening { circuit, target: *target, parameters, report };

@@ -174,7 +174,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
             };
             match (circuit.open().is_some(), circuit.source == gone) {
                 (false, false) => {
-                    self.on_target_answered(id, Err(StopFailed::Gone), now);
+                    self.on_target_answered(id, connection, Err(StopFailed::Gone), now);
                 }
                 (true, true) => self.on_circuit_ended(id, CircuitEnd::Ended, now),
                 _ => {}

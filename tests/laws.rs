@@ -9,6 +9,7 @@
 //! | concurrency: many clients at once, and no slot too many | `--max-reservations` | `however_many_come_and_go_at_once_the_counts_agree` in `crowd.rs` |
 //! | consistency: no cap exceeded, every counter what counting gives, nothing left behind | `--max-reservations-per-ip`, `--max-reservations-per-subnet`, `--reserve-rate` | `history::the_relay_and_a_naive_model_of_it_never_differ` |
 //! | fair shares: a prefix that takes all it can get cedes to others, and nobody loses a circuit for one that is refused | `--max-circuits`, `--max-circuits-per-ip`, `--max-circuits-per-subnet`, `--max-circuits-per-peer` | `circuits::circuits_are_admitted_and_cede_as_a_list_of_them_says` |
+//! | one acceptance: a target that does not answer is asked over its other connections, over one at a time, and accepts a circuit once | none: it is always so | `circuits::circuits_are_admitted_and_cede_as_a_list_of_them_says`, and a target on a dead connection in `faults.rs` |
 //! | accounting: a peer's account is of its present stay, and ends with it; totals are of all | none: it is always so | `accounts::the_accounts_are_what_the_list_of_all_that_happened_adds_up_to`; `accounts.rs`, against a whole relay |
 //! | tunable policy: what is changed holds from then on and drops nobody | all of these | `a_cap_that_is_lowered_drops_nobody_and_admits_nobody_until_there_is_room`, the history; `access.rs` |
 

@@ -151,7 +151,8 @@ impl ConnectionHandler for Handler {
             }) => match info {
                 Outbound::Stop(request) => {
                     let stream = self.activity.track(stream, ());
-                    self.tasks.push(request.ask(stream, self.timeouts.clone()).boxed());
+                    let timeouts = self.timeouts.clone();
+                    self.tasks.push(request.ask(stream, self.end.connection, timeouts).boxed());
                 }
                 Outbound::Probe(timeout) => {
                     stream.ignore_for_keep_alive();
@@ -173,7 +174,8 @@ impl ConnectionHandler for Handler {
                     StreamUpgradeError::Io(error) => error.into(),
                     StreamUpgradeError::Apply(never) => match never {},
                 };
-                let event = HandlerEvent::TargetAnswered(request.circuit, Err(failed));
+                let (circuit, over) = (request.circuit, self.end.connection);
+                let event = HandlerEvent::TargetAnswered(circuit, over, Err(failed));
                 request.report.event = Some(event);
             }
             _ => {}
@@ -194,7 +196,7 @@ impl ConnectionHandler for Handler {
                 HandlerCommand::Open(outbound) => outbound,
             };
             let (protocol, timeout) = match &outbound {
-                Outbound::Stop(_) => (STOP_PROTOCOL, hop::STOP_TIMEOUT),
+                Outbound::Stop(request) => (STOP_PROTOCOL, request.time_left()),
                 Outbound::Probe(timeout) => (ping::PING_PROTOCOL, *timeout),
             };
             let upgrade = ReadyUpgrade::new(protocol);
@@ -234,7 +236,8 @@ mod tests {
         let activity = ActivityCounter::default();
         let handler = Handler::new(end, &Config::default(), activity, commands, events.clone());
         for id in 0..3 {
-            let event = Some(HandlerEvent::TargetAnswered(CircuitId(id), Err(StopFailed::Gone)));
+            let (id, gone) = (CircuitId(id), Err(StopFailed::Gone));
+            let event = Some(HandlerEvent::TargetAnswered(id, end.connection, gone));
             let report = Report { event, events: events.clone() };
             let never = future::pending::<()>();
             handler.tasks.push(never.map(|()| drop(report)).boxed());
@@ -243,7 +246,7 @@ mod tests {
         drop(handler);
         for _ in 0..3 {
             let event = reported.try_recv().unwrap();
-            assert!(matches!(event, HandlerEvent::TargetAnswered(_, Err(StopFailed::Gone))));
+            assert!(matches!(event, HandlerEvent::TargetAnswered(_, _, Err(StopFailed::Gone))));
         }
     }
 }

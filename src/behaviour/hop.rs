@@ -41,8 +41,8 @@ pub(crate) const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long an answer may take to be written, flushed and, unless a circuit follows, closed.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long the exchange may take, from the request for a stream to the target's answer.
-pub(crate) const STOP_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long the target may take, from the first request for a stream to its answer.
+const STOP_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Sends to the behaviour.
 pub type Events = mpsc::UnboundedSender<HandlerEvent>;
@@ -54,8 +54,8 @@ pub enum HandlerEvent {
     RequestReceived(End<ConnectionId>, Result<Request, BadRequest>, Reply),
     /// Whether the answer of this receipt arrived.
     Delivered(PeerId, Receipt, bool),
-    /// The answer of a circuit's target: the accepted stop stream, or why there is none.
-    TargetAnswered(CircuitId, Result<Box<TrackedStream<Stream>>, StopFailed>),
+    /// The answer of a circuit's target over this connection: the accepted stop stream, or why there is none.
+    TargetAnswered(CircuitId, ConnectionId, Result<Box<TrackedStream<Stream>>, StopFailed>),
     /// An open circuit has ended.
     CircuitEnded(CircuitId, CircuitEnd),
 }
@@ -123,7 +123,7 @@ pub struct StopRequest {
     pub(super) source: PeerId,
     pub(super) limit: Limit,
     pub(super) since: Instant,
-    /// Is cancelled when the relay ends the circuit.
+    /// Is cancelled when the relay ends the circuit, or asks over another connection.
     pub(super) ended: oneshot::Receiver<()>,
     /// Reports the target's answer; if there is none, that the target is gone.
     pub(super) report: Report,
@@ -207,12 +207,22 @@ impl From<io::Error> for StopFailed {
 }
 
 impl StopRequest {
-    /// Asks on this stream, and reports the target's answer.
+    /// How much of [`STOP_TIMEOUT`] is left.
+    pub(crate) fn time_left(&self) -> Duration {
+        STOP_TIMEOUT.saturating_sub(self.since.elapsed())
+    }
+
+    /// Asks on this stream of the connection `over`, and reports the target's answer.
     ///
     /// After it agreed, what the target sends belongs to the circuit: nothing beyond the answer is read.
-    pub(crate) async fn ask(self, mut stream: TrackedStream<Stream>, timeouts: Timeouts) {
-        let Self { circuit, source, limit, since, ended, mut report } = self;
-        let timeout = timeouts.start(STOP_TIMEOUT.saturating_sub(since.elapsed()));
+    pub(crate) async fn ask(
+        self,
+        mut stream: TrackedStream<Stream>,
+        over: ConnectionId,
+        timeouts: Timeouts,
+    ) {
+        let timeout = timeouts.start(self.time_left());
+        let Self { circuit, source, limit, ended, mut report, .. } = self;
         let exchange = async {
             stream.write_all(&wire::stop_connect(source, limit)).await?;
             stream.flush().await?;
@@ -223,11 +233,12 @@ impl StopRequest {
                 status => Err(StopFailed::Refused(status)),
             }
         };
-        let answer = match future::select(pin!(within(timeout, exchange)), ended).await {
-            Either::Left((answer, _)) => answer,
-            Either::Right(_) => Err(StopFailed::Gone),
+        // First whether it has ended: then a stream that was long in opening asks nothing.
+        let answer = match future::select(ended, pin!(within(timeout, exchange))).await {
+            Either::Left(_) => Err(StopFailed::Gone),
+            Either::Right((answer, _)) => answer,
         };
         let answer = answer.map(|()| Box::new(stream));
-        report.event = Some(HandlerEvent::TargetAnswered(circuit, answer));
+        report.event = Some(HandlerEvent::TargetAnswered(circuit, over, answer));
     }
 }

@@ -32,10 +32,10 @@ pub enum Action<C, R> {
     },
     /// Answer a request with a status other than OK.
     Refuse(R, Status),
-    /// Ask `target` on a stop stream whether it accepts a circuit, and report its answer:
+    /// Ask `target` on a stop stream whether it accepts a circuit, and report its answer over this connection:
     /// [`Relay::on_target_answered`](super::Relay::on_target_answered).
     AskTarget {
-        /// The target, and the connection of its reservation.
+        /// The target, and the connection of its reservation, or another one if it did not answer over that.
         target: End<C>,
         /// The circuit.
         circuit: CircuitId,
@@ -43,7 +43,9 @@ pub enum Action<C, R> {
         source: PeerId,
         /// What it may carry.
         limit: Limit,
-        /// Is cancelled when the relay ends the circuit.
+        /// When it was first asked.
+        since: Instant,
+        /// Is cancelled when the relay ends the circuit, or asks over another connection.
         ended: oneshot::Receiver<()>,
     },
     /// Probe the peer, and wait this long for the answer.

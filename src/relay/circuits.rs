@@ -26,6 +26,9 @@ use crate::{
 /// How long a direction may transfer nothing though bytes wait, while memory is scarce.
 const MAX_STALL: Duration = Duration::from_secs(10);
 
+/// How long a target may take to answer over one connection, if it has another one.
+const PATIENCE: Duration = Duration::from_secs(3);
+
 /// The circuits of one relay, those that are being set up included.
 #[derive(Debug)]
 pub struct Circuits<C, R> {
@@ -43,8 +46,13 @@ pub struct Circuits<C, R> {
 pub struct Circuit<C, R> {
     /// The peer that asked.
     pub source: End<C>,
-    /// The peer that holds the reservation.
+    /// The peer that holds the reservation, and the connection over which it is asked, or has accepted.
     pub target: End<C>,
+    /// The connections over which it was asked before, and since when it is asked over the present one.
+    silent: Vec<C>,
+    asked_at: Instant,
+    /// When it was admitted.
+    pub since: Instant,
     /// What it may carry.
     pub limit: Limit,
     /// Whether it is open.
@@ -208,6 +216,9 @@ impl<C: Copy + Eq + Hash, R> Circuits<C, R> {
         let circuit = Circuit {
             source,
             target,
+            silent: Vec::new(),
+            asked_at: now,
+            since: now,
             limit,
             state: State::Pending(Some(request)),
             guard: Some(guard),
@@ -242,10 +253,44 @@ impl<C: Copy + Eq + Hash, R> Circuits<C, R> {
         }
     }
 
-    /// Shifts the start of each stall, after a sweep that came late.
-    pub fn shift_stalls(&mut self, shift: impl Fn(Instant) -> Instant) {
-        let stalls = self.circuits.values_mut().flat_map(|circuit| &mut circuit.stalled);
-        stalls.flatten().for_each(|since| *since = shift(*since));
+    /// Shifts since when targets are asked, and the start of each stall, after a sweep that came late.
+    pub fn shift_waits(&mut self, shift: impl Fn(Instant) -> Instant) {
+        for circuit in self.circuits.values_mut() {
+            let stalls = circuit.stalled.iter_mut().flatten();
+            stalls.chain([&mut circuit.asked_at]).for_each(|since| *since = shift(*since));
+        }
+    }
+
+    /// The circuits whose target has not answered for [`PATIENCE`] while the source waits, in the order of their admission,
+    /// each with the connection over which the target is asked.
+    pub fn unanswered(&self, now: Instant) -> Vec<(CircuitId, End<C>)> {
+        let is_overdue = |circuit: &Circuit<C, R>| {
+            matches!(circuit.state, State::Pending(Some(_)))
+                && now.saturating_duration_since(circuit.asked_at) >= PATIENCE
+        };
+        let overdue = self.iter().filter(|(_, circuit)| is_overdue(circuit));
+        let mut overdue: Vec<_> = overdue.map(|(id, circuit)| (id, circuit.target)).collect();
+        overdue.sort_unstable_by_key(|(id, _)| *id);
+        overdue
+    }
+
+    /// Has a circuit's target asked over the first of these connections over which it was not asked before, if there is
+    /// one. Cancels the exchange over the present one. The receiver is as that of [`Circuits::add`].
+    pub fn ask_over(
+        &mut self,
+        id: CircuitId,
+        others: &[C],
+        now: Instant,
+    ) -> Option<(&Circuit<C, R>, oneshot::Receiver<()>)> {
+        let circuit = self.circuits.get_mut(&id)?;
+        let present = circuit.target.connection;
+        let is_new = |other: &&C| **other != present && !circuit.silent.contains(other);
+        circuit.target.connection = *others.iter().find(is_new)?;
+        circuit.silent.push(present);
+        circuit.asked_at = now;
+        let (guard, ended) = oneshot::channel();
+        circuit.guard = Some(guard);
+        Some((circuit, ended))
     }
 
     /// The circuits one of whose directions had transferred nothing for [`MAX_STALL`] at the last sweep though bytes
@@ -467,7 +512,7 @@ mod tests {
         // A sweep that came late says nothing.
         moves.1.set_waiting([false; 2]);
         circuits.poll_counters(now);
-        circuits.shift_stalls(|_| now);
+        circuits.shift_waits(|_| now);
         assert_eq!(circuits.stalled(now), []);
         assert_eq!(circuits.stalled(now + 10 * SECOND), [stalls.0]);
         circuits.end(stalls.0);

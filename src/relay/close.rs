@@ -142,7 +142,7 @@ mod drain_tests {
         relay.handle_request(ends[1], Ok(Request::Reserve), (), now);
         relay.handle_request(ends[0], Ok(Request::Connect(ends[1].peer)), (), now);
         let (id, _) = relay.circuits.iter().next().expect("it is admitted");
-        assert!(relay.on_target_answered(id, Ok(()), now).is_some());
+        assert!(relay.on_target_answered(id, ends[1].connection, Ok(()), now).is_some());
         actions(relay);
     }
 
@@ -282,12 +282,13 @@ mod preemption_tests {
             let (from, now) = (self.ends[source as usize], self.now);
             self.relay.handle_request(from, Ok(Request::Connect(target)), (), now);
             let asked = std::iter::from_fn(|| self.relay.actions.pop_front()).find_map(|action| {
-                let Action::AskTarget { circuit, .. } = action else {
+                let Action::AskTarget { circuit, target, .. } = action else {
                     return None;
                 };
-                Some(circuit)
+                Some((circuit, target.connection))
             });
-            let opened = self.relay.on_target_answered(asked.expect("it is admitted"), Ok(()), now);
+            let (id, over) = asked.expect("it is admitted");
+            let opened = self.relay.on_target_answered(id, over, Ok(()), now);
             self.did();
             opened.expect("both want it").1.ended
         }

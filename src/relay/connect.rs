@@ -23,11 +23,46 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         };
         let (source, target) = (request.from, End { peer, connection });
         for end in [source, target] {
-            self.connections.update(end.connection, now, |up| up.circuits += 1);
+            self.count_circuits(end.connection, 1, now);
         }
         let (circuit, ended) = self.circuits.add(request, target, limit, now);
-        let source = source.peer;
-        self.actions.push_back(Action::AskTarget { target, circuit, source, limit, ended });
+        let (source, since) = (source.peer, now);
+        self.actions.push_back(Action::AskTarget { target, circuit, source, limit, since, ended });
+    }
+
+    /// Asks each target that does not answer over another of its connections, if it has one: it may have come back without
+    /// reserving again, and its old connection may be half-open. A target is asked over one connection at a time, and over
+    /// each at most once.
+    pub(super) fn ask_over_others(&mut self, now: Instant) {
+        for (id, silent) in self.circuits.unanswered(now) {
+            // 1. First the one that was active last; of several, the one that came up last.
+            let mut others = self.fit_for_a_slot(silent.peer);
+            others.reverse();
+            others.sort_by_key(|id| Some(self.connections.get(*id)?.liveness.silent_for(now)));
+            // 2. Move the circuit there, which resets the stop stream that is open.
+            let Some((circuit, ended)) = self.circuits.ask_over(id, &others, now) else {
+                continue;
+            };
+            let Circuit { target, limit, since, .. } = *circuit;
+            let (circuit, source) = (id, circuit.source.peer);
+            self.actions.push_back(Action::AskTarget {
+                target,
+                circuit,
+                source,
+                limit,
+                since,
+                ended,
+            });
+            log::debug!("circuit {id}: no answer from peer {}: asking it elsewhere", silent.peer);
+            self.count_circuits(silent.connection, -1, now);
+            self.count_circuits(target.connection, 1, now);
+        }
+    }
+
+    fn count_circuits(&mut self, connection: C, by: i32, now: Instant) {
+        self.connections.update(connection, now, |up| {
+            up.circuits = up.circuits.saturating_add_signed(by);
+        });
     }
 
     /// Returns the connection of the target's reservation, and what a circuit to it may carry. If there is room only in
@@ -59,15 +94,17 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         Ok((connection, self.circuit_limit(terms)))
     }
 
-    /// Handles the target's answer. If the source still waits, opens the circuit and returns the source's reply handle
-    /// and the circuit's parameters.
+    /// Handles the target's answer over this connection. If the source still waits, and the target is not asked over
+    /// another one meanwhile, opens the circuit and returns the source's reply handle and the circuit's parameters. Else
+    /// a stream that it accepted is to be reset.
     pub fn on_target_answered(
         &mut self,
         id: CircuitId,
+        over: C,
         answer: Result<(), StopFailed>,
         now: Instant,
     ) -> Option<(R, CircuitParameters)> {
-        let circuit = self.circuits.get_mut(id)?;
+        let circuit = self.circuits.get_mut(id).filter(|c| c.target.connection == over)?;
         let State::Pending(request) = &mut circuit.state else {
             return None;
         };
@@ -126,9 +163,161 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     fn remove_circuit(&mut self, id: CircuitId, now: Instant) -> Option<Circuit<C, R>> {
         let circuit = self.circuits.remove(id)?;
         for end in [circuit.source, circuit.target] {
-            let count = |circuits: u32| circuits.saturating_sub(1);
-            self.connections.update(end.connection, now, |up| up.circuits = count(up.circuits));
+            self.count_circuits(end.connection, -1, now);
         }
         Some(circuit)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use libp2p::futures::channel::oneshot;
+
+    use super::*;
+    use crate::{config::Config, relay::connections::Connection, wire::Request};
+
+    const PATIENCE: Duration = Duration::from_secs(3);
+
+    /// A source, and a target whose reservation points at the first of its connections.
+    struct World {
+        relay: Relay<u32, ()>,
+        source: End<u32>,
+        target: PeerId,
+        start: Instant,
+    }
+
+    /// A target was asked.
+    struct Asked {
+        circuit: CircuitId,
+        over: u32,
+        since: Instant,
+        ended: oneshot::Receiver<()>,
+    }
+
+    impl Asked {
+        fn is_cancelled(&mut self) -> bool {
+            self.ended.try_recv().is_err()
+        }
+    }
+
+    impl World {
+        fn new() -> Self {
+            let start = Instant::now();
+            let relay = Relay::new(Config::default(), start).unwrap();
+            let [source, target] = [(); 2].map(|()| PeerId::random());
+            let source = End { peer: source, connection: 0 };
+            let mut world = Self { relay, source, target, start };
+            world.connects(source.peer, 0);
+            world.connects(target, 1);
+            let from = End { peer: target, connection: 1 };
+            world.relay.handle_request(from, Ok(Request::Reserve), (), start);
+            world
+        }
+
+        fn connects(&mut self, peer: PeerId, connection: u32) {
+            let up = Connection::new(peer, "/memory/1".parse().unwrap(), false, 0, self.start);
+            self.relay.connections.add(connection, up);
+        }
+
+        fn asked(&mut self) -> Vec<Asked> {
+            let actions = std::iter::from_fn(|| self.relay.actions.pop_front());
+            let asked = actions.filter_map(|action| match action {
+                Action::AskTarget { target, circuit, since, ended, .. } => {
+                    Some(Asked { circuit, over: target.connection, since, ended })
+                }
+                _ => None,
+            });
+            asked.collect()
+        }
+
+        /// The source asks for a circuit, and the target is asked once.
+        fn connect(&mut self) -> Asked {
+            let request = Ok(Request::Connect(self.target));
+            self.relay.handle_request(self.source, request, (), self.start);
+            let mut asked = self.asked();
+            assert_eq!(asked.len(), 1);
+            asked.remove(0)
+        }
+
+        /// Sweeps in turn, this long after the start. Yields over which connection the target is asked.
+        fn sweep(&mut self, after: Duration) -> Option<Asked> {
+            let now = self.start + after;
+            self.relay.sweep_due = now;
+            self.relay.sweep(now);
+            self.asked().pop()
+        }
+
+        fn circuits_over(&self, connection: u32) -> u32 {
+            self.relay.connections.get(connection).unwrap().circuits
+        }
+
+        fn accepts(&mut self, asked: &Asked) -> bool {
+            let now = self.start;
+            self.relay.on_target_answered(asked.circuit, asked.over, Ok(()), now).is_some()
+        }
+    }
+
+    #[test]
+    fn a_target_that_does_not_answer_is_asked_over_its_other_connection_and_accepts_once() {
+        let mut world = World::new();
+        world.connects(world.target, 2);
+        let mut first = world.connect();
+        assert_eq!(first.over, 1);
+        assert!(world.sweep(PATIENCE - Duration::from_millis(1)).is_none());
+        assert!(!first.is_cancelled());
+        let mut second = world.sweep(PATIENCE).expect("it is asked again");
+        assert_eq!((second.circuit, second.over, second.since), (first.circuit, 2, first.since));
+        assert!(first.is_cancelled() && !second.is_cancelled());
+        assert_eq!([1, 2].map(|connection| world.circuits_over(connection)), [0, 1]);
+        // What the first one says is late, whatever it is.
+        assert!(!world.accepts(&first));
+        let gone = Err(StopFailed::Gone);
+        world.relay.on_target_answered(first.circuit, first.over, gone, world.start);
+        assert!(world.accepts(&second));
+        assert!(!world.accepts(&first));
+        assert_eq!(world.relay.circuits.open().count(), 1);
+        assert_eq!(world.circuits_over(0), 1);
+    }
+
+    #[test]
+    fn a_target_that_comes_back_while_it_is_asked_is_asked_there_and_over_each_connection_once() {
+        let mut world = World::new();
+        let mut asked = world.connect();
+        assert!(world.sweep(4 * PATIENCE).is_none(), "there is no other connection");
+        assert!(!asked.is_cancelled());
+        world.connects(world.target, 2);
+        world.connects(world.target, 3);
+        // The one that was active last, and of two that are equal the one that came up last.
+        world.relay.connections.get_mut(2).unwrap().liveness.on_activity(world.start + PATIENCE);
+        asked = world.sweep(5 * PATIENCE).expect("now there is");
+        assert_eq!(asked.over, 2);
+        assert!(world.sweep(6 * PATIENCE - Duration::from_millis(1)).is_none());
+        asked = world.sweep(6 * PATIENCE).expect("there is one left");
+        assert_eq!((asked.over, asked.since), (3, world.start));
+        assert!(world.sweep(9 * PATIENCE).is_none(), "all were asked");
+        assert!(world.accepts(&asked));
+    }
+
+    #[test]
+    fn a_relay_that_stood_still_gives_the_target_its_time() {
+        let mut world = World::new();
+        world.connects(world.target, 2);
+        world.connect();
+        let late = world.start + 100 * PATIENCE;
+        world.relay.sweep(late);
+        assert!(world.asked().is_empty());
+        assert!(world.sweep(101 * PATIENCE).is_some());
+    }
+
+    #[test]
+    fn a_source_that_was_refused_and_a_circuit_that_is_open_ask_nobody() {
+        let mut world = World::new();
+        world.connects(world.target, 2);
+        let [gone, open] = [(); 2].map(|()| world.connect());
+        assert!(world.accepts(&open));
+        world.relay.end_circuit(gone.circuit);
+        assert!(world.sweep(2 * PATIENCE).is_none());
     }
 }

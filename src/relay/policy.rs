@@ -150,7 +150,7 @@ mod tests {
             _ => None,
         });
         let circuit = asked.expect("the target is asked");
-        let opened = relay.on_target_answered(circuit, Ok(()), start);
+        let opened = relay.on_target_answered(circuit, target.connection, Ok(()), start);
         let (_, mut parameters) = opened.expect("both want it");
         let later = start + Duration::from_secs(2 * 60 * 60);
         relay.connections.record_activity(&target.peer, later);

@@ -20,12 +20,12 @@ const LATE: Duration = Duration::from_secs(1);
 impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     /// Passes over all tables.
     pub fn sweep(&mut self, now: Instant) {
-        // 1. What arrived while the process was stopped may not have been read yet: probes and stalls get that time.
+        // 1. What arrived while the process was stopped may not have been read yet: probes, stop requests and stalls get that time.
         let late = now.saturating_duration_since(self.sweep_due);
         if late > TICK {
             let shift = |since| if late > LATE { now } else { since + late };
             self.connections.shift_probes(shift);
-            self.circuits.shift_stalls(shift);
+            self.circuits.shift_waits(shift);
         }
         // 2. Forget what has run out, and free the slots whose term or grace has ended.
         self.reserve_rates.forget_full(now);
@@ -44,7 +44,8 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         found.probe.into_iter().for_each(|connection| self.probe(connection));
         found.timed_out.sort_unstable(); // so that a simulation can be repeated
         found.timed_out.into_iter().for_each(|connection| self.time_out(connection, now));
-        // 5. Find slots for newcomers.
+        // 5. Ask silent targets over another connection; find slots for newcomers.
+        self.ask_over_others(now);
         self.reclaim(now);
         // 6. Close idle connections, and while draining those that are due.
         let timeout = self.config.idle_timeout;

@@ -3,12 +3,13 @@
 use std::time::{Duration, Instant};
 
 use crate::common::{
-    Client, HOP, Relay, STOP, agree,
+    Client, HOP, Relay, STOP, Security, agree,
+    by_hand::{self, DATA, RST, SYN},
     messages::{HopMessage, connect, read, reserve, write},
     process::Process,
-    read_to_end, within,
+    read_bytes, read_to_end, within,
 };
-use libp2p::{PeerId, futures::future};
+use libp2p::{PeerId, futures::future, identity::Keypair};
 
 const OK: Option<i32> = Some(100);
 const RESERVATION_REFUSED: Option<i32> = Some(200);
@@ -206,6 +207,46 @@ async fn a_circuit_whose_source_freezes_ends() {
     relay.wait_for_log("circuit 1 closed").await;
     // The target is well, and keeps its slot.
     assert!(!says(&relay, "grace began"));
+}
+
+#[tokio::test]
+async fn a_target_whose_reservation_is_on_a_dead_connection_is_reached_over_its_new_one() {
+    let relay = Relay::start(&[]);
+    let keypair = Keypair::generate_ed25519();
+    // It holds its slot over a connection on which it is frozen, and does not reserve over the other one.
+    let mut frozen = by_hand::muxed_as(&relay, &keypair).await;
+    assert_eq!(by_hand::reserve(&mut frozen, 1).await, OK);
+    let mut target = Client::connect_as(keypair, &relay.address, Security::Noise).await;
+    let mut stops = target.accept(STOP);
+    let mut source = Client::connect(&relay).await;
+    let question = connect(target.peer);
+    let (asked, agreed) = future::join(source.ask_for_circuit(&question), agree(&mut stops)).await;
+    let ((answer, mut source), (_, mut target)) = (asked, agreed);
+    assert_eq!(answer.status, OK, "{answer:?}");
+    // The stream over the dead one was asked on, and is reset; what is said there now comes to nothing.
+    let mut stop = None;
+    loop {
+        let frame = by_hand::next_frame(&mut frozen).await.expect("it is up");
+        if frame.has(SYN) && frame.kind == DATA && is_stop(&frame.body) {
+            stop = Some(frame.stream);
+        }
+        if frame.has(RST) && Some(frame.stream) == stop {
+            break;
+        }
+    }
+    let late = by_hand::data(0, stop.expect("it was asked"), b"\x04\x08\x01\x20\x64");
+    by_hand::send(&mut frozen, &late).await;
+    for (from, to) in [(0, 1), (1, 0)] {
+        let mut ends = [&mut source, &mut target];
+        by_hand::send(&mut ends[from], b"bytes").await;
+        assert_eq!(read_bytes(&mut ends[to], 5).await, b"bytes");
+    }
+    assert!(!says(&relay, "peer silent"), "its slot is where it was");
+    assert_eq!(said(&relay, "circuit 1 opened"), 1);
+}
+
+fn is_stop(opening: &[u8]) -> bool {
+    String::from_utf8_lossy(opening).contains(STOP.as_ref())
 }
 
 #[tokio::test]

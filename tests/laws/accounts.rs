@@ -114,9 +114,12 @@ impl World {
                 if let Some(id) = chosen(&self.asked, which) {
                     self.asked.retain(|other| *other != id);
                     let answer = agrees.then_some(()).ok_or(StopFailed::Unsupported);
-                    let source = self.relay.circuits.get(id).map(|circuit| circuit.source);
-                    let opened = self.relay.on_target_answered(id, answer, self.now);
-                    if let (Some((_, parameters)), Some(source)) = (opened, source) {
+                    let Some(circuit) = self.relay.circuits.get(id) else {
+                        return;
+                    };
+                    let (source, over) = (circuit.source, circuit.target.connection);
+                    let opened = self.relay.on_target_answered(id, over, answer, self.now);
+                    if let Some((_, parameters)) = opened {
                         self.open.push((id, source, parameters.counters));
                     }
                 }
