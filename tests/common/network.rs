@@ -92,6 +92,37 @@ impl Network {
     }
 }
 
+impl Network {
+    /// A host at 192.168.1.2 behind `router`, which translates the addresses of what goes out.
+    pub fn host_behind(&mut self, router: &Host) -> Host {
+        let host = Host {
+            namespace: format!("{}-{}", self.name, self.hosts.len() + 1),
+            switch: router.namespace.clone(),
+            port: "lan".into(),
+            address: Ipv4Addr::new(192, 168, 1, 2),
+        };
+        let (outside, inside) = (&*router.namespace, &*host.namespace);
+        self.hosts.push(inside.into());
+        ip(&["netns", "add", inside]);
+        let cable = ["link", "add", "lan", "type", "veth", "peer", "cable", "netns", inside];
+        ip(&[&["-n", outside], &cable[..]].concat());
+        for (namespace, device, address) in
+            [(outside, "lan", "192.168.1.1/24"), (inside, "cable", "192.168.1.2/24")]
+        {
+            ip(&["-n", namespace, "address", "add", address, "dev", device]);
+            ip(&["-n", namespace, "link", "set", device, "up"]);
+        }
+        ip(&["-n", inside, "link", "set", "lo", "up"]);
+        ip(&["-n", inside, "route", "add", "default", "via", "192.168.1.1"]);
+        ip(&["netns", "exec", outside, "sysctl", "-qw", "net.ipv4.ip_forward=1"]);
+        let rules = "add table ip nat; \
+             add chain ip nat out { type nat hook postrouting priority srcnat; }; \
+             add rule ip nat out oifname cable masquerade";
+        ip(&["netns", "exec", outside, "nft", rules]);
+        host
+    }
+}
+
 impl Drop for Network {
     fn drop(&mut self) {
         for namespace in self.hosts.iter().chain([&self.name]) {

@@ -72,6 +72,21 @@ fn go_libp2p_learns_whether_it_can_be_reached() {
     }
 }
 
+/// It names no address in version 1, because it has no global one. go-libp2p asks a server that refuses it again only 90 s
+/// later.
+#[test]
+#[ignore = "needs Go, root, iproute2 and nftables"]
+fn go_libp2p_behind_a_router_learns_that_it_cannot_be_reached() {
+    let program = go_client();
+    let mut network = Network::of_global_addresses();
+    let relays = [network.host(), network.host()].map(|host| host.relay(&["--autonat"]));
+    let router = network.host();
+    router.close(4001);
+    let under = network.host_behind(&router).under();
+    let addresses = relays.each_ref().map(|relay| relay.address.to_string());
+    run(Command::new(&under[0]).args(&under[1..]).arg(program).arg("behind").args(&addresses));
+}
+
 #[test]
 #[ignore = "needs Go"]
 fn a_client_that_walks_a_dht_finds_a_relay_of_the_fleet_and_another_when_that_is_gone() {

@@ -11,7 +11,7 @@ use crate::common::{
     within,
 };
 use libp2p::{
-    Multiaddr, PeerId, StreamProtocol, Swarm,
+    Multiaddr, PeerId, Stream, StreamProtocol, Swarm,
     autonat::{self, v1::NatStatus},
     core::ConnectedPoint,
     futures::{AsyncReadExt, AsyncWriteExt},
@@ -274,6 +274,10 @@ async fn ask_1(client: &mut Client, addresses: &[Multiaddr]) -> Response1 {
 }
 
 async fn ask_1_as(client: &mut Client, peer: PeerId, addresses: &[Multiaddr]) -> Response1 {
+    ask_1_on(client.open(VERSION_1).await, peer, addresses).await
+}
+
+async fn ask_1_on(mut stream: Stream, peer: PeerId, addresses: &[Multiaddr]) -> Response1 {
     let asked = Asked1 {
         kind: Some(0),
         dial: Some(Dial1 {
@@ -284,7 +288,6 @@ async fn ask_1_as(client: &mut Client, peer: PeerId, addresses: &[Multiaddr]) ->
         }),
         response: None,
     };
-    let mut stream = client.open(VERSION_1).await;
     messages::write(&mut stream, &asked).await;
     let answer: Asked1 = messages::read(&mut stream).await;
     assert_eq!(answer.kind, Some(1));
@@ -327,6 +330,7 @@ async fn without_leave_nothing_on_the_loopback_is_dialed() {
     let refused = Response2 { status: REFUSED, ..Response2::default() };
     assert_eq!(ask_2(&mut client, &address).await, refused);
     assert_eq!(ask_1(&mut client, &address).await.status, Some(REFUSED));
+    assert_eq!(ask_1(&mut client, &[]).await.status, Some(REFUSED));
     assert!(!was_dialed(&listener));
 }
 
@@ -360,9 +364,35 @@ async fn what_the_relay_cannot_dial_is_refused_and_not_said_to_be_unreachable() 
     assert_eq!(ask_2(&mut client, &others).await.status, REFUSED);
     assert_eq!(ask_1(&mut client, &others).await.status, Some(REFUSED));
     assert_eq!(ask_2(&mut client, &[]).await.status, REFUSED);
+    // In version 1 that asks about the address that it comes from, where nobody listens.
+    assert_eq!(ask_1(&mut client, &[]).await.status, Some(DIAL_ERROR));
     let expected = Response2 { status: OK_2, index: 2, dial_status: DIAL_ERROR };
     let all = [&others[..], &[unreachable]].concat();
     assert_eq!(ask_2(&mut client, &all).await, expected);
+}
+
+#[tokio::test]
+async fn a_client_of_version_1_that_names_no_address_is_dialed_where_it_comes_from() {
+    let relay = Relay::start(&FOR_TESTS);
+    let reached = async {
+        loop {
+            // From the port that it listens on; the kernel does not always let it.
+            let mut swarm = swarm(|_| libp2p_stream::Behaviour::new());
+            let peer = *swarm.local_peer_id();
+            let mut control = swarm.behaviour().new_control();
+            let address = listen(&mut swarm).await;
+            swarm.dial(relay.address.clone()).unwrap();
+            let runs = drive(swarm);
+            let stream = within(control.open_stream(relay.peer, VERSION_1)).await;
+            let answer = ask_1_on(stream.expect("it is served"), peer, &[]).await;
+            runs.abort();
+            if answer.status == Some(OK_1) {
+                return assert_eq!(answer.address, Some(address.to_vec()));
+            }
+            assert_eq!(answer.status, Some(DIAL_ERROR));
+        }
+    };
+    within(reached).await;
 }
 
 #[tokio::test]

@@ -33,6 +33,11 @@ func learns(wanted network.Reachability) func(peer.AddrInfo) error {
 	}
 }
 
+// learnsItIsPrivate has a host ask that knows no address to name; version 2 asks only about addresses.
+func learnsItIsPrivate(first peer.AddrInfo) error {
+	return learnsFromFirst(append([]peer.AddrInfo{first}, others...), network.ReachabilityPrivate)
+}
+
 func learnsFromFirst(relays []peer.AddrInfo, wanted network.Reachability) error {
 	h, err := listening()
 	if err != nil {

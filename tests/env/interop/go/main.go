@@ -37,6 +37,7 @@ var scenarios = map[string]func(relay peer.AddrInfo) error{
 	// --autonat, and several of them
 	"reachable":   learns(network.ReachabilityPublic),
 	"unreachable": learns(network.ReachabilityPrivate),
+	"behind":      learnsItIsPrivate, // and no address of its own is global
 }
 
 func main() {
