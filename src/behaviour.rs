@@ -33,16 +33,14 @@ use libp2p::{
 
 use self::{
     handler::Handler,
-    hop::{
-        Answer, Events, HandlerCommand, HandlerEvent, Opening, Outbound, Reply, Report, StopRequest,
-    },
+    hop::{Answer, Events, HandlerCommand, HandlerEvent, Outbound, Reply, Report, StopRequest},
 };
 use crate::{
     access::Access,
     activity::ActivityCounter,
     address::{self, Known},
     config::{Config, ConfigError},
-    event::{CircuitEnd, Event, FreedReason, StopFailed},
+    event::{Event, FreedReason, StopFailed},
     relay::{
         Action, Relay,
         accounts::{Account, Totals},
@@ -256,10 +254,10 @@ impl Behaviour {
                 let _ = reply.0.send(Answer::Final(message, None)); // fails once the stream is gone
                 return None;
             }
-            Action::AskTarget { target, circuit, source, limit, ended } => {
-                let event = Some(HandlerEvent::TargetAnswered(circuit, Err(StopFailed::Gone)));
-                let report = Report { event, events: self.events.0.clone() };
-                let request = StopRequest { circuit, source, limit, since: now, ended, report };
+            Action::AskTarget(target, parameters) => {
+                let gone = HandlerEvent::TargetAnswered(parameters.id, Err(StopFailed::Gone));
+                let report = Report { event: Some(gone), events: self.events.0.clone() };
+                let request = StopRequest { parameters, since: now, report };
                 (target, HandlerCommand::Open(Outbound::Stop(Box::new(request))))
             }
             Action::Probe(to, timeout) => (to, HandlerCommand::Open(Outbound::Probe(timeout))),
@@ -288,13 +286,10 @@ impl Behaviour {
             HandlerEvent::TargetAnswered(circuit, Err(failed)) => {
                 relay.on_target_answered(circuit, Err(failed), now);
             }
-            HandlerEvent::TargetAnswered(circuit, Ok(target)) => {
-                if let Some((reply, parameters)) = relay.on_target_answered(circuit, Ok(()), now) {
-                    let event = Some(HandlerEvent::CircuitEnded(circuit, CircuitEnd::Ended));
-                    let report = Report { event, events: self.events.0.clone() };
-                    let opening = Opening { circuit, target: *target, parameters, report };
-                    // If the source is gone, the report is sent.
-                    let _ = reply.0.send(Answer::Open(Box::new(opening)));
+            HandlerEvent::TargetAnswered(circuit, Ok(opening)) => {
+                if let Some(reply) = relay.on_target_answered(circuit, Ok(()), now) {
+                    // If the source is gone, the opening reports the end.
+                    let _ = reply.0.send(Answer::Open(opening));
                 }
             }
             HandlerEvent::CircuitEnded(circuit, end) => relay.on_circuit_ended(circuit, end, now),

@@ -31,7 +31,7 @@ pub use self::action::{Action, CircuitParameters};
 use self::{
     accounts::Accounts,
     bandwidth::Link,
-    circuits::Circuits,
+    circuits::{Circuit, Circuits},
     connections::{Connections, End, PendingRequest},
     heartbeat::Heartbeat,
     rates::Rates,
@@ -41,7 +41,7 @@ use self::{
 use crate::{
     access::{Access, Terms},
     config::{Config, ConfigError, LONGEST, SHORTEST},
-    event::{CircuitEnd, Event, FreedReason, Refused, StopFailed},
+    event::{CircuitEnd, Event, FreedReason, Refused},
     wire::{BadRequest, Limit, Request},
 };
 
@@ -169,15 +169,11 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         // 2. End its circuits. The tasks of the connection are gone, and report nothing any more.
         for id in self.circuits.over(gone) {
             self.end_circuit(id);
-            let Some(circuit) = self.circuits.get(id) else {
-                continue;
-            };
-            match (circuit.open().is_some(), circuit.source == gone) {
-                (false, false) => {
-                    self.on_target_answered(id, Err(StopFailed::Gone), now);
-                }
-                (true, true) => self.on_circuit_ended(id, CircuitEnd::Ended, now),
-                _ => {}
+            // The source's connection runs an open one, the target's one that is being set up.
+            let runs_it =
+                |circuit: &Circuit<C, R>| circuit.opened_at.is_some() == (circuit.source == gone);
+            if self.circuits.get(id).is_some_and(runs_it) {
+                self.on_circuit_ended(id, CircuitEnd::Ended, now);
             }
         }
         // 3. Move its reservation, or begin the grace.

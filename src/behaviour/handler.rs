@@ -173,7 +173,7 @@ impl ConnectionHandler for Handler {
                     StreamUpgradeError::Io(error) => error.into(),
                     StreamUpgradeError::Apply(never) => match never {},
                 };
-                let event = HandlerEvent::TargetAnswered(request.circuit, Err(failed));
+                let event = HandlerEvent::TargetAnswered(request.parameters.id, Err(failed));
                 request.report.event = Some(event);
             }
             _ => {}

@@ -25,14 +25,14 @@ use libp2p::{
 };
 
 use super::{
-    circuit::Circuit,
+    circuit::transfer,
     timer::{Timeouts, within},
 };
 use crate::{
     activity::TrackedStream,
     event::{CircuitEnd, CircuitId, StopFailed},
     relay::{CircuitParameters, connections::End, reservations::Receipt},
-    wire::{self, BadRequest, Limit, Request, Status},
+    wire::{self, BadRequest, Request, Status},
 };
 
 /// How long a client may take to negotiate the protocol, and then to send its request.
@@ -54,8 +54,8 @@ pub enum HandlerEvent {
     RequestReceived(End<ConnectionId>, Result<Request, BadRequest>, Reply),
     /// Whether the answer of this receipt arrived.
     Delivered(PeerId, Receipt, bool),
-    /// The answer of a circuit's target: the accepted stop stream, or why there is none.
-    TargetAnswered(CircuitId, Result<Box<TrackedStream<Stream>>, StopFailed>),
+    /// The answer of a circuit's target: what opens the circuit, or why it did not accept.
+    TargetAnswered(CircuitId, Result<Box<Opening>, StopFailed>),
     /// An open circuit has ended.
     CircuitEnded(CircuitId, CircuitEnd),
 }
@@ -88,14 +88,13 @@ pub enum Answer {
     Open(Box<Opening>),
 }
 
-/// A circuit that opens.
+/// A circuit whose target has accepted this stop stream.
 #[derive(Debug)]
 pub struct Opening {
-    pub(super) circuit: CircuitId,
-    pub(super) target: TrackedStream<Stream>,
-    pub(super) parameters: CircuitParameters,
-    /// Reports that it has ended.
-    pub(super) report: Report,
+    target: TrackedStream<Stream>,
+    parameters: Box<CircuitParameters>,
+    /// Reports that the circuit has ended.
+    report: Report,
 }
 
 /// What the behaviour tells a connection's handler to do.
@@ -119,12 +118,8 @@ pub enum Outbound {
 /// A circuit that the target is asked for.
 #[derive(Debug)]
 pub struct StopRequest {
-    pub(super) circuit: CircuitId,
-    pub(super) source: PeerId,
-    pub(super) limit: Limit,
+    pub(super) parameters: Box<CircuitParameters>,
     pub(super) since: Instant,
-    /// Is cancelled when the relay ends the circuit.
-    pub(super) ended: oneshot::Receiver<()>,
     /// Reports the target's answer; if there is none, that the target is gone.
     pub(super) report: Report,
 }
@@ -154,7 +149,7 @@ pub(crate) async fn serve(
     };
     // 3. Answer. Unless a circuit follows, report the delivery and end here.
     let timeout = timeouts.start(ANSWER_TIMEOUT);
-    let Opening { circuit, target, mut parameters, mut report } = match answer {
+    let Opening { target, mut parameters, mut report } = match answer {
         Answer::Open(opening) => *opening,
         Answer::Final(message, receipt) => {
             let delivery = async {
@@ -187,8 +182,9 @@ pub(crate) async fn serve(
         }
     };
     // 4. Transfer the bytes of the circuit.
+    let circuit = parameters.id;
     let end = match failed {
-        None => Circuit::new(stream, target, parameters, deadline).await,
+        None => transfer(stream, target, *parameters, deadline).await,
         Some(end) => end,
     };
     report.event = Some(HandlerEvent::CircuitEnded(circuit, end));
@@ -211,7 +207,8 @@ impl StopRequest {
     ///
     /// After it agreed, what the target sends belongs to the circuit: nothing beyond the answer is read.
     pub(crate) async fn ask(self, mut stream: TrackedStream<Stream>, timeouts: Timeouts) {
-        let Self { circuit, source, limit, since, ended, mut report } = self;
+        let Self { mut parameters, since, mut report } = self;
+        let (circuit, [source, _], limit) = (parameters.id, parameters.ends, parameters.limit);
         let timeout = timeouts.start(STOP_TIMEOUT.saturating_sub(since.elapsed()));
         let exchange = async {
             stream.write_all(&wire::stop_connect(source, limit)).await?;
@@ -223,11 +220,16 @@ impl StopRequest {
                 status => Err(StopFailed::Refused(status)),
             }
         };
-        let answer = match future::select(pin!(within(timeout, exchange)), ended).await {
-            Either::Left((answer, _)) => answer,
-            Either::Right(_) => Err(StopFailed::Gone),
-        };
-        let answer = answer.map(|()| Box::new(stream));
+        let answer =
+            match future::select(pin!(within(timeout, exchange)), &mut parameters.ended).await {
+                Either::Left((answer, _)) => answer,
+                Either::Right(_) => Err(StopFailed::Gone),
+            };
+        let answer = answer.map(|()| {
+            let event = Some(HandlerEvent::CircuitEnded(circuit, CircuitEnd::Ended));
+            let report = Report { event, events: report.events.clone() };
+            Box::new(Opening { target: stream, parameters, report })
+        });
         report.event = Some(HandlerEvent::TargetAnswered(circuit, answer));
     }
 }

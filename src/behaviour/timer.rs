@@ -128,7 +128,7 @@ mod tests {
         }
         assert!(limits.0.lock().unwrap().limits.len() <= 8, "what is done is forgotten");
         let last = limits.start(SHORT * 2);
-        run(&limits, last);
+        let _ = run(&limits, last);
         let limits = limits.0.lock().unwrap();
         assert!(limits.timer.is_none() && limits.limits.is_empty());
     }

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use libp2p::{PeerId, futures::channel::oneshot};
+use libp2p::futures::channel::oneshot;
 
 use super::{
     accounts::Counters,
@@ -34,18 +34,9 @@ pub enum Action<C, R> {
     Refuse(R, Status),
     /// Ask `target` on a stop stream whether it accepts a circuit, and report its answer:
     /// [`Relay::on_target_answered`](super::Relay::on_target_answered).
-    AskTarget {
-        /// The target, and the connection of its reservation.
-        target: End<C>,
-        /// The circuit.
-        circuit: CircuitId,
-        /// The peer that asked for it.
-        source: PeerId,
-        /// What it may carry.
-        limit: Limit,
-        /// Is cancelled when the relay ends the circuit.
-        ended: oneshot::Receiver<()>,
-    },
+    ///
+    /// The end is the target's, with the connection of its reservation.
+    AskTarget(End<C>, Box<CircuitParameters>),
     /// Probe the peer, and wait this long for the answer.
     Probe(End<C>, Duration),
     /// Keep the connection while it holds a reservation; `false`: it holds none any more.
@@ -56,9 +47,11 @@ pub enum Action<C, R> {
     Report(Event),
 }
 
-/// What a circuit may carry, and where it counts what it carries.
+/// One circuit as its tasks know it: who asks whom, what it may carry, and where it counts what it carries.
 #[derive(Debug)]
 pub struct CircuitParameters {
+    /// The circuit.
+    pub id: CircuitId,
     /// The limits, as told to both peers.
     pub limit: Limit,
     /// The link whose bandwidth it shares with the other circuits.

@@ -20,7 +20,6 @@ use crate::{
     address::ClientPrefix,
     config::Config,
     event::{BytesTransferred, CircuitEnd, CircuitId, Refused},
-    wire::Limit,
 };
 
 /// How long a direction may transfer nothing though bytes wait, while memory is scarce.
@@ -45,10 +44,11 @@ pub struct Circuit<C, R> {
     pub source: End<C>,
     /// The peer that holds the reservation.
     pub target: End<C>,
-    /// What it may carry.
-    pub limit: Limit,
-    /// Whether it is open.
-    pub state: State<C, R>,
+    /// The CONNECT, until it is answered.
+    pub request: Option<PendingRequest<C, R>>,
+    /// Since when it is open; `None`: the target has yet to answer.
+    pub opened_at: Option<Instant>,
+    counters: Counters,
     /// Dropping it ends the exchange with the target, or the open circuit.
     guard: Option<oneshot::Sender<()>>,
     /// The prefix of the source.
@@ -64,40 +64,15 @@ pub struct Circuit<C, R> {
     has_yielded: bool,
 }
 
-/// The state of a circuit.
-#[derive(Debug)]
-pub enum State<C, R> {
-    /// The target has yet to answer. `None`: the source was refused meanwhile.
-    Pending(Option<PendingRequest<C, R>>),
-    /// Bytes pass.
-    Open {
-        /// Since when.
-        since: Instant,
-        /// Counts the bytes.
-        counters: Counters,
-    },
-}
-
 impl<C, R> Circuit<C, R> {
     /// Since when it is open, and the bytes that it has transferred; `None`: it is being set up.
     pub fn open(&self) -> Option<(Instant, BytesTransferred)> {
-        match &self.state {
-            State::Open { since, counters } => Some((*since, counters.read())),
-            State::Pending(_) => None,
-        }
+        self.opened_at.map(|since| (since, self.counters.read()))
     }
 
     /// How it ended. Its task knows only whether the relay ended it; the table knows why.
     pub fn end(&self, reported: CircuitEnd) -> CircuitEnd {
         if reported == CircuitEnd::Ended { self.end } else { reported }
-    }
-
-    /// Marks it as open. The receiver is cancelled when it is [ended](Circuits::end).
-    pub fn begin(&mut self, since: Instant, counters: Counters) -> oneshot::Receiver<()> {
-        let (guard, ended) = oneshot::channel();
-        self.guard = Some(guard);
-        self.state = State::Open { since, counters };
-        ended
     }
 }
 
@@ -179,7 +154,7 @@ impl<C: Copy + Eq + Hash, R> Circuits<C, R> {
         let mut shares = Quota::new(Caps::default());
         counting.clone().for_each(|(_, circuit)| shares.add(circuit.prefix));
         let yielding = counting.filter(|(_, circuit)| {
-            shares.yields(circuit.prefix, prefix) && circuit.open().is_some()
+            shares.yields(circuit.prefix, prefix) && circuit.opened_at.is_some()
         });
         let (id, _) = *yielding.max_by_key(|(id, circuit)| {
             (shares.load(circuit.prefix), Reverse(circuit.active_at), Reverse(*id))
@@ -190,12 +165,13 @@ impl<C: Copy + Eq + Hash, R> Circuits<C, R> {
         Some(id)
     }
 
-    /// Adds a circuit whose target is to be asked. The receiver is cancelled when it is [ended](Self::end).
+    /// Adds a circuit whose target is to be asked. The receiver is cancelled when it is [ended](Self::end), now or once
+    /// it is open.
     pub fn add(
         &mut self,
         request: PendingRequest<C, R>,
         target: End<C>,
-        limit: Limit,
+        counters: Counters,
         now: Instant,
     ) -> (CircuitId, oneshot::Receiver<()>) {
         self.last += 1;
@@ -208,8 +184,9 @@ impl<C: Copy + Eq + Hash, R> Circuits<C, R> {
         let circuit = Circuit {
             source,
             target,
-            limit,
-            state: State::Pending(Some(request)),
+            request: Some(request),
+            opened_at: None,
+            counters,
             guard: Some(guard),
             prefix,
             transferred: BytesTransferred::default(),
@@ -225,10 +202,7 @@ impl<C: Copy + Eq + Hash, R> Circuits<C, R> {
     /// Finds out which circuits have transferred bytes since the last call, and in which bytes wait.
     pub fn poll_counters(&mut self, now: Instant) {
         for circuit in self.circuits.values_mut() {
-            let State::Open { counters, .. } = &circuit.state else {
-                continue;
-            };
-            let (after, waiting) = (counters.read(), counters.waiting());
+            let (after, waiting) = (circuit.counters.read(), circuit.counters.waiting());
             let before = std::mem::replace(&mut circuit.transferred, after);
             if before != after {
                 circuit.active_at = now;
@@ -269,10 +243,7 @@ impl<C: Copy + Eq + Hash, R> Circuits<C, R> {
     pub fn end(&mut self, id: CircuitId) -> Option<PendingRequest<C, R>> {
         let circuit = self.circuits.get_mut(&id)?;
         circuit.guard = None;
-        match &mut circuit.state {
-            State::Pending(request) => request.take(),
-            State::Open { .. } => None,
-        }
+        circuit.request.take()
     }
 
     /// The circuit of this id.
@@ -375,16 +346,14 @@ mod tests {
         let origin = Arc::new(Origin::new(source.peer, address, false));
         let request = Request::Connect(target.peer);
         let request = PendingRequest { from: source, origin, request, reply: () };
-        circuits.add(request, target, Limit::default(), Instant::now())
+        circuits.add(request, target, Accounts::default().counters(), Instant::now())
     }
 
     /// The target agreed; returns where its bytes are counted.
     fn open(circuits: &mut Circuits<u32, ()>, id: CircuitId) -> Counters {
-        let [source, target] = [(); 2].map(|()| PeerId::random());
-        let counters = Accounts::default().on_opened(id, source, target);
         let circuit = circuits.get_mut(id).unwrap();
-        assert!(circuit.begin(Instant::now(), counters.clone()).try_recv().is_ok());
-        counters
+        circuit.opened_at = Some(Instant::now());
+        circuit.counters.clone()
     }
 
     #[test]

@@ -282,14 +282,16 @@ mod preemption_tests {
             let (from, now) = (self.ends[source as usize], self.now);
             self.relay.handle_request(from, Ok(Request::Connect(target)), (), now);
             let asked = std::iter::from_fn(|| self.relay.actions.pop_front()).find_map(|action| {
-                let Action::AskTarget { circuit, .. } = action else {
+                let Action::AskTarget(_, parameters) = action else {
                     return None;
                 };
-                Some(circuit)
+                Some(parameters)
             });
-            let opened = self.relay.on_target_answered(asked.expect("it is admitted"), Ok(()), now);
+            let parameters = asked.expect("it is admitted");
+            let opened = self.relay.on_target_answered(parameters.id, Ok(()), now);
             self.did();
-            opened.expect("both want it").1.ended
+            assert!(opened.is_some(), "both want it");
+            parameters.ended
         }
 
         fn slot_of(&self, peer: PeerId) -> Option<u32> {

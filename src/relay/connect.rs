@@ -6,7 +6,7 @@ use libp2p::PeerId;
 
 use super::{
     Action, CircuitParameters, Relay,
-    circuits::{Circuit, State},
+    circuits::Circuit,
     connections::{End, PendingRequest},
 };
 use crate::{
@@ -25,9 +25,11 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         for end in [source, target] {
             self.connections.update(end.connection, now, |up| up.circuits += 1);
         }
-        let (circuit, ended) = self.circuits.add(request, target, limit, now);
-        let source = source.peer;
-        self.actions.push_back(Action::AskTarget { target, circuit, source, limit, ended });
+        let (counters, link) = (self.accounts.counters(), self.link.clone());
+        let (id, ended) = self.circuits.add(request, target, counters.clone(), now);
+        let ends = [source.peer, peer];
+        let parameters = CircuitParameters { id, limit, link, ends, counters, ended };
+        self.actions.push_back(Action::AskTarget(target, Box::new(parameters)));
     }
 
     /// Returns the connection of the target's reservation, and what a circuit to it may carry. If there is room only in
@@ -59,37 +61,28 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         Ok((connection, self.circuit_limit(terms)))
     }
 
-    /// Handles the target's answer. If the source still waits, opens the circuit and returns the source's reply handle
-    /// and the circuit's parameters.
+    /// Handles the target's answer. If it agreed and the source still waits, opens the circuit and returns the source's
+    /// reply handle.
     pub fn on_target_answered(
         &mut self,
         id: CircuitId,
         answer: Result<(), StopFailed>,
         now: Instant,
-    ) -> Option<(R, CircuitParameters)> {
-        let circuit = self.circuits.get_mut(id)?;
-        let State::Pending(request) = &mut circuit.state else {
-            return None;
-        };
-        // Without a request, the source was refused before.
-        let (request, source, target) = (request.take(), circuit.source.peer, circuit.target.peer);
-        match (request, answer) {
+    ) -> Option<R> {
+        let circuit = self.circuits.get_mut(id).filter(|circuit| circuit.opened_at.is_none())?;
+        match (circuit.request.take(), answer) {
             (Some(request), Ok(())) => {
-                let counters = self.accounts.on_opened(id, source, target);
-                let ended = circuit.begin(now, counters.clone());
-                let (limit, link, ends) = (circuit.limit, self.link.clone(), [source, target]);
+                circuit.opened_at = Some(now);
+                let (source, target) = (circuit.source.peer, circuit.target.peer);
+                self.accounts.on_opened(id, source, target);
                 self.report(Event::CircuitOpened { circuit: id, source, target });
-                let parameters = CircuitParameters { limit, link, ends, counters, ended };
-                Some((request.reply, parameters))
+                return Some(request.reply);
             }
-            (request, answer) => {
-                self.remove_circuit(id, now);
-                if let (Some(request), Err(failed)) = (request, answer) {
-                    self.refuse(request, Refused::StopFailed(failed));
-                }
-                None
-            }
+            (Some(request), Err(failed)) => self.refuse(request, Refused::StopFailed(failed)),
+            (None, _) => {} // the source was refused before
         }
+        self.remove_circuit(id, now);
+        None
     }
 
     /// Handles the end of an open circuit.

@@ -146,12 +146,12 @@ mod tests {
         relay.handle_request(target, Ok(Request::Reserve), 1, start);
         relay.handle_request(source, Ok(Request::Connect(target.peer)), 2, start);
         let asked = actions(&mut relay).into_iter().find_map(|action| match action {
-            Action::AskTarget { circuit, .. } => Some(circuit),
+            Action::AskTarget(_, parameters) => Some(parameters),
             _ => None,
         });
-        let circuit = asked.expect("the target is asked");
-        let opened = relay.on_target_answered(circuit, Ok(()), start);
-        let (_, mut parameters) = opened.expect("both want it");
+        let mut parameters = asked.expect("the target is asked");
+        let opened = relay.on_target_answered(parameters.id, Ok(()), start);
+        assert!(opened.is_some(), "both want it");
         let later = start + Duration::from_secs(2 * 60 * 60);
         relay.connections.record_activity(&target.peer, later);
         relay.connections.record_activity(&source.peer, later);

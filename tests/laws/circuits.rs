@@ -16,7 +16,7 @@ use proptest::prelude::*;
 use relaylet::{
     ActivityCounter, BytesTransferred, CircuitEnd, CircuitId, Config, StopFailed,
     relay::{
-        Action, Relay,
+        Action, CircuitParameters, Relay,
         accounts::Counters,
         connections::{Connection, End},
     },
@@ -114,6 +114,7 @@ struct Record {
     target: usize,
     address: u8,
     state: State,
+    counters: Counters,
     /// Is cancelled when the relay ends it; and whether that was noticed.
     ended: oneshot::Receiver<()>,
     has_noticed: bool,
@@ -128,7 +129,7 @@ enum State {
     Asking,
     /// Its source is gone or was refused, and the target has yet to answer.
     GivenUp,
-    Open(Counters),
+    Open,
     /// It ends for another one, and has yet to say so.
     Ceded,
 }
@@ -226,7 +227,7 @@ impl World {
                     let now = self.instant();
                     self.relay.on_delivered(request.from.peer, receipt, true, now);
                 }
-                Action::AskTarget { .. } | Action::Refuse(..) => actions.push(action),
+                Action::AskTarget(..) | Action::Refuse(..) => actions.push(action),
                 // A connection that is to be closed is there until it is gone.
                 _ => {}
             }
@@ -242,7 +243,7 @@ impl World {
             match record.state {
                 _ if !record.has_noticed => {}
                 State::Asking | State::GivenUp => given_up.push(record.id),
-                State::Open(_) | State::Ceded => ended.push(record.id),
+                State::Open | State::Ceded => ended.push(record.id),
             }
         }
         (given_up, ended)
@@ -265,16 +266,12 @@ impl World {
                 let id = record.id;
                 let answer = if agrees { Ok(()) } else { Err(StopFailed::Gone) };
                 let opened = self.relay.on_target_answered(id, answer, now);
-                let opened = opened.map(|(_, parameters)| (parameters.counters, parameters.ended));
                 self.actions();
                 let asking = self.circuits.iter().position(|record| record.id == id).unwrap();
                 let waits = matches!(self.circuits[asking].state, State::Asking);
                 assert_eq!(opened.is_some(), agrees && waits, "it is opened if both want it");
                 match opened {
-                    Some((counters, ended)) => {
-                        let record = &mut self.circuits[asking];
-                        (record.state, record.ended) = (State::Open(counters), ended);
-                    }
+                    Some(_) => self.circuits[asking].state = State::Open,
                     None => _ = self.circuits.remove(asking),
                 }
             }
@@ -283,13 +280,11 @@ impl World {
                     record.carried += 1;
                     let mut carried = BytesTransferred::default();
                     carried.to_target = 1;
-                    if let State::Open(counters) = &record.state {
-                        counters.add(carried);
-                    }
+                    record.counters.add(carried);
                 }
             }
             Step::Ends { nth } => {
-                let is_open = |c: &Record| matches!(c.state, State::Open(_) | State::Ceded);
+                let is_open = |c: &Record| matches!(c.state, State::Open | State::Ceded);
                 let open = self.circuits.iter().enumerate().filter(|(_, c)| is_open(c));
                 if let Some(index) = open.map(|(index, _)| index).nth(nth) {
                     let record = self.circuits.remove(index);
@@ -307,7 +302,7 @@ impl World {
                         record.state = State::GivenUp;
                         true
                     }
-                    State::Open(_) | State::Ceded if record.source == peer => false,
+                    State::Open | State::Ceded if record.source == peer => false,
                     _ => true,
                 });
                 self.ends_with(|record| record.target == peer);
@@ -322,7 +317,7 @@ impl World {
     }
 
     fn open(&mut self) -> impl Iterator<Item = &mut Record> {
-        self.circuits.iter_mut().filter(|c| matches!(c.state, State::Open(_)))
+        self.circuits.iter_mut().filter(|c| matches!(c.state, State::Open))
     }
 
     /// The open circuits of which this holds are ended, which they notice at once.
@@ -351,7 +346,7 @@ impl World {
             let now = self.now;
             self.relay.sweep(self.instant());
             for record in &mut self.circuits {
-                let is_open = matches!(record.state, State::Open(_) | State::Ceded);
+                let is_open = matches!(record.state, State::Open | State::Ceded);
                 if is_open && record.carried != record.seen {
                     (record.seen, record.moved) = (record.carried, now);
                 }
@@ -388,7 +383,7 @@ impl World {
         let mut refused = None;
         for action in self.actions() {
             match action {
-                Action::AskTarget { circuit, ended, .. } => admitted = Some((circuit, ended)),
+                Action::AskTarget(_, parameters) => admitted = Some(*parameters),
                 Action::Refuse(id, status) if id == request => refused = Some(status),
                 _ => {}
             }
@@ -405,7 +400,7 @@ impl World {
             assert_eq!(refused, Some(Status::ResourceLimitExceeded));
             return assert!(ended.is_empty(), "nobody loses a circuit for one that is refused");
         };
-        let (id, guard) = admitted.expect("there is room");
+        let CircuitParameters { id, counters, ended: guard, .. } = admitted.expect("there is room");
         // One of a peer that fell silent may be on its way out already.
         let is_ending = self.circuits.iter().filter(|record| record.has_noticed);
         ended.extend(ceded.filter(|ceded| is_ending.clone().any(|record| record.id == *ceded)));
@@ -421,6 +416,7 @@ impl World {
             target,
             address: self.peers[source].address,
             state: State::Asking,
+            counters,
             ended: guard,
             has_noticed: false,
             carried: 0,
@@ -467,7 +463,7 @@ impl World {
                 false => of_subnet > subnet_load + 1,
             }
         };
-        let open = under.iter().filter(|record| matches!(record.state, State::Open(_)));
+        let open = under.iter().filter(|record| matches!(record.state, State::Open));
         let ceding = open.filter(|record| yields(record));
         let ceding = ceding.max_by_key(|c| (load(c.address), Reverse(c.moved), Reverse(c.id)));
         ceding.map(|record| Some(record.id))
