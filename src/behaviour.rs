@@ -33,7 +33,7 @@ use libp2p::{
 
 use self::{
     handler::Handler,
-    hop::{Answer, Events, HandlerCommand, HandlerEvent, Outbound, Reply, Report, StopRequest},
+    hop::{Answer, Events, HandlerCommand, HandlerEvent, Reply, Report, StopRequest},
 };
 use crate::{
     access::Access,
@@ -258,9 +258,9 @@ impl Behaviour {
                 let gone = HandlerEvent::TargetAnswered(parameters.id, Err(StopFailed::Gone));
                 let report = Report { event: Some(gone), events: self.events.0.clone() };
                 let request = StopRequest { parameters, since: now, report };
-                (target, HandlerCommand::Open(Outbound::Stop(Box::new(request))))
+                (target, HandlerCommand::Stop(Box::new(request)))
             }
-            Action::Probe(to, timeout) => (to, HandlerCommand::Open(Outbound::Probe(timeout))),
+            Action::Probe(to, timeout) => (to, HandlerCommand::Probe(timeout)),
             Action::Hold(on, holds) => (on, HandlerCommand::Hold(holds)),
             Action::Close(End { peer, connection }) => {
                 let connection = CloseConnection::One(connection);
@@ -322,13 +322,13 @@ impl Behaviour {
 
 /// Checks that none of these addresses names another peer than this relay.
 fn validate_announced(relay: PeerId, announced: &[Multiaddr]) -> Result<(), ConfigError> {
-    match announced.iter().find(|address| (*address).clone().with_p2p(relay).is_err()) {
-        None => Ok(()),
-        Some(address) => {
+    for address in announced {
+        address.clone().with_p2p(relay).map_err(|address| {
             let problem = format!("{address} names another peer; this relay is {relay}");
-            Err(ConfigError::new("announce", problem))
-        }
+            ConfigError::new("announce", problem)
+        })?;
     }
+    Ok(())
 }
 
 impl NetworkBehaviour for Behaviour {

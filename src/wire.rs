@@ -170,26 +170,21 @@ pub fn decode_stop_answer(message: &[u8]) -> Result<i32, BadRequest> {
 
 /// The answer to a RESERVE that was granted or renewed. `expire` is in UNIX seconds.
 pub fn reserve_ok(expire: u64, addrs: &[Multiaddr], voucher: Vec<u8>, limit: Limit) -> Vec<u8> {
+    let (expire, voucher) = (Some(expire), Some(voucher));
     let addrs = addrs.iter().map(Multiaddr::to_vec).collect();
-    let message = proto::HopMessage {
-        r#type: Some(proto::HOP_STATUS),
-        status: Some(Status::Ok as i32),
-        reservation: Some(proto::Reservation {
-            expire: Some(expire),
-            addrs,
-            voucher: Some(voucher),
-        }),
-        limit: limit.into(),
-        peer: None,
-    };
+    let reservation = Some(proto::Reservation { expire, addrs, voucher });
+    let message = proto::HopMessage { reservation, ..hop_status(Status::Ok, limit) };
     message.encode_length_delimited_to_vec()
 }
 
 /// Any other answer: OK to a CONNECT, after which the stream is the circuit, or a refusal.
 pub fn status(status: Status, limit: Limit) -> Vec<u8> {
+    hop_status(status, limit).encode_length_delimited_to_vec()
+}
+
+fn hop_status(status: Status, limit: Limit) -> proto::HopMessage {
     let (r#type, status, limit) = (Some(proto::HOP_STATUS), Some(status as i32), limit.into());
-    let message = proto::HopMessage { r#type, status, limit, ..Default::default() };
-    message.encode_length_delimited_to_vec()
+    proto::HopMessage { r#type, status, limit, ..Default::default() }
 }
 
 /// The request to the target of a circuit.

@@ -29,7 +29,7 @@ use libp2p::{
 };
 
 use super::{
-    hop::{self, Events, HandlerCommand, HandlerEvent, Outbound},
+    hop::{self, Events, HandlerCommand, HandlerEvent},
     ping,
     timer::{Timeouts, within},
 };
@@ -101,7 +101,7 @@ impl ConnectionHandler for Handler {
     type InboundProtocol = Inbound;
     type OutboundProtocol = Ready;
     type InboundOpenInfo = ();
-    type OutboundOpenInfo = Outbound;
+    type OutboundOpenInfo = HandlerCommand;
 
     fn listen_protocol(&self) -> SubstreamProtocol<Inbound> {
         let ping = match self.answer_ping {
@@ -121,7 +121,7 @@ impl ConnectionHandler for Handler {
         match never {}
     }
 
-    fn on_connection_event(&mut self, event: ConnectionEvent<Inbound, Ready, (), Outbound>) {
+    fn on_connection_event(&mut self, event: ConnectionEvent<Inbound, Ready, (), HandlerCommand>) {
         match event {
             ConnectionEvent::FullyNegotiatedInbound(inbound) => {
                 self.activity.add(1);
@@ -149,22 +149,23 @@ impl ConnectionHandler for Handler {
                 protocol: mut stream,
                 info,
             }) => match info {
-                Outbound::Stop(request) => {
+                HandlerCommand::Stop(request) => {
                     let stream = self.activity.track(stream, ());
                     self.tasks.push(request.ask(stream, self.timeouts.clone()).boxed());
                 }
-                Outbound::Probe(timeout) => {
+                HandlerCommand::Probe(timeout) => {
                     stream.ignore_for_keep_alive();
                     let probe = ping::probe(self.activity.track(stream, ()));
                     let task = within(self.timeouts.start(timeout), probe);
                     self.tasks.push(task.map(drop).boxed());
                 }
+                HandlerCommand::Hold(_) => {} // opens no stream
             },
             ConnectionEvent::DialUpgradeError(DialUpgradeError { info, error }) => {
                 if !matches!(error, StreamUpgradeError::Timeout) {
                     self.activity.add(1); // a refusal is an answer
                 }
-                let Outbound::Stop(mut request) = info else {
+                let HandlerCommand::Stop(mut request) = info else {
                     return;
                 };
                 let failed = match error {
@@ -183,22 +184,19 @@ impl ConnectionHandler for Handler {
     fn poll(
         &mut self,
         cx: &mut Context<'_>,
-    ) -> Poll<ConnectionHandlerEvent<Ready, Outbound, Infallible>> {
+    ) -> Poll<ConnectionHandlerEvent<Ready, HandlerCommand, Infallible>> {
         // 1. Carry out commands.
         while let Poll::Ready(Some(command)) = self.commands.poll_next_unpin(cx) {
-            let outbound = match command {
+            let (protocol, timeout) = match command {
+                HandlerCommand::Stop(_) => (STOP_PROTOCOL, hop::STOP_TIMEOUT),
+                HandlerCommand::Probe(timeout) => (ping::PING_PROTOCOL, timeout),
                 HandlerCommand::Hold(holds) => {
                     self.holds_reservation = holds;
                     continue;
                 }
-                HandlerCommand::Open(outbound) => outbound,
-            };
-            let (protocol, timeout) = match &outbound {
-                Outbound::Stop(_) => (STOP_PROTOCOL, hop::STOP_TIMEOUT),
-                Outbound::Probe(timeout) => (ping::PING_PROTOCOL, *timeout),
             };
             let upgrade = ReadyUpgrade::new(protocol);
-            let protocol = SubstreamProtocol::new(upgrade, outbound).with_timeout(timeout);
+            let protocol = SubstreamProtocol::new(upgrade, command).with_timeout(timeout);
             return Poll::Ready(ConnectionHandlerEvent::OutboundSubstreamRequest { protocol });
         }
         // 2. Run the tasks; then the timer, which they may have set.

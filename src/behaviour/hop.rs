@@ -100,19 +100,12 @@ pub struct Opening {
 /// What the behaviour tells a connection's handler to do.
 #[derive(Debug)]
 pub enum HandlerCommand {
-    /// Open a stream for this.
-    Open(Outbound),
+    /// Ask the peer on a new stream whether it accepts a circuit.
+    Stop(Box<StopRequest>),
+    /// Probe the peer on a new stream. It has to answer within this time.
+    Probe(Duration),
     /// Keep the connection while it holds a reservation.
     Hold(bool),
-}
-
-/// What a stream is opened for.
-#[derive(Debug)]
-pub enum Outbound {
-    /// Asks the peer whether it accepts a circuit.
-    Stop(Box<StopRequest>),
-    /// Probes the peer, which has to answer within this time.
-    Probe(Duration),
 }
 
 /// A circuit that the target is asked for.

@@ -90,7 +90,7 @@ impl<C: Copy + Eq + Hash, R> Circuits<C, R> {
 
     /// Replaces the caps, from the next circuit on.
     pub fn configure(&mut self, config: &Config) {
-        self.quota.set_caps(config.circuit_caps());
+        self.quota.caps = config.circuit_caps();
         self.per_peer = config.max_circuits_per_peer;
     }
 

@@ -223,7 +223,7 @@ impl<C: Copy + Eq + Hash> Connections<C> {
     /// Changes since when open probes count.
     pub fn shift_probes(&mut self, since: impl Fn(Instant) -> Instant) {
         for connection in self.up.values_mut() {
-            connection.liveness.shift_probe(&since);
+            connection.liveness.probed_at = connection.liveness.probed_at.map(&since);
         }
     }
 

@@ -20,7 +20,7 @@ const WARN_AGAIN: Duration = Duration::from_secs(60 * 60);
 pub struct Liveness {
     active_at: Instant,
     /// Since when a probe has been open.
-    probed_at: Option<Instant>,
+    pub(super) probed_at: Option<Instant>,
     jitter: u8,
 }
 
@@ -39,11 +39,6 @@ impl Liveness {
     /// Records a probe.
     pub fn on_probe(&mut self, now: Instant) {
         self.probed_at = Some(now);
-    }
-
-    /// Changes since when an open probe counts.
-    pub fn shift_probe(&mut self, since: impl Fn(Instant) -> Instant) {
-        self.probed_at = self.probed_at.map(since);
     }
 
     /// How long a probe has been open, if one is.

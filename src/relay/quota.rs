@@ -45,7 +45,8 @@ pub type Busiest = (ClientPrefix, usize);
 /// How much of something is held, and the caps on it.
 #[derive(Clone, Debug)]
 pub struct Quota {
-    caps: Caps,
+    /// The caps. Units above them stay.
+    pub caps: Caps,
     held: HashMap<Scope, u32>,
 }
 
@@ -53,11 +54,6 @@ impl Quota {
     /// A quota of which nothing is held.
     pub fn new(caps: Caps) -> Self {
         Self { caps, held: HashMap::new() }
-    }
-
-    /// Replaces the caps. Units above them stay.
-    pub fn set_caps(&mut self, caps: Caps) {
-        self.caps = caps;
     }
 
     /// How much this scope holds.

@@ -40,8 +40,8 @@ pub struct Reservations<C> {
     next_end: Option<Instant>,
     /// Changes to slots, oldest first, until the caller takes them.
     pub changes: VecDeque<Change<C>>,
-    graces: GraceNumber,
-    receipts: u64,
+    /// The last number given to a disconnect or to an answer.
+    last: u64,
 }
 
 /// One peer's hold on a slot.
@@ -112,27 +112,15 @@ pub struct Granted {
 
 /// A change to a slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Change<C> {
-    /// The reservation points at another connection of the peer.
-    Moved {
-        /// The peer.
-        peer: PeerId,
-        /// `None`: it was granted, or was in grace.
-        from: Option<C>,
-        /// `None`: the last connection closed, and grace began.
-        to: Option<C>,
-    },
-    /// The slot is free.
-    Freed {
-        /// The peer that held it.
-        peer: PeerId,
-        /// The connection that it was live on.
-        connection: Option<C>,
-        /// The prefix that it counted towards.
-        prefix: Option<ClientPrefix>,
-        /// Why it was freed.
-        reason: FreedReason,
-    },
+pub struct Change<C> {
+    /// The peer.
+    pub peer: PeerId,
+    /// The connection that the reservation pointed at; `None`: it was granted, or was in grace.
+    pub from: Option<C>,
+    /// The connection that it points at now; `None`: grace began, or the slot is free.
+    pub to: Option<C>,
+    /// Why the slot is free, if it is, and the prefix that it counted towards.
+    pub freed: Option<(FreedReason, Option<ClientPrefix>)>,
 }
 
 impl<C: Copy + Eq> Reservations<C> {
@@ -146,15 +134,14 @@ impl<C: Copy + Eq> Reservations<C> {
             quota: Quota::new(config.slot_caps()),
             next_end: None,
             changes: VecDeque::new(),
-            graces: 0,
-            receipts: 0,
+            last: 0,
         }
     }
 
     /// Replaces the caps and the grace. Frees no slot; granted terms stay.
     pub fn configure(&mut self, config: &Config, now: Instant) {
         self.grace = config.grace;
-        self.quota.set_caps(config.slot_caps());
+        self.quota.caps = config.slot_caps();
         self.next_end = Some(now); // a shorter grace may be over already
     }
 
@@ -170,15 +157,17 @@ impl<C: Copy + Eq> Reservations<C> {
 
     /// The slot of `peer`, which may have ended and not been removed yet.
     pub fn get(&self, peer: &PeerId) -> Option<Slot<C>> {
-        let reservation = self.slots.get(peer)?;
-        let connection = reservation.state.connection();
-        let (ends, _) = self.end(reservation);
-        Some(Slot { connection, prefix: reservation.prefix, ends })
+        self.slots.get(peer).map(|reservation| self.slot(reservation))
     }
 
-    /// The peers that hold a slot, in no order.
-    pub fn holders(&self) -> impl Iterator<Item = PeerId> {
-        self.slots.keys().map(|peer| **peer)
+    /// The peers that hold a slot and their slots, in no order.
+    pub fn iter(&self) -> impl Iterator<Item = (PeerId, Slot<C>)> {
+        self.slots.iter().map(|(peer, reservation)| (**peer, self.slot(reservation)))
+    }
+
+    fn slot(&self, reservation: &Reservation<C>) -> Slot<C> {
+        let Reservation { state, prefix, .. } = *reservation;
+        Slot { connection: state.connection(), prefix, ends: self.end(reservation).0 }
     }
 
     /// Decides a RESERVE of `peer` over `connection` for a term of `ttl`; the slot counts towards `prefix`.
@@ -218,8 +207,8 @@ impl<C: Copy + Eq> Reservations<C> {
             self.free(**oldest, FreedReason::TakenBy { peer });
         }
         // 3. Renew or grant.
-        self.receipts += 1;
-        let (receipt, expires) = (Receipt(self.receipts), now + ttl);
+        self.last += 1;
+        let (receipt, expires) = (Receipt(self.last), now + ttl);
         let next_end = self.next_end.get_or_insert(expires);
         *next_end = expires.min(*next_end);
         let state = State::Live { connection };
@@ -241,7 +230,8 @@ impl<C: Copy + Eq> Reservations<C> {
             let reservation = Reservation { state, expires, prefix, receipt, undo };
             self.slots.insert(Arc::new(peer), reservation);
             self.quota.add(prefix);
-            self.changes.push_back(Change::Moved { peer, from: None, to: Some(connection) });
+            let (from, to) = (None, Some(connection));
+            self.changes.push_back(Change { peer, from, to, freed: None });
         }
         Ok(Granted { receipt, is_renewal })
     }
@@ -274,8 +264,8 @@ impl<C: Copy + Eq> Reservations<C> {
         reason: FreedReason,
         now: Instant,
     ) {
-        match self.slots.get(&peer) {
-            Some(reservation) if reservation.state.connection() != Some(gone) => {}
+        let reservation = self.slots.get(&peer);
+        match reservation.filter(|reservation| reservation.state.connection() == Some(gone)) {
             // An answer on its way over that connection does not arrive any more.
             Some(reservation) if reservation.undo.is_some() => self.undo(peer, up, now),
             Some(_) => self.settle(peer, up, reason, now),
@@ -331,8 +321,8 @@ impl<C: Copy + Eq> Reservations<C> {
         } else if self.grace.is_zero() {
             self.free(peer, without_grace);
         } else {
-            self.graces += 1;
-            self.set_state(peer, State::Grace { since: now, number: self.graces });
+            self.last += 1;
+            self.set_state(peer, State::Grace { since: now, number: self.last });
         }
     }
 
@@ -352,7 +342,7 @@ impl<C: Copy + Eq> Reservations<C> {
         }
         let (from, to) = (before.connection(), state.connection());
         if from != to {
-            self.changes.push_back(Change::Moved { peer, from, to });
+            self.changes.push_back(Change { peer, from, to, freed: None });
         }
     }
 
@@ -363,8 +353,8 @@ impl<C: Copy + Eq> Reservations<C> {
         };
         self.leave_queue(state, prefix);
         self.quota.remove(prefix);
-        let connection = state.connection();
-        self.changes.push_back(Change::Freed { peer, connection, prefix, reason });
+        let (from, freed) = (state.connection(), Some((reason, prefix)));
+        self.changes.push_back(Change { peer, from, to: None, freed });
         true
     }
 

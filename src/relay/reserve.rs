@@ -6,7 +6,7 @@ use libp2p::PeerId;
 
 use super::{
     Action, Relay,
-    connections::{End, PendingRequest},
+    connections::{Connection, End, PendingRequest},
     quota::Scope,
     reclaim::{self, Candidate, PendingReservation, Verdict},
     reservations::{Change, Granted, Receipt},
@@ -151,27 +151,19 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     /// reports freed slots and graces.
     pub(super) fn apply_changes(&mut self, now: Instant) {
         while let Some(change) = self.reservations.changes.pop_front() {
-            let (peer, from, to) = match change {
-                Change::Moved { peer, from, to } => (peer, from, to),
-                Change::Freed { peer, connection, .. } => (peer, connection, None),
-            };
-            for (connection, holds) in [(from, false), (to, true)] {
-                let Some(connection) = connection else {
-                    continue;
-                };
-                let held = self
-                    .connections
-                    .update(connection, now, |up| mem::replace(&mut up.holds_reservation, holds));
+            let Change { peer, from, to, freed } = change;
+            let (from, to) = (from.map(|from| (from, false)), to.map(|to| (to, true)));
+            for (connection, holds) in from.into_iter().chain(to) {
+                let hold = |up: &mut Connection| mem::replace(&mut up.holds_reservation, holds);
+                let held = self.connections.update(connection, now, hold);
                 if held.is_some_and(|held| held != holds) {
                     self.actions.push_back(Action::Hold(End { peer, connection }, holds));
                 }
             }
-            match change {
-                Change::Freed { peer, prefix, reason, .. } => {
-                    self.report(Event::ReservationFreed { peer, prefix, reason });
-                }
-                Change::Moved { to: None, .. } => self.report(Event::GraceBegan { peer }),
-                Change::Moved { .. } => {}
+            if let Some((reason, prefix)) = freed {
+                self.report(Event::ReservationFreed { peer, prefix, reason });
+            } else if to.is_none() {
+                self.report(Event::GraceBegan { peer });
             }
         }
     }
