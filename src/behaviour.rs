@@ -25,8 +25,7 @@ use libp2p::{
     futures::{FutureExt, StreamExt, channel::mpsc},
     identity::{Keypair, SigningError},
     swarm::{
-        CloseConnection, ConnectionClosed, ConnectionDenied, ConnectionId, DialFailure, FromSwarm,
-        ListenFailure, NetworkBehaviour, ToSwarm,
+        CloseConnection, ConnectionDenied, ConnectionId, FromSwarm, NetworkBehaviour, ToSwarm,
         behaviour::{ConnectionEstablished, ExternalAddresses, ListenAddresses},
     },
 };
@@ -214,14 +213,10 @@ impl Behaviour {
     }
 
     fn on_established(&mut self, established: ConnectionEstablished<'_>) {
-        let (id, endpoint) = (established.connection_id, established.endpoint);
-        let mut connection = Connection::new(
-            established.peer_id,
-            endpoint.get_remote_address().clone(),
-            endpoint.is_relayed(),
-            self.random.hash_one(id) as u8,
-            Instant::now(),
-        );
+        let ConnectionEstablished { peer_id: peer, connection_id: id, endpoint, .. } = established;
+        let (address, relayed) = (endpoint.get_remote_address().clone(), endpoint.is_relayed());
+        let jitter = self.random.hash_one(id) as u8;
+        let mut connection = Connection::new(peer, address, relayed, jitter, Instant::now());
         if let Some((_, activity)) = self.handlers.get(&id) {
             connection.track(activity.clone());
         }
@@ -365,20 +360,18 @@ impl NetworkBehaviour for Behaviour {
         self.listening.on_swarm_event(&event);
         match event {
             FromSwarm::ConnectionEstablished(established) => self.on_established(established),
-            FromSwarm::ConnectionClosed(ConnectionClosed { peer_id, connection_id, .. }) => {
+            FromSwarm::ConnectionClosed(closed) => {
                 // First what its tasks reported before.
                 while let Ok(event) = self.events.1.try_recv() {
                     self.on_event(event);
                 }
-                self.handlers.remove(&connection_id);
-                let gone = End { peer: peer_id, connection: connection_id };
+                self.handlers.remove(&closed.connection_id);
+                let gone = End { peer: closed.peer_id, connection: closed.connection_id };
                 self.relay.on_disconnected(gone, Instant::now());
             }
             // Another behaviour denied the connection.
-            FromSwarm::ListenFailure(ListenFailure { connection_id, .. })
-            | FromSwarm::DialFailure(DialFailure { connection_id, .. }) => {
-                self.handlers.remove(&connection_id);
-            }
+            FromSwarm::ListenFailure(failed) => _ = self.handlers.remove(&failed.connection_id),
+            FromSwarm::DialFailure(failed) => _ = self.handlers.remove(&failed.connection_id),
             _ => {}
         }
     }

@@ -309,11 +309,8 @@ fn validate_lists(lists: &Lists) -> Result<(), ConfigError> {
             return Err(ConfigError::new(setting, problem));
         }
     }
-    for (setting, subnets) in
-        [("allow_subnet", &lists.allow_subnet), ("deny_subnet", &lists.deny_subnet)]
-    {
-        validate_subnets(setting, subnets)?;
-    }
+    validate_subnets("allow_subnet", &lists.allow_subnet)?;
+    validate_subnets("deny_subnet", &lists.deny_subnet)?;
     for allowed in &lists.allow_subnet {
         if let Some(denied) = lists.deny_subnet.iter().find(|net| net.contains(allowed)) {
             let problem = format!("{allowed} lies in {denied}, which is denied; drop one");

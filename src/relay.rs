@@ -162,9 +162,8 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
 
     /// Handles a connection that closed.
     pub fn on_disconnected(&mut self, gone: End<C>, now: Instant) {
-        let End { peer, connection } = gone;
         // 1. Forget it, and its request that waits for a slot.
-        self.connections.remove(connection);
+        self.connections.remove(gone.connection);
         self.waiting.retain(|waiting| waiting.request.from != gone);
         // 2. End its circuits. The tasks of the connection are gone, and report nothing any more.
         for id in self.circuits.over(gone) {
@@ -177,12 +176,10 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
             }
         }
         // 3. Move its reservation, or begin the grace.
-        if self.connections.of(&peer).next().is_none() {
-            self.accounts.remove(&peer);
+        if self.connections.of(&gone.peer).next().is_none() {
+            self.accounts.remove(&gone.peer);
         }
-        let up = self.fit_for_a_slot(peer);
-        self.reservations.on_disconnected(peer, connection, &up, FreedReason::Disconnected, now);
-        self.apply_changes(now);
+        self.abandon(gone, FreedReason::Disconnected, now);
     }
 
     /// Frees `peer`'s slot and ends its circuits; returns whether it held a slot.

@@ -9,7 +9,7 @@ use std::{fmt, io, time::Duration};
 use libp2p::{
     Multiaddr, PeerId, StreamProtocol,
     core::SignedEnvelope,
-    futures::{AsyncRead, AsyncReadExt},
+    futures::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     identity::{Keypair, SigningError},
 };
 use prost::Message;
@@ -135,6 +135,12 @@ pub async fn read_frame(
     }
 }
 
+/// Writes one message, and flushes it.
+pub async fn write_frame(stream: &mut (impl AsyncWrite + Unpin), frame: &[u8]) -> io::Result<()> {
+    stream.write_all(frame).await?;
+    stream.flush().await
+}
+
 /// Decodes a request of the client `from`.
 pub fn decode_request(message: &[u8], from: PeerId) -> Result<Request, BadRequest> {
     let message = proto::HopMessage::decode(message)
@@ -195,7 +201,7 @@ pub fn stop_connect(source: PeerId, limit: Limit) -> Vec<u8> {
     message.encode_length_delimited_to_vec()
 }
 
-/// Signs the voucher that `peer` holds a slot with the owner of `keypair` until `expiration`, in UNIX seconds.
+/// Signs the voucher that `peer` holds a slot with the owner of `keypair` until `expire`, in UNIX seconds.
 ///
 /// A signed envelope (libp2p RFC 0002) as
 /// [the specification](https://github.com/libp2p/specs/blob/master/relay/circuit-v2.md#reservation-vouchers) defines it.
@@ -204,15 +210,11 @@ pub fn stop_connect(source: PeerId, limit: Limit) -> Vec<u8> {
 /// # Errors
 ///
 /// When the key cannot sign, which none of libp2p's key types reports in practice.
-pub fn sign_voucher(
-    keypair: &Keypair,
-    peer: PeerId,
-    expiration: u64,
-) -> Result<Vec<u8>, SigningError> {
+pub fn sign_voucher(keypair: &Keypair, peer: PeerId, expire: u64) -> Result<Vec<u8>, SigningError> {
     let voucher = proto::Voucher {
         relay: Some(keypair.public().to_peer_id().to_bytes()),
         peer: Some(peer.to_bytes()),
-        expiration: Some(expiration),
+        expiration: Some(expire),
     };
     let (domain, payload_type) = (VOUCHER_DOMAIN.to_owned(), VOUCHER_TYPE.to_vec());
     let envelope = SignedEnvelope::new(keypair, domain, payload_type, voucher.encode_to_vec())?;

@@ -31,6 +31,7 @@ use relaylet::{
     Config, FreedReason,
     address::ClientPrefix,
     relay::{
+        connections::End,
         quota::Scope,
         reservations::{Change, Granted, Receipt, Reservations},
     },
@@ -138,7 +139,7 @@ impl Table {
     fn lose(&mut self, who: usize, connection: u32, up: &[u32]) -> Left {
         let (peer, reason) = (self.peers[who], FreedReason::Disconnected);
         self.changes();
-        self.reservations.on_disconnected(peer, connection, up, reason, self.now);
+        self.reservations.on_disconnected(End { peer, connection }, up, reason, self.now);
         self.left(who)
     }
 

@@ -45,7 +45,7 @@ pub(crate) fn transfer(
     let CircuitParameters { limit, link, ends, counters, mut ended, .. } = parameters;
     let [mut to_target, mut to_source] = [(); 2].map(|()| Direction {
         pending: Vec::new(),
-        allowance: limit.bytes,
+        allowance: limit.bytes.unwrap_or(u64::MAX),
         delivered: 0,
         state: State::Open,
     });
@@ -87,8 +87,8 @@ pub(crate) fn transfer(
 struct Direction {
     /// What the writer did not accept yet. Usually empty: a circuit that waits holds no memory.
     pending: Vec<u8>,
-    /// How many more bytes may be read; `None`: no limit.
-    allowance: Option<u64>,
+    /// How many more bytes may be read.
+    allowance: u64,
     /// Bytes that were written and are not counted yet.
     delivered: u64,
     state: State,
@@ -142,7 +142,12 @@ impl Direction {
             match share.poll_read(from, &mut buffer.0, cx) {
                 Poll::Ready(Ok(0)) => self.state = State::Closing,
                 Poll::Ready(Ok(read)) => {
-                    let allowed = buffer.0.get(..self.allow(read)).unwrap_or_default();
+                    if self.allowance < read as u64 {
+                        self.state = State::OverLimit;
+                    }
+                    let allowed = self.allowance.min(read as u64);
+                    self.allowance -= allowed;
+                    let allowed = buffer.0.get(..allowed as usize).unwrap_or_default();
                     let left = self.write(allowed, to, cx)?;
                     if !left.is_empty() {
                         self.pending = left.to_vec();
@@ -179,19 +184,6 @@ impl Direction {
             }
         }
         Ok(bytes)
-    }
-
-    /// Takes `read` bytes out of the allowance; returns how many of them it allows.
-    fn allow(&mut self, read: usize) -> usize {
-        let Some(allowance) = &mut self.allowance else {
-            return read;
-        };
-        if *allowance < read as u64 {
-            self.state = State::OverLimit;
-        }
-        let allowed = (*allowance).min(read as u64);
-        *allowance -= allowed;
-        allowed as usize
     }
 }
 

@@ -24,7 +24,7 @@ use libp2p::{
     swarm::{
         ConnectionHandler, ConnectionHandlerEvent, ConnectionId, StreamUpgradeError,
         SubstreamProtocol,
-        handler::{ConnectionEvent, DialUpgradeError, FullyNegotiatedOutbound},
+        handler::{ConnectionEvent, DialUpgradeError},
     },
 };
 
@@ -138,24 +138,20 @@ impl ConnectionHandler for Handler {
                         if Arc::strong_count(&self.pings) <= MAX_PINGS =>
                     {
                         ping.ignore_for_keep_alive();
-                        let permit = Arc::clone(&self.pings);
-                        let task = ping::answer(self.activity.track(ping, ()));
-                        self.tasks.push(task.map(|_| drop(permit)).boxed());
+                        let task = ping::answer(self.activity.track(ping, self.pings.clone()));
+                        self.tasks.push(task.map(drop).boxed());
                     }
                     _ => {}
                 }
             }
-            ConnectionEvent::FullyNegotiatedOutbound(FullyNegotiatedOutbound {
-                protocol: mut stream,
-                info,
-            }) => match info {
+            ConnectionEvent::FullyNegotiatedOutbound(mut outbound) => match outbound.info {
                 HandlerCommand::Stop(request) => {
-                    let stream = self.activity.track(stream, ());
+                    let stream = self.activity.track(outbound.protocol, ());
                     self.tasks.push(request.ask(stream, self.timeouts.clone()).boxed());
                 }
                 HandlerCommand::Probe(timeout) => {
-                    stream.ignore_for_keep_alive();
-                    let probe = ping::probe(self.activity.track(stream, ()));
+                    outbound.protocol.ignore_for_keep_alive();
+                    let probe = ping::probe(self.activity.track(outbound.protocol, ()));
                     let task = within(self.timeouts.start(timeout), probe);
                     self.tasks.push(task.map(drop).boxed());
                 }

@@ -146,8 +146,7 @@ pub(crate) async fn serve(
         Answer::Open(opening) => *opening,
         Answer::Final(message, receipt) => {
             let delivery = async {
-                stream.write_all(&message).await?;
-                stream.flush().await?;
+                wire::write_frame(&mut stream, &message).await?;
                 stream.close().await
             };
             let delivered = within(timeout, delivery).await;
@@ -162,23 +161,16 @@ pub(crate) async fn serve(
     // The time limit of a circuit begins before its answer is delivered.
     let deadline = parameters.limit.duration.map(|duration| timeouts.start(duration));
     let message = wire::status(Status::Ok, parameters.limit);
-    let failed = {
-        let delivery = async {
-            stream.write_all(&message).await?;
-            stream.flush().await
-        };
-        let delivery = pin!(within::<_, io::Error>(timeout, delivery));
-        match future::select(delivery, &mut parameters.ended).await {
-            Either::Left((Ok(()), _)) => None,
-            Either::Left((Err(error), _)) => Some(CircuitEnd::Reset(error.kind())),
-            Either::Right(_) => Some(CircuitEnd::Ended),
-        }
+    let delivery = within(timeout, wire::write_frame(&mut stream, &message));
+    let delivered = match future::select(pin!(delivery), &mut parameters.ended).await {
+        Either::Left((delivered, _)) => delivered.map_err(|error| CircuitEnd::Reset(error.kind())),
+        Either::Right(_) => Err(CircuitEnd::Ended),
     };
     // 4. Transfer the bytes of the circuit.
     let circuit = parameters.id;
-    let end = match failed {
-        None => transfer(stream, target, *parameters, deadline).await,
-        Some(end) => end,
+    let end = match delivered {
+        Ok(()) => transfer(stream, target, *parameters, deadline).await,
+        Err(end) => end,
     };
     report.event = Some(HandlerEvent::CircuitEnded(circuit, end));
     Ok(())
@@ -204,8 +196,7 @@ impl StopRequest {
         let (circuit, [source, _], limit) = (parameters.id, parameters.ends, parameters.limit);
         let timeout = timeouts.start(STOP_TIMEOUT.saturating_sub(since.elapsed()));
         let exchange = async {
-            stream.write_all(&wire::stop_connect(source, limit)).await?;
-            stream.flush().await?;
+            wire::write_frame(&mut stream, &wire::stop_connect(source, limit)).await?;
             let message = wire::read_frame(&mut stream).await?;
             let status = message.and_then(|message| wire::decode_stop_answer(&message));
             match status.map_err(StopFailed::Nonsense)? {

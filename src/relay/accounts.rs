@@ -97,13 +97,8 @@ impl Accounts {
     }
 
     /// Counts an open circuit that ended, and its bytes.
-    pub fn on_closed(
-        &mut self,
-        id: CircuitId,
-        [source, target]: [PeerId; 2],
-        transferred: BytesTransferred,
-    ) {
-        let BytesTransferred { to_target, to_source } = transferred;
+    pub fn on_closed(&mut self, id: CircuitId, ends: [PeerId; 2], transferred: BytesTransferred) {
+        let ([source, target], BytesTransferred { to_target, to_source }) = (ends, transferred);
         self.totals.closed += 1;
         self.totals.transferred.to_target += to_target;
         self.totals.transferred.to_source += to_source;

@@ -82,9 +82,6 @@ impl Bandwidth {
     /// How many bytes a circuit may carry at a time; `None`: no cap.
     pub fn quantum(&self, ends: Ends) -> Option<usize> {
         let [total, per_peer] = self.caps;
-        if self.caps == [0, 0] {
-            return None;
-        }
         let of_peers = ends.iter().filter_map(|peer| {
             let waiting = self.peers.get(peer).map_or(0, |queue| queue.waiting);
             quantum(per_peer, waiting)

@@ -13,7 +13,7 @@ use libp2p::{PeerId, futures::channel::oneshot};
 
 use super::{
     accounts::Counters,
-    connections::{End, PendingRequest},
+    connections::{End, Origin, PendingRequest},
     quota::{Caps, Quota, Scope},
 };
 use crate::{
@@ -31,7 +31,7 @@ pub struct Circuits<C, R> {
     circuits: HashMap<CircuitId, Circuit<C, R>>,
     /// How many each prefix has, by source. Circuits that yielded to another one do not count.
     pub quota: Quota,
-    per_peer: usize,
+    pub(super) per_peer: usize,
     /// The circuits that a peer is part of, in either role.
     by_peer: HashMap<PeerId, Vec<CircuitId>>,
     last: u64,
@@ -88,12 +88,6 @@ impl<C: Copy + Eq + Hash, R> Circuits<C, R> {
         }
     }
 
-    /// Replaces the caps, from the next circuit on.
-    pub fn configure(&mut self, config: &Config) {
-        self.quota.caps = config.circuit_caps();
-        self.per_peer = config.max_circuits_per_peer;
-    }
-
     /// How many count, those that are being set up included.
     pub fn count(&self) -> usize {
         self.quota.held(Scope::Total)
@@ -114,17 +108,14 @@ impl<C: Copy + Eq + Hash, R> Circuits<C, R> {
     /// # Errors
     ///
     /// The cap that is reached. One under which [`Circuits::yield_one`] cannot make room comes first.
-    pub fn check_caps(
-        &self,
-        source: &PeerId,
-        target: &PeerId,
-        prefix: Option<ClientPrefix>,
-    ) -> Result<(), Refused> {
-        let full = self.quota.full(prefix);
+    pub fn check_caps(&self, source: &Origin, target: &PeerId) -> Result<(), Refused> {
+        let full = self.quota.full(source.prefix);
         match full {
             Some(Scope::Address(prefix)) => Err(Refused::TooManyCircuitsOfAddress(prefix)),
             Some(Scope::Subnet(subnet)) => Err(Refused::TooManyCircuitsOfSubnet(subnet)),
-            _ if self.count_of(source) >= self.per_peer => Err(Refused::TooManyCircuitsOfSource),
+            _ if self.count_of(&source.peer) >= self.per_peer => {
+                Err(Refused::TooManyCircuitsOfSource)
+            }
             // A circuit of the target that yields makes room in the table, too.
             _ if self.count_of(target) >= self.per_peer => Err(Refused::TooManyCircuitsOfTarget),
             Some(Scope::Total) => Err(Refused::TooManyCircuits),
@@ -132,16 +123,11 @@ impl<C: Copy + Eq + Hash, R> Circuits<C, R> {
         }
     }
 
-    /// Makes room under a full cap of the table or of the target: returns the circuit to end, which does not count any
+    /// Makes room for a circuit of `to` under a full cap of the table or of the target: returns the circuit to end, which does not count any
     /// more. It is one of the heaviest prefix, if that would still hold at least as much as the newcomer's; of those
     /// under the cap the one that has transferred nothing for longest. `None` if there is none, or one is not enough.
     /// A circuit that is being set up stays.
-    pub fn yield_one(
-        &mut self,
-        full: &Refused,
-        target: &PeerId,
-        prefix: Option<ClientPrefix>,
-    ) -> Option<CircuitId> {
+    pub fn yield_one(&mut self, full: &Refused, to: &Origin, target: &PeerId) -> Option<CircuitId> {
         if self.quota.above(None).is_some() || self.count_of(target) > self.per_peer {
             return None;
         }
@@ -154,7 +140,7 @@ impl<C: Copy + Eq + Hash, R> Circuits<C, R> {
         let mut shares = Quota::new(Caps::default());
         counting.clone().for_each(|(_, circuit)| shares.add(circuit.prefix));
         let yielding = counting.filter(|(_, circuit)| {
-            shares.yields(circuit.prefix, prefix) && circuit.opened_at.is_some()
+            shares.yields(circuit.prefix, to.prefix) && circuit.opened_at.is_some()
         });
         let (id, _) = *yielding.max_by_key(|(id, circuit)| {
             (shares.load(circuit.prefix), Reverse(circuit.active_at), Reverse(*id))
@@ -304,10 +290,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::{
-        relay::{accounts::Accounts, connections::Origin},
-        wire::Request,
-    };
+    use crate::{relay::accounts::Accounts, wire::Request};
 
     fn table(caps: Caps, per_peer: usize) -> Circuits<u32, ()> {
         Circuits { quota: Quota::new(caps), per_peer, ..Circuits::new(&Config::default()) }
@@ -326,13 +309,17 @@ mod tests {
         Some(IpAddr::from(Ipv4Addr::new(192, 0, n, 1)).into())
     }
 
+    fn origin(peer: PeerId, from: u8) -> Origin {
+        Origin::new(peer, prefix(from).unwrap().ip().into(), false)
+    }
+
     fn admit(
         circuits: &mut Circuits<u32, ()>,
         source: End<u32>,
         target: End<u32>,
         from: u8,
     ) -> Result<CircuitId, Refused> {
-        circuits.check_caps(&source.peer, &target.peer, prefix(from))?;
+        circuits.check_caps(&origin(source.peer, from), &target.peer)?;
         Ok(add(circuits, source, target, from).0)
     }
 
@@ -342,8 +329,7 @@ mod tests {
         target: End<u32>,
         from: u8,
     ) -> (CircuitId, oneshot::Receiver<()>) {
-        let address = prefix(from).unwrap().ip().into();
-        let origin = Arc::new(Origin::new(source.peer, address, false));
+        let origin = Arc::new(origin(source.peer, from));
         let request = Request::Connect(target.peer);
         let request = PendingRequest { from: source, origin, request, reply: () };
         circuits.add(request, target, Accounts::default().counters(), Instant::now())
@@ -394,14 +380,15 @@ mod tests {
             open(&mut circuits, ids[n]).add(bytes);
         }
         circuits.poll_counters(start + Duration::from_secs(1));
-        let same = circuits.yield_one(full, &target.peer, prefix(1));
+        let [same, other] = [1, 2].map(|from| origin(end(9).peer, from));
+        let same = circuits.yield_one(full, &same, &target.peer);
         assert_eq!(same, None, "of the same prefix");
-        let yielded = circuits.yield_one(full, &target.peer, prefix(2)).unwrap();
+        let yielded = circuits.yield_one(full, &other, &target.peer).unwrap();
         assert_eq!((yielded, circuits.count()), (ids[1], 3));
         assert!(admit(&mut circuits, end(9), target, 2).is_ok());
         // Two of one and one of the other are what is fair; the ended one is there until it says so.
-        circuits.yield_one(full, &target.peer, prefix(2)).unwrap();
-        assert_eq!(circuits.yield_one(full, &target.peer, prefix(2)), None);
+        circuits.yield_one(full, &other, &target.peer).unwrap();
+        assert_eq!(circuits.yield_one(full, &other, &target.peer), None);
         assert_eq!(circuits.of(&target.peer).count(), 5);
         assert!(circuits.remove(yielded).is_some());
         assert_eq!((circuits.count(), circuits.count_of(&target.peer)), (3, 3));
@@ -457,9 +444,10 @@ mod tests {
         }
         let (full, target) = (&Refused::TooManyCircuits, PeerId::random());
         let of_source = &Refused::TooManyCircuitsOfSource;
-        assert_eq!(circuits.yield_one(of_source, &target, prefix(2)), None);
-        assert_eq!(circuits.yield_one(full, &target, prefix(1)), None);
-        assert!(circuits.yield_one(full, &target, prefix(2)).is_some());
+        let [same, other] = [1, 2].map(|from| origin(end(9).peer, from));
+        assert_eq!(circuits.yield_one(of_source, &other, &target), None);
+        assert_eq!(circuits.yield_one(full, &same, &target), None);
+        assert!(circuits.yield_one(full, &other, &target).is_some());
         assert!(admit(&mut circuits, end(8), end(9), 2).is_ok());
     }
 
@@ -483,7 +471,7 @@ mod tests {
         assert!(circuits.remove(id).is_some());
         assert!(circuits.remove(id).is_none());
         assert_eq!((circuits.count(), circuits.peers()), (0, 0));
-        assert!(circuits.quota.is_empty());
+        assert_eq!(circuits.quota.scopes(), 0);
         assert_ne!(admit(&mut circuits, alice, bob, 1), Ok(id));
     }
 }

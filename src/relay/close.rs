@@ -13,7 +13,7 @@ use super::{
     Action, Draining, Relay,
     connections::{Connection, End},
 };
-use crate::event::Refused;
+use crate::event::{FreedReason, Refused};
 
 impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     /// Drains: refuses newcomers from now on, and closes all connections without a circuit until then.
@@ -85,7 +85,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         };
         log::debug!("connection closed: peer {peer}: another connection of it replaces it");
         let replaced = End { peer, connection };
-        self.abandon(replaced, now);
+        self.abandon(replaced, FreedReason::Silent, now);
         self.close(replaced);
     }
 

@@ -52,8 +52,8 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         let slot = self.reservations.get(&target);
         let connection = slot.and_then(|slot| slot.live(now)).ok_or(Refused::NoReservation)?;
         // 4. Room.
-        if let Err(full) = self.circuits.check_caps(&source, &target, origin.prefix) {
-            let yielded = self.circuits.yield_one(&full, &target, origin.prefix);
+        if let Err(full) = self.circuits.check_caps(origin, &target) {
+            let yielded = self.circuits.yield_one(&full, origin, &target);
             let yielded = yielded.ok_or(full)?;
             log::debug!("circuit {yielded} ends: a prefix with fewer circuits needs one");
             self.end_circuit(yielded);
@@ -93,16 +93,10 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
             let (source, target) = (circuit.source.peer, circuit.target.peer);
             let open_for = now.saturating_duration_since(since);
             self.accounts.on_closed(id, [source, target], transferred);
-            let end = circuit.end(end);
-            let circuit = id;
-            self.report(Event::CircuitClosed {
-                circuit,
-                source,
-                target,
-                end,
-                transferred,
-                open_for,
-            });
+            let (circuit, end) = (id, circuit.end(end));
+            let closed =
+                Event::CircuitClosed { circuit, source, target, end, transferred, open_for };
+            self.report(closed);
         }
     }
 

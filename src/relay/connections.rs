@@ -251,18 +251,6 @@ impl<C: Copy + Eq + Hash> Connections<C> {
         });
         watched.map(|(id, connection)| (*id, &mut connection.liveness))
     }
-
-    /// The watched connections that hold a reservation and have been silent for at least this long.
-    pub fn silent(
-        &self,
-        at_least: Duration,
-        now: Instant,
-    ) -> impl Iterator<Item = (C, &Connection)> {
-        self.iter().filter(move |(_, connection)| {
-            let is_holder = connection.holds_reservation && !connection.is_closing;
-            is_holder && connection.liveness.silent_for(now) >= at_least
-        })
-    }
 }
 
 impl<C> Default for Connections<C> {

@@ -55,7 +55,7 @@ impl Liveness {
 /// When the last check was, and whether the relay doubts its own link.
 #[derive(Debug)]
 pub struct Heartbeat {
-    checked_at: Instant,
+    pub(super) checked_at: Instant,
     /// Time-outs wait until then, because most connections became silent at once.
     doubt: Option<Instant>,
     warned_at: Option<Instant>,
@@ -76,11 +76,6 @@ impl Heartbeat {
     /// The heartbeat of a relay that starts at `now`.
     pub fn new(now: Instant) -> Self {
         Self { checked_at: now, doubt: None, warned_at: None }
-    }
-
-    /// Starts again at `now` with another configuration: the time since the last check is no pause.
-    pub fn restart(&mut self, now: Instant) {
-        self.checked_at = now;
     }
 
     /// Checks all watched connections.

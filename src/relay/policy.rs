@@ -20,8 +20,9 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     pub fn set_config(&mut self, config: Config, now: Instant) -> Result<(), ConfigError> {
         config.validate()?;
         self.reservations.configure(&config, now);
-        self.circuits.configure(&config);
-        self.heartbeat.restart(now);
+        self.circuits.quota.caps = config.circuit_caps();
+        self.circuits.per_peer = config.max_circuits_per_peer;
+        self.heartbeat.checked_at = now; // the time since the last check is no pause
         self.reserve_rates.per_minute = config.reserve_rate;
         self.connect_rates.per_minute = config.connect_rate;
         self.link.lock().configure(&config, now);

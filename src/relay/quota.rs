@@ -144,13 +144,8 @@ impl Quota {
     }
 
     /// How many scopes hold something.
-    pub fn len(&self) -> usize {
+    pub fn scopes(&self) -> usize {
         self.held.len()
-    }
-
-    /// Whether nothing is held.
-    pub fn is_empty(&self) -> bool {
-        self.held.is_empty()
     }
 }
 
@@ -239,7 +234,7 @@ mod tests {
                 }
             }
             model.0.drain(..).for_each(|prefix| quota.remove(prefix));
-            prop_assert!(quota.is_empty());
+            prop_assert_eq!(quota.scopes(), 0);
         }
 
         #[test]
@@ -276,10 +271,10 @@ mod tests {
         for prefix in [Some(home), Some(home), None] {
             quota.add(prefix);
         }
-        assert_eq!((quota.busiest(), quota.len()), (Some((home, 2)), 3));
+        assert_eq!((quota.busiest(), quota.scopes()), (Some((home, 2)), 3));
         for prefix in [Some(home), None, Some(home), Some(home)] {
             quota.remove(prefix);
         }
-        assert!(quota.is_empty());
+        assert_eq!(quota.scopes(), 0);
     }
 }

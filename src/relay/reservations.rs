@@ -19,7 +19,10 @@ use std::{
 
 use libp2p::PeerId;
 
-use super::quota::{Quota, Scope};
+use super::{
+    connections::End,
+    quota::{Quota, Scope},
+};
 use crate::{address::ClientPrefix, config::Config, event::FreedReason};
 
 /// The number of a disconnect: slots in grace are taken in this order.
@@ -52,8 +55,11 @@ struct Reservation<C> {
     prefix: Option<ClientPrefix>,
     receipt: Receipt,
     /// What to restore if the last answer does not reach the peer; `None` once one did.
-    undo: Option<Box<Undo<C>>>,
+    undo: Option<Box<Before<C>>>,
 }
+
+/// What a peer held before an answer: the state and the end of its term, or no slot.
+type Before<C> = Option<(State<C>, Instant)>;
 
 #[derive(Clone, Copy, Debug)]
 enum State<C> {
@@ -70,12 +76,6 @@ impl<C> State<C> {
             Self::Grace { .. } => None,
         }
     }
-}
-
-#[derive(Debug)]
-enum Undo<C> {
-    Free,
-    Restore { state: State<C>, expires: Instant },
 }
 
 /// What is known of a peer's slot.
@@ -214,9 +214,8 @@ impl<C: Copy + Eq> Reservations<C> {
         let state = State::Live { connection };
         if let Some(reservation) = self.slots.get_mut(&peer) {
             // When several answers in a row are lost, what held before the first of them is restored.
-            let Reservation { state: before, expires: end, .. } = *reservation;
-            let undo = || Box::new(Undo::Restore { state: before, expires: end });
-            reservation.undo.get_or_insert_with(undo);
+            let before = (reservation.state, reservation.expires);
+            reservation.undo.get_or_insert_with(|| Box::new(Some(before)));
             (reservation.expires, reservation.receipt) = (expires, receipt);
             self.set_state(peer, state);
             // Without room at the new prefix, it stays with the old one.
@@ -226,7 +225,7 @@ impl<C: Copy + Eq> Reservations<C> {
                 reservation.prefix = prefix;
             }
         } else {
-            let undo = Some(Box::new(Undo::Free));
+            let undo = Some(Box::new(None));
             let reservation = Reservation { state, expires, prefix, receipt, undo };
             self.slots.insert(Arc::new(peer), reservation);
             self.quota.add(prefix);
@@ -253,19 +252,13 @@ impl<C: Copy + Eq> Reservations<C> {
         }
     }
 
-    /// Handles a connection of `peer` that closed or timed out; `up` are the remaining ones, oldest first.
+    /// Handles a connection that closed or timed out; `up` are the peer's remaining ones, oldest first.
     ///
     /// Nothing changes unless the reservation points at it. `reason` is why the slot is freed if there is no grace.
-    pub fn on_disconnected(
-        &mut self,
-        peer: PeerId,
-        gone: C,
-        up: &[C],
-        reason: FreedReason,
-        now: Instant,
-    ) {
+    pub fn on_disconnected(&mut self, gone: End<C>, up: &[C], reason: FreedReason, now: Instant) {
+        let End { peer, connection } = gone;
         let reservation = self.slots.get(&peer);
-        match reservation.filter(|reservation| reservation.state.connection() == Some(gone)) {
+        match reservation.filter(|reservation| reservation.state.connection() == Some(connection)) {
             // An answer on its way over that connection does not arrive any more.
             Some(reservation) if reservation.undo.is_some() => self.undo(peer, up, now),
             Some(_) => self.settle(peer, up, reason, now),
@@ -300,8 +293,8 @@ impl<C: Copy + Eq> Reservations<C> {
         };
         match reservation.undo.take().map(|undo| *undo) {
             None => {}
-            Some(Undo::Free) => _ = self.free(peer, FreedReason::Undelivered),
-            Some(Undo::Restore { state, expires }) => {
+            Some(None) => _ = self.free(peer, FreedReason::Undelivered),
+            Some(Some((state, expires))) => {
                 reservation.expires = expires;
                 self.next_end = self.next_end.map(|next| next.min(expires));
                 match state.connection() {

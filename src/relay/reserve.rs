@@ -45,9 +45,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         }
         log::debug!("reservation pending: peer {peer}: {}", Refused::from(full));
         self.waiting.push_back(pending);
-        if let Some(up) = self.connections.get_mut(connection) {
-            up.idle_since = now; // until now it was not
-        }
+        self.connections.update(connection, now, |up| up.idle_since = now); // until now it was not
         self.bring_sweep_forward(now);
     }
 
@@ -95,7 +93,10 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
             return;
         }
         // 2. Decide about the silent peers.
-        let silent = self.connections.silent(self.config.probe_after, now);
+        let silent = self.connections.iter().filter(|(_, up)| {
+            let is_live = up.holds_reservation && !up.is_closing;
+            is_live && up.liveness.silent_for(now) >= self.config.probe_after
+        });
         let candidates = silent.map(|(connection, up)| Candidate {
             connection,
             prefix: self.reservations.get(&up.origin.peer).and_then(|slot| slot.prefix),

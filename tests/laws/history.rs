@@ -531,7 +531,7 @@ impl World {
         }
         self.pass(self.now + self.model.policy.ttl + self.model.policy.sweep);
         let table = &self.relay.reservations;
-        assert_eq!((table.taken(), table.in_grace(), table.quota.len()), (0, 0, 0));
+        assert_eq!((table.taken(), table.in_grace(), table.quota.scopes()), (0, 0, 0));
         assert_eq!((self.relay.waiting.len(), self.relay.connections.count()), (0, 0));
     }
 }
