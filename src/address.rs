@@ -154,8 +154,8 @@ impl<'a> Known<'a> {
         if !self.announced.is_empty() {
             return self.announced.iter().collect();
         }
-        let is_own = |own: &&Multiaddr| !self.confirmed.contains(own) && !is_unspecified(own);
-        let own = self.listening.iter().filter(is_own);
+        let own = self.listening.iter().filter(|own| !self.confirmed.contains(own));
+        let own = own.filter(|own| ip(own).is_none_or(|ip| !ip.is_unspecified()));
         let (global, local): (Vec<_>, Vec<_>) = own.partition(|own| is_global(own));
         self.confirmed.iter().chain(global).chain(self.reported).chain(local).collect()
     }

@@ -23,7 +23,7 @@ use libp2p::{
     Multiaddr, PeerId,
     core::{ConnectedPoint, Endpoint, transport::PortUse},
     futures::{FutureExt, StreamExt, channel::mpsc},
-    identity::{Keypair, SigningError},
+    identity::Keypair,
     swarm::{
         CloseConnection, ConnectionDenied, ConnectionId, FromSwarm, NetworkBehaviour, ToSwarm,
         behaviour::{ConnectionEstablished, ExternalAddresses, ListenAddresses},
@@ -235,7 +235,7 @@ impl Behaviour {
         let now = Instant::now();
         let (to, command) = match action {
             Action::Grant { request, receipt, limit, expires } => {
-                let Ok(message) = self.reserve_ok(&request.origin, limit, expires) else {
+                let Some(message) = self.reserve_ok(&request.origin, limit, expires) else {
                     self.relay.on_sign_failed(request, receipt, now);
                     return None;
                 };
@@ -278,11 +278,8 @@ impl Behaviour {
             HandlerEvent::Delivered(peer, receipt, arrived) => {
                 relay.on_delivered(peer, receipt, arrived, now);
             }
-            HandlerEvent::TargetAnswered(circuit, Err(failed)) => {
-                relay.on_target_answered(circuit, Err(failed), now);
-            }
-            HandlerEvent::TargetAnswered(circuit, Ok(opening)) => {
-                if let Some(reply) = relay.on_target_answered(circuit, Ok(()), now) {
+            HandlerEvent::TargetAnswered(circuit, answer) => {
+                if let Some((reply, opening)) = relay.on_target_answered(circuit, answer, now) {
                     // If the source is gone, the opening reports the end.
                     let _ = reply.0.send(Answer::Open(opening));
                 }
@@ -291,13 +288,8 @@ impl Behaviour {
         }
     }
 
-    /// The answer that grants a reservation.
-    fn reserve_ok(
-        &self,
-        to: &Origin,
-        limit: Limit,
-        expires: Instant,
-    ) -> Result<Vec<u8>, SigningError> {
+    /// The answer that grants a reservation; `None`: its voucher could not be signed.
+    fn reserve_ok(&self, to: &Origin, limit: Limit, expires: Instant) -> Option<Vec<u8>> {
         let term = expires.saturating_duration_since(Instant::now());
         let wall_clock = SystemTime::now().duration_since(UNIX_EPOCH);
         let expire = (wall_clock.unwrap_or_default() + term).as_secs();
@@ -310,8 +302,8 @@ impl Behaviour {
             reported: reported.as_ref(),
         };
         let addresses = address::for_reservation(known, self.peer);
-        let voucher = wire::sign_voucher(&self.keypair, to.peer, expire)?;
-        Ok(wire::reserve_ok(expire, &addresses, voucher, limit))
+        let voucher = wire::sign_voucher(&self.keypair, to.peer, expire).ok()?;
+        Some(wire::reserve_ok(expire, &addresses, voucher, limit))
     }
 }
 
@@ -400,8 +392,7 @@ impl NetworkBehaviour for Behaviour {
                 if (self.is_memory_scarce)() {
                     self.relay.end_stalled(now);
                 }
-                let took = now.elapsed();
-                self.sweeps = (self.sweeps.0 + 1, self.sweeps.1 + took);
+                self.sweeps = (self.sweeps.0 + 1, self.sweeps.1 + now.elapsed());
                 continue;
             }
             match self.events.1.poll_next_unpin(cx) {

@@ -204,9 +204,8 @@ impl Config {
     ///
     /// The first invalid setting, by name and with the remedy.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        let check = |is_wrong, setting, problem: &str| match is_wrong {
-            true => Err(ConfigError::new(setting, problem)),
-            false => Ok(()),
+        let check = |is_wrong, setting, problem: &str| {
+            if is_wrong { Err(ConfigError::new(setting, problem)) } else { Ok(()) }
         };
         let problem = "a relay without slots relays nothing; try 1 or more";
         check(self.max_reservations == 0, "max_reservations", problem)?;
@@ -277,11 +276,8 @@ fn cap(given: Option<usize>, share: usize, least: usize) -> Option<usize> {
 }
 
 /// Checks that each of these is a whole subnet, in the family that addresses are looked up in.
-pub(crate) fn validate_subnets(
-    setting: &'static str,
-    subnets: &[IpNet],
-) -> Result<(), ConfigError> {
-    for subnet in subnets {
+pub(crate) fn validate_subnets(setting: &'static str, list: &[IpNet]) -> Result<(), ConfigError> {
+    for subnet in list {
         let whole = subnet.trunc();
         let problem = if whole != *subnet {
             format!("{subnet} names one host in it; try {whole}")

@@ -31,7 +31,7 @@ pub use self::action::{Action, CircuitParameters};
 use self::{
     accounts::Accounts,
     bandwidth::Link,
-    circuits::{Circuit, Circuits},
+    circuits::Circuits,
     connections::{Connections, End, PendingRequest},
     heartbeat::Heartbeat,
     rates::Rates,
@@ -169,9 +169,8 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         for id in self.circuits.over(gone) {
             self.end_circuit(id);
             // The source's connection runs an open one, the target's one that is being set up.
-            let runs_it =
-                |circuit: &Circuit<C, R>| circuit.opened_at.is_some() == (circuit.source == gone);
-            if self.circuits.get(id).is_some_and(runs_it) {
+            let circuit = self.circuits.get(id);
+            if circuit.is_some_and(|it| it.opened_at.is_some() == (it.source == gone)) {
                 self.on_circuit_ended(id, CircuitEnd::Ended, now);
             }
         }

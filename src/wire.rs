@@ -135,7 +135,7 @@ pub async fn read_frame(
     }
 }
 
-/// Writes one message, and flushes it.
+/// Writes a whole message, and flushes it.
 pub async fn write_frame(stream: &mut (impl AsyncWrite + Unpin), frame: &[u8]) -> io::Result<()> {
     stream.write_all(frame).await?;
     stream.flush().await
@@ -179,18 +179,16 @@ pub fn reserve_ok(expire: u64, addrs: &[Multiaddr], voucher: Vec<u8>, limit: Lim
     let (expire, voucher) = (Some(expire), Some(voucher));
     let addrs = addrs.iter().map(Multiaddr::to_vec).collect();
     let reservation = Some(proto::Reservation { expire, addrs, voucher });
-    let message = proto::HopMessage { reservation, ..hop_status(Status::Ok, limit) };
+    let (r#type, status, limit) = (Some(proto::HOP_STATUS), Some(Status::Ok as i32), limit.into());
+    let message = proto::HopMessage { r#type, reservation, limit, status, peer: None };
     message.encode_length_delimited_to_vec()
 }
 
 /// Any other answer: OK to a CONNECT, after which the stream is the circuit, or a refusal.
 pub fn status(status: Status, limit: Limit) -> Vec<u8> {
-    hop_status(status, limit).encode_length_delimited_to_vec()
-}
-
-fn hop_status(status: Status, limit: Limit) -> proto::HopMessage {
     let (r#type, status, limit) = (Some(proto::HOP_STATUS), Some(status as i32), limit.into());
-    proto::HopMessage { r#type, status, limit, ..Default::default() }
+    let message = proto::HopMessage { r#type, status, limit, ..Default::default() };
+    message.encode_length_delimited_to_vec()
 }
 
 /// The request to the target of a circuit.

@@ -15,15 +15,15 @@ use std::{
 };
 
 use futures_timer::Delay;
-use libp2p::futures::{AsyncRead, AsyncWrite, FutureExt};
+use libp2p::{
+    PeerId,
+    futures::{AsyncRead, AsyncWrite, FutureExt},
+};
 
 use super::timer::Timeout;
 use crate::{
     event::{BytesTransferred, CircuitEnd},
-    relay::{
-        CircuitParameters,
-        bandwidth::{Ends, Link},
-    },
+    relay::{CircuitParameters, bandwidth::Link},
 };
 
 /// The size of a buffer in bytes: what a secure channel sends in one piece. The largest message of Noise carries 64,511
@@ -191,7 +191,8 @@ impl Direction {
 #[derive(Debug)]
 struct FairShare {
     link: Link,
-    ends: Ends,
+    /// The source and the target.
+    ends: [PeerId; 2],
     /// Until it may read again.
     wait: Option<Delay>,
     /// Whether the target sends first: the directions take turns.
@@ -268,7 +269,7 @@ mod tests {
         time::Instant,
     };
 
-    use libp2p::{Multiaddr, PeerId, futures::io::Cursor};
+    use libp2p::{Multiaddr, futures::io::Cursor};
 
     use super::*;
     use crate::{

@@ -2,11 +2,11 @@
 
 use std::time::{Duration, Instant};
 
-use libp2p::futures::channel::oneshot;
+use libp2p::{PeerId, futures::channel::oneshot};
 
 use super::{
     accounts::Counters,
-    bandwidth::{Ends, Link},
+    bandwidth::Link,
     connections::{End, PendingRequest},
     reservations::Receipt,
 };
@@ -57,7 +57,7 @@ pub struct CircuitParameters {
     /// The link whose bandwidth it shares with the other circuits.
     pub link: Link,
     /// Its source and its target.
-    pub ends: Ends,
+    pub ends: [PeerId; 2],
     /// Counts the bytes that it carries.
     pub counters: Counters,
     /// Is cancelled when the relay ends it.

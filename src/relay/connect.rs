@@ -61,22 +61,22 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         Ok((connection, self.circuit_limit(terms)))
     }
 
-    /// Handles the target's answer. If it agreed and the source still waits, opens the circuit and returns the source's
-    /// reply handle.
-    pub fn on_target_answered(
+    /// Handles the target's answer, with what was opened to it if it agreed. If the source still waits, opens the circuit
+    /// and returns that with the source's reply handle.
+    pub fn on_target_answered<T>(
         &mut self,
         id: CircuitId,
-        answer: Result<(), StopFailed>,
+        answer: Result<T, StopFailed>,
         now: Instant,
-    ) -> Option<R> {
+    ) -> Option<(R, T)> {
         let circuit = self.circuits.get_mut(id).filter(|circuit| circuit.opened_at.is_none())?;
         match (circuit.request.take(), answer) {
-            (Some(request), Ok(())) => {
+            (Some(request), Ok(opened)) => {
                 circuit.opened_at = Some(now);
                 let (source, target) = (circuit.source.peer, circuit.target.peer);
                 self.accounts.on_opened(id, source, target);
                 self.report(Event::CircuitOpened { circuit: id, source, target });
-                return Some(request.reply);
+                return Some((request.reply, opened));
             }
             (Some(request), Err(failed)) => self.refuse(request, Refused::StopFailed(failed)),
             (None, _) => {} // the source was refused before
@@ -90,10 +90,10 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         if let Some(circuit) = self.remove_circuit(id, now)
             && let Some((since, transferred)) = circuit.open()
         {
-            let (source, target) = (circuit.source.peer, circuit.target.peer);
-            let open_for = now.saturating_duration_since(since);
-            self.accounts.on_closed(id, [source, target], transferred);
+            let ends @ [source, target] = [circuit.source.peer, circuit.target.peer];
+            self.accounts.on_closed(id, ends, transferred);
             let (circuit, end) = (id, circuit.end(end));
+            let open_for = now.saturating_duration_since(since);
             let closed =
                 Event::CircuitClosed { circuit, source, target, end, transferred, open_for };
             self.report(closed);

@@ -36,11 +36,6 @@ impl Liveness {
         self.probed_at = None;
     }
 
-    /// Records a probe.
-    pub fn on_probe(&mut self, now: Instant) {
-        self.probed_at = Some(now);
-    }
-
     /// How long a probe has been open, if one is.
     pub fn probed_for(&self, now: Instant) -> Option<Duration> {
         self.probed_at.map(|since| now.saturating_duration_since(since))
@@ -115,7 +110,7 @@ impl Heartbeat {
                     due.push(id);
                 }
             } else if silent_for >= probe_after(heartbeat, liveness.jitter) {
-                liveness.on_probe(now);
+                liveness.probed_at = Some(now);
                 found.probe.push(id);
             }
         }
@@ -269,7 +264,7 @@ mod tests {
     fn a_question_that_was_put_anew_gives_the_usual_time_to_answer() {
         let mut ward = Ward::of(1);
         assert_eq!(ward.pass(SILENCE - 1), asked(&[0]));
-        ward.livenesses[0].on_probe(ward.now);
+        ward.livenesses[0].probed_at = Some(ward.now);
         assert_eq!(ward.pass(SILENCE - HEARTBEAT - 1), asked(&[]));
         assert_eq!(ward.pass(1), judged(&[0]));
     }

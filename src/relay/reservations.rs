@@ -157,17 +157,14 @@ impl<C: Copy + Eq> Reservations<C> {
 
     /// The slot of `peer`, which may have ended and not been removed yet.
     pub fn get(&self, peer: &PeerId) -> Option<Slot<C>> {
-        self.slots.get(peer).map(|reservation| self.slot(reservation))
+        let reservation = self.slots.get(peer)?;
+        let Reservation { state, prefix, .. } = *reservation;
+        Some(Slot { connection: state.connection(), prefix, ends: self.end(reservation).0 })
     }
 
     /// The peers that hold a slot and their slots, in no order.
     pub fn iter(&self) -> impl Iterator<Item = (PeerId, Slot<C>)> {
-        self.slots.iter().map(|(peer, reservation)| (**peer, self.slot(reservation)))
-    }
-
-    fn slot(&self, reservation: &Reservation<C>) -> Slot<C> {
-        let Reservation { state, prefix, .. } = *reservation;
-        Slot { connection: state.connection(), prefix, ends: self.end(reservation).0 }
+        self.slots.keys().filter_map(|peer| Some((**peer, self.get(peer)?)))
     }
 
     /// Decides a RESERVE of `peer` over `connection` for a term of `ttl`; the slot counts towards `prefix`.

@@ -108,7 +108,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         // 3. Probe.
         for connection in probes {
             if let Some(up) = self.connections.get_mut(connection) {
-                up.liveness.on_probe(now);
+                up.liveness.probed_at = Some(now);
             }
             self.probe(connection);
         }

@@ -49,11 +49,11 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         // 6. Close idle connections, and while draining those that are due.
         let timeout = self.config.idle_timeout;
         let timeout = if timeout.is_zero() { Duration::MAX } else { timeout };
-        for (end, is_flooding) in self.connections.take_idle(timeout, now) {
+        for (end, is_flooding) in self.connections.idle_for(timeout, now) {
             let reason =
                 if is_flooding { "flooding".into() } else { format!("idle for {timeout:?}") };
             log::debug!("connection closed: peer {}: {reason}", end.peer);
-            self.actions.push_back(Action::Close(end));
+            self.close(end);
         }
         self.close_due(now);
         self.sweep_due = now + self.config.sweep;

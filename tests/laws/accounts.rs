@@ -116,7 +116,7 @@ impl World {
                     let answer = agrees.then_some(()).ok_or(StopFailed::Unsupported);
                     let source = self.relay.circuits.get(id).map(|circuit| circuit.source);
                     let opened = self.relay.on_target_answered(id, answer, self.now);
-                    if let (Some(()), Some(source)) = (opened, source) {
+                    if let (Some(_), Some(source)) = (opened, source) {
                         self.open.push((id, source, counters));
                     }
                 }
