@@ -65,10 +65,7 @@ pub enum Permission {
 impl Permission {
     /// Allows on the terms of the configuration, or denies.
     pub fn allow_if(allowed: bool) -> Self {
-        match allowed {
-            true => Self::Allow(Terms::default()),
-            false => Self::Deny,
-        }
+        if allowed { Self::Allow(Terms::default()) } else { Self::Deny }
     }
 }
 
@@ -110,13 +107,8 @@ pub struct Lists {
 
 impl Lists {
     fn allows_address(&self, address: &Multiaddr) -> bool {
-        if self.allow_subnet.is_empty() && self.deny_subnet.is_empty() {
-            return true;
-        }
         let ip = address::ip(address);
-        let is_in = |subnets: &[IpNet]| {
-            ip.is_some_and(|ip| subnets.iter().any(|subnet| subnet.contains(&ip)))
-        };
+        let is_in = |list: &[IpNet]| ip.is_some_and(|ip| list.iter().any(|net| net.contains(&ip)));
         !is_in(&self.deny_subnet) && (self.allow_subnet.is_empty() || is_in(&self.allow_subnet))
     }
 

@@ -102,57 +102,36 @@ impl fmt::Display for Subnet {
     }
 }
 
-/// From where an address can be dialed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
-    /// From nowhere: it stands for all addresses of a machine.
-    Unspecified,
-    /// From the same machine or network.
-    Local,
-    /// From anywhere on the internet. Names count as global: the operator chose them.
-    Global,
-}
-
-impl Kind {
-    fn of(address: &Multiaddr) -> Self {
-        let is_global = match ip(address) {
-            Some(ip) if ip.is_unspecified() => return Self::Unspecified,
-            Some(IpAddr::V4(ip)) => {
-                let [a, b, ..] = ip.octets();
-                !(ip.is_private()
-                    || ip.is_loopback()
-                    || ip.is_link_local()
-                    || ip.is_documentation()
-                    || ip.is_multicast()
-                    || a == 0
-                    || a >= 240
-                    || (a == 100 && (64..128).contains(&b)) // shared by carriers: RFC 6598
-                    || (a == 198 && (18..20).contains(&b))) // benchmarks: RFC 2544
-            }
-            // Of IPv6 only 2000::/3 is assigned, and of that one block is for documentation.
-            Some(IpAddr::V6(ip)) => {
-                let [first, second, ..] = ip.segments();
-                first & 0xe000 == 0x2000 && (first, second) != (0x2001, 0xdb8)
-            }
-            None => matches!(
-                address.iter().next(),
-                Some(
-                    Protocol::Dns(_) | Protocol::Dns4(_) | Protocol::Dns6(_) | Protocol::Dnsaddr(_)
-                )
-            ),
-        };
-        if is_global { Self::Global } else { Self::Local }
-    }
-}
-
-/// Whether this address can be dialed from anywhere on the internet.
+/// Whether this address can be dialed from anywhere on the internet. Names count as global: the operator chose them.
 pub fn is_global(address: &Multiaddr) -> bool {
-    Kind::of(address) == Kind::Global
+    match ip(address) {
+        Some(IpAddr::V4(ip)) => {
+            let [a, b, ..] = ip.octets();
+            !(ip.is_private()
+                || ip.is_loopback()
+                || ip.is_link_local()
+                || ip.is_documentation()
+                || ip.is_multicast()
+                || a == 0
+                || a >= 240
+                || (a == 100 && (64..128).contains(&b)) // shared by carriers: RFC 6598
+                || (a == 198 && (18..20).contains(&b))) // benchmarks: RFC 2544
+        }
+        // Of IPv6 only 2000::/3 is assigned, and of that one block is for documentation.
+        Some(IpAddr::V6(ip)) => {
+            let [first, second, ..] = ip.segments();
+            first & 0xe000 == 0x2000 && (first, second) != (0x2001, 0xdb8)
+        }
+        None => matches!(
+            address.iter().next(),
+            Some(Protocol::Dns(_) | Protocol::Dns4(_) | Protocol::Dns6(_) | Protocol::Dnsaddr(_))
+        ),
+    }
 }
 
 /// Whether this address stands for all addresses of a machine.
 pub fn is_unspecified(address: &Multiaddr) -> bool {
-    Kind::of(address) == Kind::Unspecified
+    ip(address).is_some_and(|ip| ip.is_unspecified())
 }
 
 /// The addresses at which a client may reach the relay, by their source.
@@ -175,14 +154,9 @@ impl<'a> Known<'a> {
         if !self.announced.is_empty() {
             return self.announced.iter().collect();
         }
-        let (mut global, mut local) = (Vec::new(), Vec::new());
-        for own in self.listening.iter().filter(|own| !self.confirmed.contains(own)) {
-            match Kind::of(own) {
-                Kind::Global => global.push(own),
-                Kind::Local => local.push(own),
-                Kind::Unspecified => {}
-            }
-        }
+        let own = self.listening.iter().filter(|own| !self.confirmed.contains(own));
+        let own = own.filter(|own| ip(own).is_none_or(|ip| !ip.is_unspecified()));
+        let (global, local): (Vec<_>, Vec<_>) = own.partition(|own| is_global(own));
         self.confirmed.iter().chain(global).chain(self.reported).chain(local).collect()
     }
 }

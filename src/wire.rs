@@ -9,7 +9,7 @@ use std::{fmt, io, time::Duration};
 use libp2p::{
     Multiaddr, PeerId, StreamProtocol,
     core::SignedEnvelope,
-    futures::{AsyncRead, AsyncReadExt},
+    futures::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     identity::{Keypair, SigningError},
 };
 use prost::Message;
@@ -135,6 +135,12 @@ pub async fn read_frame(
     }
 }
 
+/// Writes a whole message, and flushes it.
+pub async fn write_frame(stream: &mut (impl AsyncWrite + Unpin), frame: &[u8]) -> io::Result<()> {
+    stream.write_all(frame).await?;
+    stream.flush().await
+}
+
 /// Decodes a request of the client `from`.
 pub fn decode_request(message: &[u8], from: PeerId) -> Result<Request, BadRequest> {
     let message = proto::HopMessage::decode(message)
@@ -170,18 +176,11 @@ pub fn decode_stop_answer(message: &[u8]) -> Result<i32, BadRequest> {
 
 /// The answer to a RESERVE that was granted or renewed. `expire` is in UNIX seconds.
 pub fn reserve_ok(expire: u64, addrs: &[Multiaddr], voucher: Vec<u8>, limit: Limit) -> Vec<u8> {
+    let (expire, voucher) = (Some(expire), Some(voucher));
     let addrs = addrs.iter().map(Multiaddr::to_vec).collect();
-    let message = proto::HopMessage {
-        r#type: Some(proto::HOP_STATUS),
-        status: Some(Status::Ok as i32),
-        reservation: Some(proto::Reservation {
-            expire: Some(expire),
-            addrs,
-            voucher: Some(voucher),
-        }),
-        limit: limit.into(),
-        peer: None,
-    };
+    let reservation = Some(proto::Reservation { expire, addrs, voucher });
+    let (r#type, status, limit) = (Some(proto::HOP_STATUS), Some(Status::Ok as i32), limit.into());
+    let message = proto::HopMessage { r#type, reservation, limit, status, peer: None };
     message.encode_length_delimited_to_vec()
 }
 
@@ -200,7 +199,7 @@ pub fn stop_connect(source: PeerId, limit: Limit) -> Vec<u8> {
     message.encode_length_delimited_to_vec()
 }
 
-/// Signs the voucher that `peer` holds a slot with the owner of `keypair` until `expiration`, in UNIX seconds.
+/// Signs the voucher that `peer` holds a slot with the owner of `keypair` until `expire`, in UNIX seconds.
 ///
 /// A signed envelope (libp2p RFC 0002) as
 /// [the specification](https://github.com/libp2p/specs/blob/master/relay/circuit-v2.md#reservation-vouchers) defines it.
@@ -209,15 +208,11 @@ pub fn stop_connect(source: PeerId, limit: Limit) -> Vec<u8> {
 /// # Errors
 ///
 /// When the key cannot sign, which none of libp2p's key types reports in practice.
-pub fn sign_voucher(
-    keypair: &Keypair,
-    peer: PeerId,
-    expiration: u64,
-) -> Result<Vec<u8>, SigningError> {
+pub fn sign_voucher(keypair: &Keypair, peer: PeerId, expire: u64) -> Result<Vec<u8>, SigningError> {
     let voucher = proto::Voucher {
         relay: Some(keypair.public().to_peer_id().to_bytes()),
         peer: Some(peer.to_bytes()),
-        expiration: Some(expiration),
+        expiration: Some(expire),
     };
     let (domain, payload_type) = (VOUCHER_DOMAIN.to_owned(), VOUCHER_TYPE.to_vec());
     let envelope = SignedEnvelope::new(keypair, domain, payload_type, voucher.encode_to_vec())?;

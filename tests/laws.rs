@@ -32,6 +32,7 @@ use relaylet::{
     Config, FreedReason,
     address::ClientPrefix,
     relay::{
+        connections::End,
         quota::Scope,
         reservations::{Change, Granted, Receipt, Reservations},
     },
@@ -139,7 +140,7 @@ impl Table {
     fn lose(&mut self, who: usize, connection: u32, up: &[u32]) -> Left {
         let (peer, reason) = (self.peers[who], FreedReason::Disconnected);
         self.changes();
-        self.reservations.on_disconnected(peer, connection, up, reason, self.now);
+        self.reservations.on_disconnected(End { peer, connection }, up, reason, self.now);
         self.left(who)
     }
 
@@ -157,13 +158,10 @@ impl Table {
         assert!(changes.is_empty(), "one at a time");
         match change {
             None => Left::Untouched,
-            Some(Change::Moved { peer, to, .. }) => {
+            Some(Change { peer, to, freed, .. }) => {
                 assert_eq!(peer, self.peers[who]);
-                to.map_or(Left::Grace, Left::MovedTo)
-            }
-            Some(Change::Freed { peer, reason, .. }) => {
-                assert_eq!(peer, self.peers[who]);
-                Left::Freed(reason)
+                let moved = to.map_or(Left::Grace, Left::MovedTo);
+                freed.map_or(moved, |(reason, _)| Left::Freed(reason))
             }
         }
     }
@@ -174,10 +172,7 @@ impl Table {
 
     fn freed(&mut self) -> Vec<(usize, FreedReason)> {
         let changes = self.changes().into_iter();
-        let freed = changes.filter_map(|change| match change {
-            Change::Freed { peer, reason, .. } => Some((peer, reason)),
-            Change::Moved { .. } => None,
-        });
+        let freed = changes.filter_map(|change| Some((change.peer, change.freed?.0)));
         let who = |peer| self.peers.iter().position(|other| *other == peer);
         freed.map(|(peer, reason)| (who(peer).unwrap(), reason)).collect()
     }

@@ -24,12 +24,12 @@ use libp2p::{
     swarm::{
         ConnectionHandler, ConnectionHandlerEvent, ConnectionId, StreamUpgradeError,
         SubstreamProtocol,
-        handler::{ConnectionEvent, DialUpgradeError, FullyNegotiatedOutbound},
+        handler::{ConnectionEvent, DialUpgradeError},
     },
 };
 
 use super::{
-    hop::{self, Events, HandlerCommand, HandlerEvent, Outbound},
+    hop::{self, Events, HandlerCommand, HandlerEvent},
     ping,
     timer::{Timeouts, within},
 };
@@ -101,7 +101,7 @@ impl ConnectionHandler for Handler {
     type InboundProtocol = Inbound;
     type OutboundProtocol = Ready;
     type InboundOpenInfo = ();
-    type OutboundOpenInfo = Outbound;
+    type OutboundOpenInfo = HandlerCommand;
 
     fn listen_protocol(&self) -> SubstreamProtocol<Inbound> {
         let ping = match self.answer_ping {
@@ -121,7 +121,7 @@ impl ConnectionHandler for Handler {
         match never {}
     }
 
-    fn on_connection_event(&mut self, event: ConnectionEvent<Inbound, Ready, (), Outbound>) {
+    fn on_connection_event(&mut self, event: ConnectionEvent<Inbound, Ready, (), HandlerCommand>) {
         match event {
             ConnectionEvent::FullyNegotiatedInbound(inbound) => {
                 self.activity.add(1);
@@ -138,34 +138,31 @@ impl ConnectionHandler for Handler {
                         if Arc::strong_count(&self.pings) <= MAX_PINGS =>
                     {
                         ping.ignore_for_keep_alive();
-                        let permit = Arc::clone(&self.pings);
-                        let task = ping::answer(self.activity.track(ping, ()));
-                        self.tasks.push(task.map(|_| drop(permit)).boxed());
+                        let task = ping::answer(self.activity.track(ping, self.pings.clone()));
+                        self.tasks.push(task.map(drop).boxed());
                     }
                     _ => {}
                 }
             }
-            ConnectionEvent::FullyNegotiatedOutbound(FullyNegotiatedOutbound {
-                protocol: mut stream,
-                info,
-            }) => match info {
-                Outbound::Stop(request) => {
-                    let stream = self.activity.track(stream, ());
+            ConnectionEvent::FullyNegotiatedOutbound(mut outbound) => match outbound.info {
+                HandlerCommand::Stop(request) => {
+                    let stream = self.activity.track(outbound.protocol, ());
                     let timeouts = self.timeouts.clone();
                     self.tasks.push(request.ask(stream, self.end.connection, timeouts).boxed());
                 }
-                Outbound::Probe(timeout) => {
-                    stream.ignore_for_keep_alive();
-                    let probe = ping::probe(self.activity.track(stream, ()));
+                HandlerCommand::Probe(timeout) => {
+                    outbound.protocol.ignore_for_keep_alive();
+                    let probe = ping::probe(self.activity.track(outbound.protocol, ()));
                     let task = within(self.timeouts.start(timeout), probe);
                     self.tasks.push(task.map(drop).boxed());
                 }
+                HandlerCommand::Hold(_) => {} // opens no stream
             },
             ConnectionEvent::DialUpgradeError(DialUpgradeError { info, error }) => {
                 if !matches!(error, StreamUpgradeError::Timeout) {
                     self.activity.add(1); // a refusal is an answer
                 }
-                let Outbound::Stop(mut request) = info else {
+                let HandlerCommand::Stop(mut request) = info else {
                     return;
                 };
                 let failed = match error {
@@ -174,7 +171,7 @@ impl ConnectionHandler for Handler {
                     StreamUpgradeError::Io(error) => error.into(),
                     StreamUpgradeError::Apply(never) => match never {},
                 };
-                let (circuit, over) = (request.circuit, self.end.connection);
+                let (circuit, over) = (request.parameters.id, self.end.connection);
                 let event = HandlerEvent::TargetAnswered(circuit, over, Err(failed));
                 request.report.event = Some(event);
             }
@@ -185,22 +182,19 @@ impl ConnectionHandler for Handler {
     fn poll(
         &mut self,
         cx: &mut Context<'_>,
-    ) -> Poll<ConnectionHandlerEvent<Ready, Outbound, Infallible>> {
+    ) -> Poll<ConnectionHandlerEvent<Ready, HandlerCommand, Infallible>> {
         // 1. Carry out commands.
         while let Poll::Ready(Some(command)) = self.commands.poll_next_unpin(cx) {
-            let outbound = match command {
+            let (protocol, timeout) = match command {
+                HandlerCommand::Stop(ref request) => (STOP_PROTOCOL, request.time_left()),
+                HandlerCommand::Probe(timeout) => (ping::PING_PROTOCOL, timeout),
                 HandlerCommand::Hold(holds) => {
                     self.holds_reservation = holds;
                     continue;
                 }
-                HandlerCommand::Open(outbound) => outbound,
-            };
-            let (protocol, timeout) = match &outbound {
-                Outbound::Stop(request) => (STOP_PROTOCOL, request.time_left()),
-                Outbound::Probe(timeout) => (ping::PING_PROTOCOL, *timeout),
             };
             let upgrade = ReadyUpgrade::new(protocol);
-            let protocol = SubstreamProtocol::new(upgrade, outbound).with_timeout(timeout);
+            let protocol = SubstreamProtocol::new(upgrade, command).with_timeout(timeout);
             return Poll::Ready(ConnectionHandlerEvent::OutboundSubstreamRequest { protocol });
         }
         // 2. Run the tasks; then the timer, which they may have set.

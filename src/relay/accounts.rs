@@ -79,27 +79,26 @@ impl Accounts {
         self.relayed.read()
     }
 
-    /// Counts a circuit that opens between two connected peers. Returns where it counts its bytes.
-    pub fn on_opened(&mut self, id: CircuitId, source: PeerId, target: PeerId) -> Counters {
+    /// Where one more circuit counts its bytes.
+    pub fn counters(&self) -> Counters {
+        Counters { circuit: Arc::default(), relayed: Arc::clone(&self.relayed) }
+    }
+
+    /// Counts a circuit that opens between two connected peers.
+    pub fn on_opened(&mut self, id: CircuitId, source: PeerId, target: PeerId) {
         self.totals.opened += 1;
         for (peer, is_source) in [(source, true), (target, false)] {
             let new = || Stay { first: id, account: Account::default() };
             let stay = self.peers.entry(peer).or_insert_with(new);
             stay.first = stay.first.min(id); // circuits may open in another order
-            *(if is_source { &mut stay.account.as_source } else { &mut stay.account.as_target }) +=
-                1;
+            let Account { as_source, as_target, .. } = &mut stay.account;
+            *(if is_source { as_source } else { as_target }) += 1;
         }
-        Counters { circuit: Arc::default(), relayed: Arc::clone(&self.relayed) }
     }
 
     /// Counts an open circuit that ended, and its bytes.
-    pub fn on_closed(
-        &mut self,
-        id: CircuitId,
-        [source, target]: [PeerId; 2],
-        transferred: BytesTransferred,
-    ) {
-        let BytesTransferred { to_target, to_source } = transferred;
+    pub fn on_closed(&mut self, id: CircuitId, ends: [PeerId; 2], transferred: BytesTransferred) {
+        let ([source, target], BytesTransferred { to_target, to_source }) = (ends, transferred);
         self.totals.closed += 1;
         self.totals.transferred.to_target += to_target;
         self.totals.transferred.to_source += to_source;
@@ -125,21 +124,14 @@ impl Accounts {
 /// Counts the bytes of one circuit, and shows whether some wait. Clones share both.
 #[derive(Clone, Debug)]
 pub struct Counters {
-    circuit: Arc<OfCircuit>,
+    circuit: Arc<Counts>,
     relayed: Arc<Counts>,
-}
-
-#[derive(Debug, Default)]
-struct OfCircuit {
-    counts: Counts,
-    /// Of the bytes to the target, and of those to the source.
-    waiting: [AtomicBool; 2],
 }
 
 impl Counters {
     /// The bytes of the circuit so far.
     pub fn read(&self) -> BytesTransferred {
-        self.circuit.counts.read()
+        self.circuit.read()
     }
 
     /// Whether bytes were read that the target, and the source, did not accept yet.
@@ -156,7 +148,7 @@ impl Counters {
 
     /// Adds bytes that were delivered.
     pub fn add(&self, more: BytesTransferred) {
-        for counts in [&self.circuit.counts, &*self.relayed] {
+        for counts in [&self.circuit, &self.relayed] {
             counts.to_target.fetch_add(more.to_target, Ordering::Relaxed);
             counts.to_source.fetch_add(more.to_source, Ordering::Relaxed);
         }
@@ -167,6 +159,8 @@ impl Counters {
 struct Counts {
     to_target: AtomicU64,
     to_source: AtomicU64,
+    /// Whether some wait to the target, and to the source. Of one circuit only.
+    waiting: [AtomicBool; 2],
 }
 
 impl Counts {
@@ -276,9 +270,8 @@ mod tests {
 
     #[test]
     fn the_bytes_of_a_circuit_are_among_those_of_all() {
-        let mut house = House::new();
-        let [one, other] =
-            [1, 2].map(|id| house.accounts.on_opened(CircuitId(id), house.alice, house.bob));
+        let house = House::new();
+        let [one, other] = [(); 2].map(|()| house.accounts.counters());
         one.add(BYTES);
         other.add(BytesTransferred { to_source: 1, ..BYTES });
         assert_eq!(one.read(), BYTES);

@@ -60,9 +60,6 @@ struct Queue {
     waiting: u32,
 }
 
-/// The source and the target of a circuit.
-pub type Ends = [PeerId; 2];
-
 impl Bandwidth {
     /// An unused link.
     pub fn new(config: &Config, now: Instant) -> Self {
@@ -79,12 +76,9 @@ impl Bandwidth {
         }
     }
 
-    /// How many bytes a circuit may carry at a time; `None`: no cap.
-    pub fn quantum(&self, ends: Ends) -> Option<usize> {
+    /// How many bytes a circuit between these two peers may carry at a time; `None`: no cap.
+    pub fn quantum(&self, ends: [PeerId; 2]) -> Option<usize> {
         let [total, per_peer] = self.caps;
-        if self.caps == [0, 0] {
-            return None;
-        }
         let of_peers = ends.iter().filter_map(|peer| {
             let waiting = self.peers.get(peer).map_or(0, |queue| queue.waiting);
             quantum(per_peer, waiting)
@@ -95,7 +89,7 @@ impl Bandwidth {
 
     /// Charges a circuit for bytes that it carried. Returns when it may carry more, if it has to wait for that: until
     /// [`Bandwidth::end_wait`] it counts as waiting.
-    pub fn charge(&mut self, ends: Ends, bytes: usize, now: Instant) -> Option<Instant> {
+    pub fn charge(&mut self, ends: [PeerId; 2], bytes: usize, now: Instant) -> Option<Instant> {
         let [total, per_peer] = self.caps;
         let mut next = self.all.charge(bytes, total, now);
         if per_peer > 0 {
@@ -111,11 +105,11 @@ impl Bandwidth {
     }
 
     /// Ends the wait of a circuit.
-    pub fn end_wait(&mut self, ends: Ends) {
+    pub fn end_wait(&mut self, ends: [PeerId; 2]) {
         self.for_each(ends, |queue| queue.waiting = queue.waiting.saturating_sub(1));
     }
 
-    fn for_each(&mut self, ends: Ends, change: impl Fn(&mut Queue)) {
+    fn for_each(&mut self, ends: [PeerId; 2], change: impl Fn(&mut Queue)) {
         change(&mut self.all);
         for peer in ends {
             if let Some(queue) = self.peers.get_mut(&peer) {
@@ -160,7 +154,7 @@ mod tests {
 
     /// A circuit that would send so many bytes a second, or any number.
     struct Circuit {
-        ends: Ends,
+        ends: [PeerId; 2],
         wants: Option<u64>,
         carried: u64,
     }
@@ -193,7 +187,7 @@ mod tests {
             self.circuit_between([PeerId::random(), PeerId::random()], wants);
         }
 
-        fn circuit_between(&mut self, ends: Ends, wants: Option<u64>) {
+        fn circuit_between(&mut self, ends: [PeerId; 2], wants: Option<u64>) {
             self.circuits.push(Circuit { ends, wants, carried: 0 });
         }
 

@@ -13,7 +13,7 @@ use libp2p::{PeerId, futures::channel::oneshot};
 
 use super::{
     accounts::Counters,
-    connections::{End, PendingRequest},
+    connections::{End, Origin, PendingRequest},
     quota::{Caps, Quota, Scope},
 };
 use crate::{
@@ -35,7 +35,7 @@ pub struct Circuits<C, R> {
     circuits: HashMap<CircuitId, Circuit<C, R>>,
     /// How many each prefix has, by source. Circuits that yielded to another one do not count.
     pub quota: Quota,
-    per_peer: usize,
+    pub(super) per_peer: usize,
     /// The circuits that a peer is part of, in either role.
     by_peer: HashMap<PeerId, Vec<CircuitId>>,
     last: u64,
@@ -55,8 +55,12 @@ pub struct Circuit<C, R> {
     pub since: Instant,
     /// What it may carry.
     pub limit: Limit,
-    /// Whether it is open.
-    pub state: State<C, R>,
+    /// The CONNECT, until it is answered.
+    pub request: Option<PendingRequest<C, R>>,
+    /// Since when it is open; `None`: the target has yet to answer.
+    pub opened_at: Option<Instant>,
+    /// Counts the bytes that it carries.
+    pub counters: Counters,
     /// Dropping it ends the exchange with the target, or the open circuit.
     guard: Option<oneshot::Sender<()>>,
     /// The prefix of the source.
@@ -72,40 +76,15 @@ pub struct Circuit<C, R> {
     has_yielded: bool,
 }
 
-/// The state of a circuit.
-#[derive(Debug)]
-pub enum State<C, R> {
-    /// The target has yet to answer. `None`: the source was refused meanwhile.
-    Pending(Option<PendingRequest<C, R>>),
-    /// Bytes pass.
-    Open {
-        /// Since when.
-        since: Instant,
-        /// Counts the bytes.
-        counters: Counters,
-    },
-}
-
 impl<C, R> Circuit<C, R> {
     /// Since when it is open, and the bytes that it has transferred; `None`: it is being set up.
     pub fn open(&self) -> Option<(Instant, BytesTransferred)> {
-        match &self.state {
-            State::Open { since, counters } => Some((*since, counters.read())),
-            State::Pending(_) => None,
-        }
+        self.opened_at.map(|since| (since, self.counters.read()))
     }
 
     /// How it ended. Its task knows only whether the relay ended it; the table knows why.
     pub fn end(&self, reported: CircuitEnd) -> CircuitEnd {
         if reported == CircuitEnd::Ended { self.end } else { reported }
-    }
-
-    /// Marks it as open. The receiver is cancelled when it is [ended](Circuits::end).
-    pub fn begin(&mut self, since: Instant, counters: Counters) -> oneshot::Receiver<()> {
-        let (guard, ended) = oneshot::channel();
-        self.guard = Some(guard);
-        self.state = State::Open { since, counters };
-        ended
     }
 }
 
@@ -119,12 +98,6 @@ impl<C: Copy + Eq + Hash, R> Circuits<C, R> {
             by_peer: HashMap::new(),
             last: 0,
         }
-    }
-
-    /// Replaces the caps, from the next circuit on.
-    pub fn configure(&mut self, config: &Config) {
-        self.quota.set_caps(config.circuit_caps());
-        self.per_peer = config.max_circuits_per_peer;
     }
 
     /// How many count, those that are being set up included.
@@ -147,17 +120,14 @@ impl<C: Copy + Eq + Hash, R> Circuits<C, R> {
     /// # Errors
     ///
     /// The cap that is reached. One under which [`Circuits::yield_one`] cannot make room comes first.
-    pub fn check_caps(
-        &self,
-        source: &PeerId,
-        target: &PeerId,
-        prefix: Option<ClientPrefix>,
-    ) -> Result<(), Refused> {
-        let full = self.quota.full(prefix);
+    pub fn check_caps(&self, source: &Origin, target: &PeerId) -> Result<(), Refused> {
+        let full = self.quota.full(source.prefix);
         match full {
             Some(Scope::Address(prefix)) => Err(Refused::TooManyCircuitsOfAddress(prefix)),
             Some(Scope::Subnet(subnet)) => Err(Refused::TooManyCircuitsOfSubnet(subnet)),
-            _ if self.count_of(source) >= self.per_peer => Err(Refused::TooManyCircuitsOfSource),
+            _ if self.count_of(&source.peer) >= self.per_peer => {
+                Err(Refused::TooManyCircuitsOfSource)
+            }
             // A circuit of the target that yields makes room in the table, too.
             _ if self.count_of(target) >= self.per_peer => Err(Refused::TooManyCircuitsOfTarget),
             Some(Scope::Total) => Err(Refused::TooManyCircuits),
@@ -165,16 +135,11 @@ impl<C: Copy + Eq + Hash, R> Circuits<C, R> {
         }
     }
 
-    /// Makes room under a full cap of the table or of the target: returns the circuit to end, which does not count any
+    /// Makes room for a circuit of `to` under a full cap of the table or of the target: returns the circuit to end, which does not count any
     /// more. It is one of the heaviest prefix, if that would still hold at least as much as the newcomer's; of those
     /// under the cap the one that has transferred nothing for longest. `None` if there is none, or one is not enough.
     /// A circuit that is being set up stays.
-    pub fn yield_one(
-        &mut self,
-        full: &Refused,
-        target: &PeerId,
-        prefix: Option<ClientPrefix>,
-    ) -> Option<CircuitId> {
+    pub fn yield_one(&mut self, full: &Refused, to: &Origin, target: &PeerId) -> Option<CircuitId> {
         if self.quota.above(None).is_some() || self.count_of(target) > self.per_peer {
             return None;
         }
@@ -187,7 +152,7 @@ impl<C: Copy + Eq + Hash, R> Circuits<C, R> {
         let mut shares = Quota::new(Caps::default());
         counting.clone().for_each(|(_, circuit)| shares.add(circuit.prefix));
         let yielding = counting.filter(|(_, circuit)| {
-            shares.yields(circuit.prefix, prefix) && circuit.open().is_some()
+            shares.yields(circuit.prefix, to.prefix) && circuit.opened_at.is_some()
         });
         let (id, _) = *yielding.max_by_key(|(id, circuit)| {
             (shares.load(circuit.prefix), Reverse(circuit.active_at), Reverse(*id))
@@ -198,12 +163,14 @@ impl<C: Copy + Eq + Hash, R> Circuits<C, R> {
         Some(id)
     }
 
-    /// Adds a circuit whose target is to be asked. The receiver is cancelled when it is [ended](Self::end).
+    /// Adds a circuit whose target is to be asked. The receiver is cancelled when it is [ended](Self::end), now or once
+    /// it is open.
     pub fn add(
         &mut self,
         request: PendingRequest<C, R>,
         target: End<C>,
         limit: Limit,
+        counters: Counters,
         now: Instant,
     ) -> (CircuitId, oneshot::Receiver<()>) {
         self.last += 1;
@@ -220,7 +187,9 @@ impl<C: Copy + Eq + Hash, R> Circuits<C, R> {
             asked_at: now,
             since: now,
             limit,
-            state: State::Pending(Some(request)),
+            request: Some(request),
+            opened_at: None,
+            counters,
             guard: Some(guard),
             prefix,
             transferred: BytesTransferred::default(),
@@ -236,10 +205,7 @@ impl<C: Copy + Eq + Hash, R> Circuits<C, R> {
     /// Finds out which circuits have transferred bytes since the last call, and in which bytes wait.
     pub fn poll_counters(&mut self, now: Instant) {
         for circuit in self.circuits.values_mut() {
-            let State::Open { counters, .. } = &circuit.state else {
-                continue;
-            };
-            let (after, waiting) = (counters.read(), counters.waiting());
+            let (after, waiting) = (circuit.counters.read(), circuit.counters.waiting());
             let before = std::mem::replace(&mut circuit.transferred, after);
             if before != after {
                 circuit.active_at = now;
@@ -265,8 +231,7 @@ impl<C: Copy + Eq + Hash, R> Circuits<C, R> {
     /// each with the connection over which the target is asked.
     pub fn unanswered(&self, now: Instant) -> Vec<(CircuitId, End<C>)> {
         let is_overdue = |circuit: &Circuit<C, R>| {
-            matches!(circuit.state, State::Pending(Some(_)))
-                && now.saturating_duration_since(circuit.asked_at) >= PATIENCE
+            circuit.request.is_some() && now.saturating_duration_since(circuit.asked_at) >= PATIENCE
         };
         let overdue = self.iter().filter(|(_, circuit)| is_overdue(circuit));
         let mut overdue: Vec<_> = overdue.map(|(id, circuit)| (id, circuit.target)).collect();
@@ -275,22 +240,23 @@ impl<C: Copy + Eq + Hash, R> Circuits<C, R> {
     }
 
     /// Has a circuit's target asked over the first of these connections over which it was not asked before, if there is
-    /// one. Cancels the exchange over the present one. The receiver is as that of [`Circuits::add`].
+    /// one; returns that. Cancels the exchange over the present one. The receiver is as that of [`Circuits::add`].
     pub fn ask_over(
         &mut self,
         id: CircuitId,
         others: &[C],
         now: Instant,
-    ) -> Option<(&Circuit<C, R>, oneshot::Receiver<()>)> {
+    ) -> Option<(C, oneshot::Receiver<()>)> {
         let circuit = self.circuits.get_mut(&id)?;
         let present = circuit.target.connection;
         let is_new = |other: &&C| **other != present && !circuit.silent.contains(other);
-        circuit.target.connection = *others.iter().find(is_new)?;
+        let over = *others.iter().find(is_new)?;
+        circuit.target.connection = over;
         circuit.silent.push(present);
         circuit.asked_at = now;
         let (guard, ended) = oneshot::channel();
         circuit.guard = Some(guard);
-        Some((circuit, ended))
+        Some((over, ended))
     }
 
     /// The circuits one of whose directions had transferred nothing for [`MAX_STALL`] at the last sweep though bytes
@@ -314,10 +280,7 @@ impl<C: Copy + Eq + Hash, R> Circuits<C, R> {
     pub fn end(&mut self, id: CircuitId) -> Option<PendingRequest<C, R>> {
         let circuit = self.circuits.get_mut(&id)?;
         circuit.guard = None;
-        match &mut circuit.state {
-            State::Pending(request) => request.take(),
-            State::Open { .. } => None,
-        }
+        circuit.request.take()
     }
 
     /// The circuit of this id.
@@ -378,10 +341,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::{
-        relay::{accounts::Accounts, connections::Origin},
-        wire::Request,
-    };
+    use crate::{relay::accounts::Accounts, wire::Request};
 
     fn table(caps: Caps, per_peer: usize) -> Circuits<u32, ()> {
         Circuits { quota: Quota::new(caps), per_peer, ..Circuits::new(&Config::default()) }
@@ -400,13 +360,17 @@ mod tests {
         Some(IpAddr::from(Ipv4Addr::new(192, 0, n, 1)).into())
     }
 
+    fn origin(peer: PeerId, from: u8) -> Origin {
+        Origin::new(peer, prefix(from).unwrap().ip().into(), false)
+    }
+
     fn admit(
         circuits: &mut Circuits<u32, ()>,
         source: End<u32>,
         target: End<u32>,
         from: u8,
     ) -> Result<CircuitId, Refused> {
-        circuits.check_caps(&source.peer, &target.peer, prefix(from))?;
+        circuits.check_caps(&origin(source.peer, from), &target.peer)?;
         Ok(add(circuits, source, target, from).0)
     }
 
@@ -416,20 +380,18 @@ mod tests {
         target: End<u32>,
         from: u8,
     ) -> (CircuitId, oneshot::Receiver<()>) {
-        let address = prefix(from).unwrap().ip().into();
-        let origin = Arc::new(Origin::new(source.peer, address, false));
+        let origin = Arc::new(origin(source.peer, from));
         let request = Request::Connect(target.peer);
         let request = PendingRequest { from: source, origin, request, reply: () };
-        circuits.add(request, target, Limit::default(), Instant::now())
+        let (limit, counters) = (Limit::default(), Accounts::default().counters());
+        circuits.add(request, target, limit, counters, Instant::now())
     }
 
     /// The target agreed; returns where its bytes are counted.
     fn open(circuits: &mut Circuits<u32, ()>, id: CircuitId) -> Counters {
-        let [source, target] = [(); 2].map(|()| PeerId::random());
-        let counters = Accounts::default().on_opened(id, source, target);
         let circuit = circuits.get_mut(id).unwrap();
-        assert!(circuit.begin(Instant::now(), counters.clone()).try_recv().is_ok());
-        counters
+        circuit.opened_at = Some(Instant::now());
+        circuit.counters.clone()
     }
 
     #[test]
@@ -470,14 +432,15 @@ mod tests {
             open(&mut circuits, ids[n]).add(bytes);
         }
         circuits.poll_counters(start + Duration::from_secs(1));
-        let same = circuits.yield_one(full, &target.peer, prefix(1));
+        let [same, other] = [1, 2].map(|from| origin(end(9).peer, from));
+        let same = circuits.yield_one(full, &same, &target.peer);
         assert_eq!(same, None, "of the same prefix");
-        let yielded = circuits.yield_one(full, &target.peer, prefix(2)).unwrap();
+        let yielded = circuits.yield_one(full, &other, &target.peer).unwrap();
         assert_eq!((yielded, circuits.count()), (ids[1], 3));
         assert!(admit(&mut circuits, end(9), target, 2).is_ok());
         // Two of one and one of the other are what is fair; the ended one is there until it says so.
-        circuits.yield_one(full, &target.peer, prefix(2)).unwrap();
-        assert_eq!(circuits.yield_one(full, &target.peer, prefix(2)), None);
+        circuits.yield_one(full, &other, &target.peer).unwrap();
+        assert_eq!(circuits.yield_one(full, &other, &target.peer), None);
         assert_eq!(circuits.of(&target.peer).count(), 5);
         assert!(circuits.remove(yielded).is_some());
         assert_eq!((circuits.count(), circuits.count_of(&target.peer)), (3, 3));
@@ -533,9 +496,10 @@ mod tests {
         }
         let (full, target) = (&Refused::TooManyCircuits, PeerId::random());
         let of_source = &Refused::TooManyCircuitsOfSource;
-        assert_eq!(circuits.yield_one(of_source, &target, prefix(2)), None);
-        assert_eq!(circuits.yield_one(full, &target, prefix(1)), None);
-        assert!(circuits.yield_one(full, &target, prefix(2)).is_some());
+        let [same, other] = [1, 2].map(|from| origin(end(9).peer, from));
+        assert_eq!(circuits.yield_one(of_source, &other, &target), None);
+        assert_eq!(circuits.yield_one(full, &same, &target), None);
+        assert!(circuits.yield_one(full, &other, &target).is_some());
         assert!(admit(&mut circuits, end(8), end(9), 2).is_ok());
     }
 
@@ -559,7 +523,7 @@ mod tests {
         assert!(circuits.remove(id).is_some());
         assert!(circuits.remove(id).is_none());
         assert_eq!((circuits.count(), circuits.peers()), (0, 0));
-        assert!(circuits.quota.is_empty());
+        assert_eq!(circuits.quota.scopes(), 0);
         assert_ne!(admit(&mut circuits, alice, bob, 1), Ok(id));
     }
 }

@@ -13,7 +13,7 @@ use super::{
     Action, Draining, Relay,
     connections::{Connection, End},
 };
-use crate::event::Refused;
+use crate::event::{FreedReason, Refused};
 
 impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     /// Drains: refuses newcomers from now on, and closes all connections without a circuit until then.
@@ -85,7 +85,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         };
         log::debug!("connection closed: peer {peer}: another connection of it replaces it");
         let replaced = End { peer, connection };
-        self.abandon(replaced, now);
+        self.abandon(replaced, FreedReason::Silent, now);
         self.close(replaced);
     }
 
@@ -282,15 +282,16 @@ mod preemption_tests {
             let (from, now) = (self.ends[source as usize], self.now);
             self.relay.handle_request(from, Ok(Request::Connect(target)), (), now);
             let asked = std::iter::from_fn(|| self.relay.actions.pop_front()).find_map(|action| {
-                let Action::AskTarget { circuit, target, .. } = action else {
+                let Action::AskTarget(target, parameters) = action else {
                     return None;
                 };
-                Some((circuit, target.connection))
+                Some((target.connection, parameters))
             });
-            let (id, over) = asked.expect("it is admitted");
-            let opened = self.relay.on_target_answered(id, over, Ok(()), now);
+            let (over, parameters) = asked.expect("it is admitted");
+            let opened = self.relay.on_target_answered(parameters.id, over, Ok(()), now);
             self.did();
-            opened.expect("both want it").1.ended
+            assert!(opened.is_some(), "both want it");
+            parameters.ended
         }
 
         fn slot_of(&self, peer: PeerId) -> Option<u32> {

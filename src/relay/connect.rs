@@ -2,11 +2,11 @@
 
 use std::{hash::Hash, time::Instant};
 
-use libp2p::PeerId;
+use libp2p::{PeerId, futures::channel::oneshot};
 
 use super::{
     Action, CircuitParameters, Relay,
-    circuits::{Circuit, State},
+    circuits::Circuit,
     connections::{End, PendingRequest},
 };
 use crate::{
@@ -25,9 +25,21 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         for end in [source, target] {
             self.count_circuits(end.connection, 1, now);
         }
-        let (circuit, ended) = self.circuits.add(request, target, limit, now);
-        let (source, since) = (source.peer, now);
-        self.actions.push_back(Action::AskTarget { target, circuit, source, limit, since, ended });
+        let counters = self.accounts.counters();
+        let (id, ended) = self.circuits.add(request, target, limit, counters, now);
+        self.ask_target(id, ended);
+    }
+
+    fn ask_target(&mut self, id: CircuitId, ended: oneshot::Receiver<()>) {
+        let Some(circuit) = self.circuits.get(id) else {
+            return;
+        };
+        let (target, link, counters) =
+            (circuit.target, self.link.clone(), circuit.counters.clone());
+        let (since, limit, ends) =
+            (circuit.since, circuit.limit, [circuit.source.peer, target.peer]);
+        let parameters = CircuitParameters { id, since, limit, link, ends, counters, ended };
+        self.actions.push_back(Action::AskTarget(target, Box::new(parameters)));
     }
 
     /// Asks each target that does not answer over another of its connections, if it has one: it may have come back without
@@ -40,22 +52,13 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
             others.reverse();
             others.sort_by_key(|id| Some(self.connections.get(*id)?.liveness.silent_for(now)));
             // 2. Move the circuit there, which resets the stop stream that is open.
-            let Some((circuit, ended)) = self.circuits.ask_over(id, &others, now) else {
+            let Some((over, ended)) = self.circuits.ask_over(id, &others, now) else {
                 continue;
             };
-            let Circuit { target, limit, since, .. } = *circuit;
-            let (circuit, source) = (id, circuit.source.peer);
-            self.actions.push_back(Action::AskTarget {
-                target,
-                circuit,
-                source,
-                limit,
-                since,
-                ended,
-            });
             log::debug!("circuit {id}: no answer from peer {}: asking it elsewhere", silent.peer);
             self.count_circuits(silent.connection, -1, now);
-            self.count_circuits(target.connection, 1, now);
+            self.count_circuits(over, 1, now);
+            self.ask_target(id, ended);
         }
     }
 
@@ -85,8 +88,8 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         let slot = self.reservations.get(&target);
         let connection = slot.and_then(|slot| slot.live(now)).ok_or(Refused::NoReservation)?;
         // 4. Room.
-        if let Err(full) = self.circuits.check_caps(&source, &target, origin.prefix) {
-            let yielded = self.circuits.yield_one(&full, &target, origin.prefix);
+        if let Err(full) = self.circuits.check_caps(origin, &target) {
+            let yielded = self.circuits.yield_one(&full, origin, &target);
             let yielded = yielded.ok_or(full)?;
             log::debug!("circuit {yielded} ends: a prefix with fewer circuits needs one");
             self.end_circuit(yielded);
@@ -94,39 +97,32 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         Ok((connection, self.circuit_limit(terms)))
     }
 
-    /// Handles the target's answer over this connection. If the source still waits, and the target is not asked over
-    /// another one meanwhile, opens the circuit and returns the source's reply handle and the circuit's parameters. Else
-    /// a stream that it accepted is to be reset.
-    pub fn on_target_answered(
+    /// Handles the target's answer over this connection, with what was opened to it if it agreed. If the source still
+    /// waits, and the target is not asked over another one meanwhile, opens the circuit and returns that with the
+    /// source's reply handle.
+    pub fn on_target_answered<T>(
         &mut self,
         id: CircuitId,
         over: C,
-        answer: Result<(), StopFailed>,
+        answer: Result<T, StopFailed>,
         now: Instant,
-    ) -> Option<(R, CircuitParameters)> {
-        let circuit = self.circuits.get_mut(id).filter(|c| c.target.connection == over)?;
-        let State::Pending(request) = &mut circuit.state else {
-            return None;
-        };
-        // Without a request, the source was refused before.
-        let (request, source, target) = (request.take(), circuit.source.peer, circuit.target.peer);
-        match (request, answer) {
-            (Some(request), Ok(())) => {
-                let counters = self.accounts.on_opened(id, source, target);
-                let ended = circuit.begin(now, counters.clone());
-                let (limit, link, ends) = (circuit.limit, self.link.clone(), [source, target]);
+    ) -> Option<(R, T)> {
+        let is_asked =
+            |it: &&mut Circuit<C, R>| it.opened_at.is_none() && it.target.connection == over;
+        let circuit = self.circuits.get_mut(id).filter(is_asked)?;
+        match (circuit.request.take(), answer) {
+            (Some(request), Ok(opened)) => {
+                circuit.opened_at = Some(now);
+                let (source, target) = (circuit.source.peer, circuit.target.peer);
+                self.accounts.on_opened(id, source, target);
                 self.report(Event::CircuitOpened { circuit: id, source, target });
-                let parameters = CircuitParameters { limit, link, ends, counters, ended };
-                Some((request.reply, parameters))
+                return Some((request.reply, opened));
             }
-            (request, answer) => {
-                self.remove_circuit(id, now);
-                if let (Some(request), Err(failed)) = (request, answer) {
-                    self.refuse(request, Refused::StopFailed(failed));
-                }
-                None
-            }
+            (Some(request), Err(failed)) => self.refuse(request, Refused::StopFailed(failed)),
+            (None, _) => {} // the source was refused before
         }
+        self.remove_circuit(id, now);
+        None
     }
 
     /// Handles the end of an open circuit.
@@ -134,19 +130,13 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         if let Some(circuit) = self.remove_circuit(id, now)
             && let Some((since, transferred)) = circuit.open()
         {
-            let (source, target) = (circuit.source.peer, circuit.target.peer);
+            let ends @ [source, target] = [circuit.source.peer, circuit.target.peer];
+            self.accounts.on_closed(id, ends, transferred);
+            let (circuit, end) = (id, circuit.end(end));
             let open_for = now.saturating_duration_since(since);
-            self.accounts.on_closed(id, [source, target], transferred);
-            let end = circuit.end(end);
-            let circuit = id;
-            self.report(Event::CircuitClosed {
-                circuit,
-                source,
-                target,
-                end,
-                transferred,
-                open_for,
-            });
+            let closed =
+                Event::CircuitClosed { circuit, source, target, end, transferred, open_for };
+            self.report(closed);
         }
     }
 
@@ -224,8 +214,9 @@ mod tests {
         fn asked(&mut self) -> Vec<Asked> {
             let actions = std::iter::from_fn(|| self.relay.actions.pop_front());
             let asked = actions.filter_map(|action| match action {
-                Action::AskTarget { target, circuit, since, ended, .. } => {
-                    Some(Asked { circuit, over: target.connection, since, ended })
+                Action::AskTarget(target, parameters) => {
+                    let CircuitParameters { id, since, ended, .. } = *parameters;
+                    Some(Asked { circuit: id, over: target.connection, since, ended })
                 }
                 _ => None,
             });
@@ -273,7 +264,7 @@ mod tests {
         assert_eq!([1, 2].map(|connection| world.circuits_over(connection)), [0, 1]);
         // What the first one says is late, whatever it is.
         assert!(!world.accepts(&first));
-        let gone = Err(StopFailed::Gone);
+        let gone: Result<(), _> = Err(StopFailed::Gone);
         world.relay.on_target_answered(first.circuit, first.over, gone, world.start);
         assert!(world.accepts(&second));
         assert!(!world.accepts(&first));

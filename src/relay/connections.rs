@@ -176,8 +176,7 @@ impl<C: Copy + Eq + Hash> Connections<C> {
         change: impl FnOnce(&mut Connection) -> T,
     ) -> Option<T> {
         let connection = self.up.get_mut(&id)?;
-        let is_used =
-            |connection: &Connection| connection.holds_reservation || connection.circuits > 0;
+        let is_used = |up: &Connection| up.holds_reservation || up.circuits > 0;
         let was_used = is_used(connection);
         let result = change(connection);
         if was_used {
@@ -198,17 +197,14 @@ impl<C: Copy + Eq + Hash> Connections<C> {
         }
     }
 
-    /// Marks the connections that have been idle for `timeout`, or are idle and flood the relay, as closing. Returns
-    /// them, each with whether it floods.
-    pub fn take_idle(&mut self, timeout: Duration, now: Instant) -> Vec<(End<C>, bool)> {
+    /// The connections that have been idle for `timeout`, or are idle and flood the relay, each with whether it floods.
+    pub fn idle_for(&self, timeout: Duration, now: Instant) -> Vec<(End<C>, bool)> {
         let idle = self.idle().filter_map(|(id, connection)| {
             let idle_for = now.saturating_duration_since(connection.idle_since);
             let end = End { peer: connection.origin.peer, connection: id };
             (idle_for >= timeout || connection.is_flooding).then_some((end, connection.is_flooding))
         });
-        let idle: Vec<_> = idle.collect();
-        idle.iter().for_each(|(end, _)| self.mark_closing(end.connection));
-        idle
+        idle.collect()
     }
 
     /// Records activity on all connections of `peer`.
@@ -223,7 +219,7 @@ impl<C: Copy + Eq + Hash> Connections<C> {
     /// Changes since when open probes count.
     pub fn shift_probes(&mut self, since: impl Fn(Instant) -> Instant) {
         for connection in self.up.values_mut() {
-            connection.liveness.shift_probe(&since);
+            connection.liveness.probed_at = connection.liveness.probed_at.map(&since);
         }
     }
 
@@ -246,22 +242,11 @@ impl<C: Copy + Eq + Hash> Connections<C> {
 
     /// The watched connections: those that are neither idle nor being closed.
     pub fn watched(&mut self) -> impl Iterator<Item = (C, &mut Liveness)> {
-        let watched = self.up.iter_mut().filter(|(_, connection)| {
-            (connection.holds_reservation || connection.circuits > 0) && !connection.is_closing
-        });
+        let watched = self
+            .up
+            .iter_mut()
+            .filter(|(_, up)| (up.holds_reservation || up.circuits > 0) && !up.is_closing);
         watched.map(|(id, connection)| (*id, &mut connection.liveness))
-    }
-
-    /// The watched connections that hold a reservation and have been silent for at least this long.
-    pub fn silent(
-        &self,
-        at_least: Duration,
-        now: Instant,
-    ) -> impl Iterator<Item = (C, &Connection)> {
-        self.iter().filter(move |(_, connection)| {
-            let is_holder = connection.holds_reservation && !connection.is_closing;
-            is_holder && connection.liveness.silent_for(now) >= at_least
-        })
     }
 }
 
@@ -295,8 +280,10 @@ mod tests {
     }
 
     fn idle(connections: &mut Connections<u32>, now: Instant) -> Vec<u32> {
-        let idle = connections.take_idle(MINUTE, now);
-        idle.into_iter().map(|(end, _)| end.connection).collect()
+        let idle = connections.idle_for(MINUTE, now);
+        let idle: Vec<_> = idle.into_iter().map(|(end, _)| end.connection).collect();
+        idle.iter().for_each(|id| connections.mark_closing(*id));
+        idle
     }
 
     #[test]

@@ -20,7 +20,7 @@ const WARN_AGAIN: Duration = Duration::from_secs(60 * 60);
 pub struct Liveness {
     active_at: Instant,
     /// Since when a probe has been open.
-    probed_at: Option<Instant>,
+    pub(super) probed_at: Option<Instant>,
     jitter: u8,
 }
 
@@ -34,16 +34,6 @@ impl Liveness {
     pub fn on_activity(&mut self, now: Instant) {
         self.active_at = now;
         self.probed_at = None;
-    }
-
-    /// Records a probe.
-    pub fn on_probe(&mut self, now: Instant) {
-        self.probed_at = Some(now);
-    }
-
-    /// Changes since when an open probe counts.
-    pub fn shift_probe(&mut self, since: impl Fn(Instant) -> Instant) {
-        self.probed_at = self.probed_at.map(since);
     }
 
     /// How long a probe has been open, if one is.
@@ -60,7 +50,7 @@ impl Liveness {
 /// When the last check was, and whether the relay doubts its own link.
 #[derive(Debug)]
 pub struct Heartbeat {
-    checked_at: Instant,
+    pub(super) checked_at: Instant,
     /// Time-outs wait until then, because most connections became silent at once.
     doubt: Option<Instant>,
     warned_at: Option<Instant>,
@@ -81,11 +71,6 @@ impl Heartbeat {
     /// The heartbeat of a relay that starts at `now`.
     pub fn new(now: Instant) -> Self {
         Self { checked_at: now, doubt: None, warned_at: None }
-    }
-
-    /// Starts again at `now` with another configuration: the time since the last check is no pause.
-    pub fn restart(&mut self, now: Instant) {
-        self.checked_at = now;
     }
 
     /// Checks all watched connections.
@@ -125,7 +110,7 @@ impl Heartbeat {
                     due.push(id);
                 }
             } else if silent_for >= probe_after(heartbeat, liveness.jitter) {
-                liveness.on_probe(now);
+                liveness.probed_at = Some(now);
                 found.probe.push(id);
             }
         }
@@ -279,7 +264,7 @@ mod tests {
     fn a_question_that_was_put_anew_gives_the_usual_time_to_answer() {
         let mut ward = Ward::of(1);
         assert_eq!(ward.pass(SILENCE - 1), asked(&[0]));
-        ward.livenesses[0].on_probe(ward.now);
+        ward.livenesses[0].probed_at = Some(ward.now);
         assert_eq!(ward.pass(SILENCE - HEARTBEAT - 1), asked(&[]));
         assert_eq!(ward.pass(1), judged(&[0]));
     }

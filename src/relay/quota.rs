@@ -45,7 +45,8 @@ pub type Busiest = (ClientPrefix, usize);
 /// How much of something is held, and the caps on it.
 #[derive(Clone, Debug)]
 pub struct Quota {
-    caps: Caps,
+    /// The caps. Units above them stay.
+    pub caps: Caps,
     held: HashMap<Scope, u32>,
 }
 
@@ -53,11 +54,6 @@ impl Quota {
     /// A quota of which nothing is held.
     pub fn new(caps: Caps) -> Self {
         Self { caps, held: HashMap::new() }
-    }
-
-    /// Replaces the caps. Units above them stay.
-    pub fn set_caps(&mut self, caps: Caps) {
-        self.caps = caps;
     }
 
     /// How much this scope holds.
@@ -148,13 +144,8 @@ impl Quota {
     }
 
     /// How many scopes hold something.
-    pub fn len(&self) -> usize {
+    pub fn scopes(&self) -> usize {
         self.held.len()
-    }
-
-    /// Whether nothing is held.
-    pub fn is_empty(&self) -> bool {
-        self.held.is_empty()
     }
 }
 
@@ -243,7 +234,7 @@ mod tests {
                 }
             }
             model.0.drain(..).for_each(|prefix| quota.remove(prefix));
-            prop_assert!(quota.is_empty());
+            prop_assert_eq!(quota.scopes(), 0);
         }
 
         #[test]
@@ -280,10 +271,10 @@ mod tests {
         for prefix in [Some(home), Some(home), None] {
             quota.add(prefix);
         }
-        assert_eq!((quota.busiest(), quota.len()), (Some((home, 2)), 3));
+        assert_eq!((quota.busiest(), quota.scopes()), (Some((home, 2)), 3));
         for prefix in [Some(home), None, Some(home), Some(home)] {
             quota.remove(prefix);
         }
-        assert!(quota.is_empty());
+        assert_eq!(quota.scopes(), 0);
     }
 }

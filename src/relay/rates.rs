@@ -16,13 +16,13 @@ use crate::{address::ClientPrefix, event::Refused};
 const BURST: Duration = Duration::from_secs(60);
 
 /// The rate of an address is this many times that of a peer: a household, or a small office.
-const PEERS_PER_ADDRESS: u64 = 10;
+const PEERS_PER_ADDRESS: u32 = 10;
 
 /// The buckets for one kind of request.
 #[derive(Debug)]
 pub struct Rates {
-    /// The rates of a peer and of an address; `None`: no limit.
-    rates: Option<[Rate; 2]>,
+    /// How many requests a minute a peer may send; zero: no limit.
+    pub per_minute: u32,
     peers: HashMap<PeerId, FullAt>,
     addresses: HashMap<ClientPrefix, FullAt>,
 }
@@ -33,21 +33,7 @@ pub type FullAt = Instant;
 impl Rates {
     /// A peer may send this many requests a minute; zero: no limit. All buckets are full.
     pub fn new(per_minute: u32) -> Self {
-        let mut rates = Self { rates: None, peers: HashMap::new(), addresses: HashMap::new() };
-        rates.set(per_minute);
-        rates
-    }
-
-    /// Replaces the rate.
-    pub fn set(&mut self, per_minute: u32) {
-        let rate = |per_burst: u64| {
-            let nanos = (BURST.as_nanos() as u64).checked_div(per_burst)?;
-            let burst = u32::try_from(per_burst).unwrap_or(u32::MAX);
-            Some(Rate { burst, spacing: Duration::from_nanos(nanos) })
-        };
-        let per_minute = u64::from(per_minute);
-        self.rates =
-            rate(per_minute).zip(rate(per_minute * PEERS_PER_ADDRESS)).map(<[Rate; 2]>::from);
+        Self { per_minute, peers: HashMap::new(), addresses: HashMap::new() }
     }
 
     /// How many buckets are kept.
@@ -68,7 +54,9 @@ impl Rates {
         address: Option<ClientPrefix>,
         now: Instant,
     ) -> Result<(), Refused> {
-        let Some([of_peer, of_address]) = self.rates else {
+        let rate = |burst: u32| Some(Rate { burst, spacing: BURST.checked_div(burst)? });
+        let of_address = rate(self.per_minute.saturating_mul(PEERS_PER_ADDRESS));
+        let (Some(of_peer), Some(of_address)) = (rate(self.per_minute), of_address) else {
             return Ok(());
         };
         let (peer_full_at, wait) = of_peer.after_one(self.peers.get(&peer).copied(), now);

@@ -50,11 +50,11 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         // 6. Close idle connections, and while draining those that are due.
         let timeout = self.config.idle_timeout;
         let timeout = if timeout.is_zero() { Duration::MAX } else { timeout };
-        for (end, is_flooding) in self.connections.take_idle(timeout, now) {
+        for (end, is_flooding) in self.connections.idle_for(timeout, now) {
             let reason =
                 if is_flooding { "flooding".into() } else { format!("idle for {timeout:?}") };
             log::debug!("connection closed: peer {}: {reason}", end.peer);
-            self.actions.push_back(Action::Close(end));
+            self.close(end);
         }
         self.close_due(now);
         self.sweep_due = now + self.config.sweep;
@@ -82,19 +82,20 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         let silent_for = silent.liveness.silent_for(now);
         silent.liveness.on_activity(now); // if it stays open, its timers start again
         self.report(Event::PeerSilent { peer, address, silent_for });
-        self.abandon(End { peer, connection }, now);
+        let timed_out = End { peer, connection };
+        self.abandon(timed_out, FreedReason::Silent, now);
         if self.config.close_silent {
-            self.close(End { peer, connection });
+            self.close(timed_out);
         }
     }
 
-    /// Ends the circuits over a connection, and moves its reservation or begins the grace.
-    pub(super) fn abandon(&mut self, gone: End<C>, now: Instant) {
-        let End { peer, connection } = gone;
+    /// Ends the circuits over a connection, and moves its reservation or begins the grace; without grace, frees its slot
+    /// for this reason.
+    pub(super) fn abandon(&mut self, gone: End<C>, reason: FreedReason, now: Instant) {
         self.circuits.over(gone).into_iter().for_each(|id| self.end_circuit(id));
-        let mut up = self.fit_for_a_slot(peer);
-        up.retain(|other| *other != connection);
-        self.reservations.on_disconnected(peer, connection, &up, FreedReason::Silent, now);
+        let mut up = self.fit_for_a_slot(gone.peer);
+        up.retain(|other| *other != gone.connection);
+        self.reservations.on_disconnected(gone, &up, reason, now);
         self.apply_changes(now);
     }
 

@@ -149,7 +149,7 @@ impl Relay for Rooms {
 
     fn left_over(&self) -> usize {
         let table = &self.relay.reservations;
-        let slots = table.taken() + table.in_grace() + table.quota.len();
+        let slots = table.taken() + table.in_grace() + table.quota.scopes();
         slots + self.relay.connections.count() + self.relay.waiting.len()
     }
 

@@ -61,7 +61,7 @@ struct World {
     peers: Vec<PeerId>,
     up: Vec<End<u32>>,
     /// Circuits whose targets were asked.
-    asked: Vec<CircuitId>,
+    asked: Vec<(CircuitId, Counters)>,
     /// Circuits that are open, the connections of their sources, and where their bytes are counted.
     open: Vec<(CircuitId, End<u32>, Counters)>,
     happened: Vec<Happened>,
@@ -111,16 +111,16 @@ impl World {
                 }
             }
             Step::Answer { which, agrees } => {
-                if let Some(id) = chosen(&self.asked, which) {
-                    self.asked.retain(|other| *other != id);
+                if let Some((id, counters)) = chosen(&self.asked, which) {
+                    self.asked.retain(|(other, _)| *other != id);
                     let answer = agrees.then_some(()).ok_or(StopFailed::Unsupported);
                     let Some(circuit) = self.relay.circuits.get(id) else {
                         return;
                     };
                     let (source, over) = (circuit.source, circuit.target.connection);
                     let opened = self.relay.on_target_answered(id, over, answer, self.now);
-                    if let Some((_, parameters)) = opened {
-                        self.open.push((id, source, parameters.counters));
+                    if opened.is_some() {
+                        self.open.push((id, source, counters));
                     }
                 }
             }
@@ -178,7 +178,7 @@ impl World {
     fn carry_out(&mut self) {
         while let Some(action) = self.relay.actions.pop_front() {
             match action {
-                Action::AskTarget { circuit, .. } => self.asked.push(circuit),
+                Action::AskTarget(_, circuit) => self.asked.push((circuit.id, circuit.counters)),
                 Action::Report(Event::CircuitOpened { circuit, source, target }) => {
                     self.happened.push(Happened::Opened(circuit, source, target))
                 }
@@ -259,8 +259,8 @@ impl World {
     }
 }
 
-fn chosen<T: Copy>(all: &[T], which: usize) -> Option<T> {
-    all.get(which % all.len().max(1)).copied()
+fn chosen<T: Clone>(all: &[T], which: usize) -> Option<T> {
+    all.get(which % all.len().max(1)).cloned()
 }
 
 proptest! {

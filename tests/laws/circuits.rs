@@ -18,7 +18,7 @@ use proptest::prelude::*;
 use relaylet::{
     ActivityCounter, BytesTransferred, CircuitEnd, CircuitId, Config, StopFailed,
     relay::{
-        Action, Relay,
+        Action, CircuitParameters, Relay,
         accounts::Counters,
         connections::{Connection, End},
     },
@@ -127,6 +127,7 @@ struct Record {
     /// The connections over which the target was asked, and when it was asked over the last of them.
     asked: Vec<u32>,
     asked_at: u64,
+    counters: Counters,
     /// Is cancelled when the relay ends it; and whether that was noticed.
     ended: oneshot::Receiver<()>,
     has_noticed: bool,
@@ -141,7 +142,7 @@ enum State {
     Asking,
     /// Its source is gone or was refused, and the target has yet to answer.
     GivenUp,
-    Open(Counters),
+    Open,
     /// It ends for another one, and has yet to say so.
     Ceded,
 }
@@ -268,9 +269,10 @@ impl World {
     /// A sweep had these targets asked over another connection: those that were overdue.
     fn asks_again(&mut self, overdue: &[(CircuitId, Vec<u32>)]) {
         for action in self.actions() {
-            let Action::AskTarget { target, circuit, ended, .. } = action else {
+            let Action::AskTarget(target, parameters) = action else {
                 continue;
             };
+            let CircuitParameters { id: circuit, ended, .. } = *parameters;
             let others = overdue.iter().find(|(id, _)| *id == circuit);
             let (_, others) = others.expect("it is overdue");
             assert!(others.contains(&target.connection), "over one that is up and was not asked");
@@ -301,7 +303,7 @@ impl World {
                     let now = self.instant();
                     self.relay.on_delivered(request.from.peer, receipt, true, now);
                 }
-                Action::AskTarget { .. } | Action::Refuse(..) => actions.push(action),
+                Action::AskTarget(..) | Action::Refuse(..) => actions.push(action),
                 // A connection that is to be closed is there until it is gone.
                 _ => {}
             }
@@ -317,7 +319,7 @@ impl World {
             match record.state {
                 _ if !record.has_noticed => {}
                 State::Asking | State::GivenUp => given_up.push(record.id),
-                State::Open(_) | State::Ceded => ended.push(record.id),
+                State::Open | State::Ceded => ended.push(record.id),
             }
         }
         (given_up, ended)
@@ -342,17 +344,13 @@ impl World {
                 self.late_answers(id, &asked);
                 let answer = if agrees { Ok(()) } else { Err(StopFailed::Gone) };
                 let opened = self.relay.on_target_answered(id, over, answer, now);
-                let opened = opened.map(|(_, parameters)| (parameters.counters, parameters.ended));
                 self.actions();
                 self.late_answers(id, &asked);
                 let asking = self.circuits.iter().position(|record| record.id == id).unwrap();
                 let waits = matches!(self.circuits[asking].state, State::Asking);
                 assert_eq!(opened.is_some(), agrees && waits, "it is opened if both want it");
                 match opened {
-                    Some((counters, ended)) => {
-                        let record = &mut self.circuits[asking];
-                        (record.state, record.ended) = (State::Open(counters), ended);
-                    }
+                    Some(_) => self.circuits[asking].state = State::Open,
                     None => _ = self.circuits.remove(asking),
                 }
             }
@@ -361,13 +359,11 @@ impl World {
                     record.carried += 1;
                     let mut carried = BytesTransferred::default();
                     carried.to_target = 1;
-                    if let State::Open(counters) = &record.state {
-                        counters.add(carried);
-                    }
+                    record.counters.add(carried);
                 }
             }
             Step::Ends { nth } => {
-                let is_open = |c: &Record| matches!(c.state, State::Open(_) | State::Ceded);
+                let is_open = |c: &Record| matches!(c.state, State::Open | State::Ceded);
                 let open = self.circuits.iter().enumerate().filter(|(_, c)| is_open(c));
                 if let Some(index) = open.map(|(index, _)| index).nth(nth) {
                     let record = self.circuits.remove(index);
@@ -392,7 +388,7 @@ impl World {
                         record.state = State::GivenUp;
                         true
                     }
-                    State::Open(_) | State::Ceded if record.source == peer => false,
+                    State::Open | State::Ceded if record.source == peer => false,
                     _ => true,
                 });
                 self.ends_with(|record| record.target == peer);
@@ -407,7 +403,7 @@ impl World {
     }
 
     fn open(&mut self) -> impl Iterator<Item = &mut Record> {
-        self.circuits.iter_mut().filter(|c| matches!(c.state, State::Open(_)))
+        self.circuits.iter_mut().filter(|c| matches!(c.state, State::Open))
     }
 
     /// The open circuits of which this holds are ended, which they notice at once.
@@ -436,7 +432,7 @@ impl World {
             let (now, overdue) = (self.now, self.overdue());
             self.relay.sweep(self.instant());
             for record in &mut self.circuits {
-                let is_open = matches!(record.state, State::Open(_) | State::Ceded);
+                let is_open = matches!(record.state, State::Open | State::Ceded);
                 if is_open && record.carried != record.seen {
                     (record.seen, record.moved) = (record.carried, now);
                 }
@@ -478,8 +474,8 @@ impl World {
         let mut refused = None;
         for action in self.actions() {
             match action {
-                Action::AskTarget { target, circuit, ended, .. } => {
-                    admitted = Some((circuit, target.connection, ended));
+                Action::AskTarget(target, parameters) => {
+                    admitted = Some((target.connection, *parameters));
                 }
                 Action::Refuse(id, status) if id == request => refused = Some(status),
                 _ => {}
@@ -497,7 +493,8 @@ impl World {
             assert_eq!(refused, Some(Status::ResourceLimitExceeded));
             return assert!(ended.is_empty(), "nobody loses a circuit for one that is refused");
         };
-        let (id, over, guard) = admitted.expect("there is room");
+        let (over, parameters) = admitted.expect("there is room");
+        let CircuitParameters { id, counters, ended: guard, .. } = parameters;
         // One of a peer that fell silent may be on its way out already.
         let is_ending = self.circuits.iter().filter(|record| record.has_noticed);
         ended.extend(ceded.filter(|ceded| is_ending.clone().any(|record| record.id == *ceded)));
@@ -515,6 +512,7 @@ impl World {
             state: State::Asking,
             asked: vec![over],
             asked_at: self.now,
+            counters,
             ended: guard,
             has_noticed: false,
             carried: 0,
@@ -561,7 +559,7 @@ impl World {
                 false => of_subnet > subnet_load + 1,
             }
         };
-        let open = under.iter().filter(|record| matches!(record.state, State::Open(_)));
+        let open = under.iter().filter(|record| matches!(record.state, State::Open));
         let ceding = open.filter(|record| yields(record));
         let ceding = ceding.max_by_key(|c| (load(c.address), Reverse(c.moved), Reverse(c.id)));
         ceding.map(|record| Some(record.id))
@@ -623,6 +621,6 @@ proptest! {
             world.disconnect(peer);
         }
         prop_assert_eq!(world.relay.circuits.count(), 0);
-        prop_assert!(world.relay.circuits.quota.is_empty());
+        prop_assert_eq!(world.relay.circuits.quota.scopes(), 0);
     }
 }

@@ -501,7 +501,7 @@ impl World {
     fn count(&self) {
         let (table, slots) = (&self.relay.reservations, &self.model.slots);
         assert_eq!(table.taken(), slots.len());
-        assert_eq!(table.holders().count(), slots.len());
+        assert_eq!(table.iter().count(), slots.len());
         let in_grace = slots.iter().filter(|slot| matches!(slot.state, State::Grace(..)));
         assert_eq!(table.in_grace(), in_grace.count());
         assert_eq!(self.relay.waiting.len(), self.model.waiting());
@@ -531,7 +531,7 @@ impl World {
         }
         self.pass(self.now + self.model.policy.ttl + self.model.policy.sweep);
         let table = &self.relay.reservations;
-        assert_eq!((table.taken(), table.in_grace(), table.quota.len()), (0, 0, 0));
+        assert_eq!((table.taken(), table.in_grace(), table.quota.scopes()), (0, 0, 0));
         assert_eq!((self.relay.waiting.len(), self.relay.connections.count()), (0, 0));
     }
 }

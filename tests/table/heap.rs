@@ -11,7 +11,10 @@ use std::{
     time::Instant,
 };
 
-use relaylet::{Config, FreedReason, relay::reservations::Reservations};
+use relaylet::{
+    Config, FreedReason,
+    relay::{connections::End, reservations::Reservations},
+};
 
 use super::{
     bounds::Bounds,
@@ -80,7 +83,8 @@ pub fn role(case: &str, count: &str) -> ExitCode {
         table.confirm(&peer.id);
         table.changes.clear();
         if [GRACE, GRACE_AT_ONE].contains(&case) {
-            table.on_disconnected(peer.id, peer.connection, &[], FreedReason::Disconnected, now);
+            let gone = End { peer: peer.id, connection: peer.connection };
+            table.on_disconnected(gone, &[], FreedReason::Disconnected, now);
             table.changes.clear();
         }
     }

@@ -2,7 +2,10 @@
 
 use std::{hint::black_box, time::Instant};
 
-use relaylet::{Config, FreedReason, relay::reservations::Reservations};
+use relaylet::{
+    Config, FreedReason,
+    relay::{connections::End, reservations::Reservations},
+};
 
 use super::{
     bounds::Bounds,
@@ -60,7 +63,8 @@ impl Table for Reservations<usize> {
     }
 
     fn leave(&mut self, peer: &Peer, now: Instant) {
-        self.on_disconnected(peer.id, peer.connection, &[], FreedReason::Disconnected, now);
+        let gone = End { peer: peer.id, connection: peer.connection };
+        self.on_disconnected(gone, &[], FreedReason::Disconnected, now);
     }
 }
 

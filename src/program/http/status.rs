@@ -5,7 +5,7 @@
 
 use std::time::Instant;
 
-use libp2p::{Multiaddr, PeerId};
+use libp2p::{Multiaddr, PeerId, swarm::ConnectionId};
 use serde::Serialize;
 
 use super::{
@@ -14,7 +14,7 @@ use super::{
     speeds::{Speed, Speeds},
     stats::{Bytes, Circuit, Shown, Slots, Stats},
 };
-use crate::program::node::Node;
+use crate::{program::node::Node, relay::reservations::Slot};
 
 /// How many holders of slots are listed at most, and how many circuits.
 pub const MAX_LISTED: usize = 1000;
@@ -163,8 +163,7 @@ impl Status {
 fn holders(node: &Node, now: Instant) -> Listed<Holder> {
     let relay = node.relay().view();
     let table = &relay.reservations;
-    let holder = |peer| {
-        let slot = table.get(&peer)?;
+    let holder = |(peer, slot): (PeerId, Slot<ConnectionId>)| {
         let connection = slot.connection.and_then(|over| relay.connections.get(over));
         let address = match connection {
             Some(connection) => Some(connection.origin.address.clone()),
@@ -179,7 +178,7 @@ fn holders(node: &Node, now: Instant) -> Listed<Holder> {
             circuits: relay.circuits.count_of(&peer),
         })
     };
-    Listed::of(table.taken(), table.holders(), holder)
+    Listed::of(table.taken(), table.iter(), holder)
 }
 
 #[cfg(test)]

@@ -324,7 +324,7 @@ impl ConnectionLimits {
     /// towards.
     #[cfg(test)]
     pub fn counts(&self) -> [usize; 3] {
-        [self.admitted.len(), self.handshakes.count(), self.quota.len()]
+        [self.admitted.len(), self.handshakes.count(), self.quota.scopes()]
     }
 
     /// Removes a connection that was closed or denied. Does nothing for one that was dialed.

@@ -90,7 +90,7 @@ impl AsyncRead for WebSocketStream {
 }
 
 impl AsyncWrite for WebSocketStream {
-    delegate_write!(writer: poll_write, poll_flush, poll_close);
+    delegate_write!(writer);
 }
 
 /// soketto's sender has asynchronous methods; this has polled ones.
