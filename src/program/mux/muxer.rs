@@ -27,19 +27,12 @@ use libp2p::{
 };
 
 use super::{
-    budget::{Cut, MemoryBudget, Shed},
-    frame::HEADER,
-    permits::{SharedPool, StreamPermit, StreamPermits},
-    rates::{MuxRates, RateLimiter},
-    session::{
-        End, Role,
-        receive::{Received, Room},
-        send::Frames,
-    },
-    stall::{StallLimit, WriteStall},
+    budget::{Cut, MemoryBudget},
+    frame::{HEADER, Room},
+    session::{Role, frames::Frames},
     stream::QUANTUM,
-    stream_limits::StreamLimits,
-    substream::{OpenedBy, Shared, Substream},
+    stream_limits::{Budget, StreamAdmission, StreamLimits},
+    substream::{Shared, Substream},
 };
 use crate::{activity::ActivityCounter, address::ClientPrefix, program::net::socket};
 
@@ -60,52 +53,32 @@ const LARGE_BATCH_COST: usize = 3 * (LARGE_BATCH - SMALL_BATCH);
 /// How often it is looked whether a connection that takes no more is write stalled.
 const LOOK: Duration = Duration::from_secs(5);
 
-/// How long a connection may be write stalled, unless that is [set](StallLimit::set).
+/// How long a connection may be write stalled, unless that is [set](MemoryBudget::set_max_stall).
 const MAX_STALL: Duration = Duration::from_secs(60);
 
 /// How long a connection may take to close in good order, before it is dropped.
 const CLOSING: Duration = Duration::from_secs(3);
 
-/// How many streams may be open on one connection.
-#[derive(Clone, Copy, Debug)]
-pub struct Budget {
-    /// Those that the peer opened.
-    pub inbound: usize,
-    /// Those that the relay opened.
-    pub outbound: usize,
-}
-
-/// Where a connection comes from, its activity counter, and the socket below it.
-#[derive(Clone, Debug, Default)]
-struct Client {
-    prefix: Option<ClientPrefix>,
-    activity: ActivityCounter,
-    socket: Option<TcpStream>,
-}
-
 /// Makes connections carry streams. Clones share what all connections may have together.
 #[derive(Clone, Debug)]
 pub struct Multiplex {
-    budget: Budget,
-    shared_pool: SharedPool,
-    rates: MuxRates,
-    memory: MemoryBudget,
-    max_stall: StallLimit,
-    client: Client,
+    /// Which streams its connections admit.
+    pub admission: StreamAdmission,
+    /// The memory that its connections share.
+    pub memory: MemoryBudget,
+    prefix: Option<ClientPrefix>,
+    activity: ActivityCounter,
+    socket: Option<TcpStream>,
 }
 
 impl Multiplex {
     /// Within these limits, each connection for so many circuits.
     pub fn new(budget: Budget, limits: StreamLimits, circuits: usize) -> Self {
         let per_connection = limits.buffered_per_connection(circuits);
-        Self {
-            budget,
-            shared_pool: SharedPool::new(limits.max_streams),
-            rates: MuxRates::new(limits.stream_rate),
-            memory: MemoryBudget::new(limits.buffered(circuits), per_connection),
-            max_stall: StallLimit::new(MAX_STALL),
-            client: Client::default(),
-        }
+        let memory = MemoryBudget::new(limits.buffered(circuits), per_connection);
+        memory.set_max_stall(MAX_STALL);
+        let (prefix, activity, socket) = (None, ActivityCounter::default(), None);
+        Self { admission: StreamAdmission::new(budget, limits), memory, prefix, activity, socket }
     }
 
     /// For a connection from `remote` over this socket, whose transport counts its activity.
@@ -116,23 +89,7 @@ impl Multiplex {
         socket: Option<TcpStream>,
     ) -> Self {
         let (prefix, activity) = (ClientPrefix::of(remote), activity.unwrap_or_default());
-        let client = Client { prefix, activity, socket };
-        Self { client, ..self.clone() }
-    }
-
-    /// The permits that the streams of its connections share.
-    pub fn shared_pool(&self) -> SharedPool {
-        self.shared_pool.clone()
-    }
-
-    /// How long its connections may be write stalled.
-    pub fn max_stall(&self) -> StallLimit {
-        self.max_stall.clone()
-    }
-
-    /// The memory that its connections share.
-    pub fn memory(&self) -> MemoryBudget {
-        self.memory.clone()
+        Self { prefix, activity, socket, ..self.clone() }
     }
 }
 
@@ -151,7 +108,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> InboundConnectionUpgrade<C> for Multiple
     type Future = std::future::Ready<io::Result<Muxer<C>>>;
 
     fn upgrade_inbound(self, connection: C, _: Self::Info) -> Self::Future {
-        std::future::ready(Ok(Muxer::new(connection, &self, Role::Server)))
+        std::future::ready(Ok(Muxer::new(connection, self, Role::Server)))
     }
 }
 
@@ -161,7 +118,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> OutboundConnectionUpgrade<C> for Multipl
     type Future = std::future::Ready<io::Result<Muxer<C>>>;
 
     fn upgrade_outbound(self, connection: C, _: Self::Info) -> Self::Future {
-        std::future::ready(Ok(Muxer::new(connection, &self, Role::Client)))
+        std::future::ready(Ok(Muxer::new(connection, self, Role::Client)))
     }
 }
 
@@ -173,27 +130,20 @@ pub struct Muxer<C> {
     socket: Option<TcpStream>,
     shared: Arc<Shared>,
     room: Room,
-    /// Frames that are being written, how much of them was, and what they are.
+    /// Frames that are being written, and how much of them was.
     frames: Vec<u8>,
     written: usize,
-    kind: Frames,
-    /// How much was written since the last flush; whether data is among it.
+    /// How much was written since the last flush; whether data is among it, or comes next.
     unflushed: usize,
     has_data: bool,
     is_flushing: bool,
     /// How much may be written before a flush.
     batch: usize,
-    inbound: Arc<StreamPermits>,
-    outbound: Arc<StreamPermits>,
-    /// How fast the peer may open streams, and send frames that open streams, reset them, or ping.
-    stream_limiter: RateLimiter,
-    frame_limiter: RateLimiter,
     activity: ActivityCounter,
-    /// Until then it is not read, because such frames came faster.
+    /// Until then it is not read, because frames came faster than the peer may send them.
     pause: Option<Delay>,
     /// Since when it takes nothing; and when to look next, once it took nothing.
     stall: WriteStall,
-    max_stall: StallLimit,
     look: Option<Delay>,
     /// Why it ends, once everybody was told.
     end: Option<io::Error>,
@@ -202,32 +152,25 @@ pub struct Muxer<C> {
 }
 
 impl<C> Muxer<C> {
-    fn new(connection: C, multiplex: &Multiplex, role: Role) -> Self {
-        let Multiplex { budget, shared_pool, rates, memory, max_stall, client } = multiplex;
-        let prefix = client.prefix;
-        if let Some(socket) = &client.socket {
+    fn new(connection: C, multiplex: Multiplex, role: Role) -> Self {
+        let Multiplex { admission, memory, prefix, activity, socket } = multiplex;
+        if let Some(socket) = &socket {
             socket::leave_to_mux(socket, true);
         }
         Self {
             connection,
-            socket: client.socket.clone(),
-            shared: Shared::new(role, memory, prefix),
+            socket,
+            shared: Shared::new(role, admission, &memory, prefix),
             room: Room::default(),
             frames: Vec::new(),
             written: 0,
-            kind: Frames::Control,
             unflushed: 0,
             has_data: false,
             is_flushing: false,
             batch: SMALL_BATCH,
-            inbound: StreamPermits::shared(budget.inbound, shared_pool.clone(), prefix),
-            outbound: StreamPermits::new(budget.outbound),
-            stream_limiter: rates.streams(prefix),
-            frame_limiter: rates.frames(prefix),
-            activity: client.activity.clone(),
+            activity,
             pause: None,
             stall: WriteStall::default(),
-            max_stall: max_stall.clone(),
             look: None,
             end: None,
             closing: None,
@@ -237,39 +180,24 @@ impl<C> Muxer<C> {
 
 impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
     /// Reads what there is, for a turn. Never waits for what is to be written, or for a stream to be read.
-    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), End>> {
+    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         if let Some(pause) = &mut self.pause {
             ready!(pause.poll_unpin(cx));
             self.pause = None;
         }
         let mut bytes = 0;
         for _ in 0..TURN_READS {
-            if self.room.buffer().is_empty() {
-                self.shared.with(|session| session.lend(&mut self.room));
-            }
             let room = self.room.buffer();
-            let Poll::Ready(read) = Pin::new(&mut self.connection).poll_read(cx, room) else {
-                if self.room.has_chunk() {
-                    self.shared.with(|session| session.reclaim(&mut self.room));
-                }
-                return Poll::Pending;
-            };
-            let (read, now) = (read?, Instant::now());
+            let read = ready!(Pin::new(&mut self.connection).poll_read(cx, room))?;
             if read == 0 {
-                return Poll::Ready(Err(End::Left));
+                return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
             }
+            let now = Instant::now();
             bytes += read;
-            let received =
-                self.shared.with(|session| session.receive(&mut self.room, read, now))?;
-            self.shared.budget().pool().push_out(now);
-            if let Received::Opened(stream) = received {
-                let is_admitted = self.stream_limiter.try_take(now);
-                let permit = is_admitted.then(|| StreamPermit::take(&self.inbound)).flatten();
-                self.shared.with(|session| session.admit(stream, permit))?;
-            }
-            if received != Received::Cheap
-                && let Some(pause) = self.frame_limiter.take_or_pause(now)
-            {
+            let received = self.shared.with(|session| session.receive(&mut self.room, read, now));
+            let pause = received?;
+            self.shared.budget.pool.push_out(now);
+            if !pause.is_zero() {
                 self.activity.set_flooding();
                 self.pause = Some(Delay::new(pause));
             }
@@ -288,7 +216,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
             if self.is_flushing {
                 ready!(Pin::new(&mut self.connection).poll_flush(cx))?;
                 self.stall.on_written();
-                (self.is_flushing, self.has_data, self.unflushed) = (false, false, 0);
+                (self.is_flushing, self.unflushed) = (false, 0);
             }
             if self.written >= self.frames.len() {
                 if turn >= TURN {
@@ -298,24 +226,22 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
                 let most = self.batch.saturating_sub(HEADER);
                 let (frames, now) = (&mut self.frames, Instant::now());
                 self.written = 0;
-                let taken = self.shared.with(|session| session.take_frames(frames, most, now));
-                let Some(kind) = taken else {
+                let kind = self.shared.with(|session| session.take_frames(frames, most, now));
+                if kind.is_none() {
                     self.frames = Vec::new();
                     if self.unflushed == 0 {
                         return Poll::Ready(Ok(()));
                     }
-                    self.is_flushing = true;
-                    continue;
-                };
-                self.kind = kind;
-            }
-            let left = self.frames.get(self.written..).unwrap_or_default();
-            // js-libp2p drops data that comes with a reset in one message.
-            let splits = self.kind == Frames::Resets && self.has_data;
-            if self.unflushed > 0 && (splits || self.unflushed + left.len() > self.batch) {
-                self.is_flushing = true;
+                }
+                // js-libp2p drops data that comes with a reset in one message.
+                let splits = kind == Some(Frames::Resets) && self.has_data;
+                let is_full = self.unflushed + self.frames.len() > self.batch;
+                self.is_flushing = self.unflushed > 0 && (splits || is_full || kind.is_none());
+                let is_data = kind == Some(Frames::Data);
+                self.has_data = is_data || self.has_data && !self.is_flushing;
                 continue;
             }
+            let left = self.frames.get(self.written..).unwrap_or_default();
             let written = ready!(Pin::new(&mut self.connection).poll_write(cx, left))?;
             if written == 0 {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
@@ -324,12 +250,10 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
             turn += written;
             self.written += written;
             self.unflushed += written;
-            self.has_data |= self.kind == Frames::Data;
-            let budget = self.shared.budget();
-            if self.kind == Frames::Data
+            if self.has_data
                 && self.unflushed + HEADER >= self.batch
                 && self.batch == SMALL_BATCH
-                && budget.keep_if_plenty(LARGE_BATCH_COST)
+                && self.shared.budget.keep_if_plenty(LARGE_BATCH_COST)
             {
                 self.batch = LARGE_BATCH;
             }
@@ -337,31 +261,27 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
     }
 
     /// Looks from time to time whether a connection is write stalled that takes no more.
-    fn poll_stall(&mut self, cx: &mut Context<'_>) -> Result<(), End> {
+    fn poll_stall(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         let look = self.look.get_or_insert_with(|| Delay::new(LOOK));
         while look.poll_unpin(cx).is_ready() {
             look.reset(LOOK);
             let acknowledged = self.socket.as_ref().and_then(socket::acknowledged);
             let lasts = self.stall.on_waiting(acknowledged, Instant::now());
-            let budget = self.shared.budget();
-            if lasts >= self.max_stall.get(budget.pool().is_scarce()).max(LOOK) {
+            let budget = &self.shared.budget;
+            if lasts >= budget.pool.max_stall().max(LOOK) {
                 budget.count(Cut::WriteStalled);
                 let why = format!("write stalled: took nothing for {} s", lasts.as_secs());
-                return Err(io::Error::new(io::ErrorKind::TimedOut, why).into());
+                return Err(io::Error::new(io::ErrorKind::TimedOut, why));
             }
         }
         Ok(())
     }
 
     /// The session ends. What was received may still be read until the next poll, which fails.
-    fn end(&mut self, end: End, cx: &mut Context<'_>) {
-        self.shared.with(|session| session.end(&end));
+    fn end(&mut self, error: io::Error, cx: &mut Context<'_>) {
+        self.shared.with(|session| session.end());
         let _ = self.poll_write(cx); // the go-away, if there is one, and room for it
-        self.end = Some(match end {
-            End::Left => io::ErrorKind::ConnectionAborted.into(),
-            End::Broken(_, why) => io::Error::other(why),
-            End::Failed(error) => error,
-        });
+        self.end = Some(error);
         cx.waker().wake_by_ref();
     }
 }
@@ -371,15 +291,13 @@ impl<C: AsyncRead + AsyncWrite + Unpin> StreamMuxer for Muxer<C> {
     type Error = io::Error;
 
     fn poll_inbound(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<Substream>> {
-        let serial = ready!(self.shared.with(|session| session.poll_accept(cx)));
-        Poll::Ready(Ok(Substream::new(&self.shared, serial, OpenedBy::Peer)))
+        let key = ready!(self.shared.with(|session| session.poll_accept(cx)));
+        Poll::Ready(Ok(Substream::new(&self.shared, key, true)))
     }
 
     fn poll_outbound(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<Substream>> {
-        ready!(self.shared.with(|session| session.poll_open(cx)));
-        let permit = ready!(StreamPermit::poll_take(&self.outbound, cx));
-        let serial = self.shared.with(|session| session.open(permit, Instant::now()))?;
-        Poll::Ready(Ok(Substream::new(&self.shared, serial, OpenedBy::Relay)))
+        let key = ready!(self.shared.with(|session| session.poll_open(cx, Instant::now())))?;
+        Poll::Ready(Ok(Substream::new(&self.shared, key, false)))
     }
 
     fn poll_close(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -404,17 +322,17 @@ impl<C: AsyncRead + AsyncWrite + Unpin> StreamMuxer for Muxer<C> {
             return Poll::Ready(Err(error));
         }
         self.shared.with(|session| session.set_driver(cx));
-        match self.poll_read(cx) {
-            Poll::Ready(Err(end)) => self.end(end, cx),
+        let read = self.poll_read(cx);
+        self.room.release();
+        let ended = match read {
+            Poll::Ready(Err(error)) => Err(error),
             Poll::Ready(Ok(())) | Poll::Pending => match self.poll_write(cx) {
-                Poll::Ready(Ok(())) => {}
-                Poll::Ready(Err(error)) => self.end(error.into(), cx),
-                Poll::Pending => {
-                    if let Err(end) = self.poll_stall(cx) {
-                        self.end(end, cx);
-                    }
-                }
+                Poll::Ready(written) => written,
+                Poll::Pending => self.poll_stall(cx),
             },
+        };
+        if let Err(error) = ended {
+            self.end(error, cx);
         }
         Poll::Pending
     }
@@ -425,10 +343,31 @@ impl<C> Drop for Muxer<C> {
         if let Some(socket) = &self.socket {
             socket::leave_to_mux(socket, false); // what it still has to send is the kernel's
         }
-        self.shared.with(|session| {
-            session.reclaim(&mut self.room);
-            session.close_all();
-        });
+        self.shared.with(|session| session.close_all());
+    }
+}
+
+/// Write stall: the peer of a connection takes nothing of what is sent to it. Since when, if it does so.
+///
+/// Sans-IO. That a socket takes no more says little: behind a slow path it may be long before there is room again.
+/// So the rule goes by how many bytes the peer has acknowledged. Their number only rises, however much is written
+/// meanwhile; that of the unacknowledged ones would look the same after as many were acknowledged as written.
+#[derive(Debug, Default)]
+struct WriteStall(Option<(Instant, Option<u64>)>);
+
+impl WriteStall {
+    /// The connection took bytes, or there are none to be written.
+    fn on_written(&mut self) {
+        self.0 = None;
+    }
+
+    /// Bytes wait to be written, and by `now` the peer has acknowledged so many; `None`: that is not known.
+    /// Returns for how long it has acknowledged none.
+    fn on_waiting(&mut self, acknowledged: Option<u64>, now: Instant) -> Duration {
+        let same = self.0.filter(|(_, before)| *before == acknowledged);
+        let since = same.map_or(now, |(since, _)| since);
+        self.0 = Some((since, acknowledged));
+        now.saturating_duration_since(since)
     }
 }
 

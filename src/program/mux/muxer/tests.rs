@@ -221,7 +221,7 @@ async fn echo(stream: impl AsyncRead + AsyncWrite) {
 fn muxer(pipe: Pipe, role: Role) -> Muxer<Pipe> {
     let budget = Budget { inbound: 64, outbound: 64 };
     let limits = StreamLimits { stream_rate: 0, ..StreamLimits::default() };
-    Muxer::new(pipe, &Multiplex::new(budget, limits, 64), role)
+    Muxer::new(pipe, Multiplex::new(budget, limits, 64), role)
 }
 
 /// Opens so many streams over ours, and echoes what comes on others.
@@ -318,5 +318,31 @@ fn the_crate_and_we_understand_each_other_in_either_role() {
     for room in [997, 100 * KIB] {
         everywhere(|executors| exchange(room, [ours, theirs], executors));
         everywhere(|executors| exchange(room, [theirs, ours], executors));
+    }
+}
+
+fn secs(secs: u64) -> Duration {
+    Duration::from_secs(secs)
+}
+
+#[test]
+fn a_peer_that_acknowledges_one_byte_a_minute_is_not_stalled() {
+    let (mut stall, start) = (WriteStall::default(), Instant::now());
+    for minute in 0..100 {
+        let at = start + secs(60 * minute);
+        assert_eq!(stall.on_waiting(Some(minute), at), secs(0));
+        assert_eq!(stall.on_waiting(Some(minute), at + secs(59)), secs(59));
+    }
+}
+
+#[test]
+fn a_stall_lasts_until_something_is_acknowledged_or_written() {
+    let (mut stall, start) = (WriteStall::default(), Instant::now());
+    for acknowledged in [Some(7), None] {
+        assert_eq!(stall.on_waiting(acknowledged, start), secs(0));
+        assert_eq!(stall.on_waiting(acknowledged, start + secs(30)), secs(30));
+        assert_eq!(stall.on_waiting(acknowledged, start + secs(61)), secs(61));
+        stall.on_written();
+        assert_eq!(stall.on_waiting(acknowledged, start + secs(62)), secs(0));
     }
 }
