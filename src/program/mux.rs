@@ -6,4 +6,3 @@ pub mod muxer;
 mod session;
 mod stream;
 pub mod stream_limits;
-mod substream;

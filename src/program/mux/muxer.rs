@@ -29,10 +29,9 @@ use libp2p::{
 use super::{
     budget::{Cut, MemoryBudget},
     frame::{HEADER, Room},
-    session::{Role, frames::Frames},
-    stream::QUANTUM,
-    stream_limits::{Budget, StreamAdmission, StreamLimits},
-    substream::{Shared, Substream},
+    session::{Role, Shared, frames::Frames},
+    stream::{QUANTUM, Stream},
+    stream_limits::{Budget, Key, StreamAdmission, StreamLimits},
 };
 use crate::{activity::ActivityCounter, address::ClientPrefix, program::net::socket};
 
@@ -344,6 +343,125 @@ impl<C> Drop for Muxer<C> {
             socket::leave_to_mux(socket, false); // what it still has to send is the kernel's
         }
         self.shared.with(|session| session.close_all());
+    }
+}
+
+/// The handle of a stream. Dropping it before it is closed resets the stream.
+#[derive(Debug)]
+pub struct Substream {
+    shared: Arc<Shared>,
+    key: Key,
+    /// The negotiation of the protocol, if the peer opened the stream, until that is known.
+    negotiation: Option<Negotiation>,
+    /// Whether the peer opened it and no request has arrived on it yet.
+    is_unused: bool,
+}
+
+impl Substream {
+    /// The handle of this stream of the session.
+    pub fn new(shared: &Arc<Shared>, key: Key, is_inbound: bool) -> Self {
+        let negotiation = is_inbound.then(Negotiation::default);
+        Self { shared: Arc::clone(shared), key, negotiation, is_unused: is_inbound }
+    }
+}
+
+impl Drop for Substream {
+    fn drop(&mut self) {
+        self.shared.with(|session| session.change(self.key, Stream::drop_handle));
+    }
+}
+
+impl AsyncRead for Substream {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut [u8],
+    ) -> Poll<io::Result<usize>> {
+        let (key, now) = (self.key, Instant::now());
+        let read = self.shared.with(|session| {
+            let read = |it: &mut Stream, budget: &_| it.read(buffer, now, budget);
+            session.poll_stream(key, cx, |it| &mut it.reader, read)
+        });
+        let read = ready!(read)?;
+        if self.negotiation.is_some() {
+            let bytes = buffer.get(..read).unwrap_or_default();
+            if !Negotiation::accepts(bytes, buffer.len()) {
+                return Poll::Ready(Err(io::ErrorKind::InvalidData.into()));
+            }
+        } else if read > 0 && std::mem::take(&mut self.is_unused) {
+            self.shared.with(|session| session.stream(key).map(Stream::set_used));
+        }
+        Poll::Ready(Ok(read))
+    }
+}
+
+impl AsyncWrite for Substream {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let (key, now) = (self.key, Instant::now());
+        let written = self.shared.with(|session| {
+            let write = |it: &mut Stream, budget: &_| it.write(bytes, now, budget);
+            session.poll_stream(key, cx, |it| &mut it.writer, write)
+        });
+        let written = ready!(written)?;
+        self.shared.budget.pool.push_out(now);
+        let bytes = bytes.get(..written).unwrap_or_default();
+        if self.negotiation.as_mut().is_some_and(|negotiation| negotiation.on_write(bytes)) {
+            self.negotiation = None;
+        }
+        Poll::Ready(Ok(written))
+    }
+
+    /// Ready at once: written data is sent even if the handle is dropped.
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.shared.with(|session| session.stream(self.key).map(Stream::flush));
+        Poll::Ready(Ok(()))
+    }
+
+    /// Ready at once: the end of the stream is sent after the written data.
+    fn poll_close(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.shared.with(|session| session.change(self.key, |stream, _| stream.close()));
+        Poll::Ready(Ok(()))
+    }
+}
+
+/// Limits what a peer may send while the protocol of its stream is being negotiated, and parses what the relay writes
+/// until that accepts one.
+///
+/// Sans-IO. libp2p's multistream-select allocates 16 KiB for a message as soon as its length is announced, which takes two
+/// bytes. No protocol name is longer than 127 bytes, so longer messages are rejected.
+/// See [the specification](https://github.com/multiformats/multistream-select).
+#[derive(Debug, Default)]
+struct Negotiation {
+    /// What the relay has written of the current message, its length first.
+    message: Vec<u8>,
+}
+
+impl Negotiation {
+    /// Whether the relay accepts what it has read into a buffer of this size. multistream-select reads only lengths byte
+    /// by byte; the first byte of a length above 127 has its highest bit set.
+    fn accepts(read: &[u8], buffer: usize) -> bool {
+        !(buffer == 1 && read.first().is_some_and(|byte| *byte >= 0x80))
+    }
+
+    /// Parses what the relay writes. Returns whether it has accepted a protocol by now.
+    fn on_write(&mut self, bytes: &[u8]) -> bool {
+        bytes.iter().any(|byte| self.on_byte(*byte))
+    }
+
+    fn on_byte(&mut self, byte: u8) -> bool {
+        self.message.push(byte);
+        match unsigned_varint::decode::usize(&self.message) {
+            Ok((length, text)) if text.len() >= length => {
+                let accepts = text.starts_with(b"/") && text != b"/multistream/1.0.0\n";
+                self.message.clear();
+                accepts
+            }
+            _ => false,
+        }
     }
 }
 

@@ -9,17 +9,18 @@ pub mod frames;
 use std::{
     collections::{BTreeMap, VecDeque},
     io,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError, Weak},
     task::{Context, Poll, Waker},
     time::{Duration, Instant},
 };
 
 use super::{
-    budget::{ConnectionBudget, Cut, MemoryBudget},
+    budget::{Connection, ConnectionBudget, Cut, MemoryBudget},
     frame::{ACK, Flags, INITIAL_WINDOW, MAX_WINDOW, RST, Reason},
     stream::{Origin, QUANTUM, Stream},
     stream_limits::{Key, StreamAdmission, StreamId},
 };
+use crate::address::ClientPrefix;
 
 /// How many refusals may wait to be sent, and how many streams are remembered that ended on our side alone.
 const MAX_REFUSED: usize = 256;
@@ -210,54 +211,26 @@ impl Session {
 
     // ---- What their holders do
 
-    /// Reads from a stream. What was received before a reset is still read.
-    pub fn poll_read(
+    /// Has a stream read or write for its holder, whose task waits if that yields `None`.
+    pub fn poll_stream(
         &mut self,
         key: Key,
         cx: &Context<'_>,
-        into: &mut [u8],
-        now: Instant,
+        waker: fn(&mut Stream) -> &mut Option<Waker>,
+        act: impl FnOnce(&mut Stream, &ConnectionBudget) -> Option<io::Result<usize>>,
     ) -> Poll<io::Result<usize>> {
         let stream = self.streams.get_mut(&key).ok_or(io::ErrorKind::ConnectionReset)?;
-        let read = stream.read(into, now, &self.budget);
-        if read.is_none() {
-            self.effects.register(&mut stream.reader, cx);
+        let result = act(stream, &self.budget);
+        if result.is_none() {
+            self.effects.register(waker(stream), cx);
         }
         self.settle(key);
-        read.map_or(Poll::Pending, Poll::Ready)
+        result.map_or(Poll::Pending, Poll::Ready)
     }
 
-    /// Writes to a stream.
-    pub fn poll_write(
-        &mut self,
-        key: Key,
-        cx: &Context<'_>,
-        bytes: &[u8],
-        now: Instant,
-    ) -> Poll<io::Result<usize>> {
-        let stream = self.streams.get_mut(&key).ok_or(io::ErrorKind::ConnectionReset)?;
-        let written = stream.write(bytes, now, &self.budget);
-        if written.is_none() {
-            self.effects.register(&mut stream.writer, cx);
-        }
-        self.settle(key);
-        written.map_or(Poll::Pending, Poll::Ready)
-    }
-
-    /// What was written to the stream will be sent, whatever becomes of the stream.
-    pub fn flush(&mut self, key: Key) {
-        if let Some(stream) = self.streams.get_mut(&key) {
-            stream.flush();
-        }
-    }
-
-    /// A request has arrived on the stream: it is not reset for another one any more.
-    pub fn set_used(&mut self, key: Key) {
-        if let Some(stream) = self.streams.get(&key)
-            && let Origin::Peer(Some(permit)) = &stream.origin
-        {
-            permit.set_used();
-        }
+    /// A stream, for a change that nothing follows from: [`Stream::flush`] or [`Stream::set_used`].
+    pub fn stream(&mut self, key: Key) -> Option<&mut Stream> {
+        self.streams.get_mut(&key).map(|stream| &mut **stream)
     }
 
     /// Changes how far a stream has come: [`Stream::close`], [`Stream::drop_handle`], [`Stream::reset`] or another
@@ -360,6 +333,64 @@ impl Session {
         self.end();
         self.streams.keys().copied().collect::<Vec<_>>().into_iter().for_each(|it| self.remove(it));
         self.budget.release(std::mem::take(&mut self.in_flight));
+    }
+}
+
+/// A session and its lock. No thread holds the locks of two sessions, or wakes a task under one.
+#[derive(Debug)]
+pub struct Shared {
+    session: Mutex<Session>,
+    /// What it is charged.
+    pub budget: Arc<ConnectionBudget>,
+}
+
+impl Shared {
+    /// A session of a connection from this prefix.
+    pub fn new(
+        role: Role,
+        admission: StreamAdmission,
+        memory: &MemoryBudget,
+        prefix: Option<ClientPrefix>,
+    ) -> Arc<Self> {
+        Arc::new_cyclic(|shared: &Weak<Self>| {
+            let budget = memory.open(prefix, shared.clone());
+            let session = Mutex::new(Session::new(role, Arc::clone(&budget), admission));
+            Self { session, budget }
+        })
+    }
+
+    /// Calls `act` under the lock, and applies its effects after releasing that.
+    pub fn with<T>(&self, act: impl FnOnce(&mut Session) -> T) -> T {
+        let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
+        let result = act(&mut session);
+        let effects = session.take_effects();
+        drop(session);
+        effects.apply(&self.budget.pool);
+        result
+    }
+
+    /// Whether its lock is held.
+    #[cfg(test)]
+    pub fn is_locked(&self) -> bool {
+        self.session.try_lock().is_err()
+    }
+}
+
+impl Connection for Shared {
+    fn budget(&self) -> &ConnectionBudget {
+        &self.budget
+    }
+
+    fn shed(&self, now: Instant) -> usize {
+        self.with(|session| session.shed(now, Cut::Pool))
+    }
+
+    fn reset(&self, stream: Key) {
+        self.with(|session| session.change(stream, Stream::reset));
+    }
+
+    fn credit(&self) -> usize {
+        self.with(|session| session.credit())
     }
 }
 

@@ -98,6 +98,13 @@ impl Stream {
         }
     }
 
+    /// A request has arrived on it: it is not reset for another one any more.
+    pub fn set_used(&mut self) {
+        if let Origin::Peer(Some(permit)) = &self.origin {
+            permit.set_used();
+        }
+    }
+
     // ---- Receiving
 
     /// Whether the peer may send more.

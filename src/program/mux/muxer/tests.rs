@@ -346,3 +346,35 @@ fn a_stall_lasts_until_something_is_acknowledged_or_written() {
         assert_eq!(stall.on_waiting(acknowledged, start + secs(62)), secs(0));
     }
 }
+
+fn line(text: &str) -> Vec<u8> {
+    [&[text.len() as u8 + 1], text.as_bytes(), b"\n"].concat()
+}
+
+#[test]
+fn it_ends_when_the_relay_accepts_a_protocol_in_any_number_of_writes() {
+    let list = line(&"/one/of/them".repeat(12));
+    let list = [&[0x80 | (list.len() as u8 & 0x7f), 1], &list[..]].concat();
+    for (said, agrees) in [
+        (line("/multistream/1.0.0"), false),
+        (line("na"), false),
+        (list, false),
+        (line("/multistream/1.0.0/and/more"), true),
+        (line("/ipfs/ping/1.0.0"), true),
+    ] {
+        let mut at_once = Negotiation::default();
+        assert!(!at_once.on_write(&line("/multistream/1.0.0")));
+        assert_eq!(at_once.on_write(&said), agrees, "{said:?}");
+        let mut cut = Negotiation::default();
+        let agreed = said.iter().map(|byte| cut.on_write(&[*byte]));
+        assert_eq!(agreed.last(), Some(agrees), "{said:?}");
+    }
+}
+
+#[test]
+fn lengths_above_127_are_rejected() {
+    assert!(Negotiation::accepts(&[0x7f], 1));
+    assert!(!Negotiation::accepts(&[0x80], 1));
+    assert!(Negotiation::accepts(&[0xff, 7], 99), "not a length");
+    assert!(Negotiation::accepts(&[], 1));
+}

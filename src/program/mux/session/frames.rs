@@ -233,21 +233,19 @@ impl Session {
             && let Some(key) = self.control.front().copied()
         {
             let stream = self.streams.get_mut(&key);
-            let Some(stream) = stream.filter(|stream| stream.has_control(&self.budget)) else {
-                self.control.pop_front();
-                if let Some(stream) = self.streams.get_mut(&key) {
-                    stream.in_control = false;
-                }
-                continue;
-            };
-            let resets = stream.is_reset_due();
+            let resets = stream.as_ref().is_some_and(|stream| stream.is_reset_due());
             if resets != (frames == Frames::Resets) && !into.is_empty() {
                 break; // resets go by themselves
             }
+            self.control.pop_front();
+            let Some(stream) = stream else {
+                continue;
+            };
+            stream.in_control = false;
             if resets {
                 frames = Frames::Resets;
                 into.extend(stream.header(Kind::Data, stream.pending, 0));
-            } else {
+            } else if stream.has_control(&self.budget) {
                 let rtt = self.round_trip.measured;
                 let credit = stream.grant(rtt, &mut self.growth, now, &self.budget);
                 let opening = stream.pending & (SYN | ACK);

@@ -5,10 +5,7 @@ mod table;
 
 use std::{
     collections::HashMap,
-    sync::{
-        Weak,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::atomic::{AtomicBool, Ordering},
     task::Wake,
 };
 
@@ -18,7 +15,6 @@ use super::{frames::Frames, *};
 use crate::program::mux::{
     frame::{FIN, HEADER, Header, Kind, Room, SYN},
     stream_limits::{Budget, StreamLimits},
-    substream::Shared,
 };
 
 const KIB: usize = 1024;
@@ -59,7 +55,8 @@ impl Side {
     }
 
     fn write(&mut self, stream: Key, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        let written = self.session.poll_write(stream, &cx(), bytes, self.now);
+        let write = |it: &mut Stream, budget: &_| it.write(bytes, self.now, budget);
+        let written = self.session.poll_stream(stream, &cx(), |it| &mut it.writer, write);
         self.session.take_effects().apply(&self.budget);
         written
     }
@@ -67,7 +64,8 @@ impl Side {
     /// Reads once; `None` if there is nothing.
     fn read(&mut self, stream: Key, most: usize) -> Option<io::Result<Vec<u8>>> {
         let mut bytes = vec![0; most];
-        let read = self.session.poll_read(stream, &cx(), &mut bytes, self.now);
+        let read = |it: &mut Stream, budget: &_| it.read(&mut bytes, self.now, budget);
+        let read = self.session.poll_stream(stream, &cx(), |it| &mut it.reader, read);
         self.session.take_effects().apply(&self.budget);
         match read {
             Poll::Ready(read) => Some(read.map(|read| bytes[..read].to_vec())),
@@ -317,7 +315,7 @@ fn dropped_with_its_half_open_a_stream_is_reset_after_what_was_flushed() {
         let stream = opened(&mut server, 1);
         assert!(server.write(stream, &[1; 9]).is_ready());
         if flushed {
-            server.session.flush(stream);
+            server.session.stream(stream).map(Stream::flush);
             assert!(server.write(stream, &[2; 9]).is_ready());
         }
         server.drop_handle(stream);
@@ -753,7 +751,7 @@ impl World {
             Step::Flush(number) => {
                 let Some(stream) = stream(number).map(|number| &mut known[number]) else { return };
                 if !stream.dropped {
-                    side.session.flush(stream.key);
+                    side.session.stream(stream.key).map(Stream::flush);
                     stream.flushed = stream.written;
                 }
             }
