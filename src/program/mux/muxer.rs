@@ -302,7 +302,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> StreamMuxer for Muxer<C> {
     fn poll_close(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = &mut *self;
         this.shared.with(|session| {
-            session.set_driver(cx);
+            session.set_task(cx);
             session.leave();
         });
         let closed = match this.poll_write(cx) {
@@ -320,7 +320,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> StreamMuxer for Muxer<C> {
         if let Some(error) = self.end.take() {
             return Poll::Ready(Err(error));
         }
-        self.shared.with(|session| session.set_driver(cx));
+        self.shared.with(|session| session.set_task(cx));
         let read = self.poll_read(cx);
         self.room.release();
         let ended = match read {

@@ -112,9 +112,8 @@ pub struct Session {
     /// No stream is opened any more; go-away is sent after all else.
     is_over: bool,
     go_away: Option<Reason>,
-    /// Who drives the connection, waits for a stream to come, and for one to be opened.
-    driver: Option<Waker>,
-    acceptor: Option<Waker>,
+    /// The connection's task, and the same while it waits for a stream to be opened.
+    task: Option<Waker>,
     opener: Option<Waker>,
     effects: Effects,
 }
@@ -144,21 +143,15 @@ impl Session {
             in_flight: 0,
             is_over: false,
             go_away: None,
-            driver: None,
-            acceptor: None,
+            task: None,
             opener: None,
             effects: Effects::default(),
         }
     }
 
-    /// What is to be done now that the lock is released.
-    pub fn take_effects(&mut self) -> Effects {
-        std::mem::take(&mut self.effects)
-    }
-
-    /// This task drives the connection: it is woken when there is something to send.
-    pub fn set_driver(&mut self, cx: &Context<'_>) {
-        self.effects.register(&mut self.driver, cx);
+    /// This task is the connection's from now on: it is woken when there is something to send or a stream came.
+    pub fn set_task(&mut self, cx: &Context<'_>) {
+        self.effects.register(&mut self.task, cx);
     }
 
     // ---- Streams come
@@ -197,7 +190,7 @@ impl Session {
                 _ => self.change(key, Stream::drop_handle),
             }
         }
-        self.effects.register(&mut self.acceptor, cx);
+        self.set_task(cx);
         Poll::Pending
     }
 
@@ -271,12 +264,12 @@ impl Session {
         };
         if stream.has_control(&self.budget) && !std::mem::replace(&mut stream.in_control, true) {
             self.control.push_back(key);
-            self.effects.wakers.extend(self.driver.take());
+            self.effects.wakers.extend(self.task.take());
         }
         if stream.has_data() && !std::mem::replace(&mut stream.in_turns, true) {
             stream.deficit = QUANTUM as i64;
             self.new_flows.push_back(key);
-            self.effects.wakers.extend(self.driver.take());
+            self.effects.wakers.extend(self.task.take());
         }
         if stream.is_gone() {
             if !stream.is_finished() {
@@ -324,7 +317,7 @@ impl Session {
         for key in self.streams.keys().copied().collect::<Vec<_>>() {
             self.change(key, Stream::end);
         }
-        self.effects.wakers.extend(self.acceptor.take());
+        self.effects.wakers.extend(self.task.take());
         self.effects.wakers.extend(self.opener.take());
     }
 
@@ -363,7 +356,7 @@ impl Shared {
     pub fn with<T>(&self, act: impl FnOnce(&mut Session) -> T) -> T {
         let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
         let result = act(&mut session);
-        let effects = session.take_effects();
+        let effects = std::mem::take(&mut session.effects);
         drop(session);
         effects.apply(&self.budget.pool);
         result

@@ -221,14 +221,12 @@ pub struct StreamAdmission {
 impl StreamAdmission {
     /// Within these limits.
     pub fn new(budget: Budget, limits: StreamLimits) -> Self {
+        let frame_rate = limits.stream_rate.saturating_mul(FRAMES_PER_STREAM);
         Self {
             budget,
             pool: SharedPool::new(limits.max_streams),
             streams: RateLimiter::new(OWN_STREAMS, limits.stream_rate),
-            frames: RateLimiter::new(
-                OWN_FRAMES,
-                limits.stream_rate.saturating_mul(FRAMES_PER_STREAM),
-            ),
+            frames: RateLimiter::new(OWN_FRAMES, frame_rate),
         }
     }
 

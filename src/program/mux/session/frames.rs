@@ -146,7 +146,7 @@ impl Session {
         self.inbound += 1;
         let key = self.insert(id, Origin::Peer(permit), now);
         self.accepted.push_back(key);
-        self.effects.wakers.extend(self.acceptor.take());
+        self.effects.wakers.extend(self.task.take());
         Ok(())
     }
 

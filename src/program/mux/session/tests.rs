@@ -57,7 +57,7 @@ impl Side {
     fn write(&mut self, stream: Key, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let write = |it: &mut Stream, budget: &_| it.write(bytes, self.now, budget);
         let written = self.session.poll_stream(stream, &cx(), |it| &mut it.writer, write);
-        self.session.take_effects().apply(&self.budget);
+        std::mem::take(&mut self.session.effects).apply(&self.budget);
         written
     }
 
@@ -66,7 +66,7 @@ impl Side {
         let mut bytes = vec![0; most];
         let read = |it: &mut Stream, budget: &_| it.read(&mut bytes, self.now, budget);
         let read = self.session.poll_stream(stream, &cx(), |it| &mut it.reader, read);
-        self.session.take_effects().apply(&self.budget);
+        std::mem::take(&mut self.session.effects).apply(&self.budget);
         match read {
             Poll::Ready(read) => Some(read.map(|read| bytes[..read].to_vec())),
             Poll::Pending => None,
@@ -77,7 +77,7 @@ impl Side {
     fn send(&mut self) -> Vec<u8> {
         let mut frames = Vec::new();
         self.session.take_frames(&mut frames, QUANTUM, self.now);
-        self.session.take_effects().apply(&self.budget);
+        std::mem::take(&mut self.session.effects).apply(&self.budget);
         frames
     }
 
@@ -99,14 +99,14 @@ impl Side {
             into[..some].copy_from_slice(&bytes[..some]);
             bytes = &bytes[some..];
             self.session.receive(&mut self.room, some, self.now)?;
-            self.session.take_effects().apply(&self.budget);
+            std::mem::take(&mut self.session.effects).apply(&self.budget);
         }
         Ok(())
     }
 
     fn drop_handle(&mut self, stream: Key) {
         self.session.change(stream, Stream::drop_handle);
-        self.session.take_effects().apply(&self.budget);
+        std::mem::take(&mut self.session.effects).apply(&self.budget);
     }
 
     /// Nothing is left of any stream.
@@ -327,7 +327,7 @@ fn dropped_with_its_half_open_a_stream_is_reset_after_what_was_flushed() {
                 assert_eq!((headers(&sent)[0].length, flushed), (9, true));
             }
         }
-        server.session.take_effects().apply(&server.budget);
+        std::mem::take(&mut server.session.effects).apply(&server.budget);
         server.assert_empty();
     }
 }
