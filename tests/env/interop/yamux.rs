@@ -30,8 +30,8 @@ use libp2p::{
 };
 use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus as Random};
 use relaylet::program::mux::{
-    muxer::{Budget, Multiplex},
-    stream_limits::StreamLimits,
+    muxer::Multiplex,
+    stream_limits::{Budget, StreamLimits},
 };
 
 use super::{Talking, client, js_client, run};
@@ -103,7 +103,7 @@ async fn play(
     let budget = Budget { inbound: 2 * STREAMS, outbound: 2 * STREAMS };
     let limits = StreamLimits { stream_rate: 0, ..StreamLimits::default() };
     let multiplex = Multiplex::new(budget, limits, STREAMS);
-    let (memory, protocol) = (multiplex.memory(), "/yamux/1.0.0");
+    let (memory, protocol) = (multiplex.memory.clone(), "/yamux/1.0.0");
     let muxer = match we_are_the_client {
         true => multiplex.upgrade_outbound(watched, protocol).await,
         false => multiplex.upgrade_inbound(watched, protocol).await,

@@ -221,7 +221,7 @@ async fn echo(stream: impl AsyncRead + AsyncWrite) {
 fn muxer(pipe: Pipe, role: Role) -> Muxer<Pipe> {
     let budget = Budget { inbound: 64, outbound: 64 };
     let limits = StreamLimits { stream_rate: 0, ..StreamLimits::default() };
-    Muxer::new(pipe, &Multiplex::new(budget, limits, 64), role)
+    Muxer::new(pipe, Multiplex::new(budget, limits, 64), role)
 }
 
 /// Opens so many streams over ours, and echoes what comes on others.
@@ -319,4 +319,62 @@ fn the_crate_and_we_understand_each_other_in_either_role() {
         everywhere(|executors| exchange(room, [ours, theirs], executors));
         everywhere(|executors| exchange(room, [theirs, ours], executors));
     }
+}
+
+fn secs(secs: u64) -> Duration {
+    Duration::from_secs(secs)
+}
+
+#[test]
+fn a_peer_that_acknowledges_one_byte_a_minute_is_not_stalled() {
+    let (mut stall, start) = (WriteStall::default(), Instant::now());
+    for minute in 0..100 {
+        let at = start + secs(60 * minute);
+        assert_eq!(stall.on_waiting(Some(minute), at), secs(0));
+        assert_eq!(stall.on_waiting(Some(minute), at + secs(59)), secs(59));
+    }
+}
+
+#[test]
+fn a_stall_lasts_until_something_is_acknowledged_or_written() {
+    let (mut stall, start) = (WriteStall::default(), Instant::now());
+    for acknowledged in [Some(7), None] {
+        assert_eq!(stall.on_waiting(acknowledged, start), secs(0));
+        assert_eq!(stall.on_waiting(acknowledged, start + secs(30)), secs(30));
+        assert_eq!(stall.on_waiting(acknowledged, start + secs(61)), secs(61));
+        stall.on_written();
+        assert_eq!(stall.on_waiting(acknowledged, start + secs(62)), secs(0));
+    }
+}
+
+fn line(text: &str) -> Vec<u8> {
+    [&[text.len() as u8 + 1], text.as_bytes(), b"\n"].concat()
+}
+
+#[test]
+fn it_ends_when_the_relay_accepts_a_protocol_in_any_number_of_writes() {
+    let list = line(&"/one/of/them".repeat(12));
+    let list = [&[0x80 | (list.len() as u8 & 0x7f), 1], &list[..]].concat();
+    for (said, agrees) in [
+        (line("/multistream/1.0.0"), false),
+        (line("na"), false),
+        (list, false),
+        (line("/multistream/1.0.0/and/more"), true),
+        (line("/ipfs/ping/1.0.0"), true),
+    ] {
+        let mut at_once = Negotiation::default();
+        assert!(!at_once.on_write(&line("/multistream/1.0.0")));
+        assert_eq!(at_once.on_write(&said), agrees, "{said:?}");
+        let mut cut = Negotiation::default();
+        let agreed = said.iter().map(|byte| cut.on_write(&[*byte]));
+        assert_eq!(agreed.last(), Some(agrees), "{said:?}");
+    }
+}
+
+#[test]
+fn lengths_above_127_are_rejected() {
+    assert!(Negotiation::accepts(&[0x7f], 1));
+    assert!(!Negotiation::accepts(&[0x80], 1));
+    assert!(Negotiation::accepts(&[0xff, 7], 99), "not a length");
+    assert!(Negotiation::accepts(&[], 1));
 }
