@@ -1,15 +1,15 @@
-//! What a circuit and an idle slot cost, beside rust-libp2p's and go-libp2p's relay.
+//! The cost of a circuit and of an idle slot, compared with rust-libp2p's and go-libp2p's relay.
 //!
-//! `cargo bench --bench peers` builds the other two (`tests/peers/rust`, `tests/peers/go`; needs
-//! go), starts all three as processes, drives them with the same clients, and interleaves them round by
-//! round. It prints a Markdown table, writes it to `target/peers.md`, and ends with status 1 if a
-//! ratio is above its goal. `-- --quick` measures a subset in about a minute; the name of a row's
-//! group (`bulk`, `setup`, `echo`, `idle`, `stalled`, `watched`) measures that alone; `--rounds N` changes how
-//! often; `--only relaylet` leaves the others out; `--flags "…"` adds to the flags of relaylet.
+//! `cargo bench --bench peers` builds the other two relays (`tests/peers/rust`, `tests/peers/go`; needs Go), starts all
+//! three as processes, drives them with the same clients, and interleaves them round by round. It prints a Markdown
+//! table, writes it to `target/peers.md`, and exits with status 1 if a ratio is above its goal. `-- --quick` measures a
+//! subset in about a minute; the name of a group of rows (`bulk`, `setup`, `echo`, `idle`, `stalled`, `watched`)
+//! measures only that; `--rounds N` sets the number of rounds; `--only relaylet` leaves out the others; `--flags "…"`
+//! adds flags to relaylet.
 //!
-//! CPU time is what the kernel counted for the relay's threads (schedstat), memory what it counted
-//! for its pages (smaps_rollup); the client is in neither. Each figure is the median of the rounds.
-//! Each contestant has as many threads as relaylet has by itself.
+//! CPU time is the kernel's count for the relay's threads (schedstat), memory its count for the relay's pages
+//! (smaps_rollup); neither includes the clients. Each figure is the median of the rounds. Each relay runs as many
+//! threads as relaylet's default.
 
 mod common;
 
@@ -46,7 +46,7 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = env::args().skip(1).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let runtime = Runtime::new().expect("a runtime");
-    // This program starts itself for clients that need a process of their own.
+    // The program starts itself for clients that need a process of their own.
     match words[..] {
         [echo::FLAT_OUT, relay] => runtime.block_on(echo::run_flat_out(relay)),
         [crowd::ROLE, relay, first, count, security] => {
@@ -58,7 +58,7 @@ fn main() -> ExitCode {
     Bench::of(&words).run(&runtime)
 }
 
-/// What is to be measured, and how much of it.
+/// What is measured, and how much of it.
 struct Bench<'a> {
     groups: Vec<&'a str>,
     who: Vec<Contestant>,
@@ -70,7 +70,7 @@ struct Bench<'a> {
 impl<'a> Bench<'a> {
     fn of(words: &[&'a str]) -> Self {
         const GROUPS: [&str; 6] = ["bulk", "setup", "echo", "idle", "stalled", "watched"];
-        let behind = |name| {
+        let value_of = |name| {
             let at = words.iter().position(|word| *word == name)?;
             words.get(at + 1).copied()
         };
@@ -79,14 +79,14 @@ impl<'a> Bench<'a> {
         if groups.is_empty() {
             groups = if quick { vec!["bulk", "setup", "echo"] } else { GROUPS.to_vec() };
         }
-        let who: Vec<_> = match behind("--only") {
+        let who: Vec<_> = match value_of("--only") {
             Some(name) => Contestant::ALL.into_iter().filter(|c| c.name() == name).collect(),
             None => Contestant::ALL.to_vec(),
         };
-        let rounds = behind("--rounds").map(|rounds| rounds.parse().expect("a number of rounds"));
+        let rounds = value_of("--rounds").map(|rounds| rounds.parse().expect("a number of rounds"));
         Self {
             groups,
-            contestants: Contestants::build(&who, behind("--flags").unwrap_or_default()),
+            contestants: Contestants::build(&who, value_of("--flags").unwrap_or_default()),
             who,
             rounds: rounds.unwrap_or(if quick { 1 } else { 5 }),
             quick,
@@ -108,7 +108,7 @@ impl<'a> Bench<'a> {
         table.print(TABLE)
     }
 
-    /// Every contestant once a round, in an order that changes from round to round.
+    /// Measures every contestant once a round, in an order that rotates.
     fn rounds(&self, mut measure: impl FnMut(Contestant)) {
         for round in 0..self.rounds {
             let start = round % self.who.len();
@@ -128,7 +128,7 @@ impl<'a> Bench<'a> {
             let row = table.row(what, "s", goals);
             let beyond = table.row(&format!("{what}, beyond the ciphers"), "s", [f64::INFINITY; 2]);
             self.rounds(|who| {
-                // Each time anew: the machine's speed changes.
+                // Measured in each round, because the machine's speed changes.
                 let floor = floor::seconds_per_gigabyte(security, bytes);
                 let relay = self.contestants.start(who);
                 let client = self.contestants.go();
@@ -158,11 +158,11 @@ impl<'a> Bench<'a> {
         self.rounds(|who| {
             let base = runtime.block_on(echo::direct(count));
             let relay = self.contestants.start(who);
-            let idle = runtime.block_on(echo::relayed(&relay, count)).beyond(base);
+            let idle = runtime.block_on(echo::relayed(&relay, count)).above(base);
             table.add(idle50, who, idle.p50);
             table.add(idle99, who, idle.p99);
             let _bulk = echo::flat_out(&relay);
-            let busy = runtime.block_on(echo::relayed(&relay, count)).beyond(base);
+            let busy = runtime.block_on(echo::relayed(&relay, count)).above(base);
             table.add(busy99, who, busy.p99);
         });
     }
@@ -188,7 +188,7 @@ impl<'a> Bench<'a> {
         });
     }
 
-    /// Of relaylet alone: the others are not watched over HTTP.
+    /// Only relaylet: the others have no HTTP port.
     fn watched(&self, runtime: &Runtime, table: &mut Rounds) {
         let count = if self.quick { 1000 } else { 5000 };
         let mut rows = |who| {
@@ -210,7 +210,7 @@ impl<'a> Bench<'a> {
                 let flag = format!("--http=127.0.0.1:{port}");
                 let flags = callers.map_or(vec![], |_| vec![flag]);
                 let relay = self.contestants.start_with(who, &flags);
-                let _callers = callers.map(|callers| watched::call(port, callers));
+                let _callers = callers.map(|callers| watched::start(port, callers));
                 let latency = runtime.block_on(echo::relayed(&relay, count));
                 table.add(rows[0], who, latency.p50);
                 table.add(rows[1], who, latency.p99);

@@ -352,7 +352,7 @@ mod tests {
     }
 
     #[test]
-    fn it_tells_which_way_bytes_wait() {
+    fn the_directions_with_pending_bytes_are_reported() {
         let (now, config) = (Instant::now(), Config::default());
         let peers = [(); 2].map(|()| PeerId::random());
         let [source, target] = peers.map(|peer| End { peer, connection: () });

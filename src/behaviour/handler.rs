@@ -220,14 +220,14 @@ mod tests {
     /// Every connection has one. Where this fails for a reason, box what is rare, or change the
     /// figure knowingly: it is multiplied by the number of peers.
     #[test]
-    fn a_handler_is_small() {
+    fn a_handler_fits_its_size_limit() {
         assert!(size_of::<Handler>() <= 184, "{}", size_of::<Handler>());
         // An empty queue has room for one.
         assert!(size_of::<HandlerCommand>() <= 16);
     }
 
     #[test]
-    fn a_connection_that_closes_reports_all_that_goes_on_on_it() {
+    fn a_closing_connection_reports_all_its_pending_work() {
         let (_behaviour, commands) = mpsc::unbounded();
         let (events, mut reported) = mpsc::unbounded();
         let end = End { peer: PeerId::random(), connection: ConnectionId::new_unchecked(1) };

@@ -137,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn what_takes_too_long_is_given_up_whatever_began_before_or_after_it() {
+    fn each_task_times_out_independently_of_the_others() {
         let limits = Timeouts::default();
         let longer = limits.start(LONG);
         let short = limits.start(SHORT);
@@ -151,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_done_in_time_leaves_the_timer_to_the_next() {
+    fn a_finished_task_leaves_the_timer_to_the_next_one() {
         let limits = Timeouts::default();
         for _ in 0..1000 {
             let limit = limits.start(SHORT);

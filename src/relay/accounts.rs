@@ -217,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn what_one_end_sent_the_other_received() {
+    fn the_bytes_sent_by_one_end_are_received_by_the_other() {
         let mut house = House::new();
         let id = house.open();
         house.close(id);
@@ -244,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_that_left_has_no_account_and_gets_none_when_its_circuits_end() {
+    fn a_disconnected_peer_gets_no_account_when_its_circuits_end() {
         let mut house = House::new();
         let id = house.open();
         house.accounts.remove(&house.bob);
@@ -257,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_that_came_back_does_not_pay_for_an_earlier_stay() {
+    fn a_reconnected_peer_starts_with_an_empty_account() {
         let mut house = House::new();
         let old = house.open();
         house.accounts.remove(&house.bob);
@@ -275,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn the_bytes_of_a_circuit_are_among_those_of_all() {
+    fn the_totals_include_open_circuits() {
         let mut house = House::new();
         let [one, other] =
             [1, 2].map(|id| house.accounts.on_opened(CircuitId(id), house.alice, house.bob));

@@ -244,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn ten_who_want_everything_get_the_same_and_together_the_whole() {
+    fn ten_greedy_circuits_share_the_link_equally_and_fully() {
         let mut world = World::new(MB, 0);
         (0..10).for_each(|_| world.circuit(None));
         let rates = world.run(5);
@@ -253,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn nine_who_want_little_get_it_all_beside_one_who_wants_everything() {
+    fn nine_light_circuits_are_not_slowed_by_a_greedy_one() {
         let mut world = World::new(MB, 0);
         (0..9).for_each(|_| world.circuit(Some(80_000)));
         world.circuit(None);
@@ -265,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn one_alone_gets_the_whole_though_timers_come_late() {
+    fn a_single_circuit_gets_the_whole_link_despite_late_timers() {
         for rate in [100, MB, 1000 * MB] {
             let mut world = World::new(rate, 0);
             world.late = Duration::from_millis(15);
@@ -276,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn a_thousand_share_as_well() {
+    fn a_thousand_circuits_share_the_link_equally() {
         let mut world = World::new(10 * MB, 0);
         (0..1000).for_each(|_| world.circuit(None));
         let rates = world.run(20);
@@ -285,7 +285,7 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_s_circuits_share_what_a_peer_may_have_as_source_and_as_target() {
+    fn the_per_peer_rate_is_shared_by_circuits_in_both_roles() {
         let [alice, bob, carol] = [(); 3].map(|()| PeerId::random());
         let mut world = World::new(0, MB);
         world.circuit_between([alice, bob], None);
@@ -298,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn who_is_held_back_by_its_own_cap_leaves_the_rest_to_others() {
+    fn bandwidth_unused_by_a_capped_peer_goes_to_others() {
         let [alice, bob] = [(); 2].map(|()| PeerId::random());
         let mut world = World::new(MB, 300_000);
         (0..8).for_each(|_| world.circuit_between([alice, bob], None));
@@ -311,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn a_byte_a_second_is_a_byte_a_second() {
+    fn a_rate_of_one_byte_per_second_is_exact() {
         let mut world = World::new(1, 0);
         world.circuit(None);
         world.circuit(None);
@@ -322,7 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_cap_nobody_waits_and_nothing_is_remembered() {
+    fn without_a_cap_nothing_waits_and_no_state_is_kept() {
         let now = Instant::now();
         let ends = [PeerId::random(), PeerId::random()];
         let mut bandwidth = Bandwidth::new(&caps(0, 0), now);
@@ -336,7 +336,7 @@ mod tests {
     }
 
     #[test]
-    fn who_owes_nothing_is_forgotten_and_who_waits_is_not() {
+    fn idle_flows_are_removed_and_waiting_ones_are_not() {
         let now = Instant::now();
         let ends = [PeerId::random(), PeerId::random()];
         let mut bandwidth = Bandwidth::new(&caps(0, 10), now);
@@ -351,7 +351,7 @@ mod tests {
     }
 
     #[test]
-    fn a_new_price_is_not_asked_for_what_was_carried_before() {
+    fn a_new_cap_does_not_apply_to_bytes_already_transferred() {
         let now = Instant::now();
         let ends = [PeerId::random(), PeerId::random()];
         let mut bandwidth = Bandwidth::new(&caps(1, 0), now);

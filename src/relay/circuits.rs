@@ -399,7 +399,7 @@ mod tests {
     }
 
     #[test]
-    fn the_total_holds_for_everyone_and_each_prefix_has_its_cap() {
+    fn the_total_and_the_cap_of_each_prefix_are_enforced() {
         let caps = Caps { total: Some(3), per_subnet: Some(9), per_address: Some(2) };
         let mut circuits = table(caps, 5);
         for _ in 0..2 {
@@ -412,7 +412,7 @@ mod tests {
     }
 
     #[test]
-    fn at_a_full_target_the_most_idle_circuit_of_the_heaviest_prefix_yields_to_another() {
+    fn at_a_full_target_the_most_idle_circuit_of_the_heaviest_prefix_is_evicted() {
         let mut circuits = table(of_total(99), 4);
         let (start, target) = (Instant::now(), end(1));
         let ids: Vec<_> =
@@ -439,7 +439,7 @@ mod tests {
     }
 
     #[test]
-    fn a_circuit_is_stalled_that_moves_nothing_for_10_s_one_way_though_bytes_wait() {
+    fn a_circuit_is_stalled_after_10_s_without_progress_on_pending_bytes() {
         const SECOND: Duration = Duration::from_secs(1);
         let mut circuits = table(of_total(9), 9);
         let mut now = Instant::now();
@@ -479,7 +479,7 @@ mod tests {
     }
 
     #[test]
-    fn in_a_full_table_one_yields_too_and_at_the_cap_of_a_source_none_does() {
+    fn a_full_table_evicts_a_circuit_and_the_cap_of_a_source_does_not() {
         let mut circuits = table(of_total(3), 9);
         let ends: Vec<_> = (0..3).map(|n| (end(n), end(10 + n))).collect();
         for (source, target) in &ends {

@@ -171,7 +171,7 @@ mod drain_tests {
     }
 
     #[test]
-    fn who_carries_a_circuit_stays_until_it_ends() {
+    fn a_connection_with_a_circuit_stays_until_the_circuit_ends() {
         let start = Instant::now();
         let (mut relay, ends) = relay(3, start);
         circuit(&mut relay, &ends, start);
@@ -186,7 +186,7 @@ mod drain_tests {
     }
 
     #[test]
-    fn who_asks_is_answered_by_the_end_of_its_connection_unless_that_carries_a_circuit() {
+    fn a_request_while_draining_closes_its_connection_unless_it_carries_a_circuit() {
         let start = Instant::now();
         let (mut relay, ends) = relay(4, start);
         circuit(&mut relay, &ends, start);
@@ -198,7 +198,7 @@ mod drain_tests {
     }
 
     #[test]
-    fn a_relay_that_resumes_takes_clients_in() {
+    fn a_resumed_relay_accepts_clients() {
         let start = Instant::now();
         let (mut relay, ends) = relay(1, start);
         relay.drain(start + DRAIN, start);
@@ -325,7 +325,7 @@ mod preemption_tests {
     }
 
     #[test]
-    fn the_longest_silent_is_replaced_and_its_slot_moves_to_the_new_one_without_grace() {
+    fn the_longest_silent_connection_is_replaced_and_its_slot_moves_without_grace() {
         let (mut clients, alice) = (Clients::none(), PeerId::random());
         let [first, second] = [0; 2].map(|_| clients.connect(alice));
         clients.reserve(first);
@@ -340,7 +340,7 @@ mod preemption_tests {
     }
 
     #[test]
-    fn what_no_sweep_has_heard_yet_counts_and_the_slot_stays_where_it_is() {
+    fn activity_since_the_last_sweep_counts_and_the_slot_does_not_move() {
         let (mut clients, alice) = (Clients::none(), PeerId::random());
         let [first, second] = [0; 2].map(|_| clients.connect(alice));
         clients.reserve(first);
@@ -351,7 +351,7 @@ mod preemption_tests {
     }
 
     #[test]
-    fn of_those_that_are_equally_silent_the_oldest_is_replaced() {
+    fn among_equally_silent_connections_the_oldest_is_replaced() {
         let (mut clients, alice) = (Clients::none(), PeerId::random());
         let old = [0; 3].map(|_| clients.connect(alice));
         let new = clients.connect(alice);
@@ -362,7 +362,7 @@ mod preemption_tests {
     }
 
     #[test]
-    fn the_circuits_over_the_one_that_is_replaced_end_and_others_go_on() {
+    fn circuits_of_the_replaced_connection_end_and_others_continue() {
         let mut clients = Clients::none();
         let (alice, bob) = (PeerId::random(), PeerId::random());
         let [first, of_bob] = [alice, bob].map(|peer| clients.connect(peer));
@@ -384,7 +384,7 @@ mod preemption_tests {
     }
 
     #[test]
-    fn an_idle_connection_is_a_strangers_unless_its_peer_holds_a_slot() {
+    fn an_idle_connection_is_evictable_unless_its_peer_holds_a_slot() {
         let mut clients = Clients::none();
         let alice = PeerId::random();
         let holder = clients.connect(alice);

@@ -300,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stranger_is_idle_from_the_start() {
+    fn a_connection_without_slot_is_idle_from_the_start() {
         let (mut connections, start) = connections();
         assert!(idle(&mut connections, start + MINUTE / 2).is_empty());
         assert_eq!(idle(&mut connections, start + MINUTE), [1]);
@@ -308,7 +308,7 @@ mod tests {
     }
 
     #[test]
-    fn who_holds_a_reservation_or_carries_a_circuit_is_not_idle() {
+    fn a_connection_with_a_reservation_or_circuit_is_not_idle() {
         let (mut connections, start) = connections();
         hold(&mut connections, 1, true, start);
         count(&mut connections, 1, 1, start);
@@ -321,7 +321,7 @@ mod tests {
     }
 
     #[test]
-    fn who_floods_the_relay_is_closed_at_once_unless_it_holds_a_reservation_or_carries_a_circuit() {
+    fn a_flooding_connection_is_closed_unless_it_has_a_reservation_or_circuit() {
         let (mut connections, start) = connections();
         let activity = ActivityCounter::default();
         connections.get_mut(1).unwrap().track(activity.clone());
@@ -334,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_that_is_gone_leaves_nothing_behind() {
+    fn a_closed_connection_leaves_nothing_behind() {
         let (mut connections, _) = connections();
         let peer = connections.get(1).unwrap().origin.peer;
         assert_eq!(connections.of(&peer).count(), 1);
@@ -355,7 +355,7 @@ mod tests {
     }
 
     #[test]
-    fn those_of_a_peer_that_are_not_being_closed_are_told_oldest_first() {
+    fn the_open_connections_of_a_peer_are_listed_oldest_first() {
         let (alice, bob) = (PeerId::random(), PeerId::random());
         let mut connections = in_turn(&[alice, bob, alice, alice], Instant::now());
         let open = |connections: &Connections<u32>, peer: &PeerId| -> Vec<_> {
@@ -371,7 +371,7 @@ mod tests {
     }
 
     #[test]
-    fn one_is_idle_that_holds_nothing_carries_nothing_and_is_not_being_closed() {
+    fn a_connection_is_idle_without_slot_and_circuit_unless_it_is_closing() {
         let start = Instant::now();
         let peers: Vec<_> = (0..5).map(|_| PeerId::random()).collect();
         let mut connections = in_turn(&peers, start);

@@ -229,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn who_is_silent_for_a_heartbeat_is_asked_once_and_judged_at_the_limit() {
+    fn a_silent_peer_is_probed_once_and_times_out_at_the_limit() {
         let mut ward = Ward::of(1);
         assert_eq!(ward.pass(HEARTBEAT - 1), asked(&[]));
         assert_eq!(ward.pass(1), asked(&[0]));
@@ -238,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn who_talks_is_never_asked() {
+    fn an_active_peer_is_never_probed() {
         let mut ward = Ward::of(2);
         for _ in 0..20 {
             assert_eq!(ward.pass(HEARTBEAT - 1), asked(&[]));
@@ -248,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn who_answers_late_but_in_time_is_not_judged() {
+    fn a_late_answer_within_the_limit_prevents_the_timeout() {
         let mut ward = Ward::of(1);
         assert_eq!(ward.pass(SILENCE - 1), asked(&[0]));
         ward.hear(0);
@@ -257,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_is_judged_without_a_question() {
+    fn no_peer_times_out_without_a_probe() {
         let mut ward = Ward::of(1);
         // As far apart as beats may be without being late: the limit is over before the first.
         ward.config.sweep = Duration::from_secs(SILENCE);
@@ -265,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn who_was_quiet_for_long_before_it_was_watched_has_the_usual_time_to_answer() {
+    fn silence_before_watching_does_not_shorten_the_time_to_answer() {
         let mut ward = Ward::of(1);
         let quiet = ward.livenesses.split_off(0);
         ward.pass(10 * SILENCE);
@@ -276,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn a_question_that_was_put_anew_gives_the_usual_time_to_answer() {
+    fn a_repeated_probe_gives_the_usual_time_to_answer() {
         let mut ward = Ward::of(1);
         assert_eq!(ward.pass(SILENCE - 1), asked(&[0]));
         ward.livenesses[0].on_probe(ward.now);
@@ -285,7 +285,7 @@ mod tests {
     }
 
     #[test]
-    fn a_beat_that_comes_late_starts_all_silences_anew() {
+    fn a_late_sweep_resets_all_liveness_timers() {
         let mut ward = Ward::of(3);
         ward.pass(SILENCE - 1);
         let pause = HEARTBEAT + 2;
@@ -298,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn when_most_fall_silent_at_once_their_verdict_waits_for_one_more_limit() {
+    fn timeouts_are_deferred_by_one_limit_when_most_peers_fall_silent_at_once() {
         let mut ward = Ward::of(15);
         for _ in 0..SILENCE - 1 {
             assert!(ward.beat_after(1).timed_out.is_empty());
@@ -324,7 +324,7 @@ mod tests {
     }
 
     #[test]
-    fn doubt_ends_when_the_link_is_back() {
+    fn deferral_ends_when_peers_are_heard_again() {
         let mut ward = Ward::of(8);
         assert!(ward.pass(SILENCE).fault.is_some());
         (0..8).for_each(|who| ward.hear(who));
@@ -342,20 +342,20 @@ mod tests {
     }
 
     #[test]
-    fn a_few_that_fall_silent_are_no_sign_of_a_broken_link() {
+    fn a_few_silent_peers_do_not_defer_timeouts() {
         let mut ward = Ward::of(7);
         assert_eq!(ward.pass(SILENCE).timed_out.len(), 7);
     }
 
     #[test]
-    fn without_a_heartbeat_nobody_is_asked() {
+    fn without_a_heartbeat_no_peer_is_probed() {
         let mut ward = Ward::of(1);
         ward.config.heartbeat = Duration::ZERO;
         assert_eq!(ward.pass(10 * SILENCE), asked(&[]));
     }
 
     #[test]
-    fn those_who_came_together_are_not_asked_together() {
+    fn probes_of_peers_that_connected_together_are_spread_out() {
         let heartbeat = Duration::from_secs(32);
         assert_eq!(probe_after(heartbeat, 0), heartbeat);
         assert_eq!(probe_after(heartbeat, 255), Duration::from_secs(24));

@@ -140,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn a_circuit_ends_whose_target_is_denied_and_holds_no_slot_any_more() {
+    fn a_circuit_ends_when_its_target_is_denied_after_losing_its_slot() {
         let start = Instant::now();
         let (mut relay, [source, target]) = relay(start);
         relay.handle_request(target, Ok(Request::Reserve), 1, start);
@@ -186,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn a_policy_that_changes_all_the_time_puts_no_sweep_off() {
+    fn frequent_policy_changes_do_not_delay_the_sweep() {
         let start = Instant::now();
         let (mut relay, _) = relay(start);
         let due = relay.sweep_due;

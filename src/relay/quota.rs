@@ -218,7 +218,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn it_counts_as_a_list_does_and_never_above_a_cap(
+        fn quotas_match_a_naive_count_and_never_exceed_a_cap(
             caps in caps(),
             steps in prop::collection::vec((prefix(), any::<bool>()), 0..120),
         ) {
@@ -247,7 +247,7 @@ mod tests {
         }
 
         #[test]
-        fn none_below_its_fair_share_is_refused_because_of_another(
+        fn a_scope_below_its_fair_share_is_never_refused_because_of_another(
             total in 1_usize..30,
             arrivals in prop::collection::vec(prefix().prop_filter_map("none", |prefix| prefix), 0..200),
         ) {
@@ -274,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn when_all_are_gone_nothing_is_left() {
+    fn a_quota_is_empty_when_everything_is_released() {
         let mut quota = Quota::new(Caps::default());
         let home = ClientPrefix::from(IpAddr::from(Ipv4Addr::new(192, 0, 2, 1)));
         for prefix in [Some(home), Some(home), None] {

@@ -127,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn a_minutes_worth_at_once_and_then_as_it_comes() {
+    fn a_bucket_allows_a_minutes_burst_and_then_the_rate() {
         let (mut rates, now, peer) = (Rates::new(30), Instant::now(), PeerId::random());
         assert_eq!(takes(&mut rates, peer, now), 30);
         assert_eq!(takes(&mut rates, peer, now + Duration::from_secs(1)), 0);
@@ -137,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_has_ten_times_as_much_for_all_its_peers() {
+    fn an_address_has_ten_times_the_rate_of_a_peer() {
         let (mut rates, now) = (Rates::new(1), Instant::now());
         for _ in 0..10 {
             assert_eq!(rates.take(PeerId::random(), home(1), now), Ok(()));
@@ -151,21 +151,21 @@ mod tests {
     }
 
     #[test]
-    fn who_pays_its_own_is_not_stopped_by_its_address() {
+    fn a_renewal_is_charged_to_the_peer_and_not_to_its_address() {
         let (mut rates, now, peer) = (Rates::new(1), Instant::now(), PeerId::random());
         while rates.take(PeerId::random(), home(1), now).is_ok() {}
         assert_eq!(rates.take(peer, None, now), Ok(()));
     }
 
     #[test]
-    fn zero_is_no_limit_and_keeps_nothing() {
+    fn zero_means_unlimited_and_keeps_no_state() {
         let (mut rates, now, peer) = (Rates::new(0), Instant::now(), PeerId::random());
         assert_eq!(takes(&mut rates, peer, now), 1000);
         assert_eq!(rates.buckets(), 0);
     }
 
     #[test]
-    fn buckets_that_are_full_are_forgotten() {
+    fn full_buckets_are_removed() {
         let (mut rates, now) = (Rates::new(30), Instant::now());
         rates.take(PeerId::random(), home(1), now).unwrap();
         rates.forget_full(now + Duration::from_secs(1));
@@ -175,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn the_fastest_rate_still_counts() {
+    fn the_highest_rate_still_limits() {
         let (mut rates, now) = (Rates::new(u32::MAX), Instant::now());
         assert_eq!(rates.take(PeerId::random(), home(1), now), Ok(()));
         assert_eq!(rates.buckets(), 2);

@@ -171,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn after_ten_minutes_in_which_it_stood_still_silences_start_anew_and_what_is_over_is_over() {
+    fn after_a_suspend_of_ten_minutes_liveness_resets_and_ended_terms_expire() {
         let start = Instant::now();
         let (mut relay, [stays, leaves]) = relay(Config::default(), start);
         let (asked, both) = until_found(&mut relay);
@@ -194,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn a_term_that_ended_while_it_stood_still_is_over() {
+    fn a_term_that_ended_during_a_suspend_is_expired() {
         let start = Instant::now();
         let config = Config { reservation_ttl: TEN_MINUTES / 2, ..Config::default() };
         let (mut relay, holders) = relay(config, start);

@@ -1,9 +1,9 @@
-//! Random histories of circuits, which the relay and a naive model of it live through side by side: sources
-//! of a few addresses that take all they can get, targets that answer or do not, caps that change, and
-//! connections that are being closed and are not gone yet.
+//! Random histories of circuits, in the relay and in a naive model: sources of a few addresses that open as many
+//! circuits as they can, targets that accept, refuse or do not answer, caps that change, and connections that are
+//! closing.
 //!
-//! The model keeps a list, and counts everything from scratch. Who holds a slot it asks the relay: that is
-//! the other history's.
+//! The model keeps a list and counts everything from scratch. Which peers hold slots it takes from the relay:
+//! `history.rs` tests those.
 
 use std::{
     cmp::Reverse,
@@ -28,33 +28,33 @@ const PEERS: usize = 9;
 const TARGETS: usize = 3;
 const ADDRESSES: u8 = 6;
 
-/// `nth` chooses among the circuits that are being set up, or are open.
+/// One step of a history. `nth` chooses among the circuits in the state that the step needs.
 #[derive(Clone, Debug)]
 enum Step {
-    Ask {
+    Connect {
         source: usize,
         target: usize,
     },
-    /// One peer asks for as much as it may, of all targets.
-    Grab {
+    /// One peer requests circuits to all targets until the caps stop it.
+    ConnectToAll {
         source: usize,
     },
     Answer {
         nth: usize,
-        agrees: bool,
+        accepts: bool,
     },
-    Carries {
+    Transfer {
         nth: usize,
     },
-    Ends {
+    End {
         nth: usize,
     },
-    /// Nothing is heard from the peer any more.
-    Freezes {
+    /// The peer is silent from now on.
+    Freeze {
         peer: usize,
     },
-    /// The peer's connection is gone, and it comes back from there.
-    ComesFrom {
+    /// The peer's connection is lost, and it reconnects from this address.
+    Reconnect {
         peer: usize,
         address: u8,
     },
@@ -64,7 +64,7 @@ enum Step {
     Configure(Caps),
 }
 
-/// Zero is no cap, but for the total and the peers'.
+/// Zero is no cap, except for the total and the cap per peer.
 #[derive(Clone, Copy, Debug)]
 struct Caps {
     total: usize,
@@ -83,14 +83,14 @@ fn step() -> impl Strategy<Value = Step> {
     let (source, target, nth) = (0..PEERS, 0..TARGETS, 0..9usize);
     let peer = source.clone();
     prop_oneof![
-        8 => (source.clone(), target).prop_map(|(source, target)| Step::Ask { source, target }),
-        2 => source.prop_map(|source| Step::Grab { source }),
+        8 => (source.clone(), target).prop_map(|(source, target)| Step::Connect { source, target }),
+        2 => source.prop_map(|source| Step::ConnectToAll { source }),
         8 => (nth.clone(), prop::bool::weighted(0.8))
-            .prop_map(|(nth, agrees)| Step::Answer { nth, agrees }),
-        3 => nth.clone().prop_map(|nth| Step::Carries { nth }),
-        2 => nth.prop_map(|nth| Step::Ends { nth }),
-        1 => peer.clone().prop_map(|peer| Step::Freezes { peer }),
-        2 => (peer, 0..ADDRESSES).prop_map(|(peer, address)| Step::ComesFrom { peer, address }),
+            .prop_map(|(nth, accepts)| Step::Answer { nth, accepts }),
+        3 => nth.clone().prop_map(|nth| Step::Transfer { nth }),
+        2 => nth.prop_map(|nth| Step::End { nth }),
+        1 => peer.clone().prop_map(|peer| Step::Freeze { peer }),
+        2 => (peer, 0..ADDRESSES).prop_map(|(peer, address)| Step::Reconnect { peer, address }),
         4 => (1..40_000u64).prop_map(|millis| Step::Pass { millis }),
         1 => caps().prop_map(Step::Configure),
     ]
@@ -106,7 +106,7 @@ fn config(caps: Caps) -> Config {
     config
 }
 
-/// A circuit, as the model knows it.
+/// A circuit in the model.
 #[derive(Debug)]
 struct Record {
     id: CircuitId,
@@ -114,28 +114,28 @@ struct Record {
     target: usize,
     address: u8,
     state: State,
-    /// Is cancelled when the relay ends it; and whether that was noticed.
+    /// Is cancelled when the relay ends the circuit, and whether the model has seen that.
     ended: oneshot::Receiver<()>,
-    has_noticed: bool,
-    carried: u64,
-    /// As the last sweep saw it, and when that was news.
+    has_seen_end: bool,
+    transferred: u64,
+    /// The bytes at the last sweep, and when they last changed.
     seen: u64,
     moved: u64,
 }
 
 #[derive(Debug)]
 enum State {
-    Asking,
-    /// Its source is gone or was refused, and the target has yet to answer.
-    GivenUp,
+    Pending,
+    /// Its source is disconnected or was refused, and the target has not answered yet.
+    Abandoned,
     Open(Counters),
-    /// It ends for another one, and has yet to say so.
-    Ceded,
+    /// It was evicted for another one, and its end is not reported yet.
+    Evicted,
 }
 
 impl Record {
     fn counts(&self) -> bool {
-        !matches!(self.state, State::Ceded)
+        !matches!(self.state, State::Evicted)
     }
 
     fn is_of(&self, peer: usize) -> bool {
@@ -147,7 +147,7 @@ struct Peer {
     id: PeerId,
     connection: u32,
     address: u8,
-    signs: ActivityCounter,
+    activity: ActivityCounter,
     is_frozen: bool,
 }
 
@@ -173,11 +173,11 @@ impl World {
             id: PeerId::random(),
             connection: 0,
             address: nth as u8 % ADDRESSES,
-            signs: ActivityCounter::default(),
+            activity: ActivityCounter::default(),
             is_frozen: false,
         });
         let mut world = Self {
-            relay: Relay::new(config(caps), start).expect("it makes sense"),
+            relay: Relay::new(config(caps), start).expect("a valid configuration"),
             caps,
             peers: peers.collect(),
             circuits: Vec::new(),
@@ -202,13 +202,14 @@ impl World {
     fn connect(&mut self, peer: usize) {
         self.connections += 1;
         let now = self.instant();
-        let signs = ActivityCounter::default();
+        let activity = ActivityCounter::default();
         let known = &mut self.peers[peer];
-        (known.connection, known.signs, known.is_frozen) = (self.connections, signs.clone(), false);
+        (known.connection, known.activity, known.is_frozen) =
+            (self.connections, activity.clone(), false);
         let ip: IpAddr = Ipv4Addr::new(10, 0, subnet(known.address), known.address).into();
         let connection = Connection::new(known.id, ip.into(), false, 0, now);
         self.relay.connections.add(self.connections, connection);
-        self.relay.connections.get_mut(self.connections).unwrap().track(signs);
+        self.relay.connections.get_mut(self.connections).unwrap().track(activity);
         if peer < TARGETS {
             self.requests += 1;
             let (from, request) = (self.end(peer), self.requests);
@@ -217,7 +218,7 @@ impl World {
         }
     }
 
-    /// What the relay decided of circuits: targets to ask, and refusals.
+    /// The actions that concern circuits: stop requests, and refusals.
     fn actions(&mut self) -> Vec<Action<u32, u64>> {
         let mut actions = Vec::new();
         while let Some(action) = self.relay.actions.pop_front() {
@@ -227,49 +228,54 @@ impl World {
                     self.relay.on_delivered(request.from.peer, receipt, true, now);
                 }
                 Action::AskTarget { .. } | Action::Refuse(..) => actions.push(action),
-                // A connection that is to be closed is there until it is gone.
+                // A connection that the relay closes stays up until the history closes it.
                 _ => {}
             }
         }
         actions
     }
 
-    /// The circuits that the relay has ended since this was last asked, those that were being set up apart.
+    /// The circuits that the relay has ended since the last call: pending ones, and open ones.
     fn ended(&mut self) -> (Vec<CircuitId>, Vec<CircuitId>) {
-        let (mut given_up, mut ended) = (Vec::new(), Vec::new());
-        for record in self.circuits.iter_mut().filter(|record| !record.has_noticed) {
-            record.has_noticed = record.ended.try_recv().is_err();
+        let (mut abandoned, mut ended) = (Vec::new(), Vec::new());
+        for record in self.circuits.iter_mut().filter(|record| !record.has_seen_end) {
+            record.has_seen_end = record.ended.try_recv().is_err();
             match record.state {
-                _ if !record.has_noticed => {}
-                State::Asking | State::GivenUp => given_up.push(record.id),
-                State::Open(_) | State::Ceded => ended.push(record.id),
+                _ if !record.has_seen_end => {}
+                State::Pending | State::Abandoned => abandoned.push(record.id),
+                State::Open(_) | State::Evicted => ended.push(record.id),
             }
         }
-        (given_up, ended)
+        (abandoned, ended)
     }
 
-    fn take(&mut self, step: Step) {
+    fn apply(&mut self, step: Step) {
         let now = self.instant();
         match step {
-            Step::Ask { source, target } => self.ask(source, target),
-            Step::Grab { source } => {
+            Step::Connect { source, target } => self.request_circuit(source, target),
+            Step::ConnectToAll { source } => {
                 for nth in 0..3 * TARGETS {
-                    self.ask(source, nth % TARGETS);
+                    self.request_circuit(source, nth % TARGETS);
                 }
             }
-            Step::Answer { nth, agrees } => {
-                let asked = |c: &&mut Record| matches!(c.state, State::Asking | State::GivenUp);
-                let Some(record) = self.circuits.iter_mut().filter(asked).nth(nth) else {
+            Step::Answer { nth, accepts } => {
+                let pending =
+                    |c: &&mut Record| matches!(c.state, State::Pending | State::Abandoned);
+                let Some(record) = self.circuits.iter_mut().filter(pending).nth(nth) else {
                     return;
                 };
                 let id = record.id;
-                let answer = if agrees { Ok(()) } else { Err(StopFailed::Gone) };
+                let answer = if accepts { Ok(()) } else { Err(StopFailed::Gone) };
                 let opened = self.relay.on_target_answered(id, answer, now);
                 let opened = opened.map(|(_, parameters)| (parameters.counters, parameters.ended));
                 self.actions();
                 let asking = self.circuits.iter().position(|record| record.id == id).unwrap();
-                let waits = matches!(self.circuits[asking].state, State::Asking);
-                assert_eq!(opened.is_some(), agrees && waits, "it is opened if both want it");
+                let waits = matches!(self.circuits[asking].state, State::Pending);
+                assert_eq!(
+                    opened.is_some(),
+                    accepts && waits,
+                    "it opens if the source waits and the target accepts"
+                );
                 match opened {
                     Some((counters, ended)) => {
                         let record = &mut self.circuits[asking];
@@ -278,45 +284,45 @@ impl World {
                     None => _ = self.circuits.remove(asking),
                 }
             }
-            Step::Carries { nth } => {
+            Step::Transfer { nth } => {
                 if let Some(record) = self.open().nth(nth) {
-                    record.carried += 1;
-                    let mut carried = BytesTransferred::default();
-                    carried.to_target = 1;
+                    record.transferred += 1;
+                    let mut transferred = BytesTransferred::default();
+                    transferred.to_target = 1;
                     if let State::Open(counters) = &record.state {
-                        counters.add(carried);
+                        counters.add(transferred);
                     }
                 }
             }
-            Step::Ends { nth } => {
-                let is_open = |c: &Record| matches!(c.state, State::Open(_) | State::Ceded);
+            Step::End { nth } => {
+                let is_open = |c: &Record| matches!(c.state, State::Open(_) | State::Evicted);
                 let open = self.circuits.iter().enumerate().filter(|(_, c)| is_open(c));
                 if let Some(index) = open.map(|(index, _)| index).nth(nth) {
                     let record = self.circuits.remove(index);
                     self.relay.on_circuit_ended(record.id, CircuitEnd::Ended, now);
                 }
             }
-            Step::Freezes { peer } => self.peers[peer].is_frozen = true,
-            Step::ComesFrom { peer, address } => {
+            Step::Freeze { peer } => self.peers[peer].is_frozen = true,
+            Step::Reconnect { peer, address } => {
                 self.relay.on_disconnected(self.end(peer), now);
                 self.peers[peer].address = address;
                 self.circuits.retain_mut(|record| match record.state {
-                    // The target will not answer any more.
-                    State::Asking | State::GivenUp if record.target == peer => false,
-                    State::Asking if record.source == peer => {
-                        record.state = State::GivenUp;
+                    // The target cannot answer any more.
+                    State::Pending | State::Abandoned if record.target == peer => false,
+                    State::Pending if record.source == peer => {
+                        record.state = State::Abandoned;
                         true
                     }
-                    State::Open(_) | State::Ceded if record.source == peer => false,
+                    State::Open(_) | State::Evicted if record.source == peer => false,
                     _ => true,
                 });
-                self.ends_with(|record| record.target == peer);
+                self.remove_ended(|record| record.target == peer);
                 self.connect(peer);
             }
             Step::Pass { millis } => self.pass(self.now + millis),
             Step::Configure(caps) => {
                 self.caps = caps;
-                self.relay.set_config(config(caps), now).expect("it makes sense");
+                self.relay.set_config(config(caps), now).expect("a valid configuration");
             }
         }
     }
@@ -325,14 +331,14 @@ impl World {
         self.circuits.iter_mut().filter(|c| matches!(c.state, State::Open(_)))
     }
 
-    /// The open circuits of which this holds are ended, which they notice at once.
-    fn ends_with(&mut self, of: impl Fn(&Record) -> bool) {
+    /// Removes the open circuits that the relay has ended; `of` must hold for each.
+    fn remove_ended(&mut self, of: impl Fn(&Record) -> bool) {
         self.actions();
         let now = self.instant();
         for id in self.ended().1 {
             let index = self.circuits.iter().position(|record| record.id == id);
-            let record = self.circuits.remove(index.expect("it is there"));
-            assert!(of(&record), "{record:?} ends, and nobody knows why");
+            let record = self.circuits.remove(index.expect("a known circuit"));
+            assert!(of(&record), "{record:?} ended without a reason");
             self.relay.on_circuit_ended(id, CircuitEnd::Ended, now);
         }
     }
@@ -346,44 +352,44 @@ impl World {
             }
             self.now = self.now.max(due);
             for peer in self.peers.iter().filter(|peer| !peer.is_frozen) {
-                peer.signs.add(1);
+                peer.activity.add(1);
             }
             let now = self.now;
             self.relay.sweep(self.instant());
             for record in &mut self.circuits {
-                let is_open = matches!(record.state, State::Open(_) | State::Ceded);
-                if is_open && record.carried != record.seen {
-                    (record.seen, record.moved) = (record.carried, now);
+                let is_open = matches!(record.state, State::Open(_) | State::Evicted);
+                if is_open && record.transferred != record.seen {
+                    (record.seen, record.moved) = (record.transferred, now);
                 }
             }
             self.actions();
-            let (given_up, ended) = self.ended();
-            for id in given_up {
+            let (abandoned, ended) = self.ended();
+            for id in abandoned {
                 let record = self.circuits.iter_mut().find(|record| record.id == id);
-                record.expect("it was asked for").state = State::GivenUp;
+                record.expect("a pending circuit").state = State::Abandoned;
             }
-            // A peer that fell silent loses its circuits; they have yet to say so.
+            // A peer that timed out loses its circuits; their ends are not reported yet.
             for id in ended {
                 let record = self.circuits.iter().find(|record| record.id == id);
-                let record = record.expect("it is there until it ended");
+                let record = record.expect("a known circuit");
                 let silent = [record.source, record.target].map(|peer| self.peers[peer].is_frozen);
-                assert!(silent.contains(&true), "{record:?} ends, and its peers are there");
+                assert!(silent.contains(&true), "{record:?} ended although both peers are active");
             }
         }
         self.now = until;
     }
 
-    /// The relay and the model decide on the same CONNECT.
-    fn ask(&mut self, source: usize, target: usize) {
+    /// Handles one CONNECT in the relay and in the model, and compares the decisions.
+    fn request_circuit(&mut self, source: usize, target: usize) {
         if source == target {
-            return; // no request that is understood
+            return; // malformed
         }
         self.requests += 1;
         let (request, now) = (self.requests, self.instant());
-        let asked = Ok(Request::Connect(self.peers[target].id));
+        let pending = Ok(Request::Connect(self.peers[target].id));
         let has_slot = self.relay.reservations.get(&self.peers[target].id);
         let has_slot = has_slot.is_some_and(|slot| slot.live(now).is_some());
-        self.relay.handle_request(self.end(source), asked, request, now);
+        self.relay.handle_request(self.end(source), pending, request, now);
         let mut admitted = None;
         let mut refused = None;
         for action in self.actions() {
@@ -394,42 +400,44 @@ impl World {
             }
         }
         let (_, mut ended) = self.ended();
-        let ceded = self.decide(source, target);
+        let evicted = self.decide(source, target);
         if !has_slot {
             assert!(admitted.is_none());
             assert_eq!(refused, Some(Status::NoReservation));
             return assert!(ended.is_empty());
         }
-        let Some(ceded) = ceded else {
+        let Some(evicted) = evicted else {
             assert!(admitted.is_none());
             assert_eq!(refused, Some(Status::ResourceLimitExceeded));
-            return assert!(ended.is_empty(), "nobody loses a circuit for one that is refused");
+            return assert!(ended.is_empty(), "no circuit ends for a refused request");
         };
-        let (id, guard) = admitted.expect("there is room");
-        // One of a peer that fell silent may be on its way out already.
-        let is_ending = self.circuits.iter().filter(|record| record.has_noticed);
-        ended.extend(ceded.filter(|ceded| is_ending.clone().any(|record| record.id == *ceded)));
+        let (id, guard) = admitted.expect("it is admitted");
+        // The evicted one may be ending already, because its peer timed out.
+        let is_ending = self.circuits.iter().filter(|record| record.has_seen_end);
+        ended.extend(
+            evicted.filter(|evicted| is_ending.clone().any(|record| record.id == *evicted)),
+        );
         ended.dedup();
-        assert_eq!(ended, Vec::from_iter(ceded), "the one that is to make room");
-        let gone = ceded.and_then(|id| self.circuits.iter_mut().find(|record| record.id == id));
+        assert_eq!(ended, Vec::from_iter(evicted), "exactly the evicted one ends");
+        let gone = evicted.and_then(|id| self.circuits.iter_mut().find(|record| record.id == id));
         if let Some(record) = gone {
-            record.state = State::Ceded;
+            record.state = State::Evicted;
         }
         self.circuits.push(Record {
             id,
             source,
             target,
             address: self.peers[source].address,
-            state: State::Asking,
+            state: State::Pending,
             ended: guard,
-            has_noticed: false,
-            carried: 0,
+            has_seen_end: false,
+            transferred: 0,
             seen: 0,
             moved: self.now,
         });
     }
 
-    /// What ends for this circuit, if anything; `None`: it is refused.
+    /// `None`: the circuit is refused. `Some(None)`: there is room. `Some(Some(id))`: this circuit is evicted for it.
     fn decide(&self, source: usize, target: usize) -> Option<Option<CircuitId>> {
         let Caps { total, per_ip, per_subnet, per_peer } = self.caps;
         let address = self.peers[source].address;
@@ -459,8 +467,8 @@ impl World {
             [in_subnet, under.iter().filter(|c| c.address == of).count()]
         };
         let [subnet_load, address_load] = load(address);
-        // After it has made room, its prefix holds no less than the newcomer's.
-        let yields = |record: &Record| {
+        // After the eviction its prefix still has at least as many as the newcomer's.
+        let is_evictable = |record: &Record| {
             let [of_subnet, of_address] = load(record.address);
             match same_subnet(record) {
                 true => of_address > address_load + 1,
@@ -468,12 +476,13 @@ impl World {
             }
         };
         let open = under.iter().filter(|record| matches!(record.state, State::Open(_)));
-        let ceding = open.filter(|record| yields(record));
-        let ceding = ceding.max_by_key(|c| (load(c.address), Reverse(c.moved), Reverse(c.id)));
-        ceding.map(|record| Some(record.id))
+        let candidates = open.filter(|record| is_evictable(record));
+        let candidates =
+            candidates.max_by_key(|c| (load(c.address), Reverse(c.moved), Reverse(c.id)));
+        candidates.map(|record| Some(record.id))
     }
 
-    /// The relay counts what the list does.
+    /// Compares the relay's counts with the list.
     fn compare(&self) {
         let counting: Vec<_> = self.circuits.iter().filter(|record| record.counts()).collect();
         assert_eq!(self.relay.circuits.count(), counting.len());
@@ -493,15 +502,15 @@ impl World {
         let held = |of: &dyn Fn(&Record) -> bool| {
             self.circuits.iter().filter(|record| record.counts() && of(record)).count()
         };
-        let beyond = |held: usize, cap| if cap == 0 { 0 } else { held.saturating_sub(cap) };
-        let mut over = vec![beyond(held(&|_| true), total)];
+        let above = |held: usize, cap| if cap == 0 { 0 } else { held.saturating_sub(cap) };
+        let mut over = vec![above(held(&|_| true), total)];
         over.extend((0..ADDRESSES).flat_map(|address| {
             [
-                beyond(held(&|record| record.address == address), per_ip),
-                beyond(held(&|record| subnet(record.address) == subnet(address)), per_subnet),
+                above(held(&|record| record.address == address), per_ip),
+                above(held(&|record| subnet(record.address) == subnet(address)), per_subnet),
             ]
         }));
-        over.extend((0..PEERS).map(|peer| beyond(held(&|record| record.is_of(peer)), per_peer)));
+        over.extend((0..PEERS).map(|peer| above(held(&|record| record.is_of(peer)), per_peer)));
         over
     }
 }
@@ -510,7 +519,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 500, ..ProptestConfig::default() })]
 
     #[test]
-    fn circuits_are_admitted_and_cede_as_a_list_of_them_says(
+    fn circuits_are_admitted_and_evicted_as_in_a_naive_model(
         caps in caps(),
         steps in prop::collection::vec(step(), 1..80),
     ) {
@@ -518,7 +527,7 @@ proptest! {
         for step in steps {
             let changes = matches!(step, Step::Configure(_));
             let before = world.over_caps();
-            world.take(step);
+            world.apply(step);
             world.compare();
             let over = world.over_caps().into_iter().zip(before);
             for (after, before) in over.filter(|_| !changes) {

@@ -1,4 +1,4 @@
-//! Peers that connect, reserve, and say nothing more.
+//! Peers that connect, reserve, and are then idle.
 
 use std::{
     thread,
@@ -8,7 +8,7 @@ use std::{
 use super::{relay::Watched, table::Table};
 use crate::{common::Security, crowd::Crowd};
 
-/// A column of the table: so many peers, idle for so long.
+/// Measures a column of the table: this many peers, idle for this long.
 pub fn measure(peers: usize, watched: Duration, flags: &str, table: &mut Table) {
     let count = peers as f64;
     let relay = Watched::start(flags);
@@ -17,7 +17,7 @@ pub fn measure(peers: usize, watched: Duration, flags: &str, table: &mut Table) 
     let (empty, start) = (resident(), relay.spent());
 
     let connect = Instant::now();
-    crowd.connects();
+    crowd.connect_all();
     let connect = connect.elapsed().as_secs_f64();
     let connected = relay.spent();
     table.add("connections a second", count / connect);
@@ -25,7 +25,7 @@ pub fn measure(peers: usize, watched: Duration, flags: &str, table: &mut Table) 
     table.add("CPU of the relay for a connection, ms", each);
 
     let reserve = Instant::now();
-    crowd.reserves();
+    crowd.reserve_all();
     let reserve = reserve.elapsed().as_secs_f64();
     let reserved = relay.spent();
     table.add("RESERVE a second", count / reserve);

@@ -2,7 +2,7 @@
 
 use std::{fs, time::Duration};
 
-use crate::common::children;
+use crate::common::child_process;
 
 /// By how much more may be taken up at the end than before, under the same load.
 const MORE: f64 = 0.10;
@@ -33,7 +33,7 @@ impl Sample {
             all.expect("it runs, on Linux").count() as f64
         };
         Self {
-            resident: children::resident(process) as f64,
+            resident: child_process::resident(process) as f64,
             files: count("fd"),
             threads: count("task"),
             ..Self::default()

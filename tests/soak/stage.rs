@@ -18,7 +18,7 @@ use crate::{
     client::{self, Order, Stay},
     common::{
         Relay,
-        http::{self, ANYWHERE},
+        http::{self, ON_ANY_PORT},
     },
     observer::{Observer, Saw, Shown},
     plan::{FACTOR, Plan},
@@ -81,7 +81,7 @@ struct Stage<'a> {
 /// Lives the plan. What was measured, or the law that was broken; and what the relay logged.
 pub async fn live(plan: &Plan, seed: u64) -> (Result<Soaked, String>, Vec<String>) {
     let mut flags = plan.flags();
-    flags.push(ANYWHERE.to_owned());
+    flags.push(ON_ANY_PORT.to_owned());
     let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
     let relay = Relay::start(&flags);
     let (tell, told) = mpsc::unbounded_channel();
@@ -129,7 +129,7 @@ impl Stage<'_> {
         let taken_back = watching::taken_back(port).await;
         sleep(LOOK).await;
         let after = Sample::of(self.relay.pid());
-        if !self.relay.runs() {
+        if !self.relay.is_running() {
             return Err("the relay has ended".to_owned());
         }
         Ok(report::of(report::Measured {
@@ -201,7 +201,7 @@ impl Stage<'_> {
             }
         };
         if let Err(broken) = verdict {
-            return Err(match self.relay.runs() {
+            return Err(match self.relay.is_running() {
                 true => broken.to_string(),
                 false => format!("the relay has ended; {broken}"),
             });

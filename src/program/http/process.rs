@@ -127,7 +127,7 @@ mod tests {
 
     #[cfg(target_os = "linux")]
     #[test]
-    fn the_figures_are_this_process() {
+    fn process_metrics_describe_this_process() {
         let status = "Name:\tVmRSS:\nVmSize:\t  123 kB\nVmRSS:\t      45 kB\n";
         assert_eq!(memory(status, "VmRSS:"), Some(45.0 * 1024.0));
         assert_eq!(memory(status, "VmSize:"), Some(123.0 * 1024.0));

@@ -74,7 +74,7 @@ mod tests {
     }
 
     #[test]
-    fn a_rate_is_what_was_carried_since_the_update_before() {
+    fn a_rate_covers_the_bytes_since_the_previous_update() {
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
         let mut speed = Speed::new(start);
@@ -86,7 +86,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_rate_of_a_circuit_is_that_since_it_was_opened() {
+    fn the_first_rate_of_a_circuit_covers_its_bytes_since_it_opened() {
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
         let (id, mut speeds) = (CircuitId(1), Speeds::default());

@@ -187,7 +187,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn at_most_a_thousand_elements_of_a_long_list_are_looked_at() {
+    fn at_most_a_thousand_elements_of_a_list_are_visited() {
         let mut looked_at = 0;
         let list = Listed::of(1_000_000, 0..1_000_000, |number| {
             looked_at += 1;

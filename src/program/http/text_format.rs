@@ -56,7 +56,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn openmetrics_is_for_those_that_ask_for_it() {
+    fn openmetrics_is_served_only_if_accepted() {
         for (accept, expected) in [
             // Prometheus 2 and 3, the latter as it is by default; telegraf; curl; a browser.
             (
@@ -83,7 +83,7 @@ mod tests {
     }
 
     #[test]
-    fn the_older_format_has_only_what_it_knows() {
+    fn the_prometheus_text_format_leaves_out_openmetrics_only_metadata() {
         let openmetrics = "# HELP build The program.\n# TYPE build info\nbuild_info{version=\"1\"} 1\n\
             # HELP sweep_seconds Time.\n# TYPE sweep_seconds counter\n# UNIT sweep_seconds seconds\n\
             sweep_seconds_total 0.5\n# HELP slots Slots.\n# TYPE slots gauge\nslots{state=\"a #b\"} 3\n# EOF\n";

@@ -346,7 +346,7 @@ mod tests {
     }
 
     #[test]
-    fn who_cannot_free_anything_is_passed_over() {
+    fn connections_with_nothing_to_free_are_skipped() {
         let budget = MemoryBudget::new(1000, 1000);
         let [fixed, other] =
             [(1, 900), (2, 0)].map(|(host, fixed)| connection(&budget, host, fixed));
@@ -361,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_connection_holds_counts_until_it_is_released_or_the_connection_is_gone() {
+    fn memory_counts_until_it_is_released_or_its_connection_is_dropped() {
         let budget = MemoryBudget::new(100, 50);
         let [one, other] = [1, 2].map(|host| connection(&budget, host, 0));
         one.0.add_unread(50);
@@ -379,7 +379,7 @@ mod tests {
     }
 
     #[test]
-    fn windows_fall_between_half_and_three_quarters_of_the_pool() {
+    fn windows_shrink_between_half_and_three_quarters_of_the_pool() {
         const KIB: usize = 1024;
         let budget = MemoryBudget::new(1000 * KIB, 1000 * KIB);
         let connection = connection(&budget, 1, 0);

@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn unknown_versions_and_types_are_no_header() {
+    fn unknown_versions_and_types_are_rejected() {
         for kind in 0..=u8::MAX {
             let known = Header::parse([0, kind, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0]);
             assert_eq!(known.map(|header| header.kind as u8), (kind < 4).then_some(kind));

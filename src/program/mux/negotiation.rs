@@ -63,7 +63,7 @@ mod tests {
     }
 
     #[test]
-    fn it_ends_when_the_relay_accepts_a_protocol_in_any_number_of_writes() {
+    fn negotiation_ends_on_acceptance_in_any_number_of_writes() {
         let list = line(&"/one/of/them".repeat(12));
         let list = [&[0x80 | (list.len() as u8 & 0x7f), 1], &list[..]].concat();
         for (said, agrees) in [

@@ -237,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_has_a_few_permits_of_its_own_and_at_most_its_limit() {
+    fn a_connection_has_reserved_permits_and_a_limit() {
         let pool = SharedPool::new(6);
         let [greedy, late] = [(); 2].map(|()| StreamPermits::shared(OWN + 4, pool.clone(), None));
         let all = take(&greedy, 99);

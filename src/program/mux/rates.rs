@@ -154,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn zero_is_no_limit() {
+    fn zero_means_unlimited() {
         let (rates, now) = (MuxRates::new(0), Instant::now());
         assert_eq!(admitted(&mut rates.streams(prefix(1)), now), 9999);
         assert_eq!(rates.frames(prefix(1)).take_or_pause(now), None);

@@ -174,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn the_sizes_that_are_named_as_a_remedy_are_one() {
+    fn the_buffer_size_named_in_the_error_is_accepted() {
         for circuits in [1, 2, 63, 64, 65] {
             let line = problem(Some(0), None, circuits).unwrap();
             let (_, named) = line.split_once("try ").unwrap();
@@ -186,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_holds_all_windows_of_its_circuits_and_the_pool_four_connections() {
+    fn default_budgets_hold_all_windows_of_a_connection_and_four_connections() {
         for circuits in [0, 1, 64, 4096, usize::MAX] {
             assert_eq!(problem(None, None, circuits), None);
         }

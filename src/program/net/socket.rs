@@ -75,7 +75,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_kernel_holds_little_unsent_and_gives_up_what_is_not_left_to_the_muxer() {
+    fn unsent_data_in_the_kernel_is_bounded_and_dead_connections_time_out() {
         block_on(async {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let _client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();

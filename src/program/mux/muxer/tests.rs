@@ -307,14 +307,14 @@ async fn exchange(room: usize, [one, other]: [Run; 2], [first, second]: [Executo
 }
 
 #[test]
-fn streams_of_two_muxers_carry_all_that_is_said() {
+fn two_muxers_transfer_all_bytes_of_their_streams() {
     for room in [997, 100 * KIB] {
         everywhere(|executors| exchange(room, [ours, ours], executors));
     }
 }
 
 #[test]
-fn the_crate_and_we_understand_each_other_in_either_role() {
+fn rust_yamux_and_our_muxer_interoperate_in_both_roles() {
     for room in [997, 100 * KIB] {
         everywhere(|executors| exchange(room, [ours, theirs], executors));
         everywhere(|executors| exchange(room, [theirs, ours], executors));

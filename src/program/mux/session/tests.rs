@@ -161,7 +161,7 @@ fn opened(server: &mut Side, id: u32) -> u64 {
 // ---- What a peer may say
 
 #[test]
-fn frames_against_the_rules_end_the_session_with_go_away() {
+fn protocol_violations_end_the_session_with_go_away() {
     let window = INITIAL_WINDOW;
     for (broken, reason) in [
         (data(Flags::NONE, 1, window + 1), Reason::ProtocolError),
@@ -190,7 +190,7 @@ fn frames_against_the_rules_end_the_session_with_go_away() {
 }
 
 #[test]
-fn go_away_ends_the_session_and_what_came_before_is_read() {
+fn go_away_ends_the_session_and_earlier_data_is_still_read() {
     let mut server = Side::new(Role::Server);
     let stream = opened(&mut server, 1);
     server.receive(&data(Flags::NONE, 1, 5)).unwrap();
@@ -213,7 +213,7 @@ fn only_the_newest_ping_is_answered_and_only_once() {
 }
 
 #[test]
-fn the_flags_of_a_ping_are_those_of_no_stream() {
+fn the_flags_of_a_ping_do_not_affect_streams() {
     let mut server = Side::new(Role::Server);
     let stream = opened(&mut server, 1);
     let flags = Flags::SYN | Flags::FIN | Flags::RST;
@@ -222,7 +222,7 @@ fn the_flags_of_a_ping_are_those_of_no_stream() {
 }
 
 #[test]
-fn frames_of_unknown_streams_are_passed_over_unstored() {
+fn frames_of_unknown_streams_are_skipped_without_buffering() {
     let mut server = Side::new(Role::Server);
     for flags in [Flags::NONE, Flags::ACK, Flags::FIN, Flags::RST] {
         server.receive(&data(flags, 5, 100 * KIB)).unwrap();
@@ -233,7 +233,7 @@ fn frames_of_unknown_streams_are_passed_over_unstored() {
 }
 
 #[test]
-fn numbers_need_not_rise_and_a_finished_one_may_return() {
+fn stream_ids_need_not_increase_and_finished_ones_may_be_reused() {
     let mut server = Side::new(Role::Server);
     for id in [5, 1, 3, 1] {
         let stream = opened(&mut server, id);
@@ -271,7 +271,7 @@ fn the_flags_of_one_frame_are_handled_in_order() {
 }
 
 #[test]
-fn a_stream_that_is_reset_as_it_opens_is_none() {
+fn a_stream_reset_by_its_first_frame_is_not_opened() {
     let mut server = Side::new(Role::Server);
     server.receive(&data(Flags::SYN | Flags::RST, 1, 3)).unwrap();
     assert_eq!(server.accept(), None);
@@ -279,7 +279,7 @@ fn a_stream_that_is_reset_as_it_opens_is_none() {
 }
 
 #[test]
-fn beyond_256_refusals_that_are_not_taken_the_session_ends() {
+fn the_session_ends_after_256_unread_refusals() {
     let mut server = Side::new(Role::Server);
     server.permits = StreamPermits::new(0);
     let syn = |id: u32| frame(Kind::Data, Flags::SYN, 2 * id + 1, 0);
@@ -295,7 +295,7 @@ fn beyond_256_refusals_that_are_not_taken_the_session_ends() {
 }
 
 #[test]
-fn the_windows_overflow_is_not_that_of_a_stream_just_opened() {
+fn a_window_overflow_is_not_attributed_to_a_new_stream() {
     let mut server = Side::new(Role::Server);
     let most = u32::MAX as usize - INITIAL_WINDOW;
     server.receive(&frame(Kind::WindowUpdate, Flags::SYN, 1, most)).unwrap();
@@ -305,7 +305,7 @@ fn the_windows_overflow_is_not_that_of_a_stream_just_opened() {
 // ---- The end of a stream
 
 #[test]
-fn dropped_with_its_half_open_a_stream_is_reset_after_what_was_flushed() {
+fn dropping_a_half_open_stream_resets_it_after_the_flushed_data() {
     for flushed in [true, false] {
         let mut server = Side::new(Role::Server);
         let stream = opened(&mut server, 1);
@@ -329,7 +329,7 @@ fn dropped_with_its_half_open_a_stream_is_reset_after_what_was_flushed() {
 }
 
 #[test]
-fn dropped_after_its_end_a_stream_is_reset_once_if_data_still_comes() {
+fn a_stream_dropped_after_fin_is_reset_once_if_data_arrives() {
     let mut server = Side::new(Role::Server);
     let stream = opened(&mut server, 1);
     assert!(server.write(stream, &[1; 9]).is_ready());
@@ -349,7 +349,7 @@ fn dropped_after_its_end_a_stream_is_reset_once_if_data_still_comes() {
 }
 
 #[test]
-fn dropped_after_its_end_a_stream_whose_peer_has_no_credit_is_reset_at_once() {
+fn a_stream_dropped_after_fin_is_reset_at_once_if_its_peer_has_no_credit() {
     for is_sent in [true, false] {
         let mut server = Side::new(Role::Server);
         let stream = opened(&mut server, 1);
@@ -366,7 +366,7 @@ fn dropped_after_its_end_a_stream_whose_peer_has_no_credit_is_reset_at_once() {
 }
 
 #[test]
-fn a_finished_stream_that_is_cut_does_not_reset_the_next_one_of_its_number() {
+fn evicting_a_finished_stream_does_not_reset_its_successor_of_the_same_id() {
     let mut server = Side::new(Role::Server);
     let stream = opened(&mut server, 1);
     server.receive(&data(Flags::FIN, 1, 9)).unwrap();
@@ -380,7 +380,7 @@ fn a_finished_stream_that_is_cut_does_not_reset_the_next_one_of_its_number() {
 }
 
 #[test]
-fn so_many_streams_are_remembered_after_their_end_and_no_more() {
+fn a_bounded_number_of_finished_streams_is_remembered() {
     let mut server = Side::new(Role::Server);
     for id in 0..2 * MAX_REFUSED as u32 {
         let stream = opened(&mut server, 2 * id + 1);
@@ -393,7 +393,7 @@ fn so_many_streams_are_remembered_after_their_end_and_no_more() {
 }
 
 #[test]
-fn data_after_the_end_resets_the_stream() {
+fn data_after_fin_resets_the_stream() {
     let mut server = Side::new(Role::Server);
     let stream = opened(&mut server, 1);
     server.receive(&data(Flags::FIN, 1, 1)).unwrap();
@@ -403,7 +403,7 @@ fn data_after_the_end_resets_the_stream() {
 }
 
 #[test]
-fn a_reset_is_no_end_of_file_even_after_our_own_end() {
+fn a_reset_is_an_error_even_after_our_fin() {
     for closes in [true, false] {
         let mut server = Side::new(Role::Server);
         let stream = opened(&mut server, 1);
@@ -421,7 +421,7 @@ fn a_reset_is_no_end_of_file_even_after_our_own_end() {
 }
 
 #[test]
-fn a_stream_of_ours_that_the_peer_never_heard_of_is_dropped_in_silence() {
+fn dropping_an_unannounced_outbound_stream_sends_nothing() {
     let mut client = Side::new(Role::Client);
     let stream = client.open();
     assert!(client.write(stream, b"unflushed").is_ready());
@@ -431,7 +431,7 @@ fn a_stream_of_ours_that_the_peer_never_heard_of_is_dropped_in_silence() {
 }
 
 #[test]
-fn more_than_256_unacknowledged_streams_are_not_opened() {
+fn at_most_256_unacknowledged_streams_are_opened() {
     let mut client = Side::new(Role::Client);
     client.permits = StreamPermits::new(1000);
     let streams: Vec<_> = (0..MAX_UNACKNOWLEDGED).map(|_| client.open()).collect();
@@ -453,7 +453,7 @@ fn more_than_256_unacknowledged_streams_are_not_opened() {
 // ---- Memory
 
 #[test]
-fn a_header_takes_no_memory_and_a_byte_a_chunk() {
+fn a_header_allocates_nothing_and_a_byte_one_chunk() {
     let mut server = Side::new(Role::Server);
     let stream = opened(&mut server, 1);
     server.send_all();
@@ -473,7 +473,7 @@ fn a_header_takes_no_memory_and_a_byte_a_chunk() {
 }
 
 #[test]
-fn frames_of_one_byte_take_as_much_as_long_ones() {
+fn one_byte_frames_use_no_more_memory_than_long_ones() {
     let mut server = Side::new(Role::Server);
     opened(&mut server, 1);
     server.send_all();
@@ -485,7 +485,7 @@ fn frames_of_one_byte_take_as_much_as_long_ones() {
 }
 
 #[test]
-fn twelve_thousand_silent_streams_are_charged_what_they_take() {
+fn twelve_thousand_idle_streams_are_charged_their_memory() {
     const STREAMS: usize = 12_288;
     let mut server = Side::new(Role::Server);
     server.permits = StreamPermits::new(STREAMS);
@@ -497,7 +497,7 @@ fn twelve_thousand_silent_streams_are_charged_what_they_take() {
 }
 
 #[test]
-fn the_stream_whose_reader_took_nothing_for_the_longest_is_cut_and_freed_at_once() {
+fn the_stream_unread_for_the_longest_is_reset_and_freed() {
     let mut server = Side::new(Role::Server);
     let [slow, fast] = [1, 3].map(|id| opened(&mut server, id));
     server.receive(&data(Flags::NONE, 1, 100 * KIB)).unwrap();
@@ -517,7 +517,7 @@ fn the_stream_whose_reader_took_nothing_for_the_longest_is_cut_and_freed_at_once
 }
 
 #[test]
-fn a_connection_above_its_limit_loses_a_stream_and_reads_on() {
+fn a_connection_above_its_limit_loses_a_stream_and_keeps_reading() {
     let mut server = Side::with(Role::Server, MemoryBudget::new(PLENTY, 300 * KIB));
     let [first, second] = [1, 3].map(|id| opened(&mut server, id));
     server.receive(&data(Flags::NONE, 1, 200 * KIB)).unwrap();
@@ -529,7 +529,7 @@ fn a_connection_above_its_limit_loses_a_stream_and_reads_on() {
 }
 
 #[test]
-fn credit_is_what_the_peer_may_still_send() {
+fn credit_is_the_number_of_bytes_the_peer_may_send() {
     let mut server = Side::new(Role::Server);
     let [reads, stays] = [1, 3].map(|id| opened(&mut server, id));
     assert_eq!(server.session.credit(), 2 * 256 * KIB);
@@ -549,7 +549,7 @@ fn credit_is_what_the_peer_may_still_send() {
 // ---- Credit
 
 #[test]
-fn credit_is_topped_up_when_half_is_read_and_never_to_a_crumb() {
+fn window_updates_are_sent_at_half_the_window_and_never_tiny() {
     for (filled, window) in [(0, 256 * KIB), (625, 144 * KIB), (750, 32 * KIB), (900, 32 * KIB)] {
         let mut server = Side::with(Role::Server, MemoryBudget::new(1000 << 20, PLENTY));
         let other = server.budget.open(None);
@@ -575,7 +575,7 @@ fn credit_is_topped_up_when_half_is_read_and_never_to_a_crumb() {
 }
 
 #[test]
-fn who_reads_nothing_grants_nothing() {
+fn unread_data_grants_no_credit() {
     let mut server = Side::new(Role::Server);
     opened(&mut server, 1);
     server.send_all();
@@ -586,7 +586,7 @@ fn who_reads_nothing_grants_nothing() {
 }
 
 #[test]
-fn windows_grow_to_a_mebibyte_as_the_round_trip_demands() {
+fn windows_grow_with_the_round_trip_time_up_to_a_mebibyte() {
     let mut server = Side::new(Role::Server);
     let stream = opened(&mut server, 1);
     server.send_all();
@@ -615,7 +615,7 @@ fn windows_grow_to_a_mebibyte_as_the_round_trip_demands() {
 // ---- Turns
 
 #[test]
-fn a_new_flow_goes_first_and_those_that_stay_take_turns() {
+fn new_flows_go_first_and_backlogged_ones_take_turns() {
     let mut server = Side::new(Role::Server);
     let [bulk, other, quick] = [1, 3, 5].map(|id| opened(&mut server, id));
     server.send_all();
@@ -878,7 +878,7 @@ proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn no_byte_is_lost_doubled_or_moved_and_every_stream_ends(
+    fn bytes_are_neither_lost_duplicated_nor_reordered_and_every_stream_ends(
         steps in vec((0..2_usize, steps()), 0..120),
     ) {
         let mut world = World::new();

@@ -331,7 +331,7 @@ mod tests {
     }
 
     #[test]
-    fn of_a_large_message_only_the_used_fields_are_kept() {
+    fn only_the_used_fields_of_a_large_message_are_kept() {
         let fat = Theirs { listen_addrs: vec![Vec::new(); 2010], ..theirs(0, &[]) };
         assert_eq!(
             read_one(&fat, Some(KAD)).unwrap(),
@@ -431,7 +431,7 @@ mod tests {
 
     /// A machine with this many IPv6 addresses exists.
     #[test]
-    fn of_190_addresses_those_that_fit_are_sent() {
+    fn only_the_addresses_that_fit_are_sent() {
         let many: Vec<_> =
             (0..190u16).map(|n| address(&format!("/ip6/2a00:1450::{n:x}/tcp/4001"))).collect();
         let observed = address("/ip4/5.6.7.8/tcp/9");

@@ -87,7 +87,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_kernel_says_how_much_arrived_at_the_other_end() {
+    fn acknowledged_bytes_are_read_from_the_kernel() {
         for address in ["127.0.0.1:0", "[::1]:0"] {
             let listener = TcpListener::bind(address).unwrap();
             let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
@@ -109,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_that_is_none_says_nothing() {
+    fn a_malformed_tcp_info_is_ignored() {
         let mut answer = vec![0; HEADER + MESSAGE];
         answer[4] = 20;
         let cut = [&answer[..], &[8, 0, 2, 0, 0, 0, 0, 0]].concat();

@@ -192,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn the_examples_of_rfc_7239_are_understood() {
+    fn the_examples_of_rfc_7239_are_parsed() {
         for (values, client) in [
             (&["for=\"_gazonk\""][..], Err(Unnamed::Malformed)),
             (&["For=\"[2001:db8:cafe::17]:4711\""], hop("2001:db8:cafe::17", Some(4711))),
@@ -211,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn of_two_headers_that_disagree_none_is_believed() {
+    fn two_headers_that_disagree_are_both_ignored() {
         let both = |one: &str, other: &str| {
             Forwarded { standard: lines(&[one]), de_facto: lines(&[other]) }.client(is_trusted)
         };
@@ -222,7 +222,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_the_client_wrote_never_changes_what_the_proxy_appended(
+        fn client_supplied_values_do_not_affect_the_proxys_entry(
             before in vec(any::<u8>(), 0..200),
             quotes in "[\"\\\\,;= for]{0,20}",
             is_standard in any::<bool>(),
@@ -242,7 +242,7 @@ mod tests {
         }
 
         #[test]
-        fn no_bytes_make_it_panic(lines in vec(vec(any::<u8>(), 0..100), 0..4), text in "[\\[\\]:.0-9a-f\";=,for ]{0,60}") {
+        fn arbitrary_bytes_do_not_panic(lines in vec(vec(any::<u8>(), 0..100), 0..4), text in "[\\[\\]:.0-9a-f\";=,for ]{0,60}") {
             let both = [lines, vec![text.into_bytes()]].concat();
             let forwarded = Forwarded { standard: both.clone(), de_facto: both };
             let _ = forwarded.client(|_| true);

@@ -186,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn a_request_that_opens_no_websocket_has_a_status_and_one_sentence() {
+    fn a_request_without_upgrade_is_answered_with_a_status_and_one_sentence() {
         for (text, is_draining, status) in [
             ("GET / HTTP/1.1\r\n\r\n", false, "426 Upgrade Required"),
             ("POST /healthz HTTP/1.1\r\n\r\n", false, "426 Upgrade Required"),
@@ -216,7 +216,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_bytes_make_it_panic(
+        fn arbitrary_bytes_do_not_panic(
             start in prop_oneof![Just(""), Just(UPGRADE), Just("GET / HTTP/1.1\r\nForwarded: ")],
             bytes in vec(any::<u8>(), 0..600),
         ) {

@@ -249,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn messages_are_bytes_and_an_end_or_a_failure_can_be_read_twice() {
+    fn messages_are_read_as_bytes_and_the_end_is_sticky() {
         let (binary, close, reserved) = (2, 8, 3);
         for (last, fails) in [(frame(close, b""), false), (frame(reserved, b""), true)] {
             let pieces = [frame(binary, b"one"), frame(binary, b""), frame(binary, b"two"), last];
@@ -267,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn each_write_is_one_message_and_after_the_close_there_is_none() {
+    fn each_write_is_one_message_and_writes_after_close_fail() {
         let connection = Connection::default();
         let written = Arc::clone(&connection.written);
         let mut stream = WebSocketStream::new(connection);

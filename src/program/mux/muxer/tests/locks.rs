@@ -115,7 +115,7 @@ fn syn(stream: u32) -> [u8; HEADER] {
 }
 
 #[test]
-fn another_connection_is_asked_for_memory_and_permits_while_no_session_is_locked() {
+fn memory_and_permits_are_taken_from_another_connection_without_a_session_lock() {
     const LIMIT: usize = 1024 * KIB;
     let budget = Budget { inbound: 64, outbound: 64 };
     let limits = StreamLimits { stream_rate: 0, ..StreamLimits::default() };

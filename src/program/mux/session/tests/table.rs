@@ -53,7 +53,7 @@ struct Node {
 }
 
 #[test]
-fn in_every_history_of_two_streams_both_sides_agree_on_their_end() {
+fn both_sides_agree_how_streams_ended_in_every_history_of_two() {
     let depth = env::var(DEPTH).map_or(SHORT, |depth| depth.parse().expect("a number of steps"));
     let (mut seen, mut steps) = (HashSet::new(), 0_u64);
     let mut world = World::new();
