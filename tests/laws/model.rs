@@ -444,7 +444,7 @@ impl Model {
     // ---- The sweep
 
     /// One sweep, which was due at `due`. Where the laws leave open the order in which equally silent peers time out,
-    /// `judged` has the relay's order.
+    /// `timed_out` has the relay's order.
     pub fn sweep(&mut self, due: u64, timed_out: &[usize], now: u64) {
         let mut timed_out = timed_out.iter().copied();
         if now > due + LATE {

@@ -1,6 +1,6 @@
-//! The clients of a trace against one relay, under a virtual clock; and what became of them.
+//! Simulates the clients of a trace with one relay under a virtual clock, and measures the results.
 //!
-//! Here it is known who lives and who is dead. A relay hears what comes in on its connections.
+//! The simulation knows which clients are live. A relay only sees what arrives on its connections.
 
 use std::{
     cmp::Reverse,
@@ -8,93 +8,92 @@ use std::{
     time::Duration,
 };
 
-use crate::trace::{DAY, MEASURED_FROM, Trace, What};
+use crate::trace::{Change, DAY, MEASURED_FROM, Trace};
 
-/// So long after the last client is gone every term and every grace is over.
+/// This long after the last client has disconnected every term and grace is over.
 const AFTERWARDS: Duration = Duration::from_secs(3 * 60 * 60);
 
 /// A relay: connections, peers and times are numbers.
 pub trait Relay {
-    /// For how long a slot is granted.
+    /// The term of a slot.
     fn term(&self) -> Duration;
-    fn connected(&mut self, connection: usize, peer: usize, now: Duration);
-    fn disconnected(&mut self, connection: usize, now: Duration);
+    fn on_connected(&mut self, connection: usize, peer: usize, now: Duration);
+    fn on_disconnected(&mut self, connection: usize, now: Duration);
     fn reserve(&mut self, connection: usize, now: Duration);
-    /// Something came in on a connection.
-    fn heard(&mut self, connection: usize);
-    /// When it wants to be woken.
+    /// Bytes arrived on a connection.
+    fn on_activity(&mut self, connection: usize);
+    /// When [`Relay::wake`] is due.
     fn next(&self) -> Option<Duration>;
     fn wake(&mut self, now: Duration);
-    /// What it did since the last call, in this order.
-    fn take_acts(&mut self) -> Vec<Act>;
-    /// How many slots and connections it still knows of.
+    /// The relay's actions since the last call, in order.
+    fn take_actions(&mut self) -> Vec<Action>;
+    /// How many slots and connections the relay still has.
     fn left_over(&self) -> usize;
 
-    /// For a model that need not ask to be as good as its original: nothing comes back on this
-    /// connection from now on, until then or for ever.
-    fn froze(&mut self, _connection: usize, _until: Option<Duration>, _now: Duration) {}
+    /// For a model that does not simulate probes: no answers arrive on this connection from now on, until this time or
+    /// for ever.
+    fn on_frozen(&mut self, _connection: usize, _until: Option<Duration>, _now: Duration) {}
 
-    /// After how long the kernel gives up a connection whose other side is gone without a word.
-    fn kernel_gives_up_after(&self) -> Option<Duration> {
+    /// After how long the kernel closes a connection whose peer is silently gone.
+    fn kernel_timeout(&self) -> Option<Duration> {
         None
     }
 }
 
-/// What a relay does.
+/// An action of a relay.
 #[derive(Clone, Copy)]
-pub enum Act {
+pub enum Action {
     Granted(usize),
     Refused(usize),
-    Asked(usize),
-    /// Judged although it may be there: not before it was asked for so long and silent for so long.
-    Judged {
+    Probed(usize),
+    /// The relay found a peer silent, after it was probed for at least this long and silent for at least this long.
+    TimedOut {
         connection: usize,
-        asked_for: Duration,
+        probed_for: Duration,
         silent_for: Duration,
     },
     Closed(usize),
-    /// This peer's slot can be had by anybody who finds no other.
+    /// This peer's slot is in grace: a newcomer may take it if no other is free.
     Grace(usize),
     Freed(usize),
 }
 
-/// What was measured.
+/// The measurements.
 #[derive(Default)]
 pub struct Tally {
-    /// Stays that began, and those in which the peer was told that there is no slot.
+    /// How many stays began, and in how many of them the peer was refused.
     pub stays: usize,
     pub refused: usize,
-    /// Slots that only their peers could have had, who were gone; and slots in grace. In seconds.
-    pub held_by_the_dead: f64,
+    /// Slot-seconds of live slots whose peers were gone, and of slots in grace.
+    pub held_by_gone_peers: f64,
     pub in_grace: f64,
-    /// Live peers that lost slot and connection, and for how long they had none.
+    /// How many live peers lost slot and connection, and how long they were without.
     pub evicted: usize,
     pub unreachable: Duration,
-    /// Judged, though it was heard of in time: a mistake of the relay.
-    pub unjust: usize,
-    /// Refused, though a slot's peer had been gone for long enough to be found out; where there is
-    /// such a promise.
+    /// Timeouts of peers that were active or had answered in time: mistakes of the relay.
+    pub wrong_evictions: usize,
+    /// Refusals while the peer of a slot had been gone long enough to be detected; only for a relay that promises that.
     pub broken: Option<usize>,
-    /// How long it took until a dead peer's slot could be had.
+    /// How long it took until a gone peer's slot was available.
     pub back_after: Vec<Duration>,
-    /// Slots and connections that are known after all are gone.
+    /// Slots and connections that the relay still has after all clients have disconnected.
     pub left_over: usize,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Due {
-    /// The relay sees that the connection is gone.
+    /// The relay sees that the connection is closed.
     Disconnected(usize),
-    /// The client sees that the relay closed its connection.
+    /// The client sees that the relay has closed its connection.
     Lost(usize),
-    Reserves(usize),
-    Answers(usize),
-    Talks(usize),
-    /// This client connects anew, in this stay.
-    Returns(usize, usize),
+    Reserve(usize),
+    Answer(usize),
+    Keepalive(usize),
+    /// This client reconnects, if it is still in this stay.
+    Reconnect(usize, usize),
 }
 
-/// A client as it is now.
+/// The current state of a client.
 #[derive(Clone, Default)]
 struct Client {
     peer: usize,
@@ -110,7 +109,7 @@ struct Connection {
     client: usize,
     peer: usize,
     last_heard: Duration,
-    asked: Option<Duration>,
+    probed: Option<Duration>,
     wants_since: Duration,
 }
 
@@ -129,15 +128,14 @@ struct Peer {
 }
 
 impl Peer {
-    /// Since when it has been keeping a slot from everybody without being there.
-    fn dead_since(self) -> Option<Duration> {
+    /// Since when the peer has been gone while it holds a live slot.
+    fn gone_with_slot_since(self) -> Option<Duration> {
         self.gone_since.filter(|_| self.holds == Holds::Slot)
     }
 }
 
-/// Plays the trace to the relay, which promises a newcomer the slot of any peer that has been gone
-/// for so long.
-pub fn play(trace: &Trace, relay: impl Relay, promise: Option<Duration>) -> Tally {
+/// Simulates the trace. `promise`: a newcomer gets the slot of any peer that has been gone for this long.
+pub fn simulate(trace: &Trace, relay: impl Relay, promise: Option<Duration>) -> Tally {
     let mut world = World {
         trace,
         relay,
@@ -150,10 +148,10 @@ pub fn play(trace: &Trace, relay: impl Relay, promise: Option<Duration>) -> Tall
         in_grace: 0,
         counted_until: MEASURED_FROM,
         due: BinaryHeap::new(),
-        put: 0,
+        inserted: 0,
         tally: Tally { broken: promise.map(|_| 0), ..Tally::default() },
     };
-    world.play();
+    world.run();
     world.tally.left_over = world.relay.left_over();
     world.tally
 }
@@ -170,13 +168,13 @@ struct World<'a, R> {
     in_grace: usize,
     counted_until: Duration,
     due: BinaryHeap<Reverse<(Duration, usize, Due)>>,
-    /// What is due at one time is done in the order in which it was put down.
-    put: usize,
+    /// Entries that are due at the same time are handled in the order of their insertion.
+    inserted: usize,
     tally: Tally,
 }
 
 impl<R: Relay> World<'_, R> {
-    fn play(&mut self) {
+    fn run(&mut self) {
         let mut events = self.trace.events.iter().peekable();
         let last = self.trace.events.last().map_or(self.now, |event| event.0);
         loop {
@@ -188,31 +186,31 @@ impl<R: Relay> World<'_, R> {
             };
             self.now = now;
             if event == Some(now) {
-                let (_, client, what) = events.next().expect("it was seen");
-                self.happens(*client, *what);
+                let (_, client, what) = events.next().expect("it was peeked");
+                self.apply(*client, *what);
             } else if due == Some(now) {
-                let Reverse((_, _, due)) = self.due.pop().expect("it was seen");
-                self.is_due(due);
+                let Reverse((_, _, due)) = self.due.pop().expect("it was peeked");
+                self.handle_due(due);
             } else {
                 self.relay.wake(now);
             }
-            for act in self.relay.take_acts() {
-                self.acted(act);
+            for action in self.relay.take_actions() {
+                self.apply_action(action);
             }
         }
     }
 
-    fn happens(&mut self, client: usize, what: What) {
+    fn apply(&mut self, client: usize, what: Change) {
         match what {
-            What::Comes { peer } => {
-                self.tally.stays += usize::from(self.measured());
+            Change::Start { peer } => {
+                self.tally.stays += usize::from(self.is_measured());
                 let stay = self.clients[client].stay + 1;
                 self.clients[client] = Client { peer, stay, ..Client::default() };
                 self.change(peer, |peer| peer.gone_since = None);
                 self.connect(client);
             }
-            What::Goes { fin } => {
-                self.reachable_or_gone(client);
+            Change::End { fin } => {
+                self.end_unreachability(client);
                 let now = self.now;
                 self.change(self.clients[client].peer, |peer| {
                     peer.gone_since = Some(now);
@@ -222,18 +220,18 @@ impl<R: Relay> World<'_, R> {
                 };
                 if fin {
                     let arrives = self.trace.clients[client].round_trip / 2;
-                    self.later(arrives, Due::Disconnected(connection));
+                    self.schedule(arrives, Due::Disconnected(connection));
                     return;
                 }
-                self.relay.froze(connection, None, now);
-                if let Some(patience) = self.relay.kernel_gives_up_after() {
-                    self.later(patience, Due::Disconnected(connection));
+                self.relay.on_frozen(connection, None, now);
+                if let Some(patience) = self.relay.kernel_timeout() {
+                    self.schedule(patience, Due::Disconnected(connection));
                 }
             }
-            What::Stalls { until } => {
+            Change::Stall { until } => {
                 self.clients[client].stalled_until = until;
                 if let Some(connection) = self.clients[client].connection {
-                    self.relay.froze(connection, Some(until), self.now);
+                    self.relay.on_frozen(connection, Some(until), self.now);
                 }
             }
         }
@@ -246,36 +244,36 @@ impl<R: Relay> World<'_, R> {
             client,
             peer,
             last_heard: self.now,
-            asked: None,
+            probed: None,
             wants_since: self.now,
         });
         self.clients[client].connection = Some(connection);
-        self.relay.connected(connection, peer, self.now);
-        self.later(Duration::ZERO, Due::Reserves(connection));
-        if let Some(period) = self.trace.clients[client].family.talks_every() {
-            self.later(period, Due::Talks(connection));
+        self.relay.on_connected(connection, peer, self.now);
+        self.schedule(Duration::ZERO, Due::Reserve(connection));
+        if let Some(period) = self.trace.clients[client].family.keepalive_interval() {
+            self.schedule(period, Due::Keepalive(connection));
         }
     }
 
-    fn is_due(&mut self, due: Due) {
+    fn handle_due(&mut self, due: Due) {
         let (connection, client) = match due {
             Due::Disconnected(connection) => {
-                return self.relay.disconnected(connection, self.now);
+                return self.relay.on_disconnected(connection, self.now);
             }
-            Due::Returns(client, stay) => {
+            Due::Reconnect(client, stay) => {
                 let stalled_until = self.clients[client].stalled_until;
                 if self.clients[client].stay != stay || !self.is_up(client) {
                     return;
                 }
                 if self.now < stalled_until {
-                    return self.later(stalled_until - self.now, due);
+                    return self.schedule(stalled_until - self.now, due);
                 }
                 return self.connect(client);
             }
             Due::Lost(connection)
-            | Due::Reserves(connection)
-            | Due::Answers(connection)
-            | Due::Talks(connection) => (connection, self.connections[connection].client),
+            | Due::Reserve(connection)
+            | Due::Answer(connection)
+            | Due::Keepalive(connection) => (connection, self.connections[connection].client),
         };
         if self.clients[client].connection != Some(connection) {
             return;
@@ -283,92 +281,92 @@ impl<R: Relay> World<'_, R> {
         let Client { stalled_until, stay, .. } = self.clients[client];
         let family = self.trace.clients[client].family;
         if self.now < stalled_until {
-            return self.later(stalled_until - self.now, due);
+            return self.schedule(stalled_until - self.now, due);
         }
         if due == Due::Lost(connection) {
             self.clients[client].connection = None;
-            if let Some(pause) = family.returns_after() {
-                self.later(pause, Due::Returns(client, stay));
+            if let Some(pause) = family.reconnect_after_close() {
+                self.schedule(pause, Due::Reconnect(client, stay));
             }
             return;
         }
         self.connections[connection].last_heard = self.now;
-        self.relay.heard(connection);
-        if due == Due::Reserves(connection) {
+        self.relay.on_activity(connection);
+        if due == Due::Reserve(connection) {
             self.connections[connection].wants_since = self.now;
             self.relay.reserve(connection, self.now);
         }
-        if let (Due::Talks(_), Some(period)) = (due, family.talks_every()) {
-            self.later(period, due);
+        if let (Due::Keepalive(_), Some(period)) = (due, family.keepalive_interval()) {
+            self.schedule(period, due);
         }
     }
 
-    fn acted(&mut self, act: Act) {
-        match act {
-            Act::Granted(connection) => {
+    fn apply_action(&mut self, action: Action) {
+        match action {
+            Action::Granted(connection) => {
                 let peer = self.connections[connection].peer;
                 self.change(peer, |peer| peer.holds = Holds::Slot);
-                // Clients renew well before the end.
-                self.later(self.relay.term() * 3 / 4, Due::Reserves(connection));
-                if let Some(client) = self.lives(connection) {
+                // Clients renew at three quarters of the term.
+                self.schedule(self.relay.term() * 3 / 4, Due::Reserve(connection));
+                if let Some(client) = self.live_client(connection) {
                     self.clients[client].refusals = 0;
-                    self.reachable_or_gone(client);
+                    self.end_unreachability(client);
                 }
             }
-            Act::Refused(connection) => self.refused(connection),
-            Act::Asked(connection) => {
-                self.connections[connection].asked = Some(self.now);
-                if let Some(client) = self.lives(connection) {
+            Action::Refused(connection) => self.refused(connection),
+            Action::Probed(connection) => {
+                self.connections[connection].probed = Some(self.now);
+                if let Some(client) = self.live_client(connection) {
                     let ready = self.clients[client].stalled_until.max(self.now);
                     let round_trip = self.trace.clients[client].round_trip;
-                    self.later(ready + round_trip - self.now, Due::Answers(connection));
+                    self.schedule(ready + round_trip - self.now, Due::Answer(connection));
                 }
             }
-            Act::Judged { connection, asked_for, silent_for } => {
-                let Connection { last_heard, asked, .. } = self.connections[connection];
+            Action::TimedOut { connection, probed_for, silent_for } => {
+                let Connection { last_heard, probed, .. } = self.connections[connection];
                 let silent = last_heard + silent_for <= self.now;
-                let in_vain =
-                    asked.is_some_and(|asked| last_heard <= asked && asked + asked_for <= self.now);
-                self.tally.unjust += usize::from(!silent || !in_vain);
+                let unanswered = probed
+                    .is_some_and(|probed| last_heard <= probed && probed + probed_for <= self.now);
+                self.tally.wrong_evictions += usize::from(!silent || !unanswered);
             }
-            Act::Closed(connection) => {
-                let Some(client) = self.lives(connection) else {
-                    return; // it is gone, and the kernel will see to the connection
+            Action::Closed(connection) => {
+                let Some(client) = self.live_client(connection) else {
+                    return; // the client is gone; the kernel closes the connection
                 };
-                if self.measured() {
+                if self.is_measured() {
                     self.tally.evicted += 1;
                     self.clients[client].evicted.get_or_insert(self.now);
                 }
                 let ready = self.clients[client].stalled_until.max(self.now);
                 let arrives = ready + self.trace.clients[client].round_trip / 2 - self.now;
-                self.later(arrives, Due::Lost(connection));
-                self.later(arrives, Due::Disconnected(connection));
+                self.schedule(arrives, Due::Lost(connection));
+                self.schedule(arrives, Due::Disconnected(connection));
             }
-            Act::Grace(peer) => self.change(peer, |peer| peer.holds = Holds::Grace),
-            Act::Freed(peer) => self.change(peer, |peer| peer.holds = Holds::Nothing),
+            Action::Grace(peer) => self.change(peer, |peer| peer.holds = Holds::Grace),
+            Action::Freed(peer) => self.change(peer, |peer| peer.holds = Holds::Nothing),
         }
     }
 
     fn refused(&mut self, connection: usize) {
-        let Some(client) = self.lives(connection) else {
+        let Some(client) = self.live_client(connection) else {
             return;
         };
         let wants_since = self.connections[connection].wants_since;
         if let (Some(promise), Some((gone_since, _))) = (self.promise, self.dead.first()) {
-            let broken = *gone_since + promise <= wants_since && self.measured();
+            let broken = *gone_since + promise <= wants_since && self.is_measured();
             *self.tally.broken.get_or_insert_default() += usize::from(broken);
         }
         let news = !std::mem::replace(&mut self.clients[client].was_refused, true);
-        self.tally.refused += usize::from(news && self.measured());
+        self.tally.refused += usize::from(news && self.is_measured());
         self.clients[client].refusals += 1;
         let family = self.trace.clients[client].family;
-        if let Some(pause) = family.asks_again_after(self.clients[client].refusals) {
-            self.later(pause, Due::Reserves(connection));
+        if let Some(pause) = family.retry_after_refusal(self.clients[client].refusals) {
+            self.schedule(pause, Due::Reserve(connection));
         }
     }
 
-    /// The client at the other end, if it is still there and uses this connection.
-    fn lives(&self, connection: usize) -> Option<usize> {
+    /// The client at the other end, if it is live and uses this connection.
+    fn live_client(&self, connection: usize) -> Option<usize> {
         let client = self.connections[connection].client;
         (self.clients[client].connection == Some(connection)).then_some(client)
     }
@@ -377,7 +375,7 @@ impl<R: Relay> World<'_, R> {
         self.peers[self.clients[client].peer].gone_since.is_none()
     }
 
-    fn reachable_or_gone(&mut self, client: usize) {
+    fn end_unreachability(&mut self, client: usize) {
         if let Some(evicted) = self.clients[client].evicted.take() {
             self.tally.unreachable += self.now - evicted;
         }
@@ -386,7 +384,7 @@ impl<R: Relay> World<'_, R> {
     fn change(&mut self, peer: usize, change: impl FnOnce(&mut Peer)) {
         let until = self.now.clamp(MEASURED_FROM, DAY);
         let seconds = (until - self.counted_until).as_secs_f64();
-        self.tally.held_by_the_dead += self.dead.len() as f64 * seconds;
+        self.tally.held_by_gone_peers += self.dead.len() as f64 * seconds;
         self.tally.in_grace += self.in_grace as f64 * seconds;
         self.counted_until = until;
 
@@ -395,23 +393,23 @@ impl<R: Relay> World<'_, R> {
         let after = self.peers[peer];
         self.in_grace += usize::from(after.holds == Holds::Grace);
         self.in_grace -= usize::from(before.holds == Holds::Grace);
-        if let Some(since) = before.dead_since() {
+        if let Some(since) = before.gone_with_slot_since() {
             self.dead.remove(&(since, peer));
             if after.holds != Holds::Slot && (MEASURED_FROM..DAY).contains(&since) {
                 self.tally.back_after.push(self.now - since);
             }
         }
-        if let Some(since) = after.dead_since() {
+        if let Some(since) = after.gone_with_slot_since() {
             self.dead.insert((since, peer));
         }
     }
 
-    fn measured(&self) -> bool {
+    fn is_measured(&self) -> bool {
         (MEASURED_FROM..DAY).contains(&self.now)
     }
 
-    fn later(&mut self, pause: Duration, due: Due) {
-        self.put += 1;
-        self.due.push(Reverse((self.now + pause, self.put, due)));
+    fn schedule(&mut self, pause: Duration, due: Due) {
+        self.inserted += 1;
+        self.due.push(Reverse((self.now + pause, self.inserted, due)));
     }
 }
