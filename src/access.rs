@@ -213,7 +213,7 @@ mod tests {
         assert!(connects(&lists, app, HOME, device) && !reserves(&lists, app, HOME));
         assert!(!connects(&lists, device, HOME, app));
         assert!(!connects(&lists, stranger, HOME, device));
-        // Without a list of who may reserve, everyone may; but only that one may connect.
+        // An empty allow_peer list lets every peer reserve; CONNECT stays restricted to allow_connect_peer.
         lists.allow_peer.clear();
         assert!(reserves(&lists, device, HOME));
         assert!(connects(&lists, app, HOME, device));

@@ -380,7 +380,7 @@ mod tests {
         assert!(matches!(read(prefix), Some(Err(BadRequest::Malformed(_)))));
     }
 
-    /// They stand in the log, whose lines are stable: see [`crate::event`].
+    /// These texts appear in log lines, which are stable: see [`crate::event`].
     #[test]
     fn each_malformed_message_has_this_error_text() {
         let words_of = |read: Option<Result<Vec<u8>, BadRequest>>| match read {

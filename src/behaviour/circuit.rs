@@ -312,10 +312,10 @@ mod tests {
         wire::{Limit, Request},
     };
 
-    /// A peer that says this, and takes so many bytes.
+    /// A peer that sends `sends` and accepts `accepts` bytes.
     struct Peer {
-        says: Cursor<&'static [u8]>,
-        takes: usize,
+        sends: Cursor<&'static [u8]>,
+        accepts: usize,
     }
 
     impl AsyncRead for Peer {
@@ -324,7 +324,7 @@ mod tests {
             cx: &mut Context<'_>,
             into: &mut [u8],
         ) -> Poll<io::Result<usize>> {
-            match Pin::new(&mut self.says).poll_read(cx, into) {
+            match Pin::new(&mut self.sends).poll_read(cx, into) {
                 Poll::Ready(Ok(0)) => Poll::Pending,
                 other => other,
             }
@@ -337,8 +337,8 @@ mod tests {
             _: &mut Context<'_>,
             bytes: &[u8],
         ) -> Poll<io::Result<usize>> {
-            let taken = self.takes.min(bytes.len());
-            self.takes -= taken;
+            let taken = self.accepts.min(bytes.len());
+            self.accepts -= taken;
             if taken > 0 { Poll::Ready(Ok(taken)) } else { Poll::Pending }
         }
 
@@ -369,13 +369,13 @@ mod tests {
             counters: counters.clone(),
             ended,
         };
-        let peer = |takes| Peer { says: Cursor::new(b"ten bytes."), takes };
+        let peer = |accepts| Peer { sends: Cursor::new(b"ten bytes."), accepts };
         let mut circuit = Circuit::new(peer(99), peer(4), parameters, None);
         let mut cx = Context::from_waker(std::task::Waker::noop());
         assert!(circuit.poll_unpin(&mut cx).is_pending());
         assert_eq!(counters.read(), BytesTransferred { to_target: 4, to_source: 10 });
         assert_eq!(counters.waiting(), [true, false]);
-        circuit.target.takes = 99;
+        circuit.target.accepts = 99;
         assert!(circuit.poll_unpin(&mut cx).is_pending());
         assert_eq!(counters.waiting(), [false, false]);
     }

@@ -127,7 +127,7 @@ mod tests {
     const SHORT: Duration = Duration::from_millis(20);
     const LONG: Duration = Duration::from_secs(3600);
 
-    /// What comes of `future` while the limits are polled.
+    /// Runs `future` to completion while polling `limits`.
     fn run<T>(limits: &Timeouts, future: impl Future<Output = T>) -> T {
         let mut future = std::pin::pin!(future);
         block_on(poll_fn(|cx| {
@@ -157,7 +157,7 @@ mod tests {
             let limit = limits.start(SHORT);
             assert_eq!(run(&limits, within(limit, future::ready(io::Result::Ok(7)))).unwrap(), 7);
         }
-        assert!(limits.0.lock().unwrap().limits.len() <= 8, "what is done is forgotten");
+        assert!(limits.0.lock().unwrap().limits.len() <= 8, "finished tasks are removed");
         let last = limits.start(SHORT * 2);
         run(&limits, last);
         let limits = limits.0.lock().unwrap();

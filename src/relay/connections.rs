@@ -304,7 +304,7 @@ mod tests {
         let (mut connections, start) = connections();
         assert!(idle(&mut connections, start + MINUTE / 2).is_empty());
         assert_eq!(idle(&mut connections, start + MINUTE), [1]);
-        assert!(idle(&mut connections, start + 2 * MINUTE).is_empty(), "it is closing already");
+        assert!(idle(&mut connections, start + 2 * MINUTE).is_empty(), "it is already closing");
     }
 
     #[test]
@@ -343,8 +343,8 @@ mod tests {
         assert!(connections.by_peer.is_empty() && connections.idle.is_empty());
     }
 
-    /// Connections that came up a second after each other, of these peers.
-    fn in_turn(peers: &[PeerId], start: Instant) -> Connections<u32> {
+    /// Connections of `peers`, opened one second apart.
+    fn opened_in_order(peers: &[PeerId], start: Instant) -> Connections<u32> {
         let mut connections = Connections::default();
         for (id, peer) in (0..).zip(peers) {
             let address = "/ip4/127.0.0.1/tcp/1".parse().unwrap();
@@ -357,7 +357,7 @@ mod tests {
     #[test]
     fn the_open_connections_of_a_peer_are_listed_oldest_first() {
         let (alice, bob) = (PeerId::random(), PeerId::random());
-        let mut connections = in_turn(&[alice, bob, alice, alice], Instant::now());
+        let mut connections = opened_in_order(&[alice, bob, alice, alice], Instant::now());
         let open = |connections: &Connections<u32>, peer: &PeerId| -> Vec<_> {
             connections.of(peer).filter(|(_, up)| !up.is_closing).map(|(id, _)| id).collect()
         };
@@ -374,7 +374,7 @@ mod tests {
     fn a_connection_is_idle_without_slot_and_circuit_unless_it_is_closing() {
         let start = Instant::now();
         let peers: Vec<_> = (0..5).map(|_| PeerId::random()).collect();
-        let mut connections = in_turn(&peers, start);
+        let mut connections = opened_in_order(&peers, start);
         let longest_first = |connections: &Connections<u32>| -> Vec<_> {
             let mut idle: Vec<_> = connections.idle().collect();
             idle.sort_by_key(|(_, up)| up.idle_since);
@@ -385,7 +385,7 @@ mod tests {
         assert_eq!(longest_first(&connections), [2, 3, 4]);
         connections.mark_closing(2);
         assert_eq!(longest_first(&connections), [3, 4]);
-        // It waits for an answer: until now it was not idle.
+        // The idle time of a connection can start later than its number suggests.
         connections.get_mut(3).unwrap().idle_since = start + MINUTE;
         assert_eq!(longest_first(&connections), [4, 3]);
         count(&mut connections, 1, -1, start + 2 * MINUTE);

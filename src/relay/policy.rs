@@ -145,18 +145,18 @@ mod tests {
         let (mut relay, [source, target]) = relay(start);
         relay.handle_request(target, Ok(Request::Reserve), 1, start);
         relay.handle_request(source, Ok(Request::Connect(target.peer)), 2, start);
-        let asked = actions(&mut relay).into_iter().find_map(|action| match action {
+        let requested = actions(&mut relay).into_iter().find_map(|action| match action {
             Action::AskTarget { circuit, .. } => Some(circuit),
             _ => None,
         });
-        let circuit = asked.expect("the target is asked");
+        let circuit = requested.expect("a STOP request to the target");
         let opened = relay.on_target_answered(circuit, Ok(()), start);
-        let (_, mut parameters) = opened.expect("both want it");
+        let (_, mut parameters) = opened.expect("an open circuit");
         let later = start + Duration::from_secs(2 * 60 * 60);
         relay.connections.record_activity(&target.peer, later);
         relay.connections.record_activity(&source.peer, later);
         relay.sweep(later);
-        assert_eq!(relay.reservations.taken(), 0, "the term is over");
+        assert_eq!(relay.reservations.taken(), 0, "the reservation has expired");
         assert_eq!(parameters.ended.try_recv(), Ok(None));
 
         let mut config = relay.config.clone();

@@ -176,7 +176,7 @@ mod tests {
 
     use super::*;
 
-    /// An address, of so many subnets with so many addresses each.
+    /// One of 36 addresses in 6 subnets, or none.
     fn prefix() -> impl Strategy<Value = Option<ClientPrefix>> {
         let of = |(subnet, host)| IpAddr::from(Ipv4Addr::new(192, 0, subnet, host)).into();
         prop::option::weighted(0.9, (0_u8..6, 0_u8..6).prop_map(of))
@@ -196,7 +196,7 @@ mod tests {
         }
     }
 
-    /// What is held, one by one, as a naive model of a [`Quota`].
+    /// A naive model of a [`Quota`]: every item that it counts.
     #[derive(Default)]
     struct Model(Vec<Option<ClientPrefix>>);
 

@@ -151,7 +151,7 @@ mod tests {
         Candidate { connection, prefix: None, silent_for: secs(seconds), probed_for: None }
     }
 
-    fn asked(connection: u32, seconds: u64, open: Duration) -> Candidate<u32> {
+    fn probed(connection: u32, seconds: u64, open: Duration) -> Candidate<u32> {
         Candidate { probed_for: Some(open), ..silent(connection, seconds) }
     }
 
@@ -165,9 +165,9 @@ mod tests {
 
     #[test]
     fn silent_peers_are_probed_longest_first_while_the_newcomer_waits() {
-        let (verdicts, ask) = decide(&[secs(0)], vec![silent(1, 12), silent(3, 40)]);
+        let (verdicts, to_probe) = decide(&[secs(0)], vec![silent(1, 12), silent(3, 40)]);
         assert_eq!(verdicts, [Verdict::Wait]);
-        assert_eq!(ask, [3, 1]);
+        assert_eq!(to_probe, [3, 1]);
     }
 
     #[test]
@@ -177,55 +177,55 @@ mod tests {
 
     #[test]
     fn one_peer_is_evicted_per_waiting_newcomer_longest_silent_first() {
-        let due = vec![asked(1, 13, PROBE), asked(2, 20, PROBE), asked(3, 15, PROBE)];
-        let (verdicts, ask) = decide(&[secs(3), secs(1)], due);
+        let due = vec![probed(1, 13, PROBE), probed(2, 20, PROBE), probed(3, 15, PROBE)];
+        let (verdicts, to_probe) = decide(&[secs(3), secs(1)], due);
         assert_eq!(verdicts, [Verdict::Evict(2), Verdict::Evict(3)]);
-        assert!(ask.is_empty());
+        assert!(to_probe.is_empty());
     }
 
     #[test]
     fn no_peer_is_evicted_before_its_probe_times_out() {
         let almost = PROBE - Duration::from_millis(1);
-        let (verdicts, ask) = decide(&[secs(3)], vec![asked(1, 13, almost)]);
-        assert_eq!((verdicts, ask), (vec![Verdict::Wait], vec![]));
+        let (verdicts, to_probe) = decide(&[secs(3)], vec![probed(1, 13, almost)]);
+        assert_eq!((verdicts, to_probe), (vec![Verdict::Wait], vec![]));
     }
 
     #[test]
     fn a_probe_lost_with_its_connection_is_sent_again() {
-        let (verdicts, ask) = decide(&[secs(0)], vec![asked(1, 4000, secs(3600))]);
-        assert_eq!((verdicts, ask), (vec![Verdict::Wait], vec![1]));
+        let (verdicts, to_probe) = decide(&[secs(0)], vec![probed(1, 4000, secs(3600))]);
+        assert_eq!((verdicts, to_probe), (vec![Verdict::Wait], vec![1]));
     }
 
     #[test]
     fn a_newcomer_waits_at_most_one_probe_time() {
-        let (verdicts, ask) = decide(&[PROBE + TICK], vec![silent(1, 12)]);
-        assert_eq!((verdicts, ask), (vec![Verdict::Refuse], vec![]));
+        let (verdicts, to_probe) = decide(&[PROBE + TICK], vec![silent(1, 12)]);
+        assert_eq!((verdicts, to_probe), (vec![Verdict::Refuse], vec![]));
     }
 
     #[test]
     fn disabling_the_probe_stops_probes_and_evictions_for_waiting_newcomers() {
         let config = Config { probe: Duration::ZERO, ..config() };
         let waiting = [(Scope::Total, secs(0)), (Scope::Total, secs(1))];
-        let candidates = vec![asked(1, 13, secs(1)), silent(2, 12)];
-        let (verdicts, ask) = super::decide(&config, waiting.into_iter(), candidates);
-        assert_eq!((verdicts, ask), (vec![Verdict::Refuse; 2], vec![]));
+        let candidates = vec![probed(1, 13, secs(1)), silent(2, 12)];
+        let (verdicts, to_probe) = super::decide(&config, waiting.into_iter(), candidates);
+        assert_eq!((verdicts, to_probe), (vec![Verdict::Refuse; 2], vec![]));
     }
 
     #[test]
     fn under_an_address_cap_only_slots_of_that_address_are_probed() {
         let home = ClientPrefix::of(&"/ip4/192.0.2.1/tcp/1".parse().unwrap()).unwrap();
-        let mut own = asked(2, 12, PROBE);
+        let mut own = probed(2, 12, PROBE);
         own.prefix = Some(home);
         let waiting = std::iter::once((Scope::Address(home), secs(1)));
-        let (verdicts, _) = super::decide(&config(), waiting, vec![asked(1, 50, PROBE), own]);
+        let (verdicts, _) = super::decide(&config(), waiting, vec![probed(1, 50, PROBE), own]);
         assert_eq!(verdicts, [Verdict::Evict(2)]);
     }
 
     #[test]
     fn at_most_32_peers_are_probed_and_at_most_64_newcomers_wait() {
         let candidates = (0..100).map(|connection| silent(connection, 60)).collect();
-        let (_, ask) = decide(&[secs(0), secs(0)], candidates);
-        assert_eq!(ask.len(), MOST_PROBED);
+        let (_, to_probe) = decide(&[secs(0), secs(0)], candidates);
+        assert_eq!(to_probe.len(), MOST_PROBED);
 
         let mut waiting: VecDeque<PendingReservation<u32, ()>> = VecDeque::new();
         let mut wait = |address: &str| {
@@ -242,8 +242,8 @@ mod tests {
         for n in 0..MOST_WAITING {
             let home = format!("/ip4/192.0.2.{}/tcp/1", n / MOST_WAITING_PER_ADDRESS);
             assert!(wait(&home));
-            let crowded = (n + 1) % MOST_WAITING_PER_ADDRESS == 0;
-            assert!(!crowded || !wait(&home));
+            let is_full = (n + 1) % MOST_WAITING_PER_ADDRESS == 0;
+            assert!(!is_full || !wait(&home));
         }
         assert!(!wait("/memory/1"));
         assert_eq!(waiting.len(), MOST_WAITING);

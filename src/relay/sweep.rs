@@ -116,7 +116,7 @@ mod tests {
 
     const TEN_MINUTES: Duration = Duration::from_secs(600);
 
-    /// A relay with two that hold a slot.
+    /// A relay with two peers that hold slots.
     fn relay(config: Config, now: Instant) -> (Relay<u32, ()>, [End<u32>; 2]) {
         let mut relay = Relay::new(config, now).unwrap();
         let holders = [0, 1].map(|connection| {
@@ -135,10 +135,10 @@ mod tests {
         (relay, holders)
     }
 
-    /// Who was asked, who was judged, and whose slot came back why.
+    /// What sweeps did: peers probed, peers timed out, and slots freed.
     #[derive(Debug, Default, PartialEq)]
     struct Found {
-        asked: Vec<PeerId>,
+        probed: Vec<PeerId>,
         silent: Vec<PeerId>,
         freed: Vec<(PeerId, FreedReason)>,
     }
@@ -147,7 +147,7 @@ mod tests {
         let mut found = Found::default();
         while let Some(action) = relay.actions.pop_front() {
             match action {
-                Action::Probe(to, _) => found.asked.push(to.peer),
+                Action::Probe(to, _) => found.probed.push(to.peer),
                 Action::Report(Event::PeerSilent { peer, .. }) => found.silent.push(peer),
                 Action::Report(Event::ReservationFreed { peer, reason, .. }) => {
                     found.freed.push((peer, reason));
@@ -158,7 +158,7 @@ mod tests {
         found
     }
 
-    /// Sweeps when it is due, until something is found. When that was.
+    /// Sweeps whenever it is due until something is found; returns the time and the findings.
     fn until_found(relay: &mut Relay<u32, ()>) -> (Instant, Found) {
         loop {
             let now = relay.sweep_due;
@@ -174,23 +174,23 @@ mod tests {
     fn after_a_suspend_of_ten_minutes_liveness_resets_and_ended_terms_expire() {
         let start = Instant::now();
         let (mut relay, [stays, leaves]) = relay(Config::default(), start);
-        let (asked, both) = until_found(&mut relay);
-        assert_eq!(both.asked.len(), 2);
-        relay.on_disconnected(leaves, asked);
+        let (probed, both) = until_found(&mut relay);
+        assert_eq!(both.probed.len(), 2);
+        relay.on_disconnected(leaves, probed);
         found(&mut relay);
 
-        let late = asked + TEN_MINUTES;
+        let late = probed + TEN_MINUTES;
         relay.sweep(late);
         let expected =
             Found { freed: vec![(leaves.peer, FreedReason::GraceOver)], ..Found::default() };
         assert_eq!(found(&mut relay), expected);
 
-        // The question from before counts for nothing.
+        // The probe sent before the suspend does not count.
         let Config { heartbeat, silence, .. } = Config::default();
-        let (asked, again) = until_found(&mut relay);
-        assert_eq!((asked, again.asked), (late + heartbeat, vec![stays.peer]));
-        let (judged, silent) = until_found(&mut relay);
-        assert_eq!((judged, silent.silent), (late + silence, vec![stays.peer]));
+        let (probed, again) = until_found(&mut relay);
+        assert_eq!((probed, again.probed), (late + heartbeat, vec![stays.peer]));
+        let (evicted_at, silent) = until_found(&mut relay);
+        assert_eq!((evicted_at, silent.silent), (late + silence, vec![stays.peer]));
     }
 
     #[test]
@@ -200,7 +200,7 @@ mod tests {
         let (mut relay, holders) = relay(config, start);
         relay.sweep(start + TEN_MINUTES);
         let found = found(&mut relay);
-        assert!(found.silent.is_empty() && found.asked.is_empty());
+        assert!(found.silent.is_empty() && found.probed.is_empty());
         let freed = |end: &End<u32>| found.freed.contains(&(end.peer, FreedReason::Expired));
         assert!(holders.iter().all(freed), "{found:?}");
     }

@@ -293,7 +293,7 @@ mod tests {
 
     use super::*;
 
-    /// A connection that frees ten bytes at a time, as long as it holds some beside `fixed`.
+    /// A connection that frees ten bytes at a time, but never the `.1` bytes that it cannot free.
     #[derive(Debug)]
     struct Connection(Arc<ConnectionBudget>, usize);
 

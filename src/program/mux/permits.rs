@@ -274,8 +274,8 @@ mod tests {
         permits.iter().skip(1).for_each(StreamPermit::mark_used);
         let newcomer = take(&of(100), 99);
         assert_eq!((newcomer.len(), reset()), (OWN + 1, 1));
-        assert!(streams[0].load(Ordering::Relaxed), "it is unused");
-        // All others are used: none is reset.
+        assert!(streams[0].load(Ordering::Relaxed), "the unused stream was not reset");
+        // The remaining streams are in use, so none is reset.
         assert_eq!((take(&of(101), 99).len(), reset()), (OWN, 1));
         drop((permits, newcomer));
         assert!(pool.pool().quota.is_empty());

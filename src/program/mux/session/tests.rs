@@ -1,4 +1,4 @@
-//! Two sessions, and what a peer may say.
+//! One session against frames of a peer, and two sessions against each other.
 
 #[cfg(test)]
 mod table;
@@ -71,7 +71,7 @@ impl Side {
         }
     }
 
-    /// What it has to send, as far as it is sent at once.
+    /// Takes one write batch of frames.
     fn send(&mut self) -> Vec<u8> {
         let mut frames = Vec::new();
         self.session.take_frames(&mut frames, QUANTUM, self.now);
@@ -137,7 +137,7 @@ fn data(flags: Flags, stream: u32, length: usize) -> Vec<u8> {
     [frame(Kind::Data, flags, stream, length), vec![7; length]].concat()
 }
 
-/// The headers of these frames.
+/// Parses the headers of `bytes`, a sequence of frames.
 fn headers(mut bytes: &[u8]) -> Vec<Header> {
     let mut headers = Vec::new();
     while let Some((header, rest)) = bytes.split_first_chunk() {
@@ -152,13 +152,13 @@ fn is_reset(read: Option<io::Result<Vec<u8>>>) -> bool {
     matches!(read, Some(Err(error)) if error.kind() == io::ErrorKind::ConnectionReset)
 }
 
-/// A stream that the peer opened.
-fn opened(server: &mut Side, id: u32) -> u64 {
-    server.receive(&frame(Kind::Data, Flags::SYN, id, 0)).expect("it is in order");
-    server.accept().expect("it was opened")
+/// Receives a SYN for stream `id` and accepts the stream.
+fn accept_inbound(server: &mut Side, id: u32) -> u64 {
+    server.receive(&frame(Kind::Data, Flags::SYN, id, 0)).expect("a valid frame");
+    server.accept().expect("an inbound stream")
 }
 
-// ---- What a peer may say
+// ---- Frames of a peer
 
 #[test]
 fn protocol_violations_end_the_session_with_go_away() {
@@ -177,8 +177,8 @@ fn protocol_violations_end_the_session_with_go_away() {
         ([1; HEADER].to_vec(), Reason::ProtocolError),
     ] {
         let mut server = Side::new(Role::Server);
-        opened(&mut server, 1);
-        let end = server.receive(&broken).expect_err("it is broken");
+        accept_inbound(&mut server, 1);
+        let end = server.receive(&broken).expect_err("a protocol violation");
         assert!(matches!(end, End::Broken(its, _) if its == reason), "{end:?}");
         server.session.end(&end);
         let last = headers(&server.send_all()).pop().expect("a go-away");
@@ -192,9 +192,11 @@ fn protocol_violations_end_the_session_with_go_away() {
 #[test]
 fn go_away_ends_the_session_and_earlier_data_is_still_read() {
     let mut server = Side::new(Role::Server);
-    let stream = opened(&mut server, 1);
+    let stream = accept_inbound(&mut server, 1);
     server.receive(&data(Flags::NONE, 1, 5)).unwrap();
-    let end = server.receive(&frame(Kind::GoAway, Flags::NONE, 0, 0)).expect_err("it ends");
+    let end = server
+        .receive(&frame(Kind::GoAway, Flags::NONE, 0, 0))
+        .expect_err("GO_AWAY ends the session");
     assert!(matches!(end, End::Left));
     server.session.end(&end);
     assert_eq!(server.read(stream, 9).unwrap().unwrap(), [7; 5]);
@@ -215,7 +217,7 @@ fn only_the_newest_ping_is_answered_and_only_once() {
 #[test]
 fn the_flags_of_a_ping_do_not_affect_streams() {
     let mut server = Side::new(Role::Server);
-    let stream = opened(&mut server, 1);
+    let stream = accept_inbound(&mut server, 1);
     let flags = Flags::SYN | Flags::FIN | Flags::RST;
     server.receive(&frame(Kind::Ping, flags, 1, 5)).unwrap();
     assert!(server.read(stream, 9).is_none(), "it goes on");
@@ -236,11 +238,11 @@ fn frames_of_unknown_streams_are_skipped_without_buffering() {
 fn stream_ids_need_not_increase_and_finished_ones_may_be_reused() {
     let mut server = Side::new(Role::Server);
     for id in [5, 1, 3, 1] {
-        let stream = opened(&mut server, id);
+        let stream = accept_inbound(&mut server, id);
         server.receive(&data(Flags::FIN, id, 3)).unwrap();
         server.session.close(stream);
         assert!(headers(&server.send_all()).iter().any(|header| header.flags.has(Flags::FIN)));
-        // What came is still read.
+        // Data that arrived before the FIN can still be read.
         assert_eq!(server.read(stream, 9).unwrap().unwrap(), [7; 3]);
         assert!(server.read(stream, 9).unwrap().unwrap().is_empty());
         if id != 1 {
@@ -302,13 +304,13 @@ fn a_window_overflow_is_not_attributed_to_a_new_stream() {
     assert!(server.receive(&frame(Kind::WindowUpdate, Flags::NONE, 1, 1)).is_err());
 }
 
-// ---- The end of a stream
+// ---- Closing, resetting and dropping streams
 
 #[test]
 fn dropping_a_half_open_stream_resets_it_after_the_flushed_data() {
     for flushed in [true, false] {
         let mut server = Side::new(Role::Server);
-        let stream = opened(&mut server, 1);
+        let stream = accept_inbound(&mut server, 1);
         assert!(server.write(stream, &[1; 9]).is_ready());
         if flushed {
             server.session.flush(stream);
@@ -318,7 +320,7 @@ fn dropping_a_half_open_stream_resets_it_after_the_flushed_data() {
         let mut sent = Vec::new();
         while let Some(kind) = server.session.take_frames(&mut sent, QUANTUM, server.now) {
             let is_reset = headers(&sent).iter().any(|header| header.flags.has(Flags::RST));
-            assert_eq!(is_reset, kind == Frames::Resets, "a reset goes by itself");
+            assert_eq!(is_reset, kind == Frames::Resets, "resets are sent in a batch of their own");
             if kind == Frames::Data {
                 assert_eq!((headers(&sent)[0].length, flushed), (9, true));
             }
@@ -331,20 +333,27 @@ fn dropping_a_half_open_stream_resets_it_after_the_flushed_data() {
 #[test]
 fn a_stream_dropped_after_fin_is_reset_once_if_data_arrives() {
     let mut server = Side::new(Role::Server);
-    let stream = opened(&mut server, 1);
+    let stream = accept_inbound(&mut server, 1);
     assert!(server.write(stream, &[1; 9]).is_ready());
     server.session.close(stream);
     server.drop_handle(stream);
     let sent = headers(&server.send_all());
     let last = sent.last().unwrap();
-    assert_eq!((last.length, last.flags.has(Flags::FIN)), (0, true), "by itself, as Go needs it");
-    assert!(sent.iter().any(|header| header.length == 9), "unsent data goes");
+    assert_eq!(
+        (last.length, last.flags.has(Flags::FIN)),
+        (0, true),
+        "go-yamux needs FIN in a frame of its own"
+    );
+    assert!(sent.iter().any(|header| header.length == 9), "buffered data is sent first");
     assert!(server.session.streams.is_empty());
-    assert!(server.receive(&frame(Kind::Data, Flags::SYN, 1, 0)).is_err(), "it is in use");
+    assert!(
+        server.receive(&frame(Kind::Data, Flags::SYN, 1, 0)).is_err(),
+        "the id is still in use"
+    );
     server.receive(&data(Flags::NONE, 1, 3)).unwrap();
     assert_eq!(headers(&server.send_all())[0].flags, Flags::RST);
     server.receive(&data(Flags::NONE, 1, 3)).unwrap();
-    assert!(server.send_all().is_empty(), "once");
+    assert!(server.send_all().is_empty(), "a second reset");
     server.assert_empty();
 }
 
@@ -352,7 +361,7 @@ fn a_stream_dropped_after_fin_is_reset_once_if_data_arrives() {
 fn a_stream_dropped_after_fin_is_reset_at_once_if_its_peer_has_no_credit() {
     for is_sent in [true, false] {
         let mut server = Side::new(Role::Server);
-        let stream = opened(&mut server, 1);
+        let stream = accept_inbound(&mut server, 1);
         server.session.close(stream);
         let mut sent = if is_sent { server.send_all() } else { Vec::new() };
         server.receive(&data(Flags::NONE, 1, INITIAL_WINDOW)).unwrap();
@@ -360,7 +369,11 @@ fn a_stream_dropped_after_fin_is_reset_at_once_if_its_peer_has_no_credit() {
         sent.extend(server.send_all());
         let flags: Vec<_> = headers(&sent).iter().map(|header| header.flags).collect();
         assert!(flags.iter().any(|flags| flags.has(Flags::FIN)), "{flags:?}");
-        assert_eq!(flags.last(), Some(&Flags::RST), "no data of the peer's asks for it");
+        assert_eq!(
+            flags.last(),
+            Some(&Flags::RST),
+            "the peer cannot send data that would cause the reset later"
+        );
         server.assert_empty();
     }
 }
@@ -368,11 +381,11 @@ fn a_stream_dropped_after_fin_is_reset_at_once_if_its_peer_has_no_credit() {
 #[test]
 fn evicting_a_finished_stream_does_not_reset_its_successor_of_the_same_id() {
     let mut server = Side::new(Role::Server);
-    let stream = opened(&mut server, 1);
+    let stream = accept_inbound(&mut server, 1);
     server.receive(&data(Flags::FIN, 1, 9)).unwrap();
     server.session.close(stream);
     server.send_all();
-    let next = opened(&mut server, 1);
+    let next = accept_inbound(&mut server, 1);
     assert!(server.session.shed(server.now, Cut::Pool) > 0);
     assert!(is_reset(server.read(stream, 9)));
     assert!(headers(&server.send_all()).iter().all(|header| !header.flags.has(Flags::RST)));
@@ -383,7 +396,7 @@ fn evicting_a_finished_stream_does_not_reset_its_successor_of_the_same_id() {
 fn a_bounded_number_of_finished_streams_is_remembered() {
     let mut server = Side::new(Role::Server);
     for id in 0..2 * MAX_REFUSED as u32 {
-        let stream = opened(&mut server, 2 * id + 1);
+        let stream = accept_inbound(&mut server, 2 * id + 1);
         server.session.close(stream);
         server.drop_handle(stream);
         server.send_all();
@@ -395,7 +408,7 @@ fn a_bounded_number_of_finished_streams_is_remembered() {
 #[test]
 fn data_after_fin_resets_the_stream() {
     let mut server = Side::new(Role::Server);
-    let stream = opened(&mut server, 1);
+    let stream = accept_inbound(&mut server, 1);
     server.receive(&data(Flags::FIN, 1, 1)).unwrap();
     server.receive(&data(Flags::NONE, 1, 1)).unwrap();
     assert!(is_reset(server.read(stream, 9)));
@@ -406,13 +419,17 @@ fn data_after_fin_resets_the_stream() {
 fn a_reset_is_an_error_even_after_our_fin() {
     for closes in [true, false] {
         let mut server = Side::new(Role::Server);
-        let stream = opened(&mut server, 1);
+        let stream = accept_inbound(&mut server, 1);
         if closes {
             server.session.close(stream);
             server.send_all();
         }
         server.receive(&data(Flags::RST, 1, 2)).unwrap();
-        assert_eq!(server.read(stream, 9).unwrap().unwrap(), [7; 2], "what came before");
+        assert_eq!(
+            server.read(stream, 9).unwrap().unwrap(),
+            [7; 2],
+            "data received before the reset"
+        );
         assert!(is_reset(server.read(stream, 9)));
         server.drop_handle(stream);
         server.send_all();
@@ -455,7 +472,7 @@ fn at_most_256_unacknowledged_streams_are_opened() {
 #[test]
 fn a_header_allocates_nothing_and_a_byte_one_chunk() {
     let mut server = Side::new(Role::Server);
-    let stream = opened(&mut server, 1);
+    let stream = accept_inbound(&mut server, 1);
     server.send_all();
     let open = server.budget.buffered().bytes;
     server.receive(&frame(Kind::Data, Flags::NONE, 1, INITIAL_WINDOW)).unwrap();
@@ -467,7 +484,7 @@ fn a_header_allocates_nothing_and_a_byte_one_chunk() {
         assert_eq!(server.budget.buffered().bytes, open + 16 * KIB);
     }
     assert_eq!(server.read(stream, 9).unwrap().unwrap(), [1; 3]);
-    assert_eq!(server.budget.buffered().bytes, open + 3, "the reader may still hold it");
+    assert_eq!(server.budget.buffered().bytes, open + 3, "freed by the next read");
     assert!(server.read(stream, 9).is_none());
     assert_eq!(server.budget.buffered().bytes, open);
 }
@@ -475,7 +492,7 @@ fn a_header_allocates_nothing_and_a_byte_one_chunk() {
 #[test]
 fn one_byte_frames_use_no_more_memory_than_long_ones() {
     let mut server = Side::new(Role::Server);
-    opened(&mut server, 1);
+    accept_inbound(&mut server, 1);
     server.send_all();
     let open = server.budget.buffered().bytes;
     for _ in 0..8 * KIB {
@@ -490,7 +507,7 @@ fn twelve_thousand_idle_streams_are_charged_their_memory() {
     let mut server = Side::new(Role::Server);
     server.permits = StreamPermits::new(STREAMS);
     for id in 0..STREAMS as u32 {
-        opened(&mut server, 2 * id + 1);
+        accept_inbound(&mut server, 2 * id + 1);
     }
     let each = server.budget.buffered().bytes / STREAMS;
     assert!((size_of::<Stream>()..KIB).contains(&each), "{each}");
@@ -499,7 +516,7 @@ fn twelve_thousand_idle_streams_are_charged_their_memory() {
 #[test]
 fn the_stream_unread_for_the_longest_is_reset_and_freed() {
     let mut server = Side::new(Role::Server);
-    let [slow, fast] = [1, 3].map(|id| opened(&mut server, id));
+    let [slow, fast] = [1, 3].map(|id| accept_inbound(&mut server, id));
     server.receive(&data(Flags::NONE, 1, 100 * KIB)).unwrap();
     server.receive(&data(Flags::NONE, 3, 200 * KIB)).unwrap();
     server.now += Duration::from_secs(10);
@@ -519,7 +536,7 @@ fn the_stream_unread_for_the_longest_is_reset_and_freed() {
 #[test]
 fn a_connection_above_its_limit_loses_a_stream_and_keeps_reading() {
     let mut server = Side::with(Role::Server, MemoryBudget::new(PLENTY, 300 * KIB));
-    let [first, second] = [1, 3].map(|id| opened(&mut server, id));
+    let [first, second] = [1, 3].map(|id| accept_inbound(&mut server, id));
     server.receive(&data(Flags::NONE, 1, 200 * KIB)).unwrap();
     server.now += Duration::from_secs(1);
     server.receive(&data(Flags::NONE, 3, 200 * KIB)).unwrap();
@@ -531,13 +548,13 @@ fn a_connection_above_its_limit_loses_a_stream_and_keeps_reading() {
 #[test]
 fn credit_is_the_number_of_bytes_the_peer_may_send() {
     let mut server = Side::new(Role::Server);
-    let [reads, stays] = [1, 3].map(|id| opened(&mut server, id));
+    let [reads, stays] = [1, 3].map(|id| accept_inbound(&mut server, id));
     assert_eq!(server.session.credit(), 2 * 256 * KIB);
     server.receive(&data(Flags::NONE, 1, 200 * KIB)).unwrap();
     assert_eq!(server.session.credit(), 312 * KIB);
     server.read(reads, 1 << 20).unwrap().unwrap();
     server.send_all();
-    assert_eq!(server.session.credit(), 312 * KIB, "the reader may still hold it");
+    assert_eq!(server.session.credit(), 312 * KIB, "freed by the next read");
     server.read(reads, 1);
     server.send_all();
     assert_eq!(server.session.credit(), 512 * KIB);
@@ -553,13 +570,13 @@ fn window_updates_are_sent_at_half_the_window_and_never_tiny() {
     for (filled, window) in [(0, 256 * KIB), (625, 144 * KIB), (750, 32 * KIB), (900, 32 * KIB)] {
         let mut server = Side::with(Role::Server, MemoryBudget::new(1000 << 20, PLENTY));
         let other = server.budget.open(None);
-        let stream = opened(&mut server, 1);
+        let stream = accept_inbound(&mut server, 1);
         server.send_all();
         other.charge(filled << 20);
         let mut credit = INITIAL_WINDOW;
         for _ in 0..1000 {
             let some = credit.min(KIB);
-            assert!(some > 0, "the peer is never left without");
+            assert!(some > 0, "the peer has no credit");
             server.receive(&data(Flags::NONE, 1, some)).unwrap();
             server.read(stream, some).unwrap().unwrap();
             credit -= some;
@@ -577,7 +594,7 @@ fn window_updates_are_sent_at_half_the_window_and_never_tiny() {
 #[test]
 fn unread_data_grants_no_credit() {
     let mut server = Side::new(Role::Server);
-    opened(&mut server, 1);
+    accept_inbound(&mut server, 1);
     server.send_all();
     server.receive(&data(Flags::NONE, 1, INITIAL_WINDOW)).unwrap();
     let sent = headers(&server.send_all());
@@ -588,11 +605,11 @@ fn unread_data_grants_no_credit() {
 #[test]
 fn windows_grow_with_the_round_trip_time_up_to_a_mebibyte() {
     let mut server = Side::new(Role::Server);
-    let stream = opened(&mut server, 1);
+    let stream = accept_inbound(&mut server, 1);
     server.send_all();
     let (mut credit, mut widest) = (INITIAL_WINDOW, 0);
     for _ in 0..50 {
-        // All that may be sent, each round trip of 100 ms.
+        // Each round trip of 100 ms, the peer sends as much as its credit allows.
         server.receive(&data(Flags::NONE, 1, credit)).unwrap();
         credit = 0;
         while server.read(stream, 64 * KIB).is_some() {}
@@ -612,12 +629,12 @@ fn windows_grow_with_the_round_trip_time_up_to_a_mebibyte() {
     assert_eq!(widest, MAX_WINDOW);
 }
 
-// ---- Turns
+// ---- Fair queueing of writes
 
 #[test]
 fn new_flows_go_first_and_backlogged_ones_take_turns() {
     let mut server = Side::new(Role::Server);
-    let [bulk, other, quick] = [1, 3, 5].map(|id| opened(&mut server, id));
+    let [bulk, other, quick] = [1, 3, 5].map(|id| accept_inbound(&mut server, id));
     server.send_all();
     let mut order = Vec::new();
     for round in 0..6 {
@@ -635,7 +652,7 @@ fn new_flows_go_first_and_backlogged_ones_take_turns() {
     assert_eq!(order, [1, 3, 1, 5, 3, 1]);
 }
 
-// ---- Two sessions
+// ---- Two sessions against each other
 
 #[derive(Clone, Copy, Debug)]
 enum Step {
@@ -647,15 +664,15 @@ enum Step {
     Flush(usize),
     Reset(usize),
     Send,
-    /// So many bytes arrive.
+    /// Delivers at most this many bytes.
     Arrive(usize),
     Accept,
     Pass(u64),
 }
 
-/// What one side knows of a stream.
+/// The model of one end of a stream.
 #[derive(Debug, Default)]
-struct Known {
+struct StreamModel {
     serial: u64,
     id: u32,
     written: usize,
@@ -670,9 +687,9 @@ struct Known {
 }
 
 #[derive(Default)]
-struct World {
+struct Connection {
     sides: Vec<Side>,
-    streams: [Vec<Known>; 2],
+    streams: [Vec<StreamModel>; 2],
     wires: [Vec<u8>; 2],
 }
 
@@ -680,25 +697,25 @@ fn byte(id: u32, side: usize, at: usize) -> u8 {
     (at as u32).wrapping_mul(31).wrapping_add(id * 7 + side as u32) as u8
 }
 
-impl World {
+impl Connection {
     fn new() -> Self {
         let sides = [Role::Client, Role::Server].map(Side::new).into_iter().collect();
         Self { sides, ..Self::default() }
     }
 
     fn step(&mut self, at: usize, step: Step) {
-        let (side, known) = (&mut self.sides[at], &mut self.streams[at]);
-        let count = known.len();
+        let (side, models) = (&mut self.sides[at], &mut self.streams[at]);
+        let count = models.len();
         let stream = |number: usize| (count > 0).then(|| number % count.max(1));
         match step {
             Step::Open if count < 8 => {
                 let serial = side.open();
                 let id = side.session.streams[&serial].id;
-                known.push(Known { serial, id, ..Known::default() });
+                models.push(StreamModel { serial, id, ..StreamModel::default() });
             }
             Step::Open => {}
             Step::Write(number, bytes) => {
-                let Some(stream) = stream(number).map(|number| &mut known[number]) else { return };
+                let Some(stream) = stream(number).map(|number| &mut models[number]) else { return };
                 if stream.closed || stream.dropped {
                     return;
                 }
@@ -709,33 +726,33 @@ impl World {
                 }
             }
             Step::Read(number, most) => {
-                let Some(stream) = stream(number).map(|number| &mut known[number]) else { return };
+                let Some(stream) = stream(number).map(|number| &mut models[number]) else { return };
                 if !stream.dropped && !stream.ended {
                     Self::read(side, stream, at, most);
                 }
             }
             Step::Close(number) => {
-                let Some(stream) = stream(number).map(|number| &mut known[number]) else { return };
+                let Some(stream) = stream(number).map(|number| &mut models[number]) else { return };
                 if !stream.dropped && !stream.reset {
                     side.session.close(stream.serial);
                     stream.closed = true;
                 }
             }
             Step::Flush(number) => {
-                let Some(stream) = stream(number).map(|number| &mut known[number]) else { return };
+                let Some(stream) = stream(number).map(|number| &mut models[number]) else { return };
                 if !stream.dropped {
                     side.session.flush(stream.serial);
                     stream.flushed = stream.written;
                 }
             }
             Step::Drop(number) => {
-                let Some(stream) = stream(number).map(|number| &mut known[number]) else { return };
+                let Some(stream) = stream(number).map(|number| &mut models[number]) else { return };
                 if !std::mem::replace(&mut stream.dropped, true) {
                     side.drop_handle(stream.serial);
                 }
             }
             Step::Reset(number) => {
-                let Some(stream) = stream(number).map(|number| &mut known[number]) else { return };
+                let Some(stream) = stream(number).map(|number| &mut models[number]) else { return };
                 if !stream.dropped {
                     side.session.reset(stream.serial);
                     stream.reset = true;
@@ -748,12 +765,12 @@ impl World {
             Step::Arrive(bytes) => {
                 let wire = &mut self.wires[1 - at];
                 let bytes: Vec<_> = wire.drain(..bytes.min(wire.len())).collect();
-                side.receive(&bytes).expect("the other side keeps to the rules");
+                side.receive(&bytes).expect("no protocol violation");
             }
             Step::Accept => {
                 while let Some(serial) = side.accept() {
                     let id = side.session.streams[&serial].id;
-                    known.push(Known { serial, id, ..Known::default() });
+                    models.push(StreamModel { serial, id, ..StreamModel::default() });
                 }
             }
             Step::Pass(millis) => {
@@ -762,7 +779,7 @@ impl World {
         }
     }
 
-    fn read(side: &mut Side, stream: &mut Known, at: usize, most: usize) -> bool {
+    fn read(side: &mut Side, stream: &mut StreamModel, at: usize, most: usize) -> bool {
         match side.read(stream.serial, most.max(1)) {
             None => return false,
             Some(Ok(bytes)) if bytes.is_empty() => stream.ended = true,
@@ -770,7 +787,7 @@ impl World {
                 let from = stream.read;
                 stream.read += bytes.len();
                 let expected = (from..).map(|n| byte(stream.id, 1 - at, n));
-                assert!(bytes.iter().copied().eq(expected.take(bytes.len())), "no other bytes");
+                assert!(bytes.iter().copied().eq(expected.take(bytes.len())), "unexpected bytes");
             }
             Some(Err(error)) => {
                 assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
@@ -780,7 +797,7 @@ impl World {
         true
     }
 
-    /// All that was said arrives, and is read.
+    /// Delivers and reads everything that was sent.
     fn settle(&mut self) {
         loop {
             let mut moved = false;
@@ -809,9 +826,9 @@ impl World {
         }
     }
 
-    /// Both sides agree on each stream.
+    /// Asserts that both sides agree on the state of each stream.
     fn check(&mut self) {
-        let mut by_id: HashMap<u32, Vec<(usize, &Known)>> = HashMap::new();
+        let mut by_id: HashMap<u32, Vec<(usize, &StreamModel)>> = HashMap::new();
         for (at, streams) in self.streams.iter().enumerate() {
             for stream in streams {
                 by_id.entry(stream.id).or_default().push((at, stream));
@@ -826,14 +843,20 @@ impl World {
                 }
                 let cut = (from.dropped || from.reset) && !from.closed;
                 if to.ended && !to.was_reset {
-                    assert!(from.closed, "an end of file that nobody said: {from:?} {to:?}");
-                    assert_eq!(to.read, from.written, "all of it: {from:?} {to:?}");
+                    assert!(from.closed, "an end of file without a close: {from:?} {to:?}");
+                    assert_eq!(
+                        to.read, from.written,
+                        "bytes are missing before the end of file: {from:?} {to:?}"
+                    );
                 }
                 if cut {
-                    assert!(to.was_reset, "what was cut is not complete: {from:?} {to:?}");
+                    assert!(
+                        to.was_reset,
+                        "an incomplete stream ended without a reset: {from:?} {to:?}"
+                    );
                     assert!(
                         to.closed || to.reset || from.reset || to.read >= from.flushed,
-                        "what was flushed comes: {from:?} {to:?}"
+                        "flushed bytes were lost: {from:?} {to:?}"
                     );
                 } else if from.closed && !to.was_reset {
                     assert!(to.ended, "{from:?} {to:?}");
@@ -842,9 +865,9 @@ impl World {
         }
     }
 
-    /// Everything ends, and nothing is left.
+    /// Drops every stream and asserts that no state is left.
     fn end(&mut self) {
-        // Twice, for the other side may hear of a stream with its end only.
+        // Twice: the first round may open streams on the other side, along with their end.
         for at in [0, 1, 0, 1] {
             for number in 0..self.streams[at].len() {
                 self.step(at, Step::Drop(number));
@@ -881,12 +904,12 @@ proptest! {
     fn bytes_are_neither_lost_duplicated_nor_reordered_and_every_stream_ends(
         steps in vec((0..2_usize, steps()), 0..120),
     ) {
-        let mut world = World::new();
+        let mut connection = Connection::new();
         for (at, step) in steps {
-            world.step(at, step);
+            connection.step(at, step);
         }
-        world.settle();
-        world.check();
-        world.end();
+        connection.settle();
+        connection.check();
+        connection.end();
     }
 }

@@ -93,10 +93,10 @@ mod tests {
             let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
             let (mut server, remote) = listener.accept().unwrap();
             let local = server.local_addr().unwrap();
-            let before = acknowledged(local, remote).expect("it says so");
+            let before = acknowledged(local, remote).expect("an established connection");
             server.write_all(&[7; 1000]).unwrap();
             client.read_exact(&mut [0; 1000]).unwrap();
-            // The acknowledgement comes with what the client says next.
+            // The client's next segment carries the acknowledgement.
             client.write_all(&[7]).unwrap();
             server.read_exact(&mut [0]).unwrap();
             assert_eq!(acknowledged(local, remote), Some(before + 1000));

@@ -151,7 +151,7 @@ mod tests {
         lines.iter().map(|line| line.as_bytes().to_vec()).collect()
     }
 
-    /// Whether it is the proxies' own: 10.0.0.0/8.
+    /// Trusts the proxies in 10.0.0.0/8.
     fn is_trusted(ip: IpAddr) -> bool {
         matches!(ip, IpAddr::V4(ip) if ip.octets()[0] == 10)
     }

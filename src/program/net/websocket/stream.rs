@@ -202,7 +202,7 @@ mod tests {
 
     use super::*;
 
-    /// A connection on which these bytes come, and then an error; and what was written to it.
+    /// A connection from which `bytes` and then an error are read; records what is written.
     #[derive(Default)]
     struct Connection {
         bytes: &'static [u8],
@@ -228,7 +228,7 @@ mod tests {
             _: &mut Context<'_>,
             bytes: &[u8],
         ) -> Poll<io::Result<usize>> {
-            // A few at a time, and never a whole message.
+            // Two bytes at a time, so that every message is written in pieces.
             let taken = bytes.len().min(2);
             self.written.lock().unwrap().extend(&bytes[..taken]);
             Poll::Ready(Ok(taken))

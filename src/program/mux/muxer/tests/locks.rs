@@ -1,4 +1,4 @@
-//! Under the lock of a session no task is woken, no waker dropped, and no other session locked.
+//! While a session is locked, no task is woken, no waker is dropped and no other session is locked.
 
 use std::{
     net::IpAddr,
@@ -13,7 +13,7 @@ use crate::program::mux::{
     permits::{OWN, Reset},
 };
 
-/// The sessions of a test.
+/// The sessions of a test that must not be locked.
 #[derive(Clone, Debug, Default)]
 pub struct Sessions(Arc<Mutex<Vec<Arc<Shared>>>>);
 
@@ -22,7 +22,7 @@ impl Sessions {
         self.0.lock().unwrap().push(Arc::clone(session));
     }
 
-    /// The task, whose wakers see to it that no session is locked.
+    /// `task` with wakers that assert that no session is locked.
     pub fn checked(
         &self,
         task: impl Future<Output = ()> + Send + 'static,
@@ -44,7 +44,7 @@ impl Sessions {
     }
 }
 
-/// A waker of its own for each poll.
+/// The waker passed to one poll.
 struct Checked {
     inner: Waker,
     sessions: Sessions,
@@ -65,25 +65,27 @@ impl Drop for Checked {
 
 #[test]
 fn no_task_is_woken_and_no_waker_dropped_while_a_session_is_locked() {
-    for ends in [[ours as Run, ours], [ours, theirs], [theirs, ours]] {
+    for ends in
+        [[run_muxer as RunEnd, run_muxer], [run_muxer, run_rust_yamux], [run_rust_yamux, run_muxer]]
+    {
         let (spawn, spawned) = mpsc::unbounded();
         let checked = Executor::Checked(spawn, Sessions::default());
         block_on(run(spawned, exchange(10 * KIB, ends, [checked.clone(), checked])));
     }
 }
 
-/// Another connection, which is asked for memory and for permits.
+/// Another connection, which counts how often it has to give up memory or a permit.
 #[derive(Debug)]
 struct Other {
     sessions: Sessions,
     budget: Arc<ConnectionBudget>,
-    asked: AtomicUsize,
+    evictions: AtomicUsize,
 }
 
 impl Other {
-    fn is_asked(&self) {
+    fn record_eviction(&self) {
         self.sessions.assert_unlocked();
-        self.asked.fetch_add(1, Ordering::Relaxed);
+        self.evictions.fetch_add(1, Ordering::Relaxed);
     }
 }
 
@@ -93,7 +95,7 @@ impl Shed for Other {
     }
 
     fn shed(&self, _: Instant) -> usize {
-        self.is_asked();
+        self.record_eviction();
         let held = self.budget.held();
         self.budget.release(held);
         held
@@ -106,7 +108,7 @@ impl Shed for Other {
 
 impl Reset for Other {
     fn reset(&self, _: u64) {
-        self.is_asked();
+        self.record_eviction();
     }
 }
 
@@ -132,24 +134,24 @@ fn memory_and_permits_are_taken_from_another_connection_without_a_session_lock()
     let sessions = Sessions::default();
     sessions.add(&muxer.shared);
     let prefix = |host| Some(IpAddr::from([10, 0, host, 1]).into());
-    let asked = AtomicUsize::new(0);
-    let other = Arc::new(Other { sessions, budget: memory.open(prefix(0)), asked });
+    let evictions = AtomicUsize::new(0);
+    let other = Arc::new(Other { sessions, budget: memory.open(prefix(0)), evictions });
     memory.register(&other);
-    let asked = || other.asked.swap(0, Ordering::Relaxed);
+    let evictions = || other.evictions.swap(0, Ordering::Relaxed);
     let cx = &mut Context::from_waker(Waker::noop());
 
     other.budget.charge(2 * LIMIT);
     block_on(peer.write_all(&syn(1))).unwrap();
     assert!(Pin::new(&mut muxer).poll(cx).is_pending());
-    assert!(asked() > 0, "as bytes come");
+    assert!(evictions() > 0, "when bytes arrive");
     let Poll::Ready(Ok(mut stream)) = Pin::new(&mut muxer).poll_inbound(cx) else {
-        panic!("it was opened");
+        panic!("no inbound stream");
     };
     other.budget.charge(2 * LIMIT);
     assert!(Pin::new(&mut stream).poll_write(cx, b"!").is_ready());
-    assert!(asked() > 0, "as bytes are written");
+    assert!(evictions() > 0, "when bytes are written");
 
-    // Eight addresses have all permits, on streams on which no request has come.
+    // Eight addresses hold all permits, on streams on which no request has arrived.
     let permits = (1..=8).flat_map(|host| {
         let permits = StreamPermits::shared(OWN + 2, pool.clone(), prefix(host));
         (0..OWN + 2).map_while(move |_| StreamPermit::take(&permits))
@@ -163,5 +165,5 @@ fn memory_and_permits_are_taken_from_another_connection_without_a_session_lock()
         block_on(peer.write_all(&syn(2 * stream + 1))).unwrap();
     }
     assert!(Pin::new(&mut muxer).poll(cx).is_pending());
-    assert_eq!(asked(), 1, "as a stream is opened beyond its own permits");
+    assert_eq!(evictions(), 1, "when a stream needs a shared permit");
 }
