@@ -16,10 +16,10 @@ mod common;
 mod peers {
     pub mod bulk;
     pub mod contestants;
-    pub mod crowd;
     pub mod echo;
     pub mod floor;
     pub mod idle;
+    pub mod idle_clients;
     pub mod rounds;
     pub mod setup;
     pub mod stalled;
@@ -34,7 +34,7 @@ use common::Security;
 use peers::{
     bulk,
     contestants::{Contestant, Contestants},
-    crowd, echo, floor, idle,
+    echo, floor, idle, idle_clients,
     rounds::Rounds,
     setup, stalled,
     watched::{self, Callers},
@@ -49,8 +49,8 @@ fn main() -> ExitCode {
     // The program starts itself for clients that need a process of their own.
     match words[..] {
         [echo::FLAT_OUT, relay] => runtime.block_on(echo::run_flat_out(relay)),
-        [crowd::ROLE, relay, first, count, security] => {
-            runtime.block_on(crowd::run(relay, first, count, security));
+        [idle_clients::ROLE, relay, first, count, security] => {
+            runtime.block_on(idle_clients::run(relay, first, count, security));
         }
         [watched::ROLE, port, how] => runtime.block_on(watched::run(port, how)),
         _ => {}

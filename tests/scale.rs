@@ -16,8 +16,8 @@ mod common;
 #[path = "peers/contestants.rs"]
 mod contestants;
 #[allow(dead_code)]
-#[path = "peers/crowd.rs"]
-mod crowd;
+#[path = "peers/idle_clients.rs"]
+mod idle_clients;
 
 mod scale {
     pub mod arrival;
@@ -42,8 +42,8 @@ fn main() -> ExitCode {
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let runtime = Runtime::new().expect("a runtime");
     // The program starts itself for the clients.
-    if let [crowd::ROLE, relay, first, count, security] = words[..] {
-        runtime.block_on(crowd::run(relay, first, count, security));
+    if let [idle_clients::ROLE, relay, first, count, security] = words[..] {
+        runtime.block_on(idle_clients::run(relay, first, count, security));
     }
 
     let quick = words.contains(&"--quick");

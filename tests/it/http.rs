@@ -550,7 +550,7 @@ async fn slow_http_clients_time_out() {
 /// Only Linux lists the open files of a process.
 #[cfg(target_os = "linux")]
 #[tokio::test]
-async fn a_thousand_idle_http_connections_block_nobody() {
+async fn a_thousand_idle_http_connections_do_not_block_others() {
     let mut bystanders = Bystanders::start(&[ON_ANY_PORT]).await;
     let port = port(&bystanders.relay).await;
     let files = || {

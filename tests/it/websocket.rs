@@ -692,7 +692,7 @@ async fn check_stalled_upgrade(ending: &str, bytes: &[u8]) {
 }
 
 #[tokio::test]
-async fn malformed_upgrades_and_frames_affect_nobody_else() {
+async fn malformed_upgrades_and_frames_affect_no_other_connection() {
     let mut bystanders = Bystanders::start(&[LISTEN]).await;
     let port = port(&address(&bystanders.relay, "/ws").await);
     let line =

@@ -2,7 +2,7 @@
 
 use std::{thread, time::Duration};
 
-use super::{contestants::Relay, crowd::Crowd};
+use super::{contestants::Relay, idle_clients::IdleClients};
 use crate::common::Security;
 
 /// After this time the identify messages that follow the handshakes are done.
@@ -11,7 +11,7 @@ const SETTLE_TIME: Duration = Duration::from_secs(8);
 /// The relay's resident KiB per peer.
 pub fn kilobytes_per_peer(relay: &Relay, security: Security, peers: usize) -> f64 {
     let before = relay.process.resident();
-    let _crowd = Crowd::start_reserved(&relay.address, peers, security);
+    let _idle_clients = IdleClients::start_reserved(&relay.address, peers, security);
     thread::sleep(SETTLE_TIME);
     let after = relay.process.resident();
     (after as f64 - before as f64) / peers as f64

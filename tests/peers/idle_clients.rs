@@ -19,7 +19,7 @@ use crate::common::{
 };
 
 /// The argument that makes this program such a process.
-pub const ROLE: &str = "crowd";
+pub const ROLE: &str = "idle_clients";
 
 /// How many clients are in a process.
 const PER_PROCESS: usize = 2500;
@@ -32,15 +32,15 @@ const CONNECT: &str = "connect";
 const RESERVE: &str = "reserve";
 
 /// Client processes, killed when dropped.
-pub struct Crowd(Vec<Process>);
+pub struct IdleClients(Vec<Process>);
 
-impl Crowd {
+impl IdleClients {
     /// Starts this many clients, and waits until each has its reservation.
     pub fn start_reserved(relay: &Multiaddr, count: usize, security: Security) -> Self {
-        let mut crowd = Self::of(relay, count, security);
-        crowd.connect_all();
-        crowd.reserve_all();
-        crowd
+        let mut idle_clients = Self::of(relay, count, security);
+        idle_clients.connect_all();
+        idle_clients.reserve_all();
+        idle_clients
     }
 
     /// Starts this many clients that are not connected yet.
