@@ -22,7 +22,7 @@ pub struct Accounts {
     pub totals: Totals,
     /// The bytes of all circuits, of the open ones too.
     relayed: Arc<Counts>,
-    /// The peers that are connected and have been part of a circuit since.
+    /// The connected peers that have been part of a circuit since they connected.
     peers: HashMap<PeerId, Stay>,
 }
 

@@ -33,14 +33,14 @@ pub struct End<C> {
     pub connection: C,
 }
 
-/// Where a connection comes from, determined once, when it comes up.
+/// The origin of a connection, determined once, when it is established.
 #[derive(Debug)]
 pub struct Origin {
     /// The peer at its other end.
     pub peer: PeerId,
     /// The address it came from, or was dialed at.
     pub address: Multiaddr,
-    /// The prefix that what its peer holds counts towards.
+    /// The prefix that its peer's slot, streams and circuits count towards.
     pub prefix: Option<ClientPrefix>,
     /// Whether it leads through another relay.
     pub relayed: bool,
@@ -71,7 +71,7 @@ pub struct PendingRequest<C, R> {
 
 /// One connection that is up.
 ///
-/// A sweep reads all of them and is bound by memory bandwidth: what it does not need is behind the `Arc`.
+/// A sweep reads all connections and is bound by memory bandwidth: what it does not need is behind the `Arc`.
 #[derive(Debug)]
 pub struct Connection {
     /// Where it comes from, shared with the requests that came over it.

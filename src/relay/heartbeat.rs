@@ -1,8 +1,8 @@
 //! The heartbeat: which connections to probe, which have timed out, and whether the relay itself is at fault.
 //!
 //! Sans-IO. No connection times out that did not have the time to answer a probe, however long it had been silent before.
-//! And none times out for a silence that may be the relay's own: a check that comes late resets the liveness timers, and
-//! when most connections become silent at once, time-outs wait.
+//! Nor does any time out because of a pause of the relay itself: a late check resets the liveness timers, and when most
+//! connections become silent at once, time-outs wait.
 
 use std::time::{Duration, Instant};
 

@@ -25,7 +25,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         self.reserve_rates.set(config.reserve_rate);
         self.connect_rates.set(config.connect_rate);
         self.link.lock().configure(&config, now);
-        // Never later than before: a change every second would put it off for ever.
+        // Never later than before: otherwise a change every second would postpone it for ever.
         self.sweep_due = self.sweep_due.min(now + config.sweep);
         self.bring_sweep_forward(now);
         if !self.has_own_access {

@@ -54,7 +54,7 @@ pub struct Candidate<C> {
 pub enum Verdict<C> {
     /// The peer of this connection has timed out, and the newcomer gets its slot.
     Evict(C),
-    /// A peer under the cap may turn out to be gone.
+    /// The newcomer waits, because a probed peer under the cap may time out.
     Wait,
     /// There is no slot.
     Refuse,

@@ -1,9 +1,10 @@
 //! The sweep: one pass over the tables that ends what no event ends.
 //!
-//! All times are of the monotonic clock ([`Instant`]), whatever the wall clock does. If the process was stopped or its
-//! virtual machine paused, that clock went on: the sweep is late, what is over ends, and liveness timers are reset. Linux
-//! stops it while the machine is suspended, as if no time had passed: a slot that is not renewed ends that much later
-//! than its peer was told, and a peer that left meanwhile is probed within a heartbeat.
+//! All times are of the monotonic clock ([`Instant`]), independent of the wall clock. If the process was stopped or its
+//! virtual machine paused, that clock continued: the sweep is late, reservations and graces that have run out end, and
+//! liveness timers are reset. Linux stops the clock while the machine is suspended, as if no time had passed: a slot
+//! that is not renewed ends that much later than its peer was told, and a peer that left meanwhile is probed within a
+//! heartbeat.
 
 use std::{
     hash::Hash,

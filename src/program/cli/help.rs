@@ -65,7 +65,7 @@ fn split(flags: &str) -> Vec<(&str, String)> {
 fn take_bracket<'a>(text: &'a str, what: &str) -> (Option<&'a str>, String) {
     let (before, rest) = text.split_once(&format!("[{what}: ")).unwrap_or((text, ""));
     match rest.split_once(']') {
-        Some((inside, behind)) => (Some(inside), before.to_owned() + behind),
+        Some((inside, after)) => (Some(inside), before.to_owned() + after),
         None => (None, text.into()),
     }
 }

@@ -1,6 +1,6 @@
 //! The rates of circuits.
 //!
-//! Sans-IO. A rate is the number of bytes carried since the update before, by the time that has passed.
+//! Sans-IO. A rate is the number of bytes transferred since the previous update, divided by the time since then.
 
 use std::{collections::HashMap, time::Instant};
 
@@ -19,7 +19,7 @@ pub struct Speed {
 }
 
 impl Speeds {
-    /// Updates the rate of a circuit that was opened at `since` and has carried so much; returns it.
+    /// Updates the rate of a circuit that was opened at `since` and has transferred `carried` bytes. Returns the rate.
     pub fn update(
         &mut self,
         id: CircuitId,
@@ -47,7 +47,7 @@ impl Speed {
         self.rate
     }
 
-    /// Updates the rate by what was carried until now; returns it.
+    /// Updates the rate, given the bytes transferred so far. Returns the rate.
     pub fn update(&mut self, carried: BytesTransferred, now: Instant) -> BytesTransferred {
         let time = now.saturating_duration_since(self.at).as_secs_f64();
         if time > 0.0 {

@@ -1,7 +1,7 @@
 //! `/status.json`, which the page shows.
 //!
-//! Taken on the relay's thread, once a second while it is asked for. That thread only copies it; the thread that
-//! serves HTTP makes it text.
+//! Collected on the relay's thread, once a second while it is requested. That thread only copies it; the thread that
+//! serves HTTP serializes it.
 
 use std::time::Instant;
 

@@ -46,29 +46,29 @@ pub trait Shed: Send + Sync + std::fmt::Debug {
     fn credit(&self) -> usize;
 }
 
-/// Why a stream was reset, or a connection closed, because of what its peers did not take.
+/// Why a stream was reset, or a connection closed, to free memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cut {
     /// A stream: the pool was full.
     Pool,
-    /// A stream: its connection held as much as one may.
+    /// A stream: its connection exceeded the limit on unread bytes.
     Connection,
-    /// A connection: its peer takes no refusals of the streams that it opens.
+    /// A connection: its peer does not read the refusals of the streams that it opens.
     Refusals,
-    /// A connection: its peer takes nothing of what is sent to it.
+    /// A connection: its peer reads nothing of what is sent to it.
     WriteStalled,
 }
 
-/// How many reasons there are.
+/// The number of reasons.
 const CUTS: usize = 4;
 
 impl Cut {
-    /// Those for streams.
+    /// The reasons for streams.
     pub const STREAMS: [Self; 2] = [Self::Pool, Self::Connection];
-    /// Those for connections.
+    /// The reasons for connections.
     pub const CONNECTIONS: [Self; 2] = [Self::Refusals, Self::WriteStalled];
 
-    /// The reason in a few words.
+    /// The reason as a label.
     pub fn kind(self) -> &'static str {
         match self {
             Self::Pool => "max-buffered",
@@ -107,16 +107,16 @@ pub struct ConnectionBudget {
     pool: MemoryBudget,
     number: u64,
     prefix: Option<ClientPrefix>,
-    /// All that it is charged.
+    /// All bytes charged to it.
     held: AtomicUsize,
-    /// The bytes that were received and are unread.
+    /// Received bytes that are unread.
     unread: AtomicUsize,
-    /// What it is charged until it closes, and cannot free.
+    /// Bytes that it cannot free, charged until it closes.
     kept: AtomicUsize,
 }
 
 impl MemoryBudget {
-    /// An empty pool with its limit, and the limit on what one connection holds unread, in bytes.
+    /// An empty pool with a limit, and the limit on the unread bytes of one connection.
     pub fn new(limit: usize, limit_per_connection: usize) -> Self {
         Self(Arc::new(Inner {
             limit,
@@ -141,15 +141,15 @@ impl MemoryBudget {
         })
     }
 
-    /// From now on this connection is asked to free memory when the pool is above its limit.
+    /// Registers a connection to free memory when the pool is above its limit.
     pub fn register(&self, connection: &Arc<impl Shed + 'static>) {
         let number = connection.budget().number;
         let connection: Weak<_> = Arc::downgrade(connection);
         self.connections().insert(number, connection);
     }
 
-    /// What is held, what may still come, and what was cut. Takes the locks of sessions, one at a time: the caller
-    /// must hold none.
+    /// Returns the bytes held, the credit granted, and the counts of resets. Takes the locks of sessions, one at a
+    /// time: the caller must hold none.
     pub fn buffered(&self) -> Buffered {
         let open: Vec<_> = self.connections().values().filter_map(Weak::upgrade).collect();
         Buffered {
@@ -186,7 +186,7 @@ impl MemoryBudget {
         while self.held() > pool.limit / 10 * 9 {
             let heaviest = open.iter_mut().max_by_key(|(connection, held)| {
                 let prefix = connection.budget().prefix;
-                // What has nothing to free weighs nothing, whatever its prefix.
+                // A connection with nothing to free has no weight, whatever its prefix.
                 let of_prefix = if *held > 0 { prefixes.get(&prefix).copied() } else { None };
                 (of_prefix, prefix, *held)
             });
@@ -214,12 +214,12 @@ impl MemoryBudget {
 }
 
 impl ConnectionBudget {
-    /// The pool that it is a part of.
+    /// The pool that it belongs to.
     pub fn pool(&self) -> &MemoryBudget {
         &self.pool
     }
 
-    /// How many bytes it is charged that can be freed.
+    /// Returns how many of its charged bytes can be freed.
     pub fn held(&self) -> usize {
         self.held.load(Ordering::Relaxed)
     }
@@ -236,17 +236,17 @@ impl ConnectionBudget {
         self.pool.0.held.fetch_sub(bytes, Ordering::Relaxed);
     }
 
-    /// This many bytes more are unread.
+    /// Adds this many unread bytes.
     pub fn add_unread(&self, bytes: usize) {
         self.unread.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// This many bytes fewer are unread.
+    /// Removes this many unread bytes.
     pub fn remove_unread(&self, bytes: usize) {
         self.unread.fetch_sub(bytes, Ordering::Relaxed);
     }
 
-    /// Charges this many bytes until the connection closes, if half of the pool stays free.
+    /// Charges this many bytes until the connection closes, if half of the pool stays free. Returns whether it did.
     pub fn keep_if_plenty(&self, bytes: usize) -> bool {
         let pool = &self.pool.0;
         let is_plenty = self.pool.held().saturating_add(bytes) <= pool.limit / 2;
@@ -257,13 +257,13 @@ impl ConnectionBudget {
         is_plenty
     }
 
-    /// Whether more is unread than one connection may hold.
+    /// Whether its unread bytes exceed the limit on one connection.
     pub fn is_exceeded(&self) -> bool {
         self.unread.load(Ordering::Relaxed) > self.pool.0.limit_per_connection
     }
 
-    /// Which window a stream gets whose own is `window`: all of it while half of the pool is free, the
-    /// smallest from three quarters on, in between in proportion.
+    /// Scales the window of a stream: all of `window` while half of the pool is free, the smallest window above three
+    /// quarters, proportional in between.
     pub fn window(&self, window: usize) -> usize {
         let limit = self.pool.0.limit.max(4);
         let above_half = self.pool.held().saturating_sub(limit / 2).min(limit / 4);
@@ -271,7 +271,7 @@ impl ConnectionBudget {
         window - (falls_by * above_half as u128 / (limit / 4) as u128) as usize
     }
 
-    /// Counts a stream that was reset, or a connection that is closed.
+    /// Counts a stream that was reset, or a connection that was closed.
     pub fn count(&self, cut: Cut) {
         if let Some(count) = self.pool.0.cut.get(cut as usize) {
             count.fetch_add(1, Ordering::Relaxed);

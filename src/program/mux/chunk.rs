@@ -1,30 +1,30 @@
-//! Memory for received bytes, in chunks that a connection is charged by their capacity.
+//! Memory for received bytes, in chunks whose capacity is charged to their connection.
 
 use std::{cell::RefCell, io::Read};
 
-/// Chunks are multiples of the smallest one, in bytes.
+/// The capacity of a chunk is a multiple of this, in bytes.
 const MIN_CHUNK: usize = 4 * 1024;
 const MAX_CHUNK: usize = 16 * 1024;
 
-/// How many of the largest chunks a thread keeps for its next frames. A new chunk has to be zeroed: in a circuit flat out
-/// that costs as much as a copy of all its bytes.
+/// How many of the largest chunks a thread keeps for later frames. A new chunk has to be zeroed: for a circuit at full
+/// speed that costs as much as copying all of its bytes.
 const MAX_SPARE: usize = 8;
 
 thread_local! {
     static SPARE: RefCell<Vec<Box<[u8]>>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Memory for bytes that are received.
+/// A buffer for received bytes.
 #[derive(Debug, Default)]
 pub struct Chunk {
     bytes: Box<[u8]>,
-    /// Of those before `end`, the ones before `start` were read.
+    /// The bytes before `end` were received; of these, the ones before `start` were read.
     start: usize,
     end: usize,
 }
 
 impl Chunk {
-    /// An empty chunk for a body of so many bytes, or as much of it as goes into one.
+    /// An empty chunk for a body of `length` bytes, or for the part of it that fits into one chunk.
     pub fn for_body(bytes: usize) -> Self {
         let capacity = bytes.next_multiple_of(MIN_CHUNK).clamp(MIN_CHUNK, MAX_CHUNK);
         let spare = match capacity {
@@ -34,40 +34,40 @@ impl Chunk {
         Self { bytes: spare.unwrap_or_else(|| vec![0; capacity].into()), start: 0, end: 0 }
     }
 
-    /// What it is charged, in bytes.
+    /// What the connection is charged for it, in bytes.
     pub fn capacity(&self) -> usize {
         self.bytes.len()
     }
 
-    /// Room for so many bytes at most.
+    /// Returns at most `most` bytes of free space.
     pub fn room(&mut self, most: usize) -> &mut [u8] {
         let end = self.bytes.len().min(self.end.saturating_add(most));
         self.bytes.get_mut(self.end..end).unwrap_or_default()
     }
 
-    /// So many bytes were put into the room.
+    /// Records that `count` bytes were written to the free space.
     pub fn advance(&mut self, bytes: usize) {
         self.end += bytes;
     }
 
-    /// Forgets what is in it.
+    /// Discards its contents.
     pub fn clear(&mut self) {
         (self.start, self.end) = (0, 0);
     }
 
-    /// What is in it and was not read.
+    /// Returns the unread bytes.
     pub fn unread(&self) -> &[u8] {
         self.bytes.get(self.start..self.end).unwrap_or_default()
     }
 
-    /// Reads as much of it as fits; how many bytes that is.
+    /// Reads as much as fits into `into`. Returns the number of bytes.
     pub fn read(&mut self, into: &mut [u8]) -> usize {
         let read = self.unread().read(into).unwrap_or_default(); // from memory
         self.start += read;
         read
     }
 
-    /// Takes as much of `other` as there is room for; whether that is all of it.
+    /// Moves as much of `other` into this chunk as fits. Returns whether everything did.
     pub fn append(&mut self, other: &mut Self) -> bool {
         let moved = other.read(self.room(usize::MAX));
         self.end += moved;
@@ -85,7 +85,7 @@ impl Drop for Chunk {
             return;
         }
         let bytes = std::mem::take(&mut self.bytes);
-        // When a thread ends, its spare chunks may be gone before its last stream.
+        // While a thread ends, its spare chunks may be destroyed before its last stream.
         let _ = SPARE.try_with(|spare| {
             let mut spare = spare.borrow_mut();
             if spare.len() < MAX_SPARE {

@@ -1,11 +1,11 @@
-//! Streams over one connection: yamux, with limits on what a peer may have open and have waiting.
+//! Streams over one connection: yamux, with limits on open streams and on buffered bytes.
 //!
-//! [`Muxer`] moves bytes between the connection and a session (`session.rs`); `poll` alone does that. A
-//! stream that the peer opens beyond its limit is reset, one that we want beyond ours waits for another to end.
+//! [`Muxer`] moves bytes between the connection and a session (`session.rs`); only `poll` does that. A stream that the
+//! peer opens beyond its limit is reset; one that this side opens beyond its own limit waits for another to end.
 //!
-//! The secure channel makes a message, and a system call, of each flush. So a flush comes when there is
-//! nothing more to send, or as much as goes into a message of Noise (write batching): it saves a fifth of the
-//! CPU time of a circuit's set-up.
+//! The secure channel makes a message, and a system call, of each flush. So it is flushed only when there is nothing
+//! more to send, or when a message of Noise is full (write batching): that saves a fifth of the CPU time of a circuit's
+//! set-up.
 
 use std::{
     io, iter,
@@ -43,35 +43,35 @@ use super::{
 };
 use crate::{activity::ActivityCounter, address::ClientPrefix, program::net::socket};
 
-/// How much is read, or written, before others have their turn, in bytes; and in how many reads.
+/// How many bytes are read or written in one poll before it yields, and in how many reads.
 const TURN: usize = 256 * 1024;
 const TURN_READS: usize = 128;
 
-/// How much goes out in one message where memory is short, in bytes. Noise has room for three such messages
-/// for ever, once there was one.
+/// The size of a write batch while memory is scarce, in bytes. Once Noise has sent a larger message, it keeps buffers
+/// for three of that size.
 const SMALL_BATCH: usize = 8 * 1024;
 
-/// How much goes out in one message at most, in bytes: a whole frame, and the largest message of Noise.
+/// The largest write batch, in bytes: a whole frame, and the largest message of Noise.
 const LARGE_BATCH: usize = QUANTUM + HEADER;
 
-/// How much more memory a connection takes with large batches.
+/// How much more memory a connection uses once it has sent large batches.
 const LARGE_BATCH_COST: usize = 3 * (LARGE_BATCH - SMALL_BATCH);
 
-/// How often it is looked whether a connection that takes no more is write stalled.
+/// How often a connection whose socket is full is checked for a write stall.
 const LOOK: Duration = Duration::from_secs(5);
 
-/// How long a connection may be write stalled, unless that is [set](StallLimit::set).
+/// The default limit of a write stall; see [`StallLimit::set`].
 const MAX_STALL: Duration = Duration::from_secs(60);
 
-/// How long a connection may take to close in good order, before it is dropped.
+/// How long a connection may take to close gracefully, before it is dropped.
 const CLOSING: Duration = Duration::from_secs(3);
 
 /// How many streams may be open on one connection.
 #[derive(Clone, Copy, Debug)]
 pub struct Budget {
-    /// Those that the peer opened.
+    /// The limit on streams opened by the peer.
     pub inbound: usize,
-    /// Those that the relay opened.
+    /// The limit on streams opened by the relay.
     pub outbound: usize,
 }
 
@@ -83,7 +83,7 @@ struct Client {
     socket: Option<TcpStream>,
 }
 
-/// Makes connections carry streams. Clones share what all connections may have together.
+/// Upgrades connections to yamux. Clones share the limits on all connections together.
 #[derive(Clone, Debug)]
 pub struct Multiplex {
     budget: Budget,
@@ -95,7 +95,7 @@ pub struct Multiplex {
 }
 
 impl Multiplex {
-    /// Within these limits, each connection for so many circuits.
+    /// A multiplexer with these limits, whose connections each carry at most `circuits` circuits.
     pub fn new(budget: Budget, limits: StreamLimits, circuits: usize) -> Self {
         let per_connection = limits.buffered_per_connection(circuits);
         Self {
@@ -108,7 +108,7 @@ impl Multiplex {
         }
     }
 
-    /// For a connection from `remote` over this socket, whose transport counts its activity.
+    /// The multiplexer of a connection from `remote` over this socket, whose transport counts its activity.
     pub fn of(
         &self,
         remote: &Multiaddr,
@@ -120,17 +120,17 @@ impl Multiplex {
         Self { client, ..self.clone() }
     }
 
-    /// The permits that the streams of its connections share.
+    /// The permits that the streams of all connections share.
     pub fn shared_pool(&self) -> SharedPool {
         self.shared_pool.clone()
     }
 
-    /// How long its connections may be write stalled.
+    /// The limit on a connection's write stall.
     pub fn max_stall(&self) -> StallLimit {
         self.max_stall.clone()
     }
 
-    /// The memory that its connections share.
+    /// The memory that all connections share.
     pub fn memory(&self) -> MemoryBudget {
         self.memory.clone()
     }
@@ -173,31 +173,31 @@ pub struct Muxer<C> {
     socket: Option<TcpStream>,
     shared: Arc<Shared>,
     room: Room,
-    /// Frames that are being written, how much of them was, and what they are.
+    /// Frames being written, how many of their bytes were, and their kind.
     frames: Vec<u8>,
     written: usize,
     kind: Frames,
-    /// How much was written since the last flush; whether data is among it.
+    /// How much was written since the last flush; whether that includes data.
     unflushed: usize,
     has_data: bool,
     is_flushing: bool,
-    /// How much may be written before a flush.
+    /// The size of the current write batch.
     batch: usize,
     inbound: Arc<StreamPermits>,
     outbound: Arc<StreamPermits>,
-    /// How fast the peer may open streams, and send frames that open streams, reset them, or ping.
+    /// Rate limiters for streams that the peer opens, and for frames that open or reset streams, or ping.
     stream_limiter: RateLimiter,
     frame_limiter: RateLimiter,
     activity: ActivityCounter,
-    /// Until then it is not read, because such frames came faster.
+    /// Reading is paused until then, because such frames exceeded their rate.
     pause: Option<Delay>,
-    /// Since when it takes nothing; and when to look next, once it took nothing.
+    /// The write stall, and when to check it next while the socket is full.
     stall: WriteStall,
     max_stall: StallLimit,
     look: Option<Delay>,
-    /// Why it ends, once everybody was told.
+    /// Why it ends, once all tasks have been woken.
     end: Option<io::Error>,
-    /// Until then it may close in good order.
+    /// The time limit of a graceful close.
     closing: Option<Delay>,
 }
 
@@ -236,7 +236,7 @@ impl<C> Muxer<C> {
 }
 
 impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
-    /// Reads what there is, for a turn. Never waits for what is to be written, or for a stream to be read.
+    /// Reads until nothing is left, or a poll's share is used up. Independent of writes, and of reads from streams.
     fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), End>> {
         if let Some(pause) = &mut self.pause {
             ready!(pause.poll_unpin(cx));
@@ -281,7 +281,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
         Poll::Ready(Ok(()))
     }
 
-    /// Writes what there is to be sent, for a turn, and flushes it.
+    /// Writes until there is nothing more to send, or a poll's share is used up, and flushes.
     fn poll_write(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let mut turn = 0;
         loop {
@@ -310,7 +310,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
                 self.kind = kind;
             }
             let left = self.frames.get(self.written..).unwrap_or_default();
-            // js-libp2p drops data that comes with a reset in one message.
+            // js-libp2p drops data that arrives in one message with a reset.
             let splits = self.kind == Frames::Resets && self.has_data;
             if self.unflushed > 0 && (splits || self.unflushed + left.len() > self.batch) {
                 self.is_flushing = true;
@@ -336,7 +336,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
         }
     }
 
-    /// Looks from time to time whether a connection is write stalled that takes no more.
+    /// Checks regularly whether a connection whose socket is full is write stalled.
     fn poll_stall(&mut self, cx: &mut Context<'_>) -> Result<(), End> {
         let look = self.look.get_or_insert_with(|| Delay::new(LOOK));
         while look.poll_unpin(cx).is_ready() {
@@ -353,10 +353,10 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
         Ok(())
     }
 
-    /// The session ends. What was received may still be read until the next poll, which fails.
+    /// Ends the session. Streams can be read until the next poll, which fails.
     fn end(&mut self, end: End, cx: &mut Context<'_>) {
         self.shared.with(|session| session.end(&end));
-        let _ = self.poll_write(cx); // the go-away, if there is one, and room for it
+        let _ = self.poll_write(cx); // sends the go-away, if there is one and the socket has room
         self.end = Some(match end {
             End::Left => io::ErrorKind::ConnectionAborted.into(),
             End::Broken(_, why) => io::Error::other(why),
@@ -423,7 +423,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> StreamMuxer for Muxer<C> {
 impl<C> Drop for Muxer<C> {
     fn drop(&mut self) {
         if let Some(socket) = &self.socket {
-            socket::leave_to_mux(socket, false); // what it still has to send is the kernel's
+            socket::leave_to_mux(socket, false); // the kernel sends what is left
         }
         self.shared.with(|session| {
             session.reclaim(&mut self.room);

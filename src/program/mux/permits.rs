@@ -78,7 +78,7 @@ impl SharedPool {
         self.pool().quota.busiest()
     }
 
-    /// Takes a permit for a stream of this prefix.
+    /// Takes a shared permit for a stream of this prefix.
     fn take(&self, prefix: Option<ClientPrefix>, usage: Arc<Usage>) -> Option<u64> {
         let mut pool = self.pool();
         let reset = match pool.quota.full(prefix) {

@@ -1,4 +1,4 @@
-//! A session of yamux: its streams, and what their holders do with them.
+//! A yamux session: its streams, and the operations on them.
 //!
 //! Sans-IO: the bytes of the connection and `now` come in ([`receive`]), frames to send come out ([`send`]);
 //! [`Effects`] is what is to be done once the session's lock is released. The sections named here are those of
@@ -24,30 +24,30 @@ use super::{
     stream::{Inbound, Outbound, Stream},
 };
 
-/// How many refusals may wait to be sent, and how many streams are remembered that ended on our side alone.
+/// The most refusals that may wait to be sent, and the most streams remembered that only this side has closed.
 const MAX_REFUSED: usize = 256;
 
-/// How many of our streams may wait to be acknowledged: go-libp2p refuses more ("ACK backlog").
+/// The most unacknowledged streams that this side opens: go-libp2p refuses more ("ACK backlog").
 const MAX_UNACKNOWLEDGED: usize = 256;
 
-/// The windows of one connection grow by so much in all, in bytes.
+/// The total by which the windows of one connection grow, in bytes.
 const MAX_GROWTH: usize = MAX_WINDOW - INITIAL_WINDOW;
 
-/// Which side of the connection this is. It decides whose stream numbers are odd ("StreamID Field").
+/// The side of the connection. It determines the parity of the stream ids that this side assigns ("StreamID Field").
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
-    /// Its numbers are odd.
+    /// Opens streams with odd ids.
     Client,
-    /// Its numbers are even.
+    /// Opens streams with even ids.
     Server,
 }
 
 /// Why a session ends.
 #[derive(Debug)]
 pub enum End {
-    /// The peer ends it.
+    /// The peer sent go-away.
     Left,
-    /// This side ends it, with this go-away.
+    /// This side ends it with this go-away.
     Broken(Reason, &'static str),
     /// The connection failed.
     Failed(io::Error),
@@ -59,7 +59,7 @@ impl From<io::Error> for End {
     }
 }
 
-/// What is to be done when the session's lock is released.
+/// What is done after the session's lock is released.
 #[derive(Debug, Default)]
 pub struct Effects {
     wakers: Vec<Waker>,
@@ -73,10 +73,10 @@ impl Effects {
         self.wakers.into_iter().for_each(Waker::wake);
     }
 
-    /// Has this task woken in place of the one before it.
+    /// Registers the task of `cx` in place of the previous waker.
     fn register(&mut self, waker: &mut Option<Waker>, cx: &Context<'_>) {
         if !waker.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
-            // The one before may be the last of its task, which must not be dropped under the lock.
+            // The previous waker may be the last reference to its task, which must not be dropped under the lock.
             self.wakers.extend(waker.replace(cx.waker().clone()));
         }
     }
@@ -87,36 +87,36 @@ impl Effects {
 pub struct Session {
     role: Role,
     budget: Arc<ConnectionBudget>,
-    /// By a serial number of ours, for a number on the wire may return.
+    /// By serial number, which is never reused; ids on the wire may be.
     streams: BTreeMap<u64, Box<Stream>>,
     last_serial: u64,
-    /// By their numbers on the wire, as long as those are in use.
+    /// Serial numbers by id on the wire, for ids in use.
     ids: BTreeMap<u32, u64>,
     next_id: u32,
-    /// How many streams of ours the peer has not acknowledged.
+    /// Streams opened by this side that the peer has not acknowledged.
     unacknowledged: usize,
-    /// How many streams were refused, and their peer is not told yet.
+    /// Refused streams whose RST is not sent yet.
     refused: usize,
-    /// Streams that this side has closed, and nobody holds: their peers may still send.
+    /// Ids of streams without a handle that this side has closed: the peer may still send on them.
     half_closed: VecDeque<u32>,
-    /// Streams that the peer opened and nobody has taken yet.
+    /// Streams that the peer opened and that are not accepted yet.
     accepted: VecDeque<u64>,
-    /// The stream and the flags of the frame that comes.
+    /// The stream and the flags of the frame being received.
     incoming: (u32, Flags),
-    /// The ping to be answered.
+    /// The ping to answer.
     ping: Option<u32>,
     round_trip: RoundTrip,
-    /// By how much windows may still grow.
+    /// The remaining growth of windows, in bytes.
     growth: usize,
-    /// Streams with control frames to send, and with data.
+    /// Streams with control frames to send; streams with data to send.
     control: VecDeque<u64>,
     turns: Turns,
-    /// What the frame is charged that was taken last.
+    /// What the last frame taken is charged.
     in_flight: usize,
-    /// No stream is opened any more; go-away is sent after all else.
+    /// No more streams are opened; go-away is sent after everything else.
     is_over: bool,
     go_away: Option<Reason>,
-    /// Who drives the connection, waits for a stream to come, and for one to be opened.
+    /// The tasks that drive the connection, wait for an inbound stream, and wait to open one.
     driver: Option<Waker>,
     acceptor: Option<Waker>,
     opener: Option<Waker>,
@@ -153,23 +153,23 @@ impl Session {
         }
     }
 
-    /// What is to be done now that the lock is released.
+    /// Takes what is to be done after the lock is released.
     pub fn take_effects(&mut self) -> Effects {
         std::mem::take(&mut self.effects)
     }
 
-    /// This task drives the connection: it is woken when there is something to send.
+    /// Sets the task that drives the connection, which is woken when there is something to send.
     pub fn set_driver(&mut self, cx: &Context<'_>) {
         self.effects.register(&mut self.driver, cx);
     }
 
-    // ---- Streams come
+    // ---- Opening and accepting streams
 
-    /// Opens a stream, which takes this permit; its serial number.
+    /// Opens a stream with this permit. Returns its serial number.
     ///
     /// # Errors
     ///
-    /// When the session is over, or has used up its numbers.
+    /// If the session is over, or has used up its ids.
     pub fn open(&mut self, permit: StreamPermit, now: Instant) -> io::Result<u64> {
         let next_id = self.next_id.checked_add(2).filter(|_| !self.is_over);
         let Some(next_id) = next_id else {
@@ -190,7 +190,7 @@ impl Session {
         Poll::Pending
     }
 
-    /// A stream that the peer opened. It is acknowledged with what is sent next.
+    /// Accepts a stream that the peer opened. It is acknowledged by its next frame.
     pub fn poll_accept(&mut self, cx: &Context<'_>) -> Poll<u64> {
         while let Some(serial) = self.accepted.pop_front() {
             match self.streams.get_mut(&serial) {
@@ -214,9 +214,9 @@ impl Session {
         self.last_serial
     }
 
-    // ---- What their holders do
+    // ---- Operations on a handle
 
-    /// Reads from a stream. What was received before a reset is still read.
+    /// Reads from a stream. Data received before a reset can still be read.
     pub fn poll_read(
         &mut self,
         serial: u64,
@@ -266,29 +266,29 @@ impl Session {
         Poll::Ready(Ok(written))
     }
 
-    /// What was written to the stream will be sent, whatever becomes of the stream.
+    /// Guarantees that the bytes written so far are sent, even if the stream is dropped.
     pub fn flush(&mut self, serial: u64) {
         if let Some(stream) = self.streams.get_mut(&serial) {
             stream.flush();
         }
     }
 
-    /// Nothing more will be written to the stream: FIN goes after the last of it.
+    /// Closes the write half: FIN follows the unsent data.
     pub fn close(&mut self, serial: u64) {
         self.change(serial, |stream, _| stream.close());
     }
 
-    /// Nobody holds the stream any more. It is reset, unless this side closed it.
+    /// Drops the handle. Resets the stream, unless this side closed it.
     pub fn drop_handle(&mut self, serial: u64) {
         self.change(serial, Stream::drop_handle);
     }
 
-    /// Resets a stream: frees its bytes at once, and tells the peer.
+    /// Resets a stream: frees its bytes at once, and sends RST.
     pub fn reset(&mut self, serial: u64) {
         self.change(serial, Stream::reset);
     }
 
-    /// Resets the stream with the most bytes that have waited for the longest; how many bytes that freed.
+    /// Resets the stream with the greatest [weight](Stream::weight). Returns how many bytes that freed.
     pub fn shed(&mut self, now: Instant, cut: Cut) -> usize {
         let weights = self.streams.iter().map(|(serial, stream)| (stream.weight(now), *serial));
         let (weight, serial) = weights.max().unwrap_or_default();
@@ -301,19 +301,19 @@ impl Session {
         before.saturating_sub(self.budget.held())
     }
 
-    /// How many bytes the peer may still send.
+    /// Returns how many bytes the peer may still send.
     pub fn credit(&self) -> usize {
         self.streams.values().map(|stream| stream.credit()).sum()
     }
 
-    /// The permit of a stream.
+    /// Returns the permit of a stream.
     pub fn permit(&self, serial: u64) -> Option<&StreamPermit> {
         self.streams.get(&serial)?.permit.as_ref()
     }
 
-    // ---- What follows
+    // ---- Bookkeeping
 
-    /// Changes how far a stream has come, and wakes its holder.
+    /// Changes the state of a stream, and wakes its reader and its writer.
     fn change(&mut self, serial: u64, change: impl FnOnce(&mut Stream, &ConnectionBudget)) {
         if let Some(stream) = self.streams.get_mut(&serial) {
             change(stream, &self.budget);
@@ -323,7 +323,7 @@ impl Session {
         }
     }
 
-    /// Queues a stream for what it has to send; forgets of it what is not needed any more.
+    /// Queues a stream for what it has to send; removes it, or frees its id, when it is no longer needed.
     fn settle(&mut self, serial: u64) {
         let Some(stream) = self.streams.get_mut(&serial) else {
             return;
@@ -361,12 +361,12 @@ impl Session {
         self.budget.release(size_of::<Stream>());
         self.growth += stream.growth();
         self.acknowledge(stream.is_unacknowledged);
-        // One whose first frame broke the session was not refused yet.
+        // A stream whose first frame violated the protocol has not been refused yet.
         self.refused = self.refused.saturating_sub(usize::from(stream.permit.is_none()));
         self.effects.permits.extend(stream.permit.take());
     }
 
-    /// A stream of ours does not wait any more to be acknowledged, if it did.
+    /// Counts a stream of this side as acknowledged, if `did_wait`.
     fn acknowledge(&mut self, did_wait: bool) {
         self.unacknowledged -= usize::from(did_wait);
         self.effects.wakers.extend(self.opener.take());
@@ -374,15 +374,15 @@ impl Session {
 
     // ---- The end
 
-    /// Sends what is unsent, and go-away; no stream is opened any more.
+    /// Sends all unsent data and then go-away; no more streams are opened.
     pub fn leave(&mut self) {
         if !std::mem::replace(&mut self.is_over, true) {
             self.go_away = Some(Reason::Normal);
         }
     }
 
-    /// The session is over: streams end where they are, with what was received. Nothing is sent but the
-    /// go-away, if this side ends it.
+    /// Ends the session: each stream ends after the data received so far. Sends nothing but the go-away, if this
+    /// side ends it.
     pub fn end(&mut self, end: &End) {
         self.is_over = true;
         self.go_away = None;
@@ -398,7 +398,7 @@ impl Session {
         self.effects.wakers.extend(self.opener.take());
     }
 
-    /// The connection is gone: all memory is freed.
+    /// Frees all memory after the connection closed.
     pub fn close_all(&mut self) {
         self.end(&End::Left);
         self.streams.keys().copied().collect::<Vec<_>>().into_iter().for_each(|it| self.remove(it));

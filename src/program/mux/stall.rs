@@ -1,8 +1,8 @@
-//! Write stall: the peer of a connection takes nothing of what is sent to it.
+//! Write stall: the peer of a connection acknowledges nothing of what is sent to it.
 //!
-//! Sans-IO. That a socket takes no more says little: behind a slow path it may be long before there is room again.
-//! So the rule goes by how many bytes the peer has acknowledged. Their number only rises, however much is written
-//! meanwhile; that of the unacknowledged ones would look the same after as many were acknowledged as written.
+//! Sans-IO. A full socket buffer alone does not mean a stall: on a slow path it may stay full for long. The rule
+//! therefore uses the number of bytes that the peer has acknowledged, which only rises. The number of unacknowledged
+//! bytes would not change if as many were written meanwhile as acknowledged.
 
 use std::{
     sync::{
@@ -15,32 +15,32 @@ use std::{
 /// The longest stall while memory is scarce.
 const WHILE_SCARCE: Duration = Duration::from_secs(30);
 
-/// How long a connection may be write stalled: as long as a peer may be silent. Clones are the same.
+/// How long a connection may be write stalled: as long as a peer may be silent. Clones share the value.
 #[derive(Clone, Debug)]
 pub struct StallLimit(Arc<AtomicU64>);
 
 impl StallLimit {
-    /// So long.
+    /// A limit of this duration.
     pub fn new(limit: Duration) -> Self {
         let all = Self(Arc::default());
         all.set(limit);
         all
     }
 
-    /// So long from now on.
+    /// Changes the limit.
     pub fn set(&self, limit: Duration) {
         let millis = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
         self.0.store(millis, Ordering::Relaxed);
     }
 
-    /// How long at most, while memory is scarce or is not.
+    /// The limit in effect, which is shorter while memory is scarce.
     pub fn get(&self, is_scarce: bool) -> Duration {
         let limit = Duration::from_millis(self.0.load(Ordering::Relaxed));
         if is_scarce { limit.min(WHILE_SCARCE) } else { limit }
     }
 }
 
-/// Since when a connection is write stalled, if it is.
+/// The start of the write stall, if the connection is stalled.
 #[derive(Debug, Default)]
 pub struct WriteStall(Option<Stalled>);
 
@@ -51,13 +51,13 @@ struct Stalled {
 }
 
 impl WriteStall {
-    /// The connection took bytes, or there are none to be written.
+    /// The socket accepted bytes, or there is nothing to write.
     pub fn on_written(&mut self) {
         self.0 = None;
     }
 
-    /// Bytes wait to be written, and by `now` the peer has acknowledged so many; `None`: that is not known.
-    /// Returns for how long it has acknowledged none.
+    /// Bytes are waiting, and by `now` the peer has acknowledged `acknowledged` in total; `None` if that is unknown.
+    /// Returns how long it has acknowledged nothing.
     pub fn on_waiting(&mut self, acknowledged: Option<u64>, now: Instant) -> Duration {
         let same = self.0.as_ref().filter(|stalled| stalled.acknowledged == acknowledged);
         let since = same.map_or(now, |stalled| stalled.since);

@@ -1,4 +1,4 @@
-//! The state of one stream: what was received and is unread, what is to be sent, and the credit of both sides.
+//! The state of one stream: unread received data, unsent data, and the credit of both sides.
 //!
 //! Sans-IO.
 
@@ -17,78 +17,78 @@ use super::{
 };
 use crate::behaviour::circuit::BUFFER_SIZE;
 
-/// How much of a stream is unsent at most, and how much of it is sent in its turn, in bytes: a frame, which is
-/// a message of Noise.
+/// The most unsent data of a stream, and the most that is sent in its turn, in bytes: a frame that fits into a
+/// message of Noise.
 pub const QUANTUM: usize = BUFFER_SIZE;
 
-/// No credit is granted that leaves the peer so little or less, in bytes: it would send crumbs.
+/// A grant that would leave the peer this much credit or less is not sent, in bytes: it would send tiny frames.
 const CRUMB: usize = 16 * 1024;
 
-/// What the peer has said of its half.
+/// The state of the peer's half.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Inbound {
-    /// More may come.
+    /// More data may arrive.
     Open,
-    /// FIN: nothing more comes.
+    /// FIN was received: no more data arrives.
     Finished,
-    /// RST, or the session is over.
+    /// RST was received, or the session is over.
     Reset,
 }
 
-/// What this side has said of its half.
+/// The state of this side's half.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outbound {
-    /// There may be more to say.
+    /// More data may be written.
     Open,
-    /// FIN goes after the last of what is unsent.
+    /// FIN follows the unsent data.
     Finishing,
     /// FIN was sent.
     Finished,
-    /// RST goes after what is unsent.
+    /// RST follows the unsent data.
     Resetting,
-    /// RST was sent, or need not be.
+    /// RST was sent, or is not necessary.
     Reset,
 }
 
 /// One stream.
 #[derive(Debug)]
 pub struct Stream {
-    /// Its number on the wire.
+    /// Its id on the wire.
     pub id: u32,
-    /// What the peer has said.
+    /// The peer's half.
     pub inbound: Inbound,
-    /// What this side has said.
+    /// This side's half.
     pub outbound: Outbound,
-    /// SYN or ACK, to go with the next frame.
+    /// SYN or ACK, sent with the next frame.
     pub opening: Flags,
-    /// This side opened it, and the peer has not acknowledged it yet.
+    /// This side opened it, and the peer has not acknowledged it.
     pub is_unacknowledged: bool,
-    /// Somebody holds its handle, or is to get it.
+    /// It has a handle, or waits to be accepted.
     pub has_handle: bool,
-    /// Data came that nobody is there to read.
+    /// Data arrived after its handle was dropped.
     pub is_stray: bool,
     /// It is queued for its control frames.
     pub in_control: bool,
     /// It is queued for its data.
     pub in_turns: bool,
-    /// Who waits for data.
+    /// The task that waits for data.
     pub reader: Option<Waker>,
-    /// Who waits for room to write.
+    /// The task that waits for room to write.
     pub writer: Option<Waker>,
     /// Its permit; `None` if it is refused.
     pub permit: Option<StreamPermit>,
     chunks: VecDeque<Chunk>,
     unread: usize,
-    /// What was read last. Until the next read the reader may still hold it.
+    /// Charge of the chunk read last. It is released by the next read, as the reader may still use the bytes.
     passing: usize,
     read_at: Instant,
-    /// What the peer may still send.
+    /// How many bytes the peer may still send.
     credit: usize,
-    /// The window that it is granted while memory is plenty.
+    /// The window granted while memory is plentiful.
     window: usize,
     granted_at: Instant,
     send_window: u32,
-    /// A frame to be sent: room for its header, and its body.
+    /// The frame to send: space for its header, and its body.
     out: Vec<u8>,
     /// How much of the body was sent.
     sent: usize,
@@ -130,7 +130,7 @@ impl Stream {
 
     // ---- Receiving
 
-    /// Takes so many bytes off the peer's credit; false if it has less.
+    /// Subtracts received bytes from the peer's credit. Returns false if it has less.
     pub fn consume_credit(&mut self, bytes: usize) -> bool {
         let left = self.credit.checked_sub(bytes);
         self.credit = left.unwrap_or_default();
@@ -142,12 +142,12 @@ impl Stream {
         if self.inbound == Inbound::Open { self.credit } else { 0 }
     }
 
-    /// Whether data that comes is for anybody.
+    /// Whether data that arrives will be read.
     pub fn is_read(&self) -> bool {
         self.has_handle && self.is_open()
     }
 
-    /// Stores what is in the chunk, whose charge goes with it if it is taken.
+    /// Stores the contents of a chunk; the charge for it moves with it if it is kept.
     pub fn store(&mut self, chunk: &mut Chunk, now: Instant, budget: &ConnectionBudget) {
         if self.unread == 0 {
             self.read_at = now;
@@ -159,7 +159,7 @@ impl Stream {
         }
     }
 
-    /// Reads what there is, as far as it fits.
+    /// Reads as much as fits.
     pub fn read(&mut self, mut into: &mut [u8], now: Instant, budget: &ConnectionBudget) -> usize {
         let (mut read, mut freed) = (0, 0);
         while let Some(first) = self.chunks.front_mut() {
@@ -181,7 +181,7 @@ impl Stream {
         read
     }
 
-    /// Frees what was received.
+    /// Frees the received data.
     pub fn discard_unread(&mut self, budget: &ConnectionBudget) {
         let chunks = std::mem::take(&mut self.chunks);
         let freed = chunks.iter().map(Chunk::capacity).sum::<usize>();
@@ -190,7 +190,7 @@ impl Stream {
         (self.unread, self.passing) = (0, 0);
     }
 
-    /// Whether the peer is to get more credit.
+    /// Whether a window update is due.
     pub fn is_grant_due(&self, budget: &ConnectionBudget) -> bool {
         let (grant, window) = self.missing_credit(budget);
         let is_read = self.inbound == Inbound::Open && self.is_read();
@@ -199,8 +199,8 @@ impl Stream {
 
     /// Grants the credit that is due, in bytes.
     ///
-    /// Before that, widens the window by `growth` at most if the peer uses half of it within two round
-    /// trips: it could send no faster else. Returns the credit, and by how much the window is wider.
+    /// Before that, widens the window by at most `growth` if the peer used half of it within two round trips, which
+    /// limits its speed. Returns the credit, and by how much the window grew.
     pub fn grant(
         &mut self,
         rtt: Option<Duration>,
@@ -222,37 +222,37 @@ impl Stream {
         (grant, wider)
     }
 
-    /// How much credit is missing to the window, and that window.
+    /// Returns how much credit is missing from the window, and the window.
     fn missing_credit(&self, budget: &ConnectionBudget) -> (usize, usize) {
         let window = budget.window(self.window);
         (window.saturating_sub(self.credit + self.unread + self.passing), window)
     }
 
-    /// By how much its window is wider than at its start.
+    /// Returns by how much the window has grown.
     pub fn growth(&self) -> usize {
         self.window - INITIAL_WINDOW
     }
 
     // ---- Sending
 
-    /// Adds credit that the peer grants; false if it overflows.
+    /// Adds credit granted by the peer. Returns false if it overflows.
     pub fn add_send_window(&mut self, credit: u32) -> bool {
         let sum = self.send_window.checked_add(credit);
         self.send_window = sum.unwrap_or_default();
         sum.is_some()
     }
 
-    /// How many bytes may be written now.
+    /// Returns how many bytes may be written now.
     pub fn room(&self) -> usize {
         QUANTUM.saturating_sub(self.unsent()).min(self.send_window as usize)
     }
 
-    /// How many bytes wait to be sent.
+    /// Returns the number of unsent bytes.
     pub fn unsent(&self) -> usize {
         self.out.len().saturating_sub(HEADER + self.sent)
     }
 
-    /// Takes as many of these bytes as there is room for.
+    /// Takes as many of `bytes` as there is room for.
     pub fn write(&mut self, bytes: &[u8], now: Instant, budget: &ConnectionBudget) -> usize {
         let bytes = bytes.get(..self.room()).unwrap_or(bytes);
         let before = self.out.capacity();
@@ -267,23 +267,23 @@ impl Stream {
         bytes.len()
     }
 
-    /// What was written so far is sent, whatever becomes of the stream.
+    /// Guarantees that the bytes written so far are sent, even if the stream is dropped.
     pub fn flush(&mut self) {
         self.flushed = self.unsent();
     }
 
-    /// Frees what was to be sent.
+    /// Frees the unsent data.
     pub fn discard_unsent(&mut self, budget: &ConnectionBudget) {
         budget.release(self.out.capacity());
         (self.out, self.sent, self.flushed) = (Vec::new(), 0, 0);
     }
 
-    /// Whether there is something to send that takes its turn: data, or the end of it.
+    /// Whether it has something to send in its turn: data, or FIN.
     pub fn has_data(&self) -> bool {
         self.unsent() > 0 || self.outbound == Outbound::Finishing
     }
 
-    /// Moves a frame of at most `most` bytes of data into `into`, which is empty; what stays charged for it.
+    /// Moves a frame with at most `most` bytes of data into `into`, which is empty. Returns what stays charged for it.
     pub fn take_frame(
         &mut self,
         into: &mut Vec<u8>,
@@ -294,8 +294,8 @@ impl Stream {
         let body = self.unsent().min(most);
         let is_last = body == self.unsent();
         let mut flags = std::mem::take(&mut self.opening);
-        // A frame of its own: go-yamux handles the flags of a frame before it reads the body, and a reader of
-        // the stream would see the end before the last of the data.
+        // FIN is a frame of its own: go-yamux handles the flags of a frame before its body, so a reader would see the
+        // end before the last of the data.
         if body == 0 && self.outbound == Outbound::Finishing {
             flags = flags | Flags::FIN;
             self.outbound = if self.is_stray { Outbound::Resetting } else { Outbound::Finished };
@@ -304,7 +304,7 @@ impl Stream {
         self.sent_at = now;
         self.flushed = self.flushed.saturating_sub(body);
         if is_last && self.sent == 0 && !self.out.is_empty() {
-            // The frame as it was written: no copy.
+            // The buffer already has space for the header: no copy.
             *into = std::mem::take(&mut self.out);
             let _ = into.as_mut_slice().write(&header); // to memory
             return into.capacity();
@@ -321,7 +321,7 @@ impl Stream {
 
     /// Whether there are frames without data to send.
     pub fn has_control(&self, budget: &ConnectionBudget) -> bool {
-        // An ACK goes with data if there is some.
+        // An ACK is sent with data if there is some.
         let acknowledges = self.opening == Flags::ACK && self.is_open() && !self.has_data();
         acknowledges || self.is_reset_due() || self.is_grant_due(budget)
     }
@@ -331,25 +331,25 @@ impl Stream {
         self.outbound == Outbound::Resetting && self.unsent() == 0
     }
 
-    /// A header of this stream.
+    /// A header with the id of this stream.
     pub fn header(&self, kind: Kind, flags: Flags, length: u32) -> Header {
         Header { kind, flags, stream: self.id, length }
     }
 
     // ---- The end
 
-    /// FIN is to be sent.
+    /// Closes this side's half.
     pub fn close(&mut self) {
         if self.outbound == Outbound::Open {
             self.outbound = Outbound::Finishing;
         }
     }
 
-    /// Nobody holds it any more. Unless this side closed it, it is reset: what is cut must not look complete.
+    /// Drops the handle. Unless this side closed it, resets the stream, so that the peer sees it as incomplete.
     pub fn drop_handle(&mut self, budget: &ConnectionBudget) {
         self.has_handle = false;
         self.discard_unread(budget);
-        // A peer without credit waits for some, and sends no data that a reset could answer.
+        // A peer without credit waits for some, and so sends no data that would cause a reset.
         if self.inbound == Inbound::Open && self.credit == 0 {
             self.is_stray = true;
             if self.outbound == Outbound::Finished {
@@ -365,7 +365,7 @@ impl Stream {
         }
     }
 
-    /// This side resets it. The number of one that is finished may be another stream's by now: no RST is sent.
+    /// Resets it. The id of a finished stream may already belong to another one: no RST is sent for it.
     pub fn reset(&mut self, budget: &ConnectionBudget) {
         let is_finished = self.is_finished();
         self.discard_unread(budget);
@@ -377,7 +377,7 @@ impl Stream {
         }
     }
 
-    /// The peer resets it.
+    /// The peer reset it.
     pub fn on_reset(&mut self, budget: &ConnectionBudget) {
         self.discard_unsent(budget);
         (self.inbound, self.outbound) = (Inbound::Reset, Outbound::Reset);
@@ -392,7 +392,7 @@ impl Stream {
         }
     }
 
-    /// A stream that the peer has not heard of needs no RST.
+    /// A stream that the peer does not know of needs no RST.
     fn set_resetting(&mut self) {
         let is_unheard = self.opening == Flags::SYN && self.unsent() == 0;
         self.outbound = if is_unheard { Outbound::Reset } else { Outbound::Resetting };
@@ -402,8 +402,8 @@ impl Stream {
         !matches!(self.outbound, Outbound::Resetting | Outbound::Reset)
     }
 
-    /// How much its bytes are in the way: how many they are, times how long its reader, or its peer, has taken
-    /// none.
+    /// Its weight when memory is freed: its bytes, times how long its reader or its peer has not taken
+    /// any.
     pub fn weight(&self, now: Instant) -> u128 {
         let waits = |bytes: usize, since: Instant| {
             bytes as u128 * (1 + now.saturating_duration_since(since).as_millis())
@@ -411,13 +411,13 @@ impl Stream {
         waits(self.unread + self.passing, self.read_at) + waits(self.out.capacity(), self.sent_at)
     }
 
-    /// Whether neither side has anything to say any more, so that its number is free.
+    /// Whether both halves have ended, so that its id is free.
     pub fn is_finished(&self) -> bool {
         let both = (self.inbound, self.outbound) == (Inbound::Finished, Outbound::Finished);
         both || self.outbound == Outbound::Reset
     }
 
-    /// Whether nobody holds it, and there is nothing to send.
+    /// Whether it has no handle and nothing to send.
     pub fn is_gone(&self) -> bool {
         !self.has_handle && matches!(self.outbound, Outbound::Finished | Outbound::Reset)
     }

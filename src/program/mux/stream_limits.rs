@@ -28,8 +28,8 @@ pub fn per_connection(circuits: usize) -> Result<usize, ConfigError> {
     }
 }
 
-/// The pool is at least so many times what one connection may hold: a few that hold all they may are pushed out
-/// before all others have to share the rest.
+/// The minimum ratio between the pool and what one connection may hold: a few connections that hold all they may are
+/// reset before the others have to share the rest.
 const CONNECTIONS_IN_POOL: usize = 4;
 
 const KIB: usize = 1024;
@@ -152,7 +152,7 @@ fn too_little(bytes: usize, least: usize, one: usize, circuits: usize) -> String
     )
 }
 
-/// A size as the flags take it, unrounded.
+/// A size in the notation of the flags, not rounded.
 fn in_kib(kib: usize) -> String {
     if kib.is_multiple_of(KIB) { format!("{}MiB", kib / KIB) } else { format!("{kib}KiB") }
 }

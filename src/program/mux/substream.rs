@@ -86,7 +86,7 @@ pub enum OpenedBy {
 pub struct Substream {
     shared: Arc<Shared>,
     serial: u64,
-    /// The negotiation of the protocol, until that is known.
+    /// The negotiation of the protocol, until it is done.
     negotiation: Option<Box<Negotiation>>,
     /// Whether the peer opened it and no request has arrived on it yet.
     is_unused: bool,

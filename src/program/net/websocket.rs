@@ -233,7 +233,7 @@ where
         self.incoming(connection, upgrade.boxed())
     }
 
-    /// Tells of a connection, if its listener is still there.
+    /// Reports a connection to the swarm, if its listener still exists.
     fn incoming(&self, connection: Connection, upgrade: Upgrade) -> Option<Event> {
         let Connection { listener: listener_id, local, remote } = connection;
         let listener = self.listeners.get(&listener_id)?;
@@ -309,8 +309,8 @@ impl Connection {
 ///
 /// # Errors
 ///
-/// When it counts as the proxy's own; with the reason if the operator should know it: a proxy also checks
-/// the relay's health, or passes on what is no upgrade, for no client.
+/// If the connection counts as the proxy's own; with the reason if the operator should know it. A proxy also opens
+/// connections without a client: for health checks, and for requests that are no upgrade.
 fn client_of(
     head: &mut Head,
     proxy: SocketAddr,

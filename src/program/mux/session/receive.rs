@@ -1,4 +1,4 @@
-//! Receiving: frames are read where they belong, and never more than there is credit for.
+//! Receiving: a body is read directly into the memory of its stream, up to the stream's credit.
 
 use std::time::Instant;
 
@@ -11,19 +11,19 @@ use crate::program::mux::{
     stream::{Inbound, Stream},
 };
 
-/// Where the next bytes of the connection belong.
+/// Where the next bytes of the connection are read to.
 #[derive(Debug, Default)]
 pub struct Room {
     header: [u8; HEADER],
-    /// How much of the header is there.
+    /// How many bytes of the header have been received.
     read: usize,
-    /// How much of the body is missing; 0: a header comes next.
+    /// How many bytes of the body are missing; 0: a header comes next.
     body: usize,
     chunk: Chunk,
 }
 
 impl Room {
-    /// Where to read to; empty while memory is to be lent.
+    /// The buffer to read into; empty until memory is [lent](Session::lend).
     pub fn buffer(&mut self) -> &mut [u8] {
         match self.body {
             0 => self.header.get_mut(self.read..).unwrap_or_default(),
@@ -31,7 +31,7 @@ impl Room {
         }
     }
 
-    /// Whether memory is lent to it.
+    /// Whether it has lent memory.
     pub fn has_chunk(&self) -> bool {
         self.chunk.capacity() > 0
     }
@@ -40,20 +40,20 @@ impl Room {
 /// What was received.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Received {
-    /// A part of a frame, or one that costs the relay as little as the peer.
+    /// A part of a frame, or a frame that costs the relay as little as the peer.
     Cheap,
-    /// A frame that costs the relay more: it resets a stream, or pings.
+    /// A frame that costs the relay more than the peer: it resets a stream, or pings.
     Dear,
-    /// Another one: it opens a stream. [`Session::admit`] has to be called before anything else.
+    /// A frame that opens a stream. The caller calls [`Session::admit`] next.
     Opened(u64),
 }
 
 impl Session {
-    /// So many bytes were put into the room, which is made ready for the next ones.
+    /// Handles `received` bytes that were read into `room`, and prepares it for the next ones.
     ///
     /// # Errors
     ///
-    /// When the session ends.
+    /// If the session ends.
     pub fn receive(
         &mut self,
         room: &mut Room,
@@ -83,22 +83,22 @@ impl Session {
         Ok(received)
     }
 
-    /// Lends memory for the body that comes.
+    /// Lends memory for the expected body.
     pub fn lend(&mut self, room: &mut Room) {
         room.chunk = Chunk::for_body(room.body);
         self.budget.charge(room.chunk.capacity());
     }
 
-    /// Takes back what was lent.
+    /// Takes back the lent memory.
     pub fn reclaim(&mut self, room: &mut Room) {
         self.budget.release(std::mem::take(&mut room.chunk).capacity());
     }
 
-    /// The stream that was opened just now gets this permit, or is refused.
+    /// Gives the stream opened last this permit, or refuses it.
     ///
     /// # Errors
     ///
-    /// When the peer takes no refusals.
+    /// If too many refusals are unsent.
     pub fn admit(&mut self, serial: u64, permit: Option<StreamPermit>) -> Result<(), End> {
         let Some(stream) = self.streams.get_mut(&serial) else {
             return Ok(());
@@ -122,7 +122,7 @@ impl Session {
         Ok(())
     }
 
-    /// "Framing": SYN comes first, then ACK, then what the type says, then FIN and RST.
+    /// "Framing": SYN is handled first, then ACK, then the body or the window, then FIN and RST.
     fn on_header(&mut self, header: Header, now: Instant) -> Result<Received, End> {
         let Header { kind, flags, stream: id, length } = header;
         match kind {
@@ -132,7 +132,7 @@ impl Session {
                 return is_asked.then_some(Received::Dear).ok_or(broken("an answer to no ping"));
             }
             Kind::Ping => {
-                // Of several the last is answered: an answer that comes late is as good as none.
+                // Only the last of several pings is answered: a late answer is useless.
                 self.ping = Some(length);
                 return Ok(Received::Dear);
             }
@@ -149,7 +149,7 @@ impl Session {
             if !is_theirs || self.ids.contains_key(&id) || self.half_closed.contains(&id) {
                 return Err(broken("a stream number that is not the peer's, or in use"));
             }
-            // One that is reset at once is gone already.
+            // A stream that is reset at once is already removed.
             if !is_reset {
                 received = Received::Opened(self.insert(Stream::new(id, Flags::NONE, None, now)));
             }
@@ -188,7 +188,7 @@ impl Session {
         Ok(())
     }
 
-    /// Data for a stream that is gone is passed over. It is reset if all that its peer knows is that we say no
+    /// Discards data for a stream that is gone. Resets the stream if the peer only knows that this side sends no
     /// more on it.
     fn on_unknown(&mut self, header: Header, now: Instant) -> Result<(), End> {
         let Header { kind, flags, stream: id, length } = header;
@@ -217,7 +217,7 @@ impl Session {
     fn on_frame_end(&mut self) {
         let (id, flags) = std::mem::take(&mut self.incoming);
         let Some(serial) = self.ids.get(&id).copied() else {
-            // It may be gone since the frame began.
+            // It may have been removed since the frame began.
             let is_over = |it: &u32| *it == id && flags.has(Flags::FIN | Flags::RST);
             self.half_closed.retain(|it| !is_over(it));
             return;

@@ -1,5 +1,5 @@
-//! Sending: control frames are state, and not a queue, so that each is sent once however long it waits; data takes
-//! turns.
+//! Sending: control frames are kept as state, not in a queue, so that each is sent once however long it waits; data
+//! is sent in turn by fair queueing.
 
 use std::time::Instant;
 
@@ -9,13 +9,13 @@ use crate::program::mux::{
     stream::Outbound,
 };
 
-/// How many bytes of control frames are sent at once.
+/// The most bytes of control frames in one write batch.
 const MAX_CONTROL: usize = 64 * HEADER;
 
 /// Frames to send.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Frames {
-    /// Frames about streams and the session.
+    /// Control frames other than resets.
     #[default]
     Control,
     /// Resets.
@@ -25,7 +25,7 @@ pub enum Frames {
 }
 
 impl Session {
-    /// Takes the next frames to send, of `most` bytes of data at most: what they are, unless there are none.
+    /// Takes the next frames to send, with at most `most` bytes of data. Returns their kind; `None` if there are none.
     pub fn take_frames(&mut self, into: &mut Vec<u8>, most: usize, now: Instant) -> Option<Frames> {
         self.budget.release(std::mem::take(&mut self.in_flight));
         into.clear();
@@ -69,7 +69,7 @@ impl Session {
             };
             let resets = stream.is_reset_due();
             if resets != (frames == Frames::Resets) && !into.is_empty() {
-                break; // resets go by themselves
+                break; // resets are a batch of their own
             }
             let opening = std::mem::take(&mut stream.opening);
             if resets {

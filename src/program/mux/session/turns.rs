@@ -1,4 +1,4 @@
-//! Whose turn it is to send, and when it is time for a ping.
+//! Fair queueing of data, and when to ping.
 //!
 //! Sans-IO.
 
@@ -9,19 +9,19 @@ use std::{
 
 use crate::program::mux::stream::{QUANTUM, Stream};
 
-/// After so many received bytes the round trip is measured, unless that was done a short time ago.
+/// The round-trip time is measured after this many received bytes, unless it was measured recently.
 const PING_AFTER: usize = 64 * 1024;
 const PING_INTERVAL: Duration = Duration::from_secs(10);
 
-/// Whose turn it is to send data: deficit round robin with a list of new flows, as in fq_codel (RFC 8290, 4.2). A
-/// stream that had nothing to send goes first, for one quantum.
+/// The order in which streams send data: deficit round robin with a list of new flows, as in fq_codel (RFC 8290, 4.2).
+/// A stream that had nothing to send goes first, for one quantum.
 #[derive(Debug, Default)]
 pub struct Turns {
     new: VecDeque<Turn>,
     old: VecDeque<Turn>,
 }
 
-/// A stream, and how many bytes it may send before the others have their turn.
+/// A stream, and how many bytes it may send before the next stream's turn.
 #[derive(Debug)]
 struct Turn {
     stream: u64,
@@ -29,12 +29,12 @@ struct Turn {
 }
 
 impl Turns {
-    /// This stream has something to send.
+    /// Adds a stream that has data to send.
     pub fn add(&mut self, stream: u64) {
         self.new.push_back(Turn { stream, deficit: QUANTUM as i64 });
     }
 
-    /// The stream that sends next.
+    /// Returns the stream that sends next.
     pub fn next(&mut self, streams: &mut BTreeMap<u64, Box<Stream>>) -> Option<u64> {
         loop {
             let is_new = !self.new.is_empty();
@@ -47,7 +47,7 @@ impl Turns {
                 list.push_front(turn);
                 return Some(serial);
             }
-            // One that comes and goes is not new each time.
+            // A stream that becomes idle and returns does not count as new each time.
             if has_data || (stream.is_some() && is_new && !self.old.is_empty()) {
                 turn.deficit += if turn.deficit <= 0 { QUANTUM as i64 } else { 0 };
                 self.old.push_back(turn);
@@ -57,7 +57,7 @@ impl Turns {
         }
     }
 
-    /// It sent so many bytes.
+    /// Records that the current stream sent this many bytes.
     pub fn spend(&mut self, bytes: usize) {
         let list = if self.new.is_empty() { &mut self.old } else { &mut self.new };
         if let Some(turn) = list.front_mut() {
@@ -66,21 +66,21 @@ impl Turns {
     }
 }
 
-/// Round trips, as measured by our pings ("Ping"): one at a time.
+/// Round-trip times, measured by our pings ("Ping"), one at a time.
 #[derive(Debug, Default)]
 pub struct RoundTrip {
-    /// The last that was measured.
+    /// The last measured one.
     pub measured: Option<Duration>,
-    /// How many bytes of data were received since.
+    /// Bytes of data received since then.
     pub received: usize,
-    /// When the last ping was sent, its number, and whether it is to be answered.
+    /// The last ping: its time, its id, and whether its answer is missing.
     last: Option<Instant>,
     number: u32,
     is_asked: bool,
 }
 
 impl RoundTrip {
-    /// The ping to send, if one is due.
+    /// Returns the ping to send if one is due.
     pub fn ask(&mut self, now: Instant) -> Option<u32> {
         let since = self.last.map(|last| now.saturating_duration_since(last));
         let is_old = since.is_none_or(|since| since >= PING_INTERVAL);
@@ -93,7 +93,7 @@ impl RoundTrip {
         Some(number)
     }
 
-    /// The peer answers; false if it was not asked.
+    /// Handles an answer. Returns false if no ping with this id was sent.
     pub fn on_answer(&mut self, number: u32, now: Instant) -> bool {
         let is_asked = std::mem::take(&mut self.is_asked) && self.number == number;
         self.measured = self.last.map(|last| now.saturating_duration_since(last));

@@ -1,7 +1,7 @@
-//! How much of a TCP connection the other end has acknowledged, as the kernel says over netlink: sock_diag(7).
+//! The number of bytes of a TCP connection that the other end has acknowledged, read over netlink: sock_diag(7).
 //!
-//! The socket option and the ioctl that say it as well, TCP_INFO and SIOCOUTQ, take unsafe code. One question is
-//! one look-up in the kernel's table, however many sockets there are.
+//! The alternatives, the socket option TCP_INFO and the ioctl SIOCOUTQ, need unsafe code. A query is one look-up in the
+//! kernel's table, however many sockets there are.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -24,8 +24,8 @@ const MESSAGE: usize = 72;
 const ATTRIBUTE: usize = 4;
 const BYTES_ACKED: usize = 120;
 
-/// How many bytes of the connection between these two were acknowledged so far; `None` where the kernel does not
-/// say so.
+/// How many bytes of the connection between `local` and `remote` were acknowledged so far; `None` if the kernel does
+/// not provide that.
 pub fn acknowledged(local: SocketAddr, remote: SocketAddr) -> Option<u64> {
     let kernel = socket(AddressFamily::NETLINK, SocketType::RAW, Some(netlink::SOCK_DIAG)).ok()?;
     send(&kernel, &request(local, remote), SendFlags::empty()).ok()?;
@@ -59,7 +59,7 @@ fn request(local: SocketAddr, remote: SocketAddr) -> Vec<u8> {
 
 fn bytes_acked(answer: &[u8]) -> Option<u64> {
     if u16_at(answer, 4)? != SOCK_DIAG_BY_FAMILY {
-        return None; // there is no such socket, or the kernel cannot say
+        return None; // no such socket, or not supported
     }
     let mut attributes = answer.get(HEADER + MESSAGE..)?;
     loop {

@@ -61,8 +61,8 @@ impl Forwarded {
     }
 }
 
-/// Walks the elements of all lines from the last to the first. `None`: there is no element; `Some(None)`:
-/// one that was reached is no address.
+/// Walks the elements of all lines from the last to the first. `None`: there is no element; `Some(None)`: an element
+/// was reached that is no address.
 fn last_untrusted(
     lines: &[Vec<u8>],
     parse: fn(&[u8]) -> Option<Hop>,
@@ -86,8 +86,8 @@ fn last_untrusted(
     trusted
 }
 
-/// Splits at the last separator outside of a quoted string, which is what stands before it, if there is one,
-/// and behind it. Looked for from the end, so that a quote that the start leaves open has no effect.
+/// Splits at the last separator outside a quoted string, into what precedes it, if there is one, and what follows it.
+/// Scans from the end, so that an unclosed quote at the start has no effect.
 fn split_last(list: &[u8], separator: u8) -> (Option<&[u8]>, &[u8]) {
     let mut is_quoted = false;
     for (at, byte) in list.iter().enumerate().rev() {
