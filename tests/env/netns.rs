@@ -195,23 +195,23 @@ async fn a_peer_that_reads_20_kb_per_second_is_not_closed() {
     let relay = Relay::start(&["--circuit-bytes=0", "--circuit-duration=0s"]);
     let (port, here) = (relay.port(), Ipv4Addr::LOCALHOST);
     let slow = read_slowly(port).await;
-    let mut target = RawPeer::connect(slow, here).await.expect("it is admitted");
+    let mut target = RawPeer::connect(slow, here).await.expect("an admitted connection");
     assert_eq!(target.request(&reserve()).await.expect("an answer").1, OK);
-    let mut source = RawPeer::connect(port, here).await.expect("it is admitted");
+    let mut source = RawPeer::connect(port, here).await.expect("an admitted connection");
     let stream = source.next_stream();
     source
         .send(&data(SYN, stream, &hop_opening(&connect(target.peer))))
         .await
-        .expect("it is connected");
+        .expect("an open connection");
     let circuit = target.accept_count(1).await.expect("a stop request")[0];
-    target.send(&frame(WINDOW_UPDATE, 0, circuit, 1 << 30)).await.expect("it is connected");
+    target.send(&frame(WINDOW_UPDATE, 0, circuit, 1 << 30)).await.expect("an open connection");
     let writes = tokio::spawn(async move { source.write(stream, usize::MAX).await });
     let start = Instant::now();
     while start.elapsed() < duration() {
-        let received = target.read_frame().await.expect("it stays connected");
+        let received = target.read_frame().await.expect("an open connection");
         assert!(received.stream != circuit || !received.has(RST | FIN), "the circuit stays");
         // It sends frames, so it is not silent.
-        target.send(&frame(WINDOW_UPDATE, 0, circuit, 1)).await.expect("it stays connected");
+        target.send(&frame(WINDOW_UPDATE, 0, circuit, 1)).await.expect("an open connection");
     }
     assert!(!writes.is_finished(), "the circuit stays");
     writes.abort();
