@@ -61,7 +61,7 @@ fn main() -> ExitCode {
 /// What is measured, and how much of it.
 struct Bench<'a> {
     groups: Vec<&'a str>,
-    who: Vec<Contestant>,
+    selected: Vec<Contestant>,
     contestants: Contestants,
     rounds: usize,
     quick: bool,
@@ -79,15 +79,15 @@ impl<'a> Bench<'a> {
         if groups.is_empty() {
             groups = if quick { vec!["bulk", "setup", "echo"] } else { GROUPS.to_vec() };
         }
-        let who: Vec<_> = match value_of("--only") {
+        let selected: Vec<_> = match value_of("--only") {
             Some(name) => Contestant::ALL.into_iter().filter(|c| c.name() == name).collect(),
             None => Contestant::ALL.to_vec(),
         };
         let rounds = value_of("--rounds").map(|rounds| rounds.parse().expect("a number of rounds"));
         Self {
             groups,
-            contestants: Contestants::build(&who, value_of("--flags").unwrap_or_default()),
-            who,
+            contestants: Contestants::build(&selected, value_of("--flags").unwrap_or_default()),
+            selected,
             rounds: rounds.unwrap_or(if quick { 1 } else { 5 }),
             quick,
         }
@@ -111,10 +111,10 @@ impl<'a> Bench<'a> {
     /// Measures every contestant once a round, in an order that rotates.
     fn rounds(&self, mut measure: impl FnMut(Contestant)) {
         for round in 0..self.rounds {
-            let start = round % self.who.len();
-            let (later, first) = self.who.split_at(start);
-            for who in first.iter().chain(later) {
-                measure(*who);
+            let start = round % self.selected.len();
+            let (later, first) = self.selected.split_at(start);
+            for contestant in first.iter().chain(later) {
+                measure(*contestant);
             }
         }
     }
@@ -127,14 +127,14 @@ impl<'a> Bench<'a> {
         ] {
             let row = table.row(what, "s", goals);
             let beyond = table.row(&format!("{what}, beyond the ciphers"), "s", [f64::INFINITY; 2]);
-            self.rounds(|who| {
+            self.rounds(|contestant| {
                 // Measured in each round, because the machine's speed changes.
                 let floor = floor::seconds_per_gigabyte(security, bytes);
-                let relay = self.contestants.start(who);
+                let relay = self.contestants.start(contestant);
                 let client = self.contestants.go();
                 let figure = bulk::seconds_per_gigabyte(&relay, client, security, bytes);
-                table.add(row, who, figure);
-                table.add(beyond, who, figure - floor);
+                table.add(row, contestant, figure);
+                table.add(beyond, contestant, figure - floor);
             });
         }
     }
@@ -142,10 +142,10 @@ impl<'a> Bench<'a> {
     fn setup(&self, runtime: &Runtime, table: &mut Rounds) {
         let circuits = if self.quick { 400 } else { 2000 };
         let row = table.row("CPU per circuit set up and torn down", "ms", [0.8, 0.6]);
-        self.rounds(|who| {
-            let relay = self.contestants.start(who);
+        self.rounds(|contestant| {
+            let relay = self.contestants.start(contestant);
             let figure = setup::milliseconds_per_circuit(&relay, circuits);
-            table.add(row, who, runtime.block_on(figure));
+            table.add(row, contestant, runtime.block_on(figure));
         });
     }
 
@@ -155,15 +155,15 @@ impl<'a> Bench<'a> {
         let idle50 = table.row(&what("idle relay, p50"), "µs", [1.0, 1.0]);
         let idle99 = table.row(&what("idle relay, p99"), "µs", [1.0, 1.0]);
         let busy99 = table.row(&what("another circuit flat out, p99"), "µs", [0.5, 0.5]);
-        self.rounds(|who| {
+        self.rounds(|contestant| {
             let base = runtime.block_on(echo::direct(count));
-            let relay = self.contestants.start(who);
+            let relay = self.contestants.start(contestant);
             let idle = runtime.block_on(echo::relayed(&relay, count)).above(base);
-            table.add(idle50, who, idle.p50);
-            table.add(idle99, who, idle.p99);
+            table.add(idle50, contestant, idle.p50);
+            table.add(idle99, contestant, idle.p99);
             let _bulk = echo::flat_out(&relay);
             let busy = runtime.block_on(echo::relayed(&relay, count)).above(base);
-            table.add(busy99, who, busy.p99);
+            table.add(busy99, contestant, busy.p99);
         });
     }
 
@@ -172,32 +172,32 @@ impl<'a> Bench<'a> {
         for (security, name) in [(Security::Noise, "Noise"), (Security::Tls, "TLS")] {
             let what = format!("resident memory per idle reserved peer, {peers} of them, {name}");
             let row = table.row(&what, "KiB", [0.75, 0.75]);
-            self.rounds(|who| {
-                let relay = self.contestants.start(who);
-                table.add(row, who, idle::kilobytes_per_peer(&relay, security, peers));
+            self.rounds(|contestant| {
+                let relay = self.contestants.start(contestant);
+                table.add(row, contestant, idle::kilobytes_per_peer(&relay, security, peers));
             });
         }
     }
 
     fn stalled(&self, runtime: &Runtime, table: &mut Rounds) {
         let row = table.row("memory per stalled circuit", "KiB", [1.0, 1.0]);
-        self.rounds(|who| {
-            let relay = self.contestants.start(who);
+        self.rounds(|contestant| {
+            let relay = self.contestants.start(contestant);
             let figure = stalled::kilobytes_per_circuit(&relay);
-            table.add(row, who, runtime.block_on(figure));
+            table.add(row, contestant, runtime.block_on(figure));
         });
     }
 
     /// Only relaylet: the others have no HTTP port.
     fn watched(&self, runtime: &Runtime, table: &mut Rounds) {
         let count = if self.quick { 1000 } else { 5000 };
-        let mut rows = |who| {
+        let mut rows = |condition| {
             ["p50", "p99"].map(|which| {
-                let what = format!("latency of a 1 KiB echo, {who}, {which}");
+                let what = format!("latency of a 1 KiB echo, {condition}, {which}");
                 table.row(&what, "µs", [f64::INFINITY; 2])
             })
         };
-        let who = Contestant::Relaylet;
+        let contestant = Contestant::Relaylet;
         let cases = [
             (rows("not watched"), None),
             (rows("1000 idle HTTP callers"), Some(Callers::Idle)),
@@ -209,11 +209,11 @@ impl<'a> Bench<'a> {
                 let port = watched::port();
                 let flag = format!("--http=127.0.0.1:{port}");
                 let flags = callers.map_or(vec![], |_| vec![flag]);
-                let relay = self.contestants.start_with(who, &flags);
+                let relay = self.contestants.start_with(contestant, &flags);
                 let _callers = callers.map(|callers| watched::start(port, callers));
                 let latency = runtime.block_on(echo::relayed(&relay, count));
-                table.add(rows[0], who, latency.p50);
-                table.add(rows[1], who, latency.p99);
+                table.add(rows[0], contestant, latency.p50);
+                table.add(rows[1], contestant, latency.p99);
             }
         }
     }

@@ -64,7 +64,7 @@ async fn connections_abandoned_at_each_step() {
     );
     let what = "connections opened and abandoned at each step";
     let (denied, _) = testbed.attack(what, &how_hard, attack).await;
-    // The relay must not protect itself by denying everybody.
+    // The relay must not protect itself by denying every client.
     assert!(denied < count / 10, "{denied} were denied");
     testbed.assert_restored().await;
 }

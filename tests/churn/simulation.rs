@@ -136,7 +136,7 @@ impl Peer {
 
 /// Simulates the trace. `promise`: a newcomer gets the slot of any peer that has been gone for this long.
 pub fn simulate(trace: &Trace, relay: impl Relay, promise: Option<Duration>) -> Tally {
-    let mut world = World {
+    let mut simulation = Simulation {
         trace,
         relay,
         promise,
@@ -144,19 +144,19 @@ pub fn simulate(trace: &Trace, relay: impl Relay, promise: Option<Duration>) -> 
         clients: vec![Client::default(); trace.clients.len()],
         connections: Vec::new(),
         peers: vec![Peer::default(); trace.peers],
-        dead: BTreeSet::new(),
+        gone_with_slot: BTreeSet::new(),
         in_grace: 0,
         counted_until: MEASURED_FROM,
         due: BinaryHeap::new(),
         inserted: 0,
         tally: Tally { broken: promise.map(|_| 0), ..Tally::default() },
     };
-    world.run();
-    world.tally.left_over = world.relay.left_over();
-    world.tally
+    simulation.run();
+    simulation.tally.left_over = simulation.relay.left_over();
+    simulation.tally
 }
 
-struct World<'a, R> {
+struct Simulation<'a, R> {
     trace: &'a Trace,
     relay: R,
     promise: Option<Duration>,
@@ -164,7 +164,7 @@ struct World<'a, R> {
     clients: Vec<Client>,
     connections: Vec<Connection>,
     peers: Vec<Peer>,
-    dead: BTreeSet<(Duration, usize)>,
+    gone_with_slot: BTreeSet<(Duration, usize)>,
     in_grace: usize,
     counted_until: Duration,
     due: BinaryHeap<Reverse<(Duration, usize, Due)>>,
@@ -173,7 +173,7 @@ struct World<'a, R> {
     tally: Tally,
 }
 
-impl<R: Relay> World<'_, R> {
+impl<R: Relay> Simulation<'_, R> {
     fn run(&mut self) {
         let mut events = self.trace.events.iter().peekable();
         let last = self.trace.events.last().map_or(self.now, |event| event.0);
@@ -186,10 +186,10 @@ impl<R: Relay> World<'_, R> {
             };
             self.now = now;
             if event == Some(now) {
-                let (_, client, what) = events.next().expect("it was peeked");
+                let (_, client, what) = events.next().expect("the peeked entry");
                 self.apply(*client, *what);
             } else if due == Some(now) {
-                let Reverse((_, _, due)) = self.due.pop().expect("it was peeked");
+                let Reverse((_, _, due)) = self.due.pop().expect("the peeked entry");
                 self.handle_due(due);
             } else {
                 self.relay.wake(now);
@@ -224,8 +224,8 @@ impl<R: Relay> World<'_, R> {
                     return;
                 }
                 self.relay.on_frozen(connection, None, now);
-                if let Some(patience) = self.relay.kernel_timeout() {
-                    self.schedule(patience, Due::Disconnected(connection));
+                if let Some(timeout) = self.relay.kernel_timeout() {
+                    self.schedule(timeout, Due::Disconnected(connection));
                 }
             }
             Change::Stall { until } => {
@@ -352,12 +352,13 @@ impl<R: Relay> World<'_, R> {
             return;
         };
         let wants_since = self.connections[connection].wants_since;
-        if let (Some(promise), Some((gone_since, _))) = (self.promise, self.dead.first()) {
+        if let (Some(promise), Some((gone_since, _))) = (self.promise, self.gone_with_slot.first())
+        {
             let broken = *gone_since + promise <= wants_since && self.is_measured();
             *self.tally.broken.get_or_insert_default() += usize::from(broken);
         }
-        let news = !std::mem::replace(&mut self.clients[client].was_refused, true);
-        self.tally.refused += usize::from(news && self.is_measured());
+        let is_first = !std::mem::replace(&mut self.clients[client].was_refused, true);
+        self.tally.refused += usize::from(is_first && self.is_measured());
         self.clients[client].refusals += 1;
         let family = self.trace.clients[client].family;
         if let Some(pause) = family.retry_after_refusal(self.clients[client].refusals) {
@@ -384,7 +385,7 @@ impl<R: Relay> World<'_, R> {
     fn change(&mut self, peer: usize, change: impl FnOnce(&mut Peer)) {
         let until = self.now.clamp(MEASURED_FROM, DAY);
         let seconds = (until - self.counted_until).as_secs_f64();
-        self.tally.held_by_gone_peers += self.dead.len() as f64 * seconds;
+        self.tally.held_by_gone_peers += self.gone_with_slot.len() as f64 * seconds;
         self.tally.in_grace += self.in_grace as f64 * seconds;
         self.counted_until = until;
 
@@ -394,13 +395,13 @@ impl<R: Relay> World<'_, R> {
         self.in_grace += usize::from(after.holds == Holds::Grace);
         self.in_grace -= usize::from(before.holds == Holds::Grace);
         if let Some(since) = before.gone_with_slot_since() {
-            self.dead.remove(&(since, peer));
+            self.gone_with_slot.remove(&(since, peer));
             if after.holds != Holds::Slot && (MEASURED_FROM..DAY).contains(&since) {
                 self.tally.back_after.push(self.now - since);
             }
         }
         if let Some(since) = after.gone_with_slot_since() {
-            self.dead.insert((since, peer));
+            self.gone_with_slot.insert((since, peer));
         }
     }
 

@@ -20,8 +20,8 @@ impl Process {
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
-            .expect("it can be started");
-        let output = BufReader::new(child.stdout.take().expect("it is piped"));
+            .expect("the program starts");
+        let output = BufReader::new(child.stdout.take().expect("a pipe"));
         Self { child, output }
     }
 
@@ -35,8 +35,8 @@ impl Process {
 
     /// Writes a line to its standard input.
     pub fn write_line(&mut self, line: &str) {
-        let input = self.child.stdin.as_mut().expect("it is piped");
-        writeln!(input, "{line}").expect("it reads its input");
+        let input = self.child.stdin.as_mut().expect("a pipe");
+        writeln!(input, "{line}").expect("the process reads its input");
     }
 
     /// Reads the address that a relay listens on, from its first line.
@@ -51,7 +51,7 @@ impl Process {
     /// The CPU time of all its running threads, in nanoseconds. A relay does not end threads.
     pub fn cpu(&self) -> u64 {
         let threads = format!("/proc/{}/task", self.id());
-        let threads = fs::read_dir(threads).expect("it runs, on Linux");
+        let threads = fs::read_dir(threads).expect("a running process, on Linux");
         let of = |thread: std::io::Result<fs::DirEntry>| {
             let schedstat = thread.expect("a thread").path().join("schedstat");
             let schedstat = fs::read_to_string(schedstat).expect("the kernel counts");
@@ -81,17 +81,17 @@ impl Drop for Process {
 
 /// The peak resident memory of a process, in KiB.
 pub fn peak(process: u32) -> u64 {
-    number_behind("VmHWM:", &format!("/proc/{process}/status"))
+    number_after("VmHWM:", &format!("/proc/{process}/status"))
 }
 
 /// The resident memory of a process, in KiB.
 pub fn resident(process: u32) -> u64 {
-    number_behind("Rss:", &format!("/proc/{process}/smaps_rollup"))
+    number_after("Rss:", &format!("/proc/{process}/smaps_rollup"))
 }
 
-fn number_behind(name: &str, file: &str) -> u64 {
-    let text = fs::read_to_string(file).expect("it runs, on Linux");
+fn number_after(name: &str, file: &str) -> u64 {
+    let text = fs::read_to_string(file).expect("a running process, on Linux");
     let mut words = text.split_whitespace().skip_while(|word| *word != name);
-    let number = words.nth(1).expect("a number behind the name");
+    let number = words.nth(1).expect("a number after the name");
     number.parse().expect("a number")
 }

@@ -92,11 +92,11 @@ impl Process {
             .stdout(Stdio::piped())
             .kill_on_drop(true)
             .spawn()
-            .expect("it can be started");
-        let mut output = BufReader::new(child.stdout.take().expect("it is piped")).lines();
+            .expect("the program starts");
+        let mut output = BufReader::new(child.stdout.take().expect("a pipe")).lines();
         loop {
             let line = within(output.next_line()).await.expect("text");
-            let line = line.expect("it prints the status");
+            let line = line.expect("the status");
             // The test harness prints the name of the test before it.
             if let Some((_, status)) = line.split_once("answered: ") {
                 return Self {
@@ -111,7 +111,7 @@ impl Process {
 
     /// Sends it a signal, by its name for `kill`.
     pub fn signal(&self, name: &str) {
-        signal(self.child.id().expect("it runs"), name);
+        signal(self.child.id().expect("a running process"), name);
     }
 }
 

@@ -1,5 +1,5 @@
-//! A relay with two well-behaved peers, and two hostile ones that do over three connections, byte by byte, whatever a
-//! muxer allows.
+//! A relay with two well-behaved peers, and two hostile ones that use their three connections, byte by byte, in every
+//! way that a muxer allows.
 //!
 //! The relay is the whole behaviour in a swarm on a muxer in memory ([`super::memory`]), without sockets and
 //! encryption. A history is any bytes: each step is a number and its arguments. After each step nothing may spin, and
@@ -130,7 +130,7 @@ struct World {
     script: Script,
     pauses: usize,
     /// Whether the hostile peers behave well at the end.
-    reform: bool,
+    behave_well: bool,
     config: Config,
     swarm: Swarm<Behaviour>,
     transport: MemoryTransport,
@@ -158,8 +158,8 @@ struct Remote {
     address: Multiaddr,
     link: Shared<Link>,
     streams: Vec<RemoteStream>,
-    /// Whether it does on the relay's streams what the protocols require.
-    polite: bool,
+    /// Whether it follows the protocols on streams that the relay opened.
+    follows_protocols: bool,
     /// Whether it reads what the relay sends.
     reads: bool,
 }
@@ -268,7 +268,7 @@ impl World {
             history: history.to_vec(),
             script,
             pauses: 0,
-            reform: other >> 6 & 1 == 1,
+            behave_well: other >> 6 & 1 == 1,
             config,
             swarm,
             transport,
@@ -299,7 +299,7 @@ impl World {
             link: self.transport.connect(peer, address.clone()),
             address,
             streams: Vec::new(),
-            polite: !HOSTILE.contains(&which),
+            follows_protocols: !HOSTILE.contains(&which),
             reads: true,
         }
     }
@@ -372,7 +372,7 @@ impl World {
                     remote.open(WINDOW).send(&proposal);
                 }
             }
-            11 => remote.polite = !remote.polite,
+            11 => remote.follows_protocols = !remote.follows_protocols,
             12 => remote.reads = !remote.reads,
             13 => {
                 let mut link = remote.link.lock();
@@ -400,7 +400,7 @@ impl World {
             }
             _ => {
                 let count = remote.streams.len();
-                // Rather one of the newest.
+                // Mostly one of the newest.
                 let back = script.below(8).min(count.saturating_sub(1));
                 if let Some(stream) = count.checked_sub(1 + back).map(|at| &mut remote.streams[at])
                 {
@@ -436,10 +436,10 @@ impl World {
         match event {
             SwarmEvent::Behaviour(Event::CircuitOpened { circuit, .. }) => {
                 self.opened += 1;
-                assert!(self.open.insert(circuit), "it opens twice");
+                assert!(self.open.insert(circuit), "a circuit opened twice");
             }
             SwarmEvent::Behaviour(Event::CircuitClosed { circuit, source, .. }) => {
-                assert!(self.open.remove(&circuit), "it closes without being open");
+                assert!(self.open.remove(&circuit), "a circuit closed that was not open");
                 assert!(!well_behaved.contains(&source), "Ben's circuit ended");
             }
             SwarmEvent::Behaviour(
@@ -487,10 +487,10 @@ impl World {
     }
 
     /// Hostile peers behave well from now on: those that are still connected must be served.
-    fn reform(&mut self) {
+    fn behave_well(&mut self) {
         for which in HOSTILE {
             let remote = &mut self.remotes[which];
-            (remote.polite, remote.reads) = (true, true);
+            (remote.follows_protocols, remote.reads) = (true, true);
             remote.link.lock().lets_open = true;
             remote.streams.iter().for_each(RemoteStream::reset);
         }
@@ -513,8 +513,8 @@ impl World {
 
     /// Disconnects the hostile peers: nothing of them is left.
     fn end(mut self) {
-        if self.reform {
-            self.reform();
+        if self.behave_well {
+            self.behave_well();
         }
         for which in HOSTILE {
             self.remotes[which].cut();
@@ -524,7 +524,7 @@ impl World {
             let remote = &self.remotes[which];
             assert!(remote.link.lock().dropped, "the connection is dropped");
             let remaining = remote.streams.iter().filter(|stream| !stream.pipe.is_alone());
-            assert_eq!(remaining.count(), 0, "streams are remaining");
+            assert_eq!(remaining.count(), 0, "streams of a disconnected peer");
         }
         let behaviour = self.swarm.behaviour_mut();
         assert_eq!(behaviour.view().connections.count(), 2);
@@ -610,7 +610,7 @@ impl Remote {
         if self.reads {
             for stream in &mut self.streams {
                 moved |= stream.read();
-                if self.polite && stream.by_relay {
+                if self.follows_protocols && stream.by_relay {
                     stream.serve();
                 }
             }
@@ -697,12 +697,12 @@ impl RemoteStream {
             let Some((name, payload)) = self.negotiated() else {
                 return;
             };
-            let behind = self.received.len() - payload.len();
+            let negotiated = self.received.len() - payload.len();
             self.stage = match &*name {
                 STOP_PROTOCOL => Stage::AwaitingStop,
                 _ => Stage::Echo,
             };
-            self.served = behind;
+            self.served = negotiated;
             self.send(&proposal(&name));
         }
         if self.stage == Stage::AwaitingStop {

@@ -240,7 +240,7 @@ async fn connect_requests_above_the_rate_are_refused() {
 
 // ---- An embedder's policy
 
-/// Allows a member a day's reservation and any number of bytes, and denies everybody else.
+/// Allows a member a day's reservation and any number of bytes, and denies all other peers.
 struct MembersOnly {
     member: PeerId,
 }

@@ -28,8 +28,8 @@ async fn a_frozen_client_loses_its_slot_to_a_newcomer() {
     let relay = Relay::start(&[&QUICK[..], &["--max-reservations", "1"]].concat());
     let frozen = Process::start_and_reserve(&relay.address).await;
     frozen.signal("STOP");
-    let judged = format!("peer silent: peer {}", frozen.peer);
-    relay.wait_for_log(&judged).await;
+    let timed_out = format!("peer silent: peer {}", frozen.peer);
+    relay.wait_for_log(&timed_out).await;
     let freed = format!("slot freed: peer {} at 127.0.0.1: grace over", frozen.peer);
     relay.wait_for_log(&freed).await;
     Client::connect(&relay).await.reserve().await;
@@ -80,7 +80,7 @@ async fn a_newcomer_gets_a_slot_12_s_after_all_clients_froze() {
     // A relay that gets no CPU defers timeouts, but hardly three times in a row.
     let mut answers = Vec::new();
     for _ in 0..3 {
-        let (status, took) = ask_for_the_slot_of_a_frozen_client().await;
+        let (status, took) = request_slot_of_a_frozen_client().await;
         println!("a newcomer to a table that froze 12 s ago: {status:?} after {took:?}");
         if status == OK {
             return;
@@ -91,7 +91,7 @@ async fn a_newcomer_gets_a_slot_12_s_after_all_clients_froze() {
 }
 
 /// The status of the newcomer's answer, and how long it took.
-async fn ask_for_the_slot_of_a_frozen_client() -> (Option<i32>, Duration) {
+async fn request_slot_of_a_frozen_client() -> (Option<i32>, Duration) {
     let relay = Relay::start(&["--max-reservations=2"]);
     let frozen = [
         Process::start_and_reserve(&relay.address).await,
@@ -103,9 +103,9 @@ async fn ask_for_the_slot_of_a_frozen_client() -> (Option<i32>, Duration) {
     }
     // There is no event to wait for: silence is what is tested.
     tokio::time::sleep(Duration::from_secs(12)).await;
-    let asked = Instant::now();
+    let start = Instant::now();
     let status = newcomer.request(&reserve()).await.status;
-    let took = asked.elapsed();
+    let took = start.elapsed();
     if status == OK {
         let taken = format!("taken by {}", newcomer.peer);
         relay.wait_for_log(&taken).await;
@@ -200,8 +200,8 @@ async fn a_circuit_ends_when_its_source_freezes() {
     let source = Process::start_and_connect(&relay.address, target.peer);
     let (source, (_, mut circuit)) = future::join(source, accept_circuit(&mut stops)).await;
     source.signal("STOP");
-    let judged = format!("peer silent: peer {}", source.peer);
-    relay.wait_for_log(&judged).await;
+    let timed_out = format!("peer silent: peer {}", source.peer);
+    relay.wait_for_log(&timed_out).await;
     assert!(read_to_end(&mut circuit).await.0.is_empty());
     relay.wait_for_log("circuit 1 closed").await;
     // The target is not affected and keeps its slot.
@@ -241,9 +241,9 @@ fn count_logged(relay: &Relay, text: &str) -> usize {
 
 /// Waits until a peer has been probed this many times.
 async fn wait_for_probes(relay: &Relay, peer: PeerId, times: usize) {
-    let asked = format!("probe sent: peer {peer}");
+    let probe = format!("probe sent: peer {peer}");
     let count = async {
-        while count_logged(relay, &asked) < times {
+        while count_logged(relay, &probe) < times {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     };

@@ -51,8 +51,8 @@ pub async fn direct(count: usize) -> Latency {
         }
     };
     let peer = *listener.local_peer_id();
-    let mut echoes_of = listener.behaviour().new_control();
-    let mut incoming = echoes_of.accept(ECHO).expect("accept is called once");
+    let mut listener_control = listener.behaviour().new_control();
+    let mut incoming = listener_control.accept(ECHO).expect("accept is called once");
     let mut dialer = swarm();
     dialer
         .dial(address.with_p2p(peer).expect("no peer in it"))
