@@ -2,7 +2,7 @@
 
 /// Implements methods of `AsyncWrite` by a call of the same method of a field.
 ///
-/// `delegate_write!(stream: poll_flush, poll_close);` stands in an `impl AsyncWrite for …` whose other
+/// `delegate_write!(stream: poll_flush, poll_close);` goes into an `impl AsyncWrite for …` whose other
 /// methods, if there are any, do more. Without `poll_write_vectored` in the list the trait's default holds, which writes
 /// the first buffer that is not empty.
 macro_rules! delegate_write {

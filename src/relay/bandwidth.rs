@@ -1,10 +1,10 @@
 //! Fair queueing of the link: how many payload bytes a second all circuits may carry together, and how many those of one
 //! peer.
 //!
-//! Sans-IO. A circuit pays afterwards: it carries a quantum, and carries the next one once all that was carried before,
-//! by any circuit, is paid for. So each circuit that wants more than its fair share has one quantum at a time in the
-//! queue and gets as much as the others; one that wants less waits for one round at most. The queue is a single instant:
-//! when everything in it will be paid for.
+//! Sans-IO. A circuit is charged for a quantum after transferring it, and may transfer the next one once everything that
+//! was charged before, to any circuit, is paid for. So each circuit that wants more than its fair share has one quantum
+//! at a time in the queue and gets as much as the others; one that wants less waits for one round at most. The queue is
+//! a single instant: when everything in it will be paid for.
 
 use std::{
     collections::HashMap,
@@ -33,7 +33,7 @@ pub struct Bandwidth {
     /// The caps of all circuits together and of those of one peer, in bytes a second; zero: no cap.
     caps: [u64; 2],
     all: Queue,
-    /// The peers whose circuits carried something a moment ago.
+    /// The peers whose circuits transferred bytes recently.
     peers: HashMap<PeerId, Queue>,
 }
 
@@ -51,7 +51,7 @@ impl Link {
     }
 }
 
-/// What was carried under one cap and is not paid for yet.
+/// The bytes charged to one cap that are not paid for yet.
 #[derive(Clone, Copy, Debug)]
 struct Queue {
     /// When all of it will be paid for.
@@ -73,7 +73,7 @@ impl Bandwidth {
     /// Replaces the caps, from the next quantum of each circuit on.
     pub fn configure(&mut self, config: &Config, now: Instant) {
         self.caps = [config.bandwidth, config.bandwidth_per_peer];
-        // What is not paid for yet was counted with the old caps.
+        // Bytes that are not paid for yet were charged under the old caps.
         for queue in self.peers.values_mut().chain([&mut self.all]) {
             queue.paid_at = queue.paid_at.min(now);
         }
@@ -93,8 +93,8 @@ impl Bandwidth {
         Some(usize::try_from(least).unwrap_or(usize::MAX))
     }
 
-    /// Charges a circuit for bytes that it carried. Returns when it may carry more, if it has to wait for that: until
-    /// [`Bandwidth::end_wait`] it counts as waiting.
+    /// Charges a circuit for bytes that it transferred. Returns when it may transfer more, if it has to wait for
+    /// that: until [`Bandwidth::end_wait`] it counts as waiting.
     pub fn charge(&mut self, ends: Ends, bytes: usize, now: Instant) -> Option<Instant> {
         let [total, per_peer] = self.caps;
         let mut next = self.all.charge(bytes, total, now);
@@ -124,7 +124,7 @@ impl Bandwidth {
         }
     }
 
-    /// Forgets the peers that owe nothing.
+    /// Removes the peers whose bytes are all paid for.
     pub fn forget_paid(&mut self, now: Instant) {
         self.peers.retain(|_, queue| queue.waiting > 0 || queue.paid_at + BURST > now);
     }

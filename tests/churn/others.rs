@@ -127,8 +127,8 @@ impl Relay for Model {
             Policy::AllKnowing => now,
             Policy::Disconnect => now + TCP_TIMEOUT,
             Policy::Keepalive => {
-                let asked = (now - *up_since).as_nanos() / KEEPALIVE.as_nanos() + 1;
-                *up_since + KEEPALIVE * asked as u32 + KEEPALIVE_TIMEOUT
+                let probes = (now - *up_since).as_nanos() / KEEPALIVE.as_nanos() + 1;
+                *up_since + KEEPALIVE * probes as u32 + KEEPALIVE_TIMEOUT
             }
         };
         if until.is_none_or(|until| until > detected) {

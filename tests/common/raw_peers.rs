@@ -367,7 +367,7 @@ impl Drop for Background {
 }
 
 /// Keeps the connection open without reading from it.
-pub async fn hold_without_reading(_stranger: RawPeer) {
+pub async fn hold_without_reading(_peer: RawPeer) {
     std::future::pending().await
 }
 

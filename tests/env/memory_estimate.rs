@@ -15,7 +15,7 @@ use crate::common::{
     raw_peers::short_or_long,
 };
 use cgroup::Cgroup;
-use load::{Crowd, Size};
+use load::{Load, Size};
 
 const MIB: u64 = 1024 * 1024;
 
@@ -37,7 +37,7 @@ async fn all_limits_at_once_stay_below_the_memory_estimate() {
     let port = bystanders.relay.port();
     let http_port = http::port(&bystanders.relay).await;
 
-    let attack = async move { Crowd::start(port, http_port, size).await.run().await };
+    let attack = async move { Load::start(port, http_port, size).await.run().await };
     let (reached, impact) = bystanders.watch_during(attack).await;
     let peaks = [peak(bystanders.relay.pid()) / 1024, cgroup.peak() / MIB];
     println!(

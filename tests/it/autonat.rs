@@ -157,8 +157,8 @@ async fn a_reachable_version_2_client_learns_it_is_reachable() {
     let (mut back, mut learnt) = (DialBack::default(), None);
     until(&mut client, |event| {
         back.note(&event, relay.peer);
-        if let SwarmEvent::Behaviour(ClientV2Event::Autonat(told)) = event {
-            learnt = Some(told);
+        if let SwarmEvent::Behaviour(ClientV2Event::Autonat(event)) = event {
+            learnt = Some(event);
         }
         (back.closed && learnt.is_some()).then_some(())
     })
@@ -177,7 +177,7 @@ async fn an_unreachable_version_2_client_learns_it_is_unreachable() {
     let mut client = second();
     connect(&mut client, &relay).await;
     let learnt = until(&mut client, |event| match event {
-        SwarmEvent::Behaviour(ClientV2Event::Autonat(told)) => Some(told),
+        SwarmEvent::Behaviour(ClientV2Event::Autonat(event)) => Some(event),
         _ => None,
     })
     .await;
@@ -273,7 +273,7 @@ async fn request_1(client: &mut Client, addresses: &[Multiaddr]) -> Response1 {
 }
 
 async fn request_1_as(client: &mut Client, peer: PeerId, addresses: &[Multiaddr]) -> Response1 {
-    let asked = Message1 {
+    let request = Message1 {
         kind: Some(0),
         dial: Some(Dial1 {
             peer: Some(messages::Peer {
@@ -284,14 +284,14 @@ async fn request_1_as(client: &mut Client, peer: PeerId, addresses: &[Multiaddr]
         response: None,
     };
     let mut stream = client.open(VERSION_1).await;
-    messages::write(&mut stream, &asked).await;
+    messages::write(&mut stream, &request).await;
     let answer: Message1 = messages::read(&mut stream).await;
     assert_eq!(answer.kind, Some(1));
     answer.response.expect("an answer")
 }
 
 async fn request_2(client: &mut Client, addresses: &[Multiaddr]) -> Response2 {
-    let asked = Message2 {
+    let request = Message2 {
         request: Some(Request2 {
             addresses: addresses.iter().map(Multiaddr::to_vec).collect(),
             nonce: 7,
@@ -299,7 +299,7 @@ async fn request_2(client: &mut Client, addresses: &[Multiaddr]) -> Response2 {
         response: None,
     };
     let mut stream = client.open(VERSION_2).await;
-    messages::write(&mut stream, &asked).await;
+    messages::write(&mut stream, &request).await;
     let answer: Message2 = messages::read(&mut stream).await;
     answer.response.expect("an answer")
 }
@@ -374,8 +374,8 @@ async fn a_dial_answered_by_another_peer_fails() {
     assert_eq!(request_2(&mut client, &address).await.dial_status, DIAL_ERROR);
     assert_eq!(request_1(&mut client, &address).await.status, Some(DIAL_ERROR));
     // Nor may a client ask on behalf of another peer.
-    let asked = request_1_as(&mut client, PeerId::random(), &address).await;
-    assert_eq!(asked.status, Some(BAD_REQUEST));
+    let request = request_1_as(&mut client, PeerId::random(), &address).await;
+    assert_eq!(request.status, Some(BAD_REQUEST));
 }
 
 #[tokio::test]
@@ -446,8 +446,8 @@ async fn malformed_requests_get_no_answer() {
             let _ = stream.close().await;
             let mut answer = Vec::new();
             let _ = within(stream.read_to_end(&mut answer)).await;
-            let said = protocol == VERSION_1 && bytes == [2, 0x12, 0x00];
-            assert_eq!(answer.is_empty(), !said, "{protocol}: {bytes:?}: {answer:?}");
+            let is_empty_request = protocol == VERSION_1 && bytes == [2, 0x12, 0x00];
+            assert_eq!(answer.is_empty(), !is_empty_request, "{protocol}: {bytes:?}: {answer:?}");
         }
     }
     client.reserve().await;

@@ -164,11 +164,11 @@ async fn the_log_starts_with_identity_addresses_and_circuit_limits() {
     // With all features libp2p logs lines as well.
     let log: Vec<_> = relay.log().into_iter().filter(|it| it.contains(" relaylet::")).collect();
     let first = |text: &str| log.iter().position(|line| line.contains(text));
-    let (who, key) = (first(&format!("is {}", relay.peer)), first("identity created: /"));
+    let (identity, key) = (first(&format!("is {}", relay.peer)), first("identity created: /"));
     let what = first("relays for anyone: 1024 slots, 1024 circuits at a time; a circuit may carry");
     let where_ = first(&format!("listening on {}", relay.address));
     let paste = first(&format!("clients on this machine reach it at {}", relay.address));
-    for line in [who, key, what, where_, paste] {
+    for line in [identity, key, what, where_, paste] {
         assert!(line.is_some_and(|line| line < 6), "{log:#?}");
     }
 }
@@ -225,18 +225,18 @@ async fn both_wildcards_listen_on_one_port_at_once() {
         [format!("/ip4/127.0.0.1/tcp/{port}"), format!("/ip6/::1/tcp/{port}")]
             .map(|address| address.parse::<Multiaddr>().unwrap().with(Protocol::P2p(relay.peer)))
             .into();
-    let mut said = relay.address.clone();
+    let mut printed = relay.address.clone();
     for address in missing.clone() {
         let mut client =
             Client::connect_as(Keypair::generate_ed25519(), &address, Security::Noise).await;
         client.reserve().await;
     }
     loop {
-        missing.retain(|address| *address != said);
+        missing.retain(|address| *address != printed);
         if missing.is_empty() {
             break;
         }
-        said = relay.next_address();
+        printed = relay.next_address();
     }
 }
 
@@ -343,12 +343,12 @@ async fn a_key_readable_by_others_is_a_warning() {
 
 #[tokio::test]
 async fn sigint_and_sigterm_exit_cleanly() {
-    for (name, said) in [("INT", "exiting: SIGINT"), ("TERM", "exiting: no connections are left")] {
+    for (name, line) in [("INT", "exiting: SIGINT"), ("TERM", "exiting: no connections are left")] {
         let mut relay = Relay::start(&[]);
         Client::connect(&relay).await.reserve().await;
         relay.signal(name);
         assert!(relay.wait().success());
-        relay.wait_for_log(said).await;
+        relay.wait_for_log(line).await;
     }
 }
 
@@ -417,8 +417,8 @@ async fn out_of_file_descriptors_the_relay_keeps_serving_and_logs_once() {
     let (mut there, mut back) = circuit(&mut source, &mut target).await;
 
     let crowd = future::join_all((0..60).map(|_| by_hand::tcp(&relay))).await;
-    let told = "accepting connections failed";
-    relay.wait_for_log(told).await;
+    let error = "accepting connections failed";
+    relay.wait_for_log(error).await;
     by_hand::send(&mut there, b"still here").await;
     assert_eq!(read_bytes(&mut back, 10).await, b"still here");
     target.reserve().await;
@@ -427,7 +427,7 @@ async fn out_of_file_descriptors_the_relay_keeps_serving_and_logs_once() {
     Client::connect(&relay).await.reserve().await;
     assert!(source.kept_its_connection() && target.kept_its_connection());
     let log = relay.log();
-    assert_eq!(log.iter().filter(|line| line.contains(told)).count(), 1);
+    assert_eq!(log.iter().filter(|line| line.contains(error)).count(), 1);
 }
 
 // ---- Helpers

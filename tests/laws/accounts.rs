@@ -214,7 +214,7 @@ impl World {
 
     /// The expected account of a peer: of the circuits that were opened since it last disconnected.
     fn account(&self, peer: PeerId) -> Option<Account> {
-        let left = |entry: &Entry| matches!(entry, Entry::Disconnected(who) if *who == peer);
+        let left = |entry: &Entry| matches!(entry, Entry::Disconnected(other) if *other == peer);
         let stay = self.entries.rsplit(left).next()?;
         let mut account = None;
         for entry in stay {

@@ -238,7 +238,7 @@ impl World {
         self.start + Duration::from_millis(self.now)
     }
 
-    fn who(&self, peer: PeerId) -> usize {
+    fn index_of(&self, peer: PeerId) -> usize {
         let found = self.peers.iter().position(|other| *other == peer);
         found.expect("a peer of this history")
     }
@@ -433,7 +433,7 @@ impl World {
             match action {
                 Action::Grant { request, receipt, expires, .. } => {
                     actions.answers.push((request.reply, Answer::Granted));
-                    let peer = self.who(request.from.peer);
+                    let peer = self.index_of(request.from.peer);
                     let ttl = Duration::from_millis(self.model.policy.ttl);
                     assert_eq!(expires, self.instant() + ttl, "the expiration that is sent");
                     self.receipts[peer].push((request.reply, receipt));
@@ -443,16 +443,16 @@ impl World {
                     actions.probed.push(to.connection);
                     self.unanswered.entry(to.connection).or_insert(self.now);
                     self.probes += 1;
-                    if let Some(after) = self.answers_after[self.who(to.peer)] {
+                    if let Some(after) = self.answers_after[self.index_of(to.peer)] {
                         self.answers_in_flight.push((self.now + after, to.connection));
                     }
                 }
                 Action::Close(_) => actions.closed += 1,
                 Action::Report(Event::PeerSilent { peer, .. }) => {
-                    actions.timed_out.push(self.who(peer))
+                    actions.timed_out.push(self.index_of(peer))
                 }
                 Action::Report(Event::ReservationFreed { peer, reason, .. }) => {
-                    actions.freed.push((self.who(peer), self.reason_of(reason)));
+                    actions.freed.push((self.index_of(peer), self.reason_of(reason)));
                 }
                 _ => {}
             }
@@ -466,7 +466,7 @@ impl World {
             FreedReason::GraceOver => Reason::GraceOver,
             FreedReason::Disconnected => Reason::Disconnected,
             FreedReason::Silent => Reason::Silent,
-            FreedReason::TakenBy { peer } => Reason::Taken(self.who(peer)),
+            FreedReason::TakenBy { peer } => Reason::Taken(self.index_of(peer)),
             FreedReason::Undelivered => Reason::Undelivered,
             FreedReason::Denied => Reason::Denied,
             FreedReason::Released => Reason::Released,

@@ -46,11 +46,11 @@ pub struct Contestants {
 
 impl Contestants {
     /// Builds the other relays that take part.
-    pub fn build(who: &[Contestant], flags: &str) -> Self {
+    pub fn build(selected: &[Contestant], flags: &str) -> Self {
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));
         let built = root.join("target/peers");
         let sources = root.join("tests/peers");
-        if who.contains(&Contestant::Rust) {
+        if selected.contains(&Contestant::Rust) {
             let mut cargo = Command::new(env!("CARGO"));
             cargo.args(["build", "--release", "--locked", "--quiet"]);
             cargo.arg("--manifest-path");
@@ -72,14 +72,14 @@ impl Contestants {
     }
 
     /// Starts a new process.
-    pub fn start(&self, who: Contestant) -> Relay {
-        self.start_with(who, &[])
+    pub fn start(&self, contestant: Contestant) -> Relay {
+        self.start_with(contestant, &[])
     }
 
     /// As [`Contestants::start`], with these additional flags for relaylet.
-    pub fn start_with(&self, who: Contestant, flags: &[String]) -> Relay {
+    pub fn start_with(&self, contestant: Contestant, flags: &[String]) -> Relay {
         let folder = tempfile::tempdir().expect("a temporary folder");
-        let mut command = match who {
+        let mut command = match contestant {
             Contestant::Relaylet => {
                 let mut command = common::command(&folder);
                 command.args(&self.flags).args(flags).env("RUST_LOG", "error");

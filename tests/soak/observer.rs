@@ -360,7 +360,7 @@ impl Observer {
         let Some(peer) = self.peers.get_mut(&id) else {
             return Ok(());
         };
-        let asked = peer.requested.take().unwrap_or(now);
+        let requested = peer.requested.take().unwrap_or(now);
         let (held, timed_out) = (peer.granted.take(), peer.may_have_timed_out(now));
         let had = peer.still_has(now, rules);
         if held.is_some() && !timed_out {
@@ -381,8 +381,8 @@ impl Observer {
         self.check(Law::Refusal);
         let (most, bound) = (self.rules.max_reservations, self.silent_limit);
         let desired = self.rules.probe_after + self.rules.sweep + LATE;
-        let may_hold = self.may_have_held(id, asked, bound);
-        if self.may_have_held(id, asked, desired) < most {
+        let may_hold = self.may_have_held(id, requested, bound);
+        if self.may_have_held(id, requested, desired) < most {
             self.refused_too_early += 1;
         }
         if may_hold >= most {

@@ -189,7 +189,7 @@ impl Soak<'_> {
                 self.count_seen(&seen);
                 self.observer.on_seen(now, peer, stay, &seen)
             }
-            Observation::Report(asked, now, report) => {
+            Observation::Report(requested, now, report) => {
                 let clients = self.clients.values();
                 let clients = clients.filter(|client| client.current.is_some()).count();
                 self.samples.push(Sample {
@@ -199,7 +199,7 @@ impl Soak<'_> {
                     circuits: report.circuits as f64,
                     ..Sample::of(self.relay.pid())
                 });
-                self.observer.report(now, asked, &report)
+                self.observer.report(now, requested, &report)
             }
             Observation::Suspended(now, pause) => {
                 self.observer.on_suspended(now, pause);
@@ -353,9 +353,9 @@ impl Soak<'_> {
 /// Reads the status periodically, until nobody receives it.
 async fn read_status(port: u16, started: Instant, sender: UnboundedSender<Observation>) {
     while !sender.is_closed() {
-        let asked = started.elapsed();
+        let requested = started.elapsed();
         let report = Box::new(status::report(port).await);
-        let _ = sender.send(Observation::Report(asked, started.elapsed(), report));
+        let _ = sender.send(Observation::Report(requested, started.elapsed(), report));
         sleep(STATUS_INTERVAL).await;
     }
 }

@@ -128,15 +128,15 @@ impl Relay {
             .arg(format!("sport = :{port}"))
             .output()
             .expect("ss, of the package iproute2, is installed");
-        let said = String::from_utf8_lossy(&ss.stdout);
+        let output = String::from_utf8_lossy(&ss.stdout);
         let sum = |names: [&str; 2]| {
-            let words = said.split_whitespace();
+            let words = output.split_whitespace();
             let counts = words.filter_map(|word| word.split_once(':'));
             let counts = counts.filter(|(name, _)| names.contains(name));
             counts.filter_map(|(_, count)| count.parse::<u64>().ok()).sum()
         };
         let bytes = sum(["bytes_sent", "bytes_received"]);
-        (said.lines().count(), bytes, sum(["segs_in", "segs_out"]))
+        (output.lines().count(), bytes, sum(["segs_in", "segs_out"]))
     }
 }
 

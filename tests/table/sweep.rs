@@ -70,11 +70,11 @@ impl Full {
         let connection = Connection::new(peer.id, address, false, id as u8, now);
         self.relay.connections.add(id, connection);
         // The counters of the handler and of the transport.
-        let heard = [ActivityCounter::default(), ActivityCounter::default()];
-        for activity in &heard {
+        let counters = [ActivityCounter::default(), ActivityCounter::default()];
+        for activity in &counters {
             self.relay.connections.get_mut(id).unwrap().track(activity.clone());
         }
-        self.activity.extend(heard.into_iter().last());
+        self.activity.extend(counters.into_iter().last());
         let from = End { peer: peer.id, connection: id };
         self.relay.handle_request(from, Ok(Request::Reserve), (), now);
     }

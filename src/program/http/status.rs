@@ -102,7 +102,7 @@ pub struct Recorder {
 }
 
 impl Recorder {
-    /// Records the stats of this moment, whether or not a status is asked for.
+    /// Records the current stats, whether or not a status is requested.
     pub fn record(&mut self, stats: &Stats, now: Instant) {
         self.history.record(stats.slots, now);
         self.speed.update(stats.relayed, now);

@@ -124,7 +124,7 @@ pub struct Reached {
 }
 
 /// As many peers as the limits allow beside the two bystanders.
-pub struct Crowd {
+pub struct Load {
     port: u16,
     http_port: u16,
     size: Size,
@@ -132,7 +132,7 @@ pub struct Crowd {
     pairs: Vec<(RawPeer, RawPeer)>,
 }
 
-impl Crowd {
+impl Load {
     pub async fn start(port: u16, http_port: u16, size: Size) -> Self {
         // One slot and one circuit are the bystanders'.
         let pairs = run_each(size.slots - 1, AT_A_TIME, move |number| async move {
