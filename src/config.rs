@@ -381,12 +381,12 @@ mod tests {
     }
 
     #[test]
-    fn the_defaults_make_sense() {
+    fn the_defaults_are_valid() {
         assert_eq!(Config::default().validate(), Ok(()));
     }
 
     #[test]
-    fn what_makes_no_sense_is_refused_by_name() {
+    fn an_invalid_value_is_an_error_that_names_the_setting() {
         assert_eq!(refused(|c| c.max_reservations = 0), "max_reservations");
         assert_eq!(refused(|c| c.reservation_ttl = Duration::ZERO), "reservation_ttl");
         assert_eq!(refused(|c| c.reservation_ttl = Duration::MAX), "reservation_ttl");
@@ -397,7 +397,7 @@ mod tests {
     }
 
     #[test]
-    fn an_announced_address_names_a_host_and_a_port() {
+    fn an_announced_address_must_have_a_host_and_a_port() {
         let announced = |text: &str| {
             let announce = vec![text.parse().unwrap()];
             Config { announce, ..Config::default() }.validate().map_err(|error| error.to_string())
@@ -444,7 +444,7 @@ mod tests {
     }
 
     #[test]
-    fn what_makes_no_sense_together_is_refused_by_name() {
+    fn an_invalid_combination_is_an_error_that_names_the_setting() {
         let alice = libp2p::PeerId::random();
         let refused = |lists: Lists| validate_lists(&lists).expect_err("no sense").setting();
         for (setting, allow_peer, allow_connect_peer) in [

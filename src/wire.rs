@@ -318,7 +318,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reserve_is_two_bytes() {
+    fn a_reserve_message_is_two_bytes() {
         let alice = PeerId::random();
         assert_eq!(decode_request(&[0x08, 0x00], alice), Ok(Request::Reserve));
     }
@@ -340,7 +340,7 @@ mod tests {
     }
 
     #[test]
-    fn a_connect_names_a_peer_that_is_one_and_not_oneself() {
+    fn a_connect_needs_a_valid_peer_other_than_the_source() {
         let (alice, bob) = (PeerId::random(), PeerId::random());
         let connect = |id: Option<Vec<u8>>| {
             let message = proto::HopMessage {
@@ -357,7 +357,7 @@ mod tests {
     }
 
     #[test]
-    fn a_message_may_have_4096_bytes_and_no_more() {
+    fn messages_above_4096_bytes_are_rejected() {
         let framed = |length: u16| {
             let mut buffer = unsigned_varint::encode::u16_buffer();
             let mut bytes = unsigned_varint::encode::u16(length, &mut buffer).to_vec();
@@ -375,9 +375,9 @@ mod tests {
         assert!(matches!(read(prefix), Some(Err(BadRequest::Malformed(_)))));
     }
 
-    /// They stand in the log, whose lines are stable: see [`crate::event`].
+    /// These texts appear in log lines, which are stable: see [`crate::event`].
     #[test]
-    fn what_is_wrong_with_a_message_is_said_in_these_words() {
+    fn each_malformed_message_has_this_error_text() {
         let words_of = |read: Option<Result<Vec<u8>, BadRequest>>| match read {
             Some(Err(BadRequest::Malformed(words))) => words,
             other => panic!("{other:?}"),
@@ -420,7 +420,7 @@ mod tests {
     }
 
     #[test]
-    fn what_follows_a_message_stays_on_the_stream() {
+    fn bytes_after_a_message_stay_on_the_stream() {
         let mut stream = Cursor::new(b"\x02\x08\x00early data".to_vec());
         block_on(read_frame(&mut stream)).unwrap().unwrap();
         let mut rest = String::new();
@@ -429,7 +429,7 @@ mod tests {
     }
 
     #[test]
-    fn limits_that_are_not_set_are_left_out() {
+    fn unset_limits_are_omitted() {
         let limit = |limit| {
             let message =
                 proto::HopMessage::decode(&*unframed(&super::status(Status::Ok, limit))).unwrap();
@@ -457,7 +457,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_arrives_nothing_panics(bytes: Vec<u8>) {
+        fn arbitrary_messages_do_not_panic(bytes: Vec<u8>) {
             if let Some(Ok(message)) = read(&bytes) {
                 let _ = decode_request(&message, PeerId::random());
                 let _ = decode_stop_answer(&message);

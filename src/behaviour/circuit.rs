@@ -283,9 +283,9 @@ mod tests {
         wire::{Limit, Request},
     };
 
-    /// A peer that says this, and takes so many bytes.
+    /// A peer that sends `sends` and accepts `accepts` bytes.
     struct Peer {
-        says: Cursor<&'static [u8]>,
+        sends: Cursor<&'static [u8]>,
         takes: Arc<AtomicUsize>,
     }
 
@@ -295,7 +295,7 @@ mod tests {
             cx: &mut Context<'_>,
             into: &mut [u8],
         ) -> Poll<io::Result<usize>> {
-            match Pin::new(&mut self.says).poll_read(cx, into) {
+            match Pin::new(&mut self.sends).poll_read(cx, into) {
                 Poll::Ready(Ok(0)) => Poll::Pending,
                 other => other,
             }
@@ -323,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn it_tells_which_way_bytes_wait() {
+    fn the_directions_with_pending_bytes_are_reported() {
         let (now, config) = (Instant::now(), Config::default());
         let peers = [(); 2].map(|()| PeerId::random());
         let [source, target] = peers.map(|peer| End { peer, connection: () });
@@ -343,7 +343,7 @@ mod tests {
             ended,
         };
         let [source, target] = [99, 4].map(|takes| Arc::new(AtomicUsize::new(takes)));
-        let peer = |takes| Peer { says: Cursor::new(b"ten bytes."), takes };
+        let peer = |takes| Peer { sends: Cursor::new(b"ten bytes."), takes };
         let (source, other) = (peer(source), peer(target.clone()));
         let mut circuit = transfer(source, other, parameters, None);
         let mut cx = Context::from_waker(std::task::Waker::noop());

@@ -213,17 +213,17 @@ mod tests {
     use super::{super::hop::Report, *};
     use crate::event::CircuitId;
 
-    /// Every connection has one. Where this fails for a reason, box what is rare, or change the
-    /// figure knowingly: it is multiplied by the number of peers.
+    /// Every connection has a handler. If a new field makes this fail, box what is rarely used; raise the limit only
+    /// deliberately, because each byte is paid once per connection.
     #[test]
-    fn a_handler_is_small() {
+    fn a_handler_fits_its_size_limit() {
         assert!(size_of::<Handler>() <= 184, "{}", size_of::<Handler>());
-        // An empty queue has room for one.
+        // Even an empty channel allocates room for one command.
         assert!(size_of::<HandlerCommand>() <= 16);
     }
 
     #[test]
-    fn a_connection_that_closes_reports_all_that_goes_on_on_it() {
+    fn a_closing_connection_reports_all_its_pending_work() {
         let (_behaviour, commands) = mpsc::unbounded();
         let (events, mut reported) = mpsc::unbounded();
         let end = End { peer: PeerId::random(), connection: ConnectionId::new_unchecked(1) };

@@ -96,7 +96,7 @@ mod tests {
     const SHORT: Duration = Duration::from_millis(20);
     const LONG: Duration = Duration::from_secs(3600);
 
-    /// What comes of `future` while the limits are polled.
+    /// Runs `future` to completion while polling `limits`.
     fn run<T>(limits: &Timeouts, future: impl Future<Output = T>) -> T {
         let mut future = std::pin::pin!(future);
         block_on(poll_fn(|cx| {
@@ -106,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn what_takes_too_long_is_given_up_whatever_began_before_or_after_it() {
+    fn each_task_times_out_independently_of_the_others() {
         let limits = Timeouts::default();
         let _longer = limits.start(LONG);
         let short = limits.start(SHORT);
@@ -120,13 +120,13 @@ mod tests {
     }
 
     #[test]
-    fn what_is_done_in_time_leaves_the_timer_to_the_next() {
+    fn a_finished_task_leaves_the_timer_to_the_next_one() {
         let limits = Timeouts::default();
         for _ in 0..1000 {
             let limit = limits.start(SHORT);
             assert_eq!(run(&limits, within(limit, future::ready(io::Result::Ok(7)))).unwrap(), 7);
         }
-        assert!(limits.0.lock().unwrap().limits.len() <= 8, "what is done is forgotten");
+        assert!(limits.0.lock().unwrap().limits.len() <= 8, "finished tasks are removed");
         let last = limits.start(SHORT * 2);
         let _ = run(&limits, last);
         let limits = limits.0.lock().unwrap();

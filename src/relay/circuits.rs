@@ -27,7 +27,7 @@ use crate::{
 const MAX_STALL: Duration = Duration::from_secs(10);
 
 /// How long a target may take to answer over one connection, if it has another one.
-const PATIENCE: Duration = Duration::from_secs(3);
+const RETRY_AFTER: Duration = Duration::from_secs(3);
 
 /// The circuits of one relay, those that are being set up included.
 #[derive(Debug)]
@@ -227,11 +227,12 @@ impl<C: Copy + Eq + Hash, R> Circuits<C, R> {
         }
     }
 
-    /// The circuits whose target has not answered for [`PATIENCE`] while the source waits, in the order of their admission,
+    /// The circuits whose target has not answered for [`RETRY_AFTER`] while the source waits, in the order of their admission,
     /// each with the connection over which the target is asked.
     pub fn unanswered(&self, now: Instant) -> Vec<(CircuitId, End<C>)> {
         let is_overdue = |circuit: &Circuit<C, R>| {
-            circuit.request.is_some() && now.saturating_duration_since(circuit.asked_at) >= PATIENCE
+            circuit.request.is_some()
+                && now.saturating_duration_since(circuit.asked_at) >= RETRY_AFTER
         };
         let overdue = self.iter().filter(|(_, circuit)| is_overdue(circuit));
         let mut overdue: Vec<_> = overdue.map(|(id, circuit)| (id, circuit.target)).collect();
@@ -387,7 +388,7 @@ mod tests {
         circuits.add(request, target, limit, counters, Instant::now())
     }
 
-    /// The target agreed; returns where its bytes are counted.
+    /// The target accepts; returns the circuit's byte counters.
     fn open(circuits: &mut Circuits<u32, ()>, id: CircuitId) -> Counters {
         let circuit = circuits.get_mut(id).unwrap();
         circuit.opened_at = Some(Instant::now());
@@ -406,7 +407,7 @@ mod tests {
     }
 
     #[test]
-    fn the_total_holds_for_everyone_and_each_prefix_has_its_cap() {
+    fn the_total_and_the_cap_of_each_prefix_are_enforced() {
         let caps = Caps { total: Some(3), per_subnet: Some(9), per_address: Some(2) };
         let mut circuits = table(caps, 5);
         for _ in 0..2 {
@@ -419,14 +420,14 @@ mod tests {
     }
 
     #[test]
-    fn at_a_full_target_the_most_idle_circuit_of_the_heaviest_prefix_yields_to_another() {
+    fn at_a_full_target_the_most_idle_circuit_of_the_heaviest_prefix_is_evicted() {
         let mut circuits = table(of_total(99), 4);
         let (start, target) = (Instant::now(), end(1));
         let ids: Vec<_> =
             (0..4).map(|n| admit(&mut circuits, end(2 + n), target, 1).unwrap()).collect();
         let full = &admit(&mut circuits, end(9), target, 2).unwrap_err();
         assert_eq!(*full, Refused::TooManyCircuitsOfTarget);
-        // All but the second have carried something, and the third is being set up.
+        // All but the second have relayed bytes, and the third is still being set up.
         for n in [0, 1, 3] {
             let bytes = BytesTransferred { to_target: u64::from(n != 1), to_source: 0 };
             open(&mut circuits, ids[n]).add(bytes);
@@ -434,11 +435,11 @@ mod tests {
         circuits.poll_counters(start + Duration::from_secs(1));
         let [same, other] = [1, 2].map(|from| origin(end(9).peer, from));
         let same = circuits.yield_one(full, &same, &target.peer);
-        assert_eq!(same, None, "of the same prefix");
+        assert_eq!(same, None, "no eviction for the same prefix");
         let yielded = circuits.yield_one(full, &other, &target.peer).unwrap();
         assert_eq!((yielded, circuits.count()), (ids[1], 3));
         assert!(admit(&mut circuits, end(9), target, 2).is_ok());
-        // Two of one and one of the other are what is fair; the ended one is there until it says so.
+        // Two of one prefix and one of the other are fair shares. An evicted circuit is listed until it is removed.
         circuits.yield_one(full, &other, &target.peer).unwrap();
         assert_eq!(circuits.yield_one(full, &other, &target.peer), None);
         assert_eq!(circuits.of(&target.peer).count(), 5);
@@ -447,47 +448,47 @@ mod tests {
     }
 
     #[test]
-    fn a_circuit_is_stalled_that_moves_nothing_for_10_s_one_way_though_bytes_wait() {
+    fn a_circuit_is_stalled_after_10_s_without_progress_on_pending_bytes() {
         const SECOND: Duration = Duration::from_secs(1);
         let mut circuits = table(of_total(9), 9);
         let mut now = Instant::now();
-        let [stalls, moves, idles, reads] = [1, 2, 3, 4].map(|n| {
+        let [stalled, slow, idle, resumed] = [1, 2, 3, 4].map(|n| {
             let id = admit(&mut circuits, end(n), end(10 + n), 1).unwrap();
             (id, open(&mut circuits, id))
         });
         admit(&mut circuits, end(5), end(15), 1).unwrap(); // is being set up
         let both = BytesTransferred { to_target: 7, to_source: 7 };
-        idles.1.add(both);
-        stalls.1.add(both);
+        idle.1.add(both);
+        stalled.1.add(both);
         for second in 0..30 {
-            // The way to the target stands still while the other one moves.
-            stalls.1.add(BytesTransferred { to_target: 0, to_source: 1 });
-            stalls.1.set_waiting([true, false]);
+            // No byte reaches the target, while the other direction continues.
+            stalled.1.add(BytesTransferred { to_target: 0, to_source: 1 });
+            stalled.1.set_waiting([true, false]);
             let moved = u64::from(second > 0 && second % 9 == 0);
-            moves.1.add(BytesTransferred { to_target: moved, to_source: 0 });
-            moves.1.set_waiting([true, true].map(|waits| waits && second % 9 != 0));
-            reads.1.set_waiting([false, second < 9]);
+            slow.1.add(BytesTransferred { to_target: moved, to_source: 0 });
+            slow.1.set_waiting([true, true].map(|waits| waits && second % 9 != 0));
+            resumed.1.set_waiting([false, second < 9]);
             circuits.poll_counters(now);
-            let expected = if second < 11 { vec![] } else { vec![stalls.0] };
+            let expected = if second < 11 { vec![] } else { vec![stalled.0] };
             assert_eq!(circuits.stalled(now), expected, "after {second} s");
             now += SECOND;
         }
-        // A sweep that came late says nothing.
-        moves.1.set_waiting([false; 2]);
+        // After a late sweep the time starts anew.
+        slow.1.set_waiting([false; 2]);
         circuits.poll_counters(now);
         circuits.shift_waits(|_| now);
         assert_eq!(circuits.stalled(now), []);
-        assert_eq!(circuits.stalled(now + 10 * SECOND), [stalls.0]);
-        circuits.end(stalls.0);
-        assert_eq!(circuits.stalled(now + 10 * SECOND), [], "it ends already");
+        assert_eq!(circuits.stalled(now + 10 * SECOND), [stalled.0]);
+        circuits.end(stalled.0);
+        assert_eq!(circuits.stalled(now + 10 * SECOND), [], "it is already ending");
         let end_of = |id, reported| circuits.get(id).unwrap().end(reported);
-        assert_eq!(end_of(stalls.0, CircuitEnd::Ended), CircuitEnd::Stalled);
-        assert_eq!(end_of(stalls.0, CircuitEnd::Finished), CircuitEnd::Finished);
-        assert_eq!(end_of(idles.0, CircuitEnd::Ended), CircuitEnd::Ended);
+        assert_eq!(end_of(stalled.0, CircuitEnd::Ended), CircuitEnd::Stalled);
+        assert_eq!(end_of(stalled.0, CircuitEnd::Finished), CircuitEnd::Finished);
+        assert_eq!(end_of(idle.0, CircuitEnd::Ended), CircuitEnd::Ended);
     }
 
     #[test]
-    fn in_a_full_table_one_yields_too_and_at_the_cap_of_a_source_none_does() {
+    fn a_full_table_evicts_a_circuit_and_the_cap_of_a_source_does_not() {
         let mut circuits = table(of_total(3), 9);
         let ends: Vec<_> = (0..3).map(|n| (end(n), end(10 + n))).collect();
         for (source, target) in &ends {
@@ -508,10 +509,10 @@ mod tests {
         let mut circuits = table(of_total(9), 9);
         let (id, mut ended) = add(&mut circuits, end(1), end(2), 1);
         assert_eq!(ended.try_recv(), Ok(None));
-        assert!(circuits.end(id).is_some(), "its CONNECT is yet to be answered");
+        assert!(circuits.end(id).is_some(), "the pending CONNECT");
         assert!(circuits.end(id).is_none());
         assert!(ended.try_recv().is_err());
-        assert_eq!(circuits.count(), 1, "until that is reported");
+        assert_eq!(circuits.count(), 1, "counted until its end is reported");
     }
 
     #[test]

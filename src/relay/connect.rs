@@ -168,7 +168,7 @@ mod tests {
     use super::*;
     use crate::{config::Config, relay::connections::Connection, wire::Request};
 
-    const PATIENCE: Duration = Duration::from_secs(3);
+    const RETRY_AFTER: Duration = Duration::from_secs(3);
 
     /// A source, and a target whose reservation points at the first of its connections.
     struct World {
@@ -256,9 +256,9 @@ mod tests {
         world.connects(world.target, 2);
         let mut first = world.connect();
         assert_eq!(first.over, 1);
-        assert!(world.sweep(PATIENCE - Duration::from_millis(1)).is_none());
+        assert!(world.sweep(RETRY_AFTER - Duration::from_millis(1)).is_none());
         assert!(!first.is_cancelled());
-        let mut second = world.sweep(PATIENCE).expect("it is asked again");
+        let mut second = world.sweep(RETRY_AFTER).expect("it is asked again");
         assert_eq!((second.circuit, second.over, second.since), (first.circuit, 2, first.since));
         assert!(first.is_cancelled() && !second.is_cancelled());
         assert_eq!([1, 2].map(|connection| world.circuits_over(connection)), [0, 1]);
@@ -276,18 +276,18 @@ mod tests {
     fn a_target_that_comes_back_while_it_is_asked_is_asked_there_and_over_each_connection_once() {
         let mut world = World::new();
         let mut asked = world.connect();
-        assert!(world.sweep(4 * PATIENCE).is_none(), "there is no other connection");
+        assert!(world.sweep(4 * RETRY_AFTER).is_none(), "there is no other connection");
         assert!(!asked.is_cancelled());
         world.connects(world.target, 2);
         world.connects(world.target, 3);
         // The one that was active last, and of two that are equal the one that came up last.
-        world.relay.connections.get_mut(2).unwrap().liveness.on_activity(world.start + PATIENCE);
-        asked = world.sweep(5 * PATIENCE).expect("now there is");
+        world.relay.connections.get_mut(2).unwrap().liveness.on_activity(world.start + RETRY_AFTER);
+        asked = world.sweep(5 * RETRY_AFTER).expect("now there is");
         assert_eq!(asked.over, 2);
-        assert!(world.sweep(6 * PATIENCE - Duration::from_millis(1)).is_none());
-        asked = world.sweep(6 * PATIENCE).expect("there is one left");
+        assert!(world.sweep(6 * RETRY_AFTER - Duration::from_millis(1)).is_none());
+        asked = world.sweep(6 * RETRY_AFTER).expect("there is one left");
         assert_eq!((asked.over, asked.since), (3, world.start));
-        assert!(world.sweep(9 * PATIENCE).is_none(), "all were asked");
+        assert!(world.sweep(9 * RETRY_AFTER).is_none(), "all were asked");
         assert!(world.accepts(&asked));
     }
 
@@ -296,19 +296,19 @@ mod tests {
         let mut world = World::new();
         world.connects(world.target, 2);
         world.connect();
-        let late = world.start + 100 * PATIENCE;
+        let late = world.start + 100 * RETRY_AFTER;
         world.relay.sweep(late);
         assert!(world.asked().is_empty());
-        assert!(world.sweep(101 * PATIENCE).is_some());
+        assert!(world.sweep(101 * RETRY_AFTER).is_some());
     }
 
     #[test]
-    fn a_source_that_was_refused_and_a_circuit_that_is_open_ask_nobody() {
+    fn refused_requests_and_open_circuits_are_not_retried() {
         let mut world = World::new();
         world.connects(world.target, 2);
         let [gone, open] = [(); 2].map(|()| world.connect());
         assert!(world.accepts(&open));
         world.relay.end_circuit(gone.circuit);
-        assert!(world.sweep(2 * PATIENCE).is_none());
+        assert!(world.sweep(2 * RETRY_AFTER).is_none());
     }
 }

@@ -26,7 +26,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         self.reserve_rates.per_minute = config.reserve_rate;
         self.connect_rates.per_minute = config.connect_rate;
         self.link.lock().configure(&config, now);
-        // Never later than before: a change every second would put it off for ever.
+        // Never later than before: otherwise a change every second would postpone it for ever.
         self.sweep_due = self.sweep_due.min(now + config.sweep);
         self.bring_sweep_forward(now);
         if !self.has_own_access {
@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn a_circuit_ends_whose_target_is_denied_and_holds_no_slot_any_more() {
+    fn a_circuit_ends_when_its_target_is_denied_after_losing_its_slot() {
         let start = Instant::now();
         let (mut relay, [source, target]) = relay(start);
         relay.handle_request(target, Ok(Request::Reserve), 1, start);
@@ -139,14 +139,14 @@ mod tests {
             Action::AskTarget(_, parameters) => Some(parameters),
             _ => None,
         });
-        let mut parameters = asked.expect("the target is asked");
+        let mut parameters = asked.expect("a STOP request to the target");
         let opened = relay.on_target_answered(parameters.id, target.connection, Ok(()), start);
-        assert!(opened.is_some(), "both want it");
+        assert!(opened.is_some(), "an open circuit");
         let later = start + Duration::from_secs(2 * 60 * 60);
         relay.connections.record_activity(&target.peer, later);
         relay.connections.record_activity(&source.peer, later);
         relay.sweep(later);
-        assert_eq!(relay.reservations.taken(), 0, "the term is over");
+        assert_eq!(relay.reservations.taken(), 0, "the reservation has expired");
         assert_eq!(parameters.ended.try_recv(), Ok(None));
 
         let mut config = relay.config.clone();
@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn a_policy_that_changes_all_the_time_puts_no_sweep_off() {
+    fn frequent_policy_changes_do_not_delay_the_sweep() {
         let start = Instant::now();
         let (mut relay, _) = relay(start);
         let due = relay.sweep_due;

@@ -167,7 +167,7 @@ mod tests {
 
     use super::*;
 
-    /// An address, of so many subnets with so many addresses each.
+    /// One of 36 addresses in 6 subnets, or none.
     fn prefix() -> impl Strategy<Value = Option<ClientPrefix>> {
         let of = |(subnet, host)| IpAddr::from(Ipv4Addr::new(192, 0, subnet, host)).into();
         prop::option::weighted(0.9, (0_u8..6, 0_u8..6).prop_map(of))
@@ -187,7 +187,7 @@ mod tests {
         }
     }
 
-    /// What is held, one by one, as a naive model of a [`Quota`].
+    /// A naive model of a [`Quota`]: every item that it counts.
     #[derive(Default)]
     struct Model(Vec<Option<ClientPrefix>>);
 
@@ -209,7 +209,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn it_counts_as_a_list_does_and_never_above_a_cap(
+        fn quotas_match_a_naive_count_and_never_exceed_a_cap(
             caps in caps(),
             steps in prop::collection::vec((prefix(), any::<bool>()), 0..120),
         ) {
@@ -238,7 +238,7 @@ mod tests {
         }
 
         #[test]
-        fn none_below_its_fair_share_is_refused_because_of_another(
+        fn a_scope_below_its_fair_share_is_never_refused_because_of_another(
             total in 1_usize..30,
             arrivals in prop::collection::vec(prefix().prop_filter_map("none", |prefix| prefix), 0..200),
         ) {
@@ -265,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn when_all_are_gone_nothing_is_left() {
+    fn a_quota_is_empty_when_everything_is_released() {
         let mut quota = Quota::new(Caps::default());
         let home = ClientPrefix::from(IpAddr::from(Ipv4Addr::new(192, 0, 2, 1)));
         for prefix in [Some(home), Some(home), None] {

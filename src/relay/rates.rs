@@ -109,23 +109,23 @@ mod tests {
         Some(IpAddr::from(Ipv4Addr::new(192, 0, 2, n)).into())
     }
 
-    /// How often in a row the peer is let through.
-    fn takes(rates: &mut Rates, peer: PeerId, now: Instant) -> usize {
+    /// The number of consecutive requests that are allowed.
+    fn count_allowed(rates: &mut Rates, peer: PeerId, now: Instant) -> usize {
         (0..1000).take_while(|_| rates.take(peer, None, now).is_ok()).count()
     }
 
     #[test]
-    fn a_minutes_worth_at_once_and_then_as_it_comes() {
+    fn a_bucket_allows_a_minutes_burst_and_then_the_rate() {
         let (mut rates, now, peer) = (Rates::new(30), Instant::now(), PeerId::random());
-        assert_eq!(takes(&mut rates, peer, now), 30);
-        assert_eq!(takes(&mut rates, peer, now + Duration::from_secs(1)), 0);
-        assert_eq!(takes(&mut rates, peer, now + Duration::from_secs(2)), 1);
-        assert_eq!(takes(&mut rates, peer, now + Duration::from_secs(32)), 15);
-        assert_eq!(takes(&mut rates, peer, now + Duration::from_secs(999)), 30);
+        assert_eq!(count_allowed(&mut rates, peer, now), 30);
+        assert_eq!(count_allowed(&mut rates, peer, now + Duration::from_secs(1)), 0);
+        assert_eq!(count_allowed(&mut rates, peer, now + Duration::from_secs(2)), 1);
+        assert_eq!(count_allowed(&mut rates, peer, now + Duration::from_secs(32)), 15);
+        assert_eq!(count_allowed(&mut rates, peer, now + Duration::from_secs(999)), 30);
     }
 
     #[test]
-    fn an_address_has_ten_times_as_much_for_all_its_peers() {
+    fn an_address_has_ten_times_the_rate_of_a_peer() {
         let (mut rates, now) = (Rates::new(1), Instant::now());
         for _ in 0..10 {
             assert_eq!(rates.take(PeerId::random(), home(1), now), Ok(()));
@@ -133,37 +133,37 @@ mod tests {
         let eleventh = PeerId::random();
         let spent = Refused::AddressTooOften(home(1).unwrap());
         assert_eq!(rates.take(eleventh, home(1), now), Err(spent));
-        // That cost the peer nothing.
+        // The refusal was not charged to the peer's own bucket.
         assert_eq!(rates.take(eleventh, home(2), now), Ok(()));
         assert_eq!(rates.take(eleventh, home(2), now), Err(Refused::TooOften));
     }
 
     #[test]
-    fn who_pays_its_own_is_not_stopped_by_its_address() {
+    fn a_renewal_is_charged_to_the_peer_and_not_to_its_address() {
         let (mut rates, now, peer) = (Rates::new(1), Instant::now(), PeerId::random());
         while rates.take(PeerId::random(), home(1), now).is_ok() {}
         assert_eq!(rates.take(peer, None, now), Ok(()));
     }
 
     #[test]
-    fn zero_is_no_limit_and_keeps_nothing() {
+    fn zero_means_unlimited_and_keeps_no_state() {
         let (mut rates, now, peer) = (Rates::new(0), Instant::now(), PeerId::random());
-        assert_eq!(takes(&mut rates, peer, now), 1000);
+        assert_eq!(count_allowed(&mut rates, peer, now), 1000);
         assert_eq!(rates.buckets(), 0);
     }
 
     #[test]
-    fn buckets_that_are_full_are_forgotten() {
+    fn full_buckets_are_removed() {
         let (mut rates, now) = (Rates::new(30), Instant::now());
         rates.take(PeerId::random(), home(1), now).unwrap();
         rates.forget_full(now + Duration::from_secs(1));
-        assert_eq!(rates.buckets(), 1, "an address's fills ten times as fast");
+        assert_eq!(rates.buckets(), 1, "the bucket of an address fills ten times as fast");
         rates.forget_full(now + Duration::from_secs(2));
         assert_eq!(rates.buckets(), 0);
     }
 
     #[test]
-    fn the_fastest_rate_still_counts() {
+    fn the_highest_rate_still_limits() {
         let (mut rates, now) = (Rates::new(u32::MAX), Instant::now());
         assert_eq!(rates.take(PeerId::random(), home(1), now), Ok(()));
         assert_eq!(rates.buckets(), 2);

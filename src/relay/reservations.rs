@@ -39,7 +39,7 @@ pub struct Reservations<C> {
     in_grace: usize,
     /// How many slots each address and subnet holds.
     pub quota: Quota,
-    /// No term and no grace ends earlier than this.
+    /// The earliest time at which a term or a grace may end.
     next_end: Option<Instant>,
     /// Changes to slots, oldest first, until the caller takes them.
     pub changes: VecDeque<Change<C>>,
@@ -78,14 +78,14 @@ impl<C> State<C> {
     }
 }
 
-/// What is known of a peer's slot.
+/// The state of a peer's slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Slot<C> {
     /// The connection that the reservation points at; `None` in grace.
     pub connection: Option<C>,
     /// The prefix that it counts towards.
     pub prefix: Option<ClientPrefix>,
-    /// When it is free unless something happens: at the end of its term, or of its grace. From then on it is void,
+    /// When it becomes free without a renewal: at the end of its term, or of its grace. From then on it is void,
     /// whether or not the sweep has removed it.
     pub ends: Instant,
 }
@@ -358,7 +358,7 @@ impl<C: Copy + Eq> Reservations<C> {
         }
     }
 
-    /// When the slot is free unless something happens, and why.
+    /// When the slot becomes free without a renewal, and why.
     fn end(&self, reservation: &Reservation<C>) -> (Instant, FreedReason) {
         match reservation.state {
             State::Grace { since, .. } if since + self.grace < reservation.expires => {

@@ -30,7 +30,7 @@ const PEERS: usize = 9;
 const TARGETS: usize = 3;
 const ADDRESSES: u8 = 6;
 /// For how many milliseconds a target that has another connection is asked over one.
-const PATIENCE: u64 = 3_000;
+const RETRY_AFTER: u64 = 3_000;
 
 /// `nth` chooses among the circuits that are being set up, or are open.
 #[derive(Clone, Debug)]
@@ -261,7 +261,7 @@ impl World {
     /// The circuits that are overdue, each with the connections over which its target may be asked instead.
     fn overdue(&self) -> Vec<(CircuitId, Vec<u32>)> {
         let overdue = self.circuits.iter().filter(|record| {
-            matches!(record.state, State::Asking) && self.now - record.asked_at >= PATIENCE
+            matches!(record.state, State::Asking) && self.now - record.asked_at >= RETRY_AFTER
         });
         overdue.map(|record| (record.id, self.others(record))).collect()
     }
@@ -602,7 +602,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 500, ..ProptestConfig::default() })]
 
     #[test]
-    fn circuits_are_admitted_and_cede_as_a_list_of_them_says(
+    fn circuits_are_admitted_and_evicted_as_in_a_naive_model(
         caps in caps(),
         steps in prop::collection::vec(step(), 1..80),
     ) {

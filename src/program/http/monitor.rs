@@ -184,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn a_snapshot_has_a_status_only_while_it_is_requested() {
+    fn a_snapshot_includes_the_status_only_on_request() {
         let (latest, routes) = published(false, false, Duration::ZERO);
         assert_eq!(get(&routes, "/healthz").0, 200);
         assert_eq!(get(&routes, "/metrics").0, 200);
@@ -195,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn a_relay_that_drains_or_is_stuck_does_not_serve() {
+    fn a_draining_or_stuck_relay_is_not_healthy() {
         let now = Duration::ZERO;
         assert_eq!(get(&routes_of(false, now), "/healthz"), (200, "serving\n".into()));
         assert_eq!(get(&routes_of(true, now), "/healthz"), (503, "draining\n".into()));
@@ -205,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn draining_is_a_status_of_its_own() {
+    fn draining_is_reported_as_a_distinct_status() {
         for (draining, status) in [(false, 1), (true, 0)] {
             let routes = routes_of(draining, Duration::ZERO);
             let (_, metrics) = get(&routes, "/metrics");

@@ -1,7 +1,7 @@
 //! `/status.json`, which the page shows.
 //!
-//! Taken on the relay's thread, once a second while it is asked for. That thread only copies it; the thread that
-//! serves HTTP makes it text.
+//! Collected on the relay's thread, once a second while it is requested. That thread only copies it; the thread that
+//! serves HTTP serializes it.
 
 use std::time::Instant;
 
@@ -102,7 +102,7 @@ pub struct Recorder {
 }
 
 impl Recorder {
-    /// Records the stats of this moment, whether or not a status is asked for.
+    /// Records the current stats, whether or not a status is requested.
     pub fn record(&mut self, stats: &Stats, now: Instant) {
         self.history.record(stats.slots, now);
         self.speed.update(stats.relayed, now);
@@ -186,7 +186,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn at_most_a_thousand_elements_of_a_long_list_are_looked_at() {
+    fn at_most_a_thousand_elements_of_a_list_are_visited() {
         let mut looked_at = 0;
         let list = Listed::of(1_000_000, 0..1_000_000, |number| {
             looked_at += 1;

@@ -140,7 +140,7 @@ impl Executor {
 }
 
 /// Runs this, with the tasks that it spawns: on an executor, without one, and with each side on a thread of its own.
-fn everywhere<F: Future<Output = ()>>(test: impl Fn([Executor; 2]) -> F) {
+fn with_each_pair_of_executors<F: Future<Output = ()>>(test: impl Fn([Executor; 2]) -> F) {
     block_on(test([Executor::Threads, Executor::Threads]));
     let (spawn, spawned) = mpsc::unbounded();
     let here = Executor::Here(spawn);
@@ -180,7 +180,7 @@ async fn run(mut spawned: mpsc::UnboundedReceiver<Task>, until: impl Future<Outp
 
 /// What a stream carries: so many bytes, all different from those of others. At least one, for the crate does
 /// not tell of a stream that it closes before it writes.
-fn said(number: usize) -> Vec<u8> {
+fn payload(number: usize) -> Vec<u8> {
     let length = [1, 2, 3, 12, 40_000, 70_000, 300_000, 600_000][number % 8];
     (0..length).map(|at: usize| (at / 7 + at * number) as u8).collect()
 }
@@ -188,9 +188,9 @@ fn said(number: usize) -> Vec<u8> {
 /// Says it all, closes its half, and hears the same.
 async fn ask(stream: impl AsyncRead + AsyncWrite, number: usize, done: mpsc::UnboundedSender<()>) {
     let (mut reads, mut writes) = stream.split();
-    let said = said(number);
+    let sent = payload(number);
     let say = async {
-        for piece in said.chunks(1 + 9000 * (number % 11)) {
+        for piece in sent.chunks(1 + 9000 * (number % 11)) {
             writes.write_all(piece).await.expect("it goes on");
         }
         writes.flush().await.expect("it goes on");
@@ -201,7 +201,7 @@ async fn ask(stream: impl AsyncRead + AsyncWrite, number: usize, done: mpsc::Unb
         reads.read_to_end(&mut heard).await.expect("it goes on");
     };
     libp2p::futures::future::join(say, hear).await;
-    assert!(heard == said, "{number}: {} of {} bytes", heard.len(), said.len());
+    assert!(heard == sent, "{number}: {} of {} bytes", heard.len(), sent.len());
     let _ = done.unbounded_send(());
 }
 
@@ -309,15 +309,15 @@ async fn exchange(room: usize, [one, other]: [Run; 2], [first, second]: [Executo
 #[test]
 fn streams_of_two_muxers_carry_all_that_is_said() {
     for room in [997, 100 * KIB] {
-        everywhere(|executors| exchange(room, [ours, ours], executors));
+        with_each_pair_of_executors(|executors| exchange(room, [ours, ours], executors));
     }
 }
 
 #[test]
 fn the_crate_and_we_understand_each_other_in_either_role() {
     for room in [997, 100 * KIB] {
-        everywhere(|executors| exchange(room, [ours, theirs], executors));
-        everywhere(|executors| exchange(room, [theirs, ours], executors));
+        with_each_pair_of_executors(|executors| exchange(room, [ours, theirs], executors));
+        with_each_pair_of_executors(|executors| exchange(room, [theirs, ours], executors));
     }
 }
 

@@ -216,7 +216,7 @@ fn assert_state(world: &World) {
 
 /// From here on both sides agree on what becomes of each stream, whether all are closed or dropped.
 fn assert_ends(mut world: World, history: &[u8], told: &str) {
-    let _told = Told(told);
+    let _trace = Trace(told);
     world.settle();
     world.check();
     // Twice, for the other side may hear of a stream with its end only.
@@ -235,9 +235,9 @@ fn assert_ends(mut world: World, history: &[u8], told: &str) {
 }
 
 /// Says which history it was that failed.
-struct Told<'a>(&'a str);
+struct Trace<'a>(&'a str);
 
-impl Drop for Told<'_> {
+impl Drop for Trace<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
             eprintln!("after {}", self.0);
