@@ -65,10 +65,7 @@ pub enum Permission {
 impl Permission {
     /// Allows on the terms of the configuration, or denies.
     pub fn allow_if(allowed: bool) -> Self {
-        match allowed {
-            true => Self::Allow(Terms::default()),
-            false => Self::Deny,
-        }
+        if allowed { Self::Allow(Terms::default()) } else { Self::Deny }
     }
 }
 
@@ -110,13 +107,8 @@ pub struct Lists {
 
 impl Lists {
     fn allows_address(&self, address: &Multiaddr) -> bool {
-        if self.allow_subnet.is_empty() && self.deny_subnet.is_empty() {
-            return true;
-        }
         let ip = address::ip(address);
-        let is_in = |subnets: &[IpNet]| {
-            ip.is_some_and(|ip| subnets.iter().any(|subnet| subnet.contains(&ip)))
-        };
+        let is_in = |list: &[IpNet]| ip.is_some_and(|ip| list.iter().any(|net| net.contains(&ip)));
         !is_in(&self.deny_subnet) && (self.allow_subnet.is_empty() || is_in(&self.allow_subnet))
     }
 
@@ -169,14 +161,14 @@ mod tests {
     }
 
     #[test]
-    fn empty_lists_let_everyone_in() {
+    fn empty_lists_allow_every_peer() {
         let (alice, bob) = (PeerId::random(), PeerId::random());
         assert!(reserves(&Lists::default(), alice, "/memory/7"));
         assert!(connects(&Lists::default(), alice, HOME, bob));
     }
 
     #[test]
-    fn a_peer_that_is_denied_may_be_nothing() {
+    fn a_denied_peer_is_neither_source_nor_target() {
         let (alice, bob) = (PeerId::random(), PeerId::random());
         let lists = Lists { deny_peer: [alice].into(), ..Lists::default() };
         assert!(!reserves(&lists, alice, HOME));
@@ -186,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn peers_and_subnets_that_are_allowed_must_both_match_and_denial_wins() {
+    fn allow_lists_must_all_match_and_deny_lists_win() {
         let (alice, bob) = (PeerId::random(), PeerId::random());
         let lists = Lists {
             allow_peer: [alice].into(),
@@ -203,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn some_may_connect_and_not_reserve() {
+    fn allow_connect_peer_permits_connect_but_not_reserve() {
         let (device, app, stranger) = (PeerId::random(), PeerId::random(), PeerId::random());
         let mut lists = Lists {
             allow_peer: [device].into(),
@@ -213,7 +205,7 @@ mod tests {
         assert!(connects(&lists, app, HOME, device) && !reserves(&lists, app, HOME));
         assert!(!connects(&lists, device, HOME, app));
         assert!(!connects(&lists, stranger, HOME, device));
-        // Without a list of who may reserve, everyone may; but only that one may connect.
+        // An empty allow_peer list lets every peer reserve; CONNECT stays restricted to allow_connect_peer.
         lists.allow_peer.clear();
         assert!(reserves(&lists, device, HOME));
         assert!(connects(&lists, app, HOME, device));

@@ -80,5 +80,5 @@ impl<S: AsyncRead + Unpin, G: Unpin> AsyncRead for TrackedStream<S, G> {
 }
 
 impl<S: AsyncWrite + Unpin, G: Unpin> AsyncWrite for TrackedStream<S, G> {
-    delegate_write!(stream: poll_write, poll_write_vectored, poll_flush, poll_close);
+    delegate_write!(stream);
 }

@@ -102,57 +102,36 @@ impl fmt::Display for Subnet {
     }
 }
 
-/// From where an address can be dialed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
-    /// From nowhere: it stands for all addresses of a machine.
-    Unspecified,
-    /// From the same machine or network.
-    Local,
-    /// From anywhere on the internet. Names count as global: the operator chose them.
-    Global,
-}
-
-impl Kind {
-    fn of(address: &Multiaddr) -> Self {
-        let is_global = match ip(address) {
-            Some(ip) if ip.is_unspecified() => return Self::Unspecified,
-            Some(IpAddr::V4(ip)) => {
-                let [a, b, ..] = ip.octets();
-                !(ip.is_private()
-                    || ip.is_loopback()
-                    || ip.is_link_local()
-                    || ip.is_documentation()
-                    || ip.is_multicast()
-                    || a == 0
-                    || a >= 240
-                    || (a == 100 && (64..128).contains(&b)) // shared by carriers: RFC 6598
-                    || (a == 198 && (18..20).contains(&b))) // benchmarks: RFC 2544
-            }
-            // Of IPv6 only 2000::/3 is assigned, and of that one block is for documentation.
-            Some(IpAddr::V6(ip)) => {
-                let [first, second, ..] = ip.segments();
-                first & 0xe000 == 0x2000 && (first, second) != (0x2001, 0xdb8)
-            }
-            None => matches!(
-                address.iter().next(),
-                Some(
-                    Protocol::Dns(_) | Protocol::Dns4(_) | Protocol::Dns6(_) | Protocol::Dnsaddr(_)
-                )
-            ),
-        };
-        if is_global { Self::Global } else { Self::Local }
-    }
-}
-
-/// Whether this address can be dialed from anywhere on the internet.
+/// Whether this address can be dialed from anywhere on the internet. Names count as global: the operator chose them.
 pub fn is_global(address: &Multiaddr) -> bool {
-    Kind::of(address) == Kind::Global
+    match ip(address) {
+        Some(IpAddr::V4(ip)) => {
+            let [a, b, ..] = ip.octets();
+            !(ip.is_private()
+                || ip.is_loopback()
+                || ip.is_link_local()
+                || ip.is_documentation()
+                || ip.is_multicast()
+                || a == 0
+                || a >= 240
+                || (a == 100 && (64..128).contains(&b)) // shared by carriers: RFC 6598
+                || (a == 198 && (18..20).contains(&b))) // benchmarks: RFC 2544
+        }
+        // Of IPv6 only 2000::/3 is assigned, and of that one block is for documentation.
+        Some(IpAddr::V6(ip)) => {
+            let [first, second, ..] = ip.segments();
+            first & 0xe000 == 0x2000 && (first, second) != (0x2001, 0xdb8)
+        }
+        None => matches!(
+            address.iter().next(),
+            Some(Protocol::Dns(_) | Protocol::Dns4(_) | Protocol::Dns6(_) | Protocol::Dnsaddr(_))
+        ),
+    }
 }
 
 /// Whether this address stands for all addresses of a machine.
 pub fn is_unspecified(address: &Multiaddr) -> bool {
-    Kind::of(address) == Kind::Unspecified
+    ip(address).is_some_and(|ip| ip.is_unspecified())
 }
 
 /// The addresses at which a client may reach the relay, by their source.
@@ -175,14 +154,9 @@ impl<'a> Known<'a> {
         if !self.announced.is_empty() {
             return self.announced.iter().collect();
         }
-        let (mut global, mut local) = (Vec::new(), Vec::new());
-        for own in self.listening.iter().filter(|own| !self.confirmed.contains(own)) {
-            match Kind::of(own) {
-                Kind::Global => global.push(own),
-                Kind::Local => local.push(own),
-                Kind::Unspecified => {}
-            }
-        }
+        let own = self.listening.iter().filter(|own| !self.confirmed.contains(own));
+        let own = own.filter(|own| ip(own).is_none_or(|ip| !ip.is_unspecified()));
+        let (global, local): (Vec<_>, Vec<_>) = own.partition(|own| is_global(own));
         self.confirmed.iter().chain(global).chain(self.reported).chain(local).collect()
     }
 }
@@ -224,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn the_prefix_of_ipv6_is_its_64_and_of_a_mapped_address_its_ipv4() {
+    fn a_client_prefix_is_an_ipv6_64_or_an_ipv4_address_also_if_mapped() {
         let prefix = |text: &str| ClientPrefix::of(&address(text)).map(|to| to.to_string());
         assert_eq!(prefix("/ip4/1.2.3.4/tcp/1"), Some("1.2.3.4".into()));
         for around in ["::ffff:1.2.3.4", "64:ff9b::1.2.3.4", "2002:102:304:5::6"] {
@@ -237,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn the_subnet_is_a_24_and_a_48() {
+    fn a_subnet_is_an_ipv4_24_or_an_ipv6_48() {
         let subnet =
             |text: &str| ClientPrefix::of(&address(text)).map(|to| to.subnet().to_string());
         assert_eq!(subnet("/ip4/1.2.3.4/tcp/1"), Some("1.2.3.0/24".into()));
@@ -247,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn global_is_what_a_stranger_can_dial() {
+    fn an_address_is_global_if_any_host_on_the_internet_can_dial_it() {
         for global in [
             "/ip4/8.8.8.8/tcp/1",
             "/ip6/2a00:1450::1/tcp/1",
@@ -274,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn addresses_come_best_first_and_each_ends_in_the_relay() {
+    fn addresses_are_sorted_best_first_and_end_in_the_relays_peer_id() {
         let relay = PeerId::random();
         let confirmed = [address("/ip4/5.5.5.5/tcp/1")];
         let listening = [
@@ -300,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_announced_stands_instead_of_what_is_found() {
+    fn announced_addresses_replace_discovered_ones() {
         let relay = PeerId::random();
         let with_relay = address(&format!("/dns4/relay.example.org/tcp/1/p2p/{relay}"));
         let known = Known {
@@ -312,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn to_all_the_best_addresses_are_told_first_and_announced_ones_alone() {
+    fn identify_lists_the_best_addresses_first_and_announced_ones_exclusively() {
         let [confirmed, global, local] =
             ["/ip4/5.5.5.5/tcp/1", "/ip6/2a00:1450::1/tcp/1", "/ip4/10.0.0.1/tcp/1"].map(address);
         let listening = [local.clone(), confirmed.clone(), global.clone()];
@@ -328,14 +302,14 @@ mod tests {
     }
 
     #[test]
-    fn an_address_that_stands_for_all_is_not_told() {
+    fn unspecified_addresses_are_left_out() {
         let listening = ["/ip4/0.0.0.0/tcp/1", "/ip6/::/tcp/1", "/ip4/10.0.0.1/tcp/1"].map(address);
         let known = Known { listening: &listening, ..Known::default() };
         assert_eq!(known.best_first(), [&listening[2]]);
     }
 
     #[test]
-    fn a_machine_of_a_thousand_addresses_still_fits_one_answer() {
+    fn the_addresses_of_a_host_with_a_thousand_fit_into_one_answer() {
         let many: Vec<_> =
             (0..1000u16).map(|n| address(&format!("/ip6/2a00:1450::{n:x}/tcp/4001"))).collect();
         let known = Known { listening: &many, ..Known::default() };

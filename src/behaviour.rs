@@ -23,26 +23,23 @@ use libp2p::{
     Multiaddr, PeerId,
     core::{ConnectedPoint, Endpoint, transport::PortUse},
     futures::{FutureExt, StreamExt, channel::mpsc},
-    identity::{Keypair, SigningError},
+    identity::Keypair,
     swarm::{
-        CloseConnection, ConnectionClosed, ConnectionDenied, ConnectionId, DialFailure, FromSwarm,
-        ListenFailure, NetworkBehaviour, ToSwarm,
+        CloseConnection, ConnectionDenied, ConnectionId, FromSwarm, NetworkBehaviour, ToSwarm,
         behaviour::{ConnectionEstablished, ExternalAddresses, ListenAddresses},
     },
 };
 
 use self::{
     handler::Handler,
-    hop::{
-        Answer, Events, HandlerCommand, HandlerEvent, Opening, Outbound, Reply, Report, StopRequest,
-    },
+    hop::{Answer, Events, HandlerCommand, HandlerEvent, Reply, Report, StopRequest},
 };
 use crate::{
     access::Access,
     activity::ActivityCounter,
     address::{self, Known},
     config::{Config, ConfigError},
-    event::{CircuitEnd, Event, FreedReason, StopFailed},
+    event::{Event, FreedReason, StopFailed},
     relay::{
         Action, Relay,
         accounts::{Account, Totals},
@@ -210,20 +207,11 @@ impl Behaviour {
         self.relay.resume();
     }
 
-    /// Whether the relay drains.
-    pub fn is_draining(&self) -> bool {
-        self.relay.is_draining()
-    }
-
     fn on_established(&mut self, established: ConnectionEstablished<'_>) {
-        let (id, endpoint) = (established.connection_id, established.endpoint);
-        let mut connection = Connection::new(
-            established.peer_id,
-            endpoint.get_remote_address().clone(),
-            endpoint.is_relayed(),
-            self.random.hash_one(id) as u8,
-            Instant::now(),
-        );
+        let ConnectionEstablished { peer_id: peer, connection_id: id, endpoint, .. } = established;
+        let (address, relayed) = (endpoint.get_remote_address().clone(), endpoint.is_relayed());
+        let jitter = self.random.hash_one(id) as u8;
+        let mut connection = Connection::new(peer, address, relayed, jitter, Instant::now());
         if let Some((_, activity)) = self.handlers.get(&id) {
             connection.track(activity.clone());
         }
@@ -242,7 +230,7 @@ impl Behaviour {
         let now = Instant::now();
         let (to, command) = match action {
             Action::Grant { request, receipt, limit, expires } => {
-                let Ok(message) = self.reserve_ok(&request.origin, limit, expires) else {
+                let Some(message) = self.reserve_ok(&request.origin, limit, expires) else {
                     self.relay.on_sign_failed(request, receipt, now);
                     return None;
                 };
@@ -256,13 +244,14 @@ impl Behaviour {
                 let _ = reply.0.send(Answer::Final(message, None)); // fails once the stream is gone
                 return None;
             }
-            Action::AskTarget { target, circuit, source, limit, ended } => {
-                let event = Some(HandlerEvent::TargetAnswered(circuit, Err(StopFailed::Gone)));
-                let report = Report { event, events: self.events.0.clone() };
-                let request = StopRequest { circuit, source, limit, since: now, ended, report };
-                (target, HandlerCommand::Open(Outbound::Stop(Box::new(request))))
+            Action::AskTarget(target, parameters) => {
+                let (id, gone) = (parameters.id, Err(StopFailed::Gone));
+                let gone = HandlerEvent::TargetAnswered(id, target.connection, gone);
+                let report = Report { event: Some(gone), events: self.events.0.clone() };
+                let request = StopRequest { parameters, report };
+                (target, HandlerCommand::Stop(Box::new(request)))
             }
-            Action::Probe(to, timeout) => (to, HandlerCommand::Open(Outbound::Probe(timeout))),
+            Action::Probe(to, timeout) => (to, HandlerCommand::Probe(timeout)),
             Action::Hold(on, holds) => (on, HandlerCommand::Hold(holds)),
             Action::Close(End { peer, connection }) => {
                 let connection = CloseConnection::One(connection);
@@ -285,29 +274,19 @@ impl Behaviour {
             HandlerEvent::Delivered(peer, receipt, arrived) => {
                 relay.on_delivered(peer, receipt, arrived, now);
             }
-            HandlerEvent::TargetAnswered(circuit, Err(failed)) => {
-                relay.on_target_answered(circuit, Err(failed), now);
-            }
-            HandlerEvent::TargetAnswered(circuit, Ok(target)) => {
-                if let Some((reply, parameters)) = relay.on_target_answered(circuit, Ok(()), now) {
-                    let event = Some(HandlerEvent::CircuitEnded(circuit, CircuitEnd::Disconnected));
-                    let report = Report { event, events: self.events.0.clone() };
-                    let opening = Opening { circuit, target: *target, parameters, report };
-                    // If the source is gone, the report is sent.
-                    let _ = reply.0.send(Answer::Open(Box::new(opening)));
+            HandlerEvent::TargetAnswered(circuit, over, answer) => {
+                let opened = relay.on_target_answered(circuit, over, answer, now);
+                if let Some((reply, opening)) = opened {
+                    // If the source is gone, the opening reports the end.
+                    let _ = reply.0.send(Answer::Open(opening));
                 }
             }
             HandlerEvent::CircuitEnded(circuit, end) => relay.on_circuit_ended(circuit, end, now),
         }
     }
 
-    /// The answer that grants a reservation.
-    fn reserve_ok(
-        &self,
-        to: &Origin,
-        limit: Limit,
-        expires: Instant,
-    ) -> Result<Vec<u8>, SigningError> {
+    /// The answer that grants a reservation; `None`: its voucher could not be signed.
+    fn reserve_ok(&self, to: &Origin, limit: Limit, expires: Instant) -> Option<Vec<u8>> {
         let term = expires.saturating_duration_since(Instant::now());
         let wall_clock = SystemTime::now().duration_since(UNIX_EPOCH);
         let expire = (wall_clock.unwrap_or_default() + term).as_secs();
@@ -320,20 +299,20 @@ impl Behaviour {
             reported: reported.as_ref(),
         };
         let addresses = address::for_reservation(known, self.peer);
-        let voucher = wire::sign_voucher(&self.keypair, to.peer, expire)?;
-        Ok(wire::reserve_ok(expire, &addresses, voucher, limit))
+        let voucher = wire::sign_voucher(&self.keypair, to.peer, expire).ok()?;
+        Some(wire::reserve_ok(expire, &addresses, voucher, limit))
     }
 }
 
 /// Checks that none of these addresses names another peer than this relay.
 fn validate_announced(relay: PeerId, announced: &[Multiaddr]) -> Result<(), ConfigError> {
-    match announced.iter().find(|address| (*address).clone().with_p2p(relay).is_err()) {
-        None => Ok(()),
-        Some(address) => {
+    for address in announced {
+        address.clone().with_p2p(relay).map_err(|address| {
             let problem = format!("{address} names another peer; this relay is {relay}");
-            Err(ConfigError::new("announce", problem))
-        }
+            ConfigError::new("announce", problem)
+        })?;
     }
+    Ok(())
 }
 
 impl NetworkBehaviour for Behaviour {
@@ -370,20 +349,18 @@ impl NetworkBehaviour for Behaviour {
         self.listening.on_swarm_event(&event);
         match event {
             FromSwarm::ConnectionEstablished(established) => self.on_established(established),
-            FromSwarm::ConnectionClosed(ConnectionClosed { peer_id, connection_id, .. }) => {
+            FromSwarm::ConnectionClosed(closed) => {
                 // First what its tasks reported before.
                 while let Ok(event) = self.events.1.try_recv() {
                     self.on_event(event);
                 }
-                self.handlers.remove(&connection_id);
-                let gone = End { peer: peer_id, connection: connection_id };
+                self.handlers.remove(&closed.connection_id);
+                let gone = End { peer: closed.peer_id, connection: closed.connection_id };
                 self.relay.on_disconnected(gone, Instant::now());
             }
             // Another behaviour denied the connection.
-            FromSwarm::ListenFailure(ListenFailure { connection_id, .. })
-            | FromSwarm::DialFailure(DialFailure { connection_id, .. }) => {
-                self.handlers.remove(&connection_id);
-            }
+            FromSwarm::ListenFailure(failed) => _ = self.handlers.remove(&failed.connection_id),
+            FromSwarm::DialFailure(failed) => _ = self.handlers.remove(&failed.connection_id),
             _ => {}
         }
     }
@@ -412,8 +389,7 @@ impl NetworkBehaviour for Behaviour {
                 if (self.is_memory_scarce)() {
                     self.relay.end_stalled(now);
                 }
-                let took = now.elapsed();
-                self.sweeps = (self.sweeps.0 + 1, self.sweeps.1 + took);
+                self.sweeps = (self.sweeps.0 + 1, self.sweeps.1 + now.elapsed());
                 continue;
             }
             match self.events.1.poll_next_unpin(cx) {

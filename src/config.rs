@@ -1,6 +1,10 @@
 //! Every limit and timer of the relay, with its unit and default, and the one function that validates them.
 
-use std::{fmt, time::Duration};
+use std::{
+    fmt,
+    net::{Ipv4Addr, Ipv6Addr},
+    time::Duration,
+};
 
 use ipnet::IpNet;
 use libp2p::{Multiaddr, multiaddr::Protocol};
@@ -200,9 +204,8 @@ impl Config {
     ///
     /// The first invalid setting, by name and with the remedy.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        let check = |is_wrong, setting, problem: &str| match is_wrong {
-            true => Err(ConfigError::new(setting, problem)),
-            false => Ok(()),
+        let check = |is_wrong, setting, problem: &str| {
+            if is_wrong { Err(ConfigError::new(setting, problem)) } else { Ok(()) }
         };
         let problem = "a relay without slots relays nothing; try 1 or more";
         check(self.max_reservations == 0, "max_reservations", problem)?;
@@ -273,26 +276,17 @@ fn cap(given: Option<usize>, share: usize, least: usize) -> Option<usize> {
 }
 
 /// Checks that each of these is a whole subnet, in the family that addresses are looked up in.
-pub(crate) fn validate_subnets(
-    setting: &'static str,
-    subnets: &[IpNet],
-) -> Result<(), ConfigError> {
-    for subnet in subnets {
+pub(crate) fn validate_subnets(setting: &'static str, list: &[IpNet]) -> Result<(), ConfigError> {
+    for subnet in list {
         let whole = subnet.trunc();
-        if whole != *subnet {
-            return Err(ConfigError::new(
-                setting,
-                format!("{subnet} names one host in it; try {whole}"),
-            ));
-        }
-        if let IpNet::V6(v6) = subnet
-            && v6.addr().to_ipv4_mapped().is_some()
-        {
-            return Err(ConfigError::new(
-                setting,
-                format!("{subnet} stands for IPv4; write it as IPv4"),
-            ));
-        }
+        let problem = if whole != *subnet {
+            format!("{subnet} names one host in it; try {whole}")
+        } else if matches!(subnet, IpNet::V6(v6) if v6.addr().to_ipv4_mapped().is_some()) {
+            format!("{subnet} stands for IPv4; write it as IPv4")
+        } else {
+            continue;
+        };
+        return Err(ConfigError::new(setting, problem));
     }
     Ok(())
 }
@@ -311,11 +305,8 @@ fn validate_lists(lists: &Lists) -> Result<(), ConfigError> {
             return Err(ConfigError::new(setting, problem));
         }
     }
-    for (setting, subnets) in
-        [("allow_subnet", &lists.allow_subnet), ("deny_subnet", &lists.deny_subnet)]
-    {
-        validate_subnets(setting, subnets)?;
-    }
+    validate_subnets("allow_subnet", &lists.allow_subnet)?;
+    validate_subnets("deny_subnet", &lists.deny_subnet)?;
     for allowed in &lists.allow_subnet {
         if let Some(denied) = lists.deny_subnet.iter().find(|net| net.contains(allowed)) {
             let problem = format!("{allowed} lies in {denied}, which is denied; drop one");
@@ -328,37 +319,31 @@ fn validate_lists(lists: &Lists) -> Result<(), ConfigError> {
 /// Checks that clients can dial this address: it names a host, and a port unless the name stands for whole addresses
 /// (dnsaddr).
 fn validate_address(address: &Multiaddr) -> Result<(), ConfigError> {
-    let parts: Vec<_> =
-        address.iter().filter(|part| !matches!(part, Protocol::Ip6zone(_))).collect();
-    let has_host = match parts.first() {
-        Some(Protocol::Ip4(ip)) => !ip.is_unspecified(),
-        Some(Protocol::Ip6(ip)) => !ip.is_unspecified(),
-        Some(Protocol::Dns(_) | Protocol::Dns4(_) | Protocol::Dns6(_)) => true,
-        Some(Protocol::Dnsaddr(_) | Protocol::Memory(_)) => true,
-        _ => false,
+    use Protocol::{Dns, Dns4, Dns6, Dnsaddr, Ip4, Ip6, Ip6zone, Memory, P2pCircuit, Tcp, Udp};
+    let parts: Vec<_> = address.iter().filter(|part| !matches!(part, Ip6zone(_))).collect();
+    let no_host = "names no host that a client can dial; try /dns4/relay.example.org/tcp/4001";
+    let problem = match parts.as_slice() {
+        [] => return Err(ConfigError::new("announce", format!("an empty address {no_host}"))),
+        parts if parts.contains(&P2pCircuit) => {
+            "leads through another relay; give an address of this one"
+        }
+        [Ip4(Ipv4Addr::UNSPECIFIED) | Ip6(Ipv6Addr::UNSPECIFIED), ..] => no_host,
+        [Dnsaddr(_) | Memory(_), ..] => return Ok(()),
+        [Ip4(_) | Ip6(_) | Dns(_) | Dns4(_) | Dns6(_), rest @ ..] => match rest {
+            [Tcp(1..) | Udp(1..), ..] => return Ok(()),
+            _ => "names no port; add the one that clients dial: /tcp/4001",
+        },
+        _ => no_host,
     };
-    let needs_port = !matches!(parts.first(), Some(Protocol::Dnsaddr(_) | Protocol::Memory(_)));
-    let has_port = parts.get(1).is_some_and(
-        |part| matches!(part, Protocol::Tcp(port) | Protocol::Udp(port) if *port != 0),
-    );
-    let problem = if parts.contains(&Protocol::P2pCircuit) {
-        "leads through another relay; give an address of this one"
-    } else if !has_host {
-        "names no host that a client can dial; try /dns4/relay.example.org/tcp/4001"
-    } else if needs_port && !has_port {
-        "names no port; add the one that clients dial: /tcp/4001"
-    } else {
-        return Ok(());
-    };
-    let shown = if parts.is_empty() { "an empty address".into() } else { address.to_string() };
-    Err(ConfigError::new("announce", format!("{shown} {problem}")))
+    Err(ConfigError::new("announce", format!("{address} {problem}")))
 }
 
 /// An invalid setting and the remedy, in one line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConfigError {
     setting: &'static str,
-    problem: String,
+    /// What is wrong with it, and the remedy.
+    pub(crate) problem: String,
 }
 
 impl ConfigError {
@@ -370,11 +355,6 @@ impl ConfigError {
     /// The field of [`Config`].
     pub fn setting(&self) -> &'static str {
         self.setting
-    }
-
-    /// What is wrong with it, and the remedy.
-    pub fn problem(&self) -> &str {
-        &self.problem
     }
 }
 
@@ -397,12 +377,12 @@ mod tests {
     }
 
     #[test]
-    fn the_defaults_make_sense() {
+    fn the_defaults_are_valid() {
         assert_eq!(Config::default().validate(), Ok(()));
     }
 
     #[test]
-    fn what_makes_no_sense_is_refused_by_name() {
+    fn an_invalid_value_is_an_error_that_names_the_setting() {
         assert_eq!(refused(|c| c.max_reservations = 0), "max_reservations");
         assert_eq!(refused(|c| c.reservation_ttl = Duration::ZERO), "reservation_ttl");
         assert_eq!(refused(|c| c.reservation_ttl = Duration::MAX), "reservation_ttl");
@@ -413,7 +393,7 @@ mod tests {
     }
 
     #[test]
-    fn an_announced_address_names_a_host_and_a_port() {
+    fn an_announced_address_must_have_a_host_and_a_port() {
         let announced = |text: &str| {
             let announce = vec![text.parse().unwrap()];
             Config { announce, ..Config::default() }.validate().map_err(|error| error.to_string())
@@ -460,7 +440,7 @@ mod tests {
     }
 
     #[test]
-    fn what_makes_no_sense_together_is_refused_by_name() {
+    fn an_invalid_combination_is_an_error_that_names_the_setting() {
         let alice = libp2p::PeerId::random();
         let refused = |lists: Lists| validate_lists(&lists).expect_err("no sense").setting();
         for (setting, allow_peer, allow_connect_peer) in [

@@ -37,7 +37,7 @@ use crate::{address::ClientPrefix, wire::BadRequest};
 /// | `ReservationReqAccepted` | [`ReservationAccepted`](Self::ReservationAccepted) |
 /// | `ReservationReqDenied` | [`ReservationRefused`](Self::ReservationRefused) |
 /// | `ReservationClosed`, `ReservationTimedOut` | [`ReservationFreed`](Self::ReservationFreed), whose reason tells them apart |
-/// | `CircuitReqAccepted` | [`CircuitOpened`](Self::CircuitOpened), once the target agreed |
+/// | `CircuitReqAccepted` | [`CircuitOpened`](Self::CircuitOpened), once the target has accepted |
 /// | `CircuitReqDenied`, `CircuitReqOutboundConnectFailed` | [`CircuitRefused`](Self::CircuitRefused) |
 /// | `CircuitClosed` | [`CircuitClosed`](Self::CircuitClosed) |
 /// | `StatusChanged` | none: the relay serves from the start, whatever addresses are confirmed |

@@ -50,11 +50,12 @@
 //! 1. As above up to `relay.rs`: `handle_request`. `relay/connect.rs`: `permit_connect` asks for access and rate, and finds
 //!    the target's live reservation. `relay/circuits.rs`: `check_caps`; `add` makes a record, which holds the reply.
 //! 2. `behaviour.rs`: `carry_out` commands the handler of the *target's* connection. `behaviour/handler.rs`: `poll` opens
-//!    a stop stream. `behaviour/hop.rs`: `ask` asks on it.
+//!    a stop stream. `behaviour/hop.rs`: `ask` asks on it. If there is no answer within 3 s and the target has another
+//!    connection, `relay/connect.rs` (`ask_over_others`) moves the circuit there.
 //! 3. `behaviour.rs`: `on_event` gets the accepted stream. `relay/connect.rs`: `on_target_answered` opens the circuit,
 //!    which `relay/accounts.rs` (`on_opened`) counts. The stream is sent as the reply.
 //! 4. `behaviour/hop.rs`: `serve` answers the source. From here on both streams are one circuit. `behaviour/circuit.rs`:
-//!    `poll` transfers its bytes both ways: limits, half-close, fair share (`relay/bandwidth.rs`: `quantum`).
+//!    `transfer` takes its bytes both ways: limits, half-close, fair share (`relay/bandwidth.rs`: `quantum`).
 //! 5. The relay ends a circuit by dropping the guard in its record (`relay/circuits.rs`: `end`). The task sends a report
 //!    when it ends, even when it is dropped (`behaviour/hop.rs`: `drop`). `relay/connect.rs`: `on_circuit_ended`
 //!    removes the record; `relay/accounts.rs` (`on_closed`) adds its bytes to both peers' accounts and the totals.

@@ -41,7 +41,7 @@ use self::{
 use crate::{
     access::{Access, Terms},
     config::{Config, ConfigError, LONGEST, SHORTEST},
-    event::{CircuitEnd, Event, FreedReason, Refused, StopFailed},
+    event::{CircuitEnd, Event, FreedReason, Refused},
     wire::{BadRequest, Limit, Request},
 };
 
@@ -162,31 +162,23 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
 
     /// Handles a connection that closed.
     pub fn on_disconnected(&mut self, gone: End<C>, now: Instant) {
-        let End { peer, connection } = gone;
         // 1. Forget it, and its request that waits for a slot.
-        self.connections.remove(connection);
+        self.connections.remove(gone.connection);
         self.waiting.retain(|waiting| waiting.request.from != gone);
         // 2. End its circuits. The tasks of the connection are gone, and report nothing any more.
         for id in self.circuits.over(gone) {
             self.end_circuit(id, CircuitEnd::Disconnected);
-            let Some(circuit) = self.circuits.get(id) else {
-                continue;
-            };
-            match (circuit.open().is_some(), circuit.source == gone) {
-                (false, false) => {
-                    self.on_target_answered(id, Err(StopFailed::Gone), now);
-                }
-                (true, true) => self.on_circuit_ended(id, CircuitEnd::Disconnected, now),
-                _ => {}
+            // The source's connection runs an open one, the target's one that is being set up.
+            let circuit = self.circuits.get(id);
+            if circuit.is_some_and(|it| it.opened_at.is_some() == (it.source == gone)) {
+                self.on_circuit_ended(id, CircuitEnd::Disconnected, now);
             }
         }
         // 3. Move its reservation, or begin the grace.
-        if self.connections.of(&peer).next().is_none() {
-            self.accounts.remove(&peer);
+        if self.connections.of(&gone.peer).next().is_none() {
+            self.accounts.remove(&gone.peer);
         }
-        let up = self.fit_for_a_slot(peer);
-        self.reservations.on_disconnected(peer, connection, &up, FreedReason::Disconnected, now);
-        self.apply_changes(now);
+        self.abandon(gone, CircuitEnd::Disconnected, now);
     }
 
     /// Frees `peer`'s slot and ends its circuits; returns whether it held a slot.

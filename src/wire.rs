@@ -9,7 +9,7 @@ use std::{fmt, io, time::Duration};
 use libp2p::{
     Multiaddr, PeerId, StreamProtocol,
     core::SignedEnvelope,
-    futures::{AsyncRead, AsyncReadExt},
+    futures::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     identity::{Keypair, SigningError},
 };
 use prost::Message;
@@ -135,6 +135,12 @@ pub async fn read_frame(
     }
 }
 
+/// Writes a whole message, and flushes it.
+pub async fn write_frame(stream: &mut (impl AsyncWrite + Unpin), frame: &[u8]) -> io::Result<()> {
+    stream.write_all(frame).await?;
+    stream.flush().await
+}
+
 /// Decodes a request of the client `from`.
 pub fn decode_request(message: &[u8], from: PeerId) -> Result<Request, BadRequest> {
     let message = proto::HopMessage::decode(message)
@@ -170,18 +176,11 @@ pub fn decode_stop_answer(message: &[u8]) -> Result<i32, BadRequest> {
 
 /// The answer to a RESERVE that was granted or renewed. `expire` is in UNIX seconds.
 pub fn reserve_ok(expire: u64, addrs: &[Multiaddr], voucher: Vec<u8>, limit: Limit) -> Vec<u8> {
+    let (expire, voucher) = (Some(expire), Some(voucher));
     let addrs = addrs.iter().map(Multiaddr::to_vec).collect();
-    let message = proto::HopMessage {
-        r#type: Some(proto::HOP_STATUS),
-        status: Some(Status::Ok as i32),
-        reservation: Some(proto::Reservation {
-            expire: Some(expire),
-            addrs,
-            voucher: Some(voucher),
-        }),
-        limit: limit.into(),
-        peer: None,
-    };
+    let reservation = Some(proto::Reservation { expire, addrs, voucher });
+    let (r#type, status, limit) = (Some(proto::HOP_STATUS), Some(Status::Ok as i32), limit.into());
+    let message = proto::HopMessage { r#type, reservation, limit, status, peer: None };
     message.encode_length_delimited_to_vec()
 }
 
@@ -200,7 +199,7 @@ pub fn stop_connect(source: PeerId, limit: Limit) -> Vec<u8> {
     message.encode_length_delimited_to_vec()
 }
 
-/// Signs the voucher that `peer` holds a slot with the owner of `keypair` until `expiration`, in UNIX seconds.
+/// Signs the voucher that `peer` holds a slot with the owner of `keypair` until `expire`, in UNIX seconds.
 ///
 /// A signed envelope (libp2p RFC 0002) as
 /// [the specification](https://github.com/libp2p/specs/blob/master/relay/circuit-v2.md#reservation-vouchers) defines it.
@@ -209,15 +208,11 @@ pub fn stop_connect(source: PeerId, limit: Limit) -> Vec<u8> {
 /// # Errors
 ///
 /// When the key cannot sign, which none of libp2p's key types reports in practice.
-pub fn sign_voucher(
-    keypair: &Keypair,
-    peer: PeerId,
-    expiration: u64,
-) -> Result<Vec<u8>, SigningError> {
+pub fn sign_voucher(keypair: &Keypair, peer: PeerId, expire: u64) -> Result<Vec<u8>, SigningError> {
     let voucher = proto::Voucher {
         relay: Some(keypair.public().to_peer_id().to_bytes()),
         peer: Some(peer.to_bytes()),
-        expiration: Some(expiration),
+        expiration: Some(expire),
     };
     let (domain, payload_type) = (VOUCHER_DOMAIN.to_owned(), VOUCHER_TYPE.to_vec());
     let envelope = SignedEnvelope::new(keypair, domain, payload_type, voucher.encode_to_vec())?;
@@ -323,7 +318,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reserve_is_two_bytes() {
+    fn a_reserve_message_is_two_bytes() {
         let alice = PeerId::random();
         assert_eq!(decode_request(&[0x08, 0x00], alice), Ok(Request::Reserve));
     }
@@ -345,7 +340,7 @@ mod tests {
     }
 
     #[test]
-    fn a_connect_names_a_peer_that_is_one_and_not_oneself() {
+    fn a_connect_needs_a_valid_peer_other_than_the_source() {
         let (alice, bob) = (PeerId::random(), PeerId::random());
         let connect = |id: Option<Vec<u8>>| {
             let message = proto::HopMessage {
@@ -362,7 +357,7 @@ mod tests {
     }
 
     #[test]
-    fn a_message_may_have_4096_bytes_and_no_more() {
+    fn messages_above_4096_bytes_are_rejected() {
         let framed = |length: u16| {
             let mut buffer = unsigned_varint::encode::u16_buffer();
             let mut bytes = unsigned_varint::encode::u16(length, &mut buffer).to_vec();
@@ -380,9 +375,9 @@ mod tests {
         assert!(matches!(read(prefix), Some(Err(BadRequest::Malformed(_)))));
     }
 
-    /// They stand in the log, whose lines are stable: see [`crate::event`].
+    /// These texts appear in log lines, which are stable: see [`crate::event`].
     #[test]
-    fn what_is_wrong_with_a_message_is_said_in_these_words() {
+    fn each_malformed_message_has_this_error_text() {
         let words_of = |read: Option<Result<Vec<u8>, BadRequest>>| match read {
             Some(Err(BadRequest::Malformed(words))) => words,
             other => panic!("{other:?}"),
@@ -425,7 +420,7 @@ mod tests {
     }
 
     #[test]
-    fn what_follows_a_message_stays_on_the_stream() {
+    fn bytes_after_a_message_stay_on_the_stream() {
         let mut stream = Cursor::new(b"\x02\x08\x00early data".to_vec());
         block_on(read_frame(&mut stream)).unwrap().unwrap();
         let mut rest = String::new();
@@ -434,7 +429,7 @@ mod tests {
     }
 
     #[test]
-    fn limits_that_are_not_set_are_left_out() {
+    fn unset_limits_are_omitted() {
         let limit = |limit| {
             let message =
                 proto::HopMessage::decode(&*unframed(&super::status(Status::Ok, limit))).unwrap();
@@ -462,7 +457,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_arrives_nothing_panics(bytes: Vec<u8>) {
+        fn arbitrary_messages_do_not_panic(bytes: Vec<u8>) {
             if let Some(Ok(message)) = read(&bytes) {
                 let _ = decode_request(&message, PeerId::random());
                 let _ = decode_stop_answer(&message);

@@ -1,13 +1,13 @@
-//! What attackers try against the relay, a function each, while two who have nothing to do with it
-//! are watched: their circuit stays, each echo comes back, each renewal is granted, and with
-//! everybody gone every count is zero.
+//! Attacks on the relay, a function each. Two clients that take no part are measured during each attack: their circuit
+//! must stay open, each echo come back and each renewal be granted. Once everybody has disconnected, every count must
+//! be zero.
 //!
-//! Each prints a row of the README's table of attacks: `.ci/attacks` runs them all on a release build. Those that take
-//! least are run by `cargo test`, too. With `RELAYLET_ATTACKS=long` they go on for as long as they can do harm, in
-//! all for half an hour.
+//! Each attack prints a row of the README's table: `.ci/attacks` runs them all on a release build, and `cargo test`
+//! only the shortest ones. With `RELAYLET_ATTACKS=long` each lasts until its effect can grow no more, in all half an
+//! hour.
 //!
-//! A row asserts admissions, evictions, counts and bytes. How fast anything is depends on the machine, so it is printed
-//! and never asserted.
+//! An attack asserts admissions, evictions, counts and bytes. Speed depends on the machine: it is printed and never
+//! asserted.
 
 mod common;
 
@@ -17,10 +17,10 @@ mod attacks {
     pub mod circuits;
     pub mod floods;
     pub mod frames;
-    pub mod ground;
+    pub mod full_table;
     pub mod handshakes;
-    pub mod pressure;
     pub mod requests;
     pub mod silence;
-    pub mod waiting;
+    pub mod testbed;
+    pub mod unread;
 }

@@ -1,21 +1,21 @@
-//! A day of 100,000 clients against this relay and three other ways of giving slots back:
+//! A day of 100,000 simulated clients against this relay and three other ways of freeing slots:
 //! `cargo bench --bench churn`.
 //!
-//! Prints a row a policy for each load, and draws `tests/churn.svg`. Fails if a peer that answered
-//! in time lost its slot, or if anything is left when all are gone. With `-- settings` behind it,
-//! it tries this relay with other timers instead. The clients, and what is assumed of them, are in
-//! `churn/trace.rs`; the other relays in `churn/others.rs`.
+//! Prints a row per policy for each load, and draws `tests/churn.svg`. Exits with status 1 if a peer that answered in
+//! time lost its slot, or if any state is left after all clients have disconnected. `-- settings` tries this relay with
+//! other timers instead. The clients, and the assumptions about them, are in `churn/trace.rs`; the other relays in
+//! `churn/others.rs`.
 
 #[path = "churn/others.rs"]
 mod others;
 #[path = "churn/plot.rs"]
 mod plot;
-#[path = "churn/rooms.rs"]
-mod rooms;
+#[path = "churn/relaylet_model.rs"]
+mod relaylet_model;
+#[path = "churn/simulation.rs"]
+mod simulation;
 #[path = "churn/trace.rs"]
 mod trace;
-#[path = "churn/world.rs"]
-mod world;
 
 use std::{
     env, fs,
@@ -28,14 +28,14 @@ use relaylet::Config;
 
 use self::{
     others::{Model, Policy},
-    rooms::Rooms,
+    relaylet_model::RelayletModel,
+    simulation::{Tally, simulate},
     trace::{DAY, MEASURED_FROM, Trace},
-    world::{Tally, play},
 };
 
 const SEED: u64 = 1;
 
-/// In percent: the mean number of live clients that want a slot, by slots.
+/// The loads, in percent: the mean number of live clients that want a slot, divided by the slots.
 const LOADS: [u32; 7] = [50, 75, 90, 100, 110, 125, 150];
 
 const PLOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/churn.svg");
@@ -47,12 +47,12 @@ const OTHERS: [(&str, Policy); 4] = [
     ("and 40 s of silence: go-libp2p, 1 h", Policy::Keepalive),
     ("(knows at once who is gone)", Policy::AllKnowing),
 ];
-/// The all-knowing one is no relay: it is left out of the plot.
+/// `AllKnowing` is no real relay: it is left out of the plot.
 const PLOTTED: usize = OTHERS.len();
 
 type Change = fn(&mut Config);
 
-/// Under which loads other timers are tried, and which: all defaults, then one or two changed.
+/// The loads under which other timers are tried, and those timers: all defaults, then one or two changes.
 const TRIED_AT: [u32; 3] = [90, 110, 125];
 const TRIED: [(&str, Change); 10] = [
     ("the defaults", |_| {}),
@@ -85,7 +85,7 @@ fn main() -> ExitCode {
     let loads = if settings { &TRIED_AT[..] } else { &LOADS };
     println!("A day, seed {SEED}: {:.0} live clients want a slot on average.\n", trace.mean_live());
     println!("{HEAD}");
-    let began = Instant::now();
+    let started = Instant::now();
     let results = at_each(loads, |load| {
         let slots = (trace.mean_live() * 100.0 / f64::from(load)).round() as usize;
         let rows = match settings {
@@ -100,7 +100,7 @@ fn main() -> ExitCode {
         }
     }
     let days: usize = results.iter().map(|(_, _, rows)| rows.len()).sum();
-    let took = began.elapsed().as_secs_f64();
+    let took = started.elapsed().as_secs_f64();
     println!("\n{days} days in {took:.0} s.");
     if !settings {
         let line = |n: usize| {
@@ -109,24 +109,28 @@ fn main() -> ExitCode {
             (results[0].2[n].0, points.collect())
         };
         let lines: Vec<_> = (0..PLOTTED).map(line).collect();
-        fs::write(PLOT, plot::refusals(&lines)).expect("its folder can be written to");
+        fs::write(PLOT, plot::refusals(&lines)).expect("the plot is written");
     }
 
     let mut failed = false;
     for (name, tally) in results.iter().flat_map(|(_, _, rows)| rows) {
-        if tally.unjust > 0 {
-            eprintln!("{name}: {} peers answered in time and were evicted", tally.unjust);
+        if tally.wrong_evictions > 0 {
+            eprintln!("{name}: {} peers answered in time and were evicted", tally.wrong_evictions);
         }
         if tally.left_over > 0 {
-            eprintln!("{name}: {} things left when all were gone", tally.left_over);
+            eprintln!(
+                "{name}: {} slots or connections left after all clients have disconnected",
+                tally.left_over
+            );
         }
-        failed |= tally.unjust + tally.left_over > 0;
+        failed |= tally.wrong_evictions + tally.left_over > 0;
     }
     if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS }
 }
 
 fn policies(trace: &Trace, slots: usize) -> Vec<(&'static str, Tally)> {
-    let others = OTHERS.map(|(name, policy)| (name, play(trace, Model::new(policy, slots), None)));
+    let others =
+        OTHERS.map(|(name, policy)| (name, simulate(trace, Model::new(policy, slots), None)));
     let mut rows = vec![(RELAYLET, relaylet(trace, slots, |_| {}))];
     rows.extend(others);
     rows
@@ -138,12 +142,12 @@ fn relaylet(trace: &Trace, slots: usize, change: Change) -> Tally {
     config.max_reservations_per_ip = Some(0);
     config.max_reservations_per_subnet = Some(0);
     change(&mut config);
-    // What came in is noticed by the next sweep: the silence counts from there.
+    // Activity is noticed by the next sweep: the silence counts from there.
     let promise = config.probe_after + config.sweep;
-    play(trace, Rooms::new(config), Some(promise))
+    simulate(trace, RelayletModel::new(config), Some(promise))
 }
 
-/// One load beside the other: they have nothing in common but the trace.
+/// Runs each load on a thread of its own.
 fn at_each<T: Send>(loads: &[u32], run: impl Fn(u32) -> T + Sync) -> Vec<T> {
     thread::scope(|scope| {
         let run = &run;
@@ -152,7 +156,7 @@ fn at_each<T: Send>(loads: &[u32], run: impl Fn(u32) -> T + Sync) -> Vec<T> {
             scope.spawn(move || run(load))
         };
         let threads: Vec<_> = loads.iter().map(start).collect();
-        let end = |thread: thread::ScopedJoinHandle<'_, T>| thread.join().expect("no bug");
+        let end = |thread: thread::ScopedJoinHandle<'_, T>| thread.join().expect("no panic");
         threads.into_iter().map(end).collect()
     })
 }
@@ -175,7 +179,7 @@ fn row(tally: &Tally) -> String {
         "{:.1} % | {} | {:.1} | {:.1} | {} | {:.0} | {:.1} s | {:.0} s",
         refused(tally),
         tally.broken.map_or("".into(), |broken| broken.to_string()),
-        tally.held_by_the_dead / measured,
+        tally.held_by_gone_peers / measured,
         tally.in_grace / measured,
         tally.evicted,
         tally.unreachable.as_secs_f64() / 60.0,
@@ -184,7 +188,7 @@ fn row(tally: &Tally) -> String {
     )
 }
 
-/// In percent of the stays.
+/// The refused stays in percent of all.
 fn refused(tally: &Tally) -> f64 {
     100.0 * tally.refused as f64 / tally.stays as f64
 }

@@ -1,9 +1,8 @@
-//! What bytes from outside can do to each part that reads them: nothing but what they mean.
+//! Fuzz targets: each part that reads bytes from outside, on arbitrary input.
 //!
-//! Each target takes any bytes and holds the relay to more than that it does not panic. Here the
-//! bytes are those of `tests/corpus`, and random ones of the right shape: `PROPTEST_CASES=100000
-//! cargo test --test fuzz` for more of them. `.ci/fuzz` has libFuzzer make them up by what they
-//! make the relay do.
+//! Each target accepts any bytes and asserts more than the absence of panics. `cargo test` runs the files of
+//! `tests/corpus`, and random bytes of a suitable shape: `PROPTEST_CASES=100000 cargo test --test fuzz` for more of
+//! them. `.ci/fuzz` runs libFuzzer, which is guided by coverage.
 
 #![cfg_attr(fuzzing, no_main)]
 
@@ -35,7 +34,7 @@ use proptest::{
 
 type Target = (&'static str, fn(&[u8]));
 
-/// By their names, which are those of the folders in `tests/corpus`.
+/// Each target with its name, which is its folder in `tests/corpus`.
 const TARGETS: &[Target] = &[
     ("addresses", addresses::check),
     ("config", files::check_config),
@@ -55,17 +54,17 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     static CHECK: LazyLock<fn(&[u8])> = LazyLock::new(|| {
         let name = env::var("FUZZ_TARGET").expect("FUZZ_TARGET names a target");
         let target = TARGETS.iter().find(|(target, _)| *target == name);
-        target.unwrap_or_else(|| panic!("{name}: there is no such target")).1
+        target.unwrap_or_else(|| panic!("{name}: no such target")).1
     });
     CHECK(bytes);
 });
 
-/// So many cases, unless `PROPTEST_CASES` says otherwise.
+/// Runs this many cases, unless `PROPTEST_CASES` is set.
 fn config(cases: u32) -> ProptestConfig {
     let mut config = ProptestConfig {
-        // The usual generator is a cipher, and takes most of the time when it is not optimized.
+        // The default generator is a cipher, which takes most of the time in an unoptimized build.
         rng_algorithm: RngAlgorithm::XorShift,
-        failure_persistence: None, // it prints the bytes
+        failure_persistence: None, // the bytes are printed
         ..ProptestConfig::default()
     };
     if env::var_os("PROPTEST_CASES").is_none() {
@@ -74,12 +73,12 @@ fn config(cases: u32) -> ProptestConfig {
     config
 }
 
-fn holds(check: fn(&[u8]), cases: u32, bytes: impl Strategy<Value = Vec<u8>>) {
-    let tried = TestRunner::new(config(cases)).run(&bytes, |bytes| {
+fn check_all(check: fn(&[u8]), cases: u32, bytes: impl Strategy<Value = Vec<u8>>) {
+    let result = TestRunner::new(config(cases)).run(&bytes, |bytes| {
         check(&bytes);
         Ok(())
     });
-    tried.unwrap_or_else(|error| panic!("{error}"));
+    result.unwrap_or_else(|error| panic!("{error}"));
 }
 
 fn any_bytes() -> impl Strategy<Value = Vec<u8>> {
@@ -87,7 +86,7 @@ fn any_bytes() -> impl Strategy<Value = Vec<u8>> {
 }
 
 #[test]
-fn what_was_found_once_holds_still() {
+fn the_corpus_is_replayed() {
     let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/corpus");
     for (name, check) in TARGETS {
         let folder = corpus.join(name);
@@ -96,64 +95,64 @@ fn what_was_found_once_holds_still() {
         for file in files {
             let file = file.expect("a file").path();
             println!("{}", file.display());
-            check(&fs::read(&file).expect("it can be read"));
+            check(&fs::read(&file).expect("the file is read"));
             count += 1;
         }
-        assert!(count > 0, "{name}: nothing in its corpus");
+        assert!(count > 0, "{name}: its corpus is empty");
     }
 }
 
 #[test]
-fn messages_mean_what_a_naive_reader_makes_of_them() {
-    holds(wire::check, 4000, wire::streams());
-    holds(wire::check, 4000, protobuf::messages());
-    holds(wire::check, 200, wire::long_streams());
-    holds(wire::check, 1000, any_bytes());
+fn messages_decode_as_in_a_naive_decoder() {
+    check_all(wire::check, 4000, wire::streams());
+    check_all(wire::check, 4000, protobuf::messages());
+    check_all(wire::check, 200, wire::long_streams());
+    check_all(wire::check, 1000, any_bytes());
 }
 
 #[test]
-fn whatever_the_addresses_an_answer_fits_and_leads_to_the_relay() {
-    holds(addresses::check, 1000, addresses::lists());
-    holds(addresses::check, 1000, any_bytes());
+fn any_address_list_yields_an_answer_that_fits_and_names_the_relay() {
+    check_all(addresses::check, 1000, addresses::lists());
+    check_all(addresses::check, 1000, any_bytes());
 }
 
 #[test]
-fn a_proxys_header_means_the_same_however_it_is_cut() {
-    holds(proxy::check, 2000, proxy::headers());
+fn a_proxy_header_is_parsed_alike_however_it_is_split() {
+    check_all(proxy::check, 2000, proxy::headers());
 }
 
 #[test]
-fn whatever_a_peer_sends_its_muxer_holds_no_more_than_it_may() {
-    holds(mux::check, 500, mux::frames());
-    holds(mux::check, 1000, any_bytes());
+fn a_muxer_stays_within_its_budget_for_any_input() {
+    check_all(mux::check, 500, mux::frames());
+    check_all(mux::check, 1000, any_bytes());
 }
 
 #[test]
-fn a_key_file_is_a_key_or_one_line() {
-    holds(files::check_identity, 300, files::identities());
+fn a_key_file_is_a_key_or_a_one_line_error() {
+    check_all(files::check_identity, 300, files::identities());
 }
 
 #[cfg(feature = "pnet")]
 #[test]
-fn a_swarm_key_is_a_key_or_one_line() {
-    holds(files::check_swarm_key, 500, files::swarm_keys());
+fn a_swarm_key_is_a_key_or_a_one_line_error() {
+    check_all(files::check_swarm_key, 500, files::swarm_keys());
 }
 
 #[test]
-fn settings_are_printed_as_they_are_read_or_one_line_says_what_is_wrong() {
-    holds(files::check_config, 500, files::configs());
-    holds(files::check_config, 200, any_bytes());
+fn settings_round_trip_or_are_a_one_line_error() {
+    check_all(files::check_config, 500, files::configs());
+    check_all(files::check_config, 200, any_bytes());
 }
 
 #[test]
-fn of_hostile_peers_nothing_is_left_and_nobody_else_notices() {
-    holds(hostile::check, 100, histories());
+fn hostile_peers_leave_no_state_and_do_not_affect_others() {
+    check_all(hostile::check, 100, histories());
 }
 
-/// Time enough for a peer to be judged and a circuit to end; and with `PROPTEST_CASES`, for all
-/// limits that a stream has.
+/// The pauses are long enough for peers to time out and circuits to end; with `PROPTEST_CASES`, for all time limits of
+/// a stream.
 #[test]
-fn nor_once_their_time_is_over() {
+fn hostile_peers_leave_no_state_after_their_timeouts() {
     let mut runner = TestRunner::new(config(40));
     let together = runner.config().cases as usize;
     let histories = vec(histories(), together).new_tree(&mut runner);

@@ -1,16 +1,17 @@
-//! The laws: as sentences about the table, and as a property of random histories.
+//! The relay's laws: as unit tests of the slot table, and as properties of random histories.
 //!
-//! | what holds | flags | shown by |
+//! | law | flags | tests |
 //! | --- | --- | --- |
-//! | connection monitoring: a slot points at a connection that is up, or is in grace | none: it is always so | `when_the_connection_goes_another_of_the_same_peer_takes_over`, `the_end_of_an_old_connection_touches_nothing_that_moved_on` |
-//! | reclaim on disconnect: at once, or kept for its owner for a while | `--grace`; `0s`: on the close event | `without_grace_the_slot_is_free_with_the_last_connection`, `a_peer_that_comes_back_within_grace_gets_its_slot`, `a_newcomer_takes_the_slot_of_the_peer_that_left_first` |
-//! | heartbeat: who is silent is asked, who had its time to answer and did not is judged | `--heartbeat`, `--silence`, `--probe`, `--probe-after` | the history below; `faults.rs`, against the program |
-//! | graceful release: given up by command, and with its term | `--reservation-ttl` | `a_slot_that_is_given_up_is_free_at_once`, `a_term_that_is_over_is_over_whether_or_not_the_sweep_has_been_by` |
-//! | concurrency: many clients at once, and no slot too many | `--max-reservations` | `however_many_come_and_go_at_once_the_counts_agree` in `crowd.rs` |
-//! | consistency: no cap exceeded, every counter what counting gives, nothing left behind | `--max-reservations-per-ip`, `--max-reservations-per-subnet`, `--reserve-rate` | `history::the_relay_and_a_naive_model_of_it_never_differ` |
-//! | fair shares: a prefix that takes all it can get cedes to others, and nobody loses a circuit for one that is refused | `--max-circuits`, `--max-circuits-per-ip`, `--max-circuits-per-subnet`, `--max-circuits-per-peer` | `circuits::circuits_are_admitted_and_cede_as_a_list_of_them_says` |
-//! | accounting: a peer's account is of its present stay, and ends with it; totals are of all | none: it is always so | `accounts::the_accounts_are_what_the_list_of_all_that_happened_adds_up_to`; `accounts.rs`, against a whole relay |
-//! | tunable policy: what is changed holds from then on and drops nobody | all of these | `a_cap_that_is_lowered_drops_nobody_and_admits_nobody_until_there_is_room`, the history; `access.rs` |
+//! | connection monitoring: a slot points at a connection that is up, or is in grace | none: always | `a_reservation_moves_to_another_connection_of_its_peer`, `closing_an_old_connection_does_not_affect_a_moved_reservation` |
+//! | reclaim on disconnect: at once, or after grace | `--grace`; `0s`: on the close event | `without_grace_a_slot_is_freed_with_the_last_connection`, `a_peer_that_returns_within_grace_gets_its_slot_back`, `a_newcomer_takes_the_slot_longest_in_grace` |
+//! | heartbeat: silent peers are probed, and time out if they do not answer in time | `--heartbeat`, `--silence`, `--probe`, `--probe-after` | the history below; `faults.rs`, against the program |
+//! | release: by command, and at the end of the term | `--reservation-ttl` | `a_released_slot_is_free_at_once`, `a_term_expires_even_before_the_sweep` |
+//! | concurrency: many clients at once, and never more slots than configured | `--max-reservations` | `counts_match_while_many_clients_come_and_go` in `concurrency.rs` |
+//! | consistency: no cap is exceeded, every counter matches a count from scratch, nothing is left behind | `--max-reservations-per-ip`, `--max-reservations-per-subnet`, `--reserve-rate` | `history::the_relay_matches_a_naive_model` |
+//! | fair shares: a prefix above its share loses circuits to others, and no circuit ends for a request that is refused | `--max-circuits`, `--max-circuits-per-ip`, `--max-circuits-per-subnet`, `--max-circuits-per-peer` | `circuits::circuits_are_admitted_and_evicted_as_in_a_naive_model` |
+//! | one acceptance: a target that does not answer is asked over its other connections, over one at a time, and accepts a circuit once | none: always | `circuits::circuits_are_admitted_and_evicted_as_in_a_naive_model`, and a target on a dead connection in `faults.rs` |
+//! | accounting: a peer's account covers its present stay and ends with it; totals cover all peers | none: always | `accounts::accounts_match_the_sum_of_all_events`; `accounts.rs`, against a whole relay |
+//! | reconfiguration: a change applies from then on and takes no slot | all of these | `a_lowered_cap_keeps_existing_slots_and_refuses_newcomers`, the history; `access.rs` |
 
 #[path = "laws/accounts.rs"]
 mod accounts;
@@ -31,6 +32,7 @@ use relaylet::{
     Config, FreedReason,
     address::ClientPrefix,
     relay::{
+        connections::End,
         quota::Scope,
         reservations::{Change, Granted, Receipt, Reservations},
     },
@@ -43,7 +45,7 @@ fn secs(n: u64) -> Duration {
     Duration::from_secs(n)
 }
 
-fn billed_to(n: u8) -> ClientPrefix {
+fn prefix(n: u8) -> ClientPrefix {
     IpAddr::from(Ipv4Addr::new(10, 0, 0, n)).into()
 }
 
@@ -55,10 +57,10 @@ fn config(total: usize, per_ip: usize) -> Config {
     config
 }
 
-/// A table whose peers are letters, whose clock is moved by hand, and whose answers are short.
+/// A slot table with three peers and a clock that tests advance.
 ///
-/// Each peer reserves over the connection that bears its own number, from an address of its own,
-/// and reads the answer, unless a test says otherwise.
+/// Each peer reserves over the connection that has its number, from an address of its own, and its answers are
+/// delivered, unless a test does otherwise.
 struct Table {
     reservations: Reservations<u32>,
     peers: Vec<PeerId>,
@@ -69,21 +71,21 @@ const ALICE: usize = 0;
 const BOB: usize = 1;
 const CAROL: usize = 2;
 
-/// What became of a RESERVE.
+/// The outcome of a RESERVE.
 #[derive(Debug, PartialEq, Eq)]
-enum Got {
+enum Outcome {
     Slot,
     SlotOf(usize),
     Renewal,
-    Nothing(Scope),
-    /// Nor would there be if somebody were gone.
-    NothingYet(Scope),
+    Refused(Scope),
+    /// A cap is exceeded: a single freed slot would not be enough.
+    RefusedAboveCap(Scope),
 }
 
-/// What the end of a connection, or of an attempt to answer, meant for a slot.
+/// What a lost connection, or an undelivered answer, did to a slot.
 #[derive(Debug, PartialEq, Eq)]
-enum Left {
-    Untouched,
+enum Effect {
+    None,
     MovedTo(u32),
     Grace,
     Freed(FreedReason),
@@ -102,67 +104,71 @@ impl Table {
         }
     }
 
-    fn pass(&mut self, time: Duration) {
+    fn advance(&mut self, time: Duration) {
         self.now += time;
     }
 
-    fn reserve(&mut self, who: usize) -> Got {
-        let (got, _) = self.reserve_over(who, connection_of(who), who as u8);
-        self.reservations.confirm(&self.peers[who]);
-        got
+    fn reserve(&mut self, index: usize) -> Outcome {
+        let (outcome, _) = self.reserve_over(index, connection_of(index), index as u8);
+        self.reservations.confirm(&self.peers[index]);
+        outcome
     }
 
-    /// Without the answer being read yet.
-    fn reserve_over(&mut self, who: usize, connection: u32, address: u8) -> (Got, Option<Receipt>) {
-        let peer = self.peers[who];
-        let address = Some(billed_to(address));
+    /// As [`Table::reserve`], over this connection and from this address; its answer is not delivered yet.
+    fn reserve_over(
+        &mut self,
+        index: usize,
+        connection: u32,
+        address: u8,
+    ) -> (Outcome, Option<Receipt>) {
+        let peer = self.peers[index];
+        let address = Some(prefix(address));
         let admission = self.reservations.reserve(peer, connection, address, TTL, self.now);
         let taken = self
             .freed()
             .into_iter()
             .find_map(|(from, reason)| (reason == FreedReason::TakenBy { peer }).then_some(from));
         match admission {
-            Ok(Granted { receipt, is_renewal: true }) => (Got::Renewal, Some(receipt)),
-            Ok(Granted { receipt, .. }) => (taken.map_or(Got::Slot, Got::SlotOf), Some(receipt)),
+            Ok(Granted { receipt, is_renewal: true }) => (Outcome::Renewal, Some(receipt)),
+            Ok(Granted { receipt, .. }) => {
+                (taken.map_or(Outcome::Slot, Outcome::SlotOf), Some(receipt))
+            }
             Err(full) => match self.reservations.quota.above(address) {
-                Some(above) => (Got::NothingYet(above), None),
-                None => (Got::Nothing(full), None),
+                Some(above) => (Outcome::RefusedAboveCap(above), None),
+                None => (Outcome::Refused(full), None),
             },
         }
     }
 
-    fn disconnect(&mut self, who: usize) -> Left {
-        self.lose(who, connection_of(who), &[])
+    fn disconnect(&mut self, index: usize) -> Effect {
+        self.lose_connection(index, connection_of(index), &[])
     }
 
-    fn lose(&mut self, who: usize, connection: u32, up: &[u32]) -> Left {
-        let (peer, reason) = (self.peers[who], FreedReason::Disconnected);
+    fn lose_connection(&mut self, index: usize, connection: u32, up: &[u32]) -> Effect {
+        let (peer, reason) = (self.peers[index], FreedReason::Disconnected);
         self.changes();
-        self.reservations.on_disconnected(peer, connection, up, reason, self.now);
-        self.left(who)
+        self.reservations.on_disconnected(End { peer, connection }, up, reason, self.now);
+        self.effect(index)
     }
 
-    fn undelivered(&mut self, who: usize, receipt: Option<Receipt>, up: &[u32]) -> Left {
+    fn undelivered(&mut self, index: usize, receipt: Option<Receipt>, up: &[u32]) -> Effect {
         let receipt = receipt.expect("there was an answer");
         self.changes();
-        self.reservations.on_undelivered(self.peers[who], receipt, up, self.now);
-        self.left(who)
+        self.reservations.on_undelivered(self.peers[index], receipt, up, self.now);
+        self.effect(index)
     }
 
-    /// What became of its slot.
-    fn left(&mut self, who: usize) -> Left {
+    /// The effect of the last call on the peer's slot.
+    fn effect(&mut self, index: usize) -> Effect {
         let mut changes = self.changes();
         let change = changes.pop();
-        assert!(changes.is_empty(), "one at a time");
+        assert!(changes.is_empty(), "one change at a time");
         match change {
-            None => Left::Untouched,
-            Some(Change::Moved { peer, to, .. }) => {
-                assert_eq!(peer, self.peers[who]);
-                to.map_or(Left::Grace, Left::MovedTo)
-            }
-            Some(Change::Freed { peer, reason, .. }) => {
-                assert_eq!(peer, self.peers[who]);
-                Left::Freed(reason)
+            None => Effect::None,
+            Some(Change { peer, to, freed, .. }) => {
+                assert_eq!(peer, self.peers[index]);
+                let moved = to.map_or(Effect::Grace, Effect::MovedTo);
+                freed.map_or(moved, |(reason, _)| Effect::Freed(reason))
             }
         }
     }
@@ -173,12 +179,9 @@ impl Table {
 
     fn freed(&mut self) -> Vec<(usize, FreedReason)> {
         let changes = self.changes().into_iter();
-        let freed = changes.filter_map(|change| match change {
-            Change::Freed { peer, reason, .. } => Some((peer, reason)),
-            Change::Moved { .. } => None,
-        });
-        let who = |peer| self.peers.iter().position(|other| *other == peer);
-        freed.map(|(peer, reason)| (who(peer).unwrap(), reason)).collect()
+        let freed = changes.filter_map(|change| Some((change.peer, change.freed?.0)));
+        let index = |peer| self.peers.iter().position(|other| *other == peer);
+        freed.map(|(peer, reason)| (index(peer).unwrap(), reason)).collect()
     }
 
     fn sweep(&mut self) -> Vec<(usize, FreedReason)> {
@@ -194,121 +197,121 @@ impl Table {
         self.reservations.configure(config, self.now);
     }
 
-    fn reaches(&self, who: usize) -> Option<u32> {
-        self.reservations.get(&self.peers[who]).filter(|slot| self.now < slot.ends)?.connection
+    fn reachable_over(&self, index: usize) -> Option<u32> {
+        self.reservations.get(&self.peers[index]).filter(|slot| self.now < slot.ends)?.connection
     }
 }
 
-fn connection_of(who: usize) -> u32 {
-    who as u32
+fn connection_of(index: usize) -> u32 {
+    index as u32
 }
 
-// ---- Safety: who answers keeps its slot
+// ---- Safety: a peer that answers keeps its slot
 
 #[test]
-fn a_newcomer_gets_nothing_while_everyone_is_there() {
+fn a_newcomer_is_refused_while_all_slots_are_live() {
     let mut table = Table::of(1);
-    assert_eq!(table.reserve(ALICE), Got::Slot);
-    assert_eq!(table.reserve(BOB), Got::Nothing(Scope::Total));
-    assert_eq!(table.reaches(ALICE), Some(connection_of(ALICE)));
+    assert_eq!(table.reserve(ALICE), Outcome::Slot);
+    assert_eq!(table.reserve(BOB), Outcome::Refused(Scope::Total));
+    assert_eq!(table.reachable_over(ALICE), Some(connection_of(ALICE)));
 }
 
-// ---- Return: a slot whose peer is gone can be had again
+// ---- Return: the slot of a peer that is gone becomes free
 
 #[test]
-fn a_newcomer_takes_the_slot_of_the_peer_that_left_first() {
+fn a_newcomer_takes_the_slot_longest_in_grace() {
     let mut table = Table::of(2);
     table.reserve(ALICE);
     table.reserve(BOB);
     table.disconnect(BOB);
-    table.pass(secs(1));
+    table.advance(secs(1));
     table.disconnect(ALICE);
-    assert_eq!(table.reserve(CAROL), Got::SlotOf(BOB));
-    assert_eq!(table.reserve(ALICE), Got::Renewal);
+    assert_eq!(table.reserve(CAROL), Outcome::SlotOf(BOB));
+    assert_eq!(table.reserve(ALICE), Outcome::Renewal);
 }
 
 #[test]
-fn without_grace_the_slot_is_free_with_the_last_connection() {
+fn without_grace_a_slot_is_freed_with_the_last_connection() {
     let mut config = config(1, 0);
     config.grace = Duration::ZERO;
     let mut table = Table::with(&config);
     table.reserve(ALICE);
-    assert_eq!(table.disconnect(ALICE), Left::Freed(FreedReason::Disconnected));
-    assert_eq!(table.reserve(BOB), Got::Slot);
+    assert_eq!(table.disconnect(ALICE), Effect::Freed(FreedReason::Disconnected));
+    assert_eq!(table.reserve(BOB), Outcome::Slot);
 }
 
 #[test]
-fn a_grace_that_is_over_frees_the_slot() {
+fn the_end_of_grace_frees_the_slot() {
     let mut table = Table::of(1);
     table.reserve(ALICE);
-    assert_eq!(table.disconnect(ALICE), Left::Grace);
-    table.pass(GRACE - secs(1));
+    assert_eq!(table.disconnect(ALICE), Effect::Grace);
+    table.advance(GRACE - secs(1));
     assert!(table.sweep().is_empty());
-    table.pass(secs(1));
+    table.advance(secs(1));
     assert_eq!(table.sweep(), [(ALICE, FreedReason::GraceOver)]);
 }
 
 #[test]
-fn a_term_that_is_over_is_over_whether_or_not_the_sweep_has_been_by() {
+fn a_term_expires_even_before_the_sweep() {
     let mut table = Table::of(1);
     table.reserve(ALICE);
-    table.pass(TTL);
-    assert_eq!(table.reaches(ALICE), None);
-    assert_eq!(table.reserve(BOB), Got::Slot);
-    table.pass(TTL);
+    table.advance(TTL);
+    assert_eq!(table.reachable_over(ALICE), None);
+    assert_eq!(table.reserve(BOB), Outcome::Slot);
+    table.advance(TTL);
     assert_eq!(table.sweep(), [(BOB, FreedReason::Expired)]);
 }
 
 #[test]
-fn a_grace_ends_with_the_term_at_the_latest() {
+fn grace_ends_with_the_term_at_the_latest() {
     let mut table = Table::of(1);
     table.reserve(ALICE);
-    table.pass(TTL - secs(5));
+    table.advance(TTL - secs(5));
     table.disconnect(ALICE);
-    table.pass(secs(5));
+    table.advance(secs(5));
     assert_eq!(table.sweep(), [(ALICE, FreedReason::Expired)]);
 }
 
 #[test]
-fn a_slot_that_is_given_up_is_free_at_once() {
+fn a_released_slot_is_free_at_once() {
     let mut table = Table::of(1);
     table.reserve(ALICE);
     assert!(table.reservations.free(table.peers[ALICE], FreedReason::Released));
     assert!(!table.reservations.free(table.peers[ALICE], FreedReason::Released));
-    assert_eq!(table.reserve(BOB), Got::Slot);
+    assert_eq!(table.reserve(BOB), Outcome::Slot);
 }
 
 // ---- Return to the owner
 
 #[test]
-fn a_peer_that_comes_back_within_grace_gets_its_slot() {
+fn a_peer_that_returns_within_grace_gets_its_slot_back() {
     let mut table = Table::of(1);
     table.reserve(ALICE);
     table.disconnect(ALICE);
-    assert_eq!(table.reaches(ALICE), None, "void while it is away");
-    table.pass(GRACE - secs(1));
-    assert_eq!(table.reserve(ALICE), Got::Renewal);
-    assert_eq!(table.reaches(ALICE), Some(connection_of(ALICE)));
-    table.pass(GRACE);
+    assert_eq!(table.reachable_over(ALICE), None, "not reachable in grace");
+    table.advance(GRACE - secs(1));
+    assert_eq!(table.reserve(ALICE), Outcome::Renewal);
+    assert_eq!(table.reachable_over(ALICE), Some(connection_of(ALICE)));
+    table.advance(GRACE);
     assert!(table.sweep().is_empty());
 }
 
 #[test]
-fn a_newcomer_leaves_grace_slots_alone_while_another_is_free() {
+fn a_newcomer_takes_a_free_slot_before_one_in_grace() {
     let mut table = Table::of(2);
     table.reserve(ALICE);
     table.disconnect(ALICE);
-    assert_eq!(table.reserve(BOB), Got::Slot);
-    assert_eq!(table.reserve(ALICE), Got::Renewal);
+    assert_eq!(table.reserve(BOB), Outcome::Slot);
+    assert_eq!(table.reserve(ALICE), Outcome::Renewal);
 }
 
 #[test]
-fn a_renewal_is_never_refused_for_room() {
+fn a_renewal_is_never_refused_for_lack_of_room() {
     let mut table = Table::with(&config(1, 1));
     table.reserve(ALICE);
     for _ in 0..100 {
-        table.pass(TTL - secs(1));
-        assert_eq!(table.reserve(ALICE), Got::Renewal);
+        table.advance(TTL - secs(1));
+        assert_eq!(table.reserve(ALICE), Outcome::Renewal);
     }
 }
 
@@ -316,88 +319,91 @@ fn a_renewal_is_never_refused_for_room() {
 fn a_new_term_begins_with_the_renewal() {
     let mut table = Table::of(1);
     table.reserve(ALICE);
-    table.pass(TTL / 2);
+    table.advance(TTL / 2);
     table.reserve(ALICE);
-    table.pass(TTL - secs(1));
+    table.advance(TTL - secs(1));
     assert!(table.sweep().is_empty());
-    assert!(table.reaches(ALICE).is_some());
+    assert!(table.reachable_over(ALICE).is_some());
 }
 
-// ---- Connections come and go
+// ---- Several connections of a peer
 
 #[test]
-fn the_end_of_an_old_connection_touches_nothing_that_moved_on() {
+fn closing_an_old_connection_does_not_affect_a_moved_reservation() {
     let mut table = Table::of(1);
     let (old, new) = (7, 8);
     table.reserve_over(ALICE, old, 1);
     table.reservations.confirm(&table.peers[ALICE]);
     table.reserve_over(ALICE, new, 2);
     table.reservations.confirm(&table.peers[ALICE]);
-    assert_eq!(table.lose(ALICE, old, &[new]), Left::Untouched);
-    assert_eq!(table.reaches(ALICE), Some(new));
+    assert_eq!(table.lose_connection(ALICE, old, &[new]), Effect::None);
+    assert_eq!(table.reachable_over(ALICE), Some(new));
 }
 
 #[test]
-fn when_the_connection_goes_another_of_the_same_peer_takes_over() {
+fn a_reservation_moves_to_another_connection_of_its_peer() {
     let mut table = Table::of(1);
     table.reserve(ALICE);
     let spare = 9;
-    assert_eq!(table.lose(ALICE, connection_of(ALICE), &[spare]), Left::MovedTo(spare));
-    assert_eq!(table.reaches(ALICE), Some(spare));
-    assert_eq!(table.lose(ALICE, spare, &[]), Left::Grace);
+    assert_eq!(
+        table.lose_connection(ALICE, connection_of(ALICE), &[spare]),
+        Effect::MovedTo(spare)
+    );
+    assert_eq!(table.reachable_over(ALICE), Some(spare));
+    assert_eq!(table.lose_connection(ALICE, spare, &[]), Effect::Grace);
 }
 
-// ---- Answers that never arrive
+// ---- Undelivered answers
 
 #[test]
-fn a_grant_whose_answer_is_lost_is_freed() {
+fn a_grant_is_undone_if_its_answer_is_not_delivered() {
     let mut table = Table::of(1);
     let (_, receipt) = table.reserve_over(ALICE, 1, 1);
-    assert_eq!(table.undelivered(ALICE, receipt, &[1]), Left::Freed(FreedReason::Undelivered));
-    assert_eq!(table.reserve(BOB), Got::Slot);
+    assert_eq!(table.undelivered(ALICE, receipt, &[1]), Effect::Freed(FreedReason::Undelivered));
+    assert_eq!(table.reserve(BOB), Outcome::Slot);
 }
 
 #[test]
-fn a_grant_is_freed_as_well_when_its_connection_is_lost_before_the_answer() {
+fn a_grant_is_undone_if_its_connection_closes_before_the_answer() {
     let mut table = Table::of(1);
     table.reserve_over(ALICE, 1, 1);
-    assert_eq!(table.lose(ALICE, 1, &[]), Left::Freed(FreedReason::Undelivered));
+    assert_eq!(table.lose_connection(ALICE, 1, &[]), Effect::Freed(FreedReason::Undelivered));
 }
 
 #[test]
-fn a_renewal_whose_answer_is_lost_leaves_the_old_term_and_the_old_connection() {
+fn an_undelivered_renewal_restores_the_old_term_and_connection() {
     let mut table = Table::of(1);
     table.reserve(ALICE);
-    table.pass(secs(10));
-    let (got, receipt) = table.reserve_over(ALICE, 9, 1);
-    assert_eq!(got, Got::Renewal);
+    table.advance(secs(10));
+    let (outcome, receipt) = table.reserve_over(ALICE, 9, 1);
+    assert_eq!(outcome, Outcome::Renewal);
     let old = connection_of(ALICE);
-    assert_eq!(table.undelivered(ALICE, receipt, &[old, 9]), Left::MovedTo(old));
-    assert_eq!(table.reaches(ALICE), Some(old));
-    table.pass(TTL - secs(10));
+    assert_eq!(table.undelivered(ALICE, receipt, &[old, 9]), Effect::MovedTo(old));
+    assert_eq!(table.reachable_over(ALICE), Some(old));
+    table.advance(TTL - secs(10));
     assert_eq!(table.sweep(), [(ALICE, FreedReason::Expired)]);
 }
 
 #[test]
-fn a_lost_answer_to_a_peer_in_grace_leaves_it_in_grace_and_in_its_place() {
+fn an_undelivered_answer_in_grace_restores_grace_and_its_order() {
     let mut table = Table::of(2);
     table.reserve(ALICE);
     table.reserve(BOB);
     table.disconnect(ALICE);
     table.disconnect(BOB);
     let (_, receipt) = table.reserve_over(ALICE, 9, 1);
-    assert_eq!(table.undelivered(ALICE, receipt, &[9]), Left::Grace);
-    assert_eq!(table.reserve(CAROL), Got::SlotOf(ALICE));
+    assert_eq!(table.undelivered(ALICE, receipt, &[9]), Effect::Grace);
+    assert_eq!(table.reserve(CAROL), Outcome::SlotOf(ALICE));
 }
 
 #[test]
-fn news_of_an_older_answer_undoes_nothing() {
+fn the_delivery_failure_of_an_older_answer_undoes_nothing() {
     let mut table = Table::of(1);
     let (_, first) = table.reserve_over(ALICE, 1, 1);
     let _second = table.reserve_over(ALICE, 1, 1);
     table.reservations.confirm(&table.peers[ALICE]);
-    assert_eq!(table.undelivered(ALICE, first, &[1]), Left::Untouched);
-    assert!(table.reaches(ALICE).is_some());
+    assert_eq!(table.undelivered(ALICE, first, &[1]), Effect::None);
+    assert!(table.reachable_over(ALICE).is_some());
 }
 
 // ---- Caps
@@ -407,36 +413,36 @@ fn an_address_cap_takes_only_from_the_same_address() {
     let mut table = Table::with(&config(9, 1));
     table.reserve_over(ALICE, 0, 1);
     table.reservations.confirm(&table.peers[ALICE]);
-    let full = Scope::Address(billed_to(1));
-    assert_eq!(table.reserve_over(BOB, 1, 1).0, Got::Nothing(full));
+    let full = Scope::Address(prefix(1));
+    assert_eq!(table.reserve_over(BOB, 1, 1).0, Outcome::Refused(full));
     table.disconnect(ALICE);
-    assert_eq!(table.reserve_over(BOB, 1, 1).0, Got::SlotOf(ALICE));
-    assert_eq!(table.reserve(CAROL), Got::Slot);
+    assert_eq!(table.reserve_over(BOB, 1, 1).0, Outcome::SlotOf(ALICE));
+    assert_eq!(table.reserve(CAROL), Outcome::Slot);
 }
 
 #[test]
-fn a_renewal_is_billed_to_the_new_address_if_there_is_room() {
+fn a_renewal_moves_to_the_quota_of_the_new_address_if_there_is_room() {
     let mut table = Table::with(&config(9, 1));
     table.reserve_over(ALICE, 0, 1);
     table.reserve_over(ALICE, 5, 2);
-    assert_eq!(table.slots_of(billed_to(1)), 0);
-    assert_eq!(table.slots_of(billed_to(2)), 1);
+    assert_eq!(table.slots_of(prefix(1)), 0);
+    assert_eq!(table.slots_of(prefix(2)), 1);
 
     table.reserve_over(BOB, 1, 1);
-    assert_eq!(table.reserve_over(BOB, 6, 2).0, Got::Renewal);
-    assert_eq!(table.slots_of(billed_to(1)), 1, "no room at the new one");
+    assert_eq!(table.reserve_over(BOB, 6, 2).0, Outcome::Renewal);
+    assert_eq!(table.slots_of(prefix(1)), 1, "no room in the new quota");
 }
 
 #[test]
-fn what_is_over_is_in_nobodys_way_before_the_sweep() {
+fn expired_slots_block_no_newcomer_before_the_sweep() {
     let mut table = Table::with(&config(9, 1));
     table.reserve_over(ALICE, 0, 1);
-    table.pass(TTL / 2);
+    table.advance(TTL / 2);
     table.reserve_over(BOB, 1, 2);
-    table.pass(TTL / 2);
-    assert_eq!(table.reserve_over(BOB, 1, 1).0, Got::Renewal);
-    assert_eq!(table.slots_of(billed_to(1)), 1, "in the place of Alice's");
-    assert_eq!(table.slots_of(billed_to(2)), 0);
+    table.advance(TTL / 2);
+    assert_eq!(table.reserve_over(BOB, 1, 1).0, Outcome::Renewal);
+    assert_eq!(table.slots_of(prefix(1)), 1, "it replaces Alice's");
+    assert_eq!(table.slots_of(prefix(2)), 0);
 }
 
 #[test]
@@ -444,41 +450,41 @@ fn a_subnet_cap_takes_only_from_the_same_subnet() {
     let mut config = config(9, 0);
     config.max_reservations_per_subnet = Some(2);
     let mut table = Table::with(&config);
-    let subnet = billed_to(0).subnet();
+    let subnet = prefix(0).subnet();
     table.reserve(ALICE);
     table.reserve(BOB);
-    assert_eq!(table.reserve(CAROL), Got::Nothing(Scope::Subnet(subnet)));
+    assert_eq!(table.reserve(CAROL), Outcome::Refused(Scope::Subnet(subnet)));
     table.disconnect(BOB);
-    assert_eq!(table.reserve(CAROL), Got::SlotOf(BOB));
+    assert_eq!(table.reserve(CAROL), Outcome::SlotOf(BOB));
     assert_eq!(table.reservations.quota.held(Scope::Subnet(subnet)), 2);
 }
 
-// ---- A policy that changes
+// ---- Changes of the configuration
 
 #[test]
-fn a_cap_that_is_lowered_drops_nobody_and_admits_nobody_until_there_is_room() {
+fn a_lowered_cap_keeps_existing_slots_and_refuses_newcomers() {
     let mut table = Table::of(3);
     table.reserve(ALICE);
     table.reserve(BOB);
     table.set(&config(1, 0));
     table.disconnect(BOB);
-    assert_eq!(table.reserve(CAROL), Got::NothingYet(Scope::Total));
-    assert_eq!(table.reserve(ALICE), Got::Renewal);
-    assert_eq!(table.reserve(BOB), Got::Renewal, "its claim was left alone");
+    assert_eq!(table.reserve(CAROL), Outcome::RefusedAboveCap(Scope::Total));
+    assert_eq!(table.reserve(ALICE), Outcome::Renewal);
+    assert_eq!(table.reserve(BOB), Outcome::Renewal, "its slot in grace was not taken");
     table.reservations.free(table.peers[BOB], FreedReason::Released);
-    assert_eq!(table.reserve(CAROL), Got::Nothing(Scope::Total));
+    assert_eq!(table.reserve(CAROL), Outcome::Refused(Scope::Total));
     table.reservations.free(table.peers[ALICE], FreedReason::Released);
-    assert_eq!(table.reserve(CAROL), Got::Slot);
+    assert_eq!(table.reserve(CAROL), Outcome::Slot);
 }
 
 #[test]
-fn a_grace_that_is_shortened_may_be_over_at_once() {
+fn a_shortened_grace_may_end_at_once() {
     let mut table = Table::of(1);
     table.reserve(ALICE);
     table.disconnect(ALICE);
-    table.pass(GRACE / 2);
+    table.advance(GRACE / 2);
     let mut shorter = config(1, 0);
     shorter.grace = GRACE / 3;
     table.set(&shorter);
-    assert_eq!(table.reserve(BOB), Got::Slot);
+    assert_eq!(table.reserve(BOB), Outcome::Slot);
 }

@@ -1,25 +1,25 @@
-//! What a circuit and an idle slot cost, beside rust-libp2p's and go-libp2p's relay.
+//! The cost of a circuit and of an idle slot, compared with rust-libp2p's and go-libp2p's relay.
 //!
-//! `cargo bench --bench peers` builds the other two (`tests/peers/rust`, `tests/peers/go`; needs
-//! go), starts all three as processes, drives them with the same clients, and interleaves them round by
-//! round. It prints a Markdown table, writes it to `target/peers.md`, and ends with status 1 if a
-//! ratio is above its goal. `-- --quick` measures a subset in about a minute; the name of a row's
-//! group (`bulk`, `setup`, `echo`, `idle`, `stalled`, `watched`) measures that alone; `--rounds N` changes how
-//! often; `--only relaylet` leaves the others out; `--flags "…"` adds to the flags of relaylet.
+//! `cargo bench --bench peers` builds the other two relays (`tests/peers/rust`, `tests/peers/go`; needs Go), starts all
+//! three as processes, drives them with the same clients, and interleaves them round by round. It prints a Markdown
+//! table, writes it to `target/peers.md`, and exits with status 1 if a ratio is above its goal. `-- --quick` measures a
+//! subset in about a minute; the name of a group of rows (`bulk`, `setup`, `echo`, `idle`, `stalled`, `watched`)
+//! measures only that; `--rounds N` sets the number of rounds; `--only relaylet` leaves out the others; `--flags "…"`
+//! adds flags to relaylet.
 //!
-//! CPU time is what the kernel counted for the relay's threads (schedstat), memory what it counted
-//! for its pages (smaps_rollup); the client is in neither. Each figure is the median of the rounds.
-//! Each contestant has as many threads as relaylet has by itself.
+//! CPU time is the kernel's count for the relay's threads (schedstat), memory its count for the relay's pages
+//! (smaps_rollup); neither includes the clients. Each figure is the median of the rounds. Each relay runs as many
+//! threads as relaylet's default.
 
 mod common;
 
 mod peers {
     pub mod bulk;
     pub mod contestants;
-    pub mod crowd;
     pub mod echo;
     pub mod floor;
     pub mod idle;
+    pub mod idle_clients;
     pub mod rounds;
     pub mod setup;
     pub mod stalled;
@@ -34,7 +34,7 @@ use common::Security;
 use peers::{
     bulk,
     contestants::{Contestant, Contestants},
-    crowd, echo, floor, idle,
+    echo, floor, idle, idle_clients,
     rounds::Rounds,
     setup, stalled,
     watched::{self, Callers},
@@ -46,11 +46,11 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = env::args().skip(1).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let runtime = Runtime::new().expect("a runtime");
-    // This program starts itself for clients that need a process of their own.
+    // The program starts itself for clients that need a process of their own.
     match words[..] {
         [echo::FLAT_OUT, relay] => runtime.block_on(echo::run_flat_out(relay)),
-        [crowd::ROLE, relay, first, count, security] => {
-            runtime.block_on(crowd::run(relay, first, count, security));
+        [idle_clients::ROLE, relay, first, count, security] => {
+            runtime.block_on(idle_clients::run(relay, first, count, security));
         }
         [watched::ROLE, port, how] => runtime.block_on(watched::run(port, how)),
         _ => {}
@@ -58,10 +58,10 @@ fn main() -> ExitCode {
     Bench::of(&words).run(&runtime)
 }
 
-/// What is to be measured, and how much of it.
+/// What is measured, and how much of it.
 struct Bench<'a> {
     groups: Vec<&'a str>,
-    who: Vec<Contestant>,
+    selected: Vec<Contestant>,
     contestants: Contestants,
     rounds: usize,
     quick: bool,
@@ -70,7 +70,7 @@ struct Bench<'a> {
 impl<'a> Bench<'a> {
     fn of(words: &[&'a str]) -> Self {
         const GROUPS: [&str; 6] = ["bulk", "setup", "echo", "idle", "stalled", "watched"];
-        let behind = |name| {
+        let value_of = |name| {
             let at = words.iter().position(|word| *word == name)?;
             words.get(at + 1).copied()
         };
@@ -79,15 +79,15 @@ impl<'a> Bench<'a> {
         if groups.is_empty() {
             groups = if quick { vec!["bulk", "setup", "echo"] } else { GROUPS.to_vec() };
         }
-        let who: Vec<_> = match behind("--only") {
+        let selected: Vec<_> = match value_of("--only") {
             Some(name) => Contestant::ALL.into_iter().filter(|c| c.name() == name).collect(),
             None => Contestant::ALL.to_vec(),
         };
-        let rounds = behind("--rounds").map(|rounds| rounds.parse().expect("a number of rounds"));
+        let rounds = value_of("--rounds").map(|rounds| rounds.parse().expect("a number of rounds"));
         Self {
             groups,
-            contestants: Contestants::build(&who, behind("--flags").unwrap_or_default()),
-            who,
+            contestants: Contestants::build(&selected, value_of("--flags").unwrap_or_default()),
+            selected,
             rounds: rounds.unwrap_or(if quick { 1 } else { 5 }),
             quick,
         }
@@ -108,13 +108,13 @@ impl<'a> Bench<'a> {
         table.print(TABLE)
     }
 
-    /// Every contestant once a round, in an order that changes from round to round.
+    /// Measures every contestant once a round, in an order that rotates.
     fn rounds(&self, mut measure: impl FnMut(Contestant)) {
         for round in 0..self.rounds {
-            let start = round % self.who.len();
-            let (later, first) = self.who.split_at(start);
-            for who in first.iter().chain(later) {
-                measure(*who);
+            let start = round % self.selected.len();
+            let (later, first) = self.selected.split_at(start);
+            for contestant in first.iter().chain(later) {
+                measure(*contestant);
             }
         }
     }
@@ -127,14 +127,14 @@ impl<'a> Bench<'a> {
         ] {
             let row = table.row(what, "s", goals);
             let beyond = table.row(&format!("{what}, beyond the ciphers"), "s", [f64::INFINITY; 2]);
-            self.rounds(|who| {
-                // Each time anew: the machine's speed changes.
+            self.rounds(|contestant| {
+                // Measured in each round, because the machine's speed changes.
                 let floor = floor::seconds_per_gigabyte(security, bytes);
-                let relay = self.contestants.start(who);
+                let relay = self.contestants.start(contestant);
                 let client = self.contestants.go();
                 let figure = bulk::seconds_per_gigabyte(&relay, client, security, bytes);
-                table.add(row, who, figure);
-                table.add(beyond, who, figure - floor);
+                table.add(row, contestant, figure);
+                table.add(beyond, contestant, figure - floor);
             });
         }
     }
@@ -142,10 +142,10 @@ impl<'a> Bench<'a> {
     fn setup(&self, runtime: &Runtime, table: &mut Rounds) {
         let circuits = if self.quick { 400 } else { 2000 };
         let row = table.row("CPU per circuit set up and torn down", "ms", [0.8, 0.6]);
-        self.rounds(|who| {
-            let relay = self.contestants.start(who);
+        self.rounds(|contestant| {
+            let relay = self.contestants.start(contestant);
             let figure = setup::milliseconds_per_circuit(&relay, circuits);
-            table.add(row, who, runtime.block_on(figure));
+            table.add(row, contestant, runtime.block_on(figure));
         });
     }
 
@@ -155,15 +155,15 @@ impl<'a> Bench<'a> {
         let idle50 = table.row(&what("idle relay, p50"), "µs", [1.0, 1.0]);
         let idle99 = table.row(&what("idle relay, p99"), "µs", [1.0, 1.0]);
         let busy99 = table.row(&what("another circuit flat out, p99"), "µs", [0.5, 0.5]);
-        self.rounds(|who| {
+        self.rounds(|contestant| {
             let base = runtime.block_on(echo::direct(count));
-            let relay = self.contestants.start(who);
-            let idle = runtime.block_on(echo::relayed(&relay, count)).beyond(base);
-            table.add(idle50, who, idle.p50);
-            table.add(idle99, who, idle.p99);
+            let relay = self.contestants.start(contestant);
+            let idle = runtime.block_on(echo::relayed(&relay, count)).above(base);
+            table.add(idle50, contestant, idle.p50);
+            table.add(idle99, contestant, idle.p99);
             let _bulk = echo::flat_out(&relay);
-            let busy = runtime.block_on(echo::relayed(&relay, count)).beyond(base);
-            table.add(busy99, who, busy.p99);
+            let busy = runtime.block_on(echo::relayed(&relay, count)).above(base);
+            table.add(busy99, contestant, busy.p99);
         });
     }
 
@@ -172,32 +172,32 @@ impl<'a> Bench<'a> {
         for (security, name) in [(Security::Noise, "Noise"), (Security::Tls, "TLS")] {
             let what = format!("resident memory per idle reserved peer, {peers} of them, {name}");
             let row = table.row(&what, "KiB", [0.75, 0.75]);
-            self.rounds(|who| {
-                let relay = self.contestants.start(who);
-                table.add(row, who, idle::kilobytes_per_peer(&relay, security, peers));
+            self.rounds(|contestant| {
+                let relay = self.contestants.start(contestant);
+                table.add(row, contestant, idle::kilobytes_per_peer(&relay, security, peers));
             });
         }
     }
 
     fn stalled(&self, runtime: &Runtime, table: &mut Rounds) {
         let row = table.row("memory per stalled circuit", "KiB", [1.0, 1.0]);
-        self.rounds(|who| {
-            let relay = self.contestants.start(who);
+        self.rounds(|contestant| {
+            let relay = self.contestants.start(contestant);
             let figure = stalled::kilobytes_per_circuit(&relay);
-            table.add(row, who, runtime.block_on(figure));
+            table.add(row, contestant, runtime.block_on(figure));
         });
     }
 
-    /// Of relaylet alone: the others are not watched over HTTP.
+    /// Only relaylet: the others have no HTTP port.
     fn watched(&self, runtime: &Runtime, table: &mut Rounds) {
         let count = if self.quick { 1000 } else { 5000 };
-        let mut rows = |who| {
+        let mut rows = |condition| {
             ["p50", "p99"].map(|which| {
-                let what = format!("latency of a 1 KiB echo, {who}, {which}");
+                let what = format!("latency of a 1 KiB echo, {condition}, {which}");
                 table.row(&what, "µs", [f64::INFINITY; 2])
             })
         };
-        let who = Contestant::Relaylet;
+        let contestant = Contestant::Relaylet;
         let cases = [
             (rows("not watched"), None),
             (rows("1000 idle HTTP callers"), Some(Callers::Idle)),
@@ -209,11 +209,11 @@ impl<'a> Bench<'a> {
                 let port = watched::port();
                 let flag = format!("--http=127.0.0.1:{port}");
                 let flags = callers.map_or(vec![], |_| vec![flag]);
-                let relay = self.contestants.start_with(who, &flags);
-                let _callers = callers.map(|callers| watched::call(port, callers));
+                let relay = self.contestants.start_with(contestant, &flags);
+                let _callers = callers.map(|callers| watched::start(port, callers));
                 let latency = runtime.block_on(echo::relayed(&relay, count));
-                table.add(rows[0], who, latency.p50);
-                table.add(rows[1], who, latency.p99);
+                table.add(rows[0], contestant, latency.p50);
+                table.add(rows[1], contestant, latency.p99);
             }
         }
     }

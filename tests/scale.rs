@@ -1,23 +1,23 @@
-//! How cost grows with peers and with circuits, on this machine.
+//! How costs grow with the number of peers and circuits, on this machine.
 //!
-//! `cargo bench --bench scale` has 1,000, 3,000 and 10,000 peers connect to a relay of their own and
-//! reserve, watches them idle for a minute, and then has 1,000 circuits carry data at once, between
-//! one pair of peers and between many. It prints Markdown tables and writes them to
-//! `target/scale.md`. `-- --quick` does with 1,000 peers and fewer circuits, in about a minute;
-//! `peers` or `circuits` measures that alone; `--flags "…"` adds to the flags of the relay.
+//! `cargo bench --bench scale` connects 1,000, 3,000 and 10,000 peers, each time to a new relay, lets them reserve,
+//! measures them idle for a minute, and then transfers data through 1,000 circuits at once, between one pair of peers
+//! and between many. It prints Markdown tables and writes them to `target/scale.md`. `-- --quick` uses 1,000 peers and
+//! fewer circuits, and takes about two minutes; `peers` or `circuits` measures only that; `--flags "…"` adds flags to
+//! the relay.
 //!
-//! The clients run on the same cores, in a few processes: what comes a second is the machine's,
-//! theirs more than the relay's. CPU time is what the kernel counted for the relay's threads
-//! (schedstat), memory what it counted for its pages (smaps_rollup).
+//! The clients run on the same cores, in a few processes, so rates per second depend on the machine, and more on the
+//! clients than on the relay. CPU time is the kernel's count for the relay's threads (schedstat), memory its count for
+//! the relay's pages (smaps_rollup).
 
 mod common;
 
-#[allow(dead_code)] // the other relays take no part
+#[allow(dead_code)] // the other relays are not used here
 #[path = "peers/contestants.rs"]
 mod contestants;
 #[allow(dead_code)]
-#[path = "peers/crowd.rs"]
-mod crowd;
+#[path = "peers/idle_clients.rs"]
+mod idle_clients;
 
 mod scale {
     pub mod arrival;
@@ -34,16 +34,19 @@ use scale::{arrival, circuits, table::Table};
 
 const TABLES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/target/scale.md");
 
-/// Files that a process has open beside its connections.
+/// How long idle peers are watched: two heartbeats, because each one probes every peer.
+const WATCHED: Duration = Duration::from_secs(60);
+
+/// How many files a process has open besides its connections.
 const OTHER_FILES: u64 = 200;
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = env::args().skip(1).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let runtime = Runtime::new().expect("a runtime");
-    // This program starts itself for the clients.
-    if let [crowd::ROLE, relay, first, count, security] = words[..] {
-        runtime.block_on(crowd::run(relay, first, count, security));
+    // The program starts itself for the clients.
+    if let [idle_clients::ROLE, relay, first, count, security] = words[..] {
+        runtime.block_on(idle_clients::run(relay, first, count, security));
     }
 
     let quick = words.contains(&"--quick");
@@ -52,10 +55,7 @@ fn main() -> ExitCode {
     let all = !["peers", "circuits"].iter().any(|part| words.contains(part));
     let mut tables = String::new();
     if all || words.contains(&"peers") {
-        let (sizes, watched) = match quick {
-            true => (&[1000][..], Duration::from_secs(30)),
-            false => (&[1000, 3000, 10_000][..], Duration::from_secs(60)),
-        };
+        let sizes = if quick { &[1000][..] } else { &[1000, 3000, 10_000] };
         if let Err(line) = enough_files(sizes[sizes.len() - 1]) {
             eprintln!("{line}");
             return ExitCode::FAILURE;
@@ -63,7 +63,7 @@ fn main() -> ExitCode {
         let names = sizes.iter().map(|size| format!("{} peers", written(*size)));
         let mut table = Table::of(names, true);
         for &size in sizes {
-            arrival::measure(size, watched, flags, &mut table);
+            arrival::measure(size, WATCHED, flags, &mut table);
         }
         tables += &table.markdown();
     }
@@ -86,7 +86,7 @@ fn main() -> ExitCode {
         tables += &table.markdown();
     }
     println!("\n{tables}");
-    fs::write(TABLES, tables).expect("the folder target is there");
+    fs::write(TABLES, tables).expect("the folder target exists");
     println!("the tables are in {TABLES}");
     ExitCode::SUCCESS
 }
@@ -98,7 +98,7 @@ fn written(number: usize) -> String {
     }
 }
 
-/// The relay has to have a file open for each connection.
+/// Raises the limit on open files: the relay needs one for each connection.
 fn enough_files(peers: usize) -> Result<(), String> {
     let needed = peers as u64 + OTHER_FILES;
     let limit = rlimit::increase_nofile_limit(u64::MAX).expect("a limit of open files");

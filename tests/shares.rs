@@ -1,7 +1,7 @@
-//! How fairly circuits share a link that is too narrow for them, against the running program.
+//! How fairly circuits share a narrow link, measured on the running program.
 //!
-//! `cargo bench --bench shares` measures each case over five seconds, prints a Markdown table, and
-//! ends with status 1 if a share is not what was promised.
+//! `cargo bench --bench shares` measures each case over five seconds, prints a Markdown table, and exits with status 1
+//! if a share misses its goal.
 
 mod common;
 
@@ -21,14 +21,14 @@ use libp2p::{
 };
 use tokio::time::{Instant, interval, sleep};
 
-/// What the whole relay may carry, in bytes a second.
+/// The relay's bandwidth cap, in bytes per second.
 const CAP: u64 = 4_000_000;
 
-/// What a modest circuit asks for: less than a tenth, but not by much.
-const MODEST: u64 = 350_000;
+/// The demand of a light circuit: a little less than a tenth.
+const LIGHT: u64 = 350_000;
 
-/// Until windows have grown and everyone is at it.
-const SETTLES: Duration = Duration::from_secs(2);
+/// After this time windows have grown and all circuits transfer.
+const SETTLE_TIME: Duration = Duration::from_secs(2);
 
 const MEASURED: Duration = Duration::from_secs(5);
 
@@ -49,10 +49,10 @@ async fn main() -> ExitCode {
     let of_cap = of_cap(&rates);
     row("together, of the cap", of_cap, "0.95 to 1.05", within_5_percent(of_cap));
 
-    let mut wishes = [Some(MODEST); 10];
-    wishes[0] = None;
-    let rates = self::rates(&wishes).await;
-    let least = rates[1..].iter().copied().fold(f64::INFINITY, f64::min) / MODEST as f64;
+    let mut demands = [Some(LIGHT); 10];
+    demands[0] = None;
+    let rates = self::rates(&demands).await;
+    let least = rates[1..].iter().copied().fold(f64::INFINITY, f64::min) / LIGHT as f64;
     row(
         "one greedy, nine modest: the least a modest one got, of what it asked for",
         least,
@@ -67,15 +67,15 @@ async fn main() -> ExitCode {
     }
 }
 
-/// How many bytes a second each of these circuits gets through, each between two peers of its own.
-/// `None` asks for everything.
-async fn rates(wishes: &[Option<u64>]) -> Vec<f64> {
+/// The rate of each of these circuits in bytes per second; each is between two peers of its own. `None` is unlimited
+/// demand.
+async fn rates(demands: &[Option<u64>]) -> Vec<f64> {
     let flags =
         "--bandwidth=4MB --circuit-bytes=0 --circuit-duration=0s --max-reservations-per-ip=0";
     let relay = Relay::start(&flags.split(' ').collect::<Vec<_>>());
     let mut clients = Vec::new();
     let mut arrived = Vec::new();
-    for wish in wishes {
+    for demand in demands {
         let (mut source, mut target) =
             (Client::connect(&relay).await, Client::connect(&relay).await);
         target.reserve().await;
@@ -83,10 +83,10 @@ async fn rates(wishes: &[Option<u64>]) -> Vec<f64> {
         clients.extend([source, target]);
         let count = Arc::new(AtomicU64::new(0));
         arrived.push(Arc::clone(&count));
-        tokio::spawn(send(from, *wish));
+        tokio::spawn(send(from, *demand));
         tokio::spawn(receive(to, count));
     }
-    sleep(SETTLES).await;
+    sleep(SETTLE_TIME).await;
     let count = || arrived.iter().map(|count| count.load(Ordering::Relaxed)).collect::<Vec<_>>();
     let (start, before) = (Instant::now(), count());
     sleep(MEASURED).await;
@@ -95,16 +95,16 @@ async fn rates(wishes: &[Option<u64>]) -> Vec<f64> {
     after.into_iter().zip(before).map(of).collect()
 }
 
-async fn send(mut stream: Stream, wish: Option<u64>) {
+async fn send(mut stream: Stream, demand: Option<u64>) {
     const TICKS: u64 = 100;
-    let piece = vec![7; wish.map_or(64 * 1024, |rate| (rate / TICKS) as usize)];
+    let piece = vec![7; demand.map_or(64 * 1024, |rate| (rate / TICKS) as usize)];
     let mut tick = interval(Duration::from_millis(1000 / TICKS));
     loop {
-        if wish.is_some() {
+        if demand.is_some() {
             tick.tick().await;
         }
         if stream.write_all(&piece).await.is_err() || stream.flush().await.is_err() {
-            return; // the relay is gone
+            return; // the relay has exited
         }
     }
 }
@@ -124,7 +124,7 @@ fn within_5_percent(of_cap: f64) -> bool {
     (0.95..=1.05).contains(&of_cap)
 }
 
-/// Jain's index: 1 where all get the same, 1/n where one gets everything.
+/// Jain's fairness index: 1 if all rates are equal, 1/n if one circuit gets everything.
 fn fairness(rates: &[f64]) -> f64 {
     let sum: f64 = rates.iter().sum();
     let squares: f64 = rates.iter().map(|rate| rate * rate).sum();

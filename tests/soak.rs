@@ -1,21 +1,20 @@
-//! The day of the churn simulation, compressed, lived by hundreds of real clients with the real
-//! program, for an hour: `cargo bench --bench soak`.
+//! The day of the churn simulation, compressed into an hour, with hundreds of real clients and the real program:
+//! `cargo bench --bench soak`.
 //!
-//! Five minutes of it with `-- --quick`; `--seed N` is another day, `--clients N` another number of
-//! clients at a time. Somebody who sees only what the clients see and what the relay shows of itself
-//! checks the laws all the time (`soak/observer.rs`); memory, descriptors and threads have to be flat from
-//! the first quarter to the end (of five minutes: from half of them on), within what `soak/samples.rs`
-//! says. The kernel knows the relay's threads, not its tasks: those go with the connections and circuits,
-//! which the relay counts itself.
-//! Ends with status 1 and one line at the first thing that is not as promised. Prints a Markdown table
-//! and writes it to `target/soak.md`.
+//! `-- --quick` runs five minutes of it; `--seed N` chooses another day, `--clients N` another mean number of clients.
+//! An observer, which sees only what the clients see and what the relay reports about itself, checks the laws all the
+//! time (`soak/observer.rs`). Memory, descriptors and threads must be flat from the first quarter to the end (with
+//! `--quick`: from the second quarter), within the bounds of `soak/samples.rs`. The kernel counts the relay's threads
+//! but not its tasks: those end with the connections and circuits, which the relay counts itself.
 //!
-//! A day is an hour here: everything that takes time is 24 times as fast, the relay's timers too. But
-//! for `--probe`, which has to be 500 ms at least and is 125 ms then.
+//! Exits with status 1 and one line at the first violation. Prints a Markdown table and writes it to `target/soak.md`.
+//!
+//! A day takes an hour: everything, including the relay's timers, is 24 times as fast. The exception is `--probe`,
+//! which would be 125 ms and has a minimum of 500 ms.
 
 mod common;
 
-#[allow(dead_code)] // the round trips are this machine's own
+#[allow(dead_code)] // round trips are not simulated here
 #[path = "churn/trace.rs"]
 mod trace;
 
@@ -29,12 +28,12 @@ mod plan;
 mod planted;
 #[path = "soak/report.rs"]
 mod report;
+#[path = "soak/runner.rs"]
+mod runner;
 #[path = "soak/samples.rs"]
 mod samples;
-#[path = "soak/stage.rs"]
-mod stage;
-#[path = "soak/watching.rs"]
-mod watching;
+#[path = "soak/status.rs"]
+mod status;
 
 use std::{env, fs, process::ExitCode};
 
@@ -46,15 +45,15 @@ const SEED: usize = 1;
 const CLIENTS: usize = 300;
 
 const TABLE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/target/soak.md");
-/// What the relay said, when something was wrong.
+/// The relay's log, written when a law was violated.
 const LOG: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/target/soak.log");
 
-/// More than ever are open here at a time.
+/// More than the greatest number of open files.
 const FILES: u64 = 4096;
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = env::args().collect();
-    // `cargo test --all-targets` starts benches too, without this.
+    // `cargo test --all-targets` starts benches too, without this argument.
     if !arguments.iter().any(|argument| argument == "--bench") {
         return ExitCode::SUCCESS;
     }
@@ -77,23 +76,23 @@ fn soak(arguments: &[String]) -> Result<(), String> {
         ));
     }
     let quick = arguments.iter().any(|argument| argument == "--quick");
-    let seed = number_behind("--seed", arguments)?.unwrap_or(SEED);
-    let clients = number_behind("--clients", arguments)?.unwrap_or(CLIENTS);
+    let seed = number_after("--seed", arguments)?.unwrap_or(SEED);
+    let clients = number_after("--clients", arguments)?.unwrap_or(CLIENTS);
     let plan = Plan::of(Trace::of_a_day(seed as u64), clients, quick);
     println!(
         "Seed {seed}: {:.0} clients on average want one of {} slots, for {} s.",
         plan.mean_live,
         plan.config.max_reservations,
-        plan.lasts.as_secs(),
+        plan.duration.as_secs(),
     );
     println!("{}", plan.flags().join(" "));
 
     let runtime = Runtime::new().expect("a runtime");
-    let (soaked, log) = runtime.block_on(stage::live(&plan, seed as u64));
-    // Clients that are left unpolled wait for nobody.
+    let (outcome, log) = runtime.block_on(runner::run(&plan, seed as u64));
+    // Tasks of clients that are no longer polled are dropped.
     runtime.shutdown_background();
-    let table = match soaked {
-        Ok(soaked) => soaked,
+    let table = match outcome {
+        Ok(outcome) => outcome,
         Err(line) => {
             fs::write(LOG, log.join("\n")).map_err(|error| error.to_string())?;
             return Err(format!("{line}; the relay's log is in {LOG}"));
@@ -102,10 +101,10 @@ fn soak(arguments: &[String]) -> Result<(), String> {
     println!("\n{}", table.text);
     fs::write(TABLE, &table.text).map_err(|error| error.to_string())?;
     println!("the table is in {TABLE}");
-    table.sound
+    table.verdict
 }
 
-fn number_behind(name: &str, arguments: &[String]) -> Result<Option<usize>, String> {
+fn number_after(name: &str, arguments: &[String]) -> Result<Option<usize>, String> {
     let Some(at) = arguments.iter().position(|argument| argument == name) else {
         return Ok(None);
     };

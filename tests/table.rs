@@ -1,13 +1,12 @@
-//! What the table, the sweep and the heartbeat cost, beside rust-libp2p's and go-libp2p's way of it.
+//! The cost of the slot table, the sweep and the heartbeat, compared with rust-libp2p's and go-libp2p's.
 //!
-//! `cargo bench --bench table` prints Markdown tables and, last, the bounds that hold; with one
-//! missed it ends with status 1. Absolute times are the machine's: only ratios of what was measured
-//! side by side, in CPU time, are held to a bound. `-- --quick` watches the idle relays for one
-//! minute instead of two; `--at-once` lets their peers arrive together; `reserve`, `sweep`, `heap`
-//! or `idle` measures that alone.
+//! `cargo bench --bench table` prints Markdown tables and then the bounds that hold; if one is exceeded it exits with
+//! status 1. Absolute times depend on the machine: only ratios of CPU times that are measured side by side have bounds.
+//! `-- --quick` measures the idle relays for one minute instead of two; `--at-once` lets their peers connect together;
+//! `reserve`, `sweep`, `heap` or `idle` measures only that.
 //!
-//! All of it is built with the bench profile, which is the release profile under another name: the
-//! program as it is shipped (for size, see `Cargo.toml`), and the others likewise.
+//! Everything is built with the bench profile, which equals the release profile: the program as it is shipped
+//! (optimized for size, see `Cargo.toml`), and the others likewise.
 
 mod common;
 
@@ -30,7 +29,7 @@ use table::{bounds::Bounds, heap, idle, reserve, roles, sweep};
 fn main() -> ExitCode {
     let arguments: Vec<String> = env::args().skip(1).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    // This program starts itself for whatever needs a process of its own.
+    // The program starts itself for parts that need a process of their own.
     match words[..] {
         [heap::ROLE, case, count] => return heap::role(case, count),
         [roles::RELAY] => return roles::relay(),

@@ -7,7 +7,7 @@
 
 use std::{
     cell::Cell,
-    future::Future,
+    future::{Future, poll_fn},
     io, mem,
     pin::Pin,
     task::{Context, Poll, ready},
@@ -15,16 +15,15 @@ use std::{
 };
 
 use futures_timer::Delay;
-use libp2p::futures::{AsyncRead, AsyncWrite, FutureExt, channel::oneshot};
+use libp2p::{
+    PeerId,
+    futures::{AsyncRead, AsyncWrite, FutureExt},
+};
 
 use super::timer::Timeout;
 use crate::{
     event::{BytesTransferred, CircuitEnd},
-    relay::{
-        CircuitParameters,
-        accounts::Counters,
-        bandwidth::{Ends, Link},
-    },
+    relay::{CircuitParameters, bandwidth::Link},
 };
 
 /// The size of a buffer in bytes: what a secure channel sends in one piece. The largest message of Noise carries 64,511
@@ -35,80 +34,52 @@ thread_local! {
     static UNUSED: Cell<Option<Box<[u8]>>> = const { Cell::new(None) };
 }
 
-/// Transfers bytes between a source and a target until the circuit ends, and counts them. Yields how it ended;
-/// [`CircuitEnd::Disconnected`] also if the relay ended it.
-#[derive(Debug)]
-pub(crate) struct Circuit<S, T> {
-    source: S,
-    target: T,
-    to_target: Direction,
-    to_source: Direction,
-    share: FairShare,
-    counters: Counters,
-    deadline: Option<Timeout>,
-    /// Is cancelled when the relay ends the circuit.
-    ended: oneshot::Receiver<()>,
-}
-
-impl<S, T> Circuit<S, T> {
-    /// A circuit that ends at the deadline.
-    pub(crate) fn new(
-        source: S,
-        target: T,
-        parameters: CircuitParameters,
-        deadline: Option<Timeout>,
-    ) -> Self {
-        let CircuitParameters { limit, link, ends, counters, ended } = parameters;
-        let [to_target, to_source] = [(); 2].map(|()| Direction {
-            pending: Vec::new(),
-            allowance: limit.bytes,
-            delivered: 0,
-            state: State::Open,
-        });
-        let share = FairShare { link, ends, wait: None, is_target_first: false };
-        Self { source, target, to_target, to_source, share, counters, deadline, ended }
-    }
-}
-
-impl<S, T> Future for Circuit<S, T>
-where
-    S: AsyncRead + AsyncWrite + Unpin,
-    T: AsyncRead + AsyncWrite + Unpin,
-{
-    type Output = CircuitEnd;
-
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+/// Transfers bytes between a source and a target until the circuit ends, at the deadline at the latest, and counts them.
+/// Yields how it ended; [`CircuitEnd::Disconnected`] also if the relay ended it.
+pub(crate) fn transfer(
+    mut source: impl AsyncRead + AsyncWrite + Unpin,
+    mut target: impl AsyncRead + AsyncWrite + Unpin,
+    parameters: CircuitParameters,
+    mut deadline: Option<Timeout>,
+) -> impl Future<Output = CircuitEnd> {
+    let CircuitParameters { limit, link, ends, counters, mut ended, .. } = parameters;
+    let [mut to_target, mut to_source] = [(); 2].map(|()| Direction {
+        pending: Vec::new(),
+        allowance: limit.bytes.unwrap_or(u64::MAX),
+        delivered: 0,
+        state: State::Open,
+    });
+    let mut share = FairShare { link, ends, wait: None, is_target_first: false };
+    poll_fn(move |cx| {
         // 1. Whether the relay or the deadline ends it.
-        let this = &mut *self;
-        if this.ended.poll_unpin(cx).is_ready() {
+        if ended.poll_unpin(cx).is_ready() {
             return Poll::Ready(CircuitEnd::Disconnected);
         }
-        if this.deadline.as_mut().is_some_and(|deadline| deadline.poll_unpin(cx).is_ready()) {
+        if deadline.as_mut().is_some_and(|deadline| deadline.poll_unpin(cx).is_ready()) {
             return Poll::Ready(CircuitEnd::TimeLimit);
         }
         // 2. Transfer, in the order that alternates while bandwidth is short.
-        let (source, target, share) = (&mut this.source, &mut this.target, &mut this.share);
         let directions = if share.is_target_first {
-            let back = this.to_source.poll(target, source, share, cx);
-            [this.to_target.poll(source, target, share, cx), back]
+            let back = to_source.poll(&mut target, &mut source, &mut share, cx);
+            [to_target.poll(&mut source, &mut target, &mut share, cx), back]
         } else {
-            let there = this.to_target.poll(source, target, share, cx);
-            [there, this.to_source.poll(target, source, share, cx)]
+            let there = to_target.poll(&mut source, &mut target, &mut share, cx);
+            [there, to_source.poll(&mut target, &mut source, &mut share, cx)]
         };
         // 3. Count. The counters of all circuits stay out of this core's cache if there is nothing to count.
-        let [to_target, to_source] =
-            [&mut this.to_target, &mut this.to_source].map(|way| mem::take(&mut way.delivered));
+        let ways = [&mut to_target, &mut to_source];
+        let waiting = ways.each_ref().map(|way| !way.pending.is_empty());
+        let [to_target, to_source] = ways.map(|way| mem::take(&mut way.delivered));
         if to_target + to_source > 0 {
-            this.counters.add(BytesTransferred { to_target, to_source });
+            counters.add(BytesTransferred { to_target, to_source });
         }
-        let directions_now = [&this.to_target, &this.to_source];
-        this.counters.set_waiting(directions_now.map(|way| !way.pending.is_empty()));
+        counters.set_waiting(waiting);
         match directions {
             [Poll::Ready(Err(end)), _] | [_, Poll::Ready(Err(end))] => Poll::Ready(end),
             [Poll::Ready(Ok(())), Poll::Ready(Ok(()))] => Poll::Ready(CircuitEnd::Finished),
             _ => Poll::Pending,
         }
-    }
+    })
 }
 
 /// One of the two directions of a circuit.
@@ -116,8 +87,8 @@ where
 struct Direction {
     /// What the writer did not accept yet. Usually empty: a circuit that waits holds no memory.
     pending: Vec<u8>,
-    /// How many more bytes may be read; `None`: no limit.
-    allowance: Option<u64>,
+    /// How many more bytes may be read.
+    allowance: u64,
     /// Bytes that were written and are not counted yet.
     delivered: u64,
     state: State,
@@ -155,11 +126,11 @@ impl Direction {
             match self.state {
                 State::Closed => return Poll::Ready(Ok(())),
                 State::OverLimit => {
-                    ready!(Pin::new(&mut *to).poll_flush(cx)).map_err(|error| end_of(&error))?;
+                    ready!(Pin::new(&mut *to).poll_flush(cx)).map_err(end_of)?;
                     return Poll::Ready(Err(CircuitEnd::DataLimit));
                 }
                 State::Closing => {
-                    ready!(Pin::new(&mut *to).poll_close(cx)).map_err(|error| end_of(&error))?;
+                    ready!(Pin::new(&mut *to).poll_close(cx)).map_err(end_of)?;
                     self.state = State::Closed;
                     return Poll::Ready(Ok(()));
                 }
@@ -171,7 +142,12 @@ impl Direction {
             match share.poll_read(from, &mut buffer.0, cx) {
                 Poll::Ready(Ok(0)) => self.state = State::Closing,
                 Poll::Ready(Ok(read)) => {
-                    let allowed = buffer.0.get(..self.allow(read)).unwrap_or_default();
+                    if self.allowance < read as u64 {
+                        self.state = State::OverLimit;
+                    }
+                    let allowed = self.allowance.min(read as u64);
+                    self.allowance -= allowed;
+                    let allowed = buffer.0.get(..allowed as usize).unwrap_or_default();
                     let left = self.write(allowed, to, cx)?;
                     if !left.is_empty() {
                         self.pending = left.to_vec();
@@ -180,10 +156,10 @@ impl Direction {
                 }
                 Poll::Ready(Err(error)) => {
                     let _ = Pin::new(&mut *to).poll_flush(cx);
-                    return Poll::Ready(Err(end_of(&error)));
+                    return Poll::Ready(Err(end_of(error)));
                 }
                 Poll::Pending => {
-                    let _ = Pin::new(&mut *to).poll_flush(cx).map_err(|error| end_of(&error))?;
+                    let _ = Pin::new(&mut *to).poll_flush(cx).map_err(end_of)?;
                     return Poll::Pending;
                 }
             }
@@ -198,7 +174,7 @@ impl Direction {
         cx: &mut Context<'_>,
     ) -> Result<&'a [u8], CircuitEnd> {
         while !bytes.is_empty() {
-            match Pin::new(&mut *to).poll_write(cx, bytes).map_err(|error| end_of(&error))? {
+            match Pin::new(&mut *to).poll_write(cx, bytes).map_err(end_of)? {
                 Poll::Ready(0) => return Err(CircuitEnd::Reset(io::ErrorKind::WriteZero)),
                 Poll::Ready(written) => {
                     self.delivered += written as u64;
@@ -209,26 +185,14 @@ impl Direction {
         }
         Ok(bytes)
     }
-
-    /// Takes `read` bytes out of the allowance; returns how many of them it allows.
-    fn allow(&mut self, read: usize) -> usize {
-        let Some(allowance) = &mut self.allowance else {
-            return read;
-        };
-        if *allowance < read as u64 {
-            self.state = State::OverLimit;
-        }
-        let allowed = (*allowance).min(read as u64);
-        *allowance -= allowed;
-        allowed as usize
-    }
 }
 
 /// One circuit's fair share of the link, for both directions: [`crate::relay::bandwidth`].
 #[derive(Debug)]
 struct FairShare {
     link: Link,
-    ends: Ends,
+    /// The source and the target.
+    ends: [PeerId; 2],
     /// Until it may read again.
     wait: Option<Delay>,
     /// Whether the target sends first: the directions take turns.
@@ -276,7 +240,7 @@ impl Drop for FairShare {
 }
 
 /// How a circuit ends when one of its streams fails: reset by its peer, or with its connection.
-pub(super) fn end_of(error: &io::Error) -> CircuitEnd {
+pub(super) fn end_of(error: io::Error) -> CircuitEnd {
     match error.kind() {
         io::ErrorKind::ConnectionAborted => CircuitEnd::Disconnected,
         kind => CircuitEnd::Reset(kind),
@@ -301,9 +265,15 @@ impl Drop for Buffer {
 
 #[cfg(test)]
 mod tests {
-    use std::{sync::Arc, time::Instant};
+    use std::{
+        sync::{
+            Arc,
+            atomic::{AtomicUsize, Ordering::Relaxed},
+        },
+        time::Instant,
+    };
 
-    use libp2p::{Multiaddr, PeerId, futures::io::Cursor};
+    use libp2p::{Multiaddr, futures::io::Cursor};
 
     use super::*;
     use crate::{
@@ -317,10 +287,10 @@ mod tests {
         wire::{Limit, Request},
     };
 
-    /// A peer that says this, and takes so many bytes.
+    /// A peer that sends `sends` and accepts `accepts` bytes.
     struct Peer {
-        says: Cursor<&'static [u8]>,
-        takes: usize,
+        sends: Cursor<&'static [u8]>,
+        takes: Arc<AtomicUsize>,
     }
 
     impl AsyncRead for Peer {
@@ -329,7 +299,7 @@ mod tests {
             cx: &mut Context<'_>,
             into: &mut [u8],
         ) -> Poll<io::Result<usize>> {
-            match Pin::new(&mut self.says).poll_read(cx, into) {
+            match Pin::new(&mut self.sends).poll_read(cx, into) {
                 Poll::Ready(Ok(0)) => Poll::Pending,
                 other => other,
             }
@@ -338,12 +308,12 @@ mod tests {
 
     impl AsyncWrite for Peer {
         fn poll_write(
-            mut self: Pin<&mut Self>,
+            self: Pin<&mut Self>,
             _: &mut Context<'_>,
             bytes: &[u8],
         ) -> Poll<io::Result<usize>> {
-            let taken = self.takes.min(bytes.len());
-            self.takes -= taken;
+            let taken = self.takes.load(Relaxed).min(bytes.len());
+            self.takes.fetch_sub(taken, Relaxed);
             if taken > 0 { Poll::Ready(Ok(taken)) } else { Poll::Pending }
         }
 
@@ -357,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn it_tells_which_way_bytes_wait() {
+    fn the_directions_with_pending_bytes_are_reported() {
         let (now, config) = (Instant::now(), Config::default());
         let peers = [(); 2].map(|()| PeerId::random());
         let [source, target] = peers.map(|peer| End { peer, connection: () });
@@ -365,22 +335,26 @@ mod tests {
         let origin = Arc::new(Origin::new(source.peer, Multiaddr::empty(), false));
         let request = Request::Connect(target.peer);
         let request = PendingRequest { from: source, origin, request, reply: () };
-        let (id, ended) = circuits.add(request, target, Limit::default(), now);
-        let counters = Accounts::default().on_opened(id, source.peer, target.peer);
+        let (limit, counters) = (Limit::default(), Accounts::default().counters());
+        let (id, ended) = circuits.add(request, target, limit, counters.clone(), now);
         let parameters = CircuitParameters {
-            limit: Limit::default(),
+            id,
+            since: now,
+            limit,
             link: Link::new(&config, now),
             ends: peers,
             counters: counters.clone(),
             ended,
         };
-        let peer = |takes| Peer { says: Cursor::new(b"ten bytes."), takes };
-        let mut circuit = Circuit::new(peer(99), peer(4), parameters, None);
+        let [source, target] = [99, 4].map(|takes| Arc::new(AtomicUsize::new(takes)));
+        let peer = |takes| Peer { sends: Cursor::new(b"ten bytes."), takes };
+        let (source, other) = (peer(source), peer(target.clone()));
+        let mut circuit = transfer(source, other, parameters, None);
         let mut cx = Context::from_waker(std::task::Waker::noop());
         assert!(circuit.poll_unpin(&mut cx).is_pending());
         assert_eq!(counters.read(), BytesTransferred { to_target: 4, to_source: 10 });
         assert_eq!(counters.waiting(), [true, false]);
-        circuit.target.takes = 99;
+        target.store(99, Relaxed);
         assert!(circuit.poll_unpin(&mut cx).is_pending());
         assert_eq!(counters.waiting(), [false, false]);
     }

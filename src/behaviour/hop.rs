@@ -6,12 +6,7 @@
 //! peers. The channels are unbounded, but a stream sends nothing more until its request has been answered, so the number
 //! of queued events is bounded by the number of streams.
 
-use std::{
-    io,
-    pin::pin,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{io, pin::pin, sync::Arc, time::Duration};
 
 use libp2p::{
     PeerId, Stream,
@@ -25,14 +20,14 @@ use libp2p::{
 };
 
 use super::{
-    circuit::{self, Circuit},
+    circuit::{end_of, transfer},
     timer::{Timeouts, within},
 };
 use crate::{
     activity::TrackedStream,
     event::{CircuitEnd, CircuitId, StopFailed},
     relay::{CircuitParameters, connections::End, reservations::Receipt},
-    wire::{self, BadRequest, Limit, Request, Status},
+    wire::{self, BadRequest, Request, Status},
 };
 
 /// How long a client may take to negotiate the protocol, and then to send its request.
@@ -41,8 +36,8 @@ pub(crate) const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long an answer may take to be written, flushed and, unless a circuit follows, closed.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long the exchange may take, from the request for a stream to the target's answer.
-pub(crate) const STOP_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long the target may take, from the first request for a stream to its answer.
+const STOP_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Sends to the behaviour.
 pub type Events = mpsc::UnboundedSender<HandlerEvent>;
@@ -54,8 +49,8 @@ pub enum HandlerEvent {
     RequestReceived(End<ConnectionId>, Result<Request, BadRequest>, Reply),
     /// Whether the answer of this receipt arrived.
     Delivered(PeerId, Receipt, bool),
-    /// The answer of a circuit's target: the accepted stop stream, or why there is none.
-    TargetAnswered(CircuitId, Result<Box<TrackedStream<Stream>>, StopFailed>),
+    /// The answer of a circuit's target over this connection: what opens the circuit, or why it did not accept.
+    TargetAnswered(CircuitId, ConnectionId, Result<Box<Opening>, StopFailed>),
     /// An open circuit has ended.
     CircuitEnded(CircuitId, CircuitEnd),
 }
@@ -88,43 +83,30 @@ pub enum Answer {
     Open(Box<Opening>),
 }
 
-/// A circuit that opens.
+/// A circuit whose target has accepted this stop stream.
 #[derive(Debug)]
 pub struct Opening {
-    pub(super) circuit: CircuitId,
-    pub(super) target: TrackedStream<Stream>,
-    pub(super) parameters: CircuitParameters,
-    /// Reports that it has ended.
-    pub(super) report: Report,
+    target: TrackedStream<Stream>,
+    parameters: Box<CircuitParameters>,
+    /// Reports that the circuit has ended.
+    report: Report,
 }
 
 /// What the behaviour tells a connection's handler to do.
 #[derive(Debug)]
 pub enum HandlerCommand {
-    /// Open a stream for this.
-    Open(Outbound),
+    /// Ask the peer on a new stream whether it accepts a circuit.
+    Stop(Box<StopRequest>),
+    /// Probe the peer on a new stream. It has to answer within this time.
+    Probe(Duration),
     /// Keep the connection while it holds a reservation.
     Hold(bool),
-}
-
-/// What a stream is opened for.
-#[derive(Debug)]
-pub enum Outbound {
-    /// Asks the peer whether it accepts a circuit.
-    Stop(Box<StopRequest>),
-    /// Probes the peer, which has to answer within this time.
-    Probe(Duration),
 }
 
 /// A circuit that the target is asked for.
 #[derive(Debug)]
 pub struct StopRequest {
-    pub(super) circuit: CircuitId,
-    pub(super) source: PeerId,
-    pub(super) limit: Limit,
-    pub(super) since: Instant,
-    /// Is cancelled when the relay ends the circuit.
-    pub(super) ended: oneshot::Receiver<()>,
+    pub(super) parameters: Box<CircuitParameters>,
     /// Reports the target's answer; if there is none, that the target is gone.
     pub(super) report: Report,
 }
@@ -154,12 +136,11 @@ pub(crate) async fn serve(
     };
     // 3. Answer. Unless a circuit follows, report the delivery and end here.
     let timeout = timeouts.start(ANSWER_TIMEOUT);
-    let Opening { circuit, target, mut parameters, mut report } = match answer {
+    let Opening { target, mut parameters, mut report } = match answer {
         Answer::Open(opening) => *opening,
         Answer::Final(message, receipt) => {
             let delivery = async {
-                stream.write_all(&message).await?;
-                stream.flush().await?;
+                wire::write_frame(&mut stream, &message).await?;
                 stream.close().await
             };
             let delivered = within(timeout, delivery).await;
@@ -174,22 +155,16 @@ pub(crate) async fn serve(
     // The time limit of a circuit begins before its answer is delivered.
     let deadline = parameters.limit.duration.map(|duration| timeouts.start(duration));
     let message = wire::status(Status::Ok, parameters.limit);
-    let failed = {
-        let delivery = async {
-            stream.write_all(&message).await?;
-            stream.flush().await
-        };
-        let delivery = pin!(within::<_, io::Error>(timeout, delivery));
-        match future::select(delivery, &mut parameters.ended).await {
-            Either::Left((Ok(()), _)) => None,
-            Either::Left((Err(error), _)) => Some(circuit::end_of(&error)),
-            Either::Right(_) => Some(CircuitEnd::Disconnected),
-        }
+    let delivery = within(timeout, wire::write_frame(&mut stream, &message));
+    let delivered = match future::select(pin!(delivery), &mut parameters.ended).await {
+        Either::Left((delivered, _)) => delivered.map_err(end_of),
+        Either::Right(_) => Err(CircuitEnd::Disconnected),
     };
     // 4. Transfer the bytes of the circuit.
-    let end = match failed {
-        None => Circuit::new(stream, target, parameters, deadline).await,
-        Some(end) => end,
+    let circuit = parameters.id;
+    let end = match delivered {
+        Ok(()) => transfer(stream, target, *parameters, deadline).await,
+        Err(end) => end,
     };
     report.event = Some(HandlerEvent::CircuitEnded(circuit, end));
     Ok(())
@@ -207,15 +182,25 @@ impl From<io::Error> for StopFailed {
 }
 
 impl StopRequest {
-    /// Asks on this stream, and reports the target's answer.
+    /// How much of [`STOP_TIMEOUT`] is left.
+    pub(crate) fn time_left(&self) -> Duration {
+        STOP_TIMEOUT.saturating_sub(self.parameters.since.elapsed())
+    }
+
+    /// Asks on this stream of the connection `over`, and reports the target's answer.
     ///
     /// After it agreed, what the target sends belongs to the circuit: nothing beyond the answer is read.
-    pub(crate) async fn ask(self, mut stream: TrackedStream<Stream>, timeouts: Timeouts) {
-        let Self { circuit, source, limit, since, ended, mut report } = self;
-        let timeout = timeouts.start(STOP_TIMEOUT.saturating_sub(since.elapsed()));
+    pub(crate) async fn ask(
+        self,
+        mut stream: TrackedStream<Stream>,
+        over: ConnectionId,
+        timeouts: Timeouts,
+    ) {
+        let timeout = timeouts.start(self.time_left());
+        let Self { mut parameters, mut report } = self;
+        let (circuit, [source, _], limit) = (parameters.id, parameters.ends, parameters.limit);
         let exchange = async {
-            stream.write_all(&wire::stop_connect(source, limit)).await?;
-            stream.flush().await?;
+            wire::write_frame(&mut stream, &wire::stop_connect(source, limit)).await?;
             let message = wire::read_frame(&mut stream).await?;
             let status = message.and_then(|message| wire::decode_stop_answer(&message));
             match status.map_err(StopFailed::Nonsense)? {
@@ -223,11 +208,17 @@ impl StopRequest {
                 status => Err(StopFailed::Refused(status)),
             }
         };
-        let answer = match future::select(pin!(within(timeout, exchange)), ended).await {
-            Either::Left((answer, _)) => answer,
-            Either::Right(_) => Err(StopFailed::Gone),
+        // First whether it has ended: then a stream that was long in opening asks nothing.
+        let ended = &mut parameters.ended;
+        let answer = match future::select(ended, pin!(within(timeout, exchange))).await {
+            Either::Left(_) => Err(StopFailed::Gone),
+            Either::Right((answer, _)) => answer,
         };
-        let answer = answer.map(|()| Box::new(stream));
-        report.event = Some(HandlerEvent::TargetAnswered(circuit, answer));
+        let answer = answer.map(|()| {
+            let event = Some(HandlerEvent::CircuitEnded(circuit, CircuitEnd::Disconnected));
+            let report = Report { event, events: report.events.clone() };
+            Box::new(Opening { target: stream, parameters, report })
+        });
+        report.event = Some(HandlerEvent::TargetAnswered(circuit, over, answer));
     }
 }

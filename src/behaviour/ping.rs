@@ -10,6 +10,8 @@ use libp2p::{
     futures::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
 };
 
+use crate::wire;
+
 /// The protocol of [the specification](https://github.com/libp2p/specs/blob/master/ping/ping.md).
 pub(crate) const PING_PROTOCOL: StreamProtocol = StreamProtocol::new("/ipfs/ping/1.0.0");
 
@@ -21,14 +23,13 @@ pub(crate) async fn answer(mut stream: impl AsyncRead + AsyncWrite + Unpin) -> i
     let mut payload = [0; PAYLOAD];
     loop {
         match stream.read_exact(&mut payload).await {
-            Ok(()) => {}
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => break,
-            Err(error) => return Err(error),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                return stream.close().await;
+            }
+            read => read?,
         }
-        stream.write_all(&payload).await?;
-        stream.flush().await?;
+        wire::write_frame(&mut stream, &payload).await?;
     }
-    stream.close().await
 }
 
 /// Sends one ping and awaits any reaction: an answer, an end, a reset.
@@ -36,8 +37,7 @@ pub(crate) async fn answer(mut stream: impl AsyncRead + AsyncWrite + Unpin) -> i
 /// The payload is zeros, because the answer is not compared with it.
 pub(crate) async fn probe(mut stream: impl AsyncRead + AsyncWrite + Unpin) -> io::Result<()> {
     let mut payload = [0; PAYLOAD];
-    stream.write_all(&payload).await?;
-    stream.flush().await?;
+    wire::write_frame(&mut stream, &payload).await?;
     stream.read_exact(&mut payload).await?;
     stream.close().await
 }

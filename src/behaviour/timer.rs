@@ -6,20 +6,16 @@
 
 use std::{
     io,
-    pin::Pin,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
-    task::{Context, Poll},
+    sync::{Arc, Mutex, PoisonError},
+    task::Context,
     time::{Duration, Instant},
 };
 
 use futures_timer::Delay;
 use libp2p::futures::{
     FutureExt,
+    channel::oneshot,
     future::{self, Either, Future},
-    task::AtomicWaker,
 };
 
 /// The time limits of one connection, shared by its tasks.
@@ -30,21 +26,14 @@ pub(crate) struct Timeouts(Arc<Mutex<Started>>);
 struct Started {
     /// The timer, and what it is set to: the end of the first limit, or earlier.
     timer: Option<(Delay, Instant)>,
-    limits: Vec<Arc<Limit>>,
+    /// When each limit ends. Dropping the sender ends it.
+    limits: Vec<(Instant, oneshot::Sender<()>)>,
     /// At this many limits, those that were dropped are forgotten.
     crowded: usize,
 }
 
 /// One time limit. Ready when it is reached.
-#[derive(Debug)]
-pub(crate) struct Timeout(Arc<Limit>);
-
-#[derive(Debug)]
-struct Limit {
-    ends: Instant,
-    is_over: AtomicBool,
-    task: AtomicWaker,
-}
+pub(crate) type Timeout = oneshot::Receiver<()>;
 
 impl Timeouts {
     /// Starts a limit of this duration. It ends when the connection [polls](Self::poll) for it.
@@ -52,14 +41,13 @@ impl Timeouts {
         let mut started = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         // 1. Forget limits that were dropped.
         if started.limits.len() >= started.crowded {
-            started.limits.retain(|limit| Arc::strong_count(limit) > 1);
+            started.limits.retain(|(_, limit)| !limit.is_canceled());
             started.crowded = 2 * started.limits.len().max(4);
         }
         // 2. Add this one.
         let ends = Instant::now() + duration;
-        let (is_over, task) = (AtomicBool::new(false), AtomicWaker::new());
-        let limit = Arc::new(Limit { ends, is_over, task });
-        started.limits.push(Arc::clone(&limit));
+        let (limit, timeout) = oneshot::channel();
+        started.limits.push((ends, limit));
         // 3. Set the timer, unless it fires earlier anyway.
         match &mut started.timer {
             Some((_, set_to)) if *set_to <= ends => {}
@@ -69,7 +57,7 @@ impl Timeouts {
             }
             None => started.timer = Some((Delay::new(duration), ends)),
         }
-        Timeout(limit)
+        timeout
     }
 
     /// Ends the limits that are reached, and has `cx` woken for the next. To be called after the tasks that start some.
@@ -80,29 +68,10 @@ impl Timeouts {
                 return;
             }
             let now = Instant::now();
-            started.limits.retain(|limit| {
-                let is_over = limit.ends <= now;
-                if is_over {
-                    limit.is_over.store(true, Ordering::Release);
-                    limit.task.wake();
-                }
-                !is_over && Arc::strong_count(limit) > 1
-            });
-            let next = started.limits.iter().map(|limit| limit.ends).min();
+            started.limits.retain(|(ends, limit)| *ends > now && !limit.is_canceled());
+            let next = started.limits.iter().map(|(ends, _)| *ends).min();
             started.timer =
                 next.map(|ends| (Delay::new(ends.saturating_duration_since(now)), ends));
-        }
-    }
-}
-
-impl Future for Timeout {
-    type Output = ();
-
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        self.0.task.register(cx.waker());
-        match self.0.is_over.load(Ordering::Acquire) {
-            true => Poll::Ready(()),
-            false => Poll::Pending,
         }
     }
 }
@@ -127,7 +96,7 @@ mod tests {
     const SHORT: Duration = Duration::from_millis(20);
     const LONG: Duration = Duration::from_secs(3600);
 
-    /// What comes of `future` while the limits are polled.
+    /// Runs `future` to completion while polling `limits`.
     fn run<T>(limits: &Timeouts, future: impl Future<Output = T>) -> T {
         let mut future = std::pin::pin!(future);
         block_on(poll_fn(|cx| {
@@ -137,9 +106,9 @@ mod tests {
     }
 
     #[test]
-    fn what_takes_too_long_is_given_up_whatever_began_before_or_after_it() {
+    fn each_task_times_out_independently_of_the_others() {
         let limits = Timeouts::default();
-        let longer = limits.start(LONG);
+        let _longer = limits.start(LONG);
         let short = limits.start(SHORT);
         let _later = limits.start(LONG);
         let never = within(short, future::pending::<io::Result<()>>());
@@ -147,19 +116,19 @@ mod tests {
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
         let limits = limits.0.lock().unwrap();
         assert_eq!(limits.limits.len(), 2);
-        assert!(limits.timer.as_ref().is_some_and(|(_, set_to)| *set_to == longer.0.ends));
+        assert!(limits.timer.as_ref().is_some_and(|(_, set_to)| *set_to == limits.limits[0].0));
     }
 
     #[test]
-    fn what_is_done_in_time_leaves_the_timer_to_the_next() {
+    fn a_finished_task_leaves_the_timer_to_the_next_one() {
         let limits = Timeouts::default();
         for _ in 0..1000 {
             let limit = limits.start(SHORT);
             assert_eq!(run(&limits, within(limit, future::ready(io::Result::Ok(7)))).unwrap(), 7);
         }
-        assert!(limits.0.lock().unwrap().limits.len() <= 8, "what is done is forgotten");
+        assert!(limits.0.lock().unwrap().limits.len() <= 8, "finished tasks are removed");
         let last = limits.start(SHORT * 2);
-        run(&limits, last);
+        let _ = run(&limits, last);
         let limits = limits.0.lock().unwrap();
         assert!(limits.timer.is_none() && limits.limits.is_empty());
     }

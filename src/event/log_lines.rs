@@ -25,7 +25,7 @@ fn prefix(address: &str) -> ClientPrefix {
 }
 
 #[test]
-fn each_event_is_one_line_in_these_words() {
+fn each_event_has_this_log_line() {
     let accepted = |renewed| Event::ReservationAccepted { peer: alice(), address: home(), renewed };
     let freed =
         |prefix| Event::ReservationFreed { peer: alice(), prefix, reason: FreedReason::GraceOver };
@@ -96,7 +96,7 @@ fn each_event_is_one_line_in_these_words() {
 }
 
 #[test]
-fn each_reason_to_refuse_has_these_words() {
+fn each_refusal_reason_has_this_text() {
     let home = prefix(HOME);
     for (reason, words) in [
         (Refused::TableFull, "all slots are taken"),
@@ -140,7 +140,7 @@ fn each_reason_to_refuse_has_these_words() {
 }
 
 #[test]
-fn each_way_to_fail_with_a_target_has_these_words() {
+fn each_stop_failure_has_this_text() {
     let nonsense = BadRequest::Unexpected("CONNECT as an answer");
     for (failed, words) in [
         (StopFailed::Gone, "the target is gone"),
@@ -160,7 +160,7 @@ fn each_way_to_fail_with_a_target_has_these_words() {
 }
 
 #[test]
-fn each_reason_for_a_freed_slot_has_these_words() {
+fn each_reason_for_a_freed_slot_has_this_text() {
     for (reason, words) in [
         (FreedReason::Expired, "expired"),
         (FreedReason::GraceOver, "grace over"),
@@ -185,7 +185,7 @@ fn each_reason_for_a_freed_slot_has_these_words() {
 }
 
 #[test]
-fn each_end_of_a_circuit_has_these_words() {
+fn each_circuit_end_has_this_text() {
     for (end, words) in [
         (CircuitEnd::Finished, "finished"),
         (CircuitEnd::DataLimit, "data limit"),

@@ -57,7 +57,7 @@ impl Refused {
     }
 
     /// The reason in a few words, the same for all values of a variant.
-    pub fn kind(&self) -> &'static str {
+    pub(crate) fn kind(&self) -> &'static str {
         self.status_and_kind().1
     }
 
@@ -132,7 +132,7 @@ pub enum FreedReason {
 
 impl FreedReason {
     /// The reason in a few words, the same for all values of a variant.
-    pub fn kind(&self) -> &'static str {
+    pub(crate) fn kind(&self) -> &'static str {
         match self {
             Self::Expired => "expired",
             Self::GraceOver => "grace over",
@@ -186,7 +186,7 @@ pub enum CircuitEnd {
 
 impl CircuitEnd {
     /// The end in a few words, the same for all values of a variant.
-    pub fn kind(&self) -> &'static str {
+    pub(crate) fn kind(&self) -> &'static str {
         match self {
             Self::Finished => "finished",
             Self::DataLimit => "data limit",

@@ -41,7 +41,7 @@ use libp2p::{
 };
 
 use self::{exchange::Server, target::Client};
-use crate::address;
+use crate::{address, program::net::multiaddr};
 
 const VERSION_1: StreamProtocol = StreamProtocol::new("/libp2p/autonat/1.0.0");
 const VERSION_2: StreamProtocol = StreamProtocol::new("/libp2p/autonat/2/dial-request");
@@ -71,7 +71,10 @@ impl AutoNat {
     fn handler(&self, peer: PeerId, remote: &Multiaddr) -> Handler {
         let state = State {
             server: Arc::clone(&self.0),
-            client: address::ip(remote).map(|ip| Client { peer, ip }),
+            client: address::ip(remote).map(|ip| {
+                let port = multiaddr::dialable(remote).map(|from| from.port());
+                Client { peer, ip, port }
+            }),
             exchanges: Vec::new(),
         };
         Handler(Box::new(state))

@@ -371,7 +371,7 @@ mod tests {
             assert_eq!(shared(&mut dht, peer), addresses(&more[..6]));
         }
         dht.on_identified(peer, false, &addresses(&["/ip4/8.8.8.8/tcp/1"]));
-        assert!(shared(&mut dht, peer).is_empty(), "it serves no DHT any more");
+        assert!(shared(&mut dht, peer).is_empty(), "it no longer serves the DHT");
     }
 
     #[test]
@@ -381,7 +381,7 @@ mod tests {
         let inside = addresses(&["/ip4/127.0.0.1/tcp/22", "/ip4/10.0.0.1/tcp/22"]);
         dht.on_identified(peer, true, &inside);
         assert!(shared(&mut dht, peer).is_empty() && !dht.joined);
-        // Even if they are in the routing table.
+        // Not even if the routing table contains them.
         for address in inside {
             dht.kad.add_address(&peer, address);
         }

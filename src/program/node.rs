@@ -36,11 +36,7 @@ use super::net::{
     write_coalescing::WriteCoalescing,
 };
 use super::{
-    mux::{
-        budget::Buffered,
-        muxer::{self, Multiplex},
-        stream_limits,
-    },
+    mux::{budget::Buffered, muxer::Multiplex, stream_limits},
     net::{
         admission::{
             behaviour::Admission, connection_rates::ConnectionRates, handshakes::HANDSHAKE_TIMEOUT,
@@ -129,9 +125,9 @@ impl Node {
         setup.streams.check(circuits_per_peer)?;
         let outbound = stream_limits::per_connection(circuits_per_peer)?;
         let inbound = setup.streams.max_streams_per_connection.unwrap_or(outbound);
-        let budget = muxer::Budget { inbound, outbound };
+        let budget = stream_limits::Budget { inbound, outbound };
         let multiplex = Multiplex::new(budget, setup.streams, circuits_per_peer);
-        multiplex.max_stall().set(config.silence);
+        multiplex.memory.set_max_stall(config.silence);
         let all = multiplex.clone();
 
         // 2. The transport: TCP, WebSocket over another TCP, the private network, the secure channel, the muxer.
@@ -204,7 +200,7 @@ impl Node {
             listeners: Vec::new(),
             circuits_per_peer,
         };
-        let memory = node.multiplex.memory();
+        let memory = node.multiplex.memory.clone();
         node.relay_mut().watch_memory(move || memory.is_scarce());
         node.update_addresses(true);
         Ok(node)
@@ -226,7 +222,7 @@ impl Node {
         }
         let silence = config.silence;
         self.relay_mut().set_config(config)?;
-        self.multiplex.max_stall().set(silence);
+        self.multiplex.memory.set_max_stall(silence);
         self.update_addresses(true);
         Ok(())
     }
@@ -262,7 +258,7 @@ impl Node {
     /// Updates the relay's addresses if the confirmed ones have changed.
     fn update_confirmed(&mut self, now: Instant) {
         // A draining relay listens nowhere.
-        if self.relay().is_draining() || !self.observations.update(now) {
+        if self.relay().view().is_draining() || !self.observations.update(now) {
             return;
         }
         for address in self.observations.confirmed() {
@@ -346,7 +342,7 @@ impl Node {
 
     /// How many bytes are buffered for streams.
     pub fn buffered(&self) -> Buffered {
-        self.multiplex.memory().buffered()
+        self.multiplex.memory.buffered()
     }
 
     /// The address that holds the most of each shared resource.
@@ -358,7 +354,7 @@ impl Node {
             ("circuits", relay.view().circuits.quota.busiest()),
             ("connections", connections),
             ("handshakes", handshakes),
-            ("streams", self.multiplex.shared_pool().busiest()),
+            ("streams", self.multiplex.admission.pool.busiest()),
         ]
     }
 

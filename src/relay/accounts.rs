@@ -22,7 +22,7 @@ pub struct Accounts {
     pub totals: Totals,
     /// The bytes of all circuits, of the open ones too.
     relayed: Arc<Counts>,
-    /// The peers that are connected and have been part of a circuit since.
+    /// The connected peers that have been part of a circuit since they connected.
     peers: HashMap<PeerId, Stay>,
 }
 
@@ -79,27 +79,26 @@ impl Accounts {
         self.relayed.read()
     }
 
-    /// Counts a circuit that opens between two connected peers. Returns where it counts its bytes.
-    pub fn on_opened(&mut self, id: CircuitId, source: PeerId, target: PeerId) -> Counters {
+    /// Where one more circuit counts its bytes.
+    pub fn counters(&self) -> Counters {
+        Counters { circuit: Arc::default(), relayed: Arc::clone(&self.relayed) }
+    }
+
+    /// Counts a circuit that opens between two connected peers.
+    pub fn on_opened(&mut self, id: CircuitId, source: PeerId, target: PeerId) {
         self.totals.opened += 1;
         for (peer, is_source) in [(source, true), (target, false)] {
             let new = || Stay { first: id, account: Account::default() };
             let stay = self.peers.entry(peer).or_insert_with(new);
             stay.first = stay.first.min(id); // circuits may open in another order
-            *(if is_source { &mut stay.account.as_source } else { &mut stay.account.as_target }) +=
-                1;
+            let Account { as_source, as_target, .. } = &mut stay.account;
+            *(if is_source { as_source } else { as_target }) += 1;
         }
-        Counters { circuit: Arc::default(), relayed: Arc::clone(&self.relayed) }
     }
 
     /// Counts an open circuit that ended, and its bytes.
-    pub fn on_closed(
-        &mut self,
-        id: CircuitId,
-        [source, target]: [PeerId; 2],
-        transferred: BytesTransferred,
-    ) {
-        let BytesTransferred { to_target, to_source } = transferred;
+    pub fn on_closed(&mut self, id: CircuitId, ends: [PeerId; 2], transferred: BytesTransferred) {
+        let ([source, target], BytesTransferred { to_target, to_source }) = (ends, transferred);
         self.totals.closed += 1;
         self.totals.transferred.to_target += to_target;
         self.totals.transferred.to_source += to_source;
@@ -125,21 +124,14 @@ impl Accounts {
 /// Counts the bytes of one circuit, and shows whether some wait. Clones share both.
 #[derive(Clone, Debug)]
 pub struct Counters {
-    circuit: Arc<OfCircuit>,
+    circuit: Arc<Counts>,
     relayed: Arc<Counts>,
-}
-
-#[derive(Debug, Default)]
-struct OfCircuit {
-    counts: Counts,
-    /// Of the bytes to the target, and of those to the source.
-    waiting: [AtomicBool; 2],
 }
 
 impl Counters {
     /// The bytes of the circuit so far.
     pub fn read(&self) -> BytesTransferred {
-        self.circuit.counts.read()
+        self.circuit.read()
     }
 
     /// Whether bytes were read that the target, and the source, did not accept yet.
@@ -156,7 +148,7 @@ impl Counters {
 
     /// Adds bytes that were delivered.
     pub fn add(&self, more: BytesTransferred) {
-        for counts in [&self.circuit.counts, &*self.relayed] {
+        for counts in [&self.circuit, &self.relayed] {
             counts.to_target.fetch_add(more.to_target, Ordering::Relaxed);
             counts.to_source.fetch_add(more.to_source, Ordering::Relaxed);
         }
@@ -167,6 +159,8 @@ impl Counters {
 struct Counts {
     to_target: AtomicU64,
     to_source: AtomicU64,
+    /// Whether some wait to the target, and to the source. Of one circuit only.
+    waiting: [AtomicBool; 2],
 }
 
 impl Counts {
@@ -185,15 +179,15 @@ mod tests {
 
     const BYTES: BytesTransferred = BytesTransferred { to_target: 1000, to_source: 7 };
 
-    /// Accounts, and two peers between whom circuits open.
-    struct House {
+    /// Accounts, and the two peers of all circuits.
+    struct Fixture {
         accounts: Accounts,
         admitted: u64,
         alice: PeerId,
         bob: PeerId,
     }
 
-    impl House {
+    impl Fixture {
         fn new() -> Self {
             let [alice, bob] = [(); 2].map(|()| PeerId::random());
             Self { accounts: Accounts::default(), admitted: 0, alice, bob }
@@ -217,26 +211,26 @@ mod tests {
     }
 
     #[test]
-    fn what_one_end_sent_the_other_received() {
-        let mut house = House::new();
-        let id = house.open();
-        house.close(id);
+    fn the_bytes_sent_by_one_end_are_received_by_the_other() {
+        let mut fixture = Fixture::new();
+        let id = fixture.open();
+        fixture.close(id);
         let alices = Account { as_source: 1, as_target: 0, sent: 1000, received: 7 };
         let bobs = Account { as_source: 0, as_target: 1, sent: 7, received: 1000 };
-        assert_eq!(house.accounts.of(&house.alice), Some(alices));
-        assert_eq!(house.accounts.of(&house.bob), Some(bobs));
-        assert_eq!(house.accounts.iter().count(), 2);
+        assert_eq!(fixture.accounts.of(&fixture.alice), Some(alices));
+        assert_eq!(fixture.accounts.of(&fixture.bob), Some(bobs));
+        assert_eq!(fixture.accounts.iter().count(), 2);
     }
 
     #[test]
     fn a_circuit_counts_once_it_is_open_and_its_bytes_once_it_has_ended() {
-        let mut house = House::new();
-        let id = house.open();
-        let alices = house.accounts.of(&house.alice).unwrap();
+        let mut fixture = Fixture::new();
+        let id = fixture.open();
+        let alices = fixture.accounts.of(&fixture.alice).unwrap();
         assert_eq!((alices.as_source, alices.sent), (1, 0));
-        let before = house.accounts.totals;
-        house.close(id);
-        let after = house.accounts.totals;
+        let before = fixture.accounts.totals;
+        fixture.close(id);
+        let after = fixture.accounts.totals;
         assert_eq!((before.opened, before.closed), (1, 0));
         assert_eq!((after.opened, after.closed), (1, 1));
         let none = BytesTransferred::default();
@@ -244,44 +238,43 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_that_left_has_no_account_and_gets_none_when_its_circuits_end() {
-        let mut house = House::new();
-        let id = house.open();
-        house.accounts.remove(&house.bob);
-        house.close(id);
-        assert_eq!(house.accounts.of(&house.bob), None);
-        assert_eq!(house.accounts.of(&house.alice).unwrap().sent, 1000);
-        house.accounts.remove(&house.alice);
-        assert_eq!(house.accounts.iter().count(), 0);
-        assert_eq!(house.accounts.totals.transferred, BYTES, "for good");
+    fn a_disconnected_peer_gets_no_account_when_its_circuits_end() {
+        let mut fixture = Fixture::new();
+        let id = fixture.open();
+        fixture.accounts.remove(&fixture.bob);
+        fixture.close(id);
+        assert_eq!(fixture.accounts.of(&fixture.bob), None);
+        assert_eq!(fixture.accounts.of(&fixture.alice).unwrap().sent, 1000);
+        fixture.accounts.remove(&fixture.alice);
+        assert_eq!(fixture.accounts.iter().count(), 0);
+        assert_eq!(fixture.accounts.totals.transferred, BYTES, "the totals keep them");
     }
 
     #[test]
-    fn a_peer_that_came_back_does_not_pay_for_an_earlier_stay() {
-        let mut house = House::new();
-        let old = house.open();
-        house.accounts.remove(&house.bob);
-        let (second, third) = (house.admit(), house.admit());
+    fn a_reconnected_peer_starts_with_an_empty_account() {
+        let mut fixture = Fixture::new();
+        let old = fixture.open();
+        fixture.accounts.remove(&fixture.bob);
+        let (second, third) = (fixture.admit(), fixture.admit());
         for id in [third, second] {
-            house.accounts.on_opened(id, house.alice, house.bob);
+            fixture.accounts.on_opened(id, fixture.alice, fixture.bob);
         }
-        house.close(old);
-        assert_eq!(house.accounts.of(&house.bob).unwrap().received, 0);
-        assert_eq!(house.accounts.of(&house.alice).unwrap().sent, 1000);
-        house.close(second);
-        house.close(third);
-        let bobs = house.accounts.of(&house.bob).unwrap();
+        fixture.close(old);
+        assert_eq!(fixture.accounts.of(&fixture.bob).unwrap().received, 0);
+        assert_eq!(fixture.accounts.of(&fixture.alice).unwrap().sent, 1000);
+        fixture.close(second);
+        fixture.close(third);
+        let bobs = fixture.accounts.of(&fixture.bob).unwrap();
         assert_eq!((bobs.as_target, bobs.received), (2, 2000));
     }
 
     #[test]
-    fn the_bytes_of_a_circuit_are_among_those_of_all() {
-        let mut house = House::new();
-        let [one, other] =
-            [1, 2].map(|id| house.accounts.on_opened(CircuitId(id), house.alice, house.bob));
+    fn the_totals_include_open_circuits() {
+        let fixture = Fixture::new();
+        let [one, other] = [(); 2].map(|()| fixture.accounts.counters());
         one.add(BYTES);
         other.add(BytesTransferred { to_source: 1, ..BYTES });
         assert_eq!(one.read(), BYTES);
-        assert_eq!(house.accounts.relayed(), BytesTransferred { to_target: 2000, to_source: 8 });
+        assert_eq!(fixture.accounts.relayed(), BytesTransferred { to_target: 2000, to_source: 8 });
     }
 }

@@ -6,7 +6,7 @@ use libp2p::{PeerId, futures::channel::oneshot};
 
 use super::{
     accounts::Counters,
-    bandwidth::{Ends, Link},
+    bandwidth::Link,
     connections::{End, PendingRequest},
     reservations::Receipt,
 };
@@ -32,20 +32,11 @@ pub enum Action<C, R> {
     },
     /// Answer a request with a status other than OK.
     Refuse(R, Status),
-    /// Ask `target` on a stop stream whether it accepts a circuit, and report its answer:
+    /// Ask `target` on a stop stream whether it accepts a circuit, and report its answer over this connection:
     /// [`Relay::on_target_answered`](super::Relay::on_target_answered).
-    AskTarget {
-        /// The target, and the connection of its reservation.
-        target: End<C>,
-        /// The circuit.
-        circuit: CircuitId,
-        /// The peer that asked for it.
-        source: PeerId,
-        /// What it may carry.
-        limit: Limit,
-        /// Is cancelled when the relay ends the circuit.
-        ended: oneshot::Receiver<()>,
-    },
+    ///
+    /// The end is the target's, with the connection of its reservation, or another one if it did not answer over that.
+    AskTarget(End<C>, Box<CircuitParameters>),
     /// Probe the peer, and wait this long for the answer.
     Probe(End<C>, Duration),
     /// Keep the connection while it holds a reservation; `false`: it holds none any more.
@@ -56,17 +47,21 @@ pub enum Action<C, R> {
     Report(Event),
 }
 
-/// What a circuit may carry, and where it counts what it carries.
+/// One circuit as its tasks know it: who asks whom, what it may carry, and where it counts what it carries.
 #[derive(Debug)]
 pub struct CircuitParameters {
+    /// The circuit.
+    pub id: CircuitId,
+    /// When it was admitted.
+    pub since: Instant,
     /// The limits, as told to both peers.
     pub limit: Limit,
     /// The link whose bandwidth it shares with the other circuits.
     pub link: Link,
     /// Its source and its target.
-    pub ends: Ends,
+    pub ends: [PeerId; 2],
     /// Counts the bytes that it carries.
     pub counters: Counters,
-    /// Is cancelled when the relay ends it.
+    /// Is cancelled when the relay ends it, or asks the target over another connection.
     pub ended: oneshot::Receiver<()>,
 }

@@ -1,10 +1,10 @@
 //! Fair queueing of the link: how many payload bytes a second all circuits may carry together, and how many those of one
 //! peer.
 //!
-//! Sans-IO. A circuit pays afterwards: it carries a quantum, and carries the next one once all that was carried before,
-//! by any circuit, is paid for. So each circuit that wants more than its fair share has one quantum at a time in the
-//! queue and gets as much as the others; one that wants less waits for one round at most. The queue is a single instant:
-//! when everything in it will be paid for.
+//! Sans-IO. A circuit is charged for a quantum after transferring it, and may transfer the next one once everything that
+//! was charged before, to any circuit, is paid for. So each circuit that wants more than its fair share has one quantum
+//! at a time in the queue and gets as much as the others; one that wants less waits for one round at most. The queue is
+//! a single instant: when everything in it will be paid for.
 
 use std::{
     collections::HashMap,
@@ -33,7 +33,7 @@ pub struct Bandwidth {
     /// The caps of all circuits together and of those of one peer, in bytes a second; zero: no cap.
     caps: [u64; 2],
     all: Queue,
-    /// The peers whose circuits carried something a moment ago.
+    /// The peers whose circuits transferred bytes recently.
     peers: HashMap<PeerId, Queue>,
 }
 
@@ -51,7 +51,7 @@ impl Link {
     }
 }
 
-/// What was carried under one cap and is not paid for yet.
+/// The bytes charged to one cap that are not paid for yet.
 #[derive(Clone, Copy, Debug)]
 struct Queue {
     /// When all of it will be paid for.
@@ -59,9 +59,6 @@ struct Queue {
     /// How many circuits wait for that.
     waiting: u32,
 }
-
-/// The source and the target of a circuit.
-pub type Ends = [PeerId; 2];
 
 impl Bandwidth {
     /// An unused link.
@@ -73,18 +70,15 @@ impl Bandwidth {
     /// Replaces the caps, from the next quantum of each circuit on.
     pub fn configure(&mut self, config: &Config, now: Instant) {
         self.caps = [config.bandwidth, config.bandwidth_per_peer];
-        // What is not paid for yet was counted with the old caps.
+        // Bytes that are not paid for yet were charged under the old caps.
         for queue in self.peers.values_mut().chain([&mut self.all]) {
             queue.paid_at = queue.paid_at.min(now);
         }
     }
 
-    /// How many bytes a circuit may carry at a time; `None`: no cap.
-    pub fn quantum(&self, ends: Ends) -> Option<usize> {
+    /// How many bytes a circuit between these two peers may carry at a time; `None`: no cap.
+    pub fn quantum(&self, ends: [PeerId; 2]) -> Option<usize> {
         let [total, per_peer] = self.caps;
-        if self.caps == [0, 0] {
-            return None;
-        }
         let of_peers = ends.iter().filter_map(|peer| {
             let waiting = self.peers.get(peer).map_or(0, |queue| queue.waiting);
             quantum(per_peer, waiting)
@@ -93,9 +87,9 @@ impl Bandwidth {
         Some(usize::try_from(least).unwrap_or(usize::MAX))
     }
 
-    /// Charges a circuit for bytes that it carried. Returns when it may carry more, if it has to wait for that: until
+    /// Charges a circuit for bytes that it transferred. Returns when it may transfer more, if it has to wait for that: until
     /// [`Bandwidth::end_wait`] it counts as waiting.
-    pub fn charge(&mut self, ends: Ends, bytes: usize, now: Instant) -> Option<Instant> {
+    pub fn charge(&mut self, ends: [PeerId; 2], bytes: usize, now: Instant) -> Option<Instant> {
         let [total, per_peer] = self.caps;
         let mut next = self.all.charge(bytes, total, now);
         if per_peer > 0 {
@@ -111,11 +105,11 @@ impl Bandwidth {
     }
 
     /// Ends the wait of a circuit.
-    pub fn end_wait(&mut self, ends: Ends) {
+    pub fn end_wait(&mut self, ends: [PeerId; 2]) {
         self.for_each(ends, |queue| queue.waiting = queue.waiting.saturating_sub(1));
     }
 
-    fn for_each(&mut self, ends: Ends, change: impl Fn(&mut Queue)) {
+    fn for_each(&mut self, ends: [PeerId; 2], change: impl Fn(&mut Queue)) {
         change(&mut self.all);
         for peer in ends {
             if let Some(queue) = self.peers.get_mut(&peer) {
@@ -124,7 +118,7 @@ impl Bandwidth {
         }
     }
 
-    /// Forgets the peers that owe nothing.
+    /// Removes the peers whose bytes are all paid for.
     pub fn forget_paid(&mut self, now: Instant) {
         self.peers.retain(|_, queue| queue.waiting > 0 || queue.paid_at + BURST > now);
     }
@@ -158,76 +152,76 @@ mod tests {
 
     const MB: u64 = 1_000_000;
 
-    /// A circuit that would send so many bytes a second, or any number.
+    /// A circuit that would send `wants` bytes a second; as many as it can if `None`.
     struct Circuit {
-        ends: Ends,
+        ends: [PeerId; 2],
         wants: Option<u64>,
-        carried: u64,
+        transferred: u64,
     }
 
     fn caps(bandwidth: u64, bandwidth_per_peer: u64) -> Config {
         Config { bandwidth, bandwidth_per_peer, ..Config::default() }
     }
 
-    /// Circuits over one link, and a clock of milliseconds.
-    struct World {
+    /// Circuits over one link, with a simulated clock that ticks in milliseconds.
+    struct Link {
         bandwidth: Bandwidth,
         circuits: Vec<Circuit>,
         start: Instant,
-        /// How much later than it should a timer goes off.
-        late: Duration,
+        /// How late timers fire.
+        timer_delay: Duration,
     }
 
-    impl World {
+    impl Link {
         fn new(total: u64, per_peer: u64) -> Self {
             let start = Instant::now();
             Self {
                 bandwidth: Bandwidth::new(&caps(total, per_peer), start),
                 circuits: Vec::new(),
                 start,
-                late: Duration::from_millis(1),
+                timer_delay: Duration::from_millis(1),
             }
         }
 
         fn circuit(&mut self, wants: Option<u64>) {
-            self.circuit_between([PeerId::random(), PeerId::random()], wants);
+            self.add_circuit_between([PeerId::random(), PeerId::random()], wants);
         }
 
-        fn circuit_between(&mut self, ends: Ends, wants: Option<u64>) {
-            self.circuits.push(Circuit { ends, wants, carried: 0 });
+        fn add_circuit_between(&mut self, ends: [PeerId; 2], wants: Option<u64>) {
+            self.circuits.push(Circuit { ends, wants, transferred: 0 });
         }
 
-        /// How many bytes a second each circuit carried in so many seconds.
+        /// Runs for `seconds`; returns the rate of each circuit in bytes per second.
         fn run(&mut self, seconds: u64) -> Vec<u64> {
             let end = self.start + Duration::from_secs(seconds);
-            let mut turns: BinaryHeap<_> =
-                (0..self.circuits.len()).map(|who| Reverse((self.start, false, who))).collect();
-            while let Some(Reverse((now, waited, who))) = turns.pop() {
+            let mut events: BinaryHeap<_> =
+                (0..self.circuits.len()).map(|index| Reverse((self.start, false, index))).collect();
+            while let Some(Reverse((now, waited, index))) = events.pop() {
                 if now >= end {
                     break;
                 }
-                let circuit = &mut self.circuits[who];
+                let circuit = &mut self.circuits[index];
                 if waited {
                     self.bandwidth.end_wait(circuit.ends);
                 }
                 let quantum = self.bandwidth.quantum(circuit.ends).expect("a cap") as u64;
-                let there = circuit.wants.map_or(quantum, |rate| {
+                let available = circuit.wants.map_or(quantum, |rate| {
                     let sent = (now - self.start).as_secs_f64() * rate as f64;
-                    sent as u64 - circuit.carried
+                    sent as u64 - circuit.transferred
                 });
-                let bytes = quantum.min(there);
-                circuit.carried += bytes;
+                let bytes = quantum.min(available);
+                circuit.transferred += bytes;
                 let next = match bytes {
                     0 => None,
                     _ => self.bandwidth.charge(circuit.ends, bytes as usize, now),
                 };
                 let next = match next {
-                    Some(then) => (then + self.late, true, who),
-                    None => (now + Duration::from_millis(1), false, who),
+                    Some(then) => (then + self.timer_delay, true, index),
+                    None => (now + Duration::from_millis(1), false, index),
                 };
-                turns.push(Reverse(next));
+                events.push(Reverse(next));
             }
-            let rate = |circuit: &Circuit| circuit.carried / seconds;
+            let rate = |circuit: &Circuit| circuit.transferred / seconds;
             self.circuits.iter().map(rate).collect()
         }
     }
@@ -244,20 +238,20 @@ mod tests {
     }
 
     #[test]
-    fn ten_who_want_everything_get_the_same_and_together_the_whole() {
-        let mut world = World::new(MB, 0);
-        (0..10).for_each(|_| world.circuit(None));
-        let rates = world.run(5);
+    fn ten_greedy_circuits_share_the_link_equally_and_fully() {
+        let mut link = Link::new(MB, 0);
+        (0..10).for_each(|_| link.circuit(None));
+        let rates = link.run(5);
         assert!(fairness(&rates) >= 0.99, "{rates:?}");
         assert!(within(rates.iter().sum(), MB, 5), "{rates:?}");
     }
 
     #[test]
-    fn nine_who_want_little_get_it_all_beside_one_who_wants_everything() {
-        let mut world = World::new(MB, 0);
-        (0..9).for_each(|_| world.circuit(Some(80_000)));
-        world.circuit(None);
-        let rates = world.run(5);
+    fn nine_light_circuits_are_not_slowed_by_a_greedy_one() {
+        let mut link = Link::new(MB, 0);
+        (0..9).for_each(|_| link.circuit(Some(80_000)));
+        link.circuit(None);
+        let rates = link.run(5);
         let (greedy, modest) = rates.split_last().unwrap();
         assert!(modest.iter().all(|rate| within(*rate, 80_000, 2)), "{rates:?}");
         assert!(within(*greedy, MB - 9 * 80_000, 10), "{rates:?}");
@@ -265,45 +259,45 @@ mod tests {
     }
 
     #[test]
-    fn one_alone_gets_the_whole_though_timers_come_late() {
+    fn a_single_circuit_gets_the_whole_link_despite_late_timers() {
         for rate in [100, MB, 1000 * MB] {
-            let mut world = World::new(rate, 0);
-            world.late = Duration::from_millis(15);
-            world.circuit(None);
-            let rates = world.run(10);
+            let mut link = Link::new(rate, 0);
+            link.timer_delay = Duration::from_millis(15);
+            link.circuit(None);
+            let rates = link.run(10);
             assert!(within(rates[0], rate, 5), "{rates:?}");
         }
     }
 
     #[test]
-    fn a_thousand_share_as_well() {
-        let mut world = World::new(10 * MB, 0);
-        (0..1000).for_each(|_| world.circuit(None));
-        let rates = world.run(20);
+    fn a_thousand_circuits_share_the_link_equally() {
+        let mut link = Link::new(10 * MB, 0);
+        (0..1000).for_each(|_| link.circuit(None));
+        let rates = link.run(20);
         assert!(fairness(&rates) >= 0.95);
         assert!(within(rates.iter().sum(), 10 * MB, 5));
     }
 
     #[test]
-    fn a_peer_s_circuits_share_what_a_peer_may_have_as_source_and_as_target() {
+    fn the_per_peer_rate_is_shared_by_circuits_in_both_roles() {
         let [alice, bob, carol] = [(); 3].map(|()| PeerId::random());
-        let mut world = World::new(0, MB);
-        world.circuit_between([alice, bob], None);
-        world.circuit_between([carol, alice], None);
-        world.circuit(None);
-        let rates = world.run(5);
+        let mut link = Link::new(0, MB);
+        link.add_circuit_between([alice, bob], None);
+        link.add_circuit_between([carol, alice], None);
+        link.circuit(None);
+        let rates = link.run(5);
         assert!(within(rates[0], MB / 2, 5), "{rates:?}");
         assert!(within(rates[1], MB / 2, 5), "{rates:?}");
-        assert!(within(rates[2], MB, 5), "others have theirs: {rates:?}");
+        assert!(within(rates[2], MB, 5), "other peers are not limited: {rates:?}");
     }
 
     #[test]
-    fn who_is_held_back_by_its_own_cap_leaves_the_rest_to_others() {
+    fn bandwidth_unused_by_a_capped_peer_goes_to_others() {
         let [alice, bob] = [(); 2].map(|()| PeerId::random());
-        let mut world = World::new(MB, 300_000);
-        (0..8).for_each(|_| world.circuit_between([alice, bob], None));
-        (0..4).for_each(|_| world.circuit(None));
-        let rates = world.run(5);
+        let mut link = Link::new(MB, 300_000);
+        (0..8).for_each(|_| link.add_circuit_between([alice, bob], None));
+        (0..4).for_each(|_| link.circuit(None));
+        let rates = link.run(5);
         let alices: u64 = rates[..8].iter().sum();
         assert!(alices <= 310_000, "{rates:?}");
         assert!(within(rates.iter().sum(), MB, 5), "{rates:?}");
@@ -311,36 +305,36 @@ mod tests {
     }
 
     #[test]
-    fn a_byte_a_second_is_a_byte_a_second() {
-        let mut world = World::new(1, 0);
-        world.circuit(None);
-        world.circuit(None);
-        world.run(100);
-        let carried: u64 = world.circuits.iter().map(|circuit| circuit.carried).sum();
-        assert!((99..=103).contains(&carried), "{carried}");
-        assert!(world.circuits[0].carried.abs_diff(world.circuits[1].carried) <= 2);
+    fn a_rate_of_one_byte_per_second_is_exact() {
+        let mut link = Link::new(1, 0);
+        link.circuit(None);
+        link.circuit(None);
+        link.run(100);
+        let transferred: u64 = link.circuits.iter().map(|circuit| circuit.transferred).sum();
+        assert!((99..=103).contains(&transferred), "{transferred}");
+        assert!(link.circuits[0].transferred.abs_diff(link.circuits[1].transferred) <= 2);
     }
 
     #[test]
-    fn without_a_cap_nobody_waits_and_nothing_is_remembered() {
+    fn without_a_cap_nothing_waits_and_no_state_is_kept() {
         let now = Instant::now();
         let ends = [PeerId::random(), PeerId::random()];
         let mut bandwidth = Bandwidth::new(&caps(0, 0), now);
         assert_eq!(bandwidth.quantum(ends), None);
         assert_eq!(bandwidth.charge(ends, usize::MAX, now), None);
         assert_eq!(bandwidth.peers.len(), 0);
-        // The largest there is does not overflow either.
+        // The highest cap does not overflow.
         bandwidth.configure(&caps(u64::MAX, u64::MAX), now);
         assert!(bandwidth.quantum(ends).is_some());
         assert_eq!(bandwidth.charge(ends, 65_536, now), None);
     }
 
     #[test]
-    fn who_owes_nothing_is_forgotten_and_who_waits_is_not() {
+    fn idle_flows_are_removed_and_waiting_ones_are_not() {
         let now = Instant::now();
         let ends = [PeerId::random(), PeerId::random()];
         let mut bandwidth = Bandwidth::new(&caps(0, 10), now);
-        let next = bandwidth.charge(ends, 20, now).expect("it has to wait");
+        let next = bandwidth.charge(ends, 20, now).expect("a cap of 10 bytes per second");
         bandwidth.forget_paid(next + BURST);
         assert_eq!(bandwidth.peers.len(), 2);
         bandwidth.end_wait(ends);
@@ -351,7 +345,7 @@ mod tests {
     }
 
     #[test]
-    fn a_new_price_is_not_asked_for_what_was_carried_before() {
+    fn a_new_cap_does_not_apply_to_bytes_already_transferred() {
         let now = Instant::now();
         let ends = [PeerId::random(), PeerId::random()];
         let mut bandwidth = Bandwidth::new(&caps(1, 0), now);

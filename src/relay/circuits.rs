@@ -13,7 +13,7 @@ use libp2p::{PeerId, futures::channel::oneshot};
 
 use super::{
     accounts::Counters,
-    connections::{End, PendingRequest},
+    connections::{End, Origin, PendingRequest},
     quota::{Caps, Quota, Scope},
 };
 use crate::{
@@ -26,13 +26,16 @@ use crate::{
 /// How long a direction may transfer nothing though bytes wait, while memory is scarce.
 const MAX_STALL: Duration = Duration::from_secs(10);
 
+/// How long a target may take to answer over one connection, if it has another one.
+const RETRY_AFTER: Duration = Duration::from_secs(3);
+
 /// The circuits of one relay, those that are being set up included.
 #[derive(Debug)]
 pub struct Circuits<C, R> {
     circuits: HashMap<CircuitId, Circuit<C, R>>,
     /// How many each prefix has, by source. Circuits that yielded to another one do not count.
     pub quota: Quota,
-    per_peer: usize,
+    pub(super) per_peer: usize,
     /// The circuits that a peer is part of, in either role.
     by_peer: HashMap<PeerId, Vec<CircuitId>>,
     last: u64,
@@ -43,12 +46,21 @@ pub struct Circuits<C, R> {
 pub struct Circuit<C, R> {
     /// The peer that asked.
     pub source: End<C>,
-    /// The peer that holds the reservation.
+    /// The peer that holds the reservation, and the connection over which it is asked, or has accepted.
     pub target: End<C>,
+    /// The connections over which it was asked before, and since when it is asked over the present one.
+    silent: Vec<C>,
+    asked_at: Instant,
+    /// When it was admitted.
+    pub since: Instant,
     /// What it may carry.
     pub limit: Limit,
-    /// Whether it is open.
-    pub state: State<C, R>,
+    /// The CONNECT, until it is answered.
+    pub request: Option<PendingRequest<C, R>>,
+    /// Since when it is open; `None`: the target has yet to answer.
+    pub opened_at: Option<Instant>,
+    /// Counts the bytes that it carries.
+    pub counters: Counters,
     /// Dropping it ends the exchange with the target, or the open circuit.
     guard: Option<oneshot::Sender<()>>,
     /// The prefix of the source.
@@ -64,40 +76,15 @@ pub struct Circuit<C, R> {
     has_yielded: bool,
 }
 
-/// The state of a circuit.
-#[derive(Debug)]
-pub enum State<C, R> {
-    /// The target has yet to answer. `None`: the source was refused meanwhile.
-    Pending(Option<PendingRequest<C, R>>),
-    /// Bytes pass.
-    Open {
-        /// Since when.
-        since: Instant,
-        /// Counts the bytes.
-        counters: Counters,
-    },
-}
-
 impl<C, R> Circuit<C, R> {
     /// Since when it is open, and the bytes that it has transferred; `None`: it is being set up.
     pub fn open(&self) -> Option<(Instant, BytesTransferred)> {
-        match &self.state {
-            State::Open { since, counters } => Some((*since, counters.read())),
-            State::Pending(_) => None,
-        }
+        self.opened_at.map(|since| (since, self.counters.read()))
     }
 
     /// How it ended. Its task reports [`CircuitEnd::Disconnected`] also if the relay ended it; the table knows why.
     pub fn end(&self, reported: CircuitEnd) -> CircuitEnd {
         if reported == CircuitEnd::Disconnected { self.end } else { reported }
-    }
-
-    /// Marks it as open. The receiver is cancelled when it is [ended](Circuits::end).
-    pub fn begin(&mut self, since: Instant, counters: Counters) -> oneshot::Receiver<()> {
-        let (guard, ended) = oneshot::channel();
-        self.guard = Some(guard);
-        self.state = State::Open { since, counters };
-        ended
     }
 }
 
@@ -111,12 +98,6 @@ impl<C: Copy + Eq + Hash, R> Circuits<C, R> {
             by_peer: HashMap::new(),
             last: 0,
         }
-    }
-
-    /// Replaces the caps, from the next circuit on.
-    pub fn configure(&mut self, config: &Config) {
-        self.quota.set_caps(config.circuit_caps());
-        self.per_peer = config.max_circuits_per_peer;
     }
 
     /// How many count, those that are being set up included.
@@ -139,17 +120,14 @@ impl<C: Copy + Eq + Hash, R> Circuits<C, R> {
     /// # Errors
     ///
     /// The cap that is reached. One under which [`Circuits::yield_one`] cannot make room comes first.
-    pub fn check_caps(
-        &self,
-        source: &PeerId,
-        target: &PeerId,
-        prefix: Option<ClientPrefix>,
-    ) -> Result<(), Refused> {
-        let full = self.quota.full(prefix);
+    pub fn check_caps(&self, source: &Origin, target: &PeerId) -> Result<(), Refused> {
+        let full = self.quota.full(source.prefix);
         match full {
             Some(Scope::Address(prefix)) => Err(Refused::TooManyCircuitsOfAddress(prefix)),
             Some(Scope::Subnet(subnet)) => Err(Refused::TooManyCircuitsOfSubnet(subnet)),
-            _ if self.count_of(source) >= self.per_peer => Err(Refused::TooManyCircuitsOfSource),
+            _ if self.count_of(&source.peer) >= self.per_peer => {
+                Err(Refused::TooManyCircuitsOfSource)
+            }
             // A circuit of the target that yields makes room in the table, too.
             _ if self.count_of(target) >= self.per_peer => Err(Refused::TooManyCircuitsOfTarget),
             Some(Scope::Total) => Err(Refused::TooManyCircuits),
@@ -157,16 +135,11 @@ impl<C: Copy + Eq + Hash, R> Circuits<C, R> {
         }
     }
 
-    /// Makes room under a full cap of the table or of the target: returns the circuit to end, which does not count any
+    /// Makes room for a circuit of `to` under a full cap of the table or of the target: returns the circuit to end, which does not count any
     /// more. It is one of the heaviest prefix, if that would still hold at least as much as the newcomer's; of those
     /// under the cap the one that has transferred nothing for longest. `None` if there is none, or one is not enough.
     /// A circuit that is being set up stays.
-    pub fn yield_one(
-        &mut self,
-        full: &Refused,
-        target: &PeerId,
-        prefix: Option<ClientPrefix>,
-    ) -> Option<CircuitId> {
+    pub fn yield_one(&mut self, full: &Refused, to: &Origin, target: &PeerId) -> Option<CircuitId> {
         if self.quota.above(None).is_some() || self.count_of(target) > self.per_peer {
             return None;
         }
@@ -179,7 +152,7 @@ impl<C: Copy + Eq + Hash, R> Circuits<C, R> {
         let mut shares = Quota::new(Caps::default());
         counting.clone().for_each(|(_, circuit)| shares.add(circuit.prefix));
         let yielding = counting.filter(|(_, circuit)| {
-            shares.yields(circuit.prefix, prefix) && circuit.open().is_some()
+            shares.yields(circuit.prefix, to.prefix) && circuit.opened_at.is_some()
         });
         let (id, _) = *yielding.max_by_key(|(id, circuit)| {
             (shares.load(circuit.prefix), Reverse(circuit.active_at), Reverse(*id))
@@ -190,12 +163,14 @@ impl<C: Copy + Eq + Hash, R> Circuits<C, R> {
         Some(id)
     }
 
-    /// Adds a circuit whose target is to be asked. The receiver is cancelled when it is [ended](Self::end).
+    /// Adds a circuit whose target is to be asked. The receiver is cancelled when it is [ended](Self::end), now or once
+    /// it is open.
     pub fn add(
         &mut self,
         request: PendingRequest<C, R>,
         target: End<C>,
         limit: Limit,
+        counters: Counters,
         now: Instant,
     ) -> (CircuitId, oneshot::Receiver<()>) {
         self.last += 1;
@@ -208,8 +183,13 @@ impl<C: Copy + Eq + Hash, R> Circuits<C, R> {
         let circuit = Circuit {
             source,
             target,
+            silent: Vec::new(),
+            asked_at: now,
+            since: now,
             limit,
-            state: State::Pending(Some(request)),
+            request: Some(request),
+            opened_at: None,
+            counters,
             guard: Some(guard),
             prefix,
             transferred: BytesTransferred::default(),
@@ -225,10 +205,7 @@ impl<C: Copy + Eq + Hash, R> Circuits<C, R> {
     /// Finds out which circuits have transferred bytes since the last call, and in which bytes wait.
     pub fn poll_counters(&mut self, now: Instant) {
         for circuit in self.circuits.values_mut() {
-            let State::Open { counters, .. } = &circuit.state else {
-                continue;
-            };
-            let (after, waiting) = (counters.read(), counters.waiting());
+            let (after, waiting) = (circuit.counters.read(), circuit.counters.waiting());
             let before = std::mem::replace(&mut circuit.transferred, after);
             if before != after {
                 circuit.active_at = now;
@@ -242,10 +219,45 @@ impl<C: Copy + Eq + Hash, R> Circuits<C, R> {
         }
     }
 
-    /// Shifts the start of each stall, after a sweep that came late.
-    pub fn shift_stalls(&mut self, shift: impl Fn(Instant) -> Instant) {
-        let stalls = self.circuits.values_mut().flat_map(|circuit| &mut circuit.stalled);
-        stalls.flatten().for_each(|since| *since = shift(*since));
+    /// Shifts since when targets are asked, and the start of each stall, after a sweep that came late.
+    pub fn shift_waits(&mut self, shift: impl Fn(Instant) -> Instant) {
+        for circuit in self.circuits.values_mut() {
+            let stalls = circuit.stalled.iter_mut().flatten();
+            stalls.chain([&mut circuit.asked_at]).for_each(|since| *since = shift(*since));
+        }
+    }
+
+    /// The circuits whose target has not answered for [`RETRY_AFTER`] while the source waits, in the order of their admission,
+    /// each with the connection over which the target is asked.
+    pub fn unanswered(&self, now: Instant) -> Vec<(CircuitId, End<C>)> {
+        let is_overdue = |circuit: &Circuit<C, R>| {
+            circuit.request.is_some()
+                && now.saturating_duration_since(circuit.asked_at) >= RETRY_AFTER
+        };
+        let overdue = self.iter().filter(|(_, circuit)| is_overdue(circuit));
+        let mut overdue: Vec<_> = overdue.map(|(id, circuit)| (id, circuit.target)).collect();
+        overdue.sort_unstable_by_key(|(id, _)| *id);
+        overdue
+    }
+
+    /// Has a circuit's target asked over the first of these connections over which it was not asked before, if there is
+    /// one; returns that. Cancels the exchange over the present one. The receiver is as that of [`Circuits::add`].
+    pub fn ask_over(
+        &mut self,
+        id: CircuitId,
+        others: &[C],
+        now: Instant,
+    ) -> Option<(C, oneshot::Receiver<()>)> {
+        let circuit = self.circuits.get_mut(&id)?;
+        let present = circuit.target.connection;
+        let is_new = |other: &&C| **other != present && !circuit.silent.contains(other);
+        let over = *others.iter().find(is_new)?;
+        circuit.target.connection = over;
+        circuit.silent.push(present);
+        circuit.asked_at = now;
+        let (guard, ended) = oneshot::channel();
+        circuit.guard = Some(guard);
+        Some((over, ended))
     }
 
     /// The circuits one of whose directions had transferred nothing for [`MAX_STALL`] at the last sweep though bytes
@@ -271,10 +283,7 @@ impl<C: Copy + Eq + Hash, R> Circuits<C, R> {
         if circuit.guard.take().is_some() {
             circuit.end = end;
         }
-        match &mut circuit.state {
-            State::Pending(request) => request.take(),
-            State::Open { .. } => None,
-        }
+        circuit.request.take()
     }
 
     /// The circuit of this id.
@@ -335,10 +344,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::{
-        relay::{accounts::Accounts, connections::Origin},
-        wire::Request,
-    };
+    use crate::{relay::accounts::Accounts, wire::Request};
 
     fn table(caps: Caps, per_peer: usize) -> Circuits<u32, ()> {
         Circuits { quota: Quota::new(caps), per_peer, ..Circuits::new(&Config::default()) }
@@ -357,13 +363,17 @@ mod tests {
         Some(IpAddr::from(Ipv4Addr::new(192, 0, n, 1)).into())
     }
 
+    fn origin(peer: PeerId, from: u8) -> Origin {
+        Origin::new(peer, prefix(from).unwrap().ip().into(), false)
+    }
+
     fn admit(
         circuits: &mut Circuits<u32, ()>,
         source: End<u32>,
         target: End<u32>,
         from: u8,
     ) -> Result<CircuitId, Refused> {
-        circuits.check_caps(&source.peer, &target.peer, prefix(from))?;
+        circuits.check_caps(&origin(source.peer, from), &target.peer)?;
         Ok(add(circuits, source, target, from).0)
     }
 
@@ -373,20 +383,18 @@ mod tests {
         target: End<u32>,
         from: u8,
     ) -> (CircuitId, oneshot::Receiver<()>) {
-        let address = prefix(from).unwrap().ip().into();
-        let origin = Arc::new(Origin::new(source.peer, address, false));
+        let origin = Arc::new(origin(source.peer, from));
         let request = Request::Connect(target.peer);
         let request = PendingRequest { from: source, origin, request, reply: () };
-        circuits.add(request, target, Limit::default(), Instant::now())
+        let (limit, counters) = (Limit::default(), Accounts::default().counters());
+        circuits.add(request, target, limit, counters, Instant::now())
     }
 
-    /// The target agreed; returns where its bytes are counted.
+    /// The target accepts; returns the circuit's byte counters.
     fn open(circuits: &mut Circuits<u32, ()>, id: CircuitId) -> Counters {
-        let [source, target] = [(); 2].map(|()| PeerId::random());
-        let counters = Accounts::default().on_opened(id, source, target);
         let circuit = circuits.get_mut(id).unwrap();
-        assert!(circuit.begin(Instant::now(), counters.clone()).try_recv().is_ok());
-        counters
+        circuit.opened_at = Some(Instant::now());
+        circuit.counters.clone()
     }
 
     #[test]
@@ -401,7 +409,7 @@ mod tests {
     }
 
     #[test]
-    fn the_total_holds_for_everyone_and_each_prefix_has_its_cap() {
+    fn the_total_and_the_cap_of_each_prefix_are_enforced() {
         let caps = Caps { total: Some(3), per_subnet: Some(9), per_address: Some(2) };
         let mut circuits = table(caps, 5);
         for _ in 0..2 {
@@ -414,75 +422,76 @@ mod tests {
     }
 
     #[test]
-    fn at_a_full_target_the_most_idle_circuit_of_the_heaviest_prefix_yields_to_another() {
+    fn at_a_full_target_the_most_idle_circuit_of_the_heaviest_prefix_is_evicted() {
         let mut circuits = table(of_total(99), 4);
         let (start, target) = (Instant::now(), end(1));
         let ids: Vec<_> =
             (0..4).map(|n| admit(&mut circuits, end(2 + n), target, 1).unwrap()).collect();
         let full = &admit(&mut circuits, end(9), target, 2).unwrap_err();
         assert_eq!(*full, Refused::TooManyCircuitsOfTarget);
-        // All but the second have carried something, and the third is being set up.
+        // All but the second have relayed bytes, and the third is still being set up.
         for n in [0, 1, 3] {
             let bytes = BytesTransferred { to_target: u64::from(n != 1), to_source: 0 };
             open(&mut circuits, ids[n]).add(bytes);
         }
         circuits.poll_counters(start + Duration::from_secs(1));
-        let same = circuits.yield_one(full, &target.peer, prefix(1));
-        assert_eq!(same, None, "of the same prefix");
-        let yielded = circuits.yield_one(full, &target.peer, prefix(2)).unwrap();
+        let [same, other] = [1, 2].map(|from| origin(end(9).peer, from));
+        let same = circuits.yield_one(full, &same, &target.peer);
+        assert_eq!(same, None, "no eviction for the same prefix");
+        let yielded = circuits.yield_one(full, &other, &target.peer).unwrap();
         assert_eq!((yielded, circuits.count()), (ids[1], 3));
         assert!(admit(&mut circuits, end(9), target, 2).is_ok());
-        // Two of one and one of the other are what is fair; the ended one is there until it says so.
-        circuits.yield_one(full, &target.peer, prefix(2)).unwrap();
-        assert_eq!(circuits.yield_one(full, &target.peer, prefix(2)), None);
+        // Two of one prefix and one of the other are fair shares. An evicted circuit is listed until it is removed.
+        circuits.yield_one(full, &other, &target.peer).unwrap();
+        assert_eq!(circuits.yield_one(full, &other, &target.peer), None);
         assert_eq!(circuits.of(&target.peer).count(), 5);
         assert!(circuits.remove(yielded).is_some());
         assert_eq!((circuits.count(), circuits.count_of(&target.peer)), (3, 3));
     }
 
     #[test]
-    fn a_circuit_is_stalled_that_moves_nothing_for_10_s_one_way_though_bytes_wait() {
+    fn a_circuit_is_stalled_after_10_s_without_progress_on_pending_bytes() {
         const SECOND: Duration = Duration::from_secs(1);
         let mut circuits = table(of_total(9), 9);
         let mut now = Instant::now();
-        let [stalls, moves, idles, reads] = [1, 2, 3, 4].map(|n| {
+        let [stalled, slow, idle, resumed] = [1, 2, 3, 4].map(|n| {
             let id = admit(&mut circuits, end(n), end(10 + n), 1).unwrap();
             (id, open(&mut circuits, id))
         });
         admit(&mut circuits, end(5), end(15), 1).unwrap(); // is being set up
         let both = BytesTransferred { to_target: 7, to_source: 7 };
-        idles.1.add(both);
-        stalls.1.add(both);
+        idle.1.add(both);
+        stalled.1.add(both);
         for second in 0..30 {
-            // The way to the target stands still while the other one moves.
-            stalls.1.add(BytesTransferred { to_target: 0, to_source: 1 });
-            stalls.1.set_waiting([true, false]);
+            // No byte reaches the target, while the other direction continues.
+            stalled.1.add(BytesTransferred { to_target: 0, to_source: 1 });
+            stalled.1.set_waiting([true, false]);
             let moved = u64::from(second > 0 && second % 9 == 0);
-            moves.1.add(BytesTransferred { to_target: moved, to_source: 0 });
-            moves.1.set_waiting([true, true].map(|waits| waits && second % 9 != 0));
-            reads.1.set_waiting([false, second < 9]);
+            slow.1.add(BytesTransferred { to_target: moved, to_source: 0 });
+            slow.1.set_waiting([true, true].map(|waits| waits && second % 9 != 0));
+            resumed.1.set_waiting([false, second < 9]);
             circuits.poll_counters(now);
-            let expected = if second < 11 { vec![] } else { vec![stalls.0] };
+            let expected = if second < 11 { vec![] } else { vec![stalled.0] };
             assert_eq!(circuits.stalled(now), expected, "after {second} s");
             now += SECOND;
         }
-        // A sweep that came late says nothing.
-        moves.1.set_waiting([false; 2]);
+        // After a late sweep the time starts anew.
+        slow.1.set_waiting([false; 2]);
         circuits.poll_counters(now);
-        circuits.shift_stalls(|_| now);
+        circuits.shift_waits(|_| now);
         assert_eq!(circuits.stalled(now), []);
-        assert_eq!(circuits.stalled(now + 10 * SECOND), [stalls.0]);
-        circuits.end(stalls.0, CircuitEnd::Stalled);
-        assert_eq!(circuits.stalled(now + 10 * SECOND), [], "it ends already");
-        circuits.end(stalls.0, CircuitEnd::Silent);
+        assert_eq!(circuits.stalled(now + 10 * SECOND), [stalled.0]);
+        circuits.end(stalled.0, CircuitEnd::Stalled);
+        assert_eq!(circuits.stalled(now + 10 * SECOND), [], "it is already ending");
+        circuits.end(stalled.0, CircuitEnd::Silent);
         let end_of = |id, reported| circuits.get(id).unwrap().end(reported);
-        assert_eq!(end_of(stalls.0, CircuitEnd::Disconnected), CircuitEnd::Stalled);
-        assert_eq!(end_of(stalls.0, CircuitEnd::Finished), CircuitEnd::Finished);
-        assert_eq!(end_of(idles.0, CircuitEnd::Disconnected), CircuitEnd::Disconnected);
+        assert_eq!(end_of(stalled.0, CircuitEnd::Disconnected), CircuitEnd::Stalled);
+        assert_eq!(end_of(stalled.0, CircuitEnd::Finished), CircuitEnd::Finished);
+        assert_eq!(end_of(idle.0, CircuitEnd::Disconnected), CircuitEnd::Disconnected);
     }
 
     #[test]
-    fn in_a_full_table_one_yields_too_and_at_the_cap_of_a_source_none_does() {
+    fn a_full_table_evicts_a_circuit_and_the_cap_of_a_source_does_not() {
         let mut circuits = table(of_total(3), 9);
         let ends: Vec<_> = (0..3).map(|n| (end(n), end(10 + n))).collect();
         for (source, target) in &ends {
@@ -491,9 +500,10 @@ mod tests {
         }
         let (full, target) = (&Refused::TooManyCircuits, PeerId::random());
         let of_source = &Refused::TooManyCircuitsOfSource;
-        assert_eq!(circuits.yield_one(of_source, &target, prefix(2)), None);
-        assert_eq!(circuits.yield_one(full, &target, prefix(1)), None);
-        assert!(circuits.yield_one(full, &target, prefix(2)).is_some());
+        let [same, other] = [1, 2].map(|from| origin(end(9).peer, from));
+        assert_eq!(circuits.yield_one(of_source, &other, &target), None);
+        assert_eq!(circuits.yield_one(full, &same, &target), None);
+        assert!(circuits.yield_one(full, &other, &target).is_some());
         assert!(admit(&mut circuits, end(8), end(9), 2).is_ok());
     }
 
@@ -503,10 +513,10 @@ mod tests {
         let (id, mut ended) = add(&mut circuits, end(1), end(2), 1);
         assert_eq!(ended.try_recv(), Ok(None));
         let end = CircuitEnd::Released;
-        assert!(circuits.end(id, end).is_some(), "its CONNECT is yet to be answered");
+        assert!(circuits.end(id, end).is_some(), "the pending CONNECT");
         assert!(circuits.end(id, end).is_none());
         assert!(ended.try_recv().is_err());
-        assert_eq!(circuits.count(), 1, "until that is reported");
+        assert_eq!(circuits.count(), 1, "counted until its end is reported");
     }
 
     #[test]
@@ -518,7 +528,7 @@ mod tests {
         assert!(circuits.remove(id).is_some());
         assert!(circuits.remove(id).is_none());
         assert_eq!((circuits.count(), circuits.peers()), (0, 0));
-        assert!(circuits.quota.is_empty());
+        assert_eq!(circuits.quota.scopes(), 0);
         assert_ne!(admit(&mut circuits, alice, bob, 1), Ok(id));
     }
 }

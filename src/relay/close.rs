@@ -113,7 +113,7 @@ mod drain_tests {
 
     const DRAIN: Duration = Duration::from_secs(8);
 
-    /// A relay with so many connections.
+    /// A relay with `connections` connections.
     fn relay(connections: u32, now: Instant) -> (Relay<u32, ()>, Vec<End<u32>>) {
         let mut relay = Relay::new(Config::default(), now).unwrap();
         let connect = |connection| {
@@ -126,7 +126,7 @@ mod drain_tests {
         (relay, ends)
     }
 
-    /// The connections that are closed, and whether anything was answered.
+    /// Takes all actions; returns the closed connections, and whether a request was answered.
     fn actions(relay: &mut Relay<u32, ()>) -> (Vec<u32>, bool) {
         let (mut closed, mut answered) = (Vec::new(), false);
         while let Some(action) = relay.actions.pop_front() {
@@ -139,12 +139,12 @@ mod drain_tests {
         (closed, answered)
     }
 
-    /// Two of its connections become the ends of a circuit.
+    /// Opens a circuit from the first to the second connection.
     fn circuit(relay: &mut Relay<u32, ()>, ends: &[End<u32>], now: Instant) {
         relay.handle_request(ends[1], Ok(Request::Reserve), (), now);
         relay.handle_request(ends[0], Ok(Request::Connect(ends[1].peer)), (), now);
-        let (id, _) = relay.circuits.iter().next().expect("it is admitted");
-        assert!(relay.on_target_answered(id, Ok(()), now).is_some());
+        let (id, _) = relay.circuits.iter().next().expect("an admitted circuit");
+        assert!(relay.on_target_answered(id, ends[1].connection, Ok(()), now).is_some());
         actions(relay);
     }
 
@@ -173,14 +173,14 @@ mod drain_tests {
     }
 
     #[test]
-    fn who_carries_a_circuit_stays_until_it_ends() {
+    fn a_connection_with_a_circuit_stays_until_the_circuit_ends() {
         let start = Instant::now();
         let (mut relay, ends) = relay(3, start);
         circuit(&mut relay, &ends, start);
         relay.drain(start + DRAIN, start);
         relay.sweep(start + DRAIN);
         assert_eq!(actions(&mut relay).0, [2]);
-        let (id, _) = relay.circuits.iter().next().expect("it is still there");
+        let (id, _) = relay.circuits.iter().next().expect("the circuit");
         let ended = crate::CircuitEnd::Finished;
         relay.on_circuit_ended(id, ended, start + DRAIN);
         relay.sweep(start + DRAIN);
@@ -188,7 +188,7 @@ mod drain_tests {
     }
 
     #[test]
-    fn who_asks_is_answered_by_the_end_of_its_connection_unless_that_carries_a_circuit() {
+    fn a_request_while_draining_closes_its_connection_unless_it_carries_a_circuit() {
         let start = Instant::now();
         let (mut relay, ends) = relay(4, start);
         circuit(&mut relay, &ends, start);
@@ -200,7 +200,7 @@ mod drain_tests {
     }
 
     #[test]
-    fn a_relay_that_resumes_takes_clients_in() {
+    fn a_resumed_relay_accepts_clients() {
         let start = Instant::now();
         let (mut relay, ends) = relay(1, start);
         relay.drain(start + DRAIN, start);
@@ -222,7 +222,7 @@ mod preemption_tests {
         activity::ActivityCounter, config::Config, event::Event, relay::Action, wire::Request,
     };
 
-    /// A relay whose connections bear numbers, and come up a second after each other.
+    /// A relay whose connections are numbered from 0 and open one second apart.
     struct Clients {
         relay: Relay<u32, ()>,
         ends: Vec<End<u32>>,
@@ -230,19 +230,19 @@ mod preemption_tests {
         now: Instant,
     }
 
-    /// What became of it.
+    /// The effects of a step.
     #[derive(Debug, Default, PartialEq)]
-    struct Did {
+    struct Effects {
         closed: Vec<u32>,
         graces_begun: usize,
     }
 
-    fn closed(connection: u32) -> Did {
-        Did { closed: vec![connection], ..Did::default() }
+    fn closed(connection: u32) -> Effects {
+        Effects { closed: vec![connection], ..Effects::default() }
     }
 
     impl Clients {
-        fn none() -> Self {
+        fn new() -> Self {
             let now = Instant::now();
             Self {
                 relay: Relay::new(Config::default(), now).unwrap(),
@@ -252,12 +252,12 @@ mod preemption_tests {
             }
         }
 
-        fn pass_a_second(&mut self) {
+        fn advance_a_second(&mut self) {
             self.now += Duration::from_secs(1);
         }
 
         fn connect(&mut self, peer: PeerId) -> u32 {
-            self.pass_a_second();
+            self.advance_a_second();
             let (connection, address) = (self.ends.len() as u32, "/memory/1".parse().unwrap());
             let up = Connection::new(peer, address, false, 0, self.now);
             let activity = ActivityCounter::default();
@@ -279,31 +279,33 @@ mod preemption_tests {
             assert_eq!(self.slot_of(from.peer), Some(connection));
         }
 
-        /// A circuit to `target`, which holds a slot; the receiver is cancelled when it is ended.
+        /// Opens a circuit to `target`, which holds a slot; the receiver is cancelled when the circuit is ended.
         fn circuit(&mut self, source: u32, target: PeerId) -> oneshot::Receiver<()> {
             let (from, now) = (self.ends[source as usize], self.now);
             self.relay.handle_request(from, Ok(Request::Connect(target)), (), now);
             let asked = std::iter::from_fn(|| self.relay.actions.pop_front()).find_map(|action| {
-                let Action::AskTarget { circuit, .. } = action else {
+                let Action::AskTarget(target, parameters) = action else {
                     return None;
                 };
-                Some(circuit)
+                Some((target.connection, parameters))
             });
-            let opened = self.relay.on_target_answered(asked.expect("it is admitted"), Ok(()), now);
-            self.did();
-            opened.expect("both want it").1.ended
+            let (over, parameters) = asked.expect("an admitted circuit");
+            let opened = self.relay.on_target_answered(parameters.id, over, Ok(()), now);
+            self.effects();
+            assert!(opened.is_some(), "an open circuit");
+            parameters.ended
         }
 
         fn slot_of(&self, peer: PeerId) -> Option<u32> {
             self.relay.reservations.get(&peer)?.connection
         }
 
-        /// A second later, the connection takes the place of another of its peer's.
-        fn replaces_its_own(&mut self, connection: u32) -> Did {
-            self.pass_a_second();
+        /// Advances a second, and closes the longest-silent other connection of the peer in favour of `connection`.
+        fn replace_with(&mut self, connection: u32) -> Effects {
+            self.advance_a_second();
             let (peer, now) = (self.ends[connection as usize].peer, self.now);
             self.relay.close_longest_silent_of(peer, connection, now);
-            self.did()
+            self.effects()
         }
 
         /// The connections of the idle strangers.
@@ -313,59 +315,59 @@ mod preemption_tests {
             idle
         }
 
-        fn did(&mut self) -> Did {
-            let mut did = Did::default();
+        fn effects(&mut self) -> Effects {
+            let mut effects = Effects::default();
             while let Some(action) = self.relay.actions.pop_front() {
                 match action {
-                    Action::Close(end) => did.closed.push(end.connection),
-                    Action::Report(Event::GraceBegan { .. }) => did.graces_begun += 1,
+                    Action::Close(end) => effects.closed.push(end.connection),
+                    Action::Report(Event::GraceBegan { .. }) => effects.graces_begun += 1,
                     _ => {}
                 }
             }
-            did
+            effects
         }
     }
 
     #[test]
-    fn the_longest_silent_is_replaced_and_its_slot_moves_to_the_new_one_without_grace() {
-        let (mut clients, alice) = (Clients::none(), PeerId::random());
+    fn the_longest_silent_connection_is_replaced_and_its_slot_moves_without_grace() {
+        let (mut clients, alice) = (Clients::new(), PeerId::random());
         let [first, second] = [0; 2].map(|_| clients.connect(alice));
         clients.reserve(first);
         let third = clients.connect(alice);
-        assert_eq!(clients.replaces_its_own(third), closed(first));
+        assert_eq!(clients.replace_with(third), closed(first));
         assert_eq!(clients.slot_of(alice), Some(third));
-        // The one that is being closed is no longer one of hers.
-        assert_eq!(clients.replaces_its_own(third), closed(second));
+        // A connection that is being closed is not chosen again.
+        assert_eq!(clients.replace_with(third), closed(second));
         assert_eq!(clients.slot_of(alice), Some(third));
-        // The only one that is left is the new one itself.
-        assert_eq!(clients.replaces_its_own(third), Did::default());
+        // No other connection is left.
+        assert_eq!(clients.replace_with(third), Effects::default());
     }
 
     #[test]
-    fn what_no_sweep_has_heard_yet_counts_and_the_slot_stays_where_it_is() {
-        let (mut clients, alice) = (Clients::none(), PeerId::random());
+    fn activity_since_the_last_sweep_counts_and_the_slot_does_not_move() {
+        let (mut clients, alice) = (Clients::new(), PeerId::random());
         let [first, second] = [0; 2].map(|_| clients.connect(alice));
         clients.reserve(first);
         clients.activity[first as usize].add(1);
         let third = clients.connect(alice);
-        assert_eq!(clients.replaces_its_own(third), closed(second));
+        assert_eq!(clients.replace_with(third), closed(second));
         assert_eq!(clients.slot_of(alice), Some(first));
     }
 
     #[test]
-    fn of_those_that_are_equally_silent_the_oldest_is_replaced() {
-        let (mut clients, alice) = (Clients::none(), PeerId::random());
+    fn among_equally_silent_connections_the_oldest_is_replaced() {
+        let (mut clients, alice) = (Clients::new(), PeerId::random());
         let old = [0; 3].map(|_| clients.connect(alice));
         let new = clients.connect(alice);
         clients.relay.connections.record_activity(&alice, clients.now); // on all of them at once
         for old in old {
-            assert_eq!(clients.replaces_its_own(new), closed(old));
+            assert_eq!(clients.replace_with(new), closed(old));
         }
     }
 
     #[test]
-    fn the_circuits_over_the_one_that_is_replaced_end_and_others_go_on() {
-        let mut clients = Clients::none();
+    fn circuits_of_the_replaced_connection_end_and_others_continue() {
+        let mut clients = Clients::new();
         let (alice, bob) = (PeerId::random(), PeerId::random());
         let [first, of_bob] = [alice, bob].map(|peer| clients.connect(peer));
         let carol = clients.connect(PeerId::random());
@@ -373,7 +375,7 @@ mod preemption_tests {
         clients.reserve(of_bob);
         let mut circuits = [alice, bob].map(|target| clients.circuit(carol, target));
         let second = clients.connect(alice);
-        assert_eq!(clients.replaces_its_own(second), closed(first));
+        assert_eq!(clients.replace_with(second), closed(first));
         let ended = circuits.each_mut().map(|circuit| circuit.try_recv().is_err());
         assert_eq!(ended, [true, false]);
         let _over_the_new_one = clients.circuit(carol, alice); // at once
@@ -386,8 +388,8 @@ mod preemption_tests {
     }
 
     #[test]
-    fn an_idle_connection_is_a_strangers_unless_its_peer_holds_a_slot() {
-        let mut clients = Clients::none();
+    fn an_idle_connection_is_evictable_unless_its_peer_holds_a_slot() {
+        let mut clients = Clients::new();
         let alice = PeerId::random();
         let holder = clients.connect(alice);
         clients.reserve(holder);
@@ -395,7 +397,7 @@ mod preemption_tests {
         let [first, second] = [0; 2].map(|_| clients.connect(PeerId::random()));
         assert_eq!(clients.idle_strangers(), [first, second]);
         clients.relay.close_stranger(clients.ends[first as usize]);
-        assert_eq!(clients.did(), closed(first));
+        assert_eq!(clients.effects(), closed(first));
         assert_eq!(clients.idle_strangers(), [second]);
     }
 }

@@ -64,14 +64,14 @@ impl CloseReason {
     }
 }
 
-/// Where a connection comes from, determined once, when it comes up.
+/// The origin of a connection, determined once, when it is established.
 #[derive(Debug)]
 pub struct Origin {
     /// The peer at its other end.
     pub peer: PeerId,
     /// The address it came from, or was dialed at.
     pub address: Multiaddr,
-    /// The prefix that what its peer holds counts towards.
+    /// The prefix that its peer's slot, streams and circuits count towards.
     pub prefix: Option<ClientPrefix>,
     /// Whether it leads through another relay.
     pub relayed: bool,
@@ -102,7 +102,7 @@ pub struct PendingRequest<C, R> {
 
 /// One connection that is up.
 ///
-/// A sweep reads all of them and is bound by memory bandwidth: what it does not need is behind the `Arc`.
+/// A sweep reads all connections and is bound by memory bandwidth: what it does not need is behind the `Arc`.
 #[derive(Debug)]
 pub struct Connection {
     /// Where it comes from, shared with the requests that came over it.
@@ -207,8 +207,7 @@ impl<C: Copy + Eq + Hash> Connections<C> {
         change: impl FnOnce(&mut Connection) -> T,
     ) -> Option<T> {
         let connection = self.up.get_mut(&id)?;
-        let is_used =
-            |connection: &Connection| connection.holds_reservation || connection.circuits > 0;
+        let is_used = |up: &Connection| up.holds_reservation || up.circuits > 0;
         let was_used = is_used(connection);
         let result = change(connection);
         if was_used {
@@ -231,7 +230,7 @@ impl<C: Copy + Eq + Hash> Connections<C> {
 
     /// The connections that have been idle for `timeout`, or are idle and flood the relay, each with that reason to close
     /// it.
-    pub fn too_long_idle(&self, timeout: Duration, now: Instant) -> Vec<(End<C>, CloseReason)> {
+    pub fn idle_for(&self, timeout: Duration, now: Instant) -> Vec<(End<C>, CloseReason)> {
         let idle = self.idle().filter_map(|(id, connection)| {
             let idle_for = now.saturating_duration_since(connection.idle_since);
             let end = End { peer: connection.origin.peer, connection: id };
@@ -255,7 +254,7 @@ impl<C: Copy + Eq + Hash> Connections<C> {
     /// Changes since when open probes count.
     pub fn shift_probes(&mut self, since: impl Fn(Instant) -> Instant) {
         for connection in self.up.values_mut() {
-            connection.liveness.shift_probe(&since);
+            connection.liveness.probed_at = connection.liveness.probed_at.map(&since);
         }
     }
 
@@ -278,23 +277,11 @@ impl<C: Copy + Eq + Hash> Connections<C> {
 
     /// The watched connections: those that are neither idle nor being closed.
     pub fn watched(&mut self) -> impl Iterator<Item = (C, &mut Liveness)> {
-        let watched = self.up.iter_mut().filter(|(_, connection)| {
-            (connection.holds_reservation || connection.circuits > 0)
-                && connection.closing.is_none()
-        });
+        let watched = self
+            .up
+            .iter_mut()
+            .filter(|(_, up)| (up.holds_reservation || up.circuits > 0) && up.closing.is_none());
         watched.map(|(id, connection)| (*id, &mut connection.liveness))
-    }
-
-    /// The watched connections that hold a reservation and have been silent for at least this long.
-    pub fn silent(
-        &self,
-        at_least: Duration,
-        now: Instant,
-    ) -> impl Iterator<Item = (C, &Connection)> {
-        self.iter().filter(move |(_, connection)| {
-            let is_holder = connection.holds_reservation && connection.closing.is_none();
-            is_holder && connection.liveness.silent_for(now) >= at_least
-        })
     }
 }
 
@@ -328,21 +315,21 @@ mod tests {
     }
 
     fn idle(connections: &mut Connections<u32>, now: Instant) -> Vec<u32> {
-        let idle = connections.too_long_idle(MINUTE, now);
+        let idle = connections.idle_for(MINUTE, now);
         idle.iter().for_each(|(end, reason)| connections.mark_closing(end.connection, *reason));
         idle.into_iter().map(|(end, _)| end.connection).collect()
     }
 
     #[test]
-    fn a_stranger_is_idle_from_the_start() {
+    fn a_connection_without_slot_is_idle_from_the_start() {
         let (mut connections, start) = connections();
         assert!(idle(&mut connections, start + MINUTE / 2).is_empty());
         assert_eq!(idle(&mut connections, start + MINUTE), [1]);
-        assert!(idle(&mut connections, start + 2 * MINUTE).is_empty(), "it is closing already");
+        assert!(idle(&mut connections, start + 2 * MINUTE).is_empty(), "it is already closing");
     }
 
     #[test]
-    fn who_holds_a_reservation_or_carries_a_circuit_is_not_idle() {
+    fn a_connection_with_a_reservation_or_circuit_is_not_idle() {
         let (mut connections, start) = connections();
         hold(&mut connections, 1, true, start);
         count(&mut connections, 1, 1, start);
@@ -355,7 +342,7 @@ mod tests {
     }
 
     #[test]
-    fn who_floods_the_relay_is_closed_at_once_unless_it_holds_a_reservation_or_carries_a_circuit() {
+    fn a_flooding_connection_is_closed_unless_it_has_a_reservation_or_circuit() {
         let (mut connections, start) = connections();
         let activity = ActivityCounter::default();
         connections.get_mut(1).unwrap().track(activity.clone());
@@ -368,7 +355,7 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_that_is_gone_leaves_nothing_behind() {
+    fn a_closed_connection_leaves_nothing_behind() {
         let (mut connections, _) = connections();
         let peer = connections.get(1).unwrap().origin.peer;
         assert_eq!(connections.of(&peer).count(), 1);
@@ -377,8 +364,8 @@ mod tests {
         assert!(connections.by_peer.is_empty() && connections.idle.is_empty());
     }
 
-    /// Connections that came up a second after each other, of these peers.
-    fn in_turn(peers: &[PeerId], start: Instant) -> Connections<u32> {
+    /// Connections of `peers`, opened one second apart.
+    fn opened_in_order(peers: &[PeerId], start: Instant) -> Connections<u32> {
         let mut connections = Connections::default();
         for (id, peer) in (0..).zip(peers) {
             let address = "/ip4/127.0.0.1/tcp/1".parse().unwrap();
@@ -389,9 +376,9 @@ mod tests {
     }
 
     #[test]
-    fn those_of_a_peer_that_are_not_being_closed_are_told_oldest_first() {
+    fn the_open_connections_of_a_peer_are_listed_oldest_first() {
         let (alice, bob) = (PeerId::random(), PeerId::random());
-        let mut connections = in_turn(&[alice, bob, alice, alice], Instant::now());
+        let mut connections = opened_in_order(&[alice, bob, alice, alice], Instant::now());
         let open = |connections: &Connections<u32>, peer: &PeerId| -> Vec<_> {
             connections.of(peer).filter(|(_, up)| up.closing.is_none()).map(|(id, _)| id).collect()
         };
@@ -405,10 +392,10 @@ mod tests {
     }
 
     #[test]
-    fn one_is_idle_that_holds_nothing_carries_nothing_and_is_not_being_closed() {
+    fn a_connection_is_idle_without_slot_and_circuit_unless_it_is_closing() {
         let start = Instant::now();
         let peers: Vec<_> = (0..5).map(|_| PeerId::random()).collect();
-        let mut connections = in_turn(&peers, start);
+        let mut connections = opened_in_order(&peers, start);
         let longest_first = |connections: &Connections<u32>| -> Vec<_> {
             let mut idle: Vec<_> = connections.idle().collect();
             idle.sort_by_key(|(_, up)| up.idle_since);
@@ -419,7 +406,7 @@ mod tests {
         assert_eq!(longest_first(&connections), [2, 3, 4]);
         connections.mark_closing(2, CloseReason::Idle);
         assert_eq!(longest_first(&connections), [3, 4]);
-        // It waits for an answer: until now it was not idle.
+        // The idle time of a connection can start later than its number suggests.
         connections.get_mut(3).unwrap().idle_since = start + MINUTE;
         assert_eq!(longest_first(&connections), [4, 3]);
         count(&mut connections, 1, -1, start + 2 * MINUTE);

@@ -1,8 +1,8 @@
 //! The heartbeat: which connections to probe, which have timed out, and whether the relay itself is at fault.
 //!
 //! Sans-IO. No connection times out that did not have the time to answer a probe, however long it had been silent before.
-//! And none times out for a silence that may be the relay's own: a check that comes late resets the liveness timers, and
-//! when most connections become silent at once, time-outs wait.
+//! Nor does any time out because of a pause of the relay itself: a late check resets the liveness timers, and when most
+//! connections become silent at once, time-outs wait.
 
 use std::time::{Duration, Instant};
 
@@ -20,7 +20,7 @@ const WARN_AGAIN: Duration = Duration::from_secs(60 * 60);
 pub struct Liveness {
     active_at: Instant,
     /// Since when a probe has been open.
-    probed_at: Option<Instant>,
+    pub(super) probed_at: Option<Instant>,
     jitter: u8,
 }
 
@@ -34,16 +34,6 @@ impl Liveness {
     pub fn on_activity(&mut self, now: Instant) {
         self.active_at = now;
         self.probed_at = None;
-    }
-
-    /// Records a probe.
-    pub fn on_probe(&mut self, now: Instant) {
-        self.probed_at = Some(now);
-    }
-
-    /// Changes since when an open probe counts.
-    pub fn shift_probe(&mut self, since: impl Fn(Instant) -> Instant) {
-        self.probed_at = self.probed_at.map(since);
     }
 
     /// How long a probe has been open, if one is.
@@ -60,7 +50,7 @@ impl Liveness {
 /// When the last check was, and whether the relay doubts its own link.
 #[derive(Debug)]
 pub struct Heartbeat {
-    checked_at: Instant,
+    pub(super) checked_at: Instant,
     /// Time-outs wait until then, because most connections became silent at once.
     doubt: Option<Instant>,
     warned_at: Option<Instant>,
@@ -81,11 +71,6 @@ impl Heartbeat {
     /// The heartbeat of a relay that starts at `now`.
     pub fn new(now: Instant) -> Self {
         Self { checked_at: now, doubt: None, warned_at: None }
-    }
-
-    /// Starts again at `now` with another configuration: the time since the last check is no pause.
-    pub fn restart(&mut self, now: Instant) {
-        self.checked_at = now;
     }
 
     /// Checks all watched connections.
@@ -125,7 +110,7 @@ impl Heartbeat {
                     due.push(id);
                 }
             } else if silent_for >= probe_after(heartbeat, liveness.jitter) {
-                liveness.on_probe(now);
+                liveness.probed_at = Some(now);
                 found.probe.push(id);
             }
         }
@@ -169,15 +154,15 @@ mod tests {
     const HEARTBEAT: u64 = 30;
     const SILENCE: u64 = 60;
 
-    /// Some connections that are watched, and seconds that pass by the sweep.
-    struct Ward {
+    /// Watched connections, and a simulated clock that advances by the sweep interval of 1 s.
+    struct Fixture {
         heartbeat: Heartbeat,
         config: Config,
         livenesses: Vec<Liveness>,
         now: Instant,
     }
 
-    impl Ward {
+    impl Fixture {
         fn of(count: usize) -> Self {
             let now = Instant::now();
             let config = Config {
@@ -194,168 +179,168 @@ mod tests {
             }
         }
 
-        fn beat_after(&mut self, seconds: u64) -> HeartbeatOutcome<usize> {
+        fn check_after(&mut self, seconds: u64) -> HeartbeatOutcome<usize> {
             self.now += Duration::from_secs(seconds);
             self.heartbeat.check(&self.config, self.livenesses.iter_mut().enumerate(), self.now)
         }
 
-        /// All that was found in so many seconds.
-        fn pass(&mut self, seconds: u64) -> HeartbeatOutcome<usize> {
-            let mut all = self.beat_after(1);
+        /// Checks once a second; returns everything that was found.
+        fn run_for(&mut self, seconds: u64) -> HeartbeatOutcome<usize> {
+            let mut all = self.check_after(1);
             for _ in 1..seconds {
-                let beat = self.beat_after(1);
-                all.probe.extend(beat.probe);
-                all.timed_out.extend(beat.timed_out);
-                all.fault = all.fault.or(beat.fault);
+                let outcome = self.check_after(1);
+                all.probe.extend(outcome.probe);
+                all.timed_out.extend(outcome.timed_out);
+                all.fault = all.fault.or(outcome.fault);
             }
             all
         }
 
-        fn hear(&mut self, who: usize) {
-            self.livenesses[who].on_activity(self.now);
+        fn record_activity(&mut self, index: usize) {
+            self.livenesses[index].on_activity(self.now);
         }
     }
 
-    fn asked(who: &[usize]) -> HeartbeatOutcome<usize> {
-        found(who, &[])
+    fn probed(indices: &[usize]) -> HeartbeatOutcome<usize> {
+        outcome_of(indices, &[])
     }
 
-    fn judged(who: &[usize]) -> HeartbeatOutcome<usize> {
-        found(&[], who)
+    fn timed_out(indices: &[usize]) -> HeartbeatOutcome<usize> {
+        outcome_of(&[], indices)
     }
 
-    fn found(ask: &[usize], silent: &[usize]) -> HeartbeatOutcome<usize> {
-        HeartbeatOutcome { probe: ask.into(), timed_out: silent.into(), fault: None }
-    }
-
-    #[test]
-    fn who_is_silent_for_a_heartbeat_is_asked_once_and_judged_at_the_limit() {
-        let mut ward = Ward::of(1);
-        assert_eq!(ward.pass(HEARTBEAT - 1), asked(&[]));
-        assert_eq!(ward.pass(1), asked(&[0]));
-        assert_eq!(ward.pass(SILENCE - HEARTBEAT - 1), asked(&[]));
-        assert_eq!(ward.pass(1), judged(&[0]));
+    fn outcome_of(probe: &[usize], silent: &[usize]) -> HeartbeatOutcome<usize> {
+        HeartbeatOutcome { probe: probe.into(), timed_out: silent.into(), fault: None }
     }
 
     #[test]
-    fn who_talks_is_never_asked() {
-        let mut ward = Ward::of(2);
+    fn a_silent_peer_is_probed_once_and_times_out_at_the_limit() {
+        let mut fixture = Fixture::of(1);
+        assert_eq!(fixture.run_for(HEARTBEAT - 1), probed(&[]));
+        assert_eq!(fixture.run_for(1), probed(&[0]));
+        assert_eq!(fixture.run_for(SILENCE - HEARTBEAT - 1), probed(&[]));
+        assert_eq!(fixture.run_for(1), timed_out(&[0]));
+    }
+
+    #[test]
+    fn an_active_peer_is_never_probed() {
+        let mut fixture = Fixture::of(2);
         for _ in 0..20 {
-            assert_eq!(ward.pass(HEARTBEAT - 1), asked(&[]));
-            ward.hear(0);
-            ward.hear(1);
+            assert_eq!(fixture.run_for(HEARTBEAT - 1), probed(&[]));
+            fixture.record_activity(0);
+            fixture.record_activity(1);
         }
     }
 
     #[test]
-    fn who_answers_late_but_in_time_is_not_judged() {
-        let mut ward = Ward::of(1);
-        assert_eq!(ward.pass(SILENCE - 1), asked(&[0]));
-        ward.hear(0);
-        assert_eq!(ward.pass(HEARTBEAT - 1), asked(&[]));
-        assert_eq!(ward.pass(1), asked(&[0]));
+    fn a_late_answer_within_the_limit_prevents_the_timeout() {
+        let mut fixture = Fixture::of(1);
+        assert_eq!(fixture.run_for(SILENCE - 1), probed(&[0]));
+        fixture.record_activity(0);
+        assert_eq!(fixture.run_for(HEARTBEAT - 1), probed(&[]));
+        assert_eq!(fixture.run_for(1), probed(&[0]));
     }
 
     #[test]
-    fn nobody_is_judged_without_a_question() {
-        let mut ward = Ward::of(1);
-        // As far apart as beats may be without being late: the limit is over before the first.
-        ward.config.sweep = Duration::from_secs(SILENCE);
-        assert_eq!(ward.beat_after(SILENCE + 1), asked(&[0]));
+    fn no_peer_times_out_without_a_probe() {
+        let mut fixture = Fixture::of(1);
+        // The longest sweep interval that is not late: the limit passes before the first check.
+        fixture.config.sweep = Duration::from_secs(SILENCE);
+        assert_eq!(fixture.check_after(SILENCE + 1), probed(&[0]));
     }
 
     #[test]
-    fn who_was_quiet_for_long_before_it_was_watched_has_the_usual_time_to_answer() {
-        let mut ward = Ward::of(1);
-        let quiet = ward.livenesses.split_off(0);
-        ward.pass(10 * SILENCE);
-        ward.livenesses = quiet;
-        assert_eq!(ward.pass(1), asked(&[0]));
-        assert_eq!(ward.pass(SILENCE - HEARTBEAT - 1), asked(&[]));
-        assert_eq!(ward.pass(1), judged(&[0]));
+    fn silence_before_watching_does_not_shorten_the_time_to_answer() {
+        let mut fixture = Fixture::of(1);
+        let quiet = fixture.livenesses.split_off(0);
+        fixture.run_for(10 * SILENCE);
+        fixture.livenesses = quiet;
+        assert_eq!(fixture.run_for(1), probed(&[0]));
+        assert_eq!(fixture.run_for(SILENCE - HEARTBEAT - 1), probed(&[]));
+        assert_eq!(fixture.run_for(1), timed_out(&[0]));
     }
 
     #[test]
-    fn a_question_that_was_put_anew_gives_the_usual_time_to_answer() {
-        let mut ward = Ward::of(1);
-        assert_eq!(ward.pass(SILENCE - 1), asked(&[0]));
-        ward.livenesses[0].on_probe(ward.now);
-        assert_eq!(ward.pass(SILENCE - HEARTBEAT - 1), asked(&[]));
-        assert_eq!(ward.pass(1), judged(&[0]));
+    fn a_repeated_probe_gives_the_usual_time_to_answer() {
+        let mut fixture = Fixture::of(1);
+        assert_eq!(fixture.run_for(SILENCE - 1), probed(&[0]));
+        fixture.livenesses[0].probed_at = Some(fixture.now);
+        assert_eq!(fixture.run_for(SILENCE - HEARTBEAT - 1), probed(&[]));
+        assert_eq!(fixture.run_for(1), timed_out(&[0]));
     }
 
     #[test]
-    fn a_beat_that_comes_late_starts_all_silences_anew() {
-        let mut ward = Ward::of(3);
-        ward.pass(SILENCE - 1);
+    fn a_late_sweep_resets_all_liveness_timers() {
+        let mut fixture = Fixture::of(3);
+        fixture.run_for(SILENCE - 1);
         let pause = HEARTBEAT + 2;
-        let late = ward.beat_after(pause);
+        let late = fixture.check_after(pause);
         let warning = format!("process was suspended for {pause} s: liveness timers reset");
         assert_eq!(late.fault, Some(warning));
         assert!(late.probe.is_empty() && late.timed_out.is_empty());
-        assert_eq!(ward.pass(HEARTBEAT - 1), asked(&[]));
-        assert_eq!(ward.pass(1), asked(&[0, 1, 2]));
+        assert_eq!(fixture.run_for(HEARTBEAT - 1), probed(&[]));
+        assert_eq!(fixture.run_for(1), probed(&[0, 1, 2]));
     }
 
     #[test]
-    fn when_most_fall_silent_at_once_their_verdict_waits_for_one_more_limit() {
-        let mut ward = Ward::of(15);
+    fn timeouts_are_deferred_by_one_limit_when_most_peers_fall_silent_at_once() {
+        let mut fixture = Fixture::of(15);
         for _ in 0..SILENCE - 1 {
-            assert!(ward.beat_after(1).timed_out.is_empty());
-            (8..15).for_each(|who| ward.hear(who));
+            assert!(fixture.check_after(1).timed_out.is_empty());
+            (8..15).for_each(|index| fixture.record_activity(index));
         }
-        let beat = ward.beat_after(1);
+        let outcome = fixture.check_after(1);
         let warning = "8 of 15 watched connections became silent at once: evictions wait";
-        assert!(beat.fault.as_ref().is_some_and(|fault| fault.starts_with(warning)));
-        assert!(beat.timed_out.is_empty());
-        assert_eq!(beat.probe.len(), 8, "asked anew");
+        assert!(outcome.fault.as_ref().is_some_and(|fault| fault.starts_with(warning)));
+        assert!(outcome.timed_out.is_empty());
+        assert_eq!(outcome.probe.len(), 8, "probed anew");
 
-        // Two were there all the time. The others are judged, without a second warning.
-        ward.hear(0);
-        ward.hear(1);
+        // Two answer. The others time out, without a second warning.
+        fixture.record_activity(0);
+        fixture.record_activity(1);
         for _ in 0..SILENCE - 1 {
-            let beat = ward.beat_after(1);
-            assert!(beat.timed_out.is_empty() && beat.fault.is_none());
-            (8..15).for_each(|who| ward.hear(who));
+            let outcome = fixture.check_after(1);
+            assert!(outcome.timed_out.is_empty() && outcome.fault.is_none());
+            (8..15).for_each(|index| fixture.record_activity(index));
         }
-        ward.hear(0);
-        ward.hear(1);
-        assert_eq!(ward.beat_after(1), judged(&[2, 3, 4, 5, 6, 7]));
+        fixture.record_activity(0);
+        fixture.record_activity(1);
+        assert_eq!(fixture.check_after(1), timed_out(&[2, 3, 4, 5, 6, 7]));
     }
 
     #[test]
-    fn doubt_ends_when_the_link_is_back() {
-        let mut ward = Ward::of(8);
-        assert!(ward.pass(SILENCE).fault.is_some());
-        (0..8).for_each(|who| ward.hear(who));
-        ward.beat_after(1);
-        // Whoever falls silent alone after that is judged in the usual time.
+    fn deferral_ends_when_peers_are_heard_again() {
+        let mut fixture = Fixture::of(8);
+        assert!(fixture.run_for(SILENCE).fault.is_some());
+        (0..8).for_each(|index| fixture.record_activity(index));
+        fixture.check_after(1);
+        // A peer that becomes silent alone after that times out as usual.
         for _ in 0..SILENCE {
-            (1..8).for_each(|who| ward.hear(who));
-            let beat = ward.beat_after(1);
-            if !beat.timed_out.is_empty() {
-                assert_eq!(beat, judged(&[0]));
+            (1..8).for_each(|index| fixture.record_activity(index));
+            let outcome = fixture.check_after(1);
+            if !outcome.timed_out.is_empty() {
+                assert_eq!(outcome, timed_out(&[0]));
                 return;
             }
         }
-        panic!("nobody was judged");
+        panic!("no peer timed out");
     }
 
     #[test]
-    fn a_few_that_fall_silent_are_no_sign_of_a_broken_link() {
-        let mut ward = Ward::of(7);
-        assert_eq!(ward.pass(SILENCE).timed_out.len(), 7);
+    fn a_few_silent_peers_do_not_defer_timeouts() {
+        let mut fixture = Fixture::of(7);
+        assert_eq!(fixture.run_for(SILENCE).timed_out.len(), 7);
     }
 
     #[test]
-    fn without_a_heartbeat_nobody_is_asked() {
-        let mut ward = Ward::of(1);
-        ward.config.heartbeat = Duration::ZERO;
-        assert_eq!(ward.pass(10 * SILENCE), asked(&[]));
+    fn without_a_heartbeat_no_peer_is_probed() {
+        let mut fixture = Fixture::of(1);
+        fixture.config.heartbeat = Duration::ZERO;
+        assert_eq!(fixture.run_for(10 * SILENCE), probed(&[]));
     }
 
     #[test]
-    fn those_who_came_together_are_not_asked_together() {
+    fn probes_of_peers_that_connected_together_are_spread_out() {
         let heartbeat = Duration::from_secs(32);
         assert_eq!(probe_after(heartbeat, 0), heartbeat);
         assert_eq!(probe_after(heartbeat, 255), Duration::from_secs(24));

@@ -4,7 +4,7 @@ use std::{hash::Hash, time::Instant};
 
 use libp2p::{Multiaddr, PeerId};
 
-use super::Relay;
+use super::{Relay, reclaim::PendingReservation};
 use crate::{
     access::{Access, Permission},
     config::{Config, ConfigError},
@@ -20,12 +20,13 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     pub fn set_config(&mut self, config: Config, now: Instant) -> Result<(), ConfigError> {
         config.validate()?;
         self.reservations.configure(&config, now);
-        self.circuits.configure(&config);
-        self.heartbeat.restart(now);
-        self.reserve_rates.set(config.reserve_rate);
-        self.connect_rates.set(config.connect_rate);
+        self.circuits.quota.caps = config.circuit_caps();
+        self.circuits.per_peer = config.max_circuits_per_peer;
+        self.heartbeat.checked_at = now; // the time since the last check is no pause
+        self.reserve_rates.per_minute = config.reserve_rate;
+        self.connect_rates.per_minute = config.connect_rate;
         self.link.lock().configure(&config, now);
-        // Never later than before: a change every second would put it off for ever.
+        // Never later than before: otherwise a change every second would postpone it for ever.
         self.sweep_due = self.sweep_due.min(now + config.sweep);
         self.bring_sweep_forward(now);
         if !self.has_own_access {
@@ -44,30 +45,31 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
 
     /// Asks again about all peers that hold a slot, wait for one or are part of a circuit, and ends what is denied.
     pub fn recheck_access(&mut self, now: Instant) {
-        for peer in self.reservations.holders().collect::<Vec<_>>() {
-            if self.is_denied(peer, self.address_of_holder(peer)) {
-                self.release(peer, FreedReason::Denied, now);
-            }
+        // In grace a peer has the first address of the prefix that its slot counts towards.
+        let denied = self.reservations.iter().filter(|(peer, slot)| {
+            let prefix = slot.prefix.map_or_else(Multiaddr::empty, |prefix| prefix.ip().into());
+            self.is_denied(*peer, slot.connection.map_or(prefix, |up| self.address_of(up)))
+        });
+        for peer in denied.map(|(peer, _)| peer).collect::<Vec<_>>() {
+            self.release(peer, FreedReason::Denied, now);
         }
-        let mut denied = Vec::new();
-        for (id, circuit) in self.circuits.iter() {
+        let denied = self.circuits.iter().filter(|(_, circuit)| {
             let (source, target) = (circuit.source, circuit.target);
             let from = self.address_of(source.connection);
             let may_connect = self.access.may_connect(source.peer, &from, target.peer);
             // The target may hold no slot any more, or hold it over another connection.
             let at = self.address_of(target.connection);
-            if may_connect == Permission::Deny || self.is_denied(target.peer, at) {
-                denied.push(id);
-            }
+            may_connect == Permission::Deny || self.is_denied(target.peer, at)
+        });
+        for id in denied.map(|(id, _)| id).collect::<Vec<_>>() {
+            self.end_circuit(id, CircuitEnd::Denied);
         }
-        denied.into_iter().for_each(|id| self.end_circuit(id, CircuitEnd::Denied));
-        for mut newcomer in std::mem::take(&mut self.waiting) {
+        for newcomer in std::mem::take(&mut self.waiting) {
             let request = &newcomer.request;
             match self.access.may_reserve(request.from.peer, &request.origin.address) {
                 Permission::Deny => self.refuse(newcomer.request, Refused::Denied),
                 Permission::Allow(terms) => {
-                    newcomer.terms = terms;
-                    self.waiting.push_back(newcomer);
+                    self.waiting.push_back(PendingReservation { terms, ..newcomer });
                 }
             }
         }
@@ -84,18 +86,6 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
 
     fn is_denied(&self, peer: PeerId, address: Multiaddr) -> bool {
         self.access.may_reserve(peer, &address) == Permission::Deny
-    }
-
-    /// The address of the slot's connection; in grace, the first one of the prefix that it counts towards.
-    fn address_of_holder(&self, peer: PeerId) -> Multiaddr {
-        let slot = self.reservations.get(&peer);
-        match slot.and_then(|slot| slot.connection) {
-            Some(connection) => self.address_of(connection),
-            None => {
-                let prefix = slot.and_then(|slot| slot.prefix);
-                prefix.map_or_else(Multiaddr::empty, |prefix| prefix.ip().into())
-            }
-        }
     }
 
     /// The address of a connection's peer; empty if the connection closed.
@@ -141,23 +131,23 @@ mod tests {
     }
 
     #[test]
-    fn a_circuit_ends_whose_target_is_denied_and_holds_no_slot_any_more() {
+    fn a_circuit_ends_when_its_target_is_denied_after_losing_its_slot() {
         let start = Instant::now();
         let (mut relay, [source, target]) = relay(start);
         relay.handle_request(target, Ok(Request::Reserve), 1, start);
         relay.handle_request(source, Ok(Request::Connect(target.peer)), 2, start);
         let asked = actions(&mut relay).into_iter().find_map(|action| match action {
-            Action::AskTarget { circuit, .. } => Some(circuit),
+            Action::AskTarget(_, parameters) => Some(parameters),
             _ => None,
         });
-        let circuit = asked.expect("the target is asked");
-        let opened = relay.on_target_answered(circuit, Ok(()), start);
-        let (_, mut parameters) = opened.expect("both want it");
+        let mut parameters = asked.expect("a STOP request to the target");
+        let opened = relay.on_target_answered(parameters.id, target.connection, Ok(()), start);
+        assert!(opened.is_some(), "an open circuit");
         let later = start + Duration::from_secs(2 * 60 * 60);
         relay.connections.record_activity(&target.peer, later);
         relay.connections.record_activity(&source.peer, later);
         relay.sweep(later);
-        assert_eq!(relay.reservations.taken(), 0, "the term is over");
+        assert_eq!(relay.reservations.taken(), 0, "the reservation has expired");
         assert_eq!(parameters.ended.try_recv(), Ok(None));
 
         let mut config = relay.config.clone();
@@ -165,7 +155,7 @@ mod tests {
         relay.set_config(config, later).unwrap();
         assert!(parameters.ended.try_recv().is_err());
         actions(&mut relay);
-        relay.on_circuit_ended(circuit, CircuitEnd::Disconnected, later); // its task was cancelled
+        relay.on_circuit_ended(parameters.id, CircuitEnd::Disconnected, later); // as its task reports
         let ended = actions(&mut relay);
         let [Action::Report(Event::CircuitClosed { end: CircuitEnd::Denied, .. })] = ended[..]
         else {
@@ -211,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn a_policy_that_changes_all_the_time_puts_no_sweep_off() {
+    fn frequent_policy_changes_do_not_delay_the_sweep() {
         let start = Instant::now();
         let (mut relay, _) = relay(start);
         let due = relay.sweep_due;

@@ -45,7 +45,8 @@ pub type Busiest = (ClientPrefix, usize);
 /// How much of something is held, and the caps on it.
 #[derive(Clone, Debug)]
 pub struct Quota {
-    caps: Caps,
+    /// The caps. Units above them stay.
+    pub caps: Caps,
     held: HashMap<Scope, u32>,
 }
 
@@ -53,11 +54,6 @@ impl Quota {
     /// A quota of which nothing is held.
     pub fn new(caps: Caps) -> Self {
         Self { caps, held: HashMap::new() }
-    }
-
-    /// Replaces the caps. Units above them stay.
-    pub fn set_caps(&mut self, caps: Caps) {
-        self.caps = caps;
     }
 
     /// How much this scope holds.
@@ -148,13 +144,8 @@ impl Quota {
     }
 
     /// How many scopes hold something.
-    pub fn len(&self) -> usize {
+    pub fn scopes(&self) -> usize {
         self.held.len()
-    }
-
-    /// Whether nothing is held.
-    pub fn is_empty(&self) -> bool {
-        self.held.is_empty()
     }
 }
 
@@ -176,7 +167,7 @@ mod tests {
 
     use super::*;
 
-    /// An address, of so many subnets with so many addresses each.
+    /// One of 36 addresses in 6 subnets, or none.
     fn prefix() -> impl Strategy<Value = Option<ClientPrefix>> {
         let of = |(subnet, host)| IpAddr::from(Ipv4Addr::new(192, 0, subnet, host)).into();
         prop::option::weighted(0.9, (0_u8..6, 0_u8..6).prop_map(of))
@@ -196,7 +187,7 @@ mod tests {
         }
     }
 
-    /// What is held, one by one, as a naive model of a [`Quota`].
+    /// A naive model of a [`Quota`]: every item that it counts.
     #[derive(Default)]
     struct Model(Vec<Option<ClientPrefix>>);
 
@@ -218,7 +209,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn it_counts_as_a_list_does_and_never_above_a_cap(
+        fn quotas_match_a_naive_count_and_never_exceed_a_cap(
             caps in caps(),
             steps in prop::collection::vec((prefix(), any::<bool>()), 0..120),
         ) {
@@ -243,11 +234,11 @@ mod tests {
                 }
             }
             model.0.drain(..).for_each(|prefix| quota.remove(prefix));
-            prop_assert!(quota.is_empty());
+            prop_assert_eq!(quota.scopes(), 0);
         }
 
         #[test]
-        fn none_below_its_fair_share_is_refused_because_of_another(
+        fn a_scope_below_its_fair_share_is_never_refused_because_of_another(
             total in 1_usize..30,
             arrivals in prop::collection::vec(prefix().prop_filter_map("none", |prefix| prefix), 0..200),
         ) {
@@ -274,16 +265,16 @@ mod tests {
     }
 
     #[test]
-    fn when_all_are_gone_nothing_is_left() {
+    fn a_quota_is_empty_when_everything_is_released() {
         let mut quota = Quota::new(Caps::default());
         let home = ClientPrefix::from(IpAddr::from(Ipv4Addr::new(192, 0, 2, 1)));
         for prefix in [Some(home), Some(home), None] {
             quota.add(prefix);
         }
-        assert_eq!((quota.busiest(), quota.len()), (Some((home, 2)), 3));
+        assert_eq!((quota.busiest(), quota.scopes()), (Some((home, 2)), 3));
         for prefix in [Some(home), None, Some(home), Some(home)] {
             quota.remove(prefix);
         }
-        assert!(quota.is_empty());
+        assert_eq!(quota.scopes(), 0);
     }
 }

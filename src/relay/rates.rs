@@ -16,13 +16,13 @@ use crate::{address::ClientPrefix, event::Refused};
 const BURST: Duration = Duration::from_secs(60);
 
 /// The rate of an address is this many times that of a peer: a household, or a small office.
-const PEERS_PER_ADDRESS: u64 = 10;
+const PEERS_PER_ADDRESS: u32 = 10;
 
 /// The buckets for one kind of request.
 #[derive(Debug)]
 pub struct Rates {
-    /// The rates of a peer and of an address; `None`: no limit.
-    rates: Option<[Rate; 2]>,
+    /// How many requests a minute a peer may send; zero: no limit.
+    pub per_minute: u32,
     peers: HashMap<PeerId, FullAt>,
     addresses: HashMap<ClientPrefix, FullAt>,
 }
@@ -33,21 +33,7 @@ pub type FullAt = Instant;
 impl Rates {
     /// A peer may send this many requests a minute; zero: no limit. All buckets are full.
     pub fn new(per_minute: u32) -> Self {
-        let mut rates = Self { rates: None, peers: HashMap::new(), addresses: HashMap::new() };
-        rates.set(per_minute);
-        rates
-    }
-
-    /// Replaces the rate.
-    pub fn set(&mut self, per_minute: u32) {
-        let rate = |per_burst: u64| {
-            let nanos = (BURST.as_nanos() as u64).checked_div(per_burst)?;
-            let burst = u32::try_from(per_burst).unwrap_or(u32::MAX);
-            Some(Rate { burst, spacing: Duration::from_nanos(nanos) })
-        };
-        let per_minute = u64::from(per_minute);
-        self.rates =
-            rate(per_minute).zip(rate(per_minute * PEERS_PER_ADDRESS)).map(<[Rate; 2]>::from);
+        Self { per_minute, peers: HashMap::new(), addresses: HashMap::new() }
     }
 
     /// How many buckets are kept.
@@ -68,7 +54,9 @@ impl Rates {
         address: Option<ClientPrefix>,
         now: Instant,
     ) -> Result<(), Refused> {
-        let Some([of_peer, of_address]) = self.rates else {
+        let rate = |burst: u32| Some(Rate { burst, spacing: BURST.checked_div(burst)? });
+        let of_address = rate(self.per_minute.saturating_mul(PEERS_PER_ADDRESS));
+        let (Some(of_peer), Some(of_address)) = (rate(self.per_minute), of_address) else {
             return Ok(());
         };
         let (peer_full_at, wait) = of_peer.after_one(self.peers.get(&peer).copied(), now);
@@ -121,23 +109,23 @@ mod tests {
         Some(IpAddr::from(Ipv4Addr::new(192, 0, 2, n)).into())
     }
 
-    /// How often in a row the peer is let through.
-    fn takes(rates: &mut Rates, peer: PeerId, now: Instant) -> usize {
+    /// The number of consecutive requests that are allowed.
+    fn count_allowed(rates: &mut Rates, peer: PeerId, now: Instant) -> usize {
         (0..1000).take_while(|_| rates.take(peer, None, now).is_ok()).count()
     }
 
     #[test]
-    fn a_minutes_worth_at_once_and_then_as_it_comes() {
+    fn a_bucket_allows_a_minutes_burst_and_then_the_rate() {
         let (mut rates, now, peer) = (Rates::new(30), Instant::now(), PeerId::random());
-        assert_eq!(takes(&mut rates, peer, now), 30);
-        assert_eq!(takes(&mut rates, peer, now + Duration::from_secs(1)), 0);
-        assert_eq!(takes(&mut rates, peer, now + Duration::from_secs(2)), 1);
-        assert_eq!(takes(&mut rates, peer, now + Duration::from_secs(32)), 15);
-        assert_eq!(takes(&mut rates, peer, now + Duration::from_secs(999)), 30);
+        assert_eq!(count_allowed(&mut rates, peer, now), 30);
+        assert_eq!(count_allowed(&mut rates, peer, now + Duration::from_secs(1)), 0);
+        assert_eq!(count_allowed(&mut rates, peer, now + Duration::from_secs(2)), 1);
+        assert_eq!(count_allowed(&mut rates, peer, now + Duration::from_secs(32)), 15);
+        assert_eq!(count_allowed(&mut rates, peer, now + Duration::from_secs(999)), 30);
     }
 
     #[test]
-    fn an_address_has_ten_times_as_much_for_all_its_peers() {
+    fn an_address_has_ten_times_the_rate_of_a_peer() {
         let (mut rates, now) = (Rates::new(1), Instant::now());
         for _ in 0..10 {
             assert_eq!(rates.take(PeerId::random(), home(1), now), Ok(()));
@@ -145,37 +133,37 @@ mod tests {
         let eleventh = PeerId::random();
         let spent = Refused::AddressTooOften(home(1).unwrap());
         assert_eq!(rates.take(eleventh, home(1), now), Err(spent));
-        // That cost the peer nothing.
+        // The refusal was not charged to the peer's own bucket.
         assert_eq!(rates.take(eleventh, home(2), now), Ok(()));
         assert_eq!(rates.take(eleventh, home(2), now), Err(Refused::TooOften));
     }
 
     #[test]
-    fn who_pays_its_own_is_not_stopped_by_its_address() {
+    fn a_renewal_is_charged_to_the_peer_and_not_to_its_address() {
         let (mut rates, now, peer) = (Rates::new(1), Instant::now(), PeerId::random());
         while rates.take(PeerId::random(), home(1), now).is_ok() {}
         assert_eq!(rates.take(peer, None, now), Ok(()));
     }
 
     #[test]
-    fn zero_is_no_limit_and_keeps_nothing() {
+    fn zero_means_unlimited_and_keeps_no_state() {
         let (mut rates, now, peer) = (Rates::new(0), Instant::now(), PeerId::random());
-        assert_eq!(takes(&mut rates, peer, now), 1000);
+        assert_eq!(count_allowed(&mut rates, peer, now), 1000);
         assert_eq!(rates.buckets(), 0);
     }
 
     #[test]
-    fn buckets_that_are_full_are_forgotten() {
+    fn full_buckets_are_removed() {
         let (mut rates, now) = (Rates::new(30), Instant::now());
         rates.take(PeerId::random(), home(1), now).unwrap();
         rates.forget_full(now + Duration::from_secs(1));
-        assert_eq!(rates.buckets(), 1, "an address's fills ten times as fast");
+        assert_eq!(rates.buckets(), 1, "the bucket of an address fills ten times as fast");
         rates.forget_full(now + Duration::from_secs(2));
         assert_eq!(rates.buckets(), 0);
     }
 
     #[test]
-    fn the_fastest_rate_still_counts() {
+    fn the_highest_rate_still_limits() {
         let (mut rates, now) = (Rates::new(u32::MAX), Instant::now());
         assert_eq!(rates.take(PeerId::random(), home(1), now), Ok(()));
         assert_eq!(rates.buckets(), 2);

@@ -54,7 +54,7 @@ pub struct Candidate<C> {
 pub enum Verdict<C> {
     /// The peer of this connection has timed out, and the newcomer gets its slot.
     Evict(C),
-    /// A peer under the cap may turn out to be gone.
+    /// The newcomer waits, because a probed peer under the cap may time out.
     Wait,
     /// There is no slot.
     Refuse,
@@ -151,7 +151,7 @@ mod tests {
         Candidate { connection, prefix: None, silent_for: secs(seconds), probed_for: None }
     }
 
-    fn asked(connection: u32, seconds: u64, open: Duration) -> Candidate<u32> {
+    fn probed(connection: u32, seconds: u64, open: Duration) -> Candidate<u32> {
         Candidate { probed_for: Some(open), ..silent(connection, seconds) }
     }
 
@@ -164,68 +164,68 @@ mod tests {
     }
 
     #[test]
-    fn who_has_been_silent_is_asked_longest_first_and_the_newcomer_waits() {
-        let (verdicts, ask) = decide(&[secs(0)], vec![silent(1, 12), silent(3, 40)]);
+    fn silent_peers_are_probed_longest_first_while_the_newcomer_waits() {
+        let (verdicts, to_probe) = decide(&[secs(0)], vec![silent(1, 12), silent(3, 40)]);
         assert_eq!(verdicts, [Verdict::Wait]);
-        assert_eq!(ask, [3, 1]);
+        assert_eq!(to_probe, [3, 1]);
     }
 
     #[test]
-    fn where_nobody_has_been_silent_the_newcomer_is_refused_at_once() {
+    fn without_a_silent_peer_the_newcomer_is_refused_at_once() {
         assert_eq!(decide(&[secs(0)], vec![]), (vec![Verdict::Refuse], vec![]));
     }
 
     #[test]
-    fn as_many_are_judged_as_newcomers_wait_the_longest_silent_first() {
-        let due = vec![asked(1, 13, PROBE), asked(2, 20, PROBE), asked(3, 15, PROBE)];
-        let (verdicts, ask) = decide(&[secs(3), secs(1)], due);
+    fn one_peer_is_evicted_per_waiting_newcomer_longest_silent_first() {
+        let due = vec![probed(1, 13, PROBE), probed(2, 20, PROBE), probed(3, 15, PROBE)];
+        let (verdicts, to_probe) = decide(&[secs(3), secs(1)], due);
         assert_eq!(verdicts, [Verdict::Evict(2), Verdict::Evict(3)]);
-        assert!(ask.is_empty());
+        assert!(to_probe.is_empty());
     }
 
     #[test]
-    fn nobody_is_judged_before_the_probe_is_over() {
+    fn no_peer_is_evicted_before_its_probe_times_out() {
         let almost = PROBE - Duration::from_millis(1);
-        let (verdicts, ask) = decide(&[secs(3)], vec![asked(1, 13, almost)]);
-        assert_eq!((verdicts, ask), (vec![Verdict::Wait], vec![]));
+        let (verdicts, to_probe) = decide(&[secs(3)], vec![probed(1, 13, almost)]);
+        assert_eq!((verdicts, to_probe), (vec![Verdict::Wait], vec![]));
     }
 
     #[test]
-    fn a_question_that_nobody_listens_to_any_more_is_put_anew() {
-        let (verdicts, ask) = decide(&[secs(0)], vec![asked(1, 4000, secs(3600))]);
-        assert_eq!((verdicts, ask), (vec![Verdict::Wait], vec![1]));
+    fn a_probe_lost_with_its_connection_is_sent_again() {
+        let (verdicts, to_probe) = decide(&[secs(0)], vec![probed(1, 4000, secs(3600))]);
+        assert_eq!((verdicts, to_probe), (vec![Verdict::Wait], vec![1]));
     }
 
     #[test]
-    fn a_newcomer_waits_for_the_probe_time_and_no_longer() {
-        let (verdicts, ask) = decide(&[PROBE + TICK], vec![silent(1, 12)]);
-        assert_eq!((verdicts, ask), (vec![Verdict::Refuse], vec![]));
+    fn a_newcomer_waits_at_most_one_probe_time() {
+        let (verdicts, to_probe) = decide(&[PROBE + TICK], vec![silent(1, 12)]);
+        assert_eq!((verdicts, to_probe), (vec![Verdict::Refuse], vec![]));
     }
 
     #[test]
-    fn once_the_probe_is_switched_off_nobody_is_asked_or_judged_for_those_who_wait() {
+    fn disabling_the_probe_stops_probes_and_evictions_for_waiting_newcomers() {
         let config = Config { probe: Duration::ZERO, ..config() };
         let waiting = [(Scope::Total, secs(0)), (Scope::Total, secs(1))];
-        let candidates = vec![asked(1, 13, secs(1)), silent(2, 12)];
-        let (verdicts, ask) = super::decide(&config, waiting.into_iter(), candidates);
-        assert_eq!((verdicts, ask), (vec![Verdict::Refuse; 2], vec![]));
+        let candidates = vec![probed(1, 13, secs(1)), silent(2, 12)];
+        let (verdicts, to_probe) = super::decide(&config, waiting.into_iter(), candidates);
+        assert_eq!((verdicts, to_probe), (vec![Verdict::Refuse; 2], vec![]));
     }
 
     #[test]
-    fn under_an_address_s_cap_only_its_own_slots_count() {
+    fn under_an_address_cap_only_slots_of_that_address_are_probed() {
         let home = ClientPrefix::of(&"/ip4/192.0.2.1/tcp/1".parse().unwrap()).unwrap();
-        let mut own = asked(2, 12, PROBE);
+        let mut own = probed(2, 12, PROBE);
         own.prefix = Some(home);
         let waiting = std::iter::once((Scope::Address(home), secs(1)));
-        let (verdicts, _) = super::decide(&config(), waiting, vec![asked(1, 50, PROBE), own]);
+        let (verdicts, _) = super::decide(&config(), waiting, vec![probed(1, 50, PROBE), own]);
         assert_eq!(verdicts, [Verdict::Evict(2)]);
     }
 
     #[test]
-    fn no_more_than_32_are_on_probation_and_no_more_than_64_wait() {
+    fn at_most_32_peers_are_probed_and_at_most_64_newcomers_wait() {
         let candidates = (0..100).map(|connection| silent(connection, 60)).collect();
-        let (_, ask) = decide(&[secs(0), secs(0)], candidates);
-        assert_eq!(ask.len(), MOST_PROBED);
+        let (_, to_probe) = decide(&[secs(0), secs(0)], candidates);
+        assert_eq!(to_probe.len(), MOST_PROBED);
 
         let mut waiting: VecDeque<PendingReservation<u32, ()>> = VecDeque::new();
         let mut wait = |address: &str| {
@@ -242,8 +242,8 @@ mod tests {
         for n in 0..MOST_WAITING {
             let home = format!("/ip4/192.0.2.{}/tcp/1", n / MOST_WAITING_PER_ADDRESS);
             assert!(wait(&home));
-            let crowded = (n + 1) % MOST_WAITING_PER_ADDRESS == 0;
-            assert!(!crowded || !wait(&home));
+            let is_full = (n + 1) % MOST_WAITING_PER_ADDRESS == 0;
+            assert!(!is_full || !wait(&home));
         }
         assert!(!wait("/memory/1"));
         assert_eq!(waiting.len(), MOST_WAITING);

@@ -19,7 +19,10 @@ use std::{
 
 use libp2p::PeerId;
 
-use super::quota::{Quota, Scope};
+use super::{
+    connections::End,
+    quota::{Quota, Scope},
+};
 use crate::{address::ClientPrefix, config::Config, event::FreedReason};
 
 /// The number of a disconnect: slots in grace are taken in this order.
@@ -36,12 +39,12 @@ pub struct Reservations<C> {
     in_grace: usize,
     /// How many slots each address and subnet holds.
     pub quota: Quota,
-    /// No term and no grace ends earlier than this.
+    /// The earliest time at which a term or a grace may end.
     next_end: Option<Instant>,
     /// Changes to slots, oldest first, until the caller takes them.
     pub changes: VecDeque<Change<C>>,
-    graces: GraceNumber,
-    receipts: u64,
+    /// The last number given to a disconnect or to an answer.
+    last: u64,
 }
 
 /// One peer's hold on a slot.
@@ -52,8 +55,11 @@ struct Reservation<C> {
     prefix: Option<ClientPrefix>,
     receipt: Receipt,
     /// What to restore if the last answer does not reach the peer; `None` once one did.
-    undo: Option<Box<Undo<C>>>,
+    undo: Option<Box<Before<C>>>,
 }
+
+/// What a peer held before an answer: the state and the end of its term, or no slot.
+type Before<C> = Option<(State<C>, Instant)>;
 
 #[derive(Clone, Copy, Debug)]
 enum State<C> {
@@ -72,20 +78,14 @@ impl<C> State<C> {
     }
 }
 
-#[derive(Debug)]
-enum Undo<C> {
-    Free,
-    Restore { state: State<C>, expires: Instant },
-}
-
-/// What is known of a peer's slot.
+/// The state of a peer's slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Slot<C> {
     /// The connection that the reservation points at; `None` in grace.
     pub connection: Option<C>,
     /// The prefix that it counts towards.
     pub prefix: Option<ClientPrefix>,
-    /// When it is free unless something happens: at the end of its term, or of its grace. From then on it is void,
+    /// When it becomes free without a renewal: at the end of its term, or of its grace. From then on it is void,
     /// whether or not the sweep has removed it.
     pub ends: Instant,
 }
@@ -112,27 +112,15 @@ pub struct Granted {
 
 /// A change to a slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Change<C> {
-    /// The reservation points at another connection of the peer.
-    Moved {
-        /// The peer.
-        peer: PeerId,
-        /// `None`: it was granted, or was in grace.
-        from: Option<C>,
-        /// `None`: the last connection closed, and grace began.
-        to: Option<C>,
-    },
-    /// The slot is free.
-    Freed {
-        /// The peer that held it.
-        peer: PeerId,
-        /// The connection that it was live on.
-        connection: Option<C>,
-        /// The prefix that it counted towards.
-        prefix: Option<ClientPrefix>,
-        /// Why it was freed.
-        reason: FreedReason,
-    },
+pub struct Change<C> {
+    /// The peer.
+    pub peer: PeerId,
+    /// The connection that the reservation pointed at; `None`: it was granted, or was in grace.
+    pub from: Option<C>,
+    /// The connection that it points at now; `None`: grace began, or the slot is free.
+    pub to: Option<C>,
+    /// Why the slot is free, if it is, and the prefix that it counted towards.
+    pub freed: Option<(FreedReason, Option<ClientPrefix>)>,
 }
 
 impl<C: Copy + Eq> Reservations<C> {
@@ -146,15 +134,14 @@ impl<C: Copy + Eq> Reservations<C> {
             quota: Quota::new(config.slot_caps()),
             next_end: None,
             changes: VecDeque::new(),
-            graces: 0,
-            receipts: 0,
+            last: 0,
         }
     }
 
     /// Replaces the caps and the grace. Frees no slot; granted terms stay.
     pub fn configure(&mut self, config: &Config, now: Instant) {
         self.grace = config.grace;
-        self.quota.set_caps(config.slot_caps());
+        self.quota.caps = config.slot_caps();
         self.next_end = Some(now); // a shorter grace may be over already
     }
 
@@ -171,14 +158,13 @@ impl<C: Copy + Eq> Reservations<C> {
     /// The slot of `peer`, which may have ended and not been removed yet.
     pub fn get(&self, peer: &PeerId) -> Option<Slot<C>> {
         let reservation = self.slots.get(peer)?;
-        let connection = reservation.state.connection();
-        let (ends, _) = self.end(reservation);
-        Some(Slot { connection, prefix: reservation.prefix, ends })
+        let Reservation { state, prefix, .. } = *reservation;
+        Some(Slot { connection: state.connection(), prefix, ends: self.end(reservation).0 })
     }
 
-    /// The peers that hold a slot, in no order.
-    pub fn holders(&self) -> impl Iterator<Item = PeerId> {
-        self.slots.keys().map(|peer| **peer)
+    /// The peers that hold a slot and their slots, in no order.
+    pub fn iter(&self) -> impl Iterator<Item = (PeerId, Slot<C>)> {
+        self.slots.keys().filter_map(|peer| Some((**peer, self.get(peer)?)))
     }
 
     /// Decides a RESERVE of `peer` over `connection` for a term of `ttl`; the slot counts towards `prefix`.
@@ -218,16 +204,15 @@ impl<C: Copy + Eq> Reservations<C> {
             self.free(**oldest, FreedReason::TakenBy { peer });
         }
         // 3. Renew or grant.
-        self.receipts += 1;
-        let (receipt, expires) = (Receipt(self.receipts), now + ttl);
+        self.last += 1;
+        let (receipt, expires) = (Receipt(self.last), now + ttl);
         let next_end = self.next_end.get_or_insert(expires);
         *next_end = expires.min(*next_end);
         let state = State::Live { connection };
         if let Some(reservation) = self.slots.get_mut(&peer) {
             // When several answers in a row are lost, what held before the first of them is restored.
-            let Reservation { state: before, expires: end, .. } = *reservation;
-            let undo = || Box::new(Undo::Restore { state: before, expires: end });
-            reservation.undo.get_or_insert_with(undo);
+            let before = (reservation.state, reservation.expires);
+            reservation.undo.get_or_insert_with(|| Box::new(Some(before)));
             (reservation.expires, reservation.receipt) = (expires, receipt);
             self.set_state(peer, state);
             // Without room at the new prefix, it stays with the old one.
@@ -237,11 +222,12 @@ impl<C: Copy + Eq> Reservations<C> {
                 reservation.prefix = prefix;
             }
         } else {
-            let undo = Some(Box::new(Undo::Free));
+            let undo = Some(Box::new(None));
             let reservation = Reservation { state, expires, prefix, receipt, undo };
             self.slots.insert(Arc::new(peer), reservation);
             self.quota.add(prefix);
-            self.changes.push_back(Change::Moved { peer, from: None, to: Some(connection) });
+            let (from, to) = (None, Some(connection));
+            self.changes.push_back(Change { peer, from, to, freed: None });
         }
         Ok(Granted { receipt, is_renewal })
     }
@@ -263,19 +249,13 @@ impl<C: Copy + Eq> Reservations<C> {
         }
     }
 
-    /// Handles a connection of `peer` that closed or timed out; `up` are the remaining ones, oldest first.
+    /// Handles a connection that closed or timed out; `up` are the peer's remaining ones, oldest first.
     ///
     /// Nothing changes unless the reservation points at it. `reason` is why the slot is freed if there is no grace.
-    pub fn on_disconnected(
-        &mut self,
-        peer: PeerId,
-        gone: C,
-        up: &[C],
-        reason: FreedReason,
-        now: Instant,
-    ) {
-        match self.slots.get(&peer) {
-            Some(reservation) if reservation.state.connection() != Some(gone) => {}
+    pub fn on_disconnected(&mut self, gone: End<C>, up: &[C], reason: FreedReason, now: Instant) {
+        let End { peer, connection } = gone;
+        let reservation = self.slots.get(&peer);
+        match reservation.filter(|reservation| reservation.state.connection() == Some(connection)) {
             // An answer on its way over that connection does not arrive any more.
             Some(reservation) if reservation.undo.is_some() => self.undo(peer, up, now),
             Some(_) => self.settle(peer, up, reason, now),
@@ -310,8 +290,8 @@ impl<C: Copy + Eq> Reservations<C> {
         };
         match reservation.undo.take().map(|undo| *undo) {
             None => {}
-            Some(Undo::Free) => _ = self.free(peer, FreedReason::Undelivered),
-            Some(Undo::Restore { state, expires }) => {
+            Some(None) => _ = self.free(peer, FreedReason::Undelivered),
+            Some(Some((state, expires))) => {
                 reservation.expires = expires;
                 self.next_end = self.next_end.map(|next| next.min(expires));
                 match state.connection() {
@@ -331,8 +311,8 @@ impl<C: Copy + Eq> Reservations<C> {
         } else if self.grace.is_zero() {
             self.free(peer, without_grace);
         } else {
-            self.graces += 1;
-            self.set_state(peer, State::Grace { since: now, number: self.graces });
+            self.last += 1;
+            self.set_state(peer, State::Grace { since: now, number: self.last });
         }
     }
 
@@ -352,7 +332,7 @@ impl<C: Copy + Eq> Reservations<C> {
         }
         let (from, to) = (before.connection(), state.connection());
         if from != to {
-            self.changes.push_back(Change::Moved { peer, from, to });
+            self.changes.push_back(Change { peer, from, to, freed: None });
         }
     }
 
@@ -363,8 +343,8 @@ impl<C: Copy + Eq> Reservations<C> {
         };
         self.leave_queue(state, prefix);
         self.quota.remove(prefix);
-        let connection = state.connection();
-        self.changes.push_back(Change::Freed { peer, connection, prefix, reason });
+        let (from, freed) = (state.connection(), Some((reason, prefix)));
+        self.changes.push_back(Change { peer, from, to: None, freed });
         true
     }
 
@@ -378,7 +358,7 @@ impl<C: Copy + Eq> Reservations<C> {
         }
     }
 
-    /// When the slot is free unless something happens, and why.
+    /// When the slot becomes free without a renewal, and why.
     fn end(&self, reservation: &Reservation<C>) -> (Instant, FreedReason) {
         match reservation.state {
             State::Grace { since, .. } if since + self.grace < reservation.expires => {

@@ -6,7 +6,7 @@ use libp2p::PeerId;
 
 use super::{
     Action, Relay,
-    connections::{End, PendingRequest},
+    connections::{Connection, End, PendingRequest},
     quota::Scope,
     reclaim::{self, Candidate, PendingReservation, Verdict},
     reservations::{Change, Granted, Receipt},
@@ -45,9 +45,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         }
         log::debug!("reservation pending: peer {peer}: {}", Refused::from(full));
         self.waiting.push_back(pending);
-        if let Some(up) = self.connections.get_mut(connection) {
-            up.idle_since = now; // until now it was not
-        }
+        self.connections.update(connection, now, |up| up.idle_since = now); // until now it was not
         self.bring_sweep_forward(now);
     }
 
@@ -95,7 +93,10 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
             return;
         }
         // 2. Decide about the silent peers.
-        let silent = self.connections.silent(self.config.probe_after, now);
+        let silent = self.connections.iter().filter(|(_, up)| {
+            let is_live = up.holds_reservation && up.closing.is_none();
+            is_live && up.liveness.silent_for(now) >= self.config.probe_after
+        });
         let candidates = silent.map(|(connection, up)| Candidate {
             connection,
             prefix: self.reservations.get(&up.origin.peer).and_then(|slot| slot.prefix),
@@ -107,7 +108,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         // 3. Probe.
         for connection in probes {
             if let Some(up) = self.connections.get_mut(connection) {
-                up.liveness.on_probe(now);
+                up.liveness.probed_at = Some(now);
             }
             self.probe(connection);
         }
@@ -151,27 +152,19 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     /// reports freed slots and graces.
     pub(super) fn apply_changes(&mut self, now: Instant) {
         while let Some(change) = self.reservations.changes.pop_front() {
-            let (peer, from, to) = match change {
-                Change::Moved { peer, from, to } => (peer, from, to),
-                Change::Freed { peer, connection, .. } => (peer, connection, None),
-            };
-            for (connection, holds) in [(from, false), (to, true)] {
-                let Some(connection) = connection else {
-                    continue;
-                };
-                let held = self
-                    .connections
-                    .update(connection, now, |up| mem::replace(&mut up.holds_reservation, holds));
+            let Change { peer, from, to, freed } = change;
+            let (from, to) = (from.map(|from| (from, false)), to.map(|to| (to, true)));
+            for (connection, holds) in from.into_iter().chain(to) {
+                let hold = |up: &mut Connection| mem::replace(&mut up.holds_reservation, holds);
+                let held = self.connections.update(connection, now, hold);
                 if held.is_some_and(|held| held != holds) {
                     self.actions.push_back(Action::Hold(End { peer, connection }, holds));
                 }
             }
-            match change {
-                Change::Freed { peer, prefix, reason, .. } => {
-                    self.report(Event::ReservationFreed { peer, prefix, reason });
-                }
-                Change::Moved { to: None, .. } => self.report(Event::GraceBegan { peer }),
-                Change::Moved { .. } => {}
+            if let Some((reason, prefix)) = freed {
+                self.report(Event::ReservationFreed { peer, prefix, reason });
+            } else if to.is_none() {
+                self.report(Event::GraceBegan { peer });
             }
         }
     }

@@ -1,9 +1,10 @@
 //! The sweep: one pass over the tables that ends what no event ends.
 //!
-//! All times are of the monotonic clock ([`Instant`]), whatever the wall clock does. If the process was stopped or its
-//! virtual machine paused, that clock went on: the sweep is late, what is over ends, and liveness timers are reset. Linux
-//! stops it while the machine is suspended, as if no time had passed: a slot that is not renewed ends that much later
-//! than its peer was told, and a peer that left meanwhile is probed within a heartbeat.
+//! All times are of the monotonic clock ([`Instant`]), independent of the wall clock. If the process was stopped or its
+//! virtual machine paused, that clock continued: the sweep is late, reservations and graces that have run out end, and
+//! liveness timers are reset. Linux stops the clock while the machine is suspended, as if no time had passed: a slot
+//! that is not renewed ends that much later than its peer was told, and a peer that left meanwhile is probed within a
+//! heartbeat.
 
 use std::{
     hash::Hash,
@@ -24,12 +25,12 @@ const LATE: Duration = Duration::from_secs(1);
 impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     /// Passes over all tables.
     pub fn sweep(&mut self, now: Instant) {
-        // 1. What arrived while the process was stopped may not have been read yet: probes and stalls get that time.
+        // 1. What arrived while the process was stopped may not have been read yet: probes, stop requests and stalls get that time.
         let late = now.saturating_duration_since(self.sweep_due);
         if late > TICK {
             let shift = |since| if late > LATE { now } else { since + late };
             self.connections.shift_probes(shift);
-            self.circuits.shift_stalls(shift);
+            self.circuits.shift_waits(shift);
         }
         // 2. Forget what has run out, and free the slots whose term or grace has ended.
         self.reserve_rates.forget_full(now);
@@ -48,12 +49,13 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         found.probe.into_iter().for_each(|connection| self.probe(connection));
         found.timed_out.sort_unstable(); // so that a simulation can be repeated
         found.timed_out.into_iter().for_each(|connection| self.time_out(connection, now));
-        // 5. Find slots for newcomers.
+        // 5. Ask silent targets over another connection; find slots for newcomers.
+        self.ask_over_others(now);
         self.reclaim(now);
         // 6. Close idle connections, and while draining those that are due.
         let timeout = self.config.idle_timeout;
         let timeout = if timeout.is_zero() { Duration::MAX } else { timeout };
-        let idle = self.connections.too_long_idle(timeout, now);
+        let idle = self.connections.idle_for(timeout, now);
         idle.into_iter().for_each(|(end, reason)| self.close(end, reason));
         self.close_due(now);
         self.sweep_due = now + self.config.sweep;
@@ -82,19 +84,21 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         let silent_for = silent.liveness.silent_for(now);
         silent.liveness.on_activity(now); // if it stays open, its timers start again
         self.report(Event::PeerSilent { peer, address, silent_for });
-        self.abandon(End { peer, connection }, CircuitEnd::Silent, now);
+        let timed_out = End { peer, connection };
+        self.abandon(timed_out, CircuitEnd::Silent, now);
         if self.config.close_silent {
-            self.close(End { peer, connection }, CloseReason::Silent);
+            self.close(timed_out, CloseReason::Silent);
         }
     }
 
-    /// Ends the circuits over a connection, and moves its reservation or begins the grace.
+    /// Ends the circuits over a connection, and moves its reservation or begins the grace; without grace, frees its slot.
     pub(super) fn abandon(&mut self, gone: End<C>, end: CircuitEnd, now: Instant) {
-        let End { peer, connection } = gone;
         self.circuits.over(gone).into_iter().for_each(|id| self.end_circuit(id, end));
-        let mut up = self.fit_for_a_slot(peer);
-        up.retain(|other| *other != connection);
-        self.reservations.on_disconnected(peer, connection, &up, FreedReason::Silent, now);
+        let mut up = self.fit_for_a_slot(gone.peer);
+        up.retain(|other| *other != gone.connection);
+        let is_closed = end == CircuitEnd::Disconnected;
+        let reason = if is_closed { FreedReason::Disconnected } else { FreedReason::Silent };
+        self.reservations.on_disconnected(gone, &up, reason, now);
         self.apply_changes(now);
     }
 
@@ -117,7 +121,7 @@ mod tests {
 
     const TEN_MINUTES: Duration = Duration::from_secs(600);
 
-    /// A relay with two that hold a slot.
+    /// A relay with two peers that hold slots.
     fn relay(config: Config, now: Instant) -> (Relay<u32, ()>, [End<u32>; 2]) {
         let mut relay = Relay::new(config, now).unwrap();
         let holders = [0, 1].map(|connection| {
@@ -136,10 +140,10 @@ mod tests {
         (relay, holders)
     }
 
-    /// Who was asked, who was judged, and whose slot came back why.
+    /// What sweeps did: peers probed, peers timed out, and slots freed.
     #[derive(Debug, Default, PartialEq)]
     struct Found {
-        asked: Vec<PeerId>,
+        probed: Vec<PeerId>,
         silent: Vec<PeerId>,
         freed: Vec<(PeerId, FreedReason)>,
     }
@@ -148,7 +152,7 @@ mod tests {
         let mut found = Found::default();
         while let Some(action) = relay.actions.pop_front() {
             match action {
-                Action::Probe(to, _) => found.asked.push(to.peer),
+                Action::Probe(to, _) => found.probed.push(to.peer),
                 Action::Report(Event::PeerSilent { peer, .. }) => found.silent.push(peer),
                 Action::Report(Event::ReservationFreed { peer, reason, .. }) => {
                     found.freed.push((peer, reason));
@@ -159,7 +163,7 @@ mod tests {
         found
     }
 
-    /// Sweeps when it is due, until something is found. When that was.
+    /// Sweeps whenever it is due until something is found; returns the time and the findings.
     fn until_found(relay: &mut Relay<u32, ()>) -> (Instant, Found) {
         loop {
             let now = relay.sweep_due;
@@ -172,36 +176,36 @@ mod tests {
     }
 
     #[test]
-    fn after_ten_minutes_in_which_it_stood_still_silences_start_anew_and_what_is_over_is_over() {
+    fn after_a_suspend_of_ten_minutes_liveness_resets_and_ended_terms_expire() {
         let start = Instant::now();
         let (mut relay, [stays, leaves]) = relay(Config::default(), start);
-        let (asked, both) = until_found(&mut relay);
-        assert_eq!(both.asked.len(), 2);
-        relay.on_disconnected(leaves, asked);
+        let (probed, both) = until_found(&mut relay);
+        assert_eq!(both.probed.len(), 2);
+        relay.on_disconnected(leaves, probed);
         found(&mut relay);
 
-        let late = asked + TEN_MINUTES;
+        let late = probed + TEN_MINUTES;
         relay.sweep(late);
         let expected =
             Found { freed: vec![(leaves.peer, FreedReason::GraceOver)], ..Found::default() };
         assert_eq!(found(&mut relay), expected);
 
-        // The question from before counts for nothing.
+        // The probe sent before the suspend does not count.
         let Config { heartbeat, silence, .. } = Config::default();
-        let (asked, again) = until_found(&mut relay);
-        assert_eq!((asked, again.asked), (late + heartbeat, vec![stays.peer]));
-        let (judged, silent) = until_found(&mut relay);
-        assert_eq!((judged, silent.silent), (late + silence, vec![stays.peer]));
+        let (probed, again) = until_found(&mut relay);
+        assert_eq!((probed, again.probed), (late + heartbeat, vec![stays.peer]));
+        let (evicted_at, silent) = until_found(&mut relay);
+        assert_eq!((evicted_at, silent.silent), (late + silence, vec![stays.peer]));
     }
 
     #[test]
-    fn a_term_that_ended_while_it_stood_still_is_over() {
+    fn a_term_that_ended_during_a_suspend_is_expired() {
         let start = Instant::now();
         let config = Config { reservation_ttl: TEN_MINUTES / 2, ..Config::default() };
         let (mut relay, holders) = relay(config, start);
         relay.sweep(start + TEN_MINUTES);
         let found = found(&mut relay);
-        assert!(found.silent.is_empty() && found.asked.is_empty());
+        assert!(found.silent.is_empty() && found.probed.is_empty());
         let freed = |end: &End<u32>| found.freed.contains(&(end.peer, FreedReason::Expired));
         assert!(holders.iter().all(freed), "{found:?}");
     }

@@ -1,24 +1,24 @@
-//! What comes back before the relay knows who is there.
+//! Amplification: how many bytes the relay sends before the client has authenticated.
 
 use libp2p::futures::{AsyncReadExt, AsyncWriteExt};
 
 use super::{
-    ground::Ground,
     handshakes::{first_of_noise, first_of_tls},
+    testbed::Testbed,
 };
 use crate::common::{
     by_hand::{line, proposal, tcp_from},
-    strangers::address,
+    raw_peers::address,
     within,
 };
 
-/// So many bytes for each that came in.
+/// The most bytes that may be sent for each byte received.
 const MOST: usize = 10;
 
 #[tokio::test]
-async fn little_is_said_to_whoever_has_not_said_who_it_is() {
-    let mut ground = Ground::prepare(&[]).await;
-    let port = ground.port;
+async fn an_unauthenticated_client_gets_few_bytes() {
+    let mut testbed = Testbed::start(&[]).await;
+    let port = testbed.port;
     let header = line("/multistream/1.0.0");
     let openings = [
         ("nothing at all", vec![]),
@@ -35,38 +35,39 @@ async fn little_is_said_to_whoever_has_not_said_who_it_is() {
         ("HTTP", b"GET / HTTP/1.1\r\n\r\n".to_vec()),
     ];
     let attack = async move {
-        let mut heard = Vec::new();
+        let mut received = Vec::new();
         for (what, opening) in openings {
-            for hangs_up in [true, false] {
-                let said = opening.len();
-                let mut stream = tcp_from(address(0), port).await.expect("it listens");
-                within(stream.write_all(&opening)).await.expect("it reads");
-                if hangs_up {
-                    within(stream.close()).await.expect("it reads");
+            for closes in [true, false] {
+                let sent = opening.len();
+                let mut stream = tcp_from(address(0), port).await.expect("the relay listens");
+                within(stream.write_all(&opening)).await.expect("the relay reads");
+                if closes {
+                    within(stream.close()).await.expect("the relay reads");
                 }
-                // Until the relay hangs up: its patience with a handshake is ten seconds.
-                heard.push(tokio::spawn(async move {
+                // Until the relay closes the connection: a handshake has ten seconds.
+                received.push(tokio::spawn(async move {
                     let mut bytes = Vec::new();
                     let _ = within(stream.read_to_end(&mut bytes)).await;
-                    (what, said, bytes.len())
+                    (what, sent, bytes.len())
                 }));
             }
         }
         let mut all = Vec::new();
-        for heard in heard {
-            all.push(heard.await.expect("it hangs up"));
+        for received in received {
+            all.push(received.await.expect("the relay closes it"));
         }
         all
     };
     let what = "amplification: bytes for a byte, before the handshake ends";
-    let (heard, _) = ground.suffer(what, "12 openings", attack).await;
-    for (what, said, heard) in &heard {
-        println!("{what}: {heard} bytes for {said}");
-        assert!(*heard <= MOST * said, "{what}: {heard} bytes for {said}");
+    let (received, _) = testbed.attack(what, "12 openings", attack).await;
+    for (what, sent, received) in &received {
+        println!("{what}: {received} bytes for {sent}");
+        assert!(*received <= MOST * sent, "{what}: {received} bytes for {sent}");
     }
-    // Both secure channels went on as far as they do.
-    let longest = |of| heard.iter().filter(|(what, ..)| *what == of).map(|heard| heard.2).max();
-    assert!(longest("the first message of Noise") > Some(100), "{heard:?}");
-    assert!(longest("the first message of TLS") > Some(500), "{heard:?}");
-    ground.ends_as_it_began().await;
+    // Both handshakes got as far as they can without authentication.
+    let longest =
+        |of| received.iter().filter(|(what, ..)| *what == of).map(|received| received.2).max();
+    assert!(longest("the first message of Noise") > Some(100), "{received:?}");
+    assert!(longest("the first message of TLS") > Some(500), "{received:?}");
+    testbed.assert_restored().await;
 }

@@ -1,4 +1,4 @@
-//! Backlogs: more than the relay may hold, or less than it seems, beside peers that use all of theirs.
+//! Backlogs of unread and incomplete data, beside peers that use their limits to the full.
 
 use std::{
     io,
@@ -9,102 +9,105 @@ use std::{
 use libp2p::futures::{AsyncReadExt, AsyncWriteExt, future};
 use tokio::time::{interval, sleep};
 
-use super::ground::{GIVEN_UP, Ground};
+use super::testbed::{FREED_FOR_MEMORY, Testbed};
 use crate::common::{
     Client,
     by_hand::{RST, SYN, WINDOW_UPDATE, data, frame},
     circuit,
     messages::{connect, reserve},
-    strangers::{
-        AT_A_TIME, PIECE, Staying, Stranger, address, all, each, opening, quick_or_long,
-        takes_nothing,
+    raw_peers::{
+        AT_A_TIME, Background, CHUNK, RawPeer, address, expect_all, hold_without_reading,
+        hop_opening, run_each, short_or_long,
     },
     within,
 };
 
-/// How long a connection is not read before it makes room for another.
+/// How long a connection is left unread before it is replaced.
 const UNREAD: Duration = Duration::from_secs(15);
 
 const OK: Option<i32> = Some(100);
 
-/// Ping streams that are written to, on connections that are never read: their echoes are more than the
-/// relay may hold. With the table full, and newcomers waiting, peers are probed; each answers.
+/// Pings on connections that are never read: their echoes exceed the buffer budget. The table is full and newcomers
+/// wait, so peers are probed; each must answer and keep its slot.
 #[tokio::test]
-async fn unread_echoes_of_four_addresses_at_a_full_table() {
+async fn unread_ping_echoes_of_four_addresses_at_a_full_table() {
     const SLOTS: usize = 9; // one is the target's
     const NEWCOMERS: usize = 8;
     const CONNECTIONS: usize = 250;
     // More than the 10 s of silence before a peer is probed, and the 3 s of the probe.
-    let presses = Duration::from_secs(quick_or_long(24, 90));
-    let mut ground = Ground::prepare(&[&format!("--max-reservations={SLOTS}")]).await;
-    let port = ground.port;
+    let duration = Duration::from_secs(short_or_long(24, 90));
+    let mut testbed = Testbed::start(&[&format!("--max-reservations={SLOTS}")]).await;
+    let port = testbed.port;
     let mut holders = Vec::new();
     for number in 1..SLOTS {
-        let mut holder = Stranger::arrive(port, address(number)).await;
-        assert_eq!(holder.ask_once(&reserve()).await.expect("an answer").1, OK);
-        holders.push((holder.peer, holder.stays()));
+        let mut holder = RawPeer::connect_with_retry(port, address(number)).await;
+        assert_eq!(holder.request(&reserve()).await.expect("an answer").1, OK);
+        holders.push((holder.peer, holder.stay_connected()));
     }
     let attack = async move {
-        let over = Instant::now() + presses;
-        let newcomers = tokio::spawn(each(NEWCOMERS, NEWCOMERS, move |number| async move {
+        let over = Instant::now() + duration;
+        let newcomers = tokio::spawn(run_each(NEWCOMERS, NEWCOMERS, move |number| async move {
             while Instant::now() < over {
-                // A peer may not ask often, so each time it is another.
-                if let Ok(mut newcomer) = Stranger::connect(port, address(100 + number)).await {
-                    assert_ne!(newcomer.ask_once(&reserve()).await.map_or(None, |it| it.1), OK);
+                // Each time a new peer, because of the rate limit.
+                if let Ok(mut newcomer) = RawPeer::connect(port, address(100 + number)).await {
+                    assert_ne!(newcomer.request(&reserve()).await.map_or(None, |it| it.1), OK);
                 }
             }
         }));
-        let unread = each(CONNECTIONS, CONNECTIONS, move |number| async move {
+        let unread = run_each(CONNECTIONS, CONNECTIONS, move |number| async move {
             while Instant::now() < over {
-                // One that is closed makes room for the next; one that is turned away comes back.
+                // A closed connection is replaced, and a denied one retried.
                 if unread_echoes(port, address(SLOTS + number % 4)).await.is_err() {
                     sleep(Duration::from_millis(500)).await;
                 }
             }
         });
-        future::join(unread, newcomers).await.1.expect("they ask");
+        future::join(unread, newcomers).await.1.expect("the newcomers do not panic");
     };
     let how_hard = format!("2 on each of {CONNECTIONS} connections, {NEWCOMERS} newcomers");
     let what = "unread echoes of four addresses, at a full table";
-    ground.suffer(what, &how_hard, attack).await;
-    let given_up = ground.count(GIVEN_UP[0]).await + ground.count(GIVEN_UP[1]).await;
-    // None where the kernel's buffers hold all of it.
-    println!("{given_up} streams and connections were given up");
-    let probed = ground.count("relaylet_questions_asked_total").await;
+    testbed.attack(what, &how_hard, attack).await;
+    let freed = testbed.count(FREED_FOR_MEMORY[0]).await + testbed.count(FREED_FOR_MEMORY[1]).await;
+    // None where the kernel's buffers hold all echoes.
+    println!("{freed} streams and connections were closed to free memory");
+    let probed = testbed.count("relaylet_questions_asked_total").await;
     assert!(probed >= (SLOTS - 1) as f64, "{probed} were probed");
-    let relay = &ground.bystanders.relay;
+    let relay = &testbed.bystanders.relay;
     for (peer, _) in &holders {
         assert_eq!(relay.count_in_log(&format!("grace began: peer {peer}")), 0);
         assert_eq!(relay.count_in_log(&format!("slot freed: peer {peer}")), 0);
     }
     drop(holders);
-    ground.ends_as_it_began().await;
+    testbed.assert_restored().await;
 }
 
-/// A connection with two ping streams whose echoes it does not take, for a while.
+/// Opens a connection with two ping streams whose echoes it leaves unread for a while.
 async fn unread_echoes(port: u16, from: Ipv4Addr) -> io::Result<()> {
-    Stranger::connect(port, from).await?.asks_for_echoes().await?;
+    RawPeer::connect(port, from).await?.send_unread_pings().await?;
     sleep(UNREAD).await;
     Ok(())
 }
 
-/// Headers that announce a long frame, and nothing behind them; beside a target that reads 500 kB/s of
-/// what comes faster.
+/// Headers that announce a long frame without a body, beside a target that reads 500 kB/s of a source that sends
+/// faster.
 #[tokio::test]
 async fn headers_without_bodies_beside_a_busy_target() {
     const HEADERS: usize = 250;
     const LONGEST: u32 = 1024 * 1024;
     const READ: usize = 500_000 / 20; // of a second
-    let lasts = Duration::from_secs(quick_or_long(8, 60));
-    let mut ground = Ground::prepare(&[]).await;
-    let port = ground.port;
-    let mut target = Stranger::arrive(port, address(1)).await;
-    assert_eq!(target.ask_once(&reserve()).await.expect("an answer").1, OK);
-    let mut source = Stranger::arrive(port, address(2)).await;
+    let duration = Duration::from_secs(short_or_long(8, 60));
+    let mut testbed = Testbed::start(&[]).await;
+    let port = testbed.port;
+    let mut target = RawPeer::connect_with_retry(port, address(1)).await;
+    assert_eq!(target.request(&reserve()).await.expect("an answer").1, OK);
+    let mut source = RawPeer::connect_with_retry(port, address(2)).await;
     let stream = source.next_stream();
-    source.say(&data(SYN, stream, &opening(&connect(target.peer)))).await.expect("it is there");
-    let circuit = target.agree_to(1).await.expect("it is asked")[0];
-    // It has one window from the start; then it grants as much as it reads.
+    source
+        .send(&data(SYN, stream, &hop_opening(&connect(target.peer))))
+        .await
+        .expect("it is connected");
+    let circuit = target.accept_count(1).await.expect("a stop request")[0];
+    // Its initial window is open; then it grants as much credit as it reads.
     let reads = tokio::spawn(async move {
         let mut each = interval(Duration::from_millis(50));
         let mut read = 0;
@@ -112,18 +115,18 @@ async fn headers_without_bodies_beside_a_busy_target() {
             tokio::select! {
                 _ = each.tick() => {
                     let more = frame(WINDOW_UPDATE, 0, circuit, READ as u32);
-                    target.say(&more).await.expect("it is connected");
+                    target.send(&more).await.expect("it is connected");
                 }
-                came = target.frame() => {
-                    let came = came.expect("it is connected");
-                    assert!(came.stream != circuit || !came.has(RST), "the circuit stays");
-                    read += came.body.len();
-                    if came.has(SYN) {
-                        target.say(&data(RST, came.stream, &[])).await.expect("it is connected");
+                received = target.read_frame() => {
+                    let received = received.expect("it is connected");
+                    assert!(received.stream != circuit || !received.has(RST), "the circuit stays");
+                    read += received.body.len();
+                    if received.has(SYN) {
+                        target.send(&data(RST, received.stream, &[])).await.expect("it is connected");
                     }
                 }
             }
-            if read > READ * 20 * lasts.as_secs() as usize {
+            if read > READ * 20 * duration.as_secs() as usize {
                 return target;
             }
         }
@@ -132,9 +135,9 @@ async fn headers_without_bodies_beside_a_busy_target() {
         let _ = source.write(stream, usize::MAX).await;
     });
     let attack = async move {
-        let announced = each(HEADERS, AT_A_TIME, move |number| async move {
-            let mut stranger = Stranger::arrive(port, address(10 + number % 5)).await;
-            let stream = stranger.next_stream();
+        let announced = run_each(HEADERS, AT_A_TIME, move |number| async move {
+            let mut peer = RawPeer::connect_with_retry(port, address(10 + number % 5)).await;
+            let stream = peer.next_stream();
             let [open, header] = [0, LONGEST].map(|length| {
                 [
                     &[0, 0][..],
@@ -144,54 +147,54 @@ async fn headers_without_bodies_beside_a_busy_target() {
                 ]
                 .concat()
             });
-            stranger.say(&[open, header].concat()).await?;
-            Ok(Staying::as_long_as(takes_nothing(stranger)))
+            peer.send(&[open, header].concat()).await?;
+            Ok(Background::spawn(hold_without_reading(peer)))
         });
-        let announced = all(announced.await);
-        within(reads).await.map(|target| (announced, target)).expect("the target is served")
+        let announced = expect_all(announced.await);
+        within(reads).await.map(|target| (announced, target)).expect("the target reads on")
     };
     let how_hard =
         format!("{HEADERS} of 12 bytes that announce 1 MiB, a target that reads 500 kB/s");
     let what = "headers without bodies";
-    let (strangers, _) = ground.suffer(what, &how_hard, attack).await;
-    for given_up in GIVEN_UP {
-        assert_eq!(ground.count(given_up).await, 0.0, "{given_up}");
+    let (peers, _) = testbed.attack(what, &how_hard, attack).await;
+    for freed in FREED_FOR_MEMORY {
+        assert_eq!(testbed.count(freed).await, 0.0, "{freed}");
     }
     writes.abort();
-    drop(strangers);
-    ground.ends_as_it_began().await;
+    drop(peers);
+    testbed.assert_restored().await;
 }
 
-/// Two rust-libp2p peers with as many circuits as a peer may have, and data both ways on all of them.
+/// Two rust-libp2p peers with as many circuits as a peer may have, which transfer data in both directions on all.
 #[tokio::test]
-async fn as_many_circuits_as_a_peer_may_have_both_ways() {
+async fn the_most_circuits_a_peer_may_have_in_both_directions() {
     const CIRCUITS: usize = 64;
-    let bytes = quick_or_long(2, 64) * 1024 * 1024;
-    let mut ground = Ground::prepare(&["--connect-rate=0"]).await;
-    let mut source = Client::connect(&ground.bystanders.relay).await;
-    let mut target = Client::connect(&ground.bystanders.relay).await;
+    let bytes = short_or_long(2, 64) * 1024 * 1024;
+    let mut testbed = Testbed::start(&["--connect-rate=0"]).await;
+    let mut source = Client::connect(&testbed.bystanders.relay).await;
+    let mut target = Client::connect(&testbed.bystanders.relay).await;
     target.reserve().await;
     let mut circuits = Vec::new();
     for _ in 0..CIRCUITS {
         circuits.push(circuit(&mut source, &mut target).await);
     }
     let attack = async move {
-        let carried = circuits.into_iter().enumerate().flat_map(|(number, (there, back))| {
+        let transfers = circuits.into_iter().enumerate().flat_map(|(number, (there, back))| {
             [(there, number), (back, number)].map(|(stream, number)| {
                 tokio::spawn(async move {
                     let (mut reads, mut writes) = stream.split();
-                    let piece: Vec<u8> = (0..PIECE).map(|nth| (nth + number) as u8).collect();
+                    let piece: Vec<u8> = (0..CHUNK).map(|nth| (nth + number) as u8).collect();
                     let write = async {
-                        for _ in 0..bytes / PIECE {
+                        for _ in 0..bytes / CHUNK {
                             writes.write_all(&piece).await?;
                         }
                         writes.flush().await
                     };
                     let read = async {
-                        let mut came = vec![0; PIECE];
-                        for _ in 0..bytes / PIECE {
-                            reads.read_exact(&mut came).await?;
-                            assert!(came == piece, "what was written is what is read");
+                        let mut received = vec![0; CHUNK];
+                        for _ in 0..bytes / CHUNK {
+                            reads.read_exact(&mut received).await?;
+                            assert!(received == piece, "the received bytes are those sent");
                         }
                         io::Result::Ok(())
                     };
@@ -200,19 +203,19 @@ async fn as_many_circuits_as_a_peer_may_have_both_ways() {
                 })
             })
         });
-        for carried in carried.collect::<Vec<_>>() {
-            carried.await.expect("all of it comes");
+        for transfer in transfers.collect::<Vec<_>>() {
+            transfer.await.expect("all bytes arrive");
         }
     };
     let how_hard =
         format!("{CIRCUITS} circuits of two peers, {} MiB both ways on each", bytes >> 20);
     let what = "as many circuits as a peer may have";
-    ground.suffer(what, &how_hard, attack).await;
+    testbed.attack(what, &how_hard, attack).await;
     assert!(source.kept_its_connection() && target.kept_its_connection());
-    for given_up in GIVEN_UP {
-        assert_eq!(ground.count(given_up).await, 0.0, "{given_up}");
+    for freed in FREED_FOR_MEMORY {
+        assert_eq!(testbed.count(freed).await, 0.0, "{freed}");
     }
-    source.leave().await;
-    target.leave().await;
-    ground.ends_as_it_began().await;
+    source.disconnect().await;
+    target.disconnect().await;
+    testbed.assert_restored().await;
 }

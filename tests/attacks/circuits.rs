@@ -1,4 +1,4 @@
-//! Circuits, for nothing but their cost.
+//! Attacks with circuits that are opened only for their cost.
 
 use std::{io, time::Duration};
 
@@ -9,14 +9,14 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::ground::Ground;
+use super::testbed::Testbed;
 use crate::common::{
     STOP,
     by_hand::{ACK, FIN, RST, SYN, WINDOW_UPDATE, data, frame},
     messages::{StopMessage, connect, reserve},
-    strangers::{
-        AT_A_TIME, Heard, PIECE, ROOM, Staying, Stranger, address, agreement, all, each, opening,
-        quick_or_long,
+    raw_peers::{
+        AT_A_TIME, Background, CHUNK, FREE_WINDOW, RawPeer, Received, address, expect_all,
+        hop_opening, run_each, short_or_long, stop_acceptance,
     },
 };
 
@@ -24,8 +24,8 @@ const OK: Option<i32> = Some(100);
 const RESOURCE_LIMIT_EXCEEDED: Option<i32> = Some(201);
 const CONNECTION_FAILED: Option<i32> = Some(203);
 
-/// How many circuits one peer may be part of.
-const OF_ONE_PEER: usize = 64;
+/// How many circuits one peer may have.
+const PER_PEER: usize = 64;
 
 /// How many CONNECTs one peer may send at once.
 const CONNECTS: usize = 30;
@@ -34,35 +34,40 @@ const CONNECTS: usize = 30;
 async fn targets_that_never_answer() {
     const TARGETS: usize = 8;
     const SOURCES: usize = 20;
-    // A target has half a minute.
-    let patience = Duration::from_secs(quick_or_long(5, 35));
-    let mut ground = Ground::prepare(&[]).await;
-    let port = ground.port;
+    // A target has half a minute to answer.
+    let duration = Duration::from_secs(short_or_long(5, 35));
+    let mut testbed = Testbed::start(&[]).await;
+    let port = testbed.port;
     let attack = async move {
-        let targets = all(each(TARGETS, AT_A_TIME, move |number| async move {
-            let mut target = Stranger::arrive(port, address(number)).await;
-            assert_eq!(target.ask_once(&reserve()).await?.1, OK);
-            Ok(target)
-        })
-        .await);
+        let targets = expect_all(
+            run_each(TARGETS, AT_A_TIME, move |number| async move {
+                let mut target = RawPeer::connect_with_retry(port, address(number)).await;
+                assert_eq!(target.request(&reserve()).await?.1, OK);
+                Ok(target)
+            })
+            .await,
+        );
         let peers: Vec<_> = targets.iter().map(|target| target.peer).collect();
-        let asking: Vec<_> = (0..SOURCES)
+        let requesting: Vec<_> = (0..SOURCES)
             .map(|number| {
                 let peers = peers.clone();
                 tokio::spawn(async move {
-                    let mut source = Stranger::arrive(port, address(TARGETS + number)).await;
+                    let mut source =
+                        RawPeer::connect_with_retry(port, address(TARGETS + number)).await;
                     let requests =
                         (0..CONNECTS).map(|nth| connect(peers[(number + nth) % TARGETS]));
-                    source.ask(&requests.collect::<Vec<_>>()).await
+                    source.request_all(&requests.collect::<Vec<_>>()).await
                 })
             })
             .collect();
-        sleep(patience).await;
+        sleep(duration).await;
         let mut answers = Vec::new();
-        for asking in asking {
-            match asking.is_finished() {
-                true => answers.extend(asking.await.expect("it asks").expect("it is answered")),
-                false => asking.abort(),
+        for requesting in requesting {
+            match requesting.is_finished() {
+                true => {
+                    answers.extend(requesting.await.expect("it does not panic").expect("answers"))
+                }
+                false => requesting.abort(),
             }
         }
         drop(targets);
@@ -70,42 +75,42 @@ async fn targets_that_never_answer() {
     };
     let how_hard = format!("{TARGETS} targets, {} CONNECTs", SOURCES * CONNECTS);
     let what = "targets that never answer";
-    let (answers, _) = ground.suffer(what, &how_hard, attack).await;
+    let (answers, _) = testbed.attack(what, &how_hard, attack).await;
     for (_, status) in &answers {
         assert!([CONNECTION_FAILED, RESOURCE_LIMIT_EXCEEDED].contains(status), "{status:?}");
     }
-    assert_eq!(answers.len(), quick_or_long(answers.len(), SOURCES * CONNECTS));
-    ground.ends_as_it_began().await;
+    assert_eq!(answers.len(), short_or_long(answers.len(), SOURCES * CONNECTS));
+    testbed.assert_restored().await;
 }
 
 #[tokio::test]
 async fn idle_circuits_up_to_the_cap() {
     const CAP: usize = 1024;
-    const TARGETS: usize = CAP / OF_ONE_PEER + 2;
-    const SOURCES: usize = TARGETS * OF_ONE_PEER / CONNECTS + 1;
-    // Peers without a sign of life lose their circuits after a minute.
-    let patience = Duration::from_secs(quick_or_long(3, 50));
-    let mut ground = Ground::prepare(&[]).await;
-    let port = ground.port;
+    const TARGETS: usize = CAP / PER_PEER + 2;
+    const SOURCES: usize = TARGETS * PER_PEER / CONNECTS + 1;
+    // Circuits of silent peers are closed after a minute.
+    let duration = Duration::from_secs(short_or_long(3, 50));
+    let mut testbed = Testbed::start(&[]).await;
+    let port = testbed.port;
     let attack = async move {
         let mut targets = JoinSet::new();
         let mut peers = Vec::new();
         for number in 0..TARGETS {
-            let target = agreeing(port, number, &mut targets).await;
+            let target = accepting_target(port, number, &mut targets).await;
             peers.push(target);
         }
-        let sources = each(SOURCES, AT_A_TIME, move |number| {
+        let sources = run_each(SOURCES, AT_A_TIME, move |number| {
             let peers = peers.clone();
             async move {
-                let mut source = Stranger::arrive(port, address(TARGETS + number)).await;
+                let mut source = RawPeer::connect_with_retry(port, address(TARGETS + number)).await;
                 let first = number * CONNECTS;
                 let to = (first..first + CONNECTS).map(|nth| connect(peers[nth % TARGETS]));
-                let answers = source.ask(&to.collect::<Vec<_>>()).await?;
-                Ok((source.stays(), answers))
+                let answers = source.request_all(&to.collect::<Vec<_>>()).await?;
+                Ok((source.stay_connected(), answers))
             }
         });
-        let sources = all(sources.await);
-        sleep(patience).await;
+        let sources = expect_all(sources.await);
+        sleep(duration).await;
         let mut opened = 0;
         for (_, status) in sources.iter().flat_map(|(_, answers)| answers) {
             assert!([OK, RESOURCE_LIMIT_EXCEEDED].contains(status), "{status:?}");
@@ -115,21 +120,25 @@ async fn idle_circuits_up_to_the_cap() {
     };
     let how_hard = format!("{} CONNECTs to {TARGETS} targets that agree", SOURCES * CONNECTS);
     let what = "circuits left idle, up to the cap";
-    let ((opened, sources, targets), _) = ground.suffer(what, &how_hard, attack).await;
-    // Beside the one that is watched; a source that has many cedes some to those that come late.
+    let ((opened, sources, targets), _) = testbed.attack(what, &how_hard, attack).await;
+    // One less for the bystanders' circuit. A source with many may lose some to a source that comes later.
     assert!(opened >= CAP - 1, "{opened}");
-    ground.until(|counts| counts.circuits == CAP).await;
+    testbed.until(|counts| counts.circuits == CAP).await;
     drop((sources, targets));
-    ground.ends_as_it_began().await;
+    testbed.assert_restored().await;
 }
 
-/// A target that agrees to all circuits; who it is.
-async fn agreeing(port: u16, number: usize, targets: &mut JoinSet<io::Result<()>>) -> PeerId {
-    let mut target = Stranger::arrive(port, address(number)).await;
-    let answer = target.ask_once(&reserve()).await.expect("an answer");
+/// A target that accepts all circuits; returns its peer id.
+async fn accepting_target(
+    port: u16,
+    number: usize,
+    targets: &mut JoinSet<io::Result<()>>,
+) -> PeerId {
+    let mut target = RawPeer::connect_with_retry(port, address(number)).await;
+    let answer = target.request(&reserve()).await.expect("an answer");
     assert_eq!(answer.1, OK);
     let peer = target.peer;
-    targets.spawn(target.agrees(|_| Vec::new()));
+    targets.spawn(target.accept_circuits(|_| Vec::new()));
     peer
 }
 
@@ -137,79 +146,81 @@ async fn agreeing(port: u16, number: usize, targets: &mut JoinSet<io::Result<()>
 async fn readers_that_stall() {
     const PAIRS: usize = 16;
     const CIRCUITS: usize = 2; // of each
-    /// What the relay may hold of one, in KiB: what `backpressure.rs` derives, and a little beside.
-    const HELD: u64 = 2560;
-    const BESIDE: u64 = 16 * 1024;
-    let patience = Duration::from_secs(quick_or_long(3, 25));
-    let mut ground = Ground::prepare(&[]).await;
-    let port = ground.port;
-    let before = ground.resident();
+    /// What the relay may buffer of one, in KiB: what `backpressure.rs` derives, and a margin.
+    const BUFFERED: u64 = 2560;
+    const MARGIN: u64 = 16 * 1024;
+    let duration = Duration::from_secs(short_or_long(3, 25));
+    let mut testbed = Testbed::start(&[]).await;
+    let port = testbed.port;
+    let before = testbed.resident();
     let attack = async move {
-        let pairs = each(PAIRS, AT_A_TIME, move |number| async move {
+        let pairs = run_each(PAIRS, AT_A_TIME, move |number| async move {
             let from = address(number);
-            let mut target = Stranger::arrive(port, from).await;
-            assert_eq!(target.ask_once(&reserve()).await?.1, OK);
-            let mut source = Stranger::arrive(port, from).await;
+            let mut target = RawPeer::connect_with_retry(port, from).await;
+            assert_eq!(target.request(&reserve()).await?.1, OK);
+            let mut source = RawPeer::connect_with_retry(port, from).await;
             let requests = vec![connect(target.peer); CIRCUITS];
-            let (open, answers) = tokio::join!(target.agree_to(CIRCUITS), source.ask(&requests));
-            // Half of them have no more room, the others have, and do not read.
+            let (open, answers) =
+                tokio::join!(target.accept_count(CIRCUITS), source.request_all(&requests));
+            // Half of the targets open their windows, and none reads.
             if number % 2 == 0 {
                 for circuit in open? {
-                    let wide = frame(WINDOW_UPDATE, 0, circuit, 1 << 30);
-                    target.say(&wide).await?;
+                    let window = frame(WINDOW_UPDATE, 0, circuit, 1 << 30);
+                    target.send(&window).await?;
                 }
             }
             let circuits = answers?.into_iter().map(|(circuit, status)| {
                 assert_eq!(status, OK);
                 circuit
             });
-            let said = write_until_halted(&mut source, circuits.collect()).await?;
-            Ok((said, source, target))
+            let written = write_until_stalled(&mut source, circuits.collect()).await?;
+            Ok((written, source, target))
         });
-        let pairs = all(pairs.await);
-        sleep(patience).await;
+        let pairs = expect_all(pairs.await);
+        sleep(duration).await;
         pairs
     };
     let how_hard = format!("{} circuits, whose sources write on", PAIRS * CIRCUITS);
     let what = "readers that stall";
-    let (pairs, noticed) = ground.suffer(what, &how_hard, attack).await;
-    for (said, ..) in &pairs {
-        assert!(*said >= CIRCUITS * ROOM, "each was written to: {said}");
+    let (pairs, impact) = testbed.attack(what, &how_hard, attack).await;
+    for (written, ..) in &pairs {
+        assert!(*written >= CIRCUITS * FREE_WINDOW, "each circuit was written to: {written}");
     }
-    let grown = noticed.peak.saturating_sub(before);
-    let most = (PAIRS * CIRCUITS) as u64 * HELD + BESIDE;
-    assert!(grown <= most, "{grown} KiB");
+    let growth = impact.peak.saturating_sub(before);
+    let most = (PAIRS * CIRCUITS) as u64 * BUFFERED + MARGIN;
+    assert!(growth <= most, "{growth} KiB");
     drop(pairs);
-    ground.ends_as_it_began().await;
+    testbed.assert_restored().await;
 }
 
-/// Writes to all of these in turn, for as long as the relay opens their windows. Yields how much.
-async fn write_until_halted(source: &mut Stranger, circuits: Vec<u32>) -> io::Result<usize> {
-    /// No more room for so long: halted, or on a machine so slow that it will do.
-    const HALTED: Duration = Duration::from_secs(2);
-    let mut room: Vec<_> = circuits.into_iter().map(|circuit| (circuit, ROOM)).collect();
-    let mut said = 0;
+/// Writes to all circuits in turn, for as long as the relay opens their windows. Returns how many bytes.
+async fn write_until_stalled(source: &mut RawPeer, circuits: Vec<u32>) -> io::Result<usize> {
+    /// No credit for this long: stalled, or on a machine so slow that it amounts to that.
+    const STALLED: Duration = Duration::from_secs(2);
+    let mut window: Vec<_> = circuits.into_iter().map(|circuit| (circuit, FREE_WINDOW)).collect();
+    let mut written = 0;
     loop {
-        for (circuit, room) in &mut room {
-            while *room > 0 {
-                let piece = PIECE.min(*room);
+        for (circuit, window) in &mut window {
+            while *window > 0 {
+                let piece = CHUNK.min(*window);
                 let next = data(0, *circuit, &vec![7; piece]);
-                let Ok(written) = timeout(HALTED, source.say(&next)).await else {
-                    return Ok(said);
+                let Ok(sent) = timeout(STALLED, source.send(&next)).await else {
+                    return Ok(written);
                 };
-                written?;
-                *room -= piece;
-                said += piece;
+                sent?;
+                *window -= piece;
+                written += piece;
             }
         }
-        let Ok(heard) = timeout(HALTED, source.frame()).await else {
-            return Ok(said);
+        let Ok(received) = timeout(STALLED, source.read_frame()).await else {
+            return Ok(written);
         };
-        let heard = heard?;
-        if let Some((_, room)) = room.iter_mut().find(|(circuit, _)| *circuit == heard.stream)
-            && heard.kind == WINDOW_UPDATE
+        let received = received?;
+        if let Some((_, window)) =
+            window.iter_mut().find(|(circuit, _)| *circuit == received.stream)
+            && received.kind == WINDOW_UPDATE
         {
-            *room += heard.length as usize;
+            *window += received.length as usize;
         }
     }
 }
@@ -219,153 +230,153 @@ async fn write_until_halted(source: &mut Stranger, circuits: Vec<u32>) -> io::Re
 async fn streams_reset_at_random_points() {
     const PAIRS: usize = 16;
     const COUNT: usize = 4000; // in a round
-    let rounds = quick_or_long(2, 25);
-    let mut ground = Ground::prepare(&["--connect-rate=0"]).await;
-    let port = ground.port;
+    let rounds = short_or_long(2, 25);
+    let mut testbed = Testbed::start(&["--connect-rate=0"]).await;
+    let port = testbed.port;
     let attack = |rounds: std::ops::Range<usize>| async move {
         let mut opened = 0;
         for round in rounds {
-            let pairs = each(PAIRS, PAIRS, move |number| async move {
+            let pairs = run_each(PAIRS, PAIRS, move |number| async move {
                 let random = Random::seed_from_u64((round * PAIRS + number) as u64);
                 reset_at_random(port, number, COUNT / PAIRS, random).await
             });
-            opened += all(pairs.await).into_iter().sum::<usize>();
+            opened += expect_all(pairs.await).into_iter().sum::<usize>();
         }
         opened
     };
-    // What is freed is not all given back to the system: it is there after the first round.
-    ground.bystanders.live_through(attack(0..1)).await;
-    ground.is_calm().await;
-    let before = ground.resident();
+    // Freed memory is not all returned to the system: the baseline is taken after a first round.
+    testbed.bystanders.watch_during(attack(0..1)).await;
+    testbed.wait_until_idle().await;
+    let before = testbed.resident();
 
     let what = "streams reset at random points";
     let how_hard = format!("{} circuits", rounds * COUNT);
-    let (opened, _) = ground.suffer(what, &how_hard, attack(1..1 + rounds)).await;
-    assert!(opened > rounds * COUNT / 10, "{opened} came to be open");
-    ground.is_calm().await;
-    let after = ground.resident();
-    println!("{opened} of them were open once; {before} KiB before, {after} KiB after");
+    let (opened, _) = testbed.attack(what, &how_hard, attack(1..1 + rounds)).await;
+    assert!(opened > rounds * COUNT / 10, "{opened} were open");
+    testbed.wait_until_idle().await;
+    let after = testbed.resident();
+    println!("{opened} of them were opened; {before} KiB before, {after} KiB after");
     assert!(after * 10 <= before * 11, "{before} KiB before, {after} KiB after");
-    ground.ends_as_it_began().await;
+    testbed.assert_restored().await;
 }
 
-/// Asks for so many circuits, each of which either end resets somewhere. How many were ever open.
+/// Requests this many circuits, each of which either end resets at a random point. Returns how many were opened.
 async fn reset_at_random(
     port: u16,
     number: usize,
     count: usize,
     mut random: Random,
 ) -> io::Result<usize> {
-    let mut target = Stranger::arrive(port, address(number)).await;
-    assert_eq!(target.ask_once(&reserve()).await?.1, OK);
-    let mut source = Stranger::arrive(port, address(number)).await;
+    let mut target = RawPeer::connect_with_retry(port, address(number)).await;
+    assert_eq!(target.request(&reserve()).await?.1, OK);
+    let mut source = RawPeer::connect_with_retry(port, address(number)).await;
     let request = connect(target.peer);
     let mut targets = JoinSet::new();
-    targets.spawn(agree_at_random(target, Random::from_rng(&mut random)));
+    targets.spawn(accept_at_random(target, Random::from_rng(&mut random)));
 
     let mut opened = 0;
-    let mut asked = 0;
-    while asked < count {
-        let whole = opening(&request);
+    let mut requested = 0;
+    while requested < count {
+        let whole = hop_opening(&request);
         match random.random_range(0..8) {
-            // Nothing of it, or a part.
+            // A part of the request, or none of it.
             0 => {
                 let stream = source.next_stream();
                 let part = random.random_range(0..whole.len());
-                source.say(&data(SYN, stream, &whole[..part])).await?;
-                source.say(&data(RST, stream, &[])).await?;
+                source.send(&data(SYN, stream, &whole[..part])).await?;
+                source.send(&data(RST, stream, &[])).await?;
             }
-            // All of it, and not the answer.
+            // The whole request; the answer is not read.
             1 | 2 => {
-                asked += 1;
+                requested += 1;
                 let stream = source.next_stream();
-                source.say(&data(SYN, stream, &whole)).await?;
-                source.say(&data(RST, stream, &[])).await?;
+                source.send(&data(SYN, stream, &whole)).await?;
+                source.send(&data(RST, stream, &[])).await?;
             }
-            // The answer, and something of the circuit.
+            // The answer is read, and some bytes are sent on the circuit.
             _ => {
-                asked += 1;
-                let (stream, status) = source.ask_once(&request).await?;
+                requested += 1;
+                let (stream, status) = source.request(&request).await?;
                 if status != OK {
                     continue;
                 }
                 opened += 1;
                 let piece = vec![7; random.random_range(0..2000)];
                 let end = [0, FIN, RST][random.random_range(0..3)];
-                source.say(&data(end, stream, &piece)).await?;
-                source.say(&data(RST, stream, &[])).await?;
+                source.send(&data(end, stream, &piece)).await?;
+                source.send(&data(RST, stream, &[])).await?;
             }
         }
     }
     Ok(opened)
 }
 
-/// Answers what it is asked, or a part of it is, and resets that at once or after some bytes.
-async fn agree_at_random(mut target: Stranger, mut random: Random) -> io::Result<()> {
-    let mut heard = Heard::default();
+/// Answers stop requests in full or in part, and resets some streams at once or after some bytes.
+async fn accept_at_random(mut target: RawPeer, mut random: Random) -> io::Result<()> {
+    let mut received = Received::default();
     loop {
-        let frame = target.frame().await?;
+        let frame = target.read_frame().await?;
         let id = frame.stream;
         if frame.has(RST | FIN) {
-            heard.forget(id);
+            received.remove(id);
         }
-        let asked = heard.message::<StopMessage>(&STOP, &frame).is_some();
+        let requested = received.message::<StopMessage>(&STOP, &frame).is_some();
         let chance = random.random_range(0..16);
-        if !asked {
-            // In the midst of the question, or of the circuit.
+        if !requested {
+            // In the middle of the stop request, or of the circuit.
             if chance == 0 && !frame.body.is_empty() {
-                target.say(&data(RST, id, &[])).await?;
+                target.send(&data(RST, id, &[])).await?;
             }
             continue;
         }
-        heard.forget(id);
-        let whole = agreement();
+        received.remove(id);
+        let whole = stop_acceptance();
         let answer = match chance {
             0 => &whole[..random.random_range(0..whole.len())],
             _ => &whole,
         };
-        target.say(&data(ACK, id, answer)).await?;
+        target.send(&data(ACK, id, answer)).await?;
         if chance < 4 {
             let last = vec![8; random.random_range(0..2000)];
-            target.say(&data([0, FIN][chance % 2], id, &last)).await?;
-            target.say(&data(RST, id, &[])).await?;
+            target.send(&data([0, FIN][chance % 2], id, &last)).await?;
+            target.send(&data(RST, id, &[])).await?;
         }
     }
 }
 
-/// One address takes all circuits that a target may have, and keeps them busy with nothing: a client from
-/// elsewhere reaches the target all the same.
+/// One address opens all circuits that a target may have and keeps them open: a client of another address must still
+/// reach the target.
 #[tokio::test]
 async fn circuits_of_one_address_to_one_target() {
     const CIRCUITS: usize = 64;
-    const IDENTITIES: usize = 4; // each may ask 30 times a minute
-    let mut ground = Ground::prepare(&[]).await;
-    let port = ground.port;
+    const IDENTITIES: usize = 4; // each may send 30 CONNECTs a minute
+    let mut testbed = Testbed::start(&[]).await;
+    let port = testbed.port;
     let attack = async move {
-        let mut target = Stranger::arrive(port, address(1)).await;
-        assert_eq!(target.ask_once(&reserve()).await?.1, OK);
+        let mut target = RawPeer::connect_with_retry(port, address(1)).await;
+        assert_eq!(target.request(&reserve()).await?.1, OK);
         let request = connect(target.peer);
-        let agrees = Staying::as_long_as(async move {
-            let _ = target.agrees(|_| Vec::new()).await;
+        let accepts = Background::spawn(async move {
+            let _ = target.accept_circuits(|_| Vec::new()).await;
         });
         let mut sources = Vec::new();
         for _ in 0..IDENTITIES {
-            let mut source = Stranger::arrive(port, address(2)).await;
-            let answers = source.ask(&vec![request.clone(); CIRCUITS / IDENTITIES]).await?;
+            let mut source = RawPeer::connect_with_retry(port, address(2)).await;
+            let answers = source.request_all(&vec![request.clone(); CIRCUITS / IDENTITIES]).await?;
             assert!(answers.iter().all(|(_, status)| *status == OK), "{answers:?}");
-            sources.push(source.stays());
+            sources.push(source.stay_connected());
         }
-        let mut same = Stranger::arrive(port, address(2)).await;
-        let same = same.ask_once(&request).await?.1;
-        let mut elsewhere = Stranger::arrive(port, address(3)).await;
-        let answer = elsewhere.ask_once(&request).await?.1;
-        io::Result::Ok((agrees, sources, elsewhere, same, answer))
+        let mut same = RawPeer::connect_with_retry(port, address(2)).await;
+        let same = same.request(&request).await?.1;
+        let mut other = RawPeer::connect_with_retry(port, address(3)).await;
+        let answer = other.request(&request).await?.1;
+        io::Result::Ok((accepts, sources, other, same, answer))
     };
     let how_hard = format!("all {CIRCUITS} that it may have; a client from elsewhere gets one");
     let what = "circuits of one address to one target";
-    let (attacked, _) = ground.suffer(what, &how_hard, attack).await;
-    let (agrees, sources, elsewhere, same, answer) = attacked.expect("they stay connected");
+    let (attacked, _) = testbed.attack(what, &how_hard, attack).await;
+    let (accepts, sources, other, same, answer) = attacked.expect("they stay connected");
     assert_eq!((same, answer), (RESOURCE_LIMIT_EXCEEDED, OK));
-    drop((agrees, sources, elsewhere));
-    ground.ends_as_it_began().await;
+    drop((accepts, sources, other));
+    testbed.assert_restored().await;
 }

@@ -1,11 +1,10 @@
-//! What an attack from one address costs those who have nothing to do with it:
-//! `cargo bench --bench attacks`.
+//! What an attack from one address costs clients that take no part in it: `cargo bench --bench attacks`.
 //!
-//! A relay at its defaults carries a circuit whose ends send each other a few bytes, while one address does
-//! what it can at full speed. The attackers share the machine with the relay, so each attack has a control:
-//! the same circuit at the same relay, at peace, while threads burn as much CPU time as the attackers took.
-//! Five rounds, in each of which the attack comes first; medians of their ratios. Meanwhile newcomers from
-//! other addresses connect and reserve. With names of attacks behind `--` it makes those alone.
+//! A relay at its defaults relays a circuit whose ends exchange a few bytes, while one address attacks at full speed.
+//! The attackers share the machine with the relay, so each attack has a control: the same circuit at the same relay
+//! without the attack, while threads burn as much CPU time as the attackers used. There are five rounds, each with the
+//! attack first; the medians of the ratios are printed. Meanwhile newcomers from other addresses connect and reserve.
+//! `-- NAMES` runs only those attacks.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -26,27 +25,27 @@ use tokio::{runtime, time::sleep};
 
 use self::common::{
     Client, Security,
-    by_hand::{PING, SYN, behind_its_length, data, frame, proposal, send},
-    children::Process,
+    by_hand::{PING, SYN, data, frame, length_prefixed, proposal, send},
+    child_process::Process,
     circuit,
     messages::{HopMessage, connect, reserve},
-    read_bytes,
-    strangers::{Stranger, address},
-    tcp_port,
+    raw_peers::{RawPeer, address},
+    read_bytes, tcp_port,
 };
 
 const ROUNDS: usize = 5;
 
-/// How long an attack lasts, and its control.
-const LASTS: Duration = Duration::from_secs(5);
+/// The duration of an attack, and of its control.
+const DURATION: Duration = Duration::from_secs(5);
 
-/// How many attack at once, from one address, and on how many threads.
+/// How many connections attack at once, all from one address, and on how many threads.
 const ATTACKERS: usize = 32;
 const THREADS: usize = 2;
-const THEIR_NAME: &str = "attacker";
+const THREAD_NAME: &str = "attacker";
 
-/// The pause between two echoes, and between two newcomers.
+/// The pause between two echoes.
 const PAUSE: Duration = Duration::from_millis(5);
+/// The pause between two newcomers.
 const NEWCOMERS: Duration = Duration::from_millis(250);
 
 type Attack = fn(u16) -> BoxFuture<'static, io::Result<()>>;
@@ -65,65 +64,65 @@ fn from() -> Ipv4Addr {
 }
 
 async fn requests(port: u16) -> io::Result<()> {
-    let mut stranger = Stranger::connect(port, from()).await?;
+    let mut peer = RawPeer::connect(port, from()).await?;
     let malformed = HopMessage { kind: Some(7), ..HopMessage::default() };
     let kinds = [reserve(), connect(PeerId::random()), malformed];
     let requests: Vec<_> = kinds.into_iter().cycle().take(21).collect();
     loop {
-        stranger.ask(&requests).await?;
+        peer.request_all(&requests).await?;
     }
 }
 
 async fn unknown(port: u16) -> io::Result<()> {
-    let mut stranger = Stranger::connect(port, from()).await?;
+    let mut peer = RawPeer::connect(port, from()).await?;
     let requests = vec![connect(PeerId::random()); 20];
     loop {
-        stranger.ask(&requests).await?;
+        peer.request_all(&requests).await?;
     }
 }
 
 async fn pushes(port: u16) -> io::Result<()> {
-    let mut stranger = Stranger::connect(port, from()).await?;
+    let mut peer = RawPeer::connect(port, from()).await?;
     // Field 3 is a protocol that the peer supports.
     let protocols = (0..100).flat_map(|nth| {
-        [vec![0x1a], behind_its_length(format!("/a/protocol/of/some/length/{nth:012}").as_bytes())]
+        [vec![0x1a], length_prefixed(format!("/a/protocol/of/some/length/{nth:012}").as_bytes())]
             .concat()
     });
-    let message = behind_its_length(&protocols.collect::<Vec<_>>());
+    let message = length_prefixed(&protocols.collect::<Vec<_>>());
     let push = [proposal("/ipfs/id/push/1.0.0"), message].concat();
     loop {
         for _ in 0..20 {
-            let stream = stranger.next_stream();
-            stranger.say(&data(SYN, stream, &push)).await?;
+            let stream = peer.next_stream();
+            peer.send(&data(SYN, stream, &push)).await?;
         }
-        stranger.hears_out().await?;
+        peer.read_until_pong().await?;
     }
 }
 
 async fn handshakes(port: u16) -> io::Result<()> {
-    Stranger::connect(port, from()).await.map(drop)
+    RawPeer::connect(port, from()).await.map(drop)
 }
 
 async fn streams(port: u16) -> io::Result<()> {
-    let mut stranger = Stranger::connect(port, from()).await?;
+    let mut peer = RawPeer::connect(port, from()).await?;
     loop {
-        let open = (0..100).flat_map(|_| data(SYN, stranger.next_stream(), &proposal("/a")));
+        let open = (0..100).flat_map(|_| data(SYN, peer.next_stream(), &proposal("/a")));
         let open: Vec<_> = open.collect();
-        stranger.say(&open).await?;
-        stranger.hears_out().await?;
+        peer.send(&open).await?;
+        peer.read_until_pong().await?;
     }
 }
 
 async fn pings(port: u16) -> io::Result<()> {
-    let mut stranger = Stranger::connect(port, from()).await?;
+    let mut peer = RawPeer::connect(port, from()).await?;
     let flood = frame(PING, SYN, 0, 7).repeat(200);
     loop {
-        stranger.say(&flood).await?;
-        stranger.hears_out().await?;
+        peer.send(&flood).await?;
+        peer.read_until_pong().await?;
     }
 }
 
-/// A circuit, and how long an echo through it takes.
+/// A circuit whose echoes are timed.
 struct Bystanders {
     there: Stream,
     back: Stream,
@@ -131,7 +130,7 @@ struct Bystanders {
 }
 
 impl Bystanders {
-    async fn gather(relay: &Multiaddr) -> Self {
+    async fn start(relay: &Multiaddr) -> Self {
         let client = || Client::connect_as(Keypair::generate_ed25519(), relay, Security::Noise);
         let (mut source, mut target) = (client().await, client().await);
         target.reserve().await;
@@ -139,7 +138,7 @@ impl Bystanders {
         Self { there, back, _clients: [source, target] }
     }
 
-    /// The median and the 99th percentile of its echoes.
+    /// The median and the 99th percentile of its echo times.
     async fn echo_for(&mut self, time: Duration) -> [f64; 2] {
         let (start, mut echoes) = (Instant::now(), Vec::new());
         while start.elapsed() < time {
@@ -156,15 +155,15 @@ impl Bystanders {
     }
 }
 
-/// Comes and reserves, again and again, from another address each time; how long the slowest took.
+/// Connects and reserves again and again, each time from another address. Returns the longest time it took.
 async fn newcomers(port: u16) -> Duration {
     let (start, mut slowest) = (Instant::now(), Duration::ZERO);
     let mut number = 100;
-    while start.elapsed() < LASTS {
+    while start.elapsed() < DURATION {
         let came = Instant::now();
-        let newcomer = Stranger::connect(port, address(number)).await;
-        let mut newcomer = newcomer.expect("a newcomer is let in");
-        let (_, status) = newcomer.ask_once(&reserve()).await.expect("a newcomer is answered");
+        let newcomer = RawPeer::connect(port, address(number)).await;
+        let mut newcomer = newcomer.expect("a newcomer is admitted");
+        let (_, status) = newcomer.request(&reserve()).await.expect("a newcomer is answered");
         assert_eq!(status, Some(100), "a newcomer gets a slot");
         slowest = slowest.max(came.elapsed());
         number += 1;
@@ -173,11 +172,11 @@ async fn newcomers(port: u16) -> Duration {
     slowest
 }
 
-/// Threads that are to take no core from those whom they attack: elsewhere they have machines of their own.
+/// Low-priority threads: real attackers have machines of their own and take no CPU from the relay.
 fn attackers() -> runtime::Runtime {
     runtime::Builder::new_multi_thread()
         .worker_threads(THREADS)
-        .thread_name(THEIR_NAME)
+        .thread_name(THREAD_NAME)
         .enable_all()
         .on_thread_start(|| _ = rustix::process::nice(5))
         .build()
@@ -185,26 +184,26 @@ fn attackers() -> runtime::Runtime {
 }
 
 /// The CPU time of the attackers' threads so far.
-fn burnt() -> Duration {
+fn attackers_cpu() -> Duration {
     let threads = fs::read_dir("/proc/self/task").expect("Linux").flatten();
     let of = |thread: fs::DirEntry| -> Option<u64> {
         let name = fs::read_to_string(thread.path().join("comm")).ok()?;
         let schedstat = fs::read_to_string(thread.path().join("schedstat")).ok()?;
         let on_cpu = schedstat.split_whitespace().next()?.parse().ok()?;
-        (name.trim() == THEIR_NAME).then_some(on_cpu)
+        (name.trim() == THREAD_NAME).then_some(on_cpu)
     };
     Duration::from_nanos(threads.filter_map(of).sum())
 }
 
-/// Burns this share of a core, on as many threads as attack, until the flag says so.
-fn burn(share: f64, over: &Arc<AtomicBool>) -> Vec<thread::JoinHandle<()>> {
+/// Burns this share of a core, on as many threads as attack, until the flag is set.
+fn burn(share: f64, stop: &Arc<AtomicBool>) -> Vec<thread::JoinHandle<()>> {
     const SLICE: Duration = Duration::from_millis(2);
     let burner = || {
-        let over = Arc::clone(over);
+        let stop = Arc::clone(stop);
         thread::spawn(move || {
             let _ = rustix::process::nice(5);
             let busy = SLICE.mul_f64((share / THREADS as f64).min(1.0));
-            while !over.load(Ordering::Relaxed) {
+            while !stop.load(Ordering::Relaxed) {
                 let start = Instant::now();
                 while start.elapsed() < busy {
                     std::hint::spin_loop();
@@ -216,13 +215,13 @@ fn burn(share: f64, over: &Arc<AtomicBool>) -> Vec<thread::JoinHandle<()>> {
     (0..THREADS).map(|_| burner()).collect()
 }
 
-/// What one round came to.
+/// The result of a round.
 struct Round {
     /// The median and the 99th percentile of echoes, in seconds.
     attack: [f64; 2],
     control: [f64; 2],
     newcomer: f64,
-    /// Cores that the attackers kept busy, and the relay.
+    /// How many cores the attackers and the relay used.
     attackers: f64,
     relay: f64,
 }
@@ -233,42 +232,42 @@ async fn round(attack: Attack) -> Round {
     let flags = "--listen /ip4/127.0.0.1/tcp/0 --circuit-duration 0s --circuit-bytes 0";
     command.args(flags.split(' ')).env("RUST_LOG", "error");
     let mut relay = Process::start(command);
-    let listens = relay.listens();
-    let mut bystanders = Bystanders::gather(&listens).await;
-    let port = tcp_port(&listens);
+    let address_of_relay = relay.listen_address();
+    let mut bystanders = Bystanders::start(&address_of_relay).await;
+    let port = tcp_port(&address_of_relay);
 
-    let (burnt_before, computed_before) = (burnt(), relay.cpu());
+    let (attackers_before, relay_before) = (attackers_cpu(), relay.cpu());
     let all = attackers();
     for _ in 0..ATTACKERS {
         all.spawn(async move {
             loop {
                 if attack(port).await.is_err() {
-                    sleep(PAUSE).await; // turned away, or closed
+                    sleep(PAUSE).await; // denied or closed
                 }
             }
         });
     }
     let newcomers = tokio::spawn(newcomers(port));
-    let attacked = bystanders.echo_for(LASTS).await;
-    let attackers = (burnt() - burnt_before).as_secs_f64() / LASTS.as_secs_f64();
-    let computed = Duration::from_nanos(relay.cpu() - computed_before);
+    let attacked = bystanders.echo_for(DURATION).await;
+    let attackers = (attackers_cpu() - attackers_before).as_secs_f64() / DURATION.as_secs_f64();
+    let relay_cpu = Duration::from_nanos(relay.cpu() - relay_before);
     all.shutdown_background();
-    let newcomer = newcomers.await.expect("they come").as_secs_f64();
-    sleep(Duration::from_secs(2)).await; // what is left of the attack
+    let newcomer = newcomers.await.expect("newcomers do not panic").as_secs_f64();
+    sleep(Duration::from_secs(2)).await; // until the relay has handled the rest of the attack
 
-    let over = Arc::new(AtomicBool::new(false));
-    let burners = burn(attackers, &over);
+    let stop = Arc::new(AtomicBool::new(false));
+    let burners = burn(attackers, &stop);
     let control = tokio::spawn(self::newcomers(port));
-    let in_peace = bystanders.echo_for(LASTS).await;
-    control.await.expect("they come");
-    over.store(true, Ordering::Relaxed);
-    burners.into_iter().for_each(|burner| burner.join().expect("it burns"));
+    let baseline = bystanders.echo_for(DURATION).await;
+    control.await.expect("newcomers do not panic");
+    stop.store(true, Ordering::Relaxed);
+    burners.into_iter().for_each(|burner| burner.join().expect("a burner does not panic"));
     Round {
         attack: attacked,
-        control: in_peace,
+        control: baseline,
         newcomer,
         attackers,
-        relay: computed.as_secs_f64() / LASTS.as_secs_f64(),
+        relay: relay_cpu.as_secs_f64() / DURATION.as_secs_f64(),
     }
 }
 

@@ -1,4 +1,4 @@
-//! Requests without end.
+//! Floods of requests.
 
 use std::{
     sync::atomic::{AtomicBool, Ordering},
@@ -12,81 +12,82 @@ use libp2p::{
 use prost::Message;
 use tokio::time::sleep;
 
-use super::ground::Ground;
+use super::testbed::Testbed;
 use crate::common::{
     STOP,
     by_hand::{RST, data},
     messages::{HopMessage, connect, reserve, stop_status},
-    strangers::{AT_A_TIME, Stranger, address, address_in, all, each, quick_or_long},
+    raw_peers::{AT_A_TIME, RawPeer, address, address_in, expect_all, run_each, short_or_long},
 };
 
 const OK: Option<i32> = Some(100);
 const RESERVATION_REFUSED: Option<i32> = Some(200);
 const RESOURCE_LIMIT_EXCEEDED: Option<i32> = Some(201);
 const CONNECTION_FAILED: Option<i32> = Some(203);
-/// Streams of its address come too fast.
+/// The stream was reset: streams of its address arrive too fast.
 const RESET: Option<i32> = None;
 
-/// How many requests are sent without waiting for the answer of the one before.
+/// How many requests are sent before their answers are read.
 const AT_ONCE: usize = 20;
 
-/// Requests of all kinds, those included that are refused before anything is looked up.
+/// Requests of all kinds, including those that are refused without a lookup.
 #[tokio::test]
 async fn requests_from_one_address() {
     const IDENTITIES: usize = 100;
     const SLOTS: usize = 64; // of one address
-    const OWN: f64 = 8.0; // what each connection may ask at once, whatever others do
-    const OWN_A_SECOND: f64 = 0.4;
-    const AT_FIRST: f64 = 1024.0; // what their address may ask at once beside that
-    const A_SECOND: f64 = 64.0;
-    let rounds = quick_or_long(4, 200);
-    let mut ground = Ground::prepare(&[]).await;
-    let port = ground.port;
-    let mut holder = Stranger::arrive(port, address(0)).await;
-    assert_eq!(holder.ask_once(&reserve()).await.expect("an answer").1, OK);
+    const OWN_BURST: f64 = 8.0; // the burst of each connection, whatever others do
+    const OWN_RATE: f64 = 0.4;
+    const SHARED_BURST: f64 = 1024.0; // the burst that their address shares
+    const SHARED_RATE: f64 = 64.0;
+    let rounds = short_or_long(4, 200);
+    let mut testbed = Testbed::start(&[]).await;
+    let port = testbed.port;
+    let mut holder = RawPeer::connect_with_retry(port, address(0)).await;
+    assert_eq!(holder.request(&reserve()).await.expect("an answer").1, OK);
     let flood = async move {
         let start = Instant::now();
-        let flood = each(IDENTITIES, AT_A_TIME, move |_| async move {
-            let mut stranger = Stranger::arrive(port, address(0)).await;
+        let flood = run_each(IDENTITIES, AT_A_TIME, move |_| async move {
+            let mut peer = RawPeer::connect_with_retry(port, address(0)).await;
             let malformed = HopMessage { kind: Some(7), ..HopMessage::default() };
             let to_unknown = connect(PeerId::random());
-            let requests = [reserve(), to_unknown, malformed, connect(stranger.peer)];
+            let requests = [reserve(), to_unknown, malformed, connect(peer.peer)];
             let requests: Vec<_> = requests.into_iter().cycle().take(AT_ONCE).collect();
             let mut answered = 0;
             for _ in 0..rounds {
-                let answers = stranger.ask(&requests).await?;
+                let answers = peer.request_all(&requests).await?;
                 answered += answers.iter().filter(|(_, status)| status.is_some()).count();
             }
-            Ok((stranger.stays(), answered))
+            Ok((peer.stay_connected(), answered))
         });
-        // Whatever is heard of the holder keeps its slot, for which the others wait.
+        // The newcomers wait for the holder's slot: its activity keeps it.
         let is_over = AtomicBool::new(false);
         let flood = async {
-            let flood = all(flood.await);
+            let flood = expect_all(flood.await);
             is_over.store(true, Ordering::Relaxed);
             flood
         };
-        let is_heard = async {
+        let keep_alive = async {
             while !is_over.load(Ordering::Relaxed) {
-                holder.hears_out().await.expect("it is connected");
+                holder.read_until_pong().await.expect("it is connected");
                 sleep(Duration::from_secs(1)).await;
             }
         };
-        let (flood, ()) = future::join(flood, is_heard).await;
-        assert_eq!(holder.ask_once(&reserve()).await.expect("an answer").1, OK, "it renews");
-        (flood, start.elapsed().as_secs_f64(), holder.stays())
+        let (flood, ()) = future::join(flood, keep_alive).await;
+        assert_eq!(holder.request(&reserve()).await.expect("an answer").1, OK, "it renews");
+        (flood, start.elapsed().as_secs_f64(), holder.stay_connected())
     };
     let how_hard = format!("{IDENTITIES} identities, {} each", rounds * AT_ONCE);
     let what = "a flood of requests from one address";
-    let ((strangers, took, _holder), _) = ground.suffer(what, &how_hard, flood).await;
-    let answered: usize = strangers.iter().map(|(_, answered)| answered).sum();
-    let may = AT_FIRST + A_SECOND * took + (OWN + OWN_A_SECOND * took) * IDENTITIES as f64;
+    let ((peers, took, _holder), _) = testbed.attack(what, &how_hard, flood).await;
+    let answered: usize = peers.iter().map(|(_, answered)| answered).sum();
+    let limit =
+        SHARED_BURST + SHARED_RATE * took + (OWN_BURST + OWN_RATE * took) * IDENTITIES as f64;
     println!("{answered} of {} were answered", IDENTITIES * rounds * AT_ONCE);
-    assert!((answered as f64) < may.ceil(), "{answered} were answered, and {may} may be");
-    let counts = ground.until(|counts| counts.connections == 3 + IDENTITIES).await;
+    assert!((answered as f64) < limit.ceil(), "{answered} were answered, at most {limit} may be");
+    let counts = testbed.until(|counts| counts.connections == 3 + IDENTITIES).await;
     assert!((2..=1 + SLOTS).contains(&counts.live), "{counts:?}");
-    drop((strangers, _holder));
-    ground.ends_as_it_began().await;
+    drop((peers, _holder));
+    testbed.assert_restored().await;
 }
 
 #[tokio::test]
@@ -95,87 +96,89 @@ async fn reserves_from_a_thousand_identities() {
     const SUBNETS: usize = 8;
     const ADDRESSES: usize = 5; // of each
     const IDENTITIES: usize = 1000;
-    const SLOTS: usize = 512; // the caps of the subnets leave them all to strangers
-    let rounds = quick_or_long(3, 100);
+    const SLOTS: usize = 512; // the caps by subnet allow the attackers all of them
+    let rounds = short_or_long(3, 100);
     let slots = format!("--max-reservations={SLOTS}");
-    let mut ground = Ground::prepare(&[&slots]).await;
-    let port = ground.port;
+    let mut testbed = Testbed::start(&[&slots]).await;
+    let port = testbed.port;
     let flood = async move {
-        let flood = each(IDENTITIES, AT_A_TIME, move |number| async move {
+        let flood = run_each(IDENTITIES, AT_A_TIME, move |number| async move {
             let from = address_in(number % SUBNETS, number / SUBNETS % ADDRESSES);
-            let mut stranger = Stranger::arrive(port, from).await;
+            let mut peer = RawPeer::connect_with_retry(port, from).await;
             for _ in 0..rounds {
-                let (_, status) = stranger.ask_once(&reserve()).await?;
+                let (_, status) = peer.request(&reserve()).await?;
                 assert!(
                     [OK, RESERVATION_REFUSED, RESOURCE_LIMIT_EXCEEDED, RESET].contains(&status)
                 );
             }
-            Ok(stranger.stays())
+            Ok(peer.stay_connected())
         });
-        all(flood.await)
+        expect_all(flood.await)
     };
     let how_hard = format!("{rounds} each, from 40 addresses, for {SLOTS} slots");
     let what = "a flood of RESERVEs from 1,000 identities";
-    let (strangers, _) = ground.suffer(what, &how_hard, flood).await;
-    // They got all that there was, and not one more.
-    let counts = ground.until(|counts| counts.connections == 2 + IDENTITIES).await;
+    let (peers, _) = testbed.attack(what, &how_hard, flood).await;
+    // They got all slots and no more than those.
+    let counts = testbed.until(|counts| counts.connections == 2 + IDENTITIES).await;
     assert_eq!(counts.live + counts.grace, SLOTS);
-    drop(strangers);
-    ground.ends_as_it_began().await;
+    drop(peers);
+    testbed.assert_restored().await;
 }
 
 #[tokio::test]
 async fn connects_to_one_victim() {
     const IDENTITIES: usize = 100;
     const ADDRESSES: usize = 10;
-    let rounds = quick_or_long(3, 200);
-    let mut ground = Ground::prepare(&[]).await;
-    let port = ground.port;
-    // One of those who are watched. It agrees to each circuit.
-    let victim = &mut ground.bystanders.target;
+    let rounds = short_or_long(3, 200);
+    let mut testbed = Testbed::start(&[]).await;
+    let port = testbed.port;
+    // The target of the bystanders. It accepts each circuit.
+    let victim = &mut testbed.bystanders.target;
     let request = connect(victim.peer);
     let mut stops = victim.accept(STOP);
-    let agreeing = tokio::spawn(async move {
-        let agreed = stop_status(100).encode_length_delimited_to_vec();
+    let accepting = tokio::spawn(async move {
+        let accepted = stop_status(100).encode_length_delimited_to_vec();
         while let Some((_, mut stop)) = stops.next().await {
-            let agreed = agreed.clone();
+            let accepted = accepted.clone();
             tokio::spawn(async move {
-                // Who asked may be gone.
-                let _ = send_if_heard(&mut stop, &agreed).await;
+                // The source may be gone.
+                let _ = write_and_flush(&mut stop, &accepted).await;
                 let _ = stop.read_to_end(&mut Vec::new()).await;
             });
         }
     });
     let flood = async move {
-        let flood = each(IDENTITIES, AT_A_TIME, move |number| {
+        let flood = run_each(IDENTITIES, AT_A_TIME, move |number| {
             let request = request.clone();
             async move {
-                let mut stranger = Stranger::arrive(port, address(number % ADDRESSES)).await;
+                let mut peer = RawPeer::connect_with_retry(port, address(number % ADDRESSES)).await;
                 let mut opened = 0;
                 for _ in 0..rounds {
-                    for (stream, status) in stranger.ask(&vec![request.clone(); AT_ONCE]).await? {
+                    for (stream, status) in
+                        peer.request_all(&vec![request.clone(); AT_ONCE]).await?
+                    {
                         let expected = [OK, RESOURCE_LIMIT_EXCEEDED, CONNECTION_FAILED, RESET];
                         assert!(expected.contains(&status));
                         if status == OK {
                             opened += 1;
-                            stranger.say(&data(RST, stream, &[])).await?;
+                            peer.send(&data(RST, stream, &[])).await?;
                         }
                     }
                 }
                 Ok(opened)
             }
         });
-        all(flood.await).into_iter().sum::<usize>()
+        expect_all(flood.await).into_iter().sum::<usize>()
     };
     let how_hard = format!("{IDENTITIES} identities, {} each", rounds * AT_ONCE);
     let what = "a flood of CONNECTs to one victim, which agrees to all";
-    let (opened, _) = ground.suffer(what, &how_hard, flood).await;
+    let (opened, _) = testbed.attack(what, &how_hard, flood).await;
     assert!(opened > 0);
-    ground.ends_as_it_began().await;
-    agreeing.abort();
+    testbed.assert_restored().await;
+    accepting.abort();
 }
 
-async fn send_if_heard(stream: &mut Stream, bytes: &[u8]) -> std::io::Result<()> {
+async fn write_and_flush(stream: &mut Stream, bytes: &[u8]) -> std::io::Result<()> {
     stream.write_all(bytes).await?;
     stream.flush().await
 }

@@ -1,4 +1,4 @@
-//! yamux, abused within its rules.
+//! Floods of valid yamux frames.
 
 use std::{
     io,
@@ -12,113 +12,115 @@ use std::{
 use libp2p::futures::{AsyncReadExt, AsyncWriteExt};
 use tokio::{task::JoinSet, time::sleep};
 
-use super::ground::{GIVEN_UP, Ground};
+use super::testbed::{FREED_FOR_MEMORY, Testbed};
 use crate::common::{
     by_hand::{ACK, Frame, PING, RST, SYN, WINDOW, WINDOW_UPDATE, data, frame, next_frame},
     messages::{connect, reserve},
-    strangers::{AT_A_TIME, ROOM, Stranger, address, all, each, opening, quick_or_long},
+    raw_peers::{
+        AT_A_TIME, FREE_WINDOW, RawPeer, address, expect_all, hop_opening, run_each, short_or_long,
+    },
     within,
 };
 
 const OK: Option<i32> = Some(100);
 
-/// How many attack at once.
-const STRANGERS: usize = 8;
+/// How many connections attack at once.
+const ATTACKERS: usize = 8;
 
-/// Frames that open streams, reset them, or ping: a few more than a connection may send at once.
-const IN_ORDER: usize = 3000;
+/// How many frames that open, reset or ping a connection sends: slightly above its burst.
+const ABOVE_BURST: usize = 3000;
 
-/// How often to look how far it is.
-const LOOK_AGAIN: Duration = Duration::from_millis(20);
+/// The interval at which a count is polled.
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 #[tokio::test]
 #[ignore = "takes long: .ci/attacks"]
 async fn frames_of_one_byte() {
     const BYTES: usize = 50_000;
-    let rounds = quick_or_long(1, 20);
-    let mut ground = Ground::prepare(&[]).await;
-    let port = ground.port;
+    let rounds = short_or_long(1, 20);
+    let mut testbed = Testbed::start(&[]).await;
+    let port = testbed.port;
     let attack = async move {
-        let said = each(STRANGERS, AT_A_TIME, move |number| async move {
-            let heard = Arc::new(AtomicUsize::new(0));
-            let counted = Arc::clone(&heard);
+        let written = run_each(ATTACKERS, AT_A_TIME, move |number| async move {
+            let received = Arc::new(AtomicUsize::new(0));
+            let counted = Arc::clone(&received);
             let (mut source, circuits, _targets) = pair(port, number, rounds, move |frame| {
                 counted.fetch_add(frame.body.len(), Ordering::Relaxed);
                 Vec::new()
             })
             .await?;
             for circuit in circuits {
-                let before = heard.load(Ordering::Relaxed);
-                source.say(&data(0, circuit, &[7]).repeat(BYTES)).await?;
-                until(&heard, before + BYTES).await;
-                source.say(&data(RST, circuit, &[])).await?;
+                let before = received.load(Ordering::Relaxed);
+                source.send(&data(0, circuit, &[7]).repeat(BYTES)).await?;
+                until(&received, before + BYTES).await;
+                source.send(&data(RST, circuit, &[])).await?;
             }
             Ok(())
         });
-        all(said.await);
+        expect_all(written.await);
     };
-    let how_hard = format!("{} of them in {STRANGERS} circuits", STRANGERS * rounds * BYTES);
-    ground.suffer("frames of one byte", &how_hard, attack).await;
-    ground.ends_as_it_began().await;
+    let how_hard = format!("{} of them in {ATTACKERS} circuits", ATTACKERS * rounds * BYTES);
+    testbed.attack("frames of one byte", &how_hard, attack).await;
+    testbed.assert_restored().await;
 }
 
 #[tokio::test]
 #[ignore = "takes long: .ci/attacks"]
-async fn windows_of_one_byte() {
-    let bytes = quick_or_long(5000, 20_000);
-    let mut ground = Ground::prepare(&[]).await;
-    let port = ground.port;
+async fn window_updates_of_one_byte() {
+    let bytes = short_or_long(5000, 20_000);
+    let mut testbed = Testbed::start(&[]).await;
+    let port = testbed.port;
     let attack = async move {
-        let frames = each(STRANGERS, AT_A_TIME, move |number| async move {
-            let heard = Arc::new(AtomicUsize::new(0));
+        let frames = run_each(ATTACKERS, AT_A_TIME, move |number| async move {
+            let received = Arc::new(AtomicUsize::new(0));
             let single = Arc::new(AtomicUsize::new(0));
-            let counted = [Arc::clone(&heard), Arc::clone(&single)];
-            let (mut source, circuits, _targets) = pair(port, number, 1, move |heard| {
-                let length = heard.body.len();
+            let counted = [Arc::clone(&received), Arc::clone(&single)];
+            let (mut source, circuits, _targets) = pair(port, number, 1, move |received| {
+                let length = received.body.len();
                 let taken = length + counted[0].fetch_add(length, Ordering::Relaxed);
-                if length == 0 || taken < ROOM {
+                if length == 0 || taken < FREE_WINDOW {
                     return Vec::new();
                 }
-                // Once there is no more room, room for one byte, and then for another.
+                // Once the window is full, opens it by one byte at a time.
                 counted[1].fetch_add(usize::from(length == 1), Ordering::Relaxed);
-                frame(WINDOW_UPDATE, 0, heard.stream, 1)
+                frame(WINDOW_UPDATE, 0, received.stream, 1)
             })
             .await?;
             source.write(circuits[0], WINDOW + bytes).await?;
-            until(&heard, WINDOW + bytes).await;
+            until(&received, WINDOW + bytes).await;
             Ok(single.load(Ordering::Relaxed))
         });
-        all(frames.await)
+        expect_all(frames.await)
     };
-    let how_hard = format!("{bytes} one after the other in each of {STRANGERS} circuits");
+    let how_hard = format!("{bytes} one after the other in each of {ATTACKERS} circuits");
     let what = "windows of one byte";
-    let (frames, _) = ground.suffer(what, &how_hard, attack).await;
+    let (frames, _) = testbed.attack(what, &how_hard, attack).await;
     assert!(frames.iter().all(|single| *single >= bytes / 2), "{frames:?}");
-    ground.ends_as_it_began().await;
+    testbed.assert_restored().await;
 }
 
 #[tokio::test]
-async fn pings_without_end() {
+async fn an_endless_flood_of_pings() {
     const PINGS: u32 = 50_000;
-    let mut ground = Ground::prepare(&[]).await;
-    let port = ground.port;
+    let mut testbed = Testbed::start(&[]).await;
+    let port = testbed.port;
     let attack = async move {
-        let answered = each(STRANGERS, AT_A_TIME, move |number| async move {
-            let mut stranger = Stranger::arrive(port, address(number)).await;
-            // The first holds a slot, and is only read more slowly: it has to want less. Of several pings that
-            // came, only the last is answered.
+        let answered = run_each(ATTACKERS, AT_A_TIME, move |number| async move {
+            let mut peer = RawPeer::connect_with_retry(port, address(number)).await;
+            // The first one holds a slot: it is read more slowly instead of closed, so it sends fewer. Of several pings
+            // received, only the newest is answered.
             let holds = number == 0;
             if holds {
-                assert_eq!(stranger.ask_once(&reserve()).await?.1, OK);
+                assert_eq!(peer.request(&reserve()).await?.1, OK);
             }
-            let pings = if holds { IN_ORDER as u32 + 1000 } else { PINGS };
-            let (mut reader, mut writer) = stranger.channel.split();
+            let pings = if holds { ABOVE_BURST as u32 + 1000 } else { PINGS };
+            let (mut reader, mut writer) = peer.channel.split();
             let flood: Vec<_> = (0..pings).flat_map(|id| frame(PING, SYN, 0, id)).collect();
-            let ask = async {
-                let _ = writer.write_all(&flood).await; // it may be closed
+            let write = async {
+                let _ = writer.write_all(&flood).await; // the relay may close it
                 writer.flush().await
             };
-            let hear = async {
+            let read = async {
                 let mut answered = None;
                 while answered != Some(pings - 1)
                     && let Some(frame) = next_frame(&mut reader).await
@@ -129,41 +131,41 @@ async fn pings_without_end() {
                 }
                 answered
             };
-            let (_, answered) = tokio::join!(ask, hear);
+            let (_, answered) = tokio::join!(write, read);
             assert_eq!(answered == Some(pings - 1), holds, "{answered:?} is answered last");
             Ok(holds.then_some((reader, writer)))
         });
-        all(answered.await)
+        expect_all(answered.await)
     };
-    let how_hard = format!("{PINGS} on each of {STRANGERS} connections");
-    let (kept, _) = ground.suffer("yamux's pings", &how_hard, attack).await;
-    let counts = ground.until(|counts| counts.connections == 3).await;
+    let how_hard = format!("{PINGS} on each of {ATTACKERS} connections");
+    let (kept, _) = testbed.attack("yamux's pings", &how_hard, attack).await;
+    let counts = testbed.until(|counts| counts.connections == 3).await;
     assert_eq!(counts.live, 2, "a holder's slot stays");
     drop(kept);
-    ground.ends_as_it_began().await;
+    testbed.assert_restored().await;
 }
 
 #[tokio::test]
 #[ignore = "takes long: .ci/attacks"]
-async fn streams_without_end() {
+async fn an_endless_flood_of_streams() {
     const STREAMS: usize = 100_000;
-    let mut ground = Ground::prepare(&[]).await;
-    let port = ground.port;
+    let mut testbed = Testbed::start(&[]).await;
+    let port = testbed.port;
     let attack = async move {
-        let opened = each(STRANGERS, AT_A_TIME, move |number| async move {
-            let mut stranger = Stranger::arrive(port, address(number)).await;
-            // The first holds a slot, and is only read more slowly: it has to want less.
+        let opened = run_each(ATTACKERS, AT_A_TIME, move |number| async move {
+            let mut peer = RawPeer::connect_with_retry(port, address(number)).await;
+            // The first one holds a slot: it is read more slowly instead of closed, so it opens fewer.
             let holds = number == 0;
             if holds {
-                assert_eq!(stranger.ask_once(&reserve()).await?.1, OK);
+                assert_eq!(peer.request(&reserve()).await?.1, OK);
             }
-            let streams = if holds { IN_ORDER } else { STREAMS };
+            let streams = if holds { ABOVE_BURST } else { STREAMS };
             let mut opened = 0;
             let flood = async {
-                // Half of them are let go of at once, the others are left to the relay.
+                // Half of the streams are reset at once, the others are left to the relay.
                 while opened < streams {
                     let open = (0..100).flat_map(|nth| {
-                        let stream = stranger.next_stream();
+                        let stream = peer.next_stream();
                         let open = data(SYN, stream, b"\x13/multistream/1.0.0\n");
                         match nth % 2 {
                             0 => open,
@@ -171,80 +173,83 @@ async fn streams_without_end() {
                         }
                     });
                     let open: Vec<_> = open.collect();
-                    stranger.say(&open).await?;
+                    peer.send(&open).await?;
                     opened += 100;
                 }
-                stranger.hears_out().await
+                peer.read_until_pong().await
             };
             let reset = flood.await;
             assert_eq!(reset.is_ok(), holds, "{opened} of {streams} are opened");
-            // Beside those that it let go of itself, and as many as an address may open at once.
-            assert!(!reset.is_ok_and(|reset| reset < IN_ORDER / 2 - 1100), "too many are served");
-            Ok(holds.then(|| stranger.stays()))
+            // Not counting those that it reset itself, and the burst of an address.
+            assert!(
+                !reset.is_ok_and(|reset| reset < ABOVE_BURST / 2 - 1100),
+                "too many are served"
+            );
+            Ok(holds.then(|| peer.stay_connected()))
         });
-        all(opened.await)
+        expect_all(opened.await)
     };
-    let how_hard = format!("{STREAMS} on each of {STRANGERS} connections");
+    let how_hard = format!("{STREAMS} on each of {ATTACKERS} connections");
     let what = "streams opened without end";
-    let (kept, _) = ground.suffer(what, &how_hard, attack).await;
-    let counts = ground.until(|counts| counts.connections == 3).await;
+    let (kept, _) = testbed.attack(what, &how_hard, attack).await;
+    let counts = testbed.until(|counts| counts.connections == 3).await;
     assert_eq!(counts.live, 2, "a holder's slot stays");
     drop(kept);
-    ground.ends_as_it_began().await;
+    testbed.assert_restored().await;
 }
 
 #[tokio::test]
 #[ignore = "takes long: .ci/attacks"]
-async fn frames_of_one_byte_that_nobody_reads() {
+async fn unread_frames_of_one_byte() {
     const STREAMS: usize = 4;
-    /// What the relay may hold of them, in KiB: a byte takes a byte.
-    const HELD: u64 = 2 * 1024;
-    /// What its heap may keep besides.
-    const BESIDE: u64 = 8 * 1024;
-    let mut ground = Ground::prepare(&[]).await;
-    let port = ground.port;
-    let before = ground.resident();
+    /// What the relay may buffer of them, in KiB: one byte for each byte.
+    const BUFFERED: u64 = 2 * 1024;
+    /// What its heap may keep in addition.
+    const MARGIN: u64 = 8 * 1024;
+    let mut testbed = Testbed::start(&[]).await;
+    let port = testbed.port;
+    let before = testbed.resident();
     let attack = async move {
-        // It never answers, and until then the relay does not read on behind the CONNECT.
-        let mut target = Stranger::arrive(port, address(0)).await;
-        assert_eq!(target.ask_once(&reserve()).await?.1, OK);
-        let mut source = Stranger::arrive(port, address(1)).await;
-        let request = opening(&connect(target.peer));
+        // The target never answers, and until it does the relay reads nothing after the CONNECT.
+        let mut target = RawPeer::connect_with_retry(port, address(0)).await;
+        assert_eq!(target.request(&reserve()).await?.1, OK);
+        let mut source = RawPeer::connect_with_retry(port, address(1)).await;
+        let request = hop_opening(&connect(target.peer));
         for _ in 0..STREAMS {
             let stream = source.next_stream();
-            source.say(&data(SYN, stream, &request)).await?;
-            source.say(&data(0, stream, &[7]).repeat(ROOM)).await?;
+            source.send(&data(SYN, stream, &request)).await?;
+            source.send(&data(0, stream, &[7]).repeat(FREE_WINDOW)).await?;
         }
-        source.hears_out().await?;
+        source.read_until_pong().await?;
         io::Result::Ok((source, target))
     };
-    let how_hard = format!("{} in {STREAMS} streams", STREAMS * ROOM);
+    let how_hard = format!("{} in {STREAMS} streams", STREAMS * FREE_WINDOW);
     let what = "frames of one byte that nobody reads";
-    let (held, noticed) = ground.suffer(what, &how_hard, attack).await;
-    let held = held.expect("the relay keeps them");
-    for given_up in GIVEN_UP {
-        assert_eq!(ground.count(given_up).await, 0.0, "all of it has room: {given_up}");
+    let (peers, impact) = testbed.attack(what, &how_hard, attack).await;
+    let peers = peers.expect("the relay keeps them connected");
+    for metric in FREED_FOR_MEMORY {
+        assert_eq!(testbed.count(metric).await, 0.0, "all of it fits: {metric}");
     }
-    let grown = noticed.peak.saturating_sub(before);
-    assert!(grown <= HELD + BESIDE, "{grown} KiB");
-    drop(held);
-    ground.ends_as_it_began().await;
+    let growth = impact.peak.saturating_sub(before);
+    assert!(growth <= BUFFERED + MARGIN, "{growth} KiB");
+    drop(peers);
+    testbed.assert_restored().await;
 }
 
-/// The source of so many circuits, and what its target is told.
+/// Opens this many circuits; `on_frame` gets the frames that the target receives.
 async fn pair(
     port: u16,
     number: usize,
     circuits: usize,
-    hears: impl FnMut(&Frame) -> Vec<u8> + Send + 'static,
-) -> io::Result<(Stranger, Vec<u32>, JoinSet<io::Result<()>>)> {
-    let mut target = Stranger::arrive(port, address(number)).await;
-    assert_eq!(target.ask_once(&reserve()).await?.1, OK);
+    on_frame: impl FnMut(&Frame) -> Vec<u8> + Send + 'static,
+) -> io::Result<(RawPeer, Vec<u32>, JoinSet<io::Result<()>>)> {
+    let mut target = RawPeer::connect_with_retry(port, address(number)).await;
+    assert_eq!(target.request(&reserve()).await?.1, OK);
     let request = connect(target.peer);
     let mut targets = JoinSet::new();
-    targets.spawn(target.agrees(hears));
-    let mut source = Stranger::arrive(port, address(number)).await;
-    let answers = source.ask(&vec![request; circuits]).await?;
+    targets.spawn(target.accept_circuits(on_frame));
+    let mut source = RawPeer::connect_with_retry(port, address(number)).await;
+    let answers = source.request_all(&vec![request; circuits]).await?;
     let open = answers.into_iter().map(|(circuit, status)| {
         assert_eq!(status, OK);
         circuit
@@ -252,13 +257,13 @@ async fn pair(
     Ok((source, open.collect(), targets))
 }
 
-/// Waits until it has counted so many, for as long as it counts on.
+/// Waits until the count reaches `wanted`; panics when it does not change for a while.
 async fn until(count: &AtomicUsize, wanted: usize) {
     let mut counted = count.load(Ordering::Relaxed);
     while counted < wanted {
         counted = within(async {
             loop {
-                sleep(LOOK_AGAIN).await;
+                sleep(POLL_INTERVAL).await;
                 let now = count.load(Ordering::Relaxed);
                 if now > counted {
                     return now;

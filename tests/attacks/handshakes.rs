@@ -1,4 +1,4 @@
-//! Connections that never come to anything.
+//! Connections that are abandoned during their handshake.
 
 use std::{io, net::Ipv4Addr};
 
@@ -8,28 +8,28 @@ use libp2p::{
     tcp::tokio::TcpStream,
 };
 
-use super::ground::Ground;
+use super::testbed::Testbed;
 use crate::common::{
     Security,
-    by_hand::{agree, mux, secure, tcp_from, until_closed},
-    strangers::{AT_A_TIME, address, all, each, quick_or_long},
+    by_hand::{mux, negotiate, read_until_closed, secure, tcp_from},
+    raw_peers::{AT_A_TIME, address, expect_all, run_each, short_or_long},
     within,
 };
 
 /// How far a connection gets before it is abandoned.
 #[derive(Clone, Copy, Debug)]
 pub enum Step {
-    /// TCP, and not a byte.
+    /// TCP, without a byte sent.
     Tcp,
-    /// The protocol of the secure channel is agreed on.
+    /// The protocol of the secure channel is negotiated.
     Negotiated,
-    /// The first message of Noise is sent, and answered.
+    /// The first message of Noise is sent and answered.
     Noise,
-    /// The same of TLS.
+    /// The first message of TLS is sent and answered.
     Tls,
-    /// The channel is secure, and nothing is on it.
+    /// The channel is secure, and no muxer negotiated.
     Secured,
-    /// So is yamux, and no stream.
+    /// yamux is negotiated, and no stream opened.
     Muxed,
 }
 
@@ -38,50 +38,50 @@ use Step::{Muxed, Negotiated, Noise, Secured, Tcp, Tls};
 #[tokio::test]
 #[ignore = "takes long: .ci/attacks"]
 async fn connections_abandoned_at_each_step() {
-    // Those at the end are the dear ones, for who does it as well.
+    // The last two cost the attacker as much as the relay.
     let steps = [Tcp, Negotiated, Noise, Tls, Tcp, Negotiated, Noise, Tls, Secured, Muxed];
     const ADDRESSES: usize = 16;
-    let count = quick_or_long(5000, 100_000);
-    let stay = 200; // within what may be in its handshake at a time
+    let count = short_or_long(5000, 100_000);
+    let stay = 200; // below the limit on handshakes
 
-    let mut ground = Ground::prepare(&["--idle-timeout=2s"]).await;
-    let port = ground.port;
+    let mut testbed = Testbed::start(&["--idle-timeout=2s"]).await;
+    let port = testbed.port;
     let attack = async move {
-        let hang_up = each(count - stay, AT_A_TIME, move |number| async move {
+        let closing = run_each(count - stay, AT_A_TIME, move |number| async move {
             let from = address(number % ADDRESSES);
             abandon(port, from, steps[number % steps.len()], false).await
         });
-        let turned_away = hang_up.await.iter().filter(|done| done.is_err()).count();
-        let stay = each(stay, stay, move |number| async move {
+        let denied = closing.await.iter().filter(|done| done.is_err()).count();
+        let stay = run_each(stay, stay, move |number| async move {
             let from = address(number % ADDRESSES);
             abandon(port, from, steps[number % steps.len()], true).await
         });
-        all(stay.await);
-        turned_away
+        expect_all(stay.await);
+        denied
     };
     let how_hard = format!(
         "{count}: after TCP, multistream, in the midst of Noise and TLS, before and after yamux"
     );
     let what = "connections opened and abandoned at each step";
-    let (turned_away, _) = ground.suffer(what, &how_hard, attack).await;
-    // The relay is not to save itself by turning everybody away.
-    assert!(turned_away < count / 10, "{turned_away} were turned away");
-    ground.ends_as_it_began().await;
+    let (denied, _) = testbed.attack(what, &how_hard, attack).await;
+    // The relay must not protect itself by denying every client.
+    assert!(denied < count / 10, "{denied} were denied");
+    testbed.assert_restored().await;
 }
 
-/// Comes as far as this step. Then it hangs up, or stays until the relay does.
-async fn abandon(port: u16, from: Ipv4Addr, step: Step, stays: bool) -> io::Result<()> {
+/// Continues a handshake up to this step. Then closes the connection, or waits until the relay does.
+async fn abandon(port: u16, from: Ipv4Addr, step: Step, waits: bool) -> io::Result<()> {
     let mut stream = tcp_from(from, port).await?;
     match step {
         Tcp => {}
-        Negotiated => agree(&mut stream, "/noise").await?,
+        Negotiated => negotiate(&mut stream, "/noise").await?,
         Noise => {
-            agree(&mut stream, "/noise").await?;
-            hear_answer(&mut stream, &first_of_noise()).await?;
+            negotiate(&mut stream, "/noise").await?;
+            send_and_read_byte(&mut stream, &first_of_noise()).await?;
         }
         Tls => {
-            agree(&mut stream, "/tls/1.0.0").await?;
-            hear_answer(&mut stream, &first_of_tls()).await?;
+            negotiate(&mut stream, "/tls/1.0.0").await?;
+            send_and_read_byte(&mut stream, &first_of_tls()).await?;
         }
         Secured | Muxed => {
             let keypair = Keypair::generate_ed25519();
@@ -89,21 +89,21 @@ async fn abandon(port: u16, from: Ipv4Addr, step: Step, stays: bool) -> io::Resu
             if let Muxed = step {
                 channel = mux(channel).await?;
             }
-            leave_or_stay(channel, stays).await;
+            close_or_wait(channel, waits).await;
             return Ok(());
         }
     }
-    leave_or_stay(stream, stays).await;
+    close_or_wait(stream, waits).await;
     Ok(())
 }
 
-async fn leave_or_stay(stream: impl AsyncRead + Unpin, stays: bool) {
-    if stays {
-        until_closed(stream).await;
+async fn close_or_wait(stream: impl AsyncRead + Unpin, waits: bool) {
+    if waits {
+        read_until_closed(stream).await;
     }
 }
 
-async fn hear_answer(stream: &mut TcpStream, bytes: &[u8]) -> io::Result<()> {
+async fn send_and_read_byte(stream: &mut TcpStream, bytes: &[u8]) -> io::Result<()> {
     within(async {
         stream.write_all(bytes).await?;
         stream.flush().await?;
@@ -112,12 +112,12 @@ async fn hear_answer(stream: &mut TcpStream, bytes: &[u8]) -> io::Result<()> {
     .await
 }
 
-/// A key, of which any 32 bytes are one.
+/// An ephemeral key, for which any 32 bytes will do.
 pub fn first_of_noise() -> Vec<u8> {
     [&[0, 32][..], &[7; 32]].concat()
 }
 
-/// The shortest ClientHello that TLS 1.3 goes on from.
+/// The shortest ClientHello that a TLS 1.3 server accepts.
 pub fn first_of_tls() -> Vec<u8> {
     let extensions = [
         &[0x00, 0x2b, 0x00, 0x03, 0x02, 0x03, 0x04][..], // TLS 1.3
@@ -128,7 +128,7 @@ pub fn first_of_tls() -> Vec<u8> {
     ]
     .concat();
     let hello = [
-        &[0x03, 0x03][..],         // as 1.2 says that it is
+        &[0x03, 0x03][..],         // legacy version: TLS 1.2
         &[9; 32],                  // random
         &[0],                      // no session
         &[0x00, 0x02, 0x13, 0x01], // AES-128-GCM, SHA-256

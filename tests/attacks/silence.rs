@@ -1,4 +1,4 @@
-//! Connections that do not speak, or do not go: handshakes that stand still, and closes that are not read.
+//! Silent connections: stalled handshakes, silent streams, and closes that are not read.
 
 use std::{
     io,
@@ -17,13 +17,14 @@ use tokio::{
     time::{sleep, sleep_until, timeout},
 };
 
-use super::ground::Ground;
+use super::testbed::Testbed;
 use crate::common::{
     HOP,
     by_hand::{SYN, data, proposal, tcp_from},
     messages::{connect, reserve},
-    strangers::{
-        AT_A_TIME, Staying, Stranger, address, address_in, all, each, quick_or_long, takes_nothing,
+    raw_peers::{
+        AT_A_TIME, Background, RawPeer, address, address_in, expect_all, hold_without_reading,
+        run_each, short_or_long,
     },
     within,
 };
@@ -33,23 +34,23 @@ const NO_RESERVATION: Option<i32> = Some(204);
 
 /// Half of a round trip of 600 ms.
 const HALF: Duration = Duration::from_millis(300);
-
-/// Four addresses connect and send nothing, as fast as they can. A slot's owner that comes back, and
+/// Four addresses connect and send nothing, as fast as they can. A returning owner of a slot, and newcomers of other
+/// addresses, must be admitted.
 /// newcomers from elsewhere, are let in.
 #[tokio::test]
 async fn silent_connections_of_four_addresses() {
-    let lasts = Duration::from_secs(quick_or_long(8, 60));
-    let mut ground = Ground::prepare(&[]).await;
-    let port = ground.port;
+    let duration = Duration::from_secs(short_or_long(8, 60));
+    let mut testbed = Testbed::start(&[]).await;
+    let port = testbed.port;
     let owner = Keypair::generate_ed25519();
-    let mut holder = Stranger::connect_as(&owner, port, address(9)).await.expect("there is room");
-    assert_eq!(holder.ask_once(&reserve()).await.expect("an answer").1, OK);
+    let mut holder = RawPeer::connect_as(&owner, port, address(9)).await.expect("there is room");
+    assert_eq!(holder.request(&reserve()).await.expect("an answer").1, OK);
     let attack = async move {
-        let over = Instant::now() + lasts;
-        let silent = each(4, 4, move |number| async move {
+        let over = Instant::now() + duration;
+        let silent = run_each(4, 4, move |number| async move {
             let mut opened = Vec::new();
             while Instant::now() < over {
-                // A kernel's backlog may be full.
+                // The kernel's accept backlog may be full.
                 if let Ok(Ok(tcp)) = timeout(HALF, tcp_from(address(number), port)).await {
                     opened.push(tcp);
                 }
@@ -57,56 +58,56 @@ async fn silent_connections_of_four_addresses() {
             }
         });
         let silent = tokio::spawn(silent);
-        sleep(lasts / 4).await;
+        sleep(duration / 4).await;
         drop(holder);
         let mut waits = Vec::new();
-        let asked = Instant::now();
+        let start = Instant::now();
         let mut holder = within(async {
             loop {
-                if let Ok(holder) = Stranger::connect_as(&owner, port, address(9)).await {
+                if let Ok(holder) = RawPeer::connect_as(&owner, port, address(9)).await {
                     return holder;
                 }
             }
         })
         .await;
-        assert_eq!(holder.ask_once(&reserve()).await.expect("an answer").1, OK);
-        waits.push(asked.elapsed());
+        assert_eq!(holder.request(&reserve()).await.expect("an answer").1, OK);
+        waits.push(start.elapsed());
         let mut number = 100;
         let mut newcomers = vec![holder];
         while Instant::now() < over {
-            let asked = Instant::now();
+            let start = Instant::now();
             number += 1;
-            let mut newcomer = Stranger::arrive(port, address(number)).await;
-            assert_eq!(newcomer.ask_once(&reserve()).await.expect("an answer").1, OK);
-            waits.push(asked.elapsed());
+            let mut newcomer = RawPeer::connect_with_retry(port, address(number)).await;
+            assert_eq!(newcomer.request(&reserve()).await.expect("an answer").1, OK);
+            waits.push(start.elapsed());
             newcomers.push(newcomer);
             sleep(HALF).await;
         }
-        silent.await.expect("they connect");
+        silent.await.expect("the attackers do not panic");
         (newcomers, waits)
     };
     let what = "silent connections of four addresses";
-    let how_hard = format!("as fast as they can, for {} s", lasts.as_secs());
-    let ((newcomers, waits), _) = ground.suffer(what, &how_hard, attack).await;
+    let how_hard = format!("as fast as they can, for {} s", duration.as_secs());
+    let ((newcomers, waits), _) = testbed.attack(what, &how_hard, attack).await;
     let longest = waits.iter().max().expect("one at least");
-    println!("{} came; the longest wait was {longest:?}", waits.len());
+    println!("{} newcomers; the longest wait was {longest:?}", waits.len());
     drop(newcomers);
-    ground.ends_as_it_began().await;
+    testbed.assert_restored().await;
 }
 
-/// One silent connection of each of 300 prefixes, and again as soon as it is dropped. A client with a round
-/// trip of 600 ms is let in.
+/// One silent connection of each of 300 prefixes, reopened whenever it is dropped. A client with a round trip of 600 ms
+/// must be admitted.
 #[tokio::test]
 async fn silent_connections_of_300_prefixes_and_a_slow_client() {
     const PREFIXES: usize = 300;
-    let mut ground = Ground::prepare(&[]).await;
-    let port = ground.port;
+    let mut testbed = Testbed::start(&[]).await;
+    let port = testbed.port;
     let attack = async move {
         let silent = (0..PREFIXES).map(|number| {
-            Staying::as_long_as(async move {
+            Background::spawn(async move {
                 loop {
                     if let Ok(mut tcp) = tcp_from(address(number), port).await {
-                        let _ = tcp.read(&mut [0]).await; // until it is dropped
+                        let _ = tcp.read(&mut [0]).await; // until the relay drops it
                     }
                     sleep(Duration::from_millis(10)).await;
                 }
@@ -114,50 +115,50 @@ async fn silent_connections_of_300_prefixes_and_a_slow_client() {
         });
         let silent: Vec<_> = silent.collect();
         sleep(Duration::from_secs(4)).await;
-        let asked = Instant::now();
+        let start = Instant::now();
         let slow = slow_link(address_in(999, 0), port).await.expect("a port");
-        // As a client would, it tries again.
+        // It retries, as a client would.
         let mut client = within(async {
             loop {
-                if let Ok(client) = Stranger::connect(slow, Ipv4Addr::LOCALHOST).await {
+                if let Ok(client) = RawPeer::connect(slow, Ipv4Addr::LOCALHOST).await {
                     return client;
                 }
             }
         })
         .await;
-        assert_eq!(client.ask_once(&reserve()).await.expect("an answer").1, OK);
-        let took = asked.elapsed();
+        assert_eq!(client.request(&reserve()).await.expect("an answer").1, OK);
+        let took = start.elapsed();
         drop(silent);
         (client, took)
     };
     let what = "silent connections of 300 prefixes";
     let how_hard = "one each, and again when it is dropped; a client with a round trip of 600 ms";
-    let ((client, took), _) = ground.suffer(what, how_hard, attack).await;
+    let ((client, took), _) = testbed.attack(what, how_hard, attack).await;
     println!("the slow client held a slot after {took:?}");
     drop(client);
-    ground.ends_as_it_began().await;
+    testbed.assert_restored().await;
 }
 
-/// A peer with a slot connects again and again and reads none of its connections: those that make room
-/// for the next are gone after 3 s, and count until then.
+/// A peer with a slot connects again and again and reads none of its connections: replaced ones must be closed within
+/// 3 s, and count until then.
 #[tokio::test]
-async fn connections_that_do_not_read_that_they_are_closed() {
+async fn connections_that_ignore_their_close() {
     const CAP: usize = 8;
     const CONNECTIONS: usize = 30;
-    let mut ground = Ground::prepare(&[]).await;
-    let port = ground.port;
+    let mut testbed = Testbed::start(&[]).await;
+    let port = testbed.port;
     let key = Keypair::generate_ed25519();
-    let mut holder = Stranger::connect_as(&key, port, address(1)).await.expect("there is room");
-    assert_eq!(holder.ask_once(&reserve()).await.expect("an answer").1, OK);
+    let mut holder = RawPeer::connect_as(&key, port, address(1)).await.expect("it is admitted");
+    assert_eq!(holder.request(&reserve()).await.expect("an answer").1, OK);
     let (counted, mut most) = (mpsc::unbounded_channel(), 0);
     let (count, mut counts) = counted;
-    let watched = ground.watch();
+    let watched = testbed.counts_reader();
     let attack = async move {
-        let mut unread = vec![Staying::as_long_as(takes_nothing(holder))];
+        let mut unread = vec![Background::spawn(hold_without_reading(holder))];
         for _ in 0..CONNECTIONS {
-            if let Ok(mut next) = Stranger::connect_as(&key, port, address(1)).await {
-                let _ = next.asks_for_echoes().await; // until it is closed
-                unread.push(Staying::as_long_as(takes_nothing(next)));
+            if let Ok(mut next) = RawPeer::connect_as(&key, port, address(1)).await {
+                let _ = next.send_unread_pings().await; // until it is closed
+                unread.push(Background::spawn(hold_without_reading(next)));
             }
             count.send(watched().await.connections).expect("it is counted");
         }
@@ -165,52 +166,52 @@ async fn connections_that_do_not_read_that_they_are_closed() {
     };
     let what = "connections that do not read that they are closed";
     let how_hard = format!("{CONNECTIONS} of a peer that holds a slot, which may have {CAP}");
-    let (unread, _) = ground.suffer(what, &how_hard, attack).await;
+    let (unread, _) = testbed.attack(what, &how_hard, attack).await;
     while let Ok(count) = counts.try_recv() {
         most = most.max(count);
     }
-    // Beside the two that are watched, and one that is being closed.
+    // In addition to the bystanders' two, and one that is being closed.
     assert!(most <= 2 + CAP + 1, "{most}");
-    // All but those that it may have are gone although none of them was read.
-    ground.until(|counts| counts.connections <= 2 + CAP).await;
+    // All connections above the cap are closed although none was read.
+    testbed.until(|counts| counts.connections <= 2 + CAP).await;
     drop(unread);
-    ground.ends_as_it_began().await;
+    testbed.assert_restored().await;
 }
 
-/// One address opens as many streams as its connections may have, and asks for nothing on them. A client
-/// from elsewhere gets answers on as many streams as it likes.
+/// One address opens as many streams as its connections may have, and sends nothing on them. A client of another
+/// address must get answers on many streams.
 #[tokio::test]
 async fn silent_streams_of_one_address() {
     const CONNECTIONS: usize = 48;
     const STREAMS: usize = 95;
-    const REQUESTS: usize = 25; // in a minute a client may send 30
-    let mut ground = Ground::prepare(&[]).await;
-    let port = ground.port;
+    const REQUESTS: usize = 25; // the rate limit is 30 a minute
+    let mut testbed = Testbed::start(&[]).await;
+    let port = testbed.port;
     let attack = async move {
-        let opened = each(CONNECTIONS, AT_A_TIME, move |_| async move {
-            let mut stranger = Stranger::arrive(port, address(1)).await;
-            let streams = (0..STREAMS)
-                .flat_map(|_| data(SYN, stranger.next_stream(), &proposal(HOP.as_ref())));
+        let opened = run_each(CONNECTIONS, AT_A_TIME, move |_| async move {
+            let mut peer = RawPeer::connect_with_retry(port, address(1)).await;
+            let streams =
+                (0..STREAMS).flat_map(|_| data(SYN, peer.next_stream(), &proposal(HOP.as_ref())));
             let streams: Vec<_> = streams.collect();
-            stranger.say(&streams).await?;
-            io::Result::Ok(stranger)
+            peer.send(&streams).await?;
+            io::Result::Ok(peer)
         });
         let silent = opened.await;
-        let mut client = Stranger::arrive(port, address(2)).await;
+        let mut client = RawPeer::connect_with_retry(port, address(2)).await;
         let nobody = connect(Keypair::generate_ed25519().public().to_peer_id());
-        let answers = client.ask(&vec![nobody; REQUESTS]).await?;
-        io::Result::Ok((all(silent), client, answers))
+        let answers = client.request_all(&vec![nobody; REQUESTS]).await?;
+        io::Result::Ok((expect_all(silent), client, answers))
     };
     let what = "silent streams of one address";
     let how_hard = format!("{STREAMS} on each of {CONNECTIONS} connections");
-    let (attacked, _) = ground.suffer(what, &how_hard, attack).await;
+    let (attacked, _) = testbed.attack(what, &how_hard, attack).await;
     let (silent, client, answers) = attacked.expect("they stay connected");
     assert!(answers.iter().all(|(_, status)| *status == NO_RESERVATION), "{answers:?}");
     drop((silent, client));
-    ground.ends_as_it_began().await;
+    testbed.assert_restored().await;
 }
 
-/// A port of this machine behind which the relay is 300 ms away; connections reach it from this address.
+/// Forwards a port of this machine to the relay with a delay of 300 ms each way, from this address.
 async fn slow_link(from: Ipv4Addr, relay: u16) -> io::Result<u16> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
     let port = listener.local_addr()?.port();
@@ -230,7 +231,7 @@ async fn slow_link(from: Ipv4Addr, relay: u16) -> io::Result<u16> {
     Ok(port)
 }
 
-/// Passes on what comes, each piece 300 ms later.
+/// Forwards bytes, each chunk 300 ms later.
 async fn delayed(mut from: impl AsyncRead + Unpin + Send, mut to: impl AsyncWrite + Unpin) {
     let (send, mut pieces) = mpsc::unbounded_channel();
     let read = async move {

@@ -1,51 +1,49 @@
-//! How the other relays give slots back, in a few lines each.
+//! How the other relays free slots, in a few lines each.
 //!
-//! Only that is modelled, and rather too well than not: all of them hold one slot a peer, renew it
-//! whatever the table looks like, and forget a slot the moment its term is over. (rust-libp2p
-//! refuses renewals in a full table, and counts a slot for each connection of a peer; go-libp2p
-//! honours terms for up to a minute longer.)
+//! Only that is modelled, and with simplifications in their favour: each holds one slot per peer, renews it even in a
+//! full table, and frees it exactly at the end of its term. (rust-libp2p refuses renewals in a full table, and counts a
+//! slot for each connection of a peer; go-libp2p honours terms for up to a minute longer.)
 
 use std::{
     collections::{BTreeSet, HashMap},
     time::Duration,
 };
 
-use crate::world::{Act, Relay};
+use crate::simulation::{Action, Relay};
 
 const HOUR: Duration = Duration::from_secs(60 * 60);
 
-/// go-yamux asks on each connection every 30 s, and closes it if no answer comes for 10 s: a dead
-/// peer is found after 40 s at most, and a live one that stalls at the wrong time for over 10 s is
-/// lost.
+/// go-yamux probes each connection every 30 s, and closes it after 10 s without an answer: a dead peer is found after
+/// at most 40 s, and a live one that stalls for over 10 s at the wrong time is disconnected.
 const KEEPALIVE: Duration = Duration::from_secs(30);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// rust-libp2p does nothing about a ping that fails. But the ping is data, and Linux gives up after
-/// 15 retransmissions of it (`tcp_retries2`), which take 924 s; 7 s until the next ping at 15 s.
-const TCP_GIVES_UP: Duration = Duration::from_secs(924 + 7);
+/// rust-libp2p ignores a failed ping. But the ping is data, and Linux gives up after 15 retransmissions of it
+/// (`tcp_retries2`), which take 924 s; plus 7 s on average until the next ping, every 15 s.
+const TCP_TIMEOUT: Duration = Duration::from_secs(924 + 7);
 
-/// What frees a slot, beside the end of its term.
+/// What frees a slot, in addition to the end of its term.
 #[derive(Clone, Copy)]
 pub enum Policy {
     /// js-libp2p: nothing but the end of the term frees a slot.
     Term,
-    /// rust-libp2p: the slot goes with the connection.
+    /// rust-libp2p: the slot is freed with its connection.
     Disconnect,
-    /// go-libp2p: the same, and connections are kept alive.
+    /// go-libp2p: the same, and connections have keepalives.
     Keepalive,
-    /// No relay: it knows at once who is gone, and takes nobody who stalls for dead. Whoever
-    /// refuses fewer has turned live peers out for it.
+    /// No real relay: it knows at once which peers are gone, and never takes a stalled one for dead. A relay that
+    /// refuses fewer has evicted live peers.
     AllKnowing,
 }
 
 pub struct Model {
     policy: Policy,
     slots: usize,
-    /// Whose they are, since when.
+    /// The peer of each connection, and since when it is up.
     connections: HashMap<usize, (usize, Duration)>,
     reservations: HashMap<usize, Reservation>,
     due: BTreeSet<(Duration, Due)>,
-    acts: Vec<Act>,
+    actions: Vec<Action>,
 }
 
 struct Reservation {
@@ -57,7 +55,7 @@ struct Reservation {
 enum Due {
     /// The term of this peer's reservation may be over.
     Expires(usize),
-    /// This connection is found out.
+    /// This connection is found to be dead.
     Dead(usize),
 }
 
@@ -69,13 +67,13 @@ impl Model {
             connections: HashMap::new(),
             reservations: HashMap::new(),
             due: BTreeSet::new(),
-            acts: Vec::new(),
+            actions: Vec::new(),
         }
     }
 
     fn free(&mut self, peer: usize) {
         self.reservations.remove(&peer);
-        self.acts.push(Act::Freed(peer));
+        self.actions.push(Action::Freed(peer));
     }
 }
 
@@ -87,17 +85,17 @@ impl Relay for Model {
         }
     }
 
-    fn connected(&mut self, connection: usize, peer: usize, now: Duration) {
+    fn on_connected(&mut self, connection: usize, peer: usize, now: Duration) {
         self.connections.insert(connection, (peer, now));
     }
 
-    fn disconnected(&mut self, connection: usize, _: Duration) {
+    fn on_disconnected(&mut self, connection: usize, _: Duration) {
         let Some((peer, _)) = self.connections.remove(&connection) else {
             return;
         };
         let held = self.reservations.get(&peer);
-        let held_over_it = held.is_some_and(|held| held.connection == connection);
-        if held_over_it && !matches!(self.policy, Policy::Term) {
+        let was_over_it = held.is_some_and(|held| held.connection == connection);
+        if was_over_it && !matches!(self.policy, Policy::Term) {
             self.free(peer);
         }
     }
@@ -107,34 +105,34 @@ impl Relay for Model {
             return;
         };
         if !self.reservations.contains_key(&peer) && self.reservations.len() >= self.slots {
-            self.acts.push(Act::Refused(connection));
+            self.actions.push(Action::Refused(connection));
             return;
         }
         let expires = now + self.term();
         let reservation = Reservation { connection, expires };
         self.reservations.insert(peer, reservation);
         self.due.insert((expires, Due::Expires(peer)));
-        self.acts.push(Act::Granted(connection));
+        self.actions.push(Action::Granted(connection));
     }
 
-    fn heard(&mut self, _: usize) {}
+    fn on_activity(&mut self, _: usize) {}
 
-    fn froze(&mut self, connection: usize, until: Option<Duration>, now: Duration) {
+    fn on_frozen(&mut self, connection: usize, until: Option<Duration>, now: Duration) {
         let Some((_, up_since)) = self.connections.get(&connection) else {
             return;
         };
-        let found = match self.policy {
+        let detected = match self.policy {
             Policy::Term => return,
             Policy::AllKnowing if until.is_some() => return,
             Policy::AllKnowing => now,
-            Policy::Disconnect => now + TCP_GIVES_UP,
+            Policy::Disconnect => now + TCP_TIMEOUT,
             Policy::Keepalive => {
-                let asked = (now - *up_since).as_nanos() / KEEPALIVE.as_nanos() + 1;
-                *up_since + KEEPALIVE * asked as u32 + KEEPALIVE_TIMEOUT
+                let probes = (now - *up_since).as_nanos() / KEEPALIVE.as_nanos() + 1;
+                *up_since + KEEPALIVE * probes as u32 + KEEPALIVE_TIMEOUT
             }
         };
-        if until.is_none_or(|until| until > found) {
-            self.due.insert((found, Due::Dead(connection)));
+        if until.is_none_or(|until| until > detected) {
+            self.due.insert((detected, Due::Dead(connection)));
         }
     }
 
@@ -151,15 +149,15 @@ impl Relay for Model {
                 }
             }
             Some((_, Due::Dead(connection))) if self.connections.contains_key(&connection) => {
-                self.acts.push(Act::Closed(connection));
-                self.disconnected(connection, now);
+                self.actions.push(Action::Closed(connection));
+                self.on_disconnected(connection, now);
             }
             _ => {}
         }
     }
 
-    fn take_acts(&mut self) -> Vec<Act> {
-        std::mem::take(&mut self.acts)
+    fn take_actions(&mut self) -> Vec<Action> {
+        std::mem::take(&mut self.actions)
     }
 
     fn left_over(&self) -> usize {

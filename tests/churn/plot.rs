@@ -1,4 +1,4 @@
-//! The plot: refusals against load, a line a policy.
+//! The plot: refusals against load, a line per policy.
 
 use std::sync::Arc;
 
@@ -12,10 +12,9 @@ use kuva::{
     },
 };
 
-/// The plot as SVG. Each line has a name, and a load and a share of refused peers for each point,
-/// all in percent.
+/// The plot as SVG. Each line has a name and points, which are a load and a share of refused peers in percent.
 pub fn refusals(lines: &[(&str, Vec<(f64, f64)>)]) -> String {
-    // Okabe and Ito's, which stay apart for the colour-blind.
+    // The palette of Okabe and Ito, which the colour-blind can tell apart.
     let colours = ["#0072b2", "#d55e00", "#009e73", "#cc79a7"];
     let plots: Vec<_> = lines
         .iter()

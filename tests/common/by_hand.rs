@@ -1,4 +1,4 @@
-//! Connections to the relay without libp2p's manners: TCP, Noise or TLS, and yamux, byte by byte.
+//! Connections to the relay without rust-libp2p: TCP, Noise or TLS, and yamux, byte by byte.
 
 use std::{
     io,
@@ -32,18 +32,18 @@ pub const ACK: u16 = 2;
 pub const FIN: u16 = 4;
 pub const RST: u16 = 8;
 
-/// The room that every yamux stream has from its start, in bytes.
+/// The initial window of every yamux stream, in bytes.
 pub const WINDOW: usize = 256 * 1024;
 
 pub type Channel = Either<noise::Output<TcpStream>, tls::TlsStream<TcpStream>>;
 
-/// A connection without any protocol yet.
+/// A TCP connection on which nothing has been sent yet.
 pub async fn tcp(relay: &Relay) -> TcpStream {
     let stream = tcp_from(Ipv4Addr::LOCALHOST, relay.port());
     stream.await.expect("the relay listens")
 }
 
-/// As [`tcp`], from this address, of which a machine has as many as there are in 127.0.0.0/8.
+/// As [`tcp`], from this source address in 127.0.0.0/8.
 pub async fn tcp_from(from: Ipv4Addr, port: u16) -> io::Result<TcpStream> {
     let socket = TcpSocket::new_v4()?;
     socket.bind(SocketAddr::from((from, 0)))?;
@@ -54,10 +54,10 @@ pub async fn tcp_from(from: Ipv4Addr, port: u16) -> io::Result<TcpStream> {
 /// A secure channel without a muxer yet.
 pub async fn secured(relay: &Relay, keypair: &Keypair) -> Channel {
     let channel = secure(tcp(relay).await, keypair, Security::Noise).await;
-    channel.expect("the relay speaks Noise")
+    channel.expect("the relay supports Noise")
 }
 
-/// Makes a connection a secure channel.
+/// Upgrades a connection to a secure channel.
 pub async fn secure(
     mut stream: TcpStream,
     keypair: &Keypair,
@@ -65,14 +65,14 @@ pub async fn secure(
 ) -> io::Result<Channel> {
     match security {
         Security::Noise => {
-            agree(&mut stream, "/noise").await?;
+            negotiate(&mut stream, "/noise").await?;
             let noise = noise::Config::new(keypair).expect("a key for Noise");
             let handshake = noise.upgrade_outbound(stream, "/noise");
             let done = within(handshake).await.map_err(io::Error::other)?;
             Ok(Either::Left(done.1))
         }
         Security::Tls => {
-            agree(&mut stream, "/tls/1.0.0").await?;
+            negotiate(&mut stream, "/tls/1.0.0").await?;
             let tls = tls::Config::new(keypair).expect("a key for TLS");
             let handshake = tls.upgrade_outbound(stream, "/tls/1.0.0");
             let done = within(handshake).await.map_err(io::Error::other)?;
@@ -81,7 +81,7 @@ pub async fn secure(
     }
 }
 
-/// A connection that awaits frames.
+/// A connection on which yamux has been negotiated.
 pub async fn muxed(relay: &Relay) -> Channel {
     muxed_as(relay, &Keypair::generate_ed25519()).await
 }
@@ -94,18 +94,18 @@ pub async fn muxed_as(relay: &Relay, keypair: &Keypair) -> Channel {
 /// As [`muxed_as`], over this secure channel.
 pub async fn muxed_with(relay: &Relay, keypair: &Keypair, security: Security) -> Channel {
     let channel = secure(tcp(relay).await, keypair, security).await;
-    let muxed = mux(channel.expect("the relay speaks both")).await;
-    muxed.expect("the relay speaks yamux")
+    let muxed = mux(channel.expect("the relay supports both")).await;
+    muxed.expect("the relay supports yamux")
 }
 
-/// Has a secure channel await frames.
+/// Negotiates yamux on a secure channel.
 pub async fn mux(mut channel: Channel) -> io::Result<Channel> {
-    agree(&mut channel, "/yamux/1.0.0").await?;
+    negotiate(&mut channel, "/yamux/1.0.0").await?;
     Ok(channel)
 }
 
-/// Proposes a protocol, and insists on it.
-pub async fn agree(
+/// Negotiates a protocol; panics if the relay answers with anything else.
+pub async fn negotiate(
     stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
     protocol: &str,
 ) -> io::Result<()> {
@@ -121,19 +121,20 @@ pub async fn agree(
     Ok(())
 }
 
-/// What opens the negotiation of a protocol; the same closes it, if the other side agrees.
+/// The messages that propose a protocol. The other side sends the same to accept it.
 pub fn proposal(protocol: &str) -> Vec<u8> {
     [line("/multistream/1.0.0"), line(protocol)].concat()
 }
 
-/// As multistream-select writes it.
+/// A line of multistream-select: prefixed with its length, and ended by a newline.
 pub fn line(text: &str) -> Vec<u8> {
-    behind_its_length(format!("{text}\n").as_bytes())
+    length_prefixed(format!("{text}\n").as_bytes())
 }
 
-pub fn behind_its_length(bytes: &[u8]) -> Vec<u8> {
+/// `bytes` with their length as a varint in front.
+pub fn length_prefixed(bytes: &[u8]) -> Vec<u8> {
     let mut framed = Vec::new();
-    prost::encode_length_delimiter(bytes.len(), &mut framed).expect("room for it");
+    prost::encode_length_delimiter(bytes.len(), &mut framed).expect("a Vec grows");
     framed.extend(bytes);
     framed
 }
@@ -146,19 +147,19 @@ pub async fn send(stream: &mut (impl AsyncWrite + Unpin), bytes: &[u8]) {
     within(sent).await.expect("the relay reads");
 }
 
-/// Says all of it and closes its half; yields what the relay said until it closed its own.
-pub async fn say_and_hang_up(stream: impl AsyncRead + AsyncWrite + Unpin, bytes: &[u8]) -> Vec<u8> {
+/// Sends `bytes` and closes the write half. Returns what the relay sends until it closes or resets the connection.
+pub async fn send_and_close(stream: impl AsyncRead + AsyncWrite + Unpin, bytes: &[u8]) -> Vec<u8> {
     let (reader, mut writer) = stream.split();
-    let say = async {
-        // Nobody has to hear it out.
+    let write = async {
+        // The relay may close the connection before it has read all of it.
         let _ = within(writer.write_all(bytes)).await;
         let _ = within(writer.close()).await;
     };
-    future::join(until_closed(reader), say).await.0
+    future::join(read_until_closed(reader), write).await.0
 }
 
-/// What the relay says until it closes the stream, or resets it.
-pub async fn until_closed(mut stream: impl AsyncRead + Unpin) -> Vec<u8> {
+/// Reads until the relay closes or resets the stream.
+pub async fn read_until_closed(mut stream: impl AsyncRead + Unpin) -> Vec<u8> {
     let mut bytes = Vec::new();
     let _ = within(stream.read_to_end(&mut bytes)).await;
     bytes
@@ -192,7 +193,7 @@ pub fn data(flags: u16, stream: u32, body: &[u8]) -> Vec<u8> {
     [&frame(DATA, flags, stream, length), body].concat()
 }
 
-/// The next frame from the relay, unless it closed the connection.
+/// The next frame from the relay; `None` if it closed the connection.
 pub async fn next_frame(channel: &mut (impl AsyncRead + Unpin)) -> Option<Frame> {
     let mut header = [0; 12];
     within(channel.read_exact(&mut header)).await.ok()?;
@@ -210,30 +211,30 @@ pub async fn next_frame(channel: &mut (impl AsyncRead + Unpin)) -> Option<Frame>
     })
 }
 
-/// What the relay says on a stream until it closes it; nothing if it resets it.
-pub async fn hear(channel: &mut Channel, stream: u32) -> Option<Vec<u8>> {
-    let mut heard = Vec::new();
+/// Reads a stream until the relay closes it; `None` if the relay resets it.
+pub async fn read_stream(channel: &mut Channel, stream: u32) -> Option<Vec<u8>> {
+    let mut received = Vec::new();
     loop {
         let frame = next_frame(channel).await.expect("the connection is up");
         assert_ne!(frame.kind, GO_AWAY);
         if frame.stream != stream {
             continue;
         }
-        heard.extend(&frame.body);
+        received.extend(&frame.body);
         if frame.has(FIN | RST) {
-            return Some(heard).filter(|_| frame.has(FIN));
+            return Some(received).filter(|_| frame.has(FIN));
         }
     }
 }
 
-/// Asks for a reservation on a new stream; yields the status, unless the stream is reset.
+/// Sends a RESERVE on a new stream. Returns the status; `None` if the stream is reset.
 pub async fn reserve(channel: &mut Channel, stream: u32) -> Option<i32> {
-    let agreed = proposal(HOP.as_ref());
+    let negotiated = proposal(HOP.as_ref());
     let request = messages::reserve().encode_length_delimited_to_vec();
-    let opening = [&agreed[..], &request].concat();
+    let opening = [&negotiated[..], &request].concat();
     send(channel, &data(SYN, stream, &opening)).await;
-    let heard = hear(channel, stream).await?;
-    let answer = heard.strip_prefix(&agreed[..]).expect("it agrees");
+    let received = read_stream(channel, stream).await?;
+    let answer = received.strip_prefix(&negotiated[..]).expect("hop is accepted");
     let answer = messages::HopMessage::decode_length_delimited(answer);
     answer.expect("an answer").status
 }

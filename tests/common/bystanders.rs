@@ -1,4 +1,4 @@
-//! Those who look on while the relay is ill-treated, and are to notice nothing.
+//! Two clients with a circuit that must not be affected while the relay is attacked.
 
 use std::{
     fs,
@@ -13,106 +13,120 @@ use libp2p::{
 };
 use tokio::{runtime, time::sleep};
 
-use super::{Client, PATIENCE, Relay, by_hand::send, children, circuit, read_bytes, within};
+use super::{
+    Client, Relay, TEST_TIMEOUT, by_hand::send, child_process, circuit, read_bytes, within,
+};
 
-/// How long they are watched in peace, to know what it is like.
-const PEACE: Duration = Duration::from_millis(1500);
+/// How long they are measured before the attack, as the baseline.
+const BASELINE: Duration = Duration::from_millis(1500);
 
-/// The pause between two echoes. Whoever computes all the time cannot tell who else does.
+/// The pause between two echoes: without it the clients would compete for the CPU that they measure.
 const PAUSE: Duration = Duration::from_millis(5);
 
-/// After so many echoes something larger is carried.
-const ECHOES: usize = 20;
-/// As large as this, in bytes.
-const LOAD: usize = 256 * 1024;
+/// A bulk transfer follows each time after this many echoes.
+const ECHOES_PER_BULK: usize = 20;
+/// The size of a bulk transfer, in bytes.
+const BULK: usize = 256 * 1024;
 
-/// How often the target renews: a peer may 30 times a minute.
+/// The interval of the target's renewals: a peer may send 30 requests a minute.
 const RENEWAL: Duration = Duration::from_secs(3);
 
-/// What a relay may take at its peak in KiB, four times what it takes to begin with.
-const MUCH: u64 = 64 * 1024;
+/// The limit on the relay's peak memory in KiB: four times what it uses at the start.
+const MEMORY_LIMIT: u64 = 64 * 1024;
 
-/// The relay, and a circuit between two who have nothing to do with what is sent to it.
+/// The relay, and a circuit between two clients that take no part in the attack.
 pub struct Bystanders {
     pub relay: Relay,
     pub source: Client,
     pub target: Client,
     there: Stream,
     back: Stream,
-    /// How many lines a log at the default level had when they came.
+    /// How many lines the log at the default level had when the circuit was open.
     lines: usize,
-    /// What the relay may take at its peak, in KiB.
-    much: u64,
-    strangers: Strangers,
+    /// The limit on the relay's peak memory, in KiB.
+    memory_limit: u64,
+    attackers: AttackerThreads,
 }
 
-/// How the relay served them for a while.
+/// How the relay served the two clients for a while.
 #[derive(Debug, Default)]
 pub struct Service {
-    /// How long echoes took, there and back.
+    /// Round-trip times of echoes through the circuit.
     echoes: Vec<Duration>,
-    /// How long it took to carry so many loads.
-    carrying: Duration,
-    loads: u32,
+    /// How long all bulk transfers took together.
+    bulk_time: Duration,
+    bulks: u32,
     renewals: u32,
-    /// The CPU time of the relay meanwhile, in hundredths of a second.
-    computed: u64,
+    /// The CPU time of the relay in that time, in hundredths of a second.
+    cpu_time: u64,
 }
 
-/// What they noticed of an attack, and what it cost the relay.
+/// What an attack did to the two clients, and what it cost the relay.
 #[derive(Debug)]
-pub struct Noticed {
+pub struct Impact {
     before: Service,
-    meanwhile: Service,
+    during: Service,
     took: Duration,
-    /// The most memory that the relay ever took, in KiB.
+    /// The relay's peak resident memory so far, in KiB.
     pub peak: u64,
 }
 
 impl Bystanders {
-    /// With limits that stand in the way of neither them nor a stranger, and these flags.
-    pub async fn gather(flags: &[&str]) -> Self {
+    /// Starts a relay with these flags, and with limits that affect neither the clients nor an attacker.
+    pub async fn start(flags: &[&str]) -> Self {
         let limits = "--max-connections-per-ip=0 --max-handshakes=4096 --idle-timeout=0s \
                       --circuit-duration=0s";
         let flags = [&limits.split(' ').collect::<Vec<_>>(), flags].concat();
-        Self::gather_at(Relay::start(&flags), MUCH).await
+        Self::start_with(Relay::start(&flags), MEMORY_LIMIT).await
     }
 
-    /// At this relay, which may take so many KiB at its peak.
-    pub async fn gather_at(relay: Relay, much: u64) -> Self {
+    /// Connects both clients to this relay, whose peak memory may be `memory_limit` KiB.
+    pub async fn start_with(relay: Relay, memory_limit: u64) -> Self {
         let mut source = Client::connect(&relay).await;
         let mut target = Client::connect(&relay).await;
         target.reserve().await;
         let (there, back) = circuit(&mut source, &mut target).await;
-        // The last that it says by itself.
+        // The last line that the relay logs at its start.
         relay.wait_for_log("can be dialed from the internet").await;
-        let lines = loud(&relay).len();
-        Self { relay, source, target, there, back, lines, much, strangers: Strangers(None) }
+        let lines = visible_log(&relay).len();
+        Self {
+            relay,
+            source,
+            target,
+            there,
+            back,
+            lines,
+            memory_limit,
+            attackers: AttackerThreads(None),
+        }
     }
 
-    /// Lives on while somebody attacks: every echo comes back, and every renewal is granted.
-    /// Strangers have threads of their own, until all is over.
-    pub async fn live_through<T: Send + 'static>(
+    /// Measures the baseline, then runs the attack: every echo must come back and every renewal be granted. The attack
+    /// runs on threads of its own, which stay until this is dropped.
+    pub async fn watch_during<T: Send + 'static>(
         &mut self,
         attack: impl Future<Output = T> + Send + 'static,
-    ) -> (T, Noticed) {
-        let ((), before) = self.live_until(pin!(sleep(PEACE))).await;
+    ) -> (T, Impact) {
+        let ((), before) = self.watch_until(pin!(sleep(BASELINE))).await;
         let start = Instant::now();
-        let attack = self.strangers.runtime().spawn(attack);
-        let (attacked, meanwhile) = self.live_until(pin!(attack)).await;
+        let attack = self.attackers.runtime().spawn(attack);
+        let (attacked, during) = self.watch_until(pin!(attack)).await;
         let attacked = attacked.unwrap_or_else(|error| resume_unwind(error.into_panic()));
-        let noticed = Noticed {
+        let impact = Impact {
             before,
-            meanwhile,
+            during,
             took: start.elapsed(),
-            peak: children::peak(self.relay.pid()),
+            peak: child_process::peak(self.relay.pid()),
         };
-        (attacked, noticed)
+        (attacked, impact)
     }
 
-    async fn live_until<T>(&mut self, mut over: Pin<&mut impl Future<Output = T>>) -> (T, Service) {
+    async fn watch_until<T>(
+        &mut self,
+        mut over: Pin<&mut impl Future<Output = T>>,
+    ) -> (T, Service) {
         let mut service = Service::default();
-        let before = computed(&self.relay);
+        let before = cpu_time(&self.relay);
         let mut renew = Instant::now();
         let mut echoes = 0;
         loop {
@@ -120,9 +134,9 @@ impl Bystanders {
             pass(&mut self.there, &mut self.back).await;
             pass(&mut self.back, &mut self.there).await;
             service.echoes.push(start.elapsed());
-            if echoes % ECHOES == 0 {
-                service.carrying += carry(&mut self.there, &mut self.back).await;
-                service.loads += 1;
+            if echoes % ECHOES_PER_BULK == 0 {
+                service.bulk_time += transfer(&mut self.there, &mut self.back).await;
+                service.bulks += 1;
             }
             echoes += 1;
             if Instant::now() >= renew {
@@ -132,7 +146,7 @@ impl Bystanders {
             }
             tokio::select! {
                 output = &mut over => {
-                    service.computed = computed(&self.relay) - before;
+                    service.cpu_time = cpu_time(&self.relay) - before;
                     return (output, service);
                 }
                 () = sleep(PAUSE) => {}
@@ -140,27 +154,27 @@ impl Bystanders {
         }
     }
 
-    /// Their circuit, their slots and their log are as they were, and the relay has come to rest.
-    pub async fn are_unharmed(&mut self) {
+    /// Asserts that the circuit, the slots and the log are unaffected, and that the relay becomes idle.
+    pub async fn assert_unharmed(&mut self) {
         pass(&mut self.there, &mut self.back).await;
         pass(&mut self.back, &mut self.there).await;
         self.target.reserve().await;
         self.source.reserve().await;
         let mut newcomer = Client::connect(&self.relay).await;
         newcomer.reserve().await;
-        // Once this line is there, all that came before it is.
+        // The log is in order: once this line is in it, all earlier ones are.
         let granted = format!("reservation granted: peer {}", newcomer.peer);
         self.relay.wait_for_log(&granted).await;
-        let news = loud(&self.relay).split_off(self.lines);
+        let news = visible_log(&self.relay).split_off(self.lines);
         assert!(news.is_empty(), "{news:#?}");
-        newcomer.leave().await;
-        self.have_kept_what_they_had();
-        rests(&self.relay).await;
-        peaked_below(self.much, &self.relay);
+        newcomer.disconnect().await;
+        self.assert_kept();
+        wait_until_idle(&self.relay).await;
+        assert_peak_below(self.memory_limit, &self.relay);
     }
 
-    /// Their connections are the first that they had, and the slot is the one that was granted then.
-    fn have_kept_what_they_had(&self) {
+    /// Asserts that both clients still have their first connections, and the target its first slot.
+    fn assert_kept(&self) {
         assert!(self.source.kept_its_connection());
         assert!(self.target.kept_its_connection());
         let target = self.target.peer;
@@ -173,25 +187,25 @@ impl Bystanders {
         assert_eq!(self.relay.count_in_log(&granted), 1);
     }
 
-    /// They go as well.
-    pub async fn leave(self) -> Relay {
-        self.source.leave().await;
-        self.target.leave().await;
+    /// Disconnects both clients.
+    pub async fn disconnect(self) -> Relay {
+        self.source.disconnect().await;
+        self.target.disconnect().await;
         self.relay
     }
 }
 
-/// Threads for strangers, from when they are wanted.
-struct Strangers(Option<runtime::Runtime>);
+/// The threads of attackers, started on first use.
+struct AttackerThreads(Option<runtime::Runtime>);
 
-impl Strangers {
+impl AttackerThreads {
     fn runtime(&mut self) -> &runtime::Runtime {
         self.0.get_or_insert_with(|| {
             runtime::Builder::new_multi_thread()
                 .worker_threads(2)
                 .enable_all()
-                // They have machines of their own elsewhere. Here they are not to take the cores
-                // from those whom they attack.
+                // Real attackers have machines of their own: these must not take the CPU from the
+                // relay and the clients.
                 .on_thread_start(|| _ = rustix::process::nice(5))
                 .build()
                 .expect("threads")
@@ -199,7 +213,7 @@ impl Strangers {
     }
 }
 
-impl Drop for Strangers {
+impl Drop for AttackerThreads {
     fn drop(&mut self) {
         if let Some(runtime) = self.0.take() {
             runtime.shutdown_background();
@@ -214,31 +228,31 @@ impl Service {
         echoes[(echoes.len() - 1) * percentile / 100].as_secs_f64()
     }
 
-    fn loads_a_second(&self) -> f64 {
-        f64::from(self.loads) / self.carrying.as_secs_f64()
+    fn bulks_a_second(&self) -> f64 {
+        f64::from(self.bulks) / self.bulk_time.as_secs_f64()
     }
 }
 
-impl Noticed {
-    /// What a well-behaved client sees: by how much its echoes took longer, the median and the
-    /// slowest hundredth, how much of its throughput was left, and that it could renew.
-    pub fn by_clients(&self) -> String {
-        let Self { before, meanwhile, .. } = self;
+impl Impact {
+    /// The impact on well-behaved clients: how much longer echoes took (median and 99th percentile), which fraction
+    /// of the throughput was left, and how many renewals were granted.
+    pub fn on_clients(&self) -> String {
+        let Self { before, during, .. } = self;
         format!(
             "echo × {:.1}, slowest hundredth × {:.1}, throughput × {:.2}; {} of {} renewals",
-            meanwhile.echo(50) / before.echo(50),
-            meanwhile.echo(99) / before.echo(99),
-            meanwhile.loads_a_second() / before.loads_a_second(),
-            meanwhile.renewals, // else it would have ended there
-            meanwhile.renewals,
+            during.echo(50) / before.echo(50),
+            during.echo(99) / before.echo(99),
+            during.bulks_a_second() / before.bulks_a_second(),
+            during.renewals, // a refused one would have panicked
+            during.renewals,
         )
     }
 
-    /// What the relay spent on it, beside what it spent on them.
-    pub fn by_the_relay(&self) -> String {
-        let share = self.meanwhile.echoes.len() as f64 / self.before.echoes.len() as f64;
-        let for_them = self.before.computed as f64 * share;
-        let spent = (self.meanwhile.computed as f64 - for_them).max(0.0) / 100.0;
+    /// What the attack cost the relay, without what it spent on the two clients.
+    pub fn on_relay(&self) -> String {
+        let share = self.during.echoes.len() as f64 / self.before.echoes.len() as f64;
+        let for_clients = self.before.cpu_time as f64 * share;
+        let spent = (self.during.cpu_time as f64 - for_clients).max(0.0) / 100.0;
         format!(
             "{spent:.1} s of CPU in {:.0} s, {} MiB at its peak",
             self.took.as_secs_f64(),
@@ -247,19 +261,19 @@ impl Noticed {
     }
 }
 
-/// Carries a load, and says how long it took.
-async fn carry(from: &mut Stream, to: &mut Stream) -> Duration {
-    let load = vec![7; LOAD];
-    let mut carried = vec![0; LOAD];
+/// Transfers one bulk of bytes, and returns how long it took.
+async fn transfer(from: &mut Stream, to: &mut Stream) -> Duration {
+    let bulk = vec![7; BULK];
+    let mut received = vec![0; BULK];
     let start = Instant::now();
     let write = async {
-        from.write_all(&load).await?;
+        from.write_all(&bulk).await?;
         from.flush().await
     };
-    let (written, read) = within(future::join(write, to.read_exact(&mut carried))).await;
+    let (written, read) = within(future::join(write, to.read_exact(&mut received))).await;
     written.expect("the circuit stays");
     read.expect("the circuit stays");
-    assert!(carried == load, "what was said is what was heard");
+    assert!(received == bulk, "the received bytes are those sent");
     start.elapsed()
 }
 
@@ -268,56 +282,55 @@ async fn pass(from: &mut Stream, to: &mut Stream) {
     assert_eq!(read_bytes(to, 10).await, b"still here");
 }
 
-/// What the relay logs by default, but for what it sums up each minute or says only once: panics,
-/// and all that is above debug.
-fn loud(relay: &Relay) -> Vec<String> {
+/// The log at the default level and panics, without lines that are logged once a minute or only once.
+fn visible_log(relay: &Relay) -> Vec<String> {
     let quiet = [" DEBUG relaylet", " within a minute: ", "this is logged once"];
     let mut log = relay.log();
     log.retain(|line| !quiet.iter().any(|words| line.contains(words)));
     log
 }
 
-/// Waits until the relay hardly computes any more, and looks at how much memory it ever took.
-pub async fn comes_to_rest(relay: &Relay) {
-    rests(relay).await;
-    peaked_below(MUCH, relay);
+/// Waits until the relay is idle, and asserts that its peak memory is below [`MEMORY_LIMIT`].
+pub async fn assert_idle_within_memory(relay: &Relay) {
+    wait_until_idle(relay).await;
+    assert_peak_below(MEMORY_LIMIT, relay);
 }
 
-/// Waits until the relay hardly computes any more.
-pub async fn rests(relay: &Relay) {
+/// Waits until the relay uses almost no CPU.
+pub async fn wait_until_idle(relay: &Relay) {
     const BUSY: u64 = 20; // hundredths of a second
     let start = Instant::now();
-    if !is_counted(relay) {
+    if !has_proc(relay) {
         return;
     }
-    let mut before = computed(relay);
+    let mut before = cpu_time(relay);
     loop {
         sleep(Duration::from_secs(1)).await;
-        let now = computed(relay);
+        let now = cpu_time(relay);
         if now - before < BUSY {
             return;
         }
-        assert!(start.elapsed() < PATIENCE, "the relay spins");
+        assert!(start.elapsed() < TEST_TIMEOUT, "the relay spins");
         before = now;
     }
 }
 
-fn peaked_below(much: u64, relay: &Relay) {
-    if is_counted(relay) {
-        let peak = children::peak(relay.pid());
-        assert!(peak < much, "{peak} KiB");
+fn assert_peak_below(memory_limit: u64, relay: &Relay) {
+    if has_proc(relay) {
+        let peak = child_process::peak(relay.pid());
+        assert!(peak < memory_limit, "{peak} KiB");
     }
 }
 
 /// The CPU time of the relay, in hundredths of a second.
-fn computed(relay: &Relay) -> u64 {
+fn cpu_time(relay: &Relay) -> u64 {
     let stat = fs::read_to_string(format!("/proc/{}/stat", relay.pid()));
     let stat = stat.expect("it runs, on Linux");
     let fields = stat.split(' ').skip(13).take(2); // utime and stime
     fields.map(|ticks| ticks.parse::<u64>().unwrap()).sum()
 }
 
-/// Only Linux says what a process takes.
-fn is_counted(relay: &Relay) -> bool {
+/// Whether there is a `/proc`, as on Linux.
+fn has_proc(relay: &Relay) -> bool {
     fs::exists(format!("/proc/{}/stat", relay.pid())).unwrap_or(false)
 }

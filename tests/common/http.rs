@@ -1,4 +1,4 @@
-//! A caller of the HTTP port that says exactly what it is told to, and reads whatever comes back.
+//! A client of the relay's HTTP port that sends exactly the given bytes and reads whatever is answered.
 
 use std::collections::BTreeMap;
 
@@ -9,64 +9,64 @@ use tokio::{
 
 use super::{Relay, within};
 
-/// Where to ask, and that any port will do.
-pub const ANYWHERE: &str = "--http=127.0.0.1:0";
+/// The flag that serves HTTP on any free port.
+pub const ON_ANY_PORT: &str = "--http=127.0.0.1:0";
 
-/// An answer.
+/// An HTTP answer.
 #[derive(Debug, Default)]
 pub struct Answer {
     pub status: u16,
-    /// By names in lower case.
+    /// By name in lower case.
     pub headers: BTreeMap<String, String>,
     pub body: String,
 }
 
-/// Where the relay is to be watched.
+/// The port that the relay serves HTTP on, from its log.
 pub async fn port(relay: &Relay) -> u16 {
     let line = relay.wait_for_log("watch it at http://").await;
     let (_, rest) = line.split_once("http://127.0.0.1:").expect("an address");
     rest.trim_end_matches('/').parse().expect("a port")
 }
 
-/// A connection without any request yet.
-pub async fn call(port: u16) -> TcpStream {
+/// Opens a connection without sending a request.
+pub async fn dial(port: u16) -> TcpStream {
     within(TcpStream::connect(("127.0.0.1", port))).await.expect("the port is open")
 }
 
-/// Asks for something as Prometheus does, and reads the answer.
-pub async fn ask(port: u16, method: &str, path: &str) -> Answer {
+/// Sends a request with the `Accept` header of Prometheus, and reads the answer.
+pub async fn fetch(port: u16, method: &str, path: &str) -> Answer {
     let headers = "Host: localhost\r\nAccept: application/openmetrics-text, */*;q=0.1";
-    ask_with(port, method, path, headers).await
+    fetch_with(port, method, path, headers).await
 }
 
-/// Asks for something with these headers.
-pub async fn ask_with(port: u16, method: &str, path: &str, headers: &str) -> Answer {
+/// Sends a request with these headers, and reads the answer.
+pub async fn fetch_with(port: u16, method: &str, path: &str, headers: &str) -> Answer {
     let request = format!("{method} {path} HTTP/1.1\r\n{headers}\r\nConnection: close\r\n\r\n");
-    say(port, request.as_bytes()).await
+    send_raw(port, request.as_bytes()).await
 }
 
-/// Gets something, and insists on getting it.
+/// Gets a path; panics unless the status is 200.
 pub async fn get(port: u16, path: &str) -> String {
-    let answer = ask(port, "GET", path).await;
+    let answer = fetch(port, "GET", path).await;
     assert_eq!(answer.status, 200, "{path}: {answer:?}");
     answer.body
 }
 
-/// Says all of this on one connection, and reads what comes until it is closed or reset.
-pub async fn say(port: u16, request: &[u8]) -> Answer {
-    let mut stream = call(port).await;
-    // It may have heard enough before the end.
+/// Sends these bytes on one connection, and reads until it is closed or reset.
+pub async fn send_raw(port: u16, request: &[u8]) -> Answer {
+    let mut stream = dial(port).await;
+    // The relay may close the connection before it has read all of it.
     let _ = within(stream.write_all(request)).await;
-    hear(&mut stream).await
+    read_answer(&mut stream).await
 }
 
-/// Reads what comes until the connection is closed or reset.
-pub async fn hear(stream: &mut TcpStream) -> Answer {
+/// Reads until the connection is closed or reset.
+pub async fn read_answer(stream: &mut TcpStream) -> Answer {
     let mut bytes = Vec::new();
     let _ = within(stream.read_to_end(&mut bytes)).await;
     let text = String::from_utf8(bytes).expect("text");
     let Some((head, body)) = text.split_once("\r\n\r\n") else {
-        assert_eq!(text, "", "no half answers");
+        assert_eq!(text, "", "no incomplete answer");
         return Answer::default();
     };
     let mut lines = head.lines();
@@ -83,11 +83,11 @@ pub async fn hear(stream: &mut TcpStream) -> Answer {
     }
 }
 
-/// The samples of an OpenMetrics text, by name and labels as they stand there.
+/// The samples of an OpenMetrics text, by their name and labels as written.
 ///
 /// # Panics
 ///
-/// When it is none: a sample without a family, or not of its kind, or twice.
+/// If it is invalid: a sample without a family, of another type, or twice.
 pub fn samples(text: &str) -> BTreeMap<String, f64> {
     let mut samples = BTreeMap::new();
     let mut kinds = BTreeMap::new();

@@ -1,5 +1,5 @@
-//! The relay's messages as these tests write and read them: the specification's protobuf once more,
-//! so that a mistake in the relay's own is not made twice.
+//! The relay's messages as these tests write and read them: the specification's protobuf a second time,
+//! so that a mistake in the relay's own definitions is not repeated.
 
 use libp2p::{
     Multiaddr, PeerId, Stream,
@@ -61,7 +61,7 @@ pub struct Limit {
     pub data: Option<u64>,
 }
 
-/// What identify says, as far as these tests do.
+/// The fields of an identify message that these tests use.
 #[derive(Clone, PartialEq, Message)]
 pub struct Identify {
     #[prost(bytes = "vec", optional, tag = "1")]
@@ -73,7 +73,7 @@ pub struct Identify {
 }
 
 impl Identify {
-    /// One that says that the relay was reached at this address.
+    /// A message that reports this observed address.
     pub fn reached_at(address: &Multiaddr) -> Self {
         Self { observed_addr: Some(address.to_vec()), ..Self::default() }
     }
@@ -95,7 +95,7 @@ pub fn stop_status(status: i32) -> StopMessage {
     StopMessage { kind: Some(1), status: Some(status), ..StopMessage::default() }
 }
 
-/// Writes a message behind its length.
+/// Writes a message with its length in front.
 pub async fn write(stream: &mut Stream, message: &impl Message) {
     let bytes = message.encode_length_delimited_to_vec();
     within(async {
@@ -106,16 +106,16 @@ pub async fn write(stream: &mut Stream, message: &impl Message) {
     .expect("the other side reads");
 }
 
-/// Reads a message behind its length.
+/// Reads a message with its length in front.
 pub async fn read<M: Message + Default>(stream: &mut Stream) -> M {
     let mut prefix = Vec::new();
     while prefix.last().is_none_or(|byte| byte & 0x80 != 0) {
         let mut byte = [0];
-        within(stream.read_exact(&mut byte)).await.expect("an answer comes");
+        within(stream.read_exact(&mut byte)).await.expect("an answer");
         prefix.push(byte[0]);
     }
     let length = prost::decode_length_delimiter(&*prefix).expect("a length");
     let mut message = vec![0; length];
-    within(stream.read_exact(&mut message)).await.expect("the whole of it comes");
+    within(stream.read_exact(&mut message)).await.expect("the whole message");
     M::decode(&*message).expect("a message")
 }

@@ -1,21 +1,21 @@
-//! What the tests share: the relay as a child process, and a client that can say anything.
+//! What the tests share: the relay as a child process, and a client that can send any message.
 
 #![allow(dead_code)] // each test file uses its own part
 
+pub mod bench_client;
 pub mod by_hand;
 pub mod bystanders;
-pub mod children;
+pub mod child_process;
+pub mod client_process;
 pub mod http;
 pub mod messages;
 pub mod network;
-pub mod play;
-pub mod process;
-pub mod running;
-pub mod silent;
-pub mod strangers;
+pub mod permits;
+pub mod raw_peers;
+pub mod running_node;
+pub mod scenario;
 pub mod swarms;
 pub mod tcp_from;
-pub mod turn;
 #[cfg(feature = "websocket")]
 pub mod websocket;
 
@@ -47,8 +47,8 @@ use tokio::{sync::watch, task::JoinHandle};
 use messages::{HopMessage, StopMessage};
 use tcp_from::{TcpFrom, address_of};
 
-/// How long anything may take that is only waited for: generous, because machines are shared.
-pub const PATIENCE: Duration = Duration::from_secs(180);
+/// How long a test waits for an event before it fails: generous, because machines are shared.
+pub const TEST_TIMEOUT: Duration = Duration::from_secs(180);
 
 /// Longer than any test or bench takes.
 pub const NEVER: Duration = Duration::from_secs(365 * 24 * 60 * 60);
@@ -56,7 +56,7 @@ pub const NEVER: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 pub const HOP: StreamProtocol = StreamProtocol::new("/libp2p/circuit/relay/0.2.0/hop");
 pub const STOP: StreamProtocol = StreamProtocol::new("/libp2p/circuit/relay/0.2.0/stop");
 
-/// The program, running with a folder and an identity of its own. Killed when dropped.
+/// The relay program, running in a folder of its own with an identity of its own. Killed when dropped.
 pub struct Relay {
     pub address: Multiaddr,
     pub peer: PeerId,
@@ -74,7 +74,7 @@ impl Relay {
         Self::start_listening(&all)
     }
 
-    /// Starts it with these flags, one of which says where to listen.
+    /// Starts it with these flags, which include `--listen`.
     pub fn start_listening(flags: &[&str]) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
         Self::start_in(folder, flags)
@@ -87,9 +87,9 @@ impl Relay {
         Self::run(command, folder)
     }
 
-    /// Runs this command in its folder, and waits until it listens. Before that it waits for its [`turn`].
+    /// Runs this command in `folder` and waits until the relay listens. First acquires a permit ([`permits`]).
     pub fn run(mut command: Command, folder: TempDir) -> Self {
-        turn::wait();
+        permits::acquire();
         let mut child = command
             .env("RUST_LOG", "info,relaylet=debug,soketto=off,yamux=off")
             .stdout(Stdio::piped())
@@ -115,16 +115,16 @@ impl Relay {
         relay
     }
 
-    /// The next address that it says it listens on.
+    /// The next address that it prints on standard output.
     pub fn next_address(&self) -> Multiaddr {
-        let line = self.lines.recv_timeout(PATIENCE).unwrap_or_else(|_| {
-            panic!("the relay says no (further) address; its log: {:#?}", self.log())
+        let line = self.lines.recv_timeout(TEST_TIMEOUT).unwrap_or_else(|_| {
+            panic!("the relay prints no (further) address; its log: {:#?}", self.log())
         });
-        let address = line.strip_prefix("listening on ").expect("the only kind of line");
+        let address = line.strip_prefix("listening on ").expect("a `listening on` line");
         address.parse().expect("a multiaddr")
     }
 
-    /// What else it said on standard output. It has to have ended.
+    /// The other lines on standard output. Call it after the relay has exited.
     pub fn rest_of_output(&self) -> Vec<String> {
         self.lines.iter().collect()
     }
@@ -134,7 +134,7 @@ impl Relay {
         tcp_port(&self.address)
     }
 
-    /// What it logged so far, and the lines of standard output: as a container's log has both.
+    /// The lines logged so far, and those of standard output, as a container's log has both.
     pub fn log(&self) -> Vec<String> {
         self.log.lock().unwrap().clone()
     }
@@ -158,7 +158,7 @@ impl Relay {
                 return line;
             }
             assert!(
-                start.elapsed() < PATIENCE,
+                start.elapsed() < TEST_TIMEOUT,
                 "no line with {text:?} in the log: {:#?}",
                 self.log()
             );
@@ -166,31 +166,31 @@ impl Relay {
         }
     }
 
-    /// The id of its process.
+    /// The process id.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// Sends it a signal, by the name that `kill` knows.
+    /// Sends it a signal, by its name for `kill`.
     pub fn signal(&self, name: &str) {
         signal(self.pid(), name);
     }
 
     /// Kills it as `kill -9` does, and keeps the folder with its identity.
     pub fn kill(mut self) -> TempDir {
-        self.child.kill().expect("it can be killed");
-        self.child.wait().expect("it ends");
+        self.child.kill().expect("kill succeeds");
+        self.child.wait().expect("wait succeeds");
         std::mem::replace(&mut self.folder, tempfile::tempdir().expect("a temporary folder"))
     }
 
-    /// Waits for it to end by itself.
+    /// Waits until it exits by itself.
     pub fn wait(&mut self) -> ExitStatus {
         wait_for(&mut self.child)
     }
 
-    /// Whether it still runs.
-    pub fn runs(&mut self) -> bool {
-        self.child.try_wait().expect("it can be asked").is_none()
+    /// Whether the process is still running.
+    pub fn is_running(&mut self) -> bool {
+        self.child.try_wait().expect("wait succeeds").is_none()
     }
 }
 
@@ -219,29 +219,29 @@ fn program() -> PathBuf {
     named.unwrap_or_else(|| env!("CARGO_BIN_EXE_relaylet").into())
 }
 
-/// The program, to be run in `folder` and with nothing of this machine's environment.
+/// The command that runs the program in `folder` with an empty environment.
 pub fn command(folder: &TempDir) -> Command {
     let mut command = Command::new(program());
     command.current_dir(folder.path()).env_clear();
     command
 }
 
-/// Waits for a process to end by itself.
+/// Waits until a process exits by itself.
 pub fn wait_for(child: &mut Child) -> ExitStatus {
     let start = Instant::now();
     loop {
-        if let Some(status) = child.try_wait().expect("it can be waited for") {
+        if let Some(status) = child.try_wait().expect("wait succeeds") {
             return status;
         }
-        if start.elapsed() > PATIENCE {
-            child.kill().expect("it can be killed");
-            panic!("the process does not end");
+        if start.elapsed() > TEST_TIMEOUT {
+            child.kill().expect("kill succeeds");
+            panic!("the process does not exit");
         }
         thread::sleep(Duration::from_millis(10));
     }
 }
 
-/// Sends a signal to a process, by the name that `kill` knows.
+/// Sends a signal to a process, by its name for `kill`.
 pub fn signal(pid: u32, name: &str) {
     let status = Command::new("kill")
         .args([&format!("-{name}"), &pid.to_string()])
@@ -264,24 +264,23 @@ fn lines_of(output: ChildStdout, log: Arc<Mutex<Vec<String>>>) -> mpsc::Receiver
     receiver
 }
 
-/// Reads all that a process says on standard error.
-pub fn all_of(stderr: &mut impl Read) -> String {
+/// Reads standard error to its end.
+pub fn read_stderr(stderr: &mut impl Read) -> String {
     let mut text = String::new();
     stderr.read_to_string(&mut text).expect("text");
     text
 }
 
-/// A secure channel for a client to insist on.
+/// The secure channel that a client offers, and the only one.
 #[derive(Clone, Copy, Debug)]
 pub enum Security {
     Noise,
     Tls,
 }
 
-/// rust-libp2p with bare streams of any protocol, connected to a relay.
+/// rust-libp2p with raw streams of any protocol, connected to a relay.
 ///
-/// It pings once, when it comes; after that nothing is heard of it unless it is asked, by a test or
-/// by the relay.
+/// It pings once, when it connects. After that it sends nothing unless a test or the relay requests it.
 pub struct Client {
     pub peer: PeerId,
     relay: PeerId,
@@ -320,7 +319,7 @@ impl Client {
         Self::connect_with(keypair, relay, security, yamux::Config::default).await
     }
 
-    /// As [`Client::connect_as`], with yamux's settings of one's own.
+    /// As [`Client::connect_as`], with this configuration of yamux.
     pub async fn connect_with(
         keypair: Keypair,
         relay: &Multiaddr,
@@ -328,24 +327,24 @@ impl Client {
         muxer: fn() -> yamux::Config,
     ) -> Self {
         let ping = ping::Behaviour::new(ping::Config::new().with_interval(NEVER));
-        Self::connect_speaking(keypair, relay, security, muxer, Some(ping)).await
+        Self::connect_with_behaviours(keypair, relay, security, muxer, Some(ping)).await
     }
 
-    /// As [`Client::connect_as`], over Noise, and it pings as rust-libp2p does by itself.
+    /// As [`Client::connect_as`], over Noise, and it pings at rust-libp2p's default interval.
     pub async fn connect_pinging(keypair: Keypair, relay: &Multiaddr) -> Self {
         let muxer = yamux::Config::default;
         let ping = ping::Behaviour::default();
-        Self::connect_speaking(keypair, relay, Security::Noise, muxer, Some(ping)).await
+        Self::connect_with_behaviours(keypair, relay, Security::Noise, muxer, Some(ping)).await
     }
 
-    /// A new peer that does not know `/ipfs/ping/1.0.0`: whoever asks it over that is refused.
+    /// A new peer that does not support `/ipfs/ping/1.0.0`: it refuses the relay's probes.
     pub async fn connect_without_ping(relay: &Multiaddr) -> Self {
         let keypair = Keypair::generate_ed25519();
         let muxer = yamux::Config::default;
-        Self::connect_speaking(keypair, relay, Security::Noise, muxer, None).await
+        Self::connect_with_behaviours(keypair, relay, Security::Noise, muxer, None).await
     }
 
-    async fn connect_speaking(
+    async fn connect_with_behaviours(
         keypair: Keypair,
         relay: &Multiaddr,
         security: Security,
@@ -356,7 +355,7 @@ impl Client {
         let tcp = tcp::Config::default();
         let behaviour = |keypair: &Keypair| Parts::of(keypair, ping);
         let idle =
-            |config: libp2p::swarm::Config| config.with_idle_connection_timeout(PATIENCE * 10);
+            |config: libp2p::swarm::Config| config.with_idle_connection_timeout(TEST_TIMEOUT * 10);
         let swarm = match security {
             Security::Noise => builder
                 .with_tcp(tcp, noise::Config::new, muxer)
@@ -376,20 +375,20 @@ impl Client {
         Self::run(swarm, relay).await
     }
 
-    /// A new peer, connected to the relay at this address over a transport of one's own.
+    /// A new peer, connected to the relay at this address over this transport.
     pub async fn connect_over(
         relay: &Multiaddr,
         transport: impl FnOnce(&Keypair) -> Boxed<(PeerId, StreamMuxerBox)>,
     ) -> Self {
         let keypair = Keypair::generate_ed25519();
         let config = libp2p::swarm::Config::with_tokio_executor()
-            .with_idle_connection_timeout(PATIENCE * 10);
+            .with_idle_connection_timeout(TEST_TIMEOUT * 10);
         let parts = Parts::of(&keypair, None);
         let peer = keypair.public().to_peer_id();
         Self::run(Swarm::new(transport(&keypair), parts, peer, config), relay).await
     }
 
-    /// The owner of `keypair`, connected from an address in a /24 of its own: the so-manieth.
+    /// The owner of `keypair`, connected from [`address_of`] this number; each is in a /24 of its own.
     pub async fn connect_from(number: usize, keypair: Keypair, relay: &Multiaddr) -> Self {
         let ping = ping::Behaviour::new(ping::Config::new().with_interval(NEVER));
         let swarm = SwarmBuilder::with_existing_identity(keypair)
@@ -402,7 +401,7 @@ impl Client {
             .unwrap()
             .with_behaviour(|keypair| Parts::of(keypair, Some(ping)))
             .unwrap()
-            .with_swarm_config(|config| config.with_idle_connection_timeout(PATIENCE * 10))
+            .with_swarm_config(|config| config.with_idle_connection_timeout(TEST_TIMEOUT * 10))
             .build();
         Self::run(swarm, relay).await
     }
@@ -434,57 +433,57 @@ impl Client {
         client
     }
 
-    /// Waits until that many connections to the relay are up.
+    /// Waits until exactly `wanted` connections to the relay are up.
     pub async fn wait_for_connections(&mut self, wanted: usize) {
         within(self.connections.wait_for(|count| *count == wanted)).await.expect("the client runs");
     }
 
     /// Whether its connection is still the first that it had.
     pub fn kept_its_connection(&self) -> bool {
-        // Since it was waited for, the count has not changed.
+        // `wait_for` has seen the count; it has not changed since.
         self.connections.has_changed().is_ok_and(|changed| !changed)
     }
 
     /// Opens a stream to the relay.
     pub async fn open(&mut self, protocol: StreamProtocol) -> Stream {
         let stream = within(self.control.open_stream(self.relay, protocol)).await;
-        stream.expect("the relay takes the stream")
+        stream.expect("the relay accepts the stream")
     }
 
-    /// Takes the streams of this protocol that the relay opens.
+    /// The streams of this protocol that the relay opens.
     pub fn accept(&mut self, protocol: StreamProtocol) -> IncomingStreams {
-        self.control.accept(protocol).expect("it is not taken yet")
+        self.control.accept(protocol).expect("accept is called once")
     }
 
-    /// Asks on a hop stream, and reads the answer.
-    pub async fn ask(&mut self, request: &HopMessage) -> HopMessage {
-        self.ask_for_circuit(request).await.0
+    /// Sends a request on a hop stream and reads the answer.
+    pub async fn request(&mut self, request: &HopMessage) -> HopMessage {
+        self.request_circuit(request).await.0
     }
 
-    /// Asks on a hop stream, and reads the answer; what follows on the stream is the circuit.
-    pub async fn ask_for_circuit(&mut self, request: &HopMessage) -> (HopMessage, Stream) {
+    /// As [`Client::request`]. If the request is granted, the returned stream is the circuit.
+    pub async fn request_circuit(&mut self, request: &HopMessage) -> (HopMessage, Stream) {
         let mut stream = self.open(HOP).await;
         messages::write(&mut stream, request).await;
         (messages::read(&mut stream).await, stream)
     }
 
-    /// Sends these bytes on a hop stream, and reads the answer.
-    pub async fn say(&mut self, bytes: &[u8]) -> HopMessage {
+    /// Sends these bytes on a hop stream and reads the answer.
+    pub async fn send_raw(&mut self, bytes: &[u8]) -> HopMessage {
         let mut stream = self.open(HOP).await;
         stream.write_all(bytes).await.expect("the relay reads");
         stream.flush().await.expect("the relay reads");
         messages::read(&mut stream).await
     }
 
-    /// Reserves a slot, and insists on getting it.
+    /// Reserves a slot; panics if the relay refuses.
     pub async fn reserve(&mut self) -> HopMessage {
-        let answer = self.ask(&messages::reserve()).await;
+        let answer = self.request(&messages::reserve()).await;
         assert_eq!(answer.status, Some(100), "{answer:?}");
         answer
     }
 
-    /// Goes away: every connection is closed.
-    pub async fn leave(self) {
+    /// Closes every connection.
+    pub async fn disconnect(self) {
         self.task.abort();
         let _ = self.task.await;
     }
@@ -497,46 +496,47 @@ pub async fn source_and_target(relay: &Relay) -> (Client, Client) {
     (source, target)
 }
 
-/// Both ends of a circuit from `source` to `target`, who holds a reservation.
+/// Opens a circuit from `source` to `target`, which holds a reservation. Returns both ends.
 pub async fn circuit(source: &mut Client, target: &mut Client) -> (Stream, Stream) {
     let mut stops = target.accept(STOP);
     circuit_to(source, target.peer, &mut stops).await
 }
 
-/// As [`circuit`], for a target that already takes stop streams.
+/// As [`circuit`], for a target that already accepts stop streams.
 pub async fn circuit_to(
     source: &mut Client,
     target: PeerId,
     stops: &mut IncomingStreams,
 ) -> (Stream, Stream) {
     let connect = messages::connect(target);
-    let (answered, agreed) = tokio::join!(source.ask_for_circuit(&connect), agree(stops));
-    let ((answer, source), (_, target)) = (answered, agreed);
+    let (answered, accepted) =
+        tokio::join!(source.request_circuit(&connect), accept_circuit(stops));
+    let ((answer, source), (_, target)) = (answered, accepted);
     assert_eq!(answer.status, Some(100), "{answer:?}");
     (source, target)
 }
 
-/// Takes the next stop stream and agrees to the circuit.
-pub async fn agree(stops: &mut IncomingStreams) -> (StopMessage, Stream) {
+/// Reads the next stop request and accepts the circuit.
+pub async fn accept_circuit(stops: &mut IncomingStreams) -> (StopMessage, Stream) {
     let (_, mut stream) = within(stops.next()).await.expect("the client runs");
-    let question: StopMessage = messages::read(&mut stream).await;
+    let request: StopMessage = messages::read(&mut stream).await;
     messages::write(&mut stream, &messages::stop_status(100)).await;
-    (question, stream)
+    (request, stream)
 }
 
-/// What `future` yields, within the patience of these tests.
+/// Awaits `future`; panics after [`TEST_TIMEOUT`].
 pub async fn within<T>(future: impl Future<Output = T>) -> T {
-    tokio::time::timeout(PATIENCE, future).await.expect("it happens within three minutes")
+    tokio::time::timeout(TEST_TIMEOUT, future).await.expect("it finishes within three minutes")
 }
 
 /// Reads exactly `count` bytes.
 pub async fn read_bytes(stream: &mut Stream, count: usize) -> Vec<u8> {
     let mut bytes = vec![0; count];
-    within(stream.read_exact(&mut bytes)).await.expect("that many bytes come");
+    within(stream.read_exact(&mut bytes)).await.expect("the stream has as many bytes");
     bytes
 }
 
-/// Reads to the end of the stream, be it a close (`Ok`) or a reset (`Err`), and what came until then.
+/// Reads until the stream is closed (`Ok`) or reset (`Err`). Returns the bytes as well.
 pub async fn read_to_end(stream: &mut Stream) -> (Vec<u8>, std::io::Result<()>) {
     let mut bytes = Vec::new();
     let mut buffer = [0; 4096];

@@ -1,4 +1,4 @@
-//! A network of one's own: namespaces on one switch, whose cables can be pulled and lose packets.
+//! A virtual network: network namespaces on one switch, whose cables can be unplugged and lose packets.
 
 use std::{
     ffi::OsString,
@@ -9,10 +9,10 @@ use std::{
 
 use super::{Relay, command};
 
-/// So many networks this process has made.
-static MADE: AtomicUsize = AtomicUsize::new(0);
+/// How many networks this process has created.
+static CREATED: AtomicUsize = AtomicUsize::new(0);
 
-/// A switch. Gone when dropped, with all hosts on it.
+/// A switch with its hosts; deleted when dropped.
 pub struct Network {
     name: String,
     hosts: Vec<String>,
@@ -24,11 +24,11 @@ pub struct Network {
 enum Addresses {
     /// Private ones: 10.0.0.1 and so on.
     Private,
-    /// Such as the internet has, each in a /24 of its own: 45.0.1.1, 45.0.2.1.
+    /// Global ones, each in a /24 of its own: 45.0.1.1, 45.0.2.1.
     Global,
 }
 
-/// A host of its own on a network.
+/// A host on a network, in a namespace of its own.
 #[derive(Clone)]
 pub struct Host {
     namespace: String,
@@ -39,22 +39,22 @@ pub struct Host {
 }
 
 impl Network {
-    /// A private one.
+    /// Creates a network with private addresses.
     ///
     /// # Panics
     ///
-    /// Without the right to make one, or the tools.
+    /// Without root or without the tools.
     pub fn new() -> Self {
         Self::with(Addresses::Private)
     }
 
-    /// As [`Network::new`], with addresses as the internet has them.
+    /// As [`Network::new`], with global addresses.
     pub fn of_global_addresses() -> Self {
         Self::with(Addresses::Global)
     }
 
     fn with(addresses: Addresses) -> Self {
-        let number = MADE.fetch_add(1, Ordering::Relaxed);
+        let number = CREATED.fetch_add(1, Ordering::Relaxed);
         let name = format!("relaylet-{}-{number}", process::id());
         let network = Self { name, hosts: Vec::new(), addresses };
         ip(&["netns", "add", &network.name]);
@@ -63,7 +63,7 @@ impl Network {
         network
     }
 
-    /// One more host.
+    /// Adds a host.
     pub fn host(&mut self) -> Host {
         let number = self.hosts.len() + 1;
         let (address, prefix) = match self.addresses {
@@ -88,6 +88,37 @@ impl Network {
         ip(&["-n", namespace, "address", "add", &address, "dev", "cable"]);
         ip(&["-n", namespace, "link", "set", "cable", "up"]);
         ip(&["-n", namespace, "link", "set", "lo", "up"]);
+        host
+    }
+}
+
+impl Network {
+    /// A host at 192.168.1.2 behind `router`, which translates the addresses of what goes out.
+    pub fn host_behind(&mut self, router: &Host) -> Host {
+        let host = Host {
+            namespace: format!("{}-{}", self.name, self.hosts.len() + 1),
+            switch: router.namespace.clone(),
+            port: "lan".into(),
+            address: Ipv4Addr::new(192, 168, 1, 2),
+        };
+        let (outside, inside) = (&*router.namespace, &*host.namespace);
+        self.hosts.push(inside.into());
+        ip(&["netns", "add", inside]);
+        let cable = ["link", "add", "lan", "type", "veth", "peer", "cable", "netns", inside];
+        ip(&[&["-n", outside], &cable[..]].concat());
+        for (namespace, device, address) in
+            [(outside, "lan", "192.168.1.1/24"), (inside, "cable", "192.168.1.2/24")]
+        {
+            ip(&["-n", namespace, "address", "add", address, "dev", device]);
+            ip(&["-n", namespace, "link", "set", device, "up"]);
+        }
+        ip(&["-n", inside, "link", "set", "lo", "up"]);
+        ip(&["-n", inside, "route", "add", "default", "via", "192.168.1.1"]);
+        ip(&["netns", "exec", outside, "sysctl", "-qw", "net.ipv4.ip_forward=1"]);
+        let rules = "add table ip nat; \
+             add chain ip nat out { type nat hook postrouting priority srcnat; }; \
+             add rule ip nat out oifname cable masquerade";
+        ip(&["netns", "exec", outside, "nft", rules]);
         host
     }
 }
@@ -121,7 +152,7 @@ impl Host {
         self.relay_at(behind, flags)
     }
 
-    /// From now on nobody from outside can connect to this port of it.
+    /// Drops inbound connections to this port from now on.
     pub fn close(&self, port: u16) {
         let rules = format!(
             "add table ip wall; \
@@ -137,26 +168,26 @@ impl Host {
         let mut command = Command::new("ip");
         command
             .current_dir(folder.path())
-            .args(&self.under()[1..])
+            .args(&self.command_prefix()[1..])
             .arg(program)
             .arg(format!("--listen=/ip4/{address}/tcp/4001"))
             .args(flags);
         Relay::run(command, folder)
     }
 
-    /// The command that runs others on it.
-    pub fn under(&self) -> Vec<OsString> {
-        let under = ["ip", "netns", "exec", &self.namespace];
-        under.map(OsString::from).into()
+    /// The command that runs another command on this host.
+    pub fn command_prefix(&self) -> Vec<OsString> {
+        let prefix = ["ip", "netns", "exec", &self.namespace];
+        prefix.map(OsString::from).into()
     }
 
-    /// Pulls its cable, or puts it back.
+    /// Plugs its cable in or unplugs it.
     pub fn set_cable(&self, plugged: bool) {
         let state = if plugged { "up" } else { "down" };
         ip(&["-n", &self.switch, "link", "set", &self.port, state]);
     }
 
-    /// From now on its cable brings so many bytes a second at most.
+    /// Limits its cable to this many bytes per second towards the host.
     pub fn slow_down(&self, bytes: usize) {
         let rate = format!("{}bit", bytes * 8);
         let qdisc = ["qdisc", "replace", "dev", &self.port, "root", "tbf", "rate", &rate];
@@ -164,9 +195,9 @@ impl Host {
         run("tc", &[&["-n", &self.switch], &qdisc[..]].concat());
     }
 
-    /// From now on its cable loses so many packets of a hundred, both ways.
+    /// Drops this percentage of the packets on its cable, in both directions.
     ///
-    /// Each end drops what comes in: to a sender whose own firewall drops, that is no loss.
+    /// Each end drops inbound packets: a sender whose own firewall drops a packet does not see it as lost.
     pub fn lose(&self, percent: u8) {
         let which = match percent {
             100 => String::new(), // all

@@ -11,13 +11,12 @@ use libp2p::{
 use libp2p_stream::IncomingStreams;
 use tokio::task::JoinHandle;
 
-use super::{PATIENCE, within};
+use super::{TEST_TIMEOUT, within};
 
 /// The protocol of [`echo`].
 pub const ECHO: StreamProtocol = StreamProtocol::new("/test/echo/1.0.0");
 
-/// rust-libp2p with this behaviour, under a new identity, on its own TCP, Noise and yamux; it keeps connections
-/// that are idle.
+/// rust-libp2p with this behaviour and a new identity over TCP, Noise and yamux; it keeps idle connections open.
 pub fn swarm<B: NetworkBehaviour>(behaviour: impl FnOnce(&Keypair) -> B) -> Swarm<B> {
     swarm_of(Keypair::generate_ed25519(), behaviour)
 }
@@ -33,11 +32,11 @@ pub fn swarm_of<B: NetworkBehaviour>(
         .unwrap()
         .with_behaviour(behaviour)
         .unwrap()
-        .with_swarm_config(|config| config.with_idle_connection_timeout(PATIENCE * 10))
+        .with_swarm_config(|config| config.with_idle_connection_timeout(TEST_TIMEOUT * 10))
         .build()
 }
 
-/// Runs a swarm until it emits an event from which `wanted` makes something.
+/// Runs a swarm until it emits an event from which `wanted` returns something.
 pub async fn until<B: NetworkBehaviour, T>(
     swarm: &mut Swarm<B>,
     mut wanted: impl FnMut(SwarmEvent<B::ToSwarm>) -> Option<T>,
@@ -52,7 +51,7 @@ pub async fn until<B: NetworkBehaviour, T>(
     .await
 }
 
-/// Has a swarm listen, and returns the address once it does.
+/// Listens on this address, and returns the one that the swarm reports.
 pub async fn listen<B: NetworkBehaviour>(swarm: &mut Swarm<B>, address: Multiaddr) -> Multiaddr {
     swarm.listen_on(address).expect("an address to listen on");
     until(swarm, |event| match event {
@@ -62,7 +61,7 @@ pub async fn listen<B: NetworkBehaviour>(swarm: &mut Swarm<B>, address: Multiadd
     .await
 }
 
-/// Runs a swarm in the background, whatever its events.
+/// Runs a swarm in the background and ignores its events.
 pub fn drive<B: NetworkBehaviour<ToSwarm: Send> + Send>(mut swarm: Swarm<B>) -> JoinHandle<()> {
     tokio::spawn(async move {
         loop {
@@ -71,7 +70,7 @@ pub fn drive<B: NetworkBehaviour<ToSwarm: Send> + Send>(mut swarm: Swarm<B>) -> 
     })
 }
 
-/// Sends back what comes on these streams, and closes each behind it.
+/// Echoes what arrives on these streams, and closes each after its peer has closed it.
 pub fn echo(mut streams: IncomingStreams) {
     tokio::spawn(async move {
         while let Some((_, stream)) = streams.next().await {

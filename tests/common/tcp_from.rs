@@ -1,4 +1,4 @@
-//! TCP from an address of one's own: clients are many prefixes, as they are on the internet.
+//! TCP from a chosen source address, so that clients are in many prefixes, as on the internet.
 
 use std::{
     io,
@@ -65,7 +65,7 @@ impl Transport for TcpFrom {
     }
 }
 
-/// The so-manieth address, each of which is in a /24 of its own.
+/// Address `number` of those that are each in a /24 of their own.
 pub fn address_of(number: usize) -> Ipv4Addr {
     let first = Ipv4Addr::new(127, 100, 0, 1).to_bits();
     Ipv4Addr::from_bits(first + (number as u32 % 20_000) * 256)

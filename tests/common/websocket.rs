@@ -1,4 +1,4 @@
-//! WebSocket to the relay: rust-libp2p's, and by hand.
+//! WebSocket connections to the relay: rust-libp2p's, and byte by byte.
 
 use std::{
     fs,
@@ -24,16 +24,16 @@ use tokio::{
     time::sleep,
 };
 
-use super::{Client, PATIENCE, Relay, within};
+use super::{Client, Relay, TEST_TIMEOUT, within};
 
-/// Where to listen, on any port.
+/// Flags that listen on any free port.
 pub const LISTEN: &str = "--listen=/ip4/127.0.0.1/tcp/0/ws";
 pub const LISTEN_TLS: &str = "--listen=/ip4/127.0.0.1/tcp/0/tls/ws";
 
-/// Files that the flags name, in the relay's folder.
+/// Flags that name the certificate files in the relay's folder.
 pub const CERTIFICATE: [&str; 2] = ["--tls-cert=cert.pem", "--tls-key=key.pem"];
 
-/// A certificate for 127.0.0.1 that issued itself, and its key.
+/// A self-signed certificate for 127.0.0.1, and its key.
 pub struct Certificate {
     pub pem: String,
     pub key: String,
@@ -42,27 +42,27 @@ pub struct Certificate {
 
 impl Certificate {
     pub fn new() -> Self {
-        let made = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()]);
-        let made = made.expect("a certificate");
+        let created = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()]);
+        let created = created.expect("a certificate");
         Self {
-            pem: made.cert.pem(),
-            key: made.key_pair.serialize_pem(),
-            der: made.cert.der().to_vec(),
+            pem: created.cert.pem(),
+            key: created.key_pair.serialize_pem(),
+            der: created.cert.der().to_vec(),
         }
     }
 
-    /// Puts it where the flags say.
+    /// Writes it to the files of [`CERTIFICATE`].
     pub fn write(&self, folder: &Path) {
-        fs::write(folder.join("cert.pem"), &self.pem).expect("it can be written");
-        fs::write(folder.join("key.pem"), &self.key).expect("it can be written");
+        fs::write(folder.join("cert.pem"), &self.pem).expect("the file is written");
+        fs::write(folder.join("key.pem"), &self.key).expect("the file is written");
     }
 
     pub fn der(&self) -> Vec<u8> {
         self.der.clone()
     }
 
-    /// Whether this is what the relay shows at a `/tls/ws` address.
-    pub async fn is_shown(&self, address: &Multiaddr) -> bool {
+    /// Whether the relay presents this certificate at a `/tls/ws` address.
+    pub async fn is_served(&self, address: &Multiaddr) -> bool {
         let options = DialOpts { role: Endpoint::Dialer, port_use: PortUse::New };
         let dial = transport(Some(self)).dial(address.clone(), options);
         let dialed = within(dial.expect("an address to dial")).await;
@@ -100,14 +100,14 @@ pub async fn connect(relay: &Multiaddr) -> Client {
     Client::connect_over(relay, |keypair| secured(transport(None), keypair)).await
 }
 
-/// A new peer, connected over `/tls/ws` to a relay that shows this certificate.
+/// A new peer, connected over `/tls/ws` to a relay that presents this certificate.
 pub async fn connect_in_tls(relay: &Multiaddr, certificate: &Certificate) -> Client {
     Client::connect_over(relay, |keypair| secured(transport(Some(certificate)), keypair)).await
 }
 
 pub use super::tcp_port as port;
 
-/// The address with this ending behind its port that the relay listens on.
+/// The address on which the relay listens with this ending after the TCP port.
 pub async fn address(relay: &Relay, ending: &str) -> Multiaddr {
     let start = Instant::now();
     loop {
@@ -122,12 +122,12 @@ pub async fn address(relay: &Relay, ending: &str) -> Multiaddr {
                 return address;
             }
         }
-        assert!(start.elapsed() < PATIENCE, "{ending}: {:#?}", relay.log());
+        assert!(start.elapsed() < TEST_TIMEOUT, "{ending}: {:#?}", relay.log());
         sleep(Duration::from_millis(20)).await;
     }
 }
 
-/// What a client says first.
+/// The upgrade request of a client.
 pub const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: relay\r\nUpgrade: websocket\r\n\
     Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n\
     Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n";
@@ -135,13 +135,13 @@ pub const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: relay\r\nUpgrade: websocket
 /// The answer to the key in [`REQUEST`]: RFC 6455's example.
 const ACCEPTED: &str = "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=";
 
-/// A connection on which frames may be sent.
+/// A connection after the WebSocket upgrade, on which frames may be sent.
 pub async fn by_hand(port: u16) -> TcpStream {
     let mut stream = tcp(port).await;
-    within(stream.write_all(REQUEST)).await.expect("it reads");
+    within(stream.write_all(REQUEST)).await.expect("the relay reads");
     let mut answer = String::new();
     while !answer.ends_with("\r\n\r\n") {
-        let byte = within(stream.read_u8()).await.expect("it answers");
+        let byte = within(stream.read_u8()).await.expect("the relay answers");
         answer.push(byte.into());
     }
     assert!(answer.starts_with("HTTP/1.1 101 "), "{answer}");
@@ -154,7 +154,7 @@ pub async fn tcp(port: u16) -> TcpStream {
     stream.expect("the relay listens")
 }
 
-// The kinds of frames, and the bit that says that no more of the message follows.
+// The opcodes of frames, and the FIN bit of a message's last frame.
 pub const CONTINUATION: u8 = 0;
 pub const TEXT: u8 = 1;
 pub const BINARY: u8 = 2;
@@ -162,7 +162,7 @@ pub const CLOSE: u8 = 8;
 pub const PING: u8 = 9;
 pub const LAST: u8 = 0x80;
 
-/// The beginning of a client's frame of so many bytes, which are masked with zeros: as they are.
+/// The header of a client's frame of this length. The mask is zero, so the payload follows unchanged.
 pub fn header(kind: u8, length: u64) -> Vec<u8> {
     const MASKED: u8 = 0x80;
     let length = match length {

@@ -1,7 +1,7 @@
-//! A real Chromium. It looks at the relay's page, at the sizes of a desk and a phone, in dark and
-//! light; and two pages with js-libp2p in them meet through the relay.
+//! Tests with Chromium: it opens the relay's page in a desktop and a phone size, in dark and light mode; and two pages
+//! with js-libp2p connect to each other through the relay.
 //!
-//! Chromium is `CHROMIUM=…`, else `/usr/bin/chromium`. What it saw is under `target/tmp/browser`.
+//! Chromium is `CHROMIUM=…`, else `/usr/bin/chromium`. Screenshots are under `target/tmp/browser`.
 
 use std::{
     fs,
@@ -20,7 +20,7 @@ use tokio::{
     process,
 };
 
-/// Where the scripts are, with what they need.
+/// The folder of the scripts, with their packages installed.
 static SCRIPTS: LazyLock<PathBuf> = LazyLock::new(|| {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/env/browser");
     let mut npm = Command::new("npm");
@@ -32,7 +32,7 @@ static SCRIPTS: LazyLock<PathBuf> = LazyLock::new(|| {
 
 #[tokio::test]
 #[ignore = "needs Chromium, Node and npm"]
-async fn two_pages_meet_through_the_relay_and_again_after_its_restart() {
+async fn two_browsers_connect_through_the_relay_and_again_after_its_restart() {
     let certificate = Certificate::new();
     let folder = tempfile::tempdir().expect("a temporary folder");
     certificate.write(folder.path());
@@ -55,13 +55,13 @@ async fn two_pages_meet_through_the_relay_and_again_after_its_restart() {
         .kill_on_drop(true)
         .spawn()
         .expect("node is installed");
-    let mut said = BufReader::new(pages.stdout.take().expect("it is piped")).lines();
-    // It bounds its steps itself.
+    let mut output = BufReader::new(pages.stdout.take().expect("it is piped")).lines();
+    // The script limits the time of its steps.
     loop {
-        match said.next_line().await.expect("text") {
+        match output.next_line().await.expect("text") {
             Some(line) if line == "met" => break,
             Some(line) => println!("{line}"),
-            None => panic!("meet.mjs: {}", pages.wait().await.expect("it ends")),
+            None => panic!("meet.mjs: {}", pages.wait().await.expect("wait succeeds")),
         }
     }
     let mut log = relay.log();
@@ -76,11 +76,11 @@ async fn two_pages_meet_through_the_relay_and_again_after_its_restart() {
     assert_eq!(again.peer, peer);
     let mut input = pages.stdin.take().expect("it is piped");
     let restarted = input.write_all(b"restarted\n").await;
-    restarted.expect("it is read");
-    while let Some(line) = said.next_line().await.expect("text") {
+    restarted.expect("the script reads its input");
+    while let Some(line) = output.next_line().await.expect("text") {
         println!("{line}");
     }
-    let status = pages.wait().await.expect("it ends");
+    let status = pages.wait().await.expect("wait succeeds");
     assert!(status.success(), "meet.mjs: {status}");
 }
 
@@ -91,12 +91,12 @@ fn free_port() -> u16 {
 
 #[tokio::test]
 #[ignore = "needs Chromium, Node and npm"]
-async fn the_page_shows_the_relay_to_whoever_looks_at_it() {
+async fn the_status_page_shows_the_relay() {
     let screenshots = Path::new(env!("CARGO_TARGET_TMPDIR")).join("browser");
-    fs::create_dir_all(&screenshots).expect("a folder for what is seen");
+    fs::create_dir_all(&screenshots).expect("a folder for screenshots");
 
     let relay = Relay::start(&[
-        http::ANYWHERE,
+        http::ON_ANY_PORT,
         "--max-reservations=8",
         "--grace=1h",
         "--http-host=relay.example",
@@ -106,26 +106,26 @@ async fn the_page_shows_the_relay_to_whoever_looks_at_it() {
     let port = http::port(&relay).await;
     let mut target = Client::connect(&relay).await;
     let mut source = Client::connect(&relay).await;
-    let mut leaves = Client::connect(&relay).await;
+    let mut disconnecting = Client::connect(&relay).await;
     target.reserve().await;
-    leaves.reserve().await;
-    leaves.leave().await;
+    disconnecting.reserve().await;
+    disconnecting.disconnect().await;
     relay.wait_for_log("grace began").await;
-    let nobody = messages::connect(relay.peer);
-    assert_eq!(source.ask(&nobody).await.status, Some(204));
+    let to_relay_itself = messages::connect(relay.peer);
+    assert_eq!(source.request(&to_relay_itself).await.status, Some(204));
     let (mut there, mut back) = circuit(&mut source, &mut target).await;
-    let chatter = async {
+    let traffic = async {
         loop {
             let send = async {
-                there.write_all(&[7; 1024]).await.expect("it is read");
-                there.flush().await.expect("it is read");
+                there.write_all(&[7; 1024]).await.expect("the relay reads");
+                there.flush().await.expect("the relay reads");
             };
             future::join(send, read_bytes(&mut back, 1024)).await;
             tokio::time::sleep(std::time::Duration::from_millis(10)).await;
         }
     };
 
-    let look = process::Command::new("node")
+    let script = process::Command::new("node")
         .arg("page.mjs")
         .arg(format!("http://127.0.0.1:{port}/"))
         .arg(target.peer.to_string())
@@ -134,8 +134,8 @@ async fn the_page_shows_the_relay_to_whoever_looks_at_it() {
         .kill_on_drop(true)
         .status();
     let status = tokio::select! {
-        status = look => status.expect("node is installed"),
-        () = chatter => unreachable!("it goes on"),
+        status = script => status.expect("node is installed"),
+        () = traffic => unreachable!("the traffic never ends"),
     };
     assert!(status.success(), "page.mjs: {status}");
 }

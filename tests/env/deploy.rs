@@ -1,4 +1,4 @@
-//! The service and the image, by the tools that they are for: systemd, and what Docker would do.
+//! The systemd unit and the container image, tested with systemd's tools and with what Docker would do.
 
 use std::{
     fs,
@@ -12,9 +12,9 @@ use tempfile::TempDir;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_relaylet");
 
-// ---- The service
+// ---- The systemd unit
 
-/// How large the program may get, in bytes, and how much memory it may take before anyone has come.
+/// The limits on the size of the program and on its memory before any client has connected, in bytes.
 const LARGEST: u64 = 6_000_000;
 const MOST_RESIDENT: u64 = 10 * 1024 * 1024;
 
@@ -24,31 +24,31 @@ fn the_unit_is_valid() {
     let verify = |unit: &str| {
         let folder = TempDir::new().unwrap();
         let output = analyze(&["verify", "--recursive-errors=no"], unit, &folder);
-        let said = String::from_utf8(output.stderr).unwrap();
-        (output.status.success() && said.is_empty(), said)
+        let errors = String::from_utf8(output.stderr).unwrap();
+        (output.status.success() && errors.is_empty(), errors)
     };
-    let (valid, said) = verify(&unit());
-    assert!(valid, "{said}");
-    // It says so if there is something to say.
+    let (valid, errors) = verify(&unit());
+    assert!(valid, "{errors}");
+    // A mistake in the unit is reported.
     let misspelt = unit().replace("ProtectHome=", "ProtectHouse=");
     assert!(verify(&misspelt).1.contains("ProtectHouse"));
 }
 
 #[test]
 #[ignore = "needs systemd-analyze"]
-fn the_unit_exposes_little() {
-    let exposes_little = |unit: &str| {
+fn the_unit_has_a_low_exposure_score() {
+    let is_within_threshold = |unit: &str| {
         let folder = TempDir::new().unwrap();
-        let judge = ["security", "--offline=true", "--threshold=20"]; // of 100
-        analyze(&judge, unit, &folder).status.success()
+        let check = ["security", "--offline=true", "--threshold=20"]; // of 100
+        analyze(&check, unit, &folder).status.success()
     };
-    assert!(exposes_little(&unit()));
-    assert!(!exposes_little(&unit().replace("\nProtect", "\n#Protect")));
+    assert!(is_within_threshold(&unit()));
+    assert!(!is_within_threshold(&unit().replace("\nProtect", "\n#Protect")));
 }
 
 #[test]
 #[ignore = "needs root and systemd-nspawn"]
-fn systemd_runs_it_as_somebody_who_may_do_nothing_else() {
+fn systemd_runs_the_relay_as_an_unprivileged_user() {
     let folder = TempDir::new().unwrap();
     let output = run(Command::new("tests/deploy/boot").arg(PROGRAM).arg(folder.path()));
     let value = |name: &str| {
@@ -62,14 +62,14 @@ fn systemd_runs_it_as_somebody_who_may_do_nothing_else() {
         peer.to_owned()
     };
     let peer = identity("status");
-    assert_eq!(identity("status again"), peer, "who it is outlasts a restart");
+    assert_eq!(identity("status again"), peer, "the identity is kept after a restart");
     let user = value("user");
     assert_ne!(user, "0");
     assert_eq!(value("key"), format!("{user} 600"));
     assert_eq!(value("capabilities"), "0000000000000000");
     assert_eq!(value("seccomp"), "2");
     assert_eq!(value("setting"), "7");
-    assert_eq!(value("nice"), "19", "what is shown over HTTP comes last");
+    assert_eq!(value("nice"), "19", "the HTTP thread has the lowest priority");
     assert_eq!(value("reload of a file with an error"), "failed");
     assert_eq!(value("reload"), "done");
     assert_eq!(identity("status at 443"), peer);
@@ -77,24 +77,25 @@ fn systemd_runs_it_as_somebody_who_may_do_nothing_else() {
     assert_eq!(identity("status without netlink"), peer);
     assert_eq!(value("result"), "success");
     let journal: Vec<_> = output.lines().filter(|line| line.starts_with("journal=")).collect();
-    let says = |text: &str| journal.iter().filter(|line| line.contains(text)).count();
-    let each_time = (says(&format!("is {peer}")), says("SIGTERM: draining"));
+    let count_logged = |text: &str| journal.iter().filter(|line| line.contains(text)).count();
+    let each_time = (count_logged(&format!("is {peer}")), count_logged("SIGTERM: draining"));
     assert_eq!(each_time, (4, 4), "{journal:#?}");
-    let untold =
+    let without_netlink =
         ["listing this machine's addresses failed", "listening on /ip4/0.0.0.0/tcp/4001/p2p/"];
-    assert_eq!(untold.map(says), [1; 2], "{journal:#?}");
+    assert_eq!(without_netlink.map(count_logged), [1; 2], "{journal:#?}");
     let changes = [
         "SIGHUP: grace: \"20s\" → \"10s\"",
         "private network",
         "listening on /ip4/127.0.0.1/tcp/443/",
     ];
-    assert_eq!(changes.map(says), [1, 2, 1], "{journal:#?}");
+    assert_eq!(changes.map(count_logged), [1, 2, 1], "{journal:#?}");
     let warnings: Vec<_> = output.lines().filter(|line| line.starts_with("warning=")).collect();
-    let expected = says("can be dialed from the internet") + says(untold[0]);
+    let expected =
+        count_logged("can be dialed from the internet") + count_logged(without_netlink[0]);
     assert_eq!(warnings.len(), expected, "by their priority: {warnings:#?}, {journal:#?}");
 }
 
-/// The unit, for the program of these tests.
+/// The unit, with the path of the tested program.
 fn unit() -> String {
     let unit = fs::read_to_string("tests/deploy/relaylet.service").unwrap();
     assert!(unit.contains("ExecStart=/usr/local/bin/relaylet\n"));
@@ -109,7 +110,7 @@ fn analyze(arguments: &[&str], unit: &str, folder: &TempDir) -> Output {
     output.expect("systemd-analyze can be run")
 }
 
-// ---- The image
+// ---- The container image
 
 #[tokio::test]
 #[ignore = "needs root; builds a release"]
@@ -125,7 +126,7 @@ async fn two_containers_on_one_volume_are_one_relay() {
     let program = fs::metadata(image.root.join("relaylet")).unwrap();
     assert!(program.len() < LARGEST, "{} bytes", program.len());
 
-    // A new volume begins as what the image has in its place.
+    // A new volume starts as a copy of the image's folder.
     let volume = folder.path().join("volume");
     copy(&image.root.join("data"), &volume);
     let mut first = image.run(&volume);
@@ -140,12 +141,12 @@ async fn two_containers_on_one_volume_are_one_relay() {
     let second = image.run(&volume);
     assert_eq!(second.peer, first.peer);
     Client::connect(&second).await.reserve().await;
-    let elsewhere = folder.path().join("elsewhere");
-    copy(&image.root.join("data"), &elsewhere);
-    assert_ne!(image.run(&elsewhere).peer, first.peer);
+    let other_volume = folder.path().join("other_volume");
+    copy(&image.root.join("data"), &other_volume);
+    assert_ne!(image.run(&other_volume).peer, first.peer);
 }
 
-/// How much memory a process has now, in bytes.
+/// The resident memory of a process, in bytes.
 fn resident(pid: u32) -> u64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
@@ -153,7 +154,7 @@ fn resident(pid: u32) -> u64 {
     kib.parse::<u64>().unwrap() * 1024
 }
 
-/// What the Dockerfile makes.
+/// The image built from the Dockerfile.
 struct Image {
     root: PathBuf,
     settings: String,
@@ -183,7 +184,7 @@ impl Image {
         found.unwrap_or_else(|| panic!("no {name}: {}", self.settings))
     }
 
-    /// A container: the image's files and nothing else, but for devices, /proc and the volume.
+    /// Runs a container: the image's files, devices, /proc and the volume.
     fn run(&self, volume: &Path) -> Relay {
         const CONTAINER: &str = r#"
             set -e
@@ -218,9 +219,9 @@ fn copy(from: &Path, to: &Path) {
     run(Command::new("cp").arg("-a").args([from, to]));
 }
 
-/// What it says on standard output, once it ended well.
+/// Runs a command, which must succeed, and returns its standard output.
 fn run(command: &mut Command) -> String {
-    let output = command.output().expect("it can be run");
+    let output = command.output().expect("the command starts");
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{command:?}: {errors}");
     String::from_utf8(output.stdout).unwrap()

@@ -1,6 +1,6 @@
-//! Other people's clients, as they are: go-libp2p and js-libp2p against the program.
+//! Interoperability: unmodified go-libp2p and js-libp2p clients against the program.
 //!
-//! Without Go, or Node with npm, they fail, because a client that was not tried is not served.
+//! Without Go, or Node with npm, the tests fail rather than being skipped.
 
 mod many;
 mod yamux;
@@ -16,7 +16,7 @@ use std::{
 
 use crate::common::{Relay, http, network::Network, websocket};
 
-/// What a client does, and the flags of the relay that it does it to.
+/// The name of a client's scenario, and the flags of its relay.
 type Scenario = (&'static str, &'static [&'static str]);
 
 const UNLIMITED: Scenario = ("unlimited", &["--circuit-bytes", "0", "--circuit-duration", "0s"]);
@@ -27,7 +27,7 @@ const WEBSOCKET: Scenario = (
     &[websocket::LISTEN, "--circuit-bytes=0", "--circuit-duration=0s", "--reservation-ttl=5m"],
 );
 
-/// A private network's key; the clients find it under this name in their environment.
+/// The key of a private network; the clients get its path in the environment.
 const SWARM_KEY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/env/interop/swarm.key");
 const PRIVATE: Scenario = (
     "private",
@@ -48,15 +48,15 @@ async fn go_libp2p_is_served() {
         PRIVATE,
         WEBSOCKET,
     ] {
-        play(scenario, &mut Command::new(program)).await;
+        run_scenario(scenario, &mut Command::new(program)).await;
     }
 }
 
-/// Three relays, because go-libp2p asks each no more than once in two minutes, and believes version
-/// 2 when two have said the same.
+/// Three relays, because go-libp2p sends each at most one request in two minutes, and version 2 needs two equal
+/// answers.
 #[test]
 #[ignore = "needs Go, root, iproute2 and nftables"]
-fn go_libp2p_learns_whether_it_can_be_reached() {
+fn go_libp2p_learns_its_reachability_over_autonat() {
     let program = go_client();
     let mut network = Network::of_global_addresses();
     let relays = [network.host(), network.host(), network.host()];
@@ -67,36 +67,55 @@ fn go_libp2p_learns_whether_it_can_be_reached() {
         if scenario == "unreachable" {
             host.close(4001); // the port that it listens on
         }
-        let under = host.under();
-        run(Command::new(&under[0]).args(&under[1..]).arg(program).arg(scenario).args(&addresses));
+        let prefix = host.command_prefix();
+        run(Command::new(&prefix[0])
+            .args(&prefix[1..])
+            .arg(program)
+            .arg(scenario)
+            .args(&addresses));
     }
 }
 
+/// It names no address in version 1, because it has no global one. go-libp2p asks a server that refuses it again only 90 s
+/// later.
 #[test]
-#[ignore = "needs Go"]
-fn a_client_that_walks_a_dht_finds_a_relay_of_the_fleet_and_another_when_that_is_gone() {
-    let mut client = Talking::start(Command::new(go_client()).arg("fleet"));
-    let bootstrap = client.says("bootstrap ");
-    let fleet = (0..3).map(|_| Relay::start(&["--dht", "--bootstrap", &bootstrap]));
-    let mut fleet: Vec<_> = fleet.collect();
-    let first = client.says("reserved ");
-    let first = fleet.iter().position(|relay| relay.peer.to_string() == first);
-    fleet.remove(first.expect("one of the fleet")).kill();
-    client.ends_well();
+#[ignore = "needs Go, root, iproute2 and nftables"]
+fn go_libp2p_behind_a_router_learns_that_it_cannot_be_reached() {
+    let program = go_client();
+    let mut network = Network::of_global_addresses();
+    let relays = [network.host(), network.host()].map(|host| host.relay(&["--autonat"]));
+    let router = network.host();
+    router.close(4001);
+    let under = network.host_behind(&router).command_prefix();
+    let addresses = relays.each_ref().map(|relay| relay.address.to_string());
+    run(Command::new(&under[0]).args(&under[1..]).arg(program).arg("behind").args(&addresses));
 }
 
 #[test]
 #[ignore = "needs Go"]
-fn after_kill_9_under_60_clients_with_autorelay_all_are_reserved_again_and_none_is_refused() {
+fn a_dht_client_finds_a_relay_and_another_when_that_is_gone() {
+    let mut client = ClientProcess::start(Command::new(go_client()).arg("fleet"));
+    let bootstrap = client.read_value("bootstrap ");
+    let fleet = (0..3).map(|_| Relay::start(&["--dht", "--bootstrap", &bootstrap]));
+    let mut fleet: Vec<_> = fleet.collect();
+    let first = client.read_value("reserved ");
+    let first = fleet.iter().position(|relay| relay.peer.to_string() == first);
+    fleet.remove(first.expect("one of the fleet")).kill();
+    client.wait_for_success();
+}
+
+#[test]
+#[ignore = "needs Go"]
+fn after_kill_9_all_60_autorelay_clients_reserve_again_without_refusal() {
     const CLIENTS: usize = 60;
     let relay = Relay::start(&[]);
     let address = relay.address.to_string();
-    let mut clients = Talking::start(Command::new(go_client()).args(["restart", &address]));
-    clients.says("reserved");
+    let mut clients = ClientProcess::start(Command::new(go_client()).args(["restart", &address]));
+    clients.read_value("reserved");
     let listen = format!("--listen=/ip4/127.0.0.1/tcp/{}", relay.port());
     let killed = Instant::now();
     let relay = Relay::start_in(relay.kill(), &[&listen]);
-    clients.says("again");
+    clients.read_value("again");
     println!(
         "kill -9 under {CLIENTS} clients of go-libp2p: all reserved again {:.1} s after it",
         killed.elapsed().as_secs_f64()
@@ -106,13 +125,13 @@ fn after_kill_9_under_60_clients_with_autorelay_all_are_reserved_again_and_none_
     for refused in ["refused", "rejected", "connection denied", "answer undelivered"] {
         assert_eq!(relay.count_in_log(refused), 0, "{refused}");
     }
-    clients.ends_well();
+    clients.wait_for_success();
 }
 
 #[tokio::test]
 #[ignore = "needs Node and npm"]
 async fn js_libp2p_is_served() {
-    // js-libp2p asks to reserve again only when little of the term is left.
+    // js-libp2p renews only when little of the term is left.
     const SHORT: &str = "--reservation-ttl=5m";
     let folder = js_client();
     for scenario in [
@@ -125,7 +144,7 @@ async fn js_libp2p_is_served() {
         WEBSOCKET,
     ] {
         let mut node = Command::new("node_modules/.bin/node");
-        play(scenario, node.arg("client.mjs").current_dir(folder)).await;
+        run_scenario(scenario, node.arg("client.mjs").current_dir(folder)).await;
     }
 }
 
@@ -136,8 +155,8 @@ fn the_snippet_of_the_readme_works_as_pasted() {
     let (_, rest) = readme.split_once("```go\n").expect("a snippet in Go");
     let (snippet, _) = rest.split_once("```").expect("its end");
     let folder = tempfile::tempdir().expect("a temporary folder");
-    fs::write(folder.path().join("main.go"), snippet).expect("room for it");
-    // The releases that the client beside it is tested with.
+    fs::write(folder.path().join("main.go"), snippet).expect("the file is written");
+    // The same releases as those of the Go client.
     for file in ["go.mod", "go.sum"] {
         fs::copy(client("go").join(file), folder.path().join(file)).expect("a copy");
     }
@@ -149,35 +168,35 @@ fn the_snippet_of_the_readme_works_as_pasted() {
         .arg(relay.address.to_string())
         .stdout(Stdio::piped())
         .spawn()
-        .expect("it starts");
+        .expect("the process starts");
     let output = BufReader::new(target.stdout.take().expect("it is piped"));
-    let reach_me = output.lines().map_while(Result::ok);
-    let mut reach_me =
-        reach_me.filter_map(|line| Some(line.strip_prefix("reach me: go run . ")?.to_owned()));
-    let address = reach_me.next().expect("the address to reach it at");
+    let lines = output.lines().map_while(Result::ok);
+    let mut addresses =
+        lines.filter_map(|line| Some(line.strip_prefix("reach me: go run . ")?.to_owned()));
+    let address = addresses.next().expect("the target's address");
     run(Command::new(&snippet).arg(address));
-    target.kill().expect("it still runs");
-    target.wait().expect("it ends");
+    target.kill().expect("kill succeeds");
+    target.wait().expect("wait succeeds");
 }
 
 #[tokio::test]
 #[ignore = "needs Go"]
-async fn the_metrics_are_those_that_go_libp2p_counts_and_its_dashboard_asks_for() {
+async fn the_metrics_match_go_libp2ps_and_its_dashboards() {
     let go = ["list", "-m", "-f", "{{.Dir}}", "github.com/libp2p/go-libp2p"];
     let listed = Command::new("go").args(go).current_dir(client("go")).output();
     let folder = String::from_utf8(listed.expect("go is installed").stdout).expect("a path");
     let folder = Path::new(folder.trim());
     let read = |path: &str| fs::read_to_string(folder.join(path)).expect("go-libp2p's source");
 
-    let relay = Relay::start(&[http::ANYWHERE]);
+    let relay = Relay::start(&[http::ON_ANY_PORT]);
     let metrics = http::get(http::port(&relay).await, "/metrics").await;
     let samples = http::samples(&metrics);
-    let is_there = |wanted: &str| {
+    let assert_exported = |wanted: &str| {
         let there = samples.keys().any(|sample| sample.starts_with(wanted));
         assert!(there, "{wanted}: {metrics}");
     };
 
-    // The names, each with its label; the phrases.
+    // The metric names with their labels, and the label values.
     let source = read("p2p/protocol/circuitv2/relay/metrics.go");
     let mut declared = 0;
     for declaration in source.split("prometheus.New").skip(1) {
@@ -186,14 +205,14 @@ async fn the_metrics_are_those_that_go_libp2p_counts_and_its_dashboard_asks_for(
         let label = declaration[..end].split_once("[]string{");
         match label {
             Some((_, label)) => {
-                is_there(&format!("libp2p_relaysvc_{name}{{{}=", quoted(label)));
+                assert_exported(&format!("libp2p_relaysvc_{name}{{{}=", quoted(label)));
             }
             None if declaration.starts_with("Histogram") => {
-                is_there(&format!("libp2p_relaysvc_{name}_sum"));
-                is_there(&format!("libp2p_relaysvc_{name}_count"));
-                is_there(&format!("libp2p_relaysvc_{name}_bucket{{le="));
+                assert_exported(&format!("libp2p_relaysvc_{name}_sum"));
+                assert_exported(&format!("libp2p_relaysvc_{name}_count"));
+                assert_exported(&format!("libp2p_relaysvc_{name}_bucket{{le="));
             }
-            None => is_there(&format!("libp2p_relaysvc_{name}")),
+            None => assert_exported(&format!("libp2p_relaysvc_{name}")),
         }
         declared += 1;
     }
@@ -206,50 +225,50 @@ async fn the_metrics_are_those_that_go_libp2p_counts_and_its_dashboard_asks_for(
     let phrases: Vec<_> = phrases.collect();
     assert_eq!(phrases.len(), 13, "{phrases:?}");
     for phrase in phrases {
-        let said = metrics.lines().any(|line| {
+        let exported = metrics.lines().any(|line| {
             line.starts_with("libp2p_relaysvc_") && line.contains(&format!("=\"{phrase}\"}}"))
         });
-        assert!(said, "{phrase}: {metrics}");
+        assert!(exported, "{phrase}: {metrics}");
     }
 
-    // What the dashboard asks for, but for the instance, which is Prometheus's.
+    // The metrics of the dashboard's queries, without the label `instance`, which Prometheus adds.
     let dashboard = read("dashboards/relaysvc/relaysvc.json");
-    let questions = dashboard.lines().filter(|line| line.contains("\"expr\":"));
-    let mut asked = 0;
-    for question in questions {
-        for metric in question.split("libp2p_relaysvc_").skip(1) {
+    let queries = dashboard.lines().filter(|line| line.contains("\"expr\":"));
+    let mut queried = 0;
+    for query in queries {
+        for metric in query.split("libp2p_relaysvc_").skip(1) {
             let (name, labels) = metric.split_once('{').expect("labels");
             match labels.split_once("type=\\\"") {
                 Some((_, kind)) => {
                     let kind = kind.split('\\').next().expect("a value");
-                    is_there(&format!("libp2p_relaysvc_{name}{{type=\"{kind}\"}}"));
+                    assert_exported(&format!("libp2p_relaysvc_{name}{{type=\"{kind}\"}}"));
                 }
-                None => is_there(&format!("libp2p_relaysvc_{name}")),
+                None => assert_exported(&format!("libp2p_relaysvc_{name}")),
             }
-            asked += 1;
+            queried += 1;
         }
     }
-    assert!(asked >= 14, "{asked}");
+    assert!(queried >= 14, "{queried}");
 }
 
 #[tokio::test]
-async fn the_metrics_are_parsed_by_prometheus_own_parser() {
+async fn the_metrics_are_parsed_by_prometheus() {
     use std::io::Write;
 
-    let relay = Relay::start(&[http::ANYWHERE]);
+    let relay = Relay::start(&[http::ON_ANY_PORT]);
     let port = http::port(&relay).await;
-    let answer = http::ask_with(port, "GET", "/metrics", "Host: localhost").await;
+    let answer = http::fetch_with(port, "GET", "/metrics", "Host: localhost").await;
     assert_eq!(answer.headers["content-type"], "text/plain; version=0.0.4; charset=utf-8");
     let mut parser = Command::new(go_client())
         .arg("metrics")
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()
-        .expect("it starts");
+        .expect("the process starts");
     let mut input = parser.stdin.take().expect("it is piped");
-    input.write_all(answer.body.as_bytes()).expect("it reads");
+    input.write_all(answer.body.as_bytes()).expect("the process reads");
     drop(input);
-    let output = parser.wait_with_output().expect("it ends");
+    let output = parser.wait_with_output().expect("wait succeeds");
     assert!(output.status.success(), "{}", answer.body);
     let families = String::from_utf8(output.stdout).expect("text");
     for family in [
@@ -266,41 +285,41 @@ async fn the_metrics_are_parsed_by_prometheus_own_parser() {
     }
 }
 
-/// A client that says when it wants something done.
-struct Talking {
+/// A client process that prints its progress.
+struct ClientProcess {
     client: Child,
     lines: Lines<BufReader<ChildStdout>>,
 }
 
-impl Talking {
+impl ClientProcess {
     fn start(client: &mut Command) -> Self {
-        let mut client = client.stdout(Stdio::piped()).spawn().expect("it starts");
+        let mut client = client.stdout(Stdio::piped()).spawn().expect("the process starts");
         let output = client.stdout.take().expect("it is piped");
         let lines = BufReader::new(output).lines();
         Self { client, lines }
     }
 
-    /// What it says behind `word`, once it says that. It bounds its steps itself.
-    fn says(&mut self, word: &str) -> String {
+    /// Reads lines until one begins with `word`, and returns the rest of it. The client limits the time of its steps.
+    fn read_value(&mut self, word: &str) -> String {
         let mut lines = self.lines.by_ref().map_while(Result::ok);
         let found = lines.find_map(|line| {
             println!("{line}");
             Some(line.strip_prefix(word)?.to_owned())
         });
-        found.unwrap_or_else(|| panic!("the client ended before it said {word:?}"))
+        found.unwrap_or_else(|| panic!("the client exited before it printed {word:?}"))
     }
 
-    /// One that waits for the end of its input goes now.
-    fn ends_well(mut self) {
+    /// Closes its standard input and waits until it exits successfully.
+    fn wait_for_success(mut self) {
         drop(self.client.stdin.take());
         let rest = self.lines.by_ref().map_while(Result::ok);
         rest.for_each(|line| println!("{line}"));
-        let status = self.client.wait().expect("it ends");
+        let status = self.client.wait().expect("wait succeeds");
         assert!(status.success(), "{status}");
     }
 }
 
-impl Drop for Talking {
+impl Drop for ClientProcess {
     fn drop(&mut self) {
         let _ = self.client.kill();
         let _ = self.client.wait();
@@ -318,7 +337,7 @@ fn go_client() -> &'static Path {
     })
 }
 
-/// The folder of the JavaScript client, with what it needs, which is installed once.
+/// The folder of the JavaScript client, whose packages are installed once.
 fn js_client() -> &'static Path {
     static INSTALLED: OnceLock<PathBuf> = OnceLock::new();
     INSTALLED.get_or_init(|| {
@@ -328,7 +347,7 @@ fn js_client() -> &'static Path {
     })
 }
 
-/// What stands in the first quotes.
+/// The text within the first pair of quotes.
 fn quoted(text: &str) -> &str {
     text.split('"').nth(1).expect("something in quotes")
 }
@@ -337,8 +356,8 @@ fn client(language: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/env/interop").join(language)
 }
 
-/// Runs a client through one scenario with a relay of its own. It bounds its steps itself.
-async fn play((name, flags): Scenario, client: &mut Command) {
+/// Runs a client through one scenario with a relay of its own. The client limits the time of its steps.
+async fn run_scenario((name, flags): Scenario, client: &mut Command) {
     let relay = Relay::start(flags);
     client.env("SWARM_KEY", SWARM_KEY);
     client.args([name, &relay.address.to_string()]);

@@ -1,4 +1,4 @@
-//! What needs more than this crate and Rust: root, Go, Node, Chromium, libfaketime, systemd's tools.
+//! Tests that need more than this crate and Rust: root, Go, Node, Chromium, libfaketime, systemd's tools.
 //!
 //! Each test is `#[ignore]`d with the tools that it needs, and fails without them. `.ci/env` installs them and
 //! runs all of these tests.
@@ -7,8 +7,8 @@
 mod common;
 
 mod browser;
-mod ceiling;
 mod deploy;
 mod interop;
+mod memory_estimate;
 mod netns;
 mod wall_clock;

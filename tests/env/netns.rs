@@ -1,8 +1,8 @@
-//! Networks that fail under the relay and its clients, for as long as networks do.
+//! Network failures between the relay and its clients, at realistic durations.
 //!
-//! It makes namespaces, and takes two minutes and a half: `.ci/env netns`.
+//! It creates network namespaces, and takes two minutes and a half: `.ci/env netns`.
 //!
-//! The clients say nothing by themselves: whoever keeps its slot here answered the relay's questions.
+//! The clients send nothing by themselves: one that keeps its slot has answered the relay's probes.
 
 use std::{
     env,
@@ -13,10 +13,10 @@ use std::{
 use crate::common::{
     Relay,
     by_hand::{FIN, RST, SYN, WINDOW_UPDATE, data, frame},
+    client_process::{Process, Role},
     messages::{connect, reserve},
     network::{Host, Network},
-    process::{Process, Role},
-    strangers::{Stranger, opening},
+    raw_peers::{RawPeer, hop_opening},
     within,
 };
 use libp2p::{PeerId, futures::future, identity::Keypair};
@@ -30,61 +30,61 @@ const OK: Option<i32> = Some(100);
 const RESERVATION_REFUSED: Option<i32> = Some(200);
 const NO_RESERVATION: Option<i32> = Some(204);
 
-/// Longer than a heartbeat at its default: whoever is silent has been asked by then.
+/// Longer than the default heartbeat: a silent peer has been probed by then.
 const A_HEARTBEAT: Duration = Duration::from_secs(35);
 
 #[tokio::test]
 #[ignore = "needs root, iproute2 and nftables"]
-async fn a_client_whose_cable_is_pulled_loses_its_slot() {
+async fn an_unplugged_client_loses_its_slot() {
     let mut network = Network::new();
     let (here, there) = (network.host(), network.host());
     let relay = here.relay(&["--heartbeat=1s", "--silence=3s", "--grace=1s"]);
-    let client = reserves(&there, &relay).await;
+    let client = start_reserved(&there, &relay).await;
     there.set_cable(false);
-    relay.wait_for_log(&judged(client.peer)).await;
+    relay.wait_for_log(&timed_out(client.peer)).await;
     relay.wait_for_log("grace over").await;
 }
 
 #[tokio::test]
 #[ignore = "needs root, iproute2 and nftables"]
-async fn a_newcomer_gets_the_slot_of_a_client_whose_cable_is_pulled() {
+async fn a_newcomer_gets_the_slot_of_an_unplugged_client() {
     let mut network = Network::new();
     let (here, there, elsewhere) = (network.host(), network.host(), network.host());
     let relay = here.relay(&["--max-reservations=1"]);
-    let client = reserves(&there, &relay).await;
+    let client = start_reserved(&there, &relay).await;
     there.set_cable(false);
-    let pulled = Instant::now();
+    let unplugged = Instant::now();
     let newcomer = loop {
         let newcomer = start(&elsewhere, &relay, Role::default()).await;
         if newcomer.status == OK {
             break newcomer;
         }
         assert_eq!(newcomer.status, RESERVATION_REFUSED);
-        assert!(pulled.elapsed() < Duration::from_secs(40), "long before it is judged anyway");
+        assert!(unplugged.elapsed() < Duration::from_secs(40), "long before the silence limit");
     };
-    relay.wait_for_log(&judged(client.peer)).await;
+    relay.wait_for_log(&timed_out(client.peer)).await;
     relay.wait_for_log(&format!("taken by {}", newcomer.peer)).await;
 }
 
 #[tokio::test]
 #[ignore = "needs root, iproute2 and nftables"]
-async fn two_minutes_of_thirty_percent_loss_cost_nobody_its_slot() {
+async fn no_slot_is_lost_in_two_minutes_of_30_percent_packet_loss() {
     let mut network = Network::new();
     let (here, there) = (network.host(), network.host());
     let relay = here.relay(&[]);
-    // As rust-libp2p's come. One that only answers has half a minute for it, in which TCP tries eight
-    // times: of forty questions each way, one would now and then be lost for as long.
+    // Clients ping at rust-libp2p's default interval. One that only answers has half a minute to do so, in which TCP
+    // retransmits eight times: of forty probes in both directions, one would now and then be lost for that long.
     let pinging = Role { pings: true, ..Role::default() };
     let clients = (0..10).map(|_| start(&there, &relay, pinging.clone()));
     let clients = future::join_all(clients).await;
-    let in_vain = Role { target: Some(PeerId::random()), ..Role::default() };
-    let refused = start(&there, &relay, in_vain).await;
+    let to_unknown = Role { target: Some(PeerId::random()), ..Role::default() };
+    let refused = start(&there, &relay, to_unknown).await;
     assert_eq!(refused.status, NO_RESERVATION);
     here.lose(30);
     sleep(Duration::from_secs(120)).await;
     here.lose(0);
-    are_unharmed(&clients, &there, &relay).await;
-    // Since it takes so long anyway: what the log says once a minute.
+    assert_unharmed(&clients, &there, &relay).await;
+    // As this test takes more than a minute, it also checks the summary that is logged once a minute.
     let summed_up = "circuits refused within a minute: 1: the target holds no live reservation";
     let most = format!("{summed_up}; most from {}: 1", there.address);
     relay.wait_for_log(&most).await;
@@ -92,22 +92,22 @@ async fn two_minutes_of_thirty_percent_loss_cost_nobody_its_slot() {
 
 #[tokio::test]
 #[ignore = "needs root, iproute2 and nftables"]
-async fn while_the_relays_own_cable_is_out_nobody_is_given_up() {
+async fn no_peer_times_out_while_the_relay_itself_is_unplugged() {
     let mut network = Network::new();
     let (here, there) = (network.host(), network.host());
     let relay = here.relay(&[]);
     let clients = reserve_all(20, &there, &relay).await;
     here.set_cable(false);
     sleep(Duration::from_secs(40)).await;
-    were_asked(&clients, 1, &relay);
+    assert_probed(&clients, 1, &relay);
     here.set_cable(true);
     sleep(A_HEARTBEAT).await;
-    are_unharmed(&clients, &there, &relay).await;
+    assert_unharmed(&clients, &there, &relay).await;
 }
 
 #[tokio::test]
 #[ignore = "needs root, iproute2 and nftables"]
-async fn a_relay_that_was_stopped_for_ninety_seconds_gives_nobody_up() {
+async fn no_peer_times_out_after_the_relay_was_stopped_for_90_s() {
     let mut network = Network::new();
     let (here, there) = (network.host(), network.host());
     let relay = here.relay(&[]);
@@ -117,22 +117,22 @@ async fn a_relay_that_was_stopped_for_ninety_seconds_gives_nobody_up() {
     relay.signal("CONT");
     relay.wait_for_log("process was suspended for").await;
     sleep(A_HEARTBEAT).await;
-    were_asked(&clients, 1, &relay);
-    are_unharmed(&clients, &there, &relay).await;
+    assert_probed(&clients, 1, &relay);
+    assert_unharmed(&clients, &there, &relay).await;
 }
 
-/// As slow as a modem. What is carried must be more than all buffers on the way hold.
+/// As slow as a modem. The test must transfer more than all buffers of the path hold.
 const SLOW: usize = 20_000; // bytes a second
 
-/// Longer than the 60 s for which a peer may take nothing; with `RELAYLET_NETNS=long` five minutes.
-fn a_while() -> Duration {
+/// Longer than the 60 s after which a stalled peer is closed; with `RELAYLET_NETNS=long` five minutes.
+fn duration() -> Duration {
     let is_long = env::var("RELAYLET_NETNS").is_ok_and(|how| how == "long");
     Duration::from_secs(if is_long { 300 } else { 100 })
 }
 
 #[tokio::test]
 #[ignore = "needs root, iproute2 and nftables"]
-async fn a_peer_behind_20_kilobytes_a_second_that_goes_on_taking_bytes_is_never_closed() {
+async fn a_peer_on_a_20_kb_per_second_link_is_not_closed() {
     let mut network = Network::new();
     let (here, there, elsewhere) = (network.host(), network.host(), network.host());
     let relay = here.relay(&["--circuit-bytes=0", "--circuit-duration=0s"]);
@@ -140,36 +140,39 @@ async fn a_peer_behind_20_kilobytes_a_second_that_goes_on_taking_bytes_is_never_
     let target = start(&there, &relay, carries.clone()).await;
     assert_eq!(target.status, OK);
     there.slow_down(SLOW);
-    let downloads = Role { target: Some(target.peer), ..carries };
-    let source = within(start(&elsewhere, &relay, downloads)).await;
+    let sends = Role { target: Some(target.peer), ..carries };
+    let source = within(start(&elsewhere, &relay, sends)).await;
     assert_eq!(source.status, OK);
-    sleep(a_while()).await;
+    sleep(duration()).await;
     for peer in [source.peer, target.peer] {
-        assert!(!says(&relay, &judged(peer)) && !says(&relay, &format!("closed: peer {peer}")));
+        assert!(
+            !is_logged(&relay, &timed_out(peer))
+                && !is_logged(&relay, &format!("closed: peer {peer}"))
+        );
     }
-    assert!(!says(&relay, "grace began") && !says(&relay, "circuit 1 closed"));
+    assert!(!is_logged(&relay, "grace began") && !is_logged(&relay, "circuit 1 closed"));
     drop(source);
     relay.wait_for_log(" bytes to the target").await;
-    let carried = relay.log().iter().find_map(|line| {
+    let transferred = relay.log().iter().find_map(|line| {
         let (before, _) = line.split_once(" bytes to the target")?;
         before.rsplit(' ').next()?.parse::<u64>().ok()
     });
-    // Half of what the path could have brought.
-    let least = SLOW as u64 / 2 * a_while().as_secs();
-    assert!(carried.is_some_and(|bytes| bytes > least), "{carried:?} of {least}");
+    // Half of the link's capacity.
+    let least = SLOW as u64 / 2 * duration().as_secs();
+    assert!(transferred.is_some_and(|bytes| bytes > least), "{transferred:?} of {least}");
 }
 
-/// A port on the way to the relay's, where what the relay says is read slowly.
+/// A forwarder to the relay's port that reads slowly what the relay sends. Returns its port.
 async fn read_slowly(relay: u16) -> u16 {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a port");
     let port = listener.local_addr().expect("a port").port();
     tokio::spawn(async move {
-        let (client, _) = listener.accept().await.expect("it is dialed");
+        let (client, _) = listener.accept().await.expect("a connection");
         let socket = TcpSocket::new_v4().expect("a socket");
-        // A window smaller than what the relay would like to send at once.
-        socket.set_recv_buffer_size(8 * 1024).expect("it takes that");
+        // A smaller window than the relay would fill.
+        socket.set_recv_buffer_size(8 * 1024).expect("the option is set");
         let relay = socket.connect((Ipv4Addr::LOCALHOST, relay).into()).await;
-        let relay = relay.expect("it listens");
+        let relay = relay.expect("the relay listens");
         let (mut from_client, mut to_client) = client.into_split();
         let (mut from_relay, mut to_relay) = relay.into_split();
         tokio::spawn(async move { copy(&mut from_client, &mut to_relay).await });
@@ -184,28 +187,31 @@ async fn read_slowly(relay: u16) -> u16 {
     port
 }
 
-/// Its window in TCP is small, and closed most of the time: where the kernel is told to give up what is not
-/// acknowledged for 60 s (TCP_USER_TIMEOUT), it gives up this one after 60 s.
+/// Its TCP window is small and mostly closed: if the kernel had TCP_USER_TIMEOUT set to 60 s, it would close this
+/// connection after 60 s.
 #[tokio::test]
 #[ignore = "needs root, iproute2 and nftables"]
-async fn a_peer_that_reads_20_kilobytes_a_second_is_never_closed() {
+async fn a_peer_that_reads_20_kb_per_second_is_not_closed() {
     let relay = Relay::start(&["--circuit-bytes=0", "--circuit-duration=0s"]);
     let (port, here) = (relay.port(), Ipv4Addr::LOCALHOST);
     let slow = read_slowly(port).await;
-    let mut target = Stranger::connect(slow, here).await.expect("there is room");
-    assert_eq!(target.ask_once(&reserve()).await.expect("an answer").1, OK);
-    let mut source = Stranger::connect(port, here).await.expect("there is room");
+    let mut target = RawPeer::connect(slow, here).await.expect("an admitted connection");
+    assert_eq!(target.request(&reserve()).await.expect("an answer").1, OK);
+    let mut source = RawPeer::connect(port, here).await.expect("an admitted connection");
     let stream = source.next_stream();
-    source.say(&data(SYN, stream, &opening(&connect(target.peer)))).await.expect("it is there");
-    let circuit = target.agree_to(1).await.expect("it is asked")[0];
-    target.say(&frame(WINDOW_UPDATE, 0, circuit, 1 << 30)).await.expect("it is there");
+    source
+        .send(&data(SYN, stream, &hop_opening(&connect(target.peer))))
+        .await
+        .expect("an open connection");
+    let circuit = target.accept_count(1).await.expect("a stop request")[0];
+    target.send(&frame(WINDOW_UPDATE, 0, circuit, 1 << 30)).await.expect("an open connection");
     let writes = tokio::spawn(async move { source.write(stream, usize::MAX).await });
     let start = Instant::now();
-    while start.elapsed() < a_while() {
-        let came = target.frame().await.expect("it stays connected");
-        assert!(came.stream != circuit || !came.has(RST | FIN), "the circuit stays");
-        // It says something, and is no silent peer.
-        target.say(&frame(WINDOW_UPDATE, 0, circuit, 1)).await.expect("it stays connected");
+    while start.elapsed() < duration() {
+        let received = target.read_frame().await.expect("an open connection");
+        assert!(received.stream != circuit || !received.has(RST | FIN), "the circuit stays");
+        // It sends frames, so it is not silent.
+        target.send(&frame(WINDOW_UPDATE, 0, circuit, 1)).await.expect("an open connection");
     }
     assert!(!writes.is_finished(), "the circuit stays");
     writes.abort();
@@ -213,20 +219,20 @@ async fn a_peer_that_reads_20_kilobytes_a_second_is_never_closed() {
 
 #[tokio::test]
 #[ignore = "needs root, iproute2 and nftables"]
-async fn a_client_that_changes_networks_takes_its_slot_along() {
+async fn a_client_keeps_its_slot_when_it_changes_networks() {
     let mut network = Network::new();
     let (here, old, new, elsewhere) =
         (network.host(), network.host(), network.host(), network.host());
-    // The table is full, and so is the address that the client moves to.
+    // The table is full, and so is the quota of the client's new address.
     let relay = here.relay(&["--max-reservations=2", "--max-reservations-per-ip=1"]);
     let phone = Role { keypair: Some(Keypair::generate_ed25519()), ..Role::default() };
     let before = start(&old, &relay, phone.clone()).await;
-    let _other = reserves(&new, &relay).await;
+    let _other = start_reserved(&new, &relay).await;
     assert_eq!(before.status, OK);
     old.lose(100);
 
     let after = start(&new, &relay, phone).await;
-    assert_eq!(after.status, OK, "it comes back while the old path hangs");
+    assert_eq!(after.status, OK, "it reconnects while the old path hangs");
     relay.wait_for_log("reservation renewed").await;
     let reaches = async |peer: PeerId| {
         let role = Role { target: Some(peer), ..Role::default() };
@@ -234,13 +240,13 @@ async fn a_client_that_changes_networks_takes_its_slot_along() {
     };
     assert_eq!(reaches(after.peer).await, OK);
 
-    // The old connection ends at last.
+    // The old connection closes later.
     before.signal("KILL");
     old.lose(0);
     relay.wait_for_log(&format!("closed: peer {}", after.peer)).await;
     assert_eq!(reaches(after.peer).await, OK);
-    assert!(!says(&relay, "grace began"));
-    assert!(!says(&relay, "slot freed"));
+    assert!(!is_logged(&relay, "grace began"));
+    assert!(!is_logged(&relay, "slot freed"));
 }
 
 #[tokio::test]
@@ -254,42 +260,42 @@ async fn a_relay_behind_a_router_learns_its_address_from_its_clients() {
     let learnt = format!("reached the relay at {reached}");
     let mut clients = Vec::new();
     for _ in 0..4 {
-        assert!(!says(&relay, &learnt), "with {} clients", clients.len());
-        let role = Role { under: network.host().under(), ..Role::default() };
+        assert!(!is_logged(&relay, &learnt), "with {} clients", clients.len());
+        let role = Role { command_prefix: network.host().command_prefix(), ..Role::default() };
         clients.push(Process::start(&address, role).await);
     }
     relay.wait_for_log(&learnt).await;
 }
 
 async fn start(host: &Host, relay: &Relay, role: Role) -> Process {
-    let role = Role { under: host.under(), ..role };
+    let role = Role { command_prefix: host.command_prefix(), ..role };
     Process::start(&relay.address, role).await
 }
 
-async fn reserves(host: &Host, relay: &Relay) -> Process {
+async fn start_reserved(host: &Host, relay: &Relay) -> Process {
     let client = start(host, relay, Role::default()).await;
     assert_eq!(client.status, OK);
     client
 }
 
 async fn reserve_all(count: usize, host: &Host, relay: &Relay) -> Vec<Process> {
-    future::join_all((0..count).map(|_| reserves(host, relay))).await
+    future::join_all((0..count).map(|_| start_reserved(host, relay))).await
 }
 
-/// Each was probed, so many times or more often.
-fn were_asked(clients: &[Process], times: usize, relay: &Relay) {
+/// Asserts that each client was probed at least this often.
+fn assert_probed(clients: &[Process], times: usize, relay: &Relay) {
     let log = relay.log();
     for client in clients {
-        let asked = format!("probe sent: peer {}", client.peer);
-        let asked = log.iter().filter(|line| line.contains(&asked)).count();
-        assert!(asked >= times, "{} was asked {asked} times", client.peer);
+        let probes = format!("probe sent: peer {}", client.peer);
+        let probes = log.iter().filter(|line| line.contains(&probes)).count();
+        assert!(probes >= times, "{} was probed {probes} times", client.peer);
     }
 }
 
-/// All have their slots, had them all the time, and can be reached.
-async fn are_unharmed(clients: &[Process], from: &Host, relay: &Relay) {
+/// Asserts that no client has lost its slot at any time, and that CONNECT reaches each.
+async fn assert_unharmed(clients: &[Process], from: &Host, relay: &Relay) {
     for bad in ["peer silent", "grace began", "slot freed"] {
-        assert!(!says(relay, bad), "{bad}");
+        assert!(!is_logged(relay, bad), "{bad}");
     }
     for client in clients {
         let role = Role { target: Some(client.peer), ..Role::default() };
@@ -298,10 +304,10 @@ async fn are_unharmed(clients: &[Process], from: &Host, relay: &Relay) {
     }
 }
 
-fn judged(peer: PeerId) -> String {
+fn timed_out(peer: PeerId) -> String {
     format!("peer silent: peer {peer}")
 }
 
-fn says(relay: &Relay, text: &str) -> bool {
+fn is_logged(relay: &Relay, text: &str) -> bool {
     relay.log().iter().any(|line| line.contains(text))
 }

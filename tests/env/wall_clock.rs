@@ -1,8 +1,8 @@
-//! The wall clock steps by a day under the running program: no slot and no circuit is lost or
-//! prolonged, and what clients are told is right by the new time.
+//! The wall clock is set by a day while the program runs: no slot and no circuit ends early or late, and expirations
+//! that are sent to clients follow the new time.
 //!
-//! libfaketime steps it; the clock that only goes forward is left alone. To this program that is what
-//! a machine looks like as well that was suspended for a day: see `src/relay/sweep.rs`.
+//! libfaketime changes the wall clock and not the monotonic one. A machine that was suspended for a day looks the same
+//! to the program: see `src/relay/sweep.rs`.
 
 use std::{
     fs,
@@ -31,19 +31,19 @@ const CIRCUIT: Duration = Duration::from_secs(10);
 
 #[tokio::test]
 #[ignore = "needs libfaketime"]
-async fn a_day_forward_ends_and_prolongs_nothing() {
-    nothing_ends_early_or_late(DAY).await;
+async fn setting_the_clock_a_day_forward_changes_no_timer() {
+    check_timers(DAY).await;
 }
 
 #[tokio::test]
 #[ignore = "needs libfaketime"]
-async fn a_day_back_ends_and_prolongs_nothing() {
-    nothing_ends_early_or_late(-DAY).await;
+async fn setting_the_clock_a_day_back_changes_no_timer() {
+    check_timers(-DAY).await;
 }
 
-async fn nothing_ends_early_or_late(step: i64) {
+async fn check_timers(step: i64) {
     let mut clock = WallClock::start();
-    let [mut idle, mut renews, mut away, mut source] = [
+    let [mut idle, mut renews, mut disconnecting, mut source] = [
         Client::connect(&clock.relay).await,
         Client::connect(&clock.relay).await,
         Client::connect(&clock.relay).await,
@@ -51,17 +51,17 @@ async fn nothing_ends_early_or_late(step: i64) {
     ];
     let idle_since = clock.reserve(&mut idle).await;
     clock.reserve(&mut renews).await;
-    clock.reserve(&mut away).await;
+    clock.reserve(&mut disconnecting).await;
     let opened = Instant::now();
     let (mut there, mut back) = circuit(&mut source, &mut renews).await;
-    let left = Instant::now();
-    let in_grace = away.peer;
-    away.leave().await;
+    let disconnected = Instant::now();
+    let in_grace = disconnecting.peer;
+    disconnecting.disconnect().await;
     let began = format!("grace began: peer {in_grace}");
     clock.relay.wait_for_log(&began).await;
 
     clock.step(step);
-    // Who held a slot holds it, and a circuit that is open goes on.
+    // Slots are kept, and an open circuit continues.
     let renewed = clock.reserve(&mut renews).await;
     let line = format!("reservation renewed: peer {}", renews.peer);
     clock.relay.wait_for_log(&line).await;
@@ -72,8 +72,8 @@ async fn nothing_ends_early_or_late(step: i64) {
     let mut newcomer = Client::connect(&clock.relay).await;
     let newcomer_since = clock.reserve(&mut newcomer).await;
 
-    // Each ends when it would have, by a clock that does not step.
-    clock.freed(in_grace, "grace over", left + GRACE).await;
+    // Each timer ends by the monotonic clock.
+    clock.freed(in_grace, "grace over", disconnected + GRACE).await;
     let (_, end) = read_to_end(&mut there).await;
     assert!(opened.elapsed() >= CIRCUIT, "{end:?}");
     clock.relay.wait_for_log("time limit").await;
@@ -81,27 +81,27 @@ async fn nothing_ends_early_or_late(step: i64) {
         [(idle.peer, idle_since), (renews.peer, renewed), (newcomer.peer, newcomer_since)]
     {
         clock.freed(peer, "expired", since + TERM).await;
-        let answer = source.ask(&connect(peer)).await;
+        let answer = source.request(&connect(peer)).await;
         assert_eq!(answer.status, NO_RESERVATION);
     }
-    // Nobody was suspected of anything.
+    // No peer timed out, and no suspend was detected.
     for line in ["peer silent", "was suspended", "reservation refused"] {
         assert_eq!(clock.relay.count_in_log(line), 0, "{line}");
     }
 }
 
-/// A relay, and the wall clock that it goes by.
+/// A relay whose wall clock can be set.
 struct WallClock {
     relay: Relay,
-    /// Where libfaketime reads by how much it is off, each time that it is looked at.
+    /// The file from which libfaketime reads the offset, each time that the clock is read.
     file: PathBuf,
-    off: i64,
+    offset: i64,
 }
 
 impl WallClock {
     fn start() -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
-        let file = folder.path().join("off");
+        let file = folder.path().join("offset");
         fs::write(&file, "+0").expect("room for it");
         let mut command = command(&folder);
         let seconds = |flag: &str, time: Duration| format!("--{flag}={}s", time.as_secs());
@@ -115,42 +115,42 @@ impl WallClock {
             .arg(seconds("grace", GRACE))
             .arg(seconds("circuit-duration", CIRCUIT));
         let relay = Relay::run(command, folder);
-        // The loader says so, and goes on without it.
+        // Without the library the loader only prints a warning.
         let missing = relay.count_in_log("cannot be preloaded");
         assert_eq!(missing, 0, "{LIBRARY}: is libfaketime installed?");
-        Self { relay, file, off: 0 }
+        Self { relay, file, offset: 0 }
     }
 
-    /// Puts it forward or back by so many seconds.
+    /// Changes the wall clock by this many seconds.
     fn step(&mut self, by: i64) {
-        self.off += by;
+        self.offset += by;
         let new = self.file.with_extension("new");
-        fs::write(&new, format!("{:+}", self.off)).expect("room for it");
-        // At no time is there half a number.
+        fs::write(&new, format!("{:+}", self.offset)).expect("room for it");
+        // Replaces the file atomically.
         fs::rename(&new, &self.file).expect("it is the same folder");
     }
 
-    /// Reserves a slot; the term that is told ends when it does by the relay's wall clock. Since when
-    /// it runs at the earliest, by the clock that only goes forward.
+    /// Reserves a slot, and checks the expiration by the relay's wall clock. Returns the earliest start of the term by
+    /// the monotonic clock.
     async fn reserve(&self, client: &mut Client) -> Instant {
         let now = Instant::now();
         let earliest = self.seconds();
         let answer = client.reserve().await;
-        let told = answer.reservation.and_then(|slot| slot.expire);
-        let told = i64::try_from(told.expect("an end")).expect("not for ever");
-        let right = earliest + TERM.as_secs() as i64..=self.seconds() + TERM.as_secs() as i64;
-        assert!(right.contains(&told), "{told} is not in {right:?}");
+        let expires = answer.reservation.and_then(|slot| slot.expire);
+        let expires = i64::try_from(expires.expect("an end")).expect("not for ever");
+        let expected = earliest + TERM.as_secs() as i64..=self.seconds() + TERM.as_secs() as i64;
+        assert!(expected.contains(&expires), "{expires} is not in {expected:?}");
         now
     }
 
-    /// What the relay's wall clock says, in seconds since 1970.
+    /// The relay's wall clock, in seconds since 1970.
     fn seconds(&self) -> i64 {
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
         let now = now.expect("it is later than 1970").as_secs();
-        i64::try_from(now).expect("a date") + self.off
+        i64::try_from(now).expect("a date") + self.offset
     }
 
-    /// Waits until the slot is free, which it is not before its time.
+    /// Waits until the slot is freed, and asserts that this is not too early.
     async fn freed(&self, peer: PeerId, reason: &str, not_before: Instant) {
         let freed = format!("slot freed: peer {peer} at 127.0.0.1: {reason}");
         self.relay.wait_for_log(&freed).await;

@@ -1,4 +1,4 @@
-//! Multiaddrs and peer ids, as peers, identify and operators bring them, on their way into an answer.
+//! Multiaddrs and peer ids from peers, identify and operators, and the answers that contain them.
 
 use libp2p::{Multiaddr, PeerId, futures::FutureExt, multiaddr::Protocol};
 use proptest::{collection::vec, prelude::*, sample::select};
@@ -13,17 +13,17 @@ use super::{
     wire::alice,
 };
 
-/// More than a voucher takes with any key: the largest that libp2p signs with, RSA's of 4096 bits, is
-/// in it with its signature and its public half, of half a kilobyte each.
+/// Longer than a voucher with any key: the largest, RSA of 4096 bits, has a signature and a public key of half a
+/// kilobyte each.
 const VOUCHER: usize = 1400;
 
-/// Takes `bytes` for the peer's id and for addresses, each behind its length.
+/// Reads `bytes` as a list of peer ids and addresses, each with its length in front.
 pub fn check(bytes: &[u8]) {
     let mut addresses = Vec::new();
     let mut rest = bytes;
-    while let Some((&length, behind)) = rest.split_first() {
-        let (one, behind) = behind.split_at(behind.len().min(usize::from(length)));
-        rest = behind;
+    while let Some((&length, after)) = rest.split_first() {
+        let (one, after) = after.split_at(after.len().min(usize::from(length)));
+        rest = after;
         peer_id(one);
         addresses.extend(Multiaddr::try_from(one.to_vec()));
         addresses.extend(as_text(one));
@@ -44,8 +44,8 @@ pub fn check(bytes: &[u8]) {
     }
 }
 
-/// As an operator writes them: what is read is printed so that it reads the same. Those that come as
-/// bytes may have names that no text has.
+/// Parses an address as text; printing it must give the same address. Addresses in bytes may have names that text
+/// cannot express.
 fn as_text(bytes: &[u8]) -> Option<Multiaddr> {
     let text = std::str::from_utf8(bytes).ok()?;
     let address: Multiaddr = text.parse().ok()?;
@@ -60,8 +60,8 @@ fn peer_id(bytes: &[u8]) {
     assert_eq!(PeerId::from_bytes(&peer.to_bytes()).ok(), Some(peer));
     assert_eq!(peer.to_base58().parse().ok(), Some(peer));
     let limit = Limit { bytes: Some(bytes.len() as u64), duration: None };
-    let question = unframed(&wire::stop_connect(peer, limit));
-    let read = protobuf::read(&question, STOP).expect("not deep");
+    let request = unframed(&wire::stop_connect(peer, limit));
+    let read = protobuf::read(&request, STOP).expect("not too deep");
     let read = read.expect("protobuf");
     assert_eq!(protobuf::number(&read, &[1]), Some(0));
     assert_eq!(protobuf::bytes(&read, &[2, 1]), Some(&*peer.to_bytes()));
@@ -83,32 +83,32 @@ fn one_address(address: &Multiaddr) {
     }
 }
 
-/// What becomes of addresses in an answer: it fits, and leads to the relay.
+/// Encodes these addresses in an answer: it must fit, and each address must end in the relay's peer id.
 fn answer(known: Known<'_>) {
     let relay = alice();
-    let told = address::for_reservation(known, relay);
-    for address in &told {
+    let addresses = address::for_reservation(known, relay);
+    for address in &addresses {
         assert_eq!(address.iter().last(), Some(Protocol::P2p(relay)));
         assert!(address.iter().all(|part| part != Protocol::P2pCircuit));
     }
-    let frame = wire::reserve_ok(7, &told, vec![1; VOUCHER], Limit::default());
+    let frame = wire::reserve_ok(7, &addresses, vec![1; VOUCHER], Limit::default());
     let message = unframed(&frame);
-    let read = protobuf::read(&message, HOP).expect("not deep").expect("protobuf");
+    let read = protobuf::read(&message, HOP).expect("not too deep").expect("protobuf");
     let sent: Vec<_> = protobuf::all_bytes(&read, &[3, 2]).collect();
-    let meant: Vec<_> = told.iter().map(Multiaddr::to_vec).collect();
-    assert_eq!(sent, meant);
+    let expected: Vec<_> = addresses.iter().map(Multiaddr::to_vec).collect();
+    assert_eq!(sent, expected);
     assert_eq!(protobuf::number(&read, &[5]), Some(Status::Ok as u64));
 }
 
-/// The message in a frame of ours, which has to be one that we would read ourselves.
+/// The message in one of our frames, read by our own reader.
 fn unframed(mut frame: &[u8]) -> Vec<u8> {
     let read = wire::read_frame(&mut frame).now_or_never();
-    let message = read.expect("it is all there").expect("a frame").expect("a message");
+    let message = read.expect("all bytes are there").expect("a frame").expect("a message");
     assert!(message.len() <= MAX_MESSAGE && frame.is_empty());
     message
 }
 
-/// Addresses of all kinds, some too long, some cut, and what is none.
+/// Addresses of all kinds, some too long or truncated, and bytes that are no address.
 pub fn lists() -> impl Strategy<Value = Vec<u8>> {
     let part = prop_oneof![
         any::<[u8; 4]>().prop_map(|ip| Protocol::Ip4(ip.into())),
@@ -149,8 +149,8 @@ pub fn lists() -> impl Strategy<Value = Vec<u8>> {
     ];
     vec((one, prop_oneof![6 => Just(0i8), 1 => -3..4i8]), 0..24).prop_map(|list| {
         let mut bytes = Vec::new();
-        for (one, lie) in list {
-            bytes.push((one.len().min(255) as u8).wrapping_add_signed(lie));
+        for (one, offset) in list {
+            bytes.push((one.len().min(255) as u8).wrapping_add_signed(offset));
             bytes.extend(one.iter().take(255));
         }
         bytes

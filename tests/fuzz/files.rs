@@ -1,4 +1,4 @@
-//! What an operator names: the key file, the settings, and the key of a private network.
+//! Files that an operator names: the key file, the configuration, and the swarm key.
 
 use std::{cell::RefCell, ffi::OsString, fs, path::PathBuf};
 
@@ -11,27 +11,27 @@ thread_local! {
     static FOLDER: RefCell<Option<TempDir>> = const { RefCell::new(None) };
 }
 
-/// A file with these bytes.
+/// Writes a file with these bytes.
 fn file_with(bytes: &[u8]) -> PathBuf {
     FOLDER.with_borrow_mut(|folder| {
         let folder = folder.get_or_insert_with(|| tempfile::tempdir().expect("a folder"));
         let file = folder.path().join("file");
-        fs::write(&file, bytes).expect("it can be written");
+        fs::write(&file, bytes).expect("the file is written");
         file
     })
 }
 
-fn is_one_line_about(line: &str, file: &str) {
+fn assert_one_line(line: &str, file: &str) {
     assert!(line.starts_with(file), "{line:?}");
     let control = line.chars().find(|char| char.is_control());
     assert_eq!(control, None, "{line:?}");
 }
 
-/// Takes `bytes` for a key file.
+/// Loads `bytes` as a key file.
 pub fn check_identity(bytes: &[u8]) {
     let file = file_with(bytes);
     let loaded = load_or_create(&file);
-    assert_eq!(fs::read(&file).expect("it is there"), bytes);
+    assert_eq!(fs::read(&file).expect("the file is kept"), bytes);
     match loaded {
         Ok(identity) => {
             assert_eq!(identity.created, None);
@@ -39,14 +39,14 @@ pub fn check_identity(bytes: &[u8]) {
             let again = identity.keypair.to_protobuf_encoding().expect("a key");
             let again = Keypair::from_protobuf_encoding(&again).expect("a key");
             assert_eq!(again.public(), public);
-            let signed = identity.keypair.sign(b"a voucher").expect("it signs");
+            let signed = identity.keypair.sign(b"a voucher").expect("a signature");
             assert!(public.verify(b"a voucher", &signed));
         }
-        Err(error) => is_one_line_about(&format!("{error:#}"), "--identity "),
+        Err(error) => assert_one_line(&format!("{error:#}"), "--identity "),
     }
 }
 
-/// Takes `bytes` for the key of a private network.
+/// Loads `bytes` as a swarm key.
 #[cfg(feature = "pnet")]
 pub fn check_swarm_key(bytes: &[u8]) {
     use relaylet::program::net::swarm_key;
@@ -56,12 +56,12 @@ pub fn check_swarm_key(bytes: &[u8]) {
         Ok(key) => {
             let written = file_with(key.to_key_file().as_bytes());
             assert!(swarm_key::load(&written).expect("a key") == key);
-            // What libp2p's own reader takes for a key is the same key. It knows fewer.
+            // libp2p's own reader accepts fewer files, and must read the same key from those.
             let text = String::from_utf8(bytes.to_vec());
             let other = text.ok().and_then(|text| text.parse().ok());
             assert!(other.is_none_or(|other| key == other));
         }
-        Err(error) => is_one_line_about(&format!("{error:#}"), "--swarm-key "),
+        Err(error) => assert_one_line(&format!("{error:#}"), "--swarm-key "),
     }
 }
 
@@ -70,7 +70,7 @@ fn flags(arguments: &[&str]) -> Result<Flags, Exit> {
     Flags::read(program.map(OsString::from), [])
 }
 
-/// Takes `bytes` for a file of settings: what holds then can be printed, and read again.
+/// Loads `bytes` as a configuration file: if it is valid, it is printed, and must load as the same configuration.
 pub fn check_config(bytes: &[u8]) {
     let file = file_with(bytes);
     let named = file.to_str().expect("text");
@@ -82,12 +82,12 @@ pub fn check_config(bytes: &[u8]) {
             assert!(!line.is_empty());
             return;
         }
-        Err(Exit::Print(what)) => panic!("nobody asked: {what}"),
+        Err(Exit::Print(what)) => panic!("printed without --print-config: {what}"),
     };
     assert_eq!(read.config().validate(), Ok(()));
     let print = || match flags(&["--print-config", "--config", named]) {
         Err(Exit::Print(printed)) => printed,
-        other => panic!("it was asked for: {other:?}"),
+        other => panic!("not printed: {other:?}"),
     };
     let printed = print();
     file_with(printed.as_bytes());
@@ -98,11 +98,11 @@ pub fn check_config(bytes: &[u8]) {
     assert_eq!(print(), printed);
 }
 
-/// Keys of each kind, whole or not.
+/// Keys of each type, some of them spoiled.
 pub fn identities() -> impl Strategy<Value = Vec<u8>> {
     let of = |key: Option<Keypair>| {
         let key = key.expect("a key");
-        key.to_protobuf_encoding().expect("it can be written")
+        key.to_protobuf_encoding().expect("an encoding")
     };
     let secret = any::<[u8; 32]>();
     let key = prop_oneof![
@@ -122,7 +122,7 @@ pub fn identities() -> impl Strategy<Value = Vec<u8>> {
     spoiled(key)
 }
 
-/// Keys in each encoding, whole or not.
+/// Swarm keys in each encoding, some of them spoiled.
 #[cfg(feature = "pnet")]
 pub fn swarm_keys() -> impl Strategy<Value = Vec<u8>> {
     let heading = select(vec![
@@ -149,7 +149,7 @@ pub fn swarm_keys() -> impl Strategy<Value = Vec<u8>> {
     spoiled(file)
 }
 
-/// One in three with a bit the other way, or cut.
+/// Flips a bit of one in three, or truncates it.
 fn spoiled(files: impl Strategy<Value = Vec<u8>>) -> impl Strategy<Value = Vec<u8>> {
     let how =
         prop_oneof![4 => Just(None), 2 => (0..9u32, any::<prop::sample::Index>()).prop_map(Some)];
@@ -166,7 +166,7 @@ fn spoiled(files: impl Strategy<Value = Vec<u8>>) -> impl Strategy<Value = Vec<u
     })
 }
 
-/// Settings by their names, most with values that could be theirs.
+/// Settings by their names, mostly with values of a suitable kind.
 pub fn configs() -> impl Strategy<Value = Vec<u8>> {
     let known = flags(&[]).expect("the defaults").settings().expect("text");
     let names: Vec<_> = known.keys().cloned().collect();
@@ -256,7 +256,7 @@ pub fn configs() -> impl Strategy<Value = Vec<u8>> {
         3 => (select(lists.map(str::to_owned).to_vec()), list),
         1 => ("[a-z-]{0,12}|\"[^\"]{0,6}\"", value),
     ];
-    // Few at a time, or all files would be wrong somewhere.
+    // Few at a time, or nearly every file would be invalid.
     vec(setting, 0..4).prop_map(|settings| {
         let lines = settings.iter().map(|(name, value)| format!("{name} = {value}\n"));
         lines.collect::<String>().into_bytes()

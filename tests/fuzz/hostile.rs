@@ -1,10 +1,10 @@
-//! A relay between two well-behaved peers and two that are not: what these may do over three
-//! connections, byte by byte, is all that a muxer lets anyone do.
+//! A relay with two well-behaved peers, and two hostile ones that use their three connections, byte by byte, in every
+//! way that a muxer allows.
 //!
-//! The relay is the whole behaviour in a swarm, with nothing below it: no socket, no cipher, and a
-//! muxer in memory ([`super::memory`]). A history is any bytes: each step is a number and what it
-//! needs. After each step nothing may spin, and what the relay holds for a peer is bounded; after
-//! the last, when those two are gone, nothing is left of them, and the others did not notice.
+//! The relay is the whole behaviour in a swarm on a muxer in memory ([`super::memory`]), without sockets and
+//! encryption. A history is any bytes: each step is a number and its arguments. After each step nothing may spin, and
+//! the relay's state for a peer must be bounded. At the end the hostile peers disconnect: nothing of them may be left,
+//! and the well-behaved peers must not be affected.
 
 use std::{
     collections::HashSet,
@@ -31,7 +31,7 @@ use relaylet::{
 };
 
 use super::{
-    memory::{Door, Link, Pipe, Shared, WINDOW},
+    memory::{Link, MemoryTransport, Pipe, Shared, WINDOW},
     protobuf::{self, HOP},
 };
 
@@ -40,7 +40,7 @@ const HOP_PROTOCOL: &str = "/libp2p/circuit/relay/0.2.0/hop";
 const STOP_PROTOCOL: &str = "/libp2p/circuit/relay/0.2.0/stop";
 const PING_PROTOCOL: &str = "/ipfs/ping/1.0.0";
 
-// Who is who, by the connections. The first two behave: Ben has a circuit to Anna.
+// The connections. The first two peers are well-behaved: Ben has a circuit to Anna.
 const ANNA: usize = 0;
 const BEN: usize = 1;
 const MALLORY: usize = 2;
@@ -48,35 +48,35 @@ const MALLORY_AGAIN: usize = 3;
 const MO: usize = 4;
 const HOSTILE: [usize; 3] = [MALLORY, MALLORY_AGAIN, MO];
 
-/// How often the swarm may ask to be polled before it has nothing more to do.
-const PATIENCE: usize = 100_000;
+/// How often the swarm may be polled again before it has to be idle.
+const MOST_POLLS: usize = 100_000;
 
-/// As many requests as one connection may have on their way (`handler.rs`), as many streams as a
-/// swarm negotiates at a time, and the pings that are served.
+/// The most streams of a peer: the requests of a connection (`handler.rs`), the streams that a swarm negotiates at a
+/// time, and the ping streams.
 const MOST_OPENED: usize = 128 + 128 + 2;
 
-/// Questions for a sign of life that wait for a stream or an answer.
-const MOST_QUESTIONS: usize = 8;
+/// The most probes that wait for a stream or an answer.
+const MOST_PROBES: usize = 8;
 
-/// The most that one circuit may hold back for a reader that stops, each way (`buffer.rs`).
-const HELD_BACK: usize = 64_499;
+/// The most bytes that one circuit buffers for a reader that stops, in each direction (`buffer.rs`).
+const BUFFERED_BY_CIRCUIT: usize = 64_499;
 
-/// What one stream may have sent before there is an answer: names of protocols and a request.
+/// The most bytes that one stream may send before it gets an answer: protocol names and a request.
 const UNANSWERED: usize = 16 * 1024;
 
-/// How fast time passes.
+/// How time passes.
 #[derive(Clone, Copy, PartialEq)]
 enum Tempo {
     /// A pause is two sweeps.
     Fast,
-    /// Whoever lets several worlds live through the same pause says how long it is.
+    /// Several histories pause together, for as long as the caller sets.
     Shared,
 }
 
-/// One history, from its bytes.
+/// Runs one history.
 pub fn check(bytes: &[u8]) {
     let mut world = World::new(bytes, Tempo::Fast);
-    while world.live() {
+    while world.run_to_pause() {
         thread::sleep(2 * SWEEP);
         world.settle();
     }
@@ -85,13 +85,13 @@ pub fn check(bytes: &[u8]) {
 
 const SWEEP: Duration = Duration::from_millis(2);
 
-/// Histories side by side, which wait together: so these pauses can be long.
+/// Runs several histories that pause together, so that the pauses can be long.
 pub fn check_together(histories: &[Vec<u8>], pauses: &[Duration]) {
     let mut worlds: Vec<_> =
         histories.iter().map(|history| World::new(history, Tempo::Shared)).collect();
     for pause in pauses {
         for world in &mut worlds {
-            world.live();
+            world.run_to_pause();
         }
         let until = Instant::now() + *pause;
         while Instant::now() < until {
@@ -100,15 +100,15 @@ pub fn check_together(histories: &[Vec<u8>], pauses: &[Duration]) {
         }
     }
     for mut world in worlds {
-        while world.live() {}
+        while world.run_to_pause() {}
         world.end();
     }
 }
 
-/// How many pauses a history has at most.
+/// The most pauses of a history.
 const MOST_PAUSES: usize = 4;
 
-/// What is yet to happen.
+/// The rest of the history.
 struct Script(std::vec::IntoIter<u8>);
 
 impl Script {
@@ -129,16 +129,16 @@ struct World {
     history: Vec<u8>,
     script: Script,
     pauses: usize,
-    /// Whether those who behave badly do so to the end.
-    reform: bool,
+    /// Whether the hostile peers behave well at the end.
+    behave_well: bool,
     config: Config,
     swarm: Swarm<Behaviour>,
-    door: Door,
+    transport: MemoryTransport,
     remotes: Vec<Remote>,
-    /// The circuits that were opened and are not closed.
+    /// The circuits that are open according to the events.
     open: HashSet<CircuitId>,
     opened: usize,
-    /// All streams there ever were of those that behave badly, gone or not.
+    /// The traffic of the hostile peers' former connections.
     gone: Traffic,
     flag: Arc<Flag>,
 }
@@ -146,8 +146,10 @@ struct World {
 #[derive(Default)]
 struct Traffic {
     streams: usize,
-    taken: usize,
-    given: usize,
+    /// Bytes that the relay has read.
+    read: usize,
+    /// Bytes that the relay has written.
+    written: usize,
 }
 
 /// The other end of a connection.
@@ -155,28 +157,28 @@ struct Remote {
     peer: PeerId,
     address: Multiaddr,
     link: Shared<Link>,
-    lines: Vec<Line>,
-    /// Does on the relay's streams what is expected.
-    polite: bool,
-    /// Reads what the relay sends.
+    streams: Vec<RemoteStream>,
+    /// Whether it follows the protocols on streams that the relay opened.
+    follows_protocols: bool,
+    /// Whether it reads what the relay sends.
     reads: bool,
 }
 
 /// The other end of a stream.
-struct Line {
+struct RemoteStream {
     pipe: Shared<Pipe>,
     by_relay: bool,
     reads: bool,
-    got: Vec<u8>,
-    /// How many bytes of that were taken care of.
+    received: Vec<u8>,
+    /// How many of these bytes were handled.
     served: usize,
     stage: Stage,
 }
 
 #[derive(Clone, Copy, PartialEq)]
 enum Stage {
-    Named,
-    Asked,
+    Negotiating,
+    AwaitingStop,
     Echo,
 }
 
@@ -189,10 +191,10 @@ impl Wake for Flag {
     }
 }
 
-/// The two that behave have what they want for as long as they like.
-struct Favourites([PeerId; 2]);
+/// Gives the well-behaved peers circuits without limits.
+struct UnlimitedFor([PeerId; 2]);
 
-impl Access for Favourites {
+impl Access for UnlimitedFor {
     fn may_reserve(&self, _: PeerId, _: &Multiaddr) -> Permission {
         Permission::Allow(Terms::default())
     }
@@ -211,7 +213,7 @@ fn peer(number: usize) -> PeerId {
     PeerId::from_bytes(&[&[0, 32][..], &[number as u8 + 1; 32]].concat()).expect("a peer id")
 }
 
-/// Both connections of Mallory are hers.
+/// Two of the connections are Mallory's.
 fn peer_of(which: usize) -> PeerId {
     peer(if which == MALLORY_AGAIN { MALLORY } else { which })
 }
@@ -254,22 +256,22 @@ impl World {
         let key = Keypair::ed25519_from_bytes([9; 32]).expect("a key");
         let relay = key.public().to_peer_id();
         let mut patient = config.clone();
-        patient.idle_timeout = Duration::ZERO; // until Anna and Ben are there
-        let mut behaviour = Behaviour::new(key, patient).expect("it makes sense");
-        behaviour.set_access(Favourites([peer(ANNA), peer(BEN)]));
-        let door = Door::default();
+        patient.idle_timeout = Duration::ZERO; // until Anna and Ben have what they need
+        let mut behaviour = Behaviour::new(key, patient).expect("a valid configuration");
+        behaviour.set_access(UnlimitedFor([peer(ANNA), peer(BEN)]));
+        let transport = MemoryTransport::default();
         let swarm_config = swarm::Config::without_executor()
             .with_substream_upgrade_protocol_override(Version::V1Lazy);
-        let mut swarm = Swarm::new(door.clone().boxed(), behaviour, relay, swarm_config);
+        let mut swarm = Swarm::new(transport.clone().boxed(), behaviour, relay, swarm_config);
         swarm.add_external_address("/ip4/1.2.3.4/tcp/4001".parse().expect("a multiaddr"));
         let mut world = Self {
             history: history.to_vec(),
             script,
             pauses: 0,
-            reform: other >> 6 & 1 == 1,
+            behave_well: other >> 6 & 1 == 1,
             config,
             swarm,
-            door,
+            transport,
             remotes: Vec::new(),
             open: HashSet::new(),
             opened: 0,
@@ -281,9 +283,9 @@ impl World {
             world.remotes.push(remote);
         }
         world.settle();
-        assert_eq!(world.ask(ANNA, &[8, 0]), Some(100), "Anna reserves");
+        assert_eq!(world.request(ANNA, &[8, 0]), Some(100), "Anna reserves");
         let connect = protobuf::connect(&peer(ANNA).to_bytes());
-        assert_eq!(world.ask(BEN, &connect), Some(100), "Ben connects");
+        assert_eq!(world.request(BEN, &connect), Some(100), "Ben connects");
         let config = world.config.clone();
         assert_eq!(world.swarm.behaviour_mut().set_config(config), Ok(()));
         world
@@ -294,30 +296,30 @@ impl World {
         let address: Multiaddr = format!("/ip4/10.0.{which}.1/tcp/1").parse().expect("one");
         Remote {
             peer,
-            link: self.door.connect(peer, address.clone()),
+            link: self.transport.connect(peer, address.clone()),
             address,
-            lines: Vec::new(),
-            polite: !HOSTILE.contains(&which),
+            streams: Vec::new(),
+            follows_protocols: !HOSTILE.contains(&which),
             reads: true,
         }
     }
 
-    /// Asks on a new stream, and says how it was answered.
-    fn ask(&mut self, which: usize, request: &[u8]) -> Option<u64> {
-        let said = [proposal(HOP_PROTOCOL), framed(request)].concat();
-        let line = self.remotes[which].lines.len();
-        self.remotes[which].open(WINDOW).say(&said);
+    /// Sends a request on a new stream, and returns the status of the answer.
+    fn request(&mut self, which: usize, request: &[u8]) -> Option<u64> {
+        let bytes = [proposal(HOP_PROTOCOL), framed(request)].concat();
+        let stream = self.remotes[which].streams.len();
+        self.remotes[which].open(WINDOW).send(&bytes);
         self.settle();
-        let line = &self.remotes[which].lines[line];
-        let (_, answer) = line.negotiated()?;
+        let stream = &self.remotes[which].streams[stream];
+        let (_, answer) = stream.negotiated()?;
         let (prefix, length) = protobuf::length_in_front(answer)?;
         let message = answer.get(prefix..prefix + length)?;
         let fields = protobuf::read(message, HOP)?.ok()?;
         protobuf::number(&fields, &[5])
     }
 
-    /// Lives on to the next pause. Whether there is one, or it was the end.
-    fn live(&mut self) -> bool {
+    /// Runs steps up to the next pause. Returns false at the end of the history.
+    fn run_to_pause(&mut self) -> bool {
         while let Some(step) = self.script.0.next() {
             let which = HOSTILE[self.script.below(HOSTILE.len())];
             if step % 32 == 31 {
@@ -329,7 +331,7 @@ impl World {
                 continue;
             }
             self.step(step % 32, which);
-            // Several steps may come at once.
+            // Several steps may happen before the relay is polled.
             if step & 0x80 == 0 {
                 self.settle();
             }
@@ -341,7 +343,7 @@ impl World {
     fn step(&mut self, step: u8, which: usize) {
         let remote = &mut self.remotes[which];
         if remote.link.lock().dropped {
-            let gone = std::mem::take(&mut remote.lines);
+            let gone = std::mem::take(&mut remote.streams);
             self.gone.add(&gone);
             self.remotes[which] = self.connect(which);
             return;
@@ -351,26 +353,26 @@ impl World {
             0..4 => {
                 let names = [HOP_PROTOCOL, PING_PROTOCOL, STOP_PROTOCOL, "/who/knows/1.0.0"];
                 let name = names[usize::from(step)];
-                remote.open(WINDOW).say(&proposal(name));
+                remote.open(WINDOW).send(&proposal(name));
             }
             4..8 => {
                 let request = message(script);
-                let said = [proposal(HOP_PROTOCOL), framed(&request)].concat();
-                remote.open(WINDOW).say(&said);
+                let bytes = [proposal(HOP_PROTOCOL), framed(&request)].concat();
+                remote.open(WINDOW).send(&bytes);
             }
             8 => drop(remote.open([0, 1, 100, WINDOW][script.below(4)])),
             9 => {
                 for _ in 0..script.below(200) {
-                    remote.open(WINDOW).say(&proposal(HOP_PROTOCOL));
+                    remote.open(WINDOW).send(&proposal(HOP_PROTOCOL));
                 }
             }
             10 => {
                 let proposal = proposal([HOP_PROTOCOL, PING_PROTOCOL][script.below(2)]);
                 for _ in 0..script.below(64) {
-                    remote.open(WINDOW).say(&proposal);
+                    remote.open(WINDOW).send(&proposal);
                 }
             }
-            11 => remote.polite = !remote.polite,
+            11 => remote.follows_protocols = !remote.follows_protocols,
             12 => remote.reads = !remote.reads,
             13 => {
                 let mut link = remote.link.lock();
@@ -380,13 +382,13 @@ impl World {
             14 => remote.cut(),
             15 => {
                 let peer = peer_of(HOSTILE[script.below(HOSTILE.len())]);
-                self.settle(); // what it asked for before
+                self.settle(); // its earlier requests
                 self.swarm.behaviour_mut().release(peer);
                 self.settle();
-                // A question that waits for a stream is given up only when there is one.
-                let left = self.swarm.behaviour().view().circuits.of(&peer);
-                let left = left.filter(|(circuit, _)| self.open.contains(circuit));
-                assert_eq!(left.count(), 0, "circuits of a peer that was given up");
+                // A pending stop request without a stream is abandoned only once there is one.
+                let remaining = self.swarm.behaviour().view().circuits.of(&peer);
+                let remaining = remaining.filter(|(circuit, _)| self.open.contains(circuit));
+                assert_eq!(remaining.count(), 0, "circuits of a released peer");
             }
             16 => self.swarm.behaviour_mut().recheck_access(),
             17 => {
@@ -397,47 +399,48 @@ impl World {
                 assert_eq!(set, Ok(()));
             }
             _ => {
-                let count = remote.lines.len();
-                // Rather one of the last.
+                let count = remote.streams.len();
+                // Mostly one of the newest.
                 let back = script.below(8).min(count.saturating_sub(1));
-                if let Some(line) = count.checked_sub(1 + back).map(|at| &mut remote.lines[at]) {
-                    line.step(step, script);
+                if let Some(stream) = count.checked_sub(1 + back).map(|at| &mut remote.streams[at])
+                {
+                    stream.step(step, script);
                 }
             }
         }
     }
 
-    /// Lets the relay do all that there is to do, and the other ends what they always do.
+    /// Polls the relay until it is idle, and lets the other ends read and serve.
     fn settle(&mut self) {
         let waker = Waker::from(Arc::clone(&self.flag));
         let cx = &mut Context::from_waker(&waker);
-        for _ in 0..PATIENCE {
+        for _ in 0..MOST_POLLS {
             self.flag.0.store(false, Ordering::Relaxed);
             let mut moved = false;
             while let Poll::Ready(event) = Pin::new(&mut self.swarm).poll_next(cx) {
-                self.noted(event.expect("a swarm does not end"));
+                self.on_event(event.expect("a swarm does not end"));
                 moved = true;
             }
             for remote in &mut self.remotes {
-                moved |= remote.tend();
+                moved |= remote.serve_streams();
             }
             if !moved && !self.flag.0.load(Ordering::Relaxed) {
-                return self.is_bounded();
+                return self.assert_bounded();
             }
         }
-        panic!("the relay finds no rest");
+        panic!("the relay never becomes idle");
     }
 
-    fn noted(&mut self, event: SwarmEvent<Event>) {
-        let favourites = [peer(ANNA), peer(BEN)];
+    fn on_event(&mut self, event: SwarmEvent<Event>) {
+        let well_behaved = [peer(ANNA), peer(BEN)];
         match event {
             SwarmEvent::Behaviour(Event::CircuitOpened { circuit, .. }) => {
                 self.opened += 1;
-                assert!(self.open.insert(circuit), "it is open already");
+                assert!(self.open.insert(circuit), "a circuit opened twice");
             }
             SwarmEvent::Behaviour(Event::CircuitClosed { circuit, source, .. }) => {
-                assert!(self.open.remove(&circuit), "it is not open");
-                assert!(!favourites.contains(&source), "Ben's circuit ended");
+                assert!(self.open.remove(&circuit), "a circuit closed that was not open");
+                assert!(!well_behaved.contains(&source), "Ben's circuit ended");
             }
             SwarmEvent::Behaviour(
                 Event::PeerSilent { peer, .. }
@@ -445,30 +448,30 @@ impl World {
                 | Event::ReservationFreed { peer, .. },
             )
             | SwarmEvent::ConnectionClosed { peer_id: peer, .. } => {
-                assert!(!favourites.contains(&peer), "{event:?}");
+                assert!(!well_behaved.contains(&peer), "{event:?}");
             }
             _ => {}
         }
     }
 
-    /// What the relay holds for others is what it said it would.
-    fn is_bounded(&self) {
+    /// Asserts that the relay's state for the hostile peers is within its limits.
+    fn assert_bounded(&self) {
         let behaviour = self.swarm.behaviour();
         let per_peer = self.config.max_circuits_per_peer;
         for which in HOSTILE {
             let remote = &self.remotes[which];
             let (theirs, relays): (Vec<_>, Vec<_>) =
-                remote.lines.iter().partition(|line| !line.by_relay);
-            // Streams that it did not look at yet are the muxer's.
-            let held = |line: &&&Line| {
-                let is_alone = line.pipe.is_alone();
-                !is_alone && !line.pipe.lock().dropped
+                remote.streams.iter().partition(|stream| !stream.by_relay);
+            // Streams that were not accepted yet belong to the muxer.
+            let held = |stream: &&&RemoteStream| {
+                let is_alone = stream.pipe.is_alone();
+                !is_alone && !stream.pipe.lock().dropped
             };
             let waiting = remote.link.lock().waiting();
             let opened = theirs.iter().filter(held).count() - waiting;
             assert!(opened <= MOST_OPENED + per_peer, "{opened} streams");
-            let asked = relays.iter().filter(held).count();
-            assert!(asked <= MOST_QUESTIONS + per_peer, "{asked} streams");
+            let opened_by_relay = relays.iter().filter(held).count();
+            assert!(opened_by_relay <= MOST_PROBES + per_peer, "{opened_by_relay} streams");
             assert!(behaviour.view().circuits.count_of(&remote.peer) <= per_peer);
         }
         assert!(behaviour.view().circuits.count() <= self.config.max_circuits);
@@ -476,42 +479,42 @@ impl World {
         assert!(self.open.len() <= behaviour.view().circuits.count());
 
         let mut traffic = Traffic::default();
-        self.remotes.iter().for_each(|remote| traffic.add(&remote.lines));
-        let Traffic { streams, taken, given } = &self.gone;
-        let held_back = (traffic.taken + taken).saturating_sub(traffic.given + given);
-        let most = (traffic.streams + streams) * UNANSWERED + self.opened * 2 * HELD_BACK;
-        assert!(held_back <= most, "{held_back} bytes were taken and not given");
+        self.remotes.iter().for_each(|remote| traffic.add(&remote.streams));
+        let Traffic { streams, read, written } = &self.gone;
+        let buffered = (traffic.read + read).saturating_sub(traffic.written + written);
+        let most = (traffic.streams + streams) * UNANSWERED + self.opened * 2 * BUFFERED_BY_CIRCUIT;
+        assert!(buffered <= most, "{buffered} bytes are buffered");
     }
 
-    /// Whoever still has a connection, and behaves from now on, is served on it.
-    fn reform(&mut self) {
+    /// Hostile peers behave well from now on: those that are still connected must be served.
+    fn behave_well(&mut self) {
         for which in HOSTILE {
             let remote = &mut self.remotes[which];
-            (remote.polite, remote.reads) = (true, true);
+            (remote.follows_protocols, remote.reads) = (true, true);
             remote.link.lock().lets_open = true;
-            remote.lines.iter().for_each(Line::reset);
+            remote.streams.iter().for_each(RemoteStream::reset);
         }
         self.settle();
         for which in HOSTILE {
-            let answer = self.ask(which, &[]);
+            let answer = self.request(which, &[]);
             let ping = [proposal(PING_PROTOCOL), vec![5; 32]].concat();
-            let line = self.remotes[which].lines.len();
-            self.remotes[which].open(WINDOW).say(&ping);
+            let stream = self.remotes[which].streams.len();
+            self.remotes[which].open(WINDOW).send(&ping);
             self.settle();
             let remote = &self.remotes[which];
             if remote.link.lock().dropped {
                 continue;
             }
-            assert_eq!(answer, Some(400), "it is told that this is no request");
+            assert_eq!(answer, Some(400), "MALFORMED_MESSAGE");
             let echo = [proposal(PING_PROTOCOL), vec![5; 32]].concat();
-            assert_eq!(remote.lines[line].got == echo, self.config.answer_ping);
+            assert_eq!(remote.streams[stream].received == echo, self.config.answer_ping);
         }
     }
 
-    /// Those who behave badly go, and it is as if they had never been there.
+    /// Disconnects the hostile peers: nothing of them is left.
     fn end(mut self) {
-        if self.reform {
-            self.reform();
+        if self.behave_well {
+            self.behave_well();
         }
         for which in HOSTILE {
             self.remotes[which].cut();
@@ -519,17 +522,17 @@ impl World {
         self.settle();
         for which in HOSTILE {
             let remote = &self.remotes[which];
-            assert!(remote.link.lock().dropped, "its connection is gone");
-            let left = remote.lines.iter().filter(|line| !line.pipe.is_alone());
-            assert_eq!(left.count(), 0, "streams are left");
+            assert!(remote.link.lock().dropped, "the connection is dropped");
+            let remaining = remote.streams.iter().filter(|stream| !stream.pipe.is_alone());
+            assert_eq!(remaining.count(), 0, "streams of a disconnected peer");
         }
         let behaviour = self.swarm.behaviour_mut();
         assert_eq!(behaviour.view().connections.count(), 2);
-        assert_eq!(behaviour.view().circuits.count(), 1, "Ben's, and no other");
+        assert_eq!(behaviour.view().circuits.count(), 1, "Ben's");
         assert_eq!(behaviour.view().circuits.peers(), 2);
         assert_eq!(behaviour.accounts().count(), 2);
         let table = &behaviour.view().reservations;
-        assert_eq!(table.taken() - table.in_grace(), 1, "Anna's, and no other");
+        assert_eq!(table.taken() - table.in_grace(), 1, "Anna's");
         let totals = behaviour.totals();
         assert_eq!((totals.opened, totals.closed + 1), (self.opened as u64, totals.opened));
         for which in [MALLORY, MO] {
@@ -540,30 +543,30 @@ impl World {
         self.settle();
         let table = &self.swarm.behaviour().view().reservations;
         assert_eq!((table.taken(), table.in_grace()), (1, 0));
-        assert_eq!(table.holders().collect::<Vec<_>>(), [peer(ANNA)]);
+        assert!(table.iter().map(|(holder, _)| holder).eq([peer(ANNA)]));
         for which in HOSTILE {
-            let billed_to = ClientPrefix::of(&self.remotes[which].address).expect("an address");
-            assert_eq!(table.quota.held(Scope::Address(billed_to)), 0);
+            let prefix = ClientPrefix::of(&self.remotes[which].address).expect("an address");
+            assert_eq!(table.quota.held(Scope::Address(prefix)), 0);
         }
 
-        // Ben's circuit carries, and whoever comes next gets what it wants.
-        let before = self.remotes[BEN].lines[0].got.len();
-        self.remotes[BEN].lines[0].say(&[7; 3000]);
+        // Ben's circuit still relays, and a newcomer gets a slot.
+        let before = self.remotes[BEN].streams[0].received.len();
+        self.remotes[BEN].streams[0].send(&[7; 3000]);
         for _ in 0..200 {
             self.settle();
-            if self.remotes[BEN].lines[0].got.len() == before + 3000 {
+            if self.remotes[BEN].streams[0].received.len() == before + 3000 {
                 break;
             }
-            thread::sleep(SWEEP); // for its share of the bandwidth
+            thread::sleep(SWEEP); // until it gets bandwidth
         }
-        assert_eq!(self.remotes[BEN].lines[0].got[before..], [7; 3000]);
-        assert_eq!(self.ask(ANNA, &[8, 0]), Some(100), "Anna renews");
+        assert_eq!(self.remotes[BEN].streams[0].received[before..], [7; 3000]);
+        assert_eq!(self.request(ANNA, &[8, 0]), Some(100), "Anna renews");
         let mut config = self.config.clone();
         config.idle_timeout = Duration::ZERO;
         assert_eq!(self.swarm.behaviour_mut().set_config(config), Ok(()));
         self.remotes[MO] = self.connect(MO + 1);
         self.settle();
-        assert_eq!(self.ask(MO, &[8, 0]), Some(100), "a newcomer reserves");
+        assert_eq!(self.request(MO, &[8, 0]), Some(100), "a newcomer reserves");
     }
 }
 
@@ -576,39 +579,39 @@ impl Drop for World {
 }
 
 impl Traffic {
-    fn add(&mut self, lines: &[Line]) {
-        self.streams += lines.len();
-        for line in lines {
-            let pipe = line.pipe.lock();
-            self.taken += pipe.taken;
-            self.given += pipe.given;
+    fn add(&mut self, streams: &[RemoteStream]) {
+        self.streams += streams.len();
+        for stream in streams {
+            let pipe = stream.pipe.lock();
+            self.read += pipe.read_by_relay;
+            self.written += pipe.written_by_relay;
         }
     }
 }
 
 impl Remote {
-    fn open(&mut self, window: usize) -> &mut Line {
+    fn open(&mut self, window: usize) -> &mut RemoteStream {
         let pipe = self.link.lock().open(window);
-        self.lines.push(Line::new(pipe, false));
-        self.lines.last_mut().expect("it is there")
+        self.streams.push(RemoteStream::new(pipe, false));
+        self.streams.last_mut().expect("the new stream")
     }
 
     fn cut(&mut self) {
         self.link.lock().cut();
-        self.lines.iter().for_each(Line::reset);
+        self.streams.iter().for_each(RemoteStream::reset);
     }
 
-    /// Takes new streams, reads, and serves. Whether there was something to do.
-    fn tend(&mut self) -> bool {
+    /// Accepts new streams, reads, and serves. Returns whether there was anything to do.
+    fn serve_streams(&mut self) -> bool {
         let accepted = std::mem::take(&mut self.link.lock().accepted);
         let mut moved = !accepted.is_empty();
-        let accepted = accepted.into_iter().map(|pipe| Line::new(pipe, true));
-        self.lines.extend(accepted);
+        let accepted = accepted.into_iter().map(|pipe| RemoteStream::new(pipe, true));
+        self.streams.extend(accepted);
         if self.reads {
-            for line in &mut self.lines {
-                moved |= line.read();
-                if self.polite && line.by_relay {
-                    line.serve();
+            for stream in &mut self.streams {
+                moved |= stream.read();
+                if self.follows_protocols && stream.by_relay {
+                    stream.serve();
                 }
             }
         }
@@ -616,12 +619,19 @@ impl Remote {
     }
 }
 
-impl Line {
+impl RemoteStream {
     fn new(pipe: Shared<Pipe>, by_relay: bool) -> Self {
-        Self { pipe, by_relay, reads: true, got: Vec::new(), served: 0, stage: Stage::Named }
+        Self {
+            pipe,
+            by_relay,
+            reads: true,
+            received: Vec::new(),
+            served: 0,
+            stage: Stage::Negotiating,
+        }
     }
 
-    fn say(&mut self, bytes: &[u8]) {
+    fn send(&mut self, bytes: &[u8]) {
         let mut pipe = self.pipe.lock();
         if !bytes.is_empty() && !pipe.closed && !pipe.reset {
             pipe.to_relay.extend(bytes);
@@ -640,21 +650,21 @@ impl Line {
         if !self.reads || pipe.from_relay.is_empty() {
             return false;
         }
-        self.got.extend(pipe.from_relay.drain(..));
+        self.received.extend(pipe.from_relay.drain(..));
         pipe.wake();
         true
     }
 
     fn step(&mut self, step: u8, script: &mut Script) {
         match step {
-            18 => self.say(&framed(&message(script))),
+            18 => self.send(&framed(&message(script))),
             19 => {
                 let count = script.below(40);
-                self.say(&script.bytes(count));
+                self.send(&script.bytes(count));
             }
             20 => {
                 let many = vec![script.byte(); 1 << script.below(18)];
-                self.say(&many);
+                self.send(&many);
             }
             21 => {
                 let mut pipe = self.pipe.lock();
@@ -668,36 +678,35 @@ impl Line {
                 pipe.window = [0, 1, 1000, WINDOW][script.below(4)];
                 pipe.wake();
             }
-            25 => self.say(&line("na")),
-            26 => self.say(&proposal([STOP_PROTOCOL, PING_PROTOCOL][script.below(2)])),
-            27 => self.say(&framed(&[8, 1, 32, 100])), // a target agrees
+            25 => self.send(&line("na")),
+            26 => self.send(&proposal([STOP_PROTOCOL, PING_PROTOCOL][script.below(2)])),
+            27 => self.send(&framed(&[8, 1, 32, 100])), // a target accepts
             28 => self.serve(),
-            29 => self.say(&[0; 32]),
+            29 => self.send(&[0; 32]),
             _ => {
                 let mut cut = framed(&message(script));
                 cut.truncate(script.below(cut.len()));
-                self.say(&cut);
+                self.send(&cut);
             }
         }
     }
 
-    /// Does what is expected of a peer on a stream of the relay's: names its protocol, agrees to a
-    /// circuit, and sends back what comes.
+    /// Does what the protocols require on a stream that the relay opened: negotiates, accepts a circuit, and echoes.
     fn serve(&mut self) {
-        if self.stage == Stage::Named {
+        if self.stage == Stage::Negotiating {
             let Some((name, payload)) = self.negotiated() else {
                 return;
             };
-            let behind = self.got.len() - payload.len();
+            let negotiated = self.received.len() - payload.len();
             self.stage = match &*name {
-                STOP_PROTOCOL => Stage::Asked,
+                STOP_PROTOCOL => Stage::AwaitingStop,
                 _ => Stage::Echo,
             };
-            self.served = behind;
-            self.say(&proposal(&name));
+            self.served = negotiated;
+            self.send(&proposal(&name));
         }
-        if self.stage == Stage::Asked {
-            let payload = &self.got[self.served..];
+        if self.stage == Stage::AwaitingStop {
+            let payload = &self.received[self.served..];
             let Some((prefix, length)) = protobuf::length_in_front(payload) else {
                 return;
             };
@@ -706,10 +715,10 @@ impl Line {
             }
             self.served += prefix + length;
             self.stage = Stage::Echo;
-            self.say(&framed(&[8, 1, 32, 100]));
+            self.send(&framed(&[8, 1, 32, 100]));
         }
-        let payload = self.got.split_off(self.served);
-        self.say(&payload);
+        let payload = self.received.split_off(self.served);
+        self.send(&payload);
         let mut pipe = self.pipe.lock();
         if pipe.closed_by_relay && pipe.from_relay.is_empty() && !pipe.closed {
             pipe.closed = true;
@@ -717,15 +726,15 @@ impl Line {
         }
     }
 
-    /// The protocol that the relay named on this stream, and what came behind it.
+    /// The protocol that the relay negotiates on this stream, and the bytes after it.
     fn negotiated(&self) -> Option<(String, &[u8])> {
-        let (header, rest) = first_line(&self.got)?;
+        let (header, rest) = first_line(&self.received)?;
         let (name, rest) = first_line(rest)?;
         (header == HEADER).then_some((name, rest))
     }
 }
 
-/// A line of multistream-select, and what is behind it.
+/// A line of multistream-select, and the bytes after it.
 fn first_line(bytes: &[u8]) -> Option<(String, &[u8])> {
     let (prefix, length) = protobuf::length_in_front(bytes)?;
     let text = bytes.get(prefix..prefix + length)?;
@@ -748,7 +757,7 @@ fn framed(message: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// What somebody might say: most of it is right somewhere.
+/// A message, mostly one that is valid in some situation.
 fn message(script: &mut Script) -> Vec<u8> {
     let connect = |to| protobuf::connect(&peer(to).to_bytes());
     let choice = script.byte();
@@ -757,7 +766,7 @@ fn message(script: &mut Script) -> Vec<u8> {
         3 | 4 => connect(ANNA),
         5 | 6 => connect(MALLORY),
         7 | 8 => connect(MO),
-        9 => connect(BEN), // who holds no slot
+        9 => connect(BEN), // has no slot
         10 => connect(99),
         11 => vec![8, 2],
         12 => vec![8, 1, 32, 100],

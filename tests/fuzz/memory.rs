@@ -1,4 +1,4 @@
-//! Connections in memory, whose other end does as it likes: no socket, no cipher, no runtime.
+//! Connections in memory, whose other end is controlled by the test: no sockets, encryption or runtime.
 
 use std::{
     collections::VecDeque,
@@ -19,16 +19,16 @@ use libp2p::{
     futures::{AsyncRead, AsyncWrite},
 };
 
-/// What is shared between the relay's end and the other.
+/// State that the relay's end and the other end share.
 #[derive(Debug, Default)]
 pub struct Shared<T>(Arc<Mutex<T>>);
 
 impl<T> Shared<T> {
     pub fn lock(&self) -> MutexGuard<'_, T> {
-        self.0.lock().expect("nobody panicked")
+        self.0.lock().expect("no panic while it was locked")
     }
 
-    /// Whether the relay has let go of its end.
+    /// Whether the relay has dropped its end.
     pub fn is_alone(&self) -> bool {
         Arc::strong_count(&self.0) == 1
     }
@@ -44,25 +44,25 @@ impl<T> Clone for Shared<T> {
 #[derive(Debug, Default)]
 pub struct Pipe {
     pub to_relay: VecDeque<u8>,
-    /// The other end writes no more.
+    /// Whether the other end has closed its direction.
     pub closed: bool,
     pub reset: bool,
     pub from_relay: VecDeque<u8>,
-    /// How much of it may be unread.
+    /// How many of these bytes may be unread.
     pub window: usize,
     pub closed_by_relay: bool,
-    /// The relay's end is gone.
+    /// Whether the relay's end was dropped.
     pub dropped: bool,
-    /// Bytes that the relay took.
-    pub taken: usize,
-    /// Bytes that it gave.
-    pub given: usize,
+    /// How many bytes the relay has read.
+    pub read_by_relay: usize,
+    /// How many bytes the relay has written.
+    pub written_by_relay: usize,
     reader: Option<Waker>,
     writer: Option<Waker>,
 }
 
 impl Pipe {
-    /// Something has changed at the other end.
+    /// Wakes the relay's end after a change at the other end.
     pub fn wake(&mut self) {
         let wakers = [self.reader.take(), self.writer.take()];
         wakers.into_iter().flatten().for_each(Waker::wake);
@@ -102,7 +102,7 @@ impl AsyncRead for Substream {
         for (place, byte) in room.iter_mut().zip(pipe.to_relay.drain(..count)) {
             *place = byte;
         }
-        pipe.taken += count;
+        pipe.read_by_relay += count;
         Poll::Ready(Ok(count))
     }
 }
@@ -115,7 +115,7 @@ impl AsyncWrite for Substream {
     ) -> Poll<io::Result<usize>> {
         let mut pipe = self.0.lock();
         pipe.check()?;
-        assert!(!pipe.closed_by_relay, "nothing is written behind the end");
+        assert!(!pipe.closed_by_relay, "nothing is written after the close");
         let room = pipe.window.saturating_sub(pipe.from_relay.len());
         let count = room.min(bytes.len());
         if count == 0 && !bytes.is_empty() {
@@ -123,7 +123,7 @@ impl AsyncWrite for Substream {
             return Poll::Pending;
         }
         pipe.from_relay.extend(&bytes[..count]);
-        pipe.given += count;
+        pipe.written_by_relay += count;
         Poll::Ready(Ok(count))
     }
 
@@ -142,15 +142,15 @@ impl AsyncWrite for Substream {
 /// A connection.
 #[derive(Debug, Default)]
 pub struct Link {
-    /// Streams that the other end opened, and the relay has yet to accept.
+    /// Streams that the other end opened and the relay has not accepted yet.
     opened: VecDeque<Shared<Pipe>>,
-    /// Streams that the relay opened, and the other end has yet to look at.
+    /// Streams that the relay opened and the other end has not handled yet.
     pub accepted: Vec<Shared<Pipe>>,
-    /// The other end lets the relay open streams.
+    /// Whether the relay may open streams.
     pub lets_open: bool,
-    /// It was cut.
+    /// Whether the connection is lost.
     cut: bool,
-    /// The relay's end is gone.
+    /// Whether the relay's end was dropped.
     pub dropped: bool,
     waker: Option<Waker>,
 }
@@ -164,7 +164,7 @@ impl Link {
         pipe
     }
 
-    /// How many streams the relay did not accept yet.
+    /// How many streams the relay has not accepted yet.
     pub fn waiting(&self) -> usize {
         self.opened.len()
     }
@@ -188,7 +188,7 @@ impl Link {
     }
 }
 
-/// How much of what the relay sends may be unread, unless the other end says otherwise.
+/// How much of what the relay sends may be unread, by default.
 pub const WINDOW: usize = 256 * 1024;
 
 /// The relay's end of a connection.
@@ -235,29 +235,29 @@ impl StreamMuxer for Muxer {
     }
 }
 
-/// Through which connections come in.
+/// A transport with inbound connections in memory.
 #[derive(Clone, Default)]
-pub struct Door(Shared<Coming>);
+pub struct MemoryTransport(Shared<Incoming>);
 
 #[derive(Default)]
-struct Coming {
+struct Incoming {
     connections: VecDeque<(PeerId, Multiaddr, Muxer)>,
     waker: Option<Waker>,
 }
 
-impl Door {
+impl MemoryTransport {
     pub fn connect(&self, peer: PeerId, from: Multiaddr) -> Shared<Link> {
         let link = Shared::<Link>::default();
         link.lock().lets_open = true;
-        let mut coming = self.0.lock();
+        let mut incoming = self.0.lock();
         let muxer = Muxer(link.clone());
-        coming.connections.push_back((peer, from, muxer));
-        coming.waker.take().into_iter().for_each(Waker::wake);
+        incoming.connections.push_back((peer, from, muxer));
+        incoming.waker.take().into_iter().for_each(Waker::wake);
         link
     }
 }
 
-impl libp2p::Transport for Door {
+impl libp2p::Transport for MemoryTransport {
     type Output = (PeerId, StreamMuxerBox);
     type Error = io::Error;
     type ListenerUpgrade = Ready<io::Result<Self::Output>>;
@@ -283,9 +283,9 @@ impl libp2p::Transport for Door {
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<TransportEvent<Self::ListenerUpgrade, io::Error>> {
-        let mut coming = self.0.lock();
-        let Some((peer, send_back_addr, muxer)) = coming.connections.pop_front() else {
-            coming.waker = Some(cx.waker().clone());
+        let mut incoming = self.0.lock();
+        let Some((peer, send_back_addr, muxer)) = incoming.connections.pop_front() else {
+            incoming.waker = Some(cx.waker().clone());
             return Poll::Pending;
         };
         Poll::Ready(TransportEvent::Incoming {

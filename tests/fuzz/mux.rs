@@ -13,8 +13,8 @@ use libp2p::{
 };
 use proptest::{collection::vec, prelude::*};
 use relaylet::program::mux::{
-    muxer::{Budget, Multiplex},
-    stream_limits::StreamLimits,
+    muxer::Multiplex,
+    stream_limits::{Budget, StreamLimits},
 };
 
 const STREAMS: usize = 8;
@@ -69,7 +69,7 @@ pub fn check(bytes: &[u8]) {
     let budget = Budget { inbound: STREAMS, outbound: STREAMS };
     let limits = StreamLimits { stream_rate: 0, ..StreamLimits::default() };
     let multiplex = Multiplex::new(budget, limits, STREAMS);
-    let memory = multiplex.memory();
+    let memory = multiplex.memory.clone();
     let taken = Arc::default();
     let link = Link { sends, at_once: 1 + usize::from(*at_once), taken: Arc::clone(&taken) };
     let muxer = multiplex.upgrade_inbound(link, "/yamux/1.0.0").now_or_never();

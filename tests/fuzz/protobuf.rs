@@ -1,8 +1,8 @@
-//! Protobuf, naively: a reader to compare with, and a writer of what nobody should write.
+//! A naive protobuf decoder to compare with, and an encoder of valid and invalid messages.
 
 use proptest::{collection::vec, prelude::*, sample::select};
 
-/// What a field is to be, by the path of field numbers to it.
+/// The kind of each known field, by the path of field numbers to it.
 pub type Schema = fn(&[u32]) -> Option<Kind>;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -12,7 +12,7 @@ pub enum Kind {
     Message,
 }
 
-/// A field that the schema knows.
+/// A field of the schema.
 #[derive(Debug)]
 pub struct Field {
     pub path: Vec<u32>,
@@ -34,7 +34,7 @@ pub const HOP: Schema = |path| match path {
     _ => None,
 };
 
-/// And its `StopMessage`.
+/// The specification's `StopMessage`.
 pub const STOP: Schema = |path| match path {
     [1 | 4] | [3, 1 | 2] => Some(Kind::Number),
     [2 | 3] => Some(Kind::Message),
@@ -42,23 +42,23 @@ pub const STOP: Schema = |path| match path {
     _ => None,
 };
 
-/// Deeper than this nobody looks here; prost stops at a hundred.
-const DEEP: usize = 90;
+/// Deeper nesting is not decoded here; prost's limit is a hundred.
+const MOST_DEPTH: usize = 90;
 
-/// Why a message is none.
+/// Why a message is invalid.
 #[derive(Debug, PartialEq)]
-pub enum Wrong {
+pub enum Invalid {
     Malformed,
     TooDeep,
 }
 
-/// The known fields of a message, in their order. `None`: it is nested too deep to say.
-pub fn read(bytes: &[u8], schema: Schema) -> Option<Result<Vec<Field>, Wrong>> {
+/// The known fields of a message in order. `None`: it is nested too deep for this decoder.
+pub fn read(bytes: &[u8], schema: Schema) -> Option<Result<Vec<Field>, Invalid>> {
     let mut fields = Vec::new();
     match message(bytes, &mut Vec::new(), schema, &mut fields) {
         Ok(()) => Some(Ok(fields)),
-        Err(Wrong::TooDeep) => None,
-        Err(wrong) => Some(Err(wrong)),
+        Err(Invalid::TooDeep) => None,
+        Err(error) => Some(Err(error)),
     }
 }
 
@@ -67,7 +67,7 @@ fn message(
     path: &mut Vec<u32>,
     schema: Schema,
     fields: &mut Vec<Field>,
-) -> Result<(), Wrong> {
+) -> Result<(), Invalid> {
     while !bytes.is_empty() {
         let (number, wire_type) = key(&mut bytes)?;
         path.push(number);
@@ -88,7 +88,7 @@ fn message(
                     message(inner, path, schema, fields)?;
                 }
             }
-            (Some(_), _) => return Err(Wrong::Malformed),
+            (Some(_), _) => return Err(Invalid::Malformed),
             (None, _) => skip(&mut bytes, number, wire_type, path.len())?,
         }
         path.pop();
@@ -96,19 +96,19 @@ fn message(
     Ok(())
 }
 
-fn key(bytes: &mut &[u8]) -> Result<(u32, u64), Wrong> {
+fn key(bytes: &mut &[u8]) -> Result<(u32, u64), Invalid> {
     let key = take_varint(bytes)?;
-    let key = u32::try_from(key).map_err(|_| Wrong::Malformed)?;
+    let key = u32::try_from(key).map_err(|_| Invalid::Malformed)?;
     let (number, wire_type) = (key >> 3, u64::from(key & 7));
     match number == 0 || wire_type > 5 {
-        true => Err(Wrong::Malformed),
+        true => Err(Invalid::Malformed),
         false => Ok((number, wire_type)),
     }
 }
 
-fn skip(bytes: &mut &[u8], number: u32, wire_type: u64, depth: usize) -> Result<(), Wrong> {
-    if depth > DEEP {
-        return Err(Wrong::TooDeep);
+fn skip(bytes: &mut &[u8], number: u32, wire_type: u64, depth: usize) -> Result<(), Invalid> {
+    if depth > MOST_DEPTH {
+        return Err(Invalid::TooDeep);
     }
     match wire_type {
         0 => take_varint(bytes).map(drop),
@@ -118,44 +118,44 @@ fn skip(bytes: &mut &[u8], number: u32, wire_type: u64, depth: usize) -> Result<
             let (inner, wire_type) = key(bytes)?;
             match wire_type {
                 4 if inner == number => return Ok(()),
-                4 => return Err(Wrong::Malformed),
+                4 => return Err(Invalid::Malformed),
                 _ => skip(bytes, inner, wire_type, depth + 1)?,
             }
         },
         5 => take(bytes, 4).map(drop),
-        _ => Err(Wrong::Malformed),
+        _ => Err(Invalid::Malformed),
     }
 }
 
-fn take<'a>(bytes: &mut &'a [u8], count: usize) -> Result<&'a [u8], Wrong> {
-    let (taken, rest) = bytes.split_at_checked(count).ok_or(Wrong::Malformed)?;
+fn take<'a>(bytes: &mut &'a [u8], count: usize) -> Result<&'a [u8], Invalid> {
+    let (taken, rest) = bytes.split_at_checked(count).ok_or(Invalid::Malformed)?;
     *bytes = rest;
     Ok(taken)
 }
 
-fn take_bytes<'a>(bytes: &mut &'a [u8]) -> Result<&'a [u8], Wrong> {
+fn take_bytes<'a>(bytes: &mut &'a [u8]) -> Result<&'a [u8], Invalid> {
     let count = take_varint(bytes)?;
     take(bytes, usize::try_from(count).unwrap_or(usize::MAX))
 }
 
-/// Non-minimal ones count in protobuf.
-fn take_varint(bytes: &mut &[u8]) -> Result<u64, Wrong> {
+/// Reads a varint; protobuf allows non-minimal ones.
+fn take_varint(bytes: &mut &[u8]) -> Result<u64, Invalid> {
     let mut value = 0;
     for at in 0..10 {
         let byte = u64::from(take(bytes, 1)?[0]);
         if at == 9 && byte > 1 {
-            return Err(Wrong::Malformed);
+            return Err(Invalid::Malformed);
         }
         value |= (byte & 0x7f) << (7 * at);
         if byte & 0x80 == 0 {
             return Ok(value);
         }
     }
-    Err(Wrong::Malformed)
+    Err(Invalid::Malformed)
 }
 
-/// How long the length in front of `bytes` is, and what it says; `None` where it is none, or goes
-/// beyond 16 bits, or is not all there. Non-minimal ones do not count in multiformats.
+/// The size of the length in front of `bytes`, and its value. `None` if it is incomplete, larger than 16 bits, or not
+/// minimal, which multiformats do not allow.
 pub fn length_in_front(bytes: &[u8]) -> Option<(usize, usize)> {
     let last = bytes.iter().take(3).position(|byte| byte & 0x80 == 0)?;
     let minimal = last == 0 || bytes[last] != 0;
@@ -189,7 +189,7 @@ pub fn all_bytes<'a>(fields: &'a [Field], path: &'a [u32]) -> impl Iterator<Item
     })
 }
 
-/// A CONNECT to the peer whose id these bytes are.
+/// A CONNECT to the peer with this id.
 pub fn connect(id: &[u8]) -> Vec<u8> {
     let mut message = vec![8, 1];
     put(&mut message, 2, &field(1, id));
@@ -208,7 +208,7 @@ fn put(bytes: &mut Vec<u8>, number: u64, content: &[u8]) {
     bytes.extend(content);
 }
 
-/// Writes a varint, with so many bytes more than it takes.
+/// Writes a varint with this many redundant bytes.
 pub fn varint(bytes: &mut Vec<u8>, mut value: u64, padding: usize) {
     while value > 0x7f {
         bytes.push(value as u8 | 0x80);
@@ -223,8 +223,8 @@ pub fn varint(bytes: &mut Vec<u8>, mut value: u64, padding: usize) {
     }
 }
 
-/// Messages: as they should be, with fields that nobody knows, that come twice, of the wrong type,
-/// with lengths that lie, in groups; some of them cut or with a few bits the other way.
+/// Messages: valid ones, and with fields that are unknown, repeated, of the wrong type, of a false length, or groups;
+/// some of them truncated or with flipped bits.
 pub fn messages() -> impl Strategy<Value = Vec<u8>> {
     let message = vec(fields(), 0..7).prop_map(|fields| fields.concat());
     let spoiled = prop_oneof![
@@ -261,11 +261,11 @@ fn fields() -> impl Strategy<Value = Vec<u8>> {
 
 fn peers() -> impl Strategy<Value = Vec<u8>> {
     let id = prop_oneof![
-        // As they are: an identity or a hash, of the right length and others.
+        // Well-formed ones: an identity or a hash, of the right length and of others.
         4 => (select(vec![0u8, 0x12]), vec(any::<u8>(), 0..70)).prop_map(|(code, digest)| {
             [&[code, digest.len() as u8][..], &digest].concat()
         }),
-        1 => Just([&[0, 32][..], &[7; 32]].concat()), // she who asks
+        1 => Just([&[0, 32][..], &[7; 32]].concat()), // the source itself
         1 => vec(any::<u8>(), 0..80),
     ];
     let addresses = vec(vec(any::<u8>(), 0..20), 0..3);
@@ -308,7 +308,7 @@ fn any_field() -> impl Strategy<Value = Vec<u8>> {
         3 => (field_numbers(), any::<u64>(), padding()).prop_map(|(n, v, p)| numbered(n, v, p)),
         2 => (field_numbers(), vec(any::<u8>(), 0..20)).prop_map(|(n, bytes)| field(n, &bytes)),
         1 => (field_numbers(), any::<u64>(), padding()).prop_map(move |(n, length, padding)| {
-            let mut bytes = key(n, 2); // a length without what it promises
+            let mut bytes = key(n, 2); // a length without the bytes
             varint(&mut bytes, length, padding);
             bytes
         }),

@@ -4,22 +4,21 @@ use proptest::{collection::vec, prelude::*, sample::select};
 use proxy_header::{ProxiedAddress, ProxyHeader};
 use relaylet::program::net::admission::proxy_header::{HeaderError, MAX_LENGTH, parse};
 
-/// Takes `bytes` for what comes first on a connection: what it is taken for once there is enough of
-/// it stays so, however it was cut.
+/// Parses each prefix of `bytes`: once there are enough of them, the result must not change.
 pub fn check(bytes: &[u8]) {
-    let mut said = Ok(None);
-    for there in 0..=bytes.len().min(MAX_LENGTH + 8) {
-        let now = parse(&bytes[..there]);
-        match said {
-            Ok(None) => said = now,
-            decided => assert_eq!(now, decided, "after {there} bytes"),
+    let mut result = Ok(None);
+    for length in 0..=bytes.len().min(MAX_LENGTH + 8) {
+        let now = parse(&bytes[..length]);
+        match result {
+            Ok(None) => result = now,
+            decided => assert_eq!(now, decided, "after {length} bytes"),
         }
-        assert!(said != Ok(None) || there < MAX_LENGTH, "it waits for ever");
+        assert!(result != Ok(None) || length < MAX_LENGTH, "it never decides");
     }
-    assert_eq!(parse(bytes), said);
-    let Ok(Some(header)) = said else {
+    assert_eq!(parse(bytes), result);
+    let Ok(Some(header)) = result else {
         let too_early = [HeaderError::Truncated, HeaderError::TimedOut].map(Err);
-        assert!(!too_early.contains(&said), "a parser has neither an end nor a time limit");
+        assert!(!too_early.contains(&result), "a parser has neither an end nor a time limit");
         return;
     };
     assert!(header.length <= MAX_LENGTH.min(bytes.len()));
@@ -35,13 +34,13 @@ pub fn check(bytes: &[u8]) {
             1 => written.encode_v1(&mut again),
             _ => written.encode_v2(&mut again),
         };
-        written.expect("room for it");
-        let read = parse(&again).expect("a header").expect("all of it");
+        written.expect("a Vec grows");
+        let read = parse(&again).expect("a header").expect("a whole header");
         assert_eq!((read.client, read.length), (Some(client), again.len()));
     }
 }
 
-/// Headers and what nearly is one.
+/// Headers, valid and nearly valid ones.
 pub fn headers() -> impl Strategy<Value = Vec<u8>> {
     let word = select(vec![
         "PROXY",
@@ -85,21 +84,21 @@ pub fn headers() -> impl Strategy<Value = Vec<u8>> {
             1 => select(vec![0u16, 11, 12, 35, 36, 216, 520, 521, u16::MAX]).prop_map(Some),
         ],
     );
-    let behind = prop_oneof![vec(any::<u8>(), 0..60), vec(any::<u8>(), 500..560)];
-    let v2 = (fixed, behind).prop_map(|((command, family, length), behind)| {
-        let length = length.unwrap_or(behind.len() as u16).to_be_bytes();
-        [&b"\r\n\r\n\0\r\nQUIT\n"[..], &[command, family], &length, &behind].concat()
+    let after = prop_oneof![vec(any::<u8>(), 0..60), vec(any::<u8>(), 500..560)];
+    let v2 = (fixed, after).prop_map(|((command, family, length), after)| {
+        let length = length.unwrap_or(after.len() as u16).to_be_bytes();
+        [&b"\r\n\r\n\0\r\nQUIT\n"[..], &[command, family], &length, &after].concat()
     });
     let flip = prop_oneof![
         5 => Just(None),
         1 => (any::<prop::sample::Index>(), 0..8u32).prop_map(Some),
     ];
-    (prop_oneof![v1, v2], flip, vec(any::<u8>(), 0..20)).prop_map(|(mut header, flip, behind)| {
+    (prop_oneof![v1, v2], flip, vec(any::<u8>(), 0..20)).prop_map(|(mut header, flip, after)| {
         if let Some((at, bit)) = flip {
             let at = at.index(header.len());
             header[at] ^= 1 << bit;
         }
-        header.extend(behind);
+        header.extend(after);
         header
     })
 }

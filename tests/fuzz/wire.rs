@@ -1,4 +1,4 @@
-//! The relay's messages, beside a naive reader of protobuf that knows nothing of prost.
+//! The relay's messages, compared with a naive protobuf decoder that does not use prost.
 
 use std::{
     io,
@@ -18,16 +18,16 @@ use relaylet::{
 
 use super::protobuf::{self, Field, HOP, STOP};
 
-/// Who asks: the identity of 32 bytes, as a key of Ed25519 nearly is.
+/// The peer that sends the requests: an id of 32 bytes, as an Ed25519 key has.
 pub fn alice() -> PeerId {
     PeerId::from_bytes(&[&[0, 32][..], &[7; 32]].concat()).expect("a peer id")
 }
 
-/// Takes `bytes` for what comes on a stream, and for one message.
+/// Reads `bytes` from a stream, and decodes them as one message.
 pub fn check(bytes: &[u8]) {
     let whole = frame(bytes, bytes.len().max(1));
-    for piece in [1, 2, 7] {
-        assert_eq!(frame(bytes, piece), whole, "in pieces of {piece}");
+    for chunk in [1, 2, 7] {
+        assert_eq!(frame(bytes, chunk), whole, "in chunks of {chunk}");
     }
     message(bytes);
     if let Ok(framed) = whole {
@@ -35,7 +35,7 @@ pub fn check(bytes: &[u8]) {
     }
 }
 
-/// What is read from a stream on which `bytes` come `piece` by piece.
+/// Reads a frame from a stream whose bytes arrive in chunks of `piece`.
 fn frame(bytes: &[u8], piece: usize) -> Result<Vec<u8>, &'static str> {
     let mut stream = Trickle { bytes, read: 0, piece, most: 0, late: false };
     let read = {
@@ -47,23 +47,23 @@ fn frame(bytes: &[u8], piece: usize) -> Result<Vec<u8>, &'static str> {
             }
         }
     };
-    assert!(stream.most <= MAX_MESSAGE, "room for {}", stream.most);
+    assert!(stream.most <= MAX_MESSAGE, "a buffer of {}", stream.most);
     let length = protobuf::length_in_front(bytes);
     match (read, length) {
         (Ok(Ok(message)), Some((prefix, length))) => {
             assert!(length <= MAX_MESSAGE);
             assert_eq!(message, bytes[prefix..prefix + length]);
-            assert_eq!(stream.read, prefix + length, "and not a byte more");
+            assert_eq!(stream.read, prefix + length, "nothing after the message is read");
             Ok(message)
         }
         (Ok(Err(BadRequest::Malformed(why))), None) => {
-            assert!(stream.read <= 3, "no more than a length");
+            assert!(stream.read <= 3, "only the length is read");
             Err(why)
         }
         (Ok(Err(BadRequest::Malformed(why))), Some((prefix, length))) => {
             let cut_short = length <= MAX_MESSAGE && bytes.len() < prefix + length;
             assert!(length > MAX_MESSAGE || cut_short);
-            assert!(cut_short || stream.read == prefix, "nothing was taken in");
+            assert!(cut_short || stream.read == prefix, "nothing after the length is read");
             Err(why)
         }
         (Err(error), None) => {
@@ -75,26 +75,26 @@ fn frame(bytes: &[u8], piece: usize) -> Result<Vec<u8>, &'static str> {
     }
 }
 
-/// What one message means to the relay has to be what it means to the naive reader.
+/// Decodes one message, and compares the result with the naive decoder's.
 fn message(bytes: &[u8]) {
-    let (asked, answered) = (wire::decode_request(bytes, alice()), wire::decode_stop_answer(bytes));
+    let (request, answer) = (wire::decode_request(bytes, alice()), wire::decode_stop_answer(bytes));
     if let Some(read) = protobuf::read(bytes, HOP) {
         let hop = read.ok();
-        assert_eq!(asked, expected_request(hop.as_deref()));
+        assert_eq!(request, expected_request(hop.as_deref()));
         if hop.is_some() {
-            // The last of several counts, and what nobody knows is passed over.
+            // The last of several values counts, and unknown fields are skipped.
             let then = |more: &[u8]| wire::decode_request(&[bytes, more].concat(), alice());
-            assert_eq!(then(&[0x78, 1]), asked);
+            assert_eq!(then(&[0x78, 1]), request);
             assert_eq!(then(&[8, 0]), Ok(Request::Reserve));
         }
     }
-    if let Ok(Request::Connect(target)) = asked {
+    if let Ok(Request::Connect(target)) = request {
         assert_ne!(target, alice());
         let again = protobuf::connect(&target.to_bytes());
-        assert_eq!(wire::decode_request(&again, alice()), asked);
+        assert_eq!(wire::decode_request(&again, alice()), request);
     }
     if let Some(read) = protobuf::read(bytes, STOP) {
-        assert_eq!(answered, expected_answer(read.ok().as_deref()));
+        assert_eq!(answer, expected_answer(read.ok().as_deref()));
     }
 }
 
@@ -136,12 +136,12 @@ fn expected_answer(message: Option<&[Field]>) -> Result<i32, BadRequest> {
     }
 }
 
-/// A stream on which bytes come a few at a time, with pauses, and then the end.
+/// A stream whose bytes arrive in small chunks, with pauses, and then end.
 struct Trickle<'a> {
     bytes: &'a [u8],
     read: usize,
     piece: usize,
-    /// The most room that there was for them.
+    /// The largest buffer that was read into.
     most: usize,
     late: bool,
 }
@@ -165,7 +165,7 @@ impl AsyncRead for Trickle<'_> {
     }
 }
 
-/// What might come on a stream: a message of some kind behind a length of some kind, and more.
+/// A message of some kind with a length of some kind in front, and bytes after it.
 pub fn streams() -> impl Strategy<Value = Vec<u8>> {
     let length = prop_oneof![
         8 => Just(None),
@@ -173,20 +173,18 @@ pub fn streams() -> impl Strategy<Value = Vec<u8>> {
         1 => any::<u64>().prop_map(Some),
     ];
     let padding = prop_oneof![8 => Just(0usize), 1 => 1..12usize];
-    let behind = vec(any::<u8>(), 0..8);
-    (length, padding, protobuf::messages(), behind).prop_map(
-        |(length, padding, message, behind)| {
-            let length = length.unwrap_or(message.len() as u64);
-            let mut bytes = Vec::new();
-            protobuf::varint(&mut bytes, length, padding);
-            bytes.extend(message);
-            bytes.extend(behind);
-            bytes
-        },
-    )
+    let after = vec(any::<u8>(), 0..8);
+    (length, padding, protobuf::messages(), after).prop_map(|(length, padding, message, after)| {
+        let length = length.unwrap_or(message.len() as u64);
+        let mut bytes = Vec::new();
+        protobuf::varint(&mut bytes, length, padding);
+        bytes.extend(message);
+        bytes.extend(after);
+        bytes
+    })
 }
 
-/// Long ones, around the longest that there may be.
+/// Messages around the greatest length.
 pub fn long_streams() -> impl Strategy<Value = Vec<u8>> {
     (4080..4110usize, 0..30usize, any::<u8>()).prop_map(|(length, missing, fill)| {
         let mut bytes = Vec::new();

@@ -1,4 +1,4 @@
-//! The accounts of a whole relay beside what its clients received, to the byte.
+//! The accounts, totals and events of a relay, compared with the bytes that its clients received.
 
 use std::{pin::pin, time::Duration};
 
@@ -12,7 +12,7 @@ use libp2p_stream::IncomingStreams;
 use relaylet::{Account, BytesTransferred, CircuitEnd, Config, Event, Node, NodeEvent, Totals};
 use tokio::time::timeout;
 
-/// A relay whose circuits may carry anything, and where it listens.
+/// A relay without byte limits, and its address.
 async fn relay() -> (Node, Multiaddr) {
     let mut config = Config::default();
     config.circuit_bytes = 0;
@@ -28,47 +28,47 @@ async fn relay() -> (Node, Multiaddr) {
     }
 }
 
-/// Runs the relay until its clients are done and it told enough; yields what came of both.
+/// Runs the relay until its clients are done and `enough` events were emitted; returns the output of both.
 async fn run<T>(
     node: &mut Node,
     clients: impl Future<Output = T>,
     enough: impl Fn(&[Event]) -> bool,
 ) -> (T, Vec<Event>) {
-    let (mut clients, mut came) = (pin!(clients), None);
-    let mut told = Vec::new();
+    let (mut clients, mut output) = (pin!(clients), None);
+    let mut events = Vec::new();
     within(async {
         loop {
-            if enough(&told)
-                && let Some(came) = came.take()
+            if enough(&events)
+                && let Some(output) = output.take()
             {
-                return (came, told);
+                return (output, events);
             }
             tokio::select! {
                 event = node.next() => if let NodeEvent::Relay(event) = event {
-                    told.push(event);
+                    events.push(event);
                 },
-                done = &mut clients, if came.is_none() => came = Some(done),
+                done = &mut clients, if output.is_none() => output = Some(done),
             }
         }
     })
     .await
 }
 
-/// Whom a circuit connected, how it ended and what it is said to have carried.
+/// Source and target of a circuit, how it ended, and the bytes it is reported to have transferred.
 type Closed = (PeerId, PeerId, CircuitEnd, BytesTransferred);
 
-fn closed(told: &[Event]) -> Vec<Closed> {
-    let closed = told.iter().filter_map(|event| match event {
-        Event::CircuitClosed { source, target, end, transferred: carried, .. } => {
-            Some((*source, *target, *end, *carried))
+fn closed(events: &[Event]) -> Vec<Closed> {
+    let closed = events.iter().filter_map(|event| match event {
+        Event::CircuitClosed { source, target, end, transferred, .. } => {
+            Some((*source, *target, *end, *transferred))
         }
         _ => None,
     });
     closed.collect()
 }
 
-fn in_grace(told: &[Event], who: PeerId) -> bool {
-    told.iter().any(|event| matches!(event, Event::GraceBegan { peer } if *peer == who))
+fn in_grace(events: &[Event], expected: PeerId) -> bool {
+    events.iter().any(|event| matches!(event, Event::GraceBegan { peer } if *peer == expected))
 }
 
 /// A client that holds a reservation.
@@ -91,62 +91,66 @@ impl Party {
     }
 }
 
-/// Who hears the other out before it says anything.
+/// Which end reads all that the other sends before it sends anything.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Polite {
-    Nobody,
+enum WaitsForOther {
+    Neither,
     Source,
     Target,
 }
 
-/// What the source says, what the target says, and in which order the circuit is half closed.
-type Talk = (usize, usize, Polite);
+/// How many bytes the source sends, how many the target sends, and which end waits.
+type Exchange = (usize, usize, WaitsForOther);
 
-/// Odd ones, around the sizes of buffers and frames, and some larger than a window.
-const TALKS: [Talk; 8] = [
-    (0, 0, Polite::Nobody),
-    (1, 0, Polite::Source),
-    (0, 1, Polite::Target),
-    (16_383, 16_385, Polite::Nobody),
-    (70_001, 3, Polite::Target),
-    (5, 300_007, Polite::Source),
-    (262_145, 524_289, Polite::Target),
-    (1_000_003, 999_983, Polite::Nobody),
+/// Odd sizes, around those of buffers and frames, and some larger than a window.
+const EXCHANGES: [Exchange; 8] = [
+    (0, 0, WaitsForOther::Neither),
+    (1, 0, WaitsForOther::Source),
+    (0, 1, WaitsForOther::Target),
+    (16_383, 16_385, WaitsForOther::Neither),
+    (70_001, 3, WaitsForOther::Target),
+    (5, 300_007, WaitsForOther::Source),
+    (262_145, 524_289, WaitsForOther::Target),
+    (1_000_003, 999_983, WaitsForOther::Neither),
 ];
 
-/// Talks until both have closed their half; yields what each received.
-async fn talk(source: Stream, target: Stream, (there, back, polite): Talk) -> BytesTransferred {
+/// Exchanges bytes until both ends have closed their half; returns what each received.
+async fn exchange(
+    source: Stream,
+    target: Stream,
+    (there, back, waits): Exchange,
+) -> BytesTransferred {
     let (to_source, to_target) = within(future::join(
-        converse(source, there, polite == Polite::Source),
-        converse(target, back, polite == Polite::Target),
+        run_end(source, there, waits == WaitsForOther::Source),
+        run_end(target, back, waits == WaitsForOther::Target),
     ))
     .await;
     assert_eq!((to_target, to_source), (there as u64, back as u64));
     bytes(to_target, to_source)
 }
 
-/// One side of it: yields how many bytes it received.
-async fn converse(stream: Stream, to_say: usize, listens_first: bool) -> u64 {
+/// Runs one end; returns how many bytes it received.
+async fn run_end(stream: Stream, to_send: usize, reads_first: bool) -> u64 {
     let (mut reader, mut writer) = stream.split();
     let mut received = Vec::new();
-    let listen = async {
+    let read = async {
         reader.read_to_end(&mut received).await.unwrap();
     };
-    let say = async {
-        writer.write_all(&vec![7; to_say]).await.unwrap();
+    let write = async {
+        writer.write_all(&vec![7; to_send]).await.unwrap();
         writer.close().await.unwrap();
     };
-    match listens_first {
+    match reads_first {
         true => {
-            listen.await;
-            say.await;
+            read.await;
+            write.await;
         }
-        false => _ = future::join(listen, say).await,
+        false => _ = future::join(read, write).await,
     }
     received.len() as u64
 }
 
-/// What the two accounts of one circuit are, the source's first.
+/// Adds a circuit to the accounts of its source and target.
 fn add(source: &mut Account, target: &mut Account, received: BytesTransferred) {
     source.as_source += 1;
     source.sent += received.to_target;
@@ -166,9 +170,9 @@ fn totals(circuits: &[BytesTransferred]) -> Totals {
     let mut totals = Totals::default();
     totals.opened = circuits.len() as u64;
     totals.closed = totals.opened;
-    for carried in circuits {
-        totals.transferred.to_target += carried.to_target;
-        totals.transferred.to_source += carried.to_source;
+    for transferred in circuits {
+        totals.transferred.to_target += transferred.to_target;
+        totals.transferred.to_source += transferred.to_source;
     }
     totals
 }
@@ -184,13 +188,13 @@ async fn events_accounts_and_totals_are_what_the_clients_received() {
     let mut all = Vec::new();
 
     // One after another, from Alice to Bob.
-    for plan in TALKS {
+    for plan in EXCHANGES {
         let one = async {
             let (source, target) = alice.connect(&mut bob).await;
-            talk(source, target, plan).await
+            exchange(source, target, plan).await
         };
-        let (received, told) = run(&mut node, one, |told| !closed(told).is_empty()).await;
-        assert_eq!(closed(&told), [(a, b, CircuitEnd::Finished, received)], "{plan:?}");
+        let (received, events) = run(&mut node, one, |events| !closed(events).is_empty()).await;
+        assert_eq!(closed(&events), [(a, b, CircuitEnd::Finished, received)], "{plan:?}");
         add(&mut alices, &mut bobs, received);
         all.push(received);
         let relay = node.relay();
@@ -201,18 +205,18 @@ async fn events_accounts_and_totals_are_what_the_clients_received() {
 
     // All at once, both ways.
     let at_once = async {
-        let mut talks = Vec::new();
-        for plan in TALKS {
+        let mut exchanges = Vec::new();
+        for plan in EXCHANGES {
             let (source, target) = alice.connect(&mut bob).await;
-            talks.push(tokio::spawn(talk(source, target, plan)));
+            exchanges.push(tokio::spawn(exchange(source, target, plan)));
             let (source, target) = bob.connect(&mut alice).await;
-            talks.push(tokio::spawn(talk(source, target, plan)));
+            exchanges.push(tokio::spawn(exchange(source, target, plan)));
         }
-        let talks = future::join_all(talks).await;
-        talks.into_iter().map(Result::unwrap).collect::<Vec<_>>()
+        let exchanges = future::join_all(exchanges).await;
+        exchanges.into_iter().map(Result::unwrap).collect::<Vec<_>>()
     };
-    let count = 2 * TALKS.len();
-    let (received, told) = run(&mut node, at_once, |told| closed(told).len() == count).await;
+    let count = 2 * EXCHANGES.len();
+    let (received, events) = run(&mut node, at_once, |events| closed(events).len() == count).await;
     let mut expected = Vec::new();
     for both in received.chunks(2) {
         add(&mut alices, &mut bobs, both[0]);
@@ -221,10 +225,12 @@ async fn events_accounts_and_totals_are_what_the_clients_received() {
         expected.push((b, a, CircuitEnd::Finished, both[1]));
     }
     let in_order = |mut list: Vec<Closed>| {
-        list.sort_by_key(|(source, _, _, carried)| (*source, carried.to_target, carried.to_source));
+        list.sort_by_key(|(source, _, _, transferred)| {
+            (*source, transferred.to_target, transferred.to_source)
+        });
         list
     };
-    assert_eq!(in_order(closed(&told)), in_order(expected));
+    assert_eq!(in_order(closed(&events)), in_order(expected));
     all.extend(received);
     let relay = node.relay();
     assert_eq!(relay.account(&a), Some(alices));
@@ -234,9 +240,9 @@ async fn events_accounts_and_totals_are_what_the_clients_received() {
     assert_eq!(relay.view().accounts.relayed(), relay.totals().transferred);
 }
 
-/// Carries these, and leaves the circuit open.
-async fn carry(source: &mut Stream, target: &mut Stream, carried: BytesTransferred) {
-    let ways = [(true, carried.to_target), (false, carried.to_source)];
+/// Transfers these bytes, and leaves the circuit open.
+async fn transfer(source: &mut Stream, target: &mut Stream, transferred: BytesTransferred) {
+    let ways = [(true, transferred.to_target), (false, transferred.to_source)];
     for (there, bytes) in ways {
         let (from, to) = match there {
             true => (&mut *source, &mut *target),
@@ -251,8 +257,8 @@ async fn carry(source: &mut Stream, target: &mut Stream, carried: BytesTransferr
 }
 
 #[tokio::test]
-async fn the_meter_of_an_open_circuit_shows_what_it_has_carried_so_far() {
-    const LOOK_AGAIN: Duration = Duration::from_millis(5);
+async fn an_open_circuit_reports_the_bytes_transferred_so_far() {
+    const POLL_INTERVAL: Duration = Duration::from_millis(5);
     let (mut node, address) = relay().await;
     let so_far = [(123_457, 0), (123_457, 679), (200_000, 70_000)];
     let so_far = so_far.map(|(to_target, to_source)| bytes(to_target, to_source));
@@ -263,33 +269,33 @@ async fn the_meter_of_an_open_circuit_shows_what_it_has_carried_so_far() {
     };
     let ((_alice, _bob, (mut source, mut target)), _) = run(&mut node, open, |_| true).await;
     let mut before = BytesTransferred::default();
-    for carried in so_far {
-        let to_target = carried.to_target - before.to_target;
-        let more = bytes(to_target, carried.to_source - before.to_source);
-        before = carried;
-        let carry = carry(&mut source, &mut target, more);
-        run(&mut node, carry, |_| true).await;
-        // The bytes may be there before the meter shows them.
+    for transferred in so_far {
+        let to_target = transferred.to_target - before.to_target;
+        let more = bytes(to_target, transferred.to_source - before.to_source);
+        before = transferred;
+        let transfer = transfer(&mut source, &mut target, more);
+        run(&mut node, transfer, |_| true).await;
+        // The bytes may arrive before the relay reports them.
         within(async {
             let shown = |node: &Node| {
                 let open = node.relay().view().circuits.open();
-                open.map(|(_, carried)| carried).eq([carried])
-                    && node.relay().view().accounts.relayed() == carried
+                open.map(|(_, transferred)| transferred).eq([transferred])
+                    && node.relay().view().accounts.relayed() == transferred
             };
             while !shown(&node) {
-                let _ = timeout(LOOK_AGAIN, node.next()).await;
+                let _ = timeout(POLL_INTERVAL, node.next()).await;
             }
         })
         .await;
     }
     drop((source, target));
-    let ((), told) = run(&mut node, async {}, |told| !closed(told).is_empty()).await;
-    assert_eq!(closed(&told)[0].3, before);
+    let ((), events) = run(&mut node, async {}, |events| !closed(events).is_empty()).await;
+    assert_eq!(closed(&events)[0].3, before);
     assert_eq!(node.relay().view().circuits.open().count(), 0);
 }
 
 #[tokio::test]
-async fn who_leaves_in_the_middle_is_forgotten_and_what_was_carried_is_not() {
+async fn a_disconnected_peer_loses_its_account_and_its_bytes_stay_in_the_totals() {
     let (mut node, address) = relay().await;
     let parties = async {
         let (alice, bob) = (Party::at(&address).await, Party::at(&address).await);
@@ -302,28 +308,28 @@ async fn who_leaves_in_the_middle_is_forgotten_and_what_was_carried_is_not() {
     let (mut alices, mut bobs, mut carols) = Default::default();
     add(&mut alices, &mut bobs, from_alice);
 
-    // The source leaves: its connection says what it carried before it is gone.
-    let gone = |who, told: &[Event]| in_grace(told, who) && !closed(told).is_empty();
+    // The source disconnects: its connection reports the bytes before it is removed.
+    let ended = |peer, events: &[Event]| in_grace(events, peer) && !closed(events).is_empty();
     let source_leaves = async {
         let (mut source, mut target) = alice.connect(&mut bob).await;
-        carry(&mut source, &mut target, from_alice).await;
-        alice.client.leave().await;
+        transfer(&mut source, &mut target, from_alice).await;
+        alice.client.disconnect().await;
     };
-    let ((), told) = run(&mut node, source_leaves, |told| gone(a, told)).await;
-    assert_eq!(closed(&told)[0].3, from_alice);
+    let ((), events) = run(&mut node, source_leaves, |events| ended(a, events)).await;
+    assert_eq!(closed(&events)[0].3, from_alice);
     let relay = node.relay();
     assert_eq!(relay.account(&a), None);
     assert_eq!(relay.account(&b), Some(bobs));
 
-    // The target leaves: it is the source's connection that says so, later.
+    // The target disconnects: the source's connection reports the bytes later.
     add(&mut carols, &mut bobs, from_carol);
     let target_leaves = async {
         let (mut source, mut target) = carol.connect(&mut bob).await;
-        carry(&mut source, &mut target, from_carol).await;
-        bob.client.leave().await;
+        transfer(&mut source, &mut target, from_carol).await;
+        bob.client.disconnect().await;
     };
-    let ((), told) = run(&mut node, target_leaves, |told| gone(b, told)).await;
-    assert_eq!(closed(&told)[0].3, from_carol);
+    let ((), events) = run(&mut node, target_leaves, |events| ended(b, events)).await;
+    assert_eq!(closed(&events)[0].3, from_carol);
     let relay = node.relay();
     assert_eq!(relay.account(&b), None);
     assert_eq!(relay.account(&c), Some(carols));

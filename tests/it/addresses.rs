@@ -1,5 +1,5 @@
-//! Where the relay says it can be reached: what is announced as it was given, what peers agree on,
-//! and how whoever is connected hears of a change.
+//! The addresses that the relay gives to clients: announced and observed ones, and how connected clients learn of a
+//! change.
 
 use std::{fs, net::Ipv4Addr};
 
@@ -27,10 +27,10 @@ use tokio::{
 
 const IDENTIFY: StreamProtocol = StreamProtocol::new("/ipfs/id/1.0.0");
 
-// ---- What is announced
+// ---- Announced addresses
 
 #[tokio::test]
-async fn names_are_announced_as_they_are_given() {
+async fn dns_names_are_announced_unchanged() {
     let names = [
         "/dns4/relay.example.org/tcp/4001",
         "/dns6/relay.example.org/tcp/4001",
@@ -46,7 +46,7 @@ async fn names_are_announced_as_they_are_given() {
     let relay = Relay::start_in(first.kill(), &["--listen=/ip4/127.0.0.1/tcp/0", &announce]);
 
     let mut client = Client::connect(&relay).await;
-    let identified = client.told().await;
+    let identified = client.received().await;
     for name in &names {
         assert!(identified.contains(name), "{name}: {identified:?}");
     }
@@ -58,7 +58,7 @@ async fn names_are_announced_as_they_are_given() {
 }
 
 #[tokio::test]
-async fn a_change_of_what_is_announced_is_pushed_and_in_the_next_reservation() {
+async fn a_changed_announce_list_is_pushed_and_used_in_the_next_reservation() {
     const BEFORE: &str = "/dns4/before.example.org/tcp/4001";
     const AFTER: &str = "/dns4/after.example.org/tcp/4001";
     let folder = TempDir::new().unwrap();
@@ -69,8 +69,8 @@ async fn a_change_of_what_is_announced_is_pushed_and_in_the_next_reservation() {
 
     let mut client = Client::connect(&relay).await;
     let mut bystander = Client::connect(&relay).await;
-    for told in [client.told().await, bystander.told().await] {
-        assert!(told.contains(&BEFORE.to_owned()), "{told:?}");
+    for received in [client.received().await, bystander.received().await] {
+        assert!(received.contains(&BEFORE.to_owned()), "{received:?}");
     }
     let of_relay = |address: &str| format!("{address}/p2p/{}", relay.peer);
     assert_eq!(client.reserve().await, [of_relay(BEFORE)]);
@@ -78,41 +78,41 @@ async fn a_change_of_what_is_announced_is_pushed_and_in_the_next_reservation() {
     write(&relay.folder, &format!("announce = [\"{AFTER}\"]\n"));
     relay.signal("HUP");
     for client in [&mut client, &mut bystander] {
-        let told = client.told().await;
-        assert!(told.contains(&AFTER.to_owned()), "{told:?}");
-        assert!(!told.contains(&BEFORE.to_owned()), "{told:?}");
+        let received = client.received().await;
+        assert!(received.contains(&AFTER.to_owned()), "{received:?}");
+        assert!(!received.contains(&BEFORE.to_owned()), "{received:?}");
     }
     assert_eq!(client.reserve().await, [of_relay(AFTER)]);
 
-    // What was found stands in its place when nothing is announced.
+    // When nothing is announced any more, the listen address is used again.
     write(&relay.folder, "");
     relay.signal("HUP");
     let listening = relay.address.to_string();
-    let told = client.told().await;
-    assert_eq!(of_relay(&told.join(" ")), listening);
+    let received = client.received().await;
+    assert_eq!(of_relay(&received.join(" ")), listening);
     assert_eq!(client.reserve().await, [listening]);
 
-    // And a change of something else is no news.
+    // A change of another setting is not pushed.
     write(&relay.folder, "max-reservations = 7\n");
     relay.signal("HUP");
     relay.wait_for_log("SIGHUP: changed: max-reservations").await;
     client.reserve().await;
-    assert!(client.told.try_recv().is_err());
+    assert!(client.received.try_recv().is_err());
 }
 
 fn write(folder: &TempDir, file: &str) {
-    fs::write(folder.path().join("relay.toml"), file).expect("it can be written");
+    fs::write(folder.path().join("relay.toml"), file).expect("the file is written");
 }
 
-// ---- What peers agree on
+// ---- Observed addresses
 
 #[tokio::test]
-async fn what_peers_of_four_networks_say_is_pushed_and_in_the_next_reservation() {
+async fn an_address_observed_from_four_subnets_is_pushed_and_used_in_the_next_reservation() {
     let relay = Relay::start(&[]);
     let reached = format!("/ip4/5.5.5.5/tcp/{}", relay.port());
     let mut client = Client::connect(&relay).await;
     let listening = relay.address.to_string();
-    assert_eq!(client.told().await.len(), 1);
+    assert_eq!(client.received().await.len(), 1);
     assert_eq!(client.reserve().await, [&*listening]);
 
     let mut observers = Vec::new();
@@ -122,23 +122,23 @@ async fn what_peers_of_four_networks_say_is_pushed_and_in_the_next_reservation()
             observers.push(Observer::connect(&relay, from, &reached).await);
         }
     }
-    // Six peers of three networks, who have been heard, are not enough.
+    // Six peers of three subnets are not enough.
     assert_eq!(client.reserve().await, [&*listening]);
-    assert!(client.told.try_recv().is_err());
+    assert!(client.received.try_recv().is_err());
 
     let fourth = Ipv4Addr::new(127, 1, 4, 1);
     observers.push(Observer::connect(&relay, fourth, &reached).await);
-    let told = client.told().await;
-    assert!(told.contains(&reached), "{told:?}");
+    let received = client.received().await;
+    assert!(received.contains(&reached), "{received:?}");
     relay.wait_for_log(&format!("reached the relay at {reached}")).await;
     let expected = [format!("{reached}/p2p/{}", relay.peer), listening];
     assert_eq!(client.reserve().await, expected);
-    let newcomer = Client::connect(&relay).await.told().await;
+    let newcomer = Client::connect(&relay).await.received().await;
     assert!(newcomer.contains(&reached), "{newcomer:?}");
 }
 
 #[tokio::test]
-async fn what_peers_agree_on_does_not_stand_beside_what_is_announced() {
+async fn observed_addresses_are_not_added_to_announced_ones() {
     const ANNOUNCED: &str = "/dns4/relay.example.org/tcp/4001";
     let relay = Relay::start(&["--announce", ANNOUNCED]);
     let reached = format!("/ip4/5.5.5.5/tcp/{}", relay.port());
@@ -148,20 +148,20 @@ async fn what_peers_agree_on_does_not_stand_beside_what_is_announced() {
         observers.push(Observer::connect(&relay, from, &reached).await);
     }
     let mut client = Client::connect(&relay).await;
-    let told = client.told().await;
-    assert!(told.contains(&ANNOUNCED.to_owned()) && !told.contains(&reached));
+    let received = client.received().await;
+    assert!(received.contains(&ANNOUNCED.to_owned()) && !received.contains(&reached));
     let announced = format!("{ANNOUNCED}/p2p/{}", relay.peer);
     assert_eq!(client.reserve().await, [announced]);
 }
 
-// ---- Who is connected
+// ---- Helpers
 
-/// rust-libp2p with its own identify, which tells what it was told.
+/// rust-libp2p with its identify, which records the relay's addresses.
 struct Client {
     relay: PeerId,
     control: Control,
-    /// The relay's addresses, each time that identify has heard them.
-    told: mpsc::UnboundedReceiver<Vec<String>>,
+    /// The relay's addresses from each identify message.
+    received: mpsc::UnboundedReceiver<Vec<String>>,
     task: JoinHandle<()>,
 }
 
@@ -181,8 +181,8 @@ impl Client {
             stream: libp2p_stream::Behaviour::new(),
         });
         let control = swarm.behaviour().stream.new_control();
-        swarm.dial(relay.address.clone()).expect("it can be dialed");
-        let (tell, told) = mpsc::unbounded_channel();
+        swarm.dial(relay.address.clone()).expect("the relay can be dialed");
+        let (sender, received) = mpsc::unbounded_channel();
         let task = tokio::spawn(async move {
             loop {
                 let event = swarm.select_next_some().await;
@@ -192,22 +192,22 @@ impl Client {
                 })) = event
                 {
                     let addresses = info.listen_addrs.iter().map(Multiaddr::to_string);
-                    let _ = tell.send(addresses.collect());
+                    let _ = sender.send(addresses.collect());
                 }
             }
         });
-        Self { relay: relay.peer, control, told, task }
+        Self { relay: relay.peer, control, received, task }
     }
 
-    /// The relay's addresses, the next time that identify hears them.
-    async fn told(&mut self) -> Vec<String> {
-        within(self.told.recv()).await.expect("the client runs")
+    /// The relay's addresses from the next identify message.
+    async fn received(&mut self) -> Vec<String> {
+        within(self.received.recv()).await.expect("the client runs")
     }
 
-    /// The relay's addresses, as a reservation has them.
+    /// Reserves, and returns the addresses of the reservation.
     async fn reserve(&mut self) -> Vec<String> {
         let stream = self.control.open_stream(self.relay, HOP);
-        let mut stream = within(stream).await.expect("the relay takes it");
+        let mut stream = within(stream).await.expect("the relay accepts the stream");
         messages::write(&mut stream, &messages::reserve()).await;
         let answer: messages::HopMessage = messages::read(&mut stream).await;
         assert_eq!(answer.status, Some(100));
@@ -223,23 +223,23 @@ impl Drop for Client {
     }
 }
 
-/// A peer that says it reached the relay somewhere.
+/// A peer that reports an observed address of the relay.
 struct Observer(JoinHandle<()>);
 
 impl Observer {
-    /// A new peer that comes from this address of the loopback, and has said so.
+    /// Connects a new peer from this loopback address, and waits until the relay has processed its report.
     async fn connect(relay: &Relay, from: Ipv4Addr, reached: &str) -> Self {
         let keypair = Keypair::generate_ed25519();
-        let says = Identify {
+        let message = Identify {
             public_key: Some(keypair.public().encode_protobuf()),
             ..Identify::reached_at(&reached.parse().unwrap())
         };
         let mut swarm = swarm_of(keypair, |_| libp2p_stream::Behaviour::new());
         let mut control = swarm.behaviour().new_control();
-        let mut asked = control.accept(IDENTIFY).expect("nobody else answers");
-        let through = forwarder(relay.port(), from).await;
-        swarm.dial(through).expect("it can be dialed");
-        let (heard, mut was_heard) = mpsc::unbounded_channel();
+        let mut identify_streams = control.accept(IDENTIFY).expect("accept is called once");
+        let address = forwarder(relay.port(), from).await;
+        swarm.dial(address).expect("the forwarder can be dialed");
+        let (done, mut processed) = mpsc::unbounded_channel();
         let relay = relay.peer;
         let task = tokio::spawn(async move {
             let run = async {
@@ -248,18 +248,19 @@ impl Observer {
                 }
             };
             let answer = async {
-                let (_, mut stream) = asked.next().await.expect("the relay asks");
-                messages::write(&mut stream, &says).await;
+                let (_, mut stream) =
+                    identify_streams.next().await.expect("the relay opens identify");
+                messages::write(&mut stream, &message).await;
                 stream.close().await.expect("the relay reads");
-                // The relay reads this behind the other, on the same connection.
-                let mut hop = control.open_stream(relay, HOP).await.expect("it is up");
+                // The relay handles this request after the message, on the same connection.
+                let mut hop = control.open_stream(relay, HOP).await.expect("the connection is up");
                 messages::write(&mut hop, &messages::connect(PeerId::random())).await;
                 let _: messages::HopMessage = messages::read(&mut hop).await;
-                let _ = heard.send(());
+                let _ = done.send(());
             };
             tokio::join!(run, answer);
         });
-        within(was_heard.recv()).await.expect("it is heard");
+        within(processed.recv()).await.expect("the report is processed");
         Self(task)
     }
 }
@@ -270,7 +271,7 @@ impl Drop for Observer {
     }
 }
 
-/// Where a connection is taken on to the relay, as one from `from`.
+/// Forwards one connection to the relay from the source address `from`; returns the forwarder's address.
 async fn forwarder(relay: u16, from: Ipv4Addr) -> Multiaddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();

@@ -1,7 +1,7 @@
-//! AutoNAT: clients learn whether they can be reached from outside, and the relay dials nobody else.
+//! AutoNAT: clients learn whether they are reachable, and the relay dials no other address than theirs.
 //!
-//! rust-libp2p's clients of both versions, and questions by hand. Everyone is on the loopback, where
-//! the relay dials only if a flag for tests lets it.
+//! Uses rust-libp2p's clients of both versions, and requests written by hand. All addresses are on the loopback, which
+//! the relay dials only with a flag for tests.
 
 use std::{io, net::TcpListener, time::Duration};
 
@@ -11,7 +11,7 @@ use crate::common::{
     within,
 };
 use libp2p::{
-    Multiaddr, PeerId, StreamProtocol, Swarm,
+    Multiaddr, PeerId, Stream, StreamProtocol, Swarm,
     autonat::{self, v1::NatStatus},
     core::ConnectedPoint,
     futures::{AsyncReadExt, AsyncWriteExt},
@@ -32,18 +32,18 @@ const PER_PEER: usize = 12;
 // ---- rust-libp2p's clients
 
 #[derive(NetworkBehaviour)]
-struct First {
+struct ClientV1 {
     autonat: autonat::v1::Behaviour,
 }
 
 #[derive(NetworkBehaviour)]
-struct Second {
+struct ClientV2 {
     autonat: autonat::v2::client::Behaviour,
     identify: identify::Behaviour,
 }
 
-/// A client of version 1 that asks the relay as soon as it has an address to ask about.
-async fn first(relay: &Relay) -> Swarm<First> {
+/// A client of version 1 that sends a request as soon as it has an address.
+async fn first(relay: &Relay) -> Swarm<ClientV1> {
     let config = autonat::v1::Config {
         boot_delay: Duration::ZERO,
         retry_interval: Duration::from_millis(100),
@@ -51,7 +51,7 @@ async fn first(relay: &Relay) -> Swarm<First> {
         only_global_ips: false,
         ..autonat::v1::Config::default()
     };
-    let mut swarm = swarm(|keypair| First {
+    let mut swarm = swarm(|keypair| ClientV1 {
         autonat: autonat::v1::Behaviour::new(keypair.public().to_peer_id(), config),
     });
     swarm.behaviour_mut().autonat.add_server(relay.peer, None);
@@ -59,20 +59,19 @@ async fn first(relay: &Relay) -> Swarm<First> {
     swarm
 }
 
-/// A client of version 2 that asks about each address of its own of which it hears from a relay.
-fn second() -> Swarm<Second> {
-    swarm(|keypair| Second {
+/// A client of version 2 that sends a request for each own address that a relay reports to it.
+fn second() -> Swarm<ClientV2> {
+    swarm(|keypair| ClientV2 {
         autonat: autonat::v2::client::Behaviour::default(),
         identify: identify::Behaviour::new(identify::Config::new("test".into(), keypair.public())),
     })
 }
 
-/// Connects from a port of its own: from the one that it listens on, the kernel does not always let
-/// it.
+/// Connects from a new port: the kernel does not always allow the one that it listens on.
 async fn connect<B: NetworkBehaviour>(swarm: &mut Swarm<B>, relay: &Relay) {
     let dial = DialOpts::peer_id(relay.peer).addresses(vec![relay.address.clone()]);
     let dial = dial.allocate_new_port().build();
-    swarm.dial(dial).expect("it can be dialed");
+    swarm.dial(dial).expect("the relay can be dialed");
     until(swarm, |event| match event {
         SwarmEvent::ConnectionEstablished { .. } => Some(()),
         SwarmEvent::OutgoingConnectionError { error, .. } => panic!("{error}"),
@@ -86,11 +85,11 @@ async fn listen<B: NetworkBehaviour>(swarm: &mut Swarm<B>) -> Multiaddr {
     swarms::listen(swarm, "/ip4/127.0.0.1/tcp/0".parse().unwrap()).await
 }
 
-/// The dial-back came, from somebody who is not the relay, and was closed again.
+/// Whether a dial-back from another peer id than the relay's has arrived, and has been closed.
 #[derive(Default)]
 struct DialBack {
-    came: bool,
-    left: bool,
+    arrived: bool,
+    closed: bool,
 }
 
 impl DialBack {
@@ -102,44 +101,44 @@ impl DialBack {
                 ..
             } => {
                 assert_ne!(*peer_id, relay);
-                self.came = true;
+                self.arrived = true;
             }
-            SwarmEvent::ConnectionClosed { peer_id, .. } if *peer_id != relay => self.left = true,
+            SwarmEvent::ConnectionClosed { peer_id, .. } if *peer_id != relay => self.closed = true,
             _ => {}
         }
     }
 }
 
 #[tokio::test]
-async fn a_client_of_version_1_that_can_be_reached_learns_so() {
+async fn a_reachable_version_1_client_learns_it_is_reachable() {
     let relay = Relay::start(&FOR_TESTS);
     let mut client = first(&relay).await;
     let address = listen(&mut client).await;
     let (mut back, mut learnt) = (DialBack::default(), None);
     until(&mut client, |event| {
         back.note(&event, relay.peer);
-        if let SwarmEvent::Behaviour(FirstEvent::Autonat(autonat::v1::Event::StatusChanged {
+        if let SwarmEvent::Behaviour(ClientV1Event::Autonat(autonat::v1::Event::StatusChanged {
             new,
             ..
         })) = event
         {
             learnt = Some(new);
         }
-        (back.left && learnt.is_some()).then_some(())
+        (back.closed && learnt.is_some()).then_some(())
     })
     .await;
     assert_eq!(learnt, Some(NatStatus::Public(address)));
-    assert!(back.came);
+    assert!(back.arrived);
     has_one_connection(&relay).await;
 }
 
 #[tokio::test]
-async fn a_client_of_version_1_that_cannot_be_reached_learns_so() {
+async fn an_unreachable_version_1_client_learns_it_is_unreachable() {
     let relay = Relay::start(&FOR_TESTS);
     let mut client = first(&relay).await;
     client.behaviour_mut().autonat.probe_address(closed());
     let learnt = until(&mut client, |event| match event {
-        SwarmEvent::Behaviour(FirstEvent::Autonat(autonat::v1::Event::StatusChanged {
+        SwarmEvent::Behaviour(ClientV1Event::Autonat(autonat::v1::Event::StatusChanged {
             new,
             ..
         })) => Some(new),
@@ -150,7 +149,7 @@ async fn a_client_of_version_1_that_cannot_be_reached_learns_so() {
 }
 
 #[tokio::test]
-async fn a_client_of_version_2_that_can_be_reached_learns_so() {
+async fn a_reachable_version_2_client_learns_it_is_reachable() {
     let relay = Relay::start(&FOR_TESTS);
     let mut client = second();
     let address = listen(&mut client).await;
@@ -158,45 +157,45 @@ async fn a_client_of_version_2_that_can_be_reached_learns_so() {
     let (mut back, mut learnt) = (DialBack::default(), None);
     until(&mut client, |event| {
         back.note(&event, relay.peer);
-        if let SwarmEvent::Behaviour(SecondEvent::Autonat(told)) = event {
-            learnt = Some(told);
+        if let SwarmEvent::Behaviour(ClientV2Event::Autonat(event)) = event {
+            learnt = Some(event);
         }
-        (back.left && learnt.is_some()).then_some(())
+        (back.closed && learnt.is_some()).then_some(())
     })
     .await;
     let learnt = learnt.unwrap();
     assert!(learnt.result.is_ok(), "{learnt:?}");
     assert_eq!((learnt.tested_addr, learnt.server), (address, relay.peer));
-    assert!(back.came);
+    assert!(back.arrived);
     has_one_connection(&relay).await;
 }
 
 #[tokio::test]
-async fn a_client_of_version_2_that_cannot_be_reached_learns_so() {
+async fn an_unreachable_version_2_client_learns_it_is_unreachable() {
     let relay = Relay::start(&FOR_TESTS);
-    // It listens nowhere: what it hears of is the port that it came from.
+    // It does not listen: the relay reports the port that it connected from.
     let mut client = second();
     connect(&mut client, &relay).await;
     let learnt = until(&mut client, |event| match event {
-        SwarmEvent::Behaviour(SecondEvent::Autonat(told)) => Some(told),
+        SwarmEvent::Behaviour(ClientV2Event::Autonat(event)) => Some(event),
         _ => None,
     })
     .await;
     assert!(learnt.result.is_err(), "{learnt:?}");
 }
 
-/// To the relay's tables a dial-back is no connection.
+/// Asserts that a dial-back is not counted as a connection.
 async fn has_one_connection(relay: &Relay) {
     let bystander = Client::connect(relay).await;
     let opened = |peer| format!(" opened: peer {peer}");
-    // Once this line is there, all that came before it is.
+    // The log is in order: once this line is in it, all earlier ones are.
     relay.wait_for_log(&opened(bystander.peer.to_string())).await;
     let log = relay.log();
     let opened = log.iter().filter(|line| line.contains(&opened(String::new())));
     assert_eq!(opened.count(), 2, "{log:#?}");
 }
 
-/// An address at which nobody listens.
+/// An address at which nothing listens.
 fn closed() -> Multiaddr {
     address_of(&TcpListener::bind("127.0.0.1:0").unwrap())
 }
@@ -206,10 +205,10 @@ fn address_of(listener: &TcpListener) -> Multiaddr {
     format!("/ip4/{}/tcp/{}", at.ip(), at.port()).parse().unwrap()
 }
 
-// ---- By hand: the specification's protobuf once more
+// ---- Requests by hand: the specification's protobuf a second time
 
 #[derive(Clone, PartialEq, Message)]
-struct Asked1 {
+struct Message1 {
     #[prost(int32, optional, tag = "1")]
     kind: Option<i32>,
     #[prost(message, optional, tag = "2")]
@@ -235,7 +234,7 @@ struct Response1 {
 }
 
 #[derive(Clone, PartialEq, Message)]
-struct Asked2 {
+struct Message2 {
     #[prost(message, optional, tag = "1")]
     request: Option<Request2>,
     #[prost(message, optional, tag = "2")]
@@ -268,13 +267,17 @@ const BAD_REQUEST: i32 = 200;
 const REJECTED_2: i32 = 100;
 const OK_2: i32 = 200;
 
-async fn ask_1(client: &mut Client, addresses: &[Multiaddr]) -> Response1 {
+async fn request_1(client: &mut Client, addresses: &[Multiaddr]) -> Response1 {
     let peer = client.peer;
-    ask_1_as(client, peer, addresses).await
+    request_1_as(client, peer, addresses).await
 }
 
-async fn ask_1_as(client: &mut Client, peer: PeerId, addresses: &[Multiaddr]) -> Response1 {
-    let asked = Asked1 {
+async fn request_1_as(client: &mut Client, peer: PeerId, addresses: &[Multiaddr]) -> Response1 {
+    request_1_on(client.open(VERSION_1).await, peer, addresses).await
+}
+
+async fn request_1_on(mut stream: Stream, peer: PeerId, addresses: &[Multiaddr]) -> Response1 {
+    let request = Message1 {
         kind: Some(0),
         dial: Some(Dial1 {
             peer: Some(messages::Peer {
@@ -284,15 +287,14 @@ async fn ask_1_as(client: &mut Client, peer: PeerId, addresses: &[Multiaddr]) ->
         }),
         response: None,
     };
-    let mut stream = client.open(VERSION_1).await;
-    messages::write(&mut stream, &asked).await;
-    let answer: Asked1 = messages::read(&mut stream).await;
+    messages::write(&mut stream, &request).await;
+    let answer: Message1 = messages::read(&mut stream).await;
     assert_eq!(answer.kind, Some(1));
     answer.response.expect("an answer")
 }
 
-async fn ask_2(client: &mut Client, addresses: &[Multiaddr]) -> Response2 {
-    let asked = Asked2 {
+async fn request_2(client: &mut Client, addresses: &[Multiaddr]) -> Response2 {
+    let request = Message2 {
         request: Some(Request2 {
             addresses: addresses.iter().map(Multiaddr::to_vec).collect(),
             nonce: 7,
@@ -300,13 +302,12 @@ async fn ask_2(client: &mut Client, addresses: &[Multiaddr]) -> Response2 {
         response: None,
     };
     let mut stream = client.open(VERSION_2).await;
-    messages::write(&mut stream, &asked).await;
-    let answer: Asked2 = messages::read(&mut stream).await;
+    messages::write(&mut stream, &request).await;
+    let answer: Message2 = messages::read(&mut stream).await;
     answer.response.expect("an answer")
 }
 
-/// Somebody who listens, and whether anybody has come. The relay has answered by then: it dials
-/// first.
+/// Whether the relay has connected to this listener. It dials before it answers, so call this after the answer.
 fn was_dialed(listener: &TcpListener) -> bool {
     listener.set_nonblocking(true).unwrap();
     match listener.accept() {
@@ -319,28 +320,29 @@ fn was_dialed(listener: &TcpListener) -> bool {
 }
 
 #[tokio::test]
-async fn without_leave_nothing_on_the_loopback_is_dialed() {
+async fn loopback_addresses_are_not_dialed_by_default() {
     let relay = Relay::start(&["--autonat"]);
     let mut client = Client::connect(&relay).await;
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = [address_of(&listener)];
     let refused = Response2 { status: REFUSED, ..Response2::default() };
-    assert_eq!(ask_2(&mut client, &address).await, refused);
-    assert_eq!(ask_1(&mut client, &address).await.status, Some(REFUSED));
+    assert_eq!(request_2(&mut client, &address).await, refused);
+    assert_eq!(request_1(&mut client, &address).await.status, Some(REFUSED));
+    assert_eq!(request_1(&mut client, &[]).await.status, Some(REFUSED));
     assert!(!was_dialed(&listener));
 }
 
 #[tokio::test]
-async fn nobody_is_dialed_at_another_address_than_its_own() {
+async fn clients_are_dialed_only_at_their_own_ip_address() {
     let relay = Relay::start(&FOR_TESTS);
     let mut client = Client::connect(&relay).await;
     let other = TcpListener::bind("127.0.0.2:0").unwrap();
     let name = format!("/dns4/localhost/tcp/{}", address_of_port(&other));
     for address in [address_of(&other), name.parse().unwrap()] {
-        assert_eq!(ask_2(&mut client, &[address]).await.status, REFUSED);
+        assert_eq!(request_2(&mut client, &[address]).await.status, REFUSED);
     }
-    // Version 1 asks about ports: it is tried at the client's own address.
-    let tried = ask_1(&mut client, &[address_of(&other)]).await;
+    // Version 1 asks about ports only: they are dialed at the client's own address.
+    let tried = request_1(&mut client, &[address_of(&other)]).await;
     assert_eq!(tried.status, Some(DIAL_ERROR));
     assert!(!was_dialed(&other));
 }
@@ -350,50 +352,76 @@ fn address_of_port(listener: &TcpListener) -> u16 {
 }
 
 #[tokio::test]
-async fn what_the_relay_cannot_dial_is_refused_and_not_said_to_be_unreachable() {
+async fn undialable_addresses_are_refused_rather_than_called_unreachable() {
     let relay = Relay::start(&FOR_TESTS);
     let mut client = Client::connect(&relay).await;
     let quic: Multiaddr = "/ip4/127.0.0.1/udp/4001/quic-v1".parse().unwrap();
     let unreachable = closed();
     let circuit: Multiaddr = format!("{}/p2p-circuit", relay.address).parse().unwrap();
     let others = [quic, circuit];
-    assert_eq!(ask_2(&mut client, &others).await.status, REFUSED);
-    assert_eq!(ask_1(&mut client, &others).await.status, Some(REFUSED));
-    assert_eq!(ask_2(&mut client, &[]).await.status, REFUSED);
+    assert_eq!(request_2(&mut client, &others).await.status, REFUSED);
+    assert_eq!(request_1(&mut client, &others).await.status, Some(REFUSED));
+    assert_eq!(request_2(&mut client, &[]).await.status, REFUSED);
+    // In version 1 that asks about the address that it comes from, where nobody listens.
+    assert_eq!(request_1(&mut client, &[]).await.status, Some(DIAL_ERROR));
     let expected = Response2 { status: OK_2, index: 2, dial_status: DIAL_ERROR };
     let all = [&others[..], &[unreachable]].concat();
-    assert_eq!(ask_2(&mut client, &all).await, expected);
+    assert_eq!(request_2(&mut client, &all).await, expected);
 }
 
 #[tokio::test]
-async fn whoever_else_answers_there_is_not_the_client() {
+async fn a_client_of_version_1_that_names_no_address_is_dialed_where_it_comes_from() {
+    let relay = Relay::start(&FOR_TESTS);
+    let reached = async {
+        loop {
+            // From the port that it listens on; the kernel does not always let it.
+            let mut swarm = swarm(|_| libp2p_stream::Behaviour::new());
+            let peer = *swarm.local_peer_id();
+            let mut control = swarm.behaviour().new_control();
+            let address = listen(&mut swarm).await;
+            swarm.dial(relay.address.clone()).unwrap();
+            let runs = drive(swarm);
+            let stream = within(control.open_stream(relay.peer, VERSION_1)).await;
+            let answer = request_1_on(stream.expect("it is served"), peer, &[]).await;
+            runs.abort();
+            if answer.status == Some(OK_1) {
+                return assert_eq!(answer.address, Some(address.to_vec()));
+            }
+            assert_eq!(answer.status, Some(DIAL_ERROR));
+        }
+    };
+    within(reached).await;
+}
+
+#[tokio::test]
+async fn a_dial_answered_by_another_peer_fails() {
     let relay = Relay::start(&FOR_TESTS);
     let mut other = swarm(|_| libp2p::swarm::dummy::Behaviour);
     let address = listen(&mut other).await;
     drive(other);
     let mut client = Client::connect(&relay).await;
     let address = [address];
-    assert_eq!(ask_2(&mut client, &address).await.dial_status, DIAL_ERROR);
-    assert_eq!(ask_1(&mut client, &address).await.status, Some(DIAL_ERROR));
-    // Nor may it ask for somebody else.
-    let asked = ask_1_as(&mut client, PeerId::random(), &address).await;
-    assert_eq!(asked.status, Some(BAD_REQUEST));
+    assert_eq!(request_2(&mut client, &address).await.dial_status, DIAL_ERROR);
+    assert_eq!(request_1(&mut client, &address).await.status, Some(DIAL_ERROR));
+    // Nor may a client ask on behalf of another peer.
+    let request = request_1_as(&mut client, PeerId::random(), &address).await;
+    assert_eq!(request.status, Some(BAD_REQUEST));
 }
 
 #[tokio::test]
-async fn a_dial_that_hangs_is_given_up_and_so_is_a_client_that_does_not_take_the_proof() {
+async fn hanging_dials_and_unread_dial_back_proofs_time_out() {
     let relay = Relay::start(&FOR_TESTS);
     let mut client = Client::connect(&relay).await;
-    // The kernel accepts, and nobody says anything.
+    // The kernel accepts the connection, and nothing is sent on it.
     let silent = TcpListener::bind("127.0.0.1:0").unwrap();
-    let answer = ask_2(&mut client, &[address_of(&silent)]).await;
+    let answer = request_2(&mut client, &[address_of(&silent)]).await;
     assert_eq!((answer.status, answer.dial_status), (OK_2, DIAL_ERROR));
-    let (stream, _) = silent.accept().expect("it was dialed");
-    stream.set_read_timeout(Some(common::PATIENCE)).unwrap();
+    let (stream, _) = silent.accept().expect("a dial");
+    stream.set_read_timeout(Some(common::TEST_TIMEOUT)).unwrap();
     let all = io::copy(&mut &stream, &mut io::sink());
-    all.expect("and hung up on, within the limit");
+    all.expect("the relay closes it within the limit");
 
-    // The client itself listens, and does not know the protocol.
+    // The client itself listens, but does not support the protocol.
     const DIAL_BACK_ERROR: i32 = 101;
     let keypair = Keypair::generate_ed25519();
     let mut listens = swarm_of(keypair.clone(), |_| libp2p::swarm::dummy::Behaviour);
@@ -401,20 +429,20 @@ async fn a_dial_that_hangs_is_given_up_and_so_is_a_client_that_does_not_take_the
     drive(listens);
     let security = common::Security::Noise;
     let mut client = Client::connect_as(keypair, &relay.address, security).await;
-    let answer = ask_2(&mut client, std::slice::from_ref(&address)).await;
+    let answer = request_2(&mut client, std::slice::from_ref(&address)).await;
     assert_eq!((answer.status, answer.dial_status), (OK_2, DIAL_BACK_ERROR));
-    assert_eq!(ask_1(&mut client, &[address]).await.status, Some(OK_1));
+    assert_eq!(request_1(&mut client, &[address]).await.status, Some(OK_1));
 }
 
 #[tokio::test]
-async fn a_peer_is_dialed_so_often_a_minute_and_is_told_when_it_is_enough() {
+async fn dial_requests_above_the_rate_are_refused() {
     let relay = Relay::start(&FOR_TESTS);
     let mut client = Client::connect(&relay).await;
     let address = [closed()];
-    // Twice as many as there are: none comes back within the time that this takes.
+    // Twice as many as the burst.
     let mut dialed = 0;
     for _ in 0..2 * PER_PEER {
-        let answer = ask_2(&mut client, &address).await;
+        let answer = request_2(&mut client, &address).await;
         match answer.status {
             OK_2 => assert_eq!(answer.dial_status, DIAL_ERROR),
             REJECTED_2 => continue,
@@ -422,42 +450,42 @@ async fn a_peer_is_dialed_so_often_a_minute_and_is_told_when_it_is_enough() {
         }
         dialed += 1;
     }
-    // One comes back every five seconds.
+    // One more is allowed every five seconds.
     assert!((PER_PEER..PER_PEER + 3).contains(&dialed), "{dialed}");
-    let refused = ask_1(&mut client, &address).await;
+    let refused = request_1(&mut client, &address).await;
     assert_eq!(refused.status, Some(REFUSED), "{refused:?}");
     let mut other = Client::connect(&relay).await;
-    assert_eq!(ask_2(&mut other, &address).await.status, OK_2);
+    assert_eq!(request_2(&mut other, &address).await.status, OK_2);
 }
 
 #[tokio::test]
-async fn what_is_no_question_gets_no_answer_and_harms_nobody() {
+async fn malformed_requests_get_no_answer() {
     let relay = Relay::start(&FOR_TESTS);
     let mut client = Client::connect(&relay).await;
     for protocol in [VERSION_1, VERSION_2] {
         for bytes in [
             &b""[..],
             &[0xff; 64],
-            &[0x80, 0x80, 0x01], // 16 KiB to come
+            &[0x80, 0x80, 0x01], // the length of a message of 16 KiB
             &[3, 1, 2],
             &[2, 0xff, 0xff],
-            &[2, 0x12, 0x00], // an answer
+            &[2, 0x12, 0x00], // a message with an empty dial request
         ] {
             let mut stream = client.open(protocol.clone()).await;
             let _ = stream.write_all(bytes).await;
             let _ = stream.close().await;
             let mut answer = Vec::new();
             let _ = within(stream.read_to_end(&mut answer)).await;
-            let said = protocol == VERSION_1 && bytes == [2, 0x12, 0x00];
-            assert_eq!(answer.is_empty(), !said, "{protocol}: {bytes:?}: {answer:?}");
+            let is_empty_request = protocol == VERSION_1 && bytes == [2, 0x12, 0x00];
+            assert_eq!(answer.is_empty(), !is_empty_request, "{protocol}: {bytes:?}: {answer:?}");
         }
     }
     client.reserve().await;
-    assert_eq!(ask_2(&mut client, &[closed()]).await.status, OK_2);
+    assert_eq!(request_2(&mut client, &[closed()]).await.status, OK_2);
 }
 
 #[tokio::test]
-async fn it_is_off_unless_asked_for() {
+async fn autonat_is_off_by_default() {
     let relay = Relay::start(&[]);
     let mut swarm = swarm(|_| libp2p_stream::Behaviour::new());
     let mut control = swarm.behaviour().new_control();
@@ -471,22 +499,22 @@ async fn it_is_off_unless_asked_for() {
 
 // ---- The flag
 
-/// What it says of its settings, or what is wrong with them.
+/// What the program prints of its settings, or its error.
 fn settings(flags: &[&str], variable: Option<&str>, file: &str) -> String {
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join("relaylet.toml"), file).unwrap();
     let mut command = common::command(&folder);
     command.args(["--config=relaylet.toml", "--print-config"]);
     command.args(flags).envs(variable.map(|on| ("RELAYLET_AUTONAT", on)));
-    let output = command.output().expect("it can be started");
-    let (said, wrong) = (output.stdout, output.stderr);
+    let output = command.output().expect("the program starts");
+    let (printed, errors) = (output.stdout, output.stderr);
     let status = output.status.code();
-    assert_eq!(status, Some(if wrong.is_empty() { 0 } else { 2 }));
-    String::from_utf8([said, wrong].concat()).expect("text")
+    assert_eq!(status, Some(if errors.is_empty() { 0 } else { 2 }));
+    String::from_utf8([printed, errors].concat()).expect("text")
 }
 
 #[test]
-fn it_is_switched_on_by_a_flag_the_environment_or_a_file() {
+fn autonat_is_enabled_by_flag_environment_or_file() {
     let on = "autonat = true";
     for (flags, variable, file, is_on) in [
         (&[][..], None, "", false),

@@ -1,17 +1,17 @@
-//! A reader that stops halts its writer, and costs the relay what the windows allow.
+//! Backpressure: an end that stops reading pauses the other one, and the relay buffers no more than the windows allow.
 
 use std::{cell::Cell, io, time::Duration};
 
 use crate::common::{
-    Client, HOP, Relay, STOP, Security, agree,
+    Client, HOP, Relay, STOP, Security, accept_circuit,
     by_hand::{
         ACK, Channel, FIN, RST, SYN, WINDOW_UPDATE, data, frame, muxed_with, next_frame, proposal,
         reserve, send,
     },
-    children::resident,
+    child_process::resident,
     circuit,
     messages::{HopMessage, StopMessage, connect, stop_status},
-    strangers::Heard,
+    raw_peers::Received,
     within,
 };
 use libp2p::{
@@ -24,38 +24,38 @@ use prost::Message;
 const KIB: usize = 1024;
 const MIB: usize = 1024 * KIB;
 
-/// What the writer would like to say.
+/// How much the writer offers.
 const OFFER: usize = 1024 * MIB;
 
-/// What the reader takes before it stops, each time.
-const TAKEN: usize = 32 * MIB;
+/// How much the reader reads before each time that it stops.
+const READ: usize = 32 * MIB;
 
-/// A window that all of it fits into.
-const WIDE: u32 = (OFFER + 2 * TAKEN) as u32;
+/// A window larger than all that is written.
+const LARGE_WINDOW: u32 = (OFFER + 2 * READ) as u32;
 
-/// The largest piece in which the relay reads, pumps and writes: a message of Noise.
-const PIECE: usize = 64 * KIB;
+/// The largest chunk in which the relay reads, relays and writes: a message of Noise.
+const CHUNK: usize = 64 * KIB;
 
-/// What the relay may hold of a circuit that stands still, in bytes.
-const HELD: usize = {
+/// How much the relay may buffer of a paused circuit, in bytes.
+const BUFFERED: usize = {
     // What the writer sent: INITIAL_WINDOW and WINDOW_GROWTH of `muxer.rs`, together LONGEST_FRAME.
     let window = MIB;
-    // Frames for the reader: yamux takes ten of a stream and one more from each of its halves, and
-    // has one that is next and one that is being written.
-    let frames = (10 + 2 + 2) * PIECE;
-    // Behind the writer's socket: a read buffer, a message, and what is in it. Between the streams:
-    // what the reader's did not take. Before the reader's socket: a message, its encryption, and up
-    // to three that wait for the socket.
-    let pieces = (3 + 1 + 5) * PIECE;
-    window + frames + pieces
+    // Frames for the reader: yamux queues ten of a stream and one more of each of its halves; one is next, and one
+    // is being written.
+    let frames = (10 + 2 + 2) * CHUNK;
+    // On the writer's connection: a read buffer, a message, and its contents. Between the streams: what the reader's
+    // stream did not accept. On the reader's connection: a message, its ciphertext, and up to three that wait for
+    // the socket.
+    let chunks = (3 + 1 + 5) * CHUNK;
+    window + frames + chunks
 };
 
-/// What the relay's heap may keep beside, for each thread: what was freed in between (`cli/runtime.rs`).
-const KEPT: usize = 8 * MIB;
+/// How much freed memory the heap may keep for each thread (`cli/runtime.rs`), in bytes.
+const FREED: usize = 8 * MIB;
 
-/// A writer that got nothing away for so long is halted. On a machine so slow that it is not, it is
-/// asked to get less away than it might.
-const HALTED: Duration = Duration::from_secs(1);
+/// A writer without progress for this long is taken to be paused. On a slow machine the test may then stop early, which
+/// weakens it but does not make it fail.
+const PAUSED: Duration = Duration::from_secs(1);
 
 /// Which end of the circuit reads.
 #[derive(Clone, Copy, Debug)]
@@ -64,58 +64,57 @@ enum Reads {
     Target,
 }
 
-/// Where what the relay sends piles up, when the reader stops.
+/// Where the data piles up when the reader stops.
 #[derive(Clone, Copy, Debug)]
 enum Stops {
-    /// In the reader's window: it does not open it again.
+    /// In the relay: the reader does not open its window.
     Window,
-    /// In its socket: the window is open wide, and nobody reads.
+    /// In the reader's socket: its window is large, and it does not read.
     Socket,
 }
 
 #[tokio::test]
-async fn over_noise_a_target_that_stops_halts_the_source() {
-    halts(Security::Noise, Reads::Target).await;
+async fn over_noise_a_target_that_stops_reading_pauses_the_source() {
+    check(Security::Noise, Reads::Target).await;
 }
 
 #[tokio::test]
-async fn over_noise_a_source_that_stops_halts_the_target() {
-    halts(Security::Noise, Reads::Source).await;
+async fn over_noise_a_source_that_stops_reading_pauses_the_target() {
+    check(Security::Noise, Reads::Source).await;
 }
 
 #[tokio::test]
-async fn over_tls_a_target_that_stops_halts_the_source() {
-    halts(Security::Tls, Reads::Target).await;
+async fn over_tls_a_target_that_stops_reading_pauses_the_source() {
+    check(Security::Tls, Reads::Target).await;
 }
 
 #[tokio::test]
-async fn over_tls_a_source_that_stops_halts_the_target() {
-    halts(Security::Tls, Reads::Source).await;
+async fn over_tls_a_source_that_stops_reading_pauses_the_target() {
+    check(Security::Tls, Reads::Source).await;
 }
 
-async fn halts(security: Security, reads: Reads) {
+async fn check(security: Security, reads: Reads) {
     let both = |threads| {
         future::join(
-            halts_at(security, reads, Stops::Window, threads),
-            halts_at(security, reads, Stops::Socket, threads),
+            check_with(security, reads, Stops::Window, threads),
+            check_with(security, reads, Stops::Socket, threads),
         )
     };
     future::join(both(1), both(2)).await;
 }
 
-async fn halts_at(security: Security, reads: Reads, stops: Stops, threads: usize) {
+async fn check_with(security: Security, reads: Reads, stops: Stops, threads: usize) {
     let relay = Relay::start(&[
         "--circuit-bytes=0",
         "--circuit-duration=0s",
-        // Who stopped does not answer when it is asked whether it is alive.
+        // A reader that has stopped does not answer probes.
         "--heartbeat=0s",
         &format!("--threads={threads}"),
     ]);
     let (mut reader, mut writer) = circuit_over(&relay, security, reads, stops).await;
-    // After that the relay's code is loaded, its heap is as large as its work, and nothing is under
-    // way.
-    let carried = write(&mut writer.stream, TAKEN, |_| ());
-    future::join(carried, reader.take(TAKEN)).await;
+    // Warm-up: loads the code and grows the heap.
+    let warm_up = write(&mut writer.stream, READ, |_| ());
+    future::join(warm_up, reader.read(READ)).await;
     let before = resident(relay.pid());
 
     let accepted = Cell::new(0);
@@ -123,27 +122,27 @@ async fn halts_at(security: Security, reads: Reads, stops: Stops, threads: usize
         accepted.set(accepted.get() + more);
     });
     let stopped = async {
-        for taken in [0, TAKEN] {
-            reader.take(taken).await;
-            halted(&accepted).await;
-            assert!(accepted.get() >= taken, "what was read was written");
-            let grown = resident(relay.pid()).saturating_sub(before) as usize * KIB;
-            let most = HELD + threads * KEPT;
-            assert!(grown <= most, "{stops:?}: the relay holds {grown} bytes more");
+        for read in [0, READ] {
+            reader.read(read).await;
+            wait_until_paused(&accepted).await;
+            assert!(accepted.get() >= read, "what was read was written");
+            let growth = resident(relay.pid()).saturating_sub(before) as usize * KIB;
+            let most = BUFFERED + threads * FREED;
+            assert!(growth <= most, "{stops:?}: the relay uses {growth} bytes more");
         }
     };
     tokio::select! {
         () = stopped => {}
-        () = offered => panic!("{stops:?}: the writer was not halted"),
+        () = offered => panic!("{stops:?}: the writer was not paused"),
     }
 }
 
-/// What `--silence` is where a peer is to be found write stalled.
+/// `--silence` of the test of stalled writes.
 const SILENCE: Duration = Duration::from_secs(6);
 
-/// Both speak, so neither is silent. One takes nothing of what is sent to it; the other one reads, though slowly.
+/// Both peers send, so neither is silent. One reads nothing, and the other one slowly.
 #[tokio::test]
-async fn a_peer_that_takes_nothing_enters_grace_and_one_that_reads_slowly_stays() {
+async fn a_peer_that_stops_reading_enters_grace_and_a_slow_reader_stays() {
     let relay = Relay::start(&[
         "--circuit-bytes=0",
         "--circuit-duration=0s",
@@ -159,16 +158,16 @@ async fn a_peer_that_takes_nothing_enters_grace_and_one_that_reads_slowly_stays(
     );
     let reading = async {
         loop {
-            slow.take(PIECE).await;
-            slow.speak().await.expect("it stays connected");
+            slow.read(CHUNK).await;
+            slow.send_frame().await.expect("it stays connected");
             tokio::time::sleep(SILENCE / 4).await;
         }
     };
-    let speaking = async {
-        while stalled.speak().await.is_ok() {
+    let sending = async {
+        while stalled.send_frame().await.is_ok() {
             tokio::time::sleep(SILENCE / 4).await;
         }
-        future::pending::<()>().await // it was closed
+        future::pending::<()>().await // the relay has closed it
     };
     let closing = async {
         relay.wait_for_log("write stalled: took nothing for ").await;
@@ -176,80 +175,80 @@ async fn a_peer_that_takes_nothing_enters_grace_and_one_that_reads_slowly_stays(
     };
     tokio::select! {
         () = closing => {}
-        _ = future::join3(writing, reading, speaking) => panic!("a circuit ends"),
+        _ = future::join3(writing, reading, sending) => panic!("a circuit ended"),
     }
-    slow.take(PIECE).await;
-    slow.speak().await.expect("it stays connected");
+    slow.read(CHUNK).await;
+    slow.send_frame().await.expect("it stays connected");
     for line in ["write stalled", "grace began"] {
         assert_eq!(relay.count_in_log(line), 1, "{line}");
     }
     assert_eq!(relay.count_in_log("peer silent"), 0);
 }
 
-/// Writes so many bytes; tells how many more were accepted, each time that some were.
-async fn write(stream: &mut Stream, bytes: usize, told: impl Fn(usize)) {
-    let piece = vec![7; PIECE];
-    let mut left = bytes;
-    while left > 0 {
-        let next = &piece[..left.min(PIECE)];
+/// Writes this many bytes; `progress` gets the number of bytes accepted by each write.
+async fn write(stream: &mut Stream, bytes: usize, progress: impl Fn(usize)) {
+    let piece = vec![7; CHUNK];
+    let mut remaining = bytes;
+    while remaining > 0 {
+        let next = &piece[..remaining.min(CHUNK)];
         let accepted = stream.write(next).await.expect("the circuit stays");
-        told(accepted);
-        left -= accepted;
+        progress(accepted);
+        remaining -= accepted;
     }
     stream.flush().await.expect("the circuit stays");
 }
 
-/// Waits until nothing more is accepted.
-async fn halted(accepted: &Cell<usize>) {
+/// Waits until no more bytes are accepted.
+async fn wait_until_paused(accepted: &Cell<usize>) {
     let mut before = usize::MAX;
     while accepted.get() != before {
         before = accepted.get();
-        tokio::time::sleep(HALTED).await;
+        tokio::time::sleep(PAUSED).await;
     }
 }
 
-/// The end of a circuit that stops. Who holds it has to stay for the circuit to last.
+/// The end of a circuit that stops reading, with its client: dropping that would close the circuit.
 enum Reader {
     Client(Stream, #[expect(dead_code)] Box<Client>),
     /// A stream of this connection.
     ByHand(Box<Channel>, u32),
 }
 
-/// The end of a circuit that is halted, and who holds it.
+/// The end of a circuit that is paused, with its client.
 struct Writer {
     stream: Stream,
     _client: Client,
 }
 
 impl Reader {
-    /// Says something that needs no answer.
-    async fn speak(&mut self) -> io::Result<()> {
+    /// Sends a frame that needs no answer.
+    async fn send_frame(&mut self) -> io::Result<()> {
         let Self::ByHand(channel, circuit) = self else {
-            panic!("a client speaks by itself");
+            panic!("only for a connection by hand");
         };
         channel.write_all(&frame(WINDOW_UPDATE, 0, *circuit, 1)).await?;
         channel.flush().await
     }
 
-    /// Takes so many bytes of the circuit.
-    async fn take(&mut self, bytes: usize) {
-        let mut left = bytes;
+    /// Reads this many bytes from the circuit.
+    async fn read(&mut self, bytes: usize) {
+        let mut remaining = bytes;
         match self {
             Self::Client(stream, _) => {
-                let mut piece = vec![0; PIECE];
-                while left > 0 {
-                    let next = &mut piece[..left.min(PIECE)];
+                let mut piece = vec![0; CHUNK];
+                while remaining > 0 {
+                    let next = &mut piece[..remaining.min(CHUNK)];
                     let read = within(stream.read(next)).await.expect("the circuit stays");
                     assert_ne!(read, 0, "the circuit stays");
-                    left -= read;
+                    remaining -= read;
                 }
             }
             Self::ByHand(channel, circuit) => {
-                while left > 0 {
+                while remaining > 0 {
                     let frame = next_frame(channel).await.expect("the connection stays");
                     if frame.stream == *circuit {
                         assert!(!frame.has(FIN | RST), "the circuit stays");
-                        left = left.saturating_sub(frame.body.len());
+                        remaining = remaining.saturating_sub(frame.body.len());
                     }
                 }
             }
@@ -257,7 +256,7 @@ impl Reader {
     }
 }
 
-/// An open circuit over the relay.
+/// Opens a circuit through the relay.
 async fn circuit_over(
     relay: &Relay,
     security: Security,
@@ -296,24 +295,25 @@ async fn by_hand(relay: &Relay, security: Security, reads: Reads) -> (Reader, St
         Reads::Target => {
             assert_eq!(reserve(&mut reader, 1).await, Some(100));
             let request = connect(keypair.public().to_peer_id());
-            let asked = writer.ask_for_circuit(&request);
-            let (circuit, (answer, stream)) = future::join(agree_by_hand(&mut reader), asked).await;
+            let requested = writer.request_circuit(&request);
+            let (circuit, (answer, stream)) =
+                future::join(accept_by_hand(&mut reader), requested).await;
             assert_eq!(answer.status, Some(100));
             (circuit, stream)
         }
         Reads::Source => {
             writer.reserve().await;
             let mut stops = writer.accept(STOP);
-            let asked = connect_by_hand(&mut reader, writer.peer);
-            let (circuit, (_, stream)) = future::join(asked, agree(&mut stops)).await;
+            let request = connect_by_hand(&mut reader, writer.peer);
+            let (circuit, (_, stream)) = future::join(request, accept_circuit(&mut stops)).await;
             (circuit, stream)
         }
     };
-    send(&mut reader, &frame(WINDOW_UPDATE, 0, circuit, WIDE)).await;
+    send(&mut reader, &frame(WINDOW_UPDATE, 0, circuit, LARGE_WINDOW)).await;
     (Reader::ByHand(Box::new(reader), circuit), stream, writer)
 }
 
-/// Asks for a circuit, and gets it; on which stream.
+/// Opens a circuit; returns its stream.
 async fn connect_by_hand(channel: &mut Channel, target: PeerId) -> u32 {
     let request = connect(target).encode_length_delimited_to_vec();
     let opening = [proposal(HOP.as_ref()), request].concat();
@@ -323,24 +323,24 @@ async fn connect_by_hand(channel: &mut Channel, target: PeerId) -> u32 {
     stream
 }
 
-/// Agrees to a circuit; on which stream.
-async fn agree_by_hand(channel: &mut Channel) -> u32 {
+/// Accepts a circuit; returns its stream.
+async fn accept_by_hand(channel: &mut Channel) -> u32 {
     let (stream, _) = first_message::<StopMessage>(channel, &STOP).await;
-    let agreed = stop_status(100).encode_length_delimited_to_vec();
-    let answer = [proposal(STOP.as_ref()), agreed].concat();
+    let accepted = stop_status(100).encode_length_delimited_to_vec();
+    let answer = [proposal(STOP.as_ref()), accepted].concat();
     send(channel, &data(ACK, stream, &answer)).await;
     stream
 }
 
-/// The first message on a stream of this protocol, and which stream that is.
+/// The first message on a stream of this protocol, and that stream.
 async fn first_message<M: Message + Default>(
     channel: &mut Channel,
     protocol: &StreamProtocol,
 ) -> (u32, M) {
-    let mut heard = Heard::default();
+    let mut received = Received::default();
     loop {
         let frame = next_frame(channel).await.expect("the connection stays");
-        if let Some(message) = heard.message(protocol, &frame) {
+        if let Some(message) = received.message(protocol, &frame) {
             return (frame.stream, message);
         }
     }

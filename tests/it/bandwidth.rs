@@ -1,27 +1,27 @@
-//! Circuits under a bandwidth: slow ones are slow and nothing else, and a new cap holds at once.
+//! Circuits under a bandwidth cap: they are slow and nothing blocks, and a new cap applies at once.
 //!
-//! How fair the shares are is shown by the unit tests of `src/relay/bandwidth.rs`, under a clock of their
-//! own, and by `cargo bench --bench shares`, against the program.
+//! Fairness is tested by the unit tests of `src/relay/bandwidth.rs` under a virtual clock, and measured by
+//! `cargo bench --bench shares` on the program.
 
 use crate::common::{
-    Client, Relay, circuit, read_bytes, read_to_end, running::Running, source_and_target,
+    Client, Relay, circuit, read_bytes, read_to_end, running_node::RunningNode, source_and_target,
 };
 use libp2p::futures::AsyncWriteExt;
 use relaylet::{Config, Event};
 
-/// Far more than a slow circuit carries within the patience of these tests, and within a window.
-const MUCH: usize = 100_000;
+/// More than a capped circuit transfers within the time limit of a test, and less than a window.
+const BULK: usize = 100_000;
 
 #[tokio::test]
-async fn a_byte_a_second_works_slowly_and_hangs_nothing() {
+async fn a_cap_of_one_byte_per_second_slows_but_blocks_nothing() {
     let mut relay = Relay::start(&["--bandwidth=1", "--circuit-duration=0s"]);
     let (mut alice, mut bob) = source_and_target(&relay).await;
     let (mut there, mut back) = circuit(&mut alice, &mut bob).await;
     there.write_all(b"slow").await.unwrap();
-    there.write_all(&vec![0; MUCH]).await.unwrap();
+    there.write_all(&vec![0; BULK]).await.unwrap();
     there.flush().await.unwrap();
     assert_eq!(read_bytes(&mut back, 4).await, b"slow");
-    // Meanwhile whoever asks is answered, and other circuits are set up.
+    // Meanwhile requests are answered, and other circuits are opened.
     bob.reserve().await;
     let mut carol = Client::connect(&relay).await;
     carol.reserve().await;
@@ -29,54 +29,54 @@ async fn a_byte_a_second_works_slowly_and_hangs_nothing() {
     second.write_all(b"!").await.unwrap();
     second.flush().await.unwrap();
     assert_eq!(read_bytes(&mut arrives, 1).await, b"!");
-    // What waits for its turn ends with its peer.
-    alice.leave().await;
-    assert!(read_to_end(&mut back).await.0.len() < MUCH);
+    // Bytes that wait for bandwidth are dropped when their peer disconnects.
+    alice.disconnect().await;
+    assert!(read_to_end(&mut back).await.0.len() < BULK);
     relay.signal("INT");
     assert!(relay.wait().success());
 }
 
 #[tokio::test]
-async fn a_new_cap_holds_for_circuits_that_are_open() {
+async fn a_new_cap_applies_to_open_circuits() {
     let mut config = Config::default();
     config.circuit_bytes = 0;
     config.bandwidth_per_peer = 1;
-    let mut relay = Running::start(config).await;
-    let mut alice = relay.connect_somebody().await;
-    let mut bob = relay.connect_somebody().await;
+    let mut relay = RunningNode::start(config).await;
+    let mut alice = relay.connect_new().await;
+    let mut bob = relay.connect_new().await;
     bob.reserve().await;
     let (mut there, mut back) = circuit(&mut alice, &mut bob).await;
-    there.write_all(&vec![7; MUCH]).await.unwrap();
+    there.write_all(&vec![7; BULK]).await.unwrap();
     there.flush().await.unwrap();
     assert_eq!(read_bytes(&mut back, 1).await, [7]);
     let lift = |config: &mut Config| config.bandwidth_per_peer = 0;
     relay.change(lift).await.unwrap();
-    assert_eq!(read_bytes(&mut back, MUCH - 1).await, vec![7; MUCH - 1]);
+    assert_eq!(read_bytes(&mut back, BULK - 1).await, vec![7; BULK - 1]);
 
-    // And the other way round, in the other direction.
+    // A new cap, with data in the other direction.
     let slow = |config: &mut Config| config.bandwidth = 1;
     relay.change(slow).await.unwrap();
-    back.write_all(&vec![8; MUCH]).await.unwrap();
+    back.write_all(&vec![8; BULK]).await.unwrap();
     back.flush().await.unwrap();
     assert_eq!(read_bytes(&mut there, 2).await, [8; 2]);
-    alice.leave().await;
-    let carried = |event| match event {
+    alice.disconnect().await;
+    let transferred = |event| match event {
         Event::CircuitClosed { transferred, .. } => Some(transferred.to_source),
         _ => None,
     };
-    assert!(relay.until(carried).await < MUCH as u64 / 2);
+    assert!(relay.until(transferred).await < BULK as u64 / 2);
 }
 
 #[tokio::test]
-async fn both_ways_of_a_circuit_take_turns() {
+async fn both_directions_of_a_circuit_share_the_bandwidth() {
     let relay = Relay::start(&["--bandwidth=20", "--circuit-duration=0s"]);
     let (mut alice, mut bob) = source_and_target(&relay).await;
     let (mut there, mut back) = circuit(&mut alice, &mut bob).await;
     for stream in [&mut there, &mut back] {
-        stream.write_all(&vec![7; MUCH]).await.unwrap();
+        stream.write_all(&vec![7; BULK]).await.unwrap();
         stream.flush().await.unwrap();
     }
-    // With one in front of the other, the second would wait for all of the first.
+    // If one direction had priority, the other would wait for all of it.
     let (at_source, at_target) =
         tokio::join!(read_bytes(&mut there, 10), read_bytes(&mut back, 10));
     assert_eq!(at_source.len(), at_target.len());

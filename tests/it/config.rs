@@ -1,5 +1,4 @@
-//! The configuration file: what it says holds, what is wrong with it is told, and it can be changed
-//! while the relay runs.
+//! The configuration file: precedence, errors, and reloading while the relay runs.
 
 use std::{fs, process::Command};
 
@@ -24,7 +23,7 @@ fn folder_with(file: &str) -> TempDir {
 }
 
 fn write(folder: &TempDir, file: &str) {
-    fs::write(folder.path().join(NAME), file).expect("it can be written");
+    fs::write(folder.path().join(NAME), file).expect("the file is written");
 }
 
 fn command(folder: &TempDir, flags: &[&str]) -> Command {
@@ -33,14 +32,14 @@ fn command(folder: &TempDir, flags: &[&str]) -> Command {
     command
 }
 
-/// What it says on standard output, on standard error, and its status.
+/// Runs the program; returns its standard output, its standard error and its status.
 fn run(folder: &TempDir, flags: &[&str]) -> (String, String, Option<i32>) {
     let output = command(folder, flags).output().expect("it can be started");
     let text = |bytes| String::from_utf8(bytes).expect("text");
     (text(output.stdout), text(output.stderr), output.status.code())
 }
 
-/// What a relay with this file would run with.
+/// The configuration that a relay with this file and these flags would use.
 fn effective(folder: &TempDir, flags: &[&str]) -> String {
     let (file, errors, status) = run(folder, &[flags, &["--print-config"]].concat());
     assert_eq!((errors.as_str(), status), ("", Some(0)));
@@ -69,7 +68,7 @@ fn a_flag_wins_over_the_environment_and_that_over_the_file() {
 }
 
 #[test]
-fn the_environment_is_read_as_flags_are_where_none_is_given() {
+fn environment_variables_apply_where_no_flag_is_given() {
     let folder = folder_with("deny-subnet = \"192.0.2.0/24\"");
     let print = |name: &str, value: &str, flags: &[&str]| {
         let mut command = command(&folder, flags);
@@ -81,28 +80,28 @@ fn the_environment_is_read_as_flags_are_where_none_is_given() {
     assert_eq!(status, Some(2));
     assert!(line.starts_with("relaylet: RELAYLET_GRACE: "), "{line}");
     assert!(line.contains("\"soon\" is not a duration; try 30s"), "{line}");
-    // Also one that a flag hides, for it would hold without the flag.
+    // A value that a flag overrides is checked, too: without the flag it would apply.
     let (line, status) = print("RELAYLET_GRACE", "soon", &["--grace=1s"]);
     assert_eq!(status, Some(2));
     assert!(line.starts_with("relaylet: RELAYLET_GRACE: "), "{line}");
     let (file, _) = print("RELAYLET_GRACE", "2s", &["--grace=1s"]);
     assert!(file.contains("grace = \"1s\""), "{file}");
-    // An empty variable is not set: it does not open a relay that the file closes.
+    // An empty variable counts as unset: it must not override the file.
     assert!(print("RELAYLET_GRACE", "", &[]).0.contains("grace = \"30s\""));
     let (file, _) = print("RELAYLET_DENY_SUBNET", "", &[]);
     assert!(file.contains("deny-subnet = [\"192.0.2.0/24\"]"), "{file}");
     let (line, status) = print("RELAYLET_ALLOW_PEERS", "12D3KooW", &[]);
     assert_eq!(status, Some(2));
-    let told = "relaylet: RELAYLET_ALLOW_PEERS: unknown setting; try RELAYLET_ALLOW_PEER";
-    assert_eq!(line.trim(), told);
+    let expected = "relaylet: RELAYLET_ALLOW_PEERS: unknown setting; try RELAYLET_ALLOW_PEER";
+    assert_eq!(line.trim(), expected);
     let (line, status) = print("RELAYLET_MAX_CONNECTIONS", "0", &[]);
     assert_eq!(status, Some(2));
-    let told = "relaylet: RELAYLET_MAX_CONNECTIONS: --max-connections 0: admits no connection";
-    assert!(line.starts_with(told), "{line}");
+    let expected = "relaylet: RELAYLET_MAX_CONNECTIONS: --max-connections 0: admits no connection";
+    assert!(line.starts_with(expected), "{line}");
 }
 
 #[test]
-fn a_wrong_value_in_the_file_is_an_error_also_where_a_flag_hides_it() {
+fn an_invalid_value_in_the_file_is_an_error_even_if_a_flag_overrides_it() {
     let folder = folder_with("grace = \"soon\"\n");
     let output = command(&folder, &["--grace=1s", "--print-config"]).output().unwrap();
     assert_eq!(output.status.code(), Some(2));
@@ -111,7 +110,7 @@ fn a_wrong_value_in_the_file_is_an_error_also_where_a_flag_hides_it() {
 }
 
 #[test]
-fn what_is_printed_is_a_file_that_means_the_same() {
+fn the_printed_configuration_is_an_equivalent_file() {
     let folder = folder_with("");
     let flags = "--max-reservations=7 --max-reservations-per-ip=3 --circuit-bytes=1MiB \
                  --allow-subnet=192.0.2.0/24,2001:db8::/32 --bandwidth=10MB --threads=2 \
@@ -123,8 +122,8 @@ fn what_is_printed_is_a_file_that_means_the_same() {
 }
 
 #[test]
-fn what_is_wrong_is_one_line_with_the_file_the_line_and_the_remedy() {
-    for (file, said) in [
+fn a_config_error_is_one_line_with_file_line_and_remedy() {
+    for (file, expected) in [
         ("\ngrase = \"1s\"", "relaylet.toml:2: grase: unknown setting; try grace"),
         ("grace = \"soon\"", "\"soon\" is not a duration; try 30s"),
         ("\ngrace = \"soon\"", "relaylet.toml:2: "),
@@ -152,13 +151,13 @@ fn what_is_wrong_is_one_line_with_the_file_the_line_and_the_remedy() {
         ("grace = 1s", "relaylet.toml:1: "),
         ("deny-subnet = [\"192.0.2.1/24\"]", "try 192.0.2.0/24"),
         ("threads = 0", "relaylet.toml:1: --threads 0: try 1"),
-        // Names and values may have anything in them.
+        // Names and values may contain any character.
         (r#""\nsweep" = 1"#, r"relaylet.toml:1: \nsweep: unknown setting; try sweep"),
         (r#"grace = "\u001b[2J""#, r"relaylet.toml:1: "),
     ] {
         let (out, errors, status) = run(&folder_with(file), &[]);
         assert_eq!((out.as_str(), status), ("", Some(2)), "{file}");
-        assert!(errors.contains(said), "{file}: {errors}");
+        assert!(errors.contains(expected), "{file}: {errors}");
         assert_eq!(errors.lines().count(), 1, "{errors}");
         assert!(!errors.trim_end().contains(char::is_control), "{errors:?}");
     }
@@ -174,12 +173,12 @@ fn start(folder: TempDir) -> Relay {
 }
 
 #[tokio::test]
-async fn limits_and_rules_change_with_sighup_and_no_connection_is_dropped() {
+async fn sighup_applies_limits_and_rules_without_closing_connections() {
     let relay = start(folder_with("max-reservations = 1\nprobe = \"0s\"\n"));
     let mut alice = Client::connect(&relay).await;
     let mut bob = Client::connect(&relay).await;
     alice.reserve().await;
-    assert_eq!(bob.ask(&reserve()).await.status, RESERVATION_REFUSED);
+    assert_eq!(bob.request(&reserve()).await.status, RESERVATION_REFUSED);
 
     let file = format!(
         "max-reservations = 2\nprobe = \"0s\"\ndeny-peer = [\"{}\"]\nthreads = 3\n",
@@ -191,13 +190,13 @@ async fn limits_and_rules_change_with_sighup_and_no_connection_is_dropped() {
     relay.wait_for_log("SIGHUP: max-reservations: 1 → 2").await;
     relay.wait_for_log("SIGHUP: threads requires a restart").await;
     bob.reserve().await;
-    // On the connections that they had.
-    assert_eq!(alice.ask(&reserve()).await.status, PERMISSION_DENIED);
-    assert_eq!(alice.ask(&connect(bob.peer)).await.status, PERMISSION_DENIED);
+    // On their existing connections.
+    assert_eq!(alice.request(&reserve()).await.status, PERMISSION_DENIED);
+    assert_eq!(alice.request(&connect(bob.peer)).await.status, PERMISSION_DENIED);
 }
 
 #[tokio::test]
-async fn what_a_file_said_can_be_taken_back_while_a_circuit_goes_on() {
+async fn a_setting_removed_from_the_file_reverts_while_a_circuit_stays_open() {
     let folder = folder_with("connect-rate = 2\n");
     let flags = ["--listen", "/ip4/127.0.0.1/tcp/0", "--grace=1m"];
     let relay = Relay::run(command(&folder, &flags), folder);
@@ -214,16 +213,16 @@ async fn what_a_file_said_can_be_taken_back_while_a_circuit_goes_on() {
     );
     write(&relay.folder, &file);
     relay.signal("HUP");
-    // The flag has its way with the grace, and with where it listens.
+    // The flags win for grace and for the listen address.
     let changed = "SIGHUP: changed: announce, reserve-rate, connect-rate, deny-peer";
     let line = relay.wait_for_log(changed).await;
     assert!(line.ends_with(changed), "{line}");
     relay.wait_for_log("SIGHUP: http requires a restart").await;
     assert!(!relay.log().iter().any(|line| line.contains("SIGHUP: listen")));
-    let told = bob.reserve().await.reservation.unwrap().addrs;
-    assert!(told.len() == 1, "{told:?}");
-    assert_eq!(bob.ask(&reserve()).await.status, RESOURCE_LIMIT_EXCEEDED);
-    let (status, _) = alice.ask_for_circuit(&connect(bob.peer)).await;
+    let expected = bob.reserve().await.reservation.unwrap().addrs;
+    assert!(expected.len() == 1, "{expected:?}");
+    assert_eq!(bob.request(&reserve()).await.status, RESOURCE_LIMIT_EXCEEDED);
+    let (status, _) = alice.request_circuit(&connect(bob.peer)).await;
     assert_eq!(status.status, PERMISSION_DENIED);
 
     write(&relay.folder, "deny-peer = []\n");
@@ -234,7 +233,7 @@ async fn what_a_file_said_can_be_taken_back_while_a_circuit_goes_on() {
     there.flush().await.unwrap();
     assert_eq!(read_bytes(&mut back, 5).await, b"hello");
 
-    // Without the file nothing changes.
+    // When the file is removed, nothing changes.
     fs::remove_file(relay.folder.path().join(NAME)).unwrap();
     relay.signal("HUP");
     relay.wait_for_log("SIGHUP: keeping the previous settings: --config relaylet.toml: ").await;
@@ -242,7 +241,7 @@ async fn what_a_file_said_can_be_taken_back_while_a_circuit_goes_on() {
 }
 
 #[tokio::test]
-async fn a_file_that_is_wrong_changes_nothing_and_the_relay_says_so() {
+async fn an_invalid_file_changes_nothing_and_is_logged() {
     let relay = start(folder_with("max-reservations = 2\n"));
     let mut alice = Client::connect(&relay).await;
     write(&relay.folder, "max-reservations = 1\nprobe = \"1h\"\n");

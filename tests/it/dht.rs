@@ -1,5 +1,4 @@
-//! The relay as a server of a DHT: how it comes into it, whom it tells of, and what strangers may
-//! make it keep, which is nothing.
+//! The relay as a DHT server: how it joins, which peers it shares, and that it stores nothing for others.
 
 use std::{collections::BTreeSet, fs, process::Stdio, time::Duration};
 
@@ -13,18 +12,18 @@ use tempfile::TempDir;
 use tokio::time::sleep;
 
 const KAD: StreamProtocol = StreamProtocol::new("/ipfs/kad/1.0.0");
-/// How often to look for what nobody tells of.
-const LOOK: Duration = Duration::from_millis(50);
-const NOBODY: &str = "12D3KooWPGM3wYKMsTHGEqbhcBft6cPjA2F3rQmyWTEDD3wCGS1g";
+/// The interval at which the log is polled.
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
+const ABSENT_PEER: &str = "12D3KooWPGM3wYKMsTHGEqbhcBft6cPjA2F3rQmyWTEDD3wCGS1g";
 
 // ---- Flags
 
 #[test]
-fn bad_usage_is_one_line_with_the_remedy() {
-    let node = format!("/ip4/127.0.0.1/tcp/1/p2p/{NOBODY}");
-    let text = format!("/dnsaddr/bootstrap.libp2p.io/p2p/{NOBODY}");
-    let quic = format!("/ip4/127.0.0.1/udp/1/quic-v1/p2p/{NOBODY}");
-    for (arguments, said) in [
+fn invalid_flags_are_a_one_line_error_with_the_remedy() {
+    let node = format!("/ip4/127.0.0.1/tcp/1/p2p/{ABSENT_PEER}");
+    let text = format!("/dnsaddr/bootstrap.libp2p.io/p2p/{ABSENT_PEER}");
+    let quic = format!("/ip4/127.0.0.1/udp/1/quic-v1/p2p/{ABSENT_PEER}");
+    for (arguments, expected) in [
         (
             &["--dht", "--bootstrap=/ip4/127.0.0.1/tcp/1"][..],
             "--bootstrap /ip4/127.0.0.1/tcp/1: lacks the node's peer id; add it at the end",
@@ -42,25 +41,25 @@ fn bad_usage_is_one_line_with_the_remedy() {
         (&["--dht", "--idle-timeout=0s"], "--idle-timeout 0s"),
         (&["--dht=maybe"], "--dht maybe: takes true or false"),
     ] {
-        refused(&[], arguments, said);
+        refused(&[], arguments, expected);
     }
     let idle = &["--dht-protocol=kad"];
     refused(&[("RELAYLET_DHT", "maybe")], idle, "RELAYLET_DHT");
 }
 
-fn refused(environment: &[(&str, &str)], arguments: &[&str], said: &str) {
+fn refused(environment: &[(&str, &str)], arguments: &[&str], expected: &str) {
     let folder = TempDir::new().unwrap();
     let mut command = command(&folder);
     command.args(arguments).envs(environment.iter().copied());
-    let output = command.output().expect("it can be started");
+    let output = command.output().expect("the program starts");
     let line = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(2), "{arguments:?}: {line}");
     assert_eq!(line.lines().count(), 1, "{line}");
-    assert!(line.contains(said), "{said}: {line}");
+    assert!(line.contains(expected), "{expected}: {line}");
 }
 
 #[test]
-fn the_switch_is_in_the_environment_and_in_the_file_too() {
+fn the_dht_is_enabled_by_environment_or_file() {
     let prints = |file: &str, environment: &[(&str, &str)], arguments: &[&str]| {
         let folder = TempDir::new().unwrap();
         fs::write(folder.path().join("relay.toml"), file).unwrap();
@@ -84,19 +83,19 @@ fn the_switch_is_in_the_environment_and_in_the_file_too() {
     }
 }
 
-// ---- Coming into it
+// ---- Joining
 
 #[tokio::test]
-async fn a_node_that_cannot_be_reached_delays_nothing_and_is_joined_once_it_is_there() {
+async fn an_unreachable_bootstrap_node_is_joined_once_it_is_up() {
     let node = Relay::start(&["--dht"]);
     let (address, listen) = (node.address.clone(), without_peer(&node.address));
     let folder = node.kill();
 
     let relay = Relay::start(&["--dht", "--bootstrap", &address.to_string()]);
     Client::connect(&relay).await.reserve().await;
-    let news = relay.wait_for_log("cannot be reached").await;
-    assert!(news.contains("WARN") && news.contains("refused"), "{news}");
-    tries(&relay, 3).await;
+    let warning = relay.wait_for_log("cannot be reached").await;
+    assert!(warning.contains("WARN") && warning.contains("refused"), "{warning}");
+    wait_for_tries(&relay, 3).await;
     assert_eq!(count(&relay, "joined the DHT"), 0);
     assert_eq!(count(&relay, "cannot be reached"), 1, "{:#?}", relay.log());
 
@@ -109,18 +108,18 @@ async fn a_node_that_cannot_be_reached_delays_nothing_and_is_joined_once_it_is_t
 }
 
 #[tokio::test]
-async fn a_node_that_serves_no_such_dht_is_named_once() {
+async fn a_bootstrap_node_of_another_protocol_is_logged_once() {
     let node = Relay::start(&[]);
     let relay = Relay::start(&["--dht", "--bootstrap", &node.address.to_string()]);
     let line = relay.wait_for_log("does not serve /ipfs/kad/1.0.0").await;
     assert!(line.contains("WARN") && line.contains(&node.peer.to_string()));
-    tries(&relay, 3).await;
+    wait_for_tries(&relay, 3).await;
     assert_eq!(count(&relay, "does not serve"), 1, "{:#?}", relay.log());
     assert_eq!(count(&relay, "joined"), 0);
 }
 
 #[tokio::test]
-async fn a_dht_of_ones_own_has_a_protocol_of_its_own() {
+async fn a_custom_dht_uses_its_own_protocol() {
     const OWN: &str = "--dht-protocol=/my/kad/1.0.0";
     let node = Relay::start(&["--dht", OWN]);
     let bootstrap = node.address.to_string();
@@ -134,14 +133,14 @@ async fn a_dht_of_ones_own_has_a_protocol_of_its_own() {
     assert_eq!(ids(&found), [friend.peer].into());
 }
 
-// ---- Being found
+// ---- Lookups
 
 #[tokio::test]
-async fn relays_that_joined_by_one_node_are_found_at_it_and_at_each_other() {
+async fn relays_that_joined_through_one_node_find_each_other() {
     let node = Relay::start(&["--dht"]);
     let bootstrap = node.address.to_string();
-    // The node's own address among them: a fleet may share one list.
-    let list = format!("{bootstrap},/ip4/127.0.0.1/tcp/1/p2p/{NOBODY}");
+    // Their list contains their own address: a fleet may share one list.
+    let list = format!("{bootstrap},/ip4/127.0.0.1/tcp/1/p2p/{ABSENT_PEER}");
     let fleet: Vec<_> = (0..3).map(|_| Relay::start(&["--dht", "--bootstrap", &list])).collect();
     let all: BTreeSet<_> = fleet.iter().chain([&node]).map(|relay| relay.peer).collect();
     for at in fleet.iter().chain([&node]) {
@@ -153,34 +152,34 @@ async fn relays_that_joined_by_one_node_are_found_at_it_and_at_each_other() {
                 if ids(&found) == others {
                     return found;
                 }
-                sleep(LOOK).await;
+                sleep(POLL_INTERVAL).await;
             }
         })
         .await;
         for relay in fleet.iter().filter(|relay| relay.peer != at.peer) {
-            let told = addresses(&found, relay.peer);
-            assert_eq!(told, std::slice::from_ref(&relay.address));
+            let received = addresses(&found, relay.peer);
+            assert_eq!(received, std::slice::from_ref(&relay.address));
         }
     }
 }
 
 #[tokio::test]
-async fn a_walk_dials_again_whom_the_sweep_let_go() {
+async fn a_lookup_dials_nodes_whose_connection_was_closed_as_idle() {
     const SHORT: &str = "--idle-timeout=1s";
     let node = Relay::start(&["--dht", SHORT]);
     let bootstrap = node.address.to_string();
     let first = Relay::start(&["--dht", SHORT, "--bootstrap", &bootstrap]);
     node.wait_for_log(&format!("at peer {}", first.peer)).await;
-    // Whoever dialed, it ends.
+    // The connection closes, whichever side dialed.
     first.wait_for_log("closed: peer").await;
     node.wait_for_log("closed: peer").await;
-    // A newcomer makes the node walk, and to whom it had met.
+    // A new node causes a lookup, which dials the nodes found before.
     let _second = Relay::start(&["--dht", SHORT, "--bootstrap", &bootstrap]);
     node.wait_for_log(&format!("opened: peer {} at {}", first.peer, first.address)).await;
 }
 
 #[tokio::test]
-async fn a_relay_that_drained_comes_into_it_anew() {
+async fn a_resumed_relay_joins_the_dht_again() {
     let node = Relay::start(&["--dht"]);
     let bootstrap = node.address.to_string();
     let relay = Relay::start(&["--dht", "--drain=1s", "--bootstrap", &bootstrap]);
@@ -188,42 +187,42 @@ async fn a_relay_that_drained_comes_into_it_anew() {
     relay.signal("USR1");
     relay.wait_for_log("closed: peer").await;
     relay.signal("USR1");
-    // On the same port.
+    // It listens on the same port.
     let back = relay.next_address();
     assert_eq!(back, relay.address);
-    let came = format!("opened: peer {}", relay.peer);
+    let opened = format!("opened: peer {}", relay.peer);
     let mut walker = Client::connect(&node).await;
     within(async {
-        while node.log().iter().filter(|line| line.contains(&came)).count() < 2 {
-            sleep(LOOK).await;
+        while node.log().iter().filter(|line| line.contains(&opened)).count() < 2 {
+            sleep(POLL_INTERVAL).await;
         }
         while addresses(&find(&mut walker, &KAD, relay.peer).await, relay.peer) != [back.clone()] {
-            sleep(LOOK).await;
+            sleep(POLL_INTERVAL).await;
         }
     })
     .await;
 }
 
-// ---- What strangers may make it keep
+// ---- What other peers may store
 
 #[tokio::test]
-async fn what_strangers_bring_is_not_kept() {
+async fn records_of_other_peers_are_not_stored() {
     const MANY: usize = 4000;
     const MIB: usize = 1024 * 1024;
     let relay = Relay::start(&["--dht", "--max-connections-per-ip=0"]);
     let mut stranger = Client::connect(&relay).await;
-    stranger.reserve().await; // else it has a minute
+    stranger.reserve().await; // else its connection is closed after a minute
     let (mut adds, mut puts) = (stranger.open(KAD).await, stranger.open(KAD).await);
     let mut before = 0;
     for n in 0..MANY {
-        // As much as a message may hold: in all 32 MiB of keys, and nearly as much of values.
+        // As much as a message may hold: 32 MiB of keys in all, and nearly as much of values.
         let key = [&n.to_be_bytes()[..], &[7; 8 * 1024]].concat();
         let record = Record { key: key.clone(), value: vec![7; 7 * 1024] };
         let put = Message { kind: PUT_VALUE, record: Some(record), ..Message::default() };
         messages::write(&mut puts, &put).await;
         let answer: Message = messages::read(&mut puts).await;
-        let stored = answer.record.expect("what is stored now").value;
-        assert!(stored.is_empty(), "nothing, and it says so");
+        let stored = answer.record.expect("the record that is stored").value;
+        assert!(stored.is_empty(), "nothing is stored, and the answer says so");
         let add = Message {
             kind: ADD_PROVIDER,
             key,
@@ -240,19 +239,19 @@ async fn what_strangers_bring_is_not_kept() {
     }
     let key = [&0usize.to_be_bytes()[..], &[7; 8 * 1024]].concat();
     for kind in [GET_VALUE, GET_PROVIDERS] {
-        let asked = Message { kind, key: key.clone(), ..Message::default() };
-        let answer = ask(&mut stranger, &KAD, &asked).await;
+        let get = Message { kind, key: key.clone(), ..Message::default() };
+        let answer = request_node(&mut stranger, &KAD, &get).await;
         assert!(answer.record.is_none() && answer.providers.is_empty());
     }
-    let grown = resident(&relay).saturating_sub(before);
-    assert!(grown < 6 * MIB, "{} KiB", grown / 1024);
-    // Nor does it end up in the log.
+    let growth = resident(&relay).saturating_sub(before);
+    assert!(growth < 6 * MIB, "{} KiB", growth / 1024);
+    // Nothing of it is logged.
     assert!(relay.log().len() < 100, "{:#?}", relay.log());
     stranger.reserve().await;
 }
 
 #[tokio::test]
-async fn a_client_of_the_dht_is_not_told_to_others() {
+async fn dht_clients_are_not_shared_with_others() {
     let relay = Relay::start(&["--dht"]);
     let _client = Client::connect(&relay).await;
     let mut walker = Client::connect(&relay).await;
@@ -260,13 +259,13 @@ async fn a_client_of_the_dht_is_not_told_to_others() {
 }
 
 #[tokio::test]
-async fn what_is_no_message_ends_its_stream_alone() {
+async fn a_malformed_message_closes_only_its_stream() {
     let relay = Relay::start(&["--dht"]);
     let mut stranger = Client::connect(&relay).await;
     for bytes in [
         &[0xff; 64][..],
         &[5, 1, 2, 3, 4, 5],
-        // Longer than any message may be.
+        // Longer than the longest message.
         &[0xff, 0xff, 0x7f, 1, 2, 3],
     ] {
         let mut stream = stranger.open(KAD).await;
@@ -275,11 +274,11 @@ async fn what_is_no_message_ends_its_stream_alone() {
         let (answer, _) = common::read_to_end(&mut stream).await;
         assert!(answer.is_empty());
     }
-    // More streams at once than it keeps, each in the middle of a message.
+    // More concurrent streams than the relay serves, each with an incomplete message.
     let mut streams = Vec::new();
     for _ in 0..64 {
         let mut stream = stranger.open(KAD).await;
-        // The last ones are closed as soon as they are there.
+        // The relay resets the last ones at once.
         let _ = stream.write_all(&[200]).await;
         let _ = stream.flush().await;
         streams.push(stream);
@@ -299,7 +298,7 @@ const ADD_PROVIDER: i32 = 2;
 const GET_PROVIDERS: i32 = 3;
 const FIND_NODE: i32 = 4;
 
-/// The specification's message once more.
+/// The specification's message a second time.
 #[derive(Clone, PartialEq, prost::Message)]
 struct Message {
     #[prost(int32, tag = "1")]
@@ -330,16 +329,20 @@ struct Peer {
     addrs: Vec<Vec<u8>>,
 }
 
-async fn ask(client: &mut Client, protocol: &StreamProtocol, question: &Message) -> Message {
+async fn request_node(
+    client: &mut Client,
+    protocol: &StreamProtocol,
+    request: &Message,
+) -> Message {
     let mut stream = client.open(protocol.clone()).await;
-    messages::write(&mut stream, question).await;
+    messages::write(&mut stream, request).await;
     messages::read(&mut stream).await
 }
 
-/// Whom the relay knows near this peer.
+/// The peers near this key that the relay returns.
 async fn find(client: &mut Client, protocol: &StreamProtocol, near: PeerId) -> Vec<Peer> {
-    let question = Message { kind: FIND_NODE, key: near.to_bytes(), ..Message::default() };
-    ask(client, protocol, &question).await.closer
+    let request = Message { kind: FIND_NODE, key: near.to_bytes(), ..Message::default() };
+    request_node(client, protocol, &request).await.closer
 }
 
 fn ids(peers: &[Peer]) -> BTreeSet<PeerId> {
@@ -347,7 +350,7 @@ fn ids(peers: &[Peer]) -> BTreeSet<PeerId> {
     ids.collect::<Result<_, _>>().expect("peer ids")
 }
 
-/// Where one of them is said to be.
+/// The addresses of one of these peers.
 fn addresses(peers: &[Peer], of: PeerId) -> Vec<Multiaddr> {
     let it = peers.iter().filter(|peer| peer.id == of.to_bytes());
     let addresses = it.flat_map(|peer| &peer.addrs);
@@ -355,11 +358,11 @@ fn addresses(peers: &[Peer], of: PeerId) -> Vec<Multiaddr> {
     read.collect::<Result<_, _>>().expect("multiaddrs")
 }
 
-/// Waits until it has begun to try its nodes that often.
-async fn tries(relay: &Relay, wanted: usize) {
+/// Waits until the relay has tried its bootstrap nodes this often.
+async fn wait_for_tries(relay: &Relay, wanted: usize) {
     within(async {
         while count(relay, "trying --bootstrap peer") < wanted {
-            sleep(LOOK).await;
+            sleep(POLL_INTERVAL).await;
         }
     })
     .await;
@@ -375,7 +378,7 @@ fn without_peer(address: &Multiaddr) -> Multiaddr {
     parts.filter(|part| !matches!(part, Protocol::P2p(_))).collect()
 }
 
-/// The memory of its process, in bytes.
+/// The resident memory of the process, in bytes.
 fn resident(relay: &Relay) -> usize {
     let status = fs::read_to_string(format!("/proc/{}/status", relay.pid())).expect("it runs");
     let line = status.lines().find(|line| line.starts_with("VmRSS:"));

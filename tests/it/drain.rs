@@ -1,4 +1,4 @@
-//! How the relay lets go of everyone: by signals, against the running program.
+//! Draining and exiting on signals, tested on the running program.
 
 use crate::common::{
     Client, HOP, Relay, circuit,
@@ -7,11 +7,11 @@ use crate::common::{
 };
 use libp2p::futures::AsyncWriteExt;
 
-/// Long enough for whatever is to happen before its end.
+/// Longer than any test takes.
 const LONG: &str = "--drain=10m";
 
 #[tokio::test]
-async fn sigterm_closes_who_carries_no_circuit_and_leaves_circuits_their_time() {
+async fn sigterm_closes_connections_without_circuits_and_lets_circuits_finish() {
     let mut relay = Relay::start(&["--drain=8s", "--circuit-bytes=0"]);
     let (mut alice, mut bob) = source_and_target(&relay).await;
     let mut carol = Client::connect(&relay).await;
@@ -20,7 +20,7 @@ async fn sigterm_closes_who_carries_no_circuit_and_leaves_circuits_their_time() 
     relay.signal("TERM");
     relay.wait_for_log("SIGTERM: draining for 8s, then exiting").await;
     carol.wait_for_connections(0).await;
-    // The circuit goes on until the time is over.
+    // The circuit stays open until the drain timeout.
     there.write_all(b"still here").await.unwrap();
     there.flush().await.unwrap();
     assert_eq!(read_bytes(&mut back, 10).await, b"still here");
@@ -30,7 +30,7 @@ async fn sigterm_closes_who_carries_no_circuit_and_leaves_circuits_their_time() 
 }
 
 #[tokio::test]
-async fn it_ends_when_the_last_circuit_has_ended() {
+async fn the_drain_ends_with_the_last_circuit() {
     let mut relay = Relay::start(&["--drain=60s"]);
     let (mut alice, mut bob) = source_and_target(&relay).await;
     let (mut there, mut back) = circuit(&mut alice, &mut bob).await;
@@ -46,23 +46,23 @@ async fn it_ends_when_the_last_circuit_has_ended() {
 }
 
 #[tokio::test]
-async fn whoever_asks_is_answered_by_the_end_of_its_connection() {
+async fn a_request_while_draining_closes_its_connection() {
     let relay = Relay::start(&[LONG]);
     let (mut alice, mut bob) = source_and_target(&relay).await;
     relay.signal("USR1");
     relay.wait_for_log("SIGUSR1: draining").await;
-    let mut asked = alice.open(HOP).await;
-    write(&mut asked, &reserve()).await;
-    assert!(read_to_end(&mut asked).await.0.is_empty());
+    let mut stream = alice.open(HOP).await;
+    write(&mut stream, &reserve()).await;
+    assert!(read_to_end(&mut stream).await.0.is_empty());
     alice.wait_for_connections(0).await;
-    let mut asked = bob.open(HOP).await;
-    write(&mut asked, &connect(alice.peer)).await;
-    assert!(read_to_end(&mut asked).await.0.is_empty());
+    let mut stream = bob.open(HOP).await;
+    write(&mut stream, &connect(alice.peer)).await;
+    assert!(read_to_end(&mut stream).await.0.is_empty());
     bob.wait_for_connections(0).await;
 }
 
 #[tokio::test]
-async fn a_second_signal_ends_it_at_once() {
+async fn a_second_signal_exits_at_once() {
     for second in ["TERM", "INT"] {
         let mut relay = Relay::start(&[LONG]);
         let _alice = Client::connect(&relay).await;
@@ -74,7 +74,7 @@ async fn a_second_signal_ends_it_at_once() {
 }
 
 #[tokio::test]
-async fn sigusr1_drains_without_an_end_and_another_one_resumes() {
+async fn sigusr1_drains_indefinitely_and_a_second_one_resumes() {
     let relay = Relay::start(&[LONG]);
     let mut alice = Client::connect(&relay).await;
     alice.reserve().await;
@@ -82,27 +82,27 @@ async fn sigusr1_drains_without_an_end_and_another_one_resumes() {
     relay.wait_for_log("no longer listening").await;
     let port = relay.port();
     let refused = within(tokio::net::TcpStream::connect(("127.0.0.1", port))).await;
-    assert!(refused.is_err(), "nobody is taken in");
+    assert!(refused.is_err(), "no connection is accepted");
     relay.signal("USR1");
     relay.wait_for_log("SIGUSR1: admitting clients again").await;
-    // On the port that it was given before.
+    // It listens on the same port as before.
     assert_eq!(relay.next_address(), relay.address);
     Client::connect(&relay).await.reserve().await;
 }
 
 #[tokio::test]
-async fn it_ends_when_the_last_who_holds_no_slot_is_gone() {
+async fn the_drain_ends_with_the_last_connection_without_slot() {
     let mut relay = Relay::start(&[LONG]);
     let alice = Client::connect(&relay).await;
     relay.signal("TERM");
     relay.wait_for_log("draining").await;
-    alice.leave().await;
+    alice.disconnect().await;
     assert!(relay.wait().success());
     relay.wait_for_log("exiting: no connections are left").await;
 }
 
 #[tokio::test]
-async fn two_signals_in_one_go_drain_and_resume() {
+async fn two_signals_at_once_drain_and_resume() {
     let folder = tempfile::tempdir().unwrap();
     let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let listen = format!("/ip4/127.0.0.1/tcp/{}", free.local_addr().unwrap().port());
@@ -114,7 +114,7 @@ async fn two_signals_in_one_go_drain_and_resume() {
         let status = std::process::Command::new("sh").args(["-c", &twice]).status();
         assert!(status.unwrap().success());
     }
-    // Two that come before either was seen are one, so it may be in either state; and either way:
+    // Signals that arrive before the previous one was handled are merged, so the relay may be in either state.
     let states = || {
         let lines = relay.log().into_iter();
         lines.filter(|line| line.contains("SIGUSR1: ")).collect::<Vec<_>>()
@@ -139,7 +139,7 @@ async fn two_signals_in_one_go_drain_and_resume() {
 }
 
 #[tokio::test]
-async fn with_nobody_there_or_no_time_it_ends_at_once() {
+async fn without_connections_or_drain_time_sigterm_exits_at_once() {
     let mut relay = Relay::start(&[LONG]);
     relay.signal("TERM");
     assert!(relay.wait().success());

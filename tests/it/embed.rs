@@ -1,5 +1,5 @@
-//! The behaviour in somebody else's swarm: on tokio, over libp2p's own TCP and yamux, beside other
-//! behaviours on the same connections.
+//! The behaviour in a swarm of an embedder: on tokio, over libp2p's TCP and yamux, beside other behaviours on the same
+//! connections.
 
 use std::{
     collections::HashMap,
@@ -9,11 +9,11 @@ use std::{
 };
 
 use crate::common::{
-    Client, HOP, PATIENCE, Relay,
+    Client, HOP, Relay, TEST_TIMEOUT,
     by_hand::send,
     circuit,
+    client_process::Process,
     messages::{self, HopMessage, connect, reserve},
-    process::Process,
     read_bytes, read_to_end,
     swarms::{self, ECHO, drive},
     within,
@@ -31,10 +31,10 @@ use libp2p::{
 use relaylet::{ActivityCounter, Config, Event};
 use tokio::sync::mpsc;
 
-/// A second protocol, which keeps the connection busy.
+/// A second protocol, which keeps a connection busy.
 const BUSY: StreamProtocol = StreamProtocol::new("/test/busy/1.0.0");
 
-/// A swarm of one's own: a relay, and much else.
+/// The behaviours of the embedder's swarm: a relay and several others.
 #[derive(NetworkBehaviour)]
 struct Parts {
     relay: relaylet::Behaviour,
@@ -44,33 +44,29 @@ struct Parts {
     stream: libp2p_stream::Behaviour,
 }
 
-/// The swarm above, running.
+/// The swarm above, running in a task.
 struct Embedded {
     address: Multiaddr,
     peer: PeerId,
     control: libp2p_stream::Control,
     events: mpsc::UnboundedReceiver<PartsEvent>,
-    orders: mpsc::UnboundedSender<Order>,
+    calls: mpsc::UnboundedSender<Call>,
 }
 
-/// What its owner wants of it.
-enum Order {
+/// What the embedder does with the behaviour.
+enum Call {
     Release(PeerId),
-    Heard(PeerId),
-    ListenTo(PeerId, ActivityCounter),
+    RecordActivity(PeerId),
+    Track(PeerId, ActivityCounter),
 }
 
-impl Order {
-    /// Carries it out; `connections` has one of each peer.
-    fn carry_out(
-        self,
-        relay: &mut relaylet::Behaviour,
-        connections: &HashMap<PeerId, ConnectionId>,
-    ) {
+impl Call {
+    /// Calls the behaviour; `connections` has one connection of each peer.
+    fn run(self, relay: &mut relaylet::Behaviour, connections: &HashMap<PeerId, ConnectionId>) {
         match self {
             Self::Release(peer) => assert!(relay.release(peer)),
-            Self::Heard(peer) => relay.record_activity(peer),
-            Self::ListenTo(peer, signs) => relay.track(connections[&peer], signs),
+            Self::RecordActivity(peer) => relay.record_activity(peer),
+            Self::Track(peer, activity) => relay.track(connections[&peer], activity),
         }
     }
 }
@@ -85,26 +81,26 @@ impl Embedded {
         let address = swarms::listen(&mut swarm, listen).await;
         let peer = *swarm.local_peer_id();
         let control = swarm.behaviour().stream.new_control();
-        let (tell, events) = mpsc::unbounded_channel();
-        let (orders, mut ordered) = mpsc::unbounded_channel::<Order>();
+        let (sender, events) = mpsc::unbounded_channel();
+        let (calls, mut received) = mpsc::unbounded_channel::<Call>();
         tokio::spawn(async move {
             let mut connections = HashMap::new();
             loop {
                 tokio::select! {
                     event = swarm.select_next_some() => match event {
-                        SwarmEvent::Behaviour(event) => drop(tell.send(event)),
+                        SwarmEvent::Behaviour(event) => drop(sender.send(event)),
                         SwarmEvent::ConnectionEstablished { peer_id, connection_id, .. } => {
                             connections.insert(peer_id, connection_id);
                         }
                         _ => {}
                     },
-                    Some(order) = ordered.recv() => {
-                        order.carry_out(&mut swarm.behaviour_mut().relay, &connections);
+                    Some(call) = received.recv() => {
+                        call.run(&mut swarm.behaviour_mut().relay, &connections);
                     }
                 }
             }
         });
-        Self { address: address.with_p2p(peer).unwrap(), peer, control, events, orders }
+        Self { address: address.with_p2p(peer).unwrap(), peer, control, events, calls }
     }
 
     async fn connect(&self) -> Client {
@@ -112,7 +108,7 @@ impl Embedded {
         Client::connect_as(keypair, &self.address, crate::common::Security::Noise).await
     }
 
-    /// Waits for an event.
+    /// Waits for an event from which `wanted` returns something.
     async fn until<T>(&mut self, mut wanted: impl FnMut(PartsEvent) -> Option<T>) -> T {
         within(async {
             loop {
@@ -125,7 +121,7 @@ impl Embedded {
         .await
     }
 
-    /// Waits until a peer is judged silent; whose turn it was.
+    /// Waits until a peer times out; returns it.
     async fn next_silent(&mut self) -> PeerId {
         self.until(|event| match event {
             PartsEvent::Relay(Event::PeerSilent { peer, .. }) => Some(peer),
@@ -157,21 +153,21 @@ fn swarm(config: Config) -> Swarm<Parts> {
             })
         })
         .unwrap()
-        // Long, so that whoever is kept is kept by the relay's handler, and short, so that whoever
-        // is not kept is seen to go.
+        // Longer than any gap of a connection that the relay's handler keeps open, and short enough to see the others
+        // close.
         .with_swarm_config(|config| config.with_idle_connection_timeout(Duration::from_secs(1)))
         .build()
 }
 
-/// The relay beside libp2p's ping and a busy second protocol on the same connections.
-async fn relays_beside_others(answer_ping: bool) {
+/// Relays beside libp2p's ping and a busy second protocol on the same connections.
+async fn check_relaying(answer_ping: bool) {
     let mut config = Config::default();
     config.answer_ping = answer_ping;
     let mut embedded = Embedded::start(config).await;
     let mut alice = embedded.connect().await;
     let mut bob = embedded.connect().await;
 
-    // Alice keeps the second protocol busy as long as the test lasts.
+    // Alice keeps the second protocol busy until the end of the test.
     let mut incoming = embedded.control.accept(BUSY).unwrap();
     tokio::spawn(async move {
         let (_, stream) = incoming.next().await.unwrap();
@@ -201,7 +197,7 @@ async fn relays_beside_others(answer_ping: bool) {
     }
     within(counted.wait_for(|now| *now > before + 1024 * 1024)).await.unwrap();
 
-    // Both pings go on: the swarm's own, and the one that the clients send.
+    // Pings in both directions work: the swarm's own, and those of the clients.
     let mut pings = 0;
     embedded
         .until(|event| {
@@ -219,17 +215,17 @@ async fn relays_beside_others(answer_ping: bool) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn it_relays_beside_a_ping_behaviour_and_a_busy_protocol() {
-    relays_beside_others(true).await;
+async fn the_behaviour_relays_beside_ping_and_a_busy_protocol() {
+    check_relaying(true).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn it_does_so_with_its_own_ping_switched_off_as_well() {
-    relays_beside_others(false).await;
+async fn the_behaviour_relays_with_its_own_ping_disabled() {
+    check_relaying(false).await;
 }
 
 #[tokio::test]
-async fn its_events_say_who_came_and_went_and_why() {
+async fn events_report_peers_and_reasons() {
     let mut config = Config::default();
     config.max_reservations = 1;
     config.grace = Duration::ZERO;
@@ -238,9 +234,9 @@ async fn its_events_say_who_came_and_went_and_why() {
     let mut bob = embedded.connect().await;
     let (a, b) = (alice.peer, bob.peer);
     alice.reserve().await;
-    bob.ask(&reserve()).await;
+    bob.request(&reserve()).await;
     alice.reserve().await;
-    alice.leave().await;
+    alice.disconnect().await;
     let mut seen = Vec::new();
     embedded
         .until(|event| {
@@ -260,18 +256,18 @@ async fn its_events_say_who_came_and_went_and_why() {
 }
 
 #[tokio::test]
-async fn who_is_released_loses_slot_and_circuits_at_once() {
+async fn a_released_peer_loses_its_slot_and_circuits_at_once() {
     let mut embedded = Embedded::start(Config::default()).await;
     let mut alice = embedded.connect().await;
     let mut bob = embedded.connect().await;
     bob.reserve().await;
     let (mut there, mut back) = circuit(&mut alice, &mut bob).await;
-    embedded.orders.send(Order::Release(bob.peer)).ok().unwrap();
+    embedded.calls.send(Call::Release(bob.peer)).ok().unwrap();
     for end in [&mut there, &mut back] {
         let (bytes, _) = read_to_end(end).await;
         assert!(bytes.is_empty());
     }
-    assert_eq!(alice.ask(&connect(bob.peer)).await.status, Some(204));
+    assert_eq!(alice.request(&connect(bob.peer)).await.status, Some(204));
     let end = embedded
         .until(|event| match event {
             PartsEvent::Relay(Event::CircuitClosed { end, .. }) => Some(end.to_string()),
@@ -281,8 +277,8 @@ async fn who_is_released_loses_slot_and_circuits_at_once() {
     assert_eq!(end, "released");
 }
 
-/// Asks and judges within seconds.
-fn quick() -> Config {
+/// Timeouts of a few seconds.
+fn short_timeouts() -> Config {
     let mut config = Config::default();
     config.heartbeat = Duration::from_secs(1);
     config.silence = Duration::from_secs(3);
@@ -290,15 +286,15 @@ fn quick() -> Config {
     config
 }
 
-/// Nobody counts a connection's bytes here: all that the relay hears are its own streams.
+/// The embedder counts no bytes of connections: only the relay's own streams count as activity.
 #[tokio::test]
-async fn who_refuses_to_be_asked_is_not_judged_silent() {
+async fn a_peer_that_refuses_ping_does_not_time_out() {
     record_the_log();
-    let mut embedded = Embedded::start(quick()).await;
+    let mut embedded = Embedded::start(short_timeouts()).await;
     let mut refuses = Client::connect_without_ping(&embedded.address).await;
     refuses.reserve().await;
-    // It is asked anew only once something came back, and nothing does but its refusal.
-    asked_times(refuses.peer, 6).await;
+    // It is probed again only after an answer, and its only answer is the refusal.
+    wait_for_probes(refuses.peer, 6).await;
     refuses.reserve().await;
     let renewed = embedded
         .until(|event| match event {
@@ -309,18 +305,18 @@ async fn who_refuses_to_be_asked_is_not_judged_silent() {
             _ => None,
         })
         .await;
-    assert!(renewed, "it holds its slot all the time");
+    assert!(renewed, "it never loses its slot");
 }
 
 #[tokio::test]
-async fn where_the_silent_are_not_closed_they_lose_slot_and_circuits_only() {
-    let mut config = quick();
+async fn without_close_silent_a_timed_out_peer_loses_only_slot_and_circuits() {
+    let mut config = short_timeouts();
     config.close_silent = false;
     let mut embedded = Embedded::start(config).await;
-    let frozen = Process::that_reserves(&embedded.address).await;
+    let frozen = Process::start_and_reserve(&embedded.address).await;
     let mut source = embedded.connect().await;
-    source.reserve().await; // which keeps its connection
-    let (answer, mut circuit) = source.ask_for_circuit(&connect(frozen.peer)).await;
+    source.reserve().await; // keeps its connection open
+    let (answer, mut circuit) = source.request_circuit(&connect(frozen.peer)).await;
     assert_eq!(answer.status, Some(100));
     let mut control = embedded.control.clone();
     let echo = within(control.open_stream(frozen.peer, ECHO)).await;
@@ -339,7 +335,7 @@ async fn where_the_silent_are_not_closed_they_lose_slot_and_circuits_only() {
         })
         .await;
     assert_eq!(freed, (frozen.peer, relaylet::FreedReason::Silent));
-    let answer = source.ask(&connect(frozen.peer)).await;
+    let answer = source.request(&connect(frozen.peer)).await;
     assert_eq!(answer.status, Some(204));
 
     frozen.signal("CONT");
@@ -348,74 +344,74 @@ async fn where_the_silent_are_not_closed_they_lose_slot_and_circuits_only() {
 }
 
 #[tokio::test]
-async fn whom_its_owner_hears_of_is_not_judged_silent() {
-    owner_keeps_alive(|orders, peer| drop(orders.send(Order::Heard(peer)))).await;
+async fn a_peer_with_recorded_activity_does_not_time_out() {
+    check_kept_alive(|calls, peer| drop(calls.send(Call::RecordActivity(peer)))).await;
 }
 
 #[tokio::test]
-async fn on_whose_connection_its_owner_counts_signs_is_not_judged_silent() {
-    let signs = ActivityCounter::default();
-    let mut listens = false;
-    owner_keeps_alive(|orders, peer| {
-        if !std::mem::replace(&mut listens, true) {
-            drop(orders.send(Order::ListenTo(peer, signs.clone())));
+async fn a_peer_with_activity_on_a_tracked_stream_does_not_time_out() {
+    let activity = ActivityCounter::default();
+    let mut tracked = false;
+    check_kept_alive(|calls, peer| {
+        if !std::mem::replace(&mut tracked, true) {
+            drop(calls.send(Call::Track(peer, activity.clone())));
         }
-        signs.add(1);
+        activity.add(1);
     })
     .await;
 }
 
-/// Two clients freeze, and the owner hears of one of them again and again.
-async fn owner_keeps_alive(mut hears: impl FnMut(&mpsc::UnboundedSender<Order>, PeerId)) {
-    let mut embedded = Embedded::start(quick()).await;
-    let heard = Process::that_reserves(&embedded.address).await;
-    let unheard = Process::that_reserves(&embedded.address).await;
-    heard.signal("STOP");
-    unheard.signal("STOP");
-    let orders = embedded.orders.clone();
-    let mut often = tokio::time::interval(Duration::from_millis(100));
+/// Freezes two clients and reports activity of one: the other one times out first.
+async fn check_kept_alive(mut report: impl FnMut(&mpsc::UnboundedSender<Call>, PeerId)) {
+    let mut embedded = Embedded::start(short_timeouts()).await;
+    let active = Process::start_and_reserve(&embedded.address).await;
+    let silent_peer = Process::start_and_reserve(&embedded.address).await;
+    active.signal("STOP");
+    silent_peer.signal("STOP");
+    let calls = embedded.calls.clone();
+    let mut interval = tokio::time::interval(Duration::from_millis(100));
     let first = {
         let mut silent = pin!(embedded.next_silent());
         loop {
             tokio::select! {
                 peer = &mut silent => break peer,
-                _ = often.tick() => hears(&orders, heard.peer),
+                _ = interval.tick() => report(&calls, active.peer),
             }
         }
     };
-    assert_eq!(first, unheard.peer);
-    // It was frozen as well.
-    assert_eq!(embedded.next_silent().await, heard.peer);
+    assert_eq!(first, silent_peer.peer);
+    // The reports have ended, so it times out, too.
+    assert_eq!(embedded.next_silent().await, active.peer);
 }
 
 #[tokio::test]
-async fn a_reservation_keeps_its_connection_and_nothing_else_does() {
+async fn only_a_reservation_keeps_an_idle_connection_open() {
     let mut config = Config::default();
     config.reservation_ttl = Duration::from_secs(5);
     let embedded = Embedded::start(config).await;
     let mut alice = embedded.connect().await;
     let mut stranger = embedded.connect().await;
     alice.reserve().await;
-    stranger.wait_for_connections(0).await; // the swarm's own idle timeout
+    stranger.wait_for_connections(0).await; // by the swarm's idle timeout
     alice.reserve().await;
-    alice.wait_for_connections(0).await; // once the term is over
+    alice.wait_for_connections(0).await; // when the term ends
 }
 
 #[tokio::test]
-async fn over_a_relayed_connection_everything_is_denied() {
+async fn requests_over_a_relayed_connection_are_denied() {
     let outer = Relay::start(&[]);
     let through_outer = outer.address.clone().with(Protocol::P2pCircuit);
     let inner = Embedded::start_listening(Config::default(), through_outer.clone()).await;
 
-    // A client that knows the inner relay by its address through the outer one only.
+    // A client that knows the inner relay only by its address through the outer one.
     let mut client = swarm(Config::default());
     let mut control = client.behaviour().stream.new_control();
     client.dial(through_outer.with(Protocol::P2p(inner.peer))).unwrap();
     drive(client);
     for request in [reserve(), connect(PeerId::random())] {
-        let stream = tokio::time::timeout(PATIENCE, async {
+        let stream = tokio::time::timeout(TEST_TIMEOUT, async {
             loop {
-                // Until the dialing above is through, there is nobody to open a stream to.
+                // Until the dial has succeeded there is no connection.
                 match control.open_stream(inner.peer, HOP).await {
                     Ok(stream) => return stream,
                     Err(_) => tokio::task::yield_now().await,
@@ -429,7 +425,7 @@ async fn over_a_relayed_connection_everything_is_denied() {
     }
 }
 
-/// What the relays in this process log.
+/// The log lines of all relays in this process.
 static LOG: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
 struct Recorder;
@@ -456,14 +452,14 @@ fn record_the_log() {
     });
 }
 
-/// Waits until a peer has been probed so many times.
-async fn asked_times(peer: PeerId, times: usize) {
-    let asked = format!("probe sent: peer {peer}");
-    let count = || LOG.lock().unwrap().iter().filter(|line| **line == asked).count();
-    let asked = async {
+/// Waits until a peer has been probed this many times.
+async fn wait_for_probes(peer: PeerId, times: usize) {
+    let expected = format!("probe sent: peer {peer}");
+    let count = || LOG.lock().unwrap().iter().filter(|line| **line == expected).count();
+    let probed = async {
         while count() < times {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     };
-    within(asked).await;
+    within(probed).await;
 }

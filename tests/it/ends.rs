@@ -6,10 +6,10 @@ use std::{
 };
 
 use crate::common::{
-    Client, PATIENCE, Relay, circuit,
-    http::{ANYWHERE, get, port},
+    Client, Relay, TEST_TIMEOUT, circuit,
+    client_process::Process,
+    http::{ON_ANY_PORT, get, port},
     messages::connect,
-    process::Process,
     source_and_target,
 };
 use tempfile::TempDir;
@@ -26,7 +26,7 @@ async fn count(relay: &Relay, metric: &str, label: &str, reason: &str, expected:
             return;
         }
         let counted: Vec<_> = metrics.lines().filter(|it| it.contains("_closed")).collect();
-        assert!(start.elapsed() < PATIENCE, "{line}: {counted:#?}, {:#?}", relay.log());
+        assert!(start.elapsed() < TEST_TIMEOUT, "{line}: {counted:#?}, {:#?}", relay.log());
         sleep(Duration::from_millis(50)).await;
     }
 }
@@ -41,7 +41,7 @@ async fn connections(relay: &Relay, reason: &str, expected: u64) {
 
 #[tokio::test]
 async fn a_client_that_closes_its_connection_has_disconnected() {
-    let relay = Relay::start(&[ANYWHERE]);
+    let relay = Relay::start(&[ON_ANY_PORT]);
     for (round, source_leaves) in [true, false].into_iter().enumerate() {
         let (mut source, mut target) = source_and_target(&relay).await;
         let _ends = circuit(&mut source, &mut target).await;
@@ -51,11 +51,11 @@ async fn a_client_that_closes_its_connection_has_disconnected() {
             false => (target, source),
         };
         let connection = format!("closed: peer {}: closed by the peer", leaves.peer);
-        leaves.leave().await;
+        leaves.disconnect().await;
         relay.wait_for_log(&closed).await;
         relay.wait_for_log(&connection).await;
         circuits(&relay, "disconnected", round as u64 + 1).await;
-        stays.leave().await;
+        stays.disconnect().await;
     }
     connections(&relay, "closed by the peer", 4).await;
     circuits(&relay, "reset", 0).await;
@@ -63,13 +63,13 @@ async fn a_client_that_closes_its_connection_has_disconnected() {
 
 #[tokio::test]
 async fn a_client_that_is_killed_has_disconnected_and_one_that_freezes_is_silent() {
-    let relay = Relay::start(&[ANYWHERE, "--heartbeat=1s", "--silence=3s", "--grace=1s"]);
+    let relay = Relay::start(&[ON_ANY_PORT, "--heartbeat=1s", "--silence=3s", "--grace=1s"]);
     for (signal, end, reason) in
         [("KILL", "disconnected", "closed by the peer"), ("STOP", "silent", "silent")]
     {
-        let target = Process::that_reserves(&relay.address).await;
+        let target = Process::start_and_reserve(&relay.address).await;
         let mut source = Client::connect(&relay).await;
-        let (answer, _circuit) = source.ask_for_circuit(&connect(target.peer)).await;
+        let (answer, _circuit) = source.request_circuit(&connect(target.peer)).await;
         assert_eq!(answer.status, Some(100));
         target.signal(signal);
         let closed = format!("closed: {} to {}: {end}; ", source.peer, target.peer);
@@ -85,7 +85,7 @@ async fn a_circuit_whose_peer_is_denied_ends_as_denied() {
     let folder = TempDir::new().unwrap();
     let file = folder.path().join("relaylet.toml");
     fs::write(&file, "").unwrap();
-    let listen = ["--listen=/ip4/127.0.0.1/tcp/0", "--config=relaylet.toml", ANYWHERE];
+    let listen = ["--listen=/ip4/127.0.0.1/tcp/0", "--config=relaylet.toml", ON_ANY_PORT];
     let relay = Relay::start_in(folder, &listen);
     let (mut source, mut target) = source_and_target(&relay).await;
     let _ends = circuit(&mut source, &mut target).await;
@@ -98,11 +98,11 @@ async fn a_circuit_whose_peer_is_denied_ends_as_denied() {
 
 #[tokio::test]
 async fn a_connection_that_the_relay_closes_has_the_relays_reason() {
-    let relay = Relay::start(&[ANYWHERE, "--idle-timeout=1s"]);
+    let relay = Relay::start(&[ON_ANY_PORT, "--idle-timeout=1s"]);
     let idle = Client::connect(&relay).await;
     relay.wait_for_log(&format!("closed: peer {}: idle", idle.peer)).await;
     connections(&relay, "idle", 1).await;
-    let relay = Relay::start(&[ANYWHERE, "--drain=1s"]);
+    let relay = Relay::start(&[ON_ANY_PORT, "--drain=1s"]);
     let drained = Client::connect(&relay).await;
     relay.signal("USR1");
     relay.wait_for_log(&format!("closed: peer {}: draining", drained.peer)).await;

@@ -1,35 +1,36 @@
-//! Clients that freeze, and a relay that does: who keeps its slot, and who loses it.
+//! Clients that freeze, and a relay that is suspended: which clients keep their slots, and which lose them.
 
 use std::time::{Duration, Instant};
 
 use crate::common::{
-    Client, HOP, Relay, STOP, agree,
+    Client, HOP, Relay, STOP, Security, accept_circuit,
+    by_hand::{self, DATA, RST, SYN},
+    client_process::Process,
     messages::{HopMessage, connect, read, reserve, write},
-    process::Process,
-    read_to_end, within,
+    read_bytes, read_to_end, within,
 };
-use libp2p::{PeerId, futures::future};
+use libp2p::{PeerId, futures::future, identity::Keypair};
 
 const OK: Option<i32> = Some(100);
 const RESERVATION_REFUSED: Option<i32> = Some(200);
 
-/// Judged within seconds.
+/// Flags with which a silent peer times out within seconds.
 const QUICK: [&str; 6] = ["--heartbeat", "1s", "--silence", "3s", "--grace", "1s"];
 
-/// Where a newcomer waits for the one slot, and its holder is asked at once.
+/// Flags with which a newcomer waits for the only slot, and its holder is probed at once.
 const ONE_SLOT: [&str; 6] =
     ["--max-reservations", "1", "--probe-after", "100ms", "--reserve-rate", "0"];
 
-/// How late an answer comes that is late: of the probe's 3 s a good part, and not too much.
+/// The delay of a late answer: well within the probe's 3 s.
 const LATE: Duration = Duration::from_secs(2);
 
 #[tokio::test]
-async fn a_client_that_freezes_loses_its_slot_to_the_next() {
+async fn a_frozen_client_loses_its_slot_to_a_newcomer() {
     let relay = Relay::start(&[&QUICK[..], &["--max-reservations", "1"]].concat());
-    let frozen = Process::that_reserves(&relay.address).await;
+    let frozen = Process::start_and_reserve(&relay.address).await;
     frozen.signal("STOP");
-    let judged = format!("peer silent: peer {}", frozen.peer);
-    relay.wait_for_log(&judged).await;
+    let timed_out = format!("peer silent: peer {}", frozen.peer);
+    relay.wait_for_log(&timed_out).await;
     let freed = format!("slot freed: peer {} at 127.0.0.1: grace over", frozen.peer);
     relay.wait_for_log(&freed).await;
     Client::connect(&relay).await.reserve().await;
@@ -38,11 +39,11 @@ async fn a_client_that_freezes_loses_its_slot_to_the_next() {
 #[tokio::test]
 async fn a_client_that_answers_keeps_its_slot() {
     let relay = Relay::start(&[&QUICK[..], &["--max-reservations", "1"]].concat());
-    let quiet = Process::that_reserves(&relay.address).await;
-    asked_times(&relay, quiet.peer, 6).await;
-    let refused = Client::connect(&relay).await.ask(&reserve()).await;
+    let quiet = Process::start_and_reserve(&relay.address).await;
+    wait_for_probes(&relay, quiet.peer, 6).await;
+    let refused = Client::connect(&relay).await.request(&reserve()).await;
     assert_eq!(refused.status, RESERVATION_REFUSED);
-    assert!(!says(&relay, "peer silent"));
+    assert!(!is_logged(&relay, "peer silent"));
 }
 
 #[tokio::test]
@@ -50,37 +51,37 @@ async fn a_client_that_does_not_know_ping_keeps_its_slot() {
     let relay = Relay::start(&[&QUICK[..], &["--max-reservations", "1"]].concat());
     let mut refuses = Client::connect_without_ping(&relay.address).await;
     refuses.reserve().await;
-    // It is asked anew only once something came back, and nothing does but its refusal.
-    asked_times(&relay, refuses.peer, 6).await;
-    let refused = Client::connect(&relay).await.ask(&reserve()).await;
+    // It is probed again only after an answer, and its only answer is the refusal.
+    wait_for_probes(&relay, refuses.peer, 6).await;
+    let refused = Client::connect(&relay).await.request(&reserve()).await;
     assert_eq!(refused.status, RESERVATION_REFUSED);
-    assert!(!says(&relay, "peer silent"));
-    assert!(!says(&relay, "grace began"));
+    assert!(!is_logged(&relay, "peer silent"));
+    assert!(!is_logged(&relay, "grace began"));
 }
 
 #[tokio::test]
 async fn a_client_that_answers_late_keeps_its_slot() {
     let relay = Relay::start(&["--heartbeat=1s", "--silence=8s", "--sweep=100ms"]);
-    let stalled = Process::that_reserves(&relay.address).await;
+    let stalled = Process::start_and_reserve(&relay.address).await;
     stalled.signal("STOP");
-    asked_times(&relay, stalled.peer, 1).await;
-    // No event to wait for: that it is late is what is tested.
+    wait_for_probes(&relay, stalled.peer, 1).await;
+    // There is no event to wait for: the delay itself is tested.
     tokio::time::sleep(LATE).await;
     stalled.signal("CONT");
-    // It is asked anew only once it has answered. Seven times take more than five seconds: it would
-    // have been judged by now, had its silence gone on.
-    asked_times(&relay, stalled.peer, 8).await;
-    assert!(!says(&relay, "peer silent"));
-    assert!(!says(&relay, "grace began"));
+    // It is probed again only after an answer. Seven more probes take over five seconds: without the late answer it
+    // would have timed out by then.
+    wait_for_probes(&relay, stalled.peer, 8).await;
+    assert!(!is_logged(&relay, "peer silent"));
+    assert!(!is_logged(&relay, "grace began"));
 }
 
-/// What this relay is for: with every timer at its default, and the first time that it asks.
+/// The relay's main promise, with every timer at its default.
 #[tokio::test]
-async fn a_newcomer_to_a_table_that_froze_12_s_ago_has_a_slot() {
-    // A relay that is starved of time judges nobody in it, but it is not starved each time.
+async fn a_newcomer_gets_a_slot_12_s_after_all_clients_froze() {
+    // A relay that gets no CPU defers timeouts, but hardly three times in a row.
     let mut answers = Vec::new();
     for _ in 0..3 {
-        let (status, took) = ask_for_the_slot_of_a_frozen_client().await;
+        let (status, took) = request_slot_of_a_frozen_client().await;
         println!("a newcomer to a table that froze 12 s ago: {status:?} after {took:?}");
         if status == OK {
             return;
@@ -90,91 +91,91 @@ async fn a_newcomer_to_a_table_that_froze_12_s_ago_has_a_slot() {
     panic!("not once: {answers:?}");
 }
 
-/// How the newcomer is answered, and how long that takes.
-async fn ask_for_the_slot_of_a_frozen_client() -> (Option<i32>, Duration) {
+/// The status of the newcomer's answer, and how long it took.
+async fn request_slot_of_a_frozen_client() -> (Option<i32>, Duration) {
     let relay = Relay::start(&["--max-reservations=2"]);
     let frozen = [
-        Process::that_reserves(&relay.address).await,
-        Process::that_reserves(&relay.address).await,
+        Process::start_and_reserve(&relay.address).await,
+        Process::start_and_reserve(&relay.address).await,
     ];
     let mut newcomer = Client::connect(&relay).await;
     for client in &frozen {
         client.signal("STOP");
     }
-    // There is no event to wait for: that nothing is heard is the point.
+    // There is no event to wait for: silence is what is tested.
     tokio::time::sleep(Duration::from_secs(12)).await;
-    let asked = Instant::now();
-    let status = newcomer.ask(&reserve()).await.status;
-    let took = asked.elapsed();
+    let start = Instant::now();
+    let status = newcomer.request(&reserve()).await.status;
+    let took = start.elapsed();
     if status == OK {
         let taken = format!("taken by {}", newcomer.peer);
         relay.wait_for_log(&taken).await;
-        assert_eq!(said(&relay, "peer silent"), 1, "one newcomer, one slot");
+        assert_eq!(count_logged(&relay, "peer silent"), 1, "one newcomer, one slot");
     }
     (status, took)
 }
 
 #[tokio::test]
-async fn a_newcomer_to_a_table_full_of_frozen_clients_gets_a_slot() {
+async fn a_newcomer_gets_a_slot_of_a_table_full_of_frozen_clients() {
     let relay = Relay::start(&["--max-reservations=2", "--probe-after=1s", "--reserve-rate=0"]);
     let frozen = [
-        Process::that_reserves(&relay.address).await,
-        Process::that_reserves(&relay.address).await,
+        Process::start_and_reserve(&relay.address).await,
+        Process::start_and_reserve(&relay.address).await,
     ];
     for client in &frozen {
         client.signal("STOP");
     }
-    // Refused for as long as they were heard of lately.
+    // Refused while the clients have been active too recently to be probed.
     let mut newcomer = Client::connect(&relay).await;
-    let granted = async { while newcomer.ask(&reserve()).await.status != OK {} };
+    let granted = async { while newcomer.request(&reserve()).await.status != OK {} };
     within(granted).await;
     relay.wait_for_log(&format!("taken by {}", newcomer.peer)).await;
-    // One of them lost its slot: as many as newcomers waited.
-    assert_eq!(said(&relay, "peer silent"), 1, "{:#?}", relay.log());
+    // Only as many lose their slots as newcomers wait.
+    assert_eq!(count_logged(&relay, "peer silent"), 1, "{:#?}", relay.log());
 }
 
 #[tokio::test]
-async fn a_newcomer_to_a_table_full_of_clients_that_answer_is_refused() {
+async fn a_newcomer_is_refused_by_a_table_full_of_responsive_clients() {
     let relay = Relay::start(&[&ONE_SLOT[..], &["--heartbeat", "0s"]].concat());
-    let quiet = Process::that_reserves(&relay.address).await;
+    let quiet = Process::start_and_reserve(&relay.address).await;
     let mut newcomer = Client::connect(&relay).await;
-    while !says(&relay, &format!("probe sent: peer {}", quiet.peer)) {
-        let refused = within(newcomer.ask(&reserve())).await;
+    while !is_logged(&relay, &format!("probe sent: peer {}", quiet.peer)) {
+        let refused = within(newcomer.request(&reserve())).await;
         assert_eq!(refused.status, RESERVATION_REFUSED);
     }
-    assert!(!says(&relay, "peer silent"));
+    assert!(!is_logged(&relay, "peer silent"));
 }
 
 #[tokio::test]
 async fn a_client_that_answers_after_2_s_of_the_probe_keeps_its_slot() {
     let relay = Relay::start(&ONE_SLOT);
-    let stalled = Process::that_reserves(&relay.address).await;
+    let stalled = Process::start_and_reserve(&relay.address).await;
     stalled.signal("STOP");
     let mut newcomer = Client::connect(&relay).await;
     let refused = async {
-        // Silent for a moment at first, for long enough then.
-        while !says(&relay, "probe sent") {
-            assert_eq!(newcomer.ask(&reserve()).await.status, RESERVATION_REFUSED);
+        // Refused at once while the holder was active recently, and after the probe from then on.
+        while !is_logged(&relay, "probe sent") {
+            assert_eq!(newcomer.request(&reserve()).await.status, RESERVATION_REFUSED);
         }
     };
     let wakes = async {
-        asked_times(&relay, stalled.peer, 1).await;
-        // No event to wait for: that it is late is what is tested.
+        wait_for_probes(&relay, stalled.peer, 1).await;
+        // There is no event to wait for: the delay itself is tested.
         tokio::time::sleep(LATE).await;
         stalled.signal("CONT");
     };
     future::join(within(refused), wakes).await;
-    assert!(!says(&relay, "peer silent"));
-    assert!(!says(&relay, "grace began"));
-    // It is there, and can be reached.
-    let answer = newcomer.ask(&connect(stalled.peer)).await;
+    assert!(!is_logged(&relay, "peer silent"));
+    assert!(!is_logged(&relay, "grace began"));
+    // Its connection is up, and CONNECT reaches it.
+    let answer = newcomer.request(&connect(stalled.peer)).await;
     assert_eq!(answer.status, OK);
 }
 
 #[tokio::test]
-async fn a_newcomer_that_asks_twice_waits_once() {
+async fn a_newcomer_with_two_requests_waits_once() {
     let relay = Relay::start(&["--max-reservations", "1", "--probe-after", "0s"]);
-    let frozen = Process::that_reserves(&relay.address).await;
+    let frozen = Process::start_and_reserve(&relay.address).await;
     frozen.signal("STOP");
     let mut newcomer = Client::connect(&relay).await;
     loop {
@@ -185,31 +186,72 @@ async fn a_newcomer_that_asks_twice_waits_once() {
         let answers: [HopMessage; 2] = [read(&mut first).await, read(&mut second).await];
         match answers.map(|answer| answer.status) {
             [RESERVATION_REFUSED, OK] => return,
-            // A relay that is starved of time judges nobody in it.
+            // A relay that gets no CPU defers timeouts.
             statuses => assert_eq!(statuses, [RESERVATION_REFUSED; 2]),
         }
     }
 }
 
 #[tokio::test]
-async fn a_circuit_whose_source_freezes_ends() {
+async fn a_circuit_ends_when_its_source_freezes() {
     let relay = Relay::start(&QUICK);
     let mut target = Client::connect(&relay).await;
     target.reserve().await;
     let mut stops = target.accept(STOP);
-    let source = Process::that_connects(&relay.address, target.peer);
-    let (source, (_, mut circuit)) = future::join(source, agree(&mut stops)).await;
+    let source = Process::start_and_connect(&relay.address, target.peer);
+    let (source, (_, mut circuit)) = future::join(source, accept_circuit(&mut stops)).await;
     source.signal("STOP");
-    let judged = format!("peer silent: peer {}", source.peer);
-    relay.wait_for_log(&judged).await;
+    let timed_out = format!("peer silent: peer {}", source.peer);
+    relay.wait_for_log(&timed_out).await;
     assert!(read_to_end(&mut circuit).await.0.is_empty());
     relay.wait_for_log("circuit 1 closed").await;
-    // The target is well, and keeps its slot.
-    assert!(!says(&relay, "grace began"));
+    // The target is not affected and keeps its slot.
+    assert!(!is_logged(&relay, "grace began"));
 }
 
 #[tokio::test]
-async fn a_relay_that_stood_still_judges_nobody() {
+async fn a_target_whose_reservation_is_on_a_dead_connection_is_reached_over_its_new_one() {
+    let relay = Relay::start(&[]);
+    let keypair = Keypair::generate_ed25519();
+    // It holds its slot over a connection on which it is frozen, and does not reserve over the other one.
+    let mut frozen = by_hand::muxed_as(&relay, &keypair).await;
+    assert_eq!(by_hand::reserve(&mut frozen, 1).await, OK);
+    let mut target = Client::connect_as(keypair, &relay.address, Security::Noise).await;
+    let mut stops = target.accept(STOP);
+    let mut source = Client::connect(&relay).await;
+    let request = connect(target.peer);
+    let (asked, agreed) =
+        future::join(source.request_circuit(&request), accept_circuit(&mut stops)).await;
+    let ((answer, mut source), (_, mut target)) = (asked, agreed);
+    assert_eq!(answer.status, OK, "{answer:?}");
+    // The stream over the dead one was asked on, and is reset; what is said there now comes to nothing.
+    let mut stop = None;
+    loop {
+        let frame = by_hand::next_frame(&mut frozen).await.expect("a frame");
+        if frame.has(SYN) && frame.kind == DATA && is_stop(&frame.body) {
+            stop = Some(frame.stream);
+        }
+        if frame.has(RST) && Some(frame.stream) == stop {
+            break;
+        }
+    }
+    let late = by_hand::data(0, stop.expect("a stop stream"), b"\x04\x08\x01\x20\x64");
+    by_hand::send(&mut frozen, &late).await;
+    for (from, to) in [(0, 1), (1, 0)] {
+        let mut ends = [&mut source, &mut target];
+        by_hand::send(&mut ends[from], b"bytes").await;
+        assert_eq!(read_bytes(&mut ends[to], 5).await, b"bytes");
+    }
+    assert!(!is_logged(&relay, "peer silent"), "its slot is not moved");
+    assert_eq!(count_logged(&relay, "circuit 1 opened"), 1);
+}
+
+fn is_stop(opening: &[u8]) -> bool {
+    String::from_utf8_lossy(opening).contains(STOP.as_ref())
+}
+
+#[tokio::test]
+async fn a_suspended_relay_times_out_no_peer() {
     const CLIENTS: usize = 20;
     let relay = Relay::start(&QUICK);
     let clients = (0..CLIENTS).map(|_| Client::connect(&relay));
@@ -218,32 +260,32 @@ async fn a_relay_that_stood_still_judges_nobody() {
         client.reserve().await;
     }
     relay.signal("STOP");
-    // Longer than the silence limit: nobody could be heard meanwhile.
+    // Longer than the silence limit: the relay receives nothing meanwhile.
     tokio::time::sleep(Duration::from_secs(6)).await;
     relay.signal("CONT");
     relay.wait_for_log("process was suspended for").await;
     for client in &clients {
-        asked_times(&relay, client.peer, 2).await;
+        wait_for_probes(&relay, client.peer, 2).await;
     }
-    assert!(!says(&relay, "peer silent"));
-    assert!(!says(&relay, "grace began"));
+    assert!(!is_logged(&relay, "peer silent"));
+    assert!(!is_logged(&relay, "grace began"));
 }
 
-fn says(relay: &Relay, text: &str) -> bool {
-    said(relay, text) > 0
+fn is_logged(relay: &Relay, text: &str) -> bool {
+    count_logged(relay, text) > 0
 }
 
-/// In how many lines of its log it says so.
-fn said(relay: &Relay, text: &str) -> usize {
+/// How many lines of the log contain `text`.
+fn count_logged(relay: &Relay, text: &str) -> usize {
     let log = relay.log();
     log.iter().filter(|line| line.contains(text)).count()
 }
 
-/// Waits until a peer has been probed so many times.
-async fn asked_times(relay: &Relay, peer: PeerId, times: usize) {
-    let asked = format!("probe sent: peer {peer}");
+/// Waits until a peer has been probed this many times.
+async fn wait_for_probes(relay: &Relay, peer: PeerId, times: usize) {
+    let probe = format!("probe sent: peer {peer}");
     let count = async {
-        while said(relay, &asked) < times {
+        while count_logged(relay, &probe) < times {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     };

@@ -3,9 +3,9 @@
 use std::fs;
 
 use crate::common::{
-    Client, PATIENCE, Relay, Security,
-    by_hand::{self, agree, line, proposal, say_and_hang_up, tcp, until_closed},
-    http::{ANYWHERE, get, port},
+    Client, Relay, Security, TEST_TIMEOUT,
+    by_hand::{self, line, negotiate, proposal, read_until_closed, send_and_close, tcp},
+    http::{ON_ANY_PORT, get, port},
     swarms::until,
     websocket,
 };
@@ -36,7 +36,7 @@ async fn count(relay: &Relay, stage: &str, reason: &str, expected: u64) {
             return;
         }
         let counted: Vec<_> = metrics.lines().filter(|it| it.contains("handshakes")).collect();
-        assert!(start.elapsed() < PATIENCE, "{line}: {counted:#?}, {:#?}", relay.log());
+        assert!(start.elapsed() < TEST_TIMEOUT, "{line}: {counted:#?}, {:#?}", relay.log());
         sleep(Duration::from_millis(50)).await;
     }
 }
@@ -53,8 +53,8 @@ fn hints(relay: &Relay) -> usize {
 }
 
 #[tokio::test]
-async fn what_is_not_libp2p_is_counted_and_hinted_at_once() {
-    let relay = Relay::start(&[ANYWHERE]);
+async fn an_opening_that_is_not_libp2p_is_counted_and_hinted_at_once() {
+    let relay = Relay::start(&[ON_ANY_PORT]);
     let v2 = b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c\x7f\0\0\x01\x7f\0\0\x01\0\x01\0\x02";
     for (reason, openings, hint) in [
         (
@@ -71,7 +71,7 @@ async fn what_is_not_libp2p_is_counted_and_hinted_at_once() {
         ("protocol", [b"SSH-2.0-OpenSSH_9.9\r\n", &[7; 24]], "--swarm-key"),
     ] {
         for opening in openings {
-            say_and_hang_up(tcp(&relay).await, opening).await;
+            send_and_close(tcp(&relay).await, opening).await;
         }
         count(&relay, "multistream", reason, 2).await;
         let warning = relay.wait_for_log(hint).await;
@@ -85,11 +85,11 @@ async fn what_is_not_libp2p_is_counted_and_hinted_at_once() {
 }
 
 #[tokio::test]
-async fn a_client_that_leaves_or_says_nothing_is_counted_without_a_hint() {
-    let relay = Relay::start(&[ANYWHERE]);
-    say_and_hang_up(tcp(&relay).await, &line("/multistream/1.0.0")).await;
+async fn a_client_that_disconnects_or_sends_nothing_is_counted_without_a_hint() {
+    let relay = Relay::start(&[ON_ANY_PORT]);
+    send_and_close(tcp(&relay).await, &line("/multistream/1.0.0")).await;
     count(&relay, "multistream", "closed", 1).await;
-    assert!(until_closed(tcp(&relay).await).await.is_empty());
+    assert!(read_until_closed(tcp(&relay).await).await.is_empty());
     count(&relay, "multistream", "timeout", 1).await;
     assert_eq!((sum(&relay).await, hints(&relay)), (2, 0));
 }
@@ -99,28 +99,28 @@ async fn another_swarm_key_or_none_is_counted_and_hinted_at_once() {
     let folder = TempDir::new().unwrap();
     let (ours, another) = (PreSharedKey::new([1; 32]), PreSharedKey::new([2; 32]));
     fs::write(folder.path().join("swarm.key"), ours.to_key_file()).unwrap();
-    let listen = ["--listen=/ip4/127.0.0.1/tcp/0", "--swarm-key=swarm.key", ANYWHERE];
+    let listen = ["--listen=/ip4/127.0.0.1/tcp/0", "--swarm-key=swarm.key", ON_ANY_PORT];
     let relay = Relay::start_in(folder, &listen);
     let stream = PnetConfig::new(another).handshake(tcp(&relay).await).await.unwrap();
-    say_and_hang_up(stream, &proposal("/noise")).await;
+    send_and_close(stream, &proposal("/noise")).await;
     count(&relay, "multistream", "swarm key", 1).await;
-    say_and_hang_up(tcp(&relay).await, &proposal("/noise")).await;
+    send_and_close(tcp(&relay).await, &proposal("/noise")).await;
     count(&relay, "multistream", "swarm key", 2).await;
     relay.wait_for_log("give it the key in the file of --swarm-key").await;
-    // One that ends within its nonce.
-    say_and_hang_up(tcp(&relay).await, &[7; 5]).await;
+    // A connection that closes within its nonce.
+    send_and_close(tcp(&relay).await, &[7; 5]).await;
     count(&relay, "swarm key", "closed", 1).await;
     assert_eq!((sum(&relay).await, hints(&relay)), (3, 1));
     let stream = PnetConfig::new(ours).handshake(tcp(&relay).await).await.unwrap();
-    agree(&mut { stream }, "/noise").await.unwrap();
+    negotiate(&mut { stream }, "/noise").await.unwrap();
 }
 
 #[tokio::test]
 async fn a_client_that_expects_another_peer_id_is_counted_and_hinted_at_once() {
-    let relay = Relay::start(&[ANYWHERE]);
-    // go-libp2p and js-libp2p leave before the last message of Noise, once they know who the relay is.
+    let relay = Relay::start(&[ON_ANY_PORT]);
+    // go-libp2p and js-libp2p disconnect before the last message of Noise, once they know the relay's peer id.
     let mut stream = tcp(&relay).await;
-    agree(&mut stream, "/noise").await.unwrap();
+    negotiate(&mut stream, "/noise").await.unwrap();
     let first = [&[0, 32][..], &[9; 32]].concat();
     stream.write_all(&first).await.unwrap();
     stream.read_exact(&mut [0; 2]).await.unwrap();
@@ -128,7 +128,7 @@ async fn a_client_that_expects_another_peer_id_is_counted_and_hinted_at_once() {
     count(&relay, "security", "peer id", 1).await;
     // As go-libp2p does over TLS: the certificate is not the expected peer's.
     let mut stream = tcp(&relay).await;
-    agree(&mut stream, "/tls/1.0.0").await.unwrap();
+    negotiate(&mut stream, "/tls/1.0.0").await.unwrap();
     let expected = Some(PeerId::random());
     let tls = tls::make_client_config(&Keypair::generate_ed25519(), expected).unwrap();
     let connector = futures_rustls::TlsConnector::from(std::sync::Arc::new(tls));
@@ -154,30 +154,30 @@ async fn a_client_that_expects_another_peer_id_is_counted_and_hinted_at_once() {
     count(&relay, "muxer", "peer id", 1).await;
     relay.wait_for_log("the client left when it saw this relay's peer id").await;
     assert_eq!((sum(&relay).await, hints(&relay)), (3, 1));
-    // One that expects it is served, and leaves in good order.
+    // A client that expects this peer id is served, and its disconnect is no failure.
     let client =
         Client::connect_as(Keypair::generate_ed25519(), &relay.address, Security::Tls).await;
     let closed = format!("closed: peer {}", client.peer);
     relay.wait_for_log(&format!("opened: peer {}", client.peer)).await;
-    client.leave().await;
+    client.disconnect().await;
     relay.wait_for_log(&closed).await;
 }
 
 #[tokio::test]
-async fn what_is_wrong_with_a_websocket_is_counted() {
-    let relay = Relay::start(&[ANYWHERE, "--listen=/ip4/127.0.0.1/tcp/0/ws"]);
+async fn each_failure_of_a_websocket_upgrade_is_counted() {
+    let relay = Relay::start(&[ON_ANY_PORT, "--listen=/ip4/127.0.0.1/tcp/0/ws"]);
     let websocket = websocket::port(&websocket::address(&relay, "/ws").await);
-    let say = async |bytes: &[u8]| {
+    let send = async |bytes: &[u8]| {
         let stream = by_hand::tcp_from(std::net::Ipv4Addr::LOCALHOST, websocket).await.unwrap();
-        say_and_hang_up(stream, bytes).await
+        send_and_close(stream, bytes).await
     };
-    say(b"GET /healthz HTTP/1.1\r\nHost: relay\r\n\r\n").await;
-    say(b"").await;
-    say(b"GET / HTTP/1.1\r\nHost: relay\r\n\r\n").await;
+    send(b"GET /healthz HTTP/1.1\r\nHost: relay\r\n\r\n").await;
+    send(b"").await;
+    send(b"GET / HTTP/1.1\r\nHost: relay\r\n\r\n").await;
     count(&relay, "websocket", "http", 1).await;
-    say(b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03").await;
+    send(b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03").await;
     count(&relay, "websocket", "tls", 1).await;
-    say(&proposal("/noise")).await;
+    send(&proposal("/noise")).await;
     count(&relay, "websocket", "protocol", 1).await;
     assert_eq!(sum(&relay).await, 3);
 }
@@ -185,12 +185,15 @@ async fn what_is_wrong_with_a_websocket_is_counted() {
 #[tokio::test]
 async fn health_checks_are_no_failures_at_any_rate() {
     const CHECKS: usize = 300;
-    let relay =
-        Relay::start(&[ANYWHERE, "--max-connections-per-ip=0", "--max-connections-per-subnet=0"]);
+    let relay = Relay::start(&[
+        ON_ANY_PORT,
+        "--max-connections-per-ip=0",
+        "--max-connections-per-subnet=0",
+    ]);
     relay.wait_for_log("can be dialed from the internet").await;
     port(&relay).await;
-    let told = |relay: &Relay| relay.count_in_log(" INFO ") + relay.count_in_log(" WARN ");
-    let before = told(&relay);
+    let logged = |relay: &Relay| relay.count_in_log(" INFO ") + relay.count_in_log(" WARN ");
+    let before = logged(&relay);
     for check in 0..CHECKS {
         let stream = tcp(&relay).await;
         if check % 2 == 0 {
@@ -198,12 +201,12 @@ async fn health_checks_are_no_failures_at_any_rate() {
         }
         drop(stream);
     }
-    // One that is counted comes after them.
-    say_and_hang_up(tcp(&relay).await, b"GET / HTTP/1.1\r\n\r\n").await;
+    // A failure that is counted, after them.
+    send_and_close(tcp(&relay).await, b"GET / HTTP/1.1\r\n\r\n").await;
     count(&relay, "multistream", "http", 1).await;
     let start = Instant::now();
-    while sum(&relay).await != 1 || told(&relay) != before + 1 {
-        assert!(start.elapsed() < PATIENCE, "{:#?}", relay.log());
+    while sum(&relay).await != 1 || logged(&relay) != before + 1 {
+        assert!(start.elapsed() < TEST_TIMEOUT, "{:#?}", relay.log());
         sleep(Duration::from_millis(50)).await;
     }
 }

@@ -1,5 +1,5 @@
-//! The relay as it is watched over HTTP: what there is to be had, what the figures mean, and that
-//! whoever calls is not felt by anybody else.
+//! The HTTP port: its paths and formats, what the metrics and the status mean, and that clients of it affect nothing
+//! else.
 
 use std::{
     collections::BTreeMap,
@@ -10,11 +10,11 @@ use std::{
 };
 
 use crate::common::{
-    PATIENCE, Relay, by_hand,
+    Relay, TEST_TIMEOUT, by_hand,
     bystanders::Bystanders,
     circuit, command,
-    http::{ANYWHERE, ask, ask_with, call, get, hear, port, samples, say},
-    play, source_and_target, within,
+    http::{ON_ANY_PORT, dial, fetch, fetch_with, get, port, read_answer, samples, send_raw},
+    scenario, source_and_target, within,
 };
 use libp2p::{futures::future, identity::Keypair};
 use serde_json::{Value, json};
@@ -23,17 +23,17 @@ use tokio::{
     time::sleep,
 };
 
-/// How often to look again at what changes once a second.
-const LOOK_AGAIN: Duration = Duration::from_millis(50);
+/// The interval at which metrics and status, which change once a second, are polled.
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// How many callers are served at a time.
+/// How many HTTP connections are served at a time.
 const MOST_CALLERS: usize = 32;
 
-// ---- What there is to be had
+// ---- Paths, headers and formats
 
 #[tokio::test]
-async fn each_path_has_its_kind_and_nothing_in_a_browser_may_do_more_than_it_must() {
-    let relay = Relay::start(&[ANYWHERE]);
+async fn each_path_has_its_content_type_and_strict_browser_headers() {
+    let relay = Relay::start(&[ON_ANY_PORT]);
     let port = port(&relay).await;
     for (path, status, kind) in [
         ("/", 200, "text/html; charset=utf-8"),
@@ -44,7 +44,7 @@ async fn each_path_has_its_kind_and_nothing_in_a_browser_may_do_more_than_it_mus
         ("/nothing", 404, "text/plain; charset=utf-8"),
         ("/../etc/passwd", 404, "text/plain; charset=utf-8"),
     ] {
-        let answer = ask(port, "GET", path).await;
+        let answer = fetch(port, "GET", path).await;
         assert_eq!(answer.status, status, "{path}");
         assert_eq!(answer.headers["content-type"], kind, "{path}");
         let length: usize = answer.headers["content-length"].parse().unwrap();
@@ -57,14 +57,14 @@ async fn each_path_has_its_kind_and_nothing_in_a_browser_may_do_more_than_it_mus
         assert!(policy.contains("frame-ancestors 'none'"), "{policy}");
         assert!(!policy.contains("unsafe"), "{policy}");
 
-        let head = ask(port, "HEAD", path).await;
+        let head = fetch(port, "HEAD", path).await;
         assert_eq!((head.status, &head.body[..]), (status, ""), "HEAD {path}");
         assert_eq!(head.headers["content-type"], kind, "HEAD {path}");
     }
-    let page = ask(port, "GET", "/").await;
+    let page = fetch(port, "GET", "/").await;
     let policy = &page.headers["content-security-policy"];
     assert_eq!(policy.matches("'sha256-").count(), 2, "{policy}");
-    // It loads nothing from anywhere; what its style and its script do is `browser.rs`'s.
+    // The page loads nothing from elsewhere; `browser.rs` tests its style and script.
     for elsewhere in ["http://", "https://", "//cdn", "@import", "src="] {
         let used = page.body.replace("http://www.w3.org/2000/svg", "");
         assert!(!used.contains(elsewhere), "{elsewhere}");
@@ -73,47 +73,47 @@ async fn each_path_has_its_kind_and_nothing_in_a_browser_may_do_more_than_it_mus
 }
 
 #[tokio::test]
-async fn a_relay_that_drains_says_so_to_whoever_sends_it_clients() {
-    let mut relay = Relay::start(&[ANYWHERE, "--drain=10m"]);
+async fn a_draining_relay_fails_its_health_check() {
+    let mut relay = Relay::start(&[ON_ANY_PORT, "--drain=10m"]);
     let port = port(&relay).await;
     for (draining, status, says) in [(true, 503, "draining\n"), (false, 200, "serving\n")] {
         relay.signal("USR1");
         status_when(port, |status| status["draining"] == draining).await;
-        let health = ask(port, "GET", "/healthz").await;
+        let health = fetch(port, "GET", "/healthz").await;
         assert_eq!((health.status, &health.body[..]), (status, says));
         let serves = samples(&get(port, "/metrics").await)["libp2p_relaysvc_status"];
         assert_eq!(serves, if draining { 0.0 } else { 1.0 });
     }
     relay.address = relay.next_address(); // any port
-    // Once it is to end, too, while circuits have their time.
+    // Also while circuits have time to finish before it exits.
     let (mut alice, mut bob) = source_and_target(&relay).await;
     let _ends = circuit(&mut alice, &mut bob).await;
     relay.signal("TERM");
     status_when(port, |status| status["draining"] == true).await;
-    assert_eq!(ask(port, "GET", "/healthz").await.status, 503);
+    assert_eq!(fetch(port, "GET", "/healthz").await.status, 503);
 }
 
 #[tokio::test]
-async fn nothing_can_be_changed_and_who_tries_is_told_so() {
-    let relay = Relay::start(&[ANYWHERE]);
+async fn methods_other_than_get_and_head_are_refused() {
+    let relay = Relay::start(&[ON_ANY_PORT]);
     let port = port(&relay).await;
     for method in ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "BREW"] {
         for path in ["/", "/status.json", "/metrics", "/healthz", "/nothing"] {
-            let answer = ask(port, method, path).await;
+            let answer = fetch(port, method, path).await;
             assert_eq!(answer.status, 405, "{method} {path}");
             assert_eq!(answer.headers["allow"], "GET, HEAD");
         }
     }
     let with_body =
         "POST / HTTP/1.1\r\nHost: relay\r\nConnection: close\r\nContent-Length: 6\r\n\r\nplease";
-    assert_eq!(say(port, with_body.as_bytes()).await.status, 405);
+    assert_eq!(send_raw(port, with_body.as_bytes()).await.status, 405);
 }
 
 #[tokio::test]
-async fn a_connection_takes_one_request_after_another() {
-    let relay = Relay::start(&[ANYWHERE]);
+async fn requests_on_one_connection_are_answered_in_turn() {
+    let relay = Relay::start(&[ON_ANY_PORT]);
     let port = port(&relay).await;
-    let mut stream = call(port).await;
+    let mut stream = dial(port).await;
     for path in ["/healthz", "/status.json", "/metrics", "/"] {
         let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n");
         stream.write_all(request.as_bytes()).await.unwrap();
@@ -126,7 +126,7 @@ async fn a_connection_takes_one_request_after_another() {
         let mut body = vec![0; length.unwrap().parse().unwrap()];
         within(stream.read_exact(&mut body)).await.unwrap();
     }
-    // Two in one go are answered in their order.
+    // Two requests in one write are answered in order.
     let both = "GET /healthz HTTP/1.1\r\nHost: relay\r\n\r\n\
                 GET /nothing HTTP/1.1\r\nHost: relay\r\nConnection: close\r\n\r\n";
     stream.write_all(both.as_bytes()).await.unwrap();
@@ -138,8 +138,8 @@ async fn a_connection_takes_one_request_after_another() {
 }
 
 #[tokio::test]
-async fn the_page_and_the_status_are_served_under_no_name_that_a_web_page_could_point_here() {
-    let relay = Relay::start(&[ANYWHERE, "--http-host=relay.example.org,relay.internal"]);
+async fn unknown_host_names_are_refused_against_dns_rebinding() {
+    let relay = Relay::start(&[ON_ANY_PORT, "--http-host=relay.example.org,relay.internal"]);
     let port = port(&relay).await;
     for (host, status) in [
         ("localhost", 200),
@@ -154,23 +154,23 @@ async fn the_page_and_the_status_are_served_under_no_name_that_a_web_page_could_
     ] {
         let host = format!("Host: {host}");
         for path in ["/", "/status.json"] {
-            let answer = ask_with(port, "GET", path, &host).await;
+            let answer = fetch_with(port, "GET", path, &host).await;
             assert_eq!(answer.status, status, "{host} {path}");
             let sentence = answer.body.lines().count() == 1 && answer.body.contains("--http-host");
             assert!(status == 200 || sentence, "{answer:?}");
         }
-        // Prometheus and load balancers name the service as they like.
+        // Prometheus and load balancers may use any name.
         for path in ["/metrics", "/healthz"] {
-            assert_eq!(ask_with(port, "GET", path, &host).await.status, 200, "{host} {path}");
+            assert_eq!(fetch_with(port, "GET", path, &host).await.status, 200, "{host} {path}");
         }
     }
     let absolute = "http://evil.example/status.json";
-    assert_eq!(ask(port, "GET", absolute).await.status, 421);
+    assert_eq!(fetch(port, "GET", absolute).await.status, 421);
 }
 
 #[tokio::test]
-async fn metrics_are_in_the_format_that_is_asked_for() {
-    let relay = Relay::start(&[ANYWHERE]);
+async fn metrics_use_the_accepted_format() {
+    let relay = Relay::start(&[ON_ANY_PORT]);
     let port = port(&relay).await;
     for (accept, kind) in [
         ("X-None: none", "text/plain; version=0.0.4; charset=utf-8"),
@@ -181,7 +181,7 @@ async fn metrics_are_in_the_format_that_is_asked_for() {
             "application/openmetrics-text; version=1.0.0; charset=utf-8",
         ),
     ] {
-        let answer = ask_with(port, "GET", "/metrics", &format!("Host: relay\r\n{accept}")).await;
+        let answer = fetch_with(port, "GET", "/metrics", &format!("Host: relay\r\n{accept}")).await;
         assert_eq!(answer.headers["content-type"], kind, "{accept}");
         let is_openmetrics = kind.starts_with("application");
         for word in ["# EOF", "# UNIT ", " info\n"] {
@@ -193,11 +193,12 @@ async fn metrics_are_in_the_format_that_is_asked_for() {
     }
 }
 
-/// Only Linux tells all of them.
+/// Only Linux has all of these metrics.
 #[cfg(target_os = "linux")]
 #[tokio::test]
-async fn the_metrics_have_the_process_and_the_configured_limits() {
-    let flags = [ANYWHERE, "--max-reservations=77", "--max-handshakes=7", "--circuit-duration=90s"];
+async fn the_metrics_include_the_process_and_the_configured_limits() {
+    let flags =
+        [ON_ANY_PORT, "--max-reservations=77", "--max-handshakes=7", "--circuit-duration=90s"];
     let relay = Relay::start(&flags);
     let port = port(&relay).await;
     let text = get(port, "/metrics").await;
@@ -212,7 +213,7 @@ async fn the_metrics_have_the_process_and_the_configured_limits() {
     assert!(resident > 1e6 && all > resident, "{resident} of {all}");
     let now = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap().as_secs_f64();
     let age = now - metrics["process_start_time_seconds"];
-    assert!((-1.0..PATIENCE.as_secs_f64()).contains(&age), "{age}");
+    assert!((-1.0..TEST_TIMEOUT.as_secs_f64()).contains(&age), "{age}");
     for (setting, limit) in [
         ("max-reservations", 77.0),
         ("max-connections", 1024.0),
@@ -234,7 +235,7 @@ async fn the_metrics_have_the_process_and_the_configured_limits() {
         ))
     };
     assert!(bucket("60.0") && bucket("90.0") && !bucket("120.0"), "{text}");
-    // Each help text is a sentence's worth of words of its own.
+    // Each metric has a help text of several words.
     let helps: Vec<_> = text.lines().filter_map(|line| line.strip_prefix("# HELP ")).collect();
     for help in &helps {
         assert!(help.split(' ').count() > 2, "{help}");
@@ -242,7 +243,7 @@ async fn the_metrics_have_the_process_and_the_configured_limits() {
 }
 
 #[test]
-fn an_address_that_cannot_be_had_is_one_line_that_names_the_flag() {
+fn an_unusable_http_address_is_a_one_line_error_that_names_the_flag() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let taken = taken.local_addr().unwrap();
     for (address, status) in [
@@ -265,15 +266,15 @@ fn an_address_that_cannot_be_had_is_one_line_that_names_the_flag() {
     }
 }
 
-// ---- What the figures mean
+// ---- What metrics and status mean
 
 #[tokio::test]
-async fn the_metrics_are_go_libp2ps_and_say_what_happened() {
-    let relay = play::relay();
+async fn the_metrics_have_go_libp2ps_names_and_count_events() {
+    let relay = scenario::relay();
     let port = port(&relay).await;
-    let _still_there = play::play(&relay).await;
+    let _still_there = scenario::run(&relay).await;
     let expected = expected();
-    // What is not told by events is brought up to date once a second.
+    // Metrics that do not come from events are updated once a second.
     let start = Instant::now();
     let samples = loop {
         let samples = samples(&get(port, "/metrics").await);
@@ -281,10 +282,10 @@ async fn the_metrics_are_go_libp2ps_and_say_what_happened() {
         if different.is_none() && samples["relaylet_sweeps_total"] >= 1.0 {
             break samples;
         }
-        assert!(start.elapsed() < PATIENCE, "{different:?} is missing: {samples:#?}");
-        sleep(LOOK_AGAIN).await;
+        assert!(start.elapsed() < TEST_TIMEOUT, "{different:?} is missing: {samples:#?}");
+        sleep(POLL_INTERVAL).await;
     };
-    // Of go-libp2p's there is nothing beside those, but for the figures that are measured.
+    // Of go-libp2p's metrics there are no others than these, except for the durations.
     let measured = "libp2p_relaysvc_connection_duration_seconds_";
     for name in samples.keys().filter(|name| name.starts_with("libp2p_")) {
         assert!(expected.contains_key(&name[..]) || name.starts_with(measured), "{name}");
@@ -301,7 +302,7 @@ async fn the_metrics_are_go_libp2ps_and_say_what_happened() {
     assert!(samples["relaylet_sweep_seconds_total"] > 0.0);
 }
 
-/// What the metrics say once all of that was played.
+/// The metrics after the scenario.
 fn expected() -> BTreeMap<&'static str, f64> {
     let samples = [
         ("libp2p_relaysvc_status", 1.0),
@@ -365,7 +366,7 @@ fn expected() -> BTreeMap<&'static str, f64> {
     samples.into()
 }
 
-/// The status once it is as wanted: it is brought up to date once a second.
+/// Polls the status until it is as wanted: it is updated once a second.
 async fn status_when(port: u16, wanted: impl Fn(&Value) -> bool) -> Value {
     let start = Instant::now();
     loop {
@@ -373,16 +374,16 @@ async fn status_when(port: u16, wanted: impl Fn(&Value) -> bool) -> Value {
         if wanted(&status) {
             return status;
         }
-        assert!(start.elapsed() < PATIENCE, "{status:#}");
-        sleep(LOOK_AGAIN).await;
+        assert!(start.elapsed() < TEST_TIMEOUT, "{status:#}");
+        sleep(POLL_INTERVAL).await;
     }
 }
 
 #[tokio::test]
-async fn the_status_names_who_holds_slots_the_circuits_and_the_refusals() {
-    let relay = play::relay();
+async fn the_status_lists_slots_circuits_and_refusals() {
+    let relay = scenario::relay();
     let port = port(&relay).await;
-    let (bob, carol, mut circuit) = play::play(&relay).await;
+    let (bob, carol, mut circuit) = scenario::run(&relay).await;
     let status = status_when(port, |status| {
         status["relayed"]["to_target"] == 1704 && status["slots"]["free"] == 1
     })
@@ -407,7 +408,7 @@ async fn the_status_names_who_holds_slots_the_circuits_and_the_refusals() {
     assert!(from.starts_with("/ip4/127.0.0.1/tcp/"), "{from}");
     assert_eq!((&holder["state"], &holder["circuits"]), (&json!("live"), &json!(1)));
     assert!((3000..3600).contains(&holder["ends_in"].as_u64().unwrap()));
-    assert!(holder["silent_for"].as_u64().unwrap() < PATIENCE.as_secs());
+    assert!(holder["silent_for"].as_u64().unwrap() < TEST_TIMEOUT.as_secs());
 
     assert_eq!(status["circuits"]["count"], 1);
     let open = &status["circuits"]["listed"][0];
@@ -430,9 +431,9 @@ async fn the_status_names_who_holds_slots_the_circuits_and_the_refusals() {
     assert_eq!(latest[7]["peer"], carol.peer.to_string());
     assert_eq!(latest[7]["why"], "all slots are taken");
 
-    // What goes on now has a rate.
+    // Current transfers have a rate.
     let (there, back) = (&mut circuit.0, &mut circuit.1);
-    play::carry(there, back, 900).await;
+    scenario::carry(there, back, 900).await;
     status_when(port, |status| {
         let open = &status["circuits"]["listed"][0];
         open["carried"]["to_target"] == 904
@@ -443,9 +444,9 @@ async fn the_status_names_who_holds_slots_the_circuits_and_the_refusals() {
 }
 
 #[tokio::test]
-async fn a_peer_that_froze_was_asked_in_vain_and_is_shown_in_grace() {
+async fn a_frozen_peer_is_shown_in_grace_with_its_unanswered_probe() {
     let relay = Relay::start(&[
-        ANYWHERE,
+        ON_ANY_PORT,
         "--heartbeat=500ms",
         "--silence=2s",
         "--sweep=100ms",
@@ -455,7 +456,7 @@ async fn a_peer_that_froze_was_asked_in_vain_and_is_shown_in_grace() {
     let peer = Keypair::generate_ed25519();
     let mut channel = by_hand::muxed_as(&relay, &peer).await;
     assert_eq!(by_hand::reserve(&mut channel, 1).await, Some(100));
-    // And is never heard of again.
+    // From now on the peer is silent.
     let status = status_when(port, |status| status["slots"]["grace"] == 1).await;
     let holder = &status["holders"]["listed"][0];
     assert_eq!(holder["peer"], peer.public().to_peer_id().to_string());
@@ -464,7 +465,7 @@ async fn a_peer_that_froze_was_asked_in_vain_and_is_shown_in_grace() {
     assert_eq!(holder["silent_for"], Value::Null);
     assert!((3000..3600).contains(&holder["ends_in"].as_u64().unwrap()));
     let asked = status["questions"]["asked"].as_u64().unwrap();
-    assert!(asked >= 1, "more often if a sweep was late");
+    assert!(asked >= 1, "more than one if a sweep was late");
     assert_eq!(status["questions"]["unanswered"], 1);
     let samples = samples(&get(port, "/metrics").await);
     assert_eq!(samples["relaylet_questions_asked_total"], asked as f64);
@@ -472,11 +473,11 @@ async fn a_peer_that_froze_was_asked_in_vain_and_is_shown_in_grace() {
     assert_eq!(samples[r#"relaylet_slots{state="grace"}"#], 1.0);
 }
 
-// ---- Whoever calls is not felt by anybody else
+// ---- HTTP clients affect nothing else
 
 #[tokio::test]
-async fn what_is_no_request_gets_an_error_or_an_end() {
-    let mut bystanders = Bystanders::gather(&[ANYWHERE]).await;
+async fn malformed_requests_get_an_error_or_are_closed() {
+    let mut bystanders = Bystanders::start(&[ON_ANY_PORT]).await;
     let port = port(&bystanders.relay).await;
     let long = "a".repeat(1024 * 1024);
     let many = "X-Header: value\r\n".repeat(10_000);
@@ -498,60 +499,59 @@ async fn what_is_no_request_gets_an_error_or_an_end() {
         long.clone(),
     ] {
         let shown = &request[..request.len().min(40)];
-        let mut stream = call(port).await;
-        // It may have heard enough before the end.
+        let mut stream = dial(port).await;
+        // The relay may close the connection before it has read all of it.
         let _ = within(stream.write_all(request.as_bytes())).await;
         let _ = stream.shutdown().await;
-        let answer = hear(&mut stream).await;
+        let answer = read_answer(&mut stream).await;
         let error = [0, 400, 404, 414, 431, 505].contains(&answer.status);
         assert!(error, "{shown:?}: {answer:?}");
     }
-    // What comes behind a request is nothing that anybody waits for.
+    // A request body is ignored.
     for request in [
         "GET /healthz HTTP/1.1\r\nContent-Length: 99999999999\r\n\r\nand so on".into(),
         format!("GET /healthz HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nfffff\r\n{long}"),
     ] {
-        let answer = say(port, request.as_bytes()).await;
+        let answer = send_raw(port, request.as_bytes()).await;
         assert!([0, 200].contains(&answer.status), "{answer:?}");
     }
     assert_eq!(get(port, "/healthz").await, "serving\n");
-    bystanders.are_unharmed().await;
+    bystanders.assert_unharmed().await;
 }
 
 #[tokio::test]
-async fn who_is_slow_is_shown_out() {
-    let mut bystanders = Bystanders::gather(&[ANYWHERE]).await;
+async fn slow_http_clients_time_out() {
+    let mut bystanders = Bystanders::start(&[ON_ANY_PORT]).await;
     let port = port(&bystanders.relay).await;
-    let says_nothing = async { hear(&mut call(port).await).await.status };
-    let says_a_letter_at_a_time = async {
-        let mut stream = call(port).await;
+    let silent_client = async { read_answer(&mut dial(port).await).await.status };
+    let slow_client = async {
+        let mut stream = dial(port).await;
         let start = Instant::now();
         for letter in b"GET /healthz HTTP/1.1\r\nX-Slow: ".iter().chain([b'a'].iter().cycle()) {
             if stream.write_all(&[*letter]).await.is_err() {
                 break;
             }
-            assert!(start.elapsed() < PATIENCE, "it is listened to for ever");
-            sleep(LOOK_AGAIN).await;
+            assert!(start.elapsed() < TEST_TIMEOUT, "the connection never times out");
+            sleep(POLL_INTERVAL).await;
         }
-        hear(&mut stream).await.status
+        read_answer(&mut stream).await.status
     };
-    let reads_nothing = async {
-        let mut stream = call(port).await;
+    let unread_client = async {
+        let mut stream = dial(port).await;
         let requests = "GET / HTTP/1.1\r\nHost: localhost\r\n\r\n".repeat(100);
         while within(stream.write_all(requests.as_bytes())).await.is_ok() {}
     };
-    let (silent, slow, ()) =
-        future::join3(says_nothing, says_a_letter_at_a_time, reads_nothing).await;
+    let (silent, slow, ()) = future::join3(silent_client, slow_client, unread_client).await;
     assert_eq!((silent, slow), (0, 0), "there is no answer");
     assert_eq!(get(port, "/healthz").await, "serving\n");
-    bystanders.are_unharmed().await;
+    bystanders.assert_unharmed().await;
 }
 
-/// Only Linux says how many files a process has open.
+/// Only Linux lists the open files of a process.
 #[cfg(target_os = "linux")]
 #[tokio::test]
-async fn a_thousand_idle_callers_keep_nobody_out() {
-    let mut bystanders = Bystanders::gather(&[ANYWHERE]).await;
+async fn a_thousand_idle_http_connections_do_not_block_others() {
+    let mut bystanders = Bystanders::start(&[ON_ANY_PORT]).await;
     let port = port(&bystanders.relay).await;
     let files = || {
         let files = fs::read_dir(format!("/proc/{}/fd", bystanders.relay.pid())).unwrap();
@@ -560,26 +560,26 @@ async fn a_thousand_idle_callers_keep_nobody_out() {
     let before = files();
     let mut idle = Vec::new();
     for _ in 0..1000 {
-        idle.push(call(port).await);
-        // They come and are not felt.
+        idle.push(dial(port).await);
+        // Further requests are still answered.
         if idle.len() % 100 == 0 {
             assert_eq!(get(port, "/healthz").await, "serving\n");
         }
     }
     assert!(files() <= before + MOST_CALLERS);
-    bystanders.are_unharmed().await;
+    bystanders.assert_unharmed().await;
     assert_eq!(get(port, "/healthz").await, "serving\n");
 }
 
-/// Only Linux says how often a thread waits.
+/// Only Linux counts the context switches of a thread.
 #[cfg(target_os = "linux")]
 #[tokio::test]
-async fn the_relay_is_not_woken_by_those_who_call() {
+async fn http_requests_do_not_wake_the_relay() {
     const REQUESTS: u64 = 1000;
-    let relay = Relay::start(&[ANYWHERE, "--threads=1"]);
+    let relay = Relay::start(&[ON_ANY_PORT, "--threads=1"]);
     let port = port(&relay).await;
     let pid = relay.pid();
-    // How often the relay's own thread began to wait.
+    // How often the relay's main thread began to wait.
     let waits = || {
         let status = fs::read_to_string(format!("/proc/{pid}/task/{pid}/status")).unwrap();
         let mut lines = status.lines();
@@ -593,7 +593,7 @@ async fn the_relay_is_not_woken_by_those_who_call() {
         get(port, paths[number as usize % paths.len()]).await;
     }
     let waited = waits() - before;
-    // For its sweep once a second, and to tell of itself.
+    // For the sweep once a second, and updates of the status.
     let by_itself = 20 + 5 * start.elapsed().as_secs();
     assert!(waited <= by_itself, "{waited}");
 }

@@ -1,9 +1,8 @@
-//! Identify: what the relay tells of itself, what it hears of itself from its peers, and how little of
-//! it a peer can make it read.
+//! Identify: what the relay sends, what it uses of its peers' messages, and how large those may be.
 
 use crate::common::{
     Client, HOP, Relay,
-    by_hand::until_closed,
+    by_hand::read_until_closed,
     messages::{self, Identify},
     swarms::{drive, swarm, until},
     within,
@@ -21,14 +20,14 @@ use tokio::task::JoinHandle;
 const IDENTIFY: StreamProtocol = StreamProtocol::new("/ipfs/id/1.0.0");
 const PUSH: StreamProtocol = StreamProtocol::new("/ipfs/id/push/1.0.0");
 
-// ---- What the relay tells
+// ---- What the relay sends
 
-/// What rust-libp2p's identify hears of the relay, and the peer that heard it.
+/// The identify message that rust-libp2p receives from the relay, and the receiver's peer id.
 async fn info_of(relay: &Relay) -> (PeerId, Info) {
     let mut swarm = swarm(|keypair| {
         identify::Behaviour::new(identify::Config::new("test".into(), keypair.public()))
     });
-    swarm.dial(relay.address.clone()).expect("it can be dialed");
+    swarm.dial(relay.address.clone()).expect("the relay can be dialed");
     let info = until(&mut swarm, |event| match event {
         SwarmEvent::Behaviour(identify::Event::Received { info, .. }) => Some(info),
         _ => None,
@@ -38,7 +37,7 @@ async fn info_of(relay: &Relay) -> (PeerId, Info) {
 }
 
 #[tokio::test]
-async fn a_client_hears_who_the_relay_is_where_it_is_and_at_which_address_it_came() {
+async fn identify_names_the_relay_its_addresses_and_the_observed_address() {
     let relay = Relay::start(&[]);
     let (client, info) = info_of(&relay).await;
     assert_eq!(info.public_key.to_peer_id(), relay.peer);
@@ -56,7 +55,7 @@ async fn a_client_hears_who_the_relay_is_where_it_is_and_at_which_address_it_cam
 }
 
 #[tokio::test]
-async fn announced_addresses_are_told_instead_of_those_that_it_listens_on() {
+async fn announced_addresses_replace_listen_addresses() {
     const ANNOUNCED: &str = "/dns4/relay.example.org/tcp/4001";
     let relay = Relay::start(&["--announce", ANNOUNCED]);
     let (_, info) = info_of(&relay).await;
@@ -64,35 +63,35 @@ async fn announced_addresses_are_told_instead_of_those_that_it_listens_on() {
 }
 
 #[tokio::test]
-async fn what_does_not_fit_into_a_message_is_left_out_and_the_client_hears_the_rest() {
+async fn addresses_that_do_not_fit_into_the_message_are_left_out() {
     let announced: Vec<_> = (1..=190).map(|n| format!("/ip6/2a00:1450::{n:x}/tcp/4001")).collect();
     let relay = Relay::start(&["--announce", &announced.join(",")]);
     for _ in 0..2 {
         let (_, info) = info_of(&relay).await;
-        let told = info.listen_addrs.iter().map(Multiaddr::to_string);
-        assert!((100..190).contains(&told.len()), "{}", told.len());
-        assert!(told.eq(announced[..info.listen_addrs.len()].iter().cloned()));
+        let sent = info.listen_addrs.iter().map(Multiaddr::to_string);
+        assert!((100..190).contains(&sent.len()), "{}", sent.len());
+        assert!(sent.eq(announced[..info.listen_addrs.len()].iter().cloned()));
     }
     assert_eq!(relay.count_in_log("addresses left out"), 1, "{:#?}", relay.log());
 }
 
 #[tokio::test]
-async fn requests_that_come_all_at_once_are_answered_or_reset() {
+async fn concurrent_requests_are_answered_or_reset() {
     let relay = Relay::start(&[]);
     let mut client = Client::connect(&relay).await;
-    let mut asked = Vec::new();
+    let mut streams = Vec::new();
     for _ in 0..20 {
-        asked.push(client.open(IDENTIFY).await);
+        streams.push(client.open(IDENTIFY).await);
     }
     let mut answered = 0;
-    for stream in asked {
-        answered += usize::from(!until_closed(stream).await.is_empty());
+    for stream in streams {
+        answered += usize::from(!read_until_closed(stream).await.is_empty());
     }
     assert!(answered > 0);
     assert_eq!(client.reserve().await.status, Some(100));
 }
 
-// ---- What the relay hears
+// ---- What the relay receives
 
 fn address(port: u16) -> Multiaddr {
     format!("/ip4/5.5.5.5/tcp/{port}").parse().expect("a multiaddr")
@@ -123,33 +122,33 @@ async fn a_push_beside_one_that_is_half_sent_is_reset() {
     }
     within(half_sent.write_all(second)).await.expect("the relay reads");
     within(half_sent.close()).await.expect("the relay reads");
-    until_closed(half_sent).await;
+    read_until_closed(half_sent).await;
     assert_eq!(peer.reported().await, Some(address(1)));
     peer.push(&Identify::reached_at(&address(2)).encode_length_delimited_to_vec()).await;
     assert_eq!(peer.reported().await, Some(address(2)));
 }
 
 #[tokio::test]
-async fn fat_messages_harm_nothing_but_their_stream() {
+async fn oversized_messages_affect_only_their_stream() {
     let relay = Relay::start(&[]);
     let mut peer = Peer::connect(&relay).await;
     for (addresses, port, reported) in [(2010, 1, Some(1)), (10_000, 2, Some(1))] {
-        let fat = Identify {
+        let large = Identify {
             listen_addrs: vec![Vec::new(); addresses],
             ..Identify::reached_at(&address(port))
         };
-        peer.push(&fat.encode_length_delimited_to_vec()).await;
+        peer.push(&large.encode_length_delimited_to_vec()).await;
         assert_eq!(peer.reported().await, reported.map(address));
     }
     assert_eq!(relay.count_in_log("connection closed"), 0);
-    // That it cannot be dialed it says sooner or later.
+    // The only warning is that it cannot be dialed from the internet; it may be logged later.
     assert_eq!(relay.count_in_log("WARN"), relay.count_in_log("can be dialed from the internet"));
 }
 
-/// A peer that does not speak identify by itself.
+/// A peer that does not answer identify by itself.
 struct Peer {
     relay: PeerId,
-    /// Where the relay listens.
+    /// The relay's listen address.
     listening: Multiaddr,
     control: Control,
     task: JoinHandle<()>,
@@ -159,25 +158,27 @@ impl Peer {
     async fn connect(relay: &Relay) -> Self {
         let mut swarm = swarm(|_| libp2p_stream::Behaviour::new());
         let control = swarm.behaviour().new_control();
-        swarm.dial(relay.address.clone()).expect("it can be dialed");
+        swarm.dial(relay.address.clone()).expect("the relay can be dialed");
         let task = drive(swarm);
         Self { relay: relay.peer, listening: relay.address.clone(), control, task }
     }
 
     async fn open(&mut self, protocol: StreamProtocol) -> libp2p::Stream {
-        within(self.control.open_stream(self.relay, protocol)).await.expect("the relay takes it")
+        within(self.control.open_stream(self.relay, protocol))
+            .await
+            .expect("the relay accepts the stream")
     }
 
-    /// Pushes this, and waits until the relay is done with it.
+    /// Pushes these bytes, and waits until the relay closes the stream.
     async fn push(&mut self, bytes: &[u8]) {
         let mut stream = self.open(PUSH).await;
-        // It may be reset meanwhile.
+        // The relay may reset it meanwhile.
         let _ = within(stream.write_all(bytes)).await;
         let _ = within(stream.close()).await;
-        assert!(until_closed(stream).await.is_empty());
+        assert!(read_until_closed(stream).await.is_empty());
     }
 
-    /// The address of a reservation that the relay does not know by itself.
+    /// Reserves, and returns the address of the reservation that was reported to the relay.
     async fn reported(&mut self) -> Option<Multiaddr> {
         let mut stream = self.open(HOP).await;
         messages::write(&mut stream, &messages::reserve()).await;

@@ -1,5 +1,5 @@
-//! All that needs nothing but this crate: the program as a child process, the behaviour in swarms of the
-//! tests' own, and clients that say what they like.
+//! All tests that need only this crate: the program as a child process, the behaviour in swarms of the tests, and
+//! clients that send arbitrary bytes.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -7,15 +7,15 @@ mod common;
 mod access;
 mod accounts;
 mod addresses;
+mod admission;
 #[cfg(feature = "autonat")]
 mod autonat;
 mod backpressure;
 mod bandwidth;
+mod concurrency;
 mod config;
-mod crowd;
 #[cfg(feature = "dht")]
 mod dht;
-mod door;
 mod drain;
 mod embed;
 #[cfg(feature = "http")]

@@ -1,12 +1,13 @@
-//! A relay in a private network: whoever has its key is served, and nobody else gets anywhere.
+//! A relay in a private network: clients with its swarm key are served, and no others.
 
 use std::{fs, process::Stdio};
 
 use crate::common::{
-    PATIENCE, Relay, all_of,
-    by_hand::{proposal, say_and_hang_up, tcp},
+    Relay, TEST_TIMEOUT,
+    by_hand::{proposal, send_and_close, tcp},
     command,
     messages::{self, HopMessage},
+    read_stderr,
     swarms::{drive, until},
     wait_for, within,
 };
@@ -23,7 +24,7 @@ use tempfile::TempDir;
 
 const HOP: StreamProtocol = crate::common::HOP;
 
-/// A relay in the network of this key.
+/// A relay with this swarm key.
 fn relay(key: PreSharedKey) -> Relay {
     let folder = TempDir::new().unwrap();
     fs::write(folder.path().join("swarm.key"), key.to_key_file()).unwrap();
@@ -45,13 +46,13 @@ fn client(key: PreSharedKey) -> Swarm<libp2p_stream::Behaviour> {
         .with_behaviour(|_| libp2p_stream::Behaviour::new())
         .unwrap()
         .with_swarm_config(|config: swarm::Config| {
-            config.with_idle_connection_timeout(PATIENCE * 10)
+            config.with_idle_connection_timeout(TEST_TIMEOUT * 10)
         })
         .build()
 }
 
-/// Whether the relay lets in who has this key.
-async fn lets_in(relay: &Relay, key: PreSharedKey) -> bool {
+/// Whether a client with this key can connect.
+async fn admits(relay: &Relay, key: PreSharedKey) -> bool {
     let mut client = client(key);
     client.dial(relay.address.clone()).unwrap();
     until(&mut client, |event| match event {
@@ -62,8 +63,8 @@ async fn lets_in(relay: &Relay, key: PreSharedKey) -> bool {
     .await
 }
 
-/// Reserves as one who has the key.
-async fn reserves(relay: &Relay, key: PreSharedKey) {
+/// Connects with this key and reserves.
+async fn reserve_with(relay: &Relay, key: PreSharedKey) {
     let mut client = client(key);
     client.dial(relay.address.clone()).unwrap();
     let mut control = client.behaviour().new_control();
@@ -75,24 +76,24 @@ async fn reserves(relay: &Relay, key: PreSharedKey) {
 }
 
 #[tokio::test]
-async fn who_has_another_key_or_none_gets_nowhere() {
+async fn clients_with_another_key_or_none_cannot_connect() {
     let (ours, another) = (PreSharedKey::new([1; 32]), PreSharedKey::new([2; 32]));
     let relay = relay(ours);
-    let said = format!("private network {}: ", ours.fingerprint());
-    relay.wait_for_log(&said).await;
+    let expected = format!("private network {}: ", ours.fingerprint());
+    relay.wait_for_log(&expected).await;
     assert!(!relay.log().iter().any(|line| line.contains("0101010101")));
-    reserves(&relay, ours).await;
-    assert!(!lets_in(&relay, another).await);
-    // Who knows of no key, who hangs up within the nonce, who sends only that.
+    reserve_with(&relay, ours).await;
+    assert!(!admits(&relay, another).await);
+    // A client without pnet, one that closes within the nonce, one that sends only the nonce, one that sends zeros.
     let nonce = [7; 24];
     for bytes in [&proposal("/noise")[..], &nonce[..5], &nonce, &[0; 4096]] {
-        say_and_hang_up(tcp(&relay).await, bytes).await;
+        send_and_close(tcp(&relay).await, bytes).await;
     }
-    reserves(&relay, ours).await;
+    reserve_with(&relay, ours).await;
 }
 
 #[test]
-fn a_key_that_is_none_keeps_the_relay_from_starting() {
+fn an_invalid_swarm_key_prevents_the_start() {
     let folder = TempDir::new().unwrap();
     fs::write(folder.path().join("swarm.key"), "let me in").unwrap();
     for (file, problem) in [
@@ -106,9 +107,9 @@ fn a_key_that_is_none_keeps_the_relay_from_starting() {
             .spawn()
             .unwrap();
         assert_eq!(wait_for(&mut relay).code(), Some(1));
-        let said = all_of(&mut relay.stderr.take().unwrap());
+        let log = read_stderr(&mut relay.stderr.take().unwrap());
         let line = format!("relaylet: --swarm-key {file}: {problem}");
-        let ours: Vec<_> = said.lines().filter(|l| l.starts_with("relaylet: ")).collect();
-        assert!(ours.len() == 1 && ours[0].starts_with(&line), "{said}");
+        let ours: Vec<_> = log.lines().filter(|l| l.starts_with("relaylet: ")).collect();
+        assert!(ours.len() == 1 && ours[0].starts_with(&line), "{log}");
     }
 }

@@ -1,4 +1,4 @@
-//! The program as its operator meets it: flags, environment, key file, output, signals, limits.
+//! The program as an operator uses it: flags, environment, key file, output, signals, limits.
 
 use std::{
     fs::{self, File},
@@ -14,9 +14,9 @@ use std::{
 };
 
 use crate::common::{
-    Client, PATIENCE, Relay, Security,
-    by_hand::{self, proposal, say_and_hang_up, until_closed},
-    bystanders::comes_to_rest,
+    Client, Relay, Security, TEST_TIMEOUT,
+    by_hand::{self, proposal, read_until_closed, send_and_close},
+    bystanders::assert_idle_within_memory,
     circuit, command, messages, read_bytes, signal, source_and_target, wait_for,
 };
 use libp2p::{
@@ -25,7 +25,7 @@ use libp2p::{
 use tempfile::TempDir;
 use tokio::{net::TcpSocket, time::sleep};
 
-/// Each flag, and what it cannot be.
+/// Each flag, with an invalid value.
 const FLAGS: &[(&str, &str)] = &[
     ("--config", "/there/is/none.toml"),
     ("--listen", "/ip4/0.0.0.0/udp/4001"),
@@ -85,9 +85,9 @@ const FLAGS: &[(&str, &str)] = &[
 // ---- Flags and environment
 
 #[test]
-fn a_bad_flag_is_one_line_that_names_it() {
+fn an_invalid_flag_is_a_one_line_error_that_names_it() {
     for &(flag, value) in FLAGS {
-        // With `=`, because -1 would look like a flag of its own.
+        // With `=`, because -1 alone would be parsed as a flag.
         let line = refused(&[&format!("{flag}={value}")], &[]);
         assert!(line.contains(flag), "{flag} {value}: {line}");
     }
@@ -104,7 +104,7 @@ fn a_bad_flag_is_one_line_that_names_it() {
 }
 
 #[test]
-fn each_flag_is_in_the_environment_too() {
+fn each_flag_has_an_environment_variable() {
     for &(flag, value) in FLAGS {
         let name = flag.trim_start_matches("--").replace('-', "_").to_uppercase();
         let line = refused(&[], &[(&format!("RELAYLET_{name}"), value)]);
@@ -114,7 +114,7 @@ fn each_flag_is_in_the_environment_too() {
 
 #[cfg(not(feature = "dht"))]
 #[test]
-fn a_flag_of_a_feature_that_was_left_out_names_it() {
+fn a_flag_of_a_missing_feature_names_the_feature() {
     for flag in ["--dht", "--bootstrap=/ip4/127.0.0.1/tcp/1", "--dht-protocol=x"] {
         let line = refused(&[flag], &[]);
         let expected = "this relay was built without it; build it with the feature dht";
@@ -141,7 +141,7 @@ async fn a_flag_wins_over_the_environment_and_lists_have_commas() {
 }
 
 #[test]
-fn help_names_every_flag_and_the_version_is_said() {
+fn help_lists_every_flag_and_version_is_printed() {
     let help = output(&["--help"], &[]);
     assert!(help.status.success() && help.stderr.is_empty());
     let help = String::from_utf8(help.stdout).unwrap();
@@ -159,27 +159,27 @@ fn help_names_every_flag_and_the_version_is_said() {
     assert_eq!(String::from_utf8(version.stdout).unwrap(), expected);
 }
 
-// ---- Where it listens, and what it says of it
+// ---- Listen addresses, and their log lines
 
 #[tokio::test]
-async fn the_log_begins_with_who_it_is_where_and_what_a_circuit_may_carry() {
+async fn the_log_starts_with_identity_addresses_and_circuit_limits() {
     let relay = Relay::start(&[]);
     relay.wait_for_log("can be dialed from the internet").await;
-    // With all features there are lines of libp2p's.
+    // With all features libp2p logs lines as well.
     let is_own = |it: &String| it.contains(" relaylet::") || it.starts_with("listening on ");
     let log: Vec<_> = relay.log().into_iter().filter(is_own).collect();
     let first = |text: &str| log.iter().position(|line| line.contains(text));
-    let (who, key) = (first(&format!("is {}", relay.peer)), first("identity created: /"));
+    let (identity, key) = (first(&format!("is {}", relay.peer)), first("identity created: /"));
     let what = first("relays for anyone: 1024 slots, 1024 circuits at a time; a circuit may carry");
     let where_ = first(&format!("listening on {}", relay.address));
     let paste = first(&format!("clients on this machine reach it at {}", relay.address));
-    for line in [who, key, what, where_, paste] {
+    for line in [identity, key, what, where_, paste] {
         assert!(line.is_some_and(|line| line < 6), "{log:#?}");
     }
 }
 
 #[tokio::test]
-async fn announced_addresses_are_in_the_log_as_clients_need_them_and_need_no_warning() {
+async fn announced_addresses_are_logged_in_full_without_warning() {
     let announce =
         ["--announce=/dns4/relay.example.org/tcp/4001", "--announce=/ip4/8.8.8.8/tcp/4001"];
     let first = Relay::start(&announce);
@@ -199,7 +199,7 @@ async fn announced_addresses_are_in_the_log_as_clients_need_them_and_need_no_war
 }
 
 #[tokio::test]
-async fn settings_that_an_operator_may_regret_are_warned_about_with_the_remedy() {
+async fn risky_settings_are_warned_about_with_the_remedy() {
     let folder = TempDir::new().unwrap();
     let mut command = command(&folder);
     command.env("RELAYLET_COLOR", "1").args([
@@ -230,23 +230,23 @@ async fn both_wildcards_listen_on_one_port_at_once() {
         [format!("/ip4/127.0.0.1/tcp/{port}"), format!("/ip6/::1/tcp/{port}")]
             .map(|address| address.parse::<Multiaddr>().unwrap().with(Protocol::P2p(relay.peer)))
             .into();
-    let mut said = relay.address.clone();
+    let mut printed = relay.address.clone();
     for address in missing.clone() {
         let mut client =
             Client::connect_as(Keypair::generate_ed25519(), &address, Security::Noise).await;
         client.reserve().await;
     }
     loop {
-        missing.retain(|address| *address != said);
+        missing.retain(|address| *address != printed);
         if missing.is_empty() {
             break;
         }
-        said = relay.next_address();
+        printed = relay.next_address();
     }
 }
 
 #[test]
-fn standard_output_has_the_addresses_and_nothing_else() {
+fn standard_output_contains_only_the_addresses() {
     let mut relay = Relay::start_listening(&["--listen", "/ip4/0.0.0.0/tcp/0"]);
     relay.signal("TERM");
     assert!(relay.wait().success());
@@ -258,7 +258,7 @@ fn standard_output_has_the_addresses_and_nothing_else() {
 
 /// A container's log is what both pipes carry.
 #[tokio::test]
-async fn an_address_is_said_once_where_both_streams_are_collected() {
+async fn an_address_is_logged_once_where_both_streams_are_collected() {
     let relay = Relay::start(&[]);
     relay.wait_for_log("reach it at").await;
     assert_eq!(relay.count_in_log("listening on "), 1, "{:#?}", relay.log());
@@ -278,10 +278,10 @@ fn logged(flags: &[&str], is_journal: bool) -> String {
         .stdout(Stdio::null())
         .stderr(writer);
     let mut child = command.spawn().unwrap();
-    drop(command); // and with it the writing end
+    drop(command); // closes the writing end
     let mut lines = String::new();
     let mut line = BufReader::new(&mut reader);
-    // It runs until it has said all that it says at its start.
+    // It runs until its startup log is complete.
     while line.read_line(&mut lines).unwrap() > 0 {
         if lines.contains("can be dialed from the internet") {
             signal(child.id(), "INT");
@@ -314,7 +314,7 @@ fn the_journal_gets_priorities_and_anything_else_the_time() {
 }
 
 #[tokio::test]
-async fn nobody_has_to_read_standard_output() {
+async fn an_unread_standard_output_does_not_block() {
     let folder = TempDir::new().unwrap();
     let port = free_port();
     let listen = format!("/ip4/127.0.0.1/tcp/{port}");
@@ -327,7 +327,7 @@ async fn nobody_has_to_read_standard_output() {
     drop(child.stdout.take());
     let start = Instant::now();
     while tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_err() {
-        assert!(start.elapsed() < PATIENCE, "it does not listen");
+        assert!(start.elapsed() < TEST_TIMEOUT, "the relay does not listen");
         sleep(Duration::from_millis(20)).await;
     }
     signal(child.id(), "INT");
@@ -335,7 +335,7 @@ async fn nobody_has_to_read_standard_output() {
 }
 
 #[test]
-fn an_address_in_use_or_not_of_this_machine_is_one_line() {
+fn an_unusable_listen_address_is_a_one_line_error() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let taken = format!("/ip4/127.0.0.1/tcp/{}", taken_port(&taken));
     for address in [taken.as_str(), "/ip4/203.0.113.1/tcp/0"] {
@@ -344,10 +344,10 @@ fn an_address_in_use_or_not_of_this_machine_is_one_line() {
     }
 }
 
-// ---- Who it is
+// ---- Identity
 
 #[tokio::test]
-async fn the_key_is_made_once_for_its_owner_alone() {
+async fn the_key_is_created_once_and_only_its_owner_can_read_it() {
     let relay = Relay::start(&[]);
     let file = relay.folder.path().canonicalize().unwrap().join("relaylet.key");
     relay.wait_for_log(&format!("identity created: {}", file.display())).await;
@@ -364,7 +364,7 @@ async fn the_key_is_made_once_for_its_owner_alone() {
 }
 
 #[tokio::test]
-async fn keys_of_every_kind_are_taken() {
+async fn keys_of_every_type_are_accepted() {
     for keypair in [Keypair::generate_secp256k1(), Keypair::generate_ecdsa()] {
         let folder = with_key(&keypair.to_protobuf_encoding().unwrap());
         let relay = Relay::start_in(folder, &["--listen", "/ip4/127.0.0.1/tcp/0"]);
@@ -385,7 +385,7 @@ fn a_corrupt_key_is_never_overwritten() {
 }
 
 #[test]
-fn a_key_that_cannot_be_read_or_written_is_one_line() {
+fn an_unreadable_or_unwritable_key_is_a_one_line_error() {
     for identity in [".", "no/such/folder/relaylet.key", "/proc/relaylet.key"] {
         let line = failed(&["--identity", identity], &TempDir::new().unwrap());
         assert!(line.contains(&format!("--identity {identity}: ")), "{line}");
@@ -393,7 +393,7 @@ fn a_key_that_cannot_be_read_or_written_is_one_line() {
 }
 
 #[tokio::test]
-async fn a_key_that_others_can_read_is_a_warning() {
+async fn a_key_readable_by_others_is_a_warning() {
     let folder = with_key(&Keypair::generate_ed25519().to_protobuf_encoding().unwrap());
     let file = folder.path().join("relaylet.key");
     fs::set_permissions(file, fs::Permissions::from_mode(0o644)).unwrap();
@@ -401,16 +401,16 @@ async fn a_key_that_others_can_read_is_a_warning() {
     relay.wait_for_log("chmod 600 relaylet.key").await;
 }
 
-// ---- How it ends, and begins again
+// ---- Exit and restart
 
 #[tokio::test]
-async fn sigint_and_sigterm_end_it_well() {
-    for (name, said) in [("INT", "exiting: SIGINT"), ("TERM", "exiting: no connections are left")] {
+async fn sigint_and_sigterm_exit_cleanly() {
+    for (name, line) in [("INT", "exiting: SIGINT"), ("TERM", "exiting: no connections are left")] {
         let mut relay = Relay::start(&[]);
         Client::connect(&relay).await.reserve().await;
         relay.signal(name);
         assert!(relay.wait().success());
-        relay.wait_for_log(said).await;
+        relay.wait_for_log(line).await;
     }
 }
 
@@ -430,7 +430,7 @@ async fn after_kill_9_under_a_hundred_connections_its_port_is_bound_again_at_onc
 // ---- Limits on connections
 
 #[tokio::test]
-async fn connections_are_limited_for_each_address() {
+async fn connections_are_limited_per_address() {
     let relay = Relay::start(&["--max-connections-per-ip", "1"]);
     let _first = Client::connect(&relay).await;
     assert!(!is_served(by_hand::tcp(&relay).await).await);
@@ -447,7 +447,7 @@ async fn the_first_refusal_by_an_address_cap_is_a_warning() {
     let mut first = Client::connect(&relay).await;
     let mut second = Client::connect(&relay).await;
     first.reserve().await;
-    second.ask(&messages::reserve()).await;
+    second.request(&messages::reserve()).await;
     assert!(!is_served(by_hand::tcp(&relay).await).await);
     for flag in ["--max-reservations-per-ip", "--max-connections-per-ip"] {
         let line = relay.wait_for_log(flag).await;
@@ -457,17 +457,17 @@ async fn the_first_refusal_by_an_address_cap_is_a_warning() {
 }
 
 #[tokio::test]
-async fn handshakes_are_limited_and_end_after_their_time() {
+async fn handshakes_are_limited_and_time_out() {
     let relay = Relay::start(&["--max-handshakes", "1"]);
     let mut silent = by_hand::tcp(&relay).await;
     assert!(!is_served(by_hand::tcp(&relay).await).await);
-    until_closed(&mut silent).await;
+    read_until_closed(&mut silent).await;
     relay.wait_for_log("exceeded its time limit").await;
     Client::connect(&relay).await.reserve().await;
 }
 
 #[tokio::test]
-async fn without_open_files_it_serves_those_it_has_and_waits_for_some_and_says_so_once() {
+async fn out_of_file_descriptors_the_relay_keeps_serving_and_logs_once() {
     let folder = TempDir::new().unwrap();
     let mut limited = Command::new("sh");
     let program = env!("CARGO_BIN_EXE_relaylet");
@@ -479,24 +479,24 @@ async fn without_open_files_it_serves_those_it_has_and_waits_for_some_and_says_s
     let (mut there, mut back) = circuit(&mut source, &mut target).await;
 
     let crowd = future::join_all((0..60).map(|_| by_hand::tcp(&relay))).await;
-    let told = "accepting connections failed";
-    relay.wait_for_log(told).await;
+    let error = "accepting connections failed";
+    relay.wait_for_log(error).await;
     by_hand::send(&mut there, b"still here").await;
     assert_eq!(read_bytes(&mut back, 10).await, b"still here");
     target.reserve().await;
-    comes_to_rest(&relay).await;
+    assert_idle_within_memory(&relay).await;
     drop(crowd);
     Client::connect(&relay).await.reserve().await;
     assert!(source.kept_its_connection() && target.kept_its_connection());
     let log = relay.log();
-    assert_eq!(log.iter().filter(|line| line.contains(told)).count(), 1);
+    assert_eq!(log.iter().filter(|line| line.contains(error)).count(), 1);
 }
 
 // ---- Helpers
 
-/// Whether the relay says a word on this connection when asked for Noise.
+/// Whether the relay answers a proposal of Noise on this connection.
 async fn is_served(connection: TcpStream) -> bool {
-    !say_and_hang_up(connection, &proposal("/noise")).await.is_empty()
+    !send_and_close(connection, &proposal("/noise")).await.is_empty()
 }
 
 fn output(arguments: &[&str], environment: &[(&str, &str)]) -> Output {
@@ -506,7 +506,7 @@ fn output(arguments: &[&str], environment: &[(&str, &str)]) -> Output {
     output_of(&mut command)
 }
 
-/// Waits for the program to end by itself.
+/// Runs the program until it exits by itself.
 fn output_of(command: &mut Command) -> Output {
     let piped = command.stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = piped.spawn().unwrap();
@@ -514,7 +514,7 @@ fn output_of(command: &mut Command) -> Output {
     child.wait_with_output().unwrap()
 }
 
-/// Bad usage: the one line that says so. (An identity that cannot be is not usage but a failure.)
+/// The one line about invalid usage. An unusable identity is not a usage error, so its status is 1.
 fn refused(arguments: &[&str], environment: &[(&str, &str)]) -> String {
     let output = output(arguments, environment);
     let line = one_line(&output);
@@ -523,9 +523,9 @@ fn refused(arguments: &[&str], environment: &[(&str, &str)]) -> String {
     line
 }
 
-/// What keeps it from starting in `folder`, in one line.
+/// The one-line error that prevents a start in `folder`.
 fn failed(arguments: &[&str], folder: &TempDir) -> String {
-    // The log says who it is first; only what comes last is of interest.
+    // The log begins with the identity; only the error is of interest.
     let mut command = command(folder);
     let output = output_of(command.args(arguments).env("RUST_LOG", "off"));
     assert_eq!(output.status.code(), Some(1));
@@ -549,7 +549,7 @@ fn with_key(key: &[u8]) -> TempDir {
 
 fn free_port() -> u16 {
     static NEXT: AtomicU16 = AtomicU16::new(0);
-    // Below those that systems give to whoever asks for any, which is most of what runs beside.
+    // Below the ephemeral ports, which most other programs here use.
     let first = 10_000 + (std::process::id() % 10_000) as u16;
     loop {
         let port = first + NEXT.fetch_add(1, Ordering::Relaxed);

@@ -1,7 +1,6 @@
-//! Behind a proxy: who is believed when it says whose connection it brings, and what follows.
+//! The PROXY protocol: which clients may name another address, and how that address is used.
 //!
-//! The proxy is a forwarder of this test that writes a header in front, at 127.0.0.3; the clients
-//! are rust-libp2p.
+//! The proxy is a forwarder at 127.0.0.3 that sends a header first; the clients are rust-libp2p's.
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
@@ -10,7 +9,7 @@ use std::{
 
 use crate::common::{
     Client, Relay, Security,
-    by_hand::{proposal, say_and_hang_up, until_closed},
+    by_hand::{proposal, read_until_closed, send_and_close},
     command,
     messages::reserve,
     within,
@@ -30,10 +29,10 @@ const FROM_PROXY: &str = "--proxy-protocol-from=127.0.0.3/32";
 const RESERVATION_REFUSED: Option<i32> = Some(200);
 const RESOURCE_LIMIT_EXCEEDED: Option<i32> = Some(201);
 
-// ---- Whose connection it is
+// ---- The client address
 
 #[tokio::test]
-async fn both_versions_name_the_client_and_so_does_the_log() {
+async fn both_proxy_protocol_versions_give_the_client_address() {
     let relay = Relay::start(&[FROM_PROXY]);
     for (client, logged) in [
         ("192.0.2.7:1234", "/ip4/192.0.2.7/tcp/1234"),
@@ -41,8 +40,8 @@ async fn both_versions_name_the_client_and_so_does_the_log() {
         ("[::ffff:192.0.2.8]:1234", "/ip4/192.0.2.8/tcp/1234"),
     ] {
         for header in [v1(client), v2(client)] {
-            let through = proxy(&relay, header, Pace::AtOnce).await;
-            let mut client = connect(&through).await;
+            let address = proxy(&relay, header, Pace::AtOnce).await;
+            let mut client = connect(&address).await;
             client.reserve().await;
             let opened = format!("opened: peer {} at {logged}", client.peer);
             relay.wait_for_log(&opened).await;
@@ -51,13 +50,13 @@ async fn both_versions_name_the_client_and_so_does_the_log() {
 }
 
 #[tokio::test]
-async fn a_connection_of_the_proxys_own_is_the_proxys() {
+async fn a_local_connection_belongs_to_the_proxy() {
     let relay = Relay::start(&[FROM_PROXY]);
     let mut local = Vec::new();
     ProxyHeader::with_local().encode_v2(&mut local).unwrap();
     for header in [local, b"PROXY UNKNOWN\r\n".to_vec()] {
-        let through = proxy(&relay, header, Pace::AtOnce).await;
-        let mut client = connect(&through).await;
+        let address = proxy(&relay, header, Pace::AtOnce).await;
+        let mut client = connect(&address).await;
         client.reserve().await;
         let opened = format!("opened: peer {} at /ip4/{PROXY}/tcp/", client.peer);
         relay.wait_for_log(&opened).await;
@@ -65,29 +64,29 @@ async fn a_connection_of_the_proxys_own_is_the_proxys() {
 }
 
 #[tokio::test]
-async fn a_header_comes_in_pieces_or_with_what_follows() {
+async fn a_header_may_be_split_or_followed_by_data() {
     let relay = Relay::start(&[FROM_PROXY]);
     for header in [v1("192.0.2.7:1"), v2("192.0.2.7:1"), v2("[2001:db8::7]:1")] {
         for pace in [Pace::ByteByByte, Pace::WithTheFirstBytes] {
-            let through = proxy(&relay, header.clone(), pace).await;
-            connect(&through).await.reserve().await;
+            let address = proxy(&relay, header.clone(), pace).await;
+            connect(&address).await.reserve().await;
         }
     }
 }
 
 #[tokio::test]
-async fn an_extended_header_is_read_to_its_end() {
+async fn tlvs_of_a_header_are_skipped() {
     let relay = Relay::start(&[FROM_PROXY]);
     let mut header = header_of("192.0.2.7:1");
     header.append_tlv(Tlv::UniqueId(vec![7; 500].into()));
     let mut bytes = Vec::new();
     header.encode_v2(&mut bytes).unwrap();
-    let through = proxy(&relay, bytes, Pace::WithTheFirstBytes).await;
-    connect(&through).await.reserve().await;
+    let address = proxy(&relay, bytes, Pace::WithTheFirstBytes).await;
+    connect(&address).await.reserve().await;
 }
 
 #[tokio::test]
-async fn everyone_else_connects_as_ever() {
+async fn other_clients_connect_without_a_header() {
     let folder = TempDir::new().unwrap();
     let mut command = command(&folder);
     command
@@ -98,23 +97,23 @@ async fn everyone_else_connects_as_ever() {
     client.reserve().await;
     let opened = format!("opened: peer {} at /ip4/127.0.0.1/tcp/", client.peer);
     relay.wait_for_log(&opened).await;
-    let through = proxy(&relay, v2("192.0.2.7:1"), Pace::AtOnce).await;
-    connect(&through).await.reserve().await;
+    let address = proxy(&relay, v2("192.0.2.7:1"), Pace::AtOnce).await;
+    connect(&address).await.reserve().await;
 }
 
 #[tokio::test]
-async fn one_address_twice_is_two_connections() {
-    // A client may reach two ports of a proxy from one port of its own.
+async fn two_connections_may_have_the_same_client_address() {
+    // A client may connect to two ports of a proxy from one port of its own.
     let relay = Relay::start(&[FROM_PROXY]);
-    let through = proxy(&relay, v2("192.0.2.7:1"), Pace::AtOnce).await;
-    let mut in_handshake = by_hand_through(&relay, &v2("192.0.2.7:1")).await;
+    let address = proxy(&relay, v2("192.0.2.7:1"), Pace::AtOnce).await;
+    let mut in_handshake = connect_from_proxy(&relay, &v2("192.0.2.7:1")).await;
     let hello = proposal("/noise");
     in_handshake.write_all(&hello).await.unwrap();
     let mut answer = vec![0; hello.len()];
     within(in_handshake.read_exact(&mut answer)).await.unwrap();
 
     let clients = future::join_all((0..8).map(|_| async {
-        let mut client = connect(&through).await;
+        let mut client = connect(&address).await;
         client.reserve().await;
         client
     }));
@@ -122,47 +121,47 @@ async fn one_address_twice_is_two_connections() {
         client.reserve().await;
     }
     drop(in_handshake);
-    connect(&through).await.reserve().await;
+    connect(&address).await.reserve().await;
 }
 
-// ---- What is counted by address
+// ---- Limits by client address
 
 #[tokio::test]
-async fn caps_and_rules_see_the_client() {
+async fn caps_and_rules_apply_to_the_client_address() {
     let relay = Relay::start(&[
         FROM_PROXY,
         "--max-reservations-per-ip=1",
         "--max-connections-per-ip=2",
         "--deny-subnet=198.51.100.0/24",
     ]);
-    let through = async |client| proxy(&relay, v2(client), Pace::AtOnce).await;
-    let (one, other) = (through("192.0.2.7:1").await, through("192.0.2.8:1").await);
+    let address = async |client| proxy(&relay, v2(client), Pace::AtOnce).await;
+    let (one, other) = (address("192.0.2.7:1").await, address("192.0.2.8:1").await);
     let mut first = connect(&one).await;
     let mut second = connect(&one).await;
-    let mut elsewhere = connect(&other).await;
+    let mut at_other = connect(&other).await;
     first.reserve().await;
-    elsewhere.reserve().await;
-    assert_eq!(second.ask(&reserve()).await.status, RESERVATION_REFUSED);
+    at_other.reserve().await;
+    assert_eq!(second.request(&reserve()).await.status, RESERVATION_REFUSED);
 
-    let third = by_hand_through(&relay, &v2("192.0.2.7:2")).await;
+    let third = connect_from_proxy(&relay, &v2("192.0.2.7:2")).await;
     assert!(!is_served(third).await);
     let denied = "denied: /ip4/192.0.2.7/tcp/2: too many connections of 192.0.2.7";
     relay.wait_for_log(denied).await;
 
-    let unwanted = by_hand_through(&relay, &v2("198.51.100.7:1")).await;
-    assert!(!is_served(unwanted).await);
+    let from_denied = connect_from_proxy(&relay, &v2("198.51.100.7:1")).await;
+    assert!(!is_served(from_denied).await);
     relay.wait_for_log("denied: /ip4/198.51.100.7/tcp/1: the rules do not allow it").await;
 }
 
 #[tokio::test]
-async fn requests_are_counted_by_the_client() {
-    // Each peer may once a minute, their address ten times.
+async fn request_rates_apply_to_the_client_address() {
+    // The rate is one a minute for a peer, and ten a minute for an address.
     let relay = Relay::start(&[FROM_PROXY, "--reserve-rate=1"]);
     let one = proxy(&relay, v1("192.0.2.7:1"), Pace::AtOnce).await;
     let other = proxy(&relay, v1("192.0.2.8:1"), Pace::AtOnce).await;
     let refused = async {
         loop {
-            let answer = connect(&one).await.ask(&reserve()).await;
+            let answer = connect(&one).await.request(&reserve()).await;
             if answer.status != Some(100) {
                 return answer.status;
             }
@@ -172,10 +171,10 @@ async fn requests_are_counted_by_the_client() {
     connect(&other).await.reserve().await;
 }
 
-// ---- Who is not let in
+// ---- Connections that are closed
 
 #[tokio::test]
-async fn what_is_no_header_closes_the_connection_and_is_told_once() {
+async fn an_invalid_header_closes_the_connection_and_is_logged_once() {
     let relay = Relay::start(&[FROM_PROXY]);
     let noise = proposal("/noise");
     for bytes in [
@@ -187,13 +186,13 @@ async fn what_is_no_header_closes_the_connection_and_is_told_once() {
         b"\r\n\r\n\0\r\nQUIT\n\x31\x11\0\x0c\x01\x02\x03\x04\x05\x06\x07\x08\x01\x02\x03\x04",
         b"\r\n\r\n\0\r\nQUIT\n\x21\x11\xff\xff",
         b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x04\x01\x02\x03\x04",
-        b"PROXY TCP4 192.0.2.7 192.0", // and then nothing
+        b"PROXY TCP4 192.0.2.7 192.0", // then the connection is closed
     ] {
-        let connection = by_hand_through(&relay, bytes).await;
-        assert!(heard_until_closed(connection).await.is_empty());
+        let connection = connect_from_proxy(&relay, bytes).await;
+        assert!(read_until_end(connection).await.is_empty());
     }
-    let ended = by_hand_through(&relay, b"PROXY TCP4 192.0.2.7 192.0").await;
-    drop(ended);
+    let closed = connect_from_proxy(&relay, b"PROXY TCP4 192.0.2.7 192.0").await;
+    drop(closed);
     relay.wait_for_log("no PROXY protocol header: truncated").await;
     let log = relay.log();
     let warnings: Vec<_> = log.iter().filter(|line| line.contains(FLAG)).collect();
@@ -201,39 +200,39 @@ async fn what_is_no_header_closes_the_connection_and_is_told_once() {
         panic!("{warnings:#?}");
     };
     assert!(warning.contains(" WARN ") && warning.contains(PROXY), "{warning}");
-    let through = proxy(&relay, v1("192.0.2.7:1"), Pace::AtOnce).await;
-    connect(&through).await.reserve().await;
+    let address = proxy(&relay, v1("192.0.2.7:1"), Pace::AtOnce).await;
+    connect(&address).await.reserve().await;
 }
 
 const FLAG: &str = "or remove its address from --proxy-protocol-from";
 
 #[tokio::test]
-async fn a_header_from_elsewhere_closes_the_connection() {
+async fn a_header_from_an_untrusted_address_closes_the_connection() {
     let relay = Relay::start(&[FROM_PROXY]);
     for header in [v1("192.0.2.7:1"), v2("192.0.2.7:1"), v2("[2001:db8::7]:1")] {
         let stranger = TcpStream::connect(("127.0.0.1", relay.port()));
         let mut stranger = stranger.await.unwrap();
-        let with_more = [header, proposal("/noise"), proposal("/noise")].concat();
-        stranger.write_all(&with_more).await.unwrap();
-        assert!(heard_until_closed(stranger).await.is_empty());
+        let with_data = [header, proposal("/noise"), proposal("/noise")].concat();
+        stranger.write_all(&with_data).await.unwrap();
+        assert!(read_until_end(stranger).await.is_empty());
     }
     relay.wait_for_log("Received an invalid message").await;
     assert!(!relay.log().iter().any(|line| line.contains("192.0.2.7")));
 }
 
 #[tokio::test]
-async fn a_health_check_that_hangs_up_is_no_news() {
+async fn a_health_check_that_disconnects_is_not_logged() {
     let relay = Relay::start(&[FROM_PROXY]);
-    drop(by_hand_through(&relay, b"").await);
+    drop(connect_from_proxy(&relay, b"").await);
     relay.wait_for_log(&format!("connection failed: /ip4/{PROXY}/tcp/")).await;
     assert!(!relay.log().iter().any(|line| line.contains(FLAG)));
 }
 
 #[tokio::test]
-async fn a_header_that_dribbles_in_is_given_up() {
+async fn a_slow_header_times_out() {
     let relay = Relay::start(&[FROM_PROXY]);
-    let (mut reader, mut writer) = by_hand_through(&relay, b"").await.into_split();
-    let dribble = async {
+    let (mut reader, mut writer) = connect_from_proxy(&relay, b"").await.into_split();
+    let write_slowly = async {
         for byte in v2("[2001:db8::7]:1") {
             if writer.write_all(&[byte]).await.is_err() {
                 break;
@@ -242,31 +241,31 @@ async fn a_header_that_dribbles_in_is_given_up() {
         }
         future::pending::<()>().await
     };
-    let mut heard = Vec::new();
+    let mut received = Vec::new();
     tokio::select! {
-        _ = within(reader.read_to_end(&mut heard)) => {}
-        () = dribble => {}
+        _ = within(reader.read_to_end(&mut received)) => {}
+        () = write_slowly => {}
     }
-    assert!(heard.is_empty());
+    assert!(received.is_empty());
     relay.wait_for_log("no PROXY protocol header: timed out").await;
 }
 
 #[tokio::test]
-async fn silent_proxies_take_a_bounded_number_of_connections_from_nobody_else() {
+async fn silent_proxies_use_a_bounded_number_of_handshakes() {
     let relay = Relay::start(&[FROM_PROXY, "--max-handshakes=4"]);
     let mut silent = Vec::new();
     let full = || relay.log().iter().any(|line| line.contains("too many handshakes"));
     while !full() {
-        assert!(silent.len() < 1000, "any number of them is let in");
-        silent.push(by_hand_through(&relay, b"").await);
+        assert!(silent.len() < 1000, "their number is not limited");
+        silent.push(connect_from_proxy(&relay, b"").await);
         sleep(Duration::from_millis(10)).await;
     }
     Client::connect(&relay).await.reserve().await;
     for connection in silent {
-        assert!(heard_until_closed(connection).await.is_empty());
+        assert!(read_until_end(connection).await.is_empty());
     }
-    let through = proxy(&relay, v2("192.0.2.7:1"), Pace::AtOnce).await;
-    connect(&through).await.reserve().await;
+    let address = proxy(&relay, v2("192.0.2.7:1"), Pace::AtOnce).await;
+    connect(&address).await.reserve().await;
 }
 
 // ---- Helpers
@@ -279,7 +278,7 @@ enum Pace {
     WithTheFirstBytes,
 }
 
-/// A proxy in front of the relay, and what a client dials to get through it.
+/// Starts a proxy in front of the relay; returns the address that clients dial.
 async fn proxy(relay: &Relay, header: Vec<u8>, pace: Pace) -> Multiaddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();
@@ -318,7 +317,7 @@ async fn forward(
     Ok(())
 }
 
-/// A connection from where the proxy is.
+/// A connection from the proxy's address.
 async fn from_proxy(relay: u16) -> TcpStream {
     let socket = TcpSocket::new_v4().unwrap();
     socket.bind(SocketAddr::new(PROXY.parse().unwrap(), 0)).unwrap();
@@ -326,26 +325,26 @@ async fn from_proxy(relay: u16) -> TcpStream {
     within(connecting).await.expect("the relay listens")
 }
 
-/// As [`from_proxy`], with these bytes in front.
-async fn by_hand_through(relay: &Relay, bytes: &[u8]) -> TcpStream {
+/// As [`from_proxy`], with these bytes sent first.
+async fn connect_from_proxy(relay: &Relay, bytes: &[u8]) -> TcpStream {
     let mut connection = from_proxy(relay.port()).await;
     connection.write_all(bytes).await.unwrap();
     connection
 }
 
-async fn connect(through: &Multiaddr) -> Client {
-    Client::connect_as(Keypair::generate_ed25519(), through, Security::Noise).await
+async fn connect(address: &Multiaddr) -> Client {
+    Client::connect_as(Keypair::generate_ed25519(), address, Security::Noise).await
 }
 
-/// What the relay says until it closes the connection.
-async fn heard_until_closed(connection: TcpStream) -> Vec<u8> {
-    until_closed(libp2p::tcp::tokio::TcpStream(connection)).await
+/// Reads until the relay closes the connection.
+async fn read_until_end(connection: TcpStream) -> Vec<u8> {
+    read_until_closed(libp2p::tcp::tokio::TcpStream(connection)).await
 }
 
-/// Whether the relay says a word on this connection when asked for Noise.
+/// Whether the relay answers a proposal of Noise on this connection.
 async fn is_served(connection: TcpStream) -> bool {
     let connection = libp2p::tcp::tokio::TcpStream(connection);
-    !say_and_hang_up(connection, &proposal("/noise")).await.is_empty()
+    !send_and_close(connection, &proposal("/noise")).await.is_empty()
 }
 
 fn header_of(client: &str) -> ProxyHeader<'static> {

@@ -1,7 +1,6 @@
-//! The behaviour beside QUIC, in the swarm that the example makes: reserved on over QUIC, and reached
-//! over QUIC and over TCP.
+//! The behaviour beside QUIC, in the swarm of the example: reservations over QUIC, and circuits over QUIC and TCP.
 
-#[allow(dead_code, reason = "its `main` is for whoever runs it")]
+#[allow(dead_code, reason = "its `main` is not used here")]
 #[path = "../quic/relay.rs"]
 mod example;
 
@@ -16,7 +15,7 @@ use libp2p::{
     tcp, yamux,
 };
 
-/// A client: rust-libp2p's, on TCP and QUIC.
+/// A rust-libp2p client over TCP and QUIC.
 #[derive(NetworkBehaviour)]
 struct Parts {
     relay: relay::client::Behaviour,
@@ -36,14 +35,14 @@ fn client() -> Swarm<Parts> {
         .build()
 }
 
-/// The example's swarm, running; its address on TCP, and that on QUIC.
+/// Runs the example's swarm; returns its TCP and its QUIC address.
 async fn relay() -> [Multiaddr; 2] {
     let keypair = Keypair::generate_ed25519();
     let mut swarm = example::swarm(keypair, relaylet::Config::default()).unwrap();
     let mut addresses = Vec::new();
     for address in ["/ip4/127.0.0.1/tcp/0", "/ip4/127.0.0.1/udp/0/quic-v1"] {
         let address = listen(&mut swarm, address.parse().unwrap()).await;
-        // Clients are told of it at once, and need not be asked where they reached it.
+        // Set here, so that the relay does not depend on observed addresses.
         swarm.add_external_address(address.clone());
         addresses.push(address.with_p2p(*swarm.local_peer_id()).unwrap());
     }
@@ -51,15 +50,15 @@ async fn relay() -> [Multiaddr; 2] {
     addresses.try_into().unwrap()
 }
 
-/// A client that holds a slot which it reserved at this address of the relay.
+/// Starts a client that holds a slot, reserved at this address of the relay.
 async fn target(relay: &Multiaddr) -> PeerId {
     let mut swarm = client();
     let circuit = relay.clone().with(Protocol::P2pCircuit);
     swarm.listen_on(circuit).unwrap();
-    let mut over = None;
+    let mut reserved_over = None;
     until(&mut swarm, |event| {
         match event {
-            SwarmEvent::ConnectionEstablished { endpoint, .. } => over = Some(endpoint),
+            SwarmEvent::ConnectionEstablished { endpoint, .. } => reserved_over = Some(endpoint),
             SwarmEvent::Behaviour(PartsEvent::Relay(
                 relay::client::Event::ReservationReqAccepted { .. },
             )) => return Some(()),
@@ -68,14 +67,14 @@ async fn target(relay: &Multiaddr) -> PeerId {
         None
     })
     .await;
-    assert_eq!(over.expect("a connection").get_remote_address(), relay);
+    assert_eq!(reserved_over.expect("a connection").get_remote_address(), relay);
     let peer = *swarm.local_peer_id();
     drive(swarm);
     peer
 }
 
-/// Whether a ping comes back over a circuit that begins at this address of the relay.
-async fn pings(relay: &Multiaddr, target: PeerId) {
+/// Asserts that a ping is answered over a circuit through this address of the relay.
+async fn assert_pings(relay: &Multiaddr, target: PeerId) {
     let mut swarm = client();
     let circuit = relay.clone().with(Protocol::P2pCircuit);
     swarm.dial(circuit.with(Protocol::P2p(target))).unwrap();
@@ -102,16 +101,16 @@ async fn pings(relay: &Multiaddr, target: PeerId) {
 }
 
 #[tokio::test]
-async fn a_slot_reserved_over_quic_is_reached_over_quic_and_over_tcp() {
+async fn a_slot_reserved_over_quic_is_reachable_over_quic_and_tcp() {
     let [tcp, quic] = relay().await;
     let target = target(&quic).await;
-    pings(&quic, target).await;
-    pings(&tcp, target).await;
+    assert_pings(&quic, target).await;
+    assert_pings(&tcp, target).await;
 }
 
 #[tokio::test]
-async fn a_slot_reserved_over_tcp_is_reached_over_quic() {
+async fn a_slot_reserved_over_tcp_is_reachable_over_quic() {
     let [tcp, quic] = relay().await;
     let target = target(&tcp).await;
-    pings(&quic, target).await;
+    assert_pings(&quic, target).await;
 }

@@ -1,12 +1,12 @@
-//! The walks in `src/lib.rs`: each file that they name exists, and each function is in the file named before it.
+//! The walk-throughs in `src/lib.rs`: each file that they name exists, and each function is in the file named before.
 
 use std::{collections::HashSet, fs, path::PathBuf};
 
-/// The most lines of both walks together.
+/// The most lines of both walk-throughs together.
 const MOST_LINES: usize = 120;
 
 #[test]
-fn the_walks_through_the_source_name_files_and_functions_that_exist() {
+fn the_walk_throughs_name_existing_files_and_functions() {
     let source = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("src");
     let documentation = fs::read_to_string(source.join("lib.rs")).unwrap();
     let lines = documentation.lines().map_while(|line| line.strip_prefix("//!"));

@@ -1,11 +1,11 @@
-//! Clients that end and come back, well or badly: what becomes of their slots.
+//! Clients that exit or crash and come back: what happens to their slots.
 
 use std::time::{Duration, Instant};
 
 use crate::common::{
     Client, Relay,
+    client_process::{Process, Role},
     messages::{connect, reserve},
-    process::{Process, Role},
     within,
 };
 use libp2p::identity::Keypair;
@@ -16,12 +16,12 @@ const RESERVATION_REFUSED: Option<i32> = Some(200);
 const SLOTS: usize = 8;
 
 #[tokio::test]
-async fn a_client_that_is_killed_makes_room_for_the_next() {
+async fn a_killed_client_frees_its_slot() {
     let relay = Relay::start(&["--max-reservations=1"]);
-    let killed = Process::that_reserves(&relay.address).await;
+    let killed = Process::start_and_reserve(&relay.address).await;
     killed.signal("KILL");
-    let left = format!("grace began: peer {}", killed.peer);
-    relay.wait_for_log(&left).await;
+    let began = format!("grace began: peer {}", killed.peer);
+    relay.wait_for_log(&began).await;
     let mut next = Client::connect(&relay).await;
     next.reserve().await;
     let taken = format!("taken by {}", next.peer);
@@ -33,61 +33,61 @@ async fn a_client_that_flaps_within_grace_keeps_its_slot() {
     let relay = Relay::start(&["--max-reservations=2"]);
     let keypair = Keypair::generate_ed25519();
     for round in 0..=5 {
-        let client = come_back(&relay, &keypair).await;
+        let client = reconnect(&relay, &keypair).await;
         client.signal("KILL");
-        let left = format!("grace began: peer {}", client.peer);
-        until_said(&relay, &left, round + 1).await;
+        let began = format!("grace began: peer {}", client.peer);
+        wait_for_count(&relay, &began, round + 1).await;
     }
-    assert_eq!(said(&relay, "reservation granted"), 1);
-    assert_eq!(said(&relay, "reservation renewed"), 5);
-    assert_eq!(said(&relay, "slot freed"), 0);
+    assert_eq!(count_logged(&relay, "reservation granted"), 1);
+    assert_eq!(count_logged(&relay, "reservation renewed"), 5);
+    assert_eq!(count_logged(&relay, "slot freed"), 0);
 }
 
 #[tokio::test]
-async fn two_hundred_restarts_under_one_identity_take_one_slot() {
+async fn two_hundred_restarts_with_one_identity_use_one_slot() {
     let relay = Relay::start(&["--max-reservations=1", "--reserve-rate=0"]);
     let keypair = Keypair::generate_ed25519();
     let mut frozen = None;
     for round in 0..200 {
-        let client = come_back(&relay, &keypair).await;
-        frozen = end(client, round);
+        let client = reconnect(&relay, &keypair).await;
+        frozen = kill_or_freeze(client, round);
     }
     drop(frozen);
-    assert_eq!(said(&relay, "reservation granted"), 1);
-    assert_eq!(said(&relay, "reservation renewed"), 199);
-    assert_eq!(said(&relay, "slot freed"), 0);
+    assert_eq!(count_logged(&relay, "reservation granted"), 1);
+    assert_eq!(count_logged(&relay, "reservation renewed"), 199);
+    assert_eq!(count_logged(&relay, "slot freed"), 0);
 }
 
 #[tokio::test]
-async fn two_hundred_restarts_under_new_identities_go_through_eight_slots() {
-    // These come every few hundredths of a second, so the relay looks as often.
-    // Without a heartbeat, the slot of a frozen client is free only if the relay probes it for a newcomer.
+async fn two_hundred_restarts_with_new_identities_share_eight_slots() {
+    // Clients start every few hundredths of a second, so the sweep runs as often. Without a heartbeat, the slot of a
+    // frozen client is freed only when the relay probes it for a newcomer.
     let flags = "--max-reservations=8 --reserve-rate=0 --probe-after=100ms --probe=1s --sweep=50ms --heartbeat=0s";
     let relay = Relay::start(&flags.split(' ').collect::<Vec<_>>());
-    // Nobody hears of those that are frozen, but their sockets are open as long as they are here.
+    // Frozen clients keep their sockets open until they are dropped here.
     let mut frozen = Vec::new();
     for round in 0..200 {
-        let client = gets_a_slot(&relay).await;
-        frozen.extend(end(client, round));
+        let client = start_until_reserved(&relay).await;
+        frozen.extend(kill_or_freeze(client, round));
         let since_reclaimed = frozen.len().saturating_sub(SLOTS + 1);
         frozen.drain(..since_reclaimed);
     }
-    assert_eq!(said(&relay, "reservation granted"), 200);
+    assert_eq!(count_logged(&relay, "reservation granted"), 200);
 }
 
-/// At the pace of a client that takes a moment to start, so that whoever was frozen has been silent
-/// for the default ten seconds by the time its slot is wanted.
+/// Clients start at a realistic pace: a frozen one has been silent for the default ten seconds by the time its slot is
+/// needed.
 #[tokio::test]
-async fn restarts_under_new_identities_get_through_with_every_default_on() {
+async fn restarts_with_new_identities_succeed_with_default_settings() {
     const PACE: Duration = Duration::from_millis(1500);
     let relay = Relay::start(&["--max-reservations=8"]);
     let mut frozen = Vec::new();
     for round in 0..3 * SLOTS {
-        let client = gets_a_slot(&relay).await;
-        frozen.extend(end(client, round));
+        let client = start_until_reserved(&relay).await;
+        frozen.extend(kill_or_freeze(client, round));
         tokio::time::sleep(PACE).await;
     }
-    // Probed because a newcomer waited, and not by the heartbeat, which takes a minute.
+    // The probes were sent for waiting newcomers, and not by the heartbeat, which takes a minute.
     let log = relay.log().into_iter();
     let silences = log.filter_map(|line| {
         let silence = line.split_once("peer silent: ")?.1.split_once("nothing heard for ")?.1;
@@ -98,28 +98,27 @@ async fn restarts_under_new_identities_get_through_with_every_default_on() {
 }
 
 #[tokio::test]
-async fn a_newcomer_to_a_full_table_is_refused_and_nobody_is_harmed() {
+async fn a_newcomer_to_a_full_table_is_refused_and_no_slot_is_lost() {
     let relay = Relay::start(&["--max-reservations=2", "--probe-after=0s"]);
     let holders = [
-        Process::that_reserves(&relay.address).await,
-        Process::that_reserves(&relay.address).await,
+        Process::start_and_reserve(&relay.address).await,
+        Process::start_and_reserve(&relay.address).await,
     ];
     let mut newcomer = Client::connect(&relay).await;
     let start = Instant::now();
-    assert_eq!(newcomer.ask(&reserve()).await.status, RESERVATION_REFUSED);
-    // The relay's own time is a second or so; js-libp2p waits 5 s from its dial on.
+    assert_eq!(newcomer.request(&reserve()).await.status, RESERVATION_REFUSED);
+    // The relay takes about a second; js-libp2p gives up 5 s after its dial.
     println!("a newcomer to a full table is refused after {:?}", start.elapsed());
-    assert_ne!(said(&relay, "probe sent"), 0);
-    assert_eq!(said(&relay, "peer silent"), 0);
+    assert_ne!(count_logged(&relay, "probe sent"), 0);
+    assert_eq!(count_logged(&relay, "peer silent"), 0);
     for holder in holders {
-        assert_eq!(newcomer.ask(&connect(holder.peer)).await.status, OK);
+        assert_eq!(newcomer.request(&connect(holder.peer)).await.status, OK);
     }
 }
 
-/// A new peer, with a slot. A relay that is starved of time judges nobody in it, so one that is refused makes room
-/// for another.
-async fn gets_a_slot(relay: &Relay) -> Process {
-    let tried = async {
+/// Starts new peers until one gets a slot: a relay that gets no CPU defers timeouts and refuses.
+async fn start_until_reserved(relay: &Relay) -> Process {
+    let attempts = async {
         loop {
             let client = Process::start(&relay.address, Role::default()).await;
             match client.status {
@@ -128,19 +127,19 @@ async fn gets_a_slot(relay: &Relay) -> Process {
             }
         }
     };
-    within(tried).await
+    within(attempts).await
 }
 
-/// The owner of `keypair`, with its slot.
-async fn come_back(relay: &Relay, keypair: &Keypair) -> Process {
+/// Starts a client with this identity, which gets its slot.
+async fn reconnect(relay: &Relay, keypair: &Keypair) -> Process {
     let role = Role { keypair: Some(keypair.clone()), ..Role::default() };
     let client = Process::start(&relay.address, role).await;
     assert_eq!(client.status, OK);
     client
 }
 
-/// Every other time the client is killed, and its kernel says so; else it freezes, and nobody does.
-fn end(client: Process, round: usize) -> Option<Process> {
+/// Kills the client in even rounds, so that its connection closes; freezes it in odd ones, so that it stays open.
+fn kill_or_freeze(client: Process, round: usize) -> Option<Process> {
     if round.is_multiple_of(2) {
         client.signal("KILL");
         return None;
@@ -149,14 +148,14 @@ fn end(client: Process, round: usize) -> Option<Process> {
     Some(client)
 }
 
-fn said(relay: &Relay, text: &str) -> usize {
+fn count_logged(relay: &Relay, text: &str) -> usize {
     let log = relay.log();
     log.iter().filter(|line| line.contains(text)).count()
 }
 
-async fn until_said(relay: &Relay, text: &str, times: usize) {
+async fn wait_for_count(relay: &Relay, text: &str, times: usize) {
     let count = async {
-        while said(relay, text) < times {
+        while count_logged(relay, text) < times {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     };

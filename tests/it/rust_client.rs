@@ -1,4 +1,4 @@
-//! rust-libp2p's own relay client, on its own TCP and yamux, against the running program.
+//! rust-libp2p's relay client over its own TCP and yamux, against the running program.
 
 use std::time::Duration;
 
@@ -32,7 +32,7 @@ fn client(security: Security) -> Swarm<Parts> {
         stream: libp2p_stream::Behaviour::new(),
         ping: ping::Behaviour::default(),
     };
-    // The circuit's own inner connection is secured with the same.
+    // The connection inside the circuit uses the same secure channel.
     match security {
         Security::Noise => builder
             .with_tcp(tcp::Config::default(), noise::Config::new, yamux::Config::default)
@@ -53,21 +53,21 @@ fn client(security: Security) -> Swarm<Parts> {
     }
 }
 
-/// A client that holds a reservation and echoes what comes on [`ECHO`].
+/// Starts a client that holds a reservation and echoes what arrives on [`ECHO`].
 async fn target(relay: &Relay, security: Security) -> PeerId {
     let mut swarm = client(security);
     let circuit = relay.address.clone().with(Protocol::P2pCircuit);
     swarm.listen_on(circuit).unwrap();
-    let (mut accepted, mut told) = (false, None);
+    let (mut accepted, mut listening) = (false, None);
     until(&mut swarm, |event| {
         match event {
             SwarmEvent::Behaviour(PartsEvent::Relay(
                 relay::client::Event::ReservationReqAccepted { renewal, .. },
             )) => accepted = !renewal,
-            SwarmEvent::NewListenAddr { address, .. } => told = Some(address),
+            SwarmEvent::NewListenAddr { address, .. } => listening = Some(address),
             _ => {}
         }
-        (accepted && told.is_some()).then_some(())
+        (accepted && listening.is_some()).then_some(())
     })
     .await;
     let peer = *swarm.local_peer_id();
@@ -76,17 +76,17 @@ async fn target(relay: &Relay, security: Security) -> PeerId {
     peer
 }
 
-fn through(relay: &Relay, target: PeerId) -> Multiaddr {
+fn circuit_address(relay: &Relay, target: PeerId) -> Multiaddr {
     let circuit = relay.address.clone().with(Protocol::P2pCircuit);
     circuit.with(Protocol::P2p(target))
 }
 
-/// Connects two clients through the relay, and carries a megabyte there and back.
+/// Connects two clients through the relay, and transfers a megabyte in both directions.
 async fn reserve_connect_and_echo(security: Security) {
     let relay = Relay::start(&["--circuit-bytes", "0", "--circuit-duration", "0s"]);
     let target = target(&relay, security).await;
     let mut source = client(security);
-    source.dial(through(&relay, target)).unwrap();
+    source.dial(circuit_address(&relay, target)).unwrap();
     let endpoint = until(&mut source, |event| match event {
         SwarmEvent::ConnectionEstablished { peer_id, endpoint, .. } if peer_id == target => {
             Some(endpoint)
@@ -110,21 +110,21 @@ async fn reserve_connect_and_echo(security: Security) {
     let mut received = Vec::new();
     let ((), read) = within(async { tokio::join!(write, reader.read_to_end(&mut received)) }).await;
     read.unwrap();
-    assert!(sent == received, "what came back differs from what was sent");
+    assert!(sent == received, "the echo differs from what was sent");
 }
 
 #[tokio::test]
-async fn over_noise_they_reserve_connect_and_carry_a_megabyte() {
+async fn over_noise_clients_reserve_connect_and_transfer_a_megabyte() {
     reserve_connect_and_echo(Security::Noise).await;
 }
 
 #[tokio::test]
-async fn over_tls_they_reserve_connect_and_carry_a_megabyte() {
+async fn over_tls_clients_reserve_connect_and_transfer_a_megabyte() {
     reserve_connect_and_echo(Security::Tls).await;
 }
 
 #[tokio::test]
-async fn they_renew_before_the_term_is_over() {
+async fn clients_renew_before_the_term_ends() {
     let relay = Relay::start(&["--reservation-ttl", "4s", "--max-reservations", "1"]);
     let mut swarm = client(Security::Noise);
     let circuit = relay.address.clone().with(Protocol::P2pCircuit);
@@ -136,7 +136,7 @@ async fn they_renew_before_the_term_is_over() {
                 relay::client::Event::ReservationReqAccepted { renewal, limit, .. },
             )) => {
                 renewals += u32::from(renewal);
-                let limit = limit.expect("the default limits are told");
+                let limit = limit.expect("the default limits are sent");
                 assert_eq!(limit.data_in_bytes(), Some(128 * 1024));
                 assert_eq!(limit.duration(), Some(Duration::from_secs(120)));
             }
@@ -149,7 +149,7 @@ async fn they_renew_before_the_term_is_over() {
 }
 
 #[tokio::test]
-async fn a_refusal_ends_their_listener() {
+async fn a_refusal_closes_the_clients_listener() {
     let relay = Relay::start(&["--max-reservations", "1"]);
     let _holder = target(&relay, Security::Noise).await;
     let mut newcomer = client(Security::Noise);
@@ -163,7 +163,7 @@ async fn a_refusal_ends_their_listener() {
     assert!(reason.is_err(), "{reason:?}");
 }
 
-/// RSA is what old nodes of IPFS have, 2,048 bits mostly.
+/// Old IPFS nodes have RSA keys, mostly of 2,048 bits.
 #[tokio::test]
 async fn a_client_with_the_longest_rsa_key_gets_a_slot() {
     let relay = Relay::start(&[]);
@@ -172,6 +172,6 @@ async fn a_client_with_the_longest_rsa_key_gets_a_slot() {
         let key = Keypair::rsa_from_pkcs8(&mut key).expect("a key");
         let mut client = Client::connect_as(key, &relay.address, security).await;
         client.reserve().await;
-        client.leave().await;
+        client.disconnect().await;
     }
 }

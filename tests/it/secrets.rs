@@ -1,4 +1,4 @@
-//! What becomes of the relay's keys: in its memory, and on the disk.
+//! The relay's secret keys: in its memory, and on the disk.
 
 use std::{
     fs::{self, File},
@@ -12,17 +12,17 @@ use crate::common::{
 use libp2p::{identity::Keypair, pnet::PreSharedKey};
 use tempfile::TempDir;
 
-/// The first bytes of freed memory are the allocator's, which writes its lists there.
-const OF_THE_ALLOCATOR: usize = 20;
+/// The allocator overwrites the first bytes of freed memory with its lists.
+const OVERWRITTEN: usize = 20;
 
-/// How many bytes make a coincidence impossible.
+/// How many bytes rule out a coincidence.
 const ENOUGH: usize = 24;
 
 #[tokio::test]
-async fn what_was_read_from_key_files_is_not_left_in_memory() {
+async fn key_file_contents_are_wiped_from_memory() {
     let folder = TempDir::new().unwrap();
-    // In memory the scalar of such a key has its bytes in another order than in the file. An Ed25519
-    // key is the same in both.
+    // An ECDSA key has another byte order in memory than in the file; an Ed25519 key has the same, so that the live key
+    // would be found.
     let identity = Keypair::generate_ecdsa().to_protobuf_encoding().unwrap();
     let swarm_key = PreSharedKey::new(std::array::from_fn(|at| at as u8)).to_key_file();
     let certificate = Certificate::new();
@@ -32,27 +32,27 @@ async fn what_was_read_from_key_files_is_not_left_in_memory() {
     let mut flags = vec![LISTEN_TLS, "--swarm-key=swarm.key"];
     flags.extend(CERTIFICATE);
     let relay = Relay::start_in(folder, &flags);
-    // With a line break: the decoder of PEM, which is a library's, leaves the text without any.
+    // With the line break: the PEM decoder, a library, keeps a copy without line breaks.
     let pem = certificate.key.find("KEY-----\n").unwrap();
     for (name, file) in [
-        ("identity", &identity[OF_THE_ALLOCATOR..]),
+        ("identity", &identity[OVERWRITTEN..]),
         ("swarm key", &swarm_key.as_bytes()[swarm_key.len() - ENOUGH - 8..]),
         ("TLS key", &certificate.key.as_bytes()[pem..]),
     ] {
         let secret = &file[..ENOUGH];
         assert_eq!(count_in_memory(relay.pid(), secret), 0, "{name}");
     }
-    // It is the right memory that is looked at.
+    // The search itself works: it finds the peer id.
     let peer = relay.peer.to_string();
     assert!(count_in_memory(relay.pid(), peer.as_bytes()) > 0);
 }
 
 #[tokio::test]
-async fn the_secrets_of_tls_sessions_are_never_written() {
+async fn tls_session_secrets_are_never_logged() {
     let folder = TempDir::new().unwrap();
     let file = folder.path().join("sessions");
     let mut command = command(&folder);
-    // Behind the name of the program: it is executed anew with the same arguments.
+    // The flags are kept: the program executes itself again with the same arguments.
     command.args(["--listen", "/ip4/127.0.0.1/tcp/0", "--max-reservations=7"]);
     command.env("SSLKEYLOGFILE", &file);
     let mut relay = Relay::run(command, folder);
@@ -60,14 +60,14 @@ async fn the_secrets_of_tls_sessions_are_never_written() {
         Client::connect_as(Keypair::generate_ed25519(), &relay.address, Security::Tls).await;
     client.reserve().await;
     assert!(!file.exists());
-    // It is the same process: a service manager goes on watching it.
-    assert!(relay.runs());
+    // The process id is unchanged, as a service manager expects.
+    assert!(relay.is_running());
     relay.wait_for_log("relays for anyone: 7 slots").await;
     let environment = fs::read(format!("/proc/{}/environ", relay.pid())).unwrap();
     assert!(!String::from_utf8_lossy(&environment).contains("SSLKEYLOGFILE"));
 }
 
-/// How often these bytes stand in the memory that a process can write to.
+/// How often these bytes occur in the writable memory of a process.
 fn count_in_memory(pid: u32, wanted: &[u8]) -> usize {
     let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
     let memory = File::open(format!("/proc/{pid}/mem")).expect("the right to trace a child");
@@ -79,7 +79,7 @@ fn count_in_memory(pid: u32, wanted: &[u8]) -> usize {
     });
     let count = |(from, to): (u64, u64)| {
         let mut bytes = vec![0; (to - from) as usize];
-        // Some regions are the kernel's.
+        // Some regions belong to the kernel and cannot be read.
         let read = memory.read_exact_at(&mut bytes, from).is_ok();
         let found = |window: &&[u8]| *window == wanted;
         if read { bytes.windows(wanted.len()).filter(found).count() } else { 0 }

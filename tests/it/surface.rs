@@ -1,8 +1,7 @@
-//! All that users of the program rely on by name, held to the files in `tests/surface`: what it prints, every
-//! flag, variable and key of the file, metrics, fields of the JSON, exit codes.
+//! The names that users of the program rely on, compared with the files in `tests/surface`: help, messages, flags,
+//! variables, configuration keys, metrics, status fields, exit codes.
 //!
-//! To accept a change run `UPDATE_SURFACE=1 cargo test --all-features --test it surface`; say why in
-//! the commit.
+//! To accept a change run `UPDATE_SURFACE=1 cargo test --all-features --test it surface`, and explain it in the commit.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -14,9 +13,9 @@ use std::{
 };
 
 use crate::common::{
-    Client, PATIENCE, Relay, circuit, command,
+    Client, Relay, TEST_TIMEOUT, circuit, command,
     http::{get, port},
-    play,
+    scenario,
 };
 use serde_json::Value;
 use tempfile::TempDir;
@@ -26,20 +25,21 @@ const FILES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/surface");
 
 const CONFIG: &str = "relaylet.toml";
 
-/// A value that no setting but a free text takes.
-const WRONG: &str = "%";
+/// A value that is invalid except for free text.
+const INVALID: &str = "%";
 
-/// Fails unless `is` is what the file of this name has; with `UPDATE_SURFACE` writes the file.
-fn hold(name: &str, is: &str) {
+/// Asserts that `is` equals the file of this name; with `UPDATE_SURFACE` writes the file.
+fn assert_golden(name: &str, actual: &str) {
     let file = Path::new(FILES).join(name);
     if env::var_os("UPDATE_SURFACE").is_some() {
         fs::create_dir_all(FILES).unwrap();
-        fs::write(&file, is).unwrap();
+        fs::write(&file, actual).unwrap();
     }
-    let was = fs::read_to_string(&file).unwrap_or_default();
-    let (before, now): (BTreeSet<_>, BTreeSet<_>) = (was.lines().collect(), is.lines().collect());
+    let expected = fs::read_to_string(&file).unwrap_or_default();
+    let (before, now): (BTreeSet<_>, BTreeSet<_>) =
+        (expected.lines().collect(), actual.lines().collect());
     assert!(
-        was == is,
+        expected == actual,
         "tests/surface/{name} differs.\nno longer there: {:#?}\nnew: {:#?}",
         before.difference(&now).collect::<Vec<_>>(),
         now.difference(&before).collect::<Vec<_>>()
@@ -62,8 +62,8 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8(bytes.to_vec()).unwrap()
 }
 
-/// The number of threads is the machine's.
-fn on_any_machine(printed: &str) -> String {
+/// Replaces the number of threads, which depends on the machine.
+fn without_threads(printed: &str) -> String {
     let line = |line: &str| match line.starts_with("# threads = ") {
         true => "# threads = (half of the cores)\n".into(),
         false => format!("{line}\n"),
@@ -75,7 +75,7 @@ fn help() -> String {
     text(&run(&["--help"], &[], None).stdout)
 }
 
-/// The flags as help has them, and the hidden one: name and what it takes.
+/// The name and the value's placeholder of each flag in the help text, and of the hidden one.
 fn flags() -> Vec<(String, String)> {
     let help = help();
     let usages = help.lines().filter_map(|line| line.strip_prefix("    "));
@@ -90,8 +90,8 @@ fn flags() -> Vec<(String, String)> {
     flags
 }
 
-/// A value that a setting of this kind takes.
-fn right(takes: &str) -> &'static str {
+/// A valid value for this placeholder.
+fn valid(takes: &str) -> &'static str {
     match takes {
         "" => "true",
         "<N>" => "77",
@@ -104,15 +104,15 @@ fn right(takes: &str) -> &'static str {
         "<FILE>" => "some.file",
         "<PROTOCOL>" => "/some/kad/1.0.0",
         "<ADDR:PORT>" => "127.0.0.1:77",
-        _ => panic!("{takes}: what could that be?"),
+        _ => panic!("{takes}: an unknown placeholder"),
     }
 }
 
 #[test]
 fn help_and_the_printed_configuration() {
-    hold("help.txt", &help());
+    assert_golden("help.txt", &help());
     let printed = run(&["--print-config"], &[], None).stdout;
-    hold("print-config.toml", &on_any_machine(&text(&printed)));
+    assert_golden("print-config.toml", &without_threads(&text(&printed)));
 }
 
 #[test]
@@ -125,11 +125,11 @@ fn each_setting_as_a_flag_a_variable_and_a_key_of_the_file() {
         }
         let variable = format!("RELAYLET_{}", name.replace('-', "_").to_uppercase());
         settings += &format!("\n--{name} {takes}, {variable}, {name}\n");
-        let said = |output: Output| {
+        let outcome = |output: Output| {
             let line =
                 |line: &str| line.trim_start_matches("# ").starts_with(&format!("{name} = "));
             match output.status.code() {
-                Some(0) => on_any_machine(&text(&output.stdout))
+                Some(0) => without_threads(&text(&output.stdout))
                     .lines()
                     .find(|l| line(l))
                     .unwrap_or("(not shown)")
@@ -137,31 +137,32 @@ fn each_setting_as_a_flag_a_variable_and_a_key_of_the_file() {
                 code => format!("{code:?} {}", text(&output.stderr).trim_end()),
             }
         };
-        for value in [right(&takes), WRONG, ""] {
+        for value in [valid(&takes), INVALID, ""] {
             let flag = format!("--{name}={value}");
-            let flag = said(run(&["--print-config", &flag], &[], None));
-            let variable = said(run(&["--print-config"], &[(&variable, value)], None));
+            let flag = outcome(run(&["--print-config", &flag], &[], None));
+            let variable = outcome(run(&["--print-config"], &[(&variable, value)], None));
             let key = match (&takes[..], value) {
                 ("", "true") => format!("{name} = true"),
                 _ => format!("{name} = \"{value}\""),
             };
-            let key = said(run(&["--print-config"], &[], Some(key.as_bytes())));
+            let key = outcome(run(&["--print-config"], &[], Some(key.as_bytes())));
             settings += &format!(
                 "  {value:?}\n    flag: {flag}\n    variable: {variable}\n    file: {key}\n"
             );
         }
     }
-    hold("settings.txt", &settings);
+    assert_golden("settings.txt", &settings);
 }
 
 #[test]
-fn what_is_told_of_settings_that_make_no_sense() {
+fn errors_of_invalid_settings() {
     const PEER: &str = "12D3KooWPGM3wYKMsTHGEqbhcBft6cPjA2F3rQmyWTEDD3wCGS1g";
-    let mut told = String::new();
-    let mut tell = |what: String, output: Output| {
+    let mut messages = String::new();
+    let mut record = |what: String, output: Output| {
         let code = output.status.code().unwrap();
         let out = text(&output.stdout).lines().count();
-        told += &format!("{what}\n  {code}, {out} lines, {}\n", text(&output.stderr).trim_end());
+        messages +=
+            &format!("{what}\n  {code}, {out} lines, {}\n", text(&output.stderr).trim_end());
     };
     for flags in [
         "stray",
@@ -231,12 +232,12 @@ fn what_is_told_of_settings_that_make_no_sense() {
         "--help --grace soon",
         "--version",
     ] {
-        // Ends by itself even where nothing is wrong.
+        // `--print-config` ends the program even where nothing is wrong.
         let words: Vec<_> = std::iter::once("--print-config").chain(flags.split(' ')).collect();
-        tell(format!("relaylet {flags}"), run(&words, &[], None));
+        record(format!("relaylet {flags}"), run(&words, &[], None));
     }
     let both = [format!("--allow-peer={PEER}"), format!("--deny-peer={PEER}")];
-    tell(
+    record(
         format!("relaylet {}", both.join(" ")),
         run(&["--print-config", &both[0], &both[1]], &[], None),
     );
@@ -255,7 +256,10 @@ fn what_is_told_of_settings_that_make_no_sense() {
         ("RELAYLET_GRASE", "1s"),
     ] {
         let print = &["--print-config"];
-        tell(format!("{name}={value} relaylet --print-config"), run(print, &[(name, value)], None));
+        record(
+            format!("{name}={value} relaylet --print-config"),
+            run(print, &[(name, value)], None),
+        );
     }
     for file in [
         "\ngrase = \"1s\"",
@@ -295,10 +299,10 @@ fn what_is_told_of_settings_that_make_no_sense() {
         "\u{feff}grace = \"1s\"",
     ] {
         let output = run(&["--print-config"], &[], Some(file.as_bytes()));
-        tell(format!("{CONFIG}: {file:?}"), output);
+        record(format!("{CONFIG}: {file:?}"), output);
     }
-    tell("bytes".into(), run(&["--print-config"], &[], Some(b"grace = \"1s\"\n# \xff")));
-    hold("messages.txt", &told);
+    record("bytes".into(), run(&["--print-config"], &[], Some(b"grace = \"1s\"\n# \xff")));
+    assert_golden("messages.txt", &messages);
 }
 
 /// The name of each metric with its type, and the labels of its samples.
@@ -323,7 +327,7 @@ fn metrics(text: &str) -> String {
     lines.collect()
 }
 
-/// The fields of some JSON, with what each holds.
+/// The paths and types of all fields of a JSON value.
 fn fields(value: &Value, path: &str, found: &mut BTreeSet<String>) {
     match value {
         Value::Object(members) => {
@@ -343,24 +347,24 @@ fn fields(value: &Value, path: &str, found: &mut BTreeSet<String>) {
 }
 
 #[tokio::test]
-async fn metrics_and_the_fields_of_the_status() {
-    let relay = play::relay();
+async fn metrics_and_status_fields() {
+    let relay = scenario::relay();
     let port = port(&relay).await;
-    let _still_there = play::play(&relay).await;
-    // What no event tells is brought up to date once a second.
+    let _still_there = scenario::run(&relay).await;
+    // Fields that do not come from events are updated once a second.
     let start = Instant::now();
     let status = loop {
         let status: Value = serde_json::from_str(&get(port, "/status.json").await).unwrap();
         if status["relayed"]["to_target"] == 1704 && status["slots"]["free"] == 1 {
             break status;
         }
-        assert!(start.elapsed() < PATIENCE, "{status:#}");
+        assert!(start.elapsed() < TEST_TIMEOUT, "{status:#}");
         sleep(Duration::from_millis(50)).await;
     };
     let mut found = BTreeSet::new();
     fields(&status, "", &mut found);
-    hold("status.txt", &found.into_iter().map(|line| line + "\n").collect::<String>());
-    hold("metrics.txt", &metrics(&get(port, "/metrics").await));
+    assert_golden("status.txt", &found.into_iter().map(|line| line + "\n").collect::<String>());
+    assert_golden("metrics.txt", &metrics(&get(port, "/metrics").await));
 }
 
 #[tokio::test]
@@ -392,7 +396,7 @@ async fn exit_codes() {
         ("SIGINT beside a circuit", &["INT"], true),
         ("SIGTERM while drained by SIGUSR1", &["USR1", "TERM"], false),
     ] {
-        // With a circuit, what ends it is the signal.
+        // With a circuit, the signal must end the drain.
         let drain = if with_circuit { "--drain=10m" } else { "--drain=1s" };
         let mut relay = Relay::start(&[drain]);
         let mut peers = (Client::connect(&relay).await, Client::connect(&relay).await);
@@ -409,5 +413,5 @@ async fn exit_codes() {
         }
         codes += &format!("{what}: {}\n", relay.wait().code().unwrap());
     }
-    hold("exit-codes.txt", &codes);
+    assert_golden("exit-codes.txt", &codes);
 }

@@ -1,7 +1,7 @@
-//! Time that does not pass as it should, and a relay that starts anew under all of its clients.
+//! A suspended relay, and a relay that restarts with many clients.
 //!
-//! Slots and circuits go by the clock that only goes forward, what clients are told by the wall
-//! clock: `tests/env/wall_clock.rs` steps the latter.
+//! Slots and circuits use the monotonic clock, expirations sent to clients the wall clock: `tests/env/wall_clock.rs`
+//! sets the latter.
 
 mod restart;
-mod stood_still;
+mod suspend;

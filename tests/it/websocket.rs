@@ -1,5 +1,4 @@
-//! WebSocket, with TLS and without: who connects over it, also through reverse proxies, which certificate it
-//! shows, and what it takes from strangers.
+//! WebSocket with and without TLS: connections, reverse proxies, certificates, and malformed input.
 
 use std::{
     fs,
@@ -8,7 +7,7 @@ use std::{
 };
 
 use crate::common::{
-    Client, PATIENCE, Relay, by_hand,
+    Client, Relay, TEST_TIMEOUT, by_hand,
     bystanders::Bystanders,
     circuit, command, messages, read_bytes,
     websocket::{
@@ -42,13 +41,13 @@ use tokio::{
 const TCP: &str = "--listen=/ip4/127.0.0.1/tcp/0";
 const RESERVATION_REFUSED: Option<i32> = Some(200);
 
-/// The longest message that the relay reads.
+/// The longest message that the relay accepts.
 const LONGEST: usize = 256 * 1024;
 
-// ---- Who connects
+// ---- Connections
 
 #[tokio::test]
-async fn tcp_and_websocket_are_served_at_once_and_by_one_relay() {
+async fn one_relay_serves_tcp_and_websocket() {
     let relay = Relay::start(&[LISTEN]);
     let over_websocket = address(&relay, "/ws").await;
     let mut tcp = Client::connect(&relay).await;
@@ -60,35 +59,35 @@ async fn tcp_and_websocket_are_served_at_once_and_by_one_relay() {
 
     for _ in 0..2 {
         let (mut there, mut back) = circuit(&mut tcp, &mut websocket).await;
-        passes(&mut there, &mut back).await;
-        passes(&mut back, &mut there).await;
+        transfer(&mut there, &mut back).await;
+        transfer(&mut back, &mut there).await;
         std::mem::swap(&mut tcp, &mut websocket);
     }
 }
 
-async fn passes(from: &mut Stream, to: &mut Stream) {
+async fn transfer(from: &mut Stream, to: &mut Stream) {
     let bytes: Vec<_> = (0..100 * 1024).map(|n| n as u8).collect();
     let send = async {
-        within(from.write_all(&bytes)).await.expect("it is read");
-        within(from.flush()).await.expect("it is read");
+        within(from.write_all(&bytes)).await.expect("the relay reads");
+        within(from.flush()).await.expect("the relay reads");
     };
     let (read, ()) = future::join(read_bytes(to, bytes.len()), send).await;
     assert_eq!(read, bytes);
 }
 
 #[tokio::test]
-async fn reservations_say_that_browsers_reach_it_and_so_does_the_log() {
+async fn reservations_and_the_log_include_websocket_addresses() {
     let relay = Relay::start(&[LISTEN]);
     let over_websocket = address(&relay, "/ws").await;
     let paste = format!("browsers on this machine reach it at {over_websocket}");
     relay.wait_for_log(&paste).await;
-    let told = told(&mut connect(&over_websocket).await).await;
-    assert!(told.contains(&relay.address), "{told:?}");
-    assert!(told.contains(&over_websocket), "{told:?}");
+    let reserved = reserved_addresses(&mut connect(&over_websocket).await).await;
+    assert!(reserved.contains(&relay.address), "{reserved:?}");
+    assert!(reserved.contains(&over_websocket), "{reserved:?}");
 }
 
 #[tokio::test]
-async fn announced_addresses_are_taken_as_they_are() {
+async fn announced_websocket_addresses_are_used_unchanged() {
     let announced = [
         "/dns4/relay.example.org/tcp/443/tls/ws",
         "/dns6/relay.example.org/tcp/443/wss",
@@ -99,106 +98,109 @@ async fn announced_addresses_are_taken_as_they_are() {
     let relay = Relay::start(&[LISTEN, "--announce", &announced.join(",")]);
     let paste = format!("clients reach it at {}/p2p/{}", announced[0], relay.peer);
     relay.wait_for_log(&paste).await;
-    let told = told(&mut connect(&address(&relay, "/ws").await).await).await;
+    let reserved = reserved_addresses(&mut connect(&address(&relay, "/ws").await).await).await;
     let expected = announced.map(|text| format!("{text}/p2p/{}", relay.peer));
-    assert_eq!(told, expected.map(|text| text.parse().unwrap()));
+    assert_eq!(reserved, expected.map(|text| text.parse().unwrap()));
 }
 
 /// The addresses in a reservation.
-async fn told(client: &mut Client) -> Vec<Multiaddr> {
+async fn reserved_addresses(client: &mut Client) -> Vec<Multiaddr> {
     let reservation = client.reserve().await.reservation.expect("a reservation");
     let addresses = reservation.addrs.into_iter();
     addresses.map(|bytes| bytes.try_into().expect("an address")).collect()
 }
 
 #[tokio::test]
-async fn caps_count_both_together() {
+async fn caps_count_tcp_and_websocket_together() {
     let relay =
         Relay::start(&[LISTEN, "--max-reservations-per-ip=1", "--max-connections-per-ip=2"]);
     let over_websocket = address(&relay, "/ws").await;
     let mut first = connect(&over_websocket).await;
     let mut second = Client::connect(&relay).await;
     first.reserve().await;
-    let answer = second.ask(&messages::reserve()).await;
+    let answer = second.request(&messages::reserve()).await;
     assert_eq!(answer.status, RESERVATION_REFUSED);
     for port in [relay.port(), port(&over_websocket)] {
-        assert!(heard_until_closed(tcp(port).await).await.is_empty());
+        assert!(read_until_closed(tcp(port).await).await.is_empty());
     }
     let denied = "/ws: too many connections of 127.0.0.1";
     relay.wait_for_log(denied).await;
 }
 
 #[tokio::test]
-async fn whatever_comes_in_over_websocket_is_a_sign_of_life() {
+async fn websocket_frames_count_as_activity() {
     let relay = Relay::start(&[LISTEN, "--heartbeat=4s"]);
-    let (line, through) = Line::to(&address(&relay, "/ws").await).await;
+    let (injector, through) = Injector::to(&address(&relay, "/ws").await).await;
     let mut chatty = connect(&through).await;
     let mut quiet = connect(&address(&relay, "/ws").await).await;
     chatty.reserve().await;
     quiet.reserve().await;
-    let asked = |peer| {
-        let asked = format!("probe sent: peer {peer}");
+    let probes = |peer| {
+        let probes = format!("probe sent: peer {peer}");
         let log = relay.log();
-        log.iter().filter(|line| line.contains(&asked)).count()
+        log.iter().filter(|line| line.contains(&probes)).count()
     };
     let start = Instant::now();
-    while asked(quiet.peer) < 2 {
-        assert!(start.elapsed() < PATIENCE);
-        // Nobody but the transport hears of it.
-        line.say(frame(LAST | PING, b"")).await;
+    while probes(quiet.peer) < 2 {
+        assert!(start.elapsed() < TEST_TIMEOUT);
+        // Only the transport sees this frame.
+        injector.inject(frame(LAST | PING, b"")).await;
         sleep(Duration::from_millis(200)).await;
     }
-    assert_eq!(asked(chatty.peer), 0);
+    assert_eq!(probes(chatty.peer), 0);
     chatty.reserve().await;
 }
 
 #[tokio::test]
-async fn a_proxy_says_whose_connection_it_brings_over_websocket_too() {
+async fn proxy_headers_work_over_websocket() {
     let relay = Relay::start(&[
         LISTEN,
         "--proxy-protocol-from=127.0.0.3/32",
         "--deny-subnet=198.51.100.0/24",
     ]);
     let direct = address(&relay, "/ws").await;
-    let reach = async |client: &str| {
-        let (_, through) = Line::with_header(&direct, v2(client)).await;
+    let connect_behind = async |client: &str| {
+        let (_, through) = Injector::with_header(&direct, v2(client)).await;
         connect(&through).await
     };
-    let mut wanted = reach("192.0.2.7:1234").await;
+    let mut wanted = connect_behind("192.0.2.7:1234").await;
     wanted.reserve().await;
     let opened = format!("opened: peer {} at /ip4/192.0.2.7/tcp/1234/ws", wanted.peer);
     relay.wait_for_log(&opened).await;
-    let mut unwanted = from_proxy(port(&direct)).await;
-    unwanted.write_all(&[&v2("198.51.100.7:1"), REQUEST].concat()).await.expect("it is read");
-    assert!(heard_until_closed(unwanted).await.is_empty());
+    let mut from_denied = from_proxy(port(&direct)).await;
+    from_denied
+        .write_all(&[&v2("198.51.100.7:1"), REQUEST].concat())
+        .await
+        .expect("the relay reads");
+    assert!(read_until_closed(from_denied).await.is_empty());
     relay.wait_for_log("denied: /ip4/198.51.100.7/tcp/1/ws: the rules do not allow it").await;
 
     let mut without = from_proxy(port(&direct)).await;
-    without.write_all(REQUEST).await.expect("it is read");
-    assert!(heard_until_closed(without).await.is_empty());
+    without.write_all(REQUEST).await.expect("the relay reads");
+    assert!(read_until_closed(without).await.is_empty());
     relay.wait_for_log("or remove its address from --proxy-protocol-from").await;
     connect(&direct).await.reserve().await;
 }
 
 #[tokio::test]
-async fn a_header_that_comes_when_nobody_listens_any_more_is_late() {
+async fn a_proxy_header_after_the_listener_closed_is_too_late() {
     let listen = format!("--listen=/ip4/127.0.0.1/tcp/{}/ws", free_port());
     let relay = Relay::start(&[&listen, "--proxy-protocol-from=127.0.0.3/32"]);
     let over_websocket = address(&relay, "/ws").await;
     let mut late = from_proxy(port(&over_websocket)).await;
-    // It is waited for once a later one has come.
-    connect(&over_websocket).await.leave().await;
+    // The relay reads from it once a later connection has been accepted.
+    connect(&over_websocket).await.disconnect().await;
     relay.signal("USR1");
     relay.wait_for_log("SIGUSR1: draining").await;
-    late.write_all(&v2("192.0.2.7:1")).await.expect("it is read");
-    assert!(heard_until_closed(late).await.is_empty());
+    late.write_all(&v2("192.0.2.7:1")).await.expect("the relay reads");
+    assert!(read_until_closed(late).await.is_empty());
     relay.signal("USR1");
     relay.wait_for_log("admitting clients again").await;
     connect(&over_websocket).await.reserve().await;
 }
 
 #[tokio::test]
-async fn a_trusted_reverse_proxy_names_its_clients_in_forwarded_or_x_forwarded_for() {
+async fn client_addresses_are_taken_from_forwarded_and_x_forwarded_for() {
     let relay = Relay::start(&[
         LISTEN,
         "--trust-forwarded-from=127.0.0.3/32,10.0.0.0/8",
@@ -207,7 +209,8 @@ async fn a_trusted_reverse_proxy_names_its_clients_in_forwarded_or_x_forwarded_f
     ]);
     let direct = address(&relay, "/ws").await;
     let mut clients = Vec::new();
-    let reach = async |headers: &str| connect(&through(PROXY, &direct, headers).await).await;
+    let connect_behind =
+        async |headers: &str| connect(&through(PROXY, &direct, headers).await).await;
     for (headers, client) in [
         ("X-Forwarded-For: 198.51.100.7, 192.0.2.7, 10.1.1.1\r\n", "/ip4/192.0.2.7/tcp/"),
         (
@@ -216,28 +219,28 @@ async fn a_trusted_reverse_proxy_names_its_clients_in_forwarded_or_x_forwarded_f
         ),
         ("X-Forwarded-For: 192.0.2.8:4711\r\n", "/ip4/192.0.2.8/tcp/4711/ws"),
     ] {
-        let mut behind_proxy = reach(headers).await;
-        // Each has a slot, for each has an address of its own.
+        let mut behind_proxy = connect_behind(headers).await;
+        // Each gets a slot, because each has an address of its own.
         behind_proxy.reserve().await;
         let opened = format!("opened: peer {} at {client}", behind_proxy.peer);
         relay.wait_for_log(&opened).await;
         clients.push(behind_proxy);
     }
-    let mut second = reach("X-Forwarded-For: 192.0.2.7\r\n").await;
-    assert_eq!(second.ask(&messages::reserve()).await.status, RESERVATION_REFUSED);
+    let mut second = connect_behind("X-Forwarded-For: 192.0.2.7\r\n").await;
+    assert_eq!(second.request(&messages::reserve()).await.status, RESERVATION_REFUSED);
 
-    // A rule holds for the client, and before a byte is answered.
+    // Access rules apply to the client, before the relay answers.
     let mut denied = from_proxy(port(&direct)).await;
     let request = with_headers("X-Forwarded-For: 198.51.100.7\r\n");
-    denied.write_all(&request).await.expect("it is read");
-    assert!(heard_until_closed(denied).await.is_empty());
+    denied.write_all(&request).await.expect("the relay reads");
+    assert!(read_until_closed(denied).await.is_empty());
     let line = relay.wait_for_log("denied: /ip4/198.51.100.7/tcp/").await;
     assert!(line.ends_with("/ws: the rules do not allow it"), "{line}");
     assert_eq!(relay.count_in_log("--trust-forwarded-from"), 0);
 }
 
 #[tokio::test]
-async fn a_proxy_that_names_no_client_is_the_client_and_one_warning() {
+async fn a_proxy_without_forwarded_header_counts_as_the_client_and_is_warned_about_once() {
     let relay = Relay::start(&[LISTEN, "--trust-forwarded-from=127.0.0.3/32"]);
     let direct = address(&relay, "/ws").await;
     for (headers, reason) in [
@@ -253,19 +256,20 @@ async fn a_proxy_that_names_no_client_is_the_client_and_one_warning() {
         }
         assert_eq!(relay.count_in_log(reason), 1);
     }
-    // Of two headers one is the client's own.
+    // One of two different headers comes from the client itself.
     let both = with_headers("Forwarded: for=192.0.2.1\r\nX-Forwarded-For: 192.0.2.2\r\n");
-    let heard = said(from_proxy(port(&direct)).await, &both).await;
-    assert_eq!(status(&heard), 400);
+    let answer = send_and_close(from_proxy(port(&direct)).await, &both).await;
+    assert_eq!(status(&answer), 400);
     relay.wait_for_log("name different clients").await;
-    // The proxy's own health checks are none of a client.
-    let heard = said(from_proxy(port(&direct)).await, b"GET /healthz HTTP/1.1\r\n\r\n").await;
-    assert_eq!(status(&heard), 200);
+    // The proxy's own health checks need no header.
+    let answer =
+        send_and_close(from_proxy(port(&direct)).await, b"GET /healthz HTTP/1.1\r\n\r\n").await;
+    assert_eq!(status(&answer), 200);
     assert_eq!(relay.count_in_log("--trust-forwarded-from"), 3);
 }
 
 #[tokio::test]
-async fn what_others_than_trusted_proxies_say_of_their_address_is_ignored() {
+async fn forwarded_headers_of_untrusted_clients_are_ignored() {
     let relay = Relay::start(&[LISTEN, "--trust-forwarded-from=127.0.0.4/32"]);
     let direct = address(&relay, "/ws").await;
     let spoofed = "Forwarded: for=192.0.2.7\r\nX-Forwarded-For: 192.0.2.7\r\n";
@@ -277,7 +281,7 @@ async fn what_others_than_trusted_proxies_say_of_their_address_is_ignored() {
 }
 
 #[tokio::test]
-async fn a_trusted_proxy_may_speak_tls_to_the_relay_and_its_subnets_can_be_changed() {
+async fn trusted_proxies_may_use_tls_and_are_reloadable() {
     let certificate = Certificate::new();
     let folder = tempfile::tempdir().expect("a temporary folder");
     certificate.write(folder.path());
@@ -292,23 +296,23 @@ async fn a_trusted_proxy_may_speak_tls_to_the_relay_and_its_subnets_can_be_chang
     let relay = Relay::start_in(folder, &["--config=relaylet.toml", LISTEN_TLS]);
     let secure = port(&address(&relay, "/tls/ws").await);
     let request = with_headers("X-Forwarded-For: 198.51.100.7\r\n");
-    let ask = async || {
+    let upgrade = async || {
         let mut stream = in_tls(from_proxy(secure).await, &certificate, &TLS12).await;
-        stream.write_all(&request).await.expect("it reads");
-        let heard = within(read_head(&mut stream)).await;
-        assert_eq!(status(&heard), 101);
+        stream.write_all(&request).await.expect("the relay reads");
+        let answer = within(read_head(&mut stream)).await;
+        assert_eq!(status(&answer), 101);
         drop(stream);
     };
-    ask().await;
+    upgrade().await;
     relay.wait_for_log("connection failed: /ip4/127.0.0.3/tcp/").await;
     with("127.0.0.3/32");
     relay.signal("HUP");
     relay.wait_for_log("SIGHUP: changed: trust-forwarded-from").await;
-    ask().await;
+    upgrade().await;
     relay.wait_for_log("connection failed: /ip4/198.51.100.7/tcp/").await;
 }
 
-/// Where nobody listens.
+/// A port on which nothing listens.
 fn free_port() -> u16 {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     listener.local_addr().unwrap().port()
@@ -317,25 +321,25 @@ fn free_port() -> u16 {
 // ---- Certificates
 
 #[tokio::test]
-async fn in_tls_the_certificate_of_the_flags_is_shown_and_a_new_one_once_it_is_there() {
+async fn the_configured_certificate_is_served_and_reloaded_on_change() {
     let (first, second, third) = (Certificate::new(), Certificate::new(), Certificate::new());
     let wss = "--listen=/ip4/127.0.0.1/tcp/0/wss";
     let relay = with_certificate(&first, &[TCP, LISTEN_TLS, LISTEN, wss]);
     let secure = address(&relay, "/tls/ws").await;
     let mut open = connect_in_tls(&secure, &first).await;
     open.reserve().await;
-    assert!(!second.is_shown(&secure).await);
+    assert!(!second.is_served(&secure).await);
 
     second.write(relay.folder.path());
     relay.wait_for_log("changed, reloaded").await;
-    assert!(second.is_shown(&secure).await && !first.is_shown(&secure).await);
+    assert!(second.is_served(&secure).await && !first.is_served(&secure).await);
     connect_in_tls(&secure, &second).await.reserve().await;
 
     third.write(relay.folder.path());
     relay.signal("HUP");
     relay.wait_for_log("SIGHUP: --tls-cert cert.pem: reloaded").await;
-    assert!(third.is_shown(&secure).await);
-    // On the connection that it had, and without TLS.
+    assert!(third.is_served(&secure).await);
+    // Existing connections and those without TLS are not affected.
     open.reserve().await;
     Client::connect(&relay).await.reserve().await;
     connect(&address(&relay, "/ws").await).await.reserve().await;
@@ -343,71 +347,71 @@ async fn in_tls_the_certificate_of_the_flags_is_shown_and_a_new_one_once_it_is_t
 }
 
 #[tokio::test]
-async fn a_bad_certificate_leaves_the_old_one_serving_and_is_told_once() {
+async fn an_invalid_certificate_keeps_the_old_one_and_is_logged_once() {
     let (first, second) = (Certificate::new(), Certificate::new());
     let relay = with_certificate(&first, &[LISTEN_TLS]);
     let secure = address(&relay, "/tls/ws").await;
     let folder = relay.folder.path();
-    let told = || {
+    let errors = || {
         let log = relay.log();
         log.into_iter()
             .filter(|line| line.contains("keeping the previous certificate"))
             .collect::<Vec<_>>()
     };
 
-    fs::write(folder.join("cert.pem"), &second.pem).expect("it can be written");
+    fs::write(folder.join("cert.pem"), &second.pem).expect("the file is written");
     relay.wait_for_log("--tls-key key.pem: not the key of --tls-cert cert.pem").await;
-    assert!(first.is_shown(&secure).await);
-    fs::remove_file(folder.join("key.pem")).expect("it can be removed");
+    assert!(first.is_served(&secure).await);
+    fs::remove_file(folder.join("key.pem")).expect("the file is removed");
     relay.wait_for_log("--tls-key key.pem: No such file").await;
-    assert!(first.is_shown(&secure).await);
+    assert!(first.is_served(&secure).await);
     relay.signal("HUP");
     relay.wait_for_log("SIGHUP: keeping the previous certificate: --tls-key key.pem").await;
-    assert!(first.is_shown(&secure).await);
+    assert!(first.is_served(&secure).await);
 
     second.write(folder);
     relay.wait_for_log("changed, reloaded").await;
-    assert!(second.is_shown(&secure).await);
-    let told = told();
-    assert_eq!(told.len(), 3, "{told:#?}");
-    assert!(told.iter().all(|line| line.contains(" ERROR ")), "{told:#?}");
+    assert!(second.is_served(&secure).await);
+    let errors = errors();
+    assert_eq!(errors.len(), 3, "{errors:#?}");
+    assert!(errors.iter().all(|line| line.contains(" ERROR ")), "{errors:#?}");
 }
 
 #[tokio::test]
-async fn sighup_takes_up_files_under_other_names() {
+async fn sighup_switches_to_renamed_certificate_files() {
     let (first, second) = (Certificate::new(), Certificate::new());
     let folder = tempfile::tempdir().expect("a temporary folder");
     first.write(folder.path());
-    let elsewhere = folder.path().join("new");
-    fs::create_dir(&elsewhere).expect("a folder");
-    second.write(&elsewhere);
+    let subfolder = folder.path().join("new");
+    fs::create_dir(&subfolder).expect("a folder");
+    second.write(&subfolder);
     let file = folder.path().join("relaylet.toml");
     fs::write(&file, "tls-cert = \"cert.pem\"\ntls-key = \"key.pem\"\n").expect("a file");
     let relay = Relay::start_in(folder, &["--config=relaylet.toml", LISTEN_TLS]);
     let secure = address(&relay, "/tls/ws").await;
-    assert!(first.is_shown(&secure).await);
+    assert!(first.is_served(&secure).await);
     fs::write(&file, "tls-cert = \"new/cert.pem\"\ntls-key = \"new/key.pem\"\n").expect("a file");
     relay.signal("HUP");
     relay.wait_for_log("SIGHUP: changed: tls-cert, tls-key").await;
     relay.wait_for_log("SIGHUP: --tls-cert new/cert.pem: reloaded").await;
-    assert!(second.is_shown(&secure).await);
+    assert!(second.is_served(&secure).await);
     fs::write(&file, "tls-cert = \"cert.pem\"\n").expect("a file");
     relay.signal("HUP");
     relay
         .wait_for_log("SIGHUP: keeping the previous settings: relaylet.toml:1: --tls-cert cert.pem")
         .await;
-    assert!(second.is_shown(&secure).await);
+    assert!(second.is_served(&secure).await);
 }
 
 #[tokio::test]
-async fn a_certificate_that_nobody_gets_to_see_is_a_warning() {
+async fn an_unused_certificate_is_a_warning() {
     let relay = with_certificate(&Certificate::new(), &[TCP, LISTEN]);
     let line = relay.wait_for_log("--tls-cert cert.pem: not in use").await;
     assert!(line.contains(" WARN "), "{line}");
 }
 
 #[tokio::test]
-async fn a_certificate_that_is_for_no_announced_name_is_a_warning_and_its_end_a_metric() {
+async fn a_certificate_for_other_names_is_a_warning_and_its_expiry_a_metric() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     Certificate::new().write(folder.path());
     let mut flags = vec!["--tls-cert=cert.pem", "--tls-key=key.pem", LISTEN_TLS];
@@ -428,11 +432,11 @@ async fn a_certificate_that_is_for_no_announced_name_is_a_warning_and_its_end_a_
 }
 
 #[test]
-fn what_keeps_a_certificate_from_being_shown_is_one_line() {
+fn an_unusable_certificate_is_a_one_line_error() {
     let (one, other) = (Certificate::new(), Certificate::new());
     let garbage = "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n";
     let no_file: Option<&str> = None;
-    for (cert, key, said) in [
+    for (cert, key, expected) in [
         (no_file, no_file, "--tls-cert cert.pem: No such file"),
         (Some(&one.pem[..]), no_file, "--tls-key key.pem: No such file"),
         (Some(""), Some(&one.key[..]), "--tls-cert cert.pem: has no BEGIN CERTIFICATE"),
@@ -443,11 +447,11 @@ fn what_keeps_a_certificate_from_being_shown_is_one_line() {
         let folder = tempfile::tempdir().expect("a temporary folder");
         for (name, contents) in [("cert.pem", cert), ("key.pem", key)] {
             if let Some(contents) = contents {
-                fs::write(folder.path().join(name), contents).expect("it can be written");
+                fs::write(folder.path().join(name), contents).expect("the file is written");
             }
         }
         let (line, status) = refused(&folder, &[&CERTIFICATE[..], &[LISTEN_TLS]].concat());
-        assert!(line.starts_with(&format!("relaylet: {said}")), "{said}: {line}");
+        assert!(line.starts_with(&format!("relaylet: {expected}")), "{expected}: {line}");
         assert_eq!(status, Some(1), "{line}");
     }
     let folder = tempfile::tempdir().expect("a temporary folder");
@@ -455,22 +459,22 @@ fn what_keeps_a_certificate_from_being_shown_is_one_line() {
     let (line, _) = refused(&folder, &[&CERTIFICATE[..], &[LISTEN_TLS]].concat());
     assert!(line.contains("--tls-cert cert.pem: not a regular file"), "{line}");
 
-    for (flags, said) in [
+    for (flags, expected) in [
         (&[LISTEN_TLS][..], "name one with --tls-cert and --tls-key"),
         (&[CERTIFICATE[0]], "--tls-cert cert.pem: requires its private key"),
         (&[CERTIFICATE[1]], "--tls-key key.pem: requires its certificate"),
     ] {
         let (line, status) = refused(&folder, flags);
-        assert!(line.contains(said), "{line}");
+        assert!(line.contains(expected), "{line}");
         assert_eq!(status, Some(2), "{line}");
     }
 }
 
-/// The one line that says why there is no relay, and its status.
+/// Runs the program with invalid flags; returns its one-line error and its status.
 fn refused(folder: &TempDir, flags: &[&str]) -> (String, Option<i32>) {
     let mut command = command(folder);
     command.args(flags).env("RUST_LOG", "off");
-    let output = command.output().expect("it can be started");
+    let output = command.output().expect("the program starts");
     let line = String::from_utf8(output.stderr).expect("text");
     assert!(output.stdout.is_empty());
     assert_eq!(line.lines().count(), 1, "{line}");
@@ -483,7 +487,7 @@ fn with_certificate(certificate: &Certificate, listen: &[&str]) -> Relay {
     Relay::start_in(folder, &[listen, &CERTIFICATE].concat())
 }
 
-/// A client in TLS of this version alone.
+/// A TLS client that supports only this version.
 async fn in_tls(
     stream: TcpStream,
     certificate: &Certificate,
@@ -508,20 +512,20 @@ fn tls_client(roots: RootCertStore, version: &'static SupportedProtocolVersion) 
 }
 
 #[tokio::test]
-async fn websocket_in_tls_is_opened_over_versions_1_2_and_1_3_and_libp2ps_own_tls_is_not() {
+async fn secure_websocket_accepts_tls_1_2_and_1_3_but_not_libp2p_tls() {
     let certificate = Certificate::new();
     let relay = with_certificate(&certificate, &[LISTEN_TLS, TCP]);
     let secure = address(&relay, "/tls/ws").await;
     for (version, is) in [(&TLS12, ProtocolVersion::TLSv1_2), (&TLS13, ProtocolVersion::TLSv1_3)] {
         let mut stream = in_tls(tcp(port(&secure)).await, &certificate, version).await;
         assert_eq!(stream.get_ref().1.protocol_version(), Some(is));
-        stream.write_all(REQUEST).await.expect("it reads");
+        stream.write_all(REQUEST).await.expect("the relay reads");
         assert_eq!(status(&within(read_head(&mut stream)).await), 101);
-        // And bytes of libp2p both ways.
+        // libp2p's bytes are transferred in both directions.
         let hello = frame(BINARY | LAST, &by_hand::line("/multistream/1.0.0"));
-        stream.write_all(&hello).await.expect("it reads");
+        stream.write_all(&hello).await.expect("the relay reads");
         let mut answer = vec![0; 2 + by_hand::line("/multistream/1.0.0").len()];
-        within(stream.read_exact(&mut answer)).await.expect("it answers");
+        within(stream.read_exact(&mut answer)).await.expect("the relay answers");
         assert_eq!(answer[2..], by_hand::line("/multistream/1.0.0"));
     }
     let plain = {
@@ -532,7 +536,7 @@ async fn websocket_in_tls_is_opened_over_versions_1_2_and_1_3_and_libp2ps_own_tl
     };
     for (version, cause) in [(&TLS12, "ProtocolVersion"), (&TLS13, "InvalidCertificate")] {
         let mut stream = libp2p::tcp::tokio::TcpStream(tcp(plain).await);
-        by_hand::agree(&mut stream, "/tls/1.0.0").await.expect("libp2p's TLS");
+        by_hand::negotiate(&mut stream, "/tls/1.0.0").await.expect("libp2p's TLS");
         let name = "relay.example.org".try_into().expect("a name");
         let tls = tls_client(RootCertStore::empty(), version);
         let error = within(tls.connect(name, stream)).await.expect_err("no certificate to trust");
@@ -543,20 +547,20 @@ async fn websocket_in_tls_is_opened_over_versions_1_2_and_1_3_and_libp2ps_own_tl
 
 // ---- Requests
 
-/// A client's request with more headers.
+/// A client's upgrade request with these additional headers.
 fn with_headers(headers: &str) -> Vec<u8> {
     let request = String::from_utf8(REQUEST.into()).expect("text");
     request.replace("\r\n\r\n", &format!("\r\n{headers}\r\n")).into_bytes()
 }
 
-/// The status of an answer.
+/// The HTTP status of an answer.
 fn status(answer: &[u8]) -> u16 {
     let text = String::from_utf8_lossy(answer);
     let status = text.strip_prefix("HTTP/1.1 ").and_then(|text| text.get(..3));
     status.and_then(|status| status.parse().ok()).unwrap_or_else(|| panic!("no answer: {text}"))
 }
 
-/// The head of an answer, with the empty line at its end.
+/// The head of an answer, up to and including the empty line.
 async fn read_head(stream: &mut (impl libp2p::futures::AsyncRead + Unpin)) -> Vec<u8> {
     let (mut head, mut byte) = (Vec::new(), [0]);
     while !head.ends_with(b"\r\n\r\n") {
@@ -578,7 +582,7 @@ async fn eighty_headers_and_12_kib_of_cookies_open_a_websocket() {
 }
 
 #[tokio::test]
-async fn what_asks_for_no_websocket_is_answered_in_one_sentence() {
+async fn requests_without_upgrade_get_a_one_sentence_answer() {
     let certificate = Certificate::new();
     let relay = with_certificate(&certificate, &[LISTEN, LISTEN_TLS]);
     let plain = port(&address(&relay, "/ws").await);
@@ -592,13 +596,13 @@ async fn what_asks_for_no_websocket_is_answered_in_one_sentence() {
         (with_headers("not a header\r\n"), 400),
     ] {
         let mut in_tls = in_tls(tcp(secure).await, &certificate, &TLS13).await;
-        in_tls.write_all(&request).await.expect("it reads");
+        in_tls.write_all(&request).await.expect("the relay reads");
         let mut from_secure = Vec::new();
-        within(in_tls.read_to_end(&mut from_secure)).await.expect("an end that TLS announces");
-        let from_plain = said(tcp(plain).await, &request).await;
-        for heard in [from_plain, from_secure] {
-            assert_eq!(status(&heard), expected);
-            let text = String::from_utf8(heard).expect("text");
+        within(in_tls.read_to_end(&mut from_secure)).await.expect("a TLS close_notify");
+        let from_plain = send_and_close(tcp(plain).await, &request).await;
+        for answer in [from_plain, from_secure] {
+            assert_eq!(status(&answer), expected);
+            let text = String::from_utf8(answer).expect("text");
             let (head, body) = text.split_once("\r\n\r\n").expect("a body");
             assert!(head.contains(&format!("\r\nContent-Length: {}\r\n", body.len())), "{text}");
             assert_eq!(body.lines().count(), 1, "{text}");
@@ -608,51 +612,52 @@ async fn what_asks_for_no_websocket_is_answered_in_one_sentence() {
 }
 
 #[tokio::test]
-async fn a_health_check_that_is_connected_when_the_relay_begins_to_drain_is_told_so() {
+async fn an_open_health_check_connection_learns_of_the_drain() {
     let relay = Relay::start(&[LISTEN]);
     let over_websocket = address(&relay, "/ws").await;
     let mut check = tcp(port(&over_websocket)).await;
-    check.write_all(b"GET /healthz HTTP/1.1\r\n").await.expect("it is read");
-    // It is accepted once a later one is.
+    check.write_all(b"GET /healthz HTTP/1.1\r\n").await.expect("the relay reads");
+    // The relay has accepted it once a later connection is up.
     let client = connect(&over_websocket).await;
     relay.signal("USR1");
     relay.wait_for_log("SIGUSR1: draining").await;
-    let heard = said(check, b"Host: relay\r\n\r\n").await;
-    assert_eq!(status(&heard), 503);
-    assert!(heard.ends_with(b"\r\n\r\ndraining\n"));
-    client.leave().await;
+    let answer = send_and_close(check, b"Host: relay\r\n\r\n").await;
+    assert_eq!(status(&answer), 503);
+    assert!(answer.ends_with(b"\r\n\r\ndraining\n"));
+    client.disconnect().await;
 }
 
-// ---- What it takes from strangers
+// ---- Malformed and slow clients
 
 #[tokio::test]
-async fn an_upgrade_that_never_ends_is_one_handshake_and_ends_after_its_time() {
-    let hello = b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03"; // the beginning of one
+async fn an_endless_upgrade_counts_as_a_handshake_and_times_out() {
+    let hello = b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03"; // the beginning of a ClientHello
     future::join_all([
-        stalls("/ws", b""),
-        stalls("/ws", &REQUEST[..REQUEST.len() - 1]),
-        stalls("/ws", REQUEST),
-        stalls("/tls/ws", b""),
-        stalls("/tls/ws", hello),
+        check_stalled_upgrade("/ws", b""),
+        check_stalled_upgrade("/ws", &REQUEST[..REQUEST.len() - 1]),
+        check_stalled_upgrade("/ws", REQUEST),
+        check_stalled_upgrade("/tls/ws", b""),
+        check_stalled_upgrade("/tls/ws", hello),
     ])
     .await;
 }
 
 #[tokio::test]
-async fn an_upgrade_that_dribbles_in_ends_after_its_time_too() {
+async fn a_slow_upgrade_times_out() {
     let endless = with_headers("X-Endless: ");
     let endless = endless[..endless.len() - 2].iter().copied().chain(std::iter::repeat(b'a'));
-    future::join(dribbles(REQUEST.iter().copied(), 500), dribbles(endless, 10)).await;
+    future::join(check_slow_upgrade(REQUEST.iter().copied(), 500), check_slow_upgrade(endless, 10))
+        .await;
 }
 
-/// A request of which a byte comes each time that so many milliseconds have passed.
-async fn dribbles(request: impl Iterator<Item = u8>, pause: u64) {
+/// Sends a request byte by byte with this pause in milliseconds; it must time out.
+async fn check_slow_upgrade(request: impl Iterator<Item = u8>, pause: u64) {
     let relay = Relay::start(&[LISTEN]);
     let port = port(&address(&relay, "/ws").await);
     let (mut reader, mut writer) = tcp(port).await.into_split();
-    let mut heard = Vec::new();
-    let dribble = async {
-        // A request that is complete after a while, and one that never is.
+    let mut answer = Vec::new();
+    let write_slowly = async {
+        // One request would be complete after a while, the other one never ends.
         for byte in request {
             if writer.write_all(&[byte]).await.is_err() {
                 break;
@@ -662,23 +667,23 @@ async fn dribbles(request: impl Iterator<Item = u8>, pause: u64) {
         future::pending::<()>().await
     };
     tokio::select! {
-        _ = within(reader.read_to_end(&mut heard)) => {}
-        () = dribble => {}
+        _ = within(reader.read_to_end(&mut answer)) => {}
+        () = write_slowly => {}
     }
-    assert!(heard.is_empty());
+    assert!(answer.is_empty());
     relay.wait_for_log("exceeded its time limit").await;
 }
 
-/// A client says this, and then nothing, to a relay that has time for one handshake.
-async fn stalls(ending: &str, bytes: &[u8]) {
+/// Sends these bytes and then nothing, to a relay that allows one handshake.
+async fn check_stalled_upgrade(ending: &str, bytes: &[u8]) {
     let certificate = Certificate::new();
     let relay = with_certificate(&certificate, &[LISTEN, LISTEN_TLS, "--max-handshakes=1"]);
     let address = address(&relay, ending).await;
     let mut stalled = tcp(port(&address)).await;
-    stalled.write_all(bytes).await.expect("it is read");
-    assert!(heard_until_closed(tcp(port(&address)).await).await.is_empty());
+    stalled.write_all(bytes).await.expect("the relay reads");
+    assert!(read_until_closed(tcp(port(&address)).await).await.is_empty());
     relay.wait_for_log("too many handshakes").await;
-    heard_until_closed(stalled).await;
+    read_until_closed(stalled).await;
     relay.wait_for_log("exceeded its time limit").await;
     match ending {
         "/ws" => connect(&address).await.reserve().await,
@@ -687,8 +692,8 @@ async fn stalls(ending: &str, bytes: &[u8]) {
 }
 
 #[tokio::test]
-async fn what_is_no_upgrade_and_what_is_no_frame_harms_nobody() {
-    let mut bystanders = Bystanders::gather(&[LISTEN]).await;
+async fn malformed_upgrades_and_frames_affect_no_other_connection() {
+    let mut bystanders = Bystanders::start(&[LISTEN]).await;
     let port = port(&address(&bystanders.relay, "/ws").await);
     let line =
         "X-Long: aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa\r\n";
@@ -710,15 +715,15 @@ async fn what_is_no_upgrade_and_what_is_no_frame_harms_nobody() {
         (&[REQUEST, &frame(BINARY | LAST, b"too soon")].concat(), Some(400)),
         (&by_hand::proposal("/noise"), Some(400)),
     ] {
-        let heard = said(tcp(port).await, bytes).await;
+        let answer = send_and_close(tcp(port).await, bytes).await;
         let shown = String::from_utf8_lossy(bytes);
         match expected {
-            Some(expected) => assert_eq!(status(&heard), expected, "{shown}"),
-            None => assert!(heard.is_empty(), "{shown}"),
+            Some(expected) => assert_eq!(status(&answer), expected, "{shown}"),
+            None => assert!(answer.is_empty(), "{shown}"),
         }
     }
-    // It is not read to its end, so that the answer may be lost.
-    said(tcp(port).await, long.as_bytes()).await;
+    // The relay does not read all of it, so the answer may be lost.
+    send_and_close(tcp(port).await, long.as_bytes()).await;
 
     let noise = by_hand::proposal("/noise");
     for bytes in [
@@ -736,63 +741,63 @@ async fn what_is_no_upgrade_and_what_is_no_frame_harms_nobody() {
         frame(BINARY | LAST, b"").repeat(20_000),
         [frame(BINARY, b""), frame(CONTINUATION, b"").repeat(20_000)].concat(),
     ] {
-        said(websocket::by_hand(port).await, &bytes).await;
+        send_and_close(websocket::by_hand(port).await, &bytes).await;
     }
-    bystanders.are_unharmed().await;
+    bystanders.assert_unharmed().await;
 }
 
 #[tokio::test]
-async fn a_message_has_the_length_that_clients_send_and_no_more() {
-    let mut bystanders = Bystanders::gather(&[LISTEN]).await;
+async fn websocket_messages_above_the_usual_length_are_rejected() {
+    let mut bystanders = Bystanders::start(&[LISTEN]).await;
     let port = port(&address(&bystanders.relay, "/ws").await);
     let answered = async |bytes: Vec<u8>| {
-        let heard = said(websocket::by_hand(port).await, &bytes).await;
-        heard.windows(3).any(|part| part == b"na\n")
+        let answer = send_and_close(websocket::by_hand(port).await, &bytes).await;
+        answer.windows(3).any(|part| part == b"na\n")
     };
     let in_two = |length| {
-        let questions = questions(length);
-        let (first, rest) = questions.split_at(length / 2);
+        let proposals = proposals(length);
+        let (first, rest) = proposals.split_at(length / 2);
         [frame(BINARY, first), frame(CONTINUATION | LAST, rest)].concat()
     };
-    assert!(answered(frame(BINARY | LAST, &questions(LONGEST))).await);
-    assert!(!answered(frame(BINARY | LAST, &questions(LONGEST + 1))).await);
+    assert!(answered(frame(BINARY | LAST, &proposals(LONGEST))).await);
+    assert!(!answered(frame(BINARY | LAST, &proposals(LONGEST + 1))).await);
     assert!(answered(in_two(LONGEST)).await);
     assert!(!answered(in_two(LONGEST + 1)).await);
     for length in [LONGEST as u64 + 1, 1 << 28, 1 << 62, u64::MAX] {
         let mut stream = websocket::by_hand(port).await;
         let announced = header(BINARY | LAST, length);
-        stream.write_all(&announced).await.expect("it is read");
-        // Without a word more.
-        heard_until_closed(stream).await;
+        stream.write_all(&announced).await.expect("the relay reads");
+        // The header alone closes the connection.
+        read_until_closed(stream).await;
     }
-    // As long as may be, and never there. It is looked at how much memory that took.
+    // Headers of the longest message without a payload: the memory limit of the bystanders is checked.
     let announced = future::join_all((0..64).map(|_| async {
         let mut stream = websocket::by_hand(port).await;
         let announced = header(BINARY | LAST, LONGEST as u64);
-        stream.write_all(&announced).await.expect("it is read");
+        stream.write_all(&announced).await.expect("the relay reads");
         stream
     }));
     let announced = announced.await;
-    bystanders.are_unharmed().await;
+    bystanders.assert_unharmed().await;
     for stream in announced {
-        heard_until_closed(stream).await;
+        read_until_closed(stream).await;
     }
 }
 
-/// So many bytes of questions for protocols that nobody speaks, each of which is answered.
-fn questions(length: usize) -> Vec<u8> {
-    // Beside the name: its slash, its end, and how long it is.
-    let question = |length: usize| by_hand::line(&format!("/{}", "x".repeat(length - 4)));
+/// This many bytes of proposals for unknown protocols, each of which is answered with `na`.
+fn proposals(length: usize) -> Vec<u8> {
+    // The slash, the newline and the length prefix of two bytes.
+    let proposal = |length: usize| by_hand::line(&format!("/{}", "x".repeat(length - 4)));
     let mut bytes = by_hand::line("/multistream/1.0.0");
     while length - bytes.len() > 2000 {
-        bytes.extend(question(1000));
+        bytes.extend(proposal(1000));
     }
-    bytes.extend(question(length - bytes.len()));
+    bytes.extend(proposal(length - bytes.len()));
     bytes
 }
 
 #[tokio::test]
-async fn who_sends_too_much_at_once_later_on_loses_its_connection() {
+async fn an_oversized_message_closes_the_connection() {
     let relay = Relay::start(&[LISTEN]);
     let over_websocket = address(&relay, "/ws").await;
     for bytes in [
@@ -800,10 +805,10 @@ async fn who_sends_too_much_at_once_later_on_loses_its_connection() {
         frame(BINARY | LAST, &vec![0; LONGEST]),
         frame(CLOSE | LAST, b""),
     ] {
-        let (line, through) = Line::to(&over_websocket).await;
+        let (injector, through) = Injector::to(&over_websocket).await;
         let mut client = connect(&through).await;
         client.reserve().await;
-        line.say(bytes).await;
+        injector.inject(bytes).await;
         let closed = format!("closed: peer {}", client.peer);
         relay.wait_for_log(&closed).await;
     }
@@ -812,29 +817,29 @@ async fn who_sends_too_much_at_once_later_on_loses_its_connection() {
 
 // ---- Helpers
 
-/// Says all of it and closes its half; yields what the relay said until it closed its own.
-async fn said(stream: TcpStream, bytes: &[u8]) -> Vec<u8> {
-    by_hand::say_and_hang_up(libp2p::tcp::tokio::TcpStream(stream), bytes).await
+/// Sends `bytes` and closes the write half; returns what the relay sends until it closes the connection.
+async fn send_and_close(stream: TcpStream, bytes: &[u8]) -> Vec<u8> {
+    by_hand::send_and_close(libp2p::tcp::tokio::TcpStream(stream), bytes).await
 }
 
-async fn heard_until_closed(stream: TcpStream) -> Vec<u8> {
-    by_hand::until_closed(libp2p::tcp::tokio::TcpStream(stream)).await
+async fn read_until_closed(stream: TcpStream) -> Vec<u8> {
+    by_hand::read_until_closed(libp2p::tcp::tokio::TcpStream(stream)).await
 }
 
-/// Somebody between a client and the relay, who can say something in the client's place.
-struct Line(mpsc::Sender<Vec<u8>>);
+/// A forwarder between a client and the relay that can send bytes in the client's place.
+struct Injector(mpsc::Sender<Vec<u8>>);
 
-impl Line {
-    /// To this address, and what a client dials to get through.
+impl Injector {
+    /// A forwarder to this address, and the address that the client dials.
     async fn to(relay: &Multiaddr) -> (Self, Multiaddr) {
         let stream = tcp(port(relay)).await;
         Self::over(stream, relay).await
     }
 
-    /// As [`Line::to`], from where the proxy is and with its header in front.
+    /// As [`Injector::to`], from the proxy's address and with this header first.
     async fn with_header(relay: &Multiaddr, header: Vec<u8>) -> (Self, Multiaddr) {
         let mut stream = from_proxy(port(relay)).await;
-        stream.write_all(&header).await.expect("it is read");
+        stream.write_all(&header).await.expect("the relay reads");
         Self::over(stream, relay).await
     }
 
@@ -845,23 +850,23 @@ impl Line {
             Protocol::Tcp(_) => Protocol::Tcp(own),
             other => other,
         });
-        let (say, said) = mpsc::channel(1);
+        let (sender, injected) = mpsc::channel(1);
         tokio::spawn(async move {
             let (client, _) = listener.accept().await?;
-            pass_on(client, stream, said).await
+            forward(client, stream, injected).await
         });
-        (Self(say), through.collect())
+        (Self(sender), through.collect())
     }
 
-    async fn say(&self, bytes: Vec<u8>) {
-        self.0.send(bytes).await.expect("the line holds");
+    async fn inject(&self, bytes: Vec<u8>) {
+        self.0.send(bytes).await.expect("the connection is up");
     }
 }
 
-async fn pass_on(
+async fn forward(
     client: TcpStream,
     relay: TcpStream,
-    mut said: mpsc::Receiver<Vec<u8>>,
+    mut injected: mpsc::Receiver<Vec<u8>>,
 ) -> std::io::Result<()> {
     let (mut from_client, mut to_client) = client.into_split();
     let (mut from_relay, mut to_relay) = relay.into_split();
@@ -869,7 +874,7 @@ async fn pass_on(
         let mut buffer = [0; 16 * 1024];
         loop {
             tokio::select! {
-                Some(bytes) = said.recv() => to_relay.write_all(&bytes).await?,
+                Some(bytes) = injected.recv() => to_relay.write_all(&bytes).await?,
                 read = from_client.read(&mut buffer) => match read? {
                     0 => return to_relay.shutdown().await,
                     read => to_relay.write_all(&buffer[..read]).await?,
@@ -884,8 +889,8 @@ async fn pass_on(
     future::try_join(there, back).await.map(|_| ())
 }
 
-/// An HTTP proxy at this address, which takes one client and adds headers to its request. Returns what the client
-/// dials to get through.
+/// An HTTP proxy at this address that serves one client and adds headers to its request. Returns the address that the
+/// client dials.
 async fn through(proxy: &str, relay: &Multiaddr, headers: &str) -> Multiaddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let own = listener.local_addr().unwrap().port();
@@ -905,10 +910,10 @@ async fn through(proxy: &str, relay: &Multiaddr, headers: &str) -> Multiaddr {
     relay.iter().map(with_port).collect()
 }
 
-/// Where the proxy is.
+/// The proxy's address.
 const PROXY: &str = "127.0.0.3";
 
-/// A connection from where the proxy is.
+/// A connection from the proxy's address.
 async fn from_proxy(port: u16) -> TcpStream {
     tcp_from(PROXY, port).await
 }

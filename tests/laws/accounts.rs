@@ -1,4 +1,4 @@
-//! Random histories of circuits, whose accounts are read beside a list of all that happened.
+//! Random histories of circuits; the accounts are compared with the sum of all events.
 
 use std::time::Instant;
 
@@ -14,60 +14,60 @@ use relaylet::{
     wire::Request,
 };
 
-/// Few, so that they meet again.
+/// Few, so that histories reuse them.
 const PEERS: usize = 4;
 
-/// One step of a history. `which` chooses among those that there are.
+/// One step of a history. `which` is an index, modulo the number of candidates.
 #[derive(Clone, Debug)]
 enum Step {
-    /// A peer comes, or opens one more connection, and reserves.
-    Come { peer: usize },
-    /// A connection is lost; the circuits over it end first, unless they never came to carry anything.
-    Lose { which: usize, said: Option<u16> },
-    /// Over one connection, to a peer.
-    Connect { which: usize, target: usize },
-    /// A target that was asked answers.
-    Answer { which: usize, agrees: bool },
-    /// An open circuit ends, be it that one of its peers is long gone.
-    End { which: usize, carried: (u16, u16) },
+    /// A peer opens a connection and reserves.
+    Connect { peer: usize },
+    /// A connection is lost; its open circuits end first and report `reported` bytes, unless that is `None`.
+    Lose { which: usize, reported: Option<u16> },
+    /// A CONNECT over one connection to a peer.
+    Circuit { which: usize, target: usize },
+    /// A target answers its stop request.
+    Answer { which: usize, accepts: bool },
+    /// An open circuit ends, also if one of its peers is disconnected.
+    End { which: usize, transferred: (u16, u16) },
 }
 
 fn step() -> impl Strategy<Value = Step> {
     let which = 0..64usize;
     prop_oneof![
-        3 => (0..PEERS).prop_map(|peer| Step::Come { peer }),
+        3 => (0..PEERS).prop_map(|peer| Step::Connect { peer }),
         3 => (which.clone(), any::<Option<u16>>())
-            .prop_map(|(which, said)| Step::Lose { which, said }),
+            .prop_map(|(which, reported)| Step::Lose { which, reported }),
         6 => (which.clone(), 0..PEERS)
-            .prop_map(|(which, target)| Step::Connect { which, target }),
+            .prop_map(|(which, target)| Step::Circuit { which, target }),
         6 => (which.clone(), prop::bool::weighted(0.8))
-            .prop_map(|(which, agrees)| Step::Answer { which, agrees }),
-        3 => (which, any::<(u16, u16)>()).prop_map(|(which, carried)| Step::End { which, carried }),
+            .prop_map(|(which, accepts)| Step::Answer { which, accepts }),
+        3 => (which, any::<(u16, u16)>()).prop_map(|(which, transferred)| Step::End { which, transferred }),
     ]
 }
 
 #[derive(Debug)]
-enum Happened {
+enum Entry {
     /// The peer's last connection was lost.
-    Left(PeerId),
+    Disconnected(PeerId),
     Opened(CircuitId, PeerId, PeerId),
     Closed(CircuitId, BytesTransferred),
 }
 
-/// The relay, without sockets, and those who use it.
+/// The sans-IO relay, and its peers.
 struct World {
     relay: Relay<u32, ()>,
     now: Instant,
     peers: Vec<PeerId>,
     up: Vec<End<u32>>,
-    /// Circuits whose targets were asked.
-    asked: Vec<CircuitId>,
-    /// Circuits that are open, the connections of their sources, and where their bytes are counted.
+    /// Circuits whose targets have a stop request.
+    pending: Vec<(CircuitId, Counters)>,
+    /// Open circuits, with the connection of their source and their byte counters.
     open: Vec<(CircuitId, End<u32>, Counters)>,
-    happened: Vec<Happened>,
-    /// What the circuits that ended carried.
-    said: BytesTransferred,
-    names: u32,
+    entries: Vec<Entry>,
+    /// The bytes that ended circuits reported.
+    reported: BytesTransferred,
+    connections: u32,
 }
 
 impl World {
@@ -78,61 +78,64 @@ impl World {
         config.connect_rate = 0;
         let now = Instant::now();
         Self {
-            relay: Relay::new(config, now).expect("it makes sense"),
+            relay: Relay::new(config, now).expect("a valid configuration"),
             now,
             peers: (0..PEERS).map(|_| PeerId::random()).collect(),
             up: Vec::new(),
-            asked: Vec::new(),
+            pending: Vec::new(),
             open: Vec::new(),
-            happened: Vec::new(),
-            said: BytesTransferred::default(),
-            names: 0,
+            entries: Vec::new(),
+            reported: BytesTransferred::default(),
+            connections: 0,
         }
     }
 
-    fn name(&mut self) -> u32 {
-        self.names += 1;
-        self.names
+    fn next_connection(&mut self) -> u32 {
+        self.connections += 1;
+        self.connections
     }
 
-    fn live_through(&mut self, step: Step) {
+    fn apply(&mut self, step: Step) {
         match step {
-            Step::Come { peer } => self.come(self.peers[peer]),
-            Step::Lose { which, said } => {
+            Step::Connect { peer } => self.connect(self.peers[peer]),
+            Step::Lose { which, reported } => {
                 if let Some(gone) = chosen(&self.up, which) {
-                    self.lose(gone, said);
+                    self.lose(gone, reported);
                 }
             }
-            Step::Connect { which, target } => {
+            Step::Circuit { which, target } => {
                 let target = self.peers[target];
                 let from = chosen(&self.up, which);
                 if let Some(from) = from.filter(|from| from.peer != target) {
                     self.request(from, Request::Connect(target));
                 }
             }
-            Step::Answer { which, agrees } => {
-                if let Some(id) = chosen(&self.asked, which) {
-                    self.asked.retain(|other| *other != id);
-                    let answer = agrees.then_some(()).ok_or(StopFailed::Unsupported);
-                    let source = self.relay.circuits.get(id).map(|circuit| circuit.source);
-                    let opened = self.relay.on_target_answered(id, answer, self.now);
-                    if let (Some((_, parameters)), Some(source)) = (opened, source) {
-                        self.open.push((id, source, parameters.counters));
+            Step::Answer { which, accepts } => {
+                if let Some((id, counters)) = chosen(&self.pending, which) {
+                    self.pending.retain(|(other, _)| *other != id);
+                    let answer = accepts.then_some(()).ok_or(StopFailed::Unsupported);
+                    let Some(circuit) = self.relay.circuits.get(id) else {
+                        return;
+                    };
+                    let (source, over) = (circuit.source, circuit.target.connection);
+                    let opened = self.relay.on_target_answered(id, over, answer, self.now);
+                    if opened.is_some() {
+                        self.open.push((id, source, counters));
                     }
                 }
             }
-            Step::End { which, carried } => {
+            Step::End { which, transferred } => {
                 if let Some((id, ..)) = self.open.get(which % self.open.len().max(1)) {
-                    self.end(*id, carried);
+                    self.end(*id, transferred);
                 }
             }
         }
-        self.carry_out();
+        self.take_actions();
         self.compare();
     }
 
-    fn come(&mut self, peer: PeerId) {
-        let connection = self.name();
+    fn connect(&mut self, peer: PeerId) {
+        let connection = self.next_connection();
         let end = End { peer, connection };
         let address: Multiaddr = "/ip4/10.0.0.1/tcp/1".parse().expect("an address");
         let new = Connection::new(peer, address, false, 0, self.now);
@@ -141,47 +144,47 @@ impl World {
         self.request(end, Request::Reserve);
     }
 
-    fn request(&mut self, from: End<u32>, asked: Request) {
-        self.relay.handle_request(from, Ok(asked), (), self.now);
+    fn request(&mut self, from: End<u32>, request: Request) {
+        self.relay.handle_request(from, Ok(request), (), self.now);
     }
 
-    fn lose(&mut self, gone: End<u32>, said: Option<u16>) {
+    fn lose(&mut self, gone: End<u32>, reported: Option<u16>) {
         let over = self.open.iter().filter(|(_, source, _)| *source == gone);
         let over: Vec<_> = over.map(|(id, ..)| *id).collect();
         for id in over {
-            if let Some(said) = said {
-                self.end(id, (said, said / 3));
+            if let Some(reported) = reported {
+                self.end(id, (reported, reported / 3));
             }
         }
         self.relay.on_disconnected(gone, self.now);
-        self.carry_out();
+        self.take_actions();
         self.up.retain(|end| *end != gone);
         if self.up.iter().all(|end| end.peer != gone.peer) {
-            self.happened.push(Happened::Left(gone.peer));
+            self.entries.push(Entry::Disconnected(gone.peer));
         }
     }
 
     fn end(&mut self, id: CircuitId, (to_target, to_source): (u16, u16)) {
-        let mut carried = BytesTransferred::default();
-        (carried.to_target, carried.to_source) = (to_target.into(), to_source.into());
-        self.said.to_target += carried.to_target;
-        self.said.to_source += carried.to_source;
+        let mut transferred = BytesTransferred::default();
+        (transferred.to_target, transferred.to_source) = (to_target.into(), to_source.into());
+        self.reported.to_target += transferred.to_target;
+        self.reported.to_source += transferred.to_source;
         let open = self.open.iter().find(|(open, ..)| *open == id);
-        let (.., counters) = open.expect("it is open");
-        counters.add(carried);
+        let (.., counters) = open.expect("an open circuit");
+        counters.add(transferred);
         self.relay.on_circuit_ended(id, CircuitEnd::Finished, self.now);
     }
 
-    fn carry_out(&mut self) {
+    fn take_actions(&mut self) {
         while let Some(action) = self.relay.actions.pop_front() {
             match action {
-                Action::AskTarget { circuit, .. } => self.asked.push(circuit),
+                Action::AskTarget(_, circuit) => self.pending.push((circuit.id, circuit.counters)),
                 Action::Report(Event::CircuitOpened { circuit, source, target }) => {
-                    self.happened.push(Happened::Opened(circuit, source, target))
+                    self.entries.push(Entry::Opened(circuit, source, target))
                 }
-                Action::Report(Event::CircuitClosed { circuit, transferred: carried, .. }) => {
+                Action::Report(Event::CircuitClosed { circuit, transferred, .. }) => {
                     self.open.retain(|(id, ..)| *id != circuit);
-                    self.happened.push(Happened::Closed(circuit, carried));
+                    self.entries.push(Entry::Closed(circuit, transferred));
                 }
                 _ => {}
             }
@@ -193,58 +196,58 @@ impl World {
         for peer in &self.peers {
             assert_eq!(accounts.of(peer), self.account(*peer));
         }
-        let have = self.peers.iter().filter(|p| self.account(**p).is_some());
-        assert_eq!(accounts.iter().count(), have.count());
+        let with_account = self.peers.iter().filter(|p| self.account(**p).is_some());
+        assert_eq!(accounts.iter().count(), with_account.count());
 
-        let count = |what: fn(&Happened) -> bool| {
-            let those = self.happened.iter().filter(|happened| what(happened));
-            those.count() as u64
+        let count = |is_kind: fn(&Entry) -> bool| {
+            let entries = self.entries.iter().filter(|entry| is_kind(entry));
+            entries.count() as u64
         };
         let totals = accounts.totals;
-        assert_eq!(totals.opened, count(|h| matches!(h, Happened::Opened(..))));
-        assert_eq!(totals.closed, count(|h| matches!(h, Happened::Closed(..))));
+        assert_eq!(totals.opened, count(|h| matches!(h, Entry::Opened(..))));
+        assert_eq!(totals.closed, count(|h| matches!(h, Entry::Closed(..))));
         assert_eq!(totals.opened - totals.closed, self.open.len() as u64);
-        assert_eq!(totals.transferred, self.said);
-        let mut metered: Vec<_> = self.relay.circuits.open().map(|(id, _)| id).collect();
-        metered.sort();
+        assert_eq!(totals.transferred, self.reported);
+        let mut listed: Vec<_> = self.relay.circuits.open().map(|(id, _)| id).collect();
+        listed.sort();
         let mut open: Vec<_> = self.open.iter().map(|(id, ..)| *id).collect();
         open.sort();
-        assert_eq!(metered, open);
+        assert_eq!(listed, open);
     }
 
-    /// What a peer's account should be: of the circuits that were opened since it last left.
+    /// The expected account of a peer: of the circuits that were opened since it last disconnected.
     fn account(&self, peer: PeerId) -> Option<Account> {
-        let left = |happened: &Happened| matches!(happened, Happened::Left(who) if *who == peer);
-        let stay = self.happened.rsplit(left).next()?;
+        let left = |entry: &Entry| matches!(entry, Entry::Disconnected(other) if *other == peer);
+        let stay = self.entries.rsplit(left).next()?;
         let mut account = None;
-        for happened in stay {
-            let Happened::Opened(id, source, target) = happened else {
+        for entry in stay {
+            let Entry::Opened(id, source, target) = entry else {
                 continue;
             };
             if ![source, target].contains(&&peer) {
                 continue;
             }
             let account = account.get_or_insert(Account::default());
-            let closed = stay.iter().find_map(|happened| match happened {
-                Happened::Closed(closed, carried) if closed == id => Some(*carried),
+            let closed = stay.iter().find_map(|entry| match entry {
+                Entry::Closed(closed, transferred) if closed == id => Some(*transferred),
                 _ => None,
             });
-            let carried = closed.unwrap_or_default();
+            let transferred = closed.unwrap_or_default();
             if *source == peer {
                 account.as_source += 1;
-                account.sent += carried.to_target;
-                account.received += carried.to_source;
+                account.sent += transferred.to_target;
+                account.received += transferred.to_source;
             } else {
                 account.as_target += 1;
-                account.sent += carried.to_source;
-                account.received += carried.to_target;
+                account.sent += transferred.to_source;
+                account.received += transferred.to_target;
             }
         }
         account
     }
 
-    /// With everyone gone there is no account left, and every circuit that was opened has ended.
-    fn end_it(&mut self) {
+    /// Disconnects every peer: no account is left, and every opened circuit has ended.
+    fn disconnect_all(&mut self) {
         while let Some(gone) = self.up.first() {
             self.lose(*gone, Some(1));
             self.compare();
@@ -256,26 +259,26 @@ impl World {
     }
 }
 
-fn chosen<T: Copy>(all: &[T], which: usize) -> Option<T> {
-    all.get(which % all.len().max(1)).copied()
+fn chosen<T: Clone>(all: &[T], which: usize) -> Option<T> {
+    all.get(which % all.len().max(1)).cloned()
 }
 
 proptest! {
     #![proptest_config(ProptestConfig {
         cases: 500,
         rng_algorithm: RngAlgorithm::XorShift,
-        failure_persistence: None, // it prints the history
+        failure_persistence: None, // the history is printed
         ..ProptestConfig::default()
     })]
 
     #[test]
-    fn the_accounts_are_what_the_list_of_all_that_happened_adds_up_to(
+    fn accounts_match_the_sum_of_all_events(
         history in prop::collection::vec(step(), 1..200),
     ) {
         let mut world = World::new();
         for step in history {
-            world.live_through(step);
+            world.apply(step);
         }
-        world.end_it();
+        world.disconnect_all();
     }
 }

@@ -1,11 +1,11 @@
-//! Random histories, which the relay and the naive model of it live through side by side.
+//! Random histories of reservations, in the relay and in a naive model.
 //!
-//! The relay is the real one, `relaylet::relay`, without sockets: after each step both have to have
-//! given the same answers, asked the same peers for a sign of life, freed the same slots for the
-//! same reasons, and hold the same; and what the relay counts is counted once more from scratch.
+//! The relay is `relaylet::relay`, without sockets. After each step relay and model must have given the same answers,
+//! probed the same peers, freed the same slots for the same reasons, and hold the same slots. Each counter of the
+//! relay is compared with a count from scratch.
 //!
-//! Two laws are held to without the model, which might be wrong in the same way: nobody is judged
-//! who did not have its time to answer, and no step but a change of policy brings a cap over.
+//! Two laws are checked without the model, which might share a mistake: no peer times out without its time to answer,
+//! and no step except a change of the policy makes a cap exceeded.
 
 use std::{
     collections::HashMap,
@@ -27,13 +27,13 @@ use relaylet::{
     wire::{Request, Status},
 };
 
-use super::model::{self, Answer, Model, Policy, State, Why};
+use super::model::{self, Answer, Model, Policy, Reason, State};
 
-/// Peers and addresses are few, so that they meet; yet enough to fall silent all at once.
+/// Few peers and addresses, so that they interact, and enough peers for the rule about simultaneous silence.
 const PEERS: usize = 12;
 const ADDRESSES: u8 = 4;
 
-/// One step of a history. `which` chooses among the connections that a peer has.
+/// One step of a history. `which` is an index, modulo the number of the peer's connections.
 #[derive(Clone, Debug)]
 enum Step {
     Connect {
@@ -44,7 +44,7 @@ enum Step {
         peer: usize,
         which: usize,
     },
-    /// All peers come from one address at once.
+    /// All peers connect from one address at once and reserve.
     Rush {
         address: u8,
     },
@@ -59,21 +59,21 @@ enum Step {
         peer: usize,
         which: usize,
     },
-    /// Something comes in on a connection by itself.
-    Speaks {
+    /// Bytes arrive on a connection, not as an answer.
+    Activity {
         peer: usize,
         which: usize,
     },
-    /// The embedder heard something from the peer on some protocol.
-    Heard {
+    /// The embedder records activity of the peer.
+    RecordActivity {
         peer: usize,
     },
-    /// From now on the peer answers questions after so many milliseconds, or not at all.
+    /// The peer answers probes after this many milliseconds from now on, or not at all.
     Answers {
         peer: usize,
         after: Option<u64>,
     },
-    /// The same for all at once.
+    /// The same for all peers at once.
     AllAnswer {
         after: Option<u64>,
     },
@@ -84,8 +84,8 @@ enum Step {
     Pass {
         millis: u64,
     },
-    /// Time passes, and the relay stands still.
-    Stall {
+    /// Time passes while the relay is suspended.
+    Suspend {
         millis: u64,
     },
     Configure(Policy),
@@ -110,14 +110,14 @@ fn step() -> impl Strategy<Value = Step> {
             .prop_map(|(peer, older)| Step::Undelivered { peer, older }),
         3 => (peer.clone(), which.clone())
             .prop_map(|(peer, which)| Step::Disconnect { peer, which }),
-        2 => (peer.clone(), which).prop_map(|(peer, which)| Step::Speaks { peer, which }),
-        1 => peer.clone().prop_map(|peer| Step::Heard { peer }),
+        2 => (peer.clone(), which).prop_map(|(peer, which)| Step::Activity { peer, which }),
+        1 => peer.clone().prop_map(|peer| Step::RecordActivity { peer }),
         3 => (peer.clone(), after.clone())
             .prop_map(|(peer, after)| Step::Answers { peer, after }),
         1 => after.prop_map(|after| Step::AllAnswer { after }),
         1 => peer.prop_map(|peer| Step::Release { peer }),
         6 => millis.prop_map(|millis| Step::Pass { millis }),
-        1 => (500..100_000u64).prop_map(|millis| Step::Stall { millis }),
+        1 => (500..100_000u64).prop_map(|millis| Step::Suspend { millis }),
         1 => policy().prop_map(Step::Configure),
     ]
 }
@@ -178,38 +178,38 @@ fn ip(address: u8) -> IpAddr {
     Ipv4Addr::new(10, 0, model::subnet(address), address).into()
 }
 
-fn billed_to(address: u8) -> ClientPrefix {
+fn prefix(address: u8) -> ClientPrefix {
     ip(address).into()
 }
 
-/// The relay and the model, and those who use them.
+/// The relay, the model, and the peers of both.
 struct World {
     relay: Relay<u32, u64>,
     model: Model,
     peers: Vec<PeerId>,
     start: Instant,
     now: u64,
-    signs: HashMap<u32, ActivityCounter>,
-    /// What each peer was granted, first to last.
+    activity: HashMap<u32, ActivityCounter>,
+    /// The receipts of each peer's grants, oldest first.
     receipts: Vec<Vec<(u64, Receipt)>>,
     answers_after: Vec<Option<u64>>,
-    /// Since when a question to a connection is open, and nothing was heard on it.
+    /// Since when a probe on a connection has been unanswered.
     unanswered: HashMap<u32, u64>,
-    /// Answers that are on their way: when they arrive, and over which connection.
-    under_way: Vec<(u64, u32)>,
+    /// Answers to probes that have not arrived yet: when they arrive, and over which connection.
+    answers_in_flight: Vec<(u64, u32)>,
     connections: u32,
     requests: u64,
-    /// How often a peer was asked for a sign of life.
-    questions: u64,
+    /// How many probes were sent.
+    probes: u64,
 }
 
-/// What the relay ordered.
+/// The actions of the relay.
 #[derive(Default)]
-struct Done {
+struct Actions {
     answers: Vec<(u64, Answer)>,
-    freed: Vec<(usize, Why)>,
-    asked: Vec<u32>,
-    judged: Vec<usize>,
+    freed: Vec<(usize, Reason)>,
+    probed: Vec<u32>,
+    timed_out: Vec<usize>,
     closed: usize,
 }
 
@@ -218,19 +218,19 @@ impl World {
         let peers: Vec<_> = (0..PEERS).map(|_| PeerId::random()).collect();
         let start = Instant::now();
         Self {
-            relay: Relay::new(config(policy, &peers), start).expect("it makes sense"),
+            relay: Relay::new(config(policy, &peers), start).expect("a valid configuration"),
             model: Model::new(policy),
             peers,
             start,
             now: 0,
-            signs: HashMap::new(),
+            activity: HashMap::new(),
             receipts: vec![Vec::new(); PEERS],
             answers_after: vec![Some(50); PEERS],
             unanswered: HashMap::new(),
-            under_way: Vec::new(),
+            answers_in_flight: Vec::new(),
             connections: 0,
             requests: 0,
-            questions: 0,
+            probes: 0,
         }
     }
 
@@ -238,14 +238,14 @@ impl World {
         self.start + Duration::from_millis(self.now)
     }
 
-    fn who(&self, peer: PeerId) -> usize {
+    fn index_of(&self, peer: PeerId) -> usize {
         let found = self.peers.iter().position(|other| *other == peer);
-        found.expect("one of ours")
+        found.expect("a peer of this history")
     }
 
     fn end(&self, connection: u32) -> End<u32> {
         let mut all = self.model.connections.iter();
-        let peer = all.find(|c| c.id == connection).expect("it is up").peer;
+        let peer = all.find(|c| c.id == connection).expect("a connection that is up").peer;
         End { peer: self.peers[peer], connection }
     }
 
@@ -255,12 +255,12 @@ impl World {
         all.get(which % all.len().max(1)).copied()
     }
 
-    fn live_through(&mut self, step: Step) {
+    fn apply(&mut self, step: Step) {
         let policy_changes = matches!(step, Step::Configure(_));
         let before = self.over_caps();
-        self.take(step);
-        let done = self.carry_out();
-        self.compare(done);
+        self.apply_step(step);
+        let actions = self.take_actions();
+        self.compare(actions);
         self.compare_tables();
         let after = self.over_caps().into_iter().zip(before);
         for (after, before) in after.filter(|_| !policy_changes) {
@@ -268,23 +268,23 @@ impl World {
         }
     }
 
-    /// By how much each cap is exceeded: those of the addresses, of their subnets, and the total.
+    /// By how much each cap is exceeded: of addresses, of subnets, and the total.
     fn over_caps(&self) -> Vec<usize> {
         let Policy { total, per_ip, per_subnet, .. } = self.model.policy;
         let table = &self.relay.reservations;
-        let beyond = |held: usize, cap| match cap {
+        let above = |held: usize, cap| match cap {
             0 => 0,
             cap => held.saturating_sub(cap),
         };
-        let each = (0..ADDRESSES).map(billed_to).flat_map(|bill| {
-            let of_subnet = table.quota.held(Scope::Subnet(bill.subnet()));
-            [beyond(table.quota.held(Scope::Address(bill)), per_ip), beyond(of_subnet, per_subnet)]
+        let each = (0..ADDRESSES).map(prefix).flat_map(|prefix| {
+            let of_subnet = table.quota.held(Scope::Subnet(prefix.subnet()));
+            [above(table.quota.held(Scope::Address(prefix)), per_ip), above(of_subnet, per_subnet)]
         });
-        let all: Vec<_> = each.chain([beyond(table.taken(), total)]).collect();
+        let all: Vec<_> = each.chain([above(table.taken(), total)]).collect();
         all
     }
 
-    fn take(&mut self, step: Step) {
+    fn apply_step(&mut self, step: Step) {
         let now = self.instant();
         match step {
             Step::Connect { peer, address } => _ = self.connect(peer, address),
@@ -317,16 +317,16 @@ impl World {
                     self.disconnect(connection);
                 }
             }
-            Step::Speaks { peer, which } => {
+            Step::Activity { peer, which } => {
                 if let Some(connection) = self.choose(peer, which) {
-                    self.speaks(connection);
+                    self.record_activity(connection);
                 }
             }
-            Step::Heard { peer } => {
+            Step::RecordActivity { peer } => {
                 self.relay.connections.record_activity(&self.peers[peer], now);
                 for connection in self.model.connections.iter_mut().filter(|c| c.peer == peer) {
                     connection.last_heard = self.now;
-                    connection.asked = None;
+                    connection.probed = None;
                     self.unanswered.remove(&connection.id);
                 }
             }
@@ -337,13 +337,13 @@ impl World {
                 self.model.release(peer);
             }
             Step::Pass { millis } => self.pass(self.now + millis),
-            Step::Stall { millis } => {
+            Step::Suspend { millis } => {
                 self.now += millis;
                 self.sweep();
             }
             Step::Configure(policy) => {
                 let config = config(policy, &self.peers);
-                self.relay.set_config(config, now).expect("it makes sense");
+                self.relay.set_config(config, now).expect("a valid configuration");
                 self.model.configure(policy, self.now);
             }
         }
@@ -354,9 +354,9 @@ impl World {
         let (id, now) = (self.connections, self.instant());
         let connection = Connection::new(self.peers[peer], ip(address).into(), false, 0, now);
         self.relay.connections.add(id, connection);
-        let signs = ActivityCounter::default();
-        self.relay.connections.get_mut(id).unwrap().track(signs.clone());
-        self.signs.insert(id, signs);
+        let activity = ActivityCounter::default();
+        self.relay.connections.get_mut(id).unwrap().track(activity.clone());
+        self.activity.insert(id, activity);
         self.model.connect(id, peer, address, self.now);
         id
     }
@@ -373,11 +373,11 @@ impl World {
         self.model.disconnect(connection, self.now);
     }
 
-    fn speaks(&mut self, id: u32) {
+    fn record_activity(&mut self, id: u32) {
         let connection = self.model.connections.iter_mut().find(|c| c.id == id);
         if let Some(connection) = connection {
             connection.unseen = true;
-            self.signs[&id].add(1);
+            self.activity[&id].add(1);
             self.unanswered.remove(&id);
         }
     }
@@ -397,84 +397,92 @@ impl World {
 
     fn sweep(&mut self) {
         let now = self.now;
-        let (arrived, rest) = self.under_way.iter().partition(|(when, _)| *when <= now);
-        self.under_way = rest;
+        let (arrived, rest) = self.answers_in_flight.iter().partition(|(when, _)| *when <= now);
+        self.answers_in_flight = rest;
         let arrived: Vec<_> = arrived;
         for (_, connection) in arrived {
-            self.speaks(connection);
+            self.record_activity(connection);
         }
         let due = self.relay.sweep_due.saturating_duration_since(self.start);
-        let somebody_waits = !self.relay.waiting.is_empty();
+        let newcomers_wait = !self.relay.waiting.is_empty();
         self.relay.sweep(self.instant());
-        let done = self.carry_out();
-        for peer in &done.judged {
-            let time = self.model.policy.time_to_answer(somebody_waits);
+        let actions = self.take_actions();
+        for peer in &actions.timed_out {
+            let time = self.model.policy.time_to_answer(newcomers_wait);
             let all = self.model.connections.iter().filter(|c| c.peer == *peer);
-            let asked = all.filter_map(|c| self.unanswered.get(&c.id)).min();
-            assert!(asked.is_some_and(|asked| now - asked >= time), "law 1");
+            let probed = all.filter_map(|c| self.unanswered.get(&c.id)).min();
+            assert!(
+                probed.is_some_and(|probed| now - probed >= time),
+                "law 1: it had its time to answer"
+            );
         }
-        let closed = if self.model.policy.close_silent { done.judged.len() } else { 0 };
-        assert_eq!(done.closed, closed, "who is judged is closed, or nobody is");
-        self.model.sweep(due.as_millis() as u64, &done.judged, now);
+        let closed = if self.model.policy.close_silent { actions.timed_out.len() } else { 0 };
+        assert_eq!(
+            actions.closed, closed,
+            "peers that time out are closed if `close_silent` is on"
+        );
+        self.model.sweep(due.as_millis() as u64, &actions.timed_out, now);
         let next = self.relay.sweep_due.saturating_duration_since(self.start);
         assert_eq!(next.as_millis() as u64, self.model.next_sweep(now));
-        self.compare(done);
+        self.compare(actions);
     }
 
-    fn carry_out(&mut self) -> Done {
-        let mut done = Done::default();
+    fn take_actions(&mut self) -> Actions {
+        let mut actions = Actions::default();
         while let Some(action) = self.relay.actions.pop_front() {
             match action {
                 Action::Grant { request, receipt, expires, .. } => {
-                    done.answers.push((request.reply, Answer::Granted));
-                    let peer = self.who(request.from.peer);
+                    actions.answers.push((request.reply, Answer::Granted));
+                    let peer = self.index_of(request.from.peer);
                     let ttl = Duration::from_millis(self.model.policy.ttl);
-                    assert_eq!(expires, self.instant() + ttl, "the end that the peer is told");
+                    assert_eq!(expires, self.instant() + ttl, "the expiration that is sent");
                     self.receipts[peer].push((request.reply, receipt));
                 }
-                Action::Refuse(request, status) => done.answers.push((request, answer(status))),
+                Action::Refuse(request, status) => actions.answers.push((request, answer(status))),
                 Action::Probe(to, _) => {
-                    done.asked.push(to.connection);
+                    actions.probed.push(to.connection);
                     self.unanswered.entry(to.connection).or_insert(self.now);
-                    self.questions += 1;
-                    if let Some(after) = self.answers_after[self.who(to.peer)] {
-                        self.under_way.push((self.now + after, to.connection));
+                    self.probes += 1;
+                    if let Some(after) = self.answers_after[self.index_of(to.peer)] {
+                        self.answers_in_flight.push((self.now + after, to.connection));
                     }
                 }
-                Action::Close(_) => done.closed += 1,
-                Action::Report(Event::PeerSilent { peer, .. }) => done.judged.push(self.who(peer)),
+                Action::Close(_) => actions.closed += 1,
+                Action::Report(Event::PeerSilent { peer, .. }) => {
+                    actions.timed_out.push(self.index_of(peer))
+                }
                 Action::Report(Event::ReservationFreed { peer, reason, .. }) => {
-                    done.freed.push((self.who(peer), self.why(reason)));
+                    actions.freed.push((self.index_of(peer), self.reason_of(reason)));
                 }
                 _ => {}
             }
         }
-        done
+        actions
     }
 
-    fn why(&self, reason: FreedReason) -> Why {
+    fn reason_of(&self, reason: FreedReason) -> Reason {
         match reason {
-            FreedReason::Expired => Why::Expired,
-            FreedReason::GraceOver => Why::GraceOver,
-            FreedReason::Disconnected => Why::Left,
-            FreedReason::Silent => Why::Silent,
-            FreedReason::TakenBy { peer } => Why::Taken(self.who(peer)),
-            FreedReason::Undelivered => Why::Undelivered,
-            FreedReason::Denied => Why::Denied,
-            FreedReason::Released => Why::Released,
+            FreedReason::Expired => Reason::Expired,
+            FreedReason::GraceOver => Reason::GraceOver,
+            FreedReason::Disconnected => Reason::Disconnected,
+            FreedReason::Silent => Reason::Silent,
+            FreedReason::TakenBy { peer } => Reason::Taken(self.index_of(peer)),
+            FreedReason::Undelivered => Reason::Undelivered,
+            FreedReason::Denied => Reason::Denied,
+            FreedReason::Released => Reason::Released,
             other => panic!("the model does not know {other}"),
         }
     }
 
-    /// Whether both did the same.
-    fn compare(&mut self, done: Done) {
+    /// Asserts that the relay and the model have done the same.
+    fn compare(&mut self, actions: Actions) {
         let model = &mut self.model;
-        assert_eq!(sorted(done.answers), sorted(std::mem::take(&mut model.answers)));
-        assert_eq!(sorted(done.freed), sorted(std::mem::take(&mut model.freed)));
-        assert_eq!(sorted(done.asked), sorted(std::mem::take(&mut model.asked)));
+        assert_eq!(sorted(actions.answers), sorted(std::mem::take(&mut model.answers)));
+        assert_eq!(sorted(actions.freed), sorted(std::mem::take(&mut model.freed)));
+        assert_eq!(sorted(actions.probed), sorted(std::mem::take(&mut model.probed)));
     }
 
-    /// Whether both hold the same.
+    /// Asserts that the relay and the model hold the same slots.
     fn compare_tables(&self) {
         let (now, table) = (self.instant(), &self.relay.reservations);
         for (index, peer) in self.peers.iter().enumerate() {
@@ -487,7 +495,7 @@ impl World {
                 State::Grace(..) => None,
             });
             assert_eq!(held.and_then(|held| held.connection), connection);
-            let prefix = slot.map(|slot| billed_to(slot.address));
+            let prefix = slot.map(|slot| prefix(slot.address));
             assert_eq!(held.and_then(|held| held.prefix), prefix);
             let ends = slot.map(|slot| self.start + Duration::from_millis(self.model.end(slot)));
             assert_eq!(held.map(|held| held.ends), ends);
@@ -497,41 +505,41 @@ impl World {
         self.count();
     }
 
-    /// Counts from scratch whatever the relay has counters for.
+    /// Compares each counter of the relay with a count from scratch.
     fn count(&self) {
         let (table, slots) = (&self.relay.reservations, &self.model.slots);
         assert_eq!(table.taken(), slots.len());
-        assert_eq!(table.holders().count(), slots.len());
+        assert_eq!(table.iter().count(), slots.len());
         let in_grace = slots.iter().filter(|slot| matches!(slot.state, State::Grace(..)));
         assert_eq!(table.in_grace(), in_grace.count());
         assert_eq!(self.relay.waiting.len(), self.model.waiting());
-        assert_eq!(self.relay.probes, self.questions);
+        assert_eq!(self.relay.probes, self.probes);
         assert_eq!(self.relay.connections.count(), self.model.connections.len());
         for address in 0..ADDRESSES {
             let at = |same: fn(u8, u8) -> bool| {
                 let there = slots.iter().filter(|slot| same(slot.address, address));
                 there.count()
             };
-            let bill = billed_to(address);
-            assert_eq!(table.quota.held(Scope::Address(bill)), at(|one, other| one == other));
-            let of_subnet = table.quota.held(Scope::Subnet(bill.subnet()));
+            let prefix = prefix(address);
+            assert_eq!(table.quota.held(Scope::Address(prefix)), at(|one, other| one == other));
+            let of_subnet = table.quota.held(Scope::Subnet(prefix.subnet()));
             let same = |one, other| model::subnet(one) == model::subnet(other);
             assert_eq!(of_subnet, at(same));
         }
     }
 
-    /// With everyone gone and every term over, nothing is left.
-    fn end_it(&mut self) {
+    /// Disconnects every peer and lets every term end: nothing is left.
+    fn disconnect_all(&mut self) {
         let all: Vec<_> = self.model.connections.iter().map(|c| c.id).collect();
         for connection in all {
             self.disconnect(connection);
-            let done = self.carry_out();
-            self.compare(done);
+            let actions = self.take_actions();
+            self.compare(actions);
             self.compare_tables();
         }
         self.pass(self.now + self.model.policy.ttl + self.model.policy.sweep);
         let table = &self.relay.reservations;
-        assert_eq!((table.taken(), table.in_grace(), table.quota.len()), (0, 0, 0));
+        assert_eq!((table.taken(), table.in_grace(), table.quota.scopes()), (0, 0, 0));
         assert_eq!((self.relay.waiting.len(), self.relay.connections.count()), (0, 0));
     }
 }
@@ -551,23 +559,23 @@ fn sorted<T: Ord>(mut list: Vec<T>) -> Vec<T> {
 }
 
 proptest! {
-    // The usual generator is a cipher, and takes most of the time when it is not optimized.
+    // The default generator is a cipher, which takes most of the time in an unoptimized build.
     #![proptest_config(ProptestConfig {
         cases: 2000,
         rng_algorithm: RngAlgorithm::XorShift,
-        failure_persistence: None, // it prints the history
+        failure_persistence: None, // the history is printed
         ..ProptestConfig::default()
     })]
 
     #[test]
-    fn the_relay_and_a_naive_model_of_it_never_differ(
+    fn the_relay_matches_a_naive_model(
         policy in policy(),
         history in prop::collection::vec(step(), 1..400),
     ) {
         let mut world = World::new(policy);
         for step in history {
-            world.live_through(step);
+            world.apply(step);
         }
-        world.end_it();
+        world.disconnect_all();
     }
 }

@@ -1,11 +1,11 @@
-//! The laws once more, as naively as they can be written down: plain lists, scanned for everything.
+//! A naive model of the relay's reservations: plain lists, searched for everything.
 //!
-//! Times are milliseconds since the beginning. Nothing is counted, cached or indexed, so that it
-//! cannot be wrong in the way in which the relay might be.
+//! Times are in milliseconds since the start. Nothing is counted, cached or indexed, so that it does not share the
+//! relay's possible mistakes.
 
 use std::collections::HashMap;
 
-/// What is told to whoever asked for a slot.
+/// The answer to a RESERVE.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Answer {
     Granted,
@@ -14,12 +14,12 @@ pub enum Answer {
     Denied,
 }
 
-/// Why a slot came back.
+/// Why a slot was freed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Why {
+pub enum Reason {
     Expired,
     GraceOver,
-    Left,
+    Disconnected,
     Silent,
     Taken(usize),
     Undelivered,
@@ -27,7 +27,7 @@ pub enum Why {
     Released,
 }
 
-/// What the operator wants; zero is no cap, no grace, no heartbeat, no probe, no rate.
+/// The configuration; zero is no cap, no grace, no heartbeat, no probe, no rate limit.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Policy {
     pub total: usize,
@@ -45,10 +45,10 @@ pub struct Policy {
     pub denied: Option<usize>,
 }
 
-/// How often a waiting newcomer's chances are looked at.
+/// The interval of sweeps while newcomers wait.
 const TICK: u64 = 100;
 
-/// How late a sweep may be before questions count anew.
+/// How late a sweep may be before probes start over.
 const LATE: u64 = 1000;
 
 /// How many newcomers of one address may wait.
@@ -62,8 +62,8 @@ pub struct Connection {
     pub peer: usize,
     pub address: u8,
     pub last_heard: u64,
-    pub asked: Option<u64>,
-    /// Something came in that no sweep has seen yet.
+    pub probed: Option<u64>,
+    /// Bytes have arrived that no sweep has seen yet.
     pub unseen: bool,
     closing: bool,
 }
@@ -71,7 +71,7 @@ pub struct Connection {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum State {
     Live(u32),
-    /// Left then, as the how-manieth.
+    /// Since this time, and as the nth slot that entered grace.
     Grace(u64, u64),
 }
 
@@ -83,7 +83,7 @@ pub struct Slot {
     pub address: u8,
     /// The request that was last granted.
     pub request: u64,
-    /// What held when the peer last knew where it stood: nothing, or a slot.
+    /// The state before the grants that are not yet known to be delivered; `Some(None)`: no slot.
     before: Option<Option<(State, u64)>>,
 }
 
@@ -93,7 +93,7 @@ struct Waiting {
     connection: u32,
     address: u8,
     request: u64,
-    /// Since when somebody may have been asked for it.
+    /// When it was first in need of a slot that a probe could free.
     since: Option<u64>,
 }
 
@@ -106,15 +106,15 @@ enum Cap {
 }
 
 impl Policy {
-    /// How long a peer that is judged must have had to answer.
-    pub fn time_to_answer(&self, somebody_waits: bool) -> u64 {
-        let beat = (self.heartbeat > 0).then(|| self.silence - self.heartbeat);
-        let probe = (somebody_waits && self.probe > 0).then_some(self.probe);
-        beat.into_iter().chain(probe).min().expect("somebody judges")
+    /// The least time that a peer had to answer before it times out.
+    pub fn time_to_answer(&self, newcomers_wait: bool) -> u64 {
+        let heartbeat = (self.heartbeat > 0).then(|| self.silence - self.heartbeat);
+        let probe = (newcomers_wait && self.probe > 0).then_some(self.probe);
+        heartbeat.into_iter().chain(probe).min().expect("a heartbeat or a probe")
     }
 }
 
-/// Two addresses make a subnet.
+/// Each subnet has two addresses.
 pub fn subnet(address: u8) -> u8 {
     address / 2
 }
@@ -134,16 +134,16 @@ pub struct Model {
     pub connections: Vec<Connection>,
     pub slots: Vec<Slot>,
     waiting: Vec<Waiting>,
-    /// How much is left in a bucket, and since when: a peer's, or an address's.
+    /// The tokens left in the buckets of peers and addresses, and when they were counted.
     peer_buckets: HashMap<usize, (u64, u64)>,
     address_buckets: HashMap<u8, (u64, u64)>,
     departures: u64,
-    last_beat: u64,
-    doubt: Option<u64>,
-    // What came of it, until somebody takes it.
+    last_sweep: u64,
+    deferred_until: Option<u64>,
+    // Results since they were last taken.
     pub answers: Vec<(u64, Answer)>,
-    pub freed: Vec<(usize, Why)>,
-    pub asked: Vec<u32>,
+    pub freed: Vec<(usize, Reason)>,
+    pub probed: Vec<u32>,
 }
 
 impl Model {
@@ -156,11 +156,11 @@ impl Model {
             peer_buckets: HashMap::new(),
             address_buckets: HashMap::new(),
             departures: 0,
-            last_beat: 0,
-            doubt: None,
+            last_sweep: 0,
+            deferred_until: None,
             answers: Vec::new(),
             freed: Vec::new(),
-            asked: Vec::new(),
+            probed: Vec::new(),
         }
     }
 
@@ -172,9 +172,9 @@ impl Model {
         self.end(slot) <= now
     }
 
-    fn why_over(&self, slot: &Slot, now: u64) -> Option<Why> {
+    fn reason_over(&self, slot: &Slot, now: u64) -> Option<Reason> {
         let is_term = self.end(slot) == slot.expires;
-        self.over(slot, now).then_some(if is_term { Why::Expired } else { Why::GraceOver })
+        self.over(slot, now).then_some(if is_term { Reason::Expired } else { Reason::GraceOver })
     }
 
     pub fn end(&self, slot: &Slot) -> u64 {
@@ -184,10 +184,10 @@ impl Model {
         }
     }
 
-    /// Those of a peer that a slot may point at, oldest first.
-    pub fn fit(&self, peer: usize) -> Vec<u32> {
-        let fit = |c: &&Connection| c.peer == peer && !c.closing;
-        self.connections.iter().filter(fit).map(|c| c.id).collect()
+    /// The connections of a peer that a slot may point at, oldest first.
+    pub fn usable(&self, peer: usize) -> Vec<u32> {
+        let usable = |c: &&Connection| c.peer == peer && !c.closing;
+        self.connections.iter().filter(usable).map(|c| c.id).collect()
     }
 
     fn slot(&self, peer: usize) -> Option<usize> {
@@ -196,19 +196,19 @@ impl Model {
 
     fn connection(&mut self, id: u32) -> &mut Connection {
         let found = self.connections.iter_mut().find(|c| c.id == id);
-        found.expect("it is up")
+        found.expect("a connection that is up")
     }
 
-    fn free(&mut self, index: usize, why: Why) {
+    fn free(&mut self, index: usize, reason: Reason) {
         let slot = self.slots.remove(index);
-        self.freed.push((slot.peer, why));
+        self.freed.push((slot.peer, reason));
     }
 
     fn end_what_is_over(&mut self, now: u64) {
         let mut index = 0;
         while let Some(slot) = self.slots.get(index) {
-            match self.why_over(slot, now) {
-                Some(why) => self.free(index, why),
+            match self.reason_over(slot, now) {
+                Some(reason) => self.free(index, reason),
                 None => index += 1,
             }
         }
@@ -216,8 +216,8 @@ impl Model {
 
     // ---- Caps
 
-    /// The caps that hold for an address, narrowest first: what each covers, how many slots are held
-    /// under it, and how many may be.
+    /// The caps that apply to an address, narrowest first: which slots each covers, how many those are, and how many
+    /// are allowed.
     fn caps(&self, address: u8) -> Vec<(Cap, usize, usize)> {
         let caps = [
             (Cap::Address(address), self.policy.per_ip),
@@ -233,7 +233,7 @@ impl Model {
             .collect()
     }
 
-    /// Gives `peer` a slot. `Err(None)`: not even if somebody were gone.
+    /// Reserves a slot for `peer`. `Err(None)`: a cap is exceeded, so that one freed slot would not be enough.
     fn try_reserve(
         &mut self,
         peer: usize,
@@ -243,9 +243,9 @@ impl Model {
     ) -> Result<(), Option<Cap>> {
         let address = self.connection(connection).address;
         if let Some(own) = self.slot(peer)
-            && let Some(why) = self.why_over(&self.slots[own], now)
+            && let Some(reason) = self.reason_over(&self.slots[own], now)
         {
-            self.free(own, why);
+            self.free(own, reason);
         }
         if self.caps(address).iter().any(|(_, held, most)| held >= most) {
             self.end_what_is_over(now);
@@ -274,12 +274,12 @@ impl Model {
                 return Err(None);
             }
             let under = self.slots.iter().enumerate().filter(|(_, s)| narrowest.covers(s.address));
-            let left = under.filter_map(|(index, slot)| match slot.state {
+            let in_grace = under.filter_map(|(index, slot)| match slot.state {
                 State::Grace(_, nth) => Some((nth, index)),
                 State::Live(_) => None,
             });
-            let (_, oldest) = left.min().ok_or(Some(*narrowest))?;
-            self.free(oldest, Why::Taken(peer));
+            let (_, oldest) = in_grace.min().ok_or(Some(*narrowest))?;
+            self.free(oldest, Reason::Taken(peer));
         }
         self.slots.push(Slot {
             peer,
@@ -300,23 +300,23 @@ impl Model {
             return true;
         }
         let spacing = MINUTE / self.policy.rate;
-        let left = |bucket: Option<&(u64, u64)>| match bucket {
-            Some((left, since)) => (left + now - since).min(MINUTE),
+        let tokens = |bucket: Option<&(u64, u64)>| match bucket {
+            Some((tokens, since)) => (tokens + now - since).min(MINUTE),
             None => MINUTE,
         };
-        let own = left(self.peer_buckets.get(&peer));
-        let all = address.map(|address| left(self.address_buckets.get(&address)));
-        if own < spacing || all.is_some_and(|left| left < spacing / 10) {
+        let own = tokens(self.peer_buckets.get(&peer));
+        let all = address.map(|address| tokens(self.address_buckets.get(&address)));
+        if own < spacing || all.is_some_and(|tokens| tokens < spacing / 10) {
             return false;
         }
         self.peer_buckets.insert(peer, (own - spacing, now));
-        if let (Some(address), Some(left)) = (address, all) {
-            self.address_buckets.insert(address, (left - spacing / 10, now));
+        if let (Some(address), Some(tokens)) = (address, all) {
+            self.address_buckets.insert(address, (tokens - spacing / 10, now));
         }
         true
     }
 
-    // ---- What happens
+    // ---- Events
 
     pub fn connect(&mut self, id: u32, peer: usize, address: u8, now: u64) {
         self.connections.push(Connection {
@@ -324,7 +324,7 @@ impl Model {
             peer,
             address,
             last_heard: now,
-            asked: None,
+            probed: None,
             unseen: false,
             closing: false,
         });
@@ -349,14 +349,14 @@ impl Model {
             }
             Err(Some(_)) => {}
         }
-        // It waits once.
+        // A peer waits with one request only.
         let (older, others) = self.waiting.iter().partition(|w| w.peer == peer);
         self.waiting = others;
         let older: Vec<Waiting> = older;
         self.answers.extend(older.iter().map(|w| (w.request, Answer::Refused)));
         let from_there = |w: &&Waiting| w.address == address;
-        let crowded = self.waiting.iter().filter(from_there).count() >= MOST_WAITING_PER_ADDRESS;
-        if self.policy.probe == 0 || crowded {
+        let is_full = self.waiting.iter().filter(from_there).count() >= MOST_WAITING_PER_ADDRESS;
+        if self.policy.probe == 0 || is_full {
             self.answers.push((request, Answer::Refused));
             return;
         }
@@ -367,7 +367,7 @@ impl Model {
         let peer = self.connection(id).peer;
         self.connections.retain(|c| c.id != id);
         self.waiting.retain(|w| w.connection != id);
-        self.lose(peer, id, self.fit(peer), Why::Left, now);
+        self.lose(peer, id, self.usable(peer), Reason::Disconnected, now);
     }
 
     pub fn delivered(&mut self, peer: usize) {
@@ -379,47 +379,47 @@ impl Model {
     pub fn undelivered(&mut self, peer: usize, request: u64, now: u64) {
         let last = |own: &usize| self.slots[*own].request == request;
         if let Some(own) = self.slot(peer).filter(last) {
-            self.undo(own, self.fit(peer), now);
+            self.undo(own, self.usable(peer), now);
         }
     }
 
     pub fn release(&mut self, peer: usize) {
         if let Some(own) = self.slot(peer) {
-            self.free(own, Why::Released);
+            self.free(own, Reason::Released);
         }
     }
 
     pub fn configure(&mut self, policy: Policy, now: u64) {
         self.policy = policy;
-        self.last_beat = now;
+        self.last_sweep = now;
         let Some(denied) = policy.denied else {
             return;
         };
         if let Some(own) = self.slot(denied) {
-            self.free(own, Why::Denied);
+            self.free(own, Reason::Denied);
         }
-        let (shut_out, others): (Vec<_>, Vec<_>) =
+        let (denied_newcomers, others): (Vec<_>, Vec<_>) =
             self.waiting.iter().partition(|w| w.peer == denied);
         self.waiting = others;
-        self.answers.extend(shut_out.iter().map(|w| (w.request, Answer::Denied)));
+        self.answers.extend(denied_newcomers.iter().map(|w| (w.request, Answer::Denied)));
     }
 
-    fn lose(&mut self, peer: usize, gone: u32, up: Vec<u32>, why: Why, now: u64) {
+    fn lose(&mut self, peer: usize, gone: u32, up: Vec<u32>, reason: Reason, now: u64) {
         let points_there = |own: &usize| self.slots[*own].state == State::Live(gone);
         let Some(own) = self.slot(peer).filter(points_there) else {
             return;
         };
         match self.slots[own].before {
             Some(_) => self.undo(own, up, now),
-            None => self.settle(own, up, why, now),
+            None => self.settle(own, up, reason, now),
         }
     }
 
-    fn settle(&mut self, own: usize, up: Vec<u32>, why: Why, now: u64) {
+    fn settle(&mut self, own: usize, up: Vec<u32>, reason: Reason, now: u64) {
         if let Some(other) = up.last() {
             self.slots[own].state = State::Live(*other);
         } else if self.policy.grace == 0 {
-            self.free(own, why);
+            self.free(own, reason);
         } else {
             self.departures += 1;
             self.slots[own].state = State::Grace(now, self.departures);
@@ -431,49 +431,49 @@ impl Model {
             return;
         };
         let Some((state, expires)) = before else {
-            self.free(own, Why::Undelivered);
+            self.free(own, Reason::Undelivered);
             return;
         };
         self.slots[own].state = state;
         self.slots[own].expires = expires;
         if matches!(state, State::Live(connection) if !up.contains(&connection)) {
-            self.settle(own, up, Why::Left, now);
+            self.settle(own, up, Reason::Disconnected, now);
         }
     }
 
     // ---- The sweep
 
-    /// One sweep, which was due at `due`. Where the laws leave open in which order peers are
-    /// judged that were silent for as long, `judged` says what the relay did.
-    pub fn sweep(&mut self, due: u64, judged: &[usize], now: u64) {
-        let mut judged = judged.iter().copied();
+    /// One sweep, which was due at `due`. Where the laws leave open the order in which equally silent peers time out,
+    /// `timed_out` has the relay's order.
+    pub fn sweep(&mut self, due: u64, timed_out: &[usize], now: u64) {
+        let mut timed_out = timed_out.iter().copied();
         if now > due + LATE {
             for connection in &mut self.connections {
-                connection.asked = connection.asked.map(|_| now);
+                connection.probed = connection.probed.map(|_| now);
             }
         } else if now > due + TICK {
             for connection in &mut self.connections {
-                connection.asked = connection.asked.map(|asked| asked + (now - due));
+                connection.probed = connection.probed.map(|probed| probed + (now - due));
             }
         }
         self.end_what_is_over(now);
         for connection in &mut self.connections {
             if std::mem::take(&mut connection.unseen) {
                 connection.last_heard = now;
-                connection.asked = None;
+                connection.probed = None;
             }
         }
-        let silent = self.beat(now);
+        let silent = self.heartbeat_step(now);
         for _ in &silent {
-            let peer = judged.next().expect("somebody is judged");
+            let peer = timed_out.next().expect("a peer timed out in the relay, too");
             let connection = silent.iter().find(|id| self.connection(**id).peer == peer);
-            self.judge(*connection.expect("and was silent for too long"), now);
+            self.time_out(*connection.expect("the same peer as in the model"), now);
         }
-        self.reclaim(&mut judged, now);
-        assert_eq!(judged.next(), None, "nobody else is judged");
+        self.reclaim(&mut timed_out, now);
+        assert_eq!(timed_out.next(), None, "no other peer times out");
     }
 
-    /// When the next one is due.
+    /// When the next sweep is due.
     pub fn next_sweep(&self, now: u64) -> u64 {
         match self.waiting.is_empty() {
             true => now + self.policy.sweep,
@@ -487,40 +487,40 @@ impl Model {
         watched.cloned().collect()
     }
 
-    fn beat(&mut self, now: u64) -> Vec<u32> {
+    fn heartbeat_step(&mut self, now: u64) -> Vec<u32> {
         let Policy { heartbeat, silence, sweep, .. } = self.policy;
         if heartbeat == 0 {
             return Vec::new();
         }
-        let pause = now - std::mem::replace(&mut self.last_beat, now);
+        let pause = now - std::mem::replace(&mut self.last_sweep, now);
         let watched = self.watched();
         if pause > sweep + heartbeat {
             for connection in watched {
-                self.heard(connection.id, now);
+                self.record_activity(connection.id, now);
             }
             return Vec::new();
         }
-        let asked: Vec<_> = watched.iter().filter(|c| c.asked.is_some()).collect();
+        let probed: Vec<_> = watched.iter().filter(|c| c.probed.is_some()).collect();
         let silent_for = |c: &Connection, limit| now - c.last_heard >= limit;
-        let soon = asked.iter().filter(|c| silent_for(c, silence - heartbeat)).count();
+        let soon = probed.iter().filter(|c| silent_for(c, silence - heartbeat)).count();
         let could_answer =
-            |c: &Connection| c.asked.is_some_and(|at| now - at >= silence - heartbeat);
-        let due: Vec<_> = asked
+            |c: &Connection| c.probed.is_some_and(|at| now - at >= silence - heartbeat);
+        let due: Vec<_> = probed
             .iter()
             .filter(|c| silent_for(c, silence) && could_answer(c))
             .map(|c| c.id)
             .collect();
-        for connection in watched.iter().filter(|c| c.asked.is_none()) {
+        for connection in watched.iter().filter(|c| c.probed.is_none()) {
             if silent_for(connection, heartbeat) {
-                self.ask(connection.id, now);
+                self.probe(connection.id, now);
             }
         }
-        match self.doubt {
+        match self.deferred_until {
             Some(until) if now < until => return Vec::new(),
-            Some(_) if due.is_empty() => self.doubt = None,
+            Some(_) if due.is_empty() => self.deferred_until = None,
             None if soon >= 8 && soon * 2 > watched.len() && !due.is_empty() => {
-                self.doubt = Some(now + silence);
-                self.asked.extend(due);
+                self.deferred_until = Some(now + silence);
+                self.probed.extend(due);
                 return Vec::new();
             }
             _ => {}
@@ -528,7 +528,7 @@ impl Model {
         due
     }
 
-    fn reclaim(&mut self, judged: &mut impl Iterator<Item = usize>, now: u64) {
+    fn reclaim(&mut self, timed_out: &mut impl Iterator<Item = usize>, now: u64) {
         let mut in_need = Vec::new();
         for newcomer in std::mem::take(&mut self.waiting) {
             let Waiting { peer, connection, request, .. } = newcomer;
@@ -545,10 +545,10 @@ impl Model {
         let mut candidates = self.watched();
         candidates.retain(|c| now - c.last_heard >= probe_after);
         for candidate in &mut candidates {
-            candidate.asked = candidate.asked.filter(|asked| now - asked <= silence);
+            candidate.probed = candidate.probed.filter(|probed| now - probed <= silence);
         }
         let billed: HashMap<usize, u8> = self.slots.iter().map(|s| (s.peer, s.address)).collect();
-        let mut to_judge = Vec::new();
+        let mut still_waiting = Vec::new();
         for (mut newcomer, cap) in in_need {
             if probe == 0 {
                 self.answers.push((newcomer.request, Answer::Refused));
@@ -556,30 +556,30 @@ impl Model {
             }
             let since = *newcomer.since.get_or_insert(now);
             let under = |c: &Connection| cap.covers(billed[&c.peer]);
-            let due = |c: &&Connection| under(c) && c.asked.is_some_and(|at| now - at >= probe);
+            let due = |c: &&Connection| under(c) && c.probed.is_some_and(|at| now - at >= probe);
             let longest = candidates.iter().filter(due).map(|c| c.last_heard).min();
             if let Some(longest) = longest {
-                let peer = judged.next().expect("somebody is judged");
+                let peer = timed_out.next().expect("a peer timed out in the relay, too");
                 let which = candidates.iter().position(|c| c.peer == peer);
-                let judged = candidates.remove(which.expect("and was asked"));
-                assert!(due(&&judged) && judged.last_heard == longest, "the longest silent");
-                to_judge.push((newcomer, Some(judged.id)));
+                let chosen = candidates.remove(which.expect("a candidate"));
+                assert!(due(&&chosen) && chosen.last_heard == longest, "the longest silent one");
+                still_waiting.push((newcomer, Some(chosen.id)));
             } else if now - since >= probe + TICK || !candidates.iter().any(under) {
                 self.answers.push((newcomer.request, Answer::Refused));
             } else {
                 for candidate in &mut candidates {
-                    if under(candidate) && candidate.asked.is_none() {
-                        candidate.asked = Some(now);
-                        self.ask(candidate.id, now);
+                    if under(candidate) && candidate.probed.is_none() {
+                        candidate.probed = Some(now);
+                        self.probe(candidate.id, now);
                     }
                 }
-                to_judge.push((newcomer, None));
+                still_waiting.push((newcomer, None));
             }
         }
-        for (newcomer, judged) in to_judge {
+        for (newcomer, timed_out) in still_waiting {
             let Waiting { peer, connection, request, .. } = newcomer;
-            let room = judged.map(|judged| {
-                self.judge(judged, now);
+            let room = timed_out.map(|timed_out| {
+                self.time_out(timed_out, now);
                 self.try_reserve(peer, connection, request, now)
             });
             match room {
@@ -590,23 +590,23 @@ impl Model {
         }
     }
 
-    fn ask(&mut self, id: u32, now: u64) {
-        self.connection(id).asked = Some(now);
-        self.asked.push(id);
+    fn probe(&mut self, id: u32, now: u64) {
+        self.connection(id).probed = Some(now);
+        self.probed.push(id);
     }
 
-    pub fn heard(&mut self, id: u32, now: u64) {
+    pub fn record_activity(&mut self, id: u32, now: u64) {
         let connection = self.connection(id);
         connection.last_heard = now;
-        connection.asked = None;
+        connection.probed = None;
     }
 
-    fn judge(&mut self, id: u32, now: u64) {
-        self.heard(id, now);
+    fn time_out(&mut self, id: u32, now: u64) {
+        self.record_activity(id, now);
         let peer = self.connection(id).peer;
-        let mut up = self.fit(peer);
+        let mut up = self.usable(peer);
         up.retain(|other| *other != id);
-        self.lose(peer, id, up, Why::Silent, now);
+        self.lose(peer, id, up, Reason::Silent, now);
         if self.policy.close_silent {
             self.connection(id).closing = true;
         }

@@ -1,4 +1,4 @@
-//! A gigabyte through four circuits, each between two peers of its own.
+//! Bulk transfer through four circuits, each between two peers of its own.
 
 use std::process::Command;
 
@@ -9,17 +9,17 @@ use libp2p::{
 };
 
 use super::contestants::Relay;
-use crate::common::{Client, Security, children::Process, circuit};
+use crate::common::{Client, Security, child_process::Process, circuit};
 
 const CIRCUITS: u64 = 4;
 
-/// What is handed to the stream, and asked of it, at a time.
-const PIECE: usize = 64 * 1024;
+/// How many bytes are read or written at a time.
+const CHUNK: usize = 64 * 1024;
 
-/// Pages are touched and windows have grown by then.
+/// After this many bytes all pages are touched and windows have grown.
 const WARM_UP: u64 = 16 * 1024 * 1024;
 
-/// The relay's CPU seconds for a gigabyte between the peers of this client.
+/// The relay's CPU seconds per gigabyte between the peers of this client.
 pub fn seconds_per_gigabyte(
     relay: &Relay,
     mut client: Command,
@@ -32,14 +32,14 @@ pub fn seconds_per_gigabyte(
     };
     client.args([&relay.address.to_string(), security, &CIRCUITS.to_string()]);
     let mut client = Process::start(client);
-    client.says("ready");
-    let mut carry = |bytes: u64| {
-        client.hears(&(bytes / CIRCUITS).to_string());
-        client.says("carried");
+    client.read_value("ready");
+    let mut transfer = |bytes: u64| {
+        client.write_line(&(bytes / CIRCUITS).to_string());
+        client.read_value("carried");
     };
-    carry(WARM_UP);
+    transfer(WARM_UP);
     let before = relay.process.cpu();
-    carry(bytes);
+    transfer(bytes);
     let spent = relay.process.cpu() - before;
     spent as f64 / bytes as f64
 }
@@ -51,7 +51,7 @@ pub struct Pair {
     clients: [Client; 2],
 }
 
-/// Two new peers, connected through the relay.
+/// Connects two new peers through the relay.
 pub async fn pair(relay: &Multiaddr, security: Security) -> Pair {
     let client = || Client::connect_as(Keypair::generate_ed25519(), relay, security);
     let (mut source, mut target) = (client().await, client().await);
@@ -61,31 +61,31 @@ pub async fn pair(relay: &Multiaddr, security: Security) -> Pair {
 }
 
 impl Pair {
-    /// Both ends of the circuit, and who has to stay for it to last.
-    pub fn apart(self) -> (Stream, Stream, [Client; 2]) {
+    /// Both ends of the circuit, and its clients, which must not be dropped before it.
+    pub fn into_parts(self) -> (Stream, Stream, [Client; 2]) {
         (self.source, self.target, self.clients)
     }
 
-    /// Carries so many bytes from the source to the target.
-    pub async fn carry(&mut self, bytes: u64) {
+    /// Transfers this many bytes from the source to the target.
+    pub async fn transfer(&mut self, bytes: u64) {
         let (source, target) = (&mut self.source, &mut self.target);
         let write = async {
-            let piece = vec![7; PIECE];
-            let mut left = bytes;
-            while left > 0 {
-                let next = left.min(PIECE as u64) as usize;
-                source.write_all(&piece[..next]).await.expect("it is read");
-                left -= next as u64;
+            let chunk = vec![7; CHUNK];
+            let mut remaining = bytes;
+            while remaining > 0 {
+                let next = remaining.min(CHUNK as u64) as usize;
+                source.write_all(&chunk[..next]).await.expect("the circuit is open");
+                remaining -= next as u64;
             }
-            source.flush().await.expect("it is read");
+            source.flush().await.expect("the circuit is open");
         };
         let read = async {
-            let mut piece = vec![0; PIECE];
-            let mut left = bytes;
-            while left > 0 {
-                let read = target.read(&mut piece).await.expect("it is written");
+            let mut chunk = vec![0; CHUNK];
+            let mut remaining = bytes;
+            while remaining > 0 {
+                let read = target.read(&mut chunk).await.expect("the circuit is open");
                 assert_ne!(read, 0, "the circuit ended early");
-                left -= read as u64;
+                remaining -= read as u64;
             }
         };
         future::join(write, read).await;

@@ -1,4 +1,4 @@
-//! The three relays as processes, each without limits that would stand in the way.
+//! The three relays as processes, with limits that do not affect the benches.
 
 use std::{
     path::{Path, PathBuf},
@@ -9,17 +9,16 @@ use std::{
 use libp2p::Multiaddr;
 use tempfile::TempDir;
 
-use crate::common::{self, children::Process};
+use crate::common::{self, child_process::Process};
 
-/// All peers come from few addresses, and at once; circuits carry what they like.
+/// All peers connect from few addresses and at once; circuits have no limits.
 pub const RELAYLET_FLAGS: &str = "--listen=/ip4/127.0.0.1/tcp/0 --max-reservations=20000 \
     --max-reservations-per-ip=0 --max-reservations-per-subnet=0 --max-connections=30000 \
     --max-connections-per-ip=0 --max-handshakes=4096 --max-circuits=20000 \
     --max-circuits-per-peer=2048 --circuit-duration=0s --circuit-bytes=0 --reserve-rate=0 \
     --connect-rate=0 --stream-rate=0";
 
-/// Who takes part, in the order of the table's columns. The first is what the others are compared
-/// with.
+/// The relays, in the order of the table's columns. The others are compared with the first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Contestant {
     Relaylet,
@@ -39,26 +38,26 @@ impl Contestant {
     }
 }
 
-/// How to start each.
+/// How to start each relay.
 pub struct Contestants {
     flags: Vec<String>,
     built: PathBuf,
 }
 
 impl Contestants {
-    /// Builds the others, as far as they take part.
-    pub fn build(who: &[Contestant], flags: &str) -> Self {
+    /// Builds the other relays that take part.
+    pub fn build(selected: &[Contestant], flags: &str) -> Self {
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));
         let built = root.join("target/peers");
         let sources = root.join("tests/peers");
-        if who.contains(&Contestant::Rust) {
+        if selected.contains(&Contestant::Rust) {
             let mut cargo = Command::new(env!("CARGO"));
             cargo.args(["build", "--release", "--locked", "--quiet"]);
             cargo.arg("--manifest-path");
             cargo.arg(sources.join("rust/Cargo.toml"));
             run(cargo.arg("--target-dir").arg(&built));
         }
-        // It is the client as well.
+        // go-libp2p is the client as well.
         let mut go = Command::new("go");
         go.current_dir(sources.join("go"));
         run(go.args(["build", "-o"]).arg(built.join("go-libp2p")));
@@ -72,15 +71,15 @@ impl Contestants {
         Command::new(self.built.join("go-libp2p"))
     }
 
-    /// A fresh process.
-    pub fn start(&self, who: Contestant) -> Relay {
-        self.start_with(who, &[])
+    /// Starts a new process.
+    pub fn start(&self, contestant: Contestant) -> Relay {
+        self.start_with(contestant, &[])
     }
 
-    /// As [`Contestants::start`]; relaylet with these flags, too.
-    pub fn start_with(&self, who: Contestant, flags: &[String]) -> Relay {
+    /// As [`Contestants::start`], with these additional flags for relaylet.
+    pub fn start_with(&self, contestant: Contestant, flags: &[String]) -> Relay {
         let folder = tempfile::tempdir().expect("a temporary folder");
-        let mut command = match who {
+        let mut command = match contestant {
             Contestant::Relaylet => {
                 let mut command = common::command(&folder);
                 command.args(&self.flags).args(flags).env("RUST_LOG", "error");
@@ -89,7 +88,7 @@ impl Contestants {
             Contestant::Rust => Command::new(self.built.join("release/rust-libp2p-relay")),
             Contestant::Go => self.go(),
         };
-        // As many as relaylet has by itself.
+        // As many as relaylet's default.
         let cores = thread::available_parallelism().map_or(1, usize::from);
         let threads = (cores / 2).max(1).to_string();
         command.env("TOKIO_WORKER_THREADS", &threads).env("GOMAXPROCS", &threads);
@@ -103,7 +102,7 @@ fn run(command: &mut Command) {
     assert!(status.success(), "{command:?} failed");
 }
 
-/// One that runs.
+/// A running relay.
 pub struct Relay {
     pub process: Process,
     pub address: Multiaddr,
@@ -111,10 +110,10 @@ pub struct Relay {
 }
 
 impl Relay {
-    /// Runs this command in its folder.
+    /// Runs this command in `folder`.
     pub fn run(mut command: Command, folder: TempDir) -> Self {
         command.current_dir(folder.path());
         let mut process = Process::start(command);
-        Self { address: process.listens(), process, _folder: folder }
+        Self { address: process.listen_address(), process, _folder: folder }
     }
 }

@@ -1,4 +1,4 @@
-//! How long a kilobyte takes to a peer and back: through a relay, and without one between.
+//! The round-trip time of a kilobyte between two peers: through a relay, and without one.
 
 use std::{process::Command, time::Instant};
 
@@ -11,7 +11,7 @@ use libp2p::{
 };
 
 use super::{bulk, contestants::Relay};
-use crate::common::{Security, children::Process, within};
+use crate::common::{Security, child_process::Process, within};
 
 /// The argument of a process that keeps a circuit busy.
 pub const FLAT_OUT: &str = "flat-out";
@@ -20,7 +20,7 @@ const ECHO: StreamProtocol = StreamProtocol::new("/echo");
 const SIZE: usize = 1024;
 const WARM_UP: usize = 200;
 
-/// The median and the 99th percentile of so many round trips, in microseconds.
+/// The median and the 99th percentile of round-trip times, in microseconds.
 #[derive(Clone, Copy, Debug)]
 pub struct Latency {
     pub p50: f64,
@@ -28,19 +28,19 @@ pub struct Latency {
 }
 
 impl Latency {
-    /// What lies between the two.
-    pub fn beyond(self, base: Self) -> Self {
+    /// The difference to a base.
+    pub fn above(self, base: Self) -> Self {
         Self { p50: self.p50 - base.p50, p99: self.p99 - base.p99 }
     }
 }
 
-/// Through a relay.
+/// Measures through a relay.
 pub async fn relayed(relay: &Relay, count: usize) -> Latency {
-    let (source, target, _clients) = bulk::pair(&relay.address, Security::Noise).await.apart();
+    let (source, target, _clients) = bulk::pair(&relay.address, Security::Noise).await.into_parts();
     echoes(source, target, count).await
 }
 
-/// Between the same kind of peers, connected to each other.
+/// Measures between peers that are connected directly.
 pub async fn direct(count: usize) -> Latency {
     let mut listener = swarm();
     let any = "/ip4/127.0.0.1/tcp/0".parse().expect("a multiaddr");
@@ -51,10 +51,12 @@ pub async fn direct(count: usize) -> Latency {
         }
     };
     let peer = *listener.local_peer_id();
-    let mut echoes_of = listener.behaviour().new_control();
-    let mut incoming = echoes_of.accept(ECHO).expect("it is not taken yet");
+    let mut listener_control = listener.behaviour().new_control();
+    let mut incoming = listener_control.accept(ECHO).expect("accept is called once");
     let mut dialer = swarm();
-    dialer.dial(address.with_p2p(peer).expect("no peer in it")).expect("it can be dialed");
+    dialer
+        .dial(address.with_p2p(peer).expect("no peer in it"))
+        .expect("the listener can be dialed");
     let mut control = dialer.behaviour().new_control();
     for mut swarm in [listener, dialer] {
         tokio::spawn(async move {
@@ -64,12 +66,12 @@ pub async fn direct(count: usize) -> Latency {
         });
     }
     let source = loop {
-        // There is no connection yet, the first time.
+        // Fails until the connection is up.
         if let Ok(stream) = within(control.open_stream(peer, ECHO)).await {
             break stream;
         }
     };
-    let (_, target) = within(incoming.next()).await.expect("the stream comes");
+    let (_, target) = within(incoming.next()).await.expect("the stream arrives");
     echoes(source, target, count).await
 }
 
@@ -80,7 +82,9 @@ fn swarm() -> libp2p::Swarm<libp2p_stream::Behaviour> {
         .expect("TCP")
         .with_behaviour(|_| libp2p_stream::Behaviour::new())
         .expect("a behaviour")
-        .with_swarm_config(|config| config.with_idle_connection_timeout(crate::common::PATIENCE))
+        .with_swarm_config(|config| {
+            config.with_idle_connection_timeout(crate::common::TEST_TIMEOUT)
+        })
         .build()
 }
 
@@ -88,17 +92,17 @@ async fn echoes(mut source: Stream, mut target: Stream, count: usize) -> Latency
     let echo = tokio::spawn(async move {
         let mut bytes = [0; SIZE];
         while target.read_exact(&mut bytes).await.is_ok() {
-            target.write_all(&bytes).await.expect("it is read");
-            target.flush().await.expect("it is read");
+            target.write_all(&bytes).await.expect("the stream is open");
+            target.flush().await.expect("the stream is open");
         }
     });
     let mut bytes = [0; SIZE];
     let mut took = Vec::with_capacity(count);
     for number in 0..WARM_UP + count {
         let start = Instant::now();
-        source.write_all(&bytes).await.expect("it is read");
-        source.flush().await.expect("it is read");
-        within(source.read_exact(&mut bytes)).await.expect("it comes back");
+        source.write_all(&bytes).await.expect("the stream is open");
+        source.flush().await.expect("the stream is open");
+        within(source.read_exact(&mut bytes)).await.expect("an echo");
         if number >= WARM_UP {
             took.push(start.elapsed().as_secs_f64() * 1e6);
         }
@@ -111,24 +115,24 @@ async fn echoes(mut source: Stream, mut target: Stream, count: usize) -> Latency
 
 /// A process that keeps one circuit through the relay as busy as it can, until it is dropped.
 pub fn flat_out(relay: &Relay) -> Process {
-    // It gets what the others leave of the cores. Else their turns on them would be measured.
+    // Lowest priority, so that it does not compete with the measured processes for the CPU.
     let mut command = Command::new("nice");
     command.args(["-n", "19"]);
     command.arg(std::env::current_exe().expect("this program"));
     command.args([FLAT_OUT, &relay.address.to_string()]);
     let mut process = Process::start(command);
-    process.says("running");
+    process.read_value("running");
     process
 }
 
-/// What that process does.
+/// The body of that process.
 pub async fn run_flat_out(relay: &str) {
     const PART: u64 = 4 * 1024 * 1024;
     let relay = relay.parse().expect("a multiaddr");
     let mut pair = bulk::pair(&relay, Security::Noise).await;
-    pair.carry(PART).await;
+    pair.transfer(PART).await;
     println!("running");
     loop {
-        pair.carry(PART).await;
+        pair.transfer(PART).await;
     }
 }

@@ -1,20 +1,20 @@
-//! What the ciphers alone take of a relayed gigabyte: no relay can go below.
+//! The CPU time that the ciphers alone need per relayed gigabyte: a lower bound for any relay.
 //!
-//! A relay decrypts what comes, and encrypts it again. Here both is done with the library that the relay's
-//! secure channel uses, in records of the size that pass: Noise messages of 64 KiB with ring's
-//! ChaCha20-Poly1305, TLS records of 16 KiB with aws-lc-rs' AES-128-GCM.
+//! A relay decrypts each record and encrypts it again. This does both with the library of the relay's secure channel,
+//! in records of the usual size: Noise messages of 64 KiB with ring's ChaCha20-Poly1305, TLS records of 16 KiB with
+//! aws-lc-rs' AES-128-GCM.
 
 use std::fs;
 
 use crate::common::Security;
 
-/// The tag of a record, in bytes, the same for both.
+/// The size of a record's tag, in bytes, the same for both ciphers.
 const TAG: usize = 16;
 
-/// Encrypts and decrypts a record with room for its tag behind it.
+/// Encrypts and decrypts a record; the buffer has room for the tag after it.
 type Pass = Box<dyn FnMut(&mut [u8])>;
 
-/// Encrypts a record and decrypts it again in place, with a cipher of this library. Both have the same names.
+/// Encrypts and decrypts a record in place with a cipher of this library; both libraries have the same names.
 macro_rules! pass {
     ($library:ident, $cipher:ident, $key:expr) => {{
         use $library::aead::{Aad, LessSafeKey, Nonce, UnboundKey, $cipher};
@@ -23,14 +23,14 @@ macro_rules! pass {
         Box::new(move |buffer: &mut [u8]| {
             let nonce = || Nonce::assume_unique_for_key([2; 12]);
             let (record, tag) = buffer.split_at_mut(buffer.len() - TAG);
-            let made = key.seal_in_place_separate_tag(nonce(), Aad::empty(), record);
-            tag.copy_from_slice(made.expect("it fits").as_ref());
-            key.open_in_place(nonce(), Aad::empty(), buffer).expect("it is whole");
+            let sealed = key.seal_in_place_separate_tag(nonce(), Aad::empty(), record);
+            tag.copy_from_slice(sealed.expect("sealing succeeds").as_ref());
+            key.open_in_place(nonce(), Aad::empty(), buffer).expect("opening succeeds");
         })
     }};
 }
 
-/// CPU seconds for a gigabyte, measured over so many bytes.
+/// CPU seconds per gigabyte, measured over this many bytes.
 pub fn seconds_per_gigabyte(security: Security, bytes: u64) -> f64 {
     let (record, mut pass): (usize, Pass) = match security {
         Security::Noise => (65_535 - TAG, pass!(ring, CHACHA20_POLY1305, [1; 32])),
@@ -38,7 +38,7 @@ pub fn seconds_per_gigabyte(security: Security, bytes: u64) -> f64 {
     };
     let mut buffer = vec![7; record + TAG];
     let records = bytes / record as u64;
-    (0..records / 10).for_each(|_| pass(&mut buffer)); // warm
+    (0..records / 10).for_each(|_| pass(&mut buffer)); // warm-up
     let before = on_cpu();
     (0..records).for_each(|_| pass(&mut buffer));
     (on_cpu() - before) as f64 / (records * record as u64) as f64
@@ -51,7 +51,7 @@ fn on_cpu() -> u64 {
     on_cpu.parse().expect("nanoseconds")
 }
 
-/// What the processor is called, and how many cores there are.
+/// The name of the processor, and the number of cores.
 pub fn processor() -> String {
     let info = fs::read_to_string("/proc/cpuinfo").expect("Linux");
     let names = info.lines().filter_map(|line| line.strip_prefix("model name")?.split_once(": "));

@@ -1,4 +1,4 @@
-//! Figures of several rounds: medians, spreads, ratios, and what was promised of them.
+//! The figures of several rounds: medians, spreads, ratios and goals.
 
 use std::{fmt::Write, fs, process::ExitCode};
 
@@ -8,20 +8,20 @@ use super::{contestants::Contestant, floor};
 struct Row {
     what: String,
     unit: &'static str,
-    /// The most that relaylet may need of what each other one does, where there is a goal.
+    /// The highest allowed ratios of relaylet to each other relay, where there is a goal.
     goals: [Option<f64>; 2],
-    /// One figure a round.
+    /// One figure per round.
     figures: [Vec<f64>; 3],
 }
 
-/// All that was measured.
+/// All measured figures.
 #[derive(Default)]
 pub struct Rounds {
     rows: Vec<Row>,
 }
 
 impl Rounds {
-    /// A row whose figures may at most be `goals` of rust-libp2p's and of go-libp2p's.
+    /// Adds a row whose ratios to rust-libp2p and go-libp2p may be at most `goals`.
     pub fn row(&mut self, what: &str, unit: &'static str, goals: [f64; 2]) -> usize {
         self.rows.push(Row {
             what: what.to_owned(),
@@ -32,14 +32,14 @@ impl Rounds {
         self.rows.len() - 1
     }
 
-    /// One more round of a row.
+    /// Adds the figure of one more round to a row.
     pub fn add(&mut self, row: usize, who: Contestant, figure: f64) {
         let Row { what, unit, .. } = &self.rows[row];
         eprintln!("{what}: {}: {figure:.3} {unit}", who.name());
         self.rows[row].figures[who as usize].push(figure);
     }
 
-    /// Prints the table, and writes it to `file`; the status to end with.
+    /// Prints the table, and writes it to `file`; returns the exit status.
     pub fn print(&self, file: &str) -> ExitCode {
         let mut table = String::from(
             "| | relaylet | rust-libp2p | go-libp2p | of rust-libp2p | of go-libp2p |\n\
@@ -70,7 +70,7 @@ impl Rounds {
         }
         table.push_str(&format!("\n{}\n", floor::processor()));
         println!("\n{table}");
-        fs::write(file, table).expect("the folder target is there");
+        fs::write(file, table).expect("the folder target exists");
         println!("{missed} ratios are above their goals; the table is in {file}");
         match missed {
             0 => ExitCode::SUCCESS,
@@ -80,8 +80,8 @@ impl Rounds {
 }
 
 impl Row {
-    /// The median over the rounds of what relaylet needs of what `other` does: rounds are
-    /// interleaved, so what disturbs one contestant in a round likely disturbs the next as well.
+    /// The median ratio of relaylet to `other` over the rounds. Rounds are interleaved, so that a disturbance likely
+    /// affects both.
     fn ratio(&self, other: Contestant) -> Option<f64> {
         let ours = &self.figures[Contestant::Relaylet as usize];
         let theirs = &self.figures[other as usize];
@@ -90,7 +90,7 @@ impl Row {
     }
 }
 
-/// The median, and from where to where the figures go.
+/// The median, the lowest and the highest figure.
 fn spread(figures: &[f64]) -> String {
     if figures.is_empty() {
         return String::new();

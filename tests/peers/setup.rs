@@ -1,4 +1,4 @@
-//! Circuits that are set up and torn down, one after another, between a few pairs.
+//! Circuits that are opened and closed, one after another, between a few pairs.
 
 use libp2p::{
     Stream,
@@ -11,7 +11,7 @@ use crate::common::{Client, STOP, Security, circuit_to, within};
 
 const PAIRS: u64 = 4;
 
-/// The relay's CPU milliseconds for a circuit.
+/// The relay's CPU milliseconds per circuit.
 pub async fn milliseconds_per_circuit(relay: &Relay, circuits: u64) -> f64 {
     let clients = (0..PAIRS).map(|_| async {
         let client =
@@ -33,9 +33,9 @@ pub async fn milliseconds_per_circuit(relay: &Relay, circuits: u64) -> f64 {
     (relay.process.cpu() - before) as f64 / 1e6 / circuits as f64
 }
 
-/// Closes a stream, and waits until the other end did so too.
+/// Closes a stream, and waits until the other end has closed it, too.
 async fn end(mut stream: Stream) {
-    within(stream.close()).await.expect("it can be closed");
+    within(stream.close()).await.expect("the stream is closed");
     let read = within(stream.read(&mut [0])).await;
     assert_eq!(read.expect("a clean end"), 0);
 }

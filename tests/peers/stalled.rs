@@ -1,4 +1,4 @@
-//! Circuits whose readers stopped: what a relay holds for each.
+//! Circuits whose readers have stopped: a relay's memory for each.
 
 use std::time::Duration;
 
@@ -13,10 +13,10 @@ use crate::common::{Client, STOP, Security, circuit_to};
 const PAIRS: usize = 10;
 const CIRCUITS: usize = 10;
 
-/// A writer that gets nothing away for so long is stalled.
+/// A writer without progress for this long is stalled.
 const STALLED: Duration = Duration::from_secs(1);
 
-/// The relay's resident KiB for a circuit.
+/// The relay's resident KiB per circuit.
 pub async fn kilobytes_per_circuit(relay: &Relay) -> f64 {
     let pairs = (0..PAIRS).map(|_| async {
         let client =

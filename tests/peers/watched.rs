@@ -1,4 +1,4 @@
-//! Those who watch a relay over HTTP, in a process of their own: whether anybody else feels them.
+//! HTTP clients of a relay, in a process of their own, whose effect on circuits is measured.
 
 use std::{net::TcpListener, process::Command, time::Duration};
 
@@ -8,21 +8,21 @@ use tokio::{
     time::sleep,
 };
 
-use crate::common::children::Process;
+use crate::common::child_process::Process;
 
-/// The argument of such a process.
+/// The argument that makes this program such a process.
 pub const ROLE: &str = "callers";
 
-/// How many say nothing.
+/// How many idle connections there are.
 const IDLE: usize = 1000;
 
-/// How often they come anew: the relay shows out who says nothing for longer.
+/// How often they are reopened: the relay closes idle ones after a longer time.
 const AGAIN: Duration = Duration::from_secs(5);
 
-/// How many ask for everything, as fast as they can.
+/// How many clients request all paths as fast as they can.
 const BUSY: usize = 32;
 
-/// What callers do.
+/// What the clients do.
 #[derive(Clone, Copy, Debug)]
 pub enum Callers {
     Idle,
@@ -35,19 +35,19 @@ pub fn port() -> u16 {
     free.local_addr().expect("its address").port()
 }
 
-/// Calls this port until dropped.
-pub fn call(port: u16, how: Callers) -> Process {
-    // They get what the others leave of the cores. Else their turns on them would be measured.
+/// Starts the clients of this port; they run until dropped.
+pub fn start(port: u16, how: Callers) -> Process {
+    // Lowest priority, so that they do not compete with the measured processes for the CPU.
     let mut command = Command::new("nice");
     command.args(["-n", "19"]);
     command.arg(std::env::current_exe().expect("this program"));
     command.args([ROLE, &port.to_string(), &format!("{how:?}")]);
     let mut process = Process::start(command);
-    process.says("calling");
+    process.read_value("calling");
     process
 }
 
-/// What that process does.
+/// The body of that process.
 pub async fn run(port: &str, how: &str) {
     let port = port.parse().expect("a port");
     match how {

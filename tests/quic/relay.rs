@@ -1,9 +1,9 @@
-//! A relay that is reached over QUIC, too: the behaviour in a tokio swarm on TCP and QUIC at once.
+//! A relay that supports QUIC: the behaviour in a tokio swarm over TCP and QUIC.
 //!
 //!     cargo run --features quic-example --example quic
 //!
-//! The program has no QUIC because libp2p's runs on tokio alone. Whoever embeds the behaviour brings
-//! a runtime and transports of their own: nothing in the relay asks which.
+//! The program has no QUIC because libp2p's needs tokio. An embedder chooses the runtime and the transports: the
+//! behaviour works with any.
 
 use std::{error::Error, time::Duration};
 
@@ -17,14 +17,14 @@ use libp2p::{
     tcp, yamux,
 };
 
-/// The relay, and identify, by which clients see that it is one.
+/// The relay, and identify, which lists the relay's protocol.
 #[derive(NetworkBehaviour)]
 pub(crate) struct Parts {
     relay: relaylet::Behaviour,
     identify: identify::Behaviour,
 }
 
-/// A swarm that relays between clients, whichever of TCP and QUIC each came over.
+/// A swarm that relays between clients over TCP and QUIC.
 pub(crate) fn swarm(
     keypair: Keypair,
     config: relaylet::Config,
@@ -40,7 +40,7 @@ pub(crate) fn swarm(
                 identify: identify::Behaviour::new(identify),
             })
         })?
-        // Of those with neither slot nor circuit; the others stay.
+        // For connections without slot or circuit; the others stay open.
         .with_swarm_config(|config| config.with_idle_connection_timeout(Duration::from_secs(60)))
         .build();
     Ok(swarm)

@@ -1,4 +1,4 @@
-//! Peers that connect, reserve, and say nothing more.
+//! Peers that connect, reserve, and are then idle.
 
 use std::{
     thread,
@@ -6,18 +6,18 @@ use std::{
 };
 
 use super::{relay::Watched, table::Table};
-use crate::{common::Security, crowd::Crowd};
+use crate::{common::Security, idle_clients::IdleClients};
 
-/// A column of the table: so many peers, idle for so long.
+/// Measures a column of the table: this many peers, idle for this long.
 pub fn measure(peers: usize, watched: Duration, flags: &str, table: &mut Table) {
     let count = peers as f64;
     let relay = Watched::start(flags);
     let resident = || relay.relay.process.resident() as f64;
-    let mut crowd = Crowd::of(&relay.relay.address, peers, Security::Noise);
+    let mut idle_clients = IdleClients::of(&relay.relay.address, peers, Security::Noise);
     let (empty, start) = (resident(), relay.spent());
 
     let connect = Instant::now();
-    crowd.connects();
+    idle_clients.connect_all();
     let connect = connect.elapsed().as_secs_f64();
     let connected = relay.spent();
     table.add("connections a second", count / connect);
@@ -25,7 +25,7 @@ pub fn measure(peers: usize, watched: Duration, flags: &str, table: &mut Table) 
     table.add("CPU of the relay for a connection, ms", each);
 
     let reserve = Instant::now();
-    crowd.reserves();
+    idle_clients.reserve_all();
     let reserve = reserve.elapsed().as_secs_f64();
     let reserved = relay.spent();
     table.add("RESERVE a second", count / reserve);

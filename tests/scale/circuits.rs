@@ -1,4 +1,4 @@
-//! Many circuits at once, all of them carrying.
+//! Many circuits at once, all of them transferring data.
 
 use std::time::Instant;
 
@@ -13,18 +13,18 @@ use tokio::task::JoinSet;
 use super::{relay::Watched, table::Table};
 use crate::common::{Client, STOP, Security, circuit_to, within};
 
-/// What is written and read at a time.
-const PIECE: usize = 64 * 1024;
+/// How many bytes are read or written at a time.
+const CHUNK: usize = 64 * 1024;
 
-/// A column of the table: so many circuits, shared out among so many pairs of peers, each of which
-/// carries so many bytes.
+/// Measures a column of the table: this many circuits, distributed over this many pairs of peers, each of which
+/// transfers this many bytes.
 pub async fn measure(circuits: usize, pairs: usize, bytes: usize, flags: &str, table: &mut Table) {
     let relay = Watched::start(flags);
     let process = &relay.relay.process;
     let connecting = (0..pairs).map(|_| async {
         let client = || {
             let keypair = Keypair::generate_ed25519();
-            Client::connect_with(keypair, &relay.relay.address, Security::Noise, wide)
+            Client::connect_with(keypair, &relay.relay.address, Security::Noise, many_streams)
         };
         let (source, mut target) = (client().await, client().await);
         target.reserve().await;
@@ -50,13 +50,13 @@ pub async fn measure(circuits: usize, pairs: usize, bytes: usize, flags: &str, t
     let (before, start) = (process.cpu(), Instant::now());
     let mut ends = JoinSet::new();
     for (number, (source, target)) in open.into_iter().flatten().enumerate() {
-        // Every other one carries the other way.
+        // Every other circuit transfers in the opposite direction.
         let (from, to) = match number % 2 {
             0 => (source, target),
             _ => (target, source),
         };
-        ends.spawn(say(from, number, bytes));
-        ends.spawn(hear(to, number, bytes));
+        ends.spawn(write_all(from, number, bytes));
+        ends.spawn(read_all(to, number, bytes));
     }
     ends.join_all().await;
     let (took, gigabytes) = (start.elapsed(), (circuits * bytes) as f64 / 1e9);
@@ -66,36 +66,36 @@ pub async fn measure(circuits: usize, pairs: usize, bytes: usize, flags: &str, t
     table.add("resident memory at its peak, MiB", process.peak() as f64 / 1024.0);
 }
 
-/// Room for all circuits on one connection: by default there would be 512 streams.
-fn wide() -> yamux::Config {
+/// Windows for all circuits on one connection, and room for more than the default of 512 streams.
+fn many_streams() -> yamux::Config {
     let mut config = yamux::Config::default();
     config.set_max_num_streams(2048);
     config
 }
 
-/// What a circuit carries: all bytes in turn, each circuit from a byte of its own on.
+/// The bytes of a circuit: all byte values in turn, starting from a different one in each circuit.
 fn bytes_of(circuit: usize) -> Vec<u8> {
-    (0..PIECE).map(|at| (circuit + at) as u8).collect()
+    (0..CHUNK).map(|at| (circuit + at) as u8).collect()
 }
 
-/// Says all that the circuit is to carry, and closes it.
-async fn say(mut stream: Stream, circuit: usize, bytes: usize) {
+/// Writes all bytes, and closes the stream.
+async fn write_all(mut stream: Stream, circuit: usize, bytes: usize) {
     let piece = bytes_of(circuit);
-    for _ in 0..bytes / PIECE {
-        within(stream.write_all(&piece)).await.expect("it is read");
+    for _ in 0..bytes / CHUNK {
+        within(stream.write_all(&piece)).await.expect("the circuit is open");
     }
-    within(stream.close()).await.expect("it is read");
+    within(stream.close()).await.expect("the circuit is open");
     let end = within(stream.read(&mut [0])).await;
     assert_eq!(end.expect("a clean end"), 0);
 }
 
-/// Hears all of it, byte for byte, and closes the circuit.
-async fn hear(mut stream: Stream, circuit: usize, bytes: usize) {
+/// Reads and checks all bytes, and closes the stream.
+async fn read_all(mut stream: Stream, circuit: usize, bytes: usize) {
     let expected = bytes_of(circuit);
-    let mut piece = vec![0; PIECE];
-    for _ in 0..bytes / PIECE {
-        within(stream.read_exact(&mut piece)).await.expect("it is said");
-        assert!(piece == expected, "circuit {circuit} carries what was said");
+    let mut piece = vec![0; CHUNK];
+    for _ in 0..bytes / CHUNK {
+        within(stream.read_exact(&mut piece)).await.expect("the circuit is open");
+        assert!(piece == expected, "circuit {circuit}: the received bytes are those sent");
     }
     let end = within(stream.read(&mut piece)).await;
     assert_eq!(end.expect("a clean end"), 0);

@@ -1,4 +1,4 @@
-//! The relay as the bench runs it, and what the kernel and its metrics say of it.
+//! The relay as the bench runs it, with the kernel's figures and its metrics.
 
 use std::{
     fs::{self, File},
@@ -14,33 +14,33 @@ use crate::{
     contestants::{RELAYLET_FLAGS, Relay},
 };
 
-/// Whoever connects may take its time to reserve.
-const NO_HURRY: &str = "--idle-timeout=0s";
+/// Peers may connect long before they reserve.
+const NO_IDLE_TIMEOUT: &str = "--idle-timeout=0s";
 
-/// Nothing but where its metrics are.
+/// Logs only the address of the metrics.
 const LOG: &str = "error,relaylet::program::http=info";
-const WATCH_IT: &str = "watch it at http://";
+const METRICS_LOGGED: &str = "watch it at http://";
 
-/// A relay that spent less than a hundredth of this on its CPU has done what there was to do. After
-/// so many it may have, and be asking thousands of peers whether they are alive.
-const MOMENT: Duration = Duration::from_secs(1);
-const MOMENTS: usize = 10;
+/// A relay that used less than a hundredth of this on the CPU is idle. After this many it is taken to be idle: it may
+/// still be sending probes to thousands of peers.
+const INTERVAL: Duration = Duration::from_secs(1);
+const MOST_INTERVALS: usize = 10;
 
-/// A relay, and its log.
+/// A running relay, and its log.
 pub struct Watched {
     pub relay: Relay,
     log: PathBuf,
 }
 
 impl Watched {
-    /// A fresh one, with these flags beside those of the bench.
+    /// Starts a relay with these flags in addition to those of the bench.
     pub fn start(flags: &str) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let log = folder.path().join("log");
         let mut command = common::command(&folder);
         command
             .args(RELAYLET_FLAGS.split_whitespace())
-            .args([NO_HURRY, http::ANYWHERE])
+            .args([NO_IDLE_TIMEOUT, http::ON_ANY_PORT])
             .args(flags.split_whitespace())
             .env("RUST_LOG", LOG)
             .stderr(File::create(&log).expect("a file"));
@@ -48,14 +48,14 @@ impl Watched {
         Self { relay, log }
     }
 
-    /// The CPU seconds that it has spent, once it has nothing more to do.
+    /// The CPU seconds that it has used, once it is idle.
     pub fn spent(&self) -> f64 {
         let mut spent = self.relay.process.cpu();
-        for _ in 0..MOMENTS {
+        for _ in 0..MOST_INTERVALS {
             let before = spent;
-            thread::sleep(MOMENT);
+            thread::sleep(INTERVAL);
             spent = self.relay.process.cpu();
-            if u128::from(spent - before) * 100 < MOMENT.as_nanos() {
+            if u128::from(spent - before) * 100 < INTERVAL.as_nanos() {
                 break;
             }
         }
@@ -64,11 +64,11 @@ impl Watched {
 
     /// The values of these metrics.
     pub fn metrics<const N: usize>(&self, names: [&str; N]) -> [f64; N] {
-        let log = fs::read_to_string(&self.log).expect("its log");
-        let (_, rest) = log.split_once(WATCH_IT).expect("where its metrics are");
+        let log = fs::read_to_string(&self.log).expect("the log is read");
+        let (_, rest) = log.split_once(METRICS_LOGGED).expect("the address of the metrics");
         let (address, _) = rest.split_once('/').expect("an address");
         let mut stream = TcpStream::connect(address).expect("the port is open");
-        stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").expect("it reads");
+        stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").expect("the relay reads");
         let mut answer = String::new();
         stream.read_to_string(&mut answer).expect("an answer");
         names.map(|name| {

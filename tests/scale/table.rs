@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-/// Figures, and how they grow from the first column to the last if that is of interest.
+/// A table of figures, with their growth from the first column to the last if wanted.
 pub struct Table {
     columns: Vec<String>,
     growth: bool,
@@ -15,7 +15,7 @@ impl Table {
         Self { growth: growth && columns.len() > 1, columns, rows: Vec::new() }
     }
 
-    /// The figure of the next column in this row.
+    /// Adds the figure of the next column to this row.
     pub fn add(&mut self, row: &'static str, figure: f64) {
         let at = self.rows.iter().position(|(name, _)| *name == row);
         let at = at.unwrap_or_else(|| {
@@ -55,7 +55,7 @@ fn line(cells: &[String]) -> String {
     line + "\n"
 }
 
-/// Three figures that count.
+/// A number with three significant digits.
 fn short(figure: f64) -> String {
     let decimals = match figure {
         100.0.. => 0,

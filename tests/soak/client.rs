@@ -1,8 +1,8 @@
-//! One stay of a client: rust-libp2p's swarm and relay client, which can be left unpolled with all
-//! its connections.
+//! One stay of a client: rust-libp2p's swarm and relay client, which can stop being polled together with all its
+//! connections.
 //!
-//! The swarm's tasks are run by the client itself, and by no runtime: whatever is not polled here
-//! neither reads nor answers, as a process that is stopped.
+//! The client itself runs the swarm's tasks, without a runtime: while they are not polled, nothing is read or answered,
+//! as in a stopped process.
 
 use std::{
     future::{pending, poll_fn},
@@ -34,41 +34,41 @@ use tokio::{
     time::{Instant, sleep, sleep_until, timeout},
 };
 
-use crate::{common::tcp_from::TcpFrom, observer::Saw, plan::FACTOR, trace::Family};
+use crate::{common::tcp_from::TcpFrom, observer::Seen, plan::FACTOR, trace::Family};
 
 const ECHO: StreamProtocol = StreamProtocol::new("/soak/echo/1.0.0");
 
 /// Longer than any soak.
 const NEVER: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
-/// A client that was turned away at the door tries again.
-const DOOR: Duration = Duration::from_millis(500);
+/// The pause before a denied connection is tried again.
+const RETRY_DELAY: Duration = Duration::from_millis(500);
 
-/// How long an echo may take, both ends being there.
-const ECHOED_WITHIN: Duration = Duration::from_secs(5);
+/// How long an echo may take while both ends are live.
+const ECHO_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What a stay is told to do.
-pub enum Order {
-    /// Neither reads nor answers until then.
+/// A command to a stay.
+pub enum Command {
+    /// Stops reading and answering until this time.
     Stall(Instant),
-    /// Connects to this peer through the relay, and has so many bytes come back.
-    Call(PeerId, usize),
-    /// Its process ends: the kernel closes its connection.
+    /// Connects to this peer through the relay, and has this many bytes echoed.
+    Connect(PeerId, usize),
+    /// Exits: the kernel closes the connection.
     Close,
-    /// It is gone without a word: nothing is read any more, and the socket is closed when nobody
-    /// can mind any more.
+    /// Disappears silently: nothing is read any more, and the socket is closed after this time, when it no longer
+    /// matters.
     Vanish(Duration),
 }
 
-/// Who stays, and where.
+/// The identity, the address and the channels of a stay.
 pub struct Stay {
     pub keypair: Keypair,
     pub family: Family,
     pub from: Ipv4Addr,
     pub relay: Multiaddr,
-    pub orders: UnboundedReceiver<Order>,
-    /// Says what it saw.
-    pub tell: Arc<dyn Fn(Saw) + Send + Sync>,
+    pub commands: UnboundedReceiver<Command>,
+    /// Reports what the client sees.
+    pub report: Arc<dyn Fn(Seen) + Send + Sync>,
 }
 
 type Task = BoxFuture<'static, ()>;
@@ -81,14 +81,14 @@ struct Parts {
 }
 
 /// A swarm and the tasks of its connections.
-struct Body {
+struct ClientSwarm {
     swarm: Swarm<Parts>,
     tasks: FuturesUnordered<Task>,
     new: UnboundedReceiver<Task>,
     spawn: UnboundedSender<Task>,
 }
 
-impl Body {
+impl ClientSwarm {
     fn of(stay: &Stay) -> Self {
         let peer = stay.keypair.public().to_peer_id();
         let (circuits, relay) = relay::client::new(peer);
@@ -98,8 +98,8 @@ impl Body {
             .authenticate(noise::Config::new(&stay.keypair).expect("a key for Noise"))
             .multiplex(yamux::Config::default())
             .boxed();
-        let talks = stay.family.talks_every().map(|every| every / FACTOR);
-        let ping = ping::Config::new().with_interval(talks.unwrap_or(NEVER));
+        let keepalive = stay.family.keepalive_interval().map(|every| every / FACTOR);
+        let ping = ping::Config::new().with_interval(keepalive.unwrap_or(NEVER));
         let parts = Parts {
             relay,
             ping: ping::Behaviour::new(ping),
@@ -119,7 +119,7 @@ impl Body {
         }
     }
 
-    /// Runs until the swarm has something to say.
+    /// Runs the tasks until the swarm emits an event.
     async fn next(&mut self) -> SwarmEvent<PartsEvent> {
         poll_fn(|cx| {
             loop {
@@ -139,199 +139,199 @@ impl Body {
     }
 }
 
-/// A stay as it goes on.
-struct Life {
+/// A running stay.
+struct RunningStay {
     stay: Stay,
-    body: Body,
+    swarm_with_tasks: ClientSwarm,
     relay: PeerId,
     holds: bool,
     refusals: u32,
-    /// When it tries again.
-    again: Option<Instant>,
-    calls: Vec<(PeerId, usize)>,
-    over: (UnboundedSender<PeerId>, UnboundedReceiver<PeerId>),
+    /// When it connects or reserves again.
+    retry_at: Option<Instant>,
+    dialing: Vec<(PeerId, usize)>,
+    done: (UnboundedSender<PeerId>, UnboundedReceiver<PeerId>),
 }
 
-/// Lives it to its end.
-pub async fn live(stay: Stay) {
-    let body = Body::of(&stay);
+/// Runs a stay to its end.
+pub async fn run(stay: Stay) {
+    let swarm_with_tasks = ClientSwarm::of(&stay);
     let Some(Protocol::P2p(relay)) = stay.relay.iter().last() else {
         panic!("{} names no peer", stay.relay);
     };
-    let mut life = Life {
+    let mut running = RunningStay {
         stay,
-        body,
+        swarm_with_tasks,
         relay,
         holds: false,
         refusals: 0,
-        again: None,
-        calls: Vec::new(),
-        over: mpsc::unbounded_channel(),
+        retry_at: None,
+        dialing: Vec::new(),
+        done: mpsc::unbounded_channel(),
     };
-    life.answers_echoes();
-    life.tries();
-    life.goes_on().await;
+    running.accept_echoes();
+    running.connect_or_reserve();
+    running.run_loop().await;
 }
 
-impl Life {
-    async fn goes_on(&mut self) {
+impl RunningStay {
+    async fn run_loop(&mut self) {
         loop {
-            let again = self.again;
-            let waits = async move {
-                match again {
-                    Some(again) => sleep_until(again).await,
+            let retry_at = self.retry_at;
+            let retry = async move {
+                match retry_at {
+                    Some(retry_at) => sleep_until(retry_at).await,
                     None => pending().await,
                 }
             };
             tokio::select! {
                 biased;
-                order = self.stay.orders.recv() => if let Some(buried_after) = self.does(order).await {
-                    return sleep(buried_after).await;
+                command = self.stay.commands.recv() => if let Some(close_after) = self.handle_command(command).await {
+                    return sleep(close_after).await;
                 },
-                () = waits => {
-                    self.again = None;
-                    self.tries();
+                () = retry => {
+                    self.retry_at = None;
+                    self.connect_or_reserve();
                 }
-                Some(peer) = self.over.1.recv() => {
-                    let _ = self.body.swarm.disconnect_peer_id(peer);
+                Some(peer) = self.done.1.recv() => {
+                    let _ = self.swarm_with_tasks.swarm.disconnect_peer_id(peer);
                 }
-                event = self.body.next() => self.hears(event),
+                event = self.swarm_with_tasks.next() => self.handle_event(event),
             }
         }
     }
 
-    /// Does as told. If that was the end: after how long its sockets are closed.
-    async fn does(&mut self, order: Option<Order>) -> Option<Duration> {
-        match order {
-            Some(Order::Stall(until)) => self.stalls(until).await,
-            Some(Order::Call(peer, bytes)) => {
-                self.calls(peer, bytes);
+    /// Handles a command. If it ends the stay: returns after how long the sockets are closed.
+    async fn handle_command(&mut self, command: Option<Command>) -> Option<Duration> {
+        match command {
+            Some(Command::Stall(until)) => self.stall(until).await,
+            Some(Command::Connect(peer, bytes)) => {
+                self.dialing(peer, bytes);
                 None
             }
-            Some(Order::Vanish(buried_after)) => Some(buried_after),
-            Some(Order::Close) | None => Some(Duration::ZERO),
+            Some(Command::Vanish(close_after)) => Some(close_after),
+            Some(Command::Close) | None => Some(Duration::ZERO),
         }
     }
 
-    /// Is not there until then, but for its end.
-    async fn stalls(&mut self, until: Instant) -> Option<Duration> {
-        (self.stay.tell)(Saw::Froze);
+    /// Does nothing until this time, except for a command that ends the stay.
+    async fn stall(&mut self, until: Instant) -> Option<Duration> {
+        (self.stay.report)(Seen::Froze);
         loop {
-            let order = tokio::select! {
+            let command = tokio::select! {
                 () = sleep_until(until) => break,
-                order = self.stay.orders.recv() => order,
+                command = self.stay.commands.recv() => command,
             };
-            match order {
-                Some(Order::Stall(_) | Order::Call(..)) => {}
-                Some(Order::Vanish(buried_after)) => return Some(buried_after),
-                Some(Order::Close) | None => return Some(Duration::ZERO),
+            match command {
+                Some(Command::Stall(_) | Command::Connect(..)) => {}
+                Some(Command::Vanish(close_after)) => return Some(close_after),
+                Some(Command::Close) | None => return Some(Duration::ZERO),
             }
         }
-        (self.stay.tell)(Saw::Thawed);
+        (self.stay.report)(Seen::Thawed);
         None
     }
 
-    /// Connects if it is not, and asks for a slot.
-    fn tries(&mut self) {
-        if self.body.swarm.is_connected(&self.relay) {
-            return self.asks();
+    /// Connects, or reserves if it is connected.
+    fn connect_or_reserve(&mut self) {
+        if self.swarm_with_tasks.swarm.is_connected(&self.relay) {
+            return self.reserve();
         }
-        if self.body.swarm.dial(self.stay.relay.clone()).is_err() {
-            self.again = Some(Instant::now() + DOOR);
+        if self.swarm_with_tasks.swarm.dial(self.stay.relay.clone()).is_err() {
+            self.retry_at = Some(Instant::now() + RETRY_DELAY);
         }
     }
 
-    fn asks(&mut self) {
-        (self.stay.tell)(Saw::Asks);
+    fn reserve(&mut self) {
+        (self.stay.report)(Seen::Requested);
         let circuit = self.stay.relay.clone().with(Protocol::P2pCircuit);
-        let listening = self.body.swarm.listen_on(circuit);
+        let listening = self.swarm_with_tasks.swarm.listen_on(circuit);
         listening.expect("a relay's address");
     }
 
-    fn comes_back_after(&mut self, pause: Option<Duration>) {
-        self.again = pause.map(|pause| Instant::now() + pause / FACTOR);
+    fn retry_after(&mut self, pause: Option<Duration>) {
+        self.retry_at = pause.map(|pause| Instant::now() + pause / FACTOR);
     }
 
-    fn hears(&mut self, event: SwarmEvent<PartsEvent>) {
+    fn handle_event(&mut self, event: SwarmEvent<PartsEvent>) {
         match event {
             SwarmEvent::ConnectionEstablished { peer_id, .. } if peer_id == self.relay => {
-                self.asks();
+                self.reserve();
             }
-            SwarmEvent::ConnectionEstablished { peer_id, .. } => self.is_connected_to(peer_id),
+            SwarmEvent::ConnectionEstablished { peer_id, .. } => self.request_echo(peer_id),
             SwarmEvent::Behaviour(PartsEvent::Relay(
                 relay::client::Event::ReservationReqAccepted { renewal, .. },
             )) => {
                 self.holds = true;
                 self.refusals = 0;
-                (self.stay.tell)(Saw::Granted { renewal });
+                (self.stay.report)(Seen::Granted { renewal });
             }
             SwarmEvent::ListenerClosed { reason: Err(why), .. }
-                if self.body.swarm.is_connected(&self.relay) =>
+                if self.swarm_with_tasks.swarm.is_connected(&self.relay) =>
             {
                 let Some(why) = refusal(&why) else {
-                    return; // the connection is on its way out
+                    return; // the connection is closing
                 };
-                (self.stay.tell)(Saw::Refused(why));
+                (self.stay.report)(Seen::Refused(why));
                 self.holds = false;
                 self.refusals += 1;
-                self.comes_back_after(self.stay.family.asks_again_after(self.refusals));
+                self.retry_after(self.stay.family.retry_after_refusal(self.refusals));
             }
             SwarmEvent::ConnectionClosed { peer_id, num_established: 0, cause, .. }
                 if peer_id == self.relay =>
             {
                 if std::mem::take(&mut self.holds) {
-                    (self.stay.tell)(Saw::Lost(format!("{cause:?}")));
-                    self.comes_back_after(self.stay.family.returns_after());
-                } else if self.again.is_none() {
-                    (self.stay.tell)(Saw::Closed);
-                    self.comes_back_after(self.stay.family.returns_after());
+                    (self.stay.report)(Seen::Lost(format!("{cause:?}")));
+                    self.retry_after(self.stay.family.reconnect_after_close());
+                } else if self.retry_at.is_none() {
+                    (self.stay.report)(Seen::Closed);
+                    self.retry_after(self.stay.family.reconnect_after_close());
                 }
             }
             SwarmEvent::OutgoingConnectionError { peer_id, error, .. } => {
                 if peer_id.is_none_or(|peer| peer == self.relay) {
-                    (self.stay.tell)(Saw::TurnedAway);
-                    self.again = Some(Instant::now() + DOOR);
+                    (self.stay.report)(Seen::Denied);
+                    self.retry_at = Some(Instant::now() + RETRY_DELAY);
                     return;
                 }
-                let before = self.calls.len();
-                self.calls.retain(|(called, _)| Some(*called) != peer_id);
-                if self.calls.len() < before {
-                    (self.stay.tell)(Saw::NoCircuit(no_circuit(&error)));
+                let before = self.dialing.len();
+                self.dialing.retain(|(called, _)| Some(*called) != peer_id);
+                if self.dialing.len() < before {
+                    (self.stay.report)(Seen::NoCircuit(no_circuit(&error)));
                 }
             }
             _ => {}
         }
     }
 
-    fn calls(&mut self, peer: PeerId, bytes: usize) {
+    fn dialing(&mut self, peer: PeerId, bytes: usize) {
         let through = self.stay.relay.clone().with(Protocol::P2pCircuit);
-        if self.body.swarm.dial(through.with(Protocol::P2p(peer))).is_ok() {
-            self.calls.push((peer, bytes));
+        if self.swarm_with_tasks.swarm.dial(through.with(Protocol::P2p(peer))).is_ok() {
+            self.dialing.push((peer, bytes));
         }
     }
 
-    fn is_connected_to(&mut self, peer: PeerId) {
-        let Some(at) = self.calls.iter().position(|(called, _)| *called == peer) else {
-            return; // the other side called
+    fn request_echo(&mut self, peer: PeerId) {
+        let Some(at) = self.dialing.iter().position(|(called, _)| *called == peer) else {
+            return; // the other side dialed
         };
-        let (_, bytes) = self.calls.swap_remove(at);
-        let control = self.body.swarm.behaviour().stream.new_control();
-        let (over, tell) = (self.over.0.clone(), Arc::clone(&self.stay.tell));
+        let (_, bytes) = self.dialing.swap_remove(at);
+        let control = self.swarm_with_tasks.swarm.behaviour().stream.new_control();
+        let (done, report) = (self.done.0.clone(), Arc::clone(&self.stay.report));
         let echo = async move {
-            match timeout(ECHOED_WITHIN, echoed(control, peer, bytes)).await {
-                Ok(Ok(right)) => tell(Saw::Echoed { right }),
-                _ => tell(Saw::NoEcho),
+            match timeout(ECHO_TIMEOUT, echoed(control, peer, bytes)).await {
+                Ok(Ok(correct)) => report(Seen::Echoed { correct }),
+                _ => report(Seen::NoEcho),
             }
-            let _ = over.send(peer);
+            let _ = done.send(peer);
         };
-        let _ = self.body.spawn.send(echo.boxed());
+        let _ = self.swarm_with_tasks.spawn.send(echo.boxed());
     }
 
-    /// Gives back whatever comes.
-    fn answers_echoes(&mut self) {
-        let mut control = self.body.swarm.behaviour().stream.new_control();
-        let mut incoming = control.accept(ECHO).expect("it is not taken yet");
-        let spawn = self.body.spawn.clone();
+    /// Echoes what arrives.
+    fn accept_echoes(&mut self) {
+        let mut control = self.swarm_with_tasks.swarm.behaviour().stream.new_control();
+        let mut incoming = control.accept(ECHO).expect("accept is called once");
+        let spawn = self.swarm_with_tasks.spawn.clone();
         let answers = async move {
             while let Some((_, stream)) = incoming.next().await {
                 let echo = async move {
@@ -342,30 +342,30 @@ impl Life {
                 let _ = spawn.send(echo.boxed());
             }
         };
-        let _ = self.body.spawn.send(answers.boxed());
+        let _ = self.swarm_with_tasks.spawn.send(answers.boxed());
     }
 }
 
-/// Whether so many bytes come back as they were sent.
+/// Sends this many bytes; returns whether the same ones come back.
 async fn echoed(mut control: Control, peer: PeerId, bytes: usize) -> io::Result<bool> {
     let opened = control.open_stream(peer, ECHO).await;
     let stream = opened.map_err(io::Error::other)?;
     let (mut reader, mut writer) = stream.split();
     let sent: Vec<u8> = (0..bytes).map(|at| (at * 7 + at / 251) as u8).collect();
-    let mut heard = Vec::new();
+    let mut received = Vec::new();
     let sending = async {
         writer.write_all(&sent).await?;
         writer.close().await
     };
-    future::try_join(sending, reader.read_to_end(&mut heard)).await?;
-    // The end may come early, by a limit of the circuit or with its other side; other bytes may not.
-    match sent.starts_with(&heard) {
-        true if heard.len() < sent.len() => Err(io::ErrorKind::UnexpectedEof.into()),
-        right => Ok(right),
+    future::try_join(sending, reader.read_to_end(&mut received)).await?;
+    // The stream may end early, by a limit of the circuit or with the other end; the bytes must be correct.
+    match sent.starts_with(&received) {
+        true if received.len() < sent.len() => Err(io::ErrorKind::UnexpectedEof.into()),
+        correct => Ok(correct),
     }
 }
 
-/// How the relay put it, if it did.
+/// The status of the relay's refusal, if it is one.
 fn refusal(error: &io::Error) -> Option<&'static str> {
     let text = format!("{error:?}");
     ["Refused", "ResourceLimitExceeded"]
@@ -373,7 +373,7 @@ fn refusal(error: &io::Error) -> Option<&'static str> {
         .find(|status| text.contains(&format!("Reservation({status})")))
 }
 
-/// Why a circuit is none, as the relay put it.
+/// The status of the relay's answer to CONNECT.
 fn no_circuit(error: &DialError) -> &'static str {
     let text = format!("{error:?}");
     ["NoReservation", "ResourceLimitExceeded", "ConnectionFailed"]

@@ -1,8 +1,7 @@
-//! The laws, as somebody can check them who sees no more than the clients do, and what the relay
-//! shows of itself.
+//! Checks the laws from outside: with what the clients see and what the relay reports about itself.
 //!
-//! Pure: what was seen comes in with `now`, a broken law comes out. Whoever looks from outside sees
-//! late, and in another order; each law has its tolerance for that, and says it.
+//! Sans-IO: observations come in with `now`, a violated law comes out. Observations are late and not in order; each law
+//! has a documented tolerance for that.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet, VecDeque},
@@ -13,39 +12,39 @@ use std::{
 use libp2p::PeerId;
 use relaylet::Config;
 
-/// How much later than it happens something may be seen here, or by the relay.
+/// How late an event may be observed here or by the relay.
 const LATE: Duration = Duration::from_millis(750);
 
-/// What the relay shows may be so old: it is posted once a second.
+/// How old the relay's report may be: it is updated once a second.
 const STALE: Duration = Duration::from_millis(1250);
 
-/// Who was frozen for so much less than a probe may have been asked before.
+/// By how much less than a probe time a peer may have been frozen, and have been probed before it froze.
 const EARLY: Duration = Duration::from_millis(150);
 
-/// A machine that keeps everybody waiting for so long answers for no client.
-const STOOD_STILL: Duration = Duration::from_millis(200);
-/// And for this time after it.
-const NOT_BELIEVED: Duration = Duration::from_secs(4);
+/// After a scheduling pause of this length, clients may have failed to answer.
+const SUSPENDED: Duration = Duration::from_millis(200);
+/// How long after it violations are excused.
+const EXCUSED_FOR: Duration = Duration::from_secs(4);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Law {
-    /// A peer that lives and answers keeps its slot.
+    /// A peer that answers keeps its slot.
     Safety,
-    /// There are never more slots than there may be.
+    /// There are never more slots than configured.
     Bounds,
-    /// The slot of a peer that is gone comes back in time.
+    /// The slot of a gone peer is freed in time.
     Return,
-    /// Nobody is refused but while the table is full.
+    /// A peer is refused only while the table is full.
     Refusal,
-    /// A peer whose slot is there still is not refused.
+    /// A peer that still has its slot is not refused.
     Owner,
-    /// What comes back through a circuit is what was sent.
+    /// A circuit transfers the bytes that were sent.
     Echo,
-    /// When all are gone, nothing is left.
+    /// After all clients have disconnected, no state is left.
     NothingLeft,
 }
 
-/// All of them.
+/// All laws.
 pub const LAWS: [Law; 7] =
     [Law::Safety, Law::Bounds, Law::Return, Law::Refusal, Law::Owner, Law::Echo, Law::NothingLeft];
 
@@ -54,27 +53,27 @@ impl fmt::Display for Law {
         f.write_str(match self {
             Self::Safety => "a peer that answers keeps its slot",
             Self::Bounds => "never more slots than --max-reservations",
-            Self::Return => "the slot of a peer that is gone comes back in time",
+            Self::Return => "the slot of a gone peer is freed in time",
             Self::Refusal => "no refusal unless the table is full",
-            Self::Owner => "no refusal of a peer whose slot is there still",
-            Self::Echo => "a circuit brings what was sent",
-            Self::NothingLeft => "when all are gone, every count is zero",
+            Self::Owner => "no refusal of a peer that still has its slot",
+            Self::Echo => "a circuit transfers the bytes that were sent",
+            Self::NothingLeft => "after all clients have disconnected, every count is zero",
         })
     }
 }
 
-/// Which law, by whom, when.
+/// The violated law, the peer and the time.
 #[derive(Debug)]
-pub struct Broken {
+pub struct Violation {
     pub law: Law,
     pub peer: Option<PeerId>,
     pub at: Duration,
     pub what: String,
 }
 
-impl fmt::Display for Broken {
+impl fmt::Display for Violation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "broken at {:.2} s: {}", self.at.as_secs_f64(), self.law)?;
+        write!(f, "violated at {:.2} s: {}", self.at.as_secs_f64(), self.law)?;
         match self.peer {
             Some(peer) => write!(f, ": {peer} {}", self.what),
             None => write!(f, ": {}", self.what),
@@ -82,240 +81,240 @@ impl fmt::Display for Broken {
     }
 }
 
-pub type Verdict = Result<(), Box<Broken>>;
+pub type Verdict = Result<(), Box<Violation>>;
 
-/// What a client saw, and what it did.
+/// What a client sees or does.
 #[derive(Clone, Debug)]
-pub enum Saw {
+pub enum Seen {
     /// A stay begins.
-    Comes,
-    Asks,
+    Started,
+    Requested,
     Granted {
         renewal: bool,
     },
-    /// The relay said no, with this status.
+    /// The relay refused with this status.
     Refused(&'static str),
-    /// The relay closed the connection that its slot was on.
+    /// The relay closed the connection of its slot.
     Lost(String),
-    /// The relay closed its connection, and it had no slot.
+    /// The relay closed its connection, while it had no slot.
     Closed,
     /// It could not connect.
-    TurnedAway,
+    Denied,
     Froze,
     Thawed,
-    /// The stay ends; whether the kernel says so.
-    Leaves {
+    /// The stay ends, with a FIN or silently.
+    Ended {
         fin: bool,
     },
     Echoed {
-        right: bool,
+        correct: bool,
     },
-    /// A circuit ended early, by a limit or with its other side.
+    /// A circuit ended early, by a limit or with its other end.
     NoEcho,
-    /// There is none to be had, with this status.
+    /// A circuit was refused with this status.
     NoCircuit(&'static str),
 }
 
-/// What the relay shows of itself.
+/// What the relay reports about itself.
 #[derive(Clone, Debug, Default)]
-pub struct Shown {
+pub struct Report {
     pub total: usize,
-    /// The holders by state, as they are listed.
+    /// The listed holders by state.
     pub live: HashSet<PeerId>,
     pub grace: HashSet<PeerId>,
-    /// As they are counted.
+    /// How many are live and in grace according to the counters.
     pub counted: (usize, usize),
     pub circuits: usize,
     pub connections: usize,
 }
 
-/// What is known of one peer.
+/// What is known about a peer.
 #[derive(Clone, Debug, Default)]
 struct Peer {
-    /// Counts its stays: who was left behind in an older one has no say.
+    /// The number of its stay: observations of earlier ones are ignored.
     stay: u64,
-    here: bool,
-    asks: Option<Duration>,
+    is_live: bool,
+    requested: Option<Duration>,
     granted: Option<Duration>,
     frozen: Option<Duration>,
-    /// From when until when it was frozen last.
+    /// From when to when it was last frozen.
     thawed: Option<(Duration, Duration)>,
-    /// The last time that it was frozen for long enough to be taken for dead, until then.
+    /// When it was last thawed after a freeze long enough to time out.
     was_frozen: Option<Duration>,
     lost: Option<Duration>,
-    /// How the stay before this ended, or the last.
-    left: Option<Left>,
-    /// When it was gone without a word last: for the relay that connection may be up still.
+    /// How the previous stay ended.
+    ended: Option<StayEnd>,
+    /// When it last disappeared silently: the relay may still take that connection for up.
     vanished: Option<Duration>,
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Left {
+struct StayEnd {
     at: Duration,
     fin: bool,
-    /// It had its answer. One that had asked may have a slot, too.
+    /// Whether it held a slot, and whether it may have: a request may have been granted without an answer.
     held: bool,
     may_hold: bool,
 }
 
 pub struct Observer {
     rules: Config,
-    /// After how long a peer is judged that is gone without a word, at the latest.
-    without_a_word: Duration,
+    /// After how long a silently gone peer times out at the latest.
+    silent_limit: Duration,
     peers: HashMap<PeerId, Peer>,
-    /// When the machine stood still last.
-    still: VecDeque<Duration>,
+    /// When this machine was recently suspended or overloaded.
+    suspended_at: VecDeque<Duration>,
     pub checked: BTreeMap<Law, u64>,
-    /// Not held against the relay, because the machine stood still.
+    /// Violations that were excused, because the machine was suspended or overloaded.
     pub excused: u64,
-    /// Refused while a peer had been gone for long enough to be asked: the wish, not the law.
+    /// Refusals while a peer had been gone longer than `--probe-after`: undesirable, but no violation.
     pub refused_too_early: u64,
 }
 
 impl Observer {
     pub fn new(rules: Config) -> Self {
         Self {
-            without_a_word: rules.silence + 2 * rules.sweep + LATE,
+            silent_limit: rules.silence + 2 * rules.sweep + LATE,
             rules,
             peers: HashMap::new(),
-            still: VecDeque::new(),
+            suspended_at: VecDeque::new(),
             checked: LAWS.into_iter().map(|law| (law, 0)).collect(),
             excused: 0,
             refused_too_early: 0,
         }
     }
 
-    /// A client of this stay saw, or did, something.
-    pub fn saw(&mut self, now: Duration, id: PeerId, stay: u64, saw: &Saw) -> Verdict {
+    /// Handles what a client saw or did in this stay.
+    pub fn on_seen(&mut self, now: Duration, id: PeerId, stay: u64, seen: &Seen) -> Verdict {
         let peer = self.peers.entry(id).or_default();
         if stay < peer.stay {
             return Ok(());
         }
-        match saw {
-            Saw::Comes => {
+        match seen {
+            Seen::Started => {
                 *peer = Peer {
                     stay,
-                    here: true,
+                    is_live: true,
                     lost: peer.lost,
-                    left: peer.left,
+                    ended: peer.ended,
                     vanished: peer.vanished,
                     ..Peer::default()
                 };
             }
-            Saw::Leaves { fin } => {
-                let before = peer.left.is_some_and(|left| left.may_hold);
-                peer.left = Some(Left {
+            Seen::Ended { fin } => {
+                let before = peer.ended.is_some_and(|ended| ended.may_hold);
+                peer.ended = Some(StayEnd {
                     at: now,
                     fin: *fin,
-                    held: peer.granted.is_some() && !peer.may_be_given_up(now),
-                    may_hold: before || peer.granted.is_some() || peer.asks.is_some(),
+                    held: peer.granted.is_some() && !peer.may_have_timed_out(now),
+                    may_hold: before || peer.granted.is_some() || peer.requested.is_some(),
                 });
                 if !fin {
                     peer.vanished = Some(now);
                 }
-                (peer.here, peer.granted, peer.asks, peer.frozen) = (false, None, None, None);
+                (peer.is_live, peer.granted, peer.requested, peer.frozen) =
+                    (false, None, None, None);
             }
-            _ if !peer.here => {}
-            Saw::Asks => peer.asks = Some(now),
-            Saw::Granted { renewal } => {
+            _ if !peer.is_live => {}
+            Seen::Requested => peer.requested = Some(now),
+            Seen::Granted { renewal } => {
                 let came_back = peer.still_has(now, &self.rules).is_some();
-                peer.asks = None;
+                peer.requested = None;
                 peer.granted = peer.granted.or(Some(now));
                 if *renewal || came_back {
                     self.check(Law::Owner);
                 }
                 return self.bounds(now);
             }
-            Saw::Refused(status) => return self.refused(now, id, status),
-            Saw::Lost(cause) => return self.lost(now, id, cause),
-            Saw::Froze => {
-                // With no time to answer in between it is one freeze.
+            Seen::Refused(status) => return self.refused(now, id, status),
+            Seen::Lost(cause) => return self.lost(now, id, cause),
+            Seen::Froze => {
+                // Without time to answer in between it counts as one freeze.
                 let once = peer.thawed.filter(|(_, until)| *until + EARLY >= now);
                 peer.frozen = Some(once.map_or(now, |(since, _)| since));
             }
-            Saw::Thawed => {
+            Seen::Thawed => {
                 let since = peer.frozen.take().unwrap_or(now);
                 peer.thawed = Some((since, now));
                 if now.saturating_sub(since) + EARLY >= self.rules.probe {
                     peer.was_frozen = Some(now);
                 }
             }
-            Saw::Echoed { right } => {
+            Seen::Echoed { correct } => {
                 self.check(Law::Echo);
-                if !right {
-                    return broken(Law::Echo, Some(id), now, "heard something else".to_owned());
+                if !correct {
+                    return violated(Law::Echo, Some(id), now, "got wrong bytes".to_owned());
                 }
             }
-            Saw::Closed | Saw::TurnedAway => peer.asks = None,
-            Saw::NoEcho | Saw::NoCircuit(_) => {}
+            Seen::Closed | Seen::Denied => peer.requested = None,
+            Seen::NoEcho | Seen::NoCircuit(_) => {}
         }
         Ok(())
     }
 
-    /// Nothing ran here for so long, although it should have.
-    pub fn stood_still(&mut self, now: Duration, pause: Duration) {
-        if pause >= STOOD_STILL {
-            self.still.push_back(now);
+    /// Tasks were not scheduled for this long.
+    pub fn on_suspended(&mut self, now: Duration, pause: Duration) {
+        if pause >= SUSPENDED {
+            self.suspended_at.push_back(now);
         }
-        self.still.retain(|at| *at + NOT_BELIEVED > now);
+        self.suspended_at.retain(|at| *at + EXCUSED_FOR > now);
     }
 
-    /// The relay was asked at `asked` what it shows of itself, and had answered by `now`.
-    pub fn shown(&mut self, now: Duration, asked: Duration, shown: &Shown) -> Verdict {
-        let as_of = asked.saturating_sub(STALE);
+    /// Handles a report that was requested at `requested_at` and received at `now`.
+    pub fn report(&mut self, now: Duration, requested_at: Duration, report: &Report) -> Verdict {
+        let as_of = requested_at.saturating_sub(STALE);
         self.check(Law::Bounds);
         let most = self.rules.max_reservations;
-        let (live, grace) = shown.counted;
-        if live + grace > most || shown.total != most {
+        let (live, grace) = report.counted;
+        if live + grace > most || report.total != most {
             let what = format!(
-                "{live} live slots and {grace} in grace of {} are shown, {most} there may be",
-                shown.total
+                "{live} live slots and {grace} in grace of {} are reported, at most {most} are allowed",
+                report.total
             );
-            return broken(Law::Bounds, None, now, what);
+            return violated(Law::Bounds, None, now, what);
         }
         let ids: Vec<PeerId> = self.peers.keys().copied().collect();
         for id in ids {
             let peer = &self.peers[&id];
-            if peer.here {
-                self.is_shown(now, as_of, id, shown)?;
+            if peer.is_live {
+                self.check_reported(now, as_of, id, report)?;
             } else {
-                self.is_gone(now, as_of, id, shown)?;
+                self.check_not_reported(now, as_of, id, report)?;
             }
         }
         self.forget(as_of);
         Ok(())
     }
 
-    /// All are gone, for longer than any of them may be remembered.
-    pub fn nothing_left(&mut self, now: Duration, shown: &Shown) -> Verdict {
+    /// Handles the report at the end, after every client has been gone long enough.
+    pub fn nothing_left(&mut self, now: Duration, report: &Report) -> Verdict {
         self.check(Law::NothingLeft);
-        let (live, grace) = shown.counted;
-        let listed = shown.live.len() + shown.grace.len();
-        let left = live + grace + listed + shown.circuits + shown.connections;
-        if left == 0 {
+        let (live, grace) = report.counted;
+        let listed = report.live.len() + report.grace.len();
+        let ended = live + grace + listed + report.circuits + report.connections;
+        if ended == 0 {
             return Ok(());
         }
         let what = format!(
             "{live} live slots, {grace} in grace, {} circuits, {} connections",
-            shown.circuits, shown.connections
+            report.circuits, report.connections
         );
-        broken(Law::NothingLeft, None, now, what)
+        violated(Law::NothingLeft, None, now, what)
     }
 
-    /// Within so much time everything of a peer that is gone is forgotten.
-    pub fn all_back_within(&self) -> Duration {
-        self.without_a_word + self.rules.grace + self.rules.sweep + STALE + LATE
+    /// After this time the relay has no state of a gone peer.
+    pub fn all_freed_within(&self) -> Duration {
+        self.silent_limit + self.rules.grace + self.rules.sweep + STALE + LATE
     }
 
-    /// From now on all leave. When most of them are silent, the relay doubts its own link, and judges
-    /// nobody for one more limit.
-    pub fn all_leave(&mut self) {
-        self.without_a_word += self.rules.silence;
+    /// All clients disconnect from now on. While most of them are silent the relay defers timeouts by one more limit.
+    pub fn on_disconnecting_all(&mut self) {
+        self.silent_limit += self.rules.silence;
     }
 
-    /// Who holds a slot, as far as its client knows.
+    /// The peers that hold a slot as far as their clients know.
     pub fn holders(&self) -> impl Iterator<Item = PeerId> {
-        let holds = |peer: &Peer| peer.here && peer.granted.is_some();
+        let holds = |peer: &Peer| peer.is_live && peer.granted.is_some();
         let all = self.peers.iter();
         all.filter(move |(_, peer)| holds(peer)).map(|(id, _)| *id)
     }
@@ -324,20 +323,20 @@ impl Observer {
         *self.checked.entry(law).or_default() += 1;
     }
 
-    /// No more hold a slot than may: those of whom it is certain.
+    /// Checks the number of slots, counting those that are certain.
     fn bounds(&mut self, now: Duration) -> Verdict {
         self.check(Law::Bounds);
         let certain = |peer: &&Peer| {
             let since = peer.granted.is_some_and(|since| since <= now);
-            peer.here && since && peer.frozen.is_none() && !peer.may_be_given_up(now)
+            peer.is_live && since && peer.frozen.is_none() && !peer.may_have_timed_out(now)
         };
         let hold = self.peers.values().filter(certain).count();
         let most = self.rules.max_reservations;
         if hold <= most {
             return Ok(());
         }
-        let what = format!("{hold} clients hold a slot each, {most} there may be");
-        self.unless_it_stood_still(now, broken(Law::Bounds, None, now, what))
+        let what = format!("{hold} clients hold a slot each, at most {most} are allowed");
+        self.unless_suspended(now, violated(Law::Bounds, None, now, what))
     }
 
     fn lost(&mut self, now: Duration, id: PeerId, cause: &str) -> Verdict {
@@ -347,12 +346,13 @@ impl Observer {
             return Ok(());
         };
         let held = peer.granted.take();
-        (peer.lost, peer.asks) = (Some(now), None);
-        if held.is_none() || peer.may_be_given_up(now) {
+        (peer.lost, peer.requested) = (Some(now), None);
+        if held.is_none() || peer.may_have_timed_out(now) {
             return Ok(());
         }
-        let what = format!("lost its slot, and had answered all the time but {probe:?} ({cause})");
-        self.unless_it_stood_still(now, broken(Law::Safety, Some(id), now, what))
+        let what =
+            format!("lost its slot although it had answered, but for at most {probe:?} ({cause})");
+        self.unless_suspended(now, violated(Law::Safety, Some(id), now, what))
     }
 
     fn refused(&mut self, now: Duration, id: PeerId, status: &str) -> Verdict {
@@ -360,107 +360,119 @@ impl Observer {
         let Some(peer) = self.peers.get_mut(&id) else {
             return Ok(());
         };
-        let asked = peer.asks.take().unwrap_or(now);
-        let (held, given_up) = (peer.granted.take(), peer.may_be_given_up(now));
+        let requested = peer.requested.take().unwrap_or(now);
+        let (held, timed_out) = (peer.granted.take(), peer.may_have_timed_out(now));
         let had = peer.still_has(now, rules);
-        if held.is_some() && !given_up {
+        if held.is_some() && !timed_out {
             self.check(Law::Owner);
             let what = format!("was refused to renew the slot that it held ({status})");
-            return self.unless_it_stood_still(now, broken(Law::Owner, Some(id), now, what));
+            return self.unless_suspended(now, violated(Law::Owner, Some(id), now, what));
         }
-        if let Some(left) = had {
+        if let Some(ended) = had {
             self.check(Law::Owner);
-            let what = format!("came back after {:?}, and was refused ({status})", now - left.at);
-            return broken(Law::Owner, Some(id), now, what);
+            let what =
+                format!("reconnected after {:?}, and was refused ({status})", now - ended.at);
+            return violated(Law::Owner, Some(id), now, what);
         }
         if status != "Refused" {
             let what = format!("was refused for another reason: {status}");
-            return broken(Law::Refusal, Some(id), now, what);
+            return violated(Law::Refusal, Some(id), now, what);
         }
         self.check(Law::Refusal);
-        let (most, bound) = (self.rules.max_reservations, self.without_a_word);
-        let wish = self.rules.probe_after + self.rules.sweep + LATE;
-        let may_hold = self.may_have_held(id, asked, bound);
-        if self.may_have_held(id, asked, wish) < most {
+        let (most, bound) = (self.rules.max_reservations, self.silent_limit);
+        let desired = self.rules.probe_after + self.rules.sweep + LATE;
+        let may_hold = self.may_have_held(id, requested, bound);
+        if self.may_have_held(id, requested, desired) < most {
             self.refused_too_early += 1;
         }
         if may_hold >= most {
             return Ok(());
         }
-        let what = format!("was refused while {may_hold} of {most} slots were taken at most");
-        self.unless_it_stood_still(now, broken(Law::Refusal, Some(id), now, what))
+        let what = format!("was refused while at most {may_hold} of {most} slots were taken");
+        self.unless_suspended(now, violated(Law::Refusal, Some(id), now, what))
     }
 
-    /// How many others may have held a slot at any time since then, of peers that are gone without a
-    /// word for no longer than this.
+    /// How many other peers may have held a slot at any time since then; silently gone ones for at most `gone_for`.
     fn may_have_held(&self, but: PeerId, since: Duration, gone_for: Duration) -> usize {
         let may = |peer: &Peer| {
-            let has = peer.here && (peer.granted.is_some() || peer.asks.is_some());
+            let has = peer.is_live && (peer.granted.is_some() || peer.requested.is_some());
             let lost = peer.lost.is_some_and(|lost| lost + LATE >= since);
-            let left = peer.left.is_some_and(|left| left.may_hold);
-            has || lost || (left && peer.noticed(gone_for) >= Some(since))
+            let ended = peer.ended.is_some_and(|ended| ended.may_hold);
+            has || lost || (ended && peer.noticed(gone_for) >= Some(since))
         };
         let all = self.peers.iter().filter(|(id, _)| **id != but);
         all.filter(|(_, peer)| may(peer)).count()
     }
 
-    /// Who holds a slot is shown with it.
-    fn is_shown(&mut self, now: Duration, as_of: Duration, id: PeerId, shown: &Shown) -> Verdict {
+    /// A live peer that holds a slot must be reported as live.
+    fn check_reported(
+        &mut self,
+        now: Duration,
+        as_of: Duration,
+        id: PeerId,
+        report: &Report,
+    ) -> Verdict {
         let peer = &self.peers[&id];
         let certain = peer.granted.is_some_and(|since| since < as_of);
-        let answers = peer.frozen.is_none() && !peer.may_be_given_up(as_of);
+        let answers = peer.frozen.is_none() && !peer.may_have_timed_out(as_of);
         if !certain || !answers {
             return Ok(());
         }
         self.check(Law::Safety);
-        if shown.live.contains(&id) {
+        if report.live.contains(&id) {
             return Ok(());
         }
-        let what = match shown.grace.contains(&id) {
+        let what = match report.grace.contains(&id) {
             true => "answers, and its slot is in grace",
             false => "answers, and its slot is gone",
         };
-        let broken = broken(Law::Safety, Some(id), now, what.to_owned());
-        self.unless_it_stood_still(now, broken)
+        let violated = violated(Law::Safety, Some(id), now, what.to_owned());
+        self.unless_suspended(now, violated)
     }
 
-    /// Who is gone for long enough is not shown any more.
-    fn is_gone(&mut self, now: Duration, as_of: Duration, id: PeerId, shown: &Shown) -> Verdict {
-        let Some(left) = self.peers[&id].left else {
+    /// A peer that has been gone long enough must not be reported.
+    fn check_not_reported(
+        &mut self,
+        now: Duration,
+        as_of: Duration,
+        id: PeerId,
+        report: &Report,
+    ) -> Verdict {
+        let Some(ended) = self.peers[&id].ended else {
             return Ok(());
         };
-        let noticed = self.peers[&id].noticed(self.without_a_word);
-        let noticed = noticed.unwrap_or(left.at);
+        let noticed = self.peers[&id].noticed(self.silent_limit);
+        let noticed = noticed.unwrap_or(ended.at);
         if noticed >= as_of {
             return Ok(());
         }
         let forgotten = noticed + self.rules.grace + self.rules.sweep;
         self.check(Law::Return);
-        let in_grace = shown.grace.contains(&id);
-        if !shown.live.contains(&id) && (!in_grace || forgotten >= as_of) {
+        let in_grace = report.grace.contains(&id);
+        if !report.live.contains(&id) && (!in_grace || forgotten >= as_of) {
             return Ok(());
         }
         let (state, how) = (
             if in_grace { "in grace" } else { "live" },
-            if left.fin { "closed" } else { "silent" },
+            if ended.fin { "closed" } else { "silent" },
         );
-        let gone_for = (as_of - left.at).as_secs_f64();
+        let gone_for = (as_of - ended.at).as_secs_f64();
         let what = format!("has been gone ({how}) for {gone_for:.2} s, and its slot is {state}");
-        self.unless_it_stood_still(now, broken(Law::Return, Some(id), now, what))
+        self.unless_suspended(now, violated(Law::Return, Some(id), now, what))
     }
 
-    /// Those who are gone for so long that no law speaks of them.
+    /// Removes peers that have been gone so long that no law applies to them.
     fn forget(&mut self, as_of: Duration) {
-        let bound = self.all_back_within() + 2 * STALE;
+        let bound = self.all_freed_within() + 2 * STALE;
         self.peers.retain(|_, peer| {
-            let left = peer.left.is_none_or(|left| left.at + bound >= as_of);
-            peer.here || left
+            let ended = peer.ended.is_none_or(|ended| ended.at + bound >= as_of);
+            peer.is_live || ended
         });
     }
 
-    fn unless_it_stood_still(&mut self, now: Duration, verdict: Verdict) -> Verdict {
-        let still = self.still.iter().any(|at| *at + NOT_BELIEVED > now);
-        if verdict.is_err() && still {
+    fn unless_suspended(&mut self, now: Duration, verdict: Verdict) -> Verdict {
+        let suspended_at = self.suspended_at.iter().any(|at| *at + EXCUSED_FOR > now);
+        if verdict.is_err() && suspended_at {
             self.excused += 1;
             return Ok(());
         }
@@ -469,27 +481,27 @@ impl Observer {
 }
 
 impl Peer {
-    /// When the relay has noticed that it is gone, if that takes so long where it was without a word.
-    fn noticed(&self, without_a_word: Duration) -> Option<Duration> {
-        let closed = self.left.map(|left| left.at + LATE);
-        let vanished = self.vanished.map(|at| at + without_a_word);
+    /// When the relay has noticed that it is gone, if a silent end takes `silent_limit`.
+    fn noticed(&self, silent_limit: Duration) -> Option<Duration> {
+        let closed = self.ended.map(|ended| ended.at + LATE);
+        let vanished = self.vanished.map(|at| at + silent_limit);
         closed.max(vanished)
     }
 
-    /// How it left its slot, if nobody can have had it since: whoever wants it asks this peer first.
-    fn still_has(&self, now: Duration, rules: &Config) -> Option<Left> {
-        let left = self.left.filter(|left| left.held && !left.fin)?;
-        (now < left.at + rules.probe.saturating_sub(EARLY)).then_some(left)
+    /// How it left its slot, if no newcomer can have taken it: this peer would be probed first.
+    fn still_has(&self, now: Duration, rules: &Config) -> Option<StayEnd> {
+        let ended = self.ended.filter(|ended| ended.held && !ended.fin)?;
+        (now < ended.at + rules.probe.saturating_sub(EARLY)).then_some(ended)
     }
 
-    /// Whether it was frozen for so long that it may have been given up, and not know it yet.
-    fn may_be_given_up(&self, now: Duration) -> bool {
+    /// Whether it was frozen so long that it may have timed out without knowing.
+    fn may_have_timed_out(&self, now: Duration) -> bool {
         let was = self.was_frozen.is_some_and(|until| until + LATE >= now);
-        // Who is frozen is not known to answer.
+        // A frozen peer may not answer.
         was || self.frozen.is_some()
     }
 }
 
-fn broken(law: Law, peer: Option<PeerId>, at: Duration, what: String) -> Verdict {
-    Err(Box::new(Broken { law, peer, at, what }))
+fn violated(law: Law, peer: Option<PeerId>, at: Duration, what: String) -> Verdict {
+    Err(Box::new(Violation { law, peer, at, what }))
 }

@@ -1,5 +1,5 @@
-//! A day of the churn simulation as it is lived here: compressed, by as many clients as are asked
-//! for, and the relay's timers with it.
+//! The part of the simulated day that is run: compressed, with the requested number of clients, and the relay's timers
+//! compressed as well.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -8,46 +8,46 @@ use std::{
 
 use relaylet::Config;
 
-use crate::trace::{CLIENTS, DAY, MEASURED_FROM, Trace, What};
+use crate::trace::{CLIENTS, Change, DAY, MEASURED_FROM, Trace};
 
-/// A day in an hour.
+/// A day takes an hour.
 pub const FACTOR: u32 = 24;
 
-/// How much of the day `--quick` lives: so much from when the tables are full, in 275 s.
+/// How much of the day `--quick` runs, starting when the tables are full: 275 s.
 const QUICK: Duration = Duration::from_secs(110 * 60);
 
-/// Those who were there before it begins come one after the other.
-const ONE_BY_ONE: Duration = Duration::from_millis(300);
+/// Clients whose stays have begun before the start connect one after another, at this interval.
+const START_INTERVAL: Duration = Duration::from_millis(300);
 
-/// Below it no relay can be told to wait for an answer.
+/// The minimum of `--probe`.
 const SHORTEST_PROBE: Duration = Duration::from_millis(500);
 
-/// Slots, in percent of the clients that want one on average: now and then there is none.
+/// Slots in percent of the mean number of clients that want one: now and then the table is full.
 const SLOTS: f64 = 98.0;
 
-/// What happens when, by the clock of this machine.
+/// The events, in the time of this machine.
 pub struct Plan {
     pub trace: Trace,
-    pub events: Vec<(Duration, usize, What)>,
-    pub lasts: Duration,
-    /// From the end of which quarter on what the relay takes up has to be flat: the C library's heap
-    /// has grown to its size by then, which is several times that of what is in it.
+    pub events: Vec<(Duration, usize, Change)>,
+    pub duration: Duration,
+    /// The quarter after which the relay's resources must be flat: by then the C library's heap has grown to several
+    /// times its contents.
     pub settled: usize,
-    /// How many want a slot, on average.
+    /// The mean number of clients that want a slot.
     pub mean_live: f64,
     pub config: Config,
 }
 
 impl Plan {
-    /// That of a trace in which so many are there at a time.
+    /// The plan of a trace with this mean number of clients.
     pub fn of(trace: Trace, clients: usize, quick: bool) -> Self {
         let (from, until) = match quick {
             true => (MEASURED_FROM, MEASURED_FROM + QUICK),
             false => (Duration::ZERO, DAY),
         };
-        // One client is as any other: the first ones are a sample.
+        // Clients are interchangeable: the first ones are a sample.
         let among = (CLIENTS as f64 * clients as f64 / trace.mean_live()) as usize;
-        let taken = trace.events.iter().filter(|(_, who, _)| *who < among);
+        let taken = trace.events.iter().filter(|(_, client, _)| *client < among);
         let events = part(taken.copied(), from, until);
         let full_from = from.max(MEASURED_FROM);
         let mean_live = mean_live(&events, full_from - from, until - from);
@@ -55,16 +55,16 @@ impl Plan {
         config.max_reservations = (mean_live * SLOTS / 100.0).round() as usize;
         config.max_reservations_per_ip = Some(0);
         config.max_reservations_per_subnet = Some(0);
-        let events = events.into_iter().map(|(at, who, what)| {
-            let what = match what {
-                What::Stalls { until } => What::Stalls { until: until / FACTOR },
+        let events = events.into_iter().map(|(at, client, change)| {
+            let change = match change {
+                Change::Stall { until } => Change::Stall { until: until / FACTOR },
                 other => other,
             };
-            (at / FACTOR, who, what)
+            (at / FACTOR, client, change)
         });
         Self {
             events: events.collect(),
-            lasts: (until - from) / FACTOR,
+            duration: (until - from) / FACTOR,
             settled: if quick { 2 } else { 1 },
             trace,
             mean_live,
@@ -72,7 +72,7 @@ impl Plan {
         }
     }
 
-    /// What the relay is told.
+    /// The relay's flags.
     pub fn flags(&self) -> Vec<String> {
         let c = &self.config;
         let timers = [
@@ -99,8 +99,7 @@ impl Plan {
     }
 }
 
-/// The program's defaults in compressed time. Of all timers only the probe has a bound in its way:
-/// it is four times as long as it should be.
+/// The program's defaults in compressed time. Only the probe has a minimum: it is four times as long as it should be.
 fn compressed(mut c: Config) -> Config {
     c.idle_timeout = Duration::from_secs(60); // the program's, not the behaviour's
     for timer in [
@@ -122,57 +121,57 @@ fn compressed(mut c: Config) -> Config {
     c
 }
 
-/// What happens from then until then. Who is there already comes at its beginning.
+/// The events of this part of the day. Clients whose stays have begun before it start at its beginning.
 fn part(
-    all: impl Iterator<Item = (Duration, usize, What)>,
+    all: impl Iterator<Item = (Duration, usize, Change)>,
     from: Duration,
     until: Duration,
-) -> Vec<(Duration, usize, What)> {
-    let mut there = BTreeMap::new();
+) -> Vec<(Duration, usize, Change)> {
+    let mut present = BTreeMap::new();
     let mut events = Vec::new();
-    for (at, who, what) in all.take_while(|(at, ..)| *at < until) {
+    for (at, client, change) in all.take_while(|(at, ..)| *at < until) {
         if at < from {
-            match what {
-                What::Comes { peer } => drop(there.insert(who, peer)),
-                What::Goes { .. } => drop(there.remove(&who)),
-                What::Stalls { .. } => {}
+            match change {
+                Change::Start { peer } => drop(present.insert(client, peer)),
+                Change::End { .. } => drop(present.remove(&client)),
+                Change::Stall { .. } => {}
             }
             continue;
         }
-        let what = match what {
-            What::Stalls { until } => What::Stalls { until: until - from },
+        let change = match change {
+            Change::Stall { until } => Change::Stall { until: until - from },
             other => other,
         };
-        events.push((at - from, who, what));
+        events.push((at - from, client, change));
     }
-    let mut goes = BTreeMap::new();
-    for (at, who, what) in &events {
-        if let What::Goes { .. } = what {
-            goes.entry(*who).or_insert(*at);
+    let mut ends = BTreeMap::new();
+    for (at, client, change) in &events {
+        if let Change::End { .. } = change {
+            ends.entry(*client).or_insert(*at);
         }
     }
-    for (turn, (who, peer)) in (0..).zip(there) {
-        // Who goes before its turn to come does neither.
-        let comes = ONE_BY_ONE * turn;
-        if goes.get(&who).is_none_or(|goes| *goes > comes) {
-            events.push((comes, who, What::Comes { peer }));
+    for (turn, (client, peer)) in (0..).zip(present) {
+        // A client that ends before its turn to start is left out.
+        let starts = START_INTERVAL * turn;
+        if ends.get(&client).is_none_or(|ends| *ends > starts) {
+            events.push((starts, client, Change::Start { peer }));
         }
     }
-    events.sort_by_key(|(at, who, _)| (*at, *who));
+    events.sort_by_key(|(at, client, _)| (*at, *client));
     events
 }
 
-fn mean_live(events: &[(Duration, usize, What)], from: Duration, until: Duration) -> f64 {
+fn mean_live(events: &[(Duration, usize, Change)], from: Duration, until: Duration) -> f64 {
     let measured = |at: Duration| at.clamp(from, until).as_secs_f64();
     let end = until.as_secs_f64();
-    let mut there = BTreeSet::new();
-    let live = events.iter().map(|(at, who, what)| match what {
-        What::Comes { .. } => {
-            there.insert(*who);
+    let mut present = BTreeSet::new();
+    let live = events.iter().map(|(at, client, change)| match change {
+        Change::Start { .. } => {
+            present.insert(*client);
             end - measured(*at)
         }
-        What::Goes { .. } if there.remove(who) => measured(*at) - end,
-        What::Goes { .. } | What::Stalls { .. } => 0.0,
+        Change::End { .. } if present.remove(client) => measured(*at) - end,
+        Change::End { .. } | Change::Stall { .. } => 0.0,
     });
     live.sum::<f64>() / (until - from).as_secs_f64()
 }

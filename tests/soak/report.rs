@@ -1,50 +1,50 @@
-//! What is said at the end.
+//! The report at the end.
 
 use std::{fmt::Write, time::Duration};
 
 use crate::{
     observer::{LAWS, Observer},
     plan::Plan,
+    runner::{self, Counts},
     samples::{self, Sample},
-    stage::{self, Lived},
 };
 
-/// The text, and whether every law was checked and what the relay took up was flat.
-pub struct Soaked {
+/// The text, and whether every law was checked and the relay's resources were flat.
+pub struct Outcome {
     pub text: String,
-    pub sound: Result<(), String>,
+    pub verdict: Result<(), String>,
 }
 
 pub struct Measured<'a> {
     pub plan: &'a Plan,
-    pub lived: &'a Lived,
+    pub counts: &'a Counts,
     pub observer: &'a Observer,
-    pub taken_back: Vec<(String, f64)>,
+    pub freed: Vec<(String, f64)>,
     pub before: Sample,
     pub samples: &'a [Sample],
     pub end: Duration,
     pub after: Sample,
 }
 
-/// What is said of a soak.
-pub fn of(measured: Measured<'_>) -> Soaked {
+/// Makes the report of a soak.
+pub fn of(measured: Measured<'_>) -> Outcome {
     let quarters: Vec<_> = (1..=4).map(|n| quarter(&measured, n)).collect();
     let mut text = String::new();
     let _ = writeln!(
         text,
         "{:.1} hours of a day in {:.0} s; {:.0} clients at a time on average, {} slots.\n",
-        stage::of_the_day(measured.end).as_secs_f64() / 3600.0,
+        runner::of_the_day(measured.end).as_secs_f64() / 3600.0,
         measured.end.as_secs_f64(),
         measured.plan.mean_live,
         measured.plan.config.max_reservations,
     );
     text += &over_time(&measured, &quarters);
     text += "\n| clients | |\n| --- | ---: |\n";
-    for (what, count) in measured.lived {
+    for (what, count) in measured.counts {
         let _ = writeln!(text, "| {what} | {count} |");
     }
-    for (reason, count) in &measured.taken_back {
-        let _ = writeln!(text, "| slots that came back: {reason} | {count} |");
+    for (reason, count) in &measured.freed {
+        let _ = writeln!(text, "| freed slots: {reason} | {count} |");
     }
     text += "\n| law | checked |\n| --- | ---: |\n";
     for law in LAWS {
@@ -52,19 +52,19 @@ pub fn of(measured: Measured<'_>) -> Soaked {
     }
     let _ = writeln!(
         text,
-        "\nExcused, because this machine stood still: {}. Refused while somebody had been gone for \
-         the time after which a peer is asked: {}.",
+        "\nExcused, because this machine was suspended or overloaded: {}. Refused while a peer had been gone for longer \
+         than `--probe-after`: {}.",
         measured.observer.excused, measured.observer.refused_too_early,
     );
     let never = LAWS.into_iter().find(|law| measured.observer.checked[law] == 0);
-    let sound = match never {
-        Some(law) => Err(format!("never was there anything to see of a law: {law}")),
+    let verdict = match never {
+        Some(law) => Err(format!("a law was never checked: {law}")),
         None => is_flat(&measured, &quarters),
     };
-    Soaked { text, sound }
+    Outcome { text, verdict }
 }
 
-/// The mean of the last tenth of the time up to this quarter's end.
+/// The mean of the last tenth of the run up to the end of this quarter.
 fn quarter(measured: &Measured<'_>, n: u32) -> Sample {
     let until = measured.end * n / 4;
     let mean = Sample::mean(measured.samples, until - measured.end / 10, until);
@@ -73,7 +73,7 @@ fn quarter(measured: &Measured<'_>, n: u32) -> Sample {
 
 fn over_time(measured: &Measured<'_>, quarters: &[Sample]) -> String {
     let mut text =
-        String::from("| | before | first quarter | half | third quarter | end | all gone |\n");
+        String::from("| | before | first quarter | half | third quarter | end | after |\n");
     text += "| --- | ---: | ---: | ---: | ---: | ---: | ---: |\n";
     type Of = fn(&Sample) -> f64;
     let rows: [(&str, Of); 6] = [
@@ -99,7 +99,7 @@ fn is_flat(measured: &Measured<'_>, quarters: &[Sample]) -> Result<(), String> {
     let (before, after) = (measured.before.files, measured.after.files);
     if before != after {
         return Err(format!(
-            "{before:.0} descriptors were open before anybody came, and {after:.0} are when all are gone"
+            "{before:.0} descriptors were open before the first client, and {after:.0} after the last"
         ));
     }
     let [.., end] = quarters else {

@@ -1,18 +1,18 @@
-//! What the relay takes up, and whether that is flat.
+//! The relay's resources, and whether they are flat.
 
 use std::{fs, time::Duration};
 
-use crate::common::children;
+use crate::common::child_process;
 
-/// By how much more may be taken up at the end than before, under the same load.
+/// How much more may be used at the end than before, under the same load: a fraction, and a margin.
 const MORE: f64 = 0.10;
 const MORE_MEMORY: f64 = 2048.0;
 const MORE_FILES: f64 = 4.0;
 
-/// Two times are compared whose loads differ by no more than this.
+/// How much the loads of the compared times may differ.
 const SAME_LOAD: f64 = 0.20;
 
-/// How it is at one time.
+/// The resources at one time.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Sample {
     pub at: Duration,
@@ -26,21 +26,21 @@ pub struct Sample {
 }
 
 impl Sample {
-    /// What the kernel says of a process.
+    /// The kernel's figures of a process.
     pub fn of(process: u32) -> Self {
         let count = |of: &str| {
             let all = fs::read_dir(format!("/proc/{process}/{of}"));
-            all.expect("it runs, on Linux").count() as f64
+            all.expect("a running process, on Linux").count() as f64
         };
         Self {
-            resident: children::resident(process) as f64,
+            resident: child_process::resident(process) as f64,
             files: count("fd"),
             threads: count("task"),
             ..Self::default()
         }
     }
 
-    /// The means of the samples of this time.
+    /// The means of the samples in this interval.
     pub fn mean(all: &[Self], from: Duration, until: Duration) -> Option<Self> {
         let all: Vec<_> = all.iter().filter(|sample| (from..=until).contains(&sample.at)).collect();
         let mean = |of: fn(&Self) -> f64| {
@@ -59,8 +59,8 @@ impl Sample {
     }
 }
 
-/// Whether `end` takes up no more than `early` did. After all are gone is no such time: of memory
-/// that is free again the C library gives little back to the kernel.
+/// Whether `end` uses no more than `early` did. A time after the last client would not do: the C library returns little
+/// freed memory to the kernel.
 pub fn is_flat(early: &Sample, end: &Sample) -> Result<(), String> {
     let load = (end.connections - early.connections).abs() / early.connections;
     if load > SAME_LOAD {
@@ -72,7 +72,7 @@ pub fn is_flat(early: &Sample, end: &Sample) -> Result<(), String> {
     }
     let same = |what: &str, early: f64, end: f64, most: f64| match end > most {
         true => Err(format!(
-            "{what} is not flat: {early:.0} at first, {end:.0} at the end, and {most:.0} would be"
+            "{what} is not flat: {early:.0} at first, {end:.0} at the end, and {most:.0} is allowed"
         )),
         false => Ok(()),
     };

@@ -1,8 +1,8 @@
-//! The bounds that were promised, and whether they hold.
+//! The bounds of the figures, and whether they hold.
 
 use std::process::ExitCode;
 
-/// What was measured that has a bound.
+/// The measured figures that have a bound.
 #[derive(Default)]
 pub struct Bounds {
     rows: Vec<String>,
@@ -10,12 +10,12 @@ pub struct Bounds {
 }
 
 impl Bounds {
-    /// `measured` may be as much as `bound`.
+    /// Adds a figure that may be at most `bound`.
     pub fn at_most(&mut self, what: &str, measured: f64, bound: f64) {
         self.row(what, measured, "at most", bound, measured <= bound);
     }
 
-    /// `measured` may not be less than `bound`.
+    /// Adds a figure that must be at least `bound`.
     pub fn at_least(&mut self, what: &str, measured: f64, bound: f64) {
         self.row(what, measured, "at least", bound, measured >= bound);
     }
@@ -27,7 +27,7 @@ impl Bounds {
         self.rows.push(format!("| {what} | {measured:.decimals$} | {which} {bound} | {verdict} |"));
     }
 
-    /// Prints them; the status to end with.
+    /// Prints the bounds; returns the exit status.
     pub fn print(&self) -> ExitCode {
         println!("\n| bound | measured | promised | |");
         println!("| --- | --- | --- | --- |");

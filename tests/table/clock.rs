@@ -1,10 +1,10 @@
-//! How time is taken: CPU time of this thread, many times over, in caches that were put to other use.
+//! How CPU time of this thread is measured: repeatedly, and with caches that other work has used in between.
 
 use std::{fmt, hint::black_box, time::Duration};
 
 use rustix::time::{ClockId, clock_gettime};
 
-/// More than the caches of most machines hold, in bytes.
+/// More than the caches of most machines, in bytes.
 const MORE_THAN_CACHES: usize = 64 << 20;
 const CACHE_LINE: usize = 64;
 
@@ -19,7 +19,7 @@ pub fn cpu_time(work: impl FnOnce()) -> Duration {
     now() - start
 }
 
-/// The processor's caches, to be filled with something else.
+/// Memory that is touched to evict everything else from the processor's caches.
 pub struct Caches(Vec<u8>);
 
 impl Caches {
@@ -27,7 +27,7 @@ impl Caches {
         Self(vec![1; MORE_THAN_CACHES])
     }
 
-    /// In a relay a handshake, or a second of other work, lies between two looks at the table.
+    /// Evicts the caches, as a handshake or a second of other work does between two uses of the table.
     pub fn evict(&mut self) {
         for line in self.0.chunks_mut(CACHE_LINE) {
             line[0] = line[0].wrapping_add(1);
@@ -36,7 +36,7 @@ impl Caches {
     }
 }
 
-/// All that was measured of one thing.
+/// All measurements of one figure.
 #[derive(Clone, Default)]
 pub struct Samples(Vec<f64>);
 
@@ -51,7 +51,7 @@ impl Samples {
     }
 }
 
-/// The median, and between what the middle half lies.
+/// The median, and the range of the middle half.
 impl fmt::Display for Samples {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (low, high) = (self.0[self.0.len() / 4], self.0[self.0.len() * 3 / 4]);

@@ -1,8 +1,8 @@
-//! How much heap one entry of the table takes, with all indices.
+//! The heap use of one entry of the table, including all indices.
 //!
-//! Each table grows in a process of its own and is measured from outside the allocator, by how much
-//! writable memory the process has asked the system for: what malloc adds is counted too, and no
-//! counting allocator slows down what the rest of this program measures.
+//! Each table grows in a process of its own and is measured from outside the allocator, by the writable memory that the
+//! process has requested from the system: this includes malloc's overhead, and no counting allocator slows down the
+//! other measurements.
 
 use std::{
     env, fs,
@@ -11,19 +11,22 @@ use std::{
     time::Instant,
 };
 
-use relaylet::{Config, FreedReason, relay::reservations::Reservations};
+use relaylet::{
+    Config, FreedReason,
+    relay::{connections::End, reservations::Reservations},
+};
 
 use super::{
     bounds::Bounds,
     peer::{Peer, TERM},
 };
 
-/// The argument that makes this program the process in which a table grows.
+/// The argument that makes this program such a process.
 pub const ROLE: &str = "a-table";
 
 const MANY: usize = 100_000;
 
-/// A hash map grows at 7/8 of a power of two: with one more it has just doubled, and is half empty.
+/// A hash map grows at 7/8 of a power of two: with one entry more it has just doubled, and is half empty.
 const JUST_DOUBLED: usize = (1 << 17) / 8 * 7 + 1;
 
 const BOUND: f64 = 400.0;
@@ -48,16 +51,16 @@ pub fn measure(bounds: &mut Bounds) {
 fn bytes_each(case: &str, count: usize) -> f64 {
     let table = Command::new(env::current_exe().expect("this program"))
         .args([ROLE, case, &count.to_string()])
-        // What a growing table leaves behind goes back to the system: glibc would keep some of it.
+        // Returns the memory that a growing table frees to the system: glibc would keep some of it.
         .env("MALLOC_MMAP_THRESHOLD_", "131072")
         .output()
-        .expect("it can be started");
-    let said = String::from_utf8_lossy(&table.stdout);
-    let bytes: f64 = said.trim().parse().expect("a number of bytes");
+        .expect("the process starts");
+    let output = String::from_utf8_lossy(&table.stdout);
+    let bytes: f64 = output.trim().parse().expect("a number of bytes");
     bytes / count as f64
 }
 
-/// The process in which a table grows; says by how many bytes.
+/// The body of that process: a table grows, and the number of bytes is printed.
 pub fn role(case: &str, count: &str) -> ExitCode {
     let count: usize = count.parse().expect("a number of entries");
     let mut config = Config::default();
@@ -72,25 +75,26 @@ pub fn role(case: &str, count: &str) -> ExitCode {
         Peer { address, ..peer }
     };
 
-    let (now, before) = (Instant::now(), bytes_asked_for());
+    let (now, before) = (Instant::now(), writable_bytes());
     let mut table = Reservations::new(&config);
     for peer in (0..count).map(peer) {
-        let billed_to = Some(peer.address.into());
-        table.reserve(peer.id, peer.connection, billed_to, TERM, now).expect("there is room");
+        let prefix = Some(peer.address.into());
+        table.reserve(peer.id, peer.connection, prefix, TERM, now).expect("there is room");
         table.confirm(&peer.id);
         table.changes.clear();
         if [GRACE, GRACE_AT_ONE].contains(&case) {
-            table.on_disconnected(peer.id, peer.connection, &[], FreedReason::Disconnected, now);
+            let gone = End { peer: peer.id, connection: peer.connection };
+            table.on_disconnected(gone, &[], FreedReason::Disconnected, now);
             table.changes.clear();
         }
     }
-    println!("{}", bytes_asked_for() - before);
+    println!("{}", writable_bytes() - before);
     assert_eq!(table.taken(), count);
     ExitCode::SUCCESS
 }
 
-/// The writable memory that this process has asked the system for.
-fn bytes_asked_for() -> usize {
+/// The writable memory that this process has requested from the system.
+fn writable_bytes() -> usize {
     let status = fs::read_to_string("/proc/self/status").expect("Linux");
     let data = status.lines().find_map(|line| line.strip_prefix("VmData:"));
     let kibibytes = data.expect("its data").trim().trim_end_matches(" kB");

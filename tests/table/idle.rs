@@ -1,19 +1,19 @@
-//! What 1,000 idle peers that hold reservations cost relaylet, and what they cost rust-libp2p.
+//! The cost of 1,000 idle peers that hold reservations, for relaylet and for rust-libp2p.
 //!
-//! Both relays run at the same time, each with a process full of clients that say nothing unless
-//! they are asked. Clients are not counted. What identify does again after 5 minutes is not seen.
+//! Both relays run at the same time, each with a process of clients that only answer. The clients are not counted. The
+//! run is shorter than identify's interval of 5 minutes.
 
 use std::{env, process::Command, thread, time::Duration};
 
 use libp2p::{Multiaddr, multiaddr::Protocol};
 
 use super::{bounds::Bounds, roles};
-use crate::common::{self, children::Process};
+use crate::common::{self, child_process::Process};
 
 const PEERS: usize = 1_000;
 
-/// All peers come from one address, and at once: what stands in the way of that is set here. What
-/// is measured, the heartbeat, is the default.
+/// All peers connect from one address and at once: these flags lift the limits on that. The heartbeat, which is
+/// measured, is the default.
 const RELAYLET_FLAGS: [&str; 6] = [
     "--listen=/ip4/127.0.0.1/tcp/0",
     "--max-reservations=1000",
@@ -23,17 +23,17 @@ const RELAYLET_FLAGS: [&str; 6] = [
     "--reserve-rate=0",
 ];
 
-/// How long it takes all peers to arrive, in seconds: two intervals of rust-libp2p's ping, which asks
-/// each peer at its own time. Peers that came at once are asked at once for ever, which is cheaper.
-const ARRIVE_WITHIN: u32 = 30;
+/// Within how many seconds all peers connect: two intervals of rust-libp2p's ping. Peers that connect at once would be
+/// pinged at once for ever, which is cheaper.
+const CONNECT_WITHIN: u32 = 30;
 
-/// At once, or as nearly as a relay's limit on handshakes from one address lets them.
+/// As fast as a relay's limit on handshakes from one address allows.
 const AT_ONCE: u32 = 2;
 
-/// Handshakes and what identify says after them are over by then, and the questions have begun.
-const SETTLES: Duration = Duration::from_secs(30);
+/// After this time handshakes and identify are done, and the probes have begun.
+const SETTLE_TIME: Duration = Duration::from_secs(30);
 
-/// The IPv4 header, the TCP header, and the TCP timestamps that Linux puts on each segment.
+/// The size of the IPv4 header, the TCP header, and the TCP timestamps that Linux adds to each segment.
 const HEADERS: u64 = 20 + 20 + 12;
 
 pub fn measure(words: &[&str], bounds: &mut Bounds) {
@@ -41,7 +41,7 @@ pub fn measure(words: &[&str], bounds: &mut Bounds) {
     let quick = words.contains(&"--quick");
     let window = Duration::from_secs(if quick { 60 } else { 120 });
     let at_once = words.contains(&"--at-once");
-    let arrive = if at_once { AT_ONCE } else { ARRIVE_WITHIN };
+    let arrive = if at_once { AT_ONCE } else { CONNECT_WITHIN };
     let folder = tempfile::tempdir().expect("a temporary folder");
     let mut relaylet = common::command(&folder);
     relaylet.args(RELAYLET_FLAGS).env("RUST_LOG", "error");
@@ -51,9 +51,9 @@ pub fn measure(words: &[&str], bounds: &mut Bounds) {
     let relays = [relaylet, rust].map(Relay::start);
     let mut clients = [&relays[0], &relays[1]].map(|relay| relay.clients(arrive));
     for clients in &mut clients {
-        clients.says("ready");
+        clients.read_value("ready");
     }
-    thread::sleep(SETTLES);
+    thread::sleep(SETTLE_TIME);
     let before = [&relays[0], &relays[1]].map(Relay::spent);
     thread::sleep(window);
     let after = [&relays[0], &relays[1]].map(Relay::spent);
@@ -97,26 +97,26 @@ struct Relay {
 impl Relay {
     fn start(command: Command) -> Self {
         let mut process = Process::start(command);
-        let address = process.listens();
+        let address = process.listen_address();
         Self { process, address }
     }
 
-    /// Starts so many clients; they say when each has its reservation.
-    fn clients(&self, arrive_within: u32) -> Process {
+    /// Starts this many clients; their process prints a line once each has its reservation.
+    fn clients(&self, connect_within: u32) -> Process {
         let mut command = ourselves();
         command.args([roles::CLIENTS, &self.address.to_string()]);
-        command.args([PEERS.to_string(), arrive_within.to_string()]);
+        command.args([PEERS.to_string(), connect_within.to_string()]);
         Process::start(command)
     }
 
-    /// What it has spent since it was started.
+    /// What it has used since its start.
     fn spent(&self) -> Spent {
         let (connections, bytes, segments) = self.traffic();
-        assert_eq!(connections, PEERS, "everybody is still there");
+        assert_eq!(connections, PEERS, "every peer is still connected");
         Spent { cpu: self.process.cpu(), bytes, segments }
     }
 
-    /// The kernel's count of its connections, and of the bytes and segments on them, both ways.
+    /// The kernel's count of its connections, and of the bytes and segments on them in both directions.
     fn traffic(&self) -> (usize, u64, u64) {
         let port = self.address.iter().find_map(|part| match part {
             Protocol::Tcp(port) => Some(port),
@@ -127,20 +127,20 @@ impl Relay {
             .args(["-tinOH", "state", "established"])
             .arg(format!("sport = :{port}"))
             .output()
-            .expect("ss, of the package iproute2, can be run");
-        let said = String::from_utf8_lossy(&ss.stdout);
+            .expect("ss, of the package iproute2, is installed");
+        let output = String::from_utf8_lossy(&ss.stdout);
         let sum = |names: [&str; 2]| {
-            let words = said.split_whitespace();
+            let words = output.split_whitespace();
             let counts = words.filter_map(|word| word.split_once(':'));
             let counts = counts.filter(|(name, _)| names.contains(name));
             counts.filter_map(|(_, count)| count.parse::<u64>().ok()).sum()
         };
         let bytes = sum(["bytes_sent", "bytes_received"]);
-        (said.lines().count(), bytes, sum(["segs_in", "segs_out"]))
+        (output.lines().count(), bytes, sum(["segs_in", "segs_out"]))
     }
 }
 
-/// What a relay has spent on its peers.
+/// What a relay has used for its peers.
 struct Spent {
     /// In nanoseconds.
     cpu: u64,

@@ -1,5 +1,5 @@
-//! How the other relays keep their tables: the data structures of each, and what a RESERVE does to
-//! them, in as few lines as that takes. Nothing else of those relays is here.
+//! The tables of the other relays: the data structures of each, and what a RESERVE does to them, as briefly as
+//! possible.
 
 use std::{
     collections::HashMap,
@@ -13,8 +13,8 @@ use super::{peer::Peer, reserve::Table};
 
 const TTL: Duration = Duration::from_secs(60 * 60);
 
-/// rust-libp2p (libp2p-relay 0.22): each peer's connections, and whether a reservation is active
-/// there. Each RESERVE, be it a renewal, counts all of them.
+/// rust-libp2p (libp2p-relay 0.22): the connections of each peer, and whether a reservation is active on them. Each
+/// RESERVE, also a renewal, counts all of them.
 pub struct CountsAll {
     max: usize,
     peers: HashMap<PeerId, HashMap<usize, bool>>,
@@ -48,8 +48,8 @@ impl Table for CountsAll {
     }
 }
 
-/// go-libp2p (0.51): lists of who reserved and until when, one of all and one for each address.
-/// Each RESERVE walks all of them for what has expired, and again for what the peer had.
+/// go-libp2p (0.51): lists of peers with their expirations, one of all and one per address. Each RESERVE walks all of
+/// them for expired ones, and again for the peer's earlier one.
 pub struct WalksAll {
     max: usize,
     all: Vec<(PeerId, Instant)>,

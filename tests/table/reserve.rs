@@ -1,8 +1,11 @@
-//! What one RESERVE costs the table, at three sizes, beside the other relays' tables.
+//! The table's cost of one RESERVE, at three sizes, compared with the other relays' tables.
 
 use std::{hint::black_box, time::Instant};
 
-use relaylet::{Config, FreedReason, relay::reservations::Reservations};
+use relaylet::{
+    Config, FreedReason,
+    relay::{connections::End, reservations::Reservations},
+};
 
 use super::{
     bounds::Bounds,
@@ -14,25 +17,25 @@ use super::{
 const SIZES: [usize; 3] = [1_000, 10_000, 100_000];
 const ROUNDS: usize = 15;
 
-/// So many RESERVEs are timed together: enough to drown the clock, few enough to find the caches
-/// cold, because each comes from another peer.
+/// How many RESERVEs are timed together: enough for the resolution of the clock, and few enough to find the caches
+/// cold, because each is from another peer.
 const BATCH: usize = 10;
 
-/// So many batches without a pause have the caches warm, a small table's whole.
+/// After this many batches in a row the caches are warm, and hold the whole of a small table.
 const WARM_UP: usize = 100;
 
-/// Peers that follow each other in a batch are so many places apart: prime to the sizes.
+/// The distance between the peers of a batch: coprime to the sizes.
 const STRIDE: usize = 7919;
 
 /// A relay's table of reservations.
 pub trait Table {
-    /// Gives this peer a slot, in whatever way is quick.
+    /// Gives this peer a slot, in the fastest way.
     fn hold(&mut self, peer: &Peer, now: Instant);
-    /// Decides a RESERVE; whether it is granted.
+    /// Handles a RESERVE; returns whether it is granted.
     fn reserve(&mut self, peer: &Peer, now: Instant) -> bool;
-    /// Takes the peer's slot from it.
+    /// Frees the peer's slot.
     fn free(&mut self, peer: &Peer);
-    /// The peer's connection is gone.
+    /// The peer's connection has closed.
     fn leave(&mut self, peer: &Peer, _: Instant) {
         self.free(peer);
     }
@@ -43,7 +46,7 @@ impl Table for Reservations<usize> {
         Table::reserve(self, peer, now);
     }
 
-    /// With all that the behaviour asks of the table for one RESERVE whose answer arrives.
+    /// All calls that the behaviour makes for one RESERVE whose answer is delivered.
     fn reserve(&mut self, peer: &Peer, now: Instant) -> bool {
         let billed_to = Some(peer.address.into());
         let admission = self.reserve(peer.id, peer.connection, billed_to, TERM, now);
@@ -60,12 +63,13 @@ impl Table for Reservations<usize> {
     }
 
     fn leave(&mut self, peer: &Peer, now: Instant) {
-        self.on_disconnected(peer.id, peer.connection, &[], FreedReason::Disconnected, now);
+        let gone = End { peer: peer.id, connection: peer.connection };
+        self.on_disconnected(gone, &[], FreedReason::Disconnected, now);
     }
 }
 
 #[derive(Clone, Copy, PartialEq)]
-enum What {
+enum Case {
     Admission,
     AdmissionForGrace,
     Renewal,
@@ -73,13 +77,13 @@ enum What {
 
 const RELAYLET: usize = 0;
 const NAMES: [&str; 3] = ["relaylet", "rust-libp2p's way", "go-libp2p's way"];
-const WHATS: [(What, &str); 3] = [
-    (What::Admission, "admission"),
-    (What::AdmissionForGrace, "admission, for one in grace"),
-    (What::Renewal, "renewal"),
+const CASES: [(Case, &str); 3] = [
+    (Case::Admission, "admission"),
+    (Case::AdmissionForGrace, "admission, for one in grace"),
+    (Case::Renewal, "renewal"),
 ];
 
-/// A full table, and who is in it.
+/// A full table, and its peers.
 struct Full {
     table: Box<dyn Table>,
     peers: Vec<Peer>,
@@ -95,7 +99,7 @@ impl Full {
         config.max_reservations_per_subnet = Some(size);
         let mut table: Box<dyn Table> = match name {
             RELAYLET => Box::new(Reservations::new(&config)),
-            // One to spare, else it would refuse renewals.
+            // One more than the table's size, else it would refuse renewals.
             1 => Box::new(CountsAll::of(size + 1)),
             _ => Box::new(WalksAll::of(size)),
         };
@@ -104,15 +108,15 @@ impl Full {
         Self { table, peers, at: 0, newest: size }
     }
 
-    /// Makes way for a batch, and says who is to reserve.
-    fn prepare(&mut self, what: What, now: Instant) -> Vec<Peer> {
+    /// Frees slots for a batch, and returns the peers that will reserve.
+    fn prepare(&mut self, what: Case, now: Instant) -> Vec<Peer> {
         let next = |_| {
             self.at = (self.at + STRIDE) % self.peers.len();
             let peer = &mut self.peers[self.at];
             match what {
-                What::Renewal => return *peer,
-                What::Admission => self.table.free(peer),
-                What::AdmissionForGrace => self.table.leave(peer, now),
+                Case::Renewal => return *peer,
+                Case::Admission => self.table.free(peer),
+                Case::AdmissionForGrace => self.table.leave(peer, now),
             }
             *peer = Peer::number(self.newest);
             self.newest += 1;
@@ -121,21 +125,21 @@ impl Full {
         (0..BATCH).map(next).collect()
     }
 
-    /// What each of them takes, in microseconds.
+    /// Handles a batch; returns the time per RESERVE in microseconds.
     fn reserve(&mut self, batch: &[Peer], now: Instant) -> f64 {
         let time = cpu_time(|| {
             for peer in batch {
-                assert!(self.table.reserve(peer, now), "there is room");
+                assert!(self.table.reserve(peer, now), "it is granted");
             }
         });
         time.as_secs_f64() * 1e6 / batch.len() as f64
     }
 }
 
-/// Of one thing that one relay does: the cost at each size, cold, and of relaylet warm as well.
+/// One case of one relay: the cost at each size with cold caches, and for relaylet with warm ones as well.
 struct Row {
     name: usize,
-    what: (What, &'static str),
+    what: (Case, &'static str),
     cold: [Samples; SIZES.len()],
     warm: [Samples; SIZES.len()],
 }
@@ -145,10 +149,10 @@ pub fn measure(bounds: &mut Bounds) {
     let mut caches = Caches::new();
     let mut tables: Vec<_> =
         (0..NAMES.len()).map(|name| SIZES.map(|size| Full::of(size, name, now))).collect();
-    let rows = (0..NAMES.len()).flat_map(|name| WHATS.map(|what| (name, what)));
+    let rows = (0..NAMES.len()).flat_map(|name| CASES.map(|what| (name, what)));
     let mut rows: Vec<_> = rows
-        // The others have no grace.
-        .filter(|(name, what)| *name == RELAYLET || what.0 != What::AdmissionForGrace)
+        // The other relays have no grace.
+        .filter(|(name, what)| *name == RELAYLET || what.0 != Case::AdmissionForGrace)
         .map(|(name, what)| Row { name, what, cold: Default::default(), warm: Default::default() })
         .collect();
     for _ in 0..ROUNDS {
@@ -169,7 +173,7 @@ pub fn measure(bounds: &mut Bounds) {
         }
     }
     print(&rows);
-    judge(&rows, bounds);
+    check_bounds(&rows, bounds);
 }
 
 fn print(rows: &[Row]) {
@@ -187,7 +191,7 @@ fn print(rows: &[Row]) {
     ours.for_each(|row| line(row, "warm", &row.warm));
 }
 
-fn judge(rows: &[Row], bounds: &mut Bounds) {
+fn check_bounds(rows: &[Row], bounds: &mut Bounds) {
     let large = |row: &Row| row.cold[SIZES.len() - 1].median();
     for ours in rows.iter().filter(|row| row.name == RELAYLET) {
         let flat = format!("{}: 100k slots / 1k slots", ours.what.1);

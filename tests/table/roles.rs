@@ -1,4 +1,4 @@
-//! What this program is as a child process: rust-libp2p's relay, or a crowd of silent clients.
+//! The roles of this program as a child process: rust-libp2p's relay, and idle clients.
 
 use std::{process::ExitCode, time::Duration};
 
@@ -15,10 +15,10 @@ use tokio::runtime::Runtime;
 
 use crate::common::{
     NEVER,
-    silent::{self, Parts},
+    bench_client::{self, Parts},
 };
 
-// The arguments that name the roles.
+// The arguments that select the roles.
 pub const RELAY: &str = "a-rust-libp2p-relay";
 pub const CLIENTS: &str = "clients";
 
@@ -29,8 +29,7 @@ struct RelayParts {
     identify: identify::Behaviour,
 }
 
-/// A relay as rust-libp2p's users build it, all of it at its defaults but for the limits that stand
-/// in the way of a thousand peers from one address.
+/// rust-libp2p's relay with default settings, except for the limits that a thousand peers from one address would reach.
 pub fn relay() -> ExitCode {
     let config = relay::Config {
         max_reservations: usize::MAX,
@@ -50,7 +49,7 @@ pub fn relay() -> ExitCode {
         swarm.listen_on(any).expect("a free port");
         loop {
             if let SwarmEvent::NewListenAddr { address, .. } = swarm.select_next_some().await {
-                // It offers the protocol once it has an address to give out.
+                // The relay's protocol is supported only once it has an external address.
                 swarm.add_external_address(address.clone());
                 println!("listening on {address}/p2p/{}", swarm.local_peer_id());
             }
@@ -58,8 +57,8 @@ pub fn relay() -> ExitCode {
     })
 }
 
-/// So many peers with a reservation on this relay, each with a connection of its own; they arrive
-/// one after another within so many seconds.
+/// This many peers with a reservation on this relay, each with a connection of its own; they connect one after another
+/// within this many seconds.
 pub fn clients(relay: &str, count: &str, seconds: &str) -> ExitCode {
     let relay: Multiaddr = relay.parse().expect("a multiaddr");
     let count: u32 = count.parse().expect("a number of clients");
@@ -79,11 +78,11 @@ pub fn clients(relay: &str, count: &str, seconds: &str) -> ExitCode {
     })
 }
 
-/// Connects and reserves. After that it only answers: it neither asks nor renews.
+/// Connects and reserves. After that it only answers.
 async fn client(relay: Multiaddr) {
-    let peer = silent::peer_of(&relay);
-    let control = silent::connect(swarm(NEVER, Parts::of), relay).await;
-    silent::reserve(control, peer).await;
+    let peer = bench_client::peer_of(&relay);
+    let control = bench_client::connect(swarm(NEVER, Parts::of), relay).await;
+    bench_client::reserve(control, peer).await;
 }
 
 fn swarm<B: NetworkBehaviour>(

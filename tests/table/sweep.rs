@@ -1,5 +1,5 @@
-//! What a sweep costs, at three sizes, with everybody reserved and idle: while they answer when they
-//! are asked, and while they do not and as many newcomers as may wait for their slots.
+//! The cost of a sweep, at three sizes, with all slots taken by idle peers: while they answer probes, and while they do
+//! not and the most newcomers wait for their slots.
 
 use std::time::{Duration, Instant};
 
@@ -21,29 +21,29 @@ use super::{
 
 const SIZES: [usize; 3] = [1_000, 10_000, 100_000];
 
-/// The program's.
+/// The program's default.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// After so many seconds the first questions have been asked and answered.
+/// After this many seconds the first probes have been sent and answered.
 const SETTLED: usize = 30;
 const ROUNDS: usize = 30;
 
-/// As many as may.
+/// The most that may wait.
 const NEWCOMERS: usize = 64;
 
-/// By then all have been silent for long enough to be asked for a newcomer, and not for so long that
-/// they are asked anyway.
+/// After this many seconds all peers have been silent long enough to be probed for a newcomer, and not yet for the
+/// heartbeat.
 const SILENT: usize = 15;
 
-/// So many ticks, and nobody has waited for as long as the probe takes.
+/// In this many sweeps no newcomer waits for the whole probe time.
 const TICKS: usize = 29;
 
-/// A relay whose slots are all taken.
+/// A relay with a full table.
 struct Full {
     relay: Relay<usize, ()>,
-    signs: Vec<ActivityCounter>,
+    activity: Vec<ActivityCounter>,
     now: Instant,
-    /// Whether its peers answer when they are asked.
+    /// Whether its peers answer probes.
     answers: bool,
 }
 
@@ -54,63 +54,63 @@ impl Full {
         config.max_reservations = size;
         config.idle_timeout = IDLE_TIMEOUT;
         let mut full = Self {
-            relay: Relay::new(config, now).expect("it makes sense"),
-            signs: Vec::new(),
+            relay: Relay::new(config, now).expect("a valid configuration"),
+            activity: Vec::new(),
             now,
             answers: true,
         };
-        (0..size).for_each(|number| full.asks_for_a_slot(&Peer::number(number)));
-        full.carry_out();
+        (0..size).for_each(|number| full.reserve(&Peer::number(number)));
+        full.take_actions();
         full
     }
 
-    fn asks_for_a_slot(&mut self, peer: &Peer) {
+    fn reserve(&mut self, peer: &Peer) {
         let (id, now) = (peer.connection, self.now);
         let address = Multiaddr::from(peer.address).with(Protocol::Tcp(4001));
         let connection = Connection::new(peer.id, address, false, id as u8, now);
         self.relay.connections.add(id, connection);
-        // The handler's, and the transport's.
-        let heard = [ActivityCounter::default(), ActivityCounter::default()];
-        for signs in &heard {
-            self.relay.connections.get_mut(id).unwrap().track(signs.clone());
+        // The counters of the handler and of the transport.
+        let counters = [ActivityCounter::default(), ActivityCounter::default()];
+        for activity in &counters {
+            self.relay.connections.get_mut(id).unwrap().track(activity.clone());
         }
-        self.signs.extend(heard.into_iter().last());
+        self.activity.extend(counters.into_iter().last());
         let from = End { peer: peer.id, connection: id };
         self.relay.handle_request(from, Ok(Request::Reserve), (), now);
     }
 
-    /// Everybody has fallen silent, and somebody waits.
+    /// All peers are silent from now on, and newcomers wait.
     fn freeze(&mut self) {
         self.answers = false;
         for _ in 0..SILENT {
             self.sweep_after(Duration::from_secs(1));
         }
-        let first = self.signs.len();
+        let first = self.activity.len();
         for number in first..first + NEWCOMERS {
-            self.asks_for_a_slot(&Peer::number(number));
+            self.reserve(&Peer::number(number));
         }
     }
 
-    /// Time passes, and there is one sweep; what it took, in milliseconds.
+    /// Lets time pass, and runs one sweep; returns how long it took, in milliseconds.
     fn sweep_after(&mut self, time: Duration) -> f64 {
         self.now += time;
         let time = cpu_time(|| self.relay.sweep(self.now));
-        self.carry_out();
+        self.take_actions();
         time.as_secs_f64() * 1e3
     }
 
-    fn carry_out(&mut self) {
+    fn take_actions(&mut self) {
         while let Some(action) = self.relay.actions.pop_front() {
             match action {
                 Action::Grant { request, receipt, .. } => {
                     self.relay.on_delivered(request.from.peer, receipt, true, self.now);
                 }
-                Action::Probe(to, _) if self.answers => self.signs[to.connection].add(1),
+                Action::Probe(to, _) if self.answers => self.activity[to.connection].add(1),
                 Action::Probe(..)
                 | Action::Refuse(..)
                 | Action::Hold(..)
                 | Action::Report(Event::ReservationAccepted { .. }) => {}
-                other => panic!("nobody leaves: {other:?}"),
+                other => panic!("unexpected: {other:?}"),
             }
         }
     }
@@ -138,12 +138,12 @@ fn while_newcomers_wait() -> Row {
     relays.iter_mut().for_each(Full::freeze);
     let times = measure_in_turn(&mut relays, TICKS, TICK);
     for full in &relays {
-        assert_eq!(full.relay.waiting.len(), NEWCOMERS, "all the time");
+        assert_eq!(full.relay.waiting.len(), NEWCOMERS, "all of them still wait");
     }
     times
 }
 
-/// So many sweeps of each.
+/// Runs this many sweeps of each relay in turn.
 fn measure_in_turn(relays: &mut [Full; SIZES.len()], sweeps: usize, every: Duration) -> Row {
     let mut caches = Caches::new();
     let mut times = Row::default();

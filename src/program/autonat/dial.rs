@@ -27,8 +27,8 @@ use multistream_select::dialer_select_proto;
 use super::messages::{self, v2};
 use crate::program::{
     mux::{
-        muxer::{Budget, Multiplex},
-        stream_limits::StreamLimits,
+        muxer::Multiplex,
+        stream_limits::{Budget, StreamLimits},
     },
     net::{
         admission::{connection_rates::ConnectionRates, proxies::Proxies},

@@ -132,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_has_its_rate() {
+    fn each_peer_has_a_rate_limit() {
         let now = Instant::now();
         let (mut limits, peer) = (DialLimits::new(now), PeerId::random());
         for _ in 0..PER_PEER {
@@ -157,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn all_peers_together_have_a_rate_and_the_table_is_bounded() {
+    fn all_peers_share_a_rate_limit_and_the_table_is_bounded() {
         let start = Instant::now();
         let mut limits = DialLimits::new(start);
         for minute in 0..5 {

@@ -16,13 +16,15 @@ pub struct Client {
     pub peer: PeerId,
     /// The only IP address that is dialed for it.
     pub ip: IpAddr,
+    /// The TCP port that its connection comes from; `None` over WebSocket.
+    pub port: Option<u16>,
 }
 
 /// How many addresses of a request are read: as many as in go-libp2p.
 const MAX_NAMED: usize = 50;
 
-/// How many addresses version 1 dials, one after the other.
-const MAX_DIALED: usize = 3;
+/// How many addresses version 1 dials, one after the other: the observed one, and three of those that are named.
+const MAX_DIALED: usize = 4;
 
 /// What version 2 dials: the first named address that the relay can dial, with its index.
 pub fn of_version_2(
@@ -36,19 +38,21 @@ pub fn of_version_2(
     target.filter(|(_, to)| may_be_dialed(to.ip(), private))
 }
 
-/// What version 1 dials: the named ports at the client's own IP address, because a client behind a NAT may know only the
-/// address that it has there.
+/// What version 1 dials: as go-libp2p's server does, first the address that the client's connection comes from, because
+/// one behind a NAT may know no address of its own that is global and names none. Then the named ports at the same IP
+/// address, because it may know only the address that it has behind the NAT.
+///
+/// Nothing if it names addresses and the relay can dial none of them: over QUIC it may be reachable.
 pub fn of_version_1(named: &[Vec<u8>], client: Client, private: bool) -> Vec<SocketAddr> {
-    let mut targets = Vec::new();
-    if !may_be_dialed(client.ip, private) {
-        return targets;
+    let parsed = named.iter().take(MAX_NAMED).filter_map(|bytes| parse(bytes, client));
+    let mut ports: Vec<_> = parsed.map(|to| to.port()).collect();
+    if !may_be_dialed(client.ip, private) || (ports.is_empty() && !named.is_empty()) {
+        return Vec::new();
     }
-    for bytes in named.iter().take(MAX_NAMED) {
-        let to = parse(bytes, client).map(|to| SocketAddr::new(client.ip, to.port()));
-        if let Some(to) = to
-            && targets.len() < MAX_DIALED
-            && !targets.contains(&to)
-        {
+    ports.splice(0..0, client.port);
+    let mut targets = Vec::new();
+    for to in ports.into_iter().map(|port| SocketAddr::new(client.ip, port)) {
+        if targets.len() < MAX_DIALED && !targets.contains(&to) {
             targets.push(to);
         }
     }
@@ -93,7 +97,7 @@ mod tests {
     const PEER: &str = "12D3KooWPGM3wYKMsTHGEqbhcBft6cPjA2F3rQmyWTEDD3wCGS1g";
 
     fn client(ip: &str) -> Client {
-        Client { peer: PEER.parse().unwrap(), ip: ip.parse().unwrap() }
+        Client { peer: PEER.parse().unwrap(), ip: ip.parse().unwrap(), port: None }
     }
 
     fn bytes(addresses: &[&str]) -> Vec<Vec<u8>> {
@@ -143,6 +147,27 @@ mod tests {
         let many: Vec<_> = (1..99).map(|port| format!("/ip4/5.5.5.5/tcp/{port}")).collect();
         let many: Vec<_> = many.iter().map(String::as_str).collect();
         assert_eq!(version_1("5.5.5.5", &many).len(), MAX_DIALED);
+        assert!(version_1("5.5.5.5", &[]).is_empty(), "its connection came over WebSocket");
+    }
+
+    #[test]
+    fn version_1_dials_first_where_the_connection_comes_from_unless_only_others_are_named() {
+        let version_1 = |ip, addresses: &[&str]| -> Vec<_> {
+            let client = Client { port: Some(50001), ..client(ip) };
+            let targets = of_version_1(&bytes(addresses), client, false);
+            targets.iter().map(SocketAddr::to_string).collect()
+        };
+        let observed = "5.5.5.5:50001";
+        assert_eq!(version_1("5.5.5.5", &[]), [observed]);
+        let behind_a_nat = ["/ip4/192.168.1.7/tcp/4001", "/ip4/192.168.1.7/udp/4001/quic-v1"];
+        assert_eq!(version_1("5.5.5.5", &behind_a_nat), [observed, "5.5.5.5:4001"]);
+        let many = [4001, 50001, 4002, 4003, 4004].map(|port| format!("/ip4/5.5.5.5/tcp/{port}"));
+        let expected = [50001, 4001, 4002, 4003].map(|port| format!("5.5.5.5:{port}"));
+        assert_eq!(version_1("5.5.5.5", &many.each_ref().map(String::as_str)), expected);
+        assert!(version_1("5.5.5.5", &["/ip4/5.5.5.5/udp/4001/quic-v1"]).is_empty());
+        for private in ["10.1.2.3", "192.168.1.1", "127.0.0.1", "100.64.0.1"] {
+            assert!(version_1(private, &[]).is_empty());
+        }
     }
 
     #[test]

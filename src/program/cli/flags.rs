@@ -636,7 +636,7 @@ impl Flags {
 
 /// The message of a configuration error, under the name of its flag.
 pub fn in_flags(error: ConfigError) -> String {
-    format!("--{}: {}", error.setting().replace('_', "-"), error.problem())
+    format!("--{}: {}", error.setting().replace('_', "-"), error.problem)
 }
 
 #[cfg(test)]
@@ -692,7 +692,7 @@ mod tests {
 
     #[cfg(feature = "websocket")]
     #[test]
-    fn websocket_is_listened_on_beside_tcp_and_in_tls_with_a_certificate() {
+    fn by_default_websocket_listens_beside_tcp_and_over_tls_given_a_certificate() {
         let tcp = "/ip4/0.0.0.0/tcp/4001";
         let beside = format!("--listen={tcp},/ip4/0.0.0.0/tcp/4002/ws");
         assert_eq!(read(&[&beside]).unwrap().listen.len(), 2);
@@ -704,7 +704,7 @@ mod tests {
     }
 
     #[test]
-    fn an_invalid_setting_is_an_error_of_one_line_that_names_the_flag() {
+    fn an_invalid_setting_is_a_one_line_error_that_names_the_flag() {
         for (arguments, flag) in [
             (&["--grace", "soon"][..], "--grace"),
             (&["--sweep", "0s"], "--sweep"),

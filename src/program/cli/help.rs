@@ -65,7 +65,7 @@ fn split(flags: &str) -> Vec<(&str, String)> {
 fn take_bracket<'a>(text: &'a str, what: &str) -> (Option<&'a str>, String) {
     let (before, rest) = text.split_once(&format!("[{what}: ")).unwrap_or((text, ""));
     match rest.split_once(']') {
-        Some((inside, behind)) => (Some(inside), before.to_owned() + behind),
+        Some((inside, after)) => (Some(inside), before.to_owned() + after),
         None => (None, text.into()),
     }
 }
@@ -75,7 +75,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_flag_is_once_under_a_heading() {
+    fn each_flag_is_listed_once_under_a_heading() {
         let mut clap = Vec::new();
         Flags::clap().write_long_help(&mut clap).unwrap();
         let clap = String::from_utf8(clap).unwrap();
@@ -112,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flag_has_its_default_next_to_it_and_nothing_of_claps_after_it() {
+    fn each_flag_shows_its_default_without_claps_own_suffix() {
         let help = help();
         for line in [
             "    --circuit-bytes <SIZE>  [default: 128KiB]",
@@ -126,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn a_default_is_taken_out_of_its_text() {
+    fn the_default_is_extracted_from_the_help_text() {
         let (default, text) = take_bracket("a [b]  [default: here]", "default");
         assert_eq!((default, text.trim()), (Some("here"), "a [b]"));
     }

@@ -224,7 +224,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_created_key_is_read_again() {
+    fn a_created_key_is_loaded_on_the_next_start() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("relay.key");
         let made = load_or_create(&file).unwrap();
@@ -268,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn programs_that_start_at_once_on_one_volume_have_one_key() {
+    fn concurrent_starts_on_one_volume_share_one_key() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("relay.key");
         let start = std::sync::Barrier::new(6);
@@ -313,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_without_a_key_is_left_as_it_is() {
+    fn an_invalid_key_file_is_not_overwritten() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("relay.key");
         for content in [&b""[..], b"no key", &[0xff; 100]] {

@@ -301,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn a_setting_is_the_flag_of_its_name() {
+    fn each_setting_of_the_file_sets_the_flag_of_that_name() {
         let text = "# slots\nmax-reservations = 5_00\n\ngrace = \"1m 30s\"\n\
                     deny-subnet = [\"192.0.2.0/24\",\n \"2001:db8::/32\"]\ndht = true\n";
         let expected = [
@@ -374,7 +374,7 @@ mod tests {
 
     #[cfg(unix)]
     #[test]
-    fn what_cannot_be_written_is_an_error() {
+    fn a_value_that_toml_cannot_hold_is_an_error() {
         use std::{ffi::OsStr, os::unix::ffi::OsStrExt};
 
         let flags = Flags { identity: OsStr::from_bytes(b"\xff").into(), ..Flags::default() };
@@ -386,7 +386,7 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn whatever_a_file_says_nothing_panics(text in ".*") {
+        fn arbitrary_files_do_not_panic(text in ".*") {
             let _ = read(text);
         }
     }

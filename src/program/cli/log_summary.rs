@@ -184,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reason_is_one_line_with_its_count_and_the_busiest_address() {
+    fn each_reason_is_summarized_with_its_count_and_the_busiest_address() {
         let mut summary = LogSummary::default();
         for from in ["192.0.2.1", "192.0.2.2", "192.0.2.2"] {
             assert_eq!(summary.on_event(&freed(from, FreedReason::GraceOver)), None);
@@ -200,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn peers_that_were_judged_silent_are_one_line_as_well() {
+    fn timed_out_peers_are_summarized_in_one_line() {
         let mut summary = LogSummary::default();
         for from in ["192.0.2.1", "192.0.2.2", "192.0.2.2"] {
             let silent = Event::PeerSilent {
@@ -287,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn a_thousand_addresses_and_no_more_are_told_apart() {
+    fn at_most_a_thousand_addresses_are_counted_separately() {
         let mut summary = LogSummary::default();
         for n in 0..MAX_ADDRESSES + 500 {
             let from = format!("10.0.{}.{}", n / 256, n % 256);

@@ -1,6 +1,6 @@
 //! Estimates how much memory the relay takes at most under its limits.
 //!
-//! The cost of each item was measured: with `cargo bench --bench scale` for ordinary use, and with `tests/env/ceiling.rs`, in
+//! The cost of each item was measured: with `cargo bench --bench scale` for ordinary use, and with `tests/env/memory_estimate.rs`, in
 //! which peers reach all limits at once, for the maximum.
 
 use crate::{
@@ -37,7 +37,7 @@ const SLOT: u64 = KIB;
 
 /// Fragmentation of the heap, in percent of all else.
 ///
-/// With the default limits all else adds up to 404 MiB. In one run of `tests/env/ceiling.rs` 328 MiB of that were in use, for
+/// With the default limits all else adds up to 404 MiB. In one run of `tests/env/memory_estimate.rs` 328 MiB of that were in use, for
 /// which the heap took 527 MiB; the most that it took in five runs was 571 MiB.
 const FRAGMENTATION: u64 = 60;
 
@@ -125,7 +125,7 @@ mod tests {
 
     #[cfg(target_os = "linux")]
     #[test]
-    fn the_machine_has_memory_and_a_cgroup_may_limit_it() {
+    fn available_memory_is_that_of_the_machine_or_the_cgroup_limit() {
         assert!(available().is_some_and(|bytes| bytes > MIB));
         let files = |line| limit_files(line).into_iter().map(|file| file.display().to_string());
         let two = [

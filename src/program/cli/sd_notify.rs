@@ -143,7 +143,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_pings_twice_within_the_timeout_of_this_process() {
+    fn the_watchdog_interval_is_half_the_timeout_of_this_process() {
         let minute = Some(Duration::from_secs(60));
         for (usec, pid, expected) in [
             ("120000000", None, minute),

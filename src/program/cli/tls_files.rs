@@ -236,10 +236,10 @@ mod tests {
     }
 
     #[test]
-    fn files_are_read_once_they_rest_and_once_for_each_change() {
+    fn tls_files_are_reloaded_once_per_change_after_they_settle() {
         let mut changes = ChangeDetector::new(stamp(1, 1));
         assert!(!changes.has_settled(stamp(1, 1)));
-        assert!(!changes.has_settled(stamp(2, 1)), "the key may follow");
+        assert!(!changes.has_settled(stamp(2, 1)), "the new key may not be written yet");
         assert!(!changes.has_settled(stamp(2, 2)));
         assert!(changes.has_settled(stamp(2, 2)));
         assert!(!changes.has_settled(stamp(2, 2)));

@@ -144,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn a_host_and_port_may_be_of_this_machine_or_of_all_its_addresses() {
+    fn a_host_and_port_may_be_loopback_or_unspecified() {
         for (text, expected) in [
             ("localhost:9180", "127.0.0.1:9180"),
             (":9180", "0.0.0.0:9180"),

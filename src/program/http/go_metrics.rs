@@ -20,8 +20,8 @@ use crate::{
     wire::{BadRequest, Status},
 };
 
-/// The upper bounds of the buckets in seconds: those that go-libp2p leaves to its library, up to 10 s, and
-/// above them up to a day.
+/// The upper bounds of the buckets, in seconds: the defaults of Prometheus's Go library, which go-libp2p uses, up to
+/// 10 s, and above them up to a day.
 const BUCKETS: [f64; 20] = [
     0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 900.0,
     3600.0, 14_400.0, 43_200.0, 86_400.0,
@@ -32,13 +32,13 @@ const BUCKETS: [f64; 20] = [
 fn buckets(circuit_duration: Duration) -> Vec<f64> {
     let limit = match circuit_duration.as_secs_f64() {
         0.0 => f64::INFINITY,
-        limit => limit.max(10.0), // go-libp2p's own are always there
+        limit => limit.max(10.0), // go-libp2p's buckets are always included
     };
     let last = limit.is_finite().then_some(limit);
     BUCKETS.into_iter().filter(|bound| *bound < limit).chain(last).collect()
 }
 
-/// All of it.
+/// All of these metrics.
 pub(super) struct RelaySvc {
     status: Gauge,
     reservations: Counters,
@@ -56,7 +56,7 @@ struct Answers {
 }
 
 impl RelaySvc {
-    /// Registers all of them.
+    /// Registers the metrics.
     pub(super) fn new(registry: &mut Registry, circuit_duration: Duration) -> Self {
         let connection_duration = Histogram::new(buckets(circuit_duration));
         registry.register_with_unit(
@@ -160,12 +160,12 @@ impl RelaySvc {
         }
     }
 
-    /// Records how long a circuit was open that has ended.
+    /// Records how long an ended circuit was open.
     pub(super) fn record_duration(&self, time: Duration) {
         self.connection_duration.observe(time.as_secs_f64());
     }
 
-    /// Updates what no event reports.
+    /// Updates the metrics that no event reports.
     pub(super) fn update(&self, stats: &Stats) {
         self.status.set((!stats.draining).into());
         let relayed = stats.relayed.to_target + stats.relayed.to_source;

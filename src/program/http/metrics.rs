@@ -71,7 +71,7 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Registers all of them, of a relay whose circuits may stay open for so long; zero: without a limit.
+    /// Registers the metrics of a relay whose circuits are limited to `circuit_duration`; zero: no limit.
     pub fn new(circuit_duration: Duration, start_limits: StartLimits) -> (Self, Registry) {
         let mut all = Registry::default();
         let go = all.sub_registry_with_prefix("libp2p_relaysvc");

@@ -108,7 +108,7 @@ impl Component for Monitor {
         let with_status = self.status_until.is_some_and(|until| now < until);
         let snapshot = take_snapshot(
             node,
-            node.relay().is_draining(),
+            node.relay().view().is_draining(),
             with_status,
             &self.metrics,
             &mut self.recorder,
@@ -182,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn a_snapshot_has_a_status_only_while_it_is_requested() {
+    fn a_snapshot_includes_the_status_only_on_request() {
         let (latest, routes) = published(false, false, Duration::ZERO);
         assert_eq!(get(&routes, "/healthz").0, 200);
         assert_eq!(get(&routes, "/metrics").0, 200);
@@ -193,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn a_relay_that_drains_or_is_stuck_does_not_serve() {
+    fn a_draining_or_stuck_relay_is_not_healthy() {
         let now = Duration::ZERO;
         assert_eq!(get(&routes_of(false, now), "/healthz"), (200, "serving\n".into()));
         assert_eq!(get(&routes_of(true, now), "/healthz"), (503, "draining\n".into()));
@@ -203,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn draining_is_a_status_of_its_own() {
+    fn draining_is_reported_as_a_distinct_status() {
         for (draining, status) in [(false, 1), (true, 0)] {
             let routes = routes_of(draining, Duration::ZERO);
             let (_, metrics) = get(&routes, "/metrics");

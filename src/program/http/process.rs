@@ -1,8 +1,8 @@
-//! The metrics that Prometheus's client libraries have of each process, under their names:
+//! The metrics of the process that every Prometheus client library provides, under their standard names:
 //! [process metrics](https://prometheus.io/docs/instrumenting/writing_clientlibs/#process-metrics).
 //!
-//! Read when they are asked for, on the thread that serves HTTP: to count open files takes a system call for
-//! every few hundred of them.
+//! Read for each scrape, on the thread that serves HTTP: counting open files takes a system call for every few hundred
+//! of them.
 
 use std::{
     fmt, fs,
@@ -18,11 +18,11 @@ use prometheus_client::{
 use rlimit::Resource;
 use rustix::time::{ClockId, clock_gettime};
 
-/// How many ticks of `/proc` there are in a second: `USER_HZ`, which is 100 on all architectures that Rust
+/// Ticks per second in `/proc`: `USER_HZ`, which is 100 on all architectures that Rust
 /// builds for.
 const TICKS: f64 = 100.0;
 
-/// The figures of this process.
+/// The metrics of this process.
 #[derive(Debug)]
 pub struct Process {
     /// In seconds since 1970.
@@ -36,7 +36,7 @@ impl Process {
 }
 
 impl Collector for Process {
-    /// What this system does not tell is left out.
+    /// Leaves out what this system does not provide.
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let cpu = ConstCounter::new(cpu_time().as_secs_f64());
         let help = "User and system CPU time that the process has taken.";
@@ -90,7 +90,7 @@ fn cpu_time() -> Duration {
     Duration::try_from(clock_gettime(ClockId::ProcessCPUTime)).unwrap_or_default()
 }
 
-/// A line of `/proc/self/status` that has KiB, in bytes.
+/// The value of a line of `/proc/self/status` in KiB, converted to bytes.
 fn memory(status: &str, name: &str) -> Option<f64> {
     let line = status.lines().find_map(|line| line.strip_prefix(name))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
@@ -106,7 +106,7 @@ fn open_files() -> Option<f64> {
 #[cfg(target_os = "linux")]
 fn started() -> Option<f64> {
     let stat = fs::read_to_string("/proc/self/stat").ok()?;
-    let (_, fields) = stat.rsplit_once(") ")?; // behind the name, which may hold anything
+    let (_, fields) = stat.rsplit_once(") ")?; // after the name, which may contain anything
     let ticks: f64 = fields.split(' ').nth(22 - 3)?.parse().ok()?;
     let since_boot = Duration::try_from(clock_gettime(ClockId::Boottime)).ok()?;
     let age = since_boot.as_secs_f64() - ticks / TICKS;
@@ -127,7 +127,7 @@ mod tests {
 
     #[cfg(target_os = "linux")]
     #[test]
-    fn the_figures_are_this_process() {
+    fn process_metrics_describe_this_process() {
         let status = "Name:\tVmRSS:\nVmSize:\t  123 kB\nVmRSS:\t      45 kB\n";
         assert_eq!(memory(status, "VmRSS:"), Some(45.0 * 1024.0));
         assert_eq!(memory(status, "VmSize:"), Some(123.0 * 1024.0));

@@ -16,7 +16,7 @@ use crate::program::tally::{self, Tally};
 /// How many refusals are kept one by one.
 const MAX_LATEST: usize = 50;
 
-/// All of it.
+/// All counts, and the latest refusals.
 #[derive(Debug, Default)]
 pub struct Refusals {
     refused: Reasons,

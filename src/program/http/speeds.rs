@@ -1,6 +1,6 @@
 //! The rates of circuits.
 //!
-//! Sans-IO. A rate is the number of bytes carried since the update before, by the time that has passed.
+//! Sans-IO. A rate is the number of bytes transferred since the previous update, divided by the time since then.
 
 use std::{collections::HashMap, time::Instant};
 
@@ -19,7 +19,7 @@ pub struct Speed {
 }
 
 impl Speeds {
-    /// Updates the rate of a circuit that was opened at `since` and has carried so much; returns it.
+    /// Updates the rate of a circuit that was opened at `since` and has transferred `carried` bytes. Returns the rate.
     pub fn update(
         &mut self,
         id: CircuitId,
@@ -47,7 +47,7 @@ impl Speed {
         self.rate
     }
 
-    /// Updates the rate by what was carried until now; returns it.
+    /// Updates the rate, given the bytes transferred so far. Returns the rate.
     pub fn update(&mut self, carried: BytesTransferred, now: Instant) -> BytesTransferred {
         let time = now.saturating_duration_since(self.at).as_secs_f64();
         if time > 0.0 {
@@ -74,7 +74,7 @@ mod tests {
     }
 
     #[test]
-    fn a_rate_is_what_was_carried_since_the_update_before() {
+    fn a_rate_covers_the_bytes_since_the_previous_update() {
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
         let mut speed = Speed::new(start);
@@ -86,7 +86,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_rate_of_a_circuit_is_that_since_it_was_opened() {
+    fn the_first_rate_of_a_circuit_covers_its_bytes_since_it_opened() {
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
         let (id, mut speeds) = (CircuitId(1), Speeds::default());

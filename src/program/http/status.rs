@@ -1,11 +1,11 @@
 //! `/status.json`, which the page shows.
 //!
-//! Taken on the relay's thread, once a second while it is asked for. That thread only copies it; the thread that
-//! serves HTTP makes it text.
+//! Collected on the relay's thread, once a second while it is requested. That thread only copies it; the thread that
+//! serves HTTP serializes it.
 
 use std::time::Instant;
 
-use libp2p::{Multiaddr, PeerId};
+use libp2p::{Multiaddr, PeerId, swarm::ConnectionId};
 use serde::Serialize;
 
 use super::{
@@ -14,7 +14,7 @@ use super::{
     speeds::{Speed, Speeds},
     stats::{Bytes, Circuit, Shown, Slots, Stats},
 };
-use crate::program::node::Node;
+use crate::{program::node::Node, relay::reservations::Slot};
 
 /// How many holders of slots are listed at most, and how many circuits.
 pub const MAX_LISTED: usize = 1000;
@@ -102,7 +102,7 @@ pub struct Recorder {
 }
 
 impl Recorder {
-    /// Records the stats of this moment, whether or not a status is asked for.
+    /// Records the current stats, whether or not a status is requested.
     pub fn record(&mut self, stats: &Stats, now: Instant) {
         self.history.record(stats.slots, now);
         self.speed.update(stats.relayed, now);
@@ -163,8 +163,7 @@ impl Status {
 fn holders(node: &Node, now: Instant) -> Listed<Holder> {
     let relay = node.relay().view();
     let table = &relay.reservations;
-    let holder = |peer| {
-        let slot = table.get(&peer)?;
+    let holder = |(peer, slot): (PeerId, Slot<ConnectionId>)| {
         let connection = slot.connection.and_then(|over| relay.connections.get(over));
         let address = match connection {
             Some(connection) => Some(connection.origin.address.clone()),
@@ -179,7 +178,7 @@ fn holders(node: &Node, now: Instant) -> Listed<Holder> {
             circuits: relay.circuits.count_of(&peer),
         })
     };
-    Listed::of(table.taken(), table.holders(), holder)
+    Listed::of(table.taken(), table.iter(), holder)
 }
 
 #[cfg(test)]
@@ -187,7 +186,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn at_most_a_thousand_elements_of_a_long_list_are_looked_at() {
+    fn at_most_a_thousand_elements_of_a_list_are_visited() {
         let mut looked_at = 0;
         let list = Listed::of(1_000_000, 0..1_000_000, |number| {
             looked_at += 1;

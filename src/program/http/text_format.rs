@@ -8,8 +8,8 @@ use std::fmt::Write;
 const OPENMETRICS: &str = "application/openmetrics-text";
 const PLAIN: &str = "text/plain";
 
-/// Returns whether an `Accept` header prefers OpenMetrics to the older format (RFC 9110, 12.5.1). It has to
-/// be named: a range such as `*/*` stands for the older one.
+/// Returns whether an `Accept` header prefers OpenMetrics to the older format (RFC 9110, 12.5.1). OpenMetrics has to be
+/// named: a range such as `*/*` means the older one.
 pub fn prefers_openmetrics(accept: &str) -> bool {
     let quality = |kind: &str| {
         let qualities = accept.split(',').filter_map(|range| {
@@ -25,8 +25,8 @@ pub fn prefers_openmetrics(accept: &str) -> bool {
     openmetrics > 0.0 && openmetrics >= quality(PLAIN)
 }
 
-/// Rewrites an OpenMetrics text in Prometheus's text format 0.0.4, which has neither units nor an end mark, no
-/// type `info`, and in which a family of counters has the name of its samples.
+/// Converts OpenMetrics to Prometheus's text format 0.0.4, which has neither units nor an end mark, nor the type
+/// `info`, and in which a counter's metadata has the name of its samples.
 pub fn to_prometheus(openmetrics: &str) -> String {
     let mut text = String::with_capacity(openmetrics.len());
     let mut help = "";
@@ -42,7 +42,7 @@ pub fn to_prometheus(openmetrics: &str) -> String {
                 "unknown" => ("", "untyped"),
                 kind => ("", kind),
             };
-            // A string takes all that is written to it.
+            // Writing to a string cannot fail.
             let _ = writeln!(text, "# HELP {name}{suffix} {help}\n# TYPE {name}{suffix} {kind}");
         } else if !line.starts_with('#') {
             let _ = writeln!(text, "{line}");
@@ -56,7 +56,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn openmetrics_is_for_those_that_ask_for_it() {
+    fn openmetrics_is_served_only_if_accepted() {
         for (accept, expected) in [
             // Prometheus 2 and 3, the latter as it is by default; telegraf; curl; a browser.
             (
@@ -83,7 +83,7 @@ mod tests {
     }
 
     #[test]
-    fn the_older_format_has_only_what_it_knows() {
+    fn the_prometheus_text_format_leaves_out_openmetrics_only_metadata() {
         let openmetrics = "# HELP build The program.\n# TYPE build info\nbuild_info{version=\"1\"} 1\n\
             # HELP sweep_seconds Time.\n# TYPE sweep_seconds counter\n# UNIT sweep_seconds seconds\n\
             sweep_seconds_total 0.5\n# HELP slots Slots.\n# TYPE slots gauge\nslots{state=\"a #b\"} 3\n# EOF\n";

@@ -10,37 +10,46 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicU64, AtomicUsize, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
+use super::stream_limits::{Key, StreamId};
 use crate::address::ClientPrefix;
 
 /// The smallest window that is granted when the pool fills up, in bytes.
 const MIN_WINDOW: usize = 32 * 1024;
 
+/// The longest write stall while memory is scarce.
+const STALL_WHILE_SCARCE: Duration = Duration::from_secs(30);
+
 /// The budget of all connections. Clones are the same budget.
 #[derive(Clone, Debug)]
 pub struct MemoryBudget(Arc<Inner>);
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Inner {
     limit: usize,
     limit_per_connection: usize,
+    /// How long a connection may be write stalled, in milliseconds.
+    max_stall: AtomicU64,
     held: AtomicUsize,
     opened: AtomicU64,
-    open: Mutex<BTreeMap<u64, Weak<dyn Shed>>>,
+    open: Mutex<BTreeMap<u64, Weak<dyn Connection>>>,
     /// Held by the thread that pushes out.
     pushing_out: Mutex<()>,
     cut: [AtomicU64; CUTS],
 }
 
 /// A connection that can free memory.
-pub trait Shed: Send + Sync + std::fmt::Debug {
+pub trait Connection: Send + Sync + std::fmt::Debug {
     /// The account of the connection.
     fn budget(&self) -> &ConnectionBudget;
 
     /// Resets its most stalled stream; returns how many bytes that freed.
     fn shed(&self, now: Instant) -> usize;
+
+    /// Resets this stream.
+    fn reset(&self, stream: Key);
 
     /// How many bytes its peer may still send.
     fn credit(&self) -> usize;
@@ -104,9 +113,11 @@ impl Buffered {
 /// The account of one connection.
 #[derive(Debug)]
 pub struct ConnectionBudget {
-    pool: MemoryBudget,
-    number: u64,
-    prefix: Option<ClientPrefix>,
+    /// The pool that it is a part of.
+    pub pool: MemoryBudget,
+    /// The number of the connection, and where it comes from.
+    pub number: u64,
+    pub prefix: Option<ClientPrefix>,
     /// All that it is charged.
     held: AtomicUsize,
     /// The bytes that were received and are unread.
@@ -118,34 +129,40 @@ pub struct ConnectionBudget {
 impl MemoryBudget {
     /// An empty pool with its limit, and the limit on what one connection holds unread, in bytes.
     pub fn new(limit: usize, limit_per_connection: usize) -> Self {
-        Self(Arc::new(Inner {
-            limit,
-            limit_per_connection,
-            held: AtomicUsize::new(0),
-            opened: AtomicU64::new(0),
-            open: Mutex::default(),
-            pushing_out: Mutex::default(),
-            cut: Default::default(),
-        }))
+        Self(Arc::new(Inner { limit, limit_per_connection, ..Inner::default() }))
     }
 
-    /// Opens the account of a connection from this prefix.
-    pub fn open(&self, prefix: Option<ClientPrefix>) -> Arc<ConnectionBudget> {
-        Arc::new(ConnectionBudget {
-            pool: self.clone(),
-            number: self.0.opened.fetch_add(1, Ordering::Relaxed),
-            prefix,
-            held: AtomicUsize::new(0),
-            unread: AtomicUsize::new(0),
-            kept: AtomicUsize::new(0),
-        })
-    }
-
-    /// From now on this connection is asked to free memory when the pool is above its limit.
-    pub fn register(&self, connection: &Arc<impl Shed + 'static>) {
-        let number = connection.budget().number;
-        let connection: Weak<_> = Arc::downgrade(connection);
+    /// Opens the account of a connection from this prefix. The connection is asked to free memory when the pool is above
+    /// its limit.
+    pub fn open(
+        &self,
+        prefix: Option<ClientPrefix>,
+        connection: Weak<dyn Connection>,
+    ) -> Arc<ConnectionBudget> {
+        let number = self.0.opened.fetch_add(1, Ordering::Relaxed);
         self.connections().insert(number, connection);
+        let [held, unread, kept] = [(); 3].map(|()| AtomicUsize::new(0));
+        Arc::new(ConnectionBudget { pool: self.clone(), number, prefix, held, unread, kept })
+    }
+
+    /// Resets a stream of any connection, whose session's lock it takes: the caller must hold none.
+    pub fn reset(&self, (connection, stream): StreamId) {
+        let connection = self.connections().get(&connection).and_then(Weak::upgrade);
+        if let Some(connection) = connection {
+            connection.reset(stream);
+        }
+    }
+
+    /// Sets how long a connection may be write stalled: as long as a peer may be silent.
+    pub fn set_max_stall(&self, limit: Duration) {
+        let millis = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
+        self.0.max_stall.store(millis, Ordering::Relaxed);
+    }
+
+    /// How long a connection may be write stalled now.
+    pub fn max_stall(&self) -> Duration {
+        let limit = Duration::from_millis(self.0.max_stall.load(Ordering::Relaxed));
+        if self.is_scarce() { limit.min(STALL_WHILE_SCARCE) } else { limit }
     }
 
     /// What is held, what may still come, and what was cut. Takes the locks of sessions, one at a time: the caller
@@ -174,23 +191,20 @@ impl MemoryBudget {
         let Ok(_alone) = pool.pushing_out.try_lock() else {
             return;
         };
-        let open: Vec<_> = self.connections().values().filter_map(Weak::upgrade).collect();
+        let open = self.connections().values().filter_map(Weak::upgrade).collect::<Vec<_>>();
+        let mut open: Vec<_> = open.into_iter().map(|it| (it.budget().held(), it)).collect();
         let mut prefixes: HashMap<_, usize> = HashMap::new();
-        let weigh = |connection: Arc<dyn Shed>| {
-            let budget = connection.budget();
-            let held = budget.held();
-            *prefixes.entry(budget.prefix).or_default() += held;
-            (connection, held)
-        };
-        let mut open: Vec<_> = open.into_iter().map(weigh).collect();
+        for (held, connection) in &open {
+            *prefixes.entry(connection.budget().prefix).or_default() += held;
+        }
         while self.held() > pool.limit / 10 * 9 {
-            let heaviest = open.iter_mut().max_by_key(|(connection, held)| {
+            // What has nothing to free weighs nothing, whatever its prefix.
+            let candidates = open.iter_mut().filter(|(held, _)| *held > 0);
+            let heaviest = candidates.max_by_key(|(held, connection)| {
                 let prefix = connection.budget().prefix;
-                // What has nothing to free weighs nothing, whatever its prefix.
-                let of_prefix = if *held > 0 { prefixes.get(&prefix).copied() } else { None };
-                (of_prefix, prefix, *held)
+                (prefixes.get(&prefix).copied(), prefix, *held)
             });
-            let Some((connection, held)) = heaviest.filter(|(_, held)| *held > 0) else {
+            let Some((held, connection)) = heaviest else {
                 return;
             };
             let freed = match connection.shed(now) {
@@ -208,17 +222,12 @@ impl MemoryBudget {
         self.0.held.load(Ordering::Relaxed)
     }
 
-    fn connections(&self) -> MutexGuard<'_, BTreeMap<u64, Weak<dyn Shed>>> {
+    fn connections(&self) -> MutexGuard<'_, BTreeMap<u64, Weak<dyn Connection>>> {
         self.0.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl ConnectionBudget {
-    /// The pool that it is a part of.
-    pub fn pool(&self) -> &MemoryBudget {
-        &self.pool
-    }
-
     /// How many bytes it is charged that can be freed.
     pub fn held(&self) -> usize {
         self.held.load(Ordering::Relaxed)
@@ -295,9 +304,9 @@ mod tests {
 
     /// A connection that frees ten bytes at a time, as long as it holds some beside `fixed`.
     #[derive(Debug)]
-    struct Connection(Arc<ConnectionBudget>, usize);
+    struct Fixed(Arc<ConnectionBudget>, usize);
 
-    impl Shed for Connection {
+    impl Connection for Fixed {
         fn budget(&self) -> &ConnectionBudget {
             &self.0
         }
@@ -312,20 +321,23 @@ mod tests {
             10
         }
 
+        fn reset(&self, _: Key) {}
+
         fn credit(&self) -> usize {
             7
         }
     }
 
-    fn connection(budget: &MemoryBudget, host: u8, fixed: usize) -> Arc<Connection> {
-        let account = budget.open(Some(IpAddr::from([10, 0, 0, host]).into()));
-        account.charge(fixed);
-        let connection = Arc::new(Connection(account, fixed));
-        budget.register(&connection);
-        connection
+    fn connection(budget: &MemoryBudget, host: u8, fixed: usize) -> Arc<Fixed> {
+        let prefix = Some(IpAddr::from([10, 0, 0, host]).into());
+        Arc::new_cyclic(|connection: &Weak<Fixed>| {
+            let account = budget.open(prefix, connection.clone());
+            account.charge(fixed);
+            Fixed(account, fixed)
+        })
     }
 
-    fn held(connection: &Connection) -> usize {
+    fn held(connection: &Fixed) -> usize {
         connection.0.held()
     }
 
@@ -399,5 +411,18 @@ mod tests {
         assert!(!budget.is_scarce());
         connection.0.charge(1);
         assert!(budget.is_scarce());
+    }
+
+    #[test]
+    fn a_stall_lasts_half_a_minute_at_most_while_memory_is_scarce() {
+        let budget = MemoryBudget::new(1000, 1000);
+        let connection = connection(&budget, 1, 0);
+        let [minute, half] = [60, 30].map(Duration::from_secs);
+        budget.set_max_stall(minute);
+        assert_eq!(budget.max_stall(), minute);
+        connection.0.charge(751);
+        assert_eq!(budget.max_stall(), half);
+        budget.set_max_stall(half / 2);
+        assert_eq!(budget.max_stall(), half / 2);
     }
 }

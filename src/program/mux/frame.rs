@@ -1,9 +1,9 @@
-//! Headers of yamux frames, and the protocol's constants.
+//! Frames of yamux: the protocol's constants, headers, and the memory that frames are read to.
 //!
 //! Sans-IO. The sections named here are those of
 //! [the specification](https://github.com/hashicorp/yamux/blob/master/spec.md).
 
-use std::ops::BitOr;
+use std::{cell::RefCell, io::Read};
 
 /// The length of a header, in bytes ("Framing").
 pub const HEADER: usize = 12;
@@ -20,6 +20,18 @@ pub const MAX_WINDOW: usize = 1024 * 1024;
 /// The most streams that one connection may have in either direction.
 pub const MAX_STREAMS: usize = u16::MAX as usize;
 
+/// Chunks are multiples of the smallest one, in bytes.
+const MIN_CHUNK: usize = 4 * 1024;
+const MAX_CHUNK: usize = 16 * 1024;
+
+/// How many of the largest chunks a thread keeps for its next frames. A new chunk has to be zeroed: in a circuit flat out
+/// that costs as much as a copy of all its bytes.
+const MAX_SPARE: usize = 8;
+
+thread_local! {
+    static SPARE: RefCell<Vec<Box<[u8]>>> = const { RefCell::new(Vec::new()) };
+}
+
 /// The type of a frame ("Type Field").
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -33,35 +45,16 @@ pub enum Kind {
     GoAway,
 }
 
-/// Flags of a frame ("Flag Field").
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Flags(pub u16);
-
-impl Flags {
-    /// No flag.
-    pub const NONE: Self = Self(0);
-    /// Opens a stream, or asks for the answer to a ping.
-    pub const SYN: Self = Self(1);
-    /// Accepts a stream, or answers a ping.
-    pub const ACK: Self = Self(2);
-    /// The sender sends no more on the stream.
-    pub const FIN: Self = Self(4);
-    /// Resets the stream.
-    pub const RST: Self = Self(8);
-
-    /// Whether one of these flags is set.
-    pub fn has(self, flags: Self) -> bool {
-        self.0 & flags.0 != 0
-    }
-}
-
-impl BitOr for Flags {
-    type Output = Self;
-
-    fn bitor(self, other: Self) -> Self {
-        Self(self.0 | other.0)
-    }
-}
+/// Flags of a frame ("Flag Field"): bits.
+pub type Flags = u16;
+/// Opens a stream, or asks for the answer to a ping.
+pub const SYN: Flags = 1;
+/// Accepts a stream, or answers a ping.
+pub const ACK: Flags = 2;
+/// The sender sends no more on the stream.
+pub const FIN: Flags = 4;
+/// Resets the stream.
+pub const RST: Flags = 8;
 
 /// Why a session ends, as a go-away says it ("Go Away").
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,17 +83,13 @@ pub struct Header {
 impl Header {
     /// Parses a header; `None` if its version or its type is unknown ("Version Field").
     pub fn parse(bytes: [u8; HEADER]) -> Option<Self> {
-        let [version, kind, f0, f1, s0, s1, s2, s3, l0, l1, l2, l3] = bytes;
-        let kind = match (version, kind) {
-            (0, 0) => Kind::Data,
-            (0, 1) => Kind::WindowUpdate,
-            (0, 2) => Kind::Ping,
-            (0, 3) => Kind::GoAway,
-            _ => return None,
+        let [0, kind, f0, f1, s0, s1, s2, s3, l0, l1, l2, l3] = bytes else {
+            return None;
         };
+        let kinds = [Kind::Data, Kind::WindowUpdate, Kind::Ping, Kind::GoAway];
         Some(Self {
-            kind,
-            flags: Flags(u16::from_be_bytes([f0, f1])),
+            kind: *kinds.get(usize::from(kind))?,
+            flags: u16::from_be_bytes([f0, f1]),
             stream: u32::from_be_bytes([s0, s1, s2, s3]),
             length: u32::from_be_bytes([l0, l1, l2, l3]),
         })
@@ -108,10 +97,121 @@ impl Header {
 
     /// The header as it is sent, in network order.
     pub fn encode(self) -> [u8; HEADER] {
-        let [f0, f1] = self.flags.0.to_be_bytes();
+        let [f0, f1] = self.flags.to_be_bytes();
         let [s0, s1, s2, s3] = self.stream.to_be_bytes();
         let [l0, l1, l2, l3] = self.length.to_be_bytes();
         [0, self.kind as u8, f0, f1, s0, s1, s2, s3, l0, l1, l2, l3]
+    }
+}
+
+/// Where the next bytes of the connection belong.
+#[derive(Debug, Default)]
+pub struct Room {
+    /// The header, and how much of it is there.
+    pub header: [u8; HEADER],
+    pub read: usize,
+    /// How much of the body is missing; 0: a header comes next.
+    pub body: usize,
+    /// Empty whenever no bytes are being received: what came is the stream's by then.
+    pub chunk: Chunk,
+}
+
+impl Room {
+    /// Where to read to.
+    pub fn buffer(&mut self) -> &mut [u8] {
+        if self.body == 0 {
+            return self.header.get_mut(self.read..).unwrap_or_default();
+        }
+        if self.chunk.capacity() == 0 {
+            self.chunk = Chunk::for_body(self.body);
+        }
+        self.chunk.room(self.body)
+    }
+
+    /// Frees the memory for a body. To be called before a wait: a header that announces one takes no memory.
+    pub fn release(&mut self) {
+        self.chunk = Chunk::default();
+    }
+}
+
+/// Memory for bytes that are received. A stream is charged its capacity.
+#[derive(Debug, Default)]
+pub struct Chunk {
+    bytes: Box<[u8]>,
+    /// Of those before `end`, the ones before `start` were read.
+    start: usize,
+    end: usize,
+}
+
+impl Chunk {
+    /// An empty chunk for a body of so many bytes, or as much of it as goes into one.
+    pub fn for_body(bytes: usize) -> Self {
+        let capacity = bytes.next_multiple_of(MIN_CHUNK).clamp(MIN_CHUNK, MAX_CHUNK);
+        let spare = match capacity {
+            MAX_CHUNK => SPARE.with_borrow_mut(Vec::pop),
+            _ => None,
+        };
+        Self { bytes: spare.unwrap_or_else(|| vec![0; capacity].into()), start: 0, end: 0 }
+    }
+
+    /// What it is charged, in bytes.
+    pub fn capacity(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// Room for so many bytes at most.
+    pub fn room(&mut self, most: usize) -> &mut [u8] {
+        let end = self.bytes.len().min(self.end.saturating_add(most));
+        self.bytes.get_mut(self.end..end).unwrap_or_default()
+    }
+
+    /// So many bytes were put into the room.
+    pub fn advance(&mut self, bytes: usize) {
+        self.end += bytes;
+    }
+
+    /// Forgets what is in it.
+    pub fn clear(&mut self) {
+        (self.start, self.end) = (0, 0);
+    }
+
+    /// What is in it and was not read.
+    pub fn unread(&self) -> &[u8] {
+        self.bytes.get(self.start..self.end).unwrap_or_default()
+    }
+
+    /// Reads as much of it as fits; how many bytes that is.
+    pub fn read(&mut self, into: &mut [u8]) -> usize {
+        let read = self.unread().read(into).unwrap_or_default(); // from memory
+        self.start += read;
+        read
+    }
+
+    /// Takes as much of `other` as there is room for; whether that is all of it.
+    pub fn append(&mut self, other: &mut Self) -> bool {
+        let moved = other.read(self.room(usize::MAX));
+        self.end += moved;
+        let is_all = other.unread().is_empty();
+        if is_all {
+            other.clear();
+        }
+        is_all
+    }
+}
+
+impl Drop for Chunk {
+    fn drop(&mut self) {
+        if self.bytes.len() < MAX_CHUNK {
+            return;
+        }
+        let bytes = std::mem::take(&mut self.bytes);
+        // When a thread ends, its spare chunks may be gone before its last stream.
+        let _ = SPARE.try_with(|spare| {
+            let mut spare = spare.borrow_mut();
+            if spare.len() < MAX_SPARE {
+                spare.push(bytes);
+            }
+        });
     }
 }
 
@@ -121,12 +221,12 @@ mod tests {
 
     #[test]
     fn a_header_is_twelve_bytes_in_network_order() {
-        let flags = Flags::SYN | Flags::FIN;
+        let flags = SYN | FIN;
         let header = Header { kind: Kind::WindowUpdate, flags, stream: 0x0102_0304, length: 5 };
         let bytes = [0, 1, 0, 5, 1, 2, 3, 4, 0, 0, 0, 5];
         assert_eq!(header.encode(), bytes);
         assert_eq!(Header::parse(bytes), Some(header));
-        assert!(header.flags.has(Flags::FIN) && !header.flags.has(Flags::RST));
+        assert!(header.flags & FIN != 0 && header.flags & RST == 0);
     }
 
     #[test]

@@ -27,19 +27,11 @@ use libp2p::{
 };
 
 use super::{
-    budget::{Cut, MemoryBudget, Shed},
-    frame::HEADER,
-    permits::{SharedPool, StreamPermit, StreamPermits},
-    rates::{MuxRates, RateLimiter},
-    session::{
-        End, Role,
-        receive::{Received, Room},
-        send::Frames,
-    },
-    stall::{StallLimit, WriteStall},
-    stream::QUANTUM,
-    stream_limits::StreamLimits,
-    substream::{OpenedBy, Shared, Substream},
+    budget::{Cut, MemoryBudget},
+    frame::{HEADER, Room},
+    session::{Role, Shared, frames::Frames},
+    stream::{QUANTUM, Stream},
+    stream_limits::{Budget, Key, StreamAdmission, StreamLimits},
 };
 use crate::{
     activity::ActivityCounter,
@@ -67,52 +59,32 @@ const LARGE_BATCH_COST: usize = 3 * (LARGE_BATCH - SMALL_BATCH);
 /// How often it is looked whether a connection that takes no more is write stalled.
 const LOOK: Duration = Duration::from_secs(5);
 
-/// How long a connection may be write stalled, unless that is [set](StallLimit::set).
+/// How long a connection may be write stalled, unless that is [set](MemoryBudget::set_max_stall).
 const MAX_STALL: Duration = Duration::from_secs(60);
 
 /// How long a connection may take to close in good order, before it is dropped.
 const CLOSING: Duration = Duration::from_secs(3);
 
-/// How many streams may be open on one connection.
-#[derive(Clone, Copy, Debug)]
-pub struct Budget {
-    /// Those that the peer opened.
-    pub inbound: usize,
-    /// Those that the relay opened.
-    pub outbound: usize,
-}
-
-/// Where a connection comes from, its activity counter, and the socket below it.
-#[derive(Clone, Debug, Default)]
-struct Client {
-    prefix: Option<ClientPrefix>,
-    activity: ActivityCounter,
-    socket: Option<TcpStream>,
-}
-
 /// Makes connections carry streams. Clones share what all connections may have together.
 #[derive(Clone, Debug)]
 pub struct Multiplex {
-    budget: Budget,
-    shared_pool: SharedPool,
-    rates: MuxRates,
-    memory: MemoryBudget,
-    max_stall: StallLimit,
-    client: Client,
+    /// Which streams its connections admit.
+    pub admission: StreamAdmission,
+    /// The memory that its connections share.
+    pub memory: MemoryBudget,
+    prefix: Option<ClientPrefix>,
+    activity: ActivityCounter,
+    socket: Option<TcpStream>,
 }
 
 impl Multiplex {
     /// Within these limits, each connection for so many circuits.
     pub fn new(budget: Budget, limits: StreamLimits, circuits: usize) -> Self {
         let per_connection = limits.buffered_per_connection(circuits);
-        Self {
-            budget,
-            shared_pool: SharedPool::new(limits.max_streams),
-            rates: MuxRates::new(limits.stream_rate),
-            memory: MemoryBudget::new(limits.buffered(circuits), per_connection),
-            max_stall: StallLimit::new(MAX_STALL),
-            client: Client::default(),
-        }
+        let memory = MemoryBudget::new(limits.buffered(circuits), per_connection);
+        memory.set_max_stall(MAX_STALL);
+        let (prefix, activity, socket) = (None, ActivityCounter::default(), None);
+        Self { admission: StreamAdmission::new(budget, limits), memory, prefix, activity, socket }
     }
 
     /// For a connection from `remote` over this socket, whose transport counts its activity.
@@ -123,23 +95,7 @@ impl Multiplex {
         socket: Option<TcpStream>,
     ) -> Self {
         let (prefix, activity) = (ClientPrefix::of(remote), activity.unwrap_or_default());
-        let client = Client { prefix, activity, socket };
-        Self { client, ..self.clone() }
-    }
-
-    /// The permits that the streams of its connections share.
-    pub fn shared_pool(&self) -> SharedPool {
-        self.shared_pool.clone()
-    }
-
-    /// How long its connections may be write stalled.
-    pub fn max_stall(&self) -> StallLimit {
-        self.max_stall.clone()
-    }
-
-    /// The memory that its connections share.
-    pub fn memory(&self) -> MemoryBudget {
-        self.memory.clone()
+        Self { prefix, activity, socket, ..self.clone() }
     }
 }
 
@@ -158,7 +114,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> InboundConnectionUpgrade<C> for Multiple
     type Future = std::future::Ready<io::Result<Muxer<C>>>;
 
     fn upgrade_inbound(self, connection: C, _: Self::Info) -> Self::Future {
-        std::future::ready(Ok(Muxer::new(connection, &self, Role::Server)))
+        std::future::ready(Ok(Muxer::new(connection, self, Role::Server)))
     }
 }
 
@@ -168,7 +124,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> OutboundConnectionUpgrade<C> for Multipl
     type Future = std::future::Ready<io::Result<Muxer<C>>>;
 
     fn upgrade_outbound(self, connection: C, _: Self::Info) -> Self::Future {
-        std::future::ready(Ok(Muxer::new(connection, &self, Role::Client)))
+        std::future::ready(Ok(Muxer::new(connection, self, Role::Client)))
     }
 }
 
@@ -180,30 +136,21 @@ pub struct Muxer<C> {
     socket: Option<TcpStream>,
     shared: Arc<Shared>,
     room: Room,
-    /// Frames that are being written, how much of them was, and what they are.
+    /// Frames that are being written, and how much of them was.
     frames: Vec<u8>,
     written: usize,
-    kind: Frames,
-    /// How much was written since the last flush; whether data is among it.
+    /// How much was written since the last flush; whether data is among it, or comes next.
     unflushed: usize,
     has_data: bool,
     is_flushing: bool,
     /// How much may be written before a flush.
     batch: usize,
-    inbound: Arc<StreamPermits>,
-    outbound: Arc<StreamPermits>,
-    /// How fast the peer may open streams, and send frames that open streams, reset them, or ping.
-    stream_limiter: RateLimiter,
-    frame_limiter: RateLimiter,
     activity: ActivityCounter,
-    /// Until then it is not read, because such frames came faster.
+    /// Until then it is not read, because frames came faster than the peer may send them.
     pause: Option<Delay>,
     /// Since when it takes nothing; and when to look next, once it took nothing.
     stall: WriteStall,
-    max_stall: StallLimit,
     look: Option<Delay>,
-    /// Whether the peer has dialed it and opened no stream yet.
-    is_unused: bool,
     /// Why it ends, once everybody was told.
     end: Option<io::Error>,
     /// Until then it may close in good order.
@@ -211,34 +158,26 @@ pub struct Muxer<C> {
 }
 
 impl<C> Muxer<C> {
-    fn new(connection: C, multiplex: &Multiplex, role: Role) -> Self {
-        let Multiplex { budget, shared_pool, rates, memory, max_stall, client } = multiplex;
-        let prefix = client.prefix;
-        if let Some(socket) = &client.socket {
+    fn new(connection: C, multiplex: Multiplex, role: Role) -> Self {
+        let Multiplex { admission, memory, prefix, activity, socket } = multiplex;
+        if let Some(socket) = &socket {
             socket::leave_to_mux(socket, true);
         }
         Self {
             connection,
-            socket: client.socket.clone(),
-            shared: Shared::new(role, memory, prefix),
+            socket,
+            shared: Shared::new(role, admission, &memory, prefix),
             room: Room::default(),
             frames: Vec::new(),
             written: 0,
-            kind: Frames::Control,
             unflushed: 0,
             has_data: false,
             is_flushing: false,
             batch: SMALL_BATCH,
-            inbound: StreamPermits::shared(budget.inbound, shared_pool.clone(), prefix),
-            outbound: StreamPermits::new(budget.outbound),
-            stream_limiter: rates.streams(prefix),
-            frame_limiter: rates.frames(prefix),
-            activity: client.activity.clone(),
+            activity,
             pause: None,
             stall: WriteStall::default(),
-            max_stall: max_stall.clone(),
             look: None,
-            is_unused: role == Role::Server,
             end: None,
             closing: None,
         }
@@ -247,40 +186,24 @@ impl<C> Muxer<C> {
 
 impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
     /// Reads what there is, for a turn. Never waits for what is to be written, or for a stream to be read.
-    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), End>> {
+    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         if let Some(pause) = &mut self.pause {
             ready!(pause.poll_unpin(cx));
             self.pause = None;
         }
         let mut bytes = 0;
         for _ in 0..TURN_READS {
-            if self.room.buffer().is_empty() {
-                self.shared.with(|session| session.lend(&mut self.room));
-            }
             let room = self.room.buffer();
-            let Poll::Ready(read) = Pin::new(&mut self.connection).poll_read(cx, room) else {
-                if self.room.has_chunk() {
-                    self.shared.with(|session| session.reclaim(&mut self.room));
-                }
-                return Poll::Pending;
-            };
-            let (read, now) = (read?, Instant::now());
+            let read = ready!(Pin::new(&mut self.connection).poll_read(cx, room))?;
             if read == 0 {
-                return Poll::Ready(Err(End::Left));
+                return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
             }
+            let now = Instant::now();
             bytes += read;
-            let received =
-                self.shared.with(|session| session.receive(&mut self.room, read, now))?;
-            self.shared.budget().pool().push_out(now);
-            if let Received::Opened(stream) = received {
-                self.is_unused = false;
-                let is_admitted = self.stream_limiter.try_take(now);
-                let permit = is_admitted.then(|| StreamPermit::take(&self.inbound)).flatten();
-                self.shared.with(|session| session.admit(stream, permit))?;
-            }
-            if received != Received::Cheap
-                && let Some(pause) = self.frame_limiter.take_or_pause(now)
-            {
+            let received = self.shared.with(|session| session.receive(&mut self.room, read, now));
+            let pause = received?;
+            self.shared.budget.pool.push_out(now);
+            if !pause.is_zero() {
                 self.activity.set_flooding();
                 self.pause = Some(Delay::new(pause));
             }
@@ -299,7 +222,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
             if self.is_flushing {
                 ready!(Pin::new(&mut self.connection).poll_flush(cx))?;
                 self.stall.on_written();
-                (self.is_flushing, self.has_data, self.unflushed) = (false, false, 0);
+                (self.is_flushing, self.unflushed) = (false, 0);
             }
             if self.written >= self.frames.len() {
                 if turn >= TURN {
@@ -309,24 +232,22 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
                 let most = self.batch.saturating_sub(HEADER);
                 let (frames, now) = (&mut self.frames, Instant::now());
                 self.written = 0;
-                let taken = self.shared.with(|session| session.take_frames(frames, most, now));
-                let Some(kind) = taken else {
+                let kind = self.shared.with(|session| session.take_frames(frames, most, now));
+                if kind.is_none() {
                     self.frames = Vec::new();
                     if self.unflushed == 0 {
                         return Poll::Ready(Ok(()));
                     }
-                    self.is_flushing = true;
-                    continue;
-                };
-                self.kind = kind;
-            }
-            let left = self.frames.get(self.written..).unwrap_or_default();
-            // js-libp2p drops data that comes with a reset in one message.
-            let splits = self.kind == Frames::Resets && self.has_data;
-            if self.unflushed > 0 && (splits || self.unflushed + left.len() > self.batch) {
-                self.is_flushing = true;
+                }
+                // js-libp2p drops data that comes with a reset in one message.
+                let splits = kind == Some(Frames::Resets) && self.has_data;
+                let is_full = self.unflushed + self.frames.len() > self.batch;
+                self.is_flushing = self.unflushed > 0 && (splits || is_full || kind.is_none());
+                let is_data = kind == Some(Frames::Data);
+                self.has_data = is_data || self.has_data && !self.is_flushing;
                 continue;
             }
+            let left = self.frames.get(self.written..).unwrap_or_default();
             let written = ready!(Pin::new(&mut self.connection).poll_write(cx, left))?;
             if written == 0 {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
@@ -335,12 +256,10 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
             turn += written;
             self.written += written;
             self.unflushed += written;
-            self.has_data |= self.kind == Frames::Data;
-            let budget = self.shared.budget();
-            if self.kind == Frames::Data
+            if self.has_data
                 && self.unflushed + HEADER >= self.batch
                 && self.batch == SMALL_BATCH
-                && budget.keep_if_plenty(LARGE_BATCH_COST)
+                && self.shared.budget.keep_if_plenty(LARGE_BATCH_COST)
             {
                 self.batch = LARGE_BATCH;
             }
@@ -348,35 +267,35 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
     }
 
     /// Looks from time to time whether a connection is write stalled that takes no more.
-    fn poll_stall(&mut self, cx: &mut Context<'_>) -> Result<(), End> {
+    fn poll_stall(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         let look = self.look.get_or_insert_with(|| Delay::new(LOOK));
         while look.poll_unpin(cx).is_ready() {
             look.reset(LOOK);
             let acknowledged = self.socket.as_ref().and_then(socket::acknowledged);
             let lasts = self.stall.on_waiting(acknowledged, Instant::now());
-            let budget = self.shared.budget();
-            if lasts >= self.max_stall.get(budget.pool().is_scarce()).max(LOOK) {
+            let budget = &self.shared.budget;
+            if lasts >= budget.pool.max_stall().max(LOOK) {
                 budget.count(Cut::WriteStalled);
                 let why = format!("write stalled: took nothing for {} s", lasts.as_secs());
-                return Err(io::Error::new(io::ErrorKind::TimedOut, why).into());
+                return Err(io::Error::new(io::ErrorKind::TimedOut, why));
             }
         }
         Ok(())
     }
 
     /// The session ends. What was received may still be read until the next poll, which fails.
-    fn end(&mut self, end: End, cx: &mut Context<'_>) {
-        self.shared.with(|session| session.end(&end));
+    fn end(&mut self, error: io::Error, cx: &mut Context<'_>) {
+        let is_unused = self.shared.with(|session| {
+            session.end();
+            session.is_unused
+        });
         let _ = self.poll_write(cx); // the go-away, if there is one, and room for it
-        self.end = Some(match end {
+        self.end = Some(match error.kind() {
             // rust-libp2p ends a connection to another peer than it expected once the connection is up.
-            End::Left if self.is_unused => {
-                let error = io::ErrorKind::ConnectionAborted.into();
+            io::ErrorKind::ConnectionAborted if is_unused => {
                 StageError::wrap(Stage::Muxer, Some(Reason::PeerId), error)
             }
-            End::Left => io::ErrorKind::ConnectionAborted.into(),
-            End::Broken(_, why) => io::Error::other(why),
-            End::Failed(error) => error,
+            _ => error,
         });
         cx.waker().wake_by_ref();
     }
@@ -387,21 +306,19 @@ impl<C: AsyncRead + AsyncWrite + Unpin> StreamMuxer for Muxer<C> {
     type Error = io::Error;
 
     fn poll_inbound(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<Substream>> {
-        let serial = ready!(self.shared.with(|session| session.poll_accept(cx)));
-        Poll::Ready(Ok(Substream::new(&self.shared, serial, OpenedBy::Peer)))
+        let key = ready!(self.shared.with(|session| session.poll_accept(cx)));
+        Poll::Ready(Ok(Substream::new(&self.shared, key, true)))
     }
 
     fn poll_outbound(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<Substream>> {
-        ready!(self.shared.with(|session| session.poll_open(cx)));
-        let permit = ready!(StreamPermit::poll_take(&self.outbound, cx));
-        let serial = self.shared.with(|session| session.open(permit, Instant::now()))?;
-        Poll::Ready(Ok(Substream::new(&self.shared, serial, OpenedBy::Relay)))
+        let key = ready!(self.shared.with(|session| session.poll_open(cx, Instant::now())))?;
+        Poll::Ready(Ok(Substream::new(&self.shared, key, false)))
     }
 
     fn poll_close(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = &mut *self;
         this.shared.with(|session| {
-            session.set_driver(cx);
+            session.set_task(cx);
             session.leave();
         });
         let closed = match this.poll_write(cx) {
@@ -419,18 +336,18 @@ impl<C: AsyncRead + AsyncWrite + Unpin> StreamMuxer for Muxer<C> {
         if let Some(error) = self.end.take() {
             return Poll::Ready(Err(error));
         }
-        self.shared.with(|session| session.set_driver(cx));
-        match self.poll_read(cx) {
-            Poll::Ready(Err(end)) => self.end(end, cx),
+        self.shared.with(|session| session.set_task(cx));
+        let read = self.poll_read(cx);
+        self.room.release();
+        let ended = match read {
+            Poll::Ready(Err(error)) => Err(error),
             Poll::Ready(Ok(())) | Poll::Pending => match self.poll_write(cx) {
-                Poll::Ready(Ok(())) => {}
-                Poll::Ready(Err(error)) => self.end(error.into(), cx),
-                Poll::Pending => {
-                    if let Err(end) = self.poll_stall(cx) {
-                        self.end(end, cx);
-                    }
-                }
+                Poll::Ready(written) => written,
+                Poll::Pending => self.poll_stall(cx),
             },
+        };
+        if let Err(error) = ended {
+            self.end(error, cx);
         }
         Poll::Pending
     }
@@ -441,10 +358,150 @@ impl<C> Drop for Muxer<C> {
         if let Some(socket) = &self.socket {
             socket::leave_to_mux(socket, false); // what it still has to send is the kernel's
         }
-        self.shared.with(|session| {
-            session.reclaim(&mut self.room);
-            session.close_all();
+        self.shared.with(|session| session.close_all());
+    }
+}
+
+/// The handle of a stream. Dropping it before it is closed resets the stream.
+#[derive(Debug)]
+pub struct Substream {
+    shared: Arc<Shared>,
+    key: Key,
+    /// The negotiation of the protocol, if the peer opened the stream, until that is known.
+    negotiation: Option<Negotiation>,
+    /// Whether the peer opened it and no request has arrived on it yet.
+    is_unused: bool,
+}
+
+impl Substream {
+    /// The handle of this stream of the session.
+    pub fn new(shared: &Arc<Shared>, key: Key, is_inbound: bool) -> Self {
+        let negotiation = is_inbound.then(Negotiation::default);
+        Self { shared: Arc::clone(shared), key, negotiation, is_unused: is_inbound }
+    }
+}
+
+impl Drop for Substream {
+    fn drop(&mut self) {
+        self.shared.with(|session| session.change(self.key, Stream::drop_handle));
+    }
+}
+
+impl AsyncRead for Substream {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut [u8],
+    ) -> Poll<io::Result<usize>> {
+        let (key, now) = (self.key, Instant::now());
+        let read = self.shared.with(|session| {
+            let read = |it: &mut Stream, budget: &_| it.read(buffer, now, budget);
+            session.poll_stream(key, cx, |it| &mut it.reader, read)
         });
+        let read = ready!(read)?;
+        if self.negotiation.is_some() {
+            let bytes = buffer.get(..read).unwrap_or_default();
+            if !Negotiation::accepts(bytes, buffer.len()) {
+                return Poll::Ready(Err(io::ErrorKind::InvalidData.into()));
+            }
+        } else if read > 0 && std::mem::take(&mut self.is_unused) {
+            self.shared.with(|session| session.stream(key).map(Stream::set_used));
+        }
+        Poll::Ready(Ok(read))
+    }
+}
+
+impl AsyncWrite for Substream {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let (key, now) = (self.key, Instant::now());
+        let written = self.shared.with(|session| {
+            let write = |it: &mut Stream, budget: &_| it.write(bytes, now, budget);
+            session.poll_stream(key, cx, |it| &mut it.writer, write)
+        });
+        let written = ready!(written)?;
+        self.shared.budget.pool.push_out(now);
+        let bytes = bytes.get(..written).unwrap_or_default();
+        if self.negotiation.as_mut().is_some_and(|negotiation| negotiation.on_write(bytes)) {
+            self.negotiation = None;
+        }
+        Poll::Ready(Ok(written))
+    }
+
+    /// Ready at once: written data is sent even if the handle is dropped.
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.shared.with(|session| session.stream(self.key).map(Stream::flush));
+        Poll::Ready(Ok(()))
+    }
+
+    /// Ready at once: the end of the stream is sent after the written data.
+    fn poll_close(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.shared.with(|session| session.change(self.key, |stream, _| stream.close()));
+        Poll::Ready(Ok(()))
+    }
+}
+
+/// Limits what a peer may send while the protocol of its stream is being negotiated, and parses what the relay writes
+/// until that accepts one.
+///
+/// Sans-IO. libp2p's multistream-select allocates 16 KiB for a message as soon as its length is announced, which takes two
+/// bytes. No protocol name is longer than 127 bytes, so longer messages are rejected.
+/// See [the specification](https://github.com/multiformats/multistream-select).
+#[derive(Debug, Default)]
+struct Negotiation {
+    /// What the relay has written of the current message, its length first.
+    message: Vec<u8>,
+}
+
+impl Negotiation {
+    /// Whether the relay accepts what it has read into a buffer of this size. multistream-select reads only lengths byte
+    /// by byte; the first byte of a length above 127 has its highest bit set.
+    fn accepts(read: &[u8], buffer: usize) -> bool {
+        !(buffer == 1 && read.first().is_some_and(|byte| *byte >= 0x80))
+    }
+
+    /// Parses what the relay writes. Returns whether it has accepted a protocol by now.
+    fn on_write(&mut self, bytes: &[u8]) -> bool {
+        bytes.iter().any(|byte| self.on_byte(*byte))
+    }
+
+    fn on_byte(&mut self, byte: u8) -> bool {
+        self.message.push(byte);
+        match unsigned_varint::decode::usize(&self.message) {
+            Ok((length, text)) if text.len() >= length => {
+                let accepts = text.starts_with(b"/") && text != b"/multistream/1.0.0\n";
+                self.message.clear();
+                accepts
+            }
+            _ => false,
+        }
+    }
+}
+
+/// Write stall: the peer of a connection takes nothing of what is sent to it. Since when, if it does so.
+///
+/// Sans-IO. That a socket takes no more says little: behind a slow path it may be long before there is room again.
+/// So the rule goes by how many bytes the peer has acknowledged. Their number only rises, however much is written
+/// meanwhile; that of the unacknowledged ones would look the same after as many were acknowledged as written.
+#[derive(Debug, Default)]
+struct WriteStall(Option<(Instant, Option<u64>)>);
+
+impl WriteStall {
+    /// The connection took bytes, or there are none to be written.
+    fn on_written(&mut self) {
+        self.0 = None;
+    }
+
+    /// Bytes wait to be written, and by `now` the peer has acknowledged so many; `None`: that is not known.
+    /// Returns for how long it has acknowledged none.
+    fn on_waiting(&mut self, acknowledged: Option<u64>, now: Instant) -> Duration {
+        let same = self.0.filter(|(_, before)| *before == acknowledged);
+        let since = same.map_or(now, |(since, _)| since);
+        self.0 = Some((since, acknowledged));
+        now.saturating_duration_since(since)
     }
 }
 

@@ -1,28 +1,26 @@
-//! A session of yamux: its streams, and what their holders do with them.
+//! A session of yamux: its streams, what their holders do with them, and what is received and sent.
 //!
-//! Sans-IO: the bytes of the connection and `now` come in ([`receive`]), frames to send come out ([`send`]);
-//! [`Effects`] is what is to be done once the session's lock is released. The sections named here are those of
-//! [the specification](https://github.com/hashicorp/yamux/blob/master/spec.md).
+//! Sans-IO: the bytes of the connection and `now` come in ([`Session::receive`]), frames to send come out
+//! ([`Session::take_frames`]); [`Effects`] is what is to be done once the session's lock is released. The sections named
+//! here are those of [the specification](https://github.com/hashicorp/yamux/blob/master/spec.md).
 
-pub mod receive;
-pub mod send;
-mod turns;
+pub mod frames;
 
 use std::{
     collections::{BTreeMap, VecDeque},
     io,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError, Weak},
     task::{Context, Poll, Waker},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
-use self::turns::{RoundTrip, Turns};
 use super::{
-    budget::{ConnectionBudget, Cut},
-    frame::{Flags, INITIAL_WINDOW, MAX_WINDOW, Reason},
-    permits::StreamPermit,
-    stream::{Inbound, Outbound, Stream},
+    budget::{Connection, ConnectionBudget, Cut, MemoryBudget},
+    frame::{ACK, Flags, INITIAL_WINDOW, MAX_WINDOW, RST, Reason},
+    stream::{Origin, QUANTUM, Stream},
+    stream_limits::{Key, StreamAdmission, StreamId},
 };
+use crate::address::ClientPrefix;
 
 /// How many refusals may wait to be sent, and how many streams are remembered that ended on our side alone.
 const MAX_REFUSED: usize = 256;
@@ -33,43 +31,31 @@ const MAX_UNACKNOWLEDGED: usize = 256;
 /// The windows of one connection grow by so much in all, in bytes.
 const MAX_GROWTH: usize = MAX_WINDOW - INITIAL_WINDOW;
 
-/// Which side of the connection this is. It decides whose stream numbers are odd ("StreamID Field").
+/// After so many received bytes the round trip is measured, unless that was done a short time ago.
+const PING_AFTER: usize = 64 * 1024;
+const PING_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Which side of the connection this is: the number of the first stream that it opens ("StreamID Field").
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
     /// Its numbers are odd.
-    Client,
+    Client = 1,
     /// Its numbers are even.
-    Server,
-}
-
-/// Why a session ends.
-#[derive(Debug)]
-pub enum End {
-    /// The peer ends it.
-    Left,
-    /// This side ends it, with this go-away.
-    Broken(Reason, &'static str),
-    /// The connection failed.
-    Failed(io::Error),
-}
-
-impl From<io::Error> for End {
-    fn from(error: io::Error) -> Self {
-        Self::Failed(error)
-    }
+    Server = 2,
 }
 
 /// What is to be done when the session's lock is released.
 #[derive(Debug, Default)]
 pub struct Effects {
     wakers: Vec<Waker>,
-    permits: Vec<StreamPermit>,
+    /// Streams of other sessions that are reset for streams of this one.
+    preempted: Vec<StreamId>,
 }
 
 impl Effects {
-    /// Wakes tasks and releases permits.
-    pub fn apply(self) {
-        drop(self.permits);
+    /// Resets streams of other sessions, and wakes tasks.
+    pub fn apply(self, memory: &MemoryBudget) {
+        self.preempted.into_iter().for_each(|stream| memory.reset(stream));
         self.wakers.into_iter().for_each(Waker::wake);
     }
 
@@ -82,25 +68,34 @@ impl Effects {
     }
 }
 
+type Streams = BTreeMap<Key, Box<Stream>>;
+
+/// The stream that has this number on the wire, until it is finished.
+fn current(streams: &mut Streams, id: u32) -> Option<(Key, &mut Stream)> {
+    let (key, stream) = streams.range_mut((id, 0)..=(id, u64::MAX)).next_back()?;
+    (!stream.is_finished()).then_some((*key, stream))
+}
+
 /// One session.
 #[derive(Debug)]
 pub struct Session {
-    role: Role,
     budget: Arc<ConnectionBudget>,
-    /// By a serial number of ours, for a number on the wire may return.
-    streams: BTreeMap<u64, Box<Stream>>,
+    admission: StreamAdmission,
+    streams: Streams,
     last_serial: u64,
-    /// By their numbers on the wire, as long as those are in use.
-    ids: BTreeMap<u32, u64>,
     next_id: u32,
-    /// How many streams of ours the peer has not acknowledged.
+    /// How many streams the peer has open, how many this side, and how many of those the peer has not acknowledged.
+    inbound: usize,
+    outbound: usize,
     unacknowledged: usize,
+    /// Whether the peer has dialed the connection and opened no stream yet.
+    pub is_unused: bool,
     /// How many streams were refused, and their peer is not told yet.
     refused: usize,
     /// Streams that this side has closed, and nobody holds: their peers may still send.
     half_closed: VecDeque<u32>,
     /// Streams that the peer opened and nobody has taken yet.
-    accepted: VecDeque<u64>,
+    accepted: VecDeque<Key>,
     /// The stream and the flags of the frame that comes.
     incoming: (u32, Flags),
     /// The ping to be answered.
@@ -108,203 +103,160 @@ pub struct Session {
     round_trip: RoundTrip,
     /// By how much windows may still grow.
     growth: usize,
-    /// Streams with control frames to send, and with data.
-    control: VecDeque<u64>,
-    turns: Turns,
+    /// Streams with control frames to send.
+    control: VecDeque<Key>,
+    /// Streams with data to send: deficit round robin with a list of new flows, as in fq_codel (RFC 8290, 4.2). A
+    /// stream that had nothing to send goes first, for one quantum.
+    new_flows: VecDeque<Key>,
+    old_flows: VecDeque<Key>,
     /// What the frame is charged that was taken last.
     in_flight: usize,
     /// No stream is opened any more; go-away is sent after all else.
     is_over: bool,
     go_away: Option<Reason>,
-    /// Who drives the connection, waits for a stream to come, and for one to be opened.
-    driver: Option<Waker>,
-    acceptor: Option<Waker>,
+    /// The connection's task, and the same while it waits for a stream to be opened.
+    task: Option<Waker>,
     opener: Option<Waker>,
     effects: Effects,
 }
 
 impl Session {
     /// A session without streams.
-    pub fn new(role: Role, budget: Arc<ConnectionBudget>) -> Self {
+    pub fn new(role: Role, budget: Arc<ConnectionBudget>, admission: StreamAdmission) -> Self {
         Self {
-            role,
             budget,
-            streams: BTreeMap::new(),
+            admission,
+            streams: Streams::new(),
             last_serial: 0,
-            ids: BTreeMap::new(),
-            next_id: if role == Role::Client { 1 } else { 2 },
+            next_id: role as u32,
+            inbound: 0,
+            outbound: 0,
             unacknowledged: 0,
+            is_unused: role == Role::Server,
             refused: 0,
             half_closed: VecDeque::new(),
             accepted: VecDeque::new(),
-            incoming: (0, Flags::NONE),
+            incoming: (0, 0),
             ping: None,
             round_trip: RoundTrip::default(),
             growth: MAX_GROWTH,
             control: VecDeque::new(),
-            turns: Turns::default(),
+            new_flows: VecDeque::new(),
+            old_flows: VecDeque::new(),
             in_flight: 0,
             is_over: false,
             go_away: None,
-            driver: None,
-            acceptor: None,
+            task: None,
             opener: None,
             effects: Effects::default(),
         }
     }
 
-    /// What is to be done now that the lock is released.
-    pub fn take_effects(&mut self) -> Effects {
-        std::mem::take(&mut self.effects)
-    }
-
-    /// This task drives the connection: it is woken when there is something to send.
-    pub fn set_driver(&mut self, cx: &Context<'_>) {
-        self.effects.register(&mut self.driver, cx);
+    /// This task is the connection's from now on: it is woken when there is something to send or a stream came.
+    pub fn set_task(&mut self, cx: &Context<'_>) {
+        self.effects.register(&mut self.task, cx);
     }
 
     // ---- Streams come
 
-    /// Opens a stream, which takes this permit; its serial number.
+    /// Opens a stream as soon as another one may be open.
     ///
     /// # Errors
     ///
     /// When the session is over, or has used up its numbers.
-    pub fn open(&mut self, permit: StreamPermit, now: Instant) -> io::Result<u64> {
+    pub fn poll_open(&mut self, cx: &Context<'_>, now: Instant) -> Poll<io::Result<Key>> {
         let next_id = self.next_id.checked_add(2).filter(|_| !self.is_over);
         let Some(next_id) = next_id else {
-            self.effects.permits.push(permit);
-            return Err(io::ErrorKind::NotConnected.into());
+            return Poll::Ready(Err(io::ErrorKind::NotConnected.into()));
         };
-        let id = std::mem::replace(&mut self.next_id, next_id);
-        self.unacknowledged += 1;
-        Ok(self.insert(Stream::new(id, Flags::SYN, Some(permit), now)))
-    }
-
-    /// Ready when another stream may be opened.
-    pub fn poll_open(&mut self, cx: &Context<'_>) -> Poll<()> {
-        if self.unacknowledged < MAX_UNACKNOWLEDGED {
-            return Poll::Ready(());
+        if self.unacknowledged >= MAX_UNACKNOWLEDGED
+            || self.outbound >= self.admission.budget.outbound
+        {
+            self.effects.register(&mut self.opener, cx);
+            return Poll::Pending;
         }
-        self.effects.register(&mut self.opener, cx);
-        Poll::Pending
+        let id = std::mem::replace(&mut self.next_id, next_id);
+        self.outbound += 1;
+        self.unacknowledged += 1;
+        Poll::Ready(Ok(self.insert(id, Origin::Relay, now)))
     }
 
     /// A stream that the peer opened. It is acknowledged with what is sent next.
-    pub fn poll_accept(&mut self, cx: &Context<'_>) -> Poll<u64> {
-        while let Some(serial) = self.accepted.pop_front() {
-            match self.streams.get_mut(&serial) {
-                Some(stream) if stream.inbound != Inbound::Reset => {
-                    stream.opening = Flags::ACK;
-                    self.settle(serial);
-                    return Poll::Ready(serial);
+    pub fn poll_accept(&mut self, cx: &Context<'_>) -> Poll<Key> {
+        while let Some(key) = self.accepted.pop_front() {
+            match self.streams.get_mut(&key) {
+                Some(stream) if stream.received & RST == 0 => {
+                    stream.pending |= ACK;
+                    self.settle(key);
+                    return Poll::Ready(key);
                 }
-                _ => self.drop_handle(serial),
+                _ => self.change(key, Stream::drop_handle),
             }
         }
-        self.effects.register(&mut self.acceptor, cx);
+        self.set_task(cx);
         Poll::Pending
     }
 
-    fn insert(&mut self, stream: Stream) -> u64 {
+    fn insert(&mut self, id: u32, origin: Origin, now: Instant) -> Key {
         self.last_serial += 1;
         self.budget.charge(size_of::<Stream>());
-        self.ids.insert(stream.id, self.last_serial);
-        self.streams.insert(self.last_serial, Box::new(stream));
-        self.last_serial
+        let key = (id, self.last_serial);
+        self.streams.insert(key, Box::new(Stream::new(id, origin, now)));
+        key
     }
 
     // ---- What their holders do
 
-    /// The error of a stream that was reset, by its peer or with the connection: [`CircuitEnd`](crate::CircuitEnd) tells
-    /// these apart.
-    fn reset_kind(&self) -> io::ErrorKind {
-        if self.is_over { io::ErrorKind::ConnectionAborted } else { io::ErrorKind::ConnectionReset }
-    }
-
-    /// Reads from a stream. What was received before a reset is still read.
-    pub fn poll_read(
+    /// Has a stream read or write for its holder, whose task waits if that yields `None`. A stream that ends with its
+    /// connection fails otherwise than one that is reset: [`CircuitEnd`](crate::CircuitEnd) tells these apart.
+    pub fn poll_stream(
         &mut self,
-        serial: u64,
+        key: Key,
         cx: &Context<'_>,
-        into: &mut [u8],
-        now: Instant,
+        waker: fn(&mut Stream) -> &mut Option<Waker>,
+        act: impl FnOnce(&mut Stream, &ConnectionBudget) -> Option<io::Result<usize>>,
     ) -> Poll<io::Result<usize>> {
-        let reset = self.reset_kind();
-        let stream = self.streams.get_mut(&serial).ok_or(reset)?;
-        let read = stream.read(into, now, &self.budget);
-        let result = match stream.inbound {
-            _ if read > 0 || into.is_empty() => Poll::Ready(Ok(read)),
-            Inbound::Finished => Poll::Ready(Ok(0)),
-            Inbound::Reset => Poll::Ready(Err(reset.into())),
-            Inbound::Open => {
-                self.effects.register(&mut stream.reader, cx);
-                Poll::Pending
-            }
-        };
-        self.settle(serial);
-        result
-    }
-
-    /// Writes to a stream.
-    pub fn poll_write(
-        &mut self,
-        serial: u64,
-        cx: &Context<'_>,
-        bytes: &[u8],
-        now: Instant,
-    ) -> Poll<io::Result<usize>> {
-        let reset = self.reset_kind();
-        let stream = self.streams.get_mut(&serial).ok_or(reset)?;
-        match stream.outbound {
-            Outbound::Open => {}
-            Outbound::Finishing | Outbound::Finished => {
-                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
-            }
-            Outbound::Resetting | Outbound::Reset => {
-                return Poll::Ready(Err(reset.into()));
-            }
+        use io::ErrorKind::{ConnectionAborted, ConnectionReset};
+        let reset = if self.is_over { ConnectionAborted } else { ConnectionReset };
+        let stream = self.streams.get_mut(&key).ok_or(reset)?;
+        let result = act(stream, &self.budget);
+        if result.is_none() {
+            self.effects.register(waker(stream), cx);
         }
-        if stream.room() == 0 && !bytes.is_empty() {
-            self.effects.register(&mut stream.writer, cx);
-            return Poll::Pending;
-        }
-        let written = stream.write(bytes, now, &self.budget);
-        self.settle(serial);
-        Poll::Ready(Ok(written))
-    }
-
-    /// What was written to the stream will be sent, whatever becomes of the stream.
-    pub fn flush(&mut self, serial: u64) {
-        if let Some(stream) = self.streams.get_mut(&serial) {
-            stream.flush();
+        self.settle(key);
+        let is_reset = |error: &io::Error| error.kind() == ConnectionReset;
+        match result {
+            Some(Err(error)) if is_reset(&error) => Poll::Ready(Err(reset.into())),
+            Some(result) => Poll::Ready(result),
+            None => Poll::Pending,
         }
     }
 
-    /// Nothing more will be written to the stream: FIN goes after the last of it.
-    pub fn close(&mut self, serial: u64) {
-        self.change(serial, |stream, _| stream.close());
+    /// A stream, for a change that nothing follows from: [`Stream::flush`] or [`Stream::set_used`].
+    pub fn stream(&mut self, key: Key) -> Option<&mut Stream> {
+        self.streams.get_mut(&key).map(|stream| &mut **stream)
     }
 
-    /// Nobody holds the stream any more. It is reset, unless this side closed it.
-    pub fn drop_handle(&mut self, serial: u64) {
-        self.change(serial, Stream::drop_handle);
-    }
-
-    /// Resets a stream: frees its bytes at once, and tells the peer.
-    pub fn reset(&mut self, serial: u64) {
-        self.change(serial, Stream::reset);
+    /// Changes how far a stream has come: [`Stream::close`], [`Stream::drop_handle`], [`Stream::reset`] or another
+    /// end of it. Wakes its holder.
+    pub fn change(&mut self, key: Key, change: impl FnOnce(&mut Stream, &ConnectionBudget)) {
+        if let Some(stream) = self.streams.get_mut(&key) {
+            change(stream, &self.budget);
+            self.effects.wakers.extend(stream.reader.take());
+            self.effects.wakers.extend(stream.writer.take());
+            self.settle(key);
+        }
     }
 
     /// Resets the stream with the most bytes that have waited for the longest; how many bytes that freed.
     pub fn shed(&mut self, now: Instant, cut: Cut) -> usize {
-        let weights = self.streams.iter().map(|(serial, stream)| (stream.weight(now), *serial));
-        let (weight, serial) = weights.max().unwrap_or_default();
+        let weights = self.streams.iter().map(|(key, stream)| (stream.weight(now), *key));
+        let (weight, key) = weights.max().unwrap_or_default();
         if weight == 0 {
             return 0;
         }
         let before = self.budget.held();
-        self.reset(serial);
+        self.change(key, Stream::reset);
         self.budget.count(cut);
         before.saturating_sub(self.budget.held())
     }
@@ -314,69 +266,47 @@ impl Session {
         self.streams.values().map(|stream| stream.credit()).sum()
     }
 
-    /// The permit of a stream.
-    pub fn permit(&self, serial: u64) -> Option<&StreamPermit> {
-        self.streams.get(&serial)?.permit.as_ref()
-    }
-
     // ---- What follows
 
-    /// Changes how far a stream has come, and wakes its holder.
-    fn change(&mut self, serial: u64, change: impl FnOnce(&mut Stream, &ConnectionBudget)) {
-        if let Some(stream) = self.streams.get_mut(&serial) {
-            change(stream, &self.budget);
-            self.effects.wakers.extend(stream.reader.take());
-            self.effects.wakers.extend(stream.writer.take());
-            self.settle(serial);
-        }
-    }
-
     /// Queues a stream for what it has to send; forgets of it what is not needed any more.
-    fn settle(&mut self, serial: u64) {
-        let Some(stream) = self.streams.get_mut(&serial) else {
+    fn settle(&mut self, key: Key) {
+        let Some(stream) = self.streams.get_mut(&key) else {
             return;
         };
         if stream.has_control(&self.budget) && !std::mem::replace(&mut stream.in_control, true) {
-            self.control.push_back(serial);
-            self.effects.wakers.extend(self.driver.take());
+            self.control.push_back(key);
+            self.effects.wakers.extend(self.task.take());
         }
         if stream.has_data() && !std::mem::replace(&mut stream.in_turns, true) {
-            self.turns.add(serial);
-            self.effects.wakers.extend(self.driver.take());
+            stream.deficit = QUANTUM as i64;
+            self.new_flows.push_back(key);
+            self.effects.wakers.extend(self.task.take());
         }
-        let (id, is_finished, is_gone) = (stream.id, stream.is_finished(), stream.is_gone());
-        if is_finished && self.ids.get(&id) == Some(&serial) {
-            self.ids.remove(&id);
-        }
-        if is_gone {
-            self.remove(serial);
-            if !is_finished {
-                self.ids.remove(&id);
-                self.half_closed.push_back(id);
+        if stream.is_gone() {
+            if !stream.is_finished() {
+                self.half_closed.push_back(stream.id);
             }
             if self.half_closed.len() > MAX_REFUSED {
                 self.half_closed.pop_front();
             }
+            self.remove(key);
         }
     }
 
-    fn remove(&mut self, serial: u64) {
-        let Some(mut stream) = self.streams.remove(&serial) else {
+    fn remove(&mut self, key: Key) {
+        let Some(mut stream) = self.streams.remove(&key) else {
             return;
         };
         stream.discard_unread(&self.budget);
         stream.discard_unsent(&self.budget);
         self.budget.release(size_of::<Stream>());
         self.growth += stream.growth();
-        self.acknowledge(stream.is_unacknowledged);
-        // One whose first frame broke the session was not refused yet.
-        self.refused = self.refused.saturating_sub(usize::from(stream.permit.is_none()));
-        self.effects.permits.extend(stream.permit.take());
-    }
-
-    /// A stream of ours does not wait any more to be acknowledged, if it did.
-    fn acknowledge(&mut self, did_wait: bool) {
-        self.unacknowledged -= usize::from(did_wait);
+        match stream.origin {
+            Origin::Relay => self.outbound -= 1,
+            Origin::Peer(_) => self.inbound -= 1,
+            Origin::Refused => self.refused -= 1,
+        }
+        self.unacknowledged -= usize::from(stream.is_unacknowledged);
         self.effects.wakers.extend(self.opener.take());
     }
 
@@ -391,26 +321,113 @@ impl Session {
 
     /// The session is over: streams end where they are, with what was received. Nothing is sent but the
     /// go-away, if this side ends it.
-    pub fn end(&mut self, end: &End) {
+    pub fn end(&mut self) {
         self.is_over = true;
-        self.go_away = None;
-        if let End::Broken(reason, _) = end {
-            self.go_away = Some(*reason);
-        }
         self.ping = None;
         self.accepted.clear();
-        for serial in self.streams.keys().copied().collect::<Vec<_>>() {
-            self.change(serial, Stream::end);
+        for key in self.streams.keys().copied().collect::<Vec<_>>() {
+            self.change(key, Stream::end);
         }
-        self.effects.wakers.extend(self.acceptor.take());
+        self.effects.wakers.extend(self.task.take());
         self.effects.wakers.extend(self.opener.take());
     }
 
     /// The connection is gone: all memory is freed.
     pub fn close_all(&mut self) {
-        self.end(&End::Left);
+        self.end();
         self.streams.keys().copied().collect::<Vec<_>>().into_iter().for_each(|it| self.remove(it));
         self.budget.release(std::mem::take(&mut self.in_flight));
+    }
+}
+
+/// A session and its lock. No thread holds the locks of two sessions, or wakes a task under one.
+#[derive(Debug)]
+pub struct Shared {
+    session: Mutex<Session>,
+    /// What it is charged.
+    pub budget: Arc<ConnectionBudget>,
+}
+
+impl Shared {
+    /// A session of a connection from this prefix.
+    pub fn new(
+        role: Role,
+        admission: StreamAdmission,
+        memory: &MemoryBudget,
+        prefix: Option<ClientPrefix>,
+    ) -> Arc<Self> {
+        Arc::new_cyclic(|shared: &Weak<Self>| {
+            let budget = memory.open(prefix, shared.clone());
+            let session = Mutex::new(Session::new(role, Arc::clone(&budget), admission));
+            Self { session, budget }
+        })
+    }
+
+    /// Calls `act` under the lock, and applies its effects after releasing that.
+    pub fn with<T>(&self, act: impl FnOnce(&mut Session) -> T) -> T {
+        let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
+        let result = act(&mut session);
+        let effects = std::mem::take(&mut session.effects);
+        drop(session);
+        effects.apply(&self.budget.pool);
+        result
+    }
+
+    /// Whether its lock is held.
+    #[cfg(test)]
+    pub fn is_locked(&self) -> bool {
+        self.session.try_lock().is_err()
+    }
+}
+
+impl Connection for Shared {
+    fn budget(&self) -> &ConnectionBudget {
+        &self.budget
+    }
+
+    fn shed(&self, now: Instant) -> usize {
+        self.with(|session| session.shed(now, Cut::Pool))
+    }
+
+    fn reset(&self, stream: Key) {
+        self.with(|session| session.change(stream, Stream::reset));
+    }
+
+    fn credit(&self) -> usize {
+        self.with(|session| session.credit())
+    }
+}
+
+/// Round trips, as measured by our pings ("Ping"): one at a time.
+#[derive(Debug, Default)]
+struct RoundTrip {
+    /// The last that was measured.
+    measured: Option<Duration>,
+    /// How many bytes of data were received since the last ping, and when that was.
+    received: usize,
+    asked_at: Option<Instant>,
+    /// Its number, and whether it is to be answered.
+    number: u32,
+    is_asked: bool,
+}
+
+impl RoundTrip {
+    /// The number of the ping to send, if one is due.
+    fn ask(&mut self, now: Instant) -> Option<u32> {
+        let since = self.asked_at.map(|at| now.saturating_duration_since(at));
+        let is_old = since.is_none_or(|since| since >= PING_INTERVAL);
+        if self.is_asked || self.received < PING_AFTER || !is_old {
+            return None;
+        }
+        (self.received, self.asked_at, self.is_asked) = (0, Some(now), true);
+        self.number = self.number.wrapping_add(1);
+        Some(self.number)
+    }
+
+    /// The peer answers; false if it was not asked.
+    fn on_answer(&mut self, number: u32, now: Instant) -> bool {
+        self.measured = self.asked_at.map(|at| now.saturating_duration_since(at));
+        std::mem::take(&mut self.is_asked) && self.number == number
     }
 }
 

@@ -4,16 +4,15 @@
 
 use std::{
     collections::VecDeque,
-    io::Write,
+    io::{self, Write},
     task::Waker,
     time::{Duration, Instant},
 };
 
 use super::{
     budget::ConnectionBudget,
-    chunk::Chunk,
-    frame::{Flags, HEADER, Header, INITIAL_WINDOW, Kind, MAX_WINDOW},
-    permits::StreamPermit,
+    frame::{ACK, Chunk, FIN, Flags, HEADER, Header, INITIAL_WINDOW, Kind, MAX_WINDOW, RST, SYN},
+    stream_limits::Permit,
 };
 use crate::behaviour::circuit::BUFFER_SIZE;
 
@@ -24,111 +23,99 @@ pub const QUANTUM: usize = BUFFER_SIZE;
 /// No credit is granted that leaves the peer so little or less, in bytes: it would send crumbs.
 const CRUMB: usize = 16 * 1024;
 
-/// What the peer has said of its half.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Inbound {
-    /// More may come.
-    Open,
-    /// FIN: nothing more comes.
-    Finished,
-    /// RST, or the session is over.
-    Reset,
-}
-
-/// What this side has said of its half.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outbound {
-    /// There may be more to say.
-    Open,
-    /// FIN goes after the last of what is unsent.
-    Finishing,
-    /// FIN was sent.
-    Finished,
-    /// RST goes after what is unsent.
-    Resetting,
-    /// RST was sent, or need not be.
-    Reset,
+/// Who opened a stream.
+#[derive(Debug, Default)]
+pub enum Origin {
+    /// The relay.
+    #[default]
+    Relay,
+    /// The peer, with a permit of the pool unless it needs none.
+    Peer(Option<Permit>),
+    /// The peer, which is told that it has no such stream.
+    Refused,
 }
 
 /// One stream.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Stream {
     /// Its number on the wire.
     pub id: u32,
-    /// What the peer has said.
-    pub inbound: Inbound,
-    /// What this side has said.
-    pub outbound: Outbound,
-    /// SYN or ACK, to go with the next frame.
-    pub opening: Flags,
+    /// Who opened it.
+    pub origin: Origin,
+    /// The flags that the peer sent. RST also if nothing more is read for another reason.
+    pub received: Flags,
+    /// The flags that were sent. RST also if nothing more is sent for another reason.
+    pub sent: Flags,
+    /// The flags to be sent: SYN and ACK with the next frame, FIN after the last data, RST after all else.
+    pub pending: Flags,
     /// This side opened it, and the peer has not acknowledged it yet.
     pub is_unacknowledged: bool,
     /// Somebody holds its handle, or is to get it.
     pub has_handle: bool,
-    /// Data came that nobody is there to read.
-    pub is_stray: bool,
     /// It is queued for its control frames.
     pub in_control: bool,
-    /// It is queued for its data.
+    /// It is queued for its data, and how much it may send before the others have their turn, in bytes.
     pub in_turns: bool,
-    /// Who waits for data.
+    pub deficit: i64,
+    /// Who waits for data, and for room to write.
     pub reader: Option<Waker>,
-    /// Who waits for room to write.
     pub writer: Option<Waker>,
-    /// Its permit; `None` if it is refused.
-    pub permit: Option<StreamPermit>,
     chunks: VecDeque<Chunk>,
     unread: usize,
     /// What was read last. Until the next read the reader may still hold it.
     passing: usize,
-    read_at: Instant,
+    read_at: Option<Instant>,
     /// What the peer may still send.
     credit: usize,
     /// The window that it is granted while memory is plenty.
     window: usize,
-    granted_at: Instant,
+    granted_at: Option<Instant>,
     send_window: u32,
     /// A frame to be sent: room for its header, and its body.
     out: Vec<u8>,
     /// How much of the body was sent.
-    sent: usize,
+    out_sent: usize,
     /// How much of it is sent even if the stream is dropped, because it was flushed.
     flushed: usize,
-    sent_at: Instant,
+    sent_at: Option<Instant>,
 }
 
 impl Stream {
-    /// A new stream with this flag on its first frame.
-    pub fn new(id: u32, opening: Flags, permit: Option<StreamPermit>, now: Instant) -> Self {
+    /// A new stream.
+    pub fn new(id: u32, origin: Origin, now: Instant) -> Self {
+        let is_ours = matches!(origin, Origin::Relay);
         Self {
             id,
-            inbound: Inbound::Open,
-            outbound: Outbound::Open,
-            opening,
-            is_unacknowledged: opening == Flags::SYN,
+            origin,
+            pending: if is_ours { SYN } else { 0 },
+            is_unacknowledged: is_ours,
             has_handle: true,
-            is_stray: false,
-            in_control: false,
-            in_turns: false,
-            reader: None,
-            writer: None,
-            permit,
-            chunks: VecDeque::new(),
-            unread: 0,
-            passing: 0,
-            read_at: now,
             credit: INITIAL_WINDOW,
             window: INITIAL_WINDOW,
-            granted_at: now,
+            granted_at: Some(now),
             send_window: INITIAL_WINDOW as u32,
-            out: Vec::new(),
-            sent: 0,
-            flushed: 0,
-            sent_at: now,
+            ..Self::default()
+        }
+    }
+
+    /// A request has arrived on it: it is not reset for another one any more.
+    pub fn set_used(&mut self) {
+        if let Origin::Peer(Some(permit)) = &self.origin {
+            permit.set_used();
         }
     }
 
     // ---- Receiving
+
+    /// Whether the peer may send more.
+    fn is_receiving(&self) -> bool {
+        self.received & (FIN | RST) == 0
+    }
+
+    /// Whether data that comes is for anybody.
+    pub fn is_read(&self) -> bool {
+        self.has_handle && (self.sent | self.pending) & RST == 0
+    }
 
     /// Takes so many bytes off the peer's credit; false if it has less.
     pub fn consume_credit(&mut self, bytes: usize) -> bool {
@@ -139,29 +126,30 @@ impl Stream {
 
     /// How many bytes the peer may still send.
     pub fn credit(&self) -> usize {
-        if self.inbound == Inbound::Open { self.credit } else { 0 }
+        if self.is_receiving() { self.credit } else { 0 }
     }
 
-    /// Whether data that comes is for anybody.
-    pub fn is_read(&self) -> bool {
-        self.has_handle && self.is_open()
-    }
-
-    /// Stores what is in the chunk, whose charge goes with it if it is taken.
+    /// Stores what is in the chunk.
     pub fn store(&mut self, chunk: &mut Chunk, now: Instant, budget: &ConnectionBudget) {
         if self.unread == 0 {
-            self.read_at = now;
+            self.read_at = Some(now);
         }
         self.unread += chunk.unread().len();
         budget.add_unread(chunk.unread().len());
         if !self.chunks.back_mut().is_some_and(|last| last.append(chunk)) {
+            budget.charge(chunk.capacity());
             self.chunks.push_back(std::mem::take(chunk));
         }
     }
 
-    /// Reads what there is, as far as it fits.
-    pub fn read(&mut self, mut into: &mut [u8], now: Instant, budget: &ConnectionBudget) -> usize {
-        let (mut read, mut freed) = (0, 0);
+    /// Reads what there is, as far as it fits. `None`: nothing yet.
+    pub fn read(
+        &mut self,
+        mut into: &mut [u8],
+        now: Instant,
+        budget: &ConnectionBudget,
+    ) -> Option<io::Result<usize>> {
+        let (mut read, mut freed, is_asked) = (0, 0, !into.is_empty());
         while let Some(first) = self.chunks.front_mut() {
             let some = first.read(into);
             read += some;
@@ -174,11 +162,16 @@ impl Stream {
         }
         self.unread -= read;
         let passed_on = std::mem::replace(&mut self.passing, read);
-        self.read_at = now;
+        self.read_at = Some(now);
         budget.remove_unread(passed_on);
         budget.charge(read);
         budget.release(freed + passed_on);
-        read
+        match self.received {
+            _ if read > 0 || !is_asked => Some(Ok(read)),
+            flags if flags & RST != 0 => Some(Err(io::ErrorKind::ConnectionReset.into())),
+            flags if flags & FIN != 0 => Some(Ok(0)),
+            _ => None,
+        }
     }
 
     /// Frees what was received.
@@ -190,42 +183,37 @@ impl Stream {
         (self.unread, self.passing) = (0, 0);
     }
 
-    /// Whether the peer is to get more credit.
-    pub fn is_grant_due(&self, budget: &ConnectionBudget) -> bool {
-        let (grant, window) = self.missing_credit(budget);
-        let is_read = self.inbound == Inbound::Open && self.is_read();
-        is_read && grant >= window / 2 && self.credit + grant > CRUMB
+    /// The credit that the peer is to get, in bytes.
+    fn due_credit(&self, budget: &ConnectionBudget) -> usize {
+        let window = budget.window(self.window);
+        let missing = window.saturating_sub(self.credit + self.unread + self.passing);
+        let is_worth_it = missing >= window / 2 && self.credit + missing > CRUMB;
+        if is_worth_it && self.is_receiving() && self.is_read() { missing } else { 0 }
     }
 
     /// Grants the credit that is due, in bytes.
     ///
     /// Before that, widens the window by `growth` at most if the peer uses half of it within two round
-    /// trips: it could send no faster else. Returns the credit, and by how much the window is wider.
+    /// trips: it could send no faster else.
     pub fn grant(
         &mut self,
         rtt: Option<Duration>,
-        growth: usize,
+        growth: &mut usize,
         now: Instant,
         budget: &ConnectionBudget,
-    ) -> (usize, usize) {
-        if !self.is_grant_due(budget) {
-            return (0, 0);
+    ) -> usize {
+        if self.due_credit(budget) == 0 {
+            return 0;
         }
-        let is_fast =
-            rtt.is_some_and(|rtt| now.saturating_duration_since(self.granted_at) < rtt * 2);
-        let most = self.window.min(growth).min(MAX_WINDOW - self.window);
-        let wider = if is_fast { most } else { 0 };
-        self.window += wider;
-        self.granted_at = now;
-        let (grant, _) = self.missing_credit(budget);
-        self.credit += grant;
-        (grant, wider)
-    }
-
-    /// How much credit is missing to the window, and that window.
-    fn missing_credit(&self, budget: &ConnectionBudget) -> (usize, usize) {
-        let window = budget.window(self.window);
-        (window.saturating_sub(self.credit + self.unread + self.passing), window)
+        let since = self.granted_at.replace(now).map(|at| now.saturating_duration_since(at));
+        if rtt.zip(since).is_some_and(|(rtt, since)| since < rtt * 2) {
+            let wider = self.window.min(*growth).min(MAX_WINDOW - self.window);
+            self.window += wider;
+            *growth -= wider;
+        }
+        let credit = self.due_credit(budget);
+        self.credit += credit;
+        credit
     }
 
     /// By how much its window is wider than at its start.
@@ -242,29 +230,40 @@ impl Stream {
         sum.is_some()
     }
 
-    /// How many bytes may be written now.
-    pub fn room(&self) -> usize {
-        QUANTUM.saturating_sub(self.unsent()).min(self.send_window as usize)
-    }
-
     /// How many bytes wait to be sent.
     pub fn unsent(&self) -> usize {
-        self.out.len().saturating_sub(HEADER + self.sent)
+        self.out.len().saturating_sub(HEADER + self.out_sent)
     }
 
-    /// Takes as many of these bytes as there is room for.
-    pub fn write(&mut self, bytes: &[u8], now: Instant, budget: &ConnectionBudget) -> usize {
-        let bytes = bytes.get(..self.room()).unwrap_or(bytes);
+    /// Takes as many of these bytes as there is room for. `None`: there is no room.
+    pub fn write(
+        &mut self,
+        bytes: &[u8],
+        now: Instant,
+        budget: &ConnectionBudget,
+    ) -> Option<io::Result<usize>> {
+        let said = self.sent | self.pending;
+        if said & RST != 0 {
+            return Some(Err(io::ErrorKind::ConnectionReset.into()));
+        }
+        if said & FIN != 0 {
+            return Some(Err(io::ErrorKind::WriteZero.into()));
+        }
+        let room = QUANTUM.saturating_sub(self.unsent()).min(self.send_window as usize);
+        if room == 0 && !bytes.is_empty() {
+            return None;
+        }
+        let bytes = bytes.get(..room).unwrap_or(bytes);
         let before = self.out.capacity();
         if self.out.is_empty() {
-            self.sent_at = now;
+            self.sent_at = Some(now);
             self.out.reserve_exact(HEADER + bytes.len());
             self.out.resize(HEADER, 0);
         }
         self.out.extend_from_slice(bytes);
         self.send_window -= bytes.len() as u32;
         budget.charge(self.out.capacity() - before);
-        bytes.len()
+        Some(Ok(bytes.len()))
     }
 
     /// What was written so far is sent, whatever becomes of the stream.
@@ -275,12 +274,12 @@ impl Stream {
     /// Frees what was to be sent.
     pub fn discard_unsent(&mut self, budget: &ConnectionBudget) {
         budget.release(self.out.capacity());
-        (self.out, self.sent, self.flushed) = (Vec::new(), 0, 0);
+        (self.out, self.out_sent, self.flushed) = (Vec::new(), 0, 0);
     }
 
     /// Whether there is something to send that takes its turn: data, or the end of it.
     pub fn has_data(&self) -> bool {
-        self.unsent() > 0 || self.outbound == Outbound::Finishing
+        self.unsent() > 0 || self.pending & FIN != 0
     }
 
     /// Moves a frame of at most `most` bytes of data into `into`, which is empty; what stays charged for it.
@@ -293,26 +292,22 @@ impl Stream {
     ) -> usize {
         let body = self.unsent().min(most);
         let is_last = body == self.unsent();
-        let mut flags = std::mem::take(&mut self.opening);
-        // A frame of its own: go-yamux handles the flags of a frame before it reads the body, and a reader of
-        // the stream would see the end before the last of the data.
-        if body == 0 && self.outbound == Outbound::Finishing {
-            flags = flags | Flags::FIN;
-            self.outbound = if self.is_stray { Outbound::Resetting } else { Outbound::Finished };
-        }
-        let header = self.header(Kind::Data, flags, body as u32).encode();
-        self.sent_at = now;
+        // FIN has a frame of its own: go-yamux handles the flags of a frame before it reads the body, and a reader
+        // of the stream would see the end before the last of the data.
+        let flags = self.pending & if body == 0 { SYN | ACK | FIN } else { SYN | ACK };
+        let header = self.header(Kind::Data, flags, body);
+        self.sent_at = Some(now);
         self.flushed = self.flushed.saturating_sub(body);
-        if is_last && self.sent == 0 && !self.out.is_empty() {
+        if is_last && self.out_sent == 0 && !self.out.is_empty() {
             // The frame as it was written: no copy.
             *into = std::mem::take(&mut self.out);
             let _ = into.as_mut_slice().write(&header); // to memory
             return into.capacity();
         }
-        let from = HEADER + self.sent;
+        let from = HEADER + self.out_sent;
         into.extend_from_slice(&header);
         into.extend_from_slice(self.out.get(from..from + body).unwrap_or_default());
-        self.sent += body;
+        self.out_sent += body;
         if is_last {
             self.discard_unsent(budget);
         }
@@ -322,26 +317,28 @@ impl Stream {
     /// Whether there are frames without data to send.
     pub fn has_control(&self, budget: &ConnectionBudget) -> bool {
         // An ACK goes with data if there is some.
-        let acknowledges = self.opening == Flags::ACK && self.is_open() && !self.has_data();
-        acknowledges || self.is_reset_due() || self.is_grant_due(budget)
+        let acknowledges = self.pending & (ACK | RST) == ACK && !self.has_data();
+        acknowledges || self.is_reset_due() || self.due_credit(budget) > 0
     }
 
     /// Whether RST is to be sent now.
     pub fn is_reset_due(&self) -> bool {
-        self.outbound == Outbound::Resetting && self.unsent() == 0
+        self.pending & RST != 0 && !self.has_data()
     }
 
-    /// A header of this stream.
-    pub fn header(&self, kind: Kind, flags: Flags, length: u32) -> Header {
-        Header { kind, flags, stream: self.id, length }
+    /// The header of a frame that sends these flags.
+    pub fn header(&mut self, kind: Kind, flags: Flags, length: usize) -> [u8; HEADER] {
+        self.pending &= !flags;
+        self.sent |= flags;
+        Header { kind, flags, stream: self.id, length: length as u32 }.encode()
     }
 
     // ---- The end
 
     /// FIN is to be sent.
     pub fn close(&mut self) {
-        if self.outbound == Outbound::Open {
-            self.outbound = Outbound::Finishing;
+        if (self.sent | self.pending) & (FIN | RST) == 0 {
+            self.pending |= FIN;
         }
     }
 
@@ -349,76 +346,88 @@ impl Stream {
     pub fn drop_handle(&mut self, budget: &ConnectionBudget) {
         self.has_handle = false;
         self.discard_unread(budget);
-        // A peer without credit waits for some, and sends no data that a reset could answer.
-        if self.inbound == Inbound::Open && self.credit == 0 {
-            self.is_stray = true;
-            if self.outbound == Outbound::Finished {
-                self.set_resetting();
-            }
-        }
-        if self.outbound == Outbound::Open {
+        let is_cut = (self.sent | self.pending) & (FIN | RST) == 0;
+        if is_cut {
             match self.flushed {
                 0 => self.discard_unsent(budget),
-                flushed => self.out.truncate(HEADER + self.sent + flushed),
+                flushed => self.out.truncate(HEADER + self.out_sent + flushed),
             }
-            self.set_resetting();
+        }
+        // A peer without credit waits for some, and sends no data that a reset could answer.
+        if is_cut || self.is_receiving() && self.credit == 0 {
+            self.set_reset();
         }
     }
 
     /// This side resets it. The number of one that is finished may be another stream's by now: no RST is sent.
     pub fn reset(&mut self, budget: &ConnectionBudget) {
-        let is_finished = self.is_finished();
         self.discard_unread(budget);
         self.discard_unsent(budget);
-        self.inbound = Inbound::Reset;
-        self.set_resetting();
-        if is_finished {
-            self.outbound = Outbound::Reset;
+        if self.is_finished() {
+            self.set_silent();
+        } else {
+            self.pending &= !FIN;
+            self.set_reset();
+        }
+        self.received |= RST;
+    }
+
+    /// The peer sends no more.
+    pub fn on_fin(&mut self) {
+        if self.is_receiving() {
+            self.received |= FIN;
         }
     }
 
     /// The peer resets it.
     pub fn on_reset(&mut self, budget: &ConnectionBudget) {
         self.discard_unsent(budget);
-        (self.inbound, self.outbound) = (Inbound::Reset, Outbound::Reset);
+        self.set_silent();
+        self.received |= RST;
     }
 
-    /// The session is over.
+    /// The session is over. An end of file that came before stays one.
     pub fn end(&mut self, budget: &ConnectionBudget) {
-        self.discard_unsent(budget);
-        self.outbound = Outbound::Reset;
-        if self.inbound == Inbound::Open {
-            self.inbound = Inbound::Reset;
+        let received = self.received;
+        self.on_reset(budget);
+        if received & FIN != 0 {
+            self.received = received;
         }
     }
 
-    /// A stream that the peer has not heard of needs no RST.
-    fn set_resetting(&mut self) {
-        let is_unheard = self.opening == Flags::SYN && self.unsent() == 0;
-        self.outbound = if is_unheard { Outbound::Reset } else { Outbound::Resetting };
+    /// RST goes after what is unsent. A stream that the peer has not heard of needs none.
+    pub fn set_reset(&mut self) {
+        if self.pending & SYN != 0 && !self.has_data() {
+            self.set_silent();
+        } else {
+            self.pending |= RST;
+        }
     }
 
-    fn is_open(&self) -> bool {
-        !matches!(self.outbound, Outbound::Resetting | Outbound::Reset)
+    /// Nothing more is sent.
+    fn set_silent(&mut self) {
+        self.pending = 0;
+        self.sent |= RST;
     }
 
     /// How much its bytes are in the way: how many they are, times how long its reader, or its peer, has taken
     /// none.
     pub fn weight(&self, now: Instant) -> u128 {
-        let waits = |bytes: usize, since: Instant| {
-            bytes as u128 * (1 + now.saturating_duration_since(since).as_millis())
+        let waits = |bytes: usize, since: Option<Instant>| {
+            let millis = since.map_or(0, |at| now.saturating_duration_since(at).as_millis());
+            bytes as u128 * (1 + millis)
         };
         waits(self.unread + self.passing, self.read_at) + waits(self.out.capacity(), self.sent_at)
     }
 
     /// Whether neither side has anything to say any more, so that its number is free.
     pub fn is_finished(&self) -> bool {
-        let both = (self.inbound, self.outbound) == (Inbound::Finished, Outbound::Finished);
-        both || self.outbound == Outbound::Reset
+        let is_closed = self.received & self.sent & FIN != 0 && self.pending & RST == 0;
+        is_closed || self.sent & RST != 0
     }
 
     /// Whether nobody holds it, and there is nothing to send.
     pub fn is_gone(&self) -> bool {
-        !self.has_handle && matches!(self.outbound, Outbound::Finished | Outbound::Reset)
+        !self.has_handle && self.pending & (FIN | RST) == 0
     }
 }

@@ -1,15 +1,62 @@
-//! Limits on streams, and on the bytes buffered for them.
+//! Limits on streams: the settings, and whether a stream that a peer opens is admitted.
+//!
+//! Each request is a stream of its own, so rates bound the work for requests, refused ones included, before anything is
+//! looked up. A stream above its rate is reset; its connection stays open. Permits bound how many streams are open: beyond
+//! the first few of a connection each takes one of a pool that all connections share.
+//!
+//! Sans-IO.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
 
 use bytesize::ByteSize;
 
-use super::{
-    frame::{INITIAL_WINDOW, MAX_STREAMS, MAX_WINDOW},
-    permits::OWN,
+use super::frame::{INITIAL_WINDOW, MAX_STREAMS, MAX_WINDOW};
+use crate::{
+    address::ClientPrefix,
+    config::ConfigError,
+    program::net::admission::scoped_rates::{Bucket, ScopedRates},
+    relay::{
+        quota::{Busiest, Caps, Quota, Scope},
+        rates::Rate,
+    },
 };
-use crate::config::ConfigError;
 
 /// Streams of a connection besides those of its circuits: requests, pings, identify, and some to spare.
 pub const SPARE: usize = 32;
+
+/// How many inbound streams of a connection take no permit of the pool: enough to reserve, to renew, and to answer
+/// pings, whatever other connections do.
+const OWN: usize = 4;
+
+/// The pool of buffered bytes is at least so many times what one connection may hold: a few that hold all they may are
+/// pushed out before all others have to share the rest.
+const CONNECTIONS_IN_POOL: usize = 4;
+
+const KIB: usize = 1024;
+
+/// The lowest default of [`StreamLimits::max_buffered`], in bytes.
+const LEAST_DEFAULT: usize = 80 * 1024 * 1024;
+
+/// The burst of an address, in seconds of its rate: for clients behind one carrier's NAT that reconnect together.
+const BURST_SECONDS: u32 = 16;
+
+/// How many frames that open a stream, reset one or ping are allowed for each stream that an address may open.
+const FRAMES_PER_STREAM: u32 = 4;
+
+/// The ratio between the rate of a scope and that of the next narrower one.
+const WIDER: u32 = 4;
+
+/// What each connection may do regardless of others of its prefix: the streams for identify, reservations and pings, and
+/// the frames for these and for the ends of its circuits.
+const OWN_STREAMS: Rate = Rate { burst: 8, spacing: Duration::from_millis(2500) };
+const OWN_FRAMES: Rate = Rate { burst: 128, spacing: Duration::from_millis(125) };
+
+/// The longest that a connection is not read because of its frames. The next one may begin at once.
+const MAX_PAUSE: Duration = Duration::from_secs(1);
 
 /// How many streams a connection may have in each direction, for this many circuits.
 ///
@@ -18,24 +65,12 @@ pub const SPARE: usize = 32;
 /// When yamux cannot number this many.
 pub fn per_connection(circuits: usize) -> Result<usize, ConfigError> {
     const MAX_CIRCUITS: usize = MAX_STREAMS - SPARE;
-    match circuits {
-        0..=MAX_CIRCUITS => Ok(circuits + SPARE),
-        _ => {
-            let problem =
-                format!("one connection cannot carry so many; try {MAX_CIRCUITS} or less");
-            Err(ConfigError::new("max_circuits_per_peer", problem))
-        }
+    if circuits <= MAX_CIRCUITS {
+        return Ok(circuits + SPARE);
     }
+    let problem = format!("one connection cannot carry so many; try {MAX_CIRCUITS} or less");
+    Err(ConfigError::new("max_circuits_per_peer", problem))
 }
-
-/// The pool is at least so many times what one connection may hold: a few that hold all they may are pushed out
-/// before all others have to share the rest.
-const CONNECTIONS_IN_POOL: usize = 4;
-
-const KIB: usize = 1024;
-
-/// The lowest default of [`StreamLimits::max_buffered`], in bytes.
-const LEAST_DEFAULT: usize = 80 * 1024 * 1024;
 
 /// The limits on streams.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -157,8 +192,209 @@ fn in_kib(kib: usize) -> String {
     if kib.is_multiple_of(KIB) { format!("{}MiB", kib / KIB) } else { format!("{kib}KiB") }
 }
 
+/// How many streams may be open on one connection.
+#[derive(Clone, Copy, Debug)]
+pub struct Budget {
+    /// Those that the peer opened.
+    pub inbound: usize,
+    /// Those that the relay opened.
+    pub outbound: usize,
+}
+
+/// A stream of a session: its number on the wire, and a serial number of ours, for the former may return.
+pub type Key = (u32, u64);
+
+/// A stream of any session: the number of its connection, and its key.
+pub type StreamId = (u64, Key);
+
+/// Admits the streams of a connection. Clones, for other connections, share the pool and the rates of prefixes.
+#[derive(Clone, Debug)]
+pub struct StreamAdmission {
+    /// How many streams it may have.
+    pub budget: Budget,
+    /// The permits.
+    pub pool: SharedPool,
+    streams: RateLimiter,
+    frames: RateLimiter,
+}
+
+impl StreamAdmission {
+    /// Within these limits.
+    pub fn new(budget: Budget, limits: StreamLimits) -> Self {
+        let frame_rate = limits.stream_rate.saturating_mul(FRAMES_PER_STREAM);
+        Self {
+            budget,
+            pool: SharedPool::new(limits.max_streams),
+            streams: RateLimiter::new(OWN_STREAMS, limits.stream_rate),
+            frames: RateLimiter::new(OWN_FRAMES, frame_rate),
+        }
+    }
+
+    /// Admits a stream that the peer opens beside `open` others, with a permit of the pool if it needs one. Returns that,
+    /// and the stream of another connection that is to be reset for it.
+    pub fn admit(
+        &mut self,
+        stream: StreamId,
+        open: usize,
+        prefix: Option<ClientPrefix>,
+        now: Instant,
+    ) -> Option<(Option<Permit>, Option<StreamId>)> {
+        self.streams.take(prefix, Duration::ZERO, now)?;
+        if open >= self.budget.inbound {
+            return None;
+        }
+        if open < OWN {
+            return Some((None, None));
+        }
+        let (permit, preempted) = self.pool.take(prefix, stream)?;
+        Some((Some(permit), preempted))
+    }
+
+    /// Counts a frame that opens a stream, resets one or pings. Returns how long the connection is not to be read.
+    pub fn pause(&mut self, prefix: Option<ClientPrefix>, now: Instant) -> Duration {
+        self.frames.take(prefix, MAX_PAUSE, now).unwrap_or(MAX_PAUSE)
+    }
+}
+
+/// The permits that all connections share: an eighth for one address at most, a quarter for one subnet. When all are
+/// taken, an unused stream is reset for one of a prefix with fewer. Clones are the same pool.
+#[derive(Clone, Debug)]
+pub struct SharedPool(Arc<Mutex<Permits>>);
+
+#[derive(Debug)]
+struct Permits {
+    quota: Quota,
+    taken: HashMap<StreamId, Taken>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Taken {
+    prefix: Option<ClientPrefix>,
+    /// Whether the stream has had its first request: it cannot be reset for another one then.
+    is_used: bool,
+}
+
+impl SharedPool {
+    fn new(permits: usize) -> Self {
+        let caps = Caps {
+            total: Some(permits),
+            per_subnet: Some((permits / 4).max(1)),
+            per_address: Some((permits / 8).max(1)),
+        };
+        Self(Arc::new(Mutex::new(Permits { quota: Quota::new(caps), taken: HashMap::new() })))
+    }
+
+    /// The address that holds the most permits.
+    pub fn busiest(&self) -> Option<Busiest> {
+        self.lock().quota.busiest()
+    }
+
+    fn take(
+        &self,
+        prefix: Option<ClientPrefix>,
+        stream: StreamId,
+    ) -> Option<(Permit, Option<StreamId>)> {
+        let mut permits = self.lock();
+        let preempted = match permits.quota.full(prefix) {
+            None => None,
+            Some(Scope::Total) => Some(permits.preempt(prefix)?),
+            Some(_) => return None,
+        };
+        permits.quota.add(prefix);
+        permits.taken.insert(stream, Taken { prefix, is_used: false });
+        Some((Permit { pool: self.clone(), stream }, preempted))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Permits> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Permits {
+    /// Releases the permit of an unused stream of the heaviest prefix for a stream of this one. Returns the stream to
+    /// reset.
+    fn preempt(&mut self, prefix: Option<ClientPrefix>) -> Option<StreamId> {
+        let candidates = self
+            .taken
+            .iter()
+            .filter(|(_, taken)| !taken.is_used && self.quota.yields(taken.prefix, prefix));
+        let heaviest = candidates.max_by_key(|(_, taken)| self.quota.load(taken.prefix));
+        let stream = *heaviest?.0;
+        self.release(stream);
+        Some(stream)
+    }
+
+    fn release(&mut self, stream: StreamId) {
+        if let Some(taken) = self.taken.remove(&stream) {
+            self.quota.remove(taken.prefix);
+        }
+    }
+}
+
+/// A stream's permit of the pool, released when it is dropped.
+#[derive(Debug)]
+pub struct Permit {
+    pool: SharedPool,
+    stream: StreamId,
+}
+
+impl Permit {
+    /// Records that a request has arrived on the stream.
+    pub fn set_used(&self) {
+        if let Some(taken) = self.pool.lock().taken.get_mut(&self.stream) {
+            taken.is_used = true;
+        }
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        self.pool.lock().release(self.stream);
+    }
+}
+
+/// Limits one connection: by a token bucket of its own, and beyond that by those of its scopes.
+#[derive(Clone, Debug)]
+struct RateLimiter {
+    own: Rate,
+    bucket: Bucket,
+    scopes: Arc<Mutex<ScopedRates>>,
+}
+
+impl RateLimiter {
+    /// An address has this rate in the long run beside the connection's own. Zero: no limit.
+    fn new(own: Rate, per_second: u32) -> Self {
+        let rate = |wider: u32| Rate {
+            burst: per_second.saturating_mul(wider * BURST_SECONDS),
+            spacing: Duration::from_secs(1) / per_second.saturating_mul(wider).max(1),
+        };
+        let level = |wider| (per_second > 0).then(|| rate(wider));
+        let scopes = ScopedRates::new([1, WIDER, WIDER * WIDER].map(level));
+        Self { own, bucket: Bucket::default(), scopes: Arc::new(Mutex::new(scopes)) }
+    }
+
+    /// Takes a token that is there within `max_wait`. Returns after which time.
+    fn take(
+        &mut self,
+        prefix: Option<ClientPrefix>,
+        max_wait: Duration,
+        now: Instant,
+    ) -> Option<Duration> {
+        let own = self.bucket.take(self.own, Duration::ZERO, now);
+        own.or_else(|| match prefix {
+            Some(prefix) => {
+                let mut scopes = self.scopes.lock().unwrap_or_else(PoisonError::into_inner);
+                scopes.take(prefix, max_wait, now)
+            }
+            None => Some(Duration::ZERO), // an unknown address has no scope to limit
+        })
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use std::net::IpAddr;
+
     use super::*;
 
     const MIB: usize = KIB * KIB;
@@ -170,7 +406,7 @@ mod tests {
             ..StreamLimits::default()
         };
         let error = limits.check(circuits).err()?;
-        Some(format!("{}: {}", error.setting(), error.problem()))
+        Some(format!("{}: {}", error.setting(), error.problem))
     }
 
     #[test]
@@ -224,5 +460,139 @@ mod tests {
         ] {
             assert_eq!(problem(pool, one, circuits).as_deref(), Some(expected));
         }
+    }
+
+    /// An address in a /24 of its own.
+    fn prefix(subnet: u8) -> Option<ClientPrefix> {
+        Some(IpAddr::from([10, 0, subnet, 1]).into())
+    }
+
+    fn admission(inbound: usize, max_streams: usize, stream_rate: u32) -> StreamAdmission {
+        let limits = StreamLimits { max_streams, stream_rate, ..StreamLimits::default() };
+        StreamAdmission::new(Budget { inbound, outbound: 0 }, limits)
+    }
+
+    /// A connection, with the streams that it has open and those that were reset for them.
+    struct Connection {
+        number: u64,
+        prefix: Option<ClientPrefix>,
+        admission: StreamAdmission,
+        open: Vec<Option<Permit>>,
+        preempted: Vec<StreamId>,
+    }
+
+    impl Connection {
+        fn new(number: u64, prefix: Option<ClientPrefix>, admission: &StreamAdmission) -> Self {
+            let (open, preempted) = (Vec::new(), Vec::new());
+            Self { number, prefix, admission: admission.clone(), open, preempted }
+        }
+
+        /// Opens as many streams as it may.
+        fn open_all(&mut self) -> usize {
+            let before = self.open.len();
+            for serial in self.open.len()..99 {
+                let (stream, now) = ((self.number, (0, serial as u64)), Instant::now());
+                let admitted = self.admission.admit(stream, self.open.len(), self.prefix, now);
+                let Some((permit, preempted)) = admitted else { break };
+                self.open.push(permit);
+                self.preempted.extend(preempted);
+            }
+            self.open.len() - before
+        }
+    }
+
+    #[test]
+    fn a_connection_has_a_few_permits_of_its_own_and_at_most_its_limit() {
+        let admission = admission(OWN + 4, 6, 0);
+        let [mut greedy, mut late] = [1, 2].map(|n| Connection::new(n, None, &admission));
+        assert_eq!(greedy.open_all(), OWN + 4);
+        assert_eq!(late.open_all(), OWN + 2);
+        greedy.open.clear();
+        assert_eq!(late.open_all(), 2, "up to its limit");
+        late.open.clear();
+        assert_eq!(late.open_all(), OWN + 4);
+        assert_eq!(greedy.open_all(), OWN + 2);
+    }
+
+    #[test]
+    fn an_address_has_an_eighth_of_the_shared_permits() {
+        let admission = admission(OWN + 4, 16, 0);
+        let all = (0..9).map(|n| Connection::new(n, prefix(1), &admission));
+        let mut all: Vec<_> = all.collect();
+        let opened: usize = all.iter_mut().map(Connection::open_all).sum();
+        assert_eq!(opened, 9 * OWN + 2);
+    }
+
+    #[test]
+    fn an_unused_stream_is_reset_for_one_of_a_prefix_with_fewer() {
+        let admission = admission(OWN + 2, 16, 0);
+        let all = (0..8).map(|n| Connection::new(n, prefix(n as u8), &admission));
+        let mut all: Vec<_> = all.collect();
+        let opened: usize = all.iter_mut().map(Connection::open_all).sum();
+        assert_eq!(opened, 8 * (OWN + 2));
+        let permits = || all.iter().flat_map(|it| &it.open).flatten();
+        let unused = permits().next().unwrap().stream;
+        permits().skip(1).for_each(Permit::set_used);
+        let mut newcomer = Connection::new(100, prefix(100), &admission);
+        assert_eq!(newcomer.open_all(), OWN + 1);
+        assert_eq!(newcomer.preempted, [unused]);
+        // All others are used: none is reset.
+        newcomer.open.iter().flatten().for_each(Permit::set_used);
+        let mut other = Connection::new(101, prefix(101), &admission);
+        assert_eq!((other.open_all(), other.preempted.len()), (OWN, 0));
+        drop((all, newcomer, other));
+        assert!(
+            admission.pool.lock().quota.scopes() == 0 && admission.pool.lock().taken.is_empty()
+        );
+    }
+
+    fn host(host: u8) -> Option<ClientPrefix> {
+        Some(IpAddr::from([192, 0, 2, host]).into())
+    }
+
+    /// How many streams are within the rate.
+    fn admitted(admission: &mut StreamAdmission, host: Option<ClientPrefix>, now: Instant) -> u32 {
+        (0..9999).filter(|_| admission.admit((0, (0, 0)), 0, host, now).is_some()).count() as u32
+    }
+
+    #[test]
+    fn each_connection_has_a_rate_of_its_own() {
+        let (all, now) = (admission(9, 9, 64), Instant::now());
+        let [mut fast, mut late, mut other] = [(); 3].map(|()| all.clone());
+        assert_eq!(admitted(&mut fast, host(1), now), OWN_STREAMS.burst + 64 * BURST_SECONDS);
+        assert_eq!(admitted(&mut late, host(1), now), OWN_STREAMS.burst);
+        let later = now + Duration::from_secs(1);
+        assert_eq!(admitted(&mut fast, host(1), later), 64);
+        // Another address has its own rate, within that of the subnet.
+        assert_eq!(admitted(&mut other, host(2), later), OWN_STREAMS.burst + 64 * BURST_SECONDS);
+    }
+
+    #[test]
+    fn a_subnet_has_four_times_the_rate_of_an_address() {
+        let (all, now) = (admission(9, 9, 64), Instant::now());
+        let sum: u32 = (1..20).map(|n| admitted(&mut all.clone(), host(n), now)).sum();
+        assert_eq!(sum, 19 * OWN_STREAMS.burst + WIDER * 64 * BURST_SECONDS);
+    }
+
+    #[test]
+    fn frames_above_the_rate_pause_their_connection_and_no_other_that_stays_within_its_own() {
+        let (all, mut now) = (admission(9, 9, 64), Instant::now());
+        let [mut fast, mut slow] = [(); 2].map(|()| all.clone());
+        let burst = OWN_FRAMES.burst + FRAMES_PER_STREAM * 64 * BURST_SECONDS;
+        let at_once = (0..9999).take_while(|_| fast.pause(host(1), now).is_zero());
+        assert_eq!(at_once.count() as u32, burst);
+        assert!(fast.pause(host(1), now) <= MAX_PAUSE);
+        for _ in 0..1000 {
+            now += OWN_FRAMES.spacing;
+            (0..100).for_each(|_| _ = fast.pause(host(1), now));
+            assert_eq!(slow.pause(host(1), now), Duration::ZERO);
+        }
+    }
+
+    #[test]
+    fn zero_is_no_limit() {
+        let (mut all, now) = (admission(9, 9, 0), Instant::now());
+        assert_eq!(admitted(&mut all, host(1), now), 9999);
+        assert!((0..9999).all(|_| all.pause(host(1), now).is_zero()));
     }
 }

@@ -170,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn websocket_in_an_address_does_not_matter() {
+    fn websocket_suffixes_do_not_affect_the_lookup() {
         let counters = ByteCounters::default();
         for layer in ["/ws", "/tls/ws", "/wss"] {
             let (local, remote) = ("192.0.2.1:1".parse().unwrap(), "192.0.2.2:2".parse().unwrap());

@@ -198,14 +198,14 @@ mod tests {
     const LIE: &str = "/ip4/6.6.6.6/tcp/4001";
 
     /// A relay that listens on port 4001, and its observers.
-    struct Scene {
+    struct Fixture {
         observations: Observations<u32>,
         relay: PeerId,
         now: Instant,
         connections: u32,
     }
 
-    impl Scene {
+    impl Fixture {
         fn new() -> Self {
             let now = Instant::now();
             Self {
@@ -236,14 +236,15 @@ mod tests {
             self.connections
         }
 
-        /// This many new peers, each in a subnet of its own, the first of which is `10.<first>.0.0`.
-        fn crowd(&mut self, first: u8, count: u16, reached: &str) -> Vec<u32> {
+        /// `count` new peers observe the relay at `reached`, each from a subnet of its own, the first from
+        /// `10.<first>.0.0`.
+        fn observe_from_subnets(&mut self, first: u8, count: u16, reached: &str) -> Vec<u32> {
             let from = |n: u16| format!("/ip4/10.{first}.{n}.1/tcp/1");
             (0..count).map(|n| self.observe(&from(n), reached)).collect()
         }
 
-        /// The same over IPv6, the first in `2001:<first>::/48`.
-        fn crowd6(&mut self, first: u8, count: u16, reached: &str) -> Vec<u32> {
+        /// As [`Self::observe_from_subnets`], over IPv6; the first subnet is `2001:<first>::/48`.
+        fn observe_from_ipv6_subnets(&mut self, first: u8, count: u16, reached: &str) -> Vec<u32> {
             let from = |n: u16| format!("/ip6/2001:{first:x}:{n:x}::1/tcp/1");
             (0..count).map(|n| self.observe(&from(n), reached)).collect()
         }
@@ -268,68 +269,68 @@ mod tests {
 
     #[test]
     fn an_address_is_confirmed_once_enough_subnets_observe_it() {
-        let mut scene = Scene::new();
-        scene.crowd(1, 3, TRUE);
-        assert!(scene.confirmed().is_empty());
-        scene.observe("/ip4/10.2.0.1/tcp/1", TRUE);
-        assert_eq!(scene.confirmed(), [TRUE]);
-        assert!(!scene.observations.update(scene.now), "nothing has changed");
+        let mut fixture = Fixture::new();
+        fixture.observe_from_subnets(1, 3, TRUE);
+        assert!(fixture.confirmed().is_empty());
+        fixture.observe("/ip4/10.2.0.1/tcp/1", TRUE);
+        assert_eq!(fixture.confirmed(), [TRUE]);
+        assert!(!fixture.observations.update(fixture.now), "nothing has changed");
     }
 
     #[test]
     fn a_host_with_many_identities_is_one_observer() {
-        let mut scene = Scene::new();
+        let mut fixture = Fixture::new();
         for host in 0..200 {
-            scene.observe(&format!("/ip4/192.0.2.{host}/tcp/1"), LIE);
-            scene.observe(&format!("/ip6/2001:db8:1:{host:x}::1/tcp/1"), TRUE6);
+            fixture.observe(&format!("/ip4/192.0.2.{host}/tcp/1"), LIE);
+            fixture.observe(&format!("/ip6/2001:db8:1:{host:x}::1/tcp/1"), TRUE6);
         }
-        assert!(scene.confirmed().is_empty());
+        assert!(fixture.confirmed().is_empty());
     }
 
     #[test]
     fn an_identity_on_many_hosts_is_one_observer() {
-        let mut scene = Scene::new();
+        let mut fixture = Fixture::new();
         let peer = PeerId::random();
         for host in 0..200 {
-            scene.observe_as(peer, &format!("/ip4/10.1.{host}.1/tcp/1"), LIE);
+            fixture.observe_as(peer, &format!("/ip4/10.1.{host}.1/tcp/1"), LIE);
         }
-        assert!(scene.confirmed().is_empty());
-        assert_eq!(scene.observations.by_service.values().next().unwrap().len(), 1);
+        assert!(fixture.confirmed().is_empty());
+        assert_eq!(fixture.observations.by_service.values().next().unwrap().len(), 1);
     }
 
     #[test]
     fn later_observers_outvote_earlier_liars() {
-        let mut scene = Scene::new();
-        scene.crowd(1, 4, LIE);
-        assert_eq!(scene.confirmed(), [LIE]);
-        scene.crowd(2, 4, TRUE);
-        scene.pass(CHANGE_INTERVAL);
-        assert!(scene.confirmed().is_empty(), "half are no majority");
-        scene.observe("/ip4/10.3.0.1/tcp/1", TRUE);
-        scene.pass(CHANGE_INTERVAL);
-        assert_eq!(scene.confirmed(), [TRUE]);
+        let mut fixture = Fixture::new();
+        fixture.observe_from_subnets(1, 4, LIE);
+        assert_eq!(fixture.confirmed(), [LIE]);
+        fixture.observe_from_subnets(2, 4, TRUE);
+        fixture.pass(CHANGE_INTERVAL);
+        assert!(fixture.confirmed().is_empty(), "half are no majority");
+        fixture.observe("/ip4/10.3.0.1/tcp/1", TRUE);
+        fixture.pass(CHANGE_INTERVAL);
+        assert_eq!(fixture.confirmed(), [TRUE]);
     }
 
     #[test]
     fn confirmed_addresses_change_once_per_interval() {
-        let mut scene = Scene::new();
-        scene.crowd(1, 4, LIE);
-        assert_eq!(scene.confirmed(), [LIE]);
-        scene.crowd(2, 9, TRUE);
-        scene.pass(CHANGE_INTERVAL - Duration::from_millis(1));
-        assert_eq!(scene.confirmed(), [LIE]);
-        scene.pass(Duration::from_millis(1));
-        assert_eq!(scene.confirmed(), [TRUE]);
+        let mut fixture = Fixture::new();
+        fixture.observe_from_subnets(1, 4, LIE);
+        assert_eq!(fixture.confirmed(), [LIE]);
+        fixture.observe_from_subnets(2, 9, TRUE);
+        fixture.pass(CHANGE_INTERVAL - Duration::from_millis(1));
+        assert_eq!(fixture.confirmed(), [LIE]);
+        fixture.pass(Duration::from_millis(1));
+        assert_eq!(fixture.confirmed(), [TRUE]);
     }
 
     #[test]
     fn clients_that_reconnect_confirm_a_new_address() {
-        let mut scene = Scene::new();
-        scene.crowd(1, 10, TRUE);
-        assert_eq!(scene.confirmed(), [TRUE]);
-        scene.pass(CHANGE_INTERVAL);
-        scene.crowd(1, 10, LIE);
-        assert_eq!(scene.confirmed(), [LIE]);
+        let mut fixture = Fixture::new();
+        fixture.observe_from_subnets(1, 10, TRUE);
+        assert_eq!(fixture.confirmed(), [TRUE]);
+        fixture.pass(CHANGE_INTERVAL);
+        fixture.observe_from_subnets(1, 10, LIE);
+        assert_eq!(fixture.confirmed(), [LIE]);
     }
 
     #[test]
@@ -347,105 +348,105 @@ mod tests {
             "/ip4/5.5.5.5/tcp/4001/p2p-circuit",
             "",
         ] {
-            let mut scene = Scene::new();
-            scene.crowd(1, 9, reached);
-            scene.crowd6(1, 9, reached);
-            assert!(scene.confirmed().is_empty(), "{reached}");
-            assert!(scene.observations.by_service.is_empty(), "{reached}");
+            let mut fixture = Fixture::new();
+            fixture.observe_from_subnets(1, 9, reached);
+            fixture.observe_from_ipv6_subnets(1, 9, reached);
+            assert!(fixture.confirmed().is_empty(), "{reached}");
+            assert!(fixture.observations.by_service.is_empty(), "{reached}");
         }
     }
 
     #[test]
     fn a_peer_over_a_relayed_connection_is_no_observer() {
-        let mut scene = Scene::new();
+        let mut fixture = Fixture::new();
         for n in 0..9 {
-            scene.observe(&format!("/ip4/10.1.{n}.1/tcp/1/p2p-circuit"), TRUE);
+            fixture.observe(&format!("/ip4/10.1.{n}.1/tcp/1/p2p-circuit"), TRUE);
         }
-        assert!(scene.confirmed().is_empty());
+        assert!(fixture.confirmed().is_empty());
     }
 
     #[test]
     fn the_relays_peer_id_at_the_end_makes_no_difference() {
-        let mut scene = Scene::new();
-        scene.crowd(1, 3, TRUE);
-        let named = format!("{TRUE}/p2p/{}", scene.relay);
-        scene.observe("/ip4/10.2.0.1/tcp/1", &named);
-        assert_eq!(scene.confirmed(), [TRUE]);
-        // An IPv4-mapped address is the same as well.
-        let mut scene = Scene::new();
-        scene.crowd(1, 4, "/ip6/::ffff:5.5.5.5/tcp/4001");
-        assert_eq!(scene.confirmed(), [TRUE]);
+        let mut fixture = Fixture::new();
+        fixture.observe_from_subnets(1, 3, TRUE);
+        let named = format!("{TRUE}/p2p/{}", fixture.relay);
+        fixture.observe("/ip4/10.2.0.1/tcp/1", &named);
+        assert_eq!(fixture.confirmed(), [TRUE]);
+        // Nor does writing the address as IPv4-mapped.
+        let mut fixture = Fixture::new();
+        fixture.observe_from_subnets(1, 4, "/ip6/::ffff:5.5.5.5/tcp/4001");
+        assert_eq!(fixture.confirmed(), [TRUE]);
     }
 
     #[test]
     fn each_ip_version_is_confirmed_by_itself() {
-        let mut scene = Scene::new();
-        scene.crowd(1, 5, TRUE);
-        scene.crowd6(2, 4, TRUE6);
-        assert_eq!(scene.confirmed(), [TRUE, TRUE6]);
+        let mut fixture = Fixture::new();
+        fixture.observe_from_subnets(1, 5, TRUE);
+        fixture.observe_from_ipv6_subnets(2, 4, TRUE6);
+        assert_eq!(fixture.confirmed(), [TRUE, TRUE6]);
     }
 
     #[test]
     fn peers_over_one_ip_version_observe_no_address_of_the_other() {
-        let mut scene = Scene::new();
-        scene.crowd6(1, 9, TRUE);
-        scene.crowd(1, 9, TRUE6);
-        assert!(scene.confirmed().is_empty());
-        // Nor do they count among the observers of whom more than half have to agree.
-        scene.crowd(2, 4, TRUE);
-        scene.crowd6(2, 4, TRUE6);
-        scene.crowd6(3, 9, LIE);
-        assert_eq!(scene.confirmed(), [TRUE, TRUE6]);
+        let mut fixture = Fixture::new();
+        fixture.observe_from_ipv6_subnets(1, 9, TRUE);
+        fixture.observe_from_subnets(1, 9, TRUE6);
+        assert!(fixture.confirmed().is_empty());
+        // They do not count towards the majority either.
+        fixture.observe_from_subnets(2, 4, TRUE);
+        fixture.observe_from_ipv6_subnets(2, 4, TRUE6);
+        fixture.observe_from_ipv6_subnets(3, 9, LIE);
+        assert_eq!(fixture.confirmed(), [TRUE, TRUE6]);
     }
 
     #[test]
     fn a_peer_with_an_ipv4_mapped_address_observes_ipv4() {
-        let mut scene = Scene::new();
+        let mut fixture = Fixture::new();
         for n in 0..4 {
-            scene.observe(&format!("/ip6/::ffff:10.1.{n}.1/tcp/1"), TRUE);
+            fixture.observe(&format!("/ip6/::ffff:10.1.{n}.1/tcp/1"), TRUE);
         }
-        assert_eq!(scene.confirmed(), [TRUE]);
+        assert_eq!(fixture.confirmed(), [TRUE]);
     }
 
     #[test]
     fn an_observation_counts_until_an_hour_after_its_connection_closed() {
-        let mut scene = Scene::new();
-        let connections = scene.crowd(1, 4, TRUE);
-        assert_eq!(scene.confirmed(), [TRUE]);
-        scene.pass(24 * HOUR);
-        assert_eq!(scene.confirmed(), [TRUE]);
-        scene.close(connections[0], "/ip4/10.1.0.1/tcp/1");
-        scene.pass(HOUR - Duration::from_secs(1));
-        assert_eq!(scene.confirmed(), [TRUE]);
-        scene.pass(UPDATE_INTERVAL);
-        assert!(scene.confirmed().is_empty());
+        let mut fixture = Fixture::new();
+        let connections = fixture.observe_from_subnets(1, 4, TRUE);
+        assert_eq!(fixture.confirmed(), [TRUE]);
+        fixture.pass(24 * HOUR);
+        assert_eq!(fixture.confirmed(), [TRUE]);
+        fixture.close(connections[0], "/ip4/10.1.0.1/tcp/1");
+        fixture.pass(HOUR - Duration::from_secs(1));
+        assert_eq!(fixture.confirmed(), [TRUE]);
+        fixture.pass(UPDATE_INTERVAL);
+        assert!(fixture.confirmed().is_empty());
     }
 
     #[test]
     fn closing_an_old_connection_keeps_the_observation_of_the_new_one() {
-        let mut scene = Scene::new();
-        let old = scene.crowd(1, 4, TRUE);
-        scene.crowd(1, 4, TRUE);
+        let mut fixture = Fixture::new();
+        let old = fixture.observe_from_subnets(1, 4, TRUE);
+        fixture.observe_from_subnets(1, 4, TRUE);
         for (n, connection) in old.into_iter().enumerate() {
-            scene.close(connection, &format!("/ip4/10.1.{n}.1/tcp/1"));
+            fixture.close(connection, &format!("/ip4/10.1.{n}.1/tcp/1"));
         }
-        scene.pass(2 * HOUR);
-        assert_eq!(scene.confirmed(), [TRUE]);
+        fixture.pass(2 * HOUR);
+        assert_eq!(fixture.confirmed(), [TRUE]);
     }
 
     #[test]
     fn observations_expire_and_are_bounded() {
-        let mut scene = Scene::new();
+        let mut fixture = Fixture::new();
         for first in 0..4 {
-            let connections = scene.crowd(first, 256, TRUE);
+            let connections = fixture.observe_from_subnets(first, 256, TRUE);
             for (n, connection) in connections.into_iter().enumerate() {
-                scene.close(connection, &format!("/ip4/10.{first}.{n}.1/tcp/1"));
+                fixture.close(connection, &format!("/ip4/10.{first}.{n}.1/tcp/1"));
             }
-            let kept = scene.observations.by_service.values().next().unwrap().len();
+            let kept = fixture.observations.by_service.values().next().unwrap().len();
             assert_eq!(kept, MAX_OBSERVATIONS);
         }
-        scene.pass(HOUR);
-        scene.confirmed();
-        assert!(scene.observations.by_service.is_empty());
+        fixture.pass(HOUR);
+        fixture.confirmed();
+        assert!(fixture.observations.by_service.is_empty());
     }
 }

@@ -127,5 +127,5 @@ impl<S: AsyncRead + Unpin> AsyncRead for ReadBuffer<S> {
 }
 
 impl<S: AsyncWrite + Unpin> AsyncWrite for ReadBuffer<S> {
-    delegate_write!(stream: poll_write, poll_write_vectored, poll_flush, poll_close);
+    delegate_write!(stream);
 }

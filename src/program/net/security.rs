@@ -1,4 +1,4 @@
-//! The secure channel of a connection: TLS 1.3 or Noise, as the client proposes.
+//! The secure channel of a connection: TLS 1.3 or Noise, as the client proposes. Without the feature `tls` Noise only.
 
 mod noise_framing;
 
@@ -7,28 +7,32 @@ use std::{error::Error, io};
 use libp2p::{
     PeerId,
     core::upgrade::{InboundConnectionUpgrade, OutboundConnectionUpgrade, UpgradeInfo},
-    futures::{
-        AsyncRead, AsyncWrite, FutureExt, TryFutureExt,
-        future::{BoxFuture, Either},
-    },
+    futures::{AsyncRead, AsyncWrite, FutureExt, TryFutureExt, future::BoxFuture},
     identity::Keypair,
-    noise, tls,
+    noise,
 };
+#[cfg(feature = "tls")]
+use libp2p::{futures::future::Either, tls};
 
 use self::noise_framing::NoiseFraming;
 use super::admission::handshake_failure::{Reason, Stage, StageError, causes};
 
-const TLS: &str = "/tls/1.0.0";
 const NOISE: &str = "/noise";
+/// In the order in which a dialer proposes them.
+#[cfg(feature = "tls")]
+const PROTOCOLS: [&str; 2] = ["/tls/1.0.0", NOISE];
+#[cfg(not(feature = "tls"))]
+const PROTOCOLS: [&str; 1] = [NOISE];
 
 /// How many messages of Noise's XX handshake each side reads.
 const READ_BY_LISTENER: u8 = 2;
 const READ_BY_DIALER: u8 = 1;
 
-/// Both secure channels, for either end of a connection.
+/// The secure channels, for either end of a connection.
 #[derive(Clone)]
 pub struct Security {
     noise: noise::Config,
+    #[cfg(feature = "tls")]
     tls: tls::Config,
 }
 
@@ -39,21 +43,29 @@ impl Security {
     ///
     /// When the key cannot sign the TLS certificate or Noise's static key.
     pub fn new(keypair: &Keypair) -> anyhow::Result<Self> {
-        Ok(Self { noise: noise::Config::new(keypair)?, tls: tls::Config::new(keypair)? })
+        Ok(Self {
+            noise: noise::Config::new(keypair)?,
+            #[cfg(feature = "tls")]
+            tls: tls::Config::new(keypair)?,
+        })
     }
 }
 
 impl UpgradeInfo for Security {
     type Info = &'static str;
-    type InfoIter = [&'static str; 2];
+    type InfoIter = [&'static str; PROTOCOLS.len()];
 
     fn protocol_info(&self) -> Self::InfoIter {
-        [TLS, NOISE]
+        PROTOCOLS
     }
 }
 
+type Noise<C> = noise::Output<NoiseFraming<C>>;
 /// A secured connection.
-type Secured<C> = Either<tls::TlsStream<C>, noise::Output<NoiseFraming<C>>>;
+#[cfg(feature = "tls")]
+type Secured<C> = Either<tls::TlsStream<C>, Noise<C>>;
+#[cfg(not(feature = "tls"))]
+type Secured<C> = Noise<C>;
 type Securing<C> = BoxFuture<'static, io::Result<(PeerId, Secured<C>)>>;
 
 impl<C: AsyncRead + AsyncWrite + Unpin + Send + 'static> InboundConnectionUpgrade<C> for Security {
@@ -62,11 +74,12 @@ impl<C: AsyncRead + AsyncWrite + Unpin + Send + 'static> InboundConnectionUpgrad
     type Future = Securing<C>;
 
     fn upgrade_inbound(self, connection: C, protocol: &'static str) -> Self::Future {
-        if protocol == TLS {
+        #[cfg(feature = "tls")]
+        if protocol != NOISE {
             return secure(self.tls.upgrade_inbound(connection, protocol), Either::Left);
         }
         let connection = NoiseFraming::new(connection, READ_BY_LISTENER);
-        secure(self.noise.upgrade_inbound(connection, protocol), Either::Right)
+        secure(self.noise.upgrade_inbound(connection, protocol), wrap_noise)
     }
 }
 
@@ -76,12 +89,23 @@ impl<C: AsyncRead + AsyncWrite + Unpin + Send + 'static> OutboundConnectionUpgra
     type Future = Securing<C>;
 
     fn upgrade_outbound(self, connection: C, protocol: &'static str) -> Self::Future {
-        if protocol == TLS {
+        #[cfg(feature = "tls")]
+        if protocol != NOISE {
             return secure(self.tls.upgrade_outbound(connection, protocol), Either::Left);
         }
         let connection = NoiseFraming::new(connection, READ_BY_DIALER);
-        secure(self.noise.upgrade_outbound(connection, protocol), Either::Right)
+        secure(self.noise.upgrade_outbound(connection, protocol), wrap_noise)
     }
+}
+
+#[cfg(feature = "tls")]
+fn wrap_noise<C>(noise: Noise<C>) -> Secured<C> {
+    Either::Right(noise)
+}
+
+#[cfg(not(feature = "tls"))]
+fn wrap_noise<C>(noise: Noise<C>) -> Secured<C> {
+    noise
 }
 
 /// Gives the handshakes of both channels one type.

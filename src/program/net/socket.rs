@@ -15,8 +15,8 @@ use socket2::{SockRef, TcpKeepalive};
 #[cfg(any(target_os = "android", target_os = "linux"))]
 const USER_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How many written bytes may wait unsent in the kernel; above it the socket takes no more. What is written next, probes
-/// and their answers among it, waits behind no more than this and what is in flight.
+/// How many written bytes may wait unsent in the kernel; above it the socket accepts no more. So what is written next,
+/// such as a probe, waits only for these bytes and those in flight.
 #[cfg(any(target_os = "android", target_os = "linux"))]
 const MAX_UNSENT: u32 = 128 * 1024;
 
@@ -50,8 +50,8 @@ pub(crate) fn set_options(stream: &TcpStream) -> io::Result<()> {
     Ok(())
 }
 
-/// Whether the muxer, and not the kernel, gives up a connection that takes nothing. The kernel does so as well if
-/// the other end reads slowly: it counts from when it first had to wait for room there (Linux 6.18).
+/// Sets whether the muxer, instead of the kernel, closes a connection whose peer stalls. The kernel would also close
+/// one whose peer reads slowly: it counts from when it first had to wait for room there (Linux 6.18).
 pub(crate) fn leave_to_mux(stream: &TcpStream, is_left: bool) {
     #[cfg(any(target_os = "android", target_os = "linux"))]
     let _ = SockRef::from(stream).set_tcp_user_timeout((!is_left).then_some(USER_TIMEOUT));
@@ -75,7 +75,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_kernel_holds_little_unsent_and_gives_up_what_is_not_left_to_the_muxer() {
+    fn unsent_data_in_the_kernel_is_bounded_and_dead_connections_time_out() {
         block_on(async {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let _client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();

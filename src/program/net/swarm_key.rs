@@ -117,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_without_a_key_is_an_error_of_one_line_with_the_remedy() {
+    fn a_file_without_a_key_is_a_one_line_error_with_the_remedy() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("swarm.key");
         let digits = |digits: &str| format!("{HEADING}\n/base16/\n{digits}\n").into_bytes();

@@ -57,10 +57,10 @@ use super::{
     multiaddr::{Layer, listen_address, multiaddr},
 };
 
-/// How long a trusted proxy has for TLS and its request. It is near, and has the request at hand.
+/// How long a trusted proxy has for TLS and its request: it is close by, and already has the request.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What a [`Node`](crate::program::node::Node) changes while it runs. Clones share it.
+/// The settings that a [`Node`](crate::program::node::Node) can change while it runs. Clones share them.
 #[derive(Clone, Debug)]
 pub struct Control {
     tls: Arc<RwLock<Option<Arc<ServerConfig>>>>,
@@ -100,8 +100,8 @@ impl Control {
         self.is_draining.store(is_draining, Ordering::Relaxed);
     }
 
-    /// Returns the transport over `tcp`, which counts its connections in `counters`. The `rates` hold
-    /// for the clients that trusted proxies name; for others they hold in `tcp`.
+    /// Returns the transport over `tcp`, which counts its connections in `counters`. The `rates` apply
+    /// to the clients that trusted proxies name; to others they apply in `tcp`.
     pub fn over<T: Transport>(
         &self,
         tcp: T,
@@ -138,12 +138,12 @@ pub struct WebSocket<T: Transport> {
     counters: ByteCounters,
     rates: ConnectionRates,
     listeners: HashMap<ListenerId, Listener>,
-    /// Connections of trusted proxies whose request has not come yet.
+    /// Connections of trusted proxies that have not sent their request yet.
     requests: FuturesUnordered<BoxFuture<'static, Introduced<T::Output>>>,
     warned: Vec<Unnamed>,
 }
 
-/// What is known of a listener beside its TCP address.
+/// The properties of a listener besides its TCP address.
 struct Listener {
     /// `/ws`, `/wss` or `/tls/ws`
     suffix: Multiaddr,
@@ -239,7 +239,7 @@ where
         self.incoming(connection, upgrade.boxed())
     }
 
-    /// Tells of a connection, if its listener is still there.
+    /// Reports a connection to the swarm, if its listener still exists.
     fn incoming(&self, connection: Connection, upgrade: Upgrade) -> Option<Event> {
         let Connection { listener: listener_id, local, remote } = connection;
         let listener = self.listeners.get(&listener_id)?;
@@ -316,8 +316,8 @@ impl Connection {
 ///
 /// # Errors
 ///
-/// When it counts as the proxy's own; with the reason if the operator should know it: a proxy also checks
-/// the relay's health, or passes on what is no upgrade, for no client.
+/// If the connection counts as the proxy's own; with the reason if the operator should know it. A proxy also opens
+/// connections without a client: for health checks, and for requests that are no upgrade.
 fn client_of(
     head: &mut Head,
     proxy: SocketAddr,

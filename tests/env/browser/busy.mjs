@@ -2,7 +2,7 @@
 
 const ALPHABET = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz";
 
-// Numbers that look random, and are the same each time.
+// Pseudo-random numbers, the same in each run.
 function dice(seed) {
   return (below) => {
     seed = (seed * 48271) % 2147483647;

@@ -1,13 +1,13 @@
-// Chromium as these tests look through it.
+// Starts Chromium with the options that these tests need.
 
 import { chromium } from "playwright-core";
 
-export const PATIENCE = 180_000;
+export const TIMEOUT = 180_000;
 
 export function launch() {
   return chromium.launch({
     executablePath: process.env.CHROMIUM || "/usr/bin/chromium",
-    // It is root who runs it where there is nothing else, and nobody else's pages are looked at.
+    // Containers run the tests as root, which the sandbox does not support; no foreign page is opened.
     args: [
       "--no-sandbox",
       "--disable-gpu",

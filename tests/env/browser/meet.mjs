@@ -1,15 +1,15 @@
-// Two pages in Chromium meet through a relay: `node meet.mjs RELAY RELAY`, where each page has an address of
-// its own of the same relay, over WebSocket. Once they have met it says so, and on "restarted" they have to
-// meet again.
+// Two pages in Chromium exchange messages through a relay: `node meet.mjs RELAY RELAY`, with a WebSocket address of the
+// same relay for each page. Prints "met" once they have; after the line "restarted" on standard input they have to do
+// so again.
 
 import assert from "node:assert/strict";
 import { createServer } from "node:http";
 import { createInterface } from "node:readline/promises";
 import { build } from "esbuild";
-import { launch, PATIENCE } from "./chromium.mjs";
+import { launch, TIMEOUT } from "./chromium.mjs";
 
 const relays = process.argv.slice(2);
-const OFTEN = 3;
+const MESSAGES = 3;
 
 const { outputFiles } = await build({
   entryPoints: ["peer.mjs"],
@@ -33,11 +33,11 @@ const here = `http://127.0.0.1:${server.address().port}/`;
 const browser = await launch();
 const complaints = [];
 
-// A page of its own browser, so to speak, and its peer at the relay.
+// Opens a page in a browser context of its own; returns it with the id of its peer.
 async function open(relay) {
-  // The relay's certificate issued itself.
+  // The relay's certificate is self-signed.
   const context = await browser.newContext({ ignoreHTTPSErrors: true });
-  context.setDefaultTimeout(PATIENCE);
+  context.setDefaultTimeout(TIMEOUT);
   const page = await context.newPage();
   page.on("pageerror", (error) => complaints.push(String(error)));
   page.on("console", (message) => console.log(`${message.type()}: ${message.text()}`));
@@ -45,15 +45,15 @@ async function open(relay) {
   page.on("websocket", (socket) => /^wss?:\/\/127\.0\.0\.1:/.test(socket.url()) || complaints.push(`connects to ${socket.url()}`));
   await page.goto(here);
   await page.waitForFunction(() => window.befriend);
-  const peer = await page.evaluate((relay) => window.come(relay), relay);
+  const peer = await page.evaluate((relay) => window.start(relay), relay);
   return { page, peer, relay };
 }
 
-const counted = (page, what) => page.locator(`#${what}`).innerText().then(Number);
+const counter = (page, what) => page.locator(`#${what}`).innerText().then(Number);
 
-// Waits until a page has counted so many more.
-async function more(page, what, many) {
-  const wanted = (await counted(page, what)) + many;
+// Waits until a counter of the page has risen by `many`.
+async function awaitCount(page, what, many) {
+  const wanted = (await counter(page, what)) + many;
   await page.waitForFunction(([what, wanted]) => Number(document.querySelector(`#${what}`).textContent) >= wanted, [what, wanted]);
 }
 
@@ -66,8 +66,8 @@ await Promise.all([
   first.page.evaluate((friend) => window.befriend(friend), second.peer),
   second.page.evaluate((friend) => window.befriend(friend), first.peer),
 ]);
-const talk = () => Promise.all(pages.flatMap(({ page }) => [more(page, "answered", OFTEN), more(page, "asked", OFTEN)]));
-await talk();
+const exchange = () => Promise.all(pages.flatMap(({ page }) => [awaitCount(page, "answered", MESSAGES), awaitCount(page, "asked", MESSAGES)]));
+await exchange();
 for (const [own, other] of [[first, second], [second, first]]) {
   const connections = await own.page.evaluate(() => window.connections());
   const relay = connections.filter(({ address }) => own.relay.startsWith(address));
@@ -76,13 +76,13 @@ for (const [own, other] of [[first, second], [second, first]]) {
   assert.ok(friend.length > 0, JSON.stringify(connections));
   for (const { address, limited } of friend) assert.ok(limited && address.includes("/p2p-circuit"), address);
 }
-console.log("ok: they talk to each other through it, and in no other way");
+console.log("ok: they exchange messages through it, and in no other way");
 
 const input = createInterface({ input: process.stdin });
 console.log("met");
 assert.equal(await input.question(""), "restarted");
 await Promise.all(pages.map(({ page }) => page.waitForFunction(() => Number(document.querySelector("#reserved").textContent) >= 2)));
-await talk();
+await exchange();
 console.log("ok: after the relay's restart they found each other again");
 
 assert.deepEqual(complaints, []);

@@ -1,17 +1,17 @@
-// The page of a relay in Chromium: `node page.mjs URL HOLDER SCREENSHOTS`, where HOLDER holds a slot,
-// is the target of a circuit on which bytes flow, and another peer is in grace.
+// The status page in Chromium: `node page.mjs URL HOLDER SCREENSHOTS`. HOLDER is a peer that holds a slot and is the
+// target of a circuit that transfers bytes; another peer is in grace.
 
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import { status as busy } from "./busy.mjs";
-import { launch, PATIENCE } from "./chromium.mjs";
+import { launch, TIMEOUT } from "./chromium.mjs";
 
 const [here, holder, screenshots] = process.argv.slice(2);
 const SIZES = { desktop: { width: 1280, height: 900 }, phone: { width: 390, height: 844 } };
 const browser = await launch();
 
-// A page as somebody finds it. Whatever it complains of, or wants from elsewhere, is an error;
-// unless `answer` stands in for the relay.
+// Opens the page as a visitor would. Console messages, errors, and requests to other servers count as complaints.
+// `answer` may replace the relay's status.
 async function open(size, colorScheme, answer, url = here) {
   const context = await browser.newContext({
     viewport: SIZES[size],
@@ -19,7 +19,7 @@ async function open(size, colorScheme, answer, url = here) {
     deviceScaleFactor: size === "phone" ? 2 : 1,
     permissions: ["clipboard-read", "clipboard-write"],
   });
-  context.setDefaultTimeout(PATIENCE);
+  context.setDefaultTimeout(TIMEOUT);
   const page = await context.newPage();
   const complaints = [];
   page.on("console", (message) => message.type() !== "log" && complaints.push(message.text()));
@@ -37,7 +37,7 @@ async function open(size, colorScheme, answer, url = here) {
 const text = (page, selector) => page.locator(selector).first().innerText();
 const rows = (page, section) => page.locator(`${section} tbody tr`);
 
-// Nothing sticks out, at this width and at that of the smallest phone.
+// Asserts that nothing overflows, at this width and at that of the smallest phone.
 async function fits(page) {
   for (const width of [page.viewportSize().width, 320]) {
     await page.setViewportSize({ width, height: 800 });
@@ -46,16 +46,16 @@ async function fits(page) {
   }
 }
 
-async function shows_what_the_relay_says() {
+async function shows_the_status() {
   const { page, complaints, close } = await open("desktop", "light");
-  // What the relay says may be a second old.
+  // The status may be a second old.
   await rows(page, "#circuits").first().waitFor();
   const status = await page.evaluate(async () => (await fetch("status.json")).json());
   assert.equal(await text(page, "#state"), "serving");
   assert.deepEqual(await page.locator("#counts dd").allInnerTexts(), ["1", "1", "6"]);
   assert.equal(await page.locator("#about .peer").getAttribute("title"), status.peer);
 
-  // Who holds slots, shortened; a click copies all of it.
+  // Peer ids are shortened; a click copies the whole id.
   assert.equal(await rows(page, "#holders").count(), status.holders.count);
   const peer = page.locator(`#holders .peer[title="${holder}"]`);
   const shown = await peer.innerText();
@@ -68,7 +68,7 @@ async function shows_what_the_relay_says() {
   const row = rows(page, "#holders").filter({ has: page.locator(`[title="${holder}"]`) });
   assert.match(await row.innerText(), /127\.0\.0\.1:\d+/);
 
-  // One is found among them.
+  // The search finds one of them.
   const search = page.getByRole("searchbox");
   await search.fill(holder.slice(-8));
   assert.equal(await rows(page, "#holders").count(), 1);
@@ -76,7 +76,7 @@ async function shows_what_the_relay_says() {
   assert.equal(await text(page, "#holders .none"), "No peer matches.");
   await search.fill("");
 
-  // The circuit, and how fast it goes.
+  // The circuit and its rate.
   const circuit = rows(page, "#circuits").first();
   assert.equal(await circuit.locator(".peer").nth(1).getAttribute("title"), holder);
   await circuit.locator("td").last().filter({ hasNotText: /^0 B\/s$/ }).waitFor();
@@ -86,7 +86,7 @@ async function shows_what_the_relay_says() {
   assert.match(refused, /CONNECT: the target holds no live reservation/);
   assert.equal(await rows(page, "#latest").count(), status.latest_refusals.length);
 
-  // It goes on by itself.
+  // The page updates itself.
   const before = await text(page, "#about span");
   await page.waitForFunction((before) => document.querySelector("#about span").innerText !== before, before);
   assert.deepEqual(complaints, []);
@@ -107,7 +107,7 @@ async function runs_no_other_script() {
       try {
         attempt();
       } catch {
-        // As it should be.
+        // Expected: the content security policy forbids it.
       }
     }
     await new Promise((resolve) => setTimeout(resolve));
@@ -117,8 +117,8 @@ async function runs_no_other_script() {
   await close();
 }
 
-// To a browser that is a page of anybody's, whom it does not lend its clipboard.
-async function copies_when_it_came_from_another_machine_without_tls() {
+// Over plain HTTP from another host, browsers do not offer the clipboard API.
+async function copies_peer_ids_without_the_clipboard_api() {
   const there = here.replace("127.0.0.1", "relay.example");
   const { page, complaints, close } = await open("desktop", "light", undefined, there);
   assert.equal(await page.evaluate(() => navigator.clipboard), undefined);
@@ -131,7 +131,7 @@ async function copies_when_it_came_from_another_machine_without_tls() {
   await close();
 }
 
-async function tells_when_it_drains_and_when_nobody_answers() {
+async function shows_when_the_relay_drains_or_does_not_answer() {
   let answer = (route) => route.fulfill({ json: { ...busy, draining: true } });
   const { page, close } = await open("phone", "light", (route) => answer(route));
   await page.locator("#state.draining").waitFor();
@@ -146,7 +146,7 @@ async function tells_when_it_drains_and_when_nobody_answers() {
   await close();
 }
 
-async function has_room_for_a_thousand() {
+async function lists_a_thousand_peers() {
   const answer = (route) => route.fulfill({ json: busy });
   const { page, complaints, close } = await open("desktop", "dark", answer);
   assert.match(await text(page, "#holders h2"), /1,238, 1,000 listed/);
@@ -158,7 +158,7 @@ async function has_room_for_a_thousand() {
   const numbers = circuits.map(Number);
   assert.deepEqual(numbers, numbers.toSorted((a, b) => b - a));
 
-  // The curve, and what is under the pointer.
+  // The curve, and the values under the pointer.
   const plot = page.locator("#plot");
   assert.match(await plot.getAttribute("aria-label"), /last hour: 1201 live and 37 in grace now/);
   await plot.hover();
@@ -170,28 +170,28 @@ async function has_room_for_a_thousand() {
   await close();
 }
 
-async function can_be_read_everywhere() {
-  const papers = new Set();
+async function fits_every_screen_in_light_and_dark() {
+  const backgrounds = new Set();
   for (const size of Object.keys(SIZES)) {
     for (const scheme of ["light", "dark"]) {
       const { page, complaints, close } = await open(size, scheme, (route) => route.fulfill({ json: busy }));
-      papers.add(await page.evaluate(() => getComputedStyle(document.body).backgroundColor));
+      backgrounds.add(await page.evaluate(() => getComputedStyle(document.body).backgroundColor));
       await page.screenshot({ path: join(screenshots, `${size}-${scheme}.png`), fullPage: true });
       await fits(page);
       assert.deepEqual(complaints, []);
       await close();
     }
   }
-  assert.equal(papers.size, 2, "dark is not light");
+  assert.equal(backgrounds.size, 2, "dark is not light");
 }
 
 for (const check of [
-  shows_what_the_relay_says,
+  shows_the_status,
   runs_no_other_script,
-  copies_when_it_came_from_another_machine_without_tls,
-  tells_when_it_drains_and_when_nobody_answers,
-  has_room_for_a_thousand,
-  can_be_read_everywhere,
+  copies_peer_ids_without_the_clipboard_api,
+  shows_when_the_relay_drains_or_does_not_answer,
+  lists_a_thousand_peers,
+  fits_every_screen_in_light_and_dark,
 ]) {
   await check();
   console.log(`ok: ${check.name.replaceAll("_", " ")}`);

@@ -1,5 +1,5 @@
-// A page's peer: js-libp2p as an application bundles it. It holds a slot on the relay for as long as the
-// page is open, and has a word with its friend now and then. How that goes stands in the page.
+// The peer of a page: js-libp2p as an application bundles it. It holds a slot on the relay while the page is open, and
+// sends messages to its friend, the other page's peer. The page shows its counters.
 
 import { circuitRelayTransport } from "@libp2p/circuit-relay-v2";
 import { generateKeyPair } from "@libp2p/crypto/keys";
@@ -21,7 +21,7 @@ const LIMITED = { runOnLimitedConnection: true };
 let relay;
 let node;
 
-// What the page shows: how often it reserved, got an answer, and was asked.
+// The counters: reservations, answers received, messages answered.
 const counts = { reserved: 0, answered: 0, asked: 0 };
 
 function count(what) {
@@ -35,15 +35,15 @@ const bytes = (text) => new TextEncoder().encode(text);
 const firstLine = (error) => String(error).split("\n")[0];
 const text = (bytes) => new TextDecoder().decode(bytes.subarray());
 
-// Comes to the relay, and again each time that it has lost it; yields at once who it is.
-window.come = async (address) => {
+// Reserves on the relay, and again each time that the reservation is lost. Returns the peer id at once.
+window.start = async (address) => {
   relay = multiaddr(address);
   const privateKey = await generateKeyPair("Ed25519");
-  stay(privateKey);
+  keepReserved(privateKey);
   return privateKey.publicKey.toString();
 };
 
-async function stay(privateKey) {
+async function keepReserved(privateKey) {
   for (;;) {
     const peer = await createLibp2p({
       privateKey,
@@ -53,7 +53,7 @@ async function stay(privateKey) {
       connectionEncrypters: [noise()],
       streamMuxers: [yamux()],
       services: { identify: identify() },
-      // Browsers keep to wss:// and the internet otherwise.
+      // By default, js-libp2p in a browser dials only wss:// and public addresses.
       connectionGater: { denyDialMultiaddr: () => false },
     });
     try {
@@ -72,7 +72,7 @@ async function stay(privateKey) {
   }
 }
 
-// Until it is reached through the relay, or is no longer.
+// Waits until the peer has a relayed address, or has none any more.
 async function reserved(peer, wanted) {
   const is = () => peer.getMultiaddrs().some((address) => address.toString().includes("/p2p-circuit"));
   while (is() !== wanted) await pause();
@@ -81,17 +81,17 @@ async function reserved(peer, wanted) {
 async function answer(stream) {
   const words = lpStream(stream);
   const asked = text(await words.read(patient()));
-  await words.write(bytes(`you said: ${asked}`), patient());
+  await words.write(bytes(`you sent: ${asked}`), patient());
   await stream.close(patient());
   count("asked");
 }
 
-// Says something to the friend, and hears the answer, for as long as the page is open.
+// Sends messages to the friend while the page is open, and checks the answers.
 window.befriend = (friend) => {
-  keep(friend);
+  keepGreeting(friend);
 };
 
-async function keep(friend) {
+async function keepGreeting(friend) {
   for (;;) {
     try {
       await greet(friend);
@@ -107,15 +107,15 @@ async function greet(friend) {
   const through = relay.encapsulate(`/p2p-circuit/p2p/${friend}`);
   const stream = await node.dialProtocol(through, PROTOCOL, { ...LIMITED, ...patient() });
   const words = lpStream(stream);
-  const said = `good day, for the ${counts.answered + 1}. time`;
-  await words.write(bytes(said), patient());
-  const heard = text(await words.read(patient()));
+  const sent = `good day, for the ${counts.answered + 1}. time`;
+  await words.write(bytes(sent), patient());
+  const received = text(await words.read(patient()));
   await stream.close(patient());
-  if (heard !== `you said: ${said}`) throw new Error(`it was understood as: ${heard}`);
+  if (received !== `you sent: ${sent}`) throw new Error(`wrong echo: ${received}`);
   count("answered");
 }
 
-// Whom it is connected to, how, and under what limits.
+// Its connections: the peer, the address, and whether they are limited.
 window.connections = () =>
   node.getConnections().map(({ remoteAddr, remotePeer, limits }) => ({
     address: remoteAddr.toString(),

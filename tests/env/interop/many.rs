@@ -1,7 +1,8 @@
-//! All circuits that a peer may have, busy both ways at once: clients in Go, JavaScript and Rust, one pair and two.
+//! All circuits that a peer may have, busy in both directions at once: Go, JavaScript and Rust clients, one pair and
+//! two pairs.
 //!
-//! Every byte arrives, each circuit ends in good order, no connection is closed. Ten seconds of it, unless a variable
-//! says how many.
+//! Every byte must arrive, each circuit end with a close, and no connection be closed. It takes ten seconds, or as
+//! many as a variable sets.
 
 use std::{
     env,
@@ -16,57 +17,56 @@ use libp2p::{
 };
 use tokio::task::{JoinSet, spawn_blocking};
 
-use super::{Talking, go_client, js_client};
-use crate::common::{Client, Relay, STOP, agree, http, messages::connect};
+use super::{ClientProcess, go_client, js_client};
+use crate::common::{Client, Relay, STOP, accept_circuit, http, messages::connect};
 
 /// The default of `--max-circuits-per-peer`.
 const CIRCUITS: usize = 64;
 
-/// For how many seconds each side sends.
+/// The variable that sets for how many seconds each side sends.
 const SECONDS: &str = "RELAYLET_MANY_SECONDS";
 
-/// How many bytes of a payload come before it begins anew: a prime, so that no piece that is lost, doubled or moved
-/// goes unnoticed.
+/// The period of a payload in bytes: a prime, so that a lost, duplicated or reordered chunk is noticed.
 const PERIOD: usize = 65_521;
-const PIECE: usize = 16 * 1024;
+const CHUNK: usize = 16 * 1024;
 
-/// Whose client it is.
+/// The implementation of a client.
 #[derive(Clone, Copy, Debug)]
-enum Of {
+enum Implementation {
     Go,
     Js,
     Rust,
 }
 
-/// What a party sent and received, by circuit.
+/// How many bytes a client sent and received, by circuit.
 #[derive(Debug, Default)]
-struct Carried {
+struct Transferred {
     sent: Vec<u64>,
     received: Vec<u64>,
 }
 
-/// Ends a party.
-type Leave = Box<dyn FnOnce() + Send>;
+/// Disconnects a client and checks that it ended successfully.
+type Disconnect = Box<dyn FnOnce() + Send>;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "needs Go, and Node with npm"]
-async fn all_circuits_of_two_clients_are_busy_both_ways_and_nothing_is_lost_or_closed() {
+async fn all_circuits_of_two_clients_carry_data_in_both_directions() {
     for pairs in [
-        &[(Of::Go, Of::Go)][..],
-        &[(Of::Js, Of::Js)],
-        &[(Of::Rust, Of::Rust)],
-        &[(Of::Go, Of::Js), (Of::Rust, Of::Go)],
-        &[(Of::Js, Of::Rust), (Of::Rust, Of::Rust)],
+        &[(Implementation::Go, Implementation::Go)][..],
+        &[(Implementation::Js, Implementation::Js)],
+        &[(Implementation::Rust, Implementation::Rust)],
+        &[(Implementation::Go, Implementation::Js), (Implementation::Rust, Implementation::Go)],
+        &[(Implementation::Js, Implementation::Rust), (Implementation::Rust, Implementation::Rust)],
     ] {
         let relay = Relay::start(&[
             "--circuit-bytes=0",
             "--circuit-duration=0s",
             "--connect-rate=0",
-            http::ANYWHERE,
+            http::ON_ANY_PORT,
         ]);
         let port = http::port(&relay).await;
-        let carried = pairs.iter().map(|pair| carry(&relay.address, *pair));
-        let bytes = future::join_all(carried).await;
+        let transferred = pairs.iter().map(|pair| transfer(&relay.address, *pair));
+        let bytes = future::join_all(transferred).await;
         println!("{pairs:?}: {:?} MB", bytes.iter().map(|it| it / 1_000_000).collect::<Vec<_>>());
 
         let samples = http::samples(&http::get(port, "/metrics").await);
@@ -78,17 +78,19 @@ async fn all_circuits_of_two_clients_are_busy_both_ways_and_nothing_is_lost_or_c
     }
 }
 
-/// Has the two carry what they can; yields how many bytes that were, both ways.
-async fn carry(relay: &Multiaddr, (source, target): (Of, Of)) -> u64 {
-    let (tells, told) = oneshot::channel();
-    let target = tokio::spawn(party(target, relay.clone(), None, Some(tells)));
-    let to = told.await.expect("the target reserves");
-    let source = tokio::spawn(party(source, relay.clone(), Some(to), None));
-    // What one has sent may still be on its way when it has heard all: both stay until both are through.
+/// Runs both clients of a pair; returns how many bytes were transferred in both directions.
+async fn transfer(relay: &Multiaddr, (source, target): (Implementation, Implementation)) -> u64 {
+    let (sender, receiver) = oneshot::channel();
+    let target = tokio::spawn(client(target, relay.clone(), None, Some(sender)));
+    let to = receiver.await.expect("the target reserves");
+    let source = tokio::spawn(client(source, relay.clone(), Some(to), None));
+    // One client may have received everything before the other one has: both stay connected until both are done.
     let (source, target) = future::join(source, target).await;
-    let (source, leave_first) = source.expect("it works");
-    let (target, leave_last) = target.expect("it works");
-    spawn_blocking(|| [leave_first, leave_last].map(|leave| leave())).await.expect("they end well");
+    let (source, disconnect_source) = source.expect("the client does not panic");
+    let (target, disconnect_target) = target.expect("the client does not panic");
+    spawn_blocking(|| [disconnect_source, disconnect_target].map(|disconnect| disconnect()))
+        .await
+        .expect("the clients do not panic");
     assert_eq!(source.sent, target.received);
     assert_eq!(target.sent, source.received);
     let all = source.sent.iter().chain(&target.sent);
@@ -96,44 +98,44 @@ async fn carry(relay: &Multiaddr, (source, target): (Of, Of)) -> u64 {
     all.sum()
 }
 
-/// One client: the source of the circuits if it has a target, else the target.
-async fn party(
-    of: Of,
+/// Runs one client: the source of the circuits if it has a target, else the target.
+async fn client(
+    of: Implementation,
     relay: Multiaddr,
     to: Option<PeerId>,
-    tells: Option<oneshot::Sender<PeerId>>,
-) -> (Carried, Leave) {
+    sender: Option<oneshot::Sender<PeerId>>,
+) -> (Transferred, Disconnect) {
     let mut command = match of {
-        Of::Go => Command::new(spawn_blocking(go_client).await.expect("it is built")),
-        Of::Js => {
+        Implementation::Go => Command::new(spawn_blocking(go_client).await.expect("it is built")),
+        Implementation::Js => {
             let folder = spawn_blocking(js_client).await.expect("it is installed");
             let mut node = Command::new("node_modules/.bin/node");
             node.arg("many.mjs").current_dir(folder);
             node
         }
-        Of::Rust => return rust(relay, to, tells).await,
+        Implementation::Rust => return rust(relay, to, sender).await,
     };
-    if matches!(of, Of::Go) {
+    if matches!(of, Implementation::Go) {
         command.arg("many");
     }
     command.args([relay.to_string(), CIRCUITS.to_string(), seconds().to_string()]);
     command.args(to.map(|to| to.to_string()));
     spawn_blocking(move || {
-        let mut party = Talking::start(command.stdin(Stdio::piped()));
-        if let Some(tells) = tells {
-            let _ = tells.send(party.says("peer ").trim().parse().expect("a peer"));
+        let mut client = ClientProcess::start(command.stdin(Stdio::piped()));
+        if let Some(sender) = sender {
+            let _ = sender.send(client.read_value("peer ").trim().parse().expect("a peer"));
         }
         let mut numbers = |word| {
-            let line = party.says(word);
+            let line = client.read_value(word);
             let line = line.trim_matches(['[', ']']);
             line.split(' ').map(|number| number.parse().expect("a number")).collect()
         };
-        let carried = Carried { sent: numbers("sent "), received: numbers("received ") };
-        let leave: Leave = Box::new(|| party.ends_well());
-        (carried, leave)
+        let transferred = Transferred { sent: numbers("sent "), received: numbers("received ") };
+        let disconnect: Disconnect = Box::new(|| client.wait_for_success());
+        (transferred, disconnect)
     })
     .await
-    .expect("it works")
+    .expect("the client does not panic")
 }
 
 fn seconds() -> u64 {
@@ -143,55 +145,57 @@ fn seconds() -> u64 {
 async fn rust(
     relay: Multiaddr,
     to: Option<PeerId>,
-    tells: Option<oneshot::Sender<PeerId>>,
-) -> (Carried, Leave) {
+    sender: Option<oneshot::Sender<PeerId>>,
+) -> (Transferred, Disconnect) {
     let mut client = Client::connect_pinging(Keypair::generate_ed25519(), &relay).await;
     let mut circuits = JoinSet::new();
     if let Some(to) = to {
         for circuit in 0..CIRCUITS {
-            let (answer, mut stream) = client.ask_for_circuit(&connect(to)).await;
+            let (answer, mut stream) = client.request_circuit(&connect(to)).await;
             assert_eq!(answer.status, Some(100), "{circuit}: {answer:?}");
             stream.write_all(&[circuit as u8]).await.expect("the relay reads");
-            circuits.spawn(converse(stream, circuit, true));
+            circuits.spawn(run_circuit(stream, circuit, true));
         }
     } else {
         client.reserve().await;
         let mut stops = client.accept(STOP);
-        tells.expect("it is a target").send(client.peer).expect("the source waits");
+        sender.expect("it is a target").send(client.peer).expect("the source waits");
         for _ in 0..CIRCUITS {
-            let (_, mut stream) = agree(&mut stops).await;
+            let (_, mut stream) = accept_circuit(&mut stops).await;
             circuits.spawn(async move {
                 let mut circuit = [0];
-                stream.read_exact(&mut circuit).await.expect("the source says which one");
-                converse(stream, circuit[0].into(), false).await
+                stream.read_exact(&mut circuit).await.expect("the number of the circuit");
+                run_circuit(stream, circuit[0].into(), false).await
             });
         }
     }
-    let mut carried = Carried { sent: vec![0; CIRCUITS], received: vec![0; CIRCUITS] };
-    while let Some(conversation) = circuits.join_next().await {
-        let (circuit, sent, received) = conversation.expect("it ends well");
-        (carried.sent[circuit], carried.received[circuit]) = (sent, received);
+    let mut transferred = Transferred { sent: vec![0; CIRCUITS], received: vec![0; CIRCUITS] };
+    while let Some(done) = circuits.join_next().await {
+        let (circuit, sent, received) = done.expect("the circuit does not panic");
+        (transferred.sent[circuit], transferred.received[circuit]) = (sent, received);
     }
-    (carried, Box::new(move || assert!(client.kept_its_connection())))
+    (transferred, Box::new(move || assert!(client.kept_its_connection())))
 }
 
-/// Sends for as long as it lasts and closes its half, while it receives up to the other's end.
-async fn converse(stream: Stream, circuit: usize, is_source: bool) -> (usize, u64, u64) {
+/// Sends until its time is over and closes the write half, while it receives until the other side closes.
+async fn run_circuit(stream: Stream, circuit: usize, is_source: bool) -> (usize, u64, u64) {
     let (mut reads, mut writes) = stream.split();
-    let (mine, theirs) = (2 * circuit, 2 * circuit + 1);
-    let (mine, theirs) = if is_source { (mine, theirs) } else { (theirs, mine) };
+    let (own_seed, other_seed) = (2 * circuit, 2 * circuit + 1);
+    let (own_seed, other_seed) =
+        if is_source { (own_seed, other_seed) } else { (other_seed, own_seed) };
     let send = async {
-        let (payload, until) = (repeating(mine), Instant::now() + Duration::from_secs(seconds()));
+        let (payload, until) =
+            (repeating(own_seed), Instant::now() + Duration::from_secs(seconds()));
         let mut sent = 0;
         while Instant::now() < until {
             let from = sent % PERIOD;
-            sent += writes.write(&payload[from..from + PIECE]).await.expect("it goes on");
+            sent += writes.write(&payload[from..from + CHUNK]).await.expect("the circuit is open");
         }
-        writes.close().await.expect("it goes on");
+        writes.close().await.expect("the circuit is open");
         sent as u64
     };
     let receive = async {
-        let (payload, mut buffer) = (repeating(theirs), vec![0; PERIOD]);
+        let (payload, mut buffer) = (repeating(other_seed), vec![0; PERIOD]);
         let mut received = 0;
         loop {
             let read = reads.read(&mut buffer).await.expect("no reset");

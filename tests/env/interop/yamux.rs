@@ -1,8 +1,8 @@
-//! Our muxer against go-yamux and js-libp2p's yamux, over a bare TCP connection: streams of both sides under a random
+//! Our muxer against go-yamux and js-libp2p's yamux over a TCP connection: both sides open streams on a random
 //! schedule.
 //!
-//! A stream begins with its plan, which its opener makes up: how many bytes go each way, and how it ends. Each side
-//! checks every byte, and the end.
+//! A stream begins with its plan, which its opener chooses: how many bytes are sent each way, and how it ends. Each
+//! side checks every byte and the end.
 
 use std::{
     env, io,
@@ -30,16 +30,16 @@ use libp2p::{
 };
 use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus as Random};
 use relaylet::program::mux::{
-    muxer::{Budget, Multiplex},
-    stream_limits::StreamLimits,
+    muxer::Multiplex,
+    stream_limits::{Budget, StreamLimits},
 };
 
-use super::{Talking, client, js_client, run};
+use super::{ClientProcess, client, js_client, run};
 
 /// How many streams each side opens.
 const STREAMS: usize = 60;
 
-/// How many sessions there are of each role, and where their seeds begin unless this variable says so.
+/// How many sessions are run in each role, and the variable that sets the first seed.
 const SESSIONS: u64 = 3;
 const SEED: &str = "RELAYLET_SEED";
 
@@ -47,91 +47,91 @@ const KIB: usize = 1024;
 
 #[test]
 #[ignore = "needs Go"]
-fn go_yamux_and_we_carry_all_that_is_said_and_end_alike() {
+fn go_yamux_and_our_muxer_interoperate() {
     let peer = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("go-yamux");
     let build = ["build", "-o", peer.to_str().expect("a path in UTF-8"), "./yamux"];
     run(Command::new("go").args(build).current_dir(client("go")));
-    play_all("go-yamux", || Command::new(&peer));
+    run_sessions("go-yamux", || Command::new(&peer));
 }
 
 #[test]
 #[ignore = "needs Node with npm"]
-fn js_yamux_and_we_carry_all_that_is_said_and_end_alike() {
+fn js_yamux_and_our_muxer_interoperate() {
     let folder = js_client();
-    play_all("js-yamux", || {
+    run_sessions("js-yamux", || {
         let mut node = Command::new("node_modules/.bin/node");
         node.arg("yamux.mjs").current_dir(folder);
         node
     });
 }
 
-fn play_all(name: &str, peer: impl Fn() -> Command) {
+fn run_sessions(name: &str, peer: impl Fn() -> Command) {
     let first = env::var(SEED).map_or(1, |seed| seed.parse().expect("a number"));
     for seed in first..first + SESSIONS {
-        for we_are_the_client in [true, false] {
-            println!("{name}, seed {seed}, we are the client: {we_are_the_client}");
+        for is_client in [true, false] {
+            println!("{name}, seed {seed}, our muxer is the client: {is_client}");
             let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
             let address = listener.local_addr().expect("an address").to_string();
-            let role = if we_are_the_client { "server" } else { "client" };
+            let role = if is_client { "server" } else { "client" };
             let args = [&address, role, &seed.to_string(), &STREAMS.to_string()];
-            let mut peer = Talking::start(peer().args(args));
-            let (tcp, _) = listener.accept().expect("it comes");
-            let (says, done) = oneshot::channel();
-            let talks = thread::spawn(move || {
-                peer.says("done");
-                let _ = says.send(());
-                peer.ends_well();
+            let mut peer = ClientProcess::start(peer().args(args));
+            let (tcp, _) = listener.accept().expect("a connection");
+            let (sender, done) = oneshot::channel();
+            let waiting = thread::spawn(move || {
+                peer.read_value("done");
+                let _ = sender.send(());
+                peer.wait_for_success();
             });
-            let seen = task::block_on(play(tcp.into(), we_are_the_client, seed, done));
-            talks.join().expect("it ends well");
-            println!("they sent {:?}\nwe sent {:?}", seen.theirs, seen.ours);
-            assert!(seen.theirs.has_all() && seen.ours.has_all());
-            assert_eq!((seen.theirs.go_away, seen.ours.go_away), (None, Some(0)));
+            let counted = task::block_on(run_session(tcp.into(), is_client, seed, done));
+            waiting.join().expect("the peer succeeds");
+            println!("the peer sent {:?}\nour muxer sent {:?}", counted.theirs, counted.ours);
+            assert!(counted.theirs.has_all() && counted.ours.has_all());
+            assert_eq!((counted.theirs.go_away, counted.ours.go_away), (None, Some(0)));
         }
     }
 }
 
-/// Has both sides open their streams until all have ended; then we end the session.
-async fn play(
+/// Runs one session until all streams of both sides have ended; then our muxer closes it.
+async fn run_session(
     tcp: TcpStream,
-    we_are_the_client: bool,
+    is_client: bool,
     seed: u64,
     mut done: oneshot::Receiver<()>,
-) -> Seen {
-    let seen = Arc::default();
-    let watched = Watched { tcp, seen: Arc::clone(&seen) };
+) -> Counted {
+    let counted = Arc::default();
+    let connection = Counting { tcp, counted: Arc::clone(&counted) };
     let budget = Budget { inbound: 2 * STREAMS, outbound: 2 * STREAMS };
     let limits = StreamLimits { stream_rate: 0, ..StreamLimits::default() };
     let multiplex = Multiplex::new(budget, limits, STREAMS);
-    let (memory, protocol) = (multiplex.memory(), "/yamux/1.0.0");
-    let muxer = match we_are_the_client {
-        true => multiplex.upgrade_outbound(watched, protocol).await,
-        false => multiplex.upgrade_inbound(watched, protocol).await,
+    let (memory, protocol) = (multiplex.memory.clone(), "/yamux/1.0.0");
+    let muxer = match is_client {
+        true => multiplex.upgrade_outbound(connection, protocol).await,
+        false => multiplex.upgrade_inbound(connection, protocol).await,
     };
-    let mut muxer = muxer.expect("it needs nothing");
+    let mut muxer = muxer.expect("the upgrade cannot fail");
     let mut random = Random::seed_from_u64(seed);
     let at_once = random.random_range(1..25);
     let mut tasks = FuturesUnordered::new();
-    let (mut opened, mut asking) = (0, 0);
+    let (mut opened, mut running) = (0, 0);
     poll_fn(|cx| {
         loop {
             if opened < STREAMS
-                && asking < at_once
+                && running < at_once
                 && let Poll::Ready(stream) = muxer.poll_outbound_unpin(cx)
             {
                 let plan = Plan::random(&mut random);
-                (opened, asking) = (opened + 1, asking + 1);
-                let stream = stream.expect("it goes on");
-                tasks.push(ask(stream, plan).map(|()| true).boxed());
+                (opened, running) = (opened + 1, running + 1);
+                let stream = stream.expect("the session is open");
+                tasks.push(run_opener(stream, plan).map(|()| true).boxed());
             } else if let Poll::Ready(stream) = muxer.poll_inbound_unpin(cx) {
-                let stream = stream.expect("it goes on");
-                tasks.push(answer(stream).map(|()| false).boxed());
+                let stream = stream.expect("the session is open");
+                tasks.push(run_acceptor(stream).map(|()| false).boxed());
             } else if let Poll::Ready(Some(was_ours)) = tasks.poll_next_unpin(cx) {
-                asking -= usize::from(was_ours);
+                running -= usize::from(was_ours);
             } else if let Poll::Ready(Err(error)) = muxer.poll_unpin(cx) {
                 panic!("the session ended: {error}");
             } else if opened == STREAMS && tasks.is_empty() && done.poll_unpin(cx).is_ready() {
-                // One of theirs that was reset before we took it is not among the tasks.
+                // A stream of theirs that was reset before it was accepted is not among the tasks.
                 return Poll::Ready(());
             } else {
                 return Poll::Pending;
@@ -139,24 +139,24 @@ async fn play(
         }
     })
     .await;
-    muxer.close().await.expect("it closes"); // and drops it
+    muxer.close().await.expect("the session closes"); // and drops it
     drop(tasks);
     assert_eq!(memory.buffered().bytes, 0);
-    Arc::into_inner(seen).expect("the only one").into_inner().expect("no task failed")
+    Arc::into_inner(counted).expect("the only one").into_inner().expect("no task failed")
 }
 
-/// What becomes of a stream.
+/// How a stream ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Outcome {
-    /// Both sides write at once and finish.
+    /// Both sides write at once and close.
     Both,
-    /// The acceptor writes only after the opener's end.
+    /// The acceptor writes only after the opener has closed.
     Late,
     /// The opener resets it.
     Cut,
     /// The acceptor resets it.
     Refuse,
-    /// The opener finishes, reads half of the answer, and goes.
+    /// The opener closes, reads half of the answer, and drops the stream.
     Enough,
 }
 
@@ -170,10 +170,10 @@ struct Plan {
     there: u32,
     back: u32,
     outcome: Outcome,
-    /// How many milliseconds readers wait now and then.
+    /// How many milliseconds readers pause between reads.
     slow: u8,
-    /// How much is written at once.
-    piece: u16,
+    /// The size of a write.
+    chunk: u16,
 }
 
 impl Plan {
@@ -191,13 +191,13 @@ impl Plan {
             back,
             outcome: OUTCOMES[random.random_range(0..OUTCOMES.len())],
             slow: random.random_range(0..12_u8).saturating_sub(8),
-            piece: random.random_range(1..=most) as u16,
+            chunk: random.random_range(1..=most) as u16,
         }
     }
 
     fn encode(self) -> Vec<u8> {
         let numbers = [self.seed, self.there, self.back].map(u32::to_be_bytes).concat();
-        [&numbers[..], &[self.outcome as u8, self.slow], &self.piece.to_be_bytes()].concat()
+        [&numbers[..], &[self.outcome as u8, self.slow], &self.chunk.to_be_bytes()].concat()
     }
 
     fn decode(header: [u8; 16]) -> Self {
@@ -208,13 +208,13 @@ impl Plan {
             back: number(8),
             outcome: OUTCOMES[usize::from(header[12])],
             slow: header[13],
-            piece: u16::from_be_bytes([header[14], header[15]]),
+            chunk: u16::from_be_bytes([header[14], header[15]]),
         }
     }
 }
 
-/// The opener's side of a stream. Dropped before its end, it is reset.
-async fn ask(stream: impl AsyncRead + AsyncWrite, plan: Plan) {
+/// The opener's side of a stream. Dropping the stream before its end resets it.
+async fn run_opener(stream: impl AsyncRead + AsyncWrite, plan: Plan) {
     let (mut reads, mut writes) = stream.split();
     let write = async {
         writes.write_all(&plan.encode()).await?;
@@ -224,27 +224,27 @@ async fn ask(stream: impl AsyncRead + AsyncWrite, plan: Plan) {
     match plan.outcome {
         Outcome::Both | Outcome::Late => {
             let (wrote, read) = join(write, receive(&mut reads, expected, back, plan)).await;
-            assert_eq!((wrote.is_ok(), read), (true, Read::Whole), "ask {plan:?}");
+            assert_eq!((wrote.is_ok(), read), (true, Read::Whole), "opener {plan:?}");
         }
-        Outcome::Cut => write.await.unwrap_or_else(|error| panic!("ask {plan:?}: {error}")),
+        Outcome::Cut => write.await.unwrap_or_else(|error| panic!("opener {plan:?}: {error}")),
         Outcome::Refuse => {
-            // Writing ends with the reset, too.
+            // The reset ends writing, too.
             let (_, read) = join(write, receive(&mut reads, expected, back, plan)).await;
-            assert!(matches!(read, Read::Reset(_)), "ask {plan:?}: {read:?}");
+            assert!(matches!(read, Read::Reset(_)), "opener {plan:?}: {read:?}");
         }
         Outcome::Enough => {
             let mut half = reads.take(u64::from(plan.back / 2));
             let (wrote, read) = join(write, receive(&mut half, expected, back / 2, plan)).await;
-            assert_eq!((wrote.is_ok(), read), (true, Read::Whole), "ask {plan:?}");
+            assert_eq!((wrote.is_ok(), read), (true, Read::Whole), "opener {plan:?}");
         }
     }
 }
 
-/// The acceptor's side.
-async fn answer(stream: impl AsyncRead + AsyncWrite) {
+/// The acceptor's side of a stream.
+async fn run_acceptor(stream: impl AsyncRead + AsyncWrite) {
     let (mut reads, mut writes) = stream.split();
     let mut header = [0; 16];
-    reads.read_exact(&mut header).await.expect("what came before a reset is read");
+    reads.read_exact(&mut header).await.expect("bytes before a reset can be read");
     let plan = Plan::decode(header);
     let ends = plan.outcome != Outcome::Refuse;
     let write = send(&mut writes, !plan.seed, plan.back, plan, ends);
@@ -252,33 +252,33 @@ async fn answer(stream: impl AsyncRead + AsyncWrite) {
     match plan.outcome {
         Outcome::Both => {
             let (wrote, read) = join(write, read).await;
-            assert_eq!((wrote.is_ok(), read), (true, Read::Whole), "answer {plan:?}");
+            assert_eq!((wrote.is_ok(), read), (true, Read::Whole), "acceptor {plan:?}");
         }
         Outcome::Late => {
-            assert_eq!(read.await, Read::Whole, "answer {plan:?}");
-            write.await.unwrap_or_else(|error| panic!("answer {plan:?}: {error}"));
+            assert_eq!(read.await, Read::Whole, "acceptor {plan:?}");
+            write.await.unwrap_or_else(|error| panic!("acceptor {plan:?}: {error}"));
         }
         Outcome::Cut => {
             let (_, read) = join(write, read).await;
-            assert!(matches!(read, Read::Reset(_)), "answer {plan:?}: {read:?}");
+            assert!(matches!(read, Read::Reset(_)), "acceptor {plan:?}: {read:?}");
         }
-        Outcome::Refuse => write.await.unwrap_or_else(|error| panic!("answer {plan:?}: {error}")),
+        Outcome::Refuse => write.await.unwrap_or_else(|error| panic!("acceptor {plan:?}: {error}")),
         Outcome::Enough => {
-            // It may be reset meanwhile.
+            // The opener may reset it meanwhile.
             let (_, read) = join(write, read).await;
-            assert!(!matches!(read, Read::Short(_)), "answer {plan:?}: {read:?}");
+            assert!(!matches!(read, Read::Short(_)), "acceptor {plan:?}: {read:?}");
         }
     }
 }
 
-/// What came.
+/// How reading ended.
 #[derive(Debug, PartialEq, Eq)]
 enum Read {
-    /// All, and the end.
+    /// All bytes, and a close.
     Whole,
-    /// An end with so many bytes missing.
+    /// A close with this many bytes missing.
     Short(usize),
-    /// A reset with so many bytes missing.
+    /// A reset with this many bytes missing.
     Reset(usize),
 }
 
@@ -319,14 +319,14 @@ async fn send(
     ends: bool,
 ) -> io::Result<()> {
     let bytes: Vec<_> = payload(seed).take(count as usize).collect();
-    for piece in bytes.chunks(plan.piece.into()) {
-        to.write_all(piece).await?;
+    for chunk in bytes.chunks(plan.chunk.into()) {
+        to.write_all(chunk).await?;
     }
     to.flush().await?;
     if ends { to.close().await } else { Ok(()) }
 }
 
-/// The bytes of a seed.
+/// The pseudo-random bytes of a seed.
 fn payload(mut seed: u32) -> impl Iterator<Item = u8> {
     std::iter::repeat_with(move || {
         seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
@@ -334,14 +334,14 @@ fn payload(mut seed: u32) -> impl Iterator<Item = u8> {
     })
 }
 
-/// The frames of both sides.
+/// The frames that both sides sent.
 #[derive(Default)]
-struct Seen {
+struct Counted {
     theirs: Frames,
     ours: Frames,
 }
 
-/// How many frames there were, by their flags, and the last if it was go-away.
+/// How many frames had each flag, and the code of a go-away.
 #[derive(Debug, Default)]
 struct Frames {
     syn: usize,
@@ -395,13 +395,13 @@ impl Frames {
     }
 }
 
-/// A connection whose frames are counted.
-struct Watched {
+/// A connection that counts the frames in both directions.
+struct Counting {
     tcp: TcpStream,
-    seen: Arc<Mutex<Seen>>,
+    counted: Arc<Mutex<Counted>>,
 }
 
-impl AsyncRead for Watched {
+impl AsyncRead for Counting {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -409,13 +409,13 @@ impl AsyncRead for Watched {
     ) -> Poll<io::Result<usize>> {
         let read = Pin::new(&mut self.tcp).poll_read(cx, buffer);
         if let Poll::Ready(Ok(read)) = read {
-            self.seen.lock().unwrap().theirs.follow(&buffer[..read]);
+            self.counted.lock().unwrap().theirs.follow(&buffer[..read]);
         }
         read
     }
 }
 
-impl AsyncWrite for Watched {
+impl AsyncWrite for Counting {
     fn poll_write(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -423,7 +423,7 @@ impl AsyncWrite for Watched {
     ) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.tcp).poll_write(cx, bytes);
         if let Poll::Ready(Ok(written)) = written {
-            self.seen.lock().unwrap().ours.follow(&bytes[..written]);
+            self.counted.lock().unwrap().ours.follow(&bytes[..written]);
         }
         written
     }

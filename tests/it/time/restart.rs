@@ -1,7 +1,7 @@
-//! The relay is killed and started anew under 500 clients, which come back by themselves.
+//! The relay is killed and started again with 500 clients, which reconnect by themselves.
 //!
-//! Every setting is at its default, so they come from many addresses: a machine has all of
-//! 127.0.0.0/8. `interop.rs` has those in Go.
+//! Every setting is at its default, so the clients use many addresses of 127.0.0.0/8. `interop.rs` does the same with
+//! Go clients.
 
 use std::{
     collections::HashSet,
@@ -23,46 +23,46 @@ use tokio::{sync::mpsc, time::sleep};
 
 use crate::common::{
     Relay,
-    http::{self, ANYWHERE, get, samples},
+    http::{self, ON_ANY_PORT, get, samples},
     tcp_from::TcpFrom,
     within,
 };
 
 const CLIENTS: usize = 500;
 
-/// So many share an address, and a subnet.
+/// How many clients share an address, which is in a subnet of its own.
 const PER_ADDRESS: usize = 25;
 
-/// How long a client that cannot come back waits before it tries again: so long at first, then twice
-/// as long each time. The first time it tries at once, as all the others do.
+/// The backoff of a client that cannot reconnect: the first pause, doubled each time up to the longest. The first
+/// attempt is immediate, as it is for all clients.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn after_kill_9_under_500_clients_all_are_reserved_again_and_none_is_refused() {
+async fn after_kill_9_all_500_clients_reserve_again_without_refusal() {
     rlimit::increase_nofile_limit(u64::MAX).expect("a limit of open files");
     let relay = Relay::start(&[]);
-    let (tell, mut told) = mpsc::unbounded_channel();
+    let (sender, mut reports) = mpsc::unbounded_channel();
     let clients: HashSet<_> = (0..CLIENTS)
         .map(|n| {
             let (keypair, from) = (Keypair::generate_ed25519(), address(n));
             let peer = keypair.public().to_peer_id();
-            tokio::spawn(live(keypair, from, relay.address.clone(), tell.clone()));
+            tokio::spawn(run_client(keypair, from, relay.address.clone(), sender.clone()));
             peer
         })
         .collect();
     let start = Instant::now();
-    all_reserve(&clients, &mut told).await;
-    println!("{CLIENTS} clients came in {:.1} s", start.elapsed().as_secs_f64());
+    all_reserve(&clients, &mut reports).await;
+    println!("{CLIENTS} clients reserved within {:.1} s", start.elapsed().as_secs_f64());
     assert_eq!(relay.count_in_log("refused"), 0);
 
     let peer = relay.peer;
     let listen = format!("--listen=/ip4/127.0.0.1/tcp/{}", relay.port());
     let killed = Instant::now();
-    let relay = Relay::start_in(relay.kill(), &[&listen, ANYWHERE]);
+    let relay = Relay::start_in(relay.kill(), &[&listen, ON_ANY_PORT]);
     let down = killed.elapsed();
     assert_eq!(relay.peer, peer);
-    all_reserve(&clients, &mut told).await;
+    all_reserve(&clients, &mut reports).await;
     let denied = relay.count_in_log("connection denied");
     println!(
         "kill -9 under {CLIENTS} clients of rust-libp2p: down for {:.2} s, all reserved again {:.1} s \
@@ -75,48 +75,47 @@ async fn after_kill_9_under_500_clients_all_are_reserved_again_and_none_is_refus
     }
     assert_eq!(relay.count_in_log("reservation granted"), CLIENTS);
     let port = http::port(&relay).await;
-    let live = async {
+    let run_client = async {
         while samples(&get(port, "/metrics").await)[r#"relaylet_slots{state="live"}"#]
             != CLIENTS as f64
         {
             sleep(Duration::from_millis(100)).await;
         }
     };
-    within(live).await;
+    within(run_client).await;
 }
 
-/// Waits until each of them has told that it holds a slot.
+/// Waits until each client has reported that it holds a slot.
 async fn all_reserve(
     clients: &HashSet<PeerId>,
-    told: &mut mpsc::UnboundedReceiver<Result<PeerId, String>>,
+    reports: &mut mpsc::UnboundedReceiver<Result<PeerId, String>>,
 ) {
     let mut waiting = clients.clone();
     while !waiting.is_empty() {
-        let news = within(told.recv()).await.expect("they live");
-        let peer = news.unwrap_or_else(|refused| panic!("a client was refused: {refused}"));
-        assert!(waiting.remove(&peer), "{peer} lost the slot that it had");
+        let report = within(reports.recv()).await.expect("the clients run");
+        let peer = report.unwrap_or_else(|refused| panic!("a client was refused: {refused}"));
+        assert!(waiting.remove(&peer), "{peer} reserved twice");
     }
 }
 
-/// Where a client comes from.
+/// The source address of a client.
 fn address(n: usize) -> Ipv4Addr {
-    let subnet = u8::try_from(n / PER_ADDRESS).expect("not that many");
+    let subnet = u8::try_from(n / PER_ADDRESS).expect("fewer than 256 subnets");
     Ipv4Addr::new(127, 0, subnet + 1, 1)
 }
 
-/// A client: rust-libp2p's, which does not come back by itself, and what every app that wants it to
-/// has around it.
-async fn live(
+/// Runs a rust-libp2p client with the reconnect loop that an app adds to it.
+async fn run_client(
     keypair: Keypair,
     from: Ipv4Addr,
     relay: Multiaddr,
-    tell: mpsc::UnboundedSender<Result<PeerId, String>>,
+    sender: mpsc::UnboundedSender<Result<PeerId, String>>,
 ) {
     let mut swarm = client(&keypair, from);
     let peer = *swarm.local_peer_id();
     let circuit = relay.clone().with(Protocol::P2pCircuit);
     let mut pause = FIRST_PAUSE;
-    swarm.dial(relay.clone()).expect("it can be dialed");
+    swarm.dial(relay.clone()).expect("the relay can be dialed");
     loop {
         match swarm.select_next_some().await {
             SwarmEvent::ConnectionEstablished { .. } => {
@@ -126,19 +125,19 @@ async fn live(
                 relay::client::Event::ReservationReqAccepted { renewal: false, .. },
             )) => {
                 pause = FIRST_PAUSE;
-                let _ = tell.send(Ok(peer));
+                let _ = sender.send(Ok(peer));
             }
-            // The connection is there, and yet there is no slot.
+            // Connected, but the reservation was refused.
             SwarmEvent::ListenerClosed { reason, .. } if swarm.network_info().num_peers() > 0 => {
-                let _ = tell.send(Err(format!("{peer}: {reason:?}")));
+                let _ = sender.send(Err(format!("{peer}: {reason:?}")));
             }
             SwarmEvent::ConnectionClosed { .. } => {
-                swarm.dial(relay.clone()).expect("it can be dialed");
+                swarm.dial(relay.clone()).expect("the relay can be dialed");
             }
             SwarmEvent::OutgoingConnectionError { .. } => {
                 sleep(pause).await;
                 pause = LONGEST_PAUSE.min(2 * pause);
-                swarm.dial(relay.clone()).expect("it can be dialed");
+                swarm.dial(relay.clone()).expect("the relay can be dialed");
             }
             _ => {}
         }

@@ -140,7 +140,7 @@ impl Executor {
 }
 
 /// Runs this, with the tasks that it spawns: on an executor, without one, and with each side on a thread of its own.
-fn everywhere<F: Future<Output = ()>>(test: impl Fn([Executor; 2]) -> F) {
+fn with_each_pair_of_executors<F: Future<Output = ()>>(test: impl Fn([Executor; 2]) -> F) {
     block_on(test([Executor::Threads, Executor::Threads]));
     let (spawn, spawned) = mpsc::unbounded();
     let here = Executor::Here(spawn);
@@ -180,7 +180,7 @@ async fn run(mut spawned: mpsc::UnboundedReceiver<Task>, until: impl Future<Outp
 
 /// What a stream carries: so many bytes, all different from those of others. At least one, for the crate does
 /// not tell of a stream that it closes before it writes.
-fn said(number: usize) -> Vec<u8> {
+fn payload(number: usize) -> Vec<u8> {
     let length = [1, 2, 3, 12, 40_000, 70_000, 300_000, 600_000][number % 8];
     (0..length).map(|at: usize| (at / 7 + at * number) as u8).collect()
 }
@@ -188,9 +188,9 @@ fn said(number: usize) -> Vec<u8> {
 /// Says it all, closes its half, and hears the same.
 async fn ask(stream: impl AsyncRead + AsyncWrite, number: usize, done: mpsc::UnboundedSender<()>) {
     let (mut reads, mut writes) = stream.split();
-    let said = said(number);
+    let sent = payload(number);
     let say = async {
-        for piece in said.chunks(1 + 9000 * (number % 11)) {
+        for piece in sent.chunks(1 + 9000 * (number % 11)) {
             writes.write_all(piece).await.expect("it goes on");
         }
         writes.flush().await.expect("it goes on");
@@ -201,7 +201,7 @@ async fn ask(stream: impl AsyncRead + AsyncWrite, number: usize, done: mpsc::Unb
         reads.read_to_end(&mut heard).await.expect("it goes on");
     };
     libp2p::futures::future::join(say, hear).await;
-    assert!(heard == said, "{number}: {} of {} bytes", heard.len(), said.len());
+    assert!(heard == sent, "{number}: {} of {} bytes", heard.len(), sent.len());
     let _ = done.unbounded_send(());
 }
 
@@ -221,7 +221,7 @@ async fn echo(stream: impl AsyncRead + AsyncWrite) {
 fn muxer(pipe: Pipe, role: Role) -> Muxer<Pipe> {
     let budget = Budget { inbound: 64, outbound: 64 };
     let limits = StreamLimits { stream_rate: 0, ..StreamLimits::default() };
-    Muxer::new(pipe, &Multiplex::new(budget, limits, 64), role)
+    Muxer::new(pipe, Multiplex::new(budget, limits, 64), role)
 }
 
 /// Opens so many streams over ours, and echoes what comes on others.
@@ -309,14 +309,72 @@ async fn exchange(room: usize, [one, other]: [Run; 2], [first, second]: [Executo
 #[test]
 fn streams_of_two_muxers_carry_all_that_is_said() {
     for room in [997, 100 * KIB] {
-        everywhere(|executors| exchange(room, [ours, ours], executors));
+        with_each_pair_of_executors(|executors| exchange(room, [ours, ours], executors));
     }
 }
 
 #[test]
 fn the_crate_and_we_understand_each_other_in_either_role() {
     for room in [997, 100 * KIB] {
-        everywhere(|executors| exchange(room, [ours, theirs], executors));
-        everywhere(|executors| exchange(room, [theirs, ours], executors));
+        with_each_pair_of_executors(|executors| exchange(room, [ours, theirs], executors));
+        with_each_pair_of_executors(|executors| exchange(room, [theirs, ours], executors));
     }
+}
+
+fn secs(secs: u64) -> Duration {
+    Duration::from_secs(secs)
+}
+
+#[test]
+fn a_peer_that_acknowledges_one_byte_a_minute_is_not_stalled() {
+    let (mut stall, start) = (WriteStall::default(), Instant::now());
+    for minute in 0..100 {
+        let at = start + secs(60 * minute);
+        assert_eq!(stall.on_waiting(Some(minute), at), secs(0));
+        assert_eq!(stall.on_waiting(Some(minute), at + secs(59)), secs(59));
+    }
+}
+
+#[test]
+fn a_stall_lasts_until_something_is_acknowledged_or_written() {
+    let (mut stall, start) = (WriteStall::default(), Instant::now());
+    for acknowledged in [Some(7), None] {
+        assert_eq!(stall.on_waiting(acknowledged, start), secs(0));
+        assert_eq!(stall.on_waiting(acknowledged, start + secs(30)), secs(30));
+        assert_eq!(stall.on_waiting(acknowledged, start + secs(61)), secs(61));
+        stall.on_written();
+        assert_eq!(stall.on_waiting(acknowledged, start + secs(62)), secs(0));
+    }
+}
+
+fn line(text: &str) -> Vec<u8> {
+    [&[text.len() as u8 + 1], text.as_bytes(), b"\n"].concat()
+}
+
+#[test]
+fn it_ends_when_the_relay_accepts_a_protocol_in_any_number_of_writes() {
+    let list = line(&"/one/of/them".repeat(12));
+    let list = [&[0x80 | (list.len() as u8 & 0x7f), 1], &list[..]].concat();
+    for (said, agrees) in [
+        (line("/multistream/1.0.0"), false),
+        (line("na"), false),
+        (list, false),
+        (line("/multistream/1.0.0/and/more"), true),
+        (line("/ipfs/ping/1.0.0"), true),
+    ] {
+        let mut at_once = Negotiation::default();
+        assert!(!at_once.on_write(&line("/multistream/1.0.0")));
+        assert_eq!(at_once.on_write(&said), agrees, "{said:?}");
+        let mut cut = Negotiation::default();
+        let agreed = said.iter().map(|byte| cut.on_write(&[*byte]));
+        assert_eq!(agreed.last(), Some(agrees), "{said:?}");
+    }
+}
+
+#[test]
+fn lengths_above_127_are_rejected() {
+    assert!(Negotiation::accepts(&[0x7f], 1));
+    assert!(!Negotiation::accepts(&[0x80], 1));
+    assert!(Negotiation::accepts(&[0xff, 7], 99), "not a length");
+    assert!(Negotiation::accepts(&[], 1));
 }

@@ -3,20 +3,18 @@
 #[cfg(test)]
 mod table;
 
-use std::{collections::HashMap, io, task::Waker, time::Duration};
+use std::{
+    collections::HashMap,
+    sync::atomic::{AtomicBool, Ordering},
+    task::Wake,
+};
 
 use proptest::{collection::vec, prelude::*};
 
-use super::{
-    receive::{Received, Room},
-    send::Frames,
-    *,
-};
+use super::{frames::Frames, *};
 use crate::program::mux::{
-    budget::MemoryBudget,
-    frame::{HEADER, Header, Kind},
-    permits::StreamPermits,
-    stream::QUANTUM,
+    frame::{FIN, HEADER, Header, Kind, Room, SYN},
+    stream_limits::{Budget, StreamLimits},
 };
 
 const KIB: usize = 1024;
@@ -26,7 +24,6 @@ const PLENTY: usize = 1 << 40;
 struct Side {
     session: Session,
     room: Room,
-    permits: Arc<StreamPermits>,
     now: Instant,
     budget: MemoryBudget,
 }
@@ -37,34 +34,39 @@ impl Side {
     }
 
     fn with(role: Role, budget: MemoryBudget) -> Self {
-        let session = Session::new(role, budget.open(None));
+        let budget_of_one = budget.open(None, Weak::<Shared>::new());
+        let session = Session::new(role, budget_of_one, admission(100));
         let (room, now) = (Room::default(), Instant::now());
-        Self { session, room, permits: StreamPermits::new(100), now, budget }
+        Self { session, room, now, budget }
     }
 
-    fn open(&mut self) -> u64 {
-        let permit = StreamPermit::take(&self.permits).expect("a permit");
-        self.session.open(permit, self.now).expect("a number")
+    fn open(&mut self) -> Key {
+        let Poll::Ready(opened) = self.session.poll_open(&cx(), self.now) else {
+            panic!("it may be opened");
+        };
+        opened.expect("a number")
     }
 
-    fn accept(&mut self) -> Option<u64> {
+    fn accept(&mut self) -> Option<Key> {
         match self.session.poll_accept(&cx()) {
-            Poll::Ready(serial) => Some(serial),
+            Poll::Ready(key) => Some(key),
             Poll::Pending => None,
         }
     }
 
-    fn write(&mut self, stream: u64, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        let written = self.session.poll_write(stream, &cx(), bytes, self.now);
-        self.session.take_effects().apply();
+    fn write(&mut self, stream: Key, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let write = |it: &mut Stream, budget: &_| it.write(bytes, self.now, budget);
+        let written = self.session.poll_stream(stream, &cx(), |it| &mut it.writer, write);
+        std::mem::take(&mut self.session.effects).apply(&self.budget);
         written
     }
 
     /// Reads once; `None` if there is nothing.
-    fn read(&mut self, stream: u64, most: usize) -> Option<io::Result<Vec<u8>>> {
+    fn read(&mut self, stream: Key, most: usize) -> Option<io::Result<Vec<u8>>> {
         let mut bytes = vec![0; most];
-        let read = self.session.poll_read(stream, &cx(), &mut bytes, self.now);
-        self.session.take_effects().apply();
+        let read = |it: &mut Stream, budget: &_| it.read(&mut bytes, self.now, budget);
+        let read = self.session.poll_stream(stream, &cx(), |it| &mut it.reader, read);
+        std::mem::take(&mut self.session.effects).apply(&self.budget);
         match read {
             Poll::Ready(read) => Some(read.map(|read| bytes[..read].to_vec())),
             Poll::Pending => None,
@@ -75,7 +77,7 @@ impl Side {
     fn send(&mut self) -> Vec<u8> {
         let mut frames = Vec::new();
         self.session.take_frames(&mut frames, QUANTUM, self.now);
-        self.session.take_effects().apply();
+        std::mem::take(&mut self.session.effects).apply(&self.budget);
         frames
     }
 
@@ -90,39 +92,40 @@ impl Side {
         }
     }
 
-    fn receive(&mut self, mut bytes: &[u8]) -> Result<(), End> {
+    fn receive(&mut self, mut bytes: &[u8]) -> io::Result<()> {
         while !bytes.is_empty() {
-            if self.room.buffer().is_empty() {
-                self.session.lend(&mut self.room);
-            }
             let into = self.room.buffer();
             let some = into.len().min(bytes.len());
             into[..some].copy_from_slice(&bytes[..some]);
             bytes = &bytes[some..];
-            let received = self.session.receive(&mut self.room, some, self.now)?;
-            if let Received::Opened(stream) = received {
-                self.session.admit(stream, StreamPermit::take(&self.permits))?;
-            }
-            self.session.take_effects().apply();
+            self.session.receive(&mut self.room, some, self.now)?;
+            std::mem::take(&mut self.session.effects).apply(&self.budget);
         }
         Ok(())
     }
 
-    fn drop_handle(&mut self, stream: u64) {
-        self.session.drop_handle(stream);
-        self.session.take_effects().apply();
+    fn drop_handle(&mut self, stream: Key) {
+        self.session.change(stream, Stream::drop_handle);
+        std::mem::take(&mut self.session.effects).apply(&self.budget);
     }
 
     /// Nothing is left of any stream.
     fn assert_empty(&mut self) {
         let session = &self.session;
-        assert!(session.streams.is_empty() && session.ids.is_empty(), "{session:#?}");
+        assert!(session.streams.is_empty(), "{session:#?}");
         assert!(session.half_closed.is_empty(), "{session:#?}");
+        assert_eq!((session.inbound, session.outbound), (0, 0));
         assert_eq!((session.unacknowledged, session.refused), (0, 0));
         assert_eq!(session.growth, MAX_GROWTH);
         assert_eq!(self.budget.buffered().bytes, 0);
-        assert!(StreamPermit::take(&self.permits).is_some());
     }
+}
+
+/// So many streams, at any rate.
+fn admission(streams: usize) -> StreamAdmission {
+    let limits =
+        StreamLimits { stream_rate: 0, max_streams: streams * 8, ..StreamLimits::default() };
+    StreamAdmission::new(Budget { inbound: streams, outbound: streams }, limits)
 }
 
 fn cx() -> Context<'static> {
@@ -153,8 +156,8 @@ fn is_reset(read: Option<io::Result<Vec<u8>>>) -> bool {
 }
 
 /// A stream that the peer opened.
-fn opened(server: &mut Side, id: u32) -> u64 {
-    server.receive(&frame(Kind::Data, Flags::SYN, id, 0)).expect("it is in order");
+fn opened(server: &mut Side, id: u32) -> Key {
+    server.receive(&frame(Kind::Data, SYN, id, 0)).expect("it is in order");
     server.accept().expect("it was opened")
 }
 
@@ -164,26 +167,25 @@ fn opened(server: &mut Side, id: u32) -> u64 {
 fn frames_against_the_rules_end_the_session_with_go_away() {
     let window = INITIAL_WINDOW;
     for (broken, reason) in [
-        (data(Flags::NONE, 1, window + 1), Reason::ProtocolError),
-        (data(Flags::SYN, 3, window + 1), Reason::ProtocolError),
-        (frame(Kind::Data, Flags::NONE, 99, MAX_WINDOW + 1), Reason::ProtocolError),
-        (frame(Kind::WindowUpdate, Flags::NONE, 1, u32::MAX as usize), Reason::ProtocolError),
-        (frame(Kind::WindowUpdate, Flags::SYN, 3, u32::MAX as usize), Reason::ProtocolError),
-        (frame(Kind::Data, Flags::SYN, 1, 0), Reason::ProtocolError),
-        (frame(Kind::WindowUpdate, Flags::SYN, 2, 0), Reason::ProtocolError),
-        (frame(Kind::Data, Flags::SYN, 0, 0), Reason::ProtocolError),
-        (frame(Kind::Ping, Flags::ACK, 0, 4711), Reason::ProtocolError),
+        (data(0, 1, window + 1), Reason::ProtocolError),
+        (data(SYN, 3, window + 1), Reason::ProtocolError),
+        (frame(Kind::Data, 0, 99, MAX_WINDOW + 1), Reason::ProtocolError),
+        (frame(Kind::WindowUpdate, 0, 1, u32::MAX as usize), Reason::ProtocolError),
+        (frame(Kind::WindowUpdate, SYN, 3, u32::MAX as usize), Reason::ProtocolError),
+        (frame(Kind::Data, SYN, 1, 0), Reason::ProtocolError),
+        (frame(Kind::WindowUpdate, SYN, 2, 0), Reason::ProtocolError),
+        (frame(Kind::Data, SYN, 0, 0), Reason::ProtocolError),
+        (frame(Kind::Ping, ACK, 0, 4711), Reason::ProtocolError),
         ([0, 9, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0].to_vec(), Reason::ProtocolError),
         ([1; HEADER].to_vec(), Reason::ProtocolError),
     ] {
         let mut server = Side::new(Role::Server);
         opened(&mut server, 1);
         let end = server.receive(&broken).expect_err("it is broken");
-        assert!(matches!(end, End::Broken(its, _) if its == reason), "{end:?}");
-        server.session.end(&end);
+        assert_eq!(end.kind(), io::ErrorKind::Other, "{end}");
+        server.session.end();
         let last = headers(&server.send_all()).pop().expect("a go-away");
         assert_eq!((last.kind, last.length), (Kind::GoAway, reason as u32));
-        server.session.reclaim(&mut server.room);
         server.session.close_all();
         server.assert_empty();
     }
@@ -193,10 +195,10 @@ fn frames_against_the_rules_end_the_session_with_go_away() {
 fn go_away_ends_the_session_and_what_came_before_is_read() {
     let mut server = Side::new(Role::Server);
     let stream = opened(&mut server, 1);
-    server.receive(&data(Flags::NONE, 1, 5)).unwrap();
-    let end = server.receive(&frame(Kind::GoAway, Flags::NONE, 0, 0)).expect_err("it ends");
-    assert!(matches!(end, End::Left));
-    server.session.end(&end);
+    server.receive(&data(0, 1, 5)).unwrap();
+    let end = server.receive(&frame(Kind::GoAway, 0, 0, 0)).expect_err("it ends");
+    assert_eq!(end.kind(), io::ErrorKind::ConnectionAborted);
+    server.session.end();
     assert_eq!(server.read(stream, 9).unwrap().unwrap(), [7; 5]);
     let error = server.read(stream, 9).unwrap().unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::ConnectionAborted, "no reset of the stream alone");
@@ -208,8 +210,8 @@ fn go_away_ends_the_session_and_what_came_before_is_read() {
 #[test]
 fn only_the_newest_ping_is_answered_and_only_once() {
     let mut server = Side::new(Role::Server);
-    server.receive(&[1, 2, 3].map(|id| frame(Kind::Ping, Flags::SYN, 0, id)).concat()).unwrap();
-    assert_eq!(server.send_all(), frame(Kind::Ping, Flags::ACK, 0, 3));
+    server.receive(&[1, 2, 3].map(|id| frame(Kind::Ping, SYN, 0, id)).concat()).unwrap();
+    assert_eq!(server.send_all(), frame(Kind::Ping, ACK, 0, 3));
     assert!(server.send_all().is_empty());
 }
 
@@ -217,7 +219,7 @@ fn only_the_newest_ping_is_answered_and_only_once() {
 fn the_flags_of_a_ping_are_those_of_no_stream() {
     let mut server = Side::new(Role::Server);
     let stream = opened(&mut server, 1);
-    let flags = Flags::SYN | Flags::FIN | Flags::RST;
+    let flags = SYN | FIN | RST;
     server.receive(&frame(Kind::Ping, flags, 1, 5)).unwrap();
     assert!(server.read(stream, 9).is_none(), "it goes on");
 }
@@ -225,7 +227,7 @@ fn the_flags_of_a_ping_are_those_of_no_stream() {
 #[test]
 fn frames_of_unknown_streams_are_passed_over_unstored() {
     let mut server = Side::new(Role::Server);
-    for flags in [Flags::NONE, Flags::ACK, Flags::FIN, Flags::RST] {
+    for flags in [0, ACK, FIN, RST] {
         server.receive(&data(flags, 5, 100 * KIB)).unwrap();
         server.receive(&frame(Kind::WindowUpdate, flags, 5, u32::MAX as usize)).unwrap();
     }
@@ -238,9 +240,9 @@ fn numbers_need_not_rise_and_a_finished_one_may_return() {
     let mut server = Side::new(Role::Server);
     for id in [5, 1, 3, 1] {
         let stream = opened(&mut server, id);
-        server.receive(&data(Flags::FIN, id, 3)).unwrap();
-        server.session.close(stream);
-        assert!(headers(&server.send_all()).iter().any(|header| header.flags.has(Flags::FIN)));
+        server.receive(&data(FIN, id, 3)).unwrap();
+        server.session.change(stream, |stream, _| stream.close());
+        assert!(headers(&server.send_all()).iter().any(|header| header.flags & FIN != 0));
         // What came is still read.
         assert_eq!(server.read(stream, 9).unwrap().unwrap(), [7; 3]);
         assert!(server.read(stream, 9).unwrap().unwrap().is_empty());
@@ -255,8 +257,8 @@ fn the_flags_of_one_frame_are_handled_in_order() {
     for kind in [Kind::Data, Kind::WindowUpdate] {
         let mut server = Side::new(Role::Server);
         let bytes = match kind {
-            Kind::Data => data(Flags::SYN | Flags::FIN, 1, 3),
-            _ => frame(kind, Flags::SYN | Flags::FIN, 1, 3),
+            Kind::Data => data(SYN | FIN, 1, 3),
+            _ => frame(kind, SYN | FIN, 1, 3),
         };
         server.receive(&bytes).unwrap();
         let stream = server.accept().unwrap();
@@ -264,7 +266,7 @@ fn the_flags_of_one_frame_are_handled_in_order() {
             assert_eq!(server.read(stream, 9).unwrap().unwrap(), [7; 3]);
         }
         assert!(server.read(stream, 9).unwrap().unwrap().is_empty());
-        server.session.close(stream);
+        server.session.change(stream, |stream, _| stream.close());
         server.send_all();
         server.drop_handle(stream);
         server.assert_empty();
@@ -274,7 +276,7 @@ fn the_flags_of_one_frame_are_handled_in_order() {
 #[test]
 fn a_stream_that_is_reset_as_it_opens_is_none() {
     let mut server = Side::new(Role::Server);
-    server.receive(&data(Flags::SYN | Flags::RST, 1, 3)).unwrap();
+    server.receive(&data(SYN | RST, 1, 3)).unwrap();
     assert_eq!(server.accept(), None);
     server.assert_empty();
 }
@@ -282,25 +284,27 @@ fn a_stream_that_is_reset_as_it_opens_is_none() {
 #[test]
 fn beyond_256_refusals_that_are_not_taken_the_session_ends() {
     let mut server = Side::new(Role::Server);
-    server.permits = StreamPermits::new(0);
-    let syn = |id: u32| frame(Kind::Data, Flags::SYN, 2 * id + 1, 0);
+    server.session.admission.budget.inbound = 0;
+    let syn = |id: u32| frame(Kind::Data, SYN, 2 * id + 1, 0);
     for id in 0..MAX_REFUSED as u32 {
         server.receive(&syn(id)).unwrap();
     }
     let end = server.receive(&syn(4711)).expect_err("too many");
-    assert!(matches!(end, End::Broken(Reason::InternalError, _)));
+    assert_eq!(end.to_string(), "the peer takes no refusals");
     assert_eq!(server.budget.buffered().count(Cut::Refusals), 1);
-    let resets = headers(&server.send_all());
+    let mut resets = headers(&server.send_all());
+    let go_away = resets.pop().expect("a go-away");
+    assert_eq!((go_away.kind, go_away.length), (Kind::GoAway, Reason::InternalError as u32));
     assert_eq!(resets.len(), MAX_REFUSED + 1);
-    assert!(resets.iter().all(|header| header.flags == Flags::RST));
+    assert!(resets.iter().all(|header| header.flags == RST));
 }
 
 #[test]
 fn the_windows_overflow_is_not_that_of_a_stream_just_opened() {
     let mut server = Side::new(Role::Server);
     let most = u32::MAX as usize - INITIAL_WINDOW;
-    server.receive(&frame(Kind::WindowUpdate, Flags::SYN, 1, most)).unwrap();
-    assert!(server.receive(&frame(Kind::WindowUpdate, Flags::NONE, 1, 1)).is_err());
+    server.receive(&frame(Kind::WindowUpdate, SYN, 1, most)).unwrap();
+    assert!(server.receive(&frame(Kind::WindowUpdate, 0, 1, 1)).is_err());
 }
 
 // ---- The end of a stream
@@ -312,19 +316,19 @@ fn dropped_with_its_half_open_a_stream_is_reset_after_what_was_flushed() {
         let stream = opened(&mut server, 1);
         assert!(server.write(stream, &[1; 9]).is_ready());
         if flushed {
-            server.session.flush(stream);
+            server.session.stream(stream).map(Stream::flush);
             assert!(server.write(stream, &[2; 9]).is_ready());
         }
         server.drop_handle(stream);
         let mut sent = Vec::new();
         while let Some(kind) = server.session.take_frames(&mut sent, QUANTUM, server.now) {
-            let is_reset = headers(&sent).iter().any(|header| header.flags.has(Flags::RST));
+            let is_reset = headers(&sent).iter().any(|header| header.flags & RST != 0);
             assert_eq!(is_reset, kind == Frames::Resets, "a reset goes by itself");
             if kind == Frames::Data {
                 assert_eq!((headers(&sent)[0].length, flushed), (9, true));
             }
         }
-        server.session.take_effects().apply();
+        std::mem::take(&mut server.session.effects).apply(&server.budget);
         server.assert_empty();
     }
 }
@@ -334,17 +338,17 @@ fn dropped_after_its_end_a_stream_is_reset_once_if_data_still_comes() {
     let mut server = Side::new(Role::Server);
     let stream = opened(&mut server, 1);
     assert!(server.write(stream, &[1; 9]).is_ready());
-    server.session.close(stream);
+    server.session.change(stream, |stream, _| stream.close());
     server.drop_handle(stream);
     let sent = headers(&server.send_all());
     let last = sent.last().unwrap();
-    assert_eq!((last.length, last.flags.has(Flags::FIN)), (0, true), "by itself, as Go needs it");
+    assert_eq!((last.length, last.flags & FIN != 0), (0, true), "by itself, as Go needs it");
     assert!(sent.iter().any(|header| header.length == 9), "unsent data goes");
     assert!(server.session.streams.is_empty());
-    assert!(server.receive(&frame(Kind::Data, Flags::SYN, 1, 0)).is_err(), "it is in use");
-    server.receive(&data(Flags::NONE, 1, 3)).unwrap();
-    assert_eq!(headers(&server.send_all())[0].flags, Flags::RST);
-    server.receive(&data(Flags::NONE, 1, 3)).unwrap();
+    assert!(server.receive(&frame(Kind::Data, SYN, 1, 0)).is_err(), "it is in use");
+    server.receive(&data(0, 1, 3)).unwrap();
+    assert_eq!(headers(&server.send_all())[0].flags, RST);
+    server.receive(&data(0, 1, 3)).unwrap();
     assert!(server.send_all().is_empty(), "once");
     server.assert_empty();
 }
@@ -354,14 +358,14 @@ fn dropped_after_its_end_a_stream_whose_peer_has_no_credit_is_reset_at_once() {
     for is_sent in [true, false] {
         let mut server = Side::new(Role::Server);
         let stream = opened(&mut server, 1);
-        server.session.close(stream);
+        server.session.change(stream, |stream, _| stream.close());
         let mut sent = if is_sent { server.send_all() } else { Vec::new() };
-        server.receive(&data(Flags::NONE, 1, INITIAL_WINDOW)).unwrap();
+        server.receive(&data(0, 1, INITIAL_WINDOW)).unwrap();
         server.drop_handle(stream);
         sent.extend(server.send_all());
         let flags: Vec<_> = headers(&sent).iter().map(|header| header.flags).collect();
-        assert!(flags.iter().any(|flags| flags.has(Flags::FIN)), "{flags:?}");
-        assert_eq!(flags.last(), Some(&Flags::RST), "no data of the peer's asks for it");
+        assert!(flags.iter().any(|flags| flags & FIN != 0), "{flags:?}");
+        assert_eq!(flags.last(), Some(&RST), "no data of the peer's asks for it");
         server.assert_empty();
     }
 }
@@ -370,13 +374,13 @@ fn dropped_after_its_end_a_stream_whose_peer_has_no_credit_is_reset_at_once() {
 fn a_finished_stream_that_is_cut_does_not_reset_the_next_one_of_its_number() {
     let mut server = Side::new(Role::Server);
     let stream = opened(&mut server, 1);
-    server.receive(&data(Flags::FIN, 1, 9)).unwrap();
-    server.session.close(stream);
+    server.receive(&data(FIN, 1, 9)).unwrap();
+    server.session.change(stream, |stream, _| stream.close());
     server.send_all();
     let next = opened(&mut server, 1);
     assert!(server.session.shed(server.now, Cut::Pool) > 0);
     assert!(is_reset(server.read(stream, 9)));
-    assert!(headers(&server.send_all()).iter().all(|header| !header.flags.has(Flags::RST)));
+    assert!(headers(&server.send_all()).iter().all(|header| !header.flags & RST != 0));
     assert!(server.read(next, 9).is_none(), "it goes on");
 }
 
@@ -385,7 +389,7 @@ fn so_many_streams_are_remembered_after_their_end_and_no_more() {
     let mut server = Side::new(Role::Server);
     for id in 0..2 * MAX_REFUSED as u32 {
         let stream = opened(&mut server, 2 * id + 1);
-        server.session.close(stream);
+        server.session.change(stream, |stream, _| stream.close());
         server.drop_handle(stream);
         server.send_all();
     }
@@ -397,10 +401,10 @@ fn so_many_streams_are_remembered_after_their_end_and_no_more() {
 fn data_after_the_end_resets_the_stream() {
     let mut server = Side::new(Role::Server);
     let stream = opened(&mut server, 1);
-    server.receive(&data(Flags::FIN, 1, 1)).unwrap();
-    server.receive(&data(Flags::NONE, 1, 1)).unwrap();
+    server.receive(&data(FIN, 1, 1)).unwrap();
+    server.receive(&data(0, 1, 1)).unwrap();
     assert!(is_reset(server.read(stream, 9)));
-    assert!(headers(&server.send_all()).iter().any(|header| header.flags.has(Flags::RST)));
+    assert!(headers(&server.send_all()).iter().any(|header| header.flags & RST != 0));
 }
 
 #[test]
@@ -409,10 +413,10 @@ fn a_reset_is_no_end_of_file_even_after_our_own_end() {
         let mut server = Side::new(Role::Server);
         let stream = opened(&mut server, 1);
         if closes {
-            server.session.close(stream);
+            server.session.change(stream, |stream, _| stream.close());
             server.send_all();
         }
-        server.receive(&data(Flags::RST, 1, 2)).unwrap();
+        server.receive(&data(RST, 1, 2)).unwrap();
         assert_eq!(server.read(stream, 9).unwrap().unwrap(), [7; 2], "what came before");
         assert!(is_reset(server.read(stream, 9)));
         server.drop_handle(stream);
@@ -432,23 +436,46 @@ fn a_stream_of_ours_that_the_peer_never_heard_of_is_dropped_in_silence() {
 }
 
 #[test]
+fn no_more_of_our_streams_are_open_than_may_be() {
+    let mut client = Side::new(Role::Client);
+    client.session.admission.budget.outbound = 2;
+    let streams = [(); 2].map(|()| client.open());
+    let is_woken = Arc::new(Woken::default());
+    let waker = Waker::from(Arc::clone(&is_woken));
+    let cx = Context::from_waker(&waker);
+    assert!(client.session.poll_open(&cx, client.now).is_pending());
+    client.drop_handle(streams[0]);
+    assert!(is_woken.0.load(Ordering::Relaxed), "there is room");
+    client.open();
+    assert!(client.session.poll_open(&cx, client.now).is_pending());
+}
+
+#[derive(Default)]
+struct Woken(AtomicBool);
+
+impl Wake for Woken {
+    fn wake(self: Arc<Self>) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+#[test]
 fn more_than_256_unacknowledged_streams_are_not_opened() {
     let mut client = Side::new(Role::Client);
-    client.permits = StreamPermits::new(1000);
+    client.session.admission.budget.outbound = 1000;
     let streams: Vec<_> = (0..MAX_UNACKNOWLEDGED).map(|_| client.open()).collect();
-    assert!(client.session.poll_open(&cx()).is_pending());
+    assert!(client.session.poll_open(&cx(), client.now).is_pending());
     for stream in &streams {
         assert!(client.write(*stream, b"!").is_ready());
     }
     client.send_all();
-    client.receive(&frame(Kind::WindowUpdate, Flags::ACK, 1, 0)).unwrap();
-    client.receive(&frame(Kind::WindowUpdate, Flags::ACK, 1, 0)).unwrap();
-    assert!(client.session.poll_open(&cx()).is_ready());
+    client.receive(&frame(Kind::WindowUpdate, ACK, 1, 0)).unwrap();
+    client.receive(&frame(Kind::WindowUpdate, ACK, 1, 0)).unwrap();
     client.open();
-    assert!(client.session.poll_open(&cx()).is_pending());
+    assert!(client.session.poll_open(&cx(), client.now).is_pending());
     client.drop_handle(streams[1]);
     client.send_all();
-    assert!(client.session.poll_open(&cx()).is_ready());
+    assert!(client.session.poll_open(&cx(), client.now).is_ready());
 }
 
 // ---- Memory
@@ -459,12 +486,12 @@ fn a_header_takes_no_memory_and_a_byte_a_chunk() {
     let stream = opened(&mut server, 1);
     server.send_all();
     let open = server.budget.buffered().bytes;
-    server.receive(&frame(Kind::Data, Flags::NONE, 1, INITIAL_WINDOW)).unwrap();
-    server.session.reclaim(&mut server.room);
+    server.receive(&frame(Kind::Data, 0, 1, INITIAL_WINDOW)).unwrap();
+    server.room.release();
     assert_eq!(server.budget.buffered().bytes, open);
     for _ in 0..3 {
         server.receive(&[1]).unwrap();
-        server.session.reclaim(&mut server.room);
+        server.room.release();
         assert_eq!(server.budget.buffered().bytes, open + 16 * KIB);
     }
     assert_eq!(server.read(stream, 9).unwrap().unwrap(), [1; 3]);
@@ -480,7 +507,7 @@ fn frames_of_one_byte_take_as_much_as_long_ones() {
     server.send_all();
     let open = server.budget.buffered().bytes;
     for _ in 0..8 * KIB {
-        server.receive(&data(Flags::NONE, 1, 1)).unwrap();
+        server.receive(&data(0, 1, 1)).unwrap();
     }
     assert_eq!(server.budget.buffered().bytes, open + 8 * KIB);
 }
@@ -489,7 +516,7 @@ fn frames_of_one_byte_take_as_much_as_long_ones() {
 fn twelve_thousand_silent_streams_are_charged_what_they_take() {
     const STREAMS: usize = 12_288;
     let mut server = Side::new(Role::Server);
-    server.permits = StreamPermits::new(STREAMS);
+    server.session.admission = admission(STREAMS);
     for id in 0..STREAMS as u32 {
         opened(&mut server, 2 * id + 1);
     }
@@ -501,8 +528,8 @@ fn twelve_thousand_silent_streams_are_charged_what_they_take() {
 fn the_stream_whose_reader_took_nothing_for_the_longest_is_cut_and_freed_at_once() {
     let mut server = Side::new(Role::Server);
     let [slow, fast] = [1, 3].map(|id| opened(&mut server, id));
-    server.receive(&data(Flags::NONE, 1, 100 * KIB)).unwrap();
-    server.receive(&data(Flags::NONE, 3, 200 * KIB)).unwrap();
+    server.receive(&data(0, 1, 100 * KIB)).unwrap();
+    server.receive(&data(0, 3, 200 * KIB)).unwrap();
     server.now += Duration::from_secs(10);
     server.read(fast, 1).unwrap().unwrap();
     server.send_all();
@@ -511,7 +538,7 @@ fn the_stream_whose_reader_took_nothing_for_the_longest_is_cut_and_freed_at_once
     assert!(is_reset(server.read(slow, 9)));
     assert_eq!(
         headers(&server.send_all())[0],
-        Header { kind: Kind::Data, flags: Flags::RST, stream: 1, length: 0 }
+        Header { kind: Kind::Data, flags: RST, stream: 1, length: 0 }
     );
     assert_eq!(server.read(fast, 9).unwrap().unwrap(), [7; 9]);
     assert_eq!(server.budget.buffered().count(Cut::Pool), 1);
@@ -521,9 +548,9 @@ fn the_stream_whose_reader_took_nothing_for_the_longest_is_cut_and_freed_at_once
 fn a_connection_above_its_limit_loses_a_stream_and_reads_on() {
     let mut server = Side::with(Role::Server, MemoryBudget::new(PLENTY, 300 * KIB));
     let [first, second] = [1, 3].map(|id| opened(&mut server, id));
-    server.receive(&data(Flags::NONE, 1, 200 * KIB)).unwrap();
+    server.receive(&data(0, 1, 200 * KIB)).unwrap();
     server.now += Duration::from_secs(1);
-    server.receive(&data(Flags::NONE, 3, 200 * KIB)).unwrap();
+    server.receive(&data(0, 3, 200 * KIB)).unwrap();
     assert!(is_reset(server.read(first, 9)));
     assert_eq!(server.read(second, PLENTY >> 20).unwrap().unwrap().len(), 200 * KIB);
     assert_eq!(server.budget.buffered().count(Cut::Connection), 1);
@@ -534,7 +561,7 @@ fn credit_is_what_the_peer_may_still_send() {
     let mut server = Side::new(Role::Server);
     let [reads, stays] = [1, 3].map(|id| opened(&mut server, id));
     assert_eq!(server.session.credit(), 2 * 256 * KIB);
-    server.receive(&data(Flags::NONE, 1, 200 * KIB)).unwrap();
+    server.receive(&data(0, 1, 200 * KIB)).unwrap();
     assert_eq!(server.session.credit(), 312 * KIB);
     server.read(reads, 1 << 20).unwrap().unwrap();
     server.send_all();
@@ -542,8 +569,8 @@ fn credit_is_what_the_peer_may_still_send() {
     server.read(reads, 1);
     server.send_all();
     assert_eq!(server.session.credit(), 512 * KIB);
-    server.receive(&data(Flags::FIN, 1, 0)).unwrap();
-    server.session.reset(stays);
+    server.receive(&data(FIN, 1, 0)).unwrap();
+    server.session.change(stays, Stream::reset);
     assert_eq!(server.session.credit(), 0);
 }
 
@@ -553,7 +580,7 @@ fn credit_is_what_the_peer_may_still_send() {
 fn credit_is_topped_up_when_half_is_read_and_never_to_a_crumb() {
     for (filled, window) in [(0, 256 * KIB), (625, 144 * KIB), (750, 32 * KIB), (900, 32 * KIB)] {
         let mut server = Side::with(Role::Server, MemoryBudget::new(1000 << 20, PLENTY));
-        let other = server.budget.open(None);
+        let other = server.budget.open(None, Weak::<Shared>::new());
         let stream = opened(&mut server, 1);
         server.send_all();
         other.charge(filled << 20);
@@ -561,7 +588,7 @@ fn credit_is_topped_up_when_half_is_read_and_never_to_a_crumb() {
         for _ in 0..1000 {
             let some = credit.min(KIB);
             assert!(some > 0, "the peer is never left without");
-            server.receive(&data(Flags::NONE, 1, some)).unwrap();
+            server.receive(&data(0, 1, some)).unwrap();
             server.read(stream, some).unwrap().unwrap();
             credit -= some;
             for update in headers(&server.send_all()) {
@@ -580,10 +607,10 @@ fn who_reads_nothing_grants_nothing() {
     let mut server = Side::new(Role::Server);
     opened(&mut server, 1);
     server.send_all();
-    server.receive(&data(Flags::NONE, 1, INITIAL_WINDOW)).unwrap();
+    server.receive(&data(0, 1, INITIAL_WINDOW)).unwrap();
     let sent = headers(&server.send_all());
     assert!(sent.iter().all(|header| header.kind == Kind::Ping), "{sent:?}");
-    assert!(server.receive(&data(Flags::NONE, 1, 1)).is_err());
+    assert!(server.receive(&data(0, 1, 1)).is_err());
 }
 
 #[test]
@@ -594,7 +621,7 @@ fn windows_grow_to_a_mebibyte_as_the_round_trip_demands() {
     let (mut credit, mut widest) = (INITIAL_WINDOW, 0);
     for _ in 0..50 {
         // All that may be sent, each round trip of 100 ms.
-        server.receive(&data(Flags::NONE, 1, credit)).unwrap();
+        server.receive(&data(0, 1, credit)).unwrap();
         credit = 0;
         while server.read(stream, 64 * KIB).is_some() {}
         let sent = headers(&server.send_all());
@@ -603,7 +630,7 @@ fn windows_grow_to_a_mebibyte_as_the_round_trip_demands() {
             match header.kind {
                 Kind::Ping => {
                     let id = header.length as usize;
-                    server.receive(&frame(Kind::Ping, Flags::ACK, 0, id)).unwrap();
+                    server.receive(&frame(Kind::Ping, ACK, 0, id)).unwrap();
                 }
                 _ => credit += header.length as usize,
             }
@@ -629,7 +656,7 @@ fn a_new_flow_goes_first_and_those_that_stay_take_turns() {
             assert!(server.write(quick, b"quick").is_ready());
         }
         for id in [1, 3, 5] {
-            server.receive(&frame(Kind::WindowUpdate, Flags::NONE, id, QUANTUM)).unwrap();
+            server.receive(&frame(Kind::WindowUpdate, 0, id, QUANTUM)).unwrap();
         }
         order.extend(headers(&server.send()).iter().map(|header| header.stream));
     }
@@ -657,7 +684,7 @@ enum Step {
 /// What one side knows of a stream.
 #[derive(Debug, Default)]
 struct Known {
-    serial: u64,
+    key: Key,
     id: u32,
     written: usize,
     flushed: usize,
@@ -693,9 +720,9 @@ impl World {
         let stream = |number: usize| (count > 0).then(|| number % count.max(1));
         match step {
             Step::Open if count < 8 => {
-                let serial = side.open();
-                let id = side.session.streams[&serial].id;
-                known.push(Known { serial, id, ..Known::default() });
+                let key = side.open();
+                let id = side.session.streams[&key].id;
+                known.push(Known { key, id, ..Known::default() });
             }
             Step::Open => {}
             Step::Write(number, bytes) => {
@@ -705,7 +732,7 @@ impl World {
                 }
                 let from = stream.written;
                 let bytes: Vec<_> = (from..from + bytes).map(|n| byte(stream.id, at, n)).collect();
-                if let Poll::Ready(Ok(written)) = side.write(stream.serial, &bytes) {
+                if let Poll::Ready(Ok(written)) = side.write(stream.key, &bytes) {
                     stream.written += written;
                 }
             }
@@ -718,27 +745,27 @@ impl World {
             Step::Close(number) => {
                 let Some(stream) = stream(number).map(|number| &mut known[number]) else { return };
                 if !stream.dropped && !stream.reset {
-                    side.session.close(stream.serial);
+                    side.session.change(stream.key, |stream, _| stream.close());
                     stream.closed = true;
                 }
             }
             Step::Flush(number) => {
                 let Some(stream) = stream(number).map(|number| &mut known[number]) else { return };
                 if !stream.dropped {
-                    side.session.flush(stream.serial);
+                    side.session.stream(stream.key).map(Stream::flush);
                     stream.flushed = stream.written;
                 }
             }
             Step::Drop(number) => {
                 let Some(stream) = stream(number).map(|number| &mut known[number]) else { return };
                 if !std::mem::replace(&mut stream.dropped, true) {
-                    side.drop_handle(stream.serial);
+                    side.drop_handle(stream.key);
                 }
             }
             Step::Reset(number) => {
                 let Some(stream) = stream(number).map(|number| &mut known[number]) else { return };
                 if !stream.dropped {
-                    side.session.reset(stream.serial);
+                    side.session.change(stream.key, Stream::reset);
                     stream.reset = true;
                 }
             }
@@ -752,9 +779,9 @@ impl World {
                 side.receive(&bytes).expect("the other side keeps to the rules");
             }
             Step::Accept => {
-                while let Some(serial) = side.accept() {
-                    let id = side.session.streams[&serial].id;
-                    known.push(Known { serial, id, ..Known::default() });
+                while let Some(key) = side.accept() {
+                    let id = side.session.streams[&key].id;
+                    known.push(Known { key, id, ..Known::default() });
                 }
             }
             Step::Pass(millis) => {
@@ -764,7 +791,7 @@ impl World {
     }
 
     fn read(side: &mut Side, stream: &mut Known, at: usize, most: usize) -> bool {
-        match side.read(stream.serial, most.max(1)) {
+        match side.read(stream.key, most.max(1)) {
             None => return false,
             Some(Ok(bytes)) if bytes.is_empty() => stream.ended = true,
             Some(Ok(bytes)) => {

@@ -1,4 +1,4 @@
-//! Admission: a behaviour around the relay's that lets a connection in or denies it.
+//! Admission: a behaviour around the relay's that admits or denies connections.
 //!
 //! It wraps the relay's behaviour because that knows which peers hold slots. It decides nothing itself: the caps
 //! are in [`super::limits`], the access rules in [`crate::access`].
@@ -61,7 +61,7 @@ pub struct Admission {
     pub closed: Option<CloseReason>,
     /// Set while there are handshakes.
     next_check: Option<Delay>,
-    /// What is closed once this connection, which the swarm is about to establish, is up.
+    /// The connection to close when this one, which the swarm is about to establish, is up.
     preempted: Option<(ConnectionId, Preempted)>,
     /// The relay's behaviour.
     pub relay: Behaviour,

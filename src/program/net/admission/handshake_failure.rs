@@ -7,11 +7,12 @@ use std::{error::Error, fmt, io, iter};
 
 #[cfg(feature = "pnet")]
 use libp2p::pnet::PnetError;
+#[cfg(feature = "tls")]
+use libp2p::tls;
 use libp2p::{
     core::{transport::TransportError, upgrade::NegotiationError},
     noise,
     swarm::ListenError,
-    tls,
 };
 
 use super::{handshakes::Opening, limits::Denied};
@@ -309,6 +310,7 @@ fn cause<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a (dyn Error + 'stati
     if let Some(noise::Error::Io(inner)) = error.downcast_ref() {
         return Some(inner);
     }
+    #[cfg(feature = "tls")]
     if let Some(tls::UpgradeError::ServerUpgrade(inner)) = error.downcast_ref() {
         return Some(inner);
     }

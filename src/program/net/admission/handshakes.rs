@@ -348,7 +348,7 @@ mod tests {
         for n in 0..40 {
             all.remove(&n);
         }
-        assert!(all.shared.is_empty() && all.reserved.is_empty());
+        assert_eq!(all.shared.scopes() + all.reserved.scopes(), 0);
     }
 
     #[test]

@@ -324,7 +324,7 @@ impl ConnectionLimits {
     /// towards.
     #[cfg(test)]
     pub fn counts(&self) -> [usize; 3] {
-        [self.admitted.len(), self.handshakes.count(), self.quota.len()]
+        [self.admitted.len(), self.handshakes.count(), self.quota.scopes()]
     }
 
     /// Removes a connection that was closed or denied. Does nothing for one that was dialed.
@@ -437,7 +437,7 @@ mod tests {
     }
 
     #[test]
-    fn at_its_cap_a_peer_that_holds_slot_replaces_a_connection_one_at_a_time() {
+    fn at_its_cap_a_peer_with_a_slot_replaces_one_connection_at_a_time() {
         let has =
             |peer: PeerStatus, connections, closing| PeerStatus { connections, closing, ..peer };
         let mut all = limits(99);

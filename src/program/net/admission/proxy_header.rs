@@ -203,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn local_and_unknown_have_no_client_whatever_follows() {
+    fn local_and_unknown_headers_name_no_client() {
         for (command, family) in [(0x20, 0x00), (0x20, 0x11), (0x20, 0xff), (0x21, 0)] {
             for rest in [&[][..], &[0xff; 7], &[0; 520]] {
                 assert_eq!(read(&of_v2(command, family, rest)), Ok(None));

@@ -111,7 +111,7 @@ mod tests {
     }
 
     #[test]
-    fn what_comes_too_fast_waits_for_the_narrowest_and_the_wider_scope() {
+    fn excess_requests_wait_for_every_scope() {
         let start = Instant::now();
         let rate = |burst| Some(Rate { burst, spacing: Duration::from_secs(1) });
         let mut rates = ScopedRates::new([rate(2), rate(3), None]);
@@ -128,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn no_more_scopes_are_kept_than_there_is_room_for() {
+    fn the_number_of_tracked_scopes_is_bounded() {
         let start = Instant::now();
         let rate = Some(Rate { burst: 1, spacing: Duration::from_secs(1) });
         let mut rates = ScopedRates::new([rate, None, None]);

@@ -239,7 +239,7 @@ mod tests {
 
     /// The message as other implementations send it.
     #[derive(Clone, PartialEq, Message)]
-    struct Theirs {
+    struct PeerMessage {
         #[prost(bytes = "vec", optional, tag = "1")]
         public_key: Option<Vec<u8>>,
         #[prost(bytes = "vec", repeated, tag = "2")]
@@ -260,9 +260,9 @@ mod tests {
         text.parse().expect("a multiaddr")
     }
 
-    fn theirs(addresses: u16, protocols: &[&str]) -> Theirs {
+    fn peer_message(addresses: u16, protocols: &[&str]) -> PeerMessage {
         let listening = |n| address(&format!("/ip6/2a00:1450::{n:x}/tcp/4001")).to_vec();
-        Theirs {
+        PeerMessage {
             public_key: Some(Keypair::generate_ed25519().public().encode_protobuf()),
             listen_addrs: (0..addresses).map(listening).collect(),
             protocols: protocols.iter().copied().map(str::to_owned).collect(),
@@ -277,7 +277,7 @@ mod tests {
         block_on(read(Cursor::new(bytes), dht))
     }
 
-    fn read_one(message: &Theirs, dht: Option<&str>) -> io::Result<Info> {
+    fn read_one(message: &PeerMessage, dht: Option<&str>) -> io::Result<Info> {
         read_all(&message.encode_length_delimited_to_vec(), dht)
     }
 
@@ -287,7 +287,7 @@ mod tests {
 
     #[test]
     fn without_a_dht_only_the_observed_address_is_read() {
-        let info = read_one(&theirs(3, &[KAD]), None).unwrap();
+        let info = read_one(&peer_message(3, &[KAD]), None).unwrap();
         assert_eq!(info, Info { observed: observed(), ..Info::default() });
     }
 
@@ -298,7 +298,7 @@ mod tests {
             (&["/ipfs/id/1.0.0", "/ipfs/kad/1.0.00"], Some(false)),
             (&[], None),
         ] {
-            let info = read_one(&theirs(3, protocols), Some(KAD)).unwrap();
+            let info = read_one(&peer_message(3, protocols), Some(KAD)).unwrap();
             assert_eq!((info.supports_dht, info.listening.len()), (supports_dht, 3));
             assert_eq!(info.observed, observed());
         }
@@ -307,9 +307,10 @@ mod tests {
     /// go-libp2p, where both together are long; with a further message of a later version.
     #[test]
     fn a_signed_record_may_follow_in_a_message_of_its_own() {
-        let record = Theirs { signed_peer_record: Some(vec![7; 3000]), ..Theirs::default() };
-        let later = Theirs { protocols: vec!["/new".into()], ..Theirs::default() };
-        let messages = [theirs(40, &[KAD]), record, later];
+        let record =
+            PeerMessage { signed_peer_record: Some(vec![7; 3000]), ..PeerMessage::default() };
+        let later = PeerMessage { protocols: vec!["/new".into()], ..PeerMessage::default() };
+        let messages = [peer_message(40, &[KAD]), record, later];
         let bytes: Vec<_> =
             messages.iter().flat_map(Message::encode_length_delimited_to_vec).collect();
         let whole = read_all(&bytes, Some(KAD)).unwrap();
@@ -324,38 +325,41 @@ mod tests {
 
     #[test]
     fn a_truncated_message_is_an_error() {
-        let bytes = theirs(5, &[KAD]).encode_length_delimited_to_vec();
+        let bytes = peer_message(5, &[KAD]).encode_length_delimited_to_vec();
         for end in 0..bytes.len() {
             assert!(read_all(&bytes[..end], Some(KAD)).is_err(), "{end}");
         }
     }
 
     #[test]
-    fn of_a_large_message_only_the_used_fields_are_kept() {
-        let fat = Theirs { listen_addrs: vec![Vec::new(); 2010], ..theirs(0, &[]) };
+    fn only_the_used_fields_of_a_large_message_are_kept() {
+        let fat = PeerMessage { listen_addrs: vec![Vec::new(); 2010], ..peer_message(0, &[]) };
         assert_eq!(
             read_one(&fat, Some(KAD)).unwrap(),
             Info { observed: observed(), ..Info::default() }
         );
-        let talkative = Theirs { protocols: vec!["/a".into(); 844], ..theirs(100, &[]) };
+        let talkative = PeerMessage { protocols: vec!["/a".into(); 844], ..peer_message(100, &[]) };
         let info = read_one(&talkative, Some(KAD)).unwrap();
         assert_eq!((info.supports_dht, info.listening.len()), (Some(false), MAX_ADDRESSES));
-        let too_long = Theirs { listen_addrs: vec![Vec::new(); 10_000], ..theirs(0, &[]) };
+        let too_long =
+            PeerMessage { listen_addrs: vec![Vec::new(); 10_000], ..peer_message(0, &[]) };
         assert_eq!(read_one(&too_long, None).unwrap_err().kind(), io::ErrorKind::InvalidData);
         // A field that is too long is skipped, and so is a malformed address.
         let long = address(&format!("/dns4/{}/tcp/1", "x".repeat(300))).to_vec();
         for bytes in [long, vec![255; 8]] {
-            let message = Theirs { observed_addr: Some(bytes.clone()), ..Theirs::default() };
+            let message =
+                PeerMessage { observed_addr: Some(bytes.clone()), ..PeerMessage::default() };
             assert_eq!(read_one(&message, None).unwrap(), Info::default());
-            let message = Theirs { listen_addrs: vec![bytes], ..Theirs::default() };
+            let message = PeerMessage { listen_addrs: vec![bytes], ..PeerMessage::default() };
             assert_eq!(read_one(&message, Some(KAD)).unwrap(), Info::default());
         }
     }
 
     #[test]
     fn no_more_than_16_kib_of_a_stream_are_read() {
-        let long = Theirs { signed_peer_record: Some(vec![7; 8000]), ..Theirs::default() };
-        let last = theirs(0, &[KAD]);
+        let long =
+            PeerMessage { signed_peer_record: Some(vec![7; 8000]), ..PeerMessage::default() };
+        let last = peer_message(0, &[KAD]);
         let read_behind = |count| {
             let messages = std::iter::repeat_n(&long, count).chain([&last]);
             let bytes: Vec<_> =
@@ -400,8 +404,8 @@ mod tests {
         assert!(read_all(&[0x80, 0x80, 0x80, 0x01], None).is_err(), "a length of 4 bytes");
     }
 
-    fn decoded(bytes: &[u8]) -> Theirs {
-        Theirs::decode_length_delimited(bytes).expect("a message")
+    fn decoded(bytes: &[u8]) -> PeerMessage {
+        PeerMessage::decode_length_delimited(bytes).expect("a message")
     }
 
     #[test]
@@ -411,7 +415,7 @@ mod tests {
         let observed = address("/ip4/5.6.7.8/tcp/9");
         let (bytes, left_out) = encode(&key, &addresses, ["/a/1", KAD].into_iter(), &observed);
         assert_eq!(left_out, 0);
-        let expected = Theirs {
+        let expected = PeerMessage {
             public_key: Some(key),
             listen_addrs: addresses.iter().map(Multiaddr::to_vec).collect(),
             protocols: vec!["/a/1".into(), KAD.into()],
@@ -429,9 +433,9 @@ mod tests {
         assert_eq!(read_all(&bytes, Some(KAD)).unwrap(), info);
     }
 
-    /// A machine with this many IPv6 addresses exists.
+    /// Machines with this many IPv6 addresses exist.
     #[test]
-    fn of_190_addresses_those_that_fit_are_sent() {
+    fn only_the_addresses_that_fit_are_sent() {
         let many: Vec<_> =
             (0..190u16).map(|n| address(&format!("/ip6/2a00:1450::{n:x}/tcp/4001"))).collect();
         let observed = address("/ip4/5.6.7.8/tcp/9");

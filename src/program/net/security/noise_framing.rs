@@ -111,7 +111,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for NoiseFraming<S> {
 }
 
 impl<S: AsyncWrite + Unpin> AsyncWrite for NoiseFraming<S> {
-    delegate_write!(stream: poll_write, poll_flush, poll_close);
+    delegate_write!(stream);
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
-//! How much of a TCP connection the other end has acknowledged, as the kernel says over netlink: sock_diag(7).
+//! The number of bytes of a TCP connection that the other end has acknowledged, read over netlink: sock_diag(7).
 //!
-//! The socket option and the ioctl that say it as well, TCP_INFO and SIOCOUTQ, take unsafe code. One question is
-//! one look-up in the kernel's table, however many sockets there are.
+//! The alternatives, the socket option TCP_INFO and the ioctl SIOCOUTQ, need unsafe code. A query is one look-up in the
+//! kernel's table, however many sockets there are.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -24,8 +24,8 @@ const MESSAGE: usize = 72;
 const ATTRIBUTE: usize = 4;
 const BYTES_ACKED: usize = 120;
 
-/// How many bytes of the connection between these two were acknowledged so far; `None` where the kernel does not
-/// say so.
+/// How many bytes of the connection between `local` and `remote` were acknowledged so far; `None` if the kernel does
+/// not provide that.
 pub fn acknowledged(local: SocketAddr, remote: SocketAddr) -> Option<u64> {
     let kernel = socket(AddressFamily::NETLINK, SocketType::RAW, Some(netlink::SOCK_DIAG)).ok()?;
     send(&kernel, &request(local, remote), SendFlags::empty()).ok()?;
@@ -59,7 +59,7 @@ fn request(local: SocketAddr, remote: SocketAddr) -> Vec<u8> {
 
 fn bytes_acked(answer: &[u8]) -> Option<u64> {
     if u16_at(answer, 4)? != SOCK_DIAG_BY_FAMILY {
-        return None; // there is no such socket, or the kernel cannot say
+        return None; // no such socket, or not supported
     }
     let mut attributes = answer.get(HEADER + MESSAGE..)?;
     loop {
@@ -87,16 +87,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_kernel_says_how_much_arrived_at_the_other_end() {
+    fn acknowledged_bytes_are_read_from_the_kernel() {
         for address in ["127.0.0.1:0", "[::1]:0"] {
             let listener = TcpListener::bind(address).unwrap();
             let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
             let (mut server, remote) = listener.accept().unwrap();
             let local = server.local_addr().unwrap();
-            let before = acknowledged(local, remote).expect("it says so");
+            let before = acknowledged(local, remote).expect("an established connection");
             server.write_all(&[7; 1000]).unwrap();
             client.read_exact(&mut [0; 1000]).unwrap();
-            // The acknowledgement comes with what the client says next.
+            // The client's next segment carries the acknowledgement.
             client.write_all(&[7]).unwrap();
             server.read_exact(&mut [0]).unwrap();
             assert_eq!(acknowledged(local, remote), Some(before + 1000));
@@ -109,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_that_is_none_says_nothing() {
+    fn a_malformed_tcp_info_is_ignored() {
         let mut answer = vec![0; HEADER + MESSAGE];
         answer[4] = 20;
         let cut = [&answer[..], &[8, 0, 2, 0, 0, 0, 0, 0]].concat();

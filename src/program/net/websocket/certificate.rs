@@ -235,24 +235,24 @@ fn unusable(error: &rustls::Error) -> Unusable {
 mod tests {
     use super::*;
 
-    fn made() -> (String, String) {
-        let made = rcgen::generate_simple_self_signed(["relay.example.org".to_owned()]);
-        let made = made.unwrap();
-        (made.cert.pem(), made.key_pair.serialize_pem())
+    fn self_signed() -> (String, String) {
+        let certified = rcgen::generate_simple_self_signed(["relay.example.org".to_owned()]);
+        let certified = certified.unwrap();
+        (certified.cert.pem(), certified.key_pair.serialize_pem())
     }
 
     fn read(chain: &str, key: &str) -> Result<(), Unusable> {
         Certificate::from_pem(chain.as_bytes(), key.as_bytes()).map(|_| ())
     }
 
-    /// As PEM under this name.
-    fn under(name: &str, base64: &str) -> String {
+    /// PEM with this label.
+    fn pem(name: &str, base64: &str) -> String {
         format!("-----BEGIN {name}-----\n{base64}\n-----END {name}-----\n")
     }
 
     #[test]
     fn a_chain_and_its_key_may_be_in_two_files_or_one() {
-        let ((chain, key), (issuer, _)) = (made(), made());
+        let ((chain, key), (issuer, _)) = (self_signed(), self_signed());
         assert_eq!(read(&chain, &key), Ok(()));
         assert_eq!(read(&format!("{chain}{issuer}"), &key), Ok(()));
         let both = format!("as they are\n{key}{chain}");
@@ -261,17 +261,17 @@ mod tests {
 
     #[test]
     fn an_unusable_pair_is_an_error_and_never_a_panic() {
-        let ((chain, key), (_, another)) = (made(), made());
+        let ((chain, key), (_, another)) = (self_signed(), self_signed());
         assert_eq!(read(&chain, &another), Err(Unusable::Mismatch));
         let broken = chain.replace("-----END", "-----FIN");
-        let garbage = under("CERTIFICATE", "AAAA");
-        for chain in ["", &key, &broken, &garbage, "\u{0}", &under("CERTIFICATE", "***")] {
+        let garbage = pem("CERTIFICATE", "AAAA");
+        for chain in ["", &key, &broken, &garbage, "\u{0}", &pem("CERTIFICATE", "***")] {
             let refused = read(chain, &key);
             assert!(matches!(refused, Err(Unusable::Certificate(_))), "{chain}: {refused:?}");
         }
-        let locked = under("ENCRYPTED PRIVATE KEY", "AAAA");
+        let locked = pem("ENCRYPTED PRIVATE KEY", "AAAA");
         let none = ["PRIVATE KEY", "RSA PRIVATE KEY", "EC PRIVATE KEY"];
-        let none = none.map(|name| [under(name, "AAAA"), under(name, ""), under(name, "MAMCAQA=")]);
+        let none = none.map(|name| [pem(name, "AAAA"), pem(name, ""), pem(name, "MAMCAQA=")]);
         let mut keys: Vec<_> = none.as_flattened().iter().map(String::as_str).collect();
         let cut = &key[..key.len() / 2];
         keys.extend(["", &chain, &locked, cut]);
@@ -286,12 +286,12 @@ mod tests {
 
     #[test]
     fn an_encrypted_key_and_one_on_an_unsupported_curve_are_named() {
-        let (chain, _) = made();
+        let (chain, _) = self_signed();
         let p521 = "MAcGBSuBBAAj"; // its object identifier alone
         for (key, told) in [
-            (under("ENCRYPTED PRIVATE KEY", "AAAA"), "is encrypted"),
-            (under("RSA PRIVATE KEY", "Proc-Type: 4,ENCRYPTED\n\nAAAA"), "is encrypted"),
-            (under("PRIVATE KEY", p521), "holds a P-521 key"),
+            (pem("ENCRYPTED PRIVATE KEY", "AAAA"), "is encrypted"),
+            (pem("RSA PRIVATE KEY", "Proc-Type: 4,ENCRYPTED\n\nAAAA"), "is encrypted"),
+            (pem("PRIVATE KEY", p521), "holds a P-521 key"),
         ] {
             let Err(Unusable::Key(problem)) = read(&chain, &key) else { panic!("{key}") };
             assert!(problem.starts_with(told), "{problem}");
@@ -346,10 +346,10 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn no_key_makes_it_panic(base64 in "[A-Za-z0-9+/]{0,80}") {
-            let (chain, _) = made();
+        fn arbitrary_keys_do_not_panic(base64 in "[A-Za-z0-9+/]{0,80}") {
+            let (chain, _) = self_signed();
             for name in ["PRIVATE KEY", "RSA PRIVATE KEY", "EC PRIVATE KEY"] {
-                let _ = read(&chain, &under(name, &base64));
+                let _ = read(&chain, &pem(name, &base64));
             }
         }
     }

@@ -61,8 +61,8 @@ impl Forwarded {
     }
 }
 
-/// Walks the elements of all lines from the last to the first. `None`: there is no element; `Some(None)`:
-/// one that was reached is no address.
+/// Walks the elements of all lines from the last to the first. `None`: there is no element; `Some(None)`: an element
+/// was reached that is no address.
 fn last_untrusted(
     lines: &[Vec<u8>],
     parse: fn(&[u8]) -> Option<Hop>,
@@ -86,8 +86,8 @@ fn last_untrusted(
     trusted
 }
 
-/// Splits at the last separator outside of a quoted string, which is what stands before it, if there is one,
-/// and behind it. Looked for from the end, so that a quote that the start leaves open has no effect.
+/// Splits at the last separator outside a quoted string, into what precedes it, if there is one, and what follows it.
+/// Scans from the end, so that an unclosed quote at the start has no effect.
 fn split_last(list: &[u8], separator: u8) -> (Option<&[u8]>, &[u8]) {
     let mut is_quoted = false;
     for (at, byte) in list.iter().enumerate().rev() {
@@ -151,7 +151,7 @@ mod tests {
         lines.iter().map(|line| line.as_bytes().to_vec()).collect()
     }
 
-    /// Whether it is the proxies' own: 10.0.0.0/8.
+    /// Trusts the proxies in 10.0.0.0/8.
     fn is_trusted(ip: IpAddr) -> bool {
         matches!(ip, IpAddr::V4(ip) if ip.octets()[0] == 10)
     }
@@ -192,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn the_examples_of_rfc_7239_are_understood() {
+    fn the_examples_of_rfc_7239_are_parsed() {
         for (values, client) in [
             (&["for=\"_gazonk\""][..], Err(Unnamed::Malformed)),
             (&["For=\"[2001:db8:cafe::17]:4711\""], hop("2001:db8:cafe::17", Some(4711))),
@@ -211,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn of_two_headers_that_disagree_none_is_believed() {
+    fn two_headers_that_disagree_are_both_ignored() {
         let both = |one: &str, other: &str| {
             Forwarded { standard: lines(&[one]), de_facto: lines(&[other]) }.client(is_trusted)
         };
@@ -222,7 +222,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_the_client_wrote_never_changes_what_the_proxy_appended(
+        fn client_supplied_values_do_not_affect_the_proxys_entry(
             before in vec(any::<u8>(), 0..200),
             quotes in "[\"\\\\,;= for]{0,20}",
             is_standard in any::<bool>(),
@@ -242,7 +242,7 @@ mod tests {
         }
 
         #[test]
-        fn no_bytes_make_it_panic(lines in vec(vec(any::<u8>(), 0..100), 0..4), text in "[\\[\\]:.0-9a-f\";=,for ]{0,60}") {
+        fn arbitrary_bytes_do_not_panic(lines in vec(vec(any::<u8>(), 0..100), 0..4), text in "[\\[\\]:.0-9a-f\";=,for ]{0,60}") {
             let both = [lines, vec![text.into_bytes()]].concat();
             let forwarded = Forwarded { standard: both.clone(), de_facto: both };
             let _ = forwarded.client(|_| true);

@@ -14,13 +14,13 @@ pub const MAX_BYTES: usize = 16 * 1024;
 /// How many headers a head may have.
 pub const MAX_HEADERS: usize = 100;
 
-/// What load balancers ask for.
+/// The path of health checks by load balancers.
 const HEALTH_PATH: &str = "/healthz";
 
 /// The head of a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Head {
-    /// What it asks for.
+    /// The kind of request.
     pub request: Request,
     /// Whether its method is HEAD: the answer has no body.
     is_method_head: bool,
@@ -28,7 +28,7 @@ pub struct Head {
     pub forwarded: Forwarded,
 }
 
-/// What a client asks for, or why that cannot be told.
+/// The kind of a request, or why it is invalid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Request {
     /// A WebSocket (RFC 6455, 4.1), with this `Sec-WebSocket-Key`.
@@ -129,7 +129,7 @@ fn asked(request: &httparse::Request<'_, '_>, has_more: bool) -> Request {
         return Request::Bad("the header Connection: Upgrade is missing");
     }
     if !has_token(request, "Sec-WebSocket-Version", "13") {
-        return Request::Other; // the answer has the version that is spoken
+        return Request::Other; // the answer names the supported version
     }
     if values(request, "Host").next().is_none() {
         return Request::Bad("the header Host is missing");
@@ -186,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn a_request_that_opens_no_websocket_has_a_status_and_one_sentence() {
+    fn a_request_without_upgrade_is_answered_with_a_status_and_one_sentence() {
         for (text, is_draining, status) in [
             ("GET / HTTP/1.1\r\n\r\n", false, "426 Upgrade Required"),
             ("POST /healthz HTTP/1.1\r\n\r\n", false, "426 Upgrade Required"),
@@ -216,7 +216,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_bytes_make_it_panic(
+        fn arbitrary_bytes_do_not_panic(
             start in prop_oneof![Just(""), Just(UPGRADE), Just("GET / HTTP/1.1\r\nForwarded: ")],
             bytes in vec(any::<u8>(), 0..600),
         ) {

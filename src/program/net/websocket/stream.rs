@@ -90,7 +90,7 @@ impl AsyncRead for WebSocketStream {
 }
 
 impl AsyncWrite for WebSocketStream {
-    delegate_write!(writer: poll_write, poll_flush, poll_close);
+    delegate_write!(writer);
 }
 
 /// soketto's sender has asynchronous methods; this has polled ones.
@@ -202,7 +202,7 @@ mod tests {
 
     use super::*;
 
-    /// A connection on which these bytes come, and then an error; and what was written to it.
+    /// A connection from which `bytes` and then an error are read; records what is written.
     #[derive(Default)]
     struct Connection {
         bytes: &'static [u8],
@@ -228,7 +228,7 @@ mod tests {
             _: &mut Context<'_>,
             bytes: &[u8],
         ) -> Poll<io::Result<usize>> {
-            // A few at a time, and never a whole message.
+            // Two bytes at a time, so that every message is written in pieces.
             let taken = bytes.len().min(2);
             self.written.lock().unwrap().extend(&bytes[..taken]);
             Poll::Ready(Ok(taken))
@@ -249,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn messages_are_bytes_and_an_end_or_a_failure_can_be_read_twice() {
+    fn messages_are_read_as_bytes_and_the_end_is_sticky() {
         let (binary, close, reserved) = (2, 8, 3);
         for (last, fails) in [(frame(close, b""), false), (frame(reserved, b""), true)] {
             let pieces = [frame(binary, b"one"), frame(binary, b""), frame(binary, b"two"), last];
@@ -267,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn each_write_is_one_message_and_after_the_close_there_is_none() {
+    fn each_write_is_one_message_and_writes_after_close_fail() {
         let connection = Connection::default();
         let written = Arc::clone(&connection.written);
         let mut stream = WebSocketStream::new(connection);

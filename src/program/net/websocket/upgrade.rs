@@ -16,8 +16,8 @@ use crate::program::net::admission::handshake_failure::{Reason, Stage, StageErro
 /// How many bytes of a head are read at once.
 const STEP: usize = 2 * 1024;
 
-/// How many bytes that came behind a request are read after its answer. Closing a socket on which some are
-/// unread resets the connection, and the client may lose the answer.
+/// How many bytes that follow a request are read after it was answered. Closing a socket with unread bytes resets the
+/// connection, and the client may lose the answer.
 const LINGER: usize = 256 * 1024;
 
 /// A connection whose request was read.
@@ -46,7 +46,7 @@ impl<S: AsyncRead + AsyncWrite + Send + Unpin + 'static> Requested<S> {
     ///
     /// # Errors
     ///
-    /// When no WebSocket was asked for, or the connection ends.
+    /// If the request is not a WebSocket upgrade, or the connection ends.
     pub async fn answer(
         self,
         socket: Option<TcpStream>,
@@ -62,7 +62,7 @@ impl<S: AsyncRead + AsyncWrite + Send + Unpin + 'static> Requested<S> {
         let (status, response) = head.response(is_draining);
         stream.write_all(&response).await?;
         stream.flush().await?;
-        stream.close().await?; // TLS says that nothing more comes; the socket stays open
+        stream.close().await?; // sends TLS's close_notify; the socket stays open
         if let Some(socket) = socket {
             socket.shutdown(Shutdown::Write)?;
             skip(&mut stream).await;
@@ -77,8 +77,8 @@ impl<S: AsyncRead + AsyncWrite + Send + Unpin + 'static> Requested<S> {
     }
 }
 
-/// Reads up to the end of the head. Parses only what may be a whole one, so that a head that comes byte by
-/// byte costs no more than another.
+/// Reads up to the end of the head. Parses only when the head may be complete, so that one that arrives byte by byte
+/// costs no more than another.
 async fn read_head(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Head> {
     let mut bytes = Vec::new();
     loop {
@@ -89,7 +89,7 @@ async fn read_head(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Head> {
         if read == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
-        // The first piece, because most requests come in one, and what is not HTTP is told by it.
+        // The first piece is always parsed: most requests arrive in one, and it shows what is not HTTP.
         let new = bytes.get(before.saturating_sub(2)..).unwrap_or_default();
         let may_be_whole = before == 0 || bytes.len() >= MAX_BYTES || has_empty_line(new);
         if may_be_whole && let Some(head) = Head::parse(&bytes) {

@@ -1,5 +1,5 @@
 // AutoNAT: a host that listens on port 4001 learns from the relays whether it
-// can be reached there, in either version of the protocol.
+// is reachable there, in both versions of the protocol.
 package main
 
 import (
@@ -16,9 +16,9 @@ import (
 	ma "github.com/multiformats/go-multiaddr"
 )
 
-// patience covers go-libp2p's own pauses: 15 s before it asks first, and in
-// version 1 up to 90 s before it asks again.
-const patience = 3 * time.Minute
+// timeout covers go-libp2p's delays: 15 s before its first probe, and in
+// version 1 up to 90 s between probes.
+const timeout = 3 * time.Minute
 
 func learns(wanted network.Reachability) func(peer.AddrInfo) error {
 	return func(first peer.AddrInfo) error {
@@ -31,6 +31,11 @@ func learns(wanted network.Reachability) func(peer.AddrInfo) error {
 		}
 		return nil
 	}
+}
+
+// learnsItIsPrivate has a host ask that knows no address to name; version 2 asks only about addresses.
+func learnsItIsPrivate(first peer.AddrInfo) error {
+	return learnsFromFirst(append([]peer.AddrInfo{first}, others...), network.ReachabilityPrivate)
 }
 
 func learnsFromFirst(relays []peer.AddrInfo, wanted network.Reachability) error {
@@ -47,7 +52,7 @@ func learnsFromFirst(relays []peer.AddrInfo, wanted network.Reachability) error 
 	if err := connectToAll(h, relays); err != nil {
 		return err
 	}
-	deadline := time.After(patience)
+	deadline := time.After(timeout)
 	for {
 		select {
 		case told := <-learnt.Out():
@@ -60,7 +65,7 @@ func learnsFromFirst(relays []peer.AddrInfo, wanted network.Reachability) error 
 				return fmt.Errorf("it is %s", is)
 			}
 		case <-deadline:
-			return fmt.Errorf("nothing learnt within %s", patience)
+			return fmt.Errorf("nothing learnt within %s", timeout)
 		}
 	}
 }
@@ -83,7 +88,7 @@ func learnsFromSecond(relays []peer.AddrInfo, wanted network.Reachability) error
 		port, err := a.ValueForProtocol(ma.P_TCP)
 		return err == nil && port == "4001"
 	}
-	deadline := time.After(patience)
+	deadline := time.After(timeout)
 	for {
 		select {
 		case told := <-learnt.Out():
@@ -100,12 +105,12 @@ func learnsFromSecond(relays []peer.AddrInfo, wanted network.Reachability) error
 				return nil
 			}
 		case <-deadline:
-			return fmt.Errorf("nothing learnt within %s", patience)
+			return fmt.Errorf("nothing learnt within %s", timeout)
 		}
 	}
 }
 
-// listening is a host at whatever address the machine has.
+// listening starts a host that listens on all addresses of the machine.
 func listening(options ...libp2p.Option) (host.Host, error) {
 	return libp2p.New(append([]libp2p.Option{
 		libp2p.ListenAddrStrings("/ip4/0.0.0.0/tcp/4001"),

@@ -1,5 +1,5 @@
-// Circuits without limits, as go-libp2p uses them: a secured and multiplexed
-// connection of its own inside.
+// Circuits without limits, as go-libp2p uses them: each carries a secured and
+// multiplexed connection.
 package main
 
 import (
@@ -43,8 +43,8 @@ func unlimited(relay peer.AddrInfo) error {
 	return nil
 }
 
-// exchange sends bulk in both directions at once, on a stream opened the
-// ordinary way, and closes each direction by itself.
+// exchange sends bulk in both directions at once, on an ordinary stream, and
+// closes each direction separately.
 func exchange(source, target *party) (time.Duration, error) {
 	ctx, cancel := step()
 	defer cancel()
@@ -78,9 +78,9 @@ func exchange(source, target *party) (time.Duration, error) {
 	return time.Since(start), nil
 }
 
-func named(who string, err error) error {
+func named(end string, err error) error {
 	if err != nil {
-		err = fmt.Errorf("%s: %w", who, err)
+		err = fmt.Errorf("%s: %w", end, err)
 	}
 	return err
 }

@@ -1,6 +1,5 @@
-// A fleet: relays that know nothing of each other, a DHT that they all are in,
-// and a host behind a NAT that knows nobody but one node of the DHT, which is
-// no relay.
+// Fleet: several relays in one DHT, and a host behind a NAT that knows only one
+// node of the DHT, which is not a relay.
 package main
 
 import (
@@ -22,13 +21,13 @@ const (
 	relaysInFleet = 3
 	// autoRelayTag protects the connections to relays that AutoRelay holds a slot on.
 	autoRelayTag = "autorelay"
-	// look is how often this looks for what nobody tells of.
-	look = 50 * time.Millisecond
+	// pollInterval is used where there is no event to wait for.
+	pollInterval = 50 * time.Millisecond
 )
 
-// fleet prints `bootstrap <multiaddr>`, for relays to join the DHT by; then
-// `reserved <relay>`, for that relay to be killed; and ends once the client has
-// moved to another.
+// fleet prints `bootstrap <multiaddr>`, the DHT node for the relays to join
+// by; then `reserved <relay>`, the relay that the test kills next; and ends
+// once the client has moved to another relay.
 func fleet() error {
 	node, err := newParty(libp2p.ListenAddrStrings("/ip4/127.0.0.1/tcp/0"))
 	if err != nil {
@@ -45,7 +44,7 @@ func fleet() error {
 	if err := until("the relays are in the DHT", func() bool { return server.RoutingTable().Size() == relaysInFleet }); err != nil {
 		return err
 	}
-	proved("%d relays joined a DHT of go-libp2p's, which checked that they answer", relaysInFleet)
+	proved("%d relays joined a DHT of go-libp2p, which checked that they answer", relaysInFleet)
 
 	client, err := newWalker(bootstrap)
 	if err != nil {
@@ -69,7 +68,7 @@ func fleet() error {
 	return client.isReachedBy(second)
 }
 
-// newWalker starts a host that takes relays from the DHT, as kubo does: those
+// newWalker starts a host that finds relays in the DHT, as kubo does: those
 // near its own id.
 func newWalker(bootstrap peer.AddrInfo) (*party, error) {
 	walks := make(chan func(context.Context, int) []peer.AddrInfo, 1)
@@ -102,7 +101,7 @@ func newWalker(bootstrap peer.AddrInfo) (*party, error) {
 	walks <- func(ctx context.Context, num int) (relays []peer.AddrInfo) {
 		closest, err := table.GetClosestPeers(ctx, string(p.ID()))
 		if err != nil {
-			return nil // it is asked again
+			return nil // it is queried again
 		}
 		for _, id := range closest {
 			if addrs := p.Peerstore().Addrs(id); len(addrs) > 0 && len(relays) < num {
@@ -114,7 +113,7 @@ func newWalker(bootstrap peer.AddrInfo) (*party, error) {
 	return p, nil
 }
 
-// reservedOn waits until AutoRelay holds a slot on a relay other than this one.
+// reservedOn waits until AutoRelay holds a slot on a relay other than except.
 func (p *party) reservedOn(notOn peer.ID) (relay peer.AddrInfo, err error) {
 	err = until("a slot on another relay than "+notOn.String(), func() bool {
 		for _, id := range p.Network().Peers() {
@@ -152,9 +151,9 @@ func (p *party) isReachedBy(relay peer.AddrInfo) error {
 	return nil
 }
 
-// until waits for what nobody tells of.
+// until polls a condition.
 func until(what string, holds func() bool) error {
-	for start := time.Now(); !holds(); time.Sleep(look) {
+	for start := time.Now(); !holds(); time.Sleep(pollInterval) {
 		if time.Since(start) > stepTimeout {
 			return fmt.Errorf("%s: not within %s", what, stepTimeout)
 		}

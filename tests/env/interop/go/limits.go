@@ -1,4 +1,4 @@
-// Circuits with limits: what go-libp2p knows of them, and what the relay does
+// Circuits with limits: what go-libp2p reports about them, and what the relay does
 // when they are reached.
 package main
 
@@ -17,7 +17,7 @@ const (
 	// The limits that the relay was started with.
 	limitBytes    = 128 * kib
 	limitDuration = 5 * time.Second
-	// A circuit at rest closes between these two: the limit, give or take the load.
+	// An idle circuit closes between these two: the limit, with tolerance for a busy machine.
 	soonestClose, latestClose = 4 * time.Second, 15 * time.Second
 )
 
@@ -57,7 +57,7 @@ func bytesLimit(relay peer.AddrInfo, target *party) error {
 
 	ctx, cancel := step()
 	defer cancel()
-	// On the connection itself: asked for the peer, the host would wait for a direct connection.
+	// On the connection itself: for a stream to the peer, the host would wait for a direct connection.
 	if _, err := near.NewStream(ctx); !errors.Is(err, network.ErrLimitedConn) {
 		return fmt.Errorf("an ordinary stream was not refused: %v", err)
 	}
@@ -72,12 +72,12 @@ func bytesLimit(relay peer.AddrInfo, target *party) error {
 	if err != nil {
 		return err
 	}
-	proved("the circuit broke when more than the limit was pushed; %d bytes of the stream arrived, all right", passed)
+	proved("the circuit broke when more than the limit was pushed; %d bytes of the stream arrived intact", passed)
 	return awaitClosed(source, target)
 }
 
-// pushPastLimit sends half of what may pass, which has to arrive, and then far
-// too much; it returns how much did arrive.
+// pushPastLimit sends half of the limit, which has to arrive, and then far
+// more than the limit; it returns how many bytes arrived.
 func pushPastLimit(sender network.Stream, target *party) (int64, error) {
 	const half, seed = limitBytes / 2, 3
 	out, in := payload(seed), payload(seed)
@@ -131,9 +131,9 @@ func timeLimit(relay peer.AddrInfo, target *party) error {
 		return err
 	}
 	if took := time.Since(start); took < soonestClose || took > latestClose {
-		return fmt.Errorf("a circuit at rest closed after %s", took)
+		return fmt.Errorf("an idle circuit closed after %s", took)
 	}
-	proved("a circuit at rest closed after %s", time.Since(start).Round(10*time.Millisecond))
+	proved("an idle circuit closed after %s", time.Since(start).Round(10*time.Millisecond))
 	return nil
 }
 

@@ -2,10 +2,10 @@
 //
 //	go run . <scenario> <relay multiaddr ending in /p2p/<relay>>...
 //
-// With several of one relay, it can be reached at each of them.
+// If several addresses name the same relay, all of them are used.
 //
-// Prints one line for each thing it proved; on the first failure it says on
-// one line what was wrong and exits with status 1.
+// Prints one line per assertion that held. The first failure is printed in
+// one line, and the exit status is 1.
 package main
 
 import (
@@ -19,7 +19,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 )
 
-// others are the relays beside the first, for a scenario of several.
+// others are the relays other than the first, for scenarios that take several.
 var others []peer.AddrInfo
 
 // scenarios by name, with the relay options each of them expects.
@@ -32,11 +32,12 @@ var scenarios = map[string]func(relay peer.AddrInfo) error{
 	"full":      full,      // --max-reservations 1
 	"private":   private,   // --swarm-key $SWARM_KEY
 	"websocket": websocket, // an address of each kind: TCP, WebSocket; limits as for unlimited
-	"restart":   restart,   // the defaults; it is killed and started anew meanwhile
+	"restart":   restart,   // the defaults; the relay is killed and restarted during the test
 
-	// --autonat, and several of them
+	// --autonat; several relays
 	"reachable":   learns(network.ReachabilityPublic),
 	"unreachable": learns(network.ReachabilityPrivate),
+	"behind":      learnsItIsPrivate, // and no address of its own is global
 }
 
 func main() {
@@ -44,7 +45,7 @@ func main() {
 	switch {
 	case len(os.Args) > 2 && scenarios[os.Args[1]] != nil:
 		err = run(os.Args[1], os.Args[2:])
-	case len(os.Args) == 2 && os.Args[1] == "fleet": // its relays are started when it says by whom to join
+	case len(os.Args) == 2 && os.Args[1] == "fleet": // prints the bootstrap node; then its relays are started
 		err = fleet()
 	case len(os.Args) == 2 && os.Args[1] == "metrics": // on standard input
 		err = metrics(os.Stdin)
@@ -56,7 +57,7 @@ func main() {
 		os.Exit(2)
 	}
 	if err != nil {
-		// A dial error of go-libp2p has a line for each address it tried.
+		// A dial error of go-libp2p has one line per address that was dialed.
 		fmt.Fprintln(os.Stderr, "failed:", os.Args[1]+":", strings.Join(strings.Fields(err.Error()), " "))
 		os.Exit(1)
 	}
@@ -79,7 +80,7 @@ func run(scenario string, addresses []string) error {
 	return scenarios[scenario](relays[0])
 }
 
-// proved prints one line about something that holds.
+// proved prints one line about an assertion that held.
 func proved(format string, args ...any) {
 	fmt.Printf("ok: "+format+"\n", args...)
 }

@@ -1,4 +1,4 @@
-// Many circuits at once between two parties, each carrying as much as it can both ways for a while.
+// Many concurrent circuits between two parties, each transferring data in both directions as fast as it can.
 package main
 
 import (
@@ -17,19 +17,19 @@ import (
 	"github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/util"
 )
 
-// period is how many bytes of a payload come before it begins anew: a prime, so that no piece that is lost,
-// doubled or moved goes unnoticed.
+// period is the number of bytes after which a payload repeats: a prime, so that a lost, duplicated or moved
+// part is noticed.
 const period = 65521
 
-// carried is how much of one circuit was sent and received.
-type carried struct {
+// transfer is how much was sent and received on one circuit.
+type transfer struct {
 	circuit        byte
 	sent, received int64
 	err            error
 }
 
-// many is one party: `many <relay> <circuits> <seconds> [<target>]`. Without a target it reserves, says who it is
-// and agrees to circuits. tests/interop/many.rs says what goes over them.
+// many is one party: `many <relay> <circuits> <seconds> [<target>]`. Without a target it reserves, prints its peer id
+// and accepts circuits. tests/interop/many.rs describes the bytes that they transfer.
 func many(args []string) error {
 	relay, err := peer.AddrInfoFromString(args[0])
 	if err != nil {
@@ -58,16 +58,16 @@ func many(args []string) error {
 	if err != nil {
 		return err
 	}
-	done := make(chan carried)
+	done := make(chan transfer)
 	if len(args) == 3 {
 		p.SetStreamHandler(proto.ProtoIDv2Stop, func(s network.Stream) {
 			circuit := make([]byte, 1)
-			err := agree(s)
+			err := acceptCircuit(s)
 			if err == nil {
 				_, err = io.ReadFull(s, circuit)
 			}
 			if err != nil {
-				done <- carried{err: fmt.Errorf("a circuit that comes: %w", err)}
+				done <- transfer{err: fmt.Errorf("an inbound circuit: %w", err)}
 				return
 			}
 			done <- converse(s, circuit[0], false, lasts)
@@ -88,7 +88,7 @@ func many(args []string) error {
 			}
 			go func() {
 				if _, err := s.Write([]byte{byte(circuit)}); err != nil {
-					done <- carried{err: err}
+					done <- transfer{err: err}
 					return
 				}
 				done <- converse(s, byte(circuit), true, lasts)
@@ -108,12 +108,12 @@ func many(args []string) error {
 	}
 	fmt.Println("sent", sent)
 	fmt.Println("received", received)
-	// The other side may still read: it goes when it is told to.
+	// The other side may still be reading: exit only when standard input ends.
 	io.Copy(io.Discard, os.Stdin)
 	return nil
 }
 
-// circuit asks for a circuit by hand: go-libp2p's own dial gives one connection to a peer.
+// circuit requests a circuit directly: go-libp2p's own dial opens one connection per peer.
 func (p *party) circuit(relay peer.AddrInfo, target peer.ID) (network.Stream, error) {
 	ctx, cancel := step()
 	defer cancel()
@@ -125,7 +125,7 @@ func (p *party) circuit(relay peer.AddrInfo, target peer.ID) (network.Stream, er
 	if err := util.NewDelimitedWriter(s).WriteMsg(connectTo(target)); err != nil {
 		return nil, err
 	}
-	answers := util.NewDelimitedReader(s, maxMessage) // reads byte by byte, and so no more than the answer
+	answers := util.NewDelimitedReader(s, maxMessage) // reads byte by byte, so nothing beyond the answer
 	defer answers.Close()
 	var answer pb.HopMessage
 	if err := answers.ReadMsg(&answer); err != nil {
@@ -137,8 +137,8 @@ func (p *party) circuit(relay peer.AddrInfo, target peer.ID) (network.Stream, er
 	return s, nil
 }
 
-// agree accepts a circuit as its target.
-func agree(s network.Stream) error {
+// acceptCircuit accepts a circuit as its target.
+func acceptCircuit(s network.Stream) error {
 	s.SetDeadline(time.Now().Add(stepTimeout))
 	requests := util.NewDelimitedReader(s, maxMessage)
 	defer requests.Close()
@@ -152,15 +152,15 @@ func agree(s network.Stream) error {
 	return util.NewDelimitedWriter(s).WriteMsg(&pb.StopMessage{Type: pb.StopMessage_STATUS.Enum(), Status: pb.Status_OK.Enum()})
 }
 
-// converse sends for as long as it lasts and closes its half, while it receives up to the other's end.
-func converse(s network.Stream, circuit byte, isSource bool, lasts time.Duration) carried {
-	defer s.Reset() // does nothing behind both ends
+// converse sends for this duration and closes its half, while it receives up to the other side's end.
+func converse(s network.Stream, circuit byte, isSource bool, lasts time.Duration) transfer {
+	defer s.Reset() // has no effect after both ends
 	s.SetDeadline(time.Now().Add(lasts + 2*stepTimeout))
 	mine, theirs := 2*circuit, 2*circuit+1
 	if !isSource {
 		mine, theirs = theirs, mine
 	}
-	c := carried{circuit: circuit}
+	c := transfer{circuit: circuit}
 	wrote := make(chan error, 1)
 	go func() {
 		payload := repeating(mine)
@@ -196,7 +196,7 @@ func converse(s network.Stream, circuit byte, isSource bool, lasts time.Duration
 	return c
 }
 
-// repeating is the payload of a seed, twice and more.
+// repeating returns the payload of a seed, repeated, so that any slice of a period is contiguous.
 func repeating(seed byte) []byte {
 	once := make([]byte, period)
 	x := uint32(seed)

@@ -24,10 +24,10 @@ import (
 // stepTimeout is far more than any single step takes, on a busy machine too.
 const stepTimeout = 180 * time.Second
 
-// testProtocol is what parties speak to each other over a circuit.
+// testProtocol is the protocol between parties over a circuit.
 const testProtocol protocol.ID = "/relaylet-interop/1"
 
-// securities that a relay has to offer, each to be used alone.
+// securities are the secure channels that a relay has to offer, each used alone.
 var securities = map[protocol.ID]libp2p.Option{
 	noise.ID: libp2p.Security(noise.ID, noise.New),
 	tls.ID:   libp2p.Security(tls.ID, tls.New),
@@ -127,7 +127,7 @@ func step() (context.Context, context.CancelFunc) {
 	return context.WithTimeout(context.Background(), stepTimeout)
 }
 
-// await is for what another goroutine or host is about to bring.
+// await receives a value that another goroutine or host is about to send.
 func await[T any](from <-chan T, what string) (T, error) {
 	select {
 	case value := <-from:

@@ -1,4 +1,4 @@
-// A private network: who has its key is served, and who has another gets nowhere.
+// A private network: hosts with its key are served, others cannot connect.
 package main
 
 import (
@@ -41,7 +41,7 @@ func private(relay peer.AddrInfo) error {
 		if stranger.Connect(ctx, relay) == nil {
 			return errors.New("a host with " + name + " is connected")
 		}
-		proved("a host with %s gets nowhere", name)
+		proved("a host with %s cannot connect", name)
 	}
 
 	for security, only := range securities {

@@ -1,4 +1,4 @@
-// Reservations: what a granted one holds, its renewal, and a full table.
+// Reservations: the contents of a granted one, its renewal, and a full table.
 package main
 
 import (
@@ -15,7 +15,7 @@ import (
 const (
 	// longestTerm is the hour that a reservation lasts, and some seconds for rounding.
 	longestTerm = time.Hour + 5*time.Second
-	// takeover is how soon a newcomer has to get the slot of a peer that left.
+	// takeover is the time within which a newcomer has to get the slot of a peer that left.
 	takeover = 10 * time.Second
 )
 
@@ -62,8 +62,8 @@ func reserveAndRenew(relay peer.AddrInfo) error {
 	return nil
 }
 
-// checkReservation looks at what the client of go-libp2p leaves to its caller;
-// the voucher's signature it has verified.
+// checkReservation checks what go-libp2p's client does not: the client has
+// verified only the voucher's signature.
 func checkReservation(r *client.Reservation, relay, self peer.ID) error {
 	if left := time.Until(r.Expiration); left <= 0 || left > longestTerm {
 		return fmt.Errorf("expires in %s", left)
@@ -117,7 +117,7 @@ func full(relay peer.AddrInfo) error {
 	if err := holder.Close(); err != nil {
 		return fmt.Errorf("close the holder: %w", err)
 	}
-	// The relay cannot tell the newcomer when the slot is to be had, so it asks.
+	// The relay cannot notify the newcomer when the slot is free, so it polls.
 	retry := time.NewTicker(100 * time.Millisecond)
 	defer retry.Stop()
 	for {

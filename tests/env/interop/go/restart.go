@@ -1,5 +1,5 @@
-// Restart: the relay is killed and started anew under many hosts, and the
-// AutoRelay of each finds back to it, at its own pace.
+// Restart: the relay is killed and restarted while many hosts hold slots, and
+// the AutoRelay of each reserves again, at its own pace.
 package main
 
 import (
@@ -11,39 +11,38 @@ import (
 	"github.com/libp2p/go-libp2p/p2p/host/autorelay"
 )
 
-// hostsOfRestart all come from one address: no more than it may have slots.
+// hostsOfRestart all have one address, so there are at most as many as it may hold slots.
 const hostsOfRestart = 60
 
-// restart prints `reserved` once all hosts hold a slot, for the relay to be
-// killed and started anew, and `again` once all of them hold one on the new one.
+// restart prints `reserved` once all hosts hold a slot, whereupon the test
+// restarts the relay, and `again` once all of them hold one on the new relay.
 func restart(relay peer.AddrInfo) error {
-	asked := make(chan error, 16)
+	attempts := make(chan error, 16)
 	for range hostsOfRestart {
 		p, err := newParty(libp2p.ForceReachabilityPrivate(), libp2p.EnableAutoRelayWithStaticRelays(
-			[]peer.AddrInfo{relay}, autorelay.WithMetricsTracer(newTold(asked))))
+			[]peer.AddrInfo{relay}, autorelay.WithMetricsTracer(newAttemptTracer(attempts))))
 		if err != nil {
 			return err
 		}
 		defer p.Close()
 	}
 	start := time.Now()
-	if err := allGranted(asked); err != nil {
+	if err := allGranted(attempts); err != nil {
 		return err
 	}
 	proved("%d hosts reserved in %s", hostsOfRestart, time.Since(start).Round(time.Millisecond))
 	fmt.Println("reserved")
-	if err := allGranted(asked); err != nil {
-		return fmt.Errorf("after the relay was started anew: %w", err)
+	if err := allGranted(attempts); err != nil {
+		return fmt.Errorf("after the relay was restarted: %w", err)
 	}
 	fmt.Println("again")
 	return nil
 }
 
-// allGranted waits until as many were granted a slot as there are hosts, and
-// none was refused.
-func allGranted(asked <-chan error) error {
+// allGranted waits until each host was granted a slot; a refusal is an error.
+func allGranted(attempts <-chan error) error {
 	for n := range hostsOfRestart {
-		err, late := await(asked, fmt.Sprintf("%d of %d hosts hold a slot", n, hostsOfRestart))
+		err, late := await(attempts, fmt.Sprintf("%d of %d hosts hold a slot", n, hostsOfRestart))
 		if late != nil {
 			return late
 		}
@@ -54,18 +53,20 @@ func allGranted(asked <-chan error) error {
 	return nil
 }
 
-// told hears of each attempt of an AutoRelay to reserve: nothing else tells of
-// it. It stands for AutoRelay's own tracer, whose types have no names outside.
-type told struct {
+// attemptTracer reports each attempt of an AutoRelay to reserve, for which
+// there is no event. It replaces AutoRelay's own tracer, whose types are private.
+type attemptTracer struct {
 	autorelay.MetricsTracer
-	asked chan<- error
+	attempts chan<- error
 }
 
-func newTold(asked chan<- error) told { return told{autorelay.NewMetricsTracer(), asked} }
+func newAttemptTracer(attempts chan<- error) attemptTracer {
+	return attemptTracer{autorelay.NewMetricsTracer(), attempts}
+}
 
-// ReservationRequestFinished tells what came of one.
-func (t told) ReservationRequestFinished(isRefresh bool, err error) {
+// ReservationRequestFinished reports the result of an attempt.
+func (t attemptTracer) ReservationRequestFinished(isRefresh bool, err error) {
 	if !isRefresh {
-		t.asked <- err
+		t.attempts <- err
 	}
 }

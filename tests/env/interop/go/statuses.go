@@ -1,5 +1,5 @@
-// Refusals, in the words of the protocol, to requests that this client sends
-// by hand: go-libp2p's own would not send most of them.
+// Refusals and their status codes, for requests that this client encodes
+// itself: go-libp2p's own client would not send most of them.
 package main
 
 import (
@@ -27,7 +27,7 @@ func statuses(relay peer.AddrInfo) error {
 		return err
 	}
 	defer target.Close()
-	// It does not know the stop protocol, although it reserves.
+	// It reserves, but does not support the stop protocol.
 	deaf, err := newReserved(relay, libp2p.DisableRelay())
 	if err != nil {
 		return err
@@ -38,7 +38,7 @@ func statuses(relay peer.AddrInfo) error {
 		return err
 	}
 	defer asker.Close()
-	// It never asks for a slot.
+	// It never reserves.
 	stranger, err := newParty()
 	if err != nil {
 		return err

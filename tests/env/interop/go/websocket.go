@@ -57,7 +57,7 @@ func websocket(relay peer.AddrInfo) error {
 	return nil
 }
 
-// listed tells whether a reservation has all addresses of the relay.
+// listed returns whether a reservation lists all addresses of the relay.
 func listed(addresses []ma.Multiaddr, relay peer.AddrInfo) bool {
 	wanted, err := peer.AddrInfoToP2pAddrs(&relay)
 	for _, address := range wanted {

@@ -1,4 +1,4 @@
-// Circuits: without limits, as an application uses them, and with.
+// Circuits without limits, as an application uses them, and circuits with limits.
 import { RELAY_V2_STOP_CODEC } from '@libp2p/circuit-relay-v2'
 import { pbStream } from '@libp2p/utils'
 import { check, connect, event, inTime, newParty, newReserved, patient, proved, refused } from './party.mjs'
@@ -12,7 +12,7 @@ const BULK = 64 * MIB // in each direction
 // The limits that the relay was started with.
 const LIMIT_BYTES = 128 * 1024
 const LIMIT_SECONDS = 5
-// A circuit at rest closes between these two: the limit, give or take the load.
+// An idle circuit closes between these two: the limit, with tolerance for a busy machine.
 const SOONEST = 4
 const LATEST = 15
 
@@ -26,10 +26,10 @@ export async function unlimited (relay) {
   await Promise.all([source.stop(), target.stop()])
 }
 
-// Sends so many bytes each way at once on a stream of the circuit; yields how many MB a second that were.
+// Sends bytes both ways at once on a stream of the circuit; returns the rate in MB/s.
 export async function exchange (near, target, bytes) {
   const arrival = inTime('the stream at the target', resolve => target.handle(PROTOCOL, resolve))
-  // The ordinary way, which js-libp2p refuses on a limited connection.
+  // An ordinary stream, which js-libp2p refuses on a limited connection.
   const there = await near.newStream(PROTOCOL, patient())
   const back = await arrival
   const start = Date.now()
@@ -46,7 +46,7 @@ export async function exchange (near, target, bytes) {
   return (bytes / 1e3 / (Date.now() - start)).toFixed(1)
 }
 
-// Closes its own direction behind the bytes, and no other.
+// Closes only its own direction after the bytes.
 async function sendAll (stream, seed, bytes) {
   await send(stream, payload(seed), bytes)
   await stream.close(patient())
@@ -59,13 +59,13 @@ export async function limited (relay) {
   await Promise.all([source.stop(), target.stop()])
 }
 
-// What js-libp2p makes of a limited circuit, and how its time runs out.
+// How js-libp2p reports a limited circuit, and how its time runs out.
 async function marked (relay, source, target) {
   const start = Date.now()
   const [near, far] = await connect(relay, source, target)
   const ends = [near, far].map(end => event(end === near ? source : target, 'connection:close', closed => closed.id === end.id))
   for (const { limits } of [near, far]) {
-    // js-libp2p counts down from the limits that it was told.
+    // js-libp2p counts down the limits that the relay sent.
     const { bytes, seconds } = limits ?? {}
     check(bytes > LIMIT_BYTES / 2 && bytes <= LIMIT_BYTES, `the limit in bytes is ${bytes}`)
     check(seconds > 0 && seconds <= LIMIT_SECONDS, `the limit in seconds is ${seconds}`)
@@ -76,11 +76,11 @@ async function marked (relay, source, target) {
   proved('a ping passes')
   await Promise.all(ends)
   const took = (Date.now() - start) / 1000
-  check(took > SOONEST && took < LATEST, `a circuit at rest closed after ${took} s`)
-  proved(`a circuit at rest closed after ${took.toFixed(1)} s`)
+  check(took > SOONEST && took < LATEST, `an idle circuit closed after ${took} s`)
+  proved(`an idle circuit closed after ${took.toFixed(1)} s`)
 }
 
-// By hand, because js-libp2p's own circuits spend part of the limit on what secures them.
+// Uses the protocol directly: js-libp2p's own circuits use up part of the limit for Noise.
 async function inBytes (relay, source, target) {
   const arrival = inTime('the stop stream at the target', async resolve => {
     await target.unhandle(RELAY_V2_STOP_CODEC)
@@ -93,9 +93,9 @@ async function inBytes (relay, source, target) {
   const seed = 3
   const bytes = payload(seed)
   const received = receive(back, payload(seed))
-  const ended = receive(there, bytes) // nothing, and then the end
+  const ended = receive(there, bytes) // expects no bytes, then the end
   await send(there, bytes, LIMIT_BYTES)
-  // One byte beyond; the reset may come first.
+  // One byte beyond the limit; the reset may arrive first.
   await send(there, bytes, 1).catch(() => {})
   const { count, error } = await received
   check(count === LIMIT_BYTES, `${count} bytes passed under a limit of ${LIMIT_BYTES}: ${error}`)

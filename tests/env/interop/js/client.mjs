@@ -2,8 +2,8 @@
 //
 //   node_modules/.bin/node client.mjs <scenario> <relay multiaddr ending in /p2p/<relay>>...
 //
-// Prints one line for each thing it proved; on the first failure it says on
-// one line what was wrong and exits with status 1.
+// Prints one line per assertion that held. The first failure is printed in
+// one line, and the exit status is 1.
 import { multiaddr } from '@multiformats/multiaddr'
 import { limited, unlimited } from './circuits.mjs'
 import { privately } from './private.mjs'
@@ -33,10 +33,10 @@ try {
   console.error(`failed: ${name}: ${told(error)}`)
   process.exit(1)
 }
-// Without it js-libp2p's timers keep the process for a while.
+// Otherwise js-libp2p's timers would keep the process running for a while.
 process.exit(0)
 
-// An error and what caused it, on one line.
+// An error and its causes, in one line.
 function told (error) {
   const causes = [error.cause, ...error.errors ?? []].filter(cause => cause != null)
   return [error instanceof Event ? `event ${error.type}` : String(error), ...causes.map(told)].join(': ').replaceAll(/\s+/g, ' ')

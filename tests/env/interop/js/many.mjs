@@ -1,8 +1,8 @@
-// Many circuits at once between two parties, each carrying as much as it can both ways for a while.
+// Many concurrent circuits between two parties, each transferring data in both directions as fast as it can.
 //
 //   node_modules/.bin/node many.mjs <relay multiaddr> <circuits> <seconds> [<target>]
 //
-// Without a target it reserves, says who it is and agrees to circuits. tests/interop/many.rs says what goes over them.
+// Without a target it reserves, prints its peer id and accepts circuits. tests/interop/many.rs describes the bytes.
 import { once } from 'node:events'
 import { RELAY_V2_HOP_CODEC, RELAY_V2_STOP_CODEC } from '@libp2p/circuit-relay-v2'
 import { peerIdFromString } from '@libp2p/peer-id'
@@ -11,8 +11,7 @@ import { multiaddr } from '@multiformats/multiaddr'
 import { check, newParty, newReserved, patient } from './party.mjs'
 import { connectTo, HopMessage, Status, StopMessage } from './wire.mjs'
 
-// How many bytes of a payload come before it begins anew: a prime, so that no piece that is lost, doubled or moved
-// goes unnoticed.
+// The number of bytes after which a payload repeats: a prime, so that a lost, duplicated or moved part is noticed.
 const PERIOD = 65521
 const PIECE = 16 * 1024
 
@@ -63,14 +62,14 @@ async function source (target) {
     messages.unwrap().unwrap()
     stream.send(Buffer.of(circuit))
     const conversation = converse(stream, () => circuit, true)
-    conversation.catch(() => {}) // until all are waited for
+    conversation.catch(() => {}) // it is awaited later
     conversations.push(conversation)
   }
   await Promise.all(conversations)
   await ends(party, connection)
 }
 
-// The other side may still read: this one goes when it is told to.
+// The other side may still be reading: exit only when standard input ends.
 async function ends (party, connection) {
   const left = party.getConnections().map(({ id, status }) => `${id} ${status}`)
   check(left.join() === `${connection.id} open`, `connections to the relay: ${left}; it was ${connection.id}`)
@@ -88,8 +87,8 @@ async function agree (stream) {
   messages.unwrap().unwrap()
 }
 
-// Sends for as long as it lasts and closes its half, while it receives up to the other's end. The first byte that a
-// target gets tells which circuit it is.
+// Sends for the whole duration and closes its half, while it receives up to the other side's end. The first byte that a
+// target receives is the number of the circuit.
 function converse (stream, circuitOf, isSource) {
   return new Promise((resolve, reject) => {
     let circuit = isSource ? circuitOf() : undefined
@@ -135,14 +134,14 @@ async function send (stream, circuit, isSource) {
     const from = sent[circuit] % PERIOD
     sent[circuit] += PIECE
     stream.send(payload.subarray(from, from + PIECE))
-    // Others have their turn. Each drain of the connection wakes all streams, so that onDrain would let them pile up.
+    // Yields to other circuits. Each drain of the connection wakes all streams, so onDrain would let them pile up.
     do await new Promise(resolve => setTimeout(resolve, 1))
     while (stream.writeBufferLength > 4 * PIECE && stream.status === 'open')
   }
   await stream.close({ signal: AbortSignal.timeout(120_000) })
 }
 
-// The payload of a seed, twice and more.
+// The payload of a seed, repeated, so that any slice of a period is contiguous.
 function repeating (seed) {
   const once = Buffer.alloc(PERIOD)
   for (let at = 0; at < PERIOD; at++) {

@@ -1,6 +1,6 @@
-// A party is a js-libp2p host that takes part in a scenario: it listens on no
-// address but those through the relay, so that every connection between two
-// parties is a circuit.
+// A party is a js-libp2p host that takes part in a scenario: it listens only on
+// addresses through the relay, so that every connection between two parties
+// is a circuit.
 import { circuitRelayTransport } from '@libp2p/circuit-relay-v2'
 import { identify } from '@libp2p/identify'
 import { noise } from '@libp2p/noise'
@@ -12,14 +12,14 @@ import { webSockets } from '@libp2p/websockets'
 import { yamux } from '@libp2p/yamux'
 import { createLibp2p } from 'libp2p'
 
-// Far more than any single step takes, on a busy machine too.
+// Far more than any single step takes, even on a busy machine.
 const STEP = 180_000
 
-// What a relay has to offer, each to be used alone.
+// The secure channels that a relay has to offer, each used alone.
 export const securities = { noise: noise(), tls: tls() }
 
-// Starts a party that does not reserve. One that waits does so for the answers to
-// its pings, which on a busy machine are behind what WebSocket holds: megabytes.
+// Starts a party that does not reserve. A patient party waits longer for answers to
+// its pings, which on a busy machine queue behind megabytes in WebSocket's buffer.
 export async function newParty ({ listen = [], security = securities.noise, waits = false, psk } = {}) {
   let circuits
   const party = await createLibp2p({
@@ -37,9 +37,9 @@ export async function newParty ({ listen = [], security = securities.noise, wait
     streamMuxers: [yamux()],
     services: { identify: identify(), ping: ping() },
     connectionMonitor: { abortConnectionOnPingFailure: !waits },
-    connectionGater: { denyDialMultiaddr: () => false } // loopback, which it would not dial
+    connectionGater: { denyDialMultiaddr: () => false } // allows loopback addresses
   })
-  // The library keeps a reservation to itself; the tests look at it.
+  // The library does not expose the reservation, which the tests check.
   party.reservations = circuits.reservationStore
   return party
 }
@@ -60,7 +60,7 @@ export function through (relay, target) {
   return relay.encapsulate(`/p2p-circuit/p2p/${target.peerId}`)
 }
 
-// The next event of this kind that is the one.
+// Waits for the next event of this kind that matches.
 export function event (target, kind, isTheOne = () => true) {
   return inTime(kind, resolve => {
     const listener = ({ detail }) => {
@@ -73,7 +73,7 @@ export function event (target, kind, isTheOne = () => true) {
   })
 }
 
-// A promise that is kept within a step's time, or broken by name.
+// Rejects with `what` if the promise is not fulfilled within a step's time.
 export function inTime (what, executor) {
   return new Promise((resolve, reject) => {
     setTimeout(() => reject(new Error(`${what}: nothing within ${STEP} ms`)), STEP).unref()
@@ -86,7 +86,7 @@ export function patient () {
   return { signal: AbortSignal.timeout(STEP) }
 }
 
-// Tries until it works, for what the relay has to notice first.
+// Retries until it succeeds, for what the relay has to notice first.
 export async function eventually (attempt) {
   const giveUp = Date.now() + STEP
   for (;;) {
@@ -99,7 +99,7 @@ export async function eventually (attempt) {
   }
 }
 
-// Fails unless the promise is broken with these words.
+// Asserts that the promise is rejected with these words.
 export async function refused (promise, words) {
   const error = await promise.then(() => null, error => error)
   if (error == null) throw new Error(`${words} expected, and it worked`)
@@ -111,7 +111,7 @@ export function check (holds, what) {
   if (!holds) throw new Error(what)
 }
 
-// Prints one line about something that holds.
+// Prints one line about an assertion that held.
 export function proved (what) {
   console.log(`ok: ${what}`)
 }

@@ -9,7 +9,7 @@ export function payload (seed) {
   return length => cipher.update(Buffer.alloc(length))
 }
 
-// Sends this many bytes, no faster than they go.
+// Sends this many bytes, respecting backpressure.
 export async function send (stream, bytes, count) {
   for (let sent = 0; sent < count; sent += CHUNK) {
     if (!stream.send(bytes(Math.min(CHUNK, count - sent)))) await stream.onDrain()

@@ -1,4 +1,4 @@
-// A private network: who has its key is served, and who has another gets nowhere.
+// A private network: hosts with its key are served, others cannot connect.
 import { readFileSync } from 'node:fs'
 import { generateKey } from '@libp2p/pnet'
 import { check, connect, newParty, newReserved, patient, proved } from './party.mjs'
@@ -12,7 +12,7 @@ export async function privately (relay) {
     const stranger = await newParty({ psk })
     const error = await stranger.dial(relay, patient()).then(() => null, error => error)
     check(error != null, `a host with ${name} is connected`)
-    proved(`a host with ${name} gets nowhere`)
+    proved(`a host with ${name} cannot connect`)
     await stranger.stop()
   }
 

@@ -1,12 +1,12 @@
-// Reservations: what a granted one holds, its renewal, and a full table.
+// Reservations: the contents of a granted one, its renewal, and a full table.
 import { publicKeyFromProtobuf } from '@libp2p/crypto/keys'
 import { RecordEnvelope } from '@libp2p/peer-record'
 import { multiaddr } from '@multiformats/multiaddr'
 import { check, eventually, newParty, newReserved, proved, refused, securities } from './party.mjs'
 import { ReservationVoucher } from './wire.mjs'
 
-// What the relay grants at most, in seconds: short enough that js-libp2p, asked to
-// reserve again, does so at once. Some seconds more for rounding.
+// The longest term that the relay grants, in seconds: so short that js-libp2p renews at once
+// when asked to reserve again. Some seconds more for rounding.
 const TERM = 5 * 60 + 5
 
 const VOUCHER_DOMAIN = 'libp2p-relay-rsvp'
@@ -51,7 +51,7 @@ async function checkVoucher ({ publicKey, payloadType, payload, signature }, rel
   check(hex(payload.relay) === hex(key.toMultihash().bytes), 'the voucher is for another relay')
   check(hex(payload.peer) === hex(self.toMultihash().bytes), 'the voucher is for another peer')
   check(payload.expiration === expire, `the voucher ends at ${payload.expiration}, the reservation at ${expire}`)
-  // js-libp2p has taken the payload apart, and does not look at the signature itself.
+  // js-libp2p has decoded the payload, but does not verify the signature.
   const signed = new RecordEnvelope({ publicKey: key, payloadType, payload: ReservationVoucher.encode(payload), signature })
   check(await signed.validate(VOUCHER_DOMAIN), 'the signature of the voucher is wrong')
 }

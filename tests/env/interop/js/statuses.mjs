@@ -1,5 +1,5 @@
-// Refusals, in the words of the protocol, to js-libp2p's own dial and to
-// requests by hand, most of which it would not send.
+// Refusals and their status codes, for js-libp2p's own dial and for requests
+// that this client encodes itself, most of which js-libp2p would not send.
 import { RELAY_V2_STOP_CODEC } from '@libp2p/circuit-relay-v2'
 import { check, connect, eventually, newParty, newReserved, patient, proved, refused, through } from './party.mjs'
 import { ask, connectTo, HopMessage, Status } from './wire.mjs'
@@ -27,7 +27,7 @@ export async function statuses (relay) {
   }
 
   await deaf.stop()
-  // Until the relay has noticed, the connection fails.
+  // Until the relay has noticed the disconnect, the answer is CONNECTION_FAILED.
   await eventually(() => answered(asker, relay, connectTo(deaf.peerId), Status.NO_RESERVATION))
   proved('CONNECT to a peer that left is answered NO_RESERVATION')
   await Promise.all([source, asker, stranger, target].map(party => party.stop()))

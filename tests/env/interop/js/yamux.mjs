@@ -2,19 +2,19 @@
 //
 //   node_modules/.bin/node yamux.mjs <address> client|server <seed> <streams>
 //
-// Opens that many streams and answers as many; tests/interop/yamux.rs says what is on them. Prints "done" once all
-// ended as they should, waits for the session to end, and says on one line what was wrong otherwise.
+// Opens that many streams and answers as many; tests/interop/yamux.rs describes their contents. Prints "done" once all
+// have ended as expected, and waits for the session to end; prints a failure in one line.
 import { once } from 'node:events'
 import { connect } from 'node:net'
 import { yamux } from '@libp2p/yamux'
-// js-libp2p keeps it to itself.
+// js-libp2p does not export it.
 import { toMultiaddrConnection } from './node_modules/@libp2p/tcp/dist/src/socket-to-conn.js'
 
 const KIB = 1024
 const HEADER = 16
-const PATIENCE = 180_000
+const TIMEOUT = 180_000
 
-// What becomes of a stream.
+// How a stream ends.
 const BOTH = 0 // both sides write at once and finish
 const LATE = 1 // the acceptor writes only after the opener's end
 const CUT = 2 // the opener resets it
@@ -56,7 +56,7 @@ async function run (streams) {
   }
   await Promise.race([Promise.all([answers, open()]), early])
   console.log('done')
-  // The other side ends the session, in good order.
+  // The other side ends the session with a normal go-away.
   await ended
   if (muxer.remoteGoAway !== 0 || muxer.localGoAway !== undefined) {
     throw new Error(`the session's end: go-away ${muxer.remoteGoAway}, ours ${muxer.localGoAway}`)
@@ -101,7 +101,7 @@ async function ask (stream, plan) {
       stream.abort(new Error('it is cut'))
       break
     case REFUSE:
-      write().catch(() => {}) // until the reset comes
+      write().catch(() => {}) // until the reset arrives
       await told('ask', plan, received.broken())
       break
     case ENOUGH:
@@ -145,7 +145,7 @@ async function answer (stream) {
       stream.abort(new Error('it is refused'))
       break
     case ENOUGH:
-      // It may be reset meanwhile.
+      // It may have been reset.
       await told('answer', plan, Promise.all([write().catch(() => {}), received.ended()]))
       await told('answer', plan, received.clean ? received.whole() : received.broken())
   }
@@ -159,12 +159,12 @@ async function told (what, plan, ...promises) {
   }
 }
 
-// Checks each byte that comes, and the end.
+// Checks each received byte, and the end.
 class Receiver {
   #stream
   #begin = Buffer.alloc(0)
   #began = Promise.withResolvers()
-  #left = Promise.withResolvers() // none of what is expected
+  #left = Promise.withResolvers() // no byte is missing
   #end = Promise.withResolvers()
   #expected
   #wrong
@@ -248,13 +248,13 @@ async function drained (stream, goesOn) {
 }
 
 function patient () {
-  return { signal: AbortSignal.timeout(PATIENCE) }
+  return { signal: AbortSignal.timeout(TIMEOUT) }
 }
 
 function within (promise) {
   return Promise.race([
     promise,
-    new Promise((resolve, reject) => setTimeout(() => reject(new Error(`nothing within ${PATIENCE} ms`)), PATIENCE).unref())
+    new Promise((resolve, reject) => setTimeout(() => reject(new Error(`nothing within ${TIMEOUT} ms`)), TIMEOUT).unref())
   ])
 }
 

@@ -8,9 +8,9 @@ use std::{
 
 use super::*;
 use crate::program::mux::{
-    budget::ConnectionBudget,
-    frame::{Flags, Header, Kind},
-    permits::{OWN, Reset},
+    budget::{Connection, ConnectionBudget},
+    frame::{Header, Kind, SYN},
+    stream_limits::Key,
 };
 
 /// The sessions of a test.
@@ -87,7 +87,7 @@ impl Other {
     }
 }
 
-impl Shed for Other {
+impl Connection for Other {
     fn budget(&self) -> &ConnectionBudget {
         &self.budget
     }
@@ -99,42 +99,37 @@ impl Shed for Other {
         held
     }
 
+    fn reset(&self, _: Key) {
+        self.is_asked();
+    }
+
     fn credit(&self) -> usize {
         0
     }
 }
 
-impl Reset for Other {
-    fn reset(&self, _: u64) {
-        self.is_asked();
-    }
-}
-
 fn syn(stream: u32) -> [u8; HEADER] {
-    Header { kind: Kind::Data, flags: Flags::SYN, stream, length: 0 }.encode()
+    Header { kind: Kind::Data, flags: SYN, stream, length: 0 }.encode()
 }
 
 #[test]
 fn another_connection_is_asked_for_memory_and_permits_while_no_session_is_locked() {
     const LIMIT: usize = 1024 * KIB;
     let budget = Budget { inbound: 64, outbound: 64 };
-    let limits = StreamLimits { stream_rate: 0, ..StreamLimits::default() };
-    let pool = SharedPool::new(16);
+    let limits = StreamLimits { stream_rate: 0, max_streams: 16, ..StreamLimits::default() };
     let memory = MemoryBudget::new(LIMIT, LIMIT);
-    let multiplex = Multiplex {
-        memory: memory.clone(),
-        shared_pool: pool.clone(),
-        ..Multiplex::new(budget, limits, 64)
-    };
-    let multiplex = multiplex.of(&"/ip4/10.0.100.1/tcp/1".parse().unwrap(), None, None);
+    let all = Multiplex { memory: memory.clone(), ..Multiplex::new(budget, limits, 64) };
+    let multiplex = all.of(&"/ip4/10.0.100.1/tcp/1".parse().unwrap(), None, None);
     let (mut peer, pipe) = pipes(100 * KIB);
-    let mut muxer = Muxer::new(pipe, &multiplex, Role::Server);
+    let mut muxer = Muxer::new(pipe, multiplex, Role::Server);
     let sessions = Sessions::default();
     sessions.add(&muxer.shared);
     let prefix = |host| Some(IpAddr::from([10, 0, host, 1]).into());
     let asked = AtomicUsize::new(0);
-    let other = Arc::new(Other { sessions, budget: memory.open(prefix(0)), asked });
-    memory.register(&other);
+    let other = Arc::new_cyclic(|other: &std::sync::Weak<Other>| {
+        let budget = memory.open(prefix(0), other.clone());
+        Other { sessions, budget, asked }
+    });
     let asked = || other.asked.swap(0, Ordering::Relaxed);
     let cx = &mut Context::from_waker(Waker::noop());
 
@@ -150,16 +145,15 @@ fn another_connection_is_asked_for_memory_and_permits_while_no_session_is_locked
     assert!(asked() > 0, "as bytes are written");
 
     // Eight addresses have all permits, on streams on which no request has come.
-    let permits = (1..=8).flat_map(|host| {
-        let permits = StreamPermits::shared(OWN + 2, pool.clone(), prefix(host));
-        (0..OWN + 2).map_while(move |_| StreamPermit::take(&permits))
-    });
-    let permits: Vec<_> = permits.collect();
-    for permit in &permits {
-        let session: std::sync::Weak<Other> = Arc::downgrade(&other);
-        permit.set_stream(session, 0);
+    let (mut admission, now) = (all.admission.clone(), Instant::now());
+    let mut permits = Vec::new();
+    for host in 1..=8 {
+        for serial in 0..2 {
+            let stream = (other.budget.number, (host.into(), serial));
+            permits.push(admission.admit(stream, 4, prefix(host), now).expect("a permit"));
+        }
     }
-    for stream in 1..=OWN as u32 {
+    for stream in 1..=4 {
         block_on(peer.write_all(&syn(2 * stream + 1))).unwrap();
     }
     assert!(Pin::new(&mut muxer).poll(cx).is_pending());

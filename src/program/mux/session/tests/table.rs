@@ -149,8 +149,10 @@ fn enabled(world: &mut World) -> u32 {
                 Step::Drop(number) => stream(*number).is_some(),
                 Step::Reset(number) => stream(*number).is_some_and(|it| !it.reset),
                 Step::Read(number, _) => stream(*number).is_some_and(|it| {
-                    let inbound = session.streams.get(&it.serial).map(|it| it.inbound);
-                    !it.ended && (it.arrived > it.read || inbound != Some(Inbound::Open))
+                    let inbound = session.streams.get(&it.key).map(|it| it.received);
+                    !it.ended
+                        && (it.arrived > it.read
+                            || inbound.is_none_or(|flags| flags & (FIN | RST) != 0))
                 }),
                 Step::Pass(_) => false,
             };
@@ -176,18 +178,19 @@ fn fingerprint(world: &World) -> u64 {
     let mut hash = DefaultHasher::new();
     for at in 0..2 {
         let session = &world.sides[at].session;
-        for (serial, stream) in &session.streams {
-            let ends = (stream.inbound as u8, stream.outbound as u8, stream.opening.0);
-            let queued = (stream.in_control, stream.in_turns, stream.unsent());
-            let held = (stream.has_handle, stream.is_unacknowledged, stream.is_stray);
-            (serial, stream.id, ends, queued, held, stream.permit.is_some()).hash(&mut hash);
+        for (key, stream) in &session.streams {
+            let ends = (stream.received, stream.sent, stream.pending);
+            let queued = (stream.in_control, stream.in_turns, stream.deficit, stream.unsent());
+            let held = (stream.has_handle, stream.is_unacknowledged);
+            (key, ends, queued, held, std::mem::discriminant(&stream.origin)).hash(&mut hash);
         }
-        (&session.ids, session.next_id, session.unacknowledged, session.refused).hash(&mut hash);
+        (session.next_id, session.inbound, session.outbound).hash(&mut hash);
+        (session.unacknowledged, session.refused).hash(&mut hash);
         (&session.half_closed, &session.accepted, &session.control).hash(&mut hash);
-        format!("{:?}", session.turns).hash(&mut hash);
+        (&session.new_flows, &session.old_flows).hash(&mut hash);
         world.wires[at].hash(&mut hash);
         for it in &world.streams[at] {
-            (it.serial, it.written, it.flushed, it.read, it.arrived).hash(&mut hash);
+            (it.key, it.written, it.flushed, it.read, it.arrived).hash(&mut hash);
             (it.closed, it.dropped, it.reset, it.ended, it.was_reset).hash(&mut hash);
         }
     }
@@ -198,13 +201,14 @@ fn fingerprint(world: &World) -> u64 {
 fn assert_state(world: &World) {
     for side in &world.sides {
         let session = &side.session;
-        for (serial, stream) in &session.streams {
-            let is_finished = stream.is_finished();
-            assert!(is_finished || session.ids.get(&stream.id) == Some(serial), "{session:#?}");
+        for (key, stream) in &session.streams {
+            let is_last =
+                session.streams.range(key..).nth(1).is_none_or(|(next, _)| next.0 > key.0);
+            assert!(stream.is_finished() || is_last, "{session:#?}");
             assert!(!stream.is_gone(), "{session:#?}");
+            let is_half_closed = session.half_closed.contains(&stream.id);
+            assert!(stream.is_finished() || !is_half_closed, "{session:#?}");
         }
-        assert!(session.ids.values().all(|serial| session.streams.contains_key(serial)));
-        assert!(session.half_closed.iter().all(|id| !session.ids.contains_key(id)));
         assert!(session.streams.len() + session.half_closed.len() <= STREAMS, "{session:#?}");
         assert!(session.unacknowledged <= session.streams.len(), "{session:#?}");
     }
@@ -212,7 +216,7 @@ fn assert_state(world: &World) {
 
 /// From here on both sides agree on what becomes of each stream, whether all are closed or dropped.
 fn assert_ends(mut world: World, history: &[u8], told: &str) {
-    let _told = Told(told);
+    let _trace = Trace(told);
     world.settle();
     world.check();
     // Twice, for the other side may hear of a stream with its end only.
@@ -231,9 +235,9 @@ fn assert_ends(mut world: World, history: &[u8], told: &str) {
 }
 
 /// Says which history it was that failed.
-struct Told<'a>(&'a str);
+struct Trace<'a>(&'a str);
 
-impl Drop for Told<'_> {
+impl Drop for Trace<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
             eprintln!("after {}", self.0);

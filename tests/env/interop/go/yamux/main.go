@@ -2,8 +2,8 @@
 //
 //	go run ./yamux <address> client|server <seed> <streams>
 //
-// Opens that many streams and answers as many; tests/interop/yamux.rs says what is on them. Prints "done" once all
-// ended as they should, waits for the session to end, and says on one line what was wrong otherwise.
+// Opens that many streams and answers as many; tests/interop/yamux.rs describes their contents. Prints "done" once all
+// have ended as expected, and waits for the session to end; prints a failure in one line.
 package main
 
 import (
@@ -25,18 +25,18 @@ import (
 
 const (
 	kib = 1 << 10
-	// patience is far more than a stream takes, on a busy machine too.
-	patience = 3 * time.Minute
+	// timeout is far more than a stream takes, even on a busy machine.
+	timeout = 3 * time.Minute
 )
 
-// What becomes of a stream.
+// How a stream ends.
 const (
 	both     = iota // both sides write at once and finish
 	late            // the acceptor writes only after the opener's end
 	cut             // the opener resets it
 	refuse          // the acceptor resets it
 	enough          // the opener finishes, reads half of the answer, and resets it
-	outcomes        // how many of these there are
+	outcomes        // the number of outcomes
 )
 
 // plan is the header of a stream.
@@ -118,7 +118,7 @@ func run(args []string) error {
 		}
 	}
 	fmt.Println("done")
-	// The other side ends the session, in good order.
+	// The other side ends the session with a normal go-away.
 	if _, err := session.AcceptStream(); !errors.Is(err, yamux.ErrRemoteGoAway) {
 		return fmt.Errorf("the session's end: %w", err)
 	}
@@ -139,8 +139,8 @@ func aPlan(random *rand.Rand) plan {
 
 // ask is the opener's side of a stream.
 func ask(stream *yamux.Stream, p plan) error {
-	defer stream.Reset() // does nothing behind both ends
-	stream.SetDeadline(time.Now().Add(patience))
+	defer stream.Reset() // has no effect after both ends
+	stream.SetDeadline(time.Now().Add(timeout))
 	wrote := make(chan error, 1)
 	go func() {
 		var header bytes.Buffer
@@ -167,10 +167,10 @@ func ask(stream *yamux.Stream, p plan) error {
 // answer is the acceptor's side.
 func answer(stream *yamux.Stream) error {
 	defer stream.Reset()
-	stream.SetDeadline(time.Now().Add(patience))
+	stream.SetDeadline(time.Now().Add(timeout))
 	var p plan
 	if err := binary.Read(stream, binary.BigEndian, &p); err != nil {
-		// With no more than its header on the wire, a stream that is reset is unread: go-yamux drops what came.
+		// A stream that is reset right after its header is never read: go-yamux drops the data.
 		if errors.Is(err, yamux.ErrStreamReset) {
 			return nil
 		}
@@ -200,7 +200,7 @@ func answer(stream *yamux.Stream) error {
 		if err != nil {
 			return p.failed("answer", broken(n, err))
 		}
-		<-wrote // it may be reset meanwhile
+		<-wrote // it may have been reset
 		return p.failed("answer", whole(n, err))
 	}
 }
@@ -214,7 +214,7 @@ func (p plan) failed(what string, err error) error {
 
 var errShort = errors.New("an end before the last byte")
 
-// receive reads to the end, which is none of the two if it returns an error; and how much is missing.
+// receive reads to the end. Returns an error if there is none, and how many bytes are missing.
 func receive(from io.Reader, seed, count uint32, p plan) (missing uint32, err error) {
 	least := 1
 	if p.Slow > 0 {
@@ -245,7 +245,7 @@ func receive(from io.Reader, seed, count uint32, p plan) (missing uint32, err er
 	}
 }
 
-// whole expects all of it, and its end.
+// whole expects all bytes and the end of the stream.
 func whole(missing uint32, err error) error {
 	if err == nil && missing > 0 {
 		return fmt.Errorf("%w: %d are missing", errShort, missing)
@@ -253,7 +253,7 @@ func whole(missing uint32, err error) error {
 	return err
 }
 
-// broken expects a reset behind some of it.
+// broken expects a reset after some of the bytes.
 func broken(missing uint32, err error) error {
 	switch {
 	case err == nil:

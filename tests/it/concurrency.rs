@@ -1,4 +1,4 @@
-//! Many clients at once: whoever looks on from outside counts what they count.
+//! Many clients at once: the log, the clients and CONNECT must agree on who holds a slot.
 
 use std::{
     collections::HashSet,
@@ -21,68 +21,68 @@ const RESERVATION_REFUSED: Option<i32> = Some(200);
 const NO_RESERVATION: Option<i32> = Some(204);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn however_many_come_and_go_at_once_the_counts_agree() {
-    the_counts_agree("--threads=4").await;
+async fn counts_match_while_many_clients_come_and_go() {
+    assert_counts_match("--threads=4").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn with_one_thread_they_do_so_as_well() {
-    the_counts_agree("--threads=1").await;
+async fn counts_match_with_one_thread() {
+    assert_counts_match("--threads=1").await;
 }
 
-async fn the_counts_agree(threads: &str) {
+async fn assert_counts_match(threads: &str) {
     let flags = "--max-reservations=25 --max-reservations-per-ip=0 --grace=1s --probe=0s \
                  --reserve-rate=0 --connect-rate=0";
     let relay = Relay::start(&[&flags.split(' ').collect::<Vec<_>>()[..], &[threads]].concat());
-    let clients = (0..CLIENTS).map(|n| tokio::spawn(live(n, relay.address.clone())));
+    let clients = (0..CLIENTS).map(|n| tokio::spawn(run_client(n, relay.address.clone())));
     let clients = future::join_all(clients).await;
     let clients: Vec<_> = clients.into_iter().map(|client| client.unwrap()).collect();
 
-    // Some have a slot at the end, some have none, some are gone.
-    let everyone: Vec<_> = clients.iter().map(|client| client.peer).collect();
+    // At the end some clients hold a slot, some have none, some are disconnected.
+    let all_peers: Vec<_> = clients.iter().map(|client| client.peer).collect();
     let holders = clients.iter().filter(|client| client.holds);
     let holders: HashSet<_> = holders.map(|client| client.peer).collect();
     assert!(!holders.is_empty() && holders.len() < CLIENTS);
 
-    // The log is read as a ledger: never more slots than there are, and in the end the same.
+    // Never more slots than configured, and at the end exactly the holders' according to the log.
     let settled = async {
-        while ledger(&relay.log()) != holders {
+        while holders_in_log(&relay.log()) != holders {
             tokio::time::sleep(std::time::Duration::from_millis(50)).await;
         }
     };
     within(settled).await;
 
-    // And to whoever asks, those can be reached and nobody else.
+    // CONNECT reaches those peers and no others.
     let mut observer = Client::connect(&relay).await;
     let mut reached = HashSet::new();
-    for peer in everyone {
-        if observer.ask(&connect(peer)).await.status != NO_RESERVATION {
+    for peer in all_peers {
+        if observer.request(&connect(peer)).await.status != NO_RESERVATION {
             reached.insert(peer);
         }
     }
     assert_eq!(reached, holders);
 }
 
-/// What became of a client.
-struct Lived {
+/// The state of a client at the end.
+struct Outcome {
     peer: PeerId,
     holds: bool,
     /// Its connection, which keeps its slot.
     _client: Option<Client>,
 }
 
-/// One client's life: it reserves, renews, goes and comes back, as chance has it.
-async fn live(n: usize, relay: Multiaddr) -> Lived {
+/// Runs a client that reserves, renews, disconnects and connects again at random.
+async fn run_client(n: usize, relay: Multiaddr) -> Outcome {
     let keypair = Keypair::generate_ed25519();
     let peer = keypair.public().to_peer_id();
     let mut client = None;
     let mut holds = false;
     for round in 0..ROUNDS {
-        // The same chances each time, in an order that the machine makes up.
+        // The same choices in each run; their interleaving is up to the machine.
         let chance = BuildHasherDefault::<DefaultHasher>::new().hash_one((n, round)) % 4;
         if chance == 0 {
             if let Some(client) = client.take() {
-                Client::leave(client).await;
+                Client::disconnect(client).await;
             }
             holds = false;
             continue;
@@ -93,19 +93,19 @@ async fn live(n: usize, relay: Multiaddr) -> Lived {
         let Some(client) = &mut client else {
             continue;
         };
-        match client.ask(&reserve()).await.status {
+        match client.request(&reserve()).await.status {
             OK => holds = true,
             status => {
                 assert_eq!(status, RESERVATION_REFUSED);
-                assert!(!holds, "a renewal is never refused for want of room");
+                assert!(!holds, "a renewal is never refused for lack of room");
             }
         }
     }
-    Lived { peer, holds, _client: client }
+    Outcome { peer, holds, _client: client }
 }
 
-/// Who holds a slot, in grace or not, by what the log says was granted and freed.
-fn ledger(log: &[String]) -> HashSet<PeerId> {
+/// The peers that hold a slot, live or in grace, according to the grants and releases in the log.
+fn holders_in_log(log: &[String]) -> HashSet<PeerId> {
     let mut holders = HashSet::new();
     for line in log {
         let peer = |after: &str| {
@@ -114,7 +114,7 @@ fn ledger(log: &[String]) -> HashSet<PeerId> {
         };
         if let Some(peer) = peer("reservation granted: peer ") {
             assert!(holders.insert(peer), "{peer} has one slot");
-            assert!(holders.len() <= SLOTS, "no slot too many");
+            assert!(holders.len() <= SLOTS, "too many slots");
         } else if let Some(peer) = peer("slot freed: peer ") {
             assert!(holders.remove(&peer), "{peer} had one");
         }

@@ -1,4 +1,4 @@
-//! Processes that benches watch: what they say, and what the kernel counted for them.
+//! Child processes that benches measure: their standard input and output, CPU time and memory.
 
 use std::{
     fs,
@@ -8,7 +8,7 @@ use std::{
 
 use libp2p::Multiaddr;
 
-/// A process that says lines on its standard output; killed when dropped.
+/// A process that writes lines to its standard output; killed when dropped.
 pub struct Process {
     child: Child,
     output: BufReader<ChildStdout>,
@@ -20,39 +20,38 @@ impl Process {
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
-            .expect("it can be started");
-        let output = BufReader::new(child.stdout.take().expect("it is piped"));
+            .expect("the program starts");
+        let output = BufReader::new(child.stdout.take().expect("a pipe"));
         Self { child, output }
     }
 
-    /// What it says next behind `word`.
-    pub fn says(&mut self, word: &str) -> String {
+    /// Reads a line and returns what follows `word` in it.
+    pub fn read_value(&mut self, word: &str) -> String {
         let mut line = String::new();
         self.output.read_line(&mut line).expect("text");
         let rest = line.strip_prefix(word);
-        rest.expect("it says that").trim().to_owned()
+        rest.expect("the line begins with the word").trim().to_owned()
     }
 
-    /// Says a line to it.
-    pub fn hears(&mut self, line: &str) {
-        let input = self.child.stdin.as_mut().expect("it is piped");
-        writeln!(input, "{line}").expect("it listens");
+    /// Writes a line to its standard input.
+    pub fn write_line(&mut self, line: &str) {
+        let input = self.child.stdin.as_mut().expect("a pipe");
+        writeln!(input, "{line}").expect("the process reads its input");
     }
 
-    /// The address in what a relay says first.
-    pub fn listens(&mut self) -> Multiaddr {
-        self.says("listening on ").parse().expect("a multiaddr")
+    /// Reads the address that a relay listens on, from its first line.
+    pub fn listen_address(&mut self) -> Multiaddr {
+        self.read_value("listening on ").parse().expect("a multiaddr")
     }
 
     pub fn id(&self) -> u32 {
         self.child.id()
     }
 
-    /// The CPU time of all its threads, in nanoseconds. Of those that are alive, that is: a relay
-    /// keeps its threads.
+    /// The CPU time of all its running threads, in nanoseconds. A relay does not end threads.
     pub fn cpu(&self) -> u64 {
         let threads = format!("/proc/{}/task", self.id());
-        let threads = fs::read_dir(threads).expect("it runs, on Linux");
+        let threads = fs::read_dir(threads).expect("a running process, on Linux");
         let of = |thread: std::io::Result<fs::DirEntry>| {
             let schedstat = thread.expect("a thread").path().join("schedstat");
             let schedstat = fs::read_to_string(schedstat).expect("the kernel counts");
@@ -67,7 +66,7 @@ impl Process {
         resident(self.id())
     }
 
-    /// The most that was resident at a time, in KiB.
+    /// Its peak resident memory, in KiB.
     pub fn peak(&self) -> u64 {
         peak(self.id())
     }
@@ -80,19 +79,19 @@ impl Drop for Process {
     }
 }
 
-/// The most memory of a process that was resident at a time, in KiB.
+/// The peak resident memory of a process, in KiB.
 pub fn peak(process: u32) -> u64 {
-    number_behind("VmHWM:", &format!("/proc/{process}/status"))
+    number_after("VmHWM:", &format!("/proc/{process}/status"))
 }
 
 /// The resident memory of a process, in KiB.
 pub fn resident(process: u32) -> u64 {
-    number_behind("Rss:", &format!("/proc/{process}/smaps_rollup"))
+    number_after("Rss:", &format!("/proc/{process}/smaps_rollup"))
 }
 
-fn number_behind(name: &str, file: &str) -> u64 {
-    let text = fs::read_to_string(file).expect("it runs, on Linux");
+fn number_after(name: &str, file: &str) -> u64 {
+    let text = fs::read_to_string(file).expect("a running process, on Linux");
     let mut words = text.split_whitespace().skip_while(|word| *word != name);
-    let number = words.nth(1).expect("a number behind the name");
+    let number = words.nth(1).expect("a number after the name");
     number.parse().expect("a number")
 }

@@ -1,4 +1,4 @@
-//! A semaphore: how many tests run relays at the same time, so that relays keep their time on a small machine.
+//! A semaphore that limits how many tests run relays at the same time, so that timers hold on a small machine.
 
 use std::{
     num::NonZero,
@@ -14,20 +14,20 @@ static RUNNING: Mutex<usize> = Mutex::new(0);
 static ENDED: Condvar = Condvar::new();
 
 thread_local! {
-    /// Held until the thread ends, which a test has to itself: a test that starts its relay anew does not wait
-    /// again, and one that starts several cannot wait for itself.
-    static PERMIT: Permit = Permit::wait();
+    /// Held until the thread ends. Each test has a thread of its own: it needs one permit however many relays it
+    /// starts, and cannot wait for itself.
+    static PERMIT: Permit = Permit::acquire();
 }
 
 /// Waits until the test on this thread may run relays.
-pub fn wait() {
+pub fn acquire() {
     PERMIT.with(|_| ());
 }
 
 struct Permit;
 
 impl Permit {
-    fn wait() -> Self {
+    fn acquire() -> Self {
         let most = PER_CORE * thread::available_parallelism().map_or(1, NonZero::get);
         let running = RUNNING.lock().expect("no test panics while it is locked");
         *ENDED

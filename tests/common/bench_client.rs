@@ -1,4 +1,4 @@
-//! A client of the crowds that benches measure: it reserves, and after that it only answers.
+//! A client for benches with many peers: it reserves, and after that it only answers.
 
 use std::{fmt::Debug, process};
 
@@ -33,7 +33,7 @@ impl Parts {
     }
 }
 
-/// The relay that an address names.
+/// The peer id at the end of a relay's address.
 pub fn peer_of(relay: &Multiaddr) -> PeerId {
     match relay.iter().last() {
         Some(Protocol::P2p(peer)) => peer,
@@ -41,7 +41,7 @@ pub fn peer_of(relay: &Multiaddr) -> PeerId {
     }
 }
 
-/// Connects, and runs in the background. Ends the process once the connection is lost.
+/// Connects, and runs the swarm in the background. Exits the process when the connection is lost.
 pub async fn connect(mut swarm: Swarm<Parts>, relay: Multiaddr) -> Control {
     let control = swarm.behaviour().stream.new_control();
     swarm.dial(relay).expect("the relay can be dialed");
@@ -62,7 +62,7 @@ pub async fn connect(mut swarm: Swarm<Parts>, relay: Multiaddr) -> Control {
     control
 }
 
-/// Reserves, or ends the process.
+/// Reserves, or exits the process.
 pub async fn reserve(mut control: Control, relay: PeerId) {
     let mut stream = match within(control.open_stream(relay, HOP)).await {
         Ok(stream) => stream,
@@ -75,7 +75,7 @@ pub async fn reserve(mut control: Control, relay: PeerId) {
     }
 }
 
-/// With one client less, the bench would measure something else than it says.
+/// With one client fewer, the bench would not measure what it reports.
 fn give_up(why: &dyn Debug) -> ! {
     eprintln!("a client lost the relay: {why:?}");
     process::exit(1)

@@ -1,5 +1,5 @@
-//! One of everything that a relay counts: slots granted, renewed, refused and freed, circuits that end in
-//! each way, a request that is none.
+//! A scenario with one of each event that a relay counts: slots granted, renewed, refused and freed, circuits with
+//! each end, a malformed request.
 
 use libp2p::{
     PeerId, Stream,
@@ -9,12 +9,12 @@ use libp2p::{
 
 use super::{
     Client, Relay, STOP, Security, circuit, circuit_to,
-    http::ANYWHERE,
+    http::ON_ANY_PORT,
     messages::{self, HopMessage, connect, stop_status},
     read_bytes, read_to_end, within,
 };
 
-/// Carries this many bytes from one end of a circuit to the other.
+/// Sends this many bytes from one end of a circuit to the other.
 pub async fn carry(from: &mut Stream, to: &mut Stream, count: usize) {
     let send = async {
         from.write_all(&vec![7; count]).await.unwrap();
@@ -25,12 +25,12 @@ pub async fn carry(from: &mut Stream, to: &mut Stream, count: usize) {
 
 /// Sends a request, and returns the status of the answer.
 async fn status_of(client: &mut Client, request: &HopMessage) -> i32 {
-    client.ask(request).await.status.expect("a status")
+    client.request(request).await.status.expect("a status")
 }
 
-/// Makes one of everything happen. Returns the peer that holds the last slot, the source of the last circuit, and that
-/// circuit's two ends.
-pub async fn play(relay: &Relay) -> (Client, Client, (Stream, Stream)) {
+/// Makes each event happen once. Returns the peer that holds the last slot, the source of the last circuit, and both
+/// ends of that circuit.
+pub async fn run(relay: &Relay) -> (Client, Client, (Stream, Stream)) {
     let known = async |name| Client::connect_as(key(name), &relay.address, Security::Noise).await;
     let (mut alice, mut bob, mut carol) = (known(1).await, known(2).await, known(3).await);
     // Slots.
@@ -44,11 +44,11 @@ pub async fn play(relay: &Relay) -> (Client, Client, (Stream, Stream)) {
         assert_eq!(status_of(&mut alice, &messages::reserve()).await, status);
     }
     // Circuits.
-    let nobody = connect(carol.peer);
-    assert_eq!(status_of(&mut alice, &nobody).await, 204);
+    let to_peer_without_slot = connect(carol.peer);
+    assert_eq!(status_of(&mut alice, &to_peer_without_slot).await, 204);
     assert_eq!(status_of(&mut guest, &connect(PeerId::random())).await, 202);
-    let to_whom = HopMessage { peer: None, ..connect(alice.peer) };
-    assert_eq!(status_of(&mut carol, &to_whom).await, 400);
+    let without_target = HopMessage { peer: None, ..connect(alice.peer) };
+    assert_eq!(status_of(&mut carol, &without_target).await, 400);
     let mut stops = alice.accept(STOP);
     let to_alice = connect(alice.peer);
     let refusal = async {
@@ -58,7 +58,7 @@ pub async fn play(relay: &Relay) -> (Client, Client, (Stream, Stream)) {
     };
     let (status, ()) = future::join(status_of(&mut carol, &to_alice), refusal).await;
     assert_eq!(status, 203);
-    // One that both ends close.
+    // A circuit that both ends close.
     let (mut there, mut back) = circuit_to(&mut carol, alice.peer, &mut stops).await;
     carry(&mut there, &mut back, 700).await;
     carry(&mut back, &mut there, 30).await;
@@ -66,34 +66,34 @@ pub async fn play(relay: &Relay) -> (Client, Client, (Stream, Stream)) {
         stream.close().await.unwrap();
     }
     read_to_end(&mut there).await.1.unwrap();
-    // One that reaches its limit.
+    // A circuit that reaches its byte limit.
     let (mut there, mut back) = circuit_to(&mut carol, alice.peer, &mut stops).await;
     there.write_all(&[7; 1001]).await.unwrap();
     there.flush().await.unwrap();
     assert_eq!(read_to_end(&mut back).await.0.len(), 1000);
-    // One that stays open.
+    // A circuit that stays open.
     let (mut there, mut back) = circuit(&mut carol, &mut bob).await;
     carry(&mut there, &mut back, 4).await;
-    // A message that is none, and a slot that comes back.
-    assert_eq!(carol.say(&[3, 0xff, 0xff, 0xff]).await.status, Some(400));
-    alice.leave().await;
+    // A malformed message, and a freed slot.
+    assert_eq!(carol.send_raw(&[3, 0xff, 0xff, 0xff]).await.status, Some(400));
+    alice.disconnect().await;
     relay.wait_for_log("slot freed").await;
     (bob, carol, (there, back))
 }
 
-/// The peer that may only connect to others.
+/// The peer that may connect to others but not reserve.
 const GUEST: u8 = 7;
 
-/// The key of one of those that [`relay`] lets in.
+/// The key of a peer that [`relay`] allows.
 fn key(name: u8) -> Keypair {
     Keypair::ed25519_from_bytes([name; 32]).unwrap()
 }
 
-/// A relay whose limits are so low that [`play`] meets each of them.
+/// A relay with limits so low that [`run`] reaches each of them.
 pub fn relay() -> Relay {
     let [alice, bob, carol, guest] = [1, 2, 3, GUEST].map(|name| key(name).public().to_peer_id());
     Relay::start(&[
-        ANYWHERE,
+        ON_ANY_PORT,
         "--threads=2",
         "--max-reservations=2",
         "--max-reservations-per-ip=0",

@@ -1,6 +1,6 @@
-//! The relay is stopped for long and goes on: silences start anew, terms do not.
+//! The relay is stopped for long and continued: liveness timers are reset, terms and grace are not.
 //!
-//! Ten times as long as it takes to be judged, as ten minutes are with every timer at its default.
+//! The stop is ten times the silence limit, which is ten minutes at the default.
 
 use std::time::{Duration, Instant};
 
@@ -9,8 +9,8 @@ use tokio::time::sleep;
 
 use crate::common::{
     Client, Relay,
+    client_process::Process,
     messages::{connect, reserve},
-    process::Process,
     within,
 };
 
@@ -21,7 +21,7 @@ const SILENCE: Duration = Duration::from_secs(3);
 const FLAGS: [&str; 3] = ["--heartbeat=1s", "--silence=3s", "--grace=1s"];
 
 #[tokio::test]
-async fn for_ten_silences_and_each_has_a_whole_one_again() {
+async fn a_suspend_of_ten_silence_limits_resets_liveness_timers() {
     const CLIENTS: usize = 20;
     let relay = Relay::start(&FLAGS);
     let clients = (0..CLIENTS).map(|_| Client::connect(&relay));
@@ -29,24 +29,24 @@ async fn for_ten_silences_and_each_has_a_whole_one_again() {
     for client in &mut clients {
         client.reserve().await;
     }
-    let frozen = Process::that_reserves(&relay.address).await;
+    let frozen = Process::start_and_reserve(&relay.address).await;
     frozen.signal("STOP");
 
     relay.signal("STOP");
-    // No event to wait for: that none comes is what is tested.
+    // There is no event to wait for: nothing happens meanwhile.
     sleep(10 * SILENCE).await;
-    let goes_on = Instant::now();
+    let continued = Instant::now();
     relay.signal("CONT");
     relay.wait_for_log("process was suspended for").await;
 
-    // Who is there is asked again, and answers; who froze with the relay has all of its time again.
-    let judged = format!("peer silent: peer {}", frozen.peer);
-    relay.wait_for_log(&judged).await;
-    assert!(goes_on.elapsed() >= SILENCE, "{:?}", goes_on.elapsed());
+    // Live clients are probed again and answer; the frozen one gets the whole silence limit again.
+    let timed_out = format!("peer silent: peer {}", frozen.peer);
+    relay.wait_for_log(&timed_out).await;
+    assert!(continued.elapsed() >= SILENCE, "{:?}", continued.elapsed());
     for client in &clients {
-        let asked = format!("probe sent: peer {}", client.peer);
+        let probed = format!("probe sent: peer {}", client.peer);
         let twice = async {
-            while relay.count_in_log(&asked) < 2 {
+            while relay.count_in_log(&probed) < 2 {
                 sleep(Duration::from_millis(20)).await;
             }
         };
@@ -59,25 +59,25 @@ async fn for_ten_silences_and_each_has_a_whole_one_again() {
 }
 
 #[tokio::test]
-async fn and_what_was_over_meanwhile_is_over() {
+async fn terms_that_ended_during_a_suspend_are_expired() {
     let relay = Relay::start(&["--max-reservations=2", "--reservation-ttl=2s", "--grace=1s"]);
     let mut holder = Client::connect(&relay).await;
     let mut newcomers = [Client::connect(&relay).await, Client::connect(&relay).await];
-    let mut away = Client::connect(&relay).await;
+    let mut in_grace = Client::connect(&relay).await;
     holder.reserve().await;
-    away.reserve().await;
-    let began = format!("grace began: peer {}", away.peer);
-    away.leave().await;
+    in_grace.reserve().await;
+    let began = format!("grace began: peer {}", in_grace.peer);
+    in_grace.disconnect().await;
     relay.wait_for_log(&began).await;
 
     relay.signal("STOP");
-    // Longer than both, and no longer than sweeps may be apart: nothing tells the relay.
+    // Longer than term and grace, and too short for the sweep to notice the suspend.
     sleep(Duration::from_secs(5)).await;
     relay.signal("CONT");
     for newcomer in &mut newcomers {
-        assert_eq!(newcomer.ask(&reserve()).await.status, OK);
+        assert_eq!(newcomer.request(&reserve()).await.status, OK);
     }
-    let answer = newcomers[0].ask(&connect(holder.peer)).await;
+    let answer = newcomers[0].request(&connect(holder.peer)).await;
     assert_eq!(answer.status, NO_RESERVATION);
     assert_eq!(relay.count_in_log("slot freed"), 2);
 }

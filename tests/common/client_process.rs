@@ -1,4 +1,4 @@
-//! A client in a process of its own, so that it can be frozen, killed, and put into a network.
+//! A client in a process of its own, which can be frozen, killed, and put into another network namespace.
 //!
 //! The process is the test program itself, started to run the "test" `a_client`.
 
@@ -22,58 +22,58 @@ use super::{
     within,
 };
 
-// What the process is told: the relay, whom to connect to if anyone, and who it is.
+// The environment variables that configure the process: relay, target if any, key, behaviour.
 const RELAY: &str = "RELAYLET_TEST_RELAY";
 const TARGET: &str = "RELAYLET_TEST_TARGET";
 const KEY: &str = "RELAYLET_TEST_KEY";
 const PINGS: &str = "RELAYLET_TEST_PINGS";
 const CARRIES: &str = "RELAYLET_TEST_CARRIES";
 
-/// A client that runs.
+/// A running client process.
 pub struct Process {
     pub peer: PeerId,
-    /// How the relay answered what it asked.
+    /// The status of the relay's answer.
     pub status: Option<i32>,
     child: Child,
-    /// It may go on talking.
+    /// Kept open: the process may still write to it.
     _output: Lines<BufReader<ChildStdout>>,
 }
 
-/// What a client is to do, who it is, and where it runs.
+/// What a client does, its identity, and how it is run.
 #[derive(Clone, Default)]
 pub struct Role {
-    /// Whom to connect to; else it reserves, and agrees to every circuit.
+    /// The peer to connect to. `None`: it reserves, and accepts every circuit.
     pub target: Option<PeerId>,
-    /// Somebody new unless given.
+    /// Its identity; a new one unless given.
     pub keypair: Option<Keypair>,
-    /// Whether it pings by itself, every 15 s, as rust-libp2p does; else it only answers.
+    /// Whether it pings every 15 s, as rust-libp2p does by default, rather than only answering.
     pub pings: bool,
-    /// Whether it writes to the circuit that it connects by, and reads from those that it agrees to, all the time.
+    /// Whether it writes to its circuit without pause, and reads from those that it accepts.
     pub carries: bool,
-    /// The command that runs it, where it is not to run as this process does.
-    pub under: Vec<OsString>,
+    /// The command that runs the process, if it is not run directly.
+    pub command_prefix: Vec<OsString>,
 }
 
 impl Process {
-    /// One that holds a slot.
-    pub async fn that_reserves(relay: &Multiaddr) -> Self {
+    /// Starts a client that holds a slot.
+    pub async fn start_and_reserve(relay: &Multiaddr) -> Self {
         let process = Self::start(relay, Role::default()).await;
         assert_eq!(process.status, Some(100));
         process
     }
 
-    /// One that is the source of a circuit.
-    pub async fn that_connects(relay: &Multiaddr, target: PeerId) -> Self {
+    /// Starts a client that is the source of a circuit.
+    pub async fn start_and_connect(relay: &Multiaddr, target: PeerId) -> Self {
         let role = Role { target: Some(target), ..Role::default() };
         let process = Self::start(relay, role).await;
         assert_eq!(process.status, Some(100));
         process
     }
 
-    /// One that has asked, and been answered.
+    /// Starts a client, and waits until its request is answered.
     pub async fn start(relay: &Multiaddr, role: Role) -> Self {
         let program = env::current_exe().expect("this program");
-        let mut command = role.under;
+        let mut command = role.command_prefix;
         command.push(program.into());
         let target = role.target.map(|target| target.to_string());
         let keypair = role.keypair.unwrap_or_else(Keypair::generate_ed25519);
@@ -92,12 +92,12 @@ impl Process {
             .stdout(Stdio::piped())
             .kill_on_drop(true)
             .spawn()
-            .expect("it can be started");
-        let mut output = BufReader::new(child.stdout.take().expect("it is piped")).lines();
+            .expect("the program starts");
+        let mut output = BufReader::new(child.stdout.take().expect("a pipe")).lines();
         loop {
             let line = within(output.next_line()).await.expect("text");
-            let line = line.expect("it says how it was answered");
-            // The harness writes the name of the test in front of it.
+            let line = line.expect("the status");
+            // The test harness prints the name of the test before it.
             if let Some((_, status)) = line.split_once("answered: ") {
                 return Self {
                     peer: keypair.public().to_peer_id(),
@@ -109,26 +109,26 @@ impl Process {
         }
     }
 
-    /// Sends it a signal, by the name that `kill` knows.
+    /// Sends it a signal, by its name for `kill`.
     pub fn signal(&self, name: &str) {
-        signal(self.child.id().expect("it runs"), name);
+        signal(self.child.id().expect("a running process"), name);
     }
 }
 
 #[tokio::test]
-#[ignore = "not a test: the client that the tests start"]
+#[ignore = "not a test: the client process that tests start"]
 async fn a_client() {
-    // Without the variable it was run as one of the ignored tests.
+    // Without the variable it was run among the ignored tests.
     if env::var_os(RELAY).is_some() {
         run().await;
     }
 }
 
-/// What the process does.
+/// The body of the client process.
 async fn run() {
     let relay: Multiaddr = env::var(RELAY).expect("the relay").parse().unwrap();
-    let target = env::var(TARGET).expect("whom to connect to, or nobody");
-    let key = env::var(KEY).expect("who it is");
+    let target = env::var(TARGET).expect("a target, or an empty string");
+    let key = env::var(KEY).expect("a key");
     let key: Vec<u8> = (0..key.len())
         .step_by(2)
         .map(|at| u8::from_str_radix(&key[at..at + 2], 16).unwrap())

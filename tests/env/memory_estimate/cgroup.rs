@@ -1,4 +1,4 @@
-//! A memory cgroup, of version 1 or 2, for one process.
+//! A memory cgroup, version 1 or 2, for one process.
 
 use std::{
     fs,
@@ -9,13 +9,13 @@ use std::{
 const V1: &str = "/sys/fs/cgroup/memory";
 const V2: &str = "/sys/fs/cgroup";
 
-/// A cgroup without a limit at first, which goes when this is dropped.
+/// A cgroup, without a limit at first; removed when dropped.
 pub struct Cgroup {
     folder: PathBuf,
     names: Names,
 }
 
-/// What its files are called.
+/// The names of its files.
 struct Names {
     limit: &'static str,
     peak: &'static str,
@@ -25,7 +25,7 @@ struct Names {
 impl Cgroup {
     /// # Panics
     ///
-    /// Without the right to.
+    /// Without root.
     pub fn make() -> Self {
         let is_v1 = Path::new(V1).is_dir();
         let (root, names) = match is_v1 {
@@ -50,7 +50,7 @@ impl Cgroup {
         Self { folder, names }
     }
 
-    /// This command, within it from its first page on.
+    /// This command, run within the cgroup from its first page on.
     pub fn command(&self, inner: &Command) -> Command {
         let mut outer = Command::new("/bin/sh");
         outer.args(["-c", "echo $$ > \"$0\" && exec \"$@\""]);
@@ -62,31 +62,30 @@ impl Cgroup {
     }
 
     pub fn limit(&self, bytes: u64) {
-        fs::write(self.folder.join(self.names.limit), bytes.to_string())
-            .expect("it can be limited");
+        fs::write(self.folder.join(self.names.limit), bytes.to_string()).expect("the limit is set");
     }
 
-    /// The most that it ever took, in bytes.
+    /// The peak memory use, in bytes.
     pub fn peak(&self) -> u64 {
         let peak = self.read(self.names.peak);
         peak.trim().parse().expect("a number")
     }
 
-    /// How many processes were killed for want of memory.
+    /// How many processes the OOM killer has killed.
     pub fn killed(&self) -> u64 {
         let events = self.read(self.names.events);
         let killed = events.lines().find_map(|line| line.strip_prefix("oom_kill "));
-        killed.expect("the kernel counts").parse().expect("a number")
+        killed.expect("the cgroup's counters").parse().expect("a number")
     }
 
     fn read(&self, name: &str) -> String {
-        fs::read_to_string(self.folder.join(name)).expect("the kernel counts")
+        fs::read_to_string(self.folder.join(name)).expect("the cgroup's counters")
     }
 }
 
 impl Drop for Cgroup {
     fn drop(&mut self) {
-        // Who failed within it is still there: the system lets it go once it is empty.
+        // Fails while a process is in it; the cgroup is then left behind.
         let _ = fs::remove_dir(&self.folder);
     }
 }

@@ -1,25 +1,26 @@
-//! The relay as a library, running: a node that takes orders, and tells what happens.
+//! A running [`Node`] of the library: closures are run on it, and its events are received.
 
 use libp2p::{Multiaddr, identity::Keypair};
 use relaylet::{Config, ConfigError, Event, Node, NodeEvent};
 use tokio::sync::{mpsc, oneshot};
 
-use super::{Client, Security, tcp_port, turn, within};
+use super::{Client, Security, permits, tcp_port, within};
 
 pub type Change = Box<dyn FnOnce(&mut Config) + Send>;
-type Order = Box<dyn FnOnce(&mut Node) + Send>;
+type Closure = Box<dyn FnOnce(&mut Node) + Send>;
 
-/// A node that runs, and takes orders.
-pub struct Running {
+/// A node that runs in a task.
+pub struct RunningNode {
     address: Multiaddr,
     events: mpsc::UnboundedReceiver<Event>,
-    orders: mpsc::UnboundedSender<Order>,
+    closures: mpsc::UnboundedSender<Closure>,
 }
 
-impl Running {
+impl RunningNode {
     pub async fn start(config: Config) -> Self {
-        turn::wait();
-        let mut node = Node::new(Keypair::generate_ed25519(), config).expect("it makes sense");
+        permits::acquire();
+        let mut node =
+            Node::new(Keypair::generate_ed25519(), config).expect("a valid configuration");
         let listen = "/ip4/127.0.0.1/tcp/0".parse().unwrap();
         node.listen_on(listen).expect("a port is free");
         let address = within(async {
@@ -31,21 +32,21 @@ impl Running {
         })
         .await;
         let address = address.with_p2p(node.peer_id()).unwrap();
-        let (tell, events) = mpsc::unbounded_channel();
-        let (orders, mut ordered) = mpsc::unbounded_channel::<Order>();
+        let (sender, events) = mpsc::unbounded_channel();
+        let (closures, mut received) = mpsc::unbounded_channel::<Closure>();
         tokio::spawn(async move {
             loop {
                 tokio::select! {
                     event = node.next() => {
                         if let NodeEvent::Relay(event) = event {
-                            let _ = tell.send(event);
+                            let _ = sender.send(event);
                         }
                     }
-                    Some(order) = ordered.recv() => order(&mut node),
+                    Some(closure) = received.recv() => closure(&mut node),
                 }
             }
         });
-        Self { address, events, orders }
+        Self { address, events, closures }
     }
 
     /// The TCP port that it listens on.
@@ -57,26 +58,26 @@ impl Running {
         Client::connect_as(keypair, &self.address, Security::Noise).await
     }
 
-    pub async fn connect_somebody(&self) -> Client {
+    pub async fn connect_new(&self) -> Client {
         self.connect(Keypair::generate_ed25519()).await
     }
 
-    pub async fn order<T: Send + 'static>(
+    pub async fn with_node<T: Send + 'static>(
         &self,
-        order: impl FnOnce(&mut Node) -> T + Send + 'static,
+        closure: impl FnOnce(&mut Node) -> T + Send + 'static,
     ) -> T {
-        let (done, result) = oneshot::channel();
-        let order = Box::new(|node: &mut Node| _ = done.send(order(node)));
-        assert!(self.orders.send(order).is_ok(), "the node runs");
+        let (sender, result) = oneshot::channel();
+        let closure = Box::new(|node: &mut Node| _ = sender.send(closure(node)));
+        assert!(self.closures.send(closure).is_ok(), "the node runs");
         within(result).await.expect("the node runs")
     }
 
-    /// Gives it a configuration that differs so from the one it has.
+    /// Applies this change to its configuration.
     pub async fn change(
         &self,
         change: impl FnOnce(&mut Config) + Send + 'static,
     ) -> Result<(), ConfigError> {
-        self.order(|node| {
+        self.with_node(|node| {
             let mut config = node.relay().config().clone();
             change(&mut config);
             let before = node.relay().config().clone();
@@ -87,7 +88,7 @@ impl Running {
         .await
     }
 
-    /// Waits for an event.
+    /// Waits for an event from which `wanted` returns something.
     pub async fn until<T>(&mut self, mut wanted: impl FnMut(Event) -> Option<T>) -> T {
         within(async {
             loop {

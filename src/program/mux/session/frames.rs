@@ -1,0 +1,286 @@
+//! Frames that are received, and frames to send.
+//!
+//! Control frames are state, and not a queue, so that each is sent once however long it waits; data takes turns.
+
+use std::{
+    io,
+    time::{Duration, Instant},
+};
+
+use super::{Key, MAX_REFUSED, Session, current};
+use crate::program::mux::{
+    budget::Cut,
+    frame::{ACK, Chunk, FIN, Flags, HEADER, Header, Kind, MAX_WINDOW, RST, Reason, Room, SYN},
+    stream::{Origin, QUANTUM, Stream},
+};
+
+/// How many bytes of control frames are sent at once.
+const MAX_CONTROL: usize = 64 * HEADER;
+
+/// Frames to send.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Frames {
+    /// Frames about streams and the session.
+    Control,
+    /// Resets.
+    Resets,
+    /// Data of one stream.
+    Data,
+}
+
+impl Session {
+    // ---- Receiving
+
+    /// So many bytes were put into the room, which is made ready for the next ones. Returns how long the connection is not
+    /// to be read, because frames came faster than the peer may send them that cost the relay more than the peer.
+    ///
+    /// # Errors
+    ///
+    /// When the session ends.
+    pub fn receive(&mut self, room: &mut Room, bytes: usize, now: Instant) -> io::Result<Duration> {
+        let mut pause = Duration::ZERO;
+        if room.body > 0 {
+            room.body -= bytes;
+            room.chunk.advance(bytes);
+            self.on_body(&mut room.chunk, now);
+        } else {
+            room.read += bytes;
+            if room.read < HEADER {
+                return Ok(pause);
+            }
+            room.read = 0;
+            let Some(header) = Header::parse(room.header) else {
+                return Err(self.fail(Reason::ProtocolError, "unknown version or type"));
+            };
+            self.on_header(header, now)?;
+            if header.kind == Kind::Ping || header.flags & (SYN | RST) != 0 {
+                pause = self.admission.pause(self.budget.prefix, now);
+            }
+            room.body = if header.kind == Kind::Data { header.length as usize } else { 0 };
+        }
+        if room.body == 0 {
+            room.release();
+            self.on_frame_end();
+        }
+        Ok(pause)
+    }
+
+    /// "Framing": SYN comes first, then ACK, then what the type says, then FIN and RST.
+    fn on_header(&mut self, header: Header, now: Instant) -> io::Result<()> {
+        let Header { kind, flags, stream: id, length } = header;
+        match kind {
+            Kind::GoAway => return Err(io::ErrorKind::ConnectionAborted.into()),
+            Kind::Ping if flags & ACK != 0 => {
+                let is_asked = self.round_trip.on_answer(length, now);
+                return self.require(is_asked, "an answer to no ping");
+            }
+            Kind::Ping => {
+                // Of several the last is answered: an answer that comes late is as good as none.
+                self.ping = Some(length);
+                return Ok(());
+            }
+            Kind::Data => {
+                let is_short = length as usize <= MAX_WINDOW;
+                self.require(is_short, "a frame is longer than any window")?;
+            }
+            Kind::WindowUpdate => {}
+        }
+        self.incoming = (id, flags);
+        if flags & SYN != 0 {
+            let is_theirs = id != 0 && id % 2 != self.next_id % 2;
+            let is_free =
+                current(&mut self.streams, id).is_none() && !self.half_closed.contains(&id);
+            self.require(
+                is_theirs && is_free,
+                "a stream number that is not the peer's, or in use",
+            )?;
+            self.is_unused = false;
+            // One that is reset at once is gone already.
+            if flags & RST == 0 {
+                self.admit(id, now)?;
+            }
+        }
+        let Some((key, stream)) = current(&mut self.streams, id) else {
+            return self.on_unknown(header, now);
+        };
+        if flags & ACK != 0 && std::mem::take(&mut stream.is_unacknowledged) {
+            self.unacknowledged -= 1;
+            self.effects.wakers.extend(self.opener.take());
+        }
+        if kind == Kind::WindowUpdate {
+            self.effects.wakers.extend(stream.writer.take());
+            let fits = stream.add_send_window(length);
+            return self.require(fits, "a window overflows");
+        }
+        let fits = stream.consume_credit(length as usize);
+        if length > 0 {
+            self.round_trip.received += length as usize;
+            if stream.received & FIN != 0 {
+                self.change(key, Stream::reset);
+            } else if !stream.has_handle {
+                stream.set_reset();
+            }
+        }
+        self.require(fits, "more data than the window allows")
+    }
+
+    /// Data for a stream that is gone is passed over. It is reset if all that its peer knows is that we say no
+    /// more on it.
+    fn on_unknown(&mut self, header: Header, now: Instant) -> io::Result<()> {
+        let Header { kind, flags, stream: id, length } = header;
+        let ends = flags & (FIN | RST) != 0;
+        if kind != Kind::Data || length == 0 || ends || !self.half_closed.contains(&id) {
+            return Ok(());
+        }
+        self.half_closed.retain(|it| *it != id);
+        self.refuse(id, now)
+    }
+
+    /// Admits a stream that the peer opens, or refuses it.
+    fn admit(&mut self, id: u32, now: Instant) -> io::Result<()> {
+        let stream = (self.budget.number, (id, self.last_serial + 1));
+        let admitted = self.admission.admit(stream, self.inbound, self.budget.prefix, now);
+        let Some((permit, preempted)) = admitted else {
+            return self.refuse(id, now);
+        };
+        self.effects.preempted.extend(preempted);
+        self.inbound += 1;
+        let key = self.insert(id, Origin::Peer(permit), now);
+        self.accepted.push_back(key);
+        self.effects.wakers.extend(self.task.take());
+        Ok(())
+    }
+
+    fn refuse(&mut self, id: u32, now: Instant) -> io::Result<()> {
+        self.refused += 1;
+        let key = self.insert(id, Origin::Refused, now);
+        self.change(key, Stream::drop_handle);
+        if self.refused > MAX_REFUSED {
+            self.budget.count(Cut::Refusals);
+            return Err(self.fail(Reason::InternalError, Cut::Refusals.kind()));
+        }
+        Ok(())
+    }
+
+    fn on_body(&mut self, chunk: &mut Chunk, now: Instant) {
+        match current(&mut self.streams, self.incoming.0) {
+            Some((_, stream)) if stream.is_read() => {
+                stream.store(chunk, now, &self.budget);
+                self.effects.wakers.extend(stream.reader.take());
+            }
+            _ => chunk.clear(),
+        }
+        while self.budget.is_exceeded() && self.shed(now, Cut::Connection) > 0 {}
+    }
+
+    fn on_frame_end(&mut self) {
+        let (id, flags) = std::mem::take(&mut self.incoming);
+        if flags & (FIN | RST) == 0 {
+            return;
+        }
+        match current(&mut self.streams, id) {
+            Some((key, _)) if flags & RST != 0 => self.change(key, Stream::on_reset),
+            Some((key, _)) => self.change(key, |stream, _| stream.on_fin()),
+            // It may be gone since the frame began.
+            None => self.half_closed.retain(|it| *it != id),
+        }
+    }
+
+    /// Unless this holds, the peer has broken the protocol.
+    fn require(&mut self, holds: bool, what: &'static str) -> io::Result<()> {
+        if holds { Ok(()) } else { Err(self.fail(Reason::ProtocolError, what)) }
+    }
+
+    /// Sends a go-away with this reason, once the session ends with the error.
+    fn fail(&mut self, reason: Reason, why: &'static str) -> io::Error {
+        self.go_away = Some(reason);
+        io::Error::other(why)
+    }
+
+    // ---- Sending
+
+    /// Takes the next frames to send, of `most` bytes of data at most: what they are, unless there are none.
+    pub fn take_frames(&mut self, into: &mut Vec<u8>, most: usize, now: Instant) -> Option<Frames> {
+        self.budget.release(std::mem::take(&mut self.in_flight));
+        into.clear();
+        if let Some(frames) = self.take_control(into, now) {
+            return Some(frames);
+        }
+        if let Some(key) = self.next_turn()
+            && let Some(stream) = self.streams.get_mut(&key)
+        {
+            self.in_flight = stream.take_frame(into, most, now, &self.budget);
+            stream.deficit -= into.len() as i64;
+            self.effects.wakers.extend(stream.writer.take());
+            self.settle(key);
+            return Some(Frames::Data);
+        }
+        let reason = self.go_away.take()?;
+        into.extend(session_header(Kind::GoAway, 0, reason as u32));
+        Some(Frames::Control)
+    }
+
+    fn take_control(&mut self, into: &mut Vec<u8>, now: Instant) -> Option<Frames> {
+        if let Some(number) = self.ping.take() {
+            into.extend(session_header(Kind::Ping, ACK, number));
+        }
+        if !self.is_over
+            && let Some(number) = self.round_trip.ask(now)
+        {
+            into.extend(session_header(Kind::Ping, SYN, number));
+        }
+        let mut frames = Frames::Control;
+        while into.len() < MAX_CONTROL
+            && let Some(key) = self.control.front().copied()
+        {
+            let stream = self.streams.get_mut(&key);
+            let resets = stream.as_ref().is_some_and(|stream| stream.is_reset_due());
+            if resets != (frames == Frames::Resets) && !into.is_empty() {
+                break; // resets go by themselves
+            }
+            self.control.pop_front();
+            let Some(stream) = stream else {
+                continue;
+            };
+            stream.in_control = false;
+            if resets {
+                frames = Frames::Resets;
+                into.extend(stream.header(Kind::Data, stream.pending, 0));
+            } else if stream.has_control(&self.budget) {
+                let rtt = self.round_trip.measured;
+                let credit = stream.grant(rtt, &mut self.growth, now, &self.budget);
+                let opening = stream.pending & (SYN | ACK);
+                into.extend(stream.header(Kind::WindowUpdate, opening, credit));
+            }
+            self.settle(key);
+        }
+        (!into.is_empty()).then_some(frames)
+    }
+
+    /// The stream whose turn it is to send data.
+    fn next_turn(&mut self) -> Option<Key> {
+        loop {
+            let is_new = !self.new_flows.is_empty();
+            let flows = if is_new { &mut self.new_flows } else { &mut self.old_flows };
+            let key = *flows.front()?;
+            let stream = self.streams.get_mut(&key);
+            if stream.as_ref().is_some_and(|stream| stream.has_data() && stream.deficit > 0) {
+                return Some(key);
+            }
+            flows.pop_front();
+            let Some(stream) = stream else {
+                continue;
+            };
+            // One that comes and goes is not new each time.
+            stream.in_turns = stream.has_data() || (is_new && !self.old_flows.is_empty());
+            if stream.in_turns {
+                stream.deficit += if stream.deficit <= 0 { QUANTUM as i64 } else { 0 };
+                self.old_flows.push_back(key);
+            }
+        }
+    }
+}
+
+fn session_header(kind: Kind, flags: Flags, length: u32) -> [u8; HEADER] {
+    Header { kind, flags, stream: 0, length }.encode()
+}

@@ -1,0 +1,118 @@
+//! A full table, and newcomers without end.
+
+use std::{
+    io,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use tokio::{sync::Semaphore, time::sleep};
+
+use super::testbed::Testbed;
+use crate::common::{
+    by_hand::{RST, SYN, data},
+    messages::reserve,
+    raw_peers::{Background, RawPeer, address, run_each, short_or_long},
+};
+
+const OK: Option<i32> = Some(100);
+const RESERVATION_REFUSED: Option<i32> = Some(200);
+const RESOURCE_LIMIT_EXCEEDED: Option<i32> = Some(201);
+
+/// The delay of a slow peer's answer: a third of the probe's 3 s, as the machine may be busy.
+const LATE: Duration = Duration::from_secs(1);
+
+/// How many newcomers are in their handshakes at a time: the attack is on slots.
+const CONNECTING: usize = 8;
+
+/// The first stream that the relay opens.
+const IDENTIFY: u32 = 2;
+
+#[tokio::test]
+async fn newcomers_to_a_full_table_of_slow_peers() {
+    const SLOTS: usize = 40;
+    const NEWCOMERS: usize = 100;
+    let duration = Duration::from_secs(short_or_long(8, 120));
+    let slots = format!("--max-reservations={SLOTS}");
+    let flags = [&slots, "--max-reservations-per-ip=0", "--probe-after=1s", "--idle-timeout=0s"];
+    let mut testbed = Testbed::start(&flags).await;
+    let port = testbed.port;
+    // One slot is the target's. The holders of the others are not part of the attack: they run on the bystanders'
+    // threads, so that they are no slower than intended.
+    let mut holders = Vec::new();
+    for number in 0..SLOTS - 1 {
+        let mut holder = RawPeer::connect_with_retry(port, address(number % 8)).await;
+        let answer = holder.request(&reserve()).await.expect("an answer");
+        assert_eq!(answer.1, OK);
+        holders.push((holder.peer, slow(holder)));
+    }
+    let attack = async move {
+        let start = Instant::now();
+        let connecting = Arc::new(Semaphore::new(CONNECTING));
+        let refused = run_each(NEWCOMERS, NEWCOMERS, move |number| {
+            let connecting = Arc::clone(&connecting);
+            async move {
+                let mut refused = 0;
+                while start.elapsed() < duration {
+                    // A new peer each time, because of the rate limit. A handshake that takes too long on a busy
+                    // machine is denied.
+                    let permit = connecting.acquire().await;
+                    let newcomer = RawPeer::connect(port, address(8 + number)).await;
+                    drop(permit);
+                    if let Ok(newcomer) = newcomer {
+                        let probed = reserve_until(newcomer, start + duration);
+                        refused += probed.await.unwrap_or(0);
+                    }
+                }
+                refused
+            }
+        });
+        refused.await.into_iter().sum::<usize>()
+    };
+    let how_hard =
+        format!("{NEWCOMERS} at a time, to {SLOTS} slots of peers that answer after 1 s");
+    let what = "newcomers without end at a full table of slow peers";
+    let (refused, _) = testbed.attack(what, &how_hard, attack).await;
+    println!("{refused} RESERVEs were refused");
+    assert!(refused > 0);
+    // The holders were probed, and each has kept its slot.
+    let probed = testbed.count("relaylet_questions_asked_total").await;
+    assert!(probed >= SLOTS as f64, "{probed} probes");
+    let relay = &testbed.bystanders.relay;
+    assert_eq!(relay.count_in_log("peer silent"), 0);
+    for (peer, _) in &holders {
+        assert_eq!(relay.count_in_log(&format!("grace began: peer {peer}")), 0);
+    }
+    testbed.until(|counts| counts.live == SLOTS).await;
+    drop(holders);
+    testbed.assert_restored().await;
+}
+
+/// Sends RESERVEs of one newcomer until `over`, at most 20. Returns how many were refused.
+async fn reserve_until(mut newcomer: RawPeer, over: Instant) -> io::Result<usize> {
+    let mut refused = 0;
+    while refused < 20 && Instant::now() < over {
+        let (_, status) = newcomer.request(&reserve()).await?;
+        let refusal = [RESERVATION_REFUSED, RESOURCE_LIMIT_EXCEEDED].contains(&status);
+        assert!(refusal, "{status:?}");
+        refused += 1;
+    }
+    Ok(refused)
+}
+
+/// Stays connected and answers probes late.
+fn slow(mut peer: RawPeer) -> Background {
+    Background::spawn(async move {
+        while let Ok(frame) = peer.read_frame().await {
+            if frame.has(SYN) {
+                // Identify is answered at once.
+                if frame.stream != IDENTIFY {
+                    sleep(LATE).await;
+                }
+                if peer.send(&data(RST, frame.stream, &[])).await.is_err() {
+                    break;
+                }
+            }
+        }
+    })
+}

@@ -1,0 +1,130 @@
+//! More unread data than the relay may buffer.
+
+use std::{io, time::Duration};
+
+use libp2p::futures::future;
+use tokio::time::{sleep, timeout};
+
+use super::testbed::{FREED_FOR_MEMORY, Testbed};
+use crate::common::{
+    by_hand::{RST, SYN, WINDOW_UPDATE, data, frame},
+    messages::{connect, reserve},
+    raw_peers::{
+        AT_A_TIME, Background, RawPeer, address, expect_all, hold_without_reading, hop_opening,
+        run_each, short_or_long,
+    },
+    within,
+};
+
+/// How long a stream is watched for a reset.
+const RESET_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// The interval at which the metrics are polled.
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
+
+/// The smallest pool for peers that may have four circuits each.
+const SMALL_POOL: [&str; 2] = ["--max-circuits-per-peer=4", "--max-buffered=8MiB"];
+
+/// A window larger than all that is sent.
+const LARGE_WINDOW: u32 = 1 << 30;
+
+/// Nothing that sources send is read until their targets answer: the stream that has waited longest is reset.
+#[tokio::test]
+async fn more_unread_data_than_the_budget_allows() {
+    const ATTACKERS: usize = 48;
+    /// So few that each address buffers more than the bystanders.
+    const ADDRESSES: usize = 8;
+    const FRAMES: usize = 2500; // of 100 bytes: a quarter of a MiB
+    /// The budget and what the heap may keep in addition, in KiB.
+    const MEMORY: u64 = (8 + 16) * 1024;
+    let rounds = short_or_long(1, 20);
+    let mut testbed = Testbed::start(&SMALL_POOL).await;
+    let port = testbed.port;
+    let before = testbed.resident();
+    let freed = testbed.counter(FREED_FOR_MEMORY[0]);
+    let attack = async move {
+        let pairs = run_each(ATTACKERS, AT_A_TIME, move |number| async move {
+            let mut target = RawPeer::connect_with_retry(port, address(number % ADDRESSES)).await;
+            assert_eq!(target.request(&reserve()).await?.1, Some(100));
+            let source = RawPeer::connect_with_retry(port, address(number % ADDRESSES)).await;
+            Ok((source, target))
+        });
+        let mut pairs = expect_all(pairs.await);
+        let mut reset = 0;
+        for _ in 0..rounds {
+            // All send at once, and wait for resets only once the relay has freed a stream.
+            let before = freed().await;
+            let sent = pairs.into_iter().map(|(mut source, target)| async move {
+                let stream = source.next_stream();
+                let request = hop_opening(&connect(target.peer));
+                source.send(&data(SYN, stream, &request)).await?;
+                source.send(&data(0, stream, &[7; 100]).repeat(FRAMES)).await?;
+                Ok((source, target, stream))
+            });
+            let sent = expect_all(future::join_all(sent).await);
+            within(async {
+                while freed().await == before {
+                    sleep(POLL_INTERVAL).await;
+                }
+            })
+            .await;
+            let ended = sent.into_iter().map(|(mut source, target, stream)| async move {
+                let is_reset = source.is_reset(stream, RESET_TIMEOUT * 5).await?;
+                source.send(&data(RST, stream, &[])).await?;
+                Ok((is_reset, (source, target)))
+            });
+            let ended = expect_all(future::join_all(ended).await);
+            reset += ended.iter().filter(|(is_reset, _)| *is_reset).count();
+            pairs = ended.into_iter().map(|(_, pair)| pair).collect();
+        }
+        let stay = pairs
+            .into_iter()
+            .map(|(source, target)| [source.stay_connected(), target.stay_connected()]);
+        (reset, stay.collect::<Vec<_>>())
+    };
+    let how_hard = format!("{} MiB in {ATTACKERS} streams, of 8 MiB", ATTACKERS * rounds / 4);
+    let what = "more than may wait, unread";
+    let ((reset, pairs), impact) = testbed.attack(what, &how_hard, attack).await;
+    assert!(reset > 0, "no reset was received");
+    let growth = impact.peak.saturating_sub(before);
+    assert!(growth <= MEMORY, "{growth} KiB");
+    drop(pairs);
+    testbed.assert_restored().await;
+}
+
+/// Peers that open their windows and never read: above three quarters of the pool their circuits end as stalled, and
+/// their buffers are freed although the peers cannot be notified.
+#[tokio::test]
+async fn readers_that_never_read() {
+    const PAIRS: usize = 24;
+    /// More than fits into the sockets of the path, in bytes.
+    const OFFER: usize = 24 * 1024 * 1024;
+    let mut testbed = Testbed::start(&SMALL_POOL).await;
+    let port = testbed.port;
+    let attack = async move {
+        let offered = run_each(PAIRS, AT_A_TIME, move |number| async move {
+            let mut target = RawPeer::connect_with_retry(port, address(number)).await;
+            assert_eq!(target.request(&reserve()).await?.1, Some(100));
+            let mut source = RawPeer::connect_with_retry(port, address(number)).await;
+            let stream = source.next_stream();
+            let request = data(SYN, stream, &hop_opening(&connect(target.peer)));
+            source.send(&request).await?;
+            let circuit = target.accept_count(1).await?[0];
+            let window = frame(WINDOW_UPDATE, 0, circuit, LARGE_WINDOW);
+            target.send(&window).await?;
+            // Until the window is no longer opened, or the circuit is gone.
+            let _ = timeout(RESET_TIMEOUT * 3, source.write(stream, OFFER)).await;
+            io::Result::Ok((
+                source.stay_connected(),
+                Background::spawn(hold_without_reading(target)),
+            ))
+        });
+        expect_all(offered.await)
+    };
+    let how_hard = format!("{PAIRS} circuits whose targets take nothing, of 8 MiB");
+    let what = "more than may wait, untaken";
+    let (pairs, _) = testbed.attack(what, &how_hard, attack).await;
+    testbed.until_counted(r#"relaylet_circuits_closed_total{end="stalled"}"#, 1.0).await;
+    drop(pairs);
+    testbed.assert_restored().await;
+}
