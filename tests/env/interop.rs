@@ -327,7 +327,7 @@ impl Drop for ClientProcess {
 }
 
 /// The Go client, built once.
-fn go_client() -> &'static Path {
+pub fn go_client() -> &'static Path {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
     BUILT.get_or_init(|| {
         let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join("go-client");
@@ -338,7 +338,7 @@ fn go_client() -> &'static Path {
 }
 
 /// The folder of the JavaScript client, whose packages are installed once.
-fn js_client() -> &'static Path {
+pub fn js_client() -> &'static Path {
     static INSTALLED: OnceLock<PathBuf> = OnceLock::new();
     INSTALLED.get_or_init(|| {
         let folder = client("js");
@@ -367,7 +367,7 @@ async fn run_scenario((name, flags): Scenario, client: &mut Command) {
     run(client);
 }
 
-fn run(command: &mut Command) {
+pub fn run(command: &mut Command) {
     let status = command.status();
     let status = status.unwrap_or_else(|error| panic!("{command:?}: {error}; is it installed?"));
     assert!(status.success(), "{command:?}: {status}");

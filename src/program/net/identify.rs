@@ -160,7 +160,9 @@ impl Identify {
         let mut state = self.shared.state();
         let has_changed = state.addresses != addresses;
         if has_changed {
-            (state.addresses, state.is_overflow_logged) = (addresses, false);
+            // At the start a wildcard listener's addresses come one by one: that is one overflow.
+            state.is_overflow_logged &= addresses.len() >= state.addresses.len();
+            state.addresses = addresses;
         }
         has_changed
     }
