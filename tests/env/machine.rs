@@ -116,7 +116,7 @@ fn a_relay_with_380_addresses_is_found_by_rust_go_and_javascript() {
     here.add_addresses(380);
     let relay = here.relay_everywhere(&[]);
     let address = relay.address.to_string();
-    let under = there.under();
+    let under = there.command_prefix();
     let client = |program: &Path| {
         let mut client = Command::new(&under[0]);
         client.args(&under[1..]).arg(program);
