@@ -463,7 +463,7 @@ mod tests {
     }
 
     #[test]
-    fn left_out_addresses_are_logged_once_per_change() {
+    fn left_out_addresses_are_logged_once_until_they_fit() {
         let mut identify = identify();
         let many = |port| -> Vec<Multiaddr> {
             let one = |n| format!("/ip6/2a00:1450::{n:x}/tcp/{port}").parse().expect("a multiaddr");
@@ -474,11 +474,14 @@ mod tests {
         let message = shared.message(&protocols, &Multiaddr::empty(), None);
         assert!((4000..=4098).contains(&message.len()) && shared.state().is_overflow_logged);
         assert!(!identify.set_addresses(many(1)) && shared.state().is_overflow_logged);
-        assert!(identify.set_addresses(many(2)) && !shared.state().is_overflow_logged);
+        assert!(identify.set_addresses(many(2)) && shared.state().is_overflow_logged);
         shared.message(&protocols, &Multiaddr::empty(), None);
         assert!(identify.set_addresses(Vec::new()));
         shared.message(&protocols, &Multiaddr::empty(), None);
         assert!(!shared.state().is_overflow_logged);
+        assert!(identify.set_addresses(many(3)));
+        shared.message(&protocols, &Multiaddr::empty(), None);
+        assert!(shared.state().is_overflow_logged, "once more after they fitted");
     }
 
     #[test]
