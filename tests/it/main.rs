@@ -11,6 +11,8 @@ mod addresses;
 mod autonat;
 mod backpressure;
 mod bandwidth;
+#[cfg(feature = "check")]
+mod check;
 mod config;
 mod crowd;
 #[cfg(feature = "dht")]
@@ -22,6 +24,7 @@ mod faults;
 mod hostile;
 #[cfg(feature = "http")]
 mod http;
+mod id;
 mod identify;
 #[cfg(feature = "pnet")]
 mod private;

@@ -7,10 +7,7 @@ use std::io;
 use libp2p::{
     PeerId,
     core::upgrade::{InboundConnectionUpgrade, OutboundConnectionUpgrade, UpgradeInfo},
-    futures::{
-        AsyncRead, AsyncWrite, FutureExt, TryFutureExt,
-        future::BoxFuture,
-    },
+    futures::{AsyncRead, AsyncWrite, FutureExt, TryFutureExt, future::BoxFuture},
     identity::Keypair,
     noise,
 };
@@ -22,9 +19,10 @@ use self::noise_framing::NoiseFraming;
 const NOISE: &str = "/noise";
 /// In the order in which a dialer proposes them.
 #[cfg(feature = "tls")]
-const PROTOCOLS: [&str; 2] = ["/tls/1.0.0", NOISE];
+pub const PROTOCOLS: [&str; 2] = ["/tls/1.0.0", NOISE];
+/// What a dialer proposes.
 #[cfg(not(feature = "tls"))]
-const PROTOCOLS: [&str; 1] = [NOISE];
+pub const PROTOCOLS: [&str; 1] = [NOISE];
 
 /// How many messages of Noise's XX handshake each side reads.
 const READ_BY_LISTENER: u8 = 2;
