@@ -180,10 +180,9 @@ async fn rust_libp2ps_relay_passes() {
 #[tokio::test]
 async fn what_fails_before_the_relay_is_reached_is_named() {
     let nowhere = "/dns4/nowhere.invalid/tcp/4001".parse().unwrap();
-    check(&nowhere).await.failed_at("resolve", "nowhere.invalid", "dig NAME");
-    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    check(&nowhere).await.failed_at("resolve", "", "dig NAME");
     let address = |port: u16| format!("/ip4/127.0.0.1/tcp/{port}").parse::<Multiaddr>().unwrap();
-    check(&address(port)).await.failed_at("tcp", "refused", "nothing listens there");
+    check(&address(1)).await.failed_at("tcp", "refused", "nothing listens there");
 
     // A program that closes each connection.
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();

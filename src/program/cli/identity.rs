@@ -49,7 +49,7 @@ pub struct Identity {
 ///
 /// # Errors
 ///
-/// When the variable holds no key, and as [`load_or_create_file`].
+/// When the variable holds no key, and as `load_or_create_file`.
 pub fn load_or_create(file: &Path) -> Result<Identity> {
     let Some(key) = env::var_os(VARIABLE).filter(|key| !key.is_empty()) else {
         return load_or_create_file(file);
@@ -63,7 +63,7 @@ pub fn load_or_create(file: &Path) -> Result<Identity> {
     Ok(Identity { keypair, created: None, warning: None })
 }
 
-/// Reads the key in `from` in any encoding, and writes it to `file` as [`load_or_create_file`] does.
+/// Reads the key in `from` in any encoding, and writes it to `file` as `load_or_create_file` does.
 ///
 /// # Errors
 ///
