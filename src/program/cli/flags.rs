@@ -131,6 +131,8 @@ pub struct Flags {
     pub autonat_private: bool,
 
     /// File with the relay's private key; created on the first run
+    ///
+    /// Not used if RELAYLET_IDENTITY_KEY has the key, in base64: for containers without a volume.
     #[structopt(long, value_name = "FILE", default_value = "relaylet.key")]
     pub identity: PathBuf,
 
