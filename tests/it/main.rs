@@ -12,6 +12,8 @@ mod admission;
 mod autonat;
 mod backpressure;
 mod bandwidth;
+#[cfg(feature = "check")]
+mod check;
 mod concurrency;
 mod config;
 #[cfg(feature = "dht")]
@@ -22,6 +24,7 @@ mod faults;
 mod hostile;
 #[cfg(feature = "http")]
 mod http;
+mod id;
 mod identify;
 #[cfg(feature = "pnet")]
 mod private;

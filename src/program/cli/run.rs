@@ -1,9 +1,11 @@
 //! Starts the relay, runs its main loop, and exits.
 
+mod exit;
+mod subcommand;
+
 use std::{
-    error::Error,
-    fmt,
-    io::{self, IsTerminal, Write},
+    env,
+    io::{self, IsTerminal},
     net::TcpListener,
     process::ExitCode,
     time::Duration,
@@ -22,6 +24,7 @@ use libp2p::{
 };
 use log::LevelFilter;
 
+use self::exit::{UsageError, exit_with, print};
 #[cfg(feature = "websocket")]
 use super::tls_files::TlsFiles;
 #[cfg(feature = "http")]
@@ -59,18 +62,6 @@ const SUMMARY_INTERVAL: Duration = Duration::from_secs(60);
 /// implements WebSocket.
 const MUTED: [&str; 1] = ["soketto"];
 
-/// An error in the settings.
-#[derive(Debug)]
-struct UsageError(String);
-
-impl fmt::Display for UsageError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl Error for UsageError {}
-
 /// Runs the program with the arguments of the process.
 pub fn main() -> ExitCode {
     // Without random numbers the first hash map would panic.
@@ -79,6 +70,10 @@ pub fn main() -> ExitCode {
     }
     if let Err(error) = key_log::disable() {
         return exit_with(&error);
+    }
+    let arguments: Vec<_> = env::args_os().skip(1).collect();
+    if let Some(code) = subcommand::run(&arguments) {
+        return code;
     }
     let flags = match Flags::of_process() {
         Ok(flags) => flags,
@@ -104,12 +99,6 @@ fn start_log() {
         log.filter_module(library, LevelFilter::Off);
     }
     log.parse_default_env().init();
-}
-
-/// Prints an error in one line. Returns the exit code: 2 for an error in the settings, otherwise 1.
-fn exit_with(error: &anyhow::Error) -> ExitCode {
-    let _ = writeln!(io::stderr(), "relaylet: {error:#}");
-    ExitCode::from(if error.is::<UsageError>() { 2 } else { 1 })
 }
 
 async fn run(flags: &Flags) -> Result<()> {
@@ -359,12 +348,6 @@ fn log_listener(node: &Node, event: NodeEvent) {
         NodeEvent::NotListening(address) => log::info!("no longer listening on {address}"),
         _ => {} // logged elsewhere
     }
-}
-
-/// Prints a line. Ignores errors: standard output may be closed.
-fn print(text: &str) {
-    let mut out = io::stdout();
-    let _ = writeln!(out, "{}", text.trim_end()).and_then(|()| out.flush());
 }
 
 /// Logs the addresses to paste into clients, and warnings about them.

@@ -40,6 +40,8 @@ use libp2p::{
     },
 };
 
+#[cfg(feature = "check")]
+pub use self::message::Identify as Message;
 pub use self::message::Info;
 use self::message::TIME_LIMIT;
 use super::{admission::scoped_rates::Bucket, multiaddr::without_peer};
