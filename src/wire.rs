@@ -24,9 +24,9 @@ pub const STOP_PROTOCOL: StreamProtocol = StreamProtocol::new("/libp2p/circuit/r
 pub const MAX_MESSAGE: usize = 4096;
 
 /// Separates the signatures of vouchers from any other use of the relay's key.
-const VOUCHER_DOMAIN: &str = "libp2p-relay-rsvp";
+pub(crate) const VOUCHER_DOMAIN: &str = "libp2p-relay-rsvp";
 /// The multicodec `libp2p-relay-rsvp`, as the two bytes that implementations write.
-const VOUCHER_TYPE: [u8; 2] = [0x03, 0x02];
+pub(crate) const VOUCHER_TYPE: [u8; 2] = [0x03, 0x02];
 
 /// The status codes of the specification, as they stand on the wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -232,7 +232,7 @@ impl From<Limit> for Option<proto::Limit> {
 }
 
 /// The protobuf messages of the specification.
-mod proto {
+pub(crate) mod proto {
     pub const HOP_RESERVE: i32 = 0;
     pub const HOP_CONNECT: i32 = 1;
     pub const HOP_STATUS: i32 = 2;

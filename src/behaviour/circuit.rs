@@ -35,14 +35,15 @@ thread_local! {
 }
 
 /// Transfers bytes between a source and a target until the circuit ends, at the deadline at the latest, and counts them.
-/// Yields how it ended; [`CircuitEnd::Disconnected`] also if the relay ended it.
+/// Yields how it ended; [`CircuitEnd::Disconnected`] also if the relay ended it. The box is freed at once: the future around
+/// this one is kept small while the circuit lasts.
 pub(crate) fn transfer(
     mut source: impl AsyncRead + AsyncWrite + Unpin,
     mut target: impl AsyncRead + AsyncWrite + Unpin,
-    parameters: CircuitParameters,
+    parameters: Box<CircuitParameters>,
     mut deadline: Option<Timeout>,
 ) -> impl Future<Output = CircuitEnd> {
-    let CircuitParameters { limit, link, ends, counters, mut ended, .. } = parameters;
+    let CircuitParameters { limit, link, ends, counters, mut ended, .. } = *parameters;
     let [mut to_target, mut to_source] = [(); 2].map(|()| Direction {
         pending: Vec::new(),
         allowance: limit.bytes.unwrap_or(u64::MAX),
@@ -349,7 +350,7 @@ mod tests {
         let [source, target] = [99, 4].map(|takes| Arc::new(AtomicUsize::new(takes)));
         let peer = |takes| Peer { sends: Cursor::new(b"ten bytes."), takes };
         let (source, other) = (peer(source), peer(target.clone()));
-        let mut circuit = transfer(source, other, parameters, None);
+        let mut circuit = transfer(source, other, Box::new(parameters), None);
         let mut cx = Context::from_waker(std::task::Waker::noop());
         assert!(circuit.poll_unpin(&mut cx).is_pending());
         assert_eq!(counters.read(), BytesTransferred { to_target: 4, to_source: 10 });

@@ -163,7 +163,7 @@ pub(crate) async fn serve(
     // 4. Transfer the bytes of the circuit.
     let circuit = parameters.id;
     let end = match delivered {
-        Ok(()) => transfer(stream, target, *parameters, deadline).await,
+        Ok(()) => transfer(stream, target, parameters, deadline).await,
         Err(end) => end,
     };
     report.event = Some(HandlerEvent::CircuitEnded(circuit, end));

@@ -135,11 +135,11 @@ impl<C: Copy + Eq + Hash, R> Circuits<C, R> {
         }
     }
 
-    /// Makes room for a circuit of `to` under a full cap of the table or of the target: returns the circuit to end, which does not count any
-    /// more. It is one of the heaviest prefix, if that would still hold at least as much as the newcomer's; of those
-    /// under the cap the one that has transferred nothing for longest. `None` if there is none, or one is not enough.
-    /// A circuit that is being set up stays.
-    pub fn yield_one(&mut self, full: &Refused, to: &Origin, target: &PeerId) -> Option<CircuitId> {
+    /// Makes room for a circuit `of` this origin under a full cap of the table or of the target: returns the circuit to
+    /// end, which does not count any more. It is one of the heaviest prefix, if that would still hold at least as much as
+    /// the newcomer's; of those under the cap the one that has transferred nothing for longest. `None` if there is none,
+    /// or one is not enough. A circuit that is being set up stays.
+    pub fn yield_one(&mut self, full: &Refused, of: &Origin, target: &PeerId) -> Option<CircuitId> {
         if self.quota.above(None).is_some() || self.count_of(target) > self.per_peer {
             return None;
         }
@@ -152,7 +152,7 @@ impl<C: Copy + Eq + Hash, R> Circuits<C, R> {
         let mut shares = Quota::new(Caps::default());
         counting.clone().for_each(|(_, circuit)| shares.add(circuit.prefix));
         let yielding = counting.filter(|(_, circuit)| {
-            shares.yields(circuit.prefix, to.prefix) && circuit.opened_at.is_some()
+            shares.yields(circuit.prefix, of.prefix) && circuit.opened_at.is_some()
         });
         let (id, _) = *yielding.max_by_key(|(id, circuit)| {
             (shares.load(circuit.prefix), Reverse(circuit.active_at), Reverse(*id))

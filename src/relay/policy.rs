@@ -47,8 +47,8 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     pub fn recheck_access(&mut self, now: Instant) {
         // In grace a peer has the first address of the prefix that its slot counts towards.
         let denied = self.reservations.iter().filter(|(peer, slot)| {
-            let prefix = slot.prefix.map_or_else(Multiaddr::empty, |prefix| prefix.ip().into());
-            self.is_denied(*peer, slot.connection.map_or(prefix, |up| self.address_of(up)))
+            let first = slot.prefix.map_or_else(Multiaddr::empty, |prefix| prefix.ip().into());
+            self.is_denied(*peer, slot.connection.map_or(first, |up| self.address_of(up)))
         });
         for peer in denied.map(|(peer, _)| peer).collect::<Vec<_>>() {
             self.release(peer, FreedReason::Denied, now);

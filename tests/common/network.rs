@@ -162,7 +162,27 @@ impl Host {
         ip(&["netns", "exec", &self.namespace, "nft", &rules]);
     }
 
+    /// Gives it so many more addresses: 2a00:1450::1 and so on.
+    pub fn add_addresses(&self, count: u16) {
+        for number in 1..=count {
+            let address = format!("2a00:1450::{number:x}/64");
+            ip(&["-n", &self.namespace, "address", "add", &address, "dev", "cable", "nodad"]);
+        }
+    }
+
+    /// Starts the relay at all of its addresses.
+    pub fn relay_everywhere(&self, flags: &[&str]) -> Relay {
+        let mut relay = self.relay_listening("/ip4/0.0.0.0/tcp/4001,/ip6/::/tcp/4001", flags);
+        let address = format!("/ip4/{}/tcp/4001/p2p/{}", self.address, relay.peer);
+        relay.address = address.parse().expect("a multiaddr");
+        relay
+    }
+
     fn relay_at(&self, address: Ipv4Addr, flags: &[&str]) -> Relay {
+        self.relay_listening(&format!("/ip4/{address}/tcp/4001"), flags)
+    }
+
+    fn relay_listening(&self, listen: &str, flags: &[&str]) -> Relay {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let program = command(&folder).get_program().to_owned();
         let mut command = Command::new("ip");
@@ -170,7 +190,7 @@ impl Host {
             .current_dir(folder.path())
             .args(&self.command_prefix()[1..])
             .arg(program)
-            .arg(format!("--listen=/ip4/{address}/tcp/4001"))
+            .arg(format!("--listen={listen}"))
             .args(flags);
         Relay::run(command, folder)
     }

@@ -14,7 +14,9 @@ use std::{
     time::Instant,
 };
 
-use crate::common::{Relay, http, network::Network, websocket};
+use tempfile::TempDir;
+
+use crate::common::{Relay, command, http, network::Network, websocket};
 
 /// The name of a client's scenario, and the flags of its relay.
 type Scenario = (&'static str, &'static [&'static str]);
@@ -285,6 +287,31 @@ async fn the_metrics_are_parsed_by_prometheus() {
     }
 }
 
+/// As its users build it: without an address that is global it grants what rust-libp2p's clients refuse.
+#[test]
+#[ignore = "needs Go"]
+fn the_check_passes_go_libp2ps_relay() {
+    let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join("go-relay");
+    let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/peers/go");
+    run(Command::new("go").args(["build", "-o"]).arg(&program).current_dir(sources));
+    for (announced, expected) in
+        [("/ip4/8.8.8.8/tcp/4001", "\nend "), ("", "FAILED: the reservation has no address; ")]
+    {
+        let mut relay = ClientProcess::start(Command::new(&program).env("ANNOUNCE", announced));
+        let address = format!("/ip4/127.0.0.1{}", relay.read_value("listening on /ip4/127.0.0.1"));
+        let mut check = command(&TempDir::new().expect("a folder"));
+        let output =
+            check.current_dir("/").args(["check", &address]).output().expect("it can be run");
+        let said = String::from_utf8(output.stdout).expect("text");
+        println!("{said}");
+        assert_eq!(output.status.success(), !announced.is_empty(), "{said}");
+        for part in [expected, "go-libp2p", "sees us at /ip4/127.0.0.1/tcp/"] {
+            assert!(said.contains(part), "{part}: {said}");
+        }
+        assert!(announced.is_empty() || said.contains("the voucher is valid"), "{said}");
+    }
+}
+
 /// A client process that prints its progress.
 struct ClientProcess {
     client: Child,
@@ -327,7 +354,7 @@ impl Drop for ClientProcess {
 }
 
 /// The Go client, built once.
-fn go_client() -> &'static Path {
+pub fn go_client() -> &'static Path {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
     BUILT.get_or_init(|| {
         let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join("go-client");
@@ -338,7 +365,7 @@ fn go_client() -> &'static Path {
 }
 
 /// The folder of the JavaScript client, whose packages are installed once.
-fn js_client() -> &'static Path {
+pub fn js_client() -> &'static Path {
     static INSTALLED: OnceLock<PathBuf> = OnceLock::new();
     INSTALLED.get_or_init(|| {
         let folder = client("js");
@@ -367,7 +394,7 @@ async fn run_scenario((name, flags): Scenario, client: &mut Command) {
     run(client);
 }
 
-fn run(command: &mut Command) {
+pub fn run(command: &mut Command) {
     let status = command.status();
     let status = status.unwrap_or_else(|error| panic!("{command:?}: {error}; is it installed?"));
     assert!(status.success(), "{command:?}: {status}");

@@ -1,4 +1,4 @@
-//! Tests that need more than this crate and Rust: root, Go, Node, Chromium, libfaketime, systemd's tools.
+//! Tests that need more than this crate and Rust: root, Go, Node, Python, Chromium, libfaketime, systemd's tools.
 //!
 //! Each test is `#[ignore]`d with the tools that it needs, and fails without them. `.ci/env` installs them and
 //! runs all of these tests.
@@ -9,6 +9,7 @@ mod common;
 mod browser;
 mod deploy;
 mod interop;
+mod machine;
 mod memory_estimate;
 mod netns;
 mod wall_clock;

@@ -12,6 +12,8 @@ mod admission;
 mod autonat;
 mod backpressure;
 mod bandwidth;
+#[cfg(feature = "check")]
+mod check;
 mod concurrency;
 mod config;
 #[cfg(feature = "dht")]
@@ -26,6 +28,7 @@ mod handshakes;
 mod hostile;
 #[cfg(feature = "http")]
 mod http;
+mod id;
 mod identify;
 #[cfg(feature = "pnet")]
 mod private;

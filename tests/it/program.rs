@@ -155,8 +155,14 @@ fn help_lists_every_flag_and_version_is_printed() {
     }
     assert_eq!(output(&["-h"], &[]).stdout, help.as_bytes());
     let version = output(&["--version"], &[]);
-    let expected = format!("relaylet {}\n", env!("CARGO_PKG_VERSION"));
-    assert_eq!(String::from_utf8(version.stdout).unwrap(), expected);
+    let version = String::from_utf8(version.stdout).unwrap();
+    let expected = format!("relaylet {} (features:", env!("CARGO_PKG_VERSION"));
+    assert!(version.starts_with(&expected) && version.lines().count() == 1, "{version}");
+    for (feature, is_built_in) in
+        [("check", cfg!(feature = "check")), ("dht", cfg!(feature = "dht"))]
+    {
+        assert_eq!(version.contains(feature), is_built_in, "{version}");
+    }
 }
 
 // ---- Listen addresses, and their log lines

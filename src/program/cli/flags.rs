@@ -30,12 +30,19 @@ const DEFAULT_LISTEN: [&str; 2] = ["/ip4/0.0.0.0/tcp/4001", "/ip6/::/tcp/4001"];
 /// Whether the program was built without the DHT; `--help` hides its settings then.
 const NO_DHT: bool = !cfg!(feature = "dht");
 
+const USAGE: &str = "\
+relaylet [FLAGS]
+    relaylet check <MULTIADDR> [--quick] [--swarm-key <FILE>]    whether clients can use a relay
+    relaylet id [--identity <FILE>] [--import <FILE>]            the relay's peer id";
+
 /// The optional features, whether this program has them, and their settings.
-const FEATURES: [(&str, bool, &[&str]); 5] = [
+const FEATURES: [(&str, bool, &[&str]); 7] = [
     ("autonat", cfg!(feature = "autonat"), &["autonat"]),
+    ("check", cfg!(feature = "check"), &[]),
     ("dht", !NO_DHT, &["bootstrap", "dht", "dht-protocol"]),
     ("http", cfg!(feature = "http"), &["http", "http-host"]),
     ("pnet", cfg!(feature = "pnet"), &["swarm-key"]),
+    ("tls", cfg!(feature = "tls"), &[]),
     ("websocket", cfg!(feature = "websocket"), &["tls-cert", "tls-key", "trust-forwarded-from"]),
 ];
 
@@ -47,7 +54,7 @@ pub type Origins = BTreeMap<String, String>;
 /// Each flag can also be set as RELAYLET_NAME in the environment, lists with commas; a flag wins.
 #[derive(Clone, Debug, PartialEq, StructOpt, Serialize, Deserialize)]
 #[serde(default, rename_all = "kebab-case", deny_unknown_fields)]
-#[structopt(usage = "relaylet [FLAGS]", help_message = "Prints help information [group: About]")]
+#[structopt(usage = USAGE, help_message = "Prints help information [group: About]")]
 #[structopt(settings = &[Set::UnifiedHelpMessage, Set::NextLineHelp, Set::DeriveDisplayOrder, Set::NoBinaryName])]
 pub struct Flags {
     /// Reads settings from a TOML file, under the names of these flags
@@ -124,6 +131,8 @@ pub struct Flags {
     pub autonat_private: bool,
 
     /// File with the relay's private key; created on the first run
+    ///
+    /// Not used if RELAYLET_IDENTITY_KEY has the key, in base64: for containers without a volume.
     #[structopt(long, value_name = "FILE", default_value = "relaylet.key")]
     pub identity: PathBuf,
 
@@ -367,6 +376,11 @@ pub struct Flags {
     /// own name point here and read them.
     #[structopt(long, value_name = "NAME", use_delimiter = true, hidden = needs("http-host").is_some())]
     pub http_host: Vec<String>,
+}
+
+/// The optional features that this program has.
+pub fn features() -> impl Iterator<Item = &'static str> {
+    FEATURES.iter().filter(|(_, is_built_in, _)| *is_built_in).map(|(name, ..)| *name)
 }
 
 /// Says which feature a setting needs, if the program was built without it.

@@ -6,7 +6,7 @@
 use structopt::StructOpt;
 use textwrap::{NoHyphenation, Wrapper};
 
-use super::flags::Flags;
+use super::flags::{Flags, features};
 
 /// Examples of values.
 const VALUES: &str = "\
@@ -43,6 +43,14 @@ pub fn help() -> String {
         }
     }
     help + "\n" + VALUES
+}
+
+/// What follows the name in the text of `--version`: the version, the features, and the commit if the build was told it in `RELAYLET_COMMIT`.
+pub fn version() -> String {
+    let features: Vec<_> = features().collect();
+    let commit = option_env!("RELAYLET_COMMIT").filter(|commit| !commit.is_empty());
+    let commit = commit.map_or(String::new(), |commit| format!(", commit {commit}"));
+    format!("{} (features: {}{commit})", env!("CARGO_PKG_VERSION"), features.join(" "))
 }
 
 /// Splits clap's help into flags (`--grace <DURATION>`) and their texts.

@@ -1,8 +1,12 @@
 //! The key file, which gives the relay the same peer id on each start.
 //!
-//! It is the protobuf encoding of a private key, as other libp2p programs write it.
+//! It is the protobuf encoding of a private key, as other libp2p programs write it. A container without a volume has the
+//! key in the environment instead.
+
+mod decode;
 
 use std::{
+    env,
     fs::{self, File, OpenOptions},
     io::{self, Write},
     path::{Path, PathBuf},
@@ -10,15 +14,22 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Error, Result, bail};
+use anyhow::{Context, Error, Result, anyhow, bail};
 use libp2p::identity::Keypair;
 use tempfile::NamedTempFile;
 use zeroize::Zeroizing;
 
+use self::decode::{decode, not_a_key};
 use crate::program::secret_file;
 
 /// The largest file that is read, in bytes. The largest key of libp2p, RSA with 8192 bits, takes about 5 KiB.
 const MAX_FILE: usize = 16 * 1024;
+
+/// The largest file that a key is imported from, in bytes: kubo's configuration.
+const MAX_IMPORTED: usize = 256 * 1024;
+
+/// The variable that holds the key, in protobuf and base64. It wins over the file.
+pub const VARIABLE: &str = "RELAYLET_IDENTITY_KEY";
 
 /// How often to retry reading a key that another program is writing, and how long to wait before each.
 const RETRIES: usize = 40;
@@ -34,13 +45,55 @@ pub struct Identity {
     pub warning: Option<String>,
 }
 
+/// Reads the key that [`VARIABLE`] holds. If that is not set or empty, reads the key in `file`, or creates it: see below.
+///
+/// # Errors
+///
+/// When the variable holds no key, and as `load_or_create_file`.
+pub fn load_or_create(file: &Path) -> Result<Identity> {
+    let Some(key) = env::var_os(VARIABLE).filter(|key| !key.is_empty()) else {
+        return load_or_create_file(file);
+    };
+    let key = Zeroizing::new(key.into_encoded_bytes());
+    let keypair = decode(&key).map_err(|_| {
+        anyhow!(
+            "{VARIABLE}: holds no key; set it to the key file in base64: base64 -w 0 relaylet.key"
+        )
+    })?;
+    Ok(Identity { keypair, created: None, warning: None })
+}
+
+/// Reads the key in `from` in any encoding, and writes it to `file` as `load_or_create_file` does.
+///
+/// # Errors
+///
+/// When `from` holds no key, or `file` holds another one or cannot be written.
+pub fn import(from: &Path, file: &Path) -> Result<Identity> {
+    let shown = from.display();
+    let read = File::open(from).and_then(|opened| secret_file::read(opened, MAX_IMPORTED));
+    let bytes =
+        read.with_context(|| format!("--import {shown}: cannot be read; make it readable"))?;
+    let keypair = decode(&bytes).map_err(|problem| anyhow!("--import {shown}: {problem}"))?;
+    if fs::exists(file).unwrap_or_default() {
+        let found = load(file)?;
+        if found.keypair.public() != keypair.public() {
+            bail!(
+                "--identity {}: holds another key; name a file that does not exist",
+                file.display()
+            );
+        }
+        return Ok(found);
+    }
+    create(keypair, file, persist, sync_folder)
+}
+
 /// Reads the key in `file`, or creates it if there is no such file. Of several programs that do so at once, one creates
 /// the file and the others read it.
 ///
 /// # Errors
 ///
 /// When the file holds no key, or cannot be read or written. An existing file is never overwritten.
-pub fn load_or_create(file: &Path) -> Result<Identity> {
+fn load_or_create_file(file: &Path) -> Result<Identity> {
     let shown = file.display();
     match fs::metadata(file) {
         Ok(metadata) if metadata.is_file() => load(file),
@@ -49,7 +102,7 @@ pub fn load_or_create(file: &Path) -> Result<Identity> {
             "--identity {shown}: not a regular file; name one, or a path where there is no file yet"
         ),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let created = create(file, persist, sync_folder);
+            let created = create(Keypair::generate_ed25519(), file, persist, sync_folder);
             let exists = |error: &io::Error| error.kind() == io::ErrorKind::AlreadyExists;
             match created {
                 Err(error) if error.downcast_ref().is_some_and(exists) => load_when_written(file),
@@ -84,36 +137,18 @@ fn load(file: &Path) -> Result<Identity> {
     Ok(Identity { keypair, created: None, warning: permission_warning("--identity", file) })
 }
 
-/// What a file holds instead of a key in protobuf, and the remedy.
-fn not_a_key(bytes: &[u8]) -> &'static str {
-    /// The first characters of keys in base64: RSA, Ed25519, secp256k1, ECDSA.
-    const BASE64: [&[u8]; 4] = [b"CAAS", b"CAES", b"CAIS", b"CAMS"];
-    let text = bytes.trim_ascii_start();
-    let has = |part: &[u8]| text.windows(part.len()).any(|window| window == part);
-    if text.starts_with(b"-----BEGIN") {
-        "holds a key in PEM, not in libp2p's protobuf; export it with kubo (ipfs key export), or name a path where \
-         there is no file to start with a new identity"
-    } else if text.starts_with(b"{") && has(b"PrivKey") {
-        "holds kubo's configuration; decode the key in it: jq -r .Identity.PrivKey config | base64 -d > relaylet.key"
-    } else if BASE64.iter().any(|prefix| text.starts_with(prefix)) {
-        "holds a key in base64; decode it: base64 -d < FILE > relaylet.key"
-    } else {
-        "holds no libp2p private key; restore it from a backup, or move it away to start with a new identity"
-    }
-}
-
-/// Writes a new key to a temporary file, which `persist` then renames, so that `file` is never seen incomplete.
+/// Writes a key to a temporary file, which `persist` then renames, so that `file` is never seen incomplete.
 ///
 /// `sync` is called with the folder before the key is used: a rename is on disk only once the folder is, and clients know
 /// the relay by this key.
 fn create(
+    keypair: Keypair,
     file: &Path,
     persist: impl FnOnce(NamedTempFile, &Path) -> io::Result<()>,
     sync: impl FnOnce(&Path) -> io::Result<()>,
 ) -> Result<Identity> {
     let shown = file.display();
-    let write = || -> io::Result<(Keypair, Option<String>)> {
-        let keypair = Keypair::generate_ed25519();
+    let write = || -> io::Result<Option<String>> {
         let bytes = keypair.to_protobuf_encoding().map_err(io::Error::other)?;
         let bytes = Zeroizing::new(bytes);
         let folder = match file.parent() {
@@ -132,9 +167,9 @@ fn create(
                  {error}; keep a copy"
             )
         });
-        Ok((keypair, unsynced))
+        Ok(unsynced)
     };
-    let (keypair, warning) = write().map_err(|error| match error.kind() {
+    let warning = write().map_err(|error| match error.kind() {
         io::ErrorKind::AlreadyExists => error.into(),
         _ => Error::new(error).context(format!(
             "--identity {shown}: cannot be written; name a file in a writable folder"
@@ -227,9 +262,9 @@ mod tests {
     fn a_created_key_is_loaded_on_the_next_start() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("relay.key");
-        let made = load_or_create(&file).unwrap();
+        let made = load_or_create_file(&file).unwrap();
         assert!(made.created.unwrap().is_absolute());
-        let found = load_or_create(&file).unwrap();
+        let found = load_or_create_file(&file).unwrap();
         assert_eq!(found.created, None);
         assert_eq!(found.warning, None);
         assert_eq!(found.keypair.public(), made.keypair.public());
@@ -240,14 +275,17 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("relay.key");
         let mut synced = Vec::new();
-        let created = create(&file, persist, |folder| {
+        let created = create(Keypair::generate_ed25519(), &file, persist, |folder| {
             synced.push((folder.to_owned(), file.exists()));
             sync_folder(folder)
         });
         assert_eq!(created.unwrap().warning, None);
         assert_eq!(synced, [(folder.path().to_owned(), true)]);
         fs::remove_file(&file).unwrap();
-        let created = create(&file, persist, |_| Err(io::ErrorKind::Unsupported.into())).unwrap();
+        let created = create(Keypair::generate_ed25519(), &file, persist, |_| {
+            Err(io::ErrorKind::Unsupported.into())
+        })
+        .unwrap();
         let warning = created.warning.unwrap();
         assert!(warning.contains("relay.key") && warning.contains("keep a copy"), "{warning}");
     }
@@ -257,11 +295,11 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("relay.key");
         let copied = |temporary: NamedTempFile, file: &Path| copy(temporary.path(), file);
-        let created = create(&file, copied, sync_folder).unwrap();
-        let found = load_or_create(&file).unwrap();
+        let created = create(Keypair::generate_ed25519(), &file, copied, sync_folder).unwrap();
+        let found = load_or_create_file(&file).unwrap();
         assert_eq!(found.keypair.public(), created.keypair.public());
         assert_eq!(found.warning, None, "only its owner can read it");
-        let again = create(&file, copied, sync_folder).err().unwrap();
+        let again = create(Keypair::generate_ed25519(), &file, copied, sync_folder).err().unwrap();
         let kind = again.downcast_ref::<io::Error>().map(io::Error::kind);
         assert_eq!(kind, Some(io::ErrorKind::AlreadyExists));
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
@@ -276,7 +314,7 @@ mod tests {
             let starts = [(); 6].map(|()| {
                 scope.spawn(|| {
                     start.wait();
-                    load_or_create(&file).unwrap().keypair.public()
+                    load_or_create_file(&file).unwrap().keypair.public()
                 })
             });
             starts.into_iter().map(|start| start.join().unwrap()).collect()
@@ -291,7 +329,7 @@ mod tests {
         let fifo = folder.path().join("fifo");
         assert!(std::process::Command::new("mkfifo").arg(&fifo).status().unwrap().success());
         for file in [&fifo, folder.path()] {
-            let error = load_or_create(file).err().unwrap().to_string();
+            let error = load_or_create_file(file).err().unwrap().to_string();
             assert!(error.contains("not a regular file"), "{error}");
         }
     }
@@ -307,7 +345,7 @@ mod tests {
             ("CAESQFwP\n", "holds a key in base64"),
         ] {
             fs::write(&file, content).unwrap();
-            let error = load_or_create(&file).err().unwrap().to_string();
+            let error = load_or_create_file(&file).err().unwrap().to_string();
             assert!(error.contains(told), "{error}");
         }
     }
@@ -318,7 +356,7 @@ mod tests {
         let file = folder.path().join("relay.key");
         for content in [&b""[..], b"no key", &[0xff; 100]] {
             fs::write(&file, content).unwrap();
-            let error = load_or_create(&file).err().unwrap().to_string();
+            let error = load_or_create_file(&file).err().unwrap().to_string();
             assert!(error.contains("relay.key") && error.contains("backup"), "{error}");
             assert_eq!(fs::read(&file).unwrap(), content);
         }
@@ -331,9 +369,9 @@ mod tests {
 
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("relay.key");
-        load_or_create(&file).unwrap();
+        load_or_create_file(&file).unwrap();
         assert_eq!(fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
         fs::set_permissions(&file, fs::Permissions::from_mode(0o644)).unwrap();
-        assert!(load_or_create(&file).unwrap().warning.unwrap().contains("chmod 600"));
+        assert!(load_or_create_file(&file).unwrap().warning.unwrap().contains("chmod 600"));
     }
 }

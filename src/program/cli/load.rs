@@ -65,7 +65,11 @@ impl Flags {
         check_names_of_flags(&words, &known)?;
         let environment = environment::of_relaylet(environment);
         let warnings = environment::check_names(&environment, &known)?;
-        let matches = Self::clap().get_matches_from_safe(&words).map_err(from_clap_error)?;
+        let version = help::version();
+        let matches = Self::clap()
+            .version(&*version)
+            .get_matches_from_safe(&words)
+            .map_err(|error| from_clap_error(error, None))?;
         let given = Self::from_clap(&matches);
         let mut table = given.to_table()?;
         table.retain(|name, _| matches.occurrences_of(name) > 0);
@@ -259,18 +263,22 @@ fn to_utf8(text: OsString) -> Result<String, String> {
     text.into_string().map_err(|bytes| format!("{bytes:?} is not UTF-8; write it as UTF-8"))
 }
 
-/// Reduces an error of clap to one line: it has several, of which the first says what is wrong.
-fn from_clap_error(error: clap::Error) -> Exit {
+/// Reduces an error of clap to one line: it has several, of which the first says what is wrong. `subcommand` is the one
+/// that was parsed, if any.
+pub(super) fn from_clap_error(error: clap::Error, subcommand: Option<&str>) -> Exit {
     match error.kind {
+        clap::ErrorKind::HelpDisplayed if subcommand.is_some() => {
+            return Exit::Print(error.message);
+        }
         clap::ErrorKind::HelpDisplayed => return Exit::Print(help::help()),
-        clap::ErrorKind::VersionDisplayed => return Exit::Print(error.message),
+        clap::ErrorKind::VersionDisplayed => return Exit::Print(error.message), // clap has printed it
         _ => {}
     }
     // The problem may take two lines: the flag, then its name.
     let is_problem = |line: &&str| !["USAGE", "For more"].iter().any(|end| line.starts_with(end));
     let problem = error.message.trim_start_matches("error:").lines().map(str::trim);
     let problem: Vec<_> = problem.take_while(is_problem).filter(|line| !line.is_empty()).collect();
-    format!("{}; see relaylet --help", problem.join(" ")).into()
+    format!("{}; see {} --help", problem.join(" "), subcommand.unwrap_or("relaylet")).into()
 }
 
 #[cfg(test)]

@@ -1,15 +1,10 @@
 //! Starts the relay, runs its main loop, and exits.
 
+mod exit;
 mod log_output;
+mod subcommand;
 
-use std::{
-    error::Error,
-    fmt,
-    io::{self, Write},
-    net::TcpListener,
-    process::ExitCode,
-    time::Duration,
-};
+use std::{env, net::TcpListener, process::ExitCode, time::Duration};
 
 use anyhow::{Context, Result, anyhow, bail};
 use async_signal::Signals;
@@ -23,6 +18,7 @@ use libp2p::{
     },
 };
 
+use self::exit::{UsageError, exit_with, print};
 #[cfg(feature = "websocket")]
 use super::tls_files::TlsFiles;
 #[cfg(feature = "http")]
@@ -56,18 +52,6 @@ const ADDRESSES_AFTER: Duration = Duration::from_millis(500);
 /// How often the log summary is written.
 const SUMMARY_INTERVAL: Duration = Duration::from_secs(60);
 
-/// An error in the settings.
-#[derive(Debug)]
-struct UsageError(String);
-
-impl fmt::Display for UsageError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl Error for UsageError {}
-
 /// Runs the program with the arguments of the process.
 pub fn main() -> ExitCode {
     // Without random numbers the first hash map would panic.
@@ -76,6 +60,10 @@ pub fn main() -> ExitCode {
     }
     if let Err(error) = key_log::disable() {
         return exit_with(&error);
+    }
+    let arguments: Vec<_> = env::args_os().skip(1).collect();
+    if let Some(code) = subcommand::run(&arguments) {
+        return code;
     }
     let flags = match Flags::of_process() {
         Ok(flags) => flags,
@@ -91,12 +79,6 @@ pub fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => exit_with(&error),
     }
-}
-
-/// Prints an error in one line. Returns the exit code: 2 for an error in the settings, otherwise 1.
-fn exit_with(error: &anyhow::Error) -> ExitCode {
-    log_output::write_error(error);
-    ExitCode::from(if error.is::<UsageError>() { 2 } else { 1 })
 }
 
 async fn run(flags: &Flags) -> Result<()> {
@@ -345,12 +327,6 @@ fn log_listener(node: &Node, event: NodeEvent) {
         NodeEvent::NotListening(address) => log::info!("no longer listening on {address}"),
         _ => {} // logged elsewhere
     }
-}
-
-/// Prints a line. Ignores errors: standard output may be closed.
-fn print(text: &str) {
-    let mut out = io::stdout();
-    let _ = writeln!(out, "{}", text.trim_end()).and_then(|()| out.flush());
 }
 
 /// Logs the addresses to paste into clients, and warnings about them.

@@ -20,9 +20,10 @@ use super::admission::handshake_failure::{Reason, Stage, StageError, causes};
 const NOISE: &str = "/noise";
 /// In the order in which a dialer proposes them.
 #[cfg(feature = "tls")]
-const PROTOCOLS: [&str; 2] = ["/tls/1.0.0", NOISE];
+pub const PROTOCOLS: [&str; 2] = ["/tls/1.0.0", NOISE];
+/// What a dialer proposes.
 #[cfg(not(feature = "tls"))]
-const PROTOCOLS: [&str; 1] = [NOISE];
+pub const PROTOCOLS: [&str; 1] = [NOISE];
 
 /// How many messages of Noise's XX handshake each side reads.
 const READ_BY_LISTENER: u8 = 2;

@@ -10,6 +10,7 @@ import (
 	"github.com/libp2p/go-libp2p"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/relay"
+	"github.com/multiformats/go-multiaddr"
 )
 
 func main() {
@@ -22,6 +23,7 @@ func main() {
 		libp2p.ListenAddrStrings("/ip4/127.0.0.1/tcp/0"),
 		libp2p.ResourceManager(&network.NullResourceManager{}),
 		libp2p.DisableRelay(), // it serves circuits, and uses none
+		libp2p.AddrsFactory(announced),
 	)
 	if err != nil {
 		log.Fatalf("no host: %v", err)
@@ -39,4 +41,13 @@ func main() {
 		fmt.Fprintf(os.Stdout, "listening on %s/p2p/%s\n", address, host.ID())
 	}
 	select {}
+}
+
+// announced adds the address of the environment: a reservation has global ones only.
+func announced(found []multiaddr.Multiaddr) []multiaddr.Multiaddr {
+	address, err := multiaddr.NewMultiaddr(os.Getenv("ANNOUNCE"))
+	if err != nil {
+		return found
+	}
+	return append(found, address)
 }

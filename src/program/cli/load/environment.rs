@@ -7,6 +7,8 @@ use std::{collections::BTreeMap, ffi::OsString};
 use strsim::damerau_levenshtein;
 use toml::Table;
 
+use crate::program::cli::identity;
+
 const PREFIX: &str = "RELAYLET_";
 
 /// A name is a misspelled setting if it differs in at most this many letters, and in at most one of four.
@@ -37,8 +39,10 @@ pub fn check_names(
     environment: &BTreeMap<String, OsString>,
     known: &Table,
 ) -> Result<Vec<String>, String> {
-    let is_known =
-        |name: &str| known.keys().any(|known| name_of(known) == name) || name == name_of("config");
+    let is_known = |name: &str| {
+        let is_setting = known.keys().any(|known| name_of(known) == name);
+        is_setting || name == name_of("config") || name == identity::VARIABLE
+    };
     let mut warnings = Vec::new();
     for (name, value) in environment.iter().filter(|(name, _)| !is_known(name)) {
         let own = name.get(PREFIX.len()..).unwrap_or_default().to_lowercase().replace('_', "-");
@@ -104,6 +108,7 @@ mod tests {
         for (name, value) in [
             ("RELAYLET_GRACE", "1s"),
             ("RELAYLET_CONFIG", "file"),
+            ("RELAYLET_IDENTITY_KEY", "CAES"),
             ("RELAYLET_COLOR", ""),
             ("RELAY_COLOR", "1"),
             ("RELAYLET_PORT", "tcp://10.0.0.1:4001"),

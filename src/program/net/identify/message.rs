@@ -46,21 +46,21 @@ const OBSERVED_ADDR: u64 = 4;
 const PROTOCOL_VERSION: &str = "ipfs/0.1.0";
 const AGENT_VERSION: &str = concat!("relaylet/", env!("CARGO_PKG_VERSION"));
 
-/// The message that is sent.
+/// The message that is sent, and what the check reads of another relay's.
 #[derive(Clone, PartialEq, Message)]
-struct Identify {
+pub struct Identify {
     #[prost(bytes = "vec", optional, tag = "1")]
-    public_key: Option<Vec<u8>>,
+    pub public_key: Option<Vec<u8>>,
     #[prost(bytes = "vec", repeated, tag = "2")]
-    listen_addrs: Vec<Vec<u8>>,
+    pub listen_addrs: Vec<Vec<u8>>,
     #[prost(string, repeated, tag = "3")]
-    protocols: Vec<String>,
+    pub protocols: Vec<String>,
     #[prost(bytes = "vec", optional, tag = "4")]
-    observed_addr: Option<Vec<u8>>,
+    pub observed_addr: Option<Vec<u8>>,
     #[prost(string, optional, tag = "5")]
-    protocol_version: Option<String>,
+    pub protocol_version: Option<String>,
     #[prost(string, optional, tag = "6")]
-    agent_version: Option<String>,
+    pub agent_version: Option<String>,
 }
 
 /// The fields of a peer's message that are used.

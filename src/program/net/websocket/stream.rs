@@ -40,7 +40,34 @@ impl WebSocketStream {
     where
         S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
-        let mut builder = Builder::new(connection, Mode::Server);
+        Self::build(Builder::new(connection, Mode::Server))
+    }
+
+    /// The client's side: asks the server at `host` for a WebSocket, and reads the answer.
+    ///
+    /// # Errors
+    ///
+    /// When it answers otherwise.
+    #[cfg(feature = "check")]
+    pub async fn connect<S>(connection: S, host: &str, path: &str) -> io::Result<Self>
+    where
+        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        use soketto::handshake::{Client, ServerResponse};
+
+        let mut client = Client::new(connection, host, path);
+        let status = match client.handshake().await.map_err(io::Error::other)? {
+            ServerResponse::Accepted { .. } => return Ok(Self::build(client.into_builder())),
+            ServerResponse::Redirect { status_code, .. } => status_code,
+            ServerResponse::Rejected { status_code } => status_code,
+        };
+        Err(io::Error::other(format!("the server answers the upgrade with HTTP {status}")))
+    }
+
+    fn build<S>(mut builder: Builder<S>) -> Self
+    where
+        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
         builder.set_max_message_size(LONGEST_MESSAGE);
         builder.set_max_frame_size(LONGEST_MESSAGE);
         let (sender, receiver) = builder.finish();

@@ -72,6 +72,21 @@ func autoRelay(relay peer.AddrInfo) error {
 	return nil
 }
 
+// discover has AutoRelay find out by identify that a host at a global address is a relay.
+func discover(relay peer.AddrInfo) error {
+	target, err := newParty(libp2p.ForceReachabilityPrivate(), libp2p.EnableAutoRelayWithStaticRelays([]peer.AddrInfo{relay}))
+	if err != nil {
+		return err
+	}
+	defer target.Close()
+	address, err := awaitCircuitAddress(target, relay.ID)
+	if err != nil {
+		return err
+	}
+	proved("AutoRelay reserved by itself and advertises %s", address)
+	return nil
+}
+
 // awaitCircuitAddress waits until the host advertises an address via the relay.
 func awaitCircuitAddress(p *party, relay peer.ID) (ma.Multiaddr, error) {
 	updates, err := p.EventBus().Subscribe(new(event.EvtLocalAddressesUpdated))

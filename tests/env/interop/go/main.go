@@ -32,6 +32,7 @@ var scenarios = map[string]func(relay peer.AddrInfo) error{
 	"full":      full,      // --max-reservations 1
 	"private":   private,   // --swarm-key $SWARM_KEY
 	"websocket": websocket, // an address of each kind: TCP, WebSocket; limits as for unlimited
+	"discover":  discover,  // at a global address, and hundreds of others
 	"restart":   restart,   // the defaults; the relay is killed and restarted during the test
 
 	// --autonat; several relays

@@ -7,7 +7,7 @@
 import { multiaddr } from '@multiformats/multiaddr'
 import { limited, unlimited } from './circuits.mjs'
 import { privately } from './private.mjs'
-import { full, reserve } from './reservations.mjs'
+import { discover, full, reserve } from './reservations.mjs'
 import { statuses } from './statuses.mjs'
 import { websocket } from './websocket.mjs'
 
@@ -17,6 +17,7 @@ const scenarios = {
   unlimited, // --circuit-bytes 0 --circuit-duration 0s
   limited, // --circuit-bytes 128KiB --circuit-duration 5s
   statuses, // --max-circuits-per-peer 1
+  discover, // at a global address, and hundreds of others
   full, // --max-reservations 1 --reservation-ttl 5m
   private: privately, // --swarm-key $SWARM_KEY
   websocket // an address of each kind: TCP, WebSocket; limits as for unlimited

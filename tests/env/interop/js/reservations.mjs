@@ -72,6 +72,16 @@ export async function full (relay) {
   await newcomer.stop()
 }
 
+// Listens through whatever relay it finds, and is connected to this one.
+export async function discover (relay) {
+  const party = await newParty({ listen: ['/p2p-circuit'] })
+  await party.dial(relay)
+  const own = () => party.getMultiaddrs().find(address => address.toString().includes(`/p2p/${peerOf(relay)}/p2p-circuit`))
+  await eventually(async () => check(own() != null, 'no circuit address'))
+  proved(`found the relay by itself and listens on ${own()}`)
+  await party.stop()
+}
+
 function left ({ expire }) {
   return Number(expire) - Math.floor(Date.now() / 1000)
 }

@@ -1,0 +1,87 @@
+//! The steps of the check, as values: [`Step`] is one that ended, [`Steps`] runs them.
+
+use std::{
+    fmt, io,
+    time::{Duration, Instant},
+};
+
+use async_std::io::timeout;
+
+use super::diagnosis::{Stage, remedy};
+
+/// How long a step may take.
+pub const TIME_LIMIT: Duration = Duration::from_secs(20);
+
+/// How much of a text is shown, in characters: it may be the relay's own.
+const MAX_SHOWN: usize = 1000;
+
+/// A step that ended.
+#[derive(Debug)]
+pub struct Step {
+    /// Which one.
+    pub stage: Stage,
+    /// How long it took.
+    pub took: Duration,
+    /// What was found out.
+    pub result: io::Result<String>,
+}
+
+/// A step that failed.
+pub type Failed = Box<Step>;
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (name, millis) =
+            (format!("{:?}", self.stage).to_lowercase(), self.took.as_secs_f64() * 1000.0);
+        let text = match &self.result {
+            Ok(detail) => detail.clone(),
+            Err(error) => format!("FAILED: {error}; {}", remedy(self.stage, error)),
+        };
+        let text = text.chars().take(MAX_SHOWN).flat_map(|c| match c.is_control() {
+            true => c.escape_default().collect::<Vec<_>>(),
+            false => vec![c],
+        });
+        write!(f, "{name:<9} {millis:>8.1} ms  {}", text.collect::<String>())
+    }
+}
+
+/// Runs steps, and reports each that succeeds.
+pub struct Steps(pub fn(&Step));
+
+impl Steps {
+    /// Runs one step within [`TIME_LIMIT`]: it returns its result, and what to report.
+    pub async fn run<T>(
+        &self,
+        stage: Stage,
+        work: impl Future<Output = io::Result<(T, String)>>,
+    ) -> Result<T, Failed> {
+        let start = Instant::now();
+        let result = timeout(TIME_LIMIT, work).await;
+        let took = start.elapsed();
+        match result {
+            Ok((value, detail)) => {
+                (self.0)(&Step { stage, took, result: Ok(detail) });
+                Ok(value)
+            }
+            Err(error) => Err(Step { stage, took, result: Err(error) }.into()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_step_is_one_line_whatever_the_relay_says() {
+        let took = Duration::from_micros(1250);
+        let line = |result| Step { stage: Stage::Reserve, took, result }.to_string();
+        assert_eq!(line(Ok("a\x1b[2J\nb".into())), "reserve        1.2 ms  a\\u{1b}[2J\\nb");
+        assert!(line(Ok("a".repeat(100_000))).len() < 1100);
+        let failed = line(Err(io::Error::other("the relay answers with status 200")));
+        assert!(
+            failed.contains("  FAILED: the relay answers with status 200; no slot is free"),
+            "{failed}"
+        );
+    }
+}

@@ -1,0 +1,167 @@
+//! The commands that run no relay: `relaylet check` and `relaylet id`.
+//!
+//! Their flags are not settings: they are neither in the configuration file nor in the table of `Flags`.
+
+use std::{
+    ffi::OsString,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use anyhow::Result;
+#[cfg(feature = "check")]
+use libp2p::multiaddr::Protocol;
+use structopt::{StructOpt, clap::AppSettings as Set};
+
+use super::exit::{UsageError, exit_with, print};
+use crate::program::cli::{
+    identity,
+    load::{Exit, from_clap_error},
+};
+#[cfg(feature = "check")]
+use crate::program::{
+    check,
+    cli::{runtime, values::Parsed},
+    net::swarm_key,
+};
+
+/// Checks whether clients can use a relay of any libp2p, and says why if they cannot.
+///
+/// Prints a line for each step with its time: DNS, TCP, TLS, WebSocket, swarm key, Noise or TLS, yamux, identify, a slot,
+/// and a circuit to itself. The exit code is 0 if all of them succeed, otherwise 1.
+#[cfg(feature = "check")]
+#[derive(Debug, StructOpt)]
+#[structopt(
+    name = "relaylet check",
+    usage = "relaylet check <MULTIADDR> [--quick] [--swarm-key <FILE>]"
+)]
+#[structopt(settings = &[Set::UnifiedHelpMessage, Set::NextLineHelp, Set::DeriveDisplayOrder, Set::DisableVersion, Set::NoBinaryName])]
+struct Check {
+    /// The relay, with or without its peer id: /dns4/relay.example.org/tcp/443/tls/ws/p2p/12D3KooW…
+    #[structopt(value_name = "MULTIADDR")]
+    address: Parsed<libp2p::Multiaddr>,
+
+    /// Stops after identify, and takes no slot: for health checks
+    #[structopt(long)]
+    quick: bool,
+
+    /// File with the key of the relay's private network
+    #[structopt(long, value_name = "FILE", env = "RELAYLET_SWARM_KEY", hide_env_values = true)]
+    swarm_key: Option<PathBuf>,
+}
+
+/// Prints the relay's peer id, and creates its key if there is none.
+#[derive(Debug, StructOpt)]
+#[structopt(name = "relaylet id", usage = "relaylet id [--identity <FILE>] [--import <FILE>]")]
+#[structopt(settings = &[Set::UnifiedHelpMessage, Set::NextLineHelp, Set::DeriveDisplayOrder, Set::DisableVersion, Set::NoBinaryName])]
+struct Id {
+    /// File with the relay's private key
+    ///
+    /// [default: relaylet.key]
+    #[structopt(long, value_name = "FILE", env = "RELAYLET_IDENTITY", hide_env_values = true)]
+    identity: Option<PathBuf>,
+
+    /// Reads the key from this file, and writes it to that of --identity, which must not exist
+    ///
+    /// It may be kubo's configuration, a key that kubo exported, Ed25519 in PEM, or the content of such a key file,
+    /// also in base64.
+    #[structopt(long, value_name = "FILE")]
+    import: Option<PathBuf>,
+}
+
+/// Runs the command that the first of these arguments names. Returns its exit code; `None` if it names none.
+pub fn run(arguments: &[OsString]) -> Option<ExitCode> {
+    let (name, arguments) = arguments.split_first()?;
+    let result = match name.to_str()? {
+        "check" => check(arguments),
+        "id" => parse(arguments).and_then(print_id).map(|()| ExitCode::SUCCESS),
+        _ => return None,
+    };
+    Some(result.unwrap_or_else(|error| match error.downcast() {
+        Ok(Help(text)) => {
+            print(&text);
+            ExitCode::SUCCESS
+        }
+        Err(error) => exit_with(&error),
+    }))
+}
+
+/// Help or a version to print, on its way out.
+#[derive(Debug)]
+struct Help(String);
+
+impl std::fmt::Display for Help {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Help {}
+
+fn parse<T: StructOpt>(arguments: &[OsString]) -> Result<T> {
+    let clap = T::clap();
+    let name = clap.get_name().to_owned();
+    let matches = clap.get_matches_from_safe(arguments);
+    let matches = matches.map_err(|error| match from_clap_error(error, Some(&name)) {
+        Exit::Print(text) => anyhow::Error::from(Help(text)),
+        Exit::Usage(line) => UsageError(line).into(),
+    })?;
+    Ok(T::from_clap(&matches))
+}
+
+#[cfg(not(feature = "check"))]
+fn check(_: &[OsString]) -> Result<ExitCode> {
+    let problem = "check: this relaylet was built without it; build it with the feature check";
+    Err(UsageError(problem.into()).into())
+}
+
+#[cfg(feature = "check")]
+fn check(arguments: &[OsString]) -> Result<ExitCode> {
+    let Check { address: Parsed(address), quick, swarm_key } = parse(arguments)?;
+    let Some(mut target) = check::Target::parse(&address) else {
+        let problem = match address.iter().next() {
+            Some(Protocol::Dnsaddr(name)) => {
+                format!(
+                    "its TXT records are not looked up; name one of them: dig +short TXT _dnsaddr.{name}"
+                )
+            }
+            _ => "is no address over TCP or WebSocket; try /ip4/192.0.2.1/tcp/4001, or \
+                  /dns4/relay.example.org/tcp/443/tls/ws"
+                .into(),
+        };
+        return Err(UsageError(format!("{address}: {problem}")).into());
+    };
+    let file = swarm_key.filter(is_set);
+    target.swarm_key = file.map(|file| swarm_key::load(&file)).transpose()?;
+    let checked = async move { check::check(&target, quick, report).await };
+    Ok(match runtime::run(1, checked) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failed) => {
+            report(&failed);
+            ExitCode::FAILURE
+        }
+    })
+}
+
+#[cfg(feature = "check")]
+fn report(step: &check::Step) {
+    print(&step.to_string());
+}
+
+/// An empty variable counts as not set.
+fn is_set(file: &PathBuf) -> bool {
+    file != Path::new("")
+}
+
+fn print_id(Id { identity, import }: Id) -> Result<()> {
+    let file = identity.filter(is_set).unwrap_or_else(|| "relaylet.key".into());
+    let identity = match import {
+        Some(from) => identity::import(&from, &file)?,
+        None => identity::load_or_create(&file)?,
+    };
+    if let Some(warning) = identity.warning {
+        eprintln!("relaylet: {warning}");
+    }
+    print(&identity.keypair.public().to_peer_id().to_string());
+    Ok(())
+}

@@ -1,0 +1,259 @@
+//! `relaylet check`: each of its steps, and what it says where one fails.
+
+use std::{fs, net::TcpListener, path::Path, process::Output, thread};
+
+use libp2p::{
+    Multiaddr, PeerId, identify,
+    identity::Keypair,
+    multiaddr::Protocol,
+    pnet::PreSharedKey,
+    relay,
+    swarm::{NetworkBehaviour, dummy},
+};
+use tempfile::TempDir;
+use tokio::task::spawn_blocking;
+
+use crate::common::{
+    Client, Relay, command,
+    swarms::{drive, listen, swarm},
+    tcp_port,
+    websocket::{self, CERTIFICATE, Certificate, LISTEN, LISTEN_TLS},
+};
+
+const LISTEN_TCP: &str = "/ip4/127.0.0.1/tcp/0";
+
+/// The end of a check: its exit code, and its lines.
+struct Checked(Option<i32>, Vec<String>);
+
+impl Checked {
+    /// The first words of the lines: the steps.
+    fn steps(&self) -> Vec<&str> {
+        self.1.iter().filter_map(|line| line.split_whitespace().next()).collect()
+    }
+
+    /// What the line of this step says.
+    fn line_of(&self, step: &str) -> &str {
+        let line = self.1.iter().find(|line| line.starts_with(step));
+        line.unwrap_or_else(|| panic!("no {step}: {:#?}", self.1))
+    }
+
+    /// All steps to this one succeeded, which failed with this cause and this remedy.
+    fn failed_at(&self, step: &str, cause: &str, remedy: &str) {
+        let line = self.1.last().expect("a line");
+        assert_eq!(self.0, Some(1), "{:#?}", self.1);
+        assert!(line.starts_with(step), "{step}: {:#?}", self.1);
+        let (said, told) = line.split_once("FAILED: ").expect(line).1.split_once("; ").expect(line);
+        assert!(said.contains(cause), "{cause}: {line}");
+        assert!(told.contains(remedy), "{remedy}: {line}");
+        let failed = self.1.iter().filter(|line| line.contains("FAILED")).count();
+        assert_eq!(failed, 1, "{:#?}", self.1);
+    }
+}
+
+/// Runs the check with these arguments, in this folder.
+async fn check_in(folder: &Path, arguments: &[&str]) -> Checked {
+    let mut command = command(&TempDir::new().expect("a folder"));
+    command.current_dir(folder).arg("check").args(arguments).env("SSL_CERT_FILE", "cert.pem");
+    let output = spawn_blocking(move || command.output().expect("it can be run")).await;
+    let Output { status, stdout, stderr } = output.expect("it ends");
+    assert!(stderr.is_empty(), "{}", String::from_utf8_lossy(&stderr));
+    let stdout = String::from_utf8(stdout).expect("text");
+    Checked(status.code(), stdout.lines().map(str::to_owned).collect())
+}
+
+async fn check(address: &Multiaddr) -> Checked {
+    check_in(Path::new("."), &[&address.to_string()]).await
+}
+
+/// Runs a peer of rust-libp2p's with this behaviour. Returns its address.
+async fn peer<B>(behaviour: impl FnOnce(&Keypair) -> B) -> Multiaddr
+where
+    B: NetworkBehaviour<ToSwarm: Send> + Send,
+{
+    let mut swarm = swarm(behaviour);
+    let address = listen(&mut swarm, LISTEN_TCP.parse().unwrap()).await;
+    swarm.add_external_address(address.clone());
+    let peer = *swarm.local_peer_id();
+    drive(swarm);
+    address.with(Protocol::P2p(peer))
+}
+
+#[derive(NetworkBehaviour)]
+struct RustRelay {
+    relay: relay::Behaviour,
+    identify: identify::Behaviour,
+}
+
+fn identify(keypair: &Keypair) -> identify::Behaviour {
+    identify::Behaviour::new(identify::Config::new("test".into(), keypair.public()))
+}
+
+// ---- Relays that work
+
+#[tokio::test]
+async fn all_steps_succeed_over_tcp_and_the_relay_is_left_as_it_was() {
+    let relay = Relay::start(&[]);
+    let checked = check(&relay.address).await;
+    assert_eq!(checked.0, Some(0), "{:#?}", checked.1);
+    let steps = ["tcp", "secure", "identify", "reserve", "second", "circuit", "end"];
+    assert_eq!(checked.steps(), steps);
+    assert!(checked.line_of("secure").contains(&relay.peer.to_string()));
+    let identify = checked.line_of("identify");
+    assert!(identify.contains("relaylet/0.1.0; sees us at /ip4/127.0.0.1/tcp/"), "{identify}");
+    assert!(identify.contains("/libp2p/circuit/relay/0.2.0/hop"), "{identify}");
+    let reserve = checked.line_of("reserve");
+    for part in ["status 100 (OK) for ", "2m and 128.0 KiB", "the voucher is valid", "/tcp/"] {
+        assert!(reserve.contains(part), "{reserve}");
+    }
+    assert!(checked.line_of("circuit").contains(" ms"));
+    relay.wait_for_log("circuit 1 closed").await;
+    relay.wait_for_log("grace began").await;
+}
+
+#[tokio::test]
+async fn a_quick_check_takes_no_slot() {
+    let relay = Relay::start(&[]);
+    let checked = check_in(Path::new("."), &["--quick", &relay.address.to_string()]).await;
+    assert_eq!(checked.0, Some(0), "{:#?}", checked.1);
+    assert_eq!(checked.steps(), ["tcp", "secure", "identify", "end"]);
+    relay.wait_for_log(" closed: peer ").await;
+    assert_eq!(relay.count_in_log("reservation"), 0);
+}
+
+#[tokio::test]
+async fn a_name_websocket_tls_and_a_private_network_are_steps() {
+    let folder = TempDir::new().unwrap();
+    let certificate = Certificate::new();
+    certificate.write(folder.path());
+    fs::write(folder.path().join("swarm.key"), PreSharedKey::new([1; 32]).to_key_file()).unwrap();
+    let mut flags = vec!["--listen", LISTEN_TCP, LISTEN, LISTEN_TLS, "--swarm-key=swarm.key"];
+    flags.extend(CERTIFICATE);
+    let relay = Relay::start_in(folder, &flags);
+    let path = relay.folder.path();
+    let rest = ["pnet", "secure", "identify", "reserve", "second", "circuit", "end"];
+    let [ws, tls] =
+        [websocket::address(&relay, "/ws").await, websocket::address(&relay, "/tls/ws").await];
+    let name = format!("/dns4/localhost/tcp/{}", relay.port());
+    for (address, first) in [
+        (ws.to_string(), &["tcp", "websocket"][..]),
+        (tls.to_string(), &["tcp", "tls", "websocket"]),
+        (name, &["resolve", "tcp"]),
+    ] {
+        let checked = check_in(path, &[&address, "--swarm-key=swarm.key"]).await;
+        assert_eq!(checked.0, Some(0), "{:#?}", checked.1);
+        assert_eq!(checked.steps(), [first, &rest].concat());
+    }
+
+    // Without the key, and with another one.
+    let address = relay.address.to_string();
+    check_in(path, &[&address]).await.failed_at("secure", "", "--swarm-key");
+    fs::write(path.join("other.key"), PreSharedKey::new([2; 32]).to_key_file()).unwrap();
+    let other = check_in(path, &[&address, "--swarm-key=other.key"]).await;
+    other.failed_at("secure", "", "--swarm-key");
+
+    // A certificate for another name.
+    let elsewhere = format!("/dns4/localhost/tcp/{}/tls/ws", tcp_port(&tls));
+    let checked = check_in(path, &[&elsewhere]).await;
+    checked.failed_at("tls", "certificate", "--tls-cert");
+    // Without one of its own, the machine does not trust the relay's.
+    let elsewhere = TempDir::new().unwrap();
+    check_in(elsewhere.path(), &[&tls.to_string()]).await.failed_at(
+        "tls",
+        "certificate",
+        "SSL_CERT_FILE",
+    );
+}
+
+#[tokio::test]
+async fn rust_libp2ps_relay_passes() {
+    let relay = peer(|keypair| RustRelay {
+        relay: relay::Behaviour::new(keypair.public().to_peer_id(), relay::Config::default()),
+        identify: identify(keypair),
+    });
+    let checked = check(&relay.await).await;
+    assert_eq!(checked.0, Some(0), "{:#?}", checked.1);
+    assert!(checked.line_of("reserve").contains("no voucher"));
+}
+
+// ---- A failure at each step
+
+#[tokio::test]
+async fn what_fails_before_the_relay_is_reached_is_named() {
+    let nowhere = "/dns4/nowhere.invalid/tcp/4001".parse().unwrap();
+    check(&nowhere).await.failed_at("resolve", "", "dig NAME");
+    let address = |port: u16| format!("/ip4/127.0.0.1/tcp/{port}").parse::<Multiaddr>().unwrap();
+    check(&address(1)).await.failed_at("tcp", "refused", "nothing listens there");
+
+    // A program that closes each connection.
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    thread::spawn(move || listener.incoming().for_each(drop));
+    check(&address(port)).await.failed_at("secure", "", "refuses this address");
+}
+
+#[tokio::test]
+async fn another_transport_and_another_peer_are_named() {
+    let relay = Relay::start_listening(&["--listen", LISTEN_TCP, LISTEN]);
+    let ws = websocket::address(&relay, "/ws").await;
+    let plain: Multiaddr = format!("/ip4/127.0.0.1/tcp/{}", tcp_port(&ws)).parse().unwrap();
+    check(&plain).await.failed_at("secure", "", "name WebSocket (/ws)");
+    let plain: Multiaddr = format!("/ip4/127.0.0.1/tcp/{}", relay.port()).parse().unwrap();
+    let upgrade = plain.clone().with(Protocol::Ws("/".into()));
+    check(&upgrade).await.failed_at("websocket", "", "port for WebSocket");
+    let other = plain.clone().with(Protocol::P2p(PeerId::random()));
+    check(&other).await.failed_at(
+        "secure",
+        &format!("another peer answers: {}", relay.peer),
+        "peer id",
+    );
+    // A relay in no private network.
+    let folder = TempDir::new().unwrap();
+    fs::write(folder.path().join("swarm.key"), PreSharedKey::new([1; 32]).to_key_file()).unwrap();
+    let private = check_in(folder.path(), &[&plain.to_string(), "--swarm-key=swarm.key"]).await;
+    private.failed_at("pnet", "", "leave out --swarm-key");
+}
+
+#[tokio::test]
+async fn a_peer_without_identify_and_one_without_a_relay_are_named() {
+    let mute = peer(|_| dummy::Behaviour).await;
+    check(&mute).await.failed_at("identify", "agrees on no protocol", "serve identify");
+    let no_relay = peer(identify).await;
+    check(&no_relay).await.failed_at("reserve", "agrees on no protocol", "RelayService");
+}
+
+#[tokio::test]
+async fn a_refusal_is_named_with_its_status_and_the_flag() {
+    let relay = Relay::start(&["--max-reservations=1"]);
+    let mut holder = Client::connect(&relay).await;
+    holder.reserve().await;
+    check(&relay.address).await.failed_at("reserve", "status 200", "--max-reservations");
+    let somebody = PeerId::random();
+    let relay = Relay::start(&[&format!("--allow-peer={somebody}")]);
+    check(&relay.address).await.failed_at("identify", "", "access rules");
+    let relay = Relay::start(&["--deny-subnet=127.0.0.0/8"]);
+    check(&relay.address).await.failed_at("secure", "", "access rules");
+    let relay = Relay::start(&["--max-connections-per-ip=1"]);
+    check(&relay.address).await.failed_at("second", "", "--max-connections-per-ip");
+    let relay = Relay::start(&[&format!("--allow-connect-peer={somebody}")]);
+    check(&relay.address).await.failed_at("circuit", "denied permission", "--allow-connect-peer");
+    let relay = Relay::start(&["--circuit-bytes=16"]);
+    check(&relay.address).await.failed_at("circuit", "", "limits of a circuit");
+}
+
+#[test]
+fn an_address_that_cannot_be_checked_is_an_error_of_one_line() {
+    let folder = TempDir::new().unwrap();
+    for (arguments, told) in [
+        (&[][..], "<MULTIADDR>"),
+        (&["127.0.0.1:4001"], "try /ip4/127.0.0.1/tcp/4001"),
+        (&["/ip4/127.0.0.1/udp/4001/quic-v1"], "no address over TCP or WebSocket"),
+        (&["/dnsaddr/relay.example.org"], "dig +short TXT _dnsaddr.relay.example.org"),
+        (&["/ip4/127.0.0.1/tcp/4001", "--quack"], "--quack"),
+    ] {
+        let output = command(&folder).arg("check").args(arguments).output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{said}");
+        assert!(said.starts_with("relaylet: ") && said.contains(told), "{said}");
+        assert_eq!(said.lines().count(), 1, "{said}");
+    }
+}
