@@ -2,7 +2,7 @@
 
 pub mod budget;
 mod chunk;
-mod frame;
+pub(crate) mod frame;
 pub mod muxer;
 mod negotiation;
 pub(crate) mod permits;

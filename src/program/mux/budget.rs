@@ -26,6 +26,7 @@ pub struct MemoryBudget(Arc<Inner>);
 struct Inner {
     limit: usize,
     limit_per_connection: usize,
+    growth: usize,
     held: AtomicUsize,
     opened: AtomicU64,
     open: Mutex<BTreeMap<u64, Weak<dyn Shed>>>,
@@ -116,11 +117,13 @@ pub struct ConnectionBudget {
 }
 
 impl MemoryBudget {
-    /// An empty pool with its limit, and the limit on what one connection holds unread, in bytes.
-    pub fn new(limit: usize, limit_per_connection: usize) -> Self {
+    /// An empty pool with its limit, the limit on what one connection holds unread, and by how much the windows of one
+    /// may grow in all, in bytes.
+    pub fn new(limit: usize, limit_per_connection: usize, growth: usize) -> Self {
         Self(Arc::new(Inner {
             limit,
             limit_per_connection,
+            growth,
             held: AtomicUsize::new(0),
             opened: AtomicU64::new(0),
             open: Mutex::default(),
@@ -217,6 +220,11 @@ impl ConnectionBudget {
     /// The pool that it is a part of.
     pub fn pool(&self) -> &MemoryBudget {
         &self.pool
+    }
+
+    /// By how much its windows may grow in all, in bytes.
+    pub fn growth(&self) -> usize {
+        self.pool.0.growth
     }
 
     /// How many bytes it is charged that can be freed.
@@ -331,7 +339,7 @@ mod tests {
 
     #[test]
     fn the_heaviest_connection_of_the_heaviest_prefix_loses_streams_down_to_nine_tenths() {
-        let budget = MemoryBudget::new(1000, 1000);
+        let budget = MemoryBudget::new(1000, 1000, 0);
         let [light, other, heavy] = [1, 2, 2].map(|host| connection(&budget, host, 0));
         light.0.charge(400);
         other.0.charge(250);
@@ -347,7 +355,7 @@ mod tests {
 
     #[test]
     fn who_cannot_free_anything_is_passed_over() {
-        let budget = MemoryBudget::new(1000, 1000);
+        let budget = MemoryBudget::new(1000, 1000, 0);
         let [fixed, other] =
             [(1, 900), (2, 0)].map(|(host, fixed)| connection(&budget, host, fixed));
         other.0.charge(200);
@@ -362,7 +370,7 @@ mod tests {
 
     #[test]
     fn what_a_connection_holds_counts_until_it_is_released_or_the_connection_is_gone() {
-        let budget = MemoryBudget::new(100, 50);
+        let budget = MemoryBudget::new(100, 50, 0);
         let [one, other] = [1, 2].map(|host| connection(&budget, host, 0));
         one.0.add_unread(50);
         other.0.add_unread(51);
@@ -381,7 +389,7 @@ mod tests {
     #[test]
     fn windows_fall_between_half_and_three_quarters_of_the_pool() {
         const KIB: usize = 1024;
-        let budget = MemoryBudget::new(1000 * KIB, 1000 * KIB);
+        let budget = MemoryBudget::new(1000 * KIB, 1000 * KIB, 0);
         let connection = connection(&budget, 1, 0);
         for (held, window) in [(0, 1024), (500, 1024), (625, 528), (750, 32), (2000, 32)] {
             connection.0.charge(held * KIB);
@@ -394,7 +402,7 @@ mod tests {
 
     #[test]
     fn memory_is_scarce_above_three_quarters_of_the_pool() {
-        let budget = MemoryBudget::new(1000, 1000);
+        let budget = MemoryBudget::new(1000, 1000, 0);
         let connection = connection(&budget, 1, 750);
         assert!(!budget.is_scarce());
         connection.0.charge(1);

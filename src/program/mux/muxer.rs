@@ -97,12 +97,14 @@ pub struct Multiplex {
 impl Multiplex {
     /// Within these limits, each connection for so many circuits.
     pub fn new(budget: Budget, limits: StreamLimits, circuits: usize) -> Self {
-        let per_connection = limits.buffered_per_connection(circuits);
+        let pool = limits.buffered(circuits);
+        let (per_connection, growth) =
+            (limits.buffered_per_connection(circuits), limits.growth(circuits));
         Self {
             budget,
             shared_pool: SharedPool::new(limits.max_streams),
             rates: MuxRates::new(limits.stream_rate),
-            memory: MemoryBudget::new(limits.buffered(circuits), per_connection),
+            memory: MemoryBudget::new(pool, per_connection, growth),
             max_stall: StallLimit::new(MAX_STALL),
             client: Client::default(),
         }

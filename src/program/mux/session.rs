@@ -19,7 +19,7 @@ use std::{
 use self::turns::{RoundTrip, Turns};
 use super::{
     budget::{ConnectionBudget, Cut},
-    frame::{Flags, INITIAL_WINDOW, MAX_WINDOW, Reason},
+    frame::{Flags, Reason},
     permits::StreamPermit,
     stream::{Inbound, Outbound, Stream},
 };
@@ -29,9 +29,6 @@ const MAX_REFUSED: usize = 256;
 
 /// How many of our streams may wait to be acknowledged: go-libp2p refuses more ("ACK backlog").
 const MAX_UNACKNOWLEDGED: usize = 256;
-
-/// The windows of one connection grow by so much in all, in bytes.
-const MAX_GROWTH: usize = MAX_WINDOW - INITIAL_WINDOW;
 
 /// Which side of the connection this is. It decides whose stream numbers are odd ("StreamID Field").
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -128,6 +125,7 @@ impl Session {
     pub fn new(role: Role, budget: Arc<ConnectionBudget>) -> Self {
         Self {
             role,
+            growth: budget.growth(),
             budget,
             streams: BTreeMap::new(),
             last_serial: 0,
@@ -140,7 +138,6 @@ impl Session {
             incoming: (0, Flags::NONE),
             ping: None,
             round_trip: RoundTrip::default(),
-            growth: MAX_GROWTH,
             control: VecDeque::new(),
             turns: Turns::default(),
             in_flight: 0,

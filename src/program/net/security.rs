@@ -7,10 +7,7 @@ use std::io;
 use libp2p::{
     PeerId,
     core::upgrade::{InboundConnectionUpgrade, OutboundConnectionUpgrade, UpgradeInfo},
-    futures::{
-        AsyncRead, AsyncWrite, FutureExt, TryFutureExt,
-        future::BoxFuture,
-    },
+    futures::{AsyncRead, AsyncWrite, FutureExt, TryFutureExt, future::BoxFuture},
     identity::Keypair,
     noise,
 };

@@ -88,6 +88,21 @@ impl Default for Size {
 }
 
 impl Size {
+    /// The limits that a relay prints as its settings.
+    pub fn printed(settings: &str) -> Self {
+        let settings: toml::Table = settings.replace("\n# ", "\n").parse().expect("TOML");
+        let limit = |name: &str| settings[name].as_integer().expect("a number") as usize;
+        Self {
+            connections: limit("max-connections"),
+            handshakes: limit("max-handshakes"),
+            slots: limit("max-reservations"),
+            circuits: limit("max-circuits"),
+            circuits_per_peer: limit("max-circuits-per-peer"),
+            streams: limit("max-streams"),
+            buffered: limit("max-buffered"),
+        }
+    }
+
     pub fn divided_by(self, by: usize) -> Self {
         Self {
             connections: self.connections / by,
@@ -136,7 +151,8 @@ pub struct Crowd {
 impl Crowd {
     pub async fn gather(port: u16, watched_at: u16, size: Size) -> Self {
         // Two look on, who have a slot and a circuit.
-        let pairs = each(size.slots - 1, AT_A_TIME, move |number| async move {
+        let at_a_time = AT_A_TIME.min(size.handshakes / 2);
+        let pairs = each(size.slots - 1, at_a_time, move |number| async move {
             let from = address(2 * number / OF_ONE_ADDRESS);
             let mut target = Stranger::arrive(port, from).await;
             let mut source = Stranger::arrive(port, from).await;
@@ -184,10 +200,11 @@ impl Crowd {
             let mut pressing = JoinSet::new();
             for (target, source) in std::mem::take(&mut self.pairs) {
                 let reset = Arc::clone(&reset);
+                let circuits = self.size.circuits / self.size.slots;
                 pressing.spawn(async move {
                     match round % 2 {
-                        0 => stalls_unanswered(target, source, &reset, is_last).await,
-                        _ => stalls_in_a_circuit(target, source, &reset, is_last).await,
+                        0 => stalls_unanswered(target, source, circuits, &reset, is_last).await,
+                        _ => stalls_in_circuits(target, source, circuits, &reset, is_last).await,
                     }
                 });
             }
@@ -204,7 +221,7 @@ impl Crowd {
 }
 
 /// What the relay keeps for a connection once it has had to read a message as long as there can be.
-async fn fill_what_stays(stranger: &mut Stranger) -> io::Result<()> {
+pub async fn fill_what_stays(stranger: &mut Stranger) -> io::Result<()> {
     let stream = stranger.next_stream();
     stranger.say(&data(SYN, stream, &vec![7; 64_000])).await?;
     stranger.say(&data(RST, stream, &[])).await
@@ -280,59 +297,68 @@ async fn stay_mute(stranger: &mut Stranger) -> io::Result<()> {
     Ok(())
 }
 
-/// A circuit is asked for, and the target says nothing: so the relay reads nothing of what its source
-/// sends behind the request, in the smallest of frames. The last round ends with a header alone.
+/// Circuits are asked for, and the target says nothing: so the relay reads nothing of what their source
+/// sends behind the requests, in the smallest of frames. The last round ends with a header alone.
 async fn stalls_unanswered(
     mut target: Stranger,
     mut source: Stranger,
+    circuits: usize,
     reset: &AtomicUsize,
     is_last: bool,
 ) -> Option<(Stranger, Stranger)> {
-    let stream = source.next_stream();
-    let request = data(SYN, stream, &opening(&connect(target.peer)));
-    let small = data(0, stream, &[7]).repeat(SMALL_FRAMES);
+    let streams: Vec<_> = (0..circuits).map(|_| source.next_stream()).collect();
+    let small = |stream: &u32| data(0, *stream, &[7]).repeat(SMALL_FRAMES / circuits);
+    let small: Vec<_> = streams.iter().flat_map(small).collect();
     let pressed = async {
-        source.say(&request).await?;
+        source.say(&requests(&streams, &target)).await?;
         let pushes = [push_most(&mut source).await?, push_most(&mut target).await?];
         stay_mute(&mut source).await?;
         stay_mute(&mut target).await?;
         source.say(&small).await?;
-        stays(&mut target, &mut source, stream, pushes, reset, is_last).await
+        stays(&mut target, &mut source, &streams, pushes, reset, is_last).await
     };
     pressed.await.ok()?;
     Some((target, source))
 }
 
-/// A circuit is open, and the target reads nothing.
-async fn stalls_in_a_circuit(
+/// Circuits are open, and the target reads nothing.
+async fn stalls_in_circuits(
     mut target: Stranger,
     mut source: Stranger,
+    circuits: usize,
     reset: &AtomicUsize,
     is_last: bool,
 ) -> Option<(Stranger, Stranger)> {
-    let stream = source.next_stream();
-    let request = data(SYN, stream, &opening(&connect(target.peer)));
+    let streams: Vec<_> = (0..circuits).map(|_| source.next_stream()).collect();
     let pressed = async {
-        source.say(&request).await?;
-        let asked = timeout(IN_HANDSHAKE, target.agree_to(1)).await;
-        let circuit = asked.map_err(io::Error::other)??[0];
+        source.say(&requests(&streams, &target)).await?;
+        let asked = timeout(IN_HANDSHAKE, target.agree_to(circuits)).await;
+        let open = asked.map_err(io::Error::other)??;
         let pushes = [push_most(&mut source).await?, push_most(&mut target).await?];
-        for _ in 0..PIECES {
-            source.say(&data(0, stream, &vec![7; PIECE])).await?;
-            target.say(&data(0, circuit, &vec![7; PIECE])).await?;
+        for (stream, circuit) in streams.iter().zip(&open) {
+            for _ in 0..PIECES {
+                source.say(&data(0, *stream, &vec![7; PIECE])).await?;
+                target.say(&data(0, *circuit, &vec![7; PIECE])).await?;
+            }
         }
-        stays(&mut target, &mut source, stream, pushes, reset, is_last).await
+        stays(&mut target, &mut source, &streams, pushes, reset, is_last).await
     };
     pressed.await.ok()?;
     Some((target, source))
 }
 
-/// All of it stays for a while, or until the relay resets the source's stream; in the last round with a
+/// Asks for a circuit to the target on each of these streams.
+fn requests(streams: &[u32], target: &Stranger) -> Vec<u8> {
+    let request = opening(&connect(target.peer));
+    streams.iter().flat_map(|stream| data(SYN, *stream, &request)).collect()
+}
+
+/// All of it stays for a while, or until the relay resets the source's first stream; in the last round with a
 /// header alone behind it, and for good.
 async fn stays(
     target: &mut Stranger,
     source: &mut Stranger,
-    stream: u32,
+    streams: &[u32],
     [of_source, of_target]: [u32; 2],
     reset: &AtomicUsize,
     is_last: bool,
@@ -341,10 +367,11 @@ async fn stays(
         say_only_a_header(source, of_source).await?;
         say_only_a_header(target, of_target).await?;
     }
-    let is_reset = source.is_reset(stream, IN_HANDSHAKE).await?;
+    let is_reset = source.is_reset(streams[0], IN_HANDSHAKE).await?;
     reset.fetch_add(is_reset.into(), Ordering::Relaxed);
     if !is_last {
-        source.say(&data(RST, stream, &[])).await?;
+        let resets: Vec<_> = streams.iter().flat_map(|stream| data(RST, *stream, &[])).collect();
+        source.say(&resets).await?;
         target.hears_out().await?;
     }
     Ok(())

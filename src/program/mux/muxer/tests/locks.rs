@@ -120,7 +120,7 @@ fn another_connection_is_asked_for_memory_and_permits_while_no_session_is_locked
     let budget = Budget { inbound: 64, outbound: 64 };
     let limits = StreamLimits { stream_rate: 0, ..StreamLimits::default() };
     let pool = SharedPool::new(16);
-    let memory = MemoryBudget::new(LIMIT, LIMIT);
+    let memory = MemoryBudget::new(LIMIT, LIMIT, 0);
     let multiplex = Multiplex {
         memory: memory.clone(),
         shared_pool: pool.clone(),

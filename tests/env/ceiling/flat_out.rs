@@ -1,0 +1,121 @@
+//! A small device: circuits that carry as fast as they can, beside more connections and stalled circuits than it has
+//! room for.
+
+use std::{io, time::Duration};
+
+use libp2p::futures::future;
+use tokio::time::timeout;
+
+use super::{MIB, at_most, cgroup::Cgroup, crowd::fill_what_stays};
+use crate::common::{
+    Relay,
+    by_hand::{Frame, SYN, WINDOW_UPDATE, data, frame},
+    command,
+    messages::{connect, reserve},
+    strangers::{Staying, Stranger, address, each, opening},
+    within,
+};
+
+const MEMORY: u64 = 32;
+const FLAT_OUT: usize = 16;
+const CONNECTIONS: usize = 200;
+/// So many circuits of each of so many pairs.
+const STALLED: [usize; 2] = [4, 16];
+
+/// What each circuit carries, in bytes.
+const LOAD: usize = 2 * MIB as usize;
+
+/// How many arrive at a time: half as many as may be in their handshakes.
+const AT_A_TIME: usize = 8;
+
+/// How long a target waits to be asked for circuits that may be refused.
+const ASKED: Duration = Duration::from_secs(2);
+
+#[tokio::test]
+#[ignore = "needs root, for a cgroup that limits memory"]
+async fn sixteen_circuits_flat_out_survive_more_connections_and_stalls_than_there_is_memory_for() {
+    let cgroup = Cgroup::make();
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let mut start = command(&folder);
+    start.args(["--listen=/ip4/127.0.0.1/tcp/0", "--circuit-bytes=0", "--circuit-duration=0s"]);
+    start.arg(format!("--memory={MEMORY}MiB"));
+    let relay = Relay::run(cgroup.command(&start), folder);
+    assert_eq!(at_most(&relay).await, MEMORY);
+    cgroup.limit(MEMORY * MIB);
+    let port = relay.port();
+
+    let pairs = each(FLAT_OUT, AT_A_TIME, move |number| pair(port, number)).await;
+    let strangers = each(CONNECTIONS, AT_A_TIME, move |number| async move {
+        let mut stranger = Stranger::connect(port, address(100 + number / 4)).await?;
+        fill_what_stays(&mut stranger).await?;
+        io::Result::Ok(stranger)
+    });
+    let (strangers, ()) = future::join(strangers, carry(pairs)).await;
+    let connected = strangers.iter().flatten().count();
+    drop(strangers);
+
+    let pairs = each(FLAT_OUT, AT_A_TIME, move |number| pair(port, number)).await;
+    let [circuits, stalled] = STALLED;
+    let stall = each(stalled, AT_A_TIME, move |number| stall(port, 100 + number, circuits));
+    let (stalled, ()) = future::join(stall, carry(pairs)).await;
+    println!(
+        "{MEMORY} MiB: {} MiB of its cgroup at its peak; {connected} of {CONNECTIONS} connections, {} stalled circuits",
+        cgroup.peak() / MIB,
+        stalled.iter().flatten().map(|(_, open)| open).sum::<usize>(),
+    );
+    assert_eq!(cgroup.killed(), 0);
+    assert!(connected > FLAT_OUT && stalled.iter().flatten().count() > 0);
+}
+
+/// A source with the stream of its circuit, and the target, which reads.
+async fn pair(port: u16, number: usize) -> (Stranger, u32, Staying) {
+    let mut target = Stranger::arrive(port, address(number)).await;
+    let mut source = Stranger::arrive(port, address(number)).await;
+    let connected = async {
+        assert_eq!(target.ask_once(&reserve()).await?.1, Some(100));
+        let peer = target.peer;
+        let reads = |frame: &Frame| match frame.body.len() {
+            0 => vec![],
+            read => window_update(frame.stream, read),
+        };
+        let target = Staying::as_long_as(async move { _ = target.agrees(reads).await });
+        let (stream, status) = source.ask_once(&connect(peer)).await?;
+        assert_eq!(status, Some(100));
+        io::Result::Ok((source, stream, target))
+    };
+    within(connected).await.expect("the relay keeps them")
+}
+
+fn window_update(stream: u32, bytes: usize) -> Vec<u8> {
+    frame(WINDOW_UPDATE, 0, stream, bytes as u32)
+}
+
+/// All of them carry their load.
+async fn carry(pairs: Vec<(Stranger, u32, Staying)>) {
+    let carried = pairs.into_iter().map(|(mut source, stream, target)| async move {
+        within(source.write(stream, LOAD)).await.expect("the circuit stays");
+        drop(target);
+    });
+    future::join_all(carried).await;
+}
+
+/// Circuits whose target reads nothing, as many of these as are granted.
+async fn stall(port: u16, number: usize, circuits: usize) -> io::Result<([Stranger; 2], usize)> {
+    let mut target = Stranger::connect(port, address(number)).await?;
+    let mut source = Stranger::connect(port, address(number)).await?;
+    let _ = target.ask_once(&reserve()).await?;
+    let streams: Vec<_> = (0..circuits).map(|_| source.next_stream()).collect();
+    let request = opening(&connect(target.peer));
+    let requests: Vec<_> = streams.iter().flat_map(|stream| data(SYN, *stream, &request)).collect();
+    source.say(&requests).await?;
+    let mut open = 0;
+    while let Ok(agreed) = timeout(ASKED, target.agree_to(1)).await {
+        open += agreed?.len();
+    }
+    for stream in streams {
+        for _ in 0..4 {
+            source.say(&data(0, stream, &[7; 60 * 1024])).await?;
+        }
+    }
+    Ok(([source, target], open))
+}
