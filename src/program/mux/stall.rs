@@ -5,12 +5,11 @@
 //! meanwhile; that of the unacknowledged ones would look the same after as many were acknowledged as written.
 
 use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
+
+use portable_atomic::AtomicU64;
 
 /// The longest stall while memory is scarce.
 const WHILE_SCARCE: Duration = Duration::from_secs(30);
