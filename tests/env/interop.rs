@@ -308,7 +308,7 @@ impl Drop for Talking {
 }
 
 /// The Go client, built once.
-fn go_client() -> &'static Path {
+pub fn go_client() -> &'static Path {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
     BUILT.get_or_init(|| {
         let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join("go-client");
@@ -348,7 +348,7 @@ async fn play((name, flags): Scenario, client: &mut Command) {
     run(client);
 }
 
-fn run(command: &mut Command) {
+pub fn run(command: &mut Command) {
     let status = command.status();
     let status = status.unwrap_or_else(|error| panic!("{command:?}: {error}; is it installed?"));
     assert!(status.success(), "{command:?}: {status}");

@@ -11,4 +11,5 @@ mod ceiling;
 mod deploy;
 mod interop;
 mod netns;
+mod small_device;
 mod wall_clock;
