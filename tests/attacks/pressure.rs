@@ -34,7 +34,13 @@ async fn newcomers_to_a_full_table_of_slow_peers() {
     const NEWCOMERS: usize = 100;
     let patience = Duration::from_secs(quick_or_long(8, 120));
     let slots = format!("--max-reservations={SLOTS}");
-    let flags = [&slots, "--max-reservations-per-ip=0", "--probe-after=1s", "--idle-timeout=0s"];
+    let flags = [
+        &slots,
+        "--max-reservations-per-ip=0",
+        "--max-connections=1024",
+        "--probe-after=1s",
+        "--idle-timeout=0s",
+    ];
     let mut ground = Ground::prepare(&flags).await;
     let port = ground.port;
     // One slot is the target's. Those who hold the others are no strangers: they have the threads of
