@@ -40,7 +40,9 @@ async fn what_follows_from_memory_stays_below_it_with_all_limits_at_once() {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let printed = command(&folder).args([&flag, ANYWHERE, "--print-config"]).output();
         let printed = String::from_utf8(printed.expect("it prints").stdout).expect("text");
-        assert_eq!(press(Size::printed(&printed), &[flag]).await, *memory);
+        let said = press(Size::printed(&printed), &[flag]).await;
+        // All of it but what one more slot would take.
+        assert!((memory * 9 / 10..=*memory).contains(&said), "{said}");
     }
 }
 

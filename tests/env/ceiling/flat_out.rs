@@ -40,7 +40,7 @@ async fn sixteen_circuits_flat_out_survive_more_connections_and_stalls_than_ther
     start.args(["--listen=/ip4/127.0.0.1/tcp/0", "--circuit-bytes=0", "--circuit-duration=0s"]);
     start.arg(format!("--memory={MEMORY}MiB"));
     let relay = Relay::run(cgroup.command(&start), folder);
-    assert_eq!(at_most(&relay).await, MEMORY);
+    assert!(at_most(&relay).await <= MEMORY);
     cgroup.limit(MEMORY * MIB);
     let port = relay.port();
 
