@@ -332,7 +332,7 @@ pub struct Flags {
     /// Above it, streams of the heaviest connection of the heaviest address are reset, those first whose
     /// bytes have waited the longest. Other connections are not slowed down.
     ///
-    /// At least 4 times --max-buffered-per-connection; by default also 80KiB for each of up to 1024 slots.
+    /// At least 4 times --max-buffered-per-connection; by default also 256KiB for each of up to 128 slots.
     ///
     /// [default: 4 times --max-buffered-per-connection]
     #[structopt(long, value_name = "SIZE")]

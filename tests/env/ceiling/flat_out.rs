@@ -93,7 +93,8 @@ fn window_update(stream: u32, bytes: usize) -> Vec<u8> {
 /// All of them carry their load.
 async fn carry(pairs: Vec<(Stranger, u32, Staying)>) {
     let carried = pairs.into_iter().map(|(mut source, stream, target)| async move {
-        within(source.write(stream, LOAD)).await.expect("the circuit stays");
+        let written = within(source.write(stream, LOAD)).await;
+        written.expect("a circuit that is read is not cut");
         drop(target);
     });
     future::join_all(carried).await;
