@@ -7,12 +7,13 @@ use std::{
     pin::Pin,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, Ordering},
     },
     task::{Context, Poll, ready},
 };
 
 use libp2p::futures::{AsyncRead, AsyncWrite};
+use portable_atomic::AtomicU64;
 
 use crate::delegate::delegate_write;
 

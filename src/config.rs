@@ -25,8 +25,9 @@ const LONGEST_PROBE: Duration = Duration::from_millis(3500);
 
 /// The cap on slots of one address is this fraction of the total, unless given.
 const SHARE_PER_IP: usize = 16;
-/// The least cap: a household or a small office behind one address.
+/// The least cap: a household or a small office behind one address; of a small table half, for a site behind one address.
 const LEAST_PER_IP: usize = 8;
+const SMALL_TABLE: usize = 64;
 
 /// The cap on slots of one subnet is this fraction of the total, unless given.
 const SHARE_PER_SUBNET: usize = 4;
@@ -73,7 +74,7 @@ pub struct Config {
     pub max_reservations: usize,
     /// How many slots one IP address may hold; an IPv6 address counts as its /64.
     ///
-    /// Default `None`: a sixteenth of [`max_reservations`](Self::max_reservations), at least 8.
+    /// Default `None`: a sixteenth of [`max_reservations`](Self::max_reservations), but half of up to 64, and at least 8.
     /// Zero: no cap.
     pub max_reservations_per_ip: Option<usize>,
     /// How many slots one subnet may hold: an IPv4 /24, an IPv6 /48.
@@ -243,7 +244,8 @@ impl Config {
     pub(crate) fn slot_caps(&self) -> Caps {
         let (of, total) = (self.max_reservations, Some(self.max_reservations));
         let (per_ip, per_subnet) = (self.max_reservations_per_ip, self.max_reservations_per_subnet);
-        let per_address = cap(per_ip, of / SHARE_PER_IP, LEAST_PER_IP);
+        let half_of_small = of.min(SMALL_TABLE) / 2;
+        let per_address = cap(per_ip, of / SHARE_PER_IP, half_of_small.max(LEAST_PER_IP));
         let per_subnet = cap(per_subnet, of / SHARE_PER_SUBNET, LEAST_PER_SUBNET);
         Caps { total, per_subnet, per_address }
     }
@@ -435,6 +437,9 @@ mod tests {
         };
         assert_eq!(caps(1024, None), (Some(64), Some(256)));
         assert_eq!(caps(10, None), (Some(8), Some(64)));
+        // A site behind one address has half of a small table.
+        assert_eq!(caps(64, None), (Some(32), Some(64)));
+        assert_eq!(caps(400, None), (Some(32), Some(100)));
         assert_eq!(caps(1024, Some(3)), (Some(3), Some(3)));
         assert_eq!(caps(1024, Some(0)), (None, None));
     }

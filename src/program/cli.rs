@@ -1,12 +1,12 @@
 //! The program: settings, main loop, signals, exit code.
 
+mod derived;
 pub mod flags;
 mod help;
 pub mod identity;
 mod key_log;
 pub mod load;
 mod log_summary;
-mod memory_estimate;
 mod reload;
 pub mod run;
 mod runtime;

@@ -1,7 +1,7 @@
 //! yamux: streams over one connection, with limits on streams and on buffered bytes.
 
 pub mod budget;
-mod frame;
+pub(crate) mod frame;
 pub mod muxer;
 mod session;
 mod stream;

@@ -7,11 +7,12 @@ use std::{
     collections::HashMap,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, Ordering},
     },
 };
 
 use libp2p::PeerId;
+use portable_atomic::AtomicU64;
 
 use crate::event::{BytesTransferred, CircuitId};
 

@@ -36,7 +36,12 @@ async fn unread_ping_echoes_of_four_addresses_at_a_full_table() {
     const CONNECTIONS: usize = 250;
     // More than the 10 s of silence before a peer is probed, and the 3 s of the probe.
     let duration = Duration::from_secs(short_or_long(24, 90));
-    let mut testbed = Testbed::start(&[&format!("--max-reservations={SLOTS}")]).await;
+    let mut testbed = Testbed::start(&[
+        &format!("--max-reservations={SLOTS}"),
+        "--max-connections=1024",
+        "--max-handshakes=256",
+    ])
+    .await;
     let port = testbed.port;
     let mut holders = Vec::new();
     for number in 1..SLOTS {

@@ -34,7 +34,13 @@ async fn newcomers_to_a_full_table_of_slow_peers() {
     const NEWCOMERS: usize = 100;
     let duration = Duration::from_secs(short_or_long(8, 120));
     let slots = format!("--max-reservations={SLOTS}");
-    let flags = [&slots, "--max-reservations-per-ip=0", "--probe-after=1s", "--idle-timeout=0s"];
+    let flags = [
+        &slots,
+        "--max-reservations-per-ip=0",
+        "--max-connections=1024",
+        "--probe-after=1s",
+        "--idle-timeout=0s",
+    ];
     let mut testbed = Testbed::start(&flags).await;
     let port = testbed.port;
     // One slot is the target's. The holders of the others are not part of the attack: they run on the bystanders'

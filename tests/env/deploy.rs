@@ -46,6 +46,37 @@ fn the_unit_has_a_low_exposure_score() {
     assert!(!is_within_threshold(&unit().replace("\nProtect", "\n#Protect")));
 }
 
+/// What OpenWrt's procd would be told.
+const PROCD: &str = r#"
+procd_open_instance() { :; }
+procd_close_instance() { :; }
+procd_set_param() { echo "$*"; }
+procd_send_signal() { echo "signal $*"; }
+. "$SCRIPT" && start_service && start_service >"$FOLDER/second" && reload_service
+"#;
+
+#[test]
+#[ignore = "needs root, to give files away"]
+fn procd_runs_it_on_openwrt_with_little_memory_and_keeps_its_settings() {
+    let folder = TempDir::new().unwrap();
+    let output = run(Command::new("sh")
+        .args(["-euc", PROCD])
+        .env("SCRIPT", concat!(env!("CARGO_MANIFEST_DIR"), "/tests/deploy/relaylet.init"))
+        .env("PROGRAM", PROGRAM)
+        .env("FOLDER", folder.path()));
+    let told = |name: &str| {
+        let found = output.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        found.unwrap_or_else(|| panic!("no {name}: {output}"))
+    };
+    assert_eq!((told("user"), told("signal")), ("nobody", "relaylet * HUP"));
+    let metadata = fs::metadata(folder.path().join("relaylet.toml")).unwrap();
+    assert!(metadata.uid() > 0);
+    let mut words = told("command").split(' ');
+    let mut command = Command::new(words.next().expect("the program"));
+    let printed = run(command.args(words).arg("--print-config"));
+    assert!(printed.contains("memory = 25165824\n"), "{printed}");
+}
+
 #[test]
 #[ignore = "needs root and systemd-nspawn"]
 fn systemd_runs_the_relay_as_an_unprivileged_user() {

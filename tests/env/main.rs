@@ -12,4 +12,5 @@ mod interop;
 mod machine;
 mod memory_estimate;
 mod netns;
+mod small_device;
 mod wall_clock;

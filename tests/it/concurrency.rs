@@ -32,7 +32,7 @@ async fn counts_match_with_one_thread() {
 
 async fn assert_counts_match(threads: &str) {
     let flags = "--max-reservations=25 --max-reservations-per-ip=0 --grace=1s --probe=0s \
-                 --reserve-rate=0 --connect-rate=0";
+                 --reserve-rate=0 --connect-rate=0 --max-handshakes=256";
     let relay = Relay::start(&[&flags.split(' ').collect::<Vec<_>>()[..], &[threads]].concat());
     let clients = (0..CLIENTS).map(|n| tokio::spawn(run_client(n, relay.address.clone())));
     let clients = future::join_all(clients).await;

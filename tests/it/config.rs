@@ -265,3 +265,24 @@ async fn without_a_file_sighup_changes_nothing() {
     relay.wait_for_log("SIGHUP: no file to reload").await;
     Client::connect(&relay).await.reserve().await;
 }
+
+#[tokio::test]
+async fn of_what_follows_from_another_memory_slots_change_with_sighup_and_the_rest_with_a_restart()
+{
+    let relay = start(folder_with("memory = \"24MiB\"\n"));
+    relay.wait_for_log("memory: at most 2").await;
+    write(&relay.folder, "memory = \"128MiB\"\n");
+    relay.signal("HUP");
+    for name in ["max-connections", "max-handshakes", "max-streams", "max-buffered"] {
+        relay.wait_for_log(&format!("SIGHUP: {name} requires a restart")).await;
+    }
+    relay.wait_for_log("SIGHUP: changed: max-reservations, ").await;
+    relay.wait_for_log("SIGHUP: memory: 25165824 → 134217728").await;
+    write(&relay.folder, "memory = \"5MiB\"\n");
+    relay.signal("HUP");
+    relay
+        .wait_for_log(
+            "SIGHUP: keeping the previous settings: relaylet.toml:1: --memory 5MiB: is too",
+        )
+        .await;
+}

@@ -216,9 +216,9 @@ async fn the_metrics_include_the_process_and_the_configured_limits() {
     assert!((-1.0..TEST_TIMEOUT.as_secs_f64()).contains(&age), "{age}");
     for (setting, limit) in [
         ("max-reservations", 77.0),
-        ("max-connections", 1024.0),
+        ("max-connections", 154.0),
         ("max-handshakes", 7.0),
-        ("max-circuits", 1024.0),
+        ("max-circuits", 154.0),
         ("circuit-duration", 90.0),
         ("circuit-bytes", 131_072.0),
         ("bandwidth", 0.0),

@@ -1,5 +1,7 @@
 //! The settings: one struct for the command line, the environment and the file, and the configurations that follow from it.
 
+mod limits;
+
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
 
 use bytesize::ByteSize;
@@ -11,17 +13,14 @@ use structopt::{StructOpt, clap::AppSettings as Set};
 use toml::{Table, Value};
 
 use super::{
+    derived::Limit,
     runtime,
     values::{Parsed, unwrap_all},
 };
 use crate::{
     access::Lists,
     config::{Config, ConfigError, LONGEST, validate_subnets},
-    program::net::{admission::limits, multiaddr},
-    program::{
-        component::CertificateFiles,
-        mux::stream_limits::{self, StreamLimits},
-    },
+    program::{component::CertificateFiles, mux::stream_limits, net::multiaddr},
 };
 
 /// The default of `--listen`.
@@ -152,13 +151,15 @@ pub struct Flags {
 
     /// How many peers may hold a slot at a time
     ///
+    /// [default: 1024]
+    ///
     /// [group: Slots]
-    #[structopt(long, value_name = "N", default_value = "1024")]
-    pub max_reservations: Parsed<usize>,
+    #[structopt(long, value_name = "N")]
+    pub max_reservations: Option<Parsed<usize>>,
 
     /// How many slots one IP address (IPv6: one /64) may have; 0: no cap
     ///
-    /// [default: a sixteenth of --max-reservations, at least 8]
+    /// [default: a sixteenth of all, half of up to 64, at least 8]
     #[structopt(long, value_name = "N")]
     pub max_reservations_per_ip: Option<Parsed<usize>>,
 
@@ -204,9 +205,11 @@ pub struct Flags {
 
     /// How many circuits may be open at a time
     ///
+    /// [default: twice --max-reservations, 128 to 1024]
+    ///
     /// [group: Circuits]
-    #[structopt(long, value_name = "N", default_value = "1024")]
-    pub max_circuits: Parsed<usize>,
+    #[structopt(long, value_name = "N")]
+    pub max_circuits: Option<Parsed<usize>>,
 
     /// How many circuits the sources of one IP address (IPv6: one /64) may have; 0: no cap
     ///
@@ -221,8 +224,10 @@ pub struct Flags {
     pub max_circuits_per_subnet: Option<Parsed<usize>>,
 
     /// How many circuits one peer may be part of, as source and as target together
-    #[structopt(long, value_name = "N", default_value = "64")]
-    pub max_circuits_per_peer: Parsed<usize>,
+    ///
+    /// [default: an eighth of --max-reservations, 8 to 64]
+    #[structopt(long, value_name = "N")]
+    pub max_circuits_per_peer: Option<Parsed<usize>>,
 
     /// How long a circuit may stay open; 0s: no limit
     #[structopt(long, value_name = "DURATION", default_value = "2m")]
@@ -282,7 +287,7 @@ pub struct Flags {
     ///
     /// An eighth is reserved for peers that hold slots. Beyond the rest, an idle connection of the address
     /// with the most connections is closed for a new one.
-    /// [default: twice --max-reservations, at least 1024]
+    /// [default: twice --max-reservations, at least 128]
     ///
     /// [group: Connections]
     #[structopt(long, value_name = "N")]
@@ -296,7 +301,7 @@ pub struct Flags {
 
     /// How many connections one IP address (IPv6: one /64) may have; 0: no cap
     ///
-    /// [default: an eighth of all, at least 16]
+    /// [default: an eighth of all, half of up to 128, at least 16]
     #[structopt(long, value_name = "N")]
     pub max_connections_per_ip: Option<Parsed<usize>>,
 
@@ -307,12 +312,14 @@ pub struct Flags {
     pub max_connections_per_subnet: Option<Parsed<usize>>,
 
     /// How many connections may be in their handshakes, which take at most 10 s
-    #[structopt(long, value_name = "N", default_value = "256")]
-    pub max_handshakes: Parsed<usize>,
+    ///
+    /// [default: half of --max-reservations, 32 to 256]
+    #[structopt(long, value_name = "N")]
+    pub max_handshakes: Option<Parsed<usize>>,
 
     /// How many streams all peers together may have open, not counting four of each connection
     ///
-    /// [default: four times --max-circuits, at least 1024]
+    /// [default: four times --max-circuits]
     #[structopt(long, value_name = "N")]
     pub max_streams: Option<Parsed<usize>>,
 
@@ -334,17 +341,18 @@ pub struct Flags {
     /// Above it, streams of the heaviest connection of the heaviest address are reset, those first whose
     /// bytes have waited the longest. Other connections are not slowed down.
     ///
-    /// At least 4 times --max-buffered-per-connection.
+    /// At least 4 times --max-buffered-per-connection; by default also 256KiB for each of up to 128 slots.
     ///
-    /// [default: 4 times --max-buffered-per-connection, at least 80MiB]
+    /// [default: 4 times --max-buffered-per-connection]
     #[structopt(long, value_name = "SIZE")]
     pub max_buffered: Option<Parsed<ByteSize>>,
 
     /// How many received bytes may be buffered for one connection
     ///
-    /// At least 256KiB for each circuit that a peer may have, and 1MiB.
+    /// At least 256KiB for each circuit that a peer may have, and 256KiB. By what is above that, but at most by
+    /// 768KiB, windows may grow.
     ///
-    /// [default: 256KiB a circuit of a peer, plus 1MiB]
+    /// [default: 256KiB a circuit of a peer, and up to 1MiB]
     #[structopt(long, value_name = "SIZE")]
     pub max_buffered_per_connection: Option<Parsed<ByteSize>>,
 
@@ -356,11 +364,23 @@ pub struct Flags {
     #[structopt(long, value_name = "DURATION", default_value = "8s")]
     pub drain: Parsed<Duration>,
 
+    /// How much memory the relay takes at most
+    ///
+    /// What no flag sets of slots, circuits, connections, handshakes, streams, buffers and threads follows from it;
+    /// see --print-config.
+    ///
+    /// [default: what the limits take]
+    ///
+    /// [group: Resources]
+    #[structopt(long, value_name = "SIZE")]
+    pub memory: Option<Parsed<ByteSize>>,
+
     /// How many threads run the relay
+    ///
+    /// With --memory at most one for each 128MiB of it.
     ///
     /// [default: half of the machine's cores, at least 1]
     ///
-    /// [group: Resources]
     #[structopt(long, value_name = "N")]
     pub threads: Option<Parsed<usize>>,
 
@@ -414,33 +434,39 @@ impl Flags {
     ///
     /// As [`Flags::to_table`].
     pub fn settings(&self) -> Result<Table, String> {
-        let config = self.config();
+        let (config, derived, limits) = (self.config(), self.derived(), self.limits());
         let (slot_caps, circuit_caps) = (config.slot_caps(), config.circuit_caps());
-        let (circuits, limits) = (self.max_circuits_per_peer.0, self.limits());
-        let streams = self.stream_limits();
-        let per_connection = Parsed(circuits.saturating_add(stream_limits::SPARE));
-        let size = |bytes: usize| Some(Parsed(ByteSize::b(bytes as u64)));
+        let number = |limit| Some(Parsed(derived.get(limit)));
+        let size = |limit| Some(Parsed(ByteSize::b(derived.get(limit) as u64)));
+        let per_connection =
+            Parsed(derived.get(Limit::CircuitsPerPeer).saturating_add(stream_limits::SPARE));
         let mut all = Self {
             listen: self.listen_addresses().0.into_iter().map(Parsed).collect(),
             tls_cert: Some(self.tls_cert.clone().unwrap_or_default()),
             tls_key: Some(self.tls_key.clone().unwrap_or_default()),
+            max_reservations: number(Limit::Reservations),
             max_reservations_per_ip: slot_caps.per_address.or(Some(0)).map(Parsed),
             max_reservations_per_subnet: slot_caps.per_subnet.or(Some(0)).map(Parsed),
+            max_circuits: number(Limit::Circuits),
             max_circuits_per_ip: circuit_caps.per_address.or(Some(0)).map(Parsed),
             max_circuits_per_subnet: circuit_caps.per_subnet.or(Some(0)).map(Parsed),
+            max_circuits_per_peer: number(Limit::CircuitsPerPeer),
             swarm_key: Some(self.swarm_key.clone().unwrap_or_default()),
-            max_connections: Some(Parsed(limits.max_connections)),
+            max_connections: number(Limit::Connections),
             max_connections_per_ip: limits.per_ip().or(Some(0)).map(Parsed),
             max_connections_per_subnet: limits.per_subnet().or(Some(0)).map(Parsed),
-            max_streams: Some(Parsed(streams.max_streams)),
-            max_buffered: size(streams.buffered(circuits)),
-            max_buffered_per_connection: size(streams.buffered_per_connection(circuits)),
+            max_handshakes: number(Limit::Handshakes),
+            max_streams: number(Limit::Streams),
+            max_buffered: size(Limit::Buffered),
+            max_buffered_per_connection: size(Limit::BufferedPerConnection),
             max_streams_per_connection: self.max_streams_per_connection.or(Some(per_connection)),
-            threads: Some(Parsed(self.threads())),
+            threads: number(Limit::Threads),
             ..self.clone()
         }
         .to_table()?;
-        all.entry("http").or_insert_with(|| Value::from(""));
+        for name in ["memory", "http"] {
+            all.entry(name).or_insert_with(|| Value::from(""));
+        }
         let is_of_dht = |name: &str| ["bootstrap", "dht", "dht-protocol"].contains(&name);
         let (dht, others): (Table, Table) = all.into_iter().partition(|(name, _)| is_of_dht(name));
         Ok(others.into_iter().chain(dht).collect())
@@ -448,13 +474,14 @@ impl Flags {
 
     /// How many threads run the relay.
     pub fn threads(&self) -> usize {
-        self.threads.map_or_else(runtime::default_threads, |threads| threads.0)
+        self.derived().get(Limit::Threads)
     }
 
     /// The relay's configuration.
     pub fn config(&self) -> Config {
+        let derived = self.derived();
         Config {
-            max_reservations: self.max_reservations.0,
+            max_reservations: derived.get(Limit::Reservations),
             max_reservations_per_ip: self.max_reservations_per_ip.map(|value| value.0),
             max_reservations_per_subnet: self.max_reservations_per_subnet.map(|value| value.0),
             reservation_ttl: *self.reservation_ttl.0,
@@ -465,10 +492,10 @@ impl Flags {
             probe_after: *self.probe_after.0,
             sweep: *self.sweep.0,
             idle_timeout: *self.idle_timeout.0,
-            max_circuits: self.max_circuits.0,
+            max_circuits: derived.get(Limit::Circuits),
             max_circuits_per_ip: self.max_circuits_per_ip.map(|value| value.0),
             max_circuits_per_subnet: self.max_circuits_per_subnet.map(|value| value.0),
-            max_circuits_per_peer: self.max_circuits_per_peer.0,
+            max_circuits_per_peer: derived.get(Limit::CircuitsPerPeer),
             circuit_duration: *self.circuit_duration.0,
             circuit_bytes: self.circuit_bytes.0.as_u64(),
             bandwidth: self.bandwidth.0.as_u64(),
@@ -495,41 +522,6 @@ impl Flags {
     /// The subnets of reverse proxies that name their WebSocket clients.
     pub fn forwarders(&self) -> Vec<IpNet> {
         unwrap_all(&self.trust_forwarded_from).collect()
-    }
-
-    /// The limits on connections.
-    pub fn limits(&self) -> limits::Limits {
-        let default = || self.max_reservations.0.saturating_mul(2).max(1024);
-        limits::Limits {
-            max_connections: self.max_connections.map_or_else(default, |value| value.0),
-            max_connections_per_peer: self.max_connections_per_peer.0,
-            max_connections_per_ip: self.max_connections_per_ip.map(|value| value.0),
-            max_connections_per_subnet: self.max_connections_per_subnet.map(|value| value.0),
-            max_handshakes: self.max_handshakes.0,
-        }
-    }
-
-    /// The limits on streams.
-    pub fn stream_limits(&self) -> StreamLimits {
-        let default = || self.max_circuits.0.saturating_mul(4).max(1024);
-        let size = |size: Parsed<ByteSize>| usize::try_from(size.0.as_u64()).unwrap_or(usize::MAX);
-        StreamLimits {
-            max_streams: self.max_streams.map_or_else(default, |value| value.0),
-            max_streams_per_connection: self.max_streams_per_connection.map(|value| value.0),
-            stream_rate: self.stream_rate.0,
-            max_buffered: self.max_buffered.map(size),
-            max_buffered_per_connection: self.max_buffered_per_connection.map(size),
-        }
-    }
-
-    /// How many connections may be dialed for the DHT at a time.
-    pub fn max_dht_dials(&self) -> usize {
-        if self.dht { limits::DIALED_FOR_DHT } else { 0 }
-    }
-
-    /// How many connections may be dialed for AutoNAT at a time.
-    pub fn max_autonat_dials(&self) -> usize {
-        if self.autonat { limits::DIALED_FOR_AUTONAT } else { 0 }
     }
 
     /// The files of the certificate and of its key, if they are set.
@@ -593,8 +585,9 @@ impl Flags {
         self.config().validate().map_err(in_flags)?;
         validate_subnets("proxy_protocol_from", &self.proxies()).map_err(in_flags)?;
         validate_subnets("trust_forwarded_from", &self.forwarders()).map_err(in_flags)?;
-        stream_limits::per_connection(self.max_circuits_per_peer.0).map_err(in_flags)?;
-        self.stream_limits().check(self.max_circuits_per_peer.0).map_err(in_flags)?;
+        let circuits = self.derived().get(Limit::CircuitsPerPeer);
+        stream_limits::per_connection(circuits).map_err(in_flags)?;
+        self.stream_limits().check(circuits).map_err(in_flags)?;
         #[cfg(feature = "dht")]
         self.dht_config()?;
         let (cert, key) = self.certificate_files();
@@ -603,7 +596,7 @@ impl Flags {
             "--drain: longer than a year; try 8s".into()
         } else if self.limits().max_connections == 0 {
             "--max-connections 0: admits no connection; try 1 or more".into()
-        } else if self.max_handshakes.0 == 0 {
+        } else if self.limits().max_handshakes == 0 {
             "--max-handshakes 0: admits no connection; try 1 or more".into()
         } else if !(1..=runtime::MAX_THREADS).contains(&self.threads()) {
             format!(
@@ -636,7 +629,7 @@ impl Flags {
                 "--listen {one}: has the same port as --listen {other}; change or leave out one of them"
             )
         } else {
-            return Ok(());
+            return self.check_memory();
         })
     }
 
@@ -659,6 +652,7 @@ mod tests {
 
     use super::super::load::Exit;
     use super::*;
+    use crate::program::{mux::stream_limits::StreamLimits, net::admission::limits::Limits};
 
     const PEER: &str = "12D3KooWPGM3wYKMsTHGEqbhcBft6cPjA2F3rQmyWTEDD3wCGS1g";
 
@@ -680,8 +674,10 @@ mod tests {
         let flags = read(&[]).unwrap();
         let expected = Config { idle_timeout: Duration::from_secs(60), ..Config::default() };
         assert_eq!(flags.config(), expected);
-        assert_eq!(flags.limits(), limits::Limits::default());
-        assert_eq!(flags.stream_limits(), StreamLimits::default());
+        assert_eq!(flags.limits(), Limits::default());
+        let (streams, default) = (flags.stream_limits(), StreamLimits::default());
+        assert_eq!(streams.max_streams, default.max_streams);
+        assert_eq!(streams.buffered(64), default.buffered(64));
         let (addresses, asked_for) = flags.listen_addresses();
         assert_eq!((addresses.len(), asked_for), (2, false));
     }
@@ -791,6 +787,12 @@ mod tests {
             (&["--max-streams-per-connection", "70000"], "--max-streams-per-connection"),
             (&["--max-buffered", "1MB"], "--max-buffered: "),
             (&["--max-buffered-per-connection", "0"], "--max-buffered-per-connection"),
+            (&["--memory", "5MiB"], "--memory 5MiB: is too little; try 1"),
+            (&["--memory", "a lot"], "--memory"),
+            (
+                &["--memory=24MiB", "--max-connections=5000"],
+                "--max-connections 5000: is too much for --memory 24MiB; lower it to ",
+            ),
         ] {
             let line = usage(arguments);
             assert!(line.contains(flag), "{arguments:?}: {line}");

@@ -376,7 +376,7 @@ mod tests {
             value.as_ref().ok()?.as_str()
         };
         assert_eq!(value("identity"), Some(identity));
-        assert_eq!(value("max-reservations"), Some("1024"));
+        assert_eq!(value("grace"), Some("30s"));
         assert_eq!(value("max-reservations-per-ip"), None, "it follows from others");
     }
 

@@ -2,7 +2,12 @@
 
 use toml::Value;
 
-use super::{flags, flags::Flags, load::Exit, values::MAX_SHOWN};
+use super::{
+    derived::Limit,
+    flags::{self, Flags},
+    load::Exit,
+    values::{MAX_SHOWN, Parsed},
+};
 use crate::program::node::Node;
 
 /// The settings that require a restart. `max-circuits-per-peer` can be lowered without one.
@@ -41,13 +46,16 @@ impl Settings {
 
     fn apply(&mut self, mut flags: Flags, node: &mut Node) -> Result<(), Exit> {
         // 1. What has changed, and what of that requires a restart.
-        let is_lowered = flags.max_circuits_per_peer < self.at_start.max_circuits_per_peer;
+        let per_peer = |flags: &Flags| flags.derived().get(Limit::CircuitsPerPeer);
+        let limit = per_peer(&self.at_start);
+        let is_lowered = per_peer(&flags) < limit;
         let mut restart = self.at_start.differing(&flags)?;
         restart.retain(|name| AT_START.split(' ').any(|at_start| at_start == name));
         restart.retain(|name| !(is_lowered && name == "max-circuits-per-peer"));
         // Limits of streams follow from its value at the start.
-        let limit = self.at_start.max_circuits_per_peer;
-        flags.max_circuits_per_peer = flags.max_circuits_per_peer.min(limit);
+        if per_peer(&flags) > limit {
+            flags.max_circuits_per_peer = Some(Parsed(limit));
+        }
         let mut changed = flags.differing(&self.now)?;
         changed.retain(|name| name == "max-circuits-per-peer" || !restart.contains(name));
         // 2. Apply it.
@@ -81,8 +89,10 @@ impl Flags {
     ///
     /// As [`Flags::to_table`].
     pub fn differing(&self, others: &Self) -> Result<Vec<String>, String> {
-        let both = self.settings()?.into_iter().zip(others.settings()?);
-        Ok(both.filter(|(one, other)| one != other).map(|((name, _), _)| name).collect())
+        let (settings, others) = (self.settings()?, others.settings()?);
+        let differing =
+            settings.into_iter().filter(|(name, value)| others.get(name) != Some(value));
+        Ok(differing.map(|(name, _)| name).collect())
     }
 
     /// A line for each of these settings, with its value before and after.

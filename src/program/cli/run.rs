@@ -24,11 +24,12 @@ use super::tls_files::TlsFiles;
 #[cfg(feature = "http")]
 use super::values::Parsed;
 use super::{
+    derived::memory_estimate,
     flags::{Flags, in_flags},
     identity, key_log,
     load::Exit,
     log_summary::LogSummary,
-    memory_estimate, reload, runtime, sd_notify,
+    reload, runtime, sd_notify,
     signals::{self, Phase, SignalAction},
     startup_log,
 };
@@ -74,7 +75,7 @@ pub fn main() -> ExitCode {
         Err(Exit::Usage(line)) => return exit_with(&UsageError(line).into()),
     };
     log_output::start();
-    runtime::keep_freed_memory();
+    runtime::keep_freed_memory(flags.kept_by_thread());
     match runtime::run(flags.threads(), async move { run(&flags).await }) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => exit_with(&error),
@@ -146,12 +147,7 @@ async fn run(flags: &Flags) -> Result<()> {
 /// Logs the limits, the memory estimate, and warnings about the settings.
 fn log_limits(flags: &Flags, config: &Config) {
     let (limits, dht_dials) = (flags.limits(), flags.max_dht_dials());
-    let usage = memory_estimate::Usage {
-        threads: flags.threads(),
-        dialed: dht_dials + flags.max_autonat_dials(),
-        websocket: flags.listens_on_websocket(),
-    };
-    let estimate = memory_estimate::estimate(config, &limits, &flags.stream_limits(), usage);
+    let estimate = flags.memory_estimate();
     log::info!("{}", startup_log::capacity(config));
     log::info!("{}", startup_log::memory(estimate));
     let too_few_files = open_files::raise_limit(&limits, !flags.proxies().is_empty(), dht_dials);

@@ -11,9 +11,6 @@ use async_global_executor::GlobalExecutorConfig;
 /// The most threads that can be configured: more than any machine has cores.
 pub const MAX_THREADS: usize = 1024;
 
-/// Half of the memory that the C library keeps at most at the top of a heap, in bytes.
-const KEPT: usize = 4 * 1024 * 1024;
-
 /// Half of the machine's cores, at least one: the kernel needs the others for the network.
 pub fn default_threads() -> usize {
     let cores = thread::available_parallelism().map_or(1, NonZeroUsize::get);
@@ -37,12 +34,12 @@ pub fn run<T: Send + 'static>(
     async_std::task::block_on(async_std::task::spawn(program))
 }
 
-/// Makes the C library keep freed memory, up to a few MiB.
+/// Makes the C library keep freed memory, so many bytes at the top of each thread's heap.
 ///
 /// Glibc returns memory to the kernel as soon as 128 KiB are free at the top of a heap. Bulk traffic frees that much with
-/// every other frame, and then faults the same pages in again. The threshold follows the largest block that was ever
-/// freed (`M_MMAP_THRESHOLD` in mallopt(3)), even if that was never written to; other C libraries ignore it. This saves a
-/// tenth of the CPU time of a relayed gigabyte.
-pub fn keep_freed_memory() {
-    drop(black_box(Vec::<u8>::with_capacity(KEPT)));
+/// every other frame, and then faults the same pages in again. The threshold is twice the largest block that was ever
+/// freed (`M_MMAP_THRESHOLD` in mallopt(3)), even if that was never written to; other C libraries ignore it. With 8 MiB this
+/// saves a tenth of the CPU time of a relayed gigabyte.
+pub fn keep_freed_memory(bytes: u64) {
+    drop(black_box(Vec::<u8>::with_capacity((bytes / 2) as usize)));
 }

@@ -8,10 +8,12 @@ use std::{
     collections::{BTreeMap, HashMap},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
+
+use portable_atomic::AtomicU64;
 
 use super::stream_limits::{Key, StreamId};
 use crate::address::ClientPrefix;
@@ -30,6 +32,7 @@ pub struct MemoryBudget(Arc<Inner>);
 struct Inner {
     limit: usize,
     limit_per_connection: usize,
+    growth: usize,
     /// How long a connection may be write stalled, in milliseconds.
     max_stall: AtomicU64,
     held: AtomicUsize,
@@ -127,9 +130,10 @@ pub struct ConnectionBudget {
 }
 
 impl MemoryBudget {
-    /// An empty pool with its limit, and the limit on what one connection holds unread, in bytes.
-    pub fn new(limit: usize, limit_per_connection: usize) -> Self {
-        Self(Arc::new(Inner { limit, limit_per_connection, ..Inner::default() }))
+    /// An empty pool with its limit, the limit on what one connection holds unread, and by how much the windows of one
+    /// may grow in all, in bytes.
+    pub fn new(limit: usize, limit_per_connection: usize, growth: usize) -> Self {
+        Self(Arc::new(Inner { limit, limit_per_connection, growth, ..Inner::default() }))
     }
 
     /// Opens the account of a connection from this prefix. The connection is asked to free memory when the pool is above
@@ -228,6 +232,11 @@ impl MemoryBudget {
 }
 
 impl ConnectionBudget {
+    /// By how much its windows may grow in all, in bytes.
+    pub fn growth(&self) -> usize {
+        self.pool.0.growth
+    }
+
     /// How many bytes it is charged that can be freed.
     pub fn held(&self) -> usize {
         self.held.load(Ordering::Relaxed)
@@ -343,7 +352,7 @@ mod tests {
 
     #[test]
     fn the_heaviest_connection_of_the_heaviest_prefix_loses_streams_down_to_nine_tenths() {
-        let budget = MemoryBudget::new(1000, 1000);
+        let budget = MemoryBudget::new(1000, 1000, 0);
         let [light, other, heavy] = [1, 2, 2].map(|host| connection(&budget, host, 0));
         light.0.charge(400);
         other.0.charge(250);
@@ -359,7 +368,7 @@ mod tests {
 
     #[test]
     fn who_cannot_free_anything_is_passed_over() {
-        let budget = MemoryBudget::new(1000, 1000);
+        let budget = MemoryBudget::new(1000, 1000, 0);
         let [fixed, other] =
             [(1, 900), (2, 0)].map(|(host, fixed)| connection(&budget, host, fixed));
         other.0.charge(200);
@@ -374,7 +383,7 @@ mod tests {
 
     #[test]
     fn what_a_connection_holds_counts_until_it_is_released_or_the_connection_is_gone() {
-        let budget = MemoryBudget::new(100, 50);
+        let budget = MemoryBudget::new(100, 50, 0);
         let [one, other] = [1, 2].map(|host| connection(&budget, host, 0));
         one.0.add_unread(50);
         other.0.add_unread(51);
@@ -393,7 +402,7 @@ mod tests {
     #[test]
     fn windows_fall_between_half_and_three_quarters_of_the_pool() {
         const KIB: usize = 1024;
-        let budget = MemoryBudget::new(1000 * KIB, 1000 * KIB);
+        let budget = MemoryBudget::new(1000 * KIB, 1000 * KIB, 0);
         let connection = connection(&budget, 1, 0);
         for (held, window) in [(0, 1024), (500, 1024), (625, 528), (750, 32), (2000, 32)] {
             connection.0.charge(held * KIB);
@@ -406,7 +415,7 @@ mod tests {
 
     #[test]
     fn memory_is_scarce_above_three_quarters_of_the_pool() {
-        let budget = MemoryBudget::new(1000, 1000);
+        let budget = MemoryBudget::new(1000, 1000, 0);
         let connection = connection(&budget, 1, 750);
         assert!(!budget.is_scarce());
         connection.0.charge(1);
@@ -415,7 +424,7 @@ mod tests {
 
     #[test]
     fn a_stall_lasts_half_a_minute_at_most_while_memory_is_scarce() {
-        let budget = MemoryBudget::new(1000, 1000);
+        let budget = MemoryBudget::new(1000, 1000, 0);
         let connection = connection(&budget, 1, 0);
         let [minute, half] = [60, 30].map(Duration::from_secs);
         budget.set_max_stall(minute);

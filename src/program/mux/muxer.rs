@@ -81,7 +81,8 @@ impl Multiplex {
     /// Within these limits, each connection for so many circuits.
     pub fn new(budget: Budget, limits: StreamLimits, circuits: usize) -> Self {
         let per_connection = limits.buffered_per_connection(circuits);
-        let memory = MemoryBudget::new(limits.buffered(circuits), per_connection);
+        let (pool, growth) = (limits.buffered(circuits), limits.growth(circuits));
+        let memory = MemoryBudget::new(pool, per_connection, growth);
         memory.set_max_stall(MAX_STALL);
         let (prefix, activity, socket) = (None, ActivityCounter::default(), None);
         Self { admission: StreamAdmission::new(budget, limits), memory, prefix, activity, socket }

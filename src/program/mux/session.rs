@@ -16,7 +16,7 @@ use std::{
 
 use super::{
     budget::{Connection, ConnectionBudget, Cut, MemoryBudget},
-    frame::{ACK, Flags, INITIAL_WINDOW, MAX_WINDOW, RST, Reason},
+    frame::{ACK, Flags, RST, Reason},
     stream::{Origin, QUANTUM, Stream},
     stream_limits::{Key, StreamAdmission, StreamId},
 };
@@ -27,9 +27,6 @@ const MAX_REFUSED: usize = 256;
 
 /// How many of our streams may wait to be acknowledged: go-libp2p refuses more ("ACK backlog").
 const MAX_UNACKNOWLEDGED: usize = 256;
-
-/// The windows of one connection grow by so much in all, in bytes.
-const MAX_GROWTH: usize = MAX_WINDOW - INITIAL_WINDOW;
 
 /// After so many received bytes the round trip is measured, unless that was done a short time ago.
 const PING_AFTER: usize = 64 * 1024;
@@ -124,6 +121,7 @@ impl Session {
     /// A session without streams.
     pub fn new(role: Role, budget: Arc<ConnectionBudget>, admission: StreamAdmission) -> Self {
         Self {
+            growth: budget.growth(),
             budget,
             admission,
             streams: Streams::new(),
@@ -139,7 +137,6 @@ impl Session {
             incoming: (0, 0),
             ping: None,
             round_trip: RoundTrip::default(),
-            growth: MAX_GROWTH,
             control: VecDeque::new(),
             new_flows: VecDeque::new(),
             old_flows: VecDeque::new(),

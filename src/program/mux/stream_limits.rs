@@ -30,7 +30,7 @@ pub const SPARE: usize = 32;
 
 /// How many inbound streams of a connection take no permit of the pool: enough to reserve, to renew, and to answer
 /// pings, whatever other connections do.
-const OWN: usize = 4;
+pub const OWN: usize = 4;
 
 /// The pool of buffered bytes is at least so many times what one connection may hold: a few that hold all they may are
 /// pushed out before all others have to share the rest.
@@ -96,8 +96,9 @@ pub struct StreamLimits {
     /// Above it, streams of the heaviest connection of the heaviest client prefix are reset, those first whose bytes have
     /// waited the longest, until nine tenths are left. No connection is read more slowly because of another one.
     pub max_buffered: Option<usize>,
-    /// How many received bytes may be buffered for one connection. Default, and the least: a window of 256 KiB for each of
-    /// [`crate::Config::max_circuits_per_peer`], and 1 MiB.
+    /// How many received bytes may be buffered for one connection. Default: a window of 256 KiB for each of
+    /// [`crate::Config::max_circuits_per_peer`], and 1 MiB. The least: such a window for each, and another one. Windows grow
+    /// by what is above that, at most by 768 KiB in all.
     ///
     /// Above it, streams of that connection are reset.
     pub max_buffered_per_connection: Option<usize>,
@@ -127,10 +128,11 @@ impl StreamLimits {
             let problem = format!("{per_connection} is out of range; try {OWN} to {MAX_STREAMS}");
             return Err(ConfigError::new("max_streams_per_connection", problem));
         }
-        // Each circuit may fill the window that it has from the start, and windows grow by 1 MiB at most.
-        let (held, least) = (self.buffered_per_connection(circuits), needed_by(circuits));
+        // Each circuit may fill the window that it has from the start, and so may another stream.
+        let (held, least) = (self.buffered_per_connection(circuits), initial_windows(circuits));
         if held < least {
-            let problem = too_little(held, least, held, circuits);
+            let fit = (held / INITIAL_WINDOW).saturating_sub(1);
+            let problem = too_little(held, least, circuits, fit);
             return Err(ConfigError::new("max_buffered_per_connection", problem));
         }
         let (pool, least) = (self.buffered(circuits), held.saturating_mul(CONNECTIONS_IN_POOL));
@@ -143,7 +145,10 @@ impl StreamLimits {
                     in_kib(least.div_ceil(KIB)),
                     in_kib(one / KIB)
                 ),
-                None => too_little(pool, least, one, circuits),
+                None => {
+                    let fit = one.saturating_sub(MAX_WINDOW) / INITIAL_WINDOW;
+                    too_little(pool, least, circuits, fit)
+                }
             };
             return Err(ConfigError::new("max_buffered", problem));
         }
@@ -152,7 +157,15 @@ impl StreamLimits {
 
     /// The limit on the received bytes of one connection, for this many circuits of a peer.
     pub fn buffered_per_connection(&self, circuits: usize) -> usize {
-        self.max_buffered_per_connection.unwrap_or_else(|| needed_by(circuits))
+        let default = || initial_windows(circuits).saturating_add(MAX_WINDOW - INITIAL_WINDOW);
+        self.max_buffered_per_connection.unwrap_or_else(default)
+    }
+
+    /// By how much the windows of one connection may grow in all, for this many circuits of a peer: so that they fit into
+    /// the limit on its received bytes.
+    pub fn growth(&self, circuits: usize) -> usize {
+        let left = self.buffered_per_connection(circuits).saturating_sub(initial_windows(circuits));
+        left.min(MAX_WINDOW - INITIAL_WINDOW)
     }
 
     /// The limit on the bytes of all connections, for this many circuits of a peer.
@@ -161,21 +174,15 @@ impl StreamLimits {
         let default = || one.saturating_mul(CONNECTIONS_IN_POOL).max(LEAST_DEFAULT);
         self.max_buffered.unwrap_or_else(default)
     }
-
-    /// How many streams all peers can have open on this many connections.
-    pub fn most(&self, connections: usize) -> usize {
-        connections.saturating_mul(OWN).saturating_add(self.max_streams)
-    }
 }
 
-/// How many bytes a connection holds whose circuits are all full.
-fn needed_by(circuits: usize) -> usize {
-    circuits.saturating_mul(INITIAL_WINDOW).saturating_add(MAX_WINDOW)
+/// How many bytes a connection holds whose circuits are all full, and one more stream.
+fn initial_windows(circuits: usize) -> usize {
+    circuits.saturating_add(1).saturating_mul(INITIAL_WINDOW)
 }
 
-/// Why `bytes` do not suffice for so many circuits, where one connection could hold `one`; and the remedy.
-fn too_little(bytes: usize, least: usize, one: usize, circuits: usize) -> String {
-    let fit = one.saturating_sub(MAX_WINDOW) / INITIAL_WINDOW;
+/// Why `bytes` do not suffice for so many circuits, and for how many they would; and the remedy.
+fn too_little(bytes: usize, least: usize, circuits: usize, fit: usize) -> String {
     let or_lower = match fit {
         0 => String::new(),
         fit => format!(", or lower --max-circuits-per-peer to {fit}"),
@@ -188,7 +195,7 @@ fn too_little(bytes: usize, least: usize, one: usize, circuits: usize) -> String
 }
 
 /// A size as the flags take it, unrounded.
-fn in_kib(kib: usize) -> String {
+pub fn in_kib(kib: usize) -> String {
     if kib.is_multiple_of(KIB) { format!("{}MiB", kib / KIB) } else { format!("{kib}KiB") }
 }
 
@@ -431,16 +438,16 @@ mod tests {
         for (pool, one, circuits, expected) in [
             (
                 None,
-                Some(17 * MIB - 1),
+                Some(65 * MIB / 4 - 1),
                 64,
-                "max_buffered_per_connection: 17.0 MiB is too little for --max-circuits-per-peer 64; try 17MiB \
+                "max_buffered_per_connection: 16.2 MiB is too little for --max-circuits-per-peer 64; try 16640KiB \
                  or more, or lower --max-circuits-per-peer to 63",
             ),
             (
                 None,
-                Some(MIB),
+                Some(MIB / 4),
                 64,
-                "max_buffered_per_connection: 1.0 MiB is too little for --max-circuits-per-peer 64; try 17MiB \
+                "max_buffered_per_connection: 256.0 KiB is too little for --max-circuits-per-peer 64; try 16640KiB \
                  or more",
             ),
             (

@@ -4,7 +4,11 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::{self, Command},
+    sync::atomic::{AtomicUsize, Ordering},
 };
+
+/// How many were made: each has a name of its own.
+static MADE: AtomicUsize = AtomicUsize::new(0);
 
 const V1: &str = "/sys/fs/cgroup/memory";
 const V2: &str = "/sys/fs/cgroup";
@@ -45,7 +49,8 @@ impl Cgroup {
             let control = Path::new(V2).join("cgroup.subtree_control");
             fs::write(control, "+memory").expect("root, and a cgroup's memory to control");
         }
-        let folder = Path::new(root).join(format!("relaylet-{}", process::id()));
+        let number = MADE.fetch_add(1, Ordering::Relaxed);
+        let folder = Path::new(root).join(format!("relaylet-{}-{number}", process::id()));
         fs::create_dir(&folder).expect("root, and cgroups that count memory");
         Self { folder, names }
     }

@@ -87,6 +87,21 @@ impl Default for Size {
 }
 
 impl Size {
+    /// The limits in the settings that a relay prints.
+    pub fn printed(settings: &str) -> Self {
+        let settings: toml::Table = settings.replace("\n# ", "\n").parse().expect("TOML");
+        let limit = |name: &str| settings[name].as_integer().expect("a number") as usize;
+        Self {
+            connections: limit("max-connections"),
+            handshakes: limit("max-handshakes"),
+            slots: limit("max-reservations"),
+            circuits: limit("max-circuits"),
+            circuits_per_peer: limit("max-circuits-per-peer"),
+            streams: limit("max-streams"),
+            buffered: limit("max-buffered"),
+        }
+    }
+
     pub fn divided_by(self, by: usize) -> Self {
         Self {
             connections: self.connections / by,
@@ -135,7 +150,8 @@ pub struct Load {
 impl Load {
     pub async fn start(port: u16, http_port: u16, size: Size) -> Self {
         // One slot and one circuit are the bystanders'.
-        let pairs = run_each(size.slots - 1, AT_A_TIME, move |number| async move {
+        let at_a_time = AT_A_TIME.min(size.handshakes / 2);
+        let pairs = run_each(size.slots - 1, at_a_time, move |number| async move {
             let from = address(2 * number / PER_ADDRESS);
             let mut target = RawPeer::connect_with_retry(port, from).await;
             let mut source = RawPeer::connect_with_retry(port, from).await;
@@ -183,10 +199,13 @@ impl Load {
             let mut peers = JoinSet::new();
             for (target, source) in std::mem::take(&mut self.pairs) {
                 let reset = Arc::clone(&reset);
+                let circuits = self.size.circuits / self.size.slots;
                 peers.spawn(async move {
                     match round % 2 {
-                        0 => stall_pending_circuit(target, source, &reset, is_last).await,
-                        _ => stall_open_circuit(target, source, &reset, is_last).await,
+                        0 => {
+                            stall_pending_circuits(target, source, circuits, &reset, is_last).await
+                        }
+                        _ => stall_open_circuits(target, source, circuits, &reset, is_last).await,
                     }
                 });
             }
@@ -203,7 +222,7 @@ impl Load {
 }
 
 /// Makes the relay read a message of the greatest length, whose buffer it keeps for the connection.
-async fn grow_read_buffer(peer: &mut RawPeer) -> io::Result<()> {
+pub async fn grow_read_buffer(peer: &mut RawPeer) -> io::Result<()> {
     let stream = peer.next_stream();
     peer.send(&data(SYN, stream, &vec![7; 64_000])).await?;
     peer.send(&data(RST, stream, &[])).await
@@ -279,59 +298,68 @@ async fn open_silent_streams(peer: &mut RawPeer) -> io::Result<()> {
     Ok(())
 }
 
-/// The target does not answer a stop request, so the relay reads nothing that the source sends after its CONNECT, which
+/// The target does not answer stop requests, so the relay reads nothing that the source sends after its CONNECTs, which
 /// is in the smallest frames. The last round ends with a header alone.
-async fn stall_pending_circuit(
+async fn stall_pending_circuits(
     mut target: RawPeer,
     mut source: RawPeer,
+    circuits: usize,
     reset: &AtomicUsize,
     is_last: bool,
 ) -> Option<(RawPeer, RawPeer)> {
-    let stream = source.next_stream();
-    let request = data(SYN, stream, &hop_opening(&connect(target.peer)));
-    let small = data(0, stream, &[7]).repeat(SMALL_FRAMES);
+    let streams: Vec<_> = (0..circuits).map(|_| source.next_stream()).collect();
+    let small = |stream: &u32| data(0, *stream, &[7]).repeat(SMALL_FRAMES / circuits);
+    let small: Vec<_> = streams.iter().flat_map(small).collect();
     let remaining = async {
-        source.send(&request).await?;
+        source.send(&requests(&streams, &target)).await?;
         let pushes = [push_most(&mut source).await?, push_most(&mut target).await?];
         open_silent_streams(&mut source).await?;
         open_silent_streams(&mut target).await?;
         source.send(&small).await?;
-        hold(&mut target, &mut source, stream, pushes, reset, is_last).await
+        hold(&mut target, &mut source, &streams, pushes, reset, is_last).await
     };
     remaining.await.ok()?;
     Some((target, source))
 }
 
-/// The circuit is open, and the target reads nothing.
-async fn stall_open_circuit(
+/// The circuits are open, and the target reads nothing.
+async fn stall_open_circuits(
     mut target: RawPeer,
     mut source: RawPeer,
+    circuits: usize,
     reset: &AtomicUsize,
     is_last: bool,
 ) -> Option<(RawPeer, RawPeer)> {
-    let stream = source.next_stream();
-    let request = data(SYN, stream, &hop_opening(&connect(target.peer)));
+    let streams: Vec<_> = (0..circuits).map(|_| source.next_stream()).collect();
     let remaining = async {
-        source.send(&request).await?;
-        let streams = timeout(HOLD_TIME, target.accept_count(1)).await;
-        let circuit = streams.map_err(io::Error::other)??[0];
+        source.send(&requests(&streams, &target)).await?;
+        let accepted = timeout(HOLD_TIME, target.accept_count(circuits)).await;
+        let accepted = accepted.map_err(io::Error::other)??;
         let pushes = [push_most(&mut source).await?, push_most(&mut target).await?];
-        for _ in 0..CHUNKS {
-            source.send(&data(0, stream, &vec![7; CHUNK])).await?;
-            target.send(&data(0, circuit, &vec![7; CHUNK])).await?;
+        for (stream, circuit) in streams.iter().zip(&accepted) {
+            for _ in 0..CHUNKS {
+                source.send(&data(0, *stream, &vec![7; CHUNK])).await?;
+                target.send(&data(0, *circuit, &vec![7; CHUNK])).await?;
+            }
         }
-        hold(&mut target, &mut source, stream, pushes, reset, is_last).await
+        hold(&mut target, &mut source, &streams, pushes, reset, is_last).await
     };
     remaining.await.ok()?;
     Some((target, source))
 }
 
-/// Waits for a while, or until the relay resets the source's stream. In the last round headers are sent first, and
+/// Requests a circuit to the target on each of these streams.
+fn requests(streams: &[u32], target: &RawPeer) -> Vec<u8> {
+    let request = hop_opening(&connect(target.peer));
+    streams.iter().flat_map(|stream| data(SYN, *stream, &request)).collect()
+}
+
+/// Waits for a while, or until the relay resets the source's first stream. In the last round headers are sent first, and
 /// everything stays open.
 async fn hold(
     target: &mut RawPeer,
     source: &mut RawPeer,
-    stream: u32,
+    streams: &[u32],
     [of_source, of_target]: [u32; 2],
     reset: &AtomicUsize,
     is_last: bool,
@@ -340,10 +368,11 @@ async fn hold(
         send_header_only(source, of_source).await?;
         send_header_only(target, of_target).await?;
     }
-    let is_reset = source.is_reset(stream, HOLD_TIME).await?;
+    let is_reset = source.is_reset(streams[0], HOLD_TIME).await?;
     reset.fetch_add(is_reset.into(), Ordering::Relaxed);
     if !is_last {
-        source.send(&data(RST, stream, &[])).await?;
+        let resets: Vec<_> = streams.iter().flat_map(|stream| data(RST, *stream, &[])).collect();
+        source.send(&resets).await?;
         target.read_until_pong().await?;
     }
     Ok(())

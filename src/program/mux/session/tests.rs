@@ -13,12 +13,13 @@ use proptest::{collection::vec, prelude::*};
 
 use super::{frames::Frames, *};
 use crate::program::mux::{
-    frame::{FIN, HEADER, Header, Kind, Room, SYN},
+    frame::{FIN, HEADER, Header, INITIAL_WINDOW, Kind, MAX_WINDOW, Room, SYN},
     stream_limits::{Budget, StreamLimits},
 };
 
 const KIB: usize = 1024;
 const PLENTY: usize = 1 << 40;
+const MAX_GROWTH: usize = MAX_WINDOW - INITIAL_WINDOW;
 
 /// One end of a connection.
 struct Side {
@@ -30,7 +31,7 @@ struct Side {
 
 impl Side {
     fn new(role: Role) -> Self {
-        Self::with(role, MemoryBudget::new(PLENTY, PLENTY))
+        Self::with(role, MemoryBudget::new(PLENTY, PLENTY, MAX_GROWTH))
     }
 
     fn with(role: Role, budget: MemoryBudget) -> Self {
@@ -546,7 +547,7 @@ fn the_stream_whose_reader_took_nothing_for_the_longest_is_cut_and_freed_at_once
 
 #[test]
 fn a_connection_above_its_limit_loses_a_stream_and_reads_on() {
-    let mut server = Side::with(Role::Server, MemoryBudget::new(PLENTY, 300 * KIB));
+    let mut server = Side::with(Role::Server, MemoryBudget::new(PLENTY, 300 * KIB, MAX_GROWTH));
     let [first, second] = [1, 3].map(|id| opened(&mut server, id));
     server.receive(&data(0, 1, 200 * KIB)).unwrap();
     server.now += Duration::from_secs(1);
@@ -579,7 +580,8 @@ fn credit_is_what_the_peer_may_still_send() {
 #[test]
 fn credit_is_topped_up_when_half_is_read_and_never_to_a_crumb() {
     for (filled, window) in [(0, 256 * KIB), (625, 144 * KIB), (750, 32 * KIB), (900, 32 * KIB)] {
-        let mut server = Side::with(Role::Server, MemoryBudget::new(1000 << 20, PLENTY));
+        let mut server =
+            Side::with(Role::Server, MemoryBudget::new(1000 << 20, PLENTY, MAX_GROWTH));
         let other = server.budget.open(None, Weak::<Shared>::new());
         let stream = opened(&mut server, 1);
         server.send_all();

@@ -49,7 +49,8 @@ pub struct Limits {
     /// Beyond it, a new connection of a peer that holds a slot is admitted and that peer's longest silent one closed; a
     /// new connection of any other peer is denied.
     pub max_connections_per_peer: usize,
-    /// How many connections one address may have (IPv6: one /64). Default: an eighth of all, at least 16; zero: no cap.
+    /// How many connections one address may have (IPv6: one /64). Default: an eighth of all, but half of up to 128, and at
+    /// least 16; zero: no cap.
     pub max_connections_per_ip: Option<usize>,
     /// How many connections one subnet may have (IPv4: a /24, IPv6: a /48). Default: a quarter of all, at least 64;
     /// zero: no cap.
@@ -57,7 +58,7 @@ pub struct Limits {
     /// How many connections may be in their handshakes. Default 256. `handshakes.rs` says which one is dropped for
     /// another.
     ///
-    /// One address may have an eighth of these, at least 16, and one subnet a quarter; no cap on the connections of an
+    /// One address may have an eighth of these, and one subnet a quarter, each at least 16; no cap on the connections of an
     /// address or subnet is no cap on its handshakes either.
     pub max_handshakes: usize,
 }
@@ -77,7 +78,9 @@ impl Default for Limits {
 impl Limits {
     /// How many connections one address may have; `None`: no cap.
     pub fn per_ip(&self) -> Option<usize> {
-        cap(self.max_connections_per_ip, (self.max_connections / 8).max(16))
+        // Half of a small relay is for a site behind one address, as half of its slots are.
+        let half_of_small = self.max_connections.min(128) / 2;
+        cap(self.max_connections_per_ip, (self.max_connections / 8).max(half_of_small).max(16))
     }
 
     /// How many connections one subnet may have; `None`: no cap.
@@ -95,7 +98,7 @@ impl Limits {
         let all = self.max_handshakes;
         Caps {
             total: Some(all),
-            per_subnet: self.per_subnet().map(|_| (all / 4).max(1)),
+            per_subnet: self.per_subnet().map(|_| (all / 4).max(16)),
             per_address: self.per_ip().map(|_| (all / 8).max(16)),
         }
     }
@@ -482,8 +485,12 @@ mod tests {
         assert_eq!((default.per_ip(), default.per_subnet()), (Some(256), Some(512)));
         let small = Limits { max_connections: 10, ..default };
         assert_eq!((small.per_ip(), small.per_subnet()), (Some(16), Some(64)));
+        let site = Limits { max_connections: 100, ..default };
+        assert_eq!((site.per_ip(), site.per_subnet()), (Some(50), Some(64)));
         let none = Limits { max_connections_per_ip: Some(0), ..default };
         assert_eq!((none.per_ip(), none.handshakes().per_address), (None, None));
         assert_eq!(default.handshakes().per_address, Some(32));
+        let few = Limits { max_handshakes: 6, ..default }.handshakes();
+        assert_eq!((few.per_address, few.per_subnet), (Some(16), Some(16)));
     }
 }

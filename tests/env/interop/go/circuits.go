@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-libp2p/p2p/security/noise"
 )
 
 const (
@@ -34,7 +35,7 @@ func unlimited(relay peer.AddrInfo) error {
 		if near.Stat().Limited || far.Stat().Limited {
 			return fmt.Errorf("circuit over %s is marked limited (source %t, target %t)", security, near.Stat().Limited, far.Stat().Limited)
 		}
-		took, err := exchange(source, target)
+		took, err := exchange(source, target, bulk)
 		if err != nil {
 			return fmt.Errorf("64 MiB each way over %s: %w", security, err)
 		}
@@ -43,9 +44,34 @@ func unlimited(relay peer.AddrInfo) error {
 	return nil
 }
 
-// exchange sends bulk in both directions at once, on an ordinary stream, and
+// device is what a small device has to do, built without TLS and without much memory.
+func device(relay peer.AddrInfo) error {
+	only := securities[noise.ID]
+	target, err := newReserved(relay, only)
+	if err != nil {
+		return err
+	}
+	defer target.Close()
+	source, err := newParty(only)
+	if err != nil {
+		return err
+	}
+	defer source.Close()
+	if _, _, err := source.connect(relay, target); err != nil {
+		return fmt.Errorf("circuit: %w", err)
+	}
+	const some = 4 * mib
+	took, err := exchange(source, target, some)
+	if err != nil {
+		return fmt.Errorf("4 MiB each way: %w", err)
+	}
+	proved("4 MiB each way at once: %.1f MB/s each way", some/1e6/took.Seconds())
+	return nil
+}
+
+// exchange sends bulk bytes in both directions at once, on an ordinary stream, and
 // closes each direction separately.
-func exchange(source, target *party) (time.Duration, error) {
+func exchange(source, target *party, bulk int64) (time.Duration, error) {
 	ctx, cancel := step()
 	defer cancel()
 	start := time.Now()

@@ -27,6 +27,7 @@ var scenarios = map[string]func(relay peer.AddrInfo) error{
 	"reserve":   reserveAndRenew,
 	"autorelay": autoRelay,
 	"unlimited": unlimited, // --circuit-bytes 0 --circuit-duration 0s
+	"device":    device,    // as unlimited
 	"limited":   limited,   // --circuit-bytes 128KiB --circuit-duration 5s
 	"statuses":  statuses,  // --max-circuits-per-peer 1
 	"full":      full,      // --max-reservations 1

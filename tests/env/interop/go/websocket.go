@@ -46,7 +46,7 @@ func websocket(relay peer.AddrInfo) error {
 					return err
 				}
 			}
-			took, err := exchange(source, target)
+			took, err := exchange(source, target, bulk)
 			if err != nil {
 				return fmt.Errorf("64 MiB each way from %s to %s, %s: %w", ends[0].Addrs, ends[1].Addrs, security, err)
 			}

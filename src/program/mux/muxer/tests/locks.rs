@@ -117,7 +117,7 @@ fn another_connection_is_asked_for_memory_and_permits_while_no_session_is_locked
     const LIMIT: usize = 1024 * KIB;
     let budget = Budget { inbound: 64, outbound: 64 };
     let limits = StreamLimits { stream_rate: 0, max_streams: 16, ..StreamLimits::default() };
-    let memory = MemoryBudget::new(LIMIT, LIMIT);
+    let memory = MemoryBudget::new(LIMIT, LIMIT, 0);
     let all = Multiplex { memory: memory.clone(), ..Multiplex::new(budget, limits, 64) };
     let multiplex = all.of(&"/ip4/10.0.100.1/tcp/1".parse().unwrap(), None, None);
     let (mut peer, pipe) = pipes(100 * KIB);

@@ -1,0 +1,367 @@
+//! The limits that follow from others: from `--memory`, or else from `--max-reservations`.
+//!
+//! Sans-IO. All limits follow from one number, the size of the relay: how many slots it has unless a flag says otherwise.
+//! With `--memory` that is the largest size whose estimate fits into it, so that an explicit limit leaves less for the
+//! others. Without, it is `--max-reservations`.
+
+pub mod memory_estimate;
+
+use std::cmp::Reverse;
+
+use self::memory_estimate::{Counts, LEAST_THREAD, Usage, estimate};
+use crate::program::mux::{
+    frame::{INITIAL_WINDOW, MAX_WINDOW},
+    stream_limits::in_kib,
+};
+
+const KIB: usize = 1024;
+const MIB: usize = 1024 * KIB;
+
+/// The size of a relay without `--memory` and `--max-reservations`.
+const DEFAULT_SIZE: usize = 1024;
+
+/// The least size without `--memory`: a table of few slots is met by as many strangers as any other.
+const LEAST_SIZE: usize = 64;
+
+/// A thread for each such part of `--memory`, in bytes.
+const THREAD_FOR: u64 = 128 * MIB as u64;
+
+/// The threads may keep this fraction of `--memory`.
+const SHARE_OF_THREADS: u64 = 16;
+
+/// A limit that follows from the size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)] // the flags of these names
+pub enum Limit {
+    Reservations,
+    Circuits,
+    CircuitsPerPeer,
+    Connections,
+    Handshakes,
+    Streams,
+    BufferedPerConnection,
+    Buffered,
+    Threads,
+}
+
+/// All of them.
+const LIMITS: [Limit; 9] = [
+    Limit::Reservations,
+    Limit::Circuits,
+    Limit::CircuitsPerPeer,
+    Limit::Connections,
+    Limit::Handshakes,
+    Limit::Streams,
+    Limit::BufferedPerConnection,
+    Limit::Buffered,
+    Limit::Threads,
+];
+
+impl Limit {
+    fn flag(self) -> &'static str {
+        match self {
+            Self::Reservations => "--max-reservations",
+            Self::Circuits => "--max-circuits",
+            Self::CircuitsPerPeer => "--max-circuits-per-peer",
+            Self::Connections => "--max-connections",
+            Self::Handshakes => "--max-handshakes",
+            Self::Streams => "--max-streams",
+            Self::BufferedPerConnection => "--max-buffered-per-connection",
+            Self::Buffered => "--max-buffered",
+            Self::Threads => "--threads",
+        }
+    }
+
+    /// A value as the flag takes it.
+    fn shown(self, value: usize) -> String {
+        match self {
+            Self::BufferedPerConnection | Self::Buffered => in_kib(value / KIB),
+            _ => value.to_string(),
+        }
+    }
+}
+
+/// What the limits follow from.
+#[derive(Clone, Copy, Debug)]
+pub struct Given {
+    /// The memory that the relay may take, in bytes.
+    pub memory: Option<u64>,
+    /// The limits that were set, in the order of [`Limit`].
+    pub explicit: [Option<usize>; LIMITS.len()],
+    /// What memory depends on besides the limits.
+    pub usage: Usage,
+}
+
+/// All limits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Derived([usize; LIMITS.len()]);
+
+impl Derived {
+    /// This limit.
+    pub fn get(&self, limit: Limit) -> usize {
+        self.0.get(limit as usize).copied().unwrap_or_default()
+    }
+
+    /// The memory that they take at most, in bytes, if each thread keeps so many freed bytes.
+    fn estimate(&self, usage: Usage, kept_by_thread: u64) -> u64 {
+        let counts = Counts {
+            reservations: self.get(Limit::Reservations),
+            circuits: self.get(Limit::Circuits),
+            connections: self.get(Limit::Connections),
+            handshakes: self.get(Limit::Handshakes),
+            streams: self.get(Limit::Streams),
+            buffered: self.get(Limit::Buffered),
+            threads: self.get(Limit::Threads),
+        };
+        estimate(counts, usage, kept_by_thread)
+    }
+}
+
+impl Given {
+    /// The limits that follow.
+    pub fn derive(&self) -> Derived {
+        let slots = self.explicit(Limit::Reservations).unwrap_or(DEFAULT_SIZE);
+        match self.memory {
+            None => self.of_size(slots.max(LEAST_SIZE)),
+            Some(memory) => self.of_size(self.largest_size(memory)),
+        }
+    }
+
+    /// Checks that the explicit limits fit into the memory.
+    ///
+    /// # Errors
+    ///
+    /// The flag that is too much in one line, with the remedy.
+    pub fn check(&self) -> Result<(), String> {
+        let least = self.least_memory();
+        let Some(memory) = self.memory.filter(|memory| *memory < least) else {
+            return Ok(());
+        };
+        let (memory, or_more) = (shown(memory), format!("try {} or more", shown(least)));
+        // 1. Which of them take memory, the most first.
+        let explicit = LIMITS.into_iter().filter_map(|limit| Some((limit, self.explicit(limit)?)));
+        let saved = |limit| least.saturating_sub(self.with(limit, None).least_memory());
+        let mut heavy: Vec<_> = explicit.filter(|(limit, _)| saved(*limit) > 0).collect();
+        heavy.sort_by_key(|(limit, _)| Reverse(saved(*limit)));
+        let Some(((limit, value), others)) = heavy.split_first() else {
+            let reason = self.usage.reason();
+            return Err(format!("--memory {memory}: is too little{reason}; {or_more}"));
+        };
+        // 2. What to do about the heaviest one.
+        let fits =
+            |value| self.with(*limit, Some(value)).least_memory() <= self.memory.unwrap_or(0);
+        let remedy = match (largest(1, *value, fits), others) {
+            (Some(fit), _) => format!("lower it to {}", limit.shown(fit)),
+            (None, []) => "leave it out".into(),
+            (None, others) => {
+                let names: Vec<_> = others.iter().map(|(limit, _)| limit.flag()).collect();
+                format!("lower it and {}", names.join(", "))
+            }
+        };
+        let (flag, value) = (limit.flag(), limit.shown(*value));
+        Err(format!("{flag} {value}: is too much for --memory {memory}; {remedy}, or {or_more}"))
+    }
+
+    /// The least memory for the explicit limits, in bytes: whole MiB.
+    fn least_memory(&self) -> u64 {
+        let memory = Some(u64::MAX);
+        let smallest = Self { memory, ..*self }.of_size(1);
+        let threads = (smallest.get(Limit::Threads) as u64).saturating_mul(LEAST_THREAD);
+        let others = smallest.estimate(self.usage, 0);
+        let share = others / (SHARE_OF_THREADS - 1) + 1;
+        let all = others.saturating_add(share.max(threads));
+        all.div_ceil(MIB as u64).saturating_mul(MIB as u64)
+    }
+
+    /// The largest size that fits into the memory, but at least 1.
+    fn largest_size(&self, memory: u64) -> usize {
+        let fits = |size| {
+            let derived = self.of_size(size);
+            let threads = (derived.get(Limit::Threads) as u64).saturating_mul(LEAST_THREAD);
+            let threads = threads.max(memory / SHARE_OF_THREADS);
+            derived.estimate(self.usage, 0).saturating_add(threads) <= memory
+        };
+        // No relay is larger: each slot takes some KiB.
+        let most = usize::try_from(memory / KIB as u64).unwrap_or(usize::MAX);
+        largest(1, most, fits).unwrap_or(1)
+    }
+
+    /// The limits of a relay of this size. None falls when the size rises.
+    fn of_size(&self, size: usize) -> Derived {
+        let given = |limit: Limit, default: usize| self.explicit(limit).unwrap_or(default);
+        let is_by_memory = self.memory.is_some();
+        let all = if is_by_memory { size } else { size.min(DEFAULT_SIZE) };
+        let times = |by: usize| all.saturating_mul(by);
+        let circuits = given(Limit::Circuits, times(2).min(DEFAULT_SIZE).max(all));
+        let per_peer = given(Limit::CircuitsPerPeer, (all / 8).clamp(1, 64));
+        // A window for each circuit, and by how much they may grow.
+        let growth = times(8 * KIB).clamp(INITIAL_WINDOW, MAX_WINDOW);
+        let windows = per_peer.saturating_mul(INITIAL_WINDOW).saturating_add(growth);
+        let per_connection = given(Limit::BufferedPerConnection, windows);
+        // Circuits of a small relay that carry flat out fill their windows, one for each slot, and are not cut for it.
+        let windows_of_all = times(INITIAL_WINDOW).min(32 * MIB);
+        let pool = per_connection.saturating_mul(4).max(times(80 * KIB)).max(windows_of_all);
+        let by_memory = usize::try_from(self.memory.unwrap_or(u64::MAX) / THREAD_FOR);
+        let threads = self.usage.default_threads.min(by_memory.unwrap_or(usize::MAX)).max(1);
+        Derived([
+            given(Limit::Reservations, size),
+            circuits,
+            per_peer,
+            given(Limit::Connections, size.saturating_mul(2).max(4)),
+            given(Limit::Handshakes, (all / 2).clamp(4, 256)),
+            given(Limit::Streams, circuits.saturating_mul(4).max(all)),
+            per_connection,
+            given(Limit::Buffered, pool),
+            given(Limit::Threads, threads),
+        ])
+    }
+
+    fn explicit(&self, limit: Limit) -> Option<usize> {
+        self.explicit.get(limit as usize).copied().flatten()
+    }
+
+    fn with(&self, limit: Limit, value: Option<usize>) -> Self {
+        let mut other = *self;
+        if let Some(explicit) = other.explicit.get_mut(limit as usize) {
+            *explicit = value;
+        }
+        other
+    }
+
+    /// The memory that the relay takes at most, in bytes.
+    pub fn estimate(&self) -> u64 {
+        let derived = self.derive();
+        derived.estimate(self.usage, self.kept_by_thread(derived.get(Limit::Threads)))
+    }
+
+    /// How much freed memory each of so many threads may keep, in bytes.
+    pub fn kept_by_thread(&self, threads: usize) -> u64 {
+        let of_each = |memory| memory / SHARE_OF_THREADS / threads.max(1) as u64;
+        let share = self.memory.map_or(u64::MAX, of_each);
+        share.clamp(LEAST_THREAD, memory_estimate::THREAD)
+    }
+}
+
+/// The largest number from `least` to `most` for which this holds, if it holds for all below that.
+fn largest(least: usize, most: usize, holds: impl Fn(usize) -> bool) -> Option<usize> {
+    let (mut low, mut high) = (least, most);
+    while low < high {
+        let middle = low + (high - low).div_ceil(2);
+        match holds(middle) {
+            true => low = middle,
+            false => high = middle - 1,
+        }
+    }
+    holds(low).then_some(low)
+}
+
+/// A size as the flags take it.
+fn shown(bytes: u64) -> String {
+    in_kib(usize::try_from(bytes.div_ceil(KIB as u64)).unwrap_or(usize::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const GIB: u64 = 1024 * MIB as u64;
+
+    fn given(memory: Option<u64>) -> Given {
+        let usage = Usage { default_threads: 2, ..Usage::default() };
+        Given { memory, explicit: [None; LIMITS.len()], usage }
+    }
+
+    #[test]
+    fn without_memory_the_defaults_take_below_660_mib_and_16_slots_below_80() {
+        let default = given(None);
+        assert_eq!(default.derive().0, [1024, 1024, 64, 2048, 256, 4096, 17 * MIB, 80 * MIB, 2]);
+        let estimate = default.estimate() / MIB as u64;
+        assert!((600..660).contains(&estimate), "{estimate}");
+        let few = default.with(Limit::Reservations, Some(16));
+        assert_eq!(few.derive().0, [16, 128, 8, 128, 32, 512, 5 * MIB / 2, 16 * MIB, 2]);
+        let estimate = few.estimate() / MIB as u64;
+        assert!(estimate < 80, "{estimate}");
+        // More slots need more connections, and circuits stay as they are.
+        let many = default.with(Limit::Reservations, Some(4096));
+        assert_eq!(many.derive().0, [4096, 1024, 64, 8192, 256, 4096, 17 * MIB, 80 * MIB, 2]);
+        let most = default.with(Limit::Streams, Some(usize::MAX));
+        assert_eq!(most.estimate(), u64::MAX);
+    }
+
+    #[test]
+    fn a_limit_that_is_too_much_for_the_memory_is_named_with_the_remedy() {
+        let floor = given(Some(0)).least_memory();
+        assert!(floor <= 12 * MIB as u64, "{floor}");
+        assert_eq!(given(Some(floor)).check(), Ok(()));
+        let floor = shown(floor);
+        assert_eq!(
+            given(Some(5 * MIB as u64)).check(),
+            Err(format!("--memory 5MiB: is too little; try {floor} or more"))
+        );
+        let mut small = given(Some(24 * MIB as u64));
+        small.usage.dht = true;
+        let problem = small.check().unwrap_err();
+        assert!(problem.starts_with("--memory 24MiB: is too little with --dht; try "), "{problem}");
+        small = given(small.memory).with(Limit::Connections, Some(5000));
+        let problem = small.check().unwrap_err();
+        let (_, fit) = problem.split_once("lower it to ").unwrap();
+        let fit = fit.split(',').next().unwrap().parse().unwrap();
+        assert_eq!(small.with(Limit::Connections, Some(fit)).check(), Ok(()), "{problem}");
+        assert!(small.with(Limit::Connections, Some(fit + 1)).check().is_err(), "{problem}");
+        small = small.with(Limit::Buffered, Some(100 * MIB));
+        let problem = small.check().unwrap_err();
+        let expected = "--max-connections 5000: is too much for --memory 24MiB; lower it and --max-buffered, or try ";
+        assert!(problem.starts_with(expected), "{problem}");
+    }
+
+    /// Explicit limits, most of them missing.
+    fn explicit() -> impl Strategy<Value = [Option<usize>; LIMITS.len()]> {
+        let any = |most: usize| prop_oneof![3 => Just(None), 1 => (1..most).prop_map(Some)];
+        let bytes = any(MIB * 100);
+        (
+            [any(100_000), any(10_000), any(100), any(100_000), any(2000), any(100_000)],
+            [bytes.clone(), bytes],
+            any(64),
+        )
+            .prop_map(|([a, b, c, d, e, f], [g, h], i)| [a, b, c, d, e, f, g, h, i])
+    }
+
+    proptest! {
+        #[test]
+        fn what_follows_fits_explicit_flags_win_and_nothing_falls_when_memory_rises(
+            memory in prop_oneof![12 * MIB as u64..100 * MIB as u64, 12 * MIB as u64..64 * GIB],
+            more in prop_oneof![0..MIB as u64, 0..64 * GIB],
+            explicit in prop_oneof![Just([None; LIMITS.len()]), explicit()],
+            (dht, autonat, websocket) in any::<(bool, bool, bool)>(),
+            default_threads in 1_usize..256,
+        ) {
+            let usage = Usage { default_threads, dht, autonat, websocket };
+            let small = Given { memory: Some(memory), explicit, usage };
+            let derived = small.derive();
+            for limit in LIMITS {
+                if let Some(value) = small.explicit(limit) {
+                    prop_assert_eq!(derived.get(limit), value);
+                }
+            }
+            match small.check() {
+                Ok(()) => prop_assert!(small.estimate() <= memory),
+                Err(problem) => {
+                    let least = small.estimate() + memory / SHARE_OF_THREADS + MIB as u64;
+                    prop_assert!(least > memory, "{}", problem);
+                    let named = LIMITS.into_iter().find(|limit| problem.starts_with(&format!("{} ", limit.flag())));
+                    let is_explicit = named.is_none_or(|limit| small.explicit(limit).is_some());
+                    prop_assert!(is_explicit && (named.is_some() || problem.starts_with("--memory")), "{}", problem);
+                }
+            }
+            let large = Given { memory: Some(memory + more), ..small };
+            let more = large.derive();
+            for limit in LIMITS {
+                prop_assert!(more.get(limit) >= derived.get(limit), "{limit:?}");
+            }
+            prop_assert!(small.check().is_err() || large.check().is_ok());
+            prop_assert!(large.estimate() >= small.estimate());
+        }
+    }
+}
