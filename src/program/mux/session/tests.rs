@@ -291,7 +291,7 @@ fn beyond_256_refusals_that_are_not_taken_the_session_ends() {
         server.receive(&syn(id)).unwrap();
     }
     let end = server.receive(&syn(4711)).expect_err("too many");
-    assert_eq!(end.to_string(), "the peer takes no refusals");
+    assert_eq!(end.to_string(), Cut::Refusals.kind());
     assert_eq!(server.budget.buffered().count(Cut::Refusals), 1);
     let mut resets = headers(&server.send_all());
     let go_away = resets.pop().expect("a go-away");
