@@ -8,6 +8,7 @@ pub mod children;
 pub mod http;
 pub mod messages;
 pub mod network;
+pub mod pages;
 pub mod play;
 pub mod process;
 pub mod running;
