@@ -239,7 +239,7 @@ async fn a_target_whose_reservation_is_on_a_dead_connection_is_reached_over_its_
     for (from, to) in [(0, 1), (1, 0)] {
         let mut ends = [&mut source, &mut target];
         by_hand::send(&mut ends[from], b"bytes").await;
-        assert_eq!(read_bytes(&mut ends[to], 5).await, b"bytes");
+        assert_eq!(read_bytes(ends[to], 5).await, b"bytes");
     }
     assert!(!says(&relay, "peer silent"), "its slot is where it was");
     assert_eq!(said(&relay, "circuit 1 opened"), 1);
