@@ -73,24 +73,21 @@ pub fn commands(text: &str) -> Vec<String> {
     lines.filter(|line| !line.is_empty()).collect()
 }
 
-/// The cells of each row of the tables in a page that begins with a code span: its text, and the other cells.
-pub fn rows(page: &str) -> Vec<(String, Vec<String>)> {
+/// The cells of all rows of the tables in a page.
+pub fn table_rows(page: &str) -> Vec<Vec<String>> {
     let prose = parse(page).1;
     let row = |line: &str| {
-        let cells = line.strip_prefix("| `")?.strip_suffix('|')?;
-        let mut cells = cells.split(" |").map(|cell| cell.trim().to_owned());
-        let first = cells.next()?.trim_end_matches('`').to_owned();
-        Some((first, cells.collect()))
+        let cells = line.strip_prefix("| ")?.strip_suffix('|')?;
+        Some(cells.split(" |").map(|cell| cell.trim().to_owned()).collect())
     };
     prose.lines().filter_map(row).collect()
 }
 
-/// The cells of all rows of the tables in a page.
-pub fn rows_of_text(page: &str) -> Vec<Vec<String>> {
-    let prose = parse(page).1;
-    let row = |line: &str| {
-        let cells = line.strip_prefix("| ")?.strip_suffix(" |")?;
-        Some(cells.split(" | ").map(|cell| cell.trim().to_owned()).collect())
+/// The rows that begin with a code span: its text, and the other cells.
+pub fn rows(page: &str) -> Vec<(String, Vec<String>)> {
+    let row = |mut cells: Vec<String>| {
+        let name = cells.remove(0);
+        Some((name.strip_prefix('`')?.trim_end_matches('`').to_owned(), cells))
     };
-    prose.lines().filter_map(row).collect()
+    table_rows(page).into_iter().filter_map(row).collect()
 }

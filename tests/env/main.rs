@@ -1,4 +1,4 @@
-//! What needs more than this crate and Rust: root, Go, Node, Chromium, libfaketime, systemd's tools.
+//! What needs more than this crate and Rust: root, Go, Node, Chromium, HAProxy, nginx, libfaketime, systemd's tools.
 //!
 //! Each test is `#[ignore]`d with the tools that it needs, and fails without them. `.ci/env` installs them and
 //! runs all of these tests.

@@ -6,14 +6,17 @@ mod flags;
 
 use std::{fs, path::Path};
 
-use libp2p::Multiaddr;
+use libp2p::{
+    Multiaddr,
+    relay::outbound::hop::{ConnectError, ReserveError},
+};
 use tempfile::TempDir;
 
 use self::commands::{check_command, check_toml};
 use crate::common::{
     Relay,
     http::{self, ask},
-    pages::{PAGES, blocks, commands, exists, parse, read, spans},
+    pages::{PAGES, blocks, commands, exists, parse, read, spans, table_rows},
 };
 
 /// The most lines of the README.
@@ -135,6 +138,32 @@ async fn the_endpoints_are_served() {
         }
     }
     assert!(asked >= 3, "{asked}");
+}
+
+#[test]
+fn what_a_refused_rust_client_sees_is_what_its_library_says() {
+    let texts = [
+        ConnectError::NoReservation.to_string(),
+        ConnectError::PermissionDenied.to_string(),
+        ConnectError::ResourceLimitExceeded.to_string(),
+        ReserveError::Refused.to_string(),
+    ];
+    let rows = table_rows("src/doc/clients.md").into_iter();
+    let rows = rows.skip_while(|cells| cells[0] != "the target holds no slot");
+    let documented: Vec<_> = rows.take(4).map(|cells| cells[3].replace('`', "")).collect();
+    assert_eq!(documented, texts);
+}
+
+#[tokio::test]
+async fn the_limits_for_small_devices_come_to_what_the_readme_says() {
+    let readme = parse("README.md");
+    let (_, rest) = readme.1.split_once("these allow at most ").unwrap();
+    let memory = rest.split('.').next().unwrap();
+    let all = readme.0.iter().flat_map(|block| commands(&block.text));
+    let command = all.into_iter().find(|command| command.contains("--threads 1")).unwrap();
+    let flags: Vec<_> = command.split_whitespace().skip(1).collect();
+    let relay = Relay::start(&flags);
+    relay.wait_for_log(&format!("memory: at most {memory} under these limits")).await;
 }
 
 #[cfg(unix)]

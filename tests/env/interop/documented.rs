@@ -13,7 +13,7 @@ use libp2p::identity::Keypair;
 use super::{SWARM_KEY, Talking, client, js_client, run};
 use crate::common::{
     Client, Relay,
-    pages::{blocks, rows_of_text},
+    pages::{blocks, table_rows},
 };
 
 const PAGE: &str = "src/doc/clients.md";
@@ -127,7 +127,7 @@ fn the_js_program_reserves_and_pings_through_the_relay_and_again_after_its_resta
 
 /// The texts of the table for one column (1: Go, 2: JavaScript), by the first words of its rows.
 fn documented(situation: &str, column: usize) -> String {
-    let rows = rows_of_text(PAGE);
+    let rows = table_rows(PAGE);
     let row = rows.iter().find(|cells| cells[0].starts_with(situation));
     let row = row.unwrap_or_else(|| panic!("{PAGE} has no row {situation:?}"));
     row[column].trim_matches('`').to_owned()
