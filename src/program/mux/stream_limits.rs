@@ -541,7 +541,9 @@ mod tests {
         let mut other = Connection::new(101, prefix(101), &admission);
         assert_eq!((other.open_all(), other.preempted.len()), (OWN, 0));
         drop((all, newcomer, other));
-        assert!(admission.pool.lock().quota.scopes() == 0 && admission.pool.lock().taken.is_empty());
+        assert!(
+            admission.pool.lock().quota.scopes() == 0 && admission.pool.lock().taken.is_empty()
+        );
     }
 
     fn host(host: u8) -> Option<ClientPrefix> {
