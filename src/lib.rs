@@ -2,7 +2,8 @@
 //!
 //! A peer behind NAT reserves a *slot* on a relay, so that others can reach it through a *circuit* over that relay
 //! ([Circuit Relay v2][spec]). This crate is a program (`relaylet`, see the README) and a [`Behaviour`] for any
-//! rust-libp2p swarm, small enough to be read as a whole.
+//! rust-libp2p swarm, small enough to be read as a whole. Pages of their own have all [flags](doc::flags), and what
+//! [operators](doc::operating), [users of clients](doc::clients) and [readers](doc::design) need.
 //!
 //! # Terms
 //!
@@ -116,6 +117,8 @@ mod activity;
 mod behaviour;
 mod config;
 mod delegate;
+#[cfg(doc)]
+pub mod doc;
 mod event;
 
 // For the tests, benches and fuzz targets of this repository, and no part of the interface.

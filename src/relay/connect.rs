@@ -42,16 +42,16 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         self.actions.push_back(Action::AskTarget(target, Box::new(parameters)));
     }
 
-    /// Asks each target that does not answer over another of its connections, if it has one: it may have come back without
-    /// reserving again, and its old connection may be half-open. A target is asked over one connection at a time, and over
-    /// each at most once.
+    /// Sends each target that does not answer another stop request over another of its connections, if it has one: it may
+    /// have reconnected without reserving again, and its old connection may be half-open. A target is asked over one
+    /// connection at a time, and over each at most once.
     pub(super) fn ask_over_others(&mut self, now: Instant) {
         for (id, silent) in self.circuits.unanswered(now) {
-            // 1. First the one that was active last; of several, the one that came up last.
+            // 1. The most recently active connection first; of several, the newest.
             let mut others = self.fit_for_a_slot(silent.peer);
             others.reverse();
             others.sort_by_key(|id| Some(self.connections.get(*id)?.liveness.silent_for(now)));
-            // 2. Move the circuit there, which resets the stop stream that is open.
+            // 2. Move the circuit to it, which resets the open stop stream.
             let Some((over, ended)) = self.circuits.ask_over(id, &others, now) else {
                 continue;
             };
@@ -97,9 +97,9 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         Ok((connection, self.circuit_limit(terms)))
     }
 
-    /// Handles the target's answer over this connection, with what was opened to it if it agreed. If the source still
-    /// waits, and the target is not asked over another one meanwhile, opens the circuit and returns that with the
-    /// source's reply handle.
+    /// Handles the target's answer over this connection, with the opened stream if it accepted. If the source still waits,
+    /// and the target has not been asked over another connection since, opens the circuit, and returns the stream with
+    /// the source's reply handle.
     pub fn on_target_answered<T>(
         &mut self,
         id: CircuitId,
@@ -172,144 +172,150 @@ mod tests {
     const RETRY_AFTER: Duration = Duration::from_secs(3);
 
     /// A source, and a target whose reservation points at the first of its connections.
-    struct World {
+    struct Fixture {
         relay: Relay<u32, ()>,
         source: End<u32>,
         target: PeerId,
         start: Instant,
     }
 
-    /// A target was asked.
-    struct Asked {
+    /// A stop request to the target.
+    struct StopRequest {
         circuit: CircuitId,
         over: u32,
         since: Instant,
         ended: oneshot::Receiver<()>,
     }
 
-    impl Asked {
+    impl StopRequest {
         fn is_cancelled(&mut self) -> bool {
             self.ended.try_recv().is_err()
         }
     }
 
-    impl World {
+    impl Fixture {
         fn new() -> Self {
             let start = Instant::now();
             let relay = Relay::new(Config::default(), start).unwrap();
             let [source, target] = [(); 2].map(|()| PeerId::random());
             let source = End { peer: source, connection: 0 };
-            let mut world = Self { relay, source, target, start };
-            world.connects(source.peer, 0);
-            world.connects(target, 1);
+            let mut fixture = Self { relay, source, target, start };
+            fixture.add_connection(source.peer, 0);
+            fixture.add_connection(target, 1);
             let from = End { peer: target, connection: 1 };
-            world.relay.handle_request(from, Ok(Request::Reserve), (), start);
-            world
+            fixture.relay.handle_request(from, Ok(Request::Reserve), (), start);
+            fixture
         }
 
-        fn connects(&mut self, peer: PeerId, connection: u32) {
+        fn add_connection(&mut self, peer: PeerId, connection: u32) {
             let up = Connection::new(peer, "/memory/1".parse().unwrap(), false, 0, self.start);
             self.relay.connections.add(connection, up);
         }
 
-        fn asked(&mut self) -> Vec<Asked> {
+        fn stop_requests(&mut self) -> Vec<StopRequest> {
             let actions = std::iter::from_fn(|| self.relay.actions.pop_front());
-            let asked = actions.filter_map(|action| match action {
+            let requests = actions.filter_map(|action| match action {
                 Action::AskTarget(target, parameters) => {
                     let CircuitParameters { id, since, ended, .. } = *parameters;
-                    Some(Asked { circuit: id, over: target.connection, since, ended })
+                    Some(StopRequest { circuit: id, over: target.connection, since, ended })
                 }
                 _ => None,
             });
-            asked.collect()
+            requests.collect()
         }
 
-        /// The source asks for a circuit, and the target is asked once.
-        fn connect(&mut self) -> Asked {
+        /// The source requests a circuit; returns the one stop request.
+        fn connect(&mut self) -> StopRequest {
             let request = Ok(Request::Connect(self.target));
             self.relay.handle_request(self.source, request, (), self.start);
-            let mut asked = self.asked();
-            assert_eq!(asked.len(), 1);
-            asked.remove(0)
+            let mut requests = self.stop_requests();
+            assert_eq!(requests.len(), 1);
+            requests.remove(0)
         }
 
-        /// Sweeps in turn, this long after the start. Yields over which connection the target is asked.
-        fn sweep(&mut self, after: Duration) -> Option<Asked> {
+        /// Sweeps this long after the start. Returns the stop request that the sweep sends, if any.
+        fn sweep(&mut self, after: Duration) -> Option<StopRequest> {
             let now = self.start + after;
             self.relay.sweep_due = now;
             self.relay.sweep(now);
-            self.asked().pop()
+            self.stop_requests().pop()
         }
 
         fn circuits_over(&self, connection: u32) -> u32 {
             self.relay.connections.get(connection).unwrap().circuits
         }
 
-        fn accepts(&mut self, asked: &Asked) -> bool {
+        fn accept(&mut self, request: &StopRequest) -> bool {
             let now = self.start;
-            self.relay.on_target_answered(asked.circuit, asked.over, Ok(()), now).is_some()
+            self.relay.on_target_answered(request.circuit, request.over, Ok(()), now).is_some()
         }
     }
 
     #[test]
     fn a_target_that_does_not_answer_is_asked_over_its_other_connection_and_accepts_once() {
-        let mut world = World::new();
-        world.connects(world.target, 2);
-        let mut first = world.connect();
+        let mut fixture = Fixture::new();
+        fixture.add_connection(fixture.target, 2);
+        let mut first = fixture.connect();
         assert_eq!(first.over, 1);
-        assert!(world.sweep(RETRY_AFTER - Duration::from_millis(1)).is_none());
+        assert!(fixture.sweep(RETRY_AFTER - Duration::from_millis(1)).is_none());
         assert!(!first.is_cancelled());
-        let mut second = world.sweep(RETRY_AFTER).expect("it is asked again");
+        let mut second = fixture.sweep(RETRY_AFTER).expect("a second stop request");
         assert_eq!((second.circuit, second.over, second.since), (first.circuit, 2, first.since));
         assert!(first.is_cancelled() && !second.is_cancelled());
-        assert_eq!([1, 2].map(|connection| world.circuits_over(connection)), [0, 1]);
-        // What the first one says is late, whatever it is.
-        assert!(!world.accepts(&first));
+        assert_eq!([1, 2].map(|connection| fixture.circuits_over(connection)), [0, 1]);
+        // Any answer to the first request is late.
+        assert!(!fixture.accept(&first));
         let gone: Result<(), _> = Err(StopFailed::Gone);
-        world.relay.on_target_answered(first.circuit, first.over, gone, world.start);
-        assert!(world.accepts(&second));
-        assert!(!world.accepts(&first));
-        assert_eq!(world.relay.circuits.open().count(), 1);
-        assert_eq!(world.circuits_over(0), 1);
+        fixture.relay.on_target_answered(first.circuit, first.over, gone, fixture.start);
+        assert!(fixture.accept(&second));
+        assert!(!fixture.accept(&first));
+        assert_eq!(fixture.relay.circuits.open().count(), 1);
+        assert_eq!(fixture.circuits_over(0), 1);
     }
 
     #[test]
-    fn a_target_that_comes_back_while_it_is_asked_is_asked_there_and_over_each_connection_once() {
-        let mut world = World::new();
-        let mut asked = world.connect();
-        assert!(world.sweep(4 * RETRY_AFTER).is_none(), "there is no other connection");
-        assert!(!asked.is_cancelled());
-        world.connects(world.target, 2);
-        world.connects(world.target, 3);
-        // The one that was active last, and of two that are equal the one that came up last.
-        world.relay.connections.get_mut(2).unwrap().liveness.on_activity(world.start + RETRY_AFTER);
-        asked = world.sweep(5 * RETRY_AFTER).expect("now there is");
-        assert_eq!(asked.over, 2);
-        assert!(world.sweep(6 * RETRY_AFTER - Duration::from_millis(1)).is_none());
-        asked = world.sweep(6 * RETRY_AFTER).expect("there is one left");
-        assert_eq!((asked.over, asked.since), (3, world.start));
-        assert!(world.sweep(9 * RETRY_AFTER).is_none(), "all were asked");
-        assert!(world.accepts(&asked));
+    fn a_target_that_reconnects_is_asked_over_each_new_connection_once() {
+        let mut fixture = Fixture::new();
+        let mut request = fixture.connect();
+        assert!(fixture.sweep(4 * RETRY_AFTER).is_none(), "no other connection");
+        assert!(!request.is_cancelled());
+        fixture.add_connection(fixture.target, 2);
+        fixture.add_connection(fixture.target, 3);
+        // The most recently active connection first; of two that are equal, the newer one.
+        fixture
+            .relay
+            .connections
+            .get_mut(2)
+            .unwrap()
+            .liveness
+            .on_activity(fixture.start + RETRY_AFTER);
+        request = fixture.sweep(5 * RETRY_AFTER).expect("a stop request over a new connection");
+        assert_eq!(request.over, 2);
+        assert!(fixture.sweep(6 * RETRY_AFTER - Duration::from_millis(1)).is_none());
+        request = fixture.sweep(6 * RETRY_AFTER).expect("a stop request over the last connection");
+        assert_eq!((request.over, request.since), (3, fixture.start));
+        assert!(fixture.sweep(9 * RETRY_AFTER).is_none(), "each connection is used once");
+        assert!(fixture.accept(&request));
     }
 
     #[test]
-    fn a_relay_that_stood_still_gives_the_target_its_time() {
-        let mut world = World::new();
-        world.connects(world.target, 2);
-        world.connect();
-        let late = world.start + 100 * RETRY_AFTER;
-        world.relay.sweep(late);
-        assert!(world.asked().is_empty());
-        assert!(world.sweep(101 * RETRY_AFTER).is_some());
+    fn a_late_sweep_restarts_the_time_to_answer() {
+        let mut fixture = Fixture::new();
+        fixture.add_connection(fixture.target, 2);
+        fixture.connect();
+        let late = fixture.start + 100 * RETRY_AFTER;
+        fixture.relay.sweep(late);
+        assert!(fixture.stop_requests().is_empty());
+        assert!(fixture.sweep(101 * RETRY_AFTER).is_some());
     }
 
     #[test]
     fn refused_requests_and_open_circuits_are_not_retried() {
-        let mut world = World::new();
-        world.connects(world.target, 2);
-        let [gone, open] = [(); 2].map(|()| world.connect());
-        assert!(world.accepts(&open));
-        world.relay.end_circuit(gone.circuit, CircuitEnd::Disconnected);
-        assert!(world.sweep(2 * RETRY_AFTER).is_none());
+        let mut fixture = Fixture::new();
+        fixture.add_connection(fixture.target, 2);
+        let [gone, open] = [(); 2].map(|()| fixture.connect());
+        assert!(fixture.accept(&open));
+        fixture.relay.end_circuit(gone.circuit, CircuitEnd::Disconnected);
+        assert!(fixture.sweep(2 * RETRY_AFTER).is_none());
     }
 }

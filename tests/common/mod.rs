@@ -10,6 +10,7 @@ pub mod client_process;
 pub mod http;
 pub mod messages;
 pub mod network;
+pub mod pages;
 pub mod permits;
 pub mod raw_peers;
 pub mod running_node;

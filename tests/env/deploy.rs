@@ -4,10 +4,16 @@ use std::{
     fs,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
-    process::{Command, Output},
+    process::{Child, Command, Output},
+    time::Instant,
 };
 
-use crate::common::{Client, Relay};
+use crate::common::{
+    Client, Relay, Security, TEST_TIMEOUT,
+    pages::{Block, blocks, commands},
+    websocket,
+};
+use libp2p::{Multiaddr, identity::Keypair};
 use tempfile::TempDir;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_relaylet");
@@ -250,6 +256,107 @@ impl Image {
         }
         Relay::run(command, folder)
     }
+}
+
+// ---- Proxies, configured as the documentation says
+
+/// A proxy that runs, and is killed with its test.
+struct Proxy(Child, #[expect(dead_code, reason = "its configuration")] TempDir);
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        // nginx's master ends its workers when it is asked to end.
+        crate::common::signal(self.0.id(), "TERM");
+        let _ = self.0.wait();
+    }
+}
+
+/// The block of the page that has this word in it.
+fn documented(language: &str, word: &str) -> String {
+    let is_it = |block: &Block| block.text.contains(word);
+    blocks(language).into_iter().find(is_it).expect("it is in the documentation").text
+}
+
+/// A relay started by the command of the page that has this word in it, on ports of this test: those of the relay and of the
+/// proxy in front of it.
+fn documented_relay(word: &str) -> (Relay, [u16; 2]) {
+    let page = blocks("sh");
+    let all = page.iter().flat_map(|block| commands(&block.text));
+    let command = all.into_iter().find(|line| line.starts_with("relaylet") && line.contains(word));
+    let ports = [free_port(), free_port()];
+    let command = command.expect("a command").replace("tcp/4002", &format!("tcp/{}", ports[0]));
+    let words: Vec<_> = command.split_whitespace().skip(1).collect();
+    (Relay::start_listening(&words), ports)
+}
+
+fn free_port() -> u16 {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.local_addr().unwrap().port()
+}
+
+/// Starts HAProxy or nginx with this configuration, on these ports, once it says that it is valid.
+fn start_proxy(program: &str, configuration: &str, [relay, own]: [u16; 2]) -> Proxy {
+    let folder = TempDir::new().unwrap();
+    let file = folder.path().join("proxy.conf");
+    let on_ports = configuration
+        .replace("127.0.0.1:4002", &format!("127.0.0.1:{relay}"))
+        .replace("4001", &own.to_string());
+    fs::write(&file, on_ports).unwrap();
+    let file = file.to_str().unwrap();
+    let (check, start): (&[&str], &[&str]) = match program {
+        "haproxy" => (&["-c", "-f", file], &["-db", "-f", file]),
+        _ => (&["-t", "-c", file], &["-c", file, "-g", "daemon off;"]),
+    };
+    run(Command::new(program).args(check));
+    let proxy = Command::new(program).args(start).spawn().expect("it is installed");
+    let (proxy, start) = (Proxy(proxy, folder), Instant::now());
+    while std::net::TcpStream::connect(("127.0.0.1", own)).is_err() {
+        assert!(start.elapsed() < TEST_TIMEOUT, "{program} does not listen");
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    proxy
+}
+
+/// nginx's file around a block of it.
+fn nginx(block: &str, folder: &str) -> String {
+    format!(
+        "include /etc/nginx/modules-enabled/*.conf;\npid {folder}/pid;\nerror_log stderr;\nevents {{}}\n{block}"
+    )
+}
+
+#[tokio::test]
+#[ignore = "needs haproxy, nginx and libnginx-mod-stream"]
+async fn the_documented_tcp_proxies_name_their_clients_to_the_relay() {
+    let folder = TempDir::new().unwrap();
+    let stream = nginx(&documented("nginx", "stream {"), folder.path().to_str().unwrap());
+    for (program, configuration) in
+        [("haproxy", documented("haproxy", "send-proxy-v2")), ("nginx", stream)]
+    {
+        let (relay, ports) = documented_relay("--proxy-protocol-from");
+        let _proxy = start_proxy(program, &configuration, ports);
+        let through: Multiaddr = format!("/ip4/127.0.0.1/tcp/{}", ports[1]).parse().unwrap();
+        let through = through.with_p2p(relay.peer).unwrap();
+        // The relay closes a connection without a header.
+        let keypair = Keypair::generate_ed25519();
+        Client::connect_as(keypair, &through, Security::Noise).await.reserve().await;
+        println!("{program}: a slot through it");
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs nginx"]
+async fn the_documented_http_proxy_names_its_clients_to_the_relay() {
+    let folder = TempDir::new().unwrap();
+    let (relay, ports) = documented_relay("--trust-forwarded-from");
+    let location = documented("nginx", "location / {");
+    let logs = "access_log off;";
+    let server = format!("http {{ {logs} server {{ listen 127.0.0.1:4001; {location} }} }}");
+    let configuration = nginx(&server, folder.path().to_str().unwrap());
+    let _proxy = start_proxy("nginx", &configuration, ports);
+    let through: Multiaddr = format!("/ip4/127.0.0.1/tcp/{}/ws", ports[1]).parse().unwrap();
+    websocket::connect(&through.with_p2p(relay.peer).unwrap()).await.reserve().await;
+    // It would say so if the header were missing.
+    assert_eq!(relay.count_in_log("X-Forwarded-For header"), 0, "{:#?}", relay.log());
 }
 
 fn copy(from: &Path, to: &Path) {

@@ -2,6 +2,7 @@
 //!
 //! Without Go, or Node with npm, the tests fail rather than being skipped.
 
+mod documented;
 mod many;
 mod yamux;
 
@@ -148,37 +149,6 @@ async fn js_libp2p_is_served() {
         let mut node = Command::new("node_modules/.bin/node");
         run_scenario(scenario, node.arg("client.mjs").current_dir(folder)).await;
     }
-}
-
-#[test]
-#[ignore = "needs Go"]
-fn the_snippet_of_the_readme_works_as_pasted() {
-    let readme = include_str!("../../README.md");
-    let (_, rest) = readme.split_once("```go\n").expect("a snippet in Go");
-    let (snippet, _) = rest.split_once("```").expect("its end");
-    let folder = tempfile::tempdir().expect("a temporary folder");
-    fs::write(folder.path().join("main.go"), snippet).expect("the file is written");
-    // The same releases as those of the Go client.
-    for file in ["go.mod", "go.sum"] {
-        fs::copy(client("go").join(file), folder.path().join(file)).expect("a copy");
-    }
-    run(Command::new("go").args(["build", "-o", "snippet"]).current_dir(&folder));
-
-    let relay = Relay::start(&[]);
-    let snippet = folder.path().join("snippet");
-    let mut target = Command::new(&snippet)
-        .arg(relay.address.to_string())
-        .stdout(Stdio::piped())
-        .spawn()
-        .expect("the process starts");
-    let output = BufReader::new(target.stdout.take().expect("it is piped"));
-    let lines = output.lines().map_while(Result::ok);
-    let mut addresses =
-        lines.filter_map(|line| Some(line.strip_prefix("reach me: go run . ")?.to_owned()));
-    let address = addresses.next().expect("the target's address");
-    run(Command::new(&snippet).arg(address));
-    target.kill().expect("kill succeeds");
-    target.wait().expect("wait succeeds");
 }
 
 #[tokio::test]

@@ -1,4 +1,5 @@
-//! Tests that need more than this crate and Rust: root, Go, Node, Python, Chromium, libfaketime, systemd's tools.
+//! Tests that need more than this crate and Rust: root, Go, Node, Python, Chromium, HAProxy, nginx, libfaketime,
+//! systemd's tools.
 //!
 //! Each test is `#[ignore]`d with the tools that it needs, and fails without them. `.ci/env` installs them and
 //! runs all of these tests.

@@ -39,6 +39,14 @@ mod quic;
 #[cfg(target_os = "linux")]
 mod readiness;
 mod reading;
+#[cfg(all(
+    feature = "autonat",
+    feature = "dht",
+    feature = "http",
+    feature = "pnet",
+    feature = "websocket"
+))]
+mod readme;
 mod restarts;
 mod rust_client;
 #[cfg(all(target_os = "linux", feature = "pnet", feature = "websocket"))]

@@ -58,29 +58,29 @@ pub trait Connection: Send + Sync + std::fmt::Debug {
     fn credit(&self) -> usize;
 }
 
-/// Why a stream was reset, or a connection closed, because of what its peers did not take.
+/// Why a stream was reset, or a connection closed, to free memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cut {
     /// A stream: the pool was full.
     Pool,
-    /// A stream: its connection held as much as one may.
+    /// A stream: its connection exceeded the limit on unread bytes.
     Connection,
-    /// A connection: its peer takes no refusals of the streams that it opens.
+    /// A connection: its peer does not read the refusals of the streams that it opens.
     Refusals,
-    /// A connection: its peer takes nothing of what is sent to it.
+    /// A connection: its peer reads nothing of what is sent to it.
     WriteStalled,
 }
 
-/// How many reasons there are.
+/// The number of reasons.
 const CUTS: usize = 4;
 
 impl Cut {
-    /// Those for streams.
+    /// The reasons for streams.
     pub const STREAMS: [Self; 2] = [Self::Pool, Self::Connection];
-    /// Those for connections.
+    /// The reasons for connections.
     pub const CONNECTIONS: [Self; 2] = [Self::Refusals, Self::WriteStalled];
 
-    /// The reason in a few words.
+    /// The reason as a label.
     pub fn kind(self) -> &'static str {
         match self {
             Self::Pool => "max-buffered",
@@ -116,16 +116,16 @@ impl Buffered {
 /// The account of one connection.
 #[derive(Debug)]
 pub struct ConnectionBudget {
-    /// The pool that it is a part of.
+    /// The pool that it belongs to.
     pub pool: MemoryBudget,
-    /// The number of the connection, and where it comes from.
+    /// The number of the connection, and its client prefix.
     pub number: u64,
     pub prefix: Option<ClientPrefix>,
-    /// All that it is charged.
+    /// All bytes charged to it.
     held: AtomicUsize,
-    /// The bytes that were received and are unread.
+    /// Received bytes that are unread.
     unread: AtomicUsize,
-    /// What it is charged until it closes, and cannot free.
+    /// Bytes that it cannot free, charged until it closes.
     kept: AtomicUsize,
 }
 
@@ -169,8 +169,8 @@ impl MemoryBudget {
         if self.is_scarce() { limit.min(STALL_WHILE_SCARCE) } else { limit }
     }
 
-    /// What is held, what may still come, and what was cut. Takes the locks of sessions, one at a time: the caller
-    /// must hold none.
+    /// Returns the bytes held, the credit granted, and the counts of resets. Takes the locks of sessions, one at a
+    /// time: the caller must hold none.
     pub fn buffered(&self) -> Buffered {
         let open: Vec<_> = self.connections().values().filter_map(Weak::upgrade).collect();
         Buffered {
@@ -202,7 +202,7 @@ impl MemoryBudget {
             *prefixes.entry(connection.budget().prefix).or_default() += held;
         }
         while self.held() > pool.limit / 10 * 9 {
-            // What has nothing to free weighs nothing, whatever its prefix.
+            // A connection with nothing to free has no weight, whatever its prefix.
             let candidates = open.iter_mut().filter(|(held, _)| *held > 0);
             let heaviest = candidates.max_by_key(|(held, connection)| {
                 let prefix = connection.budget().prefix;
@@ -237,7 +237,7 @@ impl ConnectionBudget {
         self.pool.0.growth
     }
 
-    /// How many bytes it is charged that can be freed.
+    /// Returns how many of its charged bytes can be freed.
     pub fn held(&self) -> usize {
         self.held.load(Ordering::Relaxed)
     }
@@ -254,17 +254,17 @@ impl ConnectionBudget {
         self.pool.0.held.fetch_sub(bytes, Ordering::Relaxed);
     }
 
-    /// This many bytes more are unread.
+    /// Adds this many unread bytes.
     pub fn add_unread(&self, bytes: usize) {
         self.unread.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// This many bytes fewer are unread.
+    /// Removes this many unread bytes.
     pub fn remove_unread(&self, bytes: usize) {
         self.unread.fetch_sub(bytes, Ordering::Relaxed);
     }
 
-    /// Charges this many bytes until the connection closes, if half of the pool stays free.
+    /// Charges this many bytes until the connection closes, if half of the pool stays free. Returns whether it did.
     pub fn keep_if_plenty(&self, bytes: usize) -> bool {
         let pool = &self.pool.0;
         let is_plenty = self.pool.held().saturating_add(bytes) <= pool.limit / 2;
@@ -275,13 +275,13 @@ impl ConnectionBudget {
         is_plenty
     }
 
-    /// Whether more is unread than one connection may hold.
+    /// Whether its unread bytes exceed the limit on one connection.
     pub fn is_exceeded(&self) -> bool {
         self.unread.load(Ordering::Relaxed) > self.pool.0.limit_per_connection
     }
 
-    /// Which window a stream gets whose own is `window`: all of it while half of the pool is free, the
-    /// smallest from three quarters on, in between in proportion.
+    /// Scales the window of a stream: all of `window` while half of the pool is free, the smallest window above three
+    /// quarters, proportional in between.
     pub fn window(&self, window: usize) -> usize {
         let limit = self.pool.0.limit.max(4);
         let above_half = self.pool.held().saturating_sub(limit / 2).min(limit / 4);
@@ -289,7 +289,7 @@ impl ConnectionBudget {
         window - (falls_by * above_half as u128 / (limit / 4) as u128) as usize
     }
 
-    /// Counts a stream that was reset, or a connection that is closed.
+    /// Counts a stream that was reset, or a connection that was closed.
     pub fn count(&self, cut: Cut) {
         if let Some(count) = self.pool.0.cut.get(cut as usize) {
             count.fetch_add(1, Ordering::Relaxed);
@@ -311,7 +311,7 @@ mod tests {
 
     use super::*;
 
-    /// A connection that frees ten bytes at a time, as long as it holds some beside `fixed`.
+    /// A connection that frees ten bytes at a time, but never the `.1` bytes that it cannot free.
     #[derive(Debug)]
     struct Fixed(Arc<ConnectionBudget>, usize);
 
@@ -367,7 +367,7 @@ mod tests {
     }
 
     #[test]
-    fn who_cannot_free_anything_is_passed_over() {
+    fn connections_with_nothing_to_free_are_skipped() {
         let budget = MemoryBudget::new(1000, 1000, 0);
         let [fixed, other] =
             [(1, 900), (2, 0)].map(|(host, fixed)| connection(&budget, host, fixed));
@@ -382,7 +382,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_connection_holds_counts_until_it_is_released_or_the_connection_is_gone() {
+    fn memory_counts_until_it_is_released_or_its_connection_is_dropped() {
         let budget = MemoryBudget::new(100, 50, 0);
         let [one, other] = [1, 2].map(|host| connection(&budget, host, 0));
         one.0.add_unread(50);
@@ -400,7 +400,7 @@ mod tests {
     }
 
     #[test]
-    fn windows_fall_between_half_and_three_quarters_of_the_pool() {
+    fn windows_shrink_between_half_and_three_quarters_of_the_pool() {
         const KIB: usize = 1024;
         let budget = MemoryBudget::new(1000 * KIB, 1000 * KIB, 0);
         let connection = connection(&budget, 1, 0);

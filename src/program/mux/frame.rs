@@ -20,12 +20,12 @@ pub const MAX_WINDOW: usize = 1024 * 1024;
 /// The most streams that one connection may have in either direction.
 pub const MAX_STREAMS: usize = u16::MAX as usize;
 
-/// Chunks are multiples of the smallest one, in bytes.
+/// The capacity of a chunk is a multiple of this, in bytes.
 const MIN_CHUNK: usize = 4 * 1024;
 const MAX_CHUNK: usize = 16 * 1024;
 
-/// How many of the largest chunks a thread keeps for its next frames. A new chunk has to be zeroed: in a circuit flat out
-/// that costs as much as a copy of all its bytes.
+/// How many of the largest chunks a thread keeps for later frames. A new chunk has to be zeroed: for a circuit at full
+/// speed that costs as much as copying all of its bytes.
 const MAX_SPARE: usize = 8;
 
 thread_local! {
@@ -104,20 +104,20 @@ impl Header {
     }
 }
 
-/// Where the next bytes of the connection belong.
+/// Where the next bytes of the connection are read to.
 #[derive(Debug, Default)]
 pub struct Room {
-    /// The header, and how much of it is there.
+    /// The header, and how many of its bytes have been received.
     pub header: [u8; HEADER],
     pub read: usize,
-    /// How much of the body is missing; 0: a header comes next.
+    /// How many bytes of the body are missing; 0: a header comes next.
     pub body: usize,
-    /// Empty whenever no bytes are being received: what came is the stream's by then.
+    /// Empty while no bytes are being received: received bytes belong to the stream.
     pub chunk: Chunk,
 }
 
 impl Room {
-    /// Where to read to.
+    /// The buffer to read into.
     pub fn buffer(&mut self) -> &mut [u8] {
         if self.body == 0 {
             return self.header.get_mut(self.read..).unwrap_or_default();
@@ -128,23 +128,23 @@ impl Room {
         self.chunk.room(self.body)
     }
 
-    /// Frees the memory for a body. To be called before a wait: a header that announces one takes no memory.
+    /// Frees the memory for a body. Called before waiting, so that a header that only announces a body uses no memory.
     pub fn release(&mut self) {
         self.chunk = Chunk::default();
     }
 }
 
-/// Memory for bytes that are received. A stream is charged its capacity.
+/// A buffer for received bytes. Its capacity is charged to the stream's connection.
 #[derive(Debug, Default)]
 pub struct Chunk {
     bytes: Box<[u8]>,
-    /// Of those before `end`, the ones before `start` were read.
+    /// The bytes before `end` were received; of these, the ones before `start` were read.
     start: usize,
     end: usize,
 }
 
 impl Chunk {
-    /// An empty chunk for a body of so many bytes, or as much of it as goes into one.
+    /// An empty chunk for a body of this length, or for the part of it that fits into one chunk.
     pub fn for_body(bytes: usize) -> Self {
         let capacity = bytes.next_multiple_of(MIN_CHUNK).clamp(MIN_CHUNK, MAX_CHUNK);
         let spare = match capacity {
@@ -154,40 +154,40 @@ impl Chunk {
         Self { bytes: spare.unwrap_or_else(|| vec![0; capacity].into()), start: 0, end: 0 }
     }
 
-    /// What it is charged, in bytes.
+    /// What the connection is charged for it, in bytes.
     pub fn capacity(&self) -> usize {
         self.bytes.len()
     }
 
-    /// Room for so many bytes at most.
+    /// Returns at most this many bytes of free space.
     pub fn room(&mut self, most: usize) -> &mut [u8] {
         let end = self.bytes.len().min(self.end.saturating_add(most));
         self.bytes.get_mut(self.end..end).unwrap_or_default()
     }
 
-    /// So many bytes were put into the room.
+    /// Records that this many bytes were written to the free space.
     pub fn advance(&mut self, bytes: usize) {
         self.end += bytes;
     }
 
-    /// Forgets what is in it.
+    /// Discards its contents.
     pub fn clear(&mut self) {
         (self.start, self.end) = (0, 0);
     }
 
-    /// What is in it and was not read.
+    /// Returns the unread bytes.
     pub fn unread(&self) -> &[u8] {
         self.bytes.get(self.start..self.end).unwrap_or_default()
     }
 
-    /// Reads as much of it as fits; how many bytes that is.
+    /// Reads as much as fits. Returns the number of bytes.
     pub fn read(&mut self, into: &mut [u8]) -> usize {
         let read = self.unread().read(into).unwrap_or_default(); // from memory
         self.start += read;
         read
     }
 
-    /// Takes as much of `other` as there is room for; whether that is all of it.
+    /// Moves as much of `other` into this chunk as fits. Returns whether everything did.
     pub fn append(&mut self, other: &mut Self) -> bool {
         let moved = other.read(self.room(usize::MAX));
         self.end += moved;
@@ -205,7 +205,7 @@ impl Drop for Chunk {
             return;
         }
         let bytes = std::mem::take(&mut self.bytes);
-        // When a thread ends, its spare chunks may be gone before its last stream.
+        // While a thread ends, its spare chunks may be destroyed before its last stream.
         let _ = SPARE.try_with(|spare| {
             let mut spare = spare.borrow_mut();
             if spare.len() < MAX_SPARE {
@@ -230,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn unknown_versions_and_types_are_no_header() {
+    fn unknown_versions_and_types_are_rejected() {
         for kind in 0..=u8::MAX {
             let known = Header::parse([0, kind, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0]);
             assert_eq!(known.map(|header| header.kind as u8), (kind < 4).then_some(kind));

@@ -1,11 +1,11 @@
-//! Streams over one connection: yamux, with limits on what a peer may have open and have waiting.
+//! Streams over one connection: yamux, with limits on open streams and on buffered bytes.
 //!
-//! [`Muxer`] moves bytes between the connection and a session (`session.rs`); `poll` alone does that. A
-//! stream that the peer opens beyond its limit is reset, one that we want beyond ours waits for another to end.
+//! [`Muxer`] moves bytes between the connection and a session (`session.rs`); only `poll` does that. A stream that the
+//! peer opens beyond its limit is reset; one that this side opens beyond its own limit waits for another to end.
 //!
-//! The secure channel makes a message, and a system call, of each flush. So a flush comes when there is
-//! nothing more to send, or as much as goes into a message of Noise (write batching): it saves a fifth of the
-//! CPU time of a circuit's set-up.
+//! The secure channel makes a message, and a system call, of each flush. So it is flushed only when there is nothing
+//! more to send, or when a message of Noise is full (write batching): that saves a fifth of the CPU time of a circuit's
+//! set-up.
 
 use std::{
     io, iter,
@@ -42,33 +42,33 @@ use crate::{
     },
 };
 
-/// How much is read, or written, before others have their turn, in bytes; and in how many reads.
+/// How many bytes are read or written in one poll before it yields, and in how many reads.
 const TURN: usize = 256 * 1024;
 const TURN_READS: usize = 128;
 
-/// How much goes out in one message where memory is short, in bytes. Noise has room for three such messages
-/// for ever, once there was one.
+/// The size of a write batch while memory is scarce, in bytes. Once Noise has sent a larger message, it keeps buffers
+/// for three of that size.
 const SMALL_BATCH: usize = 8 * 1024;
 
-/// How much goes out in one message at most, in bytes: a whole frame, and the largest message of Noise.
+/// The largest write batch, in bytes: a whole frame, and the largest message of Noise.
 const LARGE_BATCH: usize = QUANTUM + HEADER;
 
-/// How much more memory a connection takes with large batches.
+/// How much more memory a connection uses once it has sent large batches.
 const LARGE_BATCH_COST: usize = 3 * (LARGE_BATCH - SMALL_BATCH);
 
-/// How often it is looked whether a connection that takes no more is write stalled.
+/// How often a connection whose socket is full is checked for a write stall.
 const LOOK: Duration = Duration::from_secs(5);
 
-/// How long a connection may be write stalled, unless that is [set](MemoryBudget::set_max_stall).
+/// The default limit of a write stall; see [`MemoryBudget::set_max_stall`].
 const MAX_STALL: Duration = Duration::from_secs(60);
 
-/// How long a connection may take to close in good order, before it is dropped.
+/// How long a connection may take to close gracefully, before it is dropped.
 const CLOSING: Duration = Duration::from_secs(3);
 
-/// Makes connections carry streams. Clones share what all connections may have together.
+/// Upgrades connections to yamux. Clones share the limits on all connections together.
 #[derive(Clone, Debug)]
 pub struct Multiplex {
-    /// Which streams its connections admit.
+    /// The limits on the streams of its connections.
     pub admission: StreamAdmission,
     /// The memory that its connections share.
     pub memory: MemoryBudget,
@@ -78,7 +78,7 @@ pub struct Multiplex {
 }
 
 impl Multiplex {
-    /// Within these limits, each connection for so many circuits.
+    /// A multiplexer with these limits, whose connections each carry at most `circuits` circuits.
     pub fn new(budget: Budget, limits: StreamLimits, circuits: usize) -> Self {
         let per_connection = limits.buffered_per_connection(circuits);
         let (pool, growth) = (limits.buffered(circuits), limits.growth(circuits));
@@ -88,7 +88,7 @@ impl Multiplex {
         Self { admission: StreamAdmission::new(budget, limits), memory, prefix, activity, socket }
     }
 
-    /// For a connection from `remote` over this socket, whose transport counts its activity.
+    /// The multiplexer of a connection from `remote` over this socket, whose transport counts its activity.
     pub fn of(
         &self,
         remote: &Multiaddr,
@@ -137,24 +137,24 @@ pub struct Muxer<C> {
     socket: Option<TcpStream>,
     shared: Arc<Shared>,
     room: Room,
-    /// Frames that are being written, and how much of them was.
+    /// Frames being written, and how many of their bytes were.
     frames: Vec<u8>,
     written: usize,
-    /// How much was written since the last flush; whether data is among it, or comes next.
+    /// How much was written since the last flush; whether that includes data, or data comes next.
     unflushed: usize,
     has_data: bool,
     is_flushing: bool,
-    /// How much may be written before a flush.
+    /// The size of the current write batch.
     batch: usize,
     activity: ActivityCounter,
-    /// Until then it is not read, because frames came faster than the peer may send them.
+    /// Reading is paused until then, because frames exceeded their rate.
     pause: Option<Delay>,
-    /// Since when it takes nothing; and when to look next, once it took nothing.
+    /// The write stall, and when to check it next while the socket is full.
     stall: WriteStall,
     look: Option<Delay>,
-    /// Why it ends, once everybody was told.
+    /// Why it ends, once all tasks have been woken.
     end: Option<io::Error>,
-    /// Until then it may close in good order.
+    /// The time limit of a graceful close.
     closing: Option<Delay>,
 }
 
@@ -186,7 +186,7 @@ impl<C> Muxer<C> {
 }
 
 impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
-    /// Reads what there is, for a turn. Never waits for what is to be written, or for a stream to be read.
+    /// Reads until nothing is left, or a poll's share is used up. Independent of writes, and of reads from streams.
     fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         if let Some(pause) = &mut self.pause {
             ready!(pause.poll_unpin(cx));
@@ -216,7 +216,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
         Poll::Ready(Ok(()))
     }
 
-    /// Writes what there is to be sent, for a turn, and flushes it.
+    /// Writes until there is nothing more to send, or a poll's share is used up, and flushes.
     fn poll_write(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let mut turn = 0;
         loop {
@@ -240,7 +240,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
                         return Poll::Ready(Ok(()));
                     }
                 }
-                // js-libp2p drops data that comes with a reset in one message.
+                // js-libp2p drops data that arrives in one message with a reset.
                 let splits = kind == Some(Frames::Resets) && self.has_data;
                 let is_full = self.unflushed + self.frames.len() > self.batch;
                 self.is_flushing = self.unflushed > 0 && (splits || is_full || kind.is_none());
@@ -267,7 +267,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
         }
     }
 
-    /// Looks from time to time whether a connection is write stalled that takes no more.
+    /// Checks regularly whether a connection whose socket is full is write stalled.
     fn poll_stall(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         let look = self.look.get_or_insert_with(|| Delay::new(LOOK));
         while look.poll_unpin(cx).is_ready() {
@@ -284,7 +284,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
         Ok(())
     }
 
-    /// The session ends. What was received may still be read until the next poll, which fails.
+    /// Ends the session. Streams can be read until the next poll, which fails.
     fn end(&mut self, error: io::Error, cx: &mut Context<'_>) {
         let is_unused = self.shared.with(|session| {
             session.end();
@@ -368,7 +368,7 @@ impl<C> Drop for Muxer<C> {
 pub struct Substream {
     shared: Arc<Shared>,
     key: Key,
-    /// The negotiation of the protocol, if the peer opened the stream, until that is known.
+    /// The negotiation of the protocol, if the peer opened the stream, until it is done.
     negotiation: Option<Negotiation>,
     /// Whether the peer opened it and no request has arrived on it yet.
     is_unused: bool,
@@ -446,14 +446,14 @@ impl AsyncWrite for Substream {
 }
 
 /// Limits what a peer may send while the protocol of its stream is being negotiated, and parses what the relay writes
-/// until that accepts one.
+/// until it accepts one.
 ///
 /// Sans-IO. libp2p's multistream-select allocates 16 KiB for a message as soon as its length is announced, which takes two
 /// bytes. No protocol name is longer than 127 bytes, so longer messages are rejected.
 /// See [the specification](https://github.com/multiformats/multistream-select).
 #[derive(Debug, Default)]
 struct Negotiation {
-    /// What the relay has written of the current message, its length first.
+    /// What the relay has written of the current message, starting with its length.
     message: Vec<u8>,
 }
 
@@ -482,22 +482,22 @@ impl Negotiation {
     }
 }
 
-/// Write stall: the peer of a connection takes nothing of what is sent to it. Since when, if it does so.
+/// Write stall: the peer of a connection acknowledges nothing of what is sent to it. `Some`: since when.
 ///
-/// Sans-IO. That a socket takes no more says little: behind a slow path it may be long before there is room again.
-/// So the rule goes by how many bytes the peer has acknowledged. Their number only rises, however much is written
-/// meanwhile; that of the unacknowledged ones would look the same after as many were acknowledged as written.
+/// Sans-IO. A full socket buffer alone does not mean a stall: on a slow path it may stay full for long. The rule
+/// therefore uses the number of bytes that the peer has acknowledged, which only rises. The number of unacknowledged
+/// bytes would not change if as many were written meanwhile as acknowledged.
 #[derive(Debug, Default)]
 struct WriteStall(Option<(Instant, Option<u64>)>);
 
 impl WriteStall {
-    /// The connection took bytes, or there are none to be written.
+    /// The socket accepted bytes, or there is nothing to write.
     fn on_written(&mut self) {
         self.0 = None;
     }
 
-    /// Bytes wait to be written, and by `now` the peer has acknowledged so many; `None`: that is not known.
-    /// Returns for how long it has acknowledged none.
+    /// Bytes are waiting, and by `now` the peer has acknowledged this many in total; `None` if that is unknown.
+    /// Returns how long it has acknowledged nothing.
     fn on_waiting(&mut self, acknowledged: Option<u64>, now: Instant) -> Duration {
         let same = self.0.filter(|(_, before)| *before == acknowledged);
         let since = same.map_or(now, |(since, _)| since);

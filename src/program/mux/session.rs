@@ -1,4 +1,4 @@
-//! A session of yamux: its streams, what their holders do with them, and what is received and sent.
+//! A yamux session: its streams, the operations on them, and the frames received and sent.
 //!
 //! Sans-IO: the bytes of the connection and `now` come in ([`Session::receive`]), frames to send come out
 //! ([`Session::take_frames`]); [`Effects`] is what is to be done once the session's lock is released. The sections named
@@ -22,26 +22,26 @@ use super::{
 };
 use crate::address::ClientPrefix;
 
-/// How many refusals may wait to be sent, and how many streams are remembered that ended on our side alone.
+/// The most refusals that may wait to be sent, and the most streams remembered that only this side has closed.
 const MAX_REFUSED: usize = 256;
 
-/// How many of our streams may wait to be acknowledged: go-libp2p refuses more ("ACK backlog").
+/// The most unacknowledged streams that this side opens: go-libp2p refuses more ("ACK backlog").
 const MAX_UNACKNOWLEDGED: usize = 256;
 
-/// After so many received bytes the round trip is measured, unless that was done a short time ago.
+/// The round-trip time is measured after this many received bytes, unless it was measured recently.
 const PING_AFTER: usize = 64 * 1024;
 const PING_INTERVAL: Duration = Duration::from_secs(10);
 
-/// Which side of the connection this is: the number of the first stream that it opens ("StreamID Field").
+/// The side of the connection: the id of the first stream that it opens ("StreamID Field").
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
-    /// Its numbers are odd.
+    /// Opens streams with odd ids.
     Client = 1,
-    /// Its numbers are even.
+    /// Opens streams with even ids.
     Server = 2,
 }
 
-/// What is to be done when the session's lock is released.
+/// What is done after the session's lock is released.
 #[derive(Debug, Default)]
 pub struct Effects {
     wakers: Vec<Waker>,
@@ -56,10 +56,10 @@ impl Effects {
         self.wakers.into_iter().for_each(Waker::wake);
     }
 
-    /// Has this task woken in place of the one before it.
+    /// Registers the task of `cx` in place of the previous waker.
     fn register(&mut self, waker: &mut Option<Waker>, cx: &Context<'_>) {
         if !waker.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
-            // The one before may be the last of its task, which must not be dropped under the lock.
+            // The previous waker may be the last reference to its task, which must not be dropped under the lock.
             self.wakers.extend(waker.replace(cx.waker().clone()));
         }
     }
@@ -67,7 +67,7 @@ impl Effects {
 
 type Streams = BTreeMap<Key, Box<Stream>>;
 
-/// The stream that has this number on the wire, until it is finished.
+/// The serial number of the stream with this id on the wire, until it is finished.
 fn current(streams: &mut Streams, id: u32) -> Option<(Key, &mut Stream)> {
     let (key, stream) = streams.range_mut((id, 0)..=(id, u64::MAX)).next_back()?;
     (!stream.is_finished()).then_some((*key, stream))
@@ -87,18 +87,18 @@ pub struct Session {
     unacknowledged: usize,
     /// Whether the peer has dialed the connection and opened no stream yet.
     pub is_unused: bool,
-    /// How many streams were refused, and their peer is not told yet.
+    /// Refused streams whose RST is not sent yet.
     refused: usize,
-    /// Streams that this side has closed, and nobody holds: their peers may still send.
+    /// Ids of streams without a handle that this side has closed: the peer may still send on them.
     half_closed: VecDeque<u32>,
-    /// Streams that the peer opened and nobody has taken yet.
+    /// Streams that the peer opened and that are not accepted yet.
     accepted: VecDeque<Key>,
-    /// The stream and the flags of the frame that comes.
+    /// The stream and the flags of the frame being received.
     incoming: (u32, Flags),
-    /// The ping to be answered.
+    /// The ping to answer.
     ping: Option<u32>,
     round_trip: RoundTrip,
-    /// By how much windows may still grow.
+    /// The remaining growth of windows, in bytes.
     growth: usize,
     /// Streams with control frames to send.
     control: VecDeque<Key>,
@@ -106,12 +106,12 @@ pub struct Session {
     /// stream that had nothing to send goes first, for one quantum.
     new_flows: VecDeque<Key>,
     old_flows: VecDeque<Key>,
-    /// What the frame is charged that was taken last.
+    /// What the last frame taken is charged.
     in_flight: usize,
-    /// No stream is opened any more; go-away is sent after all else.
+    /// No more streams are opened; go-away is sent after everything else.
     is_over: bool,
     go_away: Option<Reason>,
-    /// The connection's task, and the same while it waits for a stream to be opened.
+    /// The connection's task, and the same while it waits to open a stream.
     task: Option<Waker>,
     opener: Option<Waker>,
     effects: Effects,
@@ -149,18 +149,18 @@ impl Session {
         }
     }
 
-    /// This task is the connection's from now on: it is woken when there is something to send or a stream came.
+    /// Sets the connection's task, which is woken when there is something to send or a stream to accept.
     pub fn set_task(&mut self, cx: &Context<'_>) {
         self.effects.register(&mut self.task, cx);
     }
 
-    // ---- Streams come
+    // ---- Opening and accepting streams
 
-    /// Opens a stream as soon as another one may be open.
+    /// Opens a stream, as soon as the limits allow another one.
     ///
     /// # Errors
     ///
-    /// When the session is over, or has used up its numbers.
+    /// If the session is over, or has used up its ids.
     pub fn poll_open(&mut self, cx: &Context<'_>, now: Instant) -> Poll<io::Result<Key>> {
         let next_id = self.next_id.checked_add(2).filter(|_| !self.is_over);
         let Some(next_id) = next_id else {
@@ -178,7 +178,7 @@ impl Session {
         Poll::Ready(Ok(self.insert(id, Origin::Relay, now)))
     }
 
-    /// A stream that the peer opened. It is acknowledged with what is sent next.
+    /// Accepts a stream that the peer opened. It is acknowledged by its next frame.
     pub fn poll_accept(&mut self, cx: &Context<'_>) -> Poll<Key> {
         while let Some(key) = self.accepted.pop_front() {
             match self.streams.get_mut(&key) {
@@ -202,9 +202,9 @@ impl Session {
         key
     }
 
-    // ---- What their holders do
+    // ---- Operations on a handle
 
-    /// Has a stream read or write for its holder, whose task waits if that yields `None`. A stream that ends with its
+    /// Reads from or writes to a stream; if that returns `None`, the task of `cx` waits. A stream that ends with its
     /// connection fails otherwise than one that is reset: [`CircuitEnd`](crate::CircuitEnd) tells these apart.
     pub fn poll_stream(
         &mut self,
@@ -229,13 +229,13 @@ impl Session {
         }
     }
 
-    /// A stream, for a change that nothing follows from: [`Stream::flush`] or [`Stream::set_used`].
+    /// A stream, for changes without consequences for the session: [`Stream::flush`] or [`Stream::set_used`].
     pub fn stream(&mut self, key: Key) -> Option<&mut Stream> {
         self.streams.get_mut(&key).map(|stream| &mut **stream)
     }
 
-    /// Changes how far a stream has come: [`Stream::close`], [`Stream::drop_handle`], [`Stream::reset`] or another
-    /// end of it. Wakes its holder.
+    /// Changes the state of a stream: [`Stream::close`], [`Stream::drop_handle`], [`Stream::reset`] or another end.
+    /// Wakes its reader and its writer.
     pub fn change(&mut self, key: Key, change: impl FnOnce(&mut Stream, &ConnectionBudget)) {
         if let Some(stream) = self.streams.get_mut(&key) {
             change(stream, &self.budget);
@@ -245,7 +245,7 @@ impl Session {
         }
     }
 
-    /// Resets the stream with the most bytes that have waited for the longest; how many bytes that freed.
+    /// Resets the stream with the greatest weight. Returns how many bytes that freed.
     pub fn shed(&mut self, now: Instant, cut: Cut) -> usize {
         let weights = self.streams.iter().map(|(key, stream)| (stream.weight(now), *key));
         let (weight, key) = weights.max().unwrap_or_default();
@@ -258,14 +258,14 @@ impl Session {
         before.saturating_sub(self.budget.held())
     }
 
-    /// How many bytes the peer may still send.
+    /// Returns how many bytes the peer may still send.
     pub fn credit(&self) -> usize {
         self.streams.values().map(|stream| stream.credit()).sum()
     }
 
-    // ---- What follows
+    // ---- Bookkeeping
 
-    /// Queues a stream for what it has to send; forgets of it what is not needed any more.
+    /// Queues a stream for what it has to send; removes it, or frees its id, when it is no longer needed.
     fn settle(&mut self, key: Key) {
         let Some(stream) = self.streams.get_mut(&key) else {
             return;
@@ -309,15 +309,15 @@ impl Session {
 
     // ---- The end
 
-    /// Sends what is unsent, and go-away; no stream is opened any more.
+    /// Sends all unsent data and then go-away; no more streams are opened.
     pub fn leave(&mut self) {
         if !std::mem::replace(&mut self.is_over, true) {
             self.go_away = Some(Reason::Normal);
         }
     }
 
-    /// The session is over: streams end where they are, with what was received. Nothing is sent but the
-    /// go-away, if this side ends it.
+    /// Ends the session: each stream ends after the data received so far. Sends nothing but the go-away, if this
+    /// side ends it.
     pub fn end(&mut self) {
         self.is_over = true;
         self.ping = None;
@@ -329,7 +329,7 @@ impl Session {
         self.effects.wakers.extend(self.opener.take());
     }
 
-    /// The connection is gone: all memory is freed.
+    /// Frees all memory after the connection closed.
     pub fn close_all(&mut self) {
         self.end();
         self.streams.keys().copied().collect::<Vec<_>>().into_iter().for_each(|it| self.remove(it));
@@ -341,7 +341,7 @@ impl Session {
 #[derive(Debug)]
 pub struct Shared {
     session: Mutex<Session>,
-    /// What it is charged.
+    /// The account that it is charged to.
     pub budget: Arc<ConnectionBudget>,
 }
 
@@ -395,21 +395,21 @@ impl Connection for Shared {
     }
 }
 
-/// Round trips, as measured by our pings ("Ping"): one at a time.
+/// Round-trip times, measured by our pings ("Ping"), one at a time.
 #[derive(Debug, Default)]
 struct RoundTrip {
-    /// The last that was measured.
+    /// The last measured one.
     measured: Option<Duration>,
-    /// How many bytes of data were received since the last ping, and when that was.
+    /// Bytes of data received since the last ping, and the time of that ping.
     received: usize,
     asked_at: Option<Instant>,
-    /// Its number, and whether it is to be answered.
+    /// The id of the last ping, and whether its answer is missing.
     number: u32,
     is_asked: bool,
 }
 
 impl RoundTrip {
-    /// The number of the ping to send, if one is due.
+    /// Returns the id of the ping to send if one is due.
     fn ask(&mut self, now: Instant) -> Option<u32> {
         let since = self.asked_at.map(|at| now.saturating_duration_since(at));
         let is_old = since.is_none_or(|since| since >= PING_INTERVAL);
@@ -421,7 +421,7 @@ impl RoundTrip {
         Some(self.number)
     }
 
-    /// The peer answers; false if it was not asked.
+    /// Handles an answer. Returns false if no ping with this id was sent.
     fn on_answer(&mut self, number: u32, now: Instant) -> bool {
         self.measured = self.asked_at.map(|at| now.saturating_duration_since(at));
         std::mem::take(&mut self.is_asked) && self.number == number

@@ -1,4 +1,4 @@
-//! The state of one stream: what was received and is unread, what is to be sent, and the credit of both sides.
+//! The state of one stream: unread received data, unsent data, and the credit of both sides.
 //!
 //! Sans-IO.
 
@@ -16,11 +16,11 @@ use super::{
 };
 use crate::behaviour::circuit::BUFFER_SIZE;
 
-/// How much of a stream is unsent at most, and how much of it is sent in its turn, in bytes: a frame, which is
-/// a message of Noise.
+/// The most unsent data of a stream, and the most that is sent in its turn, in bytes: a frame that fits into a
+/// message of Noise.
 pub const QUANTUM: usize = BUFFER_SIZE;
 
-/// No credit is granted that leaves the peer so little or less, in bytes: it would send crumbs.
+/// A grant that would leave the peer this much credit or less is not sent, in bytes: it would send tiny frames.
 const CRUMB: usize = 16 * 1024;
 
 /// Who opened a stream.
@@ -31,14 +31,14 @@ pub enum Origin {
     Relay,
     /// The peer, with a permit of the pool unless it needs none.
     Peer(Option<Permit>),
-    /// The peer, which is told that it has no such stream.
+    /// The peer; the stream is refused.
     Refused,
 }
 
 /// One stream.
 #[derive(Debug, Default)]
 pub struct Stream {
-    /// Its number on the wire.
+    /// Its id on the wire.
     pub id: u32,
     /// Who opened it.
     pub origin: Origin,
@@ -48,30 +48,30 @@ pub struct Stream {
     pub sent: Flags,
     /// The flags to be sent: SYN and ACK with the next frame, FIN after the last data, RST after all else.
     pub pending: Flags,
-    /// This side opened it, and the peer has not acknowledged it yet.
+    /// This side opened it, and the peer has not acknowledged it.
     pub is_unacknowledged: bool,
-    /// Somebody holds its handle, or is to get it.
+    /// It has a handle, or waits to be accepted.
     pub has_handle: bool,
     /// It is queued for its control frames.
     pub in_control: bool,
-    /// It is queued for its data, and how much it may send before the others have their turn, in bytes.
+    /// Whether it is queued for its data, and how many bytes it may send before the next stream's turn.
     pub in_turns: bool,
     pub deficit: i64,
-    /// Who waits for data, and for room to write.
+    /// The tasks that wait for data, and for room to write.
     pub reader: Option<Waker>,
     pub writer: Option<Waker>,
     chunks: VecDeque<Chunk>,
     unread: usize,
-    /// What was read last. Until the next read the reader may still hold it.
+    /// The size of the chunk read last. It is released by the next read, as the reader may still use the bytes.
     passing: usize,
     read_at: Option<Instant>,
-    /// What the peer may still send.
+    /// How many bytes the peer may still send.
     credit: usize,
-    /// The window that it is granted while memory is plenty.
+    /// The window granted while memory is plentiful.
     window: usize,
     granted_at: Option<Instant>,
     send_window: u32,
-    /// A frame to be sent: room for its header, and its body.
+    /// The frame to send: space for its header, and its body.
     out: Vec<u8>,
     /// How much of the body was sent.
     out_sent: usize,
@@ -98,7 +98,7 @@ impl Stream {
         }
     }
 
-    /// A request has arrived on it: it is not reset for another one any more.
+    /// Records that a request has arrived: the stream is no longer reset in favour of another one.
     pub fn set_used(&mut self) {
         if let Origin::Peer(Some(permit)) = &self.origin {
             permit.set_used();
@@ -107,29 +107,29 @@ impl Stream {
 
     // ---- Receiving
 
-    /// Whether the peer may send more.
+    /// Whether the peer may send more data.
     fn is_receiving(&self) -> bool {
         self.received & (FIN | RST) == 0
     }
 
-    /// Whether data that comes is for anybody.
+    /// Whether data that arrives will be read.
     pub fn is_read(&self) -> bool {
         self.has_handle && (self.sent | self.pending) & RST == 0
     }
 
-    /// Takes so many bytes off the peer's credit; false if it has less.
+    /// Subtracts received bytes from the peer's credit. Returns false if it has less.
     pub fn consume_credit(&mut self, bytes: usize) -> bool {
         let left = self.credit.checked_sub(bytes);
         self.credit = left.unwrap_or_default();
         left.is_some()
     }
 
-    /// How many bytes the peer may still send.
+    /// Returns how many bytes the peer may still send.
     pub fn credit(&self) -> usize {
         if self.is_receiving() { self.credit } else { 0 }
     }
 
-    /// Stores what is in the chunk.
+    /// Stores the contents of a chunk.
     pub fn store(&mut self, chunk: &mut Chunk, now: Instant, budget: &ConnectionBudget) {
         if self.unread == 0 {
             self.read_at = Some(now);
@@ -142,7 +142,7 @@ impl Stream {
         }
     }
 
-    /// Reads what there is, as far as it fits. `None`: nothing yet.
+    /// Reads as much as fits. `None`: there is no data yet.
     pub fn read(
         &mut self,
         mut into: &mut [u8],
@@ -174,7 +174,7 @@ impl Stream {
         }
     }
 
-    /// Frees what was received.
+    /// Frees the received data.
     pub fn discard_unread(&mut self, budget: &ConnectionBudget) {
         let chunks = std::mem::take(&mut self.chunks);
         let freed = chunks.iter().map(Chunk::capacity).sum::<usize>();
@@ -183,7 +183,7 @@ impl Stream {
         (self.unread, self.passing) = (0, 0);
     }
 
-    /// The credit that the peer is to get, in bytes.
+    /// Returns the credit to grant, in bytes.
     fn due_credit(&self, budget: &ConnectionBudget) -> usize {
         let window = budget.window(self.window);
         let missing = window.saturating_sub(self.credit + self.unread + self.passing);
@@ -193,8 +193,8 @@ impl Stream {
 
     /// Grants the credit that is due, in bytes.
     ///
-    /// Before that, widens the window by `growth` at most if the peer uses half of it within two round
-    /// trips: it could send no faster else.
+    /// Before that, widens the window by at most `growth` if the peer used half of it within two round trips, which
+    /// limits its speed.
     pub fn grant(
         &mut self,
         rtt: Option<Duration>,
@@ -216,26 +216,26 @@ impl Stream {
         credit
     }
 
-    /// By how much its window is wider than at its start.
+    /// Returns by how much the window has grown.
     pub fn growth(&self) -> usize {
         self.window - INITIAL_WINDOW
     }
 
     // ---- Sending
 
-    /// Adds credit that the peer grants; false if it overflows.
+    /// Adds credit granted by the peer. Returns false if it overflows.
     pub fn add_send_window(&mut self, credit: u32) -> bool {
         let sum = self.send_window.checked_add(credit);
         self.send_window = sum.unwrap_or_default();
         sum.is_some()
     }
 
-    /// How many bytes wait to be sent.
+    /// Returns the number of unsent bytes.
     pub fn unsent(&self) -> usize {
         self.out.len().saturating_sub(HEADER + self.out_sent)
     }
 
-    /// Takes as many of these bytes as there is room for. `None`: there is no room.
+    /// Takes as many of `bytes` as there is room for. `None`: there is no room.
     pub fn write(
         &mut self,
         bytes: &[u8],
@@ -266,23 +266,23 @@ impl Stream {
         Some(Ok(bytes.len()))
     }
 
-    /// What was written so far is sent, whatever becomes of the stream.
+    /// Guarantees that the bytes written so far are sent, even if the stream is dropped.
     pub fn flush(&mut self) {
         self.flushed = self.unsent();
     }
 
-    /// Frees what was to be sent.
+    /// Frees the unsent data.
     pub fn discard_unsent(&mut self, budget: &ConnectionBudget) {
         budget.release(self.out.capacity());
         (self.out, self.out_sent, self.flushed) = (Vec::new(), 0, 0);
     }
 
-    /// Whether there is something to send that takes its turn: data, or the end of it.
+    /// Whether it has something to send in its turn: data, or FIN.
     pub fn has_data(&self) -> bool {
         self.unsent() > 0 || self.pending & FIN != 0
     }
 
-    /// Moves a frame of at most `most` bytes of data into `into`, which is empty; what stays charged for it.
+    /// Moves a frame with at most `most` bytes of data into `into`, which is empty. Returns what stays charged for it.
     pub fn take_frame(
         &mut self,
         into: &mut Vec<u8>,
@@ -292,14 +292,14 @@ impl Stream {
     ) -> usize {
         let body = self.unsent().min(most);
         let is_last = body == self.unsent();
-        // FIN has a frame of its own: go-yamux handles the flags of a frame before it reads the body, and a reader
-        // of the stream would see the end before the last of the data.
+        // FIN is a frame of its own: go-yamux handles the flags of a frame before its body, so a reader would see the
+        // end before the last of the data.
         let flags = self.pending & if body == 0 { SYN | ACK | FIN } else { SYN | ACK };
         let header = self.header(Kind::Data, flags, body);
         self.sent_at = Some(now);
         self.flushed = self.flushed.saturating_sub(body);
         if is_last && self.out_sent == 0 && !self.out.is_empty() {
-            // The frame as it was written: no copy.
+            // The buffer already has space for the header: no copy.
             *into = std::mem::take(&mut self.out);
             let _ = into.as_mut_slice().write(&header); // to memory
             return into.capacity();
@@ -316,7 +316,7 @@ impl Stream {
 
     /// Whether there are frames without data to send.
     pub fn has_control(&self, budget: &ConnectionBudget) -> bool {
-        // An ACK goes with data if there is some.
+        // An ACK is sent with data if there is some.
         let acknowledges = self.pending & (ACK | RST) == ACK && !self.has_data();
         acknowledges || self.is_reset_due() || self.due_credit(budget) > 0
     }
@@ -326,7 +326,7 @@ impl Stream {
         self.pending & RST != 0 && !self.has_data()
     }
 
-    /// The header of a frame that sends these flags.
+    /// A header with these flags and the id of this stream.
     pub fn header(&mut self, kind: Kind, flags: Flags, length: usize) -> [u8; HEADER] {
         self.pending &= !flags;
         self.sent |= flags;
@@ -335,14 +335,14 @@ impl Stream {
 
     // ---- The end
 
-    /// FIN is to be sent.
+    /// Closes this side's half.
     pub fn close(&mut self) {
         if (self.sent | self.pending) & (FIN | RST) == 0 {
             self.pending |= FIN;
         }
     }
 
-    /// Nobody holds it any more. Unless this side closed it, it is reset: what is cut must not look complete.
+    /// Drops the handle. Unless this side closed it, resets the stream, so that the peer sees it as incomplete.
     pub fn drop_handle(&mut self, budget: &ConnectionBudget) {
         self.has_handle = false;
         self.discard_unread(budget);
@@ -353,13 +353,13 @@ impl Stream {
                 flushed => self.out.truncate(HEADER + self.out_sent + flushed),
             }
         }
-        // A peer without credit waits for some, and sends no data that a reset could answer.
+        // A peer without credit waits for some, and so sends no data that would cause a reset.
         if is_cut || self.is_receiving() && self.credit == 0 {
             self.set_reset();
         }
     }
 
-    /// This side resets it. The number of one that is finished may be another stream's by now: no RST is sent.
+    /// Resets it. The id of a finished stream may already belong to another one: no RST is sent for it.
     pub fn reset(&mut self, budget: &ConnectionBudget) {
         self.discard_unread(budget);
         self.discard_unsent(budget);
@@ -372,21 +372,21 @@ impl Stream {
         self.received |= RST;
     }
 
-    /// The peer sends no more.
+    /// The peer sent FIN.
     pub fn on_fin(&mut self) {
         if self.is_receiving() {
             self.received |= FIN;
         }
     }
 
-    /// The peer resets it.
+    /// The peer reset it.
     pub fn on_reset(&mut self, budget: &ConnectionBudget) {
         self.discard_unsent(budget);
         self.set_silent();
         self.received |= RST;
     }
 
-    /// The session is over. An end of file that came before stays one.
+    /// The session is over. A FIN that was received still counts as the end of the data.
     pub fn end(&mut self, budget: &ConnectionBudget) {
         let received = self.received;
         self.on_reset(budget);
@@ -395,7 +395,7 @@ impl Stream {
         }
     }
 
-    /// RST goes after what is unsent. A stream that the peer has not heard of needs none.
+    /// Sends RST after the unsent data. A stream that the peer does not know of needs none.
     pub fn set_reset(&mut self) {
         if self.pending & SYN != 0 && !self.has_data() {
             self.set_silent();
@@ -404,14 +404,13 @@ impl Stream {
         }
     }
 
-    /// Nothing more is sent.
+    /// Marks this side's half as ended: nothing more is sent.
     fn set_silent(&mut self) {
         self.pending = 0;
         self.sent |= RST;
     }
 
-    /// How much its bytes are in the way: how many they are, times how long its reader, or its peer, has taken
-    /// none.
+    /// Its weight when memory is freed: its bytes, times how long its reader or its peer has not taken any.
     pub fn weight(&self, now: Instant) -> u128 {
         let waits = |bytes: usize, since: Option<Instant>| {
             let millis = since.map_or(0, |at| now.saturating_duration_since(at).as_millis());
@@ -420,13 +419,13 @@ impl Stream {
         waits(self.unread + self.passing, self.read_at) + waits(self.out.capacity(), self.sent_at)
     }
 
-    /// Whether neither side has anything to say any more, so that its number is free.
+    /// Whether both halves have ended, so that its id is free.
     pub fn is_finished(&self) -> bool {
         let is_closed = self.received & self.sent & FIN != 0 && self.pending & RST == 0;
         is_closed || self.sent & RST != 0
     }
 
-    /// Whether nobody holds it, and there is nothing to send.
+    /// Whether it has no handle and nothing to send.
     pub fn is_gone(&self) -> bool {
         !self.has_handle && self.pending & (FIN | RST) == 0
     }

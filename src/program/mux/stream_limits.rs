@@ -32,8 +32,8 @@ pub const SPARE: usize = 32;
 /// pings, whatever other connections do.
 pub const OWN: usize = 4;
 
-/// The pool of buffered bytes is at least so many times what one connection may hold: a few that hold all they may are
-/// pushed out before all others have to share the rest.
+/// The minimum ratio between the pool of buffered bytes and what one connection may hold: a few connections that hold
+/// all they may are reset before the others have to share the rest.
 const CONNECTIONS_IN_POOL: usize = 4;
 
 const KIB: usize = 1024;
@@ -194,7 +194,7 @@ fn too_little(bytes: usize, least: usize, circuits: usize, fit: usize) -> String
     )
 }
 
-/// A size as the flags take it, unrounded.
+/// A size in the notation of the flags, not rounded.
 pub fn in_kib(kib: usize) -> String {
     if kib.is_multiple_of(KIB) { format!("{}MiB", kib / KIB) } else { format!("{kib}KiB") }
 }
@@ -202,13 +202,13 @@ pub fn in_kib(kib: usize) -> String {
 /// How many streams may be open on one connection.
 #[derive(Clone, Copy, Debug)]
 pub struct Budget {
-    /// Those that the peer opened.
+    /// The limit on streams opened by the peer.
     pub inbound: usize,
-    /// Those that the relay opened.
+    /// The limit on streams opened by the relay.
     pub outbound: usize,
 }
 
-/// A stream of a session: its number on the wire, and a serial number of ours, for the former may return.
+/// Identifies a stream of a session: its id on the wire, which may be reused, and a serial number, which is not.
 pub type Key = (u32, u64);
 
 /// A stream of any session: the number of its connection, and its key.
@@ -217,16 +217,16 @@ pub type StreamId = (u64, Key);
 /// Admits the streams of a connection. Clones, for other connections, share the pool and the rates of prefixes.
 #[derive(Clone, Debug)]
 pub struct StreamAdmission {
-    /// How many streams it may have.
+    /// The limits on its streams.
     pub budget: Budget,
-    /// The permits.
+    /// The pool of permits.
     pub pool: SharedPool,
     streams: RateLimiter,
     frames: RateLimiter,
 }
 
 impl StreamAdmission {
-    /// Within these limits.
+    /// An admission with these limits.
     pub fn new(budget: Budget, limits: StreamLimits) -> Self {
         let frame_rate = limits.stream_rate.saturating_mul(FRAMES_PER_STREAM);
         Self {
@@ -417,7 +417,7 @@ mod tests {
     }
 
     #[test]
-    fn the_sizes_that_are_named_as_a_remedy_are_one() {
+    fn the_buffer_size_named_in_the_error_is_accepted() {
         for circuits in [1, 2, 63, 64, 65] {
             let line = problem(Some(0), None, circuits).unwrap();
             let (_, named) = line.split_once("try ").unwrap();
@@ -429,7 +429,7 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_holds_all_windows_of_its_circuits_and_the_pool_four_connections() {
+    fn default_budgets_hold_all_windows_of_a_connection_and_four_connections() {
         for circuits in [0, 1, 64, 4096, usize::MAX] {
             assert_eq!(problem(None, None, circuits), None);
         }
@@ -509,7 +509,7 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_has_a_few_permits_of_its_own_and_at_most_its_limit() {
+    fn a_connection_has_reserved_permits_and_a_limit() {
         let admission = admission(OWN + 4, 6, 0);
         let [mut greedy, mut late] = [1, 2].map(|n| Connection::new(n, None, &admission));
         assert_eq!(greedy.open_all(), OWN + 4);
@@ -597,7 +597,7 @@ mod tests {
     }
 
     #[test]
-    fn zero_is_no_limit() {
+    fn zero_means_unlimited() {
         let (mut all, now) = (admission(9, 9, 0), Instant::now());
         assert_eq!(admitted(&mut all, host(1), now), 9999);
         assert!((0..9999).all(|_| all.pause(host(1), now).is_zero()));

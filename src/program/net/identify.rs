@@ -162,8 +162,8 @@ impl Identify {
         let mut state = self.shared.state();
         let has_changed = state.addresses != addresses;
         if has_changed {
-            // At the start a wildcard listener's addresses come one by one: that is one overflow.
-            state.is_overflow_logged &= addresses.len() >= state.addresses.len();
+            // A wildcard listener's addresses come and go one by one: that is one overflow.
+            state.is_overflow_logged &= state.addresses.iter().any(|old| addresses.contains(old));
             state.addresses = addresses;
         }
         has_changed
@@ -465,7 +465,7 @@ mod tests {
     }
 
     #[test]
-    fn left_out_addresses_are_logged_once_until_they_fit() {
+    fn left_out_addresses_are_logged_once_for_each_new_list() {
         let mut identify = identify();
         let many = |port| -> Vec<Multiaddr> {
             let one = |n| format!("/ip6/2a00:1450::{n:x}/tcp/{port}").parse().expect("a multiaddr");
@@ -476,14 +476,15 @@ mod tests {
         let message = shared.message(&protocols, &Multiaddr::empty(), None);
         assert!((4000..=4098).contains(&message.len()) && shared.state().is_overflow_logged);
         assert!(!identify.set_addresses(many(1)) && shared.state().is_overflow_logged);
-        assert!(identify.set_addresses(many(2)) && shared.state().is_overflow_logged);
+        assert!(identify.set_addresses(many(2)) && !shared.state().is_overflow_logged);
         shared.message(&protocols, &Multiaddr::empty(), None);
+        for one_by_one in [&many(2)[1..], &many(2), &many(2)[..999]] {
+            assert!(identify.set_addresses(one_by_one.to_vec()));
+            assert!(shared.state().is_overflow_logged);
+        }
         assert!(identify.set_addresses(Vec::new()));
         shared.message(&protocols, &Multiaddr::empty(), None);
         assert!(!shared.state().is_overflow_logged);
-        assert!(identify.set_addresses(many(3)));
-        shared.message(&protocols, &Multiaddr::empty(), None);
-        assert!(shared.state().is_overflow_logged, "once more after they fitted");
     }
 
     #[test]

@@ -117,7 +117,9 @@ fn sum<const N: usize>(parts: [(usize, u64); N]) -> u64 {
 #[cfg(target_os = "linux")]
 pub fn available() -> Option<u64> {
     let machine = rustix::system::sysinfo();
-    let machine = machine.totalram.saturating_mul(machine.mem_unit.into());
+    #[allow(clippy::useless_conversion)] // 32 bits wide on a machine of as many
+    let total = u64::from(machine.totalram);
+    let machine = total.saturating_mul(machine.mem_unit.into());
     let cgroups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
     let limits = cgroups.lines().flat_map(limit_files).filter_map(|file| {
         // "max", which is not a number, if there is no limit.

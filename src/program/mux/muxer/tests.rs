@@ -1,4 +1,4 @@
-//! A muxer against another one, and against the yamux crate, over memory.
+//! Our muxer against itself and against the `yamux` crate, over an in-memory connection.
 
 #[cfg(test)]
 mod locks;
@@ -33,7 +33,7 @@ struct Wire {
     writer: Option<Waker>,
 }
 
-/// One end of a connection in memory, which holds a few bytes each way.
+/// One end of a connection in memory, which buffers at most `room` bytes each way.
 struct Pipe {
     from: Arc<Mutex<Wire>>,
     to: Arc<Mutex<Wire>>,
@@ -119,9 +119,9 @@ type Task = BoxFuture<'static, ()>;
 /// Where tasks run.
 #[derive(Clone)]
 enum Executor {
-    /// Where [`run`] is called.
+    /// On the thread that calls [`run`].
     Here(mpsc::UnboundedSender<Task>),
-    /// There, and no waker is woken or dropped while one of the sessions is locked.
+    /// As `Here`, and asserts that no session is locked while a waker is woken or dropped.
     Checked(mpsc::UnboundedSender<Task>, locks::Sessions),
     /// On the threads of async-std.
     Threads,
@@ -139,8 +139,8 @@ impl Executor {
     }
 }
 
-/// Runs this, with the tasks that it spawns: on an executor, without one, and with each side on a thread of its own.
-fn with_each_pair_of_executors<F: Future<Output = ()>>(test: impl Fn([Executor; 2]) -> F) {
+/// Runs `test` with its tasks on an executor, on the calling thread, and with each side on a thread of its own.
+fn on_all_executors<F: Future<Output = ()>>(test: impl Fn([Executor; 2]) -> F) {
     block_on(test([Executor::Threads, Executor::Threads]));
     let (spawn, spawned) = mpsc::unbounded();
     let here = Executor::Here(spawn);
@@ -158,7 +158,7 @@ fn with_each_pair_of_executors<F: Future<Output = ()>>(test: impl Fn([Executor; 
     });
 }
 
-/// Runs what is spawned until this is over.
+/// Polls the spawned tasks until `until` completes.
 async fn run(mut spawned: mpsc::UnboundedReceiver<Task>, until: impl Future<Output = ()>) {
     let mut tasks = FuturesUnordered::new();
     let mut until = std::pin::pin!(until);
@@ -178,44 +178,48 @@ async fn run(mut spawned: mpsc::UnboundedReceiver<Task>, until: impl Future<Outp
     .await;
 }
 
-/// What a stream carries: so many bytes, all different from those of others. At least one, for the crate does
-/// not tell of a stream that it closes before it writes.
+/// The bytes that stream `number` sends, different for each. At least one byte: the `yamux` crate does not announce a
+/// stream that is closed before it is written to.
 fn payload(number: usize) -> Vec<u8> {
     let length = [1, 2, 3, 12, 40_000, 70_000, 300_000, 600_000][number % 8];
     (0..length).map(|at: usize| (at / 7 + at * number) as u8).collect()
 }
 
-/// Says it all, closes its half, and hears the same.
-async fn ask(stream: impl AsyncRead + AsyncWrite, number: usize, done: mpsc::UnboundedSender<()>) {
+/// Writes the payload of `number`, closes its write half, and expects the same bytes back.
+async fn write_and_expect_echo(
+    stream: impl AsyncRead + AsyncWrite,
+    number: usize,
+    done: mpsc::UnboundedSender<()>,
+) {
     let (mut reads, mut writes) = stream.split();
-    let sent = payload(number);
-    let say = async {
-        for piece in sent.chunks(1 + 9000 * (number % 11)) {
-            writes.write_all(piece).await.expect("it goes on");
+    let payload = payload(number);
+    let write = async {
+        for piece in payload.chunks(1 + 9000 * (number % 11)) {
+            writes.write_all(piece).await.expect("an open connection");
         }
-        writes.flush().await.expect("it goes on");
-        writes.close().await.expect("it goes on");
+        writes.flush().await.expect("an open connection");
+        writes.close().await.expect("an open connection");
     };
-    let mut heard = Vec::new();
-    let hear = async {
-        reads.read_to_end(&mut heard).await.expect("it goes on");
+    let mut received = Vec::new();
+    let read = async {
+        reads.read_to_end(&mut received).await.expect("an open connection");
     };
-    libp2p::futures::future::join(say, hear).await;
-    assert!(heard == sent, "{number}: {} of {} bytes", heard.len(), sent.len());
+    libp2p::futures::future::join(write, read).await;
+    assert!(received == payload, "{number}: {} of {} bytes", received.len(), payload.len());
     let _ = done.unbounded_send(());
 }
 
-/// Says what it hears.
+/// Writes back what it reads.
 async fn echo(stream: impl AsyncRead + AsyncWrite) {
     let (mut reads, mut writes) = stream.split();
     let mut buffer = vec![0; 30_000];
     loop {
-        match reads.read(&mut buffer).await.expect("it goes on") {
+        match reads.read(&mut buffer).await.expect("an open connection") {
             0 => break,
-            read => writes.write_all(&buffer[..read]).await.expect("it goes on"),
+            read => writes.write_all(&buffer[..read]).await.expect("an open connection"),
         }
     }
-    writes.close().await.expect("it goes on");
+    writes.close().await.expect("an open connection");
 }
 
 fn muxer(pipe: Pipe, role: Role) -> Muxer<Pipe> {
@@ -224,8 +228,8 @@ fn muxer(pipe: Pipe, role: Role) -> Muxer<Pipe> {
     Muxer::new(pipe, Multiplex::new(budget, limits, 64), role)
 }
 
-/// Opens so many streams over ours, and echoes what comes on others.
-fn ours(
+/// Opens `streams` streams over our muxer, and echoes inbound ones.
+fn run_muxer(
     pipe: Pipe,
     role: Role,
     streams: usize,
@@ -242,12 +246,16 @@ fn ours(
             if opened < streams
                 && let Poll::Ready(stream) = Pin::new(&mut muxer).poll_outbound(cx)
             {
-                spawn.spawn(ask(stream.expect("it goes on"), opened, done.clone()));
+                spawn.spawn(write_and_expect_echo(
+                    stream.expect("an open connection"),
+                    opened,
+                    done.clone(),
+                ));
                 opened += 1;
                 continue;
             }
             if let Poll::Ready(stream) = Pin::new(&mut muxer).poll_inbound(cx) {
-                spawn.spawn(echo(stream.expect("it goes on")));
+                spawn.spawn(echo(stream.expect("an open connection")));
                 continue;
             }
             return match Pin::new(&mut muxer).poll(cx) {
@@ -261,8 +269,8 @@ fn ours(
     }));
 }
 
-/// As [`ours`], over the crate.
-fn theirs(
+/// As [`run_muxer`], over the `yamux` crate.
+fn run_rust_yamux(
     pipe: Pipe,
     role: Role,
     streams: usize,
@@ -277,13 +285,17 @@ fn theirs(
             if opened < streams
                 && let Poll::Ready(stream) = connection.poll_new_outbound(cx)
             {
-                spawn.spawn(ask(stream.expect("it goes on"), opened, done.clone()));
+                spawn.spawn(write_and_expect_echo(
+                    stream.expect("an open connection"),
+                    opened,
+                    done.clone(),
+                ));
                 opened += 1;
                 continue;
             }
             match connection.poll_next_inbound(cx) {
                 Poll::Ready(Some(Ok(stream))) => spawn.spawn(echo(stream)),
-                Poll::Ready(Some(Err(error))) => panic!("it goes on: {error}"),
+                Poll::Ready(Some(Err(error))) => panic!("connection failed: {error}"),
                 Poll::Ready(None) => return Poll::Ready(()),
                 Poll::Pending => return Poll::Pending,
             }
@@ -291,33 +303,33 @@ fn theirs(
     }));
 }
 
-/// Runs one end: [`ours`], or [`theirs`].
-type Run = fn(Pipe, Role, usize, Executor, mpsc::UnboundedSender<()>);
+/// Runs one end: [`run_muxer`], or [`run_rust_yamux`].
+type RunEnd = fn(Pipe, Role, usize, Executor, mpsc::UnboundedSender<()>);
 
-/// Has both ends carry streams until all are done.
-async fn exchange(room: usize, [one, other]: [Run; 2], [first, second]: [Executor; 2]) {
+/// Opens streams from both ends and waits until all are echoed.
+async fn exchange(room: usize, [one, other]: [RunEnd; 2], [first, second]: [Executor; 2]) {
     const STREAMS: usize = 16;
     let (client, server) = pipes(room);
     let (done, mut exchanged) = mpsc::unbounded();
     one(client, Role::Client, STREAMS, first, done.clone());
     other(server, Role::Server, STREAMS, second, done);
     for _ in 0..2 * STREAMS {
-        exchanged.next().await.expect("each ends");
+        exchanged.next().await.expect("an open connection");
     }
 }
 
 #[test]
-fn streams_of_two_muxers_carry_all_that_is_said() {
+fn two_muxers_transfer_all_bytes_of_their_streams() {
     for room in [997, 100 * KIB] {
-        with_each_pair_of_executors(|executors| exchange(room, [ours, ours], executors));
+        on_all_executors(|executors| exchange(room, [run_muxer, run_muxer], executors));
     }
 }
 
 #[test]
-fn the_crate_and_we_understand_each_other_in_either_role() {
+fn rust_yamux_and_our_muxer_interoperate_in_both_roles() {
     for room in [997, 100 * KIB] {
-        with_each_pair_of_executors(|executors| exchange(room, [ours, theirs], executors));
-        with_each_pair_of_executors(|executors| exchange(room, [theirs, ours], executors));
+        on_all_executors(|executors| exchange(room, [run_muxer, run_rust_yamux], executors));
+        on_all_executors(|executors| exchange(room, [run_rust_yamux, run_muxer], executors));
     }
 }
 
@@ -352,10 +364,10 @@ fn line(text: &str) -> Vec<u8> {
 }
 
 #[test]
-fn it_ends_when_the_relay_accepts_a_protocol_in_any_number_of_writes() {
+fn negotiation_ends_on_acceptance_in_any_number_of_writes() {
     let list = line(&"/one/of/them".repeat(12));
     let list = [&[0x80 | (list.len() as u8 & 0x7f), 1], &list[..]].concat();
-    for (said, agrees) in [
+    for (payload, agrees) in [
         (line("/multistream/1.0.0"), false),
         (line("na"), false),
         (list, false),
@@ -364,10 +376,10 @@ fn it_ends_when_the_relay_accepts_a_protocol_in_any_number_of_writes() {
     ] {
         let mut at_once = Negotiation::default();
         assert!(!at_once.on_write(&line("/multistream/1.0.0")));
-        assert_eq!(at_once.on_write(&said), agrees, "{said:?}");
+        assert_eq!(at_once.on_write(&payload), agrees, "{payload:?}");
         let mut cut = Negotiation::default();
-        let agreed = said.iter().map(|byte| cut.on_write(&[*byte]));
-        assert_eq!(agreed.last(), Some(agrees), "{said:?}");
+        let agreed = payload.iter().map(|byte| cut.on_write(&[*byte]));
+        assert_eq!(agreed.last(), Some(agrees), "{payload:?}");
     }
 }
 

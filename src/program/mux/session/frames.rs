@@ -1,6 +1,7 @@
-//! Frames that are received, and frames to send.
+//! Receiving and sending frames.
 //!
-//! Control frames are state, and not a queue, so that each is sent once however long it waits; data takes turns.
+//! Control frames are kept as state, not in a queue, so that each is sent once however long it waits; data is sent in
+//! turn by fair queueing.
 
 use std::{
     io,
@@ -14,13 +15,13 @@ use crate::program::mux::{
     stream::{Origin, QUANTUM, Stream},
 };
 
-/// How many bytes of control frames are sent at once.
+/// The most bytes of control frames in one write batch.
 const MAX_CONTROL: usize = 64 * HEADER;
 
 /// Frames to send.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Frames {
-    /// Frames about streams and the session.
+    /// Control frames other than resets.
     Control,
     /// Resets.
     Resets,
@@ -31,12 +32,12 @@ pub enum Frames {
 impl Session {
     // ---- Receiving
 
-    /// So many bytes were put into the room, which is made ready for the next ones. Returns how long the connection is not
-    /// to be read, because frames came faster than the peer may send them that cost the relay more than the peer.
+    /// Handles bytes that were read into `room`, and prepares it for the next ones. Returns how long to pause reading,
+    /// because frames that cost the relay more than the peer exceeded their rate.
     ///
     /// # Errors
     ///
-    /// When the session ends.
+    /// If the session ends.
     pub fn receive(&mut self, room: &mut Room, bytes: usize, now: Instant) -> io::Result<Duration> {
         let mut pause = Duration::ZERO;
         if room.body > 0 {
@@ -65,7 +66,7 @@ impl Session {
         Ok(pause)
     }
 
-    /// "Framing": SYN comes first, then ACK, then what the type says, then FIN and RST.
+    /// "Framing": SYN is handled first, then ACK, then the body or the window, then FIN and RST.
     fn on_header(&mut self, header: Header, now: Instant) -> io::Result<()> {
         let Header { kind, flags, stream: id, length } = header;
         match kind {
@@ -75,7 +76,7 @@ impl Session {
                 return self.require(is_asked, "an answer to no ping");
             }
             Kind::Ping => {
-                // Of several the last is answered: an answer that comes late is as good as none.
+                // Only the last of several pings is answered: a late answer is useless.
                 self.ping = Some(length);
                 return Ok(());
             }
@@ -95,7 +96,7 @@ impl Session {
                 "a stream number that is not the peer's, or in use",
             )?;
             self.is_unused = false;
-            // One that is reset at once is gone already.
+            // A stream that is reset at once is already removed.
             if flags & RST == 0 {
                 self.admit(id, now)?;
             }
@@ -124,7 +125,7 @@ impl Session {
         self.require(fits, "more data than the window allows")
     }
 
-    /// Data for a stream that is gone is passed over. It is reset if all that its peer knows is that we say no
+    /// Discards data for a stream that is gone. Resets the stream if the peer only knows that this side sends no
     /// more on it.
     fn on_unknown(&mut self, header: Header, now: Instant) -> io::Result<()> {
         let Header { kind, flags, stream: id, length } = header;
@@ -181,17 +182,17 @@ impl Session {
         match current(&mut self.streams, id) {
             Some((key, _)) if flags & RST != 0 => self.change(key, Stream::on_reset),
             Some((key, _)) => self.change(key, |stream, _| stream.on_fin()),
-            // It may be gone since the frame began.
+            // It may have been removed since the frame began.
             None => self.half_closed.retain(|it| *it != id),
         }
     }
 
-    /// Unless this holds, the peer has broken the protocol.
+    /// Returns a protocol error unless the condition holds.
     fn require(&mut self, holds: bool, what: &'static str) -> io::Result<()> {
         if holds { Ok(()) } else { Err(self.fail(Reason::ProtocolError, what)) }
     }
 
-    /// Sends a go-away with this reason, once the session ends with the error.
+    /// Returns the error that ends the session and sends a go-away with this reason.
     fn fail(&mut self, reason: Reason, why: &'static str) -> io::Error {
         self.go_away = Some(reason);
         io::Error::other(why)
@@ -199,7 +200,7 @@ impl Session {
 
     // ---- Sending
 
-    /// Takes the next frames to send, of `most` bytes of data at most: what they are, unless there are none.
+    /// Takes the next frames to send, with at most `most` bytes of data. Returns their kind; `None` if there are none.
     pub fn take_frames(&mut self, into: &mut Vec<u8>, most: usize, now: Instant) -> Option<Frames> {
         self.budget.release(std::mem::take(&mut self.in_flight));
         into.clear();
@@ -236,7 +237,7 @@ impl Session {
             let stream = self.streams.get_mut(&key);
             let resets = stream.as_ref().is_some_and(|stream| stream.is_reset_due());
             if resets != (frames == Frames::Resets) && !into.is_empty() {
-                break; // resets go by themselves
+                break; // resets are a batch of their own
             }
             self.control.pop_front();
             let Some(stream) = stream else {
@@ -257,7 +258,7 @@ impl Session {
         (!into.is_empty()).then_some(frames)
     }
 
-    /// The stream whose turn it is to send data.
+    /// Returns the stream whose turn it is to send data.
     fn next_turn(&mut self) -> Option<Key> {
         loop {
             let is_new = !self.new_flows.is_empty();
@@ -271,7 +272,7 @@ impl Session {
             let Some(stream) = stream else {
                 continue;
             };
-            // One that comes and goes is not new each time.
+            // A stream that becomes idle and returns does not count as new each time.
             stream.in_turns = stream.has_data() || (is_new && !self.old_flows.is_empty());
             if stream.in_turns {
                 stream.deficit += if stream.deficit <= 0 { QUANTUM as i64 } else { 0 };

@@ -1,4 +1,4 @@
-//! Two sessions, and what a peer may say.
+//! One session against frames of a peer, and two sessions against each other.
 
 #[cfg(test)]
 mod table;
@@ -42,10 +42,10 @@ impl Side {
     }
 
     fn open(&mut self) -> Key {
-        let Poll::Ready(opened) = self.session.poll_open(&cx(), self.now) else {
-            panic!("it may be opened");
+        let Poll::Ready(accept_inbound) = self.session.poll_open(&cx(), self.now) else {
+            panic!("it may be accept_inbound");
         };
-        opened.expect("a number")
+        accept_inbound.expect("a number")
     }
 
     fn accept(&mut self) -> Option<Key> {
@@ -74,7 +74,7 @@ impl Side {
         }
     }
 
-    /// What it has to send, as far as it is sent at once.
+    /// Takes one write batch of frames.
     fn send(&mut self) -> Vec<u8> {
         let mut frames = Vec::new();
         self.session.take_frames(&mut frames, QUANTUM, self.now);
@@ -141,7 +141,7 @@ fn data(flags: Flags, stream: u32, length: usize) -> Vec<u8> {
     [frame(Kind::Data, flags, stream, length), vec![7; length]].concat()
 }
 
-/// The headers of these frames.
+/// Parses the headers of `bytes`, a sequence of frames.
 fn headers(mut bytes: &[u8]) -> Vec<Header> {
     let mut headers = Vec::new();
     while let Some((header, rest)) = bytes.split_first_chunk() {
@@ -156,16 +156,16 @@ fn is_reset(read: Option<io::Result<Vec<u8>>>) -> bool {
     matches!(read, Some(Err(error)) if error.kind() == io::ErrorKind::ConnectionReset)
 }
 
-/// A stream that the peer opened.
-fn opened(server: &mut Side, id: u32) -> Key {
-    server.receive(&frame(Kind::Data, SYN, id, 0)).expect("it is in order");
-    server.accept().expect("it was opened")
+/// Receives a SYN for stream `id` and accepts the stream.
+fn accept_inbound(server: &mut Side, id: u32) -> Key {
+    server.receive(&frame(Kind::Data, SYN, id, 0)).expect("a valid frame");
+    server.accept().expect("an inbound stream")
 }
 
-// ---- What a peer may say
+// ---- Frames of a peer
 
 #[test]
-fn frames_against_the_rules_end_the_session_with_go_away() {
+fn protocol_violations_end_the_session_with_go_away() {
     let window = INITIAL_WINDOW;
     for (broken, reason) in [
         (data(0, 1, window + 1), Reason::ProtocolError),
@@ -181,8 +181,8 @@ fn frames_against_the_rules_end_the_session_with_go_away() {
         ([1; HEADER].to_vec(), Reason::ProtocolError),
     ] {
         let mut server = Side::new(Role::Server);
-        opened(&mut server, 1);
-        let end = server.receive(&broken).expect_err("it is broken");
+        accept_inbound(&mut server, 1);
+        let end = server.receive(&broken).expect_err("a protocol violation");
         assert_eq!(end.kind(), io::ErrorKind::Other, "{end}");
         server.session.end();
         let last = headers(&server.send_all()).pop().expect("a go-away");
@@ -193,11 +193,11 @@ fn frames_against_the_rules_end_the_session_with_go_away() {
 }
 
 #[test]
-fn go_away_ends_the_session_and_what_came_before_is_read() {
+fn go_away_ends_the_session_and_earlier_data_is_still_read() {
     let mut server = Side::new(Role::Server);
-    let stream = opened(&mut server, 1);
+    let stream = accept_inbound(&mut server, 1);
     server.receive(&data(0, 1, 5)).unwrap();
-    let end = server.receive(&frame(Kind::GoAway, 0, 0, 0)).expect_err("it ends");
+    let end = server.receive(&frame(Kind::GoAway, 0, 0, 0)).expect_err("GO_AWAY ends the session");
     assert_eq!(end.kind(), io::ErrorKind::ConnectionAborted);
     server.session.end();
     assert_eq!(server.read(stream, 9).unwrap().unwrap(), [7; 5]);
@@ -217,16 +217,16 @@ fn only_the_newest_ping_is_answered_and_only_once() {
 }
 
 #[test]
-fn the_flags_of_a_ping_are_those_of_no_stream() {
+fn the_flags_of_a_ping_do_not_affect_streams() {
     let mut server = Side::new(Role::Server);
-    let stream = opened(&mut server, 1);
+    let stream = accept_inbound(&mut server, 1);
     let flags = SYN | FIN | RST;
     server.receive(&frame(Kind::Ping, flags, 1, 5)).unwrap();
     assert!(server.read(stream, 9).is_none(), "it goes on");
 }
 
 #[test]
-fn frames_of_unknown_streams_are_passed_over_unstored() {
+fn frames_of_unknown_streams_are_skipped_without_buffering() {
     let mut server = Side::new(Role::Server);
     for flags in [0, ACK, FIN, RST] {
         server.receive(&data(flags, 5, 100 * KIB)).unwrap();
@@ -237,14 +237,14 @@ fn frames_of_unknown_streams_are_passed_over_unstored() {
 }
 
 #[test]
-fn numbers_need_not_rise_and_a_finished_one_may_return() {
+fn stream_ids_need_not_increase_and_finished_ones_may_be_reused() {
     let mut server = Side::new(Role::Server);
     for id in [5, 1, 3, 1] {
-        let stream = opened(&mut server, id);
+        let stream = accept_inbound(&mut server, id);
         server.receive(&data(FIN, id, 3)).unwrap();
         server.session.change(stream, |stream, _| stream.close());
         assert!(headers(&server.send_all()).iter().any(|header| header.flags & FIN != 0));
-        // What came is still read.
+        // Data that arrived before the FIN can still be read.
         assert_eq!(server.read(stream, 9).unwrap().unwrap(), [7; 3]);
         assert!(server.read(stream, 9).unwrap().unwrap().is_empty());
         if id != 1 {
@@ -275,7 +275,7 @@ fn the_flags_of_one_frame_are_handled_in_order() {
 }
 
 #[test]
-fn a_stream_that_is_reset_as_it_opens_is_none() {
+fn a_stream_reset_by_its_first_frame_is_not_opened() {
     let mut server = Side::new(Role::Server);
     server.receive(&data(SYN | RST, 1, 3)).unwrap();
     assert_eq!(server.accept(), None);
@@ -283,7 +283,7 @@ fn a_stream_that_is_reset_as_it_opens_is_none() {
 }
 
 #[test]
-fn beyond_256_refusals_that_are_not_taken_the_session_ends() {
+fn the_session_ends_after_256_unread_refusals() {
     let mut server = Side::new(Role::Server);
     server.session.admission.budget.inbound = 0;
     let syn = |id: u32| frame(Kind::Data, SYN, 2 * id + 1, 0);
@@ -301,20 +301,20 @@ fn beyond_256_refusals_that_are_not_taken_the_session_ends() {
 }
 
 #[test]
-fn the_windows_overflow_is_not_that_of_a_stream_just_opened() {
+fn a_window_overflow_is_not_attributed_to_a_new_stream() {
     let mut server = Side::new(Role::Server);
     let most = u32::MAX as usize - INITIAL_WINDOW;
     server.receive(&frame(Kind::WindowUpdate, SYN, 1, most)).unwrap();
     assert!(server.receive(&frame(Kind::WindowUpdate, 0, 1, 1)).is_err());
 }
 
-// ---- The end of a stream
+// ---- Closing, resetting and dropping streams
 
 #[test]
-fn dropped_with_its_half_open_a_stream_is_reset_after_what_was_flushed() {
+fn dropping_a_half_open_stream_resets_it_after_the_flushed_data() {
     for flushed in [true, false] {
         let mut server = Side::new(Role::Server);
-        let stream = opened(&mut server, 1);
+        let stream = accept_inbound(&mut server, 1);
         assert!(server.write(stream, &[1; 9]).is_ready());
         if flushed {
             server.session.stream(stream).map(Stream::flush);
@@ -324,7 +324,7 @@ fn dropped_with_its_half_open_a_stream_is_reset_after_what_was_flushed() {
         let mut sent = Vec::new();
         while let Some(kind) = server.session.take_frames(&mut sent, QUANTUM, server.now) {
             let is_reset = headers(&sent).iter().any(|header| header.flags & RST != 0);
-            assert_eq!(is_reset, kind == Frames::Resets, "a reset goes by itself");
+            assert_eq!(is_reset, kind == Frames::Resets, "resets are sent in a batch of their own");
             if kind == Frames::Data {
                 assert_eq!((headers(&sent)[0].length, flushed), (9, true));
             }
@@ -335,30 +335,34 @@ fn dropped_with_its_half_open_a_stream_is_reset_after_what_was_flushed() {
 }
 
 #[test]
-fn dropped_after_its_end_a_stream_is_reset_once_if_data_still_comes() {
+fn a_stream_dropped_after_fin_is_reset_once_if_data_arrives() {
     let mut server = Side::new(Role::Server);
-    let stream = opened(&mut server, 1);
+    let stream = accept_inbound(&mut server, 1);
     assert!(server.write(stream, &[1; 9]).is_ready());
     server.session.change(stream, |stream, _| stream.close());
     server.drop_handle(stream);
     let sent = headers(&server.send_all());
     let last = sent.last().unwrap();
-    assert_eq!((last.length, last.flags & FIN != 0), (0, true), "by itself, as Go needs it");
-    assert!(sent.iter().any(|header| header.length == 9), "unsent data goes");
+    assert_eq!(
+        (last.length, last.flags & FIN != 0),
+        (0, true),
+        "go-yamux needs FIN in a frame of its own"
+    );
+    assert!(sent.iter().any(|header| header.length == 9), "buffered data is sent first");
     assert!(server.session.streams.is_empty());
-    assert!(server.receive(&frame(Kind::Data, SYN, 1, 0)).is_err(), "it is in use");
+    assert!(server.receive(&frame(Kind::Data, SYN, 1, 0)).is_err(), "the id is still in use");
     server.receive(&data(0, 1, 3)).unwrap();
     assert_eq!(headers(&server.send_all())[0].flags, RST);
     server.receive(&data(0, 1, 3)).unwrap();
-    assert!(server.send_all().is_empty(), "once");
+    assert!(server.send_all().is_empty(), "a second reset");
     server.assert_empty();
 }
 
 #[test]
-fn dropped_after_its_end_a_stream_whose_peer_has_no_credit_is_reset_at_once() {
+fn a_stream_dropped_after_fin_is_reset_at_once_if_its_peer_has_no_credit() {
     for is_sent in [true, false] {
         let mut server = Side::new(Role::Server);
-        let stream = opened(&mut server, 1);
+        let stream = accept_inbound(&mut server, 1);
         server.session.change(stream, |stream, _| stream.close());
         let mut sent = if is_sent { server.send_all() } else { Vec::new() };
         server.receive(&data(0, 1, INITIAL_WINDOW)).unwrap();
@@ -366,19 +370,23 @@ fn dropped_after_its_end_a_stream_whose_peer_has_no_credit_is_reset_at_once() {
         sent.extend(server.send_all());
         let flags: Vec<_> = headers(&sent).iter().map(|header| header.flags).collect();
         assert!(flags.iter().any(|flags| flags & FIN != 0), "{flags:?}");
-        assert_eq!(flags.last(), Some(&RST), "no data of the peer's asks for it");
+        assert_eq!(
+            flags.last(),
+            Some(&RST),
+            "the peer cannot send data that would cause the reset later"
+        );
         server.assert_empty();
     }
 }
 
 #[test]
-fn a_finished_stream_that_is_cut_does_not_reset_the_next_one_of_its_number() {
+fn evicting_a_finished_stream_does_not_reset_its_successor_of_the_same_id() {
     let mut server = Side::new(Role::Server);
-    let stream = opened(&mut server, 1);
+    let stream = accept_inbound(&mut server, 1);
     server.receive(&data(FIN, 1, 9)).unwrap();
     server.session.change(stream, |stream, _| stream.close());
     server.send_all();
-    let next = opened(&mut server, 1);
+    let next = accept_inbound(&mut server, 1);
     assert!(server.session.shed(server.now, Cut::Pool) > 0);
     assert!(is_reset(server.read(stream, 9)));
     assert!(headers(&server.send_all()).iter().all(|header| !header.flags & RST != 0));
@@ -386,10 +394,10 @@ fn a_finished_stream_that_is_cut_does_not_reset_the_next_one_of_its_number() {
 }
 
 #[test]
-fn so_many_streams_are_remembered_after_their_end_and_no_more() {
+fn a_bounded_number_of_finished_streams_is_remembered() {
     let mut server = Side::new(Role::Server);
     for id in 0..2 * MAX_REFUSED as u32 {
-        let stream = opened(&mut server, 2 * id + 1);
+        let stream = accept_inbound(&mut server, 2 * id + 1);
         server.session.change(stream, |stream, _| stream.close());
         server.drop_handle(stream);
         server.send_all();
@@ -399,9 +407,9 @@ fn so_many_streams_are_remembered_after_their_end_and_no_more() {
 }
 
 #[test]
-fn data_after_the_end_resets_the_stream() {
+fn data_after_fin_resets_the_stream() {
     let mut server = Side::new(Role::Server);
-    let stream = opened(&mut server, 1);
+    let stream = accept_inbound(&mut server, 1);
     server.receive(&data(FIN, 1, 1)).unwrap();
     server.receive(&data(0, 1, 1)).unwrap();
     assert!(is_reset(server.read(stream, 9)));
@@ -409,16 +417,20 @@ fn data_after_the_end_resets_the_stream() {
 }
 
 #[test]
-fn a_reset_is_no_end_of_file_even_after_our_own_end() {
+fn a_reset_is_an_error_even_after_our_fin() {
     for closes in [true, false] {
         let mut server = Side::new(Role::Server);
-        let stream = opened(&mut server, 1);
+        let stream = accept_inbound(&mut server, 1);
         if closes {
             server.session.change(stream, |stream, _| stream.close());
             server.send_all();
         }
         server.receive(&data(RST, 1, 2)).unwrap();
-        assert_eq!(server.read(stream, 9).unwrap().unwrap(), [7; 2], "what came before");
+        assert_eq!(
+            server.read(stream, 9).unwrap().unwrap(),
+            [7; 2],
+            "data received before the reset"
+        );
         assert!(is_reset(server.read(stream, 9)));
         server.drop_handle(stream);
         server.send_all();
@@ -427,7 +439,7 @@ fn a_reset_is_no_end_of_file_even_after_our_own_end() {
 }
 
 #[test]
-fn a_stream_of_ours_that_the_peer_never_heard_of_is_dropped_in_silence() {
+fn dropping_an_unannounced_outbound_stream_sends_nothing() {
     let mut client = Side::new(Role::Client);
     let stream = client.open();
     assert!(client.write(stream, b"unflushed").is_ready());
@@ -461,7 +473,7 @@ impl Wake for Woken {
 }
 
 #[test]
-fn more_than_256_unacknowledged_streams_are_not_opened() {
+fn at_most_256_unacknowledged_streams_are_opened() {
     let mut client = Side::new(Role::Client);
     client.session.admission.budget.outbound = 1000;
     let streams: Vec<_> = (0..MAX_UNACKNOWLEDGED).map(|_| client.open()).collect();
@@ -482,9 +494,9 @@ fn more_than_256_unacknowledged_streams_are_not_opened() {
 // ---- Memory
 
 #[test]
-fn a_header_takes_no_memory_and_a_byte_a_chunk() {
+fn a_header_allocates_nothing_and_a_byte_one_chunk() {
     let mut server = Side::new(Role::Server);
-    let stream = opened(&mut server, 1);
+    let stream = accept_inbound(&mut server, 1);
     server.send_all();
     let open = server.budget.buffered().bytes;
     server.receive(&frame(Kind::Data, 0, 1, INITIAL_WINDOW)).unwrap();
@@ -496,15 +508,15 @@ fn a_header_takes_no_memory_and_a_byte_a_chunk() {
         assert_eq!(server.budget.buffered().bytes, open + 16 * KIB);
     }
     assert_eq!(server.read(stream, 9).unwrap().unwrap(), [1; 3]);
-    assert_eq!(server.budget.buffered().bytes, open + 3, "the reader may still hold it");
+    assert_eq!(server.budget.buffered().bytes, open + 3, "freed by the next read");
     assert!(server.read(stream, 9).is_none());
     assert_eq!(server.budget.buffered().bytes, open);
 }
 
 #[test]
-fn frames_of_one_byte_take_as_much_as_long_ones() {
+fn one_byte_frames_use_no_more_memory_than_long_ones() {
     let mut server = Side::new(Role::Server);
-    opened(&mut server, 1);
+    accept_inbound(&mut server, 1);
     server.send_all();
     let open = server.budget.buffered().bytes;
     for _ in 0..8 * KIB {
@@ -514,21 +526,21 @@ fn frames_of_one_byte_take_as_much_as_long_ones() {
 }
 
 #[test]
-fn twelve_thousand_silent_streams_are_charged_what_they_take() {
+fn twelve_thousand_idle_streams_are_charged_their_memory() {
     const STREAMS: usize = 12_288;
     let mut server = Side::new(Role::Server);
     server.session.admission = admission(STREAMS);
     for id in 0..STREAMS as u32 {
-        opened(&mut server, 2 * id + 1);
+        accept_inbound(&mut server, 2 * id + 1);
     }
     let each = server.budget.buffered().bytes / STREAMS;
     assert!((size_of::<Stream>()..KIB).contains(&each), "{each}");
 }
 
 #[test]
-fn the_stream_whose_reader_took_nothing_for_the_longest_is_cut_and_freed_at_once() {
+fn the_stream_unread_for_the_longest_is_reset_and_freed() {
     let mut server = Side::new(Role::Server);
-    let [slow, fast] = [1, 3].map(|id| opened(&mut server, id));
+    let [slow, fast] = [1, 3].map(|id| accept_inbound(&mut server, id));
     server.receive(&data(0, 1, 100 * KIB)).unwrap();
     server.receive(&data(0, 3, 200 * KIB)).unwrap();
     server.now += Duration::from_secs(10);
@@ -546,9 +558,9 @@ fn the_stream_whose_reader_took_nothing_for_the_longest_is_cut_and_freed_at_once
 }
 
 #[test]
-fn a_connection_above_its_limit_loses_a_stream_and_reads_on() {
+fn a_connection_above_its_limit_loses_a_stream_and_keeps_reading() {
     let mut server = Side::with(Role::Server, MemoryBudget::new(PLENTY, 300 * KIB, MAX_GROWTH));
-    let [first, second] = [1, 3].map(|id| opened(&mut server, id));
+    let [first, second] = [1, 3].map(|id| accept_inbound(&mut server, id));
     server.receive(&data(0, 1, 200 * KIB)).unwrap();
     server.now += Duration::from_secs(1);
     server.receive(&data(0, 3, 200 * KIB)).unwrap();
@@ -558,15 +570,15 @@ fn a_connection_above_its_limit_loses_a_stream_and_reads_on() {
 }
 
 #[test]
-fn credit_is_what_the_peer_may_still_send() {
+fn credit_is_the_number_of_bytes_the_peer_may_send() {
     let mut server = Side::new(Role::Server);
-    let [reads, stays] = [1, 3].map(|id| opened(&mut server, id));
+    let [reads, stays] = [1, 3].map(|id| accept_inbound(&mut server, id));
     assert_eq!(server.session.credit(), 2 * 256 * KIB);
     server.receive(&data(0, 1, 200 * KIB)).unwrap();
     assert_eq!(server.session.credit(), 312 * KIB);
     server.read(reads, 1 << 20).unwrap().unwrap();
     server.send_all();
-    assert_eq!(server.session.credit(), 312 * KIB, "the reader may still hold it");
+    assert_eq!(server.session.credit(), 312 * KIB, "freed by the next read");
     server.read(reads, 1);
     server.send_all();
     assert_eq!(server.session.credit(), 512 * KIB);
@@ -578,18 +590,18 @@ fn credit_is_what_the_peer_may_still_send() {
 // ---- Credit
 
 #[test]
-fn credit_is_topped_up_when_half_is_read_and_never_to_a_crumb() {
+fn window_updates_are_sent_at_half_the_window_and_never_tiny() {
     for (filled, window) in [(0, 256 * KIB), (625, 144 * KIB), (750, 32 * KIB), (900, 32 * KIB)] {
         let mut server =
             Side::with(Role::Server, MemoryBudget::new(1000 << 20, PLENTY, MAX_GROWTH));
         let other = server.budget.open(None, Weak::<Shared>::new());
-        let stream = opened(&mut server, 1);
+        let stream = accept_inbound(&mut server, 1);
         server.send_all();
         other.charge(filled << 20);
         let mut credit = INITIAL_WINDOW;
         for _ in 0..1000 {
             let some = credit.min(KIB);
-            assert!(some > 0, "the peer is never left without");
+            assert!(some > 0, "the peer has no credit");
             server.receive(&data(0, 1, some)).unwrap();
             server.read(stream, some).unwrap().unwrap();
             credit -= some;
@@ -605,9 +617,9 @@ fn credit_is_topped_up_when_half_is_read_and_never_to_a_crumb() {
 }
 
 #[test]
-fn who_reads_nothing_grants_nothing() {
+fn unread_data_grants_no_credit() {
     let mut server = Side::new(Role::Server);
-    opened(&mut server, 1);
+    accept_inbound(&mut server, 1);
     server.send_all();
     server.receive(&data(0, 1, INITIAL_WINDOW)).unwrap();
     let sent = headers(&server.send_all());
@@ -616,13 +628,13 @@ fn who_reads_nothing_grants_nothing() {
 }
 
 #[test]
-fn windows_grow_to_a_mebibyte_as_the_round_trip_demands() {
+fn windows_grow_with_the_round_trip_time_up_to_a_mebibyte() {
     let mut server = Side::new(Role::Server);
-    let stream = opened(&mut server, 1);
+    let stream = accept_inbound(&mut server, 1);
     server.send_all();
     let (mut credit, mut widest) = (INITIAL_WINDOW, 0);
     for _ in 0..50 {
-        // All that may be sent, each round trip of 100 ms.
+        // Each round trip of 100 ms, the peer sends as much as its credit allows.
         server.receive(&data(0, 1, credit)).unwrap();
         credit = 0;
         while server.read(stream, 64 * KIB).is_some() {}
@@ -642,12 +654,12 @@ fn windows_grow_to_a_mebibyte_as_the_round_trip_demands() {
     assert_eq!(widest, MAX_WINDOW);
 }
 
-// ---- Turns
+// ---- Fair queueing of writes
 
 #[test]
-fn a_new_flow_goes_first_and_those_that_stay_take_turns() {
+fn new_flows_go_first_and_backlogged_ones_take_turns() {
     let mut server = Side::new(Role::Server);
-    let [bulk, other, quick] = [1, 3, 5].map(|id| opened(&mut server, id));
+    let [bulk, other, quick] = [1, 3, 5].map(|id| accept_inbound(&mut server, id));
     server.send_all();
     let mut order = Vec::new();
     for round in 0..6 {
@@ -665,7 +677,7 @@ fn a_new_flow_goes_first_and_those_that_stay_take_turns() {
     assert_eq!(order, [1, 3, 1, 5, 3, 1]);
 }
 
-// ---- Two sessions
+// ---- Two sessions against each other
 
 #[derive(Clone, Copy, Debug)]
 enum Step {
@@ -677,15 +689,15 @@ enum Step {
     Flush(usize),
     Reset(usize),
     Send,
-    /// So many bytes arrive.
+    /// Delivers at most this many bytes.
     Arrive(usize),
     Accept,
     Pass(u64),
 }
 
-/// What one side knows of a stream.
+/// The model of one end of a stream.
 #[derive(Debug, Default)]
-struct Known {
+struct StreamModel {
     key: Key,
     id: u32,
     written: usize,
@@ -700,9 +712,9 @@ struct Known {
 }
 
 #[derive(Default)]
-struct World {
+struct Connection {
     sides: Vec<Side>,
-    streams: [Vec<Known>; 2],
+    streams: [Vec<StreamModel>; 2],
     wires: [Vec<u8>; 2],
 }
 
@@ -710,25 +722,25 @@ fn byte(id: u32, side: usize, at: usize) -> u8 {
     (at as u32).wrapping_mul(31).wrapping_add(id * 7 + side as u32) as u8
 }
 
-impl World {
+impl Connection {
     fn new() -> Self {
         let sides = [Role::Client, Role::Server].map(Side::new).into_iter().collect();
         Self { sides, ..Self::default() }
     }
 
     fn step(&mut self, at: usize, step: Step) {
-        let (side, known) = (&mut self.sides[at], &mut self.streams[at]);
-        let count = known.len();
+        let (side, models) = (&mut self.sides[at], &mut self.streams[at]);
+        let count = models.len();
         let stream = |number: usize| (count > 0).then(|| number % count.max(1));
         match step {
             Step::Open if count < 8 => {
                 let key = side.open();
                 let id = side.session.streams[&key].id;
-                known.push(Known { key, id, ..Known::default() });
+                models.push(StreamModel { key, id, ..StreamModel::default() });
             }
             Step::Open => {}
             Step::Write(number, bytes) => {
-                let Some(stream) = stream(number).map(|number| &mut known[number]) else { return };
+                let Some(stream) = stream(number).map(|number| &mut models[number]) else { return };
                 if stream.closed || stream.dropped {
                     return;
                 }
@@ -739,33 +751,33 @@ impl World {
                 }
             }
             Step::Read(number, most) => {
-                let Some(stream) = stream(number).map(|number| &mut known[number]) else { return };
+                let Some(stream) = stream(number).map(|number| &mut models[number]) else { return };
                 if !stream.dropped && !stream.ended {
                     Self::read(side, stream, at, most);
                 }
             }
             Step::Close(number) => {
-                let Some(stream) = stream(number).map(|number| &mut known[number]) else { return };
+                let Some(stream) = stream(number).map(|number| &mut models[number]) else { return };
                 if !stream.dropped && !stream.reset {
                     side.session.change(stream.key, |stream, _| stream.close());
                     stream.closed = true;
                 }
             }
             Step::Flush(number) => {
-                let Some(stream) = stream(number).map(|number| &mut known[number]) else { return };
+                let Some(stream) = stream(number).map(|number| &mut models[number]) else { return };
                 if !stream.dropped {
                     side.session.stream(stream.key).map(Stream::flush);
                     stream.flushed = stream.written;
                 }
             }
             Step::Drop(number) => {
-                let Some(stream) = stream(number).map(|number| &mut known[number]) else { return };
+                let Some(stream) = stream(number).map(|number| &mut models[number]) else { return };
                 if !std::mem::replace(&mut stream.dropped, true) {
                     side.drop_handle(stream.key);
                 }
             }
             Step::Reset(number) => {
-                let Some(stream) = stream(number).map(|number| &mut known[number]) else { return };
+                let Some(stream) = stream(number).map(|number| &mut models[number]) else { return };
                 if !stream.dropped {
                     side.session.change(stream.key, Stream::reset);
                     stream.reset = true;
@@ -778,12 +790,12 @@ impl World {
             Step::Arrive(bytes) => {
                 let wire = &mut self.wires[1 - at];
                 let bytes: Vec<_> = wire.drain(..bytes.min(wire.len())).collect();
-                side.receive(&bytes).expect("the other side keeps to the rules");
+                side.receive(&bytes).expect("no protocol violation");
             }
             Step::Accept => {
                 while let Some(key) = side.accept() {
                     let id = side.session.streams[&key].id;
-                    known.push(Known { key, id, ..Known::default() });
+                    models.push(StreamModel { key, id, ..StreamModel::default() });
                 }
             }
             Step::Pass(millis) => {
@@ -792,7 +804,7 @@ impl World {
         }
     }
 
-    fn read(side: &mut Side, stream: &mut Known, at: usize, most: usize) -> bool {
+    fn read(side: &mut Side, stream: &mut StreamModel, at: usize, most: usize) -> bool {
         match side.read(stream.key, most.max(1)) {
             None => return false,
             Some(Ok(bytes)) if bytes.is_empty() => stream.ended = true,
@@ -800,7 +812,7 @@ impl World {
                 let from = stream.read;
                 stream.read += bytes.len();
                 let expected = (from..).map(|n| byte(stream.id, 1 - at, n));
-                assert!(bytes.iter().copied().eq(expected.take(bytes.len())), "no other bytes");
+                assert!(bytes.iter().copied().eq(expected.take(bytes.len())), "unexpected bytes");
             }
             Some(Err(error)) => {
                 assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
@@ -810,7 +822,7 @@ impl World {
         true
     }
 
-    /// All that was said arrives, and is read.
+    /// Delivers and reads everything that was sent.
     fn settle(&mut self) {
         loop {
             let mut moved = false;
@@ -839,9 +851,9 @@ impl World {
         }
     }
 
-    /// Both sides agree on each stream.
+    /// Asserts that both sides agree on the state of each stream.
     fn check(&mut self) {
-        let mut by_id: HashMap<u32, Vec<(usize, &Known)>> = HashMap::new();
+        let mut by_id: HashMap<u32, Vec<(usize, &StreamModel)>> = HashMap::new();
         for (at, streams) in self.streams.iter().enumerate() {
             for stream in streams {
                 by_id.entry(stream.id).or_default().push((at, stream));
@@ -856,14 +868,20 @@ impl World {
                 }
                 let cut = (from.dropped || from.reset) && !from.closed;
                 if to.ended && !to.was_reset {
-                    assert!(from.closed, "an end of file that nobody said: {from:?} {to:?}");
-                    assert_eq!(to.read, from.written, "all of it: {from:?} {to:?}");
+                    assert!(from.closed, "an end of file without a close: {from:?} {to:?}");
+                    assert_eq!(
+                        to.read, from.written,
+                        "bytes are missing before the end of file: {from:?} {to:?}"
+                    );
                 }
                 if cut {
-                    assert!(to.was_reset, "what was cut is not complete: {from:?} {to:?}");
+                    assert!(
+                        to.was_reset,
+                        "an incomplete stream ended without a reset: {from:?} {to:?}"
+                    );
                     assert!(
                         to.closed || to.reset || from.reset || to.read >= from.flushed,
-                        "what was flushed comes: {from:?} {to:?}"
+                        "flushed bytes were lost: {from:?} {to:?}"
                     );
                 } else if from.closed && !to.was_reset {
                     assert!(to.ended, "{from:?} {to:?}");
@@ -872,9 +890,9 @@ impl World {
         }
     }
 
-    /// Everything ends, and nothing is left.
+    /// Drops every stream and asserts that no state is left.
     fn end(&mut self) {
-        // Twice, for the other side may hear of a stream with its end only.
+        // Twice: the first round may open streams on the other side, along with their end.
         for at in [0, 1, 0, 1] {
             for number in 0..self.streams[at].len() {
                 self.step(at, Step::Drop(number));
@@ -908,15 +926,15 @@ proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn no_byte_is_lost_doubled_or_moved_and_every_stream_ends(
+    fn bytes_are_neither_lost_duplicated_nor_reordered_and_every_stream_ends(
         steps in vec((0..2_usize, steps()), 0..120),
     ) {
-        let mut world = World::new();
+        let mut connection = Connection::new();
         for (at, step) in steps {
-            world.step(at, step);
+            connection.step(at, step);
         }
-        world.settle();
-        world.check();
-        world.end();
+        connection.settle();
+        connection.check();
+        connection.end();
     }
 }

@@ -1,4 +1,4 @@
-//! Under the lock of a session no task is woken, no waker dropped, and no other session locked.
+//! While a session is locked, no task is woken, no waker is dropped and no other session is locked.
 
 use std::{
     net::IpAddr,
@@ -13,7 +13,7 @@ use crate::program::mux::{
     stream_limits::Key,
 };
 
-/// The sessions of a test.
+/// The sessions of a test that must not be locked.
 #[derive(Clone, Debug, Default)]
 pub struct Sessions(Arc<Mutex<Vec<Arc<Shared>>>>);
 
@@ -22,7 +22,7 @@ impl Sessions {
         self.0.lock().unwrap().push(Arc::clone(session));
     }
 
-    /// The task, whose wakers see to it that no session is locked.
+    /// `task` with wakers that assert that no session is locked.
     pub fn checked(
         &self,
         task: impl Future<Output = ()> + Send + 'static,
@@ -44,7 +44,7 @@ impl Sessions {
     }
 }
 
-/// A waker of its own for each poll.
+/// The waker passed to one poll.
 struct Checked {
     inner: Waker,
     sessions: Sessions,
@@ -65,25 +65,27 @@ impl Drop for Checked {
 
 #[test]
 fn no_task_is_woken_and_no_waker_dropped_while_a_session_is_locked() {
-    for ends in [[ours as Run, ours], [ours, theirs], [theirs, ours]] {
+    for ends in
+        [[run_muxer as RunEnd, run_muxer], [run_muxer, run_rust_yamux], [run_rust_yamux, run_muxer]]
+    {
         let (spawn, spawned) = mpsc::unbounded();
         let checked = Executor::Checked(spawn, Sessions::default());
         block_on(run(spawned, exchange(10 * KIB, ends, [checked.clone(), checked])));
     }
 }
 
-/// Another connection, which is asked for memory and for permits.
+/// Another connection, which counts how often it has to give up memory or a permit.
 #[derive(Debug)]
 struct Other {
     sessions: Sessions,
     budget: Arc<ConnectionBudget>,
-    asked: AtomicUsize,
+    evictions: AtomicUsize,
 }
 
 impl Other {
-    fn is_asked(&self) {
+    fn record_eviction(&self) {
         self.sessions.assert_unlocked();
-        self.asked.fetch_add(1, Ordering::Relaxed);
+        self.evictions.fetch_add(1, Ordering::Relaxed);
     }
 }
 
@@ -93,14 +95,14 @@ impl Connection for Other {
     }
 
     fn shed(&self, _: Instant) -> usize {
-        self.is_asked();
+        self.record_eviction();
         let held = self.budget.held();
         self.budget.release(held);
         held
     }
 
     fn reset(&self, _: Key) {
-        self.is_asked();
+        self.record_eviction();
     }
 
     fn credit(&self) -> usize {
@@ -113,7 +115,7 @@ fn syn(stream: u32) -> [u8; HEADER] {
 }
 
 #[test]
-fn another_connection_is_asked_for_memory_and_permits_while_no_session_is_locked() {
+fn memory_and_permits_are_taken_from_another_connection_without_a_session_lock() {
     const LIMIT: usize = 1024 * KIB;
     let budget = Budget { inbound: 64, outbound: 64 };
     let limits = StreamLimits { stream_rate: 0, max_streams: 16, ..StreamLimits::default() };
@@ -125,26 +127,26 @@ fn another_connection_is_asked_for_memory_and_permits_while_no_session_is_locked
     let sessions = Sessions::default();
     sessions.add(&muxer.shared);
     let prefix = |host| Some(IpAddr::from([10, 0, host, 1]).into());
-    let asked = AtomicUsize::new(0);
+    let evictions = AtomicUsize::new(0);
     let other = Arc::new_cyclic(|other: &std::sync::Weak<Other>| {
         let budget = memory.open(prefix(0), other.clone());
-        Other { sessions, budget, asked }
+        Other { sessions, budget, evictions }
     });
-    let asked = || other.asked.swap(0, Ordering::Relaxed);
+    let evictions = || other.evictions.swap(0, Ordering::Relaxed);
     let cx = &mut Context::from_waker(Waker::noop());
 
     other.budget.charge(2 * LIMIT);
     block_on(peer.write_all(&syn(1))).unwrap();
     assert!(Pin::new(&mut muxer).poll(cx).is_pending());
-    assert!(asked() > 0, "as bytes come");
+    assert!(evictions() > 0, "when bytes arrive");
     let Poll::Ready(Ok(mut stream)) = Pin::new(&mut muxer).poll_inbound(cx) else {
-        panic!("it was opened");
+        panic!("no inbound stream");
     };
     other.budget.charge(2 * LIMIT);
     assert!(Pin::new(&mut stream).poll_write(cx, b"!").is_ready());
-    assert!(asked() > 0, "as bytes are written");
+    assert!(evictions() > 0, "when bytes are written");
 
-    // Eight addresses have all permits, on streams on which no request has come.
+    // Eight addresses hold all permits, on streams on which no request has arrived.
     let (mut admission, now) = (all.admission.clone(), Instant::now());
     let mut permits = Vec::new();
     for host in 1..=8 {
@@ -157,5 +159,5 @@ fn another_connection_is_asked_for_memory_and_permits_while_no_session_is_locked
         block_on(peer.write_all(&syn(2 * stream + 1))).unwrap();
     }
     assert!(Pin::new(&mut muxer).poll(cx).is_pending());
-    assert_eq!(asked(), 1, "as a stream is opened beyond its own permits");
+    assert_eq!(evictions(), 1, "when a stream needs a shared permit");
 }

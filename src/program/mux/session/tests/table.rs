@@ -1,7 +1,8 @@
-//! FIN, RST and ACK in every order of what two sides do with two streams, with each frame delivered at any time.
+//! All interleavings of what two sides do with two streams, up to a number of steps: the state machine of FIN, RST and
+//! ACK, with each frame delivered at any time.
 //!
-//! Breadth first, over states: of the histories that lead to the same state of both sides and of what is on its way
-//! only one is continued.
+//! A breadth-first search over states: of the histories that lead to the same state of both sides and of the frames in
+//! flight, only one is continued.
 
 use std::{
     collections::HashSet,
@@ -11,18 +12,18 @@ use std::{
 
 use super::*;
 
-/// How many steps a history has, unless this variable says otherwise. `.ci/long` has 12.
+/// Environment variable for the number of steps per history; `.ci/long` sets 12.
 const DEPTH: &str = "RELAYLET_TABLE_DEPTH";
-const SHORT: usize = 8;
+const DEFAULT_DEPTH: usize = 8;
 
-/// How many streams there are, and how often each side writes to each.
+/// The number of streams, and of writes per side and stream.
 const STREAMS: usize = 2;
 const WRITES: usize = 2;
 
-/// How many bytes are written at once.
+/// Bytes per write.
 const BYTES: usize = 3;
 
-/// The steps of either side, by number.
+/// The steps of either side; `side * 16 + index` is the number of a step.
 const STEPS: [Step; 16] = [
     Step::Open,
     Step::Accept,
@@ -42,23 +43,24 @@ const STEPS: [Step; 16] = [
     Step::Read(1, QUANTUM),
 ];
 
-/// A history that leads to a state.
+/// A sequence of steps, and how it may be continued.
 #[derive(Clone, Copy, Default)]
-struct Node {
+struct History {
     steps: [u8; 16],
-    /// The steps that can follow, a bit each.
+    /// The steps to try next, one bit each.
     next: u32,
-    /// Whether nothing was on its way to the first side before the last step.
-    was_silent: bool,
+    /// Whether no frame to the first side was in flight before the last step.
+    was_idle: bool,
 }
 
 #[test]
-fn in_every_history_of_two_streams_both_sides_agree_on_their_end() {
-    let depth = env::var(DEPTH).map_or(SHORT, |depth| depth.parse().expect("a number of steps"));
+fn both_sides_agree_how_streams_ended_in_every_history_of_two() {
+    let depth =
+        env::var(DEPTH).map_or(DEFAULT_DEPTH, |depth| depth.parse().expect("a number of steps"));
     let (mut seen, mut steps) = (HashSet::new(), 0_u64);
-    let mut world = World::new();
-    seen.insert(fingerprint(&world));
-    let mut level = vec![Node { next: enabled(&mut world) & 1, ..Node::default() }];
+    let mut connection = Connection::new();
+    seen.insert(fingerprint(&connection));
+    let mut level = vec![History { next: enabled(&mut connection) & 1, ..History::default() }];
     for length in 0..depth {
         let mut next = Vec::new();
         for node in &level {
@@ -67,22 +69,22 @@ fn in_every_history_of_two_streams_both_sides_agree_on_their_end() {
                 let mut history = *node;
                 history.steps[length] = step;
                 let history_so_far = &history.steps[..=length];
-                let mut world = replay(history_so_far);
-                if !seen.insert(fingerprint(&world)) {
+                let mut connection = replay(history_so_far);
+                if !seen.insert(fingerprint(&connection)) {
                     continue;
                 }
                 let (last_side, last) = side_and_step(step);
-                history.was_silent = match last {
+                history.was_idle = match last {
                     Step::Send if last_side == 1 => {
                         replay(&history.steps[..length]).wires[1].is_empty()
                     }
                     _ => false,
                 };
-                history.next = enabled(&mut world) & !later(step, history.was_silent);
-                assert_state(&world);
-                let told = history_so_far.iter().map(|step| side_and_step(*step));
-                let told = format!("{:?}", told.collect::<Vec<_>>());
-                assert_ends(world, history_so_far, &told);
+                history.next = enabled(&mut connection) & !redundant_after(step, history.was_idle);
+                assert_state(&connection);
+                let description = history_so_far.iter().map(|step| side_and_step(*step));
+                let description = format!("{:?}", description.collect::<Vec<_>>());
+                assert_ends(connection, history_so_far, &description);
                 next.push(history);
             }
         }
@@ -97,49 +99,51 @@ fn side_and_step(number: u8) -> (usize, Step) {
     (number / STEPS.len(), STEPS[number % STEPS.len()])
 }
 
-fn replay(steps: &[u8]) -> World {
-    let mut world = World::new();
+fn replay(steps: &[u8]) -> Connection {
+    let mut connection = Connection::new();
     for step in steps {
         let (at, step) = side_and_step(*step);
-        take(&mut world, at, step);
+        take(&mut connection, at, step);
     }
-    world
+    connection
 }
 
-/// Takes a step; of arrivals, a whole frame.
-fn take(world: &mut World, at: usize, step: Step) {
+/// Takes a step; an arrival delivers one whole frame.
+fn take(connection: &mut Connection, at: usize, step: Step) {
     let step = match step {
         Step::Arrive(_) => {
-            let header = headers(&world.wires[1 - at])[0];
+            let header = headers(&connection.wires[1 - at])[0];
             let body = if header.kind == Kind::Data { header.length as usize } else { 0 };
-            if let Some(stream) = known(world, at, header.stream).filter(|it| !it.dropped) {
+            if let Some(stream) = model_of(connection, at, header.stream).filter(|it| !it.dropped) {
                 stream.arrived += body;
             }
             Step::Arrive(HEADER + body)
         }
         step => step,
     };
-    world.step(at, step);
+    connection.step(at, step);
 }
 
-fn known(world: &mut World, at: usize, id: u32) -> Option<&mut Known> {
-    world.streams[at].iter_mut().find(|stream| stream.id == id)
+fn model_of(connection: &mut Connection, at: usize, id: u32) -> Option<&mut StreamModel> {
+    connection.streams[at].iter_mut().find(|stream| stream.id == id)
 }
 
-/// The steps that change something.
-fn enabled(world: &mut World) -> u32 {
-    let opened = world.sides.iter().map(|side| side.session.next_id as usize / 2).sum::<usize>();
+/// The steps that would change the state.
+fn enabled(connection: &mut Connection) -> u32 {
+    let opened =
+        connection.sides.iter().map(|side| side.session.next_id as usize / 2).sum::<usize>();
     let opened = opened - 1; // the first number of the second side is 2
     let mut all = 0;
     for at in 0..2 {
         for (number, step) in STEPS.iter().enumerate() {
-            let stream = |number: usize| world.streams[at].get(number).filter(|it| !it.dropped);
-            let session = &world.sides[at].session;
+            let stream =
+                |number: usize| connection.streams[at].get(number).filter(|it| !it.dropped);
+            let session = &connection.sides[at].session;
             let is_enabled = match step {
                 Step::Open => opened < STREAMS,
                 Step::Accept => !session.accepted.is_empty(),
                 Step::Send => true,
-                Step::Arrive(_) => !world.wires[1 - at].is_empty(),
+                Step::Arrive(_) => !connection.wires[1 - at].is_empty(),
                 Step::Write(number, _) => stream(*number)
                     .is_some_and(|it| !it.closed && !it.reset && it.written < WRITES * BYTES),
                 Step::Flush(number) => {
@@ -162,22 +166,22 @@ fn enabled(world: &mut World) -> u32 {
     all
 }
 
-/// The steps that need not follow this one, because the other order leads to the same: the first side's goes first.
-fn later(last: u8, was_silent: bool) -> u32 {
+/// The steps that commute with `last` and therefore need not follow it: the first side's step is taken first.
+fn redundant_after(last: u8, was_idle: bool) -> u32 {
     const FIRST_SIDE: u32 = (1 << STEPS.len()) - 1;
     const ARRIVES: u32 = 1 << 3;
     match side_and_step(last) {
-        (1, Step::Send) if was_silent => FIRST_SIDE & !ARRIVES,
+        (1, Step::Send) if was_idle => FIRST_SIDE & !ARRIVES,
         (1, _) => FIRST_SIDE,
         _ => 0,
     }
 }
 
-/// All that decides what can follow, as a hash: of ten million states two are taken for one in one run of 400,000.
-fn fingerprint(world: &World) -> u64 {
+/// Hashes all state that affects later steps. With ten million states, one run in 400,000 has a collision.
+fn fingerprint(connection: &Connection) -> u64 {
     let mut hash = DefaultHasher::new();
     for at in 0..2 {
-        let session = &world.sides[at].session;
+        let session = &connection.sides[at].session;
         for (key, stream) in &session.streams {
             let ends = (stream.received, stream.sent, stream.pending);
             let queued = (stream.in_control, stream.in_turns, stream.deficit, stream.unsent());
@@ -188,8 +192,8 @@ fn fingerprint(world: &World) -> u64 {
         (session.unacknowledged, session.refused).hash(&mut hash);
         (&session.half_closed, &session.accepted, &session.control).hash(&mut hash);
         (&session.new_flows, &session.old_flows).hash(&mut hash);
-        world.wires[at].hash(&mut hash);
-        for it in &world.streams[at] {
+        connection.wires[at].hash(&mut hash);
+        for it in &connection.streams[at] {
             (it.key, it.written, it.flushed, it.read, it.arrived).hash(&mut hash);
             (it.closed, it.dropped, it.reset, it.ended, it.was_reset).hash(&mut hash);
         }
@@ -197,9 +201,9 @@ fn fingerprint(world: &World) -> u64 {
     hash.finish()
 }
 
-/// Nothing is held beside the streams that have a handle or something to send.
-fn assert_state(world: &World) {
-    for side in &world.sides {
+/// Asserts that only streams with a handle or with something to send are kept.
+fn assert_state(connection: &Connection) {
+    for side in &connection.sides {
         let session = &side.session;
         for (key, stream) in &session.streams {
             let is_last =
@@ -214,30 +218,30 @@ fn assert_state(world: &World) {
     }
 }
 
-/// From here on both sides agree on what becomes of each stream, whether all are closed or dropped.
-fn assert_ends(mut world: World, history: &[u8], told: &str) {
-    let _trace = Trace(told);
-    world.settle();
-    world.check();
-    // Twice, for the other side may hear of a stream with its end only.
+/// Asserts that both sides agree on how each stream ends, whether all streams are closed or dropped from here on.
+fn assert_ends(mut connection: Connection, history: &[u8], description: &str) {
+    let _on_panic = PrintOnPanic(description);
+    connection.settle();
+    connection.check();
+    // Twice: the first round may open streams on the other side, along with their end.
     for at in [0, 1, 0, 1] {
-        for number in 0..world.streams[at].len() {
-            world.step(at, Step::Close(number));
+        for number in 0..connection.streams[at].len() {
+            connection.step(at, Step::Close(number));
         }
-        world.settle();
+        connection.settle();
     }
-    world.check();
-    for stream in world.streams.iter().flatten() {
+    connection.check();
+    for stream in connection.streams.iter().flatten() {
         assert!(stream.dropped || stream.ended, "{stream:?}");
     }
-    world.end();
+    connection.end();
     replay(history).end();
 }
 
-/// Says which history it was that failed.
-struct Trace<'a>(&'a str);
+/// Prints the history when a test panics.
+struct PrintOnPanic<'a>(&'a str);
 
-impl Drop for Trace<'_> {
+impl Drop for PrintOnPanic<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
             eprintln!("after {}", self.0);

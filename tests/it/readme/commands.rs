@@ -1,0 +1,291 @@
+//! One command, or one code span, of the documentation.
+
+use std::{
+    fs,
+    path::Path,
+    process::{Command, Stdio},
+};
+
+use libp2p::Multiaddr;
+use tempfile::TempDir;
+
+use crate::common::{
+    command,
+    pages::{blocks, exists, read},
+};
+
+/// Flags of other programs that the pages name, and of the tests' own.
+const FLAGS_OF_OTHERS: [&str; 2] = ["quick", "stop-timeout"];
+
+/// Variables that begin like those of settings, and are the tests'.
+const OTHER_VARIABLES: [&str; 3] =
+    ["RELAYLET_IDENTITY_KEY", "RELAYLET_ATTACKS", "RELAYLET_PROGRAM"];
+
+type Checked = Result<(), String>;
+
+fn ensure(holds: bool, why: impl FnOnce() -> String) -> Checked {
+    if holds { Ok(()) } else { Err(why()) }
+}
+
+/// Runs the program with these words and variables, and `--print-config`, so that it parses and checks them.
+///
+/// `relaylet.toml` is the README's, unless there is a `file`.
+fn print_config(words: &[&str], variables: &[(&str, &str)], file: Option<&str>) -> Checked {
+    let folder = TempDir::new().unwrap();
+    let readme = &blocks("toml")[0].text;
+    fs::write(folder.path().join("relaylet.toml"), file.unwrap_or(readme)).unwrap();
+    let mut command = command(&folder);
+    command.args(words).stdin(Stdio::null());
+    if !words.contains(&"--print-config") {
+        command.arg("--print-config");
+    }
+    // Where the service has it.
+    command.envs(variables.iter().map(|(name, value)| (name, value.replace("/etc/", ""))));
+    let output = command.output().unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    ensure(output.status.success() && errors.is_empty(), || errors.into_owned())
+}
+
+/// A configuration: of the relay, or the dependency of a crate that embeds it.
+pub fn check_toml(text: &str) -> Checked {
+    if !text.contains("[dependencies]") {
+        return print_config(&["--config", "relaylet.toml"], &[], Some(text));
+    }
+    // Cargo resolves it, beside a clone of this repository.
+    let folder = TempDir::new().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let text = text.replace("../relaylet", env!("CARGO_MANIFEST_DIR"));
+    let package = "[package]\nname = \"embedder\"\nversion = \"0.1.0\"\nedition = \"2024\"\n\n";
+    fs::write(path("Cargo.toml"), format!("{package}{text}")).unwrap();
+    fs::create_dir(path("src")).unwrap();
+    fs::write(path("src/lib.rs"), "").unwrap();
+    fs::copy(Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.lock"), path("Cargo.lock")).unwrap();
+    let tree = ["tree", "--offline", "--edges", "normal", "--prefix", "none", "--depth", "1"];
+    let output = Command::new(env!("CARGO")).args(tree).current_dir(&folder).output().unwrap();
+    let (said, errors) =
+        (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    ensure(output.status.success() && said.contains("relaylet v"), || errors.into_owned())
+}
+
+/// A line for a shell.
+pub fn check_command(line: &str) -> Checked {
+    // Two commands that a test runs as they are.
+    if line.ends_with("> swarm.key)") {
+        return Ok(());
+    }
+    if line.starts_with("install -m 644 ") {
+        return run_the_deploy_hook(line);
+    }
+    let mut parts = line.split(" && ").map(|part| part.split(" | ").next().unwrap());
+    parts.try_for_each(check_one).map_err(|why| format!("{line}: {why}"))
+}
+
+fn check_one(line: &str) -> Checked {
+    let mut words: Vec<&str> = line.split_whitespace().filter(|word| *word != "sudo").collect();
+    let is_variable = |word: &&str| {
+        let name = word.split_once('=').map(|(name, _)| name);
+        name.is_some_and(|name| name.chars().all(|c| c.is_ascii_uppercase() || c == '_'))
+    };
+    let assigned = words.iter().take_while(|word| is_variable(word)).count();
+    let variables: Vec<_> =
+        words.drain(..assigned).filter_map(|word| word.split_once('=')).collect();
+    let (program, rest) = words.split_first().ok_or("no command")?;
+    let known_file = |path: &str| ensure(exists(path), || format!("there is no {path}"));
+    match (*program, rest) {
+        ("relaylet", ["check", words @ ..]) => {
+            let address = words.iter().find(|word| **word != "--quick").ok_or("no address")?;
+            address.parse::<Multiaddr>().map(drop).map_err(|error| error.to_string())
+        }
+        ("relaylet", ["id"] | ["id", "--import", "FILE"]) => Ok(()),
+        ("relaylet", flags) => print_config(flags, &variables, None),
+        ("cargo", words) => check_cargo(words),
+        ("docker", ["build", "--tag", "relaylet", "--file", file, "."]) => known_file(file),
+        ("docker", ["run", words @ .., "relaylet"]) => {
+            let settings = words.iter().filter_map(|word| word.split_once('='));
+            print_config(&[], &settings.collect::<Vec<_>>(), None)
+        }
+        ("install", ["target/release/relaylet", "/usr/local/bin/"]) => Ok(()),
+        ("cp", [unit, "/etc/systemd/system/"]) => known_file(unit),
+        ("systemctl", ["enable", "--now", "relaylet"] | ["status" | "reload", "relaylet"]) => {
+            Ok(())
+        }
+        ("apt", ["install", packages @ ..]) => {
+            let installed = read(".ci/env");
+            let missing = packages.iter().find(|package| !installed.contains(*package));
+            ensure(missing.is_none(), || format!("{missing:?} is not in .ci/env"))
+        }
+        // Asked for by a test of its own.
+        ("curl", [.., url]) => {
+            ensure(url.starts_with("http://127.0.0.1:9180/"), || "no URL".into())
+        }
+        ("go", ["mod", "init", _] | ["mod", "tidy"] | ["get", _]) => Ok(()),
+        ("go", ["run", ".", address]) | ("node", ["main.mjs", address]) => {
+            address.parse::<Multiaddr>().map(drop).map_err(|error| error.to_string())
+        }
+        ("npm", ["install", packages @ ..]) => {
+            let tested = read("tests/env/interop/js/package.json");
+            let missing = packages.iter().find(|name| !tested.contains(&format!("\"{name}\"")));
+            ensure(missing.is_none(), || format!("{missing:?} is not tested"))
+        }
+        (script, words) if script.starts_with(".ci/") => {
+            known_file(script)?;
+            match (script, words) {
+                (".ci/fuzz", [target, ..]) => known_file(&format!("tests/corpus/{target}")),
+                (".ci/compare", [_, bench, ..]) => check_target("bench", bench),
+                (".ci/env", [name]) => check_filter("env", name),
+                (".ci/attacks", flags) => {
+                    ensure(flags.iter().all(|flag| flag.starts_with("--")), || "no flags".into())
+                }
+                _ => ensure(words.is_empty(), || "words that no test knows".into()),
+            }
+        }
+        _ => Err("a command that no test knows".into()),
+    }
+}
+
+/// The features, profiles, targets and tests that a command of cargo names exist.
+fn check_cargo(words: &[&str]) -> Checked {
+    let manifest = read("Cargo.toml");
+    let own = words.split(|word| *word == "--").next().unwrap_or_default();
+    let (verb, mut own) = own.split_first().ok_or("no verb")?;
+    ensure(["bench", "build", "doc", "install", "run", "test", "tree"].contains(verb), || {
+        (*verb).into()
+    })?;
+    let mut target = "";
+    while let Some((word, rest)) = own.split_first() {
+        own = rest;
+        let mut value = || own.split_off_first().copied().ok_or(format!("{word} lacks a value"));
+        match *word {
+            "--release" | "--locked" | "--all-features" | "--no-default-features" | "--open" => {}
+            "--path" => ensure(value()? == ".", || "another path".into())?,
+            "--features" => {
+                for feature in value()?.split(',') {
+                    let is_known = manifest.contains(&format!("\n{feature} = ["));
+                    ensure(is_known, || format!("no feature {feature}"))?;
+                }
+            }
+            "--profile" => {
+                let profile = value()?;
+                ensure(manifest.contains(&format!("[profile.{profile}]")), || profile.into())?;
+            }
+            "--bench" | "--example" | "--test" => {
+                target = value()?;
+                check_target(word.trim_start_matches('-'), target)?;
+            }
+            filter if !filter.starts_with('-') && *verb == "test" => check_filter(target, filter)?,
+            other => return Err(format!("{other}: no test knows it")),
+        }
+    }
+    let mut behind = words.split(|word| *word == "--").skip(1).flatten();
+    match *verb == "test" {
+        true => behind
+            .find(|word| !word.starts_with("--"))
+            .map_or(Ok(()), |filter| check_filter(target, filter)),
+        false => Ok(()),
+    }
+}
+
+fn check_target(kind: &str, name: &str) -> Checked {
+    let manifest = read("Cargo.toml");
+    let is_declared = manifest.contains(&format!("[[{kind}]]\nname = \"{name}\"\n"));
+    ensure(is_declared, || format!("no {kind} {name}"))
+}
+
+/// Whether this selects tests of a target: those of a file, or some whose names begin with it.
+fn check_filter(target: &str, filter: &str) -> Checked {
+    let module = filter.trim_end_matches("::");
+    let has = |path: String| {
+        exists(&path) && (filter.ends_with("::") || read(&path).contains(&format!("fn {filter}")))
+    };
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests").join(target);
+    let files = fs::read_dir(folder).map_err(|error| error.to_string())?;
+    let mut names = files.map(|file| file.unwrap().file_name().into_string().unwrap());
+    let is_file = exists(&format!("tests/{target}/{module}.rs"));
+    let is_test = names.any(|name| name.ends_with(".rs") && has(format!("tests/{target}/{name}")));
+    let is_found = if filter.ends_with("::") { is_file } else { is_file || is_test };
+    ensure(is_found, || format!("no test {filter} in {target}"))
+}
+
+/// Runs it with a certificate in a folder, as certbot would.
+fn run_the_deploy_hook(line: &str) -> Checked {
+    let (lineage, to) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    for name in ["fullchain.pem", "privkey.pem"] {
+        fs::write(lineage.path().join(name), name).unwrap();
+    }
+    let line = line.replace("/var/lib/relaylet/", to.path().to_str().unwrap());
+    let status =
+        Command::new("sh").args(["-c", &line]).env("RENEWED_LINEAGE", lineage.path()).status();
+    ensure(status.unwrap().success() && to.path().join("privkey.pem").exists(), || "fails".into())
+}
+
+/// What stands between backticks: a command, flags, a variable, a line of the file, a metric, or a file of the repository,
+/// if it looks like one.
+pub fn check_span(span: &str) -> Checked {
+    let is_example = span.contains(['…', '<']);
+    let first = span.split([' ', '=', '{']).next().unwrap_or_default();
+    let help = read("tests/surface/help.txt");
+    let known = |name: &str| {
+        let usage = format!("    --{name}");
+        help.lines()
+            .filter_map(|line| line.strip_prefix(&usage))
+            .any(|rest| !rest.starts_with(name_character))
+    };
+    if ["relaylet", "cargo", "docker", ".ci/env", ".ci/fuzz", ".ci/attacks"].contains(&first) {
+        let is_command = span != first && !span.contains("COMMIT");
+        return if is_command { check_command(span) } else { Ok(()) };
+    }
+    if let Some(name) = first.strip_prefix("--").filter(|name| !name.is_empty()) {
+        let has_value = span != first && !is_example;
+        let is_known = known(name) || FLAGS_OF_OTHERS.contains(&name);
+        ensure(is_known, || "no such flag".into())?;
+        let words: Vec<_> = span.split(' ').collect();
+        return if has_value { print_config(&words, &[], None) } else { Ok(()) };
+    }
+    if first.starts_with("RELAYLET_") && !is_example && !OTHER_VARIABLES.contains(&first) {
+        let name = first.trim_start_matches("RELAYLET_").to_lowercase().replace('_', "-");
+        ensure(known(&name), || "no such setting".into())?;
+        return match span.split_once('=') {
+            Some(setting) => print_config(&[], &[setting], None),
+            None => Ok(()),
+        };
+    }
+    if span.contains("relaylet_") {
+        return check_metrics(span);
+    }
+    if known(first) && span.contains(" = ") {
+        return check_toml(span);
+    }
+    let is_path = ["src/", "tests/", ".ci/"].iter().any(|folder| span.starts_with(folder));
+    let path = first.trim_end_matches("*.rs");
+    ensure(!is_path || exists(path), || "no such file".into())
+}
+
+fn name_character(c: char) -> bool {
+    c.is_ascii_lowercase() || c == '-'
+}
+
+/// Each metric exists, with these labels.
+fn check_metrics(span: &str) -> Checked {
+    // The certificate's is there only with one.
+    let (golden, source) = (read("tests/surface/metrics.txt"), read("src/program/http/metrics.rs"));
+    for part in span.split("relaylet_").skip(1) {
+        let end = part.find(|c: char| !c.is_ascii_lowercase() && c != '_').unwrap_or(part.len());
+        let (name, labels) = part.split_at(end);
+        let samples = || golden.lines().filter(|l| l.contains(&format!("  relaylet_{name}")));
+        let of_certificate =
+            || source.contains(&format!("\"{}\"", name.trim_end_matches("_seconds")));
+        let is_known = samples().next().is_some() || of_certificate();
+        ensure(is_known, || format!("no metric relaylet_{name}"))?;
+        let labels = labels.strip_prefix('{').and_then(|rest| rest.split('}').next()).unwrap_or("");
+        for label in labels.split(',').filter(|label| !label.is_empty()) {
+            // A pattern is one of Prometheus's; of those only the label is looked up.
+            let wanted = match label.split_once("=~") {
+                Some((label, _)) => format!("{label}=\""),
+                None => label.to_owned(),
+            };
+            let is_there = samples().any(|sample| sample.contains(&wanted));
+            ensure(is_there, || format!("relaylet_{name} has no {wanted}"))?;
+        }
+    }
+    Ok(())
+}
