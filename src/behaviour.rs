@@ -64,6 +64,10 @@ pub struct Behaviour {
     handlers: HashMap<ConnectionId, (mpsc::UnboundedSender<HandlerCommand>, ActivityCounter)>,
     /// From the tasks of all connections.
     events: (Events, mpsc::UnboundedReceiver<HandlerEvent>),
+    /// Whether to serve; `None`: while an external address is known.
+    serving: Option<bool>,
+    /// What the handlers were told of it.
+    is_serving: bool,
     random: RandomState,
     next_sweep: Delay,
     /// What `next_sweep` is set to.
@@ -94,6 +98,8 @@ impl Behaviour {
             listening: ListenAddresses::default(),
             handlers: HashMap::new(),
             events: mpsc::unbounded(),
+            serving: Some(true),
+            is_serving: true,
             random: RandomState::new(),
             next_sweep: Delay::new(interval),
             sweeps: (0, Duration::ZERO),
@@ -116,7 +122,34 @@ impl Behaviour {
     /// As [`Behaviour::new`]. Nothing has changed then.
     pub fn set_config(&mut self, config: Config) -> Result<(), ConfigError> {
         validate_announced(self.peer, &config.announce)?;
-        self.relay.set_config(config, Instant::now())
+        self.relay.set_config(config, Instant::now())?;
+        self.update_serving();
+        Ok(())
+    }
+
+    /// Whether to serve: `true` (the default), `false`, or `None` for the automatic mode, which serves only while an
+    /// external address is confirmed (`swarm.add_external_address`, AutoNAT) or announced ([`Config::announce`]).
+    ///
+    /// While the relay does not serve, it does not support the hop protocol, and identify says so: clients choose
+    /// another relay instead of being refused by this one. Slots and circuits stay. Beside a ping behaviour, switch
+    /// [`Config::answer_ping`] off: the swarm overlooks the end of a protocol while another one is supported twice.
+    pub fn set_serving(&mut self, serving: impl Into<Option<bool>>) {
+        self.serving = serving.into();
+        self.update_serving();
+    }
+
+    fn update_serving(&mut self) {
+        let addresses = [self.confirmed.as_slice(), &self.relay.config.announce];
+        let has_address = addresses.iter().any(|known| !known.is_empty());
+        let is_open = self.relay.config.close_silent || !self.relay.is_draining();
+        let is_serving = self.serving.unwrap_or(has_address) && is_open;
+        if std::mem::replace(&mut self.is_serving, is_serving) != is_serving {
+            log::info!("{}", if is_serving { "serving clients" } else { "not serving clients" });
+            for (handler, _) in self.handlers.values() {
+                // It fails once the connection closes.
+                let _ = handler.unbounded_send(HandlerCommand::Serve(is_serving));
+            }
+        }
     }
 
     /// Lets `access` decide who may use the relay, instead of the lists in [`Config::access`].
@@ -194,17 +227,21 @@ impl Behaviour {
     }
 
     /// Drains: answers RESERVE and CONNECT by closing the connection. Closes all connections without a circuit, spread
-    /// evenly over this time, and those with circuits when these have ended.
+    /// evenly over this time, and those with circuits when these have ended. Without [`Config::close_silent`] the relay
+    /// does not serve meanwhile ([`Behaviour::set_serving`]), and closes only connections that hold a slot or carry a
+    /// circuit.
     ///
     /// Remove the swarm's listeners first, or clients reconnect at once.
     pub fn drain(&mut self, over: Duration) {
         let now = Instant::now();
         self.relay.drain(now + over, now);
+        self.update_serving();
     }
 
     /// Ends a [drain](Behaviour::drain): newcomers are admitted again.
     pub fn resume(&mut self) {
         self.relay.resume();
+        self.update_serving();
     }
 
     fn on_established(&mut self, established: ConnectionEstablished<'_>) {
@@ -330,7 +367,7 @@ impl NetworkBehaviour for Behaviour {
         let (sender, commands) = mpsc::unbounded();
         self.handlers.insert(connection, (sender, activity.clone()));
         let (end, events) = (End { peer, connection }, self.events.0.clone());
-        Ok(Handler::new(end, &self.relay.config, activity, commands, events))
+        Ok(Handler::new(end, &self.relay.config, self.is_serving, activity, commands, events))
     }
 
     fn handle_established_outbound_connection(
@@ -345,7 +382,9 @@ impl NetworkBehaviour for Behaviour {
     }
 
     fn on_swarm_event(&mut self, event: FromSwarm) {
-        self.confirmed.on_swarm_event(&event);
+        if self.confirmed.on_swarm_event(&event) {
+            self.update_serving();
+        }
         self.listening.on_swarm_event(&event);
         match event {
             FromSwarm::ConnectionEstablished(established) => self.on_established(established),

@@ -40,7 +40,7 @@ use crate::{address::ClientPrefix, wire::BadRequest};
 /// | `CircuitReqAccepted` | [`CircuitOpened`](Self::CircuitOpened), once the target has accepted |
 /// | `CircuitReqDenied`, `CircuitReqOutboundConnectFailed` | [`CircuitRefused`](Self::CircuitRefused) |
 /// | `CircuitClosed` | [`CircuitClosed`](Self::CircuitClosed) |
-/// | `StatusChanged` | none: the relay serves from the start, whatever addresses are confirmed |
+/// | `StatusChanged` | none: the relay serves from the start, unless [`Behaviour::set_serving`](crate::Behaviour::set_serving) says otherwise |
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Event {

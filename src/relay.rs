@@ -23,7 +23,12 @@ pub mod reservations;
 mod reserve;
 mod sweep;
 
-use std::{collections::VecDeque, hash::Hash, sync::Arc, time::Instant};
+use std::{
+    collections::{HashSet, VecDeque},
+    hash::Hash,
+    sync::Arc,
+    time::Instant,
+};
 
 use libp2p::PeerId;
 
@@ -68,7 +73,7 @@ pub struct Relay<C, R> {
     pub waiting: VecDeque<PendingReservation<C, R>>,
     /// When [`Relay::sweep`] is due. Any method may bring it forward.
     pub sweep_due: Instant,
-    draining: Option<Draining<R>>,
+    draining: Option<Draining<C, R>>,
     /// How many probes were sent since the start.
     pub probes: u64,
     /// What is to be done, oldest first, until the caller takes it.
@@ -77,7 +82,7 @@ pub struct Relay<C, R> {
 
 /// The progress of a drain.
 #[derive(Debug)]
-struct Draining<R> {
+struct Draining<C, R> {
     /// When all connections without a circuit are to be closed.
     until: Instant,
     /// When some were last closed.
@@ -86,6 +91,8 @@ struct Draining<R> {
     due: f64,
     /// Requests that are answered by closing their connection: dropping a reply handle would reset its stream first.
     unanswered: Vec<R>,
+    /// The connections that were in use when it began. In a foreign swarm, no others are closed.
+    used: HashSet<C>,
 }
 
 impl<C: Copy + Ord + Hash, R> Relay<C, R> {

@@ -48,13 +48,15 @@ const LEAST_MAX_REQUESTS: usize = 128;
 /// How many ping streams are served on one connection, as the specification asks.
 const MAX_PINGS: usize = 2;
 
-/// Accepts hop streams, and ping streams unless that is switched off.
-type Inbound = SelectUpgrade<Ready, Upgrade<Ready, DeniedUpgrade>>;
+/// Accepts hop streams while the relay serves, and ping streams unless that is switched off.
+type Inbound = SelectUpgrade<Optional, Optional>;
+type Optional = Upgrade<Ready, DeniedUpgrade>;
 type Ready = ReadyUpgrade<StreamProtocol>;
 
 /// The relay's side of one connection.
 pub struct Handler {
     end: End<ConnectionId>,
+    is_serving: bool,
     answer_ping: bool,
     max_requests: usize,
     activity: ActivityCounter,
@@ -74,12 +76,14 @@ impl Handler {
     pub(crate) fn new(
         end: End<ConnectionId>,
         config: &Config,
+        is_serving: bool,
         activity: ActivityCounter,
         commands: mpsc::UnboundedReceiver<HandlerCommand>,
         events: Events,
     ) -> Self {
         Self {
             end,
+            is_serving,
             answer_ping: config.answer_ping,
             max_requests: config.max_circuits_per_peer.max(LEAST_MAX_REQUESTS),
             activity,
@@ -104,11 +108,12 @@ impl ConnectionHandler for Handler {
     type OutboundOpenInfo = HandlerCommand;
 
     fn listen_protocol(&self) -> SubstreamProtocol<Inbound> {
-        let ping = match self.answer_ping {
-            true => Upgrade::Left(ReadyUpgrade::new(ping::PING_PROTOCOL)),
+        let accept = |accepts, protocol| match accepts {
+            true => Upgrade::Left(ReadyUpgrade::new(protocol)),
             false => Upgrade::Right(DeniedUpgrade),
         };
-        let inbound = SelectUpgrade::new(ReadyUpgrade::new(HOP_PROTOCOL), ping);
+        let hop = accept(self.is_serving, HOP_PROTOCOL);
+        let inbound = SelectUpgrade::new(hop, accept(self.answer_ping, ping::PING_PROTOCOL));
         SubstreamProtocol::new(inbound, ()).with_timeout(hop::REQUEST_TIMEOUT)
     }
 
@@ -127,7 +132,9 @@ impl ConnectionHandler for Handler {
                 self.activity.add(1);
                 // The handler holds one of each permit itself. Dropping a stream resets it.
                 match inbound.protocol {
-                    Either::Left(hop) if Arc::strong_count(&self.requests) <= self.max_requests => {
+                    Either::Left(Either::Left(hop))
+                        if Arc::strong_count(&self.requests) <= self.max_requests =>
+                    {
                         let hop = self.activity.track(hop, ());
                         let (events, timeouts) = (self.events.clone(), self.timeouts.clone());
                         let permit = Arc::clone(&self.requests);
@@ -156,7 +163,7 @@ impl ConnectionHandler for Handler {
                     let task = within(self.timeouts.start(timeout), probe);
                     self.tasks.push(task.map(drop).boxed());
                 }
-                HandlerCommand::Hold(_) => {} // opens no stream
+                HandlerCommand::Hold(_) | HandlerCommand::Serve(_) => {} // open no stream
             },
             ConnectionEvent::DialUpgradeError(DialUpgradeError { info, error }) => {
                 if !matches!(error, StreamUpgradeError::Timeout) {
@@ -190,6 +197,11 @@ impl ConnectionHandler for Handler {
                 HandlerCommand::Probe(timeout) => (ping::PING_PROTOCOL, timeout),
                 HandlerCommand::Hold(holds) => {
                     self.holds_reservation = holds;
+                    continue;
+                }
+                // The swarm asks for the protocols after each poll, and identify pushes a change.
+                HandlerCommand::Serve(serves) => {
+                    self.is_serving = serves;
                     continue;
                 }
             };
@@ -228,7 +240,8 @@ mod tests {
         let (events, mut reported) = mpsc::unbounded();
         let end = End { peer: PeerId::random(), connection: ConnectionId::new_unchecked(1) };
         let activity = ActivityCounter::default();
-        let handler = Handler::new(end, &Config::default(), activity, commands, events.clone());
+        let handler =
+            Handler::new(end, &Config::default(), true, activity, commands, events.clone());
         for id in 0..3 {
             let (id, gone) = (CircuitId(id), Err(StopFailed::Gone));
             let event = Some(HandlerEvent::TargetAnswered(id, end.connection, gone));

@@ -101,6 +101,8 @@ pub enum HandlerCommand {
     Probe(Duration),
     /// Keep the connection while it holds a reservation.
     Hold(bool),
+    /// Accept hop streams, or do not.
+    Serve(bool),
 }
 
 /// A circuit that the target is asked for.

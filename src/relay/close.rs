@@ -16,9 +16,13 @@ use super::{
 use crate::event::{CircuitEnd, Refused};
 
 impl<C: Copy + Ord + Hash, R> Relay<C, R> {
-    /// Drains: refuses newcomers from now on, and closes all connections without a circuit until then.
+    /// Drains: refuses newcomers from now on, and closes all connections without a circuit until then; without
+    /// [`Config::close_silent`](crate::Config::close_silent) only those that hold a slot or carried a circuit.
     pub fn drain(&mut self, until: Instant, now: Instant) {
-        self.draining = Some(Draining { until, last: now, due: 0.0, unanswered: Vec::new() });
+        let used =
+            self.connections.iter().filter(|(_, up)| up.holds_reservation || up.circuits > 0);
+        let used = used.map(|(id, _)| id).collect();
+        self.draining = Some(Draining { until, last: now, due: 0.0, unanswered: Vec::new(), used });
         for newcomer in std::mem::take(&mut self.waiting) {
             self.refuse(newcomer.request, Refused::Draining);
         }
@@ -40,8 +44,10 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         let Some(draining) = &mut self.draining else {
             return;
         };
-        let unused =
-            self.connections.iter().filter(|(_, up)| up.circuits == 0 && up.closing.is_none());
+        let unused = self.connections.iter().filter(|(id, up)| {
+            let is_own = self.config.close_silent || draining.used.contains(id);
+            up.circuits == 0 && up.closing.is_none() && is_own
+        });
         let unused = unused.map(|(connection, up)| End { peer: up.origin.peer, connection });
         let mut unused: Vec<_> = unused.collect();
         let mut due = unused.len();
@@ -59,13 +65,16 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         due.for_each(|end| self.close(end, CloseReason::Draining));
     }
 
-    /// Answers a request by closing its connection, unless that carries circuits.
+    /// Answers a request by closing its connection, unless that carries circuits or serves other protocols; then by
+    /// resetting its stream.
     pub(super) fn close_unanswered(&mut self, from: End<C>, reply: R) {
-        if self.connections.get(from.connection).is_some_and(|up| up.circuits == 0) {
+        let is_unused = self.connections.get(from.connection).is_some_and(|up| up.circuits == 0);
+        if let Some(draining) = &mut self.draining
+            && is_unused
+            && (self.config.close_silent || draining.used.contains(&from.connection))
+        {
+            draining.unanswered.push(reply);
             self.close(from, CloseReason::Draining);
-            if let Some(draining) = &mut self.draining {
-                draining.unanswered.push(reply);
-            }
         }
     }
 
@@ -170,6 +179,23 @@ mod drain_tests {
                 assert_eq!(closed, connections as usize);
             }
         }
+    }
+
+    #[test]
+    fn without_close_silent_only_connections_that_the_relay_used_are_closed() {
+        let start = Instant::now();
+        let (mut relay, ends) = relay(4, start);
+        let config = Config { close_silent: false, ..Config::default() };
+        relay.set_config(config, start).unwrap();
+        circuit(&mut relay, &ends, start);
+        relay.drain(start + DRAIN, start);
+        relay.handle_request(ends[2], Ok(Request::Reserve), (), start);
+        relay.sweep(start + DRAIN);
+        assert_eq!(actions(&mut relay), (vec![], false));
+        let (id, _) = relay.circuits.iter().next().expect("the circuit");
+        relay.on_circuit_ended(id, crate::CircuitEnd::Finished, start + DRAIN);
+        relay.sweep(start + DRAIN);
+        assert_eq!(actions(&mut relay).0, [0, 1]);
     }
 
     #[test]

@@ -58,15 +58,20 @@ enum Call {
     Release(PeerId),
     RecordActivity(PeerId),
     Track(PeerId, ActivityCounter),
+    Serve(Option<bool>),
+    ConfirmAddress(Multiaddr),
 }
 
 impl Call {
     /// Calls the behaviour; `connections` has one connection of each peer.
-    fn run(self, relay: &mut relaylet::Behaviour, connections: &HashMap<PeerId, ConnectionId>) {
+    fn run(self, swarm: &mut Swarm<Parts>, connections: &HashMap<PeerId, ConnectionId>) {
+        let relay = &mut swarm.behaviour_mut().relay;
         match self {
             Self::Release(peer) => assert!(relay.release(peer)),
             Self::RecordActivity(peer) => relay.record_activity(peer),
             Self::Track(peer, activity) => relay.track(connections[&peer], activity),
+            Self::Serve(serving) => relay.set_serving(serving),
+            Self::ConfirmAddress(address) => swarm.add_external_address(address),
         }
     }
 }
@@ -95,7 +100,7 @@ impl Embedded {
                         _ => {}
                     },
                     Some(call) = received.recv() => {
-                        call.run(&mut swarm.behaviour_mut().relay, &connections);
+                        call.run(&mut swarm, &connections);
                     }
                 }
             }
@@ -275,6 +280,51 @@ async fn a_released_peer_loses_its_slot_and_circuits_at_once() {
         })
         .await;
     assert_eq!(end, "released");
+}
+
+/// In the automatic mode, and when switched: open connections see it by identify's push.
+#[tokio::test]
+async fn the_relay_supports_the_hop_protocol_only_while_it_serves() {
+    // The swarm does not see that a protocol is gone if another one is supported twice.
+    let config = Config::default().with(|config| config.answer_ping = false);
+    let mut embedded = Embedded::start(config).await;
+    let calls = embedded.calls.clone();
+    let call = |call| assert!(calls.send(call).is_ok());
+    call(Call::Serve(None));
+    let mut client = swarm(Config::default());
+    let mut busy = client.behaviour().stream.new_control().accept(BUSY).unwrap();
+    let peer = *client.local_peer_id();
+    client.dial(embedded.address.clone()).unwrap();
+    let (sender, mut supports_hop) = mpsc::unbounded_channel();
+    tokio::spawn(async move {
+        loop {
+            let event = client.select_next_some().await;
+            if let SwarmEvent::Behaviour(PartsEvent::Identify(event)) = event
+                && let identify::Event::Received { info, .. } = event
+            {
+                let _ = sender.send(info.protocols.contains(&HOP));
+            }
+        }
+    });
+    assert_eq!(within(supports_hop.recv()).await, Some(false), "no address is confirmed");
+    // Identify pushes changes once the exchange is over; a stream keeps the connection open.
+    let identified = |event| match event {
+        PartsEvent::Identify(identify::Event::Received { .. }) => Some(()),
+        _ => None,
+    };
+    embedded.until(identified).await;
+    let mut stream = within(embedded.control.open_stream(peer, BUSY)).await.unwrap();
+    send(&mut stream, b"busy").await;
+    let _other_end = within(busy.next()).await;
+    for (change, serves) in [
+        (Call::ConfirmAddress(embedded.address.clone()), true),
+        (Call::Serve(Some(false)), false),
+        (Call::Serve(Some(true)), true),
+    ] {
+        call(change);
+        // A new address is pushed by itself.
+        while within(supports_hop.recv()).await != Some(serves) {}
+    }
 }
 
 /// Timeouts of a few seconds.
