@@ -98,9 +98,10 @@ pub struct Config {
     ///
     /// Default 60 s; at least 1 s above [`heartbeat`](Self::heartbeat).
     pub silence: Duration,
-    /// Whether the connection of a peer that timed out is closed. Default true.
+    /// Whether the connection of a peer that timed out is closed. Default false: connections of an embedding swarm may
+    /// serve other protocols. (In the program and its `Node` it is always on.)
     ///
-    /// Switch it off where a connection serves other protocols.
+    /// Where it is off, whatever arrives over that connection within the grace makes the slot live again.
     pub close_silent: bool,
     /// How long a peer has to answer a probe while a newcomer waits for its slot, and how long the newcomer waits. At
     /// most 64 newcomers wait at a time, at most 8 of them from one address; others are refused at once.
@@ -170,7 +171,7 @@ impl Default for Config {
             grace: Duration::from_secs(30),
             heartbeat: Duration::from_secs(30),
             silence: Duration::from_secs(60),
-            close_silent: true,
+            close_silent: false,
             probe: Duration::from_secs(3),
             probe_after: Duration::from_secs(10),
             sweep: Duration::from_secs(1),

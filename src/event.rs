@@ -44,7 +44,8 @@ use crate::{address::ClientPrefix, wire::BadRequest};
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Event {
-    /// A peer got a slot, or a new term for the one it holds.
+    /// A peer got a slot, or a new term for the one it holds; or its slot in grace is live again, because it was heard
+    /// over the connection that it had timed out on ([`Config::close_silent`](crate::Config::close_silent)).
     ReservationAccepted {
         /// The peer.
         peer: PeerId,

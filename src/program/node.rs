@@ -116,7 +116,8 @@ impl Node {
     /// # Errors
     ///
     /// A [`ConfigError`] when the configuration or the setup is invalid; another error when the key cannot sign.
-    pub fn with_setup(keypair: Keypair, config: Config, setup: Setup) -> Result<Self> {
+    pub fn with_setup(keypair: Keypair, mut config: Config, setup: Setup) -> Result<Self> {
+        config.close_silent = true; // connections serve the relay alone
         let limits = setup.limits;
         let peer = keypair.public().to_peer_id();
         let circuits_per_peer = config.max_circuits_per_peer;
@@ -212,7 +213,8 @@ impl Node {
     ///
     /// When it is invalid, or raises [`Config::max_circuits_per_peer`] above its value at the start. The previous
     /// configuration stays in effect then.
-    pub fn set_config(&mut self, config: Config) -> Result<(), ConfigError> {
+    pub fn set_config(&mut self, mut config: Config) -> Result<(), ConfigError> {
+        config.close_silent = true;
         if config.max_circuits_per_peer > self.circuits_per_peer {
             let problem = format!(
                 "the limits on streams were set for {} at the start; restart to raise it",

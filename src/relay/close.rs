@@ -124,7 +124,8 @@ mod drain_tests {
 
     /// A relay with `connections` connections.
     fn relay(connections: u32, now: Instant) -> (Relay<u32, ()>, Vec<End<u32>>) {
-        let mut relay = Relay::new(Config::default(), now).unwrap();
+        let config = Config { close_silent: true, ..Config::default() };
+        let mut relay = Relay::new(config, now).unwrap();
         let connect = |connection| {
             let peer = PeerId::random();
             let address = "/memory/1".parse().unwrap();
@@ -164,7 +165,7 @@ mod drain_tests {
                 let start = Instant::now();
                 let (mut relay, _) = relay(connections, start);
                 let sweep = Duration::from_millis(sweep);
-                let config = Config { sweep, ..Config::default() };
+                let config = Config { close_silent: true, sweep, ..Config::default() };
                 relay.set_config(config, start).unwrap();
                 relay.drain(start + DRAIN, start);
                 let mut closed = 0;
@@ -185,7 +186,7 @@ mod drain_tests {
     fn without_close_silent_only_connections_that_the_relay_used_are_closed() {
         let start = Instant::now();
         let (mut relay, ends) = relay(4, start);
-        let config = Config { close_silent: false, ..Config::default() };
+        let config = Config::default();
         relay.set_config(config, start).unwrap();
         circuit(&mut relay, &ends, start);
         relay.drain(start + DRAIN, start);

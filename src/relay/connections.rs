@@ -116,6 +116,8 @@ pub struct Connection {
     /// Why the relay is closing it; `None`: it is not.
     pub closing: Option<CloseReason>,
     is_flooding: bool,
+    /// Whether its peer timed out on it and it stayed open, until the peer is heard.
+    pub(super) has_timed_out: bool,
     /// The counters of the handler and of the embedder, and their sum at the last poll.
     counters: [Option<ActivityCounter>; 2],
     counted: u64,
@@ -133,6 +135,7 @@ impl Connection {
             idle_since: now,
             closing: None,
             is_flooding: false,
+            has_timed_out: false,
             counters: [None, None],
             counted: 0,
             liveness: Liveness::new(now, jitter),
@@ -273,6 +276,12 @@ impl<C: Copy + Eq + Hash> Connections<C> {
                 connection.liveness.on_activity(now);
             }
         }
+    }
+
+    /// The connections on which a peer timed out and was heard since.
+    pub fn heard_again(&self) -> Vec<End<C>> {
+        let heard = self.iter().filter(|(_, up)| up.has_timed_out && !up.liveness.is_silent);
+        heard.map(|(connection, up)| End { peer: up.origin.peer, connection }).collect()
     }
 
     /// The watched connections: those that are neither idle nor being closed.

@@ -21,19 +21,22 @@ pub struct Liveness {
     active_at: Instant,
     /// Since when a probe has been open.
     pub(super) probed_at: Option<Instant>,
+    /// Whether it has timed out and not been active since.
+    pub(super) is_silent: bool,
     jitter: u8,
 }
 
 impl Liveness {
     /// A connection that was active at `now`. `jitter` is any number: it spreads the probes.
     pub fn new(now: Instant, jitter: u8) -> Self {
-        Self { active_at: now, probed_at: None, jitter }
+        Self { active_at: now, probed_at: None, is_silent: false, jitter }
     }
 
     /// Records activity, which answers an open probe.
     pub fn on_activity(&mut self, now: Instant) {
         self.active_at = now;
         self.probed_at = None;
+        self.is_silent = false;
     }
 
     /// How long a probe has been open, if one is.

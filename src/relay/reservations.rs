@@ -263,6 +263,11 @@ impl<C: Copy + Eq> Reservations<C> {
         }
     }
 
+    /// Makes the slot of a peer in grace live again, over this connection.
+    pub fn revive(&mut self, over: End<C>) {
+        self.set_state(over.peer, State::Live { connection: over.connection });
+    }
+
     /// Frees the slots whose term or grace has ended. A pass over the table, if any can have ended.
     pub fn end_what_is_over(&mut self, now: Instant) {
         if self.next_end.is_none_or(|end| end > now) {

@@ -38,9 +38,10 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         self.link.lock().forget_paid(now);
         self.reservations.end_what_is_over(now);
         self.apply_changes(now);
-        // 3. Read the counters.
+        // 3. Read the counters, and give the slots back that they show to be in use.
         self.connections.poll_counters(now);
         self.circuits.poll_counters(now);
+        self.revive(now);
         // 4. Probe silent peers, and disconnect those that timed out.
         let mut found = self.heartbeat.check(&self.config, self.connections.watched(), now);
         if let Some(fault) = found.fault {
@@ -83,11 +84,31 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         let (peer, address) = (silent.origin.peer, silent.origin.address.clone());
         let silent_for = silent.liveness.silent_for(now);
         silent.liveness.on_activity(now); // if it stays open, its timers start again
+        (silent.has_timed_out, silent.liveness.is_silent) = (true, true);
         self.report(Event::PeerSilent { peer, address, silent_for });
         let timed_out = End { peer, connection };
         self.abandon(timed_out, CircuitEnd::Silent, now);
         if self.config.close_silent {
             self.close(timed_out, CloseReason::Silent);
+        }
+    }
+
+    /// Makes slots in grace live again whose peers are heard over the connection that they timed out on.
+    fn revive(&mut self, now: Instant) {
+        if self.reservations.in_grace() == 0 {
+            return;
+        }
+        for heard in self.connections.heard_again() {
+            let slot = self.reservations.get(&heard.peer);
+            if slot.is_some_and(|slot| slot.connection.is_none())
+                && self.fit_for_a_slot(heard.peer).contains(&heard.connection)
+                && let Some(up) = self.connections.get(heard.connection)
+            {
+                let (peer, address) = (heard.peer, up.origin.address.clone());
+                self.reservations.revive(heard);
+                self.apply_changes(now);
+                self.report(Event::ReservationAccepted { peer, address, renewed: true });
+            }
         }
     }
 
@@ -196,6 +217,36 @@ mod tests {
         assert_eq!((probed, again.probed), (late + heartbeat, vec![stays.peer]));
         let (evicted_at, silent) = until_found(&mut relay);
         assert_eq!((evicted_at, silent.silent), (late + silence, vec![stays.peer]));
+    }
+
+    #[test]
+    fn a_peer_that_is_heard_within_grace_over_the_connection_that_stayed_open_has_its_slot_again() {
+        let start = Instant::now();
+        let (mut relay, [alice, bob]) = relay(Config::default(), start);
+        until_found(&mut relay); // both are probed
+        let (now, both) = until_found(&mut relay);
+        assert_eq!(both.silent.len(), 2);
+        let live = |relay: &Relay<u32, ()>, end: End<u32>, now| {
+            relay.reservations.get(&end.peer).and_then(|slot| slot.live(now))
+        };
+        assert_eq!((live(&relay, alice, now), live(&relay, bob, now)), (None, None));
+        // Another connection of Bob's does not count: a peer that comes back reserves.
+        let another = Connection::new(bob.peer, "/memory/1".parse().unwrap(), false, 0, now);
+        relay.connections.add(2, another);
+        relay.connections.record_activity(&alice.peer, now);
+        let now = relay.sweep_due;
+        relay.sweep(now);
+        assert_eq!((live(&relay, alice, now), live(&relay, bob, now)), (Some(0), None));
+        assert!(
+            std::iter::from_fn(|| relay.actions.pop_front())
+                .any(|action| { matches!(action, Action::Hold(End { connection: 0, .. }, true)) })
+        );
+        // After the grace it is over.
+        let (now, over) = until_found(&mut relay);
+        assert_eq!(over.freed, [(bob.peer, FreedReason::GraceOver)]);
+        relay.connections.record_activity(&bob.peer, now);
+        relay.sweep(now);
+        assert!(relay.reservations.get(&bob.peer).is_none());
     }
 
     #[test]

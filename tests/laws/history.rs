@@ -327,6 +327,7 @@ impl World {
                 for connection in self.model.connections.iter_mut().filter(|c| c.peer == peer) {
                     connection.last_heard = self.now;
                     connection.probed = None;
+                    connection.heard = true;
                     self.unanswered.remove(&connection.id);
                 }
             }

@@ -65,6 +65,9 @@ pub struct Connection {
     pub probed: Option<u64>,
     /// Bytes have arrived that no sweep has seen yet.
     pub unseen: bool,
+    /// Whether its peer timed out on it, and whether it was heard since.
+    timed_out: bool,
+    pub heard: bool,
     closing: bool,
 }
 
@@ -326,6 +329,8 @@ impl Model {
             last_heard: now,
             probed: None,
             unseen: false,
+            timed_out: false,
+            heard: false,
             closing: false,
         });
     }
@@ -461,8 +466,10 @@ impl Model {
             if std::mem::take(&mut connection.unseen) {
                 connection.last_heard = now;
                 connection.probed = None;
+                connection.heard = true;
             }
         }
+        self.revive();
         let silent = self.heartbeat_step(now);
         for _ in &silent {
             let peer = timed_out.next().expect("a peer timed out in the relay, too");
@@ -478,6 +485,17 @@ impl Model {
         match self.waiting.is_empty() {
             true => now + self.policy.sweep,
             false => now + self.policy.sweep.min(TICK),
+        }
+    }
+
+    /// Law: whatever arrives within grace, over the open connection that a peer timed out on, makes its slot live again.
+    fn revive(&mut self) {
+        for slot in self.slots.iter_mut().filter(|s| matches!(s.state, State::Grace(..))) {
+            let again =
+                |c: &&Connection| c.peer == slot.peer && c.timed_out && c.heard && !c.closing;
+            if let Some(again) = self.connections.iter().find(again) {
+                slot.state = State::Live(again.id);
+            }
         }
     }
 
@@ -599,11 +617,14 @@ impl Model {
         let connection = self.connection(id);
         connection.last_heard = now;
         connection.probed = None;
+        connection.heard = true;
     }
 
     fn time_out(&mut self, id: u32, now: u64) {
         self.record_activity(id, now);
-        let peer = self.connection(id).peer;
+        let connection = self.connection(id);
+        (connection.timed_out, connection.heard) = (true, false);
+        let peer = connection.peer;
         let mut up = self.usable(peer);
         up.retain(|other| *other != id);
         self.lose(peer, id, up, Reason::Silent, now);
