@@ -3,16 +3,24 @@
 //! A connection whose counter has grown since the last sweep is alive, whatever it was that arrived.
 
 use std::{
+    collections::HashMap,
     io,
     pin::Pin,
     sync::{
-        Arc,
+        Arc, LazyLock, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     task::{Context, Poll, ready},
 };
 
-use libp2p::futures::{AsyncRead, AsyncWrite};
+use libp2p::{
+    PeerId,
+    core::{
+        ConnectedPoint,
+        muxing::{StreamMuxer, StreamMuxerEvent},
+    },
+    futures::{AsyncRead, AsyncWrite},
+};
 use portable_atomic::AtomicU64;
 
 use crate::delegate::delegate_write;
@@ -82,4 +90,90 @@ impl<S: AsyncRead + Unpin, G: Unpin> AsyncRead for TrackedStream<S, G> {
 
 impl<S: AsyncWrite + Unpin, G: Unpin> AsyncWrite for TrackedStream<S, G> {
     delegate_write!(stream);
+}
+
+/// Counts what arrives on all streams of a connection as activity of its peer. To be given to the transport's `map`:
+///
+/// ```
+/// # use libp2p::{Transport, core::{transport::MemoryTransport, upgrade::Version}, identity::Keypair, noise, yamux};
+/// # let (tcp, keypair) = (MemoryTransport::default(), Keypair::generate_ed25519());
+/// let transport = tcp
+///     .upgrade(Version::V1Lazy)
+///     .authenticate(noise::Config::new(&keypair)?)
+///     .multiplex(yamux::Config::default())
+///     .map(relaylet::count_activity);
+/// # let _ = transport.boxed();
+/// # Ok::<_, noise::Error>(())
+/// ```
+///
+/// It has to be the outermost transport, so that it knows a connection by the addresses by which the swarm does.
+pub fn count_activity<M>(
+    (peer, muxer): (PeerId, M),
+    endpoint: ConnectedPoint,
+) -> (PeerId, CountedMuxer<M>) {
+    let key = (peer, endpoint);
+    // Two connections between the same ends share a counter: the peer is the same.
+    let activity = counted().entry(key.clone()).or_default().clone();
+    (peer, CountedMuxer { muxer, activity, key })
+}
+
+/// The counter of an open connection whose transport counts.
+pub(crate) fn counter_of(peer: PeerId, endpoint: &ConnectedPoint) -> Option<ActivityCounter> {
+    counted().get(&(peer, endpoint.clone())).cloned()
+}
+
+type Key = (PeerId, ConnectedPoint);
+
+/// The counters of all open connections whose transports count. Global, because a swarm makes its transport before its
+/// behaviour and has nothing that is passed from one to the other.
+fn counted() -> MutexGuard<'static, HashMap<Key, ActivityCounter>> {
+    static COUNTED: LazyLock<Mutex<HashMap<Key, ActivityCounter>>> = LazyLock::new(Mutex::default);
+    COUNTED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A connection whose received bytes count as activity, until it is dropped.
+#[derive(Debug)]
+pub struct CountedMuxer<M> {
+    muxer: M,
+    activity: ActivityCounter,
+    key: Key,
+}
+
+impl<M> Drop for CountedMuxer<M> {
+    fn drop(&mut self) {
+        counted().remove(&self.key);
+    }
+}
+
+impl<M: StreamMuxer<Substream: Unpin> + Unpin> StreamMuxer for CountedMuxer<M> {
+    type Substream = TrackedStream<M::Substream>;
+    type Error = M::Error;
+
+    fn poll_inbound(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<Self::Substream, M::Error>> {
+        let stream = ready!(Pin::new(&mut self.muxer).poll_inbound(cx));
+        self.activity.add(u64::from(stream.is_ok()));
+        Poll::Ready(stream.map(|stream| self.activity.track(stream, ())))
+    }
+
+    fn poll_outbound(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<Self::Substream, M::Error>> {
+        let stream = ready!(Pin::new(&mut self.muxer).poll_outbound(cx));
+        Poll::Ready(stream.map(|stream| self.activity.track(stream, ())))
+    }
+
+    fn poll_close(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), M::Error>> {
+        Pin::new(&mut self.muxer).poll_close(cx)
+    }
+
+    fn poll(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<StreamMuxerEvent, M::Error>> {
+        Pin::new(&mut self.muxer).poll(cx)
+    }
 }

@@ -36,7 +36,7 @@ use self::{
 };
 use crate::{
     access::Access,
-    activity::ActivityCounter,
+    activity::{self, ActivityCounter},
     address::{self, Known},
     config::{Config, ConfigError},
     event::{Event, FreedReason, StopFailed},
@@ -198,7 +198,7 @@ impl Behaviour {
     }
 
     /// Records that `peer` is alive, on whatever protocol. The behaviour itself sees only hop, stop, circuit and ping
-    /// streams.
+    /// streams, unless the transport counts ([`count_activity`](crate::count_activity)).
     pub fn record_activity(&mut self, peer: PeerId) {
         self.relay.connections.record_activity(&peer, Instant::now());
     }
@@ -206,10 +206,13 @@ impl Behaviour {
     /// Polls `counter` for activity on this connection, from the next sweep on, beside the behaviour's own. A further
     /// call replaces the counter.
     ///
-    /// Cheaper than [`Behaviour::record_activity`] where a transport, say, can count.
+    /// For a transport that counts on its own; [`count_activity`](crate::count_activity) does it for any. Where no counter
+    /// is tracked, a peer times out only after two unanswered probes and the silence limit, and for a newcomer not
+    /// earlier.
     pub fn track(&mut self, connection: ConnectionId, counter: ActivityCounter) {
         if let Some(up) = self.relay.connections.get_mut(connection) {
             up.track(counter);
+            up.liveness.is_partial = false;
         }
     }
 
@@ -251,6 +254,10 @@ impl Behaviour {
         let mut connection = Connection::new(peer, address, relayed, jitter, Instant::now());
         if let Some((_, activity)) = self.handlers.get(&id) {
             connection.track(activity.clone());
+        }
+        match activity::counter_of(peer, endpoint) {
+            Some(counter) => connection.track(counter),
+            None => connection.liveness.is_partial = true,
         }
         self.relay.connections.add(id, connection);
         // Until the peer reports the address at which it reached the relay.

@@ -66,7 +66,7 @@
 //! In place of `libp2p::relay::Behaviour`, on any executor, beside any other behaviour:
 //!
 //! ```
-//! use libp2p::{SwarmBuilder, identify, noise, swarm::NetworkBehaviour, tcp, yamux};
+//! use libp2p::{SwarmBuilder, Transport, core::upgrade::Version, identify, noise, swarm::NetworkBehaviour, tcp, yamux};
 //!
 //! #[derive(NetworkBehaviour)]
 //! struct MyBehaviour {
@@ -79,7 +79,13 @@
 //! let config = relaylet::Config::default().with(|config| config.max_reservations = 100);
 //! let mut swarm = SwarmBuilder::with_new_identity()
 //!     .with_tokio()
-//!     .with_tcp(tcp::Config::default(), noise::Config::new, yamux::Config::default)?
+//!     .with_other_transport(|keypair| {
+//!         let tcp = tcp::tokio::Transport::new(tcp::Config::default())
+//!             .upgrade(Version::V1Lazy)
+//!             .authenticate(noise::Config::new(keypair)?)
+//!             .multiplex(yamux::Config::default());
+//!         Ok(tcp.map(relaylet::count_activity)) // bytes of all protocols show that a peer is alive
+//!     })?
 //!     .with_behaviour(|keypair| {
 //!         let identify = identify::Config::new("my/1.0.0".into(), keypair.public());
 //!         Ok(MyBehaviour {
@@ -95,8 +101,9 @@
 //!
 //! Poll it with `swarm.select_next_some()`. Tell the relay where it is reachable (`swarm.add_external_address`,
 //! [`Config::announce`], or [`Behaviour::set_reported_address`] with what identify observes), and switch
-//! [`Config::answer_ping`] off if a ping behaviour of yours answers. Without default features the crate is this behaviour
-//! alone.
+//! [`Config::answer_ping`] off if a ping behaviour of yours answers. Without [`count_activity`] the relay notices only its
+//! own protocols, unless you call [`Behaviour::record_activity`] or [`Behaviour::track`]. Behind NAT, call
+//! [`Behaviour::set_serving`]`(None)`. Without default features the crate is this behaviour alone.
 //!
 //! [spec]: https://github.com/libp2p/specs/blob/master/relay/circuit-v2.md
 
@@ -133,7 +140,7 @@ pub mod relay;
 pub mod wire;
 
 pub use access::{Access, Lists, Permission, Terms};
-pub use activity::ActivityCounter;
+pub use activity::{ActivityCounter, count_activity};
 pub use address::{ClientPrefix, Subnet};
 pub use behaviour::Behaviour;
 pub use config::{Config, ConfigError};

@@ -213,8 +213,7 @@ impl Node {
     ///
     /// When it is invalid, or raises [`Config::max_circuits_per_peer`] above its value at the start. The previous
     /// configuration stays in effect then.
-    pub fn set_config(&mut self, mut config: Config) -> Result<(), ConfigError> {
-        config.close_silent = true;
+    pub fn set_config(&mut self, config: Config) -> Result<(), ConfigError> {
         if config.max_circuits_per_peer > self.circuits_per_peer {
             let problem = format!(
                 "the limits on streams were set for {} at the start; restart to raise it",
@@ -223,7 +222,7 @@ impl Node {
             return Err(ConfigError::new("max_circuits_per_peer", problem));
         }
         let silence = config.silence;
-        self.relay_mut().set_config(config)?;
+        self.relay_mut().set_config(Config { close_silent: true, ..config })?;
         self.multiplex.memory.set_max_stall(silence);
         self.update_addresses(true);
         Ok(())

@@ -19,8 +19,13 @@ const WARN_AGAIN: Duration = Duration::from_secs(60 * 60);
 #[derive(Debug)]
 pub struct Liveness {
     active_at: Instant,
-    /// Since when a probe has been open.
+    /// Since when a probe has been open: the last of them.
     pub(super) probed_at: Option<Instant>,
+    /// How many probes in a row are unanswered.
+    probes: u8,
+    /// Whether only activity on the relay's own streams counts, because no counter of all bytes is tracked. Then a peer
+    /// times out after the silence limit and two unanswered probes, and not earlier for a newcomer.
+    pub is_partial: bool,
     /// Whether it has timed out and not been active since.
     pub(super) is_silent: bool,
     jitter: u8,
@@ -29,14 +34,28 @@ pub struct Liveness {
 impl Liveness {
     /// A connection that was active at `now`. `jitter` is any number: it spreads the probes.
     pub fn new(now: Instant, jitter: u8) -> Self {
-        Self { active_at: now, probed_at: None, is_silent: false, jitter }
+        let (probes, is_partial, is_silent) = (0, false, false);
+        Self { active_at: now, probed_at: None, probes, is_partial, is_silent, jitter }
     }
 
     /// Records activity, which answers an open probe.
     pub fn on_activity(&mut self, now: Instant) {
         self.active_at = now;
         self.probed_at = None;
+        self.probes = 0;
         self.is_silent = false;
+    }
+
+    /// Records that a probe is sent.
+    pub fn on_probe(&mut self, now: Instant) {
+        self.probed_at = Some(now);
+        self.probes = self.probes.saturating_add(1);
+    }
+
+    /// As [`Liveness::probed_for`]; `None` as well if a first probe was not answered in `time` and a second is due.
+    pub fn decisive_probe(&self, time: Duration, now: Instant) -> Option<Duration> {
+        let is_decisive = |open: &Duration| !self.is_partial || self.probes > 1 || *open < time;
+        self.probed_for(now).filter(is_decisive)
     }
 
     /// How long a probe has been open, if one is.
@@ -106,14 +125,15 @@ impl Heartbeat {
         for (id, liveness) in watched {
             count += 1;
             let silent_for = liveness.silent_for(now);
-            if let Some(probed_for) = liveness.probed_for(now) {
+            let time = if liveness.is_partial { time_to_answer / 2 } else { time_to_answer };
+            if let Some(probed_for) = liveness.decisive_probe(time, now) {
                 soon_due += usize::from(silent_for + heartbeat >= silence);
                 // A connection that was not watched until now may have been silent for hours.
-                if silent_for >= silence && probed_for >= time_to_answer {
+                if silent_for >= silence && probed_for >= time {
                     due.push(id);
                 }
             } else if silent_for >= probe_after(heartbeat, liveness.jitter) {
-                liveness.probed_at = Some(now);
+                liveness.on_probe(now);
                 found.probe.push(id);
             }
         }
@@ -223,6 +243,23 @@ mod tests {
         assert_eq!(fixture.run_for(1), probed(&[0]));
         assert_eq!(fixture.run_for(SILENCE - HEARTBEAT - 1), probed(&[]));
         assert_eq!(fixture.run_for(1), timed_out(&[0]));
+    }
+
+    #[test]
+    fn where_only_some_streams_count_a_peer_times_out_after_two_probes_in_the_same_time() {
+        let mut fixture = Fixture::of(1);
+        fixture.livenesses[0].is_partial = true;
+        let half = (SILENCE - HEARTBEAT) / 2;
+        assert_eq!(fixture.run_for(HEARTBEAT), probed(&[0]));
+        assert_eq!(fixture.run_for(half - 1), probed(&[]));
+        assert_eq!(fixture.run_for(1), probed(&[0]));
+        assert_eq!(fixture.run_for(half - 1), probed(&[]));
+        assert_eq!(fixture.run_for(1), timed_out(&[0]));
+        // An answer to either begins anew.
+        fixture.record_activity(0);
+        assert_eq!(fixture.run_for(HEARTBEAT + half), probed(&[0, 0]));
+        fixture.record_activity(0);
+        assert_eq!(fixture.run_for(HEARTBEAT + half), probed(&[0, 0]));
     }
 
     #[test]

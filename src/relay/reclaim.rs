@@ -45,7 +45,7 @@ pub struct Candidate<C> {
     pub prefix: Option<ClientPrefix>,
     /// How long the peer has been silent.
     pub silent_for: Duration,
-    /// How long a probe has been open, if one is.
+    /// How long the probe has been open that decides, if one is.
     pub probed_for: Option<Duration>,
 }
 
@@ -73,7 +73,7 @@ pub fn may_wait<C, R>(
 }
 
 /// Decides about each newcomer that has waited under a cap for this long, and which connections to probe. `candidates`
-/// are all that have been silent for [`Config::probe_after`].
+/// are all that have been silent for [`Config::probe_after`], or for the silence limit where only some streams count.
 pub fn decide<C: Copy + Ord>(
     config: &Config,
     waiting: impl Iterator<Item = (Scope, Duration)>,

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     access::Permission,
-    config::{LONGEST, SHORTEST},
+    config::{Config, LONGEST, SHORTEST},
     event::{Event, Refused},
 };
 
@@ -94,21 +94,23 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         }
         // 2. Decide about the silent peers.
         let silent = self.connections.iter().filter(|(_, up)| {
+            let Config { probe_after, silence, .. } = self.config;
+            let limit = if up.liveness.is_partial { silence.max(probe_after) } else { probe_after };
             let is_live = up.holds_reservation && up.closing.is_none();
-            is_live && up.liveness.silent_for(now) >= self.config.probe_after
+            is_live && up.liveness.silent_for(now) >= limit
         });
         let candidates = silent.map(|(connection, up)| Candidate {
             connection,
             prefix: self.reservations.get(&up.origin.peer).and_then(|slot| slot.prefix),
             silent_for: up.liveness.silent_for(now),
-            probed_for: up.liveness.probed_for(now),
+            probed_for: up.liveness.decisive_probe(self.config.probe, now),
         });
         let caps = waiting.iter().map(|(_, full, waited)| (*full, *waited));
         let (verdicts, probes) = reclaim::decide(&self.config, caps, candidates.collect());
         // 3. Probe.
         for connection in probes {
             if let Some(up) = self.connections.get_mut(connection) {
-                up.liveness.probed_at = Some(now);
+                up.liveness.on_probe(now);
             }
             self.probe(connection);
         }

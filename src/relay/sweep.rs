@@ -249,6 +249,51 @@ mod tests {
         assert!(relay.reservations.get(&bob.peer).is_none());
     }
 
+    /// Sweeps as due until then; returns all findings.
+    fn sweep_until(relay: &mut Relay<u32, ()>, end: Instant) -> Found {
+        let mut all = Found::default();
+        while relay.sweep_due <= end {
+            relay.sweep(relay.sweep_due);
+            let Found { probed, silent, freed } = found(relay);
+            all.probed.extend(probed);
+            all.silent.extend(silent);
+            all.freed.extend(freed);
+        }
+        all
+    }
+
+    /// Where only the relay's own streams count: no verdict within the silence limit, and none after a single probe.
+    #[test]
+    fn a_newcomer_takes_no_slot_of_a_peer_of_which_only_some_streams_count_before_two_probes_and_the_limit()
+     {
+        let start = Instant::now();
+        let heartbeat = Duration::ZERO;
+        let config =
+            Config { max_reservations: 2, heartbeat, grace: Duration::ZERO, ..Config::default() };
+        let Config { silence, probe, .. } = config;
+        let (mut relay, holders) = relay(config, start);
+        for holder in holders {
+            relay.connections.get_mut(holder.connection).unwrap().liveness.is_partial = true;
+        }
+        let mut number = 1;
+        let mut newcomer = |relay: &mut Relay<u32, ()>, at| {
+            sweep_until(relay, at);
+            number += 1;
+            let (peer, connection) = (PeerId::random(), number);
+            let up = Connection::new(peer, "/memory/1".parse().unwrap(), false, 0, at);
+            relay.connections.add(connection, up);
+            relay.handle_request(End { peer, connection }, Ok(Request::Reserve), (), at);
+            sweep_until(relay, at + probe + Duration::from_secs(1))
+        };
+        let second = Duration::from_secs(1);
+        let early = newcomer(&mut relay, start + silence - 10 * second);
+        assert_eq!(early, Found::default(), "it is not even probed");
+        let first = newcomer(&mut relay, start + silence + second);
+        assert_eq!((first.probed.len(), first.silent.len()), (4, 0), "two probes of each");
+        let next = newcomer(&mut relay, start + silence + 10 * second);
+        assert_eq!((next.probed.len(), next.silent.len()), (0, 1));
+    }
+
     #[test]
     fn a_term_that_ended_during_a_suspend_is_expired() {
         let start = Instant::now();

@@ -20,6 +20,11 @@ use crate::common::{
 };
 use libp2p::{
     Multiaddr, PeerId, StreamProtocol, Swarm, SwarmBuilder,
+    core::{
+        muxing::StreamMuxerBox,
+        transport::{self, Transport},
+        upgrade::Version,
+    },
     futures::{AsyncReadExt, AsyncWriteExt, StreamExt},
     identify,
     identity::Keypair,
@@ -82,7 +87,10 @@ impl Embedded {
     }
 
     async fn start_listening(config: Config, listen: Multiaddr) -> Self {
-        let mut swarm = swarm(config);
+        Self::run(swarm(config), listen).await
+    }
+
+    async fn run(mut swarm: Swarm<Parts>, listen: Multiaddr) -> Self {
         let address = swarms::listen(&mut swarm, listen).await;
         let peer = *swarm.local_peer_id();
         let control = swarm.behaviour().stream.new_control();
@@ -137,9 +145,23 @@ impl Embedded {
 }
 
 fn swarm(config: Config) -> Swarm<Parts> {
+    swarm_over(config, |tcp| tcp)
+}
+
+/// A TCP transport as an embedder builds it.
+type Tcp = transport::Boxed<(PeerId, StreamMuxerBox)>;
+
+fn swarm_over(config: Config, change: fn(Tcp) -> Tcp) -> Swarm<Parts> {
     SwarmBuilder::with_new_identity()
         .with_tokio()
-        .with_tcp(tcp::Config::default(), noise::Config::new, yamux::Config::default)
+        .with_other_transport(|keypair| {
+            let tcp = tcp::tokio::Transport::new(tcp::Config::default())
+                .upgrade(Version::V1Lazy)
+                .authenticate(noise::Config::new(keypair)?)
+                .multiplex(yamux::Config::default())
+                .boxed();
+            Ok(change(tcp))
+        })
         .unwrap()
         .with_relay_client(noise::Config::new, yamux::Config::default)
         .unwrap()
@@ -409,6 +431,38 @@ async fn a_peer_with_activity_on_a_tracked_stream_does_not_time_out() {
         activity.add(1);
     })
     .await;
+}
+
+/// Its transport counts, so that bytes of any protocol are an answer; it never answers a ping.
+#[tokio::test]
+async fn with_a_counting_transport_a_peer_that_uses_another_protocol_does_not_time_out() {
+    let swarm = swarm_over(short_timeouts(), |tcp| {
+        let counting = Transport::map(tcp, relaylet::count_activity);
+        counting.map(|(peer, muxer), _| (peer, StreamMuxerBox::new(muxer))).boxed()
+    });
+    let mut embedded = Embedded::run(swarm, "/ip4/127.0.0.1/tcp/0".parse().unwrap()).await;
+    let mut incoming = embedded.control.accept(BUSY).unwrap();
+    tokio::spawn(async move {
+        let (_, mut stream) = incoming.next().await.unwrap();
+        let mut byte = [0];
+        while stream.read_exact(&mut byte).await.is_ok() {}
+    });
+    let mut busy = Client::connect_without_ping(&embedded.address).await;
+    let _unanswered = busy.accept(StreamProtocol::new("/ipfs/ping/1.0.0"));
+    busy.reserve().await;
+    let mut stream = busy.open(BUSY).await;
+    tokio::spawn(async move {
+        let mut interval = tokio::time::interval(Duration::from_millis(100));
+        while stream.write_all(&[1]).await.is_ok() && stream.flush().await.is_ok() {
+            interval.tick().await;
+        }
+    });
+    // Each of these is silent for as long as the other one talks.
+    for _ in 0..2 {
+        let frozen = Process::start_and_reserve(&embedded.address).await;
+        frozen.signal("STOP");
+        assert_eq!(embedded.next_silent().await, frozen.peer);
+    }
 }
 
 /// Freezes two clients and reports activity of one: the other one times out first.
