@@ -24,11 +24,11 @@ use crate::address;
 ///
 /// impl Access for Members {
 ///     fn may_reserve(&self, peer: PeerId, _from: &Multiaddr) -> Permission {
-///         Permission::allow_if(self.0.read().unwrap().contains(&peer))
+///         self.0.read().unwrap().contains(&peer).into()
 ///     }
 ///
 ///     fn may_connect(&self, source: PeerId, _from: &Multiaddr, _target: PeerId) -> Permission {
-///         Permission::allow_if(self.0.read().unwrap().contains(&source))
+///         self.0.read().unwrap().contains(&source).into()
 ///     }
 /// }
 ///
@@ -62,9 +62,9 @@ pub enum Permission {
     Allow(Terms),
 }
 
-impl Permission {
-    /// Allows on the terms of the configuration, or denies.
-    pub fn allow_if(allowed: bool) -> Self {
+impl From<bool> for Permission {
+    /// Allowed on the configured terms, or denied.
+    fn from(allowed: bool) -> Self {
         if allowed { Self::Allow(Terms::default()) } else { Self::Deny }
     }
 }
@@ -127,12 +127,12 @@ impl Lists {
 
 impl Access for Lists {
     fn may_reserve(&self, peer: PeerId, address: &Multiaddr) -> Permission {
-        Permission::allow_if(self.allows_peer(&peer) && self.allows_address(address))
+        (self.allows_peer(&peer) && self.allows_address(address)).into()
     }
 
     fn may_connect(&self, source: PeerId, address: &Multiaddr, target: PeerId) -> Permission {
         let source_may = self.allows_source(&source) && self.allows_address(address);
-        Permission::allow_if(source_may && self.allows_peer(&target))
+        (source_may && self.allows_peer(&target)).into()
     }
 
     fn may_enter(&self, peer: Option<PeerId>, address: &Multiaddr) -> bool {

@@ -356,6 +356,7 @@ impl ConfigError {
     }
 
     /// The field of [`Config`].
+    #[doc(hidden)]
     pub fn setting(&self) -> &'static str {
         self.setting
     }

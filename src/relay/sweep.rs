@@ -95,7 +95,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
 
     /// Makes slots in grace live again whose peers are heard over the connection that they timed out on.
     fn revive(&mut self, now: Instant) {
-        if self.reservations.in_grace() == 0 {
+        if self.config.close_silent || self.reservations.in_grace() == 0 {
             return;
         }
         for heard in self.connections.heard_again() {
