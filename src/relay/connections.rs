@@ -116,7 +116,7 @@ pub struct Connection {
     /// Why the relay is closing it; `None`: it is not.
     pub closing: Option<CloseReason>,
     is_flooding: bool,
-    /// Whether its peer timed out on it and it stayed open, until the peer is heard.
+    /// Whether its peer has ever timed out on it; it stayed open then.
     pub(super) has_timed_out: bool,
     /// The counters of the handler and of the embedder, and their sum at the last poll.
     counters: [Option<ActivityCounter>; 2],

@@ -198,8 +198,8 @@ async fn silent_streams_of_one_address() {
         });
         let silent = opened.await;
         let mut client = RawPeer::connect_with_retry(port, address(2)).await;
-        let nobody = connect(Keypair::generate_ed25519().public().to_peer_id());
-        let answers = client.request_all(&vec![nobody; REQUESTS]).await?;
+        let unknown = connect(Keypair::generate_ed25519().public().to_peer_id());
+        let answers = client.request_all(&vec![unknown; REQUESTS]).await?;
         io::Result::Ok((expect_all(silent), client, answers))
     };
     let what = "silent streams of one address";

@@ -362,7 +362,7 @@ async fn undialable_addresses_are_refused_rather_than_called_unreachable() {
     assert_eq!(request_2(&mut client, &others).await.status, REFUSED);
     assert_eq!(request_1(&mut client, &others).await.status, Some(REFUSED));
     assert_eq!(request_2(&mut client, &[]).await.status, REFUSED);
-    // In version 1 that asks about the address that it comes from, where nobody listens.
+    // Version 1 then dials the address that the client connects from, where nothing listens.
     assert_eq!(request_1(&mut client, &[]).await.status, Some(DIAL_ERROR));
     let expected = Response2 { status: OK_2, index: 2, dial_status: DIAL_ERROR };
     let all = [&others[..], &[unreachable]].concat();

@@ -227,14 +227,14 @@ async fn a_refusal_is_named_with_its_status_and_the_flag() {
     let mut holder = Client::connect(&relay).await;
     holder.reserve().await;
     check(&relay.address).await.failed_at("reserve", "status 200", "--max-reservations");
-    let somebody = PeerId::random();
-    let relay = Relay::start(&[&format!("--allow-peer={somebody}")]);
+    let other_peer = PeerId::random();
+    let relay = Relay::start(&[&format!("--allow-peer={other_peer}")]);
     check(&relay.address).await.failed_at("identify", "", "access rules");
     let relay = Relay::start(&["--deny-subnet=127.0.0.0/8"]);
     check(&relay.address).await.failed_at("secure", "", "access rules");
     let relay = Relay::start(&["--max-connections-per-ip=1"]);
     check(&relay.address).await.failed_at("second", "", "--max-connections-per-ip");
-    let relay = Relay::start(&[&format!("--allow-connect-peer={somebody}")]);
+    let relay = Relay::start(&[&format!("--allow-connect-peer={other_peer}")]);
     check(&relay.address).await.failed_at("circuit", "denied permission", "--allow-connect-peer");
     let relay = Relay::start(&["--circuit-bytes=16"]);
     check(&relay.address).await.failed_at("circuit", "", "limits of a circuit");

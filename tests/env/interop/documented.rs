@@ -165,12 +165,7 @@ async fn target(relay: &Relay, situation: &str) -> (Option<Client>, String) {
 #[ignore = "needs Go"]
 async fn a_refused_go_client_prints_what_the_documentation_says() {
     let program = Program::go();
-    for (situation, flags) in REFUSED_CONNECTS {
-        let relay = Relay::start(flags);
-        let (_client, address) = target(&relay, situation).await;
-        let (said, expected) = (program.failure(&address), documented(situation, 1));
-        assert!(said.contains(&expected), "{situation}: {said}");
-    }
+    check_refused_connects(program, 1).await;
     let swarm_key = format!("--swarm-key={SWARM_KEY}");
     for (situation, flag) in [
         ("all slots are taken", "--max-reservations=1"),
@@ -193,11 +188,15 @@ async fn a_refused_go_client_prints_what_the_documentation_says() {
 #[tokio::test]
 #[ignore = "needs Node and npm"]
 async fn a_refused_js_client_prints_what_the_documentation_says() {
-    let program = Program::js();
+    check_refused_connects(Program::js(), 2).await;
+}
+
+/// The program prints what this column of the documentation says when a CONNECT is refused.
+async fn check_refused_connects(program: &Program, column: usize) {
     for (situation, flags) in REFUSED_CONNECTS {
         let relay = Relay::start(flags);
         let (_client, address) = target(&relay, situation).await;
-        let (said, expected) = (program.failure(&address), documented(situation, 2));
-        assert!(said.contains(&expected), "{situation}: {said}");
+        let (output, expected) = (program.failure(&address), documented(situation, column));
+        assert!(output.contains(&expected), "{situation}: {output}");
     }
 }
