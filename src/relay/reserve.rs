@@ -99,9 +99,12 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
             let is_live = up.holds_reservation && up.closing.is_none();
             is_live && up.liveness.silent_for(now) >= limit
         });
+        // Looking up a prefix takes longer than all else here; the total cap covers each.
+        let is_scoped = waiting.iter().any(|(_, full, _)| *full != Scope::Total);
+        let prefix_of = |peer| self.reservations.get(peer).and_then(|slot| slot.prefix);
         let candidates = silent.map(|(connection, up)| Candidate {
             connection,
-            prefix: self.reservations.get(&up.origin.peer).and_then(|slot| slot.prefix),
+            prefix: is_scoped.then(|| prefix_of(&up.origin.peer)).flatten(),
             silent_for: up.liveness.silent_for(now),
             probed_for: up.liveness.decisive_probe(self.config.probe, now),
         });

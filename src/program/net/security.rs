@@ -62,9 +62,9 @@ impl UpgradeInfo for Security {
 }
 
 type Noise<C> = noise::Output<NoiseFraming<C>>;
-/// A secured connection.
+/// A secured connection. TLS is behind a pointer: its state takes a KiB more than that of Noise.
 #[cfg(feature = "tls")]
-type Secured<C> = Either<tls::TlsStream<C>, Noise<C>>;
+type Secured<C> = Either<Box<tls::TlsStream<C>>, Noise<C>>;
 #[cfg(not(feature = "tls"))]
 type Secured<C> = Noise<C>;
 type Securing<C> = BoxFuture<'static, io::Result<(PeerId, Secured<C>)>>;
@@ -77,7 +77,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin + Send + 'static> InboundConnectionUpgrad
     fn upgrade_inbound(self, connection: C, protocol: &'static str) -> Self::Future {
         #[cfg(feature = "tls")]
         if protocol != NOISE {
-            return secure(self.tls.upgrade_inbound(connection, protocol), Either::Left);
+            return secure(self.tls.upgrade_inbound(connection, protocol), wrap_tls);
         }
         let connection = NoiseFraming::new(connection, READ_BY_LISTENER);
         secure(self.noise.upgrade_inbound(connection, protocol), wrap_noise)
@@ -92,11 +92,16 @@ impl<C: AsyncRead + AsyncWrite + Unpin + Send + 'static> OutboundConnectionUpgra
     fn upgrade_outbound(self, connection: C, protocol: &'static str) -> Self::Future {
         #[cfg(feature = "tls")]
         if protocol != NOISE {
-            return secure(self.tls.upgrade_outbound(connection, protocol), Either::Left);
+            return secure(self.tls.upgrade_outbound(connection, protocol), wrap_tls);
         }
         let connection = NoiseFraming::new(connection, READ_BY_DIALER);
         secure(self.noise.upgrade_outbound(connection, protocol), wrap_noise)
     }
+}
+
+#[cfg(feature = "tls")]
+fn wrap_tls<C>(tls: tls::TlsStream<C>) -> Secured<C> {
+    Either::Left(Box::new(tls))
 }
 
 #[cfg(feature = "tls")]

@@ -4,6 +4,7 @@
 //! turn by fair queueing.
 
 use std::{
+    collections::VecDeque,
     io,
     time::{Duration, Instant},
 };
@@ -215,6 +216,11 @@ impl Session {
             self.effects.wakers.extend(stream.writer.take());
             self.settle(key);
             return Some(Frames::Data);
+        }
+        if self.go_away.is_none() {
+            // An idle session has no memory for its queues.
+            let Self { accepted, control, new_flows, old_flows, .. } = self;
+            [accepted, control, new_flows, old_flows].map(VecDeque::shrink_to_fit);
         }
         let reason = self.go_away.take()?;
         into.extend(session_header(Kind::GoAway, 0, reason as u32));
