@@ -260,19 +260,37 @@ impl Image {
 
 // ---- Proxies, configured as the documentation says
 
-/// A proxy that runs, and is killed with its test.
-struct Proxy(Child, #[expect(dead_code, reason = "its configuration")] TempDir);
+/// A program that serves a port of 127.0.0.1; ended with its test.
+pub struct Server {
+    process: Child,
+    pub port: u16,
+    #[expect(dead_code, reason = "its configuration")]
+    folder: TempDir,
+}
 
-impl Drop for Proxy {
+impl Server {
+    /// Runs the command, configured by what is in `folder` to serve this port, and waits until it does.
+    pub fn start(command: &mut Command, folder: TempDir, port: u16) -> Self {
+        let process = command.spawn().expect("it is installed");
+        let (server, start) = (Self { process, port, folder }, Instant::now());
+        while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
+            assert!(start.elapsed() < TEST_TIMEOUT, "{command:?} does not listen");
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+        server
+    }
+}
+
+impl Drop for Server {
     fn drop(&mut self) {
         // nginx's master ends its workers when it is asked to end.
-        crate::common::signal(self.0.id(), "TERM");
-        let _ = self.0.wait();
+        crate::common::signal(self.process.id(), "TERM");
+        let _ = self.process.wait();
     }
 }
 
 /// The block of the page that has this word in it.
-fn documented(language: &str, word: &str) -> String {
+pub fn documented(language: &str, word: &str) -> String {
     let is_it = |block: &Block| block.text.contains(word);
     blocks(language).into_iter().find(is_it).expect("it is in the documentation").text
 }
@@ -289,13 +307,13 @@ fn documented_relay(word: &str) -> (Relay, [u16; 2]) {
     (Relay::start_listening(&words), ports)
 }
 
-fn free_port() -> u16 {
+pub fn free_port() -> u16 {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     listener.local_addr().unwrap().port()
 }
 
 /// Starts HAProxy or nginx with this configuration, on these ports, once it says that it is valid.
-fn start_proxy(program: &str, configuration: &str, [relay, own]: [u16; 2]) -> Proxy {
+fn start_proxy(program: &str, configuration: &str, [relay, own]: [u16; 2]) -> Server {
     let folder = TempDir::new().unwrap();
     let file = folder.path().join("proxy.conf");
     let on_ports = configuration
@@ -308,13 +326,7 @@ fn start_proxy(program: &str, configuration: &str, [relay, own]: [u16; 2]) -> Pr
         _ => (&["-t", "-c", file], &["-c", file, "-g", "daemon off;"]),
     };
     run(Command::new(program).args(check));
-    let proxy = Command::new(program).args(start).spawn().expect("it is installed");
-    let (proxy, start) = (Proxy(proxy, folder), Instant::now());
-    while std::net::TcpStream::connect(("127.0.0.1", own)).is_err() {
-        assert!(start.elapsed() < TEST_TIMEOUT, "{program} does not listen");
-        std::thread::sleep(std::time::Duration::from_millis(20));
-    }
-    proxy
+    Server::start(Command::new(program).args(start), folder, own)
 }
 
 /// nginx's file around a block of it.
@@ -364,7 +376,7 @@ fn copy(from: &Path, to: &Path) {
 }
 
 /// Runs a command, which must succeed, and returns its standard output.
-fn run(command: &mut Command) -> String {
+pub fn run(command: &mut Command) -> String {
     let output = command.output().expect("the command starts");
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{command:?}: {errors}");

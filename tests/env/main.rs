@@ -1,5 +1,5 @@
 //! Tests that need more than this crate and Rust: root, Go, Node, Python, Chromium, HAProxy, nginx, libfaketime,
-//! systemd's tools.
+//! Prometheus, systemd's tools.
 //!
 //! Each test is `#[ignore]`d with the tools that it needs, and fails without them. `.ci/env` installs them and
 //! runs all of these tests.
@@ -7,6 +7,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod alerts;
 mod browser;
 mod deploy;
 mod interop;

@@ -12,11 +12,11 @@ use libp2p::{
 };
 use tempfile::TempDir;
 
-use self::commands::{check_command, check_toml};
+use self::commands::{check_command, check_metrics, check_toml};
 use crate::common::{
     Relay,
     http::{self, fetch},
-    pages::{PAGES, blocks, commands, exists, parse, read, spans, table_rows},
+    pages::{PAGES, blocks, commands, exists, parse, read, rows, spans, table_rows},
 };
 
 /// The most lines of the README.
@@ -45,17 +45,17 @@ async fn each_block_is_run_or_checked() {
                 }
                 "toml" => Vec::from_iter(check_toml(text).err()),
                 "text" => Vec::from_iter(check_text(text).await.err()),
-                "yaml" => Vec::from_iter(check_yaml(text).err()),
-                // tests/env/interop.rs and tests/env/deploy.rs
+                // tests/env: interop.rs, deploy.rs and alerts.rs
                 "go" | "js" if page == "src/doc/clients.md" => vec![],
-                "haproxy" | "nginx" if page == "src/doc/operating.md" => vec![],
+                "haproxy" | "nginx" | "yaml" if page == "src/doc/operating.md" => vec![],
                 other => vec![format!("{other:?} is not known to any test")],
             };
             problems.extend(found.into_iter().map(|why| format!("{}: {why}", block.place)));
         }
     }
     assert!(problems.is_empty(), "{problems:#?}");
-    assert_eq!(["go", "js", "haproxy", "nginx"].map(|kind| blocks(kind).len()), [1, 1, 1, 2]);
+    let kinds = ["go", "js", "haproxy", "nginx", "yaml"];
+    assert_eq!(kinds.map(|kind| blocks(kind).len()), [1, 1, 1, 2, 1]);
 }
 
 /// What the relay logs, or a figure.
@@ -87,21 +87,20 @@ async fn check_text(text: &str) -> Result<(), String> {
     }
 }
 
-/// A configuration of Prometheus: lists and keys, of which the ones that matter are there.
-fn check_yaml(text: &str) -> Result<(), String> {
-    for line in text.lines() {
-        let body = line.trim_start();
-        let indent = line.len() - body.len();
-        let key = body.trim_start_matches("- ").split(':').next().unwrap_or_default();
-        if indent % 2 != 0 || !key.chars().all(|c| c.is_ascii_lowercase() || c == '_') {
-            return Err(format!("{line:?} is no YAML"));
-        }
-    }
-    let has = ["scrape_configs:\n", "job_name: relaylet\n", "targets: [\"127.0.0.1:9180\"]\n"];
-    match has.iter().find(|part| !text.contains(*part)) {
-        Some(missing) => Err(format!("lacks {missing:?}")),
-        None => Ok(()),
-    }
+#[test]
+fn the_alerts_are_those_of_the_documentation_and_about_metrics_that_exist() {
+    let alerts = read("tests/deploy/alerts.yml");
+    let values = |key: &str| {
+        let value = |line: &str| line.trim_start().strip_prefix(key).map(str::to_owned);
+        alerts.lines().filter_map(value).collect::<Vec<_>>()
+    };
+    let documented = rows("src/doc/operating.md").into_iter().map(|(name, _)| name);
+    let documented: Vec<_> = documented.filter(|name| name.starts_with("Relaylet")).collect();
+    assert_eq!(values("- alert: "), documented);
+    let expressions = values("expr: ");
+    assert_eq!(expressions.len(), documented.len());
+    let problems: Vec<_> = expressions.iter().filter_map(|e| check_metrics(e).err()).collect();
+    assert!(problems.is_empty(), "{problems:#?}");
 }
 
 #[test]

@@ -264,27 +264,30 @@ fn name_character(c: char) -> bool {
     c.is_ascii_lowercase() || c == '-'
 }
 
-/// Each metric exists, with these labels.
-fn check_metrics(span: &str) -> Checked {
+/// Each metric of the relay and of its process exists, with these labels.
+pub fn check_metrics(span: &str) -> Checked {
     // The certificate's is there only with one.
     let (golden, source) = (read("tests/surface/metrics.txt"), read("src/program/http/metrics.rs"));
-    for part in span.split("relaylet_").skip(1) {
-        let end = part.find(|c: char| !c.is_ascii_lowercase() && c != '_').unwrap_or(part.len());
-        let (name, labels) = part.split_at(end);
-        let samples = || golden.lines().filter(|l| l.contains(&format!("  relaylet_{name}")));
-        let of_certificate =
-            || source.contains(&format!("\"{}\"", name.trim_end_matches("_seconds")));
+    let word = |c: char| c.is_ascii_lowercase() || c == '_';
+    let names = ["relaylet_", "process_"].into_iter().flat_map(|prefix| span.match_indices(prefix));
+    for (start, _) in names {
+        let part = &span[start..];
+        let (name, labels) = part.split_at(part.find(|c| !word(c)).unwrap_or(part.len()));
+        let is_sample = |line: &&str| line.trim_start().split('{').next() == Some(name);
+        let samples = || golden.lines().filter(is_sample);
+        let of_certificate = || {
+            let name = name.trim_start_matches("relaylet_").trim_end_matches("_seconds");
+            source.contains(&format!("\"{name}\""))
+        };
         let is_known = samples().next().is_some() || of_certificate();
-        ensure(is_known, || format!("no metric relaylet_{name}"))?;
+        ensure(is_known, || format!("no metric {name}"))?;
         let labels = labels.strip_prefix('{').and_then(|rest| rest.split('}').next()).unwrap_or("");
         for label in labels.split(',').filter(|label| !label.is_empty()) {
-            // A pattern is one of Prometheus's; of those only the label is looked up.
-            let wanted = match label.split_once("=~") {
-                Some((label, _)) => format!("{label}=\""),
-                None => label.to_owned(),
-            };
-            let is_there = samples().any(|sample| sample.contains(&wanted));
-            ensure(is_there, || format!("relaylet_{name} has no {wanted}"))?;
+            // Of one of Prometheus's patterns, the text in front of the wildcard is looked up.
+            let wanted = label.replace("=~", "=").replace(".*\"", "");
+            // Prometheus adds the job.
+            let is_there = wanted.starts_with("job=") || samples().any(|s| s.contains(&wanted));
+            ensure(is_there, || format!("{name} has no {wanted}"))?;
         }
     }
     Ok(())
