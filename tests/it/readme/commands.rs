@@ -15,7 +15,7 @@ use crate::common::{
 };
 
 /// Flags of other programs that the pages name, and of the tests' own.
-const FLAGS_OF_OTHERS: [&str; 2] = ["quick", "stop-timeout"];
+const FLAGS_OF_OTHERS: [&str; 4] = ["network", "publish", "quick", "stop-timeout"];
 
 /// Variables that begin like those of settings, and are the tests'.
 const OTHER_VARIABLES: [&str; 3] =
@@ -99,7 +99,10 @@ fn check_one(line: &str) -> Checked {
         ("relaylet", ["id"] | ["id", "--import", "FILE"]) => Ok(()),
         ("relaylet", flags) => print_config(flags, &variables, None),
         ("cargo", words) => check_cargo(words),
-        ("docker", ["build", "--tag", "relaylet", "--file", file, "."]) => known_file(file),
+        ("docker", ["build", options @ .., "--tag", "relaylet", "--file", file, "."]) => {
+            known_file(file)?;
+            check_build_arguments(options, &read(file))
+        }
         ("docker", ["run", words @ .., "relaylet"]) => {
             let settings = words.iter().filter_map(|word| word.split_once('='));
             print_config(&[], &settings.collect::<Vec<_>>(), None)
@@ -158,12 +161,7 @@ fn check_cargo(words: &[&str]) -> Checked {
         match *word {
             "--release" | "--locked" | "--all-features" | "--no-default-features" | "--open" => {}
             "--path" => ensure(value()? == ".", || "another path".into())?,
-            "--features" => {
-                for feature in value()?.split(',') {
-                    let is_known = manifest.contains(&format!("\n{feature} = ["));
-                    ensure(is_known, || format!("no feature {feature}"))?;
-                }
-            }
+            "--features" => check_features(value()?)?,
             "--profile" => {
                 let profile = value()?;
                 ensure(manifest.contains(&format!("[profile.{profile}]")), || profile.into())?;
@@ -183,6 +181,29 @@ fn check_cargo(words: &[&str]) -> Checked {
             .map_or(Ok(()), |filter| check_filter(target, filter)),
         false => Ok(()),
     }
+}
+
+fn check_features(names: &str) -> Checked {
+    let manifest = read("Cargo.toml");
+    let mut names = names.split(',');
+    let unknown = names.find(|name| !manifest.contains(&format!("\n{name} = [")));
+    ensure(unknown.is_none(), || format!("no feature {unknown:?}"))
+}
+
+/// The Dockerfile takes each of these arguments and uses it.
+fn check_build_arguments(options: &[&str], dockerfile: &str) -> Checked {
+    for option in options.chunks(2) {
+        let ["--build-arg", argument] = option else { return Err(format!("{option:?}")) };
+        let (name, value) = argument.split_once('=').ok_or("no value")?;
+        let uses = [format!("\nARG {name}\n"), format!("\"${name}\"")];
+        ensure(uses.iter().all(|text| dockerfile.contains(text)), || {
+            format!("{name} is not used")
+        })?;
+        if name == "FEATURES" {
+            check_features(value)?;
+        }
+    }
+    Ok(())
 }
 
 fn check_target(kind: &str, name: &str) -> Checked {
@@ -235,9 +256,9 @@ pub fn check_span(span: &str) -> Checked {
         return if is_command { check_command(span) } else { Ok(()) };
     }
     if let Some(name) = first.strip_prefix("--").filter(|name| !name.is_empty()) {
-        let has_value = span != first && !is_example;
-        let is_known = known(name) || FLAGS_OF_OTHERS.contains(&name);
-        ensure(is_known, || "no such flag".into())?;
+        let is_of_others = FLAGS_OF_OTHERS.contains(&name);
+        ensure(known(name) || is_of_others, || "no such flag".into())?;
+        let has_value = span != first && !is_example && !is_of_others;
         let words: Vec<_> = span.split(' ').collect();
         return if has_value { print_config(&words, &[], None) } else { Ok(()) };
     }
