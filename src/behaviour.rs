@@ -334,17 +334,18 @@ impl Behaviour {
         let term = expires.saturating_duration_since(Instant::now());
         let wall_clock = SystemTime::now().duration_since(UNIX_EPOCH);
         let expire = (wall_clock.unwrap_or_default() + term).as_secs();
-        let listening: Vec<_> = self.listening.iter().cloned().collect();
         let reported = to.reported.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let known = Known {
-            announced: &self.relay.config.announce,
-            confirmed: self.confirmed.as_slice(),
-            listening: &listening,
-            reported: reported.as_ref(),
-        };
-        let addresses = address::for_reservation(known, self.peer);
+        let addresses = self.addresses(reported.as_ref());
         let voucher = wire::sign_voucher(&self.keypair, to.peer, expire).ok()?;
         Some(wire::reserve_ok(expire, &addresses, voucher, limit))
+    }
+
+    /// The addresses of a reservation whose client reached the relay at `reported`.
+    pub(crate) fn addresses(&self, reported: Option<&Multiaddr>) -> Vec<Multiaddr> {
+        let listening: Vec<_> = self.listening.iter().cloned().collect();
+        let (announced, confirmed) = (&self.relay.config.announce, self.confirmed.as_slice());
+        let known = Known { announced, confirmed, listening: &listening, reported };
+        address::for_reservation(known, self.peer)
     }
 }
 

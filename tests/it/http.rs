@@ -394,6 +394,24 @@ async fn the_status_lists_slots_circuits_and_refusals() {
     let address = relay.address.to_string();
     let listens = status["addresses"][0].as_str().unwrap();
     assert!(address.starts_with(listens), "{listens}");
+    assert_eq!(status["reachable_at"], json!([address]), "with the peer id");
+    let limits = json!({
+        "bandwidth": 0, "circuit-bytes": 1000, "circuit-duration": 120, "max-buffered": 16_777_216, "max-circuits": 128,
+        "max-circuits-per-peer": 8, "max-connections": 128, "max-connections-per-peer": 8, "max-handshakes": 32,
+        "max-reservations": 2, "max-streams": 512, "reservation-ttl": 3600,
+    });
+    assert_eq!(status["limits"], limits);
+    let estimate = status["memory"]["estimate"].as_u64().unwrap();
+    let logged = relay.wait_for_log("memory: at most ").await;
+    assert!(
+        logged.contains(&format!("at most {} MiB", estimate.div_ceil(1024 * 1024))),
+        "{logged}"
+    );
+    if cfg!(target_os = "linux") {
+        let resident = status["memory"]["resident"].as_u64().unwrap();
+        assert!((1_000_000..estimate).contains(&resident), "{resident} of {estimate}");
+    }
+    assert_eq!(status["certificate_ends_in"], Value::Null);
     assert_eq!(status["slots"], json!({"total": 2, "live": 1, "grace": 0, "free": 1}));
     for (span, every) in [("hour", 15), ("day", 360)] {
         let curve = &status["history"][span];
@@ -415,6 +433,15 @@ async fn the_status_lists_slots_circuits_and_refusals() {
     assert_eq!(open["source"], carol.peer.to_string());
     assert_eq!(open["target"], bob.peer.to_string());
     assert_eq!(open["carried"], json!({"to_target": 4, "to_source": 0}));
+    assert_eq!(open["left"], json!({"to_target": 996, "to_source": 1000}));
+    for party in ["source_address", "target_address"] {
+        let from = open[party].as_str().unwrap();
+        assert!(from.starts_with("/ip4/127.0.0.1/tcp/"), "{from}");
+    }
+    assert_ne!(open["source_address"], open["target_address"]);
+    assert_eq!(open["target_address"], holder["address"]);
+    let (open_for, ends_in) = (open["open_for"].as_u64(), open["ends_in"].as_u64());
+    assert!((119..=120).contains(&(open_for.unwrap() + ends_in.unwrap())), "{open:#}");
 
     let tally = |list: &str, what: &str, why: &str| {
         let of = |tally: &&Value| tally["what"] == what && tally["why"] == why;

@@ -34,7 +34,7 @@ use super::{
     startup_log,
 };
 #[cfg(feature = "http")]
-use crate::program::http::{metrics::StartLimits, monitor::Monitor};
+use crate::program::http::{monitor::Monitor, stats::StartLimits};
 #[cfg(feature = "pnet")]
 use crate::program::net::swarm_key;
 use crate::{
@@ -125,7 +125,8 @@ async fn run(flags: &Flags) -> Result<()> {
     listen(&mut node, flags)?;
     #[cfg(feature = "http")]
     if let Some(Parsed(address)) = flags.http {
-        let limits = StartLimits { connections: flags.limits(), streams: flags.stream_limits() };
+        let (streams, memory) = (flags.stream_limits(), flags.memory_estimate());
+        let limits = StartLimits { connections: flags.limits(), streams, memory };
         let monitor = Monitor::start(address, flags.http_host.clone(), limits, &node)?;
         components.insert(0, Box::new(monitor)); // polled first
     }

@@ -20,14 +20,10 @@ use super::{
     stats::Stats,
 };
 use crate::{
-    config::Config,
     event::Event,
     program::{
-        mux::{budget::Cut, stream_limits::StreamLimits},
-        net::admission::{
-            handshake_failure::{Reason, Stage},
-            limits::Limits,
-        },
+        mux::budget::Cut,
+        net::admission::handshake_failure::{Reason, Stage},
         node::NodeEvent,
         tally::{self, Tally},
     },
@@ -46,7 +42,6 @@ const HANDSHAKES: [(Stage, Reason); 6] = [
 /// All metrics that the relay updates.
 pub struct Metrics {
     relaysvc: RelaySvc,
-    start_limits: StartLimits,
     slots: Family<[Label; 1], Gauge>,
     limits: Family<[Label; 1], Gauge>,
     freed: Counters,
@@ -72,7 +67,7 @@ pub struct Metrics {
 
 impl Metrics {
     /// Registers the metrics of a relay whose circuits are limited to `circuit_duration`; zero: no limit.
-    pub fn new(circuit_duration: Duration, start_limits: StartLimits) -> (Self, Registry) {
+    pub fn new(circuit_duration: Duration) -> (Self, Registry) {
         let mut all = Registry::default();
         let go = all.sub_registry_with_prefix("libp2p_relaysvc");
         let relaysvc = RelaySvc::new(go, circuit_duration);
@@ -89,7 +84,6 @@ impl Metrics {
         own.register_with_unit("certificate_not_after", text, Unit::Seconds, gauge);
         let metrics = Self {
             relaysvc,
-            start_limits,
             certificate_not_after,
             slots: registered(
                 own,
@@ -247,13 +241,13 @@ impl Metrics {
     }
 
     /// Updates what no event reports.
-    pub fn update(&self, stats: &Stats, config: &Config) {
+    pub fn update(&self, stats: &Stats) {
         self.relaysvc.update(stats);
         let Stats { slots, relayed, upkeep, buffered, .. } = stats;
         for (state, count) in [("live", slots.live), ("grace", slots.grace), ("free", slots.free)] {
             set(&self.slots.get_or_create(&[("state", state)]), count);
         }
-        for (setting, limit) in self.start_limits.beside(config) {
+        for (setting, limit) in stats.limits {
             let limit = i64::try_from(limit).unwrap_or(i64::MAX);
             self.limits.get_or_create(&[("setting", setting)]).set(limit);
         }
@@ -283,35 +277,5 @@ impl Metrics {
                 set(&self.busiest.get_or_create(&labels), holds);
             }
         }
-    }
-}
-
-/// The limits that the node was started with, beside those of its configuration.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct StartLimits {
-    /// The limits on connections.
-    pub connections: Limits,
-    /// The limits on streams.
-    pub streams: StreamLimits,
-}
-
-impl StartLimits {
-    /// Returns the configured limits by the names of their settings; durations in seconds, zero for none.
-    fn beside(&self, config: &Config) -> [(&'static str, u64); 12] {
-        let Self { connections, streams } = self;
-        [
-            ("max-reservations", config.max_reservations as u64),
-            ("max-circuits", config.max_circuits as u64),
-            ("max-circuits-per-peer", config.max_circuits_per_peer as u64),
-            ("max-connections", connections.max_connections as u64),
-            ("max-connections-per-peer", connections.max_connections_per_peer as u64),
-            ("max-handshakes", connections.max_handshakes as u64),
-            ("max-streams", streams.max_streams as u64),
-            ("max-buffered", streams.buffered(config.max_circuits_per_peer) as u64),
-            ("reservation-ttl", config.reservation_ttl.as_secs()),
-            ("circuit-duration", config.circuit_duration.as_secs()),
-            ("circuit-bytes", config.circuit_bytes),
-            ("bandwidth", config.bandwidth),
-        ]
     }
 }

@@ -16,11 +16,11 @@ use libp2p::futures::FutureExt;
 
 use super::{
     hosts::Hosts,
-    metrics::{Metrics, StartLimits},
+    metrics::Metrics,
     routes::Routes,
     server,
     snapshot::{LatestSnapshot, Snapshot},
-    stats::Stats,
+    stats::{StartLimits, Stats},
     status::{Recorder, Status},
 };
 use crate::program::{
@@ -38,6 +38,7 @@ const STATUS_FOR: Duration = Duration::from_secs(5);
 
 /// The component behind `--http`.
 pub struct Monitor {
+    limits: StartLimits,
     metrics: Metrics,
     recorder: Recorder,
     latest: Arc<LatestSnapshot>,
@@ -62,9 +63,9 @@ impl Monitor {
         let listener = listener.with_context(|| format!("--http {address}"))?;
         let address = listener.local_addr().context("--http")?;
         let now = Instant::now();
-        let (metrics, registry) = Metrics::new(node.relay().config().circuit_duration, limits);
+        let (metrics, registry) = Metrics::new(node.relay().config().circuit_duration);
         let mut recorder = Recorder::new(now);
-        let snapshot = take_snapshot(node, false, false, &metrics, &mut recorder);
+        let snapshot = take_snapshot(node, &limits, false, &metrics, &mut recorder);
         let latest = Arc::new(LatestSnapshot::new(snapshot));
         server::start(listener, Routes::new(Arc::clone(&latest), registry, Hosts(hosts)))
             .with_context(|| format!("--http {address}"))?;
@@ -76,6 +77,7 @@ impl Monitor {
             );
         }
         Ok(Self {
+            limits,
             metrics,
             recorder,
             latest,
@@ -106,14 +108,8 @@ impl Component for Monitor {
             self.status_until = Some(now + STATUS_FOR);
         }
         let with_status = self.status_until.is_some_and(|until| now < until);
-        let snapshot = take_snapshot(
-            node,
-            node.relay().view().is_draining(),
-            with_status,
-            &self.metrics,
-            &mut self.recorder,
-        );
-        self.latest.publish(snapshot);
+        let (metrics, recorder) = (&self.metrics, &mut self.recorder);
+        self.latest.publish(take_snapshot(node, &self.limits, with_status, metrics, recorder));
         self.next_snapshot.reset(INTERVAL);
     }
 }
@@ -121,20 +117,17 @@ impl Component for Monitor {
 /// Takes a snapshot and updates the metrics.
 fn take_snapshot(
     node: &Node,
-    draining: bool,
+    limits: &StartLimits,
     with_status: bool,
     metrics: &Metrics,
     recorder: &mut Recorder,
 ) -> Snapshot {
     let now = Instant::now();
-    let stats = Stats::of(node, draining);
-    metrics.update(&stats, node.relay().config());
+    let stats = Stats::of(node, limits);
+    metrics.update(&stats);
     recorder.record(&stats, now);
-    Snapshot {
-        at: now,
-        draining,
-        status: with_status.then(|| Status::of(node, &stats, recorder, now)),
-    }
+    let status = with_status.then(|| Status::of(node, &stats, recorder, now));
+    Snapshot { at: now, draining: stats.draining, status }
 }
 
 #[cfg(test)]
@@ -154,10 +147,13 @@ mod tests {
         ago: Duration,
     ) -> (Arc<LatestSnapshot>, Routes) {
         let keypair = Keypair::generate_ed25519();
-        let node = Node::new(keypair, Config::default()).unwrap();
-        let (metrics, registry) = Metrics::new(Duration::from_secs(120), StartLimits::default());
-        let mut recorder = Recorder::new(Instant::now());
-        let mut snapshot = take_snapshot(&node, draining, with_status, &metrics, &mut recorder);
+        let mut node = Node::new(keypair, Config::default()).unwrap();
+        if draining {
+            node.drain(Duration::from_secs(120));
+        }
+        let (metrics, registry) = Metrics::new(Duration::from_secs(120));
+        let (limits, mut recorder) = (StartLimits::default(), Recorder::new(Instant::now()));
+        let mut snapshot = take_snapshot(&node, &limits, with_status, &metrics, &mut recorder);
         snapshot.at = snapshot.at.checked_sub(ago).unwrap();
         let latest = Arc::new(LatestSnapshot::new(snapshot));
         (Arc::clone(&latest), Routes::new(latest, registry, Hosts::default()))

@@ -17,6 +17,7 @@ use prometheus_client::{
 };
 use rlimit::Resource;
 use rustix::time::{ClockId, clock_gettime};
+use serde::{Serialize, Serializer};
 
 /// Ticks per second in `/proc`: `USER_HZ`, which is 100 on all architectures that Rust
 /// builds for.
@@ -83,6 +84,17 @@ impl Collector for Process {
             }
         }
         Ok(())
+    }
+}
+
+/// The memory of this process that is in RAM, in bytes. Read when it is serialized; null where the system does not tell.
+#[derive(Clone, Copy, Debug)]
+pub struct ResidentMemory;
+
+impl Serialize for ResidentMemory {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+        memory(&status, "VmRSS:").map(|bytes| bytes as u64).serialize(serializer)
     }
 }
 

@@ -5,12 +5,17 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use libp2p::PeerId;
+use libp2p::{Multiaddr, PeerId};
 use serde::{Serialize, Serializer};
 
 use crate::{
+    config::Config,
     event::{BytesTransferred, CircuitId},
-    program::{mux::budget::Buffered, node::Node},
+    program::{
+        mux::{budget::Buffered, stream_limits::StreamLimits},
+        net::admission::limits::Limits,
+        node::Node,
+    },
     relay::quota::Busiest,
 };
 
@@ -18,6 +23,9 @@ use crate::{
 #[derive(Clone, Copy, Debug)]
 pub struct Stats {
     pub draining: bool,
+    pub limits: ConfiguredLimits,
+    /// The memory that the relay takes at most, in bytes.
+    pub memory: u64,
     pub slots: Slots,
     pub circuits: usize,
     pub connections: usize,
@@ -27,6 +35,40 @@ pub struct Stats {
     /// The address that holds the most of each resource.
     pub busiest: [(&'static str, Option<Busiest>); 5],
     pub certificate_not_after: Option<SystemTime>,
+}
+
+/// The configured limits by the names of their settings; durations in seconds, zero for none.
+pub type ConfiguredLimits = [(&'static str, u64); 12];
+
+/// The limits that the node was started with, beside those of its configuration.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct StartLimits {
+    /// The limits on connections.
+    pub connections: Limits,
+    /// The limits on streams.
+    pub streams: StreamLimits,
+    /// The memory that the relay takes at most, in bytes: the estimate that it logs at its start.
+    pub memory: u64,
+}
+
+impl StartLimits {
+    fn beside(&self, config: &Config) -> ConfiguredLimits {
+        let Self { connections, streams, .. } = self;
+        [
+            ("max-reservations", config.max_reservations as u64),
+            ("max-circuits", config.max_circuits as u64),
+            ("max-circuits-per-peer", config.max_circuits_per_peer as u64),
+            ("max-connections", connections.max_connections as u64),
+            ("max-connections-per-peer", connections.max_connections_per_peer as u64),
+            ("max-handshakes", connections.max_handshakes as u64),
+            ("max-streams", streams.max_streams as u64),
+            ("max-buffered", streams.buffered(config.max_circuits_per_peer) as u64),
+            ("reservation-ttl", config.reservation_ttl.as_secs()),
+            ("circuit-duration", config.circuit_duration.as_secs()),
+            ("circuit-bytes", config.circuit_bytes),
+            ("bandwidth", config.bandwidth),
+        ]
+    }
 }
 
 /// What the relay did of its own accord since it started.
@@ -51,13 +93,15 @@ pub struct Slots {
 
 impl Stats {
     /// Takes those of this relay now.
-    pub fn of(node: &Node, draining: bool) -> Self {
+    pub fn of(node: &Node, limits: &StartLimits) -> Self {
         let relay = node.relay();
         let (view, (sweeps, swept_for)) = (relay.view(), relay.sweeps);
         let (total, table) = (view.config.max_reservations, &view.reservations);
         let (taken, grace) = (table.taken(), table.in_grace());
         Self {
-            draining,
+            draining: view.is_draining(),
+            limits: limits.beside(&view.config),
+            memory: limits.memory,
             slots: Slots { total, live: taken - grace, grace, free: total.saturating_sub(taken) },
             circuits: view.circuits.count(),
             connections: view.connections.count(),
@@ -75,9 +119,15 @@ impl Stats {
 pub struct Circuit {
     pub id: Shown<CircuitId>,
     pub source: Shown<PeerId>,
+    pub source_address: Option<Shown<Multiaddr>>,
     pub target: Shown<PeerId>,
+    pub target_address: Option<Shown<Multiaddr>>,
     pub open_for: u64,
+    /// When it reaches its time limit, if it has one.
+    pub ends_in: Option<u64>,
     pub carried: Bytes,
+    /// What it may still carry, if that is limited.
+    pub left: Option<Bytes>,
     pub rate: Bytes,
 }
 

@@ -3,13 +3,17 @@
 //! Collected on the relay's thread, once a second while it is requested. That thread only copies it; the thread that
 //! serves HTTP serializes it.
 
-use std::time::Instant;
+use std::{
+    collections::BTreeMap,
+    time::{Instant, SystemTime},
+};
 
 use libp2p::{Multiaddr, PeerId, swarm::ConnectionId};
 use serde::Serialize;
 
 use super::{
     history::History,
+    process::ResidentMemory,
     refusals::{Reason, Refusal, Refusals},
     speeds::{Speed, Speeds},
     stats::{Bytes, Circuit, Shown, Slots, Stats},
@@ -27,8 +31,15 @@ pub struct Status {
     pub draining: bool,
     pub up_for: u64,
     pub addresses: Vec<Shown<Multiaddr>>,
-    /// The addresses that clients are told instead, if there are any.
+    /// The addresses of `--announce`.
     pub announced: Vec<Shown<Multiaddr>>,
+    /// The addresses that reservations contain, best first, with the relay's `/p2p/…`.
+    pub reachable_at: Vec<Shown<Multiaddr>>,
+    /// By the names of their settings; zero: no limit.
+    pub limits: BTreeMap<&'static str, u64>,
+    pub memory: Memory,
+    /// When the certificate of `--tls-cert` expires; zero: it has expired.
+    pub certificate_ends_in: Option<u64>,
     pub slots: Slots,
     pub history: History,
     pub holders: Listed<Holder>,
@@ -82,6 +93,14 @@ pub enum State {
     Grace,
 }
 
+/// The memory of the process, in bytes.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Memory {
+    pub resident: ResidentMemory,
+    /// How much it takes at most under its limits.
+    pub estimate: u64,
+}
+
 /// Probes of silent peers.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Probes {
@@ -123,8 +142,10 @@ impl Recorder {
 impl Status {
     /// Takes that of this relay now.
     pub fn of(node: &Node, stats: &Stats, recorder: &mut Recorder, now: Instant) -> Self {
-        let circuits = &node.relay().view().circuits;
+        let relay = node.relay().view();
+        let circuits = &relay.circuits;
         let open = circuits.iter().filter_map(|(id, circuit)| Some((id, circuit, circuit.open()?)));
+        let address_of = |over| Some(Shown(relay.connections.get(over)?.origin.address.clone()));
         recorder.speeds.forget(|id| circuits.get(id).is_some());
         Self {
             version: env!("CARGO_PKG_VERSION"),
@@ -132,17 +153,32 @@ impl Status {
             draining: stats.draining,
             up_for: now.saturating_duration_since(recorder.started).as_secs(),
             addresses: node.listeners().cloned().map(Shown).collect(),
-            announced: node.relay().config().announce.iter().cloned().map(Shown).collect(),
+            announced: relay.config.announce.iter().cloned().map(Shown).collect(),
+            reachable_at: node.relay().addresses(None).into_iter().map(Shown).collect(),
+            limits: stats.limits.into(),
+            memory: Memory { resident: ResidentMemory, estimate: stats.memory },
+            certificate_ends_in: stats
+                .certificate_not_after
+                .map(|time| time.duration_since(SystemTime::now()).unwrap_or_default().as_secs()),
             slots: stats.slots,
             history: recorder.history.clone(),
             holders: holders(node, now),
             circuits: Listed::of(stats.circuits, open, |(id, circuit, (since, carried))| {
+                let open_for = now.saturating_duration_since(since);
+                let limit = circuit.limit;
                 Some(Circuit {
                     id: Shown(id),
                     source: Shown(circuit.source.peer),
+                    source_address: address_of(circuit.source.connection),
                     target: Shown(circuit.target.peer),
-                    open_for: now.saturating_duration_since(since).as_secs(),
+                    target_address: address_of(circuit.target.connection),
+                    open_for: open_for.as_secs(),
+                    ends_in: limit.duration.map(|most| most.saturating_sub(open_for).as_secs()),
                     carried: carried.into(),
+                    left: limit.bytes.map(|most| Bytes {
+                        to_target: most.saturating_sub(carried.to_target),
+                        to_source: most.saturating_sub(carried.to_source),
+                    }),
                     rate: recorder.speeds.update(id, since, carried, now).into(),
                 })
             }),
