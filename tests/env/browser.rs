@@ -1,5 +1,5 @@
-//! Tests with Chromium: it opens the relay's page in a desktop and a phone size, in dark and light mode; and two pages
-//! with js-libp2p connect to each other through the relay.
+//! Tests with Chromium: it opens the relay's page in a desktop and a phone size, in dark and light mode, of a relay that
+//! is empty, in use or full; and two pages with js-libp2p connect to each other through the relay.
 //!
 //! Chromium is `CHROMIUM=…`, else `/usr/bin/chromium`. Screenshots are under `target/tmp/browser`.
 
@@ -11,7 +11,7 @@ use std::{
 };
 
 use crate::common::{
-    Client, Relay, circuit, http, messages, read_bytes,
+    Client, Relay, by_hand, circuit, http, messages, read_bytes,
     websocket::{self, CERTIFICATE, Certificate},
 };
 use libp2p::futures::{AsyncWriteExt as _, future};
@@ -92,16 +92,14 @@ fn free_port() -> u16 {
 #[tokio::test]
 #[ignore = "needs Chromium, Node and npm"]
 async fn the_status_page_shows_the_relay() {
-    let screenshots = Path::new(env!("CARGO_TARGET_TMPDIR")).join("browser");
-    fs::create_dir_all(&screenshots).expect("a folder for screenshots");
-
+    let screenshots = screenshots();
     let relay = Relay::start(&[
         http::ON_ANY_PORT,
         "--max-reservations=8",
         "--grace=1h",
         "--http-host=relay.example",
-        "--circuit-bytes=0",
-        "--circuit-duration=0s",
+        "--circuit-bytes=1GiB",
+        "--circuit-duration=1h",
     ]);
     let port = http::port(&relay).await;
     let mut target = Client::connect(&relay).await;
@@ -138,4 +136,65 @@ async fn the_status_page_shows_the_relay() {
         () = traffic => unreachable!("the traffic never ends"),
     };
     assert!(status.success(), "page.mjs: {status}");
+}
+
+#[tokio::test]
+#[ignore = "needs Chromium, Node and npm"]
+async fn the_status_page_shows_0_and_3_and_1024_holders() {
+    let relay = Relay::start(&[
+        http::ON_ANY_PORT,
+        "--announce=/dns4/relay.example/tcp/4001",
+        "--max-reservations-per-ip=0",
+        "--max-reservations-per-subnet=0",
+        "--max-connections-per-ip=0",
+        "--max-connections-per-subnet=0",
+        "--reserve-rate=0",
+        "--heartbeat=0s", // most holders answer no probe
+    ]);
+    let port = http::port(&relay).await;
+    let mut script = process::Command::new("node")
+        .arg("states.mjs")
+        .arg(format!("http://127.0.0.1:{port}/"))
+        .arg(screenshots())
+        .current_dir(&*SCRIPTS)
+        .stdout(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .expect("node is installed");
+    let mut output = BufReader::new(script.stdout.take().expect("it is piped")).lines();
+    let (mut clients, mut circuits, mut others) = (Vec::new(), Vec::new(), Vec::new());
+    // The script limits the time of its steps.
+    while let Some(line) = output.next_line().await.expect("text") {
+        match &line[..] {
+            "empty" => {
+                for _ in 0..3 {
+                    let mut client = Client::connect(&relay).await;
+                    client.reserve().await;
+                    clients.push(client);
+                }
+                let [source, target, _] = &mut clients[..] else { panic!("three clients") };
+                let mut ends = circuit(source, target).await;
+                ends.0.write_all(&[7; 40_000]).await.expect("the relay reads");
+                ends.0.flush().await.expect("the relay reads");
+                circuits.push(ends);
+            }
+            "three" => {
+                for _ in 3..1024 {
+                    let mut channel = by_hand::muxed(&relay).await;
+                    assert_eq!(by_hand::reserve(&mut channel, 1).await, Some(100));
+                    others.push(channel);
+                }
+            }
+            _ => println!("{line}"),
+        }
+    }
+    let status = script.wait().await.expect("wait succeeds");
+    assert!(status.success(), "states.mjs: {status}");
+}
+
+/// The folder for screenshots.
+fn screenshots() -> PathBuf {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("browser");
+    fs::create_dir_all(&folder).expect("a folder for screenshots");
+    folder
 }

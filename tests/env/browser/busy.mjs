@@ -45,13 +45,41 @@ function curve(every, wave) {
 
 const holders = Array.from({ length: 1000 }, holder);
 
+const relay = peer();
+const party = (role) => {
+  const { peer, address } = holders[roll(1000)];
+  return { [role]: peer, [`${role}_address`]: address };
+};
+const rest = ({ to_target, to_source }) => ({ to_target: 131072 - to_target, to_source: 131072 - to_source });
+
 export const status = {
   version: "0.1.0",
-  peer: peer(),
+  peer: relay,
   draining: false,
-  up_for: 31234567,
+  up_for: 31234680,
   addresses: ["/ip4/203.0.113.7/tcp/4001"],
-  announced: [],
+  announced: ["/dns4/relay.example.org/tcp/4001", "/dns4/relay.example.org/tcp/443/tls/ws", "/dns6/relay.example.org/tcp/4001"],
+  reachable_at: [
+    `/dns4/relay.example.org/tcp/4001/p2p/${relay}`,
+    `/dns4/relay.example.org/tcp/443/tls/ws/p2p/${relay}`,
+    `/dns6/relay.example.org/tcp/4001/p2p/${relay}`,
+  ],
+  limits: {
+    bandwidth: 0,
+    "circuit-bytes": 131072,
+    "circuit-duration": 120,
+    "max-buffered": 83886080,
+    "max-circuits": 1024,
+    "max-circuits-per-peer": 64,
+    "max-connections": 3000,
+    "max-connections-per-peer": 8,
+    "max-handshakes": 256,
+    "max-reservations": TOTAL,
+    "max-streams": 4096,
+    "reservation-ttl": 3600,
+  },
+  memory: { resident: 61234176, estimate: 671088640 },
+  certificate_ends_in: 62 * 86400 + 4000,
   slots: { total: TOTAL, live: 1201, grace: 37, free: 262 },
   history: { hour: curve(15, 90), day: curve(360, 40) },
   holders: { count: 1238, listed: holders },
@@ -59,12 +87,13 @@ export const status = {
     count: 83,
     listed: Array.from({ length: 83 }, (_, index) => ({
       id: String(7003 + index),
-      source: holders[roll(1000)].peer,
-      target: holders[roll(1000)].peer,
-      open_for: roll(90000),
-      carried: way(10 ** (2 + roll(9))),
-      rate: way(10 ** (1 + roll(6))),
-    })),
+      ...party("source"),
+      ...party("target"),
+      open_for: roll(120),
+      ends_in: 1 + roll(120),
+      carried: way(131072),
+      rate: way(10 ** (1 + roll(4))),
+    })).map((circuit) => ({ ...circuit, left: rest(circuit.carried) })),
   },
   connections: 1311,
   relayed: { to_target: 8123456789012, to_source: 1123456789012 },

@@ -4,47 +4,11 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import { status as busy } from "./busy.mjs";
-import { launch, TIMEOUT } from "./chromium.mjs";
+import { fits, launch, open as openPage, rows, text } from "./chromium.mjs";
 
 const [here, holder, screenshots] = process.argv.slice(2);
-const SIZES = { desktop: { width: 1280, height: 900 }, phone: { width: 390, height: 844 } };
 const browser = await launch();
-
-// Opens the page as a visitor would. Console messages, errors, and requests to other servers count as complaints.
-// `answer` may replace the relay's status.
-async function open(size, colorScheme, answer, url = here) {
-  const context = await browser.newContext({
-    viewport: SIZES[size],
-    colorScheme,
-    deviceScaleFactor: size === "phone" ? 2 : 1,
-    permissions: ["clipboard-read", "clipboard-write"],
-  });
-  context.setDefaultTimeout(TIMEOUT);
-  const page = await context.newPage();
-  const complaints = [];
-  page.on("console", (message) => message.type() !== "log" && complaints.push(message.text()));
-  page.on("pageerror", (error) => complaints.push(String(error)));
-  page.on("request", (request) => {
-    const to = request.url();
-    if (!to.startsWith(url) && !to.startsWith("data:image/svg+xml")) complaints.push(`asks for ${to}`);
-  });
-  if (answer) await page.route("**/status.json", answer);
-  await page.goto(url);
-  await page.locator("main").waitFor();
-  return { page, complaints, close: () => context.close() };
-}
-
-const text = (page, selector) => page.locator(selector).first().innerText();
-const rows = (page, section) => page.locator(`${section} tbody tr`);
-
-// Asserts that nothing overflows, at this width and at that of the smallest phone.
-async function fits(page) {
-  for (const width of [page.viewportSize().width, 320]) {
-    await page.setViewportSize({ width, height: 800 });
-    const [content, window] = await page.evaluate(() => [document.documentElement.scrollWidth, innerWidth]);
-    assert.ok(content <= window, `${content} in ${window}`);
-  }
-}
+const open = (size, colorScheme, answer, url = here) => openPage(browser, url, size, colorScheme, answer);
 
 async function shows_the_status() {
   const { page, complaints, close } = await open("desktop", "light");
@@ -52,8 +16,29 @@ async function shows_the_status() {
   await rows(page, "#circuits").first().waitFor();
   const status = await page.evaluate(async () => (await fetch("status.json")).json());
   assert.equal(await text(page, "#state"), "serving");
-  assert.deepEqual(await page.locator("#counts dd").allInnerTexts(), ["1", "1", "6"]);
+  assert.deepEqual(await page.locator("#counts dd").allInnerTexts(), ["1 of 8", "1", "6"]);
   assert.equal(await page.locator("#about .peer").getAttribute("title"), status.peer);
+
+  assert.equal(await page.title(), "relaylet", "no address is announced");
+
+  // The relay's addresses, whole; a click copies one.
+  const addresses = await page.locator("#addresses code").allInnerTexts();
+  assert.deepEqual(addresses, status.reachable_at);
+  assert.ok(addresses[0].endsWith(`/p2p/${status.peer}`), addresses[0]);
+  await page.getByRole("button", { name: `Copy ${addresses[0]}` }).click();
+  await page.locator("#addresses .copied").filter({ hasText: "Copied" }).waitFor();
+  assert.equal(await page.evaluate(() => navigator.clipboard.readText()), addresses[0]);
+
+  // The limits, and how much of them is used.
+  const figure = (title) => page.locator("#figures div").filter({ hasText: title }).locator("dd span").innerText();
+  assert.equal(await figure("Circuits"), "1 of 128");
+  assert.equal(await figure("Connections"), "2 of 128");
+  assert.match(await figure("Memory"), /^[\d.]+ MiB of [\d,]+ MiB$/);
+  assert.equal(await page.locator("#figures div").count(), 6, "there is no certificate");
+  const limits = await page.locator("#limits div").allInnerTexts();
+  for (const limit of ["--max-reservations 8", "--circuit-bytes 1.0 GiB", "--circuit-duration 1 h", "--bandwidth no limit"]) {
+    assert.ok(limits.map((text) => text.replace(/\s+/g, " ")).includes(limit), `${limit}: ${limits}`);
+  }
 
   // Peer ids are shortened; a click copies the whole id.
   assert.equal(await rows(page, "#holders").count(), status.holders.count);
@@ -76,8 +61,17 @@ async function shows_the_status() {
   assert.equal(await text(page, "#holders .none"), "No peer matches.");
   await search.fill("");
 
-  // The circuit and its rate.
+  // The circuit: both addresses, what is left of its limits, its rate.
   const circuit = rows(page, "#circuits").first();
+  const [{ source_address, target_address }] = status.circuits.listed;
+  for (const [cell, address] of [source_address, target_address].entries()) {
+    const [, ip, host, tcp, port] = address.split("/");
+    assert.deepEqual([ip, host, tcp], ["ip4", "127.0.0.1", "tcp"]);
+    assert.ok((await circuit.locator("td").nth(cell).innerText()).endsWith(`127.0.0.1:${port}`), address);
+  }
+  assert.match(await circuit.locator("td").nth(3).innerText(), /^5\d min$/);
+  assert.match(await circuit.locator("td").nth(4).innerText(), /iB\s+10\d\d MiB left$/);
+  assert.match(await circuit.locator("td").nth(5).innerText(), /^0 B\s+1.0 GiB left$/);
   assert.equal(await circuit.locator(".peer").nth(1).getAttribute("title"), holder);
   await circuit.locator("td").last().filter({ hasNotText: /^0 B\/s$/ }).waitFor();
 
@@ -118,7 +112,7 @@ async function runs_no_other_script() {
 }
 
 // Over plain HTTP from another host, browsers do not offer the clipboard API.
-async function copies_peer_ids_without_the_clipboard_api() {
+async function copies_without_the_clipboard_api() {
   const there = here.replace("127.0.0.1", "relay.example");
   const { page, complaints, close } = await open("desktop", "light", undefined, there);
   assert.equal(await page.evaluate(() => navigator.clipboard), undefined);
@@ -127,6 +121,13 @@ async function copies_peer_ids_without_the_clipboard_api() {
   await page.getByRole("searchbox").focus();
   await page.keyboard.press("Control+V");
   assert.equal(await page.getByRole("searchbox").inputValue(), holder);
+
+  // Where it is not allowed at all, the address is selected.
+  const code = page.locator("#addresses code").first();
+  await page.evaluate(() => (document.execCommand = () => false));
+  await page.locator("#addresses button").first().click();
+  await page.locator("#addresses button").filter({ hasText: "Selected" }).waitFor();
+  assert.equal(await page.evaluate(() => getSelection().toString()), await code.innerText());
   assert.deepEqual(complaints, []);
   await close();
 }
@@ -162,17 +163,62 @@ async function lists_a_thousand_peers() {
   const plot = page.locator("#plot");
   assert.match(await plot.getAttribute("aria-label"), /last hour: 1201 live and 37 in grace now/);
   await plot.hover();
-  assert.match(await text(page, "#cursor"), /^30 min ago: [\d,]+ live, [\d,]+ in grace, [\d,]+ free$/);
+  assert.match(await text(page, "#times p"), /^30 min ago: [\d,]+ live, [\d,]+ in grace, [\d,]+ free$/);
+  await nothing_covers_the_plot(page);
   await page.getByRole("button", { name: "Day", exact: true }).click();
   await plot.hover();
-  assert.match(await text(page, "#cursor"), /^12 h ago: /);
+  assert.match(await text(page, "#times p"), /^12 h ago: /);
   assert.deepEqual(complaints, []);
   await close();
 }
 
+async function nothing_covers_the_plot(page) {
+  const covering = await page.evaluate(() => {
+    const plot = document.querySelector("#plot svg").getBoundingClientRect();
+    const labels = document.querySelectorAll("#levels span, #times li, #times p:not([hidden])");
+    return [...labels].filter((label) => {
+      const { left, right, top, bottom } = label.getBoundingClientRect();
+      return right > plot.left && left < plot.right && bottom > plot.top && top < plot.bottom;
+    }).map((label) => label.innerText);
+  });
+  assert.deepEqual(covering, []);
+}
+
+async function the_chart_spans_the_uptime_until_that_is_an_hour() {
+  // Started 200 s ago; two slots taken since 95 s ago.
+  const points = Array.from({ length: 14 }, (_, index) => [index < 7 ? 0 : 2, 0, 6]);
+  const young = { ...busy, up_for: 200, slots: { total: 8, live: 2, grace: 0, free: 6 } };
+  young.history = { hour: { every: 15, points }, day: { every: 360, points: points.slice(0, 1) } };
+  const { page, complaints, close } = await open("phone", "light", (route) => route.fulfill({ json: young }));
+  for (const [span, first] of [["Hour", "M0.00 100.00L18.00 100.00"], ["Day", "M0.00 100.00L240.00 51.00"]]) {
+    await page.getByRole("button", { name: span, exact: true }).click();
+    const line = await page.locator("#plot .live.line").getAttribute("d");
+    assert.ok(line.startsWith(first) && line.endsWith("L240.00 51.00"), line);
+    assert.deepEqual(await page.locator("#times li").allInnerTexts(), ["3 min 20 s ago", "1 min 40 s ago", "now"]);
+    assert.deepEqual(await page.locator("#levels li").allInnerTexts(), ["4", "2", "0"]);
+    await nothing_covers_the_plot(page);
+  }
+  assert.match(await page.locator("#plot").getAttribute("aria-label"), /since the start 3 min 20 s ago: 2 live/);
+  assert.deepEqual(complaints, []);
+  await close();
+}
+
+async function colours_what_needs_attention() {
+  for (const [left, shown, kind] of [[5356800, "62 days", ""], [432000, "5 days", "amber"], [7200, "2 h", "amber"], [0, "expired", "bad"]]) {
+    const json = { ...busy, certificate_ends_in: left, connections: busy.limits["max-connections"] };
+    const { page, close } = await open("phone", "dark", (route) => route.fulfill({ json }));
+    const certificate = page.locator("#figures div").last().locator("dd span");
+    assert.deepEqual([await certificate.innerText(), await certificate.getAttribute("class")], [shown, kind]);
+    assert.equal(await text(page, "#state"), "full");
+    assert.match(await text(page, "#reached"), /^All 3,000 connections are open: .* --max-connections /);
+    assert.equal(await page.locator("#figures div").nth(1).locator("dd span").getAttribute("class"), "amber");
+    await close();
+  }
+}
+
 async function fits_every_screen_in_light_and_dark() {
   const backgrounds = new Set();
-  for (const size of Object.keys(SIZES)) {
+  for (const size of ["desktop", "phone"]) {
     for (const scheme of ["light", "dark"]) {
       const { page, complaints, close } = await open(size, scheme, (route) => route.fulfill({ json: busy }));
       backgrounds.add(await page.evaluate(() => getComputedStyle(document.body).backgroundColor));
@@ -188,9 +234,11 @@ async function fits_every_screen_in_light_and_dark() {
 for (const check of [
   shows_the_status,
   runs_no_other_script,
-  copies_peer_ids_without_the_clipboard_api,
+  copies_without_the_clipboard_api,
   shows_when_the_relay_drains_or_does_not_answer,
   lists_a_thousand_peers,
+  the_chart_spans_the_uptime_until_that_is_an_hour,
+  colours_what_needs_attention,
   fits_every_screen_in_light_and_dark,
 ]) {
   await check();

@@ -4,6 +4,10 @@ const INTERVAL = 2000;
 const TIMEOUT = 5000;
 // Rows of a table that are shown at first.
 const ROWS = 10;
+// The relay's addresses that are shown at first.
+const ADDRESSES = 2;
+// When a certificate is about to expire, in seconds.
+const EXPIRES_SOON = 14 * 86400;
 
 const find = (selector, inside = document) => inside.querySelector(selector);
 
@@ -11,6 +15,9 @@ const find = (selector, inside = document) => inside.querySelector(selector);
 
 const number = new Intl.NumberFormat("en");
 const count = (n) => number.format(n);
+
+// `12 of 1,024`; a limit of zero is none.
+const of = (n, most) => (most ? `${count(n)} of ${count(most)}` : count(n));
 
 function bytes(n) {
   const units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"];
@@ -25,22 +32,24 @@ function bytes(n) {
 // In two units at most: `2 h 5 min`.
 function time(seconds) {
   const [minutes, hours, days] = [60, 3600, 86400].map((unit) => Math.floor(seconds / unit));
-  const parts = days ? [days, "d", hours % 24, "h"] : hours ? [hours, "h", minutes % 60, "min"] : [minutes, "min", 0];
   if (!minutes) return `${seconds} s`;
-  return parts.slice(0, parts[2] ? 4 : 2).join(" ");
+  if (days) return units(days, "d", hours % 24, "h");
+  return hours ? units(hours, "h", minutes % 60, "min") : units(minutes, "min", minutes < 10 ? seconds % 60 : 0, "s");
 }
+
+const units = (n, unit, rest, smaller) => (rest ? `${n} ${unit} ${rest} ${smaller}` : `${n} ${unit}`);
 
 const ago = (seconds) => (seconds < 2 ? "now" : `${time(seconds)} ago`);
 
 // Without the middle: the start is the same for many peers.
 const short = (peer) => (peer.length > 16 ? `${peer.slice(0, 4)}…${peer.slice(-8)}` : peer);
 
-// `/ip4/192.0.2.1/tcp/4001` as `192.0.2.1:4001`; other addresses unchanged.
-function place(address) {
+// `/ip4/192.0.2.1/tcp/4001/ws` as `192.0.2.1:4001 ws`; addresses without an IP address unchanged.
+function socket(address) {
   const [, kind, host, , port, ...rest] = (address ?? "").split("/");
-  if (rest.length > 0 || !["ip4", "ip6"].includes(kind)) return address ?? "";
+  if (!["ip4", "ip6"].includes(kind)) return address ?? "";
   const bare = kind === "ip6" ? `[${host}]` : host;
-  return port ? `${bare}:${port}` : host;
+  return port ? [`${bare}:${port}`, ...rest].join(" ") : host;
 }
 
 // ---- Elements
@@ -58,29 +67,71 @@ function setText(where, text) {
 
 function peer(id) {
   const button = element("button", short(id), { type: "button", className: "peer", title: id });
-  button.setAttribute("aria-label", `Copy ${id}`);
-  button.addEventListener("click", async () => {
-    await copy(id);
-    button.classList.add("copied");
-    setTimeout(() => button.classList.remove("copied"), 1500);
-  });
+  button.setAttribute("aria-label", `Copy ${short(id)}`);
+  button.addEventListener("click", () => copyOnClick(button, id));
   return button;
 }
 
-// Browsers offer the clipboard to pages that came over TLS, or from the same machine.
+// The whole text of an address, and a button that copies it, or else selects it.
+function address(text) {
+  const [code, button] = [element("code", text), element("button", "Copy", { type: "button", className: "copy" })];
+  button.setAttribute("aria-label", `Copy ${text}`);
+  button.addEventListener("click", () => copyOnClick(button, text, code));
+  return element("li", [button, code]);
+}
+
+// Shows the relay's addresses: a few of them until the button below is clicked.
+function addresses(where) {
+  const all = status.reachable_at;
+  const most = where.dataset.all ? Infinity : ADDRESSES;
+  const key = JSON.stringify([all, most]);
+  if (where.dataset.key === key) return;
+  where.dataset.key = key;
+  const more = element("button", `Show all ${count(all.length)} addresses`, { type: "button" });
+  more.hidden = all.length <= most;
+  more.addEventListener("click", () => {
+    where.dataset.all = true;
+    addresses(where);
+  });
+  where.replaceChildren(element("ol", all.slice(0, most).map(address)), more);
+}
+
+// Copies `text`; where the browser does not allow that, selects it in `code`. Shows for a moment what was done, and tells
+// screen readers.
+async function copyOnClick(button, text, code) {
+  const done = await copy(text);
+  if (!done && code) getSelection().selectAllChildren(code);
+  const result = done ? "Copied" : code ? "Selected" : "Not copied";
+  const show = (result, label) => {
+    button.classList.toggle("copied", result === "Copied");
+    setText(find("#said"), result);
+    if (code) setText(button, label);
+  };
+  show(result, result);
+  setTimeout(show, 1500, "", "Copy");
+}
+
+// Whether `text` is in the clipboard now. Browsers offer it to pages that came over TLS, or from the same machine.
 async function copy(text) {
-  if (navigator.clipboard) return navigator.clipboard.writeText(text);
-  const area = element("textarea", text, { readOnly: true });
-  document.body.append(area);
-  area.select();
-  document.execCommand("copy");
-  area.remove();
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch {
+    const focused = document.activeElement;
+    const area = element("textarea", text, { readOnly: true });
+    document.body.append(area);
+    area.select();
+    const done = document.execCommand("copy");
+    area.remove();
+    focused?.focus();
+    return done;
+  }
 }
 
 // ---- Tables
 
 // A column has a title, the class of its cells, and their content: `text`, which may change, or `build`, an
-// element that does not. With `by`, a click on the title sorts by that number.
+// element that does not; `small` is a second line. With `by`, a click on the title sorts by that number.
 class Table {
   constructor(section, columns) {
     this.section = section;
@@ -124,8 +175,10 @@ class Table {
     const body = find("tbody", this.section);
     shown.forEach(([key, of], index) => {
       const row = this.rows.get(key) ?? this.add(key, of);
-      this.columns.forEach(({ text, kind }, at) => {
-        if (text) setText(row.cells[at], text(of));
+      this.columns.forEach(({ text, small, kind }, at) => {
+        const [main, line] = small ? row.cells[at].children : [row.cells[at]];
+        if (text) setText(main, text(of));
+        if (small) setText(line, small(of));
         if (typeof kind === "function") row.cells[at].className = kind(of);
       });
       if (body.children[index] !== row) body.insertBefore(row, body.children[index] ?? null);
@@ -138,8 +191,9 @@ class Table {
   }
 
   add(key, of) {
-    const cells = this.columns.map(({ title, kind, build, label }) => {
-      const cell = element("td", build?.(of));
+    const cells = this.columns.map(({ title, kind, build, small, label }) => {
+      const main = build?.(of);
+      const cell = element("td", small ? [main ?? element("span"), element("small")] : main);
       if (typeof kind === "string") cell.className = kind;
       if (label) cell.dataset.label = title;
       return cell;
@@ -151,31 +205,33 @@ class Table {
 }
 
 const sum = ({ to_target, to_source }) => to_target + to_source;
+const remaining = (n) => (n === undefined ? "" : `${bytes(n)} left`);
 
 const holders = new Table(find("#holders"), [
   { title: "Peer", build: (holder) => peer(holder.peer) },
-  { title: "", kind: (holder) => `state ${holder.state}`, text: ({ state }) => (state === "grace" ? "in grace" : state) },
-  { title: "From", kind: "full", text: (holder) => place(holder.address) },
+  { title: "State", kind: (holder) => `state ${holder.state}`, text: ({ state }) => (state === "grace" ? "in grace" : state) },
+  { title: "Address", kind: "full", text: (holder) => socket(holder.address) },
   { title: "Ends in", kind: "number", label: true, by: (holder) => holder.ends_in, text: (holder) => time(holder.ends_in) },
-  { title: "Last heard", kind: "number", label: true, by: ({ silent_for }) => silent_for ?? -1, text: ({ silent_for }) => (silent_for === null ? "" : ago(silent_for)) },
+  { title: "Silent for", kind: "number", label: true, by: ({ silent_for }) => silent_for ?? -1, text: ({ silent_for }) => (silent_for === null ? "" : time(silent_for)) },
   { title: "Circuits", kind: "number", label: true, by: (holder) => holder.circuits, text: ({ circuits }) => (circuits ? count(circuits) : "") },
 ]);
 
 const circuits = new Table(find("#circuits"), [
-  { title: "From", build: (circuit) => peer(circuit.source) },
-  { title: "To", kind: "to", build: (circuit) => peer(circuit.target) },
+  { title: "Source", build: (circuit) => peer(circuit.source), small: (circuit) => socket(circuit.source_address) },
+  { title: "Target", kind: "to", build: (circuit) => peer(circuit.target), small: (circuit) => socket(circuit.target_address) },
   { title: "Open for", kind: "number", label: true, by: (circuit) => circuit.open_for, text: (circuit) => time(circuit.open_for) },
-  { title: "To target", kind: "number", label: true, by: ({ carried }) => carried.to_target, text: ({ carried }) => bytes(carried.to_target) },
-  { title: "To source", kind: "number", label: true, by: ({ carried }) => carried.to_source, text: ({ carried }) => bytes(carried.to_source) },
+  { title: "Time left", kind: "number", label: true, by: ({ ends_in }) => ends_in ?? Infinity, text: ({ ends_in }) => (ends_in === null ? "no limit" : time(ends_in)) },
+  { title: "To target", kind: "number", label: true, by: ({ carried }) => carried.to_target, text: ({ carried }) => bytes(carried.to_target), small: ({ left }) => remaining(left?.to_target) },
+  { title: "To source", kind: "number", label: true, by: ({ carried }) => carried.to_source, text: ({ carried }) => bytes(carried.to_source), small: ({ left }) => remaining(left?.to_source) },
   { title: "Now", kind: "number", label: true, by: (circuit) => sum(circuit.rate), text: (circuit) => `${bytes(sum(circuit.rate))}/s` },
 ]);
 
 const latest = new Table(find("#latest"), [
   { title: "When", text: (refusal) => ago(refusal.ago) },
-  { title: "What", text: (refusal) => refusal.what },
-  { title: "Why", kind: "full", text: (refusal) => refusal.why },
+  { title: "Request", text: (refusal) => refusal.what },
+  { title: "Reason", kind: "full", text: (refusal) => refusal.why },
   { title: "Peer", build: (refusal) => peer(refusal.peer) },
-  { title: "From", text: (refusal) => place(refusal.address) },
+  { title: "Address", text: (refusal) => socket(refusal.address) },
 ]);
 
 function tallies(section, list) {
@@ -200,11 +256,15 @@ const plot = find("#plot");
 let span = "hour";
 let status;
 
+// The points of the shown curve with their ages, and the time that they span: the uptime until the curve is full.
 function curve() {
   const { every, points } = status.history[span];
   const { live, grace, free } = status.slots;
-  // The last sample may be old: the current numbers follow it.
-  return { every, points: [...points, [live, grace, free]] };
+  // A sample is taken at each multiple of `every` since the start. The current numbers follow the last one.
+  const past = points.map((point, index) => ({ point, age: (status.up_for % every) + every * (points.length - 1 - index) }));
+  const most = every * 240;
+  const total = Math.max(Math.min(status.up_for, most), 1);
+  return { points: [...past, { point: [live, grace, free], age: 0 }], total, isFull: total === most };
 }
 
 // The next round number.
@@ -214,57 +274,64 @@ function round(n) {
 }
 
 function draw() {
-  const { every, points } = curve();
-  const total = status.slots.total;
-  const taken = points.map(([live, grace]) => live + grace);
+  const { points, total, isFull } = curve();
+  const slots = status.slots.total;
+  const live = points.map(({ point: [live] }) => live);
+  const taken = points.map(({ point: [live, grace] }) => live + grace);
   // The scale ends at all slots if many are taken, else a little above the maximum.
   const most = Math.max(...taken);
-  const top = most * 4 > total ? Math.max(total, most) : Math.min(total, round(Math.max(most * 1.25, 4)));
-  const x = (index) => 240 - (points.length - 1 - index);
-  const y = (n) => 100 - (n / top) * 98;
-  const line = (values) => values.map((n, index) => `${index ? "L" : "M"}${x(index)} ${y(n).toFixed(2)}`).join("");
-  const area = (values) => `${line(values)}L240 100L${x(0)} 100Z`;
-  const live = points.map(([live]) => live);
+  const top = (most * 4 > slots ? Math.max(slots, most) : Math.min(slots, round(Math.max(most * 1.25, 4)))) || 1;
+  const x = (index) => (240 * (1 - points[index].age / total)).toFixed(2);
+  const y = (n) => (100 - (n / top) * 98).toFixed(2);
+  const line = (values) => values.map((n, index) => `${index ? "L" : "M"}${x(index)} ${y(n)}`).join("");
   const set = (selector, path) => find(selector, plot).setAttribute("d", path);
-  set(".live.area", area(live));
+  set(".live.area", `${line(live)}L240 100L${x(0)} 100Z`);
   set(".live.line", line(live));
-  set(".grace.area", `${line(taken)}${live.map((n, i) => `L${x(i)} ${y(n).toFixed(2)}`).reverse().join("")}Z`);
-  set(".grace.line", points.some(([, grace]) => grace) ? line(taken) : "");
-  const levels = [top, Math.round(top / 2)].filter((n, index, all) => n && all.indexOf(n) === index);
+  set(".grace.area", `${line(taken)}${live.map((n, i) => `L${x(i)} ${y(n)}`).reverse().join("")}Z`);
+  set(".grace.line", points.some(({ point: [, grace] }) => grace) ? line(taken) : "");
+
+  // The labels of both axes are beside the plot, so that they hide none of it.
+  const levels = [top, top / 2, 0].filter((n, index, all) => Number.isInteger(n) && all.indexOf(n) === index);
   find("#levels").replaceChildren(...levels.map((n) => {
-    const label = n === total ? `all ${count(n)} slots` : count(n);
-    const level = element("li", element("span", label));
+    const level = element("li", element("span", count(n)));
     level.style.setProperty("--at", `${(n / top) * 98}%`);
     return level;
   }));
-  const times = [1, 0.75, 0.5, 0.25].map((share) => `${time(every * 240 * share)} ago`);
-  find("#times").replaceChildren(...[...times, "now"].map((text) => element("li", text)));
-  const hint = find("#hint");
-  hint.hidden = points.length > 3;
-  setText(hint, "No data yet");
+  find("#slots").style.setProperty("--digits", Math.max(...levels.map((n) => count(n).length)));
+  const shares = isFull ? [1, 0.75, 0.5, 0.25, 0] : total < 4 ? [1, 0] : [1, 0.5, 0];
+  find("#times ol").replaceChildren(...shares.map((share) => {
+    const label = element("li", share ? `${time(Math.round(total * share))} ago` : "now");
+    label.style.setProperty("--at", `${100 * (1 - share)}%`);
+    return label;
+  }));
+  const covered = isFull ? `over the last ${span}` : `since the start ${time(total)} ago`;
   plot.setAttribute(
     "aria-label",
-    `Slots over the last ${span}: ${live.at(-1)} live and ${points.at(-1)[1]} in grace now, ${most} taken at most, of ${total}`,
+    `Slots ${covered}: ${live.at(-1)} live and ${status.slots.grace} in grace now, ${most} taken at most, of ${slots}`,
   );
 }
 
+// Shows the numbers of the time under the pointer in place of the time axis.
 function point(event) {
-  const { every, points } = curve();
+  const { points, total } = curve();
   const { left, width } = plot.getBoundingClientRect();
-  const share = Math.min(Math.max((event.clientX - left) / width, 0), 1);
-  const back = Math.min(Math.round((1 - share) * 240), points.length - 1);
-  const [live, grace, free] = points.at(-1 - back);
-  const cursor = find("#cursor");
-  cursor.hidden = false;
-  cursor.style.setProperty("--at", `${100 - (back / 240) * 100}%`);
-  cursor.classList.toggle("left", back < 120);
-  const when = back ? `${time(back * every)} ago` : "now";
-  cursor.replaceChildren(element("span", `${when}: ${count(live)} live, ${count(grace)} in grace, ${count(free)} free`));
+  const age = (1 - Math.min(Math.max((event.clientX - left) / width, 0), 1)) * total;
+  const nearest = points.reduce((best, other) => (Math.abs(other.age - age) < Math.abs(best.age - age) ? other : best));
+  const [live, grace, free] = nearest.point;
+  find("#cursor").style.setProperty("--at", `${100 * (1 - nearest.age / total)}%`);
+  const when = nearest.age ? ago(nearest.age) : "now";
+  setText(find("#times p"), `${when}: ${count(live)} live, ${count(grace)} in grace, ${count(free)} free`);
+  pointed(true);
+}
+
+function pointed(at) {
+  find("#cursor").hidden = find("#times p").hidden = !at;
+  find("#times ol").hidden = at;
 }
 
 plot.addEventListener("pointermove", point);
 plot.addEventListener("pointerdown", point);
-plot.addEventListener("pointerleave", () => (find("#cursor").hidden = true));
+plot.addEventListener("pointerleave", () => pointed(false));
 
 for (const button of document.querySelectorAll("#span button")) {
   button.addEventListener("click", () => {
@@ -278,23 +345,66 @@ for (const button of document.querySelectorAll("#span button")) {
 
 // ---- The whole page
 
-function figures() {
-  const { circuits, connections, rate: now, relayed, questions } = status;
+// The limits that are reached, with what that means.
+function reached() {
+  const { slots, circuits, connections, limits } = status;
   const all = [
-    ["Circuits", count(circuits.count), ""],
-    ["Relaying", `${bytes(sum(now))}/s`, `→ ${bytes(now.to_target)}/s\u2002← ${bytes(now.to_source)}/s`],
-    ["Relayed", bytes(sum(relayed)), `→ ${bytes(relayed.to_target)}\u2002← ${bytes(relayed.to_source)}`],
-    ["Connections", count(connections), ""],
+    [slots.live + slots.grace, "max-reservations", "slots are taken", "a newcomer gets one only in place of a peer that is gone"],
+    [circuits.count, "max-circuits", "circuits are open", "a new one ends another, or is refused"],
+    [connections, "max-connections", "connections are open", "a new one replaces an idle one, or is closed"],
+  ];
+  return all.filter(([n, limit]) => limits[limit] && n >= limits[limit]).map(([, limit, what, effect]) => ({
+    limit,
+    text: `All ${count(limits[limit])} ${what}: ${effect}. Raise --${limit} to have more.`,
+  }));
+}
+
+// The figures: title, value, detail, and the class of the value.
+function figures(full) {
+  const { circuits, connections, rate: now, relayed, questions, limits, memory, certificate_ends_in: expiry } = status;
+  const amber = (limit) => (full.some((other) => other.limit === limit) ? "amber" : "");
+  const each = (limit) => (limits[limit] ? `${count(limits[limit])} for each peer` : "");
+  const ways = ({ to_target, to_source }, unit) => `→ ${bytes(to_target)}${unit}\u2002← ${bytes(to_source)}${unit}`;
+  // Rounded up, as in the log.
+  const estimate = `${count(Math.ceil(memory.estimate / 2 ** 20))} MiB`;
+  const all = [
+    ["Circuits", of(circuits.count, limits["max-circuits"]), each("max-circuits-per-peer"), amber("max-circuits")],
+    ["Connections", of(connections, limits["max-connections"]), each("max-connections-per-peer"), amber("max-connections")],
+    ["Memory", memory.resident === null ? estimate : `${bytes(memory.resident)} of ${estimate}`, "estimated maximum under the limits"],
+    ["Throughput", `${bytes(sum(now))}/s`, ways(now, "/s")],
+    ["Relayed", bytes(sum(relayed)), ways(relayed, "")],
     ["Heartbeat probes", count(questions.asked), `${count(questions.unanswered)} unanswered`],
   ];
+  if (expiry !== null) {
+    const left = expiry === 0 ? "expired" : expiry < 2 * 86400 ? time(expiry) : `${count(Math.floor(expiry / 86400))} days`;
+    const kind = expiry === 0 ? "bad" : expiry < EXPIRES_SOON ? "amber" : "";
+    all.push(["Certificate", left, expiry ? "until it expires" : "clients refuse it", kind]);
+  }
   const list = find("#figures");
-  all.forEach(([title, figure, detail], index) => {
-    if (!list.children[index]) {
-      list.append(element("div", [element("dt", title), element("dd", [element("span"), element("small")])]));
-    }
-    const [main, small] = find("dd", list.children[index]).children;
+  while (list.children.length > all.length) list.lastChild.remove();
+  all.forEach(([title, figure, detail, kind = ""], index) => {
+    if (!list.children[index]) list.append(element("div", [element("dt"), element("dd", [element("span"), element("small")])]));
+    const [head, { children: [main, small] }] = list.children[index].children;
+    setText(head, title);
     setText(main, figure);
     setText(small, detail);
+    main.className = kind;
+  });
+}
+
+// A limit as its flag takes it, but rounded.
+function limit(setting, value) {
+  if (value === 0) return "no limit";
+  if (["reservation-ttl", "circuit-duration"].includes(setting)) return time(value);
+  if (setting === "bandwidth") return `${bytes(value)}/s`;
+  return ["max-buffered", "circuit-bytes"].includes(setting) ? bytes(value) : count(value);
+}
+
+function limits() {
+  const list = find("#limits dl");
+  Object.entries(status.limits).forEach(([setting, value], index) => {
+    if (!list.children[index]) list.append(element("div", [element("dt", element("code", `--${setting}`)), element("dd")]));
+    setText(find("dd", list.children[index]), limit(setting, value));
   });
 }
 
@@ -307,33 +417,42 @@ function listed(section, list, found) {
 function showHolders() {
   const wanted = find("#holders input").value.trim();
   const all = status.holders.listed;
-  const found = all.filter(({ peer, address }) => peer.includes(wanted) || place(address).includes(wanted));
+  const found = all.filter(({ peer, address }) => peer.includes(wanted) || socket(address).includes(wanted));
   // Peers in grace first, then by peer id, so that rows keep their places.
   const order = (a, b) => a.state.localeCompare(b.state) || (a.peer < b.peer ? -1 : 1);
   holders.show(found.sort(order).map((holder) => [holder.peer, holder]));
-  setText(find("#holders .none"), wanted && all.length ? "No peer matches." : "No peer holds a slot.");
+  const empty = all.length ? "No peer matches." : "No peer holds a slot.";
+  const invited = !all.length && status.reachable_at.length > 0;
+  setText(find("#holders .none p"), invited ? `${empty} Clients reserve one at:` : empty);
+  find("#holders .addresses").hidden = !invited;
+  addresses(find("#holders .addresses"));
   listed(find("#holders"), status.holders, wanted ? found.length : undefined);
 }
 
 find("#holders input").addEventListener("input", () => status && showHolders());
 
+// The name or IP address of the first announced address.
+const name = () => status?.announced[0]?.split("/")[2] ?? "relaylet";
+
 function about() {
   const parts = find("#about");
-  if (!parts.children.length) {
-    parts.append(peer(status.peer), element("span"), element("span"));
-  }
+  if (!parts.children.length) parts.append(peer(status.peer), element("span"));
   setText(parts.children[1], `up for ${time(status.up_for)}`);
-  setText(parts.children[2], status.announced.length ? `announced at ${status.announced.join(", ")}` : "");
+  setText(find("h1"), name());
+  addresses(find("#addresses"));
   setText(find("#version"), `relaylet ${status.version}`);
 }
 
-function show() {
+function show(full) {
   find("main").hidden = false;
   about();
-  const { live, grace, free } = status.slots;
-  [live, grace, free].forEach((n, index) => setText(find("dd", find("#counts").children[index]), count(n)));
+  setText(find("#reached"), full.map(({ text }) => text).join(" "));
+  find("#reached").hidden = full.length === 0;
+  const { live, grace, free, total } = status.slots;
+  [live, grace, free].forEach((n, index) => setText(find("dd span", find("#counts").children[index]), count(n)));
+  setText(find("#counts small"), `of ${count(total)}`);
   draw();
-  figures();
+  figures(full);
   showHolders();
   const byCarried = (a, b) => sum(b.carried) - sum(a.carried);
   circuits.show(status.circuits.listed.sort(byCarried).map((circuit) => [circuit.id, circuit]));
@@ -341,6 +460,7 @@ function show() {
   tallies(find("#refused"), status.refused);
   tallies(find("#freed"), status.freed);
   latest.show(status.latest_refusals.map((refusal) => [refusal.number, refusal]));
+  limits();
 }
 
 function state(kind, text) {
@@ -348,10 +468,11 @@ function state(kind, text) {
   pill.className = kind;
   document.body.classList.toggle("silent", kind === "silent");
   setText(pill, text);
-  document.title = kind ? `relaylet: ${text}` : "relaylet";
+  const own = name() === "relaylet" ? "relaylet" : `${name()} · relaylet`;
+  document.title = kind ? `${text}: ${own}` : own;
 }
 
-let heard = Date.now();
+let answeredAt = Date.now();
 
 async function refresh() {
   try {
@@ -359,13 +480,15 @@ async function refresh() {
     const answer = await fetch("status.json", { cache: "no-store", signal });
     if (!answer.ok) throw new Error(answer.statusText);
     status = await answer.json();
-    heard = Date.now();
+    answeredAt = Date.now();
   } catch {
-    state("silent", `no answer for ${time(Math.round((Date.now() - heard) / 1000))}`);
+    state("silent", `no answer for ${time(Math.round((Date.now() - answeredAt) / 1000))}`);
     return;
   }
-  state(status.draining ? "draining" : "", status.draining ? "draining" : "serving");
-  show();
+  const full = reached();
+  const kind = status.draining ? "draining" : full.length ? "full" : "";
+  state(kind, kind || "serving");
+  show(full);
 }
 
 async function run() {
