@@ -151,6 +151,24 @@ async fn js_libp2p_is_served() {
     }
 }
 
+#[test]
+#[ignore = "needs Node and npm"]
+fn relaylet_check_passes_with_js_libp2ps_relay() {
+    let mut node = Command::new("node_modules/.bin/node");
+    node.arg("relay.mjs").current_dir(js_client()).stdin(Stdio::piped());
+    let mut relay = ClientProcess::start(&mut node);
+    let address = relay.read_value("relay ");
+    let folder = TempDir::new().expect("a folder");
+    let checked = command(&folder).args(["check", &address]).output().expect("it can be run");
+    let said = String::from_utf8_lossy(&checked.stdout);
+    assert!(checked.status.success(), "{said}");
+    let steps: Vec<_> = said.lines().filter_map(|line| line.split(' ').next()).collect();
+    let expected = ["tcp", "secure", "identify", "reserve", "second", "circuit", "end"];
+    assert_eq!(steps, expected, "{said}");
+    assert!(said.contains("the voucher is valid"), "{said}");
+    relay.wait_for_success();
+}
+
 #[tokio::test]
 #[ignore = "needs Go"]
 async fn the_metrics_match_go_libp2ps_and_its_dashboards() {

@@ -3,7 +3,13 @@
 use std::{fs, net::TcpListener, path::Path, process::Output, thread};
 
 use libp2p::{
-    Multiaddr, PeerId, identify,
+    Multiaddr, PeerId, Stream,
+    futures::{
+        AsyncReadExt, AsyncWriteExt, StreamExt,
+        future::{self, BoxFuture},
+        io,
+    },
+    identify,
     identity::Keypair,
     multiaddr::Protocol,
     pnet::PreSharedKey,
@@ -14,7 +20,8 @@ use tempfile::TempDir;
 use tokio::task::spawn_blocking;
 
 use crate::common::{
-    Client, Relay, command,
+    Client, HOP, Relay, STOP, command,
+    messages::{self, HopMessage, Reservation, StopMessage},
     swarms::{drive, listen, swarm},
     tcp_port,
     websocket::{self, CERTIFICATE, Certificate, LISTEN, LISTEN_TLS},
@@ -84,6 +91,12 @@ struct RustRelay {
     identify: identify::Behaviour,
 }
 
+#[derive(NetworkBehaviour)]
+struct Streams {
+    stream: libp2p_stream::Behaviour,
+    identify: identify::Behaviour,
+}
+
 fn identify(keypair: &Keypair) -> identify::Behaviour {
     identify::Behaviour::new(identify::Config::new("test".into(), keypair.public()))
 }
@@ -105,7 +118,7 @@ async fn all_steps_succeed_over_tcp_and_the_relay_is_left_as_it_was() {
     for part in ["status 100 (OK) for ", "2m and 128.0 KiB", "the voucher is valid", "/tcp/"] {
         assert!(reserve.contains(part), "{reserve}");
     }
-    assert!(checked.line_of("circuit").contains(" ms"));
+    assert!(checked.line_of("circuit").contains("1024 bytes to "));
     relay.wait_for_log("circuit 1 closed").await;
     relay.wait_for_log("grace began").await;
 }
@@ -179,6 +192,8 @@ async fn rust_libp2ps_relay_passes() {
 
 #[tokio::test]
 async fn what_fails_before_the_relay_is_reached_is_named() {
+    let unlisted = "/dnsaddr/nowhere.invalid".parse().unwrap();
+    check(&unlisted).await.failed_at("dnsaddr", "", "dig TXT _dnsaddr.NAME");
     let nowhere = "/dns4/nowhere.invalid/tcp/4001".parse().unwrap();
     check(&nowhere).await.failed_at("resolve", "", "dig NAME");
     let address = |port: u16| format!("/ip4/127.0.0.1/tcp/{port}").parse::<Multiaddr>().unwrap();
@@ -216,9 +231,9 @@ async fn another_transport_and_another_peer_are_named() {
 #[tokio::test]
 async fn a_peer_without_identify_and_one_without_a_relay_are_named() {
     let mute = peer(|_| dummy::Behaviour).await;
-    check(&mute).await.failed_at("identify", "agrees on no protocol", "serve identify");
+    check(&mute).await.failed_at("identify", "negotiation failed", "serve identify");
     let no_relay = peer(identify).await;
-    check(&no_relay).await.failed_at("reserve", "agrees on no protocol", "RelayService");
+    check(&no_relay).await.failed_at("reserve", "negotiation failed", "RelayService");
 }
 
 #[tokio::test]
@@ -235,9 +250,87 @@ async fn a_refusal_is_named_with_its_status_and_the_flag() {
     let relay = Relay::start(&["--max-connections-per-ip=1"]);
     check(&relay.address).await.failed_at("second", "", "--max-connections-per-ip");
     let relay = Relay::start(&[&format!("--allow-connect-peer={other_peer}")]);
-    check(&relay.address).await.failed_at("circuit", "denied permission", "--allow-connect-peer");
+    check(&relay.address).await.failed_at("circuit", "status 202", "--allow-connect-peer");
     let relay = Relay::start(&["--circuit-bytes=16"]);
     check(&relay.address).await.failed_at("circuit", "", "limits of a circuit");
+}
+
+#[tokio::test]
+async fn a_relay_whose_circuits_carry_nothing_is_named() {
+    let relay = relay_that(|source, target| Box::pin(async { drop((source, target)) })).await;
+    check(&relay).await.failed_at("circuit", "", "limits of a circuit");
+}
+
+#[tokio::test]
+async fn a_relay_that_changes_what_it_carries_is_named() {
+    let change = |mut source: Stream, mut target: Stream| -> BoxFuture<'static, ()> {
+        Box::pin(async move {
+            let mut bytes = [0; 1024];
+            source.read_exact(&mut bytes).await.expect("the check writes");
+            target.write_all(&bytes).await.expect("the check reads");
+            target.read_exact(&mut bytes).await.expect("the check echoes");
+            bytes[1023] ^= 1;
+            source.write_all(&bytes).await.expect("the check reads");
+            let _ = source.read(&mut bytes).await; // until it ends
+        })
+    };
+    let relay = relay_that(change).await;
+    check(&relay).await.failed_at("circuit", "other bytes", "changes what it carries");
+}
+
+/// The check waits for the end as long as for any step: 20 s.
+#[tokio::test]
+async fn a_relay_that_keeps_circuits_of_which_one_side_ended_is_named() {
+    let keep = |source: Stream, target: Stream| -> BoxFuture<'static, ()> {
+        let ((from, mut back), (there, mut to)) = (source.split(), target.split());
+        Box::pin(async move {
+            let forth = async {
+                io::copy(from, &mut to).await.expect("the source ends");
+                std::future::pending::<()>().await // without the target's end
+            };
+            let _ = future::join(forth, io::copy(there, &mut back)).await;
+        })
+    };
+    let relay = relay_that(keep).await;
+    check(&relay).await.failed_at("end", "timed out", "does not pass the end");
+}
+
+/// A relay that grants all requests; `carry` gets both ends of each circuit.
+async fn relay_that(carry: fn(Stream, Stream) -> BoxFuture<'static, ()>) -> Multiaddr {
+    let mut swarm = swarm(|keypair| Streams {
+        stream: libp2p_stream::Behaviour::new(),
+        identify: identify(keypair),
+    });
+    let address = listen(&mut swarm, LISTEN_TCP.parse().unwrap()).await;
+    let (peer, addrs) = (*swarm.local_peer_id(), vec![address.to_vec()]);
+    let mut control = swarm.behaviour().stream.new_control();
+    let mut requests = control.accept(HOP).expect("accept is called once");
+    drive(swarm);
+    let reservation = Some(Reservation { expire: Some(u64::MAX), addrs, voucher: None });
+    let granted =
+        HopMessage { kind: Some(2), status: Some(100), reservation, ..HopMessage::default() };
+    tokio::spawn(async move {
+        while let Some((client, mut source)) = requests.next().await {
+            let request: HopMessage = messages::read(&mut source).await;
+            let Some(target) = request.peer.and_then(|peer| peer.id) else {
+                messages::write(&mut source, &granted).await;
+                continue;
+            };
+            let target = PeerId::from_bytes(&target).expect("a peer id");
+            let mut target = control.open_stream(target, STOP).await.expect("it accepts circuits");
+            let asked = StopMessage {
+                kind: Some(0),
+                peer: messages::connect(client).peer,
+                ..StopMessage::default()
+            };
+            messages::write(&mut target, &asked).await;
+            let accepted: StopMessage = messages::read(&mut target).await;
+            assert_eq!(accepted.status, Some(100));
+            messages::write(&mut source, &granted).await;
+            tokio::spawn(carry(source, target));
+        }
+    });
+    address.with(Protocol::P2p(peer))
 }
 
 #[test]
@@ -247,7 +340,6 @@ fn an_address_that_cannot_be_checked_is_an_error_of_one_line() {
         (&[][..], "<MULTIADDR>"),
         (&["127.0.0.1:4001"], "try /ip4/127.0.0.1/tcp/4001"),
         (&["/ip4/127.0.0.1/udp/4001/quic-v1"], "no address over TCP or WebSocket"),
-        (&["/dnsaddr/relay.example.org"], "dig +short TXT _dnsaddr.relay.example.org"),
         (&["/ip4/127.0.0.1/tcp/4001", "--quack"], "--quack"),
     ] {
         let output = command(&folder).arg("check").args(arguments).output().unwrap();

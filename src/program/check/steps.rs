@@ -1,9 +1,6 @@
 //! The steps of the check, as values: [`Step`] is one that ended, [`Steps`] runs them.
 
-use std::{
-    fmt, io,
-    time::{Duration, Instant},
-};
+use std::{fmt, io, time::Duration, time::Instant};
 
 use async_std::io::timeout;
 
@@ -31,18 +28,21 @@ pub type Failed = Box<Step>;
 
 impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (name, millis) =
-            (format!("{:?}", self.stage).to_lowercase(), self.took.as_secs_f64() * 1000.0);
+        let name = format!("{:?}", self.stage).to_lowercase();
+        let millis = self.took.as_secs_f64() * 1000.0;
         let text = match &self.result {
             Ok(detail) => detail.clone(),
             Err(error) => format!("FAILED: {error}; {}", remedy(self.stage, error)),
         };
-        let text = text.chars().take(MAX_SHOWN).flat_map(|c| match c.is_control() {
-            true => c.escape_default().collect::<Vec<_>>(),
-            false => vec![c],
-        });
-        write!(f, "{name:<9} {millis:>8.1} ms  {}", text.collect::<String>())
+        let shown = |c: char| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c };
+        let text: String = text.replace(".; ", "; ").chars().take(MAX_SHOWN).map(shown).collect();
+        write!(f, "{name:<9} {millis:>8.1} ms  {text}")
     }
+}
+
+/// These items as one text.
+pub fn list<T: ToString>(items: impl IntoIterator<Item = T>) -> String {
+    items.into_iter().map(|item| item.to_string()).collect::<Vec<_>>().join(" ")
 }
 
 /// Runs steps, and reports each that succeeds.
@@ -58,13 +58,12 @@ impl Steps {
         let start = Instant::now();
         let result = timeout(TIME_LIMIT, work).await;
         let took = start.elapsed();
-        match result {
-            Ok((value, detail)) => {
-                (self.0)(&Step { stage, took, result: Ok(detail) });
-                Ok(value)
-            }
-            Err(error) => Err(Step { stage, took, result: Err(error) }.into()),
-        }
+        let (value, result) = match result {
+            Ok((value, detail)) => (value, Ok(detail)),
+            Err(error) => return Err(Step { stage, took, result: Err(error) }.into()),
+        };
+        (self.0)(&Step { stage, took, result });
+        Ok(value)
     }
 }
 
@@ -76,7 +75,7 @@ mod tests {
     fn a_step_is_one_line_whatever_the_relay_says() {
         let took = Duration::from_micros(1250);
         let line = |result| Step { stage: Stage::Reserve, took, result }.to_string();
-        assert_eq!(line(Ok("a\x1b[2J\nb".into())), "reserve        1.2 ms  a\\u{1b}[2J\\nb");
+        assert_eq!(line(Ok("a\x1b[2J\nb".into())), "reserve        1.2 ms  a\u{fffd}[2J\u{fffd}b");
         assert!(line(Ok("a".repeat(100_000))).len() < 1100);
         let failed = line(Err(io::Error::other("the relay answers with status 200")));
         assert!(

@@ -9,8 +9,6 @@ use std::{
 };
 
 use anyhow::Result;
-#[cfg(feature = "check")]
-use libp2p::multiaddr::Protocol;
 use structopt::{StructOpt, clap::AppSettings as Set};
 
 use super::exit::{UsageError, exit_with, print};
@@ -37,7 +35,7 @@ use crate::program::{
 )]
 #[structopt(settings = &[Set::UnifiedHelpMessage, Set::NextLineHelp, Set::DeriveDisplayOrder, Set::DisableVersion, Set::NoBinaryName])]
 struct Check {
-    /// The relay, with or without its peer id: /dns4/relay.example.org/tcp/443/tls/ws/p2p/12D3KooW…
+    /// The relay, with or without its peer id: /dns4/relay.example.org/tcp/443/tls/ws/p2p/12D3KooW…, or /dnsaddr/example.org
     #[structopt(value_name = "MULTIADDR")]
     address: Parsed<libp2p::Multiaddr>,
 
@@ -119,21 +117,13 @@ fn check(_: &[OsString]) -> Result<ExitCode> {
 fn check(arguments: &[OsString]) -> Result<ExitCode> {
     let Check { address: Parsed(address), quick, swarm_key } = parse(arguments)?;
     let Some(mut target) = check::Target::parse(&address) else {
-        let problem = match address.iter().next() {
-            Some(Protocol::Dnsaddr(name)) => {
-                format!(
-                    "its TXT records are not looked up; name one of them: dig +short TXT _dnsaddr.{name}"
-                )
-            }
-            _ => "is no address over TCP or WebSocket; try /ip4/192.0.2.1/tcp/4001, or \
-                  /dns4/relay.example.org/tcp/443/tls/ws"
-                .into(),
-        };
+        let problem = "is no address over TCP or WebSocket; try /ip4/192.0.2.1/tcp/4001, or \
+                       /dns4/relay.example.org/tcp/443/tls/ws";
         return Err(UsageError(format!("{address}: {problem}")).into());
     };
     let file = swarm_key.filter(is_set);
     target.swarm_key = file.map(|file| swarm_key::load(&file)).transpose()?;
-    let checked = async move { check::check(&target, quick, report).await };
+    let checked = check::check(target, quick, report);
     Ok(match runtime::run(1, checked) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failed) => {
