@@ -1,6 +1,6 @@
 //! The activity of a peer: a counter that I/O adds to and the sweep polls.
 //!
-//! A connection whose counter has grown since the last sweep is alive, whatever it was that arrived.
+//! A connection whose counter has grown since the last sweep is alive: any received byte counts.
 
 use std::{
     collections::HashMap,
@@ -92,7 +92,7 @@ impl<S: AsyncWrite + Unpin, G: Unpin> AsyncWrite for TrackedStream<S, G> {
     delegate_write!(stream);
 }
 
-/// Counts what arrives on all streams of a connection as activity of its peer. To be given to the transport's `map`:
+/// Counts what arrives on all streams of a connection as activity of its peer. Pass it to the transport's `map`:
 ///
 /// ```
 /// # use libp2p::{Transport, core::{transport::MemoryTransport, upgrade::Version}, identity::Keypair, noise, yamux};
@@ -106,7 +106,8 @@ impl<S: AsyncWrite + Unpin, G: Unpin> AsyncWrite for TrackedStream<S, G> {
 /// # Ok::<_, noise::Error>(())
 /// ```
 ///
-/// It has to be the outermost transport, so that it knows a connection by the addresses by which the swarm does.
+/// It has to be the outermost `map`: a counter is found by the connection's addresses, which have to be those that the
+/// swarm sees.
 pub fn count_activity<M>(
     (peer, muxer): (PeerId, M),
     endpoint: ConnectedPoint,
@@ -124,8 +125,8 @@ pub(crate) fn counter_of(peer: PeerId, endpoint: &ConnectedPoint) -> Option<Acti
 
 type Key = (PeerId, ConnectedPoint);
 
-/// The counters of all open connections whose transports count. Global, because a swarm makes its transport before its
-/// behaviour and has nothing that is passed from one to the other.
+/// The counters of all open connections whose transports count. Global, because a swarm's transport and its behaviour are
+/// built separately and share no state.
 fn counted() -> MutexGuard<'static, HashMap<Key, ActivityCounter>> {
     static COUNTED: LazyLock<Mutex<HashMap<Key, ActivityCounter>>> = LazyLock::new(Mutex::default);
     COUNTED.lock().unwrap_or_else(PoisonError::into_inner)

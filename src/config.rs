@@ -25,7 +25,8 @@ const LONGEST_PROBE: Duration = Duration::from_millis(3500);
 
 /// The cap on slots of one address is this fraction of the total, unless given.
 const SHARE_PER_IP: usize = 16;
-/// The least cap: a household or a small office behind one address; of a small table half, for a site behind one address.
+/// The least cap: a household or a small office behind one address. In a small table the least is half of all slots,
+/// because all of its clients may be at one site.
 const LEAST_PER_IP: usize = 8;
 const SMALL_TABLE: usize = 64;
 
@@ -55,7 +56,7 @@ const LEAST_CIRCUITS: usize = 64;
 /// ([`Behaviour::set_config`](crate::Behaviour::set_config)). All settings apply from the next request or sweep on, with
 /// three exceptions: granted terms and admitted circuits keep what they were promised;
 /// [`answer_ping`](Self::answer_ping) applies to new connections; and the program's `Node` needs a restart to raise
-/// [`max_circuits_per_peer`](Self::max_circuits_per_peer), for which its connections are made.
+/// [`max_circuits_per_peer`](Self::max_circuits_per_peer), because its muxer's limits follow from the value at the start.
 ///
 /// The fields of [`libp2p::relay::Config`](https://docs.rs/libp2p-relay) have these names:
 ///
@@ -377,7 +378,7 @@ mod tests {
     fn refused(change: impl FnOnce(&mut Config)) -> &'static str {
         let mut config = Config::default();
         change(&mut config);
-        config.validate().expect_err("it makes no sense").setting()
+        config.validate().expect_err("an invalid value").setting()
     }
 
     #[test]
@@ -449,7 +450,7 @@ mod tests {
     #[test]
     fn an_invalid_combination_is_an_error_that_names_the_setting() {
         let alice = libp2p::PeerId::random();
-        let refused = |lists: Lists| validate_lists(&lists).expect_err("no sense").setting();
+        let refused = |lists: Lists| validate_lists(&lists).expect_err("a contradiction").setting();
         for (setting, allow_peer, allow_connect_peer) in [
             (
                 "allow_peer",

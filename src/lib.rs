@@ -2,8 +2,8 @@
 //!
 //! A peer behind NAT reserves a *slot* on a relay, so that others can reach it through a *circuit* over that relay
 //! ([Circuit Relay v2][spec]). This crate is a program (`relaylet`, see the README) and a [`Behaviour`] for any
-//! rust-libp2p swarm, small enough to be read as a whole. Pages of their own have all [flags](doc::flags), and what
-//! [operators](doc::operating), [users of clients](doc::clients) and [readers](doc::design) need.
+//! rust-libp2p swarm, small enough to be read as a whole. Further pages: [all flags](doc::flags),
+//! [operating](doc::operating) the program, [clients](doc::clients), [design and simulation](doc::design).
 //!
 //! # Terms
 //!
@@ -17,12 +17,13 @@
 //!   no other is free.
 //! - *Heartbeat*: the silence after which a peer that holds a slot or is part of a circuit is probed. Any byte from it is
 //!   an answer.
-//! - *Silence*: the limit after which a peer that was probed and did not answer has timed out; what follows is what
-//!   follows a disconnect.
+//! - *Silence*: the limit after which a peer that was probed and did not answer has timed out; the relay then treats the
+//!   connection as closed.
 //! - *Probe*: a ping to a silent peer; and the short time that the peer has to answer while a newcomer waits.
 //! - *Prefix*: the IPv4 address or IPv6 /64 of a client. Its slots count towards the caps of that and of its subnet.
-//! - *Fair share*: what a circuit gets of a link whose bandwidth is too small for all, one quantum at a time.
-//! - *Sweep*: the pass over the tables that ends what no event ends, once a second, and more often while a newcomer waits.
+//! - *Fair share*: the part of the bandwidth that a circuit gets while there is too little for all, one quantum at a time.
+//! - *Sweep*: the pass over the tables that ends what has expired or timed out, once a second, and more often while a
+//!   newcomer waits.
 //! - *Drain*: to admit no newcomer, and to close the connections a few at a time.
 //! - *Idle*: a connection that neither holds a reservation nor carries a circuit.
 //!

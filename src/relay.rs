@@ -60,7 +60,7 @@ pub struct Relay<C, R> {
     pub reservations: Reservations<C>,
     /// The circuits.
     pub circuits: Circuits<C, R>,
-    /// Who used the relay for how much.
+    /// How much each peer, and all together, used the relay for.
     pub accounts: Accounts,
     /// Decides who may use the relay: the lists of the configuration, or the embedder.
     pub access: Box<dyn Access>,

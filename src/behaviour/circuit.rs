@@ -52,7 +52,7 @@ pub(crate) fn transfer(
     });
     let mut share = FairShare { link, ends, wait: None, is_target_first: false };
     poll_fn(move |cx| {
-        // 1. Whether the relay or the deadline ends it.
+        // 1. Check whether the relay or the deadline ends it.
         if ended.poll_unpin(cx).is_ready() {
             return Poll::Ready(CircuitEnd::Disconnected);
         }
@@ -67,7 +67,7 @@ pub(crate) fn transfer(
             let there = to_target.poll(&mut source, &mut target, &mut share, cx);
             [there, to_source.poll(&mut target, &mut source, &mut share, cx)]
         };
-        // 3. Count. The counters of all circuits stay out of this core's cache if there is nothing to count.
+        // 3. Count. All circuits share some counters: a write invalidates them in the caches of the other cores.
         let ways = [&mut to_target, &mut to_source];
         let waiting = ways.each_ref().map(|way| !way.pending.is_empty());
         let [to_target, to_source] = ways.map(|way| mem::take(&mut way.delivered));
@@ -288,7 +288,7 @@ mod tests {
         wire::{Limit, Request},
     };
 
-    /// A peer that sends `sends` and accepts `accepts` bytes.
+    /// A peer that sends `sends` and accepts `takes` bytes.
     struct Peer {
         sends: Cursor<&'static [u8]>,
         takes: Arc<AtomicUsize>,

@@ -1,6 +1,6 @@
 //! One connection: the streams that are open on it.
 //!
-//! [`hop`] and [`ping`] serve the streams; each runs as a task of its own, so that a stalled one costs a stream
+//! [`hop`] and [`ping`] serve the streams; each runs as a task of its own, so that a stalled one blocks its stream
 //! and not the connection. The handler starts the tasks and bounds their number. A task sends its events to the behaviour
 //! directly; one that is dropped with its connection sends its last event from `Drop`.
 
@@ -41,8 +41,8 @@ use crate::{
     wire::{HOP_PROTOCOL, STOP_PROTOCOL},
 };
 
-/// How many requests of one connection may be unanswered, or as many as one peer may have circuits: a client may ask for
-/// all of them at once. A stream beyond that is reset.
+/// How many requests of one connection may be unanswered. If a peer may have more circuits than that, as many as circuits:
+/// a client may ask for all of them at once. A stream beyond that is reset.
 const LEAST_MAX_REQUESTS: usize = 128;
 
 /// How many ping streams are served on one connection, as the specification asks.
@@ -99,7 +99,7 @@ impl Handler {
 }
 
 impl ConnectionHandler for Handler {
-    /// The swarm transports nothing, in either direction: see [`super::hop`].
+    /// Commands and events use channels of their own, not the swarm's: see [`super::hop`].
     type FromBehaviour = Infallible;
     type ToBehaviour = Infallible;
     type InboundProtocol = Inbound;
@@ -117,7 +117,7 @@ impl ConnectionHandler for Handler {
         SubstreamProtocol::new(inbound, ()).with_timeout(hop::REQUEST_TIMEOUT)
     }
 
-    /// Circuits keep the connection by their streams.
+    /// A circuit keeps the connection alive by its stream.
     fn connection_keep_alive(&self) -> bool {
         self.holds_reservation
     }

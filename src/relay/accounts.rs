@@ -1,6 +1,6 @@
 //! Accounts: the bytes that circuits transferred, for each peer while it is connected, and the totals since the start.
 //!
-//! Sans-IO. Counted is delivered payload: neither the relay's own messages nor the overhead of the secure channel and the
+//! Sans-IO. Counts delivered payload only: neither the relay's own messages nor the overhead of the secure channel and the
 //! muxer. A circuit counts from when it opens; its bytes are in its [`Counters`] alone until it ends.
 
 use std::{
@@ -160,7 +160,7 @@ impl Counters {
 struct Counts {
     to_target: AtomicU64,
     to_source: AtomicU64,
-    /// Whether some wait to the target, and to the source. Of one circuit only.
+    /// Whether bytes wait to be accepted by the target, and by the source. Used in the counts of a single circuit only.
     waiting: [AtomicBool; 2],
 }
 

@@ -47,7 +47,7 @@ pub enum Action<C, R> {
     Report(Event),
 }
 
-/// One circuit as its tasks know it: who asks whom, what it may carry, and where it counts what it carries.
+/// What the tasks of one circuit need: its source and target, its limits, and its byte counters.
 #[derive(Debug)]
 pub struct CircuitParameters {
     /// The circuit.

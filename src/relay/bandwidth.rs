@@ -137,7 +137,7 @@ impl Queue {
     }
 }
 
-/// The share of a round for one circuit more than wait already; `None`: no cap.
+/// The share of a round for one more circuit than are waiting; `None`: no cap.
 fn quantum(rate: u64, waiting: u32) -> Option<u64> {
     let rounds_per_second = 1000 / ROUND.as_millis() as u64;
     let round = (rate > 0).then(|| (rate / rounds_per_second).max(1))?;

@@ -16,8 +16,8 @@ use super::{
 use crate::event::{CircuitEnd, Refused};
 
 impl<C: Copy + Ord + Hash, R> Relay<C, R> {
-    /// Drains: refuses newcomers from now on, and closes all connections without a circuit until then; without
-    /// [`Config::close_silent`](crate::Config::close_silent) only those that hold a slot or carried a circuit.
+    /// Drains: grants no request from now on, and closes all connections without a circuit by `until`. Without
+    /// [`Config::close_silent`](crate::Config::close_silent) it closes only those that hold a slot or carry a circuit now.
     pub fn drain(&mut self, until: Instant, now: Instant) {
         let used =
             self.connections.iter().filter(|(_, up)| up.holds_reservation || up.circuits > 0);
@@ -85,12 +85,12 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         self.actions.push_back(Action::Close(connection));
     }
 
-    /// Makes room for the connection `but` of `peer`: closes that other one of it which has been silent for longest, and
-    /// handles it as closed at once.
-    pub fn close_longest_silent_of(&mut self, peer: PeerId, but: C, now: Instant) {
+    /// Makes room for the connection `keep` of `peer`: closes the one of its other connections that has been silent the
+    /// longest, and handles it as closed at once.
+    pub fn close_longest_silent_of(&mut self, peer: PeerId, keep: C, now: Instant) {
         self.connections.poll_counters(now);
         let others =
-            self.connections.of(&peer).filter(|(id, up)| *id != but && up.closing.is_none());
+            self.connections.of(&peer).filter(|(id, up)| *id != keep && up.closing.is_none());
         // The oldest of several that have been silent for the same time.
         let silent = others.min_by_key(|(_, up)| Reverse(up.liveness.silent_for(now)));
         let Some((connection, _)) = silent else {
@@ -102,14 +102,14 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     }
 
     /// The idle connections of peers that hold no slot, in no order.
-    pub fn idle_strangers(&self) -> impl Iterator<Item = (C, &Connection)> {
-        let is_stranger = |up: &Connection| self.reservations.get(&up.origin.peer).is_none();
-        self.connections.idle().filter(move |(_, up)| is_stranger(up))
+    pub fn idle_without_slot(&self) -> impl Iterator<Item = (C, &Connection)> {
+        let has_no_slot = |up: &Connection| self.reservations.get(&up.origin.peer).is_none();
+        self.connections.idle().filter(move |(_, up)| has_no_slot(up))
     }
 
     /// Closes an idle connection to make room for another one.
-    pub fn close_stranger(&mut self, stranger: End<C>) {
-        self.close(stranger, CloseReason::Preempted);
+    pub fn preempt(&mut self, idle: End<C>) {
+        self.close(idle, CloseReason::Preempted);
     }
 }
 
@@ -335,9 +335,9 @@ mod preemption_tests {
             self.effects()
         }
 
-        /// The connections of the idle strangers.
-        fn idle_strangers(&self) -> Vec<u32> {
-            let mut idle: Vec<_> = self.relay.idle_strangers().map(|(id, _)| id).collect();
+        /// The idle connections of peers that hold no slot.
+        fn idle_without_slot(&self) -> Vec<u32> {
+            let mut idle: Vec<_> = self.relay.idle_without_slot().map(|(id, _)| id).collect();
             idle.sort_unstable();
             idle
         }
@@ -422,9 +422,9 @@ mod preemption_tests {
         clients.reserve(holder);
         clients.connect(alice); // one to spare
         let [first, second] = [0; 2].map(|_| clients.connect(PeerId::random()));
-        assert_eq!(clients.idle_strangers(), [first, second]);
-        clients.relay.close_stranger(clients.ends[first as usize]);
+        assert_eq!(clients.idle_without_slot(), [first, second]);
+        clients.relay.preempt(clients.ends[first as usize]);
         assert_eq!(clients.effects(), closed(first));
-        assert_eq!(clients.idle_strangers(), [second]);
+        assert_eq!(clients.idle_without_slot(), [second]);
     }
 }

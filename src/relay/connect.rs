@@ -82,7 +82,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         let Permission::Allow(terms) = permission else {
             return Err(Refused::Denied);
         };
-        // 2. Request rate, before the look-up: frequent requests must not find out who holds a slot.
+        // 2. Request rate, before the look-up: a peer must not find out quickly which peers hold slots.
         self.connect_rates.take(source, origin.prefix, now)?;
         // 3. A live reservation of the target.
         let slot = self.reservations.get(&target);
@@ -142,8 +142,8 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
 
     /// Ends a circuit. The task of an open one reports when it has ended.
     ///
-    /// A circuit that is being set up counts until nothing is left of it at the target: else sources that ask and leave
-    /// could send one target more requests than its cap.
+    /// A circuit that is being set up counts until its stop request has ended: otherwise sources that ask and disconnect
+    /// could have the relay send one target more requests than its cap.
     pub(super) fn end_circuit(&mut self, id: CircuitId, end: CircuitEnd) {
         if let Some(request) = self.circuits.end(id, end) {
             let is_denied = end == CircuitEnd::Denied;

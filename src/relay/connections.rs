@@ -223,7 +223,7 @@ impl<C: Copy + Eq + Hash> Connections<C> {
         Some(result)
     }
 
-    /// Marks a connection as closing: it is neither watched nor idle any more.
+    /// Marks a connection as closing: from then on it is neither watched nor idle.
     pub fn mark_closing(&mut self, id: C, reason: CloseReason) {
         if let Some(connection) = self.up.get_mut(&id) {
             connection.closing = Some(reason);

@@ -1,15 +1,15 @@
 //! The heartbeat: which connections to probe, which have timed out, and whether the relay itself is at fault.
 //!
-//! Sans-IO. No connection times out that did not have the time to answer a probe, however long it had been silent before.
-//! Nor does any time out because of a pause of the relay itself: a late check resets the liveness timers, and when most
-//! connections become silent at once, time-outs wait.
+//! Sans-IO. A connection times out only if its peer had the time to answer a probe, however long it had been silent before.
+//! A pause of the relay itself times out none: a late check resets the liveness timers, and when most connections become
+//! silent at once, time-outs wait.
 
 use std::time::{Duration, Instant};
 
 use crate::config::Config;
 
-/// This many connections that become silent together, if they are most of the watched, may mean that the relay's own
-/// link is down.
+/// This many connections that become silent together, if they are most of the watched connections, may mean that the
+/// relay's own link is down.
 const MANY: usize = 8;
 
 /// The least time between two warnings that the link may be down.
@@ -19,7 +19,7 @@ const WARN_AGAIN: Duration = Duration::from_secs(60 * 60);
 #[derive(Debug)]
 pub struct Liveness {
     active_at: Instant,
-    /// Since when a probe has been open: the last of them.
+    /// When the last probe was sent, if none has been answered since.
     pub(super) probed_at: Option<Instant>,
     /// How many probes in a row are unanswered.
     probes: u8,
@@ -52,7 +52,8 @@ impl Liveness {
         self.probes = self.probes.saturating_add(1);
     }
 
-    /// As [`Liveness::probed_for`]; `None` as well if a first probe was not answered in `time` and a second is due.
+    /// As [`Liveness::probed_for`]. Where only some streams count, also `None` once a first probe was not answered within
+    /// `time`: a second one is due then.
     pub fn decisive_probe(&self, time: Duration, now: Instant) -> Option<Duration> {
         let is_decisive = |open: &Duration| !self.is_partial || self.probes > 1 || *open < time;
         self.probed_for(now).filter(is_decisive)

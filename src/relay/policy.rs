@@ -22,7 +22,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         self.reservations.configure(&config, now);
         self.circuits.quota.caps = config.circuit_caps();
         self.circuits.per_peer = config.max_circuits_per_peer;
-        self.heartbeat.checked_at = now; // the time since the last check is no pause
+        self.heartbeat.checked_at = now; // the time since the last check does not count as a pause
         self.reserve_rates.per_minute = config.reserve_rate;
         self.connect_rates.per_minute = config.connect_rate;
         self.link.lock().configure(&config, now);
@@ -45,7 +45,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
 
     /// Asks again about all peers that hold a slot, wait for one or are part of a circuit, and ends what is denied.
     pub fn recheck_access(&mut self, now: Instant) {
-        // In grace a peer has the first address of the prefix that its slot counts towards.
+        // For a peer in grace, which has no connection, the first address of the prefix that its slot counts towards.
         let denied = self.reservations.iter().filter(|(peer, slot)| {
             let first = slot.prefix.map_or_else(Multiaddr::empty, |prefix| prefix.ip().into());
             self.is_denied(*peer, slot.connection.map_or(first, |up| self.address_of(up)))

@@ -1,7 +1,7 @@
 //! Quotas: how much of something each client prefix holds, and how much it may hold.
 //!
 //! Sans-IO. One type counts slots, connections, handshakes, streams and circuits alike. A unit counts towards its
-//! address, the subnet of that, and the total ([`Scope`]). The cost of a call does not depend on how many there are.
+//! address, to its subnet, and to the total ([`Scope`]). The cost of a call does not depend on how many there are.
 //!
 //! Caps bound what one prefix holds while others hold little. When the total is full, [`Quota::yields`] tells which unit
 //! makes room: one of the heaviest subnet, and in that of the heaviest address. So a prefix that holds less than its fair

@@ -45,7 +45,8 @@ pub struct Candidate<C> {
     pub prefix: Option<ClientPrefix>,
     /// How long the peer has been silent.
     pub silent_for: Duration,
-    /// How long the probe has been open that decides, if one is.
+    /// How long the decisive probe has been open, if there is one:
+    /// [`Liveness::decisive_probe`](super::heartbeat::Liveness::decisive_probe).
     pub probed_for: Option<Duration>,
 }
 
@@ -81,7 +82,7 @@ pub fn decide<C: Copy + Ord>(
 ) -> (Vec<Verdict<C>>, Vec<C>) {
     let Config { probe, silence, .. } = *config;
     if probe.is_zero() {
-        // Switched off while they waited.
+        // Probing was switched off while they waited.
         return (waiting.map(|_| Verdict::Refuse).collect(), Vec::new());
     }
     // 1. An answer to a probe that is older than the silence limit would not be read: probe again.
@@ -104,7 +105,7 @@ pub fn decide<C: Copy + Ord>(
         if let Some(nth) = due.iter().position(|candidate| full.covers(candidate.prefix)) {
             return Verdict::Evict(due.remove(nth).connection);
         }
-        // The peers that were probed for it have had their time.
+        // The peers that were probed for it had the time to answer.
         if waited >= probe + TICK {
             return Verdict::Refuse;
         }

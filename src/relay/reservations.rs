@@ -63,7 +63,7 @@ type Before<C> = Option<(State<C>, Instant)>;
 
 #[derive(Clone, Copy, Debug)]
 enum State<C> {
-    /// The peer is reachable over this connection, the one it last reserved over.
+    /// The peer is reachable over this connection: the one it last reserved over or, after that closed, its newest.
     Live { connection: C },
     /// Its last connection closed: the slot counts, but CONNECT does not find it.
     Grace { since: Instant, number: GraceNumber },
@@ -256,7 +256,7 @@ impl<C: Copy + Eq> Reservations<C> {
         let End { peer, connection } = gone;
         let reservation = self.slots.get(&peer);
         match reservation.filter(|reservation| reservation.state.connection() == Some(connection)) {
-            // An answer on its way over that connection does not arrive any more.
+            // An answer that is being sent over that connection will not arrive.
             Some(reservation) if reservation.undo.is_some() => self.undo(peer, up, now),
             Some(_) => self.settle(peer, up, reason, now),
             None => {}
@@ -288,7 +288,7 @@ impl<C: Copy + Eq> Reservations<C> {
         }
     }
 
-    /// Restores what held before the answers that did not arrive.
+    /// Restores the state from before the answers that were not delivered.
     fn undo(&mut self, peer: PeerId, up: &[C], now: Instant) {
         let Some(reservation) = self.slots.get_mut(&peer) else {
             return;

@@ -25,7 +25,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         let Permission::Allow(terms) = permission else {
             return self.refuse(request, Refused::Denied);
         };
-        // 2. Request rate. A peer that holds a slot pays only its own.
+        // 2. Request rate. A renewal is charged to the peer and not to its address.
         let is_holder = self.reservations.get(&peer).is_some_and(|slot| now < slot.ends);
         if let Err(reason) = self.reserve_rates.take(peer, prefix.filter(|_| !is_holder), now) {
             return self.refuse(request, reason);
@@ -45,7 +45,8 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         }
         log::debug!("reservation pending: peer {peer}: {}", Refused::from(full));
         self.waiting.push_back(pending);
-        self.connections.update(connection, now, |up| up.idle_since = now); // until now it was not
+        // Its idle time starts with the request.
+        self.connections.update(connection, now, |up| up.idle_since = now);
         self.bring_sweep_forward(now);
     }
 

@@ -1,4 +1,4 @@
-//! The sweep: one pass over the tables that ends what no event ends.
+//! The sweep: one pass over the tables that ends what has expired or timed out.
 //!
 //! All times are of the monotonic clock ([`Instant`]), independent of the wall clock. If the process was stopped or its
 //! virtual machine paused, that clock continued: the sweep is late, reservations and graces that have run out end, and
@@ -32,13 +32,13 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
             self.connections.shift_probes(shift);
             self.circuits.shift_waits(shift);
         }
-        // 2. Forget what has run out, and free the slots whose term or grace has ended.
+        // 2. Drop full buckets and empty queues, and free the slots whose term or grace has ended.
         self.reserve_rates.forget_full(now);
         self.connect_rates.forget_full(now);
         self.link.lock().forget_paid(now);
         self.reservations.end_what_is_over(now);
         self.apply_changes(now);
-        // 3. Read the counters, and give the slots back that they show to be in use.
+        // 3. Read the counters, and revive the slots of peers that are heard again.
         self.connections.poll_counters(now);
         self.circuits.poll_counters(now);
         self.revive(now);

@@ -70,7 +70,7 @@ pub struct Admission {
 /// A connection in its handshake.
 struct InHandshake {
     progress: Progress,
-    /// To end the handshake: there is no other way from outside.
+    /// Shut down to end the handshake, which runs in a task of the swarm.
     socket: Option<TcpStream>,
     /// Why the relay dropped it.
     dropped: Option<Reason>,
@@ -198,7 +198,7 @@ impl Admission {
         holds_slot: bool,
     ) -> Option<End<ConnectionId>> {
         let (now, quota) = (Instant::now(), self.limits.quota());
-        let idle = self.relay.relay.idle_strangers();
+        let idle = self.relay.relay.idle_without_slot();
         let candidates =
             idle.filter(|(_, other)| holds_slot || quota.yields(other.origin.prefix, prefix));
         let heaviest = candidates.max_by_key(|(_, other)| {
@@ -216,7 +216,7 @@ impl Admission {
             Some((_, Preempted::OwnConnection)) => {
                 relay.close_longest_silent_of(peer, id, Instant::now());
             }
-            Some((_, Preempted::Idle(idle))) => relay.close_stranger(idle),
+            Some((_, Preempted::Idle(idle))) => relay.preempt(idle),
             None => {}
         }
     }
