@@ -57,7 +57,7 @@ const LARGE_BATCH: usize = QUANTUM + HEADER;
 const LARGE_BATCH_COST: usize = 3 * (LARGE_BATCH - SMALL_BATCH);
 
 /// How often a connection whose socket is full is checked for a write stall.
-const LOOK: Duration = Duration::from_secs(5);
+const STALL_CHECK: Duration = Duration::from_secs(5);
 
 /// The default limit of a write stall; see [`MemoryBudget::set_max_stall`].
 const MAX_STALL: Duration = Duration::from_secs(60);
@@ -132,7 +132,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> OutboundConnectionUpgrade<C> for Multipl
 /// One connection.
 #[derive(Debug)]
 pub struct Muxer<C> {
-    // Before the socket: see `Unclaimed` of the transport.
+    // Dropped before the socket: see `byte_counters::PendingCounter`.
     connection: C,
     socket: Option<TcpStream>,
     shared: Arc<Shared>,
@@ -151,7 +151,7 @@ pub struct Muxer<C> {
     pause: Option<Delay>,
     /// The write stall, and when to check it next while the socket is full.
     stall: WriteStall,
-    look: Option<Delay>,
+    next_check: Option<Delay>,
     /// Why it ends, once all tasks have been woken.
     end: Option<io::Error>,
     /// The time limit of a graceful close.
@@ -178,7 +178,7 @@ impl<C> Muxer<C> {
             activity,
             pause: None,
             stall: WriteStall::default(),
-            look: None,
+            next_check: None,
             end: None,
             closing: None,
         }
@@ -269,13 +269,13 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
 
     /// Checks regularly whether a connection whose socket is full is write stalled.
     fn poll_stall(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
-        let look = self.look.get_or_insert_with(|| Delay::new(LOOK));
-        while look.poll_unpin(cx).is_ready() {
-            look.reset(LOOK);
+        let next_check = self.next_check.get_or_insert_with(|| Delay::new(STALL_CHECK));
+        while next_check.poll_unpin(cx).is_ready() {
+            next_check.reset(STALL_CHECK);
             let acknowledged = self.socket.as_ref().and_then(socket::acknowledged);
             let lasts = self.stall.on_waiting(acknowledged, Instant::now());
             let budget = &self.shared.budget;
-            if lasts >= budget.pool.max_stall().max(LOOK) {
+            if lasts >= budget.pool.max_stall().max(STALL_CHECK) {
                 budget.count(Cut::WriteStalled);
                 let why = format!("write stalled: took nothing for {} s", lasts.as_secs());
                 return Err(io::Error::new(io::ErrorKind::TimedOut, why));
@@ -290,9 +290,9 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
             session.end();
             session.is_unused
         });
-        let _ = self.poll_write(cx); // the go-away, if there is one, and room for it
+        let _ = self.poll_write(cx); // the go-away, if there is one and the socket has room for it
         self.end = Some(match error.kind() {
-            // rust-libp2p ends a connection to another peer than it expected once the connection is up.
+            // rust-libp2p compares peer ids once the connection is up, and then closes it.
             io::ErrorKind::ConnectionAborted if is_unused => {
                 StageError::wrap(Stage::Muxer, Some(Reason::PeerId), error)
             }
@@ -357,7 +357,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> StreamMuxer for Muxer<C> {
 impl<C> Drop for Muxer<C> {
     fn drop(&mut self) {
         if let Some(socket) = &self.socket {
-            socket::leave_to_mux(socket, false); // what it still has to send is the kernel's
+            socket::leave_to_mux(socket, false); // the kernel still sends what was written
         }
         self.shared.with(|session| session.close_all());
     }

@@ -22,7 +22,7 @@ use super::{
 };
 use crate::address::ClientPrefix;
 
-/// The most refusals that may wait to be sent, and the most streams remembered that only this side has closed.
+/// How many refusals may wait to be sent, and how many streams are remembered that only this side has closed.
 const MAX_REFUSED: usize = 256;
 
 /// The most unacknowledged streams that this side opens: go-libp2p refuses more ("ACK backlog").
@@ -111,7 +111,7 @@ pub struct Session {
     /// No more streams are opened; go-away is sent after everything else.
     is_over: bool,
     go_away: Option<Reason>,
-    /// The connection's task, and the same while it waits to open a stream.
+    /// The connection's task; and the same, once more, while it waits to open a stream.
     task: Option<Waker>,
     opener: Option<Waker>,
     effects: Effects,
@@ -360,7 +360,7 @@ impl Shared {
         })
     }
 
-    /// Calls `act` under the lock, and applies its effects after releasing that.
+    /// Calls `act` under the lock, and applies its effects after releasing the lock.
     pub fn with<T>(&self, act: impl FnOnce(&mut Session) -> T) -> T {
         let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
         let result = act(&mut session);

@@ -16,14 +16,14 @@ use super::{
 };
 use crate::behaviour::circuit::BUFFER_SIZE;
 
-/// The most unsent data of a stream, and the most that is sent in its turn, in bytes: a frame that fits into a
+/// The most unsent data of a stream, and the most that is sent before the next stream's turn, in bytes: a frame that fits into a
 /// message of Noise.
 pub const QUANTUM: usize = BUFFER_SIZE;
 
-/// A grant that would leave the peer this much credit or less is not sent, in bytes: it would send tiny frames.
-const CRUMB: usize = 16 * 1024;
+/// The least credit that a grant has to leave the peer, in bytes: with less it would send tiny frames.
+const MIN_CREDIT: usize = 16 * 1024;
 
-/// Who opened a stream.
+/// Which side opened a stream.
 #[derive(Debug, Default)]
 pub enum Origin {
     /// The relay.
@@ -40,7 +40,7 @@ pub enum Origin {
 pub struct Stream {
     /// Its id on the wire.
     pub id: u32,
-    /// Who opened it.
+    /// Which side opened it.
     pub origin: Origin,
     /// The flags that the peer sent. RST also if nothing more is read for another reason.
     pub received: Flags,
@@ -187,7 +187,7 @@ impl Stream {
     fn due_credit(&self, budget: &ConnectionBudget) -> usize {
         let window = budget.window(self.window);
         let missing = window.saturating_sub(self.credit + self.unread + self.passing);
-        let is_worth_it = missing >= window / 2 && self.credit + missing > CRUMB;
+        let is_worth_it = missing >= window / 2 && self.credit + missing > MIN_CREDIT;
         if is_worth_it && self.is_receiving() && self.is_read() { missing } else { 0 }
     }
 
@@ -242,11 +242,11 @@ impl Stream {
         now: Instant,
         budget: &ConnectionBudget,
     ) -> Option<io::Result<usize>> {
-        let said = self.sent | self.pending;
-        if said & RST != 0 {
+        let ended = self.sent | self.pending;
+        if ended & RST != 0 {
             return Some(Err(io::ErrorKind::ConnectionReset.into()));
         }
-        if said & FIN != 0 {
+        if ended & FIN != 0 {
             return Some(Err(io::ErrorKind::WriteZero.into()));
         }
         let room = QUANTUM.saturating_sub(self.unsent()).min(self.send_window as usize);

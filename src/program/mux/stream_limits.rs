@@ -50,8 +50,8 @@ const FRAMES_PER_STREAM: u32 = 4;
 /// The ratio between the rate of a scope and that of the next narrower one.
 const WIDER: u32 = 4;
 
-/// What each connection may do regardless of others of its prefix: the streams for identify, reservations and pings, and
-/// the frames for these and for the ends of its circuits.
+/// The rates that each connection has to itself, whatever others of its prefix do: streams for identify, reservations and
+/// pings, and frames for these and for the ends of its circuits.
 const OWN_STREAMS: Rate = Rate { burst: 8, spacing: Duration::from_millis(2500) };
 const OWN_FRAMES: Rate = Rate { burst: 128, spacing: Duration::from_millis(125) };
 
@@ -380,7 +380,7 @@ impl RateLimiter {
         Self { own, bucket: Bucket::default(), scopes: Arc::new(Mutex::new(scopes)) }
     }
 
-    /// Takes a token that is there within `max_wait`. Returns after which time.
+    /// Takes a token if one is available within `max_wait`. Returns how long the caller has to wait for it.
     fn take(
         &mut self,
         prefix: Option<ClientPrefix>,

@@ -3,8 +3,8 @@
 //! The transport creates a connection before the swarm assigns its id, so a new counter is kept here under the
 //! connection's socket addresses until the owner of the swarm takes it.
 //!
-//! Two connections have the same addresses only if a proxy's headers say so, for example when a client reaches it twice
-//! from one port. Their counters cannot be told apart, so neither is handed out, and only activity on the streams of
+//! Two connections have the same addresses only if a proxy's headers say so, for example when a client connects twice to
+//! the proxy from one port. Their counters cannot be told apart, so neither is handed out, and only activity on the streams of
 //! those two connections counts.
 
 use std::{

@@ -9,7 +9,7 @@
 //! - A peer observes only addresses of the IP version that it connects over. Otherwise a liar with many IPv6 subnets,
 //!   which are cheap, could decide on an IPv4 address.
 //! - One observation counts for each subnet (IPv4: a /24, IPv6: a /48), and one for each peer.
-//! - To confirm an address takes [`MIN_OBSERVERS`] that agree, and more than half of all observers.
+//! - An address is confirmed when at least [`MIN_OBSERVERS`] observers, and more than half of all, agree on it.
 //! - The last observation of a subnet counts, while its connection is up and for [`OBSERVATION_TTL`] after that: when the
 //!   relay's address changes, its clients reconnect and observe the new one.
 

@@ -157,7 +157,7 @@ struct Introduced<S> {
     client: Result<SocketAddr, Option<Unnamed>>,
 }
 
-/// The ends of a connection: ours, and the peer's or its proxy's.
+/// The ends of a connection: the relay's, and the client's or its proxy's.
 struct Connection {
     listener: ListenerId,
     local: Multiaddr,
@@ -247,8 +247,8 @@ where
         Some(TransportEvent::Incoming {
             listener_id,
             upgrade: upgrade.boxed(),
-            local_addr: listener.on_top_of(&local),
-            send_back_addr: listener.on_top_of(&remote),
+            local_addr: listener.append_suffix(&local),
+            send_back_addr: listener.append_suffix(&remote),
         })
     }
 
@@ -269,8 +269,8 @@ where
         }
     }
 
-    /// Puts the listener's suffix back on the addresses of an event over TCP.
-    fn on_top(&mut self, event: TransportEvent<T::ListenerUpgrade, io::Error>) -> Option<Event> {
+    /// Converts an event of the TCP transport: appends the listener's suffix to its addresses.
+    fn on_event(&mut self, event: TransportEvent<T::ListenerUpgrade, io::Error>) -> Option<Event> {
         Some(match event {
             TransportEvent::Incoming { listener_id, upgrade, local_addr, send_back_addr } => {
                 let (local, remote) = (local_addr, send_back_addr);
@@ -278,11 +278,11 @@ where
                 return self.on_incoming(connection, upgrade);
             }
             TransportEvent::NewAddress { listener_id, listen_addr } => {
-                let listen_addr = self.listeners.get(&listener_id)?.on_top_of(&listen_addr);
+                let listen_addr = self.listeners.get(&listener_id)?.append_suffix(&listen_addr);
                 TransportEvent::NewAddress { listener_id, listen_addr }
             }
             TransportEvent::AddressExpired { listener_id, listen_addr } => {
-                let listen_addr = self.listeners.get(&listener_id)?.on_top_of(&listen_addr);
+                let listen_addr = self.listeners.get(&listener_id)?.append_suffix(&listen_addr);
                 TransportEvent::AddressExpired { listener_id, listen_addr }
             }
             TransportEvent::ListenerClosed { listener_id, reason } => {
@@ -297,7 +297,7 @@ where
 }
 
 impl Listener {
-    fn on_top_of(&self, address: &Multiaddr) -> Multiaddr {
+    fn append_suffix(&self, address: &Multiaddr) -> Multiaddr {
         address.iter().chain(self.suffix.iter()).collect()
     }
 }
@@ -381,7 +381,7 @@ where
                 Poll::Ready(Some(introduced)) => this.on_introduced(introduced),
                 _ => {
                     let event = ready!(Pin::new(&mut this.tcp).poll(cx));
-                    this.on_top(event)
+                    this.on_event(event)
                 }
             };
             if let Some(event) = event {

@@ -1,6 +1,6 @@
 //! Write coalescing: sends the head of a WebSocket message together with its body.
 //!
-//! libp2p's WebSocket writes one after the other, and our sockets send each write at once (TCP_NODELAY): that would take
+//! soketto writes one after the other, and our sockets send each write at once (TCP_NODELAY): that would take
 //! two system calls and two packets for each message.
 
 use std::{

@@ -122,7 +122,7 @@ impl Side {
     }
 }
 
-/// So many streams, at any rate.
+/// Admits this many streams, without a rate limit.
 fn admission(streams: usize) -> StreamAdmission {
     let limits =
         StreamLimits { stream_rate: 0, max_streams: streams * 8, ..StreamLimits::default() };
@@ -449,7 +449,7 @@ fn dropping_an_unannounced_outbound_stream_sends_nothing() {
 }
 
 #[test]
-fn no_more_of_our_streams_are_open_than_may_be() {
+fn opening_a_stream_waits_while_as_many_of_ours_are_open_as_the_limit_allows() {
     let mut client = Side::new(Role::Client);
     client.session.admission.budget.outbound = 2;
     let streams = [(); 2].map(|()| client.open());

@@ -24,7 +24,7 @@ const PROXY: [&[u8]; 2] = [b"PROXY ", b"\r\n\r\n\0\r\nQUIT\n"];
 /// The start of a TLS record with a handshake message, of any version of TLS.
 const TLS: &[u8] = b"\x16\x03";
 
-/// How multistream-select begins, as far as it is kept.
+/// The first bytes of multistream-select, as many as [`Opening`] keeps.
 const MULTISTREAM: &[u8] = b"\x13/multistrea";
 
 /// How requests of HTTP/1 begin, and a connection of HTTP/2.
@@ -66,7 +66,7 @@ pub enum Reason {
     Http,
     /// The client began TLS where none is spoken.
     Tls,
-    /// The client sent a PROXY protocol header, and is no trusted proxy.
+    /// The client sent a PROXY protocol header, and is not a trusted proxy.
     ProxyHeader,
     /// The client has another swarm key, or none.
     SwarmKey,
@@ -76,7 +76,7 @@ pub enum Reason {
     Protocol,
     /// The relay dropped the handshake for another one.
     Preempted,
-    /// None: a health check.
+    /// No failure: a health check.
     HealthCheck,
 }
 
@@ -141,7 +141,7 @@ impl Reason {
     }
 }
 
-/// An error of a stage, for which the error of a transport stands.
+/// An error and the stage that it belongs to. A transport reports it, wrapped, as its own error.
 #[derive(Debug)]
 pub struct StageError {
     stage: Stage,
@@ -233,7 +233,7 @@ fn stage(cause: &io::Error, is_secured: bool) -> Stage {
 
 fn reason(cause: &io::Error, stage: Stage, known: &Known) -> Reason {
     let opening = known.opening.first();
-    // 1. First bytes that belong elsewhere: how such a connection ends afterwards tells nothing.
+    // 1. The first bytes, if they are of another protocol: how such a connection ends afterwards does not matter.
     if let Some(foreign) = foreign(&opening, known)
         && !known.is_secured
         && known.dropped != Some(Reason::Preempted)
@@ -245,7 +245,7 @@ fn reason(cause: &io::Error, stage: Stage, known: &Known) -> Reason {
     if is_unreadable && known.dropped != Some(Reason::Preempted) {
         return Reason::SwarmKey;
     }
-    // 3. What the relay, or the stage, knows.
+    // 3. The reason for which the relay dropped it, or that the stage knows.
     if let Some(reason) = known.dropped.or_else(|| stages(cause).find_map(|error| error.reason)) {
         return reason;
     }
@@ -264,7 +264,7 @@ fn has_no_cause(cause: &io::Error) -> bool {
     stages(cause).next().is_none() && !causes(cause).any(|cause| cause.is::<NegotiationError>())
 }
 
-/// What else than libp2p these first bytes belong to.
+/// The reason, if these first bytes are of a protocol that this listener does not speak.
 fn foreign(opening: &[u8], known: &Known) -> Option<Reason> {
     let begins_with = |signatures: &[&[u8]]| signatures.iter().any(|it| opening.starts_with(it));
     match known.layer {
@@ -380,7 +380,7 @@ mod tests {
                 }
             }
         }
-        // Each where it belongs.
+        // HTTP is expected on a WebSocket port, and TLS on a secure one.
         let with = |opening: &[u8], layer| Known { layer, ..known(opening) };
         for (known, reason) in [
             (with(b"GET / HTTP/1.1", Layer::WebSocket), "protocol"),
@@ -404,7 +404,7 @@ mod tests {
             let private = Known { is_private: true, ..known(b"") };
             assert_eq!(kinds(&error, &private), None);
             assert_eq!(kinds(&error, &known(b"\x13")), Some(("multistream", "closed")));
-            // One that stays silent is dropped.
+            // A connection that stays silent is dropped: that is a failure.
             let overdue = Known { dropped: Some(Reason::Timeout), ..known(b"") };
             assert_eq!(kinds(&error, &overdue), Some(("multistream", "timeout")));
         }
@@ -414,7 +414,7 @@ mod tests {
     }
 
     #[test]
-    fn in_a_private_network_what_cannot_be_read_is_another_key() {
+    fn in_a_private_network_unreadable_bytes_count_as_another_swarm_key() {
         let private = Known { is_private: true, ..known(&[7; 24]) };
         let expected = Some(("multistream", "swarm key"));
         for error in [ProtocolError::InvalidMessage, ProtocolError::IoError(eof())] {
@@ -428,7 +428,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stage_is_told_by_the_error_and_by_whether_the_channel_is_secure() {
+    fn a_stage_follows_from_the_error_and_from_whether_the_channel_is_secure() {
         let hello = known(b"\x13/multistream/1.0.0\n");
         let of_security = |reason, error: noise::Error| {
             let error = StageError::wrap(Stage::Security, reason, io::Error::other(error));
@@ -453,7 +453,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_denied_or_dropped_for_another_is_no_failure_of_the_client() {
+    fn a_denied_connection_is_not_counted_and_a_preempted_one_has_its_own_reason() {
         let denied = of_either(Denied::Rate.into());
         assert_eq!(kinds(&denied, &known(b"")), None);
         let within = StageError::wrap(Stage::WebSocket, None, Denied::Rate.into());

@@ -58,8 +58,8 @@ pub struct Limits {
     /// How many connections may be in their handshakes. Default 256. `handshakes.rs` says which one is dropped for
     /// another.
     ///
-    /// One address may have an eighth of these, and one subnet a quarter, each at least 16; no cap on the connections of an
-    /// address or subnet is no cap on its handshakes either.
+    /// One address may have an eighth of these, and one subnet a quarter, each at least 16. Without a cap on the
+    /// connections of an address or subnet, its handshakes have no cap either.
     pub max_handshakes: usize,
 }
 
@@ -104,7 +104,7 @@ impl Limits {
     }
 }
 
-/// The cap that was set, or else the default; zero is no cap.
+/// The cap that was set, or else the default; zero: no cap.
 fn cap(set: Option<usize>, default: usize) -> Option<usize> {
     Some(set.unwrap_or(default)).filter(|cap| *cap > 0)
 }

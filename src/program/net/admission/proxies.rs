@@ -49,7 +49,7 @@ impl Proxies {
     ///
     /// # Errors
     ///
-    /// When as many connections wait as may.
+    /// When `max_waiting` connections wait already.
     pub fn acquire(&self) -> Result<HeaderPermit, Denied> {
         let one_more = |waiting: usize| (waiting < self.max_waiting).then_some(waiting + 1);
         self.waiting

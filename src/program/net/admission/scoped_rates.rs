@@ -15,7 +15,7 @@ use crate::{
 /// The most buckets of one level. Beyond that only the next wider scope counts.
 const MOST_SCOPES: usize = 65_536;
 
-/// How often full buckets are removed at most: that looks at each of them.
+/// The least time between two removals of full buckets, each of which is a pass over all buckets.
 const PURGE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How often something may arrive from each address, subnet and IPv6 /32.
@@ -32,11 +32,11 @@ pub struct ScopedRates {
 pub struct Bucket(Option<FullAt>);
 
 impl Bucket {
-    /// Takes one out, and returns how long it has to wait; `None`, and takes none out, if that is longer than
-    /// `patience`.
-    pub fn take(&mut self, rate: Rate, patience: Duration, now: Instant) -> Option<Duration> {
+    /// Takes a token, and returns how long the caller has to wait for it. If that is longer than `max_wait`, takes none and
+    /// returns `None`.
+    pub fn take(&mut self, rate: Rate, max_wait: Duration, now: Instant) -> Option<Duration> {
         let (full_at, wait) = rate.after_one(self.0, now);
-        (wait <= patience).then(|| {
+        (wait <= max_wait).then(|| {
             self.0 = Some(full_at);
             wait
         })
@@ -50,12 +50,12 @@ impl ScopedRates {
         Self { levels, buckets, purged_at: None }
     }
 
-    /// Takes one out for this prefix, and returns how long it has to wait; `None`, and takes none out, if that is
-    /// longer than `patience`.
+    /// Takes a token of each scope of this prefix, and returns how long the caller has to wait for them. If that is longer
+    /// than `max_wait`, takes none and returns `None`.
     pub fn take(
         &mut self,
         prefix: ClientPrefix,
-        patience: Duration,
+        max_wait: Duration,
         now: Instant,
     ) -> Option<Duration> {
         let scopes = [Some(prefix), Some(prefix.subnet().0), prefix.wide()];
@@ -67,7 +67,7 @@ impl ScopedRates {
             wait = wait.max(waits);
             Some((scope, full_at))
         });
-        if wait > patience {
+        if wait > max_wait {
             return None;
         }
         let has_no_room = self.buckets.iter().any(|buckets| buckets.len() >= MOST_SCOPES);
@@ -116,13 +116,13 @@ mod tests {
         let rate = |burst| Some(Rate { burst, spacing: Duration::from_secs(1) });
         let mut rates = ScopedRates::new([rate(2), rate(3), None]);
         let [first, second] = [1, 2].map(|n| home(n).unwrap());
-        let patience = Duration::from_secs(2);
+        let max_wait = Duration::from_secs(2);
         let mut take = |prefix, at: u64| {
-            let wait = rates.take(prefix, patience, start + Duration::from_secs(at));
+            let wait = rates.take(prefix, max_wait, start + Duration::from_secs(at));
             wait.map(|wait| wait.as_secs())
         };
         assert_eq!([0; 3].map(|at| take(first, at)), [Some(0), Some(0), Some(1)]);
-        // The subnet has had three, and the address waits for itself no longer than it would else.
+        // The subnet has had three. The second address has had none: it waits for the subnet only.
         assert_eq!([0; 3].map(|at| take(second, at)), [Some(1), Some(2), None]);
         assert_eq!(take(second, 100), Some(0));
     }
@@ -137,7 +137,7 @@ mod tests {
             assert_eq!(rates.take(address(n), Duration::ZERO, start), Some(Duration::ZERO));
         }
         assert_eq!(rates.buckets[0].len(), MOST_SCOPES);
-        // Those that are there are still held to it; later they make room.
+        // A scope with a bucket is still limited. Once its bucket is full again, it makes room.
         assert_eq!(rates.take(address(1), Duration::ZERO, start), None);
         let later = start + Duration::from_secs(9);
         assert!(rates.take(address(u32::MAX), Duration::ZERO, later).is_some());

@@ -123,8 +123,8 @@ pub async fn send(mut stream: impl AsyncWrite + Unpin, message: &[u8]) -> io::Re
 ///
 /// # Errors
 ///
-/// When the first message is malformed, too long, or not complete within [`TIME_LIMIT`]. A problem with a further one
-/// ends reading and is no error.
+/// When the first message is malformed, too long, or not complete within [`TIME_LIMIT`]. A later message with
+/// such a problem ends reading without an error.
 pub async fn read(stream: impl AsyncRead + Unpin, dht: Option<&str>) -> io::Result<Info> {
     let mut stream = BufReader::with_capacity(READ_BUFFER, stream).take(MAX_STREAM);
     let (mut info, mut messages) = (Info::default(), 0);

@@ -24,7 +24,7 @@ pub type Hop = (IpAddr, Option<u16>);
 /// Why the headers name no client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unnamed {
-    /// There is none of them.
+    /// The request has neither header.
     Absent,
     /// A trusted proxy named something other than an IP address.
     Malformed,
@@ -62,7 +62,7 @@ impl Forwarded {
 }
 
 /// Walks the elements of all lines from the last to the first. `None`: there is no element; `Some(None)`: an element
-/// was reached that is no address.
+/// was reached that is not an address.
 fn last_untrusted(
     lines: &[Vec<u8>],
     parse: fn(&[u8]) -> Option<Hop>,

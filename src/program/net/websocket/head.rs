@@ -53,7 +53,7 @@ impl Head {
                 Some(Self::without_headers(Request::TooLarge))
             }
             Ok(Status::Complete(length)) => Some(Self {
-                request: asked(&request, length < bytes.len()),
+                request: kind_of(&request, length < bytes.len()),
                 is_method_head: request.method == Some("HEAD"),
                 forwarded: Forwarded {
                     standard: values(&request, "Forwarded").map(<[u8]>::to_vec).collect(),
@@ -115,7 +115,7 @@ fn has_token(request: &httparse::Request<'_, '_>, name: &str, token: &str) -> bo
 }
 
 /// RFC 6455, 4.2.1: what a request with these headers asks for.
-fn asked(request: &httparse::Request<'_, '_>, has_more: bool) -> Request {
+fn kind_of(request: &httparse::Request<'_, '_>, has_more: bool) -> Request {
     if !has_token(request, "Upgrade", "websocket") {
         let path = request.path.unwrap_or_default();
         let path = path.split_once('?').map_or(path, |(path, _)| path);

@@ -1,7 +1,7 @@
 //! A WebSocket as a stream of bytes: each write is one binary message.
 //!
-//! What libp2p-websocket does, on the same soketto; that crate hides its connection's constructor, and so
-//! leaves no way to read the request before it.
+//! Does the same as libp2p-websocket, also on soketto. That crate has no public constructor for a connection, so its
+//! users cannot read the HTTP request that opened the WebSocket.
 
 use std::{
     io,

@@ -42,7 +42,7 @@ impl<S: AsyncRead + AsyncWrite + Send + Unpin + 'static> Requested<S> {
         Ok(Self { stream, head })
     }
 
-    /// Opens the WebSocket. Another request is answered, and the connection shut down: `socket` is its own.
+    /// Opens the WebSocket. Any other request is answered, and its connection, whose socket is `socket`, shut down.
     ///
     /// # Errors
     ///

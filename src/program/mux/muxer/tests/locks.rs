@@ -74,7 +74,7 @@ fn no_task_is_woken_and_no_waker_dropped_while_a_session_is_locked() {
     }
 }
 
-/// Another connection, which counts how often it has to give up memory or a permit.
+/// Another connection, which counts how often it is asked to free memory or to reset a stream.
 #[derive(Debug)]
 struct Other {
     sessions: Sessions,
