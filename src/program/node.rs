@@ -426,7 +426,7 @@ impl Node {
         }
     }
 
-    /// Tells the listeners and behaviours that do not hear it from the relay whether it drains.
+    /// Passes on whether the relay drains, to WebSocket listeners and the DHT.
     #[allow(unused_variables, reason = "they may not be built in")]
     fn set_draining(&mut self, is_draining: bool) {
         #[cfg(feature = "websocket")]

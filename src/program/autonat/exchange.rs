@@ -1,7 +1,7 @@
 //! One request, from its stream to the answer: read it, dial the client, report the result.
 //!
-//! Refused is not unreachable. When the relay may not or cannot dial, it says so and the client asks another server; it
-//! reports "cannot be reached" only of an address that it dialed.
+//! A refusal does not mean that the client is unreachable: when the relay may not or cannot dial, it refuses, and the client
+//! asks another server. Only an address that was dialed is reported as unreachable.
 
 use std::{
     io,

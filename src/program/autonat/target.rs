@@ -38,11 +38,11 @@ pub fn of_version_2(
     target.filter(|(_, to)| may_be_dialed(to.ip(), private))
 }
 
-/// What version 1 dials: as go-libp2p's server does, first the address that the client's connection comes from, because
-/// one behind a NAT may know no address of its own that is global and names none. Then the named ports at the same IP
-/// address, because it may know only the address that it has behind the NAT.
+/// What version 1 dials, in the order of go-libp2p's server. First the address that the client's connection comes from: a
+/// client behind a NAT may know no global address of its own, and name none. Then the named ports at the same IP address: it
+/// may know its address behind the NAT only.
 ///
-/// Nothing if it names addresses and the relay can dial none of them: over QUIC it may be reachable.
+/// Nothing if the client names addresses and the relay can dial none of them: the client may be reachable over QUIC.
 pub fn of_version_1(named: &[Vec<u8>], client: Client, private: bool) -> Vec<SocketAddr> {
     let parsed = named.iter().take(MAX_NAMED).filter_map(|bytes| parse(bytes, client));
     let mut ports: Vec<_> = parsed.map(|to| to.port()).collect();

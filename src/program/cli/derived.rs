@@ -20,10 +20,10 @@ const MIB: usize = 1024 * KIB;
 /// The size of a relay without `--memory` and `--max-reservations`.
 const DEFAULT_SIZE: usize = 1024;
 
-/// The least size without `--memory`: a table of few slots is met by as many strangers as any other.
+/// The least size without `--memory`: a relay with few slots gets as many connections of unknown peers as any other.
 const LEAST_SIZE: usize = 64;
 
-/// A thread for each such part of `--memory`, in bytes.
+/// How much of `--memory` there has to be for each thread, in bytes.
 const THREAD_FOR: u64 = 128 * MIB as u64;
 
 /// The threads may keep this fraction of `--memory`.
@@ -186,7 +186,7 @@ impl Given {
         largest(1, most, fits).unwrap_or(1)
     }
 
-    /// The limits of a relay of this size. None falls when the size rises.
+    /// The limits of a relay of this size. A larger size makes none of them smaller.
     fn of_size(&self, size: usize) -> Derived {
         let given = |limit: Limit, default: usize| self.explicit(limit).unwrap_or(default);
         let is_by_memory = self.memory.is_some();
@@ -198,7 +198,7 @@ impl Given {
         let growth = times(8 * KIB).clamp(INITIAL_WINDOW, MAX_WINDOW);
         let windows = per_peer.saturating_mul(INITIAL_WINDOW).saturating_add(growth);
         let per_connection = given(Limit::BufferedPerConnection, windows);
-        // Circuits of a small relay that carry flat out fill their windows, one for each slot, and are not cut for it.
+        // In a small relay one circuit for each slot may fill its window without exceeding the pool.
         let windows_of_all = times(INITIAL_WINDOW).min(32 * MIB);
         let pool = per_connection.saturating_mul(4).max(times(80 * KIB)).max(windows_of_all);
         let by_memory = usize::try_from(self.memory.unwrap_or(u64::MAX) / THREAD_FOR);
@@ -330,7 +330,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_follows_fits_explicit_flags_win_and_nothing_falls_when_memory_rises(
+        fn derived_limits_fit_explicit_flags_win_and_more_memory_lowers_no_limit(
             memory in prop_oneof![12 * MIB as u64..100 * MIB as u64, 12 * MIB as u64..64 * GIB],
             more in prop_oneof![0..MIB as u64, 0..64 * GIB],
             explicit in prop_oneof![Just([None; LIMITS.len()]), explicit()],

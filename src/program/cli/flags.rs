@@ -349,8 +349,8 @@ pub struct Flags {
 
     /// How many received bytes may be buffered for one connection
     ///
-    /// At least 256KiB for each circuit that a peer may have, and 256KiB. By what is above that, but at most by
-    /// 768KiB, windows may grow.
+    /// At least 256KiB for each circuit that a peer may have, and 256KiB. Windows may grow by the rest, at most by
+    /// 768KiB.
     ///
     /// [default: 256KiB a circuit of a peer, and up to 1MiB]
     #[structopt(long, value_name = "SIZE")]

@@ -1,4 +1,4 @@
-//! Prevents that the secrets of TLS sessions are written to a file.
+//! Keeps the secrets of TLS sessions from being written to a file.
 //!
 //! libp2p-tls appends the secrets of each session to the file that the environment variable `SSLKEYLOGFILE` names, and no
 //! setting turns that off. To change its own environment a process needs `unsafe` code, so the program executes itself

@@ -20,7 +20,7 @@ const MIB: u64 = 1024 * 1024;
 /// A shorter reservation expires before some clients renew it.
 const SHORT_TTL: Duration = Duration::from_secs(3 * 60);
 
-/// Whom the relay serves, and its limits.
+/// Which peers the relay serves, and its limits.
 pub fn capacity(config: &Config) -> String {
     let clients = match config.access == Lists::default() {
         true => "anyone",
@@ -81,9 +81,9 @@ pub fn client_addresses(
     found: &[Multiaddr],
     outbound: Option<IpAddr>,
 ) -> Vec<String> {
-    let line = |who: &str, address: &Multiaddr| {
+    let line = |clients: &str, address: &Multiaddr| {
         let address = address.clone().with_p2p(relay).ok()?;
-        Some(format!("{who} reach it at {address}"))
+        Some(format!("{clients} reach it at {address}"))
     };
     if let Some(address) = announced.first() {
         return line("clients", address).into_iter().collect();
@@ -286,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn the_address_to_paste_is_the_best_one_and_names_who_can_dial_it() {
+    fn the_address_to_paste_is_the_best_one_and_says_from_where_it_can_be_dialed() {
         let relay = PeerId::random();
         let out = Some([192, 168, 1, 7].into());
         let itself = "/ip4/127.0.0.1/tcp/4001";
@@ -321,7 +321,8 @@ mod tests {
         let home = "/ip4/192.168.1.7/tcp/4002/ws";
         let tcp = "/ip4/192.168.1.7/tcp/4001";
         let secure = "/ip4/192.168.1.7/tcp/4003/tls/ws";
-        let line = |who: &str, address: &str| format!("{who} reach it at {address}/p2p/{relay}");
+        let line =
+            |clients: &str, address: &str| format!("{clients} reach it at {address}/p2p/{relay}");
         let named = "browsers reach it at the name in its certificate; announce that: --announce \
                      /dns4/…/tcp/4003/tls/ws";
         for (found, expected) in [

@@ -264,7 +264,7 @@ mod tests {
     fn a_node_is_dialed_at_once_then_with_backoff_and_a_changed_result_is_reported_once() {
         let (alice, local) = (PeerId::random(), PeerId::random());
         let start = Instant::now();
-        let named = |at: &str, who: PeerId| address(&format!("{at}/p2p/{who}"));
+        let named = |at: &str, peer: PeerId| address(&format!("{at}/p2p/{peer}"));
         let addresses = [
             named("/ip4/192.0.2.1/tcp/1", alice),
             named("/ip4/192.0.2.2/tcp/1", local),

@@ -71,7 +71,7 @@ impl StartLimits {
     }
 }
 
-/// What the relay did of its own accord since it started.
+/// The probes and sweeps since the start.
 #[derive(Clone, Copy, Debug)]
 pub struct Upkeep {
     /// How many probes it sent. Those without an answer are [`crate::Event::PeerSilent`].
@@ -92,7 +92,7 @@ pub struct Slots {
 }
 
 impl Stats {
-    /// Takes those of this relay now.
+    /// The figures of this relay now.
     pub fn of(node: &Node, limits: &StartLimits) -> Self {
         let relay = node.relay();
         let (view, (sweeps, swept_for)) = (relay.view(), relay.sweeps);

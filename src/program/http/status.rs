@@ -140,7 +140,7 @@ impl Recorder {
 }
 
 impl Status {
-    /// Takes that of this relay now.
+    /// The status of this relay now.
     pub fn of(node: &Node, stats: &Stats, recorder: &mut Recorder, now: Instant) -> Self {
         let relay = node.relay().view();
         let circuits = &relay.circuits;

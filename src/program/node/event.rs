@@ -59,7 +59,7 @@ impl NodeEvent {
             return (Self::ConnectionClosed { reason }, reason.into());
         };
         let why = format!("{reason}: {}", innermost(cause));
-        // The muxer says so of a connection whose peer opened no stream.
+        // The muxer wraps the error of a connection that its peer closed without having opened a stream.
         if causes(cause).any(|cause| cause.is::<StageError>()) {
             let address = endpoint.get_remote_address().clone();
             let failure = HandshakeFailure { stage: Stage::Muxer, reason: Reason::PeerId };
@@ -83,7 +83,7 @@ fn close_reason(by_relay: Option<CloseReason>, cause: Option<&ConnectionError>) 
     }
 }
 
-/// The cause of all others, which says the most.
+/// The innermost cause, which is the most specific one.
 fn innermost<'a>(error: &'a (dyn Error + 'static)) -> &'a (dyn Error + 'static) {
     causes(error).last().unwrap_or(error)
 }

@@ -1,4 +1,4 @@
-//! The settings of a node that its configuration has not.
+//! The settings of a node that are not in its configuration.
 
 #[cfg(feature = "pnet")]
 use crate::program::net::swarm_key::PreSharedKey;

@@ -8,14 +8,14 @@ use crate::program::{mux::stream_limits::OWN, net::admission::limits};
 const KIB: u64 = 1024;
 const MIB: u64 = 1024 * KIB;
 
-/// The program itself, with its tables when empty. More of it is read at the start, and the kernel drops that when memory is
-/// short.
+/// The program itself, with empty tables. At the start more pages of its file are resident; the kernel reclaims them when
+/// memory is short.
 const PROGRAM: u64 = if cfg!(any(feature = "http", feature = "tls")) { 7 * MIB } else { 5 * MIB };
 
 /// The most freed memory that the allocator keeps for one thread.
 pub const THREAD: u64 = 8 * MIB;
 
-/// What a thread takes at least: its stack, and the buffers that its connections take turns with.
+/// What a thread takes at least: its stack, and the buffers that its connections share.
 pub const LEAST_THREAD: u64 = 256 * KIB;
 
 /// An idle connection over Noise, whose buffers have grown to the largest message. One over TLS takes a third of that.
@@ -117,7 +117,7 @@ fn sum<const N: usize>(parts: [(usize, u64); N]) -> u64 {
 #[cfg(target_os = "linux")]
 pub fn available() -> Option<u64> {
     let machine = rustix::system::sysinfo();
-    #[allow(clippy::useless_conversion)] // 32 bits wide on a machine of as many
+    #[allow(clippy::useless_conversion)] // a u32 on 32-bit machines
     let total = u64::from(machine.totalram);
     let machine = total.saturating_mul(machine.mem_unit.into());
     let cgroups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();

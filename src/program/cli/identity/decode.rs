@@ -1,4 +1,4 @@
-//! Reads private keys in the encodings in which people have them. Sans-IO.
+//! Reads private keys in libp2p's protobuf, in base64, in kubo's configuration, and in PEM. Sans-IO.
 
 use data_encoding::BASE64;
 use libp2p::identity::Keypair;
@@ -14,7 +14,8 @@ const PEM_END: &str = "-----END PRIVATE KEY-----";
 /// The name of the key in kubo's configuration.
 const KUBO: &str = "\"PrivKey\"";
 
-/// What of a PKCS #8 structure stands between its version and the 32 bytes of an Ed25519 key (RFC 8410, 7).
+/// The part of a PKCS #8 structure between its version and the 32 bytes of an Ed25519 key (RFC 8410, 7), and how many
+/// bytes precede that part.
 const ED25519: [u8; 11] = [0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x04, 0x22, 0x04, 0x20];
 const BEFORE: usize = 5;
 
@@ -79,7 +80,7 @@ pub fn not_a_key(bytes: &[u8]) -> &'static str {
 mod tests {
     use super::*;
 
-    /// RFC 8410, 10.3: the key alone, and with its public key behind it.
+    /// RFC 8410, 10.3: the private key alone, and followed by its public key.
     const RFC_8410: [&str; 2] = [
         "-----BEGIN PRIVATE KEY-----\nMC4CAQAwBQYDK2VwBCIEINTuctv5E1hK1bbY8fdp+K06/nwoy/HU++CXqI9EdVhC\n\
          -----END PRIVATE KEY-----\n",
@@ -115,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_such_key_is_an_error_with_the_remedy() {
+    fn bytes_without_a_supported_key_are_an_error_with_the_remedy() {
         for (bytes, problem) in [
             (&b""[..], "holds no libp2p private key"),
             (&[0xff; 100], "holds no libp2p private key"),

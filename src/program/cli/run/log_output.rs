@@ -10,7 +10,7 @@ use std::{
 
 use log::{Level, LevelFilter};
 
-/// Libraries that log errors or warnings which any peer can cause. `RUST_LOG` has to name them to see these. soketto
+/// Libraries that log errors or warnings which any peer can cause; not logged unless `RUST_LOG` names the library. soketto
 /// implements WebSocket.
 const MUTED: [&str; 1] = ["soketto"];
 
@@ -50,7 +50,8 @@ fn write_to_journal(
     text.to_string().lines().try_for_each(|line| writeln!(out, "<{priority}>{line}"))
 }
 
-/// Where a standard stream goes. Pipes are equal, because who collects both of them shows them together, as containers do.
+/// Where a standard stream goes. All pipes count as one place: a container runtime reads both streams from pipes, and shows
+/// them together.
 #[cfg(unix)]
 #[derive(Debug, PartialEq)]
 enum Place {
@@ -76,7 +77,7 @@ impl Place {
     }
 }
 
-/// As `JOURNAL_STREAM` has them.
+/// The device and inode of a stream, in the format of `JOURNAL_STREAM`.
 #[cfg(unix)]
 fn device_and_inode(stream: impl std::os::fd::AsFd) -> Option<String> {
     let stat = rustix::fs::fstat(stream).ok()?;
@@ -94,7 +95,7 @@ fn is_journal() -> bool {
     return false;
 }
 
-/// Whether who reads the log reads standard output in the same place.
+/// Whether standard output goes to the same place as the log.
 pub fn has_standard_output() -> bool {
     #[cfg(unix)]
     return Place::of(&io::stdout()).is_some_and(|out| Some(out) == Place::of(&io::stderr()));
@@ -124,7 +125,7 @@ mod tests {
 
     #[cfg(unix)]
     #[test]
-    fn pipes_are_one_place_and_files_are_not() {
+    fn all_pipes_are_the_same_place_and_each_file_is_its_own() {
         let [first, second] = [(); 2].map(|()| tempfile::tempfile().unwrap());
         let file = Place::of(&first);
         assert!(file.is_some() && file == Place::of(&first) && file != Place::of(&second));

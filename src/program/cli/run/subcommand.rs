@@ -23,7 +23,7 @@ use crate::program::{
     net::swarm_key,
 };
 
-/// Checks whether clients can use a relay of any libp2p, and says why if they cannot.
+/// Checks whether clients can use any libp2p relay, and says why if they cannot.
 ///
 /// Prints a line for each step with its time: DNS, TCP, TLS, WebSocket, swarm key, Noise or TLS, yamux, identify, a slot,
 /// and a circuit to itself. The exit code is 0 if all of them succeed, otherwise 1.
@@ -84,7 +84,7 @@ pub fn run(arguments: &[OsString]) -> Option<ExitCode> {
     }))
 }
 
-/// Help or a version to print, on its way out.
+/// The text of `--help`, passed up as an error.
 #[derive(Debug)]
 struct Help(String);
 
