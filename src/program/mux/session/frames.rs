@@ -4,7 +4,6 @@
 //! turn by fair queueing.
 
 use std::{
-    collections::VecDeque,
     io,
     time::{Duration, Instant},
 };
@@ -220,7 +219,9 @@ impl Session {
         if self.go_away.is_none() {
             // An idle session has no memory for its queues.
             let Self { accepted, control, new_flows, old_flows, .. } = self;
-            [accepted, control, new_flows, old_flows].map(VecDeque::shrink_to_fit);
+            for queue in [accepted, control, new_flows, old_flows] {
+                queue.shrink_to_fit();
+            }
         }
         let reason = self.go_away.take()?;
         into.extend(session_header(Kind::GoAway, 0, reason as u32));
