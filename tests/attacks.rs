@@ -1,8 +1,8 @@
 //! Attacks on the relay, a function each. Two clients that take no part are measured during each attack: their circuit
-//! must stay open, each echo come back and each renewal be granted. Once everybody has disconnected, every count must
-//! be zero.
+//! must stay open, each echo arrive and each renewal be granted. Once all clients have disconnected, every count must be
+//! zero.
 //!
-//! Each attack prints a row of the README's table: `.ci/attacks` runs them all on a release build, and `cargo test`
+//! Each attack prints a row of the table in `tests/README.md`: `.ci/attacks` runs them all on a release build, and `cargo test`
 //! only the shortest ones. With `RELAYLET_ATTACKS=long` each lasts until its effect can grow no more, in all half an
 //! hour.
 //!

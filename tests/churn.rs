@@ -45,9 +45,9 @@ const OTHERS: [(&str, Policy); 4] = [
     ("term only: js-libp2p, 2 h", Policy::Term),
     ("and disconnect: rust-libp2p, 1 h", Policy::Disconnect),
     ("and 40 s of silence: go-libp2p, 1 h", Policy::Keepalive),
-    ("(knows at once who is gone)", Policy::AllKnowing),
+    ("(knows at once which peers are gone)", Policy::AllKnowing),
 ];
-/// `AllKnowing` is no real relay: it is left out of the plot.
+/// relaylet and the others, without `AllKnowing`: it is not a real relay.
 const PLOTTED: usize = OTHERS.len();
 
 type Change = fn(&mut Config);

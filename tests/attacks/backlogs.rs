@@ -73,7 +73,7 @@ async fn unread_ping_echoes_of_four_addresses_at_a_full_table() {
     let what = "unread echoes of four addresses, at a full table";
     testbed.attack(what, &how_hard, attack).await;
     let freed = testbed.count(FREED_FOR_MEMORY[0]).await + testbed.count(FREED_FOR_MEMORY[1]).await;
-    // None where the kernel's buffers hold all echoes.
+    // Not asserted: it is 0 on a machine whose socket buffers take all echoes.
     println!("{freed} streams and connections were closed to free memory");
     let probed = testbed.count("relaylet_questions_asked_total").await;
     assert!(probed >= (SLOTS - 1) as f64, "{probed} were probed");

@@ -195,7 +195,7 @@ async fn readers_that_stall() {
 
 /// Writes to all circuits in turn, for as long as the relay opens their windows. Returns how many bytes.
 async fn write_until_stalled(source: &mut RawPeer, circuits: Vec<u32>) -> io::Result<usize> {
-    /// No credit for this long: stalled, or on a machine so slow that it amounts to that.
+    /// A source that gets no credit for this long counts as stalled.
     const STALLED: Duration = Duration::from_secs(2);
     let mut window: Vec<_> = circuits.into_iter().map(|circuit| (circuit, FREE_WINDOW)).collect();
     let mut written = 0;

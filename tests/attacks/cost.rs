@@ -55,7 +55,7 @@ const ATTACKS: [(&str, &str, Attack); 6] = [
     ("unknown", "CONNECT to unknown peers", |port| Box::pin(unknown(port))),
     ("pushes", "identify pushes of 4 kB", |port| Box::pin(pushes(port))),
     ("handshakes", "new connections", |port| Box::pin(handshakes(port))),
-    ("streams", "streams opened and left", |port| Box::pin(streams(port))),
+    ("streams", "streams opened and left idle", |port| Box::pin(streams(port))),
     ("pings", "yamux's pings", |port| Box::pin(pings(port))),
 ];
 

@@ -81,7 +81,7 @@ async fn window_updates_of_one_byte() {
                 if length == 0 || taken < FREE_WINDOW {
                     return Vec::new();
                 }
-                // Once the window is full, opens it by one byte at a time.
+                // Once the window is exhausted, grants credit of one byte at a time.
                 counted[1].fetch_add(usize::from(length == 1), Ordering::Relaxed);
                 frame(WINDOW_UPDATE, 0, received.stream, 1)
             })

@@ -22,7 +22,7 @@ const RESOURCE_LIMIT_EXCEEDED: Option<i32> = Some(201);
 /// The delay of a slow peer's answer: a third of the probe's 3 s, as the machine may be busy.
 const LATE: Duration = Duration::from_secs(1);
 
-/// How many newcomers are in their handshakes at a time: the attack is on slots.
+/// How many newcomers are in their handshakes at a time: few, because the attack is on slots, not on handshakes.
 const CONNECTING: usize = 8;
 
 /// The first stream that the relay opens.

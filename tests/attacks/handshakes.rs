@@ -38,7 +38,7 @@ use Step::{Muxed, Negotiated, Noise, Secured, Tcp, Tls};
 #[tokio::test]
 #[ignore = "takes long: .ci/attacks"]
 async fn connections_abandoned_at_each_step() {
-    // The last two cost the attacker as much as the relay.
+    // The first four occur twice: `Secured` and `Muxed` cost the attacker as much as the relay.
     let steps = [Tcp, Negotiated, Noise, Tls, Tcp, Negotiated, Noise, Tls, Secured, Muxed];
     const ADDRESSES: usize = 16;
     let count = short_or_long(5000, 100_000);

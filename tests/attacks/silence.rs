@@ -34,9 +34,9 @@ const NO_RESERVATION: Option<i32> = Some(204);
 
 /// Half of a round trip of 600 ms.
 const HALF: Duration = Duration::from_millis(300);
+
 /// Four addresses connect and send nothing, as fast as they can. A returning owner of a slot, and newcomers of other
 /// addresses, must be admitted.
-/// newcomers from elsewhere, are let in.
 #[tokio::test]
 async fn silent_connections_of_four_addresses() {
     let duration = Duration::from_secs(short_or_long(8, 60));

@@ -68,7 +68,7 @@ impl Testbed {
         }
     }
 
-    /// Runs an attack, and prints its row of the table: what is tried, and how hard.
+    /// Runs an attack, and prints its row of the table; `how_hard` is its size.
     pub async fn attack<T: Send + 'static>(
         &mut self,
         what: &str,

@@ -31,8 +31,8 @@ pub enum Policy {
     Disconnect,
     /// go-libp2p: the same, and connections have keepalives.
     Keepalive,
-    /// No real relay: it knows at once which peers are gone, and never takes a stalled one for dead. A relay that
-    /// refuses fewer has evicted live peers.
+    /// Not a real relay: it knows at once which peers are gone, and never takes a stalled one for dead. A relay that
+    /// refuses fewer peers has evicted live ones.
     AllKnowing,
 }
 

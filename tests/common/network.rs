@@ -137,7 +137,7 @@ impl Host {
         self.relay_at(self.address, flags)
     }
 
-    /// Starts the relay behind it, at 10.9.9.9, as behind a router that has port 4001 forwarded.
+    /// Starts a relay behind this host, at 10.9.9.9, as behind a router that forwards port 4001 to it.
     pub fn relay_behind(&self, flags: &[&str]) -> Relay {
         let behind = Ipv4Addr::new(10, 9, 9, 9);
         let namespace = &self.namespace;

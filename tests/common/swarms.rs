@@ -1,4 +1,4 @@
-//! rust-libp2p's swarms, as tests make, run and watch them.
+//! Builders and helpers for rust-libp2p swarms.
 
 use libp2p::{
     Multiaddr, StreamProtocol, Swarm, SwarmBuilder,

@@ -1,4 +1,5 @@
-//! The systemd unit and the container image, tested with systemd's tools and with what Docker would do.
+//! The systemd unit, OpenWrt's init script, the container image and the documented proxies, tested with systemd's tools,
+//! stubs of procd's functions, the steps that Docker would execute, HAProxy and nginx.
 
 use std::{
     fs,
@@ -52,7 +53,7 @@ fn the_unit_has_a_low_exposure_score() {
     assert!(!is_within_threshold(&unit().replace("\nProtect", "\n#Protect")));
 }
 
-/// What OpenWrt's procd would be told.
+/// Prints the parameters that the init script passes to OpenWrt's procd.
 const PROCD: &str = r#"
 procd_open_instance() { :; }
 procd_close_instance() { :; }
@@ -63,21 +64,21 @@ procd_send_signal() { echo "signal $*"; }
 
 #[test]
 #[ignore = "needs root, to give files away"]
-fn procd_runs_it_on_openwrt_with_little_memory_and_keeps_its_settings() {
+fn the_openwrt_script_runs_the_relay_with_little_memory_and_keeps_its_settings() {
     let folder = TempDir::new().unwrap();
     let output = run(Command::new("sh")
         .args(["-euc", PROCD])
         .env("SCRIPT", concat!(env!("CARGO_MANIFEST_DIR"), "/tests/deploy/relaylet.init"))
         .env("PROGRAM", PROGRAM)
         .env("FOLDER", folder.path()));
-    let told = |name: &str| {
+    let parameter = |name: &str| {
         let found = output.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
         found.unwrap_or_else(|| panic!("no {name}: {output}"))
     };
-    assert_eq!((told("user"), told("signal")), ("nobody", "relaylet * HUP"));
+    assert_eq!((parameter("user"), parameter("signal")), ("nobody", "relaylet * HUP"));
     let metadata = fs::metadata(folder.path().join("relaylet.toml")).unwrap();
     assert!(metadata.uid() > 0);
-    let mut words = told("command").split(' ');
+    let mut words = parameter("command").split(' ');
     let mut command = Command::new(words.next().expect("the program"));
     let printed = run(command.args(words).arg("--print-config"));
     assert!(printed.contains("memory = 25165824\n"), "{printed}");
@@ -174,8 +175,8 @@ async fn two_containers_on_one_volume_are_one_relay() {
     Client::connect(&first).await.reserve().await;
     let mut check = Command::new("chroot");
     check.args(["--userspec", image.setting("USER")]).arg(&image.root);
-    let said = run(check.args(["/relaylet", "check", "--quick", &first.address.to_string()]));
-    assert!(said.contains("\nend "), "{said}");
+    let printed = run(check.args(["/relaylet", "check", "--quick", &first.address.to_string()]));
+    assert!(printed.contains("\nend "), "{printed}");
     let key = fs::metadata(volume.join("relaylet.key")).unwrap();
     assert_eq!((key.uid(), key.mode() & 0o777), (user, 0o600));
     first.signal("TERM"); // as `docker stop` does
@@ -283,19 +284,19 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // nginx's master ends its workers when it is asked to end.
+        // With SIGTERM, because nginx's master then ends its workers.
         crate::common::signal(self.process.id(), "TERM");
         let _ = self.process.wait();
     }
 }
 
-/// The block of the page that has this word in it.
+/// The code block of the documentation that contains this word.
 pub fn documented(language: &str, word: &str) -> String {
     let is_it = |block: &Block| block.text.contains(word);
-    blocks(language).into_iter().find(is_it).expect("it is in the documentation").text
+    blocks(language).into_iter().find(is_it).expect("a documented block").text
 }
 
-/// A relay started by the command of the page that has this word in it, on ports of this test: those of the relay and of the
+/// A relay started by the documented command that contains this word, on a free port. Returns that port, and one for the
 /// proxy in front of it.
 fn documented_relay(word: &str) -> (Relay, [u16; 2]) {
     let page = blocks("sh");
@@ -312,7 +313,7 @@ pub fn free_port() -> u16 {
     listener.local_addr().unwrap().port()
 }
 
-/// Starts HAProxy or nginx with this configuration, on these ports, once it says that it is valid.
+/// Starts HAProxy or nginx with this configuration, adapted to these ports, after a check of its syntax.
 fn start_proxy(program: &str, configuration: &str, [relay, own]: [u16; 2]) -> Server {
     let folder = TempDir::new().unwrap();
     let file = folder.path().join("proxy.conf");
@@ -329,7 +330,7 @@ fn start_proxy(program: &str, configuration: &str, [relay, own]: [u16; 2]) -> Se
     Server::start(Command::new(program).args(start), folder, own)
 }
 
-/// nginx's file around a block of it.
+/// A complete configuration of nginx around a block.
 fn nginx(block: &str, folder: &str) -> String {
     format!(
         "include /etc/nginx/modules-enabled/*.conf;\npid {folder}/pid;\nerror_log stderr;\nevents {{}}\n{block}"
@@ -338,7 +339,7 @@ fn nginx(block: &str, folder: &str) -> String {
 
 #[tokio::test]
 #[ignore = "needs haproxy, nginx and libnginx-mod-stream"]
-async fn the_documented_tcp_proxies_name_their_clients_to_the_relay() {
+async fn the_documented_tcp_proxies_pass_client_addresses_to_the_relay() {
     let folder = TempDir::new().unwrap();
     let stream = nginx(&documented("nginx", "stream {"), folder.path().to_str().unwrap());
     for (program, configuration) in
@@ -357,7 +358,7 @@ async fn the_documented_tcp_proxies_name_their_clients_to_the_relay() {
 
 #[tokio::test]
 #[ignore = "needs nginx"]
-async fn the_documented_http_proxy_names_its_clients_to_the_relay() {
+async fn the_documented_http_proxy_passes_client_addresses_to_the_relay() {
     let folder = TempDir::new().unwrap();
     let (relay, ports) = documented_relay("--trust-forwarded-from");
     let location = documented("nginx", "location / {");
@@ -367,7 +368,7 @@ async fn the_documented_http_proxy_names_its_clients_to_the_relay() {
     let _proxy = start_proxy("nginx", &configuration, ports);
     let through: Multiaddr = format!("/ip4/127.0.0.1/tcp/{}/ws", ports[1]).parse().unwrap();
     websocket::connect(&through.with_p2p(relay.peer).unwrap()).await.reserve().await;
-    // It would say so if the header were missing.
+    // The relay logs a missing header.
     assert_eq!(relay.count_in_log("X-Forwarded-For header"), 0, "{:#?}", relay.log());
 }
 

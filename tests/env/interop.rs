@@ -79,8 +79,8 @@ fn go_libp2p_learns_its_reachability_over_autonat() {
     }
 }
 
-/// It names no address in version 1, because it has no global one. go-libp2p asks a server that refuses it again only 90 s
-/// later.
+/// The host has no global address, so its AutoNAT version 1 request names none. go-libp2p asks a server again only 90 s
+/// after a refusal.
 #[test]
 #[ignore = "needs Go, root, iproute2 and nftables"]
 fn go_libp2p_behind_a_router_learns_that_it_cannot_be_reached() {
@@ -96,7 +96,7 @@ fn go_libp2p_behind_a_router_learns_that_it_cannot_be_reached() {
 
 #[test]
 #[ignore = "needs Go"]
-fn a_dht_client_finds_a_relay_and_another_when_that_is_gone() {
+fn a_dht_client_finds_a_relay_and_moves_to_another_when_that_is_killed() {
     let mut client = ClientProcess::start(Command::new(go_client()).arg("fleet"));
     let bootstrap = client.read_value("bootstrap ");
     let fleet = (0..3).map(|_| Relay::start(&["--dht", "--bootstrap", &bootstrap]));
@@ -290,13 +290,13 @@ fn the_check_passes_go_libp2ps_relay() {
         let mut check = command(&TempDir::new().expect("a folder"));
         let output =
             check.current_dir("/").args(["check", &address]).output().expect("it can be run");
-        let said = String::from_utf8(output.stdout).expect("text");
-        println!("{said}");
-        assert_eq!(output.status.success(), !announced.is_empty(), "{said}");
+        let printed = String::from_utf8(output.stdout).expect("text");
+        println!("{printed}");
+        assert_eq!(output.status.success(), !announced.is_empty(), "{printed}");
         for part in [expected, "go-libp2p", "sees us at /ip4/127.0.0.1/tcp/"] {
-            assert!(said.contains(part), "{part}: {said}");
+            assert!(printed.contains(part), "{part}: {printed}");
         }
-        assert!(announced.is_empty() || said.contains("the voucher is valid"), "{said}");
+        assert!(announced.is_empty() || printed.contains("the voucher is valid"), "{printed}");
     }
 }
 

@@ -1,5 +1,5 @@
-//! Machines that have more of something than others, or withhold it: hundreds of addresses, no list of them, no random
-//! numbers, no disk that can be written to.
+//! Unusual machines: with hundreds of addresses, without a list of their addresses, without random numbers, or with a
+//! read-only disk.
 
 use std::{
     env, fs,
@@ -33,11 +33,11 @@ const MAX_IDENTIFY: usize = 4096 + 2;
 
 // ---- Addresses
 
-/// What rust-libp2p's client learns from a relay.
-struct Learnt {
-    /// Its own address, as the relay sees it.
+/// What a rust-libp2p client receives from a relay.
+struct ClientView {
+    /// The client's own address, as the relay sees it.
     observed: Multiaddr,
-    /// Where it can be reached through the relay.
+    /// The circuit address at which the client listens.
     circuit: Multiaddr,
     /// The length of the relay's identify message, in bytes.
     identify: usize,
@@ -50,8 +50,8 @@ struct Parts {
     stream: libp2p_stream::Behaviour,
 }
 
-/// Has rust-libp2p's client reserve.
-async fn client_of(relay: &Multiaddr) -> Learnt {
+/// Reserves with a rust-libp2p client.
+async fn reserve(relay: &Multiaddr) -> ClientView {
     let mut swarm = SwarmBuilder::with_new_identity()
         .with_tokio()
         .with_tcp(tcp::Config::default(), noise::Config::new, yamux::Config::default)
@@ -89,22 +89,22 @@ async fn client_of(relay: &Multiaddr) -> Learnt {
     .await;
     let mut control = swarm.behaviour().stream.new_control();
     drive(swarm);
-    let asked = control.open_stream(server, StreamProtocol::new("/ipfs/id/1.0.0"));
-    let mut stream = within(asked).await.expect("it is served");
+    let opening = control.open_stream(server, StreamProtocol::new("/ipfs/id/1.0.0"));
+    let mut stream = within(opening).await.expect("the relay supports identify");
     let mut message = Vec::new();
     within(stream.read_to_end(&mut message)).await.expect("an answer");
-    Learnt { observed, circuit, identify: message.len() }
+    ClientView { observed, circuit, identify: message.len() }
 }
 
 const RELAY: &str = "RELAYLET_TEST_MACHINE";
 
 #[tokio::test]
-#[ignore = "not a test: the client that a test starts"]
+#[ignore = "not a test: another test runs this as a client in a network namespace"]
 async fn a_client() {
-    // Without the variable it was run as one of the ignored tests.
+    // Without the variable it runs as one of the ignored tests, and does nothing.
     if let Ok(relay) = env::var(RELAY) {
-        let Learnt { observed, circuit, identify } = client_of(&relay.parse().unwrap()).await;
-        println!("\nlearnt: {observed} {circuit} {identify}");
+        let ClientView { observed, circuit, identify } = reserve(&relay.parse().unwrap()).await;
+        println!("\nclient view: {observed} {circuit} {identify}");
     }
 }
 
@@ -128,14 +128,14 @@ fn a_relay_with_380_addresses_is_found_by_rust_go_and_javascript() {
         rust.args(["--ignored", "--exact", "--nocapture", "machine::a_client"]);
         let output = rust.env(RELAY, &address).stderr(Stdio::inherit()).output();
         let output = String::from_utf8(output.expect("it starts").stdout).expect("text");
-        let learnt = output.lines().find_map(|line| line.strip_prefix("learnt: "));
-        let learnt: Vec<_> = learnt.expect(&output).split(' ').collect();
-        assert!(learnt[0].starts_with(&format!("/ip4/{}/tcp/", there.address)), "{learnt:?}");
-        assert!(learnt[1].contains("/p2p-circuit/p2p/"), "{learnt:?}");
-        let identify: usize = learnt[2].parse().expect("a length");
+        let view = output.lines().find_map(|line| line.strip_prefix("client view: "));
+        let view: Vec<_> = view.expect(&output).split(' ').collect();
+        assert!(view[0].starts_with(&format!("/ip4/{}/tcp/", there.address)), "{view:?}");
+        assert!(view[1].contains("/p2p-circuit/p2p/"), "{view:?}");
+        let identify: usize = view[2].parse().expect("a length");
         assert!(identify <= MAX_IDENTIFY, "{identify}");
     };
-    // While the addresses come one by one, and when they are all there.
+    // Once while the relay still learns its addresses one by one, and once it has all of them.
     rust();
     while !relay.next_address().to_string().contains("/2a00:1450::17c/") {}
     rust();
@@ -147,20 +147,20 @@ fn a_relay_with_380_addresses_is_found_by_rust_go_and_javascript() {
 
 #[tokio::test]
 #[ignore = "needs Python"]
-async fn where_the_system_lists_no_addresses_a_client_is_told_the_one_that_it_reached() {
+async fn without_a_list_of_addresses_a_client_gets_the_address_at_which_it_reached_the_relay() {
     let folder = TempDir::new().unwrap();
     let mut command = withheld("netlink", &folder);
     command.arg("--listen=/ip4/0.0.0.0/tcp/0");
     let relay = Relay::run(command, folder);
     relay.wait_for_log("listing this machine's addresses failed").await;
     let reached = format!("/ip4/127.0.0.1/tcp/{}/p2p/{}", relay.port(), relay.peer);
-    let learnt = client_of(&reached.parse().unwrap()).await;
-    let circuit = learnt.circuit.to_string();
+    let view = reserve(&reached.parse().unwrap()).await;
+    let circuit = view.circuit.to_string();
     assert!(circuit.starts_with(&format!("{reached}/p2p-circuit/p2p/")), "{circuit}");
-    assert!(learnt.observed.to_string().starts_with("/ip4/127.0.0.1/tcp/"));
+    assert!(view.observed.to_string().starts_with("/ip4/127.0.0.1/tcp/"));
 }
 
-/// The program, from which the kernel withholds this.
+/// The command that runs the program without netlink sockets or without getrandom (see `tests/env/withhold`).
 fn withheld(what: &str, folder: &TempDir) -> Command {
     let program = command(folder).get_program().to_owned();
     let mut command = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/env/withhold"));
@@ -170,7 +170,8 @@ fn withheld(what: &str, folder: &TempDir) -> Command {
 
 // ---- Random numbers and the disk
 
-/// Runs `command` in a shell that sees mounts of its own, after `mounts`, of which `$0` is its folder.
+/// The command that runs `command` in a mount namespace of its own, after the shell commands `mounts`; `$0` in them is
+/// the folder.
 fn with_mounts(mounts: &str, command: &Command, folder: &TempDir) -> Command {
     let script = format!("{mounts} && cd \"$0\" && exec \"$@\"");
     let mut shell = Command::new("unshare");
@@ -179,30 +180,30 @@ fn with_mounts(mounts: &str, command: &Command, folder: &TempDir) -> Command {
     shell
 }
 
-/// The only line that it says before it fails.
+/// Runs a command that must fail with one line on standard error, and returns that line.
 fn failure(command: &mut Command) -> String {
     let output = command.output().expect("it starts");
     assert_eq!(output.status.code(), Some(1));
     assert!(output.stdout.is_empty());
-    let said = String::from_utf8(output.stderr).expect("text");
-    assert_eq!(said.lines().count(), 1, "{said}");
-    said
+    let errors = String::from_utf8(output.stderr).expect("text");
+    assert_eq!(errors.lines().count(), 1, "{errors}");
+    errors
 }
 
 #[test]
 #[ignore = "needs root and Python"]
-fn without_random_numbers_it_says_so_in_one_line() {
+fn without_random_numbers_the_program_fails_with_one_line() {
     let folder = TempDir::new().unwrap();
     let program = withheld("random", &folder);
     let line = failure(&mut with_mounts("mount -t tmpfs none /dev", &program, &folder));
     assert!(line.starts_with("relaylet: reading random numbers failed: "), "{line}");
     assert!(line.ends_with("; provide /dev/urandom\n"), "{line}");
-    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0, "no key was made");
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0, "no key was created");
 }
 
 #[tokio::test]
 #[ignore = "needs root"]
-async fn on_a_read_only_disk_a_key_is_read_and_a_new_one_an_error() {
+async fn on_a_read_only_disk_an_existing_key_is_read_and_creating_one_fails() {
     const READ_ONLY: &str = "mount --bind \"$0\" \"$0\" && mount -o remount,ro,bind \"$0\"";
     let folder = TempDir::new().unwrap();
     let mut program = command(&folder);
@@ -218,7 +219,7 @@ async fn on_a_read_only_disk_a_key_is_read_and_a_new_one_an_error() {
     fs::set_permissions(&key, fs::Permissions::from_mode(0o644)).unwrap();
     let relay = Relay::run(with_mounts(READ_ONLY, &program, &folder), folder);
     assert_eq!(relay.peer, peer);
-    // No chmod helps here.
+    // The warning does not suggest chmod, which fails on a read-only disk.
     let warning = relay.wait_for_log("other users can read this key").await;
     assert!(warning.ends_with("(in Kubernetes: defaultMode: 0400)"), "{warning}");
 }

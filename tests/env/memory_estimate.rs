@@ -1,8 +1,8 @@
 //! The relay uses no more memory than it estimates at its start: in a memory cgroup of that size, peers drive all
 //! limits to their maximum at once. The relay must not be killed, and two bystanders must not be affected.
 //!
-//! `.ci/env memory_estimate`. With `RELAYLET_ATTACKS=long` the limits are the relay's defaults, else a quarter of them. With
-//! `--memory` they are what follows from it.
+//! Run by `.ci/env memory_estimate`. With `RELAYLET_ATTACKS=long` the limits are the relay's defaults, else a quarter of
+//! them. A second test uses the limits that are derived from `--memory`.
 
 mod cgroup;
 mod flat_out;
@@ -21,7 +21,8 @@ use load::{Load, Size};
 
 const MIB: u64 = 1024 * 1024;
 
-/// What a debug build takes more than others: the kernel counts the pages of its file that the process has read.
+/// How many MiB more than the estimate may be resident, for debug builds: resident memory includes the pages of the
+/// program file that the process has read.
 const DEBUG_BUILD: u64 = 24;
 
 #[tokio::test]
@@ -33,14 +34,14 @@ async fn all_limits_at_once_stay_below_the_memory_estimate() {
 
 #[tokio::test]
 #[ignore = "needs root, for a cgroup that limits memory"]
-async fn all_limits_at_once_stay_below_the_memory_that_they_follow_from() {
+async fn all_limits_at_once_stay_below_the_memory_that_they_are_derived_from() {
     for memory in short_or_long(&[24][..], &[24, 32, 64]) {
         let flag = format!("--memory={memory}MiB");
         let folder = tempfile::tempdir().expect("a temporary folder");
         let printed = command(&folder).args([&flag, ON_ANY_PORT, "--print-config"]).output();
         let printed = String::from_utf8(printed.expect("output").stdout).expect("text");
         let estimated = reach_limits(Size::printed(&printed), &[flag]).await;
-        // All of it but what one more slot would take.
+        // The derived limits use most of the memory, and no more than that.
         assert!((memory * 9 / 10..=*memory).contains(&estimated), "{estimated}");
     }
 }

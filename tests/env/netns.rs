@@ -257,14 +257,14 @@ async fn a_relay_behind_a_router_learns_its_address_from_its_clients() {
     let relay = router.relay_behind(&[]);
     let reached = format!("/ip4/{}/tcp/4001", router.address);
     let address = format!("{reached}/p2p/{}", relay.peer).parse().unwrap();
-    let learnt = format!("reached the relay at {reached}");
+    let line = format!("reached the relay at {reached}");
     let mut clients = Vec::new();
     for _ in 0..4 {
-        assert!(!is_logged(&relay, &learnt), "with {} clients", clients.len());
+        assert!(!is_logged(&relay, &line), "with {} clients", clients.len());
         let role = Role { command_prefix: network.host().command_prefix(), ..Role::default() };
         clients.push(Process::start(&address, role).await);
     }
-    relay.wait_for_log(&learnt).await;
+    relay.wait_for_log(&line).await;
 }
 
 async fn start(host: &Host, relay: &Relay, role: Role) -> Process {

@@ -1,5 +1,5 @@
-//! What the program takes on a small device, built for it and as its figures are in the README: on the disk, idle, and with
-//! a few slots and circuits. And that it serves a client of go-libp2p on machines of other kinds.
+//! The build for small devices: its size and its memory, idle and with a few slots and circuits (the figures in
+//! `src/doc/operating.md`). And builds for other processors, which have to serve a go-libp2p client.
 
 use std::{fs, path::PathBuf, process::Command};
 
@@ -12,7 +12,7 @@ use tempfile::TempDir;
 use super::interop::{go_client, run};
 use crate::common::{Client, Relay, Security, child_process::resident, circuit, read_bytes};
 
-/// On the disk, in bytes; idle, and with slots and circuits, in KiB.
+/// The limits: on the size of the program, in bytes, and on its resident memory, in KiB.
 const LARGEST: u64 = 2_500_000;
 const IDLE: u64 = 5 * 1024;
 const IN_USE: u64 = 8 * 1024;
@@ -20,10 +20,11 @@ const IN_USE: u64 = 8 * 1024;
 const SLOTS: usize = 32;
 const CIRCUITS: usize = 16;
 
-/// What each circuit carries at first, and then, in bytes.
+/// How many bytes each circuit transfers first, and then.
 const LOADS: [usize; 2] = [1024, 64 * 1024];
 
-fn named(variable: &str) -> PathBuf {
+/// The path in this environment variable.
+fn path_in(variable: &str) -> PathBuf {
     let path = std::env::var_os(variable);
     path.unwrap_or_else(|| panic!("{variable} names no file")).into()
 }
@@ -31,7 +32,7 @@ fn named(variable: &str) -> PathBuf {
 #[tokio::test]
 #[ignore = "needs a program in RELAYLET_SMALL: .ci/small"]
 async fn the_program_for_small_devices_is_small() {
-    let program = named("RELAYLET_SMALL");
+    let program = path_in("RELAYLET_SMALL");
     let size = fs::metadata(&program).expect("a file").len();
     let folder = TempDir::new().expect("a temporary folder");
     let mut start = Command::new(program);
@@ -68,7 +69,7 @@ async fn the_program_for_small_devices_is_small() {
     let mib = |kib: u64| kib as f64 / 1024.0;
     println!(
         "{:.2} MB; {:.1} MiB resident idle, {:.1} MiB with {SLOTS} slots and {CIRCUITS} circuits, {:.1} MiB once each \
-         circuit has carried {} KiB",
+         circuit has transferred {} KiB",
         size as f64 / 1e6,
         mib(idle),
         mib(in_use[0]),
@@ -81,8 +82,8 @@ async fn the_program_for_small_devices_is_small() {
 
 #[test]
 #[ignore = "needs Go, and a program in RELAYLET_CROSS with the emulator that runs it in RELAYLET_QEMU: .ci/cross"]
-fn another_machine_serves_a_client_of_go_libp2p() {
-    let (emulator, program) = (named("RELAYLET_QEMU"), named("RELAYLET_CROSS"));
+fn a_build_for_another_processor_serves_a_go_libp2p_client() {
+    let (emulator, program) = (path_in("RELAYLET_QEMU"), path_in("RELAYLET_CROSS"));
     let folder = TempDir::new().expect("a temporary folder");
     let mut start = Command::new(emulator);
     start.arg(program).current_dir(folder.path()).env_clear();

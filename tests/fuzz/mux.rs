@@ -1,4 +1,5 @@
-//! The muxer: whatever a peer sends, it reads on or says why not, and holds no more than it may.
+//! The muxer with any input: it goes on reading or fails with an error, stays within its memory limit, and writes valid
+//! frames.
 
 use std::{
     io,
@@ -20,14 +21,15 @@ use relaylet::program::mux::{
 const STREAMS: usize = 8;
 const KIB: usize = 1024;
 
-/// What the muxer may hold: a window for each stream and as much on its way out, and a little.
-const HELD: usize = STREAMS * 2 * (256 + 64) * KIB + 2048 * KIB;
+/// The most bytes that the muxer may buffer: for each stream a receive window and as much to send, with their overhead,
+/// and a margin.
+const MOST_BUFFERED: usize = STREAMS * 2 * (256 + 64) * KIB + 2048 * KIB;
 
-/// A connection whose peer sends these bytes, so many at a time, and takes all that comes.
+/// A connection whose peer sends `sent`, `at_once` bytes at a time, and whose output is collected in `received`.
 struct Link<'a> {
-    sends: &'a [u8],
+    sent: &'a [u8],
     at_once: usize,
-    taken: Arc<Mutex<Vec<u8>>>,
+    received: Arc<Mutex<Vec<u8>>>,
 }
 
 impl AsyncRead for Link<'_> {
@@ -37,7 +39,7 @@ impl AsyncRead for Link<'_> {
         buffer: &mut [u8],
     ) -> Poll<io::Result<usize>> {
         let (room, _) = buffer.split_at_mut(self.at_once.min(buffer.len()));
-        Poll::Ready(io::Read::read(&mut self.sends, room))
+        Poll::Ready(io::Read::read(&mut self.sent, room))
     }
 }
 
@@ -47,7 +49,7 @@ impl AsyncWrite for Link<'_> {
         _: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        self.taken.lock().unwrap().extend(bytes);
+        self.received.lock().unwrap().extend(bytes);
         Poll::Ready(Ok(bytes.len()))
     }
 
@@ -60,61 +62,61 @@ impl AsyncWrite for Link<'_> {
     }
 }
 
-/// Has a peer send `bytes` behind the first two, which say how many come at once, and what becomes of the
-/// streams that it opens.
+/// A peer sends `bytes`, except for the first two: those choose how many bytes arrive at once, and what the relay does
+/// with the streams that the peer opens (bits: echo, close, drop).
 pub fn check(bytes: &[u8]) {
-    let [at_once, fate, sends @ ..] = bytes else {
+    let [at_once, choices, sent @ ..] = bytes else {
         return;
     };
     let budget = Budget { inbound: STREAMS, outbound: STREAMS };
     let limits = StreamLimits { stream_rate: 0, ..StreamLimits::default() };
     let multiplex = Multiplex::new(budget, limits, STREAMS);
     let memory = multiplex.memory.clone();
-    let taken = Arc::default();
-    let link = Link { sends, at_once: 1 + usize::from(*at_once), taken: Arc::clone(&taken) };
+    let received = Arc::default();
+    let link = Link { sent, at_once: 1 + usize::from(*at_once), received: Arc::clone(&received) };
     let muxer = multiplex.upgrade_inbound(link, "/yamux/1.0.0").now_or_never();
-    let mut muxer = muxer.expect("it is ready").expect("it needs nothing");
+    let mut muxer = muxer.expect("ready at once").expect("the upgrade cannot fail");
     let cx = &mut Context::from_waker(Waker::noop());
     let mut streams = Vec::new();
     let mut buffer = vec![0; 4 * KIB];
-    // The end of what it sends ends the muxer.
+    // The muxer ends with an error when the input is invalid, or at its end.
     while Pin::new(&mut muxer).poll(cx).is_pending() {
         while let Poll::Ready(stream) = Pin::new(&mut muxer).poll_inbound(cx) {
-            streams.push(stream.expect("it goes on"));
+            streams.push(stream.expect("the muxer has not failed"));
         }
         for (number, stream) in streams.iter_mut().enumerate() {
-            let does = |what: u8| fate.rotate_left(number as u32) & what != 0;
-            if does(1)
+            let has = |bit: u8| choices.rotate_left(number as u32) & bit != 0;
+            if has(1)
                 && let Poll::Ready(Ok(read)) = Pin::new(&mut *stream).poll_read(cx, &mut buffer)
             {
                 let _ = Pin::new(&mut *stream).poll_write(cx, &buffer[..read]);
             }
-            if does(2) {
+            if has(2) {
                 let _ = Pin::new(stream).poll_close(cx);
             }
         }
-        if fate & 4 != 0 {
+        if choices & 4 != 0 {
             streams.pop();
         }
-        let held = memory.buffered().bytes;
-        assert!(held <= HELD, "{held}");
+        let buffered = memory.buffered().bytes;
+        assert!(buffered <= MOST_BUFFERED, "{buffered}");
     }
     drop(muxer);
     drop(streams);
     assert_eq!(memory.buffered().bytes, 0);
-    assert_frames(&taken.lock().unwrap());
+    assert_frames(&received.lock().unwrap());
 }
 
-/// What the muxer says is frames, each of a type that there is; go-away is the last.
+/// Asserts that the output consists of whole frames of known types, with nothing after a go-away.
 fn assert_frames(mut bytes: &[u8]) {
     while let Some((header, rest)) = bytes.split_first_chunk::<12>() {
         let [version, kind, _, _, _, _, _, _, l0, l1, l2, l3] = *header;
         assert!(version == 0 && kind <= 3, "{header:?}");
         let length = if kind == 0 { u32::from_be_bytes([l0, l1, l2, l3]) as usize } else { 0 };
-        bytes = rest.get(length..).expect("all of the body");
-        assert!(kind != 3 || bytes.is_empty(), "nothing behind go-away");
+        bytes = rest.get(length..).expect("a whole body");
+        assert!(kind != 3 || bytes.is_empty(), "nothing after a go-away");
     }
-    assert!(bytes.is_empty(), "all of the header");
+    assert!(bytes.is_empty(), "a whole header");
 }
 
 /// Frames, most of them in order.

@@ -370,7 +370,7 @@ async fn undialable_addresses_are_refused_rather_than_called_unreachable() {
 }
 
 #[tokio::test]
-async fn a_client_of_version_1_that_names_no_address_is_dialed_where_it_comes_from() {
+async fn a_version_1_request_without_addresses_is_answered_by_dialing_the_observed_address() {
     let relay = Relay::start(&FOR_TESTS);
     let reached = async {
         loop {

@@ -1,4 +1,4 @@
-//! Many clients at once: the log, the clients and CONNECT must agree on who holds a slot.
+//! Many clients at once: the log, the clients and CONNECT must agree on which peers hold a slot.
 
 use std::{
     collections::HashSet,

@@ -267,8 +267,8 @@ async fn without_a_file_sighup_changes_nothing() {
 }
 
 #[tokio::test]
-async fn of_what_follows_from_another_memory_slots_change_with_sighup_and_the_rest_with_a_restart()
-{
+async fn a_changed_memory_changes_the_slots_with_sighup_and_the_other_derived_limits_with_a_restart()
+ {
     let relay = start(folder_with("memory = \"24MiB\"\n"));
     relay.wait_for_log("memory: at most 2").await;
     write(&relay.folder, "memory = \"128MiB\"\n");

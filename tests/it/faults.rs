@@ -224,7 +224,7 @@ async fn a_target_whose_reservation_is_on_a_dead_connection_is_reached_over_its_
         future::join(source.request_circuit(&request), accept_circuit(&mut stops)).await;
     let ((answer, mut source), (_, mut target)) = (asked, agreed);
     assert_eq!(answer.status, OK, "{answer:?}");
-    // The stream over the dead one was asked on, and is reset; what is said there now comes to nothing.
+    // The stop stream on the frozen connection is reset; an answer on it now has no effect.
     let mut stop = None;
     loop {
         let frame = by_hand::next_frame(&mut frozen).await.expect("a frame");

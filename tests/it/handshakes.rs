@@ -1,4 +1,5 @@
-//! Handshakes that fail: counted by stage and reason, hinted at once with the remedy; and health checks, which are none.
+//! Failed handshakes are counted by stage and reason, and the log suggests a remedy once. Health checks do not count as
+//! failed handshakes.
 
 use std::fs;
 
@@ -183,7 +184,7 @@ async fn each_failure_of_a_websocket_upgrade_is_counted() {
 }
 
 #[tokio::test]
-async fn health_checks_are_no_failures_at_any_rate() {
+async fn health_checks_do_not_count_as_failures_however_frequent() {
     const CHECKS: usize = 300;
     let relay = Relay::start(&[
         ON_ANY_PORT,

@@ -1,4 +1,4 @@
-//! Malformed input at each layer: it is answered or ends its stream or connection, and affects nobody else.
+//! Malformed input at each layer: it is answered or ends its stream or connection, and affects no other peer.
 
 use std::{collections::BTreeSet, time::Instant};
 

@@ -27,7 +27,7 @@ use tokio::{
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// How many HTTP connections are served at a time.
-const MOST_CALLERS: usize = 32;
+const MOST_CONNECTIONS: usize = 32;
 
 // ---- Paths, headers and formats
 
@@ -593,7 +593,7 @@ async fn a_thousand_idle_http_connections_do_not_block_others() {
             assert_eq!(get(port, "/healthz").await, "serving\n");
         }
     }
-    assert!(files() <= before + MOST_CALLERS);
+    assert!(files() <= before + MOST_CONNECTIONS);
     bystanders.assert_unharmed().await;
     assert_eq!(get(port, "/healthz").await, "serving\n");
 }

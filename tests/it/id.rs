@@ -93,7 +93,7 @@ fn kubos_keys_and_pem_are_imported_and_no_key_is_overwritten() {
 }
 
 #[test]
-fn a_key_in_the_environment_wins_over_the_file_and_makes_none() {
+fn a_key_in_the_environment_overrides_the_key_file_and_creates_none() {
     let folder = TempDir::new().unwrap();
     let keypair = Keypair::generate_ed25519();
     let base64 = BASE64.encode(&keypair.to_protobuf_encoding().unwrap());

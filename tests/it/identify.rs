@@ -145,7 +145,7 @@ async fn oversized_messages_affect_only_their_stream() {
     assert_eq!(relay.count_in_log("WARN"), relay.count_in_log("can be dialed from the internet"));
 }
 
-/// A peer that does not answer identify by itself.
+/// A peer without identify; tests push its messages by hand.
 struct Peer {
     relay: PeerId,
     /// The relay's listen address.

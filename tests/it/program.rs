@@ -270,7 +270,7 @@ async fn an_address_is_logged_once_where_both_streams_are_collected() {
     assert_eq!(relay.count_in_log("listening on "), 1, "{:#?}", relay.log());
 }
 
-/// The program with this standard error, which is the journal or is not, and what it writes until it ends.
+/// Runs the program with a standard error that claims to be the journal or not, and returns what it writes there.
 fn logged(flags: &[&str], is_journal: bool) -> String {
     let (mut reader, writer) = std::io::pipe().unwrap();
     let writer = File::from(OwnedFd::from(writer));
@@ -300,7 +300,7 @@ fn logged(flags: &[&str], is_journal: bool) -> String {
 }
 
 #[test]
-fn the_journal_gets_priorities_and_anything_else_the_time() {
+fn lines_have_priorities_in_the_journal_and_times_elsewhere() {
     let flags = ["--listen=/ip4/127.0.0.1/tcp/0"];
     let journal = logged(&flags, true);
     let mut priorities: Vec<_> = journal.lines().map(|line| line.split_at(3).0).collect();

@@ -1,5 +1,6 @@
-//! The documentation: every command and every configuration in it is run by the program, or checked by what would read it. A
-//! block of an unknown kind fails. Go, JavaScript and the configurations of proxies are run by `tests/env`.
+//! The documentation: every command and every configuration in it is run, or checked with the parser of the program
+//! that it is for. A block of an unknown kind fails. Go, JavaScript and the configurations of proxies are run by
+//! `tests/env`.
 
 mod commands;
 mod flags;
@@ -79,7 +80,7 @@ async fn check_text(text: &str) -> Result<(), String> {
     // On this machine no client is in the same network.
     let _: Multiaddr = address.parse().map_err(|error| format!("{address}: {error}"))?;
     let source = read("src/program/cli/startup_log.rs");
-    let parts = ["\" in the same network\"", "{who} reach it at {address}"];
+    let parts = ["\" in the same network\"", "{clients} reach it at {address}"];
     let is_as_logged = line.starts_with("clients in the same network reach it at /");
     match is_as_logged && parts.iter().all(|part| source.contains(part)) {
         true => Ok(()),
@@ -104,7 +105,7 @@ fn the_alerts_are_those_of_the_documentation_and_about_metrics_that_exist() {
 }
 
 #[test]
-fn each_code_span_is_what_it_looks_like() {
+fn each_code_span_names_something_that_exists() {
     let all = PAGES.iter().flat_map(|page| spans(page).into_iter().map(move |span| (page, span)));
     let problem = |(page, span): (_, String)| {
         let why = commands::check_span(&span).err()?;
@@ -144,7 +145,7 @@ async fn the_endpoints_are_served() {
 }
 
 #[test]
-fn what_a_refused_rust_client_sees_is_what_its_library_says() {
+fn the_errors_listed_for_rust_clients_are_those_of_the_library() {
     let texts = [
         ConnectError::NoReservation.to_string(),
         ConnectError::PermissionDenied.to_string(),
@@ -171,7 +172,7 @@ async fn the_limits_of_a_small_device_fit_into_its_memory() {
 
 #[cfg(unix)]
 #[tokio::test]
-async fn the_command_that_makes_a_swarm_key_makes_one_that_the_relay_takes() {
+async fn the_documented_commands_make_swarm_keys_that_the_relay_accepts() {
     use std::os::unix::fs::PermissionsExt;
 
     let all = blocks("sh");

@@ -1,11 +1,11 @@
-//! Random histories of circuits, which the relay and a naive model of it live through side by side: sources
-//! of a few addresses that take all they can get, targets that answer or do not and have more than one connection, caps
-//! that change, and connections that are being closed and are not gone yet.
+//! Random histories of circuits, applied to the relay and to a naive model of it, which have to agree:
+//! sources on a few addresses that open as many circuits as they can, targets that accept, refuse or do not answer and
+//! have more than one connection, caps that change, and connections that are being closed.
 //!
-//! One law is held to without the model: a target is asked over one connection at a time, and accepts a circuit once.
+//! One law is checked without the model: a target is asked over one connection at a time, and accepts a circuit once.
 //!
-//! The model keeps a list, and counts everything from scratch. Who holds a slot it asks the relay: that is
-//! the other history's.
+//! The model keeps a list of circuits and counts everything from scratch. It does not model reservations: whether a
+//! target holds a slot is read from the relay (`laws/history.rs` checks that).
 
 use std::{
     cmp::Reverse,
@@ -32,37 +32,37 @@ const ADDRESSES: u8 = 6;
 /// For how many milliseconds a target that has another connection is asked over one.
 const RETRY_AFTER: u64 = 3_000;
 
-/// `nth` chooses among the circuits that are being set up, or are open.
+/// `nth` is an index: of the circuits that wait for their target (`Answer`), or of those that are open.
 #[derive(Clone, Debug)]
 enum Step {
-    Ask {
+    Connect {
         source: usize,
         target: usize,
     },
-    /// One peer asks for as much as it may, of all targets.
-    Grab {
+    /// The source opens circuits to all targets, until its caps are reached.
+    ConnectToAll {
         source: usize,
     },
     Answer {
         nth: usize,
-        agrees: bool,
+        accepts: bool,
     },
-    Carries {
+    Transfer {
         nth: usize,
     },
-    Ends {
+    End {
         nth: usize,
     },
-    /// Nothing is heard from the peer any more.
-    Freezes {
+    /// The peer stops sending, and its connections stay open.
+    Freeze {
         peer: usize,
     },
-    /// The target comes up on one more connection, and does not reserve over it.
-    ComesAgain {
+    /// The target opens one more connection, and does not reserve over it.
+    AddConnection {
         target: usize,
     },
-    /// The peer's connections are gone, and it comes back from there.
-    ComesFrom {
+    /// The peer disconnects, and connects again from this address.
+    Reconnect {
         peer: usize,
         address: u8,
     },
@@ -72,7 +72,7 @@ enum Step {
     Configure(Caps),
 }
 
-/// Zero is no cap, but for the total and the peers'.
+/// Zero lifts the caps of an address and of a subnet.
 #[derive(Clone, Copy, Debug)]
 struct Caps {
     total: usize,
@@ -92,15 +92,15 @@ fn step() -> impl Strategy<Value = Step> {
     let again = target.clone();
     let peer = source.clone();
     prop_oneof![
-        8 => (source.clone(), target).prop_map(|(source, target)| Step::Ask { source, target }),
-        2 => source.prop_map(|source| Step::Grab { source }),
+        8 => (source.clone(), target).prop_map(|(source, target)| Step::Connect { source, target }),
+        2 => source.prop_map(|source| Step::ConnectToAll { source }),
         8 => (nth.clone(), prop::bool::weighted(0.8))
-            .prop_map(|(nth, agrees)| Step::Answer { nth, agrees }),
-        3 => nth.clone().prop_map(|nth| Step::Carries { nth }),
-        2 => nth.prop_map(|nth| Step::Ends { nth }),
-        1 => peer.clone().prop_map(|peer| Step::Freezes { peer }),
-        2 => again.prop_map(|target| Step::ComesAgain { target }),
-        2 => (peer, 0..ADDRESSES).prop_map(|(peer, address)| Step::ComesFrom { peer, address }),
+            .prop_map(|(nth, accepts)| Step::Answer { nth, accepts }),
+        3 => nth.clone().prop_map(|nth| Step::Transfer { nth }),
+        2 => nth.prop_map(|nth| Step::End { nth }),
+        1 => peer.clone().prop_map(|peer| Step::Freeze { peer }),
+        2 => again.prop_map(|target| Step::AddConnection { target }),
+        2 => (peer, 0..ADDRESSES).prop_map(|(peer, address)| Step::Reconnect { peer, address }),
         4 => (1..40_000u64).prop_map(|millis| Step::Pass { millis }),
         1 => caps().prop_map(Step::Configure),
     ]
@@ -116,7 +116,7 @@ fn config(caps: Caps) -> Config {
     config
 }
 
-/// A circuit, as the model knows it.
+/// A circuit in the model.
 #[derive(Debug)]
 struct Record {
     id: CircuitId,
@@ -128,28 +128,28 @@ struct Record {
     asked: Vec<u32>,
     asked_at: u64,
     counters: Counters,
-    /// Is cancelled when the relay ends it; and whether that was noticed.
+    /// Is cancelled when the relay ends the circuit; `has_noticed`: the model has seen that.
     ended: oneshot::Receiver<()>,
     has_noticed: bool,
     carried: u64,
-    /// As the last sweep saw it, and when that was news.
+    /// `carried` at the last sweep, and when a sweep last saw it change.
     seen: u64,
     moved: u64,
 }
 
 #[derive(Debug)]
 enum State {
-    Asking,
-    /// Its source is gone or was refused, and the target has yet to answer.
-    GivenUp,
+    Pending,
+    /// Its source has disconnected or was refused, and the target has not answered yet.
+    Abandoned,
     Open,
-    /// It ends for another one, and has yet to say so.
-    Ceded,
+    /// The relay has ended it to make room for another one, and it has not reported its end yet.
+    Yielded,
 }
 
 impl Record {
     fn counts(&self) -> bool {
-        !matches!(self.state, State::Ceded)
+        !matches!(self.state, State::Yielded)
     }
 
     fn is_of(&self, peer: usize) -> bool {
@@ -160,10 +160,10 @@ impl Record {
 struct Peer {
     id: PeerId,
     connection: u32,
-    /// Those that it came up on after that one.
+    /// Those that it opened after that one.
     others: Vec<u32>,
     address: u8,
-    signs: ActivityCounter,
+    activity: ActivityCounter,
     is_frozen: bool,
 }
 
@@ -190,11 +190,11 @@ impl World {
             connection: 0,
             others: Vec::new(),
             address: nth as u8 % ADDRESSES,
-            signs: ActivityCounter::default(),
+            activity: ActivityCounter::default(),
             is_frozen: false,
         });
         let mut world = Self {
-            relay: Relay::new(config(caps), start).expect("it makes sense"),
+            relay: Relay::new(config(caps), start).expect("a valid configuration"),
             caps,
             peers: peers.collect(),
             circuits: Vec::new(),
@@ -218,11 +218,12 @@ impl World {
 
     fn connect(&mut self, peer: usize) {
         self.connections += 1;
-        let (now, signs) = (self.instant(), ActivityCounter::default());
+        let (now, activity) = (self.instant(), ActivityCounter::default());
         let known = &mut self.peers[peer];
-        (known.connection, known.signs, known.is_frozen) = (self.connections, signs.clone(), false);
+        (known.connection, known.activity, known.is_frozen) =
+            (self.connections, activity.clone(), false);
         known.others.clear();
-        self.come_up(peer);
+        self.add_connection(peer);
         if peer < TARGETS {
             self.requests += 1;
             let (from, request) = (self.end(peer), self.requests);
@@ -231,17 +232,17 @@ impl World {
         }
     }
 
-    /// The last connection is one of this peer's.
-    fn come_up(&mut self, peer: usize) {
+    /// Adds the connection with the latest id, as one of this peer.
+    fn add_connection(&mut self, peer: usize) {
         let (now, known) = (self.instant(), &self.peers[peer]);
         let ip: IpAddr = Ipv4Addr::new(10, 0, subnet(known.address), known.address).into();
         let connection = Connection::new(known.id, ip.into(), false, 0, now);
         self.relay.connections.add(self.connections, connection);
         let up = self.relay.connections.get_mut(self.connections).unwrap();
-        up.track(known.signs.clone());
+        up.track(known.activity.clone());
     }
 
-    /// All connections of a peer are gone.
+    /// Closes all connections of a peer.
     fn disconnect(&mut self, peer: usize) {
         let (now, first) = (self.instant(), self.end(peer));
         self.relay.on_disconnected(first, now);
@@ -262,31 +263,34 @@ impl World {
     /// The circuits that are overdue, each with the connections over which its target may be asked instead.
     fn overdue(&self) -> Vec<(CircuitId, Vec<u32>)> {
         let overdue = self.circuits.iter().filter(|record| {
-            matches!(record.state, State::Asking) && self.now - record.asked_at >= RETRY_AFTER
+            matches!(record.state, State::Pending) && self.now - record.asked_at >= RETRY_AFTER
         });
         overdue.map(|record| (record.id, self.others(record))).collect()
     }
 
-    /// A sweep had these targets asked over another connection: those that were overdue.
-    fn asks_again(&mut self, overdue: &[(CircuitId, Vec<u32>)]) {
+    /// Records which targets a sweep asked over another connection; asserts that their circuits were overdue.
+    fn on_asked_again(&mut self, overdue: &[(CircuitId, Vec<u32>)]) {
         for action in self.actions() {
             let Action::AskTarget(target, parameters) = action else {
                 continue;
             };
             let CircuitParameters { id: circuit, ended, .. } = *parameters;
             let others = overdue.iter().find(|(id, _)| *id == circuit);
-            let (_, others) = others.expect("it is overdue");
-            assert!(others.contains(&target.connection), "over one that is up and was not asked");
+            let (_, others) = others.expect("only an overdue circuit's target is asked again");
+            assert!(
+                others.contains(&target.connection),
+                "asked over an open connection, for the first time"
+            );
             let record = self.circuits.iter_mut().find(|record| record.id == circuit);
-            let record = record.expect("it is there");
+            let record = record.expect("the model knows it");
             assert!(record.ended.try_recv().is_err(), "asked over one connection at a time");
             record.asked.push(target.connection);
             (record.asked_at, record.ended) = (self.now, ended);
         }
     }
 
-    /// What is said over a connection over which the target is asked no more changes nothing.
-    fn late_answers(&mut self, id: CircuitId, asked: &[u32]) {
+    /// An answer over a connection other than the last that the target was asked over changes nothing.
+    fn assert_late_answers_ignored(&mut self, id: CircuitId, asked: &[u32]) {
         let now = self.instant();
         for over in asked {
             for answer in [Ok(()), Err(StopFailed::Gone)] {
@@ -295,7 +299,7 @@ impl World {
         }
     }
 
-    /// What the relay decided of circuits: targets to ask, and refusals.
+    /// The relay's decisions about circuits: targets to ask, and refusals. Acts on the others.
     fn actions(&mut self) -> Vec<Action<u32, u64>> {
         let mut actions = Vec::new();
         while let Some(action) = self.relay.actions.pop_front() {
@@ -305,57 +309,61 @@ impl World {
                     self.relay.on_delivered(request.from.peer, receipt, true, now);
                 }
                 Action::AskTarget(..) | Action::Refuse(..) => actions.push(action),
-                // A connection that is to be closed is there until it is gone.
+                // A connection that is being closed still counts until it has closed.
                 _ => {}
             }
         }
         actions
     }
 
-    /// The circuits that the relay has ended since this was last asked, those that were being set up apart.
+    /// The circuits that the relay has ended since the last call: those that were pending, and those that were open.
     fn ended(&mut self) -> (Vec<CircuitId>, Vec<CircuitId>) {
-        let (mut given_up, mut ended) = (Vec::new(), Vec::new());
+        let (mut abandoned, mut ended) = (Vec::new(), Vec::new());
         for record in self.circuits.iter_mut().filter(|record| !record.has_noticed) {
             record.has_noticed = record.ended.try_recv().is_err();
             match record.state {
                 _ if !record.has_noticed => {}
-                State::Asking | State::GivenUp => given_up.push(record.id),
-                State::Open | State::Ceded => ended.push(record.id),
+                State::Pending | State::Abandoned => abandoned.push(record.id),
+                State::Open | State::Yielded => ended.push(record.id),
             }
         }
-        (given_up, ended)
+        (abandoned, ended)
     }
 
-    fn take(&mut self, step: Step) {
+    fn apply(&mut self, step: Step) {
         let now = self.instant();
         match step {
-            Step::Ask { source, target } => self.ask(source, target),
-            Step::Grab { source } => {
+            Step::Connect { source, target } => self.connect_to(source, target),
+            Step::ConnectToAll { source } => {
                 for nth in 0..3 * TARGETS {
-                    self.ask(source, nth % TARGETS);
+                    self.connect_to(source, nth % TARGETS);
                 }
             }
-            Step::Answer { nth, agrees } => {
-                let asked = |c: &&mut Record| matches!(c.state, State::Asking | State::GivenUp);
+            Step::Answer { nth, accepts } => {
+                let asked = |c: &&mut Record| matches!(c.state, State::Pending | State::Abandoned);
                 let Some(record) = self.circuits.iter_mut().filter(asked).nth(nth) else {
                     return;
                 };
                 let (id, mut asked) = (record.id, record.asked.clone());
                 let over = asked.pop().expect("it was asked");
-                self.late_answers(id, &asked);
-                let answer = if agrees { Ok(()) } else { Err(StopFailed::Gone) };
+                self.assert_late_answers_ignored(id, &asked);
+                let answer = if accepts { Ok(()) } else { Err(StopFailed::Gone) };
                 let opened = self.relay.on_target_answered(id, over, answer, now);
                 self.actions();
-                self.late_answers(id, &asked);
+                self.assert_late_answers_ignored(id, &asked);
                 let asking = self.circuits.iter().position(|record| record.id == id).unwrap();
-                let waits = matches!(self.circuits[asking].state, State::Asking);
-                assert_eq!(opened.is_some(), agrees && waits, "it is opened if both want it");
+                let waits = matches!(self.circuits[asking].state, State::Pending);
+                assert_eq!(
+                    opened.is_some(),
+                    accepts && waits,
+                    "opened only if the target accepts and the source waits"
+                );
                 match opened {
                     Some(_) => self.circuits[asking].state = State::Open,
                     None => _ = self.circuits.remove(asking),
                 }
             }
-            Step::Carries { nth } => {
+            Step::Transfer { nth } => {
                 if let Some(record) = self.open().nth(nth) {
                     record.carried += 1;
                     let mut carried = BytesTransferred::default();
@@ -363,42 +371,42 @@ impl World {
                     record.counters.add(carried);
                 }
             }
-            Step::Ends { nth } => {
-                let is_open = |c: &Record| matches!(c.state, State::Open | State::Ceded);
+            Step::End { nth } => {
+                let is_open = |c: &Record| matches!(c.state, State::Open | State::Yielded);
                 let open = self.circuits.iter().enumerate().filter(|(_, c)| is_open(c));
                 if let Some(index) = open.map(|(index, _)| index).nth(nth) {
                     let record = self.circuits.remove(index);
                     self.relay.on_circuit_ended(record.id, CircuitEnd::Disconnected, now);
                 }
             }
-            Step::Freezes { peer } => self.peers[peer].is_frozen = true,
-            Step::ComesAgain { target } => {
+            Step::Freeze { peer } => self.peers[peer].is_frozen = true,
+            Step::AddConnection { target } => {
                 if self.peers[target].others.len() < 2 {
                     self.connections += 1;
                     self.peers[target].others.push(self.connections);
-                    self.come_up(target);
+                    self.add_connection(target);
                 }
             }
-            Step::ComesFrom { peer, address } => {
+            Step::Reconnect { peer, address } => {
                 self.disconnect(peer);
                 self.peers[peer].address = address;
                 self.circuits.retain_mut(|record| match record.state {
                     // The target will not answer any more.
-                    State::Asking | State::GivenUp if record.target == peer => false,
-                    State::Asking if record.source == peer => {
-                        record.state = State::GivenUp;
+                    State::Pending | State::Abandoned if record.target == peer => false,
+                    State::Pending if record.source == peer => {
+                        record.state = State::Abandoned;
                         true
                     }
-                    State::Open | State::Ceded if record.source == peer => false,
+                    State::Open | State::Yielded if record.source == peer => false,
                     _ => true,
                 });
-                self.ends_with(|record| record.target == peer);
+                self.assert_only_these_end(|record| record.target == peer);
                 self.connect(peer);
             }
             Step::Pass { millis } => self.pass(self.now + millis),
             Step::Configure(caps) => {
                 self.caps = caps;
-                self.relay.set_config(config(caps), now).expect("it makes sense");
+                self.relay.set_config(config(caps), now).expect("a valid configuration");
             }
         }
     }
@@ -407,14 +415,14 @@ impl World {
         self.circuits.iter_mut().filter(|c| matches!(c.state, State::Open))
     }
 
-    /// The open circuits of which this holds are ended, which they notice at once.
-    fn ends_with(&mut self, of: impl Fn(&Record) -> bool) {
+    /// Reports the end of each open circuit that the relay has ended; asserts that `of` holds for it.
+    fn assert_only_these_end(&mut self, of: impl Fn(&Record) -> bool) {
         self.actions();
         let now = self.instant();
         for id in self.ended().1 {
             let index = self.circuits.iter().position(|record| record.id == id);
-            let record = self.circuits.remove(index.expect("it is there"));
-            assert!(of(&record), "{record:?} ends, and nobody knows why");
+            let record = self.circuits.remove(index.expect("the model knows it"));
+            assert!(of(&record), "{record:?} ends for no reason");
             self.relay.on_circuit_ended(id, CircuitEnd::Disconnected, now);
         }
     }
@@ -428,42 +436,47 @@ impl World {
             }
             self.now = self.now.max(due);
             for peer in self.peers.iter().filter(|peer| !peer.is_frozen) {
-                peer.signs.add(1);
+                peer.activity.add(1);
             }
             let (now, overdue) = (self.now, self.overdue());
             self.relay.sweep(self.instant());
             for record in &mut self.circuits {
-                let is_open = matches!(record.state, State::Open | State::Ceded);
+                let is_open = matches!(record.state, State::Open | State::Yielded);
                 if is_open && record.carried != record.seen {
                     (record.seen, record.moved) = (record.carried, now);
                 }
             }
-            self.asks_again(&overdue);
-            let (given_up, ended) = self.ended();
-            for id in given_up {
+            self.on_asked_again(&overdue);
+            let (abandoned, ended) = self.ended();
+            for id in abandoned {
                 let record = self.circuits.iter_mut().find(|record| record.id == id);
-                record.expect("it was asked for").state = State::GivenUp;
+                record.expect("the model knows it").state = State::Abandoned;
             }
             for (id, after) in self.overdue() {
-                let (_, others) =
-                    overdue.iter().find(|(other, _)| *other == id).expect("as before");
-                assert!(!others.iter().any(|other| after.contains(other)), "it could be asked");
+                let (_, others) = overdue
+                    .iter()
+                    .find(|(other, _)| *other == id)
+                    .expect("it was overdue before the sweep");
+                assert!(
+                    !others.iter().any(|other| after.contains(other)),
+                    "its target could have been asked"
+                );
             }
-            // A peer that fell silent loses its circuits; they have yet to say so.
+            // The circuits of a silent peer are ended; they have not reported it yet.
             for id in ended {
                 let record = self.circuits.iter().find(|record| record.id == id);
-                let record = record.expect("it is there until it ended");
+                let record = record.expect("the model knows it");
                 let silent = [record.source, record.target].map(|peer| self.peers[peer].is_frozen);
-                assert!(silent.contains(&true), "{record:?} ends, and its peers are there");
+                assert!(silent.contains(&true), "{record:?} ends, though both peers are active");
             }
         }
         self.now = until;
     }
 
-    /// The relay and the model decide on the same CONNECT.
-    fn ask(&mut self, source: usize, target: usize) {
+    /// Has the relay and the model decide on the same CONNECT; asserts that they agree.
+    fn connect_to(&mut self, source: usize, target: usize) {
         if source == target {
-            return; // no request that is understood
+            return; // rejected when the request is read
         }
         self.requests += 1;
         let (request, now) = (self.requests, self.instant());
@@ -483,38 +496,40 @@ impl World {
             }
         }
         let (_, mut ended) = self.ended();
-        let ceded = self.decide(source, target);
+        let yielded = self.decide(source, target);
         if !has_slot {
             assert!(admitted.is_none());
             assert_eq!(refused, Some(Status::NoReservation));
             return assert!(ended.is_empty());
         }
-        let Some(ceded) = ceded else {
+        let Some(yielded) = yielded else {
             assert!(admitted.is_none());
             assert_eq!(refused, Some(Status::ResourceLimitExceeded));
-            return assert!(ended.is_empty(), "nobody loses a circuit for one that is refused");
+            return assert!(ended.is_empty(), "no circuit ends for one that is refused");
         };
         let (over, parameters) = admitted.expect("there is room");
-        let CircuitParameters { id, counters, ended: guard, .. } = parameters;
-        // One of a peer that fell silent may be on its way out already.
+        let CircuitParameters { id, counters, ended: cancelled, .. } = parameters;
+        // The circuit that yields may have been ended before, because its peer is silent.
         let is_ending = self.circuits.iter().filter(|record| record.has_noticed);
-        ended.extend(ceded.filter(|ceded| is_ending.clone().any(|record| record.id == *ceded)));
+        ended.extend(
+            yielded.filter(|yielded| is_ending.clone().any(|record| record.id == *yielded)),
+        );
         ended.dedup();
-        assert_eq!(ended, Vec::from_iter(ceded), "the one that is to make room");
-        let gone = ceded.and_then(|id| self.circuits.iter_mut().find(|record| record.id == id));
+        assert_eq!(ended, Vec::from_iter(yielded), "the circuit that yields");
+        let gone = yielded.and_then(|id| self.circuits.iter_mut().find(|record| record.id == id));
         if let Some(record) = gone {
-            record.state = State::Ceded;
+            record.state = State::Yielded;
         }
         self.circuits.push(Record {
             id,
             source,
             target,
             address: self.peers[source].address,
-            state: State::Asking,
+            state: State::Pending,
             asked: vec![over],
             asked_at: self.now,
             counters,
-            ended: guard,
+            ended: cancelled,
             has_noticed: false,
             carried: 0,
             seen: 0,
@@ -522,7 +537,7 @@ impl World {
         });
     }
 
-    /// What ends for this circuit, if anything; `None`: it is refused.
+    /// The circuit that ends to make room for this one, if any; `None`: this one is refused.
     fn decide(&self, source: usize, target: usize) -> Option<Option<CircuitId>> {
         let Caps { total, per_ip, per_subnet, per_peer } = self.caps;
         let address = self.peers[source].address;
@@ -552,7 +567,7 @@ impl World {
             [in_subnet, under.iter().filter(|c| c.address == of).count()]
         };
         let [subnet_load, address_load] = load(address);
-        // After it has made room, its prefix holds no less than the newcomer's.
+        // Without this circuit, its prefix still holds no fewer circuits than the newcomer's, which is counted then.
         let yields = |record: &Record| {
             let [of_subnet, of_address] = load(record.address);
             match same_subnet(record) {
@@ -561,12 +576,13 @@ impl World {
             }
         };
         let open = under.iter().filter(|record| matches!(record.state, State::Open));
-        let ceding = open.filter(|record| yields(record));
-        let ceding = ceding.max_by_key(|c| (load(c.address), Reverse(c.moved), Reverse(c.id)));
-        ceding.map(|record| Some(record.id))
+        let candidates = open.filter(|record| yields(record));
+        let candidates =
+            candidates.max_by_key(|c| (load(c.address), Reverse(c.moved), Reverse(c.id)));
+        candidates.map(|record| Some(record.id))
     }
 
-    /// The relay counts what the list does.
+    /// Asserts that the relay's circuits and counts are those of the model.
     fn compare(&self) {
         let counting: Vec<_> = self.circuits.iter().filter(|record| record.counts()).collect();
         assert_eq!(self.relay.circuits.count(), counting.len());
@@ -611,7 +627,7 @@ proptest! {
         for step in steps {
             let changes = matches!(step, Step::Configure(_));
             let before = world.over_caps();
-            world.take(step);
+            world.apply(step);
             world.compare();
             let over = world.over_caps().into_iter().zip(before);
             for (after, before) in over.filter(|_| !changes) {

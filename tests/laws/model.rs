@@ -27,7 +27,7 @@ pub enum Reason {
     Released,
 }
 
-/// The configuration; zero is no cap, no grace, no heartbeat, no probe, no rate limit.
+/// The configuration; zero: no cap, no grace, no heartbeat, no probe, no rate limit.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Policy {
     pub total: usize,
@@ -298,7 +298,8 @@ impl Model {
 
     // ---- Rates
 
-    fn pay(&mut self, peer: usize, address: Option<u8>, now: u64) -> bool {
+    /// Takes a token from the peer's bucket, and one from its address's if `address` is given. False: one of them has none.
+    fn take_tokens(&mut self, peer: usize, address: Option<u8>, now: u64) -> bool {
         if self.policy.rate == 0 {
             return true;
         }
@@ -342,7 +343,7 @@ impl Model {
             return;
         }
         let holds = self.slots.iter().any(|s| s.peer == peer && !self.over(s, now));
-        if !self.pay(peer, (!holds).then_some(address), now) {
+        if !self.take_tokens(peer, (!holds).then_some(address), now) {
             self.answers.push((request, Answer::TooOften));
             return;
         }

@@ -1,5 +1,5 @@
-//! The programs in Go and JavaScript of the documentation, as they stand there: a slot, a ping through the relay, and what a
-//! refused client prints.
+//! The Go and JavaScript programs in the documentation, unchanged: they reserve and ping through the relay, and print the
+//! documented errors when they are refused.
 
 use std::{
     fs,
@@ -18,7 +18,7 @@ use crate::common::{
 
 const PAGE: &str = "src/doc/clients.md";
 
-/// A program of the page, and the words that start it there.
+/// A program of the page, and the command that starts it there.
 struct Program {
     start: Vec<PathBuf>,
     as_documented: &'static str,
@@ -129,7 +129,7 @@ fn the_js_program_reserves_and_pings_through_the_relay_and_again_after_its_resta
     program.ping(&address);
 }
 
-/// The texts of the table for one column (1: Go, 2: JavaScript), by the first words of its rows.
+/// The cell of the documented table in the row that begins with `situation` (column 1: Go, 2: JavaScript).
 fn documented(situation: &str, column: usize) -> String {
     let rows = table_rows(PAGE);
     let row = rows.iter().find(|cells| cells[0].starts_with(situation));
@@ -137,7 +137,7 @@ fn documented(situation: &str, column: usize) -> String {
     row[column].trim_matches('`').to_owned()
 }
 
-/// How the relay is started, and what the table says of that.
+/// Rows of the table, each with the flags of a relay that refuses a CONNECT for that reason.
 const REFUSED_CONNECTS: [(&str, &[&str]); 3] = [
     ("the target holds no slot", &[]),
     (
@@ -147,7 +147,7 @@ const REFUSED_CONNECTS: [(&str, &[&str]); 3] = [
     ("too many circuits", &["--max-circuits=0"]),
 ];
 
-/// The address of a peer that holds a slot if the relay has to look at more than that.
+/// The circuit address of a target: a peer without a slot if the situation requires that, else a client with one.
 async fn target(relay: &Relay, situation: &str) -> (Option<Client>, String) {
     let (client, peer) = match situation.contains("no slot") {
         true => (None, Keypair::generate_ed25519().public().to_peer_id()),
@@ -178,8 +178,8 @@ async fn a_refused_go_client_prints_what_the_documentation_says() {
             holder = Some(Client::connect(&relay).await);
             holder.as_mut().unwrap().reserve().await;
         }
-        let said = program.failure(&relay.address.to_string());
-        assert!(said.contains(&documented(situation, 1)), "{situation}: {said}");
+        let output = program.failure(&relay.address.to_string());
+        assert!(output.contains(&documented(situation, 1)), "{situation}: {output}");
         drop(holder);
     }
 }

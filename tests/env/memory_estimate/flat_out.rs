@@ -1,5 +1,5 @@
-//! A small device: circuits that carry as fast as they can, beside more connections and stalled circuits than it has
-//! room for.
+//! A small device: circuits that transfer data as fast as they can, beside more connections and stalled circuits than
+//! its memory allows.
 
 use std::{io, time::Duration};
 
@@ -16,24 +16,26 @@ use crate::common::{
     within,
 };
 
+/// The value of `--memory`, in MiB.
 const MEMORY: u64 = 32;
+/// How many circuits transfer data as fast as they can.
 const FLAT_OUT: usize = 16;
 const CONNECTIONS: usize = 200;
-/// So many circuits of each of so many pairs.
+/// How many stalled circuits each pair requests, and how many pairs there are.
 const STALLED: [usize; 2] = [4, 16];
 
-/// What each circuit carries, in bytes.
+/// How many bytes each circuit transfers.
 const LOAD: usize = 2 * MIB as usize;
 
-/// How many arrive at a time: half as many as may be in their handshakes.
+/// How many peers connect at a time: half of the limit on handshakes.
 const AT_A_TIME: usize = 8;
 
-/// How long a target waits to be asked for circuits that may be refused.
-const ASKED: Duration = Duration::from_secs(2);
+/// How long a target waits for the next stop request, as some circuits may be refused.
+const STOP_TIMEOUT: Duration = Duration::from_secs(2);
 
 #[tokio::test]
 #[ignore = "needs root, for a cgroup that limits memory"]
-async fn sixteen_circuits_flat_out_survive_more_connections_and_stalls_than_there_is_memory_for() {
+async fn sixteen_busy_circuits_survive_more_connections_and_stalled_circuits_than_memory_allows() {
     let cgroup = Cgroup::make();
     let folder = tempfile::tempdir().expect("a temporary folder");
     let mut start = command(&folder);
@@ -50,14 +52,14 @@ async fn sixteen_circuits_flat_out_survive_more_connections_and_stalls_than_ther
         grow_read_buffer(&mut peer).await?;
         io::Result::Ok(peer)
     });
-    let (peers, ()) = future::join(peers, carry(pairs)).await;
+    let (peers, ()) = future::join(peers, transfer(pairs)).await;
     let connected = peers.iter().flatten().count();
     drop(peers);
 
     let pairs = run_each(FLAT_OUT, AT_A_TIME, move |number| pair(port, number)).await;
     let [circuits, stalled] = STALLED;
     let stall = run_each(stalled, AT_A_TIME, move |number| stall(port, 100 + number, circuits));
-    let (stalled, ()) = future::join(stall, carry(pairs)).await;
+    let (stalled, ()) = future::join(stall, transfer(pairs)).await;
     println!(
         "{MEMORY} MiB: {} MiB of its cgroup at its peak; {connected} of {CONNECTIONS} connections, {} stalled circuits",
         cgroup.peak() / MIB,
@@ -67,7 +69,7 @@ async fn sixteen_circuits_flat_out_survive_more_connections_and_stalls_than_ther
     assert!(connected > FLAT_OUT && stalled.iter().flatten().count() > 0);
 }
 
-/// A source with the stream of its circuit, and the target, which reads.
+/// A circuit between two new peers: the source, its stream, and the target, which reads everything.
 async fn pair(port: u16, number: usize) -> (RawPeer, u32, Background) {
     let mut target = RawPeer::connect_with_retry(port, address(number)).await;
     let mut source = RawPeer::connect_with_retry(port, address(number)).await;
@@ -83,24 +85,24 @@ async fn pair(port: u16, number: usize) -> (RawPeer, u32, Background) {
         assert_eq!(status, Some(100));
         io::Result::Ok((source, stream, target))
     };
-    within(connected).await.expect("the relay keeps them")
+    within(connected).await.expect("the relay keeps both connected")
 }
 
 fn window_update(stream: u32, bytes: usize) -> Vec<u8> {
     frame(WINDOW_UPDATE, 0, stream, bytes as u32)
 }
 
-/// All of them carry their load.
-async fn carry(pairs: Vec<(RawPeer, u32, Background)>) {
-    let carried = pairs.into_iter().map(|(mut source, stream, target)| async move {
+/// Each source sends its load to its target.
+async fn transfer(pairs: Vec<(RawPeer, u32, Background)>) {
+    let transfers = pairs.into_iter().map(|(mut source, stream, target)| async move {
         let written = within(source.write(stream, LOAD)).await;
-        written.expect("a circuit that is read is not cut");
+        written.expect("a circuit whose target reads is not reset");
         drop(target);
     });
-    future::join_all(carried).await;
+    future::join_all(transfers).await;
 }
 
-/// Circuits whose target reads nothing, as many of these as are granted.
+/// Requests circuits to a target that reads nothing. Returns both peers, and how many circuits were opened.
 async fn stall(port: u16, number: usize, circuits: usize) -> io::Result<([RawPeer; 2], usize)> {
     let mut target = RawPeer::connect(port, address(number)).await?;
     let mut source = RawPeer::connect(port, address(number)).await?;
@@ -110,8 +112,8 @@ async fn stall(port: u16, number: usize, circuits: usize) -> io::Result<([RawPee
     let requests: Vec<_> = streams.iter().flat_map(|stream| data(SYN, *stream, &request)).collect();
     source.send(&requests).await?;
     let mut open = 0;
-    while let Ok(agreed) = timeout(ASKED, target.accept_count(1)).await {
-        open += agreed?.len();
+    while let Ok(accepted) = timeout(STOP_TIMEOUT, target.accept_count(1)).await {
+        open += accepted?.len();
     }
     for stream in streams {
         for _ in 0..4 {

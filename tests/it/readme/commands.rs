@@ -14,10 +14,10 @@ use crate::common::{
     pages::{blocks, exists, read},
 };
 
-/// Flags of other programs that the pages name, and of the tests' own.
+/// Flags in the pages that are not the relay's: of other programs, and of the benchmarks.
 const FLAGS_OF_OTHERS: [&str; 4] = ["network", "publish", "quick", "stop-timeout"];
 
-/// Variables that begin like those of settings, and are the tests'.
+/// Variables with the prefix of settings that belong to no flag.
 const OTHER_VARIABLES: [&str; 3] =
     ["RELAYLET_IDENTITY_KEY", "RELAYLET_ATTACKS", "RELAYLET_PROGRAM"];
 
@@ -117,7 +117,7 @@ fn check_one(line: &str) -> Checked {
             let missing = packages.iter().find(|package| !installed.contains(*package));
             ensure(missing.is_none(), || format!("{missing:?} is not in .ci/env"))
         }
-        // Asked for by a test of its own.
+        // `readme.rs` fetches these.
         ("curl", [.., url]) => {
             ensure(url.starts_with("http://127.0.0.1:9180/"), || "no URL".into())
         }

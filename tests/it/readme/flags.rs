@@ -1,4 +1,4 @@
-//! The table of all flags: held to `--help`, and to what a reload does.
+//! The table of all flags: compared with `--help`, and with what a reload changes.
 
 use std::{
     collections::BTreeMap,
@@ -99,7 +99,7 @@ async fn reload(relay: &Relay, file: &str) {
 
 #[tokio::test]
 async fn each_setting_is_changed_live_or_by_a_restart_as_the_table_says() {
-    // Two of the flags are no settings.
+    // `--config` and `--print-config` are not settings.
     let settings: Vec<_> = rows(PAGE)
         .into_iter()
         .filter(|(flag, _)| flag != "--config <FILE>" && flag != "--print-config")

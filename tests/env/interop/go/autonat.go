@@ -23,22 +23,22 @@ const timeout = 3 * time.Minute
 func learns(wanted network.Reachability) func(peer.AddrInfo) error {
 	return func(first peer.AddrInfo) error {
 		relays := append([]peer.AddrInfo{first}, others...)
-		if err := learnsFromFirst(relays, wanted); err != nil {
+		if err := learnsOverVersion1(relays, wanted); err != nil {
 			return fmt.Errorf("version 1: %w", err)
 		}
-		if err := learnsFromSecond(relays, wanted); err != nil {
+		if err := learnsOverVersion2(relays, wanted); err != nil {
 			return fmt.Errorf("version 2: %w", err)
 		}
 		return nil
 	}
 }
 
-// learnsItIsPrivate has a host ask that knows no address to name; version 2 asks only about addresses.
+// learnsItIsPrivate runs a host without a global address: its request names no address, which only version 1 allows.
 func learnsItIsPrivate(first peer.AddrInfo) error {
-	return learnsFromFirst(append([]peer.AddrInfo{first}, others...), network.ReachabilityPrivate)
+	return learnsOverVersion1(append([]peer.AddrInfo{first}, others...), network.ReachabilityPrivate)
 }
 
-func learnsFromFirst(relays []peer.AddrInfo, wanted network.Reachability) error {
+func learnsOverVersion1(relays []peer.AddrInfo, wanted network.Reachability) error {
 	h, err := listening()
 	if err != nil {
 		return err
@@ -70,7 +70,7 @@ func learnsFromFirst(relays []peer.AddrInfo, wanted network.Reachability) error 
 	}
 }
 
-func learnsFromSecond(relays []peer.AddrInfo, wanted network.Reachability) error {
+func learnsOverVersion2(relays []peer.AddrInfo, wanted network.Reachability) error {
 	h, err := listening(libp2p.EnableAutoNATv2())
 	if err != nil {
 		return err

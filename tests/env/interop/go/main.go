@@ -32,14 +32,14 @@ var scenarios = map[string]func(relay peer.AddrInfo) error{
 	"statuses":  statuses,  // --max-circuits-per-peer 1
 	"full":      full,      // --max-reservations 1
 	"private":   private,   // --swarm-key $SWARM_KEY
-	"websocket": websocket, // an address of each kind: TCP, WebSocket; limits as for unlimited
-	"discover":  discover,  // at a global address, and hundreds of others
+	"websocket": websocket, // as unlimited; a TCP and a WebSocket address
+	"discover":  discover,  // a relay with a global address and hundreds of others
 	"restart":   restart,   // the defaults; the relay is killed and restarted during the test
 
 	// --autonat; several relays
 	"reachable":   learns(network.ReachabilityPublic),
 	"unreachable": learns(network.ReachabilityPrivate),
-	"behind":      learnsItIsPrivate, // and no address of its own is global
+	"behind":      learnsItIsPrivate, // of a host without a global address
 }
 
 func main() {

@@ -29,7 +29,7 @@ type transfer struct {
 }
 
 // many is one party: `many <relay> <circuits> <seconds> [<target>]`. Without a target it reserves, prints its peer id
-// and accepts circuits. tests/interop/many.rs describes the bytes that they transfer.
+// and accepts circuits. tests/env/interop/many.rs describes the bytes that they transfer.
 func many(args []string) error {
 	relay, err := peer.AddrInfoFromString(args[0])
 	if err != nil {

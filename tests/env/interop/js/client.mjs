@@ -17,10 +17,10 @@ const scenarios = {
   unlimited, // --circuit-bytes 0 --circuit-duration 0s
   limited, // --circuit-bytes 128KiB --circuit-duration 5s
   statuses, // --max-circuits-per-peer 1
-  discover, // at a global address, and hundreds of others
+  discover, // a relay with a global address and hundreds of others
   full, // --max-reservations 1 --reservation-ttl 5m
   private: privately, // --swarm-key $SWARM_KEY
-  websocket // an address of each kind: TCP, WebSocket; limits as for unlimited
+  websocket // as unlimited; a TCP and a WebSocket address
 }
 
 const [name, ...addresses] = process.argv.slice(2)

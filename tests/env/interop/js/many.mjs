@@ -2,7 +2,7 @@
 //
 //   node_modules/.bin/node many.mjs <relay multiaddr> <circuits> <seconds> [<target>]
 //
-// Without a target it reserves, prints its peer id and accepts circuits. tests/interop/many.rs describes the bytes.
+// Without a target it reserves, prints its peer id and accepts circuits. tests/env/interop/many.rs describes the bytes.
 import { once } from 'node:events'
 import { RELAY_V2_HOP_CODEC, RELAY_V2_STOP_CODEC } from '@libp2p/circuit-relay-v2'
 import { peerIdFromString } from '@libp2p/peer-id'

@@ -2,7 +2,7 @@
 //
 //   node_modules/.bin/node yamux.mjs <address> client|server <seed> <streams>
 //
-// Opens that many streams and answers as many; tests/interop/yamux.rs describes their contents. Prints "done" once all
+// Opens that many streams and answers as many; tests/env/interop/yamux.rs describes their contents. Prints "done" once all
 // have ended as expected, and waits for the session to end; prints a failure in one line.
 import { once } from 'node:events'
 import { connect } from 'node:net'
@@ -94,18 +94,18 @@ async function ask (stream, plan) {
   switch (plan.outcome) {
     case BOTH:
     case LATE:
-      await told('ask', plan, write(), received.whole())
+      await withContext('ask', plan, write(), received.whole())
       break
     case CUT:
-      await told('ask', plan, write())
+      await withContext('ask', plan, write())
       stream.abort(new Error('it is cut'))
       break
     case REFUSE:
       write().catch(() => {}) // until the reset arrives
-      await told('ask', plan, received.broken())
+      await withContext('ask', plan, received.broken())
       break
     case ENOUGH:
-      await told('ask', plan, write(), received.some())
+      await withContext('ask', plan, write(), received.some())
       stream.abort(new Error('it is enough'))
   }
 }
@@ -130,28 +130,29 @@ async function answer (stream) {
   }
   switch (plan.outcome) {
     case BOTH:
-      await told('answer', plan, write(), received.whole())
+      await withContext('answer', plan, write(), received.whole())
       break
     case LATE:
-      await told('answer', plan, received.whole())
-      await told('answer', plan, write())
+      await withContext('answer', plan, received.whole())
+      await withContext('answer', plan, write())
       break
     case CUT:
       write().catch(() => {})
-      await told('answer', plan, received.broken())
+      await withContext('answer', plan, received.broken())
       break
     case REFUSE:
-      await told('answer', plan, write())
+      await withContext('answer', plan, write())
       stream.abort(new Error('it is refused'))
       break
     case ENOUGH:
       // It may have been reset.
-      await told('answer', plan, Promise.all([write().catch(() => {}), received.ended()]))
-      await told('answer', plan, received.clean ? received.whole() : received.broken())
+      await withContext('answer', plan, Promise.all([write().catch(() => {}), received.ended()]))
+      await withContext('answer', plan, received.clean ? received.whole() : received.broken())
   }
 }
 
-async function told (what, plan, ...promises) {
+// Waits for the promises; adds the side and the plan of the stream to an error.
+async function withContext (what, plan, ...promises) {
   try {
     await within(Promise.all(promises))
   } catch (error) {

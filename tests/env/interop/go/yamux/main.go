@@ -2,7 +2,7 @@
 //
 //	go run ./yamux <address> client|server <seed> <streams>
 //
-// Opens that many streams and answers as many; tests/interop/yamux.rs describes their contents. Prints "done" once all
+// Opens that many streams and answers as many; tests/env/interop/yamux.rs describes their contents. Prints "done" once all
 // have ended as expected, and waits for the session to end; prints a failure in one line.
 package main
 
