@@ -193,6 +193,10 @@ async fn sighup_applies_limits_and_rules_without_closing_connections() {
     // On their existing connections.
     assert_eq!(alice.request(&reserve()).await.status, PERMISSION_DENIED);
     assert_eq!(alice.request(&connect(bob.peer)).await.status, PERMISSION_DENIED);
+    // A setting that was not applied does not change when it is as at the start again.
+    write(&relay.folder, &file.replace("threads = 3\n", ""));
+    relay.signal("HUP");
+    relay.wait_for_log("SIGHUP: no setting has changed").await;
 }
 
 #[tokio::test]

@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    io::ErrorKind,
     net::TcpStream,
     os::{
         linux::net::SocketAddrExt,
@@ -149,7 +150,12 @@ fn run(socket: &str, flags: &[&str]) -> Relay {
 
 fn receive(socket: &UnixDatagram) -> String {
     let mut state = [0; 1024];
-    let length = socket.recv(&mut state).expect("a message");
+    let length = loop {
+        match socket.recv(&mut state) {
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            received => break received.expect("a message"),
+        }
+    };
     String::from_utf8(state[..length].into()).unwrap()
 }
 

@@ -50,14 +50,15 @@ impl Settings {
         let limit = per_peer(&self.at_start);
         let is_lowered = per_peer(&flags) < limit;
         let mut restart = self.at_start.differing(&flags)?;
-        restart.retain(|name| AT_START.split(' ').any(|at_start| at_start == name));
+        let is_at_start = |name: &str| AT_START.split(' ').any(|at_start| at_start == name);
+        restart.retain(|name| is_at_start(name));
         restart.retain(|name| !(is_lowered && name == "max-circuits-per-peer"));
         // Limits of streams follow from its value at the start.
         if per_peer(&flags) > limit {
             flags.max_circuits_per_peer = Some(Parsed(limit));
         }
         let mut changed = flags.differing(&self.now)?;
-        changed.retain(|name| name == "max-circuits-per-peer" || !restart.contains(name));
+        changed.retain(|name| name == "max-circuits-per-peer" || !is_at_start(name));
         // 2. Apply it.
         node.set_config(flags.config()).map_err(|error| flags.locate(flags::in_flags(error)))?;
         node.set_proxies(flags.proxies());

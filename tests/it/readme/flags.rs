@@ -86,7 +86,8 @@ fn changed(name: &str, takes: &str) -> String {
 
 /// Replaces the configuration file of a relay, and has it reloaded.
 async fn reload(relay: &Relay, file: &str) {
-    let reloads = || relay.count_in_log("SIGHUP: changed:");
+    let of_any = ["SIGHUP: changed:", "SIGHUP: no setting has changed"];
+    let reloads = || of_any.map(|line| relay.count_in_log(line)).iter().sum::<usize>();
     let (so_far, start) = (reloads(), Instant::now());
     fs::write(relay.folder.path().join(FILE), file).unwrap();
     relay.signal("HUP");
