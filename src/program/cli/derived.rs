@@ -9,16 +9,10 @@ pub mod memory_estimate;
 use std::cmp::Reverse;
 
 use self::memory_estimate::{Counts, LEAST_THREAD, Usage, estimate};
-use crate::program::mux::{
-    frame::{INITIAL_WINDOW, MAX_WINDOW},
-    stream_limits::in_kib,
-};
+use crate::program::mux::stream_limits::{DEFAULT_SIZE, buffered, buffered_per_connection, in_kib};
 
 const KIB: usize = 1024;
 const MIB: usize = 1024 * KIB;
-
-/// The size of a relay without `--memory` and `--max-reservations`.
-const DEFAULT_SIZE: usize = 1024;
 
 /// The least size without `--memory`: a relay with few slots gets as many connections of unknown peers as any other.
 const LEAST_SIZE: usize = 64;
@@ -191,16 +185,10 @@ impl Given {
         let given = |limit: Limit, default: usize| self.explicit(limit).unwrap_or(default);
         let is_by_memory = self.memory.is_some();
         let all = if is_by_memory { size } else { size.min(DEFAULT_SIZE) };
-        let times = |by: usize| all.saturating_mul(by);
-        let circuits = given(Limit::Circuits, times(2).min(DEFAULT_SIZE).max(all));
+        let circuits = given(Limit::Circuits, all.saturating_mul(2).min(DEFAULT_SIZE).max(all));
         let per_peer = given(Limit::CircuitsPerPeer, (all / 8).clamp(1, 64));
-        // A window for each circuit, and by how much they may grow.
-        let growth = times(8 * KIB).clamp(INITIAL_WINDOW, MAX_WINDOW);
-        let windows = per_peer.saturating_mul(INITIAL_WINDOW).saturating_add(growth);
-        let per_connection = given(Limit::BufferedPerConnection, windows);
-        // In a small relay one circuit for each slot may fill its window without exceeding the pool.
-        let windows_of_all = times(INITIAL_WINDOW).min(32 * MIB);
-        let pool = per_connection.saturating_mul(4).max(times(80 * KIB)).max(windows_of_all);
+        let per_connection = buffered_per_connection(per_peer, all);
+        let per_connection = given(Limit::BufferedPerConnection, per_connection);
         let by_memory = usize::try_from(self.memory.unwrap_or(u64::MAX) / THREAD_FOR);
         let threads = self.usage.default_threads.min(by_memory.unwrap_or(usize::MAX)).max(1);
         Derived([
@@ -211,7 +199,7 @@ impl Given {
             given(Limit::Handshakes, (all / 2).clamp(4, 256)),
             given(Limit::Streams, circuits.saturating_mul(4).max(all)),
             per_connection,
-            given(Limit::Buffered, pool),
+            given(Limit::Buffered, buffered(per_connection, all)),
             given(Limit::Threads, threads),
         ])
     }
@@ -265,6 +253,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::program::mux::stream_limits::StreamLimits;
 
     const GIB: u64 = 1024 * MIB as u64;
 
@@ -288,6 +277,17 @@ mod tests {
         assert_eq!(many.derive().0, [4096, 1024, 64, 8192, 256, 4096, 17 * MIB, 80 * MIB, 2]);
         let most = default.with(Limit::Streams, Some(usize::MAX));
         assert_eq!(most.estimate(), u64::MAX);
+    }
+
+    #[test]
+    fn the_buffers_of_the_default_size_are_those_of_the_library() {
+        let library = StreamLimits::default();
+        for circuits in [1, 8, 64, 65, 4096] {
+            let derived = given(None).with(Limit::CircuitsPerPeer, Some(circuits)).derive();
+            let buffers = [Limit::BufferedPerConnection, Limit::Buffered].map(|it| derived.get(it));
+            let expected = [library.buffered_per_connection(circuits), library.buffered(circuits)];
+            assert_eq!(buffers, expected);
+        }
     }
 
     #[test]

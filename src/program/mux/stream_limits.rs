@@ -38,8 +38,8 @@ const CONNECTIONS_IN_POOL: usize = 4;
 
 const KIB: usize = 1024;
 
-/// The lowest default of [`StreamLimits::max_buffered`], in bytes.
-const LEAST_DEFAULT: usize = 80 * 1024 * 1024;
+/// How many slots a relay has by default.
+pub const DEFAULT_SIZE: usize = 1024;
 
 /// The burst of an address, in seconds of its rate: for clients behind one carrier's NAT that reconnect together.
 const BURST_SECONDS: u32 = 16;
@@ -157,7 +157,7 @@ impl StreamLimits {
 
     /// The limit on the received bytes of one connection, for this many circuits of a peer.
     pub fn buffered_per_connection(&self, circuits: usize) -> usize {
-        let default = || initial_windows(circuits).saturating_add(MAX_WINDOW - INITIAL_WINDOW);
+        let default = || buffered_per_connection(circuits, DEFAULT_SIZE);
         self.max_buffered_per_connection.unwrap_or_else(default)
     }
 
@@ -171,9 +171,23 @@ impl StreamLimits {
     /// The limit on the bytes of all connections, for this many circuits of a peer.
     pub fn buffered(&self, circuits: usize) -> usize {
         let one = self.buffered_per_connection(circuits);
-        let default = || one.saturating_mul(CONNECTIONS_IN_POOL).max(LEAST_DEFAULT);
-        self.max_buffered.unwrap_or_else(default)
+        self.max_buffered.unwrap_or_else(|| buffered(one, DEFAULT_SIZE))
     }
+}
+
+/// The default of [`StreamLimits::max_buffered_per_connection`] for this many circuits of a peer, at a relay of `size`
+/// slots: a window for each circuit, and by how much they may grow.
+pub fn buffered_per_connection(circuits: usize, size: usize) -> usize {
+    let growth = size.saturating_mul(8 * KIB).clamp(INITIAL_WINDOW, MAX_WINDOW);
+    circuits.saturating_mul(INITIAL_WINDOW).saturating_add(growth)
+}
+
+/// The default of [`StreamLimits::max_buffered`] for this limit on one connection, at a relay of `size` slots.
+pub fn buffered(per_connection: usize, size: usize) -> usize {
+    // In a small relay one circuit for each slot may fill its window without exceeding the pool.
+    let windows = size.saturating_mul(INITIAL_WINDOW).min(32 * KIB * KIB);
+    let pool = per_connection.saturating_mul(CONNECTIONS_IN_POOL);
+    pool.max(size.saturating_mul(80 * KIB)).max(windows)
 }
 
 /// How many bytes a connection holds whose circuits are all full, and one more stream.
