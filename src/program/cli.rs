@@ -4,7 +4,6 @@ mod derived;
 pub mod flags;
 mod help;
 pub mod identity;
-mod key_log;
 pub mod load;
 mod log_summary;
 mod reload;

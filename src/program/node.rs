@@ -101,9 +101,6 @@ struct Parts {
 impl Node {
     /// A relay with the identity of `keypair` and the default [`Setup`].
     ///
-    /// libp2p's TLS writes the secrets of each session to the file that the environment variable
-    /// `SSLKEYLOGFILE` names. Do not run a node with that variable set; `relaylet` itself never does.
-    ///
     /// # Errors
     ///
     /// As [`Node::with_setup`].

@@ -25,7 +25,7 @@ use tempfile::TempDir;
 use tokio::time::sleep;
 
 /// Waits until this many handshakes have failed at this stage and for this reason, and no other was counted.
-async fn count(relay: &Relay, stage: &str, reason: &str, expected: u64) {
+pub async fn count(relay: &Relay, stage: &str, reason: &str, expected: u64) {
     let port = port(relay).await;
     let line = format!(
         "relaylet_handshakes_failed_total{{stage=\"{stage}\",reason=\"{reason}\"}} {expected}"

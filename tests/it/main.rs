@@ -12,6 +12,8 @@ mod admission;
 mod autonat;
 mod backpressure;
 mod bandwidth;
+#[cfg(all(feature = "http", feature = "pnet", feature = "websocket"))]
+mod certificates;
 #[cfg(feature = "check")]
 mod check;
 mod concurrency;

@@ -52,19 +52,12 @@ async fn tls_session_secrets_are_never_logged() {
     let folder = TempDir::new().unwrap();
     let file = folder.path().join("sessions");
     let mut command = command(&folder);
-    // The flags are kept: the program executes itself again with the same arguments.
-    command.args(["--listen", "/ip4/127.0.0.1/tcp/0", "--max-reservations=7"]);
-    command.env("SSLKEYLOGFILE", &file);
-    let mut relay = Relay::run(command, folder);
+    command.args(["--listen", "/ip4/127.0.0.1/tcp/0"]).env("SSLKEYLOGFILE", &file);
+    let relay = Relay::run(command, folder);
     let mut client =
         Client::connect_as(Keypair::generate_ed25519(), &relay.address, Security::Tls).await;
     client.reserve().await;
     assert!(!file.exists());
-    // The process id is unchanged, as a service manager expects.
-    assert!(relay.is_running());
-    relay.wait_for_log("relays for anyone: 7 slots").await;
-    let environment = fs::read(format!("/proc/{}/environ", relay.pid())).unwrap();
-    assert!(!String::from_utf8_lossy(&environment).contains("SSLKEYLOGFILE"));
 }
 
 /// How often these bytes occur in the writable memory of a process.

@@ -26,7 +26,7 @@ use super::values::Parsed;
 use super::{
     derived::memory_estimate,
     flags::{Flags, in_flags},
-    identity, key_log,
+    identity,
     load::Exit,
     log_summary::LogSummary,
     reload, runtime, sd_notify,
@@ -58,9 +58,6 @@ pub fn main() -> ExitCode {
     // Without random numbers the first hash map would panic.
     if let Err(error) = getrandom::fill(&mut [0]) {
         return exit_with(&anyhow!("reading random numbers failed: {error}; provide /dev/urandom"));
-    }
-    if let Err(error) = key_log::disable() {
-        return exit_with(&error);
     }
     let arguments: Vec<_> = env::args_os().skip(1).collect();
     if let Some(code) = subcommand::run(&arguments) {

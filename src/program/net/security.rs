@@ -1,6 +1,8 @@
 //! The secure channel of a connection: TLS 1.3 or Noise, as the client proposes. Without the feature `tls` Noise only.
 
 mod noise_framing;
+#[cfg(feature = "tls")]
+mod tls;
 
 use std::{error::Error, io};
 
@@ -12,10 +14,10 @@ use libp2p::{
     noise,
 };
 #[cfg(feature = "tls")]
-use libp2p::{futures::future::Either, tls};
+use {self::tls::Tls, futures_rustls::TlsStream, libp2p::futures::future::Either};
 
 use self::noise_framing::NoiseFraming;
-use super::admission::handshake_failure::{Reason, Stage, StageError, causes};
+use super::admission::handshake_failure::{Stage, StageError};
 
 const NOISE: &str = "/noise";
 /// In the order in which a dialer proposes them.
@@ -34,7 +36,7 @@ const READ_BY_DIALER: u8 = 1;
 pub struct Security {
     noise: noise::Config,
     #[cfg(feature = "tls")]
-    tls: tls::Config,
+    tls: Tls,
 }
 
 impl Security {
@@ -47,7 +49,7 @@ impl Security {
         Ok(Self {
             noise: noise::Config::new(keypair)?,
             #[cfg(feature = "tls")]
-            tls: tls::Config::new(keypair)?,
+            tls: Tls::new(keypair)?,
         })
     }
 }
@@ -64,7 +66,7 @@ impl UpgradeInfo for Security {
 type Noise<C> = noise::Output<NoiseFraming<C>>;
 /// A secured connection. TLS is behind a pointer: its state takes a KiB more than that of Noise.
 #[cfg(feature = "tls")]
-type Secured<C> = Either<Box<tls::TlsStream<C>>, Noise<C>>;
+type Secured<C> = Either<Box<TlsStream<C>>, Noise<C>>;
 #[cfg(not(feature = "tls"))]
 type Secured<C> = Noise<C>;
 type Securing<C> = BoxFuture<'static, io::Result<(PeerId, Secured<C>)>>;
@@ -77,7 +79,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin + Send + 'static> InboundConnectionUpgrad
     fn upgrade_inbound(self, connection: C, protocol: &'static str) -> Self::Future {
         #[cfg(feature = "tls")]
         if protocol != NOISE {
-            return secure(self.tls.upgrade_inbound(connection, protocol), wrap_tls);
+            return secure(self.tls.accept(connection), wrap_tls);
         }
         let connection = NoiseFraming::new(connection, READ_BY_LISTENER);
         secure(self.noise.upgrade_inbound(connection, protocol), wrap_noise)
@@ -92,7 +94,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin + Send + 'static> OutboundConnectionUpgra
     fn upgrade_outbound(self, connection: C, protocol: &'static str) -> Self::Future {
         #[cfg(feature = "tls")]
         if protocol != NOISE {
-            return secure(self.tls.upgrade_outbound(connection, protocol), wrap_tls);
+            return secure(self.tls.connect(connection), wrap_tls);
         }
         let connection = NoiseFraming::new(connection, READ_BY_DIALER);
         secure(self.noise.upgrade_outbound(connection, protocol), wrap_noise)
@@ -100,7 +102,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin + Send + 'static> OutboundConnectionUpgra
 }
 
 #[cfg(feature = "tls")]
-fn wrap_tls<C>(tls: tls::TlsStream<C>) -> Secured<C> {
+fn wrap_tls<C>(tls: TlsStream<C>) -> Secured<C> {
     Either::Left(Box::new(tls))
 }
 
@@ -120,17 +122,6 @@ fn secure<C: 'static, T: 'static, E: Error + Send + Sync + 'static>(
     wrap: fn(T) -> Secured<C>,
 ) -> Securing<C> {
     let secured = handshake.map_ok(move |(peer, connection)| (peer, wrap(connection)));
-    let failed = |error: E| {
-        let reason = is_refusal(&error).then_some(Reason::PeerId);
-        StageError::wrap(Stage::Security, reason, io::Error::other(error))
-    };
+    let failed = |error| StageError::wrap(Stage::Security, None, io::Error::other(error));
     secured.map_err(failed).boxed()
-}
-
-/// Whether a dialer has rejected our certificate, as go-libp2p does if it expected another peer id. By the text, because
-/// libp2p does not export the error's type, which is rustls's.
-fn is_refusal(error: &(dyn Error + 'static)) -> bool {
-    let alerts = ["AccessDenied", "BadCertificate", "CertificateUnknown", "UnknownCA"];
-    let alert = |name| format!("received fatal alert: {name}");
-    causes(error).any(|cause| alerts.iter().any(|name| cause.to_string() == alert(name)))
 }

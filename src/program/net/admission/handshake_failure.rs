@@ -7,8 +7,6 @@ use std::{error::Error, fmt, io, iter};
 
 #[cfg(feature = "pnet")]
 use libp2p::pnet::PnetError;
-#[cfg(feature = "tls")]
-use libp2p::tls;
 use libp2p::{
     core::{transport::TransportError, upgrade::NegotiationError},
     noise,
@@ -308,10 +306,6 @@ fn cause<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a (dyn Error + 'stati
         return Some(&error.error);
     }
     if let Some(noise::Error::Io(inner)) = error.downcast_ref() {
-        return Some(inner);
-    }
-    #[cfg(feature = "tls")]
-    if let Some(tls::UpgradeError::ServerUpgrade(inner)) = error.downcast_ref() {
         return Some(inner);
     }
     #[cfg(feature = "pnet")]

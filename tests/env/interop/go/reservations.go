@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/libp2p/go-libp2p"
+	"github.com/libp2p/go-libp2p/core/crypto"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/client"
 	"github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/pb"
@@ -58,6 +60,25 @@ func reserveAndRenew(relay peer.AddrInfo) error {
 			return fmt.Errorf("renewal over %s did not stay on the one connection: %v", security, err)
 		}
 		proved("renew over %s, on the same connection", security)
+	}
+	return reserveWithRSA(relay)
+}
+
+// reserveWithRSA reserves as old nodes do, whose identity is an RSA key.
+func reserveWithRSA(relay peer.AddrInfo) error {
+	for _, bits := range []int{2048, 4096} {
+		key, _, err := crypto.GenerateKeyPair(crypto.RSA, bits)
+		if err != nil {
+			return err
+		}
+		for security, only := range securities {
+			p, err := newReserved(relay, only, libp2p.Identity(key))
+			if err != nil {
+				return fmt.Errorf("reserve over %s with RSA of %d bits: %w", security, bits, err)
+			}
+			p.Close()
+			proved("reserve over %s with RSA of %d bits", security, bits)
+		}
 	}
 	return nil
 }
