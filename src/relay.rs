@@ -172,8 +172,12 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         // 1. Forget it, and its request that waits for a slot.
         self.connections.remove(gone.connection);
         self.waiting.retain(|waiting| waiting.request.from != gone);
-        // 2. End its circuits. The tasks of the connection are gone, and report nothing any more.
+        // 2. End its circuits, but for those whose target can be asked elsewhere. The tasks of the connection are gone, and
+        //    report nothing any more.
         for id in self.circuits.over(gone) {
+            if self.ask_over_another(id, gone, now) {
+                continue;
+            }
             self.end_circuit(id, CircuitEnd::Disconnected);
             // The source's connection runs an open one, the target's one that is being set up.
             let circuit = self.circuits.get(id);

@@ -241,15 +241,19 @@ impl<C: Copy + Eq + Hash, R> Circuits<C, R> {
     }
 
     /// Has a circuit's target asked over the first of these connections over which it was not asked before, if there is
-    /// one; returns that. Cancels the exchange over the present one. The receiver is as that of [`Circuits::add`].
+    /// one and the source waits for an answer over the connection `asked`; returns the new one. Cancels the exchange over
+    /// `asked`. The receiver is as that of [`Circuits::add`].
     pub fn ask_over(
         &mut self,
         id: CircuitId,
+        asked: End<C>,
         others: &[C],
         now: Instant,
     ) -> Option<(C, oneshot::Receiver<()>)> {
-        let circuit = self.circuits.get_mut(&id)?;
-        let present = circuit.target.connection;
+        let waits =
+            |circuit: &&mut Circuit<C, R>| circuit.request.is_some() && circuit.target == asked;
+        let circuit = self.circuits.get_mut(&id).filter(waits)?;
+        let present = asked.connection;
         let is_new = |other: &&C| **other != present && !circuit.silent.contains(other);
         let over = *others.iter().find(is_new)?;
         circuit.target.connection = over;

@@ -43,23 +43,29 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     }
 
     /// Sends each target that does not answer another stop request over another of its connections, if it has one: it may
-    /// have reconnected without reserving again, and its old connection may be half-open. A target is asked over one
-    /// connection at a time, and over each at most once.
+    /// have reconnected without reserving again, and its old connection may be half-open.
     pub(super) fn ask_over_others(&mut self, now: Instant) {
         for (id, silent) in self.circuits.unanswered(now) {
-            // 1. The most recently active connection first; of several, the newest.
-            let mut others = self.fit_for_a_slot(silent.peer);
-            others.reverse();
-            others.sort_by_key(|id| Some(self.connections.get(*id)?.liveness.silent_for(now)));
-            // 2. Move the circuit to it, which resets the open stop stream.
-            let Some((over, ended)) = self.circuits.ask_over(id, &others, now) else {
-                continue;
-            };
-            log::debug!("circuit {id}: no answer from peer {}: asking it elsewhere", silent.peer);
-            self.count_circuits(silent.connection, -1, now);
-            self.count_circuits(over, 1, now);
-            self.ask_target(id, ended);
+            self.ask_over_another(id, silent, now);
         }
+    }
+
+    /// Sends a target another stop request over another of its connections than this one; returns whether it did. A target
+    /// is asked over one connection at a time, and over each at most once.
+    pub(super) fn ask_over_another(&mut self, id: CircuitId, asked: End<C>, now: Instant) -> bool {
+        // 1. The most recently active connection first; of several, the newest.
+        let mut others = self.fit_for_a_slot(asked.peer);
+        others.reverse();
+        others.sort_by_key(|id| Some(self.connections.get(*id)?.liveness.silent_for(now)));
+        // 2. Move the circuit to it, which resets the open stop stream.
+        let Some((over, ended)) = self.circuits.ask_over(id, asked, &others, now) else {
+            return false;
+        };
+        log::debug!("circuit {id}: no answer from peer {}: asking it elsewhere", asked.peer);
+        self.count_circuits(asked.connection, -1, now);
+        self.count_circuits(over, 1, now);
+        self.ask_target(id, ended);
+        true
     }
 
     fn count_circuits(&mut self, connection: C, by: i32, now: Instant) {
@@ -99,7 +105,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
 
     /// Handles the target's answer over this connection, with the opened stream if it accepted. If the source still waits,
     /// and the target has not been asked over another connection since, opens the circuit, and returns the stream with
-    /// the source's reply handle.
+    /// the source's reply handle. If the connection is gone, asks over another one.
     pub fn on_target_answered<T>(
         &mut self,
         id: CircuitId,
@@ -109,7 +115,13 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     ) -> Option<(R, T)> {
         let is_asked =
             |it: &&mut Circuit<C, R>| it.opened_at.is_none() && it.target.connection == over;
-        let circuit = self.circuits.get_mut(id).filter(is_asked)?;
+        let target = self.circuits.get_mut(id).filter(is_asked)?.target;
+        if let Err(StopFailed::Gone) = answer
+            && self.ask_over_another(id, target, now)
+        {
+            return None;
+        }
+        let circuit = self.circuits.get_mut(id)?;
         match (circuit.request.take(), answer) {
             (Some(request), Ok(opened)) => {
                 circuit.opened_at = Some(now);
@@ -296,6 +308,30 @@ mod tests {
         assert_eq!((request.over, request.since), (3, fixture.start));
         assert!(fixture.sweep(9 * RETRY_AFTER).is_none(), "each connection is used once");
         assert!(fixture.accept(&request));
+    }
+
+    #[test]
+    fn a_target_whose_connection_closes_is_asked_over_its_other_connection() {
+        for is_reported_first in [false, true] {
+            let mut fixture = Fixture::new();
+            fixture.add_connection(fixture.target, 2);
+            let (mut request, gone) = (fixture.connect(), Err::<(), _>(StopFailed::Gone));
+            let [first, second] = [1, 2].map(|connection| End { peer: fixture.target, connection });
+            if is_reported_first {
+                let (id, start) = (request.circuit, fixture.start);
+                fixture.relay.on_target_answered(id, first.connection, gone, start);
+            }
+            fixture.relay.on_disconnected(first, fixture.start);
+            assert!(request.is_cancelled());
+            let requests = fixture.stop_requests();
+            assert_eq!(requests.iter().map(|it| it.over).collect::<Vec<_>>(), [2]);
+            assert_eq!(fixture.circuits_over(2), 1);
+            // Until none is left.
+            fixture.relay.on_disconnected(second, fixture.start);
+            assert!(fixture.stop_requests().is_empty());
+            assert_eq!(fixture.relay.circuits.count(), 0);
+            assert_eq!(fixture.circuits_over(0), 0);
+        }
     }
 
     #[test]
