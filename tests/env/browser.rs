@@ -14,7 +14,7 @@ use crate::common::{
     Client, Relay, by_hand, circuit, http, messages, read_bytes,
     websocket::{self, CERTIFICATE, Certificate},
 };
-use libp2p::futures::{AsyncWriteExt as _, future};
+use libp2p::futures::{AsyncWriteExt as _, StreamExt, future, stream};
 use tokio::{
     io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
     process,
@@ -157,10 +157,12 @@ async fn the_status_page_shows_0_and_3_and_1024_holders() {
         .arg(format!("http://127.0.0.1:{port}/"))
         .arg(screenshots())
         .current_dir(&*SCRIPTS)
+        .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .kill_on_drop(true)
         .spawn()
         .expect("node is installed");
+    let mut input = script.stdin.take().expect("it is piped");
     let mut output = BufReader::new(script.stdout.take().expect("it is piped")).lines();
     let (mut clients, mut circuits, mut others) = (Vec::new(), Vec::new(), Vec::new());
     // The script limits the time of its steps.
@@ -179,17 +181,21 @@ async fn the_status_page_shows_0_and_3_and_1024_holders() {
                 circuits.push(ends);
             }
             "three" => {
-                for _ in 3..1024 {
+                let reserve = |_| async {
                     let mut channel = by_hand::muxed(&relay).await;
                     assert_eq!(by_hand::reserve(&mut channel, 1).await, Some(100));
-                    others.push(channel);
-                }
+                    channel
+                };
+                let all = stream::iter(3..1024).map(reserve).buffer_unordered(16);
+                others = all.collect::<Vec<_>>().await;
+                input.write_all(b"full\n").await.expect("the script reads its input");
             }
             _ => println!("{line}"),
         }
     }
     let status = script.wait().await.expect("wait succeeds");
     assert!(status.success(), "states.mjs: {status}");
+    assert_eq!((circuits.len(), others.len()), (1, 1021));
 }
 
 /// The folder for screenshots.

@@ -1,8 +1,10 @@
 // The status page in Chromium while a relay fills up: `node states.mjs URL SCREENSHOTS`. Prints `empty` once the page has
-// shown no holder, and `three` once it has shown three of 1,024, which have a circuit. Ends when all slots are taken.
+// shown no holder, and `three` once it has shown three of 1,024, which have a circuit. Reads a line when all slots are taken.
 
 import assert from "node:assert/strict";
+import { once } from "node:events";
 import { join } from "node:path";
+import { createInterface } from "node:readline";
 import { fits, launch, open, rows, text } from "./chromium.mjs";
 
 const [here, screenshots] = process.argv.slice(2);
@@ -49,6 +51,9 @@ assert.ok(await page.locator("#reached").isHidden());
 await shoot("three");
 console.log("three");
 
+const input = createInterface(process.stdin);
+await once(input, "line");
+input.close();
 await page.locator("#state.full").waitFor();
 assert.equal(await text(page, "#state"), "full");
 assert.equal(await text(page, "#counts dd"), "1,024 of 1,024");
