@@ -19,7 +19,7 @@ use libp2p::identity::Keypair;
 use tempfile::NamedTempFile;
 use zeroize::Zeroizing;
 
-use self::decode::{decode, not_a_key};
+use self::decode::{decode, not_a_key, of_protobuf};
 use crate::program::secret_file;
 
 /// The largest file that is read, in bytes. The largest key of libp2p, RSA with 8192 bits, takes about 5 KiB.
@@ -131,7 +131,7 @@ fn load_when_written(file: &Path) -> Result<Identity> {
 fn load(file: &Path) -> Result<Identity> {
     let read = File::open(file).and_then(|opened| secret_file::read(opened, MAX_FILE));
     let bytes = read.with_context(|| unreadable(file))?;
-    let Ok(keypair) = Keypair::from_protobuf_encoding(&bytes) else {
+    let Some(keypair) = of_protobuf(&bytes) else {
         bail!("--identity {}: {}", file.display(), not_a_key(&bytes));
     };
     Ok(Identity { keypair, created: None, warning: permission_warning("--identity", file) })
