@@ -13,6 +13,7 @@ use std::{
     collections::HashMap,
     convert::Infallible,
     hash::{BuildHasher, RandomState},
+    mem,
     sync::PoisonError,
     task::{Context, Poll},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
@@ -45,6 +46,7 @@ use crate::{
         accounts::{Account, Totals},
         connections::{Connection, End, Origin},
     },
+    wall_clock,
     wire::{self, Limit},
 };
 
@@ -66,7 +68,9 @@ pub struct Behaviour {
     events: (Events, mpsc::UnboundedReceiver<HandlerEvent>),
     /// Whether to serve; `None`: while an external address is known.
     serving: Option<bool>,
-    /// What the handlers were told of it.
+    /// Whether the wall clock was set when it was last checked.
+    is_clock_set: bool,
+    /// What the handlers were told: whether the relay serves.
     is_serving: bool,
     random: RandomState,
     next_sweep: Delay,
@@ -89,7 +93,7 @@ impl Behaviour {
         validate_announced(peer, &config.announce)?;
         let interval = config.sweep;
         let relay = Relay::new(config, Instant::now())?;
-        Ok(Self {
+        let mut behaviour = Self {
             keypair,
             peer,
             sweep_due: relay.sweep_due,
@@ -99,12 +103,15 @@ impl Behaviour {
             handlers: HashMap::new(),
             events: mpsc::unbounded(),
             serving: Some(true),
+            is_clock_set: true,
             is_serving: true,
             random: RandomState::new(),
             next_sweep: Delay::new(interval),
             sweeps: (0, Duration::ZERO),
             is_memory_scarce: Box::new(|| false),
-        })
+        };
+        behaviour.check_clock(SystemTime::now());
+        Ok(behaviour)
     }
 
     /// The configuration in force.
@@ -131,7 +138,8 @@ impl Behaviour {
     /// external address is confirmed (`swarm.add_external_address`, AutoNAT) or announced ([`Config::announce`]).
     ///
     /// While the relay does not serve, it does not support the hop protocol, and identify says so: clients choose
-    /// another relay instead of being refused by this one. Slots and circuits stay. Beside a ping behaviour, switch
+    /// another relay instead of being refused by this one. Slots and circuits stay. The same applies while the wall clock
+    /// is before 2026, as on a device that NTP has yet to reach. Beside a ping behaviour, switch
     /// [`Config::answer_ping`] off: the swarm overlooks the end of a protocol while another one is supported twice.
     pub fn set_serving(&mut self, serving: impl Into<Option<bool>>) {
         self.serving = serving.into();
@@ -142,14 +150,27 @@ impl Behaviour {
         let addresses = [self.confirmed.as_slice(), &self.relay.config.announce];
         let has_address = addresses.iter().any(|known| !known.is_empty());
         let is_open = self.relay.config.close_silent || !self.relay.is_draining();
-        let is_serving = self.serving.unwrap_or(has_address) && is_open;
-        if std::mem::replace(&mut self.is_serving, is_serving) != is_serving {
+        let is_serving = self.serving.unwrap_or(has_address) && is_open && self.is_clock_set;
+        if mem::replace(&mut self.is_serving, is_serving) != is_serving {
             log::info!("{}", if is_serving { "serving clients" } else { "not serving clients" });
             for (handler, _) in self.handlers.values() {
                 // It fails once the connection closes.
                 let _ = handler.unbounded_send(HandlerCommand::Serve(is_serving));
             }
         }
+    }
+
+    /// Serves only while the wall clock is set: a client refuses a reservation that has expired, and may stay away for an
+    /// hour then.
+    fn check_clock(&mut self, now: SystemTime) {
+        let was_set = mem::replace(&mut self.is_clock_set, wall_clock::is_set(now));
+        if was_set && !self.is_clock_set {
+            log::warn!(
+                "the clock of this machine is not set, it is before 2026: not serving, because clients refuse \
+                 reservations that have expired; set the clock, or wait until NTP does"
+            );
+        }
+        self.update_serving();
     }
 
     /// Lets `access` decide who may use the relay, instead of the lists in [`Config::access`].
@@ -433,6 +454,7 @@ impl NetworkBehaviour for Behaviour {
             // 3. Sweep if it is due; otherwise pass on one event of a task.
             if self.next_sweep.poll_unpin(cx).is_ready() {
                 self.relay.sweep(now);
+                self.check_clock(SystemTime::now());
                 if (self.is_memory_scarce)() {
                     self.relay.end_stalled(now);
                 }
@@ -444,5 +466,41 @@ impl NetworkBehaviour for Behaviour {
                 _ => return Poll::Pending,
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_relay_serves_only_while_the_clock_is_set() {
+        let config = Config::default();
+        let mut relay = Behaviour::new(Keypair::generate_ed25519(), config).unwrap();
+        let (sender, mut commands) = mpsc::unbounded();
+        let connection = ConnectionId::new_unchecked(1);
+        relay.handlers.insert(connection, (sender, ActivityCounter::default()));
+        let mut next = || match commands.try_recv() {
+            Ok(HandlerCommand::Serve(serves)) => Some(serves),
+            _ => None,
+        };
+        let set = SystemTime::now();
+        for (now, changed) in [
+            (set, None),
+            (UNIX_EPOCH, Some(false)),
+            (UNIX_EPOCH, None),
+            (set, Some(true)),
+            (UNIX_EPOCH, Some(false)),
+        ] {
+            relay.check_clock(now);
+            assert_eq!(next(), changed, "{now:?}");
+            assert_eq!(relay.is_serving, wall_clock::is_set(now));
+        }
+        // Two reasons not to serve: the end of one is not enough.
+        relay.set_serving(false);
+        relay.check_clock(set);
+        assert_eq!(next(), None);
+        relay.set_serving(true);
+        assert_eq!(next(), Some(true));
     }
 }

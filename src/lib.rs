@@ -128,6 +128,7 @@ mod delegate;
 #[cfg(doc)]
 pub mod doc;
 mod event;
+mod wall_clock;
 
 // For the tests, benches and fuzz targets of this repository, and no part of the interface.
 #[doc(hidden)]

@@ -451,6 +451,20 @@ impl Client {
         stream.expect("the relay accepts the stream")
     }
 
+    /// Opens streams of this protocol until the relay accepts or refuses them, as `wanted`.
+    pub async fn wait_for_support(&mut self, protocol: StreamProtocol, wanted: bool) {
+        let accepted = async || {
+            let mut control = self.control.clone();
+            control.open_stream(self.relay, protocol.clone()).await.is_ok()
+        };
+        within(async {
+            while accepted().await != wanted {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        })
+        .await;
+    }
+
     /// The streams of this protocol that the relay opens.
     pub fn accept(&mut self, protocol: StreamProtocol) -> IncomingStreams {
         self.control.accept(protocol).expect("accept is called once")

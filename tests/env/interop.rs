@@ -301,13 +301,14 @@ fn the_check_passes_go_libp2ps_relay() {
 }
 
 /// A client process that prints its progress.
-struct ClientProcess {
+/// A client that runs beside the test, which reads what it prints.
+pub struct ClientProcess {
     client: Child,
     lines: Lines<BufReader<ChildStdout>>,
 }
 
 impl ClientProcess {
-    fn start(client: &mut Command) -> Self {
+    pub fn start(client: &mut Command) -> Self {
         let mut client = client.stdout(Stdio::piped()).spawn().expect("the process starts");
         let output = client.stdout.take().expect("it is piped");
         let lines = BufReader::new(output).lines();
@@ -315,7 +316,7 @@ impl ClientProcess {
     }
 
     /// Reads lines until one begins with `word`, and returns the rest of it. The client limits the time of its steps.
-    fn read_value(&mut self, word: &str) -> String {
+    pub fn read_value(&mut self, word: &str) -> String {
         let mut lines = self.lines.by_ref().map_while(Result::ok);
         let found = lines.find_map(|line| {
             println!("{line}");
@@ -325,7 +326,7 @@ impl ClientProcess {
     }
 
     /// Closes its standard input and waits until it exits successfully.
-    fn wait_for_success(mut self) {
+    pub fn wait_for_success(mut self) {
         drop(self.client.stdin.take());
         let rest = self.lines.by_ref().map_while(Result::ok);
         rest.for_each(|line| println!("{line}"));

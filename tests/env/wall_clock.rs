@@ -1,5 +1,5 @@
 //! The wall clock is set by a day while the program runs: no slot and no circuit ends early or late, and expirations
-//! that are sent to clients follow the new time.
+//! that are sent to clients follow the new time. Before 2026 it is not set: the relay waits with its service.
 //!
 //! libfaketime changes the wall clock and not the monotonic one. A machine that was suspended for a day looks the same
 //! to the program: see `src/relay/sweep.rs`.
@@ -7,20 +7,28 @@
 use std::{
     fs,
     path::PathBuf,
+    process::Command,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use libp2p::PeerId;
+use tokio::time::sleep;
 
-use crate::common::{
-    Client, Relay, STOP, by_hand::send, circuit, circuit_to, command, messages::connect,
-    read_bytes, read_to_end,
+use crate::{
+    common::{
+        Client, HOP, Relay, STOP, by_hand::send, circuit, circuit_to, command, http,
+        messages::connect, read_bytes, read_to_end, within,
+    },
+    interop::{ClientProcess, go_client},
 };
 
 const NO_RESERVATION: Option<i32> = Some(204);
 
 /// The loader fills in `$LIB`.
 const LIBRARY: &str = "/usr/$LIB/faketime/libfaketimeMT.so.1";
+
+/// What the relay warns of.
+const NOT_SET: &str = "the clock of this machine is not set";
 
 const DAY: i64 = 24 * 60 * 60;
 
@@ -42,7 +50,15 @@ async fn setting_the_clock_a_day_back_changes_no_timer() {
 }
 
 async fn check_timers(step: i64) {
-    let mut clock = WallClock::start();
+    let seconds = |flag: &str, time: Duration| format!("--{flag}={}s", time.as_secs());
+    let mut clock = WallClock::start(
+        0,
+        &[
+            &seconds("reservation-ttl", TERM),
+            &seconds("grace", GRACE),
+            &seconds("circuit-duration", CIRCUIT),
+        ],
+    );
     let [mut idle, mut renews, mut disconnecting, mut source] = [
         Client::connect(&clock.relay).await,
         Client::connect(&clock.relay).await,
@@ -90,6 +106,70 @@ async fn check_timers(step: i64) {
     }
 }
 
+/// AutoRelay looks for the hop protocol every 30 s. After a RESERVE that failed it would stay away for an hour.
+#[tokio::test]
+#[ignore = "needs libfaketime and Go"]
+async fn a_relay_that_starts_in_1970_serves_autorelay_once_the_clock_is_set() {
+    let back = seconds_since_1970() - 60;
+    let mut clock = WallClock::start(-back, &[http::ON_ANY_PORT]);
+    let port = http::port(&clock.relay).await;
+    let health = http::fetch(port, "GET", "/healthz").await;
+    assert_eq!((health.status, &health.body[..]), (503, "clock not set\n"));
+    let address = clock.relay.address.to_string();
+    let mut client = ClientProcess::start(Command::new(go_client()).args(["clock", &address]));
+    client.read_value("waiting");
+    clock.step(back);
+    let set = Instant::now();
+    clock.relay.wait_for_log("serving clients").await;
+    client.read_value("reserved");
+    println!("AutoRelay reserved {:.1} s after the clock was set", set.elapsed().as_secs_f64());
+    client.wait_for_success();
+    within(async {
+        while http::fetch(port, "GET", "/healthz").await.status != 200 {
+            sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+    for (line, count) in
+        [(NOT_SET, 1), ("not serving clients", 1), ("serving clients", 2), ("refused", 0)]
+    {
+        assert_eq!(clock.relay.count_in_log(line), count, "{line}: {:#?}", clock.relay.log());
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs libfaketime"]
+async fn a_clock_that_falls_back_to_1970_ends_no_slot_and_no_circuit() {
+    let mut clock = WallClock::start(0, &[]);
+    let (mut source, mut target) =
+        (Client::connect(&clock.relay).await, Client::connect(&clock.relay).await);
+    target.reserve().await;
+    let (mut there, mut back) = circuit(&mut source, &mut target).await;
+
+    let step = seconds_since_1970() - 60;
+    clock.step(-step);
+    clock.relay.wait_for_log("not serving clients").await;
+    target.wait_for_support(HOP, false).await;
+    send(&mut there, b"still here").await;
+    assert_eq!(read_bytes(&mut back, 10).await, b"still here");
+
+    clock.step(step);
+    target.wait_for_support(HOP, true).await;
+    target.reserve().await;
+    let renewed = format!("reservation renewed: peer {}", target.peer);
+    clock.relay.wait_for_log(&renewed).await;
+    send(&mut there, b"still here").await;
+    assert_eq!(read_bytes(&mut back, 10).await, b"still here");
+    for (line, count) in [(NOT_SET, 1), ("slot freed", 0), ("grace began", 0), ("closed", 0)] {
+        assert_eq!(clock.relay.count_in_log(line), count, "{line}: {:#?}", clock.relay.log());
+    }
+}
+
+fn seconds_since_1970() -> i64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("it is later than 1970");
+    i64::try_from(now.as_secs()).expect("a date")
+}
+
 /// A relay whose wall clock can be set.
 struct WallClock {
     relay: Relay,
@@ -99,26 +179,24 @@ struct WallClock {
 }
 
 impl WallClock {
-    fn start() -> Self {
+    /// Starts a relay with these flags, whose clock differs by this many seconds.
+    fn start(offset: i64, flags: &[&str]) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let file = folder.path().join("offset");
-        fs::write(&file, "+0").expect("room for it");
+        fs::write(&file, format!("{offset:+}")).expect("room for it");
         let mut command = command(&folder);
-        let seconds = |flag: &str, time: Duration| format!("--{flag}={}s", time.as_secs());
         command
             .env("LD_PRELOAD", LIBRARY)
             .env("FAKETIME_TIMESTAMP_FILE", &file)
             .env("FAKETIME_NO_CACHE", "1")
             .env("FAKETIME_DONT_FAKE_MONOTONIC", "1")
             .arg("--listen=/ip4/127.0.0.1/tcp/0")
-            .arg(seconds("reservation-ttl", TERM))
-            .arg(seconds("grace", GRACE))
-            .arg(seconds("circuit-duration", CIRCUIT));
+            .args(flags);
         let relay = Relay::run(command, folder);
         // Without the library the loader only prints a warning.
         let missing = relay.count_in_log("cannot be preloaded");
         assert_eq!(missing, 0, "{LIBRARY}: is libfaketime installed?");
-        Self { relay, file, offset: 0 }
+        Self { relay, file, offset }
     }
 
     /// Changes the wall clock by this many seconds.
@@ -145,9 +223,7 @@ impl WallClock {
 
     /// The relay's wall clock, in seconds since 1970.
     fn seconds(&self) -> i64 {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH);
-        let now = now.expect("it is later than 1970").as_secs();
-        i64::try_from(now).expect("a date") + self.offset
+        seconds_since_1970() + self.offset
     }
 
     /// Waits until the slot is freed, and asserts that this is not too early.

@@ -6,7 +6,7 @@ use async_std::{io::timeout, net::TcpStream};
 use futures_rustls::rustls::{ClientConfig, RootCertStore, crypto::ring, pki_types::ServerName};
 use futures_rustls::{TlsConnector, client::TlsStream};
 use libp2p::core::muxing::{StreamMuxerBox, StreamMuxerExt, SubstreamBox};
-use libp2p::core::upgrade::{OutboundConnectionUpgrade, Version};
+use libp2p::core::upgrade::{OutboundConnectionUpgrade, UpgradeInfo, Version};
 use libp2p::futures::future::{self, BoxFuture, Either, FutureExt};
 use libp2p::futures::stream::{FuturesUnordered, StreamExt};
 use libp2p::{PeerId, identity::Keypair};
@@ -66,7 +66,7 @@ impl Link {
         let secure = async {
             let security = Security::new(keypair).map_err(io::Error::other)?;
             let (protocol, stream) =
-                dialer_select_proto(stream, net::security::PROTOCOLS, Version::V1).await?;
+                dialer_select_proto(stream, security.protocol_info(), Version::V1).await?;
             let (peer, stream) = security.upgrade_outbound(stream, protocol).await?;
             if target.peer.is_some_and(|expected| expected != peer) {
                 return Err(io::Error::other(format!("another peer answers: {peer}")));

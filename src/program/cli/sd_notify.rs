@@ -10,13 +10,16 @@ use std::{
     ffi::OsStr,
     io, process,
     task::{Context, Poll},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use futures_timer::Delay;
 use libp2p::futures::FutureExt;
 
-use crate::program::{component::Component, node::Node};
+use crate::{
+    program::{component::Component, node::Node},
+    wall_clock,
+};
 
 /// How much longer than configured shutting down may take on a busy machine.
 const SLACK: Duration = Duration::from_secs(10);
@@ -24,19 +27,22 @@ const SLACK: Duration = Duration::from_secs(10);
 /// How often the status is sent, if it has changed.
 const STATUS_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Reports that every listener is open. Returns the status to keep up to date, if there is a service manager.
+/// Reports that every listener is open, also while the clock is not set: the manager would stop a relay that waits longer
+/// than its timeout for a start. Returns the status to keep up to date, if there is a service manager.
 pub fn ready(node: &Node) -> Option<Status> {
-    let sent = status(node);
+    let sent = status(node, SystemTime::now());
     notify(&format!("READY=1\nSTATUS={sent}"))
         .then(|| Status { sent, next: Delay::new(STATUS_INTERVAL) })
 }
 
-fn status(node: &Node) -> String {
+fn status(node: &Node, now: SystemTime) -> String {
     let (relay, peer) = (node.relay(), node.peer_id());
     let (slots, circuits) = (&relay.view().reservations, relay.view().circuits.open().count());
     let (taken, most) = (slots.taken(), relay.config().max_reservations);
     let plural = if circuits == 1 { "" } else { "s" };
-    format!("{taken} of {most} slots, {circuits} circuit{plural}; peer id {peer}")
+    let not_serving = wall_clock::not_serving(relay.view().is_draining(), now);
+    let state = not_serving.map(|reason| format!("{reason}; ")).unwrap_or_default();
+    format!("{state}{taken} of {most} slots, {circuits} circuit{plural}; peer id {peer}")
 }
 
 /// Keeps the status up to date that `systemctl status` shows.
@@ -52,7 +58,7 @@ impl Component for Status {
 
     fn on_due(&mut self, node: &mut Node) {
         self.next.reset(STATUS_INTERVAL);
-        let status = status(node);
+        let status = status(node, SystemTime::now());
         if status != self.sent {
             notify(&format!("STATUS={status}"));
             self.sent = status;
@@ -140,7 +146,21 @@ fn send(_: &str, _: &OsStr) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use libp2p::identity::Keypair;
+
     use super::*;
+    use crate::config::Config;
+
+    #[test]
+    fn the_status_says_why_the_relay_does_not_serve() {
+        let mut node = Node::new(Keypair::generate_ed25519(), Config::default()).unwrap();
+        let (unset, set) = (SystemTime::UNIX_EPOCH, SystemTime::now());
+        let used = format!("0 of 1024 slots, 0 circuits; peer id {}", node.peer_id());
+        assert_eq!(status(&node, set), used);
+        assert_eq!(status(&node, unset), format!("clock not set; {used}"));
+        node.drain(Duration::from_secs(60));
+        assert_eq!(status(&node, set), format!("draining; {used}"));
+    }
 
     #[test]
     fn the_watchdog_interval_is_half_the_timeout_of_this_process() {

@@ -167,7 +167,7 @@ impl RelaySvc {
 
     /// Updates the metrics that no event reports.
     pub(super) fn update(&self, stats: &Stats) {
-        self.status.set((!stats.draining).into());
+        self.status.set(stats.not_serving.is_none().into());
         let relayed = stats.relayed.to_target + stats.relayed.to_source;
         raise(&self.data_transferred, relayed);
     }

@@ -127,7 +127,7 @@ fn take_snapshot(
     metrics.update(&stats);
     recorder.record(&stats, now);
     let status = with_status.then(|| Status::of(node, &stats, recorder, now));
-    Snapshot { at: now, draining: stats.draining, status }
+    Snapshot { at: now, not_serving: stats.not_serving, status }
 }
 
 #[cfg(test)]
@@ -200,13 +200,14 @@ mod tests {
 
     #[test]
     fn draining_is_reported_as_a_distinct_status() {
-        for (draining, status) in [(false, 1), (true, 0)] {
+        for (draining, status, reason) in [(false, 1, "null"), (true, 0, "\"draining\"")] {
             let routes = routes_of(draining, Duration::ZERO);
             let (_, metrics) = get(&routes, "/metrics");
             let line = format!("\nlibp2p_relaysvc_status {status}\n");
             assert!(metrics.contains(&line), "{metrics}");
             let (_, json) = get(&routes, "/status.json");
-            assert!(json.contains(&format!("\"draining\":{draining}")), "{json}");
+            let fields = format!("\"draining\":{draining},\"not_serving\":{reason}");
+            assert!(json.contains(&fields), "{json}");
         }
     }
 }

@@ -152,10 +152,10 @@ impl Routes {
             let text = format!("the relay has published nothing for {} s\n", age.as_secs());
             return answer(StatusCode::SERVICE_UNAVAILABLE, TEXT, text);
         }
-        if snapshot.draining {
-            return answer(StatusCode::SERVICE_UNAVAILABLE, TEXT, "draining\n");
+        match snapshot.not_serving {
+            Some(reason) => answer(StatusCode::SERVICE_UNAVAILABLE, TEXT, format!("{reason}\n")),
+            None => answer(StatusCode::OK, TEXT, "serving\n"),
         }
-        answer(StatusCode::OK, TEXT, "serving\n")
     }
 }
 

@@ -15,7 +15,8 @@ use super::status::Status;
 #[derive(Debug)]
 pub struct Snapshot {
     pub at: Instant,
-    pub draining: bool,
+    /// Why the relay does not serve, if it does not.
+    pub not_serving: Option<&'static str>,
     /// Only while it is requested, because its lists are long.
     pub status: Option<Status>,
 }

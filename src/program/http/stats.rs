@@ -17,12 +17,14 @@ use crate::{
         node::Node,
     },
     relay::quota::Busiest,
+    wall_clock,
 };
 
 /// The figures of a relay at one moment.
 #[derive(Clone, Copy, Debug)]
 pub struct Stats {
-    pub draining: bool,
+    /// Why the relay does not serve, if it does not.
+    pub not_serving: Option<&'static str>,
     pub limits: ConfiguredLimits,
     /// The memory that the relay takes at most, in bytes.
     pub memory: u64,
@@ -99,7 +101,7 @@ impl Stats {
         let (total, table) = (view.config.max_reservations, &view.reservations);
         let (taken, grace) = (table.taken(), table.in_grace());
         Self {
-            draining: view.is_draining(),
+            not_serving: wall_clock::not_serving(view.is_draining(), SystemTime::now()),
             limits: limits.beside(&view.config),
             memory: limits.memory,
             slots: Slots { total, live: taken - grace, grace, free: total.saturating_sub(taken) },

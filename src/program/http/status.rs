@@ -29,6 +29,7 @@ pub struct Status {
     pub version: &'static str,
     pub peer: Shown<PeerId>,
     pub draining: bool,
+    pub not_serving: Option<&'static str>,
     pub up_for: u64,
     pub addresses: Vec<Shown<Multiaddr>>,
     /// The addresses of `--announce`.
@@ -150,7 +151,8 @@ impl Status {
         Self {
             version: env!("CARGO_PKG_VERSION"),
             peer: Shown(node.peer_id()),
-            draining: stats.draining,
+            draining: node.relay().view().is_draining(),
+            not_serving: stats.not_serving,
             up_for: now.saturating_duration_since(recorder.started).as_secs(),
             addresses: node.listeners().cloned().map(Shown).collect(),
             announced: relay.config.announce.iter().cloned().map(Shown).collect(),

@@ -4,7 +4,7 @@ mod noise_framing;
 #[cfg(feature = "tls")]
 mod tls;
 
-use std::{error::Error, io};
+use std::{array, error::Error, io, iter::Skip, time::SystemTime};
 
 use libp2p::{
     PeerId,
@@ -18,14 +18,15 @@ use {self::tls::Tls, futures_rustls::TlsStream, libp2p::futures::future::Either}
 
 use self::noise_framing::NoiseFraming;
 use super::admission::handshake_failure::{Stage, StageError};
+use crate::wall_clock;
 
 const NOISE: &str = "/noise";
 /// In the order in which a dialer proposes them.
 #[cfg(feature = "tls")]
-pub const PROTOCOLS: [&str; 2] = ["/tls/1.0.0", NOISE];
+const PROTOCOLS: [&str; 2] = ["/tls/1.0.0", NOISE];
 /// What a dialer proposes.
 #[cfg(not(feature = "tls"))]
-pub const PROTOCOLS: [&str; 1] = [NOISE];
+const PROTOCOLS: [&str; 1] = [NOISE];
 
 /// How many messages of Noise's XX handshake each side reads.
 const READ_BY_LISTENER: u8 = 2;
@@ -56,11 +57,20 @@ impl Security {
 
 impl UpgradeInfo for Security {
     type Info = &'static str;
-    type InfoIter = [&'static str; PROTOCOLS.len()];
+    type InfoIter = Protocols;
 
     fn protocol_info(&self) -> Self::InfoIter {
-        PROTOCOLS
+        protocols(SystemTime::now())
     }
+}
+
+type Protocols = Skip<array::IntoIter<&'static str, { PROTOCOLS.len() }>>;
+
+/// Noise alone while the clock is not set: in TLS the certificate of every peer would not be valid yet, and the peer would
+/// not try Noise after that.
+fn protocols(now: SystemTime) -> Protocols {
+    let skipped = if wall_clock::is_set(now) { 0 } else { PROTOCOLS.len() - 1 };
+    PROTOCOLS.into_iter().skip(skipped)
 }
 
 type Noise<C> = noise::Output<NoiseFraming<C>>;
@@ -124,4 +134,15 @@ fn secure<C: 'static, T: 'static, E: Error + Send + Sync + 'static>(
     let secured = handshake.map_ok(move |(peer, connection)| (peer, wrap(connection)));
     let failed = |error| StageError::wrap(Stage::Security, None, io::Error::other(error));
     secured.map_err(failed).boxed()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_relay_whose_clock_is_not_set_secures_connections_with_noise_alone() {
+        assert!(protocols(SystemTime::UNIX_EPOCH).eq([NOISE]));
+        assert!(protocols(SystemTime::now()).eq(PROTOCOLS));
+    }
 }

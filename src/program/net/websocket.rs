@@ -20,7 +20,7 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     task::{Context, Poll, ready},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use async_std::future::timeout;
@@ -56,6 +56,7 @@ use super::{
     byte_counters::ByteCounters,
     multiaddr::{Layer, listen_address, multiaddr},
 };
+use crate::wall_clock;
 
 /// How long a trusted proxy has for TLS and its request: it is close by, and already has the request.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
@@ -119,8 +120,9 @@ impl Control {
         }
     }
 
-    fn is_draining(&self) -> bool {
-        self.is_draining.load(Ordering::Relaxed)
+    /// What health checks are told.
+    fn not_serving(&self) -> Option<&'static str> {
+        wall_clock::not_serving(self.is_draining.load(Ordering::Relaxed), SystemTime::now())
     }
 
     fn tls(&self) -> Option<Arc<ServerConfig>> {
@@ -186,7 +188,7 @@ where
             let (control, socket) = (self.control.clone(), self.socket(&connection));
             let upgrade = async move {
                 let requested = Requested::read(upgrade.await?, tls).await?;
-                requested.answer(socket, control.is_draining()).await
+                requested.answer(socket, control.not_serving()).await
             };
             return self.incoming(connection, upgrade.boxed());
         }
@@ -234,8 +236,8 @@ where
             Err(Some(reason)) => self.warn_once(&connection.remote, reason),
             Err(None) => {}
         }
-        let is_draining = self.control.is_draining();
-        let upgrade = async move { requested?.answer(socket, is_draining).await };
+        let not_serving = self.control.not_serving();
+        let upgrade = async move { requested?.answer(socket, not_serving).await };
         self.incoming(connection, upgrade.boxed())
     }
 

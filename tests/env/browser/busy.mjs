@@ -56,6 +56,7 @@ export const status = {
   version: "0.1.0",
   peer: relay,
   draining: false,
+  not_serving: null,
   up_for: 31234680,
   addresses: ["/ip4/203.0.113.7/tcp/4001"],
   announced: ["/dns4/relay.example.org/tcp/4001", "/dns4/relay.example.org/tcp/443/tls/ws", "/dns6/relay.example.org/tcp/4001"],

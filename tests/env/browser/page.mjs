@@ -133,7 +133,7 @@ async function copies_without_the_clipboard_api() {
 }
 
 async function shows_when_the_relay_drains_or_does_not_answer() {
-  let answer = (route) => route.fulfill({ json: { ...busy, draining: true } });
+  let answer = (route) => route.fulfill({ json: { ...busy, not_serving: "draining" } });
   const { page, close } = await open("phone", "light", (route) => answer(route));
   await page.locator("#state.draining").waitFor();
   assert.equal(await text(page, "#state"), "draining");

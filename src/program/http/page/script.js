@@ -486,8 +486,8 @@ async function refresh() {
     return;
   }
   const full = reached();
-  const kind = status.draining ? "draining" : full.length ? "full" : "";
-  state(kind, kind || "serving");
+  const kind = status.not_serving ? "draining" : full.length ? "full" : "";
+  state(kind, status.not_serving || kind || "serving");
   show(full);
 }
 

@@ -20,6 +20,8 @@ use libp2p::{Multiaddr, multiaddr::Protocol};
 use x509_parser::{extensions::GeneralName, time::ASN1Time};
 use zeroize::Zeroizing;
 
+use crate::wall_clock;
+
 /// What a relay that listens in TLS presents to its clients.
 #[derive(Clone, Debug)]
 pub struct Certificate {
@@ -147,7 +149,9 @@ impl Validity {
     pub fn warnings(&self, announced: &[Multiaddr], now: SystemTime) -> Vec<String> {
         let date = |time: SystemTime| humantime::format_rfc3339_seconds(time);
         let (from, until) = (self.not_before, self.not_after);
-        let time = if now > until {
+        let time = if !wall_clock::is_set(now) {
+            None // the relay warns about the clock
+        } else if now > until {
             Some(format!("expired at {}: clients refuse it; renew it", date(until)))
         } else if now < from {
             Some(format!(
@@ -305,14 +309,14 @@ mod tests {
             rcgen::CertificateParams::new(["Relay.example.org".into(), "*.b.example".into()])
                 .unwrap();
         (parameters.not_before, parameters.not_after) =
-            (rcgen::date_time_ymd(2000, 1, 1), rcgen::date_time_ymd(2001, 1, 1));
+            (rcgen::date_time_ymd(2100, 1, 1), rcgen::date_time_ymd(2101, 1, 1));
         let key = rcgen::KeyPair::generate().unwrap();
         let certificate = parameters.self_signed(&key).unwrap();
         let read =
             Certificate::from_pem(certificate.pem().as_bytes(), key.serialize_pem().as_bytes())
                 .unwrap();
         let validity = read.validity();
-        let (from, until) = (10_957, 11_323); // days since 1970
+        let (from, until) = (47_482, 47_847); // days since 1970
         assert_eq!((validity.not_before, validity.not_after), (day(from), day(until)));
         let warning = |days, announced: &str| {
             let warnings = validity.warnings(&[announced.parse().unwrap()], day(days));
@@ -327,10 +331,11 @@ mod tests {
             assert_eq!(warning(from + 1, good), "", "{good}");
         }
         let good = "/dns4/relay.example.org/tcp/1/tls/ws";
-        assert!(warning(from - 1, good).starts_with("is not valid before 2000-01-01"));
+        assert!(warning(from - 1, good).starts_with("is not valid before 2100-01-01"));
+        assert_eq!(warning(0, good), "", "the clock is not set");
         assert_eq!(warning(until - 15, good), "");
-        assert!(warning(until - 14, good).starts_with("expires at 2001-01-01"));
-        assert!(warning(until + 1, good).starts_with("expired at 2001-01-01"));
+        assert!(warning(until - 14, good).starts_with("expires at 2101-01-01"));
+        assert!(warning(until + 1, good).starts_with("expired at 2101-01-01"));
         for other in [
             "/dns4/example.org/tcp/1/tls/ws",
             "/dns4/b.example/tcp/1/wss",

@@ -74,10 +74,12 @@ impl Head {
     }
 
     /// Returns the whole answer to a request other than [`Request::Upgrade`], and its status line.
-    pub fn response(&self, is_draining: bool) -> (&'static str, Vec<u8>) {
+    pub fn response(&self, not_serving: Option<&'static str>) -> (&'static str, Vec<u8>) {
         let (status, headers, sentence) = match self.request {
-            Request::Health if is_draining => ("503 Service Unavailable", "", "draining"),
-            Request::Health => ("200 OK", "", "serving"),
+            Request::Health => match not_serving {
+                Some(reason) => ("503 Service Unavailable", "", reason),
+                None => ("200 OK", "", "serving"),
+            },
             // RFC 9110, 15.5.22, and RFC 6455, 4.2.2, want these headers.
             Request::Upgrade(_) | Request::Other => (
                 "426 Upgrade Required",
@@ -204,7 +206,7 @@ mod tests {
             ("\u{16}\u{3}\u{1}\u{2}", false, "400 Bad Request"),
         ] {
             let head = Head::parse(text.as_bytes()).unwrap();
-            let (line, response) = head.response(is_draining);
+            let (line, response) = head.response(is_draining.then_some("draining"));
             assert_eq!(line, status, "{text}");
             let response = String::from_utf8(response).unwrap();
             assert!(response.starts_with(&format!("HTTP/1.1 {status}\r\n")), "{response}");
@@ -221,7 +223,7 @@ mod tests {
             bytes in vec(any::<u8>(), 0..600),
         ) {
             if let Some(head) = Head::parse(&[start.as_bytes(), &bytes].concat()) {
-                head.response(false);
+                head.response(None);
             }
         }
     }

@@ -50,7 +50,7 @@ impl<S: AsyncRead + AsyncWrite + Send + Unpin + 'static> Requested<S> {
     pub async fn answer(
         self,
         socket: Option<TcpStream>,
-        is_draining: bool,
+        not_serving: Option<&'static str>,
     ) -> io::Result<WebSocketStream> {
         let Self { mut stream, head } = self;
         if let Request::Upgrade(key) = head.request {
@@ -59,7 +59,7 @@ impl<S: AsyncRead + AsyncWrite + Send + Unpin + 'static> Requested<S> {
             server.send_response(&accept).await.map_err(io::Error::other)?;
             return Ok(WebSocketStream::new(server.into_inner()));
         }
-        let (status, response) = head.response(is_draining);
+        let (status, response) = head.response(not_serving);
         stream.write_all(&response).await?;
         stream.flush().await?;
         stream.close().await?; // sends TLS's close_notify; the socket stays open

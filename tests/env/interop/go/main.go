@@ -35,6 +35,7 @@ var scenarios = map[string]func(relay peer.AddrInfo) error{
 	"websocket": websocket, // as unlimited; a TCP and a WebSocket address
 	"discover":  discover,  // a relay with a global address and hundreds of others
 	"restart":   restart,   // the defaults; the relay is killed and restarted during the test
+	"clock":     clock,     // the defaults; the relay's clock is before 2026 and set during the test
 
 	// --autonat; several relays
 	"reachable":   learns(network.ReachabilityPublic),
