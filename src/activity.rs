@@ -4,10 +4,10 @@
 
 use std::{
     collections::HashMap,
-    io,
+    fmt, io,
     pin::Pin,
     sync::{
-        Arc, LazyLock, Mutex, MutexGuard, PoisonError,
+        Arc, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     task::{Context, Poll, ready},
@@ -29,10 +29,17 @@ use crate::delegate::delegate_write;
 #[derive(Clone, Debug, Default)]
 pub struct ActivityCounter(Arc<Shared>);
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Shared {
     received: AtomicU64,
     is_flooding: AtomicBool,
+    is_lossy: OnceLock<Box<dyn Fn() -> bool + Send + Sync>>,
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?} received", self.received)
+    }
 }
 
 impl ActivityCounter {
@@ -57,6 +64,18 @@ impl ActivityCounter {
     #[doc(hidden)]
     pub fn set_flooding(&self) {
         self.0.is_flooding.store(true, Ordering::Relaxed);
+    }
+
+    /// Has `is_lossy` tell whether the peer may be alive behind a link that loses packets. It is called when the peer is
+    /// about to time out. The first call counts.
+    #[doc(hidden)]
+    pub fn set_lossy(&self, is_lossy: impl Fn() -> bool + Send + Sync + 'static) {
+        let _ = self.0.is_lossy.set(Box::new(is_lossy));
+    }
+
+    /// What the function given to [`ActivityCounter::set_lossy`] returns; without one, false.
+    pub(crate) fn is_lossy(&self) -> bool {
+        self.0.is_lossy.get().is_some_and(|is_lossy| is_lossy())
     }
 
     /// Counts what is read from `stream`; an end or an error of it counts as 1. `guard` is dropped before the stream.

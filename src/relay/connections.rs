@@ -147,6 +147,11 @@ impl Connection {
         let [first, last] = &mut self.counters;
         *(if first.is_none() { first } else { last }) = Some(counter);
     }
+
+    /// Whether its peer may be alive behind a link that loses packets.
+    pub fn is_lossy(&self) -> bool {
+        self.counters.iter().flatten().any(ActivityCounter::is_lossy)
+    }
 }
 
 impl<C: Copy + Eq + Hash> Connections<C> {

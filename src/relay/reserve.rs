@@ -109,8 +109,13 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
             silent_for: up.liveness.silent_for(now),
             probed_for: up.liveness.decisive_probe(self.config.probe, now),
         });
+        let mut candidates: Vec<_> = candidates.collect();
+        candidates.retain(|candidate| {
+            let is_late = candidate.probed_for.is_some_and(|open| open >= self.config.probe);
+            !(is_late && self.defer_timeout(candidate.connection, now))
+        });
         let caps = waiting.iter().map(|(_, full, waited)| (*full, *waited));
-        let (verdicts, probes) = reclaim::decide(&self.config, caps, candidates.collect());
+        let (verdicts, probes) = reclaim::decide(&self.config, caps, candidates);
         // 3. Probe.
         for connection in probes {
             if let Some(up) = self.connections.get_mut(connection) {

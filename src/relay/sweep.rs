@@ -16,7 +16,10 @@ use super::{
     connections::{CloseReason, End},
     reclaim::TICK,
 };
-use crate::event::{CircuitEnd, Event, FreedReason};
+use crate::{
+    config::Config,
+    event::{CircuitEnd, Event, FreedReason},
+};
 
 /// A sweep that is later than this restarts open probes. One that is less late extends them by its lateness: a relay
 /// without CPU time reads no answers.
@@ -48,6 +51,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
             log::warn!("{fault}");
         }
         found.probe.into_iter().for_each(|connection| self.probe(connection));
+        found.timed_out.retain(|connection| !self.defer_timeout(*connection, now));
         found.timed_out.sort_unstable(); // so that a simulation can be repeated
         found.timed_out.into_iter().for_each(|connection| self.time_out(connection, now));
         // 5. Ask silent targets over another connection; find slots for newcomers.
@@ -93,6 +97,20 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         }
     }
 
+    /// Whether a peer that did not answer in time has until twice the silence limit, because its link loses packets and its
+    /// end of the connection was heard. Probes it again now and then: what acknowledges that shows that it is not gone.
+    pub(super) fn defer_timeout(&mut self, connection: C, now: Instant) -> bool {
+        let Config { heartbeat, silence, .. } = self.config;
+        let up = self.connections.get_mut(connection);
+        let lossy = up.filter(|up| up.liveness.silent_for(now) < silence * 2 && up.is_lossy());
+        let Some(up) = lossy else { return false };
+        if up.liveness.probed_for(now) >= Some(silence.saturating_sub(heartbeat) / 2) {
+            up.liveness.on_probe(now);
+            self.probe(connection);
+        }
+        true
+    }
+
     /// Makes slots in grace live again whose peers are heard over the connection that they timed out on.
     fn revive(&mut self, now: Instant) {
         if self.config.close_silent || self.reservations.in_grace() == 0 {
@@ -135,10 +153,15 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    };
+
     use libp2p::PeerId;
 
     use super::*;
-    use crate::{config::Config, relay::connections::Connection, wire::Request};
+    use crate::{activity::ActivityCounter, relay::connections::Connection, wire::Request};
 
     const TEN_MINUTES: Duration = Duration::from_secs(600);
 
@@ -270,28 +293,68 @@ mod tests {
         let heartbeat = Duration::ZERO;
         let config =
             Config { max_reservations: 2, heartbeat, grace: Duration::ZERO, ..Config::default() };
-        let Config { silence, probe, .. } = config;
+        let Config { silence, .. } = config;
         let (mut relay, holders) = relay(config, start);
         for holder in holders {
             relay.connections.get_mut(holder.connection).unwrap().liveness.is_partial = true;
         }
-        let mut number = 1;
-        let mut newcomer = |relay: &mut Relay<u32, ()>, at| {
-            sweep_until(relay, at);
-            number += 1;
-            let (peer, connection) = (PeerId::random(), number);
-            let up = Connection::new(peer, "/memory/1".parse().unwrap(), false, 0, at);
-            relay.connections.add(connection, up);
-            relay.handle_request(End { peer, connection }, Ok(Request::Reserve), (), at);
-            sweep_until(relay, at + probe + Duration::from_secs(1))
-        };
         let second = Duration::from_secs(1);
-        let early = newcomer(&mut relay, start + silence - 10 * second);
+        let early = add_newcomer(&mut relay, start + silence - 10 * second);
         assert_eq!(early, Found::default(), "it is not even probed");
-        let first = newcomer(&mut relay, start + silence + second);
+        let first = add_newcomer(&mut relay, start + silence + second);
         assert_eq!((first.probed.len(), first.silent.len()), (4, 0), "two probes of each");
-        let next = newcomer(&mut relay, start + silence + 10 * second);
+        let next = add_newcomer(&mut relay, start + silence + 10 * second);
         assert_eq!((next.probed.len(), next.silent.len()), (0, 1));
+    }
+
+    /// Has a newcomer ask for a slot at this time; returns what was found until it is answered.
+    fn add_newcomer(relay: &mut Relay<u32, ()>, at: Instant) -> Found {
+        sweep_until(relay, at);
+        let (peer, connection) = (PeerId::random(), relay.connections.count() as u32);
+        let up = Connection::new(peer, "/memory/1".parse().unwrap(), false, 0, at);
+        relay.connections.add(connection, up);
+        relay.handle_request(End { peer, connection }, Ok(Request::Reserve), (), at);
+        sweep_until(relay, at + relay.config.probe + Duration::from_secs(1))
+    }
+
+    /// Has the link of this connection lose packets until the returned switch is set to false.
+    fn lose_packets(relay: &mut Relay<u32, ()>, connection: u32) -> Arc<AtomicBool> {
+        let (counter, is_lossy) = (ActivityCounter::default(), Arc::new(AtomicBool::new(true)));
+        let copy = Arc::clone(&is_lossy);
+        counter.set_lossy(move || copy.load(Ordering::Relaxed));
+        relay.connections.get_mut(connection).unwrap().track(counter);
+        is_lossy
+    }
+
+    #[test]
+    fn a_peer_behind_a_lossy_link_times_out_after_twice_the_silence_limit() {
+        let start = Instant::now();
+        let (mut relay, [live, gone]) = relay(Config::default(), start);
+        lose_packets(&mut relay, live.connection);
+        let Config { silence, .. } = Config::default();
+        let found = sweep_until(&mut relay, start + silence);
+        assert_eq!(found.silent, [gone.peer]);
+        assert_eq!(found.probed.iter().filter(|peer| **peer == live.peer).count(), 2);
+        let found = sweep_until(&mut relay, start + 2 * silence - Duration::from_secs(1));
+        assert_eq!((found.probed, found.silent), (vec![live.peer], vec![]));
+        let found = sweep_until(&mut relay, start + 2 * silence);
+        assert_eq!(found.silent, [live.peer]);
+    }
+
+    #[test]
+    fn a_newcomer_takes_no_slot_of_a_peer_behind_a_lossy_link_unless_that_is_no_longer_heard() {
+        let start = Instant::now();
+        let config = Config { max_reservations: 2, ..Config::default() };
+        let Config { probe_after, .. } = config;
+        let (mut relay, [live, gone]) = relay(config, start);
+        let is_lossy = lose_packets(&mut relay, live.connection);
+        let found = add_newcomer(&mut relay, start + probe_after);
+        assert_eq!(found.silent, [gone.peer]);
+        let found = add_newcomer(&mut relay, start + 2 * probe_after);
+        assert!(!found.silent.contains(&live.peer));
+        is_lossy.store(false, Ordering::Relaxed);
+        let found = add_newcomer(&mut relay, start + 3 * probe_after);
+        assert!(found.silent.contains(&live.peer));
     }
 
     #[test]

@@ -96,6 +96,9 @@ impl Multiplex {
         socket: Option<TcpStream>,
     ) -> Self {
         let (prefix, activity) = (ClientPrefix::of(remote), activity.unwrap_or_default());
+        if let Some(socket) = &socket {
+            socket::watch_losses(socket, &activity);
+        }
         Self { prefix, activity, socket, ..self.clone() }
     }
 }
@@ -263,6 +266,9 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
                 && self.shared.budget.keep_if_plenty(LARGE_BATCH_COST)
             {
                 self.batch = LARGE_BATCH;
+                if let Some(socket) = &self.socket {
+                    socket::prepare_for_bulk(socket);
+                }
             }
         }
     }

@@ -1,12 +1,14 @@
 //! Options of TCP sockets, what the kernel knows of them, and the remedies for errors of bind.
 
 #[cfg(target_os = "linux")]
-mod acknowledged;
+mod tcp_info;
 
 use std::{io, time::Duration};
 
 use async_std::net::TcpStream;
 use socket2::{SockRef, TcpKeepalive};
+
+use crate::activity::ActivityCounter;
 
 /// How long sent data may stay unacknowledged before the kernel closes the connection, unless [`leave_to_mux`] takes that
 /// over.
@@ -23,6 +25,11 @@ const MAX_UNSENT: u32 = 128 * 1024;
 /// After how much silence the kernel sends the first keep-alive probe, and how often further ones.
 const KEEPALIVE: Duration = Duration::from_secs(60);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
+
+/// A peer behind a link that loses packets may be alive if its end of the connection was heard within this time. Less than
+/// [`KEEPALIVE`]: the kernel of a peer whose process is frozen answers keep-alive probes.
+#[cfg(target_os = "linux")]
+const HEARD: Duration = Duration::from_secs(45);
 
 /// Adds the remedy to an error of bind. Done here because libp2p's boxed transports keep the text of an error and drop
 /// its kind.
@@ -46,8 +53,25 @@ pub(crate) fn set_options(stream: &TcpStream) -> io::Result<()> {
     {
         socket.set_tcp_user_timeout(Some(USER_TIMEOUT))?;
         socket.set_tcp_notsent_lowat(MAX_UNSENT)?;
+        // The first retransmissions of a probe do not back off: eleven instead of five within its 3 s. Not all kernels can.
+        let _ = socket.set_tcp_thin_linear_timeouts(true);
+    }
+    // The kernel does that for no stream of BBR, which in its terms never leaves the initial slow start.
+    #[cfg(target_os = "linux")]
+    if socket.tcp_congestion().is_ok_and(|name| name.starts_with(b"bbr")) {
+        let _ = socket.set_tcp_congestion(b"reno");
     }
     Ok(())
+}
+
+/// Gives a connection that begins to carry much the system's congestion control, where [`set_options`] chose another.
+pub(crate) fn prepare_for_bulk(stream: &TcpStream) {
+    #[cfg(target_os = "linux")]
+    if let Ok(name) = std::fs::read("/proc/sys/net/ipv4/tcp_congestion_control") {
+        let _ = SockRef::from(stream).set_tcp_congestion(name.trim_ascii());
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = stream;
 }
 
 /// Sets whether the muxer, instead of the kernel, closes a connection whose peer stalls. The kernel would also close
@@ -62,9 +86,27 @@ pub(crate) fn leave_to_mux(stream: &TcpStream, is_left: bool) {
 /// How many bytes the other end has acknowledged so far; `None` where the kernel does not say so.
 pub(crate) fn acknowledged(stream: &TcpStream) -> Option<u64> {
     #[cfg(target_os = "linux")]
-    return acknowledged::acknowledged(stream.local_addr().ok()?, stream.peer_addr().ok()?);
+    return tcp_info::TcpInfo::of(stream.local_addr().ok()?, stream.peer_addr().ok()?)?
+        .acknowledged();
     #[cfg(not(target_os = "linux"))]
     return None;
+}
+
+/// Has `activity` tell whether the connection loses packets while the other end was heard recently. Keeps the addresses
+/// and not the socket, which would stay open.
+pub(crate) fn watch_losses(stream: &TcpStream, activity: &ActivityCounter) {
+    #[cfg(target_os = "linux")]
+    if let (Ok(local), Ok(remote)) = (stream.local_addr(), stream.peer_addr()) {
+        activity.set_lossy(move || {
+            let info = tcp_info::TcpInfo::of(local, remote);
+            info.is_some_and(|info| {
+                info.silent_for().is_some_and(|silent_for| silent_for < HEARD)
+                    && info.is_lossy() == Some(true)
+            })
+        });
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = (stream, activity);
 }
 
 #[cfg(test)]
@@ -78,12 +120,17 @@ mod tests {
     fn unsent_data_in_the_kernel_is_bounded_and_dead_connections_time_out() {
         block_on(async {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-            let _client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+            let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
             let (stream, _) = listener.accept().await.unwrap();
             set_options(&stream).unwrap();
             let socket = SockRef::from(&stream);
             assert_eq!(socket.tcp_notsent_lowat().unwrap(), MAX_UNSENT);
             assert_eq!(socket.tcp_user_timeout().unwrap(), Some(USER_TIMEOUT));
+            assert!(socket.tcp_thin_linear_timeouts().unwrap());
+            let by_default = SockRef::from(&client).tcp_congestion().unwrap();
+            assert!(!socket.tcp_congestion().unwrap().starts_with(b"bbr"));
+            prepare_for_bulk(&stream);
+            assert_eq!(socket.tcp_congestion().unwrap(), by_default);
             leave_to_mux(&stream, true);
             assert_eq!(socket.tcp_user_timeout().unwrap(), None);
             leave_to_mux(&stream, false);

@@ -1,0 +1,177 @@
+//! What the kernel knows of a TCP connection, read over netlink: sock_diag(7).
+//!
+//! The alternatives, the socket option TCP_INFO and the ioctl SIOCOUTQ, need unsafe code. A query is one look-up in the
+//! kernel's table, however many sockets there are.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
+
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketType, netlink, recv, send, socket};
+
+/// linux/sock_diag.h, linux/netlink.h, linux/inet_diag.h.
+const SOCK_DIAG_BY_FAMILY: u16 = 20;
+const NLM_F_REQUEST: u16 = 1;
+const INET_DIAG_INFO: u16 = 2;
+const INET_DIAG_NOCOOKIE: [u8; 8] = [0xff; 8];
+const AF_INET: u8 = 2;
+const AF_INET6: u8 = 10;
+const IPPROTO_TCP: u8 = 6;
+
+/// The sizes of `nlmsghdr`, `inet_diag_req_v2` and `inet_diag_msg`, in bytes.
+const HEADER: usize = 16;
+const REQUEST: usize = 56;
+const MESSAGE: usize = 72;
+/// The size of the header of an attribute, `nlattr`.
+const ATTRIBUTE: usize = 4;
+
+/// A connection loses packets if of this many segments with data one is lost.
+const LOSSY: u32 = 16;
+
+/// A `tcp_info`, as the kernel writes it: linux/tcp.h. A later kernel's is longer.
+pub struct TcpInfo(Vec<u8>);
+
+impl TcpInfo {
+    /// That of the connection between `local` and `remote`; `None` if the kernel does not provide it.
+    pub fn of(local: SocketAddr, remote: SocketAddr) -> Option<Self> {
+        let kernel =
+            socket(AddressFamily::NETLINK, SocketType::RAW, Some(netlink::SOCK_DIAG)).ok()?;
+        send(&kernel, &request(local, remote), SendFlags::empty()).ok()?;
+        let mut answer = [0; 2048];
+        let (bytes, _) = recv(&kernel, &mut answer[..], RecvFlags::DONTWAIT).ok()?;
+        tcp_info(answer.get(..bytes)?)
+    }
+
+    /// How many bytes the other end has acknowledged so far: `tcpi_bytes_acked`.
+    pub fn acknowledged(&self) -> Option<u64> {
+        Some(u64::from_ne_bytes(*self.0.get(120..)?.first_chunk()?))
+    }
+
+    /// How long the other end has sent no new data and no acknowledgement: `tcpi_last_data_recv` and `tcpi_last_ack_recv`.
+    pub fn silent_for(&self) -> Option<Duration> {
+        Some(Duration::from_millis(self.number(52)?.min(self.number(56)?).into()))
+    }
+
+    /// Whether the connection loses packets.
+    ///
+    /// A loss is a retransmission that helped (`tcpi_total_retrans` without `tcpi_retransmits`, those since the other
+    /// end last acknowledged something) and was not superfluous (`tcpi_dsack_dups`); or a gap in what arrived
+    /// (`tcpi_rcv_ooopack`). One that sleeps and answers late loses nothing, and one that is gone has lost nothing.
+    pub fn is_lossy(&self) -> Option<bool> {
+        let retransmitted = self.number(100)?.saturating_sub((*self.0.get(2)?).into());
+        let helped = retransmitted.saturating_sub(self.number(216)?);
+        let lost = helped.saturating_add(self.number(224)?);
+        Some(lost > 1 && lost.saturating_mul(LOSSY) > self.number(156)?)
+    }
+
+    fn number(&self, at: usize) -> Option<u32> {
+        Some(u32::from_ne_bytes(*self.0.get(at..)?.first_chunk()?))
+    }
+}
+
+fn request(local: SocketAddr, remote: SocketAddr) -> Vec<u8> {
+    let family = if local.is_ipv4() { AF_INET } else { AF_INET6 };
+    let address = |socket: SocketAddr| match socket.ip() {
+        IpAddr::V4(ip) => [&ip.octets()[..], &[0; 12]].concat(),
+        IpAddr::V6(ip) => ip.octets().to_vec(),
+    };
+    [
+        &((HEADER + REQUEST) as u32).to_ne_bytes()[..],
+        &SOCK_DIAG_BY_FAMILY.to_ne_bytes(),
+        &NLM_F_REQUEST.to_ne_bytes(),
+        &[0; 8], // sequence number and sender
+        &[family, IPPROTO_TCP, 1 << (INET_DIAG_INFO - 1), 0],
+        &u32::MAX.to_ne_bytes(), // in any state
+        &local.port().to_be_bytes(),
+        &remote.port().to_be_bytes(),
+        &address(local),
+        &address(remote),
+        &[0; 4], // on any interface
+        &INET_DIAG_NOCOOKIE,
+    ]
+    .concat()
+}
+
+fn tcp_info(answer: &[u8]) -> Option<TcpInfo> {
+    if u16_at(answer, 4)? != SOCK_DIAG_BY_FAMILY {
+        return None; // no such socket, or not supported
+    }
+    let mut attributes = answer.get(HEADER + MESSAGE..)?;
+    loop {
+        let length = usize::from(u16_at(attributes, 0)?).max(ATTRIBUTE);
+        if u16_at(attributes, 2)? == INET_DIAG_INFO {
+            return Some(TcpInfo(attributes.get(ATTRIBUTE..length)?.to_vec()));
+        }
+        attributes = attributes.get(length.next_multiple_of(ATTRIBUTE)..)?;
+    }
+}
+
+fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
+    Some(u16::from_ne_bytes(*bytes.get(at..)?.first_chunk()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::{Read, Write},
+        net::{TcpListener, TcpStream},
+    };
+
+    use super::*;
+
+    #[test]
+    fn acknowledged_bytes_are_read_from_the_kernel() {
+        for address in ["127.0.0.1:0", "[::1]:0"] {
+            let listener = TcpListener::bind(address).unwrap();
+            let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            let (mut server, remote) = listener.accept().unwrap();
+            let local = server.local_addr().unwrap();
+            let acknowledged = || TcpInfo::of(local, remote)?.acknowledged();
+            let before = acknowledged().expect("an established connection");
+            server.write_all(&[7; 1000]).unwrap();
+            client.read_exact(&mut [0; 1000]).unwrap();
+            // The client's next segment carries the acknowledgement.
+            client.write_all(&[7]).unwrap();
+            server.read_exact(&mut [0]).unwrap();
+            assert_eq!(acknowledged(), Some(before + 1000));
+            let info = TcpInfo::of(local, remote).unwrap();
+            assert_eq!(info.is_lossy(), Some(false));
+            assert!(info.silent_for().is_some());
+            let none = TcpInfo::of(remote, SocketAddr::new(local.ip(), 1));
+            assert!(none.is_none(), "no such socket");
+        }
+    }
+
+    #[test]
+    fn a_malformed_tcp_info_is_ignored() {
+        let mut answer = vec![0; HEADER + MESSAGE];
+        answer[4] = 20;
+        let cut = [&answer[..], &[8, 0, 2, 0, 0, 0, 0, 0]].concat();
+        let without_end = [&answer[..], &[0, 0, 1, 0, 0, 0]].concat();
+        for answer in [&[][..], &[0; 200], &answer, &cut, &without_end] {
+            let info = tcp_info(answer);
+            assert_eq!(info.and_then(|info| info.acknowledged()), None);
+        }
+    }
+
+    #[test]
+    fn retransmissions_that_helped_and_gaps_are_losses() {
+        // Segments with data, retransmissions, those unanswered, superfluous ones, and gaps in what arrived.
+        let is_lossy = |sent: u32, again: u32, unanswered: u8, superfluous: u32, gaps: u32| {
+            let mut info = TcpInfo(vec![0; 232]);
+            info.0[2] = unanswered;
+            for (at, number) in [(100, again), (156, sent), (216, superfluous), (224, gaps)] {
+                info.0[at..at + 4].copy_from_slice(&number.to_ne_bytes());
+            }
+            info.is_lossy().unwrap()
+        };
+        assert!(!is_lossy(30, 0, 0, 0, 0));
+        assert!(is_lossy(31, 2, 0, 0, 0));
+        assert!(is_lossy(31, 1, 0, 0, 1));
+        assert!(!is_lossy(32, 2, 0, 0, 0), "one in sixteen");
+        assert!(!is_lossy(5, 1, 0, 0, 0), "once is no rule");
+        assert!(!is_lossy(30, 9, 8, 0, 0), "it is gone");
+        assert!(!is_lossy(30, 8, 0, 8, 0), "it slept");
+    }
+}
