@@ -36,6 +36,8 @@ var scenarios = map[string]func(relay peer.AddrInfo) error{
 	"discover":  discover,  // a relay with a global address and hundreds of others
 	"restart":   restart,   // the defaults; the relay is killed and restarted during the test
 	"clock":     clock,     // the defaults; the relay's clock is before 2026 and set during the test
+	"holders":   holders,   // the defaults; the network is bad, or CPU time is scarce
+	"newcomers": newcomers, // --max-reservations 60, and 60 holders
 
 	// --autonat; several relays
 	"reachable":   learns(network.ReachabilityPublic),

@@ -1,0 +1,125 @@
+//! A link that loses three packets in ten, and clients that get little CPU time: 60 hosts of go-libp2p that hold slots
+//! at its own defaults, with and without newcomers that wait for one.
+//!
+//! It takes a minute and a half, and ten with `RELAYLET_NETNS=long`. Hosts that close their connections themselves
+//! (go-yamux waits 10 s for an answer) are not evicted, and are printed.
+
+use std::{
+    env,
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use tokio::{
+    task::spawn_blocking,
+    time::{Instant, sleep},
+};
+
+use super::{ClientProcess, go_client};
+use crate::common::{
+    Relay,
+    network::{Host, Network},
+    signal,
+};
+
+/// As many as there are hosts in the scenario `holders`.
+const HOLDERS: usize = 60;
+
+/// What makes it hard for the holders to answer.
+#[derive(Clone, Copy, Debug)]
+enum Trouble {
+    /// Their link loses this percentage of the packets, in both directions.
+    Loss(u8),
+    /// Their process runs for half a second in two.
+    LittleCpu,
+}
+
+#[tokio::test]
+#[ignore = "needs Go, root, iproute2 and nftables"]
+async fn no_go_client_is_evicted_at_30_percent_loss_while_no_newcomer_waits() {
+    assert_eq!(evicted(Trouble::Loss(30), false).await, 0);
+}
+
+#[tokio::test]
+#[ignore = "needs Go, root, iproute2 and nftables"]
+async fn at_most_one_of_60_go_clients_is_evicted_at_30_percent_loss_for_newcomers() {
+    assert!(evicted(Trouble::Loss(30), true).await <= 1);
+}
+
+#[tokio::test]
+#[ignore = "needs Go, root, iproute2 and nftables"]
+async fn no_go_client_with_little_cpu_time_is_evicted_while_no_newcomer_waits() {
+    assert_eq!(evicted(Trouble::LittleCpu, false).await, 0);
+}
+
+#[tokio::test]
+#[ignore = "needs Go, root, iproute2 and nftables"]
+async fn at_most_one_of_60_go_clients_with_little_cpu_time_is_evicted_for_newcomers() {
+    assert!(evicted(Trouble::LittleCpu, true).await <= 1);
+}
+
+/// Returns how many of the holders were evicted, while newcomers waited or not.
+async fn evicted(trouble: Trouble, under_pressure: bool) -> usize {
+    spawn_blocking(go_client).await.expect("it is built");
+    let mut network = Network::new();
+    let (here, there, elsewhere) = (network.host(), network.host(), network.host());
+    let slots = if under_pressure { HOLDERS } else { 2 * HOLDERS };
+    let relay =
+        here.relay(&[&format!("--max-reservations={slots}"), "--max-reservations-per-ip=0"]);
+    let mut holders = start("holders", &there, &relay);
+    let holders = spawn_blocking(|| {
+        holders.read_value("reserved");
+        holders
+    });
+    let holders = holders.await.expect("all hold a slot");
+    if let Trouble::Loss(percent) = trouble {
+        there.lose(percent);
+    }
+    let newcomers = under_pressure.then(|| start("newcomers", &elsewhere, &relay));
+    let end = Instant::now() + duration();
+    while Instant::now() < end {
+        match trouble {
+            Trouble::Loss(_) => sleep(Duration::from_secs(1)).await,
+            Trouble::LittleCpu => {
+                signal(holders.client.id(), "STOP");
+                sleep(Duration::from_millis(1500)).await;
+                signal(holders.client.id(), "CONT");
+                sleep(Duration::from_millis(500)).await;
+            }
+        }
+    }
+    let evicted = relay.count_in_log("peer silent: ");
+    let (probes, closed) =
+        (relay.count_in_log("probe sent: "), relay.count_in_log("closed by the peer"));
+    assert!(probes >= HOLDERS, "{probes}");
+    let waited = relay.count_in_log("reservation pending: ");
+    assert_eq!(waited > 0, under_pressure);
+    println!(
+        "{trouble:?} for {} s: {evicted} of {HOLDERS} evicted; {probes} probes, {waited} newcomers \
+         waited, {closed} connections closed by go-libp2p",
+        duration().as_secs()
+    );
+    spawn_blocking(|| {
+        holders.wait_for_success();
+        newcomers.map(ClientProcess::wait_for_success)
+    })
+    .await
+    .expect("they end well");
+    evicted
+}
+
+fn start(scenario: &str, host: &Host, relay: &Relay) -> ClientProcess {
+    let prefix = host.command_prefix();
+    ClientProcess::start(
+        Command::new(&prefix[0])
+            .args(&prefix[1..])
+            .arg(go_client())
+            .args([scenario, &relay.address.to_string()])
+            .stdin(Stdio::piped()),
+    )
+}
+
+fn duration() -> Duration {
+    let is_long = env::var("RELAYLET_NETNS").is_ok_and(|how| how == "long");
+    Duration::from_secs(if is_long { 600 } else { 90 })
+}
