@@ -3,7 +3,7 @@
 //!
 //! Prints a row per policy for each load, and draws `tests/churn.svg`. Exits with status 1 if a peer that answered in
 //! time lost its slot, or if any state is left after all clients have disconnected. `-- settings` tries this relay with
-//! other timers instead. The clients, and the assumptions about them, are in `churn/trace.rs`; the other relays in
+//! other timers instead, `-- loss` on links that lose packets. The clients, and the assumptions about them, are in `churn/trace.rs`; the other relays in
 //! `churn/others.rs`.
 
 #[path = "churn/others.rs"]
@@ -50,6 +50,12 @@ const OTHERS: [(&str, Policy); 4] = [
 /// relaylet and the others, without `AllKnowing`: it is not a real relay.
 const PLOTTED: usize = OTHERS.len();
 
+/// The loads and the shares of lost packets of `-- loss`: without and with newcomers that wait.
+const LOSSES_AT: [u32; 2] = [75, 110];
+const LOSSES: [f64; 3] = [0.0, 0.1, 0.3];
+/// They are of the first hours of the day.
+const LOSSES_UNTIL: Duration = secs(4 * 60 * 60);
+
 type Change = fn(&mut Config);
 
 /// The loads under which other timers are tried, and those timers: all defaults, then one or two changes.
@@ -81,6 +87,10 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let trace = Trace::of_a_day(SEED);
+    if env::args().any(|argument| argument == "loss") {
+        print_losses(trace);
+        return ExitCode::SUCCESS;
+    }
     let settings = env::args().any(|argument| argument == "settings");
     let loads = if settings { &TRIED_AT[..] } else { &LOADS };
     println!("A day, seed {SEED}: {:.0} live clients want a slot on average.\n", trace.mean_live());
@@ -128,15 +138,41 @@ fn main() -> ExitCode {
     if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS }
 }
 
+/// Prints how many live peers are evicted where packets are lost and no client stalls, of a relay that asks its kernel about
+/// a connection before it evicts, and of one that does not.
+fn print_losses(mut trace: Trace) {
+    let live = trace.mean_live();
+    let is_stall = |what: &trace::Change| matches!(what, trace::Change::Stall { .. });
+    trace.events.retain(|(at, _, what)| *at < LOSSES_UNTIL && !is_stall(what));
+    println!("The first {} h of that day.\n", LOSSES_UNTIL.as_secs() / 3600);
+    println!("| load | packets lost | live peers evicted | without asking the kernel | of stays |");
+    println!("| --- | --- | --- | --- | --- |");
+    let evicted = at_each(&LOSSES_AT, |load| {
+        let slots = (live * 100.0 / f64::from(load)).round() as usize;
+        LOSSES.map(|loss| [true, false].map(|asks| run_relaylet(&trace, slots, |_| {}, asks, loss)))
+    });
+    for (load, tallies) in LOSSES_AT.iter().zip(&evicted) {
+        for (loss, [asks, does_not]) in LOSSES.iter().zip(tallies) {
+            let (lost, stays) = (loss * 100.0, asks.stays);
+            let (evicted, without) = (asks.evicted, does_not.evicted);
+            println!("| {load} % | {lost:.0} % | {evicted} | {without} | {stays} |");
+        }
+    }
+}
+
 fn policies(trace: &Trace, slots: usize) -> Vec<(&'static str, Tally)> {
     let others =
-        OTHERS.map(|(name, policy)| (name, simulate(trace, Model::new(policy, slots), None)));
+        OTHERS.map(|(name, policy)| (name, simulate(trace, Model::new(policy, slots), None, 0.0)));
     let mut rows = vec![(RELAYLET, relaylet(trace, slots, |_| {}))];
     rows.extend(others);
     rows
 }
 
 fn relaylet(trace: &Trace, slots: usize, change: Change) -> Tally {
+    run_relaylet(trace, slots, change, false, 0.0)
+}
+
+fn run_relaylet(trace: &Trace, slots: usize, change: Change, asks: bool, loss: f64) -> Tally {
     let mut config = Config::default();
     config.max_reservations = slots;
     config.max_reservations_per_ip = Some(0);
@@ -144,7 +180,7 @@ fn relaylet(trace: &Trace, slots: usize, change: Change) -> Tally {
     change(&mut config);
     // Activity is noticed by the next sweep: the silence counts from there.
     let promise = config.probe_after + config.sweep;
-    simulate(trace, RelayletModel::new(config), Some(promise))
+    simulate(trace, RelayletModel::new(config, asks), Some(promise), loss)
 }
 
 /// Runs each load on a thread of its own.

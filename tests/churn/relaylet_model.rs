@@ -6,6 +6,10 @@
 use std::{
     collections::HashMap,
     net::{IpAddr, Ipv4Addr},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
     time::{Duration, Instant},
 };
 
@@ -25,25 +29,45 @@ use crate::simulation::{Action as Outcome, Relay};
 /// TCP_USER_TIMEOUT has passed by then.
 const KERNEL_TIMEOUT: Duration = Duration::from_secs(75);
 
+/// The program asks its kernel: a link loses packets if two were lost, and a peer was heard if that was within this time.
+const LOSSES: u64 = 2;
+const HEARD: u64 = 45; // seconds
+
+/// What the kernel knows of a connection.
+#[derive(Default)]
+struct Kernel {
+    lost: AtomicU64,
+    /// When the other end was last heard, in seconds.
+    heard: AtomicU64,
+}
+
 pub struct RelayletModel {
     relay: relay::Relay<usize, usize>,
     /// The start of the virtual clock; the relay sees only differences.
     start: Instant,
     peers: HashMap<usize, PeerId>,
     activity: HashMap<usize, ActivityCounter>,
+    /// Empty if the relay does not ask.
+    kernel: HashMap<usize, Arc<Kernel>>,
+    asks_kernel: bool,
+    /// The virtual clock in seconds.
+    clock: Arc<AtomicU64>,
     outcomes: Vec<Outcome>,
     /// Whether a newcomer waited at the last sweep.
     newcomer_waited: bool,
 }
 
 impl RelayletModel {
-    pub fn new(config: Config) -> Self {
+    pub fn new(config: Config, asks_kernel: bool) -> Self {
         let start = Instant::now();
         Self {
             relay: relay::Relay::new(config, start).expect("a valid configuration"),
             start,
             peers: HashMap::new(),
             activity: HashMap::new(),
+            kernel: HashMap::new(),
+            asks_kernel,
+            clock: Arc::default(),
             outcomes: Vec::new(),
             newcomer_waited: false,
         }
@@ -102,6 +126,14 @@ impl Relay for RelayletModel {
         let peer = peer_id(peer);
         let connection = Connection::new(peer, address, false, id as u8, self.start + now);
         let activity = ActivityCounter::default();
+        if self.asks_kernel {
+            let (kernel, clock) = (Arc::new(Kernel::default()), Arc::clone(&self.clock));
+            self.kernel.insert(id, Arc::clone(&kernel));
+            activity.set_lossy(move || {
+                let heard = clock.load(Relaxed) - kernel.heard.load(Relaxed);
+                heard < HEARD && kernel.lost.load(Relaxed) >= LOSSES
+            });
+        }
         self.relay.connections.add(id, connection);
         self.relay.connections.get_mut(id).unwrap().track(activity.clone());
         self.activity.insert(id, activity);
@@ -110,6 +142,7 @@ impl Relay for RelayletModel {
 
     fn on_disconnected(&mut self, id: usize, now: Duration) {
         let now = self.start + now;
+        self.kernel.remove(&id);
         if self.activity.remove(&id).is_some() {
             self.relay.on_disconnected(self.end(id), now);
             self.peers.remove(&id);
@@ -132,11 +165,19 @@ impl Relay for RelayletModel {
         }
     }
 
+    fn on_acknowledged(&mut self, id: usize, retransmitted: u64, now: Duration) {
+        if let Some(kernel) = self.kernel.get(&id) {
+            kernel.lost.fetch_add(retransmitted, Relaxed);
+            kernel.heard.store(now.as_secs(), Relaxed);
+        }
+    }
+
     fn next(&self) -> Option<Duration> {
         Some(self.relay.sweep_due - self.start)
     }
 
     fn wake(&mut self, now: Duration) {
+        self.clock.store(now.as_secs(), Relaxed);
         let now = self.start + now;
         self.newcomer_waited = !self.relay.waiting.is_empty();
         self.relay.sweep(now);

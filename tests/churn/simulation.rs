@@ -8,7 +8,13 @@ use std::{
     time::Duration,
 };
 
+use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
+
 use crate::trace::{Change, DAY, MEASURED_FROM, Trace};
+
+/// TCP sends again what is not acknowledged a round trip and this time later, each time twice as late, up to the longest.
+const RETRANSMIT_AFTER: Duration = Duration::from_millis(200);
+const LONGEST_RETRANSMIT: Duration = Duration::from_secs(120);
 
 /// This long after the last client has disconnected every term and grace is over.
 const AFTERWARDS: Duration = Duration::from_secs(3 * 60 * 60);
@@ -29,6 +35,9 @@ pub trait Relay {
     fn take_actions(&mut self) -> Vec<Action>;
     /// How many slots and connections the relay still has.
     fn left_over(&self) -> usize;
+
+    /// The client's kernel acknowledged a probe that was retransmitted so often.
+    fn on_acknowledged(&mut self, _connection: usize, _retransmitted: u64, _now: Duration) {}
 
     /// For a model that does not simulate probes: no answers arrive on this connection from now on, until this time or
     /// for ever.
@@ -88,6 +97,8 @@ enum Due {
     Lost(usize),
     Reserve(usize),
     Answer(usize),
+    /// The relay's kernel gets the acknowledgement of a probe that was retransmitted so often.
+    Acknowledged(usize, u64),
     Keepalive(usize),
     /// This client reconnects, if it is still in this stay.
     Reconnect(usize, usize),
@@ -111,7 +122,13 @@ struct Connection {
     last_heard: Duration,
     probed: Option<Duration>,
     wants_since: Duration,
+    /// When what was sent last to the client, and by it, was acknowledged: what is sent next waits until then.
+    acknowledged: [Duration; 2],
 }
+
+/// The directions of a connection.
+const TO_CLIENT: usize = 0;
+const TO_RELAY: usize = 1;
 
 #[derive(Clone, Copy, Default, PartialEq)]
 enum Holds {
@@ -134,12 +151,15 @@ impl Peer {
     }
 }
 
-/// Simulates the trace. `promise`: a newcomer gets the slot of any peer that has been gone for this long.
-pub fn simulate(trace: &Trace, relay: impl Relay, promise: Option<Duration>) -> Tally {
+/// Simulates the trace. `promise`: a newcomer gets the slot of any peer that has been gone for this long. `loss`: with
+/// this probability each packet of a probe, of an answer and of a keepalive is lost.
+pub fn simulate(trace: &Trace, relay: impl Relay, promise: Option<Duration>, loss: f64) -> Tally {
     let mut simulation = Simulation {
         trace,
         relay,
         promise,
+        loss,
+        rng: Xoshiro256PlusPlus::seed_from_u64(1),
         now: Duration::ZERO,
         clients: vec![Client::default(); trace.clients.len()],
         connections: Vec::new(),
@@ -160,6 +180,8 @@ struct Simulation<'a, R> {
     trace: &'a Trace,
     relay: R,
     promise: Option<Duration>,
+    loss: f64,
+    rng: Xoshiro256PlusPlus,
     now: Duration,
     clients: Vec<Client>,
     connections: Vec<Connection>,
@@ -246,6 +268,7 @@ impl<R: Relay> Simulation<'_, R> {
             last_heard: self.now,
             probed: None,
             wants_since: self.now,
+            acknowledged: [Duration::ZERO; 2],
         });
         self.clients[client].connection = Some(connection);
         self.relay.on_connected(connection, peer, self.now);
@@ -273,10 +296,14 @@ impl<R: Relay> Simulation<'_, R> {
             Due::Lost(connection)
             | Due::Reserve(connection)
             | Due::Answer(connection)
+            | Due::Acknowledged(connection, _)
             | Due::Keepalive(connection) => (connection, self.connections[connection].client),
         };
         if self.clients[client].connection != Some(connection) {
             return;
+        }
+        if let Due::Acknowledged(_, retransmitted) = due {
+            return self.relay.on_acknowledged(connection, retransmitted, self.now);
         }
         let Client { stalled_until, stay, .. } = self.clients[client];
         let family = self.trace.clients[client].family;
@@ -290,15 +317,44 @@ impl<R: Relay> Simulation<'_, R> {
             }
             return;
         }
+        if let (Due::Keepalive(_), Some(period)) = (due, family.keepalive_interval()) {
+            self.schedule(period, due);
+            if self.loss > 0.0 {
+                let arrives = self.send(connection, TO_RELAY, self.now);
+                return self.schedule(arrives - self.now, Due::Answer(connection));
+            }
+        }
         self.connections[connection].last_heard = self.now;
         self.relay.on_activity(connection);
         if due == Due::Reserve(connection) {
             self.connections[connection].wants_since = self.now;
             self.relay.reserve(connection, self.now);
         }
-        if let (Due::Keepalive(_), Some(period)) = (due, family.keepalive_interval()) {
-            self.schedule(period, due);
+    }
+
+    /// Sends a packet at this time, or once the one before is acknowledged; returns when it arrives.
+    fn send(&mut self, connection: usize, direction: usize, at: Duration) -> Duration {
+        let round_trip = self.trace.clients[self.connections[connection].client].round_trip;
+        let mut sent = at.max(self.connections[connection].acknowledged[direction]);
+        let (mut pause, mut arrives, mut retransmitted) = (RETRANSMIT_AFTER + round_trip, None, 0);
+        loop {
+            if !self.rng.random_bool(self.loss) {
+                arrives.get_or_insert(sent + round_trip / 2);
+                if !self.rng.random_bool(self.loss) {
+                    break;
+                }
+            }
+            sent += pause;
+            pause = LONGEST_RETRANSMIT.min(pause * 2);
+            retransmitted += 1;
         }
+        let acknowledged = sent + round_trip;
+        self.connections[connection].acknowledged[direction] = acknowledged;
+        if direction == TO_CLIENT {
+            let due = Due::Acknowledged(connection, retransmitted);
+            self.schedule(acknowledged - self.now, due);
+        }
+        arrives.unwrap_or(acknowledged)
     }
 
     fn apply_action(&mut self, action: Action) {
@@ -317,9 +373,14 @@ impl<R: Relay> Simulation<'_, R> {
             Action::Probed(connection) => {
                 self.connections[connection].probed = Some(self.now);
                 if let Some(client) = self.live_client(connection) {
-                    let ready = self.clients[client].stalled_until.max(self.now);
-                    let round_trip = self.trace.clients[client].round_trip;
-                    self.schedule(ready + round_trip - self.now, Due::Answer(connection));
+                    let stalled_until = self.clients[client].stalled_until;
+                    let answered = if self.loss > 0.0 {
+                        let ready = self.send(connection, TO_CLIENT, self.now).max(stalled_until);
+                        self.send(connection, TO_RELAY, ready)
+                    } else {
+                        stalled_until.max(self.now) + self.trace.clients[client].round_trip
+                    };
+                    self.schedule(answered - self.now, Due::Answer(connection));
                 }
             }
             Action::TimedOut { connection, probed_for, silent_for } => {
