@@ -109,13 +109,8 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
             silent_for: up.liveness.silent_for(now),
             probed_for: up.liveness.decisive_probe(self.config.probe, now),
         });
-        let mut candidates: Vec<_> = candidates.collect();
-        candidates.retain(|candidate| {
-            let is_late = candidate.probed_for.is_some_and(|open| open >= self.config.probe);
-            !(is_late && self.defer_timeout(candidate.connection, now))
-        });
         let caps = waiting.iter().map(|(_, full, waited)| (*full, *waited));
-        let (verdicts, probes) = reclaim::decide(&self.config, caps, candidates);
+        let (verdicts, probes) = reclaim::decide(&self.config, caps, candidates.collect());
         // 3. Probe.
         for connection in probes {
             if let Some(up) = self.connections.get_mut(connection) {
@@ -128,6 +123,9 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
             match verdict {
                 Verdict::Refuse => self.refuse(pending.request, full.into()),
                 Verdict::Wait => self.waiting.push_back(pending),
+                Verdict::Evict(lossy) if self.defer_timeout(lossy, now) => {
+                    self.waiting.push_back(pending);
+                }
                 Verdict::Evict(connection) => {
                     self.time_out(connection, now);
                     // Now there is room, unless the peer has another connection.

@@ -16,10 +16,7 @@ use super::{
     connections::{CloseReason, End},
     reclaim::TICK,
 };
-use crate::{
-    config::Config,
-    event::{CircuitEnd, Event, FreedReason},
-};
+use crate::event::{CircuitEnd, Event, FreedReason};
 
 /// A sweep that is later than this restarts open probes. One that is less late extends them by its lateness: a relay
 /// without CPU time reads no answers.
@@ -98,16 +95,14 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     }
 
     /// Whether a peer that did not answer in time has until twice the silence limit, because its link loses packets and its
-    /// end of the connection was heard. Probes it again now and then: what acknowledges that shows that it is not gone.
+    /// end of the connection was heard. Probes it again: if it acknowledges that, it is not gone.
     pub(super) fn defer_timeout(&mut self, connection: C, now: Instant) -> bool {
-        let Config { heartbeat, silence, .. } = self.config;
+        let most = self.config.silence * 2;
         let up = self.connections.get_mut(connection);
-        let lossy = up.filter(|up| up.liveness.silent_for(now) < silence * 2 && up.is_lossy());
+        let lossy = up.filter(|up| up.liveness.silent_for(now) < most && up.is_lossy());
         let Some(up) = lossy else { return false };
-        if up.liveness.probed_for(now) >= Some(silence.saturating_sub(heartbeat) / 2) {
-            up.liveness.on_probe(now);
-            self.probe(connection);
-        }
+        up.liveness.on_probe(now);
+        self.probe(connection);
         true
     }
 
@@ -161,7 +156,9 @@ mod tests {
     use libp2p::PeerId;
 
     use super::*;
-    use crate::{activity::ActivityCounter, relay::connections::Connection, wire::Request};
+    use crate::{
+        activity::ActivityCounter, config::Config, relay::connections::Connection, wire::Request,
+    };
 
     const TEN_MINUTES: Duration = Duration::from_secs(600);
 
