@@ -100,7 +100,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
             let is_live = up.holds_reservation && up.closing.is_none();
             is_live && up.liveness.silent_for(now) >= limit
         });
-        // Looking up a prefix takes longer than all else here; the total cap covers each.
+        // The slowest part here is looking up prefixes, which the total cap does not need: it covers every peer.
         let is_scoped = waiting.iter().any(|(_, full, _)| *full != Scope::Total);
         let prefix_of = |peer| self.reservations.get(peer).and_then(|slot| slot.prefix);
         let candidates = silent.map(|(connection, up)| Candidate {

@@ -47,7 +47,8 @@ pub fn remedy(stage: Stage, error: &Error) -> &'static str {
 /// The kinds of errors that mean that the other side ended the connection.
 const CLOSED: &str = "BrokenPipe ConnectionAborted ConnectionReset NotConnected UnexpectedEof";
 
-/// The step, what the error contains of its kind or its text, and the remedy. Each status is the specification's.
+/// Rows of a step, words that the error's kind or text must contain, and the remedy. The statuses are the
+/// specification's.
 const REMEDIES: &str = "\
 dnsaddr | NotFound | its TXT records list no address over TCP or WebSocket: dig TXT _dnsaddr.NAME
 dnsaddr |  | no name server of /etc/resolv.conf answers over TCP; name an address of dig TXT _dnsaddr.NAME

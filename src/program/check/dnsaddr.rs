@@ -1,7 +1,8 @@
 //! `/dnsaddr`: the addresses that a name lists in its TXT records.
 //!
-//! The system's resolver has no TXT records, and a resolver library would be a tenth of the program. So the name servers
-//! of `/etc/resolv.conf` are asked over TCP, which all of them serve (RFC 7766), and on which no answer is cut short.
+//! The system's resolver does not look up TXT records, and a resolver library would make the program a tenth larger. So
+//! this queries the name servers of `/etc/resolv.conf`, over TCP: all of them support it (RFC 7766), and answers are not
+//! truncated.
 
 use std::{collections::BTreeMap, fs, io, net::SocketAddr};
 
@@ -15,8 +16,8 @@ use super::{steps::list, target::Target};
 /// How many names are looked up: a record may name another one.
 const MAX_NAMES: usize = 10;
 
-/// Looks up this address. Returns the first that can be checked: IPv4 before IPv6 and names. What is reported lists all
-/// of those.
+/// Looks up this address. Returns the first target that can be checked (IPv4 before IPv6 and names), and a text that
+/// lists all of those.
 pub async fn look_up(address: Multiaddr) -> io::Result<(Target, String)> {
     let conf = fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
     look_up_at(&name_servers(&conf), address).await
@@ -71,7 +72,7 @@ async fn ask(server: SocketAddr, query: &[u8]) -> io::Result<Vec<u8>> {
     stream.read_exact(&mut answer).await.map(|()| answer)
 }
 
-/// The name servers in a `resolv.conf`; without one that of this machine, as the C library does.
+/// The name servers in a `resolv.conf`; if it has none, the one on this machine, as in the C library.
 fn name_servers(conf: &str) -> Vec<SocketAddr> {
     let ips = conf.lines().filter_map(|line| line.strip_prefix("nameserver")?.trim().parse().ok());
     let servers: Vec<_> = ips.map(|ip| SocketAddr::new(ip, 53)).collect();

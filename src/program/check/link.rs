@@ -30,7 +30,7 @@ pub struct Link {
     pub peer: PeerId,
     /// Its streams.
     pub muxer: StreamMuxerBox,
-    /// What goes on in the streams that the relay opened.
+    /// The futures that serve the streams that the relay opened.
     inbound: FuturesUnordered<BoxFuture<'static, io::Result<()>>>,
 }
 
@@ -95,7 +95,7 @@ impl Link {
         self.run(async { exchange(negotiate.await?.1).await }).await
     }
 
-    /// Runs `work`, which uses streams of this connection. Accepts the circuits that come meanwhile.
+    /// Runs `work`, which uses streams of this connection. Meanwhile accepts circuits.
     pub async fn run<T>(&mut self, work: impl Future<Output = io::Result<T>>) -> io::Result<T> {
         let progress = poll_fn(|cx| {
             while let Poll::Ready(stream) = self.muxer.poll_inbound_unpin(cx)? {
@@ -111,7 +111,7 @@ impl Link {
     }
 }
 
-/// Connects to the first address that accepts. What is reported names those that do not.
+/// Connects to the first address that accepts; the text names those that do not.
 async fn dial(target: &Target) -> io::Result<(TcpStream, String)> {
     let (mut failed, mut last) = (String::new(), io::ErrorKind::NotFound.into());
     let each = steps::TIME_LIMIT / target.sockets.len().max(1) as u32;

@@ -1,6 +1,6 @@
-//! What the check asks the relay: identify, a RESERVE whose answer it examines, and a CONNECT to itself. By messages of its
-//! own, because libp2p's relay client shows neither the status of a refusal nor what a reservation says, and with a
-//! swarm of its own would be a twentieth of the program.
+//! What the check asks the relay: identify, a RESERVE whose answer it examines, and a CONNECT to itself. It
+//! encodes the messages itself: libp2p's relay client shows neither the status of a refusal nor the contents of a
+//! reservation, and with its swarm would make the program a twentieth larger.
 
 use std::io;
 use std::time::{Duration, Instant, SystemTime};
@@ -20,7 +20,7 @@ use crate::wire::{self, STOP_PROTOCOL, VOUCHER_DOMAIN, VOUCHER_TYPE};
 /// The longest message that is read, in bytes: go-libp2p's limit for identify.
 const MAX_MESSAGE: usize = 8192;
 
-/// What goes through the circuit and back: as much as the handshakes of two clients take each way.
+/// The bytes that are sent through the circuit and echoed: as many as the handshakes of two clients send each way.
 const ECHO: [u8; 1024] = [7; 1024];
 
 /// A stream whose protocol is negotiated.
@@ -42,7 +42,7 @@ pub async fn reserve(mut stream: Stream, peers: [PeerId; 2]) -> io::Result<((), 
     examine(answer, peers, SystemTime::now()).map(|detail| ((), detail))
 }
 
-/// Connects to `target`, which echoes, and has it echo.
+/// Opens a circuit to `target`, sends [`ECHO`] and checks that it comes back.
 pub async fn connect(mut stream: Stream, target: PeerId) -> io::Result<(Stream, String)> {
     let peer = Some(proto::Peer { id: Some(target.to_bytes()), addrs: Vec::new() });
     let connect = HopMessage { r#type: Some(proto::HOP_CONNECT), peer, ..Default::default() };
@@ -71,7 +71,7 @@ pub async fn accept_circuit(stream: SubstreamBox) -> io::Result<()> {
     stream.close().await
 }
 
-/// Ends a circuit, whose target then ends the other direction.
+/// Closes the circuit, and waits until its target has closed the other direction.
 pub async fn end(mut stream: Stream) -> io::Result<()> {
     stream.close().await?;
     read_end(&mut stream).await

@@ -1,4 +1,4 @@
-//! The address of a relay, parsed into what each step of the check needs of it.
+//! The address of a relay, parsed into the parts that the steps of the check need.
 
 use std::{io, net::SocketAddr};
 
@@ -10,11 +10,11 @@ use super::steps::list;
 /// The address of a relay: a host, a TCP port, and what runs over TCP.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Target {
-    /// The whole address, if all of that is in DNS.
+    /// A `/dnsaddr` address, which has to be looked up first; the other fields are then empty.
     pub dnsaddr: Option<Multiaddr>,
     /// An IP address or a DNS name.
     pub host: String,
-    /// Whether a name may be one of an IPv4 and of an IPv6 address.
+    /// Whether an IPv4 address may be used, and whether an IPv6 address may.
     pub versions: [bool; 2],
     /// The TCP port.
     pub port: u16,
@@ -31,8 +31,8 @@ pub struct Target {
 }
 
 impl Target {
-    /// Parses `/ip4/…/tcp/…` with an optional `/ws` or `/tls/ws`, and an optional `/p2p/…`, or the same with a DNS name; or
-    /// `/dnsaddr/…`. `None` if it is another address.
+    /// Parses `/ip4/…/tcp/…` with an optional `/ws` or `/tls/ws`, and an optional `/p2p/…`; the same with a DNS name; or
+    /// `/dnsaddr/…`. `None` for any other address.
     pub fn parse(address: &Multiaddr) -> Option<Self> {
         use Protocol::{Dns, Dns4, Dns6, Dnsaddr, Ip4, Ip6, P2p, Sni, Tcp, Tls, Ws, Wss};
 
