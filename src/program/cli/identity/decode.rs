@@ -214,9 +214,13 @@ mod tests {
     #[cfg(target_os = "linux")]
     #[test]
     fn reading_a_key_leaves_no_copy_on_the_heap() {
-        assert_eq!(copies_after(of_protobuf), 0);
+        // Another thread may overwrite a copy before the search, so one try does not tell.
+        let copies = |decode: fn(&[u8]) -> Option<Keypair>| -> usize {
+            (0..16).map(|_| copies_after(decode)).sum()
+        };
+        assert_eq!(copies(of_protobuf), 0);
         // The search itself works. Once libp2p leaves none either, `of_protobuf` is not needed.
-        assert!(copies_after(|bytes| Keypair::from_protobuf_encoding(bytes).ok()) > 0);
+        assert!(copies(|bytes| Keypair::from_protobuf_encoding(bytes).ok()) > 0);
     }
 
     #[test]
