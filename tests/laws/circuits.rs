@@ -347,7 +347,7 @@ impl World {
                 let (id, mut asked) = (record.id, record.asked.clone());
                 let over = asked.pop().expect("it was asked");
                 self.assert_late_answers_ignored(id, &asked);
-                let answer = if accepts { Ok(()) } else { Err(StopFailed::Gone) };
+                let answer = if accepts { Ok(()) } else { Err(StopFailed::Unsupported) };
                 let opened = self.relay.on_target_answered(id, over, answer, now);
                 self.actions();
                 self.assert_late_answers_ignored(id, &asked);
