@@ -2,17 +2,20 @@
 //!
 //! An app decides by implementing [`Access`]; otherwise [`Lists`] of peers and subnets decide.
 
-use std::{collections::HashSet, time::Duration};
+use std::{collections::HashSet, fmt, time::Duration};
 
 use ipnet::IpNet;
-use libp2p::{Multiaddr, PeerId};
+use libp2p::{Multiaddr, PeerId, futures::future::BoxFuture};
 
 use crate::address;
+
+/// How long an app may take to answer; then the answer is [`Permission::Deny`].
+pub(crate) const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Decides which peers may use the relay: at each request, and again for each peer that holds a slot or is part of a
 /// circuit after [`Behaviour::recheck_access`](crate::Behaviour::recheck_access).
 ///
-/// It runs in the swarm's task and must not block.
+/// It runs in the swarm's task and must not block. [`Permission::Later`] lets a database or a service decide.
 ///
 /// ```
 /// use std::{collections::HashSet, sync::{Arc, RwLock}};
@@ -39,6 +42,34 @@ use crate::address;
 /// relay.recheck_access();
 /// # Ok::<_, relaylet::ConfigError>(())
 /// ```
+///
+/// With a store that is asked over the network:
+///
+/// ```
+/// # use libp2p::{Multiaddr, PeerId};
+/// # use relaylet::{Access, Permission};
+/// # #[derive(Clone)]
+/// # struct Store;
+/// # impl Store {
+/// #     async fn has_member(&self, _: PeerId) -> Result<bool, std::io::Error> {
+/// #         Ok(true)
+/// #     }
+/// # }
+/// struct Members(Store);
+///
+/// impl Access for Members {
+///     fn may_reserve(&self, peer: PeerId, _from: &Multiaddr) -> Permission {
+///         let store = self.0.clone();
+///         Permission::Later(Box::pin(async move {
+///             store.has_member(peer).await.unwrap_or(false).into()
+///         }))
+///     }
+///
+///     fn may_connect(&self, source: PeerId, from: &Multiaddr, _target: PeerId) -> Permission {
+///         self.may_reserve(source, from)
+///     }
+/// }
+/// ```
 pub trait Access: Send {
     /// Whether `peer`, which comes from `address`, may hold a slot.
     fn may_reserve(&self, peer: PeerId, address: &Multiaddr) -> Permission;
@@ -54,12 +85,26 @@ pub trait Access: Send {
 }
 
 /// The decision about a request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Permission {
     /// Refuse with PERMISSION_DENIED.
     Deny,
     /// Allow on these terms; `Terms::default()` are those of the configuration.
     Allow(Terms),
+    /// The answer of this future, which is polled in the swarm's task. Denied if there is none within 10 s.
+    ///
+    /// A request waits for it; its rate is charged before. The future is dropped when the client disconnects, and may
+    /// never be polled. A renewal that waits keeps its slot for up to 10 s, once a term.
+    Later(BoxFuture<'static, Permission>),
+}
+
+impl fmt::Debug for Permission {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Deny => f.write_str("Deny"),
+            Self::Allow(terms) => f.debug_tuple("Allow").field(terms).finish(),
+            Self::Later(_) => f.write_str("Later"),
+        }
+    }
 }
 
 impl From<bool> for Permission {
@@ -153,11 +198,11 @@ mod tests {
     }
 
     fn reserves(lists: &Lists, peer: PeerId, from: &str) -> bool {
-        lists.may_reserve(peer, &from.parse().unwrap()) != Permission::Deny
+        !matches!(lists.may_reserve(peer, &from.parse().unwrap()), Permission::Deny)
     }
 
     fn connects(lists: &Lists, source: PeerId, from: &str, target: PeerId) -> bool {
-        lists.may_connect(source, &from.parse().unwrap(), target) != Permission::Deny
+        !matches!(lists.may_connect(source, &from.parse().unwrap(), target), Permission::Deny)
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! behaviour decides nothing; it has the clock, the key that signs vouchers, and the addresses that clients are told.
 
 pub(crate) mod circuit;
+mod decision;
 mod handler;
 mod hop;
 mod ping;
@@ -23,7 +24,7 @@ use futures_timer::Delay;
 use libp2p::{
     Multiaddr, PeerId,
     core::{ConnectedPoint, Endpoint, transport::PortUse},
-    futures::{FutureExt, StreamExt, channel::mpsc},
+    futures::{FutureExt, StreamExt, channel::mpsc, future::BoxFuture, stream::FuturesUnordered},
     identity::Keypair,
     swarm::{
         CloseConnection, ConnectionDenied, ConnectionId, FromSwarm, NetworkBehaviour, ToSwarm,
@@ -32,11 +33,12 @@ use libp2p::{
 };
 
 use self::{
+    decision::{Decided, decide},
     handler::Handler,
     hop::{Answer, Events, HandlerCommand, HandlerEvent, Reply, Report, StopRequest},
 };
 use crate::{
-    access::Access,
+    access::{ANSWER_TIMEOUT, Access},
     activity::{self, ActivityCounter},
     address::{self, Known},
     config::{Config, ConfigError},
@@ -72,6 +74,9 @@ pub struct Behaviour {
     is_clock_set: bool,
     /// What the handlers were told: whether the relay serves.
     is_serving: bool,
+    /// The access checks whose answers come later, and how long each may take.
+    decisions: FuturesUnordered<BoxFuture<'static, Option<Decided>>>,
+    answer_timeout: Duration,
     random: RandomState,
     next_sweep: Delay,
     /// What `next_sweep` is set to.
@@ -87,7 +92,7 @@ impl Behaviour {
     ///
     /// # Errors
     ///
-    /// When the configuration is invalid ([`Config::validate`]), or an announced address names another peer.
+    /// When a setting of the configuration is invalid, or an announced address names another peer.
     pub fn new(keypair: Keypair, config: Config) -> Result<Self, ConfigError> {
         let peer = keypair.public().to_peer_id();
         validate_announced(peer, &config.announce)?;
@@ -105,6 +110,8 @@ impl Behaviour {
             serving: Some(true),
             is_clock_set: true,
             is_serving: true,
+            decisions: FuturesUnordered::new(),
+            answer_timeout: ANSWER_TIMEOUT,
             random: RandomState::new(),
             next_sweep: Delay::new(interval),
             sweeps: (0, Duration::ZERO),
@@ -179,9 +186,19 @@ impl Behaviour {
     }
 
     /// Asks [`Access`] again about all peers that hold a slot, wait for one or are part of a circuit, and ends what is
-    /// denied. To be called when the rules have changed.
+    /// denied: [`FreedReason::Denied`], [`CircuitEnd::Denied`](crate::CircuitEnd::Denied). To be called when the rules have
+    /// changed.
+    ///
+    /// What is decided [later](crate::Permission::Later) stays until the answer comes. At most one answer about a slot and two
+    /// about a circuit are awaited; a call meanwhile asks again after the last of them.
     pub fn recheck_access(&mut self) {
         self.relay.recheck_access(Instant::now());
+    }
+
+    /// Changes how long [`Permission::Later`](crate::Permission::Later) may take.
+    #[doc(hidden)]
+    pub fn set_answer_timeout(&mut self, timeout: Duration) {
+        self.answer_timeout = timeout;
     }
 
     /// What `peer` used the relay for since it connected; `None` if it has been part of no circuit or is not connected.
@@ -302,6 +319,11 @@ impl Behaviour {
                 if request.reply.0.send(Answer::Final(message, Some(receipt))).is_err() {
                     self.relay.on_delivered(request.from.peer, receipt, false, now);
                 }
+                return None;
+            }
+            Action::CheckAccess(check, permission) => {
+                let deadline = Delay::new(self.answer_timeout);
+                self.decisions.push(decide(check, permission, deadline).boxed());
                 return None;
             }
             Action::Refuse(reply, status) => {
@@ -451,7 +473,7 @@ impl NetworkBehaviour for Behaviour {
                 self.sweep_due = self.relay.sweep_due;
                 self.next_sweep.reset(self.sweep_due.saturating_duration_since(now));
             }
-            // 3. Sweep if it is due; otherwise pass on one event of a task.
+            // 3. Sweep if it is due; otherwise pass on one answer or one event of a task.
             if self.next_sweep.poll_unpin(cx).is_ready() {
                 self.relay.sweep(now);
                 self.check_clock(SystemTime::now());
@@ -459,6 +481,12 @@ impl NetworkBehaviour for Behaviour {
                     self.relay.end_stalled(now);
                 }
                 self.sweeps = (self.sweeps.0 + 1, self.sweeps.1 + now.elapsed());
+                continue;
+            }
+            if let Poll::Ready(Some(decided)) = self.decisions.poll_next_unpin(cx) {
+                if let Some((check, permission)) = decided {
+                    self.relay.on_access_checked(check, permission, now);
+                }
                 continue;
             }
             match self.events.1.poll_next_unpin(cx) {

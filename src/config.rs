@@ -206,6 +206,7 @@ impl Config {
     /// # Errors
     ///
     /// The first invalid setting, by name and with the remedy.
+    #[doc(hidden)]
     pub fn validate(&self) -> Result<(), ConfigError> {
         let check = |is_wrong, setting, problem: &str| {
             if is_wrong { Err(ConfigError::new(setting, problem)) } else { Ok(()) }

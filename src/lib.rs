@@ -33,8 +33,9 @@
 //! 2. `behaviour/hop.rs`: `serve`, that task, reads one message. `wire.rs`: `decode_request`. The request goes to the
 //!    behaviour with a oneshot for the reply, which the task awaits.
 //! 3. `behaviour.rs`: `on_event` passes it to the relay, which has no clock and no socket: time comes in, actions go out.
-//! 4. `relay.rs`: `handle_request` finds the connection. `relay/reserve.rs`: `reserve` asks `access.rs` (`may_reserve`)
-//!    and `relay/rates.rs` (`take`). `relay/reserve.rs`: `try_reserve` asks for a slot.
+//! 4. `relay.rs`: `handle_request` finds the connection. `relay/policy.rs`: `check_request` asks `access.rs`
+//!    (`may_reserve`) and `relay/rates.rs` (`take`); if the answer comes later, `behaviour/decision.rs` awaits it
+//!    (`decide`). `relay/reserve.rs`: `reserve` asks for a slot (`try_reserve`).
 //! 5. `relay/reservations.rs`: `reserve` renews the slot of a peer that has one. A newcomer gets a free one, or the oldest
 //!    in grace, under the caps of `relay/quota.rs` (`full`). If there is none, it waits while `relay/reclaim.rs`
 //!    (`decide`) finds out which silent peers are gone.
@@ -49,8 +50,8 @@
 //!
 //! # One CONNECT, file by file
 //!
-//! 1. As above up to `relay.rs`: `handle_request`. `relay/connect.rs`: `permit_connect` asks for access and rate, and finds
-//!    the target's live reservation. `relay/circuits.rs`: `check_caps`; `add` makes a record, which holds the reply.
+//! 1. As above up to `relay/policy.rs`: `check_request`. `relay/connect.rs`: `find_target` finds the target's live
+//!    reservation. `relay/circuits.rs`: `check_caps`; `add` makes a record, which holds the reply.
 //! 2. `behaviour.rs`: `carry_out` commands the handler of the *target's* connection. `behaviour/handler.rs`: `poll` opens
 //!    a stop stream. `behaviour/hop.rs`: `ask` asks on it. If there is no answer within 3 s, or the
 //!    connection closes, and the target has another one, `relay/connect.rs` (`ask_over_another`) moves the circuit there.
@@ -104,7 +105,9 @@
 //! [`Config::announce`], or [`Behaviour::set_reported_address`] with what identify observes), and switch
 //! [`Config::answer_ping`] off if a ping behaviour of yours answers. Without [`count_activity`] the relay notices only its
 //! own protocols, unless you call [`Behaviour::record_activity`] or [`Behaviour::track`]. Behind NAT, call
-//! [`Behaviour::set_serving`]`(None)`. Without default features the crate is this behaviour alone.
+//! [`Behaviour::set_serving`]`(None)`. An app decides who may use the relay with [`Behaviour::set_access`]: at once, or
+//! [later](Permission::Later) with the answer of a database or a service. Without default features the crate is this
+//! behaviour alone.
 //!
 //! [spec]: https://github.com/libp2p/specs/blob/master/relay/circuit-v2.md
 

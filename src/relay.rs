@@ -32,7 +32,7 @@ use std::{
 
 use libp2p::PeerId;
 
-pub use self::action::{Action, CircuitParameters};
+pub use self::action::{AccessCheck, Action, CircuitParameters};
 use self::{
     accounts::Accounts,
     bandwidth::Link,
@@ -65,6 +65,11 @@ pub struct Relay<C, R> {
     /// Decides who may use the relay: the lists of the configuration, or the embedder.
     pub access: Box<dyn Access>,
     has_own_access: bool,
+    /// How often the access rules have changed.
+    rules: u64,
+    /// How many answers about slots and circuits have yet to come, and whether to ask again after the last.
+    open_checks: usize,
+    check_again: bool,
     reserve_rates: Rates,
     connect_rates: Rates,
     link: Link,
@@ -110,6 +115,9 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
             accounts: Accounts::default(),
             access: Box::new(config.access.clone()),
             has_own_access: false,
+            rules: 0,
+            open_checks: 0,
+            check_again: false,
             reserve_rates: Rates::new(config.reserve_rate),
             connect_rates: Rates::new(config.connect_rate),
             link: Link::new(&config, now),
@@ -143,11 +151,12 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
                 return self.report(Event::RequestRejected { peer: from.peer, address, reason });
             }
         };
-        match request.request {
-            _ if self.draining.is_some() => self.refuse(request, Refused::Draining),
-            _ if request.origin.relayed => self.refuse(request, Refused::Relayed),
-            Request::Reserve => self.reserve(request, now),
-            Request::Connect(target) => self.connect(request, target, now),
+        if self.draining.is_some() {
+            self.refuse(request, Refused::Draining);
+        } else if request.origin.relayed {
+            self.refuse(request, Refused::Relayed);
+        } else {
+            self.check_request(request, now);
         }
     }
 

@@ -11,6 +11,7 @@ use super::{
     reservations::Receipt,
 };
 use crate::{
+    access::Permission,
     event::{CircuitId, Event},
     wire::{Limit, Status},
 };
@@ -30,6 +31,8 @@ pub enum Action<C, R> {
         /// When the reservation's term ends.
         expires: Instant,
     },
+    /// Await a [`Permission::Later`], and report the answer: [`Relay::on_access_checked`](super::Relay::on_access_checked).
+    CheckAccess(AccessCheck<C, R>, Permission),
     /// Answer a request with a status other than OK.
     Refuse(R, Status),
     /// Ask `target` on a stop stream whether it accepts a circuit, and report its answer over this connection:
@@ -45,6 +48,17 @@ pub enum Action<C, R> {
     Close(End<C>),
     /// Report an event to the embedder.
     Report(Event),
+}
+
+/// What is allowed or denied by an answer that comes later.
+#[derive(Debug)]
+pub enum AccessCheck<C, R> {
+    /// A request, and how often the rules had changed when it came.
+    Request(PendingRequest<C, R>, u64),
+    /// The slot of a peer.
+    Slot(PeerId),
+    /// A circuit that is open or being set up.
+    Circuit(CircuitId),
 }
 
 /// What the tasks of one circuit need: its source and target, its limits, and its byte counters.

@@ -10,17 +10,24 @@ use super::{
     connections::{End, PendingRequest},
 };
 use crate::{
-    access::Permission,
+    access::Terms,
     event::{CircuitEnd, CircuitId, Event, Refused, StopFailed},
-    wire::Limit,
 };
 
 impl<C: Copy + Ord + Hash, R> Relay<C, R> {
-    pub(super) fn connect(&mut self, request: PendingRequest<C, R>, peer: PeerId, now: Instant) {
-        let (connection, limit) = match self.permit_connect(&request, peer, now) {
-            Ok(permitted) => permitted,
+    /// Asks the target of an allowed CONNECT, or refuses it.
+    pub(super) fn connect(
+        &mut self,
+        request: PendingRequest<C, R>,
+        peer: PeerId,
+        terms: Terms,
+        now: Instant,
+    ) {
+        let connection = match self.find_target(&request, peer, now) {
+            Ok(connection) => connection,
             Err(reason) => return self.refuse(request, reason),
         };
+        let limit = self.circuit_limit(terms);
         let (source, target) = (request.from, End { peer, connection });
         for end in [source, target] {
             self.count_circuits(end.connection, 1, now);
@@ -74,33 +81,26 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         });
     }
 
-    /// Returns the connection of the target's reservation, and what a circuit to it may carry. If there is room only in
-    /// place of another circuit, ends that one.
-    fn permit_connect(
+    /// Returns the connection of the target's reservation. If there is room only in place of another circuit, ends that
+    /// one.
+    fn find_target(
         &mut self,
         request: &PendingRequest<C, R>,
         target: PeerId,
         now: Instant,
-    ) -> Result<(C, Limit), Refused> {
-        let (source, origin) = (request.from.peer, &*request.origin);
-        // 1. Access.
-        let permission = self.access.may_connect(source, &origin.address, target);
-        let Permission::Allow(terms) = permission else {
-            return Err(Refused::Denied);
-        };
-        // 2. Request rate, before the look-up: a peer must not find out quickly which peers hold slots.
-        self.connect_rates.take(source, origin.prefix, now)?;
-        // 3. A live reservation of the target.
+    ) -> Result<C, Refused> {
+        let origin = &*request.origin;
+        // 1. A live reservation of the target.
         let slot = self.reservations.get(&target);
         let connection = slot.and_then(|slot| slot.live(now)).ok_or(Refused::NoReservation)?;
-        // 4. Room.
+        // 2. Room.
         if let Err(full) = self.circuits.check_caps(origin, &target) {
             let yielded = self.circuits.yield_one(&full, origin, &target);
             let yielded = yielded.ok_or(full)?;
             log::debug!("circuit {yielded} ends: a prefix with fewer circuits needs one");
             self.end_circuit(yielded, CircuitEnd::Preempted);
         }
-        Ok((connection, self.circuit_limit(terms)))
+        Ok(connection)
     }
 
     /// Handles the target's answer over this connection, with the opened stream if it accepted. If the source still waits,

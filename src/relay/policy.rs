@@ -1,14 +1,20 @@
 //! What may change while the relay runs: its configuration, and who may use it.
 
-use std::{hash::Hash, time::Instant};
+use std::{hash::Hash, mem, time::Instant};
 
 use libp2p::{Multiaddr, PeerId};
 
-use super::{Relay, reclaim::PendingReservation};
+use super::{
+    AccessCheck, Action, Relay,
+    circuits::Circuit,
+    connections::{End, PendingRequest},
+    reclaim::PendingReservation,
+};
 use crate::{
-    access::{Access, Permission},
+    access::{ANSWER_TIMEOUT, Access, Permission},
     config::{Config, ConfigError},
     event::{CircuitEnd, FreedReason, Refused},
+    wire::Request,
 };
 
 impl<C: Copy + Ord + Hash, R> Relay<C, R> {
@@ -43,49 +49,154 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         self.recheck_access(now);
     }
 
+    /// Asks whether a request is allowed, and charges its rate.
+    pub(super) fn check_request(&mut self, request: PendingRequest<C, R>, now: Instant) {
+        let (End { peer, connection }, prefix) = (request.from, request.origin.prefix);
+        let is_holder = self.reservations.get(&peer).is_some_and(|slot| now < slot.ends);
+        // 1. Access. A renewal is charged to the peer and not to its address.
+        let address = &request.origin.address;
+        let (permission, rates, prefix) = match request.request {
+            Request::Reserve => {
+                let permission = self.access.may_reserve(peer, address);
+                (permission, &mut self.reserve_rates, prefix.filter(|_| !is_holder))
+            }
+            Request::Connect(target) => {
+                let permission = self.access.may_connect(peer, address, target);
+                (permission, &mut self.connect_rates, prefix)
+            }
+        };
+        // 2. Request rate, before the look-up: a peer must not find out quickly which peers hold slots.
+        if !matches!(permission, Permission::Deny)
+            && let Err(reason) = rates.take(peer, prefix, now)
+        {
+            return self.refuse(request, reason);
+        }
+        // 3. A request that waits for its answer keeps its slot, and does not leave its connection idle.
+        if let Permission::Later(_) = permission {
+            if is_holder && request.request == Request::Reserve {
+                self.reservations.keep(&peer, now + ANSWER_TIMEOUT);
+            }
+            self.connections.update(connection, now, |up| up.idle_since = now);
+        }
+        self.conclude(AccessCheck::Request(request, self.rules), permission, now);
+    }
+
+    /// Handles the answer to an [`Action::CheckAccess`].
+    pub fn on_access_checked(
+        &mut self,
+        check: AccessCheck<C, R>,
+        permission: Permission,
+        now: Instant,
+    ) {
+        let is_request = matches!(check, AccessCheck::Request(..));
+        self.conclude(check, permission, now);
+        self.open_checks -= usize::from(!is_request);
+        if self.open_checks == 0 && mem::take(&mut self.check_again) {
+            self.recheck(None, now);
+        }
+    }
+
+    /// Admits or refuses a request, ends a slot or circuit that is denied, or awaits the answer.
+    fn conclude(&mut self, check: AccessCheck<C, R>, permission: Permission, now: Instant) {
+        match (check, permission) {
+            (check, later @ Permission::Later(_)) => {
+                self.actions.push_back(Action::CheckAccess(check, later));
+            }
+            (AccessCheck::Request(it, _), _)
+                if self.connections.get(it.from.connection).is_none() => {}
+            (AccessCheck::Request(request, _), _) if self.is_draining() => {
+                self.refuse(request, Refused::Draining);
+            }
+            (AccessCheck::Request(request, _), Permission::Deny) => {
+                self.refuse(request, Refused::Denied);
+            }
+            (AccessCheck::Request(request, rules), Permission::Allow(terms)) => {
+                let peer = request.from.peer;
+                match request.request {
+                    Request::Reserve => self.reserve(request, terms, now),
+                    Request::Connect(target) => self.connect(request, target, terms, now),
+                }
+                // The answer may be from before the rules changed.
+                if rules != self.rules {
+                    self.recheck(Some(peer), now);
+                }
+            }
+            (AccessCheck::Circuit(id), Permission::Deny) => {
+                self.end_circuit(id, CircuitEnd::Denied);
+            }
+            (AccessCheck::Slot(peer), Permission::Deny)
+                if self.reservations.get(&peer).is_some() =>
+            {
+                self.release(peer, FreedReason::Denied, now);
+            }
+            _ => {}
+        }
+    }
+
     /// Asks again about all peers that hold a slot, wait for one or are part of a circuit, and ends what is denied.
+    ///
+    /// What is decided later stays until the answer comes. Slots and circuits have one answer at a time: while some have
+    /// yet to come, those are asked again after the last of them.
     pub fn recheck_access(&mut self, now: Instant) {
-        // For a peer in grace, which has no connection, the first address of the prefix that its slot counts towards.
-        let denied = self.reservations.iter().filter(|(peer, slot)| {
+        self.rules += 1;
+        self.recheck(None, now);
+    }
+
+    /// As [`Relay::recheck_access`], for one peer if it is given.
+    pub(super) fn recheck(&mut self, only: Option<PeerId>, now: Instant) {
+        let is_meant = |peer: PeerId| only.is_none_or(|only| only == peer);
+        // 1. Slots. For a peer in grace, which has no connection, the first address of the prefix that its slot counts
+        //    towards.
+        let slots = self.reservations.iter().filter(|(peer, _)| is_meant(*peer));
+        let slots = slots.map(|(peer, slot)| {
             let first = slot.prefix.map_or_else(Multiaddr::empty, |prefix| prefix.ip().into());
-            self.is_denied(*peer, slot.connection.map_or(first, |up| self.address_of(up)))
+            let address = slot.connection.map_or(first, |up| self.address_of(up));
+            (AccessCheck::Slot(peer), self.access.may_reserve(peer, &address))
         });
-        for peer in denied.map(|(peer, _)| peer).collect::<Vec<_>>() {
-            self.release(peer, FreedReason::Denied, now);
-        }
-        let denied = self.circuits.iter().filter(|(_, circuit)| {
-            let (source, target) = (circuit.source, circuit.target);
-            let from = self.address_of(source.connection);
+        // 2. Circuits. The target may hold no slot any more, or hold it over another connection.
+        let circuits = self.circuits.iter().filter(|(_, it)| is_meant(it.source.peer));
+        let circuits = circuits.flat_map(|(id, Circuit { source, target, .. })| {
+            let [from, at] = [source, target].map(|end| self.address_of(end.connection));
             let may_connect = self.access.may_connect(source.peer, &from, target.peer);
-            // The target may hold no slot any more, or hold it over another connection.
-            let at = self.address_of(target.connection);
-            may_connect == Permission::Deny || self.is_denied(target.peer, at)
+            let may_be_target = self.access.may_reserve(target.peer, &at);
+            [may_connect, may_be_target].map(|permission| (AccessCheck::Circuit(id), permission))
         });
-        for id in denied.map(|(id, _)| id).collect::<Vec<_>>() {
-            self.end_circuit(id, CircuitEnd::Denied);
+        let answers = slots.chain(circuits).filter(|(_, it)| !matches!(it, Permission::Allow(_)));
+        let answers: Vec<_> = answers.collect();
+        let is_busy = self.open_checks > 0;
+        self.check_again |= is_busy;
+        for (check, permission) in answers {
+            let is_later = matches!(permission, Permission::Later(_));
+            if !(is_later && is_busy) {
+                self.open_checks += usize::from(is_later);
+                self.conclude(check, permission, now);
+            }
         }
-        for newcomer in std::mem::take(&mut self.waiting) {
-            let request = &newcomer.request;
-            match self.access.may_reserve(request.from.peer, &request.origin.address) {
-                Permission::Deny => self.refuse(newcomer.request, Refused::Denied),
+        // 3. Newcomers that wait for a slot.
+        for newcomer in mem::take(&mut self.waiting) {
+            let PendingRequest { from, origin, .. } = &newcomer.request;
+            match self.access.may_reserve(from.peer, &origin.address) {
+                _ if !is_meant(from.peer) => self.waiting.push_back(newcomer),
                 Permission::Allow(terms) => {
                     self.waiting.push_back(PendingReservation { terms, ..newcomer });
+                }
+                permission => {
+                    let check = AccessCheck::Request(newcomer.request, self.rules);
+                    self.conclude(check, permission, now);
                 }
             }
         }
     }
 
-    /// The connections of `peer` that its slot may move to, oldest first: those over which it may reserve.
+    /// The connections of `peer` that its slot may move to, oldest first: those over which it may reserve, or for which the
+    /// answer comes later.
     pub(super) fn fit_for_a_slot(&self, peer: PeerId) -> Vec<C> {
         let fit = self.connections.of(&peer).filter(|(_, up)| {
             let is_usable = !up.origin.relayed && up.closing.is_none();
-            is_usable && self.access.may_reserve(peer, &up.origin.address) != Permission::Deny
+            is_usable
+                && !matches!(self.access.may_reserve(peer, &up.origin.address), Permission::Deny)
         });
         fit.map(|(id, _)| id).collect()
-    }
-
-    fn is_denied(&self, peer: PeerId, address: Multiaddr) -> bool {
-        self.access.may_reserve(peer, &address) == Permission::Deny
     }
 
     /// The address of a connection's peer; empty if the connection closed.
@@ -198,6 +309,214 @@ mod tests {
         relay.on_disconnected(holder, start);
         assert_eq!(relay.reservations.get(&holder.peer).unwrap().connection, None);
         assert_eq!(relay.reservations.in_grace(), 1);
+    }
+
+    /// All answers come later; the test gives them.
+    struct AskLater;
+
+    impl Access for AskLater {
+        fn may_reserve(&self, _: PeerId, _: &Multiaddr) -> Permission {
+            Permission::Later(Box::pin(std::future::pending()))
+        }
+
+        fn may_connect(&self, source: PeerId, address: &Multiaddr, _: PeerId) -> Permission {
+            self.may_reserve(source, address)
+        }
+    }
+
+    type Check = AccessCheck<u32, u32>;
+
+    /// Takes all actions; returns the checks that wait for an answer.
+    fn checks(relay: &mut Relay<u32, u32>) -> Vec<Check> {
+        let checks = actions(relay).into_iter().filter_map(|action| match action {
+            Action::CheckAccess(check, Permission::Later(_)) => Some(check),
+            _ => None,
+        });
+        checks.collect()
+    }
+
+    fn check(relay: &mut Relay<u32, u32>) -> Check {
+        let mut checks = checks(relay);
+        assert_eq!(checks.len(), 1, "{checks:?}");
+        checks.remove(0)
+    }
+
+    fn freed(relay: &mut Relay<u32, u32>) -> Option<(PeerId, FreedReason)> {
+        actions(relay).into_iter().find_map(|action| match action {
+            Action::Report(Event::ReservationFreed { peer, reason, .. }) => Some((peer, reason)),
+            _ => None,
+        })
+    }
+
+    /// Asks for a slot, and has it granted.
+    fn reserve(relay: &mut Relay<u32, u32>, holder: End<u32>, now: Instant) {
+        relay.handle_request(holder, Ok(Request::Reserve), 1, now);
+        let granted = actions(relay).into_iter().find_map(|action| match action {
+            Action::Grant { receipt, .. } => Some(receipt),
+            _ => None,
+        });
+        relay.on_delivered(holder.peer, granted.expect("a slot is free"), true, now);
+    }
+
+    fn sweep(relay: &mut Relay<u32, u32>, peers: [End<u32>; 2], now: Instant) {
+        peers.iter().for_each(|end| relay.connections.record_activity(&end.peer, now));
+        relay.sweep(now);
+    }
+
+    #[test]
+    fn a_renewal_that_waits_for_its_answer_keeps_the_slot_beyond_its_term_once() {
+        let start = Instant::now();
+        let (mut relay, ends @ [_, holder]) = relay(start);
+        reserve(&mut relay, holder, start);
+        relay.set_access(Box::new(AskLater), start);
+        let slot = check(&mut relay);
+        relay.on_access_checked(slot, true.into(), start);
+        let over = start + relay.config.reservation_ttl;
+        let second = Duration::from_secs(1);
+
+        relay.handle_request(holder, Ok(Request::Reserve), 2, over - second);
+        let renewal = check(&mut relay);
+        sweep(&mut relay, ends, over + 8 * second);
+        assert_eq!(relay.reservations.taken(), 1);
+        relay.on_access_checked(renewal, true.into(), over + 8 * second);
+        let granted = actions(&mut relay).into_iter().find_map(|action| match action {
+            Action::Report(Event::ReservationAccepted { renewed, .. }) => Some(renewed),
+            _ => None,
+        });
+        assert_eq!(granted, Some(true));
+
+        let over = over + 8 * second + relay.config.reservation_ttl;
+        for before in [second, Duration::ZERO] {
+            relay.handle_request(holder, Ok(Request::Reserve), 3, over - before);
+            let renewal = check(&mut relay);
+            relay.on_access_checked(renewal, false.into(), over - before);
+        }
+        sweep(&mut relay, ends, over - second + ANSWER_TIMEOUT);
+        assert_eq!(freed(&mut relay), Some((holder.peer, FreedReason::Expired)));
+    }
+
+    #[test]
+    fn no_newcomer_takes_a_slot_in_grace_while_its_owner_waits_for_an_answer() {
+        let start = Instant::now();
+        let (mut relay, [newcomer, owner]) = relay(start);
+        relay.set_config(Config { max_reservations: 1, ..Config::default() }, start).unwrap();
+        reserve(&mut relay, owner, start);
+        relay.on_disconnected(owner, start);
+        let back = End { connection: 3, ..owner };
+        let address = "/ip4/192.0.2.1/tcp/2".parse().unwrap();
+        relay.connections.add(3, Connection::new(owner.peer, address, false, 0, start));
+        relay.set_access(Box::new(AskLater), start);
+        let slot = check(&mut relay);
+        relay.on_access_checked(slot, true.into(), start);
+        relay.handle_request(back, Ok(Request::Reserve), 2, start);
+        let renewal = check(&mut relay);
+        relay.handle_request(newcomer, Ok(Request::Reserve), 3, start);
+        let other = check(&mut relay);
+        relay.on_access_checked(other, true.into(), start);
+        assert_eq!(relay.reservations.get(&newcomer.peer), None);
+        relay.on_access_checked(renewal, true.into(), start + ANSWER_TIMEOUT / 2);
+        assert_eq!(relay.reservations.get(&owner.peer).unwrap().connection, Some(3));
+    }
+
+    #[test]
+    fn slots_and_circuits_stay_until_a_later_answer_denies_them() {
+        let start = Instant::now();
+        let (mut relay, [source, target]) = relay(start);
+        reserve(&mut relay, target, start);
+        relay.handle_request(source, Ok(Request::Connect(target.peer)), 2, start);
+        actions(&mut relay);
+        relay.set_access(Box::new(AskLater), start);
+        let open = checks(&mut relay);
+        assert_eq!(open.len(), 3, "the slot, and the circuit for each of its peers: {open:?}");
+        // Meanwhile nothing is asked twice.
+        relay.recheck_access(start);
+        assert!(checks(&mut relay).is_empty());
+        for check in open {
+            relay.on_access_checked(check, true.into(), start);
+        }
+        assert_eq!((relay.reservations.taken(), relay.circuits.count()), (1, 1));
+        // Afterwards all is asked again, as the last call wants it.
+        let open = checks(&mut relay);
+        assert_eq!(open.len(), 3, "{open:?}");
+        let mut ended = Vec::new();
+        for check in open {
+            let is_circuit = matches!(check, AccessCheck::Circuit(_));
+            relay.on_access_checked(check, is_circuit.into(), start);
+            ended.extend(actions(&mut relay));
+        }
+        let is_freed = |action: &Action<u32, u32>| {
+            let reason = FreedReason::Denied;
+            matches!(action, Action::Report(Event::ReservationFreed { reason: it, .. }) if *it == reason)
+        };
+        let is_refused = |action: &Action<u32, u32>| {
+            let reason = Refused::Denied;
+            matches!(action, Action::Report(Event::CircuitRefused { reason: it, .. }) if *it == reason)
+        };
+        assert!(ended.iter().any(is_freed) && ended.iter().any(is_refused), "{ended:?}");
+        relay.recheck_access(start);
+        assert_eq!(relay.open_checks, 2, "the circuit counts until its target reports");
+    }
+
+    #[test]
+    fn an_answer_from_before_a_change_of_the_rules_is_asked_for_again() {
+        let start = Instant::now();
+        let (mut relay, [_, client]) = relay(start);
+        relay.set_access(Box::new(AskLater), start);
+        relay.handle_request(client, Ok(Request::Reserve), 1, start);
+        let request = check(&mut relay);
+        relay.recheck_access(start);
+        relay.on_access_checked(request, true.into(), start);
+        assert_eq!(relay.reservations.taken(), 1);
+        let slot = check(&mut relay);
+        relay.on_access_checked(slot, false.into(), start);
+        assert_eq!(freed(&mut relay), Some((client.peer, FreedReason::Denied)));
+    }
+
+    #[test]
+    fn an_answer_for_a_connection_that_closed_has_no_effect() {
+        let start = Instant::now();
+        let (mut relay, [_, client]) = relay(start);
+        relay.set_access(Box::new(AskLater), start);
+        relay.handle_request(client, Ok(Request::Reserve), 1, start);
+        let request = check(&mut relay);
+        relay.on_disconnected(client, start);
+        relay.on_access_checked(request, true.into(), start);
+        assert!(actions(&mut relay).is_empty());
+        assert_eq!(relay.reservations.taken(), 0);
+    }
+
+    #[test]
+    fn requests_pay_their_rate_before_a_later_answer_is_awaited() {
+        let start = Instant::now();
+        let (mut relay, [_, client]) = relay(start);
+        relay.set_config(Config { reserve_rate: 1, ..Config::default() }, start).unwrap();
+        relay.set_access(Box::new(AskLater), start);
+        relay.handle_request(client, Ok(Request::Reserve), 1, start);
+        check(&mut relay);
+        relay.handle_request(client, Ok(Request::Reserve), 2, start);
+        let refused = actions(&mut relay).into_iter().any(|action| match action {
+            Action::CheckAccess(..) => panic!("{action:?}"),
+            Action::Refuse(reply, _) => reply == 2,
+            _ => false,
+        });
+        assert!(refused);
+    }
+
+    #[test]
+    fn a_slot_that_moves_to_another_connection_is_asked_for_again() {
+        let start = Instant::now();
+        let (mut relay, [_, holder]) = relay(start);
+        reserve(&mut relay, holder, start);
+        let address = "/ip4/203.0.113.1/tcp/1".parse().unwrap();
+        relay.connections.add(3, Connection::new(holder.peer, address, false, 0, start));
+        relay.set_access(Box::new(AskLater), start);
+        let slot = check(&mut relay);
+        relay.on_access_checked(slot, true.into(), start);
+        relay.on_disconnected(holder, start);
+        assert_eq!(relay.reservations.get(&holder.peer).unwrap().connection, Some(3));
+        let moved = check(&mut relay);
+        relay.on_access_checked(moved, false.into(), start);
+        assert_eq!(freed(&mut relay), Some((holder.peer, FreedReason::Denied)));
     }
 
     #[test]

@@ -54,6 +54,8 @@ struct Reservation<C> {
     expires: Instant,
     prefix: Option<ClientPrefix>,
     receipt: Receipt,
+    /// Until when a renewal that waits for its access check keeps the slot.
+    kept_until: Option<Instant>,
     /// What to restore if the last answer does not reach the peer; `None` once one did.
     undo: Option<Box<Before<C>>>,
 }
@@ -199,7 +201,9 @@ impl<C: Copy + Eq> Reservations<C> {
         // makes room under the wider ones; where one would not be enough, none is taken.
         if let Some(full) = full.filter(|_| !is_renewal) {
             let mut under_cap = self.queue.range((full, 0)..=(full, GraceNumber::MAX));
-            let oldest = under_cap.next().filter(|_| self.quota.above(prefix).is_none());
+            let is_kept = |id| self.slots.get(id).is_some_and(|slot| slot.kept_until > Some(now));
+            let oldest = under_cap.find(|(_, id)| !is_kept(*id));
+            let oldest = oldest.filter(|_| self.quota.above(prefix).is_none());
             let (_, oldest) = oldest.ok_or(full)?;
             self.free(**oldest, FreedReason::TakenBy { peer });
         }
@@ -214,6 +218,7 @@ impl<C: Copy + Eq> Reservations<C> {
             let before = (reservation.state, reservation.expires);
             reservation.undo.get_or_insert_with(|| Box::new(Some(before)));
             (reservation.expires, reservation.receipt) = (expires, receipt);
+            reservation.kept_until = None;
             self.set_state(peer, state);
             // Without room at the new prefix, it stays with the old one.
             if let Some(reservation) = self.slots.get_mut(&peer)
@@ -223,13 +228,23 @@ impl<C: Copy + Eq> Reservations<C> {
             }
         } else {
             let undo = Some(Box::new(None));
-            let reservation = Reservation { state, expires, prefix, receipt, undo };
+            let kept_until = None;
+            let reservation = Reservation { state, expires, prefix, receipt, kept_until, undo };
             self.slots.insert(Arc::new(peer), reservation);
             self.quota.add(prefix);
             let (from, to) = (None, Some(connection));
             self.changes.push_back(Change { peer, from, to, freed: None });
         }
         Ok(Granted { receipt, is_renewal })
+    }
+
+    /// Keeps `peer`'s slot until then, whatever its state, for a renewal whose access is being checked.
+    ///
+    /// Once a term: otherwise a peer whose renewals are denied could hold its slot for ever.
+    pub fn keep(&mut self, peer: &PeerId, until: Instant) {
+        if let Some(reservation) = self.slots.get_mut(peer) {
+            reservation.kept_until.get_or_insert(until);
+        }
     }
 
     /// Confirms the last grant or renewal: an answer reached the peer.
@@ -365,11 +380,12 @@ impl<C: Copy + Eq> Reservations<C> {
 
     /// When the slot becomes free without a renewal, and why.
     fn end(&self, reservation: &Reservation<C>) -> (Instant, FreedReason) {
-        match reservation.state {
+        let (end, reason) = match reservation.state {
             State::Grace { since, .. } if since + self.grace < reservation.expires => {
                 (since + self.grace, FreedReason::GraceOver)
             }
             _ => (reservation.expires, FreedReason::Expired),
-        }
+        };
+        (reservation.kept_until.map_or(end, |kept| kept.max(end)), reason)
     }
 }

@@ -12,30 +12,21 @@ use super::{
     reservations::{Change, Granted, Receipt},
 };
 use crate::{
-    access::Permission,
+    access::Terms,
     config::{Config, LONGEST, SHORTEST},
     event::{Event, Refused},
 };
 
 impl<C: Copy + Ord + Hash, R> Relay<C, R> {
-    pub(super) fn reserve(&mut self, request: PendingRequest<C, R>, now: Instant) {
+    /// Grants an allowed RESERVE a slot, refuses it, or has it wait for one.
+    pub(super) fn reserve(&mut self, request: PendingRequest<C, R>, terms: Terms, now: Instant) {
         let (End { peer, connection }, prefix) = (request.from, request.origin.prefix);
-        // 1. Access.
-        let permission = self.access.may_reserve(peer, &request.origin.address);
-        let Permission::Allow(terms) = permission else {
-            return self.refuse(request, Refused::Denied);
-        };
-        // 2. Request rate. A renewal is charged to the peer and not to its address.
-        let is_holder = self.reservations.get(&peer).is_some_and(|slot| now < slot.ends);
-        if let Err(reason) = self.reserve_rates.take(peer, prefix.filter(|_| !is_holder), now) {
-            return self.refuse(request, reason);
-        }
-        // 3. A slot.
+        // 1. A slot.
         let pending = PendingReservation { request, terms, since: None };
         let Some((pending, full)) = self.try_reserve(pending, now) else {
             return;
         };
-        // 4. Wait for one. A peer waits once: its older request, maybe from another network, is refused.
+        // 2. Wait for one. A peer waits once: its older request, maybe from another network, is refused.
         let older = self.waiting.iter().position(|older| older.request.from.peer == peer);
         if let Some(older) = older.and_then(|nth| self.waiting.remove(nth)) {
             self.refuse(older.request, full.into());

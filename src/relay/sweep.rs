@@ -132,8 +132,13 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         up.retain(|other| *other != gone.connection);
         let is_closed = end == CircuitEnd::Disconnected;
         let reason = if is_closed { FreedReason::Disconnected } else { FreedReason::Silent };
+        let slot = self.reservations.get(&gone.peer).and_then(|slot| slot.connection);
         self.reservations.on_disconnected(gone, &up, reason, now);
         self.apply_changes(now);
+        // The answer for the address that it moved to may come later.
+        if slot == Some(gone.connection) && !up.is_empty() {
+            self.recheck(Some(gone.peer), now);
+        }
     }
 
     pub(super) fn probe(&mut self, connection: C) {

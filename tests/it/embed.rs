@@ -2,9 +2,10 @@
 //! connections.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
+    future::pending,
     pin::pin,
-    sync::{Mutex, Once},
+    sync::{Arc, Mutex, Once},
     time::Duration,
 };
 
@@ -33,7 +34,7 @@ use libp2p::{
     swarm::{ConnectionId, NetworkBehaviour, SwarmEvent},
     tcp, yamux,
 };
-use relaylet::{ActivityCounter, Config, Event};
+use relaylet::{Access, ActivityCounter, CircuitEnd, Config, Event, FreedReason, Permission};
 use tokio::sync::mpsc;
 
 /// A second protocol, which keeps a connection busy.
@@ -65,6 +66,7 @@ enum Call {
     Track(PeerId, ActivityCounter),
     Serve(Option<bool>),
     ConfirmAddress(Multiaddr),
+    With(Box<dyn FnOnce(&mut relaylet::Behaviour) + Send>),
 }
 
 impl Call {
@@ -77,6 +79,7 @@ impl Call {
             Self::Track(peer, activity) => relay.track(connections[&peer], activity),
             Self::Serve(serving) => relay.set_serving(serving),
             Self::ConfirmAddress(address) => swarm.add_external_address(address),
+            Self::With(call) => call(relay),
         }
     }
 }
@@ -119,6 +122,17 @@ impl Embedded {
     async fn connect(&self) -> Client {
         let keypair = Keypair::generate_ed25519();
         Client::connect_as(keypair, &self.address, crate::common::Security::Noise).await
+    }
+
+    /// Calls the behaviour, and returns what `call` returns.
+    async fn with<T: Send + 'static>(
+        &self,
+        call: impl FnOnce(&mut relaylet::Behaviour) -> T + Send + 'static,
+    ) -> T {
+        let (sender, result) = tokio::sync::oneshot::channel();
+        let call = Call::With(Box::new(|relay| drop(sender.send(call(relay)))));
+        assert!(self.calls.send(call).is_ok());
+        within(result).await.expect("the swarm runs")
     }
 
     /// Waits for an event from which `wanted` returns something.
@@ -302,6 +316,146 @@ async fn a_released_peer_loses_its_slot_and_circuits_at_once() {
         })
         .await;
     assert_eq!(end, "released");
+}
+
+// ---- Access that answers later
+
+/// A store of members that takes 200 ms to answer.
+#[derive(Clone, Default)]
+struct Store(Arc<Mutex<HashSet<PeerId>>>);
+
+impl Access for Store {
+    fn may_reserve(&self, peer: PeerId, _: &Multiaddr) -> Permission {
+        let members = Arc::clone(&self.0);
+        Permission::Later(Box::pin(async move {
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            members.lock().unwrap().contains(&peer).into()
+        }))
+    }
+
+    fn may_connect(&self, source: PeerId, address: &Multiaddr, _: PeerId) -> Permission {
+        self.may_reserve(source, address)
+    }
+}
+
+#[tokio::test]
+async fn a_store_that_takes_200_ms_decides_requests_and_ends_what_it_denies_later() {
+    let mut embedded = Embedded::start(Config::default()).await;
+    let store = Store::default();
+    let access = store.clone();
+    embedded.with(move |relay| relay.set_access(access)).await;
+    let mut alice = embedded.connect().await;
+    let mut bob = embedded.connect().await;
+    let mut stranger = embedded.connect().await;
+    store.0.lock().unwrap().extend([alice.peer, bob.peer]);
+    bob.reserve().await;
+    bob.reserve().await;
+    assert_eq!(stranger.request(&reserve()).await.status, Some(202));
+    assert_eq!(stranger.request(&connect(bob.peer)).await.status, Some(202));
+    let (mut there, mut back) = circuit(&mut alice, &mut bob).await;
+    send(&mut there, b"to bob").await;
+    assert_eq!(read_bytes(&mut back, 6).await, b"to bob");
+
+    store.0.lock().unwrap().remove(&bob.peer);
+    embedded.with(|relay| relay.recheck_access()).await;
+    assert!(read_to_end(&mut there).await.0.is_empty());
+    let (mut freed, mut ended) = (None, None);
+    embedded
+        .until(|event| {
+            match event {
+                PartsEvent::Relay(Event::ReservationFreed { peer, reason, .. }) => {
+                    freed = Some((peer, reason));
+                }
+                PartsEvent::Relay(Event::CircuitClosed { end, .. }) => ended = Some(end),
+                _ => {}
+            }
+            freed.zip(ended)
+        })
+        .await;
+    assert_eq!(freed, Some((bob.peer, FreedReason::Denied)));
+    assert_eq!(ended, Some(CircuitEnd::Denied));
+}
+
+/// Never answers. Reports each peer that it is asked about; closes the channel of its report when the answer is dropped.
+struct NeverAnswers(mpsc::UnboundedSender<mpsc::Receiver<()>>);
+
+impl Access for NeverAnswers {
+    fn may_reserve(&self, _: PeerId, _: &Multiaddr) -> Permission {
+        let reports = self.0.clone();
+        Permission::Later(Box::pin(async move {
+            let (_open, dropped) = mpsc::channel(1);
+            let _ = reports.send(dropped);
+            pending().await
+        }))
+    }
+
+    fn may_connect(&self, source: PeerId, address: &Multiaddr, _: PeerId) -> Permission {
+        self.may_reserve(source, address)
+    }
+}
+
+#[tokio::test]
+async fn requests_without_an_answer_are_denied_at_the_deadline() {
+    record_the_log();
+    let mut embedded = Embedded::start(Config::default()).await;
+    let (reports, mut asked) = mpsc::unbounded_channel();
+    embedded
+        .with(|relay| {
+            relay.set_answer_timeout(Duration::from_millis(100));
+            relay.set_access(NeverAnswers(reports));
+        })
+        .await;
+    let mut alice = embedded.connect().await;
+    for request in [reserve(), connect(PeerId::random())] {
+        assert_eq!(alice.request(&request).await.status, Some(202), "to {request:?}");
+        let mut dropped = within(asked.recv()).await.expect("the store is asked");
+        assert_eq!(within(dropped.recv()).await, None);
+    }
+    let mut refused = 0;
+    embedded
+        .until(|event| {
+            if let PartsEvent::Relay(
+                Event::ReservationRefused { reason, .. } | Event::CircuitRefused { reason, .. },
+            ) = event
+            {
+                assert_eq!(reason, relaylet::Refused::Denied);
+                refused += 1;
+            }
+            (refused == 2).then_some(())
+        })
+        .await;
+    let expected = "access denied: no answer within the time limit";
+    assert_eq!(LOG.lock().unwrap().iter().filter(|line| *line == expected).count(), 2);
+}
+
+#[tokio::test]
+async fn a_client_that_disconnects_before_the_answer_leaves_nothing() {
+    let mut embedded = Embedded::start(Config::default()).await;
+    let (reports, mut asked) = mpsc::unbounded_channel();
+    embedded.with(|relay| relay.set_access(NeverAnswers(reports))).await;
+    for request in [reserve(), connect(PeerId::random())] {
+        let mut client = embedded.connect().await;
+        let mut dropped = tokio::select! {
+            answer = client.request(&request) => panic!("{answer:?}"),
+            dropped = within(asked.recv()) => dropped.expect("the store is asked"),
+        };
+        client.disconnect().await;
+        assert_eq!(within(dropped.recv()).await, None, "the answer is dropped");
+    }
+    let no_connection = async {
+        while embedded.with(|relay| relay.view().connections.count()).await > 0 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    within(no_connection).await;
+    let counts = |relay: &mut relaylet::Behaviour| {
+        let view = relay.view();
+        (view.reservations.taken(), view.circuits.count(), view.waiting.len())
+    };
+    assert_eq!(embedded.with(counts).await, (0, 0, 0));
+    while let Ok(event) = embedded.events.try_recv() {
+        assert!(!matches!(event, PartsEvent::Relay(_)), "{event:?}");
+    }
 }
 
 /// In the automatic mode, and when switched: open connections see it by identify's push.
