@@ -191,7 +191,7 @@ impl Wake for Flag {
     }
 }
 
-/// Gives the well-behaved peers circuits without limits.
+/// Gives the well-behaved peers circuits without limits. Answers about CONNECT come later.
 struct UnlimitedFor([PeerId; 2]);
 
 impl Access for UnlimitedFor {
@@ -205,7 +205,7 @@ impl Access for UnlimitedFor {
             terms.circuit_bytes = Some(0);
             terms.circuit_duration = Some(Duration::ZERO);
         }
-        Permission::Allow(terms)
+        Permission::Later(Box::pin(std::future::ready(Permission::Allow(terms))))
     }
 }
 
