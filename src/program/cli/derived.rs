@@ -223,7 +223,7 @@ impl Given {
     }
 
     /// How much freed memory each of so many threads may keep, in bytes.
-    fn kept_by_thread(&self, threads: usize) -> u64 {
+    pub fn kept_by_thread(&self, threads: usize) -> u64 {
         let of_each = |memory| memory / SHARE_OF_THREADS / threads.max(1) as u64;
         let share = self.memory.map_or(u64::MAX, of_each);
         share.clamp(LEAST_THREAD, memory_estimate::THREAD)

@@ -72,6 +72,7 @@ pub fn main() -> ExitCode {
         Err(Exit::Usage(line)) => return exit_with(&UsageError(line).into()),
     };
     log_output::start();
+    runtime::keep_freed_memory(flags.kept_by_thread());
     match runtime::run(flags.threads(), async move { run(&flags).await }) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => exit_with(&error),

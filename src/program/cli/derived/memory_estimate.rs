@@ -12,7 +12,7 @@ const MIB: u64 = 1024 * KIB;
 /// memory is short.
 const PROGRAM: u64 = if cfg!(any(feature = "http", feature = "tls")) { 7 * MIB } else { 5 * MIB };
 
-/// The most freed memory that the allocator keeps for one thread.
+/// The most freed memory that the allocator keeps for one thread: see `runtime.rs`.
 pub const THREAD: u64 = 8 * MIB;
 
 /// What a thread takes at least: its stack, and the buffers that its connections share.

@@ -66,6 +66,12 @@ impl Flags {
         if self.dht { limits::DIALED_FOR_DHT } else { 0 }
     }
 
+    /// How much freed memory each thread may keep, in bytes.
+    pub fn kept_by_thread(&self) -> u64 {
+        let given = self.given();
+        given.kept_by_thread(given.derive().get(Limit::Threads))
+    }
+
     /// The limits on connections.
     pub fn limits(&self) -> limits::Limits {
         let derived = self.derived();
