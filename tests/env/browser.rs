@@ -16,7 +16,7 @@ use crate::common::{
 };
 use libp2p::futures::{AsyncWriteExt as _, StreamExt, future, stream};
 use tokio::{
-    io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
+    io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines},
     process,
 };
 
@@ -29,6 +29,23 @@ static SCRIPTS: LazyLock<PathBuf> = LazyLock::new(|| {
     assert!(status.success(), "{npm:?}: {status}");
     folder
 });
+
+/// A script that controls the browser.
+fn script(name: &str) -> process::Command {
+    let mut node = process::Command::new("node");
+    node.arg(name).current_dir(&*SCRIPTS).kill_on_drop(true);
+    node
+}
+
+/// Starts a script; returns it with the lines of its output.
+fn start(
+    script: &mut process::Command,
+) -> (process::Child, Lines<BufReader<process::ChildStdout>>) {
+    let script = script.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
+    let mut script = script.expect("node is installed");
+    let output = BufReader::new(script.stdout.take().expect("it is piped")).lines();
+    (script, output)
+}
 
 #[tokio::test]
 #[ignore = "needs Chromium, Node and npm"]
@@ -46,16 +63,8 @@ async fn two_browsers_connect_through_the_relay_and_again_after_its_restart() {
     let addresses =
         [websocket::address(&relay, "/ws").await, websocket::address(&relay, "/tls/ws").await];
 
-    let mut pages = process::Command::new("node")
-        .arg("meet.mjs")
-        .args(addresses.map(|address| address.to_string()))
-        .current_dir(&*SCRIPTS)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .kill_on_drop(true)
-        .spawn()
-        .expect("node is installed");
-    let mut output = BufReader::new(pages.stdout.take().expect("it is piped")).lines();
+    let (mut pages, mut output) =
+        start(script("meet.mjs").args(addresses.map(|address| address.to_string())));
     // The script limits the time of its steps.
     loop {
         match output.next_line().await.expect("text") {
@@ -123,13 +132,10 @@ async fn the_status_page_shows_the_relay() {
         }
     };
 
-    let script = process::Command::new("node")
-        .arg("page.mjs")
+    let script = script("page.mjs")
         .arg(format!("http://127.0.0.1:{port}/"))
         .arg(target.peer.to_string())
         .arg(&screenshots)
-        .current_dir(&*SCRIPTS)
-        .kill_on_drop(true)
         .status();
     let status = tokio::select! {
         status = script => status.expect("node is installed"),
@@ -152,18 +158,9 @@ async fn the_status_page_shows_0_and_3_and_1024_holders() {
         "--heartbeat=0s", // most holders answer no probe
     ]);
     let port = http::port(&relay).await;
-    let mut script = process::Command::new("node")
-        .arg("states.mjs")
-        .arg(format!("http://127.0.0.1:{port}/"))
-        .arg(screenshots())
-        .current_dir(&*SCRIPTS)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .kill_on_drop(true)
-        .spawn()
-        .expect("node is installed");
+    let page = format!("http://127.0.0.1:{port}/");
+    let (mut script, mut output) = start(script("states.mjs").arg(page).arg(screenshots()));
     let mut input = script.stdin.take().expect("it is piped");
-    let mut output = BufReader::new(script.stdout.take().expect("it is piped")).lines();
     let (mut clients, mut circuits, mut others) = (Vec::new(), Vec::new(), Vec::new());
     // The script limits the time of its steps.
     while let Some(line) = output.next_line().await.expect("text") {

@@ -9,10 +9,8 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/libp2p/go-libp2p"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
-	"github.com/libp2p/go-libp2p/p2p/host/autorelay"
 )
 
 // holders prints `reserved` once all hosts hold a slot. When standard input
@@ -21,23 +19,15 @@ import (
 func holders(relay peer.AddrInfo) error {
 	attempts := make(chan error, 16)
 	var lost, refused atomic.Int64
-	for range hostsOfRestart {
-		p, err := newParty(libp2p.ForceReachabilityPrivate(), libp2p.EnableAutoRelayWithStaticRelays(
-			[]peer.AddrInfo{relay}, autorelay.WithMetricsTracer(newAttemptTracer(attempts))))
-		if err != nil {
-			return err
-		}
-		defer p.Close()
+	closeAll, err := holdSlots(relay, attempts, func(p *party) {
 		p.Network().Notify(&network.NotifyBundle{
 			DisconnectedF: func(network.Network, network.Conn) { lost.Add(1) },
 		})
-	}
-	start := time.Now()
-	if err := allGranted(attempts); err != nil {
+	})
+	defer closeAll()
+	if err != nil {
 		return err
 	}
-	proved("%d hosts reserved in %s", hostsOfRestart, time.Since(start).Round(time.Millisecond))
-	fmt.Println("reserved")
 	go func() {
 		for err := range attempts {
 			if err != nil {

@@ -14,24 +14,42 @@ import (
 // hostsOfRestart all have one address, so there are at most as many as it may hold slots.
 const hostsOfRestart = 60
 
-// restart prints `reserved` once all hosts hold a slot, whereupon the test
-// restarts the relay, and `again` once all of them hold one on the new relay.
-func restart(relay peer.AddrInfo) error {
-	attempts := make(chan error, 16)
+// holdSlots starts hosts that use the relay, and prints `reserved` once each
+// holds a slot. It passes each to prepare before, and returns what closes them.
+func holdSlots(relay peer.AddrInfo, attempts chan error, prepare func(*party)) (func(), error) {
+	var hosts []*party
+	closeAll := func() {
+		for _, p := range hosts {
+			p.Close()
+		}
+	}
 	for range hostsOfRestart {
 		p, err := newParty(libp2p.ForceReachabilityPrivate(), libp2p.EnableAutoRelayWithStaticRelays(
 			[]peer.AddrInfo{relay}, autorelay.WithMetricsTracer(newAttemptTracer(attempts))))
 		if err != nil {
-			return err
+			return closeAll, err
 		}
-		defer p.Close()
+		hosts = append(hosts, p)
+		prepare(p)
 	}
 	start := time.Now()
 	if err := allGranted(attempts); err != nil {
-		return err
+		return closeAll, err
 	}
 	proved("%d hosts reserved in %s", hostsOfRestart, time.Since(start).Round(time.Millisecond))
 	fmt.Println("reserved")
+	return closeAll, nil
+}
+
+// restart prints `reserved` once all hosts hold a slot, whereupon the test
+// restarts the relay, and `again` once all of them hold one on the new relay.
+func restart(relay peer.AddrInfo) error {
+	attempts := make(chan error, 16)
+	closeAll, err := holdSlots(relay, attempts, func(*party) {})
+	defer closeAll()
+	if err != nil {
+		return err
+	}
 	if err := allGranted(attempts); err != nil {
 		return fmt.Errorf("after the relay was restarted: %w", err)
 	}
