@@ -1,14 +1,6 @@
 //! Peers that use each of their limits to the full.
 
-use std::{
-    collections::HashMap,
-    io,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
-    time::Duration,
-};
+use std::{collections::HashMap, io, time::Duration};
 
 use libp2p::{
     futures::{AsyncWriteExt, future},
@@ -132,7 +124,7 @@ impl Size {
 pub struct Reached {
     /// The most circuits that were open or pending at once.
     pub circuits: usize,
-    /// How many of their streams were reset.
+    /// How many streams the relay reset because its buffers were full.
     pub reset: usize,
     /// How many connections were closed.
     pub closed: usize,
@@ -185,7 +177,6 @@ impl Load {
 
     /// Runs several rounds in which all limits are reached at once.
     pub async fn run(mut self) -> Reached {
-        let reset = Arc::new(AtomicUsize::new(0));
         // The metrics are updated once a second.
         self.until("relaylet_connections", self.size.connections).await;
         self.until(r#"relaylet_slots{state="live"}"#, self.size.slots).await;
@@ -198,14 +189,11 @@ impl Load {
             let handshakes = hold_handshakes(self.port, self.size.handshakes);
             let mut peers = JoinSet::new();
             for (target, source) in std::mem::take(&mut self.pairs) {
-                let reset = Arc::clone(&reset);
                 let circuits = self.size.circuits / self.size.slots;
                 peers.spawn(async move {
                     match round % 2 {
-                        0 => {
-                            stall_pending_circuits(target, source, circuits, &reset, is_last).await
-                        }
-                        _ => stall_open_circuits(target, source, circuits, &reset, is_last).await,
+                        0 => stall_pending_circuits(target, source, circuits, is_last).await,
+                        _ => stall_open_circuits(target, source, circuits, is_last).await,
                     }
                 });
             }
@@ -215,7 +203,7 @@ impl Load {
         }
         Reached {
             circuits,
-            reset: reset.load(Ordering::Relaxed),
+            reset: self.count(r#"relaylet_streams_cut_total{reason="max-buffered"}"#).await,
             closed: 2 * (self.size.slots - 1 - self.pairs.len()),
         }
     }
@@ -304,7 +292,6 @@ async fn stall_pending_circuits(
     mut target: RawPeer,
     mut source: RawPeer,
     circuits: usize,
-    reset: &AtomicUsize,
     is_last: bool,
 ) -> Option<(RawPeer, RawPeer)> {
     let streams: Vec<_> = (0..circuits).map(|_| source.next_stream()).collect();
@@ -316,7 +303,7 @@ async fn stall_pending_circuits(
         open_silent_streams(&mut source).await?;
         open_silent_streams(&mut target).await?;
         source.send(&small).await?;
-        hold(&mut target, &mut source, &streams, pushes, reset, is_last).await
+        hold(&mut target, &mut source, &streams, pushes, is_last).await
     };
     remaining.await.ok()?;
     Some((target, source))
@@ -327,7 +314,6 @@ async fn stall_open_circuits(
     mut target: RawPeer,
     mut source: RawPeer,
     circuits: usize,
-    reset: &AtomicUsize,
     is_last: bool,
 ) -> Option<(RawPeer, RawPeer)> {
     let streams: Vec<_> = (0..circuits).map(|_| source.next_stream()).collect();
@@ -342,7 +328,7 @@ async fn stall_open_circuits(
                 target.send(&data(0, *circuit, &vec![7; CHUNK])).await?;
             }
         }
-        hold(&mut target, &mut source, &streams, pushes, reset, is_last).await
+        hold(&mut target, &mut source, &streams, pushes, is_last).await
     };
     remaining.await.ok()?;
     Some((target, source))
@@ -361,15 +347,13 @@ async fn hold(
     source: &mut RawPeer,
     streams: &[u32],
     [of_source, of_target]: [u32; 2],
-    reset: &AtomicUsize,
     is_last: bool,
 ) -> io::Result<()> {
     if is_last {
         send_header_only(source, of_source).await?;
         send_header_only(target, of_target).await?;
     }
-    let is_reset = source.is_reset(streams[0], HOLD_TIME).await?;
-    reset.fetch_add(is_reset.into(), Ordering::Relaxed);
+    source.is_reset(streams[0], HOLD_TIME).await?;
     if !is_last {
         let resets: Vec<_> = streams.iter().flat_map(|stream| data(RST, *stream, &[])).collect();
         source.send(&resets).await?;
