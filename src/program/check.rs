@@ -1,7 +1,7 @@
 //! `relaylet check`: from this machine, whether clients can use a relay, and if not, why.
 //!
-//! Looks up the address (`dnsaddr.rs`, `target.rs`), connects layer by layer (`link.rs`), asks identify and for a slot,
-//! and connects a second identity to the first one through the relay (`requests.rs`). Each step is a value, [`Step`];
+//! Looks up the address (`dnsaddr.rs`, `target.rs`), connects layer by layer (`link.rs`), reads identify, reserves a slot,
+//! and opens a circuit from a second identity to the first one (`requests.rs`). Each step is a value, [`Step`];
 //! what to do about a failed one is decided sans-IO (`diagnosis.rs`).
 
 mod diagnosis;

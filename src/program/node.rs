@@ -126,7 +126,7 @@ impl Node {
         let budget = stream_limits::Budget { inbound, outbound };
         let multiplex = Multiplex::new(budget, setup.streams, circuits_per_peer);
         multiplex.memory.set_max_stall(config.silence);
-        let all = multiplex.clone();
+        let shared = multiplex.clone();
 
         // 2. The transport: TCP, WebSocket over another TCP, the private network, the secure channel, the muxer.
         let counters = ByteCounters::default();
@@ -160,7 +160,7 @@ impl Node {
                 let pending = pending.get(endpoint).inspect(|it| it.progress.set_secured());
                 let (activity, socket) =
                     pending.map(|it| (it.progress.activity, it.socket)).unzip();
-                multiplex.of(endpoint.get_remote_address(), activity, socket.flatten())
+                shared.of(endpoint.get_remote_address(), activity, socket.flatten())
             })
             .timeout(HANDSHAKE_TIMEOUT)
             .boxed();
@@ -184,13 +184,13 @@ impl Node {
                 async_std::task::spawn(task);
             }),
         };
-        // Sends a request together with its protocol's name: one round trip and half of the packets less.
+        // Sends a request together with its protocol's name: saves a round trip and half of the packets.
         let swarm_config = swarm_config.with_substream_upgrade_protocol_override(Version::V1Lazy);
         let mut node = Self {
             swarm: Swarm::new(transport, Boxed::new(parts), peer, swarm_config),
             counters,
             proxies,
-            multiplex: all,
+            multiplex,
             observations: Observations::new(Instant::now()),
             certificate_not_after: None,
             #[cfg(feature = "websocket")]
@@ -270,8 +270,8 @@ impl Node {
     /// Replaces the subnets of the proxies in front of the relay.
     ///
     /// A connection from there has to begin with a PROXY protocol header, version 1 or 2, and counts under the client
-    /// that the header names; without a header it is closed. At most as many wait for their headers as [`Setup::limits`]
-    /// allows handshakes, not counting those in their handshakes.
+    /// that the header names; without a header it is closed. As many connections may wait for their headers as
+    /// [`Setup::limits`] allows handshakes; those in their handshakes do not count.
     pub fn set_proxies(&mut self, subnets: Vec<IpNet>) {
         self.proxies.set(subnets);
     }
@@ -541,7 +541,7 @@ mod tests {
 
     use super::*;
 
-    /// The type of a connection is an enum of both; the larger variant must not make the other one larger.
+    /// A connection is an enum of both transports'; the larger variant must not make the other one larger.
     #[cfg(feature = "websocket")]
     #[test]
     fn a_connection_over_tcp_is_as_small_as_without_websocket() {

@@ -23,7 +23,7 @@ pub struct Answer {
 
 /// The port that the relay serves HTTP on, from its log.
 pub async fn port(relay: &Relay) -> u16 {
-    let line = relay.wait_for_log("watch it at http://").await;
+    let line = relay.wait_for_log("monitoring page: http://").await;
     let (_, rest) = line.split_once("http://127.0.0.1:").expect("an address");
     rest.trim_end_matches('/').parse().expect("a port")
 }

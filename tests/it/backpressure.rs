@@ -170,7 +170,7 @@ async fn a_peer_that_stops_reading_enters_grace_and_a_slow_reader_stays() {
         future::pending::<()>().await // the relay has closed it
     };
     let closing = async {
-        relay.wait_for_log("write stalled: took nothing for ").await;
+        relay.wait_for_log("write stalled: no progress for ").await;
         relay.wait_for_log("grace began: peer ").await;
     };
     tokio::select! {

@@ -211,7 +211,7 @@ async fn another_transport_and_another_peer_are_named() {
     let relay = Relay::start_listening(&["--listen", LISTEN_TCP, LISTEN]);
     let ws = websocket::address(&relay, "/ws").await;
     let plain: Multiaddr = format!("/ip4/127.0.0.1/tcp/{}", tcp_port(&ws)).parse().unwrap();
-    check(&plain).await.failed_at("secure", "", "name WebSocket (/ws)");
+    check(&plain).await.failed_at("secure", "", "add /ws for WebSocket");
     let plain: Multiaddr = format!("/ip4/127.0.0.1/tcp/{}", relay.port()).parse().unwrap();
     let upgrade = plain.clone().with(Protocol::Ws("/".into()));
     check(&upgrade).await.failed_at("websocket", "", "port for WebSocket");
@@ -339,7 +339,7 @@ fn an_address_that_cannot_be_checked_is_an_error_of_one_line() {
     for (arguments, told) in [
         (&[][..], "<MULTIADDR>"),
         (&["127.0.0.1:4001"], "try /ip4/127.0.0.1/tcp/4001"),
-        (&["/ip4/127.0.0.1/udp/4001/quic-v1"], "no address over TCP or WebSocket"),
+        (&["/ip4/127.0.0.1/udp/4001/quic-v1"], "not an address over TCP or WebSocket"),
         (&["/ip4/127.0.0.1/tcp/4001", "--quack"], "--quack"),
     ] {
         let output = command(&folder).arg("check").args(arguments).output().unwrap();

@@ -19,7 +19,7 @@ const NO_IDLE_TIMEOUT: &str = "--idle-timeout=0s";
 
 /// Logs only the address of the metrics.
 const LOG: &str = "error,relaylet::program::http=info";
-const METRICS_LOGGED: &str = "watch it at http://";
+const METRICS_LOGGED: &str = "monitoring page: http://";
 
 /// A relay that used less than a hundredth of this on the CPU is idle. After this many it is taken to be idle: it may
 /// still be sending probes to thousands of peers.

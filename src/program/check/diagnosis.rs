@@ -2,7 +2,7 @@
 
 use std::io::{Error, ErrorKind};
 
-/// A step of the check, in their order.
+/// The steps of the check, in order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stage {
     /// DNS: the addresses in the TXT records of a name.
@@ -21,7 +21,7 @@ pub enum Stage {
     Secure,
     /// Identify.
     Identify,
-    /// RESERVE, by this program's own messages.
+    /// RESERVE, and what it grants.
     Reserve,
     /// A second connection, under a second identity.
     Second,
@@ -47,11 +47,11 @@ pub fn remedy(stage: Stage, error: &Error) -> &'static str {
 /// The kinds of errors that mean that the other side ended the connection.
 const CLOSED: &str = "BrokenPipe ConnectionAborted ConnectionReset NotConnected UnexpectedEof";
 
-/// Rows of a step, words that the error's kind or text must contain, and the remedy. The statuses are the
-/// specification's.
+/// A row has a step; texts, one of which the error's kind or message contains (none: any error); and the remedy. The
+/// statuses are the specification's.
 const REMEDIES: &str = "\
 dnsaddr | NotFound | its TXT records list no address over TCP or WebSocket: dig TXT _dnsaddr.NAME
-dnsaddr |  | no name server of /etc/resolv.conf answers over TCP; name an address of dig TXT _dnsaddr.NAME
+dnsaddr |  | no name server of /etc/resolv.conf answers over TCP; check one of the addresses in dig TXT _dnsaddr.NAME
 resolve |  | correct the name, or its A and AAAA records: dig NAME
 tcp | ConnectionRefused | nothing listens there: start the relay, or correct or publish the port
 tcp | Unreachable | this machine has no route there: check its network
@@ -59,12 +59,12 @@ tcp |  | a firewall drops the packets, or the address is another host's: open or
 tls | NotFound | install ca-certificates, or name a file with SSL_CERT_FILE
 tls |  | get a certificate for this name, and present its whole chain (relaylet: --tls-cert); to trust another issuer name it \
     with SSL_CERT_FILE
-websocket |  | name the relay's port for WebSocket, or have the proxy pass upgrades on
+websocket |  | use the relay's port for WebSocket, or have the proxy pass on upgrades
 pnet |  | the relay is in no private network: leave out --swarm-key
 secure | another peer | correct the peer id, or find out what else listens there
 secure | Closed, negotiation failed | the relay refuses this address (its caps, rates and access rules), drains, is in a private \
-    network (--swarm-key), or supports neither /noise nor /tls/1.0.0 over /yamux/1.0.0
-secure |  | no libp2p peer: correct the port, name WebSocket (/ws), or the private network's key (--swarm-key)
+    network (--swarm-key), supports neither /noise nor /tls/1.0.0, or not /yamux/1.0.0
+secure |  | no libp2p peer answers: correct the port, add /ws for WebSocket, or give the private network's key (--swarm-key)
 identify | Closed | the relay refuses this peer (access rules, caps): see its log
 identify |  | have the relay serve identify, by which clients learn that it is one
 reserve | negotiation failed | the peer is no relay: make it one (kubo: ipfs config --json Swarm.RelayService.Enabled true; go-libp2p: \
@@ -84,7 +84,7 @@ circuit | status 203 | its stop stream to the first connection failed: see the r
 circuit | status 204 | several relays share the address: have each client always reach the same one
 circuit | other bytes | the relay changes what it carries: update it
 circuit |  | see the relay's log; the limits of a circuit may be below what the handshakes of two clients take
-end |  | the relay does not pass the end of a circuit on, so that clients keep what is gone: update it";
+end |  | the relay does not pass the end of a circuit on, so that clients keep dead circuits: update it";
 
 /// The kind of the innermost error: libp2p's muxers wrap those of the connection.
 fn kind_of(error: &Error) -> ErrorKind {

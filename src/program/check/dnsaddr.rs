@@ -13,7 +13,7 @@ use simple_dns::{CLASS, Name, Packet, PacketFlag, Question, SimpleDnsError, TYPE
 
 use super::{steps::list, target::Target};
 
-/// How many names are looked up: a record may name another one.
+/// How many names are looked up at most: a record may name another one.
 const MAX_NAMES: usize = 10;
 
 /// Looks up this address. Returns the first target that can be checked (IPv4 before IPv6 and names), and a text that
@@ -40,7 +40,7 @@ async fn look_up_at(servers: &[SocketAddr], address: Multiaddr) -> io::Result<(T
             }
         }
     }
-    let detail = list(found.keys()); // IPv4 has the lowest code
+    let detail = list(found.keys()); // sorted by protocol code: /ip4 is the lowest
     Ok((found.into_values().next().ok_or(io::ErrorKind::NotFound)?, detail))
 }
 

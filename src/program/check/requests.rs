@@ -35,7 +35,7 @@ pub async fn identify(mut stream: Stream) -> io::Result<((), String)> {
     Ok(((), format!("{agent}; sees us at {observed}; {}", list(message.protocols))))
 }
 
-/// Requests a slot of the relay, the first of these peers, for the other, and examines what it grants.
+/// Requests a slot and examines what is granted. `peers` are the relay and the peer that requests.
 pub async fn reserve(mut stream: Stream, peers: [PeerId; 2]) -> io::Result<((), String)> {
     let reserve = HopMessage { r#type: Some(proto::HOP_RESERVE), ..Default::default() };
     let answer = request(&mut stream, reserve).await?;
@@ -95,7 +95,7 @@ async fn request(stream: &mut Stream, request: HopMessage) -> io::Result<HopMess
     }
 }
 
-/// Examines what the relay, the first of these peers, grants to the other. Sans-IO. Fails if clients cannot use it.
+/// Examines what the relay grants; fails if clients cannot use it. `peers` as for [`reserve`]. Sans-IO.
 fn examine(answer: HopMessage, peers: [PeerId; 2], now: SystemTime) -> io::Result<String> {
     let reservation = answer.reservation.unwrap_or_default();
     let now = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
@@ -116,11 +116,11 @@ fn examine(answer: HopMessage, peers: [PeerId; 2], now: SystemTime) -> io::Resul
     let (time, bytes) = (limit.duration.filter(|it| *it > 0), limit.data.filter(|it| *it > 0));
     let time = time.map_or("any time".into(), |it| seconds(it.into()));
     let bytes = bytes.map_or("any bytes".into(), |it| ByteSize::b(it).to_string());
-    let limits = format!("a circuit may take {time} and {bytes} in each direction");
+    let limits = format!("a circuit may last {time} and carry {bytes} in each direction");
     Ok(format!("status 100 (OK) for {}; {limits}; {voucher}; at {addresses}", seconds(term)))
 }
 
-/// Whether the relay has signed that the other peer has a reservation (libp2p RFC 0002).
+/// Whether the relay has signed that this side has a reservation (libp2p RFC 0002).
 fn verify(voucher: &[u8], [relay, own]: [PeerId; 2], now: u64) -> Option<bool> {
     let envelope = SignedEnvelope::from_protobuf_encoding(voucher).ok()?;
     let signed = envelope.payload_and_signing_key(VOUCHER_DOMAIN.into(), &VOUCHER_TYPE).ok()?;
@@ -169,7 +169,8 @@ mod tests {
 
         let told =
             examine(answer(vec![address.clone()], sign(&relay, own, EXPIRE)), before).unwrap();
-        for part in ["for 1h;", " 2m and any bytes", "the voucher is valid", "/ip4/192.0.2.1/tcp/1"]
+        for part in
+            ["for 1h;", " 2m and carry any bytes", "the voucher is valid", "/ip4/192.0.2.1/tcp/1"]
         {
             assert!(told.contains(part), "{told}");
         }

@@ -9,7 +9,7 @@ use super::diagnosis::{Stage, remedy};
 /// How long a step may take.
 pub const TIME_LIMIT: Duration = Duration::from_secs(20);
 
-/// How much of a text is shown, in characters: it may be the relay's own.
+/// How much of a text is shown, in characters: it may come from the relay.
 const MAX_SHOWN: usize = 1000;
 
 /// A step that ended.

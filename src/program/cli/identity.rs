@@ -45,7 +45,8 @@ pub struct Identity {
     pub warning: Option<String>,
 }
 
-/// Reads the key that [`VARIABLE`] holds. If that is not set or empty, reads the key in `file`, or creates it: see below.
+/// Reads the key that [`VARIABLE`] holds. If that is not set or empty, reads or creates the one in `file`, as
+/// `load_or_create_file` does.
 ///
 /// # Errors
 ///
@@ -163,7 +164,7 @@ fn create(
         // Some file systems cannot sync a folder. The key can be used all the same.
         let unsynced = sync(folder).err().map(|error| {
             format!(
-                "--identity {shown}: syncing its folder failed, the key may be lost with a power failure: \
+                "--identity {shown}: syncing its folder failed, the key may be lost in a power failure: \
                  {error}; keep a copy"
             )
         });
@@ -185,7 +186,7 @@ fn create(
 /// Renames the temporary file to `file` unless that exists.
 ///
 /// Some file systems (network ones, FUSE) support neither of the system calls for that. There it copies the file, which
-/// others may see incomplete.
+/// other programs may see incomplete.
 fn persist(temporary: NamedTempFile, file: &Path) -> io::Result<()> {
     match temporary.persist_noclobber(file) {
         Ok(_) => Ok(()),

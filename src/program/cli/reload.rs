@@ -30,7 +30,7 @@ impl Settings {
         Self { at_start: flags.clone(), now: flags.clone() }
     }
 
-    /// Reads flags, environment and file again, and applies them to the node. Logs an error, and changes nothing then.
+    /// Reads flags, environment and file again, and applies them to the node. On an error, logs it and changes nothing.
     pub fn reload(&mut self, node: &mut Node) {
         match self.now.config {
             Some(_) => match Flags::of_process().and_then(|flags| self.apply(flags, node)) {
@@ -39,7 +39,7 @@ impl Settings {
                 }
                 Ok(()) | Err(Exit::Print(_)) => {} // the arguments did not print at the start either
             },
-            None if self.now.tls_cert.is_some() => {}
+            None if self.now.tls_cert.is_some() => {} // `TlsFiles` reloads it
             None => log::warn!("SIGHUP: no file to reload; name one with --config"),
         }
     }
@@ -53,7 +53,7 @@ impl Settings {
         let is_at_start = |name: &str| AT_START.split(' ').any(|at_start| at_start == name);
         restart.retain(|name| is_at_start(name));
         restart.retain(|name| !(is_lowered && name == "max-circuits-per-peer"));
-        // Limits of streams follow from its value at the start.
+        // The limits on streams follow from max-circuits-per-peer at the start.
         if per_peer(&flags) > limit {
             flags.max_circuits_per_peer = Some(Parsed(limit));
         }

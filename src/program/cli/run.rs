@@ -88,7 +88,7 @@ async fn run(flags: &Flags) -> Result<()> {
     let identity = identity::load_or_create(&flags.identity)?;
     let config = flags.config();
     let mut node = Node::with_setup(identity.keypair, config.clone(), setup(flags)?)
-        .map_err(|error| usage_if_config(flags, error))?;
+        .map_err(|error| as_usage_error(flags, error))?;
     node.set_proxies(flags.proxies());
     #[cfg(feature = "websocket")]
     node.set_forwarders(flags.forwarders());
@@ -103,7 +103,7 @@ async fn run(flags: &Flags) -> Result<()> {
         if !flags.announce.is_empty() {
             log::warn!(
                 "--announce with a new identity: clients that know the relay by another peer id can no longer \
-                 reach it; restore its key to {file} if it had one"
+                 reach it; restore the previous key to {file} if there is one"
             );
         }
     }
@@ -129,7 +129,7 @@ async fn run(flags: &Flags) -> Result<()> {
         components.insert(0, Box::new(monitor)); // polled first
     }
 
-    // 3. What to log at the start.
+    // 3. The startup log.
     log_limits(flags, &config);
     let unusable = startup_log::unusable_announced(&config.announce, node.peer_id());
     for warning in unusable.into_iter().chain(identity.warning) {
@@ -274,7 +274,7 @@ fn listen(node: &mut Node, flags: &Flags) -> Result<()> {
     let (addresses, missing): (Vec<_>, Vec<_>) =
         addresses.into_iter().partition(|address| are_set || has_version(address));
     for address in missing {
-        log::warn!("not listening on {address}: this machine has no such address");
+        log::warn!("not listening on {address}: this machine has no address of that IP version");
     }
     if addresses.is_empty() {
         bail!("--listen: this machine has neither IPv4 nor IPv6");
@@ -302,7 +302,8 @@ fn has_address(address: &Multiaddr) -> bool {
         .is_none_or(|(socket, _)| interfaces::has_version_of(socket.ip()))
 }
 
-fn usage_if_config(flags: &Flags, error: anyhow::Error) -> anyhow::Error {
+/// An error in the configuration as a usage error; any other error unchanged.
+fn as_usage_error(flags: &Flags, error: anyhow::Error) -> anyhow::Error {
     match error.downcast::<ConfigError>() {
         Ok(error) => UsageError(flags.locate(in_flags(error))).into(),
         Err(error) => error,
@@ -314,7 +315,7 @@ fn log_listener(node: &Node, event: NodeEvent) {
         NodeEvent::Listening(address) => {
             let line = format!("listening on {address}/p2p/{}", node.peer_id());
             print(&line);
-            if !log_output::has_standard_output() {
+            if !log_output::is_merged_with_stdout() {
                 log::info!("{line}");
             }
         }

@@ -115,7 +115,7 @@ impl Metrics {
             unanswered: registered(
                 own,
                 "questions_unanswered",
-                "Peers that answered no such ping in time and were disconnected",
+                "Peers that did not answer a ping in time and were disconnected",
             ),
             sweeps: registered(own, "sweeps", "Passes over the tables that end what has expired"),
             sweep_seconds,
@@ -194,7 +194,7 @@ impl Metrics {
             busiest: registered(
                 own,
                 "busiest",
-                "How much of a resource the address holds that holds the most of it",
+                "The address that holds the most of a resource, and how much",
             ),
         };
         for (stage, reason) in HANDSHAKES {

@@ -1,7 +1,7 @@
 //! Monitors the relay for HTTP: counts its events and publishes a [`Snapshot`] once a second.
 //!
 //! Runs on the relay's thread. The thread that serves HTTP ([`super::server`]) reads the latest snapshot and
-//! nothing else. The lists of a status are long, so a snapshot has one only while it is requested.
+//! nothing else. The lists of a status are long, so a snapshot has a status only while one is requested.
 
 use std::{
     net::{SocketAddr, TcpListener},
@@ -48,7 +48,8 @@ pub struct Monitor {
 }
 
 impl Monitor {
-    /// Listens on the address of `--http` and serves it, the page and the status under `--http-host` only.
+    /// Listens on the address of `--http` and serves HTTP; the page and the status only under the names that [`Hosts`]
+    /// allows.
     ///
     /// # Errors
     ///
@@ -69,7 +70,7 @@ impl Monitor {
         let latest = Arc::new(LatestSnapshot::new(snapshot));
         server::start(listener, Routes::new(Arc::clone(&latest), registry, Hosts(hosts)))
             .with_context(|| format!("--http {address}"))?;
-        log::info!("watch it at http://{address}/");
+        log::info!("monitoring page: http://{address}/");
         if !address.ip().is_loopback() {
             log::warn!(
                 "--http {address}: anyone who can reach this address sees the peers that use this relay, and \

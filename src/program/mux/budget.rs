@@ -1,8 +1,8 @@
 //! The budget for buffered bytes: one for all connections, with an account for each, and push-out.
 //!
 //! Push-out (longest queue drop): above the limit, streams of the heaviest connection of the heaviest client prefix are
-//! reset, those first with the most bytes that have waited the longest. Their bytes are freed at once. No connection is
-//! read more slowly because of another one.
+//! reset, the heaviest first: a stream weighs its bytes times the time that they have waited. Their bytes are freed at
+//! once. No connection is read more slowly because of another one.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -24,7 +24,7 @@ const MIN_WINDOW: usize = 32 * 1024;
 /// The longest write stall while memory is scarce.
 const STALL_WHILE_SCARCE: Duration = Duration::from_secs(30);
 
-/// The budget of all connections. Clones are the same budget.
+/// The budget of all connections: the pool. Clones are the same budget.
 #[derive(Clone, Debug)]
 pub struct MemoryBudget(Arc<Inner>);
 
@@ -48,7 +48,7 @@ pub trait Connection: Send + Sync + std::fmt::Debug {
     /// The account of the connection.
     fn budget(&self) -> &ConnectionBudget;
 
-    /// Resets its most stalled stream; returns how many bytes that freed.
+    /// Resets its heaviest stream; returns how many bytes that freed.
     fn shed(&self, now: Instant) -> usize;
 
     /// Resets this stream.
@@ -121,7 +121,7 @@ pub struct ConnectionBudget {
     /// The number of the connection, and its client prefix.
     pub number: u64,
     pub prefix: Option<ClientPrefix>,
-    /// All bytes charged to it.
+    /// Bytes charged to it that it can free.
     held: AtomicUsize,
     /// Received bytes that are unread.
     unread: AtomicUsize,
@@ -130,8 +130,8 @@ pub struct ConnectionBudget {
 }
 
 impl MemoryBudget {
-    /// An empty pool with its limit, the limit on what one connection holds unread, and by how much the windows of one
-    /// may grow in all, in bytes.
+    /// An empty pool of at most `limit` bytes. One connection may have `limit_per_connection` unread bytes, and its windows
+    /// may grow by `growth` bytes in all.
     pub fn new(limit: usize, limit_per_connection: usize, growth: usize) -> Self {
         Self(Arc::new(Inner { limit, limit_per_connection, growth, ..Inner::default() }))
     }
@@ -192,7 +192,7 @@ impl MemoryBudget {
         if self.held() <= pool.limit {
             return;
         }
-        let Ok(_alone) = pool.pushing_out.try_lock() else {
+        let Ok(_guard) = pool.pushing_out.try_lock() else {
             return;
         };
         let open = self.connections().values().filter_map(Weak::upgrade).collect::<Vec<_>>();

@@ -4,8 +4,7 @@
 //! peer opens beyond its limit is reset; one that this side opens beyond its own limit waits for another to end.
 //!
 //! The secure channel makes a message, and a system call, of each flush. So it is flushed only when there is nothing
-//! more to send, or when a message of Noise is full (write batching): that saves a fifth of the CPU time of a circuit's
-//! set-up.
+//! more to send, or when a batch is full (write batching): that saves a fifth of the CPU time of a circuit's set-up.
 
 use std::{
     io, iter,
@@ -46,8 +45,8 @@ use crate::{
 const TURN: usize = 256 * 1024;
 const TURN_READS: usize = 128;
 
-/// The size of a write batch while memory is scarce, in bytes. Once Noise has sent a larger message, it keeps buffers
-/// for three of that size.
+/// The size of a write batch at first, in bytes. Once Noise has sent a larger message, it keeps buffers for three of that
+/// size: large batches begin with the first full one that is sent while half of the pool is free.
 const SMALL_BATCH: usize = 8 * 1024;
 
 /// The largest write batch, in bytes: a whole frame, and the largest message of Noise.
@@ -97,7 +96,7 @@ impl Multiplex {
     ) -> Self {
         let (prefix, activity) = (ClientPrefix::of(remote), activity.unwrap_or_default());
         if let Some(socket) = &socket {
-            socket::watch_losses(socket, &activity);
+            socket::report_losses(socket, &activity);
         }
         Self { prefix, activity, socket, ..self.clone() }
     }
@@ -165,7 +164,7 @@ impl<C> Muxer<C> {
     fn new(connection: C, multiplex: Multiplex, role: Role) -> Self {
         let Multiplex { admission, memory, prefix, activity, socket } = multiplex;
         if let Some(socket) = &socket {
-            socket::leave_to_mux(socket, true);
+            socket::set_user_timeout(socket, false);
         }
         Self {
             connection,
@@ -283,7 +282,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
             let budget = &self.shared.budget;
             if lasts >= budget.pool.max_stall().max(STALL_CHECK) {
                 budget.count(Cut::WriteStalled);
-                let why = format!("write stalled: took nothing for {} s", lasts.as_secs());
+                let why = format!("write stalled: no progress for {} s", lasts.as_secs());
                 return Err(io::Error::new(io::ErrorKind::TimedOut, why));
             }
         }
@@ -363,7 +362,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> StreamMuxer for Muxer<C> {
 impl<C> Drop for Muxer<C> {
     fn drop(&mut self) {
         if let Some(socket) = &self.socket {
-            socket::leave_to_mux(socket, false); // the kernel still sends what was written
+            socket::set_user_timeout(socket, true); // the kernel still sends what was written
         }
         self.shared.with(|session| session.close_all());
     }
@@ -455,7 +454,7 @@ impl AsyncWrite for Substream {
 /// until it accepts one.
 ///
 /// Sans-IO. libp2p's multistream-select allocates 16 KiB for a message as soon as its length is announced, which takes two
-/// bytes. No protocol name is longer than 127 bytes, so longer messages are rejected.
+/// bytes. So messages longer than 127 bytes are rejected; the usual protocol names are shorter.
 /// See [the specification](https://github.com/multiformats/multistream-select).
 #[derive(Debug, Default)]
 struct Negotiation {

@@ -66,8 +66,8 @@ impl UpgradeInfo for Security {
 
 type Protocols = Skip<array::IntoIter<&'static str, { PROTOCOLS.len() }>>;
 
-/// Noise alone while the clock is not set: in TLS the certificate of every peer would not be valid yet, and the peer would
-/// not try Noise after that.
+/// Noise alone while the clock is not set: every peer's TLS certificate would seem not valid yet, and a peer whose TLS
+/// handshake failed does not try Noise.
 fn protocols(now: SystemTime) -> Protocols {
     let skipped = if wall_clock::is_set(now) { 0 } else { PROTOCOLS.len() - 1 };
     PROTOCOLS.into_iter().skip(skipped)

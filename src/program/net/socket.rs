@@ -1,4 +1,4 @@
-//! Options of TCP sockets, what the kernel knows of them, and the remedies for errors of bind.
+//! Options of TCP sockets, what the kernel knows of them, and the remedies for bind errors.
 
 #[cfg(target_os = "linux")]
 mod tcp_info;
@@ -10,8 +10,7 @@ use socket2::{SockRef, TcpKeepalive};
 
 use crate::activity::ActivityCounter;
 
-/// How long sent data may stay unacknowledged before the kernel closes the connection, unless [`leave_to_mux`] takes that
-/// over.
+/// How long sent data may stay unacknowledged before the kernel closes the connection: see [`set_user_timeout`].
 ///
 /// Without it a peer that vanished while its window was full holds its socket for a quarter of an hour.
 #[cfg(any(target_os = "android", target_os = "linux"))]
@@ -26,12 +25,12 @@ const MAX_UNSENT: u32 = 128 * 1024;
 const KEEPALIVE: Duration = Duration::from_secs(60);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
 
-/// A peer behind a link that loses packets may be alive if its end of the connection was heard within this time. Less than
+/// A silent peer behind a link that loses packets may be alive if its kernel sent something within this time. Less than
 /// [`KEEPALIVE`]: the kernel of a peer whose process is frozen answers keep-alive probes.
 #[cfg(target_os = "linux")]
-const HEARD: Duration = Duration::from_secs(45);
+const RECENT: Duration = Duration::from_secs(45);
 
-/// Adds the remedy to an error of bind. Done here because libp2p's boxed transports keep the text of an error and drop
+/// Adds the remedy to a bind error. Done here because libp2p's boxed transports keep the text of an error and drop
 /// its kind.
 pub(crate) fn with_remedy(error: &io::Error) -> io::Error {
     let remedy = match error.kind() {
@@ -53,10 +52,11 @@ pub(crate) fn set_options(stream: &TcpStream) -> io::Result<()> {
     {
         socket.set_tcp_user_timeout(Some(USER_TIMEOUT))?;
         socket.set_tcp_notsent_lowat(MAX_UNSENT)?;
-        // The first retransmissions of a probe do not back off: eleven instead of five within its 3 s. Not all kernels can.
+        // Without backoff of the first retransmissions, a probe is sent eleven times instead of five within its 3 s. Not
+        // all kernels support it.
         let _ = socket.set_tcp_thin_linear_timeouts(true);
     }
-    // The kernel does that for no stream of BBR, which in its terms never leaves the initial slow start.
+    // The kernel uses linear timeouts only after the initial slow start, which for it a BBR connection never leaves.
     #[cfg(target_os = "linux")]
     if socket.tcp_congestion().is_ok_and(|name| name.starts_with(b"bbr")) {
         let _ = socket.set_tcp_congestion(b"reno");
@@ -64,7 +64,7 @@ pub(crate) fn set_options(stream: &TcpStream) -> io::Result<()> {
     Ok(())
 }
 
-/// Gives a connection that begins to carry much the system's congestion control, where [`set_options`] chose another.
+/// Restores the system's congestion control, in place of which [`set_options`] may have set another, before bulk data.
 pub(crate) fn prepare_for_bulk(stream: &TcpStream) {
     #[cfg(target_os = "linux")]
     if let Ok(name) = std::fs::read("/proc/sys/net/ipv4/tcp_congestion_control") {
@@ -74,13 +74,14 @@ pub(crate) fn prepare_for_bulk(stream: &TcpStream) {
     let _ = stream;
 }
 
-/// Sets whether the muxer, instead of the kernel, closes a connection whose peer stalls. The kernel would also close
-/// one whose peer reads slowly: it counts from when it first had to wait for room there (Linux 6.18).
-pub(crate) fn leave_to_mux(stream: &TcpStream, is_left: bool) {
+/// Sets whether the kernel closes a connection whose peer stalls. The muxer switches that off and does it itself: the
+/// kernel would also close one whose peer reads slowly, as it counts from when the peer's window first had no room
+/// (Linux 6.18).
+pub(crate) fn set_user_timeout(stream: &TcpStream, is_on: bool) {
     #[cfg(any(target_os = "android", target_os = "linux"))]
-    let _ = SockRef::from(stream).set_tcp_user_timeout((!is_left).then_some(USER_TIMEOUT));
+    let _ = SockRef::from(stream).set_tcp_user_timeout(is_on.then_some(USER_TIMEOUT));
     #[cfg(not(any(target_os = "android", target_os = "linux")))]
-    let _ = (stream, is_left);
+    let _ = (stream, is_on);
 }
 
 /// How many bytes the other end has acknowledged so far; `None` where the kernel does not say so.
@@ -92,15 +93,15 @@ pub(crate) fn acknowledged(stream: &TcpStream) -> Option<u64> {
     return None;
 }
 
-/// Has `activity` tell whether the connection loses packets while the other end was heard recently. Keeps the addresses
-/// and not the socket, which would stay open.
-pub(crate) fn watch_losses(stream: &TcpStream, activity: &ActivityCounter) {
+/// Has `activity` report whether the connection loses packets and its other end sent something recently. Keeps the
+/// addresses and not the socket, which would stay open.
+pub(crate) fn report_losses(stream: &TcpStream, activity: &ActivityCounter) {
     #[cfg(target_os = "linux")]
     if let (Ok(local), Ok(remote)) = (stream.local_addr(), stream.peer_addr()) {
         activity.set_lossy(move || {
             let info = tcp_info::TcpInfo::of(local, remote);
             info.is_some_and(|info| {
-                info.silent_for().is_some_and(|silent_for| silent_for < HEARD)
+                info.silent_for().is_some_and(|silent_for| silent_for < RECENT)
                     && info.is_lossy() == Some(true)
             })
         });
@@ -131,9 +132,9 @@ mod tests {
             assert!(!socket.tcp_congestion().unwrap().starts_with(b"bbr"));
             prepare_for_bulk(&stream);
             assert_eq!(socket.tcp_congestion().unwrap(), by_default);
-            leave_to_mux(&stream, true);
+            set_user_timeout(&stream, false);
             assert_eq!(socket.tcp_user_timeout().unwrap(), None);
-            leave_to_mux(&stream, false);
+            set_user_timeout(&stream, true);
             assert_eq!(socket.tcp_user_timeout().unwrap(), Some(USER_TIMEOUT));
         });
     }

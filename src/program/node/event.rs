@@ -48,7 +48,8 @@ pub enum NodeEvent {
 }
 
 impl NodeEvent {
-    /// The event of a connection that was closed, by the relay for this reason or by this error; and why, for the log.
+    /// The event of a closed connection, and why it was closed, for the log. `by_relay` is the relay's reason, if it
+    /// closed it.
     pub(super) fn closed(
         endpoint: &ConnectedPoint,
         by_relay: Option<CloseReason>,
@@ -98,7 +99,7 @@ mod tests {
     fn each_end_of_a_connection_has_its_reason() {
         // As libp2p boxes the muxer's errors.
         let of = |error: io::Error| ConnectionError::IO(io::Error::other(error));
-        let stalled = "write stalled: took nothing for 60 s";
+        let stalled = "write stalled: no progress for 60 s";
         let stalled = of(io::Error::new(io::ErrorKind::TimedOut, stalled));
         let refusals = of(io::Error::other(Cut::Refusals.kind()));
         let left = of(io::ErrorKind::ConnectionAborted.into());

@@ -14,14 +14,14 @@ const PEM_END: &str = "-----END PRIVATE KEY-----";
 /// The name of the key in kubo's configuration.
 const KUBO: &str = "\"PrivKey\"";
 
-/// The part of a PKCS #8 structure between its version and the 32 bytes of an Ed25519 key (RFC 8410, 7), and how many
-/// bytes precede that part.
+/// The part of a PKCS #8 structure between its version and the 32 bytes of an Ed25519 key (RFC 8410, 7), and where it
+/// begins.
 const ED25519: [u8; 11] = [0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x04, 0x22, 0x04, 0x20];
-const BEFORE: usize = 5;
+const ED25519_AT: usize = 5;
 
-/// What of an ECDSA key (RFC 5915) stands before its 32 bytes.
+/// The part of an ECDSA key (RFC 5915, 3) before its 32 secret bytes, and where it begins.
 const ECDSA: [u8; 5] = [0x02, 0x01, 0x01, 0x04, 0x20];
-const BEFORE_ECDSA: usize = 2;
+const ECDSA_AT: usize = 2;
 
 /// Reads a key in libp2p's protobuf; `None` if it is something else. Wipes all copies of its bytes that it makes.
 ///
@@ -39,14 +39,14 @@ pub fn of_protobuf(bytes: &[u8]) -> Option<Keypair> {
             secp256k1::Keypair::from(secret).into()
         }
         3 => {
-            let secret = key.get(BEFORE_ECDSA..)?.strip_prefix(&ECDSA)?.get(..32)?;
+            let secret = key.get(ECDSA_AT..)?.strip_prefix(&ECDSA)?.get(..32)?;
             ecdsa::Keypair::from(ecdsa::SecretKey::try_from_bytes(secret).ok()?).into()
         }
         _ => return None,
     })
 }
 
-/// Reads a key in libp2p's protobuf, that in base64, in kubo's configuration, or an Ed25519 key in PEM.
+/// Reads a key in libp2p's protobuf, the same in base64, in kubo's configuration, or an Ed25519 key in PEM.
 ///
 /// # Errors
 ///
@@ -66,7 +66,7 @@ pub fn decode(bytes: &[u8]) -> Result<Keypair, &'static str> {
     let decoded = BASE64.decode(base64.as_bytes()).map(Zeroizing::new);
     let keypair = decoded.ok().and_then(|bytes| of_protobuf(&bytes));
     keypair.ok_or(
-        "holds no libp2p private key; name kubo's config, an exported key, or Ed25519 in PEM",
+        "holds no libp2p private key; name kubo's config, an exported key, or an Ed25519 key in PEM",
     )
 }
 
@@ -83,7 +83,7 @@ fn of_pem(text: &str) -> Result<Keypair, &'static str> {
     let base64 = body.bytes().filter(|byte| !byte.is_ascii_whitespace());
     let base64 = Zeroizing::new(base64.collect::<Vec<_>>());
     let der = Zeroizing::new(BASE64.decode(&base64).map_err(|_| OTHER)?);
-    let rest = der.get(BEFORE..).and_then(|rest| rest.strip_prefix(&ED25519)).ok_or(OTHER)?;
+    let rest = der.get(ED25519_AT..).and_then(|rest| rest.strip_prefix(&ED25519)).ok_or(OTHER)?;
     let mut secret = Zeroizing::new(rest.get(..32).ok_or(OTHER)?.to_vec());
     Keypair::ed25519_from_bytes(secret.as_mut_slice()).map_err(|_| OTHER)
 }

@@ -1,4 +1,4 @@
-//! The log on standard error: its form, and which lines standard output has as well.
+//! The log on standard error: its format, and whether standard output goes to the same place.
 //!
 //! Under systemd the journal adds the time. It takes the priority of a line from a prefix, `<3>` to `<7>`:
 //! [sd-daemon(3)](https://www.freedesktop.org/software/systemd/man/latest/sd-daemon.html).
@@ -50,11 +50,11 @@ fn write_to_journal(
     text.to_string().lines().try_for_each(|line| writeln!(out, "<{priority}>{line}"))
 }
 
-/// Where a standard stream goes. All pipes count as one place: a container runtime reads both streams from pipes, and shows
+/// Where a standard stream goes. All pipes count as one sink: a container runtime reads both streams from pipes, and shows
 /// them together.
 #[cfg(unix)]
 #[derive(Debug, PartialEq)]
-enum Place {
+enum Sink {
     Terminal,
     Pipe,
     Socket,
@@ -62,7 +62,7 @@ enum Place {
 }
 
 #[cfg(unix)]
-impl Place {
+impl Sink {
     fn of(stream: &(impl std::os::fd::AsFd + io::IsTerminal)) -> Option<Self> {
         use rustix::fs::{FileType, fstat};
 
@@ -96,9 +96,9 @@ fn is_journal() -> bool {
 }
 
 /// Whether standard output goes to the same place as the log.
-pub fn has_standard_output() -> bool {
+pub fn is_merged_with_stdout() -> bool {
     #[cfg(unix)]
-    return Place::of(&io::stdout()).is_some_and(|out| Some(out) == Place::of(&io::stderr()));
+    return Sink::of(&io::stdout()).is_some_and(|out| Some(out) == Sink::of(&io::stderr()));
     #[cfg(not(unix))]
     return io::IsTerminal::is_terminal(&io::stdout())
         && io::IsTerminal::is_terminal(&io::stderr());
@@ -125,15 +125,15 @@ mod tests {
 
     #[cfg(unix)]
     #[test]
-    fn all_pipes_are_the_same_place_and_each_file_is_its_own() {
+    fn all_pipes_are_the_same_sink_and_each_file_is_its_own() {
         let [first, second] = [(); 2].map(|()| tempfile::tempfile().unwrap());
-        let file = Place::of(&first);
-        assert!(file.is_some() && file == Place::of(&first) && file != Place::of(&second));
+        let file = Sink::of(&first);
+        assert!(file.is_some() && file == Sink::of(&first) && file != Sink::of(&second));
         let pipes = [(); 2].map(|()| io::pipe().unwrap());
         assert_eq!(device_and_inode(&pipes[0].0), device_and_inode(&pipes[0].1));
         assert_ne!(device_and_inode(&pipes[0].0), device_and_inode(&pipes[1].0));
         let stdout =
             std::fs::File::from(std::os::fd::OwnedFd::from(pipes[0].1.try_clone().unwrap()));
-        assert_eq!(Place::of(&stdout), Some(Place::Pipe));
+        assert_eq!(Sink::of(&stdout), Some(Sink::Pipe));
     }
 }

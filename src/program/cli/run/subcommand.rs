@@ -23,7 +23,7 @@ use crate::program::{
     net::swarm_key,
 };
 
-/// Checks whether clients can use any libp2p relay, and says why if they cannot.
+/// Checks whether clients can use a relay, of any libp2p implementation, and says why if they cannot.
 ///
 /// Prints a line for each step with its time: DNS, TCP, TLS, WebSocket, swarm key, Noise or TLS, yamux, identify, a slot,
 /// and a circuit to itself. The exit code is 0 if all of them succeed, otherwise 1.
@@ -59,10 +59,10 @@ struct Id {
     #[structopt(long, value_name = "FILE", env = "RELAYLET_IDENTITY", hide_env_values = true)]
     identity: Option<PathBuf>,
 
-    /// Reads the key from this file, and writes it to that of --identity, which must not exist
+    /// Reads the key from this file, and writes it to that of --identity, which must not hold another key
     ///
-    /// It may be kubo's configuration, a key that kubo exported, Ed25519 in PEM, or the content of such a key file,
-    /// also in base64.
+    /// It may be kubo's configuration, a key that kubo exported, an Ed25519 key in PEM, or a relaylet key file, also
+    /// in base64.
     #[structopt(long, value_name = "FILE")]
     import: Option<PathBuf>,
 }
@@ -117,7 +117,7 @@ fn check(_: &[OsString]) -> Result<ExitCode> {
 fn check(arguments: &[OsString]) -> Result<ExitCode> {
     let Check { address: Parsed(address), quick, swarm_key } = parse(arguments)?;
     let Some(mut target) = check::Target::parse(&address) else {
-        let problem = "is no address over TCP or WebSocket; try /ip4/192.0.2.1/tcp/4001, or \
+        let problem = "not an address over TCP or WebSocket; try /ip4/192.0.2.1/tcp/4001, or \
                        /dns4/relay.example.org/tcp/443/tls/ws";
         return Err(UsageError(format!("{address}: {problem}")).into());
     };

@@ -81,7 +81,7 @@ function address(text) {
 }
 
 // Shows the relay's addresses: a few of them until the button below is clicked.
-function addresses(where) {
+function showAddresses(where) {
   const all = status.reachable_at;
   const most = where.dataset.all ? Infinity : ADDRESSES;
   const key = JSON.stringify([all, most]);
@@ -91,7 +91,7 @@ function addresses(where) {
   more.hidden = all.length <= most;
   more.addEventListener("click", () => {
     where.dataset.all = true;
-    addresses(where);
+    showAddresses(where);
   });
   where.replaceChildren(element("ol", all.slice(0, most).map(address)), more);
 }
@@ -104,7 +104,7 @@ async function copyOnClick(button, text, code) {
   const result = done ? "Copied" : code ? "Selected" : "Not copied";
   const show = (result, label) => {
     button.classList.toggle("copied", result === "Copied");
-    setText(find("#said"), result);
+    setText(find("#copy-result"), result);
     if (code) setText(button, label);
   };
   show(result, result);
@@ -139,9 +139,9 @@ class Table {
     this.rows = new Map();
     this.most = ROWS;
     const titles = columns.map(({ title, kind, by }) => {
-      const of = by ? element("button", title, { type: "button" }) : title;
-      const head = element("th", of, { className: kind ?? "", scope: "col" });
-      if (by) of.addEventListener("click", () => this.sort(by, head));
+      const label = by ? element("button", title, { type: "button" }) : title;
+      const head = element("th", label, { className: kind ?? "", scope: "col" });
+      if (by) label.addEventListener("click", () => this.sort(by, head));
       return head;
     });
     find("thead", section).append(element("tr", titles));
@@ -153,10 +153,10 @@ class Table {
 
   // Descending; a second click makes it ascending.
   sort(by, head) {
-    const turned = head.ariaSort === "descending";
+    const isAscending = head.ariaSort === "descending";
     for (const other of head.parentElement.cells) other.ariaSort = null;
-    head.ariaSort = turned ? "ascending" : "descending";
-    this.order = (a, b) => (turned ? by(a) - by(b) : by(b) - by(a));
+    head.ariaSort = isAscending ? "ascending" : "descending";
+    this.order = (a, b) => (isAscending ? by(a) - by(b) : by(b) - by(a));
     this.show(this.last);
   }
 
@@ -173,13 +173,13 @@ class Table {
       }
     }
     const body = find("tbody", this.section);
-    shown.forEach(([key, of], index) => {
-      const row = this.rows.get(key) ?? this.add(key, of);
+    shown.forEach(([key, item], index) => {
+      const row = this.rows.get(key) ?? this.add(key, item);
       this.columns.forEach(({ text, small, kind }, at) => {
         const [main, line] = small ? row.cells[at].children : [row.cells[at]];
-        if (text) setText(main, text(of));
-        if (small) setText(line, small(of));
-        if (typeof kind === "function") row.cells[at].className = kind(of);
+        if (text) setText(main, text(item));
+        if (small) setText(line, small(item));
+        if (typeof kind === "function") row.cells[at].className = kind(item);
       });
       if (body.children[index] !== row) body.insertBefore(row, body.children[index] ?? null);
     });
@@ -190,9 +190,9 @@ class Table {
     setText(more, `Show all ${count(rows.length)}`);
   }
 
-  add(key, of) {
+  add(key, item) {
     const cells = this.columns.map(({ title, kind, build, small, label }) => {
-      const main = build?.(of);
+      const main = build?.(item);
       const cell = element("td", small ? [main ?? element("span"), element("small")] : main);
       if (typeof kind === "string") cell.className = kind;
       if (label) cell.dataset.label = title;
@@ -234,7 +234,7 @@ const latest = new Table(find("#latest"), [
   { title: "Address", text: (refusal) => socket(refusal.address) },
 ]);
 
-function tallies(section, list) {
+function showTallies(section, list) {
   const total = list.reduce((total, { count }) => total + count, 0);
   const most = Math.max(...list.map(({ count }) => count));
   list.sort((a, b) => b.count - a.count);
@@ -312,7 +312,7 @@ function draw() {
 }
 
 // Shows the numbers of the time under the pointer in place of the time axis.
-function point(event) {
+function showPoint(event) {
   const { points, total } = curve();
   const { left, width } = plot.getBoundingClientRect();
   const age = (1 - Math.min(Math.max((event.clientX - left) / width, 0), 1)) * total;
@@ -321,17 +321,17 @@ function point(event) {
   find("#cursor").style.setProperty("--at", `${100 * (1 - nearest.age / total)}%`);
   const when = nearest.age ? ago(nearest.age) : "now";
   setText(find("#times p"), `${when}: ${count(live)} live, ${count(grace)} in grace, ${count(free)} free`);
-  pointed(true);
+  showCursor(true);
 }
 
-function pointed(at) {
-  find("#cursor").hidden = find("#times p").hidden = !at;
-  find("#times ol").hidden = at;
+function showCursor(isShown) {
+  find("#cursor").hidden = find("#times p").hidden = !isShown;
+  find("#times ol").hidden = isShown;
 }
 
-plot.addEventListener("pointermove", point);
-plot.addEventListener("pointerdown", point);
-plot.addEventListener("pointerleave", () => pointed(false));
+plot.addEventListener("pointermove", showPoint);
+plot.addEventListener("pointerdown", showPoint);
+plot.addEventListener("pointerleave", () => showCursor(false));
 
 for (const button of document.querySelectorAll("#span button")) {
   button.addEventListener("click", () => {
@@ -346,7 +346,7 @@ for (const button of document.querySelectorAll("#span button")) {
 // ---- The whole page
 
 // The limits that are reached, with what that means.
-function reached() {
+function reachedLimits() {
   const { slots, circuits, connections, limits } = status;
   const all = [
     [slots.live + slots.grace, "max-reservations", "slots are taken", "a newcomer gets one only in place of a peer that is gone"],
@@ -360,10 +360,10 @@ function reached() {
 }
 
 // The figures: title, value, detail, and the class of the value.
-function figures(full) {
+function showFigures(full) {
   const { circuits, connections, rate: now, relayed, questions, limits, memory, certificate_ends_in: expiry } = status;
   const amber = (limit) => (full.some((other) => other.limit === limit) ? "amber" : "");
-  const each = (limit) => (limits[limit] ? `${count(limits[limit])} for each peer` : "");
+  const each = (limit) => (limits[limit] ? `${count(limits[limit])} per peer` : "");
   const ways = ({ to_target, to_source }, unit) => `→ ${bytes(to_target)}${unit}\u2002← ${bytes(to_source)}${unit}`;
   // Rounded up, as in the log.
   const estimate = `${count(Math.ceil(memory.estimate / 2 ** 20))} MiB`;
@@ -373,7 +373,7 @@ function figures(full) {
     ["Memory", memory.resident === null ? estimate : `${bytes(memory.resident)} of ${estimate}`, "estimated maximum under the limits"],
     ["Throughput", `${bytes(sum(now))}/s`, ways(now, "/s")],
     ["Relayed", bytes(sum(relayed)), ways(relayed, "")],
-    ["Heartbeat probes", count(questions.asked), `${count(questions.unanswered)} unanswered`],
+    ["Probes", count(questions.asked), `${count(questions.unanswered)} unanswered`],
   ];
   if (expiry !== null) {
     const left = expiry === 0 ? "expired" : expiry < 2 * 86400 ? time(expiry) : `${count(Math.floor(expiry / 86400))} days`;
@@ -400,7 +400,7 @@ function limit(setting, value) {
   return ["max-buffered", "circuit-bytes"].includes(setting) ? bytes(value) : count(value);
 }
 
-function limits() {
+function showLimits() {
   const list = find("#limits dl");
   Object.entries(status.limits).forEach(([setting, value], index) => {
     if (!list.children[index]) list.append(element("div", [element("dt", element("code", `--${setting}`)), element("dd")]));
@@ -408,7 +408,7 @@ function limits() {
   });
 }
 
-function listed(section, list, found) {
+function showCount(section, list, found) {
   const some = list.count > list.listed.length ? `, ${count(list.listed.length)} listed` : "";
   const matching = found === undefined ? "" : `, ${count(found)} found`;
   setText(find(".count", section), list.count ? `${count(list.count)}${some}${matching}` : "");
@@ -425,8 +425,8 @@ function showHolders() {
   const invited = !all.length && status.reachable_at.length > 0;
   setText(find("#holders .none p"), invited ? `${empty} Clients reserve one at:` : empty);
   find("#holders .addresses").hidden = !invited;
-  addresses(find("#holders .addresses"));
-  listed(find("#holders"), status.holders, wanted ? found.length : undefined);
+  showAddresses(find("#holders .addresses"));
+  showCount(find("#holders"), status.holders, wanted ? found.length : undefined);
 }
 
 find("#holders input").addEventListener("input", () => status && showHolders());
@@ -434,36 +434,36 @@ find("#holders input").addEventListener("input", () => status && showHolders());
 // The name or IP address of the first announced address.
 const name = () => status?.announced[0]?.split("/")[2] ?? "relaylet";
 
-function about() {
+function showAbout() {
   const parts = find("#about");
   if (!parts.children.length) parts.append(peer(status.peer), element("span"));
   setText(parts.children[1], `up for ${time(status.up_for)}`);
   setText(find("h1"), name());
-  addresses(find("#addresses"));
+  showAddresses(find("#addresses"));
   setText(find("#version"), `relaylet ${status.version}`);
 }
 
 function show(full) {
   find("main").hidden = false;
-  about();
+  showAbout();
   setText(find("#reached"), full.map(({ text }) => text).join(" "));
   find("#reached").hidden = full.length === 0;
   const { live, grace, free, total } = status.slots;
   [live, grace, free].forEach((n, index) => setText(find("dd span", find("#counts").children[index]), count(n)));
   setText(find("#counts small"), `of ${count(total)}`);
   draw();
-  figures(full);
+  showFigures(full);
   showHolders();
   const byCarried = (a, b) => sum(b.carried) - sum(a.carried);
   circuits.show(status.circuits.listed.sort(byCarried).map((circuit) => [circuit.id, circuit]));
-  listed(find("#circuits"), status.circuits);
-  tallies(find("#refused"), status.refused);
-  tallies(find("#freed"), status.freed);
+  showCount(find("#circuits"), status.circuits);
+  showTallies(find("#refused"), status.refused);
+  showTallies(find("#freed"), status.freed);
   latest.show(status.latest_refusals.map((refusal) => [refusal.number, refusal]));
-  limits();
+  showLimits();
 }
 
-function state(kind, text) {
+function showState(kind, text) {
   const pill = find("#state");
   pill.className = kind;
   document.body.classList.toggle("silent", kind === "silent");
@@ -482,12 +482,12 @@ async function refresh() {
     status = await answer.json();
     answeredAt = Date.now();
   } catch {
-    state("silent", `no answer for ${time(Math.round((Date.now() - answeredAt) / 1000))}`);
+    showState("silent", `no answer for ${time(Math.round((Date.now() - answeredAt) / 1000))}`);
     return;
   }
-  const full = reached();
+  const full = reachedLimits();
   const kind = status.not_serving ? "draining" : full.length ? "full" : "";
-  state(kind, status.not_serving || kind || "serving");
+  showState(kind, status.not_serving || kind || "serving");
   show(full);
 }
 

@@ -1,10 +1,10 @@
-//! TLS 1.3 of libp2p, with a limit on what a peer's certificate costs.
+//! libp2p's TLS 1.3, with a limit on the cost of verifying a peer's certificate.
 //!
 //! The relay's own certificate and the verification of others' are libp2p's. But libp2p accepts RSA keys of 8,192 bits and
 //! exponents of 33 bits, which take 17 times as long to verify as the largest keys in use, and it verifies each certificate
 //! three times. Here a certificate with such a key is rejected before any signature is verified, and each signature is
-//! verified once. And libp2p's TLS writes the secrets of each session to the file that the environment variable
-//! `SSLKEYLOGFILE` names; this one does not.
+//! verified once. libp2p also writes the secrets of each session to the file that the environment variable
+//! `SSLKEYLOGFILE` names; this module does not.
 //!
 //! See [the specification](https://github.com/libp2p/specs/blob/master/tls/tls.md).
 
@@ -130,10 +130,10 @@ fn with_reason(error: io::Error) -> io::Error {
     StageError::wrap(Stage::Security, reason, error)
 }
 
-/// The keys of a certificate, none of which takes too long to verify. No signature has been verified.
+/// The keys of a certificate. No signature by them has been verified yet, and none takes too long to verify.
 struct Keys<'a> {
     peer: PublicKey,
-    /// The key of the handshake, with which the certificate is signed.
+    /// The certificate's own key, which signs the certificate and the handshake.
     session: SubjectPublicKeyInfoDer<'a>,
 }
 
@@ -164,11 +164,11 @@ fn malformed<E>(_: E) -> rustls::Error {
     CertificateError::BadEncoding.into()
 }
 
-/// Rejects an RSA key that takes longer to verify than one of 4,096 bits as it is in use.
+/// Rejects an RSA key whose signatures take longer to verify than those of a 4,096-bit key with the exponent 65,537.
 fn check_rsa(key: &RSAPublicKey<'_>) -> Result<(), rustls::Error> {
     let modulus = key.modulus.strip_prefix(&[0]).unwrap_or(key.modulus);
     if modulus.len() > MAX_MODULUS || key.exponent != EXPONENT {
-        let problem = "the peer's key takes too long to verify: above RSA of 4096 bits, or with another exponent than 65537";
+        let problem = "the peer's key takes too long to verify: RSA above 4096 bits, or with an exponent other than 65537";
         return Err(rustls::Error::General(problem.into()));
     }
     Ok(())
@@ -193,7 +193,7 @@ impl Verifier {
     }
 }
 
-/// What the traits of both ends require alike.
+/// The methods that the verifier traits of both ends require.
 macro_rules! verify_handshake {
     () => {
         fn verify_tls12_signature(

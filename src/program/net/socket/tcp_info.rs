@@ -10,7 +10,7 @@ use std::{
 
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketType, netlink, recv, send, socket};
 
-/// linux/sock_diag.h, linux/netlink.h, linux/inet_diag.h.
+/// From linux/sock_diag.h, linux/netlink.h and linux/inet_diag.h.
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const NLM_F_REQUEST: u16 = 1;
 const INET_DIAG_INFO: u16 = 2;
@@ -26,14 +26,14 @@ const MESSAGE: usize = 72;
 /// The size of the header of an attribute, `nlattr`.
 const ATTRIBUTE: usize = 4;
 
-/// A connection loses packets if of this many segments with data one is lost.
+/// A connection is lossy if it loses more than one of this many segments with data.
 const LOSSY: u32 = 16;
 
 /// A `tcp_info`, as the kernel writes it: linux/tcp.h. A later kernel's is longer.
 pub struct TcpInfo(Vec<u8>);
 
 impl TcpInfo {
-    /// That of the connection between `local` and `remote`; `None` if the kernel does not provide it.
+    /// Asks the kernel about the connection between `local` and `remote`; `None` if it does not tell.
     pub fn of(local: SocketAddr, remote: SocketAddr) -> Option<Self> {
         let kernel =
             socket(AddressFamily::NETLINK, SocketType::RAW, Some(netlink::SOCK_DIAG)).ok()?;
@@ -55,9 +55,9 @@ impl TcpInfo {
 
     /// Whether the connection loses packets.
     ///
-    /// A loss is a retransmission that helped (`tcpi_total_retrans` without `tcpi_retransmits`, those since the other
-    /// end last acknowledged something) and was not superfluous (`tcpi_dsack_dups`); or a gap in what arrived
-    /// (`tcpi_rcv_ooopack`). One that sleeps and answers late loses nothing, and one that is gone has lost nothing.
+    /// Lost are the segments that arrived out of order (`tcpi_rcv_ooopack`), and those that were retransmitted
+    /// (`tcpi_total_retrans`), except retransmissions without an acknowledgement since (`tcpi_retransmits`): the peer may
+    /// be gone; and superfluous ones (`tcpi_dsack_dups`): it slept and answered late.
     pub fn is_lossy(&self) -> Option<bool> {
         let retransmitted = self.number(100)?.saturating_sub((*self.0.get(2)?).into());
         let helped = retransmitted.saturating_sub(self.number(216)?);
