@@ -25,13 +25,13 @@ async fn an_unauthenticated_client_gets_few_bytes() {
         ("a byte", vec![19]),
         ("half of multistream's header", header[..10].to_vec()),
         ("multistream's header", header.clone()),
-        ("what protocols there are", proposal("ls")),
-        ("a thousand short names of no protocol", [header, line("/").repeat(1000)].concat()),
+        ("a request for the list of protocols", proposal("ls")),
+        ("a thousand short names of unknown protocols", [header, line("/").repeat(1000)].concat()),
         ("Noise", proposal("/noise")),
         ("TLS", proposal("/tls/1.0.0")),
         ("the first message of Noise", [proposal("/noise"), first_of_noise()].concat()),
         ("the first message of TLS", [proposal("/tls/1.0.0"), first_of_tls()].concat()),
-        ("no message of TLS", [proposal("/tls/1.0.0"), vec![0x16; 5]].concat()),
+        ("five bytes that are no TLS message", [proposal("/tls/1.0.0"), vec![0x16; 5]].concat()),
         ("HTTP", b"GET / HTTP/1.1\r\n\r\n".to_vec()),
     ];
     let attack = async move {
@@ -58,8 +58,8 @@ async fn an_unauthenticated_client_gets_few_bytes() {
         }
         all
     };
-    let what = "amplification: bytes for a byte, before the handshake ends";
-    let (received, _) = testbed.attack(what, "12 openings", attack).await;
+    let size = "12 openings, each closed or left open";
+    let (received, _) = testbed.attack("amplification", size, attack).await;
     for (what, sent, received) in &received {
         println!("{what}: {received} bytes for {sent}");
         assert!(*received <= MOST * sent, "{what}: {received} bytes for {sent}");

@@ -28,7 +28,7 @@ const UNREAD: Duration = Duration::from_secs(15);
 const OK: Option<i32> = Some(100);
 
 /// Pings on connections that are never read: their echoes exceed the buffer budget. The table is full and newcomers
-/// wait, so peers are probed; each must answer and keep its slot.
+/// wait, so the holders of slots are probed; each must answer and keep its slot.
 #[tokio::test]
 async fn unread_ping_echoes_of_four_addresses_at_a_full_table() {
     const SLOTS: usize = 9; // one is the target's
@@ -50,9 +50,9 @@ async fn unread_ping_echoes_of_four_addresses_at_a_full_table() {
         holders.push((holder.peer, holder.stay_connected()));
     }
     let attack = async move {
-        let over = Instant::now() + duration;
+        let end = Instant::now() + duration;
         let newcomers = tokio::spawn(run_each(NEWCOMERS, NEWCOMERS, move |number| async move {
-            while Instant::now() < over {
+            while Instant::now() < end {
                 // Each time a new peer, because of the rate limit.
                 if let Ok(mut newcomer) = RawPeer::connect(port, address(100 + number)).await {
                     assert_ne!(newcomer.request(&reserve()).await.map_or(None, |it| it.1), OK);
@@ -60,7 +60,7 @@ async fn unread_ping_echoes_of_four_addresses_at_a_full_table() {
             }
         }));
         let unread = run_each(CONNECTIONS, CONNECTIONS, move |number| async move {
-            while Instant::now() < over {
+            while Instant::now() < end {
                 // A closed connection is replaced, and a denied one retried.
                 if unread_echoes(port, address(SLOTS + number % 4)).await.is_err() {
                     sleep(Duration::from_millis(500)).await;
@@ -69,9 +69,9 @@ async fn unread_ping_echoes_of_four_addresses_at_a_full_table() {
         });
         future::join(unread, newcomers).await.1.expect("the newcomers do not panic");
     };
-    let how_hard = format!("2 on each of {CONNECTIONS} connections, {NEWCOMERS} newcomers");
+    let size = format!("2 on each of {CONNECTIONS} connections, {NEWCOMERS} newcomers");
     let what = "unread echoes of four addresses, at a full table";
-    testbed.attack(what, &how_hard, attack).await;
+    testbed.attack(what, &size, attack).await;
     let freed = testbed.count(FREED_FOR_MEMORY[0]).await + testbed.count(FREED_FOR_MEMORY[1]).await;
     // Not asserted: it is 0 on a machine whose socket buffers take all echoes.
     println!("{freed} streams and connections were closed to free memory");
@@ -99,7 +99,7 @@ async fn unread_echoes(port: u16, from: Ipv4Addr) -> io::Result<()> {
 async fn headers_without_bodies_beside_a_busy_target() {
     const HEADERS: usize = 250;
     const LONGEST: u32 = 1024 * 1024;
-    const READ: usize = 500_000 / 20; // of a second
+    const READ: usize = 500_000 / 20; // bytes every 50 ms
     let duration = Duration::from_secs(short_or_long(8, 60));
     let mut testbed = Testbed::start(&[]).await;
     let port = testbed.port;
@@ -112,7 +112,7 @@ async fn headers_without_bodies_beside_a_busy_target() {
         .await
         .expect("it is connected");
     let circuit = target.accept_count(1).await.expect("a stop request")[0];
-    // Its initial window is open; then it grants as much credit as it reads.
+    // After its initial window it grants credit of 500 kB/s.
     let reads = tokio::spawn(async move {
         let mut each = interval(Duration::from_millis(50));
         let mut read = 0;
@@ -158,10 +158,9 @@ async fn headers_without_bodies_beside_a_busy_target() {
         let announced = expect_all(announced.await);
         within(reads).await.map(|target| (announced, target)).expect("the target reads on")
     };
-    let how_hard =
-        format!("{HEADERS} of 12 bytes that announce 1 MiB, a target that reads 500 kB/s");
+    let size = format!("{HEADERS} of 12 bytes that announce 1 MiB, a target that reads 500 kB/s");
     let what = "headers without bodies";
-    let (peers, _) = testbed.attack(what, &how_hard, attack).await;
+    let (peers, _) = testbed.attack(what, &size, attack).await;
     for freed in FREED_FOR_MEMORY {
         assert_eq!(testbed.count(freed).await, 0.0, "{freed}");
     }
@@ -212,10 +211,9 @@ async fn the_most_circuits_a_peer_may_have_in_both_directions() {
             transfer.await.expect("all bytes arrive");
         }
     };
-    let how_hard =
-        format!("{CIRCUITS} circuits of two peers, {} MiB both ways on each", bytes >> 20);
+    let size = format!("{CIRCUITS} circuits of two peers, {} MiB both ways on each", bytes >> 20);
     let what = "as many circuits as a peer may have";
-    testbed.attack(what, &how_hard, attack).await;
+    testbed.attack(what, &size, attack).await;
     assert!(source.kept_its_connection() && target.kept_its_connection());
     for freed in FREED_FOR_MEMORY {
         assert_eq!(testbed.count(freed).await, 0.0, "{freed}");

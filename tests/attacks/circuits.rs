@@ -73,9 +73,9 @@ async fn targets_that_never_answer() {
         drop(targets);
         answers
     };
-    let how_hard = format!("{TARGETS} targets, {} CONNECTs", SOURCES * CONNECTS);
+    let size = format!("{TARGETS} targets, {} CONNECTs", SOURCES * CONNECTS);
     let what = "targets that never answer";
-    let (answers, _) = testbed.attack(what, &how_hard, attack).await;
+    let (answers, _) = testbed.attack(what, &size, attack).await;
     for (_, status) in &answers {
         assert!([CONNECTION_FAILED, RESOURCE_LIMIT_EXCEEDED].contains(status), "{status:?}");
     }
@@ -118,9 +118,9 @@ async fn idle_circuits_up_to_the_cap() {
         }
         (opened, sources, targets)
     };
-    let how_hard = format!("{} CONNECTs to {TARGETS} targets that agree", SOURCES * CONNECTS);
+    let size = format!("{} CONNECTs to {TARGETS} targets that accept", SOURCES * CONNECTS);
     let what = "circuits left idle, up to the cap";
-    let ((opened, sources, targets), _) = testbed.attack(what, &how_hard, attack).await;
+    let ((opened, sources, targets), _) = testbed.attack(what, &size, attack).await;
     // One less for the bystanders' circuit. A source with many may lose some to a source that comes later.
     assert!(opened >= CAP - 1, "{opened}");
     testbed.until(|counts| counts.circuits == CAP).await;
@@ -146,7 +146,7 @@ async fn accepting_target(
 async fn readers_that_stall() {
     const PAIRS: usize = 16;
     const CIRCUITS: usize = 2; // of each
-    /// What the relay may buffer of one, in KiB: what `backpressure.rs` derives, and a margin.
+    /// How much the relay may buffer of a circuit, in KiB: what `it/backpressure.rs` derives, and a margin.
     const BUFFERED: u64 = 2560;
     const MARGIN: u64 = 16 * 1024;
     let duration = Duration::from_secs(short_or_long(3, 25));
@@ -180,9 +180,9 @@ async fn readers_that_stall() {
         sleep(duration).await;
         pairs
     };
-    let how_hard = format!("{} circuits, whose sources write on", PAIRS * CIRCUITS);
+    let size = format!("{} circuits, whose sources continue to write", PAIRS * CIRCUITS);
     let what = "readers that stall";
-    let (pairs, impact) = testbed.attack(what, &how_hard, attack).await;
+    let (pairs, impact) = testbed.attack(what, &size, attack).await;
     for (written, ..) in &pairs {
         assert!(*written >= CIRCUITS * FREE_WINDOW, "each circuit was written to: {written}");
     }
@@ -193,7 +193,7 @@ async fn readers_that_stall() {
     testbed.assert_restored().await;
 }
 
-/// Writes to all circuits in turn, for as long as the relay opens their windows. Returns how many bytes.
+/// Writes to all circuits in turn, for as long as the relay grants credit. Returns how many bytes were written.
 async fn write_until_stalled(source: &mut RawPeer, circuits: Vec<u32>) -> io::Result<usize> {
     /// A source that gets no credit for this long counts as stalled.
     const STALLED: Duration = Duration::from_secs(2);
@@ -249,9 +249,9 @@ async fn streams_reset_at_random_points() {
     testbed.wait_until_idle().await;
     let before = testbed.resident();
 
-    let what = "streams reset at random points";
-    let how_hard = format!("{} circuits", rounds * COUNT);
-    let (opened, _) = testbed.attack(what, &how_hard, attack(1..1 + rounds)).await;
+    let what = "circuits reset at random points, by either end";
+    let size = format!("{} circuits", rounds * COUNT);
+    let (opened, _) = testbed.attack(what, &size, attack(1..1 + rounds)).await;
     assert!(opened > rounds * COUNT / 10, "{opened} were open");
     testbed.wait_until_idle().await;
     let after = testbed.resident();
@@ -372,9 +372,9 @@ async fn circuits_of_one_address_to_one_target() {
         let answer = other.request(&request).await?.1;
         io::Result::Ok((accepts, sources, other, same, answer))
     };
-    let how_hard = format!("all {CIRCUITS} that it may have; a client from elsewhere gets one");
+    let size = format!("all {CIRCUITS} that it may have; a client of another address gets one");
     let what = "circuits of one address to one target";
-    let (attacked, _) = testbed.attack(what, &how_hard, attack).await;
+    let (attacked, _) = testbed.attack(what, &size, attack).await;
     let (accepts, sources, other, same, answer) = attacked.expect("they stay connected");
     assert_eq!((same, answer), (RESOURCE_LIMIT_EXCEEDED, OK));
     drop((accepts, sources, other));

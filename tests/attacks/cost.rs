@@ -46,7 +46,7 @@ const THREAD_NAME: &str = "attacker";
 /// The pause between two echoes.
 const PAUSE: Duration = Duration::from_millis(5);
 /// The pause between two newcomers.
-const NEWCOMERS: Duration = Duration::from_millis(250);
+const NEWCOMER_PAUSE: Duration = Duration::from_millis(250);
 
 type Attack = fn(u16) -> BoxFuture<'static, io::Result<()>>;
 
@@ -160,14 +160,14 @@ async fn newcomers(port: u16) -> Duration {
     let (start, mut slowest) = (Instant::now(), Duration::ZERO);
     let mut number = 100;
     while start.elapsed() < DURATION {
-        let came = Instant::now();
+        let arrived = Instant::now();
         let newcomer = RawPeer::connect(port, address(number)).await;
         let mut newcomer = newcomer.expect("a newcomer is admitted");
         let (_, status) = newcomer.request(&reserve()).await.expect("a newcomer is answered");
         assert_eq!(status, Some(100), "a newcomer gets a slot");
-        slowest = slowest.max(came.elapsed());
+        slowest = slowest.max(arrived.elapsed());
         number += 1;
-        sleep(NEWCOMERS).await;
+        sleep(NEWCOMER_PAUSE).await;
     }
     slowest
 }
@@ -287,7 +287,7 @@ fn main() {
     let runtime = runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
     let runtime = runtime.expect("a thread");
     println!(
-        "| one address at full speed | its echo, median | slowest hundredth | a newcomer's slot, slowest | cores: attackers, relay |"
+        "| one address at full speed | a bystander's echo, median | 99th percentile | slowest admission of a newcomer | cores: attackers, relay |"
     );
     println!("| --- | --- | --- | --- | --- |");
     for (name, what, attack) in ATTACKS {

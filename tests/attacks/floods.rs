@@ -76,9 +76,9 @@ async fn requests_from_one_address() {
         assert_eq!(holder.request(&reserve()).await.expect("an answer").1, OK, "it renews");
         (flood, start.elapsed().as_secs_f64(), holder.stay_connected())
     };
-    let how_hard = format!("{IDENTITIES} identities, {} each", rounds * AT_ONCE);
-    let what = "a flood of requests from one address";
-    let ((peers, took, _holder), _) = testbed.attack(what, &how_hard, flood).await;
+    let size = format!("{IDENTITIES} identities, {} each", rounds * AT_ONCE);
+    let what = "requests from one address";
+    let ((peers, took, _holder), _) = testbed.attack(what, &size, flood).await;
     let answered: usize = peers.iter().map(|(_, answered)| answered).sum();
     let limit =
         SHARED_BURST + SHARED_RATE * took + (OWN_BURST + OWN_RATE * took) * IDENTITIES as f64;
@@ -115,9 +115,9 @@ async fn reserves_from_a_thousand_identities() {
         });
         expect_all(flood.await)
     };
-    let how_hard = format!("{rounds} each, from 40 addresses, for {SLOTS} slots");
-    let what = "a flood of RESERVEs from 1,000 identities";
-    let (peers, _) = testbed.attack(what, &how_hard, flood).await;
+    let size = format!("{rounds} each, from 40 addresses, for {SLOTS} slots");
+    let what = "RESERVEs from 1,000 identities";
+    let (peers, _) = testbed.attack(what, &size, flood).await;
     // They got all slots and no more than those.
     let counts = testbed.until(|counts| counts.connections == 2 + IDENTITIES).await;
     assert_eq!(counts.live + counts.grace, SLOTS);
@@ -170,9 +170,9 @@ async fn connects_to_one_victim() {
         });
         expect_all(flood.await).into_iter().sum::<usize>()
     };
-    let how_hard = format!("{IDENTITIES} identities, {} each", rounds * AT_ONCE);
-    let what = "a flood of CONNECTs to one victim, which agrees to all";
-    let (opened, _) = testbed.attack(what, &how_hard, flood).await;
+    let size = format!("{IDENTITIES} identities, {} each", rounds * AT_ONCE);
+    let what = "CONNECTs to one victim, which accepts all";
+    let (opened, _) = testbed.attack(what, &size, flood).await;
     assert!(opened > 0);
     testbed.assert_restored().await;
     accepting.abort();

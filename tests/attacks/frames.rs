@@ -27,8 +27,12 @@ const OK: Option<i32> = Some(100);
 /// How many connections attack at once.
 const ATTACKERS: usize = 8;
 
-/// How many frames that open, reset or ping a connection sends: slightly above its burst.
-const ABOVE_BURST: usize = 3000;
+/// How many streams the connection that holds a slot opens. It resets half of them: its frames are slightly more than its
+/// burst of 4,224.
+const HOLDER_STREAMS: usize = 3000;
+
+/// How many pings the connection that holds a slot sends: slightly fewer than its burst.
+const HOLDER_PINGS: u32 = 4000;
 
 /// The interval at which a count is polled.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
@@ -59,8 +63,8 @@ async fn frames_of_one_byte() {
         });
         expect_all(written.await);
     };
-    let how_hard = format!("{} of them in {ATTACKERS} circuits", ATTACKERS * rounds * BYTES);
-    testbed.attack("frames of one byte", &how_hard, attack).await;
+    let size = format!("{} of them in {ATTACKERS} circuits", ATTACKERS * rounds * BYTES);
+    testbed.attack("frames of one byte", &size, attack).await;
     testbed.assert_restored().await;
 }
 
@@ -92,9 +96,9 @@ async fn window_updates_of_one_byte() {
         });
         expect_all(frames.await)
     };
-    let how_hard = format!("{bytes} one after the other in each of {ATTACKERS} circuits");
+    let size = format!("{bytes} one after the other in each of {ATTACKERS} circuits");
     let what = "windows of one byte";
-    let (frames, _) = testbed.attack(what, &how_hard, attack).await;
+    let (frames, _) = testbed.attack(what, &size, attack).await;
     assert!(frames.iter().all(|single| *single >= bytes / 2), "{frames:?}");
     testbed.assert_restored().await;
 }
@@ -107,13 +111,13 @@ async fn an_endless_flood_of_pings() {
     let attack = async move {
         let answered = run_each(ATTACKERS, AT_A_TIME, move |number| async move {
             let mut peer = RawPeer::connect_with_retry(port, address(number)).await;
-            // The first one holds a slot: it is read more slowly instead of closed, so it sends fewer. Of several pings
+            // The first one holds a slot, and its pings stay within its burst: it is not closed. Of several pings
             // received, only the newest is answered.
-            let holds = number == 0;
-            if holds {
+            let holds_slot = number == 0;
+            if holds_slot {
                 assert_eq!(peer.request(&reserve()).await?.1, OK);
             }
-            let pings = if holds { ABOVE_BURST as u32 + 1000 } else { PINGS };
+            let pings = if holds_slot { HOLDER_PINGS } else { PINGS };
             let (mut reader, mut writer) = peer.channel.split();
             let flood: Vec<_> = (0..pings).flat_map(|id| frame(PING, SYN, 0, id)).collect();
             let write = async {
@@ -132,13 +136,13 @@ async fn an_endless_flood_of_pings() {
                 answered
             };
             let (_, answered) = tokio::join!(write, read);
-            assert_eq!(answered == Some(pings - 1), holds, "{answered:?} is answered last");
-            Ok(holds.then_some((reader, writer)))
+            assert_eq!(answered == Some(pings - 1), holds_slot, "{answered:?} is answered last");
+            Ok(holds_slot.then_some((reader, writer)))
         });
         expect_all(answered.await)
     };
-    let how_hard = format!("{PINGS} on each of {ATTACKERS} connections");
-    let (kept, _) = testbed.attack("yamux's pings", &how_hard, attack).await;
+    let size = format!("{PINGS} on each of {ATTACKERS} connections");
+    let (kept, _) = testbed.attack("yamux's pings", &size, attack).await;
     let counts = testbed.until(|counts| counts.connections == 3).await;
     assert_eq!(counts.live, 2, "a holder's slot stays");
     drop(kept);
@@ -155,11 +159,11 @@ async fn an_endless_flood_of_streams() {
         let opened = run_each(ATTACKERS, AT_A_TIME, move |number| async move {
             let mut peer = RawPeer::connect_with_retry(port, address(number)).await;
             // The first one holds a slot: it is read more slowly instead of closed, so it opens fewer.
-            let holds = number == 0;
-            if holds {
+            let holds_slot = number == 0;
+            if holds_slot {
                 assert_eq!(peer.request(&reserve()).await?.1, OK);
             }
-            let streams = if holds { ABOVE_BURST } else { STREAMS };
+            let streams = if holds_slot { HOLDER_STREAMS } else { STREAMS };
             let mut opened = 0;
             let flood = async {
                 // Half of the streams are reset at once, the others are left to the relay.
@@ -179,19 +183,19 @@ async fn an_endless_flood_of_streams() {
                 peer.read_until_pong().await
             };
             let reset = flood.await;
-            assert_eq!(reset.is_ok(), holds, "{opened} of {streams} are opened");
+            assert_eq!(reset.is_ok(), holds_slot, "{opened} of {streams} are opened");
             // Not counting those that it reset itself, and the burst of an address.
             assert!(
-                !reset.is_ok_and(|reset| reset < ABOVE_BURST / 2 - 1100),
+                !reset.is_ok_and(|reset| reset < HOLDER_STREAMS / 2 - 1100),
                 "too many are served"
             );
-            Ok(holds.then(|| peer.stay_connected()))
+            Ok(holds_slot.then(|| peer.stay_connected()))
         });
         expect_all(opened.await)
     };
-    let how_hard = format!("{STREAMS} on each of {ATTACKERS} connections");
-    let what = "streams opened without end";
-    let (kept, _) = testbed.attack(what, &how_hard, attack).await;
+    let size = format!("{STREAMS} on each of {ATTACKERS} connections");
+    let what = "streams opened without a pause";
+    let (kept, _) = testbed.attack(what, &size, attack).await;
     let counts = testbed.until(|counts| counts.connections == 3).await;
     assert_eq!(counts.live, 2, "a holder's slot stays");
     drop(kept);
@@ -223,9 +227,9 @@ async fn unread_frames_of_one_byte() {
         source.read_until_pong().await?;
         io::Result::Ok((source, target))
     };
-    let how_hard = format!("{} in {STREAMS} streams", STREAMS * FREE_WINDOW);
-    let what = "frames of one byte that nobody reads";
-    let (peers, impact) = testbed.attack(what, &how_hard, attack).await;
+    let size = format!("{} in {STREAMS} streams", STREAMS * FREE_WINDOW);
+    let what = "unread frames of one byte";
+    let (peers, impact) = testbed.attack(what, &size, attack).await;
     let peers = peers.expect("the relay keeps them connected");
     for metric in FREED_FOR_MEMORY {
         assert_eq!(testbed.count(metric).await, 0.0, "all of it fits: {metric}");

@@ -1,4 +1,4 @@
-//! A full table, and newcomers without end.
+//! A full table, and newcomers without a pause.
 
 use std::{
     io,
@@ -19,7 +19,7 @@ const OK: Option<i32> = Some(100);
 const RESERVATION_REFUSED: Option<i32> = Some(200);
 const RESOURCE_LIMIT_EXCEEDED: Option<i32> = Some(201);
 
-/// The delay of a slow peer's answer: a third of the probe's 3 s, as the machine may be busy.
+/// The delay of a slow peer's answer to a probe: a third of the 3 s that it has, as the machine may be busy.
 const LATE: Duration = Duration::from_secs(1);
 
 /// How many newcomers are in their handshakes at a time: few, because the attack is on slots, not on handshakes.
@@ -50,7 +50,7 @@ async fn newcomers_to_a_full_table_of_slow_peers() {
         let mut holder = RawPeer::connect_with_retry(port, address(number % 8)).await;
         let answer = holder.request(&reserve()).await.expect("an answer");
         assert_eq!(answer.1, OK);
-        holders.push((holder.peer, slow(holder)));
+        holders.push((holder.peer, answer_late(holder)));
     }
     let attack = async move {
         let start = Instant::now();
@@ -66,8 +66,8 @@ async fn newcomers_to_a_full_table_of_slow_peers() {
                     let newcomer = RawPeer::connect(port, address(8 + number)).await;
                     drop(permit);
                     if let Ok(newcomer) = newcomer {
-                        let probed = reserve_until(newcomer, start + duration);
-                        refused += probed.await.unwrap_or(0);
+                        let refusals = reserve_until(newcomer, start + duration);
+                        refused += refusals.await.unwrap_or(0);
                     }
                 }
                 refused
@@ -75,10 +75,9 @@ async fn newcomers_to_a_full_table_of_slow_peers() {
         });
         refused.await.into_iter().sum::<usize>()
     };
-    let how_hard =
-        format!("{NEWCOMERS} at a time, to {SLOTS} slots of peers that answer after 1 s");
-    let what = "newcomers without end at a full table of slow peers";
-    let (refused, _) = testbed.attack(what, &how_hard, attack).await;
+    let size = format!("{NEWCOMERS} at a time, to {SLOTS} slots of peers that answer after 1 s");
+    let what = "newcomers without a pause at a full table";
+    let (refused, _) = testbed.attack(what, &size, attack).await;
     println!("{refused} RESERVEs were refused");
     assert!(refused > 0);
     // The holders were probed, and each has kept its slot.
@@ -94,10 +93,10 @@ async fn newcomers_to_a_full_table_of_slow_peers() {
     testbed.assert_restored().await;
 }
 
-/// Sends RESERVEs of one newcomer until `over`, at most 20. Returns how many were refused.
-async fn reserve_until(mut newcomer: RawPeer, over: Instant) -> io::Result<usize> {
+/// Sends RESERVEs of one newcomer until `end`, at most 20. Returns how many were refused.
+async fn reserve_until(mut newcomer: RawPeer, end: Instant) -> io::Result<usize> {
     let mut refused = 0;
-    while refused < 20 && Instant::now() < over {
+    while refused < 20 && Instant::now() < end {
         let (_, status) = newcomer.request(&reserve()).await?;
         let refusal = [RESERVATION_REFUSED, RESOURCE_LIMIT_EXCEEDED].contains(&status);
         assert!(refusal, "{status:?}");
@@ -107,7 +106,7 @@ async fn reserve_until(mut newcomer: RawPeer, over: Instant) -> io::Result<usize
 }
 
 /// Stays connected and answers probes late.
-fn slow(mut peer: RawPeer) -> Background {
+fn answer_late(mut peer: RawPeer) -> Background {
     Background::spawn(async move {
         while let Ok(frame) = peer.read_frame().await {
             if frame.has(SYN) {

@@ -59,11 +59,10 @@ async fn connections_abandoned_at_each_step() {
         expect_all(stay.await);
         denied
     };
-    let how_hard = format!(
-        "{count}: after TCP, multistream, in the midst of Noise and TLS, before and after yamux"
-    );
-    let what = "connections opened and abandoned at each step";
-    let (denied, _) = testbed.attack(what, &how_hard, attack).await;
+    let size =
+        format!("{count}: after TCP and multistream, during Noise and TLS, before and after yamux");
+    let what = "connections opened and abandoned";
+    let (denied, _) = testbed.attack(what, &size, attack).await;
     // The relay must not protect itself by denying every client.
     assert!(denied < count / 10, "{denied} were denied");
     testbed.assert_restored().await;

@@ -58,9 +58,9 @@ async fn a_byte_a_second_on_a_thousand_streams() {
         });
         expect_all(done.await)
     };
-    let how_hard = format!("{} streams, for {seconds} s", ATTACKERS * STREAMS);
+    let size = format!("{} streams, for {seconds} s", ATTACKERS * STREAMS);
     let what = "requests at one byte a second";
-    let (peers, _) = testbed.attack(what, &how_hard, attack).await;
+    let (peers, _) = testbed.attack(what, &size, attack).await;
     for (status, _) in &peers {
         assert_eq!(*status, OK);
     }
@@ -87,9 +87,9 @@ async fn forged_and_replayed_requests() {
         });
         expect_all(done.await).len()
     };
-    let how_hard = format!("{} rounds of each", rounds * 4);
+    let size = format!("{} rounds of each", rounds * 4);
     let what = "vouchers and CONNECTs forged, replayed, to oneself, to the relay";
-    testbed.attack(what, &how_hard, attack).await;
+    testbed.attack(what, &size, attack).await;
     testbed.assert_restored().await;
 }
 

@@ -32,8 +32,14 @@ use crate::common::{
 const OK: Option<i32> = Some(100);
 const NO_RESERVATION: Option<i32> = Some(204);
 
-/// Half of a round trip of 600 ms.
-const HALF: Duration = Duration::from_millis(300);
+/// The delay of the slow link in each direction.
+const LINK_DELAY: Duration = Duration::from_millis(300);
+
+/// How long a TCP connection may take.
+const TCP_TIMEOUT: Duration = Duration::from_millis(300);
+
+/// The pause between two newcomers.
+const NEWCOMER_PAUSE: Duration = Duration::from_millis(300);
 
 /// Four addresses connect and send nothing, as fast as they can. A returning owner of a slot, and newcomers of other
 /// addresses, must be admitted.
@@ -46,12 +52,12 @@ async fn silent_connections_of_four_addresses() {
     let mut holder = RawPeer::connect_as(&owner, port, address(9)).await.expect("there is room");
     assert_eq!(holder.request(&reserve()).await.expect("an answer").1, OK);
     let attack = async move {
-        let over = Instant::now() + duration;
+        let end = Instant::now() + duration;
         let silent = run_each(4, 4, move |number| async move {
             let mut opened = Vec::new();
-            while Instant::now() < over {
+            while Instant::now() < end {
                 // The kernel's accept backlog may be full.
-                if let Ok(Ok(tcp)) = timeout(HALF, tcp_from(address(number), port)).await {
+                if let Ok(Ok(tcp)) = timeout(TCP_TIMEOUT, tcp_from(address(number), port)).await {
                     opened.push(tcp);
                 }
                 opened.drain(..opened.len().saturating_sub(200));
@@ -74,21 +80,21 @@ async fn silent_connections_of_four_addresses() {
         waits.push(start.elapsed());
         let mut number = 100;
         let mut newcomers = vec![holder];
-        while Instant::now() < over {
+        while Instant::now() < end {
             let start = Instant::now();
             number += 1;
             let mut newcomer = RawPeer::connect_with_retry(port, address(number)).await;
             assert_eq!(newcomer.request(&reserve()).await.expect("an answer").1, OK);
             waits.push(start.elapsed());
             newcomers.push(newcomer);
-            sleep(HALF).await;
+            sleep(NEWCOMER_PAUSE).await;
         }
         silent.await.expect("the attackers do not panic");
         (newcomers, waits)
     };
     let what = "silent connections of four addresses";
-    let how_hard = format!("as fast as they can, for {} s", duration.as_secs());
-    let ((newcomers, waits), _) = testbed.attack(what, &how_hard, attack).await;
+    let size = format!("as fast as possible, for {} s", duration.as_secs());
+    let ((newcomers, waits), _) = testbed.attack(what, &size, attack).await;
     let longest = waits.iter().max().expect("one at least");
     println!("{} newcomers; the longest wait was {longest:?}", waits.len());
     drop(newcomers);
@@ -132,8 +138,8 @@ async fn silent_connections_of_300_prefixes_and_a_slow_client() {
         (client, took)
     };
     let what = "silent connections of 300 prefixes";
-    let how_hard = "one each, and again when it is dropped; a client with a round trip of 600 ms";
-    let ((client, took), _) = testbed.attack(what, how_hard, attack).await;
+    let size = "one each, opened again when it is dropped; a client with a round trip of 600 ms";
+    let ((client, took), _) = testbed.attack(what, size, attack).await;
     println!("the slow client held a slot after {took:?}");
     drop(client);
     testbed.assert_restored().await;
@@ -150,9 +156,8 @@ async fn connections_that_ignore_their_close() {
     let key = Keypair::generate_ed25519();
     let mut holder = RawPeer::connect_as(&key, port, address(1)).await.expect("it is admitted");
     assert_eq!(holder.request(&reserve()).await.expect("an answer").1, OK);
-    let (counted, mut most) = (mpsc::unbounded_channel(), 0);
-    let (count, mut counts) = counted;
-    let watched = testbed.counts_reader();
+    let (sender, mut counts) = mpsc::unbounded_channel();
+    let read_counts = testbed.counts_reader();
     let attack = async move {
         let mut unread = vec![Background::spawn(hold_without_reading(holder))];
         for _ in 0..CONNECTIONS {
@@ -160,13 +165,14 @@ async fn connections_that_ignore_their_close() {
                 let _ = next.send_unread_pings().await; // until it is closed
                 unread.push(Background::spawn(hold_without_reading(next)));
             }
-            count.send(watched().await.connections).expect("it is counted");
+            sender.send(read_counts().await.connections).expect("the receiver is open");
         }
         unread
     };
-    let what = "connections that do not read that they are closed";
-    let how_hard = format!("{CONNECTIONS} of a peer that holds a slot, which may have {CAP}");
-    let (unread, _) = testbed.attack(what, &how_hard, attack).await;
+    let what = "connections that do not read the relay's close";
+    let size = format!("{CONNECTIONS} of a peer that holds a slot, which may have {CAP}");
+    let (unread, _) = testbed.attack(what, &size, attack).await;
+    let mut most = 0;
     while let Ok(count) = counts.try_recv() {
         most = most.max(count);
     }
@@ -203,8 +209,8 @@ async fn silent_streams_of_one_address() {
         io::Result::Ok((expect_all(silent), client, answers))
     };
     let what = "silent streams of one address";
-    let how_hard = format!("{STREAMS} on each of {CONNECTIONS} connections");
-    let (attacked, _) = testbed.attack(what, &how_hard, attack).await;
+    let size = format!("{STREAMS} on each of {CONNECTIONS} connections");
+    let (attacked, _) = testbed.attack(what, &size, attack).await;
     let (silent, client, answers) = attacked.expect("they stay connected");
     assert!(answers.iter().all(|(_, status)| *status == NO_RESERVATION), "{answers:?}");
     drop((silent, client));
@@ -237,7 +243,10 @@ async fn delayed(mut from: impl AsyncRead + Unpin + Send, mut to: impl AsyncWrit
     let read = async move {
         let mut buffer = vec![0; 64 * 1024];
         while let Ok(read @ 1..) = tokio::io::AsyncReadExt::read(&mut from, &mut buffer).await {
-            if send.send((tokio::time::Instant::now() + HALF, buffer[..read].to_vec())).is_err() {
+            if send
+                .send((tokio::time::Instant::now() + LINK_DELAY, buffer[..read].to_vec()))
+                .is_err()
+            {
                 break;
             }
         }

@@ -1,4 +1,4 @@
-//! The testbed of an attack: a relay at its defaults, the bystanders, and the relay's metrics.
+//! The testbed of an attack: a relay with default limits, the bystanders, and the relay's metrics.
 
 use std::{
     fs,
@@ -16,8 +16,8 @@ use crate::common::{
     within,
 };
 
-/// The limits are the program's own, except for those of the bystanders' circuit and a short grace, so that slots of
-/// attackers are freed soon.
+/// The limits are the defaults, except that circuits have none, for the bystanders', and that grace is short, so that
+/// slots of attackers are freed soon.
 const FLAGS: [&str; 4] = [ON_ANY_PORT, "--circuit-duration=0s", "--circuit-bytes=0", "--grace=1s"];
 
 /// The limit on the relay's peak memory in any attack, in KiB.
@@ -37,7 +37,7 @@ pub struct Testbed {
     pub port: u16,
     http_port: u16,
     /// How many files the relay had open before the attack.
-    files: usize,
+    open_files: usize,
 }
 
 /// What the relay counts.
@@ -62,22 +62,22 @@ impl Testbed {
         let bystanders = Bystanders::start_with(relay, MEMORY_LIMIT).await;
         Self {
             port: bystanders.relay.port(),
-            files: open_files(&bystanders.relay),
+            open_files: open_files(&bystanders.relay),
             http_port: http::port(&bystanders.relay).await,
             bystanders,
         }
     }
 
-    /// Runs an attack, and prints its row of the table; `how_hard` is its size.
+    /// Runs an attack, and prints its row of the table.
     pub async fn attack<T: Send + 'static>(
         &mut self,
         what: &str,
-        how_hard: &str,
+        size: &str,
         attack: impl Future<Output = T> + Send + 'static,
     ) -> (T, Impact) {
         let (output, impact) = self.bystanders.watch_during(attack).await;
         let (clients, relay) = (impact.on_clients(), impact.on_relay());
-        println!("\n| {what} | {how_hard} | {clients} | {relay} |");
+        println!("\n| {what} | {size} | {clients} | {relay} |");
         (output, impact)
     }
 
@@ -128,7 +128,7 @@ impl Testbed {
         wait_until_idle(&self.bystanders.relay).await;
         // The connections of HTTP requests are closed a moment later.
         within(async {
-            while open_files(&self.bystanders.relay) > self.files {
+            while open_files(&self.bystanders.relay) > self.open_files {
                 sleep(POLL_INTERVAL).await;
             }
         })

@@ -22,13 +22,14 @@ const RESET_TIMEOUT: Duration = Duration::from_secs(2);
 /// The interval at which the metrics are polled.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
-/// The smallest pool for peers that may have four circuits each.
-const SMALL_POOL: [&str; 2] = ["--max-circuits-per-peer=4", "--max-buffered=8MiB"];
+/// The smallest `--max-buffered` for peers that may have four circuits each.
+const SMALL_BUDGET: [&str; 2] = ["--max-circuits-per-peer=4", "--max-buffered=8MiB"];
 
 /// A window larger than all that is sent.
 const LARGE_WINDOW: u32 = 1 << 30;
 
-/// Nothing that sources send is read until their targets answer: the stream that has waited longest is reset.
+/// Nothing that sources send is read until their targets answer: the streams whose bytes have waited the longest are
+/// reset.
 #[tokio::test]
 async fn more_unread_data_than_the_budget_allows() {
     const ATTACKERS: usize = 48;
@@ -38,7 +39,7 @@ async fn more_unread_data_than_the_budget_allows() {
     /// The budget and what the heap may keep in addition, in KiB.
     const MEMORY: u64 = (8 + 16) * 1024;
     let rounds = short_or_long(1, 20);
-    let mut testbed = Testbed::start(&SMALL_POOL).await;
+    let mut testbed = Testbed::start(&SMALL_BUDGET).await;
     let port = testbed.port;
     let before = testbed.resident();
     let freed = testbed.counter(FREED_FOR_MEMORY[0]);
@@ -82,9 +83,9 @@ async fn more_unread_data_than_the_budget_allows() {
             .map(|(source, target)| [source.stay_connected(), target.stay_connected()]);
         (reset, stay.collect::<Vec<_>>())
     };
-    let how_hard = format!("{} MiB in {ATTACKERS} streams, of 8 MiB", ATTACKERS * rounds / 4);
-    let what = "more than may wait, unread";
-    let ((reset, pairs), impact) = testbed.attack(what, &how_hard, attack).await;
+    let size = format!("{} MiB in {ATTACKERS} streams, of 8 MiB", ATTACKERS * rounds / 4);
+    let what = "more than --max-buffered, unread by the relay's tasks";
+    let ((reset, pairs), impact) = testbed.attack(what, &size, attack).await;
     assert!(reset > 0, "no reset was received");
     let growth = impact.peak.saturating_sub(before);
     assert!(growth <= MEMORY, "{growth} KiB");
@@ -92,14 +93,14 @@ async fn more_unread_data_than_the_budget_allows() {
     testbed.assert_restored().await;
 }
 
-/// Peers that open their windows and never read: above three quarters of the pool their circuits end as stalled, and
-/// their buffers are freed although the peers cannot be notified.
+/// Targets that open their windows and never read: above three quarters of `--max-buffered` their circuits end as
+/// stalled, and their buffers are freed although the targets cannot be notified.
 #[tokio::test]
-async fn readers_that_never_read() {
+async fn targets_that_never_read() {
     const PAIRS: usize = 24;
     /// More than fits into the sockets of the path, in bytes.
     const OFFER: usize = 24 * 1024 * 1024;
-    let mut testbed = Testbed::start(&SMALL_POOL).await;
+    let mut testbed = Testbed::start(&SMALL_BUDGET).await;
     let port = testbed.port;
     let attack = async move {
         let offered = run_each(PAIRS, AT_A_TIME, move |number| async move {
@@ -112,7 +113,7 @@ async fn readers_that_never_read() {
             let circuit = target.accept_count(1).await?[0];
             let window = frame(WINDOW_UPDATE, 0, circuit, LARGE_WINDOW);
             target.send(&window).await?;
-            // Until the window is no longer opened, or the circuit is gone.
+            // Until the relay grants no more credit, or resets the stream.
             let _ = timeout(RESET_TIMEOUT * 3, source.write(stream, OFFER)).await;
             io::Result::Ok((
                 source.stay_connected(),
@@ -121,9 +122,9 @@ async fn readers_that_never_read() {
         });
         expect_all(offered.await)
     };
-    let how_hard = format!("{PAIRS} circuits whose targets take nothing, of 8 MiB");
-    let what = "more than may wait, untaken";
-    let (pairs, _) = testbed.attack(what, &how_hard, attack).await;
+    let size = format!("{PAIRS} circuits whose targets read nothing, of 8 MiB");
+    let what = "more than --max-buffered, not accepted by targets";
+    let (pairs, _) = testbed.attack(what, &size, attack).await;
     testbed.until_counted(r#"relaylet_circuits_closed_total{end="stalled"}"#, 1.0).await;
     drop(pairs);
     testbed.assert_restored().await;

@@ -17,7 +17,7 @@ use super::{
     Client, Relay, TEST_TIMEOUT, by_hand::send, child_process, circuit, read_bytes, within,
 };
 
-/// How long they are measured before the attack, as the baseline.
+/// How long the clients are measured before the attack, as the baseline.
 const BASELINE: Duration = Duration::from_millis(1500);
 
 /// The pause between two echoes: without it the clients would compete for the CPU that they measure.
@@ -31,7 +31,7 @@ const BULK: usize = 256 * 1024;
 /// The interval of the target's renewals: a peer may send 30 requests a minute.
 const RENEWAL: Duration = Duration::from_secs(3);
 
-/// The limit on the relay's peak memory in KiB: four times what it uses at the start.
+/// The limit on the relay's peak memory, in KiB.
 const MEMORY_LIMIT: u64 = 64 * 1024;
 
 /// The relay, and a circuit between two clients that take no part in the attack.
@@ -41,9 +41,9 @@ pub struct Bystanders {
     pub target: Client,
     there: Stream,
     back: Stream,
-    /// How many lines the log at the default level had when the circuit was open.
+    /// How many lines [`visible_log`] had when the circuit was open.
     lines: usize,
-    /// The limit on the relay's peak memory, in KiB.
+    /// In KiB.
     memory_limit: u64,
     attackers: AttackerThreads,
 }
@@ -56,7 +56,6 @@ pub struct Service {
     /// How long all bulk transfers took together.
     bulk_time: Duration,
     bulks: u32,
-    renewals: u32,
     /// The CPU time of the relay in that time, in hundredths of a second.
     cpu_time: u64,
 }
@@ -121,10 +120,7 @@ impl Bystanders {
         (attacked, impact)
     }
 
-    async fn watch_until<T>(
-        &mut self,
-        mut over: Pin<&mut impl Future<Output = T>>,
-    ) -> (T, Service) {
+    async fn watch_until<T>(&mut self, mut end: Pin<&mut impl Future<Output = T>>) -> (T, Service) {
         let mut service = Service::default();
         let before = cpu_time(&self.relay);
         let mut renew = Instant::now();
@@ -141,11 +137,10 @@ impl Bystanders {
             echoes += 1;
             if Instant::now() >= renew {
                 self.target.reserve().await;
-                service.renewals += 1;
                 renew = Instant::now() + RENEWAL;
             }
             tokio::select! {
-                output = &mut over => {
+                output = &mut end => {
                     service.cpu_time = cpu_time(&self.relay) - before;
                     return (output, service);
                 }
@@ -165,8 +160,8 @@ impl Bystanders {
         // The log is in order: once this line is in it, all earlier ones are.
         let granted = format!("reservation granted: peer {}", newcomer.peer);
         self.relay.wait_for_log(&granted).await;
-        let news = visible_log(&self.relay).split_off(self.lines);
-        assert!(news.is_empty(), "{news:#?}");
+        let new_lines = visible_log(&self.relay).split_off(self.lines);
+        assert!(new_lines.is_empty(), "{new_lines:#?}");
         newcomer.disconnect().await;
         self.assert_kept();
         wait_until_idle(&self.relay).await;
@@ -234,17 +229,15 @@ impl Service {
 }
 
 impl Impact {
-    /// The impact on well-behaved clients: how much longer echoes took (median and 99th percentile), which fraction
-    /// of the throughput was left, and how many renewals were granted.
+    /// The impact on well-behaved clients: how much longer echoes took (median and 99th percentile), and which
+    /// fraction of the throughput was left.
     pub fn on_clients(&self) -> String {
         let Self { before, during, .. } = self;
         format!(
-            "echo × {:.1}, slowest hundredth × {:.1}, throughput × {:.2}; {} of {} renewals",
+            "p50 × {:.1}, p99 × {:.1}, throughput × {:.2}",
             during.echo(50) / before.echo(50),
             during.echo(99) / before.echo(99),
             during.bulks_a_second() / before.bulks_a_second(),
-            during.renewals, // a refused one would have panicked
-            during.renewals,
         )
     }
 

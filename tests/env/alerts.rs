@@ -20,7 +20,7 @@ fn each_alert_fires_for_its_condition_and_no_other() {
     let passed =
         run(Command::new("promtool").args(["test", "rules", "tests/deploy/alerts_test.yml"]));
     assert!(passed.contains("SUCCESS"), "{passed}");
-    // Each alert is one that the tests see missing.
+    // If an alert never fires, a test fails.
     let rules = fs::read_to_string(RULES).unwrap();
     let folder = TempDir::new().unwrap();
     fs::copy("tests/deploy/alerts_test.yml", folder.path().join("test.yml")).unwrap();
@@ -29,7 +29,7 @@ fn each_alert_fires_for_its_condition_and_no_other() {
         fs::write(folder.path().join("alerts.yml"), never).unwrap();
         let mut test = Command::new("promtool");
         let output = test.args(["test", "rules"]).arg(folder.path().join("test.yml")).output();
-        assert!(!output.unwrap().status.success(), "no test misses {line}");
+        assert!(!output.unwrap().status.success(), "no test fails without {line}");
     }
 }
 

@@ -21,10 +21,6 @@ const PROGRAM: &str = env!("CARGO_BIN_EXE_relaylet");
 
 // ---- The systemd unit
 
-/// The limits on the size of the program and on its memory before any client has connected, in bytes.
-const LARGEST: u64 = 6_500_000;
-const MOST_RESIDENT: u64 = 10 * 1024 * 1024;
-
 #[test]
 #[ignore = "needs systemd-analyze"]
 fn the_unit_is_valid() {
@@ -149,6 +145,10 @@ fn analyze(arguments: &[&str], unit: &str, folder: &TempDir) -> Output {
 }
 
 // ---- The container image
+
+/// The limits on the size of the program and on its memory before any client has connected, in bytes.
+const LARGEST: u64 = 6_500_000;
+const MOST_RESIDENT: u64 = 10 * 1024 * 1024;
 
 #[tokio::test]
 #[ignore = "needs root; builds a release"]

@@ -85,9 +85,9 @@ async fn no_slot_is_lost_in_two_minutes_of_30_percent_packet_loss() {
     here.lose(0);
     assert_unharmed(&clients, &there, &relay).await;
     // As this test takes more than a minute, it also checks the summary that is logged once a minute.
-    let summed_up = "circuits refused within a minute: 1: the target holds no live reservation";
-    let most = format!("{summed_up}; most from {}: 1", there.address);
-    relay.wait_for_log(&most).await;
+    let summary = "circuits refused within a minute: 1: the target holds no live reservation";
+    let summary = format!("{summary}; most from {}: 1", there.address);
+    relay.wait_for_log(&summary).await;
 }
 
 #[tokio::test]
@@ -121,8 +121,8 @@ async fn no_peer_times_out_after_the_relay_was_stopped_for_90_s() {
     assert_unharmed(&clients, &there, &relay).await;
 }
 
-/// As slow as a modem. The test must transfer more than all buffers of the path hold.
-const SLOW: usize = 20_000; // bytes a second
+/// The rate of the slow link, in bytes a second. The test must transfer more than all buffers of the path hold.
+const SLOW: usize = 20_000;
 
 /// Longer than the 60 s after which a stalled peer is closed; with `RELAYLET_NETNS=long` five minutes.
 fn duration() -> Duration {
@@ -187,8 +187,8 @@ async fn read_slowly(relay: u16) -> u16 {
     port
 }
 
-/// Its TCP window is small and mostly closed: if the kernel had TCP_USER_TIMEOUT set to 60 s, it would close this
-/// connection after 60 s.
+/// Its TCP window is small and mostly closed: with TCP_USER_TIMEOUT at 60 s the kernel would close the connection after
+/// that time.
 #[tokio::test]
 #[ignore = "needs root, iproute2 and nftables"]
 async fn a_peer_that_reads_20_kb_per_second_is_not_closed() {

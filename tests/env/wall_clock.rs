@@ -1,5 +1,5 @@
 //! The wall clock is set by a day while the program runs: no slot and no circuit ends early or late, and expirations
-//! that are sent to clients follow the new time. Before 2026 it is not set: the relay waits with its service.
+//! that are sent to clients follow the new time. A clock before 2026 counts as not set: the relay does not serve.
 //!
 //! libfaketime changes the wall clock and not the monotonic one. A machine that was suspended for a day looks the same
 //! to the program: see `src/relay/sweep.rs`.
@@ -27,7 +27,7 @@ const NO_RESERVATION: Option<i32> = Some(204);
 /// The loader fills in `$LIB`.
 const LIBRARY: &str = "/usr/$LIB/faketime/libfaketimeMT.so.1";
 
-/// What the relay warns of.
+/// The warning of a relay whose clock is not set.
 const NOT_SET: &str = "the clock of this machine is not set";
 
 const DAY: i64 = 24 * 60 * 60;
@@ -89,14 +89,14 @@ async fn check_timers(step: i64) {
     let newcomer_since = clock.reserve(&mut newcomer).await;
 
     // Each timer ends by the monotonic clock.
-    clock.freed(in_grace, "grace over", disconnected + GRACE).await;
+    clock.wait_until_freed(in_grace, "grace over", disconnected + GRACE).await;
     let (_, end) = read_to_end(&mut there).await;
     assert!(opened.elapsed() >= CIRCUIT, "{end:?}");
     clock.relay.wait_for_log("time limit").await;
     for (peer, since) in
         [(idle.peer, idle_since), (renews.peer, renewed), (newcomer.peer, newcomer_since)]
     {
-        clock.freed(peer, "expired", since + TERM).await;
+        clock.wait_until_freed(peer, "expired", since + TERM).await;
         let answer = source.request(&connect(peer)).await;
         assert_eq!(answer.status, NO_RESERVATION);
     }
@@ -227,7 +227,7 @@ impl WallClock {
     }
 
     /// Waits until the slot is freed, and asserts that this is not too early.
-    async fn freed(&self, peer: PeerId, reason: &str, not_before: Instant) {
+    async fn wait_until_freed(&self, peer: PeerId, reason: &str, not_before: Instant) {
         let freed = format!("slot freed: peer {peer} at 127.0.0.1: {reason}");
         self.relay.wait_for_log(&freed).await;
         let early = not_before.saturating_duration_since(Instant::now());

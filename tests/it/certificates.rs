@@ -1,4 +1,4 @@
-//! What a peer may prove its identity with over TLS: any key that is in use, and none that takes long to verify.
+//! The keys with which a peer may prove its identity over TLS: those in use, and none that takes long to verify.
 
 use std::{
     io,
@@ -45,9 +45,9 @@ const RSA_8192: &[u8] = include_bytes!("rsa-8192.pk8");
 /// The largest exponent that libp2p verifies: 8,589,934,591.
 const EXPONENT: &[u8] = include_bytes!("rsa-4096-exponent.pk8");
 
-/// How a refusal before the verification and after it reaches the client.
-const BEFORE: &str = "received fatal alert: HandshakeFailure";
-const AFTER: &str = "received fatal alert: CertificateUnknown";
+/// The alerts with which the relay refuses a client before the verification, and after it.
+const BEFORE_VERIFICATION: &str = "received fatal alert: HandshakeFailure";
+const AFTER_VERIFICATION: &str = "received fatal alert: CertificateUnknown";
 
 /// The certificate of a client, and how it is sent.
 struct Client {
@@ -193,14 +193,14 @@ async fn a_key_that_takes_long_to_verify_is_refused_before_any_verification() {
     for mut client in [Client::new(RSA_8192), Client::new(EXPONENT), session] {
         for is_signed in [true, false] {
             client.is_signed = is_signed;
-            assert_eq!(client.refusal(&relay).await, BEFORE);
+            assert_eq!(client.refusal(&relay).await, BEFORE_VERIFICATION);
             refused += 1;
             count(&relay, "security", "protocol", refused).await;
         }
     }
     // Others are verified.
     let forged = Client { is_signed: false, ..Client::new(RSA_4096) };
-    assert_eq!(forged.refusal(&relay).await, AFTER);
+    assert_eq!(forged.refusal(&relay).await, AFTER_VERIFICATION);
 }
 
 #[tokio::test]
@@ -209,5 +209,5 @@ async fn a_certificate_that_is_larger_than_any_two_keys_need_is_refused() {
     let mut client = Client { session: rsa_session(RSA_4096), ..Client::new(RSA_4096) };
     println!("the largest certificate: {} bytes", client.certificate().len());
     client.padding = 4096 - client.certificate().len();
-    assert_eq!(client.refusal(&relay).await, BEFORE);
+    assert_eq!(client.refusal(&relay).await, BEFORE_VERIFICATION);
 }

@@ -29,7 +29,7 @@ use crate::common::{
 
 const LISTEN_TCP: &str = "/ip4/127.0.0.1/tcp/0";
 
-/// The end of a check: its exit code, and its lines.
+/// The result of a check: its exit code, and its lines.
 struct Checked(Option<i32>, Vec<String>);
 
 impl Checked {
@@ -44,14 +44,15 @@ impl Checked {
         line.unwrap_or_else(|| panic!("no {step}: {:#?}", self.1))
     }
 
-    /// All steps to this one succeeded, which failed with this cause and this remedy.
-    fn failed_at(&self, step: &str, cause: &str, remedy: &str) {
+    /// Asserts that this step failed, with this cause and this remedy, and that all before it succeeded.
+    fn assert_failed_at(&self, step: &str, cause: &str, remedy: &str) {
         let line = self.1.last().expect("a line");
         assert_eq!(self.0, Some(1), "{:#?}", self.1);
         assert!(line.starts_with(step), "{step}: {:#?}", self.1);
-        let (said, told) = line.split_once("FAILED: ").expect(line).1.split_once("; ").expect(line);
-        assert!(said.contains(cause), "{cause}: {line}");
-        assert!(told.contains(remedy), "{remedy}: {line}");
+        let (_, failure) = line.split_once("FAILED: ").expect(line);
+        let (actual_cause, actual_remedy) = failure.split_once("; ").expect(line);
+        assert!(actual_cause.contains(cause), "{cause}: {line}");
+        assert!(actual_remedy.contains(remedy), "{remedy}: {line}");
         let failed = self.1.iter().filter(|line| line.contains("FAILED")).count();
         assert_eq!(failed, 1, "{:#?}", self.1);
     }
@@ -159,18 +160,18 @@ async fn a_name_websocket_tls_and_a_private_network_are_steps() {
 
     // Without the key, and with another one.
     let address = relay.address.to_string();
-    check_in(path, &[&address]).await.failed_at("secure", "", "--swarm-key");
+    check_in(path, &[&address]).await.assert_failed_at("secure", "", "--swarm-key");
     fs::write(path.join("other.key"), PreSharedKey::new([2; 32]).to_key_file()).unwrap();
     let other = check_in(path, &[&address, "--swarm-key=other.key"]).await;
-    other.failed_at("secure", "", "--swarm-key");
+    other.assert_failed_at("secure", "", "--swarm-key");
 
     // A certificate for another name.
     let elsewhere = format!("/dns4/localhost/tcp/{}/tls/ws", tcp_port(&tls));
     let checked = check_in(path, &[&elsewhere]).await;
-    checked.failed_at("tls", "certificate", "--tls-cert");
+    checked.assert_failed_at("tls", "certificate", "--tls-cert");
     // Without one of its own, the machine does not trust the relay's.
     let elsewhere = TempDir::new().unwrap();
-    check_in(elsewhere.path(), &[&tls.to_string()]).await.failed_at(
+    check_in(elsewhere.path(), &[&tls.to_string()]).await.assert_failed_at(
         "tls",
         "certificate",
         "SSL_CERT_FILE",
@@ -193,17 +194,17 @@ async fn rust_libp2ps_relay_passes() {
 #[tokio::test]
 async fn what_fails_before_the_relay_is_reached_is_named() {
     let unlisted = "/dnsaddr/nowhere.invalid".parse().unwrap();
-    check(&unlisted).await.failed_at("dnsaddr", "", "dig TXT _dnsaddr.NAME");
+    check(&unlisted).await.assert_failed_at("dnsaddr", "", "dig TXT _dnsaddr.NAME");
     let nowhere = "/dns4/nowhere.invalid/tcp/4001".parse().unwrap();
-    check(&nowhere).await.failed_at("resolve", "", "dig NAME");
+    check(&nowhere).await.assert_failed_at("resolve", "", "dig NAME");
     let address = |port: u16| format!("/ip4/127.0.0.1/tcp/{port}").parse::<Multiaddr>().unwrap();
-    check(&address(1)).await.failed_at("tcp", "refused", "nothing listens there");
+    check(&address(1)).await.assert_failed_at("tcp", "refused", "nothing listens there");
 
     // A program that closes each connection.
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
     thread::spawn(move || listener.incoming().for_each(drop));
-    check(&address(port)).await.failed_at("secure", "", "refuses this address");
+    check(&address(port)).await.assert_failed_at("secure", "", "refuses this address");
 }
 
 #[tokio::test]
@@ -211,12 +212,12 @@ async fn another_transport_and_another_peer_are_named() {
     let relay = Relay::start_listening(&["--listen", LISTEN_TCP, LISTEN]);
     let ws = websocket::address(&relay, "/ws").await;
     let plain: Multiaddr = format!("/ip4/127.0.0.1/tcp/{}", tcp_port(&ws)).parse().unwrap();
-    check(&plain).await.failed_at("secure", "", "add /ws for WebSocket");
+    check(&plain).await.assert_failed_at("secure", "", "add /ws for WebSocket");
     let plain: Multiaddr = format!("/ip4/127.0.0.1/tcp/{}", relay.port()).parse().unwrap();
     let upgrade = plain.clone().with(Protocol::Ws("/".into()));
-    check(&upgrade).await.failed_at("websocket", "", "port for WebSocket");
+    check(&upgrade).await.assert_failed_at("websocket", "", "port for WebSocket");
     let other = plain.clone().with(Protocol::P2p(PeerId::random()));
-    check(&other).await.failed_at(
+    check(&other).await.assert_failed_at(
         "secure",
         &format!("another peer answers: {}", relay.peer),
         "peer id",
@@ -225,15 +226,15 @@ async fn another_transport_and_another_peer_are_named() {
     let folder = TempDir::new().unwrap();
     fs::write(folder.path().join("swarm.key"), PreSharedKey::new([1; 32]).to_key_file()).unwrap();
     let private = check_in(folder.path(), &[&plain.to_string(), "--swarm-key=swarm.key"]).await;
-    private.failed_at("pnet", "", "leave out --swarm-key");
+    private.assert_failed_at("pnet", "", "leave out --swarm-key");
 }
 
 #[tokio::test]
 async fn a_peer_without_identify_and_one_without_a_relay_are_named() {
     let mute = peer(|_| dummy::Behaviour).await;
-    check(&mute).await.failed_at("identify", "negotiation failed", "serve identify");
+    check(&mute).await.assert_failed_at("identify", "negotiation failed", "serve identify");
     let no_relay = peer(identify).await;
-    check(&no_relay).await.failed_at("reserve", "negotiation failed", "RelayService");
+    check(&no_relay).await.assert_failed_at("reserve", "negotiation failed", "RelayService");
 }
 
 #[tokio::test]
@@ -241,24 +242,25 @@ async fn a_refusal_is_named_with_its_status_and_the_flag() {
     let relay = Relay::start(&["--max-reservations=1"]);
     let mut holder = Client::connect(&relay).await;
     holder.reserve().await;
-    check(&relay.address).await.failed_at("reserve", "status 200", "--max-reservations");
+    check(&relay.address).await.assert_failed_at("reserve", "status 200", "--max-reservations");
     let other_peer = PeerId::random();
     let relay = Relay::start(&[&format!("--allow-peer={other_peer}")]);
-    check(&relay.address).await.failed_at("identify", "", "access rules");
+    check(&relay.address).await.assert_failed_at("identify", "", "access rules");
     let relay = Relay::start(&["--deny-subnet=127.0.0.0/8"]);
-    check(&relay.address).await.failed_at("secure", "", "access rules");
+    check(&relay.address).await.assert_failed_at("secure", "", "access rules");
     let relay = Relay::start(&["--max-connections-per-ip=1"]);
-    check(&relay.address).await.failed_at("second", "", "--max-connections-per-ip");
+    check(&relay.address).await.assert_failed_at("second", "", "--max-connections-per-ip");
     let relay = Relay::start(&[&format!("--allow-connect-peer={other_peer}")]);
-    check(&relay.address).await.failed_at("circuit", "status 202", "--allow-connect-peer");
+    check(&relay.address).await.assert_failed_at("circuit", "status 202", "--allow-connect-peer");
     let relay = Relay::start(&["--circuit-bytes=16"]);
-    check(&relay.address).await.failed_at("circuit", "", "limits of a circuit");
+    check(&relay.address).await.assert_failed_at("circuit", "", "limits of a circuit");
 }
 
 #[tokio::test]
 async fn a_relay_whose_circuits_carry_nothing_is_named() {
-    let relay = relay_that(|source, target| Box::pin(async { drop((source, target)) })).await;
-    check(&relay).await.failed_at("circuit", "", "limits of a circuit");
+    let relay =
+        relay_with_circuits(|source, target| Box::pin(async { drop((source, target)) })).await;
+    check(&relay).await.assert_failed_at("circuit", "", "limits of a circuit");
 }
 
 #[tokio::test]
@@ -274,8 +276,8 @@ async fn a_relay_that_changes_what_it_carries_is_named() {
             let _ = source.read(&mut bytes).await; // until it ends
         })
     };
-    let relay = relay_that(change).await;
-    check(&relay).await.failed_at("circuit", "other bytes", "changes what it carries");
+    let relay = relay_with_circuits(change).await;
+    check(&relay).await.assert_failed_at("circuit", "other bytes", "changes what it carries");
 }
 
 /// The check waits for the end as long as for any step: 20 s.
@@ -291,12 +293,12 @@ async fn a_relay_that_keeps_circuits_of_which_one_side_ended_is_named() {
             let _ = future::join(forth, io::copy(there, &mut back)).await;
         })
     };
-    let relay = relay_that(keep).await;
-    check(&relay).await.failed_at("end", "timed out", "does not pass the end");
+    let relay = relay_with_circuits(keep).await;
+    check(&relay).await.assert_failed_at("end", "timed out", "does not pass the end");
 }
 
 /// A relay that grants all requests; `carry` gets both ends of each circuit.
-async fn relay_that(carry: fn(Stream, Stream) -> BoxFuture<'static, ()>) -> Multiaddr {
+async fn relay_with_circuits(carry: fn(Stream, Stream) -> BoxFuture<'static, ()>) -> Multiaddr {
     let mut swarm = swarm(|keypair| Streams {
         stream: libp2p_stream::Behaviour::new(),
         identify: identify(keypair),
@@ -318,12 +320,12 @@ async fn relay_that(carry: fn(Stream, Stream) -> BoxFuture<'static, ()>) -> Mult
             };
             let target = PeerId::from_bytes(&target).expect("a peer id");
             let mut target = control.open_stream(target, STOP).await.expect("it accepts circuits");
-            let asked = StopMessage {
+            let stop_request = StopMessage {
                 kind: Some(0),
                 peer: messages::connect(client).peer,
                 ..StopMessage::default()
             };
-            messages::write(&mut target, &asked).await;
+            messages::write(&mut target, &stop_request).await;
             let accepted: StopMessage = messages::read(&mut target).await;
             assert_eq!(accepted.status, Some(100));
             messages::write(&mut source, &granted).await;
@@ -336,16 +338,16 @@ async fn relay_that(carry: fn(Stream, Stream) -> BoxFuture<'static, ()>) -> Mult
 #[test]
 fn an_address_that_cannot_be_checked_is_an_error_of_one_line() {
     let folder = TempDir::new().unwrap();
-    for (arguments, told) in [
+    for (arguments, expected) in [
         (&[][..], "<MULTIADDR>"),
         (&["127.0.0.1:4001"], "try /ip4/127.0.0.1/tcp/4001"),
         (&["/ip4/127.0.0.1/udp/4001/quic-v1"], "not an address over TCP or WebSocket"),
         (&["/ip4/127.0.0.1/tcp/4001", "--quack"], "--quack"),
     ] {
         let output = command(&folder).arg("check").args(arguments).output().unwrap();
-        let said = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(output.status.code(), Some(2), "{said}");
-        assert!(said.starts_with("relaylet: ") && said.contains(told), "{said}");
-        assert_eq!(said.lines().count(), 1, "{said}");
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{error}");
+        assert!(error.starts_with("relaylet: ") && error.contains(expected), "{error}");
+        assert_eq!(error.lines().count(), 1, "{error}");
     }
 }

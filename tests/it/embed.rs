@@ -376,15 +376,15 @@ async fn a_store_that_takes_200_ms_decides_requests_and_ends_what_it_denies_late
     assert_eq!(ended, Some(CircuitEnd::Denied));
 }
 
-/// Never answers. Reports each peer that it is asked about; closes the channel of its report when the answer is dropped.
+/// Never answers. Sends a channel for each question, which closes when the future of the answer is dropped.
 struct NeverAnswers(mpsc::UnboundedSender<mpsc::Receiver<()>>);
 
 impl Access for NeverAnswers {
     fn may_reserve(&self, _: PeerId, _: &Multiaddr) -> Permission {
-        let reports = self.0.clone();
+        let questions = self.0.clone();
         Permission::Later(Box::pin(async move {
             let (_open, dropped) = mpsc::channel(1);
-            let _ = reports.send(dropped);
+            let _ = questions.send(dropped);
             pending().await
         }))
     }
@@ -398,17 +398,17 @@ impl Access for NeverAnswers {
 async fn requests_without_an_answer_are_denied_at_the_deadline() {
     record_the_log();
     let mut embedded = Embedded::start(Config::default()).await;
-    let (reports, mut asked) = mpsc::unbounded_channel();
+    let (sender, mut questions) = mpsc::unbounded_channel();
     embedded
         .with(|relay| {
             relay.set_answer_timeout(Duration::from_millis(100));
-            relay.set_access(NeverAnswers(reports));
+            relay.set_access(NeverAnswers(sender));
         })
         .await;
     let mut alice = embedded.connect().await;
     for request in [reserve(), connect(PeerId::random())] {
         assert_eq!(alice.request(&request).await.status, Some(202), "to {request:?}");
-        let mut dropped = within(asked.recv()).await.expect("the store is asked");
+        let mut dropped = within(questions.recv()).await.expect("the store is asked");
         assert_eq!(within(dropped.recv()).await, None);
     }
     let mut refused = 0;
@@ -431,13 +431,13 @@ async fn requests_without_an_answer_are_denied_at_the_deadline() {
 #[tokio::test]
 async fn a_client_that_disconnects_before_the_answer_leaves_nothing() {
     let mut embedded = Embedded::start(Config::default()).await;
-    let (reports, mut asked) = mpsc::unbounded_channel();
-    embedded.with(|relay| relay.set_access(NeverAnswers(reports))).await;
+    let (sender, mut questions) = mpsc::unbounded_channel();
+    embedded.with(|relay| relay.set_access(NeverAnswers(sender))).await;
     for request in [reserve(), connect(PeerId::random())] {
         let mut client = embedded.connect().await;
         let mut dropped = tokio::select! {
             answer = client.request(&request) => panic!("{answer:?}"),
-            dropped = within(asked.recv()) => dropped.expect("the store is asked"),
+            dropped = within(questions.recv()) => dropped.expect("the store is asked"),
         };
         client.disconnect().await;
         assert_eq!(within(dropped.recv()).await, None, "the answer is dropped");
@@ -458,7 +458,7 @@ async fn a_client_that_disconnects_before_the_answer_leaves_nothing() {
     }
 }
 
-/// In the automatic mode, and when switched: open connections see it by identify's push.
+/// With `set_serving(None)` and after each change; identify pushes the changes over open connections.
 #[tokio::test]
 async fn the_relay_supports_the_hop_protocol_only_while_it_serves() {
     // The swarm does not see that a protocol is gone if another one is supported twice.
@@ -611,7 +611,7 @@ async fn with_a_counting_transport_a_peer_that_uses_another_protocol_does_not_ti
             interval.tick().await;
         }
     });
-    // Each of these is silent for as long as the other one talks.
+    // Two frozen clients time out meanwhile, and the busy one does not.
     for _ in 0..2 {
         let frozen = Process::start_and_reserve(&embedded.address).await;
         frozen.signal("STOP");
@@ -619,7 +619,7 @@ async fn with_a_counting_transport_a_peer_that_uses_another_protocol_does_not_ti
     }
 }
 
-/// Freezes two clients and reports activity of one: the other one times out first.
+/// Freezes two clients and reports activity of one for as long as the other one has not timed out.
 async fn check_kept_alive(mut report: impl FnMut(&mpsc::UnboundedSender<Call>, PeerId)) {
     let mut embedded = Embedded::start(short_timeouts()).await;
     let active = Process::start_and_reserve(&embedded.address).await;

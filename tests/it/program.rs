@@ -88,18 +88,18 @@ const FLAGS: &[(&str, &str)] = &[
 fn an_invalid_flag_is_a_one_line_error_that_names_it() {
     for &(flag, value) in FLAGS {
         // With `=`, because -1 alone would be parsed as a flag.
-        let line = refused(&[&format!("{flag}={value}")], &[]);
+        let line = setting_error(&[&format!("{flag}={value}")], &[]);
         assert!(line.contains(flag), "{flag} {value}: {line}");
     }
     for arguments in
         [&["--listen"][..], &["--circuit-bites=1"], &["--print-config=json"], &["stray"]]
     {
-        let line = refused(arguments, &[]);
+        let line = setting_error(arguments, &[]);
         assert!(line.contains(arguments[0].split('=').next().unwrap()), "{line}");
     }
-    let line = refused(&["--max-reservation=4"], &[]);
+    let line = setting_error(&["--max-reservation=4"], &[]);
     assert!(line.contains("unknown flag; try --max-reservations"), "{line}");
-    let line = refused(&["--listen=0.0.0.0:4001"], &[]);
+    let line = setting_error(&["--listen=0.0.0.0:4001"], &[]);
     assert!(line.contains("try /ip4/0.0.0.0/tcp/4001"), "{line}");
 }
 
@@ -107,7 +107,7 @@ fn an_invalid_flag_is_a_one_line_error_that_names_it() {
 fn each_flag_has_an_environment_variable() {
     for &(flag, value) in FLAGS {
         let name = flag.trim_start_matches("--").replace('-', "_").to_uppercase();
-        let line = refused(&[], &[(&format!("RELAYLET_{name}"), value)]);
+        let line = setting_error(&[], &[(&format!("RELAYLET_{name}"), value)]);
         assert!(line.contains(flag), "{flag} {value}: {line}");
     }
 }
@@ -116,7 +116,7 @@ fn each_flag_has_an_environment_variable() {
 #[test]
 fn a_flag_of_a_missing_feature_names_the_feature() {
     for flag in ["--dht", "--bootstrap=/ip4/127.0.0.1/tcp/1", "--dht-protocol=x"] {
-        let line = refused(&[flag], &[]);
+        let line = setting_error(&[flag], &[]);
         let expected = "this relay was built without it; build it with the feature dht";
         assert!(line.contains(expected), "{flag}: {line}");
     }
@@ -262,7 +262,7 @@ fn standard_output_contains_only_the_addresses() {
     }
 }
 
-/// A container's log is what both pipes carry.
+/// A container's log collects both streams.
 #[tokio::test]
 async fn an_address_is_logged_once_where_both_streams_are_collected() {
     let relay = Relay::start(&[]);
@@ -270,8 +270,9 @@ async fn an_address_is_logged_once_where_both_streams_are_collected() {
     assert_eq!(relay.count_in_log("listening on "), 1, "{:#?}", relay.log());
 }
 
-/// Runs the program with a standard error that claims to be the journal or not, and returns what it writes there.
-fn logged(flags: &[&str], is_journal: bool) -> String {
+/// Runs the program with a standard error that `JOURNAL_STREAM` declares to be the journal or not, and returns what it
+/// writes there.
+fn stderr_of(flags: &[&str], is_journal: bool) -> String {
     let (mut reader, writer) = std::io::pipe().unwrap();
     let writer = File::from(OwnedFd::from(writer));
     let pipe = writer.metadata().unwrap();
@@ -302,7 +303,7 @@ fn logged(flags: &[&str], is_journal: bool) -> String {
 #[test]
 fn lines_have_priorities_in_the_journal_and_times_elsewhere() {
     let flags = ["--listen=/ip4/127.0.0.1/tcp/0"];
-    let journal = logged(&flags, true);
+    let journal = stderr_of(&flags, true);
     let mut priorities: Vec<_> = journal.lines().map(|line| line.split_at(3).0).collect();
     priorities.sort_unstable();
     priorities.dedup();
@@ -310,13 +311,15 @@ fn lines_have_priorities_in_the_journal_and_times_elsewhere() {
     assert_eq!(journal.matches("<6>listening on /ip4/127.0.0.1/tcp/").count(), 1, "{journal}");
     assert!(journal.contains("\n<4>no public address: "), "{journal}");
     assert!(!journal.contains("relaylet::"), "{journal}");
-    let elsewhere = logged(&flags, false);
+    let elsewhere = stderr_of(&flags, false);
     assert!(elsewhere.lines().all(|line| line.starts_with("[20")), "{elsewhere}");
     let flags = ["--listen=/ip4/192.0.2.1/tcp/1"];
     assert!(
-        logged(&flags, true).lines().last().unwrap().starts_with("<3>relaylet: --listen /ip4/")
+        stderr_of(&flags, true).lines().last().unwrap().starts_with("<3>relaylet: --listen /ip4/")
     );
-    assert!(logged(&flags, false).lines().last().unwrap().starts_with("relaylet: --listen /ip4/"));
+    assert!(
+        stderr_of(&flags, false).lines().last().unwrap().starts_with("relaylet: --listen /ip4/")
+    );
 }
 
 #[tokio::test]
@@ -345,7 +348,7 @@ fn an_unusable_listen_address_is_a_one_line_error() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let taken = format!("/ip4/127.0.0.1/tcp/{}", taken_port(&taken));
     for address in [taken.as_str(), "/ip4/203.0.113.1/tcp/0"] {
-        let line = failed(&["--listen", address], &TempDir::new().unwrap());
+        let line = start_error(&["--listen", address], &TempDir::new().unwrap());
         assert!(line.contains(&format!("--listen {address}: ")), "{line}");
     }
 }
@@ -385,7 +388,7 @@ async fn keys_of_every_type_are_accepted() {
 #[test]
 fn a_corrupt_key_is_never_overwritten() {
     let folder = with_key(b"no key");
-    let line = failed(&["--listen", "/ip4/127.0.0.1/tcp/0"], &folder);
+    let line = start_error(&["--listen", "/ip4/127.0.0.1/tcp/0"], &folder);
     assert!(line.contains("relaylet.key") && line.contains("backup"), "{line}");
     assert_eq!(fs::read(folder.path().join("relaylet.key")).unwrap(), b"no key");
 }
@@ -393,7 +396,7 @@ fn a_corrupt_key_is_never_overwritten() {
 #[test]
 fn an_unreadable_or_unwritable_key_is_a_one_line_error() {
     for identity in [".", "no/such/folder/relaylet.key", "/proc/relaylet.key"] {
-        let line = failed(&["--identity", identity], &TempDir::new().unwrap());
+        let line = start_error(&["--identity", identity], &TempDir::new().unwrap());
         assert!(line.contains(&format!("--identity {identity}: ")), "{line}");
     }
 }
@@ -484,14 +487,14 @@ async fn out_of_file_descriptors_the_relay_keeps_serving_and_logs_once() {
     let (mut source, mut target) = source_and_target(&relay).await;
     let (mut there, mut back) = circuit(&mut source, &mut target).await;
 
-    let crowd = future::join_all((0..60).map(|_| by_hand::tcp(&relay))).await;
+    let connections = future::join_all((0..60).map(|_| by_hand::tcp(&relay))).await;
     let error = "accepting connections failed";
     relay.wait_for_log(error).await;
     by_hand::send(&mut there, b"still here").await;
     assert_eq!(read_bytes(&mut back, 10).await, b"still here");
     target.reserve().await;
     assert_idle_within_memory(&relay).await;
-    drop(crowd);
+    drop(connections);
     Client::connect(&relay).await.reserve().await;
     assert!(source.kept_its_connection() && target.kept_its_connection());
     let log = relay.log();
@@ -520,8 +523,9 @@ fn output_of(command: &mut Command) -> Output {
     child.wait_with_output().unwrap()
 }
 
-/// The one line about invalid usage. An unusable identity is not a usage error, so its status is 1.
-fn refused(arguments: &[&str], environment: &[(&str, &str)]) -> String {
+/// Runs the program with invalid settings, and returns its one-line error. An unusable identity is not a usage error, so
+/// its status is 1.
+fn setting_error(arguments: &[&str], environment: &[(&str, &str)]) -> String {
     let output = output(arguments, environment);
     let line = one_line(&output);
     let status = if line.contains("--identity") { 1 } else { 2 };
@@ -529,8 +533,8 @@ fn refused(arguments: &[&str], environment: &[(&str, &str)]) -> String {
     line
 }
 
-/// The one-line error that prevents a start in `folder`.
-fn failed(arguments: &[&str], folder: &TempDir) -> String {
+/// Runs the program in `folder`, where it cannot start, and returns its one-line error.
+fn start_error(arguments: &[&str], folder: &TempDir) -> String {
     // The log begins with the identity; only the error is of interest.
     let mut command = command(folder);
     let output = output_of(command.args(arguments).env("RUST_LOG", "off"));

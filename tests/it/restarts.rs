@@ -69,8 +69,8 @@ async fn two_hundred_restarts_with_new_identities_share_eight_slots() {
     for round in 0..200 {
         let client = start_until_reserved(&relay).await;
         frozen.extend(kill_or_freeze(client, round));
-        let since_reclaimed = frozen.len().saturating_sub(SLOTS + 1);
-        frozen.drain(..since_reclaimed);
+        let reclaimed = frozen.len().saturating_sub(SLOTS + 1);
+        frozen.drain(..reclaimed);
     }
     assert_eq!(count_logged(&relay, "reservation granted"), 200);
 }
@@ -130,7 +130,7 @@ async fn start_until_reserved(relay: &Relay) -> Process {
     within(attempts).await
 }
 
-/// Starts a client with this identity, which gets its slot.
+/// Starts a client with this identity, which must get a slot.
 async fn reconnect(relay: &Relay, keypair: &Keypair) -> Process {
     let role = Role { keypair: Some(keypair.clone()), ..Role::default() };
     let client = Process::start(&relay.address, role).await;

@@ -1,8 +1,8 @@
-//! A link that loses three packets in ten, and clients that get little CPU time: 60 hosts of go-libp2p that hold slots
-//! at its own defaults, with and without newcomers that wait for one.
+//! A link that loses three packets in ten, and clients that get little CPU time: 60 hosts of go-libp2p that hold slots,
+//! with its default settings, with and without newcomers that wait for one.
 //!
-//! It takes a minute and a half, and ten with `RELAYLET_NETNS=long`. Hosts that close their connections themselves
-//! (go-yamux waits 10 s for an answer) are not evicted, and are printed.
+//! It takes a minute and a half, and ten with `RELAYLET_NETNS=long`. Connections that hosts close themselves
+//! (go-yamux waits 10 s for an answer) are no evictions; their number is printed.
 
 use std::{
     env,
@@ -27,43 +27,43 @@ const HOLDERS: usize = 60;
 
 /// What makes it hard for the holders to answer.
 #[derive(Clone, Copy, Debug)]
-enum Trouble {
+enum Impairment {
     /// Their link loses this percentage of the packets, in both directions.
     Loss(u8),
-    /// Their process runs for half a second in two.
+    /// Their process is stopped for 1.5 s of every 2 s.
     LittleCpu,
 }
 
 #[tokio::test]
 #[ignore = "needs Go, root, iproute2 and nftables"]
 async fn no_go_client_is_evicted_at_30_percent_loss_while_no_newcomer_waits() {
-    assert_eq!(evicted(Trouble::Loss(30), false).await, 0);
+    assert_eq!(evictions(Impairment::Loss(30), false).await, 0);
 }
 
 #[tokio::test]
 #[ignore = "needs Go, root, iproute2 and nftables"]
 async fn at_most_one_of_60_go_clients_is_evicted_at_30_percent_loss_for_newcomers() {
-    assert!(evicted(Trouble::Loss(30), true).await <= 1);
+    assert!(evictions(Impairment::Loss(30), true).await <= 1);
 }
 
 #[tokio::test]
 #[ignore = "needs Go, root, iproute2 and nftables"]
 async fn no_go_client_with_little_cpu_time_is_evicted_while_no_newcomer_waits() {
-    assert_eq!(evicted(Trouble::LittleCpu, false).await, 0);
+    assert_eq!(evictions(Impairment::LittleCpu, false).await, 0);
 }
 
 #[tokio::test]
 #[ignore = "needs Go, root, iproute2 and nftables"]
 async fn at_most_one_of_60_go_clients_with_little_cpu_time_is_evicted_for_newcomers() {
-    assert!(evicted(Trouble::LittleCpu, true).await <= 1);
+    assert!(evictions(Impairment::LittleCpu, true).await <= 1);
 }
 
-/// Returns how many of the holders were evicted, while newcomers waited or not.
-async fn evicted(trouble: Trouble, under_pressure: bool) -> usize {
+/// Returns how many of the holders are evicted, while newcomers wait or not.
+async fn evictions(impairment: Impairment, newcomers_wait: bool) -> usize {
     spawn_blocking(go_client).await.expect("it is built");
     let mut network = Network::new();
     let (here, there, elsewhere) = (network.host(), network.host(), network.host());
-    let slots = if under_pressure { HOLDERS } else { 2 * HOLDERS };
+    let slots = if newcomers_wait { HOLDERS } else { 2 * HOLDERS };
     let relay =
         here.relay(&[&format!("--max-reservations={slots}"), "--max-reservations-per-ip=0"]);
     let mut holders = start("holders", &there, &relay);
@@ -72,15 +72,15 @@ async fn evicted(trouble: Trouble, under_pressure: bool) -> usize {
         holders
     });
     let holders = holders.await.expect("all hold a slot");
-    if let Trouble::Loss(percent) = trouble {
+    if let Impairment::Loss(percent) = impairment {
         there.lose(percent);
     }
-    let newcomers = under_pressure.then(|| start("newcomers", &elsewhere, &relay));
+    let newcomers = newcomers_wait.then(|| start("newcomers", &elsewhere, &relay));
     let end = Instant::now() + duration();
     while Instant::now() < end {
-        match trouble {
-            Trouble::Loss(_) => sleep(Duration::from_secs(1)).await,
-            Trouble::LittleCpu => {
+        match impairment {
+            Impairment::Loss(_) => sleep(Duration::from_secs(1)).await,
+            Impairment::LittleCpu => {
                 signal(holders.client.id(), "STOP");
                 sleep(Duration::from_millis(1500)).await;
                 signal(holders.client.id(), "CONT");
@@ -93,9 +93,9 @@ async fn evicted(trouble: Trouble, under_pressure: bool) -> usize {
         (relay.count_in_log("probe sent: "), relay.count_in_log("closed by the peer"));
     assert!(probes >= HOLDERS, "{probes}");
     let waited = relay.count_in_log("reservation pending: ");
-    assert_eq!(waited > 0, under_pressure);
+    assert_eq!(waited > 0, newcomers_wait);
     println!(
-        "{trouble:?} for {} s: {evicted} of {HOLDERS} evicted; {probes} probes, {waited} newcomers \
+        "{impairment:?} for {} s: {evicted} of {HOLDERS} evicted; {probes} probes, {waited} newcomers \
          waited, {closed} connections closed by go-libp2p",
         duration().as_secs()
     );
