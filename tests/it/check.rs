@@ -116,7 +116,8 @@ async fn all_steps_succeed_over_tcp_and_the_relay_is_left_as_it_was() {
     assert!(identify.contains("relaylet/0.1.0; sees us at /ip4/127.0.0.1/tcp/"), "{identify}");
     assert!(identify.contains("/libp2p/circuit/relay/0.2.0/hop"), "{identify}");
     let reserve = checked.line_of("reserve");
-    for part in ["status 100 (OK) for ", "2m and 128.0 KiB", "the voucher is valid", "/tcp/"] {
+    for part in ["status 100 (OK) for ", "2m and carry 128.0 KiB", "the voucher is valid", "/tcp/"]
+    {
         assert!(reserve.contains(part), "{reserve}");
     }
     assert!(checked.line_of("circuit").contains("1024 bytes to "));
