@@ -63,10 +63,13 @@ impl Config {
             bootstrap_nodes::parse(address)
                 .map_err(|problem| format!("--bootstrap {address}: {problem}"))?;
         }
-        let is_valid = protocol.len() <= 140 && protocol.chars().all(|c| c.is_ascii_graphic());
+        // 126 characters: a longer name has a length of two bytes, which the muxer rejects.
+        let is_valid = protocol.len() <= 126 && protocol.chars().all(|c| c.is_ascii_graphic());
         match StreamProtocol::try_from_owned(protocol.to_owned()) {
             Ok(protocol) if is_valid => Ok(Self { protocol, bootstrap: bootstrap.to_vec() }),
-            _ => Err(format!("--dht-protocol {protocol:?}: not a protocol; try /ipfs/kad/1.0.0")),
+            _ => Err(format!(
+                "--dht-protocol {protocol:?}: not a protocol of at most 126 characters; try /ipfs/kad/1.0.0"
+            )),
         }
     }
 }

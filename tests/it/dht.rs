@@ -23,6 +23,7 @@ fn invalid_flags_are_a_one_line_error_with_the_remedy() {
     let node = format!("/ip4/127.0.0.1/tcp/1/p2p/{ABSENT_PEER}");
     let text = format!("/dnsaddr/bootstrap.libp2p.io/p2p/{ABSENT_PEER}");
     let quic = format!("/ip4/127.0.0.1/udp/1/quic-v1/p2p/{ABSENT_PEER}");
+    let too_long = format!("--dht-protocol=/{}", "a".repeat(126));
     for (arguments, expected) in [
         (
             &["--dht", "--bootstrap=/ip4/127.0.0.1/tcp/1"][..],
@@ -35,9 +36,10 @@ fn invalid_flags_are_a_one_line_error_with_the_remedy() {
         (&["--dht", "--bootstrap"], "--bootstrap"),
         (
             &["--dht", "--dht-protocol=kad"],
-            "--dht-protocol \"kad\": not a protocol; try /ipfs/kad/1.0.0",
+            "--dht-protocol \"kad\": not a protocol of at most 126 characters; try /ipfs/kad/1.0.0",
         ),
         (&["--dht", "--dht-protocol=/a b"], "--dht-protocol"),
+        (&["--dht", &too_long], "at most 126 characters"),
         (&["--dht", "--idle-timeout=0s"], "--idle-timeout 0s"),
         (&["--dht=maybe"], "--dht maybe: takes true or false"),
     ] {
