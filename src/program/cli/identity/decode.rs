@@ -93,11 +93,11 @@ pub fn not_a_key(bytes: &[u8]) -> &'static str {
     let text = bytes.trim_ascii_start();
     let has = |part: &[u8]| text.windows(part.len()).any(|window| window == part);
     if text.starts_with(PEM) {
-        "holds a key in PEM, not in libp2p's protobuf; convert it: relaylet id --import FILE --identity relaylet.key"
+        "holds a key in PEM, not in libp2p's protobuf; convert it: relaylet id --import FILE --identity NEW-FILE"
     } else if text.starts_with(b"{") && has(b"PrivKey") {
-        "holds kubo's configuration; take the key out of it: relaylet id --import FILE --identity relaylet.key"
+        "holds kubo's configuration; take the key out of it: relaylet id --import FILE --identity NEW-FILE"
     } else if IN_BASE64.iter().any(|prefix| text.starts_with(prefix)) {
-        "holds a key in base64; decode it: relaylet id --import FILE --identity relaylet.key"
+        "holds a key in base64; decode it: relaylet id --import FILE --identity NEW-FILE"
     } else {
         "holds no libp2p private key; restore it from a backup, or move it away to start with a new identity"
     }
