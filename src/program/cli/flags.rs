@@ -332,7 +332,7 @@ pub struct Flags {
     /// How many streams a second the connections of one IP address (IPv6: one /64) may open, besides a few of
     /// each, a subnet four times as many; 0: no limit
     ///
-    /// The burst is the number for 16 s. A stream beyond that is reset.
+    /// As many as 16 s of that rate allow may come at once. A stream beyond that is reset.
     #[structopt(long, value_name = "N", default_value = "64")]
     pub stream_rate: Parsed<u32>,
 

@@ -85,7 +85,7 @@ pub struct StreamLimits {
     /// A stream beyond that is reset.
     pub max_streams_per_connection: Option<usize>,
     /// How many streams a second the connections of one address may open together, besides a few of each connection; a
-    /// subnet four times as many. The burst is the number for 16 s. Default 64; zero: no limit.
+    /// subnet four times as many. As many as 16 s of that rate allow may come at once. Default 64; zero: no limit.
     ///
     /// A stream beyond that is reset. Frames that open streams, reset them or ping have four times that rate: a connection
     /// above it is read more slowly, and closed unless it has a slot or a circuit.
