@@ -48,7 +48,9 @@ fn main() -> ExitCode {
     let runtime = Runtime::new().expect("a runtime");
     // The program starts itself for clients that need a process of their own.
     match words[..] {
-        [echo::FLAT_OUT, relay] => runtime.block_on(echo::run_flat_out(relay)),
+        [echo::FLAT_OUT, relay, circuits] => {
+            runtime.block_on(echo::run_flat_out(relay, circuits));
+        }
         [idle_clients::ROLE, relay, first, count, security] => {
             runtime.block_on(idle_clients::run(relay, first, count, security));
         }
@@ -154,16 +156,26 @@ impl<'a> Bench<'a> {
         let what = |which| format!("added latency of a 1 KiB echo, {which}");
         let idle50 = table.row(&what("idle relay, p50"), "µs", [1.0, 1.0]);
         let idle99 = table.row(&what("idle relay, p99"), "µs", [1.0, 1.0]);
-        let busy99 = table.row(&what("another circuit flat out, p99"), "µs", [0.5, 0.5]);
+        let busy99 = [
+            (1, "another circuit flat out", 0.5),
+            (4, "4 circuits flat out", f64::INFINITY),
+            (16, "16 circuits flat out", f64::INFINITY),
+        ]
+        .map(|(circuits, beside, goal)| {
+            let what = format!("added latency of a 1 KiB echo, {beside}, p99");
+            (circuits, table.row(&what, "µs", [goal; 2]))
+        });
         self.rounds(|contestant| {
             let base = runtime.block_on(echo::direct(count));
             let relay = self.contestants.start(contestant);
             let idle = runtime.block_on(echo::relayed(&relay, count)).above(base);
             table.add(idle50, contestant, idle.p50);
             table.add(idle99, contestant, idle.p99);
-            let _bulk = echo::flat_out(&relay);
-            let busy = runtime.block_on(echo::relayed(&relay, count)).above(base);
-            table.add(busy99, contestant, busy.p99);
+            for (circuits, row) in busy99 {
+                let _flat_out = echo::flat_out(&relay, circuits);
+                let busy = runtime.block_on(echo::relayed(&relay, count)).above(base);
+                table.add(row, contestant, busy.p99);
+            }
         });
     }
 

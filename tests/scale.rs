@@ -3,8 +3,8 @@
 //! `cargo bench --bench scale` connects 1,000, 3,000 and 10,000 peers, each time to a new relay, lets them reserve,
 //! measures them idle for a minute, and then transfers data through 1,000 circuits at once, between one pair of peers
 //! and between many. It prints Markdown tables and writes them to `target/scale.md`. `-- --quick` uses 1,000 peers and
-//! fewer circuits, and takes about two minutes; `peers` or `circuits` measures only that; `--flags "…"` adds flags to
-//! the relay.
+//! fewer circuits, and takes about two minutes; `peers` or `circuits` measures only that; numbers, as in
+//! `-- peers 30000`, replace the numbers of peers; `--flags "…"` adds flags to the relay.
 //!
 //! The clients run on the same cores, in a few processes, so rates per second depend on the machine, and more on the
 //! clients than on the relay. CPU time is the kernel's count for the relay's threads (schedstat), memory its count for
@@ -55,14 +55,17 @@ fn main() -> ExitCode {
     let all = !["peers", "circuits"].iter().any(|part| words.contains(part));
     let mut tables = String::new();
     if all || words.contains(&"peers") {
-        let sizes = if quick { &[1000][..] } else { &[1000, 3000, 10_000] };
-        if let Err(line) = enough_files(sizes[sizes.len() - 1]) {
+        let mut sizes: Vec<_> = words.iter().filter_map(|word| word.parse().ok()).collect();
+        if sizes.is_empty() {
+            sizes = if quick { vec![1000] } else { vec![1000, 3000, 10_000] };
+        }
+        if let Err(line) = enough_files(*sizes.iter().max().expect("a size")) {
             eprintln!("{line}");
             return ExitCode::FAILURE;
         }
         let names = sizes.iter().map(|size| format!("{} peers", written(*size)));
         let mut table = Table::of(names, true);
-        for &size in sizes {
+        for size in sizes {
             arrival::measure(size, WATCHED, flags, &mut table);
         }
         tables += &table.markdown();

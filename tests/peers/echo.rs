@@ -4,7 +4,7 @@ use std::{process::Command, time::Instant};
 
 use libp2p::{
     Stream, StreamProtocol, SwarmBuilder,
-    futures::{AsyncReadExt, AsyncWriteExt, StreamExt},
+    futures::{AsyncReadExt, AsyncWriteExt, StreamExt, future},
     noise,
     swarm::SwarmEvent,
     tcp, yamux,
@@ -13,7 +13,7 @@ use libp2p::{
 use super::{bulk, contestants::Relay};
 use crate::common::{Security, child_process::Process, within};
 
-/// The argument of a process that keeps a circuit busy.
+/// The argument of a process that keeps circuits busy.
 pub const FLAT_OUT: &str = "flat-out";
 
 const ECHO: StreamProtocol = StreamProtocol::new("/echo");
@@ -113,26 +113,33 @@ async fn echoes(mut source: Stream, mut target: Stream, count: usize) -> Latency
     Latency { p50: at(0.5), p99: at(0.99) }
 }
 
-/// A process that keeps one circuit through the relay as busy as it can, until it is dropped.
-pub fn flat_out(relay: &Relay) -> Process {
+/// A process that keeps this many circuits through the relay as busy as it can, until it is dropped.
+pub fn flat_out(relay: &Relay, circuits: usize) -> Process {
     // Lowest priority, so that it does not compete with the measured processes for the CPU.
     let mut command = Command::new("nice");
     command.args(["-n", "19"]);
     command.arg(std::env::current_exe().expect("this program"));
-    command.args([FLAT_OUT, &relay.address.to_string()]);
+    command.args([FLAT_OUT, &relay.address.to_string(), &circuits.to_string()]);
     let mut process = Process::start(command);
     process.read_value("running");
     process
 }
 
 /// The body of that process.
-pub async fn run_flat_out(relay: &str) {
+pub async fn run_flat_out(relay: &str, circuits: &str) {
     const PART: u64 = 4 * 1024 * 1024;
     let relay = relay.parse().expect("a multiaddr");
-    let mut pair = bulk::pair(&relay, Security::Noise).await;
-    pair.transfer(PART).await;
-    println!("running");
-    loop {
-        pair.transfer(PART).await;
+    let circuits: usize = circuits.parse().expect("a number of circuits");
+    let mut pairs = Vec::new();
+    for _ in 0..circuits {
+        pairs.push(bulk::pair(&relay, Security::Noise).await);
     }
+    future::join_all(pairs.iter_mut().map(|pair| pair.transfer(PART))).await;
+    println!("running");
+    future::join_all(pairs.iter_mut().map(|pair| async {
+        loop {
+            pair.transfer(PART).await;
+        }
+    }))
+    .await;
 }

@@ -12,9 +12,9 @@ use crate::{common::Security, idle_clients::IdleClients};
 pub fn measure(peers: usize, watched: Duration, flags: &str, table: &mut Table) {
     let count = peers as f64;
     let relay = Watched::start(flags);
-    let resident = || relay.relay.process.resident() as f64;
+    let resident_now = || relay.relay.process.resident() as f64;
     let mut idle_clients = IdleClients::of(&relay.relay.address, peers, Security::Noise);
-    let (empty, start) = (resident(), relay.spent());
+    let (empty, start) = (resident_now(), relay.spent());
 
     let connect = Instant::now();
     idle_clients.connect_all();
@@ -38,7 +38,7 @@ pub fn measure(peers: usize, watched: Duration, flags: &str, table: &mut Table) 
     let before = relay.relay.process.cpu();
     thread::sleep(watched);
     let idle = (relay.relay.process.cpu() - before) as f64 / 1e6;
-    let resident = resident();
+    let resident = resident_now();
     let later = relay.metrics(names);
     let [probes, sweeps, seconds] = std::array::from_fn(|index| later[index] - earlier[index]);
     let each_minute = |value: f64| value / count / (watched.as_secs_f64() / 60.0);
@@ -48,4 +48,8 @@ pub fn measure(peers: usize, watched: Duration, flags: &str, table: &mut Table) 
     table.add("CPU for an idle peer and minute, ms", each_minute(idle));
     table.add("probes for an idle peer and minute", each_minute(probes));
     table.add("a sweep, ms", seconds / sweeps * 1e3);
+
+    drop(idle_clients);
+    thread::sleep(watched);
+    table.add("resident memory a minute after they left, MiB", resident_now() / 1024.0);
 }
