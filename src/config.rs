@@ -1,7 +1,6 @@
 //! Every limit and timer of the relay, with its unit and default, and the one function that validates them.
 
 use std::{
-    fmt,
     net::{Ipv4Addr, Ipv6Addr},
     time::Duration,
 };
@@ -344,7 +343,8 @@ fn validate_address(address: &Multiaddr) -> Result<(), ConfigError> {
 }
 
 /// An invalid setting and the remedy, in one line.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{setting}: {problem}")]
 pub struct ConfigError {
     setting: &'static str,
     /// What is wrong with it, and the remedy.
@@ -363,14 +363,6 @@ impl ConfigError {
         self.setting
     }
 }
-
-impl fmt::Display for ConfigError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.setting, self.problem)
-    }
-}
-
-impl std::error::Error for ConfigError {}
 
 #[cfg(test)]
 mod tests {

@@ -4,7 +4,7 @@
 //! Presence matters as in proto2, so that a message without a type is malformed and not a RESERVE.
 //! See [the specification](https://github.com/libp2p/specs/blob/master/relay/circuit-v2.md#protobuf).
 
-use std::{fmt, io, time::Duration};
+use std::{io, time::Duration};
 
 use libp2p::{
     Multiaddr, PeerId, StreamProtocol,
@@ -69,7 +69,8 @@ pub enum Request {
 }
 
 /// Why a request could not be decoded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
 #[non_exhaustive]
 pub enum BadRequest {
     /// Not a message of this protocol.
@@ -87,13 +88,6 @@ impl BadRequest {
             Self::Malformed(_) | Self::BadTarget(_) => Status::MalformedMessage,
             Self::Unexpected(_) => Status::UnexpectedMessage,
         }
-    }
-}
-
-impl fmt::Display for BadRequest {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (Self::Malformed(what) | Self::BadTarget(what) | Self::Unexpected(what)) = self;
-        f.write_str(what)
     }
 }
 

@@ -11,14 +11,17 @@ use crate::{
 };
 
 /// Why a request was refused.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{}", self.kind())]
 #[non_exhaustive]
 pub enum Refused {
     /// All slots are taken.
     TableFull,
     /// The cap on slots of this address is reached.
+    #[error("all slots of {0} are taken")]
     AddressFull(ClientPrefix),
     /// The cap on slots of this subnet is reached.
+    #[error("all slots of {0} are taken")]
     SubnetFull(Subnet),
     /// The request came over a relayed connection.
     Relayed,
@@ -27,20 +30,24 @@ pub enum Refused {
     /// The request rate of the peer is exceeded.
     TooOften,
     /// The request rate of this address is exceeded.
+    #[error("the peers of {0} ask too often")]
     AddressTooOften(ClientPrefix),
     /// The target holds no live reservation.
     NoReservation,
     /// The cap on circuits is reached.
     TooManyCircuits,
     /// The cap on circuits of this address's sources is reached.
+    #[error("too many circuits of {0}")]
     TooManyCircuitsOfAddress(ClientPrefix),
     /// The cap on circuits of this subnet's sources is reached.
+    #[error("too many circuits of {0}")]
     TooManyCircuitsOfSubnet(Subnet),
     /// The cap on circuits of the source is reached.
     TooManyCircuitsOfSource,
     /// The cap on circuits of the target is reached.
     TooManyCircuitsOfTarget,
     /// The target did not accept the circuit.
+    #[error("{0}")]
     StopFailed(StopFailed),
     /// The source disconnected, or the relay ended the circuit, before the target answered.
     Gone,
@@ -88,20 +95,6 @@ impl Refused {
             Self::Draining => return (None, "the relay is draining"),
         };
         (Some(status), kind)
-    }
-}
-
-impl fmt::Display for Refused {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::AddressFull(address) => write!(f, "all slots of {address} are taken"),
-            Self::SubnetFull(subnet) => write!(f, "all slots of {subnet} are taken"),
-            Self::AddressTooOften(address) => write!(f, "the peers of {address} ask too often"),
-            Self::TooManyCircuitsOfAddress(address) => write!(f, "too many circuits of {address}"),
-            Self::TooManyCircuitsOfSubnet(subnet) => write!(f, "too many circuits of {subnet}"),
-            Self::StopFailed(failed) => failed.fmt(f),
-            other => f.write_str(other.kind()),
-        }
     }
 }
 
@@ -213,29 +206,22 @@ impl fmt::Display for CircuitEnd {
 }
 
 /// Why a target did not accept a circuit.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum StopFailed {
     /// It disconnected.
+    #[error("the target is gone")]
     Gone,
     /// It does not support the stop protocol.
+    #[error("the target does not support the stop protocol")]
     Unsupported,
     /// It refused, with this status.
+    #[error("the target refused with status {0}")]
     Refused(i32),
     /// Its answer could not be decoded.
+    #[error("the target answered with {0}")]
     Nonsense(BadRequest),
     /// The stream failed, or the time limit was reached.
+    #[error("stop request failed: {0}")]
     Io(io::ErrorKind),
-}
-
-impl fmt::Display for StopFailed {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Gone => f.write_str("the target is gone"),
-            Self::Unsupported => f.write_str("the target does not support the stop protocol"),
-            Self::Refused(status) => write!(f, "the target refused with status {status}"),
-            Self::Nonsense(what) => write!(f, "the target answered with {what}"),
-            Self::Io(kind) => write!(f, "stop request failed: {kind}"),
-        }
-    }
 }
