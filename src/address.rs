@@ -86,19 +86,15 @@ fn ipv4_within(ip: Ipv6Addr) -> Option<Ipv4Addr> {
 
 impl fmt::Display for ClientPrefix {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.ip() {
-            IpAddr::V4(ip) => write!(f, "{ip}"),
-            IpAddr::V6(ip) => write!(f, "{ip}/64"),
-        }
+        let ip = self.ip();
+        write!(f, "{ip}{}", if ip.is_ipv4() { "" } else { "/64" })
     }
 }
 
 impl fmt::Display for Subnet {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0.ip() {
-            IpAddr::V4(ip) => write!(f, "{ip}/24"),
-            IpAddr::V6(ip) => write!(f, "{ip}/48"),
-        }
+        let ip = self.0.ip();
+        write!(f, "{ip}/{}", if ip.is_ipv4() { 24 } else { 48 })
     }
 }
 
@@ -154,8 +150,8 @@ impl<'a> Known<'a> {
         if !self.announced.is_empty() {
             return self.announced.iter().collect();
         }
-        let own = self.listening.iter().filter(|own| !self.confirmed.contains(own));
-        let own = own.filter(|own| ip(own).is_none_or(|ip| !ip.is_unspecified()));
+        let is_new = |own: &&Multiaddr| !is_unspecified(own) && !self.confirmed.contains(own);
+        let own = self.listening.iter().filter(is_new);
         let (global, local): (Vec<_>, Vec<_>) = own.partition(|own| is_global(own));
         self.confirmed.iter().chain(global).chain(self.reported).chain(local).collect()
     }
@@ -164,12 +160,10 @@ impl<'a> Known<'a> {
 /// The addresses for one client's reservation, [best first](Known::best_first), without duplicates and with
 /// `/p2p/<relay>` at the end; not more than fit into the answer.
 pub fn for_reservation(known: Known<'_>, relay: PeerId) -> Vec<Multiaddr> {
-    let mut addresses = Vec::new();
-    let mut bytes = 0;
-    for candidate in known.best_first() {
-        let Ok(address) = candidate.clone().with_p2p(relay) else {
-            continue; // another peer's
-        };
+    let (mut addresses, mut bytes) = (Vec::new(), 0);
+    // Those of another peer are left out.
+    let own = known.best_first().into_iter().filter_map(|own| own.clone().with_p2p(relay).ok());
+    for address in own {
         let is_relayed = address.iter().any(|part| part == Protocol::P2pCircuit);
         let fits = addresses.len() < MAX_TOLD && bytes + address.len() <= MAX_BYTES;
         if fits && !is_relayed && !addresses.contains(&address) {

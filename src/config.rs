@@ -29,17 +29,15 @@ const SHARE_PER_IP: usize = 16;
 const LEAST_PER_IP: usize = 8;
 const SMALL_TABLE: usize = 64;
 
-/// The cap on slots of one subnet is this fraction of the total, unless given.
+/// The cap on slots of one subnet, and that on circuits of its sources, are this fraction of the total, unless given.
 const SHARE_PER_SUBNET: usize = 4;
-/// The least cap: a site, or a part of a carrier's network.
+/// The least of them: a site, or a part of a carrier's network.
 const LEAST_PER_SUBNET: usize = 64;
 
-/// The caps on circuits of the sources of one address and of one subnet are these fractions of the total,
-/// unless given.
+/// The cap on circuits of the sources of one address is this fraction of the total, unless given.
 const SHARE_OF_CIRCUITS_PER_IP: usize = 8;
-const SHARE_OF_CIRCUITS_PER_SUBNET: usize = 4;
-/// The least caps: as many as one peer may be part of by default.
-const LEAST_CIRCUITS: usize = 64;
+/// The least cap: as many as one peer may be part of by default.
+const LEAST_CIRCUITS_PER_IP: usize = 64;
 
 /// What the relay grants, to how many peers and for how long.
 ///
@@ -226,10 +224,9 @@ impl Config {
         }
         let problem = "a reservation lasts at least a second; try 1h";
         check(self.reservation_ttl < SHORTEST, "reservation_ttl", problem)?;
-        let to_answer = self.silence.saturating_sub(self.heartbeat);
-        let is_unanswerable = !self.heartbeat.is_zero() && to_answer < Duration::from_secs(1);
+        let least = self.heartbeat + Duration::from_secs(1);
         let problem = "leaves no time to answer; try twice the heartbeat or more";
-        check(is_unanswerable, "silence", problem)?;
+        check(!self.heartbeat.is_zero() && self.silence < least, "silence", problem)?;
         let is_short = |time: Duration, shortest| !time.is_zero() && time < shortest;
         let problem = "is too short for distant peers; try 3s, or 0s to probe none";
         check(is_short(self.probe, SHORTEST_PROBE), "probe", problem)?;
@@ -244,21 +241,17 @@ impl Config {
 
     /// The caps on slots.
     pub(crate) fn slot_caps(&self) -> Caps {
-        let (of, total) = (self.max_reservations, Some(self.max_reservations));
-        let (per_ip, per_subnet) = (self.max_reservations_per_ip, self.max_reservations_per_subnet);
-        let half_of_small = of.min(SMALL_TABLE) / 2;
-        let per_address = cap(per_ip, of / SHARE_PER_IP, half_of_small.max(LEAST_PER_IP));
-        let per_subnet = cap(per_subnet, of / SHARE_PER_SUBNET, LEAST_PER_SUBNET);
-        Caps { total, per_subnet, per_address }
+        let total = self.max_reservations;
+        let least = (total.min(SMALL_TABLE) / 2).max(LEAST_PER_IP);
+        let per_ip = self.max_reservations_per_ip.unwrap_or((total / SHARE_PER_IP).max(least));
+        Caps::new(total, self.max_reservations_per_subnet, per_ip)
     }
 
     /// The caps on circuits, which count by source.
     pub(crate) fn circuit_caps(&self) -> Caps {
-        let (of, total) = (self.max_circuits, Some(self.max_circuits));
-        let (per_ip, per_subnet) = (self.max_circuits_per_ip, self.max_circuits_per_subnet);
-        let per_address = cap(per_ip, of / SHARE_OF_CIRCUITS_PER_IP, LEAST_CIRCUITS);
-        let per_subnet = cap(per_subnet, of / SHARE_OF_CIRCUITS_PER_SUBNET, LEAST_CIRCUITS);
-        Caps { total, per_subnet, per_address }
+        let share = self.max_circuits / SHARE_OF_CIRCUITS_PER_IP;
+        let per_ip = self.max_circuits_per_ip.unwrap_or(share.max(LEAST_CIRCUITS_PER_IP));
+        Caps::new(self.max_circuits, self.max_circuits_per_subnet, per_ip)
     }
 }
 
@@ -273,22 +266,24 @@ pub struct Caps {
     pub per_address: Option<usize>,
 }
 
-/// The cap that was given, of which zero means none; otherwise `share`, but at least `least`.
-fn cap(given: Option<usize>, share: usize, least: usize) -> Option<usize> {
-    let cap = given.unwrap_or(share.max(least));
-    (cap > 0).then_some(cap)
+impl Caps {
+    /// Of the last two, zero means no cap.
+    fn new(total: usize, per_subnet: Option<usize>, per_address: usize) -> Self {
+        let per_subnet = per_subnet.unwrap_or((total / SHARE_PER_SUBNET).max(LEAST_PER_SUBNET));
+        let cap = |cap: usize| (cap > 0).then_some(cap);
+        Self { total: Some(total), per_subnet: cap(per_subnet), per_address: cap(per_address) }
+    }
 }
 
 /// Checks that each of these is a whole subnet, in the family that addresses are looked up in.
 pub(crate) fn validate_subnets(setting: &'static str, list: &[IpNet]) -> Result<(), ConfigError> {
     for subnet in list {
-        let whole = subnet.trunc();
-        let problem = if whole != *subnet {
-            format!("{subnet} names one host in it; try {whole}")
-        } else if matches!(subnet, IpNet::V6(v6) if v6.addr().to_ipv4_mapped().is_some()) {
-            format!("{subnet} stands for IPv4; write it as IPv4")
-        } else {
-            continue;
+        let problem = match subnet.trunc() {
+            whole if whole != *subnet => format!("{subnet} names one host in it; try {whole}"),
+            IpNet::V6(v6) if v6.addr().to_ipv4_mapped().is_some() => {
+                format!("{subnet} stands for IPv4; write it as IPv4")
+            }
+            _ => continue,
         };
         return Err(ConfigError::new(setting, problem));
     }
@@ -301,18 +296,19 @@ pub(crate) fn validate_subnets(setting: &'static str, list: &[IpNet]) -> Result<
 ///
 /// The first list that does, by name and with the remedy.
 fn validate_lists(lists: &Lists) -> Result<(), ConfigError> {
+    let Lists { allow_peer, deny_peer, allow_subnet, deny_subnet, allow_connect_peer } = lists;
     for (setting, allowed) in
-        [("allow_peer", &lists.allow_peer), ("allow_connect_peer", &lists.allow_connect_peer)]
+        [("allow_peer", allow_peer), ("allow_connect_peer", allow_connect_peer)]
     {
-        if let Some(peer) = allowed.intersection(&lists.deny_peer).next() {
+        if let Some(peer) = allowed.intersection(deny_peer).next() {
             let problem = format!("{peer} is denied as well; take it off one of the lists");
             return Err(ConfigError::new(setting, problem));
         }
     }
-    validate_subnets("allow_subnet", &lists.allow_subnet)?;
-    validate_subnets("deny_subnet", &lists.deny_subnet)?;
-    for allowed in &lists.allow_subnet {
-        if let Some(denied) = lists.deny_subnet.iter().find(|net| net.contains(allowed)) {
+    validate_subnets("allow_subnet", allow_subnet)?;
+    validate_subnets("deny_subnet", deny_subnet)?;
+    for allowed in allow_subnet {
+        if let Some(denied) = deny_subnet.iter().find(|net| net.contains(allowed)) {
             let problem = format!("{allowed} lies in {denied}, which is denied; drop one");
             return Err(ConfigError::new("allow_subnet", problem));
         }
@@ -353,8 +349,7 @@ pub struct ConfigError {
 
 impl ConfigError {
     pub(crate) fn new(setting: &'static str, problem: impl Into<String>) -> Self {
-        let problem = problem.into();
-        Self { setting, problem }
+        Self { setting, problem: problem.into() }
     }
 
     /// The field of [`Config`].

@@ -143,12 +143,11 @@ pub fn decode_request(message: &[u8], from: PeerId) -> Result<Request, BadReques
         Some(proto::HOP_RESERVE) => Ok(Request::Reserve),
         Some(proto::HOP_CONNECT) => {
             let peer = message.peer.ok_or(BadRequest::BadTarget("CONNECT without a peer"))?;
-            let target = PeerId::from_bytes(&peer.id.unwrap_or_default())
-                .map_err(|_| BadRequest::BadTarget("CONNECT to a peer id that is none"))?;
-            if target == from {
-                return Err(BadRequest::BadTarget("CONNECT to oneself"));
+            match PeerId::from_bytes(&peer.id.unwrap_or_default()) {
+                Ok(target) if target == from => Err(BadRequest::BadTarget("CONNECT to oneself")),
+                Ok(target) => Ok(Request::Connect(target)),
+                Err(_) => Err(BadRequest::BadTarget("CONNECT to a peer id that is none")),
             }
-            Ok(Request::Connect(target))
         }
         Some(proto::HOP_STATUS) => Err(BadRequest::Unexpected("STATUS on a hop stream")),
         Some(_) => Err(BadRequest::Malformed("a message of unknown type")),
@@ -203,11 +202,8 @@ pub fn stop_connect(source: PeerId, limit: Limit) -> Vec<u8> {
 ///
 /// When the key cannot sign, which none of libp2p's key types reports in practice.
 pub fn sign_voucher(keypair: &Keypair, peer: PeerId, expire: u64) -> Result<Vec<u8>, SigningError> {
-    let voucher = proto::Voucher {
-        relay: Some(keypair.public().to_peer_id().to_bytes()),
-        peer: Some(peer.to_bytes()),
-        expiration: Some(expire),
-    };
+    let [relay, peer] = [keypair.public().to_peer_id(), peer].map(|peer| Some(peer.to_bytes()));
+    let voucher = proto::Voucher { relay, peer, expiration: Some(expire) };
     let (domain, payload_type) = (VOUCHER_DOMAIN.to_owned(), VOUCHER_TYPE.to_vec());
     let envelope = SignedEnvelope::new(keypair, domain, payload_type, voucher.encode_to_vec())?;
     Ok(envelope.into_protobuf_encoding())
@@ -217,11 +213,9 @@ impl From<Limit> for Option<proto::Limit> {
     /// Without any limit the message has none: go-libp2p takes even an empty one for a limited connection, and then
     /// refuses ordinary streams on it.
     fn from(limit: Limit) -> Self {
-        if limit == Limit::default() {
-            return None;
-        }
         let seconds = |limit: Duration| u32::try_from(limit.as_secs()).unwrap_or(u32::MAX);
-        Some(proto::Limit { duration: limit.duration.map(seconds), data: limit.bytes })
+        let message = proto::Limit { duration: limit.duration.map(seconds), data: limit.bytes };
+        (limit != Limit::default()).then_some(message)
     }
 }
 
