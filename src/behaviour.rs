@@ -4,7 +4,6 @@
 //! behaviour decides nothing; it has the clock, the key that signs vouchers, and the addresses that clients are told.
 
 pub(crate) mod circuit;
-mod decision;
 mod handler;
 mod hop;
 mod ping;
@@ -33,16 +32,15 @@ use libp2p::{
 };
 
 use self::{
-    decision::{Decided, decide},
     handler::Handler,
-    hop::{Answer, Events, HandlerCommand, HandlerEvent, Reply, Report, StopRequest},
+    hop::{Answer, Decided, Events, HandlerCommand, HandlerEvent, Reply, decide},
 };
 use crate::{
     access::{ANSWER_TIMEOUT, Access},
     activity::{self, ActivityCounter},
     address::{self, Known},
     config::{Config, ConfigError},
-    event::{Event, FreedReason, StopFailed},
+    event::{Event, FreedReason},
     relay::{
         Action, Relay,
         accounts::{Account, Totals},
@@ -60,7 +58,6 @@ const MAX_REPORTED: usize = 256;
 /// It replaces `libp2p::relay::Behaviour`; see [`Config`] and [`Event`] for its settings and events.
 pub struct Behaviour {
     keypair: Keypair,
-    peer: PeerId,
     pub(crate) relay: Relay<ConnectionId, Reply>,
     confirmed: ExternalAddresses,
     listening: ListenAddresses,
@@ -77,14 +74,14 @@ pub struct Behaviour {
     /// The access checks whose answers come later, and how long each may take.
     decisions: FuturesUnordered<BoxFuture<'static, Option<Decided>>>,
     answer_timeout: Duration,
-    random: RandomState,
-    next_sweep: Delay,
-    /// What `next_sweep` is set to.
-    sweep_due: Instant,
+    /// The timer of the next sweep, and what it is set to. The first poll sets it.
+    next_sweep: (Delay, Instant),
     /// How many sweeps there were since the start, and how long all of them took.
     pub(crate) sweeps: (u64, Duration),
-    /// Whether memory for the bytes in circuits is scarce: never in a foreign swarm, whose muxer has it.
-    is_memory_scarce: Box<dyn Fn() -> bool + Send>,
+    /// Whether memory for the bytes that wait in circuits is scarce: never in a foreign swarm, whose muxer has it. Called
+    /// after each sweep. While it is scarce, a circuit ends one of whose directions has transferred nothing for 10 s though
+    /// bytes waited: [`CircuitEnd::Stalled`](crate::CircuitEnd::Stalled).
+    pub(crate) is_memory_scarce: Box<dyn Fn() -> bool + Send>,
 }
 
 impl Behaviour {
@@ -94,15 +91,10 @@ impl Behaviour {
     ///
     /// When a setting of the configuration is invalid, or an announced address names another peer.
     pub fn new(keypair: Keypair, config: Config) -> Result<Self, ConfigError> {
-        let peer = keypair.public().to_peer_id();
-        validate_announced(peer, &config.announce)?;
-        let interval = config.sweep;
-        let relay = Relay::new(config, Instant::now())?;
+        validate_announced(&keypair, &config.announce)?;
         let mut behaviour = Self {
             keypair,
-            peer,
-            sweep_due: relay.sweep_due,
-            relay,
+            relay: Relay::new(config, Instant::now())?,
             confirmed: ExternalAddresses::default(),
             listening: ListenAddresses::default(),
             handlers: HashMap::new(),
@@ -112,12 +104,11 @@ impl Behaviour {
             is_serving: true,
             decisions: FuturesUnordered::new(),
             answer_timeout: ANSWER_TIMEOUT,
-            random: RandomState::new(),
-            next_sweep: Delay::new(interval),
+            next_sweep: (Delay::new(Duration::ZERO), Instant::now()),
             sweeps: (0, Duration::ZERO),
             is_memory_scarce: Box::new(|| false),
         };
-        behaviour.check_clock(SystemTime::now());
+        behaviour.update_serving(SystemTime::now());
         Ok(behaviour)
     }
 
@@ -135,9 +126,9 @@ impl Behaviour {
     ///
     /// As [`Behaviour::new`]. Nothing has changed then.
     pub fn set_config(&mut self, config: Config) -> Result<(), ConfigError> {
-        validate_announced(self.peer, &config.announce)?;
+        validate_announced(&self.keypair, &config.announce)?;
         self.relay.set_config(config, Instant::now())?;
-        self.update_serving();
+        self.update_serving(SystemTime::now());
         Ok(())
     }
 
@@ -150,10 +141,21 @@ impl Behaviour {
     /// [`Config::answer_ping`] off: the swarm overlooks the end of a protocol while another one is supported twice.
     pub fn set_serving(&mut self, serving: impl Into<Option<bool>>) {
         self.serving = serving.into();
-        self.update_serving();
+        self.update_serving(SystemTime::now());
     }
 
-    fn update_serving(&mut self) {
+    /// Serves only while the wall clock, which shows `now`, is set: a client refuses a reservation that has expired, and may
+    /// stay away for an hour then.
+    fn update_serving(&mut self, now: SystemTime) {
+        // 1. The clock.
+        let was_set = mem::replace(&mut self.is_clock_set, wall_clock::is_set(now));
+        if was_set && !self.is_clock_set {
+            log::warn!(
+                "the clock of this machine is not set, it is before 2026: not serving, because clients refuse \
+                 reservations that have expired; set the clock, or wait until NTP does"
+            );
+        }
+        // 2. The other conditions. A change is told to all handlers.
         let addresses = [self.confirmed.as_slice(), &self.relay.config.announce];
         let has_address = addresses.iter().any(|known| !known.is_empty());
         let is_open = self.relay.config.close_silent || !self.relay.is_draining();
@@ -165,19 +167,6 @@ impl Behaviour {
                 let _ = handler.unbounded_send(HandlerCommand::Serve(is_serving));
             }
         }
-    }
-
-    /// Serves only while the wall clock is set: a client refuses a reservation that has expired, and may stay away for an
-    /// hour then.
-    fn check_clock(&mut self, now: SystemTime) {
-        let was_set = mem::replace(&mut self.is_clock_set, wall_clock::is_set(now));
-        if was_set && !self.is_clock_set {
-            log::warn!(
-                "the clock of this machine is not set, it is before 2026: not serving, because clients refuse \
-                 reservations that have expired; set the clock, or wait until NTP does"
-            );
-        }
-        self.update_serving();
     }
 
     /// Lets `access` decide who may use the relay, instead of the lists in [`Config::access`].
@@ -259,14 +248,6 @@ impl Behaviour {
         self.relay.release(peer, FreedReason::Released, Instant::now())
     }
 
-    /// Calls `is_scarce` after each sweep. While it says that memory for the bytes that wait in circuits is scarce, a
-    /// circuit ends one of whose directions has transferred nothing for 10 s though bytes waited:
-    /// [`CircuitEnd::Stalled`].
-    #[cfg(feature = "program")]
-    pub(crate) fn watch_memory(&mut self, is_scarce: impl Fn() -> bool + Send + 'static) {
-        self.is_memory_scarce = Box::new(is_scarce);
-    }
-
     /// Drains: answers RESERVE and CONNECT by closing the connection. Closes all connections without a circuit, spread
     /// evenly over this time, and those with circuits when these have ended. Without [`Config::close_silent`] the relay
     /// does not serve meanwhile ([`Behaviour::set_serving`]), and closes only connections that hold a slot or carry a
@@ -276,19 +257,19 @@ impl Behaviour {
     pub fn drain(&mut self, over: Duration) {
         let now = Instant::now();
         self.relay.drain(now + over, now);
-        self.update_serving();
+        self.update_serving(SystemTime::now());
     }
 
     /// Ends a [drain](Behaviour::drain): newcomers are admitted again.
     pub fn resume(&mut self) {
         self.relay.resume();
-        self.update_serving();
+        self.update_serving(SystemTime::now());
     }
 
     fn on_established(&mut self, established: ConnectionEstablished<'_>) {
         let ConnectionEstablished { peer_id: peer, connection_id: id, endpoint, .. } = established;
         let (address, relayed) = (endpoint.get_remote_address().clone(), endpoint.is_relayed());
-        let jitter = self.random.hash_one(id) as u8;
+        let jitter = RandomState::new().hash_one(id) as u8;
         let mut connection = Connection::new(peer, address, relayed, jitter, Instant::now());
         if let Some((_, activity)) = self.handlers.get(&id) {
             connection.track(activity.clone());
@@ -316,28 +297,21 @@ impl Behaviour {
                     self.relay.on_sign_failed(request, receipt, now);
                     return None;
                 };
-                if request.reply.0.send(Answer::Final(message, Some(receipt))).is_err() {
+                if request.reply.send(Answer::Final(message, Some(receipt))).is_err() {
                     self.relay.on_delivered(request.from.peer, receipt, false, now);
                 }
                 return None;
             }
             Action::CheckAccess(check, permission) => {
-                let deadline = Delay::new(self.answer_timeout);
-                self.decisions.push(decide(check, permission, deadline).boxed());
+                self.decisions.push(decide(check, permission, self.answer_timeout).boxed());
                 return None;
             }
             Action::Refuse(reply, status) => {
                 let message = wire::status(status, Limit::default());
-                let _ = reply.0.send(Answer::Final(message, None)); // fails once the stream is gone
+                let _ = reply.send(Answer::Final(message, None)); // fails once the stream is gone
                 return None;
             }
-            Action::AskTarget(target, parameters) => {
-                let (id, gone) = (parameters.id, Err(StopFailed::Gone));
-                let gone = HandlerEvent::TargetAnswered(id, target.connection, gone);
-                let report = Report { event: Some(gone), events: self.events.0.clone() };
-                let request = StopRequest { parameters, report };
-                (target, HandlerCommand::Stop(Box::new(request)))
-            }
+            Action::AskTarget(target, parameters) => (target, HandlerCommand::Stop(parameters)),
             Action::Probe(to, timeout) => (to, HandlerCommand::Probe(timeout)),
             Action::Hold(on, holds) => (on, HandlerCommand::Hold(holds)),
             Action::Close(End { peer, connection }) => {
@@ -362,10 +336,10 @@ impl Behaviour {
                 relay.on_delivered(peer, receipt, arrived, now);
             }
             HandlerEvent::TargetAnswered(circuit, over, answer) => {
-                let opened = relay.on_target_answered(circuit, over, answer, now);
-                if let Some((reply, opening)) = opened {
-                    // If the source is gone, the opening reports the end.
-                    let _ = reply.0.send(Answer::Open(opening));
+                if let Some((reply, opening)) = relay.on_target_answered(circuit, over, answer, now)
+                {
+                    // It fails if the source is gone: the end of its connection is that of the circuit.
+                    let _ = reply.send(Answer::Open(opening));
                 }
             }
             HandlerEvent::CircuitEnded(circuit, end) => relay.on_circuit_ended(circuit, end, now),
@@ -388,19 +362,18 @@ impl Behaviour {
         let listening: Vec<_> = self.listening.iter().cloned().collect();
         let (announced, confirmed) = (&self.relay.config.announce, self.confirmed.as_slice());
         let known = Known { announced, confirmed, listening: &listening, reported };
-        address::for_reservation(known, self.peer)
+        address::for_reservation(known, self.keypair.public().to_peer_id())
     }
 }
 
 /// Checks that none of these addresses names another peer than this relay.
-fn validate_announced(relay: PeerId, announced: &[Multiaddr]) -> Result<(), ConfigError> {
-    for address in announced {
-        address.clone().with_p2p(relay).map_err(|address| {
-            let problem = format!("{address} names another peer; this relay is {relay}");
-            ConfigError::new("announce", problem)
-        })?;
-    }
-    Ok(())
+fn validate_announced(keypair: &Keypair, announced: &[Multiaddr]) -> Result<(), ConfigError> {
+    let relay = keypair.public().to_peer_id();
+    let is_foreign = |address: &&Multiaddr| (*address).clone().with_p2p(relay).is_err();
+    announced.iter().find(is_foreign).map_or(Ok(()), |address| {
+        let problem = format!("{address} names another peer; this relay is {relay}");
+        Err(ConfigError::new("announce", problem))
+    })
 }
 
 impl NetworkBehaviour for Behaviour {
@@ -434,7 +407,7 @@ impl NetworkBehaviour for Behaviour {
 
     fn on_swarm_event(&mut self, event: FromSwarm) {
         if self.confirmed.on_swarm_event(&event) {
-            self.update_serving();
+            self.update_serving(SystemTime::now());
         }
         self.listening.on_swarm_event(&event);
         match event {
@@ -469,14 +442,15 @@ impl NetworkBehaviour for Behaviour {
             }
             // 2. Set the timer to the next sweep.
             let now = Instant::now();
-            if self.sweep_due != self.relay.sweep_due {
-                self.sweep_due = self.relay.sweep_due;
-                self.next_sweep.reset(self.sweep_due.saturating_duration_since(now));
+            let (timer, set_to) = &mut self.next_sweep;
+            if *set_to != self.relay.sweep_due {
+                *set_to = self.relay.sweep_due;
+                timer.reset(set_to.saturating_duration_since(now));
             }
             // 3. Sweep if it is due; otherwise pass on one answer or one event of a task.
-            if self.next_sweep.poll_unpin(cx).is_ready() {
+            if timer.poll_unpin(cx).is_ready() {
                 self.relay.sweep(now);
-                self.check_clock(SystemTime::now());
+                self.update_serving(SystemTime::now());
                 if (self.is_memory_scarce)() {
                     self.relay.end_stalled(now);
                 }
@@ -520,13 +494,13 @@ mod tests {
             (set, Some(true)),
             (UNIX_EPOCH, Some(false)),
         ] {
-            relay.check_clock(now);
+            relay.update_serving(now);
             assert_eq!(next(), changed, "{now:?}");
             assert_eq!(relay.is_serving, wall_clock::is_set(now));
         }
         // Two reasons not to serve: the end of one is not enough.
         relay.set_serving(false);
-        relay.check_clock(set);
+        relay.update_serving(set);
         assert_eq!(next(), None);
         relay.set_serving(true);
         assert_eq!(next(), Some(true));

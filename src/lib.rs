@@ -34,7 +34,7 @@
 //!    behaviour with a oneshot for the reply, which the task awaits.
 //! 3. `behaviour.rs`: `on_event` passes it to the relay, which has no clock and no socket: time comes in, actions go out.
 //! 4. `relay.rs`: `handle_request` finds the connection. `relay/policy.rs`: `check_request` asks `access.rs`
-//!    (`may_reserve`) and `relay/rates.rs` (`take`); if the answer comes later, `behaviour/decision.rs` awaits it
+//!    (`may_reserve`) and `relay/rates.rs` (`take`); if the answer comes later, `behaviour/hop.rs` awaits it
 //!    (`decide`). `relay/reserve.rs`: `reserve` asks for a slot (`try_reserve`).
 //! 5. `relay/reservations.rs`: `reserve` renews the slot of a peer that has one. A newcomer gets a free one, or the oldest
 //!    in grace, under the caps of `relay/quota.rs` (`full`). If there is none, it waits while `relay/reclaim.rs`

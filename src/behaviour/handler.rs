@@ -29,7 +29,7 @@ use libp2p::{
 };
 
 use super::{
-    hop::{self, Events, HandlerCommand, HandlerEvent},
+    hop::{self, Events, HandlerCommand, HandlerEvent, TaskContext},
     ping,
     timer::{Timeouts, within},
 };
@@ -55,14 +55,12 @@ type Ready = ReadyUpgrade<StreamProtocol>;
 
 /// The relay's side of one connection.
 pub struct Handler {
-    end: End<ConnectionId>,
+    context: TaskContext,
     is_serving: bool,
     answer_ping: bool,
     max_requests: usize,
     activity: ActivityCounter,
     commands: mpsc::UnboundedReceiver<HandlerCommand>,
-    events: Events,
-    timeouts: Timeouts,
     tasks: FuturesUnordered<BoxFuture<'static, ()>>,
     /// Counts hop streams whose request is unanswered: each holds a clone.
     requests: Arc<()>,
@@ -82,14 +80,12 @@ impl Handler {
         events: Events,
     ) -> Self {
         Self {
-            end,
+            context: TaskContext { end, events, timeouts: Timeouts::default() },
             is_serving,
             answer_ping: config.answer_ping,
             max_requests: config.max_circuits_per_peer.max(LEAST_MAX_REQUESTS),
             activity,
             commands,
-            events,
-            timeouts: Timeouts::default(),
             tasks: FuturesUnordered::new(),
             requests: Arc::default(),
             pings: Arc::default(),
@@ -136,9 +132,7 @@ impl ConnectionHandler for Handler {
                         if Arc::strong_count(&self.requests) <= self.max_requests =>
                     {
                         let hop = self.activity.track(hop, ());
-                        let (events, timeouts) = (self.events.clone(), self.timeouts.clone());
-                        let permit = Arc::clone(&self.requests);
-                        let task = hop::serve(hop, self.end, events, timeouts, permit);
+                        let task = hop::serve(hop, self.context.clone(), self.requests.clone());
                         self.tasks.push(task.map(drop).boxed());
                     }
                     Either::Right(Either::Left(mut ping))
@@ -152,35 +146,32 @@ impl ConnectionHandler for Handler {
                 }
             }
             ConnectionEvent::FullyNegotiatedOutbound(mut outbound) => match outbound.info {
-                HandlerCommand::Stop(request) => {
+                HandlerCommand::Stop(parameters) => {
                     let stream = self.activity.track(outbound.protocol, ());
-                    let timeouts = self.timeouts.clone();
-                    self.tasks.push(request.ask(stream, self.end.connection, timeouts).boxed());
+                    self.tasks.push(hop::ask(stream, self.context.clone(), parameters).boxed());
                 }
                 HandlerCommand::Probe(timeout) => {
                     outbound.protocol.ignore_for_keep_alive();
                     let probe = ping::probe(self.activity.track(outbound.protocol, ()));
-                    let task = within(self.timeouts.start(timeout), probe);
+                    let task = within(self.context.timeouts.start(timeout), probe);
                     self.tasks.push(task.map(drop).boxed());
                 }
                 HandlerCommand::Hold(_) | HandlerCommand::Serve(_) => {} // open no stream
             },
             ConnectionEvent::DialUpgradeError(DialUpgradeError { info, error }) => {
-                if !matches!(error, StreamUpgradeError::Timeout) {
-                    self.activity.add(1); // a refusal is an answer
-                }
-                let HandlerCommand::Stop(mut request) = info else {
-                    return;
-                };
+                // A refusal is an answer.
+                self.activity.add(u64::from(!matches!(error, StreamUpgradeError::Timeout)));
                 let failed = match error {
                     StreamUpgradeError::Timeout => StopFailed::Io(io::ErrorKind::TimedOut),
                     StreamUpgradeError::NegotiationFailed => StopFailed::Unsupported,
                     StreamUpgradeError::Io(error) => error.into(),
                     StreamUpgradeError::Apply(never) => match never {},
                 };
-                let (circuit, over) = (request.parameters.id, self.end.connection);
-                let event = HandlerEvent::TargetAnswered(circuit, over, Err(failed));
-                request.report.event = Some(event);
+                if let HandlerCommand::Stop(circuit) = info {
+                    let (over, answer) = (self.context.end.connection, Err(failed));
+                    let event = HandlerEvent::TargetAnswered(circuit.id, over, answer);
+                    let _ = self.context.events.unbounded_send(event); // fails without a swarm
+                }
             }
             _ => {}
         }
@@ -193,7 +184,7 @@ impl ConnectionHandler for Handler {
         // 1. Carry out commands.
         while let Poll::Ready(Some(command)) = self.commands.poll_next_unpin(cx) {
             let (protocol, timeout) = match command {
-                HandlerCommand::Stop(ref request) => (STOP_PROTOCOL, request.time_left()),
+                HandlerCommand::Stop(ref circuit) => (STOP_PROTOCOL, hop::time_left(circuit)),
                 HandlerCommand::Probe(timeout) => (ping::PING_PROTOCOL, timeout),
                 HandlerCommand::Hold(holds) => {
                     self.holds_reservation = holds;
@@ -211,7 +202,7 @@ impl ConnectionHandler for Handler {
         }
         // 2. Run the tasks; then the timer, which they may have set.
         while let Poll::Ready(Some(())) = self.tasks.poll_next_unpin(cx) {}
-        self.timeouts.poll(cx);
+        self.context.timeouts.poll(cx);
         Poll::Pending
     }
 }

@@ -6,8 +6,9 @@
 //! peers. The channels are unbounded, but a stream sends nothing more until its request has been answered, so the number
 //! of queued events is bounded by the number of streams.
 
-use std::{io, pin::pin, sync::Arc, time::Duration};
+use std::{future::poll_fn, io, pin::pin, sync::Arc, task::Poll, time::Duration};
 
+use futures_timer::Delay;
 use libp2p::{
     PeerId, Stream,
     core::upgrade::NegotiationError,
@@ -24,9 +25,10 @@ use super::{
     timer::{Timeouts, within},
 };
 use crate::{
+    access::Permission,
     activity::TrackedStream,
     event::{CircuitEnd, CircuitId, StopFailed},
-    relay::{CircuitParameters, connections::End, reservations::Receipt},
+    relay::{AccessCheck, CircuitParameters, connections::End, reservations::Receipt},
     wire::{self, BadRequest, Request, Status},
 };
 
@@ -42,8 +44,15 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(30);
 /// Sends to the behaviour.
 pub type Events = mpsc::UnboundedSender<HandlerEvent>;
 
+/// What the tasks of one connection share.
+#[derive(Clone)]
+pub struct TaskContext {
+    pub(super) end: End<ConnectionId>,
+    pub(super) events: Events,
+    pub(super) timeouts: Timeouts,
+}
+
 /// What a connection's tasks report to the behaviour.
-#[derive(Debug)]
 pub enum HandlerEvent {
     /// A request, or why it could not be decoded.
     RequestReceived(End<ConnectionId>, Result<Request, BadRequest>, Reply),
@@ -56,7 +65,6 @@ pub enum HandlerEvent {
 }
 
 /// Sends its event when it is dropped, even if the task that owns it is dropped unfinished.
-#[derive(Debug)]
 pub struct Report {
     pub(super) event: Option<HandlerEvent>,
     pub(super) events: Events,
@@ -71,11 +79,12 @@ impl Drop for Report {
 }
 
 /// Takes the answer to one request. Dropping it resets the request's stream.
-#[derive(Debug)]
-pub struct Reply(pub(super) oneshot::Sender<Answer>);
+pub type Reply = oneshot::Sender<Answer>;
+
+/// An access check and its answer, which comes at once.
+pub type Decided = (AccessCheck<ConnectionId, Reply>, Permission);
 
 /// The answer to a request.
-#[derive(Debug)]
 pub enum Answer {
     /// This message, after which the stream is closed. With a receipt, report whether it arrived.
     Final(Vec<u8>, Option<Receipt>),
@@ -84,33 +93,18 @@ pub enum Answer {
 }
 
 /// A circuit whose target has accepted this stop stream.
-#[derive(Debug)]
-pub struct Opening {
-    target: TrackedStream<Stream>,
-    parameters: Box<CircuitParameters>,
-    /// Reports that the circuit has ended.
-    report: Report,
-}
+pub type Opening = (TrackedStream<Stream>, Box<CircuitParameters>);
 
 /// What the behaviour tells a connection's handler to do.
-#[derive(Debug)]
 pub enum HandlerCommand {
-    /// Ask the peer on a new stream whether it accepts a circuit.
-    Stop(Box<StopRequest>),
+    /// Ask the peer on a new stream whether it accepts this circuit.
+    Stop(Box<CircuitParameters>),
     /// Probe the peer on a new stream. It has to answer within this time.
     Probe(Duration),
     /// Keep the connection while it holds a reservation.
     Hold(bool),
     /// Accept hop streams, or do not.
     Serve(bool),
-}
-
-/// A circuit that the target is asked for.
-#[derive(Debug)]
-pub struct StopRequest {
-    pub(super) parameters: Box<CircuitParameters>,
-    /// Reports the target's answer; if there is none, that the target is gone.
-    pub(super) report: Report,
 }
 
 /// Serves a hop stream of this client; `permit` is held until its request has been answered.
@@ -121,24 +115,19 @@ pub struct StopRequest {
 /// decoded is not an error; it is refused.
 pub(crate) async fn serve(
     mut stream: TrackedStream<Stream>,
-    from: End<ConnectionId>,
-    events: Events,
-    timeouts: Timeouts,
+    TaskContext { end: from, events, timeouts }: TaskContext,
     permit: Arc<()>,
 ) -> io::Result<()> {
     // 1. Read the request.
-    let timeout = timeouts.start(REQUEST_TIMEOUT);
-    let message = within(timeout, wire::read_frame(&mut stream)).await?;
+    let message = within(timeouts.start(REQUEST_TIMEOUT), wire::read_frame(&mut stream)).await?;
     let request = message.and_then(|message| wire::decode_request(&message, from.peer));
     // 2. Send it to the relay, and await the reply. Without one, the stream is reset.
-    let (sender, reply) = oneshot::channel();
-    let _ = events.unbounded_send(HandlerEvent::RequestReceived(from, request, Reply(sender)));
-    let Ok(answer) = reply.await else {
-        return Ok(());
-    };
+    let (reply, answer) = oneshot::channel();
+    let _ = events.unbounded_send(HandlerEvent::RequestReceived(from, request, reply));
+    let Ok(answer) = answer.await else { return Ok(()) };
     // 3. Answer. Unless a circuit follows, report the delivery and end here.
     let timeout = timeouts.start(ANSWER_TIMEOUT);
-    let Opening { target, mut parameters, mut report } = match answer {
+    let (target, mut parameters) = match answer {
         Answer::Open(opening) => *opening,
         Answer::Final(message, receipt) => {
             let delivery = async {
@@ -154,6 +143,9 @@ pub(crate) async fn serve(
         }
     };
     drop(permit);
+    let circuit = parameters.id;
+    let event = HandlerEvent::CircuitEnded(circuit, CircuitEnd::Disconnected);
+    let mut report = Report { event: Some(event), events };
     // The time limit of a circuit begins before its answer is delivered.
     let deadline = parameters.limit.duration.map(|duration| timeouts.start(duration));
     let message = wire::status(Status::Ok, parameters.limit);
@@ -163,7 +155,6 @@ pub(crate) async fn serve(
         Either::Right(_) => Err(CircuitEnd::Disconnected),
     };
     // 4. Transfer the bytes of the circuit.
-    let circuit = parameters.id;
     let end = match delivered {
         Ok(()) => transfer(stream, target, parameters, deadline).await,
         Err(end) => end,
@@ -175,52 +166,72 @@ pub(crate) async fn serve(
 impl From<io::Error> for StopFailed {
     fn from(error: io::Error) -> Self {
         // With V1Lazy negotiation, the target's refusal of the protocol arrives instead of its answer.
-        let refusal = error.get_ref().and_then(|cause| cause.downcast_ref());
-        match refusal {
+        match error.get_ref().and_then(|cause| cause.downcast_ref()) {
             Some(NegotiationError::Failed) => Self::Unsupported,
             _ => Self::Io(error.kind()),
         }
     }
 }
 
-impl StopRequest {
-    /// How much of [`STOP_TIMEOUT`] is left.
-    pub(crate) fn time_left(&self) -> Duration {
-        STOP_TIMEOUT.saturating_sub(self.parameters.since.elapsed())
-    }
+/// How much of [`STOP_TIMEOUT`] is left for this circuit.
+pub(crate) fn time_left(parameters: &CircuitParameters) -> Duration {
+    STOP_TIMEOUT.saturating_sub(parameters.since.elapsed())
+}
 
-    /// Asks on this stream of the connection `over`, and reports the target's answer.
-    ///
-    /// After it agreed, what the target sends belongs to the circuit: nothing beyond the answer is read.
-    pub(crate) async fn ask(
-        self,
-        mut stream: TrackedStream<Stream>,
-        over: ConnectionId,
-        timeouts: Timeouts,
-    ) {
-        let timeout = timeouts.start(self.time_left());
-        let Self { mut parameters, mut report } = self;
-        let (circuit, [source, _], limit) = (parameters.id, parameters.ends, parameters.limit);
-        let exchange = async {
-            wire::write_frame(&mut stream, &wire::stop_connect(source, limit)).await?;
-            let message = wire::read_frame(&mut stream).await?;
-            let status = message.and_then(|message| wire::decode_stop_answer(&message));
-            match status.map_err(StopFailed::Nonsense)? {
-                status if status == Status::Ok as i32 => Ok(()),
-                status => Err(StopFailed::Refused(status)),
+/// Asks the target on this stream whether it accepts a circuit, and reports its answer; if there is none, that it is gone.
+///
+/// After it agreed, what the target sends belongs to the circuit: nothing beyond the answer is read.
+pub(crate) async fn ask(
+    mut stream: TrackedStream<Stream>,
+    TaskContext { end, events, timeouts }: TaskContext,
+    mut parameters: Box<CircuitParameters>,
+) {
+    let (circuit, [source, _], limit) = (parameters.id, parameters.ends, parameters.limit);
+    let answered = |answer| Some(HandlerEvent::TargetAnswered(circuit, end.connection, answer));
+    let mut report = Report { event: answered(Err(StopFailed::Gone)), events };
+    let timeout = timeouts.start(time_left(&parameters));
+    let exchange = async {
+        wire::write_frame(&mut stream, &wire::stop_connect(source, limit)).await?;
+        let message = wire::read_frame(&mut stream).await?;
+        let status = message.and_then(|message| wire::decode_stop_answer(&message));
+        match status.map_err(StopFailed::Nonsense)? {
+            status if status == Status::Ok as i32 => Ok(()),
+            status => Err(StopFailed::Refused(status)),
+        }
+    };
+    // First whether it has ended: then a stream that was long in opening asks nothing.
+    let ended = &mut parameters.ended;
+    let answer = match future::select(ended, pin!(within(timeout, exchange))).await {
+        Either::Left(_) => Err(StopFailed::Gone),
+        Either::Right((answer, _)) => answer,
+    };
+    report.event = answered(answer.map(|()| Box::new((stream, parameters))));
+}
+
+/// Awaits the answer to a check within this time; then it is [`Permission::Deny`]. `None`: the client is gone.
+pub(crate) async fn decide(
+    mut check: AccessCheck<ConnectionId, Reply>,
+    mut permission: Permission,
+    timeout: Duration,
+) -> Option<Decided> {
+    let answer = async {
+        while let Permission::Later(answer) = permission {
+            permission = answer.await;
+        }
+        permission
+    };
+    let gone = poll_fn(|cx| match &mut check {
+        AccessCheck::Request(request, _) => request.reply.poll_canceled(cx),
+        _ => Poll::Pending,
+    });
+    let permission =
+        match future::select(gone, future::select(pin!(answer), Delay::new(timeout))).await {
+            Either::Left(_) => return None,
+            Either::Right((Either::Left((permission, _)), _)) => permission,
+            Either::Right((Either::Right(_), _)) => {
+                log::debug!("access denied: no answer within the time limit");
+                Permission::Deny
             }
         };
-        // First whether it has ended: then a stream that was long in opening asks nothing.
-        let ended = &mut parameters.ended;
-        let answer = match future::select(ended, pin!(within(timeout, exchange))).await {
-            Either::Left(_) => Err(StopFailed::Gone),
-            Either::Right((answer, _)) => answer,
-        };
-        let answer = answer.map(|()| {
-            let event = Some(HandlerEvent::CircuitEnded(circuit, CircuitEnd::Disconnected));
-            let report = Report { event, events: report.events.clone() };
-            Box::new(Opening { target: stream, parameters, report })
-        });
-        report.event = Some(HandlerEvent::TargetAnswered(circuit, over, answer));
-    }
+    Some((check, permission))
 }

@@ -199,7 +199,7 @@ impl Node {
             circuits_per_peer,
         };
         let memory = node.multiplex.memory.clone();
-        node.relay_mut().watch_memory(move || memory.is_scarce());
+        node.relay_mut().is_memory_scarce = Box::new(move || memory.is_scarce());
         node.update_addresses(true);
         Ok(node)
     }
