@@ -44,12 +44,8 @@ pub(crate) fn transfer(
     mut deadline: Option<Timeout>,
 ) -> impl Future<Output = CircuitEnd> {
     let CircuitParameters { limit, link, ends, counters, mut ended, .. } = *parameters;
-    let [mut to_target, mut to_source] = [(); 2].map(|()| Direction {
-        pending: Vec::new(),
-        allowance: limit.bytes.unwrap_or(u64::MAX),
-        delivered: 0,
-        state: State::Open,
-    });
+    let [mut to_target, mut to_source] = [(); 2]
+        .map(|()| Direction { allowance: limit.bytes.unwrap_or(u64::MAX), ..Direction::default() });
     let mut share = FairShare { link, ends, wait: None, is_target_first: false };
     poll_fn(move |cx| {
         // 1. Check whether the relay or the deadline ends it.
@@ -84,7 +80,7 @@ pub(crate) fn transfer(
 }
 
 /// One of the two directions of a circuit.
-#[derive(Debug)]
+#[derive(Default)]
 struct Direction {
     /// What the writer did not accept yet. Usually empty: a circuit that waits holds no memory.
     pending: Vec<u8>,
@@ -95,8 +91,9 @@ struct Direction {
     state: State,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Default)]
 enum State {
+    #[default]
     Open,
     /// One byte exceeded the limit. Those before it are still to be delivered.
     OverLimit,
@@ -133,7 +130,7 @@ impl Direction {
                 State::Closing => {
                     ready!(Pin::new(&mut *to).poll_close(cx)).map_err(end_of)?;
                     self.state = State::Closed;
-                    return Poll::Ready(Ok(()));
+                    continue;
                 }
                 State::Open => {}
             }
@@ -155,12 +152,10 @@ impl Direction {
                         return Poll::Pending;
                     }
                 }
-                Poll::Ready(Err(error)) => {
-                    let _ = Pin::new(&mut *to).poll_flush(cx);
-                    return Poll::Ready(Err(end_of(error)));
-                }
-                Poll::Pending => {
-                    let _ = Pin::new(&mut *to).poll_flush(cx).map_err(end_of)?;
+                failed_or_pending => {
+                    let flushed = Pin::new(&mut *to).poll_flush(cx).map_err(end_of);
+                    let _ = failed_or_pending.map_err(end_of)?;
+                    let _ = flushed?;
                     return Poll::Pending;
                 }
             }
@@ -189,7 +184,6 @@ impl Direction {
 }
 
 /// One circuit's fair share of the link, for both directions: [`crate::relay::bandwidth`].
-#[derive(Debug)]
 struct FairShare {
     link: Link,
     /// The source and the target.

@@ -18,15 +18,12 @@ pub(crate) const PING_PROTOCOL: StreamProtocol = StreamProtocol::new("/ipfs/ping
 /// The length of a ping, in bytes.
 const PAYLOAD: usize = 32;
 
-/// Echoes what the peer sends, 32 bytes at a time, until it closes the stream.
+/// Echoes what the peer sends, 32 bytes at a time, until it closes the stream or that fails.
 pub(crate) async fn answer(mut stream: impl AsyncRead + AsyncWrite + Unpin) -> io::Result<()> {
     let mut payload = [0; PAYLOAD];
     loop {
-        match stream.read_exact(&mut payload).await {
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-                return stream.close().await;
-            }
-            read => read?,
+        if stream.read_exact(&mut payload).await.is_err() {
+            return stream.close().await;
         }
         wire::write_frame(&mut stream, &payload).await?;
     }

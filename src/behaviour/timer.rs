@@ -49,13 +49,10 @@ impl Timeouts {
         let (limit, timeout) = oneshot::channel();
         started.limits.push((ends, limit));
         // 3. Set the timer, unless it fires earlier anyway.
-        match &mut started.timer {
-            Some((_, set_to)) if *set_to <= ends => {}
-            Some((timer, set_to)) => {
-                timer.reset(duration);
-                *set_to = ends;
-            }
-            None => started.timer = Some((Delay::new(duration), ends)),
+        let (timer, set_to) = started.timer.get_or_insert_with(|| (Delay::new(duration), ends));
+        if ends < *set_to {
+            timer.reset(duration);
+            *set_to = ends;
         }
         timeout
     }
@@ -63,15 +60,13 @@ impl Timeouts {
     /// Ends the limits that are reached, and has `cx` woken for the next. To be called after the tasks that start some.
     pub(crate) fn poll(&self, cx: &mut Context<'_>) {
         let mut started = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        while let Some((timer, _)) = &mut started.timer {
-            if timer.poll_unpin(cx).is_pending() {
-                return;
-            }
+        while let Some((timer, _)) = &mut started.timer
+            && timer.poll_unpin(cx).is_ready()
+        {
             let now = Instant::now();
             started.limits.retain(|(ends, limit)| *ends > now && !limit.is_canceled());
             let next = started.limits.iter().map(|(ends, _)| *ends).min();
-            started.timer =
-                next.map(|ends| (Delay::new(ends.saturating_duration_since(now)), ends));
+            started.timer = next.map(|at| (Delay::new(at.saturating_duration_since(now)), at));
         }
     }
 }
