@@ -3,7 +3,7 @@
 //! A connection whose counter has grown since the last sweep is alive: any received byte counts.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, hash_map::Entry},
     fmt, io,
     pin::Pin,
     sync::{
@@ -132,22 +132,25 @@ pub fn count_activity<M>(
     endpoint: ConnectedPoint,
 ) -> (PeerId, CountedMuxer<M>) {
     let key = (peer, endpoint);
-    // Two connections between the same ends share a counter: the peer is the same.
-    let activity = counted().entry(key.clone()).or_default().clone();
-    (peer, CountedMuxer { muxer, activity, key })
+    // Connections between the same ends share a counter until the last of them closes: the peer is the same.
+    let mut counted = counted();
+    let (activity, sharing) = counted.entry(key.clone()).or_default();
+    *sharing += 1;
+    (peer, CountedMuxer { muxer, activity: activity.clone(), key })
 }
 
 /// The counter of an open connection whose transport counts.
 pub(crate) fn counter_of(peer: PeerId, endpoint: &ConnectedPoint) -> Option<ActivityCounter> {
-    counted().get(&(peer, endpoint.clone())).cloned()
+    counted().get(&(peer, endpoint.clone())).map(|(activity, _)| activity.clone())
 }
 
 type Key = (PeerId, ConnectedPoint);
+type Counters = HashMap<Key, (ActivityCounter, usize)>;
 
-/// The counters of all open connections whose transports count. Global, because a swarm's transport and its behaviour are
-/// built separately and share no state.
-fn counted() -> MutexGuard<'static, HashMap<Key, ActivityCounter>> {
-    static COUNTED: LazyLock<Mutex<HashMap<Key, ActivityCounter>>> = LazyLock::new(Mutex::default);
+/// The counters of all open connections whose transports count, and how many connections share each. Global, because a
+/// swarm's transport and its behaviour are built separately and share no state.
+fn counted() -> MutexGuard<'static, Counters> {
+    static COUNTED: LazyLock<Mutex<Counters>> = LazyLock::new(Mutex::default);
     COUNTED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -161,7 +164,12 @@ pub struct CountedMuxer<M> {
 
 impl<M> Drop for CountedMuxer<M> {
     fn drop(&mut self) {
-        counted().remove(&self.key);
+        if let Entry::Occupied(mut entry) = counted().entry(self.key.clone()) {
+            entry.get_mut().1 -= 1;
+            if entry.get().1 == 0 {
+                entry.remove();
+            }
+        }
     }
 }
 
@@ -195,5 +203,35 @@ impl<M: StreamMuxer<Substream: Unpin> + Unpin> StreamMuxer for CountedMuxer<M> {
         cx: &mut Context<'_>,
     ) -> Poll<Result<StreamMuxerEvent, M::Error>> {
         Pin::new(&mut self.muxer).poll(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use libp2p::{Multiaddr, core::Endpoint, core::transport::PortUse};
+
+    use super::*;
+
+    #[test]
+    fn connections_with_the_same_ends_share_a_counter_until_the_last_closes() {
+        let peer = PeerId::random();
+        let endpoint = ConnectedPoint::Dialer {
+            address: Multiaddr::empty(),
+            role_override: Endpoint::Dialer,
+            port_use: PortUse::Reuse,
+        };
+        let connect = || count_activity((peer, ()), endpoint.clone()).1;
+        let count = || counter_of(peer, &endpoint).map(|counter| counter.count());
+        let (first, second) = (connect(), connect());
+        first.activity.add(1);
+        drop(first);
+        assert_eq!(count(), Some(1), "the second connection is open");
+        second.activity.add(1);
+        let third = connect();
+        assert_eq!(count(), Some(2));
+        drop((second, third));
+        assert_eq!(count(), None);
+        let _fourth = connect();
+        assert_eq!(count(), Some(0), "a counter of its own");
     }
 }
