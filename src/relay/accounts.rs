@@ -23,8 +23,12 @@ pub struct Accounts {
     pub totals: Totals,
     /// The bytes of all circuits, of the open ones too.
     relayed: Arc<Counts>,
-    /// The connected peers that have been part of a circuit since they connected.
-    peers: HashMap<PeerId, Stay>,
+    /// The accounts of the connected peers that have been part of a circuit since they connected, each with the first of
+    /// its circuits that was admitted.
+    ///
+    /// Circuits of an earlier stay may end during this one. They were admitted before: a circuit that is not open
+    /// when its peer leaves never opens.
+    peers: HashMap<PeerId, (CircuitId, Account)>,
 }
 
 /// What a peer used the relay for since it connected: since the first of its connections that are up without a gap.
@@ -53,26 +57,15 @@ pub struct Totals {
     pub transferred: BytesTransferred,
 }
 
-/// The account of a peer from its first connection to its last.
-#[derive(Debug)]
-struct Stay {
-    /// The first of its circuits that was admitted.
-    ///
-    /// Circuits of an earlier stay may end during this one. They were admitted before: a circuit that is not open
-    /// when its peer leaves never opens.
-    first: CircuitId,
-    account: Account,
-}
-
 impl Accounts {
     /// The account of `peer`; `None` if it has been part of no circuit or is not connected.
     pub fn of(&self, peer: &PeerId) -> Option<Account> {
-        self.peers.get(peer).map(|stay| stay.account)
+        self.peers.get(peer).map(|(_, account)| *account)
     }
 
     /// All accounts, in no order.
     pub fn iter(&self) -> impl Iterator<Item = (PeerId, Account)> {
-        self.peers.iter().map(|(peer, stay)| (*peer, stay.account))
+        self.peers.iter().map(|(peer, (_, account))| (*peer, *account))
     }
 
     /// The bytes of all circuits since the relay started, of the open ones too.
@@ -89,10 +82,9 @@ impl Accounts {
     pub fn on_opened(&mut self, id: CircuitId, source: PeerId, target: PeerId) {
         self.totals.opened += 1;
         for (peer, is_source) in [(source, true), (target, false)] {
-            let new = || Stay { first: id, account: Account::default() };
-            let stay = self.peers.entry(peer).or_insert_with(new);
-            stay.first = stay.first.min(id); // circuits may open in another order
-            let Account { as_source, as_target, .. } = &mut stay.account;
+            let (first, account) = self.peers.entry(peer).or_insert((id, Account::default()));
+            *first = id.min(*first); // circuits may open in another order
+            let Account { as_source, as_target, .. } = account;
             *(if is_source { as_source } else { as_target }) += 1;
         }
     }
@@ -107,11 +99,11 @@ impl Accounts {
             [(source, to_target, to_source), (target, to_source, to_target)]
         {
             // A peer that left gets no new account: nothing would remove it.
-            if let Some(stay) = self.peers.get_mut(&peer)
-                && stay.first <= id
+            if let Some((first, account)) = self.peers.get_mut(&peer)
+                && *first <= id
             {
-                stay.account.sent += sent;
-                stay.account.received += received;
+                account.sent += sent;
+                account.received += received;
             }
         }
     }
@@ -166,11 +158,9 @@ struct Counts {
 
 impl Counts {
     fn read(&self) -> BytesTransferred {
-        let (to_target, to_source) = (&self.to_target, &self.to_source);
-        BytesTransferred {
-            to_target: to_target.load(Ordering::Relaxed),
-            to_source: to_source.load(Ordering::Relaxed),
-        }
+        let [to_target, to_source] =
+            [&self.to_target, &self.to_source].map(|count| count.load(Ordering::Relaxed));
+        BytesTransferred { to_target, to_source }
     }
 }
 

@@ -61,30 +61,29 @@ impl Quota {
         self.held.get(&scope).map_or(0, |held| *held as usize)
     }
 
-    /// How many more units this scope may hold, negative if it holds too many; without a cap the largest number.
-    fn room(&self, scope: Scope) -> i64 {
+    /// Whether this scope would be above its cap with this many more units.
+    fn exceeds_cap(&self, scope: Scope, more: usize) -> bool {
         let cap = match scope {
             Scope::Address(_) => self.caps.per_address,
             Scope::Subnet(_) => self.caps.per_subnet,
             Scope::Total => self.caps.total,
         };
-        let held = self.held.get(&scope).copied().map_or(0, i64::from);
-        cap.and_then(|cap| i64::try_from(cap).ok()).map_or(i64::MAX, |cap| cap - held)
+        cap.is_some_and(|cap| self.held(scope) + more > cap)
     }
 
     /// The narrowest scope that has no room for one more unit of this prefix.
     pub fn full(&self, prefix: Option<ClientPrefix>) -> Option<Scope> {
-        Scope::of(prefix).find(|scope| self.room(*scope) <= 0)
+        Scope::of(prefix).find(|scope| self.exceeds_cap(*scope, 1))
     }
 
     /// The narrowest scope of this prefix that holds more than its cap, as it may after the caps changed.
     pub fn above(&self, prefix: Option<ClientPrefix>) -> Option<Scope> {
-        Scope::of(prefix).find(|scope| self.room(*scope) < 0)
+        Scope::of(prefix).find(|scope| self.exceeds_cap(*scope, 0))
     }
 
     /// Moves one unit from a prefix to another one if the caps allow it; returns whether it did.
     pub fn move_unit(&mut self, from: Option<ClientPrefix>, to: Option<ClientPrefix>) -> bool {
-        let is_allowed = |scope: Scope| scope.covers(from) || self.room(scope) > 0;
+        let is_allowed = |scope: Scope| scope.covers(from) || !self.exceeds_cap(scope, 1);
         let moves = from != to && Scope::of(to).all(is_allowed);
         if moves {
             self.remove(from);

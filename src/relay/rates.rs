@@ -54,24 +54,22 @@ impl Rates {
         address: Option<ClientPrefix>,
         now: Instant,
     ) -> Result<(), Refused> {
-        let rate = |burst: u32| Some(Rate { burst, spacing: BURST.checked_div(burst)? });
-        let of_address = rate(self.per_minute.saturating_mul(PEERS_PER_ADDRESS));
-        let (Some(of_peer), Some(of_address)) = (rate(self.per_minute), of_address) else {
-            return Ok(());
+        let charge = |bucket: Option<&FullAt>, burst: u32| {
+            let rate = Rate { burst, spacing: BURST.checked_div(burst)? };
+            let (full_at, wait) = rate.after_one(bucket.copied(), now);
+            wait.is_zero().then_some(full_at)
         };
-        let (peer_full_at, wait) = of_peer.after_one(self.peers.get(&peer).copied(), now);
-        if !wait.is_zero() {
-            return Err(Refused::TooOften);
+        if self.per_minute == 0 {
+            return Ok(());
         }
+        let of_peer = charge(self.peers.get(&peer), self.per_minute).ok_or(Refused::TooOften)?;
         if let Some(address) = address {
-            let bucket = self.addresses.get(&address).copied();
-            let (full_at, wait) = of_address.after_one(bucket, now);
-            if !wait.is_zero() {
-                return Err(Refused::AddressTooOften(address));
-            }
+            let rate = self.per_minute.saturating_mul(PEERS_PER_ADDRESS);
+            let full_at = charge(self.addresses.get(&address), rate);
+            let full_at = full_at.ok_or(Refused::AddressTooOften(address))?;
             self.addresses.insert(address, full_at);
         }
-        self.peers.insert(peer, peer_full_at);
+        self.peers.insert(peer, of_peer);
         Ok(())
     }
 

@@ -93,7 +93,7 @@ pub fn decide<C: Copy + Ord>(
     let is_due = |candidate: &Candidate<C>| candidate.probed_for.is_some_and(|open| open >= probe);
     let (mut due, mut others): (Vec<_>, Vec<_>) = candidates.into_iter().partition(is_due);
     let open = others.iter().filter(|candidate| candidate.probed_for.is_some()).count();
-    let mut room = MOST_PROBED.saturating_sub(open);
+    let room = MOST_PROBED.saturating_sub(open);
     let order = |candidate: &Candidate<C>| (Reverse(candidate.silent_for), candidate.connection);
     due.sort_unstable_by_key(order);
     if room > 0 {
@@ -112,11 +112,10 @@ pub fn decide<C: Copy + Ord>(
         let mut verdict = Verdict::Refuse;
         for candidate in others.iter_mut().filter(|candidate| full.covers(candidate.prefix)) {
             verdict = Verdict::Wait;
-            if room == 0 {
+            if probes.len() == room {
                 break;
             }
             if candidate.probed_for.is_none() {
-                room -= 1;
                 candidate.probed_for = Some(Duration::ZERO);
                 probes.push(candidate.connection);
             }
