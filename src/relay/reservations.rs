@@ -36,7 +36,6 @@ pub struct Reservations<C> {
     slots: HashMap<Arc<PeerId>, Reservation<C>>,
     /// The peers in grace under each scope, in the order of their disconnects.
     queue: BTreeMap<(Scope, GraceNumber), Arc<PeerId>>,
-    in_grace: usize,
     /// How many slots each address and subnet holds.
     pub quota: Quota,
     /// The earliest time at which a term or a grace may end.
@@ -73,10 +72,7 @@ enum State<C> {
 
 impl<C> State<C> {
     fn connection(self) -> Option<C> {
-        match self {
-            Self::Live { connection } => Some(connection),
-            Self::Grace { .. } => None,
-        }
+        if let Self::Live { connection } = self { Some(connection) } else { None }
     }
 }
 
@@ -132,7 +128,6 @@ impl<C: Copy + Eq> Reservations<C> {
             grace: config.grace,
             slots: HashMap::new(),
             queue: BTreeMap::new(),
-            in_grace: 0,
             quota: Quota::new(config.slot_caps()),
             next_end: None,
             changes: VecDeque::new(),
@@ -154,14 +149,14 @@ impl<C: Copy + Eq> Reservations<C> {
 
     /// How many slots are in grace.
     pub fn in_grace(&self) -> usize {
-        self.in_grace
+        self.queue.range((Scope::Total, 0)..).count()
     }
 
     /// The slot of `peer`, which may have ended and not been removed yet.
     pub fn get(&self, peer: &PeerId) -> Option<Slot<C>> {
         let reservation = self.slots.get(peer)?;
-        let Reservation { state, prefix, .. } = *reservation;
-        Some(Slot { connection: state.connection(), prefix, ends: self.end(reservation).0 })
+        let (connection, ends) = (reservation.state.connection(), self.end(reservation).0);
+        Some(Slot { connection, prefix: reservation.prefix, ends })
     }
 
     /// The peers that hold a slot and their slots, in no order.
@@ -186,17 +181,13 @@ impl<C: Copy + Eq> Reservations<C> {
         // 1. Free what has ended, if the sweep has not yet. A pass over the table frees at least one slot, so a full
         // table does not cost a pass for each request.
         let is_renewal = match self.slots.get(&peer).map(|slot| self.end(slot)) {
-            Some((ends, reason)) if ends <= now => {
-                self.free(peer, reason);
-                false
-            }
+            Some((ends, reason)) if ends <= now => !self.free(peer, reason),
             held => held.is_some(),
         };
-        let mut full = self.quota.full(prefix);
-        if full.is_some() {
+        let full = self.quota.full(prefix).and_then(|_| {
             self.end_what_is_over(now);
-            full = self.quota.full(prefix);
-        }
+            self.quota.full(prefix)
+        });
         // 2. For a newcomer under a full cap, take the oldest slot in grace. One that is taken under the narrowest cap
         // makes room under the wider ones; where one would not be enough, none is taken.
         if let Some(full) = full.filter(|_| !is_renewal) {
@@ -227,13 +218,11 @@ impl<C: Copy + Eq> Reservations<C> {
                 reservation.prefix = prefix;
             }
         } else {
-            let undo = Some(Box::new(None));
-            let kept_until = None;
+            let (kept_until, undo) = (None, Some(Box::new(None)));
             let reservation = Reservation { state, expires, prefix, receipt, kept_until, undo };
             self.slots.insert(Arc::new(peer), reservation);
             self.quota.add(prefix);
-            let (from, to) = (None, Some(connection));
-            self.changes.push_back(Change { peer, from, to, freed: None });
+            self.changes.push_back(Change { peer, from: None, to: Some(connection), freed: None });
         }
         Ok(Granted { receipt, is_renewal })
     }
@@ -269,12 +258,10 @@ impl<C: Copy + Eq> Reservations<C> {
     /// Nothing changes unless the reservation points at it. `reason` is why the slot is freed if there is no grace.
     pub fn on_disconnected(&mut self, gone: End<C>, up: &[C], reason: FreedReason, now: Instant) {
         let End { peer, connection } = gone;
-        let reservation = self.slots.get(&peer);
-        match reservation.filter(|reservation| reservation.state.connection() == Some(connection)) {
-            // An answer that is being sent over that connection will not arrive.
-            Some(reservation) if reservation.undo.is_some() => self.undo(peer, up, now),
-            Some(_) => self.settle(peer, up, reason, now),
-            None => {}
+        let state = self.slots.get(&peer).map(|reservation| reservation.state);
+        // An answer that is being sent over that connection will not arrive.
+        if state.and_then(State::connection) == Some(connection) && !self.undo(peer, up, now) {
+            self.settle(peer, up, reason, now);
         }
     }
 
@@ -298,30 +285,28 @@ impl<C: Copy + Eq> Reservations<C> {
                 self.next_end = Some(self.next_end.map_or(end, |next| next.min(end)));
             }
         }
-        for (peer, reason) in over {
-            self.free(peer, reason);
-        }
+        over.into_iter().for_each(|(peer, reason)| _ = self.free(peer, reason));
     }
 
-    /// Restores the state from before the answers that were not delivered.
-    fn undo(&mut self, peer: PeerId, up: &[C], now: Instant) {
-        let Some(reservation) = self.slots.get_mut(&peer) else {
-            return;
+    /// Restores what held before the answers that were not delivered; returns whether there were any.
+    fn undo(&mut self, peer: PeerId, up: &[C], now: Instant) -> bool {
+        let undo = self.slots.get_mut(&peer).and_then(|it| Some((it.undo.take()?, it)));
+        let Some((before, reservation)) = undo else {
+            return false;
         };
-        match reservation.undo.take().map(|undo| *undo) {
-            None => {}
-            Some(None) => _ = self.free(peer, FreedReason::Undelivered),
-            Some(Some((state, expires))) => {
-                reservation.expires = expires;
-                self.next_end = self.next_end.map(|next| next.min(expires));
-                match state.connection() {
-                    Some(gone) if !up.contains(&gone) => {
-                        self.settle(peer, up, FreedReason::Disconnected, now);
-                    }
-                    _ => self.set_state(peer, state),
+        if let Some((state, expires)) = *before {
+            reservation.expires = expires;
+            self.next_end = self.next_end.map(|next| next.min(expires));
+            match state.connection() {
+                Some(gone) if !up.contains(&gone) => {
+                    self.settle(peer, up, FreedReason::Disconnected, now);
                 }
+                _ => self.set_state(peer, state),
             }
+        } else {
+            self.free(peer, FreedReason::Undelivered);
         }
+        true
     }
 
     /// Moves a reservation whose connection is gone to the newest of `up`, or begins its grace.
@@ -346,7 +331,6 @@ impl<C: Copy + Eq> Reservations<C> {
         if let State::Grace { since, number } = state
             && let Some((id, _)) = self.slots.get_key_value(&peer)
         {
-            self.in_grace += 1;
             self.queue.extend(Scope::of(prefix).map(|scope| ((scope, number), Arc::clone(id))));
             self.next_end = self.next_end.map(|next| next.min(since + self.grace));
         }
@@ -371,7 +355,6 @@ impl<C: Copy + Eq> Reservations<C> {
     /// Removes a slot in grace from the queue.
     fn leave_queue(&mut self, state: State<C>, prefix: Option<ClientPrefix>) {
         if let State::Grace { number, .. } = state {
-            self.in_grace -= 1;
             for scope in Scope::of(prefix) {
                 self.queue.remove(&(scope, number));
             }
