@@ -108,7 +108,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     /// When the configuration is invalid: [`Config::validate`].
     pub fn new(config: Config, now: Instant) -> Result<Self, ConfigError> {
         config.validate()?;
-        Ok(Self {
+        let relay = Self {
             connections: Connections::default(),
             reservations: Reservations::new(&config),
             circuits: Circuits::new(&config),
@@ -120,7 +120,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
             check_again: false,
             reserve_rates: Rates::new(config.reserve_rate),
             connect_rates: Rates::new(config.connect_rate),
-            link: Link::new(&config, now),
+            link: Link::default(),
             heartbeat: Heartbeat::new(now),
             waiting: VecDeque::new(),
             sweep_due: now + config.sweep,
@@ -128,7 +128,9 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
             probes: 0,
             actions: VecDeque::new(),
             config,
-        })
+        };
+        relay.link.lock().configure(&relay.config, now);
+        Ok(relay)
     }
 
     /// Handles a request, or one that could not be decoded. The answer goes to `reply`.

@@ -336,7 +336,7 @@ mod tests {
             id,
             since: now,
             limit,
-            link: Link::new(&config, now),
+            link: Link::default(),
             ends: peers,
             counters: counters.clone(),
             ended,

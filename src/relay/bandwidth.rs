@@ -27,25 +27,20 @@ const LEAST_QUANTUM: u64 = 1024;
 /// Bandwidth that was not used for up to this long may be used later: timers fire late.
 const BURST: Duration = Duration::from_millis(50);
 
-/// The bandwidth of one relay.
-#[derive(Debug)]
+/// The bandwidth of one relay; an unused link without caps by default.
+#[derive(Debug, Default)]
 pub struct Bandwidth {
     /// The caps of all circuits together and of those of one peer, in bytes a second; zero: no cap.
     caps: [u64; 2],
-    all: Queue,
-    /// The peers whose circuits transferred bytes recently.
-    peers: HashMap<PeerId, Queue>,
+    /// One for all circuits (`None`) and one for each peer, of those that transferred bytes recently.
+    queues: HashMap<Option<PeerId>, Queue>,
 }
 
 /// The bandwidth of one relay, shared by its circuits wherever they run.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Link(Arc<Mutex<Bandwidth>>);
 
 impl Link {
-    pub(crate) fn new(config: &Config, now: Instant) -> Self {
-        Self(Arc::new(Mutex::new(Bandwidth::new(config, now))))
-    }
-
     pub(crate) fn lock(&self) -> MutexGuard<'_, Bandwidth> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -61,42 +56,44 @@ struct Queue {
 }
 
 impl Bandwidth {
-    /// An unused link.
-    pub fn new(config: &Config, now: Instant) -> Self {
-        let all = Queue { paid_at: now, waiting: 0 };
-        Self { caps: [config.bandwidth, config.bandwidth_per_peer], all, peers: HashMap::new() }
-    }
-
     /// Replaces the caps, from the next quantum of each circuit on.
     pub fn configure(&mut self, config: &Config, now: Instant) {
         self.caps = [config.bandwidth, config.bandwidth_per_peer];
         // Bytes that are not paid for yet were charged under the old caps.
-        for queue in self.peers.values_mut().chain([&mut self.all]) {
+        for queue in self.queues.values_mut() {
             queue.paid_at = queue.paid_at.min(now);
         }
     }
 
+    /// The queues that a circuit between these two peers is charged to, and the cap of each.
+    fn capped(&self, ends: [PeerId; 2]) -> impl Iterator<Item = (Option<PeerId>, u64)> + use<> {
+        let [total, per_peer] = self.caps;
+        let of_peers = ends.map(|peer| (Some(peer), per_peer));
+        [(None, total)].into_iter().chain(of_peers).filter(|(_, rate)| *rate > 0)
+    }
+
     /// How many bytes a circuit between these two peers may carry at a time; `None`: no cap.
     pub fn quantum(&self, ends: [PeerId; 2]) -> Option<usize> {
-        let [total, per_peer] = self.caps;
-        let of_peers = ends.iter().filter_map(|peer| {
-            let waiting = self.peers.get(peer).map_or(0, |queue| queue.waiting);
-            quantum(per_peer, waiting)
+        let rounds_per_second = 1000 / ROUND.as_millis() as u64;
+        // The share of a round for one more circuit than are waiting.
+        let quanta = self.capped(ends).map(|(of, rate)| {
+            let waiting = self.queues.get(&of).map_or(0, |queue| queue.waiting);
+            let round = (rate / rounds_per_second).max(1);
+            (round / (u64::from(waiting) + 1)).max(LEAST_QUANTUM.min(round))
         });
-        let least = of_peers.chain(quantum(total, self.all.waiting)).min()?;
-        Some(usize::try_from(least).unwrap_or(usize::MAX))
+        Some(usize::try_from(quanta.min()?).unwrap_or(usize::MAX))
     }
 
     /// Charges a circuit for bytes that it transferred. Returns when it may transfer more, if it has to wait for that: until
     /// [`Bandwidth::end_wait`] it counts as waiting.
     pub fn charge(&mut self, ends: [PeerId; 2], bytes: usize, now: Instant) -> Option<Instant> {
-        let [total, per_peer] = self.caps;
-        let mut next = self.all.charge(bytes, total, now);
-        if per_peer > 0 {
-            for peer in ends {
-                let queue = self.peers.entry(peer).or_insert(Queue { paid_at: now, waiting: 0 });
-                next = next.max(queue.charge(bytes, per_peer, now));
-            }
+        let earliest = now.checked_sub(BURST).unwrap_or(now);
+        let mut next = now;
+        for (of, rate) in self.capped(ends) {
+            let queue = self.queues.entry(of).or_insert(Queue { paid_at: earliest, waiting: 0 });
+            let nanos = (bytes as u64).saturating_mul(1_000_000_000) / rate;
+            queue.paid_at = queue.paid_at.max(earliest) + Duration::from_nanos(nanos);
+            next = next.max(queue.paid_at);
         }
         (next > now).then(|| {
             self.for_each(ends, |queue| queue.waiting += 1);
@@ -110,38 +107,17 @@ impl Bandwidth {
     }
 
     fn for_each(&mut self, ends: [PeerId; 2], change: impl Fn(&mut Queue)) {
-        change(&mut self.all);
-        for peer in ends {
-            if let Some(queue) = self.peers.get_mut(&peer) {
+        for of in [None].into_iter().chain(ends.map(Some)) {
+            if let Some(queue) = self.queues.get_mut(&of) {
                 change(queue);
             }
         }
     }
 
-    /// Removes the peers whose bytes are all paid for.
+    /// Removes the queues whose bytes are all paid for.
     pub fn forget_paid(&mut self, now: Instant) {
-        self.peers.retain(|_, queue| queue.waiting > 0 || queue.paid_at + BURST > now);
+        self.queues.retain(|_, queue| queue.waiting > 0 || queue.paid_at + BURST > now);
     }
-}
-
-impl Queue {
-    /// Returns when these bytes will be paid for; without a cap, `now`.
-    fn charge(&mut self, bytes: usize, rate: u64, now: Instant) -> Instant {
-        let nanos = (bytes as u64).saturating_mul(1_000_000_000).checked_div(rate);
-        let Some(nanos) = nanos else {
-            return now;
-        };
-        let earliest = now.checked_sub(BURST).unwrap_or(now);
-        self.paid_at = self.paid_at.max(earliest) + Duration::from_nanos(nanos);
-        self.paid_at
-    }
-}
-
-/// The share of a round for one more circuit than are waiting; `None`: no cap.
-fn quantum(rate: u64, waiting: u32) -> Option<u64> {
-    let rounds_per_second = 1000 / ROUND.as_millis() as u64;
-    let round = (rate > 0).then(|| (rate / rounds_per_second).max(1))?;
-    Some((round / (u64::from(waiting) + 1)).max(LEAST_QUANTUM.min(round)))
 }
 
 #[cfg(test)]
@@ -157,6 +133,13 @@ mod tests {
         ends: [PeerId; 2],
         wants: Option<u64>,
         transferred: u64,
+    }
+
+    /// An unused link with these caps.
+    fn bandwidth(total: u64, per_peer: u64) -> Bandwidth {
+        let mut bandwidth = Bandwidth::default();
+        bandwidth.configure(&caps(total, per_peer), Instant::now());
+        bandwidth
     }
 
     fn caps(bandwidth: u64, bandwidth_per_peer: u64) -> Config {
@@ -176,7 +159,7 @@ mod tests {
         fn new(total: u64, per_peer: u64) -> Self {
             let start = Instant::now();
             Self {
-                bandwidth: Bandwidth::new(&caps(total, per_peer), start),
+                bandwidth: bandwidth(total, per_peer),
                 circuits: Vec::new(),
                 start,
                 timer_delay: Duration::from_millis(1),
@@ -319,10 +302,10 @@ mod tests {
     fn without_a_cap_nothing_waits_and_no_state_is_kept() {
         let now = Instant::now();
         let ends = [PeerId::random(), PeerId::random()];
-        let mut bandwidth = Bandwidth::new(&caps(0, 0), now);
+        let mut bandwidth = bandwidth(0, 0);
         assert_eq!(bandwidth.quantum(ends), None);
         assert_eq!(bandwidth.charge(ends, usize::MAX, now), None);
-        assert_eq!(bandwidth.peers.len(), 0);
+        assert_eq!(bandwidth.queues.len(), 0);
         // The highest cap does not overflow.
         bandwidth.configure(&caps(u64::MAX, u64::MAX), now);
         assert!(bandwidth.quantum(ends).is_some());
@@ -333,22 +316,22 @@ mod tests {
     fn idle_flows_are_removed_and_waiting_ones_are_not() {
         let now = Instant::now();
         let ends = [PeerId::random(), PeerId::random()];
-        let mut bandwidth = Bandwidth::new(&caps(0, 10), now);
+        let mut bandwidth = bandwidth(0, 10);
         let next = bandwidth.charge(ends, 20, now).expect("a cap of 10 bytes per second");
         bandwidth.forget_paid(next + BURST);
-        assert_eq!(bandwidth.peers.len(), 2);
+        assert_eq!(bandwidth.queues.len(), 2);
         bandwidth.end_wait(ends);
         bandwidth.forget_paid(next);
-        assert_eq!(bandwidth.peers.len(), 2);
+        assert_eq!(bandwidth.queues.len(), 2);
         bandwidth.forget_paid(next + BURST);
-        assert_eq!(bandwidth.peers.len(), 0);
+        assert_eq!(bandwidth.queues.len(), 0);
     }
 
     #[test]
     fn a_new_cap_does_not_apply_to_bytes_already_transferred() {
         let now = Instant::now();
         let ends = [PeerId::random(), PeerId::random()];
-        let mut bandwidth = Bandwidth::new(&caps(1, 0), now);
+        let mut bandwidth = bandwidth(1, 0);
         assert!(bandwidth.charge(ends, 1000, now).is_some());
         bandwidth.configure(&caps(MB, 0), now);
         bandwidth.end_wait(ends);
