@@ -62,9 +62,8 @@ pub struct Relay<C, R> {
     pub circuits: Circuits<C, R>,
     /// How much each peer, and all together, used the relay for.
     pub accounts: Accounts,
-    /// Decides who may use the relay: the lists of the configuration, or the embedder.
-    pub access: Box<dyn Access>,
-    has_own_access: bool,
+    /// Decides who may use the relay, instead of the configuration's lists.
+    own_access: Option<Box<dyn Access>>,
     /// How often the access rules have changed.
     rules: u64,
     /// How many answers about slots and circuits have yet to come, and whether to ask again after the last.
@@ -113,8 +112,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
             reservations: Reservations::new(&config),
             circuits: Circuits::new(&config),
             accounts: Accounts::default(),
-            access: Box::new(config.access.clone()),
-            has_own_access: false,
+            own_access: None,
             rules: 0,
             open_checks: 0,
             check_again: false,

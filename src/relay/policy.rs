@@ -34,10 +34,6 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         self.link.lock().configure(&config, now);
         // Never later than before: otherwise a change every second would postpone it for ever.
         self.sweep_due = self.sweep_due.min(now + config.sweep);
-        self.bring_sweep_forward(now);
-        if !self.has_own_access {
-            self.access = Box::new(config.access.clone());
-        }
         self.config = config;
         self.recheck_access(now);
         Ok(())
@@ -45,27 +41,30 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
 
     /// Lets `access` decide who may use the relay, instead of the configuration's lists.
     pub fn set_access(&mut self, access: Box<dyn Access>, now: Instant) {
-        (self.access, self.has_own_access) = (access, true);
+        self.own_access = Some(access);
         self.recheck_access(now);
+    }
+
+    /// Decides who may use the relay: the lists of the configuration, or the embedder.
+    pub fn access(&self) -> &dyn Access {
+        self.own_access.as_deref().unwrap_or(&self.config.access)
     }
 
     /// Asks whether a request is allowed, and charges its rate.
     pub(super) fn check_request(&mut self, request: PendingRequest<C, R>, now: Instant) {
-        let (End { peer, connection }, prefix) = (request.from, request.origin.prefix);
+        let (End { peer, connection }, address) = (request.from, &request.origin.address);
         let is_holder = self.reservations.get(&peer).is_some_and(|slot| now < slot.ends);
-        // 1. Access. A renewal is charged to the peer and not to its address.
-        let address = &request.origin.address;
-        let (permission, rates, prefix) = match request.request {
-            Request::Reserve => {
-                let permission = self.access.may_reserve(peer, address);
-                (permission, &mut self.reserve_rates, prefix.filter(|_| !is_holder))
-            }
+        let is_renewal = is_holder && request.request == Request::Reserve;
+        // 1. Access.
+        let (permission, rates) = match request.request {
+            Request::Reserve => (self.access().may_reserve(peer, address), &mut self.reserve_rates),
             Request::Connect(target) => {
-                let permission = self.access.may_connect(peer, address, target);
-                (permission, &mut self.connect_rates, prefix)
+                (self.access().may_connect(peer, address, target), &mut self.connect_rates)
             }
         };
-        // 2. Request rate, before the look-up: a peer must not find out quickly which peers hold slots.
+        // 2. Request rate, before the look-up: a peer must not find out quickly which peers hold slots. A renewal is charged
+        //    to the peer and not to its address.
+        let prefix = request.origin.prefix.filter(|_| !is_renewal);
         if !matches!(permission, Permission::Deny)
             && let Err(reason) = rates.take(peer, prefix, now)
         {
@@ -73,63 +72,52 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         }
         // 3. A request that waits for its answer keeps its slot, and does not leave its connection idle.
         if let Permission::Later(_) = permission {
-            if is_holder && request.request == Request::Reserve {
+            if is_renewal {
                 self.reservations.keep(&peer, now + ANSWER_TIMEOUT);
             }
             self.connections.update(connection, now, |up| up.idle_since = now);
         }
-        self.conclude(AccessCheck::Request(request, self.rules), permission, now);
+        self.on_access_checked(AccessCheck::Request(request, self.rules), permission, now);
     }
 
-    /// Handles the answer to an [`Action::CheckAccess`].
+    /// Handles the answer to an [`Action::CheckAccess`], or one that came at once: admits or refuses a request, ends a slot
+    /// or circuit that is denied. Awaits one that comes later.
     pub fn on_access_checked(
         &mut self,
         check: AccessCheck<C, R>,
         permission: Permission,
         now: Instant,
     ) {
-        let is_request = matches!(check, AccessCheck::Request(..));
-        self.conclude(check, permission, now);
-        self.open_checks -= usize::from(!is_request);
-        if self.open_checks == 0 && mem::take(&mut self.check_again) {
-            self.recheck(None, now);
+        if let Permission::Later(_) = permission {
+            return self.actions.push_back(Action::CheckAccess(check, permission));
         }
-    }
-
-    /// Admits or refuses a request, ends a slot or circuit that is denied, or awaits the answer.
-    fn conclude(&mut self, check: AccessCheck<C, R>, permission: Permission, now: Instant) {
-        match (check, permission) {
-            (check, later @ Permission::Later(_)) => {
-                self.actions.push_back(Action::CheckAccess(check, later));
-            }
-            (AccessCheck::Request(it, _), _)
-                if self.connections.get(it.from.connection).is_none() => {}
-            (AccessCheck::Request(request, _), _) if self.is_draining() => {
-                self.refuse(request, Refused::Draining);
-            }
-            (AccessCheck::Request(request, _), Permission::Deny) => {
-                self.refuse(request, Refused::Denied);
-            }
-            (AccessCheck::Request(request, rules), Permission::Allow(terms)) => {
-                let peer = request.from.peer;
-                match request.request {
-                    Request::Reserve => self.reserve(request, terms, now),
-                    Request::Connect(target) => self.connect(request, target, terms, now),
+        let is_denied = matches!(permission, Permission::Deny);
+        self.open_checks -= usize::from(!matches!(check, AccessCheck::Request(..)));
+        match check {
+            AccessCheck::Request(request, rules) => match permission {
+                _ if self.connections.get(request.from.connection).is_none() => {}
+                _ if self.is_draining() => self.refuse(request, Refused::Draining),
+                Permission::Allow(terms) => {
+                    let peer = request.from.peer;
+                    match request.request {
+                        Request::Reserve => self.reserve(request, terms, now),
+                        Request::Connect(target) => self.connect(request, target, terms, now),
+                    }
+                    // The answer may be from before the rules changed.
+                    if rules != self.rules {
+                        self.recheck(Some(peer), now);
+                    }
                 }
-                // The answer may be from before the rules changed.
-                if rules != self.rules {
-                    self.recheck(Some(peer), now);
-                }
-            }
-            (AccessCheck::Circuit(id), Permission::Deny) => {
-                self.end_circuit(id, CircuitEnd::Denied);
-            }
-            (AccessCheck::Slot(peer), Permission::Deny)
-                if self.reservations.get(&peer).is_some() =>
-            {
+                _ => self.refuse(request, Refused::Denied),
+            },
+            AccessCheck::Circuit(id) if is_denied => self.end_circuit(id, CircuitEnd::Denied),
+            AccessCheck::Slot(peer) if is_denied && self.reservations.get(&peer).is_some() => {
                 self.release(peer, FreedReason::Denied, now);
             }
             _ => {}
+        }
+        if self.open_checks == 0 && mem::take(&mut self.check_again) {
+            self.recheck(None, now);
         }
     }
 
@@ -145,44 +133,42 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     /// As [`Relay::recheck_access`], for one peer if it is given.
     pub(super) fn recheck(&mut self, only: Option<PeerId>, now: Instant) {
         let is_meant = |peer: PeerId| only.is_none_or(|only| only == peer);
+        let is_busy = self.open_checks > 0;
+        self.check_again |= is_busy;
         // 1. Slots. For a peer in grace, which has no connection, the first address of the prefix that its slot counts
         //    towards.
         let slots = self.reservations.iter().filter(|(peer, _)| is_meant(*peer));
         let slots = slots.map(|(peer, slot)| {
             let first = slot.prefix.map_or_else(Multiaddr::empty, |prefix| prefix.ip().into());
             let address = slot.connection.map_or(first, |up| self.address_of(up));
-            (AccessCheck::Slot(peer), self.access.may_reserve(peer, &address))
+            (AccessCheck::Slot(peer), self.access().may_reserve(peer, &address))
         });
         // 2. Circuits. The target may hold no slot any more, or hold it over another connection.
         let circuits = self.circuits.iter().filter(|(_, it)| is_meant(it.source.peer));
         let circuits = circuits.flat_map(|(id, Circuit { source, target, .. })| {
             let [from, at] = [source, target].map(|end| self.address_of(end.connection));
-            let may_connect = self.access.may_connect(source.peer, &from, target.peer);
-            let may_be_target = self.access.may_reserve(target.peer, &at);
+            let may_connect = self.access().may_connect(source.peer, &from, target.peer);
+            let may_be_target = self.access().may_reserve(target.peer, &at);
             [may_connect, may_be_target].map(|permission| (AccessCheck::Circuit(id), permission))
         });
         let answers = slots.chain(circuits).filter(|(_, it)| !matches!(it, Permission::Allow(_)));
-        let answers: Vec<_> = answers.collect();
-        let is_busy = self.open_checks > 0;
-        self.check_again |= is_busy;
-        for (check, permission) in answers {
-            let is_later = matches!(permission, Permission::Later(_));
-            if !(is_later && is_busy) {
-                self.open_checks += usize::from(is_later);
-                self.conclude(check, permission, now);
+        for (check, permission) in answers.collect::<Vec<_>>() {
+            if !(is_busy && matches!(permission, Permission::Later(_))) {
+                self.open_checks += 1;
+                self.on_access_checked(check, permission, now);
             }
         }
         // 3. Newcomers that wait for a slot.
         for newcomer in mem::take(&mut self.waiting) {
             let PendingRequest { from, origin, .. } = &newcomer.request;
-            match self.access.may_reserve(from.peer, &origin.address) {
+            match self.access().may_reserve(from.peer, &origin.address) {
                 _ if !is_meant(from.peer) => self.waiting.push_back(newcomer),
                 Permission::Allow(terms) => {
                     self.waiting.push_back(PendingReservation { terms, ..newcomer });
                 }
                 permission => {
                     let check = AccessCheck::Request(newcomer.request, self.rules);
-                    self.conclude(check, permission, now);
+                    self.on_access_checked(check, permission, now);
                 }
             }
         }
@@ -194,13 +180,13 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         let fit = self.connections.of(&peer).filter(|(_, up)| {
             let is_usable = !up.origin.relayed && up.closing.is_none();
             is_usable
-                && !matches!(self.access.may_reserve(peer, &up.origin.address), Permission::Deny)
+                && !matches!(self.access().may_reserve(peer, &up.origin.address), Permission::Deny)
         });
         fit.map(|(id, _)| id).collect()
     }
 
     /// The address of a connection's peer; empty if the connection closed.
-    fn address_of(&self, connection: C) -> Multiaddr {
+    pub(super) fn address_of(&self, connection: C) -> Multiaddr {
         let up = self.connections.get(connection);
         up.map_or_else(Multiaddr::empty, |up| up.origin.address.clone())
     }

@@ -108,7 +108,7 @@ impl Admission {
         local: &Multiaddr,
         remote: &Multiaddr,
     ) -> Result<(), Denied> {
-        if !self.relay.relay.access.may_enter(None, remote) {
+        if !self.relay.relay.access().may_enter(None, remote) {
             return Err(Denied::Rules);
         }
         let prefix = ClientPrefix::of(remote);
@@ -169,7 +169,7 @@ impl Admission {
     /// Admits a connection that has completed its handshake, and so shows its peer.
     fn admit(&mut self, id: ConnectionId, peer: PeerId, remote: &Multiaddr) -> Result<(), Denied> {
         let relay = &self.relay.relay;
-        if !relay.access.may_enter(Some(peer), remote) {
+        if !relay.access().may_enter(Some(peer), remote) {
             return Err(Denied::Rules);
         }
         let (all, reservations) = (&relay.connections, &relay.reservations);
