@@ -50,7 +50,7 @@
 //!
 //! # One CONNECT, file by file
 //!
-//! 1. As above up to `relay/policy.rs`: `check_request`. `relay/connect.rs`: `find_target` finds the target's live
+//! 1. As above up to `relay/policy.rs`: `check_request`. `relay/connect.rs`: `connect` finds the target's live
 //!    reservation. `relay/circuits.rs`: `check_caps`; `add` makes a record, which holds the reply.
 //! 2. `behaviour.rs`: `carry_out` commands the handler of the *target's* connection. `behaviour/handler.rs`: `poll` opens
 //!    a stop stream. `behaviour/hop.rs`: `ask` asks on it. If there is no answer within 3 s, or the

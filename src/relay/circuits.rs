@@ -4,8 +4,7 @@
 
 use std::{
     cmp::Reverse,
-    collections::{HashMap, hash_map::Entry},
-    hash::Hash,
+    collections::{BTreeMap, BTreeSet},
     time::{Duration, Instant},
 };
 
@@ -32,12 +31,13 @@ const RETRY_AFTER: Duration = Duration::from_secs(3);
 /// The circuits of one relay, those that are being set up included.
 #[derive(Debug)]
 pub struct Circuits<C, R> {
-    circuits: HashMap<CircuitId, Circuit<C, R>>,
+    /// In the order of their admission.
+    circuits: BTreeMap<CircuitId, Circuit<C, R>>,
     /// How many each prefix has, by source. Circuits that yielded to another one do not count.
     pub quota: Quota,
     pub(super) per_peer: usize,
-    /// The circuits that a peer is part of, in either role.
-    by_peer: HashMap<PeerId, Vec<CircuitId>>,
+    /// The circuits that a peer is part of, in either role: an index of both peers of each.
+    pub by_peer: BTreeSet<(PeerId, CircuitId)>,
     last: u64,
 }
 
@@ -49,8 +49,8 @@ pub struct Circuit<C, R> {
     /// The peer that holds the reservation, and the connection over which it is asked, or has accepted.
     pub target: End<C>,
     /// The connections over which it was asked before, and since when it is asked over the present one.
-    silent: Vec<C>,
-    asked_at: Instant,
+    pub(super) silent: Vec<C>,
+    pub(super) asked_at: Instant,
     /// When it was admitted.
     pub since: Instant,
     /// What it may carry.
@@ -61,8 +61,8 @@ pub struct Circuit<C, R> {
     pub opened_at: Option<Instant>,
     /// Counts the bytes that it carries.
     pub counters: Counters,
-    /// Dropping it ends the exchange with the target, or the open circuit.
-    guard: Option<oneshot::Sender<()>>,
+    /// Dropping it ends the exchange with the target, or the open circuit; then why the relay ended it.
+    pub(super) guard: Result<oneshot::Sender<()>, CircuitEnd>,
     /// The prefix of the source.
     prefix: Option<ClientPrefix>,
     /// The bytes that it had transferred at the last sweep, and the sweep that last found more than before.
@@ -70,8 +70,6 @@ pub struct Circuit<C, R> {
     active_at: Instant,
     /// Since which sweep each direction, to the target and to the source, has transferred nothing though bytes waited.
     stalled: [Option<Instant>; 2],
-    /// Why the relay ended it. [`CircuitEnd::Disconnected`] if it did not: then its task ended with a connection.
-    end: CircuitEnd,
     /// Whether it was ended for another one, and does not count any more.
     has_yielded: bool,
 }
@@ -82,20 +80,22 @@ impl<C, R> Circuit<C, R> {
         self.opened_at.map(|since| (since, self.counters.read()))
     }
 
-    /// How it ended. Its task reports [`CircuitEnd::Disconnected`] also if the relay ended it; the table knows why.
+    /// How it ended. Its task reports [`CircuitEnd::Disconnected`] also if the relay ended it; the table knows why. If the
+    /// relay did not, its task ended with a connection.
     pub fn end(&self, reported: CircuitEnd) -> CircuitEnd {
-        if reported == CircuitEnd::Disconnected { self.end } else { reported }
+        let ended = self.guard.as_ref().err().filter(|_| reported == CircuitEnd::Disconnected);
+        *ended.unwrap_or(&reported)
     }
 }
 
-impl<C: Copy + Eq + Hash, R> Circuits<C, R> {
+impl<C: Copy + Eq, R> Circuits<C, R> {
     /// An empty table.
     pub fn new(config: &Config) -> Self {
         Self {
-            circuits: HashMap::new(),
+            circuits: BTreeMap::new(),
             quota: Quota::new(config.circuit_caps()),
             per_peer: config.max_circuits_per_peer,
-            by_peer: HashMap::new(),
+            by_peer: BTreeSet::new(),
             last: 0,
         }
     }
@@ -110,26 +110,19 @@ impl<C: Copy + Eq + Hash, R> Circuits<C, R> {
         self.of(peer).filter(|(_, circuit)| !circuit.has_yielded).count()
     }
 
-    /// How many peers are part of one: the size of the index.
-    pub fn peers(&self) -> usize {
-        self.by_peer.len()
-    }
-
     /// Checks that one more circuit between these two fits under every cap.
     ///
     /// # Errors
     ///
     /// The cap that is reached. One under which [`Circuits::yield_one`] cannot make room comes first.
     pub fn check_caps(&self, source: &Origin, target: &PeerId) -> Result<(), Refused> {
-        let full = self.quota.full(source.prefix);
-        match full {
+        let is_full = |peer| self.count_of(peer) >= self.per_peer;
+        match self.quota.full(source.prefix) {
             Some(Scope::Address(prefix)) => Err(Refused::TooManyCircuitsOfAddress(prefix)),
             Some(Scope::Subnet(subnet)) => Err(Refused::TooManyCircuitsOfSubnet(subnet)),
-            _ if self.count_of(&source.peer) >= self.per_peer => {
-                Err(Refused::TooManyCircuitsOfSource)
-            }
+            _ if is_full(&source.peer) => Err(Refused::TooManyCircuitsOfSource),
             // A circuit of the target that yields makes room in the table, too.
-            _ if self.count_of(target) >= self.per_peer => Err(Refused::TooManyCircuitsOfTarget),
+            _ if is_full(target) => Err(Refused::TooManyCircuitsOfTarget),
             Some(Scope::Total) => Err(Refused::TooManyCircuits),
             None => Ok(()),
         }
@@ -176,7 +169,7 @@ impl<C: Copy + Eq + Hash, R> Circuits<C, R> {
         self.last += 1;
         let (id, source, prefix) = (CircuitId(self.last), request.from, request.origin.prefix);
         for peer in [source.peer, target.peer] {
-            self.by_peer.entry(peer).or_default().push(id);
+            self.by_peer.insert((peer, id));
         }
         self.quota.add(prefix);
         let (guard, ended) = oneshot::channel();
@@ -190,12 +183,11 @@ impl<C: Copy + Eq + Hash, R> Circuits<C, R> {
             request: Some(request),
             opened_at: None,
             counters,
-            guard: Some(guard),
+            guard: Ok(guard),
             prefix,
             transferred: BytesTransferred::default(),
             active_at: now,
             stalled: [None; 2],
-            end: CircuitEnd::Disconnected,
             has_yielded: false,
         };
         self.circuits.insert(id, circuit);
@@ -230,52 +222,19 @@ impl<C: Copy + Eq + Hash, R> Circuits<C, R> {
     /// The circuits whose target has not answered for [`RETRY_AFTER`] while the source waits, in the order of their admission,
     /// each with the connection over which the target is asked.
     pub fn unanswered(&self, now: Instant) -> Vec<(CircuitId, End<C>)> {
-        let is_overdue = |circuit: &Circuit<C, R>| {
-            circuit.request.is_some()
-                && now.saturating_duration_since(circuit.asked_at) >= RETRY_AFTER
-        };
-        let overdue = self.iter().filter(|(_, circuit)| is_overdue(circuit));
-        let mut overdue: Vec<_> = overdue.map(|(id, circuit)| (id, circuit.target)).collect();
-        overdue.sort_unstable_by_key(|(id, _)| *id);
-        overdue
-    }
-
-    /// Has a circuit's target asked over the first of these connections over which it was not asked before, if there is
-    /// one and the source waits for an answer over the connection `asked`; returns the new one. Cancels the exchange over
-    /// `asked`. The receiver is as that of [`Circuits::add`].
-    pub fn ask_over(
-        &mut self,
-        id: CircuitId,
-        asked: End<C>,
-        others: &[C],
-        now: Instant,
-    ) -> Option<(C, oneshot::Receiver<()>)> {
-        let waits =
-            |circuit: &&mut Circuit<C, R>| circuit.request.is_some() && circuit.target == asked;
-        let circuit = self.circuits.get_mut(&id).filter(waits)?;
-        let present = asked.connection;
-        let is_new = |other: &&C| **other != present && !circuit.silent.contains(other);
-        let over = *others.iter().find(is_new)?;
-        circuit.target.connection = over;
-        circuit.silent.push(present);
-        circuit.asked_at = now;
-        let (guard, ended) = oneshot::channel();
-        circuit.guard = Some(guard);
-        Some((over, ended))
+        let is_long = |since: Instant| now.saturating_duration_since(since) >= RETRY_AFTER;
+        let overdue = self.iter().filter(|(_, it)| it.request.is_some() && is_long(it.asked_at));
+        overdue.map(|(id, circuit)| (id, circuit.target)).collect()
     }
 
     /// The circuits one of whose directions had transferred nothing for [`MAX_STALL`] at the last sweep though bytes
     /// waited, in the order of their admission.
     pub fn stalled(&self, now: Instant) -> Vec<CircuitId> {
         let is_long = |since: &Instant| now.saturating_duration_since(*since) >= MAX_STALL;
-        let stalled = self.circuits.iter().filter_map(|(id, circuit)| {
-            let is_stalled =
-                circuit.guard.is_some() && circuit.stalled.iter().flatten().any(is_long);
-            is_stalled.then_some(*id)
+        let stalled = self.iter().filter(|(_, circuit)| {
+            circuit.guard.is_ok() && circuit.stalled.iter().flatten().any(is_long)
         });
-        let mut stalled: Vec<_> = stalled.collect();
-        stalled.sort_unstable();
-        stalled
+        stalled.map(|(id, _)| id).collect()
     }
 
     /// Ends a circuit by dropping its guard, which cancels the receiver. It counts until its end is reported. The reason
@@ -284,8 +243,8 @@ impl<C: Copy + Eq + Hash, R> Circuits<C, R> {
     /// Returns the CONNECT that was not answered yet.
     pub fn end(&mut self, id: CircuitId, end: CircuitEnd) -> Option<PendingRequest<C, R>> {
         let circuit = self.circuits.get_mut(&id)?;
-        if circuit.guard.take().is_some() {
-            circuit.end = end;
+        if circuit.guard.is_ok() {
+            circuit.guard = Err(end);
         }
         circuit.request.take()
     }
@@ -307,28 +266,23 @@ impl<C: Copy + Eq + Hash, R> Circuits<C, R> {
             self.quota.remove(circuit.prefix);
         }
         for peer in [circuit.source.peer, circuit.target.peer] {
-            if let Entry::Occupied(mut ids) = self.by_peer.entry(peer) {
-                ids.get_mut().retain(|other| *other != id);
-                if ids.get().is_empty() {
-                    ids.remove();
-                }
-            }
+            self.by_peer.remove(&(peer, id));
         }
         Some(circuit)
     }
 
     /// The circuits that `peer` is part of, in either role, in the order of their admission.
     pub fn of(&self, peer: &PeerId) -> impl Iterator<Item = (CircuitId, &Circuit<C, R>)> {
-        let ids = self.by_peer.get(peer).into_iter().flatten();
-        ids.filter_map(|id| Some((*id, self.circuits.get(id)?)))
+        let ids = self.by_peer.range((*peer, CircuitId(0))..=(*peer, CircuitId(u64::MAX)));
+        ids.filter_map(|(_, id)| Some((*id, self.circuits.get(id)?)))
     }
 
-    /// All circuits, in no order.
+    /// All circuits, in the order of their admission.
     pub fn iter(&self) -> impl Iterator<Item = (CircuitId, &Circuit<C, R>)> {
         self.circuits.iter().map(|(id, circuit)| (*id, circuit))
     }
 
-    /// The open circuits and the bytes of each, in no order.
+    /// The open circuits and the bytes of each, in the order of their admission.
     pub fn open(&self) -> impl Iterator<Item = (CircuitId, BytesTransferred)> {
         self.iter().filter_map(|(id, circuit)| Some((id, circuit.open()?.1)))
     }
@@ -531,7 +485,7 @@ mod tests {
         assert_eq!(circuits.of(&bob.peer).count(), 1);
         assert!(circuits.remove(id).is_some());
         assert!(circuits.remove(id).is_none());
-        assert_eq!((circuits.count(), circuits.peers()), (0, 0));
+        assert_eq!((circuits.count(), circuits.by_peer.len()), (0, 0));
         assert_eq!(circuits.quota.scopes(), 0);
         assert_ne!(admit(&mut circuits, alice, bob, 1), Ok(id));
     }

@@ -23,37 +23,34 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         terms: Terms,
         now: Instant,
     ) {
-        let connection = match self.find_target(&request, peer, now) {
-            Ok(connection) => connection,
-            Err(reason) => return self.refuse(request, reason),
+        // 1. A live reservation of the target.
+        let slot = self.reservations.get(&peer);
+        let Some(connection) = slot.and_then(|slot| slot.live(now)) else {
+            return self.refuse(request, Refused::NoReservation);
         };
-        let limit = self.circuit_limit(terms);
-        let (source, target) = (request.from, End { peer, connection });
-        for end in [source, target] {
-            self.count_circuits(end.connection, 1, now);
+        // 2. Room, if need be in place of another circuit.
+        if let Err(full) = self.circuits.check_caps(&request.origin, &peer) {
+            let Some(yielded) = self.circuits.yield_one(&full, &request.origin, &peer) else {
+                return self.refuse(request, full);
+            };
+            log::debug!("circuit {yielded} ends: a prefix with fewer circuits needs one");
+            self.end_circuit(yielded, CircuitEnd::Preempted);
         }
-        let counters = self.accounts.counters();
+        // 3. The stop request.
+        let (source, target) = (request.from, End { peer, connection });
+        self.count_circuits([source, target], 1, now);
+        let (limit, counters) = (self.circuit_limit(terms), self.accounts.counters());
         let (id, ended) = self.circuits.add(request, target, limit, counters, now);
         self.ask_target(id, ended);
     }
 
     fn ask_target(&mut self, id: CircuitId, ended: oneshot::Receiver<()>) {
-        let Some(circuit) = self.circuits.get(id) else {
-            return;
-        };
-        let (target, link, counters) =
-            (circuit.target, self.link.clone(), circuit.counters.clone());
-        let (since, limit, ends) =
-            (circuit.since, circuit.limit, [circuit.source.peer, target.peer]);
-        let parameters = CircuitParameters { id, since, limit, link, ends, counters, ended };
-        self.actions.push_back(Action::AskTarget(target, Box::new(parameters)));
-    }
-
-    /// Sends each target that does not answer another stop request over another of its connections, if it has one: it may
-    /// have reconnected without reserving again, and its old connection may be half-open.
-    pub(super) fn ask_over_others(&mut self, now: Instant) {
-        for (id, silent) in self.circuits.unanswered(now) {
-            self.ask_over_another(id, silent, now);
+        if let Some(circuit) = self.circuits.get(id) {
+            let &Circuit { source, target, since, limit, ref counters, .. } = circuit;
+            let (counters, ends) = (counters.clone(), [source.peer, target.peer]);
+            let link = self.link.clone();
+            let parameters = CircuitParameters { id, since, limit, link, ends, counters, ended };
+            self.actions.push_back(Action::AskTarget(target, Box::new(parameters)));
         }
     }
 
@@ -64,43 +61,32 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         let mut others = self.fit_for_a_slot(asked.peer);
         others.reverse();
         others.sort_by_key(|id| Some(self.connections.get(*id)?.liveness.silent_for(now)));
-        // 2. Move the circuit to it, which resets the open stop stream.
-        let Some((over, ended)) = self.circuits.ask_over(id, asked, &others, now) else {
+        // 2. The first of them over which it was not asked before, if the source waits for its answer over this one.
+        let waits = |it: &&mut Circuit<C, R>| it.request.is_some() && it.target == asked;
+        let Some(circuit) = self.circuits.get_mut(id).filter(waits) else {
             return false;
         };
+        let is_new = |id: &C| *id != asked.connection && !circuit.silent.contains(id);
+        let Some(connection) = others.into_iter().find(is_new) else {
+            return false;
+        };
+        // 3. Move the circuit to it, which cancels the open stop request.
         log::debug!("circuit {id}: no answer from peer {}: asking it elsewhere", asked.peer);
-        self.count_circuits(asked.connection, -1, now);
-        self.count_circuits(over, 1, now);
+        let (over, (guard, ended)) = (End { connection, ..asked }, oneshot::channel());
+        circuit.silent.push(asked.connection);
+        (circuit.target, circuit.asked_at, circuit.guard) = (over, now, Ok(guard));
+        self.count_circuits([asked], -1, now);
+        self.count_circuits([over], 1, now);
         self.ask_target(id, ended);
         true
     }
 
-    fn count_circuits(&mut self, connection: C, by: i32, now: Instant) {
-        self.connections.update(connection, now, |up| {
-            up.circuits = up.circuits.saturating_add_signed(by);
-        });
-    }
-
-    /// Returns the connection of the target's reservation. If there is room only in place of another circuit, ends that
-    /// one.
-    fn find_target(
-        &mut self,
-        request: &PendingRequest<C, R>,
-        target: PeerId,
-        now: Instant,
-    ) -> Result<C, Refused> {
-        let origin = &*request.origin;
-        // 1. A live reservation of the target.
-        let slot = self.reservations.get(&target);
-        let connection = slot.and_then(|slot| slot.live(now)).ok_or(Refused::NoReservation)?;
-        // 2. Room.
-        if let Err(full) = self.circuits.check_caps(origin, &target) {
-            let yielded = self.circuits.yield_one(&full, origin, &target);
-            let yielded = yielded.ok_or(full)?;
-            log::debug!("circuit {yielded} ends: a prefix with fewer circuits needs one");
-            self.end_circuit(yielded, CircuitEnd::Preempted);
+    fn count_circuits(&mut self, over: impl IntoIterator<Item = End<C>>, by: i32, now: Instant) {
+        for End { connection, .. } in over {
+            self.connections.update(connection, now, |up| {
+                up.circuits = up.circuits.saturating_add_signed(by);
+            });
         }
-        Ok(connection)
     }
 
     /// Handles the target's answer over this connection, with the opened stream if it accepted. If the source still waits,
@@ -113,9 +99,8 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         answer: Result<T, StopFailed>,
         now: Instant,
     ) -> Option<(R, T)> {
-        let is_asked =
-            |it: &&mut Circuit<C, R>| it.opened_at.is_none() && it.target.connection == over;
-        let target = self.circuits.get_mut(id).filter(is_asked)?.target;
+        let is_asked = |it: &&Circuit<C, R>| it.opened_at.is_none() && it.target.connection == over;
+        let target = self.circuits.get(id).filter(is_asked)?.target;
         if let Err(StopFailed::Gone) = answer
             && self.ask_over_another(id, target, now)
         {
@@ -133,23 +118,24 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
             (Some(request), Err(failed)) => self.refuse(request, Refused::StopFailed(failed)),
             (None, _) => {} // the source was refused before
         }
-        self.remove_circuit(id, now);
+        self.on_circuit_ended(id, CircuitEnd::Disconnected, now);
         None
     }
 
-    /// Handles the end of an open circuit.
+    /// Handles the end of a circuit, whether or not it was open.
     pub fn on_circuit_ended(&mut self, id: CircuitId, end: CircuitEnd, now: Instant) {
-        if let Some(circuit) = self.remove_circuit(id, now)
-            && let Some((since, transferred)) = circuit.open()
-        {
-            let ends @ [source, target] = [circuit.source.peer, circuit.target.peer];
-            self.accounts.on_closed(id, ends, transferred);
-            let (circuit, end) = (id, circuit.end(end));
-            let open_for = now.saturating_duration_since(since);
-            let closed =
-                Event::CircuitClosed { circuit, source, target, end, transferred, open_for };
-            self.report(closed);
-        }
+        let Some(circuit) = self.circuits.remove(id) else {
+            return;
+        };
+        self.count_circuits([circuit.source, circuit.target], -1, now);
+        let Some((since, transferred)) = circuit.open() else {
+            return;
+        };
+        let ends @ [source, target] = [circuit.source.peer, circuit.target.peer];
+        self.accounts.on_closed(id, ends, transferred);
+        let (circuit, end) = (id, circuit.end(end));
+        let open_for = now.saturating_duration_since(since);
+        self.report(Event::CircuitClosed { circuit, source, target, end, transferred, open_for });
     }
 
     /// Ends a circuit. The task of an open one reports when it has ended.
@@ -161,14 +147,6 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
             let is_denied = end == CircuitEnd::Denied;
             self.refuse(request, if is_denied { Refused::Denied } else { Refused::Gone });
         }
-    }
-
-    fn remove_circuit(&mut self, id: CircuitId, now: Instant) -> Option<Circuit<C, R>> {
-        let circuit = self.circuits.remove(id)?;
-        for end in [circuit.source, circuit.target] {
-            self.count_circuits(end.connection, -1, now);
-        }
-        Some(circuit)
     }
 }
 

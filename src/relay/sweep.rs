@@ -51,8 +51,11 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         found.timed_out.retain(|connection| !self.defer_timeout(*connection, now));
         found.timed_out.sort_unstable(); // so that a simulation can be repeated
         found.timed_out.into_iter().for_each(|connection| self.time_out(connection, now));
-        // 5. Ask silent targets over another connection; find slots for newcomers.
-        self.ask_over_others(now);
+        // 5. Ask targets that do not answer over another connection: they may have reconnected without reserving again, and
+        //    the old connection may be half-open. Find slots for newcomers.
+        for (id, silent) in self.circuits.unanswered(now) {
+            self.ask_over_another(id, silent, now);
+        }
         self.reclaim(now);
         // 6. Close idle connections, and while draining those that are due.
         let timeout = self.config.idle_timeout;

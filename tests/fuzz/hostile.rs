@@ -529,7 +529,7 @@ impl World {
         let behaviour = self.swarm.behaviour_mut();
         assert_eq!(behaviour.view().connections.count(), 2);
         assert_eq!(behaviour.view().circuits.count(), 1, "Ben's");
-        assert_eq!(behaviour.view().circuits.peers(), 2);
+        assert_eq!(behaviour.view().circuits.by_peer.len(), 2);
         assert_eq!(behaviour.accounts().count(), 2);
         let table = &behaviour.view().reservations;
         assert_eq!(table.taken() - table.in_grace(), 1, "Anna's");
