@@ -2,16 +2,14 @@
 //!
 //! Sans-IO: methods take what happened and `now`; what is to be done is appended to [`Relay::actions`]. This file connects
 //! the tables: [`reservations`] and [`circuits`] decide what a request gets, [`heartbeat`] and [`reclaim`] which peers are
-//! gone. `relay/reserve.rs` is one RESERVE, `relay/connect.rs` one CONNECT, `relay/sweep.rs` what ends by time,
-//! `relay/close.rs` which connections the relay closes, `relay/policy.rs` what may change while it runs. `C` identifies a
+//! gone. `relay/reserve.rs` is one RESERVE, `relay/connect.rs` one CONNECT, `relay/sweep.rs` what ends by time
+//! and which connections the relay closes, `relay/policy.rs` what may change while it runs. `C` identifies a
 //! connection and `R` takes the answer to a request: [`crate::Behaviour`] uses the swarm's `ConnectionId` and a oneshot,
 //! tests use numbers.
 
 pub mod accounts;
-mod action;
 pub mod bandwidth;
 pub mod circuits;
-mod close;
 mod connect;
 pub mod connections;
 pub mod heartbeat;
@@ -26,28 +24,26 @@ mod sweep;
 use std::{
     collections::{HashSet, VecDeque},
     hash::Hash,
-    sync::Arc,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
-use libp2p::PeerId;
+use libp2p::{PeerId, futures::channel::oneshot};
 
-pub use self::action::{AccessCheck, Action, CircuitParameters};
 use self::{
-    accounts::Accounts,
+    accounts::{Accounts, Counters},
     bandwidth::Link,
     circuits::Circuits,
     connections::{Connections, End, PendingRequest},
     heartbeat::Heartbeat,
     rates::Rates,
     reclaim::PendingReservation,
-    reservations::Reservations,
+    reservations::{Receipt, Reservations},
 };
 use crate::{
-    access::{Access, Terms},
+    access::{Access, Permission, Terms},
     config::{Config, ConfigError, LONGEST, SHORTEST},
-    event::{CircuitEnd, Event, FreedReason, Refused},
-    wire::{BadRequest, Limit, Request},
+    event::{CircuitEnd, CircuitId, Event, FreedReason, Refused},
+    wire::{BadRequest, Limit, Request, Status},
 };
 
 /// One relay. A caller reads its fields, and changes [`Relay::connections`] only: adds those that came up.
@@ -82,6 +78,70 @@ pub struct Relay<C, R> {
     pub probes: u64,
     /// What is to be done, oldest first, until the caller takes it.
     pub actions: VecDeque<Action<C, R>>,
+}
+
+/// Something to do. `R` is the reply handle of a request.
+#[derive(Debug)]
+pub enum Action<C, R> {
+    /// Answer a RESERVE with OK. Then report whether the answer arrived, or that it could not be signed:
+    /// [`Relay::on_delivered`], [`Relay::on_sign_failed`].
+    Grant {
+        /// The request.
+        request: PendingRequest<C, R>,
+        /// Identifies the answer.
+        receipt: Receipt,
+        /// The limits of circuits to the peer.
+        limit: Limit,
+        /// When the reservation's term ends.
+        expires: Instant,
+    },
+    /// Await a [`Permission::Later`], and report the answer: [`Relay::on_access_checked`].
+    CheckAccess(AccessCheck<C, R>, Permission),
+    /// Answer a request with a status other than OK.
+    Refuse(R, Status),
+    /// Ask `target` on a stop stream whether it accepts a circuit, and report its answer over this connection:
+    /// [`Relay::on_target_answered`].
+    ///
+    /// The end is the target's, with the connection of its reservation, or another one if it did not answer over that.
+    AskTarget(End<C>, Box<CircuitParameters>),
+    /// Probe the peer, and wait this long for the answer.
+    Probe(End<C>, Duration),
+    /// Keep the connection while it holds a reservation; `false`: it holds none any more.
+    Hold(End<C>, bool),
+    /// Close a connection.
+    Close(End<C>),
+    /// Report an event to the embedder.
+    Report(Event),
+}
+
+/// What is allowed or denied by an answer that comes later.
+#[derive(Debug)]
+pub enum AccessCheck<C, R> {
+    /// A request, and how often the rules had changed when it came.
+    Request(PendingRequest<C, R>, u64),
+    /// The slot of a peer.
+    Slot(PeerId),
+    /// A circuit that is open or being set up.
+    Circuit(CircuitId),
+}
+
+/// What the tasks of one circuit need: its source and target, its limits, and its byte counters.
+#[derive(Debug)]
+pub struct CircuitParameters {
+    /// The circuit.
+    pub id: CircuitId,
+    /// When it was admitted.
+    pub since: Instant,
+    /// The limits, as told to both peers.
+    pub limit: Limit,
+    /// The link whose bandwidth it shares with the other circuits.
+    pub link: Link,
+    /// Its source and its target.
+    pub ends: [PeerId; 2],
+    /// Counts the bytes that it carries.
+    pub counters: Counters,
+    /// Is cancelled when the relay ends it, or asks the target over another connection.
+    pub ended: oneshot::Receiver<()>,
 }
 
 /// The progress of a drain.
@@ -139,10 +199,9 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         reply: R,
         now: Instant,
     ) {
-        let Some(connection) = self.connections.get(from.connection) else {
+        let Some(origin) = self.connections.get(from.connection).map(|up| up.origin.clone()) else {
             return; // it closed meanwhile
         };
-        let origin = Arc::clone(&connection.origin);
         let request = match request {
             Ok(request) => PendingRequest { from, origin, request, reply },
             Err(reason) => {

@@ -116,8 +116,6 @@ pub struct Connection {
     /// Why the relay is closing it; `None`: it is not.
     pub closing: Option<CloseReason>,
     is_flooding: bool,
-    /// Whether its peer has ever timed out on it; it stayed open then.
-    pub(super) has_timed_out: bool,
     /// The counters of the handler and of the embedder, and their sum at the last poll.
     counters: [Option<ActivityCounter>; 2],
     counted: u64,
@@ -135,7 +133,6 @@ impl Connection {
             idle_since: now,
             closing: None,
             is_flooding: false,
-            has_timed_out: false,
             counters: [None, None],
             counted: 0,
             liveness: Liveness::new(now, jitter),
@@ -146,6 +143,11 @@ impl Connection {
     pub fn track(&mut self, counter: ActivityCounter) {
         let [first, last] = &mut self.counters;
         *(if first.is_none() { first } else { last }) = Some(counter);
+    }
+
+    /// Whether it holds a reservation or carries a circuit.
+    pub fn is_used(&self) -> bool {
+        self.holds_reservation || self.circuits > 0
     }
 
     /// Whether its peer may be alive behind a link that loses packets.
@@ -195,11 +197,10 @@ impl<C: Copy + Eq + Hash> Connections<C> {
 
     /// Removes a connection that is closed.
     pub fn remove(&mut self, id: C) {
-        let Some(connection) = self.up.remove(&id) else {
-            return;
-        };
         self.idle.remove(&id);
-        if let Entry::Occupied(mut ids) = self.by_peer.entry(connection.origin.peer) {
+        if let Some(connection) = self.up.remove(&id)
+            && let Entry::Occupied(mut ids) = self.by_peer.entry(connection.origin.peer)
+        {
             ids.get_mut().retain(|other| *other != id);
             if ids.get().is_empty() {
                 ids.remove();
@@ -207,25 +208,20 @@ impl<C: Copy + Eq + Hash> Connections<C> {
         }
     }
 
-    /// Changes a connection, and whether it is idle accordingly. Returns what `change` returns.
-    pub fn update<T>(
-        &mut self,
-        id: C,
-        now: Instant,
-        change: impl FnOnce(&mut Connection) -> T,
-    ) -> Option<T> {
-        let connection = self.up.get_mut(&id)?;
-        let is_used = |up: &Connection| up.holds_reservation || up.circuits > 0;
-        let was_used = is_used(connection);
-        let result = change(connection);
-        if was_used {
+    /// Changes a connection, and whether it is idle accordingly. Returns whether it is up.
+    pub fn update(&mut self, id: C, now: Instant, change: impl FnOnce(&mut Connection)) -> bool {
+        let Some(connection) = self.up.get_mut(&id) else {
+            return false;
+        };
+        if connection.is_used() {
             connection.idle_since = now;
         }
-        match is_used(connection) || connection.closing.is_some() {
+        change(connection);
+        match connection.is_used() || connection.closing.is_some() {
             true => self.idle.remove(&id),
             false => self.idle.insert(id),
         };
-        Some(result)
+        true
     }
 
     /// Marks a connection as closing: from then on it is neither watched nor idle.
@@ -236,16 +232,17 @@ impl<C: Copy + Eq + Hash> Connections<C> {
         }
     }
 
-    /// The connections that have been idle for `timeout`, or are idle and flood the relay, each with that reason to close
-    /// it.
+    /// The connections that have been idle for `timeout` (zero: no limit), or are idle and flood the relay, each with that
+    /// reason to close it.
     pub fn idle_for(&self, timeout: Duration, now: Instant) -> Vec<(End<C>, CloseReason)> {
-        let idle = self.idle().filter_map(|(id, connection)| {
-            let idle_for = now.saturating_duration_since(connection.idle_since);
-            let end = End { peer: connection.origin.peer, connection: id };
-            match connection.is_flooding {
-                true => Some((end, CloseReason::Flooding)),
-                false => (idle_for >= timeout).then_some((end, CloseReason::Idle)),
-            }
+        let idle = self.idle().filter_map(|(id, up)| {
+            let is_long = now.saturating_duration_since(up.idle_since) >= timeout;
+            let reason = match up.is_flooding {
+                true => CloseReason::Flooding,
+                false if is_long && !timeout.is_zero() => CloseReason::Idle,
+                false => return None,
+            };
+            Some((End { peer: up.origin.peer, connection: id }, reason))
         });
         idle.collect()
     }
@@ -283,18 +280,9 @@ impl<C: Copy + Eq + Hash> Connections<C> {
         }
     }
 
-    /// The connections on which a peer timed out and was heard since.
-    pub fn heard_again(&self) -> Vec<End<C>> {
-        let heard = self.iter().filter(|(_, up)| up.has_timed_out && !up.liveness.is_silent);
-        heard.map(|(connection, up)| End { peer: up.origin.peer, connection }).collect()
-    }
-
     /// The watched connections: those that are neither idle nor being closed.
     pub fn watched(&mut self) -> impl Iterator<Item = (C, &mut Liveness)> {
-        let watched = self
-            .up
-            .iter_mut()
-            .filter(|(_, up)| (up.holds_reservation || up.circuits > 0) && up.closing.is_none());
+        let watched = self.up.iter_mut().filter(|(_, up)| up.is_used() && up.closing.is_none());
         watched.map(|(id, connection)| (*id, &mut connection.liveness))
     }
 }

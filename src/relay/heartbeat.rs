@@ -26,16 +26,16 @@ pub struct Liveness {
     /// Whether only activity on the relay's own streams counts, because no counter of all bytes is tracked. Then a peer
     /// times out after the silence limit and two unanswered probes, and not earlier for a newcomer.
     pub is_partial: bool,
-    /// Whether it has timed out and not been active since.
-    pub(super) is_silent: bool,
+    /// Once its peer has timed out on it, and it stayed open: whether it was active since.
+    pub(super) heard_since_timeout: Option<bool>,
     jitter: u8,
 }
 
 impl Liveness {
     /// A connection that was active at `now`. `jitter` is any number: it spreads the probes.
     pub fn new(now: Instant, jitter: u8) -> Self {
-        let (probes, is_partial, is_silent) = (0, false, false);
-        Self { active_at: now, probed_at: None, probes, is_partial, is_silent, jitter }
+        let (probed_at, is_partial, heard_since_timeout) = (None, false, None);
+        Self { active_at: now, probed_at, probes: 0, is_partial, heard_since_timeout, jitter }
     }
 
     /// Records activity, which answers an open probe.
@@ -43,7 +43,7 @@ impl Liveness {
         self.active_at = now;
         self.probed_at = None;
         self.probes = 0;
-        self.is_silent = false;
+        self.heard_since_timeout = self.heard_since_timeout.map(|_| true);
     }
 
     /// Records that a probe is sent.
@@ -52,16 +52,11 @@ impl Liveness {
         self.probes = self.probes.saturating_add(1);
     }
 
-    /// As [`Liveness::probed_for`]. Where only some streams count, also `None` once a first probe was not answered within
-    /// `time`: a second one is due then.
+    /// How long a probe has been open, if one is. Where only some streams count, also `None` once a first probe was not
+    /// answered within `time`: a second one is due then.
     pub fn decisive_probe(&self, time: Duration, now: Instant) -> Option<Duration> {
-        let is_decisive = |open: &Duration| !self.is_partial || self.probes > 1 || *open < time;
-        self.probed_for(now).filter(is_decisive)
-    }
-
-    /// How long a probe has been open, if one is.
-    pub fn probed_for(&self, now: Instant) -> Option<Duration> {
-        self.probed_at.map(|since| now.saturating_duration_since(since))
+        let open = now.saturating_duration_since(self.probed_at?);
+        (!self.is_partial || self.probes > 1 || open < time).then_some(open)
     }
 
     /// How long the peer has been silent.
@@ -76,7 +71,8 @@ pub struct Heartbeat {
     pub(super) checked_at: Instant,
     /// Time-outs wait until then, because most connections became silent at once.
     doubt: Option<Instant>,
-    warned_at: Option<Instant>,
+    /// The next warning comes then at the earliest.
+    warn_from: Option<Instant>,
 }
 
 /// The outcome of one check.
@@ -93,7 +89,7 @@ pub struct HeartbeatOutcome<C> {
 impl Heartbeat {
     /// The heartbeat of a relay that starts at `now`.
     pub fn new(now: Instant) -> Self {
-        Self { checked_at: now, doubt: None, warned_at: None }
+        Self { checked_at: now, doubt: None, warn_from: None }
     }
 
     /// Checks all watched connections.
@@ -121,7 +117,6 @@ impl Heartbeat {
         }
         // 2. Find those to probe, and those that did not answer.
         let time_to_answer = silence.saturating_sub(heartbeat);
-        let mut due = Vec::new();
         let (mut count, mut soon_due) = (0, 0);
         for (id, liveness) in watched {
             count += 1;
@@ -131,36 +126,32 @@ impl Heartbeat {
                 soon_due += usize::from(silent_for + heartbeat >= silence);
                 // A connection that was not watched until now may have been silent for hours.
                 if silent_for >= silence && probed_for >= time {
-                    due.push(id);
+                    found.timed_out.push(id);
                 }
             } else if silent_for >= probe_after(heartbeat, liveness.jitter) {
                 liveness.on_probe(now);
                 found.probe.push(id);
             }
         }
-        // 3. If most became silent at once, wait for one more silence limit.
+        // 3. If most became silent at once, they time out one more silence limit later.
         let are_most = soon_due >= MANY && soon_due * 2 > count;
         match self.doubt {
-            Some(until) if now < until => return found,
-            Some(_) if due.is_empty() => self.doubt = None,
-            None if are_most && !due.is_empty() => {
+            Some(until) if now < until => found.timed_out.clear(),
+            Some(_) if found.timed_out.is_empty() => self.doubt = None,
+            None if are_most && !found.timed_out.is_empty() => {
                 self.doubt = Some(now + silence);
                 // Warn rarely: any client can cause this.
-                let last = self.warned_at.map(|last| now.saturating_duration_since(last));
-                if last.is_none_or(|last| last > WARN_AGAIN) {
-                    self.warned_at = Some(now);
+                if self.warn_from.is_none_or(|from| now > from) {
+                    self.warn_from = Some(now + WARN_AGAIN);
                     found.fault = Some(format!(
                         "{soon_due} of {count} watched connections became silent at once: evictions wait for one \
                          more silence limit; check this relay's own link"
                     ));
                 }
-                found.probe.append(&mut due); // their probes may have been lost with the link
-                return found;
+                found.probe.append(&mut found.timed_out); // their probes may have been lost with the link
             }
             _ => {}
         }
-        // 4. Else they have timed out.
-        found.timed_out = due;
         found
     }
 }

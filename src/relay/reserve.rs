@@ -6,7 +6,7 @@ use libp2p::PeerId;
 
 use super::{
     Action, Relay,
-    connections::{Connection, End, PendingRequest},
+    connections::{End, PendingRequest},
     quota::Scope,
     reclaim::{self, Candidate, PendingReservation, Verdict},
     reservations::{Change, Granted, Receipt},
@@ -85,20 +85,18 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
             return;
         }
         // 2. Decide about the silent peers.
-        let silent = self.connections.iter().filter(|(_, up)| {
-            let Config { probe_after, silence, .. } = self.config;
-            let limit = if up.liveness.is_partial { silence.max(probe_after) } else { probe_after };
-            let is_live = up.holds_reservation && up.closing.is_none();
-            is_live && up.liveness.silent_for(now) >= limit
-        });
         // The slowest part here is looking up prefixes, which the total cap does not need: it covers every peer.
         let is_scoped = waiting.iter().any(|(_, full, _)| *full != Scope::Total);
         let prefix_of = |peer| self.reservations.get(peer).and_then(|slot| slot.prefix);
-        let candidates = silent.map(|(connection, up)| Candidate {
-            connection,
-            prefix: is_scoped.then(|| prefix_of(&up.origin.peer)).flatten(),
-            silent_for: up.liveness.silent_for(now),
-            probed_for: up.liveness.decisive_probe(self.config.probe, now),
+        let Config { probe, probe_after, silence, .. } = self.config;
+        let candidates = self.connections.iter().filter_map(|(connection, up)| {
+            let limit = if up.liveness.is_partial { silence.max(probe_after) } else { probe_after };
+            let silent_for = up.liveness.silent_for(now);
+            (up.holds_reservation && up.closing.is_none() && silent_for >= limit).then(|| {
+                let prefix = is_scoped.then(|| prefix_of(&up.origin.peer)).flatten();
+                let probed_for = up.liveness.decisive_probe(probe, now);
+                Candidate { connection, prefix, silent_for, probed_for }
+            })
         });
         let caps = waiting.iter().map(|(_, full, waited)| (*full, *waited));
         let (verdicts, probes) = reclaim::decide(&self.config, caps, candidates.collect());
@@ -114,12 +112,9 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
             match verdict {
                 Verdict::Refuse => self.refuse(pending.request, full.into()),
                 Verdict::Wait => self.waiting.push_back(pending),
-                Verdict::Evict(lossy) if self.defer_timeout(lossy, now) => {
-                    self.waiting.push_back(pending);
-                }
                 Verdict::Evict(connection) => {
                     self.time_out(connection, now);
-                    // Now there is room, unless the peer has another connection.
+                    // Now there is room, unless its link is lossy or the peer has another connection.
                     let still_pending = self.try_reserve(pending, now);
                     self.waiting.extend(still_pending.map(|(pending, _)| pending));
                 }
@@ -155,9 +150,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
             let Change { peer, from, to, freed } = change;
             let (from, to) = (from.map(|from| (from, false)), to.map(|to| (to, true)));
             for (connection, holds) in from.into_iter().chain(to) {
-                let hold = |up: &mut Connection| mem::replace(&mut up.holds_reservation, holds);
-                let held = self.connections.update(connection, now, hold);
-                if held.is_some_and(|held| held != holds) {
+                if self.connections.update(connection, now, |up| up.holds_reservation = holds) {
                     self.actions.push_back(Action::Hold(End { peer, connection }, holds));
                 }
             }

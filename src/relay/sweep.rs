@@ -1,22 +1,30 @@
-//! The sweep: one pass over the tables that ends what has expired or timed out.
+//! The sweep: one pass over the tables that ends what has expired or timed out. And which connections the relay closes: all
+//! of them, a few at a time, while it drains; and one for another, when there is no room for both.
 //!
 //! All times are of the monotonic clock ([`Instant`]), independent of the wall clock. If the process was stopped or its
 //! virtual machine paused, that clock continued: the sweep is late, reservations and graces that have run out end, and
 //! liveness timers are reset. Linux stops the clock while the machine is suspended, as if no time had passed: a slot
 //! that is not renewed ends that much later than its peer was told, and a peer that left meanwhile is probed within a
 //! heartbeat.
+//!
+//! While it drains, it grants no request. A client whose connection was closed is back within seconds, here or at another
+//! relay; one that was refused may stay away for an hour. So a request is answered by closing its connection. The closes
+//! are spread over the drain time, because clients that leave together come back together. Circuits stay.
 
 use std::{
+    cmp::Reverse,
     hash::Hash,
     time::{Duration, Instant},
 };
 
+use libp2p::PeerId;
+
 use super::{
-    Action, Relay,
-    connections::{CloseReason, End},
+    Action, Draining, Relay,
+    connections::{CloseReason, Connection, End},
     reclaim::TICK,
 };
-use crate::event::{CircuitEnd, Event, FreedReason};
+use crate::event::{CircuitEnd, Event, FreedReason, Refused};
 
 /// A sweep that is later than this restarts open probes. One that is less late extends them by its lateness: a relay
 /// without CPU time reads no answers.
@@ -44,11 +52,8 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         self.revive(now);
         // 4. Probe silent peers, and disconnect those that timed out.
         let mut found = self.heartbeat.check(&self.config, self.connections.watched(), now);
-        if let Some(fault) = found.fault {
-            log::warn!("{fault}");
-        }
+        found.fault.iter().for_each(|fault| log::warn!("{fault}"));
         found.probe.into_iter().for_each(|connection| self.probe(connection));
-        found.timed_out.retain(|connection| !self.defer_timeout(*connection, now));
         found.timed_out.sort_unstable(); // so that a simulation can be repeated
         found.timed_out.into_iter().for_each(|connection| self.time_out(connection, now));
         // 5. Ask targets that do not answer over another connection: they may have reconnected without reserving again, and
@@ -58,9 +63,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         }
         self.reclaim(now);
         // 6. Close idle connections, and while draining those that are due.
-        let timeout = self.config.idle_timeout;
-        let timeout = if timeout.is_zero() { Duration::MAX } else { timeout };
-        let idle = self.connections.idle_for(timeout, now);
+        let idle = self.connections.idle_for(self.config.idle_timeout, now);
         idle.into_iter().for_each(|(end, reason)| self.close(end, reason));
         self.close_due(now);
         self.sweep_due = now + self.config.sweep;
@@ -81,14 +84,21 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     }
 
     /// Handles a peer that timed out on this connection: as if it had closed, whether or not the relay closes it.
+    ///
+    /// If its link loses packets and its end of the connection was heard, the peer has until twice the silence limit. It is
+    /// probed again: if it acknowledges that, it is not gone.
     pub(super) fn time_out(&mut self, connection: C, now: Instant) {
         let Some(silent) = self.connections.get_mut(connection) else {
             return;
         };
-        let (peer, address) = (silent.origin.peer, silent.origin.address.clone());
         let silent_for = silent.liveness.silent_for(now);
+        if silent_for < self.config.silence * 2 && silent.is_lossy() {
+            silent.liveness.on_probe(now);
+            return self.probe(connection);
+        }
+        let (peer, address) = (silent.origin.peer, silent.origin.address.clone());
         silent.liveness.on_activity(now); // if it stays open, its timers start again
-        (silent.has_timed_out, silent.liveness.is_silent) = (true, true);
+        silent.liveness.heard_since_timeout = Some(false);
         self.report(Event::PeerSilent { peer, address, silent_for });
         let timed_out = End { peer, connection };
         self.abandon(timed_out, CircuitEnd::Silent, now);
@@ -97,30 +107,20 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         }
     }
 
-    /// Whether a peer that did not answer in time has until twice the silence limit, because its link loses packets and its
-    /// end of the connection was heard. Probes it again: if it acknowledges that, it is not gone.
-    pub(super) fn defer_timeout(&mut self, connection: C, now: Instant) -> bool {
-        let most = self.config.silence * 2;
-        let up = self.connections.get_mut(connection);
-        let lossy = up.filter(|up| up.liveness.silent_for(now) < most && up.is_lossy());
-        let Some(up) = lossy else { return false };
-        up.liveness.on_probe(now);
-        self.probe(connection);
-        true
-    }
-
     /// Makes slots in grace live again whose peers are heard over the connection that they timed out on.
     fn revive(&mut self, now: Instant) {
         if self.config.close_silent || self.reservations.in_grace() == 0 {
             return;
         }
-        for heard in self.connections.heard_again() {
+        let is_heard = |up: &Connection| up.liveness.heard_since_timeout == Some(true);
+        let heard = self.connections.iter().filter(|(_, up)| is_heard(up));
+        let heard = heard.map(|(connection, up)| End { peer: up.origin.peer, connection });
+        for heard in heard.collect::<Vec<_>>() {
             let slot = self.reservations.get(&heard.peer);
             if slot.is_some_and(|slot| slot.connection.is_none())
                 && self.fit_for_a_slot(heard.peer).contains(&heard.connection)
-                && let Some(up) = self.connections.get(heard.connection)
             {
-                let (peer, address) = (heard.peer, up.origin.address.clone());
+                let (peer, address) = (heard.peer, self.address_of(heard.connection));
                 self.reservations.revive(heard);
                 self.apply_changes(now);
                 self.report(Event::ReservationAccepted { peer, address, renewed: true });
@@ -151,6 +151,94 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
             self.probes += 1;
             self.actions.push_back(Action::Probe(to, self.config.silence));
         }
+    }
+
+    /// Drains: grants no request from now on, and closes all connections without a circuit by `until`. Without
+    /// [`Config::close_silent`](crate::Config::close_silent) it closes only those that hold a slot or carry a circuit now.
+    pub fn drain(&mut self, until: Instant, now: Instant) {
+        let used = self.connections.iter().filter(|(_, up)| up.is_used());
+        let used = used.map(|(id, _)| id).collect();
+        self.draining = Some(Draining { until, last: now, due: 0.0, unanswered: Vec::new(), used });
+        for newcomer in std::mem::take(&mut self.waiting) {
+            self.refuse(newcomer.request, Refused::Draining);
+        }
+        self.bring_sweep_forward(now);
+    }
+
+    /// Ends a drain.
+    pub fn resume(&mut self) {
+        self.draining = None;
+    }
+
+    /// Whether the relay drains.
+    pub fn is_draining(&self) -> bool {
+        self.draining.is_some()
+    }
+
+    /// Closes as many connections as are due in a drain, one whose last circuit ended included.
+    pub(super) fn close_due(&mut self, now: Instant) {
+        let Some(draining) = &mut self.draining else {
+            return;
+        };
+        let unused = self.connections.iter().filter(|(id, up)| {
+            let is_own = self.config.close_silent || draining.used.contains(id);
+            up.circuits == 0 && up.closing.is_none() && is_own
+        });
+        let unused = unused.map(|(connection, up)| End { peer: up.origin.peer, connection });
+        let mut unused: Vec<_> = unused.collect();
+        let mut due = unused.len();
+        if now < draining.until {
+            // The rate at which those that remain are closed in the time that remains.
+            let left = draining.until.saturating_duration_since(draining.last).as_secs_f64();
+            let passed = now.saturating_duration_since(draining.last).as_secs_f64();
+            draining.due += due as f64 * passed / left;
+            draining.last = now;
+            due = draining.due as usize;
+            draining.due -= due as f64;
+        }
+        unused.sort_unstable_by_key(|end| end.connection);
+        let due = unused.into_iter().take(due);
+        due.for_each(|end| self.close(end, CloseReason::Draining));
+    }
+
+    /// Answers a request by closing its connection, unless that carries circuits or serves other protocols; then by
+    /// resetting its stream.
+    pub(super) fn close_unanswered(&mut self, from: End<C>, reply: R) {
+        if let Some(draining) = &mut self.draining
+            && self.connections.get(from.connection).is_some_and(|up| up.circuits == 0)
+            && (self.config.close_silent || draining.used.contains(&from.connection))
+        {
+            draining.unanswered.push(reply);
+            self.close(from, CloseReason::Draining);
+        }
+    }
+
+    /// Closes a connection, and marks it as closing.
+    pub fn close(&mut self, connection: End<C>, reason: CloseReason) {
+        log::debug!("closing connection: peer {}: {}", connection.peer, reason.kind());
+        self.connections.mark_closing(connection.connection, reason);
+        self.actions.push_back(Action::Close(connection));
+    }
+
+    /// Makes room for the connection `keep` of `peer`: closes the one of its other connections that has been silent the
+    /// longest, and handles it as closed at once.
+    pub fn close_longest_silent_of(&mut self, peer: PeerId, keep: C, now: Instant) {
+        self.connections.poll_counters(now);
+        let others =
+            self.connections.of(&peer).filter(|(id, up)| *id != keep && up.closing.is_none());
+        // The oldest of several that have been silent for the same time.
+        let silent = others.min_by_key(|(_, up)| Reverse(up.liveness.silent_for(now)));
+        if let Some((connection, _)) = silent {
+            let replaced = End { peer, connection };
+            self.abandon(replaced, CircuitEnd::Replaced, now);
+            self.close(replaced, CloseReason::Replaced);
+        }
+    }
+
+    /// The idle connections of peers that hold no slot, in no order.
+    pub fn idle_without_slot(&self) -> impl Iterator<Item = (C, &Connection)> {
+        let has_no_slot = |up: &Connection| self.reservations.get(&up.origin.peer).is_none();
+        self.connections.idle().filter(move |(_, up)| has_no_slot(up))
     }
 }
 
@@ -372,5 +460,321 @@ mod tests {
         assert!(found.silent.is_empty() && found.probed.is_empty());
         let freed = |end: &End<u32>| found.freed.contains(&(end.peer, FreedReason::Expired));
         assert!(holders.iter().all(freed), "{found:?}");
+    }
+}
+
+#[cfg(test)]
+mod drain_tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::{config::Config, wire::Request};
+
+    const DRAIN: Duration = Duration::from_secs(8);
+
+    /// A relay with `connections` connections.
+    fn relay(connections: u32, now: Instant) -> (Relay<u32, ()>, Vec<End<u32>>) {
+        let config = Config { close_silent: true, ..Config::default() };
+        let mut relay = Relay::new(config, now).unwrap();
+        let connect = |connection| {
+            let peer = PeerId::random();
+            let address = "/memory/1".parse().unwrap();
+            relay.connections.add(connection, Connection::new(peer, address, false, 0, now));
+            End { peer, connection }
+        };
+        let ends = (0..connections).map(connect).collect();
+        (relay, ends)
+    }
+
+    /// Takes all actions; returns the closed connections, and whether a request was answered.
+    fn actions(relay: &mut Relay<u32, ()>) -> (Vec<u32>, bool) {
+        let (mut closed, mut answered) = (Vec::new(), false);
+        while let Some(action) = relay.actions.pop_front() {
+            match action {
+                Action::Close(end) => closed.push(end.connection),
+                Action::Refuse(..) | Action::Grant { .. } => answered = true,
+                _ => {}
+            }
+        }
+        (closed, answered)
+    }
+
+    /// Opens a circuit from the first to the second connection.
+    fn circuit(relay: &mut Relay<u32, ()>, ends: &[End<u32>], now: Instant) {
+        relay.handle_request(ends[1], Ok(Request::Reserve), (), now);
+        relay.handle_request(ends[0], Ok(Request::Connect(ends[1].peer)), (), now);
+        let (id, _) = relay.circuits.iter().next().expect("an admitted circuit");
+        assert!(relay.on_target_answered(id, ends[1].connection, Ok(()), now).is_some());
+        actions(relay);
+    }
+
+    #[test]
+    fn connections_are_closed_evenly_and_all_of_them_in_time() {
+        for connections in [1000, 10, 1] {
+            for sweep in [1000, 10] {
+                let start = Instant::now();
+                let (mut relay, _) = relay(connections, start);
+                let sweep = Duration::from_millis(sweep);
+                let config = Config { close_silent: true, sweep, ..Config::default() };
+                relay.set_config(config, start).unwrap();
+                relay.drain(start + DRAIN, start);
+                let mut closed = 0;
+                while relay.sweep_due <= start + DRAIN {
+                    let now = relay.sweep_due;
+                    relay.sweep(now);
+                    closed += actions(&mut relay).0.len();
+                    let part = (now - start).as_secs_f64() / DRAIN.as_secs_f64();
+                    let due = f64::from(connections) * part;
+                    assert!((due - closed as f64).abs() <= 1.001, "{closed} of {due}");
+                }
+                assert_eq!(closed, connections as usize);
+            }
+        }
+    }
+
+    #[test]
+    fn without_close_silent_only_connections_that_the_relay_used_are_closed() {
+        let start = Instant::now();
+        let (mut relay, ends) = relay(4, start);
+        let config = Config::default();
+        relay.set_config(config, start).unwrap();
+        circuit(&mut relay, &ends, start);
+        relay.drain(start + DRAIN, start);
+        relay.handle_request(ends[2], Ok(Request::Reserve), (), start);
+        relay.sweep(start + DRAIN);
+        assert_eq!(actions(&mut relay), (vec![], false));
+        let (id, _) = relay.circuits.iter().next().expect("the circuit");
+        relay.on_circuit_ended(id, crate::CircuitEnd::Finished, start + DRAIN);
+        relay.sweep(start + DRAIN);
+        assert_eq!(actions(&mut relay).0, [0, 1]);
+    }
+
+    #[test]
+    fn a_connection_with_a_circuit_stays_until_the_circuit_ends() {
+        let start = Instant::now();
+        let (mut relay, ends) = relay(3, start);
+        circuit(&mut relay, &ends, start);
+        relay.drain(start + DRAIN, start);
+        relay.sweep(start + DRAIN);
+        assert_eq!(actions(&mut relay).0, [2]);
+        let (id, _) = relay.circuits.iter().next().expect("the circuit");
+        let ended = crate::CircuitEnd::Finished;
+        relay.on_circuit_ended(id, ended, start + DRAIN);
+        relay.sweep(start + DRAIN);
+        assert_eq!(actions(&mut relay).0, [0, 1]);
+    }
+
+    #[test]
+    fn a_request_while_draining_closes_its_connection_unless_it_carries_a_circuit() {
+        let start = Instant::now();
+        let (mut relay, ends) = relay(4, start);
+        circuit(&mut relay, &ends, start);
+        relay.drain(start + DRAIN, start);
+        relay.handle_request(ends[2], Ok(Request::Reserve), (), start);
+        relay.handle_request(ends[3], Ok(Request::Connect(ends[1].peer)), (), start);
+        relay.handle_request(ends[0], Ok(Request::Reserve), (), start);
+        assert_eq!(actions(&mut relay), (vec![2, 3], false));
+    }
+
+    #[test]
+    fn a_resumed_relay_accepts_clients() {
+        let start = Instant::now();
+        let (mut relay, ends) = relay(1, start);
+        relay.drain(start + DRAIN, start);
+        relay.resume();
+        relay.sweep(start + DRAIN);
+        relay.handle_request(ends[0], Ok(Request::Reserve), (), start + DRAIN);
+        assert_eq!(actions(&mut relay), (vec![], true));
+    }
+}
+
+#[cfg(test)]
+mod preemption_tests {
+    use std::time::Duration;
+
+    use libp2p::futures::channel::oneshot;
+
+    use super::*;
+    use crate::{
+        activity::ActivityCounter, config::Config, event::Event, relay::Action, wire::Request,
+    };
+
+    /// A relay whose connections are numbered from 0 and open one second apart.
+    struct Clients {
+        relay: Relay<u32, ()>,
+        ends: Vec<End<u32>>,
+        activity: Vec<ActivityCounter>,
+        now: Instant,
+    }
+
+    /// The effects of a step.
+    #[derive(Debug, Default, PartialEq)]
+    struct Effects {
+        closed: Vec<u32>,
+        graces_begun: usize,
+    }
+
+    fn closed(connection: u32) -> Effects {
+        Effects { closed: vec![connection], ..Effects::default() }
+    }
+
+    impl Clients {
+        fn new() -> Self {
+            let now = Instant::now();
+            Self {
+                relay: Relay::new(Config::default(), now).unwrap(),
+                ends: Vec::new(),
+                activity: Vec::new(),
+                now,
+            }
+        }
+
+        fn advance_a_second(&mut self) {
+            self.now += Duration::from_secs(1);
+        }
+
+        fn connect(&mut self, peer: PeerId) -> u32 {
+            self.advance_a_second();
+            let (connection, address) = (self.ends.len() as u32, "/memory/1".parse().unwrap());
+            let up = Connection::new(peer, address, false, 0, self.now);
+            let activity = ActivityCounter::default();
+            self.relay.connections.add(connection, up);
+            self.relay.connections.get_mut(connection).unwrap().track(activity.clone());
+            self.activity.push(activity);
+            self.ends.push(End { peer, connection });
+            connection
+        }
+
+        fn reserve(&mut self, connection: u32) {
+            let (from, now) = (self.ends[connection as usize], self.now);
+            self.relay.handle_request(from, Ok(Request::Reserve), (), now);
+            while let Some(action) = self.relay.actions.pop_front() {
+                if let Action::Grant { receipt, .. } = action {
+                    self.relay.on_delivered(from.peer, receipt, true, now);
+                }
+            }
+            assert_eq!(self.slot_of(from.peer), Some(connection));
+        }
+
+        /// Opens a circuit to `target`, which holds a slot; the receiver is cancelled when the circuit is ended.
+        fn circuit(&mut self, source: u32, target: PeerId) -> oneshot::Receiver<()> {
+            let (from, now) = (self.ends[source as usize], self.now);
+            self.relay.handle_request(from, Ok(Request::Connect(target)), (), now);
+            let asked = std::iter::from_fn(|| self.relay.actions.pop_front()).find_map(|action| {
+                let Action::AskTarget(target, parameters) = action else {
+                    return None;
+                };
+                Some((target.connection, parameters))
+            });
+            let (over, parameters) = asked.expect("an admitted circuit");
+            let opened = self.relay.on_target_answered(parameters.id, over, Ok(()), now);
+            self.effects();
+            assert!(opened.is_some(), "an open circuit");
+            parameters.ended
+        }
+
+        fn slot_of(&self, peer: PeerId) -> Option<u32> {
+            self.relay.reservations.get(&peer)?.connection
+        }
+
+        /// Advances a second, and closes the longest-silent other connection of the peer in favour of `connection`.
+        fn replace_with(&mut self, connection: u32) -> Effects {
+            self.advance_a_second();
+            let (peer, now) = (self.ends[connection as usize].peer, self.now);
+            self.relay.close_longest_silent_of(peer, connection, now);
+            self.effects()
+        }
+
+        /// The idle connections of peers that hold no slot.
+        fn idle_without_slot(&self) -> Vec<u32> {
+            let mut idle: Vec<_> = self.relay.idle_without_slot().map(|(id, _)| id).collect();
+            idle.sort_unstable();
+            idle
+        }
+
+        fn effects(&mut self) -> Effects {
+            let mut effects = Effects::default();
+            while let Some(action) = self.relay.actions.pop_front() {
+                match action {
+                    Action::Close(end) => effects.closed.push(end.connection),
+                    Action::Report(Event::GraceBegan { .. }) => effects.graces_begun += 1,
+                    _ => {}
+                }
+            }
+            effects
+        }
+    }
+
+    #[test]
+    fn the_longest_silent_connection_is_replaced_and_its_slot_moves_without_grace() {
+        let (mut clients, alice) = (Clients::new(), PeerId::random());
+        let [first, second] = [0; 2].map(|_| clients.connect(alice));
+        clients.reserve(first);
+        let third = clients.connect(alice);
+        assert_eq!(clients.replace_with(third), closed(first));
+        assert_eq!(clients.slot_of(alice), Some(third));
+        // A connection that is being closed is not chosen again.
+        assert_eq!(clients.replace_with(third), closed(second));
+        assert_eq!(clients.slot_of(alice), Some(third));
+        // No other connection is left.
+        assert_eq!(clients.replace_with(third), Effects::default());
+    }
+
+    #[test]
+    fn activity_since_the_last_sweep_counts_and_the_slot_does_not_move() {
+        let (mut clients, alice) = (Clients::new(), PeerId::random());
+        let [first, second] = [0; 2].map(|_| clients.connect(alice));
+        clients.reserve(first);
+        clients.activity[first as usize].add(1);
+        let third = clients.connect(alice);
+        assert_eq!(clients.replace_with(third), closed(second));
+        assert_eq!(clients.slot_of(alice), Some(first));
+    }
+
+    #[test]
+    fn among_equally_silent_connections_the_oldest_is_replaced() {
+        let (mut clients, alice) = (Clients::new(), PeerId::random());
+        let old = [0; 3].map(|_| clients.connect(alice));
+        let new = clients.connect(alice);
+        clients.relay.connections.record_activity(&alice, clients.now); // on all of them at once
+        for old in old {
+            assert_eq!(clients.replace_with(new), closed(old));
+        }
+    }
+
+    #[test]
+    fn circuits_of_the_replaced_connection_end_and_others_continue() {
+        let mut clients = Clients::new();
+        let (alice, bob) = (PeerId::random(), PeerId::random());
+        let [first, of_bob] = [alice, bob].map(|peer| clients.connect(peer));
+        let carol = clients.connect(PeerId::random());
+        clients.reserve(first);
+        clients.reserve(of_bob);
+        let mut circuits = [alice, bob].map(|target| clients.circuit(carol, target));
+        let second = clients.connect(alice);
+        assert_eq!(clients.replace_with(second), closed(first));
+        let ended = circuits.each_mut().map(|circuit| circuit.try_recv().is_err());
+        assert_eq!(ended, [true, false]);
+        let _over_the_new_one = clients.circuit(carol, alice); // at once
+        let ends = |clients: &Clients, of| {
+            let circuits = clients.relay.circuits.over(clients.ends[of as usize]);
+            circuits.len()
+        };
+        assert_eq!(ends(&clients, second), 1);
+        assert_eq!(ends(&clients, of_bob), 1);
+    }
+
+    #[test]
+    fn an_idle_connection_is_evictable_unless_its_peer_holds_a_slot() {
+        let mut clients = Clients::new();
+        let alice = PeerId::random();
+        let holder = clients.connect(alice);
+        clients.reserve(holder);
+        clients.connect(alice); // one to spare
+        let [first, second] = [0; 2].map(|_| clients.connect(PeerId::random()));
+        assert_eq!(clients.idle_without_slot(), [first, second]);
+        clients.relay.close(clients.ends[first as usize], CloseReason::Preempted);
+        assert_eq!(clients.effects(), closed(first));
+        assert_eq!(clients.idle_without_slot(), [second]);
     }
 }

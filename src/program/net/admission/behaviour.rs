@@ -216,7 +216,7 @@ impl Admission {
             Some((_, Preempted::OwnConnection)) => {
                 relay.close_longest_silent_of(peer, id, Instant::now());
             }
-            Some((_, Preempted::Idle(idle))) => relay.preempt(idle),
+            Some((_, Preempted::Idle(idle))) => relay.close(idle, CloseReason::Preempted),
             None => {}
         }
     }
