@@ -9,7 +9,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::testbed::Testbed;
+use super::testbed::{FREED_FOR_MEMORY, Testbed};
 use crate::common::{
     STOP,
     by_hand::{ACK, FIN, RST, SYN, WINDOW_UPDATE, data, frame},
@@ -18,11 +18,18 @@ use crate::common::{
         AT_A_TIME, Background, CHUNK, FREE_WINDOW, RawPeer, Received, address, expect_all,
         hop_opening, run_each, short_or_long, stop_acceptance,
     },
+    within,
 };
 
 const OK: Option<i32> = Some(100);
 const RESOURCE_LIMIT_EXCEEDED: Option<i32> = Some(201);
 const CONNECTION_FAILED: Option<i32> = Some(203);
+
+/// The metric of CONNECTs that were refused because their target has as many circuits as it may have.
+const TARGET_FULL: &str = r#"relaylet_requests_refused_total{request="CONNECT",reason="too many circuits of the target"}"#;
+
+/// The interval at which the counts are polled.
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// How many circuits one peer may have.
 const PER_PEER: usize = 64;
@@ -38,6 +45,7 @@ async fn targets_that_never_answer() {
     let duration = Duration::from_secs(short_or_long(5, 35));
     let mut testbed = Testbed::start(&[]).await;
     let port = testbed.port;
+    let (counts, refused) = (testbed.counts_reader(), testbed.counter(TARGET_FULL));
     let attack = async move {
         let targets = expect_all(
             run_each(TARGETS, AT_A_TIME, move |number| async move {
@@ -60,6 +68,16 @@ async fn targets_that_never_answer() {
                 })
             })
             .collect();
+        let pending = within(async {
+            loop {
+                let pending = counts().await.circuits - 1; // without the bystanders'
+                if pending + refused().await as usize >= SOURCES * CONNECTS {
+                    return pending;
+                }
+                sleep(POLL_INTERVAL).await;
+            }
+        })
+        .await;
         sleep(duration).await;
         let mut answers = Vec::new();
         for requesting in requesting {
@@ -71,11 +89,12 @@ async fn targets_that_never_answer() {
             }
         }
         drop(targets);
-        answers
+        (pending, answers)
     };
     let size = format!("{TARGETS} targets, {} CONNECTs", SOURCES * CONNECTS);
     let what = "targets that never answer";
-    let (answers, _) = testbed.attack(what, &size, attack).await;
+    let ((pending, answers), _) = testbed.attack(what, &size, attack).await;
+    assert!(pending <= TARGETS * PER_PEER, "{pending} circuits wait for their targets");
     for (_, status) in &answers {
         assert!([CONNECTION_FAILED, RESOURCE_LIMIT_EXCEEDED].contains(status), "{status:?}");
     }
@@ -185,6 +204,10 @@ async fn readers_that_stall() {
     let (pairs, impact) = testbed.attack(what, &size, attack).await;
     for (written, ..) in &pairs {
         assert!(*written >= CIRCUITS * FREE_WINDOW, "each circuit was written to: {written}");
+    }
+    // No source got more credit than the relay may buffer for its stream.
+    for freed in FREED_FOR_MEMORY {
+        assert_eq!(testbed.count(freed).await, 0.0, "{freed}");
     }
     let growth = impact.peak.saturating_sub(before);
     let most = (PAIRS * CIRCUITS) as u64 * BUFFERED + MARGIN;

@@ -18,6 +18,7 @@ use crate::common::{
     by_hand::{RST, data},
     messages::{HopMessage, connect, reserve, stop_status},
     raw_peers::{AT_A_TIME, RawPeer, address, address_in, expect_all, run_each, short_or_long},
+    within,
 };
 
 const OK: Option<i32> = Some(100);
@@ -26,6 +27,15 @@ const RESOURCE_LIMIT_EXCEEDED: Option<i32> = Some(201);
 const CONNECTION_FAILED: Option<i32> = Some(203);
 /// The stream was reset: streams of its address arrive too fast.
 const RESET: Option<i32> = None;
+
+/// The metrics of CONNECTs that were refused because of their rate.
+const TOO_OFTEN: [&str; 2] = [
+    r#"relaylet_requests_refused_total{request="CONNECT",reason="the peer asks too often"}"#,
+    r#"relaylet_requests_refused_total{request="CONNECT",reason="the peers of the address ask too often"}"#,
+];
+
+/// The interval at which a count is polled.
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// How many requests are sent before their answers are read.
 const AT_ONCE: usize = 20;
@@ -129,6 +139,8 @@ async fn reserves_from_a_thousand_identities() {
 async fn connects_to_one_victim() {
     const IDENTITIES: usize = 100;
     const ADDRESSES: usize = 10;
+    const BURST: f64 = 30.0; // of each identity
+    const RATE: f64 = 0.5; // a second
     let rounds = short_or_long(3, 200);
     let mut testbed = Testbed::start(&[]).await;
     let port = testbed.port;
@@ -152,28 +164,45 @@ async fn connects_to_one_victim() {
             let request = request.clone();
             async move {
                 let mut peer = RawPeer::connect_with_retry(port, address(number % ADDRESSES)).await;
-                let mut opened = 0;
+                let start = Instant::now();
+                let (mut opened, mut reset) = (0, 0);
                 for _ in 0..rounds {
                     for (stream, status) in
                         peer.request_all(&vec![request.clone(); AT_ONCE]).await?
                     {
                         let expected = [OK, RESOURCE_LIMIT_EXCEEDED, CONNECTION_FAILED, RESET];
                         assert!(expected.contains(&status));
+                        reset += usize::from(status == RESET);
                         if status == OK {
                             opened += 1;
                             peer.send(&data(RST, stream, &[])).await?;
                         }
                     }
                 }
-                Ok(opened)
+                Ok((opened, reset, start.elapsed().as_secs_f64()))
             }
         });
-        expect_all(flood.await).into_iter().sum::<usize>()
+        expect_all(flood.await)
     };
     let size = format!("{IDENTITIES} identities, {} each", rounds * AT_ONCE);
-    let what = "CONNECTs to one victim, which accepts all";
-    let (opened, _) = testbed.attack(what, &size, flood).await;
-    assert!(opened > 0);
+    let what = "a flood of CONNECTs to one victim, which agrees to all";
+    let (flood, _) = testbed.attack(what, &size, flood).await;
+    assert!(flood.iter().any(|(opened, ..)| *opened > 0));
+    // Each request above the rate is refused, or its stream reset.
+    let limit: f64 = flood.iter().map(|(.., took)| BURST + RATE * took).sum();
+    let reset: usize = flood.iter().map(|(_, reset, _)| reset).sum();
+    let count = IDENTITIES * rounds * AT_ONCE;
+    let least = (count - reset) as f64 - limit.ceil();
+    within(async {
+        loop {
+            let [of_peers, of_addresses] = TOO_OFTEN.map(|refused| testbed.count(refused));
+            if of_peers.await + of_addresses.await >= least {
+                break;
+            }
+            sleep(POLL_INTERVAL).await;
+        }
+    })
+    .await;
     testbed.assert_restored().await;
     accepting.abort();
 }

@@ -4,7 +4,7 @@ use std::{io, time::Duration};
 
 use libp2p::{PeerId, core::SignedEnvelope};
 use prost::Message;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until};
 
 use super::testbed::Testbed;
 use crate::common::{
@@ -20,6 +20,9 @@ const NO_RESERVATION: Option<i32> = Some(204);
 const MALFORMED_MESSAGE: Option<i32> = Some(400);
 
 const SECOND: Duration = Duration::from_secs(1);
+
+/// The interval at which a peer looks for resets.
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 #[tokio::test]
 async fn a_byte_a_second_on_a_thousand_streams() {
@@ -51,6 +54,12 @@ async fn a_byte_a_second_on_a_thousand_streams() {
                 });
                 let next: Vec<_> = next.collect();
                 peer.send(&next).await?;
+            }
+            // The relay has given up all of them.
+            let mut reset = 0;
+            while reset < STREAMS {
+                reset += peer.read_until_pong().await?;
+                sleep(POLL_INTERVAL).await;
             }
             // The connection is still up, and a fast request on it is served.
             let (_, status) = peer.request(&reserve()).await?;

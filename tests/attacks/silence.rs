@@ -7,13 +7,20 @@ use std::{
 };
 
 use libp2p::{
-    futures::{AsyncReadExt, future},
+    futures::{
+        AsyncReadExt,
+        future::{self, BoxFuture},
+    },
     identity::Keypair,
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite, AsyncWriteExt},
     net::{TcpListener, TcpSocket},
-    sync::mpsc,
+    sync::{
+        mpsc,
+        oneshot::{self, error::TryRecvError},
+    },
+    task::JoinHandle,
     time::{sleep, sleep_until, timeout},
 };
 
@@ -21,10 +28,9 @@ use super::testbed::Testbed;
 use crate::common::{
     HOP,
     by_hand::{SYN, data, proposal, tcp_from},
-    messages::{connect, reserve},
+    messages::{HopMessage, connect, reserve},
     raw_peers::{
-        AT_A_TIME, Background, RawPeer, address, address_in, expect_all, hold_without_reading,
-        run_each, short_or_long,
+        AT_A_TIME, Background, RawPeer, address, hold_without_reading, run_each, short_or_long,
     },
     within,
 };
@@ -32,22 +38,39 @@ use crate::common::{
 const OK: Option<i32> = Some(100);
 const NO_RESERVATION: Option<i32> = Some(204);
 
-/// The delay of the slow link in each direction.
-const LINK_DELAY: Duration = Duration::from_millis(300);
+/// The metric of connections that were denied because their address opens them too fast.
+const DENIED_TOO_FAST: &str =
+    r#"relaylet_connections_denied_total{reason="connections come too fast"}"#;
 
-/// How long a TCP connection may take.
-const TCP_TIMEOUT: Duration = Duration::from_millis(300);
+/// The metrics of handshakes that were dropped for others: before the key exchange, during it, and after it.
+const DROPPED: [&str; 3] = [
+    r#"relaylet_handshakes_failed_total{stage="multistream",reason="too many handshakes"}"#,
+    r#"relaylet_handshakes_failed_total{stage="security",reason="too many handshakes"}"#,
+    r#"relaylet_handshakes_failed_total{stage="muxer",reason="too many handshakes"}"#,
+];
 
-/// The pause between two newcomers.
-const NEWCOMER_PAUSE: Duration = Duration::from_millis(300);
+/// The metric of connections that were closed for another one of their peer.
+const REPLACED: &str = r#"relaylet_connections_closed_total{reason="replaced"}"#;
 
-/// Four addresses connect and send nothing, as fast as they can. A returning owner of a slot, and newcomers of other
-/// addresses, must be admitted.
+/// How many silent streams a connection opens.
+const STREAMS: usize = 95;
+
+/// The interval at which a count is polled.
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
+
+/// Half of a round trip of 600 ms.
+const HALF: Duration = Duration::from_millis(300);
+
+/// Four addresses connect and send nothing, as fast as they can. None may have more handshakes than its cap, and
+/// connections above the rate are denied. A returning owner of a slot, and newcomers of other addresses, must be
+/// admitted.
 #[tokio::test]
 async fn silent_connections_of_four_addresses() {
+    const HANDSHAKES: f64 = 32.0; // of one address
     let duration = Duration::from_secs(short_or_long(8, 60));
     let mut testbed = Testbed::start(&[]).await;
     let port = testbed.port;
+    let handshakes = testbed.busiest_reader("handshakes");
     let owner = Keypair::generate_ed25519();
     let mut holder = RawPeer::connect_as(&owner, port, address(9)).await.expect("there is room");
     assert_eq!(holder.request(&reserve()).await.expect("an answer").1, OK);
@@ -64,6 +87,7 @@ async fn silent_connections_of_four_addresses() {
             }
         });
         let silent = tokio::spawn(silent);
+        let most_handshakes = MostOf::watch(handshakes);
         sleep(duration / 4).await;
         drop(holder);
         let mut waits = Vec::new();
@@ -90,22 +114,25 @@ async fn silent_connections_of_four_addresses() {
             sleep(NEWCOMER_PAUSE).await;
         }
         silent.await.expect("the attackers do not panic");
-        (newcomers, waits)
+        (newcomers, waits, most_handshakes.stop().await)
     };
     let what = "silent connections of four addresses";
-    let size = format!("as fast as possible, for {} s", duration.as_secs());
-    let ((newcomers, waits), _) = testbed.attack(what, &size, attack).await;
+    let size = format!("as fast as they can, for {} s", duration.as_secs());
+    let ((newcomers, waits, most_handshakes), _) = testbed.attack(what, &size, attack).await;
     let longest = waits.iter().max().expect("one at least");
     println!("{} newcomers; the longest wait was {longest:?}", waits.len());
+    assert!(most_handshakes <= HANDSHAKES, "{most_handshakes} of one address");
+    testbed.until_counted(DENIED_TOO_FAST, 1.0).await;
     drop(newcomers);
     testbed.assert_restored().await;
 }
 
-/// One silent connection of each of 300 prefixes, reopened whenever it is dropped. A client with a round trip of 600 ms
-/// must be admitted.
+/// One silent connection of each of 300 prefixes, reopened whenever it is dropped. Clients with a round trip of 600 ms
+/// must be admitted: silent connections are dropped for others, and no client is that has begun the key exchange.
 #[tokio::test]
-async fn silent_connections_of_300_prefixes_and_a_slow_client() {
+async fn silent_connections_of_300_prefixes_and_slow_clients() {
     const PREFIXES: usize = 300;
+    const CLIENTS: usize = 32;
     let mut testbed = Testbed::start(&[]).await;
     let port = testbed.port;
     let attack = async move {
@@ -122,26 +149,30 @@ async fn silent_connections_of_300_prefixes_and_a_slow_client() {
         let silent: Vec<_> = silent.collect();
         sleep(Duration::from_secs(4)).await;
         let start = Instant::now();
-        let slow = slow_link(address_in(999, 0), port).await.expect("a port");
-        // It retries, as a client would.
-        let mut client = within(async {
-            loop {
-                if let Ok(client) = RawPeer::connect(slow, Ipv4Addr::LOCALHOST).await {
-                    return client;
-                }
-            }
-        })
-        .await;
-        assert_eq!(client.request(&reserve()).await.expect("an answer").1, OK);
-        let took = start.elapsed();
+        let clients = run_each(CLIENTS, CLIENTS, move |number| async move {
+            let slow = slow_link(address(PREFIXES + number), port).await.expect("a port");
+            // It retries, as a client would.
+            let mut client = RawPeer::connect_with_retry(slow, Ipv4Addr::LOCALHOST).await;
+            assert_eq!(client.request(&reserve()).await.expect("an answer").1, OK);
+            (client.stay_connected(), start.elapsed())
+        });
+        let clients = clients.await;
         drop(silent);
-        (client, took)
+        clients
     };
     let what = "silent connections of 300 prefixes";
-    let size = "one each, opened again when it is dropped; a client with a round trip of 600 ms";
-    let ((client, took), _) = testbed.attack(what, size, attack).await;
-    println!("the slow client held a slot after {took:?}");
-    drop(client);
+    let size = format!(
+        "one each, and again when it is dropped; {CLIENTS} clients with a round trip of 600 ms"
+    );
+    let (clients, _) = testbed.attack(what, &size, attack).await;
+    let longest = clients.iter().map(|(_, took)| took).max().expect("one at least");
+    println!("all slow clients held a slot after {longest:?}");
+    let [silent, exchanging, secured] = DROPPED;
+    testbed.until_counted(silent, 1.0).await;
+    for of_clients in [exchanging, secured] {
+        assert_eq!(testbed.count(of_clients).await, 0.0, "{of_clients}");
+    }
+    drop(clients);
     testbed.assert_restored().await;
 }
 
@@ -150,29 +181,36 @@ async fn silent_connections_of_300_prefixes_and_a_slow_client() {
 #[tokio::test]
 async fn connections_that_ignore_their_close() {
     const CAP: usize = 8;
-    const CONNECTIONS: usize = 30;
+    /// Each close takes 3 s; without that limit it would take a minute, until the kernel gives up.
+    const CLOSED: f64 = 4.0;
     let mut testbed = Testbed::start(&[]).await;
     let port = testbed.port;
     let key = Keypair::generate_ed25519();
     let mut holder = RawPeer::connect_as(&key, port, address(1)).await.expect("it is admitted");
     assert_eq!(holder.request(&reserve()).await.expect("an answer").1, OK);
-    let (sender, mut counts) = mpsc::unbounded_channel();
-    let read_counts = testbed.counts_reader();
+    let (counted, mut most) = (mpsc::unbounded_channel(), 0);
+    let (count, mut counts) = counted;
+    let (watched, closed) = (testbed.counts_reader(), testbed.counter(REPLACED));
     let attack = async move {
         let mut unread = vec![Background::spawn(hold_without_reading(holder))];
-        for _ in 0..CONNECTIONS {
-            if let Ok(mut next) = RawPeer::connect_as(&key, port, address(1)).await {
-                let _ = next.send_unread_pings().await; // until it is closed
-                unread.push(Background::spawn(hold_without_reading(next)));
+        let replace = async {
+            while closed().await < CLOSED {
+                let next = RawPeer::connect_with_small_buffer(&key, port, address(1));
+                if let Ok(mut next) = next.await {
+                    let _ = next.send_unread_pings().await; // until it is closed
+                    unread.push(Background::spawn(hold_without_reading(next)));
+                }
+                count.send(watched().await.connections).expect("it is counted");
+                sleep(POLL_INTERVAL).await;
             }
-            sender.send(read_counts().await.connections).expect("the receiver is open");
-        }
+        };
+        within(replace).await;
         unread
     };
-    let what = "connections that do not read the relay's close";
-    let size = format!("{CONNECTIONS} of a peer that holds a slot, which may have {CAP}");
+    let what = "connections that do not read that they are closed";
+    let size =
+        format!("of a peer that holds a slot, which may have {CAP}, until {CLOSED} are closed");
     let (unread, _) = testbed.attack(what, &size, attack).await;
-    let mut most = 0;
     while let Ok(count) = counts.try_recv() {
         most = most.max(count);
     }
@@ -184,37 +222,105 @@ async fn connections_that_ignore_their_close() {
     testbed.assert_restored().await;
 }
 
-/// One address opens as many streams as its connections may have, and sends nothing on them. A client of another
-/// address must get answers on many streams.
+/// One address opens as many streams as its connections may have, and sends nothing on them: it gets no more than its
+/// share. A client of another address must get answers on many streams.
 #[tokio::test]
 async fn silent_streams_of_one_address() {
     const CONNECTIONS: usize = 48;
-    const STREAMS: usize = 95;
-    const REQUESTS: usize = 25; // the rate limit is 30 a minute
+    const SHARE: f64 = 512.0;
     let mut testbed = Testbed::start(&[]).await;
     let port = testbed.port;
+    let streams = testbed.busiest_reader("streams");
     let attack = async move {
-        let opened = run_each(CONNECTIONS, AT_A_TIME, move |_| async move {
-            let mut peer = RawPeer::connect_with_retry(port, address(1)).await;
-            let streams =
-                (0..STREAMS).flat_map(|_| data(SYN, peer.next_stream(), &proposal(HOP.as_ref())));
-            let streams: Vec<_> = streams.collect();
-            peer.send(&streams).await?;
-            io::Result::Ok(peer)
+        let connected = run_each(CONNECTIONS, AT_A_TIME, move |_| async move {
+            RawPeer::connect_with_retry(port, address(1)).await
         });
-        let silent = opened.await;
+        let mut silent = connected.await;
+        let share = MostOf::watch(streams);
+        open_silent_streams(&mut silent).await?;
         let mut client = RawPeer::connect_with_retry(port, address(2)).await;
-        let unknown = connect(Keypair::generate_ed25519().public().to_peer_id());
-        let answers = client.request_all(&vec![unknown; REQUESTS]).await?;
-        io::Result::Ok((expect_all(silent), client, answers))
+        let answers = client.request_all(&many_requests()).await?;
+        io::Result::Ok((silent, client, share.stop().await, answers))
     };
     let what = "silent streams of one address";
     let size = format!("{STREAMS} on each of {CONNECTIONS} connections");
+    let (attacked, _) = testbed.attack(what, &size, attack).await;
+    let (silent, client, share, answers) = attacked.expect("they stay connected");
+    assert!(share <= SHARE, "{share} streams of one address");
+    assert!(answers.iter().all(|(_, status)| *status == NO_RESERVATION), "{answers:?}");
+    drop((silent, client));
+    testbed.assert_restored().await;
+}
+
+/// Nine addresses take all permits for streams: a client of another address must get answers on many streams in place of
+/// theirs. The pool is small, so that it is full before the relay resets the first stream for its silence.
+#[tokio::test]
+async fn silent_streams_of_nine_addresses() {
+    const ADDRESSES: usize = 9; // each may have an eighth
+    let mut testbed = Testbed::start(&["--max-streams=512"]).await;
+    let port = testbed.port;
+    let attack = async move {
+        // All connect before the first stream is opened.
+        let mut client = RawPeer::connect_with_retry(port, address(ADDRESSES)).await;
+        let connected = run_each(ADDRESSES, ADDRESSES, move |number| async move {
+            RawPeer::connect_with_retry(port, address(number)).await
+        });
+        let mut silent = connected.await;
+        open_silent_streams(&mut silent).await?;
+        let answers = client.request_all(&many_requests()).await?;
+        io::Result::Ok((silent, client, answers))
+    };
+    let what = "silent streams of nine addresses";
+    let size = format!("{STREAMS} of each, of 512");
     let (attacked, _) = testbed.attack(what, &size, attack).await;
     let (silent, client, answers) = attacked.expect("they stay connected");
     assert!(answers.iter().all(|(_, status)| *status == NO_RESERVATION), "{answers:?}");
     drop((silent, client));
     testbed.assert_restored().await;
+}
+
+/// Polls a count until it is stopped and has been above zero, and keeps the largest.
+struct MostOf(JoinHandle<f64>, oneshot::Sender<()>);
+
+impl MostOf {
+    fn watch(count: impl Fn() -> BoxFuture<'static, f64> + Send + 'static) -> Self {
+        let (stop, mut stopped) = oneshot::channel();
+        let most = async move {
+            let mut most = 0.0;
+            while most == 0.0 || stopped.try_recv() == Err(TryRecvError::Empty) {
+                most = count().await.max(most);
+                sleep(POLL_INTERVAL).await;
+            }
+            most
+        };
+        Self(tokio::spawn(most), stop)
+    }
+
+    async fn stop(self) -> f64 {
+        drop(self.1);
+        within(self.0).await.expect("the relay answers")
+    }
+}
+
+/// As many requests as the rate limit allows at once, to a peer without a slot.
+fn many_requests() -> Vec<HopMessage> {
+    const REQUESTS: usize = 25; // the rate limit is 30 a minute
+    vec![connect(Keypair::generate_ed25519().public().to_peer_id()); REQUESTS]
+}
+
+/// Opens as many streams as each connection may have, and sends nothing but the protocol's name. Returns when the relay
+/// has handled them.
+async fn open_silent_streams(peers: &mut [RawPeer]) -> io::Result<()> {
+    for peer in &mut *peers {
+        let open =
+            (0..STREAMS).flat_map(|_| data(SYN, peer.next_stream(), &proposal(HOP.as_ref())));
+        let open: Vec<_> = open.collect();
+        peer.send(&open).await?;
+    }
+    for peer in peers {
+        peer.read_until_pong().await?;
+    }
+    Ok(())
 }
 
 /// Forwards a port of this machine to the relay with a delay of 300 ms each way, from this address.

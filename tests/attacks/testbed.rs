@@ -101,6 +101,23 @@ impl Testbed {
         }
     }
 
+    /// A function that reads how much the address holds that holds the most of this resource.
+    pub fn busiest_reader(
+        &self,
+        resource: &'static str,
+    ) -> impl Fn() -> BoxFuture<'static, f64> + Send + 'static {
+        let port = self.http_port;
+        move || {
+            let busiest = async move {
+                let prefix = format!("relaylet_busiest{{resource=\"{resource}\"");
+                let samples = samples(&get(port, "/metrics").await);
+                let holds = samples.into_iter().find(|(name, _)| name.starts_with(&prefix));
+                holds.map_or(0.0, |(_, holds)| holds)
+            };
+            busiest.boxed()
+        }
+    }
+
     /// A function that reads the counts during an attack.
     pub fn counts_reader(&self) -> impl Fn() -> BoxFuture<'static, Counts> + Send + 'static {
         let port = self.http_port;

@@ -45,7 +45,17 @@ pub async fn tcp(relay: &Relay) -> TcpStream {
 
 /// As [`tcp`], from this source address in 127.0.0.0/8.
 pub async fn tcp_from(from: Ipv4Addr, port: u16) -> io::Result<TcpStream> {
+    connect_socket(TcpSocket::new_v4()?, from, port).await
+}
+
+/// As [`tcp_from`]; the kernel buffers few bytes that are not read.
+pub async fn tcp_with_small_buffer(from: Ipv4Addr, port: u16) -> io::Result<TcpStream> {
     let socket = TcpSocket::new_v4()?;
+    socket.set_recv_buffer_size(4096)?;
+    connect_socket(socket, from, port).await
+}
+
+async fn connect_socket(socket: TcpSocket, from: Ipv4Addr, port: u16) -> io::Result<TcpStream> {
     socket.bind(SocketAddr::from((from, 0)))?;
     let stream = socket.connect(SocketAddr::from((Ipv4Addr::LOCALHOST, port)));
     Ok(TcpStream(within(stream).await?))

@@ -12,6 +12,7 @@ use libp2p::{
     PeerId, StreamProtocol,
     futures::{AsyncWriteExt, StreamExt, stream},
     identity::Keypair,
+    tcp::tokio::TcpStream,
 };
 use prost::Message;
 use tokio::{
@@ -23,7 +24,7 @@ use super::{
     HOP, STOP, Security,
     by_hand::{
         ACK, Channel, FIN, Frame, PING, RST, SYN, WINDOW, WINDOW_UPDATE, data, frame, mux,
-        next_frame, proposal, secure, tcp_from,
+        next_frame, proposal, secure, tcp_from, tcp_with_small_buffer,
     },
     messages::{HopMessage, StopMessage, stop_status},
     within,
@@ -118,7 +119,20 @@ impl RawPeer {
     ///
     /// When the relay denied the connection.
     pub async fn connect_as(keypair: &Keypair, port: u16, from: Ipv4Addr) -> io::Result<Self> {
-        let secured = secure(tcp_from(from, port).await?, keypair, Security::Noise);
+        Self::over(tcp_from(from, port).await?, keypair).await
+    }
+
+    /// As [`Self::connect_as`], with a socket that buffers few bytes that are not read.
+    pub async fn connect_with_small_buffer(
+        keypair: &Keypair,
+        port: u16,
+        from: Ipv4Addr,
+    ) -> io::Result<Self> {
+        Self::over(tcp_with_small_buffer(from, port).await?, keypair).await
+    }
+
+    async fn over(tcp: TcpStream, keypair: &Keypair) -> io::Result<Self> {
+        let secured = secure(tcp, keypair, Security::Noise);
         Ok(Self {
             peer: keypair.public().to_peer_id(),
             channel: mux(secured.await?).await?,
