@@ -1,5 +1,7 @@
 //! Identify: what the relay sends, what it uses of its peers' messages, and how large those may be.
 
+use std::time::Instant;
+
 use crate::common::{
     Client, HOP, Relay,
     by_hand::read_until_closed,
@@ -126,6 +128,21 @@ async fn a_push_beside_one_that_is_half_sent_is_reset() {
     assert_eq!(peer.reported().await, Some(address(1)));
     peer.push(&Identify::reached_at(&address(2)).encode_length_delimited_to_vec()).await;
     assert_eq!(peer.reported().await, Some(address(2)));
+}
+
+#[tokio::test]
+async fn pushes_above_their_rate_are_reset() {
+    const BURST: f64 = 20.0;
+    const PER_SECOND: f64 = 1.0 / 3.0;
+    let relay = Relay::start(&["--reserve-rate=0"]);
+    let mut peer = Peer::connect(&relay).await;
+    let (start, mut read) = (Instant::now(), 0_u8);
+    for port in 1..=40 {
+        peer.push(&Identify::reached_at(&address(port)).encode_length_delimited_to_vec()).await;
+        read += u8::from(peer.reported().await == Some(address(port)));
+    }
+    let limit = BURST + PER_SECOND * start.elapsed().as_secs_f64();
+    assert!((BURST..=limit).contains(&read.into()), "{read} were read, at most {limit} may be");
 }
 
 #[tokio::test]
