@@ -333,6 +333,20 @@ fn rust_yamux_and_our_muxer_interoperate_in_both_roles() {
     }
 }
 
+#[test]
+fn a_stream_that_is_requested_at_the_end_does_not_hide_why_it_ended() {
+    let (one, other) = pipes(KIB);
+    let mut server = muxer(other, Role::Server);
+    let mut cx = Context::from_waker(Waker::noop());
+    drop(one);
+    assert!(Pin::new(&mut server).poll(&mut cx).is_pending());
+    assert!(Pin::new(&mut server).poll_outbound(&mut cx).is_pending());
+    let Poll::Ready(Err(error)) = Pin::new(&mut server).poll(&mut cx) else {
+        panic!("it has ended");
+    };
+    assert_eq!(error.to_string(), "muxer failed");
+}
+
 fn secs(secs: u64) -> Duration {
     Duration::from_secs(secs)
 }
