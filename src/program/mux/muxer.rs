@@ -146,6 +146,8 @@ pub struct Muxer<C> {
     unflushed: usize,
     has_data: bool,
     is_flushing: bool,
+    /// Whether a stream was accepted in this poll of the connection.
+    has_accepted: bool,
     /// The size of the current write batch.
     batch: usize,
     activity: ActivityCounter,
@@ -176,6 +178,7 @@ impl<C> Muxer<C> {
             unflushed: 0,
             has_data: false,
             is_flushing: false,
+            has_accepted: false,
             batch: SMALL_BATCH,
             activity,
             pause: None,
@@ -311,8 +314,16 @@ impl<C: AsyncRead + AsyncWrite + Unpin> StreamMuxer for Muxer<C> {
     type Substream = Substream;
     type Error = io::Error;
 
-    fn poll_inbound(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<Substream>> {
+    fn poll_inbound(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<Substream>> {
+        // libp2p-swarm accepts until it is told to wait: without this, all that a peer opens at once would come before
+        // other connections.
+        let is_second = mem::take(&mut self.has_accepted);
+        if is_second && self.shared.with(|session| session.has_unaccepted()) {
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
         let key = ready!(self.shared.with(|session| session.poll_accept(cx)));
+        self.has_accepted = true;
         Poll::Ready(Ok(Substream::new(&self.shared, key, true)))
     }
 

@@ -178,6 +178,11 @@ impl Session {
         Poll::Ready(Ok(self.insert(id, Origin::Relay, now)))
     }
 
+    /// Whether a stream that the peer opened is still to be accepted.
+    pub fn has_unaccepted(&self) -> bool {
+        !self.accepted.is_empty()
+    }
+
     /// Accepts a stream that the peer opened. It is acknowledged by its next frame.
     pub fn poll_accept(&mut self, cx: &Context<'_>) -> Poll<Key> {
         while let Some(key) = self.accepted.pop_front() {

@@ -6,8 +6,11 @@ mod locks;
 use std::{
     collections::VecDeque,
     future::poll_fn,
-    sync::{Mutex, MutexGuard},
-    task::Waker,
+    sync::{
+        Mutex, MutexGuard,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::{Wake, Waker},
     thread,
 };
 
@@ -334,6 +337,31 @@ fn rust_yamux_and_our_muxer_interoperate_in_both_roles() {
 }
 
 #[test]
+fn each_poll_accepts_one_of_the_streams_that_a_peer_opens_at_once() {
+    let (one, other) = pipes(100 * KIB);
+    let (mut client, mut server) = (muxer(one, Role::Client), muxer(other, Role::Server));
+    let woken = Arc::new(Woken::default());
+    let waker = Waker::from(Arc::clone(&woken));
+    let mut cx = Context::from_waker(&waker);
+    let mut streams = Vec::new();
+    for _ in 0..3 {
+        let Poll::Ready(Ok(mut stream)) = Pin::new(&mut client).poll_outbound(&mut cx) else {
+            panic!("there is room for a stream");
+        };
+        assert!(Pin::new(&mut stream).poll_write(&mut cx, b"!").is_ready());
+        streams.push(stream);
+    }
+    assert!(Pin::new(&mut client).poll(&mut cx).is_pending());
+    assert!(Pin::new(&mut server).poll(&mut cx).is_pending());
+    for left in [2, 1, 0] {
+        assert!(Pin::new(&mut server).poll_inbound(&mut cx).is_ready());
+        woken.0.store(false, Ordering::Relaxed);
+        assert!(Pin::new(&mut server).poll_inbound(&mut cx).is_pending());
+        assert_eq!(woken.0.load(Ordering::Relaxed), left > 0, "{left} are left");
+    }
+}
+
+#[test]
 fn a_stream_that_is_requested_at_the_end_does_not_hide_why_it_ended() {
     let (one, other) = pipes(KIB);
     let mut server = muxer(other, Role::Server);
@@ -345,6 +373,15 @@ fn a_stream_that_is_requested_at_the_end_does_not_hide_why_it_ended() {
         panic!("it has ended");
     };
     assert_eq!(error.to_string(), "muxer failed");
+}
+
+#[derive(Default)]
+struct Woken(AtomicBool);
+
+impl Wake for Woken {
+    fn wake(self: Arc<Self>) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 fn secs(secs: u64) -> Duration {
