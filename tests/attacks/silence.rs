@@ -58,8 +58,14 @@ const STREAMS: usize = 95;
 /// The interval at which a count is polled.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// Half of a round trip of 600 ms.
-const HALF: Duration = Duration::from_millis(300);
+/// The delay of the slow link in each direction.
+const LINK_DELAY: Duration = Duration::from_millis(300);
+
+/// How long a TCP connection may take.
+const TCP_TIMEOUT: Duration = Duration::from_millis(300);
+
+/// The pause between two newcomers.
+const NEWCOMER_PAUSE: Duration = Duration::from_millis(300);
 
 /// Four addresses connect and send nothing, as fast as they can. None may have more handshakes than its cap, and
 /// connections above the rate are denied. A returning owner of a slot, and newcomers of other addresses, must be
