@@ -54,7 +54,7 @@ impl ActivityCounter {
         self.0.received.load(Ordering::Relaxed)
     }
 
-    /// Whether the peer exceeded its rate of frames that carry nothing. The next sweep closes such a connection
+    /// Whether the peer exceeded its rate of frames that carry nothing. A sweep within 8 s closes such a connection
     /// unless it holds a slot or carries a circuit.
     pub(crate) fn is_flooding(&self) -> bool {
         self.0.is_flooding.load(Ordering::Relaxed)

@@ -15,6 +15,10 @@ use libp2p::{Multiaddr, PeerId};
 use super::heartbeat::Liveness;
 use crate::{activity::ActivityCounter, address::ClientPrefix, wire::Request};
 
+/// The age at which a flooding connection is closed at the latest. One is closed earlier than another of its address: if
+/// all came back at once, each with its own burst, the others would notice.
+const FLOODING_AGE: Duration = Duration::from_secs(8);
+
 /// The connections of one relay.
 #[derive(Debug)]
 pub struct Connections<C> {
@@ -236,11 +240,11 @@ impl<C: Copy + Eq + Hash> Connections<C> {
     /// reason to close it.
     pub fn idle_for(&self, timeout: Duration, now: Instant) -> Vec<(End<C>, CloseReason)> {
         let idle = self.idle().filter_map(|(id, up)| {
-            let is_long = now.saturating_duration_since(up.idle_since) >= timeout;
+            let idle_for = now.saturating_duration_since(up.idle_since);
             let reason = match up.is_flooding {
-                true => CloseReason::Flooding,
-                false if is_long && !timeout.is_zero() => CloseReason::Idle,
-                false => return None,
+                true if idle_for >= up.liveness.spread_over(FLOODING_AGE) => CloseReason::Flooding,
+                _ if idle_for >= timeout && !timeout.is_zero() => CloseReason::Idle,
+                _ => return None,
             };
             Some((End { peer: up.origin.peer, connection: id }, reason))
         });
@@ -354,6 +358,23 @@ mod tests {
         assert!(idle(&mut connections, start).is_empty());
         hold(&mut connections, 1, false, start);
         assert_eq!(idle(&mut connections, start), [1]);
+    }
+
+    #[test]
+    fn flooding_connections_that_came_up_together_are_not_closed_together() {
+        let (mut connections, start) = (Connections::default(), Instant::now());
+        let activity = ActivityCounter::default();
+        activity.set_flooding();
+        for (id, jitter) in [(1, 0), (2, 128), (3, 255)] {
+            let address = "/ip4/127.0.0.1/tcp/1".parse().unwrap();
+            let mut up = Connection::new(PeerId::random(), address, false, jitter, start);
+            up.track(activity.clone());
+            connections.add(id, up);
+        }
+        connections.poll_counters(start);
+        assert_eq!(idle(&mut connections, start), [1]);
+        assert_eq!(idle(&mut connections, start + FLOODING_AGE * 3 / 4), [2]);
+        assert_eq!(idle(&mut connections, start + FLOODING_AGE), [3]);
     }
 
     #[test]

@@ -32,10 +32,15 @@ pub struct Liveness {
 }
 
 impl Liveness {
-    /// A connection that was active at `now`. `jitter` is any number: it spreads the probes.
+    /// A connection that was active at `now`. `jitter` is any number: see [`Liveness::spread_over`].
     pub fn new(now: Instant, jitter: u8) -> Self {
         let (probed_at, is_partial, heard_since_timeout) = (None, false, None);
         Self { active_at: now, probed_at, probes: 0, is_partial, heard_since_timeout, jitter }
+    }
+
+    /// A part of `period`, by the jitter: connections that came up together are not probed or closed together.
+    pub fn spread_over(&self, period: Duration) -> Duration {
+        period * u32::from(self.jitter) / 255
     }
 
     /// Records activity, which answers an open probe.
@@ -128,7 +133,7 @@ impl Heartbeat {
                 if silent_for >= silence && probed_for >= time {
                     found.timed_out.push(id);
                 }
-            } else if silent_for >= probe_after(heartbeat, liveness.jitter) {
+            } else if silent_for >= heartbeat - liveness.spread_over(heartbeat / 4) {
                 liveness.on_probe(now);
                 found.probe.push(id);
             }
@@ -154,12 +159,6 @@ impl Heartbeat {
         }
         found
     }
-}
-
-/// The silence after which a connection is probed: up to a quarter of the heartbeat early, so that connections that came
-/// up together are not probed together.
-fn probe_after(heartbeat: Duration, jitter: u8) -> Duration {
-    heartbeat - heartbeat / 4 * u32::from(jitter) / 255
 }
 
 #[cfg(test)]
@@ -373,8 +372,13 @@ mod tests {
 
     #[test]
     fn probes_of_peers_that_connected_together_are_spread_out() {
-        let heartbeat = Duration::from_secs(32);
-        assert_eq!(probe_after(heartbeat, 0), heartbeat);
-        assert_eq!(probe_after(heartbeat, 255), Duration::from_secs(24));
+        let mut fixture = Fixture::of(2);
+        fixture.config.heartbeat = Duration::from_secs(32);
+        fixture.livenesses[1].jitter = 255;
+        assert_eq!(fixture.run_for(23), probed(&[]));
+        assert_eq!(fixture.run_for(1), probed(&[1]));
+        fixture.livenesses[1].on_activity(fixture.now);
+        assert_eq!(fixture.run_for(7), probed(&[]));
+        assert_eq!(fixture.run_for(1), probed(&[0]));
     }
 }
