@@ -58,6 +58,7 @@ const MAX_REPORTED: usize = 256;
 /// It replaces `libp2p::relay::Behaviour`; see [`Config`] and [`Event`] for its settings and events.
 pub struct Behaviour {
     keypair: Keypair,
+    peer: PeerId,
     pub(crate) relay: Relay<ConnectionId, Reply>,
     confirmed: ExternalAddresses,
     listening: ListenAddresses,
@@ -91,9 +92,11 @@ impl Behaviour {
     ///
     /// When a setting of the configuration is invalid, or an announced address names another peer.
     pub fn new(keypair: Keypair, config: Config) -> Result<Self, ConfigError> {
-        validate_announced(&keypair, &config.announce)?;
+        let peer = keypair.public().to_peer_id();
+        validate_announced(peer, &config.announce)?;
         let mut behaviour = Self {
             keypair,
+            peer,
             relay: Relay::new(config, Instant::now())?,
             confirmed: ExternalAddresses::default(),
             listening: ListenAddresses::default(),
@@ -126,7 +129,7 @@ impl Behaviour {
     ///
     /// As [`Behaviour::new`]. Nothing has changed then.
     pub fn set_config(&mut self, config: Config) -> Result<(), ConfigError> {
-        validate_announced(&self.keypair, &config.announce)?;
+        validate_announced(self.peer, &config.announce)?;
         self.relay.set_config(config, Instant::now())?;
         self.update_serving(SystemTime::now());
         Ok(())
@@ -362,13 +365,12 @@ impl Behaviour {
         let listening: Vec<_> = self.listening.iter().cloned().collect();
         let (announced, confirmed) = (&self.relay.config.announce, self.confirmed.as_slice());
         let known = Known { announced, confirmed, listening: &listening, reported };
-        address::for_reservation(known, self.keypair.public().to_peer_id())
+        address::for_reservation(known, self.peer)
     }
 }
 
 /// Checks that none of these addresses names another peer than this relay.
-fn validate_announced(keypair: &Keypair, announced: &[Multiaddr]) -> Result<(), ConfigError> {
-    let relay = keypair.public().to_peer_id();
+fn validate_announced(relay: PeerId, announced: &[Multiaddr]) -> Result<(), ConfigError> {
     let is_foreign = |address: &&Multiaddr| (*address).clone().with_p2p(relay).is_err();
     announced.iter().find(is_foreign).map_or(Ok(()), |address| {
         let problem = format!("{address} names another peer; this relay is {relay}");

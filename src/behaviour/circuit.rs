@@ -152,10 +152,12 @@ impl Direction {
                         return Poll::Pending;
                     }
                 }
-                failed_or_pending => {
-                    let flushed = Pin::new(&mut *to).poll_flush(cx).map_err(end_of);
-                    let _ = failed_or_pending.map_err(end_of)?;
-                    let _ = flushed?;
+                Poll::Ready(Err(error)) => {
+                    let _ = Pin::new(&mut *to).poll_flush(cx);
+                    return Poll::Ready(Err(end_of(error)));
+                }
+                Poll::Pending => {
+                    let _ = Pin::new(&mut *to).poll_flush(cx).map_err(end_of)?;
                     return Poll::Pending;
                 }
             }

@@ -1,6 +1,7 @@
 //! The testbed of an attack: a relay with default limits, the bystanders, and the relay's metrics.
 
 use std::{
+    collections::BTreeMap,
     fs,
     time::{Duration, Instant},
 };
@@ -91,14 +92,7 @@ impl Testbed {
         &self,
         name: &'static str,
     ) -> impl Fn() -> BoxFuture<'static, f64> + Send + 'static {
-        let port = self.http_port;
-        move || {
-            let count = async move {
-                let samples = samples(&get(port, "/metrics").await);
-                samples.get(name).copied().unwrap_or_default()
-            };
-            count.boxed()
-        }
+        self.reader(move |samples| samples.get(name).copied())
     }
 
     /// A function that reads how much the address holds that holds the most of this resource.
@@ -106,15 +100,22 @@ impl Testbed {
         &self,
         resource: &'static str,
     ) -> impl Fn() -> BoxFuture<'static, f64> + Send + 'static {
+        let prefix = format!("relaylet_busiest{{resource=\"{resource}\"");
+        self.reader(move |samples| {
+            let busiest = samples.iter().find(|(name, _)| name.starts_with(&prefix));
+            busiest.map(|(_, holds)| *holds)
+        })
+    }
+
+    /// A function that finds a value in the metrics; without one, zero.
+    fn reader(
+        &self,
+        find: impl Fn(&BTreeMap<String, f64>) -> Option<f64> + Clone + Send + Sync + 'static,
+    ) -> impl Fn() -> BoxFuture<'static, f64> + Send + 'static {
         let port = self.http_port;
         move || {
-            let busiest = async move {
-                let prefix = format!("relaylet_busiest{{resource=\"{resource}\"");
-                let samples = samples(&get(port, "/metrics").await);
-                let holds = samples.into_iter().find(|(name, _)| name.starts_with(&prefix));
-                holds.map_or(0.0, |(_, holds)| holds)
-            };
-            busiest.boxed()
+            let find = find.clone();
+            async move { find(&samples(&get(port, "/metrics").await)).unwrap_or_default() }.boxed()
         }
     }
 
