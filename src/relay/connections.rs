@@ -4,7 +4,7 @@
 //! on it: a stalled stream does not keep a connection.
 
 use std::{
-    collections::{HashMap, HashSet, hash_map::Entry},
+    collections::{HashMap, hash_map::Entry},
     hash::Hash,
     sync::{Arc, Mutex},
     time::{Duration, Instant},
@@ -23,8 +23,6 @@ const FLOODING_AGE: Duration = Duration::from_secs(8);
 #[derive(Debug)]
 pub struct Connections<C> {
     up: HashMap<C, Connection>,
-    /// Those that are idle and not being closed.
-    idle: HashSet<C>,
     by_peer: HashMap<PeerId, Vec<C>>,
 }
 
@@ -117,9 +115,8 @@ pub struct Connection {
     pub circuits: u32,
     /// When it became idle.
     pub idle_since: Instant,
-    /// Why the relay is closing it; `None`: it is not.
+    /// Why the relay is closing it: from then on it is neither watched nor idle. `None`: it is not.
     pub closing: Option<CloseReason>,
-    is_flooding: bool,
     /// The counters of the handler and of the embedder, and their sum at the last poll.
     counters: [Option<ActivityCounter>; 2],
     counted: u64,
@@ -136,7 +133,6 @@ impl Connection {
             circuits: 0,
             idle_since: now,
             closing: None,
-            is_flooding: false,
             counters: [None, None],
             counted: 0,
             liveness: Liveness::new(now, jitter),
@@ -171,7 +167,7 @@ impl<C: Copy + Eq + Hash> Connections<C> {
         self.up.get(&id)
     }
 
-    /// As [`Connections::get`], to change what does not decide whether it is idle.
+    /// As [`Connections::get`], to change what does not decide since when it is idle.
     pub fn get_mut(&mut self, id: C) -> Option<&mut Connection> {
         self.up.get_mut(&id)
     }
@@ -182,9 +178,9 @@ impl<C: Copy + Eq + Hash> Connections<C> {
         ids.filter_map(|id| Some((*id, self.up.get(id)?)))
     }
 
-    /// The idle connections, in no order.
+    /// The idle connections that are not being closed, in no order.
     pub fn idle(&self) -> impl Iterator<Item = (C, &Connection)> {
-        self.idle.iter().filter_map(|id| Some((*id, self.up.get(id)?)))
+        self.iter().filter(|(_, up)| !up.is_used() && up.closing.is_none())
     }
 
     /// All connections, in no order.
@@ -195,13 +191,11 @@ impl<C: Copy + Eq + Hash> Connections<C> {
     /// Adds a connection that came up. It is idle.
     pub fn add(&mut self, id: C, connection: Connection) {
         self.by_peer.entry(connection.origin.peer).or_default().push(id);
-        self.idle.insert(id);
         self.up.insert(id, connection);
     }
 
     /// Removes a connection that is closed.
     pub fn remove(&mut self, id: C) {
-        self.idle.remove(&id);
         if let Some(connection) = self.up.remove(&id)
             && let Entry::Occupied(mut ids) = self.by_peer.entry(connection.origin.peer)
         {
@@ -212,7 +206,7 @@ impl<C: Copy + Eq + Hash> Connections<C> {
         }
     }
 
-    /// Changes a connection, and whether it is idle accordingly. Returns whether it is up.
+    /// Changes a connection; if it becomes idle, that begins now. Returns whether it is up.
     pub fn update(&mut self, id: C, now: Instant, change: impl FnOnce(&mut Connection)) -> bool {
         let Some(connection) = self.up.get_mut(&id) else {
             return false;
@@ -221,32 +215,20 @@ impl<C: Copy + Eq + Hash> Connections<C> {
             connection.idle_since = now;
         }
         change(connection);
-        match connection.is_used() || connection.closing.is_some() {
-            true => self.idle.remove(&id),
-            false => self.idle.insert(id),
-        };
         true
-    }
-
-    /// Marks a connection as closing: from then on it is neither watched nor idle.
-    pub fn mark_closing(&mut self, id: C, reason: CloseReason) {
-        if let Some(connection) = self.up.get_mut(&id) {
-            connection.closing = Some(reason);
-            self.idle.remove(&id);
-        }
     }
 
     /// The connections that have been idle for `timeout` (zero: no limit), or are idle and flood the relay, each with that
     /// reason to close it.
-    pub fn idle_for(&self, timeout: Duration, now: Instant) -> Vec<(End<C>, CloseReason)> {
+    pub fn idle_for(&self, timeout: Duration, now: Instant) -> Vec<(C, CloseReason)> {
         let idle = self.idle().filter_map(|(id, up)| {
             let idle_for = now.saturating_duration_since(up.idle_since);
-            let reason = match up.is_flooding {
+            let reason = match up.counters.iter().flatten().any(ActivityCounter::is_flooding) {
                 true if idle_for >= up.liveness.spread_over(FLOODING_AGE) => CloseReason::Flooding,
                 _ if idle_for >= timeout && !timeout.is_zero() => CloseReason::Idle,
                 _ => return None,
             };
-            Some((End { peer: up.origin.peer, connection: id }, reason))
+            Some((id, reason))
         });
         idle.collect()
     }
@@ -271,12 +253,7 @@ impl<C: Copy + Eq + Hash> Connections<C> {
     pub fn poll_counters(&mut self, now: Instant) {
         // A loop of its own: the counters are spread over the heap, and so the processor prefetches several at a time.
         for connection in self.up.values_mut() {
-            let (mut count, mut is_flooding) = (0, false);
-            for counter in connection.counters.iter().flatten() {
-                count += counter.count();
-                is_flooding |= counter.is_flooding();
-            }
-            connection.is_flooding = is_flooding;
+            let count = connection.counters.iter().flatten().map(ActivityCounter::count).sum();
             if count != connection.counted {
                 connection.counted = count;
                 connection.liveness.on_activity(now);
@@ -293,7 +270,7 @@ impl<C: Copy + Eq + Hash> Connections<C> {
 
 impl<C> Default for Connections<C> {
     fn default() -> Self {
-        Self { up: HashMap::new(), idle: HashSet::new(), by_peer: HashMap::new() }
+        Self { up: HashMap::new(), by_peer: HashMap::new() }
     }
 }
 
@@ -322,8 +299,10 @@ mod tests {
 
     fn idle(connections: &mut Connections<u32>, now: Instant) -> Vec<u32> {
         let idle = connections.idle_for(MINUTE, now);
-        idle.iter().for_each(|(end, reason)| connections.mark_closing(end.connection, *reason));
-        idle.into_iter().map(|(end, _)| end.connection).collect()
+        for (id, reason) in &idle {
+            connections.get_mut(*id).unwrap().closing = Some(*reason);
+        }
+        idle.into_iter().map(|(id, _)| id).collect()
     }
 
     #[test]
@@ -384,7 +363,7 @@ mod tests {
         assert_eq!(connections.of(&peer).count(), 1);
         connections.remove(1);
         assert_eq!(connections.count(), 0);
-        assert!(connections.by_peer.is_empty() && connections.idle.is_empty());
+        assert!(connections.by_peer.is_empty());
     }
 
     /// Connections of `peers`, opened one second apart.
@@ -406,7 +385,7 @@ mod tests {
             connections.of(peer).filter(|(_, up)| up.closing.is_none()).map(|(id, _)| id).collect()
         };
         assert_eq!(open(&connections, &alice), [0, 2, 3]);
-        connections.mark_closing(2, CloseReason::Idle);
+        connections.get_mut(2).unwrap().closing = Some(CloseReason::Idle);
         assert_eq!(open(&connections, &alice), [0, 3]);
         connections.remove(0);
         assert_eq!(open(&connections, &alice), [3]);
@@ -427,7 +406,7 @@ mod tests {
         hold(&mut connections, 0, true, start);
         count(&mut connections, 1, 1, start);
         assert_eq!(longest_first(&connections), [2, 3, 4]);
-        connections.mark_closing(2, CloseReason::Idle);
+        connections.get_mut(2).unwrap().closing = Some(CloseReason::Idle);
         assert_eq!(longest_first(&connections), [3, 4]);
         // The idle time of a connection can start later than its number suggests.
         connections.get_mut(3).unwrap().idle_since = start + MINUTE;

@@ -64,7 +64,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         self.reclaim(now);
         // 6. Close idle connections, and while draining those that are due.
         let idle = self.connections.idle_for(self.config.idle_timeout, now);
-        idle.into_iter().for_each(|(end, reason)| self.close(end, reason));
+        idle.into_iter().for_each(|(connection, reason)| self.close(connection, reason));
         self.close_due(now);
         self.sweep_due = now + self.config.sweep;
         self.bring_sweep_forward(now);
@@ -103,7 +103,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         let timed_out = End { peer, connection };
         self.abandon(timed_out, CircuitEnd::Silent, now);
         if self.config.close_silent {
-            self.close(timed_out, CloseReason::Silent);
+            self.close(connection, CloseReason::Silent);
         }
     }
 
@@ -184,8 +184,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
             let is_own = self.config.close_silent || draining.used.contains(id);
             up.circuits == 0 && up.closing.is_none() && is_own
         });
-        let unused = unused.map(|(connection, up)| End { peer: up.origin.peer, connection });
-        let mut unused: Vec<_> = unused.collect();
+        let mut unused: Vec<_> = unused.map(|(connection, _)| connection).collect();
         let mut due = unused.len();
         if now < draining.until {
             // The rate at which those that remain are closed in the time that remains.
@@ -196,9 +195,9 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
             due = draining.due as usize;
             draining.due -= due as f64;
         }
-        unused.sort_unstable_by_key(|end| end.connection);
+        unused.sort_unstable();
         let due = unused.into_iter().take(due);
-        due.for_each(|end| self.close(end, CloseReason::Draining));
+        due.for_each(|connection| self.close(connection, CloseReason::Draining));
     }
 
     /// Answers a request by closing its connection, unless that carries circuits or serves other protocols; then by
@@ -209,15 +208,18 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
             && (self.config.close_silent || draining.used.contains(&from.connection))
         {
             draining.unanswered.push(reply);
-            self.close(from, CloseReason::Draining);
+            self.close(from.connection, CloseReason::Draining);
         }
     }
 
     /// Closes a connection, and marks it as closing.
-    pub fn close(&mut self, connection: End<C>, reason: CloseReason) {
-        log::debug!("closing connection: peer {}: {}", connection.peer, reason.kind());
-        self.connections.mark_closing(connection.connection, reason);
-        self.actions.push_back(Action::Close(connection));
+    pub fn close(&mut self, connection: C, reason: CloseReason) {
+        if let Some(up) = self.connections.get_mut(connection) {
+            let closing = End { peer: up.origin.peer, connection };
+            log::debug!("closing connection: peer {}: {}", closing.peer, reason.kind());
+            up.closing = Some(reason);
+            self.actions.push_back(Action::Close(closing));
+        }
     }
 
     /// Makes room for the connection `keep` of `peer`: closes the one of its other connections that has been silent the
@@ -231,7 +233,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         if let Some((connection, _)) = silent {
             let replaced = End { peer, connection };
             self.abandon(replaced, CircuitEnd::Replaced, now);
-            self.close(replaced, CloseReason::Replaced);
+            self.close(connection, CloseReason::Replaced);
         }
     }
 
@@ -773,7 +775,7 @@ mod preemption_tests {
         clients.connect(alice); // one to spare
         let [first, second] = [0; 2].map(|_| clients.connect(PeerId::random()));
         assert_eq!(clients.idle_without_slot(), [first, second]);
-        clients.relay.close(clients.ends[first as usize], CloseReason::Preempted);
+        clients.relay.close(first, CloseReason::Preempted);
         assert_eq!(clients.effects(), closed(first));
         assert_eq!(clients.idle_without_slot(), [second]);
     }

@@ -39,10 +39,7 @@ use crate::{
             multiaddr::{Layer, listen_address},
         },
     },
-    relay::{
-        connections::{CloseReason, End},
-        quota::Scope,
-    },
+    relay::{connections::CloseReason, quota::Scope},
 };
 
 /// How often handshakes are checked against their time limits.
@@ -82,7 +79,7 @@ enum Preempted {
     /// The longest silent one of the same peer.
     OwnConnection,
     /// This idle one.
-    Idle(End<ConnectionId>),
+    Idle(ConnectionId),
 }
 
 impl Admission {
@@ -196,7 +193,7 @@ impl Admission {
         &self,
         prefix: Option<ClientPrefix>,
         holds_slot: bool,
-    ) -> Option<End<ConnectionId>> {
+    ) -> Option<ConnectionId> {
         let (now, quota) = (Instant::now(), self.limits.quota());
         let idle = self.relay.relay.idle_without_slot();
         let candidates =
@@ -205,7 +202,7 @@ impl Admission {
             let idle_for = now.saturating_duration_since(other.idle_since);
             (quota.load(other.origin.prefix), idle_for)
         });
-        heaviest.map(|(connection, idle)| End { peer: idle.origin.peer, connection })
+        heaviest.map(|(connection, _)| connection)
     }
 
     /// Closes the connection that was chosen for this one, which is up now: not earlier, so that the slot of a
