@@ -278,7 +278,8 @@ impl Refused {
 }
 
 /// Why a slot was freed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{}", self.kind())]
 #[non_exhaustive]
 pub enum FreedReason {
     /// The term was over.
@@ -290,6 +291,7 @@ pub enum FreedReason {
     /// The peer did not answer a probe in time, and there is no grace.
     Silent,
     /// The peer was in grace, and no other slot was free for a newcomer.
+    #[error("taken by {peer}")]
     TakenBy {
         /// The newcomer.
         peer: PeerId,
@@ -318,17 +320,9 @@ impl FreedReason {
     }
 }
 
-impl fmt::Display for FreedReason {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::TakenBy { peer } => write!(f, "taken by {peer}"),
-            other => f.write_str(other.kind()),
-        }
-    }
-}
-
 /// How a circuit ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{}", self.kind())]
 #[non_exhaustive]
 pub enum CircuitEnd {
     /// Both peers closed it.
@@ -338,6 +332,7 @@ pub enum CircuitEnd {
     /// It reached its time limit.
     TimeLimit,
     /// One peer reset it.
+    #[error("reset: {0}")]
     Reset(io::ErrorKind),
     /// The connection of one peer closed.
     Disconnected,
@@ -371,15 +366,6 @@ impl CircuitEnd {
             Self::Preempted => "preempted",
             Self::Replaced => "connection replaced",
             Self::Stalled => "stalled",
-        }
-    }
-}
-
-impl fmt::Display for CircuitEnd {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Reset(kind) => write!(f, "reset: {kind}"),
-            other => f.write_str(other.kind()),
         }
     }
 }
