@@ -36,7 +36,7 @@ use self::{
     hop::{Answer, Decided, Events, HandlerCommand, HandlerEvent, Reply, decide},
 };
 use crate::{
-    access::{ANSWER_TIMEOUT, Access},
+    access::Access,
     activity::{self, ActivityCounter},
     address::{self, Known},
     config::{Config, ConfigError},
@@ -72,9 +72,8 @@ pub struct Behaviour {
     is_clock_set: bool,
     /// What the handlers were told: whether the relay serves.
     is_serving: bool,
-    /// The access checks whose answers come later, and how long each may take.
+    /// The access checks whose answers come later.
     decisions: FuturesUnordered<BoxFuture<'static, Option<Decided>>>,
-    answer_timeout: Duration,
     /// The timer of the next sweep, and what it is set to. The first poll sets it.
     next_sweep: (Delay, Instant),
     /// How many sweeps there were since the start, and how long all of them took.
@@ -106,7 +105,6 @@ impl Behaviour {
             is_clock_set: true,
             is_serving: true,
             decisions: FuturesUnordered::new(),
-            answer_timeout: ANSWER_TIMEOUT,
             next_sweep: (Delay::new(Duration::ZERO), Instant::now()),
             sweeps: (0, Duration::ZERO),
             is_memory_scarce: Box::new(|| false),
@@ -185,12 +183,6 @@ impl Behaviour {
     /// about a circuit are awaited; a call meanwhile asks again after the last of them.
     pub fn recheck_access(&mut self) {
         self.relay.recheck_access(Instant::now());
-    }
-
-    /// Changes how long [`Permission::Later`](crate::Permission::Later) may take.
-    #[doc(hidden)]
-    pub fn set_answer_timeout(&mut self, timeout: Duration) {
-        self.answer_timeout = timeout;
     }
 
     /// What `peer` used the relay for since it connected; `None` if it has been part of no circuit or is not connected.
@@ -306,7 +298,7 @@ impl Behaviour {
                 return None;
             }
             Action::CheckAccess(check, permission) => {
-                self.decisions.push(decide(check, permission, self.answer_timeout).boxed());
+                self.decisions.push(decide(check, permission).boxed());
                 return None;
             }
             Action::Refuse(reply, status) => {

@@ -13,7 +13,7 @@ use libp2p::{
     PeerId, Stream,
     core::upgrade::NegotiationError,
     futures::{
-        AsyncWriteExt,
+        AsyncWriteExt, FutureExt,
         channel::{mpsc, oneshot},
         future::{self, Either},
     },
@@ -25,7 +25,7 @@ use super::{
     timer::{Timeouts, within},
 };
 use crate::{
-    access::Permission,
+    access::{ANSWER_TIMEOUT, Permission},
     activity::TrackedStream,
     event::{CircuitEnd, CircuitId, StopFailed},
     relay::{AccessCheck, CircuitParameters, connections::End, reservations::Receipt},
@@ -36,7 +36,7 @@ use crate::{
 pub(crate) const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How long an answer may take to be written, flushed and, unless a circuit follows, closed.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+const DELIVERY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long the target may take, from the first request for a stream to its answer.
 const STOP_TIMEOUT: Duration = Duration::from_secs(30);
@@ -126,7 +126,7 @@ pub(crate) async fn serve(
     let _ = events.unbounded_send(HandlerEvent::RequestReceived(from, request, reply));
     let Ok(answer) = answer.await else { return Ok(()) };
     // 3. Answer. Unless a circuit follows, report the delivery and end here.
-    let timeout = timeouts.start(ANSWER_TIMEOUT);
+    let timeout = timeouts.start(DELIVERY_TIMEOUT);
     let (target, mut parameters) = match answer {
         Answer::Open(opening) => *opening,
         Answer::Final(message, receipt) => {
@@ -208,11 +208,10 @@ pub(crate) async fn ask(
     report.event = answered(answer.map(|()| Box::new((stream, parameters))));
 }
 
-/// Awaits the answer to a check within this time; then it is [`Permission::Deny`]. `None`: the client is gone.
+/// Awaits the answer to a check for [`ANSWER_TIMEOUT`]; then it is [`Permission::Deny`]. `None`: the client is gone.
 pub(crate) async fn decide(
     mut check: AccessCheck<ConnectionId, Reply>,
     mut permission: Permission,
-    timeout: Duration,
 ) -> Option<Decided> {
     let answer = async {
         while let Permission::Later(answer) = permission {
@@ -224,14 +223,13 @@ pub(crate) async fn decide(
         AccessCheck::Request(request, _) => request.reply.poll_canceled(cx),
         _ => Poll::Pending,
     });
-    let permission =
-        match future::select(gone, future::select(pin!(answer), Delay::new(timeout))).await {
-            Either::Left(_) => return None,
-            Either::Right((Either::Left((permission, _)), _)) => permission,
-            Either::Right((Either::Right(_), _)) => {
-                log::debug!("access denied: no answer within the time limit");
-                Permission::Deny
-            }
-        };
+    let denied = Delay::new(ANSWER_TIMEOUT).map(|()| {
+        log::debug!("access denied: no answer within the time limit");
+        Permission::Deny
+    });
+    let permission = match future::select(gone, future::select(pin!(answer), denied)).await {
+        Either::Left(_) => return None,
+        Either::Right((first, _)) => first.factor_first().0,
+    };
     Some((check, permission))
 }

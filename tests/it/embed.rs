@@ -6,7 +6,7 @@ use std::{
     future::pending,
     pin::pin,
     sync::{Arc, Mutex, Once},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use crate::common::{
@@ -399,15 +399,14 @@ async fn requests_without_an_answer_are_denied_at_the_deadline() {
     record_the_log();
     let mut embedded = Embedded::start(Config::default()).await;
     let (sender, mut questions) = mpsc::unbounded_channel();
-    embedded
-        .with(|relay| {
-            relay.set_answer_timeout(Duration::from_millis(100));
-            relay.set_access(NeverAnswers(sender));
-        })
-        .await;
-    let mut alice = embedded.connect().await;
-    for request in [reserve(), connect(PeerId::random())] {
-        assert_eq!(alice.request(&request).await.status, Some(202), "to {request:?}");
+    embedded.with(|relay| relay.set_access(NeverAnswers(sender))).await;
+    let (mut alice, mut bob) = (embedded.connect().await, embedded.connect().await);
+    let (start, requests) = (Instant::now(), [reserve(), connect(PeerId::random())]);
+    let [to_reserve, to_connect] = &requests;
+    let (reserved, connected) = tokio::join!(alice.request(to_reserve), bob.request(to_connect));
+    assert!(start.elapsed() >= Duration::from_secs(10), "{:?}", start.elapsed());
+    for (request, answer) in requests.iter().zip([reserved, connected]) {
+        assert_eq!(answer.status, Some(202), "to {request:?}");
         let mut dropped = within(questions.recv()).await.expect("the store is asked");
         assert_eq!(within(dropped.recv()).await, None);
     }
