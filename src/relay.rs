@@ -243,7 +243,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         // 2. End its circuits, but for those whose target can be asked elsewhere. The tasks of the connection are gone, and
         //    report nothing any more.
         for id in self.circuits.over(gone) {
-            if self.ask_over_another(id, gone, now) {
+            if self.ask_elsewhere(id, gone, now).is_some() {
                 continue;
             }
             self.end_circuit(id, CircuitEnd::Disconnected);

@@ -34,7 +34,7 @@ use relaylet::{
     relay::{
         connections::End,
         quota::Scope,
-        reservations::{Change, Granted, Receipt, Reservations},
+        reservations::{Change, Receipt, Reservations},
     },
 };
 
@@ -129,10 +129,8 @@ impl Table {
             .into_iter()
             .find_map(|(from, reason)| (reason == FreedReason::TakenBy { peer }).then_some(from));
         match admission {
-            Ok(Granted { receipt, is_renewal: true }) => (Outcome::Renewal, Some(receipt)),
-            Ok(Granted { receipt, .. }) => {
-                (taken.map_or(Outcome::Slot, Outcome::SlotOf), Some(receipt))
-            }
+            Ok((receipt, true)) => (Outcome::Renewal, Some(receipt)),
+            Ok((receipt, false)) => (taken.map_or(Outcome::Slot, Outcome::SlotOf), Some(receipt)),
             Err(full) => match self.reservations.quota.above(address) {
                 Some(above) => (Outcome::RefusedAboveCap(above), None),
                 None => (Outcome::Refused(full), None),

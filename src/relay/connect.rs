@@ -54,31 +54,26 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         }
     }
 
-    /// Sends a target another stop request over another of its connections than this one; returns whether it did. A target
-    /// is asked over one connection at a time, and over each at most once.
-    pub(super) fn ask_over_another(&mut self, id: CircuitId, asked: End<C>, now: Instant) -> bool {
-        // 1. The most recently active connection first; of several, the newest.
-        let mut others = self.fit_for_a_slot(asked.peer);
-        others.reverse();
-        others.sort_by_key(|id| Some(self.connections.get(*id)?.liveness.silent_for(now)));
-        // 2. The first of them over which it was not asked before, if the source waits for its answer over this one.
-        let waits = |it: &&mut Circuit<C, R>| it.request.is_some() && it.target == asked;
-        let Some(circuit) = self.circuits.get_mut(id).filter(waits) else {
-            return false;
-        };
-        let is_new = |id: &C| *id != asked.connection && !circuit.silent.contains(id);
-        let Some(connection) = others.into_iter().find(is_new) else {
-            return false;
-        };
+    /// Sends a target that is asked over this connection another stop request over another one; returns that, if there is
+    /// one. A target is asked over one connection at a time, and over each at most once.
+    pub(super) fn ask_elsewhere(&mut self, id: CircuitId, over: End<C>, now: Instant) -> Option<C> {
+        // 1. Those over which it was not asked before, if the source waits for its answer over this one.
+        let waits = |it: &&mut Circuit<C, R>| it.request.is_some() && it.target == over;
+        let mut others = self.fit_for_a_slot(over.peer);
+        let circuit = self.circuits.get_mut(id).filter(waits)?;
+        others.retain(|id| *id != over.connection && !circuit.silent.contains(id));
+        // 2. The most recently active of them; of several, the newest.
+        let silent_for = |id: &C| Some(self.connections.get(*id)?.liveness.silent_for(now));
+        let connection = others.into_iter().rev().min_by_key(silent_for)?;
         // 3. Move the circuit to it, which cancels the open stop request.
-        log::debug!("circuit {id}: no answer from peer {}: asking it elsewhere", asked.peer);
-        let (over, (guard, ended)) = (End { connection, ..asked }, oneshot::channel());
-        circuit.silent.push(asked.connection);
-        (circuit.target, circuit.asked_at, circuit.guard) = (over, now, Ok(guard));
-        self.count_circuits([asked], -1, now);
-        self.count_circuits([over], 1, now);
+        log::debug!("circuit {id}: no answer from peer {}: asking it elsewhere", over.peer);
+        let (other, (guard, ended)) = (End { connection, ..over }, oneshot::channel());
+        circuit.silent.push(over.connection);
+        (circuit.target, circuit.asked_at, circuit.guard) = (other, now, Ok(guard));
+        self.count_circuits([over], -1, now);
+        self.count_circuits([other], 1, now);
         self.ask_target(id, ended);
-        true
+        Some(connection)
     }
 
     fn count_circuits(&mut self, over: impl IntoIterator<Item = End<C>>, by: i32, now: Instant) {
@@ -102,7 +97,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         let is_asked = |it: &&Circuit<C, R>| it.opened_at.is_none() && it.target.connection == over;
         let target = self.circuits.get(id).filter(is_asked)?.target;
         if let Err(StopFailed::Gone) = answer
-            && self.ask_over_another(id, target, now)
+            && self.ask_elsewhere(id, target, now).is_some()
         {
             return None;
         }

@@ -115,9 +115,8 @@ impl Heartbeat {
         if pause > sweep + heartbeat {
             let reset = watched.map(|(_, liveness)| liveness.on_activity(now)).count();
             let seconds = pause.as_secs();
-            let warning =
-                || format!("process was suspended for {seconds} s: liveness timers reset");
-            found.fault = (reset > 0).then(warning);
+            found.fault = (reset > 0)
+                .then(|| format!("process was suspended for {seconds} s: liveness timers reset"));
             return found;
         }
         // 2. Find those to probe, and those that did not answer.

@@ -99,15 +99,6 @@ impl<C> Slot<C> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Receipt(u64);
 
-/// A slot that was granted or renewed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Granted {
-    /// Identifies the answer.
-    pub receipt: Receipt,
-    /// Whether the peer already held the slot.
-    pub is_renewal: bool,
-}
-
 /// A change to a slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Change<C> {
@@ -164,7 +155,8 @@ impl<C: Copy + Eq> Reservations<C> {
         self.slots.keys().filter_map(|peer| Some((**peer, self.get(peer)?)))
     }
 
-    /// Decides a RESERVE of `peer` over `connection` for a term of `ttl`; the slot counts towards `prefix`.
+    /// Decides a RESERVE of `peer` over `connection` for a term of `ttl`; the slot counts towards `prefix`. Returns the
+    /// receipt of the answer, and whether the peer already held the slot.
     ///
     /// # Errors
     ///
@@ -177,7 +169,7 @@ impl<C: Copy + Eq> Reservations<C> {
         prefix: Option<ClientPrefix>,
         ttl: Duration,
         now: Instant,
-    ) -> Result<Granted, Scope> {
+    ) -> Result<(Receipt, bool), Scope> {
         // 1. Free what has ended, if the sweep has not yet. A pass over the table frees at least one slot, so a full
         // table does not cost a pass for each request.
         let is_renewal = match self.slots.get(&peer).map(|slot| self.end(slot)) {
@@ -224,7 +216,7 @@ impl<C: Copy + Eq> Reservations<C> {
             self.quota.add(prefix);
             self.changes.push_back(Change { peer, from: None, to: Some(connection), freed: None });
         }
-        Ok(Granted { receipt, is_renewal })
+        Ok((receipt, is_renewal))
     }
 
     /// Keeps `peer`'s slot until then, whatever its state, for a renewal whose access is being checked.

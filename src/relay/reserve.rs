@@ -9,7 +9,7 @@ use super::{
     connections::{End, PendingRequest},
     quota::Scope,
     reclaim::{self, Candidate, PendingReservation, Verdict},
-    reservations::{Change, Granted, Receipt},
+    reservations::{Change, Receipt},
 };
 use crate::{
     access::Terms,
@@ -54,7 +54,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         let (ttl, limit) = (ttl.clamp(SHORTEST, LONGEST), self.circuit_limit(*terms));
         let decided = self.reservations.reserve(peer, connection, prefix, ttl, now);
         self.apply_changes(now);
-        let Granted { receipt, is_renewal } = match decided {
+        let (receipt, renewed) = match decided {
             Ok(granted) => granted,
             Err(full) => match self.reservations.quota.above(prefix) {
                 Some(above) => {
@@ -67,7 +67,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         let (request, expires) = (pending.request, now + ttl);
         let address = request.origin.address.clone();
         self.actions.push_back(Action::Grant { request, receipt, limit, expires });
-        self.report(Event::ReservationAccepted { peer, address, renewed: is_renewal });
+        self.report(Event::ReservationAccepted { peer, address, renewed });
         None
     }
 

@@ -59,7 +59,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         // 5. Ask targets that do not answer over another connection: they may have reconnected without reserving again, and
         //    the old connection may be half-open. Find slots for newcomers.
         for (id, silent) in self.circuits.unanswered(now) {
-            self.ask_over_another(id, silent, now);
+            self.ask_elsewhere(id, silent, now);
         }
         self.reclaim(now);
         // 6. Close idle connections, and while draining those that are due.
