@@ -103,15 +103,11 @@ pub fn is_global(address: &Multiaddr) -> bool {
     match ip(address) {
         Some(IpAddr::V4(ip)) => {
             let [a, b, ..] = ip.octets();
-            !(ip.is_private()
-                || ip.is_loopback()
-                || ip.is_link_local()
-                || ip.is_documentation()
-                || ip.is_multicast()
-                || a == 0
-                || a >= 240
-                || (a == 100 && (64..128).contains(&b)) // shared by carriers: RFC 6598
-                || (a == 198 && (18..20).contains(&b))) // benchmarks: RFC 2544
+            let is_local = ip.is_private() || ip.is_loopback() || ip.is_link_local();
+            let is_shared = a == 100 && (64..128).contains(&b); // by carriers: RFC 6598
+            let is_benchmark = a == 198 && (18..20).contains(&b); // RFC 2544
+            let is_reserved = a == 0 || a >= 224 || ip.is_documentation(); // multicast from 224 on
+            !(is_local || is_shared || is_benchmark || is_reserved)
         }
         // Of IPv6 only 2000::/3 is assigned, and of that one block is for documentation.
         Some(IpAddr::V6(ip)) => {

@@ -331,8 +331,8 @@ impl Behaviour {
                 relay.on_delivered(peer, receipt, arrived, now);
             }
             HandlerEvent::TargetAnswered(circuit, over, answer) => {
-                if let Some((reply, opening)) = relay.on_target_answered(circuit, over, answer, now)
-                {
+                let opened = relay.on_target_answered(circuit, over, answer, now);
+                if let Some((reply, opening)) = opened {
                     // It fails if the source is gone: the end of its connection is that of the circuit.
                     let _ = reply.send(Answer::Open(opening));
                 }

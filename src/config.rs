@@ -297,9 +297,8 @@ pub(crate) fn validate_subnets(setting: &'static str, list: &[IpNet]) -> Result<
 /// The first list that does, by name and with the remedy.
 fn validate_lists(lists: &Lists) -> Result<(), ConfigError> {
     let Lists { allow_peer, deny_peer, allow_subnet, deny_subnet, allow_connect_peer } = lists;
-    for (setting, allowed) in
-        [("allow_peer", allow_peer), ("allow_connect_peer", allow_connect_peer)]
-    {
+    let both = [("allow_peer", allow_peer), ("allow_connect_peer", allow_connect_peer)];
+    for (setting, allowed) in both {
         if let Some(peer) = allowed.intersection(deny_peer).next() {
             let problem = format!("{peer} is denied as well; take it off one of the lists");
             return Err(ConfigError::new(setting, problem));

@@ -226,12 +226,10 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
             Some(status) => self.actions.push_back(Action::Refuse(reply, status)),
             None => self.close_unanswered(from, reply),
         }
-        let (peer, address) = (from.peer, origin.address.clone());
+        let (source, address) = (from.peer, origin.address.clone());
         self.report(match request {
-            Request::Reserve => Event::ReservationRefused { peer, address, reason },
-            Request::Connect(target) => {
-                Event::CircuitRefused { source: peer, address, target, reason }
-            }
+            Request::Reserve => Event::ReservationRefused { peer: source, address, reason },
+            Request::Connect(target) => Event::CircuitRefused { source, address, target, reason },
         });
     }
 

@@ -16,10 +16,8 @@ pub fn is_set(now: SystemTime) -> bool {
 /// Returns why a relay does not serve, for health checks; `None` if it does.
 #[cfg(feature = "program")]
 pub fn not_serving(is_draining: bool, now: SystemTime) -> Option<&'static str> {
-    if is_draining {
-        return Some("draining");
-    }
-    (!is_set(now)).then_some("clock not set")
+    let unset = (!is_set(now)).then_some("clock not set");
+    is_draining.then_some("draining").or(unset)
 }
 
 #[cfg(test)]

@@ -30,7 +30,6 @@ pub(crate) const VOUCHER_TYPE: [u8; 2] = [0x03, 0x02];
 
 /// The status codes of the specification, as they stand on the wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
 pub enum Status {
     /// The request was granted.
     Ok = 100,
@@ -113,18 +112,16 @@ pub async fn read_length(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Op
 pub async fn read_frame(
     stream: &mut (impl AsyncRead + Unpin),
 ) -> io::Result<Result<Vec<u8>, BadRequest>> {
-    let malformed = |what| Ok(Err(BadRequest::Malformed(what)));
+    let bad = |what| Ok(Err(BadRequest::Malformed(what)));
     let length = match read_length(stream).await? {
         Some(length) if length <= MAX_MESSAGE => length,
-        Some(_) => return malformed("a message of more than 4096 bytes"),
-        None => return malformed("a length prefix beyond 4096"),
+        Some(_) => return bad("a message of more than 4096 bytes"),
+        None => return bad("a length prefix beyond 4096"),
     };
     let mut message = vec![0; length];
     match stream.read_exact(&mut message).await {
         Ok(()) => Ok(Ok(message)),
-        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-            malformed("a message cut short")
-        }
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => bad("a message cut short"),
         Err(error) => Err(error),
     }
 }

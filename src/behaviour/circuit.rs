@@ -225,7 +225,7 @@ impl FairShare {
 
     fn end_wait(&mut self) {
         if self.wait.take().is_some() {
-            self.link.lock().end_wait(self.ends);
+            self.link.lock().count_waiting(self.ends, -1);
         }
     }
 }

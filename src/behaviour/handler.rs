@@ -127,17 +127,16 @@ impl ConnectionHandler for Handler {
             ConnectionEvent::FullyNegotiatedInbound(inbound) => {
                 self.activity.add(1);
                 // The handler holds one of each permit itself. Dropping a stream resets it.
+                let allows = |permits, most| Arc::strong_count(permits) <= most;
                 match inbound.protocol {
                     Either::Left(Either::Left(hop))
-                        if Arc::strong_count(&self.requests) <= self.max_requests =>
+                        if allows(&self.requests, self.max_requests) =>
                     {
                         let hop = self.activity.track(hop, ());
                         let task = hop::serve(hop, self.context.clone(), self.requests.clone());
                         self.tasks.push(task.map(drop).boxed());
                     }
-                    Either::Right(Either::Left(mut ping))
-                        if Arc::strong_count(&self.pings) <= MAX_PINGS =>
-                    {
+                    Either::Right(Either::Left(mut ping)) if allows(&self.pings, MAX_PINGS) => {
                         ping.ignore_for_keep_alive();
                         let task = ping::answer(self.activity.track(ping, self.pings.clone()));
                         self.tasks.push(task.map(drop).boxed());

@@ -21,12 +21,10 @@ const PAYLOAD: usize = 32;
 /// Echoes what the peer sends, 32 bytes at a time, until it closes the stream or that fails.
 pub(crate) async fn answer(mut stream: impl AsyncRead + AsyncWrite + Unpin) -> io::Result<()> {
     let mut payload = [0; PAYLOAD];
-    loop {
-        if stream.read_exact(&mut payload).await.is_err() {
-            return stream.close().await;
-        }
+    while stream.read_exact(&mut payload).await.is_ok() {
         wire::write_frame(&mut stream, &payload).await?;
     }
+    stream.close().await
 }
 
 /// Sends one ping and awaits any reaction: an answer, an end, a reset.

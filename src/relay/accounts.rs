@@ -95,13 +95,11 @@ impl Accounts {
         self.totals.closed += 1;
         self.totals.transferred.to_target += to_target;
         self.totals.transferred.to_source += to_source;
-        for (peer, sent, received) in
-            [(source, to_target, to_source), (target, to_source, to_target)]
-        {
+        let both = [(source, to_target, to_source), (target, to_source, to_target)];
+        for (peer, sent, received) in both {
             // A peer that left gets no new account: nothing would remove it.
-            if let Some((first, account)) = self.peers.get_mut(&peer)
-                && *first <= id
-            {
+            let account = self.peers.get_mut(&peer).filter(|(first, _)| *first <= id);
+            if let Some((_, account)) = account {
                 account.sent += sent;
                 account.received += received;
             }
@@ -158,9 +156,8 @@ struct Counts {
 
 impl Counts {
     fn read(&self) -> BytesTransferred {
-        let [to_target, to_source] =
-            [&self.to_target, &self.to_source].map(|count| count.load(Ordering::Relaxed));
-        BytesTransferred { to_target, to_source }
+        let load = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        BytesTransferred { to_target: load(&self.to_target), to_source: load(&self.to_source) }
     }
 }
 

@@ -85,7 +85,7 @@ impl Bandwidth {
     }
 
     /// Charges a circuit for bytes that it transferred. Returns when it may transfer more, if it has to wait for that: until
-    /// [`Bandwidth::end_wait`] it counts as waiting.
+    /// [`Bandwidth::count_waiting`] it counts as waiting.
     pub fn charge(&mut self, ends: [PeerId; 2], bytes: usize, now: Instant) -> Option<Instant> {
         let earliest = now.checked_sub(BURST).unwrap_or(now);
         let mut next = now;
@@ -96,20 +96,16 @@ impl Bandwidth {
             next = next.max(queue.paid_at);
         }
         (next > now).then(|| {
-            self.for_each(ends, |queue| queue.waiting += 1);
+            self.count_waiting(ends, 1);
             next
         })
     }
 
-    /// Ends the wait of a circuit.
-    pub fn end_wait(&mut self, ends: [PeerId; 2]) {
-        self.for_each(ends, |queue| queue.waiting = queue.waiting.saturating_sub(1));
-    }
-
-    fn for_each(&mut self, ends: [PeerId; 2], change: impl Fn(&mut Queue)) {
+    /// Counts a circuit that waits, or with -1 the end of its wait.
+    pub fn count_waiting(&mut self, ends: [PeerId; 2], by: i32) {
         for of in [None].into_iter().chain(ends.map(Some)) {
             if let Some(queue) = self.queues.get_mut(&of) {
-                change(queue);
+                queue.waiting = queue.waiting.saturating_add_signed(by);
             }
         }
     }
@@ -185,7 +181,7 @@ mod tests {
                 }
                 let circuit = &mut self.circuits[index];
                 if waited {
-                    self.bandwidth.end_wait(circuit.ends);
+                    self.bandwidth.count_waiting(circuit.ends, -1);
                 }
                 let quantum = self.bandwidth.quantum(circuit.ends).expect("a cap") as u64;
                 let available = circuit.wants.map_or(quantum, |rate| {
@@ -320,7 +316,7 @@ mod tests {
         let next = bandwidth.charge(ends, 20, now).expect("a cap of 10 bytes per second");
         bandwidth.forget_paid(next + BURST);
         assert_eq!(bandwidth.queues.len(), 2);
-        bandwidth.end_wait(ends);
+        bandwidth.count_waiting(ends, -1);
         bandwidth.forget_paid(next);
         assert_eq!(bandwidth.queues.len(), 2);
         bandwidth.forget_paid(next + BURST);
@@ -334,7 +330,7 @@ mod tests {
         let mut bandwidth = bandwidth(1, 0);
         assert!(bandwidth.charge(ends, 1000, now).is_some());
         bandwidth.configure(&caps(MB, 0), now);
-        bandwidth.end_wait(ends);
+        bandwidth.count_waiting(ends, -1);
         let next = bandwidth.charge(ends, 1000, now);
         assert_eq!(next, Some(now + Duration::from_millis(1)));
     }

@@ -96,9 +96,8 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     ) -> Option<(R, T)> {
         let is_asked = |it: &&Circuit<C, R>| it.opened_at.is_none() && it.target.connection == over;
         let target = self.circuits.get(id).filter(is_asked)?.target;
-        if let Err(StopFailed::Gone) = answer
-            && self.ask_elsewhere(id, target, now).is_some()
-        {
+        let is_gone = matches!(answer, Err(StopFailed::Gone));
+        if is_gone && self.ask_elsewhere(id, target, now).is_some() {
             return None;
         }
         let circuit = self.circuits.get_mut(id)?;

@@ -65,9 +65,8 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         // 2. Request rate, before the look-up: a peer must not find out quickly which peers hold slots. A renewal is charged
         //    to the peer and not to its address.
         let prefix = request.origin.prefix.filter(|_| !is_renewal);
-        if !matches!(permission, Permission::Deny)
-            && let Err(reason) = rates.take(peer, prefix, now)
-        {
+        let is_denied = matches!(permission, Permission::Deny);
+        if !is_denied && let Err(reason) = rates.take(peer, prefix, now) {
             return self.refuse(request, reason);
         }
         // 3. A request that waits for its answer keeps its slot, and does not leave its connection idle.
@@ -178,9 +177,9 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     /// answer comes later.
     pub(super) fn fit_for_a_slot(&self, peer: PeerId) -> Vec<C> {
         let fit = self.connections.of(&peer).filter(|(_, up)| {
+            let permission = || self.access().may_reserve(peer, &up.origin.address);
             let is_usable = !up.origin.relayed && up.closing.is_none();
-            is_usable
-                && !matches!(self.access().may_reserve(peer, &up.origin.address), Permission::Deny)
+            is_usable && !matches!(permission(), Permission::Deny)
         });
         fit.map(|(id, _)| id).collect()
     }

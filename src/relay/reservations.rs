@@ -196,18 +196,15 @@ impl<C: Copy + Eq> Reservations<C> {
         let next_end = self.next_end.get_or_insert(expires);
         *next_end = expires.min(*next_end);
         let state = State::Live { connection };
-        if let Some(reservation) = self.slots.get_mut(&peer) {
+        let held = self.set_state(peer, state);
+        if let Some((before, slot)) = held.and_then(|it| Some((it, self.slots.get_mut(&peer)?))) {
             // When several answers in a row are lost, what held before the first of them is restored.
-            let before = (reservation.state, reservation.expires);
-            reservation.undo.get_or_insert_with(|| Box::new(Some(before)));
-            (reservation.expires, reservation.receipt) = (expires, receipt);
-            reservation.kept_until = None;
-            self.set_state(peer, state);
+            let before = (before, std::mem::replace(&mut slot.expires, expires));
+            slot.undo.get_or_insert_with(|| Box::new(Some(before)));
+            (slot.receipt, slot.kept_until) = (receipt, None);
             // Without room at the new prefix, it stays with the old one.
-            if let Some(reservation) = self.slots.get_mut(&peer)
-                && self.quota.move_unit(reservation.prefix, prefix)
-            {
-                reservation.prefix = prefix;
+            if self.quota.move_unit(slot.prefix, prefix) {
+                slot.prefix = prefix;
             }
         } else {
             let (kept_until, undo) = (None, Some(Box::new(None)));
@@ -293,7 +290,7 @@ impl<C: Copy + Eq> Reservations<C> {
                 Some(gone) if !up.contains(&gone) => {
                     self.settle(peer, up, FreedReason::Disconnected, now);
                 }
-                _ => self.set_state(peer, state),
+                _ => _ = self.set_state(peer, state),
             }
         } else {
             self.free(peer, FreedReason::Undelivered);
@@ -313,10 +310,9 @@ impl<C: Copy + Eq> Reservations<C> {
         }
     }
 
-    fn set_state(&mut self, peer: PeerId, state: State<C>) {
-        let Some(reservation) = self.slots.get_mut(&peer) else {
-            return;
-        };
+    /// Replaces the state of `peer`'s slot; returns what it was, if there is a slot.
+    fn set_state(&mut self, peer: PeerId, state: State<C>) -> Option<State<C>> {
+        let reservation = self.slots.get_mut(&peer)?;
         let before = std::mem::replace(&mut reservation.state, state);
         let prefix = reservation.prefix;
         self.leave_queue(before, prefix);
@@ -330,6 +326,7 @@ impl<C: Copy + Eq> Reservations<C> {
         if from != to {
             self.changes.push_back(Change { peer, from, to, freed: None });
         }
+        Some(before)
     }
 
     /// Frees the slot of `peer`, whatever its state; returns whether there was one. No slot is freed in another way.

@@ -133,13 +133,8 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     }
 
     /// Undoes a grant whose voucher could not be signed.
-    pub fn on_sign_failed(
-        &mut self,
-        request: PendingRequest<C, R>,
-        receipt: Receipt,
-        now: Instant,
-    ) {
-        self.on_delivered(request.from.peer, receipt, false, now);
+    pub fn on_sign_failed(&mut self, request: PendingRequest<C, R>, answer: Receipt, now: Instant) {
+        self.on_delivered(request.from.peer, answer, false, now);
         self.refuse(request, Refused::NotSigned);
     }
 
