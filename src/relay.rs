@@ -145,7 +145,6 @@ pub struct CircuitParameters {
 }
 
 /// The progress of a drain.
-#[derive(Debug)]
 struct Draining<C, R> {
     /// When all connections without a circuit are to be closed.
     until: Instant,

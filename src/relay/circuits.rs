@@ -29,7 +29,6 @@ const MAX_STALL: Duration = Duration::from_secs(10);
 const RETRY_AFTER: Duration = Duration::from_secs(3);
 
 /// The circuits of one relay, those that are being set up included.
-#[derive(Debug)]
 pub struct Circuits<C, R> {
     /// In the order of their admission.
     circuits: BTreeMap<CircuitId, Circuit<C, R>>,
@@ -42,7 +41,6 @@ pub struct Circuits<C, R> {
 }
 
 /// One circuit: `source` asked for it, `target` holds the reservation.
-#[derive(Debug)]
 pub struct Circuit<C, R> {
     /// The peer that asked.
     pub source: End<C>,

@@ -20,7 +20,6 @@ use crate::{activity::ActivityCounter, address::ClientPrefix, wire::Request};
 const FLOODING_AGE: Duration = Duration::from_secs(8);
 
 /// The connections of one relay.
-#[derive(Debug)]
 pub struct Connections<C> {
     up: HashMap<C, Connection>,
     by_peer: HashMap<PeerId, Vec<C>>,
@@ -105,7 +104,6 @@ pub struct PendingRequest<C, R> {
 /// One connection that is up.
 ///
 /// A sweep reads all connections and is bound by memory bandwidth: what it does not need is behind the `Arc`.
-#[derive(Debug)]
 pub struct Connection {
     /// Where it comes from, shared with the requests that came over it.
     pub origin: Arc<Origin>,

@@ -16,7 +16,6 @@ const MANY: usize = 8;
 const WARN_AGAIN: Duration = Duration::from_secs(60 * 60);
 
 /// When a connection was last active, and whether it is being probed.
-#[derive(Debug)]
 pub struct Liveness {
     active_at: Instant,
     /// When the last probe was sent, if none has been answered since.
@@ -71,7 +70,6 @@ impl Liveness {
 }
 
 /// When the last check was, and whether the relay doubts its own link.
-#[derive(Debug)]
 pub struct Heartbeat {
     pub(super) checked_at: Instant,
     /// Time-outs wait until then, because most connections became silent at once.

@@ -26,7 +26,6 @@ const MOST_PROBED: usize = 32;
 pub const TICK: Duration = Duration::from_millis(100);
 
 /// A RESERVE that waits for a slot, or is about to get one.
-#[derive(Debug)]
 pub struct PendingReservation<C, R> {
     /// The request.
     pub request: PendingRequest<C, R>,

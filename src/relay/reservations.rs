@@ -29,7 +29,6 @@ use crate::{address::ClientPrefix, config::Config, event::FreedReason};
 type GraceNumber = u64;
 
 /// The reservations of one relay.
-#[derive(Debug)]
 pub struct Reservations<C> {
     grace: Duration,
     /// The ids are shared with `queue`: an id takes more memory than all else that is kept of a slot.
@@ -47,7 +46,6 @@ pub struct Reservations<C> {
 }
 
 /// One peer's hold on a slot.
-#[derive(Debug)]
 struct Reservation<C> {
     state: State<C>,
     expires: Instant,
