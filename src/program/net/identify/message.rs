@@ -1,7 +1,6 @@
 //! Identify's message: encodes the relay's, and reads the few fields of a peer's that are used.
 //!
-//! A peer's message is decoded field by field while it arrives, so that even one that is never completed takes no more
-//! memory than the read buffer and one field.
+//! A peer's message takes no more memory than has arrived of it, and is dropped once the few fields were read.
 //! See [the specification](https://github.com/libp2p/specs/blob/master/identify/README.md).
 
 use std::{io, time::Duration};
@@ -9,12 +8,9 @@ use std::{io, time::Duration};
 use async_std::io::timeout;
 use libp2p::{
     Multiaddr,
-    futures::{
-        AsyncBufRead, AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt,
-        io::BufReader,
-    },
+    futures::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
 };
-use prost::Message;
+use prost::{Message, bytes::Bytes};
 
 use crate::wire;
 
@@ -29,19 +25,11 @@ const MAX_READ: usize = 8192;
 const MAX_STREAM: u64 = 16 * 1024;
 const MAX_MESSAGES: usize = 10;
 
-/// The longest field that is used, in bytes; a longer one is skipped.
-const MAX_FIELD: u64 = 256;
+/// The longest address that is used, in bytes; a longer one is skipped.
+const MAX_FIELD: usize = 256;
 
 /// How many listening addresses of a peer are used.
 const MAX_ADDRESSES: usize = 32;
-
-/// The size of the read buffer, in bytes.
-const READ_BUFFER: usize = 512;
-
-// The fields of a peer's message that are used.
-const LISTEN_ADDRS: u64 = 2;
-const PROTOCOLS: u64 = 3;
-const OBSERVED_ADDR: u64 = 4;
 
 const PROTOCOL_VERSION: &str = "ipfs/0.1.0";
 const AGENT_VERSION: &str = concat!("relaylet/", env!("CARGO_PKG_VERSION"));
@@ -63,7 +51,19 @@ pub struct Identify {
     pub agent_version: Option<String>,
 }
 
-/// The fields of a peer's message that are used.
+/// The fields of a peer's message that are used, as slices of it. As bytes: a protocol of no use to the relay
+/// need not be UTF-8.
+#[derive(Clone, PartialEq, Message)]
+struct PeerIdentify {
+    #[prost(bytes = "bytes", repeated, tag = "2")]
+    listen_addrs: Vec<Bytes>,
+    #[prost(bytes = "bytes", repeated, tag = "3")]
+    protocols: Vec<Bytes>,
+    #[prost(bytes = "bytes", optional, tag = "4")]
+    observed_addr: Option<Bytes>,
+}
+
+/// What a peer's messages say.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Info {
     /// The address at which the peer reached the relay.
@@ -126,7 +126,7 @@ pub async fn send(mut stream: impl AsyncWrite + Unpin, message: &[u8]) -> io::Re
 /// When the first message is malformed, too long, or not complete within [`TIME_LIMIT`]. A later message with
 /// such a problem ends reading without an error.
 pub async fn read(stream: impl AsyncRead + Unpin, dht: Option<&str>) -> io::Result<Info> {
-    let mut stream = BufReader::with_capacity(READ_BUFFER, stream).take(MAX_STREAM);
+    let mut stream = stream.take(MAX_STREAM);
     let (mut info, mut messages) = (Info::default(), 0);
     let all = async {
         while messages < MAX_MESSAGES {
@@ -142,89 +142,37 @@ pub async fn read(stream: impl AsyncRead + Unpin, dht: Option<&str>) -> io::Resu
 }
 
 async fn read_message(
-    stream: &mut (impl AsyncBufRead + Unpin),
+    stream: &mut (impl AsyncRead + Unpin),
     dht: Option<&str>,
     info: &mut Info,
 ) -> io::Result<()> {
     let length = wire::read_length(stream).await?;
     let length = length.filter(|length| *length <= MAX_READ).ok_or(io::ErrorKind::InvalidData)?;
-    let mut message = stream.take(length as u64);
-    while message.limit() > 0 {
-        let key = read_varint(&mut message).await?;
-        // The lower three bits are the wire type.
-        let skipped = match key & 7 {
-            0 => read_varint(&mut message).await.map(|_| 0)?,
-            1 => 8,
-            2 => {
-                let (field, length) = (key >> 3, read_varint(&mut message).await?);
-                let is_used = match field {
-                    OBSERVED_ADDR => true,
-                    LISTEN_ADDRS | PROTOCOLS => dht.is_some(),
-                    _ => false,
-                };
-                if is_used && length <= MAX_FIELD {
-                    let mut bytes = vec![0; length as usize];
-                    message.read_exact(&mut bytes).await?;
-                    info.set(field, bytes, dht);
-                    0
-                } else {
-                    length
-                }
-            }
-            5 => 4,
-            _ => return Err(io::ErrorKind::InvalidData.into()),
-        };
-        skip(&mut message, skipped).await?;
+    let mut bytes = Vec::new();
+    stream.take(length as u64).read_to_end(&mut bytes).await?;
+    if bytes.len() < length {
+        return Err(io::ErrorKind::UnexpectedEof.into());
     }
+    info.update(PeerIdentify::decode(Bytes::from(bytes)).map_err(io::Error::other)?, dht);
     Ok(())
 }
 
 impl Info {
-    /// Sets a field. Ignores a malformed address.
-    fn set(&mut self, field: u64, bytes: Vec<u8>, dht: Option<&str>) {
-        if field == PROTOCOLS {
-            let is_dht = dht.is_some_and(|dht| dht.as_bytes() == bytes);
-            self.supports_dht = Some(is_dht || self.supports_dht == Some(true));
-            return;
-        }
-        let address = Multiaddr::try_from(bytes).ok().filter(|address| !address.is_empty());
-        match address {
-            Some(address) if field == OBSERVED_ADDR => self.observed = Some(address),
-            Some(address) if self.listening.len() < MAX_ADDRESSES => self.listening.push(address),
-            _ => {}
-        }
-    }
-}
-
-/// Reads a protobuf varint: at most ten bytes, 64 bits.
-async fn read_varint(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<u64> {
-    let mut value = 0;
-    for shift in (0..64).step_by(7) {
-        let mut byte = [0];
-        stream.read_exact(&mut byte).await?;
-        let bits = u64::from(byte[0] & 0x7f);
-        if bits << shift >> shift != bits {
-            break;
-        }
-        value |= bits << shift;
-        if byte[0] & 0x80 == 0 {
-            return Ok(value);
+    /// Adds what a message says. Ignores fields that are too long, and malformed addresses.
+    fn update(&mut self, message: PeerIdentify, dht: Option<&str>) {
+        let parse = |bytes: Bytes| {
+            let address = Multiaddr::try_from(bytes.to_vec()).ok()?;
+            (bytes.len() <= MAX_FIELD && !bytes.is_empty()).then_some(address)
+        };
+        self.observed = message.observed_addr.and_then(parse).or(self.observed.take());
+        let Some(dht) = dht else { return };
+        let left = MAX_ADDRESSES - self.listening.len();
+        self.listening.extend(message.listen_addrs.into_iter().filter_map(parse).take(left));
+        if !message.protocols.is_empty() {
+            let is_named = message.protocols.iter().any(|protocol| protocol == dht);
+            self.supports_dht = Some(is_named || self.supports_dht == Some(true));
         }
     }
-    Err(io::ErrorKind::InvalidData.into())
-}
-
-async fn skip(stream: &mut (impl AsyncBufRead + Unpin), mut bytes: u64) -> io::Result<()> {
-    while bytes > 0 {
-        let available = stream.fill_buf().await?.len() as u64;
-        if available == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        let skipped = available.min(bytes);
-        stream.consume_unpin(skipped as usize);
-        bytes -= skipped;
-    }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -455,7 +403,7 @@ mod tests {
                     if let Ok(info) = read_all(&bytes, dht) {
                         prop_assert!(info.listening.len() <= MAX_ADDRESSES);
                         let mut all = info.listening.iter().chain(&info.observed);
-                        prop_assert!(all.all(|address| address.len() as u64 <= MAX_FIELD));
+                        prop_assert!(all.all(|address| address.len() <= MAX_FIELD));
                     }
                 }
             }
