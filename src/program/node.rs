@@ -346,12 +346,12 @@ impl Node {
     /// The address that holds the most of each shared resource.
     pub(crate) fn busiest(&self) -> [(&'static str, Option<Busiest>); 5] {
         let relay = self.relay();
-        let [connections, handshakes] = self.swarm.behaviour().relay.limits.busiest();
+        let limits = &self.swarm.behaviour().relay.limits;
         [
             ("slots", relay.view().reservations.quota.busiest()),
             ("circuits", relay.view().circuits.quota.busiest()),
-            ("connections", connections),
-            ("handshakes", handshakes),
+            ("connections", limits.quota.busiest()),
+            ("handshakes", limits.handshakes.shared.busiest()),
             ("streams", self.multiplex.admission.pool.busiest()),
         ]
     }

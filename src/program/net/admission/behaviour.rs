@@ -6,7 +6,6 @@
 use std::{
     collections::HashMap,
     net::Shutdown,
-    sync::atomic::Ordering,
     task::{Context, Poll},
     time::{Duration, Instant},
 };
@@ -18,14 +17,13 @@ use libp2p::{
     core::{ConnectedPoint, Endpoint, transport::PortUse},
     futures::FutureExt,
     swarm::{
-        ConnectionClosed, ConnectionDenied, ConnectionId, FromSwarm, ListenFailure,
-        NetworkBehaviour, THandler, THandlerInEvent, THandlerOutEvent, ToSwarm,
+        ConnectionClosed, ConnectionDenied, ConnectionId, FromSwarm, NetworkBehaviour, THandler,
+        THandlerInEvent, THandlerOutEvent, ToSwarm,
     },
 };
 
 use super::{
     handshake_failure::{HandshakeFailure, Known, Reason},
-    handshakes::Progress,
     limits::{ConnectionLimits, Denied, Limits, PeerStatus, Preemption},
 };
 use crate::{
@@ -50,7 +48,8 @@ pub struct Admission {
     /// The limits, and what counts towards them.
     pub limits: ConnectionLimits,
     counters: ByteCounters,
-    handshakes: HashMap<ConnectionId, InHandshake>,
+    /// What is known of each handshake, and its socket, which is shut down to end it: it runs in a task of the swarm.
+    handshakes: HashMap<ConnectionId, (Known, Option<TcpStream>)>,
     /// Whether the relay is in a private network.
     is_private: bool,
     /// Why the last connection ended that the swarm reported.
@@ -58,28 +57,11 @@ pub struct Admission {
     pub closed: Option<CloseReason>,
     /// Set while there are handshakes.
     next_check: Option<Delay>,
-    /// The connection to close when this one, which the swarm is about to establish, is up.
-    preempted: Option<(ConnectionId, Preempted)>,
+    /// The idle connection to close when this one, which the swarm is about to establish, is up; `None`: the longest
+    /// silent one of the same peer.
+    preempted: Option<(ConnectionId, Option<ConnectionId>)>,
     /// The relay's behaviour.
     pub relay: Behaviour,
-}
-
-/// A connection in its handshake.
-struct InHandshake {
-    progress: Progress,
-    /// Shut down to end the handshake, which runs in a task of the swarm.
-    socket: Option<TcpStream>,
-    /// Why the relay dropped it.
-    dropped: Option<Reason>,
-}
-
-/// The connection that is closed to admit another one.
-#[derive(Clone, Copy, Debug)]
-enum Preempted {
-    /// The longest silent one of the same peer.
-    OwnConnection,
-    /// This idle one.
-    Idle(ConnectionId),
 }
 
 impl Admission {
@@ -118,36 +100,23 @@ impl Admission {
             log::debug!("handshake dropped: connection {dropped} makes room for connection {id}");
             self.drop_handshake(dropped, Reason::Preempted);
         }
-        self.handshakes.extend(pending.map(|Pending { progress, socket }| {
-            let dropped = None;
-            (id, InHandshake { progress, socket, dropped })
-        }));
+        if let Some(Pending { progress, socket }) = pending {
+            let layer = listen_address(local).map_or(Layer::Tcp, |(_, layer)| layer);
+            let known = Known { progress, dropped: None, layer, is_private: self.is_private };
+            self.handshakes.insert(id, (known, socket));
+        }
         self.next_check.get_or_insert_with(|| Delay::new(CHECK_INTERVAL));
         Ok(())
     }
 
     /// Ends a handshake: the task that runs it reads the end of its socket.
     fn drop_handshake(&mut self, id: ConnectionId, reason: Reason) {
-        if let Some(handshake) = self.handshakes.get_mut(&id)
-            && let Some(socket) = handshake.socket.take()
+        if let Some((known, socket)) = self.handshakes.get_mut(&id)
+            && let Some(socket) = socket.take()
         {
-            handshake.dropped = Some(reason);
+            known.dropped = Some(reason);
             let _ = socket.shutdown(Shutdown::Both); // fails if the peer closed it first
         }
-    }
-
-    /// Why a connection failed; `None` if it was denied, or a health check.
-    fn failure(&mut self, failed: &ListenFailure<'_>) -> Option<HandshakeFailure> {
-        let InHandshake { progress, dropped, .. } =
-            self.handshakes.remove(&failed.connection_id)?;
-        let known = Known {
-            is_secured: progress.is_secured.load(Ordering::Relaxed),
-            opening: progress.opening,
-            dropped,
-            layer: listen_address(failed.local_addr).map_or(Layer::Tcp, |(_, layer)| layer),
-            is_private: self.is_private,
-        };
-        HandshakeFailure::of(failed.error, &known)
     }
 
     /// Drops the handshakes that have exceeded their time limit, once per [`CHECK_INTERVAL`].
@@ -175,15 +144,15 @@ impl Admission {
         let holds_slot = reservations.get(&peer).is_some();
         let status = PeerStatus { holds_slot, connections, closing };
         let live = reservations.taken() - reservations.in_grace();
-        let preempted = match self.limits.establish(id, status, live)? {
-            Preemption::None => None,
-            Preemption::OwnConnection => Some(Preempted::OwnConnection),
+        let idle = match self.limits.establish(id, status, live)? {
+            Preemption::None => return Ok(()),
+            Preemption::OwnConnection => None,
             Preemption::IdleConnection => {
                 let idle = self.idle_connection(ClientPrefix::of(remote), holds_slot);
-                Some(Preempted::Idle(idle.ok_or(Denied::Connections)?))
+                Some(idle.ok_or(Denied::Connections)?)
             }
         };
-        self.preempted = preempted.map(|preempted| (id, preempted));
+        self.preempted = Some((id, idle));
         Ok(())
     }
 
@@ -194,7 +163,7 @@ impl Admission {
         prefix: Option<ClientPrefix>,
         holds_slot: bool,
     ) -> Option<ConnectionId> {
-        let (now, quota) = (Instant::now(), self.limits.quota());
+        let (now, quota) = (Instant::now(), &self.limits.quota);
         let idle = self.relay.relay.idle_without_slot();
         let candidates =
             idle.filter(|(_, other)| holds_slot || quota.yields(other.origin.prefix, prefix));
@@ -210,10 +179,8 @@ impl Admission {
     fn preempt(&mut self, id: ConnectionId, peer: PeerId) {
         let relay = &mut self.relay.relay;
         match self.preempted.take_if(|(admitted, _)| *admitted == id) {
-            Some((_, Preempted::OwnConnection)) => {
-                relay.close_longest_silent_of(peer, id, Instant::now());
-            }
-            Some((_, Preempted::Idle(idle))) => relay.close(idle, CloseReason::Preempted),
+            Some((_, Some(idle))) => relay.close(idle, CloseReason::Preempted),
+            Some((_, None)) => relay.close_longest_silent_of(peer, id, Instant::now()),
             None => {}
         }
     }
@@ -255,7 +222,9 @@ impl NetworkBehaviour for Admission {
                 self.limits.remove(connection_id);
             }
             FromSwarm::ListenFailure(failed) => {
-                self.failed = self.failure(&failed);
+                let known = self.handshakes.remove(&failed.connection_id);
+                self.failed =
+                    known.and_then(|(known, _)| HandshakeFailure::of(failed.error, &known));
                 self.limits.remove(failed.connection_id);
             }
             _ => {}
@@ -274,7 +243,10 @@ impl NetworkBehaviour for Admission {
 
 #[cfg(test)]
 mod tests {
-    use libp2p::{identity::Keypair, swarm::ListenError};
+    use libp2p::{
+        identity::Keypair,
+        swarm::{ListenError, ListenFailure},
+    };
 
     use super::*;
     use crate::config::Config;

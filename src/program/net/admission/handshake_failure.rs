@@ -13,16 +13,17 @@ use libp2p::{
     swarm::ListenError,
 };
 
-use super::{handshakes::Opening, limits::Denied};
+use super::{
+    handshakes::Progress,
+    limits::Denied,
+    proxy_header::{SIGNATURE_V1, SIGNATURE_V2},
+};
 use crate::program::net::multiaddr::Layer;
-
-/// The signatures of both versions of the PROXY protocol.
-const PROXY: [&[u8]; 2] = [b"PROXY ", b"\r\n\r\n\0\r\nQUIT\n"];
 
 /// The start of a TLS record with a handshake message, of any version of TLS.
 const TLS: &[u8] = b"\x16\x03";
 
-/// The first bytes of multistream-select, as many as [`Opening`] keeps.
+/// The first bytes of multistream-select, as many as [`Opening`](super::handshakes::Opening) keeps.
 const MULTISTREAM: &[u8] = b"\x13/multistrea";
 
 /// How requests of HTTP/1 begin, and a connection of HTTP/2.
@@ -149,8 +150,9 @@ pub struct StageError {
 }
 
 /// An error whose source is a [`StageError`]: libp2p's transports drop an error and keep its source.
-#[derive(Debug)]
-struct Wrapped(StageError);
+#[derive(Debug, thiserror::Error)]
+#[error("{} failed", .0.stage.kind())]
+struct Wrapped(#[source] StageError);
 
 impl StageError {
     /// The error of this stage; without a reason, it follows from the error.
@@ -171,25 +173,11 @@ impl Error for StageError {
     }
 }
 
-impl fmt::Display for Wrapped {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} failed", self.0.stage.kind())
-    }
-}
-
-impl Error for Wrapped {
-    fn source(&self) -> Option<&(dyn Error + 'static)> {
-        Some(&self.0)
-    }
-}
-
 /// What is known of a handshake besides its error.
 #[derive(Clone, Debug)]
 pub struct Known {
-    /// What the client sent first.
-    pub opening: Opening,
-    /// Whether the secure channel was up.
-    pub is_secured: bool,
+    /// Whether the secure channel was up, and what the client sent first.
+    pub progress: Progress,
     /// Why the relay dropped it, if it did.
     pub dropped: Option<Reason>,
     /// What the listener speaks.
@@ -202,16 +190,14 @@ impl HandshakeFailure {
     /// Why a handshake failed; `None` if it did not: the relay denied the connection, or it was a health check.
     pub fn of(error: &ListenError, known: &Known) -> Option<Self> {
         let cause = match error {
-            ListenError::Transport(TransportError::Other(_)) if Denied::of(error).is_some() => {
-                return None;
-            }
+            _ if Denied::of(error).is_some() => return None,
             ListenError::Transport(TransportError::Other(cause)) => cause,
             ListenError::WrongPeerId { .. } | ListenError::LocalPeerId { .. } => {
                 return Some(Self { stage: Stage::Muxer, reason: Reason::PeerId });
             }
             _ => return None,
         };
-        let stage = stage(cause, known.is_secured);
+        let stage = stage(cause, known.progress.is_secured());
         let reason = reason(cause, stage, known);
         (reason != Reason::HealthCheck).then_some(Self { stage, reason })
     }
@@ -230,10 +216,10 @@ fn stage(cause: &io::Error, is_secured: bool) -> Stage {
 }
 
 fn reason(cause: &io::Error, stage: Stage, known: &Known) -> Reason {
-    let opening = known.opening.first();
+    let opening = known.progress.opening.first();
     // 1. The first bytes, if they are of another protocol: how such a connection ends afterwards does not matter.
     if let Some(foreign) = foreign(&opening, known)
-        && !known.is_secured
+        && !known.progress.is_secured()
         && known.dropped != Some(Reason::Preempted)
     {
         return foreign;
@@ -266,7 +252,7 @@ fn has_no_cause(cause: &io::Error) -> bool {
 fn foreign(opening: &[u8], known: &Known) -> Option<Reason> {
     let begins_with = |signatures: &[&[u8]]| signatures.iter().any(|it| opening.starts_with(it));
     match known.layer {
-        _ if begins_with(&PROXY) => Some(Reason::ProxyHeader),
+        _ if begins_with(&[SIGNATURE_V1, SIGNATURE_V2]) => Some(Reason::ProxyHeader),
         Layer::Tcp | Layer::WebSocket if begins_with(&[TLS]) => Some(Reason::Tls),
         Layer::Tcp | Layer::SecureWebSocket if begins_with(&HTTP) => Some(Reason::Http),
         Layer::Tcp if !known.is_private && !MULTISTREAM.starts_with(opening) => {
@@ -286,8 +272,7 @@ pub fn is_closed(cause: &(dyn Error + 'static)) -> bool {
     let is_end_of_file = matches!(cause.downcast_ref(), Some(NegotiationError::Failed));
     let closed =
         [BrokenPipe, ConnectionAborted, ConnectionReset, NotConnected, UnexpectedEof, WriteZero];
-    let kind = cause.downcast_ref().map(io::Error::kind);
-    is_end_of_file || kind.is_some_and(|kind| closed.contains(&kind))
+    is_end_of_file || cause.downcast_ref().is_some_and(|it: &io::Error| closed.contains(&it.kind()))
 }
 
 /// An error and its causes.
@@ -343,10 +328,9 @@ mod tests {
     }
 
     fn known(opening: &[u8]) -> Known {
-        let first = Opening::default();
-        opening.iter().for_each(|byte| _ = first.record(&[*byte]));
-        let layer = Layer::Tcp;
-        Known { opening: first, is_secured: false, dropped: None, layer, is_private: false }
+        let progress = Progress::default();
+        opening.iter().for_each(|byte| _ = progress.opening.record(&[*byte]));
+        Known { progress, dropped: None, layer: Layer::Tcp, is_private: false }
     }
 
     fn kinds(error: &ListenError, known: &Known) -> Option<(&'static str, &'static str)> {
@@ -428,7 +412,8 @@ mod tests {
             let error = StageError::wrap(Stage::Security, reason, io::Error::other(error));
             reported(error)
         };
-        let secured = Known { is_secured: true, ..hello.clone() };
+        let secured = known(b"\x13/multistream/1.0.0\n");
+        secured.progress.set_secured();
         let timeout = io::Error::other(TransportTimeoutError::<io::Error>::Timeout);
         let timeout = ListenError::Transport(TransportError::Other(timeout));
         let seen = StageError::wrap(Stage::Security, Some(Reason::PeerId), eof());

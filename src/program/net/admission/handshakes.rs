@@ -22,7 +22,7 @@ use std::{
 use crate::{
     activity::ActivityCounter,
     address::ClientPrefix,
-    relay::quota::{Busiest, Caps, Quota, Scope},
+    relay::quota::{Caps, Quota, Scope},
 };
 
 /// How long a connection may take, from its start, until its first byte and until its secure channel is up.
@@ -77,8 +77,7 @@ impl Opening {
 pub struct Progress {
     /// Counts the bytes received.
     pub activity: ActivityCounter,
-    /// Whether the secure channel is up.
-    pub is_secured: Arc<AtomicBool>,
+    is_secured: Arc<AtomicBool>,
     /// What the client sent first.
     pub opening: Opening,
 }
@@ -89,11 +88,14 @@ impl Progress {
         self.is_secured.store(true, Ordering::Relaxed);
     }
 
+    /// Whether the secure channel is up.
+    pub fn is_secured(&self) -> bool {
+        self.is_secured.load(Ordering::Relaxed)
+    }
+
     fn stage(&self) -> Stage {
-        if self.is_secured.load(Ordering::Relaxed) {
-            return Stage::Secured;
-        }
         match self.activity.count() {
+            _ if self.is_secured() => Stage::Secured,
             0 => Stage::Silent,
             1..=NEGOTIATION => Stage::Negotiating,
             _ => Stage::ExchangingKeys,
@@ -105,7 +107,7 @@ impl Progress {
 #[derive(Debug)]
 pub struct Handshakes<C> {
     /// Permits that any prefix may take.
-    shared: Quota,
+    pub shared: Quota,
     /// Permits for prefixes that hold slots.
     reserved: Quota,
     open: HashMap<C, Handshake>,
@@ -159,11 +161,6 @@ impl<C: Copy + Eq + Hash> Handshakes<C> {
             open: HashMap::new(),
             random: RandomState::new(),
         }
-    }
-
-    /// The address that holds the most shared permits.
-    pub fn busiest(&self) -> Option<Busiest> {
-        self.shared.busiest()
     }
 
     /// Adds a handshake from a prefix that holds this many slots. Returns the handshake to be dropped for it, which is

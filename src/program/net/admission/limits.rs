@@ -23,7 +23,7 @@ use super::{
 };
 use crate::{
     address::{ClientPrefix, Subnet},
-    relay::quota::{Busiest, Caps, Quota, Scope},
+    relay::quota::{Caps, Quota, Scope},
 };
 
 /// How many connections dialed for the DHT may be open or being dialed at a time.
@@ -88,12 +88,6 @@ impl Limits {
         cap(self.max_connections_per_subnet, (self.max_connections / 4).max(64))
     }
 
-    fn connections(&self) -> Caps {
-        let [per_address, per_subnet] = [self.per_ip(), self.per_subnet()];
-        // This quota counts handshakes, too, and the total does not: `establish` checks that.
-        Caps { total: None, per_subnet, per_address }
-    }
-
     fn handshakes(&self) -> Caps {
         let all = self.max_handshakes;
         Caps {
@@ -137,10 +131,12 @@ pub struct ConnectionLimits {
     limits: Limits,
     /// The connections that were admitted to their handshakes, until they are closed.
     admitted: HashMap<ConnectionId, Option<ClientPrefix>>,
-    quota: Quota,
-    handshakes: Handshakes<ConnectionId>,
-    /// Those whose handshake was dropped, until they are closed.
-    dropped: HashSet<ConnectionId>,
+    /// Those that have completed their handshakes, also if they were denied then.
+    established: HashSet<ConnectionId>,
+    /// How many connections each prefix has.
+    pub quota: Quota,
+    /// Those in their handshakes.
+    pub handshakes: Handshakes<ConnectionId>,
 }
 
 /// Why a connection was denied.
@@ -183,14 +179,11 @@ impl Denied {
     pub fn of(error: &ListenError) -> Option<Self> {
         match error {
             ListenError::Denied { cause } => cause.downcast_ref().copied(),
-            ListenError::Transport(TransportError::Other(error)) => Self::cause_of(error).copied(),
+            ListenError::Transport(TransportError::Other(error)) => {
+                Chain::new(error).find_map(|cause| cause.downcast_ref().copied())
+            }
             _ => None,
         }
-    }
-
-    /// Finds the denial among the sources of `error`.
-    pub fn cause_of<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a Self> {
-        Chain::new(error).find_map(|error| error.downcast_ref())
     }
 }
 
@@ -208,20 +201,9 @@ impl fmt::Display for Denied {
 impl Error for Denied {}
 
 /// An error whose source is a denial. libp2p's transports wrap an error by its source and drop the error itself.
-#[derive(Debug)]
-struct DeniedError(Denied);
-
-impl fmt::Display for DeniedError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("denied")
-    }
-}
-
-impl Error for DeniedError {
-    fn source(&self) -> Option<&(dyn Error + 'static)> {
-        Some(&self.0)
-    }
-}
+#[derive(Debug, thiserror::Error)]
+#[error("denied")]
+struct DeniedError(#[source] Denied);
 
 impl From<Denied> for io::Error {
     fn from(denied: Denied) -> Self {
@@ -232,12 +214,14 @@ impl From<Denied> for io::Error {
 impl ConnectionLimits {
     /// No connections yet.
     pub fn new(limits: Limits) -> Self {
+        let [per_address, per_subnet] = [limits.per_ip(), limits.per_subnet()];
         Self {
             limits,
             admitted: HashMap::new(),
-            quota: Quota::new(limits.connections()),
+            established: HashSet::new(),
+            // Counts handshakes, too, and the total does not: `establish` checks that.
+            quota: Quota::new(Caps { total: None, per_subnet, per_address }),
             handshakes: Handshakes::new(limits.handshakes()),
-            dropped: HashSet::new(),
         }
     }
 
@@ -262,7 +246,6 @@ impl ConnectionLimits {
         }
         let dropped = self.handshakes.admit(id, prefix, slots, progress, now);
         let dropped = dropped.map_err(|_| Denied::Handshakes)?;
-        self.dropped.extend(dropped);
         self.quota.add(prefix);
         self.admitted.insert(id, prefix);
         Ok(dropped)
@@ -273,7 +256,6 @@ impl ConnectionLimits {
     pub fn overdue(&mut self, now: Instant) -> Vec<ConnectionId> {
         let overdue = self.handshakes.overdue(now);
         overdue.iter().for_each(|id| self.handshakes.remove(id));
-        self.dropped.extend(&overdue);
         overdue
     }
 
@@ -290,7 +272,7 @@ impl ConnectionLimits {
         live: usize,
     ) -> Result<Preemption, Denied> {
         let per_peer = self.limits.max_connections_per_peer;
-        let (all, established) = (self.limits.max_connections, self.established());
+        let (all, established) = (self.limits.max_connections, self.established.len());
         let reserved = if peer.holds_slot { 0 } else { (all / 8).saturating_sub(live) };
         let preemption = if per_peer > 0 && peer.connections >= per_peer {
             Preemption::OwnConnection
@@ -300,27 +282,12 @@ impl ConnectionLimits {
             Preemption::None
         };
         self.handshakes.remove(&id);
-        self.dropped.remove(&id);
+        self.established.insert(id);
         match preemption {
             // One at a time: while one of the peer's connections is closing, it gets no other.
             Preemption::OwnConnection if !peer.holds_slot || peer.closing > 0 => Err(Denied::Peer),
             preemption => Ok(preemption),
         }
-    }
-
-    /// How many connections have completed their handshakes.
-    fn established(&self) -> usize {
-        self.admitted.len() - self.handshakes.count() - self.dropped.len()
-    }
-
-    /// How many connections each prefix has.
-    pub fn quota(&self) -> &Quota {
-        &self.quota
-    }
-
-    /// The address with the most connections, and the one with the most handshakes.
-    pub fn busiest(&self) -> [Option<Busiest>; 2] {
-        [self.quota.busiest(), self.handshakes.busiest()]
     }
 
     /// How many connections are admitted, how many of these are in their handshakes, and how many scopes they count
@@ -333,7 +300,7 @@ impl ConnectionLimits {
     /// Removes a connection that was closed or denied. Does nothing for one that was dialed.
     pub fn remove(&mut self, id: ConnectionId) {
         self.handshakes.remove(&id);
-        self.dropped.remove(&id);
+        self.established.remove(&id);
         if let Some(prefix) = self.admitted.remove(&id) {
             self.quota.remove(prefix);
         }
@@ -463,7 +430,7 @@ mod tests {
         assert_eq!(admit(&mut all, 99, from(99, 1)), Ok(()));
         assert_eq!(all.establish(id(99), WITHOUT_SLOT, 0), Ok(Preemption::None));
         (0..100).for_each(|n| all.remove(id(n)));
-        assert!(all.counts() == [0; 3] && all.dropped.is_empty());
+        assert!(all.counts() == [0; 3] && all.established.is_empty());
     }
 
     #[test]

@@ -6,11 +6,7 @@
 //!
 //! [spec]: https://www.haproxy.org/download/3.2/doc/proxy-protocol.txt
 
-use std::{
-    fmt,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    str::FromStr,
-};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 /// The longest header that is read, in bytes: what a TCP segment carries on any network, so that it arrives in one.
 pub const MAX_LENGTH: usize = 536;
@@ -18,8 +14,9 @@ pub const MAX_LENGTH: usize = 536;
 /// The longest header of version 1, in bytes, by the specification.
 const MAX_LENGTH_V1: usize = 107;
 
-const SIGNATURE_V1: &[u8] = b"PROXY ";
-const SIGNATURE_V2: &[u8] = b"\r\n\r\n\0\r\nQUIT\n";
+/// The first bytes of a header of version 1, and of version 2.
+pub const SIGNATURE_V1: &[u8] = b"PROXY ";
+pub const SIGNATURE_V2: &[u8] = b"\r\n\r\n\0\r\nQUIT\n";
 
 /// Length of version 2's fixed part: signature, version and command, family and protocol, length.
 const FIXED_V2: usize = 16;
@@ -35,30 +32,23 @@ pub struct Header {
 }
 
 /// Why there is no valid header.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum HeaderError {
     /// The first bytes are not a header's.
+    #[error("the first bytes are not a header")]
     NotAHeader,
     /// It exceeds the maximum length.
+    #[error("longer than 536 bytes, or 107 in version 1")]
     TooLong,
     /// It begins like a header and does not follow the specification.
+    #[error("malformed")]
     Malformed,
     /// The connection ended before the end of the header.
+    #[error("truncated")]
     Truncated,
     /// It did not arrive in time.
+    #[error("timed out")]
     TimedOut,
-}
-
-impl fmt::Display for HeaderError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::NotAHeader => "the first bytes are not a header",
-            Self::TooLong => "longer than 536 bytes, or 107 in version 1",
-            Self::Malformed => "malformed",
-            Self::Truncated => "truncated",
-            Self::TimedOut => "timed out",
-        })
-    }
 }
 
 /// Parses the header at the start of these bytes. `None`: it is incomplete, and all bytes belong to it.
@@ -93,13 +83,9 @@ fn parse_v1(bytes: &[u8]) -> Result<Option<Header>, HeaderError> {
     let line = String::from_utf8_lossy(within.get(..end).unwrap_or_default());
     let client = match line.split(' ').collect::<Vec<_>>()[..] {
         ["PROXY", "UNKNOWN", ..] => None, // the rest of the line is to be ignored
-        ["PROXY", "TCP4", from, to, from_port, to_port] => {
-            text_address::<Ipv4Addr>(to, to_port)?;
-            Some(text_address::<Ipv4Addr>(from, from_port)?)
-        }
-        ["PROXY", "TCP6", from, to, from_port, to_port] => {
-            text_address::<Ipv6Addr>(to, to_port)?;
-            Some(text_address::<Ipv6Addr>(from, from_port)?)
+        ["PROXY", family @ ("TCP4" | "TCP6"), from, to, from_port, to_port] => {
+            text_address(family, to, to_port)?;
+            Some(text_address(family, from, from_port)?)
         }
         _ => return Err(HeaderError::Malformed),
     };
@@ -132,14 +118,13 @@ fn parse_v2(bytes: &[u8]) -> Result<Option<Header>, HeaderError> {
     Ok(Some(Header { client, length }))
 }
 
-/// Parses an address and a port as text.
-fn text_address<I: FromStr + Into<IpAddr>>(
-    ip: &str,
-    port: &str,
-) -> Result<SocketAddr, HeaderError> {
+/// Parses an address of this family and a port as text.
+fn text_address(family: &str, ip: &str, port: &str) -> Result<SocketAddr, HeaderError> {
     let is_numeric = port.bytes().all(|byte| byte.is_ascii_digit()); // `parse` accepts a +, too
-    match (ip.parse::<I>(), port.parse()) {
-        (Ok(ip), Ok(port)) if is_numeric => Ok(canonical(ip, port)),
+    match (ip.parse::<IpAddr>(), port.parse()) {
+        (Ok(ip), Ok(port)) if is_numeric && ip.is_ipv4() == (family == "TCP4") => {
+            Ok(canonical(ip, port))
+        }
         _ => Err(HeaderError::Malformed),
     }
 }
