@@ -3,13 +3,11 @@
 use std::{
     io,
     net::{IpAddr, SocketAddr},
-    sync::{
-        Arc, PoisonError, RwLock,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::{Arc, PoisonError, RwLock},
     time::Duration,
 };
 
+use async_lock::{Semaphore, SemaphoreGuardArc};
 use async_std::{future::timeout, io::ReadExt, net::TcpStream};
 use ipnet::IpNet;
 
@@ -25,37 +23,22 @@ const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
 #[derive(Clone, Debug)]
 pub struct Proxies {
     subnets: Arc<RwLock<Vec<IpNet>>>,
-    waiting: Arc<AtomicUsize>,
-    max_waiting: usize,
-}
-
-/// A permit to wait for a header, released when it is dropped.
-#[derive(Debug)]
-pub struct HeaderPermit(Arc<AtomicUsize>);
-
-impl Drop for HeaderPermit {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
-    }
+    waiting: Arc<Semaphore>,
 }
 
 impl Proxies {
     /// No proxies; at most `max_waiting` of their connections may wait for a header at a time.
     pub fn new(max_waiting: usize) -> Self {
-        Self { subnets: Arc::default(), waiting: Arc::default(), max_waiting }
+        Self { subnets: Arc::default(), waiting: Arc::new(Semaphore::new(max_waiting)) }
     }
 
-    /// Acquires a permit.
+    /// Acquires a permit to wait for a header, released when it is dropped.
     ///
     /// # Errors
     ///
     /// When `max_waiting` connections wait already.
-    pub fn acquire(&self) -> Result<HeaderPermit, Denied> {
-        let one_more = |waiting: usize| (waiting < self.max_waiting).then_some(waiting + 1);
-        self.waiting
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more)
-            .map(|_| HeaderPermit(Arc::clone(&self.waiting)))
-            .map_err(|_| Denied::Handshakes)
+    pub fn acquire(&self) -> Result<SemaphoreGuardArc, Denied> {
+        self.waiting.try_acquire_arc().ok_or(Denied::Handshakes)
     }
 
     /// Replaces the subnets of proxies.
