@@ -144,7 +144,7 @@ impl Node {
         let websocket = websocket::Control::new(limits.max_handshakes);
         #[cfg(feature = "websocket")]
         let transport = {
-            let tcp = tcp(rates.except(websocket.forwarders().clone()));
+            let tcp = tcp(rates.except(websocket.forwarders.clone()));
             let tcp = tcp.map(|stream, _| WriteCoalescing::new(stream));
             transport.or_transport(websocket.over(tcp, counters.clone(), rates))
         };
@@ -187,7 +187,7 @@ impl Node {
         // Sends a request together with its protocol's name: saves a round trip and half of the packets.
         let swarm_config = swarm_config.with_substream_upgrade_protocol_override(Version::V1Lazy);
         let mut node = Self {
-            swarm: Swarm::new(transport, Boxed::new(parts), peer, swarm_config),
+            swarm: Swarm::new(transport, Boxed(parts), peer, swarm_config),
             counters,
             proxies,
             multiplex,
@@ -247,7 +247,7 @@ impl Node {
             Known { announced: &announced, confirmed, listening: &listening, reported: None };
         let addresses = known.best_first().into_iter().cloned().collect();
         let peers = self.swarm.connected_peers().copied().collect();
-        let identify = &mut self.swarm.behaviour_mut().identify;
+        let identify = &mut self.swarm.behaviour_mut().0.identify;
         if identify.set_addresses(addresses) && push {
             identify.push(peers);
         }
@@ -282,14 +282,14 @@ impl Node {
     /// none of these subnets. Without such a header it counts under the proxy's address.
     #[cfg(feature = "websocket")]
     pub fn set_forwarders(&mut self, subnets: Vec<IpNet>) {
-        self.websocket.set_forwarders(subnets);
+        self.websocket.forwarders.set(subnets);
     }
 
     /// Replaces the certificate of `/tls/ws` for new connections. [`Node::listen_on`] takes such an address only with a
     /// certificate.
     #[cfg(feature = "websocket")]
     pub fn set_certificate(&mut self, certificate: Certificate) {
-        self.certificate_not_after = Some(certificate.validity().not_after);
+        self.certificate_not_after = Some(certificate.validity.not_after);
         self.websocket.set_certificate(&certificate);
     }
 
@@ -310,7 +310,7 @@ impl Node {
     #[cfg(feature = "autonat")]
     pub fn serve_autonat(&mut self, private: bool) -> Result<()> {
         let autonat = AutoNat::new(private).context("AutoNAT cannot dial")?;
-        self.swarm.behaviour_mut().autonat = Some(autonat).into();
+        self.swarm.behaviour_mut().0.autonat = Some(autonat).into();
         Ok(())
     }
 
@@ -318,9 +318,9 @@ impl Node {
     #[cfg(feature = "dht")]
     pub fn join(&mut self, dht: dht::Config) {
         let dht = Dht::new(self.peer_id(), dht);
-        let parts = self.swarm.behaviour_mut();
+        let parts = &mut self.swarm.behaviour_mut().0;
         parts.identify.set_dht(dht.protocol().clone());
-        parts.dht = Some(Boxed::new(dht)).into();
+        parts.dht = Some(Boxed(dht)).into();
     }
 
     /// The relay's peer id.
@@ -330,12 +330,12 @@ impl Node {
 
     /// The relay's behaviour.
     pub fn relay(&self) -> &Behaviour {
-        &self.swarm.behaviour().relay.relay
+        &self.swarm.behaviour().0.relay.relay
     }
 
     /// The relay's behaviour, mutably. To replace its configuration use [`Node::set_config`].
     pub fn relay_mut(&mut self) -> &mut Behaviour {
-        &mut self.swarm.behaviour_mut().relay.relay
+        &mut self.swarm.behaviour_mut().0.relay.relay
     }
 
     /// How many bytes are buffered for streams.
@@ -346,7 +346,7 @@ impl Node {
     /// The address that holds the most of each shared resource.
     pub(crate) fn busiest(&self) -> [(&'static str, Option<Busiest>); 5] {
         let relay = self.relay();
-        let limits = &self.swarm.behaviour().relay.limits;
+        let limits = &self.swarm.behaviour().0.relay.limits;
         [
             ("slots", relay.view().reservations.quota.busiest()),
             ("circuits", relay.view().circuits.quota.busiest()),
@@ -429,8 +429,8 @@ impl Node {
         #[cfg(feature = "websocket")]
         self.websocket.set_draining(is_draining);
         #[cfg(feature = "dht")]
-        if let Some(dht) = self.swarm.behaviour_mut().dht.as_mut() {
-            dht.set_paused(is_draining);
+        if let Some(dht) = self.swarm.behaviour_mut().0.dht.as_mut() {
+            dht.0.set_paused(is_draining);
         }
     }
 
@@ -484,7 +484,7 @@ impl Node {
                     log::debug!("connection denied: {address}: {reason}");
                     return Some(NodeEvent::ConnectionDenied { address, reason });
                 }
-                let failure = self.swarm.behaviour_mut().relay.failed.take();
+                let failure = self.swarm.behaviour_mut().0.relay.failed.take();
                 let error = anyhow::Error::from(error); // {:#} shows its sources
                 log::debug!("connection failed: {address}: {error:#}");
                 return failure.map(|failure| NodeEvent::HandshakeFailed { address, failure });
@@ -499,7 +499,7 @@ impl Node {
             SwarmEvent::ConnectionClosed { peer_id, connection_id, endpoint, cause, .. } => {
                 let from = endpoint.get_remote_address();
                 self.observations.on_connection_closed(connection_id, from, Instant::now());
-                let by_relay = self.swarm.behaviour_mut().relay.closed.take();
+                let by_relay = self.swarm.behaviour_mut().0.relay.closed.take();
                 let (event, why) = NodeEvent::closed(&endpoint, by_relay, cause.as_ref());
                 log::debug!("connection {connection_id} closed: peer {peer_id}: {why}");
                 return Some(event);
@@ -514,9 +514,9 @@ impl Node {
         let Identified { connection, info, .. } = identified;
         #[cfg(feature = "dht")]
         if let Some(serves) = info.supports_dht
-            && let Some(dht) = self.swarm.behaviour_mut().dht.as_mut()
+            && let Some(dht) = self.swarm.behaviour_mut().0.dht.as_mut()
         {
-            dht.on_identified(identified.peer, serves, &info.listening);
+            dht.0.on_identified(identified.peer, serves, &info.listening);
         }
         if let Some(observed) = info.observed {
             self.on_observed(connection, observed);
@@ -526,7 +526,7 @@ impl Node {
     /// Handles the address at which a peer reached the relay.
     fn on_observed(&mut self, connection: ConnectionId, address: Multiaddr) {
         let (peer, now) = (self.peer_id(), Instant::now());
-        let relay = &self.swarm.behaviour().relay.relay;
+        let relay = &self.swarm.behaviour().0.relay.relay;
         if let Some(up) = relay.view().connections.get(connection) {
             let listening = self.swarm.listeners();
             self.observations.add(connection, &up.origin, &address, peer, listening, now);

@@ -81,7 +81,7 @@ impl TlsFiles {
     }
 
     fn serve(&mut self, certificate: Certificate, node: &mut Node) {
-        self.validity = Some(certificate.validity().clone());
+        self.validity = Some(certificate.validity.clone());
         node.set_certificate(certificate);
         self.warn(node, SystemTime::now());
     }

@@ -5,10 +5,7 @@
 //! the handler itself exists once. The DHT's handler is boxed a second time, so that a connection without a DHT
 //! has no space for it.
 
-use std::{
-    ops::{Deref, DerefMut},
-    task::{Context, Poll},
-};
+use std::task::{Context, Poll};
 
 use libp2p::{
     Multiaddr, PeerId,
@@ -23,28 +20,7 @@ use libp2p::{
 use crate::program::delegate::delegate_behaviour;
 
 /// A behaviour whose connection handlers are on the heap, or such a handler.
-pub struct Boxed<T>(T);
-
-impl<B> Boxed<B> {
-    /// Wraps a behaviour.
-    pub fn new(behaviour: B) -> Self {
-        Self(behaviour)
-    }
-}
-
-impl<T> Deref for Boxed<T> {
-    type Target = T;
-
-    fn deref(&self) -> &T {
-        &self.0
-    }
-}
-
-impl<T> DerefMut for Boxed<T> {
-    fn deref_mut(&mut self) -> &mut T {
-        &mut self.0
-    }
-}
+pub struct Boxed<T>(pub T);
 
 impl<B: NetworkBehaviour> NetworkBehaviour for Boxed<B> {
     type ConnectionHandler = Boxed<Box<THandler<B>>>;

@@ -14,11 +14,17 @@ use libp2p::{
     noise,
 };
 #[cfg(feature = "tls")]
-use {self::tls::Tls, futures_rustls::TlsStream, libp2p::futures::future::Either};
+use {
+    self::tls::Tls,
+    futures_rustls::TlsStream,
+    libp2p::futures::future::Either::{self, Left as wrap_tls, Right as wrap_noise},
+};
 
 use self::noise_framing::NoiseFraming;
 use super::admission::handshake_failure::{Stage, StageError};
 use crate::wall_clock;
+#[cfg(not(feature = "tls"))]
+use std::convert::identity as wrap_noise;
 
 const NOISE: &str = "/noise";
 /// In the order in which a dialer proposes them.
@@ -74,7 +80,7 @@ fn protocols(now: SystemTime) -> Protocols {
 }
 
 type Noise<C> = noise::Output<NoiseFraming<C>>;
-/// A secured connection. TLS is behind a pointer: its state takes a KiB more than that of Noise.
+/// A secured connection.
 #[cfg(feature = "tls")]
 type Secured<C> = Either<Box<TlsStream<C>>, Noise<C>>;
 #[cfg(not(feature = "tls"))]
@@ -109,21 +115,6 @@ impl<C: AsyncRead + AsyncWrite + Unpin + Send + 'static> OutboundConnectionUpgra
         let connection = NoiseFraming::new(connection, READ_BY_DIALER);
         secure(self.noise.upgrade_outbound(connection, protocol), wrap_noise)
     }
-}
-
-#[cfg(feature = "tls")]
-fn wrap_tls<C>(tls: TlsStream<C>) -> Secured<C> {
-    Either::Left(Box::new(tls))
-}
-
-#[cfg(feature = "tls")]
-fn wrap_noise<C>(noise: Noise<C>) -> Secured<C> {
-    Either::Right(noise)
-}
-
-#[cfg(not(feature = "tls"))]
-fn wrap_noise<C>(noise: Noise<C>) -> Secured<C> {
-    noise
 }
 
 /// Gives the handshakes of both channels one type.

@@ -23,10 +23,9 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use async_std::future::timeout;
+use async_std::io::timeout;
 use futures_rustls::rustls::ServerConfig;
 use futures_timer::Delay;
-use ipnet::IpNet;
 use libp2p::{
     Multiaddr, Transport,
     core::{
@@ -65,7 +64,8 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 #[derive(Clone, Debug)]
 pub struct Control {
     tls: Arc<RwLock<Option<Arc<ServerConfig>>>>,
-    forwarders: Proxies,
+    /// The reverse proxies that are trusted to name their clients.
+    pub forwarders: Proxies,
     is_draining: Arc<AtomicBool>,
 }
 
@@ -82,18 +82,8 @@ impl Control {
 
     /// Replaces the certificate that new connections see.
     pub fn set_certificate(&self, certificate: &Certificate) {
-        let tls = Some(certificate.tls_config());
+        let tls = Some(Arc::clone(&certificate.config));
         *self.tls.write().unwrap_or_else(PoisonError::into_inner) = tls;
-    }
-
-    /// Replaces the subnets of the reverse proxies that are trusted to name their clients.
-    pub fn set_forwarders(&self, subnets: Vec<IpNet>) {
-        self.forwarders.set(subnets);
-    }
-
-    /// The reverse proxies that are trusted to name their clients.
-    pub fn forwarders(&self) -> &Proxies {
-        &self.forwarders
     }
 
     /// Sets whether health checks are told that the relay drains.
@@ -190,23 +180,18 @@ where
                 let requested = Requested::read(upgrade.await?, tls).await?;
                 requested.answer(socket, control.not_serving()).await
             };
-            return self.incoming(connection, upgrade.boxed());
+            return self.incoming(connection, upgrade);
         }
         let permit = match self.control.forwarders.acquire() {
             Ok(permit) => permit,
-            Err(full) => {
-                let denied = std::future::ready(Err(full.into()));
-                return self.incoming(connection, denied.boxed());
-            }
+            Err(full) => return self.incoming(connection, std::future::ready(Err(full.into()))),
         };
         let (forwarders, rates) = (self.control.forwarders.clone(), self.rates.clone());
         self.requests.push(
             async move {
                 let _permit = permit;
                 let request = async { Requested::read(upgrade.await?, tls).await };
-                let requested = timeout(REQUEST_TIMEOUT, request).await;
-                let mut requested =
-                    requested.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
+                let mut requested = timeout(REQUEST_TIMEOUT, request).await;
                 let client = match &mut requested {
                     Ok(requested) => client_of(&mut requested.head, remote, &forwarders),
                     Err(_) => Err(None),
@@ -237,12 +222,15 @@ where
             Err(None) => {}
         }
         let not_serving = self.control.not_serving();
-        let upgrade = async move { requested?.answer(socket, not_serving).await };
-        self.incoming(connection, upgrade.boxed())
+        self.incoming(connection, async move { requested?.answer(socket, not_serving).await })
     }
 
     /// Reports a connection to the swarm, if its listener still exists.
-    fn incoming(&self, connection: Connection, upgrade: Upgrade) -> Option<Event> {
+    fn incoming(
+        &self,
+        connection: Connection,
+        upgrade: impl Future<Output = io::Result<WebSocketStream>> + Send + 'static,
+    ) -> Option<Event> {
         let Connection { listener: listener_id, local, remote } = connection;
         let listener = self.listeners.get(&listener_id)?;
         let upgrade = upgrade.map_err(|error| StageError::wrap(Stage::WebSocket, None, error));

@@ -2,7 +2,6 @@
 //! them, and the remedy.
 
 use std::{
-    fmt,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -25,8 +24,10 @@ use crate::wall_clock;
 /// What a relay that listens in TLS presents to its clients.
 #[derive(Clone, Debug)]
 pub struct Certificate {
-    config: Arc<ServerConfig>,
-    validity: Validity,
+    /// The TLS configuration that presents it.
+    pub config: Arc<ServerConfig>,
+    /// When it is valid, and for which names.
+    pub validity: Validity,
 }
 
 /// When a certificate is valid, and for which names.
@@ -41,27 +42,18 @@ pub struct Validity {
 }
 
 /// Why a certificate or a key cannot be used.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Unusable {
     /// There is something wrong with the certificate.
+    #[error("the certificate's PEM {0}")]
     Certificate(String),
     /// There is something wrong with the key.
+    #[error("the key's PEM {0}")]
     Key(String),
     /// The key is another certificate's.
+    #[error("the key belongs to another certificate")]
     Mismatch,
 }
-
-impl fmt::Display for Unusable {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Certificate(problem) => write!(f, "the certificate's PEM {problem}"),
-            Self::Key(problem) => write!(f, "the key's PEM {problem}"),
-            Self::Mismatch => f.write_str("the key belongs to another certificate"),
-        }
-    }
-}
-
-impl std::error::Error for Unusable {}
 
 impl Certificate {
     /// Reads a chain of certificates, the relay's own first, and the private key of that one, both in PEM.
@@ -101,16 +93,6 @@ impl Certificate {
         // A copy for rustls, which does not wipe it.
         let config = tls_config(chain, key.clone_key()).map_err(|error| unusable(&error))?;
         Ok(Self { config: config.into(), validity: own.ok_or_else(unreadable)? })
-    }
-
-    /// The TLS configuration that presents it.
-    pub fn tls_config(&self) -> Arc<ServerConfig> {
-        Arc::clone(&self.config)
-    }
-
-    /// When it is valid, and for which names.
-    pub fn validity(&self) -> &Validity {
-        &self.validity
     }
 }
 
@@ -315,7 +297,7 @@ mod tests {
         let read =
             Certificate::from_pem(certificate.pem().as_bytes(), key.serialize_pem().as_bytes())
                 .unwrap();
-        let validity = read.validity();
+        let validity = &read.validity;
         let (from, until) = (47_482, 47_847); // days since 1970
         assert_eq!((validity.not_before, validity.not_after), (day(from), day(until)));
         let warning = |days, announced: &str| {

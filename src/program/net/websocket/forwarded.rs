@@ -4,10 +4,7 @@
 //! trustworthy: the list is read from its end, and nothing that the client wrote at its start can change
 //! what that says.
 
-use std::{
-    fmt,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
-};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// The values of the headers, one for each line, in the order in which they came.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -22,25 +19,18 @@ pub struct Forwarded {
 pub type Hop = (IpAddr, Option<u16>);
 
 /// Why the headers name no client.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Unnamed {
     /// The request has neither header.
+    #[error("there is no Forwarded and no X-Forwarded-For header")]
     Absent,
     /// A trusted proxy named something other than an IP address.
+    #[error("its Forwarded or X-Forwarded-For header names no IP address")]
     Malformed,
     /// Both are there and name different clients. One of them is then the client's own: a proxy that
     /// appends to one header passes the other on as it came.
+    #[error("Forwarded and X-Forwarded-For name different clients")]
     Contradictory,
-}
-
-impl fmt::Display for Unnamed {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Absent => "there is no Forwarded and no X-Forwarded-For header",
-            Self::Malformed => "its Forwarded or X-Forwarded-For header names no IP address",
-            Self::Contradictory => "Forwarded and X-Forwarded-For name different clients",
-        })
-    }
 }
 
 impl Forwarded {

@@ -47,30 +47,23 @@ impl Head {
     /// Parses the head at the start of a connection. `None`: more bytes are needed.
     pub fn parse(bytes: &[u8]) -> Option<Self> {
         let mut headers = [EMPTY_HEADER; MAX_HEADERS];
-        let mut request = httparse::Request::new(&mut headers);
-        match request.parse(bytes) {
-            Ok(Status::Complete(length)) if length > MAX_BYTES => {
-                Some(Self::without_headers(Request::TooLarge))
+        let mut parsed = httparse::Request::new(&mut headers);
+        let request = match parsed.parse(bytes) {
+            Ok(Status::Complete(length)) if length <= MAX_BYTES => {
+                return Some(Self {
+                    request: kind_of(&parsed, length < bytes.len()),
+                    is_method_head: parsed.method == Some("HEAD"),
+                    forwarded: Forwarded {
+                        standard: values(&parsed, "Forwarded").map(<[u8]>::to_vec).collect(),
+                        de_facto: values(&parsed, "X-Forwarded-For").map(<[u8]>::to_vec).collect(),
+                    },
+                });
             }
-            Ok(Status::Complete(length)) => Some(Self {
-                request: kind_of(&request, length < bytes.len()),
-                is_method_head: request.method == Some("HEAD"),
-                forwarded: Forwarded {
-                    standard: values(&request, "Forwarded").map(<[u8]>::to_vec).collect(),
-                    de_facto: values(&request, "X-Forwarded-For").map(<[u8]>::to_vec).collect(),
-                },
-            }),
-            Ok(Status::Partial) if bytes.len() < MAX_BYTES => None,
-            Ok(Status::Partial) | Err(Error::TooManyHeaders) => {
-                Some(Self::without_headers(Request::TooLarge))
-            }
-            Err(_) => Some(Self::without_headers(Request::Bad("this port speaks WebSocket"))),
-        }
-    }
-
-    /// A head that was not parsed to its end.
-    pub fn without_headers(request: Request) -> Self {
-        Self { request, is_method_head: false, forwarded: Forwarded::default() }
+            Ok(Status::Partial) if bytes.len() < MAX_BYTES => return None,
+            Ok(_) | Err(Error::TooManyHeaders) => Request::TooLarge,
+            Err(_) => Request::Bad("this port speaks WebSocket"),
+        };
+        Some(Self { request, is_method_head: false, forwarded: Forwarded::default() })
     }
 
     /// Returns the whole answer to a request other than [`Request::Upgrade`], and its status line.

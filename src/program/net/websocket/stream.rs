@@ -4,22 +4,19 @@
 //! users cannot read the HTTP request that opened the WebSocket.
 
 use std::{
-    io,
+    io, mem,
     pin::Pin,
     task::{Context, Poll, ready},
 };
 
 use libp2p::futures::{
-    AsyncRead, AsyncWrite, FutureExt, StreamExt, TryStreamExt,
-    future::BoxFuture,
+    AsyncRead, AsyncWrite, Sink, StreamExt, TryStreamExt, sink,
     stream::{self, BoxStream, IntoAsyncRead},
 };
 use soketto::{
     Incoming,
-    connection::{Builder, Error, Mode, Receiver, Sender},
+    connection::{Builder, Error, Mode, Receiver},
 };
-
-use crate::delegate::delegate_write;
 
 /// The longest message that is read, in bytes.
 ///
@@ -31,7 +28,18 @@ pub const LONGEST_MESSAGE: usize = 256 * 1024;
 /// An open WebSocket. Its end and a failure can be read several times.
 pub struct WebSocketStream {
     reader: IntoAsyncRead<BoxStream<'static, io::Result<Vec<u8>>>>,
-    writer: Pin<Box<dyn AsyncWrite + Send>>,
+    /// Performs one operation at a time. soketto's sender has asynchronous methods, and no polled ones.
+    writer: Pin<Box<dyn Sink<Operation, Error = io::Error> + Send>>,
+    is_flushed: bool,
+    is_closed: bool,
+    has_failed: bool,
+}
+
+/// What soketto's sender is to do.
+enum Operation {
+    Send(Vec<u8>),
+    Flush,
+    Close,
 }
 
 impl WebSocketStream {
@@ -75,8 +83,31 @@ impl WebSocketStream {
             let message = next_message(&mut receiver).await?;
             Some((message, receiver))
         });
-        let writer = Writer { state: State::Idle(sender), is_flushed: true, is_closed: false };
-        Self { reader: messages.boxed().into_async_read(), writer: Box::pin(writer) }
+        let writer = sink::unfold(sender, |mut sender, operation| async {
+            let done = match operation {
+                Operation::Send(message) => sender.send_binary_mut(message).await,
+                Operation::Flush => sender.flush().await,
+                Operation::Close => sender.close().await,
+            };
+            done.map(|()| sender).map_err(io_error)
+        });
+        Self {
+            reader: messages.boxed().into_async_read(),
+            writer: Box::pin(writer),
+            is_flushed: true,
+            is_closed: false,
+            has_failed: false,
+        }
+    }
+
+    /// Completes the operation that is under way.
+    fn poll_idle(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.has_failed {
+            return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
+        }
+        let idle = ready!(self.writer.as_mut().poll_ready(cx));
+        self.has_failed = idle.is_err();
+        Poll::Ready(idle)
     }
 }
 
@@ -117,60 +148,6 @@ impl AsyncRead for WebSocketStream {
 }
 
 impl AsyncWrite for WebSocketStream {
-    delegate_write!(writer);
-}
-
-/// soketto's sender has asynchronous methods; this has polled ones.
-struct Writer<S> {
-    state: State<S>,
-    is_flushed: bool,
-    is_closed: bool,
-}
-
-enum State<S> {
-    Idle(Sender<S>),
-    /// An operation, which gives the sender back.
-    Busy(BoxFuture<'static, Result<Sender<S>, Error>>),
-    Failed,
-}
-
-impl<S> Writer<S>
-where
-    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
-{
-    /// Completes the operation that is under way.
-    fn poll_idle(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if let State::Busy(operation) = &mut self.state {
-            match ready!(operation.poll_unpin(cx)) {
-                Ok(sender) => self.state = State::Idle(sender),
-                Err(error) => {
-                    self.state = State::Failed;
-                    return Poll::Ready(Err(io_error(error)));
-                }
-            }
-        }
-        Poll::Ready(Ok(()))
-    }
-
-    /// Begins an operation; none is under way.
-    fn begin<F>(&mut self, operation: impl FnOnce(Sender<S>) -> F) -> io::Result<()>
-    where
-        F: Future<Output = Result<Sender<S>, Error>> + Send + 'static,
-    {
-        match std::mem::replace(&mut self.state, State::Failed) {
-            State::Idle(sender) => {
-                self.state = State::Busy(operation(sender).boxed());
-                Ok(())
-            }
-            _ => Err(io::ErrorKind::BrokenPipe.into()),
-        }
-    }
-}
-
-impl<S> AsyncWrite for Writer<S>
-where
-    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
-{
     fn poll_write(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -180,11 +157,7 @@ where
         if self.is_closed {
             return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into())); // soketto would send it
         }
-        let message = bytes.to_vec();
-        self.begin(|mut sender| async {
-            sender.send_binary_mut(message).await?;
-            Ok(sender)
-        })?;
+        self.writer.as_mut().start_send(Operation::Send(bytes.to_vec()))?;
         self.is_flushed = false;
         Poll::Ready(Ok(bytes.len()))
     }
@@ -192,28 +165,20 @@ where
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         loop {
             ready!(self.poll_idle(cx))?;
-            if self.is_flushed {
+            if mem::replace(&mut self.is_flushed, true) {
                 return Poll::Ready(Ok(()));
             }
-            self.is_flushed = true;
-            self.begin(|mut sender| async {
-                sender.flush().await?;
-                Ok(sender)
-            })?;
+            self.writer.as_mut().start_send(Operation::Flush)?;
         }
     }
 
     fn poll_close(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         loop {
             ready!(self.poll_idle(cx))?;
-            if self.is_closed {
+            if mem::replace(&mut self.is_closed, true) {
                 return Poll::Ready(Ok(()));
             }
-            self.is_closed = true;
-            self.begin(|mut sender| async {
-                sender.close().await?;
-                Ok(sender)
-            })?;
+            self.writer.as_mut().start_send(Operation::Close)?;
         }
     }
 }
