@@ -10,8 +10,6 @@ mod bootstrap_nodes;
 
 use std::{
     collections::HashSet,
-    error::Error,
-    fmt,
     task::{Context, Poll},
 };
 
@@ -97,16 +95,9 @@ pub struct Dht {
 }
 
 /// The error of a dial beyond [`DIALED_FOR_DHT`], or while the DHT is paused.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
+#[error("too many connections were dialed for the DHT")]
 struct DialDenied;
-
-impl fmt::Display for DialDenied {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("too many connections were dialed for the DHT")
-    }
-}
-
-impl Error for DialDenied {}
 
 impl Dht {
     /// The relay `local` as a node of this DHT.

@@ -3,16 +3,17 @@
 //! Sans-IO. A client can have only its own address dialed; these limits keep clients from having the relay dial without
 //! end, and one client from using up the dials of all.
 
-use std::{
-    collections::{HashMap, hash_map::Entry},
-    fmt,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use libp2p::PeerId;
 
 use crate::{
-    address::ClientPrefix, program::net::admission::limits::DIALED_FOR_AUTONAT, relay::rates::Rates,
+    address::ClientPrefix,
+    program::net::admission::limits::DIALED_FOR_AUTONAT,
+    relay::{
+        quota::{Caps, Quota},
+        rates::Rates,
+    },
 };
 
 /// How many times a minute a peer is dialed, with a burst of as many: go-libp2p's limit. All peers of an address
@@ -31,40 +32,32 @@ pub struct DialLimits {
     /// The GCRA of the total: when its whole burst is available again.
     full_at: Instant,
     last_cleanup: Instant,
-    in_progress: HashMap<ClientPrefix, usize>,
-    total_in_progress: usize,
+    in_progress: Quota,
 }
 
 /// Which limit a dial would exceed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Exceeded {
     /// The rate of the peer or of its address.
+    #[error("too many dials for the client")]
     Client,
     /// The rate of all peers together.
+    #[error("too many dials")]
     Total,
     /// The number of dials in progress, of the address or in total.
+    #[error("too many dials at once")]
     InProgress,
-}
-
-impl fmt::Display for Exceeded {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Client => "too many dials for the client",
-            Self::Total => "too many dials",
-            Self::InProgress => "too many dials at once",
-        })
-    }
 }
 
 impl DialLimits {
     /// No dials yet.
     pub fn new(now: Instant) -> Self {
+        let (total, per_address) = (Some(DIALED_FOR_AUTONAT), Some(DIALED_FOR_AUTONAT / 4));
         Self {
             rates: Rates::new(PER_PEER),
             full_at: now,
             last_cleanup: now,
-            in_progress: HashMap::new(),
-            total_in_progress: 0,
+            in_progress: Quota::new(Caps { total, per_subnet: None, per_address }),
         }
     }
 
@@ -79,8 +72,7 @@ impl DialLimits {
         prefix: ClientPrefix,
         now: Instant,
     ) -> Result<(), Exceeded> {
-        let of_address = self.in_progress.get(&prefix).copied().unwrap_or(0);
-        if self.total_in_progress >= DIALED_FOR_AUTONAT || of_address >= DIALED_FOR_AUTONAT / 4 {
+        if self.in_progress.full(Some(prefix)).is_some() {
             return Err(Exceeded::InProgress);
         }
         // Before the rates by peer, whose table so grows by at most `TOTAL` entries a minute.
@@ -94,20 +86,13 @@ impl DialLimits {
         }
         self.rates.take(peer, Some(prefix), now).map_err(|_| Exceeded::Client)?;
         self.full_at = full_at;
-        self.total_in_progress += 1;
-        *self.in_progress.entry(prefix).or_default() += 1;
+        self.in_progress.add(Some(prefix));
         Ok(())
     }
 
     /// Ends a dial.
     pub fn release(&mut self, prefix: ClientPrefix) {
-        if let Entry::Occupied(mut in_progress) = self.in_progress.entry(prefix) {
-            self.total_in_progress -= 1;
-            *in_progress.get_mut() -= 1;
-            if *in_progress.get() == 0 {
-                in_progress.remove();
-            }
-        }
+        self.in_progress.remove(Some(prefix));
     }
 }
 
@@ -168,7 +153,7 @@ mod tests {
             assert_eq!(exceeded, Err(Exceeded::Total));
             assert!(limits.rates.buckets() <= 4 * TOTAL as usize);
         }
-        assert!(limits.in_progress.is_empty() && limits.total_in_progress == 0);
+        assert!(limits.in_progress.scopes() == 0);
     }
 
     #[test]

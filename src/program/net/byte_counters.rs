@@ -48,22 +48,19 @@ pub struct Pending {
 }
 
 impl Table {
-    /// The pending connection with these ends, if there is exactly one.
-    fn only(&self, ends: Ends) -> Option<(&Key, &Pending)> {
+    /// The pending connection between these ends, if there is exactly one.
+    fn only(&self, endpoint: &ConnectedPoint) -> Option<(&Key, &Pending)> {
+        let socket_address = |address| remote_address(address).map(|(socket, _)| socket);
+        let ends = match endpoint {
+            ConnectedPoint::Dialer { address, .. } => (None, socket_address(address)?),
+            ConnectedPoint::Listener { local_addr, send_back_addr } => {
+                (Some(socket_address(local_addr)?), socket_address(send_back_addr)?)
+            }
+        };
         let mut candidates = self.pending.range((ends, 0)..=(ends, u64::MAX));
         let only = candidates.next()?;
         candidates.next().is_none().then_some(only)
     }
-}
-
-fn ends(endpoint: &ConnectedPoint) -> Option<Ends> {
-    let socket_address = |address| remote_address(address).map(|(socket, _)| socket);
-    Some(match endpoint {
-        ConnectedPoint::Dialer { address, .. } => (None, socket_address(address)?),
-        ConnectedPoint::Listener { local_addr, send_back_addr } => {
-            (Some(socket_address(local_addr)?), socket_address(send_back_addr)?)
-        }
-    })
 }
 
 impl ByteCounters {
@@ -87,29 +84,26 @@ impl ByteCounters {
 
     /// Takes the counter of the connection between these ends; `None` if there are several.
     pub fn take(&self, endpoint: &ConnectedPoint) -> Option<ActivityCounter> {
-        let ends = ends(endpoint)?;
         let mut table = self.table();
-        let key = *table.only(ends)?.0;
+        let key = *table.only(endpoint)?.0;
         table.pending.remove(&key).map(|pending| pending.progress.activity)
     }
 
     /// The pending connection between these ends; `None` if there are several, or its counter was taken.
     pub fn get(&self, endpoint: &ConnectedPoint) -> Option<Pending> {
-        let table = self.table();
-        ends(endpoint).and_then(|ends| table.only(ends)).map(|(_, pending)| pending.clone())
+        self.table().only(endpoint).map(|(_, pending)| pending.clone())
     }
 
     /// Replaces the remote end of the connection between these ends, a reverse proxy's, by its client's; unless there are
     /// several, or its counter was taken.
     #[cfg(feature = "websocket")]
     pub(crate) fn rename(&self, endpoint: &ConnectedPoint, client: SocketAddr) {
-        let Some(ends) = ends(endpoint) else { return };
         let mut table = self.table();
-        let Some((&key, _)) = table.only(ends) else { return };
+        let Some((&key, _)) = table.only(endpoint) else { return };
+        let ((local, _), number) = key;
         if let Some(pending) = table.pending.remove(&key) {
-            let ends = (ends.0, client);
-            table.pending.insert((ends, key.1), pending);
-            table.renamed.insert(key.1, ends);
+            table.pending.insert(((local, client), number), pending);
+            table.renamed.insert(number, (local, client));
         }
     }
 

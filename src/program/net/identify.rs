@@ -60,8 +60,8 @@ const NEGOTIATION_TIMEOUT: Duration = Duration::from_secs(5);
 const PUSHES_AT_ONCE: usize = 32;
 const PUSH_PAUSE: Duration = Duration::from_millis(100);
 
-/// How many answers may be in progress on one connection. A request beyond that is reset.
-const MAX_ANSWERS: usize = 4;
+/// How many exchanges may be in progress on one connection when a request is answered. One beyond that is reset.
+const MAX_EXCHANGES: usize = 4;
 
 /// How many pushes of one peer are read: 20 at once, then one each 3 s. A push beyond that is reset, and so is one that
 /// arrives while another is being read.
@@ -186,7 +186,6 @@ impl Identify {
             tasks: FuturesUnordered::new(),
             pushes: Bucket::default(),
             reported_dht: None,
-            answers: 0,
             should_ask: true,
             should_push: false,
             is_pushing: false,
@@ -270,8 +269,6 @@ pub struct Handler {
     pushes: Bucket,
     /// Whether the peer supports the DHT's protocol, until that is reported to the swarm.
     reported_dht: Option<bool>,
-    /// How many answers are in progress.
-    answers: usize,
     should_ask: bool,
     should_push: bool,
     is_pushing: bool,
@@ -298,16 +295,11 @@ pub enum Exchange {
 }
 
 impl Handler {
-    fn on_inbound(&mut self, stream: Stream, protocol: &StreamProtocol) {
-        if *protocol == PUSH {
-            let is_free = !self.is_reading_push;
-            if is_free && self.pushes.take(PUSHES, Duration::ZERO, Instant::now()).is_some() {
-                self.is_reading_push = true;
-                self.read(stream, Exchange::ReadPush);
-            }
-        } else if self.answers < MAX_ANSWERS {
-            self.answers += 1;
-            self.send(stream, Exchange::Answer);
+    fn on_push(&mut self, stream: Stream) {
+        let is_free = !self.is_reading_push;
+        if is_free && self.pushes.take(PUSHES, Duration::ZERO, Instant::now()).is_some() {
+            self.is_reading_push = true;
+            self.read(stream, Exchange::ReadPush);
         }
     }
 
@@ -332,8 +324,7 @@ impl Handler {
 
     fn on_ended(&mut self, exchange: Exchange) {
         match exchange {
-            Exchange::Answer => self.answers -= 1,
-            Exchange::Ask => {}
+            Exchange::Answer | Exchange::Ask => {}
             Exchange::ReadPush => self.is_reading_push = false,
             Exchange::Push => self.is_pushing = false,
         }
@@ -370,13 +361,13 @@ impl ConnectionHandler for Handler {
         event: ConnectionEvent<SelectUpgrade<Ready, Ready>, Ready, (), Exchange>,
     ) {
         match event {
-            ConnectionEvent::FullyNegotiatedInbound(inbound) => {
-                let (stream, protocol) = match inbound.protocol {
-                    Either::Left(stream) => (stream, IDENTIFY),
-                    Either::Right(stream) => (stream, PUSH),
-                };
-                self.on_inbound(stream, &protocol);
-            }
+            ConnectionEvent::FullyNegotiatedInbound(inbound) => match inbound.protocol {
+                Either::Left(stream) if self.tasks.len() < MAX_EXCHANGES => {
+                    self.send(stream, Exchange::Answer);
+                }
+                Either::Left(_) => {}
+                Either::Right(stream) => self.on_push(stream),
+            },
             ConnectionEvent::FullyNegotiatedOutbound(outbound) => match outbound.info {
                 Exchange::Push => self.send(outbound.protocol, Exchange::Push),
                 exchange => self.read(outbound.protocol, exchange),

@@ -14,10 +14,6 @@ use std::{
 use futures_timer::Delay;
 use libp2p::futures::FutureExt;
 
-/// Reported instead of the machine's addresses where the system does not list them, as on Android.
-const UNSPECIFIED_IPV4: IpAddr = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
-const UNSPECIFIED_IPV6: IpAddr = IpAddr::V6(Ipv6Addr::UNSPECIFIED);
-
 /// How often the addresses are listed.
 const POLL_INTERVAL: Duration = Duration::from_secs(5);
 
@@ -63,7 +59,10 @@ impl Interfaces {
                              that it connected to, and logs none; name others with --announce"
                         );
                     });
-                    self.update([UNSPECIFIED_IPV4, UNSPECIFIED_IPV6].into());
+                    // The system does not list them, as on Android.
+                    self.update(
+                        [Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()].into(),
+                    );
                 }
                 Err(error) => log::debug!("listing this machine's addresses failed: {error}"),
             }
@@ -71,7 +70,8 @@ impl Interfaces {
     }
 
     fn update(&mut self, mut found: BTreeSet<IpAddr>) {
-        found.retain(is_dialable);
+        // A multiaddr cannot name the interface, without which an IPv6 link-local address cannot be dialed.
+        found.retain(|ip| !matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local()));
         let gone = self.known.difference(&found).copied().map(Change::Down);
         self.changes.extend(gone);
         let new = found.difference(&self.known).copied().map(Change::Up);
@@ -94,14 +94,6 @@ pub(crate) fn outbound_ip() -> Option<IpAddr> {
     // Sends nothing: connecting a datagram socket only looks up the route.
     socket.connect("192.0.2.1:9").ok()?;
     socket.local_addr().ok().map(|address| address.ip())
-}
-
-/// A multiaddr cannot name the interface, without which an IPv6 link-local address cannot be dialed.
-fn is_dialable(ip: &IpAddr) -> bool {
-    match ip {
-        IpAddr::V4(_) => true,
-        IpAddr::V6(ip) => !ip.is_unicast_link_local(),
-    }
 }
 
 #[cfg(test)]

@@ -84,7 +84,7 @@ impl Accepted {
 
 /// One listening socket.
 pub(super) struct Listener {
-    id: ListenerId,
+    pub(super) id: ListenerId,
     bound: SocketAddr,
     accepted: BoxStream<'static, io::Result<(TcpStream, SocketAddr)>>,
     /// The machine's addresses, if the socket is bound to all of them.
@@ -94,7 +94,7 @@ pub(super) struct Listener {
     next_backoff: Duration,
     last_failure: Option<Instant>,
     events: VecDeque<Event>,
-    closed: bool,
+    pub(super) is_closed: bool,
     waker: Option<Waker>,
 }
 
@@ -113,13 +113,11 @@ impl Listener {
         let bound = listener.local_addr()?;
 
         let interfaces = bound.ip().is_unspecified().then(Interfaces::new);
-        let bound_event = match &interfaces {
-            Some(_) => None,
-            None => {
-                let listen_addr = multiaddr(bound);
-                Some(TransportEvent::NewAddress { listener_id: id, listen_addr })
-            }
-        };
+        let mut events = VecDeque::new();
+        if interfaces.is_none() {
+            let listen_addr = multiaddr(bound);
+            events.push_back(TransportEvent::NewAddress { listener_id: id, listen_addr });
+        }
         let accepted = stream::unfold(TcpListener::from(listener), |listener| async move {
             Some((listener.accept().await, listener))
         });
@@ -131,23 +129,15 @@ impl Listener {
             backoff: None,
             next_backoff: FIRST_BACKOFF,
             last_failure: None,
-            events: bound_event.into_iter().collect(),
-            closed: false,
+            events,
+            is_closed: false,
             waker: None,
         })
     }
 
-    pub(super) fn id(&self) -> ListenerId {
-        self.id
-    }
-
-    pub(super) fn is_closed(&self) -> bool {
-        self.closed
-    }
-
     /// Closes the socket at once, so that its port can be bound again.
     pub(super) fn close(&mut self) {
-        if std::mem::replace(&mut self.closed, true) {
+        if std::mem::replace(&mut self.is_closed, true) {
             return;
         }
         self.accepted = stream::pending().boxed();
@@ -201,7 +191,7 @@ impl Stream for Listener {
         if let Some(event) = this.events.pop_front() {
             return Poll::Ready(Some(Output::Event(event)));
         }
-        if this.closed {
+        if this.is_closed {
             return Poll::Ready(None);
         }
         this.waker = Some(cx.waker().clone());

@@ -28,14 +28,10 @@ pub fn listen_address(address: &Multiaddr) -> Option<(SocketAddr, Layer)> {
     let Some(Protocol::Tcp(port)) = parts.next() else {
         return None;
     };
-    let is_root = |path: &str| path == "/";
-    let layer = match (parts.next(), parts.next(), parts.next()) {
-        (None, ..) => Layer::Tcp,
-        (Some(Protocol::Ws(path)), None, _) if is_root(&path) => Layer::WebSocket,
-        (Some(Protocol::Wss(path)), None, _) if is_root(&path) => Layer::SecureWebSocket,
-        (Some(Protocol::Tls), Some(Protocol::Ws(path)), None) if is_root(&path) => {
-            Layer::SecureWebSocket
-        }
+    let layer = match parts.collect::<Multiaddr>().to_string().as_str() {
+        "" => Layer::Tcp,
+        "/ws" => Layer::WebSocket,
+        "/wss" | "/tls/ws" => Layer::SecureWebSocket,
         _ => return None,
     };
     Some((SocketAddr::new(ip, port), layer))

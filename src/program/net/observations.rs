@@ -69,12 +69,6 @@ struct Observation<C> {
     closed_at: Option<Instant>,
 }
 
-impl<C> Observation<C> {
-    fn is_current(&self, now: Instant) -> bool {
-        self.closed_at.is_none_or(|at| now.saturating_duration_since(at) < OBSERVATION_TTL)
-    }
-}
-
 impl<C: Copy + Eq> Observations<C> {
     /// No observations yet.
     pub fn new(now: Instant) -> Self {
@@ -101,10 +95,8 @@ impl<C: Copy + Eq> Observations<C> {
         mut listening: impl Iterator<Item = &'a Multiaddr>,
         now: Instant,
     ) {
-        let Some(subnet) = from.prefix.map(ClientPrefix::subnet) else {
-            return;
-        };
-        let Some((ip, service)) = parse(address, relay) else {
+        let subnet = from.prefix.map(ClientPrefix::subnet);
+        let (Some(subnet), Some((ip, service))) = (subnet, parse(address, relay)) else {
             return;
         };
         let is_ours = |own| parse(own, relay).is_some_and(|(_, own)| own == service);
@@ -148,8 +140,10 @@ impl<C: Copy + Eq> Observations<C> {
             return false;
         }
         self.next_update = now + UPDATE_INTERVAL;
+        let is_current =
+            |closed_at: Instant| now.saturating_duration_since(closed_at) < OBSERVATION_TTL;
         self.by_service.retain(|_, observations| {
-            observations.retain(|_, observation| observation.is_current(now));
+            observations.retain(|_, observation| observation.closed_at.is_none_or(is_current));
             !observations.is_empty()
         });
         if now < self.next_change {

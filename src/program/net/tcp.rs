@@ -13,7 +13,7 @@ use std::{
     net::SocketAddr,
     pin::Pin,
     task::{Context, Poll},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use async_std::net::TcpStream;
@@ -69,8 +69,7 @@ impl Tcp {
     /// Whether this listener is open. A connection of a closed one must not be reported: libp2p's WebSocket panics on
     /// it.
     fn is_listening(&self, id: ListenerId) -> bool {
-        let mut listeners = self.listeners.iter();
-        listeners.any(|listener| listener.id() == id && !listener.is_closed())
+        self.listeners.iter().any(|listener| listener.id == id && !listener.is_closed)
     }
 
     /// Step 1: determines the client of an accepted connection. Of a proxy's connection it reads the header first.
@@ -94,18 +93,17 @@ impl Tcp {
 
     /// Step 2: applies the rate limits to a connection of this client.
     fn on_client(&mut self, accepted: Accepted, client: io::Result<SocketAddr>) -> Option<Event> {
-        let delay = match &client {
-            Ok(client) => self.rates.delay(client.ip(), self.delayed.len(), Instant::now()),
-            Err(_) => Some(Duration::ZERO),
-        };
-        match (client, delay) {
-            (Ok(client), Some(delay)) if !delay.is_zero() => {
+        let client = client.and_then(|client| {
+            let delay = self.rates.delay(client.ip(), self.delayed.len(), Instant::now());
+            delay.map(|delay| (client, delay)).ok_or_else(|| Denied::Rate.into())
+        });
+        match client {
+            Ok((client, delay)) if !delay.is_zero() => {
                 let delayed = Delay::new(delay).map(move |()| (accepted, client));
                 self.delayed.push(delayed.boxed());
                 None
             }
-            (Ok(_), None) => Some(accepted.into_event(&self.counters, Err(Denied::Rate.into()))),
-            (client, _) => Some(accepted.into_event(&self.counters, client)),
+            client => Some(accepted.into_event(&self.counters, client.map(|(client, _)| client))),
         }
     }
 }
@@ -131,7 +129,7 @@ impl Transport for Tcp {
     }
 
     fn remove_listener(&mut self, id: ListenerId) -> bool {
-        let listener = self.listeners.iter_mut().find(|listener| listener.id() == id);
+        let listener = self.listeners.iter_mut().find(|listener| listener.id == id);
         listener.map(Listener::close).is_some()
     }
 

@@ -199,8 +199,7 @@ where
                 let ip = client.as_ref().unwrap_or(&remote).ip();
                 match rates.delay(ip, 0, Instant::now()) {
                     Some(wait) => Delay::new(wait).await,
-                    None if requested.is_ok() => requested = Err(Denied::Rate.into()),
-                    None => {}
+                    None => requested = requested.and(Err(Denied::Rate.into())),
                 }
                 Introduced { connection, requested, client }
             }

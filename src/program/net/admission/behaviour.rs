@@ -4,6 +4,7 @@
 //! are in [`super::limits`], the access rules in [`crate::access`].
 
 use std::{
+    cmp::Reverse,
     collections::HashMap,
     net::Shutdown,
     task::{Context, Poll},
@@ -163,14 +164,12 @@ impl Admission {
         prefix: Option<ClientPrefix>,
         holds_slot: bool,
     ) -> Option<ConnectionId> {
-        let (now, quota) = (Instant::now(), &self.limits.quota);
+        let quota = &self.limits.quota;
         let idle = self.relay.relay.idle_without_slot();
         let candidates =
             idle.filter(|(_, other)| holds_slot || quota.yields(other.origin.prefix, prefix));
-        let heaviest = candidates.max_by_key(|(_, other)| {
-            let idle_for = now.saturating_duration_since(other.idle_since);
-            (quota.load(other.origin.prefix), idle_for)
-        });
+        let heaviest = candidates
+            .max_by_key(|(_, other)| (quota.load(other.origin.prefix), Reverse(other.idle_since)));
         heaviest.map(|(connection, _)| connection)
     }
 

@@ -23,8 +23,8 @@ const WIDER: u32 = 4;
 /// The longest that a connection is delayed.
 const MAX_DELAY: Duration = Duration::from_secs(5);
 
-/// The rates of new connections. Clones share them.
-#[derive(Clone, Debug)]
+/// The rates of new connections. Clones share them. By default there is no limit, for a transport that only dials.
+#[derive(Clone, Debug, Default)]
 pub struct ConnectionRates {
     rates: Arc<Mutex<ScopedRates>>,
     max_delayed: usize,
@@ -52,16 +52,8 @@ impl ConnectionRates {
             per_subnet.map(|_| rate(of_subnet, WIDER)),
             per_subnet.map(|_| rate(all, WIDER * WIDER)),
         ];
-        Self::with(levels, limits.max_handshakes)
-    }
-
-    /// No limit, for a transport that only dials.
-    pub fn unlimited() -> Self {
-        Self::with([None; 3], 0)
-    }
-
-    fn with(levels: [Option<Rate>; 3], max_delayed: usize) -> Self {
-        Self { rates: Arc::new(Mutex::new(ScopedRates::new(levels))), max_delayed, exempt: None }
+        let rates = Arc::new(Mutex::new(ScopedRates::new(levels)));
+        Self { rates, max_delayed: limits.max_handshakes, exempt: None }
     }
 
     /// The same rates, with none for connections of these proxies.

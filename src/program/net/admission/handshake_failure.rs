@@ -197,7 +197,11 @@ impl HandshakeFailure {
             }
             _ => return None,
         };
-        let stage = stage(cause, known.progress.is_secured());
+        let stage = match stages(cause).next() {
+            _ if known.progress.is_secured() => Stage::Muxer,
+            Some(error) => error.stage,
+            None => Stage::Multistream,
+        };
         let reason = reason(cause, stage, known);
         (reason != Reason::HealthCheck).then_some(Self { stage, reason })
     }
@@ -205,14 +209,6 @@ impl HandshakeFailure {
 
 fn stages(cause: &io::Error) -> impl Iterator<Item = &StageError> {
     causes(cause).filter_map(|cause| cause.downcast_ref())
-}
-
-fn stage(cause: &io::Error, is_secured: bool) -> Stage {
-    match stages(cause).next() {
-        _ if is_secured => Stage::Muxer,
-        Some(error) => error.stage,
-        None => Stage::Multistream,
-    }
 }
 
 fn reason(cause: &io::Error, stage: Stage, known: &Known) -> Reason {

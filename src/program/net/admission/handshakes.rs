@@ -152,7 +152,7 @@ impl<C: Copy + Eq + Hash> Handshakes<C> {
     /// No handshakes yet; an eighth of the total cap is reserved.
     pub fn new(caps: Caps) -> Self {
         let reserved = caps.total.map(|all| all / 8);
-        let shared = caps.total.zip(reserved).map(|(all, reserved)| all - reserved);
+        let shared = caps.total.map(|all| all - all / 8);
         let reserved_caps =
             Caps { total: reserved, per_subnet: None, per_address: Some(RESERVED_PER_PREFIX) };
         Self {

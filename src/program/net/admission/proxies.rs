@@ -65,16 +65,12 @@ pub async fn read_client(mut stream: &TcpStream) -> io::Result<Option<SocketAddr
     header.unwrap_or_else(|_| Err(denied(HeaderError::TimedOut)))
 }
 
-#[expect(
-    clippy::indexing_slicing,
-    reason = "nothing is read beyond the buffer, and a header is no longer than the bytes it was parsed from"
-)]
 async fn read_header(stream: &mut &TcpStream) -> io::Result<Option<SocketAddr>> {
     let mut bytes = [0; proxy_header::MAX_LENGTH];
     let mut read = 0;
     loop {
         // 1. Peek, so that only bytes of the header are taken out of the stream.
-        let peeked = stream.peek(&mut bytes[read..]).await?;
+        let peeked = stream.peek(bytes.get_mut(read..).unwrap_or_default()).await?;
         if peeked == 0 {
             return Err(match read {
                 0 => io::ErrorKind::UnexpectedEof.into(), // a proxy's health check
@@ -82,9 +78,10 @@ async fn read_header(stream: &mut &TcpStream) -> io::Result<Option<SocketAddr>> 
             });
         }
         // 2. Parse, and take what belongs to the header.
-        let header = proxy_header::parse(&bytes[..read + peeked]).map_err(denied)?;
-        let end = header.map_or(read + peeked, |header| header.length);
-        stream.read_exact(&mut bytes[read..end]).await?;
+        let arrived = bytes.get(..read + peeked).unwrap_or_default();
+        let header = proxy_header::parse(arrived).map_err(denied)?;
+        let end = header.map_or(arrived.len(), |header| header.length);
+        stream.read_exact(bytes.get_mut(read..end).unwrap_or_default()).await?;
         read = end;
         if let Some(header) = header {
             return Ok(header.client);

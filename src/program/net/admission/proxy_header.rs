@@ -6,7 +6,7 @@
 //!
 //! [spec]: https://www.haproxy.org/download/3.2/doc/proxy-protocol.txt
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 
 /// The longest header that is read, in bytes: what a TCP segment carries on any network, so that it arrives in one.
 pub const MAX_LENGTH: usize = 536;
@@ -111,8 +111,8 @@ fn parse_v2(bytes: &[u8]) -> Result<Option<Header>, HeaderError> {
     let client = match (command, family) {
         (0x20, _) => None,           // LOCAL: the rest is to be ignored
         (0x21, 0x00 | 0x31) => None, // PROXY: for an unknown client, or over a Unix socket
-        (0x21, 0x11) => Some(binary_address::<4, Ipv4Addr>(rest).ok_or(HeaderError::Malformed)?),
-        (0x21, 0x21) => Some(binary_address::<16, Ipv6Addr>(rest).ok_or(HeaderError::Malformed)?),
+        (0x21, 0x11) => Some(binary_address::<4>(rest).ok_or(HeaderError::Malformed)?),
+        (0x21, 0x21) => Some(binary_address::<16>(rest).ok_or(HeaderError::Malformed)?),
         _ => return Err(HeaderError::Malformed),
     };
     Ok(Some(Header { client, length }))
@@ -130,22 +130,25 @@ fn text_address(family: &str, ip: &str, port: &str) -> Result<SocketAddr, Header
 }
 
 /// Parses the first of two addresses of `N` bytes, and the first of the two ports that follow them.
-fn binary_address<const N: usize, I: From<[u8; N]> + Into<IpAddr>>(
-    bytes: &[u8],
-) -> Option<SocketAddr> {
+fn binary_address<const N: usize>(bytes: &[u8]) -> Option<SocketAddr>
+where
+    IpAddr: From<[u8; N]>,
+{
     let (from, bytes) = bytes.split_first_chunk::<N>()?;
     let (_to, bytes) = bytes.split_first_chunk::<N>()?;
     let (ports, _) = bytes.split_first_chunk::<4>()?;
     let [from_port @ .., _, _] = *ports;
-    Some(canonical(I::from(*from), u16::from_be_bytes(from_port)))
+    Some(canonical((*from).into(), u16::from_be_bytes(from_port)))
 }
 
-fn canonical(ip: impl Into<IpAddr>, port: u16) -> SocketAddr {
-    SocketAddr::new(ip.into().to_canonical(), port)
+fn canonical(ip: IpAddr, port: u16) -> SocketAddr {
+    SocketAddr::new(ip.to_canonical(), port)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
+
     use proptest::{collection::vec, prelude::*, sample::select};
     use proxy_header::{ProxiedAddress, ProxyHeader, Tlv};
 

@@ -19,7 +19,7 @@ const MOST_SCOPES: usize = 65_536;
 const PURGE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How often something may arrive from each address, subnet and IPv6 /32.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct ScopedRates {
     /// For an address, a subnet, and an IPv6 /32; `None`: no limit.
     levels: [Option<Rate>; 3],
@@ -46,8 +46,7 @@ impl Bucket {
 impl ScopedRates {
     /// `levels` are the rates of an address, a subnet, and an IPv6 /32; `None`: no limit. All buckets are full.
     pub fn new(levels: [Option<Rate>; 3]) -> Self {
-        let buckets = [HashMap::new(), HashMap::new(), HashMap::new()];
-        Self { levels, buckets, purged_at: None }
+        Self { levels, ..Self::default() }
     }
 
     /// Takes a token of each scope of this prefix, and returns how long the caller has to wait for them. If that is longer

@@ -44,10 +44,7 @@ enum Operation {
 
 impl WebSocketStream {
     /// The server's side of a connection whose upgrade was answered.
-    pub fn new<S>(connection: S) -> Self
-    where
-        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
-    {
+    pub fn new<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(connection: S) -> Self {
         Self::build(Builder::new(connection, Mode::Server))
     }
 
@@ -72,10 +69,7 @@ impl WebSocketStream {
         Err(io::Error::other(format!("the server answers the upgrade with HTTP {status}")))
     }
 
-    fn build<S>(mut builder: Builder<S>) -> Self
-    where
-        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
-    {
+    fn build<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(mut builder: Builder<S>) -> Self {
         builder.set_max_message_size(LONGEST_MESSAGE);
         builder.set_max_frame_size(LONGEST_MESSAGE);
         let (sender, receiver) = builder.finish();
