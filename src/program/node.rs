@@ -3,6 +3,8 @@
 mod event;
 mod setup;
 
+#[cfg(feature = "websocket")]
+use std::sync::atomic::Ordering;
 use std::{
     io,
     time::{Duration, Instant, SystemTime},
@@ -31,10 +33,7 @@ use super::dht::{self, Dht};
 #[cfg(feature = "pnet")]
 use super::net::swarm_key;
 #[cfg(feature = "websocket")]
-use super::net::{
-    websocket::{self, certificate::Certificate},
-    write_coalescing::WriteCoalescing,
-};
+use super::net::websocket::{self, WebSocket, certificate::Certificate};
 use super::{
     mux::{budget::Buffered, muxer::Multiplex, stream_limits},
     net::{
@@ -132,21 +131,17 @@ impl Node {
         let counters = ByteCounters::default();
         let proxies = Proxies::new(limits.max_handshakes);
         let rates = ConnectionRates::new(&config, &limits);
-        let tcp = |rates| {
-            let tcp = Tcp::new(counters.clone(), proxies.clone(), rates);
-            let pending = counters.clone();
-            tcp.map(move |stream, endpoint| {
-                ReadBuffer::new(stream, pending.get(&endpoint).map(|it| it.progress.opening))
-            })
-        };
-        let transport = tcp(rates.clone());
+        let pending = counters.clone();
+        let transport = Tcp::new(counters.clone(), proxies.clone(), rates.clone(), None);
+        let transport = transport.map(move |stream, endpoint| {
+            ReadBuffer::new(stream, pending.get(&endpoint).map(|it| it.progress.opening))
+        });
         #[cfg(feature = "websocket")]
-        let websocket = websocket::Control::new(limits.max_handshakes);
-        #[cfg(feature = "websocket")]
-        let transport = {
-            let tcp = tcp(rates.except(websocket.forwarders.clone()));
-            let tcp = tcp.map(|stream, _| WriteCoalescing::new(stream));
-            transport.or_transport(websocket.over(tcp, counters.clone(), rates))
+        let (transport, control) = {
+            let max_requests = limits.max_handshakes;
+            let websocket = WebSocket::new(counters.clone(), proxies.clone(), rates, max_requests);
+            let control = websocket.control.clone();
+            (transport.or_transport(websocket), control)
         };
         let is_private = setup.is_private();
         #[cfg(feature = "pnet")]
@@ -194,7 +189,7 @@ impl Node {
             observations: Observations::new(Instant::now()),
             certificate_not_after: None,
             #[cfg(feature = "websocket")]
-            websocket,
+            websocket: control,
             listeners: Vec::new(),
             circuits_per_peer,
         };
@@ -417,9 +412,11 @@ impl Node {
     fn record_port(&mut self, listener: ListenerId, bound: &Multiaddr) {
         let address = self.listeners.iter_mut().find(|(id, _)| *id == listener);
         if let Some((_, address)) = address
-            && let Some((socket, _)) = multiaddr::listen_address(bound)
+            && let Some((mut socket, _)) = multiaddr::listen_address(address)
+            && let Some((bound, _)) = multiaddr::listen_address(bound)
         {
-            *address = multiaddr::with_port(address, socket.port());
+            socket.set_port(bound.port());
+            *address = multiaddr::with_layers_of(address, socket);
         }
     }
 
@@ -427,7 +424,7 @@ impl Node {
     #[allow(unused_variables, reason = "they may not be built in")]
     fn set_draining(&mut self, is_draining: bool) {
         #[cfg(feature = "websocket")]
-        self.websocket.set_draining(is_draining);
+        self.websocket.is_draining.store(is_draining, Ordering::Relaxed);
         #[cfg(feature = "dht")]
         if let Some(dht) = self.swarm.behaviour_mut().0.dht.as_mut() {
             dht.0.set_paused(is_draining);
@@ -497,8 +494,7 @@ impl Node {
                 log::debug!("connection {connection_id} opened: peer {peer_id} at {address}");
             }
             SwarmEvent::ConnectionClosed { peer_id, connection_id, endpoint, cause, .. } => {
-                let from = endpoint.get_remote_address();
-                self.observations.on_connection_closed(connection_id, from, Instant::now());
+                self.observations.on_connection_closed(connection_id, Instant::now());
                 let by_relay = self.swarm.behaviour_mut().0.relay.closed.take();
                 let (event, why) = NodeEvent::closed(&endpoint, by_relay, cause.as_ref());
                 log::debug!("connection {connection_id} closed: peer {peer_id}: {why}");
@@ -545,15 +541,10 @@ mod tests {
     #[cfg(feature = "websocket")]
     #[test]
     fn a_connection_over_tcp_is_as_small_as_without_websocket() {
-        use libp2p::{
-            core::{ConnectedPoint, transport::map::Map},
-            futures::future::Either,
-        };
+        use libp2p::futures::future::Either;
 
-        type Socket = <Tcp as Transport>::Output;
-        type Plain = ReadBuffer<Socket>;
-        type Below = Map<Tcp, fn(Socket, ConnectedPoint) -> WriteCoalescing<Plain>>;
-        type OverWebSocket = <websocket::WebSocket<Below> as Transport>::Output;
+        type Plain = ReadBuffer<<Tcp as Transport>::Output>;
+        type OverWebSocket = <WebSocket as Transport>::Output;
         assert_eq!(size_of::<Either<Plain, OverWebSocket>>(), size_of::<Plain>());
     }
 

@@ -71,7 +71,7 @@ impl Dialer {
     pub fn new() -> anyhow::Result<Self> {
         let keypair = Keypair::generate_ed25519();
         let (counters, proxies) = (ByteCounters::default(), Proxies::new(0));
-        let transport = Tcp::new(counters, proxies, ConnectionRates::default())
+        let transport = Tcp::new(counters, proxies, ConnectionRates::default(), None)
             .map(|stream, _| ReadBuffer::new(stream, None))
             // Not V1Lazy: the client has to see the connection established before the relay closes it.
             .upgrade(Version::V1)

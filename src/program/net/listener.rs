@@ -13,6 +13,7 @@ use std::{
 use async_std::net::{TcpListener, TcpStream};
 use futures_timer::Delay;
 use libp2p::{
+    Multiaddr,
     core::transport::{ListenerId, TransportEvent},
     futures::{
         FutureExt, Stream, StreamExt,
@@ -24,7 +25,7 @@ use socket2::{Domain, Socket, Type};
 use super::{
     byte_counters::{ByteCounters, Counted},
     interfaces::{Change, Interfaces},
-    multiaddr::multiaddr,
+    multiaddr::with_layers_of,
     socket::set_options,
 };
 
@@ -59,6 +60,7 @@ pub(super) struct Accepted {
     pub(super) listener: ListenerId,
     pub(super) stream: TcpStream,
     local: SocketAddr,
+    local_addr: Multiaddr,
     pub(super) remote: SocketAddr,
 }
 
@@ -69,22 +71,20 @@ impl Accepted {
         counters: &ByteCounters,
         client: io::Result<SocketAddr>,
     ) -> Event {
-        let Self { stream, local, .. } = self;
-        let send_back_addr = multiaddr(*client.as_ref().unwrap_or(&self.remote));
+        let Self { listener: listener_id, stream, local, local_addr, remote } = self;
+        let send_back_addr = with_layers_of(&local_addr, *client.as_ref().unwrap_or(&remote));
         let socket = Some(stream.clone());
         let upgrade = client.map(|client| counters.count(stream, Some(local), client, socket));
-        TransportEvent::Incoming {
-            listener_id: self.listener,
-            upgrade: std::future::ready(upgrade),
-            local_addr: multiaddr(local),
-            send_back_addr,
-        }
+        let upgrade = std::future::ready(upgrade);
+        TransportEvent::Incoming { listener_id, upgrade, local_addr, send_back_addr }
     }
 }
 
 /// One listening socket.
 pub(super) struct Listener {
     pub(super) id: ListenerId,
+    /// What it was told to listen on.
+    address: Multiaddr,
     bound: SocketAddr,
     accepted: BoxStream<'static, io::Result<(TcpStream, SocketAddr)>>,
     /// The machine's addresses, if the socket is bound to all of them.
@@ -99,15 +99,16 @@ pub(super) struct Listener {
 }
 
 impl Listener {
-    pub(super) fn bind(id: ListenerId, address: SocketAddr) -> io::Result<Self> {
-        let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
-        if address.is_ipv6() {
+    /// Binds `to`, the socket address in `address`.
+    pub(super) fn bind(id: ListenerId, address: Multiaddr, to: SocketAddr) -> io::Result<Self> {
+        let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
+        if to.is_ipv6() {
             // Otherwise the IPv4 listener on the same port could not be bound.
             socket.set_only_v6(true)?;
         }
         // So that a relay that was killed can be restarted at once.
         socket.set_reuse_address(true)?;
-        socket.bind(&address.into())?;
+        socket.bind(&to.into())?;
         socket.listen(BACKLOG)?;
         let listener = std::net::TcpListener::from(socket);
         let bound = listener.local_addr()?;
@@ -115,7 +116,7 @@ impl Listener {
         let interfaces = bound.ip().is_unspecified().then(Interfaces::new);
         let mut events = VecDeque::new();
         if interfaces.is_none() {
-            let listen_addr = multiaddr(bound);
+            let listen_addr = with_layers_of(&address, bound);
             events.push_back(TransportEvent::NewAddress { listener_id: id, listen_addr });
         }
         let accepted = stream::unfold(TcpListener::from(listener), |listener| async move {
@@ -123,6 +124,7 @@ impl Listener {
         });
         Ok(Self {
             id,
+            address,
             bound,
             accepted: accepted.boxed(),
             interfaces,
@@ -159,7 +161,8 @@ impl Listener {
             if ip.is_ipv4() != self.bound.is_ipv4() {
                 continue;
             }
-            let listen_addr = multiaddr(SocketAddr::new(ip, self.bound.port()));
+            let socket = SocketAddr::new(ip, self.bound.port());
+            let listen_addr = with_layers_of(&self.address, socket);
             let listener_id = self.id;
             return Poll::Ready(match change {
                 Change::Up(_) => TransportEvent::NewAddress { listener_id, listen_addr },
@@ -170,7 +173,9 @@ impl Listener {
 
     fn accepted(&self, stream: TcpStream, remote: SocketAddr) -> io::Result<Accepted> {
         set_options(&stream)?;
-        Ok(Accepted { listener: self.id, local: stream.local_addr()?, stream, remote })
+        let local = stream.local_addr()?;
+        let local_addr = with_layers_of(&self.address, local);
+        Ok(Accepted { listener: self.id, stream, local, local_addr, remote })
     }
 
     /// Backs off after accepting has failed. Returns an event for the first failure in [`REPORT_AGAIN`].

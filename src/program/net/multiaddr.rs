@@ -84,12 +84,6 @@ pub(crate) fn without_peer(address: &Multiaddr) -> Multiaddr {
     address
 }
 
-/// The address with another TCP port.
-pub(crate) fn with_port(address: &Multiaddr, port: u16) -> Multiaddr {
-    let replace = |part| if let Protocol::Tcp(_) = part { Protocol::Tcp(port) } else { part };
-    address.iter().map(replace).collect()
-}
-
 /// Why clients on the internet cannot use an announced address; `None` if they can.
 pub fn unusable(address: &Multiaddr) -> Option<&'static str> {
     let mut parts = address.iter();
@@ -124,6 +118,11 @@ pub(crate) fn is_dns_name(name: &str) -> bool {
     let top = labels.rsplit('.').next().unwrap_or_default();
     let is_numeric = top.chars().all(|c| c.is_ascii_digit()); // an IPv4 address
     labels.len() <= 253 && !is_numeric && labels.split('.').all(is_label)
+}
+
+/// The address of this socket, with what runs over TCP in `other`.
+pub(crate) fn with_layers_of(other: &Multiaddr, socket: SocketAddr) -> Multiaddr {
+    other.iter().skip(2).fold(multiaddr(socket), Multiaddr::with)
 }
 
 /// Suggests the multiaddr for a URL, or for a host with or without a port.

@@ -120,17 +120,11 @@ impl<C: Copy + Eq> Observations<C> {
         self.next_update = self.next_change.max(now);
     }
 
-    /// Records that a connection, which came `from` there, was closed.
-    pub fn on_connection_closed(&mut self, connection: C, from: &Multiaddr, now: Instant) {
-        let Some(subnet) = ClientPrefix::of(from).map(ClientPrefix::subnet) else {
-            return;
-        };
-        for observations in self.by_service.values_mut() {
-            if let Some(observation) = observations.get_mut(&subnet)
-                && observation.connection == connection
-            {
-                observation.closed_at = Some(now);
-            }
+    /// Records that a connection was closed.
+    pub fn on_connection_closed(&mut self, connection: C, now: Instant) {
+        let all = self.by_service.values_mut().flat_map(HashMap::values_mut);
+        for observation in all.filter(|observation| observation.connection == connection) {
+            observation.closed_at = Some(now);
         }
     }
 
@@ -243,8 +237,8 @@ mod tests {
             (0..count).map(|n| self.observe(&from(n), reached)).collect()
         }
 
-        fn close(&mut self, connection: u32, from: &str) {
-            self.observations.on_connection_closed(connection, &address(from), self.now);
+        fn close(&mut self, connection: u32) {
+            self.observations.on_connection_closed(connection, self.now);
         }
 
         fn pass(&mut self, time: Duration) {
@@ -409,7 +403,7 @@ mod tests {
         assert_eq!(fixture.confirmed(), [TRUE]);
         fixture.pass(24 * HOUR);
         assert_eq!(fixture.confirmed(), [TRUE]);
-        fixture.close(connections[0], "/ip4/10.1.0.1/tcp/1");
+        fixture.close(connections[0]);
         fixture.pass(HOUR - Duration::from_secs(1));
         assert_eq!(fixture.confirmed(), [TRUE]);
         fixture.pass(UPDATE_INTERVAL);
@@ -421,8 +415,8 @@ mod tests {
         let mut fixture = Fixture::new();
         let old = fixture.observe_from_subnets(1, 4, TRUE);
         fixture.observe_from_subnets(1, 4, TRUE);
-        for (n, connection) in old.into_iter().enumerate() {
-            fixture.close(connection, &format!("/ip4/10.1.{n}.1/tcp/1"));
+        for connection in old {
+            fixture.close(connection);
         }
         fixture.pass(2 * HOUR);
         assert_eq!(fixture.confirmed(), [TRUE]);
@@ -433,8 +427,8 @@ mod tests {
         let mut fixture = Fixture::new();
         for first in 0..4 {
             let connections = fixture.observe_from_subnets(first, 256, TRUE);
-            for (n, connection) in connections.into_iter().enumerate() {
-                fixture.close(connection, &format!("/ip4/10.{first}.{n}.1/tcp/1"));
+            for connection in connections {
+                fixture.close(connection);
             }
             let kept = fixture.observations.by_service.values().next().unwrap().len();
             assert_eq!(kept, MAX_OBSERVATIONS);

@@ -13,7 +13,7 @@ use std::{
     net::SocketAddr,
     pin::Pin,
     task::{Context, Poll},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use async_std::net::TcpStream;
@@ -46,6 +46,8 @@ pub struct Tcp {
     counters: ByteCounters,
     proxies: Proxies,
     rates: ConnectionRates,
+    /// The trusted reverse proxies if WebSocket runs over it; `None`: libp2p does directly.
+    forwarders: Option<Proxies>,
     /// Connections of proxies whose headers are being read.
     reading_headers: FuturesUnordered<BoxFuture<'static, (Accepted, io::Result<SocketAddr>)>>,
     /// Connections that are delayed by the rate limits.
@@ -54,21 +56,32 @@ pub struct Tcp {
 
 impl Tcp {
     /// A transport that counts received bytes in `counters`, trusts the headers of `proxies`, and accepts connections
-    /// at `rates`.
-    pub fn new(counters: ByteCounters, proxies: Proxies, rates: ConnectionRates) -> Self {
+    /// at `rates`. It is for WebSocket behind these `forwarders`, or for libp2p directly.
+    pub fn new(
+        counters: ByteCounters,
+        proxies: Proxies,
+        rates: ConnectionRates,
+        forwarders: Option<Proxies>,
+    ) -> Self {
         Self {
             listeners: SelectAll::new(),
             counters,
             proxies,
             rates,
+            forwarders,
             reading_headers: FuturesUnordered::new(),
             delayed: FuturesUnordered::new(),
         }
     }
 
-    /// Whether this listener is open. A connection of a closed one must not be reported: libp2p's WebSocket panics on
-    /// it.
-    fn is_listening(&self, id: ListenerId) -> bool {
+    /// Reports an accepted connection of this client to the swarm, if its listener is open.
+    fn report(&self, accepted: Accepted, client: io::Result<SocketAddr>) -> Option<Event> {
+        let is_listening = self.is_listening(accepted.listener);
+        is_listening.then(|| accepted.into_event(&self.counters, client))
+    }
+
+    /// Whether this listener is open.
+    pub(super) fn is_listening(&self, id: ListenerId) -> bool {
         self.listeners.iter().any(|listener| listener.id == id && !listener.is_closed)
     }
 
@@ -80,7 +93,7 @@ impl Tcp {
         }
         let permit = match self.proxies.acquire() {
             Ok(permit) => permit,
-            Err(full) => return Some(accepted.into_event(&self.counters, Err(full.into()))),
+            Err(full) => return self.report(accepted, Err(full.into())),
         };
         let read_header = async move {
             let client = proxies::read_client(&accepted.stream).await;
@@ -91,10 +104,15 @@ impl Tcp {
         None
     }
 
-    /// Step 2: applies the rate limits to a connection of this client.
+    /// Step 2: applies the rate limits to a connection of this client; not to a forwarder's, whose clients are yet to be
+    /// named.
     fn on_client(&mut self, accepted: Accepted, client: io::Result<SocketAddr>) -> Option<Event> {
         let client = client.and_then(|client| {
-            let delay = self.rates.delay(client.ip(), self.delayed.len(), Instant::now());
+            let is_forwarder = self.forwarders.as_ref().is_some_and(|it| it.contains(client.ip()));
+            let delay = match is_forwarder {
+                true => Some(Duration::ZERO),
+                false => self.rates.delay(client.ip(), self.delayed.len(), Instant::now()),
+            };
             delay.map(|delay| (client, delay)).ok_or_else(|| Denied::Rate.into())
         });
         match client {
@@ -103,7 +121,7 @@ impl Tcp {
                 self.delayed.push(delayed.boxed());
                 None
             }
-            client => Some(accepted.into_event(&self.counters, client.map(|(client, _)| client))),
+            client => self.report(accepted, client.map(|(client, _)| client)),
         }
     }
 }
@@ -119,10 +137,11 @@ impl Transport for Tcp {
         id: ListenerId,
         address: Multiaddr,
     ) -> Result<(), TransportError<io::Error>> {
-        let Some((socket_address, Layer::Tcp)) = listen_address(&address) else {
-            return Err(TransportError::MultiaddrNotSupported(address));
+        let to = match listen_address(&address) {
+            Some((to, layer)) if (layer == Layer::Tcp) == self.forwarders.is_none() => to,
+            _ => return Err(TransportError::MultiaddrNotSupported(address)),
         };
-        let listener = Listener::bind(id, socket_address)
+        let listener = Listener::bind(id, address, to)
             .map_err(|error| TransportError::Other(with_remedy(&error)))?;
         self.listeners.push(listener);
         Ok(())
@@ -154,26 +173,20 @@ impl Transport for Tcp {
         let this = &mut *self;
         loop {
             // 1. Headers that were read.
-            if let Poll::Ready(Some((accepted, client))) = this.reading_headers.poll_next_unpin(cx)
+            let event = if let Poll::Ready(Some((accepted, client))) =
+                this.reading_headers.poll_next_unpin(cx)
             {
-                let is_listening = this.is_listening(accepted.listener);
-                if is_listening && let Some(event) = this.on_client(accepted, client) {
-                    return Poll::Ready(event);
-                }
-                continue;
-            }
+                this.on_client(accepted, client)
             // 2. Connections whose delay is over.
-            if let Poll::Ready(Some((accepted, client))) = this.delayed.poll_next_unpin(cx) {
-                if this.is_listening(accepted.listener) {
-                    return Poll::Ready(accepted.into_event(&this.counters, Ok(client)));
-                }
-                continue;
-            }
+            } else if let Poll::Ready(Some((accepted, client))) = this.delayed.poll_next_unpin(cx) {
+                this.report(accepted, Ok(client))
             // 3. New connections, last: a flood of them must not hold up the others.
-            let event = match this.listeners.poll_next_unpin(cx) {
-                Poll::Ready(Some(Output::Accepted(accepted))) => this.on_accepted(accepted),
-                Poll::Ready(Some(Output::Event(event))) => Some(event),
-                Poll::Ready(None) | Poll::Pending => return Poll::Pending,
+            } else {
+                match this.listeners.poll_next_unpin(cx) {
+                    Poll::Ready(Some(Output::Accepted(accepted))) => this.on_accepted(accepted),
+                    Poll::Ready(Some(Output::Event(event))) => Some(event),
+                    Poll::Ready(None) | Poll::Pending => return Poll::Pending,
+                }
             };
             if let Some(event) = event {
                 return Poll::Ready(event);

@@ -11,7 +11,7 @@ mod stream;
 mod upgrade;
 
 use std::{
-    collections::HashMap,
+    future::pending,
     io,
     net::SocketAddr,
     pin::Pin,
@@ -23,7 +23,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use async_std::io::timeout;
+use async_std::{io::timeout, net::TcpStream};
 use futures_rustls::rustls::ServerConfig;
 use futures_timer::Delay;
 use libp2p::{
@@ -32,10 +32,7 @@ use libp2p::{
         ConnectedPoint,
         transport::{DialOpts, ListenerId, TransportError, TransportEvent},
     },
-    futures::{
-        AsyncRead, AsyncWrite, FutureExt, StreamExt, TryFutureExt, future::BoxFuture,
-        stream::FuturesUnordered,
-    },
+    futures::{FutureExt, StreamExt, TryFutureExt, future::BoxFuture, stream::FuturesUnordered},
 };
 
 pub use self::stream::{LONGEST_MESSAGE, WebSocketStream};
@@ -53,7 +50,11 @@ use super::{
         proxies::Proxies,
     },
     byte_counters::ByteCounters,
-    multiaddr::{Layer, listen_address, multiaddr},
+    listener,
+    multiaddr::{Layer, listen_address, with_layers_of},
+    read_buffer::ReadBuffer,
+    tcp::Tcp,
+    write_coalescing::WriteCoalescing,
 };
 use crate::wall_clock;
 
@@ -66,48 +67,15 @@ pub struct Control {
     tls: Arc<RwLock<Option<Arc<ServerConfig>>>>,
     /// The reverse proxies that are trusted to name their clients.
     pub forwarders: Proxies,
-    is_draining: Arc<AtomicBool>,
+    /// Whether health checks are told that the relay drains.
+    pub is_draining: Arc<AtomicBool>,
 }
 
 impl Control {
-    /// No certificate and no trusted proxies yet; at most `max_requests` of their connections may be without
-    /// a request.
-    pub fn new(max_requests: usize) -> Self {
-        Self {
-            tls: Arc::default(),
-            forwarders: Proxies::new(max_requests),
-            is_draining: Arc::default(),
-        }
-    }
-
     /// Replaces the certificate that new connections see.
     pub fn set_certificate(&self, certificate: &Certificate) {
         let tls = Some(Arc::clone(&certificate.config));
         *self.tls.write().unwrap_or_else(PoisonError::into_inner) = tls;
-    }
-
-    /// Sets whether health checks are told that the relay drains.
-    pub fn set_draining(&self, is_draining: bool) {
-        self.is_draining.store(is_draining, Ordering::Relaxed);
-    }
-
-    /// Returns the transport over `tcp`, which counts its connections in `counters`. The `rates` apply
-    /// to the clients that trusted proxies name; to others they apply in `tcp`.
-    pub fn over<T: Transport>(
-        &self,
-        tcp: T,
-        counters: ByteCounters,
-        rates: ConnectionRates,
-    ) -> WebSocket<T> {
-        WebSocket {
-            tcp,
-            control: self.clone(),
-            counters,
-            rates,
-            listeners: HashMap::new(),
-            requests: FuturesUnordered::new(),
-            warned: Vec::new(),
-        }
     }
 
     /// What health checks are told.
@@ -123,63 +91,74 @@ impl Control {
 type Upgrade = BoxFuture<'static, io::Result<WebSocketStream>>;
 type Event = TransportEvent<Upgrade, io::Error>;
 
-/// WebSocket over `T`, to listen only.
-pub struct WebSocket<T: Transport> {
-    tcp: T,
-    control: Control,
+/// What WebSocket runs over.
+type Stream = WriteCoalescing<ReadBuffer<<Tcp as Transport>::Output>>;
+
+/// WebSocket over TCP, to listen only.
+pub struct WebSocket {
+    tcp: Tcp,
+    /// Its settings.
+    pub control: Control,
     counters: ByteCounters,
     rates: ConnectionRates,
-    listeners: HashMap<ListenerId, Listener>,
     /// Connections of trusted proxies that have not sent their request yet.
-    requests: FuturesUnordered<BoxFuture<'static, Introduced<T::Output>>>,
+    requests: FuturesUnordered<BoxFuture<'static, Introduced>>,
     warned: Vec<Unnamed>,
 }
 
-/// The properties of a listener besides its TCP address.
-struct Listener {
-    /// `/ws`, `/wss` or `/tls/ws`
-    suffix: Multiaddr,
-    is_secure: bool,
-}
+/// A connection that a trusted proxy has made, its request, and the client that the request names.
+type Introduced = (Connection, io::Result<Requested<Stream>>, Result<SocketAddr, Option<Unnamed>>);
 
-/// A connection that a trusted proxy has made, with the client that its request names.
-struct Introduced<S> {
-    connection: Connection,
-    requested: io::Result<Requested<S>>,
-    client: Result<SocketAddr, Option<Unnamed>>,
-}
-
-/// The ends of a connection: the relay's, and the client's or its proxy's.
+/// A connection: its socket, the relay's end, and the client's or its proxy's.
 struct Connection {
     listener: ListenerId,
+    socket: Option<TcpStream>,
     local: Multiaddr,
     remote: Multiaddr,
 }
 
-impl<T> WebSocket<T>
-where
-    T: Transport<Error = io::Error> + Send + Unpin + 'static,
-    T::ListenerUpgrade: Send + 'static,
-    T::Output: AsyncRead + AsyncWrite + Send + Unpin + 'static,
-{
+impl WebSocket {
+    /// A transport whose TCP counts received bytes in `counters` and trusts the headers of `proxies`. The `rates` apply
+    /// to connections, or to the clients that trusted reverse proxies name. There is no certificate and no such proxy
+    /// yet; at most `max_requests` of their connections may be without a request.
+    pub fn new(
+        counters: ByteCounters,
+        proxies: Proxies,
+        rates: ConnectionRates,
+        max_requests: usize,
+    ) -> Self {
+        let forwarders = Proxies::new(max_requests);
+        Self {
+            tcp: Tcp::new(counters.clone(), proxies, rates.clone(), Some(forwarders.clone())),
+            control: Control { tls: Arc::default(), forwarders, is_draining: Arc::default() },
+            counters,
+            rates,
+            requests: FuturesUnordered::new(),
+            warned: Vec::new(),
+        }
+    }
+
     /// Handles a new connection over TCP. One of a trusted proxy waits for its request.
     fn on_incoming(
         &mut self,
-        connection: Connection,
-        upgrade: T::ListenerUpgrade,
+        mut connection: Connection,
+        upgrade: <Tcp as Transport>::ListenerUpgrade,
     ) -> Option<Event> {
-        let listener = self.listeners.get(&connection.listener)?;
-        let tls = match listener.is_secure {
-            true => Some(self.control.tls()?),
-            false => None,
+        let (remote, layer) = listen_address(&connection.remote)?;
+        let tls = match layer {
+            Layer::SecureWebSocket => Some(self.control.tls()?),
+            _ => None,
         };
-        let (remote, _) = listen_address(&connection.remote)?;
+        let pending = self.counters.get(&connection.endpoint());
+        let (opening, socket) = pending.map(|it| (it.progress.opening, it.socket)).unzip();
+        connection.socket = socket.flatten();
+        let request = async move {
+            let stream = ReadBuffer::new(upgrade.await?, opening);
+            Requested::read(WriteCoalescing::new(stream), tls).await
+        };
         if !self.control.forwarders.contains(remote.ip()) {
-            let (control, socket) = (self.control.clone(), self.socket(&connection));
-            let upgrade = async move {
-                let requested = Requested::read(upgrade.await?, tls).await?;
-                requested.answer(socket, control.not_serving()).await
-            };
+            let (control, socket) = (self.control.clone(), connection.socket.clone());
+            let upgrade = async move { request.await?.answer(socket, control.not_serving()).await };
             return self.incoming(connection, upgrade);
         }
         let permit = match self.control.forwarders.acquire() {
@@ -190,7 +169,6 @@ where
         self.requests.push(
             async move {
                 let _permit = permit;
-                let request = async { Requested::read(upgrade.await?, tls).await };
                 let mut requested = timeout(REQUEST_TIMEOUT, request).await;
                 let client = match &mut requested {
                     Ok(requested) => client_of(&mut requested.head, remote, &forwarders),
@@ -201,7 +179,7 @@ where
                     Some(wait) => Delay::new(wait).await,
                     None => requested = requested.and(Err(Denied::Rate.into())),
                 }
-                Introduced { connection, requested, client }
+                (connection, requested, client)
             }
             .boxed(),
         );
@@ -209,18 +187,17 @@ where
     }
 
     /// Handles a connection whose proxy has sent its request.
-    fn on_introduced(&mut self, introduced: Introduced<T::Output>) -> Option<Event> {
-        let Introduced { mut connection, requested, client } = introduced;
-        let socket = self.socket(&connection);
+    fn on_introduced(&mut self, introduced: Introduced) -> Option<Event> {
+        let (mut connection, requested, client) = introduced;
         match client {
             Ok(client) => {
                 self.counters.rename(&connection.endpoint(), client);
-                connection.remote = multiaddr(client);
+                connection.remote = with_layers_of(&connection.local, client);
             }
             Err(Some(reason)) => self.warn_once(&connection.remote, reason),
             Err(None) => {}
         }
-        let not_serving = self.control.not_serving();
+        let (socket, not_serving) = (connection.socket.take(), self.control.not_serving());
         self.incoming(connection, async move { requested?.answer(socket, not_serving).await })
     }
 
@@ -230,19 +207,12 @@ where
         connection: Connection,
         upgrade: impl Future<Output = io::Result<WebSocketStream>> + Send + 'static,
     ) -> Option<Event> {
-        let Connection { listener: listener_id, local, remote } = connection;
-        let listener = self.listeners.get(&listener_id)?;
+        let Connection { listener: listener_id, local: local_addr, remote: send_back_addr, .. } =
+            connection;
         let upgrade = upgrade.map_err(|error| StageError::wrap(Stage::WebSocket, None, error));
-        Some(TransportEvent::Incoming {
-            listener_id,
-            upgrade: upgrade.boxed(),
-            local_addr: listener.append_suffix(&local),
-            send_back_addr: listener.append_suffix(&remote),
-        })
-    }
-
-    fn socket(&self, connection: &Connection) -> Option<async_std::net::TcpStream> {
-        self.counters.get(&connection.endpoint())?.socket
+        let upgrade = upgrade.boxed();
+        let event = TransportEvent::Incoming { listener_id, upgrade, local_addr, send_back_addr };
+        self.tcp.is_listening(listener_id).then_some(event)
     }
 
     fn warn_once(&mut self, proxy: &Multiaddr, reason: Unnamed) {
@@ -258,36 +228,15 @@ where
         }
     }
 
-    /// Converts an event of the TCP transport: appends the listener's suffix to its addresses.
-    fn on_event(&mut self, event: TransportEvent<T::ListenerUpgrade, io::Error>) -> Option<Event> {
-        Some(match event {
+    /// Converts an event of TCP.
+    fn on_event(&mut self, event: listener::Event) -> Option<Event> {
+        match event {
             TransportEvent::Incoming { listener_id, upgrade, local_addr, send_back_addr } => {
-                let (local, remote) = (local_addr, send_back_addr);
-                let connection = Connection { listener: listener_id, local, remote };
-                return self.on_incoming(connection, upgrade);
+                let (listener, local, remote) = (listener_id, local_addr, send_back_addr);
+                self.on_incoming(Connection { listener, socket: None, local, remote }, upgrade)
             }
-            TransportEvent::NewAddress { listener_id, listen_addr } => {
-                let listen_addr = self.listeners.get(&listener_id)?.append_suffix(&listen_addr);
-                TransportEvent::NewAddress { listener_id, listen_addr }
-            }
-            TransportEvent::AddressExpired { listener_id, listen_addr } => {
-                let listen_addr = self.listeners.get(&listener_id)?.append_suffix(&listen_addr);
-                TransportEvent::AddressExpired { listener_id, listen_addr }
-            }
-            TransportEvent::ListenerClosed { listener_id, reason } => {
-                self.listeners.remove(&listener_id);
-                TransportEvent::ListenerClosed { listener_id, reason }
-            }
-            TransportEvent::ListenerError { listener_id, error } => {
-                TransportEvent::ListenerError { listener_id, error }
-            }
-        })
-    }
-}
-
-impl Listener {
-    fn append_suffix(&self, address: &Multiaddr) -> Multiaddr {
-        address.iter().chain(self.suffix.iter()).collect()
+            other => Some(other.map_upgrade(|_| pending().boxed())), // none has an upgrade
+        }
     }
 }
 
@@ -323,12 +272,7 @@ fn client_of(
     Ok(SocketAddr::new(ip, port.unwrap_or(proxy.port())))
 }
 
-impl<T> Transport for WebSocket<T>
-where
-    T: Transport<Error = io::Error> + Send + Unpin + 'static,
-    T::ListenerUpgrade: Send + 'static,
-    T::Output: AsyncRead + AsyncWrite + Send + Unpin + 'static,
-{
+impl Transport for WebSocket {
     type Output = WebSocketStream;
     type Error = io::Error;
     type ListenerUpgrade = Upgrade;
@@ -339,16 +283,11 @@ where
         id: ListenerId,
         address: Multiaddr,
     ) -> Result<(), TransportError<io::Error>> {
-        let is_secure = match listen_address(&address) {
-            Some((_, Layer::WebSocket)) => false,
-            Some((_, Layer::SecureWebSocket)) if self.control.tls().is_some() => true,
-            _ => return Err(TransportError::MultiaddrNotSupported(address)),
-        };
-        let tcp = address.iter().take(2).collect();
-        let suffix = address.iter().skip(2).collect();
-        self.tcp.listen_on(id, tcp)?;
-        self.listeners.insert(id, Listener { suffix, is_secure });
-        Ok(())
+        let is_secure = matches!(listen_address(&address), Some((_, Layer::SecureWebSocket)));
+        if is_secure && self.control.tls().is_none() {
+            return Err(TransportError::MultiaddrNotSupported(address));
+        }
+        self.tcp.listen_on(id, address)
     }
 
     fn remove_listener(&mut self, id: ListenerId) -> bool {

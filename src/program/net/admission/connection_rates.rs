@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{limits::Limits, proxies::Proxies, scoped_rates::ScopedRates};
+use super::{limits::Limits, scoped_rates::ScopedRates};
 use crate::{config::Config, relay::rates::Rate};
 
 /// How many connections a second an address may open in the long run.
@@ -28,8 +28,6 @@ const MAX_DELAY: Duration = Duration::from_secs(5);
 pub struct ConnectionRates {
     rates: Arc<Mutex<ScopedRates>>,
     max_delayed: usize,
-    /// Connections of these proxies are not delayed: those of their clients are, once they are named.
-    exempt: Option<Proxies>,
 }
 
 impl ConnectionRates {
@@ -38,36 +36,25 @@ impl ConnectionRates {
     pub fn new(config: &Config, limits: &Limits) -> Self {
         let all = config.max_reservations;
         let caps = config.slot_caps();
-        let slots = [caps.per_address, caps.per_subnet];
-        let [of_address, of_subnet] = slots.map(|slots| slots.unwrap_or(all));
-        let rate = |slots: usize, wider: u32| Rate {
-            burst: u32::try_from(slots.saturating_mul(2))
+        let rate = |slots: Option<usize>, wider: u32| Rate {
+            burst: u32::try_from(slots.unwrap_or(all).saturating_mul(2))
                 .unwrap_or(u32::MAX)
                 .max(PER_SECOND * wider),
             spacing: Duration::from_secs(1) / (PER_SECOND * wider),
         };
         let per_subnet = limits.per_subnet();
         let levels = [
-            limits.per_ip().map(|_| rate(of_address, 1)),
-            per_subnet.map(|_| rate(of_subnet, WIDER)),
-            per_subnet.map(|_| rate(all, WIDER * WIDER)),
+            limits.per_ip().map(|_| rate(caps.per_address, 1)),
+            per_subnet.map(|_| rate(caps.per_subnet, WIDER)),
+            per_subnet.map(|_| rate(None, WIDER * WIDER)),
         ];
         let rates = Arc::new(Mutex::new(ScopedRates::new(levels)));
-        Self { rates, max_delayed: limits.max_handshakes, exempt: None }
-    }
-
-    /// The same rates, with none for connections of these proxies.
-    #[cfg(feature = "websocket")]
-    pub fn except(&self, proxies: Proxies) -> Self {
-        Self { exempt: Some(proxies), ..self.clone() }
+        Self { rates, max_delayed: limits.max_handshakes }
     }
 
     /// Returns how long to delay a connection from this address while this many others are delayed; `None` if it is
     /// denied.
     pub fn delay(&self, ip: IpAddr, delayed: usize, now: Instant) -> Option<Duration> {
-        if self.exempt.as_ref().is_some_and(|proxies| proxies.contains(ip)) {
-            return Some(Duration::ZERO);
-        }
         let max_delay = if delayed < self.max_delayed { MAX_DELAY } else { Duration::ZERO };
         let mut rates = self.rates.lock().unwrap_or_else(PoisonError::into_inner);
         rates.take(ip.into(), max_delay, now)
