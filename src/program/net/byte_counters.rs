@@ -78,7 +78,6 @@ impl ByteCounters {
         table.created += 1;
         let key = ((local, remote), table.created);
         table.pending.insert(key, Pending { progress, socket });
-        drop(table);
         activity.track(stream, PendingCounter { key, counters: self.clone() })
     }
 

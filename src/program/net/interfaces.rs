@@ -72,10 +72,8 @@ impl Interfaces {
     fn update(&mut self, mut found: BTreeSet<IpAddr>) {
         // A multiaddr cannot name the interface, without which an IPv6 link-local address cannot be dialed.
         found.retain(|ip| !matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local()));
-        let gone = self.known.difference(&found).copied().map(Change::Down);
-        self.changes.extend(gone);
-        let new = found.difference(&self.known).copied().map(Change::Up);
-        self.changes.extend(new);
+        self.changes.extend(self.known.difference(&found).copied().map(Change::Down));
+        self.changes.extend(found.difference(&self.known).copied().map(Change::Up));
         self.known = found;
     }
 }

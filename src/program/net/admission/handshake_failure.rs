@@ -213,17 +213,15 @@ fn stages(cause: &io::Error) -> impl Iterator<Item = &StageError> {
 
 fn reason(cause: &io::Error, stage: Stage, known: &Known) -> Reason {
     let opening = known.progress.opening.first();
-    // 1. The first bytes, if they are of another protocol: how such a connection ends afterwards does not matter.
-    if let Some(foreign) = foreign(&opening, known)
-        && !known.progress.is_secured()
-        && known.dropped != Some(Reason::Preempted)
-    {
-        return foreign;
-    }
-    // 2. In a private network, all that follows the nonces is unreadable with another key.
-    let is_unreadable = known.is_private && stage == Stage::Multistream && !opening.is_empty();
-    if is_unreadable && known.dropped != Some(Reason::Preempted) {
-        return Reason::SwarmKey;
+    if known.dropped != Some(Reason::Preempted) {
+        // 1. The first bytes, if they are of another protocol: how such a connection ends afterwards does not matter.
+        if let Some(foreign) = foreign(&opening, known) {
+            return foreign;
+        }
+        // 2. In a private network, all that follows the nonces is unreadable with another key.
+        if known.is_private && stage == Stage::Multistream && !opening.is_empty() {
+            return Reason::SwarmKey;
+        }
     }
     // 3. The reason for which the relay dropped it, or that the stage knows.
     if let Some(reason) = known.dropped.or_else(|| stages(cause).find_map(|error| error.reason)) {
@@ -248,6 +246,7 @@ fn has_no_cause(cause: &io::Error) -> bool {
 fn foreign(opening: &[u8], known: &Known) -> Option<Reason> {
     let begins_with = |signatures: &[&[u8]]| signatures.iter().any(|it| opening.starts_with(it));
     match known.layer {
+        _ if known.progress.is_secured() => None,
         _ if begins_with(&[SIGNATURE_V1, SIGNATURE_V2]) => Some(Reason::ProxyHeader),
         Layer::Tcp | Layer::WebSocket if begins_with(&[TLS]) => Some(Reason::Tls),
         Layer::Tcp | Layer::SecureWebSocket if begins_with(&HTTP) => Some(Reason::Http),

@@ -153,11 +153,10 @@ impl<C: Copy + Eq + Hash> Handshakes<C> {
     pub fn new(caps: Caps) -> Self {
         let reserved = caps.total.map(|all| all / 8);
         let shared = caps.total.map(|all| all - all / 8);
-        let reserved_caps =
-            Caps { total: reserved, per_subnet: None, per_address: Some(RESERVED_PER_PREFIX) };
+        let per_address = Some(RESERVED_PER_PREFIX);
         Self {
             shared: Quota::new(Caps { total: shared, ..caps }),
-            reserved: Quota::new(reserved_caps),
+            reserved: Quota::new(Caps { total: reserved, per_subnet: None, per_address }),
             open: HashMap::new(),
             random: RandomState::new(),
         }

@@ -274,19 +274,14 @@ impl ConnectionLimits {
         let per_peer = self.limits.max_connections_per_peer;
         let (all, established) = (self.limits.max_connections, self.established.len());
         let reserved = if peer.holds_slot { 0 } else { (all / 8).saturating_sub(live) };
-        let preemption = if per_peer > 0 && peer.connections >= per_peer {
-            Preemption::OwnConnection
-        } else if established >= all - reserved {
-            Preemption::IdleConnection
-        } else {
-            Preemption::None
-        };
         self.handshakes.remove(&id);
         self.established.insert(id);
-        match preemption {
+        match per_peer > 0 && peer.connections >= per_peer {
             // One at a time: while one of the peer's connections is closing, it gets no other.
-            Preemption::OwnConnection if !peer.holds_slot || peer.closing > 0 => Err(Denied::Peer),
-            preemption => Ok(preemption),
+            true if !peer.holds_slot || peer.closing > 0 => Err(Denied::Peer),
+            true => Ok(Preemption::OwnConnection),
+            false if established >= all - reserved => Ok(Preemption::IdleConnection),
+            false => Ok(Preemption::None),
         }
     }
 

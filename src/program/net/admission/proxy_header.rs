@@ -75,10 +75,7 @@ fn may_begin_with(bytes: &[u8], signature: &[u8]) -> bool {
 fn parse_v1(bytes: &[u8]) -> Result<Option<Header>, HeaderError> {
     let within = bytes.get(..MAX_LENGTH_V1).unwrap_or(bytes);
     let Some(end) = within.windows(2).position(|two| two == b"\r\n") else {
-        return match within.len() {
-            MAX_LENGTH_V1 => Err(HeaderError::TooLong),
-            _ => Ok(None),
-        };
+        return if within.len() < MAX_LENGTH_V1 { Ok(None) } else { Err(HeaderError::TooLong) };
     };
     let line = String::from_utf8_lossy(within.get(..end).unwrap_or_default());
     let client = match line.split(' ').collect::<Vec<_>>()[..] {

@@ -64,10 +64,8 @@ impl Certificate {
     /// When one of them cannot be used, or they do not belong together.
     pub fn from_pem(chain: &[u8], key: &[u8]) -> Result<Self, Unusable> {
         let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(chain).collect();
-        let chain = match chain {
-            Ok(chain) if chain.is_empty() => Err(pem::Error::NoItemsFound),
-            read => read,
-        };
+        let is_empty = matches!(&chain, Ok(chain) if chain.is_empty());
+        let chain = if is_empty { Err(pem::Error::NoItemsFound) } else { chain };
         let chain = chain.map_err(|error| Unusable::Certificate(problem(&error, "CERTIFICATE")))?;
         if ENCRYPTED.iter().any(|mark| contains(key, mark)) {
             return Err(Unusable::Key(
@@ -131,31 +129,29 @@ impl Validity {
     pub fn warnings(&self, announced: &[Multiaddr], now: SystemTime) -> Vec<String> {
         let date = |time: SystemTime| humantime::format_rfc3339_seconds(time);
         let (from, until) = (self.not_before, self.not_after);
-        let time = if !wall_clock::is_set(now) {
-            None // the relay warns about the clock
+        let mut warnings = Vec::new();
+        if !wall_clock::is_set(now) {
+            // The relay warns about the clock.
         } else if now > until {
-            Some(format!("expired at {}: clients refuse it; renew it", date(until)))
+            warnings.push(format!("expired at {}: clients refuse it; renew it", date(until)));
         } else if now < from {
-            Some(format!(
+            warnings.push(format!(
                 "is not valid before {}: clients refuse it; check this machine's clock",
                 date(from)
-            ))
+            ));
         } else if until.duration_since(now).is_ok_and(|left| left <= SOON) {
-            Some(format!("expires at {}; renew it", date(until)))
-        } else {
-            None
-        };
+            warnings.push(format!("expires at {}; renew it", date(until)));
+        }
         let names: Vec<_> = announced.iter().filter_map(name_in_tls).collect();
-        let is_for_none = !names.is_empty() && !names.iter().any(|name| self.is_for(name));
-        let names = is_for_none.then(|| {
-            format!(
+        if !names.is_empty() && !names.iter().any(|name| self.is_for(name)) {
+            warnings.push(format!(
                 "is for {}, and for none of the names that are announced ({}): browsers refuse it; announce one of \
                  its names, or have it issued for one of those",
                 if self.names.is_empty() { "no name".into() } else { self.names.join(", ") },
                 names.join(", "),
-            )
-        });
-        time.into_iter().chain(names).collect()
+            ));
+        }
+        warnings
     }
 }
 

@@ -106,10 +106,9 @@ impl WebSocketStream {
 }
 
 /// Returns the payload of the next message; `None` once the peer has closed the WebSocket.
-async fn next_message<S>(receiver: &mut Receiver<S>) -> Option<io::Result<Vec<u8>>>
-where
-    S: AsyncRead + AsyncWrite + Unpin,
-{
+async fn next_message<S: AsyncRead + AsyncWrite + Unpin>(
+    receiver: &mut Receiver<S>,
+) -> Option<io::Result<Vec<u8>>> {
     let mut message = Vec::new();
     loop {
         match receiver.receive(&mut message).await {
