@@ -23,7 +23,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use async_std::{io::timeout, net::TcpStream};
+use async_std::io::timeout;
 use futures_rustls::rustls::ServerConfig;
 use futures_timer::Delay;
 use libp2p::{
@@ -109,10 +109,9 @@ pub struct WebSocket {
 /// A connection that a trusted proxy has made, its request, and the client that the request names.
 type Introduced = (Connection, io::Result<Requested<Stream>>, Result<SocketAddr, Option<Unnamed>>);
 
-/// A connection: its socket, the relay's end, and the client's or its proxy's.
+/// The ends of a connection: the relay's, and the client's or its proxy's.
 struct Connection {
     listener: ListenerId,
-    socket: Option<TcpStream>,
     local: Multiaddr,
     remote: Multiaddr,
 }
@@ -141,7 +140,7 @@ impl WebSocket {
     /// Handles a new connection over TCP. One of a trusted proxy waits for its request.
     fn on_incoming(
         &mut self,
-        mut connection: Connection,
+        connection: Connection,
         upgrade: <Tcp as Transport>::ListenerUpgrade,
     ) -> Option<Event> {
         let (remote, layer) = listen_address(&connection.remote)?;
@@ -151,13 +150,12 @@ impl WebSocket {
         };
         let pending = self.counters.get(&connection.endpoint());
         let (opening, socket) = pending.map(|it| (it.progress.opening, it.socket)).unzip();
-        connection.socket = socket.flatten();
         let request = async move {
             let stream = ReadBuffer::new(upgrade.await?, opening);
             Requested::read(WriteCoalescing::new(stream), tls).await
         };
         if !self.control.forwarders.contains(remote.ip()) {
-            let (control, socket) = (self.control.clone(), connection.socket.clone());
+            let (control, socket) = (self.control.clone(), socket.flatten());
             let upgrade = async move { request.await?.answer(socket, control.not_serving()).await };
             return self.incoming(connection, upgrade);
         }
@@ -189,6 +187,7 @@ impl WebSocket {
     /// Handles a connection whose proxy has sent its request.
     fn on_introduced(&mut self, introduced: Introduced) -> Option<Event> {
         let (mut connection, requested, client) = introduced;
+        let socket = self.counters.get(&connection.endpoint()).and_then(|it| it.socket);
         match client {
             Ok(client) => {
                 self.counters.rename(&connection.endpoint(), client);
@@ -197,7 +196,7 @@ impl WebSocket {
             Err(Some(reason)) => self.warn_once(&connection.remote, reason),
             Err(None) => {}
         }
-        let (socket, not_serving) = (connection.socket.take(), self.control.not_serving());
+        let not_serving = self.control.not_serving();
         self.incoming(connection, async move { requested?.answer(socket, not_serving).await })
     }
 
@@ -207,7 +206,7 @@ impl WebSocket {
         connection: Connection,
         upgrade: impl Future<Output = io::Result<WebSocketStream>> + Send + 'static,
     ) -> Option<Event> {
-        let Connection { listener: listener_id, local: local_addr, remote: send_back_addr, .. } =
+        let Connection { listener: listener_id, local: local_addr, remote: send_back_addr } =
             connection;
         let upgrade = upgrade.map_err(|error| StageError::wrap(Stage::WebSocket, None, error));
         let upgrade = upgrade.boxed();
@@ -233,7 +232,7 @@ impl WebSocket {
         match event {
             TransportEvent::Incoming { listener_id, upgrade, local_addr, send_back_addr } => {
                 let (listener, local, remote) = (listener_id, local_addr, send_back_addr);
-                self.on_incoming(Connection { listener, socket: None, local, remote }, upgrade)
+                self.on_incoming(Connection { listener, local, remote }, upgrade)
             }
             other => Some(other.map_upgrade(|_| pending().boxed())), // none has an upgrade
         }

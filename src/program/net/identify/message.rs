@@ -161,8 +161,8 @@ impl Info {
     /// Adds what a message says. Ignores fields that are too long, and malformed addresses.
     fn update(&mut self, message: PeerIdentify, dht: Option<&str>) {
         let parse = |bytes: Bytes| {
-            let address = Multiaddr::try_from(bytes.to_vec()).ok()?;
-            (bytes.len() <= MAX_FIELD && !bytes.is_empty()).then_some(address)
+            let is_used = (1..=MAX_FIELD).contains(&bytes.len());
+            is_used.then(|| Multiaddr::try_from(bytes.to_vec()).ok()).flatten()
         };
         self.observed = message.observed_addr.and_then(parse).or(self.observed.take());
         let Some(dht) = dht else { return };
