@@ -245,7 +245,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
             }
             self.end_circuit(id, CircuitEnd::Disconnected);
             // The source's connection runs an open one, the target's one that is being set up.
-            let circuit = self.circuits.get(id);
+            let circuit = self.circuits.records.get(&id);
             if circuit.is_some_and(|it| it.opened_at.is_some() == (it.source == gone)) {
                 self.on_circuit_ended(id, CircuitEnd::Disconnected, now);
             }

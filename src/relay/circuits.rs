@@ -30,8 +30,8 @@ const RETRY_AFTER: Duration = Duration::from_secs(3);
 
 /// The circuits of one relay, those that are being set up included.
 pub struct Circuits<C, R> {
-    /// In the order of their admission.
-    circuits: BTreeMap<CircuitId, Circuit<C, R>>,
+    /// In the order of their admission. Only [`Circuits::add`] and [`Circuits::remove`] add and remove.
+    pub records: BTreeMap<CircuitId, Circuit<C, R>>,
     /// How many each prefix has, by source. Circuits that yielded to another one do not count.
     pub quota: Quota,
     pub(super) per_peer: usize,
@@ -90,7 +90,7 @@ impl<C: Copy + Eq, R> Circuits<C, R> {
     /// An empty table.
     pub fn new(config: &Config) -> Self {
         Self {
-            circuits: BTreeMap::new(),
+            records: BTreeMap::new(),
             quota: Quota::new(config.circuit_caps()),
             per_peer: config.max_circuits_per_peer,
             by_peer: BTreeSet::new(),
@@ -148,7 +148,7 @@ impl<C: Copy + Eq, R> Circuits<C, R> {
         let (id, _) = *yielding.max_by_key(|(id, circuit)| {
             (shares.load(circuit.prefix), Reverse(circuit.active_at), Reverse(*id))
         })?;
-        let circuit = self.circuits.get_mut(&id)?;
+        let circuit = self.records.get_mut(&id)?;
         circuit.has_yielded = true;
         self.quota.remove(circuit.prefix);
         Some(id)
@@ -188,13 +188,13 @@ impl<C: Copy + Eq, R> Circuits<C, R> {
             stalled: [None; 2],
             has_yielded: false,
         };
-        self.circuits.insert(id, circuit);
+        self.records.insert(id, circuit);
         (id, ended)
     }
 
     /// Finds out which circuits have transferred bytes since the last call, and in which bytes wait.
     pub fn poll_counters(&mut self, now: Instant) {
-        for circuit in self.circuits.values_mut() {
+        for circuit in self.records.values_mut() {
             let (after, waiting) = (circuit.counters.read(), circuit.counters.waiting());
             let before = std::mem::replace(&mut circuit.transferred, after);
             if before != after {
@@ -211,7 +211,7 @@ impl<C: Copy + Eq, R> Circuits<C, R> {
 
     /// Shifts since when targets are asked, and the start of each stall, after a sweep that came late.
     pub fn shift_waits(&mut self, shift: impl Fn(Instant) -> Instant) {
-        for circuit in self.circuits.values_mut() {
+        for circuit in self.records.values_mut() {
             let stalls = circuit.stalled.iter_mut().flatten();
             stalls.chain([&mut circuit.asked_at]).for_each(|since| *since = shift(*since));
         }
@@ -240,26 +240,16 @@ impl<C: Copy + Eq, R> Circuits<C, R> {
     ///
     /// Returns the CONNECT that was not answered yet.
     pub fn end(&mut self, id: CircuitId, end: CircuitEnd) -> Option<PendingRequest<C, R>> {
-        let circuit = self.circuits.get_mut(&id)?;
+        let circuit = self.records.get_mut(&id)?;
         if circuit.guard.is_ok() {
             circuit.guard = Err(end);
         }
         circuit.request.take()
     }
 
-    /// The circuit of this id.
-    pub fn get(&self, id: CircuitId) -> Option<&Circuit<C, R>> {
-        self.circuits.get(&id)
-    }
-
-    /// As [`Circuits::get`], to change.
-    pub fn get_mut(&mut self, id: CircuitId) -> Option<&mut Circuit<C, R>> {
-        self.circuits.get_mut(&id)
-    }
-
     /// Removes a circuit that ended, or that was refused.
     pub fn remove(&mut self, id: CircuitId) -> Option<Circuit<C, R>> {
-        let circuit = self.circuits.remove(&id)?;
+        let circuit = self.records.remove(&id)?;
         if !circuit.has_yielded {
             self.quota.remove(circuit.prefix);
         }
@@ -272,12 +262,12 @@ impl<C: Copy + Eq, R> Circuits<C, R> {
     /// The circuits that `peer` is part of, in either role, in the order of their admission.
     pub fn of(&self, peer: &PeerId) -> impl Iterator<Item = (CircuitId, &Circuit<C, R>)> {
         let ids = self.by_peer.range((*peer, CircuitId(0))..=(*peer, CircuitId(u64::MAX)));
-        ids.filter_map(|(_, id)| Some((*id, self.circuits.get(id)?)))
+        ids.filter_map(|(_, id)| Some((*id, self.records.get(id)?)))
     }
 
     /// All circuits, in the order of their admission.
     pub fn iter(&self) -> impl Iterator<Item = (CircuitId, &Circuit<C, R>)> {
-        self.circuits.iter().map(|(id, circuit)| (*id, circuit))
+        self.records.iter().map(|(id, circuit)| (*id, circuit))
     }
 
     /// The open circuits and the bytes of each, in the order of their admission.
@@ -348,7 +338,7 @@ mod tests {
 
     /// The target accepts; returns the circuit's byte counters.
     fn open(circuits: &mut Circuits<u32, ()>, id: CircuitId) -> Counters {
-        let circuit = circuits.get_mut(id).unwrap();
+        let circuit = circuits.records.get_mut(&id).unwrap();
         circuit.opened_at = Some(Instant::now());
         circuit.counters.clone()
     }
@@ -440,7 +430,7 @@ mod tests {
         circuits.end(stalled.0, CircuitEnd::Stalled);
         assert_eq!(circuits.stalled(now + 10 * SECOND), [], "it is already ending");
         circuits.end(stalled.0, CircuitEnd::Silent);
-        let end_of = |id, reported| circuits.get(id).unwrap().end(reported);
+        let end_of = |id, reported| circuits.records.get(&id).unwrap().end(reported);
         assert_eq!(end_of(stalled.0, CircuitEnd::Disconnected), CircuitEnd::Stalled);
         assert_eq!(end_of(stalled.0, CircuitEnd::Finished), CircuitEnd::Finished);
         assert_eq!(end_of(idle.0, CircuitEnd::Disconnected), CircuitEnd::Disconnected);

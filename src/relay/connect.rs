@@ -45,7 +45,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     }
 
     fn ask_target(&mut self, id: CircuitId, ended: oneshot::Receiver<()>) {
-        if let Some(circuit) = self.circuits.get(id) {
+        if let Some(circuit) = self.circuits.records.get(&id) {
             let &Circuit { source, target, since, limit, ref counters, .. } = circuit;
             let (counters, ends) = (counters.clone(), [source.peer, target.peer]);
             let link = self.link.clone();
@@ -60,7 +60,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         // 1. Those over which it was not asked before, if the source waits for its answer over this one.
         let waits = |it: &&mut Circuit<C, R>| it.request.is_some() && it.target == over;
         let mut others = self.fit_for_a_slot(over.peer);
-        let circuit = self.circuits.get_mut(id).filter(waits)?;
+        let circuit = self.circuits.records.get_mut(&id).filter(waits)?;
         others.retain(|id| *id != over.connection && !circuit.silent.contains(id));
         // 2. The most recently active of them; of several, the newest.
         let silent_for = |id: &C| Some(self.connections.get(*id)?.liveness.silent_for(now));
@@ -95,12 +95,12 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         now: Instant,
     ) -> Option<(R, T)> {
         let is_asked = |it: &&Circuit<C, R>| it.opened_at.is_none() && it.target.connection == over;
-        let target = self.circuits.get(id).filter(is_asked)?.target;
+        let target = self.circuits.records.get(&id).filter(is_asked)?.target;
         let is_gone = matches!(answer, Err(StopFailed::Gone));
         if is_gone && self.ask_elsewhere(id, target, now).is_some() {
             return None;
         }
-        let circuit = self.circuits.get_mut(id)?;
+        let circuit = self.circuits.records.get_mut(&id)?;
         match (circuit.request.take(), answer) {
             (Some(request), Ok(opened)) => {
                 circuit.opened_at = Some(now);

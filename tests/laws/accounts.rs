@@ -114,7 +114,7 @@ impl World {
                 if let Some((id, counters)) = chosen(&self.pending, which) {
                     self.pending.retain(|(other, _)| *other != id);
                     let answer = accepts.then_some(()).ok_or(StopFailed::Unsupported);
-                    let Some(circuit) = self.relay.circuits.get(id) else {
+                    let Some(circuit) = self.relay.circuits.records.get(&id) else {
                         return;
                     };
                     let (source, over) = (circuit.source, circuit.target.connection);

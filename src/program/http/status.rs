@@ -147,7 +147,7 @@ impl Status {
         let circuits = &relay.circuits;
         let open = circuits.iter().filter_map(|(id, circuit)| Some((id, circuit, circuit.open()?)));
         let address_of = |over| Some(Shown(relay.connections.get(over)?.origin.address.clone()));
-        recorder.speeds.forget(|id| circuits.get(id).is_some());
+        recorder.speeds.forget(|id| circuits.records.contains_key(&id));
         Self {
             version: env!("CARGO_PKG_VERSION"),
             peer: Shown(node.peer_id()),
