@@ -212,9 +212,8 @@ impl Behaviour {
     /// It is told in reservations over this connection only. A relay behind NAT without announced or confirmed addresses
     /// has only local ones otherwise.
     pub fn set_reported_address(&mut self, connection: ConnectionId, address: Multiaddr) {
-        if address.len() <= MAX_REPORTED
-            && let Some(up) = self.relay.connections.get(connection)
-        {
+        let up = self.relay.connections.get(connection);
+        if let Some(up) = up.filter(|_| address.len() <= MAX_REPORTED) {
             *up.origin.reported.lock().unwrap_or_else(PoisonError::into_inner) = Some(address);
         }
     }
@@ -302,7 +301,7 @@ impl Behaviour {
                 return None;
             }
             Action::Refuse(reply, status) => {
-                let message = wire::status(status, Limit::default());
+                let message = wire::answer(status, Limit::default(), None);
                 let _ = reply.send(Answer::Final(message, None)); // fails once the stream is gone
                 return None;
             }

@@ -168,16 +168,13 @@ pub fn decode_stop_answer(message: &[u8]) -> Result<i32, BadRequest> {
 pub fn reserve_ok(expire: u64, addrs: &[Multiaddr], voucher: Vec<u8>, limit: Limit) -> Vec<u8> {
     let (expire, voucher) = (Some(expire), Some(voucher));
     let addrs = addrs.iter().map(Multiaddr::to_vec).collect();
-    let reservation = Some(proto::Reservation { expire, addrs, voucher });
-    let (r#type, status, limit) = (Some(proto::HOP_STATUS), Some(Status::Ok as i32), limit.into());
-    let message = proto::HopMessage { r#type, reservation, limit, status, peer: None };
-    message.encode_length_delimited_to_vec()
+    answer(Status::Ok, limit, Some(proto::Reservation { expire, addrs, voucher }))
 }
 
-/// Any other answer: OK to a CONNECT, after which the stream is the circuit, or a refusal.
-pub fn status(status: Status, limit: Limit) -> Vec<u8> {
+/// The answer to a request. Without a reservation: OK to a CONNECT, after which the stream is the circuit, or a refusal.
+pub fn answer(status: Status, limit: Limit, reservation: Option<proto::Reservation>) -> Vec<u8> {
     let (r#type, status, limit) = (Some(proto::HOP_STATUS), Some(status as i32), limit.into());
-    let message = proto::HopMessage { r#type, status, limit, ..Default::default() };
+    let message = proto::HopMessage { r#type, reservation, limit, status, peer: None };
     message.encode_length_delimited_to_vec()
 }
 
@@ -417,7 +414,8 @@ mod tests {
     fn unset_limits_are_omitted() {
         let limit = |limit| {
             let message =
-                proto::HopMessage::decode(&*unframed(&super::status(Status::Ok, limit))).unwrap();
+                proto::HopMessage::decode(&*unframed(&super::answer(Status::Ok, limit, None)))
+                    .unwrap();
             message.limit
         };
         assert_eq!(limit(Limit::default()), None);

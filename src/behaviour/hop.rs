@@ -148,7 +148,7 @@ pub(crate) async fn serve(
     let mut report = Report { event: Some(event), events };
     // The time limit of a circuit begins before its answer is delivered.
     let deadline = parameters.limit.duration.map(|duration| timeouts.start(duration));
-    let message = wire::status(Status::Ok, parameters.limit);
+    let message = wire::answer(Status::Ok, parameters.limit, None);
     let delivery = within(timeout, wire::write_frame(&mut stream, &message));
     let delivered = match future::select(pin!(delivery), &mut parameters.ended).await {
         Either::Left((delivered, _)) => delivered.map_err(end_of),
