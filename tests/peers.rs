@@ -165,6 +165,9 @@ impl<'a> Bench<'a> {
             let what = format!("added latency of a 1 KiB echo, {beside}, p99");
             (circuits, table.row(&what, "µs", [goal; 2]))
         });
+        // What the relay cannot change: the busy circuit's share of the CPU.
+        let what = what("a circuit of another such relay flat out, p99");
+        let elsewhere = table.row(&what, "µs", [f64::INFINITY; 2]);
         self.rounds(|contestant| {
             let base = runtime.block_on(echo::direct(count));
             let relay = self.contestants.start(contestant);
@@ -176,6 +179,10 @@ impl<'a> Bench<'a> {
                 let busy = runtime.block_on(echo::relayed(&relay, count)).above(base);
                 table.add(row, contestant, busy.p99);
             }
+            let another = self.contestants.start(contestant);
+            let _flat_out = echo::flat_out(&another, 1);
+            let busy = runtime.block_on(echo::relayed(&relay, count)).above(base);
+            table.add(elsewhere, contestant, busy.p99);
         });
     }
 
