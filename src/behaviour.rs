@@ -7,6 +7,8 @@ pub(crate) mod circuit;
 mod handler;
 mod hop;
 mod ping;
+#[cfg(target_os = "linux")]
+pub(crate) mod tcp_info;
 mod timer;
 
 use std::{
@@ -266,6 +268,8 @@ impl Behaviour {
         let jitter = RandomState::new().hash_one(id) as u8;
         let mut connection = Connection::new(peer, address, relayed, jitter, Instant::now());
         if let Some((_, activity)) = self.handlers.get(&id) {
+            #[cfg(target_os = "linux")]
+            tcp_info::report_losses(endpoint, activity);
             connection.track(activity.clone());
         }
         match activity::counter_of(peer, endpoint) {

@@ -2,10 +2,14 @@
 
 use std::{
     ffi::OsString,
+    fs::File,
     net::Ipv4Addr,
+    os::fd::AsFd,
     process::{self, Command},
     sync::atomic::{AtomicUsize, Ordering},
 };
+
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use super::{Relay, command};
 
@@ -199,6 +203,13 @@ impl Host {
     pub fn command_prefix(&self) -> Vec<OsString> {
         let prefix = ["ip", "netns", "exec", &self.namespace];
         prefix.map(OsString::from).into()
+    }
+
+    /// Moves this thread onto it: sockets that it creates are the host's.
+    pub fn enter(&self) {
+        let namespace = File::open(format!("/run/netns/{}", self.namespace)).expect("it exists");
+        move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))
+            .expect("this thread may enter it");
     }
 
     /// Plugs its cable in or unplugs it.

@@ -3,6 +3,7 @@
 //! Without Go, or Node with npm, the tests fail rather than being skipped.
 
 mod documented;
+mod embedded;
 mod loss;
 mod many;
 mod yamux;

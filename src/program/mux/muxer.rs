@@ -95,9 +95,6 @@ impl Multiplex {
         socket: Option<TcpStream>,
     ) -> Self {
         let (prefix, activity) = (ClientPrefix::of(remote), activity.unwrap_or_default());
-        if let Some(socket) = &socket {
-            socket::report_losses(socket, &activity);
-        }
         Self { prefix, activity, socket, ..self.clone() }
     }
 }

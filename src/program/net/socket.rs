@@ -1,14 +1,12 @@
 //! Options of TCP sockets, what the kernel knows of them, and the remedies for bind errors.
 
-#[cfg(target_os = "linux")]
-mod tcp_info;
-
 use std::{io, time::Duration};
 
 use async_std::net::TcpStream;
 use socket2::{SockRef, TcpKeepalive};
 
-use crate::activity::ActivityCounter;
+#[cfg(target_os = "linux")]
+use crate::behaviour::tcp_info::TcpInfo;
 
 /// How long sent data may stay unacknowledged before the kernel closes the connection: see [`set_user_timeout`].
 ///
@@ -24,11 +22,6 @@ const MAX_UNSENT: u32 = 128 * 1024;
 /// After how much silence the kernel sends the first keep-alive probe, and how often further ones.
 const KEEPALIVE: Duration = Duration::from_secs(60);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
-
-/// A silent peer behind a link that loses packets may be alive if its kernel sent something within this time. Less than
-/// [`KEEPALIVE`]: the kernel of a peer whose process is frozen answers keep-alive probes.
-#[cfg(target_os = "linux")]
-const RECENT: Duration = Duration::from_secs(45);
 
 /// Adds the remedy to a bind error. Done here because libp2p's boxed transports keep the text of an error and drop
 /// its kind.
@@ -87,27 +80,9 @@ pub(crate) fn set_user_timeout(stream: &TcpStream, is_on: bool) {
 /// How many bytes the other end has acknowledged so far; `None` where the kernel does not say so.
 pub(crate) fn acknowledged(stream: &TcpStream) -> Option<u64> {
     #[cfg(target_os = "linux")]
-    return tcp_info::TcpInfo::of(stream.local_addr().ok()?, stream.peer_addr().ok()?)?
-        .acknowledged();
+    return TcpInfo::of(stream.local_addr().ok()?, stream.peer_addr().ok()?)?.acknowledged();
     #[cfg(not(target_os = "linux"))]
     return None;
-}
-
-/// Has `activity` report whether the connection loses packets and its other end sent something recently. Keeps the
-/// addresses and not the socket, which would stay open.
-pub(crate) fn report_losses(stream: &TcpStream, activity: &ActivityCounter) {
-    #[cfg(target_os = "linux")]
-    if let (Ok(local), Ok(remote)) = (stream.local_addr(), stream.peer_addr()) {
-        activity.set_lossy(move || {
-            let info = tcp_info::TcpInfo::of(local, remote);
-            info.is_some_and(|info| {
-                info.silent_for().is_some_and(|silent_for| silent_for < RECENT)
-                    && info.is_lossy() == Some(true)
-            })
-        });
-    }
-    #[cfg(not(target_os = "linux"))]
-    let _ = (stream, activity);
 }
 
 #[cfg(test)]

@@ -3,12 +3,12 @@
 //! The alternatives, the socket option TCP_INFO and the ioctl SIOCOUTQ, need unsafe code. A query is one look-up in the
 //! kernel's table, however many sockets there are.
 
-use std::{
-    net::{IpAddr, SocketAddr},
-    time::Duration,
-};
+use std::net::{IpAddr, SocketAddr};
 
-use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketType, netlink, recv, send, socket};
+use libp2p::{Multiaddr, core::ConnectedPoint, multiaddr::Protocol};
+use rustix::net::{self, AddressFamily, RecvFlags, SendFlags, SocketType, netlink, recv, send};
+
+use crate::{activity::ActivityCounter, address::ip};
 
 /// From linux/sock_diag.h, linux/netlink.h and linux/inet_diag.h.
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
@@ -29,14 +29,41 @@ const ATTRIBUTE: usize = 4;
 /// A connection is lossy if it loses more than one of this many segments with data.
 const LOSSY: u32 = 16;
 
+/// A silent peer behind a link that loses packets may be alive if its kernel sent something within this time. Less than
+/// the program's interval of keep-alive probes, a minute: the kernel of a peer whose process is frozen answers them.
+const RECENT: u32 = 45_000; // milliseconds
+
+/// It may also be alive if fewer retransmissions in a row are unanswered: with exponential back-off there are no more in a
+/// minute. At 30 % loss in both directions, six transmissions are all unanswered in one of 57 cases.
+const ENOUGH: u8 = 6;
+
+/// Has `activity` report whether the connection loses packets and its peer may be alive, if a peer has dialed it over TCP.
+pub fn report_losses(endpoint: &ConnectedPoint, activity: &ActivityCounter) {
+    if let ConnectedPoint::Listener { local_addr, send_back_addr } = endpoint
+        && let (Some(local), Some(remote)) = (socket(local_addr), socket(send_back_addr))
+    {
+        activity.set_lossy(move || {
+            TcpInfo::of(local, remote).is_some_and(|info| info.is_lossy() == Some(true))
+        });
+    }
+}
+
+/// The TCP socket at the beginning of a multiaddr.
+fn socket(address: &Multiaddr) -> Option<SocketAddr> {
+    match address.iter().nth(1)? {
+        Protocol::Tcp(port) => Some(SocketAddr::new(ip(address)?, port)),
+        _ => None,
+    }
+}
+
 /// A `tcp_info`, as the kernel writes it: linux/tcp.h. A later kernel's is longer.
 pub struct TcpInfo(Vec<u8>);
 
 impl TcpInfo {
     /// Asks the kernel about the connection between `local` and `remote`; `None` if it does not tell.
     pub fn of(local: SocketAddr, remote: SocketAddr) -> Option<Self> {
-        let kernel =
-            socket(AddressFamily::NETLINK, SocketType::RAW, Some(netlink::SOCK_DIAG)).ok()?;
+        let (family, kind) = (AddressFamily::NETLINK, SocketType::RAW);
+        let kernel = net::socket(family, kind, Some(netlink::SOCK_DIAG)).ok()?;
         send(&kernel, &request(local, remote), SendFlags::empty()).ok()?;
         let mut answer = [0; 2048];
         let (bytes, _) = recv(&kernel, &mut answer[..], RecvFlags::DONTWAIT).ok()?;
@@ -44,25 +71,25 @@ impl TcpInfo {
     }
 
     /// How many bytes the other end has acknowledged so far: `tcpi_bytes_acked`.
+    #[cfg(feature = "program")]
     pub fn acknowledged(&self) -> Option<u64> {
         Some(u64::from_ne_bytes(*self.0.get(120..)?.first_chunk()?))
     }
 
-    /// How long the other end has sent no new data and no acknowledgement: `tcpi_last_data_recv` and `tcpi_last_ack_recv`.
-    pub fn silent_for(&self) -> Option<Duration> {
-        Some(Duration::from_millis(self.number(52)?.min(self.number(56)?).into()))
-    }
-
-    /// Whether the connection loses packets.
+    /// Whether the connection loses packets, and its other end may be alive: it sent data or an acknowledgement recently
+    /// (`tcpi_last_data_recv`, `tcpi_last_ack_recv`), or had few chances to.
     ///
     /// Lost are the segments that arrived out of order (`tcpi_rcv_ooopack`), and those that were retransmitted
     /// (`tcpi_total_retrans`), except retransmissions without an acknowledgement since (`tcpi_retransmits`): the peer may
     /// be gone; and superfluous ones (`tcpi_dsack_dups`): it slept and answered late.
     pub fn is_lossy(&self) -> Option<bool> {
-        let retransmitted = self.number(100)?.saturating_sub((*self.0.get(2)?).into());
+        let silent_for = self.number(52)?.min(self.number(56)?);
+        let unanswered = *self.0.get(2)?;
+        let retransmitted = self.number(100)?.saturating_sub(unanswered.into());
         let helped = retransmitted.saturating_sub(self.number(216)?);
         let lost = helped.saturating_add(self.number(224)?);
-        Some(lost > 1 && lost.saturating_mul(LOSSY) > self.number(156)?)
+        let loses_often = lost > 1 && lost.saturating_mul(LOSSY) > self.number(156)?;
+        Some(loses_often && (silent_for < RECENT || unanswered < ENOUGH))
     }
 
     fn number(&self, at: usize) -> Option<u32> {
@@ -137,7 +164,6 @@ mod tests {
             assert_eq!(acknowledged(), Some(before + 1000));
             let info = TcpInfo::of(local, remote).unwrap();
             assert_eq!(info.is_lossy(), Some(false));
-            assert!(info.silent_for().is_some());
             let none = TcpInfo::of(remote, SocketAddr::new(local.ip(), 1));
             assert!(none.is_none(), "no such socket");
         }
@@ -158,12 +184,16 @@ mod tests {
     #[test]
     fn retransmissions_that_helped_and_gaps_are_losses() {
         // Segments with data, retransmissions, those unanswered, superfluous ones, and gaps in what arrived.
-        let is_lossy = |sent: u32, again: u32, unanswered: u8, superfluous: u32, gaps: u32| {
+        let info = |numbers: &[(usize, u32)]| {
             let mut info = TcpInfo(vec![0; 232]);
-            info.0[2] = unanswered;
-            for (at, number) in [(100, again), (156, sent), (216, superfluous), (224, gaps)] {
-                info.0[at..at + 4].copy_from_slice(&number.to_ne_bytes());
+            for (at, number) in numbers {
+                info.0[*at..at + 4].copy_from_slice(&number.to_ne_bytes());
             }
+            info
+        };
+        let is_lossy = |sent: u32, again: u32, unanswered: u8, superfluous: u32, gaps: u32| {
+            let mut info = info(&[(100, again), (156, sent), (216, superfluous), (224, gaps)]);
+            info.0[2] = unanswered;
             info.is_lossy().unwrap()
         };
         assert!(!is_lossy(30, 0, 0, 0, 0));
@@ -173,5 +203,13 @@ mod tests {
         assert!(!is_lossy(5, 1, 0, 0, 0), "once is no rule");
         assert!(!is_lossy(30, 9, 8, 0, 0), "it is gone");
         assert!(!is_lossy(30, 8, 0, 8, 0), "it slept");
+        let silent = |acknowledgement: u32, unanswered: u8| {
+            let mut info = info(&[(52, 50_000), (56, acknowledgement), (100, 20), (156, 20)]);
+            info.0[2] = unanswered;
+            info.is_lossy().unwrap()
+        };
+        assert!(silent(44_999, 6), "it acknowledged something recently");
+        assert!(silent(45_000, 5), "it had few chances");
+        assert!(!silent(45_000, 6));
     }
 }
