@@ -123,8 +123,6 @@ pub struct ConnectionBudget {
     pub prefix: Option<ClientPrefix>,
     /// Bytes charged to it that it can free.
     held: AtomicUsize,
-    /// Received bytes that are unread.
-    unread: AtomicUsize,
     /// Bytes that it cannot free, charged until it closes.
     kept: AtomicUsize,
 }
@@ -145,8 +143,8 @@ impl MemoryBudget {
     ) -> Arc<ConnectionBudget> {
         let number = self.0.opened.fetch_add(1, Ordering::Relaxed);
         self.connections().insert(number, connection);
-        let [held, unread, kept] = [(); 3].map(|()| AtomicUsize::new(0));
-        Arc::new(ConnectionBudget { pool: self.clone(), number, prefix, held, unread, kept })
+        let [held, kept] = [(); 2].map(|()| AtomicUsize::new(0));
+        Arc::new(ConnectionBudget { pool: self.clone(), number, prefix, held, kept })
     }
 
     /// Resets a stream of any connection, whose session's lock it takes: the caller must hold none.
@@ -242,26 +240,13 @@ impl ConnectionBudget {
         self.held.load(Ordering::Relaxed)
     }
 
-    /// Charges this many bytes.
-    pub fn charge(&self, bytes: usize) {
-        self.held.fetch_add(bytes, Ordering::Relaxed);
-        self.pool.0.held.fetch_add(bytes, Ordering::Relaxed);
-    }
-
-    /// Releases this many bytes.
-    pub fn release(&self, bytes: usize) {
-        self.held.fetch_sub(bytes, Ordering::Relaxed);
-        self.pool.0.held.fetch_sub(bytes, Ordering::Relaxed);
-    }
-
-    /// Adds this many unread bytes.
-    pub fn add_unread(&self, bytes: usize) {
-        self.unread.fetch_add(bytes, Ordering::Relaxed);
-    }
-
-    /// Removes this many unread bytes.
-    pub fn remove_unread(&self, bytes: usize) {
-        self.unread.fetch_sub(bytes, Ordering::Relaxed);
+    /// Charges `after` bytes in place of `before`.
+    pub fn replace_charge(&self, before: usize, after: usize) {
+        let more = after.wrapping_sub(before); // atomic additions wrap around
+        if more != 0 {
+            self.held.fetch_add(more, Ordering::Relaxed);
+            self.pool.0.held.fetch_add(more, Ordering::Relaxed);
+        }
     }
 
     /// Charges this many bytes until the connection closes, if half of the pool stays free. Returns whether it did.
@@ -275,9 +260,9 @@ impl ConnectionBudget {
         is_plenty
     }
 
-    /// Whether its unread bytes exceed the limit on one connection.
-    pub fn is_exceeded(&self) -> bool {
-        self.unread.load(Ordering::Relaxed) > self.pool.0.limit_per_connection
+    /// Whether this many unread bytes exceed the limit on one connection.
+    pub fn is_exceeded(&self, unread: usize) -> bool {
+        unread > self.pool.0.limit_per_connection
     }
 
     /// Scales the window of a stream: all of `window` while half of the pool is free, the smallest window above three
@@ -325,7 +310,7 @@ mod tests {
             if held - self.1 < 10 {
                 return 0;
             }
-            self.0.release(10);
+            self.0.replace_charge(10, 0);
             self.0.count(Cut::Pool);
             10
         }
@@ -341,7 +326,7 @@ mod tests {
         let prefix = Some(IpAddr::from([10, 0, 0, host]).into());
         Arc::new_cyclic(|connection: &Weak<Fixed>| {
             let account = budget.open(prefix, connection.clone());
-            account.charge(fixed);
+            account.replace_charge(0, fixed);
             Fixed(account, fixed)
         })
     }
@@ -354,12 +339,12 @@ mod tests {
     fn the_heaviest_connection_of_the_heaviest_prefix_loses_streams_down_to_nine_tenths() {
         let budget = MemoryBudget::new(1000, 1000, 0);
         let [light, other, heavy] = [1, 2, 2].map(|host| connection(&budget, host, 0));
-        light.0.charge(400);
-        other.0.charge(250);
-        heavy.0.charge(350);
+        light.0.replace_charge(0, 400);
+        other.0.replace_charge(0, 250);
+        heavy.0.replace_charge(0, 350);
         budget.push_out(Instant::now());
         assert_eq!(budget.buffered().count(Cut::Pool), 0, "nothing is cut at the limit");
-        heavy.0.charge(10);
+        heavy.0.replace_charge(0, 10);
         budget.push_out(Instant::now());
         assert_eq!((held(&light), held(&other), held(&heavy)), (400, 250, 250));
         let expected = Buffered { bytes: 900, credit: 3 * 7, cut: [11, 0, 0, 0] };
@@ -371,11 +356,11 @@ mod tests {
         let budget = MemoryBudget::new(1000, 1000, 0);
         let [fixed, other] =
             [(1, 900), (2, 0)].map(|(host, fixed)| connection(&budget, host, fixed));
-        other.0.charge(200);
+        other.0.replace_charge(0, 200);
         budget.push_out(Instant::now());
         assert_eq!((held(&fixed), held(&other)), (900, 0));
         budget.push_out(Instant::now());
-        other.0.charge(500);
+        other.0.replace_charge(0, 500);
         drop(fixed);
         assert_eq!(budget.buffered().bytes, 500);
         assert_eq!(budget.connections().len(), 1);
@@ -385,13 +370,10 @@ mod tests {
     fn memory_counts_until_it_is_released_or_its_connection_is_dropped() {
         let budget = MemoryBudget::new(100, 50, 0);
         let [one, other] = [1, 2].map(|host| connection(&budget, host, 0));
-        one.0.add_unread(50);
-        other.0.add_unread(51);
-        one.0.charge(60);
-        other.0.charge(51);
-        assert!(!one.0.is_exceeded() && other.0.is_exceeded());
-        other.0.release(51);
-        other.0.remove_unread(51);
+        one.0.replace_charge(0, 60);
+        other.0.replace_charge(0, 51);
+        assert!(!one.0.is_exceeded(50) && other.0.is_exceeded(51));
+        other.0.replace_charge(51, 0);
         assert_eq!(budget.buffered().bytes, 60);
         drop(one);
         assert!(other.0.keep_if_plenty(50) && !other.0.keep_if_plenty(1));
@@ -405,11 +387,11 @@ mod tests {
         let budget = MemoryBudget::new(1000 * KIB, 1000 * KIB, 0);
         let connection = connection(&budget, 1, 0);
         for (held, window) in [(0, 1024), (500, 1024), (625, 528), (750, 32), (2000, 32)] {
-            connection.0.charge(held * KIB);
+            connection.0.replace_charge(0, held * KIB);
             assert_eq!(connection.0.window(1024 * KIB), window * KIB, "{held}");
-            connection.0.release(held * KIB);
+            connection.0.replace_charge(held * KIB, 0);
         }
-        connection.0.charge(900 * KIB);
+        connection.0.replace_charge(0, 900 * KIB);
         assert_eq!(connection.0.window(256 * KIB), 32 * KIB);
     }
 
@@ -418,7 +400,7 @@ mod tests {
         let budget = MemoryBudget::new(1000, 1000, 0);
         let connection = connection(&budget, 1, 750);
         assert!(!budget.is_scarce());
-        connection.0.charge(1);
+        connection.0.replace_charge(0, 1);
         assert!(budget.is_scarce());
     }
 
@@ -429,7 +411,7 @@ mod tests {
         let [minute, half] = [60, 30].map(Duration::from_secs);
         budget.set_max_stall(minute);
         assert_eq!(budget.max_stall(), minute);
-        connection.0.charge(751);
+        connection.0.replace_charge(0, 751);
         assert_eq!(budget.max_stall(), half);
         budget.set_max_stall(half / 2);
         assert_eq!(budget.max_stall(), half / 2);

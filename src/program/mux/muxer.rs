@@ -412,8 +412,7 @@ impl AsyncRead for Substream {
     ) -> Poll<io::Result<usize>> {
         let (key, now) = (self.key, Instant::now());
         let read = self.shared.with(|session| {
-            let read = |it: &mut Stream, budget: &_| it.read(buffer, now, budget);
-            session.poll_stream(key, cx, |it| &mut it.reader, read)
+            session.poll_stream(key, cx, |it| &mut it.reader, |it| it.poll_read(buffer, now))
         });
         let read = ready!(read)?;
         if self.negotiation.is_some() {
@@ -436,8 +435,7 @@ impl AsyncWrite for Substream {
     ) -> Poll<io::Result<usize>> {
         let (key, now) = (self.key, Instant::now());
         let written = self.shared.with(|session| {
-            let write = |it: &mut Stream, budget: &_| it.write(bytes, now, budget);
-            session.poll_stream(key, cx, |it| &mut it.writer, write)
+            session.poll_stream(key, cx, |it| &mut it.writer, |it| it.poll_write(bytes, now))
         });
         let written = ready!(written)?;
         self.shared.budget.pool.push_out(now);
@@ -456,7 +454,7 @@ impl AsyncWrite for Substream {
 
     /// Ready at once: the end of the stream is sent after the written data.
     fn poll_close(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.shared.with(|session| session.change(self.key, |stream, _| stream.close()));
+        self.shared.with(|session| session.change(self.key, Stream::close));
         Poll::Ready(Ok(()))
     }
 }

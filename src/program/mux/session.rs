@@ -8,7 +8,7 @@ pub mod frames;
 
 use std::{
     collections::{BTreeMap, VecDeque},
-    io,
+    io, mem,
     sync::{Arc, Mutex, PoisonError, Weak},
     task::{Context, Poll, Waker},
     time::{Duration, Instant},
@@ -89,6 +89,8 @@ pub struct Session {
     pub is_unused: bool,
     /// Refused streams whose RST is not sent yet.
     refused: usize,
+    /// How many received bytes its streams hold.
+    unread: usize,
     /// Ids of streams without a handle that this side has closed: the peer may still send on them.
     half_closed: VecDeque<u32>,
     /// Streams that the peer opened and that are not accepted yet.
@@ -132,6 +134,7 @@ impl Session {
             unacknowledged: 0,
             is_unused: role == Role::Server,
             refused: 0,
+            unread: 0,
             half_closed: VecDeque::new(),
             accepted: VecDeque::new(),
             incoming: (0, 0),
@@ -172,7 +175,7 @@ impl Session {
             self.effects.register(&mut self.opener, cx);
             return Poll::Pending;
         }
-        let id = std::mem::replace(&mut self.next_id, next_id);
+        let id = mem::replace(&mut self.next_id, next_id);
         self.outbound += 1;
         self.unacknowledged += 1;
         Poll::Ready(Ok(self.insert(id, Origin::Relay, now)))
@@ -186,14 +189,11 @@ impl Session {
     /// Accepts a stream that the peer opened. It is acknowledged by its next frame.
     pub fn poll_accept(&mut self, cx: &Context<'_>) -> Poll<Key> {
         while let Some(key) = self.accepted.pop_front() {
-            match self.streams.get_mut(&key) {
-                Some(stream) if stream.received & RST == 0 => {
-                    stream.pending |= ACK;
-                    self.settle(key);
-                    return Poll::Ready(key);
-                }
-                _ => self.change(key, Stream::drop_handle),
+            if self.streams.get(&key).is_some_and(|stream| stream.received & RST == 0) {
+                self.update(key, |stream| stream.pending |= ACK);
+                return Poll::Ready(key);
             }
+            self.change(key, Stream::drop_handle);
         }
         self.set_task(cx);
         Poll::Pending
@@ -201,37 +201,34 @@ impl Session {
 
     fn insert(&mut self, id: u32, origin: Origin, now: Instant) -> Key {
         self.last_serial += 1;
-        self.budget.charge(size_of::<Stream>());
-        let key = (id, self.last_serial);
-        self.streams.insert(key, Box::new(Stream::new(id, origin, now)));
+        let (key, stream) = ((id, self.last_serial), Box::new(Stream::new(id, origin, now)));
+        self.budget.replace_charge(0, stream.charge());
+        self.streams.insert(key, stream);
         key
     }
 
     // ---- Operations on a handle
 
-    /// Reads from or writes to a stream; if that returns `None`, the task of `cx` waits. A stream that ends with its
+    /// Reads from or writes to a stream; the task of `cx` waits until that is possible. A stream that ends with its
     /// connection fails otherwise than one that is reset: [`CircuitEnd`](crate::CircuitEnd) tells these apart.
     pub fn poll_stream(
         &mut self,
         key: Key,
         cx: &Context<'_>,
         waker: fn(&mut Stream) -> &mut Option<Waker>,
-        act: impl FnOnce(&mut Stream, &ConnectionBudget) -> Option<io::Result<usize>>,
+        act: impl FnOnce(&mut Stream) -> Poll<io::Result<usize>>,
     ) -> Poll<io::Result<usize>> {
         use io::ErrorKind::{ConnectionAborted, ConnectionReset};
-        let reset = if self.is_over { ConnectionAborted } else { ConnectionReset };
-        let stream = self.streams.get_mut(&key).ok_or(reset)?;
-        let result = act(stream, &self.budget);
-        if result.is_none() {
+        let result = self.update(key, act).unwrap_or(Poll::Ready(Err(ConnectionReset.into())));
+        if result.is_pending()
+            && let Some(stream) = self.streams.get_mut(&key)
+        {
             self.effects.register(waker(stream), cx);
         }
-        self.settle(key);
-        let is_reset = |error: &io::Error| error.kind() == ConnectionReset;
-        match result {
-            Some(Err(error)) if is_reset(&error) => Poll::Ready(Err(reset.into())),
-            Some(result) => Poll::Ready(result),
-            None => Poll::Pending,
-        }
+        result.map_err(|error| match error.kind() {
+            ConnectionReset if self.is_over => ConnectionAborted.into(),
+            _ => error,
+        })
     }
 
     /// A stream, for changes without consequences for the session: [`Stream::flush`] or [`Stream::set_used`].
@@ -241,13 +238,12 @@ impl Session {
 
     /// Changes the state of a stream: [`Stream::close`], [`Stream::drop_handle`], [`Stream::reset`] or another end.
     /// Wakes its reader and its writer.
-    pub fn change(&mut self, key: Key, change: impl FnOnce(&mut Stream, &ConnectionBudget)) {
-        if let Some(stream) = self.streams.get_mut(&key) {
-            change(stream, &self.budget);
-            self.effects.wakers.extend(stream.reader.take());
-            self.effects.wakers.extend(stream.writer.take());
-            self.settle(key);
-        }
+    pub fn change(&mut self, key: Key, change: impl FnOnce(&mut Stream)) {
+        let wakers = self.update(key, |stream| {
+            change(stream);
+            [stream.reader.take(), stream.writer.take()]
+        });
+        self.effects.wakers.extend(wakers.into_iter().flatten().flatten());
     }
 
     /// Resets the stream with the greatest weight. Returns how many bytes that freed.
@@ -270,16 +266,19 @@ impl Session {
 
     // ---- Bookkeeping
 
-    /// Queues a stream for what it has to send; removes it, or frees its id, when it is no longer needed.
-    fn settle(&mut self, key: Key) {
-        let Some(stream) = self.streams.get_mut(&key) else {
-            return;
-        };
-        if stream.has_control(&self.budget) && !std::mem::replace(&mut stream.in_control, true) {
+    /// Changes a stream, and then what depends on its state: counts its memory, queues it for what it has to send, and
+    /// removes it when it is no longer needed.
+    fn update<T>(&mut self, key: Key, change: impl FnOnce(&mut Stream) -> T) -> Option<T> {
+        let stream = self.streams.get_mut(&key)?;
+        let (charge, unread) = (stream.charge(), stream.unread());
+        let result = change(stream);
+        self.budget.replace_charge(charge, stream.charge());
+        self.unread = self.unread - unread + stream.unread();
+        if stream.has_control(&self.budget) && !mem::replace(&mut stream.in_control, true) {
             self.control.push_back(key);
             self.effects.wakers.extend(self.task.take());
         }
-        if stream.has_data() && !std::mem::replace(&mut stream.in_turns, true) {
+        if stream.has_data() && !mem::replace(&mut stream.in_turns, true) {
             stream.deficit = QUANTUM as i64;
             self.new_flows.push_back(key);
             self.effects.wakers.extend(self.task.take());
@@ -293,15 +292,15 @@ impl Session {
             }
             self.remove(key);
         }
+        Some(result)
     }
 
     fn remove(&mut self, key: Key) {
-        let Some(mut stream) = self.streams.remove(&key) else {
+        let Some(stream) = self.streams.remove(&key) else {
             return;
         };
-        stream.discard_unread(&self.budget);
-        stream.discard_unsent(&self.budget);
-        self.budget.release(size_of::<Stream>());
+        self.budget.replace_charge(stream.charge(), 0);
+        self.unread -= stream.unread();
         self.growth += stream.growth();
         match stream.origin {
             Origin::Relay => self.outbound -= 1,
@@ -316,7 +315,7 @@ impl Session {
 
     /// Sends all unsent data and then go-away; no more streams are opened.
     pub fn leave(&mut self) {
-        if !std::mem::replace(&mut self.is_over, true) {
+        if !mem::replace(&mut self.is_over, true) {
             self.go_away = Some(Reason::Normal);
         }
     }
@@ -338,7 +337,7 @@ impl Session {
     pub fn close_all(&mut self) {
         self.end();
         self.streams.keys().copied().collect::<Vec<_>>().into_iter().for_each(|it| self.remove(it));
-        self.budget.release(std::mem::take(&mut self.in_flight));
+        self.budget.replace_charge(mem::take(&mut self.in_flight), 0);
     }
 }
 
@@ -369,7 +368,7 @@ impl Shared {
     pub fn with<T>(&self, act: impl FnOnce(&mut Session) -> T) -> T {
         let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
         let result = act(&mut session);
-        let effects = std::mem::take(&mut session.effects);
+        let effects = mem::take(&mut session.effects);
         drop(session);
         effects.apply(&self.budget.pool);
         result
@@ -429,7 +428,7 @@ impl RoundTrip {
     /// Handles an answer. Returns false if no ping with this id was sent.
     fn on_answer(&mut self, number: u32, now: Instant) -> bool {
         self.measured = self.asked_at.map(|at| now.saturating_duration_since(at));
-        std::mem::take(&mut self.is_asked) && self.number == number
+        mem::take(&mut self.is_asked) && self.number == number
     }
 }
 

@@ -5,7 +5,8 @@
 use std::{
     collections::VecDeque,
     io::{self, Write},
-    task::Waker,
+    mem,
+    task::{Poll, Waker},
     time::{Duration, Instant},
 };
 
@@ -60,9 +61,12 @@ pub struct Stream {
     /// The tasks that wait for data, and for room to write.
     pub reader: Option<Waker>,
     pub writer: Option<Waker>,
+    /// The received data, and the sum of its capacities.
     chunks: VecDeque<Chunk>,
+    stored: usize,
+    /// How many received bytes are held: those in `chunks`, and the ones read last. These are released by the next read,
+    /// as the reader may still use them.
     unread: usize,
-    /// The size of the chunk read last. It is released by the next read, as the reader may still use the bytes.
     passing: usize,
     read_at: Option<Instant>,
     /// How many bytes the peer may still send.
@@ -130,63 +134,50 @@ impl Stream {
     }
 
     /// Stores the contents of a chunk.
-    pub fn store(&mut self, chunk: &mut Chunk, now: Instant, budget: &ConnectionBudget) {
-        if self.unread == 0 {
+    pub fn store(&mut self, chunk: &mut Chunk, now: Instant) {
+        if self.unread == self.passing {
             self.read_at = Some(now);
         }
         self.unread += chunk.unread().len();
-        budget.add_unread(chunk.unread().len());
         if !self.chunks.back_mut().is_some_and(|last| last.append(chunk)) {
-            budget.charge(chunk.capacity());
-            self.chunks.push_back(std::mem::take(chunk));
+            self.stored += chunk.capacity();
+            self.chunks.push_back(mem::take(chunk));
         }
     }
 
-    /// Reads as much as fits. `None`: there is no data yet.
-    pub fn read(
-        &mut self,
-        mut into: &mut [u8],
-        now: Instant,
-        budget: &ConnectionBudget,
-    ) -> Option<io::Result<usize>> {
-        let (mut read, mut freed, is_asked) = (0, 0, !into.is_empty());
+    /// Reads as much as fits.
+    pub fn poll_read(&mut self, mut into: &mut [u8], now: Instant) -> Poll<io::Result<usize>> {
+        let is_asked = !into.is_empty();
+        self.unread -= mem::take(&mut self.passing);
+        self.read_at = Some(now);
         while let Some(first) = self.chunks.front_mut() {
-            let some = first.read(into);
-            read += some;
-            into = into.get_mut(some..).unwrap_or_default();
+            let read = first.read(into);
+            self.passing += read;
+            into = into.get_mut(read..).unwrap_or_default();
             if !first.unread().is_empty() {
                 break;
             }
-            freed += first.capacity();
+            self.stored -= first.capacity();
             self.chunks.pop_front();
         }
-        self.unread -= read;
-        let passed_on = std::mem::replace(&mut self.passing, read);
-        self.read_at = Some(now);
-        budget.remove_unread(passed_on);
-        budget.charge(read);
-        budget.release(freed + passed_on);
         match self.received {
-            _ if read > 0 || !is_asked => Some(Ok(read)),
-            flags if flags & RST != 0 => Some(Err(io::ErrorKind::ConnectionReset.into())),
-            flags if flags & FIN != 0 => Some(Ok(0)),
-            _ => None,
+            _ if self.passing > 0 || !is_asked => Poll::Ready(Ok(self.passing)),
+            flags if flags & RST != 0 => Poll::Ready(Err(io::ErrorKind::ConnectionReset.into())),
+            flags if flags & FIN != 0 => Poll::Ready(Ok(0)),
+            _ => Poll::Pending,
         }
     }
 
     /// Frees the received data.
-    pub fn discard_unread(&mut self, budget: &ConnectionBudget) {
-        let chunks = std::mem::take(&mut self.chunks);
-        let freed = chunks.iter().map(Chunk::capacity).sum::<usize>();
-        budget.remove_unread(self.unread + self.passing);
-        budget.release(freed + self.passing);
-        (self.unread, self.passing) = (0, 0);
+    fn discard_unread(&mut self) {
+        self.chunks = VecDeque::new();
+        (self.stored, self.unread, self.passing) = (0, 0, 0);
     }
 
     /// Returns the credit to grant, in bytes.
     fn due_credit(&self, budget: &ConnectionBudget) -> usize {
         let window = budget.window(self.window);
-        let missing = window.saturating_sub(self.credit + self.unread + self.passing);
+        let missing = window.saturating_sub(self.credit + self.unread);
         let is_worth_it = missing >= window / 2 && self.credit + missing > MIN_CREDIT;
         if is_worth_it && self.is_receiving() && self.is_read() { missing } else { 0 }
     }
@@ -235,26 +226,20 @@ impl Stream {
         self.out.len().saturating_sub(HEADER + self.out_sent)
     }
 
-    /// Takes as many of `bytes` as there is room for. `None`: there is no room.
-    pub fn write(
-        &mut self,
-        bytes: &[u8],
-        now: Instant,
-        budget: &ConnectionBudget,
-    ) -> Option<io::Result<usize>> {
+    /// Takes as many of `bytes` as there is room for.
+    pub fn poll_write(&mut self, bytes: &[u8], now: Instant) -> Poll<io::Result<usize>> {
         let ended = self.sent | self.pending;
         if ended & RST != 0 {
-            return Some(Err(io::ErrorKind::ConnectionReset.into()));
+            return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
         }
         if ended & FIN != 0 {
-            return Some(Err(io::ErrorKind::WriteZero.into()));
+            return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
         }
         let room = QUANTUM.saturating_sub(self.unsent()).min(self.send_window as usize);
         if room == 0 && !bytes.is_empty() {
-            return None;
+            return Poll::Pending;
         }
         let bytes = bytes.get(..room).unwrap_or(bytes);
-        let before = self.out.capacity();
         if self.out.is_empty() {
             self.sent_at = Some(now);
             self.out.reserve_exact(HEADER + bytes.len());
@@ -262,8 +247,7 @@ impl Stream {
         }
         self.out.extend_from_slice(bytes);
         self.send_window -= bytes.len() as u32;
-        budget.charge(self.out.capacity() - before);
-        Some(Ok(bytes.len()))
+        Poll::Ready(Ok(bytes.len()))
     }
 
     /// Guarantees that the bytes written so far are sent, even if the stream is dropped.
@@ -272,8 +256,7 @@ impl Stream {
     }
 
     /// Frees the unsent data.
-    pub fn discard_unsent(&mut self, budget: &ConnectionBudget) {
-        budget.release(self.out.capacity());
+    fn discard_unsent(&mut self) {
         (self.out, self.out_sent, self.flushed) = (Vec::new(), 0, 0);
     }
 
@@ -282,14 +265,8 @@ impl Stream {
         self.unsent() > 0 || self.pending & FIN != 0
     }
 
-    /// Moves a frame with at most `most` bytes of data into `into`, which is empty. Returns what stays charged for it.
-    pub fn take_frame(
-        &mut self,
-        into: &mut Vec<u8>,
-        most: usize,
-        now: Instant,
-        budget: &ConnectionBudget,
-    ) -> usize {
+    /// Moves a frame with at most `most` bytes of data into `into`, which is empty.
+    pub fn take_frame(&mut self, into: &mut Vec<u8>, most: usize, now: Instant) {
         let body = self.unsent().min(most);
         let is_last = body == self.unsent();
         // FIN is a frame of its own: go-yamux handles the flags of a frame before its body, so a reader would see the
@@ -300,18 +277,17 @@ impl Stream {
         self.flushed = self.flushed.saturating_sub(body);
         if is_last && self.out_sent == 0 && !self.out.is_empty() {
             // The buffer already has space for the header: no copy.
-            *into = std::mem::take(&mut self.out);
+            *into = mem::take(&mut self.out);
             let _ = into.as_mut_slice().write(&header); // to memory
-            return into.capacity();
+            return;
         }
         let from = HEADER + self.out_sent;
         into.extend_from_slice(&header);
         into.extend_from_slice(self.out.get(from..from + body).unwrap_or_default());
         self.out_sent += body;
         if is_last {
-            self.discard_unsent(budget);
+            self.discard_unsent();
         }
-        0
     }
 
     /// Whether there are frames without data to send.
@@ -343,13 +319,13 @@ impl Stream {
     }
 
     /// Drops the handle. Unless this side closed it, resets the stream, so that the peer sees it as incomplete.
-    pub fn drop_handle(&mut self, budget: &ConnectionBudget) {
+    pub fn drop_handle(&mut self) {
         self.has_handle = false;
-        self.discard_unread(budget);
+        self.discard_unread();
         let is_cut = (self.sent | self.pending) & (FIN | RST) == 0;
         if is_cut {
             match self.flushed {
-                0 => self.discard_unsent(budget),
+                0 => self.discard_unsent(),
                 flushed => self.out.truncate(HEADER + self.out_sent + flushed),
             }
         }
@@ -360,9 +336,9 @@ impl Stream {
     }
 
     /// Resets it. The id of a finished stream may already belong to another one: no RST is sent for it.
-    pub fn reset(&mut self, budget: &ConnectionBudget) {
-        self.discard_unread(budget);
-        self.discard_unsent(budget);
+    pub fn reset(&mut self) {
+        self.discard_unread();
+        self.discard_unsent();
         if self.is_finished() {
             self.set_silent();
         } else {
@@ -380,16 +356,16 @@ impl Stream {
     }
 
     /// The peer reset it.
-    pub fn on_reset(&mut self, budget: &ConnectionBudget) {
-        self.discard_unsent(budget);
+    pub fn on_reset(&mut self) {
+        self.discard_unsent();
         self.set_silent();
         self.received |= RST;
     }
 
     /// The session is over. A FIN that was received still counts as the end of the data.
-    pub fn end(&mut self, budget: &ConnectionBudget) {
+    pub fn end(&mut self) {
         let received = self.received;
-        self.on_reset(budget);
+        self.on_reset();
         if received & FIN != 0 {
             self.received = received;
         }
@@ -410,13 +386,23 @@ impl Stream {
         self.sent |= RST;
     }
 
+    /// What its connection is charged for it, in bytes.
+    pub fn charge(&self) -> usize {
+        size_of::<Self>() + self.stored + self.passing + self.out.capacity()
+    }
+
+    /// Returns how many received bytes it holds.
+    pub fn unread(&self) -> usize {
+        self.unread
+    }
+
     /// Its weight when memory is freed: its bytes, times how long its reader or its peer has not taken any.
     pub fn weight(&self, now: Instant) -> u128 {
         let waits = |bytes: usize, since: Option<Instant>| {
             let millis = since.map_or(0, |at| now.saturating_duration_since(at).as_millis());
             bytes as u128 * (1 + millis)
         };
-        waits(self.unread + self.passing, self.read_at) + waits(self.out.capacity(), self.sent_at)
+        waits(self.unread, self.read_at) + waits(self.out.capacity(), self.sent_at)
     }
 
     /// Whether both halves have ended, so that its id is free.

@@ -4,7 +4,7 @@
 //! turn by fair queueing.
 
 use std::{
-    io,
+    io, mem,
     time::{Duration, Instant},
 };
 
@@ -104,7 +104,7 @@ impl Session {
         let Some((key, stream)) = current(&mut self.streams, id) else {
             return self.on_unknown(header, now);
         };
-        if flags & ACK != 0 && std::mem::take(&mut stream.is_unacknowledged) {
+        if flags & ACK != 0 && mem::take(&mut stream.is_unacknowledged) {
             self.unacknowledged -= 1;
             self.effects.wakers.extend(self.opener.take());
         }
@@ -165,23 +165,23 @@ impl Session {
 
     fn on_body(&mut self, chunk: &mut Chunk, now: Instant) {
         match current(&mut self.streams, self.incoming.0) {
-            Some((_, stream)) if stream.is_read() => {
-                stream.store(chunk, now, &self.budget);
+            Some((key, stream)) if stream.is_read() => {
                 self.effects.wakers.extend(stream.reader.take());
+                self.update(key, |stream| stream.store(chunk, now));
             }
             _ => chunk.clear(),
         }
-        while self.budget.is_exceeded() && self.shed(now, Cut::Connection) > 0 {}
+        while self.budget.is_exceeded(self.unread) && self.shed(now, Cut::Connection) > 0 {}
     }
 
     fn on_frame_end(&mut self) {
-        let (id, flags) = std::mem::take(&mut self.incoming);
+        let (id, flags) = mem::take(&mut self.incoming);
         if flags & (FIN | RST) == 0 {
             return;
         }
         match current(&mut self.streams, id) {
             Some((key, _)) if flags & RST != 0 => self.change(key, Stream::on_reset),
-            Some((key, _)) => self.change(key, |stream, _| stream.on_fin()),
+            Some((key, _)) => self.change(key, Stream::on_fin),
             // It may have been removed since the frame began.
             None => self.half_closed.retain(|it| *it != id),
         }
@@ -202,18 +202,20 @@ impl Session {
 
     /// Takes the next frames to send, with at most `most` bytes of data. Returns their kind; `None` if there are none.
     pub fn take_frames(&mut self, into: &mut Vec<u8>, most: usize, now: Instant) -> Option<Frames> {
-        self.budget.release(std::mem::take(&mut self.in_flight));
+        self.budget.replace_charge(mem::take(&mut self.in_flight), 0);
         into.clear();
         if let Some(frames) = self.take_control(into, now) {
             return Some(frames);
         }
-        if let Some(key) = self.next_turn()
-            && let Some(stream) = self.streams.get_mut(&key)
-        {
-            self.in_flight = stream.take_frame(into, most, now, &self.budget);
-            stream.deficit -= into.len() as i64;
-            self.effects.wakers.extend(stream.writer.take());
-            self.settle(key);
+        if let Some(key) = self.next_turn() {
+            let writer = self.update(key, |stream| {
+                stream.take_frame(into, most, now);
+                stream.deficit -= into.len() as i64;
+                stream.writer.take()
+            });
+            self.effects.wakers.extend(writer.flatten());
+            self.in_flight = into.capacity();
+            self.budget.replace_charge(0, self.in_flight);
             return Some(Frames::Data);
         }
         if self.go_away.is_none() {
@@ -260,7 +262,7 @@ impl Session {
                 let opening = stream.pending & (SYN | ACK);
                 into.extend(stream.header(Kind::WindowUpdate, opening, credit));
             }
-            self.settle(key);
+            self.update(key, |_| ());
         }
         (!into.is_empty()).then_some(frames)
     }

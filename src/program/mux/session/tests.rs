@@ -56,7 +56,7 @@ impl Side {
     }
 
     fn write(&mut self, stream: Key, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        let write = |it: &mut Stream, budget: &_| it.write(bytes, self.now, budget);
+        let write = |it: &mut Stream| it.poll_write(bytes, self.now);
         let written = self.session.poll_stream(stream, &cx(), |it| &mut it.writer, write);
         std::mem::take(&mut self.session.effects).apply(&self.budget);
         written
@@ -65,7 +65,7 @@ impl Side {
     /// Reads once; `None` if there is nothing.
     fn read(&mut self, stream: Key, most: usize) -> Option<io::Result<Vec<u8>>> {
         let mut bytes = vec![0; most];
-        let read = |it: &mut Stream, budget: &_| it.read(&mut bytes, self.now, budget);
+        let read = |it: &mut Stream| it.poll_read(&mut bytes, self.now);
         let read = self.session.poll_stream(stream, &cx(), |it| &mut it.reader, read);
         std::mem::take(&mut self.session.effects).apply(&self.budget);
         match read {
@@ -242,7 +242,7 @@ fn stream_ids_need_not_increase_and_finished_ones_may_be_reused() {
     for id in [5, 1, 3, 1] {
         let stream = accept_inbound(&mut server, id);
         server.receive(&data(FIN, id, 3)).unwrap();
-        server.session.change(stream, |stream, _| stream.close());
+        server.session.change(stream, Stream::close);
         assert!(headers(&server.send_all()).iter().any(|header| header.flags & FIN != 0));
         // Data that arrived before the FIN can still be read.
         assert_eq!(server.read(stream, 9).unwrap().unwrap(), [7; 3]);
@@ -267,7 +267,7 @@ fn the_flags_of_one_frame_are_handled_in_order() {
             assert_eq!(server.read(stream, 9).unwrap().unwrap(), [7; 3]);
         }
         assert!(server.read(stream, 9).unwrap().unwrap().is_empty());
-        server.session.change(stream, |stream, _| stream.close());
+        server.session.change(stream, Stream::close);
         server.send_all();
         server.drop_handle(stream);
         server.assert_empty();
@@ -339,7 +339,7 @@ fn a_stream_dropped_after_fin_is_reset_once_if_data_arrives() {
     let mut server = Side::new(Role::Server);
     let stream = accept_inbound(&mut server, 1);
     assert!(server.write(stream, &[1; 9]).is_ready());
-    server.session.change(stream, |stream, _| stream.close());
+    server.session.change(stream, Stream::close);
     server.drop_handle(stream);
     let sent = headers(&server.send_all());
     let last = sent.last().unwrap();
@@ -363,7 +363,7 @@ fn a_stream_dropped_after_fin_is_reset_at_once_if_its_peer_has_no_credit() {
     for is_sent in [true, false] {
         let mut server = Side::new(Role::Server);
         let stream = accept_inbound(&mut server, 1);
-        server.session.change(stream, |stream, _| stream.close());
+        server.session.change(stream, Stream::close);
         let mut sent = if is_sent { server.send_all() } else { Vec::new() };
         server.receive(&data(0, 1, INITIAL_WINDOW)).unwrap();
         server.drop_handle(stream);
@@ -384,7 +384,7 @@ fn evicting_a_finished_stream_does_not_reset_its_successor_of_the_same_id() {
     let mut server = Side::new(Role::Server);
     let stream = accept_inbound(&mut server, 1);
     server.receive(&data(FIN, 1, 9)).unwrap();
-    server.session.change(stream, |stream, _| stream.close());
+    server.session.change(stream, Stream::close);
     server.send_all();
     let next = accept_inbound(&mut server, 1);
     assert!(server.session.shed(server.now, Cut::Pool) > 0);
@@ -398,7 +398,7 @@ fn a_bounded_number_of_finished_streams_is_remembered() {
     let mut server = Side::new(Role::Server);
     for id in 0..2 * MAX_REFUSED as u32 {
         let stream = accept_inbound(&mut server, 2 * id + 1);
-        server.session.change(stream, |stream, _| stream.close());
+        server.session.change(stream, Stream::close);
         server.drop_handle(stream);
         server.send_all();
     }
@@ -422,7 +422,7 @@ fn a_reset_is_an_error_even_after_our_fin() {
         let mut server = Side::new(Role::Server);
         let stream = accept_inbound(&mut server, 1);
         if closes {
-            server.session.change(stream, |stream, _| stream.close());
+            server.session.change(stream, Stream::close);
             server.send_all();
         }
         server.receive(&data(RST, 1, 2)).unwrap();
@@ -597,7 +597,7 @@ fn window_updates_are_sent_at_half_the_window_and_never_tiny() {
         let other = server.budget.open(None, Weak::<Shared>::new());
         let stream = accept_inbound(&mut server, 1);
         server.send_all();
-        other.charge(filled << 20);
+        other.replace_charge(0, filled << 20);
         let mut credit = INITIAL_WINDOW;
         for _ in 0..1000 {
             let some = credit.min(KIB);
@@ -759,7 +759,7 @@ impl Connection {
             Step::Close(number) => {
                 let Some(stream) = stream(number).map(|number| &mut models[number]) else { return };
                 if !stream.dropped && !stream.reset {
-                    side.session.change(stream.key, |stream, _| stream.close());
+                    side.session.change(stream.key, Stream::close);
                     stream.closed = true;
                 }
             }

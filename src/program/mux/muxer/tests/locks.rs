@@ -97,7 +97,7 @@ impl Connection for Other {
     fn shed(&self, _: Instant) -> usize {
         self.record_eviction();
         let held = self.budget.held();
-        self.budget.release(held);
+        self.budget.replace_charge(held, 0);
         held
     }
 
@@ -135,14 +135,14 @@ fn memory_and_permits_are_taken_from_another_connection_without_a_session_lock()
     let evictions = || other.evictions.swap(0, Ordering::Relaxed);
     let cx = &mut Context::from_waker(Waker::noop());
 
-    other.budget.charge(2 * LIMIT);
+    other.budget.replace_charge(0, 2 * LIMIT);
     block_on(peer.write_all(&syn(1))).unwrap();
     assert!(Pin::new(&mut muxer).poll(cx).is_pending());
     assert!(evictions() > 0, "when bytes arrive");
     let Poll::Ready(Ok(mut stream)) = Pin::new(&mut muxer).poll_inbound(cx) else {
         panic!("no inbound stream");
     };
-    other.budget.charge(2 * LIMIT);
+    other.budget.replace_charge(0, 2 * LIMIT);
     assert!(Pin::new(&mut stream).poll_write(cx, b"!").is_ready());
     assert!(evictions() > 0, "when bytes are written");
 
