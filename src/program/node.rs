@@ -347,7 +347,7 @@ impl Node {
             ("circuits", relay.view().circuits.quota.busiest()),
             ("connections", limits.quota.busiest()),
             ("handshakes", limits.handshakes.shared.busiest()),
-            ("streams", self.multiplex.admission.pool.busiest()),
+            ("streams", self.multiplex.admission.busiest()),
         ]
     }
 

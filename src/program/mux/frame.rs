@@ -189,13 +189,8 @@ impl Chunk {
 
     /// Moves as much of `other` into this chunk as fits. Returns whether everything did.
     pub fn append(&mut self, other: &mut Self) -> bool {
-        let moved = other.read(self.room(usize::MAX));
-        self.end += moved;
-        let is_all = other.unread().is_empty();
-        if is_all {
-            other.clear();
-        }
-        is_all
+        self.end += other.read(self.room(usize::MAX));
+        other.unread().is_empty()
     }
 }
 

@@ -386,15 +386,13 @@ pub struct Substream {
     key: Key,
     /// The negotiation of the protocol, if the peer opened the stream, until it is done.
     negotiation: Option<Negotiation>,
-    /// Whether the peer opened it and no request has arrived on it yet.
-    is_unused: bool,
 }
 
 impl Substream {
     /// The handle of this stream of the session.
     pub fn new(shared: &Arc<Shared>, key: Key, is_inbound: bool) -> Self {
         let negotiation = is_inbound.then(Negotiation::default);
-        Self { shared: Arc::clone(shared), key, negotiation, is_unused: is_inbound }
+        Self { shared: Arc::clone(shared), key, negotiation }
     }
 }
 
@@ -406,22 +404,25 @@ impl Drop for Substream {
 
 impl AsyncRead for Substream {
     fn poll_read(
-        mut self: Pin<&mut Self>,
+        self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buffer: &mut [u8],
     ) -> Poll<io::Result<usize>> {
-        let (key, now) = (self.key, Instant::now());
+        let (now, is_negotiated) = (Instant::now(), self.negotiation.is_none());
         let read = self.shared.with(|session| {
-            session.poll_stream(key, cx, |it| &mut it.reader, |it| it.poll_read(buffer, now))
+            let read = |it: &mut Stream| {
+                let read = it.poll_read(buffer, now);
+                if is_negotiated && matches!(read, Poll::Ready(Ok(1..))) {
+                    it.set_used();
+                }
+                read
+            };
+            session.poll_stream(self.key, cx, |it| &mut it.reader, read)
         });
         let read = ready!(read)?;
-        if self.negotiation.is_some() {
-            let bytes = buffer.get(..read).unwrap_or_default();
-            if !Negotiation::accepts(bytes, buffer.len()) {
-                return Poll::Ready(Err(io::ErrorKind::InvalidData.into()));
-            }
-        } else if read > 0 && mem::take(&mut self.is_unused) {
-            self.shared.with(|session| session.stream(key).map(Stream::set_used));
+        let bytes = buffer.get(..read).unwrap_or_default();
+        if !is_negotiated && !Negotiation::accepts(bytes, buffer.len()) {
+            return Poll::Ready(Err(io::ErrorKind::InvalidData.into()));
         }
         Poll::Ready(Ok(read))
     }
@@ -448,7 +449,7 @@ impl AsyncWrite for Substream {
 
     /// Ready at once: written data is sent even if the handle is dropped.
     fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.shared.with(|session| session.stream(self.key).map(Stream::flush));
+        self.shared.with(|session| session.update(self.key, Stream::flush));
         Poll::Ready(Ok(()))
     }
 
@@ -480,19 +481,17 @@ impl Negotiation {
 
     /// Parses what the relay writes. Returns whether it has accepted a protocol by now.
     fn on_write(&mut self, bytes: &[u8]) -> bool {
-        bytes.iter().any(|byte| self.on_byte(*byte))
-    }
-
-    fn on_byte(&mut self, byte: u8) -> bool {
-        self.message.push(byte);
-        match unsigned_varint::decode::usize(&self.message) {
-            Ok((length, text)) if text.len() >= length => {
-                let accepts = text.starts_with(b"/") && text != b"/multistream/1.0.0\n";
-                self.message.clear();
-                accepts
+        bytes.iter().any(|byte| {
+            self.message.push(*byte);
+            match unsigned_varint::decode::usize(&self.message) {
+                Ok((length, text)) if text.len() >= length => {
+                    let accepts = text.starts_with(b"/") && text != b"/multistream/1.0.0\n";
+                    self.message.clear();
+                    accepts
+                }
+                _ => false,
             }
-            _ => false,
-        }
+        })
     }
 }
 

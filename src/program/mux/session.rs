@@ -113,9 +113,8 @@ pub struct Session {
     /// No more streams are opened; go-away is sent after everything else.
     is_over: bool,
     go_away: Option<Reason>,
-    /// The connection's task; and the same, once more, while it waits to open a stream.
+    /// The connection's task.
     task: Option<Waker>,
-    opener: Option<Waker>,
     effects: Effects,
 }
 
@@ -147,12 +146,11 @@ impl Session {
             is_over: false,
             go_away: None,
             task: None,
-            opener: None,
             effects: Effects::default(),
         }
     }
 
-    /// Sets the connection's task, which is woken when there is something to send or a stream to accept.
+    /// Sets the connection's task, which is woken when there is something to send, a stream to accept, or one less of ours.
     pub fn set_task(&mut self, cx: &Context<'_>) {
         self.effects.register(&mut self.task, cx);
     }
@@ -172,7 +170,7 @@ impl Session {
         if self.unacknowledged >= MAX_UNACKNOWLEDGED
             || self.outbound >= self.admission.budget.outbound
         {
-            self.effects.register(&mut self.opener, cx);
+            self.set_task(cx);
             return Poll::Pending;
         }
         let id = mem::replace(&mut self.next_id, next_id);
@@ -231,11 +229,6 @@ impl Session {
         })
     }
 
-    /// A stream, for changes without consequences for the session: [`Stream::flush`] or [`Stream::set_used`].
-    pub fn stream(&mut self, key: Key) -> Option<&mut Stream> {
-        self.streams.get_mut(&key).map(|stream| &mut **stream)
-    }
-
     /// Changes the state of a stream: [`Stream::close`], [`Stream::drop_handle`], [`Stream::reset`] or another end.
     /// Wakes its reader and its writer.
     pub fn change(&mut self, key: Key, change: impl FnOnce(&mut Stream)) {
@@ -268,7 +261,7 @@ impl Session {
 
     /// Changes a stream, and then what depends on its state: counts its memory, queues it for what it has to send, and
     /// removes it when it is no longer needed.
-    fn update<T>(&mut self, key: Key, change: impl FnOnce(&mut Stream) -> T) -> Option<T> {
+    pub fn update<T>(&mut self, key: Key, change: impl FnOnce(&mut Stream) -> T) -> Option<T> {
         let stream = self.streams.get_mut(&key)?;
         let (charge, unread) = (stream.charge(), stream.unread());
         let result = change(stream);
@@ -302,13 +295,15 @@ impl Session {
         self.budget.replace_charge(stream.charge(), 0);
         self.unread -= stream.unread();
         self.growth += stream.growth();
+        self.unacknowledged -= usize::from(stream.is_unacknowledged());
         match stream.origin {
-            Origin::Relay => self.outbound -= 1,
+            Origin::Relay => {
+                self.outbound -= 1;
+                self.effects.wakers.extend(self.task.take());
+            }
             Origin::Peer(_) => self.inbound -= 1,
             Origin::Refused => self.refused -= 1,
         }
-        self.unacknowledged -= usize::from(stream.is_unacknowledged);
-        self.effects.wakers.extend(self.opener.take());
     }
 
     // ---- The end
@@ -330,13 +325,14 @@ impl Session {
             self.change(key, Stream::end);
         }
         self.effects.wakers.extend(self.task.take());
-        self.effects.wakers.extend(self.opener.take());
     }
 
     /// Frees all memory after the connection closed.
     pub fn close_all(&mut self) {
         self.end();
-        self.streams.keys().copied().collect::<Vec<_>>().into_iter().for_each(|it| self.remove(it));
+        while let Some((key, _)) = self.streams.first_key_value() {
+            self.remove(*key);
+        }
         self.budget.replace_charge(mem::take(&mut self.in_flight), 0);
     }
 }

@@ -43,14 +43,12 @@ pub struct Stream {
     pub id: u32,
     /// Which side opened it.
     pub origin: Origin,
-    /// The flags that the peer sent. RST also if nothing more is read for another reason.
+    /// The flags that the peer sent, but SYN. RST also if nothing more is read for another reason.
     pub received: Flags,
     /// The flags that were sent. RST also if nothing more is sent for another reason.
     pub sent: Flags,
     /// The flags to be sent: SYN and ACK with the next frame, FIN after the last data, RST after all else.
     pub pending: Flags,
-    /// This side opened it, and the peer has not acknowledged it.
-    pub is_unacknowledged: bool,
     /// It has a handle, or waits to be accepted.
     pub has_handle: bool,
     /// It is queued for its control frames.
@@ -92,7 +90,6 @@ impl Stream {
             id,
             origin,
             pending: if is_ours { SYN } else { 0 },
-            is_unacknowledged: is_ours,
             has_handle: true,
             credit: INITIAL_WINDOW,
             window: INITIAL_WINDOW,
@@ -104,9 +101,14 @@ impl Stream {
 
     /// Records that a request has arrived: the stream is no longer reset in favour of another one.
     pub fn set_used(&mut self) {
-        if let Origin::Peer(Some(permit)) = &self.origin {
+        if let Origin::Peer(Some(permit)) = &mut self.origin {
             permit.set_used();
         }
+    }
+
+    /// Whether this side opened it, and the peer has not acknowledged it.
+    pub fn is_unacknowledged(&self) -> bool {
+        matches!(self.origin, Origin::Relay) && self.received & ACK == 0
     }
 
     // ---- Receiving
@@ -196,8 +198,7 @@ impl Stream {
         if self.due_credit(budget) == 0 {
             return 0;
         }
-        let since = self.granted_at.replace(now).map(|at| now.saturating_duration_since(at));
-        if rtt.zip(since).is_some_and(|(rtt, since)| since < rtt * 2) {
+        if rtt.zip(self.granted_at.replace(now)).is_some_and(|(rtt, at)| now < at + rtt * 2) {
             let wider = self.window.min(*growth).min(MAX_WINDOW - self.window);
             self.window += wider;
             *growth -= wider;
@@ -346,13 +347,6 @@ impl Stream {
             self.set_reset();
         }
         self.received |= RST;
-    }
-
-    /// The peer sent FIN.
-    pub fn on_fin(&mut self) {
-        if self.is_receiving() {
-            self.received |= FIN;
-        }
     }
 
     /// The peer reset it.

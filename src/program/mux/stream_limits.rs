@@ -233,8 +233,7 @@ pub type StreamId = (u64, Key);
 pub struct StreamAdmission {
     /// The limits on its streams.
     pub budget: Budget,
-    /// The pool of permits.
-    pub pool: SharedPool,
+    permits: Arc<Mutex<Permits>>,
     streams: RateLimiter,
     frames: RateLimiter,
 }
@@ -245,10 +244,15 @@ impl StreamAdmission {
         let frame_rate = limits.stream_rate.saturating_mul(FRAMES_PER_STREAM);
         Self {
             budget,
-            pool: SharedPool::new(limits.max_streams),
+            permits: Arc::new(Mutex::new(Permits::new(limits.max_streams))),
             streams: RateLimiter::new(OWN_STREAMS, limits.stream_rate),
             frames: RateLimiter::new(OWN_FRAMES, frame_rate),
         }
+    }
+
+    /// The address that holds the most permits.
+    pub fn busiest(&self) -> Option<Busiest> {
+        lock(&self.permits).quota.busiest()
     }
 
     /// Admits a stream that the peer opens beside `open` others, with a permit of the pool if it needs one. Returns that,
@@ -267,8 +271,9 @@ impl StreamAdmission {
         if open < OWN {
             return Some((None, None));
         }
-        let (permit, preempted) = self.pool.take(prefix, stream)?;
-        Some((Some(permit), preempted))
+        let preempted = lock(&self.permits).take(stream, prefix)?;
+        let permits = Arc::clone(&self.permits);
+        Some((Some(Permit { permits, stream, prefix, is_used: false }), preempted))
     }
 
     /// Counts a frame that opens a stream, resets one or pings. Returns how long the connection is not to be read.
@@ -277,101 +282,75 @@ impl StreamAdmission {
     }
 }
 
-/// The permits that all connections share: an eighth for one address at most, a quarter for one subnet. When all are
-/// taken, an unused stream is reset for one of a prefix with fewer. Clones are the same pool.
-#[derive(Clone, Debug)]
-pub struct SharedPool(Arc<Mutex<Permits>>);
-
+/// The pool of permits that all connections share: an eighth for one address at most, a quarter for one subnet. When all
+/// are taken, an unused stream is reset for one of a prefix with fewer.
 #[derive(Debug)]
 struct Permits {
     quota: Quota,
-    taken: HashMap<StreamId, Taken>,
+    /// The streams that have had no request yet, and their prefixes: they may be reset for another one.
+    unused: HashMap<StreamId, Option<ClientPrefix>>,
 }
 
-#[derive(Clone, Copy, Debug)]
-struct Taken {
-    prefix: Option<ClientPrefix>,
-    /// Whether the stream has had its first request: it cannot be reset for another one then.
-    is_used: bool,
-}
-
-impl SharedPool {
+impl Permits {
     fn new(permits: usize) -> Self {
         let caps = Caps {
             total: Some(permits),
             per_subnet: Some((permits / 4).max(1)),
             per_address: Some((permits / 8).max(1)),
         };
-        Self(Arc::new(Mutex::new(Permits { quota: Quota::new(caps), taken: HashMap::new() })))
+        Self { quota: Quota::new(caps), unused: HashMap::new() }
     }
 
-    /// The address that holds the most permits.
-    pub fn busiest(&self) -> Option<Busiest> {
-        self.lock().quota.busiest()
-    }
-
-    fn take(
-        &self,
-        prefix: Option<ClientPrefix>,
-        stream: StreamId,
-    ) -> Option<(Permit, Option<StreamId>)> {
-        let mut permits = self.lock();
-        let preempted = match permits.quota.full(prefix) {
+    /// Takes a permit, if there is one. Returns the unused stream of the heaviest prefix that lost it.
+    fn take(&mut self, stream: StreamId, prefix: Option<ClientPrefix>) -> Option<Option<StreamId>> {
+        let preempted = match self.quota.full(prefix) {
             None => None,
-            Some(Scope::Total) => Some(permits.preempt(prefix)?),
+            Some(Scope::Total) => {
+                let all = self.unused.iter().map(|(stream, holder)| (*stream, *holder));
+                let candidates = all.filter(|(_, holder)| self.quota.yields(*holder, prefix));
+                Some(candidates.max_by_key(|(_, holder)| self.quota.load(*holder))?)
+            }
             Some(_) => return None,
         };
-        permits.quota.add(prefix);
-        permits.taken.insert(stream, Taken { prefix, is_used: false });
-        Some((Permit { pool: self.clone(), stream }, preempted))
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Permits> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Permits {
-    /// Releases the permit of an unused stream of the heaviest prefix for a stream of this one. Returns the stream to
-    /// reset.
-    fn preempt(&mut self, prefix: Option<ClientPrefix>) -> Option<StreamId> {
-        let candidates = self
-            .taken
-            .iter()
-            .filter(|(_, taken)| !taken.is_used && self.quota.yields(taken.prefix, prefix));
-        let heaviest = candidates.max_by_key(|(_, taken)| self.quota.load(taken.prefix));
-        let stream = *heaviest?.0;
-        self.release(stream);
-        Some(stream)
-    }
-
-    fn release(&mut self, stream: StreamId) {
-        if let Some(taken) = self.taken.remove(&stream) {
-            self.quota.remove(taken.prefix);
+        if let Some((stream, holder)) = preempted {
+            self.unused.remove(&stream);
+            self.quota.remove(holder);
         }
+        self.quota.add(prefix);
+        self.unused.insert(stream, prefix);
+        Some(preempted.map(|(stream, _)| stream))
     }
 }
 
 /// A stream's permit of the pool, released when it is dropped.
 #[derive(Debug)]
 pub struct Permit {
-    pool: SharedPool,
+    permits: Arc<Mutex<Permits>>,
     stream: StreamId,
+    prefix: Option<ClientPrefix>,
+    is_used: bool,
 }
 
 impl Permit {
     /// Records that a request has arrived on the stream.
-    pub fn set_used(&self) {
-        if let Some(taken) = self.pool.lock().taken.get_mut(&self.stream) {
-            taken.is_used = true;
+    pub fn set_used(&mut self) {
+        if !self.is_used {
+            self.is_used = lock(&self.permits).unused.remove(&self.stream).is_some();
         }
     }
 }
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        self.pool.lock().release(self.stream);
+        let mut permits = lock(&self.permits);
+        if permits.unused.remove(&self.stream).is_some() || self.is_used {
+            permits.quota.remove(self.prefix);
+        }
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Limits one connection: by a token bucket of its own, and beyond that by those of its scopes.
@@ -385,11 +364,11 @@ struct RateLimiter {
 impl RateLimiter {
     /// An address has this rate in the long run beside the connection's own. Zero: no limit.
     fn new(own: Rate, per_second: u32) -> Self {
-        let rate = |wider: u32| Rate {
-            burst: per_second.saturating_mul(wider * BURST_SECONDS),
-            spacing: Duration::from_secs(1) / per_second.saturating_mul(wider).max(1),
+        let level = |wider| {
+            let rate = per_second.saturating_mul(wider);
+            let burst = rate.saturating_mul(BURST_SECONDS);
+            (rate > 0).then(|| Rate { burst, spacing: Duration::from_secs(1) / rate })
         };
-        let level = |wider| (per_second > 0).then(|| rate(wider));
         let scopes = ScopedRates::new([1, WIDER, WIDER * WIDER].map(level));
         Self { own, bucket: Bucket::default(), scopes: Arc::new(Mutex::new(scopes)) }
     }
@@ -403,10 +382,7 @@ impl RateLimiter {
     ) -> Option<Duration> {
         let own = self.bucket.take(self.own, Duration::ZERO, now);
         own.or_else(|| match prefix {
-            Some(prefix) => {
-                let mut scopes = self.scopes.lock().unwrap_or_else(PoisonError::into_inner);
-                scopes.take(prefix, max_wait, now)
-            }
+            Some(prefix) => lock(&self.scopes).take(prefix, max_wait, now),
             None => Some(Duration::ZERO), // an unknown address has no scope to limit
         })
     }
@@ -551,20 +527,19 @@ mod tests {
         let mut all: Vec<_> = all.collect();
         let opened: usize = all.iter_mut().map(Connection::open_all).sum();
         assert_eq!(opened, 8 * (OWN + 2));
-        let permits = || all.iter().flat_map(|it| &it.open).flatten();
-        let unused = permits().next().unwrap().stream;
-        permits().skip(1).for_each(Permit::set_used);
+        let mut permits = all.iter_mut().flat_map(|it| &mut it.open).flatten();
+        let unused = permits.next().unwrap().stream;
+        permits.for_each(Permit::set_used);
         let mut newcomer = Connection::new(100, prefix(100), &admission);
         assert_eq!(newcomer.open_all(), OWN + 1);
         assert_eq!(newcomer.preempted, [unused]);
         // All others are used: none is reset.
-        newcomer.open.iter().flatten().for_each(Permit::set_used);
+        newcomer.open.iter_mut().flatten().for_each(Permit::set_used);
         let mut other = Connection::new(101, prefix(101), &admission);
         assert_eq!((other.open_all(), other.preempted.len()), (OWN, 0));
         drop((all, newcomer, other));
-        assert!(
-            admission.pool.lock().quota.scopes() == 0 && admission.pool.lock().taken.is_empty()
-        );
+        let permits = lock(&admission.permits);
+        assert!(permits.quota.scopes() == 0 && permits.unused.is_empty());
     }
 
     fn host(host: u8) -> Option<ClientPrefix> {

@@ -81,8 +81,7 @@ impl Session {
                 return Ok(());
             }
             Kind::Data => {
-                let is_short = length as usize <= MAX_WINDOW;
-                self.require(is_short, "a frame is longer than any window")?;
+                self.require(length as usize <= MAX_WINDOW, "a frame is longer than any window")?;
             }
             Kind::WindowUpdate => {}
         }
@@ -104,10 +103,11 @@ impl Session {
         let Some((key, stream)) = current(&mut self.streams, id) else {
             return self.on_unknown(header, now);
         };
-        if flags & ACK != 0 && mem::take(&mut stream.is_unacknowledged) {
+        if flags & ACK != 0 && stream.is_unacknowledged() {
             self.unacknowledged -= 1;
-            self.effects.wakers.extend(self.opener.take());
+            self.effects.wakers.extend(self.task.take());
         }
+        stream.received |= flags & ACK;
         if kind == Kind::WindowUpdate {
             self.effects.wakers.extend(stream.writer.take());
             let fits = stream.add_send_window(length);
@@ -164,13 +164,13 @@ impl Session {
     }
 
     fn on_body(&mut self, chunk: &mut Chunk, now: Instant) {
-        match current(&mut self.streams, self.incoming.0) {
-            Some((key, stream)) if stream.is_read() => {
-                self.effects.wakers.extend(stream.reader.take());
-                self.update(key, |stream| stream.store(chunk, now));
-            }
-            _ => chunk.clear(),
+        if let Some((key, stream)) = current(&mut self.streams, self.incoming.0)
+            && stream.is_read()
+        {
+            self.effects.wakers.extend(stream.reader.take());
+            self.update(key, |stream| stream.store(chunk, now));
         }
+        chunk.clear();
         while self.budget.is_exceeded(self.unread) && self.shed(now, Cut::Connection) > 0 {}
     }
 
@@ -181,7 +181,7 @@ impl Session {
         }
         match current(&mut self.streams, id) {
             Some((key, _)) if flags & RST != 0 => self.change(key, Stream::on_reset),
-            Some((key, _)) => self.change(key, Stream::on_fin),
+            Some((key, _)) => self.change(key, |stream| stream.received |= FIN),
             // It may have been removed since the frame began.
             None => self.half_closed.retain(|it| *it != id),
         }

@@ -317,7 +317,7 @@ fn dropping_a_half_open_stream_resets_it_after_the_flushed_data() {
         let stream = accept_inbound(&mut server, 1);
         assert!(server.write(stream, &[1; 9]).is_ready());
         if flushed {
-            server.session.stream(stream).map(Stream::flush);
+            server.session.update(stream, Stream::flush);
             assert!(server.write(stream, &[2; 9]).is_ready());
         }
         server.drop_handle(stream);
@@ -766,7 +766,7 @@ impl Connection {
             Step::Flush(number) => {
                 let Some(stream) = stream(number).map(|number| &mut models[number]) else { return };
                 if !stream.dropped {
-                    side.session.stream(stream.key).map(Stream::flush);
+                    side.session.update(stream.key, Stream::flush);
                     stream.flushed = stream.written;
                 }
             }

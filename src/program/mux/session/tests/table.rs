@@ -185,7 +185,7 @@ fn fingerprint(connection: &Connection) -> u64 {
         for (key, stream) in &session.streams {
             let ends = (stream.received, stream.sent, stream.pending);
             let queued = (stream.in_control, stream.in_turns, stream.deficit, stream.unsent());
-            let held = (stream.has_handle, stream.is_unacknowledged);
+            let held = (stream.has_handle, stream.is_unacknowledged());
             (key, ends, queued, held, std::mem::discriminant(&stream.origin)).hash(&mut hash);
         }
         (session.next_id, session.inbound, session.outbound).hash(&mut hash);
