@@ -263,10 +263,10 @@ impl Session {
     /// removes it when it is no longer needed.
     pub fn update<T>(&mut self, key: Key, change: impl FnOnce(&mut Stream) -> T) -> Option<T> {
         let stream = self.streams.get_mut(&key)?;
-        let (charge, unread) = (stream.charge(), stream.unread());
+        let (charge, unread) = (stream.charge(), stream.unread);
         let result = change(stream);
         self.budget.replace_charge(charge, stream.charge());
-        self.unread = self.unread - unread + stream.unread();
+        self.unread = self.unread - unread + stream.unread;
         if stream.has_control(&self.budget) && !mem::replace(&mut stream.in_control, true) {
             self.control.push_back(key);
             self.effects.wakers.extend(self.task.take());
@@ -293,7 +293,7 @@ impl Session {
             return;
         };
         self.budget.replace_charge(stream.charge(), 0);
-        self.unread -= stream.unread();
+        self.unread -= stream.unread;
         self.growth += stream.growth();
         self.unacknowledged -= usize::from(stream.is_unacknowledged());
         match stream.origin {

@@ -64,7 +64,7 @@ pub struct Stream {
     stored: usize,
     /// How many received bytes are held: those in `chunks`, and the ones read last. These are released by the next read,
     /// as the reader may still use them.
-    unread: usize,
+    pub unread: usize,
     passing: usize,
     read_at: Option<Instant>,
     /// How many bytes the peer may still send.
@@ -383,11 +383,6 @@ impl Stream {
     /// What its connection is charged for it, in bytes.
     pub fn charge(&self) -> usize {
         size_of::<Self>() + self.stored + self.passing + self.out.capacity()
-    }
-
-    /// Returns how many received bytes it holds.
-    pub fn unread(&self) -> usize {
-        self.unread
     }
 
     /// Its weight when memory is freed: its bytes, times how long its reader or its peer has not taken any.

@@ -123,36 +123,33 @@ impl StreamLimits {
     ///
     /// The first invalid one.
     pub fn check(&self, circuits: usize) -> Result<(), ConfigError> {
-        let per_connection = self.max_streams_per_connection.unwrap_or(OWN);
-        if !(OWN..=MAX_STREAMS).contains(&per_connection) {
-            let problem = format!("{per_connection} is out of range; try {OWN} to {MAX_STREAMS}");
-            return Err(ConfigError::new("max_streams_per_connection", problem));
-        }
+        let streams = self.max_streams_per_connection.unwrap_or(OWN);
         // Each circuit may fill the window that it has from the start, and so may another stream.
         let (held, least) = (self.buffered_per_connection(circuits), initial_windows(circuits));
-        if held < least {
+        let (pool, least_pool) =
+            (self.buffered(circuits), held.saturating_mul(CONNECTIONS_IN_POOL));
+        let of_pool = pool / CONNECTIONS_IN_POOL;
+        let (setting, problem) = if !(OWN..=MAX_STREAMS).contains(&streams) {
+            let problem = format!("{streams} is out of range; try {OWN} to {MAX_STREAMS}");
+            ("max_streams_per_connection", problem)
+        } else if held < least {
             let fit = (held / INITIAL_WINDOW).saturating_sub(1);
-            let problem = too_little(held, least, circuits, fit);
-            return Err(ConfigError::new("max_buffered_per_connection", problem));
-        }
-        let (pool, least) = (self.buffered(circuits), held.saturating_mul(CONNECTIONS_IN_POOL));
-        if pool < least {
-            let one = pool / CONNECTIONS_IN_POOL;
-            let problem = match self.max_buffered_per_connection {
-                Some(_) => format!(
-                    "{} is below four times --max-buffered-per-connection; try {} or more, or lower that to {}",
-                    ByteSize::b(pool as u64),
-                    in_kib(least.div_ceil(KIB)),
-                    in_kib(one / KIB)
-                ),
-                None => {
-                    let fit = one.saturating_sub(MAX_WINDOW) / INITIAL_WINDOW;
-                    too_little(pool, least, circuits, fit)
-                }
-            };
-            return Err(ConfigError::new("max_buffered", problem));
-        }
-        Ok(())
+            ("max_buffered_per_connection", too_little(held, least, circuits, fit))
+        } else if pool >= least_pool {
+            return Ok(());
+        } else if self.max_buffered_per_connection.is_none() {
+            let fit = of_pool.saturating_sub(MAX_WINDOW) / INITIAL_WINDOW;
+            ("max_buffered", too_little(pool, least_pool, circuits, fit))
+        } else {
+            let problem = format!(
+                "{} is below four times --max-buffered-per-connection; try {} or more, or lower that to {}",
+                ByteSize::b(pool as u64),
+                in_kib(least_pool.div_ceil(KIB)),
+                in_kib(of_pool / KIB)
+            );
+            ("max_buffered", problem)
+        };
+        Err(ConfigError::new(setting, problem))
     }
 
     /// The limit on the received bytes of one connection, for this many circuits of a peer.

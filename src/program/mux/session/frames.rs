@@ -21,9 +21,9 @@ const MAX_CONTROL: usize = 64 * HEADER;
 /// Frames to send.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Frames {
-    /// Control frames other than resets.
+    /// Control frames, without a reset.
     Control,
-    /// Resets.
+    /// Control frames, some of them resets.
     Resets,
     /// Data of one stream.
     Data,
@@ -101,7 +101,13 @@ impl Session {
             }
         }
         let Some((key, stream)) = current(&mut self.streams, id) else {
-            return self.on_unknown(header, now);
+            let continues = kind == Kind::Data && length > 0 && flags & (FIN | RST) == 0;
+            if continues && self.half_closed.contains(&id) {
+                // The peer only knows that this side sends no more on it.
+                self.half_closed.retain(|it| *it != id);
+                return self.refuse(id, now);
+            }
+            return Ok(()); // its body is discarded
         };
         if flags & ACK != 0 && stream.is_unacknowledged() {
             self.unacknowledged -= 1;
@@ -123,18 +129,6 @@ impl Session {
             }
         }
         self.require(fits, "more data than the window allows")
-    }
-
-    /// Discards data for a stream that is gone. Resets the stream if the peer only knows that this side sends no
-    /// more on it.
-    fn on_unknown(&mut self, header: Header, now: Instant) -> io::Result<()> {
-        let Header { kind, flags, stream: id, length } = header;
-        let ends = flags & (FIN | RST) != 0;
-        if kind != Kind::Data || length == 0 || ends || !self.half_closed.contains(&id) {
-            return Ok(());
-        }
-        self.half_closed.retain(|it| *it != id);
-        self.refuse(id, now)
     }
 
     /// Admits a stream that the peer opens, or refuses it.
@@ -241,19 +235,13 @@ impl Session {
         }
         let mut frames = Frames::Control;
         while into.len() < MAX_CONTROL
-            && let Some(key) = self.control.front().copied()
+            && let Some(key) = self.control.pop_front()
         {
-            let stream = self.streams.get_mut(&key);
-            let resets = stream.as_ref().is_some_and(|stream| stream.is_reset_due());
-            if resets != (frames == Frames::Resets) && !into.is_empty() {
-                break; // resets are a batch of their own
-            }
-            self.control.pop_front();
-            let Some(stream) = stream else {
+            let Some(stream) = self.streams.get_mut(&key) else {
                 continue;
             };
             stream.in_control = false;
-            if resets {
+            if stream.is_reset_due() {
                 frames = Frames::Resets;
                 into.extend(stream.header(Kind::Data, stream.pending, 0));
             } else if stream.has_control(&self.budget) {
