@@ -5,7 +5,7 @@
 //! once. No connection is read more slowly because of another one.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::BTreeMap,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicUsize, Ordering},
@@ -193,30 +193,25 @@ impl MemoryBudget {
         let Ok(_guard) = pool.pushing_out.try_lock() else {
             return;
         };
-        let open = self.connections().values().filter_map(Weak::upgrade).collect::<Vec<_>>();
-        let mut open: Vec<_> = open.into_iter().map(|it| (it.budget().held(), it)).collect();
-        let mut prefixes: HashMap<_, usize> = HashMap::new();
-        for (held, connection) in &open {
-            *prefixes.entry(connection.budget().prefix).or_default() += held;
+        let open: Vec<_> = self.connections().values().filter_map(Weak::upgrade).collect();
+        // The connections of each prefix, and how much each of them holds.
+        let mut prefixes: BTreeMap<_, Vec<_>> = BTreeMap::new();
+        for connection in open {
+            let (prefix, held) = (connection.budget().prefix, connection.budget().held());
+            prefixes.entry(prefix).or_default().push((held, connection));
         }
+        let sum = |of: &Vec<(usize, _)>| -> usize { of.iter().map(|(held, _)| held).sum() };
         while self.held() > pool.limit / 10 * 9 {
-            // A connection with nothing to free has no weight, whatever its prefix.
-            let candidates = open.iter_mut().filter(|(held, _)| *held > 0);
-            let heaviest = candidates.max_by_key(|(held, connection)| {
-                let prefix = connection.budget().prefix;
-                (prefixes.get(&prefix).copied(), prefix, *held)
-            });
-            let Some((held, connection)) = heaviest else {
+            let prefix = prefixes.values_mut().max_by_key(|connections| sum(connections));
+            let heaviest = prefix.and_then(|it| it.iter_mut().max_by_key(|(held, _)| *held));
+            let Some((held @ 1.., connection)) = heaviest else {
                 return;
             };
-            let freed = match connection.shed(now) {
-                0 => *held,
-                freed => freed.min(*held),
+            // A connection with nothing to free has no weight.
+            *held = match connection.shed(now) {
+                0 => 0,
+                freed => held.saturating_sub(freed),
             };
-            *held -= freed;
-            if let Some(of_prefix) = prefixes.get_mut(&connection.budget().prefix) {
-                *of_prefix = of_prefix.saturating_sub(freed);
-            }
         }
     }
 

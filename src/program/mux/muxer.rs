@@ -71,7 +71,6 @@ pub struct Multiplex {
     pub admission: StreamAdmission,
     /// The memory that its connections share.
     pub memory: MemoryBudget,
-    prefix: Option<ClientPrefix>,
     activity: ActivityCounter,
     socket: Option<TcpStream>,
 }
@@ -83,8 +82,8 @@ impl Multiplex {
         let (pool, growth) = (limits.buffered(circuits), limits.growth(circuits));
         let memory = MemoryBudget::new(pool, per_connection, growth);
         memory.set_max_stall(MAX_STALL);
-        let (prefix, activity, socket) = (None, ActivityCounter::default(), None);
-        Self { admission: StreamAdmission::new(budget, limits), memory, prefix, activity, socket }
+        let (admission, activity) = (StreamAdmission::new(budget, limits), Default::default());
+        Self { admission, memory, activity, socket: None }
     }
 
     /// The multiplexer of a connection from `remote` over this socket, whose transport counts its activity.
@@ -94,8 +93,9 @@ impl Multiplex {
         activity: Option<ActivityCounter>,
         socket: Option<TcpStream>,
     ) -> Self {
-        let (prefix, activity) = (ClientPrefix::of(remote), activity.unwrap_or_default());
-        Self { prefix, activity, socket, ..self.clone() }
+        let (mut all, activity) = (self.clone(), activity.unwrap_or_default());
+        all.admission.prefix = ClientPrefix::of(remote);
+        Self { activity, socket, ..all }
     }
 }
 
@@ -161,14 +161,14 @@ pub struct Muxer<C> {
 
 impl<C> Muxer<C> {
     fn new(connection: C, multiplex: Multiplex, role: Role) -> Self {
-        let Multiplex { admission, memory, prefix, activity, socket } = multiplex;
+        let Multiplex { admission, memory, activity, socket } = multiplex;
         if let Some(socket) = &socket {
             socket::set_user_timeout(socket, false);
         }
         Self {
             connection,
             socket,
-            shared: Shared::new(role, admission, &memory, prefix),
+            shared: Shared::new(role, admission, &memory),
             room: Room::default(),
             frames: Vec::new(),
             written: 0,
@@ -291,10 +291,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
 
     /// Ends the session. Streams can be read until the next poll, which fails.
     fn end(&mut self, error: io::Error, cx: &mut Context<'_>) {
-        let is_unused = self.shared.with(|session| {
-            session.end();
-            session.is_unused
-        });
+        let is_unused = self.shared.with(|session| session.end());
         let _ = self.poll_write(cx); // the go-away, if there is one and the socket has room for it
         self.end = Some(match error.kind() {
             // rust-libp2p compares peer ids once the connection is up, and then closes it.
@@ -315,7 +312,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> StreamMuxer for Muxer<C> {
         // libp2p-swarm accepts until it is told to wait: without this, all that a peer opens at once would come before
         // other connections.
         let is_second = mem::take(&mut self.has_accepted);
-        if is_second && self.shared.with(|session| session.has_unaccepted()) {
+        if is_second && self.shared.with(|session| !session.accepted.is_empty()) {
             cx.waker().wake_by_ref();
             return Poll::Pending;
         }
@@ -334,10 +331,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> StreamMuxer for Muxer<C> {
 
     fn poll_close(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = &mut *self;
-        this.shared.with(|session| {
-            session.set_task(cx);
-            session.leave();
-        });
+        this.shared.with(|session| session.leave(cx));
         let closed = match this.poll_write(cx) {
             Poll::Ready(Ok(())) => Pin::new(&mut this.connection).poll_close(cx),
             other => other,

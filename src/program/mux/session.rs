@@ -20,7 +20,6 @@ use super::{
     stream::{Origin, QUANTUM, Stream},
     stream_limits::{Key, StreamAdmission, StreamId},
 };
-use crate::address::ClientPrefix;
 
 /// How many refusals may wait to be sent, and how many streams are remembered that only this side has closed.
 const MAX_REFUSED: usize = 256;
@@ -86,7 +85,7 @@ pub struct Session {
     outbound: usize,
     unacknowledged: usize,
     /// Whether the peer has dialed the connection and opened no stream yet.
-    pub is_unused: bool,
+    is_unused: bool,
     /// Refused streams whose RST is not sent yet.
     refused: usize,
     /// How many received bytes its streams hold.
@@ -94,7 +93,7 @@ pub struct Session {
     /// Ids of streams without a handle that this side has closed: the peer may still send on them.
     half_closed: VecDeque<u32>,
     /// Streams that the peer opened and that are not accepted yet.
-    accepted: VecDeque<Key>,
+    pub accepted: VecDeque<Key>,
     /// The stream and the flags of the frame being received.
     incoming: (u32, Flags),
     /// The ping to answer.
@@ -177,11 +176,6 @@ impl Session {
         self.outbound += 1;
         self.unacknowledged += 1;
         Poll::Ready(Ok(self.insert(id, Origin::Relay, now)))
-    }
-
-    /// Whether a stream that the peer opened is still to be accepted.
-    pub fn has_unaccepted(&self) -> bool {
-        !self.accepted.is_empty()
     }
 
     /// Accepts a stream that the peer opened. It is acknowledged by its next frame.
@@ -308,16 +302,17 @@ impl Session {
 
     // ---- The end
 
-    /// Sends all unsent data and then go-away; no more streams are opened.
-    pub fn leave(&mut self) {
+    /// Sends all unsent data and then go-away, over the connection's task; no more streams are opened.
+    pub fn leave(&mut self, cx: &Context<'_>) {
+        self.set_task(cx);
         if !mem::replace(&mut self.is_over, true) {
             self.go_away = Some(Reason::Normal);
         }
     }
 
     /// Ends the session: each stream ends after the data received so far. Sends nothing but the go-away, if this
-    /// side ends it.
-    pub fn end(&mut self) {
+    /// side ends it. Returns whether the peer has dialed the connection and opened no stream.
+    pub fn end(&mut self) -> bool {
         self.is_over = true;
         self.ping = None;
         self.accepted.clear();
@@ -325,6 +320,7 @@ impl Session {
             self.change(key, Stream::end);
         }
         self.effects.wakers.extend(self.task.take());
+        self.is_unused
     }
 
     /// Frees all memory after the connection closed.
@@ -346,15 +342,10 @@ pub struct Shared {
 }
 
 impl Shared {
-    /// A session of a connection from this prefix.
-    pub fn new(
-        role: Role,
-        admission: StreamAdmission,
-        memory: &MemoryBudget,
-        prefix: Option<ClientPrefix>,
-    ) -> Arc<Self> {
+    /// A session with these limits on its streams and on its memory.
+    pub fn new(role: Role, admission: StreamAdmission, memory: &MemoryBudget) -> Arc<Self> {
         Arc::new_cyclic(|shared: &Weak<Self>| {
-            let budget = memory.open(prefix, shared.clone());
+            let budget = memory.open(admission.prefix, shared.clone());
             let session = Mutex::new(Session::new(role, Arc::clone(&budget), admission));
             Self { session, budget }
         })

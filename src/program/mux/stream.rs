@@ -4,7 +4,7 @@
 
 use std::{
     collections::VecDeque,
-    io::{self, Write},
+    io::{self, ErrorKind, Write},
     mem,
     task::{Poll, Waker},
     time::{Duration, Instant},
@@ -164,7 +164,7 @@ impl Stream {
         }
         match self.received {
             _ if self.passing > 0 || !is_asked => Poll::Ready(Ok(self.passing)),
-            flags if flags & RST != 0 => Poll::Ready(Err(io::ErrorKind::ConnectionReset.into())),
+            flags if flags & RST != 0 => Poll::Ready(Err(ErrorKind::ConnectionReset.into())),
             flags if flags & FIN != 0 => Poll::Ready(Ok(0)),
             _ => Poll::Pending,
         }
@@ -229,12 +229,12 @@ impl Stream {
 
     /// Takes as many of `bytes` as there is room for.
     pub fn poll_write(&mut self, bytes: &[u8], now: Instant) -> Poll<io::Result<usize>> {
-        let ended = self.sent | self.pending;
-        if ended & RST != 0 {
-            return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
-        }
-        if ended & FIN != 0 {
-            return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+        match self.sent | self.pending {
+            flags if flags & RST != 0 => {
+                return Poll::Ready(Err(ErrorKind::ConnectionReset.into()));
+            }
+            flags if flags & FIN != 0 => return Poll::Ready(Err(ErrorKind::WriteZero.into())),
+            _ => {}
         }
         let room = QUANTUM.saturating_sub(self.unsent()).min(self.send_window as usize);
         if room == 0 && !bytes.is_empty() {

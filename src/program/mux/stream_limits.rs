@@ -230,6 +230,8 @@ pub type StreamId = (u64, Key);
 pub struct StreamAdmission {
     /// The limits on its streams.
     pub budget: Budget,
+    /// The client prefix of the connection.
+    pub prefix: Option<ClientPrefix>,
     permits: Arc<Mutex<Permits>>,
     streams: RateLimiter,
     frames: RateLimiter,
@@ -241,6 +243,7 @@ impl StreamAdmission {
         let frame_rate = limits.stream_rate.saturating_mul(FRAMES_PER_STREAM);
         Self {
             budget,
+            prefix: None,
             permits: Arc::new(Mutex::new(Permits::new(limits.max_streams))),
             streams: RateLimiter::new(OWN_STREAMS, limits.stream_rate),
             frames: RateLimiter::new(OWN_FRAMES, frame_rate),
@@ -258,9 +261,9 @@ impl StreamAdmission {
         &mut self,
         stream: StreamId,
         open: usize,
-        prefix: Option<ClientPrefix>,
         now: Instant,
     ) -> Option<(Option<Permit>, Option<StreamId>)> {
+        let prefix = self.prefix;
         self.streams.take(prefix, Duration::ZERO, now)?;
         if open >= self.budget.inbound {
             return None;
@@ -274,8 +277,8 @@ impl StreamAdmission {
     }
 
     /// Counts a frame that opens a stream, resets one or pings. Returns how long the connection is not to be read.
-    pub fn pause(&mut self, prefix: Option<ClientPrefix>, now: Instant) -> Duration {
-        self.frames.take(prefix, MAX_PAUSE, now).unwrap_or(MAX_PAUSE)
+    pub fn pause(&mut self, now: Instant) -> Duration {
+        self.frames.take(self.prefix, MAX_PAUSE, now).unwrap_or(MAX_PAUSE)
     }
 }
 
@@ -469,7 +472,6 @@ mod tests {
     /// A connection, with the streams that it has open and those that were reset for them.
     struct Connection {
         number: u64,
-        prefix: Option<ClientPrefix>,
         admission: StreamAdmission,
         open: Vec<Option<Permit>>,
         preempted: Vec<StreamId>,
@@ -478,7 +480,8 @@ mod tests {
     impl Connection {
         fn new(number: u64, prefix: Option<ClientPrefix>, admission: &StreamAdmission) -> Self {
             let (open, preempted) = (Vec::new(), Vec::new());
-            Self { number, prefix, admission: admission.clone(), open, preempted }
+            let admission = StreamAdmission { prefix, ..admission.clone() };
+            Self { number, admission, open, preempted }
         }
 
         /// Opens as many streams as it may.
@@ -486,7 +489,7 @@ mod tests {
             let before = self.open.len();
             for serial in self.open.len()..99 {
                 let (stream, now) = ((self.number, (0, serial as u64)), Instant::now());
-                let admitted = self.admission.admit(stream, self.open.len(), self.prefix, now);
+                let admitted = self.admission.admit(stream, self.open.len(), now);
                 let Some((permit, preempted)) = admitted else { break };
                 self.open.push(permit);
                 self.preempted.extend(preempted);
@@ -545,7 +548,8 @@ mod tests {
 
     /// How many streams are within the rate.
     fn admitted(admission: &mut StreamAdmission, host: Option<ClientPrefix>, now: Instant) -> u32 {
-        (0..9999).filter(|_| admission.admit((0, (0, 0)), 0, host, now).is_some()).count() as u32
+        admission.prefix = host;
+        (0..9999).filter(|_| admission.admit((0, (0, 0)), 0, now).is_some()).count() as u32
     }
 
     #[test]
@@ -570,15 +574,16 @@ mod tests {
     #[test]
     fn frames_above_the_rate_pause_their_connection_and_no_other_that_stays_within_its_own() {
         let (all, mut now) = (admission(9, 9, 64), Instant::now());
+        let all = StreamAdmission { prefix: host(1), ..all };
         let [mut fast, mut slow] = [(); 2].map(|()| all.clone());
         let burst = OWN_FRAMES.burst + FRAMES_PER_STREAM * 64 * BURST_SECONDS;
-        let at_once = (0..9999).take_while(|_| fast.pause(host(1), now).is_zero());
+        let at_once = (0..9999).take_while(|_| fast.pause(now).is_zero());
         assert_eq!(at_once.count() as u32, burst);
-        assert!(fast.pause(host(1), now) <= MAX_PAUSE);
+        assert!(fast.pause(now) <= MAX_PAUSE);
         for _ in 0..1000 {
             now += OWN_FRAMES.spacing;
-            (0..100).for_each(|_| _ = fast.pause(host(1), now));
-            assert_eq!(slow.pause(host(1), now), Duration::ZERO);
+            (0..100).for_each(|_| _ = fast.pause(now));
+            assert_eq!(slow.pause(now), Duration::ZERO);
         }
     }
 
@@ -586,6 +591,6 @@ mod tests {
     fn zero_means_unlimited() {
         let (mut all, now) = (admission(9, 9, 0), Instant::now());
         assert_eq!(admitted(&mut all, host(1), now), 9999);
-        assert!((0..9999).all(|_| all.pause(host(1), now).is_zero()));
+        assert!((0..9999).all(|_| all.pause(now).is_zero()));
     }
 }

@@ -55,7 +55,7 @@ impl Session {
             };
             self.on_header(header, now)?;
             if header.kind == Kind::Ping || header.flags & (SYN | RST) != 0 {
-                pause = self.admission.pause(self.budget.prefix, now);
+                pause = self.admission.pause(now);
             }
             room.body = if header.kind == Kind::Data { header.length as usize } else { 0 };
         }
@@ -134,7 +134,7 @@ impl Session {
     /// Admits a stream that the peer opens, or refuses it.
     fn admit(&mut self, id: u32, now: Instant) -> io::Result<()> {
         let stream = (self.budget.number, (id, self.last_serial + 1));
-        let admitted = self.admission.admit(stream, self.inbound, self.budget.prefix, now);
+        let admitted = self.admission.admit(stream, self.inbound, now);
         let Some((permit, preempted)) = admitted else {
             return self.refuse(id, now);
         };

@@ -150,9 +150,10 @@ fn memory_and_permits_are_taken_from_another_connection_without_a_session_lock()
     let (mut admission, now) = (all.admission.clone(), Instant::now());
     let mut permits = Vec::new();
     for host in 1..=8 {
+        admission.prefix = prefix(host);
         for serial in 0..2 {
             let stream = (other.budget.number, (host.into(), serial));
-            permits.push(admission.admit(stream, 4, prefix(host), now).expect("a permit"));
+            permits.push(admission.admit(stream, 4, now).expect("a permit"));
         }
     }
     for stream in 1..=4 {
