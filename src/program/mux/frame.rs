@@ -147,10 +147,8 @@ impl Chunk {
     /// An empty chunk for a body of this length, or for the part of it that fits into one chunk.
     pub fn for_body(bytes: usize) -> Self {
         let capacity = bytes.next_multiple_of(MIN_CHUNK).clamp(MIN_CHUNK, MAX_CHUNK);
-        let spare = match capacity {
-            MAX_CHUNK => SPARE.with_borrow_mut(Vec::pop),
-            _ => None,
-        };
+        let is_large = capacity == MAX_CHUNK;
+        let spare = is_large.then(|| SPARE.with_borrow_mut(Vec::pop)).flatten();
         Self { bytes: spare.unwrap_or_else(|| vec![0; capacity].into()), start: 0, end: 0 }
     }
 
@@ -196,14 +194,11 @@ impl Chunk {
 
 impl Drop for Chunk {
     fn drop(&mut self) {
-        if self.bytes.len() < MAX_CHUNK {
-            return;
-        }
         let bytes = std::mem::take(&mut self.bytes);
         // While a thread ends, its spare chunks may be destroyed before its last stream.
         let _ = SPARE.try_with(|spare| {
             let mut spare = spare.borrow_mut();
-            if spare.len() < MAX_SPARE {
+            if bytes.len() == MAX_CHUNK && spare.len() < MAX_SPARE {
                 spare.push(bytes);
             }
         });

@@ -203,8 +203,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
             }
             let now = Instant::now();
             bytes += read;
-            let received = self.shared.with(|session| session.receive(&mut self.room, read, now));
-            let pause = received?;
+            let pause = self.shared.with(|session| session.receive(&mut self.room, read, now))?;
             self.shared.budget.pool.push_out(now);
             if !pause.is_zero() {
                 self.activity.set_flooding();

@@ -283,9 +283,7 @@ impl Session {
     }
 
     fn remove(&mut self, key: Key) {
-        let Some(stream) = self.streams.remove(&key) else {
-            return;
-        };
+        let Some(stream) = self.streams.remove(&key) else { return };
         self.budget.replace_charge(stream.charge(), 0);
         self.unread -= stream.unread;
         self.growth += stream.growth();
@@ -402,9 +400,8 @@ struct RoundTrip {
 impl RoundTrip {
     /// Returns the id of the ping to send if one is due.
     fn ask(&mut self, now: Instant) -> Option<u32> {
-        let since = self.asked_at.map(|at| now.saturating_duration_since(at));
-        let is_old = since.is_none_or(|since| since >= PING_INTERVAL);
-        if self.is_asked || self.received < PING_AFTER || !is_old {
+        let is_recent = self.asked_at.is_some_and(|at| now < at + PING_INTERVAL);
+        if self.is_asked || self.received < PING_AFTER || is_recent {
             return None;
         }
         (self.received, self.asked_at, self.is_asked) = (0, Some(now), true);

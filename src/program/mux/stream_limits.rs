@@ -293,11 +293,8 @@ struct Permits {
 
 impl Permits {
     fn new(permits: usize) -> Self {
-        let caps = Caps {
-            total: Some(permits),
-            per_subnet: Some((permits / 4).max(1)),
-            per_address: Some((permits / 8).max(1)),
-        };
+        let [per_subnet, per_address] = [4, 8].map(|share| Some((permits / share).max(1)));
+        let caps = Caps { total: Some(permits), per_subnet, per_address };
         Self { quota: Quota::new(caps), unused: HashMap::new() }
     }
 

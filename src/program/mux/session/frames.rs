@@ -212,12 +212,10 @@ impl Session {
             self.budget.replace_charge(0, self.in_flight);
             return Some(Frames::Data);
         }
-        if self.go_away.is_none() {
-            // An idle session has no memory for its queues.
-            let Self { accepted, control, new_flows, old_flows, .. } = self;
-            for queue in [accepted, control, new_flows, old_flows] {
-                queue.shrink_to_fit();
-            }
+        // An idle session has no memory for its queues.
+        let Self { accepted, control, new_flows, old_flows, .. } = self;
+        for queue in [accepted, control, new_flows, old_flows] {
+            queue.shrink_to_fit();
         }
         let reason = self.go_away.take()?;
         into.extend(session_header(Kind::GoAway, 0, reason as u32));
@@ -237,9 +235,7 @@ impl Session {
         while into.len() < MAX_CONTROL
             && let Some(key) = self.control.pop_front()
         {
-            let Some(stream) = self.streams.get_mut(&key) else {
-                continue;
-            };
+            let Some(stream) = self.streams.get_mut(&key) else { continue };
             stream.in_control = false;
             if stream.is_reset_due() {
                 frames = Frames::Resets;
@@ -260,15 +256,12 @@ impl Session {
         loop {
             let is_new = !self.new_flows.is_empty();
             let flows = if is_new { &mut self.new_flows } else { &mut self.old_flows };
-            let key = *flows.front()?;
-            let stream = self.streams.get_mut(&key);
-            if stream.as_ref().is_some_and(|stream| stream.has_data() && stream.deficit > 0) {
+            let key = flows.pop_front()?;
+            let Some(stream) = self.streams.get_mut(&key) else { continue };
+            if stream.has_data() && stream.deficit > 0 {
+                flows.push_front(key);
                 return Some(key);
             }
-            flows.pop_front();
-            let Some(stream) = stream else {
-                continue;
-            };
             // A stream that becomes idle and returns does not count as new each time.
             stream.in_turns = stream.has_data() || (is_new && !self.old_flows.is_empty());
             if stream.in_turns {
