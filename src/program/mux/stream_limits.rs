@@ -378,10 +378,9 @@ impl RateLimiter {
         now: Instant,
     ) -> Option<Duration> {
         let own = self.bucket.take(self.own, Duration::ZERO, now);
-        own.or_else(|| match prefix {
-            Some(prefix) => lock(&self.scopes).take(prefix, max_wait, now),
-            None => Some(Duration::ZERO), // an unknown address has no scope to limit
-        })
+        let of_scopes = |prefix| lock(&self.scopes).take(prefix, max_wait, now);
+        // An unknown address has no scope to limit.
+        own.or_else(|| prefix.map_or(Some(Duration::ZERO), of_scopes))
     }
 }
 

@@ -87,13 +87,10 @@ impl Session {
         }
         self.incoming = (id, flags);
         if flags & SYN != 0 {
-            let is_theirs = id != 0 && id % 2 != self.next_id % 2;
-            let is_free =
-                current(&mut self.streams, id).is_none() && !self.half_closed.contains(&id);
-            self.require(
-                is_theirs && is_free,
-                "a stream number that is not the peer's, or in use",
-            )?;
+            let is_open = current(&mut self.streams, id).is_some();
+            let is_free = !is_open && !self.half_closed.contains(&id);
+            let is_valid = is_free && id != 0 && id % 2 != self.next_id % 2;
+            self.require(is_valid, "a stream number that is not the peer's, or in use")?;
             self.is_unused = false;
             // A stream that is reset at once is already removed.
             if flags & RST == 0 {
