@@ -19,6 +19,7 @@ use futures_timer::Delay;
 use libp2p::{
     Multiaddr,
     core::{
+        Endpoint,
         muxing::{StreamMuxer, StreamMuxerEvent},
         upgrade::{InboundConnectionUpgrade, OutboundConnectionUpgrade, UpgradeInfo},
     },
@@ -28,7 +29,7 @@ use libp2p::{
 use super::{
     budget::{Cut, MemoryBudget},
     frame::{HEADER, Room},
-    session::{Role, Shared, frames::Frames},
+    session::{Shared, frames::Frames},
     stream::{QUANTUM, Stream},
     stream_limits::{Budget, Key, StreamAdmission, StreamLimits},
 };
@@ -114,7 +115,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> InboundConnectionUpgrade<C> for Multiple
     type Future = std::future::Ready<io::Result<Muxer<C>>>;
 
     fn upgrade_inbound(self, connection: C, _: Self::Info) -> Self::Future {
-        std::future::ready(Ok(Muxer::new(connection, self, Role::Server)))
+        std::future::ready(Ok(Muxer::new(connection, self, Endpoint::Listener)))
     }
 }
 
@@ -124,7 +125,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> OutboundConnectionUpgrade<C> for Multipl
     type Future = std::future::Ready<io::Result<Muxer<C>>>;
 
     fn upgrade_outbound(self, connection: C, _: Self::Info) -> Self::Future {
-        std::future::ready(Ok(Muxer::new(connection, self, Role::Client)))
+        std::future::ready(Ok(Muxer::new(connection, self, Endpoint::Dialer)))
     }
 }
 
@@ -160,7 +161,7 @@ pub struct Muxer<C> {
 }
 
 impl<C> Muxer<C> {
-    fn new(connection: C, multiplex: Multiplex, role: Role) -> Self {
+    fn new(connection: C, multiplex: Multiplex, role: Endpoint) -> Self {
         let Multiplex { admission, memory, activity, socket } = multiplex;
         if let Some(socket) = &socket {
             socket::set_user_timeout(socket, false);

@@ -14,6 +14,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use libp2p::core::Endpoint;
+
 use super::{
     budget::{Connection, ConnectionBudget, Cut, MemoryBudget},
     frame::{ACK, Flags, RST, Reason},
@@ -30,15 +32,6 @@ const MAX_UNACKNOWLEDGED: usize = 256;
 /// The round-trip time is measured after this many received bytes, unless it was measured recently.
 const PING_AFTER: usize = 64 * 1024;
 const PING_INTERVAL: Duration = Duration::from_secs(10);
-
-/// The side of the connection: the id of the first stream that it opens ("StreamID Field").
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Role {
-    /// Opens streams with odd ids.
-    Client = 1,
-    /// Opens streams with even ids.
-    Server = 2,
-}
 
 /// What is done after the session's lock is released.
 #[derive(Debug, Default)]
@@ -118,19 +111,19 @@ pub struct Session {
 }
 
 impl Session {
-    /// A session without streams.
-    pub fn new(role: Role, budget: Arc<ConnectionBudget>, admission: StreamAdmission) -> Self {
+    /// A session without streams. The dialer opens streams with odd ids, the listener with even ones ("StreamID Field").
+    pub fn new(role: Endpoint, budget: Arc<ConnectionBudget>, admission: StreamAdmission) -> Self {
         Self {
             growth: budget.growth(),
             budget,
             admission,
             streams: Streams::new(),
             last_serial: 0,
-            next_id: role as u32,
+            next_id: if role.is_dialer() { 1 } else { 2 },
             inbound: 0,
             outbound: 0,
             unacknowledged: 0,
-            is_unused: role == Role::Server,
+            is_unused: role.is_listener(),
             refused: 0,
             unread: 0,
             half_closed: VecDeque::new(),
@@ -193,7 +186,7 @@ impl Session {
 
     fn insert(&mut self, id: u32, origin: Origin, now: Instant) -> Key {
         self.last_serial += 1;
-        let (key, stream) = ((id, self.last_serial), Box::new(Stream::new(id, origin, now)));
+        let (key, stream) = ((id, self.last_serial), Box::new(Stream::new(origin, now)));
         self.budget.replace_charge(0, stream.charge());
         self.streams.insert(key, stream);
         key
@@ -272,7 +265,7 @@ impl Session {
         }
         if stream.is_gone() {
             if !stream.is_finished() {
-                self.half_closed.push_back(stream.id);
+                self.half_closed.push_back(key.0);
             }
             if self.half_closed.len() > MAX_REFUSED {
                 self.half_closed.pop_front();
@@ -341,7 +334,7 @@ pub struct Shared {
 
 impl Shared {
     /// A session with these limits on its streams and on its memory.
-    pub fn new(role: Role, admission: StreamAdmission, memory: &MemoryBudget) -> Arc<Self> {
+    pub fn new(role: Endpoint, admission: StreamAdmission, memory: &MemoryBudget) -> Arc<Self> {
         Arc::new_cyclic(|shared: &Weak<Self>| {
             let budget = memory.open(admission.prefix, shared.clone());
             let session = Mutex::new(Session::new(role, Arc::clone(&budget), admission));

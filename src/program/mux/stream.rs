@@ -39,8 +39,6 @@ pub enum Origin {
 /// One stream.
 #[derive(Debug, Default)]
 pub struct Stream {
-    /// Its id on the wire.
-    pub id: u32,
     /// Which side opened it.
     pub origin: Origin,
     /// The flags that the peer sent, but SYN. RST also if nothing more is read for another reason.
@@ -84,12 +82,10 @@ pub struct Stream {
 
 impl Stream {
     /// A new stream.
-    pub fn new(id: u32, origin: Origin, now: Instant) -> Self {
-        let is_ours = matches!(origin, Origin::Relay);
+    pub fn new(origin: Origin, now: Instant) -> Self {
         Self {
-            id,
+            pending: if matches!(origin, Origin::Relay) { SYN } else { 0 },
             origin,
-            pending: if is_ours { SYN } else { 0 },
             has_handle: true,
             credit: INITIAL_WINDOW,
             window: INITIAL_WINDOW,
@@ -267,13 +263,13 @@ impl Stream {
     }
 
     /// Moves a frame with at most `most` bytes of data into `into`, which is empty.
-    pub fn take_frame(&mut self, into: &mut Vec<u8>, most: usize, now: Instant) {
+    pub fn take_frame(&mut self, id: u32, into: &mut Vec<u8>, most: usize, now: Instant) {
         let body = self.unsent().min(most);
         let is_last = body == self.unsent();
         // FIN is a frame of its own: go-yamux handles the flags of a frame before its body, so a reader would see the
         // end before the last of the data.
         let flags = self.pending & if body == 0 { SYN | ACK | FIN } else { SYN | ACK };
-        let header = self.header(Kind::Data, flags, body);
+        let header = self.header(id, Kind::Data, flags, body);
         self.sent_at = Some(now);
         self.flushed = self.flushed.saturating_sub(body);
         if is_last && self.out_sent == 0 && !self.out.is_empty() {
@@ -303,11 +299,11 @@ impl Stream {
         self.pending & RST != 0 && !self.has_data()
     }
 
-    /// A header with these flags and the id of this stream.
-    pub fn header(&mut self, kind: Kind, flags: Flags, length: usize) -> [u8; HEADER] {
+    /// A header with these flags, which are pending no longer, and the id of this stream on the wire.
+    pub fn header(&mut self, id: u32, kind: Kind, flags: Flags, length: usize) -> [u8; HEADER] {
         self.pending &= !flags;
         self.sent |= flags;
-        Header { kind, flags, stream: self.id, length: length as u32 }.encode()
+        Header { kind, flags, stream: id, length: length as u32 }.encode()
     }
 
     // ---- The end

@@ -225,7 +225,7 @@ async fn echo(stream: impl AsyncRead + AsyncWrite) {
     writes.close().await.expect("an open connection");
 }
 
-fn muxer(pipe: Pipe, role: Role) -> Muxer<Pipe> {
+fn muxer(pipe: Pipe, role: Endpoint) -> Muxer<Pipe> {
     let budget = Budget { inbound: 64, outbound: 64 };
     let limits = StreamLimits { stream_rate: 0, ..StreamLimits::default() };
     Muxer::new(pipe, Multiplex::new(budget, limits, 64), role)
@@ -234,7 +234,7 @@ fn muxer(pipe: Pipe, role: Role) -> Muxer<Pipe> {
 /// Opens `streams` streams over our muxer, and echoes inbound ones.
 fn run_muxer(
     pipe: Pipe,
-    role: Role,
+    role: Endpoint,
     streams: usize,
     executor: Executor,
     done: mpsc::UnboundedSender<()>,
@@ -275,12 +275,12 @@ fn run_muxer(
 /// As [`run_muxer`], over the `yamux` crate.
 fn run_rust_yamux(
     pipe: Pipe,
-    role: Role,
+    role: Endpoint,
     streams: usize,
     executor: Executor,
     done: mpsc::UnboundedSender<()>,
 ) {
-    let mode = if role == Role::Client { Mode::Client } else { Mode::Server };
+    let mode = if role == Endpoint::Dialer { Mode::Client } else { Mode::Server };
     let mut connection = yamux::Connection::new(pipe, yamux::Config::default(), mode);
     let (mut opened, spawn) = (0, executor.clone());
     executor.spawn(poll_fn(move |cx| {
@@ -307,15 +307,15 @@ fn run_rust_yamux(
 }
 
 /// Runs one end: [`run_muxer`], or [`run_rust_yamux`].
-type RunEnd = fn(Pipe, Role, usize, Executor, mpsc::UnboundedSender<()>);
+type RunEnd = fn(Pipe, Endpoint, usize, Executor, mpsc::UnboundedSender<()>);
 
 /// Opens streams from both ends and waits until all are echoed.
 async fn exchange(room: usize, [one, other]: [RunEnd; 2], [first, second]: [Executor; 2]) {
     const STREAMS: usize = 16;
     let (client, server) = pipes(room);
     let (done, mut exchanged) = mpsc::unbounded();
-    one(client, Role::Client, STREAMS, first, done.clone());
-    other(server, Role::Server, STREAMS, second, done);
+    one(client, Endpoint::Dialer, STREAMS, first, done.clone());
+    other(server, Endpoint::Listener, STREAMS, second, done);
     for _ in 0..2 * STREAMS {
         exchanged.next().await.expect("an open connection");
     }
@@ -339,7 +339,7 @@ fn rust_yamux_and_our_muxer_interoperate_in_both_roles() {
 #[test]
 fn each_poll_accepts_one_of_the_streams_that_a_peer_opens_at_once() {
     let (one, other) = pipes(100 * KIB);
-    let (mut client, mut server) = (muxer(one, Role::Client), muxer(other, Role::Server));
+    let (mut client, mut server) = (muxer(one, Endpoint::Dialer), muxer(other, Endpoint::Listener));
     let woken = Arc::new(Woken::default());
     let waker = Waker::from(Arc::clone(&woken));
     let mut cx = Context::from_waker(&waker);
@@ -364,7 +364,7 @@ fn each_poll_accepts_one_of_the_streams_that_a_peer_opens_at_once() {
 #[test]
 fn a_stream_that_is_requested_at_the_end_does_not_hide_why_it_ended() {
     let (one, other) = pipes(KIB);
-    let mut server = muxer(other, Role::Server);
+    let mut server = muxer(other, Endpoint::Listener);
     let mut cx = Context::from_waker(Waker::noop());
     drop(one);
     assert!(Pin::new(&mut server).poll(&mut cx).is_pending());

@@ -200,7 +200,7 @@ impl Session {
         }
         if let Some(key) = self.next_turn() {
             let writer = self.update(key, |stream| {
-                stream.take_frame(into, most, now);
+                stream.take_frame(key.0, into, most, now);
                 stream.deficit -= into.len() as i64;
                 stream.writer.take()
             });
@@ -236,12 +236,12 @@ impl Session {
             stream.in_control = false;
             if stream.is_reset_due() {
                 frames = Frames::Resets;
-                into.extend(stream.header(Kind::Data, stream.pending, 0));
+                into.extend(stream.header(key.0, Kind::Data, stream.pending, 0));
             } else if stream.has_control(&self.budget) {
                 let rtt = self.round_trip.measured;
                 let credit = stream.grant(rtt, &mut self.growth, now, &self.budget);
                 let opening = stream.pending & (SYN | ACK);
-                into.extend(stream.header(Kind::WindowUpdate, opening, credit));
+                into.extend(stream.header(key.0, Kind::WindowUpdate, opening, credit));
             }
             self.update(key, |_| ());
         }

@@ -30,11 +30,11 @@ struct Side {
 }
 
 impl Side {
-    fn new(role: Role) -> Self {
+    fn new(role: Endpoint) -> Self {
         Self::with(role, MemoryBudget::new(PLENTY, PLENTY, MAX_GROWTH))
     }
 
-    fn with(role: Role, budget: MemoryBudget) -> Self {
+    fn with(role: Endpoint, budget: MemoryBudget) -> Self {
         let budget_of_one = budget.open(None, Weak::<Shared>::new());
         let session = Session::new(role, budget_of_one, admission(100));
         let (room, now) = (Room::default(), Instant::now());
@@ -180,7 +180,7 @@ fn protocol_violations_end_the_session_with_go_away() {
         ([0, 9, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0].to_vec(), Reason::ProtocolError),
         ([1; HEADER].to_vec(), Reason::ProtocolError),
     ] {
-        let mut server = Side::new(Role::Server);
+        let mut server = Side::new(Endpoint::Listener);
         accept_inbound(&mut server, 1);
         let end = server.receive(&broken).expect_err("a protocol violation");
         assert_eq!(end.kind(), io::ErrorKind::Other, "{end}");
@@ -194,7 +194,7 @@ fn protocol_violations_end_the_session_with_go_away() {
 
 #[test]
 fn go_away_ends_the_session_and_earlier_data_is_still_read() {
-    let mut server = Side::new(Role::Server);
+    let mut server = Side::new(Endpoint::Listener);
     let stream = accept_inbound(&mut server, 1);
     server.receive(&data(0, 1, 5)).unwrap();
     let end = server.receive(&frame(Kind::GoAway, 0, 0, 0)).expect_err("GO_AWAY ends the session");
@@ -210,7 +210,7 @@ fn go_away_ends_the_session_and_earlier_data_is_still_read() {
 
 #[test]
 fn only_the_newest_ping_is_answered_and_only_once() {
-    let mut server = Side::new(Role::Server);
+    let mut server = Side::new(Endpoint::Listener);
     server.receive(&[1, 2, 3].map(|id| frame(Kind::Ping, SYN, 0, id)).concat()).unwrap();
     assert_eq!(server.send_all(), frame(Kind::Ping, ACK, 0, 3));
     assert!(server.send_all().is_empty());
@@ -218,7 +218,7 @@ fn only_the_newest_ping_is_answered_and_only_once() {
 
 #[test]
 fn the_flags_of_a_ping_do_not_affect_streams() {
-    let mut server = Side::new(Role::Server);
+    let mut server = Side::new(Endpoint::Listener);
     let stream = accept_inbound(&mut server, 1);
     let flags = SYN | FIN | RST;
     server.receive(&frame(Kind::Ping, flags, 1, 5)).unwrap();
@@ -227,7 +227,7 @@ fn the_flags_of_a_ping_do_not_affect_streams() {
 
 #[test]
 fn frames_of_unknown_streams_are_skipped_without_buffering() {
-    let mut server = Side::new(Role::Server);
+    let mut server = Side::new(Endpoint::Listener);
     for flags in [0, ACK, FIN, RST] {
         server.receive(&data(flags, 5, 100 * KIB)).unwrap();
         server.receive(&frame(Kind::WindowUpdate, flags, 5, u32::MAX as usize)).unwrap();
@@ -238,7 +238,7 @@ fn frames_of_unknown_streams_are_skipped_without_buffering() {
 
 #[test]
 fn stream_ids_need_not_increase_and_finished_ones_may_be_reused() {
-    let mut server = Side::new(Role::Server);
+    let mut server = Side::new(Endpoint::Listener);
     for id in [5, 1, 3, 1] {
         let stream = accept_inbound(&mut server, id);
         server.receive(&data(FIN, id, 3)).unwrap();
@@ -256,7 +256,7 @@ fn stream_ids_need_not_increase_and_finished_ones_may_be_reused() {
 #[test]
 fn the_flags_of_one_frame_are_handled_in_order() {
     for kind in [Kind::Data, Kind::WindowUpdate] {
-        let mut server = Side::new(Role::Server);
+        let mut server = Side::new(Endpoint::Listener);
         let bytes = match kind {
             Kind::Data => data(SYN | FIN, 1, 3),
             _ => frame(kind, SYN | FIN, 1, 3),
@@ -276,7 +276,7 @@ fn the_flags_of_one_frame_are_handled_in_order() {
 
 #[test]
 fn a_stream_reset_by_its_first_frame_is_not_opened() {
-    let mut server = Side::new(Role::Server);
+    let mut server = Side::new(Endpoint::Listener);
     server.receive(&data(SYN | RST, 1, 3)).unwrap();
     assert_eq!(server.accept(), None);
     server.assert_empty();
@@ -284,7 +284,7 @@ fn a_stream_reset_by_its_first_frame_is_not_opened() {
 
 #[test]
 fn the_session_ends_after_256_unread_refusals() {
-    let mut server = Side::new(Role::Server);
+    let mut server = Side::new(Endpoint::Listener);
     server.session.admission.budget.inbound = 0;
     let syn = |id: u32| frame(Kind::Data, SYN, 2 * id + 1, 0);
     for id in 0..MAX_REFUSED as u32 {
@@ -302,7 +302,7 @@ fn the_session_ends_after_256_unread_refusals() {
 
 #[test]
 fn a_window_overflow_is_not_attributed_to_a_new_stream() {
-    let mut server = Side::new(Role::Server);
+    let mut server = Side::new(Endpoint::Listener);
     let most = u32::MAX as usize - INITIAL_WINDOW;
     server.receive(&frame(Kind::WindowUpdate, SYN, 1, most)).unwrap();
     assert!(server.receive(&frame(Kind::WindowUpdate, 0, 1, 1)).is_err());
@@ -313,7 +313,7 @@ fn a_window_overflow_is_not_attributed_to_a_new_stream() {
 #[test]
 fn dropping_a_half_open_stream_resets_it_after_the_flushed_data() {
     for flushed in [true, false] {
-        let mut server = Side::new(Role::Server);
+        let mut server = Side::new(Endpoint::Listener);
         let stream = accept_inbound(&mut server, 1);
         assert!(server.write(stream, &[1; 9]).is_ready());
         if flushed {
@@ -336,7 +336,7 @@ fn dropping_a_half_open_stream_resets_it_after_the_flushed_data() {
 
 #[test]
 fn a_stream_dropped_after_fin_is_reset_once_if_data_arrives() {
-    let mut server = Side::new(Role::Server);
+    let mut server = Side::new(Endpoint::Listener);
     let stream = accept_inbound(&mut server, 1);
     assert!(server.write(stream, &[1; 9]).is_ready());
     server.session.change(stream, Stream::close);
@@ -361,7 +361,7 @@ fn a_stream_dropped_after_fin_is_reset_once_if_data_arrives() {
 #[test]
 fn a_stream_dropped_after_fin_is_reset_at_once_if_its_peer_has_no_credit() {
     for is_sent in [true, false] {
-        let mut server = Side::new(Role::Server);
+        let mut server = Side::new(Endpoint::Listener);
         let stream = accept_inbound(&mut server, 1);
         server.session.change(stream, Stream::close);
         let mut sent = if is_sent { server.send_all() } else { Vec::new() };
@@ -381,7 +381,7 @@ fn a_stream_dropped_after_fin_is_reset_at_once_if_its_peer_has_no_credit() {
 
 #[test]
 fn evicting_a_finished_stream_does_not_reset_its_successor_of_the_same_id() {
-    let mut server = Side::new(Role::Server);
+    let mut server = Side::new(Endpoint::Listener);
     let stream = accept_inbound(&mut server, 1);
     server.receive(&data(FIN, 1, 9)).unwrap();
     server.session.change(stream, Stream::close);
@@ -395,7 +395,7 @@ fn evicting_a_finished_stream_does_not_reset_its_successor_of_the_same_id() {
 
 #[test]
 fn a_bounded_number_of_finished_streams_is_remembered() {
-    let mut server = Side::new(Role::Server);
+    let mut server = Side::new(Endpoint::Listener);
     for id in 0..2 * MAX_REFUSED as u32 {
         let stream = accept_inbound(&mut server, 2 * id + 1);
         server.session.change(stream, Stream::close);
@@ -408,7 +408,7 @@ fn a_bounded_number_of_finished_streams_is_remembered() {
 
 #[test]
 fn data_after_fin_resets_the_stream() {
-    let mut server = Side::new(Role::Server);
+    let mut server = Side::new(Endpoint::Listener);
     let stream = accept_inbound(&mut server, 1);
     server.receive(&data(FIN, 1, 1)).unwrap();
     server.receive(&data(0, 1, 1)).unwrap();
@@ -419,7 +419,7 @@ fn data_after_fin_resets_the_stream() {
 #[test]
 fn a_reset_is_an_error_even_after_our_fin() {
     for closes in [true, false] {
-        let mut server = Side::new(Role::Server);
+        let mut server = Side::new(Endpoint::Listener);
         let stream = accept_inbound(&mut server, 1);
         if closes {
             server.session.change(stream, Stream::close);
@@ -440,7 +440,7 @@ fn a_reset_is_an_error_even_after_our_fin() {
 
 #[test]
 fn dropping_an_unannounced_outbound_stream_sends_nothing() {
-    let mut client = Side::new(Role::Client);
+    let mut client = Side::new(Endpoint::Dialer);
     let stream = client.open();
     assert!(client.write(stream, b"unflushed").is_ready());
     client.drop_handle(stream);
@@ -450,7 +450,7 @@ fn dropping_an_unannounced_outbound_stream_sends_nothing() {
 
 #[test]
 fn opening_a_stream_waits_while_as_many_of_ours_are_open_as_the_limit_allows() {
-    let mut client = Side::new(Role::Client);
+    let mut client = Side::new(Endpoint::Dialer);
     client.session.admission.budget.outbound = 2;
     let streams = [(); 2].map(|()| client.open());
     let is_woken = Arc::new(Woken::default());
@@ -474,7 +474,7 @@ impl Wake for Woken {
 
 #[test]
 fn at_most_256_unacknowledged_streams_are_opened() {
-    let mut client = Side::new(Role::Client);
+    let mut client = Side::new(Endpoint::Dialer);
     client.session.admission.budget.outbound = 1000;
     let streams: Vec<_> = (0..MAX_UNACKNOWLEDGED).map(|_| client.open()).collect();
     assert!(client.session.poll_open(&cx(), client.now).is_pending());
@@ -495,7 +495,7 @@ fn at_most_256_unacknowledged_streams_are_opened() {
 
 #[test]
 fn a_header_allocates_nothing_and_a_byte_one_chunk() {
-    let mut server = Side::new(Role::Server);
+    let mut server = Side::new(Endpoint::Listener);
     let stream = accept_inbound(&mut server, 1);
     server.send_all();
     let open = server.budget.buffered().bytes;
@@ -515,7 +515,7 @@ fn a_header_allocates_nothing_and_a_byte_one_chunk() {
 
 #[test]
 fn one_byte_frames_use_no_more_memory_than_long_ones() {
-    let mut server = Side::new(Role::Server);
+    let mut server = Side::new(Endpoint::Listener);
     accept_inbound(&mut server, 1);
     server.send_all();
     let open = server.budget.buffered().bytes;
@@ -528,7 +528,7 @@ fn one_byte_frames_use_no_more_memory_than_long_ones() {
 #[test]
 fn twelve_thousand_idle_streams_are_charged_their_memory() {
     const STREAMS: usize = 12_288;
-    let mut server = Side::new(Role::Server);
+    let mut server = Side::new(Endpoint::Listener);
     server.session.admission = admission(STREAMS);
     for id in 0..STREAMS as u32 {
         accept_inbound(&mut server, 2 * id + 1);
@@ -539,7 +539,7 @@ fn twelve_thousand_idle_streams_are_charged_their_memory() {
 
 #[test]
 fn the_stream_unread_for_the_longest_is_reset_and_freed() {
-    let mut server = Side::new(Role::Server);
+    let mut server = Side::new(Endpoint::Listener);
     let [slow, fast] = [1, 3].map(|id| accept_inbound(&mut server, id));
     server.receive(&data(0, 1, 100 * KIB)).unwrap();
     server.receive(&data(0, 3, 200 * KIB)).unwrap();
@@ -559,7 +559,8 @@ fn the_stream_unread_for_the_longest_is_reset_and_freed() {
 
 #[test]
 fn a_connection_above_its_limit_loses_a_stream_and_keeps_reading() {
-    let mut server = Side::with(Role::Server, MemoryBudget::new(PLENTY, 300 * KIB, MAX_GROWTH));
+    let mut server =
+        Side::with(Endpoint::Listener, MemoryBudget::new(PLENTY, 300 * KIB, MAX_GROWTH));
     let [first, second] = [1, 3].map(|id| accept_inbound(&mut server, id));
     server.receive(&data(0, 1, 200 * KIB)).unwrap();
     server.now += Duration::from_secs(1);
@@ -571,7 +572,7 @@ fn a_connection_above_its_limit_loses_a_stream_and_keeps_reading() {
 
 #[test]
 fn credit_is_the_number_of_bytes_the_peer_may_send() {
-    let mut server = Side::new(Role::Server);
+    let mut server = Side::new(Endpoint::Listener);
     let [reads, stays] = [1, 3].map(|id| accept_inbound(&mut server, id));
     assert_eq!(server.session.credit(), 2 * 256 * KIB);
     server.receive(&data(0, 1, 200 * KIB)).unwrap();
@@ -593,7 +594,7 @@ fn credit_is_the_number_of_bytes_the_peer_may_send() {
 fn window_updates_are_sent_at_half_the_window_and_never_tiny() {
     for (filled, window) in [(0, 256 * KIB), (625, 144 * KIB), (750, 32 * KIB), (900, 32 * KIB)] {
         let mut server =
-            Side::with(Role::Server, MemoryBudget::new(1000 << 20, PLENTY, MAX_GROWTH));
+            Side::with(Endpoint::Listener, MemoryBudget::new(1000 << 20, PLENTY, MAX_GROWTH));
         let other = server.budget.open(None, Weak::<Shared>::new());
         let stream = accept_inbound(&mut server, 1);
         server.send_all();
@@ -618,7 +619,7 @@ fn window_updates_are_sent_at_half_the_window_and_never_tiny() {
 
 #[test]
 fn unread_data_grants_no_credit() {
-    let mut server = Side::new(Role::Server);
+    let mut server = Side::new(Endpoint::Listener);
     accept_inbound(&mut server, 1);
     server.send_all();
     server.receive(&data(0, 1, INITIAL_WINDOW)).unwrap();
@@ -629,7 +630,7 @@ fn unread_data_grants_no_credit() {
 
 #[test]
 fn windows_grow_with_the_round_trip_time_up_to_a_mebibyte() {
-    let mut server = Side::new(Role::Server);
+    let mut server = Side::new(Endpoint::Listener);
     let stream = accept_inbound(&mut server, 1);
     server.send_all();
     let (mut credit, mut widest) = (INITIAL_WINDOW, 0);
@@ -658,7 +659,7 @@ fn windows_grow_with_the_round_trip_time_up_to_a_mebibyte() {
 
 #[test]
 fn new_flows_go_first_and_backlogged_ones_take_turns() {
-    let mut server = Side::new(Role::Server);
+    let mut server = Side::new(Endpoint::Listener);
     let [bulk, other, quick] = [1, 3, 5].map(|id| accept_inbound(&mut server, id));
     server.send_all();
     let mut order = Vec::new();
@@ -724,7 +725,7 @@ fn byte(id: u32, side: usize, at: usize) -> u8 {
 
 impl Connection {
     fn new() -> Self {
-        let sides = [Role::Client, Role::Server].map(Side::new).into_iter().collect();
+        let sides = [Endpoint::Dialer, Endpoint::Listener].map(Side::new).into_iter().collect();
         Self { sides, ..Self::default() }
     }
 
@@ -735,7 +736,7 @@ impl Connection {
         match step {
             Step::Open if count < 8 => {
                 let key = side.open();
-                let id = side.session.streams[&key].id;
+                let id = key.0;
                 models.push(StreamModel { key, id, ..StreamModel::default() });
             }
             Step::Open => {}
@@ -794,7 +795,7 @@ impl Connection {
             }
             Step::Accept => {
                 while let Some(key) = side.accept() {
-                    let id = side.session.streams[&key].id;
+                    let id = key.0;
                     models.push(StreamModel { key, id, ..StreamModel::default() });
                 }
             }

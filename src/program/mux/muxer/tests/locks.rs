@@ -123,7 +123,7 @@ fn memory_and_permits_are_taken_from_another_connection_without_a_session_lock()
     let all = Multiplex { memory: memory.clone(), ..Multiplex::new(budget, limits, 64) };
     let multiplex = all.of(&"/ip4/10.0.100.1/tcp/1".parse().unwrap(), None, None);
     let (mut peer, pipe) = pipes(100 * KIB);
-    let mut muxer = Muxer::new(pipe, multiplex, Role::Server);
+    let mut muxer = Muxer::new(pipe, multiplex, Endpoint::Listener);
     let sessions = Sessions::default();
     sessions.add(&muxer.shared);
     let prefix = |host| Some(IpAddr::from([10, 0, host, 1]).into());

@@ -210,7 +210,7 @@ fn assert_state(connection: &Connection) {
                 session.streams.range(key..).nth(1).is_none_or(|(next, _)| next.0 > key.0);
             assert!(stream.is_finished() || is_last, "{session:#?}");
             assert!(!stream.is_gone(), "{session:#?}");
-            let is_half_closed = session.half_closed.contains(&stream.id);
+            let is_half_closed = session.half_closed.contains(&key.0);
             assert!(stream.is_finished() || !is_half_closed, "{session:#?}");
         }
         assert!(session.streams.len() + session.half_closed.len() <= STREAMS, "{session:#?}");
