@@ -190,9 +190,7 @@ impl MemoryBudget {
         if self.held() <= pool.limit {
             return;
         }
-        let Ok(_guard) = pool.pushing_out.try_lock() else {
-            return;
-        };
+        let Ok(_guard) = pool.pushing_out.try_lock() else { return };
         let open: Vec<_> = self.connections().values().filter_map(Weak::upgrade).collect();
         // The connections of each prefix, and how much each of them holds.
         let mut prefixes: BTreeMap<_, Vec<_>> = BTreeMap::new();
@@ -204,9 +202,7 @@ impl MemoryBudget {
         while self.held() > pool.limit / 10 * 9 {
             let prefix = prefixes.values_mut().max_by_key(|connections| sum(connections));
             let heaviest = prefix.and_then(|it| it.iter_mut().max_by_key(|(held, _)| *held));
-            let Some((held @ 1.., connection)) = heaviest else {
-                return;
-            };
+            let Some((held @ 1.., connection)) = heaviest else { return };
             // A connection with nothing to free has no weight.
             *held = match connection.shed(now) {
                 0 => 0,

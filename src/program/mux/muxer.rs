@@ -246,8 +246,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
                 let splits = kind == Some(Frames::Resets) && self.has_data;
                 let is_full = self.unflushed + self.frames.len() > self.batch;
                 self.is_flushing = self.unflushed > 0 && (splits || is_full || kind.is_none());
-                let is_data = kind == Some(Frames::Data);
-                self.has_data = is_data || self.has_data && !self.is_flushing;
+                self.has_data = kind == Some(Frames::Data) || self.has_data && !self.is_flushing;
                 continue;
             }
             let left = self.frames.get(self.written..).unwrap_or_default();
@@ -348,15 +347,14 @@ impl<C: AsyncRead + AsyncWrite + Unpin> StreamMuxer for Muxer<C> {
             return Poll::Ready(Err(error));
         }
         self.shared.with(|session| session.set_task(cx));
-        let read = self.poll_read(cx);
-        self.room.release();
-        let ended = match read {
+        let ended = match self.poll_read(cx) {
             Poll::Ready(Err(error)) => Err(error),
             Poll::Ready(Ok(())) | Poll::Pending => match self.poll_write(cx) {
                 Poll::Ready(written) => written,
                 Poll::Pending => self.poll_stall(cx),
             },
         };
+        self.room.release();
         if let Err(error) = ended {
             self.end(error, cx);
         }

@@ -156,9 +156,7 @@ impl Session {
     /// If the session is over, or has used up its ids.
     pub fn poll_open(&mut self, cx: &Context<'_>, now: Instant) -> Poll<io::Result<Key>> {
         let next_id = self.next_id.checked_add(2).filter(|_| !self.is_over);
-        let Some(next_id) = next_id else {
-            return Poll::Ready(Err(io::ErrorKind::NotConnected.into()));
-        };
+        let next_id = next_id.ok_or(io::ErrorKind::NotConnected)?;
         if self.unacknowledged >= MAX_UNACKNOWLEDGED
             || self.outbound >= self.admission.budget.outbound
         {

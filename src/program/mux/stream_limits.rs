@@ -154,8 +154,7 @@ impl StreamLimits {
 
     /// The limit on the received bytes of one connection, for this many circuits of a peer.
     pub fn buffered_per_connection(&self, circuits: usize) -> usize {
-        let default = || buffered_per_connection(circuits, DEFAULT_SIZE);
-        self.max_buffered_per_connection.unwrap_or_else(default)
+        self.max_buffered_per_connection.unwrap_or(buffered_per_connection(circuits, DEFAULT_SIZE))
     }
 
     /// By how much the windows of one connection may grow in all, for this many circuits of a peer: so that they fit into
