@@ -317,7 +317,8 @@ impl<C: AsyncRead + AsyncWrite + Unpin> StreamMuxer for Muxer<C> {
         }
         let key = ready!(self.shared.with(|session| session.poll_accept(cx)));
         self.has_accepted = true;
-        Poll::Ready(Ok(Substream::new(&self.shared, key, true)))
+        let (shared, negotiation) = (Arc::clone(&self.shared), Some(Negotiation::default()));
+        Poll::Ready(Ok(Substream { shared, key, negotiation }))
     }
 
     fn poll_outbound(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<Substream>> {
@@ -325,18 +326,17 @@ impl<C: AsyncRead + AsyncWrite + Unpin> StreamMuxer for Muxer<C> {
             return Poll::Pending; // the next poll returns why it ended
         }
         let key = ready!(self.shared.with(|session| session.poll_open(cx, Instant::now())))?;
-        Poll::Ready(Ok(Substream::new(&self.shared, key, false)))
+        Poll::Ready(Ok(Substream { shared: Arc::clone(&self.shared), key, negotiation: None }))
     }
 
     fn poll_close(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let this = &mut *self;
-        this.shared.with(|session| session.leave(cx));
-        let closed = match this.poll_write(cx) {
-            Poll::Ready(Ok(())) => Pin::new(&mut this.connection).poll_close(cx),
+        self.shared.with(|session| session.leave(cx));
+        let closed = match self.poll_write(cx) {
+            Poll::Ready(Ok(())) => Pin::new(&mut self.connection).poll_close(cx),
             other => other,
         };
         if closed.is_pending() {
-            let closing = this.closing.get_or_insert_with(|| Delay::new(CLOSING));
+            let closing = self.closing.get_or_insert_with(|| Delay::new(CLOSING));
             ready!(closing.poll_unpin(cx));
         }
         Poll::Ready(Ok(()))
@@ -378,14 +378,6 @@ pub struct Substream {
     key: Key,
     /// The negotiation of the protocol, if the peer opened the stream, until it is done.
     negotiation: Option<Negotiation>,
-}
-
-impl Substream {
-    /// The handle of this stream of the session.
-    pub fn new(shared: &Arc<Shared>, key: Key, is_inbound: bool) -> Self {
-        let negotiation = is_inbound.then(Negotiation::default);
-        Self { shared: Arc::clone(shared), key, negotiation }
-    }
 }
 
 impl Drop for Substream {

@@ -168,8 +168,7 @@ impl Stream {
 
     /// Frees the received data.
     fn discard_unread(&mut self) {
-        self.chunks = VecDeque::new();
-        (self.stored, self.unread, self.passing) = (0, 0, 0);
+        (self.chunks, self.stored, self.unread, self.passing) = (VecDeque::new(), 0, 0, 0);
     }
 
     /// Returns the credit to grant, in bytes.
@@ -289,9 +288,8 @@ impl Stream {
 
     /// Whether there are frames without data to send.
     pub fn has_control(&self, budget: &ConnectionBudget) -> bool {
-        // An ACK is sent with data if there is some.
-        let acknowledges = self.pending & (ACK | RST) == ACK && !self.has_data();
-        acknowledges || self.is_reset_due() || self.due_credit(budget) > 0
+        // An ACK is sent with data if there is some, and RST after it.
+        self.pending & (ACK | RST) != 0 && !self.has_data() || self.due_credit(budget) > 0
     }
 
     /// Whether RST is to be sent now.

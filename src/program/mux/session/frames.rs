@@ -132,9 +132,7 @@ impl Session {
     fn admit(&mut self, id: u32, now: Instant) -> io::Result<()> {
         let stream = (self.budget.number, (id, self.last_serial + 1));
         let admitted = self.admission.admit(stream, self.inbound, now);
-        let Some((permit, preempted)) = admitted else {
-            return self.refuse(id, now);
-        };
+        let Some((permit, preempted)) = admitted else { return self.refuse(id, now) };
         self.effects.preempted.extend(preempted);
         self.inbound += 1;
         let key = self.insert(id, Origin::Peer(permit), now);
