@@ -160,7 +160,7 @@ pub struct Muxer<C> {
     closing: Option<Delay>,
 }
 
-impl<C> Muxer<C> {
+impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
     fn new(connection: C, multiplex: Multiplex, role: Endpoint) -> Self {
         let Multiplex { admission, memory, activity, socket } = multiplex;
         if let Some(socket) = &socket {
@@ -186,9 +186,7 @@ impl<C> Muxer<C> {
             closing: None,
         }
     }
-}
 
-impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
     /// Reads until nothing is left, or a poll's share is used up. Independent of writes, and of reads from streams.
     fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         if let Some(pause) = &mut self.pause {

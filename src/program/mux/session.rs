@@ -291,7 +291,7 @@ impl Session {
 
     // ---- The end
 
-    /// Sends all unsent data and then go-away, over the connection's task; no more streams are opened.
+    /// Sends all unsent data and then go-away, as the task of `cx` takes the frames; no more streams are opened.
     pub fn leave(&mut self, cx: &Context<'_>) {
         self.set_task(cx);
         if !mem::replace(&mut self.is_over, true) {
