@@ -75,11 +75,11 @@ impl From<IpAddr> for ClientPrefix {
 /// The IPv4 address of a client that came over IPv6: IPv4-mapped, NAT64 (64:ff9b::/96, RFC 6052), or 6to4
 /// (2002::/16, RFC 3056).
 fn ipv4_within(ip: Ipv6Addr) -> Option<Ipv4Addr> {
-    let [a, b, high, low, .., third, fourth] = ip.segments();
-    let joined = |high, low| Ipv4Addr::from_bits(u32::from(high) << 16 | u32::from(low));
-    match (a, b) {
-        (0x2002, high_bits) => Some(joined(high_bits, high)),
-        (0x64, 0xff9b) if (high, low) == (0, 0) => Some(joined(third, fourth)),
+    let [first, second, third, fourth, .., seventh, eighth] = ip.segments();
+    let ipv4 = |high, low| Ipv4Addr::from_bits(u32::from(high) << 16 | u32::from(low));
+    match (first, second) {
+        (0x2002, high) => Some(ipv4(high, third)),
+        (0x64, 0xff9b) if (third, fourth) == (0, 0) => Some(ipv4(seventh, eighth)),
         _ => ip.to_ipv4_mapped(),
     }
 }
@@ -102,11 +102,11 @@ impl fmt::Display for Subnet {
 pub fn is_global(address: &Multiaddr) -> bool {
     match ip(address) {
         Some(IpAddr::V4(ip)) => {
-            let [a, b, ..] = ip.octets();
+            let [first, second, ..] = ip.octets();
             let is_local = ip.is_private() || ip.is_loopback() || ip.is_link_local();
-            let is_shared = a == 100 && (64..128).contains(&b); // by carriers: RFC 6598
-            let is_benchmark = a == 198 && (18..20).contains(&b); // RFC 2544
-            let is_reserved = a == 0 || a >= 224 || ip.is_documentation(); // multicast from 224 on
+            let is_shared = first == 100 && (64..128).contains(&second); // by carriers: RFC 6598
+            let is_benchmark = first == 198 && (18..20).contains(&second); // RFC 2544
+            let is_reserved = first == 0 || first >= 224 || ip.is_documentation(); // 224: multicast
             !(is_local || is_shared || is_benchmark || is_reserved)
         }
         // Of IPv6 only 2000::/3 is assigned, and of that one block is for documentation.

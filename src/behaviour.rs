@@ -1,7 +1,8 @@
 //! The relay as a [`NetworkBehaviour`]: swarm events in, actions out.
 //!
 //! Passes what happens on the swarm's connections to [`crate::relay`], and carries out the actions that it returns. The
-//! behaviour decides nothing; it has the clock, the key that signs vouchers, and the addresses that clients are told.
+//! behaviour decides only whether to serve; it has the clock, the key that signs vouchers, and the addresses that clients
+//! are told.
 
 pub(crate) mod circuit;
 mod handler;
@@ -80,8 +81,8 @@ pub struct Behaviour {
     next_sweep: (Delay, Instant),
     /// How many sweeps there were since the start, and how long all of them took.
     pub(crate) sweeps: (u64, Duration),
-    /// Whether memory for the bytes that wait in circuits is scarce: never in a foreign swarm, whose muxer has it. Called
-    /// after each sweep. While it is scarce, a circuit ends one of whose directions has transferred nothing for 10 s though
+    /// Whether memory for the bytes that wait in circuits is scarce; false in a foreign swarm, whose muxer has that memory.
+    /// Called after each sweep. While it is scarce, a circuit ends if one direction has transferred nothing for 10 s though
     /// bytes waited: [`CircuitEnd::Stalled`](crate::CircuitEnd::Stalled).
     pub(crate) is_memory_scarce: Box<dyn Fn() -> bool + Send>,
 }
@@ -178,8 +179,7 @@ impl Behaviour {
     }
 
     /// Asks [`Access`] again about all peers that hold a slot, wait for one or are part of a circuit, and ends what is
-    /// denied: [`FreedReason::Denied`], [`CircuitEnd::Denied`](crate::CircuitEnd::Denied). To be called when the rules have
-    /// changed.
+    /// denied: [`FreedReason::Denied`], [`CircuitEnd::Denied`](crate::CircuitEnd::Denied). Call it when the rules change.
     ///
     /// What is decided [later](crate::Permission::Later) stays until the answer comes. At most one answer about a slot and two
     /// about a circuit are awaited; a call meanwhile asks again after the last of them.

@@ -22,19 +22,19 @@ const SHORTEST_PROBE: Duration = Duration::from_millis(500);
 /// The longest probe: js-libp2p gives up 5 s after it began to dial.
 const LONGEST_PROBE: Duration = Duration::from_millis(3500);
 
-/// The cap on slots of one address is this fraction of the total, unless given.
+/// The cap on slots of one address is the total divided by this, unless given.
 const SHARE_PER_IP: usize = 16;
-/// The least cap: a household or a small office behind one address. In a small table the least is half of all slots,
-/// because all of its clients may be at one site.
+/// The least cap: a household or a small office behind one address.
 const LEAST_PER_IP: usize = 8;
+/// One address may hold half of this many slots, or half of all in a smaller table: its clients may all be at one site.
 const SMALL_TABLE: usize = 64;
 
-/// The cap on slots of one subnet, and that on circuits of its sources, are this fraction of the total, unless given.
+/// The cap on slots of one subnet, and that on circuits of its sources, are the total divided by this, unless given.
 const SHARE_PER_SUBNET: usize = 4;
 /// The least of them: a site, or a part of a carrier's network.
 const LEAST_PER_SUBNET: usize = 64;
 
-/// The cap on circuits of the sources of one address is this fraction of the total, unless given.
+/// The cap on circuits of the sources of one address is the total divided by this, unless given.
 const SHARE_OF_CIRCUITS_PER_IP: usize = 8;
 /// The least cap: as many as one peer may be part of by default.
 const LEAST_CIRCUITS_PER_IP: usize = 64;
@@ -375,13 +375,13 @@ mod tests {
 
     #[test]
     fn an_invalid_value_is_an_error_that_names_the_setting() {
-        assert_eq!(refused(|c| c.max_reservations = 0), "max_reservations");
-        assert_eq!(refused(|c| c.reservation_ttl = Duration::ZERO), "reservation_ttl");
-        assert_eq!(refused(|c| c.reservation_ttl = Duration::MAX), "reservation_ttl");
-        assert_eq!(refused(|c| c.grace = Duration::MAX), "grace");
-        assert_eq!(refused(|c| c.sweep = Duration::ZERO), "sweep");
+        assert_eq!(refused(|config| config.max_reservations = 0), "max_reservations");
+        assert_eq!(refused(|config| config.reservation_ttl = Duration::ZERO), "reservation_ttl");
+        assert_eq!(refused(|config| config.reservation_ttl = Duration::MAX), "reservation_ttl");
+        assert_eq!(refused(|config| config.grace = Duration::MAX), "grace");
+        assert_eq!(refused(|config| config.sweep = Duration::ZERO), "sweep");
         let short = Duration::from_millis(10);
-        assert_eq!(refused(|c| c.circuit_duration = short), "circuit_duration");
+        assert_eq!(refused(|config| config.circuit_duration = short), "circuit_duration");
     }
 
     #[test]

@@ -20,7 +20,7 @@
 //! - *Silence*: the limit after which a peer that was probed and did not answer has timed out; the relay then treats the
 //!   connection as closed. On Linux the limit is four times as long if the kernel reports that the TCP link loses packets.
 //! - *Probe*: a ping to a silent peer; and the short time that the peer has to answer while a newcomer waits.
-//! - *Prefix*: the IPv4 address or IPv6 /64 of a client. Its slots count towards the caps of that and of its subnet.
+//! - *Prefix*: the IPv4 address or IPv6 /64 of a client. Its slots count towards its cap and that of its subnet.
 //! - *Fair share*: the part of the bandwidth that a circuit gets while there is too little for all, one quantum at a time.
 //! - *Sweep*: the pass over the tables that ends what has expired or timed out, once a second, and more often while a
 //!   newcomer waits.

@@ -58,10 +58,10 @@ pub struct Relay<C, R> {
     pub circuits: Circuits<C, R>,
     /// How much each peer, and all together, used the relay for.
     pub accounts: Accounts,
-    /// Decides who may use the relay, instead of the configuration's lists.
-    own_access: Option<Box<dyn Access>>,
+    /// The embedder's access rules, which decide instead of the configuration's lists.
+    embedder_access: Option<Box<dyn Access>>,
     /// How often the access rules have changed.
-    rules: u64,
+    rule_changes: u64,
     /// How many answers about slots and circuits have yet to come, and whether to ask again after the last.
     open_checks: usize,
     check_again: bool,
@@ -125,7 +125,7 @@ pub enum AccessCheck<C, R> {
     Circuit(CircuitId),
 }
 
-/// What the tasks of one circuit need: its source and target, its limits, and its byte counters.
+/// What the tasks of one circuit need.
 #[derive(Debug)]
 pub struct CircuitParameters {
     /// The circuit.
@@ -148,9 +148,9 @@ pub struct CircuitParameters {
 struct Draining<C, R> {
     /// When all connections without a circuit are to be closed.
     until: Instant,
-    /// When some were last closed.
+    /// When `due` was last updated.
     last: Instant,
-    /// The fraction of a connection that was due then.
+    /// The fraction of a connection that was due then, and could not be closed yet.
     due: f64,
     /// Requests that are answered by closing their connection: dropping a reply handle would reset its stream first.
     unanswered: Vec<R>,
@@ -171,8 +171,8 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
             reservations: Reservations::new(&config),
             circuits: Circuits::new(&config),
             accounts: Accounts::default(),
-            own_access: None,
-            rules: 0,
+            embedder_access: None,
+            rule_changes: 0,
             open_checks: 0,
             check_again: false,
             reserve_rates: Rates::new(config.reserve_rate),
@@ -209,7 +209,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
                 return self.report(Event::RequestRejected { peer: from.peer, address, reason });
             }
         };
-        if self.draining.is_some() {
+        if self.is_draining() {
             self.refuse(request, Refused::Draining);
         } else if request.origin.relayed {
             self.refuse(request, Refused::Relayed);
@@ -244,9 +244,10 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
                 continue;
             }
             self.end_circuit(id, CircuitEnd::Disconnected);
-            // The source's connection runs an open one, the target's one that is being set up.
-            let circuit = self.circuits.records.get(&id);
-            if circuit.is_some_and(|it| it.opened_at.is_some() == (it.source == gone)) {
+            // The task of an open one runs on the source's connection, that of one being set up on the target's.
+            let Some(circuit) = self.circuits.records.get(&id) else { continue };
+            let runs_on = if circuit.opened_at.is_some() { circuit.source } else { circuit.target };
+            if runs_on == gone {
                 self.on_circuit_ended(id, CircuitEnd::Disconnected, now);
             }
         }

@@ -95,7 +95,7 @@ struct Direction {
 enum State {
     #[default]
     Open,
-    /// One byte exceeded the limit. Those before it are still to be delivered.
+    /// The reader sent more than the limit. What is within it is still to be delivered.
     OverLimit,
     /// The reader reached the end; the writer is to be closed.
     Closing,
@@ -210,8 +210,8 @@ impl FairShare {
         }
         let quantum = self.link.lock().quantum(self.ends);
         let room = quantum.map_or(buffer.len(), |quantum| quantum.min(buffer.len()));
-        let (room, _) = buffer.split_at_mut(room);
-        let read = ready!(Pin::new(from).poll_read(cx, room))?;
+        let (into, _) = buffer.split_at_mut(room);
+        let read = ready!(Pin::new(from).poll_read(cx, into))?;
         if quantum.is_some() && read > 0 {
             let now = Instant::now();
             let next = self.link.lock().charge(self.ends, read, now);

@@ -1,8 +1,8 @@
 //! One connection: the streams that are open on it.
 //!
-//! [`hop`] and [`ping`] serve the streams; each runs as a task of its own, so that a stalled one blocks its stream
-//! and not the connection. The handler starts the tasks and bounds their number. A task sends its events to the behaviour
-//! directly; one that is dropped with its connection sends its last event from `Drop`.
+//! [`hop`] and [`ping`] serve the streams, each in a task of its own, so that a stalled stream does not block the
+//! connection. The handler starts the tasks and bounds their number. A task sends its events to the behaviour directly;
+//! one that is dropped with its connection sends its last event from `Drop`.
 
 use std::{
     convert::Infallible,
@@ -70,7 +70,7 @@ pub struct Handler {
 }
 
 impl Handler {
-    /// The handler of a new connection. It counts in `activity`, obeys `commands`, and its tasks send `events`.
+    /// The handler of a new connection. It counts in `activity` and polls `commands`, and its tasks send `events`.
     pub(crate) fn new(
         end: End<ConnectionId>,
         config: &Config,

@@ -199,7 +199,7 @@ pub(crate) async fn ask(
             status => Err(StopFailed::Refused(status)),
         }
     };
-    // First whether it has ended: then a stream that was long in opening asks nothing.
+    // Polled first: on a stream that took long to open, a circuit that has ended is not asked about.
     let ended = &mut parameters.ended;
     let answer = match future::select(ended, pin!(within(timeout, exchange))).await {
         Either::Left(_) => Err(StopFailed::Gone),

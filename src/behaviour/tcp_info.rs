@@ -27,15 +27,15 @@ const MESSAGE: usize = 72;
 const ATTRIBUTE: usize = 4;
 
 /// A connection is lossy if it loses more than one of this many segments with data.
-const LOSSY: u32 = 16;
+const SEGMENTS_PER_LOSS: u32 = 16;
 
 /// A silent peer behind a link that loses packets may be alive if its kernel sent something within this time. Less than
 /// the program's interval of keep-alive probes, a minute: the kernel of a peer whose process is frozen answers them.
-const RECENT: u32 = 45_000; // milliseconds
+const RECENT_MILLIS: u32 = 45_000;
 
 /// It may also be alive if fewer retransmissions in a row are unanswered: with exponential back-off there are no more in a
 /// minute. At 30 % loss in both directions, six transmissions are all unanswered in one of 57 cases.
-const ENOUGH: u8 = 6;
+const MANY_UNANSWERED: u8 = 6;
 
 /// Has `activity` report whether the connection loses packets and its peer may be alive, if a peer has dialed it over TCP.
 pub fn report_losses(endpoint: &ConnectedPoint, activity: &ActivityCounter) {
@@ -76,8 +76,8 @@ impl TcpInfo {
         Some(u64::from_ne_bytes(*self.0.get(120..)?.first_chunk()?))
     }
 
-    /// Whether the connection loses packets, and its other end may be alive: it sent data or an acknowledgement recently
-    /// (`tcpi_last_data_recv`, `tcpi_last_ack_recv`), or had few chances to.
+    /// Whether the connection loses many of its segments with data (`tcpi_data_segs_out`), and its other end may be alive:
+    /// it sent data or an acknowledgement recently (`tcpi_last_data_recv`, `tcpi_last_ack_recv`), or had few chances to.
     ///
     /// Lost are the segments that arrived out of order (`tcpi_rcv_ooopack`), and those that were retransmitted
     /// (`tcpi_total_retrans`), except retransmissions without an acknowledgement since (`tcpi_retransmits`): the peer may
@@ -88,8 +88,8 @@ impl TcpInfo {
         let retransmitted = self.number(100)?.saturating_sub(unanswered.into());
         let helped = retransmitted.saturating_sub(self.number(216)?);
         let lost = helped.saturating_add(self.number(224)?);
-        let loses_often = lost > 1 && lost.saturating_mul(LOSSY) > self.number(156)?;
-        Some(loses_often && (silent_for < RECENT || unanswered < ENOUGH))
+        let loses_often = lost > 1 && lost.saturating_mul(SEGMENTS_PER_LOSS) > self.number(156)?;
+        Some(loses_often && (silent_for < RECENT_MILLIS || unanswered < MANY_UNANSWERED))
     }
 
     fn number(&self, at: usize) -> Option<u32> {

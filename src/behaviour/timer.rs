@@ -29,7 +29,7 @@ struct Started {
     /// When each limit ends. Dropping the sender ends it.
     limits: Vec<(Instant, oneshot::Sender<()>)>,
     /// At this many limits, those that were dropped are forgotten.
-    crowded: usize,
+    prune_at: usize,
 }
 
 /// One time limit. Ready when it is reached.
@@ -40,9 +40,9 @@ impl Timeouts {
     pub(crate) fn start(&self, duration: Duration) -> Timeout {
         let mut started = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         // 1. Forget limits that were dropped.
-        if started.limits.len() >= started.crowded {
+        if started.limits.len() >= started.prune_at {
             started.limits.retain(|(_, limit)| !limit.is_canceled());
-            started.crowded = 2 * started.limits.len().max(4);
+            started.prune_at = 2 * started.limits.len().max(4);
         }
         // 2. Add this one.
         let ends = Instant::now() + duration;

@@ -26,12 +26,12 @@ pub struct Accounts {
     /// The accounts of the connected peers that have been part of a circuit since they connected, each with the first of
     /// its circuits that was admitted.
     ///
-    /// Circuits of an earlier stay may end during this one. They were admitted before: a circuit that is not open
-    /// when its peer leaves never opens.
+    /// A circuit from before the peer reconnected may end later, and does not count. It was admitted before that first
+    /// one: a circuit that is not open when its peer disconnects never opens.
     peers: HashMap<PeerId, (CircuitId, Account)>,
 }
 
-/// What a peer used the relay for since it connected: since the first of its connections that are up without a gap.
+/// What a peer used the relay for since it connected. The account ends when its last connection closes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Account {
@@ -84,8 +84,8 @@ impl Accounts {
         for (peer, is_source) in [(source, true), (target, false)] {
             let (first, account) = self.peers.entry(peer).or_insert((id, Account::default()));
             *first = id.min(*first); // circuits may open in another order
-            let Account { as_source, as_target, .. } = account;
-            *(if is_source { as_source } else { as_target }) += 1;
+            account.as_source += u64::from(is_source);
+            account.as_target += u64::from(!is_source);
         }
     }
 
@@ -97,7 +97,7 @@ impl Accounts {
         self.totals.transferred.to_source += to_source;
         let both = [(source, to_target, to_source), (target, to_source, to_target)];
         for (peer, sent, received) in both {
-            // A peer that left gets no new account: nothing would remove it.
+            // A peer that disconnected gets no new account: nothing would remove it.
             let account = self.peers.get_mut(&peer).filter(|(first, _)| *first <= id);
             if let Some((_, account)) = account {
                 account.sent += sent;

@@ -21,7 +21,7 @@ use crate::config::Config;
 /// Short, because a new circuit carries its first quantum at once.
 const ROUND: Duration = Duration::from_millis(50);
 
-/// The smallest quantum in bytes, unless a whole round is smaller: a smaller one would be mostly headers.
+/// The smallest quantum in bytes, because one that is smaller would be mostly headers; a whole round if that has fewer.
 const LEAST_QUANTUM: u64 = 1024;
 
 /// Bandwidth that was not used for up to this long may be used later: timers fire late.
@@ -76,8 +76,8 @@ impl Bandwidth {
     pub fn quantum(&self, ends: [PeerId; 2]) -> Option<usize> {
         let rounds_per_second = 1000 / ROUND.as_millis() as u64;
         // The share of a round for one more circuit than are waiting.
-        let quanta = self.capped(ends).map(|(of, rate)| {
-            let waiting = self.queues.get(&of).map_or(0, |queue| queue.waiting);
+        let quanta = self.capped(ends).map(|(key, rate)| {
+            let waiting = self.queues.get(&key).map_or(0, |queue| queue.waiting);
             let round = (rate / rounds_per_second).max(1);
             (round / (u64::from(waiting) + 1)).max(LEAST_QUANTUM.min(round))
         });
@@ -89,22 +89,23 @@ impl Bandwidth {
     pub fn charge(&mut self, ends: [PeerId; 2], bytes: usize, now: Instant) -> Option<Instant> {
         let earliest = now.checked_sub(BURST).unwrap_or(now);
         let mut next = now;
-        for (of, rate) in self.capped(ends) {
-            let queue = self.queues.entry(of).or_insert(Queue { paid_at: earliest, waiting: 0 });
+        for (key, rate) in self.capped(ends) {
+            let queue = self.queues.entry(key).or_insert(Queue { paid_at: earliest, waiting: 0 });
             let nanos = (bytes as u64).saturating_mul(1_000_000_000) / rate;
             queue.paid_at = queue.paid_at.max(earliest) + Duration::from_nanos(nanos);
             next = next.max(queue.paid_at);
         }
-        (next > now).then(|| {
-            self.count_waiting(ends, 1);
-            next
-        })
+        if next <= now {
+            return None;
+        }
+        self.count_waiting(ends, 1);
+        Some(next)
     }
 
     /// Counts a circuit that waits, or with -1 the end of its wait.
     pub fn count_waiting(&mut self, ends: [PeerId; 2], by: i32) {
-        for of in [None].into_iter().chain(ends.map(Some)) {
-            if let Some(queue) = self.queues.get_mut(&of) {
+        for key in [None].into_iter().chain(ends.map(Some)) {
+            if let Some(queue) = self.queues.get_mut(&key) {
                 queue.waiting = queue.waiting.saturating_add_signed(by);
             }
         }

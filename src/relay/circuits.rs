@@ -34,10 +34,10 @@ pub struct Circuits<C, R> {
     pub records: BTreeMap<CircuitId, Circuit<C, R>>,
     /// How many each prefix has, by source. Circuits that yielded to another one do not count.
     pub quota: Quota,
-    pub(super) per_peer: usize,
-    /// The circuits that a peer is part of, in either role: an index of both peers of each.
+    pub(super) max_per_peer: usize,
+    /// An index: both peers of each circuit, and its id.
     pub by_peer: BTreeSet<(PeerId, CircuitId)>,
-    last: u64,
+    last_id: u64,
 }
 
 /// One circuit: `source` asked for it, `target` holds the reservation.
@@ -47,7 +47,7 @@ pub struct Circuit<C, R> {
     /// The peer that holds the reservation, and the connection over which it is asked, or has accepted.
     pub target: End<C>,
     /// The connections over which it was asked before, and since when it is asked over the present one.
-    pub(super) silent: Vec<C>,
+    pub(super) asked_before: Vec<C>,
     pub(super) asked_at: Instant,
     /// When it was admitted.
     pub since: Instant,
@@ -78,11 +78,12 @@ impl<C, R> Circuit<C, R> {
         self.opened_at.map(|since| (since, self.counters.read()))
     }
 
-    /// How it ended. Its task reports [`CircuitEnd::Disconnected`] also if the relay ended it; the table knows why. If the
-    /// relay did not, its task ended with a connection.
-    pub fn end(&self, reported: CircuitEnd) -> CircuitEnd {
-        let ended = self.guard.as_ref().err().filter(|_| reported == CircuitEnd::Disconnected);
-        *ended.unwrap_or(&reported)
+    /// How it ended, given what its task reported: [`CircuitEnd::Disconnected`] also if the relay ended it.
+    pub fn actual_end(&self, reported: CircuitEnd) -> CircuitEnd {
+        match self.guard {
+            Err(reason) if reported == CircuitEnd::Disconnected => reason,
+            _ => reported,
+        }
     }
 }
 
@@ -92,9 +93,9 @@ impl<C: Copy + Eq, R> Circuits<C, R> {
         Self {
             records: BTreeMap::new(),
             quota: Quota::new(config.circuit_caps()),
-            per_peer: config.max_circuits_per_peer,
+            max_per_peer: config.max_circuits_per_peer,
             by_peer: BTreeSet::new(),
-            last: 0,
+            last_id: 0,
         }
     }
 
@@ -114,7 +115,7 @@ impl<C: Copy + Eq, R> Circuits<C, R> {
     ///
     /// The cap that is reached. One under which [`Circuits::yield_one`] cannot make room comes first.
     pub fn check_caps(&self, source: &Origin, target: &PeerId) -> Result<(), Refused> {
-        let is_full = |peer| self.count_of(peer) >= self.per_peer;
+        let is_full = |peer| self.count_of(peer) >= self.max_per_peer;
         match self.quota.full(source.prefix) {
             Some(Scope::Address(prefix)) => Err(Refused::TooManyCircuitsOfAddress(prefix)),
             Some(Scope::Subnet(subnet)) => Err(Refused::TooManyCircuitsOfSubnet(subnet)),
@@ -126,12 +127,12 @@ impl<C: Copy + Eq, R> Circuits<C, R> {
         }
     }
 
-    /// Makes room for a circuit `of` this origin under a full cap of the table or of the target: returns the circuit to
+    /// Makes room for a circuit `of` this source under a full cap of the table or of the target: returns the circuit to
     /// end, which does not count any more. It is one of the heaviest prefix, if that would still hold at least as much as
-    /// the newcomer's; of those under the cap the one that has transferred nothing for longest. `None` if there is none,
-    /// or one is not enough. A circuit that is being set up stays.
+    /// the source's; of those under the cap the one that has transferred nothing for longest. `None` if there is none, or
+    /// one is not enough. A circuit that is being set up stays.
     pub fn yield_one(&mut self, full: &Refused, of: &Origin, target: &PeerId) -> Option<CircuitId> {
-        if self.quota.above(None).is_some() || self.count_of(target) > self.per_peer {
+        if self.quota.above(None).is_some() || self.count_of(target) > self.max_per_peer {
             return None;
         }
         let under_cap: Vec<_> = match full {
@@ -164,8 +165,8 @@ impl<C: Copy + Eq, R> Circuits<C, R> {
         counters: Counters,
         now: Instant,
     ) -> (CircuitId, oneshot::Receiver<()>) {
-        self.last += 1;
-        let (id, source, prefix) = (CircuitId(self.last), request.from, request.origin.prefix);
+        self.last_id += 1;
+        let (id, source, prefix) = (CircuitId(self.last_id), request.from, request.origin.prefix);
         for peer in [source.peer, target.peer] {
             self.by_peer.insert((peer, id));
         }
@@ -174,7 +175,7 @@ impl<C: Copy + Eq, R> Circuits<C, R> {
         let circuit = Circuit {
             source,
             target,
-            silent: Vec::new(),
+            asked_before: Vec::new(),
             asked_at: now,
             since: now,
             limit,
@@ -200,11 +201,9 @@ impl<C: Copy + Eq, R> Circuits<C, R> {
             if before != after {
                 circuit.active_at = now;
             }
-            let is_still =
-                [before.to_target == after.to_target, before.to_source == after.to_source];
-            for ((since, waits), is_still) in circuit.stalled.iter_mut().zip(waiting).zip(is_still)
-            {
-                *since = (waits && is_still).then(|| since.unwrap_or(now));
+            let moved = [before.to_target != after.to_target, before.to_source != after.to_source];
+            for ((since, waits), moved) in circuit.stalled.iter_mut().zip(waiting).zip(moved) {
+                *since = (waits && !moved).then(|| since.unwrap_or(now));
             }
         }
     }
@@ -217,8 +216,8 @@ impl<C: Copy + Eq, R> Circuits<C, R> {
         }
     }
 
-    /// The circuits whose target has not answered for [`RETRY_AFTER`] while the source waits, in the order of their admission,
-    /// each with the connection over which the target is asked.
+    /// The circuits whose target has not answered for [`RETRY_AFTER`] while the source waits, each with the connection
+    /// over which the target is asked, in the order of their admission.
     pub fn unanswered(&self, now: Instant) -> Vec<(CircuitId, End<C>)> {
         let is_long = |since: Instant| now.saturating_duration_since(since) >= RETRY_AFTER;
         let overdue = self.iter().filter(|(_, it)| it.request.is_some() && is_long(it.asked_at));
@@ -277,7 +276,7 @@ impl<C: Copy + Eq, R> Circuits<C, R> {
 
     /// The circuits over this connection of the peer, in the order of their admission.
     pub fn over(&self, end: End<C>) -> Vec<CircuitId> {
-        let over = self.of(&end.peer).filter(|(_, c)| [c.source, c.target].contains(&end));
+        let over = self.of(&end.peer).filter(|(_, it)| [it.source, it.target].contains(&end));
         over.map(|(id, _)| id).collect()
     }
 }
@@ -292,8 +291,8 @@ mod tests {
     use super::*;
     use crate::{relay::accounts::Accounts, wire::Request};
 
-    fn table(caps: Caps, per_peer: usize) -> Circuits<u32, ()> {
-        Circuits { quota: Quota::new(caps), per_peer, ..Circuits::new(&Config::default()) }
+    fn table(caps: Caps, max_per_peer: usize) -> Circuits<u32, ()> {
+        Circuits { quota: Quota::new(caps), max_per_peer, ..Circuits::new(&Config::default()) }
     }
 
     fn of_total(total: usize) -> Caps {
@@ -430,7 +429,7 @@ mod tests {
         circuits.end(stalled.0, CircuitEnd::Stalled);
         assert_eq!(circuits.stalled(now + 10 * SECOND), [], "it is already ending");
         circuits.end(stalled.0, CircuitEnd::Silent);
-        let end_of = |id, reported| circuits.records.get(&id).unwrap().end(reported);
+        let end_of = |id, reported| circuits.records.get(&id).unwrap().actual_end(reported);
         assert_eq!(end_of(stalled.0, CircuitEnd::Disconnected), CircuitEnd::Stalled);
         assert_eq!(end_of(stalled.0, CircuitEnd::Finished), CircuitEnd::Finished);
         assert_eq!(end_of(idle.0, CircuitEnd::Disconnected), CircuitEnd::Disconnected);

@@ -7,7 +7,7 @@ use libp2p::{PeerId, futures::channel::oneshot};
 use super::{
     Action, CircuitParameters, Relay,
     circuits::Circuit,
-    connections::{End, PendingRequest},
+    connections::{Connection, End, PendingRequest},
 };
 use crate::{
     access::Terms,
@@ -19,25 +19,25 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     pub(super) fn connect(
         &mut self,
         request: PendingRequest<C, R>,
-        peer: PeerId,
+        target: PeerId,
         terms: Terms,
         now: Instant,
     ) {
         // 1. A live reservation of the target.
-        let slot = self.reservations.get(&peer);
+        let slot = self.reservations.get(&target);
         let Some(connection) = slot.and_then(|slot| slot.live(now)) else {
             return self.refuse(request, Refused::NoReservation);
         };
         // 2. Room, if need be in place of another circuit.
-        if let Err(full) = self.circuits.check_caps(&request.origin, &peer) {
-            let Some(yielded) = self.circuits.yield_one(&full, &request.origin, &peer) else {
+        if let Err(full) = self.circuits.check_caps(&request.origin, &target) {
+            let Some(yielded) = self.circuits.yield_one(&full, &request.origin, &target) else {
                 return self.refuse(request, full);
             };
             log::debug!("circuit {yielded} ends: a prefix with fewer circuits needs one");
             self.end_circuit(yielded, CircuitEnd::Preempted);
         }
         // 3. The stop request.
-        let (source, target) = (request.from, End { peer, connection });
+        let (source, target) = (request.from, End { peer: target, connection });
         self.count_circuits([source, target], 1, now);
         let (limit, counters) = (self.circuit_limit(terms), self.accounts.counters());
         let (id, ended) = self.circuits.add(request, target, limit, counters, now);
@@ -54,22 +54,25 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         }
     }
 
-    /// Sends a target that is asked over this connection another stop request over another one; returns that, if there is
-    /// one. A target is asked over one connection at a time, and over each at most once.
+    /// Asks a circuit's target over another connection in place of `over`; returns that other one, if there is one. A
+    /// target is asked over one connection at a time, and over each at most once.
     pub(super) fn ask_elsewhere(&mut self, id: CircuitId, over: End<C>, now: Instant) -> Option<C> {
         // 1. Those over which it was not asked before, if the source waits for its answer over this one.
         let waits = |it: &&mut Circuit<C, R>| it.request.is_some() && it.target == over;
         let mut others = self.fit_for_a_slot(over.peer);
         let circuit = self.circuits.records.get_mut(&id).filter(waits)?;
-        others.retain(|id| *id != over.connection && !circuit.silent.contains(id));
+        others.retain(|it| *it != over.connection && !circuit.asked_before.contains(it));
         // 2. The most recently active of them; of several, the newest.
-        let silent_for = |id: &C| Some(self.connections.get(*id)?.liveness.silent_for(now));
+        let silent_for = |it: &C| Some(self.connections.get(*it)?.liveness.silent_for(now));
         let connection = others.into_iter().rev().min_by_key(silent_for)?;
         // 3. Move the circuit to it, which cancels the open stop request.
         log::debug!("circuit {id}: no answer from peer {}: asking it elsewhere", over.peer);
-        let (other, (guard, ended)) = (End { connection, ..over }, oneshot::channel());
-        circuit.silent.push(over.connection);
-        (circuit.target, circuit.asked_at, circuit.guard) = (other, now, Ok(guard));
+        let (guard, ended) = oneshot::channel();
+        let other = End { connection, ..over };
+        circuit.asked_before.push(over.connection);
+        circuit.target = other;
+        circuit.asked_at = now;
+        circuit.guard = Ok(guard);
         self.count_circuits([over], -1, now);
         self.count_circuits([other], 1, now);
         self.ask_target(id, ended);
@@ -77,10 +80,9 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     }
 
     fn count_circuits(&mut self, over: impl IntoIterator<Item = End<C>>, by: i32, now: Instant) {
+        let add = |up: &mut Connection| up.circuits = up.circuits.saturating_add_signed(by);
         for End { connection, .. } in over {
-            self.connections.update(connection, now, |up| {
-                up.circuits = up.circuits.saturating_add_signed(by);
-            });
+            self.connections.update(connection, now, add);
         }
     }
 
@@ -118,16 +120,12 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
 
     /// Handles the end of a circuit, whether or not it was open.
     pub fn on_circuit_ended(&mut self, id: CircuitId, end: CircuitEnd, now: Instant) {
-        let Some(circuit) = self.circuits.remove(id) else {
-            return;
-        };
-        self.count_circuits([circuit.source, circuit.target], -1, now);
-        let Some((since, transferred)) = circuit.open() else {
-            return;
-        };
-        let ends @ [source, target] = [circuit.source.peer, circuit.target.peer];
+        let Some(removed) = self.circuits.remove(id) else { return };
+        self.count_circuits([removed.source, removed.target], -1, now);
+        let Some((since, transferred)) = removed.open() else { return };
+        let ends @ [source, target] = [removed.source.peer, removed.target.peer];
         self.accounts.on_closed(id, ends, transferred);
-        let (circuit, end) = (id, circuit.end(end));
+        let (circuit, end) = (id, removed.actual_end(end));
         let open_for = now.saturating_duration_since(since);
         self.report(Event::CircuitClosed { circuit, source, target, end, transferred, open_for });
     }

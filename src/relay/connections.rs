@@ -15,8 +15,8 @@ use libp2p::{Multiaddr, PeerId};
 use super::heartbeat::Liveness;
 use crate::{activity::ActivityCounter, address::ClientPrefix, wire::Request};
 
-/// The age at which a flooding connection is closed at the latest. One is closed earlier than another of its address: if
-/// all came back at once, each with its own burst, the others would notice.
+/// A flooding connection is closed once it has been idle for a part of this time, by its jitter: if all connections of an
+/// address were closed at once, they would come back at once, each with its own burst.
 const FLOODING_AGE: Duration = Duration::from_secs(8);
 
 /// The connections of one relay.
@@ -206,9 +206,7 @@ impl<C: Copy + Eq + Hash> Connections<C> {
 
     /// Changes a connection; if it becomes idle, that begins now. Returns whether it is up.
     pub fn update(&mut self, id: C, now: Instant, change: impl FnOnce(&mut Connection)) -> bool {
-        let Some(connection) = self.up.get_mut(&id) else {
-            return false;
-        };
+        let Some(connection) = self.up.get_mut(&id) else { return false };
         if connection.is_used() {
             connection.idle_since = now;
         }
@@ -221,12 +219,10 @@ impl<C: Copy + Eq + Hash> Connections<C> {
     pub fn idle_for(&self, timeout: Duration, now: Instant) -> Vec<(C, CloseReason)> {
         let idle = self.idle().filter_map(|(id, up)| {
             let idle_for = now.saturating_duration_since(up.idle_since);
-            let reason = match up.counters.iter().flatten().any(ActivityCounter::is_flooding) {
-                true if idle_for >= up.liveness.spread_over(FLOODING_AGE) => CloseReason::Flooding,
-                _ if idle_for >= timeout && !timeout.is_zero() => CloseReason::Idle,
-                _ => return None,
-            };
-            Some((id, reason))
+            let is_flooding = up.counters.iter().flatten().any(ActivityCounter::is_flooding);
+            let floods = is_flooding && idle_for >= up.liveness.spread_over(FLOODING_AGE);
+            let idle = (idle_for >= timeout && !timeout.is_zero()).then_some(CloseReason::Idle);
+            Some((id, floods.then_some(CloseReason::Flooding).or(idle)?))
         });
         idle.collect()
     }
@@ -240,10 +236,10 @@ impl<C: Copy + Eq + Hash> Connections<C> {
         }
     }
 
-    /// Changes since when open probes count.
-    pub fn shift_probes(&mut self, since: impl Fn(Instant) -> Instant) {
+    /// Shifts since when open probes count, after a sweep that came late.
+    pub fn shift_probes(&mut self, shift: impl Fn(Instant) -> Instant) {
         for connection in self.up.values_mut() {
-            connection.liveness.probed_at = connection.liveness.probed_at.map(&since);
+            connection.liveness.probed_at = connection.liveness.probed_at.map(&shift);
         }
     }
 

@@ -111,9 +111,13 @@ impl Heartbeat {
         let pause = now.saturating_duration_since(self.checked_at);
         self.checked_at = now;
         if pause > sweep + heartbeat {
-            let reset = watched.map(|(_, liveness)| liveness.on_activity(now)).count();
+            let mut is_any_watched = false;
+            for (_, liveness) in watched {
+                liveness.on_activity(now);
+                is_any_watched = true;
+            }
             let seconds = pause.as_secs();
-            found.fault = (reset > 0)
+            found.fault = is_any_watched
                 .then(|| format!("process was suspended for {seconds} s: liveness timers reset"));
             return found;
         }

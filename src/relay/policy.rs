@@ -27,7 +27,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         config.validate()?;
         self.reservations.configure(&config, now);
         self.circuits.quota.caps = config.circuit_caps();
-        self.circuits.per_peer = config.max_circuits_per_peer;
+        self.circuits.max_per_peer = config.max_circuits_per_peer;
         self.heartbeat.checked_at = now; // the time since the last check does not count as a pause
         self.reserve_rates.per_minute = config.reserve_rate;
         self.connect_rates.per_minute = config.connect_rate;
@@ -41,13 +41,13 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
 
     /// Lets `access` decide who may use the relay, instead of the configuration's lists.
     pub fn set_access(&mut self, access: Box<dyn Access>, now: Instant) {
-        self.own_access = Some(access);
+        self.embedder_access = Some(access);
         self.recheck_access(now);
     }
 
     /// Decides who may use the relay: the lists of the configuration, or the embedder.
     pub fn access(&self) -> &dyn Access {
-        self.own_access.as_deref().unwrap_or(&self.config.access)
+        self.embedder_access.as_deref().unwrap_or(&self.config.access)
     }
 
     /// Asks whether a request is allowed, and charges its rate.
@@ -76,7 +76,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
             }
             self.connections.update(connection, now, |up| up.idle_since = now);
         }
-        self.on_access_checked(AccessCheck::Request(request, self.rules), permission, now);
+        self.on_access_checked(AccessCheck::Request(request, self.rule_changes), permission, now);
     }
 
     /// Handles the answer to an [`Action::CheckAccess`], or one that came at once: admits or refuses a request, ends a slot
@@ -91,9 +91,12 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
             return self.actions.push_back(Action::CheckAccess(check, permission));
         }
         let is_denied = matches!(permission, Permission::Deny);
-        self.open_checks -= usize::from(!matches!(check, AccessCheck::Request(..)));
+        // Only answers about slots and circuits are counted.
+        if !matches!(check, AccessCheck::Request(..)) {
+            self.open_checks -= 1;
+        }
         match check {
-            AccessCheck::Request(request, rules) => match permission {
+            AccessCheck::Request(request, rule_changes) => match permission {
                 _ if self.connections.get(request.from.connection).is_none() => {}
                 _ if self.is_draining() => self.refuse(request, Refused::Draining),
                 Permission::Allow(terms) => {
@@ -103,7 +106,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
                         Request::Connect(target) => self.connect(request, target, terms, now),
                     }
                     // The answer may be from before the rules changed.
-                    if rules != self.rules {
+                    if rule_changes != self.rule_changes {
                         self.recheck(Some(peer), now);
                     }
                 }
@@ -125,7 +128,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     /// What is decided later stays until the answer comes. Slots and circuits have one answer at a time: while some have
     /// yet to come, those are asked again after the last of them.
     pub fn recheck_access(&mut self, now: Instant) {
-        self.rules += 1;
+        self.rule_changes += 1;
         self.recheck(None, now);
     }
 
@@ -166,7 +169,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
                     self.waiting.push_back(PendingReservation { terms, ..newcomer });
                 }
                 permission => {
-                    let check = AccessCheck::Request(newcomer.request, self.rules);
+                    let check = AccessCheck::Request(newcomer.request, self.rule_changes);
                     self.on_access_checked(check, permission, now);
                 }
             }
@@ -280,12 +283,7 @@ mod tests {
     fn a_slot_does_not_move_to_a_connection_that_may_not_reserve() {
         let start = Instant::now();
         let (mut relay, [_, holder]) = relay(start);
-        relay.handle_request(holder, Ok(Request::Reserve), 1, start);
-        let granted = actions(&mut relay).into_iter().find_map(|action| match action {
-            Action::Grant { receipt, .. } => Some(receipt),
-            _ => None,
-        });
-        relay.on_delivered(holder.peer, granted.expect("a slot is free"), true, start);
+        reserve(&mut relay, holder, start);
         let address = "/ip4/203.0.113.1/tcp/1".parse().unwrap();
         relay.connections.add(3, Connection::new(holder.peer, address, false, 0, start));
         let mut config = relay.config.clone();

@@ -120,7 +120,8 @@ impl Quota {
     }
 
     /// Whether a unit of `holder` makes room for one of `newcomer` when the total is full: it does if its subnet, or
-    /// within one subnet its address, would still hold at least as much as the newcomer's afterwards.
+    /// within one subnet its address, would still hold at least as much as the newcomer's afterwards. A unit
+    /// without a prefix makes room for one that has one, and never the other way round.
     pub fn yields(&self, holder: Option<ClientPrefix>, newcomer: Option<ClientPrefix>) -> bool {
         let (Some(holder), Some(newcomer)) = (holder, newcomer) else {
             return holder.is_none() && newcomer.is_some();

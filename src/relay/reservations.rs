@@ -42,7 +42,7 @@ pub struct Reservations<C> {
     /// Changes to slots, oldest first, until the caller takes them.
     pub changes: VecDeque<Change<C>>,
     /// The last number given to a disconnect or to an answer.
-    last: u64,
+    last_number: u64,
 }
 
 /// One peer's hold on a slot.
@@ -120,7 +120,7 @@ impl<C: Copy + Eq> Reservations<C> {
             quota: Quota::new(config.slot_caps()),
             next_end: None,
             changes: VecDeque::new(),
-            last: 0,
+            last_number: 0,
         }
     }
 
@@ -168,34 +168,37 @@ impl<C: Copy + Eq> Reservations<C> {
         ttl: Duration,
         now: Instant,
     ) -> Result<(Receipt, bool), Scope> {
-        // 1. Free what has ended, if the sweep has not yet. A pass over the table frees at least one slot, so a full
-        // table does not cost a pass for each request.
-        let is_renewal = match self.slots.get(&peer).map(|slot| self.end(slot)) {
-            Some((ends, reason)) if ends <= now => !self.free(peer, reason),
-            held => held.is_some(),
-        };
-        let full = self.quota.full(prefix).and_then(|_| {
+        // 1. Free what has ended and the sweep has not removed yet. Under a full cap that is a pass over the table, but only
+        // if something may have ended: a full table does not cost a pass for each request.
+        let ended = self.slots.get(&peer).map(|slot| self.end(slot)).filter(|(end, _)| *end <= now);
+        if let Some((_, reason)) = ended {
+            self.free(peer, reason);
+        }
+        let is_renewal = self.slots.contains_key(&peer);
+        let mut full = self.quota.full(prefix);
+        if full.is_some() {
             self.end_what_is_over(now);
-            self.quota.full(prefix)
-        });
+            full = self.quota.full(prefix);
+        }
         // 2. For a newcomer under a full cap, take the oldest slot in grace. One that is taken under the narrowest cap
         // makes room under the wider ones; where one would not be enough, none is taken.
         if let Some(full) = full.filter(|_| !is_renewal) {
+            if self.quota.above(prefix).is_some() {
+                return Err(full);
+            }
             let mut under_cap = self.queue.range((full, 0)..=(full, GraceNumber::MAX));
             let is_kept = |id| self.slots.get(id).is_some_and(|slot| slot.kept_until > Some(now));
-            let oldest = under_cap.find(|(_, id)| !is_kept(*id));
-            let oldest = oldest.filter(|_| self.quota.above(prefix).is_none());
-            let (_, oldest) = oldest.ok_or(full)?;
+            let (_, oldest) = under_cap.find(|(_, id)| !is_kept(*id)).ok_or(full)?;
             self.free(**oldest, FreedReason::TakenBy { peer });
         }
         // 3. Renew or grant.
-        self.last += 1;
-        let (receipt, expires) = (Receipt(self.last), now + ttl);
+        self.last_number += 1;
+        let (receipt, expires) = (Receipt(self.last_number), now + ttl);
         let next_end = self.next_end.get_or_insert(expires);
         *next_end = expires.min(*next_end);
         let state = State::Live { connection };
-        let held = self.set_state(peer, state);
-        if let Some((before, slot)) = held.and_then(|it| Some((it, self.slots.get_mut(&peer)?))) {
+        let before = self.set_state(peer, state);
+        if let (Some(before), Some(slot)) = (before, self.slots.get_mut(&peer)) {
             // When several answers in a row are lost, what held before the first of them is restored.
             let before = (before, std::mem::replace(&mut slot.expires, expires));
             slot.undo.get_or_insert_with(|| Box::new(Some(before)));
@@ -246,8 +249,12 @@ impl<C: Copy + Eq> Reservations<C> {
     pub fn on_disconnected(&mut self, gone: End<C>, up: &[C], reason: FreedReason, now: Instant) {
         let End { peer, connection } = gone;
         let state = self.slots.get(&peer).map(|reservation| reservation.state);
+        if state.and_then(State::connection) != Some(connection) {
+            return;
+        }
         // An answer that is being sent over that connection will not arrive.
-        if state.and_then(State::connection) == Some(connection) && !self.undo(peer, up, now) {
+        let is_undone = self.undo(peer, up, now);
+        if !is_undone {
             self.settle(peer, up, reason, now);
         }
     }
@@ -277,10 +284,8 @@ impl<C: Copy + Eq> Reservations<C> {
 
     /// Restores what held before the answers that were not delivered; returns whether there were any.
     fn undo(&mut self, peer: PeerId, up: &[C], now: Instant) -> bool {
-        let undo = self.slots.get_mut(&peer).and_then(|it| Some((it.undo.take()?, it)));
-        let Some((before, reservation)) = undo else {
-            return false;
-        };
+        let Some(reservation) = self.slots.get_mut(&peer) else { return false };
+        let Some(before) = reservation.undo.take() else { return false };
         if let Some((state, expires)) = *before {
             reservation.expires = expires;
             self.next_end = self.next_end.map(|next| next.min(expires));
@@ -303,8 +308,8 @@ impl<C: Copy + Eq> Reservations<C> {
         } else if self.grace.is_zero() {
             self.free(peer, without_grace);
         } else {
-            self.last += 1;
-            self.set_state(peer, State::Grace { since: now, number: self.last });
+            self.last_number += 1;
+            self.set_state(peer, State::Grace { since: now, number: self.last_number });
         }
     }
 

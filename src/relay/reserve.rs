@@ -23,12 +23,10 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         let (End { peer, connection }, prefix) = (request.from, request.origin.prefix);
         // 1. A slot.
         let pending = PendingReservation { request, terms, since: None };
-        let Some((pending, full)) = self.try_reserve(pending, now) else {
-            return;
-        };
+        let Some((pending, full)) = self.try_reserve(pending, now) else { return };
         // 2. Wait for one. A peer waits once: its older request, maybe from another network, is refused.
-        let older = self.waiting.iter().position(|older| older.request.from.peer == peer);
-        if let Some(older) = older.and_then(|nth| self.waiting.remove(nth)) {
+        let nth = self.waiting.iter().position(|older| older.request.from.peer == peer);
+        if let Some(older) = nth.and_then(|nth| self.waiting.remove(nth)) {
             self.refuse(older.request, full.into());
         }
         if !reclaim::may_wait(&self.config, &self.waiting, prefix) {
@@ -57,6 +55,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         let (receipt, renewed) = match decided {
             Ok(granted) => granted,
             Err(full) => match self.reservations.quota.above(prefix) {
+                // More slots are held than this cap allows: one that becomes free is not enough.
                 Some(above) => {
                     self.refuse(pending.request, above.into());
                     return None;
@@ -86,14 +85,14 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         }
         // 2. Decide about the silent peers.
         // The slowest part here is looking up prefixes, which the total cap does not need: it covers every peer.
-        let is_scoped = waiting.iter().any(|(_, full, _)| *full != Scope::Total);
+        let needs_prefixes = waiting.iter().any(|(_, full, _)| *full != Scope::Total);
         let prefix_of = |peer| self.reservations.get(peer).and_then(|slot| slot.prefix);
         let Config { probe, probe_after, silence, .. } = self.config;
         let candidates = self.connections.iter().filter_map(|(connection, up)| {
             let limit = if up.liveness.is_partial { silence.max(probe_after) } else { probe_after };
             let silent_for = up.liveness.silent_for(now);
             (up.holds_reservation && up.closing.is_none() && silent_for >= limit).then(|| {
-                let prefix = is_scoped.then(|| prefix_of(&up.origin.peer)).flatten();
+                let prefix = needs_prefixes.then(|| prefix_of(&up.origin.peer)).flatten();
                 let probed_for = up.liveness.decisive_probe(probe, now);
                 Candidate { connection, prefix, silent_for, probed_for }
             })
@@ -143,8 +142,9 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     pub(super) fn apply_changes(&mut self, now: Instant) {
         while let Some(change) = self.reservations.changes.pop_front() {
             let Change { peer, from, to, freed } = change;
-            let (from, to) = (from.map(|from| (from, false)), to.map(|to| (to, true)));
-            for (connection, holds) in from.into_iter().chain(to) {
+            let released = from.map(|connection| (connection, false));
+            let held = to.map(|connection| (connection, true));
+            for (connection, holds) in released.into_iter().chain(held) {
                 if self.connections.update(connection, now, |up| up.holds_reservation = holds) {
                     self.actions.push_back(Action::Hold(End { peer, connection }, holds));
                 }

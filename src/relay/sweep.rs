@@ -32,12 +32,13 @@ const LATE: Duration = Duration::from_secs(1);
 
 /// By how much the silence limit of a peer behind a link that loses packets is longer. TCP waits for up to two minutes
 /// before it sends lost data once more: meanwhile the peer only acknowledges.
-const LOSSY: u32 = 4;
+const LOSSY_FACTOR: u32 = 4;
 
 impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     /// Passes over all tables.
     pub fn sweep(&mut self, now: Instant) {
-        // 1. What arrived while the process was stopped may not have been read yet: probes, stop requests and stalls get that time.
+        // 1. What arrived while the process was stopped may not have been read yet: probes, stop requests and stalls get
+        //    that time.
         let late = now.saturating_duration_since(self.sweep_due);
         if late > TICK {
             let shift = |since| if late > LATE { now } else { since + late };
@@ -89,14 +90,12 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
 
     /// Handles a peer that timed out on this connection: as if it had closed, whether or not the relay closes it.
     ///
-    /// If its link loses packets and its end of the connection was heard, the peer has [`LOSSY`] times as long. It is
-    /// probed again: if it acknowledges that, it is not gone.
+    /// If its link loses packets and the peer may be alive, it has [`LOSSY_FACTOR`] times as long. It is probed again: if
+    /// it acknowledges that, it is not gone.
     pub(super) fn time_out(&mut self, connection: C, now: Instant) {
-        let Some(silent) = self.connections.get_mut(connection) else {
-            return;
-        };
+        let Some(silent) = self.connections.get_mut(connection) else { return };
         let silent_for = silent.liveness.silent_for(now);
-        if silent_for < self.config.silence * LOSSY && silent.is_lossy() {
+        if silent_for < self.config.silence * LOSSY_FACTOR && silent.is_lossy() {
             silent.liveness.on_probe(now);
             return self.probe(connection);
         }
@@ -104,8 +103,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         silent.liveness.on_activity(now); // if it stays open, its timers start again
         silent.liveness.heard_since_timeout = Some(false);
         self.report(Event::PeerSilent { peer, address, silent_for });
-        let timed_out = End { peer, connection };
-        self.abandon(timed_out, CircuitEnd::Silent, now);
+        self.abandon(End { peer, connection }, CircuitEnd::Silent, now);
         if self.config.close_silent {
             self.close(connection, CloseReason::Silent);
         }
@@ -139,11 +137,11 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         up.retain(|other| *other != gone.connection);
         let is_closed = end == CircuitEnd::Disconnected;
         let reason = if is_closed { FreedReason::Disconnected } else { FreedReason::Silent };
-        let slot = self.reservations.get(&gone.peer).and_then(|slot| slot.connection);
+        let held_over = self.reservations.get(&gone.peer).and_then(|slot| slot.connection);
         self.reservations.on_disconnected(gone, &up, reason, now);
         self.apply_changes(now);
         // The answer for the address that it moved to may come later.
-        if slot == Some(gone.connection) && !up.is_empty() {
+        if held_over == Some(gone.connection) && !up.is_empty() {
             self.recheck(Some(gone.peer), now);
         }
     }
@@ -181,12 +179,10 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
 
     /// Closes as many connections as are due in a drain, one whose last circuit ended included.
     pub(super) fn close_due(&mut self, now: Instant) {
-        let Some(draining) = &mut self.draining else {
-            return;
-        };
+        let Some(draining) = &mut self.draining else { return };
         let unused = self.connections.iter().filter(|(id, up)| {
-            let is_own = self.config.close_silent || draining.used.contains(id);
-            up.circuits == 0 && up.closing.is_none() && is_own
+            let may_close = self.config.close_silent || draining.used.contains(id);
+            up.circuits == 0 && up.closing.is_none() && may_close
         });
         let mut unused: Vec<_> = unused.map(|(connection, _)| connection).collect();
         let mut due = unused.len();
@@ -235,8 +231,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         // The oldest of several that have been silent for the same time.
         let silent = others.min_by_key(|(_, up)| Reverse(up.liveness.silent_for(now)));
         if let Some((connection, _)) = silent {
-            let replaced = End { peer, connection };
-            self.abandon(replaced, CircuitEnd::Replaced, now);
+            self.abandon(End { peer, connection }, CircuitEnd::Replaced, now);
             self.close(connection, CloseReason::Replaced);
         }
     }

@@ -59,12 +59,12 @@ const ATTACKS: [(&str, &str, Attack); 6] = [
     ("pings", "yamux's pings", |port| Box::pin(pings(port))),
 ];
 
-fn from() -> Ipv4Addr {
+fn attackers_address() -> Ipv4Addr {
     address(0)
 }
 
 async fn requests(port: u16) -> io::Result<()> {
-    let mut peer = RawPeer::connect(port, from()).await?;
+    let mut peer = RawPeer::connect(port, attackers_address()).await?;
     let malformed = HopMessage { kind: Some(7), ..HopMessage::default() };
     let kinds = [reserve(), connect(PeerId::random()), malformed];
     let requests: Vec<_> = kinds.into_iter().cycle().take(21).collect();
@@ -74,7 +74,7 @@ async fn requests(port: u16) -> io::Result<()> {
 }
 
 async fn unknown(port: u16) -> io::Result<()> {
-    let mut peer = RawPeer::connect(port, from()).await?;
+    let mut peer = RawPeer::connect(port, attackers_address()).await?;
     let requests = vec![connect(PeerId::random()); 20];
     loop {
         peer.request_all(&requests).await?;
@@ -82,7 +82,7 @@ async fn unknown(port: u16) -> io::Result<()> {
 }
 
 async fn pushes(port: u16) -> io::Result<()> {
-    let mut peer = RawPeer::connect(port, from()).await?;
+    let mut peer = RawPeer::connect(port, attackers_address()).await?;
     // Field 3 is a protocol that the peer supports.
     let protocols = (0..100).flat_map(|nth| {
         [vec![0x1a], length_prefixed(format!("/a/protocol/of/some/length/{nth:012}").as_bytes())]
@@ -100,11 +100,11 @@ async fn pushes(port: u16) -> io::Result<()> {
 }
 
 async fn handshakes(port: u16) -> io::Result<()> {
-    RawPeer::connect(port, from()).await.map(drop)
+    RawPeer::connect(port, attackers_address()).await.map(drop)
 }
 
 async fn streams(port: u16) -> io::Result<()> {
-    let mut peer = RawPeer::connect(port, from()).await?;
+    let mut peer = RawPeer::connect(port, attackers_address()).await?;
     loop {
         let open = (0..100).flat_map(|_| data(SYN, peer.next_stream(), &proposal("/a")));
         let open: Vec<_> = open.collect();
@@ -114,7 +114,7 @@ async fn streams(port: u16) -> io::Result<()> {
 }
 
 async fn pings(port: u16) -> io::Result<()> {
-    let mut peer = RawPeer::connect(port, from()).await?;
+    let mut peer = RawPeer::connect(port, attackers_address()).await?;
     let flood = frame(PING, SYN, 0, 7).repeat(200);
     loop {
         peer.send(&flood).await?;

@@ -28,7 +28,7 @@ const POLL_INTERVAL: Duration = Duration::from_millis(100);
 async fn a_byte_a_second_on_a_thousand_streams() {
     const ATTACKERS: usize = 20;
     const STREAMS: usize = 50; // of each
-    // A request has half a minute.
+    // A client has 5 s to negotiate the protocol, and 5 s to send its request.
     let seconds = short_or_long(8, 45);
     let mut testbed = Testbed::start(&[]).await;
     let port = testbed.port;

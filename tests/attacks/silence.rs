@@ -134,7 +134,7 @@ async fn silent_connections_of_four_addresses() {
 }
 
 /// One silent connection of each of 300 prefixes, reopened whenever it is dropped. Clients with a round trip of 600 ms
-/// must be admitted: silent connections are dropped for others, and no client is that has begun the key exchange.
+/// must be admitted: silent connections are dropped for others, and no client that has begun the key exchange is.
 #[tokio::test]
 async fn silent_connections_of_300_prefixes_and_slow_clients() {
     const PREFIXES: usize = 300;
@@ -194,8 +194,7 @@ async fn connections_that_ignore_their_close() {
     let key = Keypair::generate_ed25519();
     let mut holder = RawPeer::connect_as(&key, port, address(1)).await.expect("it is admitted");
     assert_eq!(holder.request(&reserve()).await.expect("an answer").1, OK);
-    let (counted, mut most) = (mpsc::unbounded_channel(), 0);
-    let (count, mut counts) = counted;
+    let (count, mut counts) = mpsc::unbounded_channel();
     let (watched, closed) = (testbed.counts_reader(), testbed.counter(REPLACED));
     let attack = async move {
         let mut unread = vec![Background::spawn(hold_without_reading(holder))];
@@ -217,6 +216,7 @@ async fn connections_that_ignore_their_close() {
     let size =
         format!("of a peer that holds a slot, which may have {CAP}, until {CLOSED} are closed");
     let (unread, _) = testbed.attack(what, &size, attack).await;
+    let mut most = 0;
     while let Ok(count) = counts.try_recv() {
         most = most.max(count);
     }

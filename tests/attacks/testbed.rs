@@ -95,7 +95,7 @@ impl Testbed {
         self.reader(move |samples| samples.get(name).copied())
     }
 
-    /// A function that reads how much the address holds that holds the most of this resource.
+    /// A function that reads how much of this resource the busiest address holds.
     pub fn busiest_reader(
         &self,
         resource: &'static str,

@@ -161,10 +161,10 @@ async fn an_invalid_configuration_changes_nothing() {
     let mut alice = relay.connect_new().await;
     for (setting, change) in [
         ("sweep", Box::new(|config: &mut Config| config.sweep = Duration::ZERO) as Change),
-        ("probe", Box::new(|c| c.probe = Duration::from_secs(4))),
-        ("silence", Box::new(|c| c.heartbeat = c.silence)),
-        ("max_circuits_per_peer", Box::new(|c| c.max_circuits_per_peer = 65)),
-        ("announce", Box::new(|c| c.announce = vec!["/p2p-circuit".parse().unwrap()])),
+        ("probe", Box::new(|config| config.probe = Duration::from_secs(4))),
+        ("silence", Box::new(|config| config.heartbeat = config.silence)),
+        ("max_circuits_per_peer", Box::new(|config| config.max_circuits_per_peer = 65)),
+        ("announce", Box::new(|config| config.announce = vec!["/p2p-circuit".parse().unwrap()])),
     ] {
         let refused = relay
             .change(move |config| {

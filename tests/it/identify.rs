@@ -149,13 +149,14 @@ async fn pushes_above_their_rate_are_reset() {
 async fn oversized_messages_affect_only_their_stream() {
     let relay = Relay::start(&[]);
     let mut peer = Peer::connect(&relay).await;
-    for (addresses, port, reported) in [(2010, 1, Some(1)), (10_000, 2, Some(1))] {
+    // The first is about as large as rust-libp2p sends, 4 kB; the second exceeds the limit and is not used.
+    for (addresses, port) in [(2010, 1), (10_000, 2)] {
         let large = Identify {
             listen_addrs: vec![Vec::new(); addresses],
             ..Identify::reached_at(&address(port))
         };
         peer.push(&large.encode_length_delimited_to_vec()).await;
-        assert_eq!(peer.reported().await, reported.map(address));
+        assert_eq!(peer.reported().await, Some(address(1)));
     }
     assert_eq!(relay.count_in_log("connection closed"), 0);
     // The only warning is that it cannot be dialed from the internet; it may be logged later.

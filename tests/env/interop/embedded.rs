@@ -27,7 +27,7 @@ struct Parts {
     identify: identify::Behaviour,
 }
 
-/// Starts it with this many slots. It ends when the function that counts lines is dropped.
+/// Starts a relay with this many slots. It ends when the function that counts lines is dropped.
 pub fn embedded(host: &Host, slots: usize) -> Running {
     record_the_log();
     let mut config = Config::default();
