@@ -334,12 +334,10 @@ impl<C: Copy + Eq> Reservations<C> {
 
     /// Frees the slot of `peer`, whatever its state; returns whether there was one. No slot is freed in another way.
     pub fn free(&mut self, peer: PeerId, reason: FreedReason) -> bool {
-        let Some(Reservation { state, prefix, .. }) = self.slots.remove(&peer) else {
-            return false;
-        };
-        self.leave_queue(state, prefix);
-        self.quota.remove(prefix);
-        let (from, freed) = (state.connection(), Some((reason, prefix)));
+        let Some(slot) = self.slots.remove(&peer) else { return false };
+        self.leave_queue(slot.state, slot.prefix);
+        self.quota.remove(slot.prefix);
+        let (from, freed) = (slot.state.connection(), Some((reason, slot.prefix)));
         self.changes.push_back(Change { peer, from, to: None, freed });
         true
     }
