@@ -18,7 +18,7 @@
 //! - *Heartbeat*: the silence after which a peer that holds a slot or is part of a circuit is probed. Any byte from it is
 //!   an answer.
 //! - *Silence*: the limit after which a peer that was probed and did not answer has timed out; the relay then treats the
-//!   connection as closed. On Linux the limit is four times as long if the kernel reports that the TCP link loses packets.
+//!   connection as closed. On Linux the limit is eight times as long if the kernel reports that the TCP link loses packets.
 //! - *Probe*: a ping to a silent peer; and the short time that the peer has to answer while a newcomer waits.
 //! - *Prefix*: the IPv4 address or IPv6 /64 of a client. Its slots count towards its cap and that of its subnet.
 //! - *Fair share*: the part of the bandwidth that a circuit gets while there is too little for all, one quantum at a time.

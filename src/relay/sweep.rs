@@ -31,8 +31,9 @@ use crate::event::{CircuitEnd, Event, FreedReason, Refused};
 const LATE: Duration = Duration::from_secs(1);
 
 /// By how much the silence limit of a peer behind a link that loses packets is longer. TCP waits for up to two minutes
-/// before it sends lost data once more: meanwhile the peer only acknowledges.
-const LOSSY_FACTOR: u32 = 4;
+/// before it sends lost data once more; meanwhile the peer only acknowledges. At 30 % loss one of 120 peers did so for more
+/// than four times the limit within ten minutes.
+const LOSSY_FACTOR: u32 = 8;
 
 impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     /// Passes over all tables.
@@ -421,7 +422,7 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_behind_a_lossy_link_has_four_times_the_silence_limit() {
+    fn a_peer_behind_a_lossy_link_has_eight_times_the_silence_limit() {
         let start = Instant::now();
         let (mut relay, [live, gone]) = relay(Config::default(), start);
         lose_packets(&mut relay, live.connection);
@@ -429,10 +430,10 @@ mod tests {
         let found = sweep_until(&mut relay, start + silence);
         assert_eq!(found.silent, [gone.peer]);
         assert_eq!(found.probed.iter().filter(|peer| **peer == live.peer).count(), 2);
-        let found = sweep_until(&mut relay, start + 4 * silence - Duration::from_secs(1));
+        let found = sweep_until(&mut relay, start + 8 * silence - Duration::from_secs(1));
         assert!(found.silent.is_empty() && found.probed.len() >= 3);
         assert!(found.probed.iter().all(|peer| *peer == live.peer));
-        let found = sweep_until(&mut relay, start + 4 * silence);
+        let found = sweep_until(&mut relay, start + 8 * silence);
         assert_eq!(found.silent, [live.peer]);
     }
 
