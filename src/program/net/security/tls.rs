@@ -21,7 +21,10 @@ use futures_rustls::{
             verify_tls13_signature_with_raw_key,
         },
         pki_types::{CertificateDer, ServerName, SubjectPublicKeyInfoDer, UnixTime},
-        server::danger::{ClientCertVerified, ClientCertVerifier},
+        server::{
+            NoServerSessionStorage,
+            danger::{ClientCertVerified, ClientCertVerifier},
+        },
         sign::{CertifiedKey, SingleCertAndKey},
         version::TLS13,
     },
@@ -86,6 +89,9 @@ impl Tls {
             .with_client_cert_resolver(own);
         server.alpn_protocols = vec![ALPN.into()];
         client.alpn_protocols = vec![ALPN.into()];
+        // go-libp2p and rust-libp2p never resume a session; each ticket costs memory, and time in the handshake.
+        server.send_tls13_tickets = 0;
+        server.session_storage = Arc::new(NoServerSessionStorage {});
         Ok(Self { server: Arc::new(server), client: Arc::new(client) })
     }
 
