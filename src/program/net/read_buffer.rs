@@ -30,6 +30,9 @@ use crate::{
 /// gigabyte costs a twentieth more CPU time.
 const YIELD_AFTER: usize = 2 * BUFFER_SIZE;
 
+/// With this much room a caller reads the stream directly: that saves a copy.
+const READS_DIRECTLY: usize = BUFFER_SIZE / 2;
+
 /// A stream with a read buffer. It borrows the [`Buffer`] only while that holds bytes, so that an idle connection has
 /// none.
 #[derive(Debug)]
@@ -76,8 +79,8 @@ impl<S> ReadBuffer<S> {
 }
 
 impl<S: AsyncRead + Unpin> ReadBuffer<S> {
-    /// Reads the stream into a buffer.
-    fn poll_fill(&mut self, cx: &Context<'_>) -> Poll<io::Result<(Buffer, Range<usize>)>> {
+    /// Reads the stream.
+    fn poll_stream(&mut self, cx: &Context<'_>, into: &mut [u8]) -> Poll<io::Result<usize>> {
         // 1. Yield when the budget is used up.
         if self.read_since_yield >= YIELD_AFTER {
             self.read_since_yield = 0;
@@ -91,18 +94,17 @@ impl<S: AsyncRead + Unpin> ReadBuffer<S> {
             return Poll::Pending;
         }
         // 3. Read.
-        let mut buffer = Buffer::borrow();
         let mut cx = Context::from_waker(&self.waker);
-        let Poll::Ready(read) = Pin::new(&mut self.stream).poll_read(&mut cx, &mut buffer.0) else {
+        let Poll::Ready(read) = Pin::new(&mut self.stream).poll_read(&mut cx, into) else {
             self.read_since_yield = 0;
             return Poll::Pending;
         };
         self.readiness.ready.store(true, Ordering::Release);
         let read = read?;
         self.read_since_yield += read;
-        let bytes = buffer.0.get(..read).unwrap_or_default();
+        let bytes = into.get(..read).unwrap_or_default();
         self.opening.take_if(|opening| opening.record(bytes));
-        Poll::Ready(Ok((buffer, 0..read)))
+        Poll::Ready(Ok(read))
     }
 }
 
@@ -114,7 +116,12 @@ impl<S: AsyncRead + Unpin> AsyncRead for ReadBuffer<S> {
     ) -> Poll<io::Result<usize>> {
         let (buffer, mut unread) = match self.buffered.take() {
             Some(buffered) => buffered,
-            None => ready!(self.poll_fill(cx))?,
+            None if into.len() >= READS_DIRECTLY => return self.poll_stream(cx, into),
+            None => {
+                let mut buffer = Buffer::borrow();
+                let read = ready!(self.poll_stream(cx, &mut buffer.0))?;
+                (buffer, 0..read)
+            }
         };
         let mut rest = buffer.0.get(unread.clone()).unwrap_or_default();
         let read = rest.read(into)?; // a copy
@@ -128,4 +135,26 @@ impl<S: AsyncRead + Unpin> AsyncRead for ReadBuffer<S> {
 
 impl<S: AsyncWrite + Unpin> AsyncWrite for ReadBuffer<S> {
     delegate_write!(stream);
+}
+
+#[cfg(test)]
+mod tests {
+    use libp2p::futures::{AsyncReadExt, executor::block_on, io::Cursor};
+
+    use super::*;
+
+    #[test]
+    fn a_caller_with_room_reads_directly_and_what_is_buffered_comes_first() {
+        let bytes: Vec<u8> = (0..3 * BUFFER_SIZE).map(|at| (at / 7) as u8).collect();
+        let mut stream = ReadBuffer::new(Cursor::new(&bytes), None);
+        let (mut received, mut into) = (Vec::new(), vec![0; BUFFER_SIZE]);
+        for (room, is_buffered) in [(BUFFER_SIZE, false), (10, true), (BUFFER_SIZE, false)] {
+            let read = block_on(stream.read(&mut into[..room])).unwrap();
+            received.extend_from_slice(&into[..read]);
+            assert_eq!(stream.buffered.is_some(), is_buffered);
+        }
+        assert_eq!(received.len(), 2 * BUFFER_SIZE);
+        block_on(stream.read_to_end(&mut received)).unwrap();
+        assert_eq!(received, bytes);
+    }
 }
