@@ -1,9 +1,9 @@
 //! A read buffer for sockets that saves system calls: reads larger than the caller's, and none that would find nothing.
 //!
-//! Noise reads a socket 8 KiB at a time and rustls 4 KiB, each with a system call. Reading more at once saves, together
-//! with frames of the same size, an eighth of the CPU time of a relayed gigabyte. And a connection's task polls its socket
-//! each time that anything wakes it, such as a circuit or another connection: without the readiness flag here, two thirds
-//! of those reads find nothing.
+//! Noise reads a socket 8 KiB at a time and WebSocket's TLS 4 KiB, each with a system call. Reading more at once saves,
+//! together with frames of the same size, an eighth of the CPU time of a relayed gigabyte. And a connection's task polls its
+//! socket each time that anything wakes it, such as a circuit or another connection: without the readiness flag here, two
+//! thirds of those reads find nothing.
 
 use std::{
     io::{self, Read},
@@ -30,7 +30,7 @@ use crate::{
 /// gigabyte costs a twentieth more CPU time.
 const YIELD_AFTER: usize = 2 * BUFFER_SIZE;
 
-/// With this much room a caller reads the stream directly: that saves a copy.
+/// With this much room a caller, such as libp2p's TLS, reads the stream directly: that saves a copy.
 const READS_DIRECTLY: usize = BUFFER_SIZE / 2;
 
 /// A stream with a read buffer. It borrows the [`Buffer`] only while that holds bytes, so that an idle connection has

@@ -3,6 +3,8 @@
 mod noise_framing;
 #[cfg(feature = "tls")]
 mod tls;
+#[cfg(feature = "tls")]
+mod tls_stream;
 
 use std::{array, error::Error, io, iter::Skip, time::SystemTime};
 
@@ -15,8 +17,7 @@ use libp2p::{
 };
 #[cfg(feature = "tls")]
 use {
-    self::tls::Tls,
-    futures_rustls::TlsStream,
+    self::{tls::Tls, tls_stream::TlsStream},
     libp2p::futures::future::Either::{self, Left as wrap_tls, Right as wrap_noise},
 };
 

@@ -10,24 +10,24 @@
 
 use std::{error::Error, io, net::Ipv4Addr, sync::Arc};
 
-use futures_rustls::{
-    TlsAcceptor, TlsConnector, TlsStream,
-    rustls::{
-        self, AlertDescription, CertificateError, ClientConfig, DigitallySignedStruct,
-        DistinguishedName, ServerConfig, SignatureScheme,
-        client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
-        crypto::{
-            WebPkiSupportedAlgorithms, aws_lc_rs::default_provider,
-            verify_tls13_signature_with_raw_key,
-        },
-        pki_types::{CertificateDer, ServerName, SubjectPublicKeyInfoDer, UnixTime},
-        server::{
-            NoServerSessionStorage,
-            danger::{ClientCertVerified, ClientCertVerifier},
-        },
-        sign::{CertifiedKey, SingleCertAndKey},
-        version::TLS13,
+use either::{Either, for_both};
+use futures_rustls::rustls::{
+    self, AlertDescription, CertificateError, ClientConfig, DigitallySignedStruct,
+    DistinguishedName, ServerConfig, SignatureScheme,
+    client::{
+        UnbufferedClientConnection,
+        danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
     },
+    crypto::{
+        WebPkiSupportedAlgorithms, aws_lc_rs::default_provider, verify_tls13_signature_with_raw_key,
+    },
+    pki_types::{CertificateDer, ServerName, SubjectPublicKeyInfoDer, UnixTime},
+    server::{
+        NoServerSessionStorage, UnbufferedServerConnection,
+        danger::{ClientCertVerified, ClientCertVerifier},
+    },
+    sign::{CertifiedKey, SingleCertAndKey},
+    version::TLS13,
 };
 use libp2p::{
     PeerId,
@@ -42,6 +42,7 @@ use x509_parser::{
     public_key::{PublicKey as CertificateKey, RSAPublicKey},
 };
 
+use super::tls_stream::TlsStream;
 use crate::program::net::admission::handshake_failure::{Reason, Stage, StageError, causes};
 
 const ALPN: &str = "libp2p";
@@ -97,21 +98,24 @@ impl Tls {
 
     /// Performs the handshake of a listener.
     pub async fn accept<C: AsyncRead + AsyncWrite + Unpin>(self, connection: C) -> Secured<C> {
-        let accepted = TlsAcceptor::from(self.server).accept(connection).await;
-        identify(accepted.map_err(with_reason)?.into())
+        let session = UnbufferedServerConnection::new(self.server).map_err(io::Error::other)?;
+        identify(TlsStream::handshake(Either::Left(session), connection).await)
     }
 
     /// Performs the handshake of a dialer.
     pub async fn connect<C: AsyncRead + AsyncWrite + Unpin>(self, connection: C) -> Secured<C> {
         let no_name = ServerName::IpAddress(Ipv4Addr::UNSPECIFIED.into()); // sends no server name
-        let connected = TlsConnector::from(self.client).connect(no_name, connection).await;
-        identify(connected.map_err(with_reason)?.into())
+        let session = UnbufferedClientConnection::new(self.client, no_name);
+        let session = session.map_err(io::Error::other)?;
+        identify(TlsStream::handshake(Either::Right(session), connection).await)
     }
 }
 
 /// Adds the peer id that the certificate has proved.
-fn identify<C>(stream: TlsStream<C>) -> Secured<C> {
-    let [certificate] = stream.get_ref().1.peer_certificates().unwrap_or_default() else {
+fn identify<C>(secured: io::Result<TlsStream<C>>) -> Secured<C> {
+    let stream = secured.map_err(with_reason)?;
+    let certificates = for_both!(&stream.session, session => session.peer_certificates());
+    let [certificate] = certificates.unwrap_or_default() else {
         return Err(io::Error::other("no certificate"));
     };
     let peer = Keys::of(certificate).map_err(io::Error::other)?.peer.to_peer_id();
