@@ -1,10 +1,11 @@
 //! Prometheus counters that differ in one label, and shorthands for the library that has them.
 
-use std::sync::atomic::Ordering;
+use std::fmt;
 
 use prometheus_client::{
-    metrics::{counter::Counter, family::Family, gauge::Gauge},
-    registry::{Metric, Registry},
+    encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric},
+    metrics::{TypedMetric, counter::Counter, family::Family},
+    registry::{Metric, Registry, Unit},
 };
 
 /// The name of a label and its value.
@@ -41,11 +42,6 @@ impl Counters {
         let labels = [(self.label, value)];
         self.family.get_or_create(&labels).inc_by(more);
     }
-
-    /// Raises one of them to a count that is kept elsewhere.
-    pub fn raise(&self, value: &'static str, to: u64) {
-        raise(&self.family.get_or_create(&[(self.label, value)]), to);
-    }
 }
 
 /// Registers a new metric.
@@ -59,12 +55,27 @@ pub fn registered<M: Metric + Clone + Default>(
     metric
 }
 
-/// Raises a counter to a count that is kept elsewhere.
-pub fn raise(counter: &Counter, to: u64) {
-    counter.inner().fetch_max(to, Ordering::Relaxed);
+/// Writes a metric whose value is read for the scrape.
+pub fn write(
+    out: &mut DescriptorEncoder<'_>,
+    name: &str,
+    help: &str,
+    unit: Option<&Unit>,
+    metric: impl EncodeMetric,
+) -> fmt::Result {
+    metric.encode(out.encode_descriptor(name, help, unit, metric.metric_type())?)
 }
 
-/// Sets a gauge to a count.
-pub fn set(gauge: &Gauge, count: usize) {
-    gauge.set(i64::try_from(count).unwrap_or(i64::MAX));
+/// Writes metrics that differ in their labels.
+pub fn write_each<L: EncodeLabelSet, M: EncodeMetric + TypedMetric>(
+    out: &mut DescriptorEncoder<'_>,
+    name: &str,
+    help: &str,
+    metrics: impl IntoIterator<Item = (L, M)>,
+) -> fmt::Result {
+    let mut family = out.encode_descriptor(name, help, None, M::TYPE)?;
+    for (labels, metric) in metrics {
+        metric.encode(family.encode_family(&labels)?)?;
+    }
+    Ok(())
 }

@@ -4,15 +4,16 @@
 //! [its metrics.go](https://github.com/libp2p/go-libp2p/blob/master/p2p/protocol/circuitv2/relay/metrics.go),
 //! where a circuit is a connection.
 
-use std::time::Duration;
+use std::{fmt, time::Duration};
 
 use prometheus_client::{
-    metrics::{counter::Counter, gauge::Gauge, histogram::Histogram},
+    encoding::DescriptorEncoder,
+    metrics::{counter::ConstCounter, gauge::ConstGauge, histogram::Histogram},
     registry::{Registry, Unit},
 };
 
 use super::{
-    counters::{Counters, raise, registered},
+    counters::{Counters, write},
     stats::Stats,
 };
 use crate::{
@@ -38,15 +39,13 @@ fn buckets(circuit_duration: Duration) -> Vec<f64> {
     BUCKETS.into_iter().filter(|bound| *bound < limit).chain(last).collect()
 }
 
-/// All of these metrics.
+/// Those of these metrics that count events.
 pub(super) struct RelaySvc {
-    status: Gauge,
     reservations: Counters,
     reserve: Answers,
     connections: Counters,
     connect: Answers,
     connection_duration: Histogram,
-    data_transferred: Counter,
 }
 
 /// The answers to requests of one kind.
@@ -58,79 +57,40 @@ struct Answers {
 impl RelaySvc {
     /// Registers the metrics.
     pub(super) fn new(registry: &mut Registry, circuit_duration: Duration) -> Self {
+        let help = "How long circuits that have ended were open";
         let connection_duration = Histogram::new(buckets(circuit_duration));
-        registry.register_with_unit(
-            "connection_duration",
-            "How long circuits that have ended were open",
-            Unit::Seconds,
-            connection_duration.clone(),
-        );
-        let data_transferred = Counter::default();
-        registry.register_with_unit(
-            "data_transferred",
-            "Payload bytes that circuits carried, both directions together",
-            Unit::Bytes,
-            data_transferred.clone(),
-        );
+        let duration = connection_duration.clone();
+        registry.register_with_unit("connection_duration", help, Unit::Seconds, duration);
+        let mut counters = |name, help, label, values: &[&'static str]| {
+            Counters::new(registry, name, help, label, values)
+        };
+        let statuses = ["ok", "rejected", "error"];
+
+        let help = "Reservations that were opened, renewed, and closed";
+        let types = ["opened", "renewed", "closed"];
+        let reservations = counters("reservations", help, "type", &types);
+        let (name, help) =
+            ("reservation_request_response_status", "Answers to RESERVE requests by their status");
+        let reserve_statuses = counters(name, help, "status", &statuses);
+        let help = "Rejected RESERVE requests by the reason";
+        let reasons = ["ip constraint violation", "resource limit exceeded", "permission denied"];
+        let reserve_rejections = counters("reservation_rejections", help, "reason", &reasons);
+
+        let help = "Circuits that were opened, and closed";
+        let connections = counters("connections", help, "type", &["opened", "closed"]);
+        let (name, help) =
+            ("connection_request_response_status", "Answers to CONNECT requests by their status");
+        let connect_statuses = counters(name, help, "status", &statuses);
+        let help = "Rejected CONNECT requests by the reason";
+        let reasons =
+            ["resource limit exceeded", "permission denied", "no reservation", "malformed message"];
+        let connect_rejections = counters("connection_rejections", help, "reason", &reasons);
         Self {
-            status: registered(
-                registry,
-                "status",
-                "1 while the relay takes requests, 0 while it drains",
-            ),
-            reservations: Counters::new(
-                registry,
-                "reservations",
-                "Reservations that were opened, renewed, and closed",
-                "type",
-                &["opened", "renewed", "closed"],
-            ),
-            reserve: Answers {
-                statuses: Counters::new(
-                    registry,
-                    "reservation_request_response_status",
-                    "Answers to RESERVE requests by their status",
-                    "status",
-                    &["ok", "rejected", "error"],
-                ),
-                rejections: Counters::new(
-                    registry,
-                    "reservation_rejections",
-                    "Rejected RESERVE requests by the reason",
-                    "reason",
-                    &["ip constraint violation", "resource limit exceeded", "permission denied"],
-                ),
-            },
-            connections: Counters::new(
-                registry,
-                "connections",
-                "Circuits that were opened, and closed",
-                "type",
-                &["opened", "closed"],
-            ),
-            connect: Answers {
-                statuses: Counters::new(
-                    registry,
-                    "connection_request_response_status",
-                    "Answers to CONNECT requests by their status",
-                    "status",
-                    &["ok", "rejected", "error"],
-                ),
-                rejections: Counters::new(
-                    registry,
-                    "connection_rejections",
-                    "Rejected CONNECT requests by the reason",
-                    "reason",
-                    &[
-                        "resource limit exceeded",
-                        "permission denied",
-                        "no reservation",
-                        "malformed message",
-                    ],
-                ),
-            },
+            reservations,
+            reserve: Answers { statuses: reserve_statuses, rejections: reserve_rejections },
+            connections,
+            connect: Answers { statuses: connect_statuses, rejections: connect_rejections },
             connection_duration,
-            data_transferred,
         }
     }
 
@@ -155,22 +115,23 @@ impl RelaySvc {
                     self.connect.count(reason.status());
                 }
             }
-            Event::CircuitClosed { .. } => self.connections.count("closed"),
+            Event::CircuitClosed { open_for, .. } => {
+                self.connections.count("closed");
+                self.connection_duration.observe(open_for.as_secs_f64());
+            }
             Event::PeerSilent { .. } | Event::GraceBegan { .. } => {}
         }
     }
+}
 
-    /// Records how long an ended circuit was open.
-    pub(super) fn record_duration(&self, time: Duration) {
-        self.connection_duration.observe(time.as_secs_f64());
-    }
-
-    /// Updates the metrics that no event reports.
-    pub(super) fn update(&self, stats: &Stats) {
-        self.status.set(stats.not_serving.is_none().into());
-        let relayed = stats.relayed.to_target + stats.relayed.to_source;
-        raise(&self.data_transferred, relayed);
-    }
+/// Writes the metrics that no event reports.
+pub(super) fn write_stats(out: &mut DescriptorEncoder<'_>, stats: &Stats) -> fmt::Result {
+    let help = "1 while the relay takes requests, 0 while it drains.";
+    let status = ConstGauge::new(i64::from(stats.not_serving.is_none()));
+    write(out, "status", help, None, status)?;
+    let help = "Payload bytes that circuits carried, both directions together.";
+    let relayed = ConstCounter::new(stats.relayed.to_target + stats.relayed.to_source);
+    write(out, "data_transferred", help, Some(&Unit::Bytes), relayed)
 }
 
 impl Answers {

@@ -4,19 +4,28 @@
 //! Counting adds to an atomic number, so that the relay never waits for a reader.
 
 use std::{
-    sync::atomic::{AtomicU64, Ordering},
+    fmt,
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
 use prometheus_client::{
-    metrics::{counter::Counter, family::Family, gauge::Gauge, info::Info},
+    collector::Collector,
+    encoding::DescriptorEncoder,
+    metrics::{
+        counter::{ConstCounter, Counter},
+        family::Family,
+        gauge::ConstGauge,
+        info::Info,
+    },
     registry::{Registry, Unit},
 };
 
 use super::{
-    counters::{Counters, Label, raise, registered, set},
-    go_metrics::RelaySvc,
+    counters::{Counters, Label, registered, write, write_each},
+    go_metrics::{self, RelaySvc},
     process::Process,
+    snapshot::LatestSnapshot,
     stats::Stats,
 };
 use crate::{
@@ -39,163 +48,71 @@ const HANDSHAKES: [(Stage, Reason); 6] = [
     (Stage::Security, Reason::PeerId),
 ];
 
-/// All metrics that the relay updates.
+/// The metrics that count events.
 pub struct Metrics {
     relaysvc: RelaySvc,
-    slots: Family<[Label; 1], Gauge>,
-    limits: Family<[Label; 1], Gauge>,
     freed: Counters,
     refused: Family<[Label; 2], Counter>,
-    probes: Counter,
     unanswered: Counter,
-    sweeps: Counter,
-    sweep_seconds: Counter<f64, AtomicU64>,
-    relayed: Counters,
-    circuits: Gauge,
     circuits_closed: Counters,
-    connections: Gauge,
     connections_denied: Counters,
     handshakes_failed: Family<[Label; 2], Counter>,
-    buffered: Gauge,
-    credit: Gauge,
-    given_up: Counters,
-    streams_cut: Counters,
     connections_closed: Counters,
-    busiest: Family<[(&'static str, String); 2], Gauge>,
-    certificate_not_after: Family<[Label; 0], Gauge>,
 }
 
 impl Metrics {
-    /// Registers the metrics of a relay whose circuits are limited to `circuit_duration`; zero: no limit.
-    pub fn new(circuit_duration: Duration) -> (Self, Registry) {
+    /// Registers all metrics: those of events, and those of the latest snapshot. Circuits are limited to
+    /// `circuit_duration`; zero: no limit.
+    pub fn new(circuit_duration: Duration, latest: Arc<LatestSnapshot>) -> (Self, Registry) {
         let mut all = Registry::default();
+        all.register_collector(Box::new(Process::new()));
         let go = all.sub_registry_with_prefix("libp2p_relaysvc");
         let relaysvc = RelaySvc::new(go, circuit_duration);
-        all.register_collector(Box::new(Process::new()));
+        let write = go_metrics::write_stats;
+        go.register_collector(Box::new(SnapshotMetrics { latest: Arc::clone(&latest), write }));
         let own = all.sub_registry_with_prefix("relaylet");
+        own.register_collector(Box::new(SnapshotMetrics { latest, write: write_stats }));
         let version = [("version", env!("CARGO_PKG_VERSION"))];
         own.register("build", "The version of the program", Info::new(version));
-        let sweep_seconds = Counter::default();
-        let text = "Time that the passes over the tables took";
-        own.register_with_unit("sweep", text, Unit::Seconds, sweep_seconds.clone());
-        let certificate_not_after = Family::default();
-        let text = "When the certificate of --tls-cert expires, in seconds since 1970";
-        let gauge: Family<[Label; 0], Gauge> = certificate_not_after.clone();
-        own.register_with_unit("certificate_not_after", text, Unit::Seconds, gauge);
+
+        let help = "Slots that were freed, by the reason";
+        let reasons = ["expired", "grace over", "silent", "taken by a newcomer"];
+        let freed = Counters::new(own, "slots_freed", help, "reason", &reasons);
+        let help = "RESERVE and CONNECT requests that were refused, by the reason";
+        let refused = registered(own, "requests_refused", help);
+        let help = "Peers that did not answer a ping in time and were disconnected";
+        let unanswered = registered(own, "questions_unanswered", help);
+        let help = "Circuits that ended, by the reason";
+        let ends = [
+            "finished",
+            "reset",
+            "disconnected",
+            "data limit",
+            "time limit",
+            "silent",
+            "denied",
+            "stalled",
+        ];
+        let circuits_closed = Counters::new(own, "circuits_closed", help, "end", &ends);
+        let help = "Incoming connections that were closed by a limit or a rule, by the reason";
+        let reasons = ["too many connections", "too many handshakes"];
+        let connections_denied = Counters::new(own, "connections_denied", help, "reason", &reasons);
+        let help = "Incoming connections that failed before their first stream, by the stage and the reason";
+        let handshakes_failed = registered(own, "handshakes_failed", help);
+        let help = "Connections that were closed, by the reason";
+        let reasons =
+            ["closed by the peer", "idle", "silent", "refusals not taken", "write stalled"];
+        let connections_closed = Counters::new(own, "connections_closed", help, "reason", &reasons);
+
         let metrics = Self {
             relaysvc,
-            certificate_not_after,
-            slots: registered(
-                own,
-                "slots",
-                "Slots by state: live, in grace (the peer has disconnected and may come back), free",
-            ),
-            limits: registered(
-                own,
-                "limit",
-                "Configured limits by the names of their settings, in bytes and seconds; 0: no limit",
-            ),
-            freed: Counters::new(
-                own,
-                "slots_freed",
-                "Slots that were freed, by the reason",
-                "reason",
-                &["expired", "grace over", "silent", "taken by a newcomer"],
-            ),
-            refused: registered(
-                own,
-                "requests_refused",
-                "RESERVE and CONNECT requests that were refused, by the reason",
-            ),
-            probes: registered(
-                own,
-                "questions_asked",
-                "Pings sent to peers that were silent, to learn whether they are still there",
-            ),
-            unanswered: registered(
-                own,
-                "questions_unanswered",
-                "Peers that did not answer a ping in time and were disconnected",
-            ),
-            sweeps: registered(own, "sweeps", "Passes over the tables that end what has expired"),
-            sweep_seconds,
-            relayed: Counters::new(
-                own,
-                "relayed_bytes",
-                "Payload bytes that circuits carried, by direction",
-                "direction",
-                &["to target", "to source"],
-            ),
-            circuits: registered(own, "circuits", "Open circuits"),
-            circuits_closed: Counters::new(
-                own,
-                "circuits_closed",
-                "Circuits that ended, by the reason",
-                "end",
-                &[
-                    "finished",
-                    "reset",
-                    "disconnected",
-                    "data limit",
-                    "time limit",
-                    "silent",
-                    "denied",
-                    "stalled",
-                ],
-            ),
-            connections: registered(
-                own,
-                "connections",
-                "Open connections of peers, without those in their handshakes",
-            ),
-            connections_denied: Counters::new(
-                own,
-                "connections_denied",
-                "Incoming connections that were closed by a limit or a rule, by the reason",
-                "reason",
-                &["too many connections", "too many handshakes"],
-            ),
-            handshakes_failed: registered(
-                own,
-                "handshakes_failed",
-                "Incoming connections that failed before their first stream, by the stage and the reason",
-            ),
-            buffered: registered(
-                own,
-                "buffered_bytes",
-                "Bytes received and not yet processed, or not yet taken by the peer they go to",
-            ),
-            credit: registered(
-                own,
-                "credit_bytes",
-                "Bytes that peers may still send before they are granted more",
-            ),
-            streams_cut: Counters::new(
-                own,
-                "streams_cut",
-                "Streams that were reset because too much waited on them, by the limit that was reached",
-                "reason",
-                &Cut::STREAMS.map(Cut::kind),
-            ),
-            connections_closed: Counters::new(
-                own,
-                "connections_closed",
-                "Connections that were closed, by the reason",
-                "reason",
-                &["closed by the peer", "idle", "silent", "refusals not taken", "write stalled"],
-            ),
-            given_up: Counters::new(
-                own,
-                "given_up",
-                "Streams reset and connections closed because too many bytes waited on them",
-                "what",
-                &["stream", "connection"],
-            ),
-            busiest: registered(
-                own,
-                "busiest",
-                "The address that holds the most of a resource, and how much",
-            ),
+            freed,
+            refused,
+            unanswered,
+            circuits_closed,
+            connections_denied,
+            handshakes_failed,
+            connections_closed,
         };
         for (stage, reason) in HANDSHAKES {
             let labels = [("stage", stage.kind()), ("reason", reason.kind())];
@@ -209,9 +126,8 @@ impl Metrics {
         match event {
             NodeEvent::Relay(event) => {
                 self.relaysvc.record(event);
-                if let Event::CircuitClosed { end, open_for, .. } = event {
+                if let Event::CircuitClosed { end, .. } = event {
                     self.circuits_closed.count(end.kind());
-                    self.relaysvc.record_duration(*open_for);
                 }
             }
             NodeEvent::HandshakeFailed { failure, .. } => {
@@ -239,43 +155,82 @@ impl Metrics {
             }
         }
     }
+}
 
-    /// Updates what no event reports.
-    pub fn update(&self, stats: &Stats) {
-        self.relaysvc.update(stats);
-        let Stats { slots, relayed, upkeep, buffered, .. } = stats;
-        for (state, count) in [("live", slots.live), ("grace", slots.grace), ("free", slots.free)] {
-            set(&self.slots.get_or_create(&[("state", state)]), count);
-        }
-        for (setting, limit) in stats.limits {
-            let limit = i64::try_from(limit).unwrap_or(i64::MAX);
-            self.limits.get_or_create(&[("setting", setting)]).set(limit);
-        }
-        raise(&self.probes, upkeep.questions);
-        raise(&self.sweeps, upkeep.sweeps);
-        let seconds = upkeep.swept_for.as_secs_f64().to_bits();
-        self.sweep_seconds.inner().store(seconds, Ordering::Relaxed);
-        self.relayed.raise("to target", relayed.to_target);
-        self.relayed.raise("to source", relayed.to_source);
-        set(&self.circuits, stats.circuits);
-        set(&self.connections, stats.connections);
-        set(&self.buffered, buffered.bytes);
-        set(&self.credit, buffered.credit);
-        self.given_up.raise("stream", buffered.sum(&Cut::STREAMS));
-        self.given_up.raise("connection", buffered.sum(&Cut::CONNECTIONS));
-        Cut::STREAMS
-            .iter()
-            .for_each(|cut| self.streams_cut.raise(cut.kind(), buffered.count(*cut)));
-        if let Some(time) = stats.certificate_not_after {
-            let seconds = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
-            self.certificate_not_after.get_or_create(&[]).set(seconds as i64);
-        }
-        self.busiest.clear(); // so that each resource has one address
-        for (resource, busiest) in stats.busiest {
-            if let Some((address, holds)) = busiest {
-                let labels = [("resource", resource.into()), ("address", address.to_string())];
-                set(&self.busiest.get_or_create(&labels), holds);
-            }
-        }
+/// The metrics that no event reports, read from the latest snapshot.
+#[derive(Debug)]
+struct SnapshotMetrics {
+    latest: Arc<LatestSnapshot>,
+    write: fn(&mut DescriptorEncoder<'_>, &Stats) -> fmt::Result,
+}
+
+impl Collector for SnapshotMetrics {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        (self.write)(&mut encoder, &self.latest.read().stats)
     }
+}
+
+/// Writes those under `relaylet_*`.
+fn write_stats(out: &mut DescriptorEncoder<'_>, stats: &Stats) -> fmt::Result {
+    let Stats { slots, relayed, buffered, .. } = stats;
+
+    // 1. Gauges.
+    let help =
+        "Slots by state: live, in grace (the peer has disconnected and may come back), free.";
+    let states = [("live", slots.live), ("grace", slots.grace), ("free", slots.free)];
+    let states = states.map(|(state, count)| ([("state", state)], ConstGauge::new(count)));
+    write_each(out, "slots", help, states)?;
+    let help =
+        "Configured limits by the names of their settings, in bytes and seconds; 0: no limit.";
+    let limits = stats.limits;
+    let limits = limits.map(|(setting, it)| ([("setting", setting)], ConstGauge::new(it)));
+    write_each(out, "limit", help, limits)?;
+    let help = "The address that holds the most of a resource, and how much.";
+    let busiest = stats.busiest.into_iter().filter_map(|(resource, busiest)| {
+        let (address, holds) = busiest?;
+        let labels = [("resource", resource.into()), ("address", address.to_string())];
+        Some((labels, ConstGauge::new(holds)))
+    });
+    let busiest: Vec<_> = busiest.collect();
+    if !busiest.is_empty() {
+        write_each(out, "busiest", help, busiest)?;
+    }
+    let mut gauge = |name, help, count| write(out, name, help, None, ConstGauge::new(count));
+    gauge("circuits", "Open circuits.", stats.circuits)?;
+    let help = "Open connections of peers, without those in their handshakes.";
+    gauge("connections", help, stats.connections)?;
+    let help = "Bytes received and not yet processed, or not yet taken by the peer they go to.";
+    gauge("buffered_bytes", help, buffered.bytes)?;
+    let help = "Bytes that peers may still send before they are granted more.";
+    gauge("credit_bytes", help, buffered.credit)?;
+    if let Some(time) = stats.certificate_not_after {
+        let help = "When the certificate of --tls-cert expires, in seconds since 1970.";
+        let seconds = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+        let (name, seconds) = ("certificate_not_after", ConstGauge::new(seconds));
+        write(out, name, help, Some(&Unit::Seconds), seconds)?;
+    }
+
+    // 2. Counters.
+    let help = "Pings sent to peers that were silent, to learn whether they are still there.";
+    let questions = ConstCounter::new(stats.questions);
+    write(out, "questions_asked", help, None, questions)?;
+    let help = "Passes over the tables that end what has expired.";
+    write(out, "sweeps", help, None, ConstCounter::new(stats.sweeps))?;
+    let help = "Time that the passes over the tables took.";
+    let swept_for = ConstCounter::new(stats.swept_for.as_secs_f64());
+    write(out, "sweep", help, Some(&Unit::Seconds), swept_for)?;
+    let help = "Payload bytes that circuits carried, by direction.";
+    let relayed = [("to target", relayed.to_target), ("to source", relayed.to_source)];
+    let relayed = relayed.map(|(to, bytes)| ([("direction", to)], ConstCounter::new(bytes)));
+    write_each(out, "relayed_bytes", help, relayed)?;
+    let help =
+        "Streams that were reset because too much waited on them, by the limit that was reached.";
+    let cut =
+        Cut::STREAMS.map(|cut| ([("reason", cut.kind())], ConstCounter::new(buffered.count(cut))));
+    write_each(out, "streams_cut", help, cut)?;
+    let help = "Streams reset and connections closed because too many bytes waited on them.";
+    let given_up = [("stream", Cut::STREAMS), ("connection", Cut::CONNECTIONS)];
+    let given_up =
+        given_up.map(|(what, cuts)| ([("what", what)], ConstCounter::new(buffered.sum(&cuts))));
+    write_each(out, "given_up", help, given_up)
 }

@@ -5,7 +5,7 @@
 
 use std::{
     net::{SocketAddr, TcpListener},
-    sync::Arc,
+    sync::{Arc, OnceLock},
     task::{self, Poll},
     time::{Duration, Instant},
 };
@@ -63,11 +63,11 @@ impl Monitor {
         let listener = TcpListener::bind(address).map_err(|error| with_remedy(&error));
         let listener = listener.with_context(|| format!("--http {address}"))?;
         let address = listener.local_addr().context("--http")?;
-        let now = Instant::now();
-        let (metrics, registry) = Metrics::new(node.relay().config().circuit_duration);
-        let mut recorder = Recorder::new(now);
-        let snapshot = take_snapshot(node, &limits, false, &metrics, &mut recorder);
+        let mut recorder = Recorder::new(Instant::now());
+        let snapshot = take_snapshot(node, &limits, false, &mut recorder);
         let latest = Arc::new(LatestSnapshot::new(snapshot));
+        let circuit_duration = node.relay().config().circuit_duration;
+        let (metrics, registry) = Metrics::new(circuit_duration, Arc::clone(&latest));
         server::start(listener, Routes::new(Arc::clone(&latest), registry, Hosts(hosts)))
             .with_context(|| format!("--http {address}"))?;
         log::info!("monitoring page: http://{address}/");
@@ -109,26 +109,24 @@ impl Component for Monitor {
             self.status_until = Some(now + STATUS_FOR);
         }
         let with_status = self.status_until.is_some_and(|until| now < until);
-        let (metrics, recorder) = (&self.metrics, &mut self.recorder);
-        self.latest.publish(take_snapshot(node, &self.limits, with_status, metrics, recorder));
+        let snapshot = take_snapshot(node, &self.limits, with_status, &mut self.recorder);
+        self.latest.publish(snapshot);
         self.next_snapshot.reset(INTERVAL);
     }
 }
 
-/// Takes a snapshot and updates the metrics.
+/// Takes a snapshot and records it.
 fn take_snapshot(
     node: &Node,
     limits: &StartLimits,
     with_status: bool,
-    metrics: &Metrics,
     recorder: &mut Recorder,
 ) -> Snapshot {
     let now = Instant::now();
     let stats = Stats::of(node, limits);
-    metrics.update(&stats);
     recorder.record(&stats, now);
     let status = with_status.then(|| Status::of(node, &stats, recorder, now));
-    Snapshot { at: now, not_serving: stats.not_serving, status }
+    Snapshot { at: now, stats, status, json: OnceLock::new() }
 }
 
 #[cfg(test)]
@@ -152,11 +150,11 @@ mod tests {
         if draining {
             node.drain(Duration::from_secs(120));
         }
-        let (metrics, registry) = Metrics::new(Duration::from_secs(120));
         let (limits, mut recorder) = (StartLimits::default(), Recorder::new(Instant::now()));
-        let mut snapshot = take_snapshot(&node, &limits, with_status, &metrics, &mut recorder);
+        let mut snapshot = take_snapshot(&node, &limits, with_status, &mut recorder);
         snapshot.at = snapshot.at.checked_sub(ago).unwrap();
         let latest = Arc::new(LatestSnapshot::new(snapshot));
+        let (_, registry) = Metrics::new(Duration::from_secs(120), Arc::clone(&latest));
         (Arc::clone(&latest), Routes::new(latest, registry, Hosts::default()))
     }
 

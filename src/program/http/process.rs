@@ -11,13 +11,15 @@ use std::{
 
 use prometheus_client::{
     collector::Collector,
-    encoding::{DescriptorEncoder, EncodeMetric},
+    encoding::DescriptorEncoder,
     metrics::{counter::ConstCounter, gauge::ConstGauge},
     registry::Unit,
 };
 use rlimit::Resource;
 use rustix::time::{ClockId, clock_gettime};
 use serde::{Serialize, Serializer};
+
+use super::counters::write;
 
 /// Ticks per second in `/proc`: `USER_HZ`, which is 100 on all architectures that Rust
 /// builds for.
@@ -39,51 +41,26 @@ impl Process {
 impl Collector for Process {
     /// Leaves out what this system does not provide.
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
-        let cpu = ConstCounter::new(cpu_time().as_secs_f64());
+        let out = &mut encoder;
         let help = "User and system CPU time that the process has taken.";
-        let unit = Some(&Unit::Seconds);
-        cpu.encode(encoder.encode_descriptor("process_cpu", help, unit, cpu.metric_type())?)?;
+        let cpu = ConstCounter::new(cpu_time().as_secs_f64());
+        write(out, "process_cpu", help, Some(&Unit::Seconds), cpu)?;
         let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-        for (name, unit, help, value) in [
-            (
-                "process_resident_memory",
-                Some(&Unit::Bytes),
-                "Memory of the process that is in RAM.",
-                memory(&status, "VmRSS:"),
-            ),
-            (
-                "process_virtual_memory",
-                Some(&Unit::Bytes),
-                "Address space of the process.",
-                memory(&status, "VmSize:"),
-            ),
-            (
-                "process_open_fds",
-                None,
-                "Open file descriptors; each connection has one.",
-                open_files(),
-            ),
-            (
-                "process_max_fds",
-                None,
-                "Limit of open file descriptors.",
-                Resource::NOFILE.get_soft().ok().map(|limit| limit as f64),
-            ),
-            (
-                "process_start_time",
-                Some(&Unit::Seconds),
-                "When the process was started, in seconds since 1970.",
-                self.started,
-            ),
-        ] {
-            if let Some(value) = value {
-                let gauge = ConstGauge::new(value);
-                let descriptor =
-                    encoder.encode_descriptor(name, help, unit, gauge.metric_type())?;
-                gauge.encode(descriptor)?;
-            }
-        }
-        Ok(())
+        let mut gauge = |name, help, unit, value: Option<f64>| match value {
+            Some(value) => write(out, name, help, unit, ConstGauge::new(value)),
+            None => Ok(()),
+        };
+        let (bytes, seconds) = (Some(&Unit::Bytes), Some(&Unit::Seconds));
+        let help = "Memory of the process that is in RAM.";
+        gauge("process_resident_memory", help, bytes, memory(&status, "VmRSS:"))?;
+        let help = "Address space of the process.";
+        gauge("process_virtual_memory", help, bytes, memory(&status, "VmSize:"))?;
+        let help = "Open file descriptors; each connection has one.";
+        gauge("process_open_fds", help, None, open_files())?;
+        let limit = Resource::NOFILE.get_soft().ok().map(|limit| limit as f64);
+        gauge("process_max_fds", "Limit of open file descriptors.", None, limit)?;
+        let help = "When the process was started, in seconds since 1970.";
+        gauge("process_start_time", help, seconds, self.started)
     }
 }
 

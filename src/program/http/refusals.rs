@@ -1,6 +1,7 @@
 //! Refusals and released slots since the start: the count of each reason, and the latest refusals one by one.
 //!
-//! Sans-IO. The log has the same by the minute: [`crate::program::cli::log_summary`].
+//! Recording reads no clock; `/status.json` counts its seconds up to when it is serialized. The log has the same by the
+//! minute: `cli/log_summary.rs`.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -8,7 +9,7 @@ use std::{
 };
 
 use libp2p::{Multiaddr, PeerId};
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 use super::stats::Shown;
 use crate::program::tally::{self, Tally};
@@ -17,13 +18,19 @@ use crate::program::tally::{self, Tally};
 const MAX_LATEST: usize = 50;
 
 /// All counts, and the latest refusals.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct Refusals {
+    #[serde(serialize_with = "values")]
     refused: Reasons,
+    /// The last one first.
+    latest_refusals: VecDeque<Refusal>,
+    #[serde(serialize_with = "values")]
     freed: Reasons,
-    unanswered: u64,
-    latest: VecDeque<Refusal>,
+    /// How many peers did not answer a probe.
+    #[serde(skip)]
+    pub unanswered: u64,
     /// How many refusals there were since the start.
+    #[serde(skip)]
     count: u64,
 }
 
@@ -31,29 +38,25 @@ type Reasons = BTreeMap<(&'static str, &'static str), Reason>;
 
 /// How often something happened for one reason, and when it did last.
 #[derive(Clone, Debug, Serialize)]
-pub struct Reason {
+struct Reason {
     what: &'static str,
     why: &'static str,
     count: u64,
-    #[serde(skip)]
+    #[serde(rename = "ago", serialize_with = "seconds_since")]
     last_at: Instant,
-    /// How many seconds ago that was.
-    ago: u64,
 }
 
 /// One refusal.
 #[derive(Clone, Debug, Serialize)]
-pub struct Refusal {
+struct Refusal {
     /// Its number, counted from the start.
     number: u64,
     what: &'static str,
     why: &'static str,
     peer: Shown<PeerId>,
     address: Shown<Multiaddr>,
-    #[serde(skip)]
+    #[serde(rename = "ago", serialize_with = "seconds_since")]
     at: Instant,
-    /// How many seconds ago that was.
-    ago: u64,
 }
 
 impl Refusals {
@@ -68,7 +71,7 @@ impl Refusals {
             _ => &mut self.refused,
         };
         let (what, why) = (tally.what.json, tally.why);
-        let new = Reason { what, why, count: 0, last_at: now, ago: 0 };
+        let new = Reason { what, why, count: 0, last_at: now };
         let reason = reasons.entry((what, why)).or_insert(new);
         reason.count += 1;
         reason.last_at = now;
@@ -76,53 +79,33 @@ impl Refusals {
         let Some((peer, address)) = tally.client else {
             return;
         };
-        self.latest.truncate(MAX_LATEST - 1);
+        self.latest_refusals.truncate(MAX_LATEST - 1);
         self.count += 1;
-        self.latest.push_front(Refusal {
+        self.latest_refusals.push_front(Refusal {
             number: self.count,
             what,
             why,
             peer: Shown(peer),
             address: Shown(address.clone()),
             at: now,
-            ago: 0,
         });
     }
-
-    /// Returns the refusals by reason.
-    pub fn refused(&self, now: Instant) -> Vec<Reason> {
-        shown(&self.refused, now)
-    }
-
-    /// Returns the released slots by reason.
-    pub fn freed(&self, now: Instant) -> Vec<Reason> {
-        shown(&self.freed, now)
-    }
-
-    /// Returns how many peers did not answer a probe.
-    pub fn unanswered(&self) -> u64 {
-        self.unanswered
-    }
-
-    /// Returns the latest refusals, the last one first.
-    pub fn latest(&self, now: Instant) -> Vec<Refusal> {
-        let case = |case: &Refusal| Refusal { ago: seconds(case.at, now), ..case.clone() };
-        self.latest.iter().map(case).collect()
-    }
 }
 
-fn shown(reasons: &Reasons, now: Instant) -> Vec<Reason> {
-    let shown = |reason: &Reason| Reason { ago: seconds(reason.last_at, now), ..reason.clone() };
-    reasons.values().map(shown).collect()
+fn values<S: Serializer>(reasons: &Reasons, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(reasons.values())
 }
 
-fn seconds(from: Instant, to: Instant) -> u64 {
-    to.saturating_duration_since(from).as_secs()
+/// Serializes how many seconds ago `instant` was.
+fn seconds_since<S: Serializer>(instant: &Instant, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_u64(instant.elapsed().as_secs())
 }
 
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
+
+    use serde_json::json;
 
     use super::*;
     use crate::event::{Event, FreedReason, Refused};
@@ -142,7 +125,8 @@ mod tests {
 
     #[test]
     fn a_reason_has_a_count_and_the_time_of_its_last_event() {
-        let (mut refusals, start) = (Refusals::default(), Instant::now());
+        let mut refusals = Refusals::default();
+        let start = Instant::now().checked_sub(Duration::from_secs(10)).unwrap();
         let at = |seconds| start + Duration::from_secs(seconds);
         record(&mut refusals, &refused(Refused::TableFull), at(0));
         record(&mut refusals, &refused(Refused::TooOften), at(1));
@@ -153,10 +137,13 @@ mod tests {
             reason: FreedReason::GraceOver,
         });
         record(&mut refusals, &freed, at(3));
-        let counts: Vec<_> = refusals.refused(at(10)).into_iter().collect();
-        let counts: Vec<_> = counts.iter().map(|t| (t.why, t.count, t.ago)).collect();
-        assert_eq!(counts, [("all slots are taken", 2, 8), ("the peer asks too often", 1, 9)]);
-        assert_eq!(refusals.freed(at(10))[0].why, "grace over");
+        let json = serde_json::to_value(&refusals).unwrap();
+        let expected = json!([
+            { "what": "RESERVE", "why": "all slots are taken", "count": 2, "ago": 8 },
+            { "what": "RESERVE", "why": "the peer asks too often", "count": 1, "ago": 9 },
+        ]);
+        assert_eq!(json["refused"], expected);
+        assert_eq!(json["freed"][0]["why"], "grace over");
     }
 
     #[test]
@@ -166,7 +153,7 @@ mod tests {
             record(&mut refusals, &refused(Refused::TableFull), now);
         }
         record(&mut refusals, &refused(Refused::Denied), now);
-        let latest = refusals.latest(now);
+        let latest = refusals.latest_refusals;
         assert_eq!(latest.len(), MAX_LATEST);
         assert_eq!(latest[0].why, "the rules do not allow it");
         assert_eq!((latest[0].number, latest[49].number), (101, 52));

@@ -4,10 +4,9 @@
 //! and its style, so that the browser runs no others.
 
 use std::{
-    cell::RefCell,
     sync::Arc,
     task::{Poll, ready},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use data_encoding::BASE64;
@@ -58,8 +57,6 @@ pub struct Routes {
     hosts: Hosts,
     page: Bytes,
     page_policy: HeaderValue,
-    /// The JSON that was made last, and the time of its snapshot.
-    json: RefCell<Option<(Instant, Bytes)>>,
 }
 
 impl Routes {
@@ -80,7 +77,6 @@ impl Routes {
             hosts,
             page: page.into(),
             page_policy: HeaderValue::try_from(policy).unwrap_or(NOTHING),
-            json: RefCell::new(None),
         }
     }
 
@@ -122,15 +118,8 @@ impl Routes {
         let Some(status) = &snapshot.status else {
             return Poll::Pending;
         };
-        let mut json = self.json.borrow_mut();
-        if let Some((of, json)) = &*json
-            && *of == snapshot.at
-        {
-            return Poll::Ready(json.clone());
-        }
-        let made = Bytes::from(serde_json::to_vec(status).unwrap_or_default());
-        *json = Some((snapshot.at, made.clone()));
-        Poll::Ready(made)
+        let json = || Bytes::from(serde_json::to_vec(status).unwrap_or_default());
+        Poll::Ready(snapshot.json.get_or_init(json).clone())
     }
 
     fn metrics(&self, headers: &HeaderMap) -> Response<Full<Bytes>> {
@@ -152,7 +141,7 @@ impl Routes {
             let text = format!("the relay has published nothing for {} s\n", age.as_secs());
             return answer(StatusCode::SERVICE_UNAVAILABLE, TEXT, text);
         }
-        match snapshot.not_serving {
+        match snapshot.stats.not_serving {
             Some(reason) => answer(StatusCode::SERVICE_UNAVAILABLE, TEXT, format!("{reason}\n")),
             None => answer(StatusCode::OK, TEXT, "serving\n"),
         }

@@ -3,22 +3,25 @@
 use std::{
     mem,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::Instant,
 };
 
-use super::status::Status;
+use hyper::body::Bytes;
+
+use super::{stats::Stats, status::Status};
 
 /// The relay at one moment.
 #[derive(Debug)]
 pub struct Snapshot {
     pub at: Instant,
-    /// Why the relay does not serve, if it does not.
-    pub not_serving: Option<&'static str>,
+    pub stats: Stats,
     /// Only while it is requested, because its lists are long.
     pub status: Option<Status>,
+    /// The status as JSON, from the first request for it on.
+    pub json: OnceLock<Bytes>,
 }
 
 /// The latest snapshot, shared by the relay's thread and the one that serves HTTP. Neither holds the

@@ -32,7 +32,12 @@ pub struct Stats {
     pub circuits: usize,
     pub connections: usize,
     pub relayed: BytesTransferred,
-    pub upkeep: Upkeep,
+    /// How many probes it sent. Those without an answer are [`crate::Event::PeerSilent`].
+    pub questions: u64,
+    /// How many sweeps there were.
+    pub sweeps: u64,
+    /// How long all sweeps took together.
+    pub swept_for: Duration,
     pub buffered: Buffered,
     /// The address that holds the most of each resource.
     pub busiest: [(&'static str, Option<Busiest>); 5],
@@ -73,17 +78,6 @@ impl StartLimits {
     }
 }
 
-/// The probes and sweeps since the start.
-#[derive(Clone, Copy, Debug)]
-pub struct Upkeep {
-    /// How many probes it sent. Those without an answer are [`crate::Event::PeerSilent`].
-    pub questions: u64,
-    /// How many sweeps there were.
-    pub sweeps: u64,
-    /// How long all sweeps took together.
-    pub swept_for: Duration,
-}
-
 /// The number of slots, by state.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct Slots {
@@ -108,7 +102,9 @@ impl Stats {
             circuits: view.circuits.count(),
             connections: view.connections.count(),
             relayed: view.accounts.relayed(),
-            upkeep: Upkeep { questions: view.probes, sweeps, swept_for },
+            questions: view.probes,
+            sweeps,
+            swept_for,
             buffered: node.buffered(),
             busiest: node.busiest(),
             certificate_not_after: node.certificate_not_after(),

@@ -14,7 +14,7 @@ use serde::Serialize;
 use super::{
     history::History,
     process::ResidentMemory,
-    refusals::{Reason, Refusal, Refusals},
+    refusals::Refusals,
     speeds::{Speed, Speeds},
     stats::{Bytes, Circuit, Shown, Slots, Stats},
 };
@@ -48,9 +48,8 @@ pub struct Status {
     pub connections: usize,
     pub relayed: Bytes,
     pub rate: Bytes,
-    pub refused: Vec<Reason>,
-    pub latest_refusals: Vec<Refusal>,
-    pub freed: Vec<Reason>,
+    #[serde(flatten)]
+    pub refusals: Refusals,
     pub questions: Probes,
 }
 
@@ -77,21 +76,14 @@ pub struct Holder {
     pub peer: Shown<PeerId>,
     /// The remote address of its connection; in grace, the IP address that its slot counts towards.
     pub address: Option<Shown<Multiaddr>>,
-    pub state: State,
+    /// `live` while it is connected, else `grace`.
+    pub state: &'static str,
     /// When the slot is freed, unless the peer renews or reconnects.
     pub ends_in: u64,
     /// For how long nothing was received from it.
     pub silent_for: Option<u64>,
     /// The number of circuits that it is part of.
     pub circuits: usize,
-}
-
-/// Whether a slot's holder is connected.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum State {
-    Live,
-    Grace,
 }
 
 /// The memory of the process, in bytes.
@@ -187,13 +179,8 @@ impl Status {
             connections: stats.connections,
             relayed: stats.relayed.into(),
             rate: recorder.speed.rate().into(),
-            refused: recorder.refusals.refused(now),
-            latest_refusals: recorder.refusals.latest(now),
-            freed: recorder.refusals.freed(now),
-            questions: Probes {
-                asked: stats.upkeep.questions,
-                unanswered: recorder.refusals.unanswered(),
-            },
+            refusals: recorder.refusals.clone(),
+            questions: Probes { asked: stats.questions, unanswered: recorder.refusals.unanswered },
         }
     }
 }
@@ -210,7 +197,7 @@ fn holders(node: &Node, now: Instant) -> Listed<Holder> {
         Some(Holder {
             peer: Shown(peer),
             address: address.map(Shown),
-            state: if slot.connection.is_some() { State::Live } else { State::Grace },
+            state: if slot.connection.is_some() { "live" } else { "grace" },
             ends_in: slot.ends.saturating_duration_since(now).as_secs(),
             silent_for: connection.map(|connection| connection.liveness.silent_for(now).as_secs()),
             circuits: relay.circuits.count_of(&peer),
