@@ -35,8 +35,7 @@ use libp2p::{
     },
     swarm::{
         ConnectionDenied, ConnectionHandler, ConnectionHandlerEvent, ConnectionId, FromSwarm,
-        NetworkBehaviour, SubstreamProtocol, THandler, THandlerInEvent, THandlerOutEvent, ToSwarm,
-        handler::{ConnectionEvent, FullyNegotiatedInbound},
+        NetworkBehaviour, SubstreamProtocol, THandler, ToSwarm, handler::ConnectionEvent,
     },
 };
 
@@ -69,15 +68,9 @@ impl AutoNat {
     }
 
     fn handler(&self, peer: PeerId, remote: &Multiaddr) -> Handler {
-        let state = State {
-            server: Arc::clone(&self.0),
-            client: address::ip(remote).map(|ip| {
-                let port = multiaddr::dialable(remote).map(|from| from.port());
-                Client { peer, ip, port }
-            }),
-            exchanges: Vec::new(),
-        };
-        Handler(Box::new(state))
+        let port = multiaddr::dialable(remote).map(|from| from.port());
+        let client = address::ip(remote).map(|ip| Client { peer, ip, port });
+        Handler { server: Arc::clone(&self.0), client, exchanges: Vec::new() }
     }
 }
 
@@ -108,24 +101,17 @@ impl NetworkBehaviour for AutoNat {
 
     fn on_swarm_event(&mut self, _: FromSwarm) {}
 
-    fn on_connection_handler_event(
-        &mut self,
-        _: PeerId,
-        _: ConnectionId,
-        event: THandlerOutEvent<Self>,
-    ) {
-        match event {}
+    fn on_connection_handler_event(&mut self, _: PeerId, _: ConnectionId, never: Infallible) {
+        match never {}
     }
 
-    fn poll(&mut self, _: &mut Context<'_>) -> Poll<ToSwarm<Infallible, THandlerInEvent<Self>>> {
+    fn poll(&mut self, _: &mut Context<'_>) -> Poll<ToSwarm<Infallible, Infallible>> {
         Poll::Pending
     }
 }
 
-/// The AutoNAT server on one connection. Boxed, because a connection has space for it even without AutoNAT.
-pub struct Handler(Box<State>);
-
-struct State {
+/// The AutoNAT server on one connection.
+pub struct Handler {
     server: Arc<Server>,
     client: Option<Client>,
     exchanges: Vec<BoxFuture<'static, ()>>,
@@ -150,22 +136,19 @@ impl ConnectionHandler for Handler {
     }
 
     fn on_connection_event(&mut self, event: ConnectionEvent<Inbound, DeniedUpgrade>) {
-        let ConnectionEvent::FullyNegotiatedInbound(FullyNegotiatedInbound { protocol, .. }) =
-            event
-        else {
+        let ConnectionEvent::FullyNegotiatedInbound(inbound) = event else {
             return;
         };
-        let (stream, is_version_2) = match protocol {
+        let (stream, is_version_2) = match inbound.protocol {
             Either::Left(stream) => (stream, true),
             Either::Right(stream) => (stream, false),
         };
-        let Some(client) = self.0.client else {
-            return;
-        };
-        if self.0.exchanges.len() < MAX_EXCHANGES {
-            let server = Arc::clone(&self.0.server);
+        if let Some(client) = self.client
+            && self.exchanges.len() < MAX_EXCHANGES
+        {
+            let server = Arc::clone(&self.server);
             let exchange = exchange::serve(server, client, is_version_2, stream);
-            self.0.exchanges.push(exchange.boxed());
+            self.exchanges.push(exchange.boxed());
         }
     }
 
@@ -173,7 +156,7 @@ impl ConnectionHandler for Handler {
         &mut self,
         cx: &mut Context<'_>,
     ) -> Poll<ConnectionHandlerEvent<DeniedUpgrade, (), Infallible>> {
-        let exchanges = &mut self.0.exchanges;
+        let exchanges = &mut self.exchanges;
         exchanges.retain_mut(|exchange| exchange.poll_unpin(cx).is_pending());
         Poll::Pending
     }

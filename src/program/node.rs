@@ -92,7 +92,7 @@ struct Parts {
     relay: Admission,
     identify: Identify,
     #[cfg(feature = "autonat")]
-    autonat: Toggle<AutoNat>,
+    autonat: Toggle<Boxed<AutoNat>>,
     #[cfg(feature = "dht")]
     dht: Toggle<Boxed<Dht>>,
 }
@@ -305,7 +305,7 @@ impl Node {
     #[cfg(feature = "autonat")]
     pub fn serve_autonat(&mut self, private: bool) -> Result<()> {
         let autonat = AutoNat::new(private).context("AutoNAT cannot dial")?;
-        self.swarm.behaviour_mut().0.autonat = Some(autonat).into();
+        self.swarm.behaviour_mut().0.autonat = Some(Boxed(autonat)).into();
         Ok(())
     }
 
@@ -505,7 +505,7 @@ impl Node {
         None
     }
 
-    /// Handles a peer's identify message.
+    /// Handles a peer's identify message: whether it serves the DHT, and the address at which it reached the relay.
     fn on_identified(&mut self, identified: Identified) {
         let Identified { connection, info, .. } = identified;
         #[cfg(feature = "dht")]
@@ -514,20 +514,14 @@ impl Node {
         {
             dht.0.on_identified(identified.peer, serves, &info.listening);
         }
-        if let Some(observed) = info.observed {
-            self.on_observed(connection, observed);
-        }
-    }
-
-    /// Handles the address at which a peer reached the relay.
-    fn on_observed(&mut self, connection: ConnectionId, address: Multiaddr) {
+        let Some(observed) = info.observed else { return };
         let (peer, now) = (self.peer_id(), Instant::now());
         let relay = &self.swarm.behaviour().0.relay.relay;
         if let Some(up) = relay.view().connections.get(connection) {
             let listening = self.swarm.listeners();
-            self.observations.add(connection, &up.origin, &address, peer, listening, now);
+            self.observations.add(connection, &up.origin, &observed, peer, listening, now);
         }
-        self.relay_mut().set_reported_address(connection, address);
+        self.relay_mut().set_reported_address(connection, observed);
     }
 }
 

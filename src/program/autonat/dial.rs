@@ -1,7 +1,7 @@
 //! Dials a client: TCP, the secure channel, the muxer, and one stream for version 2.
 
 use std::{
-    future::poll_fn,
+    future::{Future, poll_fn},
     io,
     net::SocketAddr,
     pin::pin,
@@ -19,7 +19,6 @@ use libp2p::{
         transport::{Boxed, DialOpts, PortUse},
         upgrade::Version,
     },
-    futures::future::{self, Either},
     identity::Keypair,
 };
 use multistream_select::dialer_select_proto;
@@ -89,10 +88,9 @@ impl Dialer {
     /// When it cannot be reached at this address, or another peer answers.
     pub async fn dial(&self, peer: PeerId, to: SocketAddr) -> io::Result<Dialed> {
         let options = DialOpts { role: Endpoint::Dialer, port_use: PortUse::New };
-        let dial = {
-            let mut transport = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            transport.dial(multiaddr(to), options)
-        };
+        let transport = &self.0;
+        let dial =
+            transport.lock().unwrap_or_else(PoisonError::into_inner).dial(multiaddr(to), options);
         let (dialed, muxer) = dial.map_err(io::Error::other)?.await?;
         match dialed == peer {
             true => Ok(Dialed(muxer)),
@@ -112,13 +110,19 @@ impl Dialed {
     /// When the client does not answer within [`STREAM_TIMEOUT`].
     pub async fn dial_back(&mut self, nonce: u64) -> io::Result<()> {
         let dial_back = async {
-            let stream = poll_fn(|cx| self.poll_open(cx)).await?;
-            let exchange = pin!(send_nonce(stream, nonce));
-            let progress = pin!(poll_fn(|cx| self.poll_progress(cx)));
-            match future::select(exchange, progress).await {
-                Either::Left((sent, _)) => sent,
-                Either::Right((error, _)) => Err(error),
-            }
+            let open = poll_fn(|cx| {
+                self.drive(cx)?;
+                self.0.poll_outbound_unpin(cx)
+            });
+            let mut sending = pin!(send_nonce(open.await?, nonce));
+            poll_fn(|cx| {
+                let sent = sending.as_mut().poll(cx);
+                if sent.is_pending() {
+                    self.drive(cx)?;
+                }
+                sent
+            })
+            .await
         };
         timeout(STREAM_TIMEOUT, dial_back).await
     }
@@ -128,26 +132,19 @@ impl Dialed {
         let _ = timeout(CLOSE_TIMEOUT, self.0.close()).await;
     }
 
-    fn poll_open(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<SubstreamBox>> {
-        if let Poll::Ready(error) = self.poll_progress(cx) {
-            return Poll::Ready(Err(error));
+    /// Drives the connection. Resets the streams that the client opens.
+    ///
+    /// # Errors
+    ///
+    /// When the connection has failed.
+    fn drive(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        while let Poll::Ready(stream) = self.0.poll_inbound_unpin(cx) {
+            drop(stream?);
         }
-        self.0.poll_outbound_unpin(cx)
-    }
-
-    /// Polls the connection until it fails. Resets the streams that the client opens.
-    fn poll_progress(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
-        loop {
-            match self.0.poll_inbound_unpin(cx) {
-                Poll::Ready(Ok(stream)) => drop(stream),
-                Poll::Ready(Err(error)) => return Poll::Ready(error),
-                Poll::Pending => break,
-            }
+        if let Poll::Ready(event) = self.0.poll_unpin(cx) {
+            event?;
         }
-        match self.0.poll_unpin(cx) {
-            Poll::Ready(Err(error)) => Poll::Ready(error),
-            Poll::Ready(Ok(_)) | Poll::Pending => Poll::Pending,
-        }
+        Ok(())
     }
 }
 
@@ -155,7 +152,6 @@ async fn send_nonce(stream: SubstreamBox, nonce: u64) -> io::Result<()> {
     let agreed = dialer_select_proto(stream, [DIAL_BACK], Version::V1).await;
     let (_, mut stream) = agreed.map_err(io::Error::other)?;
     messages::write_and_close(&mut stream, &v2::DialBack { nonce }).await?;
-    // The answer shows that the client has read the nonce.
-    messages::read::<v2::DialBackResponse>(&mut stream).await?;
-    Ok(())
+    // The answer shows that the client has read the nonce; no field of it matters.
+    messages::read(&mut stream).await
 }

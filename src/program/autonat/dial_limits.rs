@@ -9,10 +9,10 @@ use libp2p::PeerId;
 
 use crate::{
     address::ClientPrefix,
-    program::net::admission::limits::DIALED_FOR_AUTONAT,
+    program::net::admission::{limits::DIALED_FOR_AUTONAT, scoped_rates::Bucket},
     relay::{
         quota::{Caps, Quota},
-        rates::Rates,
+        rates::{Rate, Rates},
     },
 };
 
@@ -29,9 +29,7 @@ const MINUTE: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub struct DialLimits {
     rates: Rates,
-    /// The GCRA of the total: when its whole burst is available again.
-    full_at: Instant,
-    last_cleanup: Instant,
+    total: Bucket,
     in_progress: Quota,
 }
 
@@ -51,12 +49,11 @@ pub enum Exceeded {
 
 impl DialLimits {
     /// No dials yet.
-    pub fn new(now: Instant) -> Self {
+    pub fn new() -> Self {
         let (total, per_address) = (Some(DIALED_FOR_AUTONAT), Some(DIALED_FOR_AUTONAT / 4));
         Self {
             rates: Rates::new(PER_PEER),
-            full_at: now,
-            last_cleanup: now,
+            total: Bucket::default(),
             in_progress: Quota::new(Caps { total, per_subnet: None, per_address }),
         }
     }
@@ -76,16 +73,11 @@ impl DialLimits {
             return Err(Exceeded::InProgress);
         }
         // Before the rates by peer, whose table so grows by at most `TOTAL` entries a minute.
-        let full_at = self.full_at.max(now) + MINUTE / TOTAL;
-        if full_at > now + MINUTE {
-            return Err(Exceeded::Total);
-        }
-        if now.saturating_duration_since(self.last_cleanup) >= MINUTE {
-            self.rates.forget_full(now);
-            self.last_cleanup = now;
-        }
+        let (mut total, rate) = (self.total, Rate { burst: TOTAL, spacing: MINUTE / TOTAL });
+        total.take(rate, Duration::ZERO, now).ok_or(Exceeded::Total)?;
         self.rates.take(peer, Some(prefix), now).map_err(|_| Exceeded::Client)?;
-        self.full_at = full_at;
+        self.rates.forget_full(now); // at most `TOTAL` times a minute
+        self.total = total;
         self.in_progress.add(Some(prefix));
         Ok(())
     }
@@ -119,7 +111,7 @@ mod tests {
     #[test]
     fn each_peer_has_a_rate_limit() {
         let now = Instant::now();
-        let (mut limits, peer) = (DialLimits::new(now), PeerId::random());
+        let (mut limits, peer) = (DialLimits::new(), PeerId::random());
         for _ in 0..PER_PEER {
             assert_eq!(dial(&mut limits, peer, at(1), now), Ok(()));
         }
@@ -133,7 +125,7 @@ mod tests {
     #[test]
     fn an_address_has_ten_times_the_rate_of_a_peer() {
         let now = Instant::now();
-        let mut limits = DialLimits::new(now);
+        let mut limits = DialLimits::new();
         let dialed = |limits: &mut DialLimits, at| {
             (0..10 * TOTAL).filter(|_| dial(limits, PeerId::random(), at, now).is_ok()).count()
         };
@@ -144,7 +136,7 @@ mod tests {
     #[test]
     fn all_peers_share_a_rate_limit_and_the_table_is_bounded() {
         let start = Instant::now();
-        let mut limits = DialLimits::new(start);
+        let mut limits = DialLimits::new();
         for minute in 0..5 {
             let now = start + minute * MINUTE;
             let dials = (0..10 * TOTAL).map(|n| dial(&mut limits, PeerId::random(), at(n), now));
@@ -159,7 +151,7 @@ mod tests {
     #[test]
     fn dials_in_progress_are_capped_in_total_and_by_address() {
         let now = Instant::now();
-        let mut limits = DialLimits::new(now);
+        let mut limits = DialLimits::new();
         let acquire = |limits: &mut DialLimits, n| limits.acquire(PeerId::random(), at(n), now);
         for n in 0..4 {
             for _ in 0..DIALED_FOR_AUTONAT / 4 {

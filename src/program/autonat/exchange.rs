@@ -50,7 +50,7 @@ impl Drop for DialPermit<'_> {
 impl Server {
     /// `private`: whether addresses that are not global are dialed, too.
     pub fn new(private: bool) -> anyhow::Result<Self> {
-        let limits = Mutex::new(DialLimits::new(Instant::now()));
+        let limits = Mutex::new(DialLimits::new());
         Ok(Self { limits, dialer: Dialer::new()?, private })
     }
 
@@ -61,13 +61,11 @@ impl Server {
     /// Acquires the permit to dial a client. The error is a few words.
     fn acquire(&self, client: Client) -> Result<DialPermit<'_>, String> {
         let prefix = client.ip.into();
-        match self.limits().acquire(client.peer, prefix, Instant::now()) {
-            Ok(()) => Ok(DialPermit { server: self, prefix }),
-            Err(exceeded) => {
-                log::debug!("autonat: not dialing peer {}: {exceeded}", client.peer);
-                Err(exceeded.to_string())
-            }
+        if let Err(exceeded) = self.limits().acquire(client.peer, prefix, Instant::now()) {
+            log::debug!("autonat: not dialing peer {}: {exceeded}", client.peer);
+            return Err(exceeded.to_string());
         }
+        Ok(DialPermit { server: self, prefix })
     }
 
     /// Dials a client; `None` if it cannot be reached.
@@ -141,34 +139,21 @@ pub async fn serve(
     is_version_2: bool,
     mut stream: impl AsyncRead + AsyncWrite + Unpin,
 ) {
-    let served = match is_version_2 {
-        true => serve_v2(&server, client, &mut stream).await,
-        false => serve_v1(&server, client, &mut stream).await,
+    let served = async {
+        if is_version_2 {
+            let request: v2::Message = timeout(READ_TIMEOUT, messages::read(&mut stream)).await?;
+            let request = request.dial_request.ok_or(io::ErrorKind::InvalidData)?;
+            let dial_response = Some(server.answer_v2(client, request).await);
+            let answer = v2::Message { dial_request: None, dial_response };
+            timeout(ANSWER_TIMEOUT, messages::write_and_close(&mut stream, &answer)).await
+        } else {
+            let request: v1::Message = timeout(READ_TIMEOUT, messages::read(&mut stream)).await?;
+            let dial_response = Some(server.answer_v1(client, request).await);
+            let answer = v1::Message { r#type: Some(v1::DIAL_RESPONSE), dial: None, dial_response };
+            timeout(ANSWER_TIMEOUT, messages::write_and_close(&mut stream, &answer)).await
+        }
     };
-    if let Err(error) = served {
+    if let Err(error) = served.await {
         log::debug!("autonat: stream of peer {} failed: {error}", client.peer);
     }
-}
-
-async fn serve_v2(
-    server: &Server,
-    client: Client,
-    stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
-) -> io::Result<()> {
-    let request: v2::Message = timeout(READ_TIMEOUT, messages::read(stream)).await?;
-    let request = request.dial_request.ok_or(io::ErrorKind::InvalidData)?;
-    let dial_response = Some(server.answer_v2(client, request).await);
-    let answer = v2::Message { dial_request: None, dial_response };
-    timeout(ANSWER_TIMEOUT, messages::write_and_close(stream, &answer)).await
-}
-
-async fn serve_v1(
-    server: &Server,
-    client: Client,
-    stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
-) -> io::Result<()> {
-    let request: v1::Message = timeout(READ_TIMEOUT, messages::read(stream)).await?;
-    let dial_response = Some(server.answer_v1(client, request).await);
-    let answer = v1::Message { r#type: Some(v1::DIAL_RESPONSE), dial: None, dial_response };
-    timeout(ANSWER_TIMEOUT, messages::write_and_close(stream, &answer)).await
 }

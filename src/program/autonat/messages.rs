@@ -126,10 +126,4 @@ pub mod v2 {
         #[prost(fixed64, tag = "1")]
         pub nonce: u64,
     }
-
-    #[derive(Clone, Copy, PartialEq, prost::Message)]
-    pub struct DialBackResponse {
-        #[prost(int32, tag = "1")]
-        pub status: i32,
-    }
 }
