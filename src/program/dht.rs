@@ -10,14 +10,14 @@ mod bootstrap_nodes;
 
 use std::{
     collections::HashSet,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
 };
 
 use libp2p::{
     Multiaddr, PeerId, StreamProtocol,
     core::{Endpoint, transport::PortUse},
     kad::{
-        self, QueryResult, RoutingUpdate,
+        self, Event, QueryResult, RoutingUpdate,
         store::{MemoryStore, MemoryStoreConfig},
     },
     swarm::{
@@ -132,11 +132,6 @@ impl Dht {
         }
     }
 
-    /// The protocol of the DHT.
-    pub fn protocol(&self) -> &StreamProtocol {
-        &self.protocol
-    }
-
     /// Handles what a peer says in identify: whether it serves the DHT, and where it listens.
     pub fn on_identified(&mut self, peer: PeerId, serves: bool, listening: &[Multiaddr]) {
         if !serves && self.kad.remove_peer(&peer).is_some() {
@@ -200,13 +195,13 @@ impl Dht {
         added
     }
 
-    fn on_kad_event(&mut self, event: kad::Event) {
+    fn on_kad_event(&mut self, event: Event) {
         match event {
             // The relay has dialed the peer there.
-            kad::Event::RoutablePeer { peer, address } => {
+            Event::RoutablePeer { peer, address } => {
                 self.add(peer, address);
             }
-            kad::Event::OutboundQueryProgressed {
+            Event::OutboundQueryProgressed {
                 result: QueryResult::Bootstrap(_),
                 stats,
                 step,
@@ -239,7 +234,7 @@ impl Dht {
 
 /// Clears the value in the answer to a PUT_VALUE: kad echoes it whether or not it was stored; an answer without it tells
 /// the peer that it was not.
-fn clear_put_answer(event: &mut ToSwarm<kad::Event, ToHandler>) {
+fn clear_put_answer(event: &mut ToSwarm<Event, ToHandler>) {
     if let ToSwarm::NotifyHandler { event: ToHandler::PutRecordRes { value, .. }, .. } = event {
         value.clear();
     }
@@ -248,7 +243,7 @@ fn clear_put_answer(event: &mut ToSwarm<kad::Event, ToHandler>) {
 impl NetworkBehaviour for Dht {
     type ConnectionHandler = THandler<Kad>;
     /// Never emitted: all of kad's events are handled here.
-    type ToSwarm = kad::Event;
+    type ToSwarm = Event;
 
     delegate_behaviour!(kad:
         handle_established_inbound_connection, handle_established_outbound_connection,
@@ -288,27 +283,22 @@ impl NetworkBehaviour for Dht {
         self.kad.on_swarm_event(event);
     }
 
-    fn poll(
-        &mut self,
-        cx: &mut Context<'_>,
-    ) -> Poll<ToSwarm<Self::ToSwarm, THandlerInEvent<Self>>> {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<ToSwarm<Event, ToHandler>> {
         loop {
             let needs_bootstrap = !self.joined && !self.is_paused;
-            if let Poll::Ready(opts) = self.bootstrap.poll(needs_bootstrap, cx) {
-                self.dialed.insert(opts.connection_id());
-                return Poll::Ready(ToSwarm::Dial { opts });
-            }
-            match self.kad.poll(cx) {
-                Poll::Ready(ToSwarm::GenerateEvent(event)) => self.on_kad_event(event),
-                Poll::Ready(ToSwarm::Dial { opts }) => {
-                    self.dialed.insert(opts.connection_id());
-                    return Poll::Ready(ToSwarm::Dial { opts });
-                }
-                Poll::Ready(mut event) => {
+            let event = match self.bootstrap.poll(needs_bootstrap, cx) {
+                Poll::Ready(opts) => ToSwarm::Dial { opts },
+                Poll::Pending => ready!(self.kad.poll(cx)),
+            };
+            match event {
+                ToSwarm::GenerateEvent(event) => self.on_kad_event(event),
+                mut event => {
+                    if let ToSwarm::Dial { opts } = &event {
+                        self.dialed.insert(opts.connection_id());
+                    }
                     clear_put_answer(&mut event);
                     return Poll::Ready(event);
                 }
-                Poll::Pending => return Poll::Pending,
             }
         }
     }

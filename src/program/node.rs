@@ -312,9 +312,10 @@ impl Node {
     /// Joins a DHT as a server, so that clients find the relay in it. Call it before [`Node::listen_on`].
     #[cfg(feature = "dht")]
     pub fn join(&mut self, dht: dht::Config) {
+        let protocol = dht.protocol.clone();
         let dht = Dht::new(self.peer_id(), dht);
         let parts = &mut self.swarm.behaviour_mut().0;
-        parts.identify.set_dht(dht.protocol().clone());
+        parts.identify.set_dht(protocol);
         parts.dht = Some(Boxed(dht)).into();
     }
 

@@ -63,15 +63,20 @@ impl AddressRange {
 
 /// Whether this is an IP address or a name, and a TCP port.
 fn is_tcp(address: &Multiaddr) -> bool {
+    let is_plain = address.iter().count() == 2; // no peer id
+    is_plain && (multiaddr::dialable(address).is_some() || dns_name(address).is_some())
+}
+
+/// The name and the port of an address that has to be looked up.
+pub fn dns_name(address: &Multiaddr) -> Option<(String, u16)> {
     let mut parts = address.iter();
-    let is_host = match parts.next() {
-        Some(Protocol::Ip4(ip)) => !ip.is_unspecified(),
-        Some(Protocol::Ip6(ip)) => !ip.is_unspecified(),
-        Some(Protocol::Dns(_) | Protocol::Dns4(_) | Protocol::Dns6(_)) => true,
-        _ => false,
+    let (Protocol::Dns(name) | Protocol::Dns4(name) | Protocol::Dns6(name)) = parts.next()? else {
+        return None;
     };
-    is_host
-        && matches!((parts.next(), parts.next()), (Some(Protocol::Tcp(port)), None) if port != 0)
+    match (parts.next(), parts.next()) {
+        (Some(Protocol::Tcp(port)), None) if port != 0 => Some((name.into_owned(), port)),
+        _ => None,
+    }
 }
 
 #[cfg(test)]

@@ -145,13 +145,11 @@ impl BootstrapDialer {
 
 /// The innermost source of the first address's error, without the address itself.
 fn root_cause(error: &DialError) -> String {
-    let first: &(dyn Error + 'static) = match error {
-        DialError::Transport(failures) => match failures.first() {
-            Some((_, error)) => error,
-            None => error,
-        },
-        error => error,
+    let first = match error {
+        DialError::Transport(failures) => failures.first(),
+        _ => None,
     };
+    let first: &(dyn Error + 'static) = first.map_or(error, |(_, error)| error);
     let cause = anyhow::Chain::new(first).last();
     cause.map_or_else(String::new, ToString::to_string)
 }

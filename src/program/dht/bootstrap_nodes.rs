@@ -12,6 +12,7 @@ use std::{
 use async_std::net::ToSocketAddrs;
 use libp2p::{Multiaddr, PeerId, multiaddr::Protocol};
 
+use super::address_range::dns_name;
 use crate::program::net::multiaddr;
 
 /// The backoff of a node: the first one, and the longest.
@@ -27,10 +28,7 @@ const NO_TEXT_RECORDS: &str = "this relay does not look up DNS TXT records; name
 /// It doubles from two seconds to five minutes. `jitter` takes off up to a quarter, so that relays that lost the same
 /// node do not dial it in step.
 pub fn backoff(attempts: u32, jitter: u8) -> Duration {
-    let whole = 2u32
-        .checked_pow(attempts)
-        .and_then(|times| FIRST_BACKOFF.checked_mul(times))
-        .map_or(MAX_BACKOFF, |backoff| backoff.min(MAX_BACKOFF));
+    let whole = FIRST_BACKOFF.saturating_mul(2u32.saturating_pow(attempts)).min(MAX_BACKOFF);
     whole - whole / 4 * u32::from(jitter) / u32::from(u8::MAX)
 }
 
@@ -52,18 +50,6 @@ pub fn parse(address: &Multiaddr) -> Result<(PeerId, Multiaddr), String> {
     match at.iter().next() {
         Some(Protocol::Dnsaddr(_)) => Err(NO_TEXT_RECORDS.into()),
         _ => Err("this relay dials TCP; try /ip4/…/tcp/4001/p2p/12D3KooW…".into()),
-    }
-}
-
-/// The name and the port of an address that has to be looked up.
-fn dns_name(address: &Multiaddr) -> Option<(String, u16)> {
-    let mut parts = address.iter();
-    let (Protocol::Dns(name) | Protocol::Dns4(name) | Protocol::Dns6(name)) = parts.next()? else {
-        return None;
-    };
-    match (parts.next(), parts.next()) {
-        (Some(Protocol::Tcp(port)), None) if port != 0 => Some((name.into_owned(), port)),
-        _ => None,
     }
 }
 
