@@ -95,9 +95,7 @@ pub struct Dht {
 }
 
 /// The error of a dial beyond [`DIALED_FOR_DHT`], or while the DHT is paused.
-#[derive(Debug, thiserror::Error)]
-#[error("too many connections were dialed for the DHT")]
-struct DialDenied;
+const DIAL_DENIED: &str = "too many connections were dialed for the DHT";
 
 impl Dht {
     /// The relay `local` as a node of this DHT.
@@ -148,10 +146,8 @@ impl Dht {
     /// Pauses or resumes serving the DHT. While paused, the relay is a client of it and dials no nodes.
     pub fn set_paused(&mut self, is_paused: bool) {
         self.is_paused = is_paused;
-        self.kad.set_mode(Some(match is_paused {
-            true => kad::Mode::Client,
-            false => kad::Mode::Server,
-        }));
+        let mode = if is_paused { kad::Mode::Client } else { kad::Mode::Server };
+        self.kad.set_mode(Some(mode));
         self.joined &= !is_paused;
     }
 
@@ -262,7 +258,7 @@ impl NetworkBehaviour for Dht {
             return Ok(Vec::new());
         }
         if self.dialed.contains(&id) && (self.is_paused || self.dialed.len() > DIALED_FOR_DHT) {
-            return Err(ConnectionDenied::new(DialDenied));
+            return Err(ConnectionDenied::new(DIAL_DENIED));
         }
         let known = self.kad.handle_pending_outbound_connection(id, peer, addresses, role)?;
         Ok(self.range.dialable(&known))

@@ -366,18 +366,17 @@ impl Node {
     ///
     /// When the address has another form, is `/tls/ws` without a certificate, or the socket cannot be bound.
     pub fn listen_on(&mut self, address: Multiaddr) -> io::Result<()> {
-        match self.swarm.listen_on(address.clone()) {
-            Ok(id) => {
-                self.listeners.push((id, address));
-                Ok(())
-            }
-            Err(TransportError::Other(error)) => Err(error),
-            Err(TransportError::MultiaddrNotSupported(address)) => {
+        let listening = self.swarm.listen_on(address.clone());
+        let id = listening.map_err(|error| match error {
+            TransportError::Other(error) => error,
+            TransportError::MultiaddrNotSupported(address) => {
                 let problem =
                     multiaddr::unsupported(&address, false).unwrap_or("address is not supported");
-                Err(io::Error::new(io::ErrorKind::Unsupported, problem))
+                io::Error::new(io::ErrorKind::Unsupported, problem)
             }
-        }
+        })?;
+        self.listeners.push((id, address));
+        Ok(())
     }
 
     /// Stops listening and closes all connections within that time: [`Behaviour::drain`].
