@@ -2,8 +2,8 @@
 //!
 //! The swarm moves a connection's handler into the future of the connection's task, which stores it several
 //! times over: 3.3 KiB for a handler of 0.6 KiB. With a handler that is a pointer the future takes 1.5 KiB, and
-//! the handler itself exists once. The DHT's handler is boxed a second time, so that a connection without a DHT
-//! has no space for it.
+//! the handler itself exists once. The handlers of the DHT and of AutoNAT are boxed a second time, so that a connection
+//! without them has no space for them.
 
 use std::task::{Context, Poll};
 
