@@ -15,6 +15,7 @@ use std::{
 
 use futures_timer::Delay;
 use libp2p::futures::FutureExt;
+use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::{
     program::{component::Component, node::Node},
@@ -121,27 +122,14 @@ fn notify(state: &str) -> bool {
     sent.is_ok()
 }
 
-#[cfg(target_os = "linux")]
+/// Sends a datagram to the socket of this path, or to the abstract one of this name after an `@`.
 fn send(state: &str, socket: &OsStr) -> io::Result<()> {
-    use std::os::{
-        linux::net::SocketAddrExt,
-        unix::{
-            ffi::OsStrExt,
-            net::{SocketAddr, UnixDatagram},
-        },
+    let address = match socket.to_str().and_then(|socket| socket.strip_prefix('@')) {
+        Some(name) => SockAddr::unix(format!("\0{name}"))?,
+        None => SockAddr::unix(socket)?,
     };
-
-    let address = match socket.as_bytes() {
-        [b'@', name @ ..] => SocketAddr::from_abstract_name(name)?,
-        _ => SocketAddr::from_pathname(socket)?,
-    };
-    UnixDatagram::unbound()?.send_to_addr(state.as_bytes(), &address)?;
+    Socket::new(Domain::UNIX, Type::DGRAM, None)?.send_to(state.as_bytes(), &address)?;
     Ok(())
-}
-
-#[cfg(not(target_os = "linux"))]
-fn send(_: &str, _: &OsStr) -> io::Result<()> {
-    Err(io::ErrorKind::Unsupported.into())
 }
 
 #[cfg(test)]
