@@ -20,11 +20,12 @@ use super::{flags, flags::Flags, flags::Origins, help};
 const SWITCHES: [&str; 4] = ["autonat-private", "help", "print-config", "version"];
 
 /// Why the program exits instead of running a relay.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
 pub enum Exit {
     /// To print this text: the help, the version or the settings.
     Print(String),
-    /// Because of an error: one line that names the flag and the remedy.
+    /// Because of an error in the settings: one line that names the flag and the remedy.
     Usage(String),
 }
 

@@ -18,7 +18,7 @@ use libp2p::{
     },
 };
 
-use self::exit::{UsageError, exit_with, print};
+use self::exit::{exit_with, print};
 #[cfg(feature = "websocket")]
 use super::tls_files::TlsFiles;
 #[cfg(feature = "http")]
@@ -55,28 +55,22 @@ const SUMMARY_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Runs the program with the arguments of the process.
 pub fn main() -> ExitCode {
+    start().unwrap_or_else(|error| exit_with(&error))
+}
+
+fn start() -> Result<ExitCode> {
     // Without random numbers the first hash map would panic.
-    if let Err(error) = getrandom::fill(&mut [0]) {
-        return exit_with(&anyhow!("reading random numbers failed: {error}; provide /dev/urandom"));
-    }
+    getrandom::fill(&mut [0])
+        .map_err(|error| anyhow!("reading random numbers failed: {error}; provide /dev/urandom"))?;
     let arguments: Vec<_> = env::args_os().skip(1).collect();
-    if let Some(code) = subcommand::run(&arguments) {
-        return code;
+    if let Some(code) = subcommand::run(&arguments)? {
+        return Ok(code);
     }
-    let flags = match Flags::of_process() {
-        Ok(flags) => flags,
-        Err(Exit::Print(text)) => {
-            print(&text);
-            return ExitCode::SUCCESS;
-        }
-        Err(Exit::Usage(line)) => return exit_with(&UsageError(line).into()),
-    };
+    let flags = Flags::of_process()?;
     log_output::start();
     runtime::keep_freed_memory(flags.kept_by_thread());
-    match runtime::run(flags.threads(), async move { run(&flags).await }) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => exit_with(&error),
-    }
+    runtime::run(flags.threads(), async move { run(&flags).await })?;
+    Ok(ExitCode::SUCCESS)
 }
 
 async fn run(flags: &Flags) -> Result<()> {
@@ -113,7 +107,7 @@ async fn run(flags: &Flags) -> Result<()> {
     #[cfg(feature = "websocket")]
     components.push(Box::new(TlsFiles::start(flags, &mut node)?));
     #[cfg(feature = "dht")]
-    if let Some(dht) = flags.dht_config().map_err(UsageError)? {
+    if let Some(dht) = flags.dht_config().map_err(Exit::Usage)? {
         log::info!("{}", startup_log::dht(&dht));
         node.join(dht);
     }
@@ -305,7 +299,7 @@ fn has_address(address: &Multiaddr) -> bool {
 /// An error in the configuration as a usage error; any other error unchanged.
 fn as_usage_error(flags: &Flags, error: anyhow::Error) -> anyhow::Error {
     match error.downcast::<ConfigError>() {
-        Ok(error) => UsageError(flags.locate(in_flags(error))).into(),
+        Ok(error) => Exit::Usage(flags.locate(in_flags(error))).into(),
         Err(error) => error,
     }
 }

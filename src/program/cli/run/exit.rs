@@ -1,30 +1,26 @@
-//! How the program ends: its errors, its exit codes, and what it prints.
+//! How the program ends: its exit codes, and what it prints.
 
 use std::{
-    error::Error,
-    fmt,
     io::{self, Write},
     process::ExitCode,
 };
 
 use super::log_output;
+use crate::program::cli::load::Exit;
 
-/// An error in the settings.
-#[derive(Debug)]
-pub struct UsageError(pub String);
-
-impl fmt::Display for UsageError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl Error for UsageError {}
-
-/// Prints an error in one line. Returns the exit code: 2 for an error in the settings, otherwise 1.
+/// Prints an error in one line, or the text that the program exits with. Returns the exit code: 0 for a text, 2 for an error
+/// in the settings, otherwise 1.
 pub fn exit_with(error: &anyhow::Error) -> ExitCode {
+    let code = match error.downcast_ref() {
+        Some(Exit::Print(text)) => {
+            print(text);
+            return ExitCode::SUCCESS;
+        }
+        Some(Exit::Usage(_)) => 2,
+        None => 1,
+    };
     log_output::write_error(error);
-    ExitCode::from(if error.is::<UsageError>() { 2 } else { 1 })
+    code.into()
 }
 
 /// Prints a line. Ignores errors: standard output may be closed.

@@ -11,7 +11,7 @@ use std::{
 use anyhow::Result;
 use structopt::{StructOpt, clap::AppSettings as Set};
 
-use super::exit::{UsageError, exit_with, print};
+use super::exit::print;
 use crate::program::cli::{
     identity,
     load::{Exit, from_clap_error},
@@ -68,49 +68,30 @@ struct Id {
 }
 
 /// Runs the command that the first of these arguments names. Returns its exit code; `None` if it names none.
-pub fn run(arguments: &[OsString]) -> Option<ExitCode> {
-    let (name, arguments) = arguments.split_first()?;
-    let result = match name.to_str()? {
-        "check" => check(arguments),
-        "id" => parse(arguments).and_then(print_id).map(|()| ExitCode::SUCCESS),
-        _ => return None,
-    };
-    Some(result.unwrap_or_else(|error| match error.downcast() {
-        Ok(Help(text)) => {
-            print(&text);
-            ExitCode::SUCCESS
-        }
-        Err(error) => exit_with(&error),
-    }))
-}
-
-/// The text of `--help`, passed up as an error.
-#[derive(Debug)]
-struct Help(String);
-
-impl std::fmt::Display for Help {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.0)
+///
+/// # Errors
+///
+/// When the command fails, or is to print its help: an [`Exit`].
+pub fn run(arguments: &[OsString]) -> Result<Option<ExitCode>> {
+    let Some((name, arguments)) = arguments.split_first() else { return Ok(None) };
+    match name.to_str() {
+        Some("check") => check(arguments).map(Some),
+        Some("id") => parse(arguments).and_then(print_id).map(Some),
+        _ => Ok(None),
     }
 }
-
-impl std::error::Error for Help {}
 
 fn parse<T: StructOpt>(arguments: &[OsString]) -> Result<T> {
     let clap = T::clap();
     let name = clap.get_name().to_owned();
     let matches = clap.get_matches_from_safe(arguments);
-    let matches = matches.map_err(|error| match from_clap_error(error, Some(&name)) {
-        Exit::Print(text) => anyhow::Error::from(Help(text)),
-        Exit::Usage(line) => UsageError(line).into(),
-    })?;
-    Ok(T::from_clap(&matches))
+    Ok(T::from_clap(&matches.map_err(|error| from_clap_error(error, Some(&name)))?))
 }
 
 #[cfg(not(feature = "check"))]
 fn check(_: &[OsString]) -> Result<ExitCode> {
     let problem = "check: this relaylet was built without it; build it with the feature check";
-    Err(UsageError(problem.into()).into())
+    Err(Exit::Usage(problem.into()).into())
 }
 
 #[cfg(feature = "check")]
@@ -119,7 +100,7 @@ fn check(arguments: &[OsString]) -> Result<ExitCode> {
     let Some(mut target) = check::Target::parse(&address) else {
         let problem = "not an address over TCP or WebSocket; try /ip4/192.0.2.1/tcp/4001, or \
                        /dns4/relay.example.org/tcp/443/tls/ws";
-        return Err(UsageError(format!("{address}: {problem}")).into());
+        return Err(Exit::Usage(format!("{address}: {problem}")).into());
     };
     let file = swarm_key.filter(is_set);
     target.swarm_key = file.map(|file| swarm_key::load(&file)).transpose()?;
@@ -143,7 +124,7 @@ fn is_set(file: &PathBuf) -> bool {
     file != Path::new("")
 }
 
-fn print_id(Id { identity, import }: Id) -> Result<()> {
+fn print_id(Id { identity, import }: Id) -> Result<ExitCode> {
     let file = identity.filter(is_set).unwrap_or_else(|| "relaylet.key".into());
     let identity = match import {
         Some(from) => identity::import(&from, &file)?,
@@ -153,5 +134,5 @@ fn print_id(Id { identity, import }: Id) -> Result<()> {
         eprintln!("relaylet: {warning}");
     }
     print(&identity.keypair.public().to_peer_id().to_string());
-    Ok(())
+    Ok(ExitCode::SUCCESS)
 }
