@@ -4,14 +4,17 @@
 //! With `--memory` that is the largest size whose estimate fits into it, so that an explicit limit leaves less for the
 //! others. Without, it is `--max-reservations`.
 
+pub mod limit;
 pub mod memory_estimate;
 
 use std::cmp::Reverse;
 
-use self::memory_estimate::{Counts, LEAST_THREAD, Usage, estimate};
+use self::{
+    limit::{Derived, KIB, LIMITS, Limit},
+    memory_estimate::{LEAST_THREAD, THREAD, Usage, estimate},
+};
 use crate::program::mux::stream_limits::{DEFAULT_SIZE, buffered, buffered_per_connection, in_kib};
 
-const KIB: usize = 1024;
 const MIB: usize = 1024 * KIB;
 
 /// The least size without `--memory`: a relay with few slots gets as many connections of unknown peers as any other.
@@ -23,58 +26,6 @@ const THREAD_FOR: u64 = 128 * MIB as u64;
 /// The threads may keep this fraction of `--memory`.
 const SHARE_OF_THREADS: u64 = 16;
 
-/// A limit that follows from the size.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(missing_docs)] // the flags of these names
-pub enum Limit {
-    Reservations,
-    Circuits,
-    CircuitsPerPeer,
-    Connections,
-    Handshakes,
-    Streams,
-    BufferedPerConnection,
-    Buffered,
-    Threads,
-}
-
-/// All of them.
-const LIMITS: [Limit; 9] = [
-    Limit::Reservations,
-    Limit::Circuits,
-    Limit::CircuitsPerPeer,
-    Limit::Connections,
-    Limit::Handshakes,
-    Limit::Streams,
-    Limit::BufferedPerConnection,
-    Limit::Buffered,
-    Limit::Threads,
-];
-
-impl Limit {
-    fn flag(self) -> &'static str {
-        match self {
-            Self::Reservations => "--max-reservations",
-            Self::Circuits => "--max-circuits",
-            Self::CircuitsPerPeer => "--max-circuits-per-peer",
-            Self::Connections => "--max-connections",
-            Self::Handshakes => "--max-handshakes",
-            Self::Streams => "--max-streams",
-            Self::BufferedPerConnection => "--max-buffered-per-connection",
-            Self::Buffered => "--max-buffered",
-            Self::Threads => "--threads",
-        }
-    }
-
-    /// A value as the flag takes it.
-    fn shown(self, value: usize) -> String {
-        match self {
-            Self::BufferedPerConnection | Self::Buffered => in_kib(value / KIB),
-            _ => value.to_string(),
-        }
-    }
-}
-
 /// What the limits follow from.
 #[derive(Clone, Copy, Debug)]
 pub struct Given {
@@ -84,31 +35,6 @@ pub struct Given {
     pub explicit: [Option<usize>; LIMITS.len()],
     /// What memory depends on besides the limits.
     pub usage: Usage,
-}
-
-/// All limits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Derived([usize; LIMITS.len()]);
-
-impl Derived {
-    /// This limit.
-    pub fn get(&self, limit: Limit) -> usize {
-        self.0.get(limit as usize).copied().unwrap_or_default()
-    }
-
-    /// The memory that they take at most, in bytes, if each thread keeps so many freed bytes.
-    fn estimate(&self, usage: Usage, kept_by_thread: u64) -> u64 {
-        let counts = Counts {
-            reservations: self.get(Limit::Reservations),
-            circuits: self.get(Limit::Circuits),
-            connections: self.get(Limit::Connections),
-            handshakes: self.get(Limit::Handshakes),
-            streams: self.get(Limit::Streams),
-            buffered: self.get(Limit::Buffered),
-            threads: self.get(Limit::Threads),
-        };
-        estimate(counts, usage, kept_by_thread)
-    }
 }
 
 impl Given {
@@ -133,11 +59,13 @@ impl Given {
         };
         let (memory, or_more) = (shown(memory), format!("try {} or more", shown(least)));
         // 1. Which of them take memory, the most first.
-        let explicit = LIMITS.into_iter().filter_map(|limit| Some((limit, self.explicit(limit)?)));
+        let explicit = LIMITS
+            .into_iter()
+            .filter_map(|(limit, flag)| Some((limit, flag, self.explicit(limit)?)));
         let saved = |limit| least.saturating_sub(self.with(limit, None).least_memory());
-        let mut heavy: Vec<_> = explicit.filter(|(limit, _)| saved(*limit) > 0).collect();
-        heavy.sort_by_key(|(limit, _)| Reverse(saved(*limit)));
-        let Some(((limit, value), others)) = heavy.split_first() else {
+        let mut heavy: Vec<_> = explicit.filter(|(limit, ..)| saved(*limit) > 0).collect();
+        heavy.sort_by_key(|(limit, ..)| Reverse(saved(*limit)));
+        let Some(((limit, flag, value), others)) = heavy.split_first() else {
             let reason = self.usage.reason();
             return Err(format!("--memory {memory}: is too little{reason}; {or_more}"));
         };
@@ -148,11 +76,11 @@ impl Given {
             (Some(fit), _) => format!("lower it to {}", limit.shown(fit)),
             (None, []) => "leave it out".into(),
             (None, others) => {
-                let names: Vec<_> = others.iter().map(|(limit, _)| limit.flag()).collect();
+                let names: Vec<_> = others.iter().map(|(_, flag, _)| *flag).collect();
                 format!("lower it and {}", names.join(", "))
             }
         };
-        let (flag, value) = (limit.flag(), limit.shown(*value));
+        let value = limit.shown(*value);
         Err(format!("{flag} {value}: is too much for --memory {memory}; {remedy}, or {or_more}"))
     }
 
@@ -161,7 +89,7 @@ impl Given {
         let memory = Some(u64::MAX);
         let smallest = Self { memory, ..*self }.of_size(1);
         let threads = (smallest.get(Limit::Threads) as u64).saturating_mul(LEAST_THREAD);
-        let others = smallest.estimate(self.usage, 0);
+        let others = estimate(&smallest, self.usage, 0);
         let share = others / (SHARE_OF_THREADS - 1) + 1;
         let all = others.saturating_add(share.max(threads));
         all.div_ceil(MIB as u64).saturating_mul(MIB as u64)
@@ -173,7 +101,7 @@ impl Given {
             let derived = self.of_size(size);
             let threads = (derived.get(Limit::Threads) as u64).saturating_mul(LEAST_THREAD);
             let threads = threads.max(memory / SHARE_OF_THREADS);
-            derived.estimate(self.usage, 0).saturating_add(threads) <= memory
+            estimate(&derived, self.usage, 0).saturating_add(threads) <= memory
         };
         // No relay is larger: each slot takes some KiB.
         let most = usize::try_from(memory / KIB as u64).unwrap_or(usize::MAX);
@@ -218,15 +146,14 @@ impl Given {
 
     /// The memory that the relay takes at most, in bytes.
     pub fn estimate(&self) -> u64 {
-        let derived = self.derive();
-        derived.estimate(self.usage, self.kept_by_thread(derived.get(Limit::Threads)))
+        estimate(&self.derive(), self.usage, self.kept_by_thread())
     }
 
-    /// How much freed memory each of so many threads may keep, in bytes.
-    pub fn kept_by_thread(&self, threads: usize) -> u64 {
-        let of_each = |memory| memory / SHARE_OF_THREADS / threads.max(1) as u64;
-        let share = self.memory.map_or(u64::MAX, of_each);
-        share.clamp(LEAST_THREAD, memory_estimate::THREAD)
+    /// How much freed memory each thread may keep, in bytes.
+    pub fn kept_by_thread(&self) -> u64 {
+        let threads = self.derive().get(Limit::Threads).max(1) as u64;
+        let share = self.memory.map_or(u64::MAX, |memory| memory / SHARE_OF_THREADS / threads);
+        share.clamp(LEAST_THREAD, THREAD)
     }
 }
 
@@ -340,7 +267,7 @@ mod tests {
             let usage = Usage { default_threads, dht, autonat, websocket };
             let small = Given { memory: Some(memory), explicit, usage };
             let derived = small.derive();
-            for limit in LIMITS {
+            for (limit, _) in LIMITS {
                 if let Some(value) = small.explicit(limit) {
                     prop_assert_eq!(derived.get(limit), value);
                 }
@@ -350,14 +277,14 @@ mod tests {
                 Err(problem) => {
                     let least = small.estimate() + memory / SHARE_OF_THREADS + MIB as u64;
                     prop_assert!(least > memory, "{}", problem);
-                    let named = LIMITS.into_iter().find(|limit| problem.starts_with(&format!("{} ", limit.flag())));
-                    let is_explicit = named.is_none_or(|limit| small.explicit(limit).is_some());
+                    let named = LIMITS.into_iter().find(|(_, flag)| problem.starts_with(&format!("{flag} ")));
+                    let is_explicit = named.is_none_or(|(limit, _)| small.explicit(limit).is_some());
                     prop_assert!(is_explicit && (named.is_some() || problem.starts_with("--memory")), "{}", problem);
                 }
             }
             let large = Given { memory: Some(memory + more), ..small };
             let more = large.derive();
-            for limit in LIMITS {
+            for (limit, _) in LIMITS {
                 prop_assert!(more.get(limit) >= derived.get(limit), "{limit:?}");
             }
             prop_assert!(small.check().is_err() || large.check().is_ok());

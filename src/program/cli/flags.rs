@@ -13,7 +13,7 @@ use structopt::{StructOpt, clap::AppSettings as Set};
 use toml::{Table, Value};
 
 use super::{
-    derived::Limit,
+    derived::limit::Limit,
     runtime,
     values::{Parsed, unwrap_all},
 };
@@ -629,7 +629,7 @@ impl Flags {
                 "--listen {one}: has the same port as --listen {other}; change or leave out one of them"
             )
         } else {
-            return self.check_memory();
+            return self.given().check();
         })
     }
 

@@ -3,7 +3,7 @@
 use toml::Value;
 
 use super::{
-    derived::Limit,
+    derived::limit::Limit,
     flags::{self, Flags},
     load::Exit,
     values::{MAX_SHOWN, Parsed},

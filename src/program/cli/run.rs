@@ -68,7 +68,7 @@ fn start() -> Result<ExitCode> {
     }
     let flags = Flags::of_process()?;
     log_output::start();
-    runtime::keep_freed_memory(flags.kept_by_thread());
+    runtime::keep_freed_memory(flags.given().kept_by_thread());
     runtime::run(flags.threads(), async move { run(&flags).await })?;
     Ok(ExitCode::SUCCESS)
 }
@@ -117,7 +117,7 @@ async fn run(flags: &Flags) -> Result<()> {
     listen(&mut node, flags)?;
     #[cfg(feature = "http")]
     if let Some(Parsed(address)) = flags.http {
-        let (streams, memory) = (flags.stream_limits(), flags.memory_estimate());
+        let (streams, memory) = (flags.stream_limits(), flags.given().estimate());
         let limits = StartLimits { connections: flags.limits(), streams, memory };
         let monitor = Monitor::start(address, flags.http_host.clone(), limits, &node)?;
         components.insert(0, Box::new(monitor)); // polled first
@@ -138,11 +138,12 @@ async fn run(flags: &Flags) -> Result<()> {
 
 /// Logs the limits, the memory estimate, and warnings about the settings.
 fn log_limits(flags: &Flags, config: &Config) {
-    let (limits, dht_dials) = (flags.limits(), flags.max_dht_dials());
-    let estimate = flags.memory_estimate();
+    let given = flags.given();
+    let (estimate, dht_dials) = (given.estimate(), given.usage.dialed_for_dht());
     log::info!("{}", startup_log::capacity(config));
     log::info!("{}", startup_log::memory(estimate));
-    let too_few_files = open_files::raise_limit(&limits, !flags.proxies().is_empty(), dht_dials);
+    let too_few_files =
+        open_files::raise_limit(&flags.limits(), !flags.proxies().is_empty(), dht_dials);
     let memory_exceeded = memory_estimate::available()
         .and_then(|available| startup_log::memory_exceeded(estimate, available));
     let warnings = flags.warnings.iter().cloned().chain(startup_log::questionable_settings(flags));

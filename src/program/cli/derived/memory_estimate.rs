@@ -3,7 +3,11 @@
 //! The cost of each item was measured: with `cargo bench --bench scale` for ordinary use, and with `tests/env/memory_estimate.rs`, in
 //! which peers reach all limits at once, for the maximum.
 
-use crate::program::{mux::stream_limits::OWN, net::admission::limits};
+use super::limit::{Derived, Limit};
+use crate::program::{
+    mux::stream_limits::OWN,
+    net::admission::limits::{DIALED_FOR_AUTONAT, DIALED_FOR_DHT},
+};
 
 const KIB: u64 = 1024;
 const MIB: u64 = 1024 * KIB;
@@ -59,10 +63,9 @@ pub struct Usage {
 }
 
 impl Usage {
-    /// How many connections may be dialed.
-    pub fn dialed(&self) -> usize {
-        let for_dht = if self.dht { limits::DIALED_FOR_DHT } else { 0 };
-        for_dht + if self.autonat { limits::DIALED_FOR_AUTONAT } else { 0 }
+    /// How many connections may be dialed for the DHT at a time.
+    pub fn dialed_for_dht(&self) -> usize {
+        if self.dht { DIALED_FOR_DHT } else { 0 }
     }
 
     /// The flags that take memory: " with --dht".
@@ -73,39 +76,23 @@ impl Usage {
     }
 }
 
-/// The limits that memory depends on: how many there may be of each.
-#[derive(Clone, Copy, Debug)]
-pub struct Counts {
-    /// Slots.
-    pub reservations: usize,
-    /// Circuits.
-    pub circuits: usize,
-    /// Connections, not counting those in their handshakes.
-    pub connections: usize,
-    /// Connections in their handshakes.
-    pub handshakes: usize,
-    /// Streams, not counting four of each connection.
-    pub streams: usize,
-    /// Buffered bytes.
-    pub buffered: usize,
-    /// Threads.
-    pub threads: usize,
-}
-
-/// The estimate, in bytes, if each thread keeps so many freed bytes.
-pub fn estimate(counts: Counts, usage: Usage, kept_by_thread: u64) -> u64 {
-    let connections = counts.connections.saturating_add(usage.dialed());
-    let with_handshakes = connections.saturating_add(counts.handshakes);
+/// The memory that a relay takes at most under these limits, in bytes, if each thread keeps so many freed bytes.
+pub fn estimate(limits: &Derived, usage: Usage, kept_by_thread: u64) -> u64 {
+    let count = |limit| limits.get(limit);
+    let for_autonat = if usage.autonat { DIALED_FOR_AUTONAT } else { 0 };
+    let connections =
+        [count(Limit::Connections), count(Limit::Handshakes), usage.dialed_for_dht(), for_autonat];
+    let connections = connections.into_iter().fold(0, usize::saturating_add);
     let heap = sum([
-        (with_handshakes, CONNECTION + if usage.websocket { WEBSOCKET } else { 0 }),
-        (with_handshakes.saturating_mul(OWN).saturating_add(counts.streams), STREAM),
-        (counts.circuits, CIRCUIT),
-        (counts.reservations, SLOT),
-        (counts.buffered, 1),
+        (connections, CONNECTION + if usage.websocket { WEBSOCKET } else { 0 }),
+        (connections.saturating_mul(OWN).saturating_add(count(Limit::Streams)), STREAM),
+        (count(Limit::Circuits), CIRCUIT),
+        (count(Limit::Reservations), SLOT),
+        (count(Limit::Buffered), 1),
     ]);
     let fragmented = heap - heap.min(SMALL_HEAP) / 2;
     let heap = heap.saturating_add(fragmented / 100 * FRAGMENTATION);
-    heap.saturating_add(sum([(1, PROGRAM), (counts.threads, kept_by_thread)]))
+    heap.saturating_add(sum([(1, PROGRAM), (count(Limit::Threads), kept_by_thread)]))
 }
 
 fn sum<const N: usize>(parts: [(usize, u64); N]) -> u64 {

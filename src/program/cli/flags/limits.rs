@@ -5,17 +5,21 @@ use bytesize::ByteSize;
 use super::Flags;
 use crate::program::{
     cli::{
-        derived::{Derived, Given, Limit, memory_estimate::Usage},
+        derived::{
+            Given,
+            limit::{Derived, Limit},
+            memory_estimate::Usage,
+        },
         runtime,
         values::Parsed,
     },
     mux::stream_limits::StreamLimits,
-    net::admission::limits,
+    net::admission::limits::Limits,
 };
 
 impl Flags {
     /// What its limits follow from.
-    fn given(&self) -> Given {
+    pub fn given(&self) -> Given {
         let number = |value: Option<Parsed<usize>>| value.map(|value| value.0);
         let size = |size: Option<Parsed<ByteSize>>| {
             size.map(|size| usize::try_from(size.0.as_u64()).unwrap_or(usize::MAX))
@@ -47,35 +51,10 @@ impl Flags {
         self.given().derive()
     }
 
-    /// Checks that the explicit limits fit into `--memory`.
-    ///
-    /// # Errors
-    ///
-    /// The flag that is too much, with the remedy.
-    pub fn check_memory(&self) -> Result<(), String> {
-        self.given().check()
-    }
-
-    /// The memory that the relay takes at most, in bytes.
-    pub fn memory_estimate(&self) -> u64 {
-        self.given().estimate()
-    }
-
-    /// How many connections may be dialed for the DHT at a time.
-    pub fn max_dht_dials(&self) -> usize {
-        if self.dht { limits::DIALED_FOR_DHT } else { 0 }
-    }
-
-    /// How much freed memory each thread may keep, in bytes.
-    pub fn kept_by_thread(&self) -> u64 {
-        let given = self.given();
-        given.kept_by_thread(given.derive().get(Limit::Threads))
-    }
-
     /// The limits on connections.
-    pub fn limits(&self) -> limits::Limits {
+    pub fn limits(&self) -> Limits {
         let derived = self.derived();
-        limits::Limits {
+        Limits {
             max_connections: derived.get(Limit::Connections),
             max_connections_per_peer: self.max_connections_per_peer.0,
             max_connections_per_ip: self.max_connections_per_ip.map(|value| value.0),
