@@ -570,10 +570,9 @@ impl Flags {
         })
     }
 
-    /// Whether clients can connect over WebSocket.
-    pub fn listens_on_websocket(&self) -> bool {
-        let mut layers = self.listen.iter().filter_map(|own| multiaddr::listen_address(&own.0));
-        layers.any(|(_, layer)| layer != multiaddr::Layer::Tcp)
+    /// The layers of the addresses that were set to listen on; those of the default are all TCP.
+    pub fn layers(&self) -> impl Iterator<Item = multiaddr::Layer> {
+        self.listen.iter().filter_map(|own| Some(multiaddr::listen_address(&own.0)?.1))
     }
 
     /// Checks all settings.

@@ -209,50 +209,32 @@ fn copy(from: &Path, to: &Path) -> io::Result<()> {
     written
 }
 
-#[cfg(unix)]
 fn sync_folder(folder: &Path) -> io::Result<()> {
-    File::open(folder)?.sync_all()
-}
-
-/// Other systems cannot open a folder as a file.
-#[cfg(not(unix))]
-fn sync_folder(_: &Path) -> io::Result<()> {
-    Ok(())
+    // Other systems cannot open a folder as a file.
+    if cfg!(unix) { File::open(folder)?.sync_all() } else { Ok(()) }
 }
 
 /// A warning if other users can read the key in `file`, which `flag` names.
+#[cfg(unix)]
 pub(super) fn permission_warning(flag: &str, file: &Path) -> Option<String> {
-    is_readable_by_others(file).then(|| {
-        let shown = file.display();
-        let remedy = match is_read_only(file) {
-            true => "mount it readable by its owner only (in Kubernetes: defaultMode: 0400)".into(),
-            false => format!("protect it: chmod 600 {shown}"),
-        };
-        format!("{flag} {shown}: other users can read this key; {remedy}")
-    })
-}
+    use rustix::fs::{Mode, StatVfs, StatVfsMountFlags, stat, statvfs};
 
-/// Whether its file system is mounted read-only.
-#[cfg(unix)]
-fn is_read_only(file: &Path) -> bool {
-    use rustix::fs::{StatVfsMountFlags, statvfs};
-    statvfs(file).is_ok_and(|system| system.f_flag.contains(StatVfsMountFlags::RDONLY))
-}
-
-#[cfg(not(unix))]
-fn is_read_only(_: &Path) -> bool {
-    false
-}
-
-#[cfg(unix)]
-fn is_readable_by_others(file: &Path) -> bool {
-    use std::os::unix::fs::PermissionsExt;
-    fs::metadata(file).is_ok_and(|metadata| metadata.permissions().mode() & 0o077 != 0)
+    let mode = Mode::from_raw_mode(stat(file).ok()?.st_mode);
+    if !mode.intersects(Mode::RWXG | Mode::RWXO) {
+        return None;
+    }
+    let shown = file.display();
+    let is_read_only = |it: StatVfs| it.f_flag.contains(StatVfsMountFlags::RDONLY);
+    let remedy = match statvfs(file).is_ok_and(is_read_only) {
+        true => "mount it readable by its owner only (in Kubernetes: defaultMode: 0400)".into(),
+        false => format!("protect it: chmod 600 {shown}"),
+    };
+    Some(format!("{flag} {shown}: other users can read this key; {remedy}"))
 }
 
 #[cfg(not(unix))]
-fn is_readable_by_others(_: &Path) -> bool {
-    false
+pub(super) fn permission_warning(_: &str, _: &Path) -> Option<String> {
+    None
 }
 
 #[cfg(test)]

@@ -48,30 +48,29 @@ impl LogSummary {
     pub fn on_event(&mut self, event: &NodeEvent) -> Option<String> {
         let tally = Tally::of(event)?;
         self.count((tally.what.log, tally.why), tally.prefix);
-        match event {
-            NodeEvent::ConnectionDenied { reason, address } => match reason {
-                Denied::Address(own) => self.warn(own, "connections", "--max-connections-per-ip"),
-                Denied::Subnet(own) => self.warn(own, "connections", "--max-connections-per-subnet"),
-                Denied::ProxyHeader(error) => self.once("--proxy-protocol-from", |flag| {
-                    format!(
-                        "connection denied: {address}: no PROXY protocol header: {error}; have the proxy send one, \
-                         or remove its address from {flag}"
-                    )
-                }),
-                _ => None,
-            },
+        let (flag, warning) = match event {
+            NodeEvent::ConnectionDenied { reason: Denied::ProxyHeader(error), address } => {
+                let flag = "--proxy-protocol-from";
+                let warning = format!(
+                    "connection denied: {address}: no PROXY protocol header: {error}; have the proxy send one, \
+                     or remove its address from {flag}"
+                );
+                (flag, warning)
+            }
             NodeEvent::HandshakeFailed { address, failure } => {
                 let hint = failure.reason.hint()?;
-                self.once(failure.reason.kind(), |_| format!("handshake failed: {address}: {hint}"))
+                (failure.reason.kind(), format!("handshake failed: {address}: {hint}"))
             }
-            NodeEvent::Relay(Event::ReservationRefused { reason, .. }) => {
-                self.warn_of(reason, "--reserve-rate")
+            _ => {
+                let (own, resource, flag) = limit_reached(event)?;
+                let warning = format!(
+                    "limit reached: {own} has as many {resource} as {flag} allows; if it is a proxy, name it with \
+                     --proxy-protocol-from; if many clients share it, raise {flag}"
+                );
+                (flag, warning)
             }
-            NodeEvent::Relay(Event::CircuitRefused { reason, .. }) => {
-                self.warn_of(reason, "--connect-rate")
-            }
-            _ => None,
-        }
+        };
+        self.warned.insert(flag).then(|| format!("{warning}; this is logged once"))
     }
 
     /// Returns the summary and resets the counts: a line for each reason, then, if there is any, one with the busiest
@@ -89,14 +88,13 @@ impl LogSummary {
             self.counts.entry(key).or_default().total = total;
         }
         let counts = std::mem::take(&mut self.counts);
-        let lines = counts.into_iter().map(|((what, why), count)| {
-            let line = format!("{what} within a minute: {}: {why}", count.total);
-            match count.by_address.into_iter().max_by_key(|(_, count)| *count) {
-                Some((address, count)) => format!("{line}; most from {address}: {count}"),
-                None => line,
-            }
-        });
-        let mut lines: Vec<_> = lines.collect();
+        let mut lines = Vec::new();
+        for ((what, why), count) in counts {
+            let most = count.by_address.into_iter().max_by_key(|(_, count)| *count);
+            let most = most.map(|(address, count)| format!("; most from {address}: {count}"));
+            let most = most.unwrap_or_default();
+            lines.push(format!("{what} within a minute: {}: {why}{most}", count.total));
+        }
         let busiest = busiest.into_iter().filter_map(|(resource, busiest)| {
             let (address, holds) = busiest?;
             Some(format!("{resource}: {address} ({holds})"))
@@ -114,40 +112,33 @@ impl LogSummary {
         let Some(address) = prefix else {
             return;
         };
-        let is_known = count.by_address.contains_key(&address);
-        if is_known || count.by_address.len() < MAX_ADDRESSES {
+        if count.by_address.contains_key(&address) || count.by_address.len() < MAX_ADDRESSES {
             *count.by_address.entry(address).or_default() += 1;
         }
     }
+}
 
-    fn warn_of(&mut self, reason: &Refused, rate: &'static str) -> Option<String> {
-        match reason {
-            Refused::AddressFull(own) => self.warn(own, "slots", "--max-reservations-per-ip"),
-            Refused::SubnetFull(own) => self.warn(own, "slots", "--max-reservations-per-subnet"),
-            Refused::TooManyCircuitsOfAddress(own) => {
-                self.warn(own, "circuits", "--max-circuits-per-ip")
-            }
-            Refused::TooManyCircuitsOfSubnet(own) => {
-                self.warn(own, "circuits", "--max-circuits-per-subnet")
-            }
-            Refused::AddressTooOften(own) => self.warn(own, "requests", rate),
-            _ => None,
+/// The address or subnet that has reached a limit, the limited resource, and the flag.
+fn limit_reached(event: &NodeEvent) -> Option<(&dyn Display, &'static str, &'static str)> {
+    let (reason, rate) = match event {
+        NodeEvent::ConnectionDenied { reason: Denied::Address(own), .. } => {
+            return Some((own, "connections", "--max-connections-per-ip"));
         }
-    }
-
-    fn warn(&mut self, own: &impl Display, resource: &str, flag: &'static str) -> Option<String> {
-        self.once(flag, |flag| {
-            format!(
-                "limit reached: {own} has as many {resource} as {flag} allows; if it is a proxy, name it with \
-                 --proxy-protocol-from; if many clients share it, raise {flag}"
-            )
-        })
-    }
-
-    fn once(&mut self, flag: &'static str, warning: impl Fn(&str) -> String) -> Option<String> {
-        let is_first = self.warned.insert(flag);
-        is_first.then(|| format!("{}; this is logged once", warning(flag)))
-    }
+        NodeEvent::ConnectionDenied { reason: Denied::Subnet(own), .. } => {
+            return Some((own, "connections", "--max-connections-per-subnet"));
+        }
+        NodeEvent::Relay(Event::ReservationRefused { reason, .. }) => (reason, "--reserve-rate"),
+        NodeEvent::Relay(Event::CircuitRefused { reason, .. }) => (reason, "--connect-rate"),
+        _ => return None,
+    };
+    Some(match reason {
+        Refused::AddressFull(own) => (own, "slots", "--max-reservations-per-ip"),
+        Refused::SubnetFull(own) => (own, "slots", "--max-reservations-per-subnet"),
+        Refused::TooManyCircuitsOfAddress(own) => (own, "circuits", "--max-circuits-per-ip"),
+        Refused::TooManyCircuitsOfSubnet(own) => (own, "circuits", "--max-circuits-per-subnet"),
+        Refused::AddressTooOften(own) => (own, "requests", rate),
+        _ => return None,
+    })
 }
 
 #[cfg(test)]

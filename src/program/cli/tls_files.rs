@@ -9,7 +9,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use anyhow::{Error, Result, anyhow};
+use anyhow::{Result, anyhow};
 use futures_timer::Delay;
 use libp2p::futures::FutureExt;
 use zeroize::Zeroizing;
@@ -18,7 +18,7 @@ use super::flags::Flags;
 use crate::program::{
     component::{CertificateFiles, Component},
     net::{
-        multiaddr::{self, Layer},
+        multiaddr::Layer,
         websocket::certificate::{Certificate, Unusable, Validity},
     },
     node::Node,
@@ -52,12 +52,8 @@ impl TlsFiles {
         let (next_check, warned_at) = (Delay::new(CHECK_INTERVAL), SystemTime::UNIX_EPOCH);
         let mut tls_files = Self { files: None, next_check, validity: None, warned_at };
         let cert = tls_files.read(flags.certificate_files(), node)?;
-        let in_tls = |address| {
-            let layer = multiaddr::listen_address(address).map(|(_, layer)| layer);
-            layer == Some(Layer::SecureWebSocket)
-        };
         if let Some(cert) = cert
-            && !flags.listen_addresses().0.iter().any(in_tls)
+            && !flags.layers().any(|layer| layer == Layer::SecureWebSocket)
         {
             log::warn!(
                 "--tls-cert {}: not in use; listen with TLS: --listen /ip4/0.0.0.0/tcp/4002/tls/ws",
@@ -152,10 +148,8 @@ impl Files {
 
     fn read(&self) -> Result<Certificate> {
         let (cert, key) = (self.cert.display(), self.key.display());
-        let chain =
-            contents(&self.cert).map_err(|error| unreadable("--tls-cert", &self.cert, &error))?;
-        let secret =
-            contents(&self.key).map_err(|error| unreadable("--tls-key", &self.key, &error))?;
+        let (chain, secret) =
+            (contents("--tls-cert", &self.cert)?, contents("--tls-key", &self.key)?);
         Certificate::from_pem(&chain, &secret).map_err(|unusable| match unusable {
             Unusable::Certificate(problem) => anyhow!("--tls-cert {cert}: {problem}"),
             Unusable::Key(problem) => anyhow!("--tls-key {key}: {problem}"),
@@ -170,33 +164,28 @@ impl Files {
     fn stamp(&self) -> Stamp {
         [&self.cert, &self.key].map(|file| {
             let metadata = fs::metadata(file).ok()?;
-            Some((metadata.modified().ok()?, metadata.len(), inode(&metadata)))
+            #[cfg(unix)]
+            let inode = std::os::unix::fs::MetadataExt::ino(&metadata);
+            #[cfg(not(unix))]
+            let inode = 0;
+            Some((metadata.modified().ok()?, metadata.len(), inode))
         })
     }
 }
 
-/// Reads both files as secrets, because the certificate's may contain the key, too.
-fn contents(file: &Path) -> io::Result<Zeroizing<Vec<u8>>> {
-    let metadata = fs::metadata(file)?;
-    if !metadata.is_file() {
-        return Err(io::Error::other("not a regular file")); // reading it might block for ever
-    }
-    let length = usize::try_from(metadata.len()).unwrap_or(usize::MAX);
-    secret_file::read(File::open(file)?, length.min(MAX_FILE))
-}
-
-fn unreadable(flag: &str, file: &Path, error: &io::Error) -> Error {
-    anyhow!("{flag} {}: {error}; name a file that can be read", file.display())
-}
-
-#[cfg(unix)]
-fn inode(metadata: &fs::Metadata) -> u64 {
-    std::os::unix::fs::MetadataExt::ino(metadata)
-}
-
-#[cfg(not(unix))]
-fn inode(_: &fs::Metadata) -> u64 {
-    0
+/// Reads the file that `flag` names. Both as secrets, because the certificate's may contain the key, too.
+fn contents(flag: &str, file: &Path) -> Result<Zeroizing<Vec<u8>>> {
+    let read = || {
+        let metadata = fs::metadata(file)?;
+        if !metadata.is_file() {
+            return Err(io::Error::other("not a regular file")); // reading it might block for ever
+        }
+        let length = usize::try_from(metadata.len()).unwrap_or(usize::MAX);
+        secret_file::read(File::open(file)?, length.min(MAX_FILE))
+    };
+    let unreadable =
+        |error| anyhow!("{flag} {}: {error}; name a file that can be read", file.display());
+    read().map_err(unreadable)
 }
 
 /// What shows a change of the files: the modification time, length and inode of each.

@@ -14,7 +14,7 @@ use crate::program::{
         values::Parsed,
     },
     mux::stream_limits::StreamLimits,
-    net::admission::limits::Limits,
+    net::{admission::limits::Limits, multiaddr::Layer},
 };
 
 impl Flags {
@@ -41,7 +41,7 @@ impl Flags {
                 default_threads: runtime::default_threads(),
                 dht: self.dht,
                 autonat: self.autonat,
-                websocket: self.listens_on_websocket(),
+                websocket: self.layers().any(|layer| layer != Layer::Tcp),
             },
         }
     }
