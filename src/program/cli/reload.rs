@@ -18,18 +18,14 @@ const AT_START: &str = "autonat bootstrap dht dht-protocol http http-host identi
 
 /// The settings at the start, and those in effect.
 #[derive(Debug)]
-pub struct Settings {
-    at_start: Flags,
+pub struct Settings<'a> {
+    /// The settings at the start.
+    pub at_start: &'a Flags,
     /// The settings in effect.
     pub now: Flags,
 }
 
-impl Settings {
-    /// The settings of a relay that was started with these.
-    pub fn new(flags: &Flags) -> Self {
-        Self { at_start: flags.clone(), now: flags.clone() }
-    }
-
+impl Settings<'_> {
     /// Reads flags, environment and file again, and applies them to the node. On an error, logs it and changes nothing.
     pub fn reload(&mut self, node: &mut Node) {
         match self.now.config {
@@ -47,7 +43,7 @@ impl Settings {
     fn apply(&mut self, mut flags: Flags, node: &mut Node) -> Result<(), Exit> {
         // 1. What has changed, and what of that requires a restart.
         let per_peer = |flags: &Flags| flags.derived().get(Limit::CircuitsPerPeer);
-        let limit = per_peer(&self.at_start);
+        let limit = per_peer(self.at_start);
         let is_lowered = per_peer(&flags) < limit;
         let mut restart = self.at_start.differing(&flags)?;
         let is_at_start = |name: &str| AT_START.split(' ').any(|at_start| at_start == name);

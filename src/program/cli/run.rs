@@ -1,7 +1,6 @@
 //! Starts the relay, runs its main loop, and exits.
 
-mod exit;
-mod log_output;
+mod output;
 mod subcommand;
 
 use std::{env, net::TcpListener, process::ExitCode, time::Duration};
@@ -18,11 +17,9 @@ use libp2p::{
     },
 };
 
-use self::exit::{exit_with, print};
+use self::output::{exit_with, print};
 #[cfg(feature = "websocket")]
 use super::tls_files::TlsFiles;
-#[cfg(feature = "http")]
-use super::values::Parsed;
 use super::{
     derived::memory_estimate,
     flags::{Flags, in_flags},
@@ -67,7 +64,7 @@ fn start() -> Result<ExitCode> {
         return Ok(code);
     }
     let flags = Flags::of_process()?;
-    log_output::start();
+    output::start_log();
     runtime::keep_freed_memory(flags.given().kept_by_thread());
     runtime::run(flags.threads(), async move { run(&flags).await })?;
     Ok(ExitCode::SUCCESS)
@@ -116,10 +113,10 @@ async fn run(flags: &Flags) -> Result<()> {
     }
     listen(&mut node, flags)?;
     #[cfg(feature = "http")]
-    if let Some(Parsed(address)) = flags.http {
+    if let Some(address) = flags.http {
         let (streams, memory) = (flags.stream_limits(), flags.given().estimate());
         let limits = StartLimits { connections: flags.limits(), streams, memory };
-        let monitor = Monitor::start(address, flags.http_host.clone(), limits, &node)?;
+        let monitor = Monitor::start(address.0, flags.http_host.clone(), limits, &node)?;
         components.insert(0, Box::new(monitor)); // polled first
     }
 
@@ -163,7 +160,7 @@ async fn main_loop(
     let mut addresses_are_due = Delay::new(ADDRESSES_AFTER).fuse();
     let mut next_summary = Delay::new(SUMMARY_INTERVAL);
     let mut summary = LogSummary::default();
-    let mut settings = reload::Settings::new(flags);
+    let mut settings = reload::Settings { at_start: flags, now: flags.clone() };
     let mut phase = Phase::default();
     let mut drain_timeout = Either::Left(pending()).fuse();
     loop {
@@ -266,23 +263,26 @@ fn load_swarm_key(file: &std::path::Path) -> Result<swarm_key::PreSharedKey> {
 
 fn listen(node: &mut Node, flags: &Flags) -> Result<()> {
     let (addresses, are_set) = flags.listen_addresses();
-    let (addresses, missing): (Vec<_>, Vec<_>) =
-        addresses.into_iter().partition(|address| are_set || has_version(address));
-    for address in missing {
-        log::warn!("not listening on {address}: this machine has no address of that IP version");
-    }
-    if addresses.is_empty() {
-        bail!("--listen: this machine has neither IPv4 nor IPv6");
-    }
+    let mut is_listening = false;
     for address in addresses {
+        if !are_set && !has_version(&address) {
+            log::warn!(
+                "not listening on {address}: this machine has no address of that IP version"
+            );
+            continue;
+        }
         if !has_address(&address) {
             bail!(
                 "--listen {address}: this machine has no address of that IP version; name another"
             );
         }
         node.listen_on(address.clone()).map_err(|error| anyhow!("--listen {address}: {error}"))?;
+        is_listening = true;
     }
-    Ok(())
+    match is_listening {
+        true => Ok(()),
+        false => bail!("--listen: this machine has neither IPv4 nor IPv6"),
+    }
 }
 
 /// Whether the machine has addresses of this IP version: IPv6 may be switched off.
@@ -310,7 +310,7 @@ fn log_listener(node: &Node, event: NodeEvent) {
         NodeEvent::Listening(address) => {
             let line = format!("listening on {address}/p2p/{}", node.peer_id());
             print(&line);
-            if !log_output::is_merged_with_stdout() {
+            if !output::is_merged_with_stdout() {
                 log::info!("{line}");
             }
         }

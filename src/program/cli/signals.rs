@@ -49,15 +49,9 @@ impl Phase {
     }
 }
 
-/// The name of a signal.
-pub fn name(signal: Signal) -> &'static str {
-    match signal {
-        Signal::Int => "SIGINT",
-        Signal::Term => "SIGTERM",
-        Signal::Hup => "SIGHUP",
-        Signal::Usr1 => "SIGUSR1",
-        _ => "a signal",
-    }
+/// The name of a signal: "SIGTERM".
+pub fn name(signal: Signal) -> String {
+    format!("SIG{signal:?}").to_uppercase()
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ use std::{
 use anyhow::Result;
 use structopt::{StructOpt, clap::AppSettings as Set};
 
-use super::exit::print;
+use super::output::print;
 use crate::program::cli::{
     identity,
     load::{Exit, from_clap_error},

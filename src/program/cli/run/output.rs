@@ -1,4 +1,5 @@
-//! The log on standard error: its format, and whether standard output goes to the same place.
+//! What the program prints: the log and errors on standard error, texts on standard output, and whether both go to the same
+//! place. The exit code.
 //!
 //! Under systemd the journal adds the time. It takes the priority of a line from a prefix, `<3>` to `<7>`:
 //! [sd-daemon(3)](https://www.freedesktop.org/software/systemd/man/latest/sd-daemon.html).
@@ -6,16 +7,19 @@
 use std::{
     env, fmt,
     io::{self, Write},
+    process::ExitCode,
 };
 
 use log::{Level, LevelFilter};
+
+use crate::program::cli::load::Exit;
 
 /// Libraries that log errors or warnings which any peer can cause; not logged unless `RUST_LOG` names the library. soketto
 /// implements WebSocket.
 const MUTED: [&str; 1] = ["soketto"];
 
 /// Starts logging, as `RUST_LOG` configures.
-pub fn start() {
+pub fn start_log() {
     let mut log = env_logger::Builder::new();
     log.filter_level(LevelFilter::Info);
     for library in MUTED {
@@ -28,12 +32,33 @@ pub fn start() {
 }
 
 /// Writes an error that ends the program.
-pub fn write_error(error: &anyhow::Error) {
+fn write_error(error: &anyhow::Error) {
     let line = format_args!("relaylet: {error:#}");
     let _ = match is_journal() {
         true => write_to_journal(&mut io::stderr(), Level::Error, &line),
         false => writeln!(io::stderr(), "{line}"),
     };
+}
+
+/// Prints an error in one line, or the text that the program exits with. Returns the exit code: 0 for a text, 2 for an error
+/// in the settings, otherwise 1.
+pub fn exit_with(error: &anyhow::Error) -> ExitCode {
+    let code = match error.downcast_ref() {
+        Some(Exit::Print(text)) => {
+            print(text);
+            return ExitCode::SUCCESS;
+        }
+        Some(Exit::Usage(_)) => 2,
+        None => 1,
+    };
+    write_error(error);
+    code.into()
+}
+
+/// Prints a line. Ignores errors: standard output may be closed.
+pub fn print(text: &str) {
+    let mut out = io::stdout();
+    let _ = writeln!(out, "{}", text.trim_end()).and_then(|()| out.flush());
 }
 
 fn write_to_journal(
@@ -50,30 +75,19 @@ fn write_to_journal(
     text.to_string().lines().try_for_each(|line| writeln!(out, "<{priority}>{line}"))
 }
 
-/// Where a standard stream goes. All pipes count as one sink: a container runtime reads both streams from pipes, and shows
-/// them together.
+/// Where a standard stream goes: "terminal", "pipe", "socket", or the device and inode of a file. All pipes count as one
+/// sink: a container runtime reads both streams from pipes, and shows them together.
 #[cfg(unix)]
-#[derive(Debug, PartialEq)]
-enum Sink {
-    Terminal,
-    Pipe,
-    Socket,
-    File(String),
-}
+fn sink(stream: &(impl std::os::fd::AsFd + io::IsTerminal)) -> Option<String> {
+    use rustix::fs::{FileType, fstat};
 
-#[cfg(unix)]
-impl Sink {
-    fn of(stream: &(impl std::os::fd::AsFd + io::IsTerminal)) -> Option<Self> {
-        use rustix::fs::{FileType, fstat};
-
-        if stream.is_terminal() {
-            return Some(Self::Terminal);
-        }
-        Some(match FileType::from_raw_mode(fstat(stream).ok()?.st_mode) {
-            FileType::Fifo => Self::Pipe,
-            FileType::Socket => Self::Socket,
-            _ => Self::File(device_and_inode(stream)?),
-        })
+    if stream.is_terminal() {
+        return Some("terminal".into());
+    }
+    match FileType::from_raw_mode(fstat(stream).ok()?.st_mode) {
+        FileType::Fifo => Some("pipe".into()),
+        FileType::Socket => Some("socket".into()),
+        _ => device_and_inode(stream),
     }
 }
 
@@ -98,7 +112,7 @@ fn is_journal() -> bool {
 /// Whether standard output goes to the same place as the log.
 pub fn is_merged_with_stdout() -> bool {
     #[cfg(unix)]
-    return Sink::of(&io::stdout()).is_some_and(|out| Some(out) == Sink::of(&io::stderr()));
+    return sink(&io::stdout()).is_some_and(|out| Some(out) == sink(&io::stderr()));
     #[cfg(not(unix))]
     return io::IsTerminal::is_terminal(&io::stdout())
         && io::IsTerminal::is_terminal(&io::stderr());
@@ -127,13 +141,13 @@ mod tests {
     #[test]
     fn all_pipes_are_the_same_sink_and_each_file_is_its_own() {
         let [first, second] = [(); 2].map(|()| tempfile::tempfile().unwrap());
-        let file = Sink::of(&first);
-        assert!(file.is_some() && file == Sink::of(&first) && file != Sink::of(&second));
+        let file = sink(&first);
+        assert!(file.is_some() && file == sink(&first) && file != sink(&second));
         let pipes = [(); 2].map(|()| io::pipe().unwrap());
         assert_eq!(device_and_inode(&pipes[0].0), device_and_inode(&pipes[0].1));
         assert_ne!(device_and_inode(&pipes[0].0), device_and_inode(&pipes[1].0));
         let stdout =
             std::fs::File::from(std::os::fd::OwnedFd::from(pipes[0].1.try_clone().unwrap()));
-        assert_eq!(Sink::of(&stdout), Some(Sink::Pipe));
+        assert_eq!(sink(&stdout).as_deref(), Some("pipe"));
     }
 }
