@@ -15,16 +15,17 @@ use std::{io, net::IpAddr};
 
 use libp2p::{core::muxing::StreamMuxerExt, identity::Keypair};
 
-use self::{diagnosis::Stage, link::Link, steps::Failed, steps::Steps};
+use self::{diagnosis::Stage, link::Link, steps::Steps};
 pub use self::{steps::Step, target::Target};
 use crate::wire::HOP_PROTOCOL;
 
-/// Checks a relay, and reports each step that succeeds. With `is_quick` it stops after identify, and takes no slot.
+/// Checks a relay, and reports each step, the last one if it fails. With `is_quick` it stops after identify, and takes no
+/// slot.
 ///
 /// # Errors
 ///
-/// The step that failed.
-pub async fn check(mut target: Target, is_quick: bool, report: fn(&Step)) -> Result<(), Failed> {
+/// The error of the step that failed, which is reported already.
+pub async fn check(mut target: Target, is_quick: bool, report: fn(&Step<'_>)) -> io::Result<()> {
     let (steps, quiet) = (Steps(report), Steps(|_| {}));
     let (keypair, other) = (Keypair::generate_ed25519(), Keypair::generate_ed25519());
 
@@ -47,11 +48,8 @@ pub async fn check(mut target: Target, is_quick: bool, report: fn(&Step)) -> Res
     let reserve = async |stream| requests::reserve(stream, [relay, own]).await;
     steps.run(Stage::Reserve, link.exchange(HOP_PROTOCOL, reserve)).await?;
     let second = async {
-        let detail = format!("connected as {}", other.public().to_peer_id());
-        match Link::open(&target, &other, &quiet).await.map_err(|it| it.result) {
-            Ok(second) => Ok((second, detail)),
-            Err(result) => Err(result.err().unwrap_or(io::ErrorKind::Other.into())),
-        }
+        let second = Link::open(&target, &other, &quiet).await?;
+        Ok((second, format!("connected as {}", other.public().to_peer_id())))
     };
     let mut second = steps.run(Stage::Second, second).await?;
     let connect = async |stream| requests::connect(stream, own).await;

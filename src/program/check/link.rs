@@ -12,10 +12,7 @@ use libp2p::futures::stream::{FuturesUnordered, StreamExt};
 use libp2p::{PeerId, identity::Keypair};
 use multistream_select::dialer_select_proto;
 
-use super::{
-    diagnosis::Stage, requests, requests::Stream, steps, steps::Failed, steps::Steps,
-    target::Target,
-};
+use super::{diagnosis::Stage, requests, requests::Stream, steps, steps::Steps, target::Target};
 use crate::program::mux::{muxer::Multiplex, stream_limits::Budget, stream_limits::StreamLimits};
 use crate::program::net::{self, security::Security, websocket::WebSocketStream};
 
@@ -35,8 +32,8 @@ pub struct Link {
 }
 
 impl Link {
-    /// Connects to the first address that accepts, as the owner of `keypair`. Fails with the step that failed.
-    pub async fn open(target: &Target, keypair: &Keypair, steps: &Steps) -> Result<Self, Failed> {
+    /// Connects to the first address that accepts, as the owner of `keypair`.
+    pub async fn open(target: &Target, keypair: &Keypair, steps: &Steps) -> io::Result<Self> {
         // 1. TCP.
         let mut stream = SubstreamBox::new(steps.run(Stage::Tcp, dial(target)).await?);
 

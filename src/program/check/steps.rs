@@ -14,24 +14,21 @@ const MAX_SHOWN: usize = 1000;
 
 /// A step that ended.
 #[derive(Debug)]
-pub struct Step {
+pub struct Step<'a> {
     /// Which one.
     pub stage: Stage,
     /// How long it took.
     pub took: Duration,
     /// What was found out.
-    pub result: io::Result<String>,
+    pub result: Result<&'a str, &'a io::Error>,
 }
 
-/// A step that failed.
-pub type Failed = Box<Step>;
-
-impl fmt::Display for Step {
+impl fmt::Display for Step<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let name = format!("{:?}", self.stage).to_lowercase();
         let millis = self.took.as_secs_f64() * 1000.0;
-        let text = match &self.result {
-            Ok(detail) => detail.clone(),
+        let text = match self.result {
+            Ok(detail) => detail.to_owned(),
             Err(error) => format!("FAILED: {error}; {}", remedy(self.stage, error)),
         };
         let shown = |c: char| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c };
@@ -45,8 +42,8 @@ pub fn list<T: ToString>(items: impl IntoIterator<Item = T>) -> String {
     items.into_iter().map(|item| item.to_string()).collect::<Vec<_>>().join(" ")
 }
 
-/// Runs steps, and reports each that succeeds.
-pub struct Steps(pub fn(&Step));
+/// Runs steps, and reports each.
+pub struct Steps(pub fn(&Step<'_>));
 
 impl Steps {
     /// Runs one step within [`TIME_LIMIT`]: it returns its result, and what to report.
@@ -54,16 +51,12 @@ impl Steps {
         &self,
         stage: Stage,
         work: impl Future<Output = io::Result<(T, String)>>,
-    ) -> Result<T, Failed> {
+    ) -> io::Result<T> {
         let start = Instant::now();
-        let result = timeout(TIME_LIMIT, work).await;
-        let took = start.elapsed();
-        let (value, result) = match result {
-            Ok((value, detail)) => (value, Ok(detail)),
-            Err(error) => return Err(Step { stage, took, result: Err(error) }.into()),
-        };
-        (self.0)(&Step { stage, took, result });
-        Ok(value)
+        let ended = timeout(TIME_LIMIT, work).await;
+        let result = ended.as_ref().map(|(_, detail)| detail.as_str());
+        (self.0)(&Step { stage, took: start.elapsed(), result });
+        ended.map(|(value, _)| value)
     }
 }
 
@@ -75,9 +68,10 @@ mod tests {
     fn a_step_is_one_line_whatever_the_relay_says() {
         let took = Duration::from_micros(1250);
         let line = |result| Step { stage: Stage::Reserve, took, result }.to_string();
-        assert_eq!(line(Ok("a\x1b[2J\nb".into())), "reserve        1.2 ms  a\u{fffd}[2J\u{fffd}b");
-        assert!(line(Ok("a".repeat(100_000))).len() < 1100);
-        let failed = line(Err(io::Error::other("the relay answers with status 200")));
+        assert_eq!(line(Ok("a\x1b[2J\nb")), "reserve        1.2 ms  a\u{fffd}[2J\u{fffd}b");
+        let long = "a".repeat(100_000);
+        assert!(line(Ok(&long)).len() < 1100);
+        let failed = line(Err(&io::Error::other("the relay answers with status 200")));
         assert!(
             failed.contains("  FAILED: the relay answers with status 200; no slot is free"),
             "{failed}"

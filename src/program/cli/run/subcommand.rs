@@ -104,19 +104,8 @@ fn check(arguments: &[OsString]) -> Result<ExitCode> {
     };
     let file = swarm_key.filter(is_set);
     target.swarm_key = file.map(|file| swarm_key::load(&file)).transpose()?;
-    let checked = check::check(target, quick, report);
-    Ok(match runtime::run(1, checked) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(failed) => {
-            report(&failed);
-            ExitCode::FAILURE
-        }
-    })
-}
-
-#[cfg(feature = "check")]
-fn report(step: &check::Step) {
-    print(&step.to_string());
+    let checked = runtime::run(1, check::check(target, quick, |step| print(&step.to_string())));
+    Ok(if checked.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// An empty variable counts as not set.
