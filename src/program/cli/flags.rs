@@ -14,7 +14,7 @@ use toml::{Table, Value};
 
 use super::{
     derived::limit::Limit,
-    runtime,
+    runtime::MAX_THREADS,
     values::{Parsed, unwrap_all},
 };
 use crate::{
@@ -555,19 +555,21 @@ impl Flags {
 
     /// Two of the addresses to listen on that need the same port.
     fn port_conflict(&self) -> Option<(Multiaddr, Multiaddr)> {
-        let sockets = unwrap_all(&self.listen)
-            .filter_map(|own| Some((multiaddr::listen_address(&own)?.0, own)));
-        let sockets: Vec<_> = sockets.filter(|(socket, _)| socket.port() != 0).collect();
         let overlap = |one: SocketAddr, other: SocketAddr| {
             let is_same =
                 one.ip() == other.ip() || one.ip().is_unspecified() || other.ip().is_unspecified();
             one.port() == other.port() && one.is_ipv4() == other.is_ipv4() && is_same
         };
-        sockets.iter().enumerate().find_map(|(at, (socket, own))| {
-            let (_, before) =
-                sockets.iter().take(at).find(|(before, _)| overlap(*before, *socket))?;
-            Some((own.clone(), before.clone()))
-        })
+        let mut sockets: Vec<(SocketAddr, Multiaddr)> = Vec::new();
+        for own in unwrap_all(&self.listen) {
+            let socket = multiaddr::listen_address(&own).map(|(socket, _)| socket);
+            let Some(socket) = socket.filter(|socket| socket.port() != 0) else { continue };
+            if let Some((_, before)) = sockets.iter().find(|(before, _)| overlap(*before, socket)) {
+                return Some((own, before.clone()));
+            }
+            sockets.push((socket, own));
+        }
+        None
     }
 
     /// The layers of the addresses that were set to listen on; those of the default are all TCP.
@@ -589,7 +591,7 @@ impl Flags {
         self.stream_limits().check(circuits).map_err(in_flags)?;
         #[cfg(feature = "dht")]
         self.dht_config()?;
-        let (cert, key) = self.certificate_files();
+        let (threads, (cert, key)) = (self.threads(), self.certificate_files());
         let unsupported = |own| Some((multiaddr::unsupported(&own, cert.is_some())?, own));
         Err(if *self.drain.0 > LONGEST {
             "--drain: longer than a year; try 8s".into()
@@ -597,12 +599,8 @@ impl Flags {
             "--max-connections 0: admits no connection; try 1 or more".into()
         } else if self.limits().max_handshakes == 0 {
             "--max-handshakes 0: admits no connection; try 1 or more".into()
-        } else if !(1..=runtime::MAX_THREADS).contains(&self.threads()) {
-            format!(
-                "--threads {}: try 1 to {}, or leave it out",
-                self.threads(),
-                runtime::MAX_THREADS
-            )
+        } else if !(1..=MAX_THREADS).contains(&threads) {
+            format!("--threads {threads}: try 1 to {MAX_THREADS}, or leave it out")
         } else if self.dht && self.idle_timeout.0.is_zero() {
             // The connections that a DHT lookup dials would never be closed.
             "--idle-timeout 0s: would never close the connections of the DHT; try 1m, or leave out --dht"

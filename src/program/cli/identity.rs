@@ -53,7 +53,7 @@ pub struct Identity {
 /// When the variable holds no key, and as `load_or_create_file`.
 pub fn load_or_create(file: &Path) -> Result<Identity> {
     let Some(key) = env::var_os(VARIABLE).filter(|key| !key.is_empty()) else {
-        return load_or_create_file(file);
+        return load_or_create_file(file, Keypair::generate_ed25519);
     };
     let key = Zeroizing::new(key.into_encoded_bytes());
     let keypair = decode(&key).map_err(|_| {
@@ -75,26 +75,22 @@ pub fn import(from: &Path, file: &Path) -> Result<Identity> {
     let bytes =
         read.with_context(|| format!("--import {shown}: cannot be read; make it readable"))?;
     let keypair = decode(&bytes).map_err(|problem| anyhow!("--import {shown}: {problem}"))?;
-    if fs::exists(file).unwrap_or_default() {
-        let found = load(file)?;
-        if found.keypair.public() != keypair.public() {
-            bail!(
-                "--identity {}: holds another key; name a file that does not exist",
-                file.display()
-            );
-        }
-        return Ok(found);
+    let public = keypair.public();
+    let identity = load_or_create_file(file, || keypair)?;
+    if identity.keypair.public() != public {
+        let shown = file.display();
+        bail!("--identity {shown}: holds another key; name a file that does not exist");
     }
-    create(keypair, file, persist, sync_folder)
+    Ok(identity)
 }
 
-/// Reads the key in `file`, or creates it if there is no such file. Of several programs that do so at once, one creates
+/// Reads the key in `file`, or writes a `new` one if there is no such file. Of several programs that do so at once, one creates
 /// the file and the others read it.
 ///
 /// # Errors
 ///
 /// When the file holds no key, or cannot be read or written. An existing file is never overwritten.
-fn load_or_create_file(file: &Path) -> Result<Identity> {
+fn load_or_create_file(file: &Path, new: impl FnOnce() -> Keypair) -> Result<Identity> {
     let shown = file.display();
     match fs::metadata(file) {
         Ok(metadata) if metadata.is_file() => load(file),
@@ -103,7 +99,7 @@ fn load_or_create_file(file: &Path) -> Result<Identity> {
             "--identity {shown}: not a regular file; name one, or a path where there is no file yet"
         ),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let created = create(Keypair::generate_ed25519(), file, persist, sync_folder);
+            let created = create(new(), file, persist, sync_folder);
             let exists = |error: &io::Error| error.kind() == io::ErrorKind::AlreadyExists;
             match created {
                 Err(error) if error.downcast_ref().is_some_and(exists) => load_when_written(file),
@@ -162,13 +158,12 @@ fn create(
         temporary.as_file().sync_all()?;
         persist(temporary, file)?;
         // Some file systems cannot sync a folder. The key can be used all the same.
-        let unsynced = sync(folder).err().map(|error| {
+        Ok(sync(folder).err().map(|error| {
             format!(
                 "--identity {shown}: syncing its folder failed, the key may be lost in a power failure: \
                  {error}; keep a copy"
             )
-        });
-        Ok(unsynced)
+        }))
     };
     let warning = write().map_err(|error| match error.kind() {
         io::ErrorKind::AlreadyExists => error.into(),
@@ -176,11 +171,8 @@ fn create(
             "--identity {shown}: cannot be written; name a file in a writable folder"
         )),
     })?;
-    Ok(Identity {
-        keypair,
-        created: Some(fs::canonicalize(file).unwrap_or_else(|_| file.to_owned())),
-        warning,
-    })
+    let created = Some(fs::canonicalize(file).unwrap_or_else(|_| file.to_owned()));
+    Ok(Identity { keypair, created, warning })
 }
 
 /// Renames the temporary file to `file` unless that exists.
@@ -240,6 +232,10 @@ pub(super) fn permission_warning(_: &str, _: &Path) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn load_or_create_file(file: &Path) -> Result<Identity> {
+        super::load_or_create_file(file, Keypair::generate_ed25519)
+    }
 
     #[test]
     fn a_created_key_is_loaded_on_the_next_start() {

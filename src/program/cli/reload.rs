@@ -45,10 +45,10 @@ impl Settings<'_> {
         let per_peer = |flags: &Flags| flags.derived().get(Limit::CircuitsPerPeer);
         let limit = per_peer(self.at_start);
         let is_lowered = per_peer(&flags) < limit;
-        let mut restart = self.at_start.differing(&flags)?;
         let is_at_start = |name: &str| AT_START.split(' ').any(|at_start| at_start == name);
-        restart.retain(|name| is_at_start(name));
-        restart.retain(|name| !(is_lowered && name == "max-circuits-per-peer"));
+        let mut restart = self.at_start.differing(&flags)?;
+        restart
+            .retain(|name| is_at_start(name) && !(is_lowered && name == "max-circuits-per-peer"));
         // The limits on streams follow from max-circuits-per-peer at the start.
         if per_peer(&flags) > limit {
             flags.max_circuits_per_peer = Some(Parsed(limit));

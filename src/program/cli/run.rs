@@ -36,7 +36,7 @@ use crate::program::http::{monitor::Monitor, stats::StartLimits};
 use crate::program::net::swarm_key;
 use crate::{
     address,
-    config::{Config, ConfigError},
+    config::Config,
     program::{
         component::{Component, poll_due},
         net::{admission::open_files, interfaces, multiaddr},
@@ -78,8 +78,18 @@ async fn run(flags: &Flags) -> Result<()> {
     let mut signals = stream::select_all([signals]);
     let identity = identity::load_or_create(&flags.identity)?;
     let config = flags.config();
-    let mut node = Node::with_setup(identity.keypair, config.clone(), setup(flags)?)
-        .map_err(|error| as_usage_error(flags, error))?;
+    let setup = Setup {
+        limits: flags.limits(),
+        streams: flags.stream_limits(),
+        one_thread: flags.threads() == 1,
+        #[cfg(feature = "pnet")]
+        swarm_key: flags.swarm_key.as_deref().map(load_swarm_key).transpose()?,
+    };
+    let node = Node::with_setup(identity.keypair, config.clone(), setup);
+    let mut node = node.map_err(|error| match error.downcast() {
+        Ok(error) => Exit::Usage(flags.locate(in_flags(error))).into(),
+        Err(error) => error,
+    })?;
     node.set_proxies(flags.proxies());
     #[cfg(feature = "websocket")]
     node.set_forwarders(flags.forwarders());
@@ -242,16 +252,6 @@ async fn main_loop(
     }
 }
 
-fn setup(flags: &Flags) -> Result<Setup> {
-    Ok(Setup {
-        limits: flags.limits(),
-        streams: flags.stream_limits(),
-        one_thread: flags.threads() == 1,
-        #[cfg(feature = "pnet")]
-        swarm_key: flags.swarm_key.as_deref().map(load_swarm_key).transpose()?,
-    })
-}
-
 #[cfg(feature = "pnet")]
 fn load_swarm_key(file: &std::path::Path) -> Result<swarm_key::PreSharedKey> {
     let key = swarm_key::load(file)?;
@@ -295,14 +295,6 @@ fn has_version(address: &Multiaddr) -> bool {
 fn has_address(address: &Multiaddr) -> bool {
     multiaddr::listen_address(address)
         .is_none_or(|(socket, _)| interfaces::has_version_of(socket.ip()))
-}
-
-/// An error in the configuration as a usage error; any other error unchanged.
-fn as_usage_error(flags: &Flags, error: anyhow::Error) -> anyhow::Error {
-    match error.downcast::<ConfigError>() {
-        Ok(error) => Exit::Usage(flags.locate(in_flags(error))).into(),
-        Err(error) => error,
-    }
 }
 
 fn log_listener(node: &Node, event: NodeEvent) {

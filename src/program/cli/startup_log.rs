@@ -61,13 +61,11 @@ pub fn memory(estimate: u64) -> String {
 /// Which DHT the relay joins.
 #[cfg(feature = "dht")]
 pub fn dht(dht: &dht::Config) -> String {
-    match dht.bootstrap.len() {
-        0 => format!(
-            "joining the DHT {}: no --bootstrap is named, so other nodes have to dial this relay",
-            dht.protocol
-        ),
-        nodes => format!("joining the DHT {}: {nodes} --bootstrap addresses", dht.protocol),
-    }
+    let nodes = match dht.bootstrap.len() {
+        0 => "no --bootstrap is named, so other nodes have to dial this relay".into(),
+        nodes => format!("{nodes} --bootstrap addresses"),
+    };
+    format!("joining the DHT {}: {nodes}", dht.protocol)
 }
 
 /// The address that clients dial: the first announced one, or else the best of those found. A second line has the address
@@ -98,7 +96,14 @@ pub fn client_addresses(
         tcp.or(websocket).and_then(|(address, range)| line(&format!("clients{range}"), address));
     let browsers = match (websocket, over(Layer::SecureWebSocket)) {
         (Some((address, range)), _) if tcp.is_some() => line(&format!("browsers{range}"), address),
-        (None, Some((address, _))) => announce_name(address),
+        // At the certificate's name, which only the operator knows.
+        (None, Some((address, _))) => multiaddr::listen_address(address).map(|(socket, _)| {
+            format!(
+                "browsers reach it at the name in its certificate; announce that: --announce \
+                 /dns4/…/tcp/{}/tls/ws",
+                socket.port()
+            )
+        }),
         _ => None,
     };
     clients.into_iter().chain(browsers).collect()
@@ -125,16 +130,6 @@ fn best<'a>(
     })
 }
 
-/// The line for browsers if the relay is reached over TLS: at the certificate's name, which only the operator knows.
-fn announce_name(address: &Multiaddr) -> Option<String> {
-    let (socket, _) = multiaddr::listen_address(address)?;
-    let port = socket.port();
-    Some(format!(
-        "browsers reach it at the name in its certificate; announce that: --announce \
-         /dns4/…/tcp/{port}/tls/ws"
-    ))
-}
-
 /// A warning if no address is announced and clients on the internet can dial none of those found.
 pub fn unreachable(announced: &[Multiaddr], found: &[Multiaddr]) -> Option<String> {
     let reachable = !announced.is_empty() || found.iter().any(address::is_global);
@@ -151,17 +146,14 @@ const MAX_NAMED: usize = 5;
 /// A warning if clients on the internet cannot use some of the announced addresses, or these do not fit into an answer.
 pub fn unusable_announced(announced: &[Multiaddr], relay: PeerId) -> Option<String> {
     let sent = address::for_reservation(Known { announced, ..Known::default() }, relay);
-    let is_sent = |address: &Multiaddr| {
-        let with_relay = address.clone().with_p2p(relay);
-        with_relay.is_ok_and(|address| sent.contains(&address))
-    };
-    let problem = |address: &Multiaddr| {
-        let does_not_fit =
-            (!is_sent(address)).then_some("does not fit into an answer with those before it");
-        let problem = multiaddr::unusable(address).or(does_not_fit)?;
-        Some(format!("{address} ({problem})"))
-    };
-    let mut problems: Vec<_> = announced.iter().filter_map(problem).collect();
+    let mut problems = Vec::new();
+    for address in announced {
+        let is_sent = address.clone().with_p2p(relay).is_ok_and(|own| sent.contains(&own));
+        let unsent = (!is_sent).then_some("does not fit into an answer with those before it");
+        if let Some(problem) = multiaddr::unusable(address).or(unsent) {
+            problems.push(format!("{address} ({problem})"));
+        }
+    }
     let others = problems.len().saturating_sub(MAX_NAMED);
     if others > 0 {
         problems.truncate(MAX_NAMED);
@@ -185,25 +177,23 @@ pub fn too_many_addresses(announced: &[Multiaddr], found: &[Multiaddr]) -> Optio
 
 /// A warning for each valid setting that is probably a mistake, with the remedy.
 pub fn questionable_settings(flags: &Flags) -> Vec<String> {
-    let [proxies, forwarders] = [
-        ("--proxy-protocol-from", flags.proxies()),
-        ("--trust-forwarded-from", flags.forwarders()),
-    ]
-    .map(|(flag, subnets)| {
-        let trusts_all = subnets.into_iter().find(|subnet| subnet.prefix_len() == 0)?;
-        Some(format!(
-            "{flag} {trusts_all}: any client can claim any address; name only the subnets of your proxies"
-        ))
-    });
-    let ttl = flags.config().reservation_ttl;
-    let short = (ttl < SHORT_TTL).then(|| {
-        format!(
-            "--reservation-ttl {}: go-libp2p checks once a minute whether to renew, and would lose its slot in \
-             between; try 3m or more",
-            humantime::format_duration(ttl)
-        )
-    });
-    proxies.into_iter().chain(forwarders).chain(short).collect()
+    let mut warnings = Vec::new();
+    let proxies = ("--proxy-protocol-from", flags.proxies());
+    for (flag, subnets) in [proxies, ("--trust-forwarded-from", flags.forwarders())] {
+        if let Some(all) = subnets.iter().find(|subnet| subnet.prefix_len() == 0) {
+            warnings.push(format!(
+                "{flag} {all}: any client can claim any address; name only the subnets of your proxies"
+            ));
+        }
+    }
+    let ttl = flags.reservation_ttl.0;
+    if *ttl < SHORT_TTL {
+        warnings.push(format!(
+            "--reservation-ttl {ttl}: go-libp2p checks once a minute whether to renew, and would lose its slot in \
+             between; try 3m or more"
+        ));
+    }
+    warnings
 }
 
 /// A warning if the memory estimate exceeds what is available; both are in bytes.

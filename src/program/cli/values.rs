@@ -20,7 +20,7 @@ pub const MAX_SHOWN: usize = 80;
 pub struct Parsed<T>(pub T);
 
 /// A type of settings.
-pub trait Readable: Clone + FromStr {
+pub trait Readable: Clone + FromStr + ToString {
     /// The name of the type, for errors: "not a …".
     const NAME: &'static str;
 
@@ -28,7 +28,9 @@ pub trait Readable: Clone + FromStr {
     const EXAMPLES: &'static str;
 
     /// The text that is parsed as the same value.
-    fn text(&self) -> String;
+    fn text(&self) -> String {
+        self.to_string()
+    }
 
     /// Parses a text.
     fn read(text: &str) -> Option<Self> {
@@ -42,34 +44,35 @@ pub trait Readable: Clone + FromStr {
 }
 
 macro_rules! readable {
-    ($($Type:ty: $name:literal, $examples:literal, $text:expr;)*) => {
+    ($($Type:ty: $name:literal, $examples:literal;)*) => {
         $(impl Readable for $Type {
             const NAME: &'static str = $name;
             const EXAMPLES: &'static str = $examples;
-
-            fn text(&self) -> String {
-                $text(self)
-            }
         })*
     };
 }
 
 readable! {
-    ByteSize: "size", "500kB, 128KiB or 1GiB", |size: &ByteSize| size.as_u64().to_string();
-    humantime::Duration: "duration", "30s, 5m or 1h 30m", ToString::to_string;
-    ipnet::IpNet: "subnet", "192.0.2.0/24 or 2001:db8::/32", ToString::to_string;
-    libp2p::PeerId: "peer id", "one that begins with 12D3KooW or Qm", ToString::to_string;
-    u32: "whole number in range", "0 or more", ToString::to_string;
-    usize: "whole number in range", "0 or more", ToString::to_string;
+    humantime::Duration: "duration", "30s, 5m or 1h 30m";
+    ipnet::IpNet: "subnet", "192.0.2.0/24 or 2001:db8::/32";
+    libp2p::PeerId: "peer id", "one that begins with 12D3KooW or Qm";
+    u32: "whole number in range", "0 or more";
+    usize: "whole number in range", "0 or more";
+}
+
+impl Readable for ByteSize {
+    const NAME: &'static str = "size";
+    const EXAMPLES: &'static str = "500kB, 128KiB or 1GiB";
+
+    /// Not rounded, as its `Display` is.
+    fn text(&self) -> String {
+        self.as_u64().to_string()
+    }
 }
 
 impl Readable for libp2p::Multiaddr {
     const NAME: &'static str = "multiaddr";
     const EXAMPLES: &'static str = "/ip4/192.0.2.1/tcp/4001";
-
-    fn text(&self) -> String {
-        self.to_string()
-    }
 
     fn suggest(text: &str) -> Option<String> {
         multiaddr::suggest(text)
@@ -79,10 +82,6 @@ impl Readable for libp2p::Multiaddr {
 impl Readable for SocketAddr {
     const NAME: &'static str = "host and port";
     const EXAMPLES: &'static str = "127.0.0.1:9180";
-
-    fn text(&self) -> String {
-        self.to_string()
-    }
 
     /// `localhost:9180` is on this machine only, `:9180` on all of its IPv4 addresses.
     fn read(text: &str) -> Option<Self> {
