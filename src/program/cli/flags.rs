@@ -26,9 +26,6 @@ use crate::{
 /// The default of `--listen`.
 const DEFAULT_LISTEN: [&str; 2] = ["/ip4/0.0.0.0/tcp/4001", "/ip6/::/tcp/4001"];
 
-/// Whether the program was built without the DHT; `--help` hides its settings then.
-const NO_DHT: bool = !cfg!(feature = "dht");
-
 const USAGE: &str = "\
 relaylet [FLAGS]
     relaylet check <MULTIADDR> [--quick] [--swarm-key <FILE>]    whether clients can use a relay
@@ -38,7 +35,7 @@ relaylet [FLAGS]
 const FEATURES: [(&str, bool, &[&str]); 7] = [
     ("autonat", cfg!(feature = "autonat"), &["autonat"]),
     ("check", cfg!(feature = "check"), &[]),
-    ("dht", !NO_DHT, &["bootstrap", "dht", "dht-protocol"]),
+    ("dht", cfg!(feature = "dht"), &["bootstrap", "dht", "dht-protocol"]),
     ("http", cfg!(feature = "http"), &["http", "http-host"]),
     ("pnet", cfg!(feature = "pnet"), &["swarm-key"]),
     ("tls", cfg!(feature = "tls"), &[]),
@@ -136,17 +133,17 @@ pub struct Flags {
     pub identity: PathBuf,
 
     /// Joins a DHT as a server, so that clients find the relay in it
-    #[structopt(long, hidden = NO_DHT)]
+    #[structopt(long, hidden = needs("dht").is_some())]
     pub dht: bool,
 
     /// Bootstrap node of the DHT, with its peer id at the end; may be given several times
     ///
     /// Without any, the relay is in the DHT once other nodes dial it.
-    #[structopt(long, value_name = "MULTIADDR", use_delimiter = true, hidden = NO_DHT)]
+    #[structopt(long, value_name = "MULTIADDR", use_delimiter = true, hidden = needs("dht").is_some())]
     pub bootstrap: Vec<Parsed<Multiaddr>>,
 
     /// Protocol of the DHT
-    #[structopt(long, value_name = "PROTOCOL", default_value = "/ipfs/kad/1.0.0", hidden = NO_DHT)]
+    #[structopt(long, value_name = "PROTOCOL", default_value = "/ipfs/kad/1.0.0", hidden = needs("dht").is_some())]
     pub dht_protocol: String,
 
     /// How many peers may hold a slot at a time

@@ -140,7 +140,7 @@ async fn run(flags: &Flags) -> Result<()> {
         components.push(Box::new(status));
     }
 
-    main_loop(flags, &config.announce, &mut node, &mut components, &mut signals).await
+    main_loop(flags, &mut node, &mut components, &mut signals).await
 }
 
 /// Logs the limits, the memory estimate, and warnings about the settings.
@@ -162,7 +162,6 @@ fn log_limits(flags: &Flags, config: &Config) {
 /// Runs the node until a signal, or the end of a drain, ends the program.
 async fn main_loop(
     flags: &Flags,
-    announce: &[Multiaddr],
     node: &mut Node,
     components: &mut [Box<dyn Component>],
     signals: &mut stream::SelectAll<Signals>,
@@ -232,7 +231,7 @@ async fn main_loop(
                     component.on_due(node);
                 }
             }
-            () = addresses_are_due => log_addresses(node, announce),
+            () = addresses_are_due => log_addresses(node),
             () = (&mut next_summary).fuse() => {
                 next_summary.reset(SUMMARY_INTERVAL);
                 for line in summary.lines(node.buffered(), node.busiest()) {
@@ -312,7 +311,8 @@ fn log_listener(node: &Node, event: NodeEvent) {
 }
 
 /// Logs the addresses to paste into clients, and warnings about them.
-fn log_addresses(node: &Node, announce: &[Multiaddr]) {
+fn log_addresses(node: &Node) {
+    let announce = &node.relay().config().announce;
     let is_known = |address: &&Multiaddr| !address::is_unspecified(address);
     let found: Vec<_> = node.listeners().filter(is_known).cloned().collect();
     let outbound = interfaces::outbound_ip();
@@ -324,8 +324,8 @@ fn log_addresses(node: &Node, announce: &[Multiaddr]) {
         log::info!("clients also reach it at {address}");
     }
     let unreachable = startup_log::unreachable(announce, &found);
-    for warning in unreachable.into_iter().chain(startup_log::too_many_addresses(announce, &found))
-    {
+    let too_many = startup_log::too_many_addresses(announce, &found);
+    for warning in unreachable.into_iter().chain(too_many) {
         log::warn!("{warning}");
     }
 }

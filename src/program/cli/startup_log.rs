@@ -87,7 +87,9 @@ pub fn client_addresses(
         return line("clients", address).into_iter().collect();
     }
     let over = |layer| {
-        let of_layer = move |address: &&Multiaddr| layer_of(address) == Some(layer);
+        let of_layer = move |address: &&Multiaddr| {
+            multiaddr::listen_address(address).is_some_and(|(_, own)| own == layer)
+        };
         best(found.iter().filter(of_layer), outbound)
     };
     let websocket = over(Layer::WebSocket);
@@ -107,10 +109,6 @@ pub fn client_addresses(
         _ => None,
     };
     clients.into_iter().chain(browsers).collect()
-}
-
-fn layer_of(address: &Multiaddr) -> Option<Layer> {
-    multiaddr::listen_address(address).map(|(_, layer)| layer)
 }
 
 /// The best of these addresses, and where clients that can dial it are.

@@ -31,28 +31,19 @@ pub fn start_log() {
     log.parse_default_env().init();
 }
 
-/// Writes an error that ends the program.
-fn write_error(error: &anyhow::Error) {
+/// Prints an error in one line, or the text that the program exits with. Returns the exit code: 0 for a text, 2 for an error
+/// in the settings, otherwise 1.
+pub fn exit_with(error: &anyhow::Error) -> ExitCode {
+    if let Some(Exit::Print(text)) = error.downcast_ref() {
+        print(text);
+        return ExitCode::SUCCESS;
+    }
     let line = format_args!("relaylet: {error:#}");
     let _ = match is_journal() {
         true => write_to_journal(&mut io::stderr(), Level::Error, &line),
         false => writeln!(io::stderr(), "{line}"),
     };
-}
-
-/// Prints an error in one line, or the text that the program exits with. Returns the exit code: 0 for a text, 2 for an error
-/// in the settings, otherwise 1.
-pub fn exit_with(error: &anyhow::Error) -> ExitCode {
-    let code = match error.downcast_ref() {
-        Some(Exit::Print(text)) => {
-            print(text);
-            return ExitCode::SUCCESS;
-        }
-        Some(Exit::Usage(_)) => 2,
-        None => 1,
-    };
-    write_error(error);
-    code.into()
+    ExitCode::from(if error.is::<Exit>() { 2 } else { 1 })
 }
 
 /// Prints a line. Ignores errors: standard output may be closed.
