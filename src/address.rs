@@ -75,11 +75,10 @@ impl From<IpAddr> for ClientPrefix {
 /// The IPv4 address of a client that came over IPv6: IPv4-mapped, NAT64 (64:ff9b::/96, RFC 6052), or 6to4
 /// (2002::/16, RFC 3056).
 fn ipv4_within(ip: Ipv6Addr) -> Option<Ipv4Addr> {
-    let [first, second, third, fourth, .., seventh, eighth] = ip.segments();
     let ipv4 = |high, low| Ipv4Addr::from_bits(u32::from(high) << 16 | u32::from(low));
-    match (first, second) {
-        (0x2002, high) => Some(ipv4(high, third)),
-        (0x64, 0xff9b) if (third, fourth) == (0, 0) => Some(ipv4(seventh, eighth)),
+    match ip.segments() {
+        [0x2002, high, low, ..] => Some(ipv4(high, low)),
+        [0x64, 0xff9b, 0, 0, 0, 0, high, low] => Some(ipv4(high, low)),
         _ => ip.to_ipv4_mapped(),
     }
 }
@@ -194,6 +193,8 @@ mod tests {
         for around in ["::ffff:1.2.3.4", "64:ff9b::1.2.3.4", "2002:102:304:5::6"] {
             assert_eq!(prefix(&format!("/ip6/{around}/tcp/1")), Some("1.2.3.4".into()));
         }
+        let other = "/ip6/64:ff9b::1:0:1.2.3.4/tcp/1"; // outside 64:ff9b::/96
+        assert_eq!(prefix(other), Some("64:ff9b::/64".into()));
         let one = prefix("/ip6/2001:db8:1:2:3::1/tcp/1");
         assert_eq!(one, Some("2001:db8:1:2::/64".into()));
         assert_eq!(one, prefix("/ip6/2001:db8:1:2:ffff::9/tcp/7"));
