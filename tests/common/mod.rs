@@ -8,6 +8,7 @@ pub mod bystanders;
 pub mod child_process;
 pub mod client_process;
 pub mod http;
+pub mod log_recorder;
 pub mod messages;
 pub mod network;
 pub mod pages;

@@ -5,7 +5,7 @@ use std::{
     collections::{HashMap, HashSet},
     future::pending,
     pin::pin,
-    sync::{Arc, Mutex, Once},
+    sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
@@ -14,6 +14,7 @@ use crate::common::{
     by_hand::send,
     circuit,
     client_process::Process,
+    log_recorder,
     messages::{self, HopMessage, connect, reserve},
     read_bytes, read_to_end,
     swarms::{self, ECHO, drive},
@@ -396,7 +397,7 @@ impl Access for NeverAnswers {
 
 #[tokio::test]
 async fn requests_without_an_answer_are_denied_at_the_deadline() {
-    record_the_log();
+    log_recorder::record();
     let mut embedded = Embedded::start(Config::default()).await;
     let (sender, mut questions) = mpsc::unbounded_channel();
     embedded.with(|relay| relay.set_access(NeverAnswers(sender))).await;
@@ -424,7 +425,7 @@ async fn requests_without_an_answer_are_denied_at_the_deadline() {
         })
         .await;
     let expected = "access denied: no answer within the time limit";
-    assert_eq!(LOG.lock().unwrap().iter().filter(|line| *line == expected).count(), 2);
+    assert_eq!(log_recorder::count(|_, line| line == expected), 2);
 }
 
 #[tokio::test]
@@ -514,7 +515,7 @@ fn short_timeouts() -> Config {
 /// The embedder counts no bytes of connections: only the relay's own streams count as activity.
 #[tokio::test]
 async fn a_peer_that_refuses_ping_does_not_time_out() {
-    record_the_log();
+    log_recorder::record();
     let mut embedded = Embedded::start(short_timeouts()).await;
     let mut refuses = Client::connect_without_ping(&embedded.address).await;
     refuses.reserve().await;
@@ -682,37 +683,10 @@ async fn requests_over_a_relayed_connection_are_denied() {
     }
 }
 
-/// The log lines of all relays in this process.
-static LOG: Mutex<Vec<String>> = Mutex::new(Vec::new());
-
-struct Recorder;
-
-impl log::Log for Recorder {
-    fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
-        metadata.target().starts_with("relaylet")
-    }
-
-    fn log(&self, record: &log::Record<'_>) {
-        if self.enabled(record.metadata()) {
-            LOG.lock().unwrap().push(record.args().to_string());
-        }
-    }
-
-    fn flush(&self) {}
-}
-
-fn record_the_log() {
-    static ONCE: Once = Once::new();
-    ONCE.call_once(|| {
-        log::set_logger(&Recorder).unwrap();
-        log::set_max_level(log::LevelFilter::Debug);
-    });
-}
-
 /// Waits until a peer has been probed this many times.
 async fn wait_for_probes(peer: PeerId, times: usize) {
     let expected = format!("probe sent: peer {peer}");
-    let count = || LOG.lock().unwrap().iter().filter(|line| **line == expected).count();
+    let count = || log_recorder::count(|_, line| line == expected);
     let probed = async {
         while count() < times {
             tokio::time::sleep(Duration::from_millis(20)).await;
