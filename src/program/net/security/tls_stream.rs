@@ -1,7 +1,8 @@
 //! A TLS connection as a stream, over rustls' unbuffered API: an idle one holds no buffers.
 //!
 //! rustls' buffered connection never gives back the 4 KiB that it reads into, a fifth of what an idle peer takes. Here bytes
-//! are read into a [`Buffer`] and decrypted in place. What is left between two calls takes no more memory than it needs.
+//! are read into a [`Buffer`] and decrypted in place. What is received and left between two calls takes no more memory than
+//! it needs; what is unsent keeps the memory that it was encrypted into until it is sent.
 
 use std::{
     cell::Cell,
