@@ -163,12 +163,13 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         // 3. Newcomers that wait for a slot.
         for newcomer in mem::take(&mut self.waiting) {
             let PendingRequest { from, origin, .. } = &newcomer.request;
-            match self.access().may_reserve(from.peer, &origin.address) {
-                _ if !is_meant(from.peer) => self.waiting.push_back(newcomer),
-                Permission::Allow(terms) => {
+            let ask = || self.access().may_reserve(from.peer, &origin.address);
+            match is_meant(from.peer).then(ask) {
+                None => self.waiting.push_back(newcomer),
+                Some(Permission::Allow(terms)) => {
                     self.waiting.push_back(PendingReservation { terms, ..newcomer });
                 }
-                permission => {
+                Some(permission) => {
                     let check = AccessCheck::Request(newcomer.request, self.rule_changes);
                     self.on_access_checked(check, permission, now);
                 }
@@ -196,7 +197,10 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use std::{
+        sync::{Arc, Mutex},
+        time::Duration,
+    };
 
     use super::*;
     use crate::{
@@ -292,6 +296,40 @@ mod tests {
         relay.on_disconnected(holder, start);
         assert_eq!(relay.reservations.get(&holder.peer).unwrap().connection, None);
         assert_eq!(relay.reservations.in_grace(), 1);
+    }
+
+    /// Allows everything, and records which peers it is asked about.
+    #[derive(Default)]
+    struct Recorded(Arc<Mutex<Vec<PeerId>>>);
+
+    impl Access for Recorded {
+        fn may_reserve(&self, peer: PeerId, _: &Multiaddr) -> Permission {
+            self.0.lock().unwrap().push(peer);
+            true.into()
+        }
+
+        fn may_connect(&self, source: PeerId, address: &Multiaddr, _: PeerId) -> Permission {
+            self.may_reserve(source, address)
+        }
+    }
+
+    #[test]
+    fn only_the_peer_that_is_rechecked_is_asked_about() {
+        let start = Instant::now();
+        let (mut relay, [newcomer, holder]) = relay(start);
+        let config = Config { max_reservations: 1, ..relay.config.clone() };
+        relay.set_config(config, start).unwrap();
+        reserve(&mut relay, holder, start);
+        // The holder is silent, so the newcomer waits while it is probed.
+        let later = start + Duration::from_secs(60);
+        relay.handle_request(newcomer, Ok(Request::Reserve), 2, later);
+        assert_eq!(relay.waiting.len(), 1);
+        let access = Recorded::default();
+        let asked = Arc::clone(&access.0);
+        relay.set_access(Box::new(access), later);
+        assert_eq!(mem::take(&mut *asked.lock().unwrap()), [holder.peer, newcomer.peer]);
+        relay.recheck(Some(holder.peer), later);
+        assert_eq!(mem::take(&mut *asked.lock().unwrap()), [holder.peer]);
     }
 
     /// All answers come later; the test gives them.
