@@ -17,6 +17,7 @@ use libp2p::{
     tls,
 };
 use prost::Message;
+use socket2::SockRef;
 use tokio::net::TcpSocket;
 
 use super::{HOP, Relay, Security, messages, within};
@@ -48,10 +49,12 @@ pub async fn tcp_from(from: Ipv4Addr, port: u16) -> io::Result<TcpStream> {
     connect_socket(TcpSocket::new_v4()?, from, port).await
 }
 
-/// As [`tcp_from`]; the kernel buffers few bytes that are not read.
+/// As [`tcp_from`]; the kernel buffers few bytes that are not read. The relay's side sizes its buffer by the segments, which
+/// have 64 KiB on loopback otherwise.
 pub async fn tcp_with_small_buffer(from: Ipv4Addr, port: u16) -> io::Result<TcpStream> {
     let socket = TcpSocket::new_v4()?;
     socket.set_recv_buffer_size(4096)?;
+    SockRef::from(&socket).set_tcp_mss(536)?;
     connect_socket(socket, from, port).await
 }
 
