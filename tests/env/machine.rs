@@ -160,7 +160,18 @@ async fn without_a_list_of_addresses_a_client_gets_the_address_at_which_it_reach
     assert!(view.observed.to_string().starts_with("/ip4/127.0.0.1/tcp/"));
 }
 
-/// The command that runs the program without netlink sockets or without getrandom (see `tests/env/withhold`).
+#[tokio::test]
+#[ignore = "needs Python"]
+async fn a_kernel_without_options_of_tcp_serves_clients_too() {
+    let folder = TempDir::new().unwrap();
+    let mut command = withheld("options", &folder);
+    command.arg("--listen=/ip4/127.0.0.1/tcp/0");
+    let relay = Relay::run(command, folder);
+    let circuit = reserve(&relay.address).await.circuit.to_string();
+    assert!(circuit.starts_with(&relay.address.to_string()), "{circuit}");
+}
+
+/// The command that runs the program without one facility of the kernel (see `tests/env/withhold`).
 fn withheld(what: &str, folder: &TempDir) -> Command {
     let program = command(folder).get_program().to_owned();
     let mut command = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/env/withhold"));

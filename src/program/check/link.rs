@@ -115,7 +115,7 @@ async fn dial(target: &Target) -> io::Result<(TcpStream, String)> {
     for to in &target.sockets {
         match timeout(each, TcpStream::connect(to)).await {
             Ok(stream) => {
-                net::socket::set_options(&stream)?;
+                net::socket::set_options(&stream);
                 let from = stream.local_addr()?.ip();
                 return Ok((stream, format!("connected to {to} from {from}{failed}")));
             }

@@ -172,7 +172,7 @@ impl Listener {
     }
 
     fn accepted(&self, stream: TcpStream, remote: SocketAddr) -> io::Result<Accepted> {
-        set_options(&stream)?;
+        set_options(&stream);
         let local = stream.local_addr()?;
         let local_addr = with_layers_of(&self.address, local);
         Ok(Accepted { listener: self.id, stream, local, local_addr, remote })

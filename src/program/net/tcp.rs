@@ -163,7 +163,7 @@ impl Transport for Tcp {
         let counters = self.counters.clone();
         Ok(async move {
             let stream = TcpStream::connect(remote).await?;
-            set_options(&stream)?;
+            set_options(&stream);
             Ok(counters.count(stream, None, remote, None))
         }
         .boxed())
