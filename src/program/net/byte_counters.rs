@@ -3,9 +3,10 @@
 //! The transport creates a connection before the swarm assigns its id, so a new counter is kept here under the
 //! connection's socket addresses until the owner of the swarm takes it.
 //!
-//! Two connections have the same addresses only if a proxy's headers say so, for example when a client connects twice to
-//! the proxy from one port. Their counters cannot be told apart, so neither is handed out, and only activity on the streams of
-//! those two connections counts.
+//! Two connections may have the same addresses: if the relay dials an address twice, whose local address is not known
+//! here, or if a proxy's headers say so, for example when a client connects twice to the proxy from one port. Their
+//! counters cannot be told apart, so neither is handed out, and only activity on the streams of those two connections
+//! counts.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -32,7 +33,8 @@ struct Table {
     created: u64,
 }
 
-/// The local address of an inbound connection, and the remote one.
+/// The local address of an inbound connection, and the remote one. Without the zone that an IPv6 link-local address of a
+/// socket has: the multiaddrs by which a connection is looked up do not name it.
 type Ends = (Option<SocketAddr>, SocketAddr);
 
 /// The number tells apart connections with the same ends.
@@ -76,7 +78,8 @@ impl ByteCounters {
         let activity = progress.activity.clone();
         let mut table = self.table();
         table.created += 1;
-        let key = ((local, remote), table.created);
+        let without_zone = |socket: SocketAddr| SocketAddr::new(socket.ip(), socket.port());
+        let key = ((local.map(without_zone), without_zone(remote)), table.created);
         table.pending.insert(key, Pending { progress, socket });
         activity.track(stream, PendingCounter { key, counters: self.clone() })
     }
@@ -139,6 +142,8 @@ impl Drop for PendingCounter {
 
 #[cfg(test)]
 mod tests {
+    use std::net::SocketAddrV6;
+
     use super::*;
 
     fn connection(local: &str, remote: &str) -> ConnectedPoint {
@@ -160,6 +165,15 @@ mod tests {
         assert!(counters.take(&here).is_none());
         drop(counted);
         assert_eq!(counters.pending(), 0);
+    }
+
+    #[test]
+    fn a_counter_of_link_local_addresses_is_found_without_their_zone() {
+        let counters = ByteCounters::default();
+        let socket = |port| SocketAddrV6::new("fe80::1".parse().unwrap(), port, 0, 2).into();
+        let _counted = counters.count((), Some(socket(1)), socket(2), None);
+        let here = connection("/ip6/fe80::1/tcp/1", "/ip6/fe80::1/tcp/2");
+        assert!(counters.take(&here).is_some());
     }
 
     #[test]
