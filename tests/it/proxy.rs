@@ -207,6 +207,20 @@ async fn an_invalid_header_closes_the_connection_and_is_logged_once() {
 const FLAG: &str = "or remove its address from --proxy-protocol-from";
 
 #[tokio::test]
+async fn a_missing_header_is_the_reason_also_where_the_rules_do_not_allow_the_proxy() {
+    let relay = Relay::start(&[FROM_PROXY, "--allow-subnet=192.0.2.0/24"]);
+    let connection = connect_from_proxy(&relay, &proposal("/noise")).await;
+    assert!(read_until_end(connection).await.is_empty());
+    relay.wait_for_log("no PROXY protocol header").await;
+    relay.wait_for_log(FLAG).await;
+    drop(connect_from_proxy(&relay, b"").await);
+    relay.wait_for_log(&format!("connection failed: /ip4/{PROXY}/tcp/")).await;
+    assert_eq!(relay.count_in_log("the rules do not allow it"), 0);
+    let address = proxy(&relay, v2("192.0.2.7:1"), Pace::AtOnce).await;
+    connect(&address).await.reserve().await;
+}
+
+#[tokio::test]
 async fn a_header_from_an_untrusted_address_closes_the_connection() {
     let relay = Relay::start(&[FROM_PROXY]);
     for header in [v1("192.0.2.7:1"), v2("192.0.2.7:1"), v2("[2001:db8::7]:1")] {

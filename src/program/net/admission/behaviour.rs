@@ -88,14 +88,16 @@ impl Admission {
         local: &Multiaddr,
         remote: &Multiaddr,
     ) -> Result<(), Denied> {
-        if !self.relay.relay.access().may_enter(None, remote) {
+        let (local_addr, send_back_addr) = (local.clone(), remote.clone());
+        let pending = self.counters.get(&ConnectedPoint::Listener { local_addr, send_back_addr });
+        // A connection without a counter has failed already, which is the reason to report: it may be that of a proxy that
+        // sent no header, and the rules are for clients. If it has not failed, they are checked after its handshake.
+        if pending.is_some() && !self.relay.relay.access().may_enter(None, remote) {
             return Err(Denied::Rules);
         }
         let prefix = ClientPrefix::of(remote);
         let held = |prefix| self.relay.relay.reservations.quota.held(Scope::Address(prefix));
         let slots = prefix.map_or(0, held);
-        let (local_addr, send_back_addr) = (local.clone(), remote.clone());
-        let pending = self.counters.get(&ConnectedPoint::Listener { local_addr, send_back_addr });
         let progress = pending.as_ref().map(|pending| pending.progress.clone());
         if let Some(dropped) = self.limits.admit(id, prefix, slots, progress, Instant::now())? {
             log::debug!("handshake dropped: connection {dropped} makes room for connection {id}");

@@ -163,7 +163,7 @@ impl<C: Copy + Eq + Hash> Handshakes<C> {
     }
 
     /// Adds a handshake from a prefix that holds this many slots. Returns the handshake to be dropped for it, which is
-    /// removed already.
+    /// removed already; none is dropped for one whose progress is unknown.
     ///
     /// # Errors
     ///
@@ -182,6 +182,8 @@ impl<C: Copy + Eq + Hash> Handshakes<C> {
         let dropped = match self.shared.full(prefix) {
             _ if is_reserved => None,
             None => None,
+            // Without progress it has failed already, or there is another one between the same ends.
+            Some(Scope::Total) if progress.is_none() => return Err(Scope::Total),
             Some(Scope::Total) => Some(self.least_advanced(prefix, now).ok_or(Scope::Total)?),
             Some(full) => return Err(full),
         };
@@ -313,7 +315,8 @@ mod tests {
         // A handshake that has just advanced is kept while another one has not.
         progress[4..].iter().for_each(|handshake| handshake.activity.add(1));
         assert!([2, 3].contains(&start_handshake(&mut all, 101, 101, 0, later).unwrap().unwrap()));
-        // Now only 0 and 1 have not; 0 is at the earlier stage.
+        // Now only 0 and 1 have not; 0 is at the earlier stage. It is not dropped for a connection that has failed already.
+        assert_eq!(all.admit(102, prefix(102), 0, None, later), Err(Scope::Total));
         assert_eq!(start_handshake(&mut all, 102, 102, 0, later), Ok(Some(0)));
         assert_eq!(start_handshake(&mut all, 103, 103, 0, later), Ok(Some(1)));
         // All have advanced: a prefix with as many handshakes as the others is denied.
