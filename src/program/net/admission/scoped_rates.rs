@@ -15,16 +15,23 @@ use crate::{
 /// The most buckets of one level. Beyond that only the next wider scope counts.
 const MOST_SCOPES: usize = 65_536;
 
-/// The least time between two removals of full buckets, each of which is a pass over all buckets.
+/// How often full buckets, which are the same as none, are removed: that is a pass over all buckets.
 const PURGE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How often something may arrive from each address, subnet and IPv6 /32.
 #[derive(Debug, Default)]
 pub struct ScopedRates {
-    /// For an address, a subnet, and an IPv6 /32; `None`: no limit.
-    levels: [Option<Rate>; 3],
-    buckets: [HashMap<ClientPrefix, FullAt>; 3],
+    /// For an address, a subnet, and an IPv6 /32.
+    levels: [Level; 3],
     purged_at: Option<Instant>,
+}
+
+/// The buckets of all scopes of one width.
+#[derive(Debug, Default)]
+struct Level {
+    /// `None`: no limit.
+    rate: Option<Rate>,
+    buckets: HashMap<ClientPrefix, FullAt>,
 }
 
 /// One bucket, full at the start.
@@ -46,7 +53,8 @@ impl Bucket {
 impl ScopedRates {
     /// `levels` are the rates of an address, a subnet, and an IPv6 /32; `None`: no limit. All buckets are full.
     pub fn new(levels: [Option<Rate>; 3]) -> Self {
-        Self { levels, ..Self::default() }
+        let levels = levels.map(|rate| Level { rate, ..Level::default() });
+        Self { levels, purged_at: None }
     }
 
     /// Takes a token of each scope of this prefix, and returns how long the caller has to wait for them. If that is longer
@@ -57,31 +65,30 @@ impl ScopedRates {
         max_wait: Duration,
         now: Instant,
     ) -> Option<Duration> {
-        let scopes = [Some(prefix), Some(prefix.subnet().0), prefix.wide()];
-        let mut wait = Duration::ZERO;
-        let full_at = std::array::from_fn::<_, 3, _>(|level| {
-            let (rate, scope) = (self.levels.get(level).copied()??, scopes.get(level).copied()??);
-            let before = self.buckets.get(level)?.get(&scope).copied();
-            let (full_at, waits) = rate.after_one(before, now);
-            wait = wait.max(waits);
-            Some((scope, full_at))
-        });
-        if wait > max_wait {
-            return None;
-        }
-        let has_no_room = self.buckets.iter().any(|buckets| buckets.len() >= MOST_SCOPES);
-        if has_no_room && self.purged_at.is_none_or(|at| now >= at + PURGE_INTERVAL) {
-            self.buckets.iter_mut().for_each(|buckets| buckets.retain(|_, full_at| *full_at > now));
+        if self.purged_at.is_none_or(|at| now >= at + PURGE_INTERVAL) {
+            for level in &mut self.levels {
+                level.buckets.retain(|_, full_at| *full_at > now);
+            }
             self.purged_at = Some(now);
         }
-        for (buckets, bucket) in self.buckets.iter_mut().zip(full_at) {
-            if let Some((scope, full_at)) = bucket
-                && (buckets.len() < MOST_SCOPES || buckets.contains_key(&scope))
-            {
+        let scopes = [Some(prefix), Some(prefix.subnet().0), prefix.wide()];
+        let (mut longest, mut charged) = (Duration::ZERO, Vec::new());
+        for (Level { rate, buckets }, scope) in self.levels.iter_mut().zip(scopes) {
+            if let (Some(rate), Some(scope)) = (rate, scope) {
+                let (full_at, wait) = rate.after_one(buckets.get(&scope).copied(), now);
+                longest = longest.max(wait);
+                charged.push((buckets, scope, full_at));
+            }
+        }
+        if longest > max_wait {
+            return None;
+        }
+        for (buckets, scope, full_at) in charged {
+            if buckets.len() < MOST_SCOPES || buckets.contains_key(&scope) {
                 buckets.insert(scope, full_at);
             }
         }
-        Some(wait)
+        Some(longest)
     }
 }
 
@@ -135,12 +142,24 @@ mod tests {
         for n in 0..MOST_SCOPES as u32 + 10 {
             assert_eq!(rates.take(address(n), Duration::ZERO, start), Some(Duration::ZERO));
         }
-        assert_eq!(rates.buckets[0].len(), MOST_SCOPES);
+        assert_eq!(rates.levels[0].buckets.len(), MOST_SCOPES);
         // A scope with a bucket is still limited. Once its bucket is full again, it makes room.
         assert_eq!(rates.take(address(1), Duration::ZERO, start), None);
         let later = start + Duration::from_secs(9);
         assert!(rates.take(address(u32::MAX), Duration::ZERO, later).is_some());
-        assert_eq!(rates.buckets[0].len(), 1);
+        assert_eq!(rates.levels[0].buckets.len(), 1);
+    }
+
+    #[test]
+    fn few_buckets_are_purged_too_once_they_are_full() {
+        let start = Instant::now();
+        let rate = Some(Rate { burst: 1, spacing: Duration::from_secs(1) });
+        let mut rates = ScopedRates::new([rate; 3]);
+        for (host, millis, kept) in [(1, 0, 1), (2, 600, 2), (3, 1800, 1)] {
+            let now = start + Duration::from_millis(millis);
+            assert!(rates.take(home(host).unwrap(), Duration::MAX, now).is_some());
+            assert_eq!(rates.levels[0].buckets.len(), kept, "after {millis} ms");
+        }
     }
 
     #[test]
@@ -156,7 +175,7 @@ mod tests {
         for (millis, kept) in [(500, MOST_SCOPES), (1000, 1)] {
             let now = start + Duration::from_millis(millis);
             assert!(rates.take(address(most + millis as u32), Duration::ZERO, now).is_some());
-            assert_eq!(rates.buckets[0].len(), kept, "after {millis} ms");
+            assert_eq!(rates.levels[0].buckets.len(), kept, "after {millis} ms");
         }
     }
 }
