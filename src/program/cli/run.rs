@@ -149,8 +149,7 @@ fn log_limits(flags: &Flags, config: &Config) {
     let (estimate, dht_dials) = (given.estimate(), given.usage.dialed_for_dht());
     log::info!("{}", startup_log::capacity(config));
     log::info!("{}", startup_log::memory(estimate));
-    let too_few_files =
-        open_files::raise_limit(&flags.limits(), !flags.proxies().is_empty(), dht_dials);
+    let too_few_files = open_files::raise_limit(&flags.limits(), dht_dials);
     let memory_exceeded = memory_estimate::available()
         .and_then(|available| startup_log::memory_exceeded(estimate, available));
     let warnings = flags.warnings.iter().cloned().chain(startup_log::questionable_settings(flags));

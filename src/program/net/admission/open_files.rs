@@ -6,23 +6,27 @@ use super::limits::Limits;
 
 /// Files besides those of inbound connections and of the DHT: listeners, timers, standard streams, the runtime's, HTTP
 /// clients, and AutoNAT's dials.
-const OTHER_FILES: u64 = if cfg!(feature = "autonat") { 160 } else { 96 };
+const OTHER_FILES: usize = if cfg!(feature = "autonat") { 160 } else { 96 };
 
-/// Raises the limit as far as the system allows. Returns a warning if that is not enough.
-///
-/// Connections in their handshakes are not among `limits.max_connections`. Behind a proxy as many more wait for their
-/// PROXY protocol headers, and `dialed` are open for the DHT.
-pub fn raise_limit(limits: &Limits, behind_proxy: bool, dialed: usize) -> Option<String> {
+/// How many times [`Limits::max_handshakes`] connections there may be that are not established: those in their
+/// handshakes, those that wait for a PROXY protocol header, those of reverse proxies that wait for a request, and those
+/// that the rate limits delay, over TCP and over WebSocket.
+const NOT_ESTABLISHED: usize = 5;
+
+/// Raises the limit as far as the system allows. Returns a warning if that is not enough for inbound connections and
+/// `dialed` of the DHT.
+pub fn raise_limit(limits: &Limits, dialed: usize) -> Option<String> {
     // The relay starts without a warning if the limit cannot be read.
     let (_, hard) = Resource::NOFILE.get().ok()?;
     let limit = rlimit::increase_nofile_limit(hard).ok()?;
-    let rounds = if behind_proxy { 2 } else { 1 };
-    let others = limits.max_handshakes.saturating_mul(rounds).saturating_add(dialed);
-    warning(limit, limits.max_connections, others)
+    warning(limit, limits, dialed)
 }
 
-fn warning(limit: u64, max_connections: usize, others: usize) -> Option<String> {
-    let needed = (max_connections.saturating_add(others) as u64).saturating_add(OTHER_FILES);
+fn warning(limit: u64, limits: &Limits, dialed: usize) -> Option<String> {
+    let max_connections = limits.max_connections;
+    let not_established = limits.max_handshakes.saturating_mul(NOT_ESTABLISHED);
+    let others = not_established.saturating_add(dialed).saturating_add(OTHER_FILES);
+    let needed = max_connections.saturating_add(others) as u64;
     (limit < needed).then(|| {
         format!(
             "too few open files: --max-connections {max_connections} needs {needed} and the system allows \
@@ -37,10 +41,20 @@ mod tests {
 
     #[test]
     fn too_few_files_are_a_warning_that_names_the_flag() {
-        assert_eq!(warning(5000, 4096, 256), None);
-        assert!(warning(5000, 4096, 1000).is_some());
-        assert!(warning(5000, usize::MAX, usize::MAX).is_some());
-        let warning = warning(1024, 4096, 0).unwrap();
+        let limits = Limits { max_connections: 4096, max_handshakes: 100, ..Limits::default() };
+        assert_eq!(warning(5000, &limits, 200), None);
+        assert!(warning(5000, &limits, 1000).is_some());
+        let most = Limits { max_connections: usize::MAX, max_handshakes: usize::MAX, ..limits };
+        assert!(warning(5000, &most, usize::MAX).is_some());
+        let warning = warning(1024, &limits, 0).unwrap();
         assert!(warning.contains("--max-connections 4096") && warning.contains("1024"));
+    }
+
+    #[test]
+    fn connections_that_wait_count_besides_those_that_are_established() {
+        let limits = Limits { max_connections: 1000, max_handshakes: 100, ..Limits::default() };
+        let all = 1000 + 5 * 100 + 30 + OTHER_FILES as u64;
+        assert_eq!(warning(all, &limits, 30), None);
+        assert!(warning(all - 1, &limits, 30).is_some());
     }
 }
