@@ -51,23 +51,16 @@ pub fn load(file: &Path) -> Result<PreSharedKey> {
 }
 
 fn parse(file: &[u8]) -> Option<PreSharedKey> {
-    let (heading, rest) = split_line(file)?;
-    let (encoding, key) = split_line(rest)?;
-    let key = Zeroizing::new(match encoding {
+    let mut parts = file.splitn(3, |byte| *byte == b'\n');
+    let (heading, encoding, key) = (parts.next()?, parts.next()?, parts.next()?);
+    let key = Zeroizing::new(match encoding.trim_ascii_end() {
         b"/base16/" => HEXLOWER_PERMISSIVE.decode(key.trim_ascii()).ok()?,
         b"/base64/" => BASE64.decode(key.trim_ascii()).ok()?,
         b"/bin/" => key.get(..32)?.to_vec(),
         _ => return None,
     });
     let key = PreSharedKey::new(key.as_slice().try_into().ok()?);
-    (heading == HEADING.as_bytes()).then_some(key)
-}
-
-/// Splits off the first line.
-fn split_line(text: &[u8]) -> Option<(&[u8], &[u8])> {
-    let end = text.iter().position(|byte| *byte == b'\n')?;
-    let (line, rest) = text.split_at_checked(end + 1)?;
-    Some((line.trim_ascii_end(), rest))
+    (heading.trim_ascii_end() == HEADING.as_bytes()).then_some(key)
 }
 
 /// Exchanges nonces over `stream` and encrypts it, if there is a key.
