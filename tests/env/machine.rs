@@ -1,5 +1,5 @@
-//! Unusual machines: with hundreds of addresses, without a list of their addresses, without random numbers, or with a
-//! read-only disk.
+//! Unusual machines: with hundreds of addresses, without a list of their addresses, without options of TCP, without random
+//! numbers, or with a read-only disk.
 
 use std::{
     env, fs,

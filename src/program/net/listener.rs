@@ -42,7 +42,7 @@ const MAX_BACKOFF: Duration = Duration::from_secs(2);
 /// succeed in between, and must not fill the log.
 const REPORT_AGAIN: Duration = Duration::from_secs(60);
 
-/// The upgrade of a TCP connection, which is done at once.
+/// The upgrade of an accepted connection: complete from the start.
 pub(super) type Upgrade = std::future::Ready<io::Result<Counted<TcpStream>>>;
 
 /// An event for the swarm.
@@ -83,10 +83,10 @@ impl Accepted {
 /// One listening socket.
 pub(super) struct Listener {
     pub(super) id: ListenerId,
-    /// What it was told to listen on.
+    /// The address to listen on, as it was given.
     address: Multiaddr,
     bound: SocketAddr,
-    accepted: BoxStream<'static, io::Result<(TcpStream, SocketAddr)>>,
+    incoming: BoxStream<'static, io::Result<(TcpStream, SocketAddr)>>,
     /// The machine's addresses, if the socket is bound to all of them.
     interfaces: Option<Interfaces>,
     backoff: Option<Delay>,
@@ -119,14 +119,14 @@ impl Listener {
             let listen_addr = with_layers_of(&address, bound);
             events.push_back(TransportEvent::NewAddress { listener_id: id, listen_addr });
         }
-        let accepted = stream::unfold(TcpListener::from(listener), |listener| async move {
+        let incoming = stream::unfold(TcpListener::from(listener), |listener| async move {
             Some((listener.accept().await, listener))
         });
         Ok(Self {
             id,
             address,
             bound,
-            accepted: accepted.boxed(),
+            incoming: incoming.boxed(),
             interfaces,
             backoff: None,
             next_backoff: FIRST_BACKOFF,
@@ -142,7 +142,7 @@ impl Listener {
         if std::mem::replace(&mut self.is_closed, true) {
             return;
         }
-        self.accepted = stream::pending().boxed();
+        self.incoming = stream::pending().boxed();
         let closed = TransportEvent::ListenerClosed { listener_id: self.id, reason: Ok(()) };
         self.events.push_back(closed);
         if let Some(waker) = self.waker.take() {
@@ -171,7 +171,8 @@ impl Listener {
         }
     }
 
-    fn accepted(&self, stream: TcpStream, remote: SocketAddr) -> io::Result<Accepted> {
+    /// Prepares the socket of an accepted connection.
+    fn prepare(&self, stream: TcpStream, remote: SocketAddr) -> io::Result<Accepted> {
         set_options(&stream);
         let local = stream.local_addr()?;
         let local_addr = with_layers_of(&self.address, local);
@@ -208,11 +209,11 @@ impl Stream for Listener {
                 ready!(backoff.poll_unpin(cx));
                 this.backoff = None;
             }
-            match ready!(this.accepted.poll_next_unpin(cx)) {
+            match ready!(this.incoming.poll_next_unpin(cx)) {
                 Some(Ok((stream, remote))) => {
                     this.next_backoff = FIRST_BACKOFF;
                     // Fails if the peer reset the connection before it was accepted.
-                    if let Ok(accepted) = this.accepted(stream, remote) {
+                    if let Ok(accepted) = this.prepare(stream, remote) {
                         return Poll::Ready(Some(Output::Accepted(accepted)));
                     }
                 }

@@ -46,7 +46,7 @@ pub struct Tcp {
     counters: ByteCounters,
     proxies: Proxies,
     rates: ConnectionRates,
-    /// The trusted reverse proxies if WebSocket runs over it; `None`: libp2p does directly.
+    /// The trusted reverse proxies, if WebSocket runs over it; `None`: libp2p runs over it directly.
     forwarders: Option<Proxies>,
     /// Connections of proxies whose headers are being read.
     reading_headers: FuturesUnordered<BoxFuture<'static, (Accepted, io::Result<SocketAddr>)>>,
@@ -56,7 +56,7 @@ pub struct Tcp {
 
 impl Tcp {
     /// A transport that counts received bytes in `counters`, trusts the headers of `proxies`, and accepts connections
-    /// at `rates`. It is for WebSocket behind these `forwarders`, or for libp2p directly.
+    /// at `rates`. WebSocket runs over it, behind these `forwarders`, or else libp2p directly.
     pub fn new(
         counters: ByteCounters,
         proxies: Proxies,
@@ -89,7 +89,7 @@ impl Tcp {
     fn on_accepted(&mut self, accepted: Accepted) -> Option<Event> {
         let remote = accepted.remote;
         if !self.proxies.contains(remote.ip()) {
-            return self.on_client(accepted, Ok(remote));
+            return self.on_client(accepted, remote);
         }
         let permit = match self.proxies.acquire() {
             Ok(permit) => permit,
@@ -106,22 +106,20 @@ impl Tcp {
 
     /// Step 2: applies the rate limits to a connection of this client; not to a forwarder's, whose clients are yet to be
     /// named.
-    fn on_client(&mut self, accepted: Accepted, client: io::Result<SocketAddr>) -> Option<Event> {
-        let client = client.and_then(|client| {
-            let is_forwarder = self.forwarders.as_ref().is_some_and(|it| it.contains(client.ip()));
-            let delay = match is_forwarder {
-                true => Some(Duration::ZERO),
-                false => self.rates.delay(client.ip(), self.delayed.len(), Instant::now()),
-            };
-            delay.map(|delay| (client, delay)).ok_or_else(|| Denied::Rate.into())
-        });
-        match client {
-            Ok((client, delay)) if !delay.is_zero() => {
+    fn on_client(&mut self, accepted: Accepted, client: SocketAddr) -> Option<Event> {
+        let is_forwarder = self.forwarders.as_ref().is_some_and(|it| it.contains(client.ip()));
+        let delay = match is_forwarder {
+            true => Some(Duration::ZERO),
+            false => self.rates.delay(client.ip(), self.delayed.len(), Instant::now()),
+        };
+        match delay {
+            Some(Duration::ZERO) => self.report(accepted, Ok(client)),
+            Some(delay) => {
                 let delayed = Delay::new(delay).map(move |()| (accepted, client));
                 self.delayed.push(delayed.boxed());
                 None
             }
-            client => self.report(accepted, client.map(|(client, _)| client)),
+            None => self.report(accepted, Err(Denied::Rate.into())),
         }
     }
 }
@@ -176,7 +174,10 @@ impl Transport for Tcp {
             let event = if let Poll::Ready(Some((accepted, client))) =
                 this.reading_headers.poll_next_unpin(cx)
             {
-                this.on_client(accepted, client)
+                match client {
+                    Ok(client) => this.on_client(accepted, client),
+                    Err(error) => this.report(accepted, Err(error)),
+                }
             // 2. Connections whose delay is over.
             } else if let Poll::Ready(Some((accepted, client))) = this.delayed.poll_next_unpin(cx) {
                 this.report(accepted, Ok(client))
