@@ -134,7 +134,7 @@ impl Node {
         let pending = counters.clone();
         let transport = Tcp::new(counters.clone(), proxies.clone(), rates.clone(), None);
         let transport = transport.map(move |stream, endpoint| {
-            ReadBuffer::new(stream, pending.get(&endpoint).map(|it| it.progress.opening))
+            ReadBuffer::new(stream, pending.get(&endpoint).map(|it| it.progress))
         });
         #[cfg(feature = "websocket")]
         let (transport, control) = {

@@ -1,4 +1,5 @@
-//! A read buffer for sockets that saves system calls: reads larger than the caller's, and none that would find nothing.
+//! A read buffer for sockets. It saves system calls: it reads more at once than the caller asks for, and it does not read
+//! while the socket has nothing.
 //!
 //! Noise reads a socket 8 KiB at a time and WebSocket's TLS 4 KiB, each with a system call. Reading more at once saves,
 //! together with frames of the same size, an eighth of the CPU time of a relayed gigabyte. And a connection's task polls its
@@ -18,7 +19,7 @@ use std::{
 
 use libp2p::futures::{AsyncRead, AsyncWrite, task::AtomicWaker};
 
-use super::admission::handshakes::Opening;
+use super::admission::handshakes::Progress;
 use crate::{
     behaviour::circuit::{BUFFER_SIZE, Buffer},
     delegate::delegate_write,
@@ -45,7 +46,7 @@ pub struct ReadBuffer<S> {
     /// How many bytes were read since the task last yielded.
     read_since_yield: usize,
     /// Records the first bytes, until there are enough.
-    opening: Option<Opening>,
+    progress: Option<Progress>,
 }
 
 /// Whether the stream may have bytes.
@@ -69,12 +70,12 @@ impl Wake for Readiness {
 }
 
 impl<S> ReadBuffer<S> {
-    /// Wraps a stream from which nothing was read yet; `opening` records the first bytes.
-    pub fn new(stream: S, opening: Option<Opening>) -> Self {
+    /// Wraps a stream from which nothing was read yet; `progress` records the first bytes.
+    pub fn new(stream: S, progress: Option<Progress>) -> Self {
         let readiness =
             Arc::new(Readiness { ready: AtomicBool::new(true), task: AtomicWaker::new() });
         let waker = Arc::clone(&readiness).into();
-        Self { stream, buffered: None, readiness, waker, read_since_yield: 0, opening }
+        Self { stream, buffered: None, readiness, waker, read_since_yield: 0, progress }
     }
 }
 
@@ -103,7 +104,7 @@ impl<S: AsyncRead + Unpin> ReadBuffer<S> {
         let read = read?;
         self.read_since_yield += read;
         let bytes = into.get(..read).unwrap_or_default();
-        self.opening.take_if(|opening| opening.record(bytes));
+        self.progress.take_if(|progress| progress.record(bytes));
         Poll::Ready(Ok(read))
     }
 }

@@ -149,9 +149,9 @@ impl WebSocket {
             _ => None,
         };
         let pending = self.counters.get(&connection.endpoint());
-        let (opening, socket) = pending.map(|it| (it.progress.opening, it.socket)).unzip();
+        let (progress, socket) = pending.map(|it| (it.progress, it.socket)).unzip();
         let request = async move {
-            let stream = ReadBuffer::new(upgrade.await?, opening);
+            let stream = ReadBuffer::new(upgrade.await?, progress);
             Requested::read(WriteCoalescing::new(stream), tls).await
         };
         if !self.control.forwarders.contains(remote.ip()) {

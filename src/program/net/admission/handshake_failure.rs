@@ -1,7 +1,7 @@
 //! Why a handshake failed: at which stage, and for which reason.
 //!
-//! Sans-IO: decides by the error and by the client's first bytes. Both labels come from fixed sets. A connection that
-//! closes without a byte is a load balancer's health check, and no failure.
+//! Sans-IO: decides by the error and by the client's first bytes. Stage and reason are labels of metrics, from fixed sets.
+//! A connection that closes without a byte is a load balancer's health check, and no failure.
 
 use std::{error::Error, fmt, io, iter};
 
@@ -23,7 +23,7 @@ use crate::program::net::multiaddr::Layer;
 /// The start of a TLS record with a handshake message, of any version of TLS.
 const TLS: &[u8] = b"\x16\x03";
 
-/// The first bytes of multistream-select, as many as [`Opening`](super::handshakes::Opening) keeps.
+/// The first bytes of multistream-select, as many as [`Progress`] keeps.
 const MULTISTREAM: &[u8] = b"\x13/multistrea";
 
 /// How requests of HTTP/1 begin, and a connection of HTTP/2.
@@ -39,7 +39,7 @@ pub struct HandshakeFailure {
     pub reason: Reason,
 }
 
-/// A stage of the handshake, in their order.
+/// The stages of a handshake, in their order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stage {
     /// TLS and the HTTP request that open a WebSocket.
@@ -61,7 +61,7 @@ pub enum Reason {
     Timeout,
     /// The client closed the connection.
     Closed,
-    /// The client sent an HTTP request, and no WebSocket's.
+    /// The client sent an HTTP request that opens no WebSocket.
     Http,
     /// The client began TLS where none is spoken.
     Tls,
@@ -212,14 +212,14 @@ fn stages(cause: &io::Error) -> impl Iterator<Item = &StageError> {
 }
 
 fn reason(cause: &io::Error, stage: Stage, known: &Known) -> Reason {
-    let opening = known.progress.opening.first();
+    let first_bytes = known.progress.first_bytes();
     if known.dropped != Some(Reason::Preempted) {
         // 1. The first bytes, if they are of another protocol: how such a connection ends afterwards does not matter.
-        if let Some(foreign) = foreign(&opening, known) {
-            return foreign;
+        if let Some(reason) = reason_of_first_bytes(&first_bytes, known) {
+            return reason;
         }
         // 2. In a private network, all that follows the nonces is unreadable with another key.
-        if known.is_private && stage == Stage::Multistream && !opening.is_empty() {
+        if known.is_private && stage == Stage::Multistream && !first_bytes.is_empty() {
             return Reason::SwarmKey;
         }
     }
@@ -227,30 +227,29 @@ fn reason(cause: &io::Error, stage: Stage, known: &Known) -> Reason {
     if let Some(reason) = known.dropped.or_else(|| stages(cause).find_map(|error| error.reason)) {
         return reason;
     }
-    // 4. The error. Only the transport's own time limit has no cause.
+    // 4. The error. The only one that comes from neither a stage nor a negotiation is the transport's own time limit.
+    let is_own_timeout =
+        stages(cause).next().is_none() && !causes(cause).any(|it| it.is::<NegotiationError>());
     match causes(cause).any(is_closed) {
-        true if opening.is_empty() => Reason::HealthCheck,
+        true if first_bytes.is_empty() => Reason::HealthCheck,
         // rust-libp2p compares the peer id once the secure channel is up, and closes the connection.
         true if stage == Stage::Muxer => Reason::PeerId,
         true => Reason::Closed,
-        false if has_no_cause(cause) => Reason::Timeout,
+        false if is_own_timeout => Reason::Timeout,
         false => Reason::Protocol,
     }
 }
 
-fn has_no_cause(cause: &io::Error) -> bool {
-    stages(cause).next().is_none() && !causes(cause).any(|cause| cause.is::<NegotiationError>())
-}
-
 /// The reason, if these first bytes are of a protocol that this listener does not speak.
-fn foreign(opening: &[u8], known: &Known) -> Option<Reason> {
-    let begins_with = |signatures: &[&[u8]]| signatures.iter().any(|it| opening.starts_with(it));
+fn reason_of_first_bytes(first_bytes: &[u8], known: &Known) -> Option<Reason> {
+    let begins_with =
+        |signatures: &[&[u8]]| signatures.iter().any(|it| first_bytes.starts_with(it));
     match known.layer {
         _ if known.progress.is_secured() => None,
         _ if begins_with(&[SIGNATURE_V1, SIGNATURE_V2]) => Some(Reason::ProxyHeader),
         Layer::Tcp | Layer::WebSocket if begins_with(&[TLS]) => Some(Reason::Tls),
         Layer::Tcp | Layer::SecureWebSocket if begins_with(&HTTP) => Some(Reason::Http),
-        Layer::Tcp if !known.is_private && !MULTISTREAM.starts_with(opening) => {
+        Layer::Tcp if !known.is_private && !MULTISTREAM.starts_with(first_bytes) => {
             Some(Reason::Protocol)
         }
         _ => None,
@@ -322,9 +321,9 @@ mod tests {
         io::ErrorKind::UnexpectedEof.into()
     }
 
-    fn known(opening: &[u8]) -> Known {
+    fn known(first_bytes: &[u8]) -> Known {
         let progress = Progress::default();
-        opening.iter().for_each(|byte| _ = progress.opening.record(&[*byte]));
+        first_bytes.iter().for_each(|byte| _ = progress.record(&[*byte]));
         Known { progress, dropped: None, layer: Layer::Tcp, is_private: false }
     }
 
@@ -335,7 +334,7 @@ mod tests {
 
     #[test]
     fn the_first_bytes_tell_what_is_not_libp2p_however_the_connection_ends() {
-        for (opening, reason) in [
+        for (first_bytes, reason) in [
             (&b"GET / HTTP/1.1\r\n"[..], "http"),
             (b"POST /x HTTP/1.1", "http"),
             (b"PRI * HTTP/2.0\r\n", "http"),
@@ -346,15 +345,15 @@ mod tests {
         ] {
             for is_overdue in [false, true] {
                 let dropped = is_overdue.then_some(Reason::Timeout);
-                let known = Known { dropped, ..known(opening) };
+                let known = Known { dropped, ..known(first_bytes) };
                 for error in [ProtocolError::InvalidMessage, ProtocolError::IoError(eof())] {
                     let expected = Some(("multistream", reason));
-                    assert_eq!(kinds(&negotiation(error), &known), expected, "{opening:?}");
+                    assert_eq!(kinds(&negotiation(error), &known), expected, "{first_bytes:?}");
                 }
             }
         }
         // HTTP is expected on a WebSocket port, and TLS on a secure one.
-        let with = |opening: &[u8], layer| Known { layer, ..known(opening) };
+        let with = |first_bytes: &[u8], layer| Known { layer, ..known(first_bytes) };
         for (known, reason) in [
             (with(b"GET / HTTP/1.1", Layer::WebSocket), "protocol"),
             (with(b"\x16\x03\x01\x02", Layer::SecureWebSocket), "protocol"),

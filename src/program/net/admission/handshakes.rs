@@ -1,9 +1,10 @@
 //! Connections in their handshakes: how many there may be, and which one is dropped for another.
 //!
 //! Sans-IO. The peer of a connection is not known yet, so progress and client prefixes decide, as in OpenSSH's
-//! MaxStartups and PerSourceNetBlockSize. When all permits are taken, the handshake is dropped that (1) has made no
-//! progress within the last second, (2) is at the earliest stage, (3) is of the heaviest prefix; the rest is random.
-//! So a client with a round trip of 600 ms completes its handshake during a flood of silent connections.
+//! MaxStartups and PerSourceNetBlockSize. When all permits are taken, one handshake is dropped: of those that have made
+//! no progress within the last second (or else of all) one at the earliest stage, of these one of the heaviest prefix,
+//! and of these a random one. So a client with a round trip of 600 ms completes its handshake during a flood of silent
+//! connections.
 //!
 //! An eighth of the permits is reserved for prefixes that hold slots, at most two for each, so that the peer of a slot
 //! can reconnect during a flood. A peer that reconnects from another prefix gets none of these.
@@ -32,19 +33,20 @@ const SECURED_TIMEOUT: Duration = Duration::from_secs(8);
 /// How long a connection may take, from its start, until its muxer is up.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// For how long after its last progress a handshake is dropped only if all others have made progress, too.
+/// A handshake that has made progress within this time is dropped only if all others have, too.
 const PROGRESS_GRACE: Duration = Duration::from_secs(1);
 
 /// How many bytes a client sends at least before the key exchange: the header of multistream-select, and `/noise`.
 const NEGOTIATION: u64 = 20 + 8;
 
-/// How many of a client's first bytes are kept: the length of PROXY's signature, the longest that tells a protocol.
-const MAX_OPENING: usize = 12;
+/// How many of a client's first bytes are kept: as many as the PROXY protocol's signature has, the longest by which a
+/// protocol is recognized.
+pub const MAX_FIRST_BYTES: usize = 12;
 
 /// How many reserved permits one prefix may take.
 const RESERVED_PER_PREFIX: usize = 2;
 
-/// The stage that a handshake has reached.
+/// The stage that a handshake has reached, by the number of received bytes: they are not parsed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Stage {
     Silent,
@@ -53,36 +55,29 @@ enum Stage {
     Secured,
 }
 
-/// The first bytes that a connection's client sent. Clones share them.
-#[derive(Clone, Debug, Default)]
-pub struct Opening(Arc<Mutex<Vec<u8>>>);
-
-impl Opening {
-    /// Records bytes that were read. Returns whether there are enough now.
-    pub fn record(&self, bytes: &[u8]) -> bool {
-        let mut first = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let left = MAX_OPENING.saturating_sub(first.len());
-        first.extend(bytes.iter().take(left));
-        first.len() >= MAX_OPENING
-    }
-
-    /// What was recorded.
-    pub fn first(&self) -> Vec<u8> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-}
-
-/// Shows which stage a connection's handshake has reached. Clones share one connection's progress.
+/// The progress of one connection's handshake. Clones share it.
 #[derive(Clone, Debug, Default)]
 pub struct Progress {
     /// Counts the bytes received.
     pub activity: ActivityCounter,
     is_secured: Arc<AtomicBool>,
-    /// What the client sent first.
-    pub opening: Opening,
+    first_bytes: Arc<Mutex<Vec<u8>>>,
 }
 
 impl Progress {
+    /// Records bytes that were received. Returns whether the first [`MAX_FIRST_BYTES`] are known now.
+    pub fn record(&self, bytes: &[u8]) -> bool {
+        let mut first = self.first_bytes.lock().unwrap_or_else(PoisonError::into_inner);
+        let left = MAX_FIRST_BYTES.saturating_sub(first.len());
+        first.extend(bytes.iter().take(left));
+        first.len() >= MAX_FIRST_BYTES
+    }
+
+    /// The first [`MAX_FIRST_BYTES`] received bytes.
+    pub fn first_bytes(&self) -> Vec<u8> {
+        self.first_bytes.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// Records that the secure channel is up.
     pub fn set_secured(&self) {
         self.is_secured.store(true, Ordering::Relaxed);
@@ -376,12 +371,12 @@ mod tests {
     proptest! {
         #[test]
         fn any_first_bytes_are_kept_up_to_the_longest_signature(pieces in vec(vec(any::<u8>(), 0..9), 0..9)) {
-            let opening = Opening::default();
-            let enough = pieces.iter().fold(false, |_, piece| opening.record(piece));
+            let progress = Progress::default();
+            let enough = pieces.iter().fold(false, |_, piece| progress.record(piece));
             let mut all = pieces.concat();
-            all.truncate(MAX_OPENING);
-            prop_assert_eq!(enough, all.len() == MAX_OPENING);
-            prop_assert_eq!(opening.first(), all);
+            all.truncate(MAX_FIRST_BYTES);
+            prop_assert_eq!(enough, all.len() == MAX_FIRST_BYTES);
+            prop_assert_eq!(progress.first_bytes(), all);
         }
     }
 }
