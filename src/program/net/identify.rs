@@ -150,13 +150,13 @@ impl Identify {
         }
     }
 
-    /// From now on reads where peers listen, and whether they support this protocol of a DHT.
+    /// Reads from now on where peers listen, and whether they support this protocol of a DHT.
     #[cfg(feature = "dht")]
     pub fn set_dht(&mut self, protocol: StreamProtocol) {
         self.shared.state().dht = Some(protocol);
     }
 
-    /// From now on sends these addresses: as many as fit into a message, the first ones first. Returns whether they
+    /// Sends these addresses from now on: as many as fit into a message, the first ones first. Returns whether they
     /// differ from those before.
     pub fn set_addresses(&mut self, addresses: Vec<Multiaddr>) -> bool {
         let mut state = self.shared.state();
@@ -169,7 +169,8 @@ impl Identify {
         has_changed
     }
 
-    /// Pushes the relay's message to `peers`, over one connection of each.
+    /// Pushes the relay's message to `peers`, over one connection of each, in place of the peers that still wait for an
+    /// earlier push.
     pub fn push(&mut self, peers: Vec<PeerId>) {
         self.pushing = peers.into_iter();
     }

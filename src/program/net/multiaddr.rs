@@ -60,8 +60,8 @@ pub fn unsupported(address: &Multiaddr, has_certificate: bool) -> Option<&'stati
     }
 }
 
-/// Parses the address of one end of a connection: as [`listen_address`], with or without a peer id at the end, and
-/// without wildcards.
+/// Parses the address of one end of a connection: as [`listen_address`], but it may end in a peer id, and neither its IP
+/// address nor its port may be a wildcard.
 pub(crate) fn remote_address(address: &Multiaddr) -> Option<(SocketAddr, Layer)> {
     let parsed = listen_address(&without_peer(address))?;
     (parsed.0.port() != 0 && !parsed.0.ip().is_unspecified()).then_some(parsed)
@@ -105,7 +105,8 @@ pub fn unusable(address: &Multiaddr) -> Option<&'static str> {
     (!address::is_global(address)).then_some("is not global")
 }
 
-/// Whether this is a DNS name (RFC 1123, 2.1): labels of letters, digits and hyphens.
+/// Whether this is a DNS name (RFC 1123, 2.1): labels of letters, digits and hyphens, and of underscores, which some
+/// names have all the same.
 pub(crate) fn is_dns_name(name: &str) -> bool {
     let is_label = |label: &str| {
         let is_allowed = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';

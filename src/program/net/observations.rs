@@ -85,7 +85,7 @@ impl<C: Copy + Eq> Observations<C> {
         &self.confirmed
     }
 
-    /// Adds an observation: the peer at `from` reached `relay`, which listens on `listening`, at `address`.
+    /// Adds an observation, if it counts: the peer at `from` reached `relay`, which listens on `listening`, at `address`.
     pub fn add<'a>(
         &mut self,
         connection: C,

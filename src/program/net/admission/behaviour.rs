@@ -53,12 +53,13 @@ pub struct Admission {
     handshakes: HashMap<ConnectionId, (Known, Option<TcpStream>)>,
     /// Whether the relay is in a private network.
     is_private: bool,
-    /// Why the last connection ended that the swarm reported.
+    /// Why the handshake failed whose end the swarm is about to report, if that was no denial or health check.
     pub failed: Option<HandshakeFailure>,
+    /// Why the relay closed the connection whose end the swarm is about to report, if the relay did.
     pub closed: Option<CloseReason>,
     /// Set while there are handshakes.
     next_check: Option<Delay>,
-    /// The idle connection to close when this one, which the swarm is about to establish, is up; `None`: the longest
+    /// The connection that the swarm is about to establish, and the idle one to close once it is up; `None`: the longest
     /// silent one of the same peer.
     preempted: Option<(ConnectionId, Option<ConnectionId>)>,
     /// The relay's behaviour.

@@ -40,17 +40,17 @@ pub const DIALED_FOR_AUTONAT: usize = 64;
 pub struct Limits {
     /// How many connections may be open, not counting those in their handshakes. Default 2048.
     ///
-    /// An eighth is reserved for peers that hold slots, as long as fewer slots are live. Beyond the rest, a connection
-    /// of a peer without a slot is admitted only if an idle one of a prefix with more connections is closed for it; one
-    /// of a peer with a slot, if any idle one is.
+    /// An eighth, less the number of live slots, is reserved for peers that hold slots. Once the others are taken, a new
+    /// connection of a peer without a slot replaces an idle one of a prefix with more connections, or is denied. Once
+    /// all are taken, a new one of a peer with a slot replaces any idle one, or is denied.
     pub max_connections: usize,
     /// How many connections one peer may have. Default 8; zero: no cap.
     ///
     /// Beyond it, a new connection of a peer that holds a slot is admitted and that peer's longest silent one closed; a
     /// new connection of any other peer is denied.
     pub max_connections_per_peer: usize,
-    /// How many connections one address may have (IPv6: one /64). Default: an eighth of all, but half of up to 128, and at
-    /// least 16; zero: no cap.
+    /// How many connections one address may have (IPv6: one /64). Default: an eighth of all, or half of the first 128 if
+    /// that is more, at least 16; zero: no cap.
     pub max_connections_per_ip: Option<usize>,
     /// How many connections one subnet may have (IPv4: a /24, IPv6: a /48). Default: a quarter of all, at least 64;
     /// zero: no cap.
@@ -200,7 +200,7 @@ impl fmt::Display for Denied {
 
 impl Error for Denied {}
 
-/// An error whose source is a denial. libp2p's transports wrap an error by its source and drop the error itself.
+/// An error whose source is a denial: libp2p's transports drop an error and keep its source.
 #[derive(Debug, thiserror::Error)]
 #[error("denied")]
 struct DeniedError(#[source] Denied);

@@ -1,6 +1,6 @@
 //! Identify's message: encodes the relay's, and reads the few fields of a peer's that are used.
 //!
-//! A peer's message takes no more memory than has arrived of it, and is dropped once the few fields were read.
+//! The buffer for a peer's message grows as the message arrives, and is dropped once the few fields were read.
 //! See [the specification](https://github.com/libp2p/specs/blob/master/identify/README.md).
 
 use std::{io, time::Duration};
@@ -281,13 +281,13 @@ mod tests {
 
     #[test]
     fn only_the_used_fields_of_a_large_message_are_kept() {
-        let fat = PeerMessage { listen_addrs: vec![Vec::new(); 2010], ..peer_message(0, &[]) };
+        let empty = PeerMessage { listen_addrs: vec![Vec::new(); 2010], ..peer_message(0, &[]) };
         assert_eq!(
-            read_one(&fat, Some(KAD)).unwrap(),
+            read_one(&empty, Some(KAD)).unwrap(),
             Info { observed: observed(), ..Info::default() }
         );
-        let talkative = PeerMessage { protocols: vec!["/a".into(); 844], ..peer_message(100, &[]) };
-        let info = read_one(&talkative, Some(KAD)).unwrap();
+        let many = PeerMessage { protocols: vec!["/a".into(); 844], ..peer_message(100, &[]) };
+        let info = read_one(&many, Some(KAD)).unwrap();
         assert_eq!((info.supports_dht, info.listening.len()), (Some(false), MAX_ADDRESSES));
         let too_long =
             PeerMessage { listen_addrs: vec![Vec::new(); 10_000], ..peer_message(0, &[]) };
@@ -388,10 +388,10 @@ mod tests {
             (0..190u16).map(|n| address(&format!("/ip6/2a00:1450::{n:x}/tcp/4001"))).collect();
         let observed = address("/ip4/5.6.7.8/tcp/9");
         let (bytes, left_out) = encode(&[7; 36], &many, [KAD].into_iter(), &observed);
-        let told = decoded(&bytes).listen_addrs;
-        assert_eq!(told.len() + left_out, 190);
-        assert!((150..190).contains(&told.len()), "{}", told.len());
-        assert!(told.iter().zip(&many).all(|(told, one)| *told == one.to_vec()), "the first ones");
+        let sent = decoded(&bytes).listen_addrs;
+        assert_eq!(sent.len() + left_out, 190);
+        assert!((150..190).contains(&sent.len()), "{}", sent.len());
+        assert!(sent.iter().zip(&many).all(|(sent, one)| *sent == one.to_vec()), "the first ones");
     }
 
     proptest! {
@@ -423,13 +423,13 @@ mod tests {
                 encode(&key, &addresses, [KAD].into_iter(), &address("/ip4/5.6.7.8/tcp/9"));
             let message = decoded(&bytes);
             prop_assert!(message.encoded_len() <= 4096);
-            let told = message.listen_addrs.len();
-            prop_assert_eq!(told + left_out, addresses.len());
-            if let Some(next) = addresses.get(told) {
+            let sent = message.listen_addrs.len();
+            prop_assert_eq!(sent + left_out, addresses.len());
+            if let Some(next) = addresses.get(sent) {
                 prop_assert!(message.encoded_len() + next.len() + 3 > 4096);
             }
             let info = read_all(&bytes, Some(KAD)).unwrap();
-            prop_assert_eq!(&info.listening[..], &addresses[..told.min(MAX_ADDRESSES)]);
+            prop_assert_eq!(&info.listening[..], &addresses[..sent.min(MAX_ADDRESSES)]);
         }
     }
 }
