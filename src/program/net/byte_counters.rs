@@ -110,6 +110,7 @@ impl ByteCounters {
     }
 
     /// How many counters were not taken yet.
+    #[cfg(test)]
     pub fn pending(&self) -> usize {
         self.table().pending.len()
     }

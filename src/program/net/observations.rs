@@ -111,8 +111,9 @@ impl<C: Copy + Eq> Observations<C> {
         observations.retain(|other, observation| *other == subnet || observation.peer != from.peer);
         if observations.len() >= MAX_OBSERVATIONS && !observations.contains_key(&subnet) {
             let oldest = observations.iter().min_by_key(|(_, observation)| observation.observed_at);
-            let oldest = oldest.map(|(subnet, _)| *subnet);
-            oldest.map(|oldest| observations.remove(&oldest));
+            if let Some(subnet) = oldest.map(|(subnet, _)| *subnet) {
+                observations.remove(&subnet);
+            }
         }
         let (peer, observed_at) = (from.peer, now);
         let observation = Observation { peer, connection, ip, observed_at, closed_at: None };

@@ -128,7 +128,7 @@ impl Admission {
         while let Some(next_check) = &mut self.next_check
             && next_check.poll_unpin(cx).is_ready()
         {
-            for overdue in self.limits.overdue(Instant::now()) {
+            for overdue in self.limits.handshakes.take_overdue(Instant::now()) {
                 log::debug!("handshake dropped: connection {overdue} exceeded its time limit");
                 self.drop_handshake(overdue, Reason::Timeout);
             }
@@ -160,7 +160,7 @@ impl Admission {
         Ok(())
     }
 
-    /// The idle connection to close for one of this prefix: of the heaviest prefix the longest idle. For a peer
+    /// The idle connection to close for a new one of this prefix: the longest idle one of the heaviest prefix. For a peer
     /// without a slot only one whose prefix has more connections than its own.
     fn idle_connection(
         &self,

@@ -208,13 +208,15 @@ impl<C: Copy + Eq + Hash> Handshakes<C> {
         gives_way.then_some(*id)
     }
 
-    /// The handshakes that have exceeded the time limit of their stage.
-    pub fn overdue(&mut self, now: Instant) -> Vec<C> {
+    /// Removes the handshakes that have exceeded the time limit of their stage, and returns them: the caller drops them.
+    pub fn take_overdue(&mut self, now: Instant) -> Vec<C> {
         let overdue = self.open.iter_mut().filter_map(|(id, handshake)| {
             handshake.update_stage(now);
             handshake.is_overdue(now).then_some(*id)
         });
-        overdue.collect()
+        let overdue: Vec<_> = overdue.collect();
+        overdue.iter().for_each(|id| self.remove(id));
+        overdue
     }
 
     /// Removes a handshake, which has ended.
@@ -226,6 +228,7 @@ impl<C: Copy + Eq + Hash> Handshakes<C> {
     }
 
     /// How many handshakes there are.
+    #[cfg(test)]
     pub fn count(&self) -> usize {
         self.open.len()
     }
@@ -284,10 +287,7 @@ mod tests {
             now += ROUND_TRIP;
             progress.activity.add(NEGOTIATION);
             progress.is_secured.store(round_trip == 2, Ordering::Relaxed);
-            for overdue in all.overdue(now) {
-                assert_ne!(overdue, 999);
-                all.remove(&overdue);
-            }
+            assert!(!all.take_overdue(now).contains(&999));
         }
         assert!(all.open.contains_key(&999));
     }
@@ -304,7 +304,7 @@ mod tests {
         let later = start + 2 * PROGRESS_GRACE;
         progress[0].activity.add(1);
         progress[1].activity.add(NEGOTIATION + 1);
-        all.overdue(start);
+        all.take_overdue(start);
         let dropped = start_handshake(&mut all, 100, 100, 0, later).unwrap().unwrap();
         assert!([2, 3].contains(&dropped), "{dropped}");
         // A handshake that has just advanced is kept while another one has not.
@@ -358,14 +358,15 @@ mod tests {
         progress[2].activity.add(NEGOTIATION);
         progress[3].is_secured.store(true, Ordering::Relaxed);
         let mut at = |seconds| {
-            let mut overdue = all.overdue(start + Duration::from_secs(seconds));
+            let mut overdue = all.take_overdue(start + Duration::from_secs(seconds));
             overdue.sort_unstable();
             overdue
         };
         assert!(at(3).is_empty());
         assert_eq!(at(4), [0]);
-        assert_eq!(at(9), [0, 1, 2]);
-        assert_eq!(at(11), [0, 1, 2, 3]);
+        assert_eq!(at(9), [1, 2]);
+        assert_eq!(at(11), [3]);
+        assert_eq!(all.count(), 0);
     }
 
     proptest! {

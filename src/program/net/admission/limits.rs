@@ -251,14 +251,6 @@ impl ConnectionLimits {
         Ok(dropped)
     }
 
-    /// Returns the connections whose handshakes have exceeded their time limit, to be dropped by the caller. They count
-    /// as handshakes no longer.
-    pub fn overdue(&mut self, now: Instant) -> Vec<ConnectionId> {
-        let overdue = self.handshakes.overdue(now);
-        overdue.iter().for_each(|id| self.handshakes.remove(id));
-        overdue
-    }
-
     /// Admits a connection that has completed its handshake, while this many slots are live. Returns what is to be
     /// closed for it.
     ///
@@ -421,7 +413,8 @@ mod tests {
             all.admit(id(n), from(n as u8, 1), 0, progress, Instant::now()).unwrap();
         }
         assert_eq!(admit(&mut all, 99, from(99, 1)), Err(Denied::Handshakes));
-        assert_eq!(all.overdue(Instant::now() + Duration::from_secs(4)).len(), 56);
+        let later = Instant::now() + Duration::from_secs(4);
+        assert_eq!(all.handshakes.take_overdue(later).len(), 56);
         assert_eq!(admit(&mut all, 99, from(99, 1)), Ok(()));
         assert_eq!(all.establish(id(99), WITHOUT_SLOT, 0), Ok(Preemption::None));
         (0..100).for_each(|n| all.remove(id(n)));
