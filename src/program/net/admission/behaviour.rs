@@ -53,9 +53,9 @@ pub struct Admission {
     handshakes: HashMap<ConnectionId, (Known, Option<TcpStream>)>,
     /// Whether the relay is in a private network.
     is_private: bool,
-    /// Why the handshake failed whose end the swarm is about to report, if that was no denial or health check.
+    /// The failure of the handshake whose end the swarm is about to report; `None` if it was a denial or a health check.
     pub failed: Option<HandshakeFailure>,
-    /// Why the relay closed the connection whose end the swarm is about to report, if the relay did.
+    /// For which reason the relay closed the connection whose end the swarm is about to report; `None` if it did not.
     pub closed: Option<CloseReason>,
     /// Set while there are handshakes.
     next_check: Option<Delay>,
