@@ -17,7 +17,10 @@ use std::{
 use async_std::net::TcpStream;
 use libp2p::core::ConnectedPoint;
 
-use super::{admission::handshakes::Progress, multiaddr::remote_address};
+use super::{
+    admission::handshakes::Progress,
+    multiaddr::{listen_address, without_peer},
+};
 use crate::activity::{ActivityCounter, TrackedStream};
 
 /// The counters that were not taken yet. Clones share them.
@@ -52,7 +55,7 @@ pub struct Pending {
 impl Table {
     /// The pending connection between these ends, if there is exactly one.
     fn only(&self, endpoint: &ConnectedPoint) -> Option<(&Key, &Pending)> {
-        let socket_address = |address| remote_address(address).map(|(socket, _)| socket);
+        let socket_address = |address| Some(listen_address(&without_peer(address))?.0);
         let ends = match endpoint {
             ConnectedPoint::Dialer { address, .. } => (None, socket_address(address)?),
             ConnectedPoint::Listener { local_addr, send_back_addr } => {
@@ -174,6 +177,15 @@ mod tests {
         let socket = |port| SocketAddrV6::new("fe80::1".parse().unwrap(), port, 0, 2).into();
         let _counted = counters.count((), Some(socket(1)), socket(2), None);
         let here = connection("/ip6/fe80::1/tcp/1", "/ip6/fe80::1/tcp/2");
+        assert!(counters.take(&here).is_some());
+    }
+
+    #[test]
+    fn a_counter_is_found_although_a_proxy_names_the_port_0() {
+        let counters = ByteCounters::default();
+        let (local, remote) = ("192.0.2.1:1".parse().unwrap(), "192.0.2.2:0".parse().unwrap());
+        let _counted = counters.count((), Some(local), remote, None);
+        let here = connection("/ip4/192.0.2.1/tcp/1", "/ip4/192.0.2.2/tcp/0");
         assert!(counters.take(&here).is_some());
     }
 

@@ -60,17 +60,10 @@ pub fn unsupported(address: &Multiaddr, has_certificate: bool) -> Option<&'stati
     }
 }
 
-/// Parses the address of one end of a connection: as [`listen_address`], but it may end in a peer id, and neither its IP
-/// address nor its port may be a wildcard.
-pub(crate) fn remote_address(address: &Multiaddr) -> Option<(SocketAddr, Layer)> {
-    let parsed = listen_address(&without_peer(address))?;
-    (parsed.0.port() != 0 && !parsed.0.ip().is_unspecified()).then_some(parsed)
-}
-
-/// Parses an address that can be dialed. The relay does not dial over WebSocket.
+/// Parses an address that can be dialed, with or without a peer id at its end. The relay does not dial over WebSocket.
 pub(crate) fn dialable(address: &Multiaddr) -> Option<SocketAddr> {
-    match remote_address(address)? {
-        (to, Layer::Tcp) => Some(to),
+    match listen_address(&without_peer(address))? {
+        (to, Layer::Tcp) if to.port() != 0 && !to.ip().is_unspecified() => Some(to),
         _ => None,
     }
 }
