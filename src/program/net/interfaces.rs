@@ -25,29 +25,25 @@ pub(crate) enum Change {
 }
 
 /// The addresses as they were last listed.
+#[derive(Default)]
 pub(crate) struct Interfaces {
     known: BTreeSet<IpAddr>,
     changes: VecDeque<Change>,
-    next_poll: Delay,
+    /// `None`: they were not listed yet.
+    next_poll: Option<Delay>,
 }
 
 impl Interfaces {
-    pub(crate) fn new() -> Self {
-        Self {
-            known: BTreeSet::new(),
-            changes: VecDeque::new(),
-            next_poll: Delay::new(Duration::ZERO),
-        }
-    }
-
     /// Returns the next change. At first every address is one.
     pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Change> {
         loop {
             if let Some(change) = self.changes.pop_front() {
                 return Poll::Ready(change);
             }
-            ready!(self.next_poll.poll_unpin(cx));
-            self.next_poll.reset(POLL_INTERVAL);
+            if let Some(next_poll) = &mut self.next_poll {
+                ready!(next_poll.poll_unpin(cx));
+            }
+            self.next_poll = Some(Delay::new(POLL_INTERVAL));
             match if_addrs::get_if_addrs() {
                 Ok(found) => self.update(found.iter().map(if_addrs::Interface::ip).collect()),
                 Err(error) if self.known.is_empty() => {
@@ -102,7 +98,7 @@ mod tests {
     fn new_and_gone_addresses_are_reported() {
         let [home, work, local] =
             ["192.168.1.2", "10.0.0.2", "fe80::1"].map(|ip| ip.parse().unwrap());
-        let mut interfaces = Interfaces::new();
+        let mut interfaces = Interfaces::default();
         interfaces.update([home, local].into());
         assert_eq!(interfaces.changes, [Change::Up(home)]);
         interfaces.changes.clear();

@@ -113,7 +113,7 @@ impl Listener {
         let listener = std::net::TcpListener::from(socket);
         let bound = listener.local_addr()?;
 
-        let interfaces = bound.ip().is_unspecified().then(Interfaces::new);
+        let interfaces = bound.ip().is_unspecified().then(Interfaces::default);
         let mut events = VecDeque::new();
         if interfaces.is_none() {
             let listen_addr = with_layers_of(&address, bound);
