@@ -30,7 +30,7 @@ fn warning(limit: u64, limits: &Limits, dialed: usize) -> Option<String> {
     (limit < needed).then(|| {
         format!(
             "too few open files: --max-connections {max_connections} needs {needed} and the system allows \
-             {limit}; raise its hard limit (ulimit -Hn, LimitNOFILE) or lower --max-connections"
+             {limit}; raise its hard limit (ulimit -Hn, LimitNOFILE), or lower --max-connections or --max-handshakes"
         )
     })
 }
@@ -40,7 +40,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn too_few_files_are_a_warning_that_names_the_flag() {
+    fn too_few_files_are_a_warning_that_names_the_flags() {
         let limits = Limits { max_connections: 4096, max_handshakes: 100, ..Limits::default() };
         assert_eq!(warning(5000, &limits, 200), None);
         assert!(warning(5000, &limits, 1000).is_some());
@@ -48,6 +48,7 @@ mod tests {
         assert!(warning(5000, &most, usize::MAX).is_some());
         let warning = warning(1024, &limits, 0).unwrap();
         assert!(warning.contains("--max-connections 4096") && warning.contains("1024"));
+        assert!(warning.ends_with("or --max-handshakes"), "{warning}");
     }
 
     #[test]
