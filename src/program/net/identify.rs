@@ -186,7 +186,7 @@ impl Identify {
             protocols: SupportedProtocols::default(),
             tasks: FuturesUnordered::new(),
             pushes: Bucket::default(),
-            reported_dht: None,
+            dht_to_report: None,
             should_ask: true,
             should_push: false,
             is_pushing: false,
@@ -269,7 +269,7 @@ pub struct Handler {
     /// How many pushes may be read.
     pushes: Bucket,
     /// Whether the peer supports the DHT's protocol, until that is reported to the swarm.
-    reported_dht: Option<bool>,
+    dht_to_report: Option<bool>,
     should_ask: bool,
     should_push: bool,
     is_pushing: bool,
@@ -324,11 +324,8 @@ impl Handler {
     }
 
     fn on_ended(&mut self, exchange: Exchange) {
-        match exchange {
-            Exchange::Answer | Exchange::Ask => {}
-            Exchange::ReadPush => self.is_reading_push = false,
-            Exchange::Push => self.is_pushing = false,
-        }
+        self.is_reading_push &= exchange != Exchange::ReadPush;
+        self.is_pushing &= exchange != Exchange::Push;
     }
 }
 
@@ -386,7 +383,7 @@ impl ConnectionHandler for Handler {
         if mem::take(&mut self.should_ask) {
             return open(IDENTIFY, Exchange::Ask);
         }
-        if let Some(is_supported) = self.reported_dht.take()
+        if let Some(is_supported) = self.dht_to_report.take()
             && let Some(dht) = self.shared.state().dht.clone()
         {
             let kind = if is_supported { ProtocolSupport::Added } else { ProtocolSupport::Removed };
@@ -396,7 +393,7 @@ impl ConnectionHandler for Handler {
         while let Poll::Ready(Some((exchange, info))) = self.tasks.poll_next_unpin(cx) {
             self.on_ended(exchange);
             if let Some(info) = info {
-                self.reported_dht = info.supports_dht;
+                self.dht_to_report = info.supports_dht;
                 return Poll::Ready(ConnectionHandlerEvent::NotifyBehaviour(info));
             }
         }
