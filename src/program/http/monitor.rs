@@ -195,6 +195,9 @@ mod tests {
         let (status, text) = get(&routes_of(false, Duration::from_secs(31)), "/healthz");
         assert_eq!(status, 503);
         assert_eq!(text, "the relay has published nothing for 31 s\n");
+        // Nor does its page show the last status as if it were current.
+        let (status, json) = get(&routes_of(false, Duration::from_secs(31)), "/status.json");
+        assert_eq!((status, json), (503, text));
     }
 
     #[test]

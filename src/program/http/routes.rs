@@ -30,7 +30,7 @@ const PAGE: &str = include_str!("page/index.html");
 const STYLE: &str = include_str!("page/style.css");
 const SCRIPT: &str = include_str!("page/script.js");
 
-/// A relay that has published no snapshot for so long does not serve.
+/// A relay that has published no snapshot for longer than this hangs.
 const STUCK_AFTER: Duration = Duration::from_secs(30);
 
 const HTML: &str = "text/html; charset=utf-8";
@@ -102,6 +102,11 @@ impl Routes {
                 headers.insert(header::CONTENT_SECURITY_POLICY, policy);
                 answer
             }
+            "/status.json" | "/healthz" if self.age() > STUCK_AFTER => {
+                let age = self.age().as_secs();
+                let text = format!("the relay has published nothing for {age} s\n");
+                answer(StatusCode::SERVICE_UNAVAILABLE, TEXT, text)
+            }
             "/status.json" => answer(StatusCode::OK, JSON, ready!(self.status())),
             "/metrics" => self.metrics(request.headers()),
             "/healthz" => self.health(),
@@ -134,14 +139,13 @@ impl Routes {
         }
     }
 
+    /// How long ago the latest snapshot was published.
+    fn age(&self) -> Duration {
+        self.latest.read().at.elapsed()
+    }
+
     fn health(&self) -> Response<Full<Bytes>> {
-        let snapshot = self.latest.read();
-        let age = snapshot.at.elapsed();
-        if age > STUCK_AFTER {
-            let text = format!("the relay has published nothing for {} s\n", age.as_secs());
-            return answer(StatusCode::SERVICE_UNAVAILABLE, TEXT, text);
-        }
-        match snapshot.stats.not_serving {
+        match self.latest.read().stats.not_serving {
             Some(reason) => answer(StatusCode::SERVICE_UNAVAILABLE, TEXT, format!("{reason}\n")),
             None => answer(StatusCode::OK, TEXT, "serving\n"),
         }
