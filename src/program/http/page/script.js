@@ -490,13 +490,17 @@ async function refresh() {
   showState(kind, status.not_serving || kind || "serving");
   show(full);
 }
+// Ends the wait for the next refresh.
+let wake;
+document.addEventListener("visibilitychange", () => wake?.());
+
 
 async function run() {
   for (;;) {
     if (!document.hidden) await refresh();
+      wake = resolve;
     await new Promise((resolve) => {
       setTimeout(resolve, INTERVAL);
-      document.addEventListener("visibilitychange", resolve, { once: true });
     });
   }
 }
