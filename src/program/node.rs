@@ -82,6 +82,8 @@ pub struct Node {
     websocket: websocket::Control,
     /// The open listeners, and the address that each was opened with.
     listeners: Vec<(ListenerId, Multiaddr)>,
+    /// Addresses of closed listeners, yet to be reported.
+    not_listening: Vec<Multiaddr>,
     /// [`Config::max_circuits_per_peer`] at the start: the muxer's limits follow from it.
     circuits_per_peer: usize,
 }
@@ -191,6 +193,7 @@ impl Node {
             #[cfg(feature = "websocket")]
             websocket: control,
             listeners: Vec::new(),
+            not_listening: Vec::new(),
             circuits_per_peer,
         };
         let memory = node.multiplex.memory.clone();
@@ -392,11 +395,12 @@ impl Node {
     ///
     /// # Errors
     ///
-    /// When one of the addresses cannot be bound any more. The node keeps draining then.
+    /// When one of the addresses cannot be bound any more; it begins with that address. The node keeps draining then.
     pub fn resume(&mut self) -> io::Result<()> {
         let closed = std::mem::take(&mut self.listeners);
         for (_, address) in &closed {
             if let Err(error) = self.listen_on(address.clone()) {
+                let error = io::Error::new(error.kind(), format!("{address}: {error}"));
                 for (id, _) in std::mem::replace(&mut self.listeners, closed) {
                     self.swarm.remove_listener(id);
                 }
@@ -440,6 +444,9 @@ impl Node {
     /// Runs the relay until its next event.
     pub async fn next(&mut self) -> NodeEvent {
         loop {
+            if let Some(address) = self.not_listening.pop() {
+                return NodeEvent::NotListening(address);
+            }
             let event = self.swarm.select_next_some().await;
             let event = self.on_event(event);
             self.update_confirmed(Instant::now());
@@ -469,9 +476,7 @@ impl Node {
             }
             SwarmEvent::ListenerClosed { addresses, .. } => {
                 self.update_addresses(false);
-                for address in addresses {
-                    log::info!("no longer listening on {address}");
-                }
+                self.not_listening.extend(addresses);
             }
             SwarmEvent::ListenerError { error, .. } => {
                 log::error!("accepting connections failed, trying again: {error}");
@@ -527,6 +532,7 @@ impl Node {
 
 #[cfg(test)]
 mod tests {
+    use async_std::task::block_on;
     use libp2p::swarm::{THandler, THandlerOutEvent};
 
     use super::*;
@@ -540,6 +546,32 @@ mod tests {
         type Plain = ReadBuffer<<Tcp as Transport>::Output>;
         type OverWebSocket = <WebSocket as Transport>::Output;
         assert_eq!(size_of::<Either<Plain, OverWebSocket>>(), size_of::<Plain>());
+    }
+
+    /// A node that has listened on this address, and drains.
+    fn drained() -> (Node, Multiaddr) {
+        let mut node = Node::new(Keypair::generate_ed25519(), Config::default()).unwrap();
+        node.listen_on("/ip4/127.0.0.1/tcp/0".parse().unwrap()).unwrap();
+        let NodeEvent::Listening(address) = block_on(node.next()) else { panic!("no address") };
+        node.drain(Duration::from_secs(60));
+        (node, address)
+    }
+
+    #[test]
+    fn a_node_that_drains_reports_that_it_listens_no_longer() {
+        let (mut node, address) = drained();
+        let event = block_on(node.next());
+        assert!(matches!(&event, NodeEvent::NotListening(it) if *it == address), "{event:?}");
+    }
+
+    #[test]
+    fn a_node_whose_address_is_taken_names_it_and_keeps_draining() {
+        let (mut node, address) = drained();
+        let (socket, _) = multiaddr::listen_address(&address).unwrap();
+        let _other = std::net::TcpListener::bind(socket).unwrap();
+        let error = node.resume().unwrap_err().to_string();
+        assert!(error.starts_with(&format!("{address}: ")), "{error}");
+        assert!(node.relay().view().is_draining());
     }
 
     /// The handlers of all behaviours take one allocation per connection.
