@@ -196,7 +196,7 @@ fn write_stats(out: &mut DescriptorEncoder<'_>, stats: &Stats) -> fmt::Result {
         write_each(out, "busiest", help, busiest)?;
     }
     let mut gauge = |name, help, count| write(out, name, help, None, ConstGauge::new(count));
-    gauge("circuits", "Open circuits.", stats.circuits)?;
+    gauge("circuits", "Circuits that are open or being set up.", stats.circuits)?;
     let help = "Open connections of peers, without those in their handshakes.";
     gauge("connections", help, stats.connections)?;
     let help = "Bytes received and not yet processed, or not yet taken by the peer they go to.";

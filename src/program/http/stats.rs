@@ -29,6 +29,7 @@ pub struct Stats {
     /// The memory that the relay takes at most, in bytes.
     pub memory: u64,
     pub slots: Slots,
+    /// How many circuits count towards `max-circuits`: those that are open or being set up.
     pub circuits: usize,
     pub connections: usize,
     pub relayed: BytesTransferred,

@@ -53,12 +53,12 @@ pub struct Status {
     pub questions: Probes,
 }
 
-/// A list of which a part is shown if it is long.
+/// How many there are of something, and a list of them, which is shorter if there are many.
 #[derive(Debug, Serialize)]
 pub struct Listed<T> {
-    /// The length of the whole list.
+    /// Circuits that are being set up count, and are not listed.
     pub count: usize,
-    /// All of it or [`MAX_LISTED`] of its elements, in no order.
+    /// At most [`MAX_LISTED`], in no order.
     pub listed: Vec<T>,
 }
 

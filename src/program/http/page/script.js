@@ -350,7 +350,7 @@ function reachedLimits() {
   const { slots, circuits, connections, limits } = status;
   const all = [
     [slots.live + slots.grace, "max-reservations", "slots are taken", "a newcomer gets one only in place of a peer that is gone"],
-    [circuits.count, "max-circuits", "circuits are open", "a new one ends another, or is refused"],
+    [circuits.count, "max-circuits", "circuits are in use", "a new one ends another, or is refused"],
     [connections, "max-connections", "connections are open", "a new one replaces an idle one, or is closed"],
   ];
   return all.filter(([n, limit]) => limits[limit] && n >= limits[limit]).map(([, limit, what, effect]) => ({
