@@ -319,8 +319,7 @@ function showPoint(event) {
   const nearest = points.reduce((best, other) => (Math.abs(other.age - age) < Math.abs(best.age - age) ? other : best));
   const [live, grace, free] = nearest.point;
   find("#cursor").style.setProperty("--at", `${100 * (1 - nearest.age / total)}%`);
-  const when = nearest.age ? ago(nearest.age) : "now";
-  setText(find("#times p"), `${when}: ${count(live)} live, ${count(grace)} in grace, ${count(free)} free`);
+  setText(find("#times p"), `${ago(nearest.age)}: ${count(live)} live, ${count(grace)} in grace, ${count(free)} free`);
   showCursor(true);
 }
 
@@ -490,16 +489,16 @@ async function refresh() {
   showState(kind, status.not_serving || kind || "serving");
   show(full);
 }
+
 // Ends the wait for the next refresh.
 let wake;
 document.addEventListener("visibilitychange", () => wake?.());
 
-
 async function run() {
   for (;;) {
     if (!document.hidden) await refresh();
-      wake = resolve;
     await new Promise((resolve) => {
+      wake = resolve;
       setTimeout(resolve, INTERVAL);
     });
   }
