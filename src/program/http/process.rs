@@ -43,7 +43,7 @@ impl Collector for Process {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let out = &mut encoder;
         let help = "User and system CPU time that the process has taken.";
-        let cpu = ConstCounter::new(cpu_time().as_secs_f64());
+        let cpu = ConstCounter::new(read_clock(ClockId::ProcessCPUTime).as_secs_f64());
         write(out, "process_cpu", help, Some(&Unit::Seconds), cpu)?;
         let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
         let mut gauge = |name, help, unit, value: Option<f64>| match value {
@@ -75,8 +75,9 @@ impl Serialize for ResidentMemory {
     }
 }
 
-fn cpu_time() -> Duration {
-    Duration::try_from(clock_gettime(ClockId::ProcessCPUTime)).unwrap_or_default()
+/// The time that this clock shows.
+pub fn read_clock(clock: ClockId) -> Duration {
+    Duration::try_from(clock_gettime(clock)).unwrap_or_default()
 }
 
 /// The value of a line of `/proc/self/status` in KiB, converted to bytes.
@@ -97,8 +98,7 @@ fn started() -> Option<f64> {
     let stat = fs::read_to_string("/proc/self/stat").ok()?;
     let (_, fields) = stat.rsplit_once(") ")?; // after the name, which may contain anything
     let ticks: f64 = fields.split(' ').nth(22 - 3)?.parse().ok()?;
-    let since_boot = Duration::try_from(clock_gettime(ClockId::Boottime)).ok()?;
-    let age = since_boot.as_secs_f64() - ticks / TICKS;
+    let age = read_clock(ClockId::Boottime).as_secs_f64() - ticks / TICKS;
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).ok()?;
     Some(now.as_secs_f64() - age)
 }

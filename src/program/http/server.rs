@@ -6,6 +6,7 @@
 
 use std::{
     cell::Cell,
+    cmp::Reverse,
     convert::Infallible,
     future::{Future, poll_fn},
     io::{self, IoSlice, Read as _, Write as _},
@@ -28,35 +29,35 @@ use hyper::{
 };
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
-    time::{ClockId, clock_gettime},
+    io::Errno,
+    time::ClockId,
 };
 
-use super::routes::Routes;
+use super::{process::read_clock, routes::Routes};
 
-/// How many connections are served at a time. One more takes the place of the one that has requested nothing for
-/// the longest.
+/// How many connections are served at a time. One more replaces the one that would time out first.
 const MAX_CONNECTIONS: usize = 32;
 
 /// How many connections are accepted before the open ones are served.
 const MAX_ACCEPTS: usize = MAX_CONNECTIONS / 4;
 
 /// How long the first request of a connection may take.
-const FIRST_REQUEST: Duration = Duration::from_secs(10);
+const FIRST_REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long the client may take to read an answer and to send the next request.
-const NEXT_REQUEST: Duration = Duration::from_secs(30);
+const NEXT_REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The longest head of a request, in bytes: the least that hyper takes.
-const READ_AHEAD: usize = 8 * 1024;
+const MAX_HEAD: usize = 8 * 1024;
 
 /// After each turn the thread sleeps this many times as long as it worked: it takes a tenth of a core at most.
-const REST: u32 = 9;
+const SLEEP_PER_WORK: u32 = 9;
 
-/// When to poll again for an answer that was pending.
-const RETRY: Duration = Duration::from_millis(10);
+/// After how long an answer that was pending is polled again.
+const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
 /// The longest sleep, also when no file descriptors are left.
-const PAUSE: Duration = Duration::from_secs(1);
+const MAX_SLEEP: Duration = Duration::from_secs(1);
 
 /// Serves `routes` on a thread that never ends.
 ///
@@ -79,65 +80,48 @@ fn serve(listener: &TcpListener, routes: Routes) {
     let woken = Arc::new(Woken::default());
     let waker = Waker::from(Arc::clone(&woken));
     loop {
+        let before = read_clock(ClockId::ThreadCPUTime);
         wait(listener, &connections, woken.0.swap(false, Ordering::Relaxed));
-        let (start, before) = (Instant::now(), time_worked());
+        let now = Instant::now();
         for _ in 0..MAX_ACCEPTS {
             match listener.accept() {
                 Ok((stream, _)) => {
                     if connections.len() == MAX_CONNECTIONS {
-                        evict(&mut connections);
+                        connections.sort_by_key(|it| Reverse(it.socket.deadline.get()));
+                        connections.pop();
                     }
-                    connections.extend(Connection::new(stream, &routes, start));
+                    connections.extend(Connection::new(stream, &routes, now));
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 // The client closed it before it was accepted.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
                 Err(_) => {
-                    thread::sleep(PAUSE);
+                    thread::sleep(MAX_SLEEP);
                     break;
                 }
             }
         }
         let cx = &mut Context::from_waker(&waker);
-        connections.retain_mut(|connection| connection.poll(start, cx));
-        let worked = time_worked().saturating_sub(before);
-        thread::sleep((worked * REST).min(PAUSE));
+        connections.retain_mut(|connection| connection.poll(now, cx));
+        let worked = read_clock(ClockId::ThreadCPUTime).saturating_sub(before);
+        thread::sleep((worked * SLEEP_PER_WORK).min(MAX_SLEEP));
     }
-}
-
-/// The CPU time of this thread.
-fn time_worked() -> Duration {
-    let worked = clock_gettime(ClockId::ThreadCPUTime);
-    Duration::try_from(worked).unwrap_or_default()
 }
 
 /// Waits until a socket is ready or a connection times out; for a short time if an answer is pending.
 fn wait(listener: &TcpListener, connections: &[Connection], is_pending: bool) {
-    let mut sockets = vec![PollFd::new(listener, PollFlags::IN)];
-    let waiting = connections.iter().map(|connection| {
-        PollFd::new(&connection.socket.stream, connection.socket.waits_for.get())
-    });
-    sockets.extend(waiting);
-    let deadline = connections.iter().map(|connection| connection.socket.deadline.get()).min();
-    let time = match (is_pending, deadline) {
-        (true, _) => Some(RETRY),
-        (false, deadline) => {
-            deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()))
-        }
+    let sockets = connections.iter().map(|connection| &connection.socket);
+    let mut polled = vec![PollFd::new(listener, PollFlags::IN)];
+    polled.extend(sockets.clone().map(|it| PollFd::new(&it.stream, it.waits_for.get())));
+    let deadline = sockets.map(|it| it.deadline.get()).min();
+    let timeout = match is_pending {
+        true => Some(POLL_INTERVAL),
+        false => deadline.map(|deadline| deadline.saturating_duration_since(Instant::now())),
     };
-    let time = time.and_then(|time| Timespec::try_from(time).ok());
-    match poll(&mut sockets, time.as_ref()) {
-        Ok(_) | Err(rustix::io::Errno::INTR) => {}
-        Err(_) => thread::sleep(PAUSE),
-    }
-}
-
-/// Closes the connection that would time out first.
-fn evict(connections: &mut Vec<Connection>) {
-    let first = connections.iter().enumerate();
-    let first = first.min_by_key(|(_, connection)| connection.socket.deadline.get());
-    if let Some((index, _)) = first {
-        connections.swap_remove(index);
+    let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
+    match poll(&mut polled, timeout.as_ref()) {
+        Ok(_) | Err(Errno::INTR) => {}
+        Err(_) => thread::sleep(MAX_SLEEP),
     }
 }
 
@@ -154,7 +138,7 @@ impl Wake for Woken {
 /// One connection, and hyper's task for it.
 struct Connection {
     socket: Rc<Socket>,
-    task: Pin<Box<dyn Future<Output = ()>>>,
+    task: Pin<Box<dyn Future<Output = hyper::Result<()>>>>,
 }
 
 /// A socket, the readiness that its task waits for, and its deadline.
@@ -171,11 +155,11 @@ impl Connection {
         let socket = Rc::new(Socket {
             stream,
             waits_for: Cell::new(PollFlags::IN),
-            deadline: Cell::new(now + FIRST_REQUEST),
+            deadline: Cell::new(now + FIRST_REQUEST_TIMEOUT),
         });
-        let (routes, requested) = (Rc::clone(routes), Rc::clone(&socket));
+        let (routes, client) = (Rc::clone(routes), Rc::clone(&socket));
         let service = service_fn(move |request| {
-            requested.deadline.set(Instant::now() + NEXT_REQUEST);
+            client.deadline.set(Instant::now() + NEXT_REQUEST_TIMEOUT);
             let routes = Rc::clone(&routes);
             poll_fn(move |cx| {
                 let answer = routes.answer(&request);
@@ -185,16 +169,11 @@ impl Connection {
                 answer.map(Ok::<_, Infallible>)
             })
         });
-        let serving = http1::Builder::new()
-            .max_buf_size(READ_AHEAD)
+        let task = http1::Builder::new()
+            .max_buf_size(MAX_HEAD)
             .header_read_timeout(None) // the deadline is ours
-            .serve_connection(Wire(Rc::clone(&socket)), service);
-        Ok(Self {
-            socket,
-            task: Box::pin(async {
-                let _ = serving.await; // an error ends the connection
-            }),
-        })
+            .serve_connection(HyperIo(Rc::clone(&socket)), service);
+        Ok(Self { socket, task: Box::pin(task) })
     }
 
     /// Polls its task; returns whether the connection stays open.
@@ -205,9 +184,9 @@ impl Connection {
 }
 
 /// The socket as hyper's I/O.
-struct Wire(Rc<Socket>);
+struct HyperIo(Rc<Socket>);
 
-impl Wire {
+impl HyperIo {
     /// Converts the result of an attempt; one that would block waits for this readiness.
     fn poll_result<T>(&self, result: io::Result<T>, wait_for: PollFlags) -> Poll<io::Result<T>> {
         match result {
@@ -221,21 +200,21 @@ impl Wire {
     }
 }
 
-impl Read for Wire {
+impl Read for HyperIo {
     fn poll_read(
         self: Pin<&mut Self>,
         _: &mut Context<'_>,
         mut buffer: ReadBufCursor<'_>,
     ) -> Poll<io::Result<()>> {
-        let mut bytes = [0; READ_AHEAD];
-        let (room, _) = bytes.split_at_mut(READ_AHEAD.min(buffer.remaining()));
+        let mut bytes = [0; MAX_HEAD];
+        let (room, _) = bytes.split_at_mut(MAX_HEAD.min(buffer.remaining()));
         let read = (&self.0.stream).read(room);
         let read = read.map(|read| buffer.put_slice(room.get(..read).unwrap_or_default()));
         self.poll_result(read, PollFlags::IN)
     }
 }
 
-impl Write for Wire {
+impl Write for HyperIo {
     fn poll_write(
         self: Pin<&mut Self>,
         _: &mut Context<'_>,
