@@ -17,7 +17,6 @@ use prometheus_client::{
 };
 use rlimit::Resource;
 use rustix::time::{ClockId, clock_gettime};
-use serde::{Serialize, Serializer};
 
 use super::counters::write;
 
@@ -64,15 +63,10 @@ impl Collector for Process {
     }
 }
 
-/// The memory of this process that is in RAM, in bytes. Read when it is serialized; null where the system does not tell.
-#[derive(Clone, Copy, Debug)]
-pub struct ResidentMemory;
-
-impl Serialize for ResidentMemory {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-        memory(&status, "VmRSS:").map(|bytes| bytes as u64).serialize(serializer)
-    }
+/// The memory of this process that is in RAM, in bytes; `None` where the system does not tell.
+pub fn resident_memory() -> Option<u64> {
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    memory(&status, "VmRSS:").map(|bytes| bytes as u64)
 }
 
 /// The time that this clock shows.

@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use super::{
     history::History,
-    process::ResidentMemory,
+    process::resident_memory,
     refusals::Refusals,
     speeds::{Speed, Speeds},
     stats::{Bytes, Circuit, Shown, Slots, Stats},
@@ -89,7 +89,8 @@ pub struct Holder {
 /// The memory of the process, in bytes.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Memory {
-    pub resident: ResidentMemory,
+    /// How much of it is in RAM, if the system tells.
+    pub resident: Option<u64>,
     /// How much it takes at most under its limits.
     pub estimate: u64,
 }
@@ -150,7 +151,7 @@ impl Status {
             announced: relay.config.announce.iter().cloned().map(Shown).collect(),
             reachable_at: node.relay().addresses(None).into_iter().map(Shown).collect(),
             limits: stats.limits.into(),
-            memory: Memory { resident: ResidentMemory, estimate: stats.memory },
+            memory: Memory { resident: resident_memory(), estimate: stats.memory },
             certificate_ends_in: stats
                 .certificate_not_after
                 .map(|time| time.duration_since(SystemTime::now()).unwrap_or_default().as_secs()),
