@@ -1,4 +1,4 @@
-//! The metrics of go-libp2p's relay, under its names, so that a dashboard made for that relay shows this one.
+//! The metrics of go-libp2p's relay under its names, so that a dashboard made for that relay shows this one.
 //!
 //! Names, labels and phrases are those of
 //! [its metrics.go](https://github.com/libp2p/go-libp2p/blob/master/p2p/protocol/circuitv2/relay/metrics.go),
@@ -39,8 +39,8 @@ fn buckets(circuit_duration: Duration) -> Vec<f64> {
     BUCKETS.into_iter().filter(|bound| *bound < limit).chain(last).collect()
 }
 
-/// Those of these metrics that count events.
-pub(super) struct RelaySvc {
+/// The metrics that count events. [`write_stats`] writes the others.
+pub(super) struct GoMetrics {
     reservations: Counters,
     reserve: Answers,
     connections: Counters,
@@ -54,44 +54,26 @@ struct Answers {
     rejections: Counters,
 }
 
-impl RelaySvc {
-    /// Registers the metrics.
+impl GoMetrics {
+    /// Registers the metrics. Circuits are limited to `circuit_duration`; zero: no limit.
     pub(super) fn new(registry: &mut Registry, circuit_duration: Duration) -> Self {
+        let help = "Reservations that were opened, renewed, and closed";
+        let types = ["opened", "renewed", "closed"];
+        let reservations = Counters::new(registry, "reservations", help, "type", &types);
+        let reasons = ["ip constraint violation", "resource limit exceeded", "permission denied"];
+        let reserve = Answers::new(registry, "reservation", "RESERVE", &reasons);
+
+        let help = "Circuits that were opened, and closed";
+        let types = ["opened", "closed"];
+        let connections = Counters::new(registry, "connections", help, "type", &types);
+        let reasons =
+            ["resource limit exceeded", "permission denied", "no reservation", "malformed message"];
+        let connect = Answers::new(registry, "connection", "CONNECT", &reasons);
         let help = "How long circuits that have ended were open";
         let connection_duration = Histogram::new(buckets(circuit_duration));
         let duration = connection_duration.clone();
         registry.register_with_unit("connection_duration", help, Unit::Seconds, duration);
-        let mut counters = |name, help, label, values: &[&'static str]| {
-            Counters::new(registry, name, help, label, values)
-        };
-        let statuses = ["ok", "rejected", "error"];
-
-        let help = "Reservations that were opened, renewed, and closed";
-        let types = ["opened", "renewed", "closed"];
-        let reservations = counters("reservations", help, "type", &types);
-        let (name, help) =
-            ("reservation_request_response_status", "Answers to RESERVE requests by their status");
-        let reserve_statuses = counters(name, help, "status", &statuses);
-        let help = "Rejected RESERVE requests by the reason";
-        let reasons = ["ip constraint violation", "resource limit exceeded", "permission denied"];
-        let reserve_rejections = counters("reservation_rejections", help, "reason", &reasons);
-
-        let help = "Circuits that were opened, and closed";
-        let connections = counters("connections", help, "type", &["opened", "closed"]);
-        let (name, help) =
-            ("connection_request_response_status", "Answers to CONNECT requests by their status");
-        let connect_statuses = counters(name, help, "status", &statuses);
-        let help = "Rejected CONNECT requests by the reason";
-        let reasons =
-            ["resource limit exceeded", "permission denied", "no reservation", "malformed message"];
-        let connect_rejections = counters("connection_rejections", help, "reason", &reasons);
-        Self {
-            reservations,
-            reserve: Answers { statuses: reserve_statuses, rejections: reserve_rejections },
-            connections,
-            connect: Answers { statuses: connect_statuses, rejections: connect_rejections },
-            connection_duration,
-        }
+        Self { reservations, reserve, connections, connect, connection_duration }
     }
 
     /// Counts an event.
@@ -100,19 +82,19 @@ impl RelaySvc {
             Event::ReservationAccepted { renewed, .. } => {
                 let kind = if *renewed { "renewed" } else { "opened" };
                 self.reservations.count(kind);
-                self.reserve.count(Status::Ok);
+                self.reserve.count(Some(Status::Ok));
             }
-            Event::ReservationRefused { reason, .. } => self.reserve.count_sent(reason.status()),
+            Event::ReservationRefused { reason, .. } => self.reserve.count(reason.status()),
             Event::ReservationFreed { .. } => self.reservations.count("closed"),
             Event::CircuitOpened { .. } => {
                 self.connections.count("opened");
-                self.connect.count(Status::Ok);
+                self.connect.count(Some(Status::Ok));
             }
-            Event::CircuitRefused { reason, .. } => self.connect.count_sent(reason.status()),
+            Event::CircuitRefused { reason, .. } => self.connect.count(reason.status()),
             // Of malformed requests go-libp2p counts those that are known to be a CONNECT.
             Event::RequestRejected { reason, .. } => {
                 if let BadRequest::BadTarget(_) = reason {
-                    self.connect.count(reason.status());
+                    self.connect.count(Some(reason.status()));
                 }
             }
             Event::CircuitClosed { open_for, .. } => {
@@ -126,7 +108,7 @@ impl RelaySvc {
 
 /// Writes the metrics that no event reports.
 pub(super) fn write_stats(out: &mut DescriptorEncoder<'_>, stats: &Stats) -> fmt::Result {
-    let help = "1 while the relay takes requests, 0 while it drains.";
+    let help = "1 while the relay serves, 0 while it drains or its clock is not set.";
     let status = ConstGauge::new(i64::from(stats.not_serving.is_none()));
     write(out, "status", help, None, status)?;
     let help = "Payload bytes that circuits carried, both directions together.";
@@ -135,14 +117,21 @@ pub(super) fn write_stats(out: &mut DescriptorEncoder<'_>, stats: &Stats) -> fmt
 }
 
 impl Answers {
-    /// Counts an answer; without a status there was none.
-    fn count_sent(&self, status: Option<Status>) {
-        if let Some(status) = status {
-            self.count(status);
-        }
+    /// Registers `<name>_request_response_status` and `<name>_rejections`, for answers to this request.
+    fn new(registry: &mut Registry, name: &str, request: &str, reasons: &[&'static str]) -> Self {
+        let help = format!("Answers to {request} requests by their status");
+        let (status, values) =
+            (format!("{name}_request_response_status"), ["ok", "rejected", "error"]);
+        let statuses = Counters::new(registry, &status, &help, "status", &values);
+        let help = format!("Rejected {request} requests by the reason");
+        let rejections = format!("{name}_rejections");
+        let rejections = Counters::new(registry, &rejections, &help, "reason", reasons);
+        Self { statuses, rejections }
     }
 
-    fn count(&self, status: Status) {
+    /// Counts an answer with this status; `None`: there was no answer.
+    fn count(&self, status: Option<Status>) {
+        let Some(status) = status else { return };
         let reason = match status {
             Status::Ok => return self.statuses.count("ok"),
             Status::ConnectionFailed | Status::UnexpectedMessage => {

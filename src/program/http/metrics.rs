@@ -23,7 +23,7 @@ use prometheus_client::{
 
 use super::{
     counters::{Counters, Label, registered, write, write_each},
-    go_metrics::{self, RelaySvc},
+    go_metrics::{self, GoMetrics},
     process::Process,
     snapshot::LatestSnapshot,
     stats::Stats,
@@ -50,7 +50,7 @@ const HANDSHAKES: [(Stage, Reason); 6] = [
 
 /// The metrics that count events.
 pub struct Metrics {
-    relaysvc: RelaySvc,
+    go: GoMetrics,
     freed: Counters,
     refused: Family<[Label; 2], Counter>,
     unanswered: Counter,
@@ -66,10 +66,10 @@ impl Metrics {
     pub fn new(circuit_duration: Duration, latest: Arc<LatestSnapshot>) -> (Self, Registry) {
         let mut all = Registry::default();
         all.register_collector(Box::new(Process::new()));
-        let go = all.sub_registry_with_prefix("libp2p_relaysvc");
-        let relaysvc = RelaySvc::new(go, circuit_duration);
-        let write = go_metrics::write_stats;
-        go.register_collector(Box::new(SnapshotMetrics { latest: Arc::clone(&latest), write }));
+        let relaysvc = all.sub_registry_with_prefix("libp2p_relaysvc");
+        let go = GoMetrics::new(relaysvc, circuit_duration);
+        let (snapshots, write) = (Arc::clone(&latest), go_metrics::write_stats);
+        relaysvc.register_collector(Box::new(SnapshotMetrics { latest: snapshots, write }));
         let own = all.sub_registry_with_prefix("relaylet");
         own.register_collector(Box::new(SnapshotMetrics { latest, write: write_stats }));
         let version = [("version", env!("CARGO_PKG_VERSION"))];
@@ -105,7 +105,7 @@ impl Metrics {
         let connections_closed = Counters::new(own, "connections_closed", help, "reason", &reasons);
 
         let metrics = Self {
-            relaysvc,
+            go,
             freed,
             refused,
             unanswered,
@@ -125,7 +125,7 @@ impl Metrics {
     pub fn record(&self, event: &NodeEvent) {
         match event {
             NodeEvent::Relay(event) => {
-                self.relaysvc.record(event);
+                self.go.record(event);
                 if let Event::CircuitClosed { end, .. } = event {
                     self.circuits_closed.count(end.kind());
                 }
