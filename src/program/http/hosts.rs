@@ -1,7 +1,7 @@
-//! The names under which the page and the status are served.
+//! The host names under which the page and the status are served.
 //!
-//! A web page elsewhere can have its own DNS name point to this machine (DNS rebinding). Its scripts then read
-//! what is served here, unless the name that the browser asks for is checked.
+//! A web page elsewhere can have its own DNS name point to this machine (DNS rebinding). If the host name of a request
+//! were not checked, its scripts could read what is served here.
 
 use std::net::IpAddr;
 
@@ -13,13 +13,13 @@ pub struct Hosts(pub Vec<String>);
 
 impl Hosts {
     /// Returns whether a request names `localhost`, an IP address, or one of these hosts.
-    pub fn include_host_of<B>(&self, request: &Request<B>) -> bool {
+    pub fn contains_host_of<B>(&self, request: &Request<B>) -> bool {
         let header = || request.headers().get(header::HOST)?.to_str().ok()?.parse().ok();
         let authority: Option<Authority> = request.uri().authority().cloned().or_else(header);
-        authority.is_some_and(|authority| self.include(authority.host()))
+        authority.is_some_and(|authority| self.contains(authority.host()))
     }
 
-    fn include(&self, host: &str) -> bool {
+    fn contains(&self, host: &str) -> bool {
         let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
         let is_named = |name: &str| {
             let [name, host] = [name, host].map(|name| name.strip_suffix('.').unwrap_or(name));
@@ -40,7 +40,7 @@ mod tests {
         let hosts = Hosts(vec!["Relay.example.org".into()]);
         let serves = |host: &str| {
             let request = Request::get("/").header(header::HOST, host).body(()).unwrap();
-            hosts.include_host_of(&request)
+            hosts.contains_host_of(&request)
         };
         for host in [
             "localhost",
@@ -66,8 +66,8 @@ mod tests {
         ] {
             assert!(!serves(host), "{host}");
         }
-        assert!(!hosts.include_host_of(&Request::get("/").body(()).unwrap()), "no header");
+        assert!(!hosts.contains_host_of(&Request::get("/").body(()).unwrap()), "no header");
         let absolute = Request::get("http://example.org/").header(header::HOST, "localhost");
-        assert!(!hosts.include_host_of(&absolute.body(()).unwrap()));
+        assert!(!hosts.contains_host_of(&absolute.body(()).unwrap()));
     }
 }

@@ -55,8 +55,7 @@ pub struct Routes {
     latest: Arc<LatestSnapshot>,
     metrics: Registry,
     hosts: Hosts,
-    page: Bytes,
-    page_policy: HeaderValue,
+    page: Response<Full<Bytes>>,
 }
 
 impl Routes {
@@ -71,13 +70,10 @@ impl Routes {
             hash(SCRIPT),
             hash(STYLE)
         );
-        Self {
-            latest,
-            metrics,
-            hosts,
-            page: page.into(),
-            page_policy: HeaderValue::try_from(policy).unwrap_or(NOTHING),
-        }
+        let policy = HeaderValue::try_from(policy).unwrap_or(NOTHING);
+        let mut page = answer(StatusCode::OK, HTML, page);
+        page.headers_mut().insert(header::CONTENT_SECURITY_POLICY, policy);
+        Self { latest, metrics, hosts, page }
     }
 
     /// Returns the answer to a request; pending until the next snapshot if that is to have a status.
@@ -90,18 +86,12 @@ impl Routes {
             return Poll::Ready(answer);
         }
         Poll::Ready(match request.uri().path() {
-            "/" | "/status.json" if !self.hosts.include_host_of(request) => {
+            "/" | "/status.json" if !self.hosts.contains_host_of(request) => {
                 let text = "this host name is not served: use the IP address, or start the relay with \
                             --http-host NAME\n";
                 answer(StatusCode::MISDIRECTED_REQUEST, TEXT, text)
             }
-            "/" => {
-                let mut answer = answer(StatusCode::OK, HTML, self.page.clone());
-                let policy = self.page_policy.clone();
-                let headers = answer.headers_mut();
-                headers.insert(header::CONTENT_SECURITY_POLICY, policy);
-                answer
-            }
+            "/" => self.page.clone(),
             "/status.json" | "/healthz" if self.age() > STUCK_AFTER => {
                 let age = self.age().as_secs();
                 let text = format!("the relay has published nothing for {age} s\n");
