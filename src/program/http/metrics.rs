@@ -80,7 +80,7 @@ impl Metrics {
         let freed = Counters::new(own, "slots_freed", help, "reason", &reasons);
         let help = "RESERVE and CONNECT requests that were refused, by the reason";
         let refused = registered(own, "requests_refused", help);
-        let help = "Peers that did not answer a ping in time and were disconnected";
+        let help = "Silent peers that did not answer a probe in time";
         let unanswered = registered(own, "questions_unanswered", help);
         let help = "Circuits that ended, by the reason";
         let ends = [
@@ -211,9 +211,8 @@ fn write_stats(out: &mut DescriptorEncoder<'_>, stats: &Stats) -> fmt::Result {
     }
 
     // 2. Counters.
-    let help = "Pings sent to peers that were silent, to learn whether they are still there.";
-    let questions = ConstCounter::new(stats.questions);
-    write(out, "questions_asked", help, None, questions)?;
+    let help = "Probes: pings sent to silent peers, to find out whether they are still there.";
+    write(out, "questions_asked", help, None, ConstCounter::new(stats.probes))?;
     let help = "Passes over the tables that end what has expired.";
     write(out, "sweeps", help, None, ConstCounter::new(stats.sweeps))?;
     let help = "Time that the passes over the tables took.";

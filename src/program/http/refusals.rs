@@ -1,4 +1,5 @@
-//! Refusals and released slots since the start: the count of each reason, and the latest refusals one by one.
+//! Refusals, failed handshakes and freed slots since the start: the count of each reason, and the latest refused
+//! requests one by one.
 //!
 //! Recording reads no clock; `/status.json` counts its seconds up to when it is serialized. The log has the same by the
 //! minute: `cli/log_summary.rs`.
@@ -14,10 +15,10 @@ use serde::{Serialize, Serializer};
 use super::stats::Shown;
 use crate::program::tally::{self, Tally};
 
-/// How many refusals are kept one by one.
+/// How many refused requests are kept one by one.
 const MAX_LATEST: usize = 50;
 
-/// All counts, and the latest refusals.
+/// All counts, and the latest refused requests.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Refusals {
     #[serde(serialize_with = "values")]
@@ -29,9 +30,6 @@ pub struct Refusals {
     /// How many peers did not answer a probe.
     #[serde(skip)]
     pub unanswered: u64,
-    /// How many refusals there were since the start.
-    #[serde(skip)]
-    count: u64,
 }
 
 type Reasons = BTreeMap<(&'static str, &'static str), Reason>;
@@ -46,7 +44,7 @@ struct Reason {
     last_at: Instant,
 }
 
-/// One refusal.
+/// One refused request.
 #[derive(Clone, Debug, Serialize)]
 struct Refusal {
     /// Its number, counted from the start.
@@ -54,7 +52,7 @@ struct Refusal {
     what: &'static str,
     why: &'static str,
     peer: Shown<PeerId>,
-    address: Shown<Multiaddr>,
+    address: Multiaddr,
     #[serde(rename = "ago", serialize_with = "seconds_since")]
     at: Instant,
 }
@@ -75,18 +73,18 @@ impl Refusals {
         let reason = reasons.entry((what, why)).or_insert(new);
         reason.count += 1;
         reason.last_at = now;
-        // Without a client it is a denied connection, of which there are too many to list.
+        // Without a client it is a denied connection or a failed handshake, of which there are too many to list.
         let Some((peer, address)) = tally.client else {
             return;
         };
+        let number = self.latest_refusals.front().map_or(1, |last| last.number + 1);
         self.latest_refusals.truncate(MAX_LATEST - 1);
-        self.count += 1;
         self.latest_refusals.push_front(Refusal {
-            number: self.count,
+            number,
             what,
             why,
             peer: Shown(peer),
-            address: Shown(address.clone()),
+            address: address.clone(),
             at: now,
         });
     }

@@ -1,33 +1,34 @@
-//! The rates of circuits.
+//! How many bytes a second circuits transfer.
 //!
-//! Sans-IO. A rate is the number of bytes transferred since the previous update, divided by the time since then.
+//! Sans-IO. A speed is the number of bytes transferred between two updates, divided by the time between them.
 
 use std::{collections::HashMap, time::Instant};
 
 use crate::event::{BytesTransferred, CircuitId};
 
-/// The rate of each circuit.
+/// The speed of each circuit.
 #[derive(Debug, Default)]
 pub struct Speeds(HashMap<CircuitId, Speed>);
 
-/// The rate of one counter.
+/// The speed of one circuit, or of all together.
 #[derive(Debug)]
 pub struct Speed {
-    carried: BytesTransferred,
-    at: Instant,
-    rate: BytesTransferred,
+    /// The bytes transferred until the last update, and when that was.
+    transferred: BytesTransferred,
+    updated_at: Instant,
+    per_second: BytesTransferred,
 }
 
 impl Speeds {
-    /// Updates the rate of a circuit that was opened at `since` and has transferred `carried` bytes. Returns the rate.
+    /// Updates the speed of a circuit that was opened at `since` and has `transferred` this many bytes. Returns it.
     pub fn update(
         &mut self,
         id: CircuitId,
         since: Instant,
-        carried: BytesTransferred,
+        transferred: BytesTransferred,
         now: Instant,
     ) -> BytesTransferred {
-        self.0.entry(id).or_insert_with(|| Speed::new(since)).update(carried, now)
+        self.0.entry(id).or_insert_with(|| Speed::new(since)).update(transferred, now)
     }
 
     /// Forgets the circuits that have ended.
@@ -37,29 +38,31 @@ impl Speeds {
 }
 
 impl Speed {
-    /// The rate of a counter that is zero now.
+    /// Nothing has been transferred yet.
     pub fn new(now: Instant) -> Self {
-        Self { carried: BytesTransferred::default(), at: now, rate: BytesTransferred::default() }
+        let none = BytesTransferred::default();
+        Self { transferred: none, updated_at: now, per_second: none }
     }
 
-    /// Returns the bytes a second between the last two updates.
-    pub fn rate(&self) -> BytesTransferred {
-        self.rate
+    /// The bytes a second between the last two updates.
+    pub fn per_second(&self) -> BytesTransferred {
+        self.per_second
     }
 
-    /// Updates the rate, given the bytes transferred so far. Returns the rate.
-    pub fn update(&mut self, carried: BytesTransferred, now: Instant) -> BytesTransferred {
-        let time = now.saturating_duration_since(self.at).as_secs_f64();
+    /// Updates the speed, given the bytes transferred so far. Returns it, in bytes a second.
+    pub fn update(&mut self, after: BytesTransferred, now: Instant) -> BytesTransferred {
+        let time = now.saturating_duration_since(self.updated_at).as_secs_f64();
         if time > 0.0 {
-            let rate =
+            let before = self.transferred;
+            let speed =
                 |before: u64, after: u64| (after.saturating_sub(before) as f64 / time) as u64;
-            self.rate = BytesTransferred {
-                to_target: rate(self.carried.to_target, carried.to_target),
-                to_source: rate(self.carried.to_source, carried.to_source),
+            self.per_second = BytesTransferred {
+                to_target: speed(before.to_target, after.to_target),
+                to_source: speed(before.to_source, after.to_source),
             };
-            (self.carried, self.at) = (carried, now);
+            (self.transferred, self.updated_at) = (after, now);
         }
-        self.rate
+        self.per_second
     }
 }
 
@@ -69,29 +72,29 @@ mod tests {
 
     use super::*;
 
-    fn carried(to_target: u64, to_source: u64) -> BytesTransferred {
+    fn bytes(to_target: u64, to_source: u64) -> BytesTransferred {
         BytesTransferred { to_target, to_source }
     }
 
     #[test]
-    fn a_rate_covers_the_bytes_since_the_previous_update() {
+    fn a_speed_covers_the_bytes_since_the_previous_update() {
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
         let mut speed = Speed::new(start);
-        assert_eq!(speed.update(carried(0, 0), start), carried(0, 0));
-        assert_eq!(speed.update(carried(100, 10), at(1)), carried(100, 10));
-        assert_eq!(speed.update(carried(500, 10), at(3)), carried(200, 0));
-        assert_eq!(speed.update(carried(500, 10), at(3)), carried(200, 0), "at once again");
-        assert_eq!(speed.update(carried(500, 10), at(4)), carried(0, 0));
+        assert_eq!(speed.update(bytes(0, 0), start), bytes(0, 0));
+        assert_eq!(speed.update(bytes(100, 10), at(1)), bytes(100, 10));
+        assert_eq!(speed.update(bytes(500, 10), at(3)), bytes(200, 0));
+        assert_eq!(speed.update(bytes(500, 10), at(3)), bytes(200, 0), "at once again");
+        assert_eq!(speed.update(bytes(500, 10), at(4)), bytes(0, 0));
     }
 
     #[test]
-    fn the_first_rate_of_a_circuit_covers_its_bytes_since_it_opened() {
+    fn the_first_speed_of_a_circuit_covers_its_bytes_since_it_opened() {
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
         let (id, mut speeds) = (CircuitId(1), Speeds::default());
-        assert_eq!(speeds.update(id, start, carried(30, 3), at(3)), carried(10, 1));
-        assert_eq!(speeds.update(id, start, carried(30, 4), at(4)), carried(0, 1));
+        assert_eq!(speeds.update(id, start, bytes(30, 3), at(3)), bytes(10, 1));
+        assert_eq!(speeds.update(id, start, bytes(30, 4), at(4)), bytes(0, 1));
         speeds.forget(|_| false);
         assert!(speeds.0.is_empty());
     }

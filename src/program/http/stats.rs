@@ -34,7 +34,7 @@ pub struct Stats {
     pub connections: usize,
     pub relayed: BytesTransferred,
     /// How many probes it sent. Those without an answer are [`crate::Event::PeerSilent`].
-    pub questions: u64,
+    pub probes: u64,
     /// How many sweeps there were.
     pub sweeps: u64,
     /// How long all sweeps took together.
@@ -103,7 +103,7 @@ impl Stats {
             circuits: view.circuits.count(),
             connections: view.connections.count(),
             relayed: view.accounts.relayed(),
-            questions: view.probes,
+            probes: view.probes,
             sweeps,
             swept_for,
             buffered: node.buffered(),
@@ -118,9 +118,9 @@ impl Stats {
 pub struct Circuit {
     pub id: Shown<CircuitId>,
     pub source: Shown<PeerId>,
-    pub source_address: Option<Shown<Multiaddr>>,
+    pub source_address: Option<Multiaddr>,
     pub target: Shown<PeerId>,
-    pub target_address: Option<Shown<Multiaddr>>,
+    pub target_address: Option<Multiaddr>,
     pub open_for: u64,
     /// When it reaches its time limit, if it has one.
     pub ends_in: Option<u64>,

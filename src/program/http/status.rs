@@ -21,7 +21,7 @@ use super::{
 use crate::{program::node::Node, relay::reservations::Slot};
 
 /// How many holders of slots are listed at most, and how many circuits.
-pub const MAX_LISTED: usize = 1000;
+const MAX_LISTED: usize = 1000;
 
 /// The whole status. Times are in seconds, rates in bytes a second.
 #[derive(Debug, Serialize)]
@@ -31,11 +31,11 @@ pub struct Status {
     pub draining: bool,
     pub not_serving: Option<&'static str>,
     pub up_for: u64,
-    pub addresses: Vec<Shown<Multiaddr>>,
+    pub addresses: Vec<Multiaddr>,
     /// The addresses of `--announce`.
-    pub announced: Vec<Shown<Multiaddr>>,
+    pub announced: Vec<Multiaddr>,
     /// The addresses that reservations contain, best first, with the relay's `/p2p/…`.
-    pub reachable_at: Vec<Shown<Multiaddr>>,
+    pub reachable_at: Vec<Multiaddr>,
     /// By the names of their settings; zero: no limit.
     pub limits: BTreeMap<&'static str, u64>,
     pub memory: Memory,
@@ -63,10 +63,9 @@ pub struct Listed<T> {
 }
 
 impl<T> Listed<T> {
-    /// Lists at most [`MAX_LISTED`] of `all`, whose number is `count`, and looks at no other.
-    fn of<I>(count: usize, all: impl Iterator<Item = I>, show: impl FnMut(I) -> Option<T>) -> Self {
-        let listed = all.take(MAX_LISTED).filter_map(show).collect();
-        Self { count, listed }
+    /// Lists the first [`MAX_LISTED`] of `all`; the iterator yields no others.
+    fn of(count: usize, all: impl Iterator<Item = T>) -> Self {
+        Self { count, listed: all.take(MAX_LISTED).collect() }
     }
 }
 
@@ -75,7 +74,7 @@ impl<T> Listed<T> {
 pub struct Holder {
     pub peer: Shown<PeerId>,
     /// The remote address of its connection; in grace, the IP address that its slot counts towards.
-    pub address: Option<Shown<Multiaddr>>,
+    pub address: Option<Multiaddr>,
     /// `live` while it is connected, else `grace`.
     pub state: &'static str,
     /// When the slot is freed, unless the peer renews or reconnects.
@@ -107,9 +106,9 @@ pub struct Probes {
 pub struct Recorder {
     pub started: Instant,
     pub history: History,
-    /// The rate of each circuit.
+    /// The speed of each circuit.
     pub speeds: Speeds,
-    /// The rate of all circuits together.
+    /// The speed of all circuits together.
     pub speed: Speed,
     pub refusals: Refusals,
 }
@@ -137,19 +136,15 @@ impl Status {
     /// The status of this relay now.
     pub fn of(node: &Node, stats: &Stats, recorder: &mut Recorder, now: Instant) -> Self {
         let relay = node.relay().view();
-        let circuits = &relay.circuits;
-        let open = circuits.iter().filter_map(|(id, circuit)| Some((id, circuit, circuit.open()?)));
-        let address_of = |over| Some(Shown(relay.connections.get(over)?.origin.address.clone()));
-        recorder.speeds.forget(|id| circuits.records.contains_key(&id));
         Self {
             version: env!("CARGO_PKG_VERSION"),
             peer: Shown(node.peer_id()),
-            draining: node.relay().view().is_draining(),
+            draining: relay.is_draining(),
             not_serving: stats.not_serving,
             up_for: now.saturating_duration_since(recorder.started).as_secs(),
-            addresses: node.listeners().cloned().map(Shown).collect(),
-            announced: relay.config.announce.iter().cloned().map(Shown).collect(),
-            reachable_at: node.relay().addresses(None).into_iter().map(Shown).collect(),
+            addresses: node.listeners().cloned().collect(),
+            announced: relay.config.announce.clone(),
+            reachable_at: node.relay().addresses(None),
             limits: stats.limits.into(),
             memory: Memory { resident: resident_memory(), estimate: stats.memory },
             certificate_ends_in: stats
@@ -158,30 +153,12 @@ impl Status {
             slots: stats.slots,
             history: recorder.history.clone(),
             holders: holders(node, now),
-            circuits: Listed::of(stats.circuits, open, |(id, circuit, (since, carried))| {
-                let open_for = now.saturating_duration_since(since);
-                let limit = circuit.limit;
-                Some(Circuit {
-                    id: Shown(id),
-                    source: Shown(circuit.source.peer),
-                    source_address: address_of(circuit.source.connection),
-                    target: Shown(circuit.target.peer),
-                    target_address: address_of(circuit.target.connection),
-                    open_for: open_for.as_secs(),
-                    ends_in: limit.duration.map(|most| most.saturating_sub(open_for).as_secs()),
-                    carried: carried.into(),
-                    left: limit.bytes.map(|most| Bytes {
-                        to_target: most.saturating_sub(carried.to_target),
-                        to_source: most.saturating_sub(carried.to_source),
-                    }),
-                    rate: recorder.speeds.update(id, since, carried, now).into(),
-                })
-            }),
+            circuits: circuits(node, &mut recorder.speeds, now),
             connections: stats.connections,
             relayed: stats.relayed.into(),
-            rate: recorder.speed.rate().into(),
+            rate: recorder.speed.per_second().into(),
             refusals: recorder.refusals.clone(),
-            questions: Probes { asked: stats.questions, unanswered: recorder.refusals.unanswered },
+            questions: Probes { asked: stats.probes, unanswered: recorder.refusals.unanswered },
         }
     }
 }
@@ -195,16 +172,43 @@ fn holders(node: &Node, now: Instant) -> Listed<Holder> {
             Some(connection) => Some(connection.origin.address.clone()),
             None => slot.prefix.map(|prefix| prefix.ip().into()),
         };
-        Some(Holder {
+        Holder {
             peer: Shown(peer),
-            address: address.map(Shown),
+            address,
             state: if slot.connection.is_some() { "live" } else { "grace" },
             ends_in: slot.ends.saturating_duration_since(now).as_secs(),
             silent_for: connection.map(|connection| connection.liveness.silent_for(now).as_secs()),
             circuits: relay.circuits.count_of(&peer),
-        })
+        }
     };
-    Listed::of(table.taken(), table.iter(), holder)
+    Listed::of(table.taken(), table.iter().map(holder))
+}
+
+fn circuits(node: &Node, speeds: &mut Speeds, now: Instant) -> Listed<Circuit> {
+    let relay = node.relay().view();
+    let address_of = |over| Some(relay.connections.get(over)?.origin.address.clone());
+    speeds.forget(|id| relay.circuits.records.contains_key(&id));
+    let open = relay.circuits.iter().filter_map(|(id, circuit)| {
+        let (since, carried) = circuit.open()?;
+        let open_for = now.saturating_duration_since(since);
+        let limit = circuit.limit;
+        Some(Circuit {
+            id: Shown(id),
+            source: Shown(circuit.source.peer),
+            source_address: address_of(circuit.source.connection),
+            target: Shown(circuit.target.peer),
+            target_address: address_of(circuit.target.connection),
+            open_for: open_for.as_secs(),
+            ends_in: limit.duration.map(|most| most.saturating_sub(open_for).as_secs()),
+            carried: carried.into(),
+            left: limit.bytes.map(|most| Bytes {
+                to_target: most.saturating_sub(carried.to_target),
+                to_source: most.saturating_sub(carried.to_source),
+            }),
+            rate: speeds.update(id, since, carried, now).into(),
+        })
+    });
+    Listed::of(relay.circuits.count(), open)
 }
 
 #[cfg(test)]
@@ -213,14 +217,11 @@ mod tests {
 
     #[test]
     fn at_most_a_thousand_elements_of_a_list_are_visited() {
-        let mut looked_at = 0;
-        let list = Listed::of(1_000_000, 0..1_000_000, |number| {
-            looked_at += 1;
-            (number % 2 == 0).then_some(number)
-        });
-        assert_eq!((list.count, list.listed.len()), (1_000_000, 500));
-        assert_eq!(looked_at, 1000);
-        let short = Listed::of(2, [7, 8].into_iter(), Some);
+        let mut visited = 0;
+        let list = Listed::of(1_000_000, (0..1_000_000).inspect(|_| visited += 1));
+        assert_eq!((list.count, list.listed.len()), (1_000_000, 1000));
+        assert_eq!(visited, 1000);
+        let short = Listed::of(2, [7, 8].into_iter());
         assert_eq!((short.count, short.listed), (2, vec![7, 8]));
     }
 }
