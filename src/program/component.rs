@@ -25,7 +25,7 @@ pub trait Component: Send {
     fn on_reload(&mut self, _files: CertificateFiles<'_>, _node: &mut Node) {}
 }
 
-/// The index of the first component that is due.
+/// Ready with the index of the first component that is due.
 pub fn poll_due(components: &mut [Box<dyn Component>], cx: &mut Context<'_>) -> Poll<usize> {
     let due = components.iter_mut().position(|component| component.poll_due(cx).is_ready());
     due.map_or(Poll::Pending, Poll::Ready)

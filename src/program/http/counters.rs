@@ -1,4 +1,4 @@
-//! Prometheus counters that differ in one label, and shorthands for the library that has them.
+//! Prometheus counters that differ in one label, and shorthands for prometheus-client.
 
 use std::fmt;
 

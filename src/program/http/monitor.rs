@@ -43,7 +43,7 @@ pub struct Monitor {
     recorder: Recorder,
     latest: Arc<LatestSnapshot>,
     /// Until when snapshots have a status.
-    status_until: Option<Instant>,
+    status_until: Instant,
     next_snapshot: Delay,
 }
 
@@ -82,7 +82,7 @@ impl Monitor {
             metrics,
             recorder,
             latest,
-            status_until: None,
+            status_until: Instant::now(),
             next_snapshot: Delay::new(INTERVAL),
         })
     }
@@ -106,9 +106,9 @@ impl Component for Monitor {
     fn on_due(&mut self, node: &mut Node) {
         let now = Instant::now();
         if self.latest.take_request() {
-            self.status_until = Some(now + STATUS_FOR);
+            self.status_until = now + STATUS_FOR;
         }
-        let with_status = self.status_until.is_some_and(|until| now < until);
+        let with_status = now < self.status_until;
         let snapshot = take_snapshot(node, &self.limits, with_status, &mut self.recorder);
         self.latest.publish(snapshot);
         self.next_snapshot.reset(INTERVAL);
