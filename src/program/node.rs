@@ -437,8 +437,7 @@ impl Node {
 
     /// How many connections are up.
     pub fn connections(&self) -> usize {
-        let counters = self.swarm.network_info();
-        counters.connection_counters().num_established() as usize
+        self.swarm.network_info().connection_counters().num_established() as usize
     }
 
     /// Runs the relay until its next event.
