@@ -26,7 +26,8 @@ use super::{
     identity,
     load::Exit,
     log_summary::LogSummary,
-    reload, runtime, sd_notify,
+    reload, runtime,
+    sd_notify::{self, ServiceManager},
     signals::{self, Phase, SignalAction},
     startup_log,
 };
@@ -118,9 +119,6 @@ async fn run(flags: &Flags) -> Result<()> {
         log::info!("{}", startup_log::dht(&dht));
         node.join(dht);
     }
-    if let Some(watchdog) = sd_notify::Watchdog::of_process() {
-        components.push(Box::new(watchdog));
-    }
     listen(&mut node, flags)?;
     #[cfg(feature = "http")]
     if let Some(address) = flags.http {
@@ -136,8 +134,8 @@ async fn run(flags: &Flags) -> Result<()> {
     for warning in unusable.into_iter().chain(identity.warning) {
         log::warn!("{warning}");
     }
-    if let Some(status) = sd_notify::ready(&node) {
-        components.push(Box::new(status));
+    if let Some(manager) = ServiceManager::ready(&node) {
+        components.push(Box::new(manager));
     }
 
     main_loop(flags, &mut node, &mut components, &mut signals).await

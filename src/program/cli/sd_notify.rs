@@ -28,14 +28,6 @@ const SLACK: Duration = Duration::from_secs(10);
 /// How often the status is sent, if it has changed.
 const STATUS_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Reports that every listener is open, also while the clock is not set: the manager would stop a relay that waits longer
-/// than its timeout for a start. Returns the status to keep up to date, if there is a service manager.
-pub fn ready(node: &Node) -> Option<Status> {
-    let sent = status(node, SystemTime::now());
-    notify(&format!("READY=1\nSTATUS={sent}"))
-        .then(|| Status { sent, next: Delay::new(STATUS_INTERVAL) })
-}
-
 fn status(node: &Node, now: SystemTime) -> String {
     let (relay, peer) = (node.relay(), node.peer_id());
     let (slots, circuits) = (&relay.view().reservations, relay.view().circuits.open().count());
@@ -46,23 +38,48 @@ fn status(node: &Node, now: SystemTime) -> String {
     format!("{state}{taken} of {most} slots, {circuits} circuit{plural}; peer id {peer}")
 }
 
-/// Keeps the status up to date that `systemctl status` shows.
-pub struct Status {
-    sent: String,
+/// Keeps the service manager informed: of the status that `systemctl status` shows, and, if it has a watchdog, that the
+/// main loop runs. It restarts a relay whose main loop hangs.
+pub struct ServiceManager {
+    /// The status that was sent last.
+    status: String,
+    has_watchdog: bool,
+    interval: Duration,
     next: Delay,
 }
 
-impl Component for Status {
+impl ServiceManager {
+    /// Reports that every listener is open, also while the clock is not set: the manager would stop a relay that waits
+    /// longer than its timeout for a start. `None` if there is no service manager.
+    pub fn ready(node: &Node) -> Option<Self> {
+        let status = status(node, SystemTime::now());
+        let variable = |name| env::var(name).ok();
+        let (timeout, pid) = (variable("WATCHDOG_USEC"), variable("WATCHDOG_PID"));
+        let watchdog = timeout.and_then(|usec| ping_period(&usec, pid.as_deref(), process::id()));
+        let interval = watchdog.unwrap_or(STATUS_INTERVAL).min(STATUS_INTERVAL);
+        notify(&format!("READY=1\nSTATUS={status}")).then(|| Self {
+            status,
+            has_watchdog: watchdog.is_some(),
+            interval,
+            next: Delay::new(interval),
+        })
+    }
+}
+
+impl Component for ServiceManager {
     fn poll_due(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         self.next.poll_unpin(cx)
     }
 
     fn on_due(&mut self, node: &mut Node) {
-        self.next.reset(STATUS_INTERVAL);
+        self.next.reset(self.interval);
+        if self.has_watchdog {
+            notify("WATCHDOG=1");
+        }
         let status = status(node, SystemTime::now());
-        if status != self.sent {
+        if status != self.status {
             notify(&format!("STATUS={status}"));
-            self.sent = status;
+            self.status = status;
         }
     }
 }
@@ -73,38 +90,11 @@ pub fn stopping(within: Duration) {
     notify(&format!("STOPPING=1\nEXTEND_TIMEOUT_USEC={timeout}"));
 }
 
-/// Pings the service manager's watchdog from the main loop, so that the manager restarts a relay whose main loop hangs.
-pub struct Watchdog {
-    period: Duration,
-    next_ping: Delay,
-}
-
-impl Watchdog {
-    /// The watchdog that the environment configures, if it does.
-    pub fn of_process() -> Option<Self> {
-        let variable = |name| env::var(name).ok();
-        let pid = variable("WATCHDOG_PID");
-        let period = ping_period(&variable("WATCHDOG_USEC")?, pid.as_deref(), process::id())?;
-        Some(Self { period, next_ping: Delay::new(period) })
-    }
-}
-
-impl Component for Watchdog {
-    fn poll_due(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        self.next_ping.poll_unpin(cx)
-    }
-
-    fn on_due(&mut self, _: &mut Node) {
-        self.next_ping.reset(self.period);
-        notify("WATCHDOG=1");
-    }
-}
-
-/// How often to ping: twice within the watchdog's timeout of `usec` microseconds. `None` if that is not a time, or `pid` is
-/// not `own`, the id of this process.
-fn ping_period(usec: &str, pid: Option<&str>, own: u32) -> Option<Duration> {
-    let is_for_us = pid.is_none_or(|pid| pid.parse() == Ok(own));
-    let usec = usec.parse().ok().filter(|usec| *usec > 0 && is_for_us)?;
+/// The longest time between two pings: half of the watchdog's timeout of `usec` microseconds. `None` if that is not a time, or
+/// `pid` is not `this`, the id of this process.
+fn ping_period(usec: &str, pid: Option<&str>, this: u32) -> Option<Duration> {
+    let is_for_this = pid.is_none_or(|pid| pid.parse() == Ok(this));
+    let usec = usec.parse().ok().filter(|usec| *usec > 0 && is_for_this)?;
     Some(Duration::from_micros(usec) / 2)
 }
 
