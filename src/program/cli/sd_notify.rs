@@ -25,6 +25,9 @@ use crate::{
 /// How much longer than configured shutting down may take on a busy machine.
 const SLACK: Duration = Duration::from_secs(10);
 
+/// How long a message may wait for a service manager that does not read; the main loop waits as well.
+const SEND_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// How often the status is sent, if it has changed.
 const STATUS_INTERVAL: Duration = Duration::from_secs(5);
 
@@ -118,7 +121,9 @@ fn send(state: &str, socket: &OsStr) -> io::Result<()> {
         Some(name) => SockAddr::unix(format!("\0{name}"))?,
         None => SockAddr::unix(socket)?,
     };
-    Socket::new(Domain::UNIX, Type::DGRAM, None)?.send_to(state.as_bytes(), &address)?;
+    let sender = Socket::new(Domain::UNIX, Type::DGRAM, None)?;
+    sender.set_write_timeout(Some(SEND_TIMEOUT))?;
+    sender.send_to(state.as_bytes(), &address)?;
     Ok(())
 }
 
@@ -138,6 +143,17 @@ mod tests {
         assert_eq!(status(&node, unset), format!("clock not set; {used}"));
         node.drain(Duration::from_secs(60));
         assert_eq!(status(&node, set), format!("draining; {used}"));
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_message_does_not_wait_for_ever_for_a_manager_that_does_not_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("notify");
+        let _unread = std::os::unix::net::UnixDatagram::bind(&path).unwrap();
+        let mut sent = (0..10_000).map(|_| send("WATCHDOG=1", path.as_os_str()));
+        let full = sent.find_map(Result::err).expect("the queue of the socket is bounded");
+        assert_eq!(full.kind(), io::ErrorKind::WouldBlock);
     }
 
     #[test]
