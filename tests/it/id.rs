@@ -1,6 +1,11 @@
 //! `relaylet id`, the keys that it imports, and a key in the environment.
 
-use std::{fs, os::unix::fs::PermissionsExt, process::Output};
+use std::{
+    ffi::OsStr,
+    fs,
+    os::unix::{ffi::OsStrExt, fs::PermissionsExt},
+    process::{Output, Stdio},
+};
 
 use data_encoding::BASE64;
 use libp2p::identity::Keypair;
@@ -114,4 +119,16 @@ fn a_key_in_the_environment_overrides_the_key_file_and_creates_none() {
     // An empty one counts as not set.
     printed(id(&folder, &[], &[("RELAYLET_IDENTITY_KEY", "")]));
     assert!(folder.path().join("relaylet.key").exists());
+}
+
+#[test]
+fn the_id_is_printed_even_if_a_warning_cannot_be() {
+    let folder = TempDir::new().unwrap();
+    let first = printed(id(&folder, &[], &[]));
+    let key = folder.path().join("relaylet.key");
+    fs::set_permissions(key, fs::Permissions::from_mode(0o644)).unwrap();
+    let full = fs::File::create("/dev/full").unwrap();
+    let mut command = command(&folder);
+    let output = command.arg("id").stdout(Stdio::piped()).stderr(full).spawn().unwrap();
+    assert_eq!(printed(output.wait_with_output().unwrap()), first);
 }

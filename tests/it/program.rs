@@ -165,6 +165,31 @@ fn help_lists_every_flag_and_version_is_printed() {
     }
 }
 
+#[test]
+fn a_text_that_cannot_be_printed_is_an_error() {
+    for argument in ["--help", "--print-config", "id"] {
+        let full = File::create("/dev/full").unwrap();
+        let folder = TempDir::new().unwrap();
+        let mut command = command(&folder);
+        let output = command.arg(argument).stdout(full).output().unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        let line = one_line(&output);
+        assert!(line.starts_with("relaylet: standard output cannot be written: "), "{line}");
+
+        // As before `head`, which does not read all of it.
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let output = command.stdout(writer).output().unwrap();
+        assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+    }
+}
+
+#[test]
+fn an_error_that_quotes_a_line_break_is_one_line() {
+    let line = start_error(&["--identity=no\nsuch/relaylet.key"], &TempDir::new().unwrap());
+    assert!(line.contains(r"--identity no\nsuch/relaylet.key: cannot be"), "{line}");
+}
+
 // ---- Listen addresses, and their log lines
 
 #[tokio::test]

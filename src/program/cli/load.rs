@@ -29,11 +29,15 @@ pub enum Exit {
     Usage(String),
 }
 
+/// Escapes control characters, so that a quoted value cannot add lines.
+pub fn in_one_line(problem: &str) -> String {
+    let show = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.into() };
+    problem.chars().map(show).collect()
+}
+
 impl From<String> for Exit {
-    /// Escapes control characters, so that a quoted value cannot add lines.
     fn from(problem: String) -> Self {
-        let show = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.into() };
-        Self::Usage(problem.chars().map(show).collect())
+        Self::Usage(in_one_line(&problem))
     }
 }
 

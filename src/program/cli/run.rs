@@ -297,7 +297,7 @@ fn log_listener(node: &Node, event: NodeEvent) {
     match event {
         NodeEvent::Listening(address) => {
             let line = format!("listening on {address}/p2p/{}", node.peer_id());
-            print(&line);
+            let _ = print(&line); // nothing may read it
             if !output::is_merged_with_stdout() {
                 log::info!("{line}");
             }

@@ -10,9 +10,10 @@ use std::{
     process::ExitCode,
 };
 
+use anyhow::{Context, Result};
 use log::{Level, LevelFilter};
 
-use crate::program::cli::load::Exit;
+use crate::program::cli::load::{Exit, in_one_line};
 
 /// Libraries that log errors or warnings which any peer can cause; not logged unless `RUST_LOG` names the library. soketto
 /// implements WebSocket.
@@ -35,21 +36,36 @@ pub fn start_log() {
 /// in the settings, otherwise 1.
 pub fn exit_with(error: &anyhow::Error) -> ExitCode {
     if let Some(Exit::Print(text)) = error.downcast_ref() {
-        print(text);
-        return ExitCode::SUCCESS;
+        return match print(text) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => exit_with(&error),
+        };
     }
-    let line = format_args!("relaylet: {error:#}");
-    let _ = match is_journal() {
-        true => write_to_journal(&mut io::stderr(), Level::Error, &line),
-        false => writeln!(io::stderr(), "{line}"),
-    };
+    print_problem(Level::Error, &format!("{error:#}"));
     ExitCode::from(if error.is::<Exit>() { 2 } else { 1 })
 }
 
-/// Prints a line. Ignores errors: standard output may be closed.
-pub fn print(text: &str) {
+/// Prints a line on standard output.
+///
+/// # Errors
+///
+/// When standard output cannot be written; not when it is a pipe without a reader, which may have read enough, as `head`.
+pub fn print(text: &str) -> Result<()> {
     let mut out = io::stdout();
-    let _ = writeln!(out, "{}", text.trim_end()).and_then(|()| out.flush());
+    let written = writeln!(out, "{}", text.trim_end()).and_then(|()| out.flush());
+    match written {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        written => written.context("standard output cannot be written"),
+    }
+}
+
+/// Prints a problem on standard error, in one line. Ignores errors: standard error may be closed.
+pub fn print_problem(level: Level, problem: &str) {
+    let line = format!("relaylet: {}", in_one_line(problem));
+    let _ = match is_journal() {
+        true => write_to_journal(&mut io::stderr(), level, &format_args!("{line}")),
+        false => writeln!(io::stderr(), "{line}"),
+    };
 }
 
 fn write_to_journal(

@@ -9,9 +9,10 @@ use std::{
 };
 
 use anyhow::Result;
+use log::Level;
 use structopt::{StructOpt, clap::AppSettings as Set};
 
-use super::output::print;
+use super::output::{print, print_problem};
 use crate::program::cli::{
     identity,
     load::{Exit, from_clap_error},
@@ -104,7 +105,8 @@ fn check(arguments: &[OsString]) -> Result<ExitCode> {
     };
     let file = swarm_key.filter(is_set);
     target.swarm_key = file.map(|file| swarm_key::load(&file)).transpose()?;
-    let checked = runtime::run(1, check::check(target, quick, |step| print(&step.to_string())));
+    let checked =
+        runtime::run(1, check::check(target, quick, |step| drop(print(&step.to_string()))));
     Ok(if checked.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
@@ -120,8 +122,8 @@ fn print_id(Id { identity, import }: Id) -> Result<ExitCode> {
         None => identity::load_or_create(&file)?,
     };
     if let Some(warning) = identity.warning {
-        eprintln!("relaylet: {warning}");
+        print_problem(Level::Warn, &warning);
     }
-    print(&identity.keypair.public().to_peer_id().to_string());
+    print(&identity.keypair.public().to_peer_id().to_string())?;
     Ok(ExitCode::SUCCESS)
 }
