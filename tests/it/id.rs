@@ -122,6 +122,19 @@ fn a_key_in_the_environment_overrides_the_key_file_and_creates_none() {
 }
 
 #[test]
+fn words_and_variables_that_are_not_utf8_are_an_error() {
+    let folder = TempDir::new().unwrap();
+    let name = OsStr::from_bytes(b"\xff.key");
+    for words in [&[OsStr::from_bytes(b"--identity=\xff.key")][..], &["--x".as_ref(), name]] {
+        let wrong = refused(command(&folder).arg("id").args(words).output().unwrap(), 2);
+        assert!(wrong.contains("is not UTF-8; write it as UTF-8"), "{wrong}");
+    }
+    let mut command = command(&folder);
+    let wrong = refused(command.arg("id").env("RELAYLET_IDENTITY", name).output().unwrap(), 2);
+    assert!(wrong.contains("UTF-8"), "{wrong}");
+}
+
+#[test]
 fn the_id_is_printed_even_if_a_warning_cannot_be() {
     let folder = TempDir::new().unwrap();
     let first = printed(id(&folder, &[], &[]));

@@ -264,7 +264,7 @@ fn value(setting: &Value, given: &DeValue<'_>) -> Result<Value, &'static str> {
     }
 }
 
-fn to_utf8(text: OsString) -> Result<String, String> {
+pub(super) fn to_utf8(text: OsString) -> Result<String, String> {
     text.into_string().map_err(|bytes| format!("{bytes:?} is not UTF-8; write it as UTF-8"))
 }
 

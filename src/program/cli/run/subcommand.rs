@@ -15,7 +15,7 @@ use structopt::{StructOpt, clap::AppSettings as Set};
 use super::output::{print, print_problem};
 use crate::program::cli::{
     identity,
-    load::{Exit, from_clap_error},
+    load::{Exit, from_clap_error, to_utf8},
 };
 #[cfg(feature = "check")]
 use crate::program::{
@@ -83,9 +83,11 @@ pub fn run(arguments: &[OsString]) -> Result<Option<ExitCode>> {
 }
 
 fn parse<T: StructOpt>(arguments: &[OsString]) -> Result<T> {
-    let clap = T::clap();
+    // Otherwise clap panics at variables that are not UTF-8, and at some words whatever its settings.
+    let clap = T::clap().setting(Set::StrictUtf8);
     let name = clap.get_name().to_owned();
-    let matches = clap.get_matches_from_safe(arguments);
+    let words = arguments.iter().cloned().map(to_utf8).collect::<Result<Vec<_>, _>>();
+    let matches = clap.get_matches_from_safe(words.map_err(Exit::from)?);
     Ok(T::from_clap(&matches.map_err(|error| from_clap_error(error, Some(&name)))?))
 }
 
