@@ -166,6 +166,14 @@ fn help_lists_every_flag_and_version_is_printed() {
 }
 
 #[test]
+fn help_and_version_are_printed_whatever_the_environment_holds() {
+    for flag in ["--help", "--version"] {
+        let output = output(&[flag], &[("RELAYLET_ALLOW_PEERS", "12D3KooW")]);
+        assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+    }
+}
+
+#[test]
 fn a_text_that_cannot_be_printed_is_an_error() {
     for argument in ["--help", "--print-config", "id"] {
         let full = File::create("/dev/full").unwrap();

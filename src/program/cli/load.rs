@@ -2,18 +2,12 @@
 
 mod environment;
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    env,
-    ffi::OsString,
-    fs,
-    path::PathBuf,
-};
+use std::{collections::BTreeSet, env, ffi::OsString, fs, path::PathBuf};
 
 use structopt::{StructOpt, clap};
 use toml::{Table, Value, de::DeTable, de::DeValue};
 
-use self::environment::nearest;
+use self::environment::{Variables, nearest};
 use super::{flags, flags::Flags, flags::Origins, help};
 
 /// The flags that are not settings and take no value.
@@ -29,20 +23,20 @@ pub enum Exit {
     Usage(String),
 }
 
-/// Escapes control characters, so that a quoted value cannot add lines.
-pub fn in_one_line(problem: &str) -> String {
-    let show = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.into() };
-    problem.chars().map(show).collect()
-}
-
 impl From<String> for Exit {
     fn from(problem: String) -> Self {
         Self::Usage(in_one_line(&problem))
     }
 }
 
+/// Escapes control characters, so that a quoted value cannot add lines.
+pub fn in_one_line(problem: &str) -> String {
+    let show = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.into() };
+    problem.chars().map(show).collect()
+}
+
 /// A setting from the environment or the file: its name, its value (of a list: one element), and its origin.
-type Entry = (String, Result<Value, String>, String);
+type Entry = (String, Value, String);
 
 impl Flags {
     /// Reads the settings of this process: [`Flags::read`].
@@ -64,12 +58,10 @@ impl Flags {
         arguments: impl IntoIterator<Item = OsString>,
         environment: impl IntoIterator<Item = (OsString, OsString)>,
     ) -> Result<Self, Exit> {
-        // 1. The command line and the names in the environment.
+        // 1. The command line. The default of a setting shows the type of its value.
         let (known, mut origins) = (Self::default().settings()?, Origins::new());
         let words: Vec<_> = arguments.into_iter().skip(1).map(to_utf8).collect::<Result<_, _>>()?;
         check_names_of_flags(&words, &known)?;
-        let environment = environment::of_relaylet(environment);
-        let warnings = environment::check_names(&environment, &known)?;
         let version = help::version();
         let matches = Self::clap()
             .version(&*version)
@@ -80,8 +72,10 @@ impl Flags {
         table.retain(|name, _| matches.occurrences_of(name) > 0);
         check_values(&words, &known, &mut table)?;
         // 2. The layers below it.
-        merge_layer(read_environment(&known, &environment), &mut table, &mut origins)?;
-        let config = environment.get(&environment::name_of("config")).map(PathBuf::from);
+        let variables = environment::of_relaylet(environment);
+        let warnings = environment::check_names(&variables, &known)?;
+        merge_layer(read_environment(&known, &variables)?, &mut table, &mut origins)?;
+        let config = variables.get(&environment::name_of("config")).map(PathBuf::from);
         let config = given.config.or(config);
         if let Some(file) = &config {
             let shown = file.display().to_string();
@@ -121,7 +115,6 @@ impl Flags {
 fn merge_layer(layer: Vec<Entry>, table: &mut Table, origins: &mut Origins) -> Result<(), String> {
     let above: BTreeSet<_> = table.keys().cloned().collect();
     for (name, value, origin) in layer {
-        let value = value.map_err(|problem| format!("{origin}: {problem}"))?;
         // One at a time, so that the error can name the origin.
         let alone = Table::from_iter([(name.clone(), value.clone())]);
         if let Err(error) = alone.try_into::<Flags>() {
@@ -182,16 +175,17 @@ fn flag(word: &str) -> Option<(&str, Option<&str>)> {
 }
 
 /// Reads the environment.
-fn read_environment(known: &Table, environment: &BTreeMap<String, OsString>) -> Vec<Entry> {
-    let given = |(name, setting): (&String, &Value)| {
+fn read_environment(known: &Table, variables: &Variables) -> Result<Vec<Entry>, String> {
+    let mut given = Vec::new();
+    for (name, setting) in known {
         let origin = environment::name_of(name);
-        let value = match to_utf8(environment.get(&origin)?.clone()) {
-            Ok(text) => value(setting, &typed(setting, text)).map_err(str::to_owned),
-            Err(problem) => Err(problem),
-        };
-        Some((name.clone(), value, origin))
-    };
-    known.iter().filter_map(given).collect()
+        let Some(text) = variables.get(&origin) else { continue };
+        let text = to_utf8(text.clone()).map_err(|problem| format!("{origin}: {problem}"))?;
+        let value = value(setting, &typed(setting, text));
+        let value = value.map_err(|takes| format!("{origin}: {takes}"))?;
+        given.push((name.clone(), value, origin));
+    }
+    Ok(given)
 }
 
 /// Reads a TOML file whose keys are names of flags.
@@ -220,17 +214,16 @@ fn read_file(file: &str, bytes: &[u8], known: &Table) -> Result<Vec<Entry>, Stri
             return Err(format!("{at}: {name}: unknown setting; try {nearest}"));
         };
         let parts = match (setting, whole.get_ref()) {
-            (Value::Array(_), DeValue::Array(parts)) if parts.is_empty() => {
-                given.push((name, Ok(Value::Array(vec![])), at));
-                continue;
-            }
             (Value::Array(_), DeValue::Array(parts)) => parts.iter().collect(),
             _ => vec![whole],
         };
+        if parts.is_empty() {
+            given.push((name.clone(), Value::Array(vec![]), at.clone()));
+        }
         for part in parts {
             let value =
                 value(setting, part.get_ref()).map_err(|takes| format!("{at}: {name}: {takes}"))?;
-            given.push((name.clone(), Ok(value), origin(part.span().start)));
+            given.push((name.clone(), value, origin(part.span().start)));
         }
     }
     Ok(given)
@@ -271,12 +264,12 @@ pub(super) fn to_utf8(text: OsString) -> Result<String, String> {
 /// Reduces an error of clap to one line: it has several, of which the first says what is wrong. `subcommand` is the one
 /// that was parsed, if any.
 pub(super) fn from_clap_error(error: clap::Error, subcommand: Option<&str>) -> Exit {
-    match error.kind {
-        clap::ErrorKind::HelpDisplayed if subcommand.is_some() => {
+    match (error.kind, subcommand) {
+        (clap::ErrorKind::HelpDisplayed, None) => return Exit::Print(help::help()),
+        // Of the version the text is empty: clap has printed it.
+        (clap::ErrorKind::HelpDisplayed | clap::ErrorKind::VersionDisplayed, _) => {
             return Exit::Print(error.message);
         }
-        clap::ErrorKind::HelpDisplayed => return Exit::Print(help::help()),
-        clap::ErrorKind::VersionDisplayed => return Exit::Print(error.message), // clap has printed it
         _ => {}
     }
     // The problem may take two lines: the flag, then its name.
@@ -325,12 +318,12 @@ mod tests {
             ("dht", true.into(), "file:7"),
         ];
         let expected: Vec<Entry> = expected
-            .map(|(name, value, origin)| (name.into(), Ok::<Value, _>(value), origin.into()))
+            .map(|(name, value, origin): (&str, Value, &str)| (name.into(), value, origin.into()))
             .into();
         assert_eq!(read(text), Ok(expected));
         assert_eq!(read(""), Ok(vec![]));
         let empty = read("deny-subnet = []\ndht = false").unwrap();
-        let values: Vec<_> = empty.into_iter().map(|(_, value, _)| value.unwrap()).collect();
+        let values: Vec<_> = empty.into_iter().map(|(_, value, _)| value).collect();
         assert_eq!(values, [Value::Array(vec![]), false.into()]);
     }
 
@@ -378,7 +371,7 @@ mod tests {
         let given = read_file("file", file.as_bytes(), &flags.settings().unwrap()).unwrap();
         let value = |name: &str| {
             let (_, value, _) = given.iter().find(|(own, ..)| own == name)?;
-            value.as_ref().ok()?.as_str()
+            value.as_str()
         };
         assert_eq!(value("identity"), Some(identity));
         assert_eq!(value("grace"), Some("30s"));

@@ -14,10 +14,11 @@ const PREFIX: &str = "RELAYLET_";
 /// A name is a misspelled setting if it differs in at most this many letters, and in at most one of four.
 const MAX_DISTANCE: usize = 2;
 
+/// Variables of the environment, by name.
+pub type Variables = BTreeMap<String, OsString>;
+
 /// The variables whose names begin with the prefix. An empty one counts as not set.
-pub fn of_relaylet(
-    environment: impl IntoIterator<Item = (OsString, OsString)>,
-) -> BTreeMap<String, OsString> {
+pub fn of_relaylet(environment: impl IntoIterator<Item = (OsString, OsString)>) -> Variables {
     let named =
         environment.into_iter().map(|(name, value)| (name.to_string_lossy().into_owned(), value));
     named
@@ -35,23 +36,20 @@ pub fn name_of(setting: &str) -> String {
 /// # Errors
 ///
 /// When one is a misspelled setting, or begins like the settings of access.
-pub fn check_names(
-    environment: &BTreeMap<String, OsString>,
-    known: &Table,
-) -> Result<Vec<String>, String> {
+pub fn check_names(variables: &Variables, known: &Table) -> Result<Vec<String>, String> {
     let is_known = |name: &str| {
         let is_setting = known.keys().any(|known| name_of(known) == name);
         is_setting || name == name_of("config") || name == identity::VARIABLE
     };
     let mut warnings = Vec::new();
-    for (name, value) in environment.iter().filter(|(name, _)| !is_known(name)) {
-        let own = name.get(PREFIX.len()..).unwrap_or_default().to_lowercase().replace('_', "-");
-        if is_of_kubernetes(&own, &value.to_string_lossy()) {
+    for (name, value) in variables.iter().filter(|(name, _)| !is_known(name)) {
+        let setting = name.get(PREFIX.len()..).unwrap_or_default().to_lowercase().replace('_', "-");
+        if is_of_kubernetes(&setting, &value.to_string_lossy()) {
             continue;
         }
-        let (nearest, distance) = nearest(&own, known);
-        let is_of_access = own.starts_with("allow") || own.starts_with("deny");
-        if is_of_access || distance <= MAX_DISTANCE.min(own.len() / 4) {
+        let (nearest, distance) = nearest(&setting, known);
+        let is_of_access = setting.starts_with("allow") || setting.starts_with("deny");
+        if is_of_access || distance <= MAX_DISTANCE.min(setting.len() / 4) {
             return Err(format!("{name}: unknown setting; try {}", name_of(nearest)));
         }
         warnings.push(format!("{name} ignored: unknown setting; see relaylet --help"));
@@ -67,11 +65,11 @@ pub fn nearest<'a>(name: &str, known: &'a Table) -> (&'a str, usize) {
 
 /// Whether this variable describes a service named relaylet, or relaylet-something. Kubernetes sets such variables in each
 /// pod ("Discovering services").
-fn is_of_kubernetes(own: &str, value: &str) -> bool {
-    let is_port = own == "port" || own.ends_with("-port");
-    let is_service = own.starts_with("service-") || own.contains("-service-");
-    let is_protocol = ["-tcp", "-udp", "-sctp"].iter().any(|protocol| own.contains(protocol));
-    is_service || (is_port && value.contains("://")) || (is_protocol && own.contains("port-"))
+fn is_of_kubernetes(name: &str, value: &str) -> bool {
+    let is_port = name == "port" || name.ends_with("-port");
+    let is_service = name.starts_with("service-") || name.contains("-service-");
+    let is_protocol = ["-tcp", "-udp", "-sctp"].iter().any(|protocol| name.contains(protocol));
+    is_service || (is_port && value.contains("://")) || (is_protocol && name.contains("port-"))
 }
 
 #[cfg(test)]
