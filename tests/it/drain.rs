@@ -26,7 +26,7 @@ async fn sigterm_closes_connections_without_circuits_and_lets_circuits_finish() 
     assert_eq!(read_bytes(&mut back, 10).await, b"still here");
     assert!(read_to_end(&mut back).await.0.is_empty());
     assert!(relay.wait().success());
-    relay.wait_for_log("drain timeout reached: closing").await;
+    relay.wait_for_log("drain timeout reached: closing 2 connections with 1 circuits").await;
 }
 
 #[tokio::test]

@@ -216,10 +216,9 @@ async fn main_loop(
                 }
             }
             () = drain_timeout => {
-                log::info!(
-                    "drain timeout reached: closing {} connections that still carry circuits",
-                    node.connections()
-                );
+                let circuits = node.relay().view().circuits.open().count();
+                let connections = node.connections();
+                log::info!("drain timeout reached: closing {connections} connections with {circuits} circuits");
                 return Ok(());
             }
             // Before the node's events, which a busy relay never runs out of.
