@@ -263,6 +263,23 @@ async fn an_invalid_file_changes_nothing_and_is_logged() {
 }
 
 #[tokio::test]
+async fn a_questionable_setting_is_a_warning_on_reload_as_well() {
+    let relay = start(folder_with(""));
+    let file = "announce = \"/ip4/10.0.0.1/tcp/4001\"\nreservation-ttl = \"1m\"\n\
+                proxy-protocol-from = \"0.0.0.0/0\"\n";
+    write(&relay.folder, file);
+    relay.signal("HUP");
+    for warning in [
+        "SIGHUP: --announce: clients on the internet cannot use /ip4/10.0.0.1/tcp/4001",
+        "SIGHUP: --reservation-ttl 1m: ",
+        "SIGHUP: --proxy-protocol-from 0.0.0.0/0: ",
+    ] {
+        let line = relay.wait_for_log(warning).await;
+        assert!(line.contains(" WARN "), "{line}");
+    }
+}
+
+#[tokio::test]
 async fn without_a_file_sighup_changes_nothing() {
     let relay = Relay::start(&[]);
     relay.signal("HUP");

@@ -6,6 +6,7 @@ use super::{
     derived::limit::Limit,
     flags::{self, Flags},
     load::Exit,
+    startup_log,
     values::{MAX_SHOWN, Parsed},
 };
 use crate::program::node::Node;
@@ -71,7 +72,7 @@ impl Settings<'_> {
         for line in self.now.changes(&flags, &changed)? {
             log::info!("SIGHUP: {line}");
         }
-        for warning in &flags.warnings {
+        for warning in startup_log::questionable_settings(&flags, node.peer_id()) {
             log::warn!("SIGHUP: {warning}");
         }
         self.now = flags;

@@ -37,7 +37,6 @@ use crate::program::http::{monitor::Monitor, stats::StartLimits};
 use crate::program::net::swarm_key;
 use crate::{
     address,
-    config::Config,
     program::{
         component::{Component, poll_due},
         net::{admission::open_files, interfaces, multiaddr},
@@ -78,7 +77,6 @@ async fn run(flags: &Flags) -> Result<()> {
     // time that a connection makes progress.
     let mut signals = stream::select_all([signals]);
     let identity = identity::load_or_create(&flags.identity)?;
-    let config = flags.config();
     let setup = Setup {
         limits: flags.limits(),
         streams: flags.stream_limits(),
@@ -86,7 +84,7 @@ async fn run(flags: &Flags) -> Result<()> {
         #[cfg(feature = "pnet")]
         swarm_key: flags.swarm_key.as_deref().map(load_swarm_key).transpose()?,
     };
-    let node = Node::with_setup(identity.keypair, config.clone(), setup);
+    let node = Node::with_setup(identity.keypair, flags.config(), setup);
     let mut node = node.map_err(|error| match error.downcast() {
         Ok(error) => Exit::Usage(flags.locate(in_flags(error))).into(),
         Err(error) => error,
@@ -113,7 +111,7 @@ async fn run(flags: &Flags) -> Result<()> {
     // 2. Components, the DHT, listeners, the HTTP server.
     let mut components: Vec<Box<dyn Component>> = Vec::new();
     #[cfg(feature = "websocket")]
-    components.push(Box::new(TlsFiles::start(flags, &mut node)?));
+    components.push(Box::new(TlsFiles::start(flags.certificate_files(), &mut node)?));
     #[cfg(feature = "dht")]
     if let Some(dht) = flags.dht_config().map_err(Exit::Usage)? {
         log::info!("{}", startup_log::dht(&dht));
@@ -129,9 +127,8 @@ async fn run(flags: &Flags) -> Result<()> {
     }
 
     // 3. The startup log.
-    log_limits(flags, &config);
-    let unusable = startup_log::unusable_announced(&config.announce, node.peer_id());
-    for warning in unusable.into_iter().chain(identity.warning) {
+    log_limits(flags, &node);
+    if let Some(warning) = identity.warning {
         log::warn!("{warning}");
     }
     if let Some(manager) = ServiceManager::ready(&node) {
@@ -142,16 +139,16 @@ async fn run(flags: &Flags) -> Result<()> {
 }
 
 /// Logs the limits, the memory estimate, and warnings about the settings.
-fn log_limits(flags: &Flags, config: &Config) {
+fn log_limits(flags: &Flags, node: &Node) {
     let given = flags.given();
     let (estimate, dht_dials) = (given.estimate(), given.usage.dialed_for_dht());
-    log::info!("{}", startup_log::capacity(config));
+    log::info!("{}", startup_log::capacity(node.relay().config()));
     log::info!("{}", startup_log::memory(estimate));
     let too_few_files = open_files::raise_limit(&flags.limits(), dht_dials);
     let memory_exceeded = memory_estimate::available()
         .and_then(|available| startup_log::memory_exceeded(estimate, available));
-    let warnings = flags.warnings.iter().cloned().chain(startup_log::questionable_settings(flags));
-    for warning in warnings.chain(too_few_files).chain(memory_exceeded) {
+    let warnings = startup_log::questionable_settings(flags, node.peer_id());
+    for warning in warnings.into_iter().chain(too_few_files).chain(memory_exceeded) {
         log::warn!("{warning}");
     }
 }

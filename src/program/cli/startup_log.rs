@@ -142,11 +142,11 @@ pub fn unreachable(announced: &[Multiaddr], found: &[Multiaddr]) -> Option<Strin
 const MAX_NAMED: usize = 5;
 
 /// A warning if clients on the internet cannot use some of the announced addresses, or these do not fit into an answer.
-pub fn unusable_announced(announced: &[Multiaddr], relay: PeerId) -> Option<String> {
+fn unusable_announced(announced: &[Multiaddr], relay: PeerId) -> Option<String> {
     let sent = address::for_reservation(Known { announced, ..Known::default() }, relay);
     let mut problems = Vec::new();
     for address in announced {
-        let is_sent = address.clone().with_p2p(relay).is_ok_and(|own| sent.contains(&own));
+        let is_sent = address.clone().with_p2p(relay).is_ok_and(|address| sent.contains(&address));
         let unsent = (!is_sent).then_some("does not fit into an answer with those before it");
         if let Some(problem) = multiaddr::unusable(address).or(unsent) {
             problems.push(format!("{address} ({problem})"));
@@ -173,9 +173,9 @@ pub fn too_many_addresses(announced: &[Multiaddr], found: &[Multiaddr]) -> Optio
     })
 }
 
-/// A warning for each valid setting that is probably a mistake, with the remedy.
-pub fn questionable_settings(flags: &Flags) -> Vec<String> {
-    let mut warnings = Vec::new();
+/// A warning for each variable that is no setting, and for each valid setting that is probably a mistake, with the remedy.
+pub fn questionable_settings(flags: &Flags, relay: PeerId) -> Vec<String> {
+    let mut warnings = flags.warnings.clone();
     let proxies = ("--proxy-protocol-from", flags.proxies());
     for (flag, subnets) in [proxies, ("--trust-forwarded-from", flags.forwarders())] {
         if let Some(all) = subnets.iter().find(|subnet| subnet.prefix_len() == 0) {
@@ -191,6 +191,15 @@ pub fn questionable_settings(flags: &Flags) -> Vec<String> {
              between; try 3m or more"
         ));
     }
+    if let Some(cert) = &flags.tls_cert
+        && !flags.layers().any(|layer| layer == Layer::SecureWebSocket)
+    {
+        warnings.push(format!(
+            "--tls-cert {}: not in use; listen with TLS: --listen /ip4/0.0.0.0/tcp/4002/tls/ws",
+            cert.display()
+        ));
+    }
+    warnings.extend(unusable_announced(&flags.config().announce, relay));
     warnings
 }
 
@@ -243,7 +252,8 @@ mod tests {
     fn questionable_settings_are_warnings() {
         use structopt::StructOpt;
 
-        let warnings = |words: &[&str]| questionable_settings(&Flags::from_iter(words));
+        let warnings =
+            |words: &[&str]| questionable_settings(&Flags::from_iter(words), PeerId::random());
         assert!(warnings(&["--proxy-protocol-from=10.0.0.0/8", "--reservation-ttl=3m"]).is_empty());
         for (word, named) in [
             ("--proxy-protocol-from=0.0.0.0/0", "--proxy-protocol-from 0.0.0.0/0: "),

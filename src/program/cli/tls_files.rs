@@ -14,13 +14,9 @@ use futures_timer::Delay;
 use libp2p::futures::FutureExt;
 use zeroize::Zeroizing;
 
-use super::flags::Flags;
 use crate::program::{
     component::{CertificateFiles, Component},
-    net::{
-        multiaddr::Layer,
-        websocket::certificate::{Certificate, Unusable, Validity},
-    },
+    net::websocket::certificate::{Certificate, Unusable, Validity},
     node::Node,
     secret_file,
 };
@@ -43,37 +39,27 @@ pub struct TlsFiles {
 }
 
 impl TlsFiles {
-    /// Reads the files that the flags name, if any, and sets the node's certificate.
+    /// Reads these files, if any, and sets the node's certificate.
     ///
     /// # Errors
     ///
     /// When a file cannot be used; one line with the flag, the file and the remedy.
-    pub fn start(flags: &Flags, node: &mut Node) -> Result<Self> {
+    pub fn start(files: CertificateFiles<'_>, node: &mut Node) -> Result<Self> {
         let (next_check, warned_at) = (Delay::new(CHECK_INTERVAL), SystemTime::UNIX_EPOCH);
         let mut tls_files = Self { files: None, next_check, validity: None, warned_at };
-        let cert = tls_files.read(flags.certificate_files(), node)?;
-        if let Some(cert) = cert
-            && !flags.layers().any(|layer| layer == Layer::SecureWebSocket)
-        {
-            log::warn!(
-                "--tls-cert {}: not in use; listen with TLS: --listen /ip4/0.0.0.0/tcp/4002/tls/ws",
-                cert.display()
-            );
-        }
+        tls_files.read(files, node)?;
         Ok(tls_files)
     }
 
-    fn read(&mut self, files: CertificateFiles<'_>, node: &mut Node) -> Result<Option<PathBuf>> {
+    fn read(&mut self, files: CertificateFiles<'_>, node: &mut Node) -> Result<()> {
         let Some(files) = Files::of(files) else {
             (self.files, self.validity) = (None, None);
-            return Ok(None);
+            return Ok(());
         };
-        let stamp = files.stamp();
-        let read = files.read();
-        let cert = files.cert.clone();
+        let (stamp, read) = (files.stamp(), files.read());
         self.files = Some((files, ChangeDetector::new(stamp)));
         self.serve(read?, node);
-        Ok(Some(cert))
+        Ok(())
     }
 
     fn serve(&mut self, certificate: Certificate, node: &mut Node) {
@@ -126,10 +112,10 @@ impl Component for TlsFiles {
 
     /// Reloads these files, changed or not.
     fn on_reload(&mut self, files: CertificateFiles<'_>, node: &mut Node) {
-        match self.read(files, node) {
-            Ok(Some(cert)) => log::info!("SIGHUP: --tls-cert {}: reloaded", cert.display()),
-            Ok(None) => {}
-            Err(error) => {
+        match (self.read(files, node), files.0) {
+            (Ok(()), Some(cert)) => log::info!("SIGHUP: --tls-cert {}: reloaded", cert.display()),
+            (Ok(()), None) => {}
+            (Err(error), _) => {
                 log::error!("SIGHUP: keeping the previous certificate: {error:#}");
             }
         }
