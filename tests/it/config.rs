@@ -279,6 +279,23 @@ async fn a_questionable_setting_is_a_warning_on_reload_as_well() {
     }
 }
 
+/// Its writer is gone: opening it again would block, and from a pipe without a name nothing would be read.
+#[tokio::test]
+async fn a_configuration_that_cannot_be_read_twice_is_not_reloaded() {
+    let folder = tempfile::tempdir().unwrap();
+    let fifo = folder.path().join(NAME);
+    assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    let written = std::thread::spawn(move || fs::write(fifo, "max-reservations = 1\n"));
+    let relay = start(folder);
+    written.join().unwrap().unwrap();
+    relay.wait_for_log("relays for anyone: 1 slots").await;
+    relay.signal("HUP");
+    let line =
+        "SIGHUP: keeping the previous settings: --config relaylet.toml: not a regular file; ";
+    relay.wait_for_log(line).await;
+    Client::connect(&relay).await.reserve().await;
+}
+
 #[tokio::test]
 async fn without_a_file_sighup_changes_nothing() {
     let relay = Relay::start(&[]);

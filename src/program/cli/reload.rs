@@ -1,5 +1,7 @@
 //! Reloads the settings while the relay runs.
 
+use std::fs;
+
 use toml::Value;
 
 use super::{
@@ -29,12 +31,17 @@ pub struct Settings<'a> {
 impl Settings<'_> {
     /// Reads flags, environment and file again, and applies them to the node. On an error, logs it and changes nothing.
     pub fn reload(&mut self, node: &mut Node) {
-        match self.now.config {
+        match &self.now.config {
+            // Reading it again might block for ever, or find nothing and reset all settings.
+            Some(file) if fs::metadata(file).is_ok_and(|file| !file.is_file()) => log::error!(
+                "SIGHUP: keeping the previous settings: --config {}: not a regular file; name one to reload it",
+                file.display()
+            ),
             Some(_) => match Flags::of_process().and_then(|flags| self.apply(flags, node)) {
                 Err(Exit::Usage(problem)) => {
                     log::error!("SIGHUP: keeping the previous settings: {problem}");
                 }
-                Ok(()) | Err(Exit::Print(_)) => {} // the arguments did not print at the start either
+                Ok(()) | Err(Exit::Print(_)) => {} // the same arguments printed nothing at the start
             },
             None if self.now.tls_cert.is_some() => {} // `TlsFiles` reloads it
             None => log::warn!("SIGHUP: no file to reload; name one with --config"),
