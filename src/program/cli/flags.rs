@@ -535,9 +535,9 @@ impl Flags {
     pub fn dht_config(&self) -> Result<Option<crate::program::dht::Config>, String> {
         let bootstrap: Vec<_> = unwrap_all(&self.bootstrap).collect();
         let config = crate::program::dht::Config::new(&self.dht_protocol, &bootstrap)?;
-        if let Some(own) = bootstrap.first().filter(|_| !self.dht) {
+        if let Some(node) = bootstrap.first().filter(|_| !self.dht) {
             return Err(format!(
-                "--bootstrap {own}: has no effect without a DHT; add --dht, or leave it out"
+                "--bootstrap {node}: has no effect without a DHT; add --dht, or leave it out"
             ));
         }
         Ok(self.dht.then_some(config))
@@ -546,32 +546,32 @@ impl Flags {
     /// The addresses to listen on, and whether they were set.
     pub fn listen_addresses(&self) -> (Vec<Multiaddr>, bool) {
         let default = || DEFAULT_LISTEN.iter().filter_map(|text| text.parse().ok()).collect();
-        let own: Vec<_> = unwrap_all(&self.listen).collect();
-        if own.is_empty() { (default(), false) } else { (own, true) }
+        let set: Vec<_> = unwrap_all(&self.listen).collect();
+        if set.is_empty() { (default(), false) } else { (set, true) }
     }
 
     /// Two of the addresses to listen on that need the same port.
-    fn port_conflict(&self) -> Option<(Multiaddr, Multiaddr)> {
+    fn port_conflict(&self) -> Option<(&Multiaddr, &Multiaddr)> {
         let overlap = |one: SocketAddr, other: SocketAddr| {
             let is_same =
                 one.ip() == other.ip() || one.ip().is_unspecified() || other.ip().is_unspecified();
             one.port() == other.port() && one.is_ipv4() == other.is_ipv4() && is_same
         };
-        let mut sockets: Vec<(SocketAddr, Multiaddr)> = Vec::new();
-        for own in unwrap_all(&self.listen) {
-            let socket = multiaddr::listen_address(&own).map(|(socket, _)| socket);
-            let Some(socket) = socket.filter(|socket| socket.port() != 0) else { continue };
-            if let Some((_, before)) = sockets.iter().find(|(before, _)| overlap(*before, socket)) {
-                return Some((own, before.clone()));
+        let mut sockets: Vec<(SocketAddr, &Multiaddr)> = Vec::new();
+        for Parsed(address) in &self.listen {
+            let Some((socket, _)) = multiaddr::listen_address(address) else { continue };
+            let before = sockets.iter().find(|(before, _)| overlap(*before, socket));
+            if let Some((_, before)) = before.filter(|_| socket.port() != 0) {
+                return Some((address, before));
             }
-            sockets.push((socket, own));
+            sockets.push((socket, address));
         }
         None
     }
 
     /// The layers of the addresses that were set to listen on; those of the default are all TCP.
     pub fn layers(&self) -> impl Iterator<Item = multiaddr::Layer> {
-        self.listen.iter().filter_map(|own| Some(multiaddr::listen_address(&own.0)?.1))
+        self.listen.iter().filter_map(|Parsed(set)| Some(multiaddr::listen_address(set)?.1))
     }
 
     /// Checks all settings.
@@ -589,7 +589,8 @@ impl Flags {
         #[cfg(feature = "dht")]
         self.dht_config()?;
         let (threads, (cert, key)) = (self.threads(), self.certificate_files());
-        let unsupported = |own| Some((multiaddr::unsupported(&own, cert.is_some())?, own));
+        let unsupported =
+            |address| Some((multiaddr::unsupported(&address, cert.is_some())?, address));
         Err(if *self.drain.0 > LONGEST {
             "--drain: longer than a year; try 8s".into()
         } else if self.limits().max_connections == 0 {
@@ -611,8 +612,8 @@ impl Flags {
         } else if self.autonat && self.swarm_key.is_some() {
             "--autonat: cannot dial within a private network; leave out --swarm-key or --autonat"
                 .into()
-        } else if let Some((problem, own)) = unwrap_all(&self.listen).find_map(unsupported) {
-            format!("--listen {own}: {problem}")
+        } else if let Some((problem, address)) = unwrap_all(&self.listen).find_map(unsupported) {
+            format!("--listen {address}: {problem}")
         } else if let Some(name) = self.http_host.iter().find(|name| !multiaddr::is_dns_name(name))
         {
             format!(

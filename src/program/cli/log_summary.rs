@@ -62,9 +62,9 @@ impl LogSummary {
                 (failure.reason.kind(), format!("handshake failed: {address}: {hint}"))
             }
             _ => {
-                let (own, resource, flag) = limit_reached(event)?;
+                let (client, resource, flag) = limit_reached(event)?;
                 let warning = format!(
-                    "limit reached: {own} has as many {resource} as {flag} allows; if it is a proxy, name it with \
+                    "limit reached: {client} has as many {resource} as {flag} allows; if it is a proxy, name it with \
                      --proxy-protocol-from; if many clients share it, raise {flag}"
                 );
                 (flag, warning)
@@ -121,22 +121,22 @@ impl LogSummary {
 /// The address or subnet that has reached a limit, the limited resource, and the flag.
 fn limit_reached(event: &NodeEvent) -> Option<(&dyn Display, &'static str, &'static str)> {
     let (reason, rate) = match event {
-        NodeEvent::ConnectionDenied { reason: Denied::Address(own), .. } => {
-            return Some((own, "connections", "--max-connections-per-ip"));
+        NodeEvent::ConnectionDenied { reason: Denied::Address(from), .. } => {
+            return Some((from, "connections", "--max-connections-per-ip"));
         }
-        NodeEvent::ConnectionDenied { reason: Denied::Subnet(own), .. } => {
-            return Some((own, "connections", "--max-connections-per-subnet"));
+        NodeEvent::ConnectionDenied { reason: Denied::Subnet(from), .. } => {
+            return Some((from, "connections", "--max-connections-per-subnet"));
         }
         NodeEvent::Relay(Event::ReservationRefused { reason, .. }) => (reason, "--reserve-rate"),
         NodeEvent::Relay(Event::CircuitRefused { reason, .. }) => (reason, "--connect-rate"),
         _ => return None,
     };
     Some(match reason {
-        Refused::AddressFull(own) => (own, "slots", "--max-reservations-per-ip"),
-        Refused::SubnetFull(own) => (own, "slots", "--max-reservations-per-subnet"),
-        Refused::TooManyCircuitsOfAddress(own) => (own, "circuits", "--max-circuits-per-ip"),
-        Refused::TooManyCircuitsOfSubnet(own) => (own, "circuits", "--max-circuits-per-subnet"),
-        Refused::AddressTooOften(own) => (own, "requests", rate),
+        Refused::AddressFull(from) => (from, "slots", "--max-reservations-per-ip"),
+        Refused::SubnetFull(from) => (from, "slots", "--max-reservations-per-subnet"),
+        Refused::TooManyCircuitsOfAddress(from) => (from, "circuits", "--max-circuits-per-ip"),
+        Refused::TooManyCircuitsOfSubnet(from) => (from, "circuits", "--max-circuits-per-subnet"),
+        Refused::AddressTooOften(from) => (from, "requests", rate),
         _ => return None,
     })
 }

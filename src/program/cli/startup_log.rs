@@ -88,7 +88,7 @@ pub fn client_addresses(
     }
     let over = |layer| {
         let of_layer = move |address: &&Multiaddr| {
-            multiaddr::listen_address(address).is_some_and(|(_, own)| own == layer)
+            multiaddr::listen_address(address).is_some_and(|(_, over)| over == layer)
         };
         best(found.iter().filter(of_layer), outbound)
     };
