@@ -11,7 +11,7 @@ use std::cmp::Reverse;
 
 use self::{
     limit::{Derived, KIB, LIMITS, Limit},
-    memory_estimate::{LEAST_THREAD, THREAD, Usage, estimate},
+    memory_estimate::{MAX_PER_THREAD, MIN_PER_THREAD, Usage, estimate},
 };
 use crate::program::mux::stream_limits::{DEFAULT_SIZE, buffered, buffered_per_connection, in_kib};
 
@@ -20,10 +20,10 @@ const MIB: usize = 1024 * KIB;
 /// The least size without `--memory`: a relay with few slots gets as many connections of unknown peers as any other.
 const LEAST_SIZE: usize = 64;
 
-/// How much of `--memory` there has to be for each thread, in bytes.
-const THREAD_FOR: u64 = 128 * MIB as u64;
+/// How much of `--memory` there is for each thread unless `--threads` says otherwise, in bytes.
+const MEMORY_PER_THREAD: u64 = 128 * MIB as u64;
 
-/// The threads may keep this fraction of `--memory`.
+/// The freed memory that threads keep is `--memory` divided by this, at most.
 const SHARE_OF_THREADS: u64 = 16;
 
 /// What the limits follow from.
@@ -57,30 +57,31 @@ impl Given {
         let Some(memory) = self.memory.filter(|memory| *memory < least) else {
             return Ok(());
         };
-        let (memory, or_more) = (shown(memory), format!("try {} or more", shown(least)));
-        // 1. Which of them take memory, the most first.
-        let explicit = LIMITS
-            .into_iter()
-            .filter_map(|(limit, flag)| Some((limit, flag, self.explicit(limit)?)));
-        let saved = |limit| least.saturating_sub(self.with(limit, None).least_memory());
-        let mut heavy: Vec<_> = explicit.filter(|(limit, ..)| saved(*limit) > 0).collect();
-        heavy.sort_by_key(|(limit, ..)| Reverse(saved(*limit)));
-        let Some(((limit, flag, value), others)) = heavy.split_first() else {
-            let reason = self.usage.reason();
+        let or_more = format!("try {} or more", shown(least));
+        // 1. Which of the explicit limits take memory, the most first.
+        let mut heavy = Vec::new();
+        for (limit, flag) in LIMITS {
+            let saved = least.saturating_sub(self.with(limit, None).least_memory());
+            if let Some(value) = self.explicit(limit).filter(|_| saved > 0) {
+                heavy.push((saved, limit, flag, value));
+            }
+        }
+        heavy.sort_by_key(|(saved, ..)| Reverse(*saved));
+        let Some((&(_, limit, flag, value), others)) = heavy.split_first() else {
+            let (memory, reason) = (shown(memory), self.usage.reason());
             return Err(format!("--memory {memory}: is too little{reason}; {or_more}"));
         };
         // 2. What to do about the heaviest one.
-        let fits =
-            |value| self.with(*limit, Some(value)).least_memory() <= self.memory.unwrap_or(0);
-        let remedy = match (largest(1, *value, fits), others) {
+        let fits = |value| self.with(limit, Some(value)).least_memory() <= memory;
+        let remedy = match (largest(1, value, fits), others) {
             (Some(fit), _) => format!("lower it to {}", limit.shown(fit)),
             (None, []) => "leave it out".into(),
             (None, others) => {
-                let names: Vec<_> = others.iter().map(|(_, flag, _)| *flag).collect();
+                let names: Vec<_> = others.iter().map(|(_, _, flag, _)| *flag).collect();
                 format!("lower it and {}", names.join(", "))
             }
         };
-        let value = limit.shown(*value);
+        let (value, memory) = (limit.shown(value), shown(memory));
         Err(format!("{flag} {value}: is too much for --memory {memory}; {remedy}, or {or_more}"))
     }
 
@@ -88,7 +89,7 @@ impl Given {
     fn least_memory(&self) -> u64 {
         let memory = Some(u64::MAX);
         let smallest = Self { memory, ..*self }.of_size(1);
-        let threads = (smallest.get(Limit::Threads) as u64).saturating_mul(LEAST_THREAD);
+        let threads = (smallest.get(Limit::Threads) as u64).saturating_mul(MIN_PER_THREAD);
         let others = estimate(&smallest, self.usage, 0);
         let share = others / (SHARE_OF_THREADS - 1) + 1;
         let all = others.saturating_add(share.max(threads));
@@ -99,7 +100,7 @@ impl Given {
     fn largest_size(&self, memory: u64) -> usize {
         let fits = |size| {
             let derived = self.of_size(size);
-            let threads = (derived.get(Limit::Threads) as u64).saturating_mul(LEAST_THREAD);
+            let threads = (derived.get(Limit::Threads) as u64).saturating_mul(MIN_PER_THREAD);
             let threads = threads.max(memory / SHARE_OF_THREADS);
             estimate(&derived, self.usage, 0).saturating_add(threads) <= memory
         };
@@ -117,7 +118,7 @@ impl Given {
         let per_peer = given(Limit::CircuitsPerPeer, (all / 8).clamp(1, 64));
         let per_connection = buffered_per_connection(per_peer, all);
         let per_connection = given(Limit::BufferedPerConnection, per_connection);
-        let by_memory = usize::try_from(self.memory.unwrap_or(u64::MAX) / THREAD_FOR);
+        let by_memory = usize::try_from(self.memory.unwrap_or(u64::MAX) / MEMORY_PER_THREAD);
         let threads = self.usage.default_threads.min(by_memory.unwrap_or(usize::MAX)).max(1);
         Derived([
             given(Limit::Reservations, size),
@@ -153,7 +154,7 @@ impl Given {
     pub fn kept_by_thread(&self) -> u64 {
         let threads = self.derive().get(Limit::Threads).max(1) as u64;
         let share = self.memory.map_or(u64::MAX, |memory| memory / SHARE_OF_THREADS / threads);
-        share.clamp(LEAST_THREAD, THREAD)
+        share.clamp(MIN_PER_THREAD, MAX_PER_THREAD)
     }
 }
 

@@ -45,7 +45,8 @@ pub fn help() -> String {
     help + "\n" + VALUES
 }
 
-/// What follows the name in the text of `--version`: the version, the features, and the commit if the build was told it in `RELAYLET_COMMIT`.
+/// What follows the name in the text of `--version`: the version, the features, and the commit if the variable
+/// `RELAYLET_COMMIT` named it when the program was built.
 pub fn version() -> String {
     let features: Vec<_> = features().collect();
     let commit = option_env!("RELAYLET_COMMIT").filter(|commit| !commit.is_empty());

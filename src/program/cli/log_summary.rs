@@ -29,7 +29,7 @@ pub struct LogSummary {
     counts: BTreeMap<Key, Count>,
     /// The flags, and the reasons of failed handshakes, that a warning has named.
     warned: HashSet<&'static str>,
-    /// How many streams and connections had been reset for their buffered bytes by then.
+    /// How many streams and connections had been reset for their buffered bytes at the last summary.
     shed: u64,
 }
 

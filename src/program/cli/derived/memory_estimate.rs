@@ -17,10 +17,10 @@ const MIB: u64 = 1024 * KIB;
 const PROGRAM: u64 = if cfg!(any(feature = "http", feature = "tls")) { 7 * MIB } else { 5 * MIB };
 
 /// The most freed memory that the allocator keeps for one thread: see `runtime.rs`.
-pub const THREAD: u64 = 8 * MIB;
+pub const MAX_PER_THREAD: u64 = 8 * MIB;
 
 /// What a thread takes at least: its stack, and the buffers that its connections share.
-pub const LEAST_THREAD: u64 = 256 * KIB;
+pub const MIN_PER_THREAD: u64 = 256 * KIB;
 
 /// An idle connection over Noise, whose buffers have grown to the largest message. One over TLS takes a third of that.
 const CONNECTION: u64 = 116 * KIB;
