@@ -4,21 +4,19 @@
 /// `impl AsyncWrite for …`.
 macro_rules! delegate_write {
     ($field:ident) => {
-        $crate::delegate::delegate_write!(@ $field poll_write(bytes: &[u8]) -> usize);
-        $crate::delegate::delegate_write!(
-            @ $field poll_write_vectored(buffers: &[std::io::IoSlice<'_>]) -> usize
-        );
-        $crate::delegate::delegate_write!(@ $field poll_flush() -> ());
-        $crate::delegate::delegate_write!(@ $field poll_close() -> ());
+        $crate::delegate::delegate_write!($field:
+            poll_write(bytes: &[u8]) -> usize,
+            poll_write_vectored(buffers: &[std::io::IoSlice<'_>]) -> usize,
+            poll_flush() -> (), poll_close() -> ());
     };
-    (@ $field:ident $method:ident($($data:ident: $type:ty)?) -> $output:ty) => {
-        fn $method(
+    ($field:ident: $($method:ident($($data:ident: $type:ty)?) -> $output:ty),+) => {
+        $(fn $method(
             mut self: std::pin::Pin<&mut Self>,
             cx: &mut std::task::Context<'_>,
             $($data: $type)?
         ) -> std::task::Poll<std::io::Result<$output>> {
             std::pin::Pin::new(&mut self.$field).$method(cx, $($data)?)
-        }
+        })+
     };
 }
 

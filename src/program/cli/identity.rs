@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Error, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use libp2p::identity::Keypair;
 use tempfile::NamedTempFile;
 use zeroize::Zeroizing;
@@ -165,11 +165,8 @@ fn create(
             )
         }))
     };
-    let warning = write().map_err(|error| match error.kind() {
-        io::ErrorKind::AlreadyExists => error.into(),
-        _ => Error::new(error).context(format!(
-            "--identity {shown}: cannot be written; name a file in a writable folder"
-        )),
+    let warning = write().with_context(|| {
+        format!("--identity {shown}: cannot be written; name a file in a writable folder")
     })?;
     let created = Some(fs::canonicalize(file).unwrap_or_else(|_| file.to_owned()));
     Ok(Identity { keypair, created, warning })

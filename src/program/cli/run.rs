@@ -257,16 +257,20 @@ fn listen(node: &mut Node, flags: &Flags) -> Result<()> {
     let (addresses, are_set) = flags.listen_addresses();
     let mut is_listening = false;
     for address in addresses {
-        if !are_set && !has_version(&address) {
+        let ip = multiaddr::listen_address(&address).map(|(socket, _)| socket.ip());
+        let has_version = ip.is_none_or(interfaces::has_version_of);
+        if are_set && !has_version {
+            bail!(
+                "--listen {address}: this machine has no address of that IP version; name another"
+            );
+        }
+        // IPv6 may be switched off.
+        let can_bind = ip.is_some_and(|ip| has_version && TcpListener::bind((ip, 0)).is_ok());
+        if !are_set && !can_bind {
             log::warn!(
                 "not listening on {address}: this machine has no address of that IP version"
             );
             continue;
-        }
-        if !has_address(&address) {
-            bail!(
-                "--listen {address}: this machine has no address of that IP version; name another"
-            );
         }
         node.listen_on(address.clone()).map_err(|error| anyhow!("--listen {address}: {error}"))?;
         is_listening = true;
@@ -275,18 +279,6 @@ fn listen(node: &mut Node, flags: &Flags) -> Result<()> {
         true => Ok(()),
         false => bail!("--listen: this machine has neither IPv4 nor IPv6"),
     }
-}
-
-/// Whether the machine has addresses of this IP version: IPv6 may be switched off.
-fn has_version(address: &Multiaddr) -> bool {
-    let can_bind = multiaddr::listen_address(address)
-        .is_some_and(|(socket, _)| TcpListener::bind((socket.ip(), 0)).is_ok());
-    can_bind && has_address(address)
-}
-
-fn has_address(address: &Multiaddr) -> bool {
-    multiaddr::listen_address(address)
-        .is_none_or(|(socket, _)| interfaces::has_version_of(socket.ip()))
 }
 
 fn log_listener(node: &Node, event: NodeEvent) {
@@ -311,10 +303,6 @@ fn log_addresses(node: &Node) {
     let outbound = interfaces::outbound_ip();
     for line in startup_log::client_addresses(node.peer_id(), announce, &found, outbound) {
         log::info!("{line}");
-    }
-    for address in announce.iter().skip(1) {
-        let address = address.clone().with_p2p(node.peer_id()).unwrap_or_else(|other| other);
-        log::info!("clients also reach it at {address}");
     }
     let unreachable = startup_log::unreachable(announce, &found);
     let too_many = startup_log::too_many_addresses(announce, &found);

@@ -35,22 +35,21 @@ pub fn capacity(config: &Config) -> String {
 }
 
 fn circuit_limits(bytes: u64, duration: Duration) -> String {
-    let size = ByteSize::b(bytes);
-    let time = humantime::format_duration(duration);
-    match (bytes == 0, duration.is_zero()) {
-        (true, true) => "a circuit may carry any number of bytes for any time".into(),
-        (true, false) => format!(
-            "a circuit may carry any number of bytes for {time}; --circuit-duration 0s removes the limit"
-        ),
-        (false, true) => format!(
-            "a circuit may carry {size} in each direction, for any time; --circuit-bytes 0 removes \
-             the limit"
-        ),
-        (false, false) => format!(
-            "a circuit may carry {size} in each direction for {time}; --circuit-bytes 0 and \
-             --circuit-duration 0s remove the limits"
-        ),
-    }
+    let data = match bytes {
+        0 => "any number of bytes".into(),
+        _ => format!("{} in each direction", ByteSize::b(bytes)),
+    };
+    let time = match duration.is_zero() {
+        true => "any time".into(),
+        false => humantime::format_duration(duration).to_string(),
+    };
+    let remedy = match (bytes, duration.is_zero()) {
+        (0, true) => "",
+        (0, false) => "; --circuit-duration 0s removes the limit",
+        (_, true) => "; --circuit-bytes 0 removes the limit",
+        (_, false) => "; --circuit-bytes 0 and --circuit-duration 0s remove the limits",
+    };
+    format!("a circuit may carry {data} for {time}{remedy}")
 }
 
 /// The memory estimate, in bytes.
@@ -68,7 +67,7 @@ pub fn dht(dht: &dht::Config) -> String {
     format!("joining the DHT {}: {nodes}", dht.protocol)
 }
 
-/// The address that clients dial: the first announced one, or else the best of those found. A second line has the address
+/// The addresses that clients dial: the announced ones, or else the best of those found. Then a second line has the address
 /// for browsers, if that is another one.
 ///
 /// Of several addresses in one network the best is `outbound`, from which the machine reaches the internet: others may
@@ -83,8 +82,9 @@ pub fn client_addresses(
         let address = address.clone().with_p2p(relay).ok()?;
         Some(format!("{clients} reach it at {address}"))
     };
-    if let Some(address) = announced.first() {
-        return line("clients", address).into_iter().collect();
+    if let Some((first, others)) = announced.split_first() {
+        let others = others.iter().filter_map(|address| line("clients also", address));
+        return line("clients", first).into_iter().chain(others).collect();
     }
     let over = |layer| {
         let of_layer = move |address: &&Multiaddr| {

@@ -15,17 +15,14 @@ use log::{Level, LevelFilter};
 
 use crate::program::cli::load::{Exit, in_one_line};
 
-/// Libraries that log errors or warnings which any peer can cause; not logged unless `RUST_LOG` names the library. soketto
-/// implements WebSocket.
-const MUTED: [&str; 1] = ["soketto"];
+/// The WebSocket library. Any peer can cause errors and warnings that it logs, so they are not logged unless `RUST_LOG` names
+/// it.
+const MUTED: &str = "soketto";
 
 /// Starts logging, as `RUST_LOG` configures.
 pub fn start_log() {
     let mut log = env_logger::Builder::new();
-    log.filter_level(LevelFilter::Info);
-    for library in MUTED {
-        log.filter_module(library, LevelFilter::Off);
-    }
+    log.filter_level(LevelFilter::Info).filter_module(MUTED, LevelFilter::Off);
     if is_journal() {
         log.format(|out, record| write_to_journal(out, record.level(), record.args()));
     }
