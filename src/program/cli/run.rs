@@ -145,8 +145,9 @@ fn log_limits(flags: &Flags, node: &Node) {
     log::info!("{}", startup_log::capacity(node.relay().config()));
     log::info!("{}", startup_log::memory(estimate));
     let too_few_files = open_files::raise_limit(&flags.limits(), dht_dials);
-    let memory_exceeded = memory_estimate::available()
-        .and_then(|available| startup_log::memory_exceeded(estimate, available));
+    let memory_exceeded = memory_estimate::available().and_then(|available| {
+        startup_log::memory_exceeded(estimate, available, flags.memory.is_some())
+    });
     let warnings = startup_log::questionable_settings(flags, node.peer_id());
     for warning in warnings.into_iter().chain(too_few_files).chain(memory_exceeded) {
         log::warn!("{warning}");

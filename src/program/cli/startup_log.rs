@@ -203,15 +203,12 @@ pub fn questionable_settings(flags: &Flags, relay: PeerId) -> Vec<String> {
     warnings
 }
 
-/// A warning if the memory estimate exceeds what is available; both are in bytes.
-pub fn memory_exceeded(estimate: u64, available: u64) -> Option<String> {
-    (estimate > available).then(|| {
-        format!(
-            "{}, more than the {} MiB available; lower --max-connections or --max-buffered",
-            memory(estimate),
-            available / MIB
-        )
-    })
+/// A warning if the memory estimate exceeds what is available; both are in bytes. `is_set`: the estimate is that of `--memory`.
+pub fn memory_exceeded(estimate: u64, available: u64, is_set: bool) -> Option<String> {
+    let flags = if is_set { "--memory" } else { "--max-connections or --max-buffered" };
+    let (memory, available_mib) = (memory(estimate), available / MIB);
+    let line = format!("{memory}, more than the {available_mib} MiB available; lower {flags}");
+    (estimate > available).then_some(line)
 }
 
 #[cfg(test)]
@@ -264,8 +261,12 @@ mod tests {
             let warnings = warnings(&[word]);
             assert!(warnings.len() == 1 && warnings[0].starts_with(named), "{warnings:?}");
         }
-        assert_eq!(memory_exceeded(MIB, MIB), None);
-        assert!(memory_exceeded(2 * MIB, MIB).unwrap().starts_with("memory: at most 2 MiB"));
+        assert_eq!(memory_exceeded(MIB, MIB, true), None);
+        let [set, derived] = [true, false].map(|is_set| memory_exceeded(2 * MIB, MIB, is_set));
+        assert!(set.unwrap().ends_with("lower --memory"));
+        let derived = derived.unwrap();
+        assert!(derived.starts_with("memory: at most 2 MiB under"), "{derived}");
+        assert!(derived.ends_with("lower --max-connections or --max-buffered"), "{derived}");
     }
 
     #[test]
