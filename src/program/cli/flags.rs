@@ -2,7 +2,7 @@
 
 mod limits;
 
-use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
+use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, sync::LazyLock};
 
 use bytesize::ByteSize;
 use humantime::Duration;
@@ -409,7 +409,9 @@ pub fn needs(name: &str) -> Option<String> {
 
 impl Default for Flags {
     fn default() -> Self {
-        Self::from_iter([""; 0])
+        // Each setting of a file is checked beside the defaults of all others, and a list may have thousands of them.
+        static DEFAULTS: LazyLock<Flags> = LazyLock::new(|| Flags::from_iter([""; 0]));
+        DEFAULTS.clone()
     }
 }
 

@@ -190,7 +190,9 @@ fn read_environment(known: &Table, variables: &Variables) -> Result<Vec<Entry>, 
 
 /// Reads a TOML file whose keys are names of flags.
 fn read_file(file: &str, bytes: &[u8], known: &Table) -> Result<Vec<Entry>, String> {
-    let line = |at| 1 + bytes.iter().take(at).filter(|byte| **byte == b'\n').count();
+    let breaks = bytes.iter().enumerate().filter(|(_, byte)| **byte == b'\n');
+    let breaks: Vec<_> = breaks.map(|(at, _)| at).collect();
+    let line = |at| 1 + breaks.partition_point(|line_break| *line_break < at);
     let origin = |at| format!("{file}:{}", line(at));
     let text = str::from_utf8(bytes).map_err(|error| {
         format!("{}: not UTF-8; save the file as UTF-8", origin(error.valid_up_to()))
@@ -361,6 +363,21 @@ mod tests {
         let (line, text) = problem(b"grace = \"1s\"\n# \xff");
         assert_eq!(line, 2);
         assert!(text.contains("UTF-8"), "{text}");
+    }
+
+    /// A block list: SIGHUP reads it while the relay runs. This took minutes when each value cost as much as the whole file.
+    #[test]
+    fn a_list_may_have_many_values() {
+        let mut text = String::from("deny-subnet = [\n");
+        for n in 0..50_000 {
+            text += &format!("\"10.{}.{}.0/24\",\n", n / 256 % 256, n % 256);
+        }
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(&file, text + "\"10.0.0.1\"]\n").unwrap();
+        let arguments = ["relaylet".as_ref(), "--config".as_ref(), file.path().as_os_str()];
+        let read = Flags::read(arguments.map(OsString::from), []);
+        let Err(Exit::Usage(line)) = read else { panic!("the last value is no subnet") };
+        assert!(line.contains(":50002: --deny-subnet: \"10.0.0.1\" is not a subnet"), "{line}");
     }
 
     #[test]
