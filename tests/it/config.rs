@@ -296,6 +296,19 @@ async fn a_configuration_that_cannot_be_read_twice_is_not_reloaded() {
     Client::connect(&relay).await.reserve().await;
 }
 
+#[cfg(feature = "dht")]
+#[tokio::test]
+async fn a_reloaded_setting_has_to_fit_to_the_dht_that_stays() {
+    let relay = start(folder_with("dht = true\n"));
+    write(&relay.folder, "idle-timeout = \"0s\"\n");
+    relay.signal("HUP");
+    let line = "SIGHUP: keeping the previous settings: relaylet.toml:1: --idle-timeout 0s: would never close";
+    relay.wait_for_log(line).await;
+    write(&relay.folder, "dht = true\nbootstrap = []\ngrace = \"1m\"\n");
+    relay.signal("HUP");
+    relay.wait_for_log("SIGHUP: changed: grace").await;
+}
+
 #[tokio::test]
 async fn without_a_file_sighup_changes_nothing() {
     let relay = Relay::start(&[]);

@@ -57,6 +57,9 @@ impl Settings<'_> {
         let mut restart = self.at_start.differing(&flags)?;
         restart
             .retain(|name| is_at_start(name) && !(is_lowered && name == "max-circuits-per-peer"));
+        // The DHT stays as it is, and the other settings have to fit to it.
+        (flags.dht, flags.bootstrap) = (self.at_start.dht, self.at_start.bootstrap.clone());
+        flags.check().map_err(|problem| flags.locate(problem))?;
         // The limits on streams follow from max-circuits-per-peer at the start.
         if per_peer(&flags) > limit {
             flags.max_circuits_per_peer = Some(Parsed(limit));
