@@ -582,12 +582,12 @@ impl Flags {
     ///
     /// The first invalid one in one line, with the name of its flag and the remedy.
     pub(super) fn check(&self) -> Result<(), String> {
-        self.config().validate().map_err(in_flags)?;
-        validate_subnets("proxy_protocol_from", &self.proxies()).map_err(in_flags)?;
-        validate_subnets("trust_forwarded_from", &self.forwarders()).map_err(in_flags)?;
+        self.config().validate().map_err(message_with_flag)?;
+        validate_subnets("proxy_protocol_from", &self.proxies()).map_err(message_with_flag)?;
+        validate_subnets("trust_forwarded_from", &self.forwarders()).map_err(message_with_flag)?;
         let circuits = self.derived().get(Limit::CircuitsPerPeer);
-        stream_limits::per_connection(circuits).map_err(in_flags)?;
-        self.stream_limits().check(circuits).map_err(in_flags)?;
+        stream_limits::per_connection(circuits).map_err(message_with_flag)?;
+        self.stream_limits().check(circuits).map_err(message_with_flag)?;
         #[cfg(feature = "dht")]
         self.dht_config()?;
         let (threads, (cert, key)) = (self.threads(), self.certificate_files());
@@ -639,7 +639,7 @@ impl Flags {
 }
 
 /// The message of a configuration error, under the name of its flag.
-pub fn in_flags(error: ConfigError) -> String {
+pub fn message_with_flag(error: ConfigError) -> String {
     format!("--{}: {}", error.setting().replace('_', "-"), error.problem)
 }
 

@@ -155,7 +155,7 @@ fn check_values(flags: &[String], known: &Table, table: &mut Table) -> Result<()
         let Some((name, given)) = flag(word) else { continue };
         match (known.get(name), given) {
             (Some(switch @ Value::Boolean(_)), Some(on)) => {
-                let value = value(switch, &typed(switch, on.into()));
+                let value = convert(switch, &toml_value(switch, on.into()));
                 let value = value.map_err(|takes| format!("--{name} {on}: {takes}"))?;
                 table.insert(name.into(), value);
             }
@@ -181,7 +181,7 @@ fn read_environment(known: &Table, variables: &Variables) -> Result<Vec<Entry>, 
         let origin = environment::name_of(name);
         let Some(text) = variables.get(&origin) else { continue };
         let text = to_utf8(text.clone()).map_err(|problem| format!("{origin}: {problem}"))?;
-        let value = value(setting, &typed(setting, text));
+        let value = convert(setting, &toml_value(setting, text));
         let value = value.map_err(|takes| format!("{origin}: {takes}"))?;
         given.push((name.clone(), value, origin));
     }
@@ -223,8 +223,8 @@ fn read_file(file: &str, bytes: &[u8], known: &Table) -> Result<Vec<Entry>, Stri
             given.push((name.clone(), Value::Array(vec![]), at.clone()));
         }
         for part in parts {
-            let value =
-                value(setting, part.get_ref()).map_err(|takes| format!("{at}: {name}: {takes}"))?;
+            let value = convert(setting, part.get_ref())
+                .map_err(|takes| format!("{at}: {name}: {takes}"))?;
             given.push((name.clone(), value, origin(part.span().start)));
         }
     }
@@ -232,7 +232,7 @@ fn read_file(file: &str, bytes: &[u8], known: &Table) -> Result<Vec<Entry>, Stri
 }
 
 /// The TOML value of a text from the command line or the environment.
-fn typed(setting: &Value, text: String) -> DeValue<'static> {
+fn toml_value(setting: &Value, text: String) -> DeValue<'static> {
     match (setting, &*text) {
         (Value::Boolean(_), "true" | "1") => DeValue::Boolean(true),
         (Value::Boolean(_), "false" | "0") => DeValue::Boolean(false),
@@ -241,7 +241,7 @@ fn typed(setting: &Value, text: String) -> DeValue<'static> {
 }
 
 /// Converts a value to the type of the setting. The error says what the setting takes.
-fn value(setting: &Value, given: &DeValue<'_>) -> Result<Value, &'static str> {
+fn convert(setting: &Value, given: &DeValue<'_>) -> Result<Value, &'static str> {
     let text = match given {
         DeValue::String(text) => Some(text.as_ref()),
         DeValue::Integer(number) if number.radix() == 10 => Some(number.as_str()),

@@ -75,7 +75,7 @@ impl LogSummary {
 
     /// Returns the summary and resets the counts: a line for each reason, then, if there is any, one with the busiest
     /// address of each resource.
-    pub fn lines(
+    pub fn take_lines(
         &mut self,
         buffered: Buffered,
         busiest: impl IntoIterator<Item = (&'static str, Option<Busiest>)>,
@@ -186,8 +186,8 @@ mod tests {
             "slots freed within a minute: 3: grace over; most from 192.0.2.2: 2",
             "slots freed within a minute: 1: taken by a newcomer; most from 192.0.2.3: 1",
         ];
-        assert_eq!(summary.lines(Buffered::default(), []), lines);
-        assert!(summary.lines(Buffered::default(), []).is_empty(), "a minute later");
+        assert_eq!(summary.take_lines(Buffered::default(), []), lines);
+        assert!(summary.take_lines(Buffered::default(), []).is_empty(), "a minute later");
     }
 
     #[test]
@@ -203,7 +203,7 @@ mod tests {
         }
         let line = "peers timed out within a minute: 3: no answer to a probe; most from \
                     192.0.2.2: 2";
-        assert_eq!(summary.lines(Buffered::default(), []), [line]);
+        assert_eq!(summary.take_lines(Buffered::default(), []), [line]);
     }
 
     #[test]
@@ -237,7 +237,7 @@ mod tests {
         assert_eq!(denied(), None);
         let line = "connections denied within a minute: 2: no PROXY protocol header; most from \
                     192.0.2.1: 2";
-        assert_eq!(summary.lines(Buffered::default(), []), [line]);
+        assert_eq!(summary.take_lines(Buffered::default(), []), [line]);
     }
 
     #[test]
@@ -256,7 +256,7 @@ mod tests {
         assert!(failed(Stage::Security, Reason::PeerId).is_some());
         assert_eq!(failed(Stage::Multistream, Reason::Closed), None);
         let lines = ["closed; most from 192.0.2.1: 1", "http; most from 192.0.2.1: 2"];
-        for (line, end) in summary.lines(Buffered::default(), []).iter().zip(lines) {
+        for (line, end) in summary.take_lines(Buffered::default(), []).iter().zip(lines) {
             assert!(line.starts_with("handshakes failed within a minute: "), "{line}");
             assert!(line.ends_with(end), "{line}");
         }
@@ -268,9 +268,9 @@ mod tests {
         let home = "192.0.2.1".parse::<std::net::IpAddr>().unwrap().into();
         let busiest =
             [("slots", Some((home, 12))), ("circuits", None), ("streams", Some((home, 3)))];
-        assert!(summary.lines(Buffered::default(), busiest).is_empty());
+        assert!(summary.take_lines(Buffered::default(), busiest).is_empty());
         summary.on_event(&refused("192.0.2.9", Refused::TableFull));
-        let lines = summary.lines(Buffered::default(), busiest);
+        let lines = summary.take_lines(Buffered::default(), busiest);
         assert_eq!(
             lines[1..],
             ["busiest addresses within a minute: slots: 192.0.2.1 (12), streams: 192.0.2.1 (3)"]

@@ -6,15 +6,18 @@ use toml::Value;
 
 use super::{
     derived::limit::Limit,
-    flags::{self, Flags},
+    flags::{Flags, message_with_flag},
     load::Exit,
     startup_log,
     values::{MAX_SHOWN, Parsed},
 };
 use crate::program::node::Node;
 
-/// The settings that require a restart. `max-circuits-per-peer` can be lowered without one.
-const AT_START: &str = "autonat bootstrap dht dht-protocol http http-host identity listen swarm-key threads \
+/// The setting that requires a restart only if it is raised.
+const PER_PEER: &str = "max-circuits-per-peer";
+
+/// The settings that require a restart.
+const REQUIRE_RESTART: &str = "autonat bootstrap dht dht-protocol http http-host identity listen swarm-key threads \
     max-buffered max-buffered-per-connection max-circuits-per-peer max-connections max-handshakes \
     max-connections-per-ip max-connections-per-peer max-connections-per-subnet max-streams max-streams-per-connection \
     stream-rate";
@@ -53,10 +56,8 @@ impl Settings<'_> {
         let per_peer = |flags: &Flags| flags.derived().get(Limit::CircuitsPerPeer);
         let limit = per_peer(self.at_start);
         let is_lowered = per_peer(&flags) < limit;
-        let is_at_start = |name: &str| AT_START.split(' ').any(|at_start| at_start == name);
         let mut restart = self.at_start.differing(&flags)?;
-        restart
-            .retain(|name| is_at_start(name) && !(is_lowered && name == "max-circuits-per-peer"));
+        restart.retain(|name| requires_restart(name) && !(is_lowered && name == PER_PEER));
         // The DHT stays as it is, and the other settings have to fit to it.
         (flags.dht, flags.bootstrap) = (self.at_start.dht, self.at_start.bootstrap.clone());
         flags.check().map_err(|problem| flags.locate(problem))?;
@@ -65,9 +66,9 @@ impl Settings<'_> {
             flags.max_circuits_per_peer = Some(Parsed(limit));
         }
         let mut changed = flags.differing(&self.now)?;
-        changed.retain(|name| name == "max-circuits-per-peer" || !is_at_start(name));
+        changed.retain(|name| name == PER_PEER || !requires_restart(name));
         // 2. Apply it.
-        node.set_config(flags.config()).map_err(|error| flags.locate(flags::in_flags(error)))?;
+        node.set_config(flags.config()).map_err(|error| flags.locate(message_with_flag(error)))?;
         node.set_proxies(flags.proxies());
         #[cfg(feature = "websocket")]
         node.set_forwarders(flags.forwarders());
@@ -88,6 +89,10 @@ impl Settings<'_> {
         self.now = flags;
         Ok(())
     }
+}
+
+fn requires_restart(setting: &str) -> bool {
+    REQUIRE_RESTART.split(' ').any(|name| name == setting)
 }
 
 impl Flags {
@@ -159,8 +164,7 @@ mod tests {
         for (name, _) in numbers {
             let flags = Flags::from_iter([&format!("--{name}"), "7777777"]);
             let is_applied = flags.config() != defaults.config();
-            let at_start = AT_START.split(' ').any(|at_start| at_start == name);
-            assert!(is_applied != at_start || name == "max-circuits-per-peer", "{name}");
+            assert!(is_applied != requires_restart(name) || name == PER_PEER, "{name}");
         }
     }
 }

@@ -22,7 +22,7 @@ use self::output::{exit_with, print};
 use super::tls_files::TlsFiles;
 use super::{
     derived::memory_estimate,
-    flags::{Flags, in_flags},
+    flags::{Flags, message_with_flag},
     identity,
     load::Exit,
     log_summary::LogSummary,
@@ -86,7 +86,7 @@ async fn run(flags: &Flags) -> Result<()> {
     };
     let node = Node::with_setup(identity.keypair, flags.config(), setup);
     let mut node = node.map_err(|error| match error.downcast() {
-        Ok(error) => Exit::Usage(flags.locate(in_flags(error))).into(),
+        Ok(error) => Exit::Usage(flags.locate(message_with_flag(error))).into(),
         Err(error) => error,
     })?;
     node.set_proxies(flags.proxies());
@@ -131,7 +131,7 @@ async fn run(flags: &Flags) -> Result<()> {
     if let Some(warning) = identity.warning {
         log::warn!("{warning}");
     }
-    if let Some(manager) = ServiceManager::ready(&node) {
+    if let Some(manager) = ServiceManager::report_ready(&node) {
         components.push(Box::new(manager));
     }
 
@@ -183,13 +183,13 @@ async fn main_loop(
                 match phase.on_signal(signal) {
                     Some(SignalAction::Exit) => {
                         log::info!("exiting: {name}");
-                        sd_notify::stopping(Duration::ZERO);
+                        sd_notify::report_stopping(Duration::ZERO);
                         return Ok(());
                     }
                     Some(SignalAction::DrainAndExit) => {
                         let drain = settings.now.drain.0;
                         log::info!("{name}: draining for {drain}, then exiting");
-                        sd_notify::stopping(drain.into());
+                        sd_notify::report_stopping(drain.into());
                         node.drain(drain.into());
                         drain_timeout = Either::Right(Delay::new(drain.into())).fuse();
                     }
@@ -228,7 +228,7 @@ async fn main_loop(
             () = addresses_are_due => log_addresses(node),
             () = (&mut next_summary).fuse() => {
                 next_summary.reset(SUMMARY_INTERVAL);
-                for line in summary.lines(node.buffered(), node.busiest()) {
+                for line in summary.take_lines(node.buffered(), node.busiest()) {
                     log::info!("{line}");
                 }
             }

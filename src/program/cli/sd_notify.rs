@@ -54,7 +54,7 @@ pub struct ServiceManager {
 impl ServiceManager {
     /// Reports that every listener is open, also while the clock is not set: the manager would stop a relay that waits
     /// longer than its timeout for a start. `None` if there is no service manager.
-    pub fn ready(node: &Node) -> Option<Self> {
+    pub fn report_ready(node: &Node) -> Option<Self> {
         let status = status(node, SystemTime::now());
         let variable = |name| env::var(name).ok();
         let (timeout, pid) = (variable("WATCHDOG_USEC"), variable("WATCHDOG_PID"));
@@ -88,7 +88,7 @@ impl Component for ServiceManager {
 }
 
 /// Reports that the relay stops within this time. systemd's own timeout is 90 s.
-pub fn stopping(within: Duration) {
+pub fn report_stopping(within: Duration) {
     let timeout = within.saturating_add(SLACK).as_micros();
     notify(&format!("STOPPING=1\nEXTEND_TIMEOUT_USEC={timeout}"));
 }
