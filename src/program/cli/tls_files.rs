@@ -91,7 +91,8 @@ impl Component for TlsFiles {
     fn on_due(&mut self, node: &mut Node) {
         self.next_check.reset(CHECK_INTERVAL);
         let now = SystemTime::now();
-        if now.duration_since(self.warned_at).is_ok_and(|ago| ago >= WARN_INTERVAL) {
+        // Also after the clock was set back.
+        if !now.duration_since(self.warned_at).is_ok_and(|ago| ago < WARN_INTERVAL) {
             self.warn(node, now);
         }
         let Some((files, changes)) = &mut self.files else {
@@ -208,6 +209,23 @@ mod tests {
 
     fn stamp(cert: u64, key: u64) -> Stamp {
         [cert, key].map(|length| Some((SystemTime::UNIX_EPOCH, length, 0)))
+    }
+
+    #[test]
+    fn warnings_are_repeated_each_day_and_after_the_clock_was_set_back() {
+        let keypair = libp2p::identity::Keypair::generate_ed25519();
+        let mut node = Node::new(keypair, crate::config::Config::default()).unwrap();
+        let mut files = TlsFiles::start((None, None), &mut node).unwrap();
+        let now = SystemTime::now();
+        for (warned_at, repeats) in [
+            (now - WARN_INTERVAL, true),
+            (now + WARN_INTERVAL, true),
+            (now - WARN_INTERVAL / 2, false),
+        ] {
+            files.warned_at = warned_at;
+            files.on_due(&mut node);
+            assert_eq!(files.warned_at != warned_at, repeats);
+        }
     }
 
     #[test]
