@@ -93,9 +93,8 @@ pub fn import(from: &Path, file: &Path) -> Result<Identity> {
 fn load_or_create_file(file: &Path, new: impl FnOnce() -> Keypair) -> Result<Identity> {
     let shown = file.display();
     match fs::metadata(file) {
-        Ok(metadata) if metadata.is_file() => load(file),
         // Reading a FIFO might block for ever.
-        Ok(_) => bail!(
+        Ok(metadata) if !metadata.is_file() => bail!(
             "--identity {shown}: not a regular file; name one, or a path where there is no file yet"
         ),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -106,12 +105,8 @@ fn load_or_create_file(file: &Path, new: impl FnOnce() -> Keypair) -> Result<Ide
                 created => created,
             }
         }
-        Err(error) => Err(error).with_context(|| unreadable(file)),
+        _ => load(file),
     }
-}
-
-fn unreadable(file: &Path) -> String {
-    format!("--identity {}: cannot be read; make it readable or name another file", file.display())
 }
 
 /// Reads a file that another program has just created and may still be writing to: see [`persist`].
@@ -126,11 +121,13 @@ fn load_when_written(file: &Path) -> Result<Identity> {
 }
 
 fn load(file: &Path) -> Result<Identity> {
+    let shown = file.display();
     let read = File::open(file).and_then(|opened| secret_file::read(opened, MAX_FILE));
-    let bytes = read.with_context(|| unreadable(file))?;
-    let Some(keypair) = of_protobuf(&bytes) else {
-        bail!("--identity {}: {}", file.display(), not_a_key(&bytes));
-    };
+    let bytes = read.with_context(|| {
+        format!("--identity {shown}: cannot be read; make it readable or name another file")
+    })?;
+    let keypair = of_protobuf(&bytes);
+    let keypair = keypair.with_context(|| format!("--identity {shown}: {}", not_a_key(&bytes)))?;
     Ok(Identity { keypair, created: None, warning: permission_warning("--identity", file) })
 }
 
