@@ -141,6 +141,13 @@ async fn an_unreachable_service_manager_is_a_warning() {
     Client::connect(&relay).await.reserve().await;
 }
 
+#[tokio::test]
+async fn an_empty_name_of_a_socket_counts_as_none() {
+    let relay = run("", &[]);
+    relay.wait_for_log("reach it at").await; // later than READY=1
+    assert_eq!(relay.count_in_log("sd_notify"), 0);
+}
+
 fn run(socket: &str, flags: &[&str]) -> Relay {
     let folder = TempDir::new().unwrap();
     let mut command = command(&folder);

@@ -104,7 +104,7 @@ fn ping_period(usec: &str, pid: Option<&str>, this: u32) -> Option<Duration> {
 /// Sends a message, if there is a service manager; whether it was sent. The relay keeps running if not, but the manager
 /// may stop it.
 fn notify(state: &str) -> bool {
-    let Some(socket) = env::var_os("NOTIFY_SOCKET") else {
+    let Some(socket) = env::var_os("NOTIFY_SOCKET").filter(|socket| !socket.is_empty()) else {
         return false;
     };
     let sent = send(state, &socket);
