@@ -17,5 +17,3 @@ pub mod swarm_key;
 pub mod tcp;
 #[cfg(feature = "websocket")]
 pub mod websocket;
-#[cfg(feature = "websocket")]
-pub(crate) mod write_coalescing;

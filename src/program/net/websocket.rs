@@ -9,6 +9,7 @@ mod forwarded;
 mod head;
 mod stream;
 mod upgrade;
+mod write_coalescing;
 
 use std::{
     future::pending,
@@ -41,6 +42,7 @@ use self::{
     forwarded::Unnamed,
     head::{Head, Request},
     upgrade::Requested,
+    write_coalescing::WriteCoalescing,
 };
 use super::{
     admission::{
@@ -54,7 +56,6 @@ use super::{
     multiaddr::{Layer, listen_address, with_layers_of},
     read_buffer::ReadBuffer,
     tcp::Tcp,
-    write_coalescing::WriteCoalescing,
 };
 use crate::wall_clock;
 
