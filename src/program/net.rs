@@ -9,6 +9,7 @@ pub(crate) mod interfaces;
 mod listener;
 pub(crate) mod multiaddr;
 pub(crate) mod observations;
+pub(crate) mod protobuf;
 pub(crate) mod read_buffer;
 pub mod security;
 pub(crate) mod socket;

@@ -33,6 +33,7 @@ use crate::program::{
         admission::{connection_rates::ConnectionRates, proxies::Proxies},
         byte_counters::ByteCounters,
         multiaddr::multiaddr,
+        protobuf,
         read_buffer::ReadBuffer,
         security::Security,
         tcp::Tcp,
@@ -153,5 +154,5 @@ async fn send_nonce(stream: SubstreamBox, nonce: u64) -> io::Result<()> {
     let (_, mut stream) = agreed.map_err(io::Error::other)?;
     messages::write_and_close(&mut stream, &v2::DialBack { nonce }).await?;
     // The answer shows that the client has read the nonce; no field of it matters.
-    messages::read(&mut stream).await
+    protobuf::read(&mut stream).await
 }

@@ -22,7 +22,10 @@ use super::{
     messages::{self, v1, v2},
     target::{self, Client},
 };
-use crate::{address::ClientPrefix, program::net::multiaddr::multiaddr};
+use crate::{
+    address::ClientPrefix,
+    program::net::{multiaddr::multiaddr, protobuf},
+};
 
 /// How long a client may take to send its request, and to read the answer.
 const READ_TIMEOUT: Duration = Duration::from_secs(10);
@@ -141,13 +144,13 @@ pub async fn serve(
 ) {
     let served = async {
         if is_version_2 {
-            let request: v2::Message = timeout(READ_TIMEOUT, messages::read(&mut stream)).await?;
+            let request: v2::Message = timeout(READ_TIMEOUT, protobuf::read(&mut stream)).await?;
             let request = request.dial_request.ok_or(io::ErrorKind::InvalidData)?;
             let dial_response = Some(server.answer_v2(client, request).await);
             let answer = v2::Message { dial_request: None, dial_response };
             timeout(ANSWER_TIMEOUT, messages::write_and_close(&mut stream, &answer)).await
         } else {
-            let request: v1::Message = timeout(READ_TIMEOUT, messages::read(&mut stream)).await?;
+            let request: v1::Message = timeout(READ_TIMEOUT, protobuf::read(&mut stream)).await?;
             let dial_response = Some(server.answer_v1(client, request).await);
             let answer = v1::Message { r#type: Some(v1::DIAL_RESPONSE), dial: None, dial_response };
             timeout(ANSWER_TIMEOUT, messages::write_and_close(&mut stream, &answer)).await

@@ -1,32 +1,14 @@
-//! AutoNAT's messages, each with its length in front.
+//! AutoNAT's messages.
 //!
 //! See [version 1](https://github.com/libp2p/specs/blob/master/autonat/autonat-v1.md#protobuf) and
 //! [version 2](https://github.com/libp2p/specs/blob/master/autonat/autonat-v2.md#rpc-messages).
 
 use std::io;
 
-use libp2p::futures::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use libp2p::futures::{AsyncWrite, AsyncWriteExt};
 use prost::Message;
 
-use crate::wire;
-
-/// The longest message that is read, in bytes: go-libp2p's limit.
-const MAX_MESSAGE: usize = 8192;
-
-/// Reads a message.
-///
-/// # Errors
-///
-/// When the stream fails, or the message is too long or malformed.
-pub async fn read<M: Message + Default>(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<M> {
-    let length = wire::read_length(stream).await?;
-    let length = length.filter(|length| *length <= MAX_MESSAGE);
-    let mut bytes = vec![0; length.ok_or(io::ErrorKind::InvalidData)?];
-    stream.read_exact(&mut bytes).await?;
-    M::decode(&*bytes).map_err(io::Error::other)
-}
-
-/// Writes a message, and closes this half of the stream.
+/// Writes a message with its length in front, and closes this half of the stream.
 ///
 /// # Errors
 ///

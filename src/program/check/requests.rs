@@ -13,12 +13,9 @@ use multistream_select::{Negotiated, listener_select_proto};
 use prost::Message;
 
 use super::steps::list;
-use crate::program::net::identify::Message as Identify;
+use crate::program::net::{identify::Message as Identify, protobuf};
 use crate::wire::proto::{self, HopMessage, StopMessage};
 use crate::wire::{self, STOP_PROTOCOL, VOUCHER_DOMAIN, VOUCHER_TYPE};
-
-/// The longest message that is read, in bytes: go-libp2p's limit for identify.
-const MAX_MESSAGE: usize = 8192;
 
 /// The bytes that are sent through the circuit and echoed: as many as the handshakes of two clients send each way.
 const ECHO: [u8; 1024] = [7; 1024];
@@ -28,7 +25,7 @@ pub type Stream = Negotiated<SubstreamBox>;
 
 /// Asks the relay for its agent, its protocols, and the address that it sees.
 pub async fn identify(mut stream: Stream) -> io::Result<((), String)> {
-    let message: Identify = read(&mut stream).await?;
+    let message: Identify = protobuf::read(&mut stream).await?;
     let observed = message.observed_addr.and_then(|bytes| Multiaddr::try_from(bytes).ok());
     let observed = observed.map_or("no address".into(), |address| address.to_string());
     let agent = message.agent_version.unwrap_or_else(|| "no agent".into());
@@ -60,7 +57,7 @@ pub async fn connect(mut stream: Stream, target: PeerId) -> io::Result<(Stream, 
 /// Accepts the circuit on a stream that the relay opened, and echoes. Refuses all other protocols.
 pub async fn accept_circuit(stream: SubstreamBox) -> io::Result<()> {
     let (_, mut stream) = listener_select_proto(stream, [STOP_PROTOCOL]).await?;
-    let _: StopMessage = read(&mut stream).await?;
+    let _: StopMessage = protobuf::read(&mut stream).await?;
     let (r#type, status) = (Some(proto::STOP_STATUS), Some(wire::Status::Ok as i32));
     let accepted = StopMessage { r#type, status, ..Default::default() };
     wire::write_frame(&mut stream, &accepted.encode_length_delimited_to_vec()).await?;
@@ -87,7 +84,7 @@ async fn read_end(stream: &mut Stream) -> io::Result<()> {
 /// Sends a request, and reads the answer. Fails if that is a refusal.
 async fn request(stream: &mut Stream, request: HopMessage) -> io::Result<HopMessage> {
     wire::write_frame(stream, &request.encode_length_delimited_to_vec()).await?;
-    let answer: HopMessage = read(stream).await?;
+    let answer: HopMessage = protobuf::read(stream).await?;
     let status = answer.status.unwrap_or_default();
     match answer.r#type == Some(proto::HOP_STATUS) && status == wire::Status::Ok as i32 {
         true => Ok(answer),
@@ -127,13 +124,6 @@ fn verify(voucher: &[u8], [relay, own]: [PeerId; 2], now: u64) -> Option<bool> {
     let voucher = proto::Voucher::decode(signed.0).ok()?;
     let peers = (voucher.relay, voucher.peer) == (Some(relay.to_bytes()), Some(own.to_bytes()));
     Some(peers && signed.1.to_peer_id() == relay && voucher.expiration > Some(now))
-}
-
-async fn read<M: Message + Default>(stream: &mut Stream) -> io::Result<M> {
-    let length = wire::read_length(stream).await?.filter(|length| *length <= MAX_MESSAGE);
-    let mut message = vec![0; length.ok_or(io::ErrorKind::InvalidData)?];
-    stream.read_exact(&mut message).await?;
-    M::decode(&*message).map_err(|_| io::ErrorKind::InvalidData.into())
 }
 
 #[cfg(test)]

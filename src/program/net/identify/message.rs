@@ -12,13 +12,10 @@ use libp2p::{
 };
 use prost::{Message, bytes::Bytes};
 
-use crate::wire;
+use crate::{program::net::protobuf, wire};
 
 /// How long each exchange may take.
 pub const TIME_LIMIT: Duration = Duration::from_secs(10);
-
-/// The largest message that is read, in bytes: go-libp2p's limit. rust-libp2p sends at most 4,096.
-const MAX_READ: usize = 8192;
 
 /// How many bytes and messages are read from one stream. go-libp2p sends a signed record as a second message if both
 /// together exceed 2,048 bytes, and reads at most ten messages.
@@ -130,7 +127,7 @@ pub async fn read(stream: impl AsyncRead + Unpin, dht: Option<&str>) -> io::Resu
     let (mut info, mut messages) = (Info::default(), 0);
     let all = async {
         while messages < MAX_MESSAGES {
-            read_message(&mut stream, dht, &mut info).await?;
+            info.update(protobuf::read(&mut stream).await?, dht);
             messages += 1;
         }
         Ok(())
@@ -139,22 +136,6 @@ pub async fn read(stream: impl AsyncRead + Unpin, dht: Option<&str>) -> io::Resu
         Err(error) if messages == 0 => Err(error),
         _ => Ok(info),
     }
-}
-
-async fn read_message(
-    stream: &mut (impl AsyncRead + Unpin),
-    dht: Option<&str>,
-    info: &mut Info,
-) -> io::Result<()> {
-    let length = wire::read_length(stream).await?;
-    let length = length.filter(|length| *length <= MAX_READ).ok_or(io::ErrorKind::InvalidData)?;
-    let mut bytes = Vec::new();
-    stream.take(length as u64).read_to_end(&mut bytes).await?;
-    if bytes.len() < length {
-        return Err(io::ErrorKind::UnexpectedEof.into());
-    }
-    info.update(PeerIdentify::decode(Bytes::from(bytes)).map_err(io::Error::other)?, dht);
-    Ok(())
 }
 
 impl Info {
