@@ -53,15 +53,6 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 /// Clients open a few streams on every new connection; the relay answers none of them.
 const BUDGET: Budget = Budget { inbound: 8, outbound: 1 };
 
-/// The least that is possible: the relay reads nothing of what the client sends on streams.
-const LIMITS: StreamLimits = StreamLimits {
-    max_streams: 0,
-    max_streams_per_connection: Some(BUDGET.inbound),
-    stream_rate: 0,
-    max_buffered: None,
-    max_buffered_per_connection: None,
-};
-
 /// Dials under an identity of its own, as go-libp2p's server does: the client sees an unknown peer, not a second
 /// connection to its relay that opens and closes.
 pub struct Dialer(Mutex<Boxed<(PeerId, StreamMuxerBox)>>);
@@ -76,7 +67,7 @@ impl Dialer {
             // Not V1Lazy: the client has to see the connection established before the relay closes it.
             .upgrade(Version::V1)
             .authenticate(Security::new(&keypair)?)
-            .multiplex(Multiplex::new(BUDGET, LIMITS, 0))
+            .multiplex(Multiplex::new(BUDGET, StreamLimits::default(), 0))
             .timeout(DIAL_TIMEOUT)
             .boxed();
         Ok(Self(Mutex::new(transport)))
@@ -89,9 +80,8 @@ impl Dialer {
     /// When it cannot be reached at this address, or another peer answers.
     pub async fn dial(&self, peer: PeerId, to: SocketAddr) -> io::Result<Dialed> {
         let options = DialOpts { role: Endpoint::Dialer, port_use: PortUse::New };
-        let transport = &self.0;
         let dial =
-            transport.lock().unwrap_or_else(PoisonError::into_inner).dial(multiaddr(to), options);
+            self.0.lock().unwrap_or_else(PoisonError::into_inner).dial(multiaddr(to), options);
         let (dialed, muxer) = dial.map_err(io::Error::other)?.await?;
         match dialed == peer {
             true => Ok(Dialed(muxer)),

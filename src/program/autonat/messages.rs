@@ -17,13 +17,13 @@ pub async fn write_and_close(
     stream: &mut (impl AsyncWrite + Unpin),
     message: &impl Message,
 ) -> io::Result<()> {
-    let bytes = message.encode_length_delimited_to_vec();
-    stream.write_all(&bytes).await?;
-    stream.flush().await?;
+    stream.write_all(&message.encode_length_delimited_to_vec()).await?;
     stream.close().await
 }
 
 pub mod v1 {
+    use crate::wire::proto::Peer;
+
     pub const DIAL: i32 = 0;
     pub const DIAL_RESPONSE: i32 = 1;
 
@@ -45,15 +45,7 @@ pub mod v1 {
     #[derive(Clone, PartialEq, prost::Message)]
     pub struct Dial {
         #[prost(message, optional, tag = "1")]
-        pub peer: Option<PeerInfo>,
-    }
-
-    #[derive(Clone, PartialEq, prost::Message)]
-    pub struct PeerInfo {
-        #[prost(bytes = "vec", optional, tag = "1")]
-        pub id: Option<Vec<u8>>,
-        #[prost(bytes = "vec", repeated, tag = "2")]
-        pub addrs: Vec<Vec<u8>>,
+        pub peer: Option<Peer>,
     }
 
     #[derive(Clone, PartialEq, prost::Message)]
