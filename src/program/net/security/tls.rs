@@ -15,7 +15,7 @@ use futures_rustls::rustls::{
     self, AlertDescription, CertificateError, ClientConfig, DigitallySignedStruct,
     DistinguishedName, ServerConfig, SignatureScheme,
     client::{
-        UnbufferedClientConnection,
+        Resumption, UnbufferedClientConnection,
         danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
     },
     crypto::{
@@ -93,6 +93,8 @@ impl Tls {
         // go-libp2p and rust-libp2p never resume a session; each ticket costs memory, and time in the handshake.
         server.send_tls13_tickets = 0;
         server.session_storage = Arc::new(NoServerSessionStorage {});
+        // rustls stores tickets by the server's name. Peers have none: it would offer the tickets of one to the next.
+        client.resumption = Resumption::disabled();
         Ok(Self { server: Arc::new(server), client: Arc::new(client) })
     }
 

@@ -300,7 +300,7 @@ mod tests {
 
     use futures_rustls::{
         TlsAcceptor, TlsConnector,
-        rustls::{AlertDescription, pki_types::ServerName},
+        rustls::{AlertDescription, HandshakeKind, pki_types::ServerName},
     };
     use libp2p::{
         PeerId,
@@ -560,6 +560,25 @@ mod tests {
             server.flush().await.unwrap();
             client.read_exact(&mut large).await.unwrap();
             assert!(large.ends_with(&[7, b'!']));
+        });
+    }
+
+    #[test]
+    fn a_dialer_does_not_resume_sessions() {
+        block_on(async {
+            let dialer = Tls::new(&Keypair::generate_ed25519()).unwrap();
+            let issues_tickets =
+                Arc::new(make_server_config(&Keypair::generate_ed25519()).unwrap());
+            for _ in 0..2 {
+                let (one, other) = pipes(100_000);
+                let accept = TlsAcceptor::from(Arc::clone(&issues_tickets)).accept(one);
+                let (server, client) = join(accept, dialer.clone().connect(other)).await;
+                let (mut server, mut client) = (server.unwrap(), client.unwrap().1);
+                server.write_all(b"after the tickets").await.unwrap();
+                server.flush().await.unwrap();
+                client.read_exact(&mut [0; 17]).await.unwrap();
+                assert_eq!(server.get_ref().1.handshake_kind(), Some(HandshakeKind::Full));
+            }
         });
     }
 
