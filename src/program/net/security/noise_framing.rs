@@ -38,17 +38,16 @@ pub struct NoiseFraming<S> {
     head_read: usize,
     /// How many bytes of the message are left to read.
     left: usize,
-    /// How many handshake messages are left to read, and whether some were read.
-    handshake_left: u8,
-    has_read_message: bool,
+    /// How many messages the handshake reads.
+    handshake: u8,
+    /// How many messages were begun to be read, at most 255.
+    messages: u8,
 }
 
 impl<S> NoiseFraming<S> {
     /// Wraps a stream from which nothing was read yet. The handshake reads this many messages.
-    pub fn new(stream: S, handshake_messages: u8) -> Self {
-        let handshake_left = handshake_messages;
-        let has_read_message = false;
-        Self { stream, head: [0; HEAD], head_read: 0, left: 0, handshake_left, has_read_message }
+    pub fn new(stream: S, handshake: u8) -> Self {
+        Self { stream, head: [0; HEAD], head_read: 0, left: 0, handshake, messages: 0 }
     }
 
     /// Parses the bytes of one read.
@@ -68,12 +67,11 @@ impl<S> NoiseFraming<S> {
         if self.head_read == HEAD {
             self.head_read = 0;
             self.left = u16::from_be_bytes(self.head).into();
-            if self.handshake_left > 0 && self.left > MAX_HANDSHAKE_MESSAGE {
+            if self.messages < self.handshake && self.left > MAX_HANDSHAKE_MESSAGE {
                 let problem = "the peer's key takes too long to verify: above RSA of 4096 bits";
                 return Err(io::Error::new(io::ErrorKind::InvalidData, problem));
             }
-            self.has_read_message = self.handshake_left > 0;
-            self.handshake_left = self.handshake_left.saturating_sub(1);
+            self.messages = self.messages.saturating_add(1);
         }
         Ok(())
     }
@@ -81,7 +79,7 @@ impl<S> NoiseFraming<S> {
     /// The error of a connection that closes. In place of a listener's last handshake message, it means that the dialer
     /// has seen the listener's peer id, and expected another: go-libp2p and js-libp2p close the connection then.
     fn closed(&self, error: io::Error) -> io::Error {
-        let is_last = self.handshake_left == 1 && self.has_read_message;
+        let is_last = self.messages > 0 && self.messages < self.handshake;
         match is_last && self.left == 0 && self.head_read == 0 {
             true => StageError::wrap(Stage::Security, Some(Reason::PeerId), error),
             false => error,
@@ -103,7 +101,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for NoiseFraming<S> {
         let (into, _) = into.split_at_mut(wanted.min(into.len()));
         let read = ready!(Pin::new(&mut this.stream).poll_read(cx, into));
         let read = read.map_err(|error| this.closed(error))?;
-        if read == 0 && !into.is_empty() && this.handshake_left > 0 {
+        if read == 0 && !into.is_empty() && this.messages < this.handshake {
             return Poll::Ready(Err(this.closed(io::ErrorKind::UnexpectedEof.into())));
         }
         this.on_read(into.get(..read).unwrap_or_default())?;
