@@ -86,12 +86,12 @@ type Noise<C> = noise::Output<NoiseFraming<C>>;
 type Secured<C> = Either<Box<TlsStream<C>>, Noise<C>>;
 #[cfg(not(feature = "tls"))]
 type Secured<C> = Noise<C>;
-type Securing<C> = BoxFuture<'static, io::Result<(PeerId, Secured<C>)>>;
+type Handshake<C> = BoxFuture<'static, io::Result<(PeerId, Secured<C>)>>;
 
 impl<C: AsyncRead + AsyncWrite + Unpin + Send + 'static> InboundConnectionUpgrade<C> for Security {
     type Output = (PeerId, Secured<C>);
     type Error = io::Error;
-    type Future = Securing<C>;
+    type Future = Handshake<C>;
 
     fn upgrade_inbound(self, connection: C, protocol: &'static str) -> Self::Future {
         #[cfg(feature = "tls")]
@@ -106,7 +106,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin + Send + 'static> InboundConnectionUpgrad
 impl<C: AsyncRead + AsyncWrite + Unpin + Send + 'static> OutboundConnectionUpgrade<C> for Security {
     type Output = (PeerId, Secured<C>);
     type Error = io::Error;
-    type Future = Securing<C>;
+    type Future = Handshake<C>;
 
     fn upgrade_outbound(self, connection: C, protocol: &'static str) -> Self::Future {
         #[cfg(feature = "tls")]
@@ -122,7 +122,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin + Send + 'static> OutboundConnectionUpgra
 fn secure<C: 'static, T: 'static, E: Error + Send + Sync + 'static>(
     handshake: impl Future<Output = Result<(PeerId, T), E>> + Send + 'static,
     wrap: fn(T) -> Secured<C>,
-) -> Securing<C> {
+) -> Handshake<C> {
     let secured = handshake.map_ok(move |(peer, connection)| (peer, wrap(connection)));
     let failed = |error| StageError::wrap(Stage::Security, None, io::Error::other(error));
     secured.map_err(failed).boxed()

@@ -101,7 +101,7 @@ impl Tls {
     /// Performs the handshake of a listener.
     pub async fn accept<C: AsyncRead + AsyncWrite + Unpin>(self, connection: C) -> Secured<C> {
         let session = UnbufferedServerConnection::new(self.server).map_err(io::Error::other)?;
-        identify(TlsStream::handshake(Either::Left(session), connection).await)
+        with_peer(TlsStream::handshake(Either::Left(session), connection).await)
     }
 
     /// Performs the handshake of a dialer.
@@ -109,12 +109,12 @@ impl Tls {
         let no_name = ServerName::IpAddress(Ipv4Addr::UNSPECIFIED.into()); // sends no server name
         let session = UnbufferedClientConnection::new(self.client, no_name);
         let session = session.map_err(io::Error::other)?;
-        identify(TlsStream::handshake(Either::Right(session), connection).await)
+        with_peer(TlsStream::handshake(Either::Right(session), connection).await)
     }
 }
 
 /// Adds the peer id that the certificate has proved.
-fn identify<C>(secured: io::Result<TlsStream<C>>) -> Secured<C> {
+fn with_peer<C>(secured: io::Result<TlsStream<C>>) -> Secured<C> {
     let stream = secured.map_err(with_reason)?;
     let certificates = for_both!(&stream.session, session => session.peer_certificates());
     let [certificate] = certificates.unwrap_or_default() else {
@@ -196,7 +196,7 @@ impl Verifier {
             return Err(rustls::Error::General("more than one certificate".into()));
         }
         let keys = Keys::of(certificate)?;
-        // libp2p parses the certificate once more, with another parser: both have to find the same peer.
+        // libp2p reads the peer's key from the certificate with another parser: both have to find the same peer.
         let proved = tls::certificate::parse(certificate)?.peer_id();
         if proved == keys.peer.to_peer_id() { Ok(()) } else { Err(malformed(proved)) }
     }
