@@ -4,7 +4,11 @@ use std::{io, net::Shutdown, sync::Arc};
 
 use async_std::net::TcpStream;
 use futures_rustls::{TlsAcceptor, rustls::ServerConfig, server::TlsStream};
-use libp2p::futures::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, future::Either};
+use libp2p::futures::{
+    AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt,
+    future::Either,
+    io::{copy, sink},
+};
 use soketto::handshake::{Server, server::Response};
 
 use super::{
@@ -18,7 +22,7 @@ const STEP: usize = 2 * 1024;
 
 /// How many bytes that follow a request are read after it was answered. Closing a socket with unread bytes resets the
 /// connection, and the client may lose the answer.
-const LINGER: usize = 256 * 1024;
+const LINGER: u64 = 256 * 1024;
 
 /// A connection whose request was read.
 pub struct Requested<S> {
@@ -53,28 +57,35 @@ impl<S: AsyncRead + AsyncWrite + Send + Unpin + 'static> Requested<S> {
         not_serving: Option<&'static str>,
     ) -> io::Result<WebSocketStream> {
         let Self { mut stream, head } = self;
-        if let Request::Upgrade(key) = head.request {
-            let mut server = Server::new(stream);
-            let accept = Response::Accept { key, protocol: None };
-            server.send_response(&accept).await.map_err(io::Error::other)?;
-            return Ok(WebSocketStream::new(server.into_inner()));
-        }
-        let (status, response) = head.response(not_serving);
-        stream.write_all(&response).await?;
-        stream.flush().await?;
-        stream.close().await?; // sends TLS's close_notify; the socket stays open
-        if let Some(socket) = socket {
-            socket.shutdown(Shutdown::Write)?;
-            skip(&mut stream).await;
-        }
-        let error = io::Error::other(format!("no WebSocket was asked for: answered with {status}"));
         let reason = match head.request {
+            Request::Upgrade(key) => {
+                let mut server = Server::new(stream);
+                let accept = Response::Accept { key, protocol: None };
+                server.send_response(&accept).await.map_err(io::Error::other)?;
+                return Ok(WebSocketStream::new(server.into_inner()));
+            }
             Request::Health => Reason::HealthCheck,
-            Request::Upgrade(_) | Request::Other | Request::TooLarge => Reason::Http,
+            Request::Other | Request::TooLarge => Reason::Http,
             Request::Bad(_) => Reason::Protocol,
         };
+        let (status, response) = head.response(not_serving);
+        let _ = send_and_close(&mut stream, &response, socket).await; // the client may be gone
+        let error = io::Error::other(format!("no WebSocket was asked for: the answer is {status}"));
         Err(StageError::wrap(Stage::WebSocket, Some(reason), error))
     }
+}
+
+/// Sends an answer, closes this side, and reads what the client still sends until it closes its own.
+async fn send_and_close(
+    stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
+    response: &[u8],
+    socket: Option<TcpStream>,
+) -> io::Result<()> {
+    stream.write_all(response).await?;
+    stream.close().await?; // flushes, and sends TLS's close_notify; the socket stays open
+    let Some(socket) = socket else { return Ok(()) };
+    socket.shutdown(Shutdown::Write)?;
+    copy(stream.take(LINGER), &mut sink()).await.map(drop)
 }
 
 /// Reads up to the end of the head. Parses only when the head may be complete, so that one that arrives byte by byte
@@ -103,13 +114,38 @@ fn has_empty_line(bytes: &[u8]) -> bool {
     bytes.windows(2).any(|two| two == b"\n\n") || bytes.windows(3).any(|three| three == b"\n\r\n")
 }
 
-/// Reads what the client still sends, until it closes its side.
-async fn skip(stream: &mut (impl AsyncRead + Unpin)) {
-    let (mut bytes, mut left) = ([0; STEP], LINGER);
-    while left > 0 {
-        match stream.read(&mut bytes).await {
-            Ok(read) if read > 0 => left = left.saturating_sub(read),
-            _ => return,
+#[cfg(test)]
+mod tests {
+    use async_std::task::block_on;
+    use libp2p::{core::transport::TransportError, futures::io::Cursor, swarm::ListenError};
+
+    use super::*;
+    use crate::program::net::{
+        admission::{
+            handshake_failure::{HandshakeFailure, Known},
+            handshakes::Progress,
+        },
+        multiaddr::Layer,
+    };
+
+    #[test]
+    fn the_reason_is_the_request_even_if_the_answer_cannot_be_sent() {
+        for (request, reason) in [
+            (&b"GET /healthz HTTP/1.1\r\n\r\n"[..], None),
+            (b"GET / HTTP/1.1\r\n\r\n", Some("http")),
+            (b"\xff\xff", Some("protocol")),
+        ] {
+            let no_room: &'static mut [u8] = &mut [];
+            let (stream, head) = (Either::Right(Cursor::new(no_room)), Head::parse(request));
+            let upgrade = Requested { stream, head: head.unwrap() };
+            let error = block_on(upgrade.answer(None, None)).err().expect("no WebSocket");
+            let progress = Progress::default();
+            progress.record(request);
+            let (layer, is_private) = (Layer::WebSocket, false);
+            let known = Known { progress, dropped: None, layer, is_private };
+            let error = ListenError::Transport(TransportError::Other(error));
+            let failure = HandshakeFailure::of(&error, &known);
+            assert_eq!(failure.map(|failure| failure.reason.kind()), reason);
         }
     }
 }
