@@ -12,7 +12,7 @@ mod upgrade;
 mod write_coalescing;
 
 use std::{
-    future::pending,
+    future::{pending, ready},
     io,
     net::SocketAddr,
     pin::Pin,
@@ -20,11 +20,11 @@ use std::{
         Arc, PoisonError, RwLock,
         atomic::{AtomicBool, Ordering},
     },
-    task::{Context, Poll, ready},
+    task::{self, Context, Poll},
     time::{Duration, Instant, SystemTime},
 };
 
-use async_std::io::timeout;
+use async_std::{io::timeout, net::TcpStream};
 use futures_rustls::rustls::ServerConfig;
 use futures_timer::Delay;
 use libp2p::{
@@ -39,9 +39,9 @@ use libp2p::{
 pub use self::stream::{LONGEST_MESSAGE, WebSocketStream};
 use self::{
     certificate::Certificate,
-    forwarded::Unnamed,
+    forwarded::ForwardedError,
     head::{Head, Request},
-    upgrade::Requested,
+    upgrade::PendingUpgrade,
     write_coalescing::WriteCoalescing,
 };
 use super::{
@@ -103,18 +103,22 @@ pub struct WebSocket {
     counters: ByteCounters,
     rates: ConnectionRates,
     /// Connections of trusted proxies that have not sent their request yet.
-    requests: FuturesUnordered<BoxFuture<'static, Introduced>>,
-    warned: Vec<Unnamed>,
+    requests: FuturesUnordered<BoxFuture<'static, ProxiedRequest>>,
+    warned: Vec<ForwardedError>,
 }
 
-/// A connection that a trusted proxy has made, its request, and the client that the request names.
-type Introduced = (Connection, io::Result<Requested<Stream>>, Result<SocketAddr, Option<Unnamed>>);
+/// A trusted proxy's connection, its request, and the client that the request names; without a client, what to warn of.
+type ProxiedRequest =
+    (Connection, io::Result<PendingUpgrade<Stream>>, Result<SocketAddr, Option<ForwardedError>>);
 
-/// The ends of a connection: the relay's, and the client's or its proxy's.
+/// A connection: its listener, its ends, and its socket.
 struct Connection {
-    listener: ListenerId,
-    local: Multiaddr,
-    remote: Multiaddr,
+    listener_id: ListenerId,
+    local_addr: Multiaddr,
+    /// The client's address, or its proxy's.
+    send_back_addr: Multiaddr,
+    /// `None` if another connection has the same ends.
+    socket: Option<TcpStream>,
 }
 
 impl WebSocket {
@@ -141,85 +145,83 @@ impl WebSocket {
     /// Handles a new connection over TCP. One of a trusted proxy waits for its request.
     fn on_incoming(
         &mut self,
-        connection: Connection,
+        mut connection: Connection,
         upgrade: <Tcp as Transport>::ListenerUpgrade,
     ) -> Option<Event> {
-        let (remote, layer) = listen_address(&connection.remote)?;
+        let (remote, layer) = listen_address(&connection.send_back_addr)?;
         let tls = match layer {
             Layer::SecureWebSocket => Some(self.control.tls()?),
             _ => None,
         };
         let pending = self.counters.get(&connection.endpoint());
         let (progress, socket) = pending.map(|it| (it.progress, it.socket)).unzip();
+        connection.socket = socket.flatten();
         let request = async move {
             let stream = ReadBuffer::new(upgrade.await?, progress);
-            Requested::read(WriteCoalescing::new(stream), tls).await
+            PendingUpgrade::read(WriteCoalescing::new(stream), tls).await
         };
         if !self.control.forwarders.contains(remote.ip()) {
-            let (control, socket) = (self.control.clone(), socket.flatten());
-            let upgrade = async move { request.await?.answer(socket, control.not_serving()).await };
-            return self.incoming(connection, upgrade);
+            return self.report(connection, request);
         }
         let permit = match self.control.forwarders.acquire() {
             Ok(permit) => permit,
-            Err(full) => return self.incoming(connection, std::future::ready(Err(full.into()))),
+            Err(full) => return self.report(connection, ready(Err(full.into()))),
         };
         let (forwarders, rates) = (self.control.forwarders.clone(), self.rates.clone());
         self.requests.push(
             async move {
                 let _permit = permit;
-                let mut requested = timeout(REQUEST_TIMEOUT, request).await;
-                let client = match &mut requested {
-                    Ok(requested) => client_of(&mut requested.head, remote, &forwarders),
+                let mut request = timeout(REQUEST_TIMEOUT, request).await;
+                let client = match &mut request {
+                    Ok(request) => client_of(&mut request.head, remote, &forwarders),
                     Err(_) => Err(None),
                 };
                 let ip = client.as_ref().unwrap_or(&remote).ip();
                 match rates.delay(ip, 0, Instant::now()) {
                     Some(wait) => Delay::new(wait).await,
-                    None => requested = requested.and(Err(Denied::Rate.into())),
+                    None => request = request.and(Err(Denied::Rate.into())),
                 }
-                (connection, requested, client)
+                (connection, request, client)
             }
             .boxed(),
         );
         None
     }
 
-    /// Handles a connection whose proxy has sent its request.
-    fn on_introduced(&mut self, introduced: Introduced) -> Option<Event> {
-        let (mut connection, requested, client) = introduced;
-        let socket = self.counters.get(&connection.endpoint()).and_then(|it| it.socket);
+    /// Handles the request of a trusted proxy.
+    fn on_proxied_request(&mut self, proxied: ProxiedRequest) -> Option<Event> {
+        let (mut connection, request, client) = proxied;
         match client {
             Ok(client) => {
                 self.counters.rename(&connection.endpoint(), client);
-                connection.remote = with_layers_of(&connection.local, client);
+                connection.send_back_addr = with_layers_of(&connection.local_addr, client);
             }
-            Err(Some(reason)) => self.warn_once(&connection.remote, reason),
+            Err(Some(reason)) => self.warn_once(&connection.send_back_addr, reason),
             Err(None) => {}
         }
-        let not_serving = self.control.not_serving();
-        self.incoming(connection, async move { requested?.answer(socket, not_serving).await })
+        self.report(connection, ready(request))
     }
 
-    /// Reports a connection to the swarm, if its listener still exists.
-    fn incoming(
+    /// Reports a connection to the swarm, if its listener still exists. Its upgrade answers the request.
+    fn report(
         &self,
         connection: Connection,
-        upgrade: impl Future<Output = io::Result<WebSocketStream>> + Send + 'static,
+        request: impl Future<Output = io::Result<PendingUpgrade<Stream>>> + Send + 'static,
     ) -> Option<Event> {
-        let Connection { listener: listener_id, local: local_addr, remote: send_back_addr } =
-            connection;
+        let Connection { listener_id, local_addr, send_back_addr, socket } = connection;
+        let control = self.control.clone();
+        let upgrade = async move { request.await?.answer(socket, control.not_serving()).await };
         let upgrade = upgrade.map_err(|error| StageError::wrap(Stage::WebSocket, None, error));
         let upgrade = upgrade.boxed();
         let event = TransportEvent::Incoming { listener_id, upgrade, local_addr, send_back_addr };
         self.tcp.is_listening(listener_id).then_some(event)
     }
 
-    fn warn_once(&mut self, proxy: &Multiaddr, reason: Unnamed) {
+    fn warn_once(&mut self, proxy: &Multiaddr, reason: ForwardedError) {
         if !self.warned.contains(&reason) {
             self.warned.push(reason);
             let consequence = match reason {
-                Unnamed::Contradictory => {
+                ForwardedError::Contradictory => {
                     "such a connection is refused: have the proxy remove the one"
                 }
                 _ => "the connection counts as the proxy's own: have the proxy add one",
@@ -232,8 +234,9 @@ impl WebSocket {
     fn on_event(&mut self, event: listener::Event) -> Option<Event> {
         match event {
             TransportEvent::Incoming { listener_id, upgrade, local_addr, send_back_addr } => {
-                let (listener, local, remote) = (listener_id, local_addr, send_back_addr);
-                self.on_incoming(Connection { listener, local, remote }, upgrade)
+                let socket = None;
+                let connection = Connection { listener_id, local_addr, send_back_addr, socket };
+                self.on_incoming(connection, upgrade)
             }
             other => Some(other.map_upgrade(|_| pending().boxed())), // none has an upgrade
         }
@@ -242,10 +245,8 @@ impl WebSocket {
 
 impl Connection {
     fn endpoint(&self) -> ConnectedPoint {
-        ConnectedPoint::Listener {
-            local_addr: self.local.clone(),
-            send_back_addr: self.remote.clone(),
-        }
+        let (local_addr, send_back_addr) = (self.local_addr.clone(), self.send_back_addr.clone());
+        ConnectedPoint::Listener { local_addr, send_back_addr }
     }
 }
 
@@ -260,12 +261,12 @@ fn client_of(
     head: &mut Head,
     proxy: SocketAddr,
     forwarders: &Proxies,
-) -> Result<SocketAddr, Option<Unnamed>> {
+) -> Result<SocketAddr, Option<ForwardedError>> {
     if !matches!(head.request, Request::Upgrade(_)) {
         return Err(None);
     }
     let client = head.forwarded.client(|ip| forwarders.contains(ip));
-    if client == Err(Unnamed::Contradictory) {
+    if client == Err(ForwardedError::Contradictory) {
         head.request = Request::Bad("Forwarded and X-Forwarded-For name different clients");
     }
     let (ip, port) = client.map_err(Some)?;
@@ -306,9 +307,9 @@ impl Transport for WebSocket {
         let this = &mut *self;
         loop {
             let event = match this.requests.poll_next_unpin(cx) {
-                Poll::Ready(Some(introduced)) => this.on_introduced(introduced),
+                Poll::Ready(Some(proxied)) => this.on_proxied_request(proxied),
                 _ => {
-                    let event = ready!(Pin::new(&mut this.tcp).poll(cx));
+                    let event = task::ready!(Pin::new(&mut this.tcp).poll(cx));
                     this.on_event(event)
                 }
             };

@@ -20,7 +20,7 @@ pub type Hop = (IpAddr, Option<u16>);
 
 /// Why the headers name no client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Unnamed {
+pub enum ForwardedError {
     /// The request has neither header.
     #[error("there is no Forwarded and no X-Forwarded-For header")]
     Absent,
@@ -39,14 +39,14 @@ impl Forwarded {
     /// # Errors
     ///
     /// When the headers name no client.
-    pub fn client(&self, is_trusted: impl Fn(IpAddr) -> bool) -> Result<Hop, Unnamed> {
+    pub fn client(&self, is_trusted: impl Fn(IpAddr) -> bool) -> Result<Hop, ForwardedError> {
         let standard = last_untrusted(&self.standard, parse_element, &is_trusted);
         let de_facto = last_untrusted(&self.de_facto, parse_node, &is_trusted);
         match (standard, de_facto) {
-            (None, None) => Err(Unnamed::Absent),
-            (Some(one), None) | (None, Some(one)) => one.ok_or(Unnamed::Malformed),
+            (None, None) => Err(ForwardedError::Absent),
+            (Some(one), None) | (None, Some(one)) => one.ok_or(ForwardedError::Malformed),
             (Some(Some(one)), Some(Some(other))) if one.0 == other.0 => Ok(one),
-            (Some(_), Some(_)) => Err(Unnamed::Contradictory),
+            (Some(_), Some(_)) => Err(ForwardedError::Contradictory),
         }
     }
 }
@@ -146,15 +146,15 @@ mod tests {
         matches!(ip, IpAddr::V4(ip) if ip.octets()[0] == 10)
     }
 
-    fn standard(values: &[&str]) -> Result<Hop, Unnamed> {
+    fn standard(values: &[&str]) -> Result<Hop, ForwardedError> {
         Forwarded { standard: lines(values), de_facto: Vec::new() }.client(is_trusted)
     }
 
-    fn de_facto(values: &[&str]) -> Result<Hop, Unnamed> {
+    fn de_facto(values: &[&str]) -> Result<Hop, ForwardedError> {
         Forwarded { standard: Vec::new(), de_facto: lines(values) }.client(is_trusted)
     }
 
-    fn hop(ip: &str, port: Option<u16>) -> Result<Hop, Unnamed> {
+    fn hop(ip: &str, port: Option<u16>) -> Result<Hop, ForwardedError> {
         Ok((ip.parse().unwrap(), port))
     }
 
@@ -170,12 +170,12 @@ mod tests {
             (&["[2001:db8::1]:443"], hop("2001:db8::1", Some(443))),
             (&["::ffff:192.0.2.1"], hop("192.0.2.1", None)),
             (&["10.0.0.7, 10.0.0.1"], hop("10.0.0.7", None)),
-            (&["192.0.2.1, unknown"], Err(Unnamed::Malformed)),
-            (&["192.0.2.1, 0.0.0.0"], Err(Unnamed::Malformed)),
-            (&["192.0.2.1, fe80::1%eth0"], Err(Unnamed::Malformed)),
-            (&["unknown, 10.0.0.1"], Err(Unnamed::Malformed)),
-            (&["", " , "], Err(Unnamed::Absent)),
-            (&[], Err(Unnamed::Absent)),
+            (&["192.0.2.1, unknown"], Err(ForwardedError::Malformed)),
+            (&["192.0.2.1, 0.0.0.0"], Err(ForwardedError::Malformed)),
+            (&["192.0.2.1, fe80::1%eth0"], Err(ForwardedError::Malformed)),
+            (&["unknown, 10.0.0.1"], Err(ForwardedError::Malformed)),
+            (&["", " , "], Err(ForwardedError::Absent)),
+            (&[], Err(ForwardedError::Absent)),
         ] {
             assert_eq!(de_facto(values), client, "{values:?}");
         }
@@ -184,17 +184,17 @@ mod tests {
     #[test]
     fn the_examples_of_rfc_7239_are_parsed() {
         for (values, client) in [
-            (&["for=\"_gazonk\""][..], Err(Unnamed::Malformed)),
+            (&["for=\"_gazonk\""][..], Err(ForwardedError::Malformed)),
             (&["For=\"[2001:db8:cafe::17]:4711\""], hop("2001:db8:cafe::17", Some(4711))),
             (&["for=192.0.2.60;proto=http;by=203.0.113.43"], hop("192.0.2.60", None)),
             (&["for=192.0.2.43, for=198.51.100.17"], hop("198.51.100.17", None)),
             (&["for=192.0.2.43, for=\"[2001:db8::1]:1234\""], hop("2001:db8::1", Some(1234))),
             (&["for=192.0.2.43", "for=198.51.100.17;by=\"a;b,c\""], hop("198.51.100.17", None)),
             (&["for=\"192.0.2.43:_port\""], hop("192.0.2.43", None)),
-            (&["for=192.0.2.1, for=unknown"], Err(Unnamed::Malformed)),
-            (&["for=192.0.2.1;for=192.0.2.2"], Err(Unnamed::Malformed)),
-            (&["by=192.0.2.1"], Err(Unnamed::Malformed)),
-            (&["192.0.2.1"], Err(Unnamed::Malformed)),
+            (&["for=192.0.2.1, for=unknown"], Err(ForwardedError::Malformed)),
+            (&["for=192.0.2.1;for=192.0.2.2"], Err(ForwardedError::Malformed)),
+            (&["by=192.0.2.1"], Err(ForwardedError::Malformed)),
+            (&["192.0.2.1"], Err(ForwardedError::Malformed)),
         ] {
             assert_eq!(standard(values), client, "{values:?}");
         }
@@ -206,8 +206,8 @@ mod tests {
             Forwarded { standard: lines(&[one]), de_facto: lines(&[other]) }.client(is_trusted)
         };
         assert_eq!(both("for=192.0.2.1", "192.0.2.1, 10.0.0.1"), hop("192.0.2.1", None));
-        assert_eq!(both("for=192.0.2.1", "192.0.2.2"), Err(Unnamed::Contradictory));
-        assert_eq!(both("for=unknown", "192.0.2.2"), Err(Unnamed::Contradictory));
+        assert_eq!(both("for=192.0.2.1", "192.0.2.2"), Err(ForwardedError::Contradictory));
+        assert_eq!(both("for=unknown", "192.0.2.2"), Err(ForwardedError::Contradictory));
     }
 
     proptest! {

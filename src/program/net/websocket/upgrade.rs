@@ -24,14 +24,14 @@ const STEP: usize = 2 * 1024;
 /// connection, and the client may lose the answer.
 const LINGER: u64 = 256 * 1024;
 
-/// A connection whose request was read.
-pub struct Requested<S> {
+/// A connection whose request was read and not answered yet.
+pub struct PendingUpgrade<S> {
     stream: Either<TlsStream<S>, S>,
     /// The head of the request.
     pub head: Head,
 }
 
-impl<S: AsyncRead + AsyncWrite + Send + Unpin + 'static> Requested<S> {
+impl<S: AsyncRead + AsyncWrite + Send + Unpin + 'static> PendingUpgrade<S> {
     /// Performs the TLS handshake, if there is a configuration for it, and reads the head of the request.
     ///
     /// # Errors
@@ -137,7 +137,7 @@ mod tests {
         ] {
             let no_room: &'static mut [u8] = &mut [];
             let (stream, head) = (Either::Right(Cursor::new(no_room)), Head::parse(request));
-            let upgrade = Requested { stream, head: head.unwrap() };
+            let upgrade = PendingUpgrade { stream, head: head.unwrap() };
             let error = block_on(upgrade.answer(None, None)).err().expect("no WebSocket");
             let progress = Progress::default();
             progress.record(request);
