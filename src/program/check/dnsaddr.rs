@@ -9,7 +9,7 @@ use std::{collections::BTreeMap, fs, io, net::SocketAddr};
 use async_std::net::TcpStream;
 use libp2p::futures::{AsyncReadExt, AsyncWriteExt, FutureExt, future::select_ok};
 use libp2p::{Multiaddr, multiaddr::Protocol};
-use simple_dns::{CLASS, Name, Packet, PacketFlag, Question, SimpleDnsError, TYPE, rdata::RData};
+use simple_dns::{CLASS, Name, Packet, PacketFlag, Question, RCODE, TYPE, rdata::RData};
 
 use super::{steps::list, target::Target};
 
@@ -30,9 +30,9 @@ async fn look_up_at(servers: &[SocketAddr], address: Multiaddr) -> io::Result<(T
         let mut parts = address.iter();
         let Some(Protocol::Dnsaddr(name)) = parts.next() else { continue };
         let query = query(&format!("_dnsaddr.{name}")).map_err(io::Error::other)?;
-        let (answer, _) = select_ok(servers.iter().map(|it| ask(*it, &query).boxed())).await?;
+        let (records, _) = select_ok(servers.iter().map(|it| ask(*it, &query).boxed())).await?;
         let rest = parts.collect(); // for example the peer id, which the records have, too
-        for record in parse_answer(&answer).map_err(io::Error::other)? {
+        for record in records {
             match Target::parse(&record).filter(|_| record.ends_with(&rest)) {
                 Some(Target { dnsaddr: Some(other), .. }) => pending.push(other),
                 Some(target) => drop(found.insert(record, target)),
@@ -45,7 +45,7 @@ async fn look_up_at(servers: &[SocketAddr], address: Multiaddr) -> io::Result<(T
 }
 
 /// A query for the TXT records of `name`.
-fn query(name: &str) -> Result<Vec<u8>, SimpleDnsError> {
+fn query(name: &str) -> simple_dns::Result<Vec<u8>> {
     let mut query = Packet::new_query(1);
     query.set_flags(PacketFlag::RECURSION_DESIRED);
     let question = Question::new(Name::new(name)?, TYPE::TXT.into(), CLASS::IN.into(), false);
@@ -53,28 +53,36 @@ fn query(name: &str) -> Result<Vec<u8>, SimpleDnsError> {
     query.build_bytes_vec()
 }
 
-/// The addresses in the records of an answer.
-fn parse_answer(answer: &[u8]) -> Result<Vec<Multiaddr>, SimpleDnsError> {
-    let addresses = Packet::parse(answer)?.answers.into_iter().filter_map(|record| {
+/// The addresses in the records of an answer; fails if the server could not look them up.
+fn parse_answer(answer: &[u8]) -> io::Result<Vec<Multiaddr>> {
+    let answer = Packet::parse(answer).map_err(io::Error::other)?;
+    let code = answer.rcode();
+    if !matches!(code, RCODE::NoError | RCODE::NameError) {
+        return Err(io::Error::other(format!("the name server answers with {code:?}")));
+    }
+    let addresses = answer.answers.into_iter().filter_map(|record| {
         let RData::TXT(text) = record.rdata else { return None };
         String::try_from(text).ok()?.strip_prefix("dnsaddr=")?.parse().ok()
     });
     Ok(addresses.collect())
 }
 
-/// Sends a query, and returns the answer. Over TCP each is preceded by its length.
-async fn ask(server: SocketAddr, query: &[u8]) -> io::Result<Vec<u8>> {
+/// Sends a query, and returns the addresses in the answer. Over TCP each is preceded by its length.
+async fn ask(server: SocketAddr, query: &[u8]) -> io::Result<Vec<Multiaddr>> {
     let mut stream = TcpStream::connect(server).await?;
     stream.write_all(&[&(query.len() as u16).to_be_bytes(), query].concat()).await?;
     let mut length = [0; 2];
     stream.read_exact(&mut length).await?;
     let mut answer = vec![0; u16::from_be_bytes(length).into()];
-    stream.read_exact(&mut answer).await.map(|()| answer)
+    stream.read_exact(&mut answer).await?;
+    parse_answer(&answer)
 }
 
 /// The name servers in a `resolv.conf`; if it has none, the one on this machine, as in the C library.
 fn name_servers(conf: &str) -> Vec<SocketAddr> {
-    let ips = conf.lines().filter_map(|line| line.strip_prefix("nameserver")?.trim().parse().ok());
+    let ips = conf.lines().filter_map(|line| {
+        line.strip_prefix("nameserver")?.split_whitespace().next()?.parse().ok()
+    });
     let servers: Vec<_> = ips.map(|ip| SocketAddr::new(ip, 53)).collect();
     if servers.is_empty() { vec![([127, 0, 0, 1], 53).into()] } else { servers }
 }
@@ -91,8 +99,10 @@ mod tests {
     const ONE: &str = "12D3KooWPGM3wYKMsTHGEqbhcBft6cPjA2F3rQmyWTEDD3wCGS1g";
     const TWO: &str = "12D3KooWRm1vvvZ8GfAUWTcU2Df5nMuCZPT8xW6PzvSTTYaYABXX";
 
-    /// A name server that has these texts under each name.
-    async fn name_server(records: Vec<(&'static str, Vec<String>)>) -> SocketAddr {
+    /// A name server that has these texts under each name; `None`: it fails.
+    async fn name_server(records: Option<Vec<(&'static str, Vec<String>)>>) -> SocketAddr {
+        let is_failing = records.is_none();
+        let records = records.unwrap_or_default();
         let records: HashMap<_, _> = records.into_iter().collect();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -105,6 +115,9 @@ mod tests {
                 let query = Packet::parse(&query).unwrap();
                 let name = &query.questions[0].qname;
                 let mut reply = Packet::new_reply(query.id());
+                if is_failing {
+                    *reply.rcode_mut() = RCODE::ServerFailure;
+                }
                 for text in records.get(&*name.to_string()).into_iter().flatten() {
                     let text = RData::TXT(TXT::try_from(&**text).unwrap());
                     reply.answers.push(ResourceRecord::new(name.clone(), CLASS::IN, 60, text));
@@ -145,7 +158,7 @@ mod tests {
     #[test]
     fn all_addresses_of_a_name_and_of_those_that_it_names_are_found() {
         task::block_on(async {
-            let server = name_server(records()).await;
+            let server = name_server(Some(records())).await;
             let closed = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
             let found = async |address: &str| {
                 let found = look_up_at(&[closed, server], address.parse().unwrap()).await;
@@ -177,9 +190,21 @@ mod tests {
     }
 
     #[test]
+    fn an_answer_that_the_server_failed_is_an_error_and_not_an_empty_list() {
+        task::block_on(async {
+            let failing = name_server(None).await;
+            let address = || "/dnsaddr/example.org".parse().unwrap();
+            let error = look_up_at(&[failing], address()).await.unwrap_err().to_string();
+            assert_eq!(error, "the name server answers with ServerFailure");
+            let works = name_server(Some(records())).await;
+            assert!(look_up_at(&[failing, works], address()).await.is_ok());
+        });
+    }
+
+    #[test]
     fn the_name_servers_of_resolv_conf_are_parsed() {
-        let conf =
-            "# a comment\nsearch example.org\nnameserver 192.0.2.53\nnameserver\t2001:db8::53\n";
+        let conf = "# a comment\nsearch example.org\nnameserver 192.0.2.53  # another\n\
+                    nameserver\t2001:db8::53\n";
         let servers = name_servers(conf);
         assert_eq!(
             servers,
