@@ -42,7 +42,7 @@ impl Link {
             stream = SubstreamBox::new(steps.run(Stage::Tls, tls(stream, name)).await?);
         }
         if let Some(path) = &target.websocket {
-            let host = format!("{}:{}", target.host, target.port);
+            let host = target.authority();
             let upgrade = async {
                 let stream = WebSocketStream::connect(stream, &host, path).await?;
                 Ok((SubstreamBox::new(stream), format!("upgraded at {path}")))

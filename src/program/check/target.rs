@@ -64,6 +64,12 @@ impl Target {
         Some(Self { host, versions, port, websocket, tls, peer, ..Self::default() })
     }
 
+    /// The host and the port, as in a URL.
+    pub fn authority(&self) -> String {
+        let Self { host, port, .. } = self;
+        if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
+    }
+
     /// Resolves the addresses of the host; fails if there are none.
     pub async fn resolve(&mut self) -> io::Result<((), String)> {
         let [ip4, ip6] = self.versions;
@@ -130,6 +136,12 @@ mod tests {
             assert_eq!(parse(text), None, "{text}");
         }
         assert_eq!(parse(&format!("/ip4/192.0.2.1/tcp/4001/p2p/{peer}/p2p-circuit")), None);
+        for (text, authority) in [
+            ("/ip6/2001:db8::1/tcp/1/ws", "[2001:db8::1]:1"),
+            ("/dns/a.example/tcp/80/ws", "a.example:80"),
+        ] {
+            assert_eq!(parse(text).unwrap().authority(), authority);
+        }
         let dnsaddr = format!("/dnsaddr/a.example/p2p/{peer}");
         assert_eq!(parse(&dnsaddr).unwrap().dnsaddr.unwrap().to_string(), dnsaddr);
     }
