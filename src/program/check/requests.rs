@@ -94,7 +94,8 @@ async fn request(stream: &mut Stream, request: HopMessage) -> io::Result<HopMess
 
 /// Examines what the relay grants; fails if clients cannot use it. `peers` as for [`reserve`]. Sans-IO.
 fn examine(answer: HopMessage, peers: [PeerId; 2], now: SystemTime) -> io::Result<String> {
-    let reservation = answer.reservation.unwrap_or_default();
+    let missing = || io::Error::other("the answer has no reservation");
+    let reservation = answer.reservation.ok_or_else(missing)?;
     let now = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
     let term = reservation.expire.unwrap_or_default().saturating_sub(now);
     let addresses = reservation.addrs.into_iter();
@@ -168,6 +169,8 @@ mod tests {
             examine(answer(vec![address.clone()], None), before).unwrap().contains("no voucher")
         );
 
+        let without = proto::HopMessage { reservation: None, ..answer(vec![], None) };
+        assert!(examine(without, before).unwrap_err().contains("no reservation"));
         let after = before + Duration::from_secs(3600);
         assert!(
             examine(answer(vec![address.clone()], None), after).unwrap_err().contains("expired")
