@@ -22,7 +22,7 @@ const YAMUX: &str = "/yamux/1.0.0";
 const BUDGET: Budget = Budget { inbound: 32, outbound: 32 };
 
 /// An open connection.
-pub struct Link {
+pub struct Connection {
     /// The relay, as the secure channel proved it.
     pub peer: PeerId,
     /// Its streams.
@@ -31,7 +31,7 @@ pub struct Link {
     inbound: FuturesUnordered<BoxFuture<'static, io::Result<()>>>,
 }
 
-impl Link {
+impl Connection {
     /// Connects to the first address that accepts, as the owner of `keypair`.
     pub async fn open(target: &Target, keypair: &Keypair, steps: &Steps) -> io::Result<Self> {
         // 1. TCP.
@@ -72,8 +72,8 @@ impl Link {
                 dialer_select_proto(SubstreamBox::new(stream), [YAMUX], Version::V1).await?;
             let multiplex = Multiplex::new(BUDGET, StreamLimits::default(), 1);
             let muxer = StreamMuxerBox::new(multiplex.upgrade_outbound(stream, YAMUX).await?);
-            let link = Self { peer, muxer, inbound: FuturesUnordered::new() };
-            Ok((link, format!("{protocol} with {peer}, {YAMUX}")))
+            let connection = Self { peer, muxer, inbound: FuturesUnordered::new() };
+            Ok((connection, format!("{protocol} with {peer}, {YAMUX}")))
         };
         steps.run(Stage::Secure, secure).await
     }
