@@ -54,8 +54,11 @@ impl BootstrapDialer {
         self.dialed.contains_key(&id)
     }
 
-    /// Returns the next dial. Begins new attempts only while they are `wanted`.
+    /// Returns the next dial, while dials are `wanted`.
     pub fn poll(&mut self, wanted: bool, cx: &mut Context<'_>) -> Poll<DialOpts> {
+        if !wanted {
+            return Poll::Pending;
+        }
         loop {
             // 1. Dial a node whose name was resolved.
             while let Poll::Ready(Some((peer, resolved))) = self.lookups.poll_next_unpin(cx) {
@@ -67,9 +70,6 @@ impl BootstrapDialer {
                     }
                     Err(error) => self.on_result(peer, Err(format!("lookup failed: {error}"))),
                 }
-            }
-            if !wanted {
-                return Poll::Pending;
             }
             // 2. Resolve the name of the next node that is due.
             let now = Instant::now();
@@ -152,4 +152,21 @@ fn root_cause(error: &DialError) -> String {
     let first: &(dyn Error + 'static) = first.map_or(error, |(_, error)| error);
     let cause = anyhow::Chain::new(first).last();
     cause.map_or_else(String::new, ToString::to_string)
+}
+
+#[cfg(test)]
+mod tests {
+    use libp2p::futures::task::noop_waker_ref;
+
+    use super::*;
+
+    #[test]
+    fn a_name_that_is_resolved_while_no_dial_is_wanted_is_dialed_later() {
+        let mut dialer = BootstrapDialer::new(&[], PeerId::random());
+        let address = "/ip4/192.0.2.1/tcp/1".parse().unwrap();
+        dialer.lookups.push(async { (PeerId::random(), Ok(vec![address])) }.boxed());
+        let cx = &mut Context::from_waker(noop_waker_ref());
+        assert!(dialer.poll(false, cx).is_pending());
+        assert!(dialer.poll(true, cx).is_ready());
+    }
 }
