@@ -87,9 +87,9 @@ pub struct Dht {
     /// Whether the range follows from the relay's own addresses, because there are no bootstrap nodes.
     range_follows: bool,
     /// Whether a node of the DHT is known to answer.
-    joined: bool,
+    has_joined: bool,
     /// Whether a node answered during the current bootstrap query.
-    answered: bool,
+    has_answered: bool,
     has_logged_join: bool,
     is_paused: bool,
 }
@@ -123,8 +123,8 @@ impl Dht {
             dialed: HashSet::new(),
             range: range.unwrap_or(AddressRange::Loopback),
             range_follows: range.is_none(),
-            joined: false,
-            answered: false,
+            has_joined: false,
+            has_answered: false,
             has_logged_join: false,
             is_paused: false,
         }
@@ -133,7 +133,7 @@ impl Dht {
     /// Handles what a peer says in identify: whether it serves the DHT, and where it listens.
     pub fn on_identified(&mut self, peer: PeerId, serves: bool, listening: &[Multiaddr]) {
         if !serves && self.kad.remove_peer(&peer).is_some() {
-            self.joined &= self.kad.kbuckets().next().is_some();
+            self.has_joined &= self.kad.kbuckets().next().is_some();
         }
         if serves {
             self.insert(peer, listening);
@@ -148,7 +148,7 @@ impl Dht {
         self.is_paused = is_paused;
         let mode = if is_paused { kad::Mode::Client } else { kad::Mode::Server };
         self.kad.set_mode(Some(mode));
-        self.joined &= !is_paused;
+        self.has_joined &= !is_paused;
     }
 
     /// Inserts a peer into the routing table, or replaces its addresses there.
@@ -183,7 +183,7 @@ impl Dht {
     fn add(&mut self, peer: PeerId, address: Multiaddr) -> bool {
         let added = matches!(self.kad.add_address(&peer, address), RoutingUpdate::Success);
         if added {
-            self.joined |= !self.is_paused;
+            self.has_joined |= !self.is_paused;
             if !std::mem::replace(&mut self.has_logged_join, true) {
                 log::info!("joined the DHT {} at peer {peer}", self.protocol);
             }
@@ -203,11 +203,11 @@ impl Dht {
                 step,
                 ..
             } => {
-                self.answered |= stats.num_successes() > 0;
+                self.has_answered |= stats.num_successes() > 0;
                 if step.last {
-                    let answered = std::mem::take(&mut self.answered);
+                    let answered = std::mem::take(&mut self.has_answered);
                     log::debug!("DHT bootstrap query ended: any node answered: {answered}");
-                    self.joined = answered && !self.is_paused;
+                    self.has_joined = answered && !self.is_paused;
                 }
             }
             _ => {}
@@ -281,7 +281,7 @@ impl NetworkBehaviour for Dht {
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<ToSwarm<Event, ToHandler>> {
         loop {
-            let needs_bootstrap = !self.joined && !self.is_paused;
+            let needs_bootstrap = !self.has_joined && !self.is_paused;
             let event = match self.bootstrap.poll(needs_bootstrap, cx) {
                 Poll::Ready(opts) => ToSwarm::Dial { opts },
                 Poll::Pending => ready!(self.kad.poll(cx)),
@@ -360,7 +360,7 @@ mod tests {
         let peer = PeerId::random();
         let inside = addresses(&["/ip4/127.0.0.1/tcp/22", "/ip4/10.0.0.1/tcp/22"]);
         dht.on_identified(peer, true, &inside);
-        assert!(shared(&mut dht, peer).is_empty() && !dht.joined);
+        assert!(shared(&mut dht, peer).is_empty() && !dht.has_joined);
         // Not even if the routing table contains them.
         for address in inside {
             dht.kad.add_address(&peer, address);
