@@ -166,7 +166,8 @@ async fn a_client_that_expects_another_peer_id_is_counted_and_hinted_at_once() {
 
 #[tokio::test]
 async fn each_failure_of_a_websocket_upgrade_is_counted() {
-    let relay = Relay::start(&[ON_ANY_PORT, "--listen=/ip4/127.0.0.1/tcp/0/ws"]);
+    let listen = "--listen=/ip4/127.0.0.1/tcp/0/ws";
+    let relay = Relay::start(&[ON_ANY_PORT, listen, "--trust-forwarded-from=127.0.0.3/32"]);
     let websocket = websocket::port(&websocket::address(&relay, "/ws").await);
     let send = async |bytes: &[u8]| {
         let stream = by_hand::tcp_from(std::net::Ipv4Addr::LOCALHOST, websocket).await.unwrap();
@@ -180,7 +181,11 @@ async fn each_failure_of_a_websocket_upgrade_is_counted() {
     count(&relay, "websocket", "tls", 1).await;
     send(&proposal("/noise")).await;
     count(&relay, "websocket", "protocol", 1).await;
-    assert_eq!(sum(&relay).await, 3);
+    // A trusted proxy that sends no request.
+    let silent = by_hand::tcp_from([127, 0, 0, 3].into(), websocket).await.unwrap();
+    assert!(read_until_closed(silent).await.is_empty());
+    count(&relay, "websocket", "timeout", 1).await;
+    assert_eq!(sum(&relay).await, 4);
 }
 
 #[tokio::test]

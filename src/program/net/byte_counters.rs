@@ -55,16 +55,21 @@ pub struct Pending {
 impl Table {
     /// The pending connection between these ends, if there is exactly one.
     fn only(&self, endpoint: &ConnectedPoint) -> Option<(&Key, &Pending)> {
-        let socket_address = |address| Some(listen_address(&without_peer(address))?.0);
-        let ends = match endpoint {
-            ConnectedPoint::Dialer { address, .. } => (None, socket_address(address)?),
-            ConnectedPoint::Listener { local_addr, send_back_addr } => {
-                (Some(socket_address(local_addr)?), socket_address(send_back_addr)?)
-            }
-        };
+        let ends = ends_of(endpoint)?;
         let mut candidates = self.pending.range((ends, 0)..=(ends, u64::MAX));
         let only = candidates.next()?;
         candidates.next().is_none().then_some(only)
+    }
+}
+
+/// The ends of this connection; `None` if one of them is no socket address.
+fn ends_of(endpoint: &ConnectedPoint) -> Option<Ends> {
+    let socket_address = |address| Some(listen_address(&without_peer(address))?.0);
+    match endpoint {
+        ConnectedPoint::Dialer { address, .. } => Some((None, socket_address(address)?)),
+        ConnectedPoint::Listener { local_addr, send_back_addr } => {
+            Some((Some(socket_address(local_addr)?), socket_address(send_back_addr)?))
+        }
     }
 }
 
@@ -79,12 +84,27 @@ impl ByteCounters {
     ) -> Counted<S> {
         let progress = Progress::default();
         let activity = progress.activity.clone();
+        let without_zone = |socket: SocketAddr| SocketAddr::new(socket.ip(), socket.port());
+        let ends = (local.map(without_zone), without_zone(remote));
+        activity.track(stream, self.insert(ends, Pending { progress, socket }))
+    }
+
+    fn insert(&self, ends: Ends, pending: Pending) -> PendingCounter {
         let mut table = self.table();
         table.created += 1;
-        let without_zone = |socket: SocketAddr| SocketAddr::new(socket.ip(), socket.port());
-        let key = ((local.map(without_zone), without_zone(remote)), table.created);
-        table.pending.insert(key, Pending { progress, socket });
-        activity.track(stream, PendingCounter { key, counters: self.clone() })
+        let key = (ends, table.created);
+        table.pending.insert(key, pending);
+        PendingCounter { key, counters: self.clone() }
+    }
+
+    /// Adds a connection that has ended already, until the guard is dropped: so that its failure can be counted.
+    #[cfg(feature = "websocket")]
+    pub(crate) fn add_ended(
+        &self,
+        endpoint: &ConnectedPoint,
+        ended: Pending,
+    ) -> Option<PendingCounter> {
+        Some(self.insert(ends_of(endpoint)?, ended))
     }
 
     /// Takes the counter of the connection between these ends; `None` if there are several.

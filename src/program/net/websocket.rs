@@ -24,7 +24,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use async_std::{io::timeout, net::TcpStream};
+use async_std::future::timeout;
 use futures_rustls::rustls::ServerConfig;
 use futures_timer::Delay;
 use libp2p::{
@@ -47,11 +47,11 @@ use self::{
 use super::{
     admission::{
         connection_rates::ConnectionRates,
-        handshake_failure::{Stage, StageError},
+        handshake_failure::{Reason, Stage, StageError},
         limits::Denied,
         proxies::Proxies,
     },
-    byte_counters::ByteCounters,
+    byte_counters::{ByteCounters, Pending},
     listener,
     multiaddr::{Layer, listen_address, with_layers_of},
     read_buffer::ReadBuffer,
@@ -111,14 +111,14 @@ pub struct WebSocket {
 type ProxiedRequest =
     (Connection, io::Result<PendingUpgrade<Stream>>, Result<SocketAddr, Option<ForwardedError>>);
 
-/// A connection: its listener, its ends, and its socket.
+/// A connection: its listener, its ends, its progress and its socket.
 struct Connection {
     listener_id: ListenerId,
     local_addr: Multiaddr,
     /// The client's address, or its proxy's.
     send_back_addr: Multiaddr,
     /// `None` if another connection has the same ends.
-    socket: Option<TcpStream>,
+    pending: Option<Pending>,
 }
 
 impl WebSocket {
@@ -153,9 +153,8 @@ impl WebSocket {
             Layer::SecureWebSocket => Some(self.control.tls()?),
             _ => None,
         };
-        let pending = self.counters.get(&connection.endpoint());
-        let (progress, socket) = pending.map(|it| (it.progress, it.socket)).unzip();
-        connection.socket = socket.flatten();
+        connection.pending = self.counters.get(&connection.endpoint());
+        let progress = connection.pending.as_ref().map(|it| it.progress.clone());
         let request = async move {
             let stream = ReadBuffer::new(upgrade.await?, progress);
             PendingUpgrade::read(WriteCoalescing::new(stream), tls).await
@@ -171,7 +170,10 @@ impl WebSocket {
         self.requests.push(
             async move {
                 let _permit = permit;
-                let mut request = timeout(REQUEST_TIMEOUT, request).await;
+                let mut request = timeout(REQUEST_TIMEOUT, request).await.unwrap_or_else(|late| {
+                    let late = io::Error::new(io::ErrorKind::TimedOut, late);
+                    Err(StageError::wrap(Stage::WebSocket, Some(Reason::Timeout), late))
+                });
                 let client = match &mut request {
                     Ok(request) => client_of(&mut request.head, remote, &forwarders),
                     Err(_) => Err(None),
@@ -199,7 +201,14 @@ impl WebSocket {
             Err(Some(reason)) => self.warn_once(&connection.send_back_addr, reason),
             Err(None) => {}
         }
-        self.report(connection, ready(request))
+        // A failed connection's counter is gone with its stream, and admission needs it to count the failure.
+        let ended = connection.pending.take_if(|_| request.is_err());
+        let counter =
+            ended.and_then(|ended| self.counters.add_ended(&connection.endpoint(), ended));
+        self.report(connection, async move {
+            let _counter = counter;
+            request
+        })
     }
 
     /// Reports a connection to the swarm, if its listener still exists. Its upgrade answers the request.
@@ -208,8 +217,8 @@ impl WebSocket {
         connection: Connection,
         request: impl Future<Output = io::Result<PendingUpgrade<Stream>>> + Send + 'static,
     ) -> Option<Event> {
-        let Connection { listener_id, local_addr, send_back_addr, socket } = connection;
-        let control = self.control.clone();
+        let Connection { listener_id, local_addr, send_back_addr, pending } = connection;
+        let (socket, control) = (pending.and_then(|it| it.socket), self.control.clone());
         let upgrade = async move { request.await?.answer(socket, control.not_serving()).await };
         let upgrade = upgrade.map_err(|error| StageError::wrap(Stage::WebSocket, None, error));
         let upgrade = upgrade.boxed();
@@ -234,8 +243,8 @@ impl WebSocket {
     fn on_event(&mut self, event: listener::Event) -> Option<Event> {
         match event {
             TransportEvent::Incoming { listener_id, upgrade, local_addr, send_back_addr } => {
-                let socket = None;
-                let connection = Connection { listener_id, local_addr, send_back_addr, socket };
+                let pending = None;
+                let connection = Connection { listener_id, local_addr, send_back_addr, pending };
                 self.on_incoming(connection, upgrade)
             }
             other => Some(other.map_upgrade(|_| pending().boxed())), // none has an upgrade
