@@ -183,9 +183,10 @@ mod tests {
         sync::{Arc, Mutex},
     };
 
-    use libp2p::futures::{AsyncReadExt, AsyncWriteExt, executor::block_on};
+    use libp2p::futures::{AsyncReadExt, AsyncWriteExt, FutureExt, executor::block_on};
 
     use super::*;
+    use crate::program::net::websocket::write_coalescing::WriteCoalescing;
 
     /// A connection from which `bytes` and then an error are read; records what is written.
     #[derive(Default)]
@@ -248,6 +249,19 @@ mod tests {
                 assert_eq!(stream.read(&mut bytes).await.is_err(), fails);
                 assert_eq!(stream.read(&mut bytes).await.unwrap(), 0);
             });
+        }
+    }
+
+    #[test]
+    fn a_task_that_answers_pings_yields_to_others() {
+        let connection =
+            Connection { bytes: frame(9, b"").repeat(1000).leak(), ..Connection::default() };
+        let written = Arc::clone(&connection.written);
+        let mut stream = WebSocketStream::new(WriteCoalescing::new(connection));
+        for turn in 1..10 {
+            assert!(stream.read(&mut [0]).now_or_never().is_none());
+            let pongs = written.lock().unwrap().len() / 2;
+            assert!(pongs <= turn * 16 + 1, "{pongs} in {turn} turns");
         }
     }
 

@@ -1,7 +1,7 @@
 //! Write coalescing: sends the head of a WebSocket message together with its body.
 //!
 //! soketto writes one after the other, and our sockets send each write at once (TCP_NODELAY): that would take
-//! two system calls and two packets for each message.
+//! two system calls and two packets for each message. Also bounds how many pings one turn of a task answers.
 
 use std::{
     io::{self, ErrorKind, IoSlice},
@@ -17,6 +17,10 @@ const MESSAGE: u8 = 0x82;
 /// The longest head of such a message, in bytes.
 const MAX_HEAD: usize = 10;
 
+/// How many flushes there may be in one turn of a task before it yields to others: a cooperative budget. soketto answers each
+/// ping of a client at once, with a write and a flush.
+const YIELD_AFTER: u8 = 16;
+
 /// A stream that delays a head until its body is written, or the stream is flushed.
 #[derive(Debug)]
 pub struct WriteCoalescing<S> {
@@ -24,12 +28,14 @@ pub struct WriteCoalescing<S> {
     head: [u8; MAX_HEAD],
     /// How many bytes of `head` are delayed.
     delayed: usize,
+    /// How many flushes there were in this turn.
+    flushes: u8,
 }
 
 impl<S> WriteCoalescing<S> {
     /// Wraps a stream to which nothing was written yet.
     pub fn new(stream: S) -> Self {
-        Self { stream, head: [0; MAX_HEAD], delayed: 0 }
+        Self { stream, head: [0; MAX_HEAD], delayed: 0, flushes: 0 }
     }
 
     /// Delays these bytes if they look like a head. Returns whether they do.
@@ -83,6 +89,12 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for WriteCoalescing<S> {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.flushes == YIELD_AFTER {
+            self.flushes = 0;
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        self.flushes += 1;
         ready!(self.poll_write_delayed(cx, &[]))?;
         Pin::new(&mut self.stream).poll_flush(cx)
     }
@@ -99,7 +111,11 @@ impl<S: AsyncRead + Unpin> AsyncRead for WriteCoalescing<S> {
         cx: &mut Context<'_>,
         into: &mut [u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_read(cx, into)
+        let read = Pin::new(&mut self.stream).poll_read(cx, into);
+        if read.is_pending() {
+            self.flushes = 0; // the turn ends
+        }
+        read
     }
 }
 
