@@ -82,9 +82,6 @@ impl Certificate {
                 "holds a P-521 key, which is not supported; have the certificate issued for a P-256 key".into(),
             ));
         }
-        if PrivateKeyDer::try_from(key.secret_der()).is_err() {
-            return Err(Unusable::Key(NO_KEY.into()));
-        }
         let own = chain.first().and_then(|own| Validity::of(own));
         let unreadable =
             || Unusable::Certificate("cannot be parsed as a certificate; copy it again".into());
@@ -191,8 +188,6 @@ const ENCRYPTED: [&[u8]; 2] = [b"BEGIN ENCRYPTED PRIVATE KEY", b"Proc-Type: 4,EN
 /// The object identifier of the curve P-521 in DER (RFC 5480, 2.1.1.1).
 const P521: &[u8] = &[0x06, 0x05, 0x2b, 0x81, 0x04, 0x00, 0x23];
 
-const NO_KEY: &str = "holds no usable key; give it an ECDSA, Ed25519 or RSA key";
-
 /// In our own words: the text of the error may contain a part of the key.
 fn problem(error: &pem::Error, name: &str) -> String {
     match error {
@@ -209,7 +204,7 @@ fn unusable(error: &rustls::Error) -> Unusable {
         rustls::Error::InvalidCertificate(why) => Unusable::Certificate(format!(
             "cannot be parsed as a certificate: {why}; copy it again"
         )),
-        _ => Unusable::Key(NO_KEY.into()),
+        _ => Unusable::Key("holds no usable key; give it an ECDSA, Ed25519 or RSA key".into()),
     }
 }
 
