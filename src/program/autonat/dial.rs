@@ -78,22 +78,22 @@ impl Dialer {
     /// # Errors
     ///
     /// When it cannot be reached at this address, or another peer answers.
-    pub async fn dial(&self, peer: PeerId, to: SocketAddr) -> io::Result<Dialed> {
+    pub async fn dial(&self, peer: PeerId, to: SocketAddr) -> io::Result<DialedConnection> {
         let options = DialOpts { role: Endpoint::Dialer, port_use: PortUse::New };
         let dial =
             self.0.lock().unwrap_or_else(PoisonError::into_inner).dial(multiaddr(to), options);
         let (dialed, muxer) = dial.map_err(io::Error::other)?.await?;
         match dialed == peer {
-            true => Ok(Dialed(muxer)),
+            true => Ok(DialedConnection(muxer)),
             false => Err(io::Error::other(format!("another peer answers: {dialed}"))),
         }
     }
 }
 
 /// A connection to a client that was dialed.
-pub struct Dialed(StreamMuxerBox);
+pub struct DialedConnection(StreamMuxerBox);
 
-impl Dialed {
+impl DialedConnection {
     /// Sends the client the nonce of its request, which proves that it was dialed.
     ///
     /// # Errors

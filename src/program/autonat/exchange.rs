@@ -17,7 +17,7 @@ use libp2p::{
 };
 
 use super::{
-    dial::{Dialed, Dialer},
+    dial::{DialedConnection, Dialer},
     dial_limits::DialLimits,
     messages::{self, v1, v2},
     target::{self, Client},
@@ -72,7 +72,7 @@ impl Server {
     }
 
     /// Dials a client; `None` if it cannot be reached.
-    async fn dial(&self, client: Client, to: SocketAddr) -> Option<Dialed> {
+    async fn dial(&self, client: Client, to: SocketAddr) -> Option<DialedConnection> {
         let dialed = self.dialer.dial(client.peer, to).await;
         match &dialed {
             Ok(_) => log::debug!("autonat: peer {} reached at {to}", client.peer),

@@ -37,7 +37,7 @@ impl fmt::Display for Step<'_> {
     }
 }
 
-/// These items as one text.
+/// Joins these items with spaces.
 pub fn list<T: ToString>(items: impl IntoIterator<Item = T>) -> String {
     items.into_iter().map(|item| item.to_string()).collect::<Vec<_>>().join(" ")
 }

@@ -137,6 +137,7 @@ impl BootstrapDialer {
         }
     }
 
+    /// A random jitter for a backoff, and the time from which that counts.
     fn jitter(&self) -> (u8, Instant) {
         let now = Instant::now();
         (self.random.hash_one(now) as u8, now)

@@ -146,7 +146,7 @@ impl BootstrapNodes {
         Some(node)
     }
 
-    /// Makes a node due after its backoff.
+    /// Makes a node due after its backoff, which grows. Returns it; `None` if there is no such node.
     pub fn back_off(
         &mut self,
         peer: &PeerId,

@@ -66,7 +66,7 @@ impl Head {
         Some(Self { request, is_method_head: false, forwarded: Forwarded::default() })
     }
 
-    /// Returns the whole answer to a request other than [`Request::Upgrade`], and its status line.
+    /// Returns the status of the answer to a request other than [`Request::Upgrade`], and the whole answer.
     pub fn response(&self, not_serving: Option<&'static str>) -> (&'static str, Vec<u8>) {
         let (status, headers, sentence) = match self.request {
             Request::Health => match not_serving {
