@@ -380,6 +380,24 @@ fn a_stream_dropped_after_fin_is_reset_at_once_if_its_peer_has_no_credit() {
 }
 
 #[test]
+fn a_stream_dropped_after_fin_discards_all_that_its_peer_may_send() {
+    let mut server = Side::new(Endpoint::Listener);
+    let stream = accept_inbound(&mut server, 1);
+    let mut credit = 0;
+    while credit < MAX_WINDOW {
+        credit = full_window(&mut server, stream, credit.max(INITIAL_WINDOW));
+    }
+    server.session.change(stream, Stream::close);
+    server.drop_handle(stream);
+    server.send_all();
+    // All of it is on its way before the reset arrives.
+    server.receive(&data(0, 1, KIB)).unwrap();
+    server.receive(&data(0, 1, credit - KIB)).expect("no more than the window");
+    assert_eq!(headers(&server.send_all()).pop().unwrap().flags, RST);
+    server.assert_empty();
+}
+
+#[test]
 fn evicting_a_finished_stream_does_not_reset_its_successor_of_the_same_id() {
     let mut server = Side::new(Endpoint::Listener);
     let stream = accept_inbound(&mut server, 1);
@@ -635,24 +653,29 @@ fn windows_grow_with_the_round_trip_time_up_to_a_mebibyte() {
     server.send_all();
     let (mut credit, mut widest) = (INITIAL_WINDOW, 0);
     for _ in 0..50 {
-        // Each round trip of 100 ms, the peer sends as much as its credit allows.
-        server.receive(&data(0, 1, credit)).unwrap();
-        credit = 0;
-        while server.read(stream, 64 * KIB).is_some() {}
-        let sent = headers(&server.send_all());
-        server.now += Duration::from_millis(100);
-        for header in sent {
-            match header.kind {
-                Kind::Ping => {
-                    let id = header.length as usize;
-                    server.receive(&frame(Kind::Ping, ACK, 0, id)).unwrap();
-                }
-                _ => credit += header.length as usize,
-            }
-        }
+        credit = full_window(&mut server, stream, credit);
         widest = widest.max(credit);
     }
     assert_eq!(widest, MAX_WINDOW);
+}
+
+/// Stream 1's peer sends as much as its credit allows, and answers pings after 100 ms. Returns its next credit.
+fn full_window(server: &mut Side, stream: Key, credit: usize) -> usize {
+    server.receive(&data(0, 1, credit)).unwrap();
+    while server.read(stream, 64 * KIB).is_some() {}
+    let sent = headers(&server.send_all());
+    server.now += Duration::from_millis(100);
+    let mut granted = 0;
+    for header in sent {
+        match header.kind {
+            Kind::Ping => {
+                let id = header.length as usize;
+                server.receive(&frame(Kind::Ping, ACK, 0, id)).unwrap();
+            }
+            _ => granted += header.length as usize,
+        }
+    }
+    granted
 }
 
 // ---- Fair queueing of writes
