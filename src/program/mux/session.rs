@@ -275,6 +275,12 @@ impl Session {
 
     fn remove(&mut self, key: Key) {
         let Some(stream) = self.streams.remove(&key) else { return };
+        // While the peer does not read, nothing else takes the keys of removed streams out of the queues.
+        for queue in [&mut self.control, &mut self.new_flows, &mut self.old_flows] {
+            if queue.len() > 2 * (self.streams.len() + 1) {
+                queue.retain(|key| self.streams.contains_key(key));
+            }
+        }
         self.budget.replace_charge(stream.charge(), 0);
         self.unread -= stream.unread;
         self.growth += stream.growth();

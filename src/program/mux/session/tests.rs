@@ -425,6 +425,27 @@ fn a_bounded_number_of_finished_streams_is_remembered() {
 }
 
 #[test]
+fn streams_that_come_and_go_leave_nothing_queued_while_the_peer_does_not_read() {
+    let mut server = Side::new(Endpoint::Listener);
+    let stays = accept_inbound(&mut server, 1);
+    assert!(server.write(stays, b"unsent").is_ready());
+    for id in 1..5000 {
+        let stream = accept_inbound(&mut server, 2 * id + 1);
+        if id % 2 == 0 {
+            assert!(server.write(stream, b"unsent").is_ready());
+        }
+        server.receive(&frame(Kind::Data, RST, 2 * id + 1, 0)).unwrap();
+        server.drop_handle(stream);
+    }
+    let Session { streams, control, new_flows, old_flows, .. } = &server.session;
+    assert_eq!(streams.len(), 1);
+    let queued = control.len() + new_flows.len() + old_flows.len();
+    assert!(queued < 300, "{queued}");
+    let sent = headers(&server.send_all());
+    assert!(sent.iter().all(|header| header.stream == 1) && !sent.is_empty(), "{sent:?}");
+}
+
+#[test]
 fn data_after_fin_resets_the_stream() {
     let mut server = Side::new(Endpoint::Listener);
     let stream = accept_inbound(&mut server, 1);
