@@ -73,9 +73,7 @@ pub struct Stream {
     send_window: u32,
     /// The frame to send: space for its header, and its body.
     out: Vec<u8>,
-    /// How much of the body was sent.
-    out_sent: usize,
-    /// How much of it is sent even if the stream is dropped, because it was flushed.
+    /// How much of the body is sent even if the stream is dropped, because it was flushed.
     flushed: usize,
     sent_at: Option<Instant>,
 }
@@ -219,7 +217,7 @@ impl Stream {
 
     /// Returns the number of unsent bytes.
     pub fn unsent(&self) -> usize {
-        self.out.len().saturating_sub(HEADER + self.out_sent)
+        self.out.len().saturating_sub(HEADER)
     }
 
     /// Takes as many of `bytes` as there is room for.
@@ -253,7 +251,7 @@ impl Stream {
 
     /// Frees the unsent data.
     fn discard_unsent(&mut self) {
-        (self.out, self.out_sent, self.flushed) = (Vec::new(), 0, 0);
+        (self.out, self.flushed) = (Vec::new(), 0);
     }
 
     /// Whether it has something to send in its turn: data, or FIN.
@@ -264,25 +262,21 @@ impl Stream {
     /// Moves a frame with at most `most` bytes of data into `into`, which is empty.
     pub fn take_frame(&mut self, id: u32, into: &mut Vec<u8>, most: usize, now: Instant) {
         let body = self.unsent().min(most);
-        let is_last = body == self.unsent();
         // FIN is a frame of its own: go-yamux handles the flags of a frame before its body, so a reader would see the
         // end before the last of the data.
         let flags = self.pending & if body == 0 { SYN | ACK | FIN } else { SYN | ACK };
         let header = self.header(id, Kind::Data, flags, body);
         self.sent_at = Some(now);
         self.flushed = self.flushed.saturating_sub(body);
-        if is_last && self.out_sent == 0 && !self.out.is_empty() {
+        if body == self.unsent() && !self.out.is_empty() {
             // The buffer already has space for the header: no copy.
             *into = mem::take(&mut self.out);
             let _ = into.as_mut_slice().write(&header); // to memory
             return;
         }
-        let from = HEADER + self.out_sent;
         into.extend_from_slice(&header);
-        into.extend_from_slice(self.out.get(from..from + body).unwrap_or_default());
-        self.out_sent += body;
-        if is_last {
-            self.discard_unsent();
+        if body > 0 {
+            into.extend(self.out.drain(HEADER..HEADER + body));
         }
     }
 
@@ -321,7 +315,7 @@ impl Stream {
         if is_cut {
             match self.flushed {
                 0 => self.discard_unsent(),
-                flushed => self.out.truncate(HEADER + self.out_sent + flushed),
+                flushed => self.out.truncate(HEADER + flushed),
             }
         }
         // A peer without credit waits for some, and so sends no data that would cause a reset.

@@ -627,6 +627,27 @@ fn credit_is_the_number_of_bytes_the_peer_may_send() {
     assert_eq!(server.session.credit(), 0);
 }
 
+#[test]
+fn a_stream_that_is_refilled_before_all_was_sent_holds_none_of_the_bytes_that_were() {
+    let mut server = Side::new(Endpoint::Listener);
+    let stream = accept_inbound(&mut server, 1);
+    server.send_all();
+    let (mut written, mut sent, mut frames) = (0, 0, Vec::new());
+    for _ in 0..200 {
+        let bytes: Vec<_> = (written..written + QUANTUM).map(|at| at as u8).collect();
+        if let Poll::Ready(Ok(some)) = server.write(stream, &bytes) {
+            written += some;
+        }
+        server.session.take_frames(&mut frames, 8 * KIB, server.now);
+        let expected = (sent..).map(|at| at as u8).take(8 * KIB);
+        assert!(frames[HEADER..].iter().copied().eq(expected));
+        sent += 8 * KIB;
+        server.receive(&frame(Kind::WindowUpdate, 0, 1, 8 * KIB)).unwrap();
+        let held = server.budget.buffered().bytes;
+        assert!(held < 4 * QUANTUM, "{held}");
+    }
+}
+
 // ---- Credit
 
 #[test]
