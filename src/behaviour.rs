@@ -42,7 +42,7 @@ use crate::{
     access::Access,
     activity::{self, ActivityCounter},
     address::{self, Known},
-    config::{Config, ConfigError},
+    config::{Config, ConfigError, LONGEST},
     event::{Event, FreedReason},
     relay::{
         Action, Relay,
@@ -245,14 +245,14 @@ impl Behaviour {
     }
 
     /// Drains: answers RESERVE and CONNECT by closing the connection. Closes all connections without a circuit, spread
-    /// evenly over this time, and those with circuits when these have ended. Without [`Config::close_silent`] the relay
-    /// does not serve meanwhile ([`Behaviour::set_serving`]), and closes only connections that hold a slot or carry a
-    /// circuit.
+    /// evenly over this time (at most a year), and those with circuits when these have ended. Without
+    /// [`Config::close_silent`] the relay does not serve meanwhile ([`Behaviour::set_serving`]), and closes only
+    /// connections that hold a slot or carry a circuit.
     ///
     /// Remove the swarm's listeners first, or clients reconnect at once.
     pub fn drain(&mut self, over: Duration) {
         let now = Instant::now();
-        self.relay.drain(now + over, now);
+        self.relay.drain(now + over.min(LONGEST), now);
         self.update_serving(SystemTime::now());
     }
 
@@ -501,5 +501,12 @@ mod tests {
         assert_eq!(next(), None);
         relay.set_serving(true);
         assert_eq!(next(), Some(true));
+    }
+
+    #[test]
+    fn a_drain_of_any_length_is_accepted() {
+        let mut relay = Behaviour::new(Keypair::generate_ed25519(), Config::default()).unwrap();
+        relay.drain(Duration::MAX);
+        assert!(relay.relay.is_draining());
     }
 }
