@@ -88,7 +88,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
 
     /// Handles the target's answer over this connection, with the opened stream if it accepted. If the source still waits,
     /// and the target has not been asked over another connection since, opens the circuit, and returns the stream with
-    /// the source's reply handle. If the connection is gone, asks over another one.
+    /// the source's reply handle. If there is no answer because the connection or the stream failed, asks over another one.
     pub fn on_target_answered<T>(
         &mut self,
         id: CircuitId,
@@ -98,8 +98,8 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     ) -> Option<(R, T)> {
         let is_asked = |it: &&Circuit<C, R>| it.opened_at.is_none() && it.target.connection == over;
         let target = self.circuits.records.get(&id).filter(is_asked)?.target;
-        let is_gone = matches!(answer, Err(StopFailed::Gone));
-        if is_gone && self.ask_elsewhere(id, target, now).is_some() {
+        let is_unanswered = matches!(answer, Err(StopFailed::Gone | StopFailed::Io(_)));
+        if is_unanswered && self.ask_elsewhere(id, target, now).is_some() {
             return None;
         }
         let circuit = self.circuits.records.get_mut(&id)?;
@@ -302,6 +302,22 @@ mod tests {
             assert_eq!(fixture.relay.circuits.count(), 0);
             assert_eq!(fixture.circuits_over(0), 0);
         }
+    }
+
+    #[test]
+    fn a_target_whose_stream_fails_is_asked_over_its_other_connection() {
+        let mut fixture = Fixture::new();
+        fixture.add_connection(fixture.target, 2);
+        let request = fixture.connect();
+        let failed: Result<(), _> = Err(StopFailed::Io(std::io::ErrorKind::ConnectionAborted));
+        fixture.relay.on_target_answered(request.circuit, request.over, failed, fixture.start);
+        let request = fixture.stop_requests().pop().expect("a stop request over the other one");
+        assert!(fixture.accept(&request));
+        // An answer is final, whatever it is.
+        let request = fixture.connect();
+        let refused: Result<(), _> = Err(StopFailed::Refused(202));
+        fixture.relay.on_target_answered(request.circuit, request.over, refused, fixture.start);
+        assert!(fixture.stop_requests().is_empty());
     }
 
     #[test]

@@ -246,6 +246,24 @@ async fn a_target_whose_reservation_is_on_a_dead_connection_is_reached_over_its_
     assert_eq!(count_logged(&relay, "circuit 1 opened"), 1);
 }
 
+#[tokio::test]
+async fn a_target_whose_old_connection_closes_while_it_is_asked_is_reached_over_its_new_one() {
+    let relay = Relay::start(&[]);
+    let keypair = Keypair::generate_ed25519();
+    let mut old = by_hand::muxed_as(&relay, &keypair).await;
+    assert_eq!(by_hand::reserve(&mut old, 1).await, OK);
+    let mut target = Client::connect_as(keypair, &relay.address, Security::Noise).await;
+    let mut stops = target.accept(STOP);
+    let mut source = Client::connect(&relay).await;
+    let request = connect(target.peer);
+    let closes = async move {
+        while !is_stop(&by_hand::next_frame(&mut old).await.expect("a frame").body) {}
+    };
+    let asked = source.request_circuit(&request);
+    let (asked, ..) = future::join3(asked, closes, accept_circuit(&mut stops)).await;
+    assert_eq!(asked.0.status, OK, "{:?}", asked.0);
+}
+
 fn is_stop(opening: &[u8]) -> bool {
     String::from_utf8_lossy(opening).contains(STOP.as_ref())
 }
