@@ -237,25 +237,20 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         // 1. Forget it, and its request that waits for a slot.
         self.connections.remove(gone.connection);
         self.waiting.retain(|waiting| waiting.request.from != gone);
-        // 2. End its circuits, but for those whose target can be asked elsewhere. The tasks of the connection are gone, and
-        //    report nothing any more.
+        // 2. End its circuits. Move its reservation, or begin the grace.
+        self.abandon(gone, CircuitEnd::Disconnected, now);
+        // 3. The tasks of the connection are gone, and report nothing any more. The task of an open circuit runs on the
+        //    source's connection, that of one being set up on the target's.
         for id in self.circuits.over(gone) {
-            if self.ask_elsewhere(id, gone, now).is_some() {
-                continue;
-            }
-            self.end_circuit(id, CircuitEnd::Disconnected);
-            // The task of an open one runs on the source's connection, that of one being set up on the target's.
             let Some(circuit) = self.circuits.records.get(&id) else { continue };
             let runs_on = if circuit.opened_at.is_some() { circuit.source } else { circuit.target };
             if runs_on == gone {
                 self.on_circuit_ended(id, CircuitEnd::Disconnected, now);
             }
         }
-        // 3. Move its reservation, or begin the grace.
         if self.connections.of(&gone.peer).next().is_none() {
             self.accounts.remove(&gone.peer);
         }
-        self.abandon(gone, CircuitEnd::Disconnected, now);
     }
 
     /// Frees `peer`'s slot and ends its circuits; returns whether it held a slot.

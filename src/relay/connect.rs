@@ -305,6 +305,23 @@ mod tests {
     }
 
     #[test]
+    fn a_target_that_times_out_on_a_connection_or_replaces_it_is_asked_over_its_other_one() {
+        for is_replaced in [false, true] {
+            let mut fixture = Fixture::new();
+            fixture.add_connection(fixture.target, 2);
+            let (mut request, start) = (fixture.connect(), fixture.start);
+            match is_replaced {
+                true => fixture.relay.close_longest_silent_of(fixture.target, 2, start),
+                false => fixture.relay.time_out(1, start),
+            }
+            assert!(request.is_cancelled());
+            request = fixture.stop_requests().pop().expect("a stop request over the other one");
+            assert_eq!(request.over, 2);
+            assert!(fixture.accept(&request));
+        }
+    }
+
+    #[test]
     fn a_target_whose_stream_fails_is_asked_over_its_other_connection() {
         let mut fixture = Fixture::new();
         fixture.add_connection(fixture.target, 2);

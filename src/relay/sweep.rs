@@ -131,9 +131,14 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         }
     }
 
-    /// Ends the circuits over a connection, and moves its reservation or begins the grace; without grace, frees its slot.
+    /// Ends the circuits over a connection, but for those whose target can be asked elsewhere, and moves its reservation or
+    /// begins the grace; without grace, frees its slot.
     pub(super) fn abandon(&mut self, gone: End<C>, end: CircuitEnd, now: Instant) {
-        self.circuits.over(gone).into_iter().for_each(|id| self.end_circuit(id, end));
+        for id in self.circuits.over(gone) {
+            if self.ask_elsewhere(id, gone, now).is_none() {
+                self.end_circuit(id, end);
+            }
+        }
         let mut up = self.fit_for_a_slot(gone.peer);
         up.retain(|other| *other != gone.connection);
         let is_closed = end == CircuitEnd::Disconnected;

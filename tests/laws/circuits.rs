@@ -268,21 +268,29 @@ impl World {
         overdue.map(|record| (record.id, self.others(record))).collect()
     }
 
-    /// Records which targets a sweep asked over another connection; asserts that their circuits were overdue.
+    /// Records which targets a sweep asked over another connection; asserts that their circuits were overdue, or that they
+    /// are silent: these time out on the connection over which they were asked.
     fn on_asked_again(&mut self, overdue: &[(CircuitId, Vec<u32>)]) {
         for action in self.actions() {
             let Action::AskTarget(target, parameters) = action else {
                 continue;
             };
             let CircuitParameters { id: circuit, ended, .. } = *parameters;
-            let others = overdue.iter().find(|(id, _)| *id == circuit);
-            let (_, others) = others.expect("only an overdue circuit's target is asked again");
+            let index = self.circuits.iter().position(|record| record.id == circuit);
+            let index = index.expect("the model knows it");
+            let others = match overdue.iter().find(|(id, _)| *id == circuit) {
+                Some((_, others)) => others.clone(),
+                None => {
+                    let may_time_out = self.peers[self.circuits[index].target].is_frozen;
+                    assert!(may_time_out, "a target that was not overdue is asked again");
+                    self.others(&self.circuits[index])
+                }
+            };
             assert!(
                 others.contains(&target.connection),
                 "asked over an open connection, for the first time"
             );
-            let record = self.circuits.iter_mut().find(|record| record.id == circuit);
-            let record = record.expect("the model knows it");
+            let record = &mut self.circuits[index];
             assert!(record.ended.try_recv().is_err(), "asked over one connection at a time");
             record.asked.push(target.connection);
             (record.asked_at, record.ended) = (self.now, ended);
