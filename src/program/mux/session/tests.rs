@@ -76,8 +76,12 @@ impl Side {
 
     /// Takes one write batch of frames.
     fn send(&mut self) -> Vec<u8> {
+        self.send_at_most(QUANTUM)
+    }
+
+    fn send_at_most(&mut self, most: usize) -> Vec<u8> {
         let mut frames = Vec::new();
-        self.session.take_frames(&mut frames, QUANTUM, self.now);
+        self.session.take_frames(&mut frames, most, self.now);
         std::mem::take(&mut self.session.effects).apply(&self.budget);
         frames
     }
@@ -754,7 +758,8 @@ enum Step {
     Drop(usize),
     Flush(usize),
     Reset(usize),
-    Send,
+    /// Takes a frame with at most this many bytes of data.
+    Send(usize),
     /// Delivers at most this many bytes.
     Arrive(usize),
     Accept,
@@ -849,8 +854,8 @@ impl Connection {
                     stream.reset = true;
                 }
             }
-            Step::Send => {
-                let frames = side.send();
+            Step::Send(most) => {
+                let frames = side.send_at_most(most);
                 self.wires[at].extend(frames);
             }
             Step::Arrive(bytes) => {
@@ -894,11 +899,11 @@ impl Connection {
             let mut moved = false;
             for at in 0..2 {
                 while !self.wires[at].is_empty() || {
-                    self.step(at, Step::Send);
+                    self.step(at, Step::Send(QUANTUM));
                     !self.wires[at].is_empty()
                 } {
                     moved = true;
-                    self.step(at, Step::Send);
+                    self.step(at, Step::Send(QUANTUM));
                     self.step(1 - at, Step::Arrive(usize::MAX));
                 }
                 moved |= !self.sides[at].session.accepted.is_empty();
@@ -981,7 +986,7 @@ fn steps() -> impl Strategy<Value = Step> {
         1 => (0..8_usize).prop_map(Step::Drop),
         1 => (0..8_usize).prop_map(Step::Flush),
         1 => (0..8_usize).prop_map(Step::Reset),
-        5 => Just(Step::Send),
+        5 => prop_oneof![Just(QUANTUM), Just(8 * KIB), 1..QUANTUM].prop_map(Step::Send),
         5 => size.prop_map(Step::Arrive),
         3 => Just(Step::Accept),
         1 => (0..200_u64).prop_map(Step::Pass),

@@ -27,7 +27,7 @@ const BYTES: usize = 3;
 const STEPS: [Step; 16] = [
     Step::Open,
     Step::Accept,
-    Step::Send,
+    Step::Send(QUANTUM),
     Step::Arrive(HEADER),
     Step::Write(0, BYTES),
     Step::Write(1, BYTES),
@@ -75,7 +75,7 @@ fn both_sides_agree_how_streams_ended_in_every_history_of_two() {
                 }
                 let (last_side, last) = side_and_step(step);
                 history.was_idle = match last {
-                    Step::Send if last_side == 1 => {
+                    Step::Send(_) if last_side == 1 => {
                         replay(&history.steps[..length]).wires[1].is_empty()
                     }
                     _ => false,
@@ -142,7 +142,7 @@ fn enabled(connection: &mut Connection) -> u32 {
             let is_enabled = match step {
                 Step::Open => opened < STREAMS,
                 Step::Accept => !session.accepted.is_empty(),
-                Step::Send => true,
+                Step::Send(_) => true,
                 Step::Arrive(_) => !connection.wires[1 - at].is_empty(),
                 Step::Write(number, _) => stream(*number)
                     .is_some_and(|it| !it.closed && !it.reset && it.written < WRITES * BYTES),
@@ -171,7 +171,7 @@ fn redundant_after(last: u8, was_idle: bool) -> u32 {
     const FIRST_SIDE: u32 = (1 << STEPS.len()) - 1;
     const ARRIVES: u32 = 1 << 3;
     match side_and_step(last) {
-        (1, Step::Send) if was_idle => FIRST_SIDE & !ARRIVES,
+        (1, Step::Send(_)) if was_idle => FIRST_SIDE & !ARRIVES,
         (1, _) => FIRST_SIDE,
         _ => 0,
     }
