@@ -38,13 +38,14 @@ const LOSSY_FACTOR: u32 = 8;
 impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     /// Passes over all tables.
     pub fn sweep(&mut self, now: Instant) {
-        // 1. What arrived while the process was stopped may not have been read yet: probes, stop requests and stalls get
-        //    that time.
+        // 1. What arrived while the process was stopped may not have been read yet: probes, and the newcomers that wait for
+        //    their answers, stop requests and stalls get that time.
         let late = now.saturating_duration_since(self.sweep_due);
         if late > TICK {
             let shift = |since| if late > LATE { now } else { since + late };
             self.connections.shift_probes(shift);
             self.circuits.shift_waits(shift);
+            self.waiting.iter_mut().for_each(|newcomer| newcomer.since = newcomer.since.map(shift));
         }
         // 2. Drop full buckets and empty queues, and free the slots whose term or grace has ended.
         self.reserve_rates.forget_full(now);
@@ -64,9 +65,8 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         found.timed_out.into_iter().for_each(|connection| self.time_out(connection, now));
         // 5. Ask targets that do not answer over another connection: they may have reconnected without reserving again, and
         //    the old connection may be half-open. Find slots for newcomers.
-        for (id, silent) in self.circuits.unanswered(now) {
-            self.ask_elsewhere(id, silent, now);
-        }
+        let unanswered = self.circuits.unanswered(now).into_iter();
+        unanswered.for_each(|(id, silent)| _ = self.ask_elsewhere(id, silent, now));
         self.reclaim(now);
         // 6. Close idle connections, and while draining those that are due.
         let idle = self.connections.idle_for(self.config.idle_timeout, now);
@@ -340,6 +340,33 @@ mod tests {
         assert_eq!((probed, again.probed), (late + heartbeat, vec![stays.peer]));
         let (evicted_at, silent) = until_found(&mut relay);
         assert_eq!((evicted_at, silent.silent), (late + silence, vec![stays.peer]));
+    }
+
+    #[test]
+    fn a_newcomer_waits_for_the_probes_that_a_late_sweep_extends_or_restarts() {
+        for late in [2 * TICK, 100 * TICK] {
+            let start = Instant::now();
+            let config = Config { max_reservations: 2, ..Config::default() };
+            let Config { probe, probe_after, .. } = config;
+            let (mut relay, holders) = relay(config, start);
+            let newcomer = End { peer: PeerId::random(), connection: 2 };
+            let up = Connection::new(newcomer.peer, "/memory/1".parse().unwrap(), false, 0, start);
+            relay.connections.add(2, up);
+            let asked = start + probe_after;
+            relay.sweep_due = asked;
+            relay.handle_request(newcomer, Ok(Request::Reserve), (), asked);
+            relay.sweep(asked);
+            assert_eq!(found(&mut relay).probed.len(), 2);
+            while relay.sweep_due < asked + probe - TICK {
+                relay.sweep(relay.sweep_due);
+            }
+            relay.sweep(relay.sweep_due + late);
+            let (_, taken) = until_found(&mut relay);
+            let [(peer, FreedReason::TakenBy { peer: by })] = taken.freed[..] else {
+                panic!("{taken:?}");
+            };
+            assert!(holders.iter().any(|holder| holder.peer == peer) && by == newcomer.peer);
+        }
     }
 
     #[test]

@@ -457,9 +457,15 @@ impl Model {
             for connection in &mut self.connections {
                 connection.probed = connection.probed.map(|_| now);
             }
+            for newcomer in &mut self.waiting {
+                newcomer.since = newcomer.since.map(|_| now);
+            }
         } else if now > due + TICK {
             for connection in &mut self.connections {
                 connection.probed = connection.probed.map(|probed| probed + (now - due));
+            }
+            for newcomer in &mut self.waiting {
+                newcomer.since = newcomer.since.map(|since| since + (now - due));
             }
         }
         self.end_what_is_over(now);
