@@ -53,8 +53,8 @@
 //! 1. As above up to `relay/policy.rs`: `check_request`. `relay/connect.rs`: `connect` finds the target's live
 //!    reservation. `relay/circuits.rs`: `check_caps`; `add` makes a record, which holds the reply.
 //! 2. `behaviour.rs`: `carry_out` commands the handler of the *target's* connection. `behaviour/handler.rs`: `poll` opens
-//!    a stop stream. `behaviour/hop.rs`: `ask` asks on it. If there is no answer within 3 s, or the
-//!    connection closes, and the target has another one, `relay/connect.rs` (`ask_elsewhere`) moves the circuit there.
+//!    a stop stream. `behaviour/hop.rs`: `ask` asks on it. If there is no answer within 3 s, or the stream fails or the
+//!    connection closes before, and the target has another one, `relay/connect.rs` (`ask_elsewhere`) moves the circuit there.
 //! 3. `behaviour.rs`: `on_event` gets the accepted stream. `relay/connect.rs`: `on_target_answered` opens the circuit,
 //!    which `relay/accounts.rs` (`on_opened`) counts. The stream is sent as the reply.
 //! 4. `behaviour/hop.rs`: `serve` answers the source. From here on both streams are one circuit. `behaviour/circuit.rs`:
