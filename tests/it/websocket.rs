@@ -329,6 +329,8 @@ async fn the_configured_certificate_is_served_and_reloaded_on_change() {
     let mut open = connect_in_tls(&secure, &first).await;
     open.reserve().await;
     assert!(!second.is_served(&secure).await);
+    relay.wait_for_log("the client does not accept the certificate of --tls-cert").await;
+    assert_eq!(relay.count_in_log("not libp2p"), 0, "{:#?}", relay.log());
 
     second.write(relay.folder.path());
     relay.wait_for_log("changed, reloaded").await;

@@ -65,6 +65,8 @@ pub enum Reason {
     Http,
     /// The client began TLS where none is spoken.
     Tls,
+    /// The client ended TLS because of the certificate of `--tls-cert`.
+    Certificate,
     /// The client sent a PROXY protocol header, and is not a trusted proxy.
     ProxyHeader,
     /// The client has another swarm key, or none.
@@ -100,6 +102,7 @@ impl Reason {
             Self::Closed => "closed",
             Self::Http => "http",
             Self::Tls => "tls",
+            Self::Certificate => "certificate",
             Self::ProxyHeader => "proxy header",
             Self::SwarmKey => "swarm key",
             Self::PeerId => "peer id",
@@ -120,6 +123,10 @@ impl Reason {
             Self::Tls => {
                 "TLS came to a port without TLS; use the port of --listen /…/tls/ws, or have the proxy in front end \
                  TLS, or send none"
+            }
+            Self::Certificate => {
+                "the client does not accept the certificate of --tls-cert; get one for the name that it dials, from an \
+                 issuer that it trusts, with the whole chain in the file"
             }
             Self::ProxyHeader => {
                 "a PROXY protocol header came from an untrusted address; name it with --proxy-protocol-from, or have \
@@ -236,6 +243,9 @@ fn reason(cause: &io::Error, stage: Stage, known: &Known) -> Reason {
         true if stage == Stage::Muxer => Reason::PeerId,
         true => Reason::Closed,
         false if is_own_timeout => Reason::Timeout,
+        false if stage == Stage::WebSocket && causes(cause).any(is_certificate_rejected) => {
+            Reason::Certificate
+        }
         false => Reason::Protocol,
     }
 }
@@ -267,6 +277,29 @@ pub fn is_closed(cause: &(dyn Error + 'static)) -> bool {
     let closed =
         [BrokenPipe, ConnectionAborted, ConnectionReset, NotConnected, UnexpectedEof, WriteZero];
     is_end_of_file || cause.downcast_ref().is_some_and(|it: &io::Error| closed.contains(&it.kind()))
+}
+
+/// Whether this is the alert with which a client of `/tls/ws` rejects the relay's certificate.
+#[cfg(feature = "websocket")]
+fn is_certificate_rejected(cause: &(dyn Error + 'static)) -> bool {
+    use futures_rustls::rustls::{AlertDescription as Alert, Error as Tls};
+
+    let Some(Tls::AlertReceived(alert)) = cause.downcast_ref() else { return false };
+    matches!(
+        alert,
+        Alert::BadCertificate
+            | Alert::UnsupportedCertificate
+            | Alert::CertificateRevoked
+            | Alert::CertificateExpired
+            | Alert::CertificateUnknown
+            | Alert::UnknownCA
+            | Alert::DecryptError // its signature is not the issuer's
+    )
+}
+
+#[cfg(not(feature = "websocket"))]
+fn is_certificate_rejected(_: &(dyn Error + 'static)) -> bool {
+    false
 }
 
 /// An error and its causes.
