@@ -57,13 +57,14 @@ tcp | ConnectionRefused | nothing listens there: start the relay, or correct or 
 tcp | Unreachable | this machine has no route there: check its network
 tcp |  | a firewall drops the packets, or the address is another host's: open or correct it
 tls | NotFound | install ca-certificates, or name a file with SSL_CERT_FILE
+tls | Closed, corrupt message | that port speaks no TLS: use the relay's port for /tls/ws, or leave out /tls
 tls |  | get a certificate for this name, and present its whole chain (relaylet: --tls-cert); to trust another issuer name it \
     with SSL_CERT_FILE
 websocket |  | use the relay's port for WebSocket, or have the proxy pass on upgrades
 pnet |  | the relay is in no private network: leave out --swarm-key
 secure | another peer | correct the peer id, or find out what else listens there
-secure | Closed, negotiation failed | the relay refuses this address (its caps, rates and access rules), drains, is in a private \
-    network (--swarm-key), supports neither /noise nor /tls/1.0.0, or not /yamux/1.0.0
+secure | Closed, negotiation failed | the relay refuses this address (its caps, rates and access rules), drains, has a swarm key \
+    that this check has not (--swarm-key), supports neither /noise nor /tls/1.0.0, or not /yamux/1.0.0
 secure |  | no libp2p peer answers: correct the port, add /ws for WebSocket, or give the private network's key (--swarm-key)
 identify | Closed | the relay refuses this peer (access rules, caps): see its log
 identify |  | have the relay serve identify, by which clients learn that it is one
@@ -108,6 +109,8 @@ mod tests {
             (Stage::Tcp, of(ErrorKind::NetworkUnreachable), "no route"),
             (Stage::Tcp, of(ErrorKind::TimedOut), "a firewall"),
             (Stage::Tls, of(ErrorKind::NotFound), "install ca-certificates"),
+            (Stage::Tls, of(ErrorKind::UnexpectedEof), "speaks no TLS"),
+            (Stage::Tls, text("received corrupt message of type X"), "speaks no TLS"),
             (Stage::Tls, of(ErrorKind::InvalidData), "--tls-cert"),
             (Stage::WebSocket, text("HTTP 400"), "upgrades"),
             (Stage::Pnet, of(ErrorKind::UnexpectedEof), "leave out --swarm-key"),
