@@ -212,8 +212,11 @@ fn read_file(file: &str, bytes: &[u8], known: &Table) -> Result<Vec<Entry>, Stri
             return Err(format!("{at}: {name}: {problem}"));
         }
         let Some(setting) = known.get(&name) else {
-            let nearest = nearest(&name, known).0;
-            return Err(format!("{at}: {name}: unknown setting; try {nearest}"));
+            let problem = match name.as_str() {
+                "config" | "print-config" => format!("not for the file; use the flag --{name}"),
+                _ => format!("unknown setting; try {}", nearest(&name, known).0),
+            };
+            return Err(format!("{at}: {name}: {problem}"));
         };
         let parts = match (setting, whole.get_ref()) {
             (Value::Array(_), DeValue::Array(parts)) => parts.iter().collect(),
