@@ -30,6 +30,9 @@ struct Link<'a> {
     sent: &'a [u8],
     at_once: usize,
     received: Arc<Mutex<Vec<u8>>>,
+    /// How many bytes the peer takes at once; it takes none each other time. `None`: all.
+    taken_at_once: Option<usize>,
+    is_full: bool,
 }
 
 impl AsyncRead for Link<'_> {
@@ -45,10 +48,15 @@ impl AsyncRead for Link<'_> {
 
 impl AsyncWrite for Link<'_> {
     fn poll_write(
-        self: Pin<&mut Self>,
+        mut self: Pin<&mut Self>,
         _: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
+        self.is_full = !self.is_full && self.taken_at_once.is_some();
+        if self.is_full {
+            return Poll::Pending;
+        }
+        let (bytes, _) = bytes.split_at(self.taken_at_once.unwrap_or(bytes.len()).min(bytes.len()));
         self.received.lock().unwrap().extend(bytes);
         Poll::Ready(Ok(bytes.len()))
     }
@@ -63,7 +71,7 @@ impl AsyncWrite for Link<'_> {
 }
 
 /// A peer sends `bytes`, except for the first two: those choose how many bytes arrive at once, and what the relay does
-/// with the streams that the peer opens (bits: echo, close, drop).
+/// with the streams that the peer opens (bits: echo, close, drop), and whether the peer takes its output slowly.
 pub fn check(bytes: &[u8]) {
     let [at_once, choices, sent @ ..] = bytes else {
         return;
@@ -73,7 +81,10 @@ pub fn check(bytes: &[u8]) {
     let multiplex = Multiplex::new(budget, limits, STREAMS);
     let memory = multiplex.memory.clone();
     let received = Arc::default();
-    let link = Link { sent, at_once: 1 + usize::from(*at_once), received: Arc::clone(&received) };
+    let at_once = 1 + usize::from(*at_once);
+    let taken_at_once = (choices & 8 != 0).then_some(at_once);
+    let received_too = Arc::clone(&received);
+    let link = Link { sent, at_once, received: received_too, taken_at_once, is_full: false };
     let muxer = multiplex.upgrade_inbound(link, "/yamux/1.0.0").now_or_never();
     let mut muxer = muxer.expect("ready at once").expect("the upgrade cannot fail");
     let cx = &mut Context::from_waker(Waker::noop());
@@ -104,19 +115,21 @@ pub fn check(bytes: &[u8]) {
     drop(muxer);
     drop(streams);
     assert_eq!(memory.buffered().bytes, 0);
-    assert_frames(&received.lock().unwrap());
+    assert_frames(&received.lock().unwrap(), taken_at_once.is_none());
 }
 
-/// Asserts that the output consists of whole frames of known types, with nothing after a go-away.
-fn assert_frames(mut bytes: &[u8]) {
+/// Asserts that the output consists of frames of known types, with nothing after a go-away; the last may be cut short
+/// unless `are_whole`.
+fn assert_frames(mut bytes: &[u8], are_whole: bool) {
     while let Some((header, rest)) = bytes.split_first_chunk::<12>() {
         let [version, kind, _, _, _, _, _, _, l0, l1, l2, l3] = *header;
         assert!(version == 0 && kind <= 3, "{header:?}");
         let length = if kind == 0 { u32::from_be_bytes([l0, l1, l2, l3]) as usize } else { 0 };
-        bytes = rest.get(length..).expect("a whole body");
+        assert!(!are_whole || length <= rest.len(), "a whole body");
+        bytes = rest.get(length..).unwrap_or_default();
         assert!(kind != 3 || bytes.is_empty(), "nothing after a go-away");
     }
-    assert!(bytes.is_empty(), "a whole header");
+    assert!(!are_whole || bytes.is_empty(), "a whole header");
 }
 
 /// Frames, most of them in order.
