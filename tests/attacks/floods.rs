@@ -7,7 +7,7 @@ use std::{
 
 use libp2p::{
     PeerId, Stream,
-    futures::{AsyncReadExt, AsyncWriteExt, StreamExt, future},
+    futures::{AsyncReadExt, AsyncWriteExt, FutureExt, StreamExt, future},
 };
 use prost::Message;
 use tokio::time::sleep;
@@ -49,7 +49,8 @@ async fn requests_from_one_address() {
     const OWN_RATE: f64 = 0.4;
     const SHARED_BURST: f64 = 1024.0; // the burst that their address shares
     const SHARED_RATE: f64 = 64.0;
-    let rounds = short_or_long(4, 200);
+    // Those that hold a slot are not closed, and are read more slowly: a second or so for each round.
+    let rounds = short_or_long(4, 20);
     let mut testbed = Testbed::start(&[]).await;
     let port = testbed.port;
     let mut holder = RawPeer::connect_with_retry(port, address(0)).await;
@@ -64,18 +65,17 @@ async fn requests_from_one_address() {
             let requests: Vec<_> = requests.into_iter().cycle().take(AT_ONCE).collect();
             let mut answered = 0;
             for _ in 0..rounds {
-                let answers = peer.request_all(&requests).await?;
+                // It holds no slot: if it goes on for long, it is closed.
+                let Ok(answers) = peer.request_all(&requests).await else {
+                    return (None, answered);
+                };
                 answered += answers.iter().filter(|(_, status)| status.is_some()).count();
             }
-            Ok((peer.stay_connected(), answered))
+            (Some(peer.stay_connected()), answered)
         });
         // The newcomers wait for the holder's slot: its activity keeps it.
         let is_over = AtomicBool::new(false);
-        let flood = async {
-            let flood = expect_all(flood.await);
-            is_over.store(true, Ordering::Relaxed);
-            flood
-        };
+        let flood = flood.inspect(|_| is_over.store(true, Ordering::Relaxed));
         let keep_alive = async {
             while !is_over.load(Ordering::Relaxed) {
                 holder.read_until_pong().await.expect("it is connected");
@@ -94,7 +94,10 @@ async fn requests_from_one_address() {
         SHARED_BURST + SHARED_RATE * took + (OWN_BURST + OWN_RATE * took) * IDENTITIES as f64;
     println!("{answered} of {} were answered", IDENTITIES * rounds * AT_ONCE);
     assert!((answered as f64) < limit.ceil(), "{answered} were answered, at most {limit} may be");
-    let counts = testbed.until(|counts| counts.connections == 3 + IDENTITIES).await;
+    let counts = testbed.until(|counts| counts.connections <= 3 + IDENTITIES).await;
+    // In a long flood only those that hold a slot stay connected.
+    let least = short_or_long(3 + IDENTITIES, 2 + SLOTS);
+    assert!(counts.connections >= least, "{counts:?}");
     assert!((2..=1 + SLOTS).contains(&counts.live), "{counts:?}");
     drop((peers, _holder));
     testbed.assert_restored().await;
@@ -165,34 +168,36 @@ async fn connects_to_one_victim() {
             async move {
                 let mut peer = RawPeer::connect_with_retry(port, address(number % ADDRESSES)).await;
                 let start = Instant::now();
-                let (mut opened, mut reset) = (0, 0);
+                let (mut opened, mut answered) = (0, 0);
                 for _ in 0..rounds {
-                    for (stream, status) in
-                        peer.request_all(&vec![request.clone(); AT_ONCE]).await?
-                    {
+                    let requests = vec![request.clone(); AT_ONCE];
+                    let Ok(answers) = peer.request_all(&requests).await else {
+                        assert!(short_or_long(false, true), "closed after a short flood");
+                        break;
+                    };
+                    for (stream, status) in answers {
                         let expected = [OK, RESOURCE_LIMIT_EXCEEDED, CONNECTION_FAILED, RESET];
                         assert!(expected.contains(&status));
-                        reset += usize::from(status == RESET);
+                        answered += usize::from(status != RESET);
                         if status == OK {
                             opened += 1;
-                            peer.send(&data(RST, stream, &[])).await?;
+                            let _ = peer.send(&data(RST, stream, &[])).await; // unless it is closed
                         }
                     }
                 }
-                Ok((opened, reset, start.elapsed().as_secs_f64()))
+                (opened, answered, start.elapsed().as_secs_f64())
             }
         });
-        expect_all(flood.await)
+        flood.await
     };
     let size = format!("{IDENTITIES} identities, {} each", rounds * AT_ONCE);
     let what = "a flood of CONNECTs to one victim, which agrees to all";
     let (flood, _) = testbed.attack(what, &size, flood).await;
     assert!(flood.iter().any(|(opened, ..)| *opened > 0));
-    // Each request above the rate is refused, or its stream reset.
+    // Of those that are answered, each above the rate is refused.
     let limit: f64 = flood.iter().map(|(.., took)| BURST + RATE * took).sum();
-    let reset: usize = flood.iter().map(|(_, reset, _)| reset).sum();
-    let count = IDENTITIES * rounds * AT_ONCE;
-    let least = (count - reset) as f64 - limit.ceil();
+    let answered: usize = flood.iter().map(|(_, answered, _)| answered).sum();
+    let least = answered as f64 - limit.ceil();
     within(async {
         loop {
             let [of_peers, of_addresses] = TOO_OFTEN.map(|refused| testbed.count(refused));
