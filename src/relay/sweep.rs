@@ -65,8 +65,9 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         found.timed_out.into_iter().for_each(|connection| self.time_out(connection, now));
         // 5. Ask targets that do not answer over another connection: they may have reconnected without reserving again, and
         //    the old connection may be half-open. Find slots for newcomers.
-        let unanswered = self.circuits.unanswered(now).into_iter();
-        unanswered.for_each(|(id, silent)| _ = self.ask_elsewhere(id, silent, now));
+        for (id, silent) in self.circuits.unanswered(now) {
+            self.ask_elsewhere(id, silent, now);
+        }
         self.reclaim(now);
         // 6. Close idle connections, and while draining those that are due.
         let idle = self.connections.idle_for(self.config.idle_timeout, now);

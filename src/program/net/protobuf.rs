@@ -1,4 +1,5 @@
-//! Reads protobuf messages from streams, each with its length in front: identify's and AutoNAT's.
+//! Reads protobuf messages from streams, each with its length in front: identify's, AutoNAT's, and the answers that
+//! `relaylet check` gets.
 
 use std::io;
 
@@ -7,7 +8,7 @@ use prost::{Message, bytes::Bytes};
 
 use crate::wire;
 
-/// The largest message that is read, in bytes: go-libp2p's limit for both protocols. rust-libp2p sends at most 4,096.
+/// The largest message that is read, in bytes: go-libp2p's limit for identify and AutoNAT. rust-libp2p sends at most 4,096.
 const MAX_MESSAGE: usize = 8192;
 
 /// Reads a message. It takes no more memory than has arrived of it.

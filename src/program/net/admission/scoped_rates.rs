@@ -72,18 +72,19 @@ impl ScopedRates {
             self.purged_at = Some(now);
         }
         let scopes = [Some(prefix), Some(prefix.subnet().0), prefix.wide()];
-        let (mut longest, mut charged) = (Duration::ZERO, Vec::new());
-        for (Level { rate, buckets }, scope) in self.levels.iter_mut().zip(scopes) {
+        let (mut longest, mut charged) = (Duration::ZERO, [None, None, None]);
+        let levels = self.levels.iter_mut().zip(scopes);
+        for ((Level { rate, buckets }, scope), charge) in levels.zip(&mut charged) {
             if let (Some(rate), Some(scope)) = (rate, scope) {
                 let (full_at, wait) = rate.after_one(buckets.get(&scope).copied(), now);
                 longest = longest.max(wait);
-                charged.push((buckets, scope, full_at));
+                *charge = Some((buckets, scope, full_at));
             }
         }
         if longest > max_wait {
             return None;
         }
-        for (buckets, scope, full_at) in charged {
+        for (buckets, scope, full_at) in charged.into_iter().flatten() {
             if buckets.len() < MOST_SCOPES || buckets.contains_key(&scope) {
                 buckets.insert(scope, full_at);
             }
