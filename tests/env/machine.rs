@@ -148,10 +148,7 @@ fn a_relay_with_380_addresses_is_found_by_rust_go_and_javascript() {
 #[tokio::test]
 #[ignore = "needs Python"]
 async fn without_a_list_of_addresses_a_client_gets_the_address_at_which_it_reached_the_relay() {
-    let folder = TempDir::new().unwrap();
-    let mut command = withheld("netlink", &folder);
-    command.arg("--listen=/ip4/0.0.0.0/tcp/0");
-    let relay = Relay::run(command, folder);
+    let relay = relay_without("netlink", "/ip4/0.0.0.0/tcp/0");
     relay.wait_for_log("listing this machine's addresses failed").await;
     let reached = format!("/ip4/127.0.0.1/tcp/{}/p2p/{}", relay.port(), relay.peer);
     let view = reserve(&reached.parse().unwrap()).await;
@@ -163,12 +160,17 @@ async fn without_a_list_of_addresses_a_client_gets_the_address_at_which_it_reach
 #[tokio::test]
 #[ignore = "needs Python"]
 async fn a_kernel_without_options_of_tcp_serves_clients_too() {
-    let folder = TempDir::new().unwrap();
-    let mut command = withheld("options", &folder);
-    command.arg("--listen=/ip4/127.0.0.1/tcp/0");
-    let relay = Relay::run(command, folder);
+    let relay = relay_without("options", "/ip4/127.0.0.1/tcp/0");
     let circuit = reserve(&relay.address).await.circuit.to_string();
     assert!(circuit.starts_with(&relay.address.to_string()), "{circuit}");
+}
+
+/// A relay without one facility of the kernel, which listens on this address.
+fn relay_without(what: &str, listen: &str) -> Relay {
+    let folder = TempDir::new().unwrap();
+    let mut command = withheld(what, &folder);
+    command.arg(format!("--listen={listen}"));
+    Relay::run(command, folder)
 }
 
 /// The command that runs the program without one facility of the kernel (see `tests/env/withhold`).

@@ -212,11 +212,8 @@ async fn a_circuit_ends_when_its_source_freezes() {
 #[tokio::test]
 async fn a_target_whose_reservation_is_on_a_dead_connection_is_reached_over_its_new_one() {
     let relay = Relay::start(&[]);
-    let keypair = Keypair::generate_ed25519();
-    // It holds its slot over a connection on which it is frozen, and does not reserve over the other one.
-    let mut frozen = by_hand::muxed_as(&relay, &keypair).await;
-    assert_eq!(by_hand::reserve(&mut frozen, 1).await, OK);
-    let mut target = Client::connect_as(keypair, &relay.address, Security::Noise).await;
+    // On the connection over which it holds its slot it is frozen.
+    let (mut frozen, mut target) = target_with_two_connections(&relay).await;
     let mut stops = target.accept(STOP);
     let mut source = Client::connect(&relay).await;
     let request = connect(target.peer);
@@ -249,10 +246,7 @@ async fn a_target_whose_reservation_is_on_a_dead_connection_is_reached_over_its_
 #[tokio::test]
 async fn a_target_whose_old_connection_closes_while_it_is_asked_is_reached_over_its_new_one() {
     let relay = Relay::start(&[]);
-    let keypair = Keypair::generate_ed25519();
-    let mut old = by_hand::muxed_as(&relay, &keypair).await;
-    assert_eq!(by_hand::reserve(&mut old, 1).await, OK);
-    let mut target = Client::connect_as(keypair, &relay.address, Security::Noise).await;
+    let (mut old, mut target) = target_with_two_connections(&relay).await;
     let mut stops = target.accept(STOP);
     let mut source = Client::connect(&relay).await;
     let request = connect(target.peer);
@@ -262,6 +256,14 @@ async fn a_target_whose_old_connection_closes_while_it_is_asked_is_reached_over_
     let asked = source.request_circuit(&request);
     let (asked, ..) = future::join3(asked, closes, accept_circuit(&mut stops)).await;
     assert_eq!(asked.0.status, OK, "{:?}", asked.0);
+}
+
+/// A peer's connection over which it holds a slot, and its newer one, over which it does not reserve.
+async fn target_with_two_connections(relay: &Relay) -> (by_hand::Channel, Client) {
+    let keypair = Keypair::generate_ed25519();
+    let mut old = by_hand::muxed_as(relay, &keypair).await;
+    assert_eq!(by_hand::reserve(&mut old, 1).await, OK);
+    (old, Client::connect_as(keypair, &relay.address, Security::Noise).await)
 }
 
 fn is_stop(opening: &[u8]) -> bool {
