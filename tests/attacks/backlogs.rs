@@ -12,7 +12,7 @@ use libp2p::{
 };
 use tokio::time::{interval, sleep};
 
-use super::testbed::{FREED_FOR_MEMORY, Testbed};
+use super::testbed::{FREED_FOR_MEMORY, SMALL_BUDGET, Testbed};
 use crate::common::{
     Client,
     by_hand::{RST, SYN, WINDOW, WINDOW_UPDATE, data, frame},
@@ -39,12 +39,13 @@ async fn unread_ping_echoes_of_four_addresses_at_a_full_table() {
     const CONNECTIONS: usize = 250;
     // More than the 10 s of silence before a peer is probed, and the 3 s of the probe.
     let duration = Duration::from_secs(short_or_long(24, 90));
+    let [circuits, buffered] = SMALL_BUDGET;
     let mut testbed = Testbed::start(&[
         &format!("--max-reservations={SLOTS}"),
         "--max-connections=1024",
         "--max-handshakes=256",
-        "--max-circuits-per-peer=4",
-        "--max-buffered=8MiB", // the echoes are more
+        circuits,
+        buffered, // the echoes are more
     ])
     .await;
     let port = testbed.port;

@@ -28,6 +28,9 @@ const MEMORY_LIMIT: u64 = 512 * 1024;
 pub const FREED_FOR_MEMORY: [&str; 2] =
     [r#"relaylet_given_up_total{what="stream"}"#, r#"relaylet_given_up_total{what="connection"}"#];
 
+/// The smallest `--max-buffered` for peers that may have four circuits each.
+pub const SMALL_BUDGET: [&str; 2] = ["--max-circuits-per-peer=4", "--max-buffered=8MiB"];
+
 /// The interval at which metrics are polled.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
 

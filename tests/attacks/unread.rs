@@ -5,7 +5,7 @@ use std::{io, time::Duration};
 use libp2p::futures::future;
 use tokio::time::{sleep, timeout};
 
-use super::testbed::{FREED_FOR_MEMORY, Testbed};
+use super::testbed::{FREED_FOR_MEMORY, SMALL_BUDGET, Testbed};
 use crate::common::{
     by_hand::{RST, SYN, WINDOW_UPDATE, data, frame},
     messages::{connect, reserve},
@@ -21,9 +21,6 @@ const RESET_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The interval at which the metrics are polled.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
-
-/// The smallest `--max-buffered` for peers that may have four circuits each.
-const SMALL_BUDGET: [&str; 2] = ["--max-circuits-per-peer=4", "--max-buffered=8MiB"];
 
 /// A window larger than all that is sent.
 const LARGE_WINDOW: u32 = 1 << 30;
