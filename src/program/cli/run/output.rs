@@ -8,6 +8,7 @@ use std::{
     env, fmt,
     io::{self, Write},
     process::ExitCode,
+    time::SystemTime,
 };
 
 use anyhow::{Context, Result};
@@ -23,9 +24,15 @@ const MUTED: &str = "soketto";
 pub fn start_log() {
     let mut log = env_logger::Builder::new();
     log.filter_level(LevelFilter::Info).filter_module(MUTED, LevelFilter::Off);
-    if is_journal() {
-        log.format(|out, record| write_to_journal(out, record.level(), record.args()));
-    }
+    let is_journal = is_journal();
+    log.format(move |out, record| match is_journal {
+        true => write_to_journal(out, record.level(), record.args()),
+        false => {
+            let (level, target) = (record.level(), record.target());
+            let time = humantime::format_rfc3339_seconds(SystemTime::now());
+            write_lines(out, &format!("[{time} {level:5} {target}] "), record.args())
+        }
+    });
     log.parse_default_env().init();
 }
 
@@ -76,7 +83,11 @@ fn write_to_journal(
         Level::Info => 6,
         Level::Debug | Level::Trace => 7,
     };
-    text.to_string().lines().try_for_each(|line| writeln!(out, "<{priority}>{line}"))
+    write_lines(out, &format!("<{priority}>"), text)
+}
+
+fn write_lines(out: &mut impl Write, prefix: &str, text: &fmt::Arguments<'_>) -> io::Result<()> {
+    text.to_string().lines().try_for_each(|line| writeln!(out, "{prefix}{line}"))
 }
 
 /// Where a standard stream goes: "terminal", "pipe", "socket", or the device and inode of a file. All pipes count as one
