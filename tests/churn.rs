@@ -2,9 +2,9 @@
 //! `cargo bench --bench churn`.
 //!
 //! Prints a row per policy for each load, and draws `tests/churn.svg`. Exits with status 1 if a peer that answered in
-//! time lost its slot, or if any state is left after all clients have disconnected. `-- settings` tries this relay with
-//! other timers instead, `-- loss` on links that lose packets. The clients, and the assumptions about them, are in `churn/trace.rs`; the other relays in
-//! `churn/others.rs`.
+//! time lost its slot, if any state is left after all clients have disconnected, or if this relay evicted nobody.
+//! `-- settings` tries it with other timers instead, `-- loss` on links that lose packets. The clients, and the assumptions
+//! about them, are in `churn/trace.rs`; the other relays in `churn/others.rs`.
 
 #[path = "churn/others.rs"]
 mod others;
@@ -88,8 +88,7 @@ fn main() -> ExitCode {
     }
     let trace = Trace::of_a_day(SEED);
     if env::args().any(|argument| argument == "loss") {
-        print_losses(trace);
-        return ExitCode::SUCCESS;
+        return print_losses(trace);
     }
     let settings = env::args().any(|argument| argument == "settings");
     let loads = if settings { &TRIED_AT[..] } else { &LOADS };
@@ -122,7 +121,11 @@ fn main() -> ExitCode {
         fs::write(PLOT, plot::refusals(&lines)).expect("the plot is written");
     }
 
-    let mut failed = false;
+    let evicted: usize = results.iter().map(|(_, _, rows)| rows[0].1.evicted).sum();
+    let mut failed = evicted == 0;
+    if failed {
+        eprintln!("{RELAYLET} evicted nobody, although its table was overfull");
+    }
     for (name, tally) in results.iter().flat_map(|(_, _, rows)| rows) {
         if tally.wrong_evictions > 0 {
             eprintln!("{name}: {} peers answered in time and were evicted", tally.wrong_evictions);
@@ -140,11 +143,12 @@ fn main() -> ExitCode {
 
 /// Prints how many live peers are evicted where packets are lost and no client stalls, of a relay that asks its kernel about
 /// a connection before it evicts, and of one that does not.
-fn print_losses(mut trace: Trace) {
+fn print_losses(mut trace: Trace) -> ExitCode {
     let live = trace.mean_live();
     let is_stall = |what: &trace::Change| matches!(what, trace::Change::Stall { .. });
-    trace.events.retain(|(at, _, what)| *at < LOSSES_UNTIL && !is_stall(what));
-    println!("The first {} h of that day.\n", LOSSES_UNTIL.as_secs() / 3600);
+    trace.events.retain(|(_, _, what)| !is_stall(what));
+    trace.end_at(LOSSES_UNTIL);
+    println!("An hour of that day, after {} h.\n", MEASURED_FROM.as_secs() / 3600);
     println!("| load | packets lost | live peers evicted | without asking the kernel | of stays |");
     println!("| --- | --- | --- | --- | --- |");
     let evicted = at_each(&LOSSES_AT, |load| {
@@ -158,6 +162,8 @@ fn print_losses(mut trace: Trace) {
             println!("| {load} % | {lost:.0} % | {evicted} | {without} | {stays} |");
         }
     }
+    let evicted = evicted.iter().flatten().flatten().map(|tally| tally.evicted).sum::<usize>();
+    if evicted > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 fn policies(trace: &Trace, slots: usize) -> Vec<(&'static str, Tally)> {
@@ -174,6 +180,7 @@ fn relaylet(trace: &Trace, slots: usize, change: Change) -> Tally {
 
 fn run_relaylet(trace: &Trace, slots: usize, change: Change, asks: bool, loss: f64) -> Tally {
     let mut config = Config::default();
+    config.close_silent = true; // as in the program
     config.max_reservations = slots;
     config.max_reservations_per_ip = Some(0);
     config.max_reservations_per_subnet = Some(0);

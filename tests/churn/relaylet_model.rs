@@ -163,6 +163,9 @@ impl Relay for RelayletModel {
         if let Some(activity) = self.activity.get(&id) {
             activity.add(1);
         }
+        if let Some(kernel) = self.kernel.get(&id) {
+            kernel.heard.store(self.clock.load(Relaxed), Relaxed);
+        }
     }
 
     fn on_acknowledged(&mut self, id: usize, retransmitted: u64, now: Duration) {

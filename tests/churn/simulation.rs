@@ -13,7 +13,9 @@ use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
 use crate::trace::{Change, DAY, MEASURED_FROM, Trace};
 
 /// TCP sends again what is not acknowledged a round trip and this time later, each time twice as late, up to the longest.
+/// The program's sockets send so many times before that begins (Linux, `TCP_THIN_LINEAR_TIMEOUTS`).
 const RETRANSMIT_AFTER: Duration = Duration::from_millis(200);
+const LINEAR: u64 = 6;
 const LONGEST_RETRANSMIT: Duration = Duration::from_secs(120);
 
 /// This long after the last client has disconnected every term and grace is over.
@@ -96,10 +98,14 @@ enum Due {
     /// The client sees that the relay has closed its connection.
     Lost(usize),
     Reserve(usize),
+    /// A probe arrives, where packets are lost.
+    Probe(usize),
     Answer(usize),
     /// The relay's kernel gets the acknowledgement of a probe that was retransmitted so often.
     Acknowledged(usize, u64),
     Keepalive(usize),
+    /// One arrives, where packets are lost: the relay answers it.
+    Kept(usize),
     /// This client reconnects, if it is still in this stay.
     Reconnect(usize, usize),
 }
@@ -122,8 +128,16 @@ struct Connection {
     last_heard: Duration,
     probed: Option<Duration>,
     wants_since: Duration,
-    /// When what was sent last to the client, and by it, was acknowledged: what is sent next waits until then.
-    acknowledged: [Duration; 2],
+    /// What was sent last to the client, and by it.
+    last: [Packet; 2],
+}
+
+/// When a packet is sent, arrives and is acknowledged; what follows is sent after that, as one packet.
+#[derive(Clone, Copy, Default)]
+struct Packet {
+    sent: Duration,
+    arrives: Duration,
+    acknowledged: Duration,
 }
 
 /// The directions of a connection.
@@ -268,7 +282,7 @@ impl<R: Relay> Simulation<'_, R> {
             last_heard: self.now,
             probed: None,
             wants_since: self.now,
-            acknowledged: [Duration::ZERO; 2],
+            last: Default::default(),
         });
         self.clients[client].connection = Some(connection);
         self.relay.on_connected(connection, peer, self.now);
@@ -295,9 +309,11 @@ impl<R: Relay> Simulation<'_, R> {
             }
             Due::Lost(connection)
             | Due::Reserve(connection)
+            | Due::Probe(connection)
             | Due::Answer(connection)
             | Due::Acknowledged(connection, _)
-            | Due::Keepalive(connection) => (connection, self.connections[connection].client),
+            | Due::Keepalive(connection)
+            | Due::Kept(connection) => (connection, self.connections[connection].client),
         };
         if self.clients[client].connection != Some(connection) {
             return;
@@ -320,41 +336,62 @@ impl<R: Relay> Simulation<'_, R> {
         if let (Due::Keepalive(_), Some(period)) = (due, family.keepalive_interval()) {
             self.schedule(period, due);
             if self.loss > 0.0 {
-                let arrives = self.send(connection, TO_RELAY, self.now);
-                return self.schedule(arrives - self.now, Due::Answer(connection));
+                let arrives = self.send(connection, TO_RELAY);
+                return self.schedule(arrives, Due::Kept(connection));
             }
+        }
+        if due == Due::Probe(connection) {
+            let arrives = self.send(connection, TO_RELAY);
+            return self.schedule(arrives, Due::Answer(connection));
         }
         self.connections[connection].last_heard = self.now;
         self.relay.on_activity(connection);
+        if due == Due::Kept(connection) {
+            self.send(connection, TO_CLIENT);
+        }
         if due == Due::Reserve(connection) {
             self.connections[connection].wants_since = self.now;
             self.relay.reserve(connection, self.now);
         }
     }
 
-    /// Sends a packet at this time, or once the one before is acknowledged; returns when it arrives.
-    fn send(&mut self, connection: usize, direction: usize, at: Duration) -> Duration {
-        let round_trip = self.trace.clients[self.connections[connection].client].round_trip;
-        let mut sent = at.max(self.connections[connection].acknowledged[direction]);
-        let (mut pause, mut arrives, mut retransmitted) = (RETRANSMIT_AFTER + round_trip, None, 0);
+    /// Sends a packet, now or once the one before is acknowledged; returns after how long it arrives.
+    fn send(&mut self, connection: usize, direction: usize) -> Duration {
+        let state = &mut self.connections[connection];
+        let round_trip = self.trace.clients[state.client].round_trip;
+        let (now, back) = (self.now, 1 - direction);
+        let last = state.last[direction];
+        if now < last.sent {
+            return last.arrives - now; // with the one that waits already
+        }
+        let sent = now.max(last.acknowledged);
+        let (mut at, mut arrives, mut retransmitted) = (sent, None, 0);
+        let mut pause = RETRANSMIT_AFTER + round_trip;
         loop {
             if !self.rng.random_bool(self.loss) {
-                arrives.get_or_insert(sent + round_trip / 2);
+                arrives.get_or_insert(at + round_trip / 2);
                 if !self.rng.random_bool(self.loss) {
                     break;
                 }
             }
-            sent += pause;
-            pause = LONGEST_RETRANSMIT.min(pause * 2);
+            at += pause;
             retransmitted += 1;
+            if direction == TO_RELAY || retransmitted >= LINEAR {
+                pause = LONGEST_RETRANSMIT.min(pause * 2);
+            }
         }
-        let acknowledged = sent + round_trip;
-        self.connections[connection].acknowledged[direction] = acknowledged;
+        let acknowledged = at + round_trip;
+        let arrives = arrives.unwrap_or(acknowledged);
+        state.last[direction] = Packet { sent, arrives, acknowledged };
+        // It also acknowledges what has arrived before it is sent.
+        let other = &mut state.last[back];
+        if other.arrives + round_trip / 2 <= arrives {
+            other.acknowledged = other.acknowledged.min(arrives);
+        }
         if direction == TO_CLIENT {
-            let due = Due::Acknowledged(connection, retransmitted);
-            self.schedule(acknowledged - self.now, due);
+            self.schedule(acknowledged - now, Due::Acknowledged(connection, retransmitted));
         }
-        arrives.unwrap_or(acknowledged)
+        arrives - now
     }
 
     fn apply_action(&mut self, action: Action) {
@@ -373,14 +410,14 @@ impl<R: Relay> Simulation<'_, R> {
             Action::Probed(connection) => {
                 self.connections[connection].probed = Some(self.now);
                 if let Some(client) = self.live_client(connection) {
-                    let stalled_until = self.clients[client].stalled_until;
-                    let answered = if self.loss > 0.0 {
-                        let ready = self.send(connection, TO_CLIENT, self.now).max(stalled_until);
-                        self.send(connection, TO_RELAY, ready)
+                    if self.loss > 0.0 {
+                        let arrives = self.send(connection, TO_CLIENT);
+                        self.schedule(arrives, Due::Probe(connection));
                     } else {
-                        stalled_until.max(self.now) + self.trace.clients[client].round_trip
-                    };
-                    self.schedule(answered - self.now, Due::Answer(connection));
+                        let ready = self.clients[client].stalled_until.max(self.now);
+                        let answered = ready + self.trace.clients[client].round_trip;
+                        self.schedule(answered - self.now, Due::Answer(connection));
+                    }
                 }
             }
             Action::TimedOut { connection, probed_for, silent_for } => {

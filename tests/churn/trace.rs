@@ -119,6 +119,18 @@ impl Trace {
         Self { clients, peers, events }
     }
 
+    /// Leaves out what happens after `end`; who is connected then disconnects.
+    pub fn end_at(&mut self, end: Duration) {
+        let mut is_connected = vec![false; self.clients.len()];
+        self.events.retain_mut(|(at, client, what)| {
+            let is_start = matches!(what, Change::Start { .. });
+            let is_kept = *at < end || (is_connected[*client] && !is_start);
+            is_connected[*client] = is_start && is_kept;
+            *at = end.min(*at);
+            is_kept
+        });
+    }
+
     /// How many clients want a slot, on average over the measured time.
     pub fn mean_live(&self) -> f64 {
         let measured = |at: Duration| at.clamp(MEASURED_FROM, DAY).as_secs_f64();

@@ -51,6 +51,7 @@ impl Full {
     fn of(size: usize) -> Self {
         let now = Instant::now();
         let mut config = Config::default();
+        config.close_silent = true; // as in the program
         config.max_reservations = size;
         config.idle_timeout = IDLE_TIMEOUT;
         let mut full = Self {
