@@ -29,8 +29,8 @@ pub struct LogSummary {
     counts: BTreeMap<Key, Count>,
     /// The flags, and the reasons of failed handshakes, that a warning has named.
     warned: HashSet<&'static str>,
-    /// How many streams and connections had been reset for their buffered bytes at the last summary.
-    shed: u64,
+    /// What had been reset or closed to free memory at the last summary.
+    buffered: Buffered,
 }
 
 /// What happened, and the reason.
@@ -38,7 +38,7 @@ type Key = (&'static str, &'static str);
 
 #[derive(Debug, Default)]
 struct Count {
-    total: usize,
+    total: u64,
     by_address: HashMap<ClientPrefix, usize>,
 }
 
@@ -80,13 +80,15 @@ impl LogSummary {
         buffered: Buffered,
         busiest: impl IntoIterator<Item = (&'static str, Option<Busiest>)>,
     ) -> Vec<String> {
-        let shed = buffered.sum(&[Cut::STREAMS, Cut::CONNECTIONS].concat());
-        let newly_shed = shed.saturating_sub(std::mem::replace(&mut self.shed, shed));
-        if newly_shed > 0 {
-            let key = ("streams reset", "more was buffered than --max-buffered allows");
-            let total = usize::try_from(newly_shed).unwrap_or(usize::MAX);
-            self.counts.entry(key).or_default().total = total;
+        let streams = Cut::STREAMS.map(|cut| ("streams reset", cut));
+        let connections = Cut::CONNECTIONS.map(|cut| ("connections closed", cut));
+        for (what, cut) in streams.into_iter().chain(connections) {
+            let total = buffered.count(cut).saturating_sub(self.buffered.count(cut));
+            if total > 0 {
+                self.counts.entry((what, cut.kind())).or_default().total = total;
+            }
         }
+        self.buffered = buffered;
         let counts = std::mem::take(&mut self.counts);
         let mut lines = Vec::new();
         for ((what, why), count) in counts {
@@ -143,16 +145,45 @@ fn limit_reached(event: &NodeEvent) -> Option<(&dyn Display, &'static str, &'sta
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use std::{
+        sync::Weak,
+        time::{Duration, Instant},
+    };
 
     use libp2p::{Multiaddr, PeerId};
 
     use super::*;
     use crate::event::FreedReason;
-    use crate::program::net::admission::{
-        handshake_failure::{HandshakeFailure, Reason, Stage},
-        proxy_header::HeaderError,
+    use crate::program::{
+        mux::{
+            budget::{Connection, ConnectionBudget, MemoryBudget},
+            stream_limits::Key,
+        },
+        net::admission::{
+            handshake_failure::{HandshakeFailure, Reason, Stage},
+            proxy_header::HeaderError,
+        },
     };
+
+    /// Only its type is used.
+    #[derive(Debug)]
+    struct Closed(ConnectionBudget);
+
+    impl Connection for Closed {
+        fn budget(&self) -> &ConnectionBudget {
+            &self.0
+        }
+
+        fn shed(&self, _: Instant) -> usize {
+            0
+        }
+
+        fn reset(&self, _: Key) {}
+
+        fn credit(&self) -> usize {
+            0
+        }
+    }
 
     fn freed(from: &str, reason: FreedReason) -> NodeEvent {
         NodeEvent::Relay(Event::ReservationFreed {
@@ -188,6 +219,26 @@ mod tests {
         ];
         assert_eq!(summary.take_lines(Buffered::default(), []), lines);
         assert!(summary.take_lines(Buffered::default(), []).is_empty(), "a minute later");
+    }
+
+    #[test]
+    fn what_was_reset_or_closed_to_free_memory_is_summarized_by_the_limit() {
+        let budget = MemoryBudget::new(1, 1, 0);
+        let account = budget.open(None, Weak::<Closed>::new());
+        let mut summary = LogSummary::default();
+        for cut in [Cut::Pool, Cut::Connection, Cut::WriteStalled, Cut::WriteStalled] {
+            account.count(cut);
+        }
+        let lines = [
+            "connections closed within a minute: 2: write stalled",
+            "streams reset within a minute: 1: max-buffered",
+            "streams reset within a minute: 1: max-buffered-per-connection",
+        ];
+        assert_eq!(summary.take_lines(budget.buffered(), []), lines);
+        account.count(Cut::Refusals);
+        let lines = ["connections closed within a minute: 1: refusals not taken"];
+        assert_eq!(summary.take_lines(budget.buffered(), []), lines);
+        assert!(summary.take_lines(budget.buffered(), []).is_empty(), "a minute later");
     }
 
     #[test]
@@ -285,7 +336,7 @@ mod tests {
             summary.on_event(&refused(&from, Refused::TableFull));
         }
         let count = summary.counts.values().next().unwrap();
-        assert_eq!(count.total, MAX_ADDRESSES + 500);
+        assert_eq!(count.total, MAX_ADDRESSES as u64 + 500);
         assert_eq!(count.by_address.len(), MAX_ADDRESSES);
     }
 }
