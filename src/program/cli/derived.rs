@@ -89,7 +89,9 @@ impl Given {
     fn least_memory(&self) -> u64 {
         let memory = Some(u64::MAX);
         let smallest = Self { memory, ..*self }.of_size(1);
-        let threads = (smallest.get(Limit::Threads) as u64).saturating_mul(MIN_PER_THREAD);
+        // So little memory is for one thread, unless a flag says otherwise.
+        let threads = self.explicit(Limit::Threads).unwrap_or(1) as u64;
+        let threads = threads.saturating_mul(MIN_PER_THREAD);
         let others = estimate(&smallest, self.usage, 0);
         let share = others / (SHARE_OF_THREADS - 1) + 1;
         let all = others.saturating_add(share.max(threads));
@@ -242,6 +244,14 @@ mod tests {
         let problem = small.check().unwrap_err();
         let expected = "--max-connections 5000: is too much for --memory 24MiB; lower it and --max-buffered, or try ";
         assert!(problem.starts_with(expected), "{problem}");
+    }
+
+    #[test]
+    fn the_least_memory_is_the_same_on_a_machine_with_many_cores() {
+        let mut many = given(Some(12 * MIB as u64));
+        many.usage.default_threads = 64;
+        assert_eq!(many.check(), Ok(()));
+        assert!(many.estimate() <= 12 * MIB as u64);
     }
 
     /// Explicit limits, most of them missing.
