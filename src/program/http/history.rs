@@ -48,18 +48,14 @@ impl History {
 
 impl Curve {
     fn record(&mut self, point: [usize; 3], now: Instant) {
-        if now < self.next {
-            return;
-        }
-        if self.points.len() == POINTS {
-            self.points.pop_front();
-        }
-        self.points.push_back(point);
-        let every = Duration::from_secs(self.every);
-        self.next += every;
-        // After a suspension the curve continues from here, without samples for the gap.
-        if self.next <= now {
-            self.next = now + every;
+        while self.next <= now {
+            self.next += Duration::from_secs(self.every);
+            // The page dates the points by their number: after a suspension the previous one fills the gap.
+            let before = self.points.back().copied().filter(|_| self.next <= now);
+            if self.points.len() == POINTS {
+                self.points.pop_front();
+            }
+            self.points.push_back(before.unwrap_or(point));
         }
     }
 }
@@ -103,12 +99,17 @@ mod tests {
         assert_eq!(live(&history.day), [1]);
     }
 
+    /// The page dates the samples by their number.
     #[test]
-    fn a_gap_has_no_samples() {
+    fn a_suspension_has_the_samples_from_before_it() {
         let start = Instant::now();
         let mut history = History::new(start);
-        record(&mut history, start, 0..1, 1);
-        record(&mut history, start, 1000..1016, 2);
-        assert_eq!(live(&history.hour), [1, 2, 2]);
+        record(&mut history, start, 0..16, 1);
+        record(&mut history, start, 70..91, 2);
+        assert_eq!(live(&history.hour), [1, 1, 1, 1, 2, 2, 2]);
+        record(&mut history, start, 1_000_000..1_000_001, 3);
+        assert_eq!((live(&history.hour)[0], live(&history.hour)[239]), (2, 3));
+        record(&mut history, start, 1_000_005..1_000_006, 4);
+        assert_eq!(live(&history.hour)[238..], [3, 4], "a multiple of 15 s since the start");
     }
 }
