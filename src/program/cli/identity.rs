@@ -9,6 +9,7 @@ use std::{
     env,
     fs::{self, File, OpenOptions},
     io::{self, Write},
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     thread,
     time::Duration,
@@ -185,8 +186,7 @@ fn copy(from: &Path, to: &Path) -> io::Result<()> {
     let bytes = secret_file::read(File::open(from)?, MAX_FILE)?;
     let mut options = OpenOptions::new();
     options.write(true).create_new(true);
-    #[cfg(unix)]
-    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    OpenOptionsExt::mode(&mut options, 0o600);
     let mut file = options.open(to)?;
     let written = file.write_all(&bytes).and_then(|()| file.sync_all());
     if written.is_err() {
@@ -196,12 +196,10 @@ fn copy(from: &Path, to: &Path) -> io::Result<()> {
 }
 
 fn sync_folder(folder: &Path) -> io::Result<()> {
-    // Other systems cannot open a folder as a file.
-    if cfg!(unix) { File::open(folder)?.sync_all() } else { Ok(()) }
+    File::open(folder)?.sync_all()
 }
 
 /// A warning if other users can read the key in `file`, which `flag` names.
-#[cfg(unix)]
 pub(super) fn permission_warning(flag: &str, file: &Path) -> Option<String> {
     use rustix::fs::{Mode, StatVfs, StatVfsMountFlags, stat, statvfs};
 
@@ -216,11 +214,6 @@ pub(super) fn permission_warning(flag: &str, file: &Path) -> Option<String> {
         false => format!("protect it: chmod 600 {shown}"),
     };
     Some(format!("{flag} {shown}: other users can read this key; {remedy}"))
-}
-
-#[cfg(not(unix))]
-pub(super) fn permission_warning(_: &str, _: &Path) -> Option<String> {
-    None
 }
 
 #[cfg(test)]
@@ -295,7 +288,21 @@ mod tests {
         assert!(keys.iter().all(|key| *key == keys[0]));
     }
 
-    #[cfg(unix)]
+    /// On a file system where the key is copied: [`persist`].
+    #[test]
+    fn an_empty_file_that_another_program_is_writing_is_read_once_it_is_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("relay.key");
+        let key = generate().unwrap();
+        for _ in 0..10 {
+            File::create(&file).unwrap();
+            thread::scope(|scope| {
+                scope.spawn(|| fs::write(&file, &*key).unwrap());
+                assert!(load_or_create_file(&file).is_ok());
+            });
+        }
+    }
+
     #[test]
     fn a_fifo_or_a_folder_is_an_error() {
         let folder = tempfile::tempdir().unwrap();
@@ -335,7 +342,6 @@ mod tests {
         }
     }
 
-    #[cfg(unix)]
     #[test]
     fn a_key_that_other_users_can_read_is_a_warning() {
         use std::os::unix::fs::PermissionsExt;

@@ -398,7 +398,6 @@ mod tests {
         assert_eq!(value("max-reservations-per-ip"), None, "it follows from others");
     }
 
-    #[cfg(unix)]
     #[test]
     fn a_value_that_toml_cannot_hold_is_an_error() {
         use std::{ffi::OsStr, os::unix::ffi::OsStrExt};

@@ -145,7 +145,6 @@ mod tests {
         assert_eq!(status(&node, set), format!("draining; {used}"));
     }
 
-    #[cfg(unix)]
     #[test]
     fn a_message_does_not_wait_for_ever_for_a_manager_that_does_not_read() {
         let folder = tempfile::tempdir().unwrap();

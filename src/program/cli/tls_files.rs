@@ -4,6 +4,7 @@
 use std::{
     fs::{self, File},
     io,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     task::{Context, Poll},
     time::{Duration, SystemTime},
@@ -151,11 +152,7 @@ impl Files {
     fn stamp(&self) -> Stamp {
         [&self.cert, &self.key].map(|file| {
             let metadata = fs::metadata(file).ok()?;
-            #[cfg(unix)]
-            let inode = std::os::unix::fs::MetadataExt::ino(&metadata);
-            #[cfg(not(unix))]
-            let inode = 0;
-            Some((metadata.modified().ok()?, metadata.len(), inode))
+            Some((metadata.modified().ok()?, metadata.len(), MetadataExt::ino(&metadata)))
         })
     }
 }

@@ -92,7 +92,6 @@ fn write_lines(out: &mut impl Write, prefix: &str, text: &fmt::Arguments<'_>) ->
 
 /// Where a standard stream goes: "terminal", "pipe", "socket", or the device and inode of a file. All pipes count as one
 /// sink: a container runtime reads both streams from pipes, and shows them together.
-#[cfg(unix)]
 fn sink(stream: &(impl std::os::fd::AsFd + io::IsTerminal)) -> Option<String> {
     use rustix::fs::{FileType, fstat};
 
@@ -107,7 +106,6 @@ fn sink(stream: &(impl std::os::fd::AsFd + io::IsTerminal)) -> Option<String> {
 }
 
 /// The device and inode of a stream, in the format of `JOURNAL_STREAM`.
-#[cfg(unix)]
 fn device_and_inode(stream: impl std::os::fd::AsFd) -> Option<String> {
     let stat = rustix::fs::fstat(stream).ok()?;
     Some(format!("{}:{}", stat.st_dev, stat.st_ino))
@@ -116,21 +114,13 @@ fn device_and_inode(stream: impl std::os::fd::AsFd) -> Option<String> {
 /// Whether standard error is connected to systemd's journal: `JOURNAL_STREAM` in
 /// [systemd.exec(5)](https://www.freedesktop.org/software/systemd/man/latest/systemd.exec.html).
 fn is_journal() -> bool {
-    #[cfg(unix)]
-    return env::var("JOURNAL_STREAM").ok().is_some_and(|journal| {
-        device_and_inode(io::stderr()).is_some_and(|stderr| journal == stderr)
-    });
-    #[cfg(not(unix))]
-    return false;
+    let journal = env::var("JOURNAL_STREAM").ok();
+    journal.is_some() && journal == device_and_inode(io::stderr())
 }
 
 /// Whether standard output goes to the same place as the log.
 pub fn is_merged_with_stdout() -> bool {
-    #[cfg(unix)]
-    return sink(&io::stdout()).is_some_and(|out| Some(out) == sink(&io::stderr()));
-    #[cfg(not(unix))]
-    return io::IsTerminal::is_terminal(&io::stdout())
-        && io::IsTerminal::is_terminal(&io::stderr());
+    sink(&io::stdout()).is_some_and(|out| Some(out) == sink(&io::stderr()))
 }
 
 #[cfg(test)]
@@ -152,7 +142,6 @@ mod tests {
         }
     }
 
-    #[cfg(unix)]
     #[test]
     fn all_pipes_are_the_same_sink_and_each_file_is_its_own() {
         let [first, second] = [(); 2].map(|()| tempfile::tempfile().unwrap());
