@@ -36,6 +36,9 @@ pub const VARIABLE: &str = "RELAYLET_IDENTITY_KEY";
 const RETRIES: usize = 40;
 const RETRY_INTERVAL: Duration = Duration::from_millis(50);
 
+/// A key in protobuf.
+type Secret = Zeroizing<Vec<u8>>;
+
 /// The relay's key, and what to log about its file.
 pub struct Identity {
     /// The key.
@@ -54,15 +57,20 @@ pub struct Identity {
 /// When the variable holds no key, and as `load_or_create_file`.
 pub fn load_or_create(file: &Path) -> Result<Identity> {
     let Some(key) = env::var_os(VARIABLE).filter(|key| !key.is_empty()) else {
-        return load_or_create_file(file, Keypair::generate_ed25519);
+        return load_or_create_file(file, generate);
     };
     let key = Zeroizing::new(key.into_encoded_bytes());
-    let keypair = decode(&key).map_err(|_| {
-        anyhow!(
+    let keypair = decode(&key).ok().and_then(|key| of_protobuf(&key)).with_context(|| {
+        format!(
             "{VARIABLE}: holds no key; set it to the key file in base64: base64 -w 0 relaylet.key"
         )
     })?;
     Ok(Identity { keypair, created: None, warning: None })
+}
+
+/// A new key.
+fn generate() -> io::Result<Secret> {
+    Keypair::generate_ed25519().to_protobuf_encoding().map(Zeroizing::new).map_err(io::Error::other)
 }
 
 /// Reads the key in `from` in any encoding, and writes it to `file` as `load_or_create_file` does.
@@ -75,10 +83,10 @@ pub fn import(from: &Path, file: &Path) -> Result<Identity> {
     let read = File::open(from).and_then(|opened| secret_file::read(opened, MAX_IMPORTED));
     let bytes =
         read.with_context(|| format!("--import {shown}: cannot be read; make it readable"))?;
-    let keypair = decode(&bytes).map_err(|problem| anyhow!("--import {shown}: {problem}"))?;
-    let public = keypair.public();
-    let identity = load_or_create_file(file, || keypair)?;
-    if identity.keypair.public() != public {
+    let key = decode(&bytes).map_err(|problem| anyhow!("--import {shown}: {problem}"))?;
+    let public = of_protobuf(&key).map(|keypair| keypair.public());
+    let identity = load_or_create_file(file, || Ok(key))?;
+    if Some(identity.keypair.public()) != public {
         let shown = file.display();
         bail!("--identity {shown}: holds another key; name a file that does not exist");
     }
@@ -91,7 +99,7 @@ pub fn import(from: &Path, file: &Path) -> Result<Identity> {
 /// # Errors
 ///
 /// When the file holds no key, or cannot be read or written. An existing file is never overwritten.
-fn load_or_create_file(file: &Path, new: impl FnOnce() -> Keypair) -> Result<Identity> {
+fn load_or_create_file(file: &Path, new: impl FnOnce() -> io::Result<Secret>) -> Result<Identity> {
     let shown = file.display();
     match fs::metadata(file) {
         // Reading a FIFO might block for ever.
@@ -99,7 +107,7 @@ fn load_or_create_file(file: &Path, new: impl FnOnce() -> Keypair) -> Result<Ide
             "--identity {shown}: not a regular file; name one, or a path where there is no file yet"
         ),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let created = create(new(), file, persist, sync_folder);
+            let created = create(new, file, persist, sync_folder);
             let exists = |error: &io::Error| error.kind() == io::ErrorKind::AlreadyExists;
             match created {
                 Err(error) if error.downcast_ref().is_some_and(exists) => load_when_written(file),
@@ -137,33 +145,32 @@ fn load(file: &Path) -> Result<Identity> {
 /// `sync` is called with the folder before the key is used: a rename is on disk only once the folder is, and clients know
 /// the relay by this key.
 fn create(
-    keypair: Keypair,
+    new: impl FnOnce() -> io::Result<Secret>,
     file: &Path,
     persist: impl FnOnce(NamedTempFile, &Path) -> io::Result<()>,
     sync: impl FnOnce(&Path) -> io::Result<()>,
 ) -> Result<Identity> {
     let shown = file.display();
-    let write = || -> io::Result<Option<String>> {
-        let bytes = keypair.to_protobuf_encoding().map_err(io::Error::other)?;
-        let bytes = Zeroizing::new(bytes);
-        let folder = match file.parent() {
-            Some(folder) if folder != Path::new("") => folder,
-            _ => Path::new("."),
-        };
+    let write = || -> io::Result<(Keypair, Option<String>)> {
+        let bytes = new()?;
+        let keypair = of_protobuf(&bytes).ok_or(io::ErrorKind::InvalidData)?;
+        let folder = file.parent().filter(|folder| *folder != Path::new(""));
+        let folder = folder.unwrap_or(Path::new("."));
         // Created with mode 0600.
         let mut temporary = NamedTempFile::new_in(folder)?;
         temporary.write_all(&bytes)?;
         temporary.as_file().sync_all()?;
         persist(temporary, file)?;
         // Some file systems cannot sync a folder. The key can be used all the same.
-        Ok(sync(folder).err().map(|error| {
+        let warning = sync(folder).err().map(|error| {
             format!(
                 "--identity {shown}: syncing its folder failed, the key may be lost in a power failure: \
                  {error}; keep a copy"
             )
-        }))
+        });
+        Ok((keypair, warning))
     };
-    let warning = write().with_context(|| {
+    let (keypair, warning) = write().with_context(|| {
         format!("--identity {shown}: cannot be written; name a file in a writable folder")
     })?;
     let created = Some(fs::canonicalize(file).unwrap_or_else(|_| file.to_owned()));
@@ -221,7 +228,7 @@ mod tests {
     use super::*;
 
     fn load_or_create_file(file: &Path) -> Result<Identity> {
-        super::load_or_create_file(file, Keypair::generate_ed25519)
+        super::load_or_create_file(file, generate)
     }
 
     #[test]
@@ -241,17 +248,15 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("relay.key");
         let mut synced = Vec::new();
-        let created = create(Keypair::generate_ed25519(), &file, persist, |folder| {
+        let created = create(generate, &file, persist, |folder| {
             synced.push((folder.to_owned(), file.exists()));
             sync_folder(folder)
         });
         assert_eq!(created.unwrap().warning, None);
         assert_eq!(synced, [(folder.path().to_owned(), true)]);
         fs::remove_file(&file).unwrap();
-        let created = create(Keypair::generate_ed25519(), &file, persist, |_| {
-            Err(io::ErrorKind::Unsupported.into())
-        })
-        .unwrap();
+        let created =
+            create(generate, &file, persist, |_| Err(io::ErrorKind::Unsupported.into())).unwrap();
         let warning = created.warning.unwrap();
         assert!(warning.contains("relay.key") && warning.contains("keep a copy"), "{warning}");
     }
@@ -261,11 +266,11 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("relay.key");
         let copied = |temporary: NamedTempFile, file: &Path| copy(temporary.path(), file);
-        let created = create(Keypair::generate_ed25519(), &file, copied, sync_folder).unwrap();
+        let created = create(generate, &file, copied, sync_folder).unwrap();
         let found = load_or_create_file(&file).unwrap();
         assert_eq!(found.keypair.public(), created.keypair.public());
         assert_eq!(found.warning, None, "only its owner can read it");
-        let again = create(Keypair::generate_ed25519(), &file, copied, sync_folder).err().unwrap();
+        let again = create(generate, &file, copied, sync_folder).err().unwrap();
         let kind = again.downcast_ref::<io::Error>().map(io::Error::kind);
         assert_eq!(kind, Some(io::ErrorKind::AlreadyExists));
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
@@ -288,21 +293,6 @@ mod tests {
         assert!(keys.iter().all(|key| *key == keys[0]));
     }
 
-    /// On a file system where the key is copied: [`persist`].
-    #[test]
-    fn an_empty_file_that_another_program_is_writing_is_read_once_it_is_written() {
-        let folder = tempfile::tempdir().unwrap();
-        let file = folder.path().join("relay.key");
-        let key = generate().unwrap();
-        for _ in 0..10 {
-            File::create(&file).unwrap();
-            thread::scope(|scope| {
-                scope.spawn(|| fs::write(&file, &*key).unwrap());
-                assert!(load_or_create_file(&file).is_ok());
-            });
-        }
-    }
-
     #[test]
     fn a_fifo_or_a_folder_is_an_error() {
         let folder = tempfile::tempdir().unwrap();
@@ -318,11 +308,13 @@ mod tests {
     fn a_key_in_another_encoding_is_an_error_with_the_remedy() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("relay.key");
+        let key = data_encoding::BASE64.encode(&generate().unwrap());
+        let converted =
+            "holds a key, but not in libp2p's protobuf; convert it: relaylet id --import";
         for (content, told) in [
-            ("-----BEGIN PRIVATE KEY-----\n", "holds a key in PEM"),
-            ("-----BEGIN ENCRYPTED PRIVATE KEY-----\n", "holds a key in PEM"),
-            ("{ \"Identity\": { \"PrivKey\": \"CAESQ\" } }", "holds kubo's configuration"),
-            ("CAESQFwP\n", "holds a key in base64"),
+            (format!("{key}\n"), converted),
+            (format!("{{ \"Identity\": {{ \"PrivKey\": \"{key}\" }} }}"), converted),
+            ("-----BEGIN ENCRYPTED PRIVATE KEY-----\n".into(), "decrypt it: openssl pkey"),
         ] {
             fs::write(&file, content).unwrap();
             let error = load_or_create_file(&file).err().unwrap().to_string();

@@ -4,9 +4,6 @@ use data_encoding::BASE64;
 use libp2p::identity::{Keypair, ecdsa, ed25519, rsa, secp256k1};
 use zeroize::Zeroizing;
 
-/// The first characters of keys in base64: RSA, Ed25519, secp256k1, ECDSA.
-const IN_BASE64: [&[u8]; 4] = [b"CAAS", b"CAES", b"CAIS", b"CAMS"];
-
 const PEM: &[u8] = b"-----BEGIN";
 const PEM_BEGIN: &str = "-----BEGIN PRIVATE KEY-----";
 const PEM_END: &str = "-----END PRIVATE KEY-----";
@@ -46,14 +43,15 @@ pub fn of_protobuf(bytes: &[u8]) -> Option<Keypair> {
     })
 }
 
-/// Reads a key in libp2p's protobuf, the same in base64, in kubo's configuration, or an Ed25519 key in PEM.
+/// Reads a key in libp2p's protobuf, the same in base64, in kubo's configuration, or an Ed25519 key in PEM. Returns it in
+/// libp2p's protobuf, in which libp2p itself cannot encode an RSA key.
 ///
 /// # Errors
 ///
 /// What the bytes are instead, and the remedy.
-pub fn decode(bytes: &[u8]) -> Result<Keypair, &'static str> {
-    if let Some(keypair) = of_protobuf(bytes) {
-        return Ok(keypair);
+pub fn decode(bytes: &[u8]) -> Result<Zeroizing<Vec<u8>>, &'static str> {
+    if of_protobuf(bytes).is_some() {
+        return Ok(Zeroizing::new(bytes.to_vec()));
     }
     let text = str::from_utf8(bytes).unwrap_or_default().trim();
     if text.as_bytes().starts_with(PEM) {
@@ -63,14 +61,19 @@ pub fn decode(bytes: &[u8]) -> Result<Keypair, &'static str> {
         Some((_, rest)) => rest.split('"').nth(1).unwrap_or_default(),
         None => text,
     };
-    let decoded = BASE64.decode(base64.as_bytes()).map(Zeroizing::new);
-    let keypair = decoded.ok().and_then(|bytes| of_protobuf(&bytes));
-    keypair.ok_or(
+    of_base64(base64).filter(|bytes| of_protobuf(bytes).is_some()).ok_or(
         "holds no libp2p private key; name kubo's config, an exported key, or an Ed25519 key in PEM",
     )
 }
 
-fn of_pem(text: &str) -> Result<Keypair, &'static str> {
+/// Decodes base64, which may have line breaks.
+fn of_base64(text: &str) -> Option<Zeroizing<Vec<u8>>> {
+    let mut base64 = Zeroizing::new(Vec::with_capacity(text.len()));
+    base64.extend(text.bytes().filter(|byte| !byte.is_ascii_whitespace()));
+    BASE64.decode(&base64).ok().map(Zeroizing::new)
+}
+
+fn of_pem(text: &str) -> Result<Zeroizing<Vec<u8>>, &'static str> {
     const ENCRYPTED: &str = "holds an encrypted key, and a passphrase cannot be entered here; decrypt it: openssl pkey \
                              -in FILE -out key.pem";
     const OTHER: &str = "holds a key in PEM that is not Ed25519 in PKCS #8; generate one: openssl genpkey -algorithm \
@@ -80,26 +83,23 @@ fn of_pem(text: &str) -> Result<Keypair, &'static str> {
     }
     let body = text.split_once(PEM_BEGIN).and_then(|(_, rest)| rest.split_once(PEM_END));
     let (body, _) = body.ok_or(OTHER)?;
-    let base64 = body.bytes().filter(|byte| !byte.is_ascii_whitespace());
-    let base64 = Zeroizing::new(base64.collect::<Vec<_>>());
-    let der = Zeroizing::new(BASE64.decode(&base64).map_err(|_| OTHER)?);
+    let der = of_base64(body).ok_or(OTHER)?;
     let rest = der.get(ED25519_AT..).and_then(|rest| rest.strip_prefix(&ED25519)).ok_or(OTHER)?;
     let mut secret = Zeroizing::new(rest.get(..32).ok_or(OTHER)?.to_vec());
-    Keypair::ed25519_from_bytes(secret.as_mut_slice()).map_err(|_| OTHER)
+    let keypair = Keypair::ed25519_from_bytes(secret.as_mut_slice()).map_err(|_| OTHER)?;
+    keypair.to_protobuf_encoding().map(Zeroizing::new).map_err(|_| OTHER)
 }
 
 /// What a key file holds instead of a key in protobuf, and the remedy.
 pub fn not_a_key(bytes: &[u8]) -> &'static str {
-    let text = bytes.trim_ascii_start();
-    let has = |part: &[u8]| text.windows(part.len()).any(|window| window == part);
-    if text.starts_with(PEM) {
-        "holds a key in PEM, not in libp2p's protobuf; convert it: relaylet id --import FILE --identity NEW-FILE"
-    } else if text.starts_with(b"{") && has(b"PrivKey") {
-        "holds kubo's configuration; take the key out of it: relaylet id --import FILE --identity NEW-FILE"
-    } else if IN_BASE64.iter().any(|prefix| text.starts_with(prefix)) {
-        "holds a key in base64; decode it: relaylet id --import FILE --identity NEW-FILE"
-    } else {
-        "holds no libp2p private key; restore it from a backup, or move it away to start with a new identity"
+    match decode(bytes) {
+        Ok(_) => {
+            "holds a key, but not in libp2p's protobuf; convert it: relaylet id --import FILE --identity NEW-FILE"
+        }
+        Err(problem) if bytes.trim_ascii_start().starts_with(PEM) => problem,
+        Err(_) => {
+            "holds no libp2p private key; restore it from a backup, or move it away to start with a new identity"
+        }
     }
 }
 
@@ -143,7 +143,7 @@ mod tests {
     #[test]
     fn an_ed25519_key_in_pem_is_read() {
         for pem in RFC_8410 {
-            let public = decode(pem.as_bytes()).unwrap().public();
+            let public = of_protobuf(&decode(pem.as_bytes()).unwrap()).unwrap().public();
             assert_eq!(public.try_into_ed25519().unwrap().to_bytes(), PUBLIC);
         }
     }
@@ -156,9 +156,22 @@ mod tests {
         let kubo = format!(
             "{{\n  \"Identity\": {{\n    \"PeerID\": \"12D3\",\n    \"PrivKey\": \"{base64}\"\n  }}\n}}\n"
         );
-        for bytes in [protobuf, format!("{base64}\n").into(), base64.into(), kubo.into()] {
-            assert_eq!(decode(&bytes).unwrap().public(), keypair.public());
+        // The program `base64` wraps its lines at 76 characters.
+        let wrapped = [&base64[..76], &base64[76..]].join("\n");
+        for bytes in [protobuf.clone(), wrapped.into(), format!("{base64}\n").into(), kubo.into()] {
+            assert_eq!(*decode(&bytes).unwrap(), protobuf);
         }
+    }
+
+    #[test]
+    fn an_rsa_key_in_kubos_configuration_is_imported() {
+        let folder = tempfile::tempdir().unwrap();
+        let [from, to] = ["config", "relaylet.key"].map(|name| folder.path().join(name));
+        std::fs::write(&from, format!("{{ \"Identity\": {{ \"PrivKey\": \"{RSA}\" }} }}")).unwrap();
+        let imported = super::super::import(&from, &to).unwrap();
+        let protobuf = std::fs::read(&to).unwrap();
+        assert_eq!(BASE64.encode(&protobuf), RSA);
+        assert_eq!(of_protobuf(&protobuf).unwrap().public(), imported.keypair.public());
     }
 
     #[test]
