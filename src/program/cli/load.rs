@@ -2,7 +2,7 @@
 
 mod environment;
 
-use std::{collections::BTreeSet, env, ffi::OsString, fs, path::PathBuf};
+use std::{collections::BTreeSet, env, ffi::OsString, fs::File, io::Read, path::PathBuf};
 
 use structopt::{StructOpt, clap};
 use toml::{Table, Value, de::DeTable, de::DeValue};
@@ -12,6 +12,9 @@ use super::{flags, flags::Flags, flags::Origins, help};
 
 /// The flags that are not settings and take no value.
 const SWITCHES: [&str; 4] = ["autonat-private", "help", "print-config", "version"];
+
+/// The largest file that is read, in bytes: some 300,000 subnets.
+const MAX_FILE: u64 = 16 * 1024 * 1024;
 
 /// Why the program exits instead of running a relay.
 #[derive(Debug, thiserror::Error)]
@@ -80,7 +83,13 @@ impl Flags {
         if let Some(file) = &config {
             let shown = file.display().to_string();
             let why = |error| format!("--config {shown}: {error}; name a file that can be read");
-            let bytes = fs::read(file).map_err(why)?;
+            let mut bytes = Vec::new();
+            let opened = File::open(file).map_err(why)?;
+            opened.take(MAX_FILE + 1).read_to_end(&mut bytes).map_err(why)?;
+            if bytes.len() as u64 > MAX_FILE {
+                let problem = "larger than 16 MiB; name a file of settings";
+                return Err(format!("--config {shown}: {problem}").into());
+            }
             merge_layer(read_file(&shown, &bytes, &known)?, &mut table, &mut origins)?;
         }
 
@@ -286,6 +295,8 @@ pub(super) fn from_clap_error(error: clap::Error, subcommand: Option<&str>) -> E
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     /// A value of each kind.
@@ -381,6 +392,17 @@ mod tests {
         let read = Flags::read(arguments.map(OsString::from), []);
         let Err(Exit::Usage(line)) = read else { panic!("the last value is no subnet") };
         assert!(line.contains(":50002: --deny-subnet: \"10.0.0.1\" is not a subnet"), "{line}");
+    }
+
+    #[test]
+    fn a_file_that_is_too_large_is_not_read_whole() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(MAX_FILE + 1).unwrap();
+        let arguments = ["relaylet".as_ref(), "--config".as_ref(), file.path().as_os_str()];
+        let Err(Exit::Usage(line)) = Flags::read(arguments.map(OsString::from), []) else {
+            panic!("the file is too large")
+        };
+        assert!(line.ends_with(": larger than 16 MiB; name a file of settings"), "{line}");
     }
 
     #[test]
