@@ -149,11 +149,18 @@ fn check_names_of_flags(words: &[String], known: &Table) -> Result<(), String> {
             return Err(format!("--{name}: takes no value; leave out the = and what follows it"));
         }
         if !is_switch && !known.contains_key(name) && name != "config" && !name.is_empty() {
-            let nearest = nearest(name, known).0;
-            return Err(format!("--{name}: unknown flag; try --{nearest}, or see relaylet --help"));
+            return Err(format!("--{name}: unknown flag; {}", remedy(name, known, "--")));
         }
     }
     Ok(())
+}
+
+/// What to do about an unknown name: try the most similar one, if one is similar.
+fn remedy(name: &str, known: &Table, dashes: &str) -> String {
+    match nearest(name, known) {
+        (nearest, distance) if distance <= name.len() / 3 => format!("try {dashes}{nearest}"),
+        _ => "see relaylet --help".into(),
+    }
 }
 
 /// Checks what clap 2 does not: the value of a switch, which it ignores, and that a flag with a default has a value. Adds
@@ -223,7 +230,7 @@ fn read_file(file: &str, bytes: &[u8], known: &Table) -> Result<Vec<Entry>, Stri
         let Some(setting) = known.get(&name) else {
             let problem = match name.as_str() {
                 "config" | "print-config" => format!("not for the file; use the flag --{name}"),
-                _ => format!("unknown setting; try {}", nearest(&name, known).0),
+                _ => format!("unknown setting; {}", remedy(&name, known, "")),
             };
             return Err(format!("{at}: {name}: {problem}"));
         };
@@ -403,6 +410,22 @@ mod tests {
             panic!("the file is too large")
         };
         assert!(line.ends_with(": larger than 16 MiB; name a file of settings"), "{line}");
+    }
+
+    #[test]
+    fn a_flag_is_suggested_only_for_a_similar_one() {
+        for (flag, suggested) in [
+            ("--grase", Some("--grace")),
+            ("--max-slots", None),
+            ("--port", None),
+            ("--verbose", None),
+            ("--max-connection-per-ip", Some("--max-connections-per-ip")),
+        ] {
+            let arguments = ["relaylet", flag, "1"].map(OsString::from);
+            let Err(Exit::Usage(line)) = Flags::read(arguments, []) else { panic!("{flag}") };
+            let remedy = suggested.map_or("see relaylet --help".into(), |it| format!("try {it}"));
+            assert!(line.ends_with(&format!("{flag}: unknown flag; {remedy}")), "{line}");
+        }
     }
 
     #[test]
