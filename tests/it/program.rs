@@ -175,7 +175,7 @@ fn help_and_version_are_printed_whatever_the_environment_holds() {
 
 #[test]
 fn a_text_that_cannot_be_printed_is_an_error() {
-    for argument in ["--help", "--print-config", "id"] {
+    for argument in ["--help", "--version", "--print-config", "id"] {
         let full = File::create("/dev/full").unwrap();
         let folder = TempDir::new().unwrap();
         let mut command = command(&folder);

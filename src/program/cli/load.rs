@@ -287,6 +287,8 @@ pub(super) fn to_utf8(text: OsString) -> Result<String, String> {
 pub(super) fn from_clap_error(error: clap::Error, subcommand: Option<&str>) -> Exit {
     match (error.kind, subcommand) {
         (clap::ErrorKind::HelpDisplayed, None) => return Exit::Print(help::help()),
+        // clap prints the version itself. If that fails, printing it again reports the error as for the help.
+        (clap::ErrorKind::Io, _) => return Exit::Print(help::version()),
         // Of the version the text is empty: clap has printed it.
         (clap::ErrorKind::HelpDisplayed | clap::ErrorKind::VersionDisplayed, _) => {
             return Exit::Print(error.message);
