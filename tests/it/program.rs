@@ -99,6 +99,13 @@ fn an_invalid_flag_is_a_one_line_error_that_names_it() {
     }
     let line = setting_error(&["--max-reservation=4"], &[]);
     assert!(line.contains("unknown flag; try --max-reservations"), "{line}");
+    for word in ["chek", "stray", "help"] {
+        let line = setting_error(&[word], &[]);
+        assert_eq!(
+            line.trim(),
+            format!("relaylet: {word}: unknown command; try check or id, or see relaylet --help")
+        );
+    }
     let line = setting_error(&["--listen=0.0.0.0:4001"], &[]);
     assert!(line.contains("try /ip4/0.0.0.0/tcp/4001"), "{line}");
 }

@@ -72,12 +72,16 @@ struct Id {
 ///
 /// # Errors
 ///
-/// When the command fails, or is to print its help: an [`Exit`].
+/// When the command is unknown or fails, or is to print its help: an [`Exit`].
 pub fn run(arguments: &[OsString]) -> Result<Option<ExitCode>> {
     let Some((name, arguments)) = arguments.split_first() else { return Ok(None) };
     match name.to_str() {
         Some("check") => check(arguments).map(Some),
         Some("id") => parse(arguments).and_then(print_id).map(Some),
+        Some(word) if !word.starts_with('-') => {
+            let remedy = "try check or id, or see relaylet --help";
+            Err(Exit::from(format!("{word}: unknown command; {remedy}")).into())
+        }
         _ => Ok(None),
     }
 }
