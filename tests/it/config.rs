@@ -121,6 +121,33 @@ fn the_printed_configuration_is_an_equivalent_file() {
     assert_eq!(effective(&folder, &[]), first);
 }
 
+/// A service manager checks the settings with it before a reload.
+#[test]
+fn the_printed_configuration_comes_with_the_warnings_of_a_start() {
+    let folder = tempfile::tempdir().unwrap();
+    let peer =
+        String::from_utf8(crate::common::command(&folder).arg("id").output().unwrap().stdout);
+    let announce = format!("/dns4/relay.example.org/tcp/4001/p2p/{}", peer.unwrap().trim());
+    let file =
+        format!("reservation-ttl = \"1m\"\nannounce = [\"{announce}\", \"/ip4/10.0.0.1/tcp/1\"]\n");
+    write(&folder, &file);
+    let mut command = command(&folder, &["--print-config"]);
+    let output = command.env("RELAYLET_COLOR", "1").output().unwrap();
+    assert!(output.status.success());
+    assert!(String::from_utf8(output.stdout).unwrap().contains("\nreservation-ttl = \"1m\"\n"));
+    let warnings = String::from_utf8(output.stderr).unwrap();
+    let lines: Vec<_> = warnings.lines().collect();
+    let expected = [
+        "relaylet: RELAYLET_COLOR ignored: ",
+        "relaylet: --reservation-ttl 1m: ",
+        "relaylet: --announce: clients on the internet cannot use /ip4/10.0.0.1/tcp/1 (is not global)",
+    ];
+    assert_eq!(lines.len(), expected.len(), "{warnings}");
+    for (line, expected) in lines.iter().zip(expected) {
+        assert!(line.starts_with(expected), "{line}");
+    }
+}
+
 #[test]
 fn a_config_error_is_one_line_with_file_line_and_remedy() {
     for (file, expected) in [

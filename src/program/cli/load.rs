@@ -20,7 +20,7 @@ const MAX_FILE: u64 = 16 * 1024 * 1024;
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub enum Exit {
-    /// To print this text: the help, the version or the settings.
+    /// To print this text: the help or the version.
     Print(String),
     /// Because of an error in the settings: one line that names the flag and the remedy.
     Usage(String),
@@ -46,7 +46,7 @@ impl Flags {
     ///
     /// # Errors
     ///
-    /// When a setting is invalid or cannot be read, or the program is to print something.
+    /// When a setting is invalid or cannot be read, or the program is to print its help or version.
     pub fn of_process() -> Result<Self, Exit> {
         Self::read(env::args_os(), env::vars_os())
     }
@@ -96,18 +96,15 @@ impl Flags {
         // 3. The settings as a whole.
         let missing = table.keys().find_map(|name| flags::needs(name));
         let read: Self = table.try_into().map_err(|error| error.to_string())?;
-        let autonat_private = given.autonat_private;
-        let flags = Self { config, autonat_private, origins, warnings, ..read };
+        let (autonat_private, print_config) = (given.autonat_private, given.print_config);
+        let flags = Self { config, print_config, autonat_private, origins, warnings, ..read };
         let checked = missing.map_or_else(|| flags.check(), Err);
         checked.map_err(|problem| flags.locate(problem))?;
-        match given.print_config {
-            true => Err(Exit::Print(flags.to_file()?)),
-            false => Ok(flags),
-        }
+        Ok(flags)
     }
 
     /// Returns the text of a file with all settings.
-    fn to_file(&self) -> Result<String, String> {
+    pub(super) fn to_file(&self) -> Result<String, String> {
         let given = self.to_table()?;
         let mut file = String::from("# A setting whose line begins with # follows from others.\n");
         let is_known = |name: &str| flags::needs(name).is_none();

@@ -15,7 +15,9 @@ use libp2p::{
         future::{Either, pending, poll_fn},
         select_biased, stream,
     },
+    identity::Keypair,
 };
+use log::Level;
 
 use self::output::{exit_with, print};
 #[cfg(feature = "websocket")]
@@ -64,6 +66,14 @@ fn start() -> Result<ExitCode> {
         return Ok(code);
     }
     let flags = Flags::of_process()?;
+    if flags.print_config {
+        let any = Keypair::generate_ed25519().public().to_peer_id(); // creates no key file
+        for warning in startup_log::questionable_settings(&flags, any) {
+            output::print_problem(Level::Warn, &warning);
+        }
+        print(&flags.to_file().map_err(Exit::from)?)?;
+        return Ok(ExitCode::SUCCESS);
+    }
     output::start_log();
     runtime::keep_freed_memory(flags.given().kept_by_thread());
     runtime::run(flags.threads(), async move { run(&flags).await })?;

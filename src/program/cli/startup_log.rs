@@ -143,9 +143,12 @@ const MAX_NAMED: usize = 5;
 
 /// A warning if clients on the internet cannot use some of the announced addresses, or these do not fit into an answer.
 fn unusable_announced(announced: &[Multiaddr], relay: PeerId) -> Option<String> {
-    let sent = address::for_reservation(Known { announced, ..Known::default() }, relay);
+    // `relay` may be a placeholder; no address names another relay.
+    let announced: Vec<_> = announced.iter().map(multiaddr::without_peer).collect();
+    let known = Known { announced: &announced, ..Known::default() };
+    let sent = address::for_reservation(known, relay);
     let mut problems = Vec::new();
-    for address in announced {
+    for address in &announced {
         let is_sent = address.clone().with_p2p(relay).is_ok_and(|address| sent.contains(&address));
         let unsent = (!is_sent).then_some("does not fit into an answer with those before it");
         if let Some(problem) = multiaddr::unusable(address).or(unsent) {
