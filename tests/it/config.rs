@@ -96,7 +96,7 @@ fn environment_variables_apply_where_no_flag_is_given() {
     assert_eq!(line.trim(), expected);
     let (line, status) = print("RELAYLET_MAX_CONNECTIONS", "0", &[]);
     assert_eq!(status, Some(2));
-    let expected = "relaylet: RELAYLET_MAX_CONNECTIONS: --max-connections 0: admits no connection";
+    let expected = "relaylet: RELAYLET_MAX_CONNECTIONS: --max-connections 0: admits none";
     assert!(line.starts_with(expected), "{line}");
 }
 

@@ -13,7 +13,7 @@ use structopt::{StructOpt, clap::AppSettings as Set};
 use toml::{Table, Value};
 
 use super::{
-    derived::limit::Limit,
+    derived::limit::{LIMITS, Limit},
     runtime::MAX_THREADS,
     values::{Parsed, unwrap_all},
 };
@@ -585,7 +585,8 @@ impl Flags {
         self.config().validate().map_err(message_with_flag)?;
         validate_subnets("proxy_protocol_from", &self.proxies()).map_err(message_with_flag)?;
         validate_subnets("trust_forwarded_from", &self.forwarders()).map_err(message_with_flag)?;
-        let circuits = self.derived().get(Limit::CircuitsPerPeer);
+        let derived = self.derived();
+        let circuits = derived.get(Limit::CircuitsPerPeer);
         stream_limits::per_connection(circuits).map_err(message_with_flag)?;
         self.stream_limits().check(circuits).map_err(message_with_flag)?;
         #[cfg(feature = "dht")]
@@ -595,12 +596,10 @@ impl Flags {
             |address| Some((multiaddr::unsupported(&address, cert.is_some())?, address));
         Err(if *self.drain.0 > LONGEST {
             "--drain: longer than a year; try 8s".into()
-        } else if self.limits().max_connections == 0 {
-            "--max-connections 0: admits no connection; try 1 or more".into()
-        } else if self.limits().max_handshakes == 0 {
-            "--max-handshakes 0: admits no connection; try 1 or more".into()
         } else if !(1..=MAX_THREADS).contains(&threads) {
             format!("--threads {threads}: try 1 to {MAX_THREADS}, or leave it out")
+        } else if let Some((_, flag)) = LIMITS.iter().find(|(limit, _)| derived.get(*limit) == 0) {
+            format!("{flag} 0: admits none; try 1 or more")
         } else if self.dht && self.idle_timeout.0.is_zero() {
             // The connections that a DHT lookup dials would never be closed.
             "--idle-timeout 0s: would never close the connections of the DHT; try 1m, or leave out --dht"
@@ -725,7 +724,12 @@ mod tests {
             (&["--max-reservations", "0"], "--max-reservations"),
             (&["--max-reservations", "-1"], "-1"),
             (&["--max-circuits", "99999999999999999999"], "--max-circuits"),
-            (&["--max-connections", "0"], "--max-connections"),
+            (&["--max-connections", "0"], "--max-connections 0: "),
+            (&["--max-handshakes", "0"], "--max-handshakes 0: "),
+            // The page and the metrics would show these as no limit.
+            (&["--max-circuits", "0"], "--max-circuits 0: "),
+            (&["--max-circuits-per-peer", "0"], "--max-circuits-per-peer 0: "),
+            (&["--max-streams", "0"], "--max-streams 0: "),
             (&["--threads", "0"], "--threads"),
             (&["--threads", "1025"], "--threads"),
             #[cfg(feature = "http")]

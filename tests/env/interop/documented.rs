@@ -12,7 +12,7 @@ use libp2p::identity::Keypair;
 
 use super::{ClientProcess, SWARM_KEY, client, js_client, run};
 use crate::common::{
-    Client, Relay,
+    Client, Relay, circuit,
     pages::{blocks, table_rows},
 };
 
@@ -144,7 +144,7 @@ const REFUSED_CONNECTS: [(&str, &[&str]); 3] = [
         "the lists allow no CONNECT",
         &["--allow-connect-peer=12D3KooWPGM3wYKMsTHGEqbhcBft6cPjA2F3rQmyWTEDD3wCGS1g"],
     ),
-    ("too many circuits", &["--max-circuits=0"]),
+    ("too many circuits", &["--max-circuits=1"]),
 ];
 
 /// The circuit address of a target: a peer without a slot if the situation requires that, else a client with one.
@@ -195,7 +195,14 @@ async fn a_refused_js_client_prints_what_the_documentation_says() {
 async fn check_refused_connects(program: &Program, column: usize) {
     for (situation, flags) in REFUSED_CONNECTS {
         let relay = Relay::start(flags);
-        let (_client, address) = target(&relay, situation).await;
+        let (mut client, address) = target(&relay, situation).await;
+        let mut source = Client::connect(&relay).await;
+        let _only_one = match &mut client {
+            Some(client) if situation == "too many circuits" => {
+                Some(circuit(&mut source, client).await)
+            }
+            _ => None,
+        };
         let (output, expected) = (program.failure(&address), documented(situation, column));
         assert!(output.contains(&expected), "{situation}: {output}");
     }
