@@ -351,11 +351,14 @@ async fn a_changed_memory_changes_the_slots_with_sighup_and_the_other_derived_li
     relay.wait_for_log("memory: at most 2").await;
     write(&relay.folder, "memory = \"128MiB\"\n");
     relay.signal("HUP");
+    let line = relay.wait_for_log("SIGHUP: requires a restart: max-circuits-per-peer, ").await;
     for name in ["max-connections", "max-handshakes", "max-streams", "max-buffered"] {
-        relay.wait_for_log(&format!("SIGHUP: {name} requires a restart")).await;
+        assert!(line.contains(&format!(" {name},")), "{line}");
     }
+    assert!(line.ends_with(" (derived from memory)"), "{line}");
     relay.wait_for_log("SIGHUP: changed: max-reservations, ").await;
     relay.wait_for_log("SIGHUP: memory: 25165824 → 134217728").await;
+    assert_eq!(relay.count_in_log("requires a restart"), 1);
     write(&relay.folder, "memory = \"5MiB\"\n");
     relay.signal("HUP");
     relay

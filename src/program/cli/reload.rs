@@ -5,7 +5,7 @@ use std::fs;
 use toml::Value;
 
 use super::{
-    derived::limit::Limit,
+    derived::limit::{LIMITS, Limit},
     flags::{Flags, message_with_flag},
     load::Exit,
     startup_log,
@@ -58,6 +58,9 @@ impl Settings<'_> {
         let is_lowered = per_peer(&flags) < limit;
         let mut restart = self.at_start.differing(&flags)?;
         restart.retain(|name| requires_restart(name) && !(is_lowered && name == PER_PEER));
+        let (before, after) = (self.at_start.to_table()?, flags.to_table()?);
+        let is_own = |name: &String| before.contains_key(name) || after.contains_key(name);
+        let (own, derived): (Vec<_>, Vec<_>) = restart.into_iter().partition(is_own);
         // The DHT stays as it is, and the other settings have to fit to it.
         (flags.dht, flags.bootstrap) = (self.at_start.dht, self.at_start.bootstrap.clone());
         flags.check().map_err(|problem| flags.locate(problem))?;
@@ -73,8 +76,16 @@ impl Settings<'_> {
         #[cfg(feature = "websocket")]
         node.set_forwarders(flags.forwarders());
         // 3. Log it.
-        for name in &restart {
+        for name in own {
             log::warn!("SIGHUP: {name} requires a restart");
+        }
+        if !derived.is_empty() {
+            let limits = LIMITS.iter().map(|(_, flag)| flag.trim_start_matches("--"));
+            let mut settings: Vec<_> =
+                limits.chain(["memory", "listen", "autonat", "dht"]).collect();
+            settings.retain(|name| before.get(*name) != after.get(*name));
+            let (settings, derived) = (settings.join(", "), derived.join(", "));
+            log::warn!("SIGHUP: requires a restart: {derived} (derived from {settings})");
         }
         match changed.is_empty() {
             true => log::info!("SIGHUP: no setting has changed"),
@@ -124,10 +135,8 @@ impl Flags {
 /// A value as it is written in a file, shortened if it is long.
 fn shown(value: &Value) -> String {
     let text = value.to_string();
-    match text.char_indices().nth(MAX_SHOWN) {
-        Some((end, _)) => format!("{}…", text.get(..end).unwrap_or_default()),
-        None => text,
-    }
+    let end = if text.chars().count() > MAX_SHOWN { "…" } else { "" };
+    format!("{text:.MAX_SHOWN$}{end}")
 }
 
 #[cfg(test)]

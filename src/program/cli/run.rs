@@ -5,7 +5,7 @@ mod subcommand;
 
 use std::{env, net::TcpListener, process::ExitCode, time::Duration};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use async_signal::Signals;
 use futures_timer::Delay;
 use libp2p::{
@@ -286,10 +286,8 @@ fn listen(node: &mut Node, flags: &Flags) -> Result<()> {
         node.listen_on(address.clone()).map_err(|error| anyhow!("--listen {address}: {error}"))?;
         is_listening = true;
     }
-    match is_listening {
-        true => Ok(()),
-        false => bail!("--listen: this machine has neither IPv4 nor IPv6"),
-    }
+    ensure!(is_listening, "--listen: this machine has neither IPv4 nor IPv6");
+    Ok(())
 }
 
 fn log_listener(node: &Node, event: NodeEvent) {
