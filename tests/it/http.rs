@@ -137,6 +137,20 @@ async fn requests_on_one_connection_are_answered_in_turn() {
     assert!(text.starts_with("HTTP/1.1 200") && text.contains("HTTP/1.1 404"), "{text}");
 }
 
+/// As `nc -N` does. The status is complete within a second.
+#[tokio::test]
+async fn a_client_that_sends_nothing_more_gets_its_answer() {
+    let relay = Relay::start(&[ON_ANY_PORT]);
+    let port = port(&relay).await;
+    for path in ["/healthz", "/status.json", "/"] {
+        let mut stream = dial(port).await;
+        let request = format!("GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        stream.shutdown().await.unwrap();
+        assert_eq!(read_answer(&mut stream).await.status, 200, "{path}");
+    }
+}
+
 #[tokio::test]
 async fn unknown_host_names_are_refused_against_dns_rebinding() {
     let relay = Relay::start(&[ON_ANY_PORT, "--http-host=relay.example.org,relay.internal"]);

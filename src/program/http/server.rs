@@ -171,6 +171,7 @@ impl Connection {
         });
         let task = http1::Builder::new()
             .max_buf_size(MAX_HEAD)
+            .half_close(true) // a client that sends nothing more may wait for its answer
             .header_read_timeout(None) // the deadline is ours
             .serve_connection(HyperIo(Rc::clone(&socket)), service);
         Ok(Self { socket, task: Box::pin(task) })
