@@ -108,7 +108,7 @@ impl GoMetrics {
 
 /// Writes the metrics that no event reports.
 pub(super) fn write_stats(out: &mut DescriptorEncoder<'_>, stats: &Stats) -> fmt::Result {
-    let help = "1 while the relay serves, 0 while it drains or its clock is not set.";
+    let help = "1 while the relay serves, 0 while it drains, hangs or its clock is not set.";
     let status = ConstGauge::new(i64::from(stats.not_serving.is_none()));
     write(out, "status", help, None, status)?;
     let help = "Payload bytes that circuits carried, both directions together.";

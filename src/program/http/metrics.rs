@@ -25,7 +25,7 @@ use super::{
     counters::{Counters, Label, registered, write, write_each},
     go_metrics::{self, GoMetrics},
     process::Process,
-    snapshot::LatestSnapshot,
+    snapshot::{LatestSnapshot, STUCK_AFTER},
     stats::Stats,
 };
 use crate::{
@@ -166,7 +166,10 @@ struct SnapshotMetrics {
 
 impl Collector for SnapshotMetrics {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
-        (self.write)(&mut encoder, &self.latest.read().stats)
+        let snapshot = self.latest.read();
+        let hangs = (snapshot.at.elapsed() > STUCK_AFTER).then_some("the relay hangs");
+        let not_serving = snapshot.stats.not_serving.or(hangs);
+        (self.write)(&mut encoder, &Stats { not_serving, ..snapshot.stats })
     }
 }
 

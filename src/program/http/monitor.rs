@@ -198,6 +198,9 @@ mod tests {
         // Nor does its page show the last status as if it were current.
         let (status, json) = get(&routes_of(false, Duration::from_secs(31)), "/status.json");
         assert_eq!((status, json), (503, text));
+        let (status, metrics) = get(&routes_of(false, Duration::from_secs(31)), "/metrics");
+        assert_eq!(status, 200);
+        assert!(metrics.contains("\nlibp2p_relaysvc_status 0\n"), "{metrics}");
     }
 
     #[test]

@@ -21,7 +21,7 @@ use sha2::{Digest, Sha256};
 
 use super::{
     hosts::Hosts,
-    snapshot::LatestSnapshot,
+    snapshot::{LatestSnapshot, STUCK_AFTER},
     text_format::{prefers_openmetrics, to_prometheus},
 };
 
@@ -29,9 +29,6 @@ use super::{
 const PAGE: &str = include_str!("page/index.html");
 const STYLE: &str = include_str!("page/style.css");
 const SCRIPT: &str = include_str!("page/script.js");
-
-/// A relay that has published no snapshot for longer than this hangs.
-const STUCK_AFTER: Duration = Duration::from_secs(30);
 
 const HTML: &str = "text/html; charset=utf-8";
 const JSON: &str = "application/json";

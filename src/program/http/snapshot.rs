@@ -6,12 +6,15 @@ use std::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use hyper::body::Bytes;
 
 use super::{stats::Stats, status::Status};
+
+/// A relay that has published no snapshot for longer than this hangs.
+pub const STUCK_AFTER: Duration = Duration::from_secs(30);
 
 /// The relay at one moment.
 #[derive(Debug)]
