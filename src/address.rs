@@ -20,7 +20,7 @@ const MAX_BYTES: usize = 2048;
 ///
 /// Stored in eight bytes, because each slot has several: the upper half of an IPv6 address, in which IPv4 uses the
 /// unassigned `0:ffff::/32`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ClientPrefix(u64);
 
 /// An IPv4 /24 or an IPv6 /48: about what one site or one customer of a hoster has. What its clients hold counts towards
@@ -87,6 +87,12 @@ impl fmt::Display for ClientPrefix {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let ip = self.ip();
         write!(f, "{ip}{}", if ip.is_ipv4() { "" } else { "/64" })
+    }
+}
+
+impl fmt::Debug for ClientPrefix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
     }
 }
 
@@ -199,6 +205,14 @@ mod tests {
         assert_eq!(one, Some("2001:db8:1:2::/64".into()));
         assert_eq!(one, prefix("/ip6/2001:db8:1:2:ffff::9/tcp/7"));
         assert_eq!(prefix("/memory/7"), None);
+    }
+
+    /// The events of a node are printed by their `Debug`.
+    #[test]
+    fn the_debug_format_of_a_prefix_is_its_address() {
+        let prefix = ClientPrefix::of(&address("/ip4/192.0.2.1/tcp/1")).unwrap();
+        assert_eq!(format!("{prefix:?}"), "192.0.2.1");
+        assert_eq!(format!("{:?}", prefix.subnet()), "Subnet(192.0.2.0)");
     }
 
     #[test]
