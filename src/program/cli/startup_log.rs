@@ -5,7 +5,7 @@ use std::{net::IpAddr, time::Duration};
 use bytesize::ByteSize;
 use libp2p::{Multiaddr, PeerId};
 
-use super::flags::Flags;
+use super::{derived::limit::Limit, flags::Flags};
 #[cfg(feature = "dht")]
 use crate::program::dht;
 use crate::{
@@ -194,6 +194,14 @@ pub fn questionable_settings(flags: &Flags, relay: PeerId) -> Vec<String> {
              between; try 3m or more"
         ));
     }
+    let [slots, connections] =
+        [Limit::Reservations, Limit::Connections].map(|limit| flags.derived().get(limit));
+    if slots > connections {
+        warnings.push(format!(
+            "--max-reservations {slots}: each slot takes a connection, of which there are {connections}; raise \
+             --max-connections, and --memory if it is set"
+        ));
+    }
     if let Some(cert) = &flags.tls_cert
         && !flags.layers().any(|layer| layer == Layer::SecureWebSocket)
     {
@@ -255,11 +263,13 @@ mod tests {
         let warnings =
             |words: &[&str]| questionable_settings(&Flags::from_iter(words), PeerId::random());
         assert!(warnings(&["--proxy-protocol-from=10.0.0.0/8", "--reservation-ttl=3m"]).is_empty());
+        assert!(warnings(&["--max-connections=1024"]).is_empty());
         for (word, named) in [
             ("--proxy-protocol-from=0.0.0.0/0", "--proxy-protocol-from 0.0.0.0/0: "),
             ("--proxy-protocol-from=::/0", "--proxy-protocol-from ::/0: "),
             ("--trust-forwarded-from=0.0.0.0/0", "--trust-forwarded-from 0.0.0.0/0: "),
             ("--reservation-ttl=45s", "--reservation-ttl 45s: "),
+            ("--max-connections=1023", "--max-reservations 1024: each slot takes a connection"),
         ] {
             let warnings = warnings(&[word]);
             assert!(warnings.len() == 1 && warnings[0].starts_with(named), "{warnings:?}");
