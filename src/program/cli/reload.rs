@@ -123,7 +123,9 @@ impl Flags {
     fn changes(&self, after: &Self, names: &[String]) -> Result<Vec<String>, String> {
         let (old, new, given) = (self.settings()?, after.settings()?, after.to_table()?);
         let line = |name: &String| {
-            let derived = if given.contains_key(name) { "" } else { " (derived from others)" };
+            let is_unset = new.get(name).and_then(Value::as_str) == Some("");
+            let is_derived = !given.contains_key(name) && !is_unset;
+            let derived = if is_derived { " (derived from others)" } else { "" };
             let [before, after] =
                 [&old, &new].map(|all| all.get(name).map_or(String::new(), shown));
             format!("{name}: {before} → {after}{derived}")
@@ -161,6 +163,9 @@ mod tests {
             "max-connections: 2048 → 8192 (derived from others)",
         ];
         assert_eq!(before.changes(&after, &names).unwrap(), expected);
+        let memory = Flags::from_iter(["--memory=24MiB"]);
+        let lines = memory.changes(&before, &["memory".into()]).unwrap();
+        assert_eq!(lines, [r#"memory: 25165824 → """#], "not set, and derived from nothing");
         assert_eq!(shown(&"x".repeat(1000).into()).chars().count(), MAX_SHOWN + 1);
     }
 
