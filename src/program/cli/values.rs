@@ -107,7 +107,7 @@ impl<T: Readable> FromStr for Parsed<T> {
         // bytesize parses a larger number as the largest one.
         let is_largest = value.text() == u64::MAX.to_string();
         match is_largest && text.parse::<u64>().is_err() {
-            true => Err(format!("{shown:?} is too large; 0 is no limit")),
+            true => Err(format!("{shown:?} is too large; try {}", T::EXAMPLES)),
             false => Ok(Self(value)),
         }
     }
@@ -155,6 +155,13 @@ mod tests {
             let error = parsed::<SocketAddr>(text).unwrap_err();
             assert!(error.ends_with("is not a host and port; try 127.0.0.1:9180"), "{error}");
         }
+    }
+
+    /// Not for each setting is 0 no limit: a relay of `--memory 0` does not start.
+    #[test]
+    fn a_size_that_is_too_large_is_an_error_with_examples() {
+        let error = parsed::<ByteSize>("99999999TiB").unwrap_err();
+        assert_eq!(error, "\"99999999TiB\" is too large; try 500kB, 128KiB or 1GiB");
     }
 
     #[test]
