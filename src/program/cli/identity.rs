@@ -106,6 +106,8 @@ fn load_or_create_file(file: &Path, new: impl FnOnce() -> io::Result<Secret>) ->
         Ok(metadata) if !metadata.is_file() => bail!(
             "--identity {shown}: not a regular file; name one, or a path where there is no file yet"
         ),
+        // Another program may have just created it.
+        Ok(metadata) if metadata.len() == 0 => load_when_written(file),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             let created = create(new, file, persist, sync_folder);
             let exists = |error: &io::Error| error.kind() == io::ErrorKind::AlreadyExists;
@@ -291,6 +293,21 @@ mod tests {
             starts.into_iter().map(|start| start.join().unwrap()).collect()
         });
         assert!(keys.iter().all(|key| *key == keys[0]));
+    }
+
+    /// On a file system where the key is copied: [`persist`].
+    #[test]
+    fn an_empty_file_that_another_program_is_writing_is_read_once_it_is_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("relay.key");
+        let key = generate().unwrap();
+        for _ in 0..10 {
+            File::create(&file).unwrap();
+            thread::scope(|scope| {
+                scope.spawn(|| fs::write(&file, &*key).unwrap());
+                assert!(load_or_create_file(&file).is_ok());
+            });
+        }
     }
 
     #[test]
