@@ -103,7 +103,7 @@ impl LogSummary {
         });
         let busiest: Vec<_> = busiest.collect();
         if !lines.is_empty() && !busiest.is_empty() {
-            lines.push(format!("busiest addresses within a minute: {}", busiest.join(", ")));
+            lines.push(format!("busiest addresses now: {}", busiest.join(", ")));
         }
         lines
     }
@@ -324,7 +324,7 @@ mod tests {
         let lines = summary.take_lines(Buffered::default(), busiest);
         assert_eq!(
             lines[1..],
-            ["busiest addresses within a minute: slots: 192.0.2.1 (12), streams: 192.0.2.1 (3)"]
+            ["busiest addresses now: slots: 192.0.2.1 (12), streams: 192.0.2.1 (3)"]
         );
     }
 
