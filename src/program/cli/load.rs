@@ -271,7 +271,7 @@ fn convert(setting: &Value, given: &DeValue<'_>) -> Result<Value, &'static str> 
         (Value::Array(_), _, Some(text)) => Ok(Vec::from_iter(text.split_terminator(',')).into()),
         (Value::Array(_), ..) => Err("takes a list of texts in quotes"),
         (_, _, Some(text)) => Ok(text.into()),
-        _ => Err("takes a text in quotes, or a number"),
+        _ => Err("takes a text in quotes, or a whole number in decimal digits"),
     }
 }
 
