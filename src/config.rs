@@ -1,6 +1,8 @@
 //! Every limit and timer of the relay, with its unit and default, and the one function that validates them.
 
 use std::{
+    collections::HashSet,
+    iter,
     net::{Ipv4Addr, Ipv6Addr},
     time::Duration,
 };
@@ -306,8 +308,10 @@ fn validate_lists(lists: &Lists) -> Result<(), ConfigError> {
     }
     validate_subnets("allow_subnet", allow_subnet)?;
     validate_subnets("deny_subnet", deny_subnet)?;
+    let denied: HashSet<_> = deny_subnet.iter().copied().collect();
     for allowed in allow_subnet {
-        if let Some(denied) = deny_subnet.iter().find(|net| net.contains(allowed)) {
+        let mut wider = iter::successors(Some(*allowed), IpNet::supernet);
+        if let Some(denied) = wider.find(|net| denied.contains(net)) {
             let problem = format!("{allowed} lies in {denied}, which is denied; drop one");
             return Err(ConfigError::new("allow_subnet", problem));
         }
@@ -462,11 +466,16 @@ mod tests {
             let lists = Lists { deny_subnet: vec![subnet.parse().unwrap()], ..Lists::default() };
             assert_eq!(refused(lists), "deny_subnet", "{subnet}");
         }
-        let lists = Lists {
-            allow_subnet: vec!["10.1.0.0/16".parse().unwrap()],
-            deny_subnet: vec!["10.0.0.0/8".parse().unwrap()],
-            ..Lists::default()
-        };
-        assert_eq!(refused(lists), "allow_subnet");
+        for (allowed, is_denied) in
+            [("10.1.0.0/16", true), ("10.0.0.0/8", true), ("10.0.0.0/7", false)]
+        {
+            let lists = Lists {
+                allow_subnet: vec![allowed.parse().unwrap()],
+                deny_subnet: vec!["192.0.2.0/24".parse().unwrap(), "10.0.0.0/8".parse().unwrap()],
+                ..Lists::default()
+            };
+            let config = Config { access: lists, ..Config::default() };
+            assert_eq!(config.validate().is_err(), is_denied, "{allowed}");
+        }
     }
 }
