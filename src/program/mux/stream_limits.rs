@@ -137,7 +137,7 @@ impl StreamLimits {
             ("max_buffered_per_connection", too_little(held, least, circuits, fit))
         } else if pool >= least_pool {
             return Ok(());
-        } else if self.max_buffered_per_connection.is_none() {
+        } else if self.max_buffered_per_connection.is_none() || of_pool < least {
             let fit = of_pool.saturating_sub(MAX_WINDOW) / INITIAL_WINDOW;
             ("max_buffered", too_little(pool, least_pool, circuits, fit))
         } else {
@@ -441,6 +441,14 @@ mod tests {
                 64,
                 "max_buffered: 8.0 MiB is too little for --max-circuits-per-peer 64; try 68MiB or more, or \
                  lower --max-circuits-per-peer to 4",
+            ),
+            // A quarter of the pool is too little for one connection.
+            (
+                Some(16 * MIB),
+                Some(17 * MIB),
+                64,
+                "max_buffered: 16.0 MiB is too little for --max-circuits-per-peer 64; try 68MiB or more, or \
+                 lower --max-circuits-per-peer to 12",
             ),
             (
                 Some(79 * MIB),
