@@ -59,46 +59,37 @@ fn last_untrusted(
     is_trusted: impl Fn(IpAddr) -> bool,
 ) -> Option<Option<Hop>> {
     let mut trusted = None;
-    for line in lines.iter().rev() {
-        let mut rest = Some(line.as_slice());
-        while let Some(list) = rest {
-            let (before, element) = split_last(list, b',');
-            rest = before;
-            if element.trim_ascii().is_empty() {
-                continue; // RFC 9110, 5.6.1: a list may have empty elements
-            }
-            match parse(element) {
-                Some(hop) if is_trusted(hop.0) => trusted = Some(Some(hop)),
-                other => return Some(other),
-            }
+    for element in lines.iter().rev().flat_map(|line| last_first(line, b',')) {
+        match parse(element) {
+            Some(hop) if is_trusted(hop.0) => trusted = Some(Some(hop)),
+            other => return Some(other),
         }
     }
     trusted
 }
 
-/// Splits at the last separator outside a quoted string, into what precedes it, if there is one, and what follows it.
-/// Scans from the end, so that an unclosed quote at the start has no effect.
-fn split_last(list: &[u8], separator: u8) -> (Option<&[u8]>, &[u8]) {
-    let mut is_quoted = false;
-    for (at, byte) in list.iter().enumerate().rev() {
-        match byte {
-            b'"' => is_quoted = !is_quoted,
-            byte if *byte == separator && !is_quoted => {
-                let (before, rest) = list.split_at(at);
-                return (Some(before), rest.get(1..).unwrap_or_default());
-            }
-            _ => {}
+/// Splits at the separators outside quoted strings; the last part comes first. Empty parts are left out: a list may have
+/// them (RFC 9110, 5.6.1), and so may an element (RFC 7239, 4). Scans from the end, so that an unclosed quote at the start
+/// has no effect.
+fn last_first(list: &[u8], separator: u8) -> impl Iterator<Item = &[u8]> {
+    // The quote behind a byte, if there are at most backslashes between them, and whether it is unescaped by those.
+    let (mut is_quoted, mut quote) = (false, None);
+    let parts = list.rsplit(move |byte| {
+        if *byte == b'\\' {
+            quote = quote.map(|is_unescaped: bool| !is_unescaped);
+        } else {
+            is_quoted ^= quote == Some(true);
+            quote = (*byte == b'"').then_some(true);
         }
-    }
-    (None, list)
+        *byte == separator && !is_quoted
+    });
+    parts.filter(|part| !part.trim_ascii().is_empty())
 }
 
 /// RFC 7239, 4: the node in the one parameter `for` of an element.
 fn parse_element(element: &[u8]) -> Option<Hop> {
-    let (mut rest, mut found) = (Some(element), None);
-    while let Some(parameters) = rest {
-        let (before, parameter) = split_last(parameters, b';');
-        rest = before;
+    let mut found = None;
+    for parameter in last_first(element, b';') {
         let equals = parameter.iter().position(|byte| *byte == b'=')?;
         let (name, value) = parameter.split_at(equals);
         if name.trim_ascii().eq_ignore_ascii_case(b"for")
@@ -191,12 +182,23 @@ mod tests {
             (&["for=192.0.2.43, for=\"[2001:db8::1]:1234\""], hop("2001:db8::1", Some(1234))),
             (&["for=192.0.2.43", "for=198.51.100.17;by=\"a;b,c\""], hop("198.51.100.17", None)),
             (&["for=\"192.0.2.43:_port\""], hop("192.0.2.43", None)),
+            (&["for=192.0.2.43;"], hop("192.0.2.43", None)),
+            (&["proto=https; ;for=192.0.2.43"], hop("192.0.2.43", None)),
             (&["for=192.0.2.1, for=unknown"], Err(ForwardedError::Malformed)),
             (&["for=192.0.2.1;for=192.0.2.2"], Err(ForwardedError::Malformed)),
             (&["by=192.0.2.1"], Err(ForwardedError::Malformed)),
             (&["192.0.2.1"], Err(ForwardedError::Malformed)),
         ] {
             assert_eq!(standard(values), client, "{values:?}");
+        }
+    }
+
+    #[test]
+    fn a_quote_or_a_separator_within_a_quoted_string_ends_nothing() {
+        for host in [r#"x\",for=6.6.6.6;by=\"y"#, r#"x\\"#, r#"\\\",for=6.6.6.6"#, ",for=6.6.6.6;by=y"] {
+            for element in [format!("for=192.0.2.1;host=\"{host}\""), format!("host=\"{host}\";for=192.0.2.1")] {
+                assert_eq!(standard(&[&element]), hop("192.0.2.1", None), "{element}");
+            }
         }
     }
 
