@@ -269,6 +269,30 @@ async fn a_proxy_without_forwarded_header_counts_as_the_client_and_is_warned_abo
 }
 
 #[tokio::test]
+async fn no_client_uses_up_the_rate_of_its_proxys_health_checks() {
+    for headers in [
+        "X-Forwarded-For: 192.0.2.7\r\n",
+        "Forwarded: for=192.0.2.8\r\nX-Forwarded-For: 192.0.2.7\r\n",
+    ] {
+        // An address may open eight connections at once; forty more are delayed.
+        let flags = ["--trust-forwarded-from=127.0.0.3/32", "--max-reservations-per-ip=1"];
+        let relay = Relay::start(&[&[LISTEN], &flags[..]].concat());
+        let port = port(&address(&relay, "/ws").await);
+        let request = format!("GET / HTTP/1.1\r\n{headers}\r\n");
+        let requests = (0..100).map(|_| async {
+            let mut stream = from_proxy(port).await;
+            stream.write_all(request.as_bytes()).await.expect("the relay reads");
+            stream
+        });
+        let requests = future::join_all(requests).await;
+        relay.wait_for_log("denied: /ip4/127.0.0.3/tcp/").await;
+        let check = b"GET /healthz HTTP/1.1\r\n\r\n";
+        assert_eq!(status(&send_and_close(from_proxy(port).await, check).await), 200);
+        drop(requests);
+    }
+}
+
+#[tokio::test]
 async fn forwarded_headers_of_untrusted_clients_are_ignored() {
     let relay = Relay::start(&[LISTEN, "--trust-forwarded-from=127.0.0.4/32"]);
     let direct = address(&relay, "/ws").await;

@@ -14,7 +14,7 @@ mod write_coalescing;
 use std::{
     future::{pending, ready},
     io,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     pin::Pin,
     sync::{
         Arc, PoisonError, RwLock,
@@ -174,12 +174,13 @@ impl WebSocket {
                     let late = io::Error::new(io::ErrorKind::TimedOut, late);
                     Err(StageError::wrap(Stage::WebSocket, Some(Reason::Timeout), late))
                 });
-                let client = match &mut request {
-                    Ok(request) => client_of(&mut request.head, remote, &forwarders),
-                    Err(_) => Err(None),
-                };
-                let ip = client.as_ref().unwrap_or(&remote).ip();
-                match rates.delay(ip, 0, Instant::now()) {
+                let (mut client, mut charged) = (Err(None), Some(remote.ip()));
+                if let Ok(PendingUpgrade { head, .. }) = &mut request {
+                    charged = charged_for(head, remote.ip(), &forwarders);
+                    client = client_of(head, remote, &forwarders);
+                }
+                let rate = |ip| rates.delay(ip, 0, Instant::now());
+                match charged.map_or(Some(Duration::ZERO), rate) {
                     Some(wait) => Delay::new(wait).await,
                     None => request = request.and(Err(Denied::Rate.into())),
                 }
@@ -280,6 +281,16 @@ fn client_of(
     }
     let (ip, port) = client.map_err(Some)?;
     Ok(SocketAddr::new(ip, port.unwrap_or(proxy.port())))
+}
+
+/// Whose rate a request of this proxy is charged to: the client's, also if it opens no WebSocket, or else the proxy's;
+/// `None` for a health check of the proxy's own, which must not fail because of what clients send through it.
+fn charged_for(head: &Head, proxy: IpAddr, forwarders: &Proxies) -> Option<IpAddr> {
+    match head.forwarded.client(|ip| forwarders.contains(ip)) {
+        Ok((client, _)) => Some(client),
+        Err(ForwardedError::Absent) if head.request == Request::Health => None,
+        Err(_) => Some(proxy),
+    }
 }
 
 impl Transport for WebSocket {

@@ -195,8 +195,12 @@ mod tests {
 
     #[test]
     fn a_quote_or_a_separator_within_a_quoted_string_ends_nothing() {
-        for host in [r#"x\",for=6.6.6.6;by=\"y"#, r#"x\\"#, r#"\\\",for=6.6.6.6"#, ",for=6.6.6.6;by=y"] {
-            for element in [format!("for=192.0.2.1;host=\"{host}\""), format!("host=\"{host}\";for=192.0.2.1")] {
+        for host in
+            [r#"x\",for=6.6.6.6;by=\"y"#, r#"x\\"#, r#"\\\",for=6.6.6.6"#, ",for=6.6.6.6;by=y"]
+        {
+            for element in
+                [format!("for=192.0.2.1;host=\"{host}\""), format!("host=\"{host}\";for=192.0.2.1")]
+            {
                 assert_eq!(standard(&[&element]), hop("192.0.2.1", None), "{element}");
             }
         }
