@@ -2,12 +2,12 @@
 //!
 //! An app decides by implementing [`Access`]; otherwise [`Lists`] of peers and subnets decide.
 
-use std::{collections::HashSet, fmt, time::Duration};
+use std::{collections::HashSet, fmt, net::IpAddr, time::Duration};
 
 use ipnet::IpNet;
 use libp2p::{Multiaddr, PeerId, futures::future::BoxFuture};
 
-use crate::address;
+use crate::address::{self, ClientPrefix};
 
 /// How long an app may take to answer; then the answer is [`Permission::Deny`].
 pub(crate) const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -133,7 +133,8 @@ pub struct Terms {
 /// Lists of peers and subnets, which decide unless an app does. Empty lists allow everything.
 ///
 /// They apply to peers that reserve, that connect, and that are connected to. A list that denies takes precedence over
-/// one that allows; if both peers and subnets are listed as allowed, a peer has to match both.
+/// one that allows; if both peers and subnets are listed as allowed, a peer has to match both. A peer with an IPv4 address
+/// within an IPv6 one (mapped, NAT64, 6to4) comes from the subnets of both.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Lists {
@@ -152,8 +153,11 @@ pub struct Lists {
 
 impl Lists {
     fn allows_address(&self, address: &Multiaddr) -> bool {
+        // An IPv4 address within an IPv6 one is looked up, too: it is what the client's slots count towards.
         let ip = address::ip(address);
-        let is_in = |list: &[IpNet]| ip.is_some_and(|ip| list.iter().any(|net| net.contains(&ip)));
+        let within = ip.map(|ip| ClientPrefix::from(ip).ip()).filter(IpAddr::is_ipv4);
+        let ips = || ip.into_iter().chain(within);
+        let is_in = |list: &[IpNet]| ips().any(|ip| list.iter().any(|net| net.contains(&ip)));
         !is_in(&self.deny_subnet) && (self.allow_subnet.is_empty() || is_in(&self.allow_subnet))
     }
 
@@ -237,6 +241,26 @@ mod tests {
         assert!(!reserves(&lists, alice, "/ip4/198.51.100.1/tcp/1"));
         assert!(!reserves(&lists, alice, "/ip6/2001:db8:dead::1/tcp/1"));
         assert!(!reserves(&lists, alice, "/memory/7"));
+    }
+
+    #[test]
+    fn an_ipv4_address_within_an_ipv6_one_is_in_the_subnets_of_either() {
+        let alice = PeerId::random();
+        for from in ["::ffff:192.0.2.7", "64:ff9b::192.0.2.7", "2002:c000:207::1"] {
+            let from = format!("/ip6/{from}/tcp/1");
+            for (subnet, is_in) in [("192.0.2.0/24", true), ("198.51.100.0/24", false)] {
+                let denied = Lists { deny_subnet: vec![net(subnet)], ..Lists::default() };
+                let allowed = Lists { allow_subnet: vec![net(subnet)], ..Lists::default() };
+                assert_eq!(reserves(&denied, alice, &from), !is_in, "{from}");
+                assert_eq!(reserves(&allowed, alice, &from), is_in, "{from}");
+            }
+        }
+        let denied = Lists { deny_subnet: vec![net("64:ff9b::/96")], ..Lists::default() };
+        assert!(!reserves(&denied, alice, "/ip6/64:ff9b::192.0.2.7"));
+        assert!(reserves(&denied, alice, "/ip4/192.0.2.7"));
+        // Of an IPv6 address nothing else is looked up.
+        let denied = Lists { deny_subnet: vec![net("2001:db8::/128")], ..Lists::default() };
+        assert!(reserves(&denied, alice, AWAY));
     }
 
     #[test]
