@@ -298,7 +298,7 @@ pub(crate) fn validate_subnets(setting: &'static str, list: &[IpNet]) -> Result<
 ///
 /// The first list that does, by name and with the remedy.
 fn validate_lists(lists: &Lists) -> Result<(), ConfigError> {
-    let Lists { allow_peer, deny_peer, allow_subnet, deny_subnet, allow_connect_peer } = lists;
+    let Lists { allow_peer, deny_peer, allow_subnet, deny_subnet, allow_connect_peer, .. } = lists;
     let both = [("allow_peer", allow_peer), ("allow_connect_peer", allow_connect_peer)];
     for (setting, allowed) in both {
         if let Some(peer) = allowed.intersection(deny_peer).next() {

@@ -40,7 +40,7 @@ use self::{
     reservations::{Receipt, Reservations},
 };
 use crate::{
-    access::{Access, Permission, Terms},
+    access::{Access, Lists, Permission, Terms},
     config::{Config, ConfigError, LONGEST, SHORTEST},
     event::{CircuitEnd, CircuitId, Event, FreedReason, Refused},
     wire::{BadRequest, Limit, Request, Status},
@@ -60,6 +60,8 @@ pub struct Relay<C, R> {
     pub accounts: Accounts,
     /// The embedder's access rules, which decide instead of the configuration's lists.
     embedder_access: Option<Box<dyn Access>>,
+    /// The configuration's lists, in which an address is found quickly.
+    lists: Lists,
     /// How often the access rules have changed.
     rule_changes: u64,
     /// How many answers about slots and circuits have yet to come, and whether to ask again after the last.
@@ -172,6 +174,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
             circuits: Circuits::new(&config),
             accounts: Accounts::default(),
             embedder_access: None,
+            lists: config.access.sorted(),
             rule_changes: 0,
             open_checks: 0,
             check_again: false,

@@ -34,6 +34,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         self.link.lock().configure(&config, now);
         // Never later than before: otherwise a change every second would postpone it for ever.
         self.sweep_due = self.sweep_due.min(now + config.sweep);
+        self.lists = config.access.sorted();
         self.config = config;
         self.recheck_access(now);
         Ok(())
@@ -47,7 +48,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
 
     /// Decides who may use the relay: the lists of the configuration, or the embedder.
     pub fn access(&self) -> &dyn Access {
-        self.embedder_access.as_deref().unwrap_or(&self.config.access)
+        self.embedder_access.as_deref().unwrap_or(&self.lists)
     }
 
     /// Asks whether a request is allowed, and charges its rate.

@@ -507,6 +507,7 @@ impl Flags {
                 allow_subnet: unwrap_all(&self.allow_subnet).collect(),
                 deny_subnet: unwrap_all(&self.deny_subnet).collect(),
                 allow_connect_peer: unwrap_all(&self.allow_connect_peer).collect(),
+                ..Lists::default()
             },
             announce: unwrap_all(&self.announce).collect(),
             ..Config::default()
