@@ -42,9 +42,8 @@ pub fn report_losses(endpoint: &ConnectedPoint, activity: &ActivityCounter) {
     if let ConnectedPoint::Listener { local_addr, send_back_addr } = endpoint
         && let (Some(local), Some(remote)) = (socket(local_addr), socket(send_back_addr))
     {
-        activity.set_lossy(move || {
-            TcpInfo::of(local, remote).is_some_and(|info| info.is_lossy() == Some(true))
-        });
+        let is_lossy = move || TcpInfo::of(local, remote)?.is_lossy();
+        activity.set_lossy(move || is_lossy() == Some(true));
     }
 }
 
@@ -99,6 +98,7 @@ impl TcpInfo {
 
 fn request(local: SocketAddr, remote: SocketAddr) -> Vec<u8> {
     let family = if local.is_ipv4() { AF_INET } else { AF_INET6 };
+    let interface = if let SocketAddr::V6(local) = local { local.scope_id() } else { 0 };
     let address = |socket: SocketAddr| match socket.ip() {
         IpAddr::V4(ip) => [&ip.octets()[..], &[0; 12]].concat(),
         IpAddr::V6(ip) => ip.octets().to_vec(),
@@ -114,7 +114,7 @@ fn request(local: SocketAddr, remote: SocketAddr) -> Vec<u8> {
         &remote.port().to_be_bytes(),
         &address(local),
         &address(remote),
-        &[0; 4], // on any interface
+        &interface.to_ne_bytes(), // 0: any; of a link-local connection it has to be named
         &INET_DIAG_NOCOOKIE,
     ]
     .concat()
@@ -142,14 +142,28 @@ fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
 mod tests {
     use std::{
         io::{Read, Write},
-        net::{TcpListener, TcpStream},
+        net::{Ipv6Addr, SocketAddrV6, TcpListener, TcpStream},
     };
 
     use super::*;
 
+    /// An address of each interface that has a link-local one.
+    fn link_local() -> Vec<SocketAddr> {
+        let all = std::fs::read_to_string("/proc/net/if_inet6").unwrap_or_default();
+        let address = |line: &str| {
+            let mut columns = line.split_whitespace();
+            let ip = Ipv6Addr::from_bits(u128::from_str_radix(columns.next()?, 16).ok()?);
+            let interface = u32::from_str_radix(columns.next()?, 16).ok()?;
+            let address = SocketAddrV6::new(ip, 0, 0, interface);
+            ip.is_unicast_link_local().then_some(address.into())
+        };
+        all.lines().filter_map(address).collect()
+    }
+
     #[test]
     fn acknowledged_bytes_are_read_from_the_kernel() {
-        for address in ["127.0.0.1:0", "[::1]:0"] {
+        let loopback = ["127.0.0.1:0", "[::1]:0"].map(|text| text.parse().unwrap());
+        for address in loopback.into_iter().chain(link_local()) {
             let listener = TcpListener::bind(address).unwrap();
             let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
             let (mut server, remote) = listener.accept().unwrap();
