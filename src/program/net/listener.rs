@@ -143,6 +143,7 @@ impl Listener {
             return;
         }
         self.incoming = stream::pending().boxed();
+        self.events.clear(); // its address, if that was not reported yet
         let closed = TransportEvent::ListenerClosed { listener_id: self.id, reason: Ok(()) };
         self.events.push_back(closed);
         if let Some(waker) = self.waker.take() {
@@ -226,5 +227,24 @@ impl Stream for Listener {
                 None => return Poll::Ready(None),
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use async_std::task::block_on;
+
+    use super::*;
+
+    #[test]
+    fn a_listener_that_is_closed_at_once_reports_no_address() {
+        let to = SocketAddr::from(([127, 0, 0, 1], 0));
+        let address = "/ip4/127.0.0.1/tcp/0".parse().unwrap();
+        let mut listener = Listener::bind(ListenerId::next(), address, to).unwrap();
+        listener.close();
+        let events: Vec<_> = block_on(listener.collect());
+        let [Output::Event(TransportEvent::ListenerClosed { .. })] = events[..] else {
+            panic!("{} events", events.len());
+        };
     }
 }
