@@ -56,9 +56,8 @@ impl Interfaces {
                         );
                     });
                     // The system does not list them, as on Android.
-                    self.update(
-                        [Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()].into(),
-                    );
+                    let any = [Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()];
+                    self.update(any.into());
                 }
                 Err(error) => log::debug!("listing this machine's addresses failed: {error}"),
             }

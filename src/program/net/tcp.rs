@@ -108,10 +108,8 @@ impl Tcp {
     /// named.
     fn on_client(&mut self, accepted: Accepted, client: SocketAddr) -> Option<Event> {
         let is_forwarder = self.forwarders.as_ref().is_some_and(|it| it.contains(client.ip()));
-        let delay = match is_forwarder {
-            true => Some(Duration::ZERO),
-            false => self.rates.delay(client.ip(), self.delayed.len(), Instant::now()),
-        };
+        let rate = || self.rates.delay(client.ip(), self.delayed.len(), Instant::now());
+        let delay = if is_forwarder { Some(Duration::ZERO) } else { rate() };
         match delay {
             Some(Duration::ZERO) => self.report(accepted, Ok(client)),
             Some(delay) => {

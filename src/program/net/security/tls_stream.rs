@@ -2,7 +2,7 @@
 //!
 //! rustls' buffered connection never gives back the 4 KiB that it reads into, a fifth of what an idle peer takes. Here bytes
 //! are read into a [`Buffer`] and decrypted in place. What is received and left between two calls takes no more memory than
-//! it needs; what is unsent keeps the memory that it was encrypted into until it is sent.
+//! it needs; what is unsent, four times as much at most while the connection takes nothing more.
 
 use std::{
     cell::Cell,
@@ -92,18 +92,14 @@ impl State {
                     self.unread.get_mut().extend_from_slice(record.payload);
                 }
             }
-            Ok(EncodeTlsData(mut record)) => self.append(MAX_DATA, |room| record.encode(room).ok()),
+            Ok(EncodeTlsData(mut record)) => self.append(MAX_DATA, |to| record.encode(to)),
             Ok(TransmitTlsData(records)) => records.done(), // poll_send sends them
             Ok(PeerClosed) => self.end = Some(Ok(())),
             Ok(WriteTraffic(mut traffic)) => {
                 match write {
                     Write::Nothing => {}
-                    Write::Data(data) => {
-                        self.append(data.len(), |room| traffic.encrypt(data, room).ok());
-                    }
-                    Write::CloseNotify => {
-                        self.append(0, |room| traffic.queue_close_notify(room).ok());
-                    }
+                    Write::Data(data) => self.append(data.len(), |to| traffic.encrypt(data, to)),
+                    Write::CloseNotify => self.append(0, |to| traffic.queue_close_notify(to)),
                 }
                 return (status.discard, false);
             }
@@ -114,7 +110,7 @@ impl State {
     }
 
     /// Appends unsent records with so much data, and with updates of keys before it.
-    fn append(&mut self, data: usize, encode: impl FnOnce(&mut [u8]) -> Option<usize>) {
+    fn append<E>(&mut self, data: usize, encode: impl FnOnce(&mut [u8]) -> Result<usize, E>) {
         if self.records.is_empty() {
             self.records = SPARE.take();
         }
@@ -125,6 +121,16 @@ impl State {
         }
         let room = self.records.get_mut(start..end).unwrap_or_default();
         self.unsent.end += encode(room).unwrap_or(0);
+    }
+
+    /// Leaves the memory of the records to other connections, if most or all of it was sent.
+    fn shrink(&mut self) {
+        if self.records.len() >= 4 * self.unsent.len() {
+            let unsent = self.records.get(self.unsent.clone()).unwrap_or_default().to_vec();
+            self.unsent = 0..unsent.len();
+            let (records, spare) = (mem::replace(&mut self.records, unsent), SPARE.take());
+            SPARE.set(if spare.len() > records.len() { spare } else { records });
+        }
     }
 
     /// The error that has ended the session, if there is one.
@@ -216,16 +222,16 @@ impl<C: AsyncRead + AsyncWrite + Unpin> TlsStream<C> {
         let state = &mut self.state;
         while !state.unsent.is_empty() {
             let unsent = state.records.get(state.unsent.clone()).unwrap_or_default();
-            let sent = ready!(Pin::new(&mut self.connection).poll_write(cx, unsent))?;
-            if sent == 0 {
-                return Poll::Ready(Err(ErrorKind::WriteZero.into()));
+            let Poll::Ready(sent) = Pin::new(&mut self.connection).poll_write(cx, unsent) else {
+                state.shrink();
+                return Poll::Pending;
+            };
+            match sent? {
+                0 => return Poll::Ready(Err(ErrorKind::WriteZero.into())),
+                sent => state.unsent.start += sent,
             }
-            state.unsent.start += sent;
         }
-        state.unsent = 0..0;
-        if !state.records.is_empty() {
-            SPARE.set(mem::take(&mut state.records));
-        }
+        state.shrink();
         Poll::Ready(Ok(()))
     }
 }
@@ -534,6 +540,30 @@ mod tests {
             assert_eq!(server.read(&mut bytes).await.unwrap(), 8);
             assert!(bytes.starts_with(b"a record"));
             assert_eq!(memory(&server), [0; 3]);
+        });
+    }
+
+    #[test]
+    fn a_stalled_stream_keeps_little_more_memory_than_is_unsent() {
+        block_on(async {
+            let (mut bulk, mut client) = connected().await;
+            for _ in 0..2 {
+                bulk.write_all(&[7; MAX_UNSENT]).await.unwrap();
+                bulk.flush().await.unwrap();
+                client.read_exact(&mut [0; MAX_UNSENT]).await.unwrap();
+            }
+            let (mut stalled, mut reader) = connected().await;
+            stalled.write_all(&[7; ROOM - 200]).await.unwrap();
+            stalled.flush().now_or_never();
+            stalled.write_all(&[7; 100]).await.unwrap();
+            assert!(stalled.flush().now_or_never().is_none());
+            let [.., kept] = memory(&stalled);
+            let unsent = stalled.state.unsent.len();
+            assert!(kept <= 2 * unsent, "{kept} for {unsent} unsent");
+            let (mut received, flush) = ([0; ROOM - 100], stalled.flush());
+            let (read, flushed) = join(reader.read_exact(&mut received), flush).await;
+            assert!(read.is_ok() && flushed.is_ok() && received.ends_with(&[7]));
+            assert_eq!(memory(&stalled), [0; 3]);
         });
     }
 
