@@ -75,6 +75,7 @@ pub struct Node {
     swarm: Swarm<Boxed<Parts>>,
     counters: ByteCounters,
     proxies: Proxies,
+    rates: ConnectionRates,
     multiplex: Multiplex,
     observations: Observations<ConnectionId>,
     certificate_not_after: Option<SystemTime>,
@@ -132,7 +133,7 @@ impl Node {
         // 2. The transport: TCP, WebSocket over another TCP, the private network, the secure channel, the muxer.
         let counters = ByteCounters::default();
         let proxies = Proxies::new(limits.max_handshakes);
-        let rates = ConnectionRates::new(&config, &limits);
+        let rates = ConnectionRates::new(&config, limits);
         let pending = counters.clone();
         let transport = Tcp::new(counters.clone(), proxies.clone(), rates.clone(), None);
         let transport = transport.map(move |stream, endpoint| {
@@ -141,7 +142,8 @@ impl Node {
         #[cfg(feature = "websocket")]
         let (transport, control) = {
             let max_requests = limits.max_handshakes;
-            let websocket = WebSocket::new(counters.clone(), proxies.clone(), rates, max_requests);
+            let websocket =
+                WebSocket::new(counters.clone(), proxies.clone(), rates.clone(), max_requests);
             let control = websocket.control.clone();
             (transport.or_transport(websocket), control)
         };
@@ -187,6 +189,7 @@ impl Node {
             swarm: Swarm::new(transport, Boxed(parts), peer, swarm_config),
             counters,
             proxies,
+            rates,
             multiplex,
             observations: Observations::new(Instant::now()),
             certificate_not_after: None,
@@ -219,6 +222,7 @@ impl Node {
         let silence = config.silence;
         self.relay_mut().set_config(Config { close_silent: true, ..config })?;
         self.multiplex.memory.set_max_stall(silence);
+        self.rates.configure(self.relay().config());
         self.update_addresses(true);
         Ok(())
     }
@@ -571,6 +575,20 @@ mod tests {
         let error = node.resume().unwrap_err().to_string();
         assert!(error.starts_with(&format!("{address}: ")), "{error}");
         assert!(node.relay().view().is_draining());
+    }
+
+    #[test]
+    fn an_address_that_may_have_more_slots_since_a_reload_may_open_more_connections_at_once() {
+        let config = |slots| Config { max_reservations_per_ip: Some(slots), ..Config::default() };
+        let mut node = Node::new(Keypair::generate_ed25519(), config(8)).unwrap();
+        let at_once = |node: &Node, host: u8| {
+            let (ip, now) = ([192, 0, 2, host].into(), Instant::now());
+            let delays = (0..1000).map(|_| node.rates.delay(ip, 0, now));
+            delays.filter(|delay| *delay == Some(Duration::ZERO)).count()
+        };
+        assert_eq!(at_once(&node, 1), 16);
+        node.set_config(config(64)).unwrap();
+        assert_eq!(at_once(&node, 2), 128);
     }
 
     /// The handlers of all behaviours take one allocation per connection.

@@ -7,7 +7,7 @@
 
 use std::{
     net::IpAddr,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -27,37 +27,44 @@ const MAX_DELAY: Duration = Duration::from_secs(5);
 #[derive(Clone, Debug, Default)]
 pub struct ConnectionRates {
     rates: Arc<Mutex<ScopedRates>>,
-    max_delayed: usize,
+    limits: Limits,
 }
 
 impl ConnectionRates {
     /// The rates that follow from the slots that a scope may hold. A scope without a cap on its connections has no
     /// rate limit.
-    pub fn new(config: &Config, limits: &Limits) -> Self {
-        let all = config.max_reservations;
-        let caps = config.slot_caps();
-        let rate = |slots: Option<usize>, wider: u32| Rate {
-            burst: u32::try_from(slots.unwrap_or(all).saturating_mul(2))
-                .unwrap_or(u32::MAX)
-                .max(PER_SECOND * wider),
-            spacing: Duration::from_secs(1) / (PER_SECOND * wider),
+    pub fn new(config: &Config, limits: Limits) -> Self {
+        let rates = Self { rates: Arc::default(), limits };
+        rates.configure(config);
+        rates
+    }
+
+    /// Has the rates follow from this configuration.
+    pub fn configure(&self, config: &Config) {
+        let (all, caps) = (config.max_reservations, config.slot_caps());
+        let rate = |slots: Option<usize>, wider: u32| {
+            let burst = u32::try_from(slots.unwrap_or(all).saturating_mul(2)).unwrap_or(u32::MAX);
+            let per_second = PER_SECOND * wider;
+            Rate { burst: burst.max(per_second), spacing: Duration::from_secs(1) / per_second }
         };
-        let per_subnet = limits.per_subnet();
-        let levels = [
-            limits.per_ip().map(|_| rate(caps.per_address, 1)),
+        let per_subnet = self.limits.per_subnet();
+        self.lock().set_rates([
+            self.limits.per_ip().map(|_| rate(caps.per_address, 1)),
             per_subnet.map(|_| rate(caps.per_subnet, WIDER)),
             per_subnet.map(|_| rate(None, WIDER * WIDER)),
-        ];
-        let rates = Arc::new(Mutex::new(ScopedRates::new(levels)));
-        Self { rates, max_delayed: limits.max_handshakes }
+        ]);
     }
 
     /// Returns how long to delay a connection from this address while this many others are delayed; `None` if it is
     /// denied.
     pub fn delay(&self, ip: IpAddr, delayed: usize, now: Instant) -> Option<Duration> {
-        let max_delay = if delayed < self.max_delayed { MAX_DELAY } else { Duration::ZERO };
-        let mut rates = self.rates.lock().unwrap_or_else(PoisonError::into_inner);
-        rates.take(ip.into(), max_delay, now)
+        let has_room = delayed < self.limits.max_handshakes;
+        let max_delay = if has_room { MAX_DELAY } else { Duration::ZERO };
+        self.lock().take(ip.into(), max_delay, now)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, ScopedRates> {
+        self.rates.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -67,7 +74,7 @@ mod tests {
 
     #[test]
     fn clients_of_a_restarted_relay_reconnect_at_once_and_a_flood_is_delayed_or_denied() {
-        let rates = ConnectionRates::new(&Config::default(), &Limits::default());
+        let rates = ConnectionRates::new(&Config::default(), Limits::default());
         let (now, ip) = (Instant::now(), IpAddr::from([192, 0, 2, 1]));
         let delays: Vec<_> = (0..1000).map(|_| rates.delay(ip, 0, now)).collect();
         let at_once = delays.iter().filter(|delay| **delay == Some(Duration::ZERO));
@@ -84,7 +91,7 @@ mod tests {
             max_connections_per_subnet: Some(0),
             ..Limits::default()
         };
-        let rates = ConnectionRates::new(&Config::default(), &limits);
+        let rates = ConnectionRates::new(&Config::default(), limits);
         let ip = IpAddr::from([192, 0, 2, 1]);
         let delays = (0..9999).map(|_| rates.delay(ip, 0, Instant::now()));
         assert!(delays.into_iter().all(|delay| delay == Some(Duration::ZERO)));

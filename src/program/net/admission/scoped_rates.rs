@@ -57,6 +57,11 @@ impl ScopedRates {
         Self { levels, purged_at: None }
     }
 
+    /// Replaces the rates; what was taken stays taken.
+    pub fn set_rates(&mut self, rates: [Option<Rate>; 3]) {
+        self.levels.iter_mut().zip(rates).for_each(|(level, rate)| level.rate = rate);
+    }
+
     /// Takes a token of each scope of this prefix, and returns how long the caller has to wait for them. If that is longer
     /// than `max_wait`, takes none and returns `None`.
     pub fn take(
