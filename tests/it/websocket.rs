@@ -293,6 +293,28 @@ async fn no_client_uses_up_the_rate_of_its_proxys_health_checks() {
 }
 
 #[tokio::test]
+async fn delayed_requests_of_one_client_leave_room_for_others_behind_the_proxy() {
+    // An address may open eight connections at once; the next ones are delayed.
+    let flags = ["--max-handshakes=8", "--max-reservations-per-ip=1"];
+    let trusted = ["--trust-forwarded-from=127.0.0.3/32", LISTEN];
+    let relay = Relay::start(&[flags, trusted].concat());
+    let direct = address(&relay, "/ws").await;
+    let request = b"GET / HTTP/1.1\r\nX-Forwarded-For: 192.0.2.7\r\n\r\n";
+    for _ in 0..8 {
+        assert_eq!(status(&send_and_close(from_proxy(port(&direct)).await, request).await), 426);
+    }
+    let mut delayed = Vec::new();
+    for _ in 0..20 {
+        let mut stream = from_proxy(port(&direct)).await;
+        stream.write_all(request).await.expect("the relay reads");
+        delayed.push(stream);
+    }
+    let other = connect(&through(PROXY, &direct, "X-Forwarded-For: 192.0.2.8\r\n").await).await;
+    assert_eq!(relay.count_in_log("too many handshakes"), 0, "{:#?}", relay.log());
+    drop((other, delayed));
+}
+
+#[tokio::test]
 async fn forwarded_headers_of_untrusted_clients_are_ignored() {
     let relay = Relay::start(&[LISTEN, "--trust-forwarded-from=127.0.0.4/32"]);
     let direct = address(&relay, "/ws").await;

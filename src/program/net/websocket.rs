@@ -24,6 +24,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
+use async_lock::Semaphore;
 use async_std::future::timeout;
 use futures_rustls::rustls::ServerConfig;
 use futures_timer::Delay;
@@ -102,8 +103,10 @@ pub struct WebSocket {
     pub control: Control,
     counters: ByteCounters,
     rates: ConnectionRates,
-    /// Connections of trusted proxies that have not sent their request yet.
+    /// Connections of trusted proxies that have not sent their request yet, or are delayed.
     requests: FuturesUnordered<BoxFuture<'static, ProxiedRequest>>,
+    /// Permits to be delayed by the rate limits: not those to wait for a request, which one client could use up.
+    delays: Arc<Semaphore>,
     warned: Vec<ForwardedError>,
 }
 
@@ -124,7 +127,7 @@ struct Connection {
 impl WebSocket {
     /// A transport whose TCP counts received bytes in `counters` and trusts the headers of `proxies`. The `rates` apply
     /// to connections, or to the clients that trusted reverse proxies name. There is no certificate and no such proxy
-    /// yet; at most `max_requests` of their connections may be without a request.
+    /// yet; at most `max_requests` of their connections may be without a request, and as many delayed.
     pub fn new(
         counters: ByteCounters,
         proxies: Proxies,
@@ -138,6 +141,7 @@ impl WebSocket {
             counters,
             rates,
             requests: FuturesUnordered::new(),
+            delays: Arc::new(Semaphore::new(max_requests)),
             warned: Vec::new(),
         }
     }
@@ -167,19 +171,22 @@ impl WebSocket {
             Err(full) => return self.report(connection, ready(Err(full.into()))),
         };
         let (forwarders, rates) = (self.control.forwarders.clone(), self.rates.clone());
+        let delays = Arc::clone(&self.delays);
         self.requests.push(
             async move {
-                let _permit = permit;
                 let mut request = timeout(REQUEST_TIMEOUT, request).await.unwrap_or_else(|late| {
                     let late = io::Error::new(io::ErrorKind::TimedOut, late);
                     Err(StageError::wrap(Stage::WebSocket, Some(Reason::Timeout), late))
                 });
+                drop(permit);
                 let (mut client, mut charged) = (Err(None), Some(remote.ip()));
                 if let Ok(PendingUpgrade { head, .. }) = &mut request {
                     charged = charged_for(head, remote.ip(), &forwarders);
                     client = client_of(head, remote, &forwarders);
                 }
-                let rate = |ip| rates.delay(ip, 0, Instant::now());
+                let delay_permit = delays.try_acquire_arc();
+                let delayed = if delay_permit.is_some() { 0 } else { usize::MAX };
+                let rate = |ip| rates.delay(ip, delayed, Instant::now());
                 match charged.map_or(Some(Duration::ZERO), rate) {
                     Some(wait) => Delay::new(wait).await,
                     None => request = request.and(Err(Denied::Rate.into())),

@@ -10,8 +10,8 @@ const OTHER_FILES: usize = if cfg!(feature = "autonat") { 160 } else { 96 };
 
 /// How many times [`Limits::max_handshakes`] connections there may be that are not established: those in their
 /// handshakes, those that wait for a PROXY protocol header, those of reverse proxies that wait for a request, and those
-/// that the rate limits delay, over TCP and over WebSocket.
-const NOT_ESTABLISHED: usize = 5;
+/// that the rate limits delay, over TCP, over WebSocket and behind reverse proxies.
+const NOT_ESTABLISHED: usize = 6;
 
 /// Raises the limit as far as the system allows. Returns a warning if that is not enough for inbound connections and
 /// `dialed` of the DHT.
@@ -42,10 +42,10 @@ mod tests {
     #[test]
     fn too_few_files_are_a_warning_that_names_the_flags() {
         let limits = Limits { max_connections: 4096, max_handshakes: 100, ..Limits::default() };
-        assert_eq!(warning(5000, &limits, 200), None);
-        assert!(warning(5000, &limits, 1000).is_some());
+        assert_eq!(warning(5100, &limits, 200), None);
+        assert!(warning(5100, &limits, 1000).is_some());
         let most = Limits { max_connections: usize::MAX, max_handshakes: usize::MAX, ..limits };
-        assert!(warning(5000, &most, usize::MAX).is_some());
+        assert!(warning(5100, &most, usize::MAX).is_some());
         let warning = warning(1024, &limits, 0).unwrap();
         assert!(warning.contains("--max-connections 4096") && warning.contains("1024"));
         assert!(warning.ends_with("or --max-handshakes"), "{warning}");
@@ -54,7 +54,7 @@ mod tests {
     #[test]
     fn connections_that_wait_count_besides_those_that_are_established() {
         let limits = Limits { max_connections: 1000, max_handshakes: 100, ..Limits::default() };
-        let all = 1000 + 5 * 100 + 30 + OTHER_FILES as u64;
+        let all = 1000 + 6 * 100 + 30 + OTHER_FILES as u64;
         assert_eq!(warning(all, &limits, 30), None);
         assert!(warning(all - 1, &limits, 30).is_some());
     }
