@@ -297,9 +297,12 @@ impl ConnectionLimits {
 #[cfg(test)]
 mod tests {
     use std::{
+        collections::BTreeMap,
         net::{IpAddr, Ipv4Addr},
         time::Duration,
     };
+
+    use proptest::{collection::vec, prelude::*};
 
     use super::*;
 
@@ -447,5 +450,62 @@ mod tests {
         assert_eq!(default.handshakes().per_address, Some(32));
         let few = Limits { max_handshakes: 6, ..default }.handshakes();
         assert_eq!((few.per_address, few.per_subnet), (Some(16), Some(16)));
+    }
+
+    proptest! {
+        #[test]
+        fn no_order_of_events_exceeds_a_cap_or_leaves_a_count_behind(
+            max_handshakes in 1_usize..12,
+            steps in vec((0_u8..6, any::<u8>(), any::<u8>()), 0..200),
+        ) {
+            let mut all = ConnectionLimits::new(Limits { max_handshakes, ..limits(9).limits });
+            // The connections that the swarm knows, with their prefixes and the progress of their handshakes.
+            let (mut open, mut now) = (BTreeMap::new(), Instant::now());
+            for (n, (kind, one, other)) in steps.into_iter().enumerate() {
+                let nth = open.keys().nth(usize::from(one) % open.len().max(1)).copied();
+                match (kind, nth) {
+                    (0 | 1, _) => {
+                        let prefix = (one > 9).then(|| from(one % 3, other % 4)).flatten();
+                        let progress = (other > 40).then(Progress::default);
+                        let slots = usize::from(other % 3);
+                        if all.admit(id(n), prefix, slots, progress.clone(), now).is_ok() {
+                            open.insert(n, (prefix, progress));
+                        }
+                    }
+                    (2, Some(nth)) => {
+                        let (_, progress) = &open[&nth];
+                        progress.iter().for_each(|it| it.activity.add(other.into()));
+                    }
+                    (3, Some(nth)) => {
+                        let (connections, closing) = (usize::from(other % 4), usize::from(other % 2));
+                        let peer = PeerStatus { holds_slot: other > 99, connections, closing };
+                        if all.establish(id(nth), peer, 0).is_err() {
+                            all.remove(id(nth));
+                            open.remove(&nth);
+                        }
+                    }
+                    (4, Some(nth)) => {
+                        all.remove(id(nth));
+                        open.remove(&nth);
+                    }
+                    _ => {
+                        now += Duration::from_millis(u64::from(other) * 20);
+                        all.handshakes.take_overdue(now);
+                    }
+                }
+                let [admitted, in_handshakes, _] = all.counts();
+                prop_assert_eq!(admitted, open.len());
+                prop_assert!(in_handshakes <= max_handshakes);
+                for (prefix, _) in open.values() {
+                    for (scope, most) in Scope::of(*prefix).zip([3, 4]).take(prefix.map_or(0, |_| 2)) {
+                        let held = open.values().filter(|(other, _)| scope.covers(*other)).count();
+                        prop_assert!(all.quota.held(scope) == held && held <= most);
+                    }
+                }
+            }
+            open.keys().for_each(|nth| all.remove(id(*nth)));
+            prop_assert_eq!(all.counts(), [0; 3]);
+            prop_assert!(all.established.is_empty() && all.handshakes.shared.scopes() == 0);
+        }
     }
 }
