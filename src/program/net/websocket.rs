@@ -49,6 +49,7 @@ use super::{
     admission::{
         connection_rates::ConnectionRates,
         handshake_failure::{Reason, Stage, StageError},
+        handshakes::Progress,
         limits::Denied,
         proxies::Proxies,
     },
@@ -226,8 +227,13 @@ impl WebSocket {
         request: impl Future<Output = io::Result<PendingUpgrade<Stream>>> + Send + 'static,
     ) -> Option<Event> {
         let Connection { listener_id, local_addr, send_back_addr, pending } = connection;
-        let (socket, control) = (pending.and_then(|it| it.socket), self.control.clone());
-        let upgrade = async move { request.await?.answer(socket, control.not_serving()).await };
+        let (progress, socket) = pending.map(|it| (it.progress, it.socket)).unzip();
+        let control = self.control.clone();
+        let upgrade = async move {
+            let open = request.await?.answer(socket.flatten(), control.not_serving()).await?;
+            progress.inspect(Progress::set_upgraded);
+            Ok(open)
+        };
         let upgrade = upgrade.map_err(|error| StageError::wrap(Stage::WebSocket, None, error));
         let upgrade = upgrade.boxed();
         let event = TransportEvent::Incoming { listener_id, upgrade, local_addr, send_back_addr };

@@ -4,7 +4,7 @@
 //! MaxStartups and PerSourceNetBlockSize. When all permits are taken, one handshake is dropped: of those that have made
 //! no progress within the last second (or else of all) one at the earliest stage, of these one of the heaviest prefix,
 //! and of these a random one. So a client with a round trip of 600 ms completes its handshake during a flood of silent
-//! connections.
+//! connections, and one of 450 ms over WebSocket, which takes more round trips.
 //!
 //! An eighth of the permits is reserved for prefixes that hold slots, at most two for each, so that the peer of a slot
 //! can reconnect during a flood. A peer that reconnects from another prefix gets none of these.
@@ -19,6 +19,8 @@ use std::{
     },
     time::{Duration, Instant},
 };
+
+use portable_atomic::AtomicU64;
 
 use crate::{
     activity::ActivityCounter,
@@ -60,6 +62,8 @@ enum Stage {
 pub struct Progress {
     /// Counts the bytes received.
     pub activity: ActivityCounter,
+    /// How many of these opened a WebSocket.
+    opening: Arc<AtomicU64>,
     is_secured: Arc<AtomicBool>,
     first_bytes: Arc<Mutex<Vec<u8>>>,
 }
@@ -78,6 +82,11 @@ impl Progress {
         self.first_bytes.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Records that a WebSocket is open: the negotiation begins in it.
+    pub fn set_upgraded(&self) {
+        self.opening.store(self.activity.count(), Ordering::Relaxed);
+    }
+
     /// Records that the secure channel is up.
     pub fn set_secured(&self) {
         self.is_secured.store(true, Ordering::Relaxed);
@@ -89,10 +98,11 @@ impl Progress {
     }
 
     fn stage(&self) -> Stage {
-        match self.activity.count() {
+        let opening = self.opening.load(Ordering::Relaxed);
+        match self.activity.count().saturating_sub(opening) {
             _ if self.is_secured() => Stage::Secured,
-            0 => Stage::Silent,
-            1..=NEGOTIATION => Stage::Negotiating,
+            0 if opening == 0 => Stage::Silent,
+            0..=NEGOTIATION => Stage::Negotiating,
             _ => Stage::ExchangingKeys,
         }
     }
@@ -276,18 +286,42 @@ mod tests {
         all.admit(999, prefix(999), 0, Some(progress.clone()), now).unwrap();
         // One message per round trip: the proposals, then two messages of the key exchange.
         for round_trip in 0..4 {
-            // Each silent connection that was dropped is opened again at once.
-            for n in 0..300 {
-                let at = now + ROUND_TRIP * n as u32 / 300;
-                assert_ne!(
-                    start_handshake(&mut all, 1000 * (round_trip + 1) + n, n, 0, at),
-                    Ok(Some(999))
-                );
-            }
+            flood(&mut all, round_trip, now, ROUND_TRIP);
             now += ROUND_TRIP;
             progress.activity.add(NEGOTIATION);
             progress.is_secured.store(round_trip == 2, Ordering::Relaxed);
             assert!(!all.take_overdue(now).contains(&999));
+        }
+        assert!(all.open.contains_key(&999));
+    }
+
+    /// Each silent connection that was dropped is opened again at once, within a round trip of the client with the number 999.
+    fn flood(all: &mut Handshakes<usize>, nth: usize, now: Instant, round_trip: Duration) {
+        for n in 0..300 {
+            let at = now + round_trip * n as u32 / 300;
+            let dropped = start_handshake(all, 1000 * (nth + 1) + n, n, 0, at);
+            assert_ne!(dropped, Ok(Some(999)), "after {nth} round trips");
+        }
+    }
+
+    #[test]
+    fn over_websocket_a_slow_client_completes_its_longer_handshake_during_a_flood() {
+        const ROUND_TRIP: Duration = Duration::from_millis(450);
+        let (mut all, start) = (handshakes(256), Instant::now());
+        (0..300).for_each(|n| _ = start_handshake(&mut all, n, n, 0, start));
+        let mut now = start + PROGRESS_GRACE + ROUND_TRIP;
+        let progress = Progress::default();
+        all.admit(999, prefix(999), 0, Some(progress.clone()), now).unwrap();
+        // The hello of TLS, the HTTP request, the proposals, and two messages of the key exchange.
+        for (round_trip, bytes) in [517, 300, 62, 62, 200].into_iter().enumerate() {
+            flood(&mut all, round_trip, now, ROUND_TRIP);
+            now += ROUND_TRIP;
+            progress.activity.add(bytes);
+            if round_trip == 1 {
+                progress.set_upgraded();
+            }
+            progress.is_secured.store(round_trip == 4, Ordering::Relaxed);
+            all.take_overdue(now);
         }
         assert!(all.open.contains_key(&999));
     }
