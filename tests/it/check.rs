@@ -1,6 +1,13 @@
 //! `relaylet check`: each of its steps, and what it says where one fails.
 
-use std::{fs, net::TcpListener, path::Path, process::Output, thread};
+use std::{
+    fs,
+    io::{Read, Write},
+    net::TcpListener,
+    path::Path,
+    process::Output,
+    thread,
+};
 
 use libp2p::{
     Multiaddr, PeerId, Stream,
@@ -249,12 +256,49 @@ async fn a_refusal_is_named_with_its_status_and_the_flag() {
     check(&relay.address).await.assert_failed_at("identify", "", "access rules");
     let relay = Relay::start(&["--deny-subnet=127.0.0.0/8"]);
     check(&relay.address).await.assert_failed_at("secure", "", "access rules");
+    let relay = Relay::start(&["--proxy-protocol-from=127.0.0.0/8"]);
+    check(&relay.address).await.assert_failed_at("secure", "", "proxy's header");
     let relay = Relay::start(&["--max-connections-per-ip=1"]);
     check(&relay.address).await.assert_failed_at("second", "", "--max-connections-per-ip");
     let relay = Relay::start(&[&format!("--allow-connect-peer={other_peer}")]);
     check(&relay.address).await.assert_failed_at("circuit", "status 202", "--allow-connect-peer");
     let relay = Relay::start(&["--circuit-bytes=16"]);
     check(&relay.address).await.assert_failed_at("circuit", "", "limits of a circuit");
+}
+
+/// The relay closes the connection at once, whatever would come first on it.
+#[tokio::test]
+async fn a_refused_address_is_named_at_each_step_that_may_be_the_first() {
+    let folder = TempDir::new().unwrap();
+    Certificate::new().write(folder.path());
+    fs::write(folder.path().join("swarm.key"), PreSharedKey::new([1; 32]).to_key_file()).unwrap();
+    let mut flags = vec!["--listen", LISTEN_TCP, LISTEN, LISTEN_TLS, "--swarm-key=swarm.key"];
+    flags.extend(CERTIFICATE);
+    flags.push("--deny-subnet=127.0.0.0/8");
+    let relay = Relay::start_in(folder, &flags);
+    let tcp: Multiaddr = format!("/ip4/127.0.0.1/tcp/{}", relay.port()).parse().unwrap();
+    let ws = websocket::address(&relay, "/ws").await;
+    let tls = websocket::address(&relay, "/tls/ws").await;
+    for (address, step) in [(tcp, "pnet"), (ws, "websocket"), (tls, "tls")] {
+        let arguments = [&*address.to_string(), "--swarm-key=swarm.key"];
+        let checked = check_in(relay.folder.path(), &arguments).await;
+        checked.assert_failed_at(step, "", "refuses this address");
+    }
+}
+
+/// A proxy in front of a relay that is not there.
+#[tokio::test]
+async fn a_proxy_that_does_not_reach_the_relay_is_named() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    thread::spawn(move || {
+        let (mut stream, _) = listener.accept().expect("the check connects");
+        let _ = stream.read(&mut [0; 1024]);
+        let answer = b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n";
+        stream.write_all(answer).expect("the check reads");
+    });
+    let address = format!("/ip4/127.0.0.1/tcp/{port}/ws").parse().unwrap();
+    check(&address).await.assert_failed_at("websocket", "HTTP 502", "does not reach the relay");
 }
 
 #[tokio::test]

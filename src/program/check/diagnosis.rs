@@ -2,6 +2,8 @@
 
 use std::io::{Error, ErrorKind};
 
+use crate::program::net::admission::handshake_failure::causes;
+
 /// The steps of the check, in order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stage {
@@ -52,22 +54,26 @@ const CLOSED: &str = "BrokenPipe ConnectionAborted ConnectionReset NotConnected 
 const REMEDIES: &str = "\
 dnsaddr | NotFound | its TXT records list no address over TCP or WebSocket: dig TXT _dnsaddr.NAME
 dnsaddr |  | no name server of /etc/resolv.conf answers over TCP; check one of the addresses in dig TXT _dnsaddr.NAME
+resolve | Temporary failure, TimedOut | no name server answers: correct /etc/resolv.conf, and try dig NAME
 resolve |  | correct the name, or its A and AAAA records: dig NAME
-tcp | ConnectionRefused | nothing listens there: start the relay, or correct or publish the port
+tcp | ConnectionRefused | nothing listens there: start the relay, or correct or publish the port (while a relay drains, it does not listen)
 tcp | Unreachable | this machine has no route there: check its network
 tcp |  | a firewall drops the packets, or the address is another host's: open or correct it
 tls | NotFound | install ca-certificates, or name a file with SSL_CERT_FILE
-tls | Closed, corrupt message | that port speaks no TLS: use the relay's port for /tls/ws, or leave out /tls
+tls | Closed, corrupt message | that port speaks no TLS: use the relay's port for /tls/ws, or leave out /tls; or the relay refuses this \
+    address (caps, rates, access rules)
 tls |  | get a certificate for this name, and present its whole chain (relaylet: --tls-cert); to trust another issuer name it \
     with SSL_CERT_FILE
+websocket | HTTP 502, HTTP 503, HTTP 504 | the proxy does not reach the relay: start it, or correct the proxy's upstream
+websocket | Closed | use the relay's port for WebSocket; or the relay refuses this address (caps, rates, access rules)
 websocket |  | use the relay's port for WebSocket, or have the proxy pass on upgrades
-pnet |  | the relay is in no private network: leave out --swarm-key
+pnet |  | the relay is in no private network: leave out --swarm-key; or it refuses this address (caps, rates, access rules)
 secure | another peer | correct the peer id, or find out what else listens there
-secure | Closed, negotiation failed | the relay refuses this address (its caps, rates and access rules), drains, has a swarm key \
-    that this check has not (--swarm-key), supports neither /noise nor /tls/1.0.0, or not /yamux/1.0.0
+secure | Closed, negotiation failed | the relay refuses this address (caps, rates, access rules), expects a proxy's header, drains, has a \
+    swarm key that this check has not (--swarm-key), supports neither /noise nor /tls/1.0.0, or not /yamux/1.0.0
 secure |  | no libp2p peer answers: correct the port, add /ws for WebSocket, or give the private network's key (--swarm-key)
 identify | Closed | the relay refuses this peer (access rules, caps): see its log
-identify |  | have the relay serve identify, by which clients learn that it is one
+identify | negotiation failed | have the relay serve identify, by which clients learn that it is one
 reserve | negotiation failed | the peer is no relay: make it one (kubo: ipfs config --json Swarm.RelayService.Enabled true; go-libp2p: \
     EnableRelayService and ForceReachabilityPublic)
 reserve | Closed | the relay drains, or enforces a limit: see its log
@@ -87,10 +93,10 @@ circuit | other bytes | the relay changes what it carries: update it
 circuit |  | see the relay's log; the limits of a circuit may be below what the handshakes of two clients take
 end |  | the relay does not pass the end of a circuit on, so that clients keep dead circuits: update it";
 
-/// The kind of the innermost error: libp2p's muxers wrap those of the connection.
+/// The kind of the innermost I/O error: muxers and protocols wrap those of the connection.
 fn kind_of(error: &Error) -> ErrorKind {
-    let inner = error.get_ref().and_then(|inner| inner.downcast_ref());
-    inner.map_or(error.kind(), kind_of)
+    let kinds = causes(error).filter_map(|cause| cause.downcast_ref()).map(Error::kind);
+    kinds.last().unwrap_or(error.kind())
 }
 
 #[cfg(test)]
@@ -104,7 +110,9 @@ mod tests {
         let text = |text: &str| Error::other(text.to_owned());
         for (stage, error, expected) in [
             (Stage::DnsAddr, of(ErrorKind::ConnectionRefused), "dig TXT _dnsaddr.NAME"),
-            (Stage::Resolve, of(ErrorKind::NotFound), "dig NAME"),
+            (Stage::Resolve, of(ErrorKind::NotFound), "correct the name"),
+            (Stage::Resolve, text("Temporary failure in name resolution"), "no name server"),
+            (Stage::Resolve, of(ErrorKind::TimedOut), "no name server"),
             (Stage::Tcp, of(ErrorKind::ConnectionRefused), "nothing listens there"),
             (Stage::Tcp, of(ErrorKind::NetworkUnreachable), "no route"),
             (Stage::Tcp, of(ErrorKind::TimedOut), "a firewall"),
@@ -112,8 +120,12 @@ mod tests {
             (Stage::Tls, of(ErrorKind::UnexpectedEof), "speaks no TLS"),
             (Stage::Tls, text("received corrupt message of type X"), "speaks no TLS"),
             (Stage::Tls, of(ErrorKind::InvalidData), "--tls-cert"),
+            (Stage::Tls, of(ErrorKind::ConnectionReset), "refuses this address"),
             (Stage::WebSocket, text("HTTP 400"), "upgrades"),
+            (Stage::WebSocket, text("HTTP 503"), "the proxy does not reach the relay"),
+            (Stage::WebSocket, of(ErrorKind::UnexpectedEof), "refuses this address"),
             (Stage::Pnet, of(ErrorKind::UnexpectedEof), "leave out --swarm-key"),
+            (Stage::Pnet, of(ErrorKind::UnexpectedEof), "refuses this address"),
             (Stage::Secure, text("another peer answers: 12D3"), "correct the peer id"),
             (Stage::Secure, of(ErrorKind::ConnectionReset), "refuses this address"),
             (Stage::Secure, refused(), "supports neither"),
@@ -122,6 +134,7 @@ mod tests {
             (Stage::Identify, of(ErrorKind::ConnectionReset), "access rules"),
             (Stage::Identify, Error::other(of(ErrorKind::NotConnected)), "access rules"),
             (Stage::Identify, refused(), "serve identify"),
+            (Stage::Identify, of(ErrorKind::TimedOut), "see the relay's log"),
             (Stage::Reserve, refused(), "the peer is no relay"),
             (Stage::Reserve, of(ErrorKind::ConnectionReset), "drains"),
             (Stage::Reserve, text("the relay answers with status 200"), "--max-reservations"),

@@ -5,6 +5,7 @@ use std::{fmt, io, time::Duration, time::Instant};
 use async_std::io::timeout;
 
 use super::diagnosis::{Stage, remedy};
+use crate::program::net::admission::handshake_failure::innermost;
 
 /// How long a step may take.
 pub const TIME_LIMIT: Duration = Duration::from_secs(20);
@@ -29,7 +30,7 @@ impl fmt::Display for Step<'_> {
         let millis = self.took.as_secs_f64() * 1000.0;
         let text = match self.result {
             Ok(detail) => detail.to_owned(),
-            Err(error) => format!("FAILED: {error}; {}", remedy(self.stage, error)),
+            Err(error) => format!("FAILED: {}; {}", innermost(error), remedy(self.stage, error)),
         };
         let shown = |c: char| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c };
         let text: String = text.replace(".; ", "; ").chars().take(MAX_SHOWN).map(shown).collect();

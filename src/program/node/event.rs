@@ -1,7 +1,5 @@
 //! What a node reports.
 
-use std::error::Error;
-
 use libp2p::{Multiaddr, core::ConnectedPoint, swarm::ConnectionError};
 
 use crate::{
@@ -9,7 +7,9 @@ use crate::{
     program::{
         mux::budget::Cut,
         net::admission::{
-            handshake_failure::{HandshakeFailure, Reason, Stage, StageError, causes, is_closed},
+            handshake_failure::{
+                HandshakeFailure, Reason, Stage, StageError, causes, innermost, is_closed,
+            },
             limits::Denied,
         },
     },
@@ -82,11 +82,6 @@ fn close_reason(by_relay: Option<CloseReason>, cause: Option<&ConnectionError>) 
         (None, None) if causes(cause).any(is_closed) => "closed by the peer",
         (None, None) => "failed",
     }
-}
-
-/// The innermost cause, which is the most specific one.
-fn innermost<'a>(error: &'a (dyn Error + 'static)) -> &'a (dyn Error + 'static) {
-    causes(error).last().unwrap_or(error)
 }
 
 #[cfg(test)]

@@ -309,6 +309,11 @@ pub fn causes<'a>(
     iter::successors(Some(error), |error| cause(*error))
 }
 
+/// The innermost cause, which is the most specific one.
+pub fn innermost<'a>(error: &'a (dyn Error + 'static)) -> &'a (dyn Error + 'static) {
+    causes(error).last().unwrap_or(error)
+}
+
 /// The cause of an error. `source` leaves out those that some errors pass on as their own.
 fn cause<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a (dyn Error + 'static)> {
     if let Some(error) = error.downcast_ref::<io::Error>() {
