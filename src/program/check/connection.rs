@@ -1,6 +1,9 @@
 //! A connection to the relay, opened layer by layer so that each is reported, and exchanges on its streams.
 
-use std::{future::poll_fn, io, pin::pin, sync::Arc, task::Poll};
+use std::io::{
+    self, ErrorKind::HostUnreachable, ErrorKind::NetworkUnreachable, ErrorKind::NotFound,
+};
+use std::{future::poll_fn, pin::pin, sync::Arc, task::Poll};
 
 use async_std::{io::timeout, net::TcpStream};
 use futures_rustls::rustls::{ClientConfig, RootCertStore, crypto::ring, pki_types::ServerName};
@@ -108,10 +111,11 @@ impl Connection {
     }
 }
 
-/// Connects to the first address that accepts; the text names those that do not.
+/// Connects to the first address that accepts; the text, or the error, names those that do not.
 async fn dial(target: &Target) -> io::Result<(TcpStream, String)> {
-    let (mut failed, mut last) = (String::new(), io::ErrorKind::NotFound.into());
-    let each = steps::TIME_LIMIT / target.sockets.len().max(1) as u32;
+    let (mut failed, mut cause) = (String::new(), NotFound);
+    // Together less than the step may take: otherwise it would end without naming any.
+    let each = steps::TIME_LIMIT / (target.sockets.len() + 1) as u32;
     for to in &target.sockets {
         match timeout(each, TcpStream::connect(to)).await {
             Ok(stream) => {
@@ -119,10 +123,16 @@ async fn dial(target: &Target) -> io::Result<(TcpStream, String)> {
                 let from = stream.local_addr()?.ip();
                 return Ok((stream, format!("connected to {to} from {from}{failed}")));
             }
-            Err(error) => (failed, last) = (format!("{failed}; {to} failed: {error}"), error),
+            Err(error) => {
+                failed += &format!("; {to} failed: {error}");
+                // That this machine has no route to one address is no cause if another one fails, too.
+                if [NotFound, HostUnreachable, NetworkUnreachable].contains(&cause) {
+                    cause = error.kind();
+                }
+            }
         }
     }
-    Err(last)
+    Err(io::Error::new(cause, failed.trim_start_matches("; ").to_owned()))
 }
 
 /// Performs TLS as browsers do: the certificate has to be for the name, and from an issuer that this machine trusts.
@@ -131,7 +141,7 @@ async fn tls(stream: SubstreamBox, name: &str) -> io::Result<(TlsStream<Substrea
     roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
     if roots.is_empty() {
         let problem = "this machine has no root certificates to verify the relay's with";
-        return Err(io::Error::new(io::ErrorKind::NotFound, problem));
+        return Err(io::Error::new(NotFound, problem));
     }
     let config = ClientConfig::builder_with_provider(ring::default_provider().into())
         .with_safe_default_protocol_versions()
@@ -141,4 +151,28 @@ async fn tls(stream: SubstreamBox, name: &str) -> io::Result<(TlsStream<Substrea
     let server = ServerName::try_from(name.to_owned()).map_err(io::Error::other)?;
     let stream = TlsConnector::from(Arc::new(config)).connect(server, stream).await?;
     Ok((stream, format!("the certificate is valid for {name}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use async_std::{net::TcpListener, task};
+
+    use super::*;
+
+    #[test]
+    fn each_address_that_does_not_accept_is_named_and_one_without_a_route_is_not_the_cause() {
+        task::block_on(async {
+            let closed = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+            // TCP has no route to a multicast address.
+            let elsewhere = "224.0.0.1:4001".parse().unwrap();
+            for sockets in [vec![closed, elsewhere], vec![elsewhere, closed]] {
+                let target = Target { sockets, ..Target::default() };
+                let error = dial(&target).await.unwrap_err();
+                assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused, "{error}");
+                for address in [closed, elsewhere] {
+                    assert!(error.to_string().contains(&address.to_string()), "{error}");
+                }
+            }
+        });
+    }
 }
