@@ -107,17 +107,21 @@ impl fmt::Display for Subnet {
 pub fn is_global(address: &Multiaddr) -> bool {
     match ip(address) {
         Some(IpAddr::V4(ip)) => {
-            let [first, second, ..] = ip.octets();
             let is_local = ip.is_private() || ip.is_loopback() || ip.is_link_local();
-            let is_shared = first == 100 && (64..128).contains(&second); // by carriers: RFC 6598
-            let is_benchmark = first == 198 && (18..20).contains(&second); // RFC 2544
-            let is_reserved = first == 0 || first >= 224 || ip.is_documentation(); // 224: multicast
-            !(is_local || is_shared || is_benchmark || is_reserved)
+            // 224: multicast. The others: for protocols (RFC 6890), and relays of 6to4 (RFC 7526).
+            let is_reserved =
+                matches!(ip.octets(), [0 | 224.., ..] | [192, 0, 0, _] | [192, 88, 99, _]);
+            // By carriers (RFC 6598), and for benchmarks (RFC 2544).
+            let is_shared = matches!(ip.octets(), [100, 64..128, ..] | [198, 18..20, ..]);
+            !(is_local || is_reserved || is_shared || ip.is_documentation())
         }
-        // Of IPv6 only 2000::/3 is assigned, and of that one block is for documentation.
+        // Of IPv6 only 2000::/3 is assigned: some of it for protocols such as Teredo, for documentation, and for 6to4, whose
+        // addresses have IPv4 addresses in them, maybe private ones.
         Some(IpAddr::V6(ip)) => {
             let [first, second, ..] = ip.segments();
-            first & 0xe000 == 0x2000 && (first, second) != (0x2001, 0xdb8)
+            let is_special =
+                matches!((first, second), (0x2001, ..0x200 | 0xdb8) | (0x3fff, ..0x1000));
+            first & 0xe000 == 0x2000 && !is_special && first != 0x2002
         }
         None => matches!(
             address.iter().next(),
@@ -246,6 +250,11 @@ mod tests {
             "/ip6/fe80::1/tcp/1",
             "/ip6/fd00::1/tcp/1",
             "/ip6/::ffff:10.0.0.1/tcp/1",
+            "/ip4/192.0.0.8/tcp/1",
+            "/ip4/192.88.99.1/tcp/1",
+            "/ip6/2002:7f00:1::1/tcp/1",
+            "/ip6/2001::7f00:1/tcp/1",
+            "/ip6/3fff:1::1/tcp/1",
             "/memory/7",
         ] {
             assert!(!is_global(&address(local)), "{local}");

@@ -71,23 +71,7 @@ fn parse(bytes: &[u8], client: Client) -> Option<SocketAddr> {
 
 /// Whether this is the address of one machine on the internet.
 fn may_be_dialed(ip: IpAddr, private: bool) -> bool {
-    if private {
-        return true;
-    }
-    let is_special = match ip {
-        IpAddr::V4(ip) => matches!(
-            ip.octets(),
-            [192, 0, 0, _] // IETF protocol assignments
-            | [192, 88, 99, _] // 6to4 relay anycast
-        ),
-        IpAddr::V6(ip) => matches!(
-            ip.segments(),
-            [0x2001, 0..0x200, ..] // IETF protocol assignments, with Teredo
-            | [0x2002, ..] // 6to4
-            | [0x3fff, 0..0x1000, ..] // documentation
-        ),
-    };
-    !is_special && address::is_global(&Multiaddr::from(ip))
+    private || address::is_global(&Multiaddr::from(ip))
 }
 
 #[cfg(test)]

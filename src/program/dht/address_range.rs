@@ -116,6 +116,13 @@ mod tests {
     }
 
     #[test]
+    fn a_6to4_address_is_neither_shared_nor_dialed_on_the_internet() {
+        let of_localhost = addresses(&["/ip6/2002:7f00:1::1/tcp/22"]);
+        assert_eq!(AddressRange::Global.shareable(&of_localhost), []);
+        assert_eq!(AddressRange::Global.dialable(&of_localhost), []);
+    }
+
+    #[test]
     fn a_few_short_addresses_of_a_peer_are_kept_each_once() {
         let peer = PeerId::random();
         let mut many: Vec<_> = (1..100)
