@@ -31,8 +31,9 @@ pub enum AddressRange {
 impl AddressRange {
     /// The range of this address.
     pub fn of(address: &Multiaddr) -> Self {
+        let is_local_name = dns_name(address).is_some_and(|(name, _)| !is_public(&name));
         match address::ip(address) {
-            _ if address::is_global(address) => Self::Global,
+            _ if address::is_global(address) && !is_local_name => Self::Global,
             Some(ip) if ip.is_loopback() => Self::Loopback,
             _ => Self::Private,
         }
@@ -65,6 +66,15 @@ impl AddressRange {
 fn is_tcp(address: &Multiaddr) -> bool {
     let is_plain = address.iter().count() == 2; // no peer id
     is_plain && (multiaddr::dialable(address).is_some() || dns_name(address).is_some())
+}
+
+/// Whether other networks may know this name: not one without a dot, nor one in a domain that each network has of its own.
+fn is_public(name: &str) -> bool {
+    const LOCAL: [&str; 7] = ["localhost", "local", "internal", "lan", "home", "arpa", "test"];
+    let name = name.trim_end_matches('.');
+    let is_local = |top: &str| LOCAL.iter().any(|local| top.eq_ignore_ascii_case(local));
+    let top = name.rsplit_once('.').map(|(_, top)| top);
+    multiaddr::is_dns_name(name) && top.is_some_and(|top| !is_local(top))
 }
 
 /// The name and the port of an address that has to be looked up.
@@ -113,6 +123,23 @@ mod tests {
         let private = [OF_ALL_KINDS[2], OF_ALL_KINDS[3], OF_ALL_KINDS[8]];
         assert_eq!(AddressRange::Private.dialable(&all), addresses(&private));
         assert_eq!(AddressRange::Loopback.dialable(&all).len(), 4);
+    }
+
+    #[test]
+    fn a_name_that_other_networks_do_not_know_is_shared_within_the_network_only() {
+        let local = addresses(&[
+            "/dns4/localhost/tcp/22",
+            "/dns/relay/tcp/1",
+            "/dns4/relay.svc.cluster.local/tcp/1",
+            "/dns6/relay.home.ARPA./tcp/1",
+            "/dns4/127.0.0.1/tcp/22",
+        ]);
+        assert_eq!(AddressRange::Global.shareable(&local), []);
+        assert_eq!(AddressRange::Private.shareable(&local), local);
+        // The nodes of a DHT with such a bootstrap node have private addresses.
+        assert!(local.iter().all(|address| AddressRange::of(address) == AddressRange::Private));
+        let public = addresses(&["/dns4/relay.example.org/tcp/1", "/dns4/example.org./tcp/1"]);
+        assert_eq!(AddressRange::Global.shareable(&public), public);
     }
 
     #[test]
