@@ -3,46 +3,56 @@
 //! Sans-IO. A client can have only its own address dialed; these limits keep clients from having the relay dial without
 //! end, and one client from using up the dials of all.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant},
+};
 
 use libp2p::PeerId;
 
 use crate::{
     address::ClientPrefix,
-    program::net::admission::{limits::DIALED_FOR_AUTONAT, scoped_rates::Bucket},
+    program::net::admission::{limits::DIALED_FOR_AUTONAT, scoped_rates::ScopedRates},
     relay::{
         quota::{Caps, Quota},
-        rates::{Rate, Rates},
+        rates::{FullAt, Rate},
     },
 };
 
-/// How many times a minute a peer is dialed, with a burst of as many: go-libp2p's limit. All peers of an address
-/// together: ten times as often.
+/// How many times a minute a peer is dialed, with a burst of as many: go-libp2p's limit.
 pub const PER_PEER: u32 = 12;
 
-/// How many times a minute all peers together are dialed, with a burst of as many.
+/// The same for all peers of an address together, of a subnet, and of an IPv6 /32.
+pub const PER_SCOPE: [u32; 3] = [120, TOTAL / 4, TOTAL / 2];
+
+/// The same for all peers.
 pub const TOTAL: u32 = 600;
 
 const MINUTE: Duration = Duration::from_secs(60);
 
+fn rate(per_minute: u32) -> Rate {
+    Rate { burst: per_minute, spacing: MINUTE / per_minute }
+}
+
 /// The rates, and the dials in progress.
 #[derive(Debug)]
 pub struct DialLimits {
-    rates: Rates,
-    total: Bucket,
+    peers: HashMap<PeerId, FullAt>,
+    scopes: ScopedRates,
+    total: Option<FullAt>,
     in_progress: Quota,
 }
 
 /// Which limit a dial would exceed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Exceeded {
-    /// The rate of the peer or of its address.
-    #[error("too many dials for the client")]
+    /// The rate of the peer, or of its address or network.
+    #[error("too many dials for the client or its network")]
     Client,
     /// The rate of all peers together.
     #[error("too many dials")]
     Total,
-    /// The number of dials in progress, of the address or in total.
+    /// The number of dials in progress, of the address, of its subnet or in total.
     #[error("too many dials at once")]
     InProgress,
 }
@@ -50,11 +60,13 @@ pub enum Exceeded {
 impl DialLimits {
     /// No dials yet.
     pub fn new() -> Self {
-        let (total, per_address) = (Some(DIALED_FOR_AUTONAT), Some(DIALED_FOR_AUTONAT / 4));
+        let [total, per_subnet, per_address] =
+            [1, 4, 8].map(|part| Some(DIALED_FOR_AUTONAT / part));
         Self {
-            rates: Rates::new(PER_PEER),
-            total: Bucket::default(),
-            in_progress: Quota::new(Caps { total, per_subnet: None, per_address }),
+            peers: HashMap::new(),
+            scopes: ScopedRates::new(PER_SCOPE.map(|times| Some(rate(times)))),
+            total: None,
+            in_progress: Quota::new(Caps { total, per_subnet, per_address }),
         }
     }
 
@@ -72,12 +84,17 @@ impl DialLimits {
         if self.in_progress.full(Some(prefix)).is_some() {
             return Err(Exceeded::InProgress);
         }
-        // Before the rates by peer, whose table so grows by at most `TOTAL` entries a minute.
-        let (mut total, rate) = (self.total, Rate { burst: TOTAL, spacing: MINUTE / TOTAL });
-        total.take(rate, Duration::ZERO, now).ok_or(Exceeded::Total)?;
-        self.rates.take(peer, Some(prefix), now).map_err(|_| Exceeded::Client)?;
-        self.rates.forget_full(now); // at most `TOTAL` times a minute
-        self.total = total;
+        let (total, wait) = rate(TOTAL).after_one(self.total, now);
+        if !wait.is_zero() {
+            return Err(Exceeded::Total);
+        }
+        let (of_peer, wait) = rate(PER_PEER).after_one(self.peers.get(&peer).copied(), now);
+        if !wait.is_zero() || self.scopes.take(prefix, Duration::ZERO, now).is_none() {
+            return Err(Exceeded::Client);
+        }
+        self.total = Some(total);
+        self.peers.retain(|_, full_at| *full_at > now); // at most `TOTAL` times a minute
+        self.peers.insert(peer, of_peer);
         self.in_progress.add(Some(prefix));
         Ok(())
     }
@@ -126,11 +143,29 @@ mod tests {
     fn an_address_has_ten_times_the_rate_of_a_peer() {
         let now = Instant::now();
         let mut limits = DialLimits::new();
-        let dialed = |limits: &mut DialLimits, at| {
-            (0..10 * TOTAL).filter(|_| dial(limits, PeerId::random(), at, now).is_ok()).count()
-        };
-        assert_eq!(dialed(&mut limits, at(1)), 10 * PER_PEER as usize);
-        assert_eq!(dialed(&mut limits, at(2)), 10 * PER_PEER as usize);
+        for address in [at(1), at(256)] {
+            let dialed = (0..10 * TOTAL).map(|_| dial(&mut limits, PeerId::random(), address, now));
+            assert_eq!(dialed.filter(Result::is_ok).count(), 10 * PER_PEER as usize);
+        }
+    }
+
+    #[test]
+    fn one_network_leaves_dials_for_others_whatever_addresses_it_has() {
+        let now = Instant::now();
+        let networks: [fn(u16) -> ClientPrefix; 2] = [
+            |n| at(u32::from(n % 256)),                             // a /24
+            |n| IpAddr::from([0x2a00, 1, 1, n, 0, 0, 0, 1]).into(), // a /48
+        ];
+        for address in networks {
+            let mut limits = DialLimits::new();
+            let dialed = (0..1000).map(|n| dial(&mut limits, PeerId::random(), address(n), now));
+            assert_eq!(dialed.filter(Result::is_ok).count(), TOTAL as usize / 4);
+            assert_eq!(dial(&mut limits, PeerId::random(), at(1 << 20), now), Ok(()));
+            let mut limits = DialLimits::new();
+            let began = (0..1000).map(|n| limits.acquire(PeerId::random(), address(n), now));
+            assert_eq!(began.filter(Result::is_ok).count(), DIALED_FOR_AUTONAT / 4);
+            assert_eq!(limits.acquire(PeerId::random(), at(1 << 20), now), Ok(()));
+        }
     }
 
     #[test]
@@ -143,7 +178,7 @@ mod tests {
             assert_eq!(dials.filter(Result::is_ok).count(), TOTAL as usize);
             let exceeded = dial(&mut limits, PeerId::random(), at(0), now);
             assert_eq!(exceeded, Err(Exceeded::Total));
-            assert!(limits.rates.buckets() <= 4 * TOTAL as usize);
+            assert!(limits.peers.len() <= 2 * TOTAL as usize);
         }
         assert!(limits.in_progress.scopes() == 0);
     }
@@ -153,14 +188,15 @@ mod tests {
         let now = Instant::now();
         let mut limits = DialLimits::new();
         let acquire = |limits: &mut DialLimits, n| limits.acquire(PeerId::random(), at(n), now);
-        for n in 0..4 {
-            for _ in 0..DIALED_FOR_AUTONAT / 4 {
-                assert_eq!(acquire(&mut limits, n), Ok(()));
+        for n in 0..8 {
+            let address = n << 8; // in a subnet of its own
+            for _ in 0..DIALED_FOR_AUTONAT / 8 {
+                assert_eq!(acquire(&mut limits, address), Ok(()));
             }
-            assert_eq!(acquire(&mut limits, n), Err(Exceeded::InProgress));
+            assert_eq!(acquire(&mut limits, address), Err(Exceeded::InProgress));
         }
-        assert_eq!(acquire(&mut limits, 9), Err(Exceeded::InProgress));
+        assert_eq!(acquire(&mut limits, 9 << 8), Err(Exceeded::InProgress));
         limits.release(at(0));
-        assert_eq!(acquire(&mut limits, 9), Ok(()));
+        assert_eq!(acquire(&mut limits, 9 << 8), Ok(()));
     }
 }

@@ -32,7 +32,7 @@ use crate::{
 /// it as idle.
 pub const DIALED_FOR_DHT: usize = 128;
 
-/// How many AutoNAT clients are dialed at a time; at most a quarter of these at one address.
+/// How many AutoNAT clients are dialed at a time; at most an eighth of these at one address, and a quarter in one subnet.
 pub const DIALED_FOR_AUTONAT: usize = 64;
 
 /// The limits on connections.
