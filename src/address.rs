@@ -155,10 +155,10 @@ impl<'a> Known<'a> {
         if !self.announced.is_empty() {
             return self.announced.iter().collect();
         }
-        let is_new = |own: &&Multiaddr| !is_unspecified(own) && !self.confirmed.contains(own);
-        let own = self.listening.iter().filter(is_new);
+        let own = self.listening.iter().filter(|own| !self.confirmed.contains(own));
         let (global, local): (Vec<_>, Vec<_>) = own.partition(|own| is_global(own));
-        self.confirmed.iter().chain(global).chain(self.reported).chain(local).collect()
+        let known = self.confirmed.iter().chain(global).chain(self.reported).chain(local);
+        known.filter(|known| !is_unspecified(known)).collect()
     }
 }
 
@@ -318,7 +318,9 @@ mod tests {
     #[test]
     fn unspecified_addresses_are_left_out() {
         let listening = ["/ip4/0.0.0.0/tcp/1", "/ip6/::/tcp/1", "/ip4/10.0.0.1/tcp/1"].map(address);
-        let known = Known { listening: &listening, ..Known::default() };
+        // The local address of a connection over QUIC is that of its listener.
+        let reported = Some(&listening[0]);
+        let known = Known { listening: &listening, reported, ..Known::default() };
         assert_eq!(known.best_first(), [&listening[2]]);
     }
 
