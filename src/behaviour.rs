@@ -137,7 +137,8 @@ impl Behaviour {
     }
 
     /// Whether to serve: `true` (the default), `false`, or `None` for the automatic mode, which serves only while an
-    /// external address is confirmed (`swarm.add_external_address`, AutoNAT) or announced ([`Config::announce`]).
+    /// external address is confirmed (`swarm.add_external_address`, AutoNAT) or announced ([`Config::announce`]). An address
+    /// through another relay, as libp2p's relay client confirms it, does not count.
     ///
     /// While the relay does not serve, it does not support the hop protocol, and identify says so: clients choose
     /// another relay instead of being refused by this one. Slots and circuits stay. The same applies while the wall clock
@@ -160,8 +161,10 @@ impl Behaviour {
             );
         }
         // 2. The other conditions. A change is told to all handlers.
-        let addresses = [self.confirmed.as_slice(), &self.relay.config.announce];
-        let has_address = addresses.iter().any(|known| !known.is_empty());
+        let (announced, confirmed) = (&*self.relay.config.announce, self.confirmed.as_slice());
+        // Not if all of them lead through other relays.
+        let known = Known { announced, confirmed, ..Known::default() };
+        let has_address = !address::for_reservation(known, self.peer).is_empty();
         let is_open = self.relay.config.close_silent || !self.relay.is_draining();
         let is_serving = self.serving.unwrap_or(has_address) && is_open && self.is_clock_set;
         if mem::replace(&mut self.is_serving, is_serving) != is_serving {
@@ -470,6 +473,8 @@ impl NetworkBehaviour for Behaviour {
 
 #[cfg(test)]
 mod tests {
+    use libp2p::swarm::behaviour::ExternalAddrConfirmed;
+
     use super::*;
 
     #[test]
@@ -501,6 +506,21 @@ mod tests {
         assert_eq!(next(), None);
         relay.set_serving(true);
         assert_eq!(next(), Some(true));
+    }
+
+    #[test]
+    fn in_the_automatic_mode_an_address_through_another_relay_does_not_count() {
+        let mut relay = Behaviour::new(Keypair::generate_ed25519(), Config::default()).unwrap();
+        relay.set_serving(None);
+        let direct = "/ip4/8.8.8.8/tcp/1".parse::<Multiaddr>().unwrap();
+        // As libp2p's relay client confirms it.
+        let relayed = direct.clone().with_p2p(PeerId::random()).unwrap();
+        let relayed = relayed.with(libp2p::multiaddr::Protocol::P2pCircuit);
+        for (addr, serves) in [(&relayed, false), (&direct, true)] {
+            let confirmed = FromSwarm::ExternalAddrConfirmed(ExternalAddrConfirmed { addr });
+            relay.on_swarm_event(confirmed);
+            assert_eq!(relay.is_serving, serves, "{addr}");
+        }
     }
 
     #[test]
