@@ -188,8 +188,8 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     pub(super) fn close_due(&mut self, now: Instant) {
         let Some(draining) = &mut self.draining else { return };
         let unused = self.connections.iter().filter(|(id, up)| {
-            let may_close = self.config.close_silent || draining.used.contains(id);
-            up.circuits == 0 && up.closing.is_none() && may_close
+            let is_used = up.holds_reservation || draining.used.contains(id);
+            up.circuits == 0 && up.closing.is_none() && (self.config.close_silent || is_used)
         });
         let mut unused: Vec<_> = unused.map(|(connection, _)| connection).collect();
         let mut due = unused.len();
@@ -583,6 +583,23 @@ mod drain_tests {
         relay.on_circuit_ended(id, crate::CircuitEnd::Finished, start + DRAIN);
         relay.sweep(start + DRAIN);
         assert_eq!(actions(&mut relay).0, [0, 1]);
+    }
+
+    #[test]
+    fn without_close_silent_the_connection_that_a_slot_moves_to_is_closed_too() {
+        let start = Instant::now();
+        let (mut relay, ends) = relay(1, start);
+        relay.set_config(Config::default(), start).unwrap();
+        let address = "/memory/1".parse().unwrap();
+        relay.connections.add(7, Connection::new(ends[0].peer, address, false, 0, start));
+        relay.handle_request(ends[0], Ok(Request::Reserve), (), start);
+        relay.reservations.confirm(&ends[0].peer);
+        relay.drain(start + DRAIN, start);
+        relay.on_disconnected(ends[0], start);
+        assert_eq!(relay.reservations.get(&ends[0].peer).unwrap().connection, Some(7));
+        actions(&mut relay);
+        relay.sweep(start + DRAIN);
+        assert_eq!(actions(&mut relay).0, [7]);
     }
 
     #[test]
