@@ -58,6 +58,7 @@ resolve | Temporary failure, TimedOut | no name server answers: correct /etc/res
 resolve |  | correct the name, or its A and AAAA records: dig NAME
 tcp | ConnectionRefused | nothing listens there: start the relay, or correct or publish the port (while a relay drains, it does not listen)
 tcp | Unreachable | this machine has no route there: check its network
+tcp | InvalidInput | a link-local address needs an interface, which this check cannot name: check another address
 tcp |  | a firewall drops the packets, or the address is another host's: open or correct it
 tls | NotFound | install ca-certificates, or name a file with SSL_CERT_FILE
 tls | Closed, corrupt message | that port speaks no TLS: use the relay's port for /tls/ws, or leave out /tls; or the relay refuses this \
@@ -116,6 +117,7 @@ mod tests {
             (Stage::Tcp, of(ErrorKind::ConnectionRefused), "nothing listens there"),
             (Stage::Tcp, of(ErrorKind::NetworkUnreachable), "no route"),
             (Stage::Tcp, of(ErrorKind::TimedOut), "a firewall"),
+            (Stage::Tcp, of(ErrorKind::InvalidInput), "link-local"),
             (Stage::Tls, of(ErrorKind::NotFound), "install ca-certificates"),
             (Stage::Tls, of(ErrorKind::UnexpectedEof), "speaks no TLS"),
             (Stage::Tls, text("received corrupt message of type X"), "speaks no TLS"),

@@ -76,8 +76,11 @@ impl Target {
         let fits = |socket: &SocketAddr| if socket.is_ipv4() { ip4 } else { ip6 };
         self.sockets = (&*self.host, self.port).to_socket_addrs().await?.filter(fits).collect();
         let ips = list(self.sockets.iter().map(SocketAddr::ip));
-        let detail = format!("{} is {ips}", self.host);
-        if ips.is_empty() { Err(io::ErrorKind::NotFound.into()) } else { Ok(((), detail)) }
+        if ips.is_empty() {
+            let problem = format!("it has no {} address", if ip4 { "IPv4" } else { "IPv6" });
+            return Err(io::Error::new(io::ErrorKind::NotFound, problem));
+        }
+        Ok(((), format!("{} is {ips}", self.host)))
     }
 }
 
@@ -144,5 +147,15 @@ mod tests {
         }
         let dnsaddr = format!("/dnsaddr/a.example/p2p/{peer}");
         assert_eq!(parse(&dnsaddr).unwrap().dnsaddr.unwrap().to_string(), dnsaddr);
+    }
+
+    #[test]
+    fn a_name_without_an_address_of_the_ip_version_that_is_asked_for_is_an_error_that_says_so() {
+        async_std::task::block_on(async {
+            let host = "127.0.0.1".into(); // resolves to itself
+            let mut target = Target { host, versions: [false, true], ..Target::default() };
+            let error = target.resolve().await.unwrap_err();
+            assert!(error.to_string().contains("no IPv6 address"), "{error}");
+        });
     }
 }
