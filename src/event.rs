@@ -42,7 +42,7 @@ use crate::{
 /// | `CircuitReqDenied`, `CircuitReqOutboundConnectFailed` | [`CircuitRefused`](Self::CircuitRefused) |
 /// | `CircuitClosed` | [`CircuitClosed`](Self::CircuitClosed) |
 /// | `StatusChanged` | none: the relay serves from the start, unless [`Behaviour::set_serving`](crate::Behaviour::set_serving) says otherwise |
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum Event {
     /// A peer got a slot, or a new term for the one it holds; or its slot in grace is live again, because it was heard
@@ -192,7 +192,7 @@ impl fmt::Display for Event {
 }
 
 /// Why a request was refused.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{}", self.kind())]
 #[non_exhaustive]
 pub enum Refused {
@@ -371,7 +371,7 @@ impl CircuitEnd {
 }
 
 /// Why a target did not accept a circuit.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum StopFailed {
     /// It disconnected.

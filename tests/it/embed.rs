@@ -297,6 +297,13 @@ async fn events_report_peers_and_reasons() {
     assert_eq!(seen, expected.map(|(peer, text)| (peer, text.to_owned())));
 }
 
+/// An app passes events on to several tasks, for example over a broadcast channel.
+#[test]
+fn events_can_be_cloned() {
+    let event = Event::GraceBegan { peer: PeerId::random() };
+    assert_eq!(event.clone().to_string(), event.to_string());
+}
+
 #[tokio::test]
 async fn a_released_peer_loses_its_slot_and_circuits_at_once() {
     let mut embedded = Embedded::start(Config::default()).await;
