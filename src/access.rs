@@ -12,8 +12,9 @@ use crate::address::{self, ClientPrefix};
 /// How long an app may take to answer; then the answer is [`Permission::Deny`].
 pub(crate) const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Decides which peers may use the relay: at each request, and again for each peer that holds a slot or is part of a
-/// circuit after [`Behaviour::recheck_access`](crate::Behaviour::recheck_access).
+/// Decides which peers may use the relay: at each request; again for each peer that holds a slot or is part of a circuit
+/// after [`Behaviour::recheck_access`](crate::Behaviour::recheck_access); and for each other connection of a peer when its
+/// slot or a stop request may move to one.
 ///
 /// It runs in the swarm's task and must not block. [`Permission::Later`] lets a database or a service decide.
 ///

@@ -65,7 +65,9 @@
 //!
 //! # In another swarm
 //!
-//! In place of `libp2p::relay::Behaviour`, on any executor, beside any other behaviour:
+//! In place of `libp2p::relay::Behaviour`, on any executor, beside any other behaviour. (libp2p 0.57 has TCP for tokio only;
+//! the one for async-std comes with the feature `program`, in `Node`.) This needs no default feature of this crate, and of
+//! libp2p `identify`, `macros`, `noise`, `tcp`, `tokio` and `yamux`:
 //!
 //! ```
 //! use libp2p::{SwarmBuilder, Transport, core::upgrade::Version, identify, noise, swarm::NetworkBehaviour, tcp, yamux};
