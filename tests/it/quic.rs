@@ -4,7 +4,12 @@
 #[path = "../quic/relay.rs"]
 mod example;
 
-use crate::common::swarms::{drive, listen, until};
+use crate::common::{
+    HOP,
+    messages::{self, HopMessage, reserve},
+    swarms::{drive, listen, until},
+    within,
+};
 use libp2p::{
     Multiaddr, PeerId, Swarm, SwarmBuilder,
     core::ConnectedPoint,
@@ -113,4 +118,31 @@ async fn a_slot_reserved_over_tcp_is_reachable_over_quic() {
     let [tcp, quic] = relay().await;
     let target = target(&tcp).await;
     assert_pings(&quic, target).await;
+}
+
+/// The client sends no identify message: the relay knows only its own end of the connection, which over QUIC is the
+/// address of the listener.
+#[tokio::test]
+async fn a_relay_that_listens_on_all_addresses_tells_no_unspecified_one() {
+    let keypair = Keypair::generate_ed25519();
+    let mut relay = example::swarm(keypair, relaylet::Config::default()).unwrap();
+    let peer = *relay.local_peer_id();
+    let address = listen(&mut relay, "/ip4/0.0.0.0/udp/0/quic-v1".parse().unwrap()).await;
+    drive(relay);
+    let mut client = SwarmBuilder::with_new_identity()
+        .with_tokio()
+        .with_quic()
+        .with_behaviour(|_| libp2p_stream::Behaviour::new())
+        .unwrap()
+        .build();
+    let mut control = client.behaviour().new_control();
+    client.dial(address.with_p2p(peer).unwrap()).unwrap();
+    drive(client);
+    let mut stream = within(control.open_stream(peer, HOP)).await.unwrap();
+    messages::write(&mut stream, &reserve()).await;
+    let answer: HopMessage = messages::read(&mut stream).await;
+    let told = answer.reservation.expect("a slot").addrs.into_iter();
+    let told: Vec<_> = told.map(|bytes| Multiaddr::try_from(bytes).unwrap()).collect();
+    let is_unspecified = |address: &Multiaddr| address.to_string().starts_with("/ip4/0.0.0.0/");
+    assert!(!told.is_empty() && !told.iter().any(is_unspecified), "{told:?}");
 }
