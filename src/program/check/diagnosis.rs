@@ -61,8 +61,9 @@ tcp | Unreachable | this machine has no route there: check its network
 tcp | InvalidInput | a link-local address needs an interface, which this check cannot name: check another address
 tcp |  | a firewall drops the packets, or the address is another host's: open or correct it
 tls | NotFound | install ca-certificates, or name a file with SSL_CERT_FILE
-tls | Closed, corrupt message | that port speaks no TLS: use the relay's port for /tls/ws, or leave out /tls; or the relay refuses this \
+tls | Closed, TimedOut, corrupt message | that port speaks no TLS: use the relay's port for /tls/ws, or leave out /tls; or the relay refuses this \
     address (caps, rates, access rules)
+tls | Expired, expired, NotValidYet, not valid yet | renew the certificate, and set the clock of this machine
 tls |  | get a certificate for this name, and present its whole chain (relaylet: --tls-cert); to trust another issuer name it \
     with SSL_CERT_FILE
 websocket | HTTP 502, HTTP 503, HTTP 504 | the proxy does not reach the relay: start it, or correct the proxy's upstream
@@ -102,6 +103,10 @@ fn kind_of(error: &Error) -> ErrorKind {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    use futures_rustls::rustls::{self, CertificateError, pki_types::UnixTime};
+
     use super::*;
 
     #[test]
@@ -109,6 +114,10 @@ mod tests {
         let of = |kind: ErrorKind| Error::from(kind);
         let refused = || Error::from(multistream_select::NegotiationError::Failed);
         let text = |text: &str| Error::other(text.to_owned());
+        let tls = |it| Error::new(ErrorKind::InvalidData, rustls::Error::InvalidCertificate(it));
+        let [time, not_before] =
+            [0, 1].map(|secs| UnixTime::since_unix_epoch(Duration::from_secs(secs)));
+        let not_yet = CertificateError::NotValidYetContext { time, not_before };
         for (stage, error, expected) in [
             (Stage::DnsAddr, of(ErrorKind::ConnectionRefused), "dig TXT _dnsaddr.NAME"),
             (Stage::Resolve, of(ErrorKind::NotFound), "correct the name"),
@@ -123,6 +132,10 @@ mod tests {
             (Stage::Tls, text("received corrupt message of type X"), "speaks no TLS"),
             (Stage::Tls, of(ErrorKind::InvalidData), "--tls-cert"),
             (Stage::Tls, of(ErrorKind::ConnectionReset), "refuses this address"),
+            (Stage::Tls, of(ErrorKind::TimedOut), "speaks no TLS"),
+            (Stage::Tls, tls(CertificateError::Expired), "renew"),
+            (Stage::Tls, tls(CertificateError::UnknownIssuer), "whole chain"),
+            (Stage::Tls, tls(not_yet), "set the clock"),
             (Stage::WebSocket, text("HTTP 400"), "upgrades"),
             (Stage::WebSocket, text("HTTP 503"), "the proxy does not reach the relay"),
             (Stage::WebSocket, of(ErrorKind::UnexpectedEof), "refuses this address"),
