@@ -66,7 +66,7 @@ fn is_of_version(address: &Multiaddr, resolved: &SocketAddr) -> bool {
 ///
 /// # Errors
 ///
-/// The last failed lookup, if no address is left to dial.
+/// The last failed lookup, or that none found an address of its IP version, if no address is left to dial.
 pub async fn resolve(addresses: Vec<Multiaddr>) -> io::Result<Vec<Multiaddr>> {
     let mut resolved = Vec::new();
     let mut failure = None;
@@ -83,10 +83,8 @@ pub async fn resolve(addresses: Vec<Multiaddr>) -> io::Result<Vec<Multiaddr>> {
             Err(error) => failure = Some(error),
         }
     }
-    match (resolved.is_empty(), failure) {
-        (true, Some(error)) => Err(error),
-        _ => Ok(resolved),
-    }
+    let none = || io::Error::other("the name has no address of its IP version");
+    if resolved.is_empty() { Err(failure.unwrap_or_else(none)) } else { Ok(resolved) }
 }
 
 /// A bootstrap node.
@@ -243,6 +241,8 @@ mod tests {
             let named = address("/dns4/localhost/tcp/2");
             let found = resolve(vec![plain.clone(), named]).await.unwrap();
             assert_eq!(found, [plain, address("/ip4/127.0.0.1/tcp/2")]);
+            let none = resolve(vec![address("/dns6/127.0.0.1/tcp/2")]).await.unwrap_err();
+            assert!(none.to_string().contains("no address of its IP version"), "{none}");
         });
     }
 
