@@ -73,6 +73,9 @@ pub(crate) const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// ```
 pub trait Access: Send {
     /// Whether `peer`, which comes from `address`, may hold a slot.
+    ///
+    /// Asked again about a peer in grace, which has no connection, `address` is the first one of the prefix that its slot
+    /// counts towards, without a port, and empty if there is none.
     fn may_reserve(&self, peer: PeerId, address: &Multiaddr) -> Permission;
 
     /// Whether `source`, which comes from `address`, may be connected to `target`.

@@ -125,7 +125,7 @@ async fn dial(target: &Target) -> io::Result<(TcpStream, String)> {
             }
             Err(error) => {
                 failed += &format!("; {to} failed: {error}");
-                // That this machine has no route to one address is no cause if another one fails, too.
+                // A missing route to one address explains nothing if another address fails otherwise.
                 if [NotFound, HostUnreachable, NetworkUnreachable].contains(&cause) {
                     cause = error.kind();
                 }
