@@ -34,9 +34,15 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         self.link.lock().configure(&config, now);
         // Never later than before: otherwise a change every second would postpone it for ever.
         self.sweep_due = self.sweep_due.min(now + config.sweep);
-        self.lists = config.access.sorted();
-        self.config = config;
-        self.recheck_access(now);
+        let before = mem::replace(&mut self.config, config);
+        // The same lists decide as before, but of a peer in grace only the prefix is known now.
+        let is_changed = before.access != self.config.access;
+        if is_changed {
+            self.lists = self.config.access.sorted();
+        }
+        if is_changed || self.embedder_access.is_some() {
+            self.recheck_access(now);
+        }
         Ok(())
     }
 
@@ -282,6 +288,24 @@ mod tests {
             _ => None,
         });
         assert_eq!(refused, Some(Refused::Denied));
+    }
+
+    #[test]
+    fn a_slot_in_grace_stays_when_another_setting_changes() {
+        let start = Instant::now();
+        let (mut relay, _) = relay(start);
+        let holder = End { peer: PeerId::random(), connection: 3 };
+        let address = "/ip6/2001:db8::5/tcp/1".parse().unwrap();
+        relay.connections.add(3, Connection::new(holder.peer, address, false, 0, start));
+        let mut config = relay.config.clone();
+        config.access.allow_subnet = vec!["2001:db8::5/128".parse().unwrap()];
+        relay.set_config(config.clone(), start).unwrap();
+        reserve(&mut relay, holder, start);
+        relay.on_disconnected(holder, start);
+        assert_eq!(relay.reservations.in_grace(), 1);
+        config.bandwidth = 1;
+        relay.set_config(config, start).unwrap();
+        assert_eq!(relay.reservations.in_grace(), 1);
     }
 
     #[test]
