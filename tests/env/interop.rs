@@ -244,6 +244,7 @@ async fn the_metrics_match_go_libp2ps_and_its_dashboards() {
 }
 
 #[tokio::test]
+#[ignore = "needs Go"]
 async fn the_metrics_are_parsed_by_prometheus() {
     use std::io::Write;
 
@@ -302,7 +303,6 @@ fn the_check_passes_go_libp2ps_relay() {
     }
 }
 
-/// A client process that prints its progress.
 /// A client that runs beside the test, which reads what it prints.
 pub struct ClientProcess {
     client: Child,
