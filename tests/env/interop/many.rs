@@ -74,7 +74,7 @@ async fn all_circuits_of_two_clients_carry_data_in_both_directions() {
         assert_eq!((given_up("connection"), given_up("stream")), (0.0, 0.0));
         let finished = samples["relaylet_circuits_closed_total{end=\"finished\"}"];
         assert_eq!(finished, (pairs.len() * CIRCUITS) as f64);
-        assert_eq!(relay.count_in_log("timed out"), 0);
+        assert_eq!(relay.count_in_log("peer silent"), 0);
     }
 }
 
