@@ -10,6 +10,9 @@ use libp2p::futures::AsyncWriteExt;
 /// Longer than any test takes.
 const LONG: &str = "--drain=10m";
 
+/// By default a circuit ends within a test's time limit.
+const NO_TIME_LIMIT: &str = "--circuit-duration=0s";
+
 #[tokio::test]
 async fn sigterm_closes_connections_without_circuits_and_lets_circuits_finish() {
     let mut relay = Relay::start(&["--drain=8s", "--circuit-bytes=0"]);
@@ -64,12 +67,14 @@ async fn a_request_while_draining_closes_its_connection() {
 #[tokio::test]
 async fn a_second_signal_exits_at_once() {
     for second in ["TERM", "INT"] {
-        let mut relay = Relay::start(&[LONG]);
-        let _alice = Client::connect(&relay).await;
+        let mut relay = Relay::start(&[LONG, NO_TIME_LIMIT]);
+        let (mut alice, mut bob) = source_and_target(&relay).await;
+        let _ends = circuit(&mut alice, &mut bob).await; // the drain would wait for it
         relay.signal("TERM");
         relay.wait_for_log("draining").await;
         relay.signal(second);
         assert!(relay.wait().success());
+        relay.wait_for_log(&format!("exiting: SIG{second}")).await;
     }
 }
 
@@ -143,8 +148,10 @@ async fn without_connections_or_drain_time_sigterm_exits_at_once() {
     let mut relay = Relay::start(&[LONG]);
     relay.signal("TERM");
     assert!(relay.wait().success());
-    let mut relay = Relay::start(&["--drain=0s"]);
-    let _alice = Client::connect(&relay).await;
+    let mut relay = Relay::start(&["--drain=0s", NO_TIME_LIMIT]);
+    let (mut alice, mut bob) = source_and_target(&relay).await;
+    let _ends = circuit(&mut alice, &mut bob).await;
     relay.signal("TERM");
     assert!(relay.wait().success());
+    relay.wait_for_log("drain timeout reached: closing 2 connections with 1 circuits").await;
 }
