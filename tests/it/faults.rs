@@ -139,10 +139,12 @@ async fn a_newcomer_is_refused_by_a_table_full_of_responsive_clients() {
     let relay = Relay::start(&[&ONE_SLOT[..], &["--heartbeat", "0s"]].concat());
     let quiet = Process::start_and_reserve(&relay.address).await;
     let mut newcomer = Client::connect(&relay).await;
-    while !is_logged(&relay, &format!("probe sent: peer {}", quiet.peer)) {
-        let refused = within(newcomer.request(&reserve())).await;
-        assert_eq!(refused.status, RESERVATION_REFUSED);
-    }
+    let probed = async {
+        while !is_logged(&relay, &format!("probe sent: peer {}", quiet.peer)) {
+            assert_eq!(newcomer.request(&reserve()).await.status, RESERVATION_REFUSED);
+        }
+    };
+    within(probed).await;
     assert!(!is_logged(&relay, "peer silent"));
 }
 
@@ -178,18 +180,21 @@ async fn a_newcomer_with_two_requests_waits_once() {
     let frozen = Process::start_and_reserve(&relay.address).await;
     frozen.signal("STOP");
     let mut newcomer = Client::connect(&relay).await;
-    loop {
-        let (mut first, mut second) = (newcomer.open(HOP).await, newcomer.open(HOP).await);
-        write(&mut first, &reserve()).await;
-        relay.wait_for_log("probe sent").await;
-        write(&mut second, &reserve()).await;
-        let answers: [HopMessage; 2] = [read(&mut first).await, read(&mut second).await];
-        match answers.map(|answer| answer.status) {
-            [RESERVATION_REFUSED, OK] => return,
-            // A relay that gets no CPU defers timeouts.
-            statuses => assert_eq!(statuses, [RESERVATION_REFUSED; 2]),
+    let granted = async {
+        loop {
+            let (mut first, mut second) = (newcomer.open(HOP).await, newcomer.open(HOP).await);
+            write(&mut first, &reserve()).await;
+            relay.wait_for_log("probe sent").await;
+            write(&mut second, &reserve()).await;
+            let answers: [HopMessage; 2] = [read(&mut first).await, read(&mut second).await];
+            match answers.map(|answer| answer.status) {
+                [RESERVATION_REFUSED, OK] => return,
+                // A relay that gets no CPU defers timeouts.
+                statuses => assert_eq!(statuses, [RESERVATION_REFUSED; 2]),
+            }
         }
-    }
+    };
+    within(granted).await;
 }
 
 #[tokio::test]
