@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use tokio::time::sleep;
 
-/// Waits until this many handshakes have failed at this stage and for this reason, and no other was counted.
+/// Waits until this many handshakes have failed at this stage and for this reason.
 pub async fn count(relay: &Relay, stage: &str, reason: &str, expected: u64) {
     let port = port(relay).await;
     let line = format!(

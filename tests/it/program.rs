@@ -363,7 +363,7 @@ fn lines_have_priorities_in_the_journal_and_times_elsewhere() {
 }
 
 #[tokio::test]
-async fn an_unread_standard_output_does_not_block() {
+async fn a_closed_standard_output_does_not_stop_the_relay() {
     let folder = TempDir::new().unwrap();
     let port = free_port();
     let listen = format!("/ip4/127.0.0.1/tcp/{port}");
@@ -519,9 +519,9 @@ async fn handshakes_are_limited_and_time_out() {
 async fn out_of_file_descriptors_the_relay_keeps_serving_and_logs_once() {
     let folder = TempDir::new().unwrap();
     let mut limited = Command::new("sh");
-    let program = env!("CARGO_BIN_EXE_relaylet");
-    let script = format!("ulimit -n 40; exec {program} --listen /ip4/127.0.0.1/tcp/0");
-    limited.args(["-c", &script]).current_dir(folder.path());
+    let program = command(&folder).get_program().to_owned();
+    let script = r#"ulimit -n 40; exec "$0" --listen /ip4/127.0.0.1/tcp/0"#;
+    limited.args(["-c", script]).arg(program).current_dir(folder.path());
     let relay = Relay::run(limited, folder);
     relay.wait_for_log("--max-connections 2048 needs").await;
     let (mut source, mut target) = source_and_target(&relay).await;

@@ -28,7 +28,7 @@ const CONFIG: &str = "relaylet.toml";
 /// A value that is invalid except for free text.
 const INVALID: &str = "%";
 
-/// Asserts that `is` equals the file of this name; with `UPDATE_SURFACE` writes the file.
+/// Asserts that `actual` equals the file of this name; with `UPDATE_SURFACE` writes the file.
 fn assert_golden(name: &str, actual: &str) {
     let file = Path::new(FILES).join(name);
     if env::var_os("UPDATE_SURFACE").is_some() {

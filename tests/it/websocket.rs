@@ -853,7 +853,7 @@ fn proposals(length: usize) -> Vec<u8> {
 }
 
 #[tokio::test]
-async fn an_oversized_message_closes_the_connection() {
+async fn an_overlong_or_forged_message_or_a_close_frame_closes_the_connection() {
     let relay = Relay::start(&[LISTEN]);
     let over_websocket = address(&relay, "/ws").await;
     for bytes in [

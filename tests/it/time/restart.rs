@@ -75,14 +75,14 @@ async fn after_kill_9_all_500_clients_reserve_again_without_refusal() {
     }
     assert_eq!(relay.count_in_log("reservation granted"), CLIENTS);
     let port = http::port(&relay).await;
-    let run_client = async {
+    let all_live = async {
         while samples(&get(port, "/metrics").await)[r#"relaylet_slots{state="live"}"#]
             != CLIENTS as f64
         {
             sleep(Duration::from_millis(100)).await;
         }
     };
-    within(run_client).await;
+    within(all_live).await;
 }
 
 /// Waits until each client has reported that it holds a slot.
