@@ -147,25 +147,29 @@ impl Relay {
         log.iter().filter(|line| line.contains(text)).count()
     }
 
-    fn find_in_log(&self, text: &str) -> Option<String> {
-        let log = self.log.lock().unwrap();
-        log.iter().find(|line| line.contains(text)).cloned()
-    }
-
     /// Waits for a line of the log that contains `text`, and returns it.
     pub async fn wait_for_log(&self, text: &str) -> String {
+        self.wait_for_count(text, 1).await;
+        let log = self.log.lock().unwrap();
+        log.iter().find(|line| line.contains(text)).expect("a counted line").clone()
+    }
+
+    /// Waits until this many lines of the log contain `text`.
+    pub async fn wait_for_count(&self, text: &str, wanted: usize) {
         let start = Instant::now();
-        loop {
-            if let Some(line) = self.find_in_log(text) {
-                return line;
-            }
+        while self.count_in_log(text) < wanted {
             assert!(
                 start.elapsed() < TEST_TIMEOUT,
-                "no line with {text:?} in the log: {:#?}",
+                "fewer than {wanted} lines with {text:?} in the log: {:#?}",
                 self.log()
             );
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
+    }
+
+    /// Waits until this peer has been probed this many times.
+    pub async fn wait_for_probes(&self, peer: PeerId, wanted: usize) {
+        self.wait_for_count(&format!("probe sent: peer {peer}"), wanted).await;
     }
 
     /// The process id.

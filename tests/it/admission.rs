@@ -1,9 +1,7 @@
 //! Admission of connections when the limits are reached: peers that hold slots have priority.
 
-use std::time::{Duration, Instant};
-
 use crate::common::{
-    Client, Relay, STOP, Security, TEST_TIMEOUT, accept_circuit,
+    Client, Relay, STOP, Security, accept_circuit,
     by_hand::{proposal, send_and_close, tcp},
     circuit,
     messages::connect as connect_to,
@@ -16,11 +14,7 @@ async fn connect(relay: &Relay, keypair: &Keypair) -> Client {
     let opened = format!("opened: peer {}", keypair.public().to_peer_id());
     let before = relay.count_in_log(&opened);
     let client = Client::connect_as(keypair.clone(), &relay.address, Security::Noise).await;
-    let start = Instant::now();
-    while relay.count_in_log(&opened) == before {
-        assert!(start.elapsed() < TEST_TIMEOUT, "{:#?}", relay.log());
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    relay.wait_for_count(&opened, before + 1).await;
     client
 }
 
@@ -66,19 +60,11 @@ async fn a_peer_with_a_slot_replaces_the_longest_idle_connection() {
 
 /// Asserts that a connection of a new peer is denied.
 async fn assert_next_is_denied(relay: &Relay) {
-    let denied = || {
-        let lines = relay.log().into_iter();
-        lines.filter(|line| line.contains("connection denied")).count()
-    };
-    let before = denied();
+    let before = relay.count_in_log("connection denied");
     let (keypair, address) = (Keypair::generate_ed25519(), relay.address.clone());
     let attempt =
         tokio::spawn(async move { Client::connect_as(keypair, &address, Security::Noise).await });
-    let start = Instant::now();
-    while denied() == before {
-        assert!(start.elapsed() < TEST_TIMEOUT, "{:#?}", relay.log());
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    relay.wait_for_count("connection denied", before + 1).await;
     attempt.abort();
 }
 
@@ -119,7 +105,7 @@ async fn a_peer_with_a_slot_at_its_cap_replaces_its_own_connection_and_keeps_the
     before.wait_for_connections(0).await;
     // The slot moves to the new connection at once, without another RESERVE.
     let (mut to, mut from) = circuit(&mut alice, &mut after).await;
-    assert!(!relay.log().iter().any(|line| line.contains("grace began")));
+    assert_eq!(relay.count_in_log("grace began"), 0);
     // The other circuit is unaffected.
     for (there, back) in [(&mut there, &mut back), (&mut to, &mut from)] {
         there.write_all(b"hello").await.unwrap();

@@ -97,9 +97,9 @@ async fn an_unreachable_bootstrap_node_is_joined_once_it_is_up() {
     Client::connect(&relay).await.reserve().await;
     let warning = relay.wait_for_log("cannot be reached").await;
     assert!(warning.contains("WARN") && warning.contains("refused"), "{warning}");
-    wait_for_tries(&relay, 3).await;
-    assert_eq!(count(&relay, "joined the DHT"), 0);
-    assert_eq!(count(&relay, "cannot be reached"), 1, "{:#?}", relay.log());
+    relay.wait_for_count("trying --bootstrap peer", 3).await;
+    assert_eq!(relay.count_in_log("joined the DHT"), 0);
+    assert_eq!(relay.count_in_log("cannot be reached"), 1, "{:#?}", relay.log());
 
     let node = Relay::start_in(folder, &["--dht", "--listen", &listen.to_string()]);
     let relays_peer = format!("joined the DHT {KAD} at peer {}", relay.peer);
@@ -115,9 +115,9 @@ async fn a_bootstrap_node_of_another_protocol_is_logged_once() {
     let relay = Relay::start(&["--dht", "--bootstrap", &node.address.to_string()]);
     let line = relay.wait_for_log("does not serve /ipfs/kad/1.0.0").await;
     assert!(line.contains("WARN") && line.contains(&node.peer.to_string()));
-    wait_for_tries(&relay, 3).await;
-    assert_eq!(count(&relay, "does not serve"), 1, "{:#?}", relay.log());
-    assert_eq!(count(&relay, "joined"), 0);
+    relay.wait_for_count("trying --bootstrap peer", 3).await;
+    assert_eq!(relay.count_in_log("does not serve"), 1, "{:#?}", relay.log());
+    assert_eq!(relay.count_in_log("joined"), 0);
 }
 
 #[tokio::test]
@@ -194,10 +194,8 @@ async fn a_resumed_relay_joins_the_dht_again() {
     assert_eq!(back, relay.address);
     let opened = format!("opened: peer {}", relay.peer);
     let mut walker = Client::connect(&node).await;
+    node.wait_for_count(&opened, 2).await;
     within(async {
-        while node.log().iter().filter(|line| line.contains(&opened)).count() < 2 {
-            sleep(POLL_INTERVAL).await;
-        }
         while addresses(&find(&mut walker, &KAD, relay.peer).await, relay.peer) != [back.clone()] {
             sleep(POLL_INTERVAL).await;
         }
@@ -358,21 +356,6 @@ fn addresses(peers: &[Peer], of: PeerId) -> Vec<Multiaddr> {
     let addresses = it.flat_map(|peer| &peer.addrs);
     let read = addresses.map(|address| address.clone().try_into());
     read.collect::<Result<_, _>>().expect("multiaddrs")
-}
-
-/// Waits until the relay has tried its bootstrap nodes this often.
-async fn wait_for_tries(relay: &Relay, wanted: usize) {
-    within(async {
-        while count(relay, "trying --bootstrap peer") < wanted {
-            sleep(POLL_INTERVAL).await;
-        }
-    })
-    .await;
-}
-
-fn count(relay: &Relay, text: &str) -> usize {
-    let log = relay.log();
-    log.iter().filter(|line| line.contains(text)).count()
 }
 
 fn without_peer(address: &Multiaddr) -> Multiaddr {

@@ -9,7 +9,7 @@ use crate::common::{
     messages::{HopMessage, connect, read, reserve, write},
     read_bytes, read_to_end, within,
 };
-use libp2p::{PeerId, futures::future, identity::Keypair};
+use libp2p::{futures::future, identity::Keypair};
 
 const OK: Option<i32> = Some(100);
 const RESERVATION_REFUSED: Option<i32> = Some(200);
@@ -40,10 +40,10 @@ async fn a_frozen_client_loses_its_slot_to_a_newcomer() {
 async fn a_client_that_answers_keeps_its_slot() {
     let relay = Relay::start(&[&QUICK[..], &["--max-reservations", "1"]].concat());
     let quiet = Process::start_and_reserve(&relay.address).await;
-    wait_for_probes(&relay, quiet.peer, 6).await;
+    relay.wait_for_probes(quiet.peer, 6).await;
     let refused = Client::connect(&relay).await.request(&reserve()).await;
     assert_eq!(refused.status, RESERVATION_REFUSED);
-    assert!(!is_logged(&relay, "peer silent"));
+    assert_eq!(relay.count_in_log("peer silent"), 0);
 }
 
 #[tokio::test]
@@ -52,11 +52,11 @@ async fn a_client_that_does_not_know_ping_keeps_its_slot() {
     let mut refuses = Client::connect_without_ping(&relay.address).await;
     refuses.reserve().await;
     // It is probed again only after an answer, and its only answer is the refusal.
-    wait_for_probes(&relay, refuses.peer, 6).await;
+    relay.wait_for_probes(refuses.peer, 6).await;
     let refused = Client::connect(&relay).await.request(&reserve()).await;
     assert_eq!(refused.status, RESERVATION_REFUSED);
-    assert!(!is_logged(&relay, "peer silent"));
-    assert!(!is_logged(&relay, "grace began"));
+    assert_eq!(relay.count_in_log("peer silent"), 0);
+    assert_eq!(relay.count_in_log("grace began"), 0);
 }
 
 #[tokio::test]
@@ -64,15 +64,15 @@ async fn a_client_that_answers_late_keeps_its_slot() {
     let relay = Relay::start(&["--heartbeat=1s", "--silence=8s", "--sweep=100ms"]);
     let stalled = Process::start_and_reserve(&relay.address).await;
     stalled.signal("STOP");
-    wait_for_probes(&relay, stalled.peer, 1).await;
+    relay.wait_for_probes(stalled.peer, 1).await;
     // There is no event to wait for: the delay itself is tested.
     tokio::time::sleep(LATE).await;
     stalled.signal("CONT");
     // It is probed again only after an answer. Seven more probes take over five seconds: without the late answer it
     // would have timed out by then.
-    wait_for_probes(&relay, stalled.peer, 8).await;
-    assert!(!is_logged(&relay, "peer silent"));
-    assert!(!is_logged(&relay, "grace began"));
+    relay.wait_for_probes(stalled.peer, 8).await;
+    assert_eq!(relay.count_in_log("peer silent"), 0);
+    assert_eq!(relay.count_in_log("grace began"), 0);
 }
 
 /// The relay's main promise, with every timer at its default.
@@ -110,7 +110,7 @@ async fn request_slot_of_a_frozen_client() -> (Option<i32>, Duration) {
     if status == OK {
         let taken = format!("taken by {}", newcomer.peer);
         relay.wait_for_log(&taken).await;
-        assert_eq!(count_logged(&relay, "peer silent"), 1, "one newcomer, one slot");
+        assert_eq!(relay.count_in_log("peer silent"), 1, "one newcomer, one slot");
     }
     (status, took)
 }
@@ -131,7 +131,7 @@ async fn a_newcomer_gets_a_slot_of_a_table_full_of_frozen_clients() {
     within(granted).await;
     relay.wait_for_log(&format!("taken by {}", newcomer.peer)).await;
     // Only as many lose their slots as newcomers wait.
-    assert_eq!(count_logged(&relay, "peer silent"), 1, "{:#?}", relay.log());
+    assert_eq!(relay.count_in_log("peer silent"), 1, "{:#?}", relay.log());
 }
 
 #[tokio::test]
@@ -140,12 +140,12 @@ async fn a_newcomer_is_refused_by_a_table_full_of_responsive_clients() {
     let quiet = Process::start_and_reserve(&relay.address).await;
     let mut newcomer = Client::connect(&relay).await;
     let probed = async {
-        while !is_logged(&relay, &format!("probe sent: peer {}", quiet.peer)) {
+        while relay.count_in_log(&format!("probe sent: peer {}", quiet.peer)) == 0 {
             assert_eq!(newcomer.request(&reserve()).await.status, RESERVATION_REFUSED);
         }
     };
     within(probed).await;
-    assert!(!is_logged(&relay, "peer silent"));
+    assert_eq!(relay.count_in_log("peer silent"), 0);
 }
 
 #[tokio::test]
@@ -156,19 +156,19 @@ async fn a_client_that_answers_after_2_s_of_the_probe_keeps_its_slot() {
     let mut newcomer = Client::connect(&relay).await;
     let refused = async {
         // Refused at once while the holder was active recently, and after the probe from then on.
-        while !is_logged(&relay, "probe sent") {
+        while relay.count_in_log("probe sent") == 0 {
             assert_eq!(newcomer.request(&reserve()).await.status, RESERVATION_REFUSED);
         }
     };
     let wakes = async {
-        wait_for_probes(&relay, stalled.peer, 1).await;
+        relay.wait_for_probes(stalled.peer, 1).await;
         // There is no event to wait for: the delay itself is tested.
         tokio::time::sleep(LATE).await;
         stalled.signal("CONT");
     };
     future::join(within(refused), wakes).await;
-    assert!(!is_logged(&relay, "peer silent"));
-    assert!(!is_logged(&relay, "grace began"));
+    assert_eq!(relay.count_in_log("peer silent"), 0);
+    assert_eq!(relay.count_in_log("grace began"), 0);
     // Its connection is up, and CONNECT reaches it.
     let answer = newcomer.request(&connect(stalled.peer)).await;
     assert_eq!(answer.status, OK);
@@ -211,7 +211,7 @@ async fn a_circuit_ends_when_its_source_freezes() {
     assert!(read_to_end(&mut circuit).await.0.is_empty());
     relay.wait_for_log("circuit 1 closed").await;
     // The target is not affected and keeps its slot.
-    assert!(!is_logged(&relay, "grace began"));
+    assert_eq!(relay.count_in_log("grace began"), 0);
 }
 
 #[tokio::test]
@@ -245,8 +245,8 @@ async fn a_target_whose_reservation_is_on_a_dead_connection_is_reached_over_its_
         assert_eq!(read_bytes(ends[to], 5).await, b"bytes");
     }
     relay.wait_for_log("circuit 1 opened").await; // it may be read later than the bytes
-    assert!(!is_logged(&relay, "peer silent"), "its slot is not moved");
-    assert_eq!(count_logged(&relay, "circuit 1 opened"), 1);
+    assert_eq!(relay.count_in_log("peer silent"), 0, "its slot is not moved");
+    assert_eq!(relay.count_in_log("circuit 1 opened"), 1);
 }
 
 #[tokio::test]
@@ -291,29 +291,8 @@ async fn a_suspended_relay_times_out_no_peer() {
     relay.signal("CONT");
     relay.wait_for_log("process was suspended for").await;
     for client in &clients {
-        wait_for_probes(&relay, client.peer, 2).await;
+        relay.wait_for_probes(client.peer, 2).await;
     }
-    assert!(!is_logged(&relay, "peer silent"));
-    assert!(!is_logged(&relay, "grace began"));
-}
-
-fn is_logged(relay: &Relay, text: &str) -> bool {
-    count_logged(relay, text) > 0
-}
-
-/// How many lines of the log contain `text`.
-fn count_logged(relay: &Relay, text: &str) -> usize {
-    let log = relay.log();
-    log.iter().filter(|line| line.contains(text)).count()
-}
-
-/// Waits until a peer has been probed this many times.
-async fn wait_for_probes(relay: &Relay, peer: PeerId, times: usize) {
-    let probe = format!("probe sent: peer {peer}");
-    let count = async {
-        while count_logged(relay, &probe) < times {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    };
-    within(count).await;
+    assert_eq!(relay.count_in_log("peer silent"), 0);
+    assert_eq!(relay.count_in_log("grace began"), 0);
 }

@@ -231,7 +231,7 @@ async fn a_header_from_an_untrusted_address_closes_the_connection() {
         assert!(read_until_end(stranger).await.is_empty());
     }
     relay.wait_for_log("Received an invalid message").await;
-    assert!(!relay.log().iter().any(|line| line.contains("192.0.2.7")));
+    assert_eq!(relay.count_in_log("192.0.2.7"), 0);
 }
 
 #[tokio::test]
@@ -239,7 +239,7 @@ async fn a_health_check_that_disconnects_is_not_logged() {
     let relay = Relay::start(&[FROM_PROXY]);
     drop(connect_from_proxy(&relay, b"").await);
     relay.wait_for_log(&format!("connection failed: /ip4/{PROXY}/tcp/")).await;
-    assert!(!relay.log().iter().any(|line| line.contains(FLAG)));
+    assert_eq!(relay.count_in_log(FLAG), 0);
 }
 
 #[tokio::test]
@@ -268,8 +268,8 @@ async fn a_slow_header_times_out() {
 async fn silent_proxies_use_a_bounded_number_of_handshakes() {
     let relay = Relay::start(&[FROM_PROXY, "--max-handshakes=4"]);
     let mut silent = Vec::new();
-    let full = || relay.log().iter().any(|line| line.contains("too many handshakes"));
-    while !full() {
+    let is_full = || relay.count_in_log("too many handshakes") > 0;
+    while !is_full() {
         assert!(silent.len() < 1000, "their number is not limited");
         silent.push(connect_from_proxy(&relay, b"").await);
         sleep(Duration::from_millis(10)).await;

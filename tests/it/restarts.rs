@@ -36,11 +36,11 @@ async fn a_client_that_flaps_within_grace_keeps_its_slot() {
         let client = reconnect(&relay, &keypair).await;
         client.signal("KILL");
         let began = format!("grace began: peer {}", client.peer);
-        wait_for_count(&relay, &began, round + 1).await;
+        relay.wait_for_count(&began, round + 1).await;
     }
-    assert_eq!(count_logged(&relay, "reservation granted"), 1);
-    assert_eq!(count_logged(&relay, "reservation renewed"), 5);
-    assert_eq!(count_logged(&relay, "slot freed"), 0);
+    assert_eq!(relay.count_in_log("reservation granted"), 1);
+    assert_eq!(relay.count_in_log("reservation renewed"), 5);
+    assert_eq!(relay.count_in_log("slot freed"), 0);
 }
 
 #[tokio::test]
@@ -53,9 +53,9 @@ async fn two_hundred_restarts_with_one_identity_use_one_slot() {
         frozen = kill_or_freeze(client, round);
     }
     drop(frozen);
-    assert_eq!(count_logged(&relay, "reservation granted"), 1);
-    assert_eq!(count_logged(&relay, "reservation renewed"), 199);
-    assert_eq!(count_logged(&relay, "slot freed"), 0);
+    assert_eq!(relay.count_in_log("reservation granted"), 1);
+    assert_eq!(relay.count_in_log("reservation renewed"), 199);
+    assert_eq!(relay.count_in_log("slot freed"), 0);
 }
 
 #[tokio::test]
@@ -72,7 +72,7 @@ async fn two_hundred_restarts_with_new_identities_share_eight_slots() {
         let reclaimed = frozen.len().saturating_sub(SLOTS + 1);
         frozen.drain(..reclaimed);
     }
-    assert_eq!(count_logged(&relay, "reservation granted"), 200);
+    assert_eq!(relay.count_in_log("reservation granted"), 200);
 }
 
 /// Clients start at a realistic pace: a frozen one has been silent for the default ten seconds by the time its slot is
@@ -109,8 +109,8 @@ async fn a_newcomer_to_a_full_table_is_refused_and_no_slot_is_lost() {
     assert_eq!(newcomer.request(&reserve()).await.status, RESERVATION_REFUSED);
     // The relay takes about a second; js-libp2p gives up 5 s after its dial.
     println!("a newcomer to a full table is refused after {:?}", start.elapsed());
-    assert_ne!(count_logged(&relay, "probe sent"), 0);
-    assert_eq!(count_logged(&relay, "peer silent"), 0);
+    assert_ne!(relay.count_in_log("probe sent"), 0);
+    assert_eq!(relay.count_in_log("peer silent"), 0);
     for holder in holders {
         assert_eq!(newcomer.request(&connect(holder.peer)).await.status, OK);
     }
@@ -146,18 +146,4 @@ fn kill_or_freeze(client: Process, round: usize) -> Option<Process> {
     }
     client.signal("STOP");
     Some(client)
-}
-
-fn count_logged(relay: &Relay, text: &str) -> usize {
-    let log = relay.log();
-    log.iter().filter(|line| line.contains(text)).count()
-}
-
-async fn wait_for_count(relay: &Relay, text: &str, times: usize) {
-    let count = async {
-        while count_logged(relay, text) < times {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    };
-    within(count).await;
 }

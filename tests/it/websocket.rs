@@ -135,11 +135,7 @@ async fn websocket_frames_count_as_activity() {
     let mut quiet = connect(&address(&relay, "/ws").await).await;
     chatty.reserve().await;
     quiet.reserve().await;
-    let probes = |peer| {
-        let probes = format!("probe sent: peer {peer}");
-        let log = relay.log();
-        log.iter().filter(|line| line.contains(&probes)).count()
-    };
+    let probes = |peer| relay.count_in_log(&format!("probe sent: peer {peer}"));
     let start = Instant::now();
     while probes(quiet.peer) < 2 {
         assert!(start.elapsed() < TEST_TIMEOUT);

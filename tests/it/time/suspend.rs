@@ -11,7 +11,6 @@ use crate::common::{
     Client, Relay,
     client_process::Process,
     messages::{connect, reserve},
-    within,
 };
 
 const OK: Option<i32> = Some(100);
@@ -44,13 +43,7 @@ async fn a_suspend_of_ten_silence_limits_resets_liveness_timers() {
     relay.wait_for_log(&timed_out).await;
     assert!(continued.elapsed() >= SILENCE, "{:?}", continued.elapsed());
     for client in &clients {
-        let probed = format!("probe sent: peer {}", client.peer);
-        let twice = async {
-            while relay.count_in_log(&probed) < 2 {
-                sleep(Duration::from_millis(20)).await;
-            }
-        };
-        within(twice).await;
+        relay.wait_for_probes(client.peer, 2).await;
     }
     assert_eq!(relay.count_in_log("peer silent"), 1);
     let freed = format!("slot freed: peer {}", frozen.peer);
