@@ -225,7 +225,7 @@ impl<'a> Bench<'a> {
         for round in 0..self.rounds {
             for index in 0..cases.len() {
                 let (rows, callers) = &cases[(round + index) % cases.len()];
-                let port = watched::port();
+                let port = common::free_port();
                 let flag = format!("--http=127.0.0.1:{port}");
                 let flags = callers.map_or(vec![], |_| vec![flag]);
                 let relay = self.contestants.start_with(contestant, &flags);

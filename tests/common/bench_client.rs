@@ -7,7 +7,6 @@ use libp2p::{
     futures::StreamExt,
     identify,
     identity::Keypair,
-    multiaddr::Protocol,
     ping,
     swarm::{NetworkBehaviour, SwarmEvent},
 };
@@ -30,14 +29,6 @@ impl Parts {
             ping: ping::Behaviour::new(ping::Config::new().with_interval(NEVER)),
             identify: identify::Behaviour::new(identify.with_interval(NEVER)),
         }
-    }
-}
-
-/// The peer id at the end of a relay's address.
-pub fn peer_of(relay: &Multiaddr) -> PeerId {
-    match relay.iter().last() {
-        Some(Protocol::P2p(peer)) => peer,
-        _ => panic!("{relay} names no peer"),
     }
 }
 

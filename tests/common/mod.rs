@@ -24,9 +24,14 @@ pub mod websocket;
 use std::{
     env,
     io::{BufRead, BufReader, Read},
+    net::TcpListener,
     path::PathBuf,
-    process::{Child, ChildStdout, Command, ExitStatus, Stdio},
-    sync::{Arc, Mutex, mpsc},
+    process::{self, Child, ChildStdout, Command, ExitStatus, Stdio},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU16, Ordering},
+        mpsc,
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -110,10 +115,7 @@ impl Relay {
         let mut relay =
             Self { address: Multiaddr::empty(), peer: PeerId::random(), folder, child, log, lines };
         relay.address = relay.next_address();
-        relay.peer = match relay.address.iter().last() {
-            Some(Protocol::P2p(peer)) => peer,
-            _ => panic!("{} names no peer", relay.address),
-        };
+        relay.peer = peer_of(&relay.address);
         relay
     }
 
@@ -217,6 +219,27 @@ pub fn tcp_port(address: &Multiaddr) -> u16 {
         _ => None,
     });
     port.expect("a TCP address")
+}
+
+/// The peer id at the end of an address.
+pub fn peer_of(address: &Multiaddr) -> PeerId {
+    match address.iter().last() {
+        Some(Protocol::P2p(peer)) => peer,
+        _ => panic!("{address} names no peer"),
+    }
+}
+
+/// A port on which nothing listens, and which no other test of this process gets.
+pub fn free_port() -> u16 {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    // Below the ephemeral ports: connections of other tests do not take it meanwhile.
+    let first = 10_000 + (process::id() % 10_000) as u16;
+    loop {
+        let port = first + NEXT.fetch_add(1, Ordering::Relaxed);
+        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
 }
 
 /// The program that is tested: the one built with the tests, or the one that `RELAYLET_PROGRAM` names.
@@ -413,9 +436,7 @@ impl Client {
     }
 
     async fn run(mut swarm: Swarm<Parts>, relay: &Multiaddr) -> Self {
-        let Some(Protocol::P2p(relay_peer)) = relay.iter().last() else {
-            panic!("{relay} names no peer");
-        };
+        let relay_peer = peer_of(relay);
         let peer = *swarm.local_peer_id();
         let control = swarm.behaviour().stream.new_control();
         swarm.dial(relay.clone()).expect("the relay can be dialed");

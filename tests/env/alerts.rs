@@ -7,8 +7,8 @@ use tempfile::TempDir;
 use tokio::time::{Duration, sleep};
 
 use crate::{
-    common::{Client, Relay, TEST_TIMEOUT, http},
-    deploy::{Server, documented, free_port, run},
+    common::{Client, Relay, TEST_TIMEOUT, free_port, http},
+    deploy::{Server, documented, run},
 };
 
 const RULES: &str = "tests/deploy/alerts.yml";

@@ -11,7 +11,7 @@ use std::{
 };
 
 use crate::common::{
-    Client, Relay, by_hand, circuit, http, messages, read_bytes,
+    Client, Relay, by_hand, circuit, free_port, http, messages, read_bytes,
     websocket::{self, CERTIFICATE, Certificate},
 };
 use libp2p::futures::{AsyncWriteExt as _, StreamExt, future, stream};
@@ -91,11 +91,6 @@ async fn two_browsers_connect_through_the_relay_and_again_after_its_restart() {
     }
     let status = pages.wait().await.expect("wait succeeds");
     assert!(status.success(), "meet.mjs: {status}");
-}
-
-fn free_port() -> u16 {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
-    listener.local_addr().expect("its address").port()
 }
 
 #[tokio::test]

@@ -10,7 +10,7 @@ use std::{
 };
 
 use crate::common::{
-    Client, Relay, Security, TEST_TIMEOUT,
+    Client, Relay, Security, TEST_TIMEOUT, free_port,
     pages::{Block, blocks, commands},
     websocket,
 };
@@ -307,11 +307,6 @@ fn documented_relay(word: &str) -> (Relay, [u16; 2]) {
     let command = command.expect("a command").replace("tcp/4002", &format!("tcp/{}", ports[0]));
     let words: Vec<_> = command.split_whitespace().skip(1).collect();
     (Relay::start_listening(&words), ports)
-}
-
-pub fn free_port() -> u16 {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.local_addr().unwrap().port()
 }
 
 /// Starts HAProxy or nginx with this configuration, adapted to these ports, after a check of its syntax.

@@ -1,7 +1,7 @@
 //! Draining and exiting on signals, tested on the running program.
 
 use crate::common::{
-    Client, HOP, Relay, circuit,
+    Client, HOP, Relay, circuit, free_port,
     messages::{connect, reserve, write},
     read_bytes, read_to_end, source_and_target, within,
 };
@@ -108,11 +108,8 @@ async fn the_drain_ends_with_the_last_connection_without_slot() {
 
 #[tokio::test]
 async fn two_signals_at_once_drain_and_resume() {
-    let folder = tempfile::tempdir().unwrap();
-    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let listen = format!("/ip4/127.0.0.1/tcp/{}", free.local_addr().unwrap().port());
-    drop(free);
-    let relay = Relay::start_in(folder, &["--listen", &listen, LONG]);
+    let listen = format!("--listen=/ip4/127.0.0.1/tcp/{}", free_port());
+    let relay = Relay::start_listening(&[&listen, LONG]);
     let pid = relay.pid().to_string();
     let twice = format!("kill -USR1 {pid}; kill -USR1 {pid}");
     for _ in 0..20 {

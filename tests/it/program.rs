@@ -9,7 +9,6 @@ use std::{
         unix::fs::{MetadataExt, PermissionsExt},
     },
     process::{Command, Output, Stdio},
-    sync::atomic::{AtomicU16, Ordering},
     time::{Duration, Instant},
 };
 
@@ -17,7 +16,7 @@ use crate::common::{
     Client, Relay, Security, TEST_TIMEOUT,
     by_hand::{self, proposal, read_until_closed, send_and_close},
     bystanders::assert_idle_within_memory,
-    circuit, command, messages, read_bytes, signal, source_and_target, wait_for,
+    circuit, command, free_port, messages, read_bytes, signal, source_and_target, wait_for,
 };
 use libp2p::{
     Multiaddr, futures::future, identity::Keypair, multiaddr::Protocol, tcp::tokio::TcpStream,
@@ -594,18 +593,6 @@ fn with_key(key: &[u8]) -> TempDir {
     fs::write(&file, key).unwrap();
     fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
     folder
-}
-
-fn free_port() -> u16 {
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    // Below the ephemeral ports, which most other programs here use.
-    let first = 10_000 + (std::process::id() % 10_000) as u16;
-    loop {
-        let port = first + NEXT.fetch_add(1, Ordering::Relaxed);
-        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
-            return port;
-        }
-    }
 }
 
 fn taken_port(listener: &TcpListener) -> u16 {

@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use crate::common::{Client, Relay, TEST_TIMEOUT, circuit, command};
+use crate::common::{Client, Relay, TEST_TIMEOUT, circuit, command, free_port};
 use tempfile::TempDir;
 
 #[test]
@@ -164,9 +164,4 @@ fn receive(socket: &UnixDatagram) -> String {
         }
     };
     String::from_utf8(state[..length].into()).unwrap()
-}
-
-fn free_port() -> u16 {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.local_addr().unwrap().port()
 }

@@ -9,7 +9,7 @@ use std::{
 use crate::common::{
     Client, Relay, TEST_TIMEOUT, by_hand,
     bystanders::Bystanders,
-    circuit, command, messages, read_bytes,
+    circuit, command, free_port, messages, read_bytes,
     websocket::{
         self, BINARY, CERTIFICATE, CLOSE, CONTINUATION, Certificate, LAST, LISTEN, LISTEN_TLS,
         PING, REQUEST, TEXT, address, connect, connect_in_tls, frame, header, port, tcp,
@@ -352,12 +352,6 @@ async fn trusted_proxies_may_use_tls_and_are_reloadable() {
     relay.wait_for_log("SIGHUP: changed: trust-forwarded-from").await;
     upgrade().await;
     relay.wait_for_log("connection failed: /ip4/198.51.100.7/tcp/").await;
-}
-
-/// A port on which nothing listens.
-fn free_port() -> u16 {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.local_addr().unwrap().port()
 }
 
 // ---- Certificates

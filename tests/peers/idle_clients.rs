@@ -15,6 +15,7 @@ use crate::common::{
     NEVER, Security,
     bench_client::{self, Parts},
     child_process::Process,
+    peer_of,
     tcp_from::TcpFrom,
 };
 
@@ -90,7 +91,7 @@ pub async fn run(relay: &str, first: &str, count: &str, security: &str) {
     let connecting = numbers.map(|number| connect(&relay, number, security));
     let controls: Vec<_> = connecting.buffer_unordered(AT_A_TIME).collect().await;
     println!("{CONNECT}");
-    let peer = bench_client::peer_of(&relay);
+    let peer = peer_of(&relay);
     wait_for_command(RESERVE);
     let reserving = stream::iter(controls).map(|control| bench_client::reserve(control, peer));
     reserving.buffer_unordered(AT_A_TIME).collect::<()>().await;

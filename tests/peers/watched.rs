@@ -1,6 +1,6 @@
 //! HTTP clients of a relay, in a process of their own, whose effect on circuits is measured.
 
-use std::{net::TcpListener, process::Command, time::Duration};
+use std::{process::Command, time::Duration};
 
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -27,12 +27,6 @@ const BUSY: usize = 32;
 pub enum Callers {
     Idle,
     Busy,
-}
-
-/// A port that is free now.
-pub fn port() -> u16 {
-    let free = TcpListener::bind("127.0.0.1:0").expect("a free port");
-    free.local_addr().expect("its address").port()
 }
 
 /// Starts the clients of this port; they run until dropped.

@@ -34,7 +34,12 @@ use tokio::{
     time::{Instant, sleep, sleep_until, timeout},
 };
 
-use crate::{common::tcp_from::TcpFrom, observer::Seen, plan::FACTOR, trace::Family};
+use crate::{
+    common::{peer_of, tcp_from::TcpFrom},
+    observer::Seen,
+    plan::FACTOR,
+    trace::Family,
+};
 
 const ECHO: StreamProtocol = StreamProtocol::new("/soak/echo/1.0.0");
 
@@ -155,9 +160,7 @@ struct RunningStay {
 /// Runs a stay to its end.
 pub async fn run(stay: Stay) {
     let swarm_with_tasks = ClientSwarm::of(&stay);
-    let Some(Protocol::P2p(relay)) = stay.relay.iter().last() else {
-        panic!("{} names no peer", stay.relay);
-    };
+    let relay = peer_of(&stay.relay);
     let mut running = RunningStay {
         stay,
         swarm_with_tasks,

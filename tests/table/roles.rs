@@ -16,6 +16,7 @@ use tokio::runtime::Runtime;
 use crate::common::{
     NEVER,
     bench_client::{self, Parts},
+    peer_of,
 };
 
 // The arguments that select the roles.
@@ -80,7 +81,7 @@ pub fn clients(relay: &str, count: &str, seconds: &str) -> ExitCode {
 
 /// Connects and reserves. After that it only answers.
 async fn client(relay: Multiaddr) {
-    let peer = bench_client::peer_of(&relay);
+    let peer = peer_of(&relay);
     let control = bench_client::connect(swarm(NEVER, Parts::of), relay).await;
     bench_client::reserve(control, peer).await;
 }
