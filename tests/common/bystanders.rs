@@ -7,15 +7,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use libp2p::{
-    Stream,
-    futures::{AsyncReadExt, AsyncWriteExt, future},
-};
+use libp2p::Stream;
 use tokio::{runtime, time::sleep};
 
-use super::{
-    Client, Relay, TEST_TIMEOUT, by_hand::send, child_process, circuit, read_bytes, within,
-};
+use super::{Client, Relay, TEST_TIMEOUT, assert_relayed, child_process, circuit};
 
 /// How long the clients are measured before the attack, as the baseline.
 const BASELINE: Duration = Duration::from_millis(1500);
@@ -127,8 +122,8 @@ impl Bystanders {
         let mut echoes = 0;
         loop {
             let start = Instant::now();
-            pass(&mut self.there, &mut self.back).await;
-            pass(&mut self.back, &mut self.there).await;
+            assert_relayed(&mut self.there, &mut self.back, b"still here").await;
+            assert_relayed(&mut self.back, &mut self.there, b"still here").await;
             service.echoes.push(start.elapsed());
             if echoes % ECHOES_PER_BULK == 0 {
                 service.bulk_time += transfer(&mut self.there, &mut self.back).await;
@@ -151,8 +146,8 @@ impl Bystanders {
 
     /// Asserts that the circuit, the slots and the log are unaffected, and that the relay becomes idle.
     pub async fn assert_unharmed(&mut self) {
-        pass(&mut self.there, &mut self.back).await;
-        pass(&mut self.back, &mut self.there).await;
+        assert_relayed(&mut self.there, &mut self.back, b"still here").await;
+        assert_relayed(&mut self.back, &mut self.there, b"still here").await;
         self.target.reserve().await;
         self.source.reserve().await;
         let mut newcomer = Client::connect(&self.relay).await;
@@ -257,22 +252,9 @@ impl Impact {
 /// Transfers one bulk of bytes, and returns how long it took.
 async fn transfer(from: &mut Stream, to: &mut Stream) -> Duration {
     let bulk = vec![7; BULK];
-    let mut received = vec![0; BULK];
     let start = Instant::now();
-    let write = async {
-        from.write_all(&bulk).await?;
-        from.flush().await
-    };
-    let (written, read) = within(future::join(write, to.read_exact(&mut received))).await;
-    written.expect("the circuit stays");
-    read.expect("the circuit stays");
-    assert!(received == bulk, "the received bytes are those sent");
+    assert_relayed(from, to, &bulk).await;
     start.elapsed()
-}
-
-async fn pass(from: &mut Stream, to: &mut Stream) {
-    send(from, b"still here").await;
-    assert_eq!(read_bytes(to, 10).await, b"still here");
 }
 
 /// The log at the default level and panics, without lines that are logged once a minute or only once.

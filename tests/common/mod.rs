@@ -577,6 +577,12 @@ pub async fn read_bytes(stream: &mut Stream, count: usize) -> Vec<u8> {
     bytes
 }
 
+/// Sends these bytes at one end of a circuit, and asserts that they arrive at the other.
+pub async fn assert_relayed(from: &mut Stream, to: &mut Stream, bytes: &[u8]) {
+    let ((), read) = tokio::join!(by_hand::send(from, bytes), read_bytes(to, bytes.len()));
+    assert!(read == bytes, "the received bytes are those sent");
+}
+
 /// Reads until the stream is closed (`Ok`) or reset (`Err`). Returns the bytes as well.
 pub async fn read_to_end(stream: &mut Stream) -> (Vec<u8>, std::io::Result<()>) {
     let mut bytes = Vec::new();

@@ -8,20 +8,13 @@ use libp2p::{
 };
 
 use super::{
-    Client, Relay, STOP, Security, circuit, circuit_to,
+    Client, Relay, STOP, Security, assert_relayed,
+    by_hand::send,
+    circuit, circuit_to,
     http::ON_ANY_PORT,
     messages::{self, HopMessage, connect, stop_status},
-    read_bytes, read_to_end, within,
+    read_to_end, within,
 };
-
-/// Sends this many bytes from one end of a circuit to the other.
-pub async fn carry(from: &mut Stream, to: &mut Stream, count: usize) {
-    let send = async {
-        from.write_all(&vec![7; count]).await.unwrap();
-        from.flush().await.unwrap();
-    };
-    future::join(send, read_bytes(to, count)).await;
-}
 
 /// Sends a request, and returns the status of the answer.
 async fn status_of(client: &mut Client, request: &HopMessage) -> i32 {
@@ -60,20 +53,19 @@ pub async fn run(relay: &Relay) -> (Client, Client, (Stream, Stream)) {
     assert_eq!(status, 203);
     // A circuit that both ends close.
     let (mut there, mut back) = circuit_to(&mut carol, alice.peer, &mut stops).await;
-    carry(&mut there, &mut back, 700).await;
-    carry(&mut back, &mut there, 30).await;
+    assert_relayed(&mut there, &mut back, &[7; 700]).await;
+    assert_relayed(&mut back, &mut there, &[7; 30]).await;
     for stream in [&mut there, &mut back] {
         stream.close().await.unwrap();
     }
     read_to_end(&mut there).await.1.unwrap();
     // A circuit that reaches its byte limit.
     let (mut there, mut back) = circuit_to(&mut carol, alice.peer, &mut stops).await;
-    there.write_all(&[7; 1001]).await.unwrap();
-    there.flush().await.unwrap();
+    send(&mut there, &[7; 1001]).await;
     assert_eq!(read_to_end(&mut back).await.0.len(), 1000);
     // A circuit that stays open.
     let (mut there, mut back) = circuit(&mut carol, &mut bob).await;
-    carry(&mut there, &mut back, 4).await;
+    assert_relayed(&mut there, &mut back, &[7; 4]).await;
     // A malformed message, and a freed slot.
     assert_eq!(carol.send_raw(&[3, 0xff, 0xff, 0xff]).await.status, Some(400));
     alice.disconnect().await;

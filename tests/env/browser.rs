@@ -11,10 +11,10 @@ use std::{
 };
 
 use crate::common::{
-    Client, Relay, by_hand, circuit, free_port, http, messages, read_bytes,
+    Client, Relay, assert_relayed, by_hand, circuit, free_port, http, messages,
     websocket::{self, CERTIFICATE, Certificate},
 };
-use libp2p::futures::{AsyncWriteExt as _, StreamExt, future, stream};
+use libp2p::futures::{StreamExt, stream};
 use tokio::{
     io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines},
     process,
@@ -118,11 +118,7 @@ async fn the_status_page_shows_the_relay() {
     let (mut there, mut back) = circuit(&mut source, &mut target).await;
     let traffic = async {
         loop {
-            let send = async {
-                there.write_all(&[7; 1024]).await.expect("the relay reads");
-                there.flush().await.expect("the relay reads");
-            };
-            future::join(send, read_bytes(&mut back, 1024)).await;
+            assert_relayed(&mut there, &mut back, &[7; 1024]).await;
             tokio::time::sleep(std::time::Duration::from_millis(10)).await;
         }
     };
@@ -168,8 +164,7 @@ async fn the_status_page_shows_0_and_3_and_1024_holders() {
                 }
                 let [source, target, _] = &mut clients[..] else { panic!("three clients") };
                 let mut ends = circuit(source, target).await;
-                ends.0.write_all(&[7; 40_000]).await.expect("the relay reads");
-                ends.0.flush().await.expect("the relay reads");
+                by_hand::send(&mut ends.0, &[7; 40_000]).await;
                 circuits.push(ends);
             }
             "three" => {

@@ -3,14 +3,11 @@
 
 use std::{fs, path::PathBuf, process::Command};
 
-use libp2p::{
-    futures::{AsyncWriteExt, future},
-    identity::Keypair,
-};
+use libp2p::{futures::future, identity::Keypair};
 use tempfile::TempDir;
 
 use super::interop::{go_client, run};
-use crate::common::{Client, Relay, Security, child_process::resident, circuit, read_bytes};
+use crate::common::{Client, Relay, Security, assert_relayed, child_process::resident, circuit};
 
 /// The limits: on the size of the program, in bytes, and on its resident memory, in KiB.
 const LARGEST: u64 = 2_500_000;
@@ -57,12 +54,7 @@ async fn the_program_for_small_devices_is_small() {
     let mut in_use = [0; LOADS.len()];
     for (load, in_use) in LOADS.into_iter().zip(&mut in_use) {
         for (source, target) in &mut circuits {
-            let write = async {
-                source.write_all(&vec![7; load]).await.expect("the circuit stays");
-                source.flush().await.expect("the circuit stays");
-            };
-            let ((), read) = future::join(write, read_bytes(target, load)).await;
-            assert_eq!(read.len(), load);
+            assert_relayed(source, target, &vec![7; load]).await;
         }
         *in_use = resident(relay.pid());
     }

@@ -16,8 +16,8 @@ use tokio::time::sleep;
 
 use crate::{
     common::{
-        Client, HOP, Relay, STOP, by_hand::send, circuit, circuit_to, command, http,
-        messages::connect, read_bytes, read_to_end, within,
+        Client, HOP, Relay, STOP, assert_relayed, circuit, circuit_to, command, http,
+        messages::connect, read_to_end, within,
     },
     interop::{ClientProcess, go_client},
 };
@@ -81,8 +81,7 @@ async fn check_timers(step: i64) {
     let renewed = clock.reserve(&mut renews).await;
     let line = format!("reservation renewed: peer {}", renews.peer);
     clock.relay.wait_for_log(&line).await;
-    send(&mut there, b"still here").await;
-    assert_eq!(read_bytes(&mut back, 10).await, b"still here");
+    assert_relayed(&mut there, &mut back, b"still here").await;
     let mut stops = idle.accept(STOP);
     drop(circuit_to(&mut source, idle.peer, &mut stops).await);
     let mut newcomer = Client::connect(&clock.relay).await;
@@ -150,16 +149,14 @@ async fn a_clock_that_falls_back_to_1970_ends_no_slot_and_no_circuit() {
     clock.step(-step);
     clock.relay.wait_for_log("not serving clients").await;
     target.wait_for_support(HOP, false).await;
-    send(&mut there, b"still here").await;
-    assert_eq!(read_bytes(&mut back, 10).await, b"still here");
+    assert_relayed(&mut there, &mut back, b"still here").await;
 
     clock.step(step);
     target.wait_for_support(HOP, true).await;
     target.reserve().await;
     let renewed = format!("reservation renewed: peer {}", target.peer);
     clock.relay.wait_for_log(&renewed).await;
-    send(&mut there, b"still here").await;
-    assert_eq!(read_bytes(&mut back, 10).await, b"still here");
+    assert_relayed(&mut there, &mut back, b"still here").await;
     for (line, count) in [(NOT_SET, 1), ("slot freed", 0), ("grace began", 0), ("closed", 0)] {
         assert_eq!(clock.relay.count_in_log(line), count, "{line}: {:#?}", clock.relay.log());
     }

@@ -2,7 +2,7 @@
 
 use std::{pin::pin, time::Duration};
 
-use crate::common::{Client, Security, circuit_to, read_bytes, within};
+use crate::common::{Client, Security, assert_relayed, circuit_to, within};
 use libp2p::{
     Multiaddr, PeerId, Stream,
     futures::{AsyncReadExt, AsyncWriteExt, future},
@@ -242,18 +242,8 @@ async fn events_accounts_and_totals_are_what_the_clients_received() {
 
 /// Transfers these bytes, and leaves the circuit open.
 async fn transfer(source: &mut Stream, target: &mut Stream, transferred: BytesTransferred) {
-    let ways = [(true, transferred.to_target), (false, transferred.to_source)];
-    for (there, bytes) in ways {
-        let (from, to) = match there {
-            true => (&mut *source, &mut *target),
-            false => (&mut *target, &mut *source),
-        };
-        let send = async {
-            from.write_all(&vec![7; bytes as usize]).await.unwrap();
-            from.flush().await.unwrap();
-        };
-        future::join(send, read_bytes(to, bytes as usize)).await;
-    }
+    assert_relayed(source, target, &vec![7; transferred.to_target as usize]).await;
+    assert_relayed(target, source, &vec![7; transferred.to_source as usize]).await;
 }
 
 #[tokio::test]

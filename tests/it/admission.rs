@@ -1,13 +1,12 @@
 //! Admission of connections when the limits are reached: peers that hold slots have priority.
 
 use crate::common::{
-    Client, Relay, STOP, Security, accept_circuit,
+    Client, Relay, STOP, Security, accept_circuit, assert_relayed,
     by_hand::{proposal, send_and_close, tcp},
     circuit,
     messages::connect as connect_to,
-    read_bytes,
 };
-use libp2p::{PeerId, futures::AsyncWriteExt, identity::Keypair};
+use libp2p::{PeerId, identity::Keypair};
 
 /// Connects, and waits until the relay has logged the connection: the client's handshake ends before the relay's.
 async fn connect(relay: &Relay, keypair: &Keypair) -> Client {
@@ -108,9 +107,7 @@ async fn a_peer_with_a_slot_at_its_cap_replaces_its_own_connection_and_keeps_the
     assert_eq!(relay.count_in_log("grace began"), 0);
     // The other circuit is unaffected.
     for (there, back) in [(&mut there, &mut back), (&mut to, &mut from)] {
-        there.write_all(b"hello").await.unwrap();
-        there.flush().await.unwrap();
-        assert_eq!(read_bytes(back, 5).await, b"hello");
+        assert_relayed(there, back, b"hello").await;
     }
 }
 
@@ -164,9 +161,7 @@ async fn a_third_connection_replaces_the_longest_silent_one() {
     assert_eq!(answer.status, Some(100), "{answer:?}");
     assert_eq!(relay.count_in_log("grace began"), 0);
     for (there, back) in [(&mut there, &mut back), (&mut to, &mut from)] {
-        there.write_all(b"hello").await.unwrap();
-        there.flush().await.unwrap();
-        assert_eq!(read_bytes(back, 5).await, b"hello");
+        assert_relayed(there, back, b"hello").await;
     }
     second.wait_for_connections(1).await;
     assert!(third.kept_its_connection() && alice.kept_its_connection());

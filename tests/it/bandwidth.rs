@@ -4,7 +4,8 @@
 //! `cargo bench --bench shares` on the program.
 
 use crate::common::{
-    Client, Relay, circuit, read_bytes, read_to_end, running_node::RunningNode, source_and_target,
+    Client, Relay, assert_relayed, by_hand::send, circuit, read_bytes, read_to_end,
+    running_node::RunningNode, source_and_target,
 };
 use libp2p::futures::AsyncWriteExt;
 use relaylet::{Config, Event};
@@ -18,17 +19,14 @@ async fn a_cap_of_one_byte_per_second_slows_but_blocks_nothing() {
     let (mut alice, mut bob) = source_and_target(&relay).await;
     let (mut there, mut back) = circuit(&mut alice, &mut bob).await;
     there.write_all(b"slow").await.unwrap();
-    there.write_all(&vec![0; BULK]).await.unwrap();
-    there.flush().await.unwrap();
+    send(&mut there, &vec![0; BULK]).await;
     assert_eq!(read_bytes(&mut back, 4).await, b"slow");
     // Meanwhile requests are answered, and other circuits are opened.
     bob.reserve().await;
     let mut carol = Client::connect(&relay).await;
     carol.reserve().await;
     let (mut second, mut arrives) = circuit(&mut bob, &mut carol).await;
-    second.write_all(b"!").await.unwrap();
-    second.flush().await.unwrap();
-    assert_eq!(read_bytes(&mut arrives, 1).await, b"!");
+    assert_relayed(&mut second, &mut arrives, b"!").await;
     // Bytes that wait for bandwidth are dropped when their peer disconnects.
     alice.disconnect().await;
     assert!(read_to_end(&mut back).await.0.len() < BULK);
@@ -46,8 +44,7 @@ async fn a_new_cap_applies_to_open_circuits() {
     let mut bob = relay.connect_new().await;
     bob.reserve().await;
     let (mut there, mut back) = circuit(&mut alice, &mut bob).await;
-    there.write_all(&vec![7; BULK]).await.unwrap();
-    there.flush().await.unwrap();
+    send(&mut there, &vec![7; BULK]).await;
     assert_eq!(read_bytes(&mut back, 1).await, [7]);
     let lift = |config: &mut Config| config.bandwidth_per_peer = 0;
     relay.change(lift).await.unwrap();
@@ -56,8 +53,7 @@ async fn a_new_cap_applies_to_open_circuits() {
     // A new cap, with data in the other direction.
     let slow = |config: &mut Config| config.bandwidth = 1;
     relay.change(slow).await.unwrap();
-    back.write_all(&vec![8; BULK]).await.unwrap();
-    back.flush().await.unwrap();
+    send(&mut back, &vec![8; BULK]).await;
     assert_eq!(read_bytes(&mut there, 2).await, [8; 2]);
     alice.disconnect().await;
     let transferred = |event| match event {
@@ -73,8 +69,7 @@ async fn both_directions_of_a_circuit_share_the_bandwidth() {
     let (mut alice, mut bob) = source_and_target(&relay).await;
     let (mut there, mut back) = circuit(&mut alice, &mut bob).await;
     for stream in [&mut there, &mut back] {
-        stream.write_all(&vec![7; BULK]).await.unwrap();
-        stream.flush().await.unwrap();
+        send(stream, &vec![7; BULK]).await;
     }
     // If one direction had priority, the other would wait for all of it.
     let (at_source, at_target) =

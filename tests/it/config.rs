@@ -3,11 +3,11 @@
 use std::{fs, process::Command};
 
 use crate::common::{
-    Client, Relay, STOP, circuit_to,
+    Client, Relay, STOP, assert_relayed, circuit_to,
     messages::{connect, reserve},
-    read_bytes, source_and_target,
+    source_and_target,
 };
-use libp2p::{Multiaddr, futures::AsyncWriteExt};
+use libp2p::Multiaddr;
 use tempfile::TempDir;
 
 const PERMISSION_DENIED: Option<i32> = Some(202);
@@ -261,9 +261,7 @@ async fn a_setting_removed_from_the_file_reverts_while_a_circuit_stays_open() {
     relay.signal("HUP");
     relay.wait_for_log("SIGHUP: changed: announce, reserve-rate, deny-peer").await;
     circuit_to(&mut alice, bob.peer, &mut stops).await;
-    there.write_all(b"hello").await.unwrap();
-    there.flush().await.unwrap();
-    assert_eq!(read_bytes(&mut back, 5).await, b"hello");
+    assert_relayed(&mut there, &mut back, b"hello").await;
 
     // When the file is removed, nothing changes.
     fs::remove_file(relay.folder.path().join(NAME)).unwrap();

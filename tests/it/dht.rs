@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, fs, process::Stdio, time::Duration};
 
-use crate::common::{self, Client, Relay, command, messages, within};
+use crate::common::{self, Client, Relay, by_hand::send, command, messages, within};
 use libp2p::{
     Multiaddr, PeerId, StreamProtocol,
     futures::{AsyncReadExt, AsyncWriteExt},
@@ -269,8 +269,7 @@ async fn a_malformed_message_closes_only_its_stream() {
         &[0xff, 0xff, 0x7f, 1, 2, 3],
     ] {
         let mut stream = stranger.open(KAD).await;
-        stream.write_all(bytes).await.unwrap();
-        stream.flush().await.unwrap();
+        send(&mut stream, bytes).await;
         let (answer, _) = common::read_to_end(&mut stream).await;
         assert!(answer.is_empty());
     }

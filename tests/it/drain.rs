@@ -1,9 +1,9 @@
 //! Draining and exiting on signals, tested on the running program.
 
 use crate::common::{
-    Client, HOP, Relay, circuit, free_port,
+    Client, HOP, Relay, assert_relayed, circuit, free_port,
     messages::{connect, reserve, write},
-    read_bytes, read_to_end, source_and_target, within,
+    read_to_end, source_and_target, within,
 };
 use libp2p::futures::AsyncWriteExt;
 
@@ -24,9 +24,7 @@ async fn sigterm_closes_connections_without_circuits_and_lets_circuits_finish() 
     relay.wait_for_log("SIGTERM: draining for 8s, then exiting").await;
     carol.wait_for_connections(0).await;
     // The circuit stays open until the drain timeout.
-    there.write_all(b"still here").await.unwrap();
-    there.flush().await.unwrap();
-    assert_eq!(read_bytes(&mut back, 10).await, b"still here");
+    assert_relayed(&mut there, &mut back, b"still here").await;
     assert!(read_to_end(&mut back).await.0.is_empty());
     assert!(relay.wait().success());
     relay.wait_for_log("drain timeout reached: closing 2 connections with 1 circuits").await;

@@ -10,7 +10,7 @@ use std::{
 };
 
 use crate::common::{
-    Client, HOP, Relay, TEST_TIMEOUT,
+    Client, HOP, Relay, TEST_TIMEOUT, assert_relayed,
     by_hand::send,
     circuit,
     client_process::Process,
@@ -230,12 +230,8 @@ async fn check_relaying(answer_ping: bool) {
     let (mut there, mut back) = circuit(&mut alice, &mut bob).await;
     let before = *counted.borrow();
     for _ in 0..100 {
-        there.write_all(b"to bob").await.unwrap();
-        there.flush().await.unwrap();
-        assert_eq!(read_bytes(&mut back, 6).await, b"to bob");
-        back.write_all(b"to alice").await.unwrap();
-        back.flush().await.unwrap();
-        assert_eq!(read_bytes(&mut there, 8).await, b"to alice");
+        assert_relayed(&mut there, &mut back, b"to bob").await;
+        assert_relayed(&mut back, &mut there, b"to alice").await;
     }
     within(counted.wait_for(|now| *now > before + 1024 * 1024)).await.unwrap();
 
@@ -251,8 +247,7 @@ async fn check_relaying(answer_ping: bool) {
         })
         .await;
     let mut ping = alice.open(StreamProtocol::new("/ipfs/ping/1.0.0")).await;
-    ping.write_all(&[7; 32]).await.unwrap();
-    ping.flush().await.unwrap();
+    send(&mut ping, &[7; 32]).await;
     assert_eq!(read_bytes(&mut ping, 32).await, [7; 32]);
 }
 
@@ -361,8 +356,7 @@ async fn a_store_that_takes_200_ms_decides_requests_and_ends_what_it_denies_late
     assert_eq!(stranger.request(&reserve()).await.status, Some(202));
     assert_eq!(stranger.request(&connect(bob.peer)).await.status, Some(202));
     let (mut there, mut back) = circuit(&mut alice, &mut bob).await;
-    send(&mut there, b"to bob").await;
-    assert_eq!(read_bytes(&mut back, 6).await, b"to bob");
+    assert_relayed(&mut there, &mut back, b"to bob").await;
 
     store.0.lock().unwrap().remove(&bob.peer);
     embedded.with(|relay| relay.recheck_access()).await;

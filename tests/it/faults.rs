@@ -3,11 +3,11 @@
 use std::time::{Duration, Instant};
 
 use crate::common::{
-    Client, HOP, Relay, STOP, Security, accept_circuit,
+    Client, HOP, Relay, STOP, Security, accept_circuit, assert_relayed,
     by_hand::{self, DATA, RST, SYN},
     client_process::Process,
     messages::{HopMessage, connect, read, reserve, write},
-    read_bytes, read_to_end, within,
+    read_to_end, within,
 };
 use libp2p::{futures::future, identity::Keypair};
 
@@ -239,11 +239,8 @@ async fn a_target_whose_reservation_is_on_a_dead_connection_is_reached_over_its_
     }
     let late = by_hand::data(0, stop.expect("a stop stream"), b"\x04\x08\x01\x20\x64");
     by_hand::send(&mut frozen, &late).await;
-    for (from, to) in [(0, 1), (1, 0)] {
-        let mut ends = [&mut source, &mut target];
-        by_hand::send(&mut ends[from], b"bytes").await;
-        assert_eq!(read_bytes(ends[to], 5).await, b"bytes");
-    }
+    assert_relayed(&mut source, &mut target, b"bytes").await;
+    assert_relayed(&mut target, &mut source, b"bytes").await;
     relay.wait_for_log("circuit 1 opened").await; // it may be read later than the bytes
     assert_eq!(relay.count_in_log("peer silent"), 0, "its slot is not moved");
     assert_eq!(relay.count_in_log("circuit 1 opened"), 1);

@@ -10,7 +10,7 @@ use std::{
 };
 
 use crate::common::{
-    Relay, TEST_TIMEOUT, by_hand,
+    Relay, TEST_TIMEOUT, assert_relayed, by_hand,
     bystanders::Bystanders,
     circuit, command,
     http::{ON_ANY_PORT, dial, fetch, fetch_with, get, port, read_answer, samples, send_raw},
@@ -473,8 +473,7 @@ async fn the_status_lists_slots_circuits_and_refusals() {
     assert_eq!(latest[7]["why"], "all slots are taken");
 
     // Current transfers have a rate.
-    let (there, back) = (&mut circuit.0, &mut circuit.1);
-    scenario::carry(there, back, 900).await;
+    assert_relayed(&mut circuit.0, &mut circuit.1, &[7; 900]).await;
     status_when(port, |status| {
         let open = &status["circuits"]["listed"][0];
         open["carried"]["to_target"] == 904

@@ -13,10 +13,10 @@ use std::{
 };
 
 use crate::common::{
-    Client, Relay, Security, TEST_TIMEOUT,
+    Client, Relay, Security, TEST_TIMEOUT, assert_relayed,
     by_hand::{self, proposal, read_until_closed, send_and_close},
     bystanders::assert_idle_within_memory,
-    circuit, command, free_port, messages, read_bytes, signal, source_and_target, wait_for,
+    circuit, command, free_port, messages, signal, source_and_target, wait_for,
 };
 use libp2p::{
     Multiaddr, futures::future, identity::Keypair, multiaddr::Protocol, tcp::tokio::TcpStream,
@@ -529,8 +529,7 @@ async fn out_of_file_descriptors_the_relay_keeps_serving_and_logs_once() {
     let connections = future::join_all((0..60).map(|_| by_hand::tcp(&relay))).await;
     let error = "accepting connections failed";
     relay.wait_for_log(error).await;
-    by_hand::send(&mut there, b"still here").await;
-    assert_eq!(read_bytes(&mut back, 10).await, b"still here");
+    assert_relayed(&mut there, &mut back, b"still here").await;
     target.reserve().await;
     assert_idle_within_memory(&relay).await;
     drop(connections);

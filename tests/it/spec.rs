@@ -3,7 +3,9 @@
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::common::{
-    Client, HOP, Relay, STOP, TEST_TIMEOUT, accept_circuit, circuit, circuit_to,
+    Client, HOP, Relay, STOP, TEST_TIMEOUT, accept_circuit, assert_relayed,
+    by_hand::send,
+    circuit, circuit_to,
     messages::{self, HopMessage, StopMessage, connect, reserve, stop_status},
     read_bytes, read_to_end, source_and_target, within,
 };
@@ -360,15 +362,13 @@ async fn a_slow_request_is_served_and_a_stalled_one_loses_only_its_stream() {
     let relay = Relay::start(&[]);
     let mut alice = Client::connect(&relay).await;
     let mut stalled = alice.open(HOP).await;
-    stalled.write_all(&[2]).await.unwrap();
-    stalled.flush().await.unwrap();
+    send(&mut stalled, &[2]).await;
 
     let mut slow = alice.open(HOP).await;
     // All of it within the 5 s that a request may take.
     for byte in [2, 0x08, 0x00] {
         tokio::time::sleep(Duration::from_millis(500)).await;
-        slow.write_all(&[byte]).await.unwrap();
-        slow.flush().await.unwrap();
+        send(&mut slow, &[byte]).await;
     }
     let answer: HopMessage = messages::read(&mut slow).await;
     assert_eq!(answer.status, Some(100));
@@ -386,12 +386,8 @@ async fn bytes_are_relayed_in_both_directions() {
     let relay = Relay::start(&[]);
     let (mut alice, mut bob) = source_and_target(&relay).await;
     let (mut there, mut back) = circuit(&mut alice, &mut bob).await;
-    there.write_all(b"over there").await.unwrap();
-    there.flush().await.unwrap();
-    assert_eq!(read_bytes(&mut back, 10).await, b"over there");
-    back.write_all(b"and back").await.unwrap();
-    back.flush().await.unwrap();
-    assert_eq!(read_bytes(&mut there, 8).await, b"and back");
+    assert_relayed(&mut there, &mut back, b"over there").await;
+    assert_relayed(&mut back, &mut there, b"and back").await;
 }
 
 #[tokio::test]
@@ -403,13 +399,11 @@ async fn early_data_is_relayed() {
     // The source sends data directly after its CONNECT, the target after its STATUS.
     let mut there = alice.open(HOP).await;
     let request = prost::Message::encode_length_delimited_to_vec(&connect(bob.peer));
-    there.write_all(&[&request[..], b"early"].concat()).await.unwrap();
-    there.flush().await.unwrap();
+    send(&mut there, &[&request[..], b"early"].concat()).await;
     let (_, mut back) = within(stops.next()).await.unwrap();
     let _: StopMessage = messages::read(&mut back).await;
     let accepted = prost::Message::encode_length_delimited_to_vec(&stop_status(100));
-    back.write_all(&[&accepted[..], b"bird"].concat()).await.unwrap();
-    back.flush().await.unwrap();
+    send(&mut back, &[&accepted[..], b"bird"].concat()).await;
 
     let answer: HopMessage = messages::read(&mut there).await;
     assert_eq!(answer.status, Some(100));
@@ -449,17 +443,14 @@ async fn exactly_the_byte_limit_is_relayed_and_the_next_byte_resets() {
     for source_sends in [true, false] {
         let (there, back) = circuit_to(&mut alice, bob.peer, &mut stops).await;
         let (mut sender, mut receiver) = if source_sends { (there, back) } else { (back, there) };
-        sender.write_all(&[7; LIMIT]).await.unwrap();
-        sender.flush().await.unwrap();
+        send(&mut sender, &[7; LIMIT]).await;
         assert_eq!(read_bytes(&mut receiver, LIMIT).await.len(), LIMIT);
 
         // Each direction has a limit of its own, and the circuit is still open.
-        receiver.write_all(&[8; LIMIT]).await.unwrap();
-        receiver.flush().await.unwrap();
+        send(&mut receiver, &[8; LIMIT]).await;
         assert_eq!(read_bytes(&mut sender, LIMIT).await.len(), LIMIT);
 
-        sender.write_all(&[7]).await.unwrap();
-        sender.flush().await.unwrap();
+        send(&mut sender, &[7]).await;
         for end in [&mut sender, &mut receiver] {
             let (bytes, _) = read_to_end(end).await;
             assert!(bytes.is_empty());
@@ -512,9 +503,7 @@ async fn a_circuit_outlives_the_reservation_and_keeps_its_connections_open() {
     let mut carol = Client::connect(&relay).await;
     relay.wait_for_log(&format!("slot freed: peer {} at 127.0.0.1: expired", bob.peer)).await;
     carol.wait_for_connections(0).await; // closed as idle
-    there.write_all(b"still here").await.unwrap();
-    there.flush().await.unwrap();
-    assert_eq!(read_bytes(&mut back, 10).await, b"still here");
+    assert_relayed(&mut there, &mut back, b"still here").await;
     drop((there, back));
     alice.wait_for_connections(0).await;
     bob.wait_for_connections(0).await;
@@ -525,8 +514,7 @@ async fn a_stalled_stream_does_not_keep_an_idle_connection_open() {
     let relay = Relay::start(&["--idle-timeout", "2s"]);
     let mut unknown = Client::connect(&relay).await;
     let mut stalled = unknown.open(HOP).await;
-    stalled.write_all(&[1]).await.unwrap();
-    stalled.flush().await.unwrap();
+    send(&mut stalled, &[1]).await;
     unknown.wait_for_connections(0).await;
 }
 

@@ -7,9 +7,9 @@ use std::{
 };
 
 use crate::common::{
-    Client, Relay, TEST_TIMEOUT, by_hand,
+    Client, Relay, TEST_TIMEOUT, assert_relayed, by_hand,
     bystanders::Bystanders,
-    circuit, command, free_port, messages, read_bytes,
+    circuit, command, free_port, messages,
     websocket::{
         self, BINARY, CERTIFICATE, CLOSE, CONTINUATION, Certificate, LAST, LISTEN, LISTEN_TLS,
         PING, REQUEST, TEXT, address, connect, connect_in_tls, frame, header, port, tcp,
@@ -67,12 +67,7 @@ async fn one_relay_serves_tcp_and_websocket() {
 
 async fn transfer(from: &mut Stream, to: &mut Stream) {
     let bytes: Vec<_> = (0..100 * 1024).map(|n| n as u8).collect();
-    let send = async {
-        within(from.write_all(&bytes)).await.expect("the relay reads");
-        within(from.flush()).await.expect("the relay reads");
-    };
-    let (read, ()) = future::join(read_bytes(to, bytes.len()), send).await;
-    assert_eq!(read, bytes);
+    assert_relayed(from, to, &bytes).await;
 }
 
 #[tokio::test]
