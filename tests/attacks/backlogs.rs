@@ -17,7 +17,7 @@ use crate::common::{
     Client,
     by_hand::{RST, SYN, WINDOW, WINDOW_UPDATE, data, frame},
     circuit,
-    messages::{connect, reserve},
+    messages::{OK, connect, reserve},
     raw_peers::{
         AT_A_TIME, Background, CHUNK, RawPeer, address, expect_all, hold_without_reading,
         hop_opening, run_each, short_or_long,
@@ -27,8 +27,6 @@ use crate::common::{
 
 /// How long a connection is left unread before it is replaced.
 const UNREAD: Duration = Duration::from_secs(15);
-
-const OK: Option<i32> = Some(100);
 
 /// Pings on connections that are never read: their echoes exceed the buffer budget. The table is full and newcomers
 /// wait, so the holders of slots are probed; each must answer and keep its slot.

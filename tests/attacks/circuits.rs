@@ -13,17 +13,13 @@ use super::testbed::{FREED_FOR_MEMORY, Testbed};
 use crate::common::{
     STOP,
     by_hand::{ACK, FIN, RST, SYN, WINDOW_UPDATE, data, frame},
-    messages::{StopMessage, connect, reserve},
+    messages::{CONNECTION_FAILED, OK, RESOURCE_LIMIT_EXCEEDED, StopMessage, connect, reserve},
     raw_peers::{
         AT_A_TIME, Background, CHUNK, FREE_WINDOW, RawPeer, Received, address, expect_all,
         hop_opening, run_each, short_or_long, stop_acceptance,
     },
     within,
 };
-
-const OK: Option<i32> = Some(100);
-const RESOURCE_LIMIT_EXCEEDED: Option<i32> = Some(201);
-const CONNECTION_FAILED: Option<i32> = Some(203);
 
 /// The metric of CONNECTs that were refused because their target has as many circuits as it may have.
 const TARGET_FULL: &str = r#"relaylet_requests_refused_total{request="CONNECT",reason="too many circuits of the target"}"#;

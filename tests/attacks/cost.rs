@@ -28,6 +28,7 @@ use self::common::{
     by_hand::{PING, SYN, data, frame, length_prefixed, proposal, send},
     child_process::Process,
     circuit,
+    messages::OK,
     messages::{HopMessage, connect, reserve},
     raw_peers::{RawPeer, address},
     read_bytes, tcp_port,
@@ -164,7 +165,7 @@ async fn newcomers(port: u16) -> Duration {
         let newcomer = RawPeer::connect(port, address(number)).await;
         let mut newcomer = newcomer.expect("a newcomer is admitted");
         let (_, status) = newcomer.request(&reserve()).await.expect("a newcomer is answered");
-        assert_eq!(status, Some(100), "a newcomer gets a slot");
+        assert_eq!(status, OK, "a newcomer gets a slot");
         slowest = slowest.max(arrived.elapsed());
         number += 1;
         sleep(NEWCOMER_PAUSE).await;

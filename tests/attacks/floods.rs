@@ -16,15 +16,14 @@ use super::testbed::Testbed;
 use crate::common::{
     STOP,
     by_hand::{RST, data},
-    messages::{HopMessage, connect, reserve, stop_status},
+    messages::{
+        CONNECTION_FAILED, HopMessage, OK, RESERVATION_REFUSED, RESOURCE_LIMIT_EXCEEDED, connect,
+        reserve, stop_status,
+    },
     raw_peers::{AT_A_TIME, RawPeer, address, address_in, expect_all, run_each, short_or_long},
     within,
 };
 
-const OK: Option<i32> = Some(100);
-const RESERVATION_REFUSED: Option<i32> = Some(200);
-const RESOURCE_LIMIT_EXCEEDED: Option<i32> = Some(201);
-const CONNECTION_FAILED: Option<i32> = Some(203);
 /// The stream was reset: streams of its address arrive too fast.
 const RESET: Option<i32> = None;
 

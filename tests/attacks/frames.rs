@@ -15,14 +15,12 @@ use tokio::{task::JoinSet, time::sleep};
 use super::testbed::{FREED_FOR_MEMORY, Testbed};
 use crate::common::{
     by_hand::{ACK, Frame, PING, RST, SYN, WINDOW, WINDOW_UPDATE, data, frame, next_frame},
-    messages::{connect, reserve},
+    messages::{OK, connect, reserve},
     raw_peers::{
         AT_A_TIME, FREE_WINDOW, RawPeer, address, expect_all, hop_opening, run_each, short_or_long,
     },
     within,
 };
-
-const OK: Option<i32> = Some(100);
 
 /// How many connections attack at once.
 const ATTACKERS: usize = 8;

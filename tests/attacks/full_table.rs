@@ -11,13 +11,9 @@ use tokio::{sync::Semaphore, time::sleep};
 use super::testbed::Testbed;
 use crate::common::{
     by_hand::{RST, SYN, data},
-    messages::reserve,
+    messages::{OK, RESERVATION_REFUSED, RESOURCE_LIMIT_EXCEEDED, reserve},
     raw_peers::{Background, RawPeer, address, run_each, short_or_long},
 };
-
-const OK: Option<i32> = Some(100);
-const RESERVATION_REFUSED: Option<i32> = Some(200);
-const RESOURCE_LIMIT_EXCEEDED: Option<i32> = Some(201);
 
 /// The delay of a slow peer's answer to a probe: a third of the 3 s that it has, as the machine may be busy.
 const LATE: Duration = Duration::from_secs(1);

@@ -10,14 +10,12 @@ use super::testbed::Testbed;
 use crate::common::{
     HOP, STOP,
     by_hand::{FIN, RST, SYN, data, proposal},
-    messages::{HopMessage, Limit, StopMessage, connect, reserve},
+    messages::{
+        CONNECTION_FAILED, HopMessage, Limit, MALFORMED_MESSAGE, NO_RESERVATION, OK, StopMessage,
+        connect, reserve,
+    },
     raw_peers::{AT_A_TIME, RawPeer, address, expect_all, hop_opening, run_each, short_or_long},
 };
-
-const OK: Option<i32> = Some(100);
-const CONNECTION_FAILED: Option<i32> = Some(203);
-const NO_RESERVATION: Option<i32> = Some(204);
-const MALFORMED_MESSAGE: Option<i32> = Some(400);
 
 const SECOND: Duration = Duration::from_secs(1);
 

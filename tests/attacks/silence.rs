@@ -28,15 +28,12 @@ use super::testbed::Testbed;
 use crate::common::{
     HOP,
     by_hand::{SYN, data, proposal, tcp_from},
-    messages::{HopMessage, connect, reserve},
+    messages::{HopMessage, NO_RESERVATION, OK, connect, reserve},
     raw_peers::{
         AT_A_TIME, Background, RawPeer, address, hold_without_reading, run_each, short_or_long,
     },
     within,
 };
-
-const OK: Option<i32> = Some(100);
-const NO_RESERVATION: Option<i32> = Some(204);
 
 /// The metric of connections that were denied because their address opens them too fast.
 const DENIED_TOO_FAST: &str =

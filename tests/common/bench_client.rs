@@ -12,7 +12,11 @@ use libp2p::{
 };
 use libp2p_stream::Control;
 
-use super::{HOP, NEVER, messages, within};
+use super::{
+    HOP, NEVER,
+    messages::{self, OK},
+    within,
+};
 
 #[derive(NetworkBehaviour)]
 pub struct Parts {
@@ -61,7 +65,7 @@ pub async fn reserve(mut control: Control, relay: PeerId) {
     };
     messages::write(&mut stream, &messages::reserve()).await;
     let answer: messages::HopMessage = messages::read(&mut stream).await;
-    if answer.status != Some(100) {
+    if answer.status != OK {
         give_up(&answer);
     }
 }

@@ -16,7 +16,7 @@ use tokio::{
 
 use super::{
     Client, HOP, STOP, Security,
-    messages::{HopMessage, StopMessage, connect, read, reserve, stop_status, write},
+    messages::{HopMessage, OK, StopMessage, connect, read, reserve, stop_status, write},
     signal,
     swarms::{ECHO, echo},
     within,
@@ -58,7 +58,7 @@ impl Process {
     /// Starts a client that holds a slot.
     pub async fn start_and_reserve(relay: &Multiaddr) -> Self {
         let process = Self::start(relay, Role::default()).await;
-        assert_eq!(process.status, Some(100));
+        assert_eq!(process.status, OK);
         process
     }
 
@@ -66,7 +66,7 @@ impl Process {
     pub async fn start_and_connect(relay: &Multiaddr, target: PeerId) -> Self {
         let role = Role { target: Some(target), ..Role::default() };
         let process = Self::start(relay, role).await;
-        assert_eq!(process.status, Some(100));
+        assert_eq!(process.status, OK);
         process
     }
 

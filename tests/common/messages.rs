@@ -79,6 +79,16 @@ impl Identify {
     }
 }
 
+// The statuses of answers.
+pub const OK: Option<i32> = Some(100);
+pub const RESERVATION_REFUSED: Option<i32> = Some(200);
+pub const RESOURCE_LIMIT_EXCEEDED: Option<i32> = Some(201);
+pub const PERMISSION_DENIED: Option<i32> = Some(202);
+pub const CONNECTION_FAILED: Option<i32> = Some(203);
+pub const NO_RESERVATION: Option<i32> = Some(204);
+pub const MALFORMED_MESSAGE: Option<i32> = Some(400);
+pub const UNEXPECTED_MESSAGE: Option<i32> = Some(401);
+
 pub fn reserve() -> HopMessage {
     HopMessage { kind: Some(0), ..HopMessage::default() }
 }

@@ -51,7 +51,7 @@ use libp2p_stream::{Control, IncomingStreams};
 use tempfile::TempDir;
 use tokio::{sync::watch, task::JoinHandle};
 
-use messages::{HopMessage, StopMessage};
+use messages::{HopMessage, OK, StopMessage};
 use tcp_from::{TcpFrom, address_of};
 
 /// How long a test waits for an event before it fails: generous, because machines are shared.
@@ -519,7 +519,7 @@ impl Client {
     /// Reserves a slot; panics if the relay refuses.
     pub async fn reserve(&mut self) -> HopMessage {
         let answer = self.request(&messages::reserve()).await;
-        assert_eq!(answer.status, Some(100), "{answer:?}");
+        assert_eq!(answer.status, OK, "{answer:?}");
         answer
     }
 
@@ -553,7 +553,7 @@ pub async fn circuit_to(
     let (answered, accepted) =
         tokio::join!(source.request_circuit(&connect), accept_circuit(stops));
     let ((answer, source), (_, target)) = (answered, accepted);
-    assert_eq!(answer.status, Some(100), "{answer:?}");
+    assert_eq!(answer.status, OK, "{answer:?}");
     (source, target)
 }
 

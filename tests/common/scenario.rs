@@ -12,7 +12,7 @@ use super::{
     by_hand::send,
     circuit, circuit_to,
     http::ON_ANY_PORT,
-    messages::{self, HopMessage, connect, stop_status},
+    messages::{self, HopMessage, MALFORMED_MESSAGE, connect, stop_status},
     read_to_end, within,
 };
 
@@ -67,7 +67,7 @@ pub async fn run(relay: &Relay) -> (Client, Client, (Stream, Stream)) {
     let (mut there, mut back) = circuit(&mut carol, &mut bob).await;
     assert_relayed(&mut there, &mut back, &[7; 4]).await;
     // A malformed message, and a freed slot.
-    assert_eq!(carol.send_raw(&[3, 0xff, 0xff, 0xff]).await.status, Some(400));
+    assert_eq!(carol.send_raw(&[3, 0xff, 0xff, 0xff]).await.status, MALFORMED_MESSAGE);
     alice.disconnect().await;
     relay.wait_for_log("slot freed").await;
     (bob, carol, (there, back))

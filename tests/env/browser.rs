@@ -11,7 +11,8 @@ use std::{
 };
 
 use crate::common::{
-    Client, Relay, assert_relayed, by_hand, circuit, free_port, http, messages,
+    Client, Relay, assert_relayed, by_hand, circuit, free_port, http,
+    messages::{self, NO_RESERVATION, OK},
     websocket::{self, CERTIFICATE, Certificate},
 };
 use libp2p::futures::{StreamExt, stream};
@@ -114,7 +115,7 @@ async fn the_status_page_shows_the_relay() {
     disconnecting.disconnect().await;
     relay.wait_for_log("grace began").await;
     let to_relay_itself = messages::connect(relay.peer);
-    assert_eq!(source.request(&to_relay_itself).await.status, Some(204));
+    assert_eq!(source.request(&to_relay_itself).await.status, NO_RESERVATION);
     let (mut there, mut back) = circuit(&mut source, &mut target).await;
     let traffic = async {
         loop {
@@ -170,7 +171,7 @@ async fn the_status_page_shows_0_and_3_and_1024_holders() {
             "three" => {
                 let reserve = |_| async {
                     let mut channel = by_hand::muxed(&relay).await;
-                    assert_eq!(by_hand::reserve(&mut channel, 1).await, Some(100));
+                    assert_eq!(by_hand::reserve(&mut channel, 1).await, OK);
                     channel
                 };
                 let all = stream::iter(3..1024).map(reserve).buffer_unordered(16);

@@ -14,7 +14,7 @@ use crate::common::{
     Relay,
     by_hand::{FIN, RST, SYN, WINDOW_UPDATE, data, frame},
     client_process::{Process, Role},
-    messages::{connect, reserve},
+    messages::{NO_RESERVATION, OK, RESERVATION_REFUSED, connect, reserve},
     network::{Host, Network},
     raw_peers::{RawPeer, hop_opening},
     within,
@@ -25,10 +25,6 @@ use tokio::{
     net::{TcpListener, TcpSocket},
     time::sleep,
 };
-
-const OK: Option<i32> = Some(100);
-const RESERVATION_REFUSED: Option<i32> = Some(200);
-const NO_RESERVATION: Option<i32> = Some(204);
 
 /// Longer than the default heartbeat: a silent peer has been probed by then.
 const A_HEARTBEAT: Duration = Duration::from_secs(35);

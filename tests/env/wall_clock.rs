@@ -17,12 +17,11 @@ use tokio::time::sleep;
 use crate::{
     common::{
         Client, HOP, Relay, STOP, assert_relayed, circuit, circuit_to, command, http,
-        messages::connect, read_to_end, within,
+        messages::{NO_RESERVATION, connect},
+        read_to_end, within,
     },
     interop::{ClientProcess, go_client},
 };
-
-const NO_RESERVATION: Option<i32> = Some(204);
 
 /// The loader fills in `$LIB`.
 const LIBRARY: &str = "/usr/$LIB/faketime/libfaketimeMT.so.1";

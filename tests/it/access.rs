@@ -6,18 +6,15 @@ use crate::common::{
     STOP, Security, accept_circuit,
     by_hand::{GO_AWAY, mux, next_frame, secure, tcp_from},
     circuit,
-    messages::{connect, reserve},
+    messages::{
+        OK, PERMISSION_DENIED, RESERVATION_REFUSED, RESOURCE_LIMIT_EXCEEDED, connect, reserve,
+    },
     read_to_end,
     running_node::{Change, RunningNode},
     within,
 };
 use libp2p::{Multiaddr, PeerId, identity::Keypair, multiaddr::Protocol};
 use relaylet::{Access, Config, Event, FreedReason, Permission, Refused, Terms};
-
-const OK: Option<i32> = Some(100);
-const RESERVATION_REFUSED: Option<i32> = Some(200);
-const RESOURCE_LIMIT_EXCEEDED: Option<i32> = Some(201);
-const PERMISSION_DENIED: Option<i32> = Some(202);
 
 // ---- Allow and deny lists
 

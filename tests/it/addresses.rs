@@ -5,7 +5,7 @@ use std::{fs, net::Ipv4Addr};
 
 use crate::common::{
     HOP, Relay,
-    messages::{self, Identify},
+    messages::{self, Identify, OK},
     swarms::{swarm, swarm_of},
     within,
 };
@@ -210,7 +210,7 @@ impl Client {
         let mut stream = within(stream).await.expect("the relay accepts the stream");
         messages::write(&mut stream, &messages::reserve()).await;
         let answer: messages::HopMessage = messages::read(&mut stream).await;
-        assert_eq!(answer.status, Some(100));
+        assert_eq!(answer.status, OK);
         let addresses = answer.reservation.expect("a reservation").addrs;
         let read = |bytes| Multiaddr::try_from(bytes).expect("a multiaddr").to_string();
         addresses.into_iter().map(read).collect()

@@ -4,7 +4,7 @@ use crate::common::{
     Client, Relay, STOP, Security, accept_circuit, assert_relayed,
     by_hand::{proposal, send_and_close, tcp},
     circuit,
-    messages::connect as connect_to,
+    messages::{NO_RESERVATION, OK, connect as connect_to},
 };
 use libp2p::{PeerId, identity::Keypair};
 
@@ -143,7 +143,7 @@ async fn a_third_connection_replaces_the_longest_silent_one() {
     let mut second = connect(&relay, &owner).await;
     // It was active after the first one, which keeps the slot: the target of this CONNECT does not exist.
     let answer = second.request(&connect_to(PeerId::random())).await;
-    assert_eq!(answer.status, Some(204), "{answer:?}");
+    assert_eq!(answer.status, NO_RESERVATION, "{answer:?}");
 
     let mut third = connect(&relay, &owner).await;
     first.wait_for_connections(0).await;
@@ -158,7 +158,7 @@ async fn a_third_connection_replaces_the_longest_silent_one() {
         }
     };
     let ((answer, mut to), mut from) = tokio::join!(alice.request_circuit(&request), either);
-    assert_eq!(answer.status, Some(100), "{answer:?}");
+    assert_eq!(answer.status, OK, "{answer:?}");
     assert_eq!(relay.count_in_log("grace began"), 0);
     for (there, back) in [(&mut there, &mut back), (&mut to, &mut from)] {
         assert_relayed(there, back, b"hello").await;

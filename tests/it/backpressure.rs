@@ -10,7 +10,7 @@ use crate::common::{
     },
     child_process::resident,
     circuit,
-    messages::{HopMessage, StopMessage, connect, stop_status},
+    messages::{HopMessage, OK, StopMessage, connect, stop_status},
     raw_peers::Received,
     within,
 };
@@ -293,12 +293,12 @@ async fn by_hand(relay: &Relay, security: Security, reads: Reads) -> (Reader, St
     let mut reader = muxed_with(relay, &keypair, security).await;
     let (circuit, stream) = match reads {
         Reads::Target => {
-            assert_eq!(reserve(&mut reader, 1).await, Some(100));
+            assert_eq!(reserve(&mut reader, 1).await, OK);
             let request = connect(keypair.public().to_peer_id());
             let requested = writer.request_circuit(&request);
             let (circuit, (answer, stream)) =
                 future::join(accept_by_hand(&mut reader), requested).await;
-            assert_eq!(answer.status, Some(100));
+            assert_eq!(answer.status, OK);
             (circuit, stream)
         }
         Reads::Source => {
@@ -319,7 +319,7 @@ async fn connect_by_hand(channel: &mut Channel, target: PeerId) -> u32 {
     let opening = [proposal(HOP.as_ref()), request].concat();
     send(channel, &data(SYN, 1, &opening)).await;
     let (stream, answer) = first_message::<HopMessage>(channel, &HOP).await;
-    assert_eq!(answer.status, Some(100));
+    assert_eq!(answer.status, OK);
     stream
 }
 

@@ -28,7 +28,7 @@ use tokio::task::spawn_blocking;
 
 use crate::common::{
     Client, HOP, Relay, STOP, command,
-    messages::{self, HopMessage, Reservation, StopMessage},
+    messages::{self, HopMessage, OK, Reservation, StopMessage},
     swarms::{drive, listen, swarm},
     tcp_port,
     websocket::{self, CERTIFICATE, Certificate, LISTEN, LISTEN_TLS},
@@ -354,8 +354,7 @@ async fn relay_with_circuits(carry: fn(Stream, Stream) -> BoxFuture<'static, ()>
     let mut requests = control.accept(HOP).expect("accept is called once");
     drive(swarm);
     let reservation = Some(Reservation { expire: Some(u64::MAX), addrs, voucher: None });
-    let granted =
-        HopMessage { kind: Some(2), status: Some(100), reservation, ..HopMessage::default() };
+    let granted = HopMessage { kind: Some(2), status: OK, reservation, ..HopMessage::default() };
     tokio::spawn(async move {
         while let Some((client, mut source)) = requests.next().await {
             let request: HopMessage = messages::read(&mut source).await;
@@ -372,7 +371,7 @@ async fn relay_with_circuits(carry: fn(Stream, Stream) -> BoxFuture<'static, ()>
             };
             messages::write(&mut target, &stop_request).await;
             let accepted: StopMessage = messages::read(&mut target).await;
-            assert_eq!(accepted.status, Some(100));
+            assert_eq!(accepted.status, OK);
             messages::write(&mut source, &granted).await;
             tokio::spawn(carry(source, target));
         }

@@ -7,7 +7,7 @@ use std::{
 
 use crate::common::{
     Client, Relay,
-    messages::{connect, reserve},
+    messages::{NO_RESERVATION, OK, RESERVATION_REFUSED, connect, reserve},
     within,
 };
 use libp2p::{Multiaddr, PeerId, futures::future, identity::Keypair};
@@ -15,10 +15,6 @@ use libp2p::{Multiaddr, PeerId, futures::future, identity::Keypair};
 const CLIENTS: usize = 40;
 const SLOTS: usize = 25;
 const ROUNDS: usize = 12;
-
-const OK: Option<i32> = Some(100);
-const RESERVATION_REFUSED: Option<i32> = Some(200);
-const NO_RESERVATION: Option<i32> = Some(204);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn counts_match_while_many_clients_come_and_go() {

@@ -4,15 +4,11 @@ use std::{fs, process::Command};
 
 use crate::common::{
     Client, Relay, STOP, assert_relayed, circuit_to,
-    messages::{connect, reserve},
+    messages::{PERMISSION_DENIED, RESERVATION_REFUSED, RESOURCE_LIMIT_EXCEEDED, connect, reserve},
     source_and_target,
 };
 use libp2p::Multiaddr;
 use tempfile::TempDir;
-
-const PERMISSION_DENIED: Option<i32> = Some(202);
-const RESERVATION_REFUSED: Option<i32> = Some(200);
-const RESOURCE_LIMIT_EXCEEDED: Option<i32> = Some(201);
 
 const NAME: &str = "relaylet.toml";
 

@@ -15,7 +15,7 @@ use crate::common::{
     circuit,
     client_process::Process,
     log_recorder,
-    messages::{self, HopMessage, connect, reserve},
+    messages::{self, HopMessage, NO_RESERVATION, OK, PERMISSION_DENIED, connect, reserve},
     read_bytes, read_to_end,
     swarms::{self, ECHO, drive},
     within,
@@ -311,7 +311,7 @@ async fn a_released_peer_loses_its_slot_and_circuits_at_once() {
         let (bytes, _) = read_to_end(end).await;
         assert!(bytes.is_empty());
     }
-    assert_eq!(alice.request(&connect(bob.peer)).await.status, Some(204));
+    assert_eq!(alice.request(&connect(bob.peer)).await.status, NO_RESERVATION);
     let end = embedded
         .until(|event| match event {
             PartsEvent::Relay(Event::CircuitClosed { end, .. }) => Some(end.to_string()),
@@ -353,8 +353,8 @@ async fn a_store_that_takes_200_ms_decides_requests_and_ends_what_it_denies_late
     store.0.lock().unwrap().extend([alice.peer, bob.peer]);
     bob.reserve().await;
     bob.reserve().await;
-    assert_eq!(stranger.request(&reserve()).await.status, Some(202));
-    assert_eq!(stranger.request(&connect(bob.peer)).await.status, Some(202));
+    assert_eq!(stranger.request(&reserve()).await.status, PERMISSION_DENIED);
+    assert_eq!(stranger.request(&connect(bob.peer)).await.status, PERMISSION_DENIED);
     let (mut there, mut back) = circuit(&mut alice, &mut bob).await;
     assert_relayed(&mut there, &mut back, b"to bob").await;
 
@@ -408,7 +408,7 @@ async fn requests_without_an_answer_are_denied_at_the_deadline() {
     let (reserved, connected) = tokio::join!(alice.request(to_reserve), bob.request(to_connect));
     assert!(start.elapsed() >= Duration::from_secs(10), "{:?}", start.elapsed());
     for (request, answer) in requests.iter().zip([reserved, connected]) {
-        assert_eq!(answer.status, Some(202), "to {request:?}");
+        assert_eq!(answer.status, PERMISSION_DENIED, "to {request:?}");
         let mut dropped = within(questions.recv()).await.expect("the store is asked");
         assert_eq!(within(dropped.recv()).await, None);
     }
@@ -544,7 +544,7 @@ async fn without_close_silent_a_timed_out_peer_loses_only_slot_and_circuits() {
     let mut source = embedded.connect().await;
     source.reserve().await; // keeps its connection open
     let (answer, mut circuit) = source.request_circuit(&connect(frozen.peer)).await;
-    assert_eq!(answer.status, Some(100));
+    assert_eq!(answer.status, OK);
     let mut control = embedded.control.clone();
     let echo = within(control.open_stream(frozen.peer, ECHO)).await;
     let mut echo = echo.expect("another protocol on its connection");
@@ -563,7 +563,7 @@ async fn without_close_silent_a_timed_out_peer_loses_only_slot_and_circuits() {
         .await;
     assert_eq!(freed, (frozen.peer, relaylet::FreedReason::Silent));
     let answer = source.request(&connect(frozen.peer)).await;
-    assert_eq!(answer.status, Some(204));
+    assert_eq!(answer.status, NO_RESERVATION);
 
     frozen.signal("CONT");
     send(&mut echo, b"after").await;
@@ -680,7 +680,7 @@ async fn requests_over_a_relayed_connection_are_denied() {
         let mut stream = stream.await.unwrap();
         messages::write(&mut stream, &request).await;
         let answer: HopMessage = messages::read(&mut stream).await;
-        assert_eq!(answer.status, Some(202), "to {request:?}");
+        assert_eq!(answer.status, PERMISSION_DENIED, "to {request:?}");
     }
 }
 

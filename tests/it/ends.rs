@@ -9,7 +9,7 @@ use crate::common::{
     Client, Relay, TEST_TIMEOUT, circuit,
     client_process::Process,
     http::{ON_ANY_PORT, get, port},
-    messages::connect,
+    messages::{OK, connect},
     source_and_target,
 };
 use tempfile::TempDir;
@@ -70,7 +70,7 @@ async fn a_client_that_is_killed_has_disconnected_and_one_that_freezes_is_silent
         let target = Process::start_and_reserve(&relay.address).await;
         let mut source = Client::connect(&relay).await;
         let (answer, _circuit) = source.request_circuit(&connect(target.peer)).await;
-        assert_eq!(answer.status, Some(100));
+        assert_eq!(answer.status, OK);
         target.signal(signal);
         let closed = format!("closed: {} to {}: {end}; ", source.peer, target.peer);
         relay.wait_for_log(&closed).await;

@@ -6,13 +6,10 @@ use crate::common::{
     Client, HOP, Relay, STOP, Security, accept_circuit, assert_relayed,
     by_hand::{self, DATA, RST, SYN},
     client_process::Process,
-    messages::{HopMessage, connect, read, reserve, write},
+    messages::{HopMessage, OK, RESERVATION_REFUSED, connect, read, reserve, write},
     read_to_end, within,
 };
 use libp2p::{futures::future, identity::Keypair};
-
-const OK: Option<i32> = Some(100);
-const RESERVATION_REFUSED: Option<i32> = Some(200);
 
 /// Flags with which a silent peer times out within seconds.
 const QUICK: [&str; 6] = ["--heartbeat", "1s", "--silence", "3s", "--grace", "1s"];

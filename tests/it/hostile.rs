@@ -11,7 +11,9 @@ use crate::common::{
     },
     bystanders::Bystanders,
     child_process::resident,
-    messages::{self, HopMessage, connect},
+    messages::{
+        self, HopMessage, MALFORMED_MESSAGE, NO_RESERVATION, OK, UNEXPECTED_MESSAGE, connect,
+    },
     raw_peers::Received,
 };
 use libp2p::{
@@ -26,11 +28,6 @@ use proptest::{
     test_runner::TestRunner,
 };
 use prost::Message;
-
-const OK: Option<i32> = Some(100);
-const NO_RESERVATION: Option<i32> = Some(204);
-const MALFORMED_MESSAGE: Option<i32> = Some(400);
-const UNEXPECTED_MESSAGE: Option<i32> = Some(401);
 
 const IDENTIFY_PUSH: StreamProtocol = StreamProtocol::new("/ipfs/id/push/1.0.0");
 
@@ -48,7 +45,7 @@ async fn an_overlong_protocol_name_is_rejected() {
         send(&mut channel, &data(SYN, stream, &sent)).await;
         assert_eq!(read_stream(&mut channel, stream).await, None);
     }
-    assert_eq!(reserve(&mut channel, 5).await, Some(100));
+    assert_eq!(reserve(&mut channel, 5).await, OK);
 }
 
 #[tokio::test]

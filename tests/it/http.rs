@@ -14,6 +14,7 @@ use crate::common::{
     bystanders::Bystanders,
     circuit, command,
     http::{ON_ANY_PORT, dial, fetch, fetch_with, get, port, read_answer, samples, send_raw},
+    messages::OK,
     scenario, source_and_target, within,
 };
 use libp2p::{futures::future, identity::Keypair};
@@ -495,7 +496,7 @@ async fn a_frozen_peer_is_shown_in_grace_with_its_unanswered_probe() {
     let port = port(&relay).await;
     let peer = Keypair::generate_ed25519();
     let mut channel = by_hand::muxed_as(&relay, &peer).await;
-    assert_eq!(by_hand::reserve(&mut channel, 1).await, Some(100));
+    assert_eq!(by_hand::reserve(&mut channel, 1).await, OK);
     // From now on the peer is silent.
     let status = status_when(port, |status| status["slots"]["grace"] == 1).await;
     let holder = &status["holders"]["listed"][0];

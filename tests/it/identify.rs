@@ -5,7 +5,7 @@ use std::time::Instant;
 use crate::common::{
     Client, HOP, Relay,
     by_hand::read_until_closed,
-    messages::{self, Identify},
+    messages::{self, Identify, OK},
     swarms::{drive, swarm, until},
     within,
 };
@@ -90,7 +90,7 @@ async fn concurrent_requests_are_answered_or_reset() {
         answered += usize::from(!read_until_closed(stream).await.is_empty());
     }
     assert!(answered > 0);
-    assert_eq!(client.reserve().await.status, Some(100));
+    assert_eq!(client.reserve().await.status, OK);
 }
 
 // ---- What the relay receives
@@ -201,7 +201,7 @@ impl Peer {
         let mut stream = self.open(HOP).await;
         messages::write(&mut stream, &messages::reserve()).await;
         let answer: messages::HopMessage = messages::read(&mut stream).await;
-        assert_eq!(answer.status, Some(100));
+        assert_eq!(answer.status, OK);
         let addresses = answer.reservation.expect("a reservation").addrs;
         let addresses = addresses.into_iter().map(|bytes| Multiaddr::try_from(bytes).unwrap());
         let mut reported = addresses.filter(|address| *address != self.listening);

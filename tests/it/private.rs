@@ -6,7 +6,7 @@ use crate::common::{
     Relay, TEST_TIMEOUT,
     by_hand::{proposal, send_and_close, tcp},
     command,
-    messages::{self, HopMessage},
+    messages::{self, HopMessage, OK},
     read_stderr,
     swarms::{drive, until},
     wait_for, within,
@@ -72,7 +72,7 @@ async fn reserve_with(relay: &Relay, key: PreSharedKey) {
     let mut stream = within(control.open_stream(relay.peer, HOP)).await.unwrap();
     messages::write(&mut stream, &messages::reserve()).await;
     let answer: HopMessage = messages::read(&mut stream).await;
-    assert_eq!(answer.status, Some(100), "{answer:?}");
+    assert_eq!(answer.status, OK, "{answer:?}");
 }
 
 #[tokio::test]

@@ -11,7 +11,7 @@ use crate::common::{
     Client, Relay, Security,
     by_hand::{proposal, read_until_closed, send_and_close},
     command,
-    messages::reserve,
+    messages::{OK, RESERVATION_REFUSED, RESOURCE_LIMIT_EXCEEDED, reserve},
     within,
 };
 use libp2p::{Multiaddr, futures::future, identity::Keypair, multiaddr::Protocol};
@@ -25,9 +25,6 @@ use tokio::{
 
 const PROXY: &str = "127.0.0.3";
 const FROM_PROXY: &str = "--proxy-protocol-from=127.0.0.3/32";
-
-const RESERVATION_REFUSED: Option<i32> = Some(200);
-const RESOURCE_LIMIT_EXCEEDED: Option<i32> = Some(201);
 
 // ---- The client address
 
@@ -162,7 +159,7 @@ async fn request_rates_apply_to_the_client_address() {
     let refused = async {
         loop {
             let answer = connect(&one).await.request(&reserve()).await;
-            if answer.status != Some(100) {
+            if answer.status != OK {
                 return answer.status;
             }
         }

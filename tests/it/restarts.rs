@@ -5,13 +5,10 @@ use std::time::{Duration, Instant};
 use crate::common::{
     Client, Relay,
     client_process::{Process, Role},
-    messages::{connect, reserve},
+    messages::{OK, RESERVATION_REFUSED, connect, reserve},
     within,
 };
 use libp2p::identity::Keypair;
-
-const OK: Option<i32> = Some(100);
-const RESERVATION_REFUSED: Option<i32> = Some(200);
 
 const SLOTS: usize = 8;
 

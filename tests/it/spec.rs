@@ -6,7 +6,11 @@ use crate::common::{
     Client, HOP, Relay, STOP, TEST_TIMEOUT, accept_circuit, assert_relayed,
     by_hand::send,
     circuit, circuit_to,
-    messages::{self, HopMessage, StopMessage, connect, reserve, stop_status},
+    messages::{
+        self, CONNECTION_FAILED, HopMessage, MALFORMED_MESSAGE, NO_RESERVATION, OK,
+        RESERVATION_REFUSED, RESOURCE_LIMIT_EXCEEDED, StopMessage, UNEXPECTED_MESSAGE, connect,
+        reserve, stop_status,
+    },
     read_bytes, read_to_end, source_and_target, within,
 };
 use libp2p::{
@@ -14,13 +18,6 @@ use libp2p::{
     core::SignedEnvelope,
     futures::{AsyncWriteExt, StreamExt},
 };
-
-const RESERVATION_REFUSED: Option<i32> = Some(200);
-const RESOURCE_LIMIT_EXCEEDED: Option<i32> = Some(201);
-const CONNECTION_FAILED: Option<i32> = Some(203);
-const NO_RESERVATION: Option<i32> = Some(204);
-const MALFORMED_MESSAGE: Option<i32> = Some(400);
-const UNEXPECTED_MESSAGE: Option<i32> = Some(401);
 
 const STATUS: Option<i32> = Some(2);
 
@@ -127,7 +124,7 @@ async fn the_stop_request_names_the_source_and_the_same_limit() {
     let request = connect(bob.peer);
     let ((answer, _), (stop_request, _)) =
         tokio::join!(alice.request_circuit(&request), accept_circuit(&mut stops));
-    assert_eq!((answer.kind, answer.status), (STATUS, Some(100)));
+    assert_eq!((answer.kind, answer.status), (STATUS, OK));
     assert_eq!(stop_request.kind, Some(0));
     let source = stop_request.peer.unwrap();
     assert_eq!(source.id, Some(alice.peer.to_bytes()));
@@ -346,7 +343,7 @@ async fn a_message_of_4096_bytes_is_accepted() {
         }
     }
     assert_eq!(prost::Message::encoded_len(&request), 4096);
-    assert_eq!(alice.request(&request).await.status, Some(100));
+    assert_eq!(alice.request(&request).await.status, OK);
 }
 
 #[tokio::test]
@@ -371,7 +368,7 @@ async fn a_slow_request_is_served_and_a_stalled_one_loses_only_its_stream() {
         send(&mut slow, &[byte]).await;
     }
     let answer: HopMessage = messages::read(&mut slow).await;
-    assert_eq!(answer.status, Some(100));
+    assert_eq!(answer.status, OK);
 
     // The stalled one is reset after 5 s; the connection stays.
     let (bytes, _) = read_to_end(&mut stalled).await;
@@ -406,7 +403,7 @@ async fn early_data_is_relayed() {
     send(&mut back, &[&accepted[..], b"bird"].concat()).await;
 
     let answer: HopMessage = messages::read(&mut there).await;
-    assert_eq!(answer.status, Some(100));
+    assert_eq!(answer.status, OK);
     assert_eq!(read_bytes(&mut back, 5).await, b"early");
     assert_eq!(read_bytes(&mut there, 4).await, b"bird");
 }

@@ -9,7 +9,8 @@ use std::{
 use crate::common::{
     Client, Relay, TEST_TIMEOUT, assert_relayed, by_hand,
     bystanders::Bystanders,
-    circuit, command, free_port, messages,
+    circuit, command, free_port,
+    messages::{self, RESERVATION_REFUSED},
     websocket::{
         self, BINARY, CERTIFICATE, CLOSE, CONTINUATION, Certificate, LAST, LISTEN, LISTEN_TLS,
         PING, REQUEST, TEXT, address, connect, connect_in_tls, frame, header, port, tcp,
@@ -39,7 +40,6 @@ use tokio::{
 };
 
 const TCP: &str = "--listen=/ip4/127.0.0.1/tcp/0";
-const RESERVATION_REFUSED: Option<i32> = Some(200);
 
 /// The longest message that the relay accepts.
 const LONGEST: usize = 256 * 1024;

@@ -18,7 +18,10 @@ use libp2p::{
 use tokio::task::{JoinSet, spawn_blocking};
 
 use super::{ClientProcess, go_client, js_client};
-use crate::common::{Client, Relay, STOP, accept_circuit, http, messages::connect};
+use crate::common::{
+    Client, Relay, STOP, accept_circuit, http,
+    messages::{OK, connect},
+};
 
 /// The default of `--max-circuits-per-peer`.
 const CIRCUITS: usize = 64;
@@ -152,7 +155,7 @@ async fn rust(
     if let Some(to) = to {
         for circuit in 0..CIRCUITS {
             let (answer, mut stream) = client.request_circuit(&connect(to)).await;
-            assert_eq!(answer.status, Some(100), "{circuit}: {answer:?}");
+            assert_eq!(answer.status, OK, "{circuit}: {answer:?}");
             stream.write_all(&[circuit as u8]).await.expect("the relay reads");
             circuits.spawn(run_circuit(stream, circuit, true));
         }

@@ -11,7 +11,7 @@ use crate::common::{
     Relay,
     by_hand::{Frame, SYN, WINDOW_UPDATE, data, frame},
     command,
-    messages::{connect, reserve},
+    messages::{OK, connect, reserve},
     raw_peers::{Background, RawPeer, address, hop_opening, run_each},
     within,
 };
@@ -74,7 +74,7 @@ async fn pair(port: u16, number: usize) -> (RawPeer, u32, Background) {
     let mut target = RawPeer::connect_with_retry(port, address(number)).await;
     let mut source = RawPeer::connect_with_retry(port, address(number)).await;
     let connected = async {
-        assert_eq!(target.request(&reserve()).await?.1, Some(100));
+        assert_eq!(target.request(&reserve()).await?.1, OK);
         let peer = target.peer;
         let reads = |frame: &Frame| match frame.body.len() {
             0 => vec![],
@@ -82,7 +82,7 @@ async fn pair(port: u16, number: usize) -> (RawPeer, u32, Background) {
         };
         let target = Background::spawn(async move { _ = target.accept_circuits(reads).await });
         let (stream, status) = source.request(&connect(peer)).await?;
-        assert_eq!(status, Some(100));
+        assert_eq!(status, OK);
         io::Result::Ok((source, stream, target))
     };
     within(connected).await.expect("the relay keeps both connected")

@@ -16,7 +16,7 @@ use crate::common::{
         ACK, DATA, FIN, RST, SYN, data, frame, length_prefixed, negotiate, proposal, tcp_from,
     },
     http::{get, samples},
-    messages::{connect, reserve},
+    messages::{OK, connect, reserve},
     raw_peers::{AT_A_TIME, RawPeer, address, expect_all, hop_opening, run_each, short_or_long},
     within,
 };
@@ -150,7 +150,7 @@ impl Load {
             for peer in [&mut target, &mut source] {
                 answer_identify(peer).await?;
             }
-            assert_eq!(target.request(&reserve()).await?.1, Some(100));
+            assert_eq!(target.request(&reserve()).await?.1, OK);
             for peer in [&mut target, &mut source] {
                 grow_read_buffer(peer).await?;
                 push(peer, &empty_addresses()).await?;

@@ -10,11 +10,8 @@ use tokio::time::sleep;
 use crate::common::{
     Client, Relay,
     client_process::Process,
-    messages::{connect, reserve},
+    messages::{NO_RESERVATION, OK, connect, reserve},
 };
-
-const OK: Option<i32> = Some(100);
-const NO_RESERVATION: Option<i32> = Some(204);
 
 const SILENCE: Duration = Duration::from_secs(3);
 const FLAGS: [&str; 3] = ["--heartbeat=1s", "--silence=3s", "--grace=1s"];
