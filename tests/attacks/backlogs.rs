@@ -15,7 +15,7 @@ use tokio::time::{interval, sleep};
 use super::testbed::{FREED_FOR_MEMORY, SMALL_BUDGET, Testbed};
 use crate::common::{
     Client,
-    by_hand::{RST, SYN, WINDOW, WINDOW_UPDATE, data, frame},
+    by_hand::{DATA, RST, SYN, WINDOW, WINDOW_UPDATE, data, frame},
     circuit,
     messages::{OK, connect, reserve},
     raw_peers::{
@@ -148,16 +148,8 @@ async fn headers_without_bodies_beside_a_busy_target() {
         let announced = run_each(HEADERS, AT_A_TIME, move |number| async move {
             let mut peer = RawPeer::connect_with_retry(port, address(10 + number % 5)).await;
             let stream = peer.next_stream();
-            let [open, header] = [0, LONGEST].map(|length| {
-                [
-                    &[0, 0][..],
-                    &(if length == 0 { SYN } else { 0 }).to_be_bytes(),
-                    &stream.to_be_bytes(),
-                    &length.to_be_bytes(),
-                ]
-                .concat()
-            });
-            peer.send(&[open, header].concat()).await?;
+            let header = frame(DATA, 0, stream, LONGEST);
+            peer.send(&[frame(DATA, SYN, stream, 0), header].concat()).await?;
             Ok(Background::spawn(hold_without_reading(peer)))
         });
         let announced = expect_all(announced.await);

@@ -15,7 +15,7 @@ use libp2p::{
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite, AsyncWriteExt},
-    net::{TcpListener, TcpSocket},
+    net::TcpListener,
     sync::{
         mpsc,
         oneshot::{self, error::TryRecvError},
@@ -333,9 +333,7 @@ async fn slow_link(from: Ipv4Addr, relay: u16) -> io::Result<u16> {
     tokio::spawn(async move {
         while let Ok((near, _)) = listener.accept().await {
             tokio::spawn(async move {
-                let socket = TcpSocket::new_v4()?;
-                socket.bind((from, 0).into())?;
-                let far = socket.connect((Ipv4Addr::LOCALHOST, relay).into()).await?;
+                let far = tcp_from(from, relay).await?.0;
                 let (near_in, near_out) = near.into_split();
                 let (far_in, far_out) = far.into_split();
                 future::join(delayed(near_in, far_out), delayed(far_in, near_out)).await;

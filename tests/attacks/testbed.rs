@@ -2,7 +2,6 @@
 
 use std::{
     collections::BTreeMap,
-    fs,
     time::{Duration, Instant},
 };
 
@@ -12,7 +11,7 @@ use tokio::time::sleep;
 use crate::common::{
     Relay, TEST_TIMEOUT,
     bystanders::{Bystanders, Impact, wait_until_idle},
-    child_process::resident,
+    child_process::{open_files, resident},
     http::{self, ON_ANY_PORT, get, samples},
     within,
 };
@@ -66,7 +65,7 @@ impl Testbed {
         let bystanders = Bystanders::start_with(relay, MEMORY_LIMIT).await;
         Self {
             port: bystanders.relay.port(),
-            open_files: open_files(&bystanders.relay),
+            open_files: open_files(bystanders.relay.pid()),
             http_port: http::port(&bystanders.relay).await,
             bystanders,
         }
@@ -149,7 +148,7 @@ impl Testbed {
         wait_until_idle(&self.bystanders.relay).await;
         // The connections of HTTP requests are closed a moment later.
         within(async {
-            while open_files(&self.bystanders.relay) > self.open_files {
+            while open_files(self.bystanders.relay.pid()) > self.open_files {
                 sleep(POLL_INTERVAL).await;
             }
         })
@@ -170,11 +169,6 @@ impl Testbed {
         let _relay = self.bystanders.disconnect().await;
         until(http_port, |counts| counts == EMPTY).await;
     }
-}
-
-fn open_files(relay: &Relay) -> usize {
-    let files = fs::read_dir(format!("/proc/{}/fd", relay.pid()));
-    files.expect("a running process, on Linux").count()
 }
 
 async fn counts(port: u16) -> Counts {

@@ -89,6 +89,12 @@ pub fn resident(process: u32) -> u64 {
     number_after("Rss:", &format!("/proc/{process}/smaps_rollup"))
 }
 
+/// How many files a process has open.
+pub fn open_files(process: u32) -> usize {
+    let files = fs::read_dir(format!("/proc/{process}/fd"));
+    files.expect("a running process, on Linux").count()
+}
+
 fn number_after(name: &str, file: &str) -> u64 {
     let text = fs::read_to_string(file).expect("a running process, on Linux");
     let mut words = text.split_whitespace().skip_while(|word| *word != name);

@@ -5,6 +5,7 @@ use std::{fs, net::Ipv4Addr};
 
 use crate::common::{
     HOP, Relay,
+    by_hand::tcp_from,
     messages::{self, Identify, OK},
     swarms::{swarm, swarm_of},
     within,
@@ -19,11 +20,7 @@ use libp2p::{
 };
 use libp2p_stream::Control;
 use tempfile::TempDir;
-use tokio::{
-    net::{TcpListener, TcpSocket, TcpStream},
-    sync::mpsc,
-    task::JoinHandle,
-};
+use tokio::{net::TcpListener, sync::mpsc, task::JoinHandle};
 
 const IDENTIFY: StreamProtocol = StreamProtocol::new("/ipfs/id/1.0.0");
 
@@ -277,15 +274,8 @@ async fn forwarder(relay: u16, from: Ipv4Addr) -> Multiaddr {
     let port = listener.local_addr().unwrap().port();
     tokio::spawn(async move {
         let (mut client, _) = listener.accept().await.unwrap();
-        let mut relay = dial_from(from, relay).await;
+        let mut relay = tcp_from(from, relay).await.expect("the relay listens").0;
         let _ = tokio::io::copy_bidirectional(&mut client, &mut relay).await;
     });
     Multiaddr::from(Ipv4Addr::LOCALHOST).with(Protocol::Tcp(port))
-}
-
-async fn dial_from(from: Ipv4Addr, port: u16) -> TcpStream {
-    let socket = TcpSocket::new_v4().unwrap();
-    socket.bind((from, 0).into()).unwrap();
-    let relay = (Ipv4Addr::LOCALHOST, port).into();
-    socket.connect(relay).await.expect("the relay listens")
 }

@@ -5,13 +5,13 @@ use std::{cell::Cell, io, time::Duration};
 use crate::common::{
     Client, HOP, Relay, STOP, Security, accept_circuit,
     by_hand::{
-        ACK, Channel, FIN, RST, SYN, WINDOW_UPDATE, data, frame, muxed_with, next_frame, proposal,
-        reserve, send,
+        ACK, Channel, FIN, RST, SYN, WINDOW_UPDATE, data, frame, muxed_with, next_frame, reserve,
+        send,
     },
     child_process::resident,
     circuit,
-    messages::{HopMessage, OK, StopMessage, connect, stop_status},
-    raw_peers::Received,
+    messages::{HopMessage, OK, StopMessage, connect},
+    raw_peers::{Received, hop_opening, stop_acceptance},
     within,
 };
 use libp2p::{
@@ -315,9 +315,7 @@ async fn by_hand(relay: &Relay, security: Security, reads: Reads) -> (Reader, St
 
 /// Opens a circuit; returns its stream.
 async fn connect_by_hand(channel: &mut Channel, target: PeerId) -> u32 {
-    let request = connect(target).encode_length_delimited_to_vec();
-    let opening = [proposal(HOP.as_ref()), request].concat();
-    send(channel, &data(SYN, 1, &opening)).await;
+    send(channel, &data(SYN, 1, &hop_opening(&connect(target)))).await;
     let (stream, answer) = first_message::<HopMessage>(channel, &HOP).await;
     assert_eq!(answer.status, OK);
     stream
@@ -326,9 +324,7 @@ async fn connect_by_hand(channel: &mut Channel, target: PeerId) -> u32 {
 /// Accepts a circuit; returns its stream.
 async fn accept_by_hand(channel: &mut Channel) -> u32 {
     let (stream, _) = first_message::<StopMessage>(channel, &STOP).await;
-    let accepted = stop_status(100).encode_length_delimited_to_vec();
-    let answer = [proposal(STOP.as_ref()), accepted].concat();
-    send(channel, &data(ACK, stream, &answer)).await;
+    send(channel, &data(ACK, stream, &stop_acceptance())).await;
     stream
 }
 

@@ -12,6 +12,7 @@ use std::{
 use crate::common::{
     Relay, TEST_TIMEOUT, assert_relayed, by_hand,
     bystanders::Bystanders,
+    child_process::open_files,
     circuit, command,
     http::{ON_ANY_PORT, dial, fetch, fetch_with, get, port, read_answer, samples, send_raw},
     messages::OK,
@@ -218,7 +219,7 @@ async fn the_metrics_include_the_process_and_the_configured_limits() {
     let port = port(&relay).await;
     let text = get(port, "/metrics").await;
     let metrics = samples(&text);
-    let files = fs::read_dir(format!("/proc/{}/fd", relay.pid())).unwrap().count() as f64;
+    let files = open_files(relay.pid()) as f64;
     let open = metrics["process_open_fds"];
     assert!((files - 5.0..files + 5.0).contains(&open), "{open} of {files}");
     assert!(metrics["process_max_fds"] > open);
@@ -594,11 +595,7 @@ async fn slow_http_clients_time_out() {
 async fn a_thousand_idle_http_connections_do_not_block_others() {
     let mut bystanders = Bystanders::start(&[ON_ANY_PORT]).await;
     let port = port(&bystanders.relay).await;
-    let files = || {
-        let files = fs::read_dir(format!("/proc/{}/fd", bystanders.relay.pid())).unwrap();
-        files.count()
-    };
-    let before = files();
+    let before = open_files(bystanders.relay.pid());
     let mut idle = Vec::new();
     for _ in 0..1000 {
         idle.push(dial(port).await);
@@ -607,7 +604,7 @@ async fn a_thousand_idle_http_connections_do_not_block_others() {
             assert_eq!(get(port, "/healthz").await, "serving\n");
         }
     }
-    assert!(files() <= before + MOST_CONNECTIONS);
+    assert!(open_files(bystanders.relay.pid()) <= before + MOST_CONNECTIONS);
     bystanders.assert_unharmed().await;
     assert_eq!(get(port, "/healthz").await, "serving\n");
 }

@@ -3,7 +3,7 @@
 use std::{fs, process::Stdio};
 
 use crate::common::{
-    Relay, TEST_TIMEOUT,
+    HOP, Relay, TEST_TIMEOUT,
     by_hand::{proposal, send_and_close, tcp},
     command,
     messages::{self, HopMessage, OK},
@@ -12,7 +12,7 @@ use crate::common::{
     wait_for, within,
 };
 use libp2p::{
-    StreamProtocol, Swarm, SwarmBuilder, Transport,
+    Swarm, SwarmBuilder, Transport,
     core::upgrade::Version,
     identity::Keypair,
     noise,
@@ -21,8 +21,6 @@ use libp2p::{
     tcp, yamux,
 };
 use tempfile::TempDir;
-
-const HOP: StreamProtocol = crate::common::HOP;
 
 /// A relay with this swarm key.
 fn relay(key: PreSharedKey) -> Relay {

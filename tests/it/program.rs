@@ -22,7 +22,7 @@ use libp2p::{
     Multiaddr, futures::future, identity::Keypair, multiaddr::Protocol, tcp::tokio::TcpStream,
 };
 use tempfile::TempDir;
-use tokio::{net::TcpSocket, time::sleep};
+use tokio::time::sleep;
 
 /// Each flag, with an invalid value.
 const FLAGS: &[(&str, &str)] = &[
@@ -482,11 +482,8 @@ async fn connections_are_limited_per_address() {
     let relay = Relay::start(&["--max-connections-per-ip", "1"]);
     let _first = Client::connect(&relay).await;
     assert!(!is_served(by_hand::tcp(&relay).await).await);
-    let elsewhere = TcpSocket::new_v4().unwrap();
-    elsewhere.bind("127.0.0.2:0".parse().unwrap()).unwrap();
-    let relay_address = ([127, 0, 0, 1], relay.port()).into();
-    let connection = elsewhere.connect(relay_address).await.unwrap();
-    assert!(is_served(TcpStream(connection)).await);
+    let elsewhere = by_hand::tcp_from([127, 0, 0, 2].into(), relay.port()).await;
+    assert!(is_served(elsewhere.expect("the relay listens")).await);
 }
 
 #[tokio::test]
@@ -541,7 +538,7 @@ async fn out_of_file_descriptors_the_relay_keeps_serving_and_logs_once() {
 // ---- Helpers
 
 /// Whether the relay answers a proposal of Noise on this connection.
-async fn is_served(connection: TcpStream) -> bool {
+pub async fn is_served(connection: TcpStream) -> bool {
     !send_and_close(connection, &proposal("/noise")).await.is_empty()
 }
 

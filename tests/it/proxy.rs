@@ -9,7 +9,7 @@ use std::{
 
 use crate::common::{
     Client, Relay, Security,
-    by_hand::{proposal, read_until_closed, send_and_close},
+    by_hand::{self, proposal, tcp_from},
     command,
     messages::{OK, RESERVATION_REFUSED, RESOURCE_LIMIT_EXCEEDED, reserve},
     within,
@@ -19,11 +19,12 @@ use proxy_header::{ProxiedAddress, ProxyHeader, Tlv};
 use tempfile::TempDir;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpListener, TcpSocket, TcpStream},
+    net::{TcpListener, TcpStream},
     time::sleep,
 };
 
-const PROXY: &str = "127.0.0.3";
+/// The address of the proxy.
+pub const PROXY: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 3);
 const FROM_PROXY: &str = "--proxy-protocol-from=127.0.0.3/32";
 
 // ---- The client address
@@ -186,7 +187,7 @@ async fn an_invalid_header_closes_the_connection_and_is_logged_once() {
         b"PROXY TCP4 192.0.2.7 192.0", // then the connection is closed
     ] {
         let connection = connect_from_proxy(&relay, bytes).await;
-        assert!(read_until_end(connection).await.is_empty());
+        assert!(read_until_closed(connection).await.is_empty());
     }
     let closed = connect_from_proxy(&relay, b"PROXY TCP4 192.0.2.7 192.0").await;
     drop(closed);
@@ -196,7 +197,7 @@ async fn an_invalid_header_closes_the_connection_and_is_logged_once() {
     let [warning] = warnings[..] else {
         panic!("{warnings:#?}");
     };
-    assert!(warning.contains(" WARN ") && warning.contains(PROXY), "{warning}");
+    assert!(warning.contains(" WARN ") && warning.contains(&PROXY.to_string()), "{warning}");
     let address = proxy(&relay, v1("192.0.2.7:1"), Pace::AtOnce).await;
     connect(&address).await.reserve().await;
 }
@@ -207,7 +208,7 @@ const FLAG: &str = "or remove its address from --proxy-protocol-from";
 async fn a_missing_header_is_the_reason_also_where_the_rules_do_not_allow_the_proxy() {
     let relay = Relay::start(&[FROM_PROXY, "--allow-subnet=192.0.2.0/24"]);
     let connection = connect_from_proxy(&relay, &proposal("/noise")).await;
-    assert!(read_until_end(connection).await.is_empty());
+    assert!(read_until_closed(connection).await.is_empty());
     relay.wait_for_log("no PROXY protocol header").await;
     relay.wait_for_log(FLAG).await;
     drop(connect_from_proxy(&relay, b"").await);
@@ -225,7 +226,7 @@ async fn a_header_from_an_untrusted_address_closes_the_connection() {
         let mut stranger = stranger.await.unwrap();
         let with_data = [header, proposal("/noise"), proposal("/noise")].concat();
         stranger.write_all(&with_data).await.unwrap();
-        assert!(read_until_end(stranger).await.is_empty());
+        assert!(read_until_closed(stranger).await.is_empty());
     }
     relay.wait_for_log("Received an invalid message").await;
     assert_eq!(relay.count_in_log("192.0.2.7"), 0);
@@ -273,7 +274,7 @@ async fn silent_proxies_use_a_bounded_number_of_handshakes() {
     }
     Client::connect(&relay).await.reserve().await;
     for connection in silent {
-        assert!(read_until_end(connection).await.is_empty());
+        assert!(read_until_closed(connection).await.is_empty());
     }
     let address = proxy(&relay, v2("192.0.2.7:1"), Pace::AtOnce).await;
     connect(&address).await.reserve().await;
@@ -329,11 +330,8 @@ async fn forward(
 }
 
 /// A connection from the proxy's address.
-async fn from_proxy(relay: u16) -> TcpStream {
-    let socket = TcpSocket::new_v4().unwrap();
-    socket.bind(SocketAddr::new(PROXY.parse().unwrap(), 0)).unwrap();
-    let connecting = socket.connect(([127, 0, 0, 1], relay).into());
-    within(connecting).await.expect("the relay listens")
+pub async fn from_proxy(relay: u16) -> TcpStream {
+    tcp_from(PROXY, relay).await.expect("the relay listens").0
 }
 
 /// As [`from_proxy`], with these bytes sent first.
@@ -348,14 +346,12 @@ async fn connect(address: &Multiaddr) -> Client {
 }
 
 /// Reads until the relay closes the connection.
-async fn read_until_end(connection: TcpStream) -> Vec<u8> {
-    read_until_closed(libp2p::tcp::tokio::TcpStream(connection)).await
+pub async fn read_until_closed(connection: TcpStream) -> Vec<u8> {
+    by_hand::read_until_closed(libp2p::tcp::tokio::TcpStream(connection)).await
 }
 
-/// Whether the relay answers a proposal of Noise on this connection.
 async fn is_served(connection: TcpStream) -> bool {
-    let connection = libp2p::tcp::tokio::TcpStream(connection);
-    !send_and_close(connection, &proposal("/noise")).await.is_empty()
+    crate::program::is_served(libp2p::tcp::tokio::TcpStream(connection)).await
 }
 
 fn header_of(client: &str) -> ProxyHeader<'static> {
@@ -373,7 +369,8 @@ fn v1(client: &str) -> Vec<u8> {
     bytes
 }
 
-fn v2(client: &str) -> Vec<u8> {
+/// A header of version 2 that names this client.
+pub fn v2(client: &str) -> Vec<u8> {
     let mut bytes = Vec::new();
     header_of(client).encode_v2(&mut bytes).unwrap();
     bytes

@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    net::SocketAddr,
+    net::Ipv4Addr,
     time::{Duration, Instant},
 };
 
@@ -17,6 +17,7 @@ use crate::common::{
     },
     within,
 };
+use crate::proxy::{PROXY, from_proxy, read_until_closed, v2};
 use futures_rustls::{
     TlsConnector,
     client::TlsStream,
@@ -30,11 +31,10 @@ use libp2p::{
     futures::{AsyncReadExt as _, AsyncWriteExt as _, future},
     multiaddr::Protocol,
 };
-use proxy_header::{ProxiedAddress, ProxyHeader};
 use tempfile::TempDir;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpListener, TcpSocket, TcpStream},
+    net::{TcpListener, TcpStream},
     sync::mpsc,
     time::sleep,
 };
@@ -618,7 +618,8 @@ async fn eighty_headers_and_12_kib_of_cookies_open_a_websocket() {
     let headers = "X-From-A-CDN: some value\r\n".repeat(70);
     let cookies = format!("Cookie: {}\r\n", "c=0123456; ".repeat(120)).repeat(9);
     assert!(cookies.len() > 11_800, "{}", cookies.len());
-    let mut client = connect(&through("127.0.0.1", &direct, &(headers + &cookies)).await).await;
+    let mut client =
+        connect(&through(Ipv4Addr::LOCALHOST, &direct, &(headers + &cookies)).await).await;
     client.reserve().await;
 }
 
@@ -863,10 +864,6 @@ async fn send_and_close(stream: TcpStream, bytes: &[u8]) -> Vec<u8> {
     by_hand::send_and_close(libp2p::tcp::tokio::TcpStream(stream), bytes).await
 }
 
-async fn read_until_closed(stream: TcpStream) -> Vec<u8> {
-    by_hand::read_until_closed(libp2p::tcp::tokio::TcpStream(stream)).await
-}
-
 /// A forwarder between a client and the relay that can send bytes in the client's place.
 struct Injector(mpsc::Sender<Vec<u8>>);
 
@@ -932,13 +929,13 @@ async fn forward(
 
 /// An HTTP proxy at this address that serves one client and adds headers to its request. Returns the address that the
 /// client dials.
-async fn through(proxy: &str, relay: &Multiaddr, headers: &str) -> Multiaddr {
+async fn through(proxy: Ipv4Addr, relay: &Multiaddr, headers: &str) -> Multiaddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let own = listener.local_addr().unwrap().port();
-    let (proxy, to, headers) = (proxy.to_owned(), port(relay), headers.to_owned());
+    let (to, headers) = (port(relay), headers.to_owned());
     tokio::spawn(async move {
         let (mut client, _) = listener.accept().await?;
-        let mut there = tcp_from(&proxy, to).await;
+        let mut there = by_hand::tcp_from(proxy, to).await?.0;
         let mut request = Vec::new();
         while !request.ends_with(b"\r\n\r\n") {
             request.push(client.read_u8().await?);
@@ -949,27 +946,4 @@ async fn through(proxy: &str, relay: &Multiaddr, headers: &str) -> Multiaddr {
     });
     let with_port = |part| if let Protocol::Tcp(_) = part { Protocol::Tcp(own) } else { part };
     relay.iter().map(with_port).collect()
-}
-
-/// The proxy's address.
-const PROXY: &str = "127.0.0.3";
-
-/// A connection from the proxy's address.
-async fn from_proxy(port: u16) -> TcpStream {
-    tcp_from(PROXY, port).await
-}
-
-async fn tcp_from(ip: &str, port: u16) -> TcpStream {
-    let socket = TcpSocket::new_v4().unwrap();
-    socket.bind(SocketAddr::new(ip.parse().unwrap(), 0)).unwrap();
-    let connecting = socket.connect(([127, 0, 0, 1], port).into());
-    within(connecting).await.expect("the relay listens")
-}
-
-fn v2(client: &str) -> Vec<u8> {
-    let client: SocketAddr = client.parse().unwrap();
-    let address = ProxiedAddress::stream(client, "203.0.113.1:4001".parse().unwrap());
-    let mut bytes = Vec::new();
-    ProxyHeader::with_address(address).encode_v2(&mut bytes).unwrap();
-    bytes
 }
