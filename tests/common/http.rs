@@ -1,13 +1,17 @@
 //! A client of the relay's HTTP port that sends exactly the given bytes and reads whatever is answered.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
 
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
+    time::sleep,
 };
 
-use super::{Relay, within};
+use super::{Relay, TEST_TIMEOUT, within};
 
 /// The flag that serves HTTP on any free port.
 pub const ON_ANY_PORT: &str = "--http=127.0.0.1:0";
@@ -80,6 +84,22 @@ pub async fn read_answer(stream: &mut TcpStream) -> Answer {
         status: status.parse().expect("a number"),
         headers: headers.collect(),
         body: body.to_owned(),
+    }
+}
+
+/// Waits until the metrics have this line.
+pub async fn wait_for_sample(relay: &Relay, sample: &str) {
+    let port = port(relay).await;
+    let family = sample.split('{').next().unwrap();
+    let start = Instant::now();
+    loop {
+        let metrics = get(port, "/metrics").await;
+        if metrics.lines().any(|line| line == sample) {
+            return;
+        }
+        let others: Vec<_> = metrics.lines().filter(|line| line.starts_with(family)).collect();
+        assert!(start.elapsed() < TEST_TIMEOUT, "{sample}: {others:#?}, {:#?}", relay.log());
+        sleep(Duration::from_millis(50)).await;
     }
 }
 

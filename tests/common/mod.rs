@@ -23,10 +23,10 @@ pub mod websocket;
 
 use std::{
     env,
-    io::{BufRead, BufReader, Read},
+    io::{BufRead, BufReader},
     net::TcpListener,
     path::PathBuf,
-    process::{self, Child, ChildStdout, Command, ExitStatus, Stdio},
+    process::{self, Child, ChildStdout, Command, ExitStatus, Output, Stdio},
     sync::{
         Arc, Mutex,
         atomic::{AtomicU16, Ordering},
@@ -270,6 +270,14 @@ pub fn wait_for(child: &mut Child) -> ExitStatus {
     }
 }
 
+/// Runs a command until it exits by itself, and returns its output, at most as much as fits into a pipe.
+pub fn output(command: &mut Command) -> Output {
+    let piped = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = piped.spawn().expect("it can be started");
+    wait_for(&mut child);
+    child.wait_with_output().expect("wait succeeds")
+}
+
 /// Sends a signal to a process, by its name for `kill`.
 pub fn signal(pid: u32, name: &str) {
     let status = Command::new("kill")
@@ -291,13 +299,6 @@ fn lines_of(output: ChildStdout, log: Arc<Mutex<Vec<String>>>) -> mpsc::Receiver
         }
     });
     receiver
-}
-
-/// Reads standard error to its end.
-pub fn read_stderr(stderr: &mut impl Read) -> String {
-    let mut text = String::new();
-    stderr.read_to_string(&mut text).expect("text");
-    text
 }
 
 /// The secure channel that a client offers, and the only one.

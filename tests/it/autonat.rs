@@ -509,7 +509,7 @@ fn settings(flags: &[&str], variable: Option<&str>, file: &str) -> String {
     let mut command = common::command(&folder);
     command.args(["--config=relaylet.toml", "--print-config"]);
     command.args(flags).envs(variable.map(|on| ("RELAYLET_AUTONAT", on)));
-    let output = command.output().expect("the program starts");
+    let output = common::output(&mut command);
     let (printed, errors) = (output.stdout, output.stderr);
     let status = output.status.code();
     assert_eq!(status, Some(if errors.is_empty() { 0 } else { 2 }));

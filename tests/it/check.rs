@@ -29,6 +29,7 @@ use tokio::task::spawn_blocking;
 use crate::common::{
     Client, HOP, Relay, STOP, command,
     messages::{self, HopMessage, OK, Reservation, StopMessage},
+    output,
     swarms::{drive, listen, swarm},
     tcp_port,
     websocket::{self, CERTIFICATE, Certificate, LISTEN, LISTEN_TLS},
@@ -69,7 +70,7 @@ impl Checked {
 async fn check_in(folder: &Path, arguments: &[&str]) -> Checked {
     let mut command = command(&TempDir::new().expect("a folder"));
     command.current_dir(folder).arg("check").args(arguments).env("SSL_CERT_FILE", "cert.pem");
-    let output = spawn_blocking(move || command.output().expect("it can be run")).await;
+    let output = spawn_blocking(move || output(&mut command)).await;
     let Output { status, stdout, stderr } = output.expect("it ends");
     assert!(stderr.is_empty(), "{}", String::from_utf8_lossy(&stderr));
     let stdout = String::from_utf8(stdout).expect("text");
@@ -388,7 +389,7 @@ fn an_address_that_cannot_be_checked_is_an_error_of_one_line() {
         (&["/ip4/127.0.0.1/udp/4001/quic-v1"], "not an address over TCP or WebSocket"),
         (&["/ip4/127.0.0.1/tcp/4001", "--quack"], "--quack"),
     ] {
-        let output = command(&folder).arg("check").args(arguments).output().unwrap();
+        let output = output(command(&folder).arg("check").args(arguments));
         let error = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(2), "{error}");
         assert!(error.starts_with("relaylet: ") && error.contains(expected), "{error}");

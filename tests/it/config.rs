@@ -5,7 +5,7 @@ use std::{fs, process::Command};
 use crate::common::{
     Client, Relay, STOP, assert_relayed, circuit_to,
     messages::{PERMISSION_DENIED, RESERVATION_REFUSED, RESOURCE_LIMIT_EXCEEDED, connect, reserve},
-    source_and_target,
+    output, source_and_target,
 };
 use libp2p::Multiaddr;
 use tempfile::TempDir;
@@ -30,7 +30,7 @@ fn command(folder: &TempDir, flags: &[&str]) -> Command {
 
 /// Runs the program; returns its standard output, its standard error and its status.
 fn run(folder: &TempDir, flags: &[&str]) -> (String, String, Option<i32>) {
-    let output = command(folder, flags).output().expect("it can be started");
+    let output = output(&mut command(folder, flags));
     let text = |bytes| String::from_utf8(bytes).expect("text");
     (text(output.stdout), text(output.stderr), output.status.code())
 }
@@ -49,7 +49,7 @@ fn a_flag_wins_over_the_environment_and_that_over_the_file() {
     );
     let mut command = command(&folder, &["--grace", "3s", "--print-config"]);
     command.env("RELAYLET_GRACE", "4s").env("RELAYLET_SWEEP", "5s");
-    let output = command.output().expect("it can be started");
+    let output = output(&mut command);
     let file = String::from_utf8(output.stdout).unwrap();
     for line in [
         "grace = \"3s\"",
@@ -68,7 +68,7 @@ fn environment_variables_apply_where_no_flag_is_given() {
     let folder = folder_with("deny-subnet = \"192.0.2.0/24\"");
     let print = |name: &str, value: &str, flags: &[&str]| {
         let mut command = command(&folder, flags);
-        let output = command.arg("--print-config").env(name, value).output().unwrap();
+        let output = output(command.arg("--print-config").env(name, value));
         let text = [output.stdout, output.stderr].concat();
         (String::from_utf8(text).unwrap(), output.status.code())
     };
@@ -99,9 +99,8 @@ fn environment_variables_apply_where_no_flag_is_given() {
 #[test]
 fn an_invalid_value_in_the_file_is_an_error_even_if_a_flag_overrides_it() {
     let folder = folder_with("grace = \"soon\"\n");
-    let output = command(&folder, &["--grace=1s", "--print-config"]).output().unwrap();
-    assert_eq!(output.status.code(), Some(2));
-    let line = String::from_utf8(output.stderr).unwrap();
+    let (_, line, status) = run(&folder, &["--grace=1s", "--print-config"]);
+    assert_eq!(status, Some(2));
     assert!(line.contains(":1: --grace: \"soon\" is not a duration"), "{line}");
 }
 

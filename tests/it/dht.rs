@@ -1,9 +1,9 @@
 //! The relay as a DHT server: how it joins, which peers it shares, and that it stores nothing for others.
 
-use std::{collections::BTreeSet, fs, process::Stdio, time::Duration};
+use std::{collections::BTreeSet, fs, time::Duration};
 
 use crate::common::{
-    self, Client, Relay, by_hand::send, child_process::resident, command, messages, within,
+    self, Client, Relay, by_hand::send, child_process::resident, command, messages, output, within,
 };
 use libp2p::{
     Multiaddr, PeerId, StreamProtocol,
@@ -53,9 +53,7 @@ fn invalid_flags_are_a_one_line_error_with_the_remedy() {
 
 fn refused(environment: &[(&str, &str)], arguments: &[&str], expected: &str) {
     let folder = TempDir::new().unwrap();
-    let mut command = command(&folder);
-    command.args(arguments).envs(environment.iter().copied());
-    let output = command.output().expect("the program starts");
+    let output = output(command(&folder).args(arguments).envs(environment.iter().copied()));
     let line = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(2), "{arguments:?}: {line}");
     assert_eq!(line.lines().count(), 1, "{line}");
@@ -70,7 +68,7 @@ fn the_dht_is_enabled_by_environment_or_file() {
         let mut command = command(&folder);
         command.args(["--config=relay.toml", "--print-config"]);
         command.args(arguments).envs(environment.iter().copied());
-        let output = command.stdin(Stdio::null()).output().unwrap();
+        let output = output(&mut command);
         String::from_utf8([output.stdout, output.stderr].concat()).unwrap()
     };
     for (file, environment, arguments, is) in [

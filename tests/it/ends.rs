@@ -1,42 +1,26 @@
 //! How circuits and connections end: each with its reason, in the log and in the metrics.
 
-use std::{
-    fs,
-    time::{Duration, Instant},
-};
+use std::fs;
 
 use crate::common::{
-    Client, Relay, TEST_TIMEOUT, circuit,
+    Client, Relay, circuit,
     client_process::Process,
-    http::{ON_ANY_PORT, get, port},
+    http::{ON_ANY_PORT, wait_for_sample},
     messages::{OK, connect},
     source_and_target,
 };
 use tempfile::TempDir;
-use tokio::time::sleep;
 
-/// Waits until this many circuits or connections have ended for this reason.
-async fn count(relay: &Relay, metric: &str, label: &str, reason: &str, expected: u64) {
-    let port = port(relay).await;
-    let line = format!("relaylet_{metric}_closed_total{{{label}=\"{reason}\"}} {expected}");
-    let start = Instant::now();
-    loop {
-        let metrics = get(port, "/metrics").await;
-        if metrics.lines().any(|it| it == line) {
-            return;
-        }
-        let counted: Vec<_> = metrics.lines().filter(|it| it.contains("_closed")).collect();
-        assert!(start.elapsed() < TEST_TIMEOUT, "{line}: {counted:#?}, {:#?}", relay.log());
-        sleep(Duration::from_millis(50)).await;
-    }
-}
-
+/// Waits until this many circuits have ended in this way.
 async fn circuits(relay: &Relay, end: &str, expected: u64) {
-    count(relay, "circuits", "end", end, expected).await;
+    let sample = format!("relaylet_circuits_closed_total{{end=\"{end}\"}} {expected}");
+    wait_for_sample(relay, &sample).await;
 }
 
+/// Waits until this many connections have ended for this reason.
 async fn connections(relay: &Relay, reason: &str, expected: u64) {
-    count(relay, "connections", "reason", reason, expected).await;
+    let sample = format!("relaylet_connections_closed_total{{reason=\"{reason}\"}} {expected}");
+    wait_for_sample(relay, &sample).await;
 }
 
 #[tokio::test]

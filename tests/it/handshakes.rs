@@ -6,7 +6,7 @@ use std::fs;
 use crate::common::{
     Client, Relay, Security, TEST_TIMEOUT,
     by_hand::{self, line, negotiate, proposal, read_until_closed, send_and_close, tcp},
-    http::{ON_ANY_PORT, get, port},
+    http::{ON_ANY_PORT, get, port, wait_for_sample},
     swarms::until,
     websocket,
 };
@@ -26,20 +26,9 @@ use tokio::time::sleep;
 
 /// Waits until this many handshakes have failed at this stage and for this reason.
 pub async fn count(relay: &Relay, stage: &str, reason: &str, expected: u64) {
-    let port = port(relay).await;
-    let line = format!(
-        "relaylet_handshakes_failed_total{{stage=\"{stage}\",reason=\"{reason}\"}} {expected}"
-    );
-    let start = Instant::now();
-    loop {
-        let metrics = get(port, "/metrics").await;
-        if metrics.lines().any(|it| it == line) {
-            return;
-        }
-        let counted: Vec<_> = metrics.lines().filter(|it| it.contains("handshakes")).collect();
-        assert!(start.elapsed() < TEST_TIMEOUT, "{line}: {counted:#?}, {:#?}", relay.log());
-        sleep(Duration::from_millis(50)).await;
-    }
+    let labels = format!("stage=\"{stage}\",reason=\"{reason}\"");
+    let sample = format!("relaylet_handshakes_failed_total{{{labels}}} {expected}");
+    wait_for_sample(relay, &sample).await;
 }
 
 /// How many handshakes have failed.

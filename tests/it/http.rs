@@ -5,7 +5,6 @@ use std::{
     collections::BTreeMap,
     fs,
     net::TcpListener,
-    process::Stdio,
     time::{Duration, Instant},
 };
 
@@ -16,7 +15,7 @@ use crate::common::{
     circuit, command,
     http::{ON_ANY_PORT, dial, fetch, fetch_with, get, port, read_answer, samples, send_raw},
     messages::OK,
-    scenario, source_and_target, within,
+    output, scenario, source_and_target, within,
 };
 use libp2p::{futures::future, identity::Keypair};
 use serde_json::{Value, json};
@@ -269,12 +268,9 @@ fn an_unusable_http_address_is_a_one_line_error_that_names_the_flag() {
         ("example.org:9180".into(), 2),
     ] {
         let folder = tempfile::tempdir().unwrap();
-        let output = command(&folder)
-            .args(["--listen=/ip4/127.0.0.1/tcp/0", "--http", &address])
-            .env("RUST_LOG", "error")
-            .stdin(Stdio::null())
-            .output()
-            .unwrap();
+        let mut command = command(&folder);
+        command.args(["--listen=/ip4/127.0.0.1/tcp/0", "--http", &address]);
+        let output = output(command.env("RUST_LOG", "error"));
         let line = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(status), "{line}");
         assert_eq!(line.lines().count(), 1, "{line}");
@@ -383,7 +379,7 @@ fn expected() -> BTreeMap<&'static str, f64> {
 }
 
 /// Polls the status until it is as wanted: it is updated once a second.
-async fn status_when(port: u16, wanted: impl Fn(&Value) -> bool) -> Value {
+pub async fn status_when(port: u16, wanted: impl Fn(&Value) -> bool) -> Value {
     let start = Instant::now();
     loop {
         let status = serde_json::from_str(&get(port, "/status.json").await).expect("JSON");

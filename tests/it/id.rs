@@ -11,7 +11,7 @@ use data_encoding::BASE64;
 use libp2p::identity::Keypair;
 use tempfile::TempDir;
 
-use crate::common::{Relay, command};
+use crate::common::{Relay, command, output};
 
 /// An Ed25519 key of RFC 8410, 10.3, and its peer id.
 const PEM: &str = "-----BEGIN PRIVATE KEY-----\n\
@@ -19,8 +19,7 @@ const PEM: &str = "-----BEGIN PRIVATE KEY-----\n\
                    -----END PRIVATE KEY-----\n";
 
 fn id(folder: &TempDir, arguments: &[&str], variables: &[(&str, &str)]) -> Output {
-    let mut command = command(folder);
-    command.arg("id").args(arguments).envs(variables.iter().copied()).output().unwrap()
+    output(command(folder).arg("id").args(arguments).envs(variables.iter().copied()))
 }
 
 /// The peer id that is printed, and nothing else.
@@ -127,11 +126,11 @@ fn words_and_variables_that_are_not_utf8_are_an_error() {
     let folder = TempDir::new().unwrap();
     let name = OsStr::from_bytes(b"\xff.key");
     for words in [&[OsStr::from_bytes(b"--identity=\xff.key")][..], &["--x".as_ref(), name]] {
-        let wrong = refused(command(&folder).arg("id").args(words).output().unwrap(), 2);
+        let wrong = refused(output(command(&folder).arg("id").args(words)), 2);
         assert!(wrong.contains("is not UTF-8; write it as UTF-8"), "{wrong}");
     }
     let mut command = command(&folder);
-    let wrong = refused(command.arg("id").env("RELAYLET_IDENTITY", name).output().unwrap(), 2);
+    let wrong = refused(output(command.arg("id").env("RELAYLET_IDENTITY", name)), 2);
     assert!(wrong.contains("UTF-8"), "{wrong}");
 }
 

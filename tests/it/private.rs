@@ -1,15 +1,15 @@
 //! A relay in a private network: clients with its swarm key are served, and no others.
 
-use std::{fs, process::Stdio};
+use std::fs;
 
 use crate::common::{
     HOP, Relay, TEST_TIMEOUT,
     by_hand::{proposal, send_and_close, tcp},
     command,
     messages::{self, HopMessage, OK},
-    read_stderr,
+    output,
     swarms::{drive, until},
-    wait_for, within,
+    within,
 };
 use libp2p::{
     Swarm, SwarmBuilder, Transport,
@@ -99,13 +99,9 @@ fn an_invalid_swarm_key_prevents_the_start() {
         ("nowhere.key", "cannot be read; "),
         (".", "cannot be read; "),
     ] {
-        let mut relay = command(&folder)
-            .arg(format!("--swarm-key={file}"))
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        assert_eq!(wait_for(&mut relay).code(), Some(1));
-        let log = read_stderr(&mut relay.stderr.take().unwrap());
+        let output = output(command(&folder).arg(format!("--swarm-key={file}")));
+        assert_eq!(output.status.code(), Some(1));
+        let log = String::from_utf8(output.stderr).unwrap();
         let line = format!("relaylet: --swarm-key {file}: {problem}");
         let ours: Vec<_> = log.lines().filter(|l| l.starts_with("relaylet: ")).collect();
         assert!(ours.len() == 1 && ours[0].starts_with(&line), "{log}");

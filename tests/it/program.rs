@@ -16,7 +16,7 @@ use crate::common::{
     Client, Relay, Security, TEST_TIMEOUT, assert_relayed,
     by_hand::{self, proposal, read_until_closed, send_and_close},
     bystanders::assert_idle_within_memory,
-    circuit, command, free_port, messages, signal, source_and_target, wait_for,
+    circuit, command, free_port, messages, output, signal, source_and_target, wait_for,
 };
 use libp2p::{
     Multiaddr, futures::future, identity::Keypair, multiaddr::Protocol, tcp::tokio::TcpStream,
@@ -148,7 +148,7 @@ async fn a_flag_wins_over_the_environment_and_lists_have_commas() {
 
 #[test]
 fn help_lists_every_flag_and_version_is_printed() {
-    let help = output(&["--help"], &[]);
+    let help = run(&["--help"], &[]);
     assert!(help.status.success() && help.stderr.is_empty());
     let help = String::from_utf8(help.stdout).unwrap();
     assert!(help.contains("RELAYLET_NAME in the environment"), "{help}");
@@ -159,8 +159,8 @@ fn help_lists_every_flag_and_version_is_printed() {
     for heading in ["\nSlots:\n", "\nCircuits:\n", "\nAccess:\n"] {
         assert!(help.contains(heading), "{help}");
     }
-    assert_eq!(output(&["-h"], &[]).stdout, help.as_bytes());
-    let version = output(&["--version"], &[]);
+    assert_eq!(run(&["-h"], &[]).stdout, help.as_bytes());
+    let version = run(&["--version"], &[]);
     let version = String::from_utf8(version.stdout).unwrap();
     let expected = format!("relaylet {} (features:", env!("CARGO_PKG_VERSION"));
     assert!(version.starts_with(&expected) && version.lines().count() == 1, "{version}");
@@ -174,7 +174,7 @@ fn help_lists_every_flag_and_version_is_printed() {
 #[test]
 fn help_and_version_are_printed_whatever_the_environment_holds() {
     for flag in ["--help", "--version"] {
-        let output = output(&[flag], &[("RELAYLET_ALLOW_PEERS", "12D3KooW")]);
+        let output = run(&[flag], &[("RELAYLET_ALLOW_PEERS", "12D3KooW")]);
         assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
     }
 }
@@ -542,25 +542,15 @@ pub async fn is_served(connection: TcpStream) -> bool {
     !send_and_close(connection, &proposal("/noise")).await.is_empty()
 }
 
-fn output(arguments: &[&str], environment: &[(&str, &str)]) -> Output {
+fn run(arguments: &[&str], environment: &[(&str, &str)]) -> Output {
     let folder = TempDir::new().unwrap();
-    let mut command = command(&folder);
-    command.args(arguments).envs(environment.iter().copied());
-    output_of(&mut command)
-}
-
-/// Runs the program until it exits by itself.
-fn output_of(command: &mut Command) -> Output {
-    let piped = command.stdout(Stdio::piped()).stderr(Stdio::piped());
-    let mut child = piped.spawn().unwrap();
-    crate::common::wait_for(&mut child);
-    child.wait_with_output().unwrap()
+    output(command(&folder).args(arguments).envs(environment.iter().copied()))
 }
 
 /// Runs the program with invalid settings, and returns its one-line error. An unusable identity is not a usage error, so
 /// its status is 1.
 fn setting_error(arguments: &[&str], environment: &[(&str, &str)]) -> String {
-    let output = output(arguments, environment);
+    let output = run(arguments, environment);
     let line = one_line(&output);
     let status = if line.contains("--identity") { 1 } else { 2 };
     assert_eq!(output.status.code(), Some(status), "{line}");
@@ -570,8 +560,7 @@ fn setting_error(arguments: &[&str], environment: &[(&str, &str)]) -> String {
 /// Runs the program in `folder`, where it cannot start, and returns its one-line error.
 fn start_error(arguments: &[&str], folder: &TempDir) -> String {
     // The log begins with the identity; only the error is of interest.
-    let mut command = command(folder);
-    let output = output_of(command.args(arguments).env("RUST_LOG", "off"));
+    let output = output(command(folder).args(arguments).env("RUST_LOG", "off"));
     assert_eq!(output.status.code(), Some(1));
     one_line(&output)
 }

@@ -8,18 +8,19 @@ use std::{
     env, fs,
     net::TcpListener,
     path::Path,
-    process::{Output, Stdio},
-    time::{Duration, Instant},
+    process::Output,
 };
 
-use crate::common::{
-    Client, Relay, TEST_TIMEOUT, circuit, command,
-    http::{get, port},
-    scenario,
+use crate::{
+    common::{
+        Client, Relay, circuit, command,
+        http::{get, port},
+        output, scenario,
+    },
+    http::status_when,
 };
 use serde_json::Value;
 use tempfile::TempDir;
-use tokio::time::sleep;
 
 const FILES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/surface");
 
@@ -54,8 +55,7 @@ fn run(flags: &[&str], variables: &[(&str, &str)], file: Option<&[u8]>) -> Outpu
         fs::write(folder.path().join(CONFIG), text).unwrap();
         command.args(["--config", CONFIG]);
     }
-    command.args(flags).envs(variables.iter().copied());
-    command.stdin(Stdio::null()).output().unwrap()
+    output(command.args(flags).envs(variables.iter().copied()))
 }
 
 fn text(bytes: &[u8]) -> String {
@@ -352,15 +352,10 @@ async fn metrics_and_status_fields() {
     let port = port(&relay).await;
     let _still_there = scenario::run(&relay).await;
     // Fields that do not come from events are updated once a second.
-    let start = Instant::now();
-    let status = loop {
-        let status: Value = serde_json::from_str(&get(port, "/status.json").await).unwrap();
-        if status["relayed"]["to_target"] == 1704 && status["slots"]["free"] == 1 {
-            break status;
-        }
-        assert!(start.elapsed() < TEST_TIMEOUT, "{status:#}");
-        sleep(Duration::from_millis(50)).await;
-    };
+    let status = status_when(port, |status| {
+        status["relayed"]["to_target"] == 1704 && status["slots"]["free"] == 1
+    })
+    .await;
     let mut found = BTreeSet::new();
     fields(&status, "", &mut found);
     assert_golden("status.txt", &found.into_iter().map(|line| line + "\n").collect::<String>());

@@ -11,6 +11,7 @@ use crate::common::{
     bystanders::Bystanders,
     circuit, command, free_port,
     messages::{self, RESERVATION_REFUSED},
+    output,
     websocket::{
         self, BINARY, CERTIFICATE, CLOSE, CONTINUATION, Certificate, LAST, LISTEN, LISTEN_TLS,
         PING, REQUEST, TEXT, address, connect, connect_in_tls, frame, header, port, tcp,
@@ -513,9 +514,7 @@ fn an_unusable_certificate_is_a_one_line_error() {
 
 /// Runs the program with invalid flags; returns its one-line error and its status.
 fn refused(folder: &TempDir, flags: &[&str]) -> (String, Option<i32>) {
-    let mut command = command(folder);
-    command.args(flags).env("RUST_LOG", "off");
-    let output = command.output().expect("the program starts");
+    let output = output(command(folder).args(flags).env("RUST_LOG", "off"));
     let line = String::from_utf8(output.stderr).expect("text");
     assert!(output.stdout.is_empty());
     assert_eq!(line.lines().count(), 1, "{line}");

@@ -1,16 +1,12 @@
 //! One command, or one code span, of the documentation.
 
-use std::{
-    fs,
-    path::Path,
-    process::{Command, Stdio},
-};
+use std::{fs, path::Path, process::Command};
 
 use libp2p::Multiaddr;
 use tempfile::TempDir;
 
 use crate::common::{
-    command,
+    command, output,
     pages::{blocks, exists, read},
 };
 
@@ -35,13 +31,13 @@ fn print_config(words: &[&str], variables: &[(&str, &str)], file: Option<&str>) 
     let readme = &blocks("toml")[0].text;
     fs::write(folder.path().join("relaylet.toml"), file.unwrap_or(readme)).unwrap();
     let mut command = command(&folder);
-    command.args(words).stdin(Stdio::null());
+    command.args(words);
     if !words.contains(&"--print-config") {
         command.arg("--print-config");
     }
     // Where the service has it.
     command.envs(variables.iter().map(|(name, value)| (name, value.replace("/etc/", ""))));
-    let output = command.output().unwrap();
+    let output = output(&mut command);
     let errors = String::from_utf8_lossy(&output.stderr);
     ensure(output.status.success() && errors.is_empty(), || errors.into_owned())
 }
