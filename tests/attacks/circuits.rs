@@ -94,7 +94,10 @@ async fn targets_that_never_answer() {
     for (_, status) in &answers {
         assert!([CONNECTION_FAILED, RESOURCE_LIMIT_EXCEEDED].contains(status), "{status:?}");
     }
-    assert_eq!(answers.len(), short_or_long(answers.len(), SOURCES * CONNECTS));
+    // In a short attack, no target has been given up yet.
+    if short_or_long(false, true) {
+        assert_eq!(answers.len(), SOURCES * CONNECTS);
+    }
     testbed.assert_restored().await;
 }
 
