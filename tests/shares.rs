@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use common::{Client, Relay, circuit};
+use common::{Relay, circuit, source_and_target};
 use libp2p::{
     Stream,
     futures::{AsyncReadExt, AsyncWriteExt},
@@ -76,9 +76,7 @@ async fn rates(demands: &[Option<u64>]) -> Vec<f64> {
     let mut clients = Vec::new();
     let mut arrived = Vec::new();
     for demand in demands {
-        let (mut source, mut target) =
-            (Client::connect(&relay).await, Client::connect(&relay).await);
-        target.reserve().await;
+        let (mut source, mut target) = source_and_target(&relay).await;
         let (from, to) = circuit(&mut source, &mut target).await;
         clients.extend([source, target]);
         let count = Arc::new(AtomicU64::new(0));

@@ -14,7 +14,6 @@ use tokio::time::{interval, sleep};
 
 use super::testbed::{FREED_FOR_MEMORY, SMALL_BUDGET, Testbed};
 use crate::common::{
-    Client,
     by_hand::{DATA, RST, SYN, WINDOW, WINDOW_UPDATE, data, frame},
     circuit,
     messages::{OK, connect, reserve},
@@ -22,7 +21,7 @@ use crate::common::{
         AT_A_TIME, Background, CHUNK, RawPeer, address, expect_all, hold_without_reading,
         hop_opening, run_each, short_or_long,
     },
-    within,
+    source_and_target, within,
 };
 
 /// How long a connection is left unread before it is replaced.
@@ -174,9 +173,7 @@ async fn the_most_circuits_a_peer_may_have_in_both_directions() {
     const CIRCUITS: usize = 64;
     let bytes = short_or_long(2, 64) * 1024 * 1024;
     let mut testbed = Testbed::start(&["--connect-rate=0"]).await;
-    let mut source = Client::connect(&testbed.bystanders.relay).await;
-    let mut target = Client::connect(&testbed.bystanders.relay).await;
-    target.reserve().await;
+    let (mut source, mut target) = source_and_target(&testbed.bystanders.relay).await;
     let mut circuits = Vec::new();
     for _ in 0..CIRCUITS {
         circuits.push(circuit(&mut source, &mut target).await);

@@ -20,18 +20,17 @@ use std::{
     time::{Duration, Instant},
 };
 
-use libp2p::{Multiaddr, PeerId, Stream, futures::future::BoxFuture, identity::Keypair};
+use libp2p::{Multiaddr, PeerId, Stream, futures::future::BoxFuture};
 use tokio::{runtime, time::sleep};
 
 use self::common::{
-    Client, Security,
+    Client,
     by_hand::{PING, SYN, data, frame, length_prefixed, proposal, send},
     child_process::Process,
     circuit,
-    messages::OK,
-    messages::{HopMessage, connect, reserve},
+    messages::{HopMessage, OK, connect, reserve},
     raw_peers::{RawPeer, address},
-    read_bytes, tcp_port,
+    read_bytes, source_and_target_at, tcp_port,
 };
 
 const ROUNDS: usize = 5;
@@ -132,9 +131,7 @@ struct Bystanders {
 
 impl Bystanders {
     async fn start(relay: &Multiaddr) -> Self {
-        let client = || Client::connect_as(Keypair::generate_ed25519(), relay, Security::Noise);
-        let (mut source, mut target) = (client().await, client().await);
-        target.reserve().await;
+        let (mut source, mut target) = source_and_target_at(relay).await;
         let (there, back) = circuit(&mut source, &mut target).await;
         Self { there, back, _clients: [source, target] }
     }

@@ -10,7 +10,9 @@ use std::{
 use libp2p::Stream;
 use tokio::{runtime, time::sleep};
 
-use super::{Client, Relay, TEST_TIMEOUT, assert_relayed, child_process, circuit};
+use super::{
+    Client, Relay, TEST_TIMEOUT, assert_relayed, child_process, circuit, source_and_target,
+};
 
 /// How long the clients are measured before the attack, as the baseline.
 const BASELINE: Duration = Duration::from_millis(1500);
@@ -76,9 +78,7 @@ impl Bystanders {
 
     /// Connects both clients to this relay, whose peak memory may be `memory_limit` KiB.
     pub async fn start_with(relay: Relay, memory_limit: u64) -> Self {
-        let mut source = Client::connect(&relay).await;
-        let mut target = Client::connect(&relay).await;
-        target.reserve().await;
+        let (mut source, mut target) = source_and_target(&relay).await;
         let (there, back) = circuit(&mut source, &mut target).await;
         // The last line that the relay logs at its start.
         relay.wait_for_log("can be dialed from the internet").await;

@@ -341,7 +341,12 @@ impl Parts {
 impl Client {
     /// A new peer, connected to `relay` over Noise.
     pub async fn connect(relay: &Relay) -> Self {
-        Self::connect_as(Keypair::generate_ed25519(), &relay.address, Security::Noise).await
+        Self::connect_to(&relay.address).await
+    }
+
+    /// A new peer, connected over Noise to the relay at this address.
+    pub async fn connect_to(relay: &Multiaddr) -> Self {
+        Self::connect_as(Keypair::generate_ed25519(), relay, Security::Noise).await
     }
 
     /// The owner of `keypair`, connected to the relay at this address.
@@ -533,7 +538,12 @@ impl Client {
 
 /// Two clients, the second of which holds a slot.
 pub async fn source_and_target(relay: &Relay) -> (Client, Client) {
-    let (source, mut target) = (Client::connect(relay).await, Client::connect(relay).await);
+    source_and_target_at(&relay.address).await
+}
+
+/// As [`source_and_target`], of the relay at this address.
+pub async fn source_and_target_at(relay: &Multiaddr) -> (Client, Client) {
+    let (source, mut target) = (Client::connect_to(relay).await, Client::connect_to(relay).await);
     target.reserve().await;
     (source, target)
 }

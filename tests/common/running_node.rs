@@ -4,7 +4,7 @@ use libp2p::{Multiaddr, identity::Keypair};
 use relaylet::{Config, ConfigError, Event, Node, NodeEvent};
 use tokio::sync::{mpsc, oneshot};
 
-use super::{Client, Security, permits, tcp_port, within};
+use super::{Client, Security, permits, source_and_target_at, tcp_port, within};
 
 pub type Change = Box<dyn FnOnce(&mut Config) + Send>;
 type Closure = Box<dyn FnOnce(&mut Node) + Send>;
@@ -59,7 +59,12 @@ impl RunningNode {
     }
 
     pub async fn connect_new(&self) -> Client {
-        self.connect(Keypair::generate_ed25519()).await
+        Client::connect_to(&self.address).await
+    }
+
+    /// Two clients, the second of which holds a slot.
+    pub async fn source_and_target(&self) -> (Client, Client) {
+        source_and_target_at(&self.address).await
     }
 
     pub async fn with_node<T: Send + 'static>(

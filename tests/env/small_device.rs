@@ -3,11 +3,11 @@
 
 use std::{fs, path::PathBuf, process::Command};
 
-use libp2p::{futures::future, identity::Keypair};
+use libp2p::futures::future;
 use tempfile::TempDir;
 
 use super::interop::{go_client, run};
-use crate::common::{Client, Relay, Security, assert_relayed, child_process::resident, circuit};
+use crate::common::{Client, Relay, assert_relayed, child_process::resident, circuit};
 
 /// The limits: on the size of the program, in bytes, and on its resident memory, in KiB.
 const LARGEST: u64 = 2_500_000;
@@ -42,8 +42,7 @@ async fn the_program_for_small_devices_is_small() {
 
     let mut clients = Vec::new();
     for _ in 0..SLOTS {
-        let keypair = Keypair::generate_ed25519();
-        let mut client = Client::connect_as(keypair, &relay.address, Security::Noise).await;
+        let mut client = Client::connect(&relay).await;
         client.reserve().await;
         clients.push(client);
     }

@@ -18,7 +18,7 @@ use crate::{
     common::{
         Client, HOP, Relay, STOP, assert_relayed, circuit, circuit_to, command, http,
         messages::{NO_RESERVATION, connect},
-        read_to_end, within,
+        read_to_end, source_and_target, within,
     },
     interop::{ClientProcess, go_client},
 };
@@ -139,9 +139,7 @@ async fn a_relay_that_starts_in_1970_serves_autorelay_once_the_clock_is_set() {
 #[ignore = "needs libfaketime"]
 async fn a_clock_that_falls_back_to_1970_ends_no_slot_and_no_circuit() {
     let mut clock = WallClock::start(0, &[]);
-    let (mut source, mut target) =
-        (Client::connect(&clock.relay).await, Client::connect(&clock.relay).await);
-    target.reserve().await;
+    let (mut source, mut target) = source_and_target(&clock.relay).await;
     let (mut there, mut back) = circuit(&mut source, &mut target).await;
 
     let step = seconds_since_1970() - 60;

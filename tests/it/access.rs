@@ -49,9 +49,7 @@ async fn is_admitted(relay: &RunningNode, keypair: &Keypair) -> bool {
 #[tokio::test]
 async fn a_peer_denied_while_connected_can_neither_reserve_nor_connect() {
     let relay = RunningNode::start(Config::default()).await;
-    let mut alice = relay.connect_new().await;
-    let mut bob = relay.connect_new().await;
-    bob.reserve().await;
+    let (mut alice, bob) = relay.source_and_target().await;
     let denied = alice.peer;
     relay.change(move |config| _ = config.access.deny_peer.insert(denied)).await.unwrap();
     assert_eq!(alice.request(&reserve()).await.status, PERMISSION_DENIED);
@@ -87,9 +85,7 @@ async fn a_connect_only_peer_gets_a_circuit_but_no_slot() {
 #[tokio::test]
 async fn a_new_deny_rule_frees_the_slot_and_resets_the_circuits() {
     let mut relay = RunningNode::start(Config::default()).await;
-    let mut alice = relay.connect_new().await;
-    let mut bob = relay.connect_new().await;
-    bob.reserve().await;
+    let (mut alice, mut bob) = relay.source_and_target().await;
     let (mut there, mut back) = circuit(&mut alice, &mut bob).await;
     let denied = bob.peer;
     relay.change(move |config| _ = config.access.deny_peer.insert(denied)).await.unwrap();
@@ -126,9 +122,7 @@ async fn a_new_deny_rule_frees_a_slot_in_grace() {
 #[tokio::test]
 async fn a_circuit_ends_when_its_source_is_denied() {
     let relay = RunningNode::start(Config::default()).await;
-    let mut alice = relay.connect_new().await;
-    let mut bob = relay.connect_new().await;
-    bob.reserve().await;
+    let (mut alice, mut bob) = relay.source_and_target().await;
     let (mut there, _back) = circuit(&mut alice, &mut bob).await;
     let denied = alice.peer;
     relay.change(move |config| _ = config.access.deny_peer.insert(denied)).await.unwrap();
@@ -230,9 +224,7 @@ async fn connect_requests_above_the_rate_are_refused() {
     let mut config = Config::default();
     config.connect_rate = 1;
     let relay = RunningNode::start(config).await;
-    let mut alice = relay.connect_new().await;
-    let mut bob = relay.connect_new().await;
-    bob.reserve().await;
+    let (mut alice, mut bob) = relay.source_and_target().await;
     circuit(&mut alice, &mut bob).await;
     // The answer does not tell which peers hold slots.
     for target in [bob.peer, PeerId::random()] {

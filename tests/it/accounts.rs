@@ -2,7 +2,7 @@
 
 use std::{pin::pin, time::Duration};
 
-use crate::common::{Client, Security, assert_relayed, circuit_to, within};
+use crate::common::{Client, assert_relayed, circuit_to, within};
 use libp2p::{
     Multiaddr, PeerId, Stream,
     futures::{AsyncReadExt, AsyncWriteExt, future},
@@ -79,8 +79,7 @@ struct Party {
 
 impl Party {
     async fn at(relay: &Multiaddr) -> Self {
-        let keypair = Keypair::generate_ed25519();
-        let mut client = Client::connect_as(keypair, relay, Security::Noise).await;
+        let mut client = Client::connect_to(relay).await;
         client.reserve().await;
         let stops = client.accept(crate::common::STOP);
         Self { client, stops }

@@ -40,9 +40,7 @@ async fn a_new_cap_applies_to_open_circuits() {
     config.circuit_bytes = 0;
     config.bandwidth_per_peer = 1;
     let mut relay = RunningNode::start(config).await;
-    let mut alice = relay.connect_new().await;
-    let mut bob = relay.connect_new().await;
-    bob.reserve().await;
+    let (mut alice, mut bob) = relay.source_and_target().await;
     let (mut there, mut back) = circuit(&mut alice, &mut bob).await;
     send(&mut there, &vec![7; BULK]).await;
     assert_eq!(read_bytes(&mut back, 1).await, [7]);

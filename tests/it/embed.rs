@@ -16,7 +16,7 @@ use crate::common::{
     client_process::Process,
     log_recorder,
     messages::{self, HopMessage, NO_RESERVATION, OK, PERMISSION_DENIED, connect, reserve},
-    read_bytes, read_to_end,
+    read_bytes, read_to_end, source_and_target_at,
     swarms::{self, ECHO, drive},
     within,
 };
@@ -29,7 +29,6 @@ use libp2p::{
     },
     futures::{AsyncReadExt, AsyncWriteExt, StreamExt},
     identify,
-    identity::Keypair,
     multiaddr::Protocol,
     noise, ping, relay,
     swarm::{ConnectionId, NetworkBehaviour, SwarmEvent},
@@ -121,8 +120,12 @@ impl Embedded {
     }
 
     async fn connect(&self) -> Client {
-        let keypair = Keypair::generate_ed25519();
-        Client::connect_as(keypair, &self.address, crate::common::Security::Noise).await
+        Client::connect_to(&self.address).await
+    }
+
+    /// Two clients, the second of which holds a slot.
+    async fn source_and_target(&self) -> (Client, Client) {
+        source_and_target_at(&self.address).await
     }
 
     /// Calls the behaviour, and returns what `call` returns.
@@ -302,9 +305,7 @@ fn events_can_be_cloned() {
 #[tokio::test]
 async fn a_released_peer_loses_its_slot_and_circuits_at_once() {
     let mut embedded = Embedded::start(Config::default()).await;
-    let mut alice = embedded.connect().await;
-    let mut bob = embedded.connect().await;
-    bob.reserve().await;
+    let (mut alice, mut bob) = embedded.source_and_target().await;
     let (mut there, mut back) = circuit(&mut alice, &mut bob).await;
     embedded.calls.send(Call::Release(bob.peer)).ok().unwrap();
     for end in [&mut there, &mut back] {

@@ -8,13 +8,13 @@ use std::{
 };
 
 use crate::common::{
-    Client, Relay, Security,
+    Client, Relay,
     by_hand::{self, proposal, tcp_from},
     command,
     messages::{OK, RESERVATION_REFUSED, RESOURCE_LIMIT_EXCEEDED, reserve},
     within,
 };
-use libp2p::{Multiaddr, futures::future, identity::Keypair, multiaddr::Protocol};
+use libp2p::{Multiaddr, futures::future, multiaddr::Protocol};
 use proxy_header::{ProxiedAddress, ProxyHeader, Tlv};
 use tempfile::TempDir;
 use tokio::{
@@ -39,7 +39,7 @@ async fn both_proxy_protocol_versions_give_the_client_address() {
     ] {
         for header in [v1(client), v2(client)] {
             let address = proxy(&relay, header, Pace::AtOnce).await;
-            let mut client = connect(&address).await;
+            let mut client = Client::connect_to(&address).await;
             client.reserve().await;
             let opened = format!("opened: peer {} at {logged}", client.peer);
             relay.wait_for_log(&opened).await;
@@ -54,7 +54,7 @@ async fn a_local_connection_belongs_to_the_proxy() {
     ProxyHeader::with_local().encode_v2(&mut local).unwrap();
     for header in [local, b"PROXY UNKNOWN\r\n".to_vec()] {
         let address = proxy(&relay, header, Pace::AtOnce).await;
-        let mut client = connect(&address).await;
+        let mut client = Client::connect_to(&address).await;
         client.reserve().await;
         let opened = format!("opened: peer {} at /ip4/{PROXY}/tcp/", client.peer);
         relay.wait_for_log(&opened).await;
@@ -67,7 +67,7 @@ async fn a_header_may_be_split_or_followed_by_data() {
     for header in [v1("192.0.2.7:1"), v2("192.0.2.7:1"), v2("[2001:db8::7]:1")] {
         for pace in [Pace::ByteByByte, Pace::WithTheFirstBytes] {
             let address = proxy(&relay, header.clone(), pace).await;
-            connect(&address).await.reserve().await;
+            Client::connect_to(&address).await.reserve().await;
         }
     }
 }
@@ -80,7 +80,7 @@ async fn tlvs_of_a_header_are_skipped() {
     let mut bytes = Vec::new();
     header.encode_v2(&mut bytes).unwrap();
     let address = proxy(&relay, bytes, Pace::WithTheFirstBytes).await;
-    connect(&address).await.reserve().await;
+    Client::connect_to(&address).await.reserve().await;
 }
 
 #[tokio::test]
@@ -96,7 +96,7 @@ async fn other_clients_connect_without_a_header() {
     let opened = format!("opened: peer {} at /ip4/127.0.0.1/tcp/", client.peer);
     relay.wait_for_log(&opened).await;
     let address = proxy(&relay, v2("192.0.2.7:1"), Pace::AtOnce).await;
-    connect(&address).await.reserve().await;
+    Client::connect_to(&address).await.reserve().await;
 }
 
 #[tokio::test]
@@ -111,7 +111,7 @@ async fn two_connections_may_have_the_same_client_address() {
     within(in_handshake.read_exact(&mut answer)).await.unwrap();
 
     let clients = future::join_all((0..8).map(|_| async {
-        let mut client = connect(&address).await;
+        let mut client = Client::connect_to(&address).await;
         client.reserve().await;
         client
     }));
@@ -119,7 +119,7 @@ async fn two_connections_may_have_the_same_client_address() {
         client.reserve().await;
     }
     drop(in_handshake);
-    connect(&address).await.reserve().await;
+    Client::connect_to(&address).await.reserve().await;
 }
 
 // ---- Limits by client address
@@ -134,9 +134,9 @@ async fn caps_and_rules_apply_to_the_client_address() {
     ]);
     let address = async |client| proxy(&relay, v2(client), Pace::AtOnce).await;
     let (one, other) = (address("192.0.2.7:1").await, address("192.0.2.8:1").await);
-    let mut first = connect(&one).await;
-    let mut second = connect(&one).await;
-    let mut at_other = connect(&other).await;
+    let mut first = Client::connect_to(&one).await;
+    let mut second = Client::connect_to(&one).await;
+    let mut at_other = Client::connect_to(&other).await;
     first.reserve().await;
     at_other.reserve().await;
     assert_eq!(second.request(&reserve()).await.status, RESERVATION_REFUSED);
@@ -159,14 +159,14 @@ async fn request_rates_apply_to_the_client_address() {
     let other = proxy(&relay, v1("192.0.2.8:1"), Pace::AtOnce).await;
     let refused = async {
         loop {
-            let answer = connect(&one).await.request(&reserve()).await;
+            let answer = Client::connect_to(&one).await.request(&reserve()).await;
             if answer.status != OK {
                 return answer.status;
             }
         }
     };
     assert_eq!(within(refused).await, RESOURCE_LIMIT_EXCEEDED);
-    connect(&other).await.reserve().await;
+    Client::connect_to(&other).await.reserve().await;
 }
 
 // ---- Connections that are closed
@@ -199,7 +199,7 @@ async fn an_invalid_header_closes_the_connection_and_is_logged_once() {
     };
     assert!(warning.contains(" WARN ") && warning.contains(&PROXY.to_string()), "{warning}");
     let address = proxy(&relay, v1("192.0.2.7:1"), Pace::AtOnce).await;
-    connect(&address).await.reserve().await;
+    Client::connect_to(&address).await.reserve().await;
 }
 
 const FLAG: &str = "or remove its address from --proxy-protocol-from";
@@ -215,7 +215,7 @@ async fn a_missing_header_is_the_reason_also_where_the_rules_do_not_allow_the_pr
     relay.wait_for_log(&format!("connection failed: /ip4/{PROXY}/tcp/")).await;
     assert_eq!(relay.count_in_log("the rules do not allow it"), 0);
     let address = proxy(&relay, v2("192.0.2.7:1"), Pace::AtOnce).await;
-    connect(&address).await.reserve().await;
+    Client::connect_to(&address).await.reserve().await;
 }
 
 #[tokio::test]
@@ -277,7 +277,7 @@ async fn silent_proxies_use_a_bounded_number_of_handshakes() {
         assert!(read_until_closed(connection).await.is_empty());
     }
     let address = proxy(&relay, v2("192.0.2.7:1"), Pace::AtOnce).await;
-    connect(&address).await.reserve().await;
+    Client::connect_to(&address).await.reserve().await;
 }
 
 // ---- Helpers
@@ -339,10 +339,6 @@ async fn connect_from_proxy(relay: &Relay, bytes: &[u8]) -> TcpStream {
     let mut connection = from_proxy(relay.port()).await;
     connection.write_all(bytes).await.unwrap();
     connection
-}
-
-async fn connect(address: &Multiaddr) -> Client {
-    Client::connect_as(Keypair::generate_ed25519(), address, Security::Noise).await
 }
 
 /// Reads until the relay closes the connection.

@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use crate::common::{Client, Relay, TEST_TIMEOUT, circuit, command, free_port};
+use crate::common::{Client, Relay, TEST_TIMEOUT, circuit, command, free_port, source_and_target};
 use tempfile::TempDir;
 
 #[test]
@@ -42,8 +42,7 @@ async fn sd_notify_reports_usage() {
     let socket = UnixDatagram::bind(&path).unwrap();
     socket.set_read_timeout(Some(TEST_TIMEOUT)).unwrap();
     let relay = run(path.to_str().unwrap(), &[]);
-    let (mut source, mut target) = (Client::connect(&relay).await, Client::connect(&relay).await);
-    target.reserve().await;
+    let (mut source, mut target) = source_and_target(&relay).await;
     let _circuit = circuit(&mut source, &mut target).await;
     let used = format!("STATUS=1 of 1024 slots, 1 circuit; peer id {}", relay.peer);
     let received = tokio::task::spawn_blocking(move || while receive(&socket) != used {});

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::common::{
-    Client, HOP, Relay, STOP, TEST_TIMEOUT, accept_circuit, assert_relayed,
+    Client, HOP, Relay, STOP, Security, TEST_TIMEOUT, accept_circuit, assert_relayed,
     by_hand::send,
     circuit, circuit_to,
     messages::{
@@ -177,8 +177,7 @@ async fn connect_to_a_peer_without_reservation_is_no_reservation() {
 async fn connect_to_a_peer_in_grace_is_no_reservation() {
     let relay = Relay::start(&["--grace", "1h"]);
     let keypair = libp2p::identity::Keypair::generate_ed25519();
-    let connect_bob =
-        || Client::connect_as(keypair.clone(), &relay.address, crate::common::Security::Noise);
+    let connect_bob = || Client::connect_as(keypair.clone(), &relay.address, Security::Noise);
     let mut alice = Client::connect(&relay).await;
     let mut bob = connect_bob().await;
     bob.reserve().await;

@@ -3,23 +3,16 @@
 use libp2p::{
     Stream,
     futures::{AsyncReadExt, AsyncWriteExt, future},
-    identity::Keypair,
 };
 
 use super::contestants::Relay;
-use crate::common::{Client, STOP, Security, circuit_to, within};
+use crate::common::{STOP, circuit_to, source_and_target_at, within};
 
 const PAIRS: u64 = 4;
 
 /// The relay's CPU milliseconds per circuit.
 pub async fn milliseconds_per_circuit(relay: &Relay, circuits: u64) -> f64 {
-    let clients = (0..PAIRS).map(|_| async {
-        let client =
-            || Client::connect_as(Keypair::generate_ed25519(), &relay.address, Security::Noise);
-        let mut target = client().await;
-        target.reserve().await;
-        (client().await, target)
-    });
+    let clients = (0..PAIRS).map(|_| source_and_target_at(&relay.address));
     let mut clients = future::join_all(clients).await;
     let before = relay.process.cpu();
     let all = clients.iter_mut().map(|(source, target)| async {

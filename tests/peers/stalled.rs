@@ -2,13 +2,10 @@
 
 use std::time::Duration;
 
-use libp2p::{
-    futures::{AsyncWriteExt, future},
-    identity::Keypair,
-};
+use libp2p::futures::{AsyncWriteExt, future};
 
 use super::contestants::Relay;
-use crate::common::{Client, STOP, Security, circuit_to};
+use crate::common::{STOP, circuit_to, source_and_target_at};
 
 const PAIRS: usize = 10;
 const CIRCUITS: usize = 10;
@@ -18,13 +15,7 @@ const STALLED: Duration = Duration::from_secs(1);
 
 /// The relay's resident KiB per circuit.
 pub async fn kilobytes_per_circuit(relay: &Relay) -> f64 {
-    let pairs = (0..PAIRS).map(|_| async {
-        let client =
-            || Client::connect_as(Keypair::generate_ed25519(), &relay.address, Security::Noise);
-        let mut target = client().await;
-        target.reserve().await;
-        (client().await, target)
-    });
+    let pairs = (0..PAIRS).map(|_| source_and_target_at(&relay.address));
     let mut pairs = future::join_all(pairs).await;
     let before = relay.process.resident();
     let mut circuits = Vec::new();
