@@ -190,7 +190,7 @@ async fn connects_to_one_victim() {
         flood.await
     };
     let size = format!("{IDENTITIES} identities, {} each", rounds * AT_ONCE);
-    let what = "a flood of CONNECTs to one victim, which agrees to all";
+    let what = "CONNECTs to one victim, which accepts all";
     let (flood, _) = testbed.attack(what, &size, flood).await;
     assert!(flood.iter().any(|(opened, ..)| *opened > 0));
     // Of those that are answered, each above the rate is refused.

@@ -531,7 +531,7 @@ fn autonat_is_enabled_by_flag_environment_or_file() {
     ] {
         let printed = settings(flags, variable, file);
         let line = format!("autonat = {is_on}");
-        assert!(printed.lines().any(|is| is == line), "{line}: {printed}");
+        assert!(printed.lines().any(|own| own == line), "{line}: {printed}");
     }
     for (flags, variable, file, named) in [
         (&["--autonat=perhaps"][..], None, "", "--autonat"),

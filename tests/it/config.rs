@@ -59,7 +59,7 @@ fn a_flag_wins_over_the_environment_and_that_over_the_file() {
         "deny-subnet = [\"192.0.2.0/24\"]",
         "# max-reservations-per-ip = 64",
     ] {
-        assert!(file.lines().any(|is| is == line), "{line}: {file}");
+        assert!(file.lines().any(|own| own == line), "{line}: {file}");
     }
 }
 

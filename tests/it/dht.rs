@@ -71,7 +71,7 @@ fn the_dht_is_enabled_by_environment_or_file() {
         let output = output(&mut command);
         String::from_utf8([output.stdout, output.stderr].concat()).unwrap()
     };
-    for (file, environment, arguments, is) in [
+    for (file, environment, arguments, expected) in [
         ("", &[][..], &[][..], "dht = false"),
         ("", &[], &["--dht"], "dht = true"),
         ("dht = true", &[], &[], "dht = true"),
@@ -81,7 +81,7 @@ fn the_dht_is_enabled_by_environment_or_file() {
         ("dht = \"yes\"", &[], &[], "relaylet: relay.toml:1: dht: takes true or false"),
     ] {
         let printed = prints(file, environment, arguments);
-        assert!(printed.lines().any(|line| line == is), "{is}: {printed}");
+        assert!(printed.lines().any(|line| line == expected), "{expected}: {printed}");
     }
 }
 

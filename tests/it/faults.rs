@@ -219,9 +219,9 @@ async fn a_target_whose_reservation_is_on_a_dead_connection_is_reached_over_its_
     let mut stops = target.accept(STOP);
     let mut source = Client::connect(&relay).await;
     let request = connect(target.peer);
-    let (asked, agreed) =
+    let (answered, accepted) =
         future::join(source.request_circuit(&request), accept_circuit(&mut stops)).await;
-    let ((answer, mut source), (_, mut target)) = (asked, agreed);
+    let ((answer, mut source), (_, mut target)) = (answered, accepted);
     assert_eq!(answer.status, OK, "{answer:?}");
     // The stop stream on the frozen connection is reset; an answer on it now has no effect.
     let mut stop = None;
@@ -253,9 +253,9 @@ async fn a_target_whose_old_connection_closes_while_it_is_asked_is_reached_over_
     let closes = async move {
         while !is_stop(&by_hand::next_frame(&mut old).await.expect("a frame").body) {}
     };
-    let asked = source.request_circuit(&request);
-    let (asked, ..) = future::join3(asked, closes, accept_circuit(&mut stops)).await;
-    assert_eq!(asked.0.status, OK, "{:?}", asked.0);
+    let requested = source.request_circuit(&request);
+    let ((answer, _), ..) = future::join3(requested, closes, accept_circuit(&mut stops)).await;
+    assert_eq!(answer.status, OK, "{answer:?}");
 }
 
 /// A peer's connection over which it holds a slot, and its newer one, over which it does not reserve.

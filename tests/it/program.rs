@@ -383,7 +383,7 @@ async fn a_closed_standard_output_does_not_stop_the_relay() {
 #[test]
 fn an_unusable_listen_address_is_a_one_line_error() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
-    let taken = format!("/ip4/127.0.0.1/tcp/{}", taken_port(&taken));
+    let taken = format!("/ip4/127.0.0.1/tcp/{}", taken.local_addr().unwrap().port());
     for address in [taken.as_str(), "/ip4/203.0.113.1/tcp/0"] {
         let line = start_error(&["--listen", address], &TempDir::new().unwrap());
         assert!(line.contains(&format!("--listen {address}: ")), "{line}");
@@ -576,8 +576,4 @@ fn with_key(key: &[u8]) -> TempDir {
     fs::write(&file, key).unwrap();
     fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
     folder
-}
-
-fn taken_port(listener: &TcpListener) -> u16 {
-    listener.local_addr().unwrap().port()
 }

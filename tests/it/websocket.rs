@@ -556,9 +556,11 @@ async fn secure_websocket_accepts_tls_1_2_and_1_3_but_not_libp2p_tls() {
     let certificate = Certificate::new();
     let relay = with_certificate(&certificate, &[LISTEN_TLS, TCP]);
     let secure = address(&relay, "/tls/ws").await;
-    for (version, is) in [(&TLS12, ProtocolVersion::TLSv1_2), (&TLS13, ProtocolVersion::TLSv1_3)] {
+    for (version, expected) in
+        [(&TLS12, ProtocolVersion::TLSv1_2), (&TLS13, ProtocolVersion::TLSv1_3)]
+    {
         let mut stream = in_tls(tcp(port(&secure)).await, &certificate, version).await;
-        assert_eq!(stream.get_ref().1.protocol_version(), Some(is));
+        assert_eq!(stream.get_ref().1.protocol_version(), Some(expected));
         stream.write_all(REQUEST).await.expect("the relay reads");
         assert_eq!(status(&within(read_head(&mut stream)).await), 101);
         // libp2p's bytes are transferred in both directions.

@@ -33,10 +33,10 @@ impl Rounds {
     }
 
     /// Adds the figure of one more round to a row.
-    pub fn add(&mut self, row: usize, who: Contestant, figure: f64) {
+    pub fn add(&mut self, row: usize, contestant: Contestant, figure: f64) {
         let Row { what, unit, .. } = &self.rows[row];
-        eprintln!("{what}: {}: {figure:.3} {unit}", who.name());
-        self.rows[row].figures[who as usize].push(figure);
+        eprintln!("{what}: {}: {figure:.3} {unit}", contestant.name());
+        self.rows[row].figures[contestant as usize].push(figure);
     }
 
     /// Prints the table, and writes it to `file`; returns the exit status.

@@ -334,13 +334,13 @@ impl Soak<'_> {
             Seen::Granted { renewal: true } => "renewed by themselves",
             Seen::Refused(_) => "refused",
             Seen::Lost(_) => "given up while frozen",
-            Seen::Closed => "closed as strangers who were idle",
+            Seen::Closed => "closed as idle",
             Seen::Denied => "could not connect",
-            Seen::Echoed { .. } => "heard their echo",
-            Seen::NoEcho => "heard none, or not all of it",
-            Seen::NoCircuit("NoReservation") => "got no circuit: who was called holds no slot",
+            Seen::Echoed { .. } => "received their echo",
+            Seen::NoEcho => "received none, or not all of it",
+            Seen::NoCircuit("NoReservation") => "got no circuit: the target holds no slot",
             Seen::NoCircuit("ResourceLimitExceeded") => "got no circuit: a limit",
-            Seen::NoCircuit(_) => "got no circuit: who was called does not answer",
+            Seen::NoCircuit(_) => "got no circuit: the target does not answer",
             _ => return,
         });
     }
@@ -350,7 +350,7 @@ impl Soak<'_> {
     }
 }
 
-/// Reads the status periodically, until nobody receives it.
+/// Reads the status periodically, until its receiver is dropped.
 async fn read_status(port: u16, started: Instant, sender: UnboundedSender<Observation>) {
     while !sender.is_closed() {
         let requested = started.elapsed();

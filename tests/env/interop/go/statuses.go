@@ -61,7 +61,7 @@ func statuses(relay peer.AddrInfo) error {
 		{pb.Status_NO_RESERVATION, connectTo(stranger.ID()), "CONNECT to a peer without a reservation"},
 		{pb.Status_CONNECTION_FAILED, connectTo(deaf.ID()), "CONNECT to a peer that does not speak stop"},
 		{pb.Status_RESOURCE_LIMIT_EXCEEDED, connectTo(target.ID()), "CONNECT to a peer that has all circuits it may have"},
-		{pb.Status_MALFORMED_MESSAGE, connectTo(""), "CONNECT to nobody"},
+		{pb.Status_MALFORMED_MESSAGE, connectTo(""), "CONNECT to an empty peer id"},
 		{pb.Status_MALFORMED_MESSAGE, connectTo("no peer id"), "CONNECT to what is no peer id"},
 		{pb.Status_UNEXPECTED_MESSAGE, &pb.HopMessage{Type: pb.HopMessage_STATUS.Enum()}, "STATUS"},
 		{pb.Status_OK, &pb.HopMessage{Type: pb.HopMessage_RESERVE.Enum()}, "RESERVE after all that"},

@@ -17,7 +17,7 @@ export async function statuses (relay) {
     ['CONNECT to a peer without a reservation', connectTo(stranger.peerId), Status.NO_RESERVATION],
     ['CONNECT to a peer that does not speak stop', connectTo(deaf.peerId), Status.CONNECTION_FAILED],
     ['CONNECT to a peer that has all circuits it may have', connectTo(target.peerId), Status.RESOURCE_LIMIT_EXCEEDED],
-    ['CONNECT to nobody', { type: HopMessage.Type.CONNECT }, Status.MALFORMED_MESSAGE],
+    ['CONNECT without a target', { type: HopMessage.Type.CONNECT }, Status.MALFORMED_MESSAGE],
     ['a message of no type', {}, Status.MALFORMED_MESSAGE],
     ['STATUS', { type: HopMessage.Type.STATUS }, Status.UNEXPECTED_MESSAGE],
     ['RESERVE after all that', { type: HopMessage.Type.RESERVE }, Status.OK]
