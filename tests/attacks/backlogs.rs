@@ -157,9 +157,7 @@ async fn headers_without_bodies_beside_a_busy_target() {
     let size = format!("{HEADERS} of 12 bytes that announce 256 KiB, a target that reads 500 kB/s");
     let what = "headers without bodies";
     let (peers, _) = testbed.attack(what, &size, attack).await;
-    for freed in FREED_FOR_MEMORY {
-        assert_eq!(testbed.count(freed).await, 0.0, "{freed}");
-    }
+    testbed.assert_nothing_freed().await;
     // All stay open, in addition to the bystanders' two, the source and the target.
     testbed.until(|counts| counts.connections == 4 + HEADERS).await;
     writes.abort();
@@ -211,9 +209,7 @@ async fn the_most_circuits_a_peer_may_have_in_both_directions() {
     let what = "as many circuits as a peer may have";
     testbed.attack(what, &size, attack).await;
     assert!(source.kept_its_connection() && target.kept_its_connection());
-    for freed in FREED_FOR_MEMORY {
-        assert_eq!(testbed.count(freed).await, 0.0, "{freed}");
-    }
+    testbed.assert_nothing_freed().await;
     source.disconnect().await;
     target.disconnect().await;
     testbed.assert_restored().await;

@@ -127,6 +127,14 @@ impl Testbed {
         move || counts(port).boxed()
     }
 
+    /// Asserts that the relay closed no stream and no connection to free memory.
+    pub async fn assert_nothing_freed(&self) {
+        let samples = samples(&get(self.http_port, "/metrics").await);
+        for metric in FREED_FOR_MEMORY {
+            assert_eq!(samples[metric], 0.0, "{metric}");
+        }
+    }
+
     /// Waits until this metric is at least `wanted`.
     pub async fn until_counted(&self, name: &'static str, wanted: f64) {
         within(async {
