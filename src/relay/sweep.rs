@@ -371,6 +371,28 @@ mod tests {
     }
 
     #[test]
+    fn a_slot_stays_at_the_connection_that_its_peer_last_reserved_over_when_an_older_request_waits()
+    {
+        let start = Instant::now();
+        let config = Config { max_reservations: 2, ..Config::default() };
+        let asked = start + config.probe_after;
+        let (mut relay, [holder, _]) = relay(config, start);
+        let newcomer = PeerId::random();
+        let [old, new] = [2, 3].map(|connection| {
+            let up = Connection::new(newcomer, "/memory/1".parse().unwrap(), false, 0, start);
+            relay.connections.add(connection, up);
+            End { peer: newcomer, connection }
+        });
+        relay.handle_request(old, Ok(Request::Reserve), (), asked);
+        assert_eq!(relay.waiting.len(), 1);
+        relay.release(holder.peer, FreedReason::Released, asked);
+        relay.handle_request(new, Ok(Request::Reserve), (), asked);
+        relay.sweep(asked);
+        let slot = relay.reservations.get(&newcomer).expect("a slot");
+        assert_eq!((slot.connection, relay.waiting.len()), (Some(new.connection), 0));
+    }
+
+    #[test]
     fn a_peer_that_is_heard_within_grace_over_the_connection_that_stayed_open_has_its_slot_again() {
         let start = Instant::now();
         let (mut relay, [alice, bob]) = relay(Config::default(), start);

@@ -347,6 +347,15 @@ impl Model {
             self.answers.push((request, Answer::TooOften));
             return;
         }
+        // A peer waits with one request only: the older one is decided first.
+        let (older, others) = self.waiting.iter().partition(|w| w.peer == peer);
+        self.waiting = others;
+        let older: Vec<Waiting> = older;
+        for older in older {
+            if self.try_reserve(peer, older.connection, older.request, now).is_err() {
+                self.answers.push((older.request, Answer::Refused));
+            }
+        }
         match self.try_reserve(peer, connection, request, now) {
             Ok(()) => return,
             Err(None) => {
@@ -355,11 +364,6 @@ impl Model {
             }
             Err(Some(_)) => {}
         }
-        // A peer waits with one request only.
-        let (older, others) = self.waiting.iter().partition(|w| w.peer == peer);
-        self.waiting = others;
-        let older: Vec<Waiting> = older;
-        self.answers.extend(older.iter().map(|w| (w.request, Answer::Refused)));
         let from_there = |w: &&Waiting| w.address == address;
         let is_full = self.waiting.iter().filter(from_there).count() >= MOST_WAITING_PER_ADDRESS;
         if self.policy.probe == 0 || is_full {
