@@ -155,7 +155,7 @@ struct Draining<C, R> {
     /// The fraction of a connection that was due then, and could not be closed yet.
     due: f64,
     /// Requests that are answered by closing their connection: dropping a reply handle would reset its stream first.
-    unanswered: Vec<R>,
+    unanswered: Vec<(C, R)>,
     /// The connections that were in use when it began. In a foreign swarm, no others are closed.
     used: HashSet<C>,
 }

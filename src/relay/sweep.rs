@@ -187,6 +187,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     /// Closes as many connections as are due in a drain, one whose last circuit ended included.
     pub(super) fn close_due(&mut self, now: Instant) {
         let Some(draining) = &mut self.draining else { return };
+        draining.unanswered.retain(|(over, _)| self.connections.get(*over).is_some());
         let unused = self.connections.iter().filter(|(id, up)| {
             let is_used = up.holds_reservation || draining.used.contains(id);
             up.circuits == 0 && up.closing.is_none() && (self.config.close_silent || is_used)
@@ -214,7 +215,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
             && self.connections.get(from.connection).is_some_and(|up| up.circuits == 0)
             && (self.config.close_silent || draining.used.contains(&from.connection))
         {
-            draining.unanswered.push(reply);
+            draining.unanswered.push((from.connection, reply));
             self.close(from.connection, CloseReason::Draining);
         }
     }
@@ -523,7 +524,7 @@ mod tests {
 
 #[cfg(test)]
 mod drain_tests {
-    use std::time::Duration;
+    use std::{sync::Arc, time::Duration};
 
     use super::*;
     use crate::{config::Config, wire::Request};
@@ -649,6 +650,25 @@ mod drain_tests {
         relay.handle_request(ends[3], Ok(Request::Connect(ends[1].peer)), (), start);
         relay.handle_request(ends[0], Ok(Request::Reserve), (), start);
         assert_eq!(actions(&mut relay), (vec![2, 3], false));
+    }
+
+    #[test]
+    fn a_request_without_an_answer_is_forgotten_with_its_connection() {
+        let start = Instant::now();
+        let config = Config { close_silent: true, ..Config::default() };
+        let mut relay = Relay::<u32, Arc<()>>::new(config, start).unwrap();
+        relay.drain(start + DRAIN, start);
+        let reply = Arc::new(());
+        for connection in 0..3 {
+            let end = End { peer: PeerId::random(), connection };
+            let up = Connection::new(end.peer, "/memory/1".parse().unwrap(), false, 0, start);
+            relay.connections.add(connection, up);
+            relay.handle_request(end, Ok(Request::Reserve), reply.clone(), start);
+            assert_eq!(Arc::strong_count(&reply), 2, "until its connection has closed");
+            relay.on_disconnected(end, start);
+            relay.sweep(start);
+            assert_eq!(Arc::strong_count(&reply), 1);
+        }
     }
 
     #[test]
