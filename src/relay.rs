@@ -121,8 +121,8 @@ pub enum Action<C, R> {
 pub enum AccessCheck<C, R> {
     /// A request, and how often the rules had changed when it came.
     Request(PendingRequest<C, R>, u64),
-    /// The slot of a peer.
-    Slot(PeerId),
+    /// The slot of a peer, and the connection that it points at, if any.
+    Slot(PeerId, Option<C>),
     /// A circuit that is open or being set up.
     Circuit(CircuitId),
 }

@@ -120,8 +120,12 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
                 _ => self.refuse(request, Refused::Denied),
             },
             AccessCheck::Circuit(id) if is_denied => self.end_circuit(id, CircuitEnd::Denied),
-            AccessCheck::Slot(peer) if is_denied && self.reservations.get(&peer).is_some() => {
-                self.release(peer, FreedReason::Denied, now);
+            AccessCheck::Slot(peer, over) if is_denied => {
+                // A slot that points at another connection since was allowed there, or is asked for again.
+                let slot = self.reservations.get(&peer);
+                if slot.is_some_and(|slot| slot.connection.or(over) == over) {
+                    self.release(peer, FreedReason::Denied, now);
+                }
             }
             _ => {}
         }
@@ -150,7 +154,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         let slots = slots.map(|(peer, slot)| {
             let first = slot.prefix.map_or_else(Multiaddr::empty, |prefix| prefix.ip().into());
             let address = slot.connection.map_or(first, |up| self.address_of(up));
-            (AccessCheck::Slot(peer), self.access().may_reserve(peer, &address))
+            (AccessCheck::Slot(peer, slot.connection), self.access().may_reserve(peer, &address))
         });
         // 2. Circuits. The target may hold no slot any more, or hold it over another connection.
         let circuits = self.circuits.iter().filter(|(_, it)| is_meant(it.source.peer));
@@ -563,6 +567,72 @@ mod tests {
         let moved = check(&mut relay);
         relay.on_access_checked(moved, false.into(), start);
         assert_eq!(freed(&mut relay), Some((holder.peer, FreedReason::Denied)));
+    }
+
+    /// Opens one more connection of this peer, from another subnet.
+    fn connect_again(relay: &mut Relay<u32, u32>, peer: PeerId, connection: u32) -> End<u32> {
+        let address = "/ip4/203.0.113.1/tcp/1".parse().unwrap();
+        let up = Connection::new(peer, address, false, 0, Instant::now());
+        relay.connections.add(connection, up);
+        End { peer, connection }
+    }
+
+    #[test]
+    fn a_late_denial_of_the_address_that_a_slot_has_left_does_not_free_it() {
+        let start = Instant::now();
+        let (mut relay, [_, holder]) = relay(start);
+        reserve(&mut relay, holder, start);
+        let elsewhere = connect_again(&mut relay, holder.peer, 3);
+        relay.set_access(Box::new(AskLater), start);
+        let old = check(&mut relay);
+        relay.handle_request(elsewhere, Ok(Request::Reserve), 2, start);
+        let renewal = check(&mut relay);
+        relay.on_access_checked(renewal, true.into(), start);
+        relay.on_access_checked(old, false.into(), start);
+        let slot = relay.reservations.get(&holder.peer).expect("its slot");
+        assert_eq!(slot.connection, Some(elsewhere.connection));
+    }
+
+    #[test]
+    fn a_slot_that_an_undelivered_answer_moves_is_asked_for_again() {
+        let start = Instant::now();
+        let (mut relay, [_, holder]) = relay(start);
+        reserve(&mut relay, holder, start);
+        let renewing = connect_again(&mut relay, holder.peer, 3);
+        relay.set_access(Box::new(AskLater), start);
+        let slot = check(&mut relay);
+        relay.on_access_checked(slot, true.into(), start);
+        relay.handle_request(renewing, Ok(Request::Reserve), 2, start);
+        let renewal = check(&mut relay);
+        relay.on_access_checked(renewal, true.into(), start);
+        let receipt = actions(&mut relay).into_iter().find_map(|action| match action {
+            Action::Grant { receipt, .. } => Some(receipt),
+            _ => None,
+        });
+        let newest = connect_again(&mut relay, holder.peer, 4);
+        relay.on_disconnected(holder, start);
+        relay.on_delivered(holder.peer, receipt.expect("a renewal"), false, start);
+        let slot = relay.reservations.get(&holder.peer).expect("its slot");
+        assert_eq!(slot.connection, Some(newest.connection));
+        let moved = check(&mut relay);
+        relay.on_access_checked(moved, false.into(), start);
+        assert_eq!(freed(&mut relay), Some((holder.peer, FreedReason::Denied)));
+    }
+
+    #[test]
+    fn a_slot_that_is_live_again_over_a_connection_that_was_silent_is_asked_for_again() {
+        let start = Instant::now();
+        let (mut relay, [_, holder]) = relay(start);
+        reserve(&mut relay, holder, start);
+        relay.time_out(holder.connection, start);
+        relay.set_access(Box::new(AskLater), start);
+        let in_grace = check(&mut relay);
+        relay.on_access_checked(in_grace, true.into(), start);
+        relay.connections.record_activity(&holder.peer, start);
+        relay.sweep(start);
+        let slot = relay.reservations.get(&holder.peer).expect("its slot");
+        assert_eq!(slot.connection, Some(holder.connection));
+        check(&mut relay);
     }
 
     #[test]

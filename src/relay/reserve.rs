@@ -132,6 +132,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         let up = self.fit_for_a_slot(peer);
         self.reservations.on_undelivered(peer, receipt, &up, now);
         self.apply_changes(now);
+        self.recheck(Some(peer), now); // it may have moved
     }
 
     /// Undoes a grant whose voucher could not be signed.

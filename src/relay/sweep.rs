@@ -128,6 +128,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
                 self.reservations.revive(heard);
                 self.apply_changes(now);
                 self.report(Event::ReservationAccepted { peer, address, renewed: true });
+                self.recheck(Some(peer), now);
             }
         }
     }
