@@ -260,8 +260,10 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     pub fn release(&mut self, peer: PeerId, reason: FreedReason, now: Instant) -> bool {
         let held = self.reservations.free(peer, reason);
         self.apply_changes(now);
-        let circuits: Vec<_> = self.circuits.of(&peer).map(|(id, _)| id).collect();
+        // Those that it opened are asked about by themselves: who may hold no slot may be allowed to connect.
         let is_denied = reason == FreedReason::Denied;
+        let of_it = self.circuits.of(&peer).filter(|(_, it)| !is_denied || it.target.peer == peer);
+        let circuits: Vec<_> = of_it.map(|(id, _)| id).collect();
         let end = if is_denied { CircuitEnd::Denied } else { CircuitEnd::Released };
         circuits.into_iter().for_each(|id| self.end_circuit(id, end));
         held

@@ -636,6 +636,28 @@ mod tests {
     }
 
     #[test]
+    fn a_peer_that_may_only_connect_any_more_loses_its_slot_and_keeps_the_circuits_that_it_opened()
+    {
+        let start = Instant::now();
+        let (mut relay, [source, target]) = relay(start);
+        reserve(&mut relay, source, start);
+        reserve(&mut relay, target, start);
+        relay.handle_request(source, Ok(Request::Connect(target.peer)), 2, start);
+        let asked = actions(&mut relay).into_iter().find_map(|action| match action {
+            Action::AskTarget(_, parameters) => Some(parameters),
+            _ => None,
+        });
+        let mut parameters = asked.expect("a STOP request to the target");
+        relay.on_target_answered(parameters.id, target.connection, Ok(()), start);
+        let mut config = relay.config.clone();
+        config.access.allow_peer.insert(target.peer);
+        config.access.allow_connect_peer.insert(source.peer);
+        relay.set_config(config, start).unwrap();
+        assert_eq!(freed(&mut relay), Some((source.peer, FreedReason::Denied)));
+        assert_eq!(parameters.ended.try_recv(), Ok(None), "the circuit continues");
+    }
+
+    #[test]
     fn frequent_policy_changes_do_not_delay_the_sweep() {
         let start = Instant::now();
         let (mut relay, _) = relay(start);
