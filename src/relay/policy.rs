@@ -149,9 +149,12 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         let is_busy = self.open_checks > 0;
         self.check_again |= is_busy;
         // 1. Slots. For a peer in grace, which has no connection, the first address of the prefix that its slot counts
-        //    towards.
-        let slots = self.reservations.iter().filter(|(peer, _)| is_meant(*peer));
-        let slots = slots.map(|(peer, slot)| {
+        //    towards. For one peer the cost does not depend on the number of slots: peers reconnect often.
+        let slots = match only {
+            Some(peer) => Vec::from_iter(self.reservations.get(&peer).map(|slot| (peer, slot))),
+            None => self.reservations.iter().collect(),
+        };
+        let slots = slots.into_iter().map(|(peer, slot)| {
             let first = slot.prefix.map_or_else(Multiaddr::empty, |prefix| prefix.ip().into());
             let address = slot.connection.map_or(first, |up| self.address_of(up));
             (AccessCheck::Slot(peer, slot.connection), self.access().may_reserve(peer, &address))
