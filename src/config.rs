@@ -104,7 +104,8 @@ pub struct Config {
     /// Where it is off, whatever arrives over that connection within the grace makes the slot live again.
     pub close_silent: bool,
     /// How long a peer has to answer a probe while a newcomer waits for its slot, and how long the newcomer waits. At
-    /// most 64 newcomers wait at a time, at most 8 of them from one address; others are refused at once.
+    /// most 64 newcomers wait at a time, at most 16 of them from one subnet and 8 from one address; others are refused at
+    /// once.
     ///
     /// Default 3 s, at most 3.5 s: js-libp2p gives up 5 s after it began to dial. Zero: a newcomer
     /// to a full table is refused at once.

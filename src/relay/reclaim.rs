@@ -10,14 +10,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{connections::PendingRequest, quota::Scope};
+use super::{
+    connections::PendingRequest,
+    quota::{Caps, Quota, Scope},
+};
 use crate::{access::Terms, address::ClientPrefix, config::Config};
 
-/// How many newcomers may wait at a time. One more is refused at once.
-const MOST_WAITING: usize = 64;
-
-/// How many of them may be from one address: else an address that is at its cap takes the whole queue.
-const MOST_WAITING_PER_ADDRESS: usize = 8;
+/// How many newcomers may wait at a time: else an address that is at its cap, or one site, takes the whole queue. One more is
+/// refused at once.
+const MOST_WAITING: Caps = Caps { total: Some(64), per_subnet: Some(16), per_address: Some(8) };
 
 /// How many probes may be open at a time.
 const MOST_PROBED: usize = 32;
@@ -66,10 +67,9 @@ pub fn may_wait<C, R>(
     waiting: &VecDeque<PendingReservation<C, R>>,
     prefix: Option<ClientPrefix>,
 ) -> bool {
-    let of_prefix = waiting.iter().filter(|other| other.request.origin.prefix == prefix);
-    !config.probe.is_zero()
-        && waiting.len() < MOST_WAITING
-        && of_prefix.count() < MOST_WAITING_PER_ADDRESS
+    let mut quota = Quota::new(MOST_WAITING);
+    waiting.iter().for_each(|other| quota.add(other.request.origin.prefix));
+    !config.probe.is_zero() && quota.full(prefix).is_none()
 }
 
 /// Decides about each newcomer that has waited under a cap for this long, and which connections to probe. `candidates`
@@ -238,13 +238,14 @@ mod tests {
             }
             may_wait
         };
-        for n in 0..MOST_WAITING {
-            let home = format!("/ip4/192.0.2.{}/tcp/1", n / MOST_WAITING_PER_ADDRESS);
-            assert!(wait(&home));
-            let is_full = (n + 1) % MOST_WAITING_PER_ADDRESS == 0;
-            assert!(!is_full || !wait(&home));
+        for n in 1..=64 {
+            let subnet = format!("/ip4/192.0.{}", (n - 1) / 16);
+            let address = format!("{subnet}.{}/tcp/1", (n - 1) / 8);
+            assert!(wait(&address));
+            assert!(n % 8 != 0 || !wait(&address), "eight of one address");
+            assert!(n % 16 != 0 || !wait(&format!("{subnet}.99/tcp/1")), "sixteen of one subnet");
         }
         assert!(!wait("/memory/1"));
-        assert_eq!(waiting.len(), MOST_WAITING);
+        assert_eq!(waiting.len(), 64);
     }
 }
