@@ -143,8 +143,8 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         }
         let mut up = self.fit_for_a_slot(gone.peer);
         up.retain(|other| *other != gone.connection);
-        let is_closed = end == CircuitEnd::Disconnected;
-        let reason = if is_closed { FreedReason::Disconnected } else { FreedReason::Silent };
+        let is_silent = end == CircuitEnd::Silent;
+        let reason = if is_silent { FreedReason::Silent } else { FreedReason::Disconnected };
         let held_over = self.reservations.get(&gone.peer).and_then(|slot| slot.connection);
         self.reservations.on_disconnected(gone, &up, reason, now);
         self.apply_changes(now);
@@ -836,6 +836,25 @@ mod preemption_tests {
         for old in old {
             assert_eq!(clients.replace_with(new), closed(old));
         }
+    }
+
+    #[test]
+    fn without_grace_a_slot_that_cannot_move_to_the_newer_connection_is_freed_as_disconnected() {
+        let (mut clients, alice) = (Clients::new(), PeerId::random());
+        let grace = Duration::ZERO;
+        clients.relay.set_config(Config { grace, ..Config::default() }, clients.now).unwrap();
+        let first = clients.connect(alice);
+        clients.reserve(first);
+        let relayed = Connection::new(alice, "/memory/1".parse().unwrap(), true, 0, clients.now);
+        clients.relay.connections.add(first + 1, relayed);
+        clients.relay.close_longest_silent_of(alice, first + 1, clients.now);
+        let freed = std::iter::from_fn(|| clients.relay.actions.pop_front()).find_map(|action| {
+            let Action::Report(Event::ReservationFreed { reason, .. }) = action else {
+                return None;
+            };
+            Some(reason)
+        });
+        assert_eq!(freed, Some(FreedReason::Disconnected));
     }
 
     #[test]
