@@ -70,7 +70,7 @@ impl TcpInfo {
     }
 
     /// How many bytes the other end has acknowledged so far: `tcpi_bytes_acked`.
-    #[cfg(feature = "program")]
+    #[cfg(any(test, feature = "program"))]
     pub fn acknowledged(&self) -> Option<u64> {
         Some(u64::from_ne_bytes(*self.0.get(120..)?.first_chunk()?))
     }
