@@ -111,13 +111,9 @@ impl Heartbeat {
         let pause = now.saturating_duration_since(self.checked_at);
         self.checked_at = now;
         if pause > sweep + heartbeat {
-            let mut is_any_watched = false;
-            for (_, liveness) in watched {
-                liveness.on_activity(now);
-                is_any_watched = true;
-            }
+            let watched = watched.map(|(_, liveness)| liveness.on_activity(now)).count();
             let seconds = pause.as_secs();
-            found.fault = is_any_watched
+            found.fault = (watched > 0)
                 .then(|| format!("process was suspended for {seconds} s: liveness timers reset"));
             return found;
         }

@@ -248,13 +248,9 @@ impl<C: Copy + Eq> Reservations<C> {
     /// Nothing changes unless the reservation points at it. `reason` is why the slot is freed if there is no grace.
     pub fn on_disconnected(&mut self, gone: End<C>, up: &[C], reason: FreedReason, now: Instant) {
         let End { peer, connection } = gone;
-        let state = self.slots.get(&peer).map(|reservation| reservation.state);
-        if state.and_then(State::connection) != Some(connection) {
-            return;
-        }
+        let held_over = self.slots.get(&peer).and_then(|slot| slot.state.connection());
         // An answer that is being sent over that connection will not arrive.
-        let is_undone = self.undo(peer, up, now);
-        if !is_undone {
+        if held_over == Some(connection) && !self.undo(peer, up, now) {
             self.settle(peer, up, reason, now);
         }
     }
@@ -289,11 +285,10 @@ impl<C: Copy + Eq> Reservations<C> {
         if let Some((state, expires)) = *before {
             reservation.expires = expires;
             self.next_end = self.next_end.map(|next| next.min(expires));
-            match state.connection() {
-                Some(gone) if !up.contains(&gone) => {
-                    self.settle(peer, up, FreedReason::Disconnected, now);
-                }
-                _ => _ = self.set_state(peer, state),
+            if state.connection().is_some_and(|over| !up.contains(&over)) {
+                self.settle(peer, up, FreedReason::Disconnected, now);
+            } else {
+                self.set_state(peer, state);
             }
         } else {
             self.free(peer, FreedReason::Undelivered);
