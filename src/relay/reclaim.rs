@@ -16,8 +16,8 @@ use super::{
 };
 use crate::{access::Terms, address::ClientPrefix, config::Config};
 
-/// How many newcomers may wait at a time: else an address that is at its cap, or one site, takes the whole queue. One more is
-/// refused at once.
+/// How many newcomers may wait at a time; one more is refused at once. Else an address that is at its cap, or one site, takes
+/// the whole queue.
 const MOST_WAITING: Caps = Caps { total: Some(64), per_subnet: Some(16), per_address: Some(8) };
 
 /// How many probes may be open at a time.

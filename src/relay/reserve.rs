@@ -21,8 +21,8 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     /// Grants an allowed RESERVE a slot, refuses it, or has it wait for one.
     pub(super) fn reserve(&mut self, request: PendingRequest<C, R>, terms: Terms, now: Instant) {
         let (End { peer, connection }, prefix) = (request.from, request.origin.prefix);
-        // 1. A peer waits once. Its older request, maybe from another network, gets a slot first or is refused: the reservation
-        //    points at the connection that it was last made over.
+        // 1. A peer waits once. Its older request, maybe from another network, gets a slot first or is refused: the
+        //    reservation points at the connection that it was last made over.
         let nth = self.waiting.iter().position(|older| older.request.from.peer == peer);
         let older = nth.and_then(|nth| self.waiting.remove(nth));
         if let Some((older, full)) = older.and_then(|older| self.try_reserve(older, now)) {
