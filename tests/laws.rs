@@ -317,6 +317,14 @@ fn a_renewal_is_never_refused_for_lack_of_room() {
 }
 
 #[test]
+fn a_term_that_is_over_is_not_renewed() {
+    let mut table = Table::of(1);
+    table.reserve(ALICE);
+    table.advance(TTL);
+    assert_eq!(table.reserve(ALICE), Outcome::Slot);
+}
+
+#[test]
 fn a_new_term_begins_with_the_renewal() {
     let mut table = Table::of(1);
     table.reserve(ALICE);

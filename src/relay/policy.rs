@@ -218,12 +218,13 @@ mod tests {
 
     use super::*;
     use crate::{
+        access::Terms,
         event::Event,
         relay::{
             Action,
             connections::{Connection, End},
         },
-        wire::Request,
+        wire::{Limit, Request, Status},
     };
 
     const SOURCE: u32 = 1;
@@ -444,6 +445,8 @@ mod tests {
             let renewal = check(&mut relay);
             relay.on_access_checked(renewal, false.into(), over - before);
         }
+        sweep(&mut relay, ends, over);
+        assert_eq!(relay.reservations.taken(), 1, "once in each term");
         sweep(&mut relay, ends, over - second + ANSWER_TIMEOUT);
         assert_eq!(freed(&mut relay), Some((holder.peer, FreedReason::Expired)));
     }
@@ -658,6 +661,63 @@ mod tests {
         relay.set_config(config, start).unwrap();
         assert_eq!(freed(&mut relay), Some((source.peer, FreedReason::Denied)));
         assert_eq!(parameters.ended.try_recv(), Ok(None), "the circuit continues");
+    }
+
+    /// Allows everything on these terms.
+    struct On(Terms);
+
+    impl Access for On {
+        fn may_reserve(&self, _: PeerId, _: &Multiaddr) -> Permission {
+            Permission::Allow(self.0)
+        }
+
+        fn may_connect(&self, source: PeerId, address: &Multiaddr, _: PeerId) -> Permission {
+            self.may_reserve(source, address)
+        }
+    }
+
+    #[test]
+    fn terms_apply_within_the_limits_of_the_wire() {
+        let (start, second) = (Instant::now(), Duration::from_secs(1));
+        let (mut relay, [_, client]) = relay(start);
+        let year = 365 * 24 * 60 * 60 * second;
+        for (given, granted) in
+            [(Duration::ZERO, second), (90 * second, 90 * second), (Duration::MAX, year)]
+        {
+            let limit = Some(given).filter(|given| !given.is_zero());
+            let terms = Terms {
+                reservation_ttl: Some(given),
+                circuit_duration: limit.or(Some(second / 2)),
+                circuit_bytes: Some(7),
+            };
+            relay.set_access(Box::new(On(terms)), start);
+            relay.handle_request(client, Ok(Request::Reserve), 1, start);
+            let answer = actions(&mut relay).into_iter().find_map(|action| match action {
+                Action::Grant { expires, limit, .. } => Some((expires - start, limit)),
+                _ => None,
+            });
+            let limit = Limit { duration: Some(granted), bytes: Some(7) };
+            assert_eq!(answer, Some((granted, limit)), "{given:?}");
+        }
+    }
+
+    #[test]
+    fn a_grant_that_cannot_be_signed_is_undone_and_refused() {
+        let start = Instant::now();
+        let (mut relay, [_, client]) = relay(start);
+        relay.handle_request(client, Ok(Request::Reserve), 7, start);
+        let granted = actions(&mut relay).into_iter().find_map(|action| match action {
+            Action::Grant { request, receipt, .. } => Some((request, receipt)),
+            _ => None,
+        });
+        let (request, receipt) = granted.expect("a slot is free");
+        relay.on_sign_failed(request, receipt, start);
+        assert_eq!(relay.reservations.taken(), 0);
+        let refused = actions(&mut relay).into_iter().find_map(|action| match action {
+            Action::Refuse(reply, status) => Some((reply, status)),
+            _ => None,
+        });
+        assert_eq!(refused, Some((7, Status::ReservationRefused)));
     }
 
     #[test]

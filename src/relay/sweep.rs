@@ -459,6 +459,43 @@ mod tests {
         assert_eq!((next.probed.len(), next.silent.len()), (0, 1));
     }
 
+    #[test]
+    fn a_newcomer_takes_no_slot_of_such_a_peer_before_the_probe_after_setting_either() {
+        let start = Instant::now();
+        let (heartbeat, probe_after) = (Duration::ZERO, Duration::from_secs(90));
+        let config = Config { max_reservations: 2, heartbeat, probe_after, ..Config::default() };
+        let (mut relay, holders) = relay(config, start);
+        for holder in holders {
+            relay.connections.get_mut(holder.connection).unwrap().liveness.is_partial = true;
+        }
+        let early = add_newcomer(&mut relay, start + probe_after - Duration::from_secs(9));
+        assert_eq!(early, Found::default(), "it is not even probed");
+    }
+
+    #[test]
+    fn the_connection_of_a_newcomer_that_waits_is_not_idle() {
+        let start = Instant::now();
+        let second = Duration::from_secs(1);
+        let (max_reservations, idle_timeout) = (2, 4 * second);
+        let config = Config { max_reservations, idle_timeout, ..Config::default() };
+        let asked = start + config.probe_after;
+        let (mut relay, _) = relay(config, start);
+        relay.sweep_due = asked;
+        let up = Connection::new(
+            PeerId::random(),
+            "/memory/1".parse().unwrap(),
+            false,
+            0,
+            asked - 3 * second,
+        );
+        let newcomer = End { peer: up.origin.peer, connection: 2 };
+        relay.connections.add(2, up);
+        relay.handle_request(newcomer, Ok(Request::Reserve), (), asked);
+        sweep_until(&mut relay, asked + 2 * second);
+        assert_eq!(relay.connections.get(2).unwrap().closing, None);
+        assert_eq!(relay.waiting.len(), 1);
+    }
+
     /// Has a newcomer ask for a slot at this time; returns what was found until it is answered.
     fn add_newcomer(relay: &mut Relay<u32, ()>, at: Instant) -> Found {
         sweep_until(relay, at);
