@@ -108,7 +108,8 @@ pub enum Action<C, R> {
     AskTarget(End<C>, Box<CircuitParameters>),
     /// Probe the peer, and wait this long for the answer.
     Probe(End<C>, Duration),
-    /// Keep the connection while it holds a reservation; `false`: it holds none any more.
+    /// Keep the connection while it holds a reservation, or the peer may be heard over it within its grace; or `false`: not
+    /// any more.
     Hold(End<C>, bool),
     /// Close a connection.
     Close(End<C>),

@@ -102,8 +102,6 @@ pub struct Receipt(u64);
 pub struct Change<C> {
     /// The peer.
     pub peer: PeerId,
-    /// The connection that the reservation pointed at; `None`: it was granted, or was in grace.
-    pub from: Option<C>,
     /// The connection that it points at now; `None`: grace began, or the slot is free.
     pub to: Option<C>,
     /// Why the slot is free, if it is, and the prefix that it counted towards.
@@ -212,7 +210,7 @@ impl<C: Copy + Eq> Reservations<C> {
             let reservation = Reservation { state, expires, prefix, receipt, kept_until, undo };
             self.slots.insert(Arc::new(peer), reservation);
             self.quota.add(prefix);
-            self.changes.push_back(Change { peer, from: None, to: Some(connection), freed: None });
+            self.changes.push_back(Change { peer, to: Some(connection), freed: None });
         }
         Ok((receipt, is_renewal))
     }
@@ -320,9 +318,9 @@ impl<C: Copy + Eq> Reservations<C> {
             self.queue.extend(Scope::of(prefix).map(|scope| ((scope, number), Arc::clone(id))));
             self.next_end = self.next_end.map(|next| next.min(since + self.grace));
         }
-        let (from, to) = (before.connection(), state.connection());
-        if from != to {
-            self.changes.push_back(Change { peer, from, to, freed: None });
+        let to = state.connection();
+        if before.connection() != to {
+            self.changes.push_back(Change { peer, to, freed: None });
         }
         Some(before)
     }
@@ -332,8 +330,7 @@ impl<C: Copy + Eq> Reservations<C> {
         let Some(slot) = self.slots.remove(&peer) else { return false };
         self.leave_queue(slot.state, slot.prefix);
         self.quota.remove(slot.prefix);
-        let (from, freed) = (slot.state.connection(), Some((reason, slot.prefix)));
-        self.changes.push_back(Change { peer, from, to: None, freed });
+        self.changes.push_back(Change { peer, to: None, freed: Some((reason, slot.prefix)) });
         true
     }
 

@@ -145,11 +145,13 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     /// reports freed slots and graces.
     pub(super) fn apply_changes(&mut self, now: Instant) {
         while let Some(change) = self.reservations.changes.pop_front() {
-            let Change { peer, from, to, freed } = change;
-            let released = from.map(|connection| (connection, false));
-            let held = to.map(|connection| (connection, true));
-            for (connection, holds) in released.into_iter().chain(held) {
-                if self.connections.update(connection, now, |up| up.holds_reservation = holds) {
+            let Change { peer, to, freed } = change;
+            let up: Vec<_> = self.connections.of(&peer).map(|(id, _)| id).collect();
+            for connection in up {
+                let holds = to == Some(connection);
+                self.connections.update(connection, now, |up| up.holds_reservation = holds);
+                // Within its grace a peer may be heard again over the open connection that it timed out on.
+                if to.is_some() || freed.is_some() {
                     self.actions.push_back(Action::Hold(End { peer, connection }, holds));
                 }
             }

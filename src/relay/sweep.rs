@@ -424,6 +424,31 @@ mod tests {
         assert!(relay.reservations.get(&bob.peer).is_none());
     }
 
+    #[test]
+    fn the_open_connection_of_a_peer_that_timed_out_is_kept_until_its_grace_is_over() {
+        let start = Instant::now();
+        let (mut relay, holders) = relay(Config::default(), start);
+        let let_go = |relay: &mut Relay<u32, ()>| -> Vec<_> {
+            let actions = std::iter::from_fn(|| relay.actions.pop_front());
+            let released = actions.filter_map(|action| match action {
+                Action::Hold(end, false) => Some(end.connection),
+                _ => None,
+            });
+            released.collect()
+        };
+        holders.iter().for_each(|end| relay.time_out(end.connection, start));
+        assert_eq!((relay.reservations.in_grace(), let_go(&mut relay)), (2, vec![]));
+        // One reserves over a new connection, and the grace of the other one ends.
+        let [alice, bob] = holders;
+        let new = End { connection: 2, ..alice };
+        let up = Connection::new(alice.peer, "/memory/1".parse().unwrap(), false, 0, start);
+        relay.connections.add(new.connection, up);
+        relay.handle_request(new, Ok(Request::Reserve), (), start);
+        assert_eq!(let_go(&mut relay), [alice.connection]);
+        relay.sweep(start + Config::default().grace);
+        assert_eq!(let_go(&mut relay), [bob.connection]);
+    }
+
     /// Sweeps as due until then; returns all findings.
     fn sweep_until(relay: &mut Relay<u32, ()>, end: Instant) -> Found {
         let mut all = Found::default();
