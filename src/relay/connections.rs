@@ -247,7 +247,8 @@ impl<C: Copy + Eq + Hash> Connections<C> {
     pub fn poll_counters(&mut self, now: Instant) {
         // A loop of its own: the counters are spread over the heap, and so the processor prefetches several at a time.
         for connection in self.up.values_mut() {
-            let count = connection.counters.iter().flatten().map(ActivityCounter::count).sum();
+            let counts = connection.counters.iter().flatten().map(ActivityCounter::count);
+            let count = counts.fold(0, u64::wrapping_add); // the embedder may add any amount
             if count != connection.counted {
                 connection.counted = count;
                 connection.liveness.on_activity(now);
@@ -348,6 +349,21 @@ mod tests {
         assert_eq!(idle(&mut connections, start), [1]);
         assert_eq!(idle(&mut connections, start + FLOODING_AGE * 3 / 4), [2]);
         assert_eq!(idle(&mut connections, start + FLOODING_AGE), [3]);
+    }
+
+    #[test]
+    fn any_sum_of_counters_is_polled() {
+        let (mut connections, start) = connections();
+        let [own, embedders] = [(); 2].map(|()| ActivityCounter::default());
+        let up = connections.get_mut(1).unwrap();
+        [&own, &embedders].into_iter().for_each(|counter| up.track(counter.clone()));
+        own.add(1);
+        embedders.add(u64::MAX - 1);
+        connections.poll_counters(start);
+        own.add(2);
+        connections.poll_counters(start + MINUTE);
+        let liveness = &connections.get(1).unwrap().liveness;
+        assert_eq!(liveness.silent_for(start + MINUTE), Duration::ZERO);
     }
 
     #[test]

@@ -364,6 +364,7 @@ mod tests {
                 relay.sweep(relay.sweep_due);
             }
             relay.sweep(relay.sweep_due + late);
+            assert_eq!(found(&mut relay), Found::default(), "an answer may not have been read yet");
             let (_, taken) = until_found(&mut relay);
             let [(peer, FreedReason::TakenBy { peer: by })] = taken.freed[..] else {
                 panic!("{taken:?}");
