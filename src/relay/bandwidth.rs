@@ -111,6 +111,12 @@ impl Bandwidth {
         }
     }
 
+    /// How many queues are kept.
+    #[cfg(test)]
+    pub fn queues(&self) -> usize {
+        self.queues.len()
+    }
+
     /// Removes the queues whose bytes are all paid for.
     pub fn forget_paid(&mut self, now: Instant) {
         self.queues.retain(|_, queue| queue.waiting > 0 || queue.paid_at + BURST > now);

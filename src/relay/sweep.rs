@@ -263,7 +263,10 @@ mod tests {
 
     use super::*;
     use crate::{
-        activity::ActivityCounter, config::Config, relay::connections::Connection, wire::Request,
+        activity::ActivityCounter,
+        config::Config,
+        relay::{connections::Connection, rates::Rates},
+        wire::Request,
     };
 
     const TEN_MINUTES: Duration = Duration::from_secs(600);
@@ -496,6 +499,23 @@ mod tests {
         }
         let early = add_newcomer(&mut relay, start + probe_after - Duration::from_secs(9));
         assert_eq!(early, Found::default(), "it is not even probed");
+    }
+
+    #[test]
+    fn a_sweep_forgets_rates_that_are_full_and_bandwidth_that_is_paid_for() {
+        let start = Instant::now();
+        let config = Config { bandwidth: 1000, ..Config::default() };
+        let (mut relay, [source, target]) = relay(config, start);
+        relay.handle_request(source, Ok(Request::Connect(target.peer)), (), start);
+        relay.link.lock().charge([source.peer, target.peer], 1, start);
+        let kept = |relay: &Relay<u32, ()>| {
+            let [reserve, connect] =
+                [&relay.reserve_rates, &relay.connect_rates].map(Rates::buckets);
+            [reserve, connect, relay.link.lock().queues()]
+        };
+        assert_eq!(kept(&relay), [2, 1, 1]);
+        relay.sweep(start + Duration::from_secs(5));
+        assert_eq!(kept(&relay), [0; 3]);
     }
 
     #[test]
