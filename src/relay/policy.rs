@@ -642,6 +642,30 @@ mod tests {
     }
 
     #[test]
+    fn a_slot_in_grace_is_not_live_again_over_a_connection_that_may_not_reserve() {
+        let start = Instant::now();
+        let (mut relay, [_, holder]) = relay(start);
+        let max_reservations_per_ip = Some(1);
+        let config = Config { max_reservations_per_ip, ..relay.config.clone() };
+        relay.set_config(config, start).unwrap();
+        reserve(&mut relay, holder, start);
+        // Its slot still counts towards its first address: another peer has the one of the second.
+        let neighbour = connect_again(&mut relay, PeerId::random(), 3);
+        reserve(&mut relay, neighbour, start);
+        let silent = connect_again(&mut relay, holder.peer, 4);
+        reserve(&mut relay, silent, start);
+        relay.on_disconnected(holder, start);
+        relay.time_out(silent.connection, start);
+        let mut config = relay.config.clone();
+        config.access.deny_subnet = vec!["203.0.113.0/24".parse().unwrap()];
+        relay.set_config(config, start).unwrap();
+        relay.connections.record_activity(&holder.peer, start);
+        relay.sweep(start);
+        let slot = relay.reservations.get(&holder.peer).expect("its slot");
+        assert_eq!(slot.connection, None);
+    }
+
+    #[test]
     fn a_peer_that_may_only_connect_any_more_loses_its_slot_and_keeps_the_circuits_that_it_opened()
     {
         let start = Instant::now();

@@ -756,6 +756,23 @@ mod drain_tests {
     }
 
     #[test]
+    fn a_drain_begins_at_once_and_answers_newcomers_that_wait_by_closing_their_connections() {
+        let start = Instant::now();
+        let (mut relay, ends) = relay(2, start);
+        let config = Config { max_reservations: 1, ..relay.config.clone() };
+        relay.set_config(config, start).unwrap();
+        relay.handle_request(ends[0], Ok(Request::Reserve), (), start);
+        let later = start + relay.config.probe_after;
+        relay.handle_request(ends[1], Ok(Request::Reserve), (), later);
+        assert_eq!(relay.waiting.len(), 1);
+        actions(&mut relay);
+        relay.sweep_due = later + DRAIN;
+        relay.drain(later + DRAIN, later);
+        assert_eq!((actions(&mut relay), relay.waiting.len()), ((vec![1], false), 0));
+        assert_eq!(relay.sweep_due, later + TICK);
+    }
+
+    #[test]
     fn a_resumed_relay_accepts_clients() {
         let start = Instant::now();
         let (mut relay, ends) = relay(1, start);
