@@ -429,6 +429,45 @@ mod tests {
     }
 
     #[test]
+    fn a_live_slot_does_not_move_back_to_a_connection_on_which_its_peer_timed_out() {
+        let start = Instant::now();
+        let (mut relay, [alice, bob]) = relay(Config::default(), start);
+        let up = Connection::new(alice.peer, "/memory/1".parse().unwrap(), false, 0, start);
+        relay.connections.add(2, up);
+        relay.time_out(alice.connection, start);
+        relay.on_disconnected(bob, start); // so that a slot is in grace
+        relay.connections.record_activity(&alice.peer, start);
+        relay.sweep(start);
+        assert_eq!(relay.reservations.get(&alice.peer).unwrap().connection, Some(2));
+    }
+
+    #[test]
+    fn a_peer_times_out_once_on_a_connection_whose_circuits_have_yet_to_report_their_end() {
+        let start = Instant::now();
+        let (mut relay, [source, target]) = relay(Config::default(), start);
+        relay.handle_request(source, Ok(Request::Connect(target.peer)), (), start);
+        let (id, _) = relay.circuits.iter().next().expect("a circuit");
+        assert!(relay.on_target_answered(id, target.connection, Ok(()), start).is_some());
+        let end = start + 2 * Config::default().silence - Duration::from_secs(1);
+        let mut silent = sweep_until(&mut relay, end).silent;
+        silent.sort_unstable();
+        let mut both = [source.peer, target.peer];
+        both.sort_unstable();
+        assert_eq!(silent, both);
+    }
+
+    #[test]
+    fn a_shorter_sweep_interval_is_no_pause() {
+        let start = Instant::now();
+        let sweep = Duration::from_secs(50);
+        let (mut relay, _) = relay(Config { sweep, ..Config::default() }, start);
+        relay.sweep(start);
+        relay.set_config(Config::default(), start + 4 * sweep / 5).unwrap();
+        relay.sweep(relay.sweep_due);
+        assert_eq!(found(&mut relay).probed.len(), 2);
+    }
+
+    #[test]
     fn the_open_connection_of_a_peer_that_timed_out_is_kept_until_its_grace_is_over() {
         let start = Instant::now();
         let (mut relay, holders) = relay(Config::default(), start);
