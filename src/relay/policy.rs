@@ -223,9 +223,12 @@ mod tests {
         relay::{
             Action,
             connections::{Connection, End},
+            rates::Rates,
         },
         wire::{Limit, Request, Status},
     };
+
+    const MINUTE: Duration = Duration::from_secs(60);
 
     const SOURCE: u32 = 1;
     const TARGET: u32 = 2;
@@ -742,6 +745,91 @@ mod tests {
             _ => None,
         });
         assert_eq!(refused, Some((7, Status::ReservationRefused)));
+    }
+
+    /// The statuses of the refusals among the actions.
+    fn refusals(relay: &mut Relay<u32, u32>) -> Vec<Status> {
+        let refusals = actions(relay).into_iter().filter_map(|action| match action {
+            Action::Refuse(_, status) => Some(status),
+            _ => None,
+        });
+        refusals.collect()
+    }
+
+    #[test]
+    fn a_new_configuration_applies_from_the_next_request_quantum_and_sweep_on() {
+        let start = Instant::now();
+        let (mut relay, [source, target]) = relay(start);
+        let (sweep, no_circuits) = (Duration::from_millis(100), 0);
+        let config = Config { sweep, connect_rate: 1, bandwidth: 1000, ..Config::default() };
+        let config = Config { max_circuits_per_peer: no_circuits, ..config };
+        relay.set_config(config, start).unwrap();
+        assert_eq!(relay.sweep_due, start + sweep);
+        assert!(relay.link.lock().quantum([source.peer, target.peer]).is_some());
+        reserve(&mut relay, target, start);
+        for reason in [Refused::TooManyCircuitsOfSource, Refused::TooOften] {
+            relay.handle_request(source, Ok(Request::Connect(target.peer)), 2, start);
+            let refused = actions(&mut relay).into_iter().find_map(|action| match action {
+                Action::Report(Event::CircuitRefused { reason, .. }) => Some(reason),
+                _ => None,
+            });
+            assert_eq!(refused, Some(reason));
+        }
+    }
+
+    #[test]
+    fn a_renewal_is_charged_to_its_address_only_once_the_term_is_over() {
+        let start = Instant::now();
+        let (mut relay, [_, holder]) = relay(start);
+        relay.set_config(Config { reserve_rate: 1, ..relay.config.clone() }, start).unwrap();
+        reserve(&mut relay, holder, start);
+        let address = relay.connections.get(holder.connection).unwrap().origin.prefix;
+        let over = start + relay.config.reservation_ttl;
+        for (now, expected) in [(over, Some(Status::ResourceLimitExceeded)), (over - MINUTE, None)]
+        {
+            // Others at its address have asked as often as that may.
+            relay.reserve_rates = Rates::new(1);
+            while relay.reserve_rates.take(PeerId::random(), address, now).is_ok() {}
+            relay.handle_request(holder, Ok(Request::Reserve), 2, now);
+            assert_eq!(refusals(&mut relay).pop(), expected);
+        }
+    }
+
+    #[test]
+    fn a_denied_request_is_not_charged() {
+        let start = Instant::now();
+        let (mut relay, [_, client]) = relay(start);
+        let mut config = Config { reserve_rate: 1, ..relay.config.clone() };
+        config.access.deny_peer.insert(client.peer);
+        relay.set_config(config, start).unwrap();
+        for _ in 0..2 {
+            relay.handle_request(client, Ok(Request::Reserve), 1, start);
+            assert_eq!(refusals(&mut relay), [Status::PermissionDenied]);
+        }
+    }
+
+    #[test]
+    fn a_connection_is_not_idle_while_its_request_waits_for_an_answer() {
+        let (start, second) = (Instant::now(), Duration::from_secs(1));
+        let (mut relay, [_, client]) = relay(start);
+        let config = Config { idle_timeout: 4 * second, ..relay.config.clone() };
+        relay.set_config(config, start).unwrap();
+        relay.set_access(Box::new(AskLater), start);
+        relay.handle_request(client, Ok(Request::Reserve), 1, start + 3 * second);
+        relay.sweep(start + 6 * second);
+        assert_eq!(relay.connections.get(client.connection).unwrap().closing, None);
+    }
+
+    #[test]
+    fn a_request_that_is_allowed_while_the_relay_drains_is_not_granted() {
+        let start = Instant::now();
+        let (mut relay, [_, client]) = relay(start);
+        relay.set_access(Box::new(AskLater), start);
+        relay.handle_request(client, Ok(Request::Reserve), 1, start);
+        let request = check(&mut relay);
+        relay.drain(start, start);
+        relay.on_access_checked(request, true.into(), start);
+        assert_eq!(relay.reservations.taken(), 0);
     }
 
     #[test]
