@@ -222,7 +222,7 @@ mod tests {
         event::Event,
         relay::{
             Action,
-            connections::{Connection, End},
+            connections::{CloseReason, Connection, End},
             rates::Rates,
         },
         wire::{Limit, Request, Status},
@@ -793,6 +793,77 @@ mod tests {
             relay.handle_request(holder, Ok(Request::Reserve), 2, now);
             assert_eq!(refusals(&mut relay).pop(), expected);
         }
+    }
+
+    #[test]
+    fn a_newcomer_that_waits_gets_the_terms_of_the_latest_rules() {
+        let start = Instant::now();
+        let (mut relay, [newcomer, holder]) = relay(start);
+        relay.set_config(Config { max_reservations: 1, ..relay.config.clone() }, start).unwrap();
+        reserve(&mut relay, holder, start);
+        let later = start + relay.config.probe_after;
+        relay.handle_request(newcomer, Ok(Request::Reserve), 2, later);
+        let terms = Terms { reservation_ttl: Some(MINUTE), ..Terms::default() };
+        relay.set_access(Box::new(On(terms)), later);
+        relay.release(holder.peer, FreedReason::Released, later);
+        relay.sweep(later);
+        let granted = actions(&mut relay).into_iter().find_map(|action| match action {
+            Action::Grant { expires, .. } => Some(expires),
+            _ => None,
+        });
+        assert_eq!(granted, Some(later + MINUTE));
+    }
+
+    #[test]
+    fn a_slot_does_not_move_to_a_connection_that_is_being_closed() {
+        let start = Instant::now();
+        let (mut relay, [_, holder]) = relay(start);
+        reserve(&mut relay, holder, start);
+        let closing = connect_again(&mut relay, holder.peer, 3);
+        relay.close(closing.connection, CloseReason::Idle);
+        relay.on_disconnected(holder, start);
+        assert_eq!(relay.reservations.in_grace(), 1);
+    }
+
+    #[test]
+    fn the_rules_for_a_slot_in_grace_are_those_for_the_prefix_that_it_counts_towards() {
+        for (denied, is_freed) in [("192.0.2.0/24", true), ("198.51.100.0/24", false)] {
+            let start = Instant::now();
+            let (mut relay, [_, holder]) = relay(start);
+            reserve(&mut relay, holder, start);
+            relay.on_disconnected(holder, start);
+            let mut config = relay.config.clone();
+            config.access.deny_subnet = vec![denied.parse().unwrap()];
+            relay.set_config(config, start).unwrap();
+            assert_eq!(relay.reservations.taken() == 0, is_freed, "{denied}");
+        }
+    }
+
+    #[test]
+    fn a_request_over_a_relayed_connection_is_denied() {
+        let start = Instant::now();
+        let (mut relay, [source, target]) = relay(start);
+        reserve(&mut relay, target, start);
+        let address = "/ip4/192.0.2.9/tcp/1".parse().unwrap();
+        relay.connections.add(3, Connection::new(source.peer, address, true, 0, start));
+        let relayed = End { connection: 3, ..source };
+        for request in [Request::Reserve, Request::Connect(target.peer)] {
+            relay.handle_request(relayed, Ok(request), 2, start);
+            assert_eq!(refusals(&mut relay), [Status::PermissionDenied]);
+        }
+    }
+
+    #[test]
+    fn a_newcomer_that_disconnects_waits_no_longer() {
+        let start = Instant::now();
+        let (mut relay, [newcomer, holder]) = relay(start);
+        relay.set_config(Config { max_reservations: 1, ..relay.config.clone() }, start).unwrap();
+        reserve(&mut relay, holder, start);
+        let later = start + relay.config.probe_after;
+        relay.handle_request(newcomer, Ok(Request::Reserve), 2, later);
+        assert_eq!(relay.waiting.len(), 1);
+        relay.on_disconnected(newcomer, later);
+        assert_eq!(relay.waiting.len(), 0);
     }
 
     #[test]

@@ -572,6 +572,28 @@ async fn without_close_silent_a_timed_out_peer_loses_only_slot_and_circuits() {
 }
 
 #[tokio::test]
+async fn without_close_silent_a_peer_that_is_heard_within_grace_has_its_slot_again() {
+    let mut config = short_timeouts();
+    config.grace = Duration::from_secs(600);
+    let mut embedded = Embedded::start(config).await;
+    let frozen = Process::start_and_reserve(&embedded.address).await;
+    frozen.signal("STOP");
+    assert_eq!(embedded.next_silent().await, frozen.peer);
+    // Until another one times out, the swarm closes any connection that nothing keeps open.
+    let other = Process::start_and_reserve(&embedded.address).await;
+    other.signal("STOP");
+    assert_eq!(embedded.next_silent().await, other.peer);
+    frozen.signal("CONT");
+    let live_again = embedded
+        .until(|event| match event {
+            PartsEvent::Relay(Event::ReservationAccepted { peer, renewed: true, .. }) => Some(peer),
+            _ => None,
+        })
+        .await;
+    assert_eq!(live_again, frozen.peer);
+}
+
+#[tokio::test]
 async fn a_peer_with_recorded_activity_does_not_time_out() {
     check_kept_alive(|calls, peer| drop(calls.send(Call::RecordActivity(peer)))).await;
 }
