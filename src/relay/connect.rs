@@ -250,7 +250,7 @@ mod tests {
         let gone: Result<(), _> = Err(StopFailed::Gone);
         fixture.relay.on_target_answered(first.circuit, first.over, gone, fixture.start);
         assert!(fixture.accept(&second));
-        assert!(!fixture.accept(&first));
+        assert!(!fixture.accept(&first) && !fixture.accept(&second));
         assert_eq!(fixture.relay.circuits.open().count(), 1);
         assert_eq!(fixture.circuits_over(0), 1);
     }
@@ -278,6 +278,17 @@ mod tests {
         assert_eq!((request.over, request.since), (3, fixture.start));
         assert!(fixture.sweep(9 * RETRY_AFTER).is_none(), "each connection is used once");
         assert!(fixture.accept(&request));
+    }
+
+    #[test]
+    fn of_connections_that_are_equally_active_the_newest_is_asked_over() {
+        let mut fixture = Fixture::new();
+        fixture.connect();
+        [2, 3]
+            .into_iter()
+            .for_each(|connection| fixture.add_connection(fixture.target, connection));
+        let request = fixture.sweep(RETRY_AFTER).expect("a stop request over another connection");
+        assert_eq!(request.over, 3);
     }
 
     #[test]
