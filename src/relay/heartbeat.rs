@@ -337,6 +337,69 @@ mod tests {
     }
 
     #[test]
+    fn once_a_deferral_is_over_none_begins_while_peers_time_out() {
+        let mut fixture = Fixture::of(8);
+        assert!(fixture.run_for(2 * SILENCE - 1).timed_out.is_empty());
+        for _ in 0..2 {
+            assert_eq!(fixture.check_after(1), timed_out(&[0, 1, 2, 3, 4, 5, 6, 7]));
+        }
+    }
+
+    #[test]
+    fn peers_that_fall_silent_within_one_heartbeat_do_so_at_once() {
+        let mut fixture = Fixture::of(8);
+        for index in 0..8 {
+            fixture.run_for(3);
+            fixture.record_activity(index);
+        }
+        let outcome = fixture.run_for(SILENCE);
+        assert!(outcome.fault.is_some() && outcome.timed_out.is_empty());
+    }
+
+    #[test]
+    fn half_of_the_peers_are_not_most() {
+        let mut fixture = Fixture::of(16);
+        for _ in 0..SILENCE - 1 {
+            assert!(fixture.check_after(1).timed_out.is_empty());
+            (8..16).for_each(|index| fixture.record_activity(index));
+        }
+        assert_eq!(fixture.check_after(1).timed_out.len(), 8);
+    }
+
+    #[test]
+    fn the_warning_about_the_link_comes_once_an_hour() {
+        let mut fixture = Fixture::of(8);
+        let mut warnings = Vec::new();
+        let start = fixture.now;
+        while fixture.now < start + 2 * WARN_AGAIN {
+            if fixture.check_after(1).fault.is_some() {
+                warnings.push(fixture.now);
+            }
+            // They are silent for two limits, and then heard again.
+            if (fixture.now - start).as_secs() % (3 * SILENCE) == 0 {
+                (0..8).for_each(|index| fixture.record_activity(index));
+            }
+        }
+        assert_eq!(warnings.len(), 2);
+        assert!(warnings[1] > warnings[0] + WARN_AGAIN);
+    }
+
+    #[test]
+    fn a_peer_that_is_probed_early_times_out_no_earlier() {
+        let mut fixture = Fixture::of(1);
+        fixture.livenesses[0].jitter = 255;
+        assert_eq!(fixture.run_for(SILENCE - 1), probed(&[0]));
+        assert_eq!(fixture.run_for(1), timed_out(&[0]));
+    }
+
+    #[test]
+    fn a_sweep_that_is_late_by_a_heartbeat_resets_nothing() {
+        let mut fixture = Fixture::of(1);
+        let sweep = 1;
+        assert_eq!(fixture.check_after(sweep + HEARTBEAT), probed(&[0]));
+    }
+
+    #[test]
     fn deferral_ends_when_peers_are_heard_again() {
         let mut fixture = Fixture::of(8);
         assert!(fixture.run_for(SILENCE).fault.is_some());

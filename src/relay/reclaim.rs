@@ -221,6 +221,16 @@ mod tests {
     }
 
     #[test]
+    fn a_peer_is_probed_once_for_several_newcomers_and_open_probes_count() {
+        let (verdicts, to_probe) = decide(&[secs(0), secs(0)], vec![silent(1, 12), silent(2, 13)]);
+        assert_eq!((verdicts, to_probe), (vec![Verdict::Wait; 2], vec![2, 1]));
+        let mut candidates: Vec<_> = (0..30).map(|nth| probed(nth, 12, secs(1))).collect();
+        candidates.extend((30..40).map(|nth| silent(nth, 60)));
+        let (_, to_probe) = decide(&[secs(0)], candidates);
+        assert_eq!(to_probe, [30, 31]);
+    }
+
+    #[test]
     fn at_most_32_peers_are_probed_and_at_most_64_newcomers_wait() {
         let candidates = (0..100).map(|connection| silent(connection, 60)).collect();
         let (_, to_probe) = decide(&[secs(0), secs(0)], candidates);

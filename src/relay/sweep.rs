@@ -412,6 +412,7 @@ mod tests {
         // Another connection of Bob's does not count: a peer that comes back reserves.
         let another = Connection::new(bob.peer, "/memory/1".parse().unwrap(), false, 0, now);
         relay.connections.add(2, another);
+        relay.connections.get_mut(2).unwrap().liveness.on_activity(now);
         relay.connections.record_activity(&alice.peer, now);
         let now = relay.sweep_due;
         relay.sweep(now);
