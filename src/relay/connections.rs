@@ -352,6 +352,25 @@ mod tests {
     }
 
     #[test]
+    fn a_connection_that_is_idle_and_floods_is_closed_as_flooding() {
+        let (mut connections, start) = connections();
+        let activity = ActivityCounter::default();
+        activity.set_flooding();
+        connections.get_mut(1).unwrap().track(activity);
+        let closed = connections.idle_for(MINUTE, start + MINUTE);
+        assert_eq!(closed, [(1, CloseReason::Flooding)]);
+    }
+
+    #[test]
+    fn a_connection_that_is_being_closed_is_not_watched() {
+        let (mut connections, start) = connections();
+        hold(&mut connections, 1, true, start);
+        assert_eq!(connections.watched().count(), 1);
+        connections.get_mut(1).unwrap().closing = Some(CloseReason::Draining);
+        assert_eq!(connections.watched().count(), 0);
+    }
+
+    #[test]
     fn any_sum_of_counters_is_polled() {
         let (mut connections, start) = connections();
         let [own, embedders] = [(); 2].map(|()| ActivityCounter::default());
