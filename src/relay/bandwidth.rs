@@ -316,6 +316,19 @@ mod tests {
     }
 
     #[test]
+    fn a_quantum_is_the_share_of_a_round_and_no_mere_header() {
+        let ends = [PeerId::random(), PeerId::random()];
+        for (rate, waiting, expected) in
+            [(MB, 0, 50_000), (MB, 4, 10_000), (MB, 99, LEAST_QUANTUM), (1000, 4, 50), (1, 9, 1)]
+        {
+            let (mut link, now) = (bandwidth(rate, 0), Instant::now());
+            link.charge(ends, 0, now);
+            link.count_waiting(ends, waiting);
+            assert_eq!(link.quantum(ends), Some(expected as usize), "{waiting} of {rate}");
+        }
+    }
+
+    #[test]
     fn idle_flows_are_removed_and_waiting_ones_are_not() {
         let now = Instant::now();
         let ends = [PeerId::random(), PeerId::random()];

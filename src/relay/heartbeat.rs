@@ -376,7 +376,7 @@ mod tests {
                 warnings.push(fixture.now);
             }
             // They are silent for two limits, and then heard again.
-            if (fixture.now - start).as_secs() % (3 * SILENCE) == 0 {
+            if (fixture.now - start).as_secs().is_multiple_of(3 * SILENCE) {
                 (0..8).for_each(|index| fixture.record_activity(index));
             }
         }
