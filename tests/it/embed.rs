@@ -204,6 +204,12 @@ fn swarm_over(config: Config, change: fn(Tcp) -> Tcp) -> Swarm<Parts> {
         .build()
 }
 
+/// A transport whose received bytes count as activity.
+fn counting(tcp: Tcp) -> Tcp {
+    let counting = Transport::map(tcp, relaylet::count_activity);
+    counting.map(|(peer, muxer), _| (peer, StreamMuxerBox::new(muxer))).boxed()
+}
+
 /// Relays beside libp2p's ping and a busy second protocol on the same connections.
 async fn check_relaying(answer_ping: bool) {
     let mut config = Config::default();
@@ -575,7 +581,8 @@ async fn without_close_silent_a_timed_out_peer_loses_only_slot_and_circuits() {
 async fn without_close_silent_a_peer_that_is_heard_within_grace_has_its_slot_again() {
     let mut config = short_timeouts();
     config.grace = Duration::from_secs(600);
-    let mut embedded = Embedded::start(config).await;
+    let swarm = swarm_over(config, counting);
+    let mut embedded = Embedded::run(swarm, "/ip4/127.0.0.1/tcp/0".parse().unwrap()).await;
     let frozen = Process::start_and_reserve(&embedded.address).await;
     frozen.signal("STOP");
     assert_eq!(embedded.next_silent().await, frozen.peer);
@@ -614,10 +621,7 @@ async fn a_peer_with_activity_on_a_tracked_stream_does_not_time_out() {
 /// Its transport counts, so that bytes of any protocol are an answer; it never answers a ping.
 #[tokio::test]
 async fn with_a_counting_transport_a_peer_that_uses_another_protocol_does_not_time_out() {
-    let swarm = swarm_over(short_timeouts(), |tcp| {
-        let counting = Transport::map(tcp, relaylet::count_activity);
-        counting.map(|(peer, muxer), _| (peer, StreamMuxerBox::new(muxer))).boxed()
-    });
+    let swarm = swarm_over(short_timeouts(), counting);
     let mut embedded = Embedded::run(swarm, "/ip4/127.0.0.1/tcp/0".parse().unwrap()).await;
     let mut incoming = embedded.control.accept(BUSY).unwrap();
     tokio::spawn(async move {
