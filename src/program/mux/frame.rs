@@ -127,11 +127,6 @@ impl Room {
         }
         self.chunk.room(self.body)
     }
-
-    /// Frees the memory for a body. Called before waiting, so that a header that only announces a body uses no memory.
-    pub fn release(&mut self) {
-        self.chunk = Chunk::default();
-    }
 }
 
 /// A buffer for received bytes. Its capacity is charged to the stream's connection.

@@ -28,7 +28,7 @@ use libp2p::{
 
 use super::{
     budget::{Cut, MemoryBudget},
-    frame::{HEADER, Room},
+    frame::{Chunk, HEADER, Room},
     session::{Shared, frames::Frames},
     stream::{QUANTUM, Stream},
     stream_limits::{Budget, Key, StreamAdmission, StreamLimits},
@@ -234,11 +234,8 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
                 let (frames, now) = (&mut self.frames, Instant::now());
                 self.written = 0;
                 let kind = self.shared.with(|session| session.take_frames(frames, most, now));
-                if kind.is_none() {
-                    self.frames = Vec::new();
-                    if self.unflushed == 0 {
-                        return Poll::Ready(Ok(()));
-                    }
+                if kind.is_none() && self.unflushed == 0 {
+                    return Poll::Ready(Ok(()));
                 }
                 // js-libp2p drops data that arrives in one message with a reset.
                 let splits = kind == Some(Frames::Resets) && self.has_data;
@@ -352,7 +349,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> StreamMuxer for Muxer<C> {
                 Poll::Pending => self.poll_stall(cx),
             },
         };
-        self.room.release();
+        self.room.chunk = Chunk::default(); // a header that only announces a body uses no memory
         if let Err(error) = ended {
             self.end(error, cx);
         }

@@ -100,7 +100,7 @@ pub struct Session {
     /// stream that had nothing to send goes first, for one quantum.
     new_flows: VecDeque<Key>,
     old_flows: VecDeque<Key>,
-    /// What the last frame taken is charged.
+    /// What the frames taken last are charged.
     in_flight: usize,
     /// No more streams are opened; go-away is sent after everything else.
     is_over: bool,

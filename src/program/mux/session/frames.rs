@@ -60,7 +60,7 @@ impl Session {
             room.body = if header.kind == Kind::Data { header.length as usize } else { 0 };
         }
         if room.body == 0 {
-            room.release();
+            room.chunk = Chunk::default();
             self.on_frame_end();
         }
         Ok(pause)
@@ -192,11 +192,16 @@ impl Session {
 
     /// Takes the next frames to send, with at most `most` bytes of data. Returns their kind; `None` if there are none.
     pub fn take_frames(&mut self, into: &mut Vec<u8>, most: usize, now: Instant) -> Option<Frames> {
-        self.budget.replace_charge(mem::take(&mut self.in_flight), 0);
         into.clear();
-        if let Some(frames) = self.take_control(into, now) {
-            return Some(frames);
-        }
+        let frames = self.take_control(into, now).or_else(|| self.take_other(into, most, now));
+        into.shrink_to(2 * into.len());
+        let in_flight = mem::replace(&mut self.in_flight, into.capacity());
+        self.budget.replace_charge(in_flight, self.in_flight);
+        frames
+    }
+
+    /// Takes data of a stream, or else the go-away.
+    fn take_other(&mut self, into: &mut Vec<u8>, most: usize, now: Instant) -> Option<Frames> {
         if let Some(key) = self.next_turn() {
             let writer = self.update(key, |stream| {
                 stream.take_frame(key.0, into, most, now);
@@ -204,8 +209,6 @@ impl Session {
                 stream.writer.take()
             });
             self.effects.wakers.extend(writer.flatten());
-            self.in_flight = into.capacity();
-            self.budget.replace_charge(0, self.in_flight);
             return Some(Frames::Data);
         }
         // An idle session has no memory for its queues.

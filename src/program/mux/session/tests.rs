@@ -13,7 +13,7 @@ use proptest::{collection::vec, prelude::*};
 
 use super::{frames::Frames, *};
 use crate::program::mux::{
-    frame::{FIN, HEADER, Header, INITIAL_WINDOW, Kind, MAX_WINDOW, Room, SYN},
+    frame::{Chunk, FIN, HEADER, Header, INITIAL_WINDOW, Kind, MAX_WINDOW, Room, SYN},
     stream_limits::{Budget, StreamLimits},
 };
 
@@ -543,11 +543,11 @@ fn a_header_allocates_nothing_and_a_byte_one_chunk() {
     server.send_all();
     let open = server.budget.buffered().bytes;
     server.receive(&frame(Kind::Data, 0, 1, INITIAL_WINDOW)).unwrap();
-    server.room.release();
+    server.room.chunk = Chunk::default();
     assert_eq!(server.budget.buffered().bytes, open);
     for _ in 0..3 {
         server.receive(&[1]).unwrap();
-        server.room.release();
+        server.room.chunk = Chunk::default();
         assert_eq!(server.budget.buffered().bytes, open + 16 * KIB);
     }
     assert_eq!(server.read(stream, 9).unwrap().unwrap(), [1; 3]);
@@ -650,6 +650,41 @@ fn a_stream_that_is_refilled_before_all_was_sent_holds_none_of_the_bytes_that_we
         let held = server.budget.buffered().bytes;
         assert!(held < 4 * QUANTUM, "{held}");
     }
+}
+
+#[test]
+fn frames_that_wait_for_the_socket_are_charged_the_capacity_of_their_buffer() {
+    let mut server = Side::new(Endpoint::Listener);
+    let stream = accept_inbound(&mut server, 1);
+    server.send_all();
+    let idle = server.budget.buffered().bytes;
+    assert!(server.write(stream, &[0; QUANTUM]).is_ready());
+    server.receive(&frame(Kind::Ping, SYN, 0, 1)).unwrap();
+    let mut frames = Vec::new();
+    for expected in [Some(Frames::Control), Some(Frames::Data), Some(Frames::Control), None] {
+        let kind = server.session.take_frames(&mut frames, QUANTUM, server.now);
+        assert_eq!(kind, expected);
+        let unsent = server.session.streams.values().map(|it| it.charge()).sum::<usize>();
+        assert_eq!(server.budget.buffered().bytes, unsent + frames.capacity(), "{kind:?}");
+        if kind == Some(Frames::Data) {
+            server.receive(&frame(Kind::Ping, SYN, 0, 2)).unwrap();
+        }
+    }
+    assert_eq!(server.budget.buffered().bytes, idle);
+}
+
+#[test]
+fn the_buffer_of_frames_that_wait_for_the_socket_is_at_most_twice_as_large() {
+    let mut server = Side::new(Endpoint::Listener);
+    let stream = accept_inbound(&mut server, 1);
+    server.send_all();
+    assert!(server.write(stream, &[0; QUANTUM]).is_ready());
+    let (mut frames, mut sent) = (Vec::new(), 0);
+    while server.session.take_frames(&mut frames, 8 * KIB, server.now).is_some() {
+        assert!(frames.capacity() <= 2 * frames.len(), "{}", frames.capacity());
+        sent += frames.len() - HEADER;
+    }
+    assert_eq!((sent, frames.capacity()), (QUANTUM, 0));
 }
 
 // ---- Credit
