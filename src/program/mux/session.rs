@@ -226,7 +226,7 @@ impl Session {
 
     /// Resets the stream with the greatest weight. Returns how many bytes that freed.
     pub fn shed(&mut self, now: Instant, cut: Cut) -> usize {
-        let weights = self.streams.iter().map(|(key, stream)| (stream.weight(now), *key));
+        let weights = self.streams.iter().map(|(key, stream)| (stream.weight(now, cut), *key));
         let (weight, key) = weights.max().unwrap_or_default();
         if weight == 0 {
             return 0;

@@ -11,7 +11,7 @@ use std::{
 };
 
 use super::{
-    budget::ConnectionBudget,
+    budget::{ConnectionBudget, Cut},
     frame::{ACK, Chunk, FIN, Flags, HEADER, Header, INITIAL_WINDOW, Kind, MAX_WINDOW, RST, SYN},
     stream_limits::Permit,
 };
@@ -223,10 +223,8 @@ impl Stream {
     /// Takes as many of `bytes` as there is room for.
     pub fn poll_write(&mut self, bytes: &[u8], now: Instant) -> Poll<io::Result<usize>> {
         match self.sent | self.pending {
-            flags if flags & RST != 0 => {
-                return Poll::Ready(Err(ErrorKind::ConnectionReset.into()));
-            }
-            flags if flags & FIN != 0 => return Poll::Ready(Err(ErrorKind::WriteZero.into())),
+            it if it & RST != 0 => return Poll::Ready(Err(ErrorKind::ConnectionReset.into())),
+            it if it & FIN != 0 => return Poll::Ready(Err(ErrorKind::WriteZero.into())),
             _ => {}
         }
         let room = QUANTUM.saturating_sub(self.unsent()).min(self.send_window as usize);
@@ -373,13 +371,15 @@ impl Stream {
         size_of::<Self>() + self.stored + self.passing + self.out.capacity()
     }
 
-    /// Its weight when memory is freed: its bytes, times how long its reader or its peer has not taken any.
-    pub fn weight(&self, now: Instant) -> u128 {
+    /// Its weight when memory is freed: its bytes, times how long its reader or its peer has not taken any. Only received
+    /// ones count if the limit of its connection is exceeded.
+    pub fn weight(&self, now: Instant, cut: Cut) -> u128 {
         let waits = |bytes: usize, since: Option<Instant>| {
             let millis = since.map_or(0, |at| now.saturating_duration_since(at).as_millis());
             bytes as u128 * (1 + millis)
         };
-        waits(self.unread, self.read_at) + waits(self.out.capacity(), self.sent_at)
+        let unsent = if cut == Cut::Pool { self.out.capacity() } else { 0 };
+        waits(self.unread, self.read_at) + waits(unsent, self.sent_at)
     }
 
     /// Whether both halves have ended, so that its id is free.

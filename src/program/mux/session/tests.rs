@@ -614,6 +614,21 @@ fn a_connection_above_its_limit_loses_a_stream_and_keeps_reading() {
 }
 
 #[test]
+fn a_connection_above_its_limit_on_received_bytes_keeps_streams_that_hold_none() {
+    let mut server =
+        Side::with(Endpoint::Listener, MemoryBudget::new(PLENTY, 300 * KIB, MAX_GROWTH));
+    let [writes, first, second] = [1, 3, 5].map(|id| accept_inbound(&mut server, id));
+    assert!(server.write(writes, &[0; QUANTUM]).is_ready());
+    server.now += Duration::from_secs(10);
+    server.receive(&data(0, 3, 200 * KIB)).unwrap();
+    server.now += Duration::from_millis(1);
+    server.receive(&data(0, 5, 200 * KIB)).unwrap();
+    assert!(is_reset(server.read(first, 9)));
+    assert_eq!(server.read(second, 9).unwrap().unwrap(), [7; 9]);
+    assert!(server.read(writes, 9).is_none(), "it goes on");
+}
+
+#[test]
 fn credit_is_the_number_of_bytes_the_peer_may_send() {
     let mut server = Side::new(Endpoint::Listener);
     let [reads, stays] = [1, 3].map(|id| accept_inbound(&mut server, id));
