@@ -180,7 +180,7 @@ impl Stream {
     /// Grants the credit that is due, in bytes.
     ///
     /// Before that, widens the window by at most `growth` if the peer used half of it within two round trips, which
-    /// limits its speed.
+    /// limits its speed. While memory is scarce that is not what limits it.
     pub fn grant(
         &mut self,
         rtt: Option<Duration>,
@@ -191,7 +191,8 @@ impl Stream {
         if self.due_credit(budget) == 0 {
             return 0;
         }
-        if rtt.zip(self.granted_at.replace(now)).is_some_and(|(rtt, at)| now < at + rtt * 2) {
+        let last = rtt.zip(self.granted_at.replace(now));
+        if !budget.pool.is_scarce() && last.is_some_and(|(rtt, at)| now < at + rtt * 2) {
             let wider = self.window.min(*growth).min(MAX_WINDOW - self.window);
             self.window += wider;
             *growth -= wider;

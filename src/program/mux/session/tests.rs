@@ -755,6 +755,21 @@ fn windows_grow_with_the_round_trip_time_up_to_a_mebibyte() {
     assert_eq!(widest, MAX_WINDOW);
 }
 
+#[test]
+fn windows_do_not_grow_while_the_pool_limits_them() {
+    let mut server =
+        Side::with(Endpoint::Listener, MemoryBudget::new(1000 << 20, PLENTY, MAX_GROWTH));
+    let other = server.budget.open(None, Weak::<Shared>::new());
+    let stream = accept_inbound(&mut server, 1);
+    server.send_all();
+    other.replace_charge(0, 800 << 20);
+    let mut credit = INITIAL_WINDOW;
+    for _ in 0..50 {
+        credit = full_window(&mut server, stream, credit);
+    }
+    assert_eq!((credit, server.session.growth), (32 * KIB, MAX_GROWTH));
+}
+
 /// Stream 1's peer sends as much as its credit allows, and answers pings after 100 ms. Returns its next credit.
 fn full_window(server: &mut Side, stream: Key, credit: usize) -> usize {
     server.receive(&data(0, 1, credit)).unwrap();
