@@ -37,6 +37,8 @@ const PING_INTERVAL: Duration = Duration::from_secs(10);
 #[derive(Debug, Default)]
 pub struct Effects {
     wakers: Vec<Waker>,
+    /// Wakers that were replaced. One may be the last reference to its task, which must not be dropped under the lock.
+    replaced: Vec<Waker>,
     /// Streams of other sessions that are reset for streams of this one.
     preempted: Vec<StreamId>,
 }
@@ -51,8 +53,7 @@ impl Effects {
     /// Registers the task of `cx` in place of the previous waker.
     fn register(&mut self, waker: &mut Option<Waker>, cx: &Context<'_>) {
         if !waker.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
-            // The previous waker may be the last reference to its task, which must not be dropped under the lock.
-            self.wakers.extend(waker.replace(cx.waker().clone()));
+            self.replaced.extend(waker.replace(cx.waker().clone()));
         }
     }
 }
@@ -157,9 +158,8 @@ impl Session {
     pub fn poll_open(&mut self, cx: &Context<'_>, now: Instant) -> Poll<io::Result<Key>> {
         let next_id = self.next_id.checked_add(2).filter(|_| !self.is_over);
         let next_id = next_id.ok_or(io::ErrorKind::NotConnected)?;
-        if self.unacknowledged >= MAX_UNACKNOWLEDGED
-            || self.outbound >= self.admission.budget.outbound
-        {
+        let is_full = self.outbound >= self.admission.budget.outbound;
+        if is_full || self.unacknowledged >= MAX_UNACKNOWLEDGED {
             self.set_task(cx);
             return Poll::Pending;
         }

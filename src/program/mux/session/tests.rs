@@ -506,6 +506,24 @@ fn opening_a_stream_waits_while_as_many_of_ours_are_open_as_the_limit_allows() {
     assert!(client.session.poll_open(&cx, client.now).is_pending());
 }
 
+#[test]
+fn only_the_last_task_that_waits_is_woken() {
+    let mut server = Side::new(Endpoint::Listener);
+    let stream = accept_inbound(&mut server, 1);
+    let [first, last] = [(); 2].map(|()| Arc::new(Woken::default()));
+    for task in [&first, &last] {
+        let waker = Waker::from(Arc::clone(task));
+        let cx = Context::from_waker(&waker);
+        server.session.set_task(&cx);
+        let read = |it: &mut Stream| it.poll_read(&mut [0; 9], server.now);
+        assert!(server.session.poll_stream(stream, &cx, |it| &mut it.reader, read).is_pending());
+        std::mem::take(&mut server.session.effects).apply(&server.budget);
+    }
+    server.receive(&data(0, 1, 1)).unwrap();
+    let is_woken = [first, last].map(|task| task.0.load(Ordering::Relaxed));
+    assert_eq!(is_woken, [false, true]);
+}
+
 #[derive(Default)]
 struct Woken(AtomicBool);
 
