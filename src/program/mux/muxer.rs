@@ -283,6 +283,12 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
         Ok(())
     }
 
+    /// The handle of a stream; `is_outbound`: the relay has opened it.
+    fn substream(&self, key: Key, is_outbound: bool) -> Substream {
+        let negotiation = Some(Negotiation { is_outbound, message: Vec::new() });
+        Substream { shared: Arc::clone(&self.shared), key, negotiation }
+    }
+
     /// Ends the session. Streams can be read until the next poll, which fails.
     fn end(&mut self, error: io::Error, cx: &mut Context<'_>) {
         let is_unused = self.shared.with(|session| session.end());
@@ -312,8 +318,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> StreamMuxer for Muxer<C> {
         }
         let key = ready!(self.shared.with(|session| session.poll_accept(cx)));
         self.has_accepted = true;
-        let (shared, negotiation) = (Arc::clone(&self.shared), Some(Negotiation::default()));
-        Poll::Ready(Ok(Substream { shared, key, negotiation }))
+        Poll::Ready(Ok(self.substream(key, false)))
     }
 
     fn poll_outbound(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<Substream>> {
@@ -321,7 +326,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> StreamMuxer for Muxer<C> {
             return Poll::Pending; // the next poll returns why it ended
         }
         let key = ready!(self.shared.with(|session| session.poll_open(cx, Instant::now())))?;
-        Poll::Ready(Ok(Substream { shared: Arc::clone(&self.shared), key, negotiation: None }))
+        Poll::Ready(Ok(self.substream(key, true)))
     }
 
     fn poll_close(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -371,7 +376,7 @@ impl<C> Drop for Muxer<C> {
 pub struct Substream {
     shared: Arc<Shared>,
     key: Key,
-    /// The negotiation of the protocol, if the peer opened the stream, until it is done.
+    /// The negotiation of the protocol, until it is done.
     negotiation: Option<Negotiation>,
 }
 
@@ -383,7 +388,7 @@ impl Drop for Substream {
 
 impl AsyncRead for Substream {
     fn poll_read(
-        self: Pin<&mut Self>,
+        mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buffer: &mut [u8],
     ) -> Poll<io::Result<usize>> {
@@ -403,6 +408,7 @@ impl AsyncRead for Substream {
         if !is_negotiated && !Negotiation::accepts(bytes, buffer.len()) {
             return Poll::Ready(Err(io::ErrorKind::InvalidData.into()));
         }
+        self.negotiation.take_if(|it| it.is_outbound && it.has_ended(bytes));
         Poll::Ready(Ok(read))
     }
 }
@@ -420,9 +426,7 @@ impl AsyncWrite for Substream {
         let written = ready!(written)?;
         self.shared.budget.pool.push_out(now);
         let bytes = bytes.get(..written).unwrap_or_default();
-        if self.negotiation.as_mut().is_some_and(|negotiation| negotiation.on_write(bytes)) {
-            self.negotiation = None;
-        }
+        self.negotiation.take_if(|it| !it.is_outbound && it.has_ended(bytes));
         Poll::Ready(Ok(written))
     }
 
@@ -439,15 +443,17 @@ impl AsyncWrite for Substream {
     }
 }
 
-/// Limits what a peer may send while the protocol of its stream is being negotiated, and parses what the relay writes
-/// until it accepts one.
+/// Limits what a peer may send while the protocol of a stream is being negotiated, and parses what the side that has not
+/// opened the stream sends until it accepts one.
 ///
 /// Sans-IO. libp2p's multistream-select allocates 16 KiB for a message as soon as its length is announced, which takes two
 /// bytes. So messages longer than 127 bytes are rejected; the usual protocol names are shorter.
 /// See [the specification](https://github.com/multiformats/multistream-select).
 #[derive(Debug, Default)]
 struct Negotiation {
-    /// What the relay has written of the current message, starting with its length.
+    /// Whether the relay has opened the stream.
+    is_outbound: bool,
+    /// What was sent of the current message, starting with its length.
     message: Vec<u8>,
 }
 
@@ -458,8 +464,8 @@ impl Negotiation {
         !(buffer == 1 && read.first().is_some_and(|byte| *byte >= 0x80))
     }
 
-    /// Parses what the relay writes. Returns whether it has accepted a protocol by now.
-    fn on_write(&mut self, bytes: &[u8]) -> bool {
+    /// Parses what is sent. Returns whether a protocol has been accepted by now.
+    fn has_ended(&mut self, bytes: &[u8]) -> bool {
         bytes.iter().any(|byte| {
             self.message.push(*byte);
             match unsigned_varint::decode::usize(&self.message) {

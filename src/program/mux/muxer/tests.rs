@@ -426,10 +426,10 @@ fn negotiation_ends_on_acceptance_in_any_number_of_writes() {
         (line("/ipfs/ping/1.0.0"), true),
     ] {
         let mut at_once = Negotiation::default();
-        assert!(!at_once.on_write(&line("/multistream/1.0.0")));
-        assert_eq!(at_once.on_write(&payload), agrees, "{payload:?}");
+        assert!(!at_once.has_ended(&line("/multistream/1.0.0")));
+        assert_eq!(at_once.has_ended(&payload), agrees, "{payload:?}");
         let mut cut = Negotiation::default();
-        let agreed = payload.iter().map(|byte| cut.on_write(&[*byte]));
+        let agreed = payload.iter().map(|byte| cut.has_ended(&[*byte]));
         assert_eq!(agreed.last(), Some(agrees), "{payload:?}");
     }
 }
@@ -440,4 +440,32 @@ fn lengths_above_127_are_rejected() {
     assert!(!Negotiation::accepts(&[0x80], 1));
     assert!(Negotiation::accepts(&[0xff, 7], 99), "not a length");
     assert!(Negotiation::accepts(&[], 1));
+}
+
+#[test]
+fn a_peer_cannot_announce_a_long_message_on_a_stream_of_the_relay() {
+    for (answer, is_accepted) in [(line("/ipfs/ping/1.0.0"), true), (line("na"), false)] {
+        let (one, other) = pipes(KIB);
+        let (mut peer, mut relay) =
+            (muxer(one, Endpoint::Dialer), muxer(other, Endpoint::Listener));
+        let cx = &mut Context::from_waker(Waker::noop());
+        let Poll::Ready(Ok(mut stream)) = Pin::new(&mut relay).poll_outbound(cx) else {
+            panic!("there is room for a stream");
+        };
+        assert!(Pin::new(&mut stream).poll_write(cx, &line("/multistream/1.0.0")).is_ready());
+        assert!(Pin::new(&mut relay).poll(cx).is_pending());
+        assert!(Pin::new(&mut peer).poll(cx).is_pending());
+        let Poll::Ready(Ok(mut accepted)) = Pin::new(&mut peer).poll_inbound(cx) else {
+            panic!("no inbound stream");
+        };
+        let bytes = [line("/multistream/1.0.0"), answer, vec![0xff, 0x7f]].concat();
+        assert!(Pin::new(&mut accepted).poll_write(cx, &bytes).is_ready());
+        assert!(Pin::new(&mut peer).poll(cx).is_pending());
+        assert!(Pin::new(&mut relay).poll(cx).is_pending());
+        for byte in bytes {
+            let read = Pin::new(&mut stream).poll_read(cx, &mut [0]);
+            let is_valid = byte < 0x80 || is_accepted;
+            assert_eq!(matches!(read, Poll::Ready(Ok(1))), is_valid, "{byte}: {read:?}");
+        }
+    }
 }
