@@ -7,7 +7,7 @@
 //! Sans-IO.
 
 use std::{
-    collections::HashMap,
+    collections::BTreeSet,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -286,15 +286,15 @@ impl StreamAdmission {
 #[derive(Debug)]
 struct Permits {
     quota: Quota,
-    /// The streams that have had no request yet, and their prefixes: they may be reset for another one.
-    unused: HashMap<StreamId, Option<ClientPrefix>>,
+    /// The streams that have had no request yet, by prefix: they may be reset for another one.
+    unused: BTreeSet<(Option<ClientPrefix>, StreamId)>,
 }
 
 impl Permits {
     fn new(permits: usize) -> Self {
         let [per_subnet, per_address] = [4, 8].map(|share| Some((permits / share).max(1)));
         let caps = Caps { total: Some(permits), per_subnet, per_address };
-        Self { quota: Quota::new(caps), unused: HashMap::new() }
+        Self { quota: Quota::new(caps), unused: BTreeSet::new() }
     }
 
     /// Takes a permit, if there is one. Returns the unused stream of the heaviest prefix that lost it.
@@ -302,19 +302,21 @@ impl Permits {
         let preempted = match self.quota.full(prefix) {
             None => None,
             Some(Scope::Total) => {
-                let all = self.unused.iter().map(|(stream, holder)| (*stream, *holder));
-                let candidates = all.filter(|(_, holder)| self.quota.yields(*holder, prefix));
-                Some(candidates.max_by_key(|(_, holder)| self.quota.load(*holder))?)
+                // One stream of each prefix: most streams are those of a few.
+                let mut last = None;
+                let firsts = self.unused.iter().filter(|(it, _)| last.replace(*it) != Some(*it));
+                let candidates = firsts.filter(|(holder, _)| self.quota.yields(*holder, prefix));
+                Some(*candidates.max_by_key(|(holder, _)| self.quota.load(*holder))?)
             }
             Some(_) => return None,
         };
-        if let Some((stream, holder)) = preempted {
-            self.unused.remove(&stream);
-            self.quota.remove(holder);
+        if let Some(preempted) = preempted {
+            self.unused.remove(&preempted);
+            self.quota.remove(preempted.0);
         }
         self.quota.add(prefix);
-        self.unused.insert(stream, prefix);
-        Some(preempted.map(|(stream, _)| stream))
+        self.unused.insert((prefix, stream));
+        Some(preempted.map(|(_, stream)| stream))
     }
 }
 
@@ -331,7 +333,7 @@ impl Permit {
     /// Records that a request has arrived on the stream.
     pub fn set_used(&mut self) {
         if !self.is_used {
-            self.is_used = lock(&self.permits).unused.remove(&self.stream).is_some();
+            self.is_used = lock(&self.permits).unused.remove(&(self.prefix, self.stream));
         }
     }
 }
@@ -339,7 +341,7 @@ impl Permit {
 impl Drop for Permit {
     fn drop(&mut self) {
         let mut permits = lock(&self.permits);
-        if permits.unused.remove(&self.stream).is_some() || self.is_used {
+        if permits.unused.remove(&(self.prefix, self.stream)) || self.is_used {
             permits.quota.remove(self.prefix);
         }
     }
