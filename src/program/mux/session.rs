@@ -84,7 +84,7 @@ pub struct Session {
     refused: usize,
     /// How many received bytes its streams hold.
     unread: usize,
-    /// Ids of streams without a handle that this side has closed: the peer may still send on them.
+    /// Ids of streams without a handle that this side has closed, the last first: the peer may still send on them.
     half_closed: VecDeque<u32>,
     /// Streams that the peer opened and that are not accepted yet.
     pub accepted: VecDeque<Key>,
@@ -263,10 +263,8 @@ impl Session {
         }
         if stream.is_gone() {
             if !stream.is_finished() {
-                self.half_closed.push_back(key.0);
-            }
-            if self.half_closed.len() > MAX_REFUSED {
-                self.half_closed.pop_front();
+                self.half_closed.push_front(key.0);
+                self.half_closed.truncate(MAX_REFUSED);
             }
             self.remove(key);
         }

@@ -65,12 +65,14 @@ pub struct Stream {
     pub unread: usize,
     passing: usize,
     read_at: Option<Instant>,
-    /// How many bytes the peer may still send.
+    /// How many bytes the peer may still send, besides those of the current frame that are still arriving.
     credit: usize,
+    arriving: usize,
     /// The window granted while memory is plentiful.
     window: usize,
     granted_at: Option<Instant>,
-    send_window: u32,
+    /// How many bytes may be written and sent before the peer grants more.
+    pub send_window: u32,
     /// The frame to send: space for its header, and its body.
     out: Vec<u8>,
     /// How much of the body is sent even if the stream is dropped, because it was flushed.
@@ -117,8 +119,9 @@ impl Stream {
         self.has_handle && (self.sent | self.pending) & RST == 0
     }
 
-    /// Subtracts received bytes from the peer's credit. Returns false if it has less.
+    /// Subtracts the bytes of a frame that arrives from the peer's credit. Returns false if it has less.
     pub fn consume_credit(&mut self, bytes: usize) -> bool {
+        self.arriving = bytes;
         let left = self.credit.checked_sub(bytes);
         self.credit = left.unwrap_or_default();
         left.is_some()
@@ -135,6 +138,7 @@ impl Stream {
             self.read_at = Some(now);
         }
         self.unread += chunk.unread().len();
+        self.arriving = self.arriving.saturating_sub(chunk.unread().len());
         if !self.chunks.back_mut().is_some_and(|last| last.append(chunk)) {
             self.stored += chunk.capacity();
             self.chunks.push_back(mem::take(chunk));
@@ -172,7 +176,7 @@ impl Stream {
     /// Returns the credit to grant, in bytes.
     fn due_credit(&self, budget: &ConnectionBudget) -> usize {
         let window = budget.window(self.window);
-        let missing = window.saturating_sub(self.credit + self.unread);
+        let missing = window.saturating_sub(self.credit + self.arriving + self.unread);
         let is_worth_it = missing >= window / 2 && self.credit + missing > MIN_CREDIT;
         if is_worth_it && self.is_receiving() && self.is_read() { missing } else { 0 }
     }

@@ -750,6 +750,33 @@ fn window_updates_are_sent_at_half_the_window_and_never_tiny() {
 }
 
 #[test]
+fn what_a_header_announces_counts_as_unread_while_it_arrives() {
+    let mut server = Side::new(Endpoint::Listener);
+    let stream = accept_inbound(&mut server, 1);
+    server.send_all();
+    let frame = data(0, 1, INITIAL_WINDOW);
+    for piece in frame.chunks(10 * KIB) {
+        server.receive(piece).unwrap();
+        let sent = headers(&server.send_all());
+        assert!(sent.iter().all(|header| header.kind == Kind::Ping), "{sent:?}");
+    }
+    assert_eq!(server.read(stream, 1 << 20).unwrap().unwrap().len(), INITIAL_WINDOW);
+}
+
+#[test]
+fn credit_is_granted_for_what_is_read_of_a_frame_that_still_arrives() {
+    let mut server = Side::new(Endpoint::Listener);
+    let stream = accept_inbound(&mut server, 1);
+    server.send_all();
+    server.receive(&data(0, 1, INITIAL_WINDOW)[..HEADER + INITIAL_WINDOW * 3 / 4]).unwrap();
+    server.read(stream, INITIAL_WINDOW).unwrap().unwrap();
+    assert!(server.read(stream, 1).is_none());
+    let sent = headers(&server.send_all());
+    let granted = sent.iter().filter(|header| header.kind == Kind::WindowUpdate);
+    assert_eq!(granted.map(|it| it.length as usize).sum::<usize>(), INITIAL_WINDOW * 3 / 4);
+}
+
+#[test]
 fn unread_data_grants_no_credit() {
     let mut server = Side::new(Endpoint::Listener);
     accept_inbound(&mut server, 1);
