@@ -14,7 +14,7 @@ use libp2p::{
 };
 use proptest::{collection::vec, prelude::*};
 use relaylet::program::mux::{
-    muxer::Multiplex,
+    muxer::{Multiplex, Muxer, Substream},
     stream_limits::{Budget, StreamLimits},
 };
 
@@ -70,33 +70,48 @@ impl AsyncWrite for Link<'_> {
     }
 }
 
-/// A peer sends `bytes`, except for the first two: those choose how many bytes arrive at once, and what the relay does
-/// with the streams that the peer opens (bits: echo, close, drop), and whether the peer takes its output slowly.
-pub fn check(bytes: &[u8]) {
-    let [at_once, choices, sent @ ..] = bytes else {
-        return;
-    };
-    let budget = Budget { inbound: STREAMS, outbound: STREAMS };
-    let limits = StreamLimits { stream_rate: 0, ..StreamLimits::default() };
-    let multiplex = Multiplex::new(budget, limits, STREAMS);
-    let memory = multiplex.memory.clone();
-    let received = Arc::default();
-    let at_once = 1 + usize::from(*at_once);
-    let taken_at_once = (choices & 8 != 0).then_some(at_once);
-    let received_too = Arc::clone(&received);
-    let link = Link { sent, at_once, received: received_too, taken_at_once, is_full: false };
-    let muxer = multiplex.upgrade_inbound(link, "/yamux/1.0.0").now_or_never();
-    let mut muxer = muxer.expect("ready at once").expect("the upgrade cannot fail");
-    let cx = &mut Context::from_waker(Waker::noop());
-    let mut streams = Vec::new();
-    let mut buffer = vec![0; 4 * KIB];
-    // The muxer ends with an error when the input is invalid, or at its end.
-    while Pin::new(&mut muxer).poll(cx).is_pending() {
-        while let Poll::Ready(stream) = Pin::new(&mut muxer).poll_inbound(cx) {
-            streams.push(stream.expect("the muxer has not failed"));
+/// The limit of a small pool, and by how much it may be exceeded: what cannot be freed, and what arrives at once.
+const SMALL_POOL: usize = 256 * KIB;
+const EXCESS: usize = 64 * KIB;
+
+/// One connection: its muxer until that fails, the streams that the relay has accepted, and the output.
+struct Connection<'a> {
+    muxer: Option<Muxer<Link<'a>>>,
+    streams: Vec<Substream>,
+    received: Arc<Mutex<Vec<u8>>>,
+    taken_at_once: Option<usize>,
+    choices: u8,
+}
+
+impl<'a> Connection<'a> {
+    /// A connection from the host of this number.
+    fn new(multiplex: &Multiplex, host: u8, sent: &'a [u8], at_once: usize, choices: u8) -> Self {
+        let address = format!("/ip4/192.0.2.{host}/tcp/1").parse().expect("an address");
+        let received = Arc::<Mutex<Vec<u8>>>::default();
+        let taken_at_once = (choices & 8 != 0).then_some(at_once);
+        let to = Arc::clone(&received);
+        let link = Link { sent, at_once, received: to, taken_at_once, is_full: false };
+        let multiplex = multiplex.of(&address, None, None);
+        let muxer = multiplex.upgrade_inbound(link, "/yamux/1.0.0").now_or_never();
+        let muxer = Some(muxer.expect("ready at once").expect("the upgrade cannot fail"));
+        Self { muxer, streams: Vec::new(), received, taken_at_once, choices }
+    }
+
+    /// Polls the muxer once, and uses its streams. Returns false once the muxer has failed: because the input is invalid, or
+    /// at its end.
+    fn poll(&mut self) -> bool {
+        let cx = &mut Context::from_waker(Waker::noop());
+        let Some(muxer) = &mut self.muxer else { return false };
+        if Pin::new(&mut *muxer).poll(cx).is_ready() {
+            self.muxer = None;
+            return false;
         }
-        for (number, stream) in streams.iter_mut().enumerate() {
-            let has = |bit: u8| choices.rotate_left(number as u32) & bit != 0;
+        while let Poll::Ready(stream) = Pin::new(&mut *muxer).poll_inbound(cx) {
+            self.streams.push(stream.expect("the muxer has not failed"));
+        }
+        let mut buffer = [0; 4 * KIB];
+        for (number, stream) in self.streams.iter_mut().enumerate() {
+            let has = |bit: u8| self.choices.rotate_left(number as u32) & bit != 0;
             if has(1)
                 && let Poll::Ready(Ok(read)) = Pin::new(&mut *stream).poll_read(cx, &mut buffer)
             {
@@ -106,16 +121,46 @@ pub fn check(bytes: &[u8]) {
                 let _ = Pin::new(stream).poll_close(cx);
             }
         }
-        if choices & 4 != 0 {
-            streams.pop();
+        if self.choices & 4 != 0 {
+            self.streams.pop();
         }
-        let buffered = memory.buffered().bytes;
-        assert!(buffered <= MOST_BUFFERED, "{buffered}");
+        true
     }
-    drop(muxer);
-    drop(streams);
-    assert_eq!(memory.buffered().bytes, 0);
-    assert_frames(&received.lock().unwrap(), taken_at_once.is_none());
+}
+
+/// A peer sends `bytes`, except for the first two: those choose how many bytes arrive at once, and what the relay does
+/// with the streams that the peer opens (bits: echo, close, drop), whether the peer takes its output slowly, and whether a
+/// second peer sends the same at another speed, while both share a small pool.
+pub fn check(bytes: &[u8]) {
+    let [at_once, choices, sent @ ..] = bytes else {
+        return;
+    };
+    let (at_once, is_crowded) = (1 + usize::from(*at_once), choices & 16 != 0);
+    let budget = Budget { inbound: STREAMS, outbound: STREAMS };
+    let max_buffered = is_crowded.then_some(SMALL_POOL);
+    let limits = StreamLimits { stream_rate: 0, max_buffered, ..StreamLimits::default() };
+    let multiplex = Multiplex::new(budget, limits, STREAMS);
+    let most = if is_crowded { SMALL_POOL + EXCESS } else { MOST_BUFFERED };
+    let mut connections = vec![Connection::new(&multiplex, 1, sent, at_once, *choices)];
+    if is_crowded {
+        let at_once = 1 + at_once / 3;
+        connections.push(Connection::new(
+            &multiplex,
+            2,
+            sent,
+            at_once,
+            choices.rotate_left(1) | 16,
+        ));
+    }
+    while connections.iter_mut().fold(false, |polls, connection| connection.poll() | polls) {
+        let buffered = multiplex.memory.buffered().bytes;
+        assert!(buffered <= most, "{buffered}");
+    }
+    connections.iter_mut().for_each(|connection| connection.streams.clear());
+    assert_eq!(multiplex.memory.buffered().bytes, 0);
+    for Connection { received, taken_at_once, .. } in connections {
+        assert_frames(&received.lock().unwrap(), taken_at_once.is_none());
+    }
 }
 
 /// Asserts that the output consists of frames of known types, with nothing after a go-away; the last may be cut short

@@ -1,6 +1,8 @@
 //! One session against frames of a peer, and two sessions against each other.
 
 #[cfg(test)]
+mod pool;
+#[cfg(test)]
 mod table;
 
 use std::{
