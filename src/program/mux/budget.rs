@@ -329,10 +329,10 @@ mod tests {
     #[test]
     fn the_heaviest_connection_of_the_heaviest_prefix_loses_streams_down_to_nine_tenths() {
         let budget = MemoryBudget::new(1000, 1000, 0);
-        let [light, other, heavy] = [1, 2, 2].map(|host| connection(&budget, host, 0));
+        let [light, heavy, other] = [1, 2, 2].map(|host| connection(&budget, host, 0));
         light.0.replace_charge(0, 400);
-        other.0.replace_charge(0, 250);
-        heavy.0.replace_charge(0, 350);
+        heavy.0.replace_charge(0, 310);
+        other.0.replace_charge(0, 290);
         budget.push_out(Instant::now());
         assert_eq!(budget.buffered().count(Cut::Pool), 0, "nothing is cut at the limit");
         heavy.0.replace_charge(0, 10);

@@ -547,6 +547,29 @@ mod tests {
         assert!(permits.quota.scopes() == 0 && permits.unused.is_empty());
     }
 
+    #[test]
+    fn an_unused_stream_of_the_heaviest_subnet_is_reset_and_only_once() {
+        let admission = admission(OWN + 2, 16, 0);
+        let heavy = [1, 2].map(|host| Some(IpAddr::from([10, 0, 0, host]).into()));
+        let prefixes = heavy.into_iter().chain((1..=6).map(prefix));
+        let all = prefixes.zip(0..).map(|(prefix, n)| Connection::new(n, prefix, &admission));
+        let mut all: Vec<_> = all.collect();
+        let opened: usize = all.iter_mut().map(Connection::open_all).sum();
+        assert_eq!(opened, 8 * OWN + 16);
+        let preempted = [100, 101].map(|n| {
+            let mut newcomer = Connection::new(n, prefix(n as u8), &admission);
+            let admitted = newcomer.admission.admit((n, (0, 0)), OWN, Instant::now());
+            let (permit, preempted) = admitted.unwrap();
+            newcomer.open.push(permit);
+            all.push(newcomer);
+            preempted.unwrap()
+        });
+        assert!(preempted.iter().all(|(connection, _)| *connection < 2), "{preempted:?}");
+        assert_ne!(preempted[0], preempted[1]);
+        all.drain(..2); // four streams, two of which have already lost their permits
+        assert_eq!(lock(&admission.permits).quota.held(Scope::Total), 14);
+    }
+
     fn host(host: u8) -> Option<ClientPrefix> {
         Some(IpAddr::from([192, 0, 2, host]).into())
     }

@@ -24,6 +24,7 @@ use libp2p::futures::{
 use yamux::Mode;
 
 use super::*;
+use crate::program::mux::frame::{Header, Kind, SYN};
 
 const KIB: usize = 1024;
 
@@ -443,29 +444,200 @@ fn lengths_above_127_are_rejected() {
 }
 
 #[test]
-fn a_peer_cannot_announce_a_long_message_on_a_stream_of_the_relay() {
-    for (answer, is_accepted) in [(line("/ipfs/ping/1.0.0"), true), (line("na"), false)] {
+fn a_peer_cannot_announce_a_long_message_before_a_protocol_is_accepted() {
+    let cx = &mut Context::from_waker(Waker::noop());
+    for (relay_opens, answer) in [(true, "/ipfs/ping/1.0.0"), (true, "na"), (false, "na")] {
         let (one, other) = pipes(KIB);
         let (mut peer, mut relay) =
             (muxer(one, Endpoint::Dialer), muxer(other, Endpoint::Listener));
-        let cx = &mut Context::from_waker(Waker::noop());
-        let Poll::Ready(Ok(mut stream)) = Pin::new(&mut relay).poll_outbound(cx) else {
+        let (opener, listener) =
+            if relay_opens { (&mut relay, &mut peer) } else { (&mut peer, &mut relay) };
+        let Poll::Ready(Ok(mut opened)) = Pin::new(&mut *opener).poll_outbound(cx) else {
             panic!("there is room for a stream");
         };
-        assert!(Pin::new(&mut stream).poll_write(cx, &line("/multistream/1.0.0")).is_ready());
-        assert!(Pin::new(&mut relay).poll(cx).is_pending());
-        assert!(Pin::new(&mut peer).poll(cx).is_pending());
-        let Poll::Ready(Ok(mut accepted)) = Pin::new(&mut peer).poll_inbound(cx) else {
+        let proposal = [line("/multistream/1.0.0"), line("/ipfs/ping/1.0.0")].concat();
+        assert!(Pin::new(&mut opened).poll_write(cx, &proposal).is_ready());
+        assert!(Pin::new(&mut *opener).poll(cx).is_pending());
+        assert!(Pin::new(&mut *listener).poll(cx).is_pending());
+        let Poll::Ready(Ok(mut accepted)) = Pin::new(listener).poll_inbound(cx) else {
             panic!("no inbound stream");
         };
-        let bytes = [line("/multistream/1.0.0"), answer, vec![0xff, 0x7f]].concat();
-        assert!(Pin::new(&mut accepted).poll_write(cx, &bytes).is_ready());
+        let answer = [line("/multistream/1.0.0"), line(answer)].concat();
+        assert!(Pin::new(&mut accepted).poll_write(cx, &answer).is_ready());
+        let (mut at_relay, mut at_peer, unread) = match relay_opens {
+            true => (opened, accepted, answer.clone()),
+            false => (accepted, opened, proposal),
+        };
+        assert!(Pin::new(&mut at_peer).poll_write(cx, &[0xff, 0x7f]).is_ready());
         assert!(Pin::new(&mut peer).poll(cx).is_pending());
         assert!(Pin::new(&mut relay).poll(cx).is_pending());
-        for byte in bytes {
-            let read = Pin::new(&mut stream).poll_read(cx, &mut [0]);
-            let is_valid = byte < 0x80 || is_accepted;
+        for byte in unread.into_iter().chain([0xff, 0x7f]) {
+            let read = Pin::new(&mut at_relay).poll_read(cx, &mut [0]);
+            let is_valid = byte < 0x80 || answer.ends_with(b"/ipfs/ping/1.0.0\n");
             assert_eq!(matches!(read, Poll::Ready(Ok(1))), is_valid, "{byte}: {read:?}");
         }
     }
+}
+
+fn listener(pipe: Pipe, limits: StreamLimits, activity: &ActivityCounter) -> Muxer<Pipe> {
+    let multiplex = Multiplex::new(Budget { inbound: 64, outbound: 64 }, limits, 64);
+    let remote = "/ip4/192.0.2.1/tcp/1".parse().unwrap();
+    let multiplex = multiplex.of(&remote, Some(activity.clone()), None);
+    Muxer::new(pipe, multiplex, Endpoint::Listener)
+}
+
+#[test]
+fn a_connection_whose_frames_exceed_their_rate_is_read_no_further_and_marked() {
+    const PINGS: usize = 1000;
+    let limits = StreamLimits { stream_rate: 1, ..StreamLimits::default() };
+    let activity = ActivityCounter::default();
+    let (mut peer, pipe) = pipes(PINGS * HEADER);
+    let mut muxer = listener(pipe, limits, &activity);
+    let ping = Header { kind: Kind::Ping, flags: SYN, stream: 0, length: 1 }.encode();
+    block_on(peer.write_all(&ping.repeat(PINGS))).unwrap();
+    for _ in 0..60 {
+        assert!(Pin::new(&mut muxer).poll(&mut Context::from_waker(Waker::noop())).is_pending());
+    }
+    let read = PINGS - lock(&peer.to).bytes.len() / HEADER;
+    assert!((190..230).contains(&read), "{read}");
+    assert!(activity.is_flooding());
+}
+
+#[test]
+fn a_poll_reads_and_writes_no_more_than_its_share_and_then_asks_for_another() {
+    let (mut peer, pipe) = pipes(4 * TURN);
+    let mut relay = listener(pipe, StreamLimits::default(), &ActivityCounter::default());
+    let woken = Arc::new(Woken::default());
+    let waker = Waker::from(Arc::clone(&woken));
+    let mut cx = Context::from_waker(&waker);
+    let update = Header { kind: Kind::WindowUpdate, flags: 0, stream: 1, length: 1 }.encode();
+    block_on(peer.write_all(&update.repeat(2 * TURN_READS))).unwrap();
+    assert!(Pin::new(&mut relay).poll(&mut cx).is_pending());
+    assert_eq!(lock(&peer.to).bytes.len(), TURN_READS * HEADER);
+    assert!(woken.0.swap(false, Ordering::Relaxed), "there is more to read");
+    for _ in 0..2 * TURN / QUANTUM {
+        let Poll::Ready(Ok(mut stream)) = Pin::new(&mut relay).poll_outbound(&mut cx) else {
+            panic!("there is room for a stream");
+        };
+        assert!(Pin::new(&mut stream).poll_write(&mut cx, &[0; QUANTUM]).is_ready());
+        assert!(Pin::new(&mut stream).poll_close(&mut cx).is_ready());
+    }
+    assert!(Pin::new(&mut relay).poll(&mut cx).is_pending());
+    let written = lock(&peer.from).bytes.len();
+    assert!((TURN..TURN + LARGE_BATCH).contains(&written), "{written}");
+}
+
+/// A connection that collects the bytes written between flushes.
+#[derive(Default)]
+struct Messages {
+    sent: Arc<Mutex<Vec<Vec<u8>>>>,
+    current: Vec<u8>,
+}
+
+impl AsyncRead for Messages {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+        _: &mut [u8],
+    ) -> Poll<io::Result<usize>> {
+        Poll::Pending
+    }
+}
+
+impl AsyncWrite for Messages {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.current.extend(bytes);
+        Poll::Ready(Ok(bytes.len()))
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let message = mem::take(&mut self.current);
+        self.sent.lock().unwrap().push(message);
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_close(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+}
+
+#[test]
+fn messages_are_small_at_first_and_a_reset_shares_none_with_data() {
+    // Half of the pool is less than what large batches cost.
+    let memory = MemoryBudget::new(300 * KIB, 300 * KIB, 0);
+    let multiplex = Multiplex::new(Budget { inbound: 9, outbound: 9 }, StreamLimits::default(), 9);
+    let connection = Messages::default();
+    let sent = Arc::clone(&connection.sent);
+    let mut relay = Muxer::new(connection, Multiplex { memory, ..multiplex }, Endpoint::Dialer);
+    let cx = &mut Context::from_waker(Waker::noop());
+    let Poll::Ready(Ok(mut stream)) = Pin::new(&mut relay).poll_outbound(cx) else {
+        panic!("there is room for a stream");
+    };
+    assert!(Pin::new(&mut stream).poll_write(cx, &[0; QUANTUM]).is_ready());
+    assert!(Pin::new(&mut stream).poll_flush(cx).is_ready());
+    drop(stream);
+    assert!(Pin::new(&mut relay).poll(cx).is_pending());
+    let lengths: Vec<_> = sent.lock().unwrap().iter().map(Vec::len).collect();
+    let (reset, data) = lengths.split_last().unwrap();
+    assert!(data.iter().all(|length| *length <= SMALL_BATCH), "{lengths:?}");
+    assert_eq!(data.iter().sum::<usize>(), QUANTUM + data.len() * HEADER);
+    assert_eq!(*reset, HEADER);
+}
+
+#[test]
+fn large_batches_are_charged_once() {
+    let multiplex = Multiplex::new(Budget { inbound: 9, outbound: 9 }, StreamLimits::default(), 9);
+    let memory = multiplex.memory.clone();
+    let mut relay = Muxer::new(Messages::default(), multiplex, Endpoint::Dialer);
+    let cx = &mut Context::from_waker(Waker::noop());
+    let Poll::Ready(Ok(mut stream)) = Pin::new(&mut relay).poll_outbound(cx) else {
+        panic!("there is room for a stream");
+    };
+    let idle = memory.buffered().bytes;
+    for _ in 0..4 {
+        assert!(Pin::new(&mut stream).poll_write(cx, &[0; QUANTUM]).is_ready());
+        assert!(Pin::new(&mut relay).poll(cx).is_pending());
+    }
+    assert_eq!(memory.buffered().bytes, idle + LARGE_BATCH_COST);
+}
+
+#[test]
+fn a_protocol_violation_is_answered_by_go_away_and_returned_by_the_next_poll() {
+    let (mut peer, pipe) = pipes(KIB);
+    let mut relay = muxer(pipe, Endpoint::Listener);
+    let woken = Arc::new(Woken::default());
+    let waker = Waker::from(Arc::clone(&woken));
+    let mut cx = Context::from_waker(&waker);
+    block_on(peer.write_all(&[1; HEADER])).unwrap();
+    assert!(Pin::new(&mut relay).poll(&mut cx).is_pending());
+    assert!(woken.0.load(Ordering::Relaxed));
+    assert!(Pin::new(&mut relay).poll(&mut cx).is_ready());
+    let mut sent = [0; HEADER];
+    block_on(peer.read_exact(&mut sent)).unwrap();
+    assert_eq!(Header::parse(sent).map(|header| header.kind), Some(Kind::GoAway));
+}
+
+#[test]
+fn a_muxer_keeps_no_memory_for_an_announced_body_and_none_once_it_is_dropped() {
+    let (mut peer, pipe) = pipes(100 * KIB);
+    let mut relay = muxer(pipe, Endpoint::Listener);
+    let cx = &mut Context::from_waker(Waker::noop());
+    let header = Header { kind: Kind::Data, flags: SYN, stream: 1, length: 1000 }.encode();
+    block_on(peer.write_all(&header)).unwrap();
+    assert!(Pin::new(&mut relay).poll(cx).is_pending());
+    assert_eq!(relay.room.chunk.capacity(), 0);
+    block_on(peer.write_all(&[7; 1000])).unwrap();
+    assert!(Pin::new(&mut relay).poll(cx).is_pending());
+    let Poll::Ready(Ok(stream)) = Pin::new(&mut relay).poll_inbound(cx) else {
+        panic!("no inbound stream");
+    };
+    let pool = relay.shared.budget.pool.clone();
+    assert!(pool.buffered().bytes > 1000);
+    drop(relay);
+    assert_eq!(pool.buffered().bytes, 0);
+    drop(stream);
 }

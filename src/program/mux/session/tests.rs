@@ -215,6 +215,87 @@ fn go_away_ends_the_session_and_earlier_data_is_still_read() {
 }
 
 #[test]
+fn a_session_that_leaves_sends_its_data_and_then_go_away() {
+    let mut server = Side::new(Endpoint::Listener);
+    let stream = accept_inbound(&mut server, 1);
+    server.receive(&data(0, 1, PING_AFTER)).unwrap();
+    assert!(server.write(stream, b"last").is_ready());
+    server.session.leave(&cx());
+    server.session.leave(&cx());
+    let sent = headers(&server.send_all());
+    let kinds: Vec<_> = sent.iter().map(|header| (header.kind, header.length)).collect();
+    assert_eq!(kinds, [(Kind::Data, 4), (Kind::GoAway, Reason::Normal as u32)]);
+    assert!(matches!(server.session.poll_open(&cx(), server.now), Poll::Ready(Err(_))));
+}
+
+#[test]
+fn a_session_that_has_ended_accepts_no_stream_and_answers_no_ping() {
+    let mut server = Side::new(Endpoint::Listener);
+    server.receive(&data(SYN | FIN, 1, 3)).unwrap();
+    server.receive(&frame(Kind::Ping, SYN, 0, 1)).unwrap();
+    server.session.end();
+    assert_eq!(server.accept(), None);
+    assert!(server.send_all().is_empty());
+    server.session.close_all();
+    server.assert_empty();
+}
+
+#[test]
+fn a_stream_that_is_reset_before_it_is_accepted_is_not_accepted() {
+    let mut server = Side::new(Endpoint::Listener);
+    for id in [1, 3] {
+        server.receive(&frame(Kind::Data, SYN, id, 0)).unwrap();
+    }
+    server.receive(&frame(Kind::Data, RST, 1, 0)).unwrap();
+    assert_eq!(server.accept().unwrap().0, 3);
+    assert_eq!((server.accept(), server.session.inbound), (None, 1));
+}
+
+#[test]
+fn memory_of_what_waits_for_the_socket_is_free_once_the_session_is_closed() {
+    let mut server = Side::new(Endpoint::Listener);
+    let stream = accept_inbound(&mut server, 1);
+    server.send_all();
+    assert!(server.write(stream, &[0; QUANTUM]).is_ready());
+    server.send();
+    server.session.close_all();
+    server.assert_empty();
+}
+
+#[test]
+fn the_round_trip_time_is_measured_at_most_once_in_ten_seconds_by_the_answer_to_the_last_ping() {
+    let mut server = Side::new(Endpoint::Listener);
+    let stream = accept_inbound(&mut server, 1);
+    let pings = |server: &mut Side| {
+        server.receive(&data(0, 1, PING_AFTER)).unwrap();
+        while server.read(stream, PING_AFTER).is_some() {}
+        let sent = headers(&server.send_all());
+        let pings = sent.iter().filter(|it| (it.kind, it.flags) == (Kind::Ping, SYN));
+        pings.map(|it| it.length as usize).collect::<Vec<_>>()
+    };
+    assert_eq!(pings(&mut server), [1]);
+    server.now += 2 * PING_INTERVAL;
+    assert!(pings(&mut server).is_empty(), "one at a time");
+    server.receive(&frame(Kind::Ping, ACK, 0, 1)).unwrap();
+    assert_eq!(pings(&mut server), [2]);
+    server.receive(&frame(Kind::Ping, ACK, 0, 2)).unwrap();
+    assert!(pings(&mut server).is_empty());
+    server.now += PING_INTERVAL;
+    assert_eq!(pings(&mut server), [3]);
+    assert!(server.receive(&frame(Kind::Ping, ACK, 0, 2)).is_err(), "not the last one");
+}
+
+#[test]
+fn data_that_was_complete_before_the_session_ended_ends_without_an_error() {
+    let mut server = Side::new(Endpoint::Listener);
+    let stream = accept_inbound(&mut server, 1);
+    server.receive(&data(FIN, 1, 3)).unwrap();
+    server.session.end();
+    assert_eq!(server.read(stream, 9).unwrap().unwrap(), [7; 3]);
+    assert!(server.read(stream, 9).unwrap().unwrap().is_empty());
+}
+
+#[test]
 fn only_the_newest_ping_is_answered_and_only_once() {
     let mut server = Side::new(Endpoint::Listener);
     server.receive(&[1, 2, 3].map(|id| frame(Kind::Ping, SYN, 0, id)).concat()).unwrap();
@@ -284,8 +365,45 @@ fn the_flags_of_one_frame_are_handled_in_order() {
 fn a_stream_reset_by_its_first_frame_is_not_opened() {
     let mut server = Side::new(Endpoint::Listener);
     server.receive(&data(SYN | RST, 1, 3)).unwrap();
-    assert_eq!(server.accept(), None);
+    assert_eq!((server.session.inbound, server.accept()), (0, None));
     server.assert_empty();
+}
+
+#[test]
+fn frames_that_open_streams_reset_them_or_ping_are_limited_and_others_are_not() {
+    for (frame, is_limited) in [
+        (frame(Kind::Ping, SYN, 0, 1), true),
+        (frame(Kind::Ping, 0, 0, 1), true),
+        (frame(Kind::Data, SYN | RST, 1, 0), true),
+        (frame(Kind::WindowUpdate, RST, 1, 0), true),
+        (frame(Kind::WindowUpdate, FIN, 1, 0), false),
+        (data(0, 1, 1), false),
+    ] {
+        let mut server = Side::new(Endpoint::Listener);
+        let limits = StreamLimits { stream_rate: 1, ..StreamLimits::default() };
+        let budget = Budget { inbound: 9, outbound: 9 };
+        server.session.admission = StreamAdmission::new(budget, limits);
+        server.session.admission.prefix = Some(std::net::IpAddr::from([192, 0, 2, 1]).into());
+        let mut is_paused = false;
+        for byte in frame.iter().copied().cycle().take(1000 * frame.len()) {
+            server.room.buffer()[0] = byte;
+            let pause = server.session.receive(&mut server.room, 1, server.now).unwrap();
+            is_paused |= !pause.is_zero();
+        }
+        assert_eq!(is_paused, is_limited, "{frame:?}");
+    }
+}
+
+#[test]
+fn a_session_is_unused_until_its_peer_opens_a_stream() {
+    let mut server = Side::new(Endpoint::Listener);
+    server.open();
+    server.receive(&frame(Kind::Ping, SYN, 0, 1)).unwrap();
+    assert!(server.session.end());
+    assert!(!Side::new(Endpoint::Dialer).session.end(), "this side has dialed");
+    let mut server = Side::new(Endpoint::Listener);
+    server.receive(&frame(Kind::Data, SYN, 1, 0)).unwrap();
+    assert!(!server.session.end());
 }
 
 #[test]
@@ -341,6 +459,20 @@ fn dropping_a_half_open_stream_resets_it_after_the_flushed_data() {
 }
 
 #[test]
+fn dropping_a_stream_sends_the_rest_of_the_flushed_data_and_no_more() {
+    let mut server = Side::new(Endpoint::Listener);
+    let stream = accept_inbound(&mut server, 1);
+    assert!(server.write(stream, &[1; 100]).is_ready());
+    server.session.update(stream, Stream::flush);
+    assert!(server.write(stream, &[2; 50]).is_ready());
+    assert_eq!(headers(&server.send_at_most(60))[0].length, 60);
+    server.drop_handle(stream);
+    let sent = headers(&server.send_all());
+    let sent: Vec<_> = sent.iter().map(|header| (header.length, header.flags)).collect();
+    assert_eq!(sent, [(40, 0), (0, RST)]);
+}
+
+#[test]
 fn a_stream_dropped_after_fin_is_reset_once_if_data_arrives() {
     let mut server = Side::new(Endpoint::Listener);
     let stream = accept_inbound(&mut server, 1);
@@ -383,6 +515,44 @@ fn a_stream_dropped_after_fin_is_reset_at_once_if_its_peer_has_no_credit() {
         );
         server.assert_empty();
     }
+}
+
+#[test]
+fn a_stream_that_is_dropped_before_its_fin_is_sent_is_reset_after_it_if_data_arrives() {
+    let mut server = Side::new(Endpoint::Listener);
+    let stream = accept_inbound(&mut server, 1);
+    assert!(server.write(stream, b"last").is_ready());
+    server.session.change(stream, Stream::close);
+    server.drop_handle(stream);
+    server.receive(&data(0, 1, 3)).unwrap();
+    let sent = headers(&server.send_all());
+    let flags: Vec<_> = sent.iter().map(|header| header.flags & !ACK).collect();
+    assert_eq!(flags, [0, FIN, RST]);
+    server.assert_empty();
+}
+
+#[test]
+fn an_id_is_in_use_until_the_reset_of_its_stream_is_sent() {
+    let mut server = Side::new(Endpoint::Listener);
+    let stream = accept_inbound(&mut server, 1);
+    server.session.change(stream, Stream::close);
+    server.send_all();
+    server.receive(&data(0, 1, INITIAL_WINDOW)).unwrap();
+    server.drop_handle(stream);
+    server.receive(&frame(Kind::Data, FIN, 1, 0)).unwrap();
+    assert!(server.receive(&frame(Kind::Data, SYN, 1, 0)).is_err());
+}
+
+#[test]
+fn a_reset_by_the_peer_frees_what_it_has_not_taken() {
+    let mut server = Side::new(Endpoint::Listener);
+    let stream = accept_inbound(&mut server, 1);
+    server.send_all();
+    let open = server.budget.buffered().bytes;
+    assert!(server.write(stream, &[0; QUANTUM]).is_ready());
+    server.receive(&frame(Kind::Data, RST, 1, 0)).unwrap();
+    assert_eq!(server.budget.buffered().bytes, open);
+    assert!(server.send_all().is_empty());
 }
 
 #[test]
@@ -526,6 +696,44 @@ fn only_the_last_task_that_waits_is_woken() {
     assert_eq!(is_woken, [false, true]);
 }
 
+/// Registers a waker as the connection's task, and calls `act`. Returns whether that woke the task.
+fn wakes(side: &mut Side, act: impl FnOnce(&mut Side)) -> bool {
+    let is_woken = Arc::new(Woken::default());
+    side.session.set_task(&Context::from_waker(&Waker::from(Arc::clone(&is_woken))));
+    act(side);
+    std::mem::take(&mut side.session.effects).apply(&side.budget);
+    is_woken.0.load(Ordering::Relaxed)
+}
+
+#[test]
+fn the_task_is_woken_for_each_thing_that_it_has_to_do() {
+    let mut server = Side::new(Endpoint::Listener);
+    assert!(wakes(&mut server, |it| it.receive(&frame(Kind::Data, SYN, 1, 0)).unwrap()));
+    let mut key = None;
+    assert!(wakes(&mut server, |it| key = it.accept()), "an acknowledgement");
+    let stream = key.unwrap();
+    server.send_all();
+    server.receive(&data(0, 1, INITIAL_WINDOW)).unwrap();
+    server.read(stream, INITIAL_WINDOW).unwrap().unwrap();
+    assert!(wakes(&mut server, |it| assert!(it.read(stream, 1).is_none())), "credit");
+    server.send_all();
+    assert!(wakes(&mut server, |it| assert!(it.write(stream, b"!").is_ready())), "data");
+    server.send_all();
+    assert!(wakes(&mut server, |it| it.drop_handle(stream)), "a reset");
+    server.send_all();
+    server.assert_empty();
+    let is_woken = Arc::new(Woken::default());
+    let waker = Waker::from(Arc::clone(&is_woken));
+    assert!(server.session.poll_accept(&Context::from_waker(&waker)).is_pending());
+    server.receive(&frame(Kind::Data, SYN, 3, 0)).unwrap();
+    assert!(is_woken.0.load(Ordering::Relaxed), "a stream for the task that accepts");
+    let opened = server.open();
+    assert!(server.write(opened, b"!").is_ready());
+    server.send_all();
+    let answer = frame(Kind::WindowUpdate, ACK, opened.0, 0);
+    assert!(wakes(&mut server, |it| it.receive(&answer).unwrap()), "one that waits for it");
+}
+
 #[derive(Default)]
 struct Woken(AtomicBool);
 
@@ -577,6 +785,24 @@ fn a_header_allocates_nothing_and_a_byte_one_chunk() {
 }
 
 #[test]
+fn what_is_written_at_once_takes_no_more_memory_than_its_frame() {
+    let mut server = Side::new(Endpoint::Listener);
+    let stream = accept_inbound(&mut server, 1);
+    server.send_all();
+    let open = server.budget.buffered().bytes;
+    assert!(server.write(stream, &[0; QUANTUM]).is_ready());
+    assert_eq!(server.budget.buffered().bytes, open + HEADER + QUANTUM);
+}
+
+#[test]
+fn a_read_into_no_buffer_does_not_wait() {
+    let mut server = Side::new(Endpoint::Listener);
+    let stream = accept_inbound(&mut server, 1);
+    assert!(server.read(stream, 0).unwrap().unwrap().is_empty());
+    assert!(server.read(stream, 1).is_none());
+}
+
+#[test]
 fn one_byte_frames_use_no_more_memory_than_long_ones() {
     let mut server = Side::new(Endpoint::Listener);
     accept_inbound(&mut server, 1);
@@ -618,6 +844,22 @@ fn the_stream_unread_for_the_longest_is_reset_and_freed() {
     );
     assert_eq!(server.read(fast, 9).unwrap().unwrap(), [7; 9]);
     assert_eq!(server.budget.buffered().count(Cut::Pool), 1);
+}
+
+#[test]
+fn the_stream_of_which_nothing_was_sent_for_the_longest_is_reset() {
+    let mut server = Side::new(Endpoint::Listener);
+    let [early, late] = [1, 3].map(|id| accept_inbound(&mut server, id));
+    server.send_all();
+    assert!(server.write(early, &[0; QUANTUM]).is_ready());
+    server.now += Duration::from_secs(9);
+    assert!(server.write(late, &[0; QUANTUM]).is_ready());
+    server.now += Duration::from_secs(1);
+    assert_eq!(headers(&server.send_at_most(8 * KIB))[0].stream, 1);
+    server.now += Duration::from_secs(1);
+    assert!(server.session.shed(server.now, Cut::Pool) > QUANTUM);
+    assert!(is_reset(server.read(late, 9)));
+    assert!(server.read(early, 9).is_none(), "it goes on");
 }
 
 #[test]
@@ -744,6 +986,7 @@ fn window_updates_are_sent_at_half_the_window_and_never_tiny() {
                 if update.kind == Kind::WindowUpdate {
                     credit += update.length as usize;
                     assert!(credit > 16 * KIB && credit <= window + KIB, "{credit}");
+                    assert!(update.length as usize > window / 2 - KIB, "{update:?}");
                 }
             }
         }
@@ -817,6 +1060,67 @@ fn windows_do_not_grow_while_the_pool_limits_them() {
     assert_eq!((credit, server.session.growth), (32 * KIB, MAX_GROWTH));
 }
 
+#[test]
+fn windows_do_not_grow_for_a_peer_that_is_not_limited_by_them() {
+    let mut server = Side::new(Endpoint::Listener);
+    let stream = accept_inbound(&mut server, 1);
+    server.send_all();
+    let mut credit = INITIAL_WINDOW;
+    for _ in 0..10 {
+        credit = full_window(&mut server, stream, credit);
+        server.now += Duration::from_millis(101);
+    }
+    assert_eq!((credit, server.session.growth), (INITIAL_WINDOW, MAX_GROWTH));
+}
+
+#[test]
+fn the_windows_of_one_connection_grow_by_its_share_in_all() {
+    let mut server = Side::with(Endpoint::Listener, MemoryBudget::new(PLENTY, PLENTY, 100 * KIB));
+    let stream = accept_inbound(&mut server, 1);
+    server.send_all();
+    let mut credit = INITIAL_WINDOW;
+    for _ in 0..10 {
+        credit = full_window(&mut server, stream, credit);
+    }
+    assert_eq!((credit, server.session.growth), (INITIAL_WINDOW + 100 * KIB, 0));
+}
+
+#[test]
+fn an_update_leaves_the_peer_more_than_16_kib() {
+    let mut server =
+        Side::with(Endpoint::Listener, MemoryBudget::new(1000 << 20, PLENTY, MAX_GROWTH));
+    let other = server.budget.open(None, Weak::<Shared>::new());
+    let stream = accept_inbound(&mut server, 1);
+    server.send_all();
+    other.replace_charge(0, 900 << 20);
+    server.receive(&data(0, 1, INITIAL_WINDOW)).unwrap();
+    for (read, granted) in [(240 * KIB, 0), (1, 0), (1, 16 * KIB + 1)] {
+        assert_eq!(server.read(stream, read).unwrap().unwrap().len(), read);
+        let sent = headers(&server.send_all());
+        let updates = sent.iter().filter(|header| header.kind == Kind::WindowUpdate);
+        assert_eq!(updates.map(|it| it.length as usize).sum::<usize>(), granted);
+    }
+}
+
+#[test]
+fn a_peer_that_has_finished_and_one_that_is_reset_are_granted_nothing() {
+    for finishes in [true, false] {
+        let mut server = Side::new(Endpoint::Listener);
+        let stream = accept_inbound(&mut server, 1);
+        server.send_all();
+        server.receive(&data(if finishes { FIN } else { 0 }, 1, 200 * KIB)).unwrap();
+        if finishes {
+            while !server.read(stream, 64 * KIB).unwrap().unwrap().is_empty() {}
+        } else {
+            assert!(server.write(stream, b"flushed").is_ready());
+            server.session.update(stream, Stream::flush);
+            server.drop_handle(stream);
+        }
+        let sent = headers(&server.send_all());
+        assert!(sent.iter().all(|header| header.kind != Kind::WindowUpdate), "{sent:?}");
+    }
+}
+
 /// Stream 1's peer sends as much as its credit allows, and answers pings after 100 ms. Returns its next credit.
 fn full_window(server: &mut Side, stream: Key, credit: usize) -> usize {
     server.receive(&data(0, 1, credit)).unwrap();
@@ -857,6 +1161,41 @@ fn new_flows_go_first_and_backlogged_ones_take_turns() {
         order.extend(headers(&server.send()).iter().map(|header| header.stream));
     }
     assert_eq!(order, [1, 3, 1, 5, 3, 1]);
+}
+
+#[test]
+fn a_stream_that_becomes_idle_and_returns_waits_for_its_turn() {
+    let mut server = Side::new(Endpoint::Listener);
+    let [bulk, quick] = [1, 3].map(|id| accept_inbound(&mut server, id));
+    server.send_all();
+    let fill = |server: &mut Side, stream: Key| {
+        let _ = server.write(stream, &[0; QUANTUM]);
+        server.receive(&frame(Kind::WindowUpdate, 0, stream.0, QUANTUM)).unwrap();
+    };
+    fill(&mut server, bulk);
+    server.send();
+    fill(&mut server, bulk);
+    assert!(server.write(quick, b"quick").is_ready());
+    let mut order = Vec::new();
+    for round in 0..32 {
+        order.extend(headers(&server.send_at_most(8 * KIB)).iter().map(|header| header.stream));
+        fill(&mut server, bulk);
+        if round > 0 {
+            fill(&mut server, quick);
+        }
+    }
+    let turns = order.chunk_by(|one, other| one == other).map(|turn| (turn[0], turn.len()));
+    let turns: Vec<_> = turns.take(4).collect();
+    assert_eq!(turns, [(3, 1), (1, 8), (3, 8), (1, 8)]);
+}
+
+#[test]
+fn a_batch_of_control_frames_is_bounded() {
+    let mut server = Side::new(Endpoint::Listener);
+    for id in 0..90 {
+        accept_inbound(&mut server, 2 * id + 1);
+    }
+    assert_eq!([(); 3].map(|()| headers(&server.send()).len()), [64, 26, 0]);
 }
 
 // ---- Two sessions against each other
