@@ -141,9 +141,8 @@ impl Node {
         });
         #[cfg(feature = "websocket")]
         let (transport, control) = {
-            let max_requests = limits.max_handshakes;
-            let websocket =
-                WebSocket::new(counters.clone(), proxies.clone(), rates.clone(), max_requests);
+            let (counters, proxies, rates) = (counters.clone(), proxies.clone(), rates.clone());
+            let websocket = WebSocket::new(counters, proxies, rates, limits.max_handshakes);
             let control = websocket.control.clone();
             (transport.or_transport(websocket), control)
         };
@@ -261,10 +260,8 @@ impl Node {
         if self.relay().view().is_draining() || !self.observations.update(now) {
             return;
         }
-        for address in self.observations.confirmed() {
-            log::info!(
-                "address confirmed: peers of several networks reached the relay at {address}"
-            );
+        for own in self.observations.confirmed() {
+            log::info!("address confirmed: peers of several networks reached the relay at {own}");
         }
         self.update_addresses(true);
     }
