@@ -410,7 +410,8 @@ pub fn needs(name: &str) -> Option<String> {
 impl Default for Flags {
     fn default() -> Self {
         // Each setting of a file is checked beside the defaults of all others, and a list may have thousands of them.
-        static DEFAULTS: LazyLock<Flags> = LazyLock::new(|| Flags::from_iter([""; 0]));
+        // From an iterator as of the other command lines: clap's parser is compiled once for each type.
+        static DEFAULTS: LazyLock<Flags> = LazyLock::new(|| Flags::from_iter(Vec::<String>::new()));
         DEFAULTS.clone()
     }
 }

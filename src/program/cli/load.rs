@@ -68,7 +68,7 @@ impl Flags {
         let version = help::version();
         let matches = Self::clap()
             .version(&*version)
-            .get_matches_from_safe(&words)
+            .get_matches_from_safe(words.clone())
             .map_err(|error| from_clap_error(error, None))?;
         let given = Self::from_clap(&matches);
         let mut table = given.to_table()?;
