@@ -104,7 +104,11 @@ impl Flags {
     }
 
     /// Returns the text of a file with all settings.
-    pub(super) fn to_file(&self) -> Result<String, String> {
+    ///
+    /// # Errors
+    ///
+    /// When a value has no form in TOML.
+    pub fn to_file(&self) -> Result<String, String> {
         let given = self.to_table()?;
         let mut file = String::from("# A setting whose line begins with # follows from others.\n");
         let is_known = |name: &str| flags::needs(name).is_none();
