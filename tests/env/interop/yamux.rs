@@ -25,6 +25,7 @@ use libp2p::{
         AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, FutureExt, StreamExt,
         channel::oneshot,
         future::{join, poll_fn},
+        io::{BufReader, ReadHalf, WriteHalf},
         stream::FuturesUnordered,
     },
 };
@@ -213,9 +214,16 @@ impl Plan {
     }
 }
 
+/// Splits a stream. It is never read by one byte, as multistream-select reads: no protocol is negotiated here, and the
+/// muxer would take any byte above 127 for a length that it rejects.
+fn split<S: AsyncRead + AsyncWrite>(stream: S) -> (BufReader<ReadHalf<S>>, WriteHalf<S>) {
+    let (reads, writes) = stream.split();
+    (BufReader::with_capacity(2, reads), writes)
+}
+
 /// The opener's side of a stream. Dropping the stream before its end resets it.
 async fn run_opener(stream: impl AsyncRead + AsyncWrite, plan: Plan) {
-    let (mut reads, mut writes) = stream.split();
+    let (mut reads, mut writes) = split(stream);
     let write = async {
         writes.write_all(&plan.encode()).await?;
         send(&mut writes, plan.seed, plan.there, plan, plan.outcome != Outcome::Cut).await
@@ -242,7 +250,7 @@ async fn run_opener(stream: impl AsyncRead + AsyncWrite, plan: Plan) {
 
 /// The acceptor's side of a stream.
 async fn run_acceptor(stream: impl AsyncRead + AsyncWrite) {
-    let (mut reads, mut writes) = stream.split();
+    let (mut reads, mut writes) = split(stream);
     let mut header = [0; 16];
     reads.read_exact(&mut header).await.expect("bytes before a reset can be read");
     let plan = Plan::decode(header);
