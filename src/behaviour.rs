@@ -162,11 +162,11 @@ impl Behaviour {
         }
         // 2. The other conditions. A change is told to all handlers.
         let (announced, confirmed) = (&*self.relay.config.announce, self.confirmed.as_slice());
-        // Not if all of them lead through other relays.
         let known = Known { announced, confirmed, ..Known::default() };
-        let has_address = !address::for_reservation(known, self.peer).is_empty();
+        // Not if all of them lead through other relays.
+        let has_address = || !address::for_reservation(known, self.peer).is_empty();
         let is_open = self.relay.config.close_silent || !self.relay.is_draining();
-        let is_serving = self.serving.unwrap_or(has_address) && is_open && self.is_clock_set;
+        let is_serving = self.serving.unwrap_or_else(has_address) && is_open && self.is_clock_set;
         if mem::replace(&mut self.is_serving, is_serving) != is_serving {
             log::info!("{}", if is_serving { "serving clients" } else { "not serving clients" });
             for (handler, _) in self.handlers.values() {
