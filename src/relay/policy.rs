@@ -217,6 +217,7 @@ mod tests {
     };
 
     use super::*;
+    use crate::relay::CircuitParameters;
     use crate::{
         access::Terms,
         event::Event,
@@ -251,19 +252,30 @@ mod tests {
         std::iter::from_fn(|| relay.actions.pop_front()).collect()
     }
 
+    /// Opens a circuit to a peer that holds a slot.
+    fn open_circuit(
+        relay: &mut Relay<u32, u32>,
+        source: End<u32>,
+        target: End<u32>,
+        now: Instant,
+    ) -> Box<CircuitParameters> {
+        relay.handle_request(source, Ok(Request::Connect(target.peer)), 2, now);
+        let asked = actions(relay).into_iter().find_map(|action| match action {
+            Action::AskTarget(_, parameters) => Some(parameters),
+            _ => None,
+        });
+        let parameters = asked.expect("a STOP request to the target");
+        let opened = relay.on_target_answered(parameters.id, target.connection, Ok(()), now);
+        assert!(opened.is_some(), "an open circuit");
+        parameters
+    }
+
     #[test]
     fn a_circuit_ends_when_its_target_is_denied_after_losing_its_slot() {
         let start = Instant::now();
         let (mut relay, [source, target]) = relay(start);
         relay.handle_request(target, Ok(Request::Reserve), 1, start);
-        relay.handle_request(source, Ok(Request::Connect(target.peer)), 2, start);
-        let asked = actions(&mut relay).into_iter().find_map(|action| match action {
-            Action::AskTarget(_, parameters) => Some(parameters),
-            _ => None,
-        });
-        let mut parameters = asked.expect("a STOP request to the target");
-        let opened = relay.on_target_answered(parameters.id, target.connection, Ok(()), start);
-        assert!(opened.is_some(), "an open circuit");
+        let mut parameters = open_circuit(&mut relay, source, target, start);
         let later = start + Duration::from_secs(2 * 60 * 60);
         relay.connections.record_activity(&target.peer, later);
         relay.connections.record_activity(&source.peer, later);
@@ -566,13 +578,13 @@ mod tests {
         let start = Instant::now();
         let (mut relay, [_, holder]) = relay(start);
         reserve(&mut relay, holder, start);
-        let address = "/ip4/203.0.113.1/tcp/1".parse().unwrap();
-        relay.connections.add(3, Connection::new(holder.peer, address, false, 0, start));
+        let other = connect_again(&mut relay, holder.peer, 3);
         relay.set_access(Box::new(AskLater), start);
         let slot = check(&mut relay);
         relay.on_access_checked(slot, true.into(), start);
         relay.on_disconnected(holder, start);
-        assert_eq!(relay.reservations.get(&holder.peer).unwrap().connection, Some(3));
+        let slot = relay.reservations.get(&holder.peer).expect("its slot");
+        assert_eq!(slot.connection, Some(other.connection));
         let moved = check(&mut relay);
         relay.on_access_checked(moved, false.into(), start);
         assert_eq!(freed(&mut relay), Some((holder.peer, FreedReason::Denied)));
@@ -675,13 +687,7 @@ mod tests {
         let (mut relay, [source, target]) = relay(start);
         reserve(&mut relay, source, start);
         reserve(&mut relay, target, start);
-        relay.handle_request(source, Ok(Request::Connect(target.peer)), 2, start);
-        let asked = actions(&mut relay).into_iter().find_map(|action| match action {
-            Action::AskTarget(_, parameters) => Some(parameters),
-            _ => None,
-        });
-        let mut parameters = asked.expect("a STOP request to the target");
-        relay.on_target_answered(parameters.id, target.connection, Ok(()), start);
+        let mut parameters = open_circuit(&mut relay, source, target, start);
         let mut config = relay.config.clone();
         config.access.allow_peer.insert(target.peer);
         config.access.allow_connect_peer.insert(source.peer);
