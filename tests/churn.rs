@@ -2,7 +2,7 @@
 //! `cargo bench --bench churn`.
 //!
 //! Prints a row per policy for each load, and draws `tests/churn.svg`. Exits with status 1 if a peer that answered in
-//! time lost its slot, if any state is left after all clients have disconnected, or if this relay evicted nobody.
+//! time lost its slot, if any state is left after all clients have disconnected, or if this relay evicts no peer.
 //! `-- settings` tries it with other timers instead, `-- loss` on links that lose packets. The clients, and the assumptions
 //! about them, are in `churn/trace.rs`; the other relays in `churn/others.rs`.
 
@@ -124,7 +124,7 @@ fn main() -> ExitCode {
     let evicted: usize = results.iter().map(|(_, _, rows)| rows[0].1.evicted).sum();
     let mut failed = evicted == 0;
     if failed {
-        eprintln!("{RELAYLET} evicted nobody, although its table was overfull");
+        eprintln!("{RELAYLET} evicted no peer, although its table was overfull");
     }
     for (name, tally) in results.iter().flat_map(|(_, _, rows)| rows) {
         if tally.wrong_evictions > 0 {
