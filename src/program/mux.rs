@@ -3,6 +3,6 @@
 pub mod budget;
 pub(crate) mod frame;
 pub mod muxer;
-mod session;
+pub(crate) mod session;
 mod stream;
 pub mod stream_limits;

@@ -145,45 +145,19 @@ fn limit_reached(event: &NodeEvent) -> Option<(&dyn Display, &'static str, &'sta
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        sync::Weak,
-        time::{Duration, Instant},
-    };
+    use std::{sync::Weak, time::Duration};
 
     use libp2p::{Multiaddr, PeerId};
 
     use super::*;
     use crate::event::FreedReason;
     use crate::program::{
-        mux::{
-            budget::{Connection, ConnectionBudget, MemoryBudget},
-            stream_limits::Key,
-        },
+        mux::{budget::MemoryBudget, session::Shared},
         net::admission::{
             handshake_failure::{HandshakeFailure, Reason, Stage},
             proxy_header::HeaderError,
         },
     };
-
-    /// Only its type is used.
-    #[derive(Debug)]
-    struct Closed(ConnectionBudget);
-
-    impl Connection for Closed {
-        fn budget(&self) -> &ConnectionBudget {
-            &self.0
-        }
-
-        fn shed(&self, _: Instant) -> usize {
-            0
-        }
-
-        fn reset(&self, _: Key) {}
-
-        fn credit(&self) -> usize {
-            0
-        }
-    }
 
     fn freed(from: &str, reason: FreedReason) -> NodeEvent {
         NodeEvent::Relay(Event::ReservationFreed {
@@ -224,7 +198,7 @@ mod tests {
     #[test]
     fn what_was_reset_or_closed_to_free_memory_is_summarized_by_the_limit() {
         let budget = MemoryBudget::new(1, 1, 0);
-        let account = budget.open(None, Weak::<Closed>::new());
+        let account = budget.open(None, Weak::<Shared>::new());
         let mut summary = LogSummary::default();
         for cut in [Cut::Pool, Cut::Connection, Cut::WriteStalled, Cut::WriteStalled] {
             account.count(cut);
