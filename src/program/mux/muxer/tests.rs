@@ -50,6 +50,14 @@ fn pipes(room: usize) -> (Pipe, Pipe) {
     (one, Pipe { from: there, to: back, room })
 }
 
+/// Opens a stream, which there is room for.
+fn open(muxer: &mut Muxer<impl AsyncRead + AsyncWrite + Unpin>, cx: &mut Context<'_>) -> Substream {
+    let Poll::Ready(Ok(stream)) = Pin::new(muxer).poll_outbound(cx) else {
+        panic!("there is room for a stream");
+    };
+    stream
+}
+
 fn lock(wire: &Mutex<Wire>) -> MutexGuard<'_, Wire> {
     wire.lock().unwrap()
 }
@@ -346,9 +354,7 @@ fn each_poll_accepts_one_of_the_streams_that_a_peer_opens_at_once() {
     let mut cx = Context::from_waker(&waker);
     let mut streams = Vec::new();
     for _ in 0..3 {
-        let Poll::Ready(Ok(mut stream)) = Pin::new(&mut client).poll_outbound(&mut cx) else {
-            panic!("there is room for a stream");
-        };
+        let mut stream = open(&mut client, &mut cx);
         assert!(Pin::new(&mut stream).poll_write(&mut cx, b"!").is_ready());
         streams.push(stream);
     }
@@ -452,9 +458,7 @@ fn a_peer_cannot_announce_a_long_message_before_a_protocol_is_accepted() {
             (muxer(one, Endpoint::Dialer), muxer(other, Endpoint::Listener));
         let (opener, listener) =
             if relay_opens { (&mut relay, &mut peer) } else { (&mut peer, &mut relay) };
-        let Poll::Ready(Ok(mut opened)) = Pin::new(&mut *opener).poll_outbound(cx) else {
-            panic!("there is room for a stream");
-        };
+        let mut opened = open(opener, cx);
         let proposal = [line("/multistream/1.0.0"), line("/ipfs/ping/1.0.0")].concat();
         assert!(Pin::new(&mut opened).poll_write(cx, &proposal).is_ready());
         assert!(Pin::new(&mut *opener).poll(cx).is_pending());
@@ -516,9 +520,7 @@ fn a_poll_reads_and_writes_no_more_than_its_share_and_then_asks_for_another() {
     assert_eq!(lock(&peer.to).bytes.len(), TURN_READS * HEADER);
     assert!(woken.0.swap(false, Ordering::Relaxed), "there is more to read");
     for _ in 0..2 * TURN / QUANTUM {
-        let Poll::Ready(Ok(mut stream)) = Pin::new(&mut relay).poll_outbound(&mut cx) else {
-            panic!("there is room for a stream");
-        };
+        let mut stream = open(&mut relay, &mut cx);
         assert!(Pin::new(&mut stream).poll_write(&mut cx, &[0; QUANTUM]).is_ready());
         assert!(Pin::new(&mut stream).poll_close(&mut cx).is_ready());
     }
@@ -574,9 +576,7 @@ fn messages_are_small_at_first_and_a_reset_shares_none_with_data() {
     let sent = Arc::clone(&connection.sent);
     let mut relay = Muxer::new(connection, Multiplex { memory, ..multiplex }, Endpoint::Dialer);
     let cx = &mut Context::from_waker(Waker::noop());
-    let Poll::Ready(Ok(mut stream)) = Pin::new(&mut relay).poll_outbound(cx) else {
-        panic!("there is room for a stream");
-    };
+    let mut stream = open(&mut relay, cx);
     assert!(Pin::new(&mut stream).poll_write(cx, &[0; QUANTUM]).is_ready());
     assert!(Pin::new(&mut stream).poll_flush(cx).is_ready());
     drop(stream);
@@ -594,9 +594,7 @@ fn large_batches_are_charged_once() {
     let memory = multiplex.memory.clone();
     let mut relay = Muxer::new(Messages::default(), multiplex, Endpoint::Dialer);
     let cx = &mut Context::from_waker(Waker::noop());
-    let Poll::Ready(Ok(mut stream)) = Pin::new(&mut relay).poll_outbound(cx) else {
-        panic!("there is room for a stream");
-    };
+    let mut stream = open(&mut relay, cx);
     let idle = memory.buffered().bytes;
     for _ in 0..4 {
         assert!(Pin::new(&mut stream).poll_write(cx, &[0; QUANTUM]).is_ready());

@@ -44,10 +44,10 @@ impl Side {
     }
 
     fn open(&mut self) -> Key {
-        let Poll::Ready(accept_inbound) = self.session.poll_open(&cx(), self.now) else {
-            panic!("it may be accept_inbound");
+        let Poll::Ready(opened) = self.session.poll_open(&cx(), self.now) else {
+            panic!("it may open a stream");
         };
-        accept_inbound.expect("a number")
+        opened.expect("a number")
     }
 
     fn accept(&mut self) -> Option<Key> {
