@@ -1,8 +1,8 @@
 //! More unread data than the relay may buffer.
 
-use std::{io, time::Duration};
+use std::time::Duration;
 
-use libp2p::futures::future;
+use libp2p::{futures::future, identity::Keypair};
 use tokio::time::{sleep, timeout};
 
 use super::testbed::{FREED_FOR_MEMORY, SMALL_BUDGET, Testbed};
@@ -96,14 +96,17 @@ async fn more_unread_data_than_the_budget_allows() {
 /// stalled, and their buffers are freed although the targets cannot be notified.
 #[tokio::test]
 async fn targets_that_never_read() {
-    const PAIRS: usize = 24;
-    /// More than fits into the sockets of the path, in bytes.
+    /// So many that their sources' smallest windows, half of them granted again, are more than the budget.
+    const PAIRS: usize = 64;
+    /// More than fits into the sockets of the path, in bytes: those of the targets take few.
     const OFFER: usize = 24 * 1024 * 1024;
     let mut testbed = Testbed::start(&SMALL_BUDGET).await;
     let port = testbed.port;
     let attack = async move {
-        let offered = run_each(PAIRS, AT_A_TIME, move |number| async move {
-            let mut target = RawPeer::connect_with_retry(port, address(number)).await;
+        let opened = run_each(PAIRS, AT_A_TIME, move |number| async move {
+            let keypair = Keypair::generate_ed25519();
+            let mut target =
+                RawPeer::connect_with_small_buffer(&keypair, port, address(number)).await?;
             assert_eq!(target.request(&reserve()).await?.1, OK);
             let mut source = RawPeer::connect_with_retry(port, address(number)).await;
             let stream = source.next_stream();
@@ -112,14 +115,17 @@ async fn targets_that_never_read() {
             let circuit = target.accept_count(1).await?[0];
             let window = frame(WINDOW_UPDATE, 0, circuit, LARGE_WINDOW);
             target.send(&window).await?;
-            // Until the relay grants no more credit, or resets the stream.
-            let _ = timeout(RESET_TIMEOUT * 3, source.write(stream, OFFER)).await;
-            io::Result::Ok((
-                source.stay_connected(),
-                Background::spawn(hold_without_reading(target)),
-            ))
+            Ok((source, stream, target))
         });
-        expect_all(offered.await)
+        let offered = expect_all(opened.await).into_iter().map(|(mut source, stream, target)| {
+            tokio::spawn(async move {
+                // Until the relay grants no more credit, or resets the stream.
+                let _ = timeout(RESET_TIMEOUT * 3, source.write(stream, OFFER)).await;
+                let target = Background::spawn(hold_without_reading(target));
+                (source.stay_connected(), target)
+            })
+        });
+        future::join_all(offered).await
     };
     let size = format!("{PAIRS} circuits whose targets read nothing, of 8 MiB");
     let what = "more than --max-buffered, not accepted by targets";
