@@ -1,9 +1,6 @@
 //! Addresses: the client prefix that a slot counts towards, and the addresses that clients are told to dial.
 
-use std::{
-    fmt,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
-};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use libp2p::{Multiaddr, PeerId, multiaddr::Protocol};
 
@@ -20,12 +17,17 @@ const MAX_BYTES: usize = 2048;
 ///
 /// Stored in eight bytes, because each slot has several: the upper half of an IPv6 address, in which IPv4 uses the
 /// unassigned `0:ffff::/32`.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(
+    Clone, Copy, derive_more::Debug, derive_more::Display, PartialEq, Eq, Hash, PartialOrd, Ord,
+)]
+#[debug("{self}")]
+#[display("{}{}", self.ip(), if self.ip().is_ipv4() { "" } else { "/64" })]
 pub struct ClientPrefix(u64);
 
 /// An IPv4 /24 or an IPv6 /48: about what one site or one customer of a hoster has. What its clients hold counts towards
 /// it, too.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, derive_more::Display, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[display("{}/{}", _0.ip(), if _0.ip().is_ipv4() { 24 } else { 48 })]
 pub struct Subnet(pub(crate) ClientPrefix);
 
 /// The upper half of an IPv6 address that stands for IPv4.
@@ -80,26 +82,6 @@ fn ipv4_within(ip: Ipv6Addr) -> Option<Ipv4Addr> {
         [0x2002, high, low, ..] => Some(ipv4(high, low)),
         [0x64, 0xff9b, 0, 0, 0, 0, high, low] => Some(ipv4(high, low)),
         _ => ip.to_ipv4_mapped(),
-    }
-}
-
-impl fmt::Display for ClientPrefix {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let ip = self.ip();
-        write!(f, "{ip}{}", if ip.is_ipv4() { "" } else { "/64" })
-    }
-}
-
-impl fmt::Debug for ClientPrefix {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
-}
-
-impl fmt::Display for Subnet {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let ip = self.0.ip();
-        write!(f, "{ip}/{}", if ip.is_ipv4() { 24 } else { 48 })
     }
 }
 

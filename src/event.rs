@@ -20,7 +20,7 @@
 //! [`FreedReason`], [`CircuitEnd`] and [`BadRequest`]. `kind` of a reason is the same for all values of a variant: it labels
 //! metrics.
 
-use std::{fmt, io, time::Duration};
+use std::{io, time::Duration};
 
 use libp2p::{Multiaddr, PeerId};
 
@@ -42,11 +42,12 @@ use crate::{
 /// | `CircuitReqDenied`, `CircuitReqOutboundConnectFailed` | [`CircuitRefused`](Self::CircuitRefused) |
 /// | `CircuitClosed` | [`CircuitClosed`](Self::CircuitClosed) |
 /// | `StatusChanged` | none: the relay serves from the start, unless [`Behaviour::set_serving`](crate::Behaviour::set_serving) says otherwise |
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, derive_more::Display)]
 #[non_exhaustive]
 pub enum Event {
     /// A peer got a slot, or a new term for the one it holds; or its slot in grace is live again, because it was heard
     /// over the connection that it had timed out on ([`Config::close_silent`](crate::Config::close_silent)).
+    #[display("reservation {}: peer {peer} at {address}", if *renewed { "renewed" } else { "granted" })]
     ReservationAccepted {
         /// The peer.
         peer: PeerId,
@@ -56,6 +57,7 @@ pub enum Event {
         renewed: bool,
     },
     /// A RESERVE was refused.
+    #[display("reservation refused: peer {peer} at {address}: {reason}")]
     ReservationRefused {
         /// The peer.
         peer: PeerId,
@@ -66,6 +68,7 @@ pub enum Event {
     },
     /// A peer with a slot or a circuit did not answer a probe in time: its circuits over that connection end, and its
     /// slot moves to another connection of it or enters grace.
+    #[display("peer silent: peer {peer} at {address}: nothing heard for {} s", silent_for.as_secs())]
     PeerSilent {
         /// The peer.
         peer: PeerId,
@@ -75,11 +78,13 @@ pub enum Event {
         silent_for: Duration,
     },
     /// The last connection of a peer with a slot closed; the peer may return until its grace is over.
+    #[display("grace began: peer {peer}")]
     GraceBegan {
         /// The peer.
         peer: PeerId,
     },
     /// A slot was freed.
+    #[display("slot freed: peer {peer}{}: {reason}", prefix.map(|prefix| format!(" at {prefix}")).unwrap_or_default())]
     ReservationFreed {
         /// The peer that held it.
         peer: PeerId,
@@ -89,6 +94,7 @@ pub enum Event {
         reason: FreedReason,
     },
     /// A request could not be decoded, and was refused.
+    #[display("request rejected: peer {peer} at {address}: {reason}")]
     RequestRejected {
         /// The peer that sent it.
         peer: PeerId,
@@ -98,6 +104,7 @@ pub enum Event {
         reason: BadRequest,
     },
     /// A circuit was opened: the target accepted, and the source is being told.
+    #[display("circuit {circuit} opened: {source} to {target}")]
     CircuitOpened {
         /// The circuit.
         circuit: CircuitId,
@@ -107,6 +114,7 @@ pub enum Event {
         target: PeerId,
     },
     /// A CONNECT was refused.
+    #[display("circuit refused: peer {source} at {address} to {target}: {reason}")]
     CircuitRefused {
         /// The peer that asked for it.
         source: PeerId,
@@ -118,6 +126,10 @@ pub enum Event {
         reason: Refused,
     },
     /// A circuit ended.
+    #[display(
+        "circuit {circuit} closed: {source} to {target}: {end}; {} bytes to the target, {} back",
+        transferred.to_target, transferred.to_source
+    )]
     CircuitClosed {
         /// The circuit.
         circuit: CircuitId,
@@ -145,51 +157,8 @@ pub struct BytesTransferred {
 }
 
 /// Identifies a circuit, from its CONNECT to its end. Never used twice.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, derive_more::Display, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct CircuitId(pub(crate) u64);
-
-impl fmt::Display for CircuitId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
-    }
-}
-
-impl fmt::Display for Event {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::ReservationAccepted { peer, address, renewed } => {
-                let what = if *renewed { "renewed" } else { "granted" };
-                write!(f, "reservation {what}: peer {peer} at {address}")
-            }
-            Self::ReservationRefused { peer, address, reason } => {
-                write!(f, "reservation refused: peer {peer} at {address}: {reason}")
-            }
-            Self::PeerSilent { peer, address, silent_for } => {
-                let seconds = silent_for.as_secs();
-                write!(f, "peer silent: peer {peer} at {address}: nothing heard for {seconds} s")
-            }
-            Self::GraceBegan { peer } => write!(f, "grace began: peer {peer}"),
-            Self::ReservationFreed { peer, prefix, reason } => match prefix {
-                Some(prefix) => write!(f, "slot freed: peer {peer} at {prefix}: {reason}"),
-                None => write!(f, "slot freed: peer {peer}: {reason}"),
-            },
-            Self::RequestRejected { peer, address, reason } => {
-                write!(f, "request rejected: peer {peer} at {address}: {reason}")
-            }
-            Self::CircuitOpened { circuit, source, target } => {
-                write!(f, "circuit {circuit} opened: {source} to {target}")
-            }
-            Self::CircuitRefused { source, address, target, reason } => {
-                write!(f, "circuit refused: peer {source} at {address} to {target}: {reason}")
-            }
-            Self::CircuitClosed { circuit, source, target, end, transferred, .. } => {
-                let BytesTransferred { to_target, to_source } = transferred;
-                write!(f, "circuit {circuit} closed: {source} to {target}: {end}; ")?;
-                write!(f, "{to_target} bytes to the target, {to_source} back")
-            }
-        }
-    }
-}
 
 /// Why a request was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]

@@ -6,8 +6,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    error::Error,
-    fmt, io,
+    io,
     time::Instant,
 };
 
@@ -140,15 +139,18 @@ pub struct ConnectionLimits {
 }
 
 /// Why a connection was denied.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{}", self.kind())]
 pub enum Denied {
     /// The cap on all connections is reached.
     Connections,
     /// The cap on the peer's connections is reached.
     Peer,
     /// The cap on the connections of this address is reached.
+    #[error("too many connections of {0}")]
     Address(ClientPrefix),
     /// The cap on the connections of this subnet is reached.
+    #[error("too many connections of {0}")]
     Subnet(Subnet),
     /// The cap on handshakes is reached.
     Handshakes,
@@ -157,6 +159,7 @@ pub enum Denied {
     /// The access rules deny its address or its peer.
     Rules,
     /// It came from a proxy without a valid PROXY protocol header.
+    #[error("no PROXY protocol header: {0}")]
     ProxyHeader(HeaderError),
 }
 
@@ -186,19 +189,6 @@ impl Denied {
         }
     }
 }
-
-impl fmt::Display for Denied {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Address(address) => write!(f, "too many connections of {address}"),
-            Self::Subnet(subnet) => write!(f, "too many connections of {subnet}"),
-            Self::ProxyHeader(error) => write!(f, "{}: {error}", self.kind()),
-            other => f.write_str(other.kind()),
-        }
-    }
-}
-
-impl Error for Denied {}
 
 /// An error whose source is a denial: libp2p's transports drop an error and keep its source.
 #[derive(Debug, thiserror::Error)]
