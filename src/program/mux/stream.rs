@@ -24,6 +24,11 @@ pub const QUANTUM: usize = BUFFER_SIZE;
 /// The least credit that a grant has to leave the peer, in bytes: with less it would send tiny frames.
 const MIN_CREDIT: usize = 16 * 1024;
 
+/// A peer with a longer round trip is granted credit as soon as this many bytes of it are missing. If it was half of a wide
+/// window, it would have only half of it: the second grant would wait until the data for the first arrives.
+const FAR: Duration = Duration::from_millis(10);
+const MAX_MISSING_OF_FAR: usize = INITIAL_WINDOW / 2;
+
 /// Which side opened a stream.
 #[derive(Debug, Default)]
 pub enum Origin {
@@ -68,9 +73,11 @@ pub struct Stream {
     /// How many bytes the peer may still send, besides those of the current frame that are still arriving.
     credit: usize,
     arriving: usize,
-    /// The window granted while memory is plentiful.
+    /// The window granted while memory is plentiful; how much of it the peer has used, and since when.
     window: usize,
-    granted_at: Option<Instant>,
+    used: usize,
+    used_since: Option<Instant>,
+    is_far: bool,
     /// How many bytes may be written and sent before the peer grants more.
     pub send_window: u32,
     /// The frame to send: space for its header, and its body.
@@ -89,7 +96,7 @@ impl Stream {
             has_handle: true,
             credit: INITIAL_WINDOW,
             window: INITIAL_WINDOW,
-            granted_at: Some(now),
+            used_since: Some(now),
             send_window: INITIAL_WINDOW as u32,
             ..Self::default()
         }
@@ -177,7 +184,8 @@ impl Stream {
     fn due_credit(&self, budget: &ConnectionBudget) -> usize {
         let window = budget.window(self.window);
         let missing = window.saturating_sub(self.credit + self.arriving + self.unread);
-        let is_worth_it = missing >= window / 2 && self.credit + missing > MIN_CREDIT;
+        let late = if self.is_far { MAX_MISSING_OF_FAR } else { MAX_WINDOW };
+        let is_worth_it = missing >= late.min(window / 2) && self.credit + missing > MIN_CREDIT;
         if is_worth_it && self.is_receiving() && self.is_read() { missing } else { 0 }
     }
 
@@ -192,14 +200,16 @@ impl Stream {
         now: Instant,
         budget: &ConnectionBudget,
     ) -> usize {
-        if self.due_credit(budget) == 0 {
-            return 0;
-        }
-        let last = rtt.zip(self.granted_at.replace(now));
-        if !budget.pool.is_scarce() && last.is_some_and(|(rtt, at)| now < at + rtt * 2) {
-            let wider = self.window.min(*growth).min(MAX_WINDOW - self.window);
-            self.window += wider;
-            *growth -= wider;
+        self.is_far = rtt.is_some_and(|rtt| rtt > FAR);
+        self.used += self.due_credit(budget);
+        if self.used >= self.window / 2 {
+            self.used = 0;
+            let since = rtt.zip(self.used_since.replace(now));
+            if !budget.pool.is_scarce() && since.is_some_and(|(rtt, at)| now < at + rtt * 2) {
+                let wider = self.window.min(*growth).min(MAX_WINDOW - self.window);
+                self.window += wider;
+                *growth -= wider;
+            }
         }
         let credit = self.due_credit(budget);
         self.credit += credit;

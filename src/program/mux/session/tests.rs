@@ -1046,6 +1046,30 @@ fn windows_grow_with_the_round_trip_time_up_to_a_mebibyte() {
 }
 
 #[test]
+fn a_peer_far_away_is_granted_credit_before_half_of_a_wide_window_is_used() {
+    for (round_trip, least) in [(11, MAX_WINDOW / 4 * 3), (10, MAX_WINDOW / 2 - 10 * KIB)] {
+        let mut server = Side::new(Endpoint::Listener);
+        let stream = accept_inbound(&mut server, 1);
+        server.send_all();
+        let mut credit = INITIAL_WINDOW;
+        while credit < MAX_WINDOW {
+            credit = full_window(&mut server, stream, credit);
+        }
+        server.session.round_trip.measured = Some(Duration::from_millis(round_trip));
+        let mut lowest = credit;
+        for _ in 0..500 {
+            server.receive(&data(0, 1, 10 * KIB)).unwrap();
+            server.read(stream, 10 * KIB).unwrap().unwrap();
+            let sent = headers(&server.send_all());
+            let granted = sent.iter().filter(|header| header.kind == Kind::WindowUpdate);
+            credit = credit - 10 * KIB + granted.map(|it| it.length as usize).sum::<usize>();
+            lowest = lowest.min(credit);
+        }
+        assert!((least..least + MAX_WINDOW / 8).contains(&lowest), "{round_trip}: {lowest}");
+    }
+}
+
+#[test]
 fn windows_do_not_grow_while_the_pool_limits_them() {
     let mut server =
         Side::with(Endpoint::Listener, MemoryBudget::new(1000 << 20, PLENTY, MAX_GROWTH));
@@ -1071,6 +1095,22 @@ fn windows_do_not_grow_for_a_peer_that_is_not_limited_by_them() {
         server.now += Duration::from_millis(101);
     }
     assert_eq!((credit, server.session.growth), (INITIAL_WINDOW, MAX_GROWTH));
+}
+
+#[test]
+fn a_window_of_which_less_than_half_is_used_in_two_round_trips_does_not_grow() {
+    let mut server = Side::new(Endpoint::Listener);
+    let stream = accept_inbound(&mut server, 1);
+    server.send_all();
+    let credit = full_window(&mut server, stream, INITIAL_WINDOW);
+    assert_eq!(full_window(&mut server, stream, credit), 2 * INITIAL_WINDOW);
+    for _ in 0..10 {
+        server.now += Duration::from_millis(101);
+        server.receive(&data(0, 1, INITIAL_WINDOW / 2)).unwrap();
+        while server.read(stream, 64 * KIB).is_some() {}
+        server.send_all();
+    }
+    assert_eq!(server.session.growth, MAX_GROWTH - INITIAL_WINDOW);
 }
 
 #[test]
