@@ -9,7 +9,7 @@
 //! Not libp2p's own TCP, because that has supported only tokio since 0.56.
 
 use std::{
-    io,
+    io, mem,
     net::SocketAddr,
     pin::Pin,
     task::{Context, Poll},
@@ -52,6 +52,8 @@ pub struct Tcp {
     reading_headers: FuturesUnordered<BoxFuture<'static, (Accepted, io::Result<SocketAddr>)>>,
     /// Connections that are delayed by the rate limits.
     delayed: FuturesUnordered<BoxFuture<'static, (Accepted, SocketAddr)>>,
+    /// Whether a connection was accepted since the last turn ended.
+    has_accepted: bool,
 }
 
 impl Tcp {
@@ -71,6 +73,7 @@ impl Tcp {
             forwarders,
             reading_headers: FuturesUnordered::new(),
             delayed: FuturesUnordered::new(),
+            has_accepted: false,
         }
     }
 
@@ -179,10 +182,17 @@ impl Transport for Tcp {
             // 2. Connections whose delay is over.
             } else if let Poll::Ready(Some((accepted, client))) = this.delayed.poll_next_unpin(cx) {
                 this.report(accepted, Ok(client))
-            // 3. New connections, last: a flood of them must not hold up the others.
+            // 3. New connections, last and one in each turn: a flood of them must hold up neither the others nor the
+            //    transport that libp2p polls after this one.
+            } else if mem::take(&mut this.has_accepted) {
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
             } else {
                 match this.listeners.poll_next_unpin(cx) {
-                    Poll::Ready(Some(Output::Accepted(accepted))) => this.on_accepted(accepted),
+                    Poll::Ready(Some(Output::Accepted(accepted))) => {
+                        this.has_accepted = true;
+                        this.on_accepted(accepted)
+                    }
                     Poll::Ready(Some(Output::Event(event))) => Some(event),
                     Poll::Ready(None) | Poll::Pending => return Poll::Pending,
                 }
@@ -191,5 +201,42 @@ impl Transport for Tcp {
                 return Poll::Ready(event);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{future::poll_fn, net};
+
+    use async_std::task::block_on;
+    use libp2p::core::transport::TransportEvent;
+
+    use super::*;
+
+    #[test]
+    fn between_two_new_connections_another_transport_has_a_turn() {
+        let (counters, rates) = (ByteCounters::default(), ConnectionRates::default());
+        let mut tcp = Tcp::new(counters, Proxies::new(9), rates, None);
+        tcp.listen_on(ListenerId::next(), "/ip4/127.0.0.1/tcp/0".parse().unwrap()).unwrap();
+        // The next event, and in how many turns it comes.
+        let mut next = || {
+            let mut turns = 0;
+            let event = block_on(poll_fn(|cx| {
+                turns += 1;
+                Pin::new(&mut tcp).poll(cx)
+            }));
+            (event, turns)
+        };
+        let (TransportEvent::NewAddress { listen_addr, .. }, _) = next() else {
+            panic!("no address");
+        };
+        let (address, _) = listen_address(&listen_addr).unwrap();
+        let _clients = [(); 3].map(|()| net::TcpStream::connect(address).unwrap());
+        let [_, second, third] = [(); 3].map(|()| {
+            let (event, turns) = next();
+            assert!(event.is_upgrade(), "{event:?}");
+            turns
+        });
+        assert!(second > 1 && third > 1, "{second}, {third}");
     }
 }
