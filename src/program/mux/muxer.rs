@@ -206,6 +206,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
             self.shared.budget.pool.push_out(now);
             if !pause.is_zero() {
                 self.activity.set_flooding();
+                self.activity.add(1); // time in which it is not read is not silence
                 self.pause = Some(Delay::new(pause));
             }
             if bytes >= TURN || self.pause.is_some() {
