@@ -161,7 +161,8 @@ impl Admission {
     }
 
     /// The idle connection to close for a new one of this prefix: the longest idle one of the heaviest prefix. For a peer
-    /// without a slot only one whose prefix has more connections than its own.
+    /// without a slot only one whose prefix has more connections than its own. Connections that the relay has dialed do not
+    /// count towards the cap, so closing one would make no room.
     fn idle_connection(
         &self,
         prefix: Option<ClientPrefix>,
@@ -169,6 +170,7 @@ impl Admission {
     ) -> Option<ConnectionId> {
         let quota = &self.limits.quota;
         let idle = self.relay.relay.idle_without_slot();
+        let idle = idle.filter(|(id, _)| self.limits.established.contains(id));
         let candidates =
             idle.filter(|(_, other)| holds_slot || quota.yields(other.origin.prefix, prefix));
         let heaviest = candidates
@@ -247,7 +249,7 @@ impl NetworkBehaviour for Admission {
 mod tests {
     use libp2p::{
         identity::Keypair,
-        swarm::{ListenError, ListenFailure},
+        swarm::{ListenError, ListenFailure, behaviour::ConnectionEstablished},
     };
 
     use super::*;
@@ -313,5 +315,34 @@ mod tests {
         fail(&mut admission, 0, ConnectionDenied::new(Denied::Connections)); // by another behaviour
         assert_eq!(admission.limits.counts(), [0; 3]);
         connect(&mut admission, 9).unwrap();
+    }
+
+    #[test]
+    fn a_dialed_connection_is_not_closed_to_admit_another_one() {
+        let mut admission = admission(Limits { max_connections: 3, ..Limits::default() });
+        (0..3).for_each(|n| connect(&mut admission, n).unwrap());
+        // An idle connection to a peer in the subnet that has the most connections.
+        let (connection_id, peer_id) = (ConnectionId::new_unchecked(3), PeerId::random());
+        let [_, address] = addresses();
+        let (role, port_use) = (Endpoint::Dialer, PortUse::Reuse);
+        let handler = admission.handle_established_outbound_connection(
+            connection_id,
+            peer_id,
+            &address,
+            role,
+            port_use,
+        );
+        assert!(handler.is_ok());
+        let endpoint = &ConnectedPoint::Dialer { address, role_override: role, port_use };
+        admission.on_swarm_event(FromSwarm::ConnectionEstablished(ConnectionEstablished {
+            peer_id,
+            connection_id,
+            endpoint,
+            failed_addresses: &[],
+            other_established: 0,
+        }));
+        let other = "/ip4/198.51.100.1/tcp/1".parse().unwrap();
+        let denied = admission.admit(ConnectionId::new_unchecked(4), PeerId::random(), &other);
+        assert_eq!(denied, Err(Denied::Connections));
     }
 }

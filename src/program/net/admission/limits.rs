@@ -131,7 +131,7 @@ pub struct ConnectionLimits {
     /// The connections that were admitted to their handshakes, until they are closed.
     admitted: HashMap<ConnectionId, Option<ClientPrefix>>,
     /// Those that have completed their handshakes, also if they were denied then.
-    established: HashSet<ConnectionId>,
+    pub established: HashSet<ConnectionId>,
     /// How many connections each prefix has.
     pub quota: Quota,
     /// Those in their handshakes.
