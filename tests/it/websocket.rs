@@ -261,6 +261,22 @@ async fn a_proxy_without_forwarded_header_counts_as_the_client_and_is_warned_abo
 }
 
 #[tokio::test]
+async fn a_proxys_health_check_is_answered_although_the_rules_allow_only_its_clients() {
+    let flags = ["--trust-forwarded-from=127.0.0.3/32", "--allow-subnet=192.0.2.0/24"];
+    let relay = Relay::start(&[&[LISTEN], &flags[..]].concat());
+    let direct = address(&relay, "/ws").await;
+    let check = b"GET /healthz HTTP/1.1\r\n\r\n";
+    assert_eq!(status(&send_and_close(from_proxy(port(&direct)).await, check).await), 200);
+    let mut client =
+        connect(&through(PROXY, &direct, "X-Forwarded-For: 192.0.2.7\r\n").await).await;
+    client.reserve().await;
+    // A WebSocket that counts as the proxy's own is a client.
+    let mut denied = from_proxy(port(&direct)).await;
+    denied.write_all(&with_headers("")).await.expect("the relay reads");
+    assert!(read_until_closed(denied).await.is_empty());
+}
+
+#[tokio::test]
 async fn no_client_uses_up_the_rate_of_its_proxys_health_checks() {
     for headers in [
         "X-Forwarded-For: 192.0.2.7\r\n",

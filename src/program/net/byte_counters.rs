@@ -50,6 +50,8 @@ pub struct Pending {
     pub progress: Progress,
     /// Its socket, to abort the handshake; `None` if it was dialed.
     pub socket: Option<TcpStream>,
+    /// Whether it is a trusted proxy's own request: the access rules are for clients.
+    pub is_proxys_own: bool,
 }
 
 impl Table {
@@ -86,7 +88,8 @@ impl ByteCounters {
         let activity = progress.activity.clone();
         let without_zone = |socket: SocketAddr| SocketAddr::new(socket.ip(), socket.port());
         let ends = (local.map(without_zone), without_zone(remote));
-        activity.track(stream, self.insert(ends, Pending { progress, socket }))
+        let pending = Pending { progress, socket, is_proxys_own: false };
+        activity.track(stream, self.insert(ends, pending))
     }
 
     fn insert(&self, ends: Ends, pending: Pending) -> PendingCounter {
@@ -117,6 +120,16 @@ impl ByteCounters {
     /// The pending connection between these ends; `None` if there are several, or its counter was taken.
     pub fn get(&self, endpoint: &ConnectedPoint) -> Option<Pending> {
         self.table().only(endpoint).map(|(_, pending)| pending.clone())
+    }
+
+    /// Records that the connection between these ends is a trusted proxy's own; unless there are several.
+    #[cfg(feature = "websocket")]
+    pub(crate) fn set_proxys_own(&self, endpoint: &ConnectedPoint) {
+        let mut table = self.table();
+        let key = table.only(endpoint).map(|(key, _)| *key);
+        if let Some(pending) = key.and_then(|key| table.pending.get_mut(&key)) {
+            pending.is_proxys_own = true;
+        }
     }
 
     /// Replaces the remote end of the connection between these ends, a reverse proxy's, by its client's; unless there are

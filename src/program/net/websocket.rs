@@ -208,7 +208,7 @@ impl WebSocket {
                 connection.send_back_addr = with_layers_of(&connection.local_addr, client);
             }
             Err(Some(reason)) => self.warn_once(&connection.send_back_addr, reason),
-            Err(None) => {}
+            Err(None) => self.counters.set_proxys_own(&connection.endpoint()),
         }
         // A failed connection's counter is gone with its stream, and admission needs it to count the failure.
         let ended = connection.pending.take_if(|_| request.is_err());

@@ -91,9 +91,11 @@ impl Admission {
     ) -> Result<(), Denied> {
         let (local_addr, send_back_addr) = (local.clone(), remote.clone());
         let pending = self.counters.get(&ConnectedPoint::Listener { local_addr, send_back_addr });
-        // A connection without a counter has failed already, which is the reason to report: it may be that of a proxy that
-        // sent no header, and the rules are for clients. If it has not failed, they are checked after its handshake.
-        if pending.is_some() && !self.relay.relay.access().may_enter(None, remote) {
+        // The rules are for clients, not for a proxy's health check. A connection without a counter has failed already,
+        // which is the reason to report: it may be that of a proxy that sent no header. If it has not failed, the rules are
+        // checked after its handshake.
+        let is_clients = pending.as_ref().is_some_and(|pending| !pending.is_proxys_own);
+        if is_clients && !self.relay.relay.access().may_enter(None, remote) {
             return Err(Denied::Rules);
         }
         let prefix = ClientPrefix::of(remote);
@@ -104,7 +106,7 @@ impl Admission {
             log::debug!("handshake dropped: connection {dropped} makes room for connection {id}");
             self.drop_handshake(dropped, Reason::Preempted);
         }
-        if let Some(Pending { progress, socket }) = pending {
+        if let Some(Pending { progress, socket, .. }) = pending {
             let layer = listen_address(local).map_or(Layer::Tcp, |(_, layer)| layer);
             let known = Known { progress, dropped: None, layer, is_private: self.is_private };
             self.handshakes.insert(id, (known, socket));
