@@ -59,7 +59,8 @@ impl NodeEvent {
         let Some(cause) = cause else {
             return (Self::ConnectionClosed { reason }, reason.into());
         };
-        let why = format!("{reason}: {}", innermost(cause));
+        let why = innermost(cause).to_string();
+        let why = if why.starts_with(reason) { why } else { format!("{reason}: {why}") };
         // The muxer wraps the error of a connection that its peer closed without having opened a stream.
         if causes(cause).any(|cause| cause.is::<StageError>()) {
             let address = endpoint.get_remote_address().clone();
@@ -114,11 +115,27 @@ mod tests {
         }
     }
 
-    #[test]
-    fn a_connection_that_its_peer_closed_unused_has_failed() {
+    fn endpoint() -> ConnectedPoint {
         let [local_addr, send_back_addr] =
             ["/ip4/192.0.2.1/tcp/1", "/ip4/192.0.2.2/tcp/2"].map(|it| it.parse().unwrap());
-        let endpoint = ConnectedPoint::Listener { local_addr, send_back_addr };
+        ConnectedPoint::Listener { local_addr, send_back_addr }
+    }
+
+    #[test]
+    fn the_log_names_the_reason_of_a_closed_connection_once() {
+        for (error, logged) in [
+            ("write stalled: no progress for 60 s", "write stalled: no progress for 60 s"),
+            (Cut::Refusals.kind(), "refusals not taken"),
+            ("a window overflows", "failed: a window overflows"),
+        ] {
+            let cause = ConnectionError::IO(io::Error::other(io::Error::other(error)));
+            assert_eq!(NodeEvent::closed(&endpoint(), None, Some(&cause)).1, logged);
+        }
+    }
+
+    #[test]
+    fn a_connection_that_its_peer_closed_unused_has_failed() {
+        let endpoint = endpoint();
         let is_failure = |error: io::Error| {
             let cause = ConnectionError::IO(io::Error::other(error));
             let (event, _) = NodeEvent::closed(&endpoint, None, Some(&cause));
