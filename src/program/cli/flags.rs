@@ -336,9 +336,11 @@ pub struct Flags {
     /// How many bytes may be buffered for all streams
     ///
     /// Above it, streams of the heaviest connection of the heaviest address are reset, those first whose
-    /// bytes have waited the longest. Other connections are not slowed down.
+    /// bytes have waited the longest. Between half and three quarters of it the windows of all streams
+    /// shrink to 32KiB.
     ///
-    /// At least 4 times --max-buffered-per-connection; by default also 256KiB for each of up to 128 slots.
+    /// At least 4 times --max-buffered-per-connection; by default also 80KiB for each of up to 1024 slots, and 256KiB
+    /// for each of up to 128.
     ///
     /// [default: 4 times --max-buffered-per-connection]
     #[structopt(long, value_name = "SIZE")]
