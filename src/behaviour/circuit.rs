@@ -47,6 +47,7 @@ pub(crate) fn transfer(
     let [mut to_target, mut to_source] = [(); 2]
         .map(|()| Direction { allowance: limit.bytes.unwrap_or(u64::MAX), ..Direction::default() });
     let mut share = FairShare { link, ends, wait: None, is_target_first: false };
+    share.charge(0); // it waits for its turn, too
     poll_fn(move |cx| {
         // 1. Check whether the relay or the deadline ends it.
         if ended.poll_unpin(cx).is_ready() {
@@ -213,14 +214,18 @@ impl FairShare {
         let (into, _) = buffer.split_at_mut(room);
         let read = ready!(Pin::new(from).poll_read(cx, into))?;
         if quantum.is_some() && read > 0 {
-            let now = Instant::now();
-            let next = self.link.lock().charge(self.ends, read, now);
-            if let Some(next) = next {
-                self.wait = Some(Delay::new(next.saturating_duration_since(now)));
-                self.is_target_first = !self.is_target_first;
-            }
+            self.charge(read);
         }
         Poll::Ready(Ok(read))
+    }
+
+    fn charge(&mut self, bytes: usize) {
+        let now = Instant::now();
+        let next = self.link.lock().charge(self.ends, bytes, now);
+        if let Some(next) = next {
+            self.wait = Some(Delay::new(next.saturating_duration_since(now)));
+            self.is_target_first = !self.is_target_first;
+        }
     }
 
     fn end_wait(&mut self) {
@@ -270,18 +275,14 @@ mod tests {
         time::Instant,
     };
 
-    use libp2p::{Multiaddr, futures::io::Cursor};
+    use libp2p::futures::{channel::oneshot, io::Cursor};
 
     use super::*;
     use crate::{
         config::Config,
-        relay::{
-            accounts::Accounts,
-            bandwidth::Link,
-            circuits::Circuits,
-            connections::{End, Origin, PendingRequest},
-        },
-        wire::{Limit, Request},
+        event::CircuitId,
+        relay::{accounts::Accounts, bandwidth::Link},
+        wire::Limit,
     };
 
     /// A peer that sends `sends` and accepts `takes` bytes.
@@ -323,30 +324,29 @@ mod tests {
         }
     }
 
-    #[test]
-    fn the_directions_with_pending_bytes_are_reported() {
-        let (now, config) = (Instant::now(), Config::default());
-        let peers = [(); 2].map(|()| PeerId::random());
-        let [source, target] = peers.map(|peer| End { peer, connection: () });
-        let mut circuits = Circuits::<(), ()>::new(&config);
-        let origin = Arc::new(Origin::new(source.peer, Multiaddr::empty(), false));
-        let request = Request::Connect(target.peer);
-        let request = PendingRequest { from: source, origin, request, reply: () };
-        let (limit, counters) = (Limit::default(), Accounts::default().counters());
-        let (id, ended) = circuits.add(request, target, limit, counters.clone(), now);
+    /// What a circuit without limits over this link needs, and the guard that ends it.
+    fn parameters(link: Link) -> (oneshot::Sender<()>, Box<CircuitParameters>) {
+        let (guard, ended) = oneshot::channel();
         let parameters = CircuitParameters {
-            id,
-            since: now,
-            limit,
-            link: Link::default(),
-            ends: peers,
-            counters: counters.clone(),
+            id: CircuitId(1),
+            since: Instant::now(),
+            limit: Limit::default(),
+            link,
+            ends: [(); 2].map(|()| PeerId::random()),
+            counters: Accounts::default().counters(),
             ended,
         };
+        (guard, Box::new(parameters))
+    }
+
+    #[test]
+    fn the_directions_with_pending_bytes_are_reported() {
+        let (_guard, parameters) = parameters(Link::default());
+        let counters = parameters.counters.clone();
         let [source, target] = [99, 4].map(|takes| Arc::new(AtomicUsize::new(takes)));
         let peer = |takes| Peer { sends: Cursor::new(b"ten bytes."), takes };
         let (source, other) = (peer(source), peer(target.clone()));
-        let mut circuit = transfer(source, other, Box::new(parameters), None);
+        let mut circuit = transfer(source, other, parameters, None);
         let mut cx = Context::from_waker(std::task::Waker::noop());
         assert!(circuit.poll_unpin(&mut cx).is_pending());
         assert_eq!(counters.read(), BytesTransferred { to_target: 4, to_source: 10 });
@@ -354,5 +354,26 @@ mod tests {
         target.store(99, Relaxed);
         assert!(circuit.poll_unpin(&mut cx).is_pending());
         assert_eq!(counters.waiting(), [false, false]);
+    }
+
+    /// Otherwise clients that open one circuit after another, each for its first bytes, exceed the cap and delay all others.
+    #[test]
+    fn a_new_circuit_transfers_nothing_before_what_others_transferred_is_paid_for() {
+        let (now, link) = (Instant::now(), Link::default());
+        link.lock().configure(&Config { bandwidth: 100, ..Config::default() }, now);
+        let transferred = || {
+            let (_guard, parameters) = parameters(link.clone());
+            let counters = parameters.counters.clone();
+            let peer = || Peer { sends: Cursor::new(b"ten bytes."), takes: Arc::new(99.into()) };
+            let mut circuit = transfer(peer(), peer(), parameters, None);
+            let mut cx = Context::from_waker(std::task::Waker::noop());
+            assert!(circuit.poll_unpin(&mut cx).is_pending());
+            let BytesTransferred { to_target, to_source } = counters.read();
+            to_target + to_source
+        };
+        assert_ne!(transferred(), 0, "an unused link");
+        let others = [(); 2].map(|()| PeerId::random());
+        link.lock().charge(others, 1_000_000, now);
+        assert_eq!(transferred(), 0);
     }
 }

@@ -2,9 +2,9 @@
 //! peer.
 //!
 //! Sans-IO. A circuit is charged for a quantum after transferring it, and may transfer the next one once everything that
-//! was charged before, to any circuit, is paid for. So each circuit that wants more than its fair share has one quantum
-//! at a time in the queue and gets as much as the others; one that wants less waits for one round at most. The queue is
-//! a single instant: when everything in it will be paid for.
+//! was charged before, to any circuit, is paid for. A new circuit waits for that, too. So each circuit that wants more than
+//! its fair share has one quantum at a time in the queue and gets as much as the others; one that wants less waits for one
+//! round at most. The queue is a single instant: when everything in it will be paid for.
 
 use std::{
     collections::HashMap,
@@ -18,7 +18,7 @@ use crate::config::Config;
 
 /// How long it takes to pay for one quantum of each circuit that waits.
 ///
-/// Short, because a new circuit carries its first quantum at once.
+/// Short, because a new circuit waits for about as long.
 const ROUND: Duration = Duration::from_millis(50);
 
 /// The smallest quantum in bytes, because one that is smaller would be mostly headers; a whole round if that has fewer.
