@@ -58,10 +58,10 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     /// target is asked over one connection at a time, and over each at most once.
     pub(super) fn ask_elsewhere(&mut self, id: CircuitId, over: End<C>, now: Instant) -> Option<C> {
         // 1. Those over which it was not asked before, if the source waits for its answer over this one.
-        let waits = |it: &&mut Circuit<C, R>| it.request.is_some() && it.target == over;
-        let mut others = self.fit_for_a_slot(over.peer);
-        let circuit = self.circuits.records.get_mut(&id).filter(waits)?;
-        others.retain(|it| *it != over.connection && !circuit.asked_before.contains(it));
+        let waits = |it: &&Circuit<C, R>| it.request.is_some() && it.target == over;
+        let asked_before = &self.circuits.records.get(&id).filter(waits)?.asked_before;
+        let is_other = |it| it != over.connection && !asked_before.contains(&it);
+        let others = self.fit_for_a_slot(over.peer, is_other);
         // 2. The most recently active of them; of several, the newest.
         let silent_for = |it: &C| Some(self.connections.get(*it)?.liveness.silent_for(now));
         let connection = others.into_iter().rev().min_by_key(silent_for)?;
@@ -69,6 +69,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         log::debug!("circuit {id}: no answer from peer {}: asking it elsewhere", over.peer);
         let (guard, ended) = oneshot::channel();
         let other = End { connection, ..over };
+        let circuit = self.circuits.records.get_mut(&id)?;
         circuit.asked_before.push(over.connection);
         circuit.target = other;
         circuit.asked_at = now;

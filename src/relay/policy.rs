@@ -192,11 +192,11 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     }
 
     /// The connections of `peer` that its slot may move to, oldest first: those over which it may reserve, or for which the
-    /// answer comes later.
-    pub(super) fn fit_for_a_slot(&self, peer: PeerId) -> Vec<C> {
-        let fit = self.connections.of(&peer).filter(|(_, up)| {
+    /// answer comes later. The rules are asked only about those that are meant.
+    pub(super) fn fit_for_a_slot(&self, peer: PeerId, is_meant: impl Fn(C) -> bool) -> Vec<C> {
+        let fit = self.connections.of(&peer).filter(|(id, up)| {
             let permission = || self.access().may_reserve(peer, &up.origin.address);
-            let is_usable = !up.origin.relayed && up.closing.is_none();
+            let is_usable = !up.origin.relayed && up.closing.is_none() && is_meant(*id);
             is_usable && !matches!(permission(), Permission::Deny)
         });
         fit.map(|(id, _)| id).collect()
@@ -378,6 +378,28 @@ mod tests {
         assert_eq!(mem::take(&mut *asked.lock().unwrap()), [holder.peer, newcomer.peer]);
         relay.recheck(Some(holder.peer), later);
         assert_eq!(mem::take(&mut *asked.lock().unwrap()), [holder.peer]);
+    }
+
+    #[test]
+    fn the_rules_are_asked_only_about_connections_to_which_something_may_move() {
+        let start = Instant::now();
+        let (mut relay, [source, target]) = relay(start);
+        reserve(&mut relay, target, start);
+        let _circuit = open_circuit(&mut relay, source, target, start);
+        for (peer, connection) in [(source.peer, 3), (target.peer, 4), (target.peer, 5)] {
+            connect_again(&mut relay, peer, connection);
+        }
+        let access = Recorded::default();
+        let asked = Arc::clone(&access.0);
+        relay.set_access(Box::new(access), start);
+        mem::take(&mut *asked.lock().unwrap());
+        // Neither of these holds a slot or a stop request.
+        relay.on_disconnected(source, start);
+        relay.on_disconnected(End { connection: 5, ..target }, start);
+        assert_eq!(mem::take(&mut *asked.lock().unwrap()), []);
+        // The slot moves, and the rules are asked once more when it has.
+        relay.on_disconnected(target, start);
+        assert_eq!(mem::take(&mut *asked.lock().unwrap()), [target.peer; 2]);
     }
 
     /// All answers come later; the test gives them.

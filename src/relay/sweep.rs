@@ -122,7 +122,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         for heard in heard.collect::<Vec<_>>() {
             let slot = self.reservations.get(&heard.peer);
             if slot.is_some_and(|slot| slot.connection.is_none())
-                && self.fit_for_a_slot(heard.peer).contains(&heard.connection)
+                && !self.fit_for_a_slot(heard.peer, |it| it == heard.connection).is_empty()
             {
                 let (peer, address) = (heard.peer, self.address_of(heard.connection));
                 self.reservations.revive(heard);
@@ -141,15 +141,17 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
                 self.end_circuit(id, end);
             }
         }
-        let mut up = self.fit_for_a_slot(gone.peer);
-        up.retain(|other| *other != gone.connection);
+        let held_over = self.reservations.get(&gone.peer).and_then(|slot| slot.connection);
+        if held_over != Some(gone.connection) {
+            return;
+        }
+        let up = self.fit_for_a_slot(gone.peer, |other| other != gone.connection);
         let is_silent = end == CircuitEnd::Silent;
         let reason = if is_silent { FreedReason::Silent } else { FreedReason::Disconnected };
-        let held_over = self.reservations.get(&gone.peer).and_then(|slot| slot.connection);
         self.reservations.on_disconnected(gone, &up, reason, now);
         self.apply_changes(now);
         // The answer for the address that it moved to may come later.
-        if held_over == Some(gone.connection) && !up.is_empty() {
+        if !up.is_empty() {
             self.recheck(Some(gone.peer), now);
         }
     }
