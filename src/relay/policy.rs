@@ -192,11 +192,13 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     }
 
     /// The connections of `peer` that its slot may move to, oldest first: those over which it may reserve, or for which the
-    /// answer comes later. The rules are asked only about those that are meant.
+    /// answer comes later. Not those on which it timed out, until it is heard there. The rules are asked only about those that
+    /// are meant.
     pub(super) fn fit_for_a_slot(&self, peer: PeerId, is_meant: impl Fn(C) -> bool) -> Vec<C> {
         let fit = self.connections.of(&peer).filter(|(id, up)| {
             let permission = || self.access().may_reserve(peer, &up.origin.address);
-            let is_usable = !up.origin.relayed && up.closing.is_none() && is_meant(*id);
+            let is_silent = up.closing.is_some() || up.liveness.heard_since_timeout == Some(false);
+            let is_usable = !up.origin.relayed && !is_silent && is_meant(*id);
             is_usable && !matches!(permission(), Permission::Deny)
         });
         fit.map(|(id, _)| id).collect()

@@ -119,7 +119,9 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         let is_heard = |up: &Connection| up.liveness.heard_since_timeout == Some(true);
         let heard = self.connections.iter().filter(|(_, up)| is_heard(up));
         let heard = heard.map(|(connection, up)| End { peer: up.origin.peer, connection });
-        for heard in heard.collect::<Vec<_>>() {
+        let mut heard: Vec<_> = heard.collect();
+        heard.sort_unstable_by_key(|end| end.connection); // so that a simulation can be repeated
+        for heard in heard {
             let slot = self.reservations.get(&heard.peer);
             if slot.is_some_and(|slot| slot.connection.is_none())
                 && !self.fit_for_a_slot(heard.peer, |it| it == heard.connection).is_empty()
@@ -442,6 +444,24 @@ mod tests {
         relay.connections.record_activity(&alice.peer, start);
         relay.sweep(start);
         assert_eq!(relay.reservations.get(&alice.peer).unwrap().connection, Some(2));
+    }
+
+    #[test]
+    fn a_slot_moves_to_a_connection_on_which_its_peer_timed_out_only_once_it_is_heard_there() {
+        for (is_heard, expected) in [(false, None), (true, Some(0))] {
+            let start = Instant::now();
+            let (mut relay, [alice, _]) = relay(Config::default(), start);
+            let up = Connection::new(alice.peer, "/memory/1".parse().unwrap(), false, 0, start);
+            relay.connections.add(2, up);
+            let slot = |relay: &Relay<u32, ()>| relay.reservations.get(&alice.peer).unwrap();
+            relay.time_out(alice.connection, start);
+            assert_eq!(slot(&relay).connection, Some(2));
+            if is_heard {
+                relay.connections.get_mut(0).unwrap().liveness.on_activity(start);
+            }
+            relay.time_out(2, start);
+            assert_eq!(slot(&relay).connection, expected);
+        }
     }
 
     #[test]

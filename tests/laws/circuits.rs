@@ -9,6 +9,7 @@
 
 use std::{
     cmp::Reverse,
+    collections::BTreeSet,
     net::{IpAddr, Ipv4Addr},
     time::{Duration, Instant},
 };
@@ -176,6 +177,8 @@ struct World {
     now: u64,
     connections: u32,
     requests: u64,
+    /// The connections on which a peer that froze has timed out.
+    timed_out: BTreeSet<u32>,
 }
 
 fn subnet(address: u8) -> u8 {
@@ -202,6 +205,7 @@ impl World {
             now: 0,
             connections: 0,
             requests: 0,
+            timed_out: BTreeSet::new(),
         };
         (0..PEERS).for_each(|peer| world.connect(peer));
         world
@@ -251,13 +255,19 @@ impl World {
         }
     }
 
+    fn silent_for(&self, connection: u32) -> Duration {
+        let up = self.relay.connections.get(connection).expect("it is up");
+        up.liveness.silent_for(self.instant())
+    }
+
     /// The connections over which this circuit's target may still be asked.
     fn others(&self, record: &Record) -> Vec<u32> {
         let target = &self.peers[record.target];
         let all = [target.connection].into_iter().chain(target.others.iter().copied());
         let open =
             |id: &u32| self.relay.connections.get(*id).is_some_and(|up| up.closing.is_none());
-        all.filter(|id| !record.asked.contains(id) && open(id)).collect()
+        let usable = |id: &u32| open(id) && !self.timed_out.contains(id);
+        all.filter(|id| !record.asked.contains(id) && usable(id)).collect()
     }
 
     /// The circuits that are overdue, each with the connections over which its target may be asked instead.
@@ -447,6 +457,11 @@ impl World {
                 peer.activity.add(1);
             }
             let (now, overdue) = (self.now, self.overdue());
+            let silence = self.relay.config.silence;
+            let frozen = self.peers.iter().filter(|peer| peer.is_frozen);
+            let theirs = frozen.flat_map(|peer| peer.others.iter().chain([&peer.connection]));
+            let silent: Vec<_> =
+                theirs.copied().filter(|id| self.silent_for(*id) >= silence).collect();
             self.relay.sweep(self.instant());
             for record in &mut self.circuits {
                 let is_open = matches!(record.state, State::Open | State::Yielded);
@@ -455,6 +470,10 @@ impl World {
                 }
             }
             self.on_asked_again(&overdue);
+            // A peer that times out on a connection counts as heard there just now.
+            let timed_out = silent.into_iter().filter(|id| self.silent_for(*id).is_zero());
+            let timed_out: Vec<_> = timed_out.collect();
+            self.timed_out.extend(timed_out);
             let (abandoned, ended) = self.ended();
             for id in abandoned {
                 let record = self.circuits.iter_mut().find(|record| record.id == id);

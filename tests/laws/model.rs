@@ -187,9 +187,10 @@ impl Model {
         }
     }
 
-    /// The connections of a peer that a slot may point at, oldest first.
+    /// The connections of a peer that a slot may point at, oldest first: none on which it is silent.
     pub fn usable(&self, peer: usize) -> Vec<u32> {
-        let usable = |c: &&Connection| c.peer == peer && !c.closing;
+        let is_silent = |c: &Connection| c.closing || c.timed_out && !c.heard;
+        let usable = |c: &&Connection| c.peer == peer && !is_silent(c);
         self.connections.iter().filter(usable).map(|c| c.id).collect()
     }
 
