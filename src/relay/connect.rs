@@ -74,9 +74,11 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         circuit.target = other;
         circuit.asked_at = now;
         circuit.guard = Ok(guard);
+        let source = circuit.source.peer;
         self.count_circuits([over], -1, now);
         self.count_circuits([other], 1, now);
         self.ask_target(id, ended);
+        self.recheck(Some(source), now); // the answer for that address may come later
         Some(connection)
     }
 

@@ -222,7 +222,7 @@ mod tests {
     use crate::relay::CircuitParameters;
     use crate::{
         access::Terms,
-        event::Event,
+        event::{Event, StopFailed},
         relay::{
             Action,
             connections::{CloseReason, Connection, End},
@@ -662,6 +662,39 @@ mod tests {
         let moved = check(&mut relay);
         relay.on_access_checked(moved, false.into(), start);
         assert_eq!(freed(&mut relay), Some((holder.peer, FreedReason::Denied)));
+    }
+
+    /// Allows everything, but answers later about peers at 203.0.113.1.
+    struct LaterElsewhere;
+
+    impl Access for LaterElsewhere {
+        fn may_reserve(&self, peer: PeerId, address: &Multiaddr) -> Permission {
+            match address.to_string().starts_with("/ip4/203.0.113.1/") {
+                true => AskLater.may_reserve(peer, address),
+                false => true.into(),
+            }
+        }
+
+        fn may_connect(&self, _: PeerId, _: &Multiaddr, _: PeerId) -> Permission {
+            true.into()
+        }
+    }
+
+    #[test]
+    fn a_circuit_whose_target_is_asked_at_another_address_is_asked_for_again() {
+        let start = Instant::now();
+        let (mut relay, [source, target]) = relay(start);
+        relay.set_access(Box::new(LaterElsewhere), start);
+        reserve(&mut relay, target, start);
+        relay.handle_request(source, Ok(Request::Connect(target.peer)), 2, start);
+        let (id, _) = relay.circuits.iter().next().expect("a circuit");
+        actions(&mut relay);
+        connect_again(&mut relay, target.peer, 3);
+        let failed = Err::<(), _>(StopFailed::Io(std::io::ErrorKind::ConnectionReset));
+        relay.on_target_answered(id, target.connection, failed, start);
+        let moved = check(&mut relay);
+        relay.on_access_checked(moved, false.into(), start);
+        assert_eq!(refusals(&mut relay), [Status::PermissionDenied]);
     }
 
     #[test]
