@@ -86,7 +86,7 @@ pub fn decide<C: Copy + Ord>(
     }
     // 1. An answer to a probe that is older than the silence limit would not be read: probe again.
     for candidate in &mut candidates {
-        candidate.probed_for = candidate.probed_for.filter(|open| *open <= silence);
+        candidate.probed_for = candidate.probed_for.filter(|open| *open <= silence.max(probe));
     }
     // 2. Divide them into those that did not answer in time and the others, the longest silent first.
     let is_due = |candidate: &Candidate<C>| candidate.probed_for.is_some_and(|open| open >= probe);

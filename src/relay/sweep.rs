@@ -163,7 +163,8 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
             let to = End { peer: up.origin.peer, connection };
             log::debug!("probe sent: peer {}", to.peer);
             self.probes += 1;
-            self.actions.push_back(Action::Probe(to, self.config.silence));
+            let time = self.config.silence.max(self.config.probe);
+            self.actions.push_back(Action::Probe(to, time));
         }
     }
 
@@ -561,6 +562,20 @@ mod tests {
         }
         let early = add_newcomer(&mut relay, start + probe_after - Duration::from_secs(9));
         assert_eq!(early, Found::default(), "it is not even probed");
+    }
+
+    #[test]
+    fn a_probe_lasts_as_long_as_set_where_the_silence_limit_is_shorter_and_there_is_no_heartbeat() {
+        let start = Instant::now();
+        let (heartbeat, silence) = (Duration::ZERO, Duration::from_secs(1));
+        let config = Config { max_reservations: 2, heartbeat, silence, ..Config::default() };
+        let Config { probe, probe_after, .. } = config;
+        let (mut relay, _) = relay(config, start);
+        let found = add_newcomer(&mut relay, start + probe_after);
+        assert_eq!((found.probed.len(), found.silent.len()), (2, 1));
+        relay.probe(0);
+        let sent = relay.actions.pop_back();
+        assert!(matches!(sent, Some(Action::Probe(_, time)) if time == probe), "{sent:?}");
     }
 
     #[test]
