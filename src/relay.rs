@@ -22,7 +22,7 @@ mod reserve;
 mod sweep;
 
 use std::{
-    collections::{HashSet, VecDeque},
+    collections::{BTreeSet, HashSet, VecDeque},
     hash::Hash,
     time::{Duration, Instant},
 };
@@ -64,9 +64,10 @@ pub struct Relay<C, R> {
     lists: Lists,
     /// How often the access rules have changed.
     rule_changes: u64,
-    /// How many answers about slots and circuits have yet to come, and whether to ask again after the last.
+    /// How many answers about slots and circuits have yet to come, and about which peers to ask again after the last; `None`:
+    /// about all.
     open_checks: usize,
-    check_again: bool,
+    check_again: BTreeSet<Option<PeerId>>,
     reserve_rates: Rates,
     connect_rates: Rates,
     link: Link,
@@ -178,7 +179,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
             lists: config.access.sorted(),
             rule_changes: 0,
             open_checks: 0,
-            check_again: false,
+            check_again: BTreeSet::new(),
             reserve_rates: Rates::new(config.reserve_rate),
             connect_rates: Rates::new(config.connect_rate),
             link: Link::default(),

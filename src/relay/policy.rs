@@ -129,8 +129,10 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
             }
             _ => {}
         }
-        if self.open_checks == 0 && mem::take(&mut self.check_again) {
-            self.recheck(None, now);
+        if self.open_checks == 0 {
+            let again = mem::take(&mut self.check_again);
+            let count = if again.contains(&None) { 1 } else { again.len() }; // `None` comes first
+            again.into_iter().take(count).for_each(|only| self.ask_about(only, false, now));
         }
     }
 
@@ -145,9 +147,16 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
 
     /// As [`Relay::recheck_access`], for one peer if it is given.
     pub(super) fn recheck(&mut self, only: Option<PeerId>, now: Instant) {
-        let is_meant = |peer: PeerId| only.is_none_or(|only| only == peer);
         let is_busy = self.open_checks > 0;
-        self.check_again |= is_busy;
+        if is_busy {
+            self.check_again.insert(only);
+        }
+        self.ask_about(only, is_busy, now);
+    }
+
+    /// Asks about one peer, or all. While answers have yet to come, acts only on those that come at once.
+    fn ask_about(&mut self, only: Option<PeerId>, is_busy: bool, now: Instant) {
+        let is_meant = |peer: PeerId| only.is_none_or(|only| only == peer);
         // 1. Slots. For a peer in grace, which has no connection, the first address of the prefix that its slot counts
         //    towards. For one peer the cost does not depend on the number of slots: peers reconnect often.
         let slots = match only {
@@ -550,6 +559,28 @@ mod tests {
         assert!(ended.iter().any(is_freed) && ended.iter().any(is_refused), "{ended:?}");
         relay.recheck_access(start);
         assert_eq!(relay.open_checks, 2, "the circuit counts until its target reports");
+    }
+
+    #[test]
+    fn a_slot_that_moves_while_others_are_asked_about_is_the_only_one_that_is_asked_for_again() {
+        let start = Instant::now();
+        let (mut relay, holders) = relay(start);
+        holders.iter().for_each(|holder| reserve(&mut relay, *holder, start));
+        let [moves, _] = holders;
+        let other = connect_again(&mut relay, moves.peer, 3);
+        relay.set_access(Box::new(AskLater), start);
+        let open = checks(&mut relay);
+        assert_eq!(open.len(), 2);
+        relay.on_disconnected(moves, start);
+        assert!(checks(&mut relay).is_empty());
+        for check in open {
+            relay.on_access_checked(check, true.into(), start);
+        }
+        let again = check(&mut relay);
+        let expected = Some(other.connection);
+        assert!(
+            matches!(again, AccessCheck::Slot(peer, over) if (peer, over) == (moves.peer, expected))
+        );
     }
 
     #[test]
