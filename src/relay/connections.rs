@@ -176,6 +176,11 @@ impl<C: Copy + Eq + Hash> Connections<C> {
         ids.filter_map(|id| Some((*id, self.up.get(id)?)))
     }
 
+    /// The ids of `peer`'s connections, oldest first.
+    pub(super) fn ids_of(&self, peer: &PeerId) -> Vec<C> {
+        self.by_peer.get(peer).cloned().unwrap_or_default()
+    }
+
     /// The idle connections that are not being closed, in no order.
     pub fn idle(&self) -> impl Iterator<Item = (C, &Connection)> {
         self.iter().filter(|(_, up)| !up.is_used() && up.closing.is_none())

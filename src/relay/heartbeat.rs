@@ -63,6 +63,13 @@ impl Liveness {
         (!self.is_partial || self.probes > 1 || open < time).then_some(open)
     }
 
+    /// Whether one more probe may tell something: the answers to those before would not be read any more, or more than one
+    /// has to be unanswered.
+    pub fn needs_probe(&self, silence: Duration, now: Instant) -> bool {
+        let is_old = |at| now.saturating_duration_since(at) > silence;
+        self.probed_at.is_none_or(is_old) || self.is_partial && self.probes < 2
+    }
+
     /// How long the peer has been silent.
     pub fn silent_for(&self, now: Instant) -> Duration {
         now.saturating_duration_since(self.active_at)

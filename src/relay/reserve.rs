@@ -107,7 +107,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
             if let Some(up) = self.connections.get_mut(connection) {
                 up.liveness.on_probe(now);
             }
-            self.probe(connection);
+            self.probe(connection, now);
         }
         // 4. Evict, refuse, or let wait.
         for ((pending, full, _), verdict) in waiting.into_iter().zip(verdicts) {
@@ -146,8 +146,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     pub(super) fn apply_changes(&mut self, now: Instant) {
         while let Some(change) = self.reservations.changes.pop_front() {
             let Change { peer, to, freed } = change;
-            let up: Vec<_> = self.connections.of(&peer).map(|(id, _)| id).collect();
-            for connection in up {
+            for connection in self.connections.ids_of(&peer) {
                 let holds = to == Some(connection);
                 self.connections.update(connection, now, |up| up.holds_reservation = holds);
                 // Within its grace a peer may be heard again over the open connection that it timed out on.

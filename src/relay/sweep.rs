@@ -60,7 +60,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         // 4. Probe silent peers, and disconnect those that timed out.
         let mut found = self.heartbeat.check(&self.config, self.connections.watched(), now);
         found.fault.iter().for_each(|fault| log::warn!("{fault}"));
-        found.probe.into_iter().for_each(|connection| self.probe(connection));
+        found.probe.into_iter().for_each(|connection| self.probe(connection, now));
         found.timed_out.sort_unstable(); // so that a simulation can be repeated
         found.timed_out.into_iter().for_each(|connection| self.time_out(connection, now));
         // 5. Ask targets that do not answer over another connection: they may have reconnected without reserving again, and
@@ -99,21 +99,30 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         let silent_for = silent.liveness.silent_for(now);
         if silent_for < self.config.silence * LOSSY_FACTOR && silent.is_lossy() {
             silent.liveness.on_probe(now);
-            return self.probe(connection);
+            return self.probe(connection, now);
         }
         let (peer, address) = (silent.origin.peer, silent.origin.address.clone());
+        let probed_at = silent.liveness.probed_at;
         silent.liveness.on_activity(now); // if it stays open, its timers start again
         silent.liveness.heard_since_timeout = Some(false);
         self.report(Event::PeerSilent { peer, address, silent_for });
+        // It had as much time to answer on the connections that were probed as early.
+        for other in self.connections.ids_of(&peer) {
+            let Some(up) = self.connections.get_mut(other) else { continue };
+            let is_as_early = up.liveness.probed_at.is_some_and(|at| Some(at) <= probed_at);
+            if is_as_early && !up.is_lossy() {
+                up.liveness.heard_since_timeout = Some(false);
+            }
+        }
         self.abandon(End { peer, connection }, CircuitEnd::Silent, now);
         if self.config.close_silent {
             self.close(connection, CloseReason::Silent);
         }
     }
 
-    /// Makes slots in grace live again whose peers are heard over the connection that they timed out on.
+    /// Makes slots in grace live again whose peers are heard over a connection that they timed out on and that is open.
     fn revive(&mut self, now: Instant) {
-        if self.config.close_silent || self.reservations.in_grace() == 0 {
+        if self.reservations.in_grace() == 0 {
             return;
         }
         let is_heard = |up: &Connection| up.liveness.heard_since_timeout == Some(true);
@@ -158,13 +167,23 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         }
     }
 
-    pub(super) fn probe(&mut self, connection: C) {
-        if let Some(up) = self.connections.get(connection) {
-            let to = End { peer: up.origin.peer, connection };
-            log::debug!("probe sent: peer {}", to.peer);
+    /// Probes a peer over this connection; if its slot points at it, over its other ones, too: the slot moves to one of them if
+    /// the peer answers only there.
+    pub(super) fn probe(&mut self, connection: C, now: Instant) {
+        let Some(up) = self.connections.get(connection) else { return };
+        let (peer, is_holder) = (up.origin.peer, up.holds_reservation);
+        let time = self.config.silence.max(self.config.probe);
+        for other in self.connections.ids_of(&peer) {
+            let Some(up) = self.connections.get_mut(other) else { continue };
+            if other != connection {
+                if !is_holder || up.closing.is_some() || !up.liveness.needs_probe(time, now) {
+                    continue;
+                }
+                up.liveness.on_probe(now);
+            }
+            log::debug!("probe sent: peer {peer}");
             self.probes += 1;
-            let time = self.config.silence.max(self.config.probe);
-            self.actions.push_back(Action::Probe(to, time));
+            self.actions.push_back(Action::Probe(End { peer, connection: other }, time));
         }
     }
 
@@ -573,7 +592,7 @@ mod tests {
         let (mut relay, _) = relay(config, start);
         let found = add_newcomer(&mut relay, start + probe_after);
         assert_eq!((found.probed.len(), found.silent.len()), (2, 1));
-        relay.probe(0);
+        relay.probe(0, start);
         let sent = relay.actions.pop_back();
         assert!(matches!(sent, Some(Action::Probe(_, time)) if time == probe), "{sent:?}");
     }
@@ -617,6 +636,52 @@ mod tests {
         sweep_until(&mut relay, asked + 2 * second);
         assert_eq!(relay.connections.get(2).unwrap().closing, None);
         assert_eq!(relay.waiting.len(), 1);
+    }
+
+    /// As [`relay`], but each holder has another connection.
+    fn relay_with_spare_connections(
+        config: Config,
+        now: Instant,
+    ) -> (Relay<u32, ()>, [End<u32>; 2]) {
+        let (mut relay, holders) = relay(config, now);
+        for (holder, spare) in holders.iter().zip([2, 3]) {
+            let up = Connection::new(holder.peer, "/memory/1".parse().unwrap(), false, 0, now);
+            relay.connections.add(spare, up);
+        }
+        (relay, holders)
+    }
+
+    #[test]
+    fn a_peer_that_answers_on_none_of_its_connections_has_one_silence_limit() {
+        let (start, config) = (Instant::now(), Config::default());
+        let Config { heartbeat, silence, .. } = config;
+        let (mut relay, [silent, lives]) = relay_with_spare_connections(config, start);
+        let found = sweep_until(&mut relay, start + heartbeat);
+        assert_eq!(found.probed.len(), 4);
+        relay.connections.get_mut(3).unwrap().liveness.on_activity(start + heartbeat);
+        sweep_until(&mut relay, start + silence);
+        let connection = |end: End<u32>| relay.reservations.get(&end.peer).unwrap().connection;
+        assert_eq!((connection(silent), connection(lives)), (None, Some(3)));
+    }
+
+    #[test]
+    fn a_newcomer_takes_the_slot_of_a_peer_that_answers_on_none_of_its_connections() {
+        let start = Instant::now();
+        let config = Config { max_reservations: 2, ..Config::default() };
+        let Config { probe_after, .. } = config;
+        let (mut relay, _) = relay_with_spare_connections(config, start);
+        let found = add_newcomer(&mut relay, start + probe_after);
+        assert_eq!((found.silent.len(), found.freed.len()), (1, 1));
+    }
+
+    #[test]
+    fn a_slot_moves_to_a_connection_behind_a_lossy_link() {
+        let (start, config) = (Instant::now(), Config::default());
+        let Config { silence, .. } = config;
+        let (mut relay, [alice, _]) = relay_with_spare_connections(config, start);
+        lose_packets(&mut relay, 2);
+        sweep_until(&mut relay, start + silence);
+        assert_eq!(relay.reservations.get(&alice.peer).unwrap().connection, Some(2));
     }
 
     /// Has a newcomer ask for a slot at this time; returns what was found until it is answered.

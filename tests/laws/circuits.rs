@@ -9,7 +9,7 @@
 
 use std::{
     cmp::Reverse,
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr},
     time::{Duration, Instant},
 };
@@ -179,6 +179,8 @@ struct World {
     requests: u64,
     /// The connections on which a peer that froze has timed out.
     timed_out: BTreeSet<u32>,
+    /// When each connection was first probed: a peer that froze does not answer.
+    probed: BTreeMap<u32, u64>,
 }
 
 fn subnet(address: u8) -> u8 {
@@ -206,6 +208,7 @@ impl World {
             connections: 0,
             requests: 0,
             timed_out: BTreeSet::new(),
+            probed: BTreeMap::new(),
         };
         (0..PEERS).for_each(|peer| world.connect(peer));
         world
@@ -327,6 +330,7 @@ impl World {
                     self.relay.on_delivered(request.from.peer, receipt, true, now);
                 }
                 Action::AskTarget(..) | Action::Refuse(..) => actions.push(action),
+                Action::Probe(to, _) => _ = self.probed.entry(to.connection).or_insert(self.now),
                 // A connection that is being closed still counts until it has closed.
                 _ => {}
             }
@@ -470,10 +474,19 @@ impl World {
                 }
             }
             self.on_asked_again(&overdue);
-            // A peer that times out on a connection counts as heard there just now.
-            let timed_out = silent.into_iter().filter(|id| self.silent_for(*id).is_zero());
-            let timed_out: Vec<_> = timed_out.collect();
-            self.timed_out.extend(timed_out);
+            // A peer that times out on a connection counts as heard there just now. It had as much time to answer on those
+            // that were probed as early.
+            for id in silent {
+                if self.silent_for(id).is_zero() {
+                    let is_of = |it: &&Peer| it.connection == id || it.others.contains(&id);
+                    let peer = self.peers.iter().find(is_of).expect("a peer of this history");
+                    let all = peer.others.iter().chain([&peer.connection]);
+                    let as_early = all.filter(|it| {
+                        **it == id || self.probed.get(it).is_some_and(|at| *at <= self.probed[&id])
+                    });
+                    self.timed_out.extend(as_early);
+                }
+            }
             let (abandoned, ended) = self.ended();
             for id in abandoned {
                 let record = self.circuits.iter_mut().find(|record| record.id == id);

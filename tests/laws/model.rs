@@ -550,7 +550,10 @@ impl Model {
             Some(_) if due.is_empty() => self.deferred_until = None,
             None if soon >= 8 && soon * 2 > watched.len() && !due.is_empty() => {
                 self.deferred_until = Some(now + silence);
-                self.probed.extend(due);
+                for again in due {
+                    self.probed.push(again);
+                    self.probe_others(again, now);
+                }
                 return Vec::new();
             }
             _ => {}
@@ -623,6 +626,18 @@ impl Model {
     fn probe(&mut self, id: u32, now: u64) {
         self.connection(id).probed = Some(now);
         self.probed.push(id);
+        self.probe_others(id, now);
+    }
+
+    /// Probes the other connections of a peer that is probed, unless that was done before and the answer may still come.
+    fn probe_others(&mut self, id: u32, now: u64) {
+        let (peer, silence) = (self.connection(id).peer, self.policy.silence);
+        for other in self.connections.iter_mut().filter(|c| c.peer == peer && c.id != id) {
+            if !other.closing && other.probed.is_none_or(|probed| now - probed > silence) {
+                other.probed = Some(now);
+                self.probed.push(other.id);
+            }
+        }
     }
 
     pub fn record_activity(&mut self, id: u32, now: u64) {
@@ -633,10 +648,14 @@ impl Model {
     }
 
     fn time_out(&mut self, id: u32, now: u64) {
+        let Connection { peer, probed, .. } = *self.connection(id);
         self.record_activity(id, now);
-        let connection = self.connection(id);
-        (connection.timed_out, connection.heard) = (true, false);
-        let peer = connection.peer;
+        // It had as much time to answer on the connections that were probed as early.
+        for connection in self.connections.iter_mut().filter(|c| c.peer == peer) {
+            if connection.id == id || connection.probed.is_some_and(|at| Some(at) <= probed) {
+                (connection.timed_out, connection.heard) = (true, false);
+            }
+        }
         let mut up = self.usable(peer);
         up.retain(|other| *other != id);
         self.lose(peer, id, up, Reason::Silent, now);
