@@ -209,13 +209,18 @@ impl<C: Copy + Eq + Hash> Connections<C> {
         }
     }
 
-    /// Changes a connection; if it becomes idle, that begins now. Returns whether it is up.
+    /// Changes a connection; if it becomes idle, that begins now. If it is idle no longer, its peer is probed anew: the answer
+    /// to an old probe may not have been read. Returns whether it is up.
     pub fn update(&mut self, id: C, now: Instant, change: impl FnOnce(&mut Connection)) -> bool {
         let Some(connection) = self.up.get_mut(&id) else { return false };
-        if connection.is_used() {
+        let was_used = connection.is_used();
+        if was_used {
             connection.idle_since = now;
         }
         change(connection);
+        if !was_used && connection.is_used() {
+            connection.liveness.forget_probes();
+        }
         true
     }
 

@@ -45,9 +45,13 @@ impl Liveness {
     /// Records activity, which answers an open probe.
     pub fn on_activity(&mut self, now: Instant) {
         self.active_at = now;
-        self.probed_at = None;
-        self.probes = 0;
+        self.forget_probes();
         self.heard_since_timeout = self.heard_since_timeout.map(|_| true);
+    }
+
+    /// Forgets the unanswered probes.
+    pub fn forget_probes(&mut self) {
+        (self.probed_at, self.probes) = (None, 0);
     }
 
     /// Records that a probe is sent.

@@ -485,6 +485,23 @@ mod tests {
     }
 
     #[test]
+    fn a_peer_is_probed_anew_on_the_connection_that_its_slot_moves_back_to() {
+        let start = Instant::now();
+        let (mut relay, [old, _]) = relay(Config::default(), start);
+        let Config { heartbeat, silence, .. } = Config::default();
+        sweep_until(&mut relay, start + heartbeat);
+        let new = End { connection: 2, ..old };
+        let up = Connection::new(new.peer, "/memory/1".parse().unwrap(), false, 0, start);
+        relay.connections.add(new.connection, up);
+        relay.handle_request(new, Ok(Request::Reserve), (), start + heartbeat);
+        relay.reservations.confirm(&new.peer);
+        relay.on_disconnected(new, start + silence - Duration::from_secs(1));
+        found(&mut relay);
+        let found = sweep_until(&mut relay, start + silence);
+        assert!(found.probed.contains(&old.peer) && !found.silent.contains(&old.peer));
+    }
+
+    #[test]
     fn a_peer_times_out_once_on_a_connection_whose_circuits_have_yet_to_report_their_end() {
         let start = Instant::now();
         let (mut relay, [source, target]) = relay(Config::default(), start);

@@ -410,8 +410,12 @@ impl World {
         let actions = self.take_actions();
         for peer in &actions.timed_out {
             let time = self.model.policy.time_to_answer(newcomers_wait);
-            let all = self.model.connections.iter().filter(|c| c.peer == *peer);
-            let probed = all.filter_map(|c| self.unanswered.get(&c.id)).min();
+            // A peer is watched on the connection that its slot points at.
+            let slot = self.model.slots.iter().find(|slot| slot.peer == *peer);
+            let probed = slot.and_then(|slot| match slot.state {
+                State::Live(over) => self.unanswered.get(&over),
+                State::Grace(..) => None,
+            });
             assert!(
                 probed.is_some_and(|probed| now - probed >= time),
                 "law 1: it had its time to answer"

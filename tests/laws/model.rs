@@ -187,6 +187,14 @@ impl Model {
         }
     }
 
+    /// Has a slot point at this connection, on which its peer is probed anew.
+    fn point(&mut self, own: usize, id: u32) {
+        if self.slots[own].state != State::Live(id) {
+            self.connection(id).probed = None;
+        }
+        self.slots[own].state = State::Live(id);
+    }
+
     /// The connections of a peer that a slot may point at, oldest first: none on which it is silent.
     pub fn usable(&self, peer: usize) -> Vec<u32> {
         let is_silent = |c: &Connection| c.closing || c.timed_out && !c.heard;
@@ -263,12 +271,12 @@ impl Model {
             let moves = narrow.iter().all(room);
             let slot = &mut self.slots[own];
             slot.before.get_or_insert(Some((slot.state, slot.expires)));
-            slot.state = State::Live(connection);
             slot.expires = expires;
             slot.request = request;
             if moves {
                 slot.address = address;
             }
+            self.point(own, connection);
             self.answers.push((request, Answer::Granted));
             return Ok(());
         }
@@ -285,6 +293,7 @@ impl Model {
             let (_, oldest) = in_grace.min().ok_or(Some(*narrowest))?;
             self.free(oldest, Reason::Taken(peer));
         }
+        self.connection(connection).probed = None;
         self.slots.push(Slot {
             peer,
             state: State::Live(connection),
@@ -428,7 +437,7 @@ impl Model {
 
     fn settle(&mut self, own: usize, up: Vec<u32>, reason: Reason, now: u64) {
         if let Some(other) = up.last() {
-            self.slots[own].state = State::Live(*other);
+            self.point(own, *other);
         } else if self.policy.grace == 0 {
             self.free(own, reason);
         } else {
@@ -445,10 +454,11 @@ impl Model {
             self.free(own, Reason::Undelivered);
             return;
         };
-        self.slots[own].state = state;
         self.slots[own].expires = expires;
-        if matches!(state, State::Live(connection) if !up.contains(&connection)) {
-            self.settle(own, up, Reason::Disconnected, now);
+        match state {
+            State::Live(connection) if up.contains(&connection) => self.point(own, connection),
+            State::Live(_) => self.settle(own, up, Reason::Disconnected, now),
+            State::Grace(..) => self.slots[own].state = state,
         }
     }
 
