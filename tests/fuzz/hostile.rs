@@ -58,7 +58,7 @@ const MOST_OPENED: usize = 128 + 128 + 2;
 /// The most probes that wait for a stream or an answer.
 const MOST_PROBES: usize = 8;
 
-/// The most bytes that one circuit buffers for a reader that stops, in each direction (`buffer.rs`).
+/// The most bytes that one circuit buffers for a reader that stops, in each direction (`circuit.rs`).
 const BUFFERED_BY_CIRCUIT: usize = 64_499;
 
 /// The most bytes that one stream may send before it gets an answer: protocol names and a request.
