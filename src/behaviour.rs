@@ -43,7 +43,7 @@ use crate::{
     activity::{self, ActivityCounter},
     address::{self, Known},
     config::{Config, ConfigError, LONGEST},
-    event::{Event, FreedReason},
+    event::{Event, FreedReason, StopFailed},
     relay::{
         Action, Relay,
         accounts::{Account, Totals},
@@ -321,8 +321,13 @@ impl Behaviour {
             }
             Action::Report(event) => return Some(ToSwarm::GenerateEvent(event)),
         };
-        if let Some((handler, _)) = self.handlers.get(&to.connection) {
-            let _ = handler.unbounded_send(command); // fails once the connection closes
+        // It fails once the connection closes. Until it has closed, nothing else answers a stop request.
+        if let Some((handler, _)) = self.handlers.get(&to.connection)
+            && let Err(failed) = handler.unbounded_send(command)
+            && let HandlerCommand::Stop(circuit) = failed.into_inner()
+        {
+            let gone = Err(StopFailed::Gone);
+            self.on_event(HandlerEvent::TargetAnswered(circuit.id, to.connection, gone));
         }
         None
     }
@@ -473,9 +478,10 @@ impl NetworkBehaviour for Behaviour {
 
 #[cfg(test)]
 mod tests {
-    use libp2p::swarm::behaviour::ExternalAddrConfirmed;
+    use libp2p::{futures::channel::oneshot, swarm::behaviour::ExternalAddrConfirmed};
 
     use super::*;
+    use crate::wire::Request;
 
     #[test]
     fn a_relay_serves_only_while_the_clock_is_set() {
@@ -521,6 +527,36 @@ mod tests {
             relay.on_swarm_event(confirmed);
             assert_eq!(relay.is_serving, serves, "{addr}");
         }
+    }
+
+    /// The handler of a connection is dropped before the connection has closed, which may take long.
+    #[test]
+    fn a_stop_request_to_a_connection_that_is_being_closed_fails_at_once() {
+        let (now, config) = (Instant::now(), Config::default());
+        let mut relay = Behaviour::new(Keypair::generate_ed25519(), config).unwrap();
+        let [source, target] = [1, 2].map(|id| {
+            let (peer, connection) = (PeerId::random(), ConnectionId::new_unchecked(id));
+            let up = Connection::new(peer, Multiaddr::empty(), false, 0, now);
+            relay.relay.connections.add(connection, up);
+            let (sender, _) = mpsc::unbounded();
+            relay.handlers.insert(connection, (sender, ActivityCounter::default()));
+            End { peer, connection }
+        });
+        let [reserve, connect] =
+            [(target, Request::Reserve), (source, Request::Connect(target.peer))].map(
+                |(from, request)| {
+                    let (reply, answer) = oneshot::channel();
+                    relay.relay.handle_request(from, Ok(request), reply, now);
+                    while let Some(action) = relay.relay.actions.pop_front() {
+                        relay.carry_out(action);
+                    }
+                    answer
+                },
+            );
+        for answer in [reserve, connect] {
+            assert!(matches!(answer.now_or_never(), Some(Ok(Answer::Final(..)))));
+        }
+        assert_eq!(relay.relay.circuits.count(), 0);
     }
 
     #[test]
