@@ -234,6 +234,8 @@ struct World {
     grants: Vec<(End<u32>, Receipt)>,
     asked: Vec<(CircuitId, End<u32>, oneshot::Receiver<()>)>,
     open: Vec<(CircuitId, End<u32>, oneshot::Receiver<()>)>,
+    /// The rules under which the relay ended circuits that have not reported it.
+    ended_under: BTreeMap<CircuitId, Rules>,
     holds: BTreeSet<u32>,
     /// The connection that each peer's slot pointed at last.
     held_over: BTreeMap<PeerId, u32>,
@@ -273,6 +275,7 @@ impl World {
             grants: Vec::new(),
             asked: Vec::new(),
             open: Vec::new(),
+            ended_under: BTreeMap::new(),
             holds: BTreeSet::new(),
             held_over: BTreeMap::new(),
             slots: 0,
@@ -401,6 +404,12 @@ impl World {
         }
         self.take_actions();
         self.check();
+        for (id, _, ended) in &mut self.open {
+            if ended.try_recv().is_err() {
+                let rules = || self.rules.0.lock().unwrap().clone();
+                self.ended_under.entry(*id).or_insert_with(rules);
+            }
+        }
     }
 
     fn decide(&mut self, nth: usize) {
@@ -525,8 +534,9 @@ impl World {
                 }
             }
             Event::CircuitOpened { .. } => self.circuits += 1,
-            Event::CircuitClosed { source, target, end, .. } => {
+            Event::CircuitClosed { circuit, source, target, end, .. } => {
                 self.circuits -= 1;
+                let rules = self.ended_under.remove(&circuit).unwrap_or(rules);
                 if end == CircuitEnd::Denied {
                     let any = rules.peers.contains(&source)
                         || rules.peers.contains(&target)
