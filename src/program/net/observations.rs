@@ -8,9 +8,10 @@
 //!   them elsewhere later; the operator can announce one.
 //! - A peer observes only addresses of the IP version that it connects over. Otherwise a liar with many IPv6 subnets,
 //!   which are cheap, could decide on an IPv4 address.
-//! - One observation counts for each subnet (IPv4: a /24, IPv6: a /48), and one for each peer.
+//! - One observation counts for each network (IPv4: a /24; IPv6: a /32, because a /48 is free to have), and one for each
+//!   peer.
 //! - An address is confirmed when at least [`MIN_OBSERVERS`] observers, and more than half of all, agree on it.
-//! - The last observation of a subnet counts, while its connection is up and for [`OBSERVATION_TTL`] after that: when the
+//! - The last observation of a network counts, while its connection is up and for [`OBSERVATION_TTL`] after that: when the
 //!   relay's address changes, its clients reconnect and observe the new one.
 
 use std::{
@@ -22,7 +23,7 @@ use std::{
 use libp2p::{Multiaddr, PeerId, multiaddr::Protocol};
 
 use crate::{
-    address::{self, ClientPrefix, Subnet},
+    address::{self, ClientPrefix},
     relay::connections::Origin,
 };
 
@@ -45,7 +46,8 @@ const UPDATE_INTERVAL: Duration = Duration::from_secs(60);
 /// All observations, and the addresses that they confirm. `C` identifies a connection.
 #[derive(Debug)]
 pub struct Observations<C> {
-    by_service: HashMap<Service, HashMap<Subnet, Observation<C>>>,
+    /// By the network of the observer.
+    by_service: HashMap<Service, HashMap<ClientPrefix, Observation<C>>>,
     confirmed: Vec<Multiaddr>,
     /// When the confirmed addresses may change again.
     next_change: Instant,
@@ -59,7 +61,7 @@ struct Service {
     rest: Multiaddr,
 }
 
-/// The last observation from a subnet.
+/// The last observation from a network.
 #[derive(Debug)]
 struct Observation<C> {
     peer: PeerId,
@@ -95,8 +97,8 @@ impl<C: Copy + Eq> Observations<C> {
         mut listening: impl Iterator<Item = &'a Multiaddr>,
         now: Instant,
     ) {
-        let subnet = from.prefix.map(ClientPrefix::subnet);
-        let (Some(subnet), Some((ip, service))) = (subnet, parse(address, relay)) else {
+        let network = from.prefix.map(|prefix| prefix.wide().unwrap_or(prefix.subnet().0));
+        let (Some(network), Some((ip, service))) = (network, parse(address, relay)) else {
             return;
         };
         let is_ours = |own| parse(own, relay).is_some_and(|(_, own)| own == service);
@@ -107,17 +109,17 @@ impl<C: Copy + Eq> Observations<C> {
             return;
         }
         let observations = self.by_service.entry(service).or_default();
-        // One for each peer and each subnet.
-        observations.retain(|other, observation| *other == subnet || observation.peer != from.peer);
-        if observations.len() >= MAX_OBSERVATIONS && !observations.contains_key(&subnet) {
+        // One for each peer and each network.
+        observations.retain(|other, kept| *other == network || kept.peer != from.peer);
+        if observations.len() >= MAX_OBSERVATIONS && !observations.contains_key(&network) {
             let oldest = observations.iter().min_by_key(|(_, observation)| observation.observed_at);
-            if let Some(subnet) = oldest.map(|(subnet, _)| *subnet) {
-                observations.remove(&subnet);
+            if let Some(network) = oldest.map(|(network, _)| *network) {
+                observations.remove(&network);
             }
         }
         let (peer, observed_at) = (from.peer, now);
         let observation = Observation { peer, connection, ip, observed_at, closed_at: None };
-        observations.insert(subnet, observation);
+        observations.insert(network, observation);
         self.next_update = self.next_change.max(now);
     }
 
@@ -232,9 +234,9 @@ mod tests {
             (0..count).map(|n| self.observe(&from(n), reached)).collect()
         }
 
-        /// As [`Self::observe_from_subnets`], over IPv6; the first subnet is `2001:<first>::/48`.
-        fn observe_from_ipv6_subnets(&mut self, first: u8, count: u16, reached: &str) -> Vec<u32> {
-            let from = |n: u16| format!("/ip6/2001:{first:x}:{n:x}::1/tcp/1");
+        /// As [`Self::observe_from_subnets`], over IPv6; the first network is `2a0<first>::/32`.
+        fn observe_from_ipv6_networks(&mut self, first: u8, count: u16, reached: &str) -> Vec<u32> {
+            let from = |n: u16| format!("/ip6/2a0{first:x}:{n:x}::1/tcp/1");
             (0..count).map(|n| self.observe(&from(n), reached)).collect()
         }
 
@@ -274,6 +276,17 @@ mod tests {
             fixture.observe(&format!("/ip6/2001:db8:1:{host:x}::1/tcp/1"), TRUE6);
         }
         assert!(fixture.confirmed().is_empty());
+    }
+
+    /// Providers of tunnels give a /48 to anyone.
+    #[test]
+    fn an_ipv6_provider_with_many_subnets_is_one_observer() {
+        let mut fixture = Fixture::new();
+        fixture.observe_from_ipv6_networks(1, 4, TRUE6);
+        for subnet in 0..2 * MAX_OBSERVATIONS {
+            fixture.observe(&format!("/ip6/2001:470:{subnet:x}::1/tcp/1"), "/ip6/2a00::6/tcp/4001");
+        }
+        assert_eq!(fixture.confirmed(), [TRUE6]);
     }
 
     #[test]
@@ -339,7 +352,7 @@ mod tests {
         ] {
             let mut fixture = Fixture::new();
             fixture.observe_from_subnets(1, 9, reached);
-            fixture.observe_from_ipv6_subnets(1, 9, reached);
+            fixture.observe_from_ipv6_networks(1, 9, reached);
             assert!(fixture.confirmed().is_empty(), "{reached}");
             assert!(fixture.observations.by_service.is_empty(), "{reached}");
         }
@@ -371,20 +384,20 @@ mod tests {
     fn each_ip_version_is_confirmed_by_itself() {
         let mut fixture = Fixture::new();
         fixture.observe_from_subnets(1, 5, TRUE);
-        fixture.observe_from_ipv6_subnets(2, 4, TRUE6);
+        fixture.observe_from_ipv6_networks(2, 4, TRUE6);
         assert_eq!(fixture.confirmed(), [TRUE, TRUE6]);
     }
 
     #[test]
     fn peers_over_one_ip_version_observe_no_address_of_the_other() {
         let mut fixture = Fixture::new();
-        fixture.observe_from_ipv6_subnets(1, 9, TRUE);
+        fixture.observe_from_ipv6_networks(1, 9, TRUE);
         fixture.observe_from_subnets(1, 9, TRUE6);
         assert!(fixture.confirmed().is_empty());
         // They do not count towards the majority either.
         fixture.observe_from_subnets(2, 4, TRUE);
-        fixture.observe_from_ipv6_subnets(2, 4, TRUE6);
-        fixture.observe_from_ipv6_subnets(3, 9, LIE);
+        fixture.observe_from_ipv6_networks(2, 4, TRUE6);
+        fixture.observe_from_ipv6_networks(3, 9, LIE);
         assert_eq!(fixture.confirmed(), [TRUE, TRUE6]);
     }
 
