@@ -152,7 +152,7 @@ impl Files {
     fn stamp(&self) -> Stamp {
         [&self.cert, &self.key].map(|file| {
             let metadata = fs::metadata(file).ok()?;
-            Some((metadata.modified().ok()?, metadata.len(), MetadataExt::ino(&metadata)))
+            Some((metadata.ctime(), metadata.ctime_nsec(), metadata.len(), metadata.ino()))
         })
     }
 }
@@ -172,8 +172,9 @@ fn contents(flag: &str, file: &Path) -> Result<Zeroizing<Vec<u8>>> {
     read().map_err(unreadable)
 }
 
-/// What shows a change of the files: the modification time, length and inode of each.
-type Stamp = [Option<(SystemTime, u64, u64)>; 2];
+/// What shows a change of the files: the time of the last change, length and inode of each. The time includes changes of
+/// the owner and of the permissions, which may make a file readable.
+type Stamp = [Option<(i64, i64, u64, u64)>; 2];
 
 /// Detects that the files have changed and are complete.
 struct ChangeDetector {
@@ -205,7 +206,7 @@ mod tests {
     use super::*;
 
     fn stamp(cert: u64, key: u64) -> Stamp {
-        [cert, key].map(|length| Some((SystemTime::UNIX_EPOCH, length, 0)))
+        [cert, key].map(|length| Some((0, 0, length, 0)))
     }
 
     #[test]
@@ -223,6 +224,22 @@ mod tests {
             files.on_due(&mut node);
             assert_eq!(files.warned_at != warned_at, repeats);
         }
+    }
+
+    /// As after an error that says that they cannot be read.
+    #[test]
+    fn a_change_of_permissions_is_a_change_of_the_files() {
+        use std::os::unix::fs::PermissionsExt;
+
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let files = Files { cert: file.path().into(), key: file.path().into() };
+        let before = files.stamp();
+        // The file system's clock is coarse.
+        let is_noticed = |mode| {
+            fs::set_permissions(file.path(), fs::Permissions::from_mode(mode)).unwrap();
+            files.stamp() != before
+        };
+        assert!([0o600, 0o644].into_iter().cycle().take(100_000).any(is_noticed));
     }
 
     #[test]
