@@ -65,7 +65,7 @@ impl Metrics {
     /// `circuit_duration`; zero: no limit.
     pub fn new(circuit_duration: Duration, latest: Arc<LatestSnapshot>) -> (Self, Registry) {
         let mut all = Registry::default();
-        all.register_collector(Box::new(Process::new()));
+        all.register_collector(Box::new(Process::default()));
         let relaysvc = all.sub_registry_with_prefix("libp2p_relaysvc");
         let go = GoMetrics::new(relaysvc, circuit_duration);
         let (snapshots, write) = (Arc::clone(&latest), go_metrics::write_stats);

@@ -6,6 +6,7 @@
 
 use std::{
     fmt, fs,
+    sync::OnceLock,
     time::{Duration, SystemTime},
 };
 
@@ -19,21 +20,24 @@ use rlimit::Resource;
 use rustix::time::{ClockId, clock_gettime};
 
 use super::counters::write;
+use crate::wall_clock;
 
 /// Ticks per second in `/proc`: `USER_HZ`, which is 100 on all architectures that Rust
 /// builds for.
 const TICKS: f64 = 100.0;
 
 /// The metrics of this process.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Process {
-    /// In seconds since 1970.
-    started: Option<f64>,
+    started: OnceLock<f64>,
 }
 
 impl Process {
-    pub fn new() -> Self {
-        Self { started: started() }
+    /// When the process was started, in seconds since 1970: computed once, as soon as the clock, which shows `now`, is set.
+    fn started(&self, now: SystemTime) -> Option<f64> {
+        let known = self.started.get().copied();
+        let started = known.or_else(|| started(now).filter(|_| wall_clock::is_set(now)))?;
+        Some(*self.started.get_or_init(|| started))
     }
 }
 
@@ -59,7 +63,7 @@ impl Collector for Process {
         let limit = Resource::NOFILE.get_soft().ok().map(|limit| limit as f64);
         gauge("process_max_fds", "Limit of open file descriptors.", None, limit)?;
         let help = "When the process was started, in seconds since 1970.";
-        gauge("process_start_time", help, seconds, self.started)
+        gauge("process_start_time", help, seconds, self.started(SystemTime::now()))
     }
 }
 
@@ -88,17 +92,16 @@ fn open_files() -> Option<f64> {
 
 /// When the process was started, in seconds since 1970: field 22 of `/proc/self/stat` counts from the boot.
 #[cfg(target_os = "linux")]
-fn started() -> Option<f64> {
+fn started(now: SystemTime) -> Option<f64> {
     let stat = fs::read_to_string("/proc/self/stat").ok()?;
     let (_, fields) = stat.rsplit_once(") ")?; // after the name, which may contain anything
     let ticks: f64 = fields.split(' ').nth(22 - 3)?.parse().ok()?;
     let age = read_clock(ClockId::Boottime).as_secs_f64() - ticks / TICKS;
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).ok()?;
-    Some(now.as_secs_f64() - age)
+    Some(now.duration_since(SystemTime::UNIX_EPOCH).ok()?.as_secs_f64() - age)
 }
 
 #[cfg(not(target_os = "linux"))]
-fn started() -> Option<f64> {
+fn started(_: SystemTime) -> Option<f64> {
     None
 }
 
@@ -117,7 +120,19 @@ mod tests {
         assert_eq!(memory("", "VmSize:"), None);
         let files: Vec<_> = (0..50).map(|_| File::open("/dev/null").unwrap()).collect();
         assert!(open_files().is_some_and(|open| open >= files.len() as f64));
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs_f64();
-        assert!(started().is_some_and(|started| started <= now && now - started < 86_400.0));
+    }
+
+    /// A board without a clock of its own starts in 1970.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn the_start_is_known_once_the_clock_is_set_and_then_stays() {
+        let (process, now) = (Process::default(), SystemTime::now());
+        assert_eq!(process.started(SystemTime::UNIX_EPOCH), None);
+        let started = process.started(now);
+        let seconds = now.duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs_f64();
+        assert!(started.is_some_and(|it| it <= seconds && seconds - it < 86_400.0), "{started:?}");
+        for later in [SystemTime::UNIX_EPOCH, now + Duration::from_secs(3600)] {
+            assert_eq!(process.started(later), started);
+        }
     }
 }
