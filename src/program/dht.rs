@@ -184,9 +184,7 @@ impl Dht {
         let added = matches!(self.kad.add_address(&peer, address), RoutingUpdate::Success);
         if added {
             self.has_joined |= !self.is_paused;
-            if !std::mem::replace(&mut self.has_logged_join, true) {
-                log::info!("joined the DHT {} at peer {peer}", self.protocol);
-            }
+            log::debug!("DHT node known: peer {peer}");
         }
         added
     }
@@ -204,6 +202,9 @@ impl Dht {
                 ..
             } => {
                 self.has_answered |= stats.num_successes() > 0;
+                if self.has_answered && !std::mem::replace(&mut self.has_logged_join, true) {
+                    log::info!("joined the DHT {}: a node of it answers", self.protocol);
+                }
                 if step.last {
                     let answered = std::mem::take(&mut self.has_answered);
                     log::debug!("DHT bootstrap query ended: any node answered: {answered}");
@@ -337,6 +338,13 @@ mod tests {
         peer: PeerId,
     ) -> Result<Vec<Multiaddr>, ConnectionDenied> {
         dht.handle_pending_outbound_connection(id, Some(peer), &[], Endpoint::Dialer)
+    }
+
+    #[test]
+    fn a_peer_that_only_says_that_it_serves_the_dht_is_not_logged_as_joined() {
+        let mut dht = dht();
+        dht.on_identified(PeerId::random(), true, &addresses(&["/ip4/8.8.8.8/tcp/1"]));
+        assert!(dht.has_joined && !dht.has_logged_join);
     }
 
     #[test]

@@ -102,11 +102,11 @@ async fn an_unreachable_bootstrap_node_is_joined_once_it_is_up() {
     assert_eq!(relay.count_in_log("cannot be reached"), 1, "{:#?}", relay.log());
 
     let node = Relay::start_in(folder, &["--dht", "--listen", &listen.to_string()]);
-    let relays_peer = format!("joined the DHT {KAD} at peer {}", relay.peer);
-    node.wait_for_log(&relays_peer).await;
     relay.wait_for_log("answers again").await;
-    let nodes_peer = format!("joined the DHT {KAD} at peer {}", node.peer);
-    relay.wait_for_log(&nodes_peer).await;
+    for (at, other) in [(&node, &relay), (&relay, &node)] {
+        wait_until_known(other, at).await;
+        at.wait_for_log(&format!("joined the DHT {KAD}: ")).await;
+    }
 }
 
 #[tokio::test]
@@ -127,7 +127,7 @@ async fn a_custom_dht_uses_its_own_protocol() {
     let bootstrap = node.address.to_string();
     let friend = Relay::start(&["--dht", OWN, "--bootstrap", &bootstrap]);
     let stranger = Relay::start(&["--dht", "--bootstrap", &bootstrap]);
-    node.wait_for_log(&format!("at peer {}", friend.peer)).await;
+    wait_until_known(&friend, &node).await;
     stranger.wait_for_log("does not serve").await;
     let mut walker = Client::connect(&node).await;
     let kad = StreamProtocol::new("/my/kad/1.0.0");
@@ -171,7 +171,7 @@ async fn a_lookup_dials_nodes_whose_connection_was_closed_as_idle() {
     let node = Relay::start(&["--dht", SHORT]);
     let bootstrap = node.address.to_string();
     let first = Relay::start(&["--dht", SHORT, "--bootstrap", &bootstrap]);
-    node.wait_for_log(&format!("at peer {}", first.peer)).await;
+    wait_until_known(&first, &node).await;
     // The connection closes, whichever side dialed.
     first.wait_for_log("closed: peer").await;
     node.wait_for_log("closed: peer").await;
@@ -185,7 +185,7 @@ async fn a_resumed_relay_joins_the_dht_again() {
     let node = Relay::start(&["--dht"]);
     let bootstrap = node.address.to_string();
     let relay = Relay::start(&["--dht", "--drain=1s", "--bootstrap", &bootstrap]);
-    node.wait_for_log(&format!("at peer {}", relay.peer)).await;
+    wait_until_known(&relay, &node).await;
     relay.signal("USR1");
     relay.wait_for_log("closed: peer").await;
     relay.signal("USR1");
@@ -290,6 +290,11 @@ async fn a_malformed_message_closes_only_its_stream() {
 }
 
 // ---- Helpers
+
+/// Waits until `relay` is in the routing table of `at`.
+async fn wait_until_known(relay: &Relay, at: &Relay) {
+    at.wait_for_log(&format!("DHT node known: peer {}", relay.peer)).await;
+}
 
 const PUT_VALUE: i32 = 0;
 const GET_VALUE: i32 = 1;
