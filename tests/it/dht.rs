@@ -289,6 +289,23 @@ async fn a_malformed_message_closes_only_its_stream() {
     assert_eq!(find(&mut stranger, &KAD, PeerId::random()).await, []);
 }
 
+/// Any peer could fill the log with them.
+#[tokio::test]
+async fn warnings_of_the_library_are_not_logged() {
+    let relay = Relay::start(&["--dht"]);
+    let mut stranger = Client::connect(&relay).await;
+    for _ in 0..10 {
+        let mut stream = stranger.open(KAD).await;
+        let ping = Message { kind: PING, ..Message::default() };
+        messages::write(&mut stream, &ping).await;
+        assert!(common::read_to_end(&mut stream).await.0.is_empty());
+    }
+    stranger.reserve().await;
+    // The log is in order: once this line is in it, all earlier ones are.
+    relay.wait_for_log("reservation granted").await;
+    assert_eq!(relay.count_in_log("libp2p_kad"), 0, "{:#?}", relay.log());
+}
+
 // ---- Helpers
 
 /// Waits until `relay` is in the routing table of `at`.
@@ -301,6 +318,7 @@ const GET_VALUE: i32 = 1;
 const ADD_PROVIDER: i32 = 2;
 const GET_PROVIDERS: i32 = 3;
 const FIND_NODE: i32 = 4;
+const PING: i32 = 5;
 
 /// The specification's message a second time.
 #[derive(Clone, PartialEq, prost::Message)]

@@ -16,14 +16,17 @@ use log::{Level, LevelFilter};
 
 use crate::program::cli::load::{Exit, in_one_line};
 
-/// The WebSocket library. Any peer can cause errors and warnings that it logs, so they are not logged unless `RUST_LOG` names
-/// it.
-const MUTED: &str = "soketto";
+/// The libraries of the DHT and of WebSocket. Any peer can cause warnings that they log, so these are not logged unless
+/// `RUST_LOG` names the library.
+const MUTED: [&str; 2] = ["libp2p_kad", "soketto"];
 
 /// Starts logging, as `RUST_LOG` configures.
 pub fn start_log() {
     let mut log = env_logger::Builder::new();
-    log.filter_level(LevelFilter::Info).filter_module(MUTED, LevelFilter::Off);
+    log.filter_level(LevelFilter::Info);
+    for library in MUTED {
+        log.filter_module(library, LevelFilter::Off);
+    }
     let is_journal = is_journal();
     log.format(move |out, record| match is_journal {
         true => write_to_journal(out, record.level(), record.args()),
