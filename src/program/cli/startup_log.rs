@@ -1,6 +1,6 @@
 //! The lines that the relay logs at its start: its limits, its addresses to paste into a client, and warnings.
 
-use std::{net::IpAddr, time::Duration};
+use std::{fmt::Display, net::IpAddr, time::Duration};
 
 use bytesize::ByteSize;
 use libp2p::{Multiaddr, PeerId};
@@ -202,16 +202,27 @@ pub fn questionable_settings(flags: &Flags, relay: PeerId) -> Vec<String> {
              --max-connections, and --memory if it is set"
         ));
     }
-    if let Some(cert) = &flags.tls_cert
-        && !flags.layers().any(|layer| layer == Layer::SecureWebSocket)
-    {
-        warnings.push(format!(
-            "--tls-cert {}: not in use; listen with TLS: --listen /ip4/0.0.0.0/tcp/4002/tls/ws",
-            cert.display()
-        ));
-    }
+    let layers: Vec<_> = flags.layers().collect();
+    let in_tls = layers.contains(&Layer::SecureWebSocket);
+    let over_websocket = layers.iter().any(|layer| *layer != Layer::Tcp);
+    let certificate = flags.tls_cert.as_ref().map(|file| file.display());
+    let forwarder = flags.trust_forwarded_from.first().map(|subnet| subnet.0);
+    let protocol = Some(&flags.dht_protocol).filter(|own| **own != Flags::default().dht_protocol);
+    let (with_tls, with_websocket) =
+        ("--listen /ip4/0.0.0.0/tcp/4002/tls/ws", "--listen /ip4/127.0.0.1/tcp/4002/ws");
+    warnings.extend(unused("--tls-cert", certificate, in_tls, with_tls));
+    warnings.extend(unused("--trust-forwarded-from", forwarder, over_websocket, with_websocket));
+    let (host, has_http) = (flags.http_host.first(), flags.http.is_some());
+    warnings.extend(unused("--http-host", host, has_http, "--http 127.0.0.1:9180"));
+    warnings.extend(unused("--dht-protocol", protocol, flags.dht, "--dht"));
     warnings.extend(unusable_announced(&flags.config().announce, relay));
     warnings
+}
+
+/// A warning if a setting has this value and no effect, because it needs another one, which is `missing`.
+fn unused(flag: &str, value: Option<impl Display>, is_used: bool, missing: &str) -> Option<String> {
+    let value = value.filter(|_| !is_used)?;
+    Some(format!("{flag} {value}: not in use; add {missing}"))
 }
 
 /// A warning if the memory estimate exceeds what is available; both are in bytes. `is_set`: the estimate is that of `--memory`.
@@ -267,19 +278,45 @@ mod tests {
         for (word, named) in [
             ("--proxy-protocol-from=0.0.0.0/0", "--proxy-protocol-from 0.0.0.0/0: "),
             ("--proxy-protocol-from=::/0", "--proxy-protocol-from ::/0: "),
-            ("--trust-forwarded-from=0.0.0.0/0", "--trust-forwarded-from 0.0.0.0/0: "),
             ("--reservation-ttl=45s", "--reservation-ttl 45s: "),
             ("--max-connections=1023", "--max-reservations 1024: each slot takes a connection"),
         ] {
             let warnings = warnings(&[word]);
             assert!(warnings.len() == 1 && warnings[0].starts_with(named), "{warnings:?}");
         }
+        let websocket = "--listen=/ip4/127.0.0.1/tcp/4002/ws";
+        let any = warnings(&[websocket, "--trust-forwarded-from=0.0.0.0/0"]);
+        assert!(any.len() == 1 && any[0].contains("any client can claim any address"), "{any:?}");
         assert_eq!(memory_exceeded(MIB, MIB, true), None);
         let [set, derived] = [true, false].map(|is_set| memory_exceeded(2 * MIB, MIB, is_set));
         assert!(set.unwrap().ends_with("lower --memory"));
         let derived = derived.unwrap();
         assert!(derived.starts_with("memory: at most 2 MiB under"), "{derived}");
         assert!(derived.ends_with("lower --max-connections or --max-buffered"), "{derived}");
+    }
+
+    #[test]
+    fn a_setting_that_needs_another_one_is_a_warning_without_it() {
+        use structopt::StructOpt;
+
+        let warnings =
+            |words: &[&str]| questionable_settings(&Flags::from_iter(words), PeerId::random());
+        let (tls, ws) = ("--listen=/ip4/0.0.0.0/tcp/1/tls/ws", "--listen=/ip4/0.0.0.0/tcp/1/ws");
+        for (setting, needed) in [
+            ("--tls-cert=cert.pem", &[tls][..]),
+            ("--trust-forwarded-from=10.0.0.0/8", &[tls, ws]),
+            ("--http-host=relay.example.org", &["--http=127.0.0.1:9180"]),
+            ("--dht-protocol=/my/kad/1.0.0", &["--dht"]),
+        ] {
+            let alone = warnings(&[setting]);
+            let expected = format!("{}: not in use; ", setting.replace('=', " "));
+            assert!(alone.len() == 1 && alone[0].starts_with(&expected), "{alone:?}");
+            for needed in needed {
+                let none: [&str; 0] = [];
+                assert_eq!(warnings(&[setting, needed]), none);
+            }
+        }
+        assert_eq!(warnings(&["--dht-protocol=/ipfs/kad/1.0.0"]).len(), 0, "the default");
     }
 
     #[test]
