@@ -202,6 +202,13 @@ pub fn questionable_settings(flags: &Flags, relay: PeerId) -> Vec<String> {
              --max-connections, and --memory if it is set"
         ));
     }
+    if flags.dht && !(flags.allow_peer.is_empty() && flags.allow_subnet.is_empty()) {
+        warnings.push(
+            "--dht: other nodes of the DHT cannot connect unless --allow-peer and --allow-subnet allow them, and clients \
+             find only relays to which they can; leave out --dht or these lists"
+                .into(),
+        );
+    }
     let layers: Vec<_> = flags.layers().collect();
     let in_tls = layers.contains(&Layer::SecureWebSocket);
     let over_websocket = layers.iter().any(|layer| *layer != Layer::Tcp);
@@ -317,6 +324,25 @@ mod tests {
             }
         }
         assert_eq!(warnings(&["--dht-protocol=/ipfs/kad/1.0.0"]).len(), 0, "the default");
+    }
+
+    #[test]
+    fn a_dht_whose_nodes_the_lists_do_not_allow_is_a_warning() {
+        use structopt::StructOpt;
+
+        let warnings =
+            |words: &[&str]| questionable_settings(&Flags::from_iter(words), PeerId::random());
+        let peer = PeerId::random();
+        let [allowed, source, denied] = ["allow-peer", "allow-connect-peer", "deny-peer"]
+            .map(|list| format!("--{list}={peer}"));
+        for list in [&allowed, "--allow-subnet=10.0.0.0/8"] {
+            let warnings = warnings(&["--dht", list]);
+            let begins = "--dht: other nodes of the DHT cannot connect";
+            assert!(warnings.len() == 1 && warnings[0].starts_with(begins), "{warnings:?}");
+        }
+        let others = [&source, &denied, "--deny-subnet=10.0.0.0/8"];
+        assert!(others.iter().all(|list| warnings(&["--dht", list]).is_empty()));
+        assert!(warnings(&[&allowed]).is_empty());
     }
 
     #[test]
