@@ -148,7 +148,9 @@ async fn without_limits_no_limit_is_sent() {
 
 #[tokio::test]
 async fn connect_to_a_peer_without_reservation_is_no_reservation() {
-    let long_after_expiry = "--reservation-ttl=1s --sweep=1h --grace=1h --connect-rate=0";
+    // It connects as fast as the machine can.
+    let long_after_expiry =
+        "--reservation-ttl=1s --sweep=1h --grace=1h --connect-rate=0 --stream-rate=0";
     let relay = Relay::start(&long_after_expiry.split(' ').collect::<Vec<_>>());
     let mut alice = Client::connect(&relay).await;
     let unknown = PeerId::random();
