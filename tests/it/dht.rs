@@ -3,12 +3,12 @@
 use std::{collections::BTreeSet, fs, time::Duration};
 
 use crate::common::{
-    self, Client, Relay, by_hand::send, child_process::resident, command, messages, output, within,
+    self, Client, Relay, by_hand::send, child_process::resident, command, free_port, messages,
+    output, within,
 };
 use libp2p::{
     Multiaddr, PeerId, StreamProtocol,
     futures::{AsyncReadExt, AsyncWriteExt},
-    multiaddr::Protocol,
 };
 use tempfile::TempDir;
 use tokio::time::sleep;
@@ -89,9 +89,9 @@ fn the_dht_is_enabled_by_environment_or_file() {
 
 #[tokio::test]
 async fn an_unreachable_bootstrap_node_is_joined_once_it_is_up() {
-    let node = Relay::start(&["--dht"]);
-    let (address, listen) = (node.address.clone(), without_peer(&node.address));
-    let folder = node.kill();
+    let listen = on_free_port();
+    let node = Relay::start_listening(&["--dht", &listen]);
+    let (address, folder) = (node.address.clone(), node.kill());
 
     let relay = Relay::start(&["--dht", "--bootstrap", &address.to_string()]);
     Client::connect(&relay).await.reserve().await;
@@ -101,7 +101,7 @@ async fn an_unreachable_bootstrap_node_is_joined_once_it_is_up() {
     assert_eq!(relay.count_in_log("joined the DHT"), 0);
     assert_eq!(relay.count_in_log("cannot be reached"), 1, "{:#?}", relay.log());
 
-    let node = Relay::start_in(folder, &["--dht", "--listen", &listen.to_string()]);
+    let node = Relay::start_in(folder, &["--dht", &listen]);
     relay.wait_for_log("answers again").await;
     for (at, other) in [(&node, &relay), (&relay, &node)] {
         wait_until_known(other, at).await;
@@ -184,7 +184,8 @@ async fn a_lookup_dials_nodes_whose_connection_was_closed_as_idle() {
 async fn a_resumed_relay_joins_the_dht_again() {
     let node = Relay::start(&["--dht"]);
     let bootstrap = node.address.to_string();
-    let relay = Relay::start(&["--dht", "--drain=1s", "--bootstrap", &bootstrap]);
+    let flags = ["--dht", "--drain=1s", "--bootstrap", &bootstrap, &on_free_port()];
+    let relay = Relay::start_listening(&flags);
     wait_until_known(&relay, &node).await;
     relay.signal("USR1");
     relay.wait_for_log("closed: peer").await;
@@ -380,7 +381,7 @@ fn addresses(peers: &[Peer], of: PeerId) -> Vec<Multiaddr> {
     read.collect::<Result<_, _>>().expect("multiaddrs")
 }
 
-fn without_peer(address: &Multiaddr) -> Multiaddr {
-    let parts = address.iter();
-    parts.filter(|part| !matches!(part, Protocol::P2p(_))).collect()
+/// The flag to listen on a port that no other test takes while the relay does not listen.
+fn on_free_port() -> String {
+    format!("--listen=/ip4/127.0.0.1/tcp/{}", free_port())
 }
