@@ -50,7 +50,7 @@ async fn a_suspend_of_ten_silence_limits_resets_liveness_timers() {
 
 #[tokio::test]
 async fn terms_that_ended_during_a_suspend_are_expired() {
-    let relay = Relay::start(&["--max-reservations=2", "--reservation-ttl=2s", "--grace=1s"]);
+    let relay = Relay::start(&["--max-reservations=2", "--reservation-ttl=4s", "--grace=1s"]);
     let mut holder = Client::connect(&relay).await;
     let mut newcomers = [Client::connect(&relay).await, Client::connect(&relay).await];
     let mut in_grace = Client::connect(&relay).await;
