@@ -11,7 +11,8 @@ use crate::common::{
 };
 
 /// Flags in the pages that are not the relay's: of other programs, and of the benchmarks.
-const FLAGS_OF_OTHERS: [&str; 4] = ["network", "publish", "quick", "stop-timeout"];
+const FLAGS_OF_OTHERS: [&str; 5] =
+    ["network", "no-healthcheck", "publish", "quick", "stop-timeout"];
 
 /// Variables with the prefix of settings that belong to no flag.
 const OTHER_VARIABLES: [&str; 3] =
