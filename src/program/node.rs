@@ -301,8 +301,8 @@ impl Node {
     /// them.
     ///
     /// Dials a client only at the IP address of its connection, and only if that is global or `private` is true, as in
-    /// tests. Dials a client at most 12 times a minute, its address 120 times, its subnet 150 times, and all clients
-    /// together 600 times.
+    /// tests. Dials a client at most 12 times a minute, its address 120 times, its subnet 150 times, its IPv6 /32 300
+    /// times, and all clients together 600 times.
     ///
     /// # Errors
     ///
