@@ -101,13 +101,7 @@ pub async fn muxed(relay: &Relay) -> Channel {
 
 /// As [`muxed`], for the owner of `keypair`.
 pub async fn muxed_as(relay: &Relay, keypair: &Keypair) -> Channel {
-    muxed_with(relay, keypair, Security::Noise).await
-}
-
-/// As [`muxed_as`], over this secure channel.
-pub async fn muxed_with(relay: &Relay, keypair: &Keypair, security: Security) -> Channel {
-    let channel = secure(tcp(relay).await, keypair, security).await;
-    let muxed = mux(channel.expect("the relay supports both")).await;
+    let muxed = mux(secured(relay, keypair).await).await;
     muxed.expect("the relay supports yamux")
 }
 

@@ -1,12 +1,12 @@
 //! Backpressure: an end that stops reading pauses the other one, and the relay buffers no more than the windows allow.
 
-use std::{cell::Cell, io, time::Duration};
+use std::{cell::Cell, io, net::Ipv4Addr, time::Duration};
 
 use crate::common::{
     Client, HOP, Relay, STOP, Security, accept_circuit,
     by_hand::{
-        ACK, Channel, FIN, RST, SYN, WINDOW_UPDATE, data, frame, muxed_with, next_frame, reserve,
-        send,
+        ACK, Channel, FIN, RST, SYN, WINDOW_UPDATE, data, frame, mux, next_frame, reserve, secure,
+        send, tcp_with_small_buffer,
     },
     child_process::resident,
     circuit,
@@ -290,7 +290,11 @@ async fn by_hand(relay: &Relay, security: Security, reads: Reads) -> (Reader, St
     let writer = Client::connect_as(Keypair::generate_ed25519(), &relay.address, security);
     let mut writer = writer.await;
     let keypair = Keypair::generate_ed25519();
-    let mut reader = muxed_with(relay, &keypair, security).await;
+    // Reading a little opens the window of a small buffer at once, that of a large one after a sixteenth of it.
+    let socket = tcp_with_small_buffer(Ipv4Addr::LOCALHOST, relay.port());
+    let channel = secure(socket.await.expect("the relay listens"), &keypair, security).await;
+    let reader = mux(channel.expect("the relay supports both")).await;
+    let mut reader = reader.expect("the relay supports yamux");
     let (circuit, stream) = match reads {
         Reads::Target => {
             assert_eq!(reserve(&mut reader, 1).await, OK);
