@@ -179,8 +179,6 @@ struct World {
     requests: u64,
     /// The connections on which a peer that froze has timed out.
     timed_out: BTreeSet<u32>,
-    /// When each connection was first probed: a peer that froze does not answer.
-    probed: BTreeMap<u32, u64>,
 }
 
 fn subnet(address: u8) -> u8 {
@@ -208,7 +206,6 @@ impl World {
             connections: 0,
             requests: 0,
             timed_out: BTreeSet::new(),
-            probed: BTreeMap::new(),
         };
         (0..PEERS).for_each(|peer| world.connect(peer));
         world
@@ -330,7 +327,6 @@ impl World {
                     self.relay.on_delivered(request.from.peer, receipt, true, now);
                 }
                 Action::AskTarget(..) | Action::Refuse(..) => actions.push(action),
-                Action::Probe(to, _) => _ = self.probed.entry(to.connection).or_insert(self.now),
                 // A connection that is being closed still counts until it has closed.
                 _ => {}
             }
@@ -464,8 +460,13 @@ impl World {
             let silence = self.relay.config.silence;
             let frozen = self.peers.iter().filter(|peer| peer.is_frozen);
             let theirs = frozen.flat_map(|peer| peer.others.iter().chain([&peer.connection]));
+            let probed_for = |id: &u32| {
+                let up = self.relay.connections.get(*id).expect("it is up");
+                up.liveness.decisive_probe(Duration::ZERO, self.instant())
+            };
+            let probed: BTreeMap<_, _> = theirs.map(|id| (*id, probed_for(id))).collect();
             let silent: Vec<_> =
-                theirs.copied().filter(|id| self.silent_for(*id) >= silence).collect();
+                probed.keys().copied().filter(|id| self.silent_for(*id) >= silence).collect();
             self.relay.sweep(self.instant());
             for record in &mut self.circuits {
                 let is_open = matches!(record.state, State::Open | State::Yielded);
@@ -482,7 +483,7 @@ impl World {
                     let peer = self.peers.iter().find(is_of).expect("a peer of this history");
                     let all = peer.others.iter().chain([&peer.connection]);
                     let as_early = all.filter(|it| {
-                        **it == id || self.probed.get(it).is_some_and(|at| *at <= self.probed[&id])
+                        **it == id || probed[it].is_some() && probed[it] >= probed[&id]
                     });
                     self.timed_out.extend(as_early);
                 }
