@@ -22,7 +22,7 @@ mod reserve;
 mod sweep;
 
 use std::{
-    collections::{BTreeSet, HashSet, VecDeque},
+    collections::{HashSet, VecDeque},
     hash::Hash,
     time::{Duration, Instant},
 };
@@ -64,10 +64,10 @@ pub struct Relay<C, R> {
     lists: Lists,
     /// How often the access rules have changed.
     rule_changes: u64,
-    /// How many answers about slots and circuits have yet to come, and about which peers to ask again after the last; `None`:
-    /// about all.
+    /// How many answers about slots and circuits have yet to come, and about which peers to ask again after the last, in
+    /// order; `None`: about all.
     open_checks: usize,
-    check_again: BTreeSet<Option<PeerId>>,
+    check_again: Vec<Option<PeerId>>,
     reserve_rates: Rates,
     connect_rates: Rates,
     link: Link,
@@ -179,7 +179,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
             lists: config.access.sorted(),
             rule_changes: 0,
             open_checks: 0,
-            check_again: BTreeSet::new(),
+            check_again: Vec::new(),
             reserve_rates: Rates::new(config.reserve_rate),
             connect_rates: Rates::new(config.connect_rate),
             link: Link::default(),

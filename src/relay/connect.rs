@@ -61,7 +61,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         let waits = |it: &&Circuit<C, R>| it.request.is_some() && it.target == over;
         let asked_before = &self.circuits.records.get(&id).filter(waits)?.asked_before;
         let is_other = |it| it != over.connection && !asked_before.contains(&it);
-        let others = self.fit_for_a_slot(over.peer, is_other);
+        let others = self.fit_for_a_slot(over.peer, &is_other);
         // 2. The most recently active of them; of several, the newest.
         let silent_for = |it: &C| Some(self.connections.get(*it)?.liveness.silent_for(now));
         let connection = others.into_iter().rev().min_by_key(silent_for)?;

@@ -131,7 +131,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         }
         if self.open_checks == 0 {
             let again = mem::take(&mut self.check_again);
-            let count = if again.contains(&None) { 1 } else { again.len() }; // `None` comes first
+            let count = if again.first() == Some(&None) { 1 } else { again.len() };
             again.into_iter().take(count).for_each(|only| self.ask_about(only, false, now));
         }
     }
@@ -148,8 +148,8 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     /// As [`Relay::recheck_access`], for one peer if it is given.
     pub(super) fn recheck(&mut self, only: Option<PeerId>, now: Instant) {
         let is_busy = self.open_checks > 0;
-        if is_busy {
-            self.check_again.insert(only);
+        if is_busy && let Err(at) = self.check_again.binary_search(&only) {
+            self.check_again.insert(at, only);
         }
         self.ask_about(only, is_busy, now);
     }
@@ -203,7 +203,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     /// The connections of `peer` that its slot may move to, oldest first: those over which it may reserve, or for which the
     /// answer comes later. Not those on which it timed out, until it is heard there. The rules are asked only about those that
     /// are meant.
-    pub(super) fn fit_for_a_slot(&self, peer: PeerId, is_meant: impl Fn(C) -> bool) -> Vec<C> {
+    pub(super) fn fit_for_a_slot(&self, peer: PeerId, is_meant: &dyn Fn(C) -> bool) -> Vec<C> {
         let fit = self.connections.of(&peer).filter(|(id, up)| {
             let permission = || self.access().may_reserve(peer, &up.origin.address);
             let is_silent = up.closing.is_some() || up.liveness.heard_since_timeout == Some(false);

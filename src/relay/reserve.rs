@@ -129,7 +129,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         if arrived {
             return self.reservations.confirm(&peer);
         }
-        let up = self.fit_for_a_slot(peer, |_| true);
+        let up = self.fit_for_a_slot(peer, &|_| true);
         self.reservations.on_undelivered(peer, receipt, &up, now);
         self.apply_changes(now);
         self.recheck(Some(peer), now); // it may have moved

@@ -127,13 +127,14 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         }
         let is_heard = |up: &Connection| up.liveness.heard_since_timeout == Some(true);
         let heard = self.connections.iter().filter(|(_, up)| is_heard(up));
-        let heard = heard.map(|(connection, up)| End { peer: up.origin.peer, connection });
-        let mut heard: Vec<_> = heard.collect();
-        heard.sort_unstable_by_key(|end| end.connection); // so that a simulation can be repeated
-        for heard in heard {
+        let mut heard: Vec<_> = heard.map(|(connection, _)| connection).collect();
+        heard.sort_unstable(); // so that a simulation can be repeated
+        for connection in heard {
+            let Some(up) = self.connections.get(connection) else { continue };
+            let heard = End { peer: up.origin.peer, connection };
             let slot = self.reservations.get(&heard.peer);
             if slot.is_some_and(|slot| slot.connection.is_none())
-                && !self.fit_for_a_slot(heard.peer, |it| it == heard.connection).is_empty()
+                && !self.fit_for_a_slot(heard.peer, &|it| it == heard.connection).is_empty()
             {
                 let (peer, address) = (heard.peer, self.address_of(heard.connection));
                 self.reservations.revive(heard);
@@ -156,7 +157,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         if held_over != Some(gone.connection) {
             return;
         }
-        let up = self.fit_for_a_slot(gone.peer, |other| other != gone.connection);
+        let up = self.fit_for_a_slot(gone.peer, &|other| other != gone.connection);
         let is_silent = end == CircuitEnd::Silent;
         let reason = if is_silent { FreedReason::Silent } else { FreedReason::Disconnected };
         self.reservations.on_disconnected(gone, &up, reason, now);
