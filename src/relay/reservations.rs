@@ -136,7 +136,12 @@ impl<C: Copy + Eq> Reservations<C> {
 
     /// How many slots are in grace.
     pub fn in_grace(&self) -> usize {
-        self.queue.range((Scope::Total, 0)..).count()
+        self.peers_in_grace().count()
+    }
+
+    /// The peers whose slots are in grace, in the order of their disconnects.
+    pub fn peers_in_grace(&self) -> impl Iterator<Item = &PeerId> {
+        self.queue.range((Scope::Total, 0)..).map(|(_, peer)| &**peer)
     }
 
     /// The slot of `peer`, which may have ended and not been removed yet.

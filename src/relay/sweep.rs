@@ -122,16 +122,12 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
 
     /// Makes slots in grace live again whose peers are heard over a connection that they timed out on and that is open.
     fn revive(&mut self, now: Instant) {
-        if self.reservations.in_grace() == 0 {
-            return;
-        }
         let is_heard = |up: &Connection| up.liveness.heard_since_timeout == Some(true);
-        let heard = self.connections.iter().filter(|(_, up)| is_heard(up));
-        let mut heard: Vec<_> = heard.map(|(connection, _)| connection).collect();
-        heard.sort_unstable(); // so that a simulation can be repeated
-        for connection in heard {
-            let Some(up) = self.connections.get(connection) else { continue };
-            let heard = End { peer: up.origin.peer, connection };
+        let heard = self.reservations.peers_in_grace().flat_map(|peer| {
+            let heard = self.connections.of(peer).filter(|(_, up)| is_heard(up));
+            heard.map(|(connection, _)| End { peer: *peer, connection })
+        });
+        for heard in heard.collect::<Vec<_>>() {
             let slot = self.reservations.get(&heard.peer);
             if slot.is_some_and(|slot| slot.connection.is_none())
                 && !self.fit_for_a_slot(heard.peer, &|it| it == heard.connection).is_empty()
