@@ -252,7 +252,9 @@ impl Session {
         let result = change(stream);
         self.budget.replace_charge(charge, stream.charge());
         self.unread = self.unread - unread + stream.unread;
-        if stream.has_control(&self.budget) && !mem::replace(&mut stream.in_control, true) {
+        if stream.has_control(self.round_trip.measured, &self.budget)
+            && !mem::replace(&mut stream.in_control, true)
+        {
             self.control.push_back(key);
             self.effects.wakers.extend(self.task.take());
         }

@@ -77,7 +77,6 @@ pub struct Stream {
     window: usize,
     used: usize,
     used_since: Option<Instant>,
-    is_far: bool,
     /// How many bytes may be written and sent before the peer grants more.
     pub send_window: u32,
     /// The frame to send: space for its header, and its body.
@@ -181,10 +180,10 @@ impl Stream {
     }
 
     /// Returns the credit to grant, in bytes.
-    fn due_credit(&self, budget: &ConnectionBudget) -> usize {
+    fn due_credit(&self, rtt: Option<Duration>, budget: &ConnectionBudget) -> usize {
         let window = budget.window(self.window);
         let missing = window.saturating_sub(self.credit + self.arriving + self.unread);
-        let late = if self.is_far { MAX_MISSING_OF_FAR } else { MAX_WINDOW };
+        let late = if rtt > Some(FAR) { MAX_MISSING_OF_FAR } else { MAX_WINDOW };
         let is_worth_it = missing >= late.min(window / 2) && self.credit + missing > MIN_CREDIT;
         if is_worth_it && self.is_receiving() && self.is_read() { missing } else { 0 }
     }
@@ -200,8 +199,7 @@ impl Stream {
         now: Instant,
         budget: &ConnectionBudget,
     ) -> usize {
-        self.is_far = rtt.is_some_and(|rtt| rtt > FAR);
-        self.used += self.due_credit(budget);
+        self.used += self.due_credit(rtt, budget);
         if self.used >= self.window / 2 {
             self.used = 0;
             let since = rtt.zip(self.used_since.replace(now));
@@ -211,7 +209,7 @@ impl Stream {
                 *growth -= wider;
             }
         }
-        let credit = self.due_credit(budget);
+        let credit = self.due_credit(rtt, budget);
         self.credit += credit;
         credit
     }
@@ -294,9 +292,9 @@ impl Stream {
     }
 
     /// Whether there are frames without data to send.
-    pub fn has_control(&self, budget: &ConnectionBudget) -> bool {
+    pub fn has_control(&self, rtt: Option<Duration>, budget: &ConnectionBudget) -> bool {
         // An ACK is sent with data if there is some, and RST after it.
-        self.pending & (ACK | RST) != 0 && !self.has_data() || self.due_credit(budget) > 0
+        self.pending & (ACK | RST) != 0 && !self.has_data() || self.due_credit(rtt, budget) > 0
     }
 
     /// Whether RST is to be sent now.

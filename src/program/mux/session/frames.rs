@@ -230,7 +230,7 @@ impl Session {
         {
             into.extend(session_header(Kind::Ping, SYN, number));
         }
-        let mut frames = Frames::Control;
+        let (rtt, mut frames) = (self.round_trip.measured, Frames::Control);
         while into.len() < MAX_CONTROL
             && let Some(key) = self.control.pop_front()
         {
@@ -239,8 +239,7 @@ impl Session {
             if stream.is_reset_due() {
                 frames = Frames::Resets;
                 into.extend(stream.header(key.0, Kind::Data, stream.pending, 0));
-            } else if stream.has_control(&self.budget) {
-                let rtt = self.round_trip.measured;
+            } else if stream.has_control(rtt, &self.budget) {
                 let credit = stream.grant(rtt, &mut self.growth, now, &self.budget);
                 let opening = stream.pending & (SYN | ACK);
                 into.extend(stream.header(key.0, Kind::WindowUpdate, opening, credit));
