@@ -119,13 +119,12 @@ async fn targets_that_never_read() {
             target.send(&window).await?;
             Ok((source, stream, target))
         });
-        let offered = expect_all(opened.await).into_iter().map(|(mut source, stream, target)| {
-            tokio::spawn(async move {
-                // Until the relay grants no more credit, or resets the stream.
-                let _ = timeout(RESET_TIMEOUT * 3, source.write(stream, OFFER)).await;
-                let target = Background::spawn(hold_without_reading(target));
-                (source.stay_connected(), target)
-            })
+        let opened = expect_all(opened.await).into_iter();
+        let offered = opened.map(|(mut source, stream, target)| async move {
+            // Until the relay grants no more credit, or resets the stream.
+            let _ = timeout(RESET_TIMEOUT * 3, source.write(stream, OFFER)).await;
+            let target = Background::spawn(hold_without_reading(target));
+            (source.stay_connected(), target)
         });
         future::join_all(offered).await
     };

@@ -242,7 +242,14 @@ pub fn memory_exceeded(estimate: u64, available: u64, is_set: bool) -> Option<St
 
 #[cfg(test)]
 mod tests {
+    use structopt::StructOpt;
+
     use super::*;
+
+    /// The warnings about these flags.
+    fn warnings(flags: &[&str]) -> Vec<String> {
+        questionable_settings(&Flags::from_iter(flags), PeerId::random())
+    }
 
     fn addresses(texts: &[&str]) -> Vec<Multiaddr> {
         texts.iter().map(|text| text.parse().unwrap()).collect()
@@ -276,10 +283,6 @@ mod tests {
 
     #[test]
     fn questionable_settings_are_warnings() {
-        use structopt::StructOpt;
-
-        let warnings =
-            |words: &[&str]| questionable_settings(&Flags::from_iter(words), PeerId::random());
         assert!(warnings(&["--proxy-protocol-from=10.0.0.0/8", "--reservation-ttl=3m"]).is_empty());
         assert!(warnings(&["--max-connections=1024"]).is_empty());
         for (word, named) in [
@@ -304,10 +307,6 @@ mod tests {
 
     #[test]
     fn a_setting_that_needs_another_one_is_a_warning_without_it() {
-        use structopt::StructOpt;
-
-        let warnings =
-            |words: &[&str]| questionable_settings(&Flags::from_iter(words), PeerId::random());
         let (tls, ws) = ("--listen=/ip4/0.0.0.0/tcp/1/tls/ws", "--listen=/ip4/0.0.0.0/tcp/1/ws");
         for (setting, needed) in [
             ("--tls-cert=cert.pem", &[tls][..]),
@@ -328,10 +327,6 @@ mod tests {
 
     #[test]
     fn a_dht_whose_nodes_the_lists_do_not_allow_is_a_warning() {
-        use structopt::StructOpt;
-
-        let warnings =
-            |words: &[&str]| questionable_settings(&Flags::from_iter(words), PeerId::random());
         let peer = PeerId::random();
         let [allowed, source, denied] = ["allow-peer", "allow-connect-peer", "deny-peer"]
             .map(|list| format!("--{list}={peer}"));
