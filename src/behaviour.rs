@@ -41,6 +41,7 @@ use self::{
 use crate::{
     access::Access,
     activity::{self, ActivityCounter},
+    address::ClientPrefix,
     address::{self, Known},
     config::{Config, ConfigError, LONGEST},
     event::{Event, FreedReason, StopFailed},
@@ -81,10 +82,10 @@ pub struct Behaviour {
     next_sweep: (Delay, Instant),
     /// How many sweeps there were since the start, and how long all of them took.
     pub(crate) sweeps: (u64, Duration),
-    /// Whether memory for the bytes that wait in circuits is scarce; false in a foreign swarm, whose muxer has that memory.
-    /// Called after each sweep. While it is scarce, a circuit ends if one direction has transferred nothing for 10 s though
-    /// bytes waited: [`CircuitEnd::Stalled`](crate::CircuitEnd::Stalled).
-    pub(crate) is_memory_scarce: Box<dyn Fn() -> bool + Send>,
+    /// Whether memory for waiting bytes is scarce for this client prefix; false in a foreign swarm, whose muxer has that
+    /// memory. A circuit of such a prefix ends if one direction has transferred nothing for 10 s though bytes waited:
+    /// [`CircuitEnd::Stalled`](crate::CircuitEnd::Stalled).
+    pub(crate) is_memory_scarce: Box<dyn Fn(Option<ClientPrefix>) -> bool + Send>,
 }
 
 impl Behaviour {
@@ -110,7 +111,7 @@ impl Behaviour {
             decisions: FuturesUnordered::new(),
             next_sweep: (Delay::new(Duration::ZERO), Instant::now()),
             sweeps: (0, Duration::ZERO),
-            is_memory_scarce: Box::new(|| false),
+            is_memory_scarce: Box::new(|_| false),
         };
         behaviour.update_serving(SystemTime::now());
         Ok(behaviour)
@@ -456,9 +457,7 @@ impl NetworkBehaviour for Behaviour {
             if timer.poll_unpin(cx).is_ready() {
                 self.relay.sweep(now);
                 self.update_serving(SystemTime::now());
-                if (self.is_memory_scarce)() {
-                    self.relay.end_stalled(now);
-                }
+                self.relay.end_stalled(&self.is_memory_scarce, now);
                 self.sweeps = (self.sweeps.0 + 1, self.sweeps.1 + now.elapsed());
                 continue;
             }

@@ -315,8 +315,8 @@ pub enum CircuitEnd {
     Preempted,
     /// A newer connection of one peer replaced the one that it used.
     Replaced,
-    /// The relay ended it: memory was scarce, and one direction had transferred nothing for 10 s though bytes waited. Only
-    /// in `Node`, which has that memory.
+    /// The relay ended it: memory was scarce for the client prefix of one peer, and one direction had transferred nothing
+    /// for 10 s though bytes waited. Only in `Node`, which has that memory.
     Stalled,
 }
 

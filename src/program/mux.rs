@@ -1,6 +1,7 @@
 //! yamux: streams over one connection, with limits on streams and on buffered bytes.
 
 pub mod budget;
+mod fair_share;
 pub(crate) mod frame;
 pub mod muxer;
 pub(crate) mod session;

@@ -199,7 +199,7 @@ impl Node {
             circuits_per_peer,
         };
         let memory = node.multiplex.memory.clone();
-        node.relay_mut().is_memory_scarce = Box::new(move || memory.is_scarce());
+        node.relay_mut().is_memory_scarce = Box::new(move |prefix| memory.is_scarce_for(prefix));
         node.update_addresses(true);
         Ok(node)
     }
@@ -244,9 +244,8 @@ impl Node {
             self.swarm.add_external_address(new.clone());
         }
 
-        let known =
-            Known { announced: &announced, confirmed, listening: &listening, reported: None };
-        let addresses = known.best_first().into_iter().cloned().collect();
+        let own = Known { announced: &announced, confirmed, listening: &listening, reported: None };
+        let addresses = own.best_first().into_iter().cloned().collect();
         let peers = self.swarm.connected_peers().copied().collect();
         let identify = &mut self.swarm.behaviour_mut().0.identify;
         if identify.set_addresses(addresses) && push {
@@ -345,7 +344,7 @@ impl Node {
     }
 
     /// The address that holds the most of each shared resource.
-    pub(crate) fn busiest(&self) -> [(&'static str, Option<Busiest>); 5] {
+    pub(crate) fn busiest(&self) -> [(&'static str, Option<Busiest>); 6] {
         let relay = self.relay();
         let limits = &self.swarm.behaviour().0.relay.limits;
         [
@@ -354,6 +353,7 @@ impl Node {
             ("connections", limits.quota.busiest()),
             ("handshakes", limits.handshakes.shared.busiest()),
             ("streams", self.multiplex.admission.busiest()),
+            ("buffered bytes", self.multiplex.memory.busiest()),
         ]
     }
 

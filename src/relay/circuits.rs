@@ -225,13 +225,13 @@ impl<C: Copy + Eq, R> Circuits<C, R> {
     }
 
     /// The circuits one of whose directions had transferred nothing for [`MAX_STALL`] at the last sweep though bytes
-    /// waited, in the order of their admission.
-    pub fn stalled(&self, now: Instant) -> Vec<CircuitId> {
+    /// waited, each with both ends, in the order of their admission.
+    pub fn stalled(&self, now: Instant) -> Vec<(CircuitId, [End<C>; 2])> {
         let is_long = |since: &Instant| now.saturating_duration_since(*since) >= MAX_STALL;
         let stalled = self.iter().filter(|(_, circuit)| {
             circuit.guard.is_ok() && circuit.stalled.iter().flatten().any(is_long)
         });
-        stalled.map(|(id, _)| id).collect()
+        stalled.map(|(id, circuit)| (id, [circuit.source, circuit.target])).collect()
     }
 
     /// Ends a circuit by dropping its guard, which cancels the receiver. It counts until its end is reported. The reason
@@ -400,8 +400,9 @@ mod tests {
         let mut circuits = table(of_total(9), 9);
         let mut now = Instant::now();
         let [stalled, slow, idle, resumed] = [1, 2, 3, 4].map(|n| {
-            let id = admit(&mut circuits, end(n), end(10 + n), 1).unwrap();
-            (id, open(&mut circuits, id))
+            let ends = [end(n), end(10 + n)];
+            let id = admit(&mut circuits, ends[0], ends[1], 1).unwrap();
+            (id, open(&mut circuits, id), ends)
         });
         admit(&mut circuits, end(5), end(15), 1).unwrap(); // is being set up
         let both = BytesTransferred { to_target: 7, to_source: 7 };
@@ -416,7 +417,7 @@ mod tests {
             slow.1.set_waiting([true, true].map(|waits| waits && second % 9 != 0));
             resumed.1.set_waiting([false, second < 9]);
             circuits.poll_counters(now);
-            let expected = if second < 11 { vec![] } else { vec![stalled.0] };
+            let expected = if second < 11 { vec![] } else { vec![(stalled.0, stalled.2)] };
             assert_eq!(circuits.stalled(now), expected, "after {second} s");
             now += SECOND;
         }
@@ -425,7 +426,7 @@ mod tests {
         circuits.poll_counters(now);
         circuits.shift_waits(|_| now);
         assert_eq!(circuits.stalled(now), []);
-        assert_eq!(circuits.stalled(now + 10 * SECOND), [stalled.0]);
+        assert_eq!(circuits.stalled(now + 10 * SECOND), [(stalled.0, stalled.2)]);
         circuits.end(stalled.0, CircuitEnd::Stalled);
         assert_eq!(circuits.stalled(now + 10 * SECOND), [], "it is already ending");
         circuits.end(stalled.0, CircuitEnd::Silent);

@@ -24,7 +24,10 @@ use super::{
     connections::{CloseReason, Connection, End},
     reclaim::TICK,
 };
-use crate::event::{CircuitEnd, Event, FreedReason, Refused};
+use crate::{
+    address::ClientPrefix,
+    event::{CircuitEnd, Event, FreedReason, Refused},
+};
 
 /// A sweep that is later than this restarts open probes. One that is less late extends them by its lateness: a relay
 /// without CPU time reads no answers.
@@ -77,10 +80,15 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         self.bring_sweep_forward(now);
     }
 
-    /// Ends the circuits that hold bytes and have transferred none for a while: memory was scarce at the last sweep.
-    pub fn end_stalled(&mut self, now: Instant) {
-        let stalled = self.circuits.stalled(now);
-        stalled.into_iter().for_each(|id| self.end_circuit(id, CircuitEnd::Stalled));
+    /// Ends the circuits in which bytes wait and have not moved for a while, if memory is scarce for the client prefix of
+    /// either peer.
+    pub fn end_stalled(&mut self, is_scarce: impl Fn(Option<ClientPrefix>) -> bool, now: Instant) {
+        let mut stalled = self.circuits.stalled(now);
+        stalled.retain(|(_, ends)| {
+            let up = ends.iter().filter_map(|end| self.connections.get(end.connection));
+            up.map(|up| up.origin.prefix).any(&is_scarce)
+        });
+        stalled.into_iter().for_each(|(id, _)| self.end_circuit(id, CircuitEnd::Stalled));
     }
 
     /// Sweeps soon if a newcomer waits or the relay drains.

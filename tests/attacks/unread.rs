@@ -1,6 +1,6 @@
 //! More unread data than the relay may buffer.
 
-use std::time::Duration;
+use std::{io, net::Ipv4Addr, time::Duration};
 
 use libp2p::{futures::future, identity::Keypair};
 use tokio::time::{sleep, timeout};
@@ -93,32 +93,23 @@ async fn more_unread_data_than_the_budget_allows() {
 }
 
 /// Targets that open their windows and never read: above three quarters of `--max-buffered` their circuits end as
-/// stalled, and their buffers are freed although the targets cannot be notified.
+/// stalled, and their buffers are freed although the targets cannot be notified. A circuit of another address that was
+/// stalled before theirs continues.
 #[tokio::test]
 async fn targets_that_never_read() {
     /// So many that their sources' smallest windows, half of them granted again, are more than the budget.
     const PAIRS: usize = 64;
-    /// So few that each address buffers more than the bystanders.
-    const ADDRESSES: usize = 4;
     /// More than fits into the sockets of the path, in bytes: those of the targets take few.
     const OFFER: usize = 24 * 1024 * 1024;
     let mut testbed = Testbed::start(&SMALL_BUDGET).await;
     let port = testbed.port;
+    let (mut source, stream, mut other_target) =
+        stalled_pair(port, address(1)).await.expect("a circuit");
+    let offering = tokio::spawn(async move {
+        source.write(stream, OFFER).await.map(|()| source) // it ends once the target reads
+    });
     let attack = async move {
-        let opened = run_each(PAIRS, AT_A_TIME, move |number| async move {
-            let keypair = Keypair::generate_ed25519();
-            let from = address(number % ADDRESSES);
-            let mut target = RawPeer::connect_with_small_buffer(&keypair, port, from).await?;
-            assert_eq!(target.request(&reserve()).await?.1, OK);
-            let mut source = RawPeer::connect_with_retry(port, from).await;
-            let stream = source.next_stream();
-            let request = data(SYN, stream, &hop_opening(&connect(target.peer)));
-            source.send(&request).await?;
-            let circuit = target.accept_count(1).await?[0];
-            let window = frame(WINDOW_UPDATE, 0, circuit, LARGE_WINDOW);
-            target.send(&window).await?;
-            Ok((source, stream, target))
-        });
+        let opened = run_each(PAIRS, AT_A_TIME, move |_| stalled_pair(port, address(0)));
         let opened = expect_all(opened.await).into_iter();
         let offered = opened.map(|(mut source, stream, target)| async move {
             // Until the relay grants no more credit, or resets the stream.
@@ -128,10 +119,32 @@ async fn targets_that_never_read() {
         });
         future::join_all(offered).await
     };
-    let size = format!("{PAIRS} circuits whose targets read nothing, of 8 MiB");
+    let size = format!("{PAIRS} circuits of one address whose targets read nothing, of 8 MiB");
     let what = "more than --max-buffered, not accepted by targets";
     let (pairs, _) = testbed.attack(what, &size, attack).await;
     testbed.until_counted(r#"relaylet_circuits_closed_total{end="stalled"}"#, 1.0).await;
-    drop(pairs);
+    let mut received = 0;
+    while received < OFFER {
+        let frame = within(other_target.read_frame()).await.expect("a frame");
+        assert!(!frame.has(RST), "after {received} bytes");
+        received += frame.body.len();
+    }
+    offering.await.expect("no panic").expect("it was not reset");
+    drop((pairs, other_target));
     testbed.assert_restored().await;
+}
+
+/// A circuit whose target grants credit and reads nothing more: the source, its stream, and the target.
+async fn stalled_pair(port: u16, from: Ipv4Addr) -> io::Result<(RawPeer, u32, RawPeer)> {
+    let keypair = Keypair::generate_ed25519();
+    let mut target = RawPeer::connect_with_small_buffer(&keypair, port, from).await?;
+    assert_eq!(target.request(&reserve()).await?.1, OK);
+    let mut source = RawPeer::connect_with_retry(port, from).await;
+    let stream = source.next_stream();
+    let request = data(SYN, stream, &hop_opening(&connect(target.peer)));
+    source.send(&request).await?;
+    let circuit = target.accept_count(1).await?[0];
+    let window = frame(WINDOW_UPDATE, 0, circuit, LARGE_WINDOW);
+    target.send(&window).await?;
+    Ok((source, stream, target))
 }

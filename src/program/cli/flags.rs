@@ -336,8 +336,8 @@ pub struct Flags {
     /// How many bytes may be buffered for all streams
     ///
     /// Above it, streams of the heaviest connection of the heaviest address are reset, those first whose
-    /// bytes have waited the longest. Between half and three quarters of it the windows of all streams
-    /// shrink to 32KiB.
+    /// bytes have waited the longest. Between half and three quarters of it windows shrink to 32KiB: those
+    /// of addresses that hold more than their fair share.
     ///
     /// At least 4 times --max-buffered-per-connection; by default also 80KiB for each of up to 1024 slots, and 256KiB
     /// for each of up to 128.

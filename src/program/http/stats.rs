@@ -41,7 +41,7 @@ pub struct Stats {
     pub swept_for: Duration,
     pub buffered: Buffered,
     /// The address that holds the most of each resource.
-    pub busiest: [(&'static str, Option<Busiest>); 5],
+    pub busiest: [(&'static str, Option<Busiest>); 6],
     pub certificate_not_after: Option<SystemTime>,
 }
 

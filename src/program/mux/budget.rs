@@ -2,27 +2,35 @@
 //!
 //! Push-out (longest queue drop): above the limit, streams of the heaviest connection of the heaviest client prefix are
 //! reset, the heaviest first: a stream weighs its bytes times the time that they have waited. Their bytes are freed at
-//! once. No connection is read more slowly because of another one.
+//! once. No connection is read more slowly because of another one. Before that, memory is scarce for the prefixes that hold
+//! more than their fair share of half the pool, and for no other one.
 
 use std::{
     collections::BTreeMap,
+    mem,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
 
 use portable_atomic::AtomicU64;
 
-use super::stream_limits::{Key, StreamId};
-use crate::address::ClientPrefix;
+use super::{
+    fair_share::{self, Holding},
+    stream_limits::{Key, StreamId},
+};
+use crate::{address::ClientPrefix, relay::quota::Busiest};
 
 /// The smallest window that is granted when the pool fills up, in bytes.
 const MIN_WINDOW: usize = 32 * 1024;
 
 /// The longest write stall while memory is scarce.
 const STALL_WHILE_SCARCE: Duration = Duration::from_secs(30);
+
+/// How often shares are computed while more than half of the pool is held.
+const SHARE_INTERVAL: Duration = Duration::from_millis(100);
 
 /// The budget of all connections: the pool. Clones are the same budget.
 #[derive(Clone, Debug)]
@@ -38,9 +46,25 @@ struct Inner {
     held: AtomicUsize,
     opened: AtomicU64,
     open: Mutex<BTreeMap<u64, Weak<dyn Connection>>>,
+    prefixes: Mutex<Prefixes>,
     /// Held by the thread that pushes out.
     pushing_out: Mutex<()>,
     cut: [AtomicU64; CUTS],
+}
+
+/// The client prefixes that have connections, and when their shares were computed.
+#[derive(Debug, Default)]
+struct Prefixes {
+    of: BTreeMap<Option<ClientPrefix>, Arc<Prefix>>,
+    shared_at: Option<Instant>,
+}
+
+/// What the connections of one client prefix hold.
+#[derive(Debug, Default)]
+struct Prefix {
+    held: AtomicUsize,
+    /// Whether that is more than its fair share of half the pool.
+    is_above_share: AtomicBool,
 }
 
 /// A connection that can free memory.
@@ -120,7 +144,7 @@ pub struct ConnectionBudget {
     pub pool: MemoryBudget,
     /// The number of the connection, and its client prefix.
     pub number: u64,
-    pub prefix: Option<ClientPrefix>,
+    prefix: (Option<ClientPrefix>, Arc<Prefix>),
     /// Bytes charged to it that it can free.
     held: AtomicUsize,
     /// Bytes that it cannot free, charged until it closes.
@@ -143,6 +167,7 @@ impl MemoryBudget {
     ) -> Arc<ConnectionBudget> {
         let number = self.0.opened.fetch_add(1, Ordering::Relaxed);
         self.connections().insert(number, connection);
+        let prefix = (prefix, Arc::clone(self.prefixes().of.entry(prefix).or_default()));
         let [held, kept] = [(); 2].map(|()| AtomicUsize::new(0));
         Arc::new(ConnectionBudget { pool: self.clone(), number, prefix, held, kept })
     }
@@ -161,48 +186,65 @@ impl MemoryBudget {
         self.0.max_stall.store(millis, Ordering::Relaxed);
     }
 
-    /// How long a connection may be write stalled now.
-    pub fn max_stall(&self) -> Duration {
-        let limit = Duration::from_millis(self.0.max_stall.load(Ordering::Relaxed));
-        if self.is_scarce() { limit.min(STALL_WHILE_SCARCE) } else { limit }
-    }
-
     /// Returns the bytes held, the credit granted, and the counts of resets. Takes the locks of sessions, one at a
     /// time: the caller must hold none.
     pub fn buffered(&self) -> Buffered {
-        let open: Vec<_> = self.connections().values().filter_map(Weak::upgrade).collect();
         Buffered {
             bytes: self.held(),
-            credit: open.iter().map(|connection| connection.credit()).sum(),
+            credit: self.open_connections().iter().map(|connection| connection.credit()).sum(),
             cut: self.0.cut.each_ref().map(|count| count.load(Ordering::Relaxed)),
         }
     }
 
-    /// Whether more than three quarters of the limit are held.
-    pub fn is_scarce(&self) -> bool {
-        self.held() > self.0.limit / 4 * 3
+    /// Whether more than three quarters of the limit are held, and this prefix holds more than its share.
+    pub fn is_scarce_for(&self, prefix: Option<ClientPrefix>) -> bool {
+        self.is_scarce() && self.prefixes().of.get(&prefix).is_some_and(|it| it.is_above_share())
     }
 
-    /// Frees memory down to nine tenths of the limit, if more than that limit is held. Takes the locks of
-    /// sessions, one at a time: the caller must hold none.
-    pub fn push_out(&self, now: Instant) {
+    /// The address whose connections hold the most bytes, and how many.
+    pub fn busiest(&self) -> Option<Busiest> {
+        let holdings = self.prefixes().holdings().into_iter();
+        holdings.filter_map(|(prefix, held)| Some((prefix?, held))).max_by_key(|(_, held)| *held)
+    }
+
+    /// Computes from time to time who holds more than its fair share of half the pool, if more than that is held. Above
+    /// the limit, frees memory down to nine tenths of it. Takes the locks of sessions, one at a time: the caller must hold
+    /// none.
+    pub fn enforce(&self, now: Instant) {
+        if self.held() > self.0.limit / 2 {
+            self.compute_shares(now);
+            self.push_out(now);
+        }
+    }
+
+    /// Computes the shares, unless that was done within the last [`SHARE_INTERVAL`].
+    pub fn compute_shares(&self, now: Instant) {
+        let mut prefixes = self.prefixes();
+        if prefixes.shared_at.is_some_and(|at| now < at + SHARE_INTERVAL) {
+            return;
+        }
+        prefixes.shared_at = Some(now);
+        let above = fair_share::above_share(&prefixes.holdings(), self.0.limit / 2);
+        for (prefix, it) in &prefixes.of {
+            it.is_above_share.store(above.contains(prefix), Ordering::Relaxed);
+        }
+    }
+
+    fn push_out(&self, now: Instant) {
         let pool = &self.0;
         if self.held() <= pool.limit {
             return;
         }
         let Ok(_guard) = pool.pushing_out.try_lock() else { return };
-        let open: Vec<_> = self.connections().values().filter_map(Weak::upgrade).collect();
-        // The connections of each prefix, and how much each of them holds.
-        let mut prefixes: BTreeMap<_, Vec<_>> = BTreeMap::new();
-        for connection in open {
-            let (prefix, held) = (connection.budget().prefix, connection.budget().held());
-            prefixes.entry(prefix).or_default().push((held, connection));
-        }
-        let sum = |of: &Vec<(usize, _)>| -> usize { of.iter().map(|(held, _)| held).sum() };
+        let open = self.open_connections().into_iter();
+        let mut open: Vec<_> = open.map(|it| (it.budget().held(), it)).collect();
         while self.held() > pool.limit / 10 * 9 {
-            let prefix = prefixes.values_mut().max_by_key(|connections| sum(connections));
-            let heaviest = prefix.and_then(|it| it.iter_mut().max_by_key(|(held, _)| *held));
-            let Some((held @ 1.., connection)) = heaviest else { return };
+            let heaviest =
+                open.iter_mut().filter(|(held, _)| *held > 0).max_by_key(|(held, it)| {
+                    let prefix = &it.budget().prefix.1;
+                    (prefix.is_above_share(), prefix.held.load(Ordering::Relaxed), *held)
+                });
+            let Some((held, connection)) = heaviest else { return };
             // A connection with nothing to free has no weight.
             *held = match connection.shed(now) {
                 0 => 0,
@@ -211,12 +253,36 @@ impl MemoryBudget {
         }
     }
 
+    fn is_scarce(&self) -> bool {
+        self.held() > self.0.limit / 4 * 3
+    }
+
     fn held(&self) -> usize {
         self.0.held.load(Ordering::Relaxed)
     }
 
+    fn open_connections(&self) -> Vec<Arc<dyn Connection>> {
+        self.connections().values().filter_map(Weak::upgrade).collect()
+    }
+
     fn connections(&self) -> MutexGuard<'_, BTreeMap<u64, Weak<dyn Connection>>> {
         self.0.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn prefixes(&self) -> MutexGuard<'_, Prefixes> {
+        self.0.prefixes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Prefixes {
+    fn holdings(&self) -> Vec<Holding> {
+        self.of.iter().map(|(prefix, it)| (*prefix, it.held.load(Ordering::Relaxed))).collect()
+    }
+}
+
+impl Prefix {
+    fn is_above_share(&self) -> bool {
+        self.is_above_share.load(Ordering::Relaxed)
     }
 }
 
@@ -235,20 +301,37 @@ impl ConnectionBudget {
     pub fn replace_charge(&self, before: usize, after: usize) {
         let more = after.wrapping_sub(before); // atomic additions wrap around
         if more != 0 {
-            self.held.fetch_add(more, Ordering::Relaxed);
-            self.pool.0.held.fetch_add(more, Ordering::Relaxed);
+            self.charge(&self.held, more);
         }
     }
 
-    /// Charges this many bytes until the connection closes, if half of the pool stays free. Returns whether it did.
+    fn charge(&self, account: &AtomicUsize, bytes: usize) {
+        for held in [account, &self.prefix.1.held, &self.pool.0.held] {
+            held.fetch_add(bytes, Ordering::Relaxed);
+        }
+    }
+
+    /// Charges this many bytes until the connection closes, if half of the pool stays free, and of the other half as much
+    /// as this prefix holds: so no number of prefixes takes all of it. Returns whether it did.
     pub fn keep_if_plenty(&self, bytes: usize) -> bool {
-        let pool = &self.pool.0;
-        let is_plenty = self.pool.held().saturating_add(bytes) <= pool.limit / 2;
+        let of_prefix = self.prefix.1.held.load(Ordering::Relaxed);
+        let needed = self.pool.held().saturating_add(of_prefix).saturating_add(2 * bytes);
+        let is_plenty = needed <= self.pool.0.limit / 2;
         if is_plenty {
-            self.kept.fetch_add(bytes, Ordering::Relaxed);
-            pool.held.fetch_add(bytes, Ordering::Relaxed);
+            self.charge(&self.kept, bytes);
         }
         is_plenty
+    }
+
+    /// Whether memory is scarce for this connection: see [`MemoryBudget::is_scarce_for`].
+    pub fn is_scarce(&self) -> bool {
+        self.pool.is_scarce() && self.prefix.1.is_above_share()
+    }
+
+    /// How long it may be write stalled now.
+    pub fn max_stall(&self) -> Duration {
+        let limit = Duration::from_millis(self.pool.0.max_stall.load(Ordering::Relaxed));
+        if self.is_scarce() { limit.min(STALL_WHILE_SCARCE) } else { limit }
     }
 
     /// Whether this many unread bytes exceed the limit on one connection.
@@ -256,9 +339,12 @@ impl ConnectionBudget {
         unread > self.pool.0.limit_per_connection
     }
 
-    /// Scales the window of a stream: all of `window` while half of the pool is free, the smallest window above three
-    /// quarters, proportional in between.
+    /// Scales the window of a stream, if its prefix holds more than its share: all of `window` while half of the pool is
+    /// free, the smallest window above three quarters, proportional in between.
     pub fn window(&self, window: usize) -> usize {
+        if !self.prefix.1.is_above_share() {
+            return window;
+        }
         let limit = self.pool.0.limit.max(4);
         let above_half = self.pool.held().saturating_sub(limit / 2).min(limit / 4);
         let falls_by = window.saturating_sub(MIN_WINDOW) as u128;
@@ -277,7 +363,15 @@ impl Drop for ConnectionBudget {
     fn drop(&mut self) {
         self.pool.connections().remove(&self.number);
         let bytes = *self.held.get_mut() + *self.kept.get_mut();
-        self.pool.0.held.fetch_sub(bytes, Ordering::Relaxed);
+        let Self { pool, prefix: (prefix, account), .. } = self;
+        for held in [&account.held, &pool.0.held] {
+            held.fetch_sub(bytes, Ordering::Relaxed);
+        }
+        let mut prefixes = pool.prefixes();
+        mem::take(account); // under the lock, so that the last connection of a prefix knows that it is the last
+        if prefixes.of.get(prefix).is_some_and(|it| Arc::strong_count(it) == 1) {
+            prefixes.of.remove(prefix);
+        }
     }
 }
 
@@ -333,10 +427,10 @@ mod tests {
         light.0.replace_charge(0, 400);
         heavy.0.replace_charge(0, 310);
         other.0.replace_charge(0, 290);
-        budget.push_out(Instant::now());
+        budget.enforce(Instant::now());
         assert_eq!(budget.buffered().count(Cut::Pool), 0, "nothing is cut at the limit");
         heavy.0.replace_charge(0, 10);
-        budget.push_out(Instant::now());
+        budget.enforce(Instant::now());
         assert_eq!((held(&light), held(&other), held(&heavy)), (400, 250, 250));
         let expected = Buffered { bytes: 900, credit: 3 * 7, cut: [11, 0, 0, 0] };
         assert_eq!(budget.buffered(), expected);
@@ -348,9 +442,9 @@ mod tests {
         let [fixed, other] =
             [(1, 900), (2, 0)].map(|(host, fixed)| connection(&budget, host, fixed));
         other.0.replace_charge(0, 200);
-        budget.push_out(Instant::now());
+        budget.enforce(Instant::now());
         assert_eq!((held(&fixed), held(&other)), (900, 0));
-        budget.push_out(Instant::now());
+        budget.enforce(Instant::now());
         other.0.replace_charge(0, 500);
         drop(fixed);
         assert_eq!(budget.buffered().bytes, 500);
@@ -367,32 +461,65 @@ mod tests {
         other.0.replace_charge(51, 0);
         assert_eq!(budget.buffered().bytes, 60);
         drop(one);
-        assert!(other.0.keep_if_plenty(50) && !other.0.keep_if_plenty(1));
+        assert!(other.0.keep_if_plenty(25) && !other.0.keep_if_plenty(1));
         drop(other);
         assert_eq!(budget.buffered().bytes, 0);
+        assert!(budget.prefixes().of.is_empty());
     }
 
     #[test]
-    fn windows_shrink_between_half_and_three_quarters_of_the_pool() {
+    fn no_number_of_prefixes_takes_the_memory_that_others_may_keep() {
+        let budget = MemoryBudget::new(4000, 4000, 0);
+        let hosts = (1..100).map(|host| connection(&budget, host, 0)).collect::<Vec<_>>();
+        let kept =
+            hosts.iter().map(|host| (0..999).take_while(|_| host.0.keep_if_plenty(10)).count());
+        let kept: Vec<_> = kept.collect();
+        assert!(kept[0] == 100 && kept.is_sorted_by(|a, b| a >= b) && kept[4] > 0, "{kept:?}");
+    }
+
+    #[test]
+    fn windows_shrink_between_half_and_three_quarters_of_the_pool_for_those_above_their_share() {
         const KIB: usize = 1024;
         let budget = MemoryBudget::new(1000 * KIB, 1000 * KIB, 0);
-        let connection = connection(&budget, 1, 0);
+        let [heavy, light] = [1, 2].map(|host| connection(&budget, host, 0));
+        light.0.replace_charge(0, 200 * KIB);
+        let mut now = Instant::now();
         for (held, window) in [(0, 1024), (500, 1024), (625, 528), (750, 32), (2000, 32)] {
-            connection.0.replace_charge(0, held * KIB);
-            assert_eq!(connection.0.window(1024 * KIB), window * KIB, "{held}");
-            connection.0.replace_charge(held * KIB, 0);
+            let held = held.max(200) * KIB - 200 * KIB;
+            heavy.0.replace_charge(0, held);
+            budget.compute_shares(now);
+            assert_eq!(heavy.0.window(1024 * KIB), window * KIB, "{held}");
+            assert_eq!(light.0.window(1024 * KIB), 1024 * KIB);
+            heavy.0.replace_charge(held, 0);
+            now += SHARE_INTERVAL;
         }
-        connection.0.replace_charge(0, 900 * KIB);
-        assert_eq!(connection.0.window(256 * KIB), 32 * KIB);
+        heavy.0.replace_charge(0, 900 * KIB);
+        budget.compute_shares(now);
+        assert_eq!(heavy.0.window(256 * KIB), 32 * KIB);
+        // An equal part of the half.
+        light.0.replace_charge(0, 51 * KIB);
+        budget.compute_shares(now + SHARE_INTERVAL / 2);
+        assert_eq!(light.0.window(256 * KIB), 256 * KIB, "computed from time to time");
+        budget.compute_shares(now + SHARE_INTERVAL);
+        assert_eq!(light.0.window(256 * KIB), 32 * KIB);
     }
 
     #[test]
-    fn memory_is_scarce_above_three_quarters_of_the_pool() {
+    fn memory_is_scarce_above_three_quarters_of_the_pool_for_those_above_their_share() {
         let budget = MemoryBudget::new(1000, 1000, 0);
-        let connection = connection(&budget, 1, 750);
-        assert!(!budget.is_scarce());
-        connection.0.replace_charge(0, 1);
-        assert!(budget.is_scarce());
+        let [heavy, light] = [1, 2].map(|host| connection(&budget, host, 0));
+        light.0.replace_charge(0, 100);
+        heavy.0.replace_charge(0, 650);
+        budget.enforce(Instant::now());
+        assert!(!heavy.0.is_scarce());
+        heavy.0.replace_charge(0, 1);
+        let [is_scarce, other] = [&heavy, &light].map(|it| it.0.is_scarce());
+        assert!(is_scarce && !other);
+        for connection in [&heavy, &light] {
+            let budget = &connection.0;
+            assert_eq!(budget.pool.is_scarce_for(budget.prefix.0), budget.is_scarce());
+        }
+        assert_eq!(budget.busiest(), heavy.0.prefix.0.map(|prefix| (prefix, 651)));
     }
 
     #[test]
@@ -401,10 +528,26 @@ mod tests {
         let connection = connection(&budget, 1, 0);
         let [minute, half] = [60, 30].map(Duration::from_secs);
         budget.set_max_stall(minute);
-        assert_eq!(budget.max_stall(), minute);
+        assert_eq!(connection.0.max_stall(), minute);
         connection.0.replace_charge(0, 751);
-        assert_eq!(budget.max_stall(), half);
+        budget.enforce(Instant::now());
+        assert_eq!(connection.0.max_stall(), half);
         budget.set_max_stall(half / 2);
-        assert_eq!(budget.max_stall(), half / 2);
+        assert_eq!(connection.0.max_stall(), half / 2);
+    }
+
+    #[test]
+    fn many_addresses_of_one_subnet_lose_streams_before_one_that_holds_more_than_each() {
+        let budget = MemoryBudget::new(1000, 1000, 0);
+        let subnet: Vec<_> = (1..=9).map(|host| connection(&budget, host, 0)).collect();
+        let other = Arc::new_cyclic(|connection: &Weak<Fixed>| {
+            let prefix = Some(IpAddr::from([10, 0, 1, 1]).into());
+            Fixed(budget.open(prefix, connection.clone()), 0)
+        });
+        other.0.replace_charge(0, 200);
+        subnet.iter().for_each(|it| it.0.replace_charge(0, 100));
+        budget.enforce(Instant::now());
+        assert_eq!((held(&other), budget.buffered().bytes), (200, 900));
+        assert!(!other.0.is_scarce() && subnet.iter().all(|it| it.0.is_scarce()));
     }
 }

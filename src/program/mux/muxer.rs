@@ -203,7 +203,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
             let now = Instant::now();
             bytes += read;
             let pause = self.shared.with(|session| session.receive(&mut self.room, read, now))?;
-            self.shared.budget.pool.push_out(now);
+            self.shared.budget.pool.enforce(now);
             if !pause.is_zero() {
                 self.activity.set_flooding();
                 self.activity.add(1); // time in which it is not read is not silence
@@ -275,7 +275,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
             let acknowledged = self.socket.as_ref().and_then(socket::acknowledged);
             let lasts = self.stall.on_waiting(acknowledged, Instant::now());
             let budget = &self.shared.budget;
-            if lasts >= budget.pool.max_stall().max(STALL_CHECK) {
+            if lasts >= budget.max_stall().max(STALL_CHECK) {
                 budget.count(Cut::WriteStalled);
                 let why = format!("write stalled: no progress for {} s", lasts.as_secs());
                 return Err(io::Error::new(io::ErrorKind::TimedOut, why));
@@ -425,7 +425,7 @@ impl AsyncWrite for Substream {
             session.poll_stream(key, cx, |it| &mut it.writer, |it| it.poll_write(bytes, now))
         });
         let written = ready!(written)?;
-        self.shared.budget.pool.push_out(now);
+        self.shared.budget.pool.enforce(now);
         let bytes = bytes.get(..written).unwrap_or_default();
         self.negotiation.take_if(|it| !it.is_outbound && it.has_ended(bytes));
         Poll::Ready(Ok(written))

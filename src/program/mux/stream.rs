@@ -203,7 +203,7 @@ impl Stream {
         if self.used >= self.window / 2 {
             self.used = 0;
             let since = rtt.zip(self.used_since.replace(now));
-            if !budget.pool.is_scarce() && since.is_some_and(|(rtt, at)| now < at + rtt * 2) {
+            if !budget.is_scarce() && since.is_some_and(|(rtt, at)| now < at + rtt * 2) {
                 let wider = self.window.min(*growth).min(MAX_WINDOW - self.window);
                 self.window += wider;
                 *growth -= wider;

@@ -94,8 +94,9 @@ pub struct StreamLimits {
     /// four times [`StreamLimits::max_buffered_per_connection`]; the default is 80 MiB or more.
     ///
     /// Above it, streams of the heaviest connection of the heaviest client prefix are reset, those first whose bytes have
-    /// waited the longest, until nine tenths are left. No connection is read more slowly because of another one, but
-    /// between half and three quarters of it all windows shrink, to 32 KiB.
+    /// waited the longest, until nine tenths are left. No connection is read more slowly because of another one. Between
+    /// half and three quarters of it windows shrink, to 32 KiB: those of client prefixes that hold more than their fair
+    /// share of half of it.
     pub max_buffered: Option<usize>,
     /// How many received bytes may be buffered for one connection. Default: a window of 256 KiB for each of
     /// [`crate::Config::max_circuits_per_peer`], and 1 MiB. The least: such a window for each, and another one. Windows grow

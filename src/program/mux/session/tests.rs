@@ -43,6 +43,14 @@ impl Side {
         Self { session, room, now, budget }
     }
 
+    /// Fills the pool by another connection of the same prefix.
+    fn fill_pool(&mut self, bytes: usize) -> Arc<ConnectionBudget> {
+        let other = self.budget.open(None, Weak::<Shared>::new());
+        other.replace_charge(0, bytes);
+        self.budget.compute_shares(self.now);
+        other
+    }
+
     fn open(&mut self) -> Key {
         let Poll::Ready(opened) = self.session.poll_open(&cx(), self.now) else {
             panic!("it may open a stream");
@@ -971,10 +979,9 @@ fn window_updates_are_sent_at_half_the_window_and_never_tiny() {
     for (filled, window) in [(0, 256 * KIB), (625, 144 * KIB), (750, 32 * KIB), (900, 32 * KIB)] {
         let mut server =
             Side::with(Endpoint::Listener, MemoryBudget::new(1000 << 20, PLENTY, MAX_GROWTH));
-        let other = server.budget.open(None, Weak::<Shared>::new());
         let stream = accept_inbound(&mut server, 1);
         server.send_all();
-        other.replace_charge(0, filled << 20);
+        let _other = server.fill_pool(filled << 20);
         let mut credit = INITIAL_WINDOW;
         for _ in 0..1000 {
             let some = credit.min(KIB);
@@ -1073,10 +1080,9 @@ fn a_peer_far_away_is_granted_credit_before_half_of_a_wide_window_is_used() {
 fn windows_do_not_grow_while_the_pool_limits_them() {
     let mut server =
         Side::with(Endpoint::Listener, MemoryBudget::new(1000 << 20, PLENTY, MAX_GROWTH));
-    let other = server.budget.open(None, Weak::<Shared>::new());
     let stream = accept_inbound(&mut server, 1);
     server.send_all();
-    other.replace_charge(0, 800 << 20);
+    let _other = server.fill_pool(800 << 20);
     let mut credit = INITIAL_WINDOW;
     for _ in 0..50 {
         credit = full_window(&mut server, stream, credit);
@@ -1129,10 +1135,9 @@ fn the_windows_of_one_connection_grow_by_its_share_in_all() {
 fn an_update_leaves_the_peer_more_than_16_kib() {
     let mut server =
         Side::with(Endpoint::Listener, MemoryBudget::new(1000 << 20, PLENTY, MAX_GROWTH));
-    let other = server.budget.open(None, Weak::<Shared>::new());
     let stream = accept_inbound(&mut server, 1);
     server.send_all();
-    other.replace_charge(0, 900 << 20);
+    let _other = server.fill_pool(900 << 20);
     server.receive(&data(0, 1, INITIAL_WINDOW)).unwrap();
     for (read, granted) in [(240 * KIB, 0), (1, 0), (1, 16 * KIB + 1)] {
         assert_eq!(server.read(stream, read).unwrap().unwrap().len(), read);

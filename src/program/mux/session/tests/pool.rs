@@ -37,11 +37,12 @@ impl Crowded {
                 self.other.replace_charge(self.other.held(), LIMIT / 16 * sixteenths);
             }
         }
+        self.pool.compute_shares(self.connection.sides[0].now);
         self.push_out();
         self.assert_consistent();
     }
 
-    /// As [`MemoryBudget::push_out`], which needs the locks of sessions. Tells the models which streams are reset.
+    /// As [`MemoryBudget::enforce`], which needs the locks of sessions. Tells the models which streams are reset.
     fn push_out(&mut self) {
         if self.pool.buffered().bytes <= LIMIT {
             return;
