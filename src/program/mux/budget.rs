@@ -225,8 +225,8 @@ impl MemoryBudget {
         }
         prefixes.shared_at = Some(now);
         let above = fair_share::above_share(&prefixes.holdings(), self.0.limit / 2);
-        for (prefix, it) in &prefixes.of {
-            it.is_above_share.store(above.contains(prefix), Ordering::Relaxed);
+        for (prefix, is_above) in prefixes.of.values().zip(above) {
+            prefix.is_above_share.store(is_above, Ordering::Relaxed);
         }
     }
 

@@ -3,48 +3,57 @@
 //! Sans-IO. Subnets share the resource, and the prefixes of a subnet its share. What those below their share do not use,
 //! the others divide: a prefix that holds little has all of it, however much the others hold.
 
-use std::collections::BTreeSet;
-
 use crate::address::ClientPrefix;
+
+/// The most rounds of [`fair_share`]. A few suffice unless the holdings are chosen so that each round finds one more
+/// below its share; then the share is too small, but never below an equal part.
+const MAX_ROUNDS: usize = 32;
 
 /// What a prefix holds; `None` stands for all connections without an IP address.
 pub type Holding = (Option<ClientPrefix>, usize);
 
-/// The prefixes of `holdings` (in ascending order, each once) that hold more than their fair share of `total`.
-pub fn above_share(holdings: &[Holding], total: usize) -> BTreeSet<Option<ClientPrefix>> {
-    let by_subnet = || {
-        holdings
-            .chunk_by(|(a, _), (b, _)| a.map(ClientPrefix::subnet) == b.map(ClientPrefix::subnet))
-    };
-    let share_of_subnet = fair_share(by_subnet().map(sum).collect(), total);
-    let above = by_subnet().filter(|subnet| sum(subnet) > share_of_subnet).flat_map(|subnet| {
-        let share = fair_share(subnet.iter().map(|(_, held)| *held).collect(), share_of_subnet);
-        subnet.iter().filter(move |(_, held)| *held > share)
+/// Whether each of these prefixes, in ascending order, holds more than its fair share of `total`.
+pub fn above_share(holdings: &[Holding], total: usize) -> Vec<bool> {
+    let subnet = |holding: &Holding| holding.0.map(ClientPrefix::subnet);
+    let by_subnet = holdings.chunk_by(|one, other| subnet(one) == subnet(other));
+    let held: Vec<Vec<usize>> =
+        by_subnet.map(|subnet| subnet.iter().map(|(_, held)| *held).collect()).collect();
+    let sums: Vec<_> = held.iter().map(|held| held.iter().sum()).collect();
+    let share_of_subnet = fair_share(&sums, total);
+    let above = held.into_iter().flat_map(|held| {
+        let share = fair_share(&held, share_of_subnet);
+        held.into_iter().map(move |held| held > share)
     });
-    above.map(|(prefix, _)| *prefix).collect()
-}
-
-fn sum(holdings: &[Holding]) -> usize {
-    holdings.iter().map(|(_, held)| held).sum()
+    above.collect()
 }
 
 /// The share of each: those that hold less keep what they hold, the others get equal parts of the rest of `total`.
-fn fair_share(mut held: Vec<usize>, total: usize) -> usize {
-    held.sort_unstable();
-    let (mut rest, mut holders) = (total, held.len());
-    for held in held {
-        if held > rest / holders {
-            return rest / holders;
+fn fair_share(held: &[usize], total: usize) -> usize {
+    let mut share = 0;
+    for _ in 0..MAX_ROUNDS {
+        let (mut rest, mut above) = (total, 0);
+        for held in held {
+            if *held > share {
+                above += 1;
+            } else {
+                rest = rest.saturating_sub(*held);
+            }
         }
-        rest -= held;
-        holders -= 1;
+        match rest.checked_div(above) {
+            None => return usize::MAX,
+            Some(larger) if larger > share => share = larger,
+            Some(_) => break,
+        }
     }
-    usize::MAX
+    share
 }
 
 #[cfg(test)]
 mod tests {
-    use std::net::{IpAddr, Ipv4Addr};
+    use std::{
+        collections::BTreeSet,
+        net::{IpAddr, Ipv4Addr},
+    };
 
     use proptest::prelude::*;
 
@@ -57,20 +66,22 @@ mod tests {
     #[test]
     fn one_that_holds_little_is_never_above_its_share() {
         let holdings = [(prefix(0, 1), 900), (prefix(1, 1), 10), (prefix(2, 1), 40)];
-        assert_eq!(above_share(&holdings, 500), BTreeSet::from([prefix(0, 1)]));
-        assert_eq!(above_share(&holdings, 950), BTreeSet::new());
-        assert_eq!(above_share(&holdings, 119), BTreeSet::from([prefix(0, 1)]));
-        assert_eq!(above_share(&holdings, 60), BTreeSet::from([0, 2].map(|it| prefix(it, 1))));
+        assert_eq!(above_share(&holdings, 500), [true, false, false]);
+        assert_eq!(above_share(&holdings, 950), [false; 3]);
+        assert_eq!(above_share(&holdings, 90), [true, false, false]);
+        assert_eq!(above_share(&holdings, 60), [true, false, true]);
     }
 
     #[test]
     fn many_prefixes_of_one_subnet_have_one_share() {
         let mut holdings: Vec<_> = (0..100).map(|host| (prefix(0, host), 9)).collect();
         holdings.push((prefix(1, 1), 80));
-        assert_eq!(above_share(&holdings, 500).len(), 100);
+        let above = |holdings: &[Holding]| above_share(holdings, 500);
+        let all_but =
+            |light: &[usize]| -> Vec<_> { (0..101).map(|at| !light.contains(&at)).collect() };
+        assert_eq!(above(&holdings), all_but(&[100]));
         holdings[5].1 = 2;
-        assert!(!above_share(&holdings, 500).contains(&prefix(0, 5)));
-        assert!(!above_share(&holdings, 500).contains(&prefix(1, 1)));
+        assert_eq!(above(&holdings), all_but(&[5, 100]));
     }
 
     proptest! {
@@ -79,19 +90,19 @@ mod tests {
             held in prop::collection::btree_map((0_u8..5, 0_u8..5), 0_usize..100, 0..20),
             total in 0_usize..1000,
         ) {
-            let holdings: Vec<_> = held.iter().map(|((net, host), held)| (prefix(*net, *host), *held)).collect();
+            let holdings: Vec<_> =
+                held.iter().map(|((net, host), held)| (prefix(*net, *host), *held)).collect();
             let above = above_share(&holdings, total);
-            prop_assert_eq!(above.is_empty(), sum(&holdings) <= total);
-            let nets: BTreeSet<_> = held.keys().map(|(net, _)| net).collect();
-            for ((net, host), mine) in &held {
+            let sum = |of: &[Holding]| of.iter().map(|(_, held)| held).sum::<usize>();
+            prop_assert_eq!(above.contains(&true), sum(&holdings) > total);
+            let nets = held.keys().map(|(net, _)| net).collect::<BTreeSet<_>>().len();
+            for (((net, _), mine), above) in held.iter().zip(&above) {
                 let hosts = held.keys().filter(|(other, _)| other == net).count();
-                if *mine <= total / nets.len() / hosts {
-                    prop_assert!(!above.contains(&prefix(*net, *host)));
-                }
+                prop_assert!(!above || *mine > total / nets / hosts);
             }
             // Without those above their share the resource suffices.
-            let others: Vec<_> = holdings.into_iter().filter(|(it, _)| !above.contains(it)).collect();
-            prop_assert!(sum(&others) <= total);
+            let others = holdings.iter().zip(above).filter(|(_, above)| !above);
+            prop_assert!(others.map(|((_, held), _)| held).sum::<usize>() <= total);
         }
     }
 }
