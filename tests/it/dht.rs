@@ -141,9 +141,13 @@ async fn a_custom_dht_uses_its_own_protocol() {
 async fn relays_that_joined_through_one_node_find_each_other() {
     let node = Relay::start(&["--dht"]);
     let bootstrap = node.address.to_string();
-    // Their list contains their own address: a fleet may share one list.
-    let list = format!("{bootstrap},/ip4/127.0.0.1/tcp/1/p2p/{ABSENT_PEER}");
-    let fleet: Vec<_> = (0..3).map(|_| Relay::start(&["--dht", "--bootstrap", &list])).collect();
+    let fleet = [(); 3].map(|()| {
+        let listen = on_free_port();
+        let relay = Relay::start_listening(&[&listen]);
+        // A fleet may share one list: it contains the relay's own address, and that of an absent node.
+        let list = format!("{bootstrap},{},/ip4/127.0.0.1/tcp/1/p2p/{ABSENT_PEER}", relay.address);
+        Relay::start_in(relay.kill(), &["--dht", "--bootstrap", &list, &listen])
+    });
     let all: BTreeSet<_> = fleet.iter().chain([&node]).map(|relay| relay.peer).collect();
     for at in fleet.iter().chain([&node]) {
         let mut walker = Client::connect(at).await;
@@ -162,6 +166,10 @@ async fn relays_that_joined_through_one_node_find_each_other() {
             let received = addresses(&found, relay.peer);
             assert_eq!(received, std::slice::from_ref(&relay.address));
         }
+    }
+    for relay in fleet {
+        let dials_itself = format!("trying --bootstrap peer {}", relay.peer);
+        assert_eq!(relay.count_in_log(&dials_itself), 0, "{:#?}", relay.log());
     }
 }
 
