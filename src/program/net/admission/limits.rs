@@ -378,8 +378,6 @@ mod tests {
         assert_eq!(all.establish(id(26), WITHOUT_SLOT, 2), Ok(Preemption::None));
         all.remove(id(26));
         // Connections in their handshakes do not count towards the total.
-        all.remove(id(23));
-        all.remove(id(0));
         for n in 30..40 {
             admit(&mut all, n, from(n as u8, 1)).unwrap();
         }
