@@ -199,7 +199,8 @@ pub enum Refused {
     /// The target did not accept the circuit.
     #[error("{0}")]
     StopFailed(StopFailed),
-    /// The source disconnected, or the relay ended the circuit, before the target answered.
+    /// Before the target answered, one of its peers disconnected, timed out or replaced its connection, or the embedder
+    /// released one of them ([`Behaviour::release`](crate::Behaviour::release)).
     Gone,
     /// The relay could not sign the voucher.
     NotSigned,
