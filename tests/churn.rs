@@ -3,8 +3,9 @@
 //!
 //! Prints a row per policy for each load, and draws `tests/churn.svg`. Exits with status 1 if a peer that answered in
 //! time lost its slot, if any state is left after all clients have disconnected, or if this relay evicts no peer.
-//! `-- settings` tries it with other timers instead, `-- loss` on links that lose packets. The clients, and the assumptions
-//! about them, are in `churn/trace.rs`; the other relays in `churn/others.rs`.
+//! `-- settings` tries it with other timers instead, `-- loss` on links that lose packets: that exits with status 1 only if
+//! no live peer is evicted. The clients, and the assumptions about them, are in `churn/trace.rs`; the other relays in
+//! `churn/others.rs`.
 
 #[path = "churn/others.rs"]
 mod others;
