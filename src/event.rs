@@ -15,10 +15,10 @@
 //! circuit <number> closed: <source's id> to <target's id>: <end>; <bytes> bytes to the target, <bytes> back
 //! ```
 //!
-//! The multiaddr is the one that the connection comes from. A slot outlives connections: its line has the prefix that it
-//! counted towards, an IPv4 address or an IPv6 /64, if any. The reasons are the `Display` of [`Refused`],
-//! [`FreedReason`], [`CircuitEnd`] and [`BadRequest`]. `kind` of a reason is the same for all values of a variant: it labels
-//! metrics.
+//! The multiaddr is the one that the connection comes from. A slot outlives connections: its line has the prefix that
+//! it counted towards, an IPv4 address or an IPv6 /64, if any. The reasons are the `Display` of [`Refused`],
+//! [`FreedReason`], [`CircuitEnd`] and [`BadRequest`]. `kind` of a reason is the same for all values of a variant: it
+//! labels metrics.
 
 use std::{io, time::Duration};
 
@@ -37,11 +37,11 @@ use crate::{
 /// | --- | --- |
 /// | `ReservationReqAccepted` | [`ReservationAccepted`](Self::ReservationAccepted) |
 /// | `ReservationReqDenied` | [`ReservationRefused`](Self::ReservationRefused) |
-/// | `ReservationClosed`, `ReservationTimedOut` | [`ReservationFreed`](Self::ReservationFreed), whose reason tells them apart |
+/// | `ReservationClosed`, `ReservationTimedOut` | [`ReservationFreed`](Self::ReservationFreed), with its reason |
 /// | `CircuitReqAccepted` | [`CircuitOpened`](Self::CircuitOpened), once the target has accepted |
 /// | `CircuitReqDenied`, `CircuitReqOutboundConnectFailed` | [`CircuitRefused`](Self::CircuitRefused) |
 /// | `CircuitClosed` | [`CircuitClosed`](Self::CircuitClosed) |
-/// | `StatusChanged` | none: the relay serves from the start, unless [`Behaviour::set_serving`](crate::Behaviour::set_serving) says otherwise |
+/// | `StatusChanged` | none; see [`Behaviour::set_serving`](crate::Behaviour::set_serving) |
 #[derive(Clone, Debug, derive_more::Display)]
 #[non_exhaustive]
 pub enum Event {
@@ -77,7 +77,7 @@ pub enum Event {
         /// How long it has been silent.
         silent_for: Duration,
     },
-    /// The last connection of a peer with a slot closed; the peer may return until its grace is over.
+    /// The last connection of a peer with a slot closed or timed out; the peer may return until its grace is over.
     #[display("grace began: peer {peer}")]
     GraceBegan {
         /// The peer.
@@ -139,7 +139,8 @@ pub enum Event {
         target: PeerId,
         /// How it ended.
         end: CircuitEnd,
-        /// The payload bytes that it delivered; see [`Totals`](crate::Totals) and [`Account`](crate::Account) for the sums.
+        /// The payload bytes that it delivered; see [`Totals`](crate::Totals) and [`Account`](crate::Account) for the
+        /// sums.
         transferred: BytesTransferred,
         /// How long it was open.
         open_for: Duration,
@@ -254,7 +255,7 @@ impl Refused {
 pub enum FreedReason {
     /// The term was over.
     Expired,
-    /// The peer disconnected and did not return within grace.
+    /// The peer disconnected or timed out, and did not return within grace.
     GraceOver,
     /// The peer disconnected, and there is no grace.
     Disconnected,
@@ -316,8 +317,8 @@ pub enum CircuitEnd {
     Preempted,
     /// A newer connection of one peer replaced the one that it used.
     Replaced,
-    /// The relay ended it: memory was scarce for the client prefix of one peer, and one direction had transferred nothing
-    /// for 10 s though bytes waited. Only in `Node`, which has that memory.
+    /// The relay ended it: memory was scarce for the client prefix of one peer, and one direction had transferred
+    /// nothing for 10 s though bytes waited. Only in `Node`, which has that memory.
     Stalled,
 }
 

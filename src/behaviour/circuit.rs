@@ -1,8 +1,8 @@
 //! The bytes between two streams: limits, half-close, fair share of the link, counting.
 //!
-//! A circuit ends in one of two ways. Both peers close their writing half, each close is passed on, and it is
-//! [`CircuitEnd::Finished`]. Or something cuts it short: then both streams are dropped without being closed, which makes
-//! the muxer reset them.
+//! A circuit ends in one of two ways. Both peers close their writing half, each close is passed on, and the circuit is
+//! [`CircuitEnd::Finished`]. Or something cuts it short: then both streams are dropped without being closed, which
+//! makes the muxer reset them.
 //! See [the specification](https://github.com/libp2p/specs/blob/master/relay/circuit-v2.md#hop-protocol).
 
 use std::{
@@ -26,17 +26,18 @@ use crate::{
     relay::{CircuitParameters, bandwidth::Link},
 };
 
-/// The size of a buffer in bytes: what a secure channel sends in one piece. The largest message of Noise carries 64,511
-/// bytes, of which a yamux frame's header takes 12.
+/// The size of a buffer in bytes: what a secure channel sends in one piece. The largest message of libp2p's Noise
+/// carries 64,511 bytes, of which a yamux frame's header takes 12.
 pub(crate) const BUFFER_SIZE: usize = 64_511 - 12;
 
 thread_local! {
     static UNUSED: Cell<Option<Box<[u8]>>> = const { Cell::new(None) };
 }
 
-/// Transfers bytes between a source and a target until the circuit ends, at the deadline at the latest, and counts them.
-/// Yields how it ended; [`CircuitEnd::Disconnected`] also if the relay ended it. The box is freed at once: the future around
-/// this one is kept small while the circuit lasts.
+/// Transfers bytes between a source and a target until the circuit ends, at the deadline at the latest, and counts
+/// them. Yields how it ended; [`CircuitEnd::Disconnected`] also if the relay ended it.
+///
+/// Not an `async fn`: that would keep the box of `parameters` as long as the circuit lasts.
 pub(crate) fn transfer(
     mut source: impl AsyncRead + AsyncWrite + Unpin,
     mut target: impl AsyncRead + AsyncWrite + Unpin,
@@ -47,7 +48,7 @@ pub(crate) fn transfer(
     let [mut to_target, mut to_source] = [(); 2]
         .map(|()| Direction { allowance: limit.bytes.unwrap_or(u64::MAX), ..Direction::default() });
     let mut share = FairShare { link, ends, wait: None, is_target_first: false };
-    share.charge(0); // it waits for its turn, too
+    share.charge(0); // a new circuit waits for its turn, too
     poll_fn(move |cx| {
         // 1. Check whether the relay or the deadline ends it.
         if ended.poll_unpin(cx).is_ready() {
@@ -57,22 +58,22 @@ pub(crate) fn transfer(
             return Poll::Ready(CircuitEnd::TimeLimit);
         }
         // 2. Transfer, in the order that alternates while bandwidth is short.
-        let directions = if share.is_target_first {
+        let polled = if share.is_target_first {
             let back = to_source.poll(&mut target, &mut source, &mut share, cx);
             [to_target.poll(&mut source, &mut target, &mut share, cx), back]
         } else {
             let there = to_target.poll(&mut source, &mut target, &mut share, cx);
             [there, to_source.poll(&mut target, &mut source, &mut share, cx)]
         };
-        // 3. Count. All circuits share some counters: a write invalidates them in the caches of the other cores.
-        let ways = [&mut to_target, &mut to_source];
-        let waiting = ways.each_ref().map(|way| !way.pending.is_empty());
-        let [to_target, to_source] = ways.map(|way| mem::take(&mut way.delivered));
+        // 3. Count once a poll: each write to counters that all circuits share invalidates other cores' caches.
+        let directions = [&mut to_target, &mut to_source];
+        let waiting = directions.each_ref().map(|it| !it.pending.is_empty());
+        let [to_target, to_source] = directions.map(|it| mem::take(&mut it.delivered));
         if to_target + to_source > 0 {
             counters.add(BytesTransferred { to_target, to_source });
         }
         counters.set_waiting(waiting);
-        match directions {
+        match polled {
             [Poll::Ready(Err(end)), _] | [_, Poll::Ready(Err(end))] => Poll::Ready(end),
             [Poll::Ready(Ok(())), Poll::Ready(Ok(()))] => Poll::Ready(CircuitEnd::Finished),
             _ => Poll::Pending,
@@ -83,7 +84,7 @@ pub(crate) fn transfer(
 /// One of the two directions of a circuit.
 #[derive(Default)]
 struct Direction {
-    /// What the writer did not accept yet. Usually empty: a circuit that waits holds no memory.
+    /// Bytes that the writer did not accept yet. Usually empty: an idle circuit holds no buffer.
     pending: Vec<u8>,
     /// How many more bytes may be read.
     allowance: u64,
@@ -96,7 +97,7 @@ struct Direction {
 enum State {
     #[default]
     Open,
-    /// The reader sent more than the limit. What is within it is still to be delivered.
+    /// More than the limit was read. The bytes within the limit are still to be delivered.
     OverLimit,
     /// The reader reached the end; the writer is to be closed.
     Closing,
@@ -191,7 +192,7 @@ struct FairShare {
     link: Link,
     /// The source and the target.
     ends: [PeerId; 2],
-    /// Until it may read again.
+    /// Set until the circuit may read again.
     wait: Option<Delay>,
     /// Whether the target sends first: the directions take turns.
     is_target_first: bool,
@@ -356,7 +357,8 @@ mod tests {
         assert_eq!(counters.waiting(), [false, false]);
     }
 
-    /// Otherwise clients that open one circuit after another, each for its first bytes, exceed the cap and delay all others.
+    /// Otherwise clients that open one circuit after another, each for its first bytes, exceed the cap and delay all
+    /// others.
     #[test]
     fn a_new_circuit_transfers_nothing_before_what_others_transferred_is_paid_for() {
         let (now, link) = (Instant::now(), Link::default());

@@ -15,7 +15,7 @@ use crate::{
 };
 
 impl<C: Copy + Ord + Hash, R> Relay<C, R> {
-    /// Asks the target of an allowed CONNECT, or refuses it.
+    /// Asks the target of an allowed CONNECT, or refuses the request.
     pub(super) fn connect(
         &mut self,
         request: PendingRequest<C, R>,
@@ -28,12 +28,12 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         let Some(connection) = slot.and_then(|slot| slot.live(now)) else {
             return self.refuse(request, Refused::NoReservation);
         };
-        // 2. Room, if need be in place of another circuit.
+        // 2. Room under the caps, if need be by ending another circuit.
         if let Err(full) = self.circuits.check_caps(&request.origin, &target) {
             let Some(yielded) = self.circuits.yield_one(&full, &request.origin, &target) else {
                 return self.refuse(request, full);
             };
-            log::debug!("circuit {yielded} ends: a prefix with fewer circuits needs one");
+            log::debug!("circuit {yielded} preempted: a prefix with fewer circuits needs the room");
             self.end_circuit(yielded, CircuitEnd::Preempted);
         }
         // 3. The stop request.
@@ -57,16 +57,16 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     /// Asks a circuit's target over another connection in place of `over`; returns that other one, if there is one. A
     /// target is asked over one connection at a time, and over each at most once.
     pub(super) fn ask_elsewhere(&mut self, id: CircuitId, over: End<C>, now: Instant) -> Option<C> {
-        // 1. Those over which it was not asked before, if the source waits for its answer over this one.
-        let waits = |it: &&Circuit<C, R>| it.request.is_some() && it.target == over;
-        let asked_before = &self.circuits.records.get(&id).filter(waits)?.asked_before;
+        // 1. If the source still waits for the answer over this connection: the target's others, not used before.
+        let is_waiting = |it: &&Circuit<C, R>| it.request.is_some() && it.target == over;
+        let asked_before = &self.circuits.records.get(&id).filter(is_waiting)?.asked_before;
         let is_other = |it| it != over.connection && !asked_before.contains(&it);
         let others = self.fit_for_a_slot(over.peer, &is_other);
         // 2. The most recently active of them; of several, the newest.
         let silent_for = |it: &C| Some(self.connections.get(*it)?.liveness.silent_for(now));
         let connection = others.into_iter().rev().min_by_key(silent_for)?;
         // 3. Move the circuit to it, which cancels the open stop request.
-        log::debug!("circuit {id}: no answer from peer {}: asking it elsewhere", over.peer);
+        log::debug!("circuit {id}: no answer from peer {}: trying another connection", over.peer);
         let (guard, ended) = oneshot::channel();
         let other = End { connection, ..over };
         let circuit = self.circuits.records.get_mut(&id)?;
@@ -78,7 +78,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         self.count_circuits([over], -1, now);
         self.count_circuits([other], 1, now);
         self.ask_target(id, ended);
-        self.recheck(Some(source), now); // the answer for that address may come later
+        self.recheck(Some(source), now); // the access rules may answer later for the new connection
         Some(connection)
     }
 
@@ -89,9 +89,10 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         }
     }
 
-    /// Handles the target's answer over this connection, with the opened stream if it accepted. If the source still waits,
-    /// and the target has not been asked over another connection since, opens the circuit, and returns the stream with
-    /// the source's reply handle. If there is no answer because the connection or the stream failed, asks over another one.
+    /// Handles the target's answer over this connection, with the opened stream if the target accepted. If the source
+    /// still waits, and the target has not been asked over another connection since, opens the circuit, and returns the
+    /// stream with the source's reply handle. If the connection or the stream failed before an answer, asks over
+    /// another connection.
     pub fn on_target_answered<T>(
         &mut self,
         id: CircuitId,
@@ -135,8 +136,8 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
 
     /// Ends a circuit. The task of an open one reports when it has ended.
     ///
-    /// A circuit that is being set up counts until its stop request has ended: otherwise sources that ask and disconnect
-    /// could have the relay send one target more requests than its cap.
+    /// A circuit that is being set up counts until its stop request has ended: otherwise sources that request circuits
+    /// and disconnect could have the relay send one target more requests than its cap.
     pub(super) fn end_circuit(&mut self, id: CircuitId, end: CircuitEnd) {
         if let Some(request) = self.circuits.end(id, end) {
             let is_denied = end == CircuitEnd::Denied;
@@ -266,7 +267,7 @@ mod tests {
         assert!(!request.is_cancelled());
         fixture.add_connection(fixture.target, 2);
         fixture.add_connection(fixture.target, 3);
-        // The most recently active connection first; of two that are equal, the newer one.
+        // The most recently active connection first.
         fixture
             .relay
             .connections
@@ -284,7 +285,7 @@ mod tests {
     }
 
     #[test]
-    fn of_connections_that_are_equally_active_the_newest_is_asked_over() {
+    fn of_equally_active_connections_the_newest_is_used() {
         let mut fixture = Fixture::new();
         fixture.connect();
         [2, 3]

@@ -21,8 +21,8 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     /// Grants an allowed RESERVE a slot, refuses it, or has it wait for one.
     pub(super) fn reserve(&mut self, request: PendingRequest<C, R>, terms: Terms, now: Instant) {
         let (End { peer, connection }, prefix) = (request.from, request.origin.prefix);
-        // 1. A peer waits once. Its older request, maybe from another network, gets a slot first or is refused: the
-        //    reservation points at the connection that it was last made over.
+        // 1. A peer has one request that waits. The older one is decided first: granted later, it would move the
+        //    reservation back to the older connection.
         let nth = self.waiting.iter().position(|older| older.request.from.peer == peer);
         let older = nth.and_then(|nth| self.waiting.remove(nth));
         if let Some((older, full)) = older.and_then(|older| self.try_reserve(older, now)) {
@@ -37,13 +37,13 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         }
         log::debug!("reservation pending: peer {peer}: {}", Refused::from(full));
         self.waiting.push_back(pending);
-        // Its idle time starts with the request.
+        // The connection's idle time starts anew with the request.
         self.connections.update(connection, now, |up| up.idle_since = now);
         self.bring_sweep_forward(now);
     }
 
-    /// Grants or refuses a RESERVE, unless a peer under a full cap may turn out to be gone: then returns it, with that
-    /// cap.
+    /// Grants or refuses a RESERVE, unless a peer under a full cap may turn out to be gone: then returns the RESERVE,
+    /// with that cap.
     fn try_reserve(
         &mut self,
         pending: PendingReservation<C, R>,
@@ -116,7 +116,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
                 Verdict::Wait => self.waiting.push_back(pending),
                 Verdict::Evict(connection) => {
                     self.time_out(connection, now);
-                    // Now there is room, unless its link is lossy or the peer has another connection.
+                    // Now there is room, unless this connection is lossy or its peer has another one.
                     let still_pending = self.try_reserve(pending, now);
                     self.waiting.extend(still_pending.map(|(pending, _)| pending));
                 }
@@ -132,7 +132,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         let up = self.fit_for_a_slot(peer, &|_| true);
         self.reservations.on_undelivered(peer, receipt, &up, now);
         self.apply_changes(now);
-        self.recheck(Some(peer), now); // it may have moved
+        self.recheck(Some(peer), now); // the slot may have moved
     }
 
     /// Undoes a grant whose voucher could not be signed.
@@ -149,7 +149,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
             for connection in self.connections.ids_of(&peer) {
                 let holds = to == Some(connection);
                 self.connections.update(connection, now, |up| up.holds_reservation = holds);
-                // Within its grace a peer may be heard again over the open connection that it timed out on.
+                // Not when grace begins: the peer may be heard again over the open connection that it timed out on.
                 if to.is_some() || freed.is_some() {
                     self.actions.push_back(Action::Hold(End { peer, connection }, holds));
                 }

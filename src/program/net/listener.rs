@@ -1,5 +1,5 @@
-//! One listening socket: accepts connections, reports the addresses it can be reached at, and backs off when the process
-//! is out of file descriptors.
+//! One listening socket: accepts connections, reports the addresses it can be reached at, and backs off when the
+//! process is out of file descriptors.
 
 use std::{
     collections::VecDeque,
@@ -34,13 +34,13 @@ const BACKLOG: i32 = 1024;
 
 /// How long to wait after accepting has failed: the first time, and at most. It doubles in between.
 ///
-/// Out of file descriptors, accepting again at once would fail again at once.
+/// While the process has no file descriptors left, accepting again at once would fail again at once.
 const FIRST_BACKOFF: Duration = Duration::from_millis(100);
 const MAX_BACKOFF: Duration = Duration::from_secs(2);
 
-/// A failure is reported only if there was none for this long: a peer that can make accepting fail can also make it
-/// succeed in between, and must not fill the log.
-const REPORT_AGAIN: Duration = Duration::from_secs(60);
+/// A failure is reported only if there was no other one for this long: a peer that can make accepting fail can also
+/// make it succeed in between, and must not fill the log.
+const REPORT_AFTER: Duration = Duration::from_secs(60);
 
 /// The upgrade of an accepted connection: complete from the start.
 pub(super) type Upgrade = std::future::Ready<io::Result<Counted<TcpStream>>>;
@@ -65,7 +65,8 @@ pub(super) struct Accepted {
 }
 
 impl Accepted {
-    /// The event that reports this connection under its client's address, or why it failed under the remote one.
+    /// The event that reports this connection under its client's address; or, if `client` is an error, as failed, under
+    /// the remote address.
     pub(super) fn into_event(
         self,
         counters: &ByteCounters,
@@ -180,10 +181,10 @@ impl Listener {
         Ok(Accepted { listener: self.id, stream, local, local_addr, remote })
     }
 
-    /// Backs off after accepting has failed. Returns an event for the first failure in [`REPORT_AGAIN`].
+    /// Backs off after accepting has failed. Returns an event if there was no other failure for [`REPORT_AFTER`].
     fn on_failure(&mut self, error: io::Error, now: Instant) -> Option<Event> {
         let last = self.last_failure.replace(now);
-        let is_new = last.is_none_or(|last| now.duration_since(last) > REPORT_AGAIN);
+        let is_new = last.is_none_or(|last| now.duration_since(last) > REPORT_AFTER);
         self.backoff = Some(Delay::new(self.next_backoff));
         self.next_backoff = (self.next_backoff * 2).min(MAX_BACKOFF);
         is_new.then_some(TransportEvent::ListenerError { listener_id: self.id, error })

@@ -1,8 +1,8 @@
 //! Limits on connections: in total, by client prefix, by peer, and on handshakes.
 //!
 //! Sans-IO. The peer of a connection is known only after the handshake. Until then the caps by prefix and on handshakes
-//! (`handshakes.rs`) apply; after it the caps in total and by peer, under which a peer that holds a slot may preempt
-//! another connection. A connection counts until it is closed, also while it is closing.
+//! (`handshakes.rs`) apply; after it the caps in total and by peer, under which a new connection may preempt another
+//! one. A connection counts until it is closed, also while it is closing.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -25,13 +25,14 @@ use crate::{
     relay::quota::{Caps, Quota, Scope},
 };
 
-/// How many connections dialed for the DHT may be open or being dialed at a time.
+/// How many connections for the DHT may be open or being dialed at a time.
 ///
 /// Inbound connections have their own limits. A DHT lookup dials three at once; each stays open until the relay closes
 /// it as idle.
 pub const DIALED_FOR_DHT: usize = 128;
 
-/// How many AutoNAT clients are dialed at a time; at most an eighth of these at one address, and a quarter in one subnet.
+/// How many AutoNAT clients are dialed at a time; at most an eighth of these at one address, and a quarter in one
+/// subnet.
 pub const DIALED_FOR_AUTONAT: usize = 64;
 
 /// The limits on connections.
@@ -39,17 +40,17 @@ pub const DIALED_FOR_AUTONAT: usize = 64;
 pub struct Limits {
     /// How many connections may be open, not counting those in their handshakes. Default 2048.
     ///
-    /// An eighth, less the number of live slots, is reserved for peers that hold slots. Once the others are taken, a new
-    /// connection of a peer without a slot replaces an idle one of a prefix with more connections, or is denied. Once
-    /// all are taken, a new one of a peer with a slot replaces any idle one, or is denied.
+    /// An eighth, less the number of live slots, is reserved for peers that hold slots. Once the others are taken, a
+    /// new connection of a peer without a slot replaces an idle one of a prefix with more connections, or is denied.
+    /// Once all are taken, a new one of a peer with a slot replaces any idle one, or is denied.
     pub max_connections: usize,
     /// How many connections one peer may have. Default 8; zero: no cap.
     ///
     /// Beyond it, a new connection of a peer that holds a slot is admitted and that peer's longest silent one closed; a
     /// new connection of any other peer is denied.
     pub max_connections_per_peer: usize,
-    /// How many connections one address may have (IPv6: one /64). Default: an eighth of all, or half of the first 128 if
-    /// that is more, at least 16; zero: no cap.
+    /// How many connections one address may have (IPv6: one /64). Default: the largest of 16, an eighth of
+    /// `max_connections`, and half of `max_connections` up to 64; zero: no cap.
     pub max_connections_per_ip: Option<usize>,
     /// How many connections one subnet may have (IPv4: a /24, IPv6: a /48). Default: a quarter of all, at least 64;
     /// zero: no cap.
@@ -154,7 +155,7 @@ pub enum Denied {
     Subnet(Subnet),
     /// The cap on handshakes is reached.
     Handshakes,
-    /// Its address or its network opens connections above the rate limit.
+    /// Its address, subnet or IPv6 /32 opens connections above the rate limit.
     Rate,
     /// The access rules deny its address or its peer.
     Rules,
@@ -190,7 +191,8 @@ impl Denied {
     }
 }
 
-/// An error whose source is a denial: libp2p's transports drop an error and keep its source.
+/// An error whose source is a denial. The source of an [`io::Error`] is not the error in it, but the source of that
+/// error.
 #[derive(Debug, thiserror::Error)]
 #[error("denied")]
 struct DeniedError(#[source] Denied);
@@ -215,8 +217,8 @@ impl ConnectionLimits {
         }
     }
 
-    /// Admits a connection from a prefix that holds this many slots to its handshake. Returns the connection whose
-    /// handshake is to be dropped for it.
+    /// Admits a connection to its handshake; its prefix holds this many slots. Returns the connection whose handshake
+    /// is to be dropped for it.
     ///
     /// # Errors
     ///
@@ -368,7 +370,7 @@ mod tests {
             assert_eq!(establish(&mut all, n, WITH_SLOT), Ok(Preemption::None));
         }
         assert_eq!(establish(&mut all, 23, WITH_SLOT), Ok(Preemption::IdleConnection));
-        // While as many slots are live, nothing is reserved.
+        // Each live slot makes the reserve smaller by one connection.
         admit(&mut all, 25, from(25, 1)).unwrap();
         all.remove(id(0));
         all.remove(id(23));
@@ -453,6 +455,7 @@ mod tests {
                 let nth = open.keys().nth(usize::from(one) % open.len().max(1)).copied();
                 match (kind, nth) {
                     (0 | 1, _) => {
+                        // Connect.
                         let prefix = (one > 9).then(|| from(one % 3, other % 4)).flatten();
                         let progress = (other > 40).then(Progress::default);
                         let slots = usize::from(other % 3);
@@ -461,10 +464,12 @@ mod tests {
                         }
                     }
                     (2, Some(nth)) => {
+                        // Make progress in the handshake.
                         let (_, progress) = &open[&nth];
                         progress.iter().for_each(|it| it.activity.add(other.into()));
                     }
                     (3, Some(nth)) => {
+                        // Complete the handshake.
                         let (connections, closing) = (usize::from(other % 4), usize::from(other % 2));
                         let peer = PeerStatus { holds_slot: other > 99, connections, closing };
                         if all.establish(id(nth), peer, 0).is_err() {
@@ -473,10 +478,12 @@ mod tests {
                         }
                     }
                     (4, Some(nth)) => {
+                        // Close.
                         all.remove(id(nth));
                         open.remove(&nth);
                     }
                     _ => {
+                        // Wait.
                         now += Duration::from_millis(u64::from(other) * 20);
                         all.handshakes.take_overdue(now);
                     }

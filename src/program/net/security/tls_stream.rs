@@ -1,8 +1,8 @@
 //! A TLS connection as a stream, over rustls' unbuffered API: an idle one holds no buffers.
 //!
-//! rustls' buffered connection never gives back the 4 KiB that it reads into, a fifth of what an idle peer takes. Here bytes
-//! are read into a [`Buffer`] and decrypted in place. What is received and left between two calls takes no more memory than
-//! it needs; what is unsent, four times as much at most while the connection takes nothing more.
+//! rustls' buffered connection never gives back the 4 KiB that it reads into, a fifth of what an idle peer takes. Here
+//! bytes are read into a [`Buffer`] and decrypted in place. Between two calls, received bytes take only the memory that
+//! they need. Unsent records take at most four times that while the connection accepts nothing more.
 
 use std::{
     cell::Cell,
@@ -27,17 +27,17 @@ use crate::behaviour::circuit::Buffer;
 /// The most bytes of data in a record.
 const MAX_DATA: usize = 16 * 1024;
 
-/// How many more bytes a record has: its head, its type, its tag, and of an alert or an update of keys the content.
+/// How many more bytes a record has: header, content type, tag, and the content of an alert or a KeyUpdate.
 const OVERHEAD: usize = 5 + 1 + 16 + 5;
 
-/// How many of those rustls puts before data.
+/// How many KeyUpdate records rustls may put before data.
 const MAX_UPDATES: usize = 2;
 
 /// The most bytes that are encrypted at once, and the most that wait for a flush.
 const MAX_UNSENT: usize = 4 * MAX_DATA;
 
 thread_local! {
-    /// Memory for records, which would cost time to zero: no connection's while it has none to send.
+    /// A buffer for records that no connection uses now: a new one would have to be zeroed.
     static SPARE: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
 }
 
@@ -109,7 +109,7 @@ impl State {
         (status.discard, true)
     }
 
-    /// Appends unsent records with so much data, and with updates of keys before it.
+    /// Appends unsent records with this many bytes of data, and the KeyUpdates before them.
     fn append<E>(&mut self, data: usize, encode: impl FnOnce(&mut [u8]) -> Result<usize, E>) {
         if self.records.is_empty() {
             self.records = SPARE.take();
@@ -123,7 +123,7 @@ impl State {
         self.unsent.end += encode(room).unwrap_or(0);
     }
 
-    /// Leaves the memory of the records to other connections, if most or all of it was sent.
+    /// Leaves the memory of the records to other connections, if most or all of them were sent.
     fn shrink(&mut self) {
         if self.records.len() >= 4 * self.unsent.len() {
             let unsent = self.records.get(self.unsent.clone()).unwrap_or_default().to_vec();
@@ -169,7 +169,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> TlsStream<C> {
 
     /// Reads the connection once, and decrypts all records that are complete.
     fn poll_receive(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        // 1. Read behind what is incomplete. A handshake message that leaves no room is treated as the end.
+        // 1. Append to what is incomplete. A handshake message that fills the buffer counts as the connection's end.
         let mut buffer = Buffer::borrow();
         let (before, room) = buffer.0.split_at_mut(self.incomplete.len());
         before.copy_from_slice(&self.incomplete);
@@ -261,7 +261,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> AsyncRead for TlsStream<C> {
     }
 }
 
-/// What is written is encrypted at once. It is sent with the next flush, or when it gets too much.
+/// Written bytes are encrypted at once. They are sent by a flush, or when `MAX_UNSENT` would be exceeded.
 impl<C: AsyncRead + AsyncWrite + Unpin> AsyncWrite for TlsStream<C> {
     fn poll_write(
         mut self: Pin<&mut Self>,
@@ -329,9 +329,10 @@ mod tests {
         bytes: VecDeque<u8>,
         is_closed: bool,
         wakers: Vec<Waker>,
-        /// How many bytes were ever written; the one at this position is changed.
+        /// How many bytes were ever written.
         written: usize,
-        changed: Option<usize>,
+        /// The position of a byte to corrupt.
+        corrupted: Option<usize>,
     }
 
     /// One end of a connection in memory, which reads and writes pieces of pseudorandom sizes.
@@ -342,7 +343,8 @@ mod tests {
         calls: usize,
     }
 
-    const ROOM: usize = 100_000;
+    /// How many bytes a pipe holds.
+    const CAPACITY: usize = 100_000;
 
     fn pipes(largest_piece: usize) -> (Pipe, Pipe) {
         let [there, back] = [(); 2].map(|()| Arc::new(Mutex::new(Wire::default())));
@@ -383,7 +385,7 @@ mod tests {
         ) -> Poll<io::Result<usize>> {
             let most = self.piece(bytes.len());
             let mut wire = self.to.lock().unwrap();
-            let most = most.min(ROOM - wire.bytes.len());
+            let most = most.min(CAPACITY - wire.bytes.len());
             if wire.is_closed {
                 return Poll::Ready(Err(ErrorKind::BrokenPipe.into()));
             }
@@ -392,8 +394,8 @@ mod tests {
                 return Poll::Pending;
             }
             for &byte in &bytes[..most] {
-                let is_changed = wire.changed == Some(wire.written);
-                wire.bytes.push_back(if is_changed { byte ^ 0x55 } else { byte });
+                let is_corrupted = wire.corrupted == Some(wire.written);
+                wire.bytes.push_back(if is_corrupted { byte ^ 0x55 } else { byte });
                 wire.written += 1;
             }
             wire.wakers.drain(..).for_each(Waker::wake);
@@ -456,7 +458,7 @@ mod tests {
         Box::new(stream)
     }
 
-    /// Sends so many bytes, and reads to the end at the same time.
+    /// Sends `size` bytes, and meanwhile reads to the end; returns what was read.
     async fn exchange(handshake: Handshake, size: usize, largest_piece: usize) -> Vec<u8> {
         let (mut reader, mut writer) = handshake.await.split();
         let send = async {
@@ -553,14 +555,14 @@ mod tests {
                 client.read_exact(&mut [0; MAX_UNSENT]).await.unwrap();
             }
             let (mut stalled, mut reader) = connected().await;
-            stalled.write_all(&[7; ROOM - 200]).await.unwrap();
+            stalled.write_all(&[7; CAPACITY - 200]).await.unwrap();
             stalled.flush().now_or_never();
             stalled.write_all(&[7; 100]).await.unwrap();
             assert!(stalled.flush().now_or_never().is_none());
             let [.., kept] = memory(&stalled);
             let unsent = stalled.state.unsent.len();
             assert!(kept <= 2 * unsent, "{kept} for {unsent} unsent");
-            let (mut received, flush) = ([0; ROOM - 100], stalled.flush());
+            let (mut received, flush) = ([0; CAPACITY - 100], stalled.flush());
             let (read, flushed) = join(reader.read_exact(&mut received), flush).await;
             assert!(read.is_ok() && flushed.is_ok() && received.ends_with(&[7]));
             assert_eq!(memory(&stalled), [0; 3]);
@@ -613,7 +615,7 @@ mod tests {
     }
 
     #[test]
-    fn the_keys_of_the_other_side_are_updated() {
+    fn key_updates_of_the_peer_are_followed() {
         block_on(async {
             let (mut server, mut client) = connected().await;
             let mut bytes = [0; 5];
@@ -628,7 +630,7 @@ mod tests {
                 assert_eq!(bytes, [round; 5]);
             }
             assert_eq!(memory(&server), [0; 3]);
-            // Updates without data are an attack.
+            // KeyUpdates without data are treated as an attack.
             for _ in 0..33 {
                 client.get_mut().1.refresh_traffic_keys().unwrap();
                 client.flush().await.unwrap();
@@ -639,7 +641,7 @@ mod tests {
     }
 
     #[test]
-    fn each_side_closes_by_itself_and_a_cut_connection_is_an_error() {
+    fn each_direction_closes_on_its_own_and_a_cut_connection_is_an_error() {
         block_on(async {
             let (mut server, mut client) = connected().await;
             let mut bytes = Vec::new();
@@ -678,7 +680,7 @@ mod tests {
         block_on(async {
             let (mut server, client) = connected().await;
             let (mut pipe, mut client) = client.into_inner();
-            pipe.write_all(b"\x17\x03\x03\0\x14 twenty bytes of data").await.unwrap();
+            pipe.write_all(b"\x17\x03\x03\0\x14twenty bytes of data").await.unwrap();
             for _ in 0..2 {
                 let error = server.read(&mut [0; 99]).await.unwrap_err();
                 assert_eq!(rustls_error(&error), &rustls::Error::DecryptError);
@@ -696,7 +698,7 @@ mod tests {
     }
 
     #[test]
-    fn a_handshake_with_what_is_not_tls_is_an_error_and_is_answered_with_an_alert() {
+    fn a_client_that_does_not_speak_tls_is_an_error_and_is_answered_with_an_alert() {
         block_on(async {
             let (one, mut other) = pipes(1);
             other.write_all(b"GET / HTTP/1.1\r\n").await.unwrap();
@@ -712,11 +714,11 @@ mod tests {
     }
 
     #[test]
-    fn a_changed_byte_causes_no_panic_and_changes_nothing_that_is_read() {
-        for changed in (0..4000).step_by(13) {
+    fn a_corrupted_byte_causes_no_panic_and_changes_nothing_that_is_read() {
+        for corrupted in (0..4000).step_by(13) {
             let (one, other) = pipes(1000);
-            for (pipe, changed) in [(&one, changed), (&other, changed + 6)] {
-                pipe.to.lock().unwrap().changed = Some(changed);
+            for (pipe, at) in [(&one, corrupted), (&other, corrupted + 6)] {
+                pipe.to.lock().unwrap().corrupted = Some(at);
             }
             let mut pool = LocalPool::new();
             let ends: [BoxFuture<'static, Ours>; 2] =
