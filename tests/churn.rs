@@ -3,9 +3,9 @@
 //!
 //! Prints a row per policy for each load, and draws `tests/churn.svg`. Exits with status 1 if a peer that answered in
 //! time lost its slot, if any state is left after all clients have disconnected, or if this relay evicts no peer.
-//! `-- settings` tries it with other timers instead, `-- loss` on links that lose packets: that exits with status 1 only if
-//! no live peer is evicted. The clients, and the assumptions about them, are in `churn/trace.rs`; the other relays in
-//! `churn/others.rs`.
+//! `-- settings` tries it with other timers instead. `-- loss` tries it on links that lose packets, and exits with
+//! status 1 only if no live peer is evicted. The clients, and the assumptions about them, are in `churn/trace.rs`; the
+//! other relays in `churn/others.rs`.
 
 #[path = "churn/others.rs"]
 mod others;
@@ -54,7 +54,7 @@ const PLOTTED: usize = OTHERS.len();
 /// The loads and the shares of lost packets of `-- loss`: without and with newcomers that wait.
 const LOSSES_AT: [u32; 2] = [75, 110];
 const LOSSES: [f64; 3] = [0.0, 0.1, 0.3];
-/// They are of the first hours of the day.
+/// `-- loss` ends the day here.
 const LOSSES_UNTIL: Duration = secs(4 * 60 * 60);
 
 type Change = fn(&mut Config);
@@ -87,6 +87,7 @@ fn main() -> ExitCode {
     if !env::args().any(|argument| argument == "--bench") {
         return ExitCode::SUCCESS;
     }
+    // 1. Simulate.
     let trace = Trace::of_a_day(SEED);
     if env::args().any(|argument| argument == "loss") {
         return print_losses(trace);
@@ -104,6 +105,7 @@ fn main() -> ExitCode {
         };
         (load, slots, rows)
     });
+    // 2. Print.
     for (load, slots, rows) in &results {
         for (name, tally) in rows {
             println!("| {load} % of {slots} | {name} | {} |", row(tally));
@@ -112,6 +114,7 @@ fn main() -> ExitCode {
     let days: usize = results.iter().map(|(_, _, rows)| rows.len()).sum();
     let took = started.elapsed().as_secs_f64();
     println!("\n{days} days in {took:.0} s.");
+    // 3. Plot.
     if !settings {
         let line = |n: usize| {
             let points =
@@ -121,7 +124,7 @@ fn main() -> ExitCode {
         let lines: Vec<_> = (0..PLOTTED).map(line).collect();
         fs::write(PLOT, plot::refusals(&lines)).expect("the plot is written");
     }
-
+    // 4. Check.
     let evicted: usize = results.iter().map(|(_, _, rows)| rows[0].1.evicted).sum();
     let mut failed = evicted == 0;
     if failed {
@@ -142,15 +145,15 @@ fn main() -> ExitCode {
     if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS }
 }
 
-/// Prints how many live peers are evicted where packets are lost and no client stalls, of a relay that asks its kernel about
-/// a connection before it evicts, and of one that does not.
+/// Prints how many live peers a relay evicts where packets are lost and no client stalls: one that asks its kernel
+/// about a connection before it evicts, and one that does not.
 fn print_losses(mut trace: Trace) -> ExitCode {
     let live = trace.mean_live();
     let is_stall = |what: &trace::Change| matches!(what, trace::Change::Stall { .. });
     trace.events.retain(|(_, _, what)| !is_stall(what));
     trace.end_at(LOSSES_UNTIL);
-    println!("An hour of that day, after {} h.\n", MEASURED_FROM.as_secs() / 3600);
-    println!("| load | packets lost | live peers evicted | without asking the kernel | of stays |");
+    println!("An hour of a day, after {} h.\n", MEASURED_FROM.as_secs() / 3600);
+    println!("| load | packets lost | live peers evicted | without asking the kernel | stays |");
     println!("| --- | --- | --- | --- | --- |");
     let evicted = at_each(&LOSSES_AT, |load| {
         let slots = (live * 100.0 / f64::from(load)).round() as usize;
@@ -179,7 +182,13 @@ fn relaylet(trace: &Trace, slots: usize, change: Change) -> Tally {
     run_relaylet(trace, slots, change, false, 0.0)
 }
 
-fn run_relaylet(trace: &Trace, slots: usize, change: Change, asks: bool, loss: f64) -> Tally {
+fn run_relaylet(
+    trace: &Trace,
+    slots: usize,
+    change: Change,
+    asks_kernel: bool,
+    loss: f64,
+) -> Tally {
     let mut config = Config::default();
     config.close_silent = true; // as in the program
     config.max_reservations = slots;
@@ -188,7 +197,7 @@ fn run_relaylet(trace: &Trace, slots: usize, change: Change, asks: bool, loss: f
     change(&mut config);
     // Activity is noticed by the next sweep: the silence counts from there.
     let promise = config.probe_after + config.sweep;
-    simulate(trace, RelayletModel::new(config, asks), Some(promise), loss)
+    simulate(trace, RelayletModel::new(config, asks_kernel), Some(promise), loss)
 }
 
 /// Runs each load on a thread of its own.
@@ -206,8 +215,8 @@ fn at_each<T: Send>(loads: &[u32], run: impl Fn(u32) -> T + Sync) -> Vec<T> {
 }
 
 const HEAD: &str = "\
-| load | policy | live peers refused | refused against the promise \
-| held by the dead, mean | in grace, mean | live peers evicted | minutes unreachable \
+| load | policy | live peers refused | refused though a slot's peer was gone \
+| held by gone peers, mean | in grace, mean | live peers evicted | minutes unreachable \
 | slot back p50 | p99 |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |";
 

@@ -165,6 +165,7 @@ async fn an_invalid_configuration_changes_nothing() {
             .await;
         assert_eq!(refused.expect_err(setting).setting(), setting);
     }
+    // The rate of 1 a minute was not applied.
     for _ in 0..3 {
         alice.reserve().await;
     }
@@ -173,7 +174,7 @@ async fn an_invalid_configuration_changes_nothing() {
 // ---- Rate limits
 
 #[tokio::test]
-async fn reserve_requests_above_the_rate_are_refused_until_later() {
+async fn reserve_requests_above_the_rate_are_refused_until_the_rate_is_lifted() {
     let mut config = Config::default();
     config.reserve_rate = 2;
     let mut relay = RunningNode::start(config).await;
@@ -215,7 +216,7 @@ async fn renewals_are_not_limited_by_the_rate_of_their_address() {
         }
     };
     within(limited).await;
-    assert!(requests > 30, "ten times the rate of one peer, but {requests}");
+    assert!(requests > 30, "only {requests}: less than ten times the rate of one peer");
     alice.reserve().await;
 }
 
@@ -235,7 +236,8 @@ async fn connect_requests_above_the_rate_are_refused() {
 
 // ---- An embedder's policy
 
-/// Allows a member a day's reservation and any number of bytes, and denies all other peers.
+/// One member may reserve over IPv4, for a day and without a limit of bytes. Any peer may connect, only to the member,
+/// with 7 bytes for each direction of a circuit.
 struct MembersOnly {
     member: PeerId,
 }

@@ -1,4 +1,4 @@
-//! The relay as a DHT server: how it joins, which peers it shares, and that it stores nothing for others.
+//! The relay as a DHT server: how it joins, which peers it returns, and that it stores nothing for others.
 
 use std::{collections::BTreeSet, fs, time::Duration};
 
@@ -23,7 +23,7 @@ const ABSENT_PEER: &str = "12D3KooWPGM3wYKMsTHGEqbhcBft6cPjA2F3rQmyWTEDD3wCGS1g"
 #[test]
 fn invalid_flags_are_a_one_line_error_with_the_remedy() {
     let node = format!("/ip4/127.0.0.1/tcp/1/p2p/{ABSENT_PEER}");
-    let text = format!("/dnsaddr/bootstrap.libp2p.io/p2p/{ABSENT_PEER}");
+    let dnsaddr = format!("/dnsaddr/bootstrap.libp2p.io/p2p/{ABSENT_PEER}");
     let quic = format!("/ip4/127.0.0.1/udp/1/quic-v1/p2p/{ABSENT_PEER}");
     let too_long = format!("--dht-protocol=/{}", "a".repeat(126));
     for (arguments, expected) in [
@@ -33,7 +33,7 @@ fn invalid_flags_are_a_one_line_error_with_the_remedy() {
         ),
         (&["--dht", "--bootstrap=127.0.0.1:1"], "--bootstrap"),
         (&["--dht", "--bootstrap", &quic], "this relay dials TCP"),
-        (&["--dht", "--bootstrap", &text], "_dnsaddr"),
+        (&["--dht", "--bootstrap", &dnsaddr], "_dnsaddr"),
         (&["--bootstrap", &node], "has no effect without a DHT; add --dht"),
         (&["--dht", "--bootstrap"], "--bootstrap"),
         (
@@ -47,8 +47,8 @@ fn invalid_flags_are_a_one_line_error_with_the_remedy() {
     ] {
         refused(&[], arguments, expected);
     }
-    let idle = &["--dht-protocol=kad"];
-    refused(&[("RELAYLET_DHT", "maybe")], idle, "RELAYLET_DHT");
+    let arguments = &["--dht-protocol=kad"];
+    refused(&[("RELAYLET_DHT", "maybe")], arguments, "RELAYLET_DHT");
 }
 
 fn refused(environment: &[(&str, &str)], arguments: &[&str], expected: &str) {
@@ -88,7 +88,7 @@ fn the_dht_is_enabled_by_environment_or_file() {
 // ---- Joining
 
 #[tokio::test]
-async fn an_unreachable_bootstrap_node_is_joined_once_it_is_up() {
+async fn the_dht_is_joined_once_its_bootstrap_node_is_up() {
     let listen = on_free_port();
     let node = Relay::start_listening(&["--dht", &listen]);
     let (address, folder) = (node.address.clone(), node.kill());
@@ -242,6 +242,7 @@ async fn records_of_other_peers_are_not_stored() {
             ..Message::default()
         };
         messages::write(&mut adds, &add).await;
+        // By now buffers and the allocator have warmed up.
         if n == MANY / 8 {
             before = resident(relay.pid());
         }
@@ -260,7 +261,7 @@ async fn records_of_other_peers_are_not_stored() {
 }
 
 #[tokio::test]
-async fn dht_clients_are_not_shared_with_others() {
+async fn dht_clients_are_not_returned_in_lookups() {
     let relay = Relay::start(&["--dht"]);
     let _client = Client::connect(&relay).await;
     let mut walker = Client::connect(&relay).await;
@@ -329,7 +330,7 @@ const GET_PROVIDERS: i32 = 3;
 const FIND_NODE: i32 = 4;
 const PING: i32 = 5;
 
-/// The specification's message a second time.
+/// The specification's message, written independently of libp2p's.
 #[derive(Clone, PartialEq, prost::Message)]
 struct Message {
     #[prost(int32, tag = "1")]

@@ -493,7 +493,7 @@ impl World {
         for (index, peer) in self.peers.iter().enumerate() {
             let slot = self.model.slots.iter().find(|slot| slot.peer == index);
             let held = table.get(peer);
-            let holds = slot.is_some_and(|slot| !self.model.over(slot, self.now));
+            let holds = slot.is_some_and(|slot| !self.model.is_over(slot, self.now));
             assert_eq!(held.is_some_and(|held| now < held.ends), holds);
             let connection = slot.and_then(|slot| match slot.state {
                 State::Live(connection) => Some(connection),

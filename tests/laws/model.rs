@@ -1,7 +1,7 @@
 //! A naive model of the relay's reservations: plain lists, searched for everything.
 //!
-//! Times are in milliseconds since the start. Nothing is counted, cached or indexed, so that it does not share the
-//! relay's possible mistakes.
+//! Times are in milliseconds since the start. Nothing is cached or indexed, so that the model does not share possible
+//! mistakes of the relay.
 
 use std::collections::HashMap;
 
@@ -105,11 +105,11 @@ struct Waiting {
 enum Cap {
     Address(u8),
     Subnet(u8),
-    Table,
+    Total,
 }
 
 impl Policy {
-    /// The least time that a peer had to answer before it times out.
+    /// The least time that a peer has to answer before it times out.
     pub fn time_to_answer(&self, newcomers_wait: bool) -> u64 {
         let heartbeat = (self.heartbeat > 0).then(|| self.silence - self.heartbeat);
         let probe = (newcomers_wait && self.probe > 0).then_some(self.probe);
@@ -127,7 +127,7 @@ impl Cap {
         match self {
             Self::Address(one) => one == address,
             Self::Subnet(one) => one == subnet(address),
-            Self::Table => true,
+            Self::Total => true,
         }
     }
 }
@@ -140,7 +140,8 @@ pub struct Model {
     /// The tokens left in the buckets of peers and addresses, and when they were counted.
     peer_buckets: HashMap<usize, (u64, u64)>,
     address_buckets: HashMap<u8, (u64, u64)>,
-    departures: u64,
+    /// How many slots have entered grace.
+    graces: u64,
     last_sweep: u64,
     deferred_until: Option<u64>,
     // Results since they were last taken.
@@ -158,7 +159,7 @@ impl Model {
             waiting: Vec::new(),
             peer_buckets: HashMap::new(),
             address_buckets: HashMap::new(),
-            departures: 0,
+            graces: 0,
             last_sweep: 0,
             deferred_until: None,
             answers: Vec::new(),
@@ -171,13 +172,14 @@ impl Model {
         self.waiting.len()
     }
 
-    pub fn over(&self, slot: &Slot, now: u64) -> bool {
+    pub fn is_over(&self, slot: &Slot, now: u64) -> bool {
         self.end(slot) <= now
     }
 
-    fn reason_over(&self, slot: &Slot, now: u64) -> Option<Reason> {
-        let is_term = self.end(slot) == slot.expires;
-        self.over(slot, now).then_some(if is_term { Reason::Expired } else { Reason::GraceOver })
+    fn end_reason(&self, slot: &Slot, now: u64) -> Option<Reason> {
+        let is_expiry = self.end(slot) == slot.expires;
+        let reason = if is_expiry { Reason::Expired } else { Reason::GraceOver };
+        self.is_over(slot, now).then_some(reason)
     }
 
     pub fn end(&self, slot: &Slot) -> u64 {
@@ -195,7 +197,8 @@ impl Model {
         self.slots[own].state = State::Live(id);
     }
 
-    /// The connections of a peer that a slot may point at, oldest first: none on which it is silent.
+    /// The connections of a peer that a slot may point at, oldest first: not those on which the peer timed out and was
+    /// not heard since.
     pub fn usable(&self, peer: usize) -> Vec<u32> {
         let is_silent = |c: &Connection| c.closing || c.timed_out && !c.heard;
         let usable = |c: &&Connection| c.peer == peer && !is_silent(c);
@@ -219,7 +222,7 @@ impl Model {
     fn end_what_is_over(&mut self, now: u64) {
         let mut index = 0;
         while let Some(slot) = self.slots.get(index) {
-            match self.reason_over(slot, now) {
+            match self.end_reason(slot, now) {
                 Some(reason) => self.free(index, reason),
                 None => index += 1,
             }
@@ -234,7 +237,7 @@ impl Model {
         let caps = [
             (Cap::Address(address), self.policy.per_ip),
             (Cap::Subnet(subnet(address)), self.policy.per_subnet),
-            (Cap::Table, self.policy.total),
+            (Cap::Total, self.policy.total),
         ];
         let given = caps.into_iter().filter(|(_, most)| *most > 0);
         given
@@ -254,20 +257,22 @@ impl Model {
         now: u64,
     ) -> Result<(), Option<Cap>> {
         let address = self.connection(connection).address;
+        // 1. End what is over: the peer's own slot; under a full cap, all.
         if let Some(own) = self.slot(peer)
-            && let Some(reason) = self.reason_over(&self.slots[own], now)
+            && let Some(reason) = self.end_reason(&self.slots[own], now)
         {
             self.free(own, reason);
         }
         if self.caps(address).iter().any(|(_, held, most)| held >= most) {
             self.end_what_is_over(now);
         }
+        // 2. Renew.
         let expires = now + self.policy.ttl;
         if let Some(own) = self.slot(peer) {
             let from = self.slots[own].address;
             let room = |(cap, held, most): &(Cap, usize, usize)| cap.covers(from) || held < most;
             let narrow: Vec<_> =
-                self.caps(address).into_iter().filter(|c| c.0 != Cap::Table).collect();
+                self.caps(address).into_iter().filter(|c| c.0 != Cap::Total).collect();
             let moves = narrow.iter().all(room);
             let slot = &mut self.slots[own];
             slot.before.get_or_insert(Some((slot.state, slot.expires)));
@@ -280,6 +285,7 @@ impl Model {
             self.answers.push((request, Answer::Granted));
             return Ok(());
         }
+        // 3. Under a full cap, free the slot that has been in grace for longest under the narrowest one.
         let caps = self.caps(address);
         if let Some((narrowest, ..)) = caps.iter().find(|(_, held, most)| held >= most) {
             if caps.iter().any(|(_, held, most)| held > most) {
@@ -293,6 +299,7 @@ impl Model {
             let (_, oldest) = in_grace.min().ok_or(Some(*narrowest))?;
             self.free(oldest, Reason::Taken(peer));
         }
+        // 4. Grant.
         self.connection(connection).probed = None;
         self.slots.push(Slot {
             peer,
@@ -308,7 +315,8 @@ impl Model {
 
     // ---- Rates
 
-    /// Takes a token from the peer's bucket, and one from its address's if `address` is given. False: one of them has none.
+    /// Takes a token from the peer's bucket, and one from its address's if `address` is given. False: one of them has
+    /// none.
     fn take_tokens(&mut self, peer: usize, address: Option<u8>, now: u64) -> bool {
         if self.policy.rate == 0 {
             return true;
@@ -352,7 +360,7 @@ impl Model {
             self.answers.push((request, Answer::Denied));
             return;
         }
-        let holds = self.slots.iter().any(|s| s.peer == peer && !self.over(s, now));
+        let holds = self.slots.iter().any(|s| s.peer == peer && !self.is_over(s, now));
         if !self.take_tokens(peer, (!holds).then_some(address), now) {
             self.answers.push((request, Answer::TooOften));
             return;
@@ -441,8 +449,8 @@ impl Model {
         } else if self.policy.grace == 0 {
             self.free(own, reason);
         } else {
-            self.departures += 1;
-            self.slots[own].state = State::Grace(now, self.departures);
+            self.graces += 1;
+            self.slots[own].state = State::Grace(now, self.graces);
         }
     }
 
@@ -510,13 +518,14 @@ impl Model {
         }
     }
 
-    /// Law: whatever arrives within grace, over the open connection that a peer timed out on, makes its slot live again.
+    /// Law: whatever arrives within grace, over the open connection that a peer timed out on, makes its slot live
+    /// again.
     fn revive(&mut self) {
         for slot in self.slots.iter_mut().filter(|s| matches!(s.state, State::Grace(..))) {
-            let again =
+            let is_heard_again =
                 |c: &&Connection| c.peer == slot.peer && c.timed_out && c.heard && !c.closing;
-            if let Some(again) = self.connections.iter().find(again) {
-                slot.state = State::Live(again.id);
+            if let Some(heard) = self.connections.iter().find(is_heard_again) {
+                slot.state = State::Live(heard.id);
             }
         }
     }
@@ -560,9 +569,9 @@ impl Model {
             Some(_) if due.is_empty() => self.deferred_until = None,
             None if soon >= 8 && soon * 2 > watched.len() && !due.is_empty() => {
                 self.deferred_until = Some(now + silence);
-                for again in due {
-                    self.probed.push(again);
-                    self.probe_others(again, now);
+                for connection in due {
+                    self.probed.push(connection);
+                    self.probe_others(connection, now);
                 }
                 return Vec::new();
             }
@@ -572,6 +581,7 @@ impl Model {
     }
 
     fn reclaim(&mut self, timed_out: &mut impl Iterator<Item = usize>, now: u64) {
+        // 1. Try again.
         let mut in_need = Vec::new();
         for newcomer in std::mem::take(&mut self.waiting) {
             let Waiting { peer, connection, request, .. } = newcomer;
@@ -584,13 +594,16 @@ impl Model {
         if in_need.is_empty() {
             return;
         }
+        // 2. Find the silent peers.
         let Policy { probe, probe_after, silence, .. } = self.policy;
         let mut candidates = self.watched();
         candidates.retain(|c| now - c.last_heard >= probe_after);
         for candidate in &mut candidates {
             candidate.probed = candidate.probed.filter(|probed| now - probed <= silence);
         }
-        let billed: HashMap<usize, u8> = self.slots.iter().map(|s| (s.peer, s.address)).collect();
+        let addresses: HashMap<usize, u8> =
+            self.slots.iter().map(|s| (s.peer, s.address)).collect();
+        // 3. For each newcomer choose a peer to evict, refuse, or probe and wait.
         let mut still_waiting = Vec::new();
         for (mut newcomer, cap) in in_need {
             if probe == 0 {
@@ -598,7 +611,7 @@ impl Model {
                 continue;
             }
             let since = *newcomer.since.get_or_insert(now);
-            let under = |c: &Connection| cap.covers(billed[&c.peer]);
+            let under = |c: &Connection| cap.covers(addresses[&c.peer]);
             let due = |c: &&Connection| under(c) && c.probed.is_some_and(|at| now - at >= probe);
             let longest = candidates.iter().filter(due).map(|c| c.last_heard).min();
             if let Some(longest) = longest {
@@ -619,6 +632,7 @@ impl Model {
                 still_waiting.push((newcomer, None));
             }
         }
+        // 4. Evict, and try once more.
         for (newcomer, timed_out) in still_waiting {
             let Waiting { peer, connection, request, .. } = newcomer;
             let room = timed_out.map(|timed_out| {
@@ -639,7 +653,8 @@ impl Model {
         self.probe_others(id, now);
     }
 
-    /// Probes the other connections of a peer that is probed, unless that was done before and the answer may still come.
+    /// Probes the other connections of a peer that is probed, unless that was done before and the answer may still
+    /// come.
     fn probe_others(&mut self, id: u32, now: u64) {
         let (peer, silence) = (self.connection(id).peer, self.policy.silence);
         for other in self.connections.iter_mut().filter(|c| c.peer == peer && c.id != id) {
@@ -660,7 +675,7 @@ impl Model {
     fn time_out(&mut self, id: u32, now: u64) {
         let Connection { peer, probed, .. } = *self.connection(id);
         self.record_activity(id, now);
-        // It had as much time to answer on the connections that were probed as early.
+        // It had at least as much time to answer on the connections that were probed no later.
         for connection in self.connections.iter_mut().filter(|c| c.peer == peer) {
             if connection.id == id || connection.probed.is_some_and(|at| Some(at) <= probed) {
                 (connection.timed_out, connection.heard) = (true, false);
