@@ -26,18 +26,19 @@ const MESSAGE: usize = 72;
 /// The size of the header of an attribute, `nlattr`.
 const ATTRIBUTE: usize = 4;
 
-/// A connection is lossy if it loses more than one of this many segments with data.
+/// A connection is lossy if it loses more than one in this many segments with data.
 const SEGMENTS_PER_LOSS: u32 = 16;
 
-/// A silent peer behind a link that loses packets may be alive if its kernel sent something within this time. Less than
-/// the program's interval of keep-alive probes, a minute: the kernel of a peer whose process is frozen answers them.
+/// A silent peer behind a link that loses packets may be alive if its kernel sent something within this time. It is
+/// shorter than the program's interval of keep-alive probes, a minute, which the kernel answers even if the peer's
+/// process is frozen.
 const RECENT_MILLIS: u32 = 45_000;
 
-/// It may also be alive if fewer retransmissions in a row are unanswered: with exponential back-off there are no more in a
-/// minute. At 30 % loss in both directions, six transmissions are all unanswered in one of 57 cases.
+/// Such a peer may also be alive if fewer retransmissions in a row than this are unanswered: with exponential back-off
+/// there are no more in a minute. At 30 % loss in both directions, six are all unanswered in one of 57 cases.
 const MANY_UNANSWERED: u8 = 6;
 
-/// Has `activity` report whether the connection loses packets and its peer may be alive, if a peer has dialed it over TCP.
+/// If the peer dialed over TCP, has `activity` report whether the connection loses packets and the peer may be alive.
 pub fn report_losses(endpoint: &ConnectedPoint, activity: &ActivityCounter) {
     if let ConnectedPoint::Listener { local_addr, send_back_addr } = endpoint
         && let (Some(local), Some(remote)) = (socket(local_addr), socket(send_back_addr))
@@ -75,18 +76,21 @@ impl TcpInfo {
         Some(u64::from_ne_bytes(*self.0.get(120..)?.first_chunk()?))
     }
 
-    /// Whether the connection loses many of its segments with data (`tcpi_data_segs_out`), and its other end may be alive:
-    /// it sent data or an acknowledgement recently (`tcpi_last_data_recv`, `tcpi_last_ack_recv`), or had few chances to.
+    /// Whether the connection loses many of its segments with data (`tcpi_data_segs_out`), and its other end may be
+    /// alive: it sent data or an acknowledgement recently (`tcpi_last_data_recv`, `tcpi_last_ack_recv`), or had few
+    /// chances to.
     ///
-    /// Lost are the segments that arrived out of order (`tcpi_rcv_ooopack`), and those that were retransmitted
-    /// (`tcpi_total_retrans`), except retransmissions without an acknowledgement since (`tcpi_retransmits`): the peer may
-    /// be gone; and superfluous ones (`tcpi_dsack_dups`): it slept and answered late.
+    /// Segments that arrived out of order (`tcpi_rcv_ooopack`) count as lost, and so do those that were retransmitted
+    /// (`tcpi_total_retrans`). Two kinds of retransmissions do not: those without an acknowledgement since
+    /// (`tcpi_retransmits`), because the peer may be gone; and superfluous ones (`tcpi_dsack_dups`), because the peer
+    /// slept and answered late.
     pub fn is_lossy(&self) -> Option<bool> {
-        let silent_for = self.number(52)?.min(self.number(56)?);
-        let unanswered = *self.0.get(2)?;
-        let retransmitted = self.number(100)?.saturating_sub(unanswered.into());
-        let helped = retransmitted.saturating_sub(self.number(216)?);
-        let lost = helped.saturating_add(self.number(224)?);
+        let silent_for = self.number(52)?.min(self.number(56)?); // tcpi_last_data_recv, tcpi_last_ack_recv
+        let unanswered = *self.0.get(2)?; // tcpi_retransmits
+        let retransmitted = self.number(100)?.saturating_sub(unanswered.into()); // tcpi_total_retrans
+        let helped = retransmitted.saturating_sub(self.number(216)?); // tcpi_dsack_dups
+        let lost = helped.saturating_add(self.number(224)?); // tcpi_rcv_ooopack
+        // tcpi_data_segs_out
         let loses_often = lost > 1 && lost.saturating_mul(SEGMENTS_PER_LOSS) > self.number(156)?;
         Some(loses_often && (silent_for < RECENT_MILLIS || unanswered < MANY_UNANSWERED))
     }
@@ -114,7 +118,7 @@ fn request(local: SocketAddr, remote: SocketAddr) -> Vec<u8> {
         &remote.port().to_be_bytes(),
         &address(local),
         &address(remote),
-        &interface.to_ne_bytes(), // 0: any; of a link-local connection it has to be named
+        &interface.to_ne_bytes(), // 0: any; a link-local connection is found only by its own
         &INET_DIAG_NOCOOKIE,
     ]
     .concat()
@@ -187,9 +191,9 @@ mod tests {
     fn a_malformed_tcp_info_is_ignored() {
         let mut answer = vec![0; HEADER + MESSAGE];
         answer[4] = 20;
-        let cut = [&answer[..], &[8, 0, 2, 0, 0, 0, 0, 0]].concat();
+        let too_short = [&answer[..], &[8, 0, 2, 0, 0, 0, 0, 0]].concat();
         let without_end = [&answer[..], &[0, 0, 1, 0, 0, 0]].concat();
-        for answer in [&[][..], &[0; 200], &answer, &cut, &without_end] {
+        for answer in [&[][..], &[0; 200], &answer, &too_short, &without_end] {
             let info = tcp_info(answer);
             assert_eq!(info.and_then(|info| info.acknowledged()), None);
         }
@@ -197,7 +201,6 @@ mod tests {
 
     #[test]
     fn retransmissions_that_helped_and_gaps_are_losses() {
-        // Segments with data, retransmissions, those unanswered, superfluous ones, and gaps in what arrived.
         let info = |numbers: &[(usize, u32)]| {
             let mut info = TcpInfo(vec![0; 232]);
             for (at, number) in numbers {
@@ -205,6 +208,8 @@ mod tests {
             }
             info
         };
+        // The numbers of segments with data, of retransmissions, of those that are unanswered and of superfluous ones,
+        // and of gaps in what arrived.
         let is_lossy = |sent: u32, again: u32, unanswered: u8, superfluous: u32, gaps: u32| {
             let mut info = info(&[(100, again), (156, sent), (216, superfluous), (224, gaps)]);
             info.0[2] = unanswered;
@@ -217,13 +222,13 @@ mod tests {
         assert!(!is_lossy(5, 1, 0, 0, 0), "once is no rule");
         assert!(!is_lossy(30, 9, 8, 0, 0), "it is gone");
         assert!(!is_lossy(30, 8, 0, 8, 0), "it slept");
-        let silent = |acknowledgement: u32, unanswered: u8| {
-            let mut info = info(&[(52, 50_000), (56, acknowledgement), (100, 20), (156, 20)]);
+        let is_alive = |acknowledged_before: u32, unanswered: u8| {
+            let mut info = info(&[(52, 50_000), (56, acknowledged_before), (100, 20), (156, 20)]);
             info.0[2] = unanswered;
             info.is_lossy().unwrap()
         };
-        assert!(silent(44_999, 6), "it acknowledged something recently");
-        assert!(silent(45_000, 5), "it had few chances");
-        assert!(!silent(45_000, 6));
+        assert!(is_alive(44_999, 6), "it acknowledged something recently");
+        assert!(is_alive(45_000, 5), "it had few chances");
+        assert!(!is_alive(45_000, 6));
     }
 }

@@ -1,8 +1,9 @@
 //! Reclaim on demand: while a newcomer waits, finds a slot whose peer is gone.
 //!
-//! Sans-IO. When a cap is full, probes the silent peers under it; a peer that does not answer within [`Config::probe`] is
-//! evicted: the longest silent first, and not more than newcomers wait. A peer that answers keeps its slot. Doubts about
-//! the relay's own link (see [`crate::relay::heartbeat`]) delay nothing here: the newcomer came over that link.
+//! Sans-IO. When a cap is full, probes the silent peers under it; a peer that does not answer within [`Config::probe`]
+//! is evicted: the longest silent first, and no more peers than newcomers wait. A peer that answers keeps its slot.
+//! Doubts about the relay's own link (see [`crate::relay::heartbeat`]) delay nothing here: the newcomer came over that
+//! link.
 
 use std::{
     cmp::Reverse,
@@ -16,8 +17,8 @@ use super::{
 };
 use crate::{access::Terms, address::ClientPrefix, config::Config};
 
-/// How many newcomers may wait at a time; one more is refused at once. Else an address that is at its cap, or one site, takes
-/// the whole queue.
+/// How many newcomers may wait at a time; one more is refused at once. Without the caps of a subnet and of an address,
+/// one site, or one address that is at its cap, would take the whole queue.
 const MOST_WAITING: Caps = Caps { total: Some(64), per_subnet: Some(16), per_address: Some(8) };
 
 /// How many probes may be open at a time.
@@ -73,7 +74,8 @@ pub fn may_wait<C, R>(
 }
 
 /// Decides about each newcomer that has waited under a cap for this long, and which connections to probe. `candidates`
-/// are all that have been silent for [`Config::probe_after`], or for the silence limit where only some streams count.
+/// are all that have been silent for [`Config::probe_after`], or, where only the relay's own streams count, for the
+/// silence limit.
 pub fn decide<C: Copy + Ord>(
     config: &Config,
     waiting: impl Iterator<Item = (Scope, Duration)>,
@@ -84,7 +86,7 @@ pub fn decide<C: Copy + Ord>(
         // Probing was switched off while they waited.
         return (waiting.map(|_| Verdict::Refuse).collect(), Vec::new());
     }
-    // 1. An answer to a probe that is older than the silence limit would not be read: probe again.
+    // 1. The relay waits for an answer no longer than the silence limit: an older probe is as good as none.
     for candidate in &mut candidates {
         candidate.probed_for = candidate.probed_for.filter(|open| *open <= silence.max(probe));
     }
@@ -104,7 +106,7 @@ pub fn decide<C: Copy + Ord>(
         if let Some(nth) = due.iter().position(|candidate| full.covers(candidate.prefix)) {
             return Verdict::Evict(due.remove(nth).connection);
         }
-        // The peers that were probed for it had the time to answer.
+        // The peers that were probed for this newcomer had the time to answer.
         if waited >= probe + TICK {
             return Verdict::Refuse;
         }
@@ -211,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn under_an_address_cap_only_slots_of_that_address_are_probed() {
+    fn under_an_address_cap_only_slots_of_that_address_are_evicted() {
         let home = ClientPrefix::of(&"/ip4/192.0.2.1/tcp/1".parse().unwrap()).unwrap();
         let mut own = probed(2, 12, PROBE);
         own.prefix = Some(home);

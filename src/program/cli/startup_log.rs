@@ -17,7 +17,7 @@ use crate::{
 
 const MIB: u64 = 1024 * 1024;
 
-/// A shorter reservation expires before some clients renew it.
+/// With a shorter term, a reservation expires before some clients renew it.
 const SHORT_TTL: Duration = Duration::from_secs(3 * 60);
 
 /// Which peers the relay serves, and its limits.
@@ -67,11 +67,11 @@ pub fn dht(dht: &dht::Config) -> String {
     format!("joining the DHT {}: {nodes}", dht.protocol)
 }
 
-/// The addresses that clients dial: the announced ones, or else the best of those found. Then a second line has the address
-/// for browsers, if that is another one.
+/// A line for each address that clients dial: the announced ones, or else the best of those found, and the best for
+/// browsers if that is another one.
 ///
 /// Of several addresses in one network the best is `outbound`, from which the machine reaches the internet: others may
-/// belong to its containers. IPv4 is preferred.
+/// belong to its containers. Of the rest, IPv4 is preferred.
 pub fn client_addresses(
     relay: PeerId,
     announced: &[Multiaddr],
@@ -86,19 +86,19 @@ pub fn client_addresses(
         let others = others.iter().filter_map(|address| line("clients also", address));
         return line("clients", first).into_iter().chain(others).collect();
     }
-    let over = |layer| {
-        let of_layer = move |address: &&Multiaddr| {
-            multiaddr::listen_address(address).is_some_and(|(_, over)| over == layer)
+    let best_of = |layer| {
+        let is_of_layer = move |address: &&Multiaddr| {
+            multiaddr::listen_address(address).is_some_and(|(_, its)| its == layer)
         };
-        best(found.iter().filter(of_layer), outbound)
+        best(found.iter().filter(is_of_layer), outbound)
     };
-    let websocket = over(Layer::WebSocket);
-    let tcp = over(Layer::Tcp);
+    let websocket = best_of(Layer::WebSocket);
+    let tcp = best_of(Layer::Tcp);
     let clients =
         tcp.or(websocket).and_then(|(address, range)| line(&format!("clients{range}"), address));
-    let browsers = match (websocket, over(Layer::SecureWebSocket)) {
+    let browsers = match (websocket, best_of(Layer::SecureWebSocket)) {
         (Some((address, range)), _) if tcp.is_some() => line(&format!("browsers{range}"), address),
-        // At the certificate's name, which only the operator knows.
+        // Browsers dial the name in the certificate, which only the operator knows.
         (None, Some((address, _))) => multiaddr::listen_address(address).map(|(socket, _)| {
             format!(
                 "browsers reach it at the name in its certificate; announce that: --announce \
@@ -143,7 +143,7 @@ const MAX_NAMED: usize = 5;
 
 /// A warning if clients on the internet cannot use some of the announced addresses, or these do not fit into an answer.
 fn unusable_announced(announced: &[Multiaddr], relay: PeerId) -> Option<String> {
-    // `relay` may be a placeholder; no address names another relay.
+    // A peer id in an address is the relay's, for which `relay` may be a placeholder.
     let announced: Vec<_> = announced.iter().map(multiaddr::without_peer).collect();
     let known = Known { announced: &announced, ..Known::default() };
     let sent = address::for_reservation(known, relay);
@@ -176,7 +176,8 @@ pub fn too_many_addresses(announced: &[Multiaddr], found: &[Multiaddr]) -> Optio
     })
 }
 
-/// A warning for each variable that is no setting, and for each valid setting that is probably a mistake, with the remedy.
+/// A warning for each environment variable that is no setting, and for each valid setting that is probably a mistake,
+/// with the remedy.
 pub fn questionable_settings(flags: &Flags, relay: PeerId) -> Vec<String> {
     let mut warnings = flags.warnings.clone();
     let proxies = ("--proxy-protocol-from", flags.proxies());
@@ -204,8 +205,8 @@ pub fn questionable_settings(flags: &Flags, relay: PeerId) -> Vec<String> {
     }
     if flags.dht && !(flags.allow_peer.is_empty() && flags.allow_subnet.is_empty()) {
         warnings.push(
-            "--dht: other nodes of the DHT cannot connect unless --allow-peer and --allow-subnet allow them, and clients \
-             find only relays to which they can; leave out --dht or these lists"
+            "--dht: other nodes of the DHT cannot connect unless --allow-peer and --allow-subnet allow them, and \
+             clients find only relays to which other nodes can connect; leave out --dht or these lists"
                 .into(),
         );
     }
@@ -226,13 +227,14 @@ pub fn questionable_settings(flags: &Flags, relay: PeerId) -> Vec<String> {
     warnings
 }
 
-/// A warning if a setting has this value and no effect, because it needs another one, which is `missing`.
+/// A warning if a setting has this value but no effect, because it needs another setting, which is `missing`.
 fn unused(flag: &str, value: Option<impl Display>, is_used: bool, missing: &str) -> Option<String> {
     let value = value.filter(|_| !is_used)?;
     Some(format!("{flag} {value}: not in use; add {missing}"))
 }
 
-/// A warning if the memory estimate exceeds what is available; both are in bytes. `is_set`: the estimate is that of `--memory`.
+/// A warning if the memory estimate exceeds what is available; both are in bytes. `is_set`: the estimate is that of
+/// `--memory`.
 pub fn memory_exceeded(estimate: u64, available: u64, is_set: bool) -> Option<String> {
     let flags = if is_set { "--memory" } else { "--max-connections or --max-buffered" };
     let (memory, available_mib) = (memory(estimate), available / MIB);
@@ -267,13 +269,6 @@ mod tests {
         assert!(warning.contains("/ip4/10.0.0.1/tcp/1 (is not global)"), "{warning}");
         assert!(warning.contains("quic-v1 (this relay has no such transport)"), "{warning}");
         assert!(!warning.contains("relay.example.org"), "{warning}");
-        assert!(
-            too_many_addresses(&[], &vec![good[0].clone(); 11])
-                .unwrap()
-                .contains("listens on 11 and")
-        );
-        assert_eq!(too_many_addresses(&[], &vec![good[0].clone(); 10]), None);
-        assert_eq!(too_many_addresses(&good, &vec![good[0].clone(); 11]), None);
         let many: Vec<_> = (1..100).map(|port| format!("/ip4/8.8.8.8/tcp/{port}")).collect();
         let many = addresses(&many.iter().map(String::as_str).collect::<Vec<_>>());
         let warning = unusable_announced(&many, relay).unwrap();
@@ -282,21 +277,34 @@ mod tests {
     }
 
     #[test]
+    fn more_addresses_than_fit_into_an_answer_are_a_warning_unless_some_are_announced() {
+        let found = addresses(&["/ip4/8.8.8.8/tcp/4001"; 11]);
+        let warning = too_many_addresses(&[], &found).unwrap();
+        assert!(warning.contains("listens on 11 and"), "{warning}");
+        assert_eq!(too_many_addresses(&[], &found[..10]), None);
+        assert_eq!(too_many_addresses(&found[..1], &found), None);
+    }
+
+    #[test]
     fn questionable_settings_are_warnings() {
         assert!(warnings(&["--proxy-protocol-from=10.0.0.0/8", "--reservation-ttl=3m"]).is_empty());
         assert!(warnings(&["--max-connections=1024"]).is_empty());
-        for (word, named) in [
+        for (flag, begins) in [
             ("--proxy-protocol-from=0.0.0.0/0", "--proxy-protocol-from 0.0.0.0/0: "),
             ("--proxy-protocol-from=::/0", "--proxy-protocol-from ::/0: "),
             ("--reservation-ttl=45s", "--reservation-ttl 45s: "),
             ("--max-connections=1023", "--max-reservations 1024: each slot takes a connection"),
         ] {
-            let warnings = warnings(&[word]);
-            assert!(warnings.len() == 1 && warnings[0].starts_with(named), "{warnings:?}");
+            let warnings = warnings(&[flag]);
+            assert!(warnings.len() == 1 && warnings[0].starts_with(begins), "{warnings:?}");
         }
         let websocket = "--listen=/ip4/127.0.0.1/tcp/4002/ws";
         let any = warnings(&[websocket, "--trust-forwarded-from=0.0.0.0/0"]);
         assert!(any.len() == 1 && any[0].contains("any client can claim any address"), "{any:?}");
+    }
+
+    #[test]
+    fn a_memory_estimate_above_what_is_available_is_a_warning() {
         assert_eq!(memory_exceeded(MIB, MIB, true), None);
         let [set, derived] = [true, false].map(|is_set| memory_exceeded(2 * MIB, MIB, is_set));
         assert!(set.unwrap().ends_with("lower --memory"));

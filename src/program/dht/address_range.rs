@@ -1,7 +1,7 @@
 //! Which addresses of a peer are kept in the DHT and dialed. Sans-IO.
 //!
-//! Every node of a DHT hands out the addresses that it was sent and dials them, so only addresses that all of its nodes
-//! can dial are kept.
+//! A node of a DHT dials the addresses that it was sent, and hands them out to other nodes. So only addresses that all
+//! of the DHT's nodes can dial are kept.
 
 use libp2p::{Multiaddr, multiaddr::Protocol};
 
@@ -44,7 +44,7 @@ impl AddressRange {
         self.choose(addresses, is_tcp)
     }
 
-    /// Those of a peer's addresses that the relay may dial. Not names, so that no peer can have the relay look up any.
+    /// Those of a peer's addresses that the relay may dial. Without names: peers could make the relay look up any name.
     pub fn dialable(self, addresses: &[Multiaddr]) -> Vec<Multiaddr> {
         self.choose(addresses, |address| multiaddr::dialable(address).is_some())
     }
@@ -53,8 +53,8 @@ impl AddressRange {
         let mut chosen: Vec<Multiaddr> = Vec::new();
         for address in addresses.iter().map(without_peer) {
             let is_short = address.len() <= MAX_LENGTH;
-            let fits = Self::of(&address) >= self && fits(&address) && is_short;
-            if fits && chosen.len() < MAX_ADDRESSES && !chosen.contains(&address) {
+            let is_usable = Self::of(&address) >= self && fits(&address) && is_short;
+            if is_usable && chosen.len() < MAX_ADDRESSES && !chosen.contains(&address) {
                 chosen.push(address);
             }
         }
@@ -62,13 +62,14 @@ impl AddressRange {
     }
 }
 
-/// Whether this is an IP address or a name, and a TCP port.
+/// Whether this is an IP address or a name with a TCP port, and nothing else.
 fn is_tcp(address: &Multiaddr) -> bool {
     let is_plain = address.iter().count() == 2; // no peer id
     is_plain && (multiaddr::dialable(address).is_some() || dns_name(address).is_some())
 }
 
-/// Whether other networks may know this name: not one without a dot, nor one in a domain that each network has of its own.
+/// Whether other networks may know this name. They know no name without a dot, and none in a domain that each network
+/// has of its own.
 fn is_public(name: &str) -> bool {
     const LOCAL: [&str; 7] = ["localhost", "local", "internal", "lan", "home", "arpa", "test"];
     let name = name.trim_end_matches('.');

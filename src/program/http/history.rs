@@ -26,6 +26,7 @@ struct Curve {
     every: u64,
     /// Live, in grace, free.
     points: VecDeque<[usize; 3]>,
+    /// When the next sample is due.
     #[serde(skip)]
     next: Instant,
 }
@@ -50,7 +51,8 @@ impl Curve {
     fn record(&mut self, point: [usize; 3], now: Instant) {
         while self.next <= now {
             self.next += Duration::from_secs(self.every);
-            // The page dates the points by their number: after a suspension the previous one fills the gap.
+            // The page dates the points by their number: the previous one fills the time in which the process was
+            // stopped.
             let before = self.points.back().copied().filter(|_| self.next <= now);
             if self.points.len() == POINTS {
                 self.points.pop_front();
@@ -77,7 +79,7 @@ mod tests {
     }
 
     #[test]
-    fn an_hour_and_a_day_have_as_many_points() {
+    fn each_curve_keeps_its_last_240_points() {
         let start = Instant::now();
         let mut history = History::new(start);
         record(&mut history, start, 0..3600, 1);
@@ -99,9 +101,8 @@ mod tests {
         assert_eq!(live(&history.day), [1]);
     }
 
-    /// The page dates the samples by their number.
     #[test]
-    fn a_suspension_has_the_samples_from_before_it() {
+    fn the_time_in_which_the_process_was_stopped_has_the_sample_from_before_it() {
         let start = Instant::now();
         let mut history = History::new(start);
         record(&mut history, start, 0..16, 1);

@@ -1,7 +1,8 @@
 //! Streams over one connection: yamux, with limits on open streams and on buffered bytes.
 //!
-//! [`Muxer`] moves bytes between the connection and a session (`session.rs`); only `poll` does that. A stream that the
-//! peer opens beyond its limit is reset; one that this side opens beyond its own limit waits for another to end.
+//! [`Muxer`] moves bytes between the connection and a session (`session.rs`), when it is polled; the handles of streams
+//! only change the session. A stream that the peer opens beyond its limit is reset; one that this side opens beyond its
+//! own limit waits for another to end.
 //!
 //! The secure channel makes a message, and a system call, of each flush. So it is flushed only when there is nothing
 //! more to send, or when a batch is full (write batching): that saves a fifth of the CPU time of a circuit's set-up.
@@ -46,8 +47,9 @@ use crate::{
 const TURN: usize = 256 * 1024;
 const TURN_READS: usize = 128;
 
-/// The size of a write batch at first, in bytes. Once Noise has sent a larger message, it keeps buffers for three of that
-/// size: large batches begin with the first full one that is sent while half of the pool is free.
+/// The size of a write batch at first, in bytes. Once Noise has sent a larger message, it keeps buffers for three of
+/// that size: batches become large with the first full one for which
+/// [`keep_if_plenty`](super::budget::ConnectionBudget::keep_if_plenty) finds memory.
 const SMALL_BATCH: usize = 8 * 1024;
 
 /// The largest write batch, in bytes: a whole frame, and the largest message of Noise.
@@ -154,7 +156,7 @@ pub struct Muxer<C> {
     /// The write stall, and when to check it next while the socket is full.
     stall: WriteStall,
     next_check: Option<Delay>,
-    /// Why it ends, once all tasks have been woken.
+    /// Why the session ended, until the next poll returns it.
     end: Option<io::Error>,
     /// The time limit of a graceful close.
     closing: Option<Delay>,
@@ -187,7 +189,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
         }
     }
 
-    /// Reads until nothing is left, or a poll's share is used up. Independent of writes, and of reads from streams.
+    /// Reads until nothing is left, or a poll's share is used up. Waits neither for writes nor for reads from streams.
     fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         if let Some(pause) = &mut self.pause {
             ready!(pause.poll_unpin(cx));
@@ -221,11 +223,13 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
     fn poll_write(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let mut turn = 0;
         loop {
+            // 1. Flush a complete batch.
             if self.is_flushing {
                 ready!(Pin::new(&mut self.connection).poll_flush(cx))?;
                 self.stall.on_written();
                 (self.is_flushing, self.unflushed) = (false, 0);
             }
+            // 2. Take the next frames, and decide whether what was written before them is flushed first.
             if self.written >= self.frames.len() {
                 if turn >= TURN {
                     cx.waker().wake_by_ref();
@@ -245,6 +249,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
                 self.has_data = kind == Some(Frames::Data) || self.has_data && !self.is_flushing;
                 continue;
             }
+            // 3. Write them.
             let left = self.frames.get(self.written..).unwrap_or_default();
             let written = ready!(Pin::new(&mut self.connection).poll_write(cx, left))?;
             if written == 0 {
@@ -254,6 +259,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
             turn += written;
             self.written += written;
             self.unflushed += written;
+            // 4. After the first full batch of data, make the next ones large.
             if self.has_data
                 && self.unflushed + HEADER >= self.batch
                 && self.batch == SMALL_BATCH
@@ -273,11 +279,11 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
         while next_check.poll_unpin(cx).is_ready() {
             next_check.reset(STALL_CHECK);
             let acknowledged = self.socket.as_ref().and_then(socket::acknowledged);
-            let lasts = self.stall.on_waiting(acknowledged, Instant::now());
+            let stalled_for = self.stall.on_waiting(acknowledged, Instant::now());
             let budget = &self.shared.budget;
-            if lasts >= budget.max_stall().max(STALL_CHECK) {
+            if stalled_for >= budget.max_stall().max(STALL_CHECK) {
                 budget.count(Cut::WriteStalled);
-                let why = format!("write stalled: no progress for {} s", lasts.as_secs());
+                let why = format!("write stalled: no progress for {} s", stalled_for.as_secs());
                 return Err(io::Error::new(io::ErrorKind::TimedOut, why));
             }
         }
@@ -409,7 +415,7 @@ impl AsyncRead for Substream {
         if !is_negotiated && !Negotiation::accepts(bytes, buffer.len()) {
             return Poll::Ready(Err(io::ErrorKind::InvalidData.into()));
         }
-        self.negotiation.take_if(|it| it.is_outbound && it.has_ended(bytes));
+        self.negotiation.take_if(|it| it.is_outbound && it.parse(bytes));
         Poll::Ready(Ok(read))
     }
 }
@@ -427,7 +433,7 @@ impl AsyncWrite for Substream {
         let written = ready!(written)?;
         self.shared.budget.pool.enforce(now);
         let bytes = bytes.get(..written).unwrap_or_default();
-        self.negotiation.take_if(|it| !it.is_outbound && it.has_ended(bytes));
+        self.negotiation.take_if(|it| !it.is_outbound && it.parse(bytes));
         Poll::Ready(Ok(written))
     }
 
@@ -444,11 +450,11 @@ impl AsyncWrite for Substream {
     }
 }
 
-/// Limits what a peer may send while the protocol of a stream is being negotiated, and parses what the side that has not
-/// opened the stream sends until it accepts one.
+/// Limits what a peer may send while the protocol of a stream is being negotiated, and parses what the side that has
+/// not opened the stream sends until it accepts one.
 ///
-/// Sans-IO. libp2p's multistream-select allocates 16 KiB for a message as soon as its length is announced, which takes two
-/// bytes. So messages longer than 127 bytes are rejected; the usual protocol names are shorter.
+/// Sans-IO. libp2p's multistream-select allocates 16 KiB for a message as soon as its length is announced, which takes
+/// two bytes. So messages longer than 127 bytes are rejected; the usual protocol names are shorter.
 /// See [the specification](https://github.com/multiformats/multistream-select).
 #[derive(Debug, Default)]
 struct Negotiation {
@@ -459,14 +465,14 @@ struct Negotiation {
 }
 
 impl Negotiation {
-    /// Whether the relay accepts what it has read into a buffer of this size. multistream-select reads only lengths byte
-    /// by byte; the first byte of a length above 127 has its highest bit set.
+    /// Whether the relay accepts what it has read into a buffer of this size. multistream-select reads only lengths
+    /// byte by byte; the first byte of a length above 127 has its highest bit set.
     fn accepts(read: &[u8], buffer: usize) -> bool {
         !(buffer == 1 && read.first().is_some_and(|byte| *byte >= 0x80))
     }
 
-    /// Parses what is sent. Returns whether a protocol has been accepted by now.
-    fn has_ended(&mut self, bytes: &[u8]) -> bool {
+    /// Parses what is sent next. Returns whether a protocol was accepted in it.
+    fn parse(&mut self, bytes: &[u8]) -> bool {
         bytes.iter().any(|byte| {
             self.message.push(*byte);
             match unsigned_varint::decode::usize(&self.message) {
@@ -481,7 +487,8 @@ impl Negotiation {
     }
 }
 
-/// Write stall: the peer of a connection acknowledges nothing of what is sent to it. `Some`: since when.
+/// Write stall: the peer of a connection acknowledges nothing of what is sent to it. `Some`: since when, and how many
+/// bytes it had acknowledged by then.
 ///
 /// Sans-IO. A full socket buffer alone does not mean a stall: on a slow path it may stay full for long. The rule
 /// therefore uses the number of bytes that the peer has acknowledged, which only rises. The number of unacknowledged

@@ -17,16 +17,18 @@ use super::{
 };
 use crate::behaviour::circuit::BUFFER_SIZE;
 
-/// The most unsent data of a stream, and the most that is sent before the next stream's turn, in bytes: a frame that fits into a
-/// message of Noise.
+/// The most unsent data of a stream, and the most that is sent before the next stream's turn, in bytes: a frame that
+/// fits into a message of Noise.
 pub const QUANTUM: usize = BUFFER_SIZE;
 
 /// The least credit that a grant has to leave the peer, in bytes: with less it would send tiny frames.
 const MIN_CREDIT: usize = 16 * 1024;
 
-/// A peer with a longer round trip is granted credit as soon as this many bytes of it are missing. If it was half of a wide
-/// window, it would have only half of it: the second grant would wait until the data for the first arrives.
+/// A peer with a longer round trip is far away.
 const FAR: Duration = Duration::from_millis(10);
+
+/// A peer far away is granted credit once this many bytes of its window are missing. With grants at half of a wide
+/// window it would in effect have only that half: the second grant would wait for the data sent on the first.
 const MAX_MISSING_OF_FAR: usize = INITIAL_WINDOW / 2;
 
 /// Which side opened a stream.
@@ -46,15 +48,15 @@ pub enum Origin {
 pub struct Stream {
     /// Which side opened it.
     pub origin: Origin,
-    /// The flags that the peer sent, but SYN. RST also if nothing more is read for another reason.
+    /// The flags that the peer sent, except SYN. RST also if nothing more is read for another reason.
     pub received: Flags,
     /// The flags that were sent. RST also if nothing more is sent for another reason.
     pub sent: Flags,
     /// The flags to be sent: SYN and ACK with the next frame, FIN after the last data, RST after all else.
     pub pending: Flags,
-    /// It has a handle, or waits to be accepted.
+    /// Whether it has a handle, or waits to be accepted.
     pub has_handle: bool,
-    /// It is queued for its control frames.
+    /// Whether it is queued for its control frames.
     pub in_control: bool,
     /// Whether it is queued for its data, and how many bytes it may send before the next stream's turn.
     pub in_turns: bool,
@@ -62,13 +64,13 @@ pub struct Stream {
     /// The tasks that wait for data, and for room to write.
     pub reader: Option<Waker>,
     pub writer: Option<Waker>,
-    /// The received data, and the sum of its capacities.
+    /// The received data, and the sum of the chunks' capacities.
     chunks: VecDeque<Chunk>,
     stored: usize,
-    /// How many received bytes are held: those in `chunks`, and the ones read last. These are released by the next read,
-    /// as the reader may still use them.
+    /// How many received bytes are held: those in `chunks`, and those of the last read, which the next read releases:
+    /// until then the reader may still use them. Since when the reader has taken none.
     pub unread: usize,
-    passing: usize,
+    last_read: usize,
     read_at: Option<Instant>,
     /// How many bytes the peer may still send, besides those of the current frame that are still arriving.
     credit: usize,
@@ -83,6 +85,7 @@ pub struct Stream {
     out: Vec<u8>,
     /// How much of the body is sent even if the stream is dropped, because it was flushed.
     flushed: usize,
+    /// Since when none of the unsent data was sent.
     sent_at: Option<Instant>,
 }
 
@@ -125,7 +128,7 @@ impl Stream {
         self.has_handle && (self.sent | self.pending) & RST == 0
     }
 
-    /// Subtracts the bytes of a frame that arrives from the peer's credit. Returns false if it has less.
+    /// Subtracts the bytes of an arriving frame from the peer's credit. Returns false if the credit is smaller.
     pub fn consume_credit(&mut self, bytes: usize) -> bool {
         self.arriving = bytes;
         let left = self.credit.checked_sub(bytes);
@@ -140,7 +143,7 @@ impl Stream {
 
     /// Stores the contents of a chunk.
     pub fn store(&mut self, chunk: &mut Chunk, now: Instant) {
-        if self.unread == self.passing {
+        if self.unread == self.last_read {
             self.read_at = Some(now);
         }
         self.unread += chunk.unread().len();
@@ -153,12 +156,12 @@ impl Stream {
 
     /// Reads as much as fits.
     pub fn poll_read(&mut self, mut into: &mut [u8], now: Instant) -> Poll<io::Result<usize>> {
-        let is_asked = !into.is_empty();
-        self.unread -= mem::take(&mut self.passing);
+        let has_room = !into.is_empty();
+        self.unread -= mem::take(&mut self.last_read);
         self.read_at = Some(now);
         while let Some(first) = self.chunks.front_mut() {
             let read = first.read(into);
-            self.passing += read;
+            self.last_read += read;
             into = into.get_mut(read..).unwrap_or_default();
             if !first.unread().is_empty() {
                 break;
@@ -167,7 +170,7 @@ impl Stream {
             self.chunks.pop_front();
         }
         match self.received {
-            _ if self.passing > 0 || !is_asked => Poll::Ready(Ok(self.passing)),
+            _ if self.last_read > 0 || !has_room => Poll::Ready(Ok(self.last_read)),
             flags if flags & RST != 0 => Poll::Ready(Err(ErrorKind::ConnectionReset.into())),
             flags if flags & FIN != 0 => Poll::Ready(Ok(0)),
             _ => Poll::Pending,
@@ -176,22 +179,22 @@ impl Stream {
 
     /// Frees the received data.
     fn discard_unread(&mut self) {
-        (self.chunks, self.stored, self.unread, self.passing) = (VecDeque::new(), 0, 0, 0);
+        (self.chunks, self.stored, self.unread, self.last_read) = (VecDeque::new(), 0, 0, 0);
     }
 
     /// Returns the credit to grant, in bytes.
     fn due_credit(&self, rtt: Option<Duration>, budget: &ConnectionBudget) -> usize {
         let window = budget.window(self.window);
         let missing = window.saturating_sub(self.credit + self.arriving + self.unread);
-        let late = if rtt > Some(FAR) { MAX_MISSING_OF_FAR } else { MAX_WINDOW };
-        let is_worth_it = missing >= late.min(window / 2) && self.credit + missing > MIN_CREDIT;
-        if is_worth_it && self.is_receiving() && self.is_read() { missing } else { 0 }
+        let most = if rtt > Some(FAR) { MAX_MISSING_OF_FAR } else { MAX_WINDOW };
+        let is_due = missing >= most.min(window / 2) && self.credit + missing > MIN_CREDIT;
+        if is_due && self.is_receiving() && self.is_read() { missing } else { 0 }
     }
 
     /// Grants the credit that is due, in bytes.
     ///
-    /// Before that, widens the window by at most `growth` if the peer used half of it within two round trips, which
-    /// limits its speed. While memory is scarce that is not what limits it.
+    /// Before that, widens the window by at most `growth` if the peer used half of it within two round trips: then the
+    /// window limits the peer's speed. Not while memory is scarce: then the pool limits it.
     pub fn grant(
         &mut self,
         rtt: Option<Duration>,
@@ -276,7 +279,7 @@ impl Stream {
         // FIN is a frame of its own: go-yamux handles the flags of a frame before its body, so a reader would see the
         // end before the last of the data.
         let flags = self.pending & if body == 0 { SYN | ACK | FIN } else { SYN | ACK };
-        let header = self.header(id, Kind::Data, flags, body);
+        let header = self.take_header(id, Kind::Data, flags, body);
         self.sent_at = Some(now);
         self.flushed = self.flushed.saturating_sub(body);
         if body == self.unsent() && !self.out.is_empty() {
@@ -302,11 +305,11 @@ impl Stream {
         self.pending & RST != 0 && !self.has_data()
     }
 
-    /// A header with these flags, which are pending no longer, and the id of this stream on the wire.
-    pub fn header(&mut self, id: u32, kind: Kind, flags: Flags, length: usize) -> [u8; HEADER] {
+    /// Returns a header with these flags, which are pending no longer; `id` is that of this stream on the wire.
+    pub fn take_header(&mut self, id: u32, kind: Kind, flags: Flags, len: usize) -> [u8; HEADER] {
         self.pending &= !flags;
         self.sent |= flags;
-        Header { kind, flags, stream: id, length: length as u32 }.encode()
+        Header { kind, flags, stream: id, length: len as u32 }.encode()
     }
 
     // ---- The end
@@ -322,25 +325,25 @@ impl Stream {
     pub fn drop_handle(&mut self) {
         self.has_handle = false;
         self.discard_unread();
-        let is_cut = (self.sent | self.pending) & (FIN | RST) == 0;
-        if is_cut {
+        let is_incomplete = (self.sent | self.pending) & (FIN | RST) == 0;
+        if is_incomplete {
             match self.flushed {
                 0 => self.discard_unsent(),
                 flushed => self.out.truncate(HEADER + flushed),
             }
         }
         // A peer without credit waits for some, and so sends no data that would cause a reset.
-        if is_cut || self.is_receiving() && self.credit == 0 {
+        if is_incomplete || self.is_receiving() && self.credit == 0 {
             self.set_reset();
         }
     }
 
-    /// Resets it. The id of a finished stream may already belong to another one: no RST is sent for it.
+    /// Resets the stream. The id of a finished one may already belong to another stream: no RST is sent for it.
     pub fn reset(&mut self) {
         self.discard_unread();
         self.discard_unsent();
         if self.is_finished() {
-            self.set_silent();
+            self.stop_sending();
         } else {
             self.pending &= !FIN;
             self.set_reset();
@@ -348,14 +351,14 @@ impl Stream {
         self.received |= RST;
     }
 
-    /// The peer reset it.
+    /// Handles a reset by the peer.
     pub fn on_reset(&mut self) {
         self.discard_unsent();
-        self.set_silent();
+        self.stop_sending();
         self.received |= RST;
     }
 
-    /// The session is over. A FIN that was received still counts as the end of the data.
+    /// Ends the stream with its session. A FIN that was received still counts as the end of the data.
     pub fn end(&mut self) {
         let received = self.received;
         self.on_reset();
@@ -367,25 +370,25 @@ impl Stream {
     /// Sends RST after the unsent data. A stream that the peer does not know of needs none.
     pub fn set_reset(&mut self) {
         if self.pending & SYN != 0 && !self.has_data() {
-            self.set_silent();
+            self.stop_sending();
         } else {
             self.pending |= RST;
         }
     }
 
     /// Marks this side's half as ended: nothing more is sent.
-    fn set_silent(&mut self) {
+    fn stop_sending(&mut self) {
         self.pending = 0;
         self.sent |= RST;
     }
 
     /// What its connection is charged for it, in bytes.
     pub fn charge(&self) -> usize {
-        size_of::<Self>() + self.stored + self.passing + self.out.capacity()
+        size_of::<Self>() + self.stored + self.last_read + self.out.capacity()
     }
 
-    /// Its weight when memory is freed: its bytes, times how long its reader or its peer has not taken any. Only received
-    /// ones count if the limit of its connection is exceeded.
+    /// Its weight when memory is freed: its bytes, times how long its reader or its peer has not taken any. Only
+    /// received ones count if the limit of its connection is exceeded.
     pub fn weight(&self, now: Instant, cut: Cut) -> u128 {
         let waits = |bytes: usize, since: Option<Instant>| {
             let millis = since.map_or(0, |at| now.saturating_duration_since(at).as_millis());

@@ -1,5 +1,5 @@
-//! What the program prints: the log and errors on standard error, texts on standard output, and whether both go to the same
-//! place. The exit code.
+//! What the program prints: the log and errors on standard error, texts on standard output. The exit code of an error,
+//! and whether both streams go to the same place.
 //!
 //! Under systemd the journal adds the time. It takes the priority of a line from a prefix, `<3>` to `<7>`:
 //! [sd-daemon(3)](https://www.freedesktop.org/software/systemd/man/latest/sd-daemon.html).
@@ -39,8 +39,8 @@ pub fn start_log() {
     log.parse_default_env().init();
 }
 
-/// Prints an error in one line, or the text that the program exits with. Returns the exit code: 0 for a text, 2 for an error
-/// in the settings, otherwise 1.
+/// Prints an error in one line, or the text that the program exits with. Returns the exit code: 0 for a text, 2 for an
+/// error in the settings, otherwise 1.
 pub fn exit_with(error: &anyhow::Error) -> ExitCode {
     if let Some(Exit::Print(text)) = error.downcast_ref() {
         return match print(text) {
@@ -56,7 +56,8 @@ pub fn exit_with(error: &anyhow::Error) -> ExitCode {
 ///
 /// # Errors
 ///
-/// When standard output cannot be written; not when it is a pipe without a reader, which may have read enough, as `head`.
+/// If standard output cannot be written. A pipe that its reader has closed is no error: the reader may have read
+/// enough, like `head`.
 pub fn print(text: &str) -> Result<()> {
     let mut out = io::stdout();
     let written = writeln!(out, "{}", text.trim_end()).and_then(|()| out.flush());
@@ -93,8 +94,8 @@ fn write_lines(out: &mut impl Write, prefix: &str, text: &fmt::Arguments<'_>) ->
     text.to_string().lines().try_for_each(|line| writeln!(out, "{prefix}{line}"))
 }
 
-/// Where a standard stream goes: "terminal", "pipe", "socket", or the device and inode of a file. All pipes count as one
-/// sink: a container runtime reads both streams from pipes, and shows them together.
+/// Where a standard stream goes: "terminal", "pipe", "socket", or the device and inode of a file. All pipes count as
+/// one sink: a container runtime reads both streams from pipes, and shows them together.
 fn sink(stream: &(impl std::os::fd::AsFd + io::IsTerminal)) -> Option<String> {
     use rustix::fs::{FileType, fstat};
 
@@ -121,7 +122,7 @@ fn is_journal() -> bool {
     journal.is_some() && journal == device_and_inode(io::stderr())
 }
 
-/// Whether standard output goes to the same place as the log.
+/// Whether standard output goes to the same place as the log: see [`sink`].
 pub fn is_merged_with_stdout() -> bool {
     sink(&io::stdout()).is_some_and(|out| Some(out) == sink(&io::stderr()))
 }

@@ -433,10 +433,10 @@ fn negotiation_ends_on_acceptance_in_any_number_of_writes() {
         (line("/ipfs/ping/1.0.0"), true),
     ] {
         let mut at_once = Negotiation::default();
-        assert!(!at_once.has_ended(&line("/multistream/1.0.0")));
-        assert_eq!(at_once.has_ended(&payload), agrees, "{payload:?}");
+        assert!(!at_once.parse(&line("/multistream/1.0.0")));
+        assert_eq!(at_once.parse(&payload), agrees, "{payload:?}");
         let mut cut = Negotiation::default();
-        let agreed = payload.iter().map(|byte| cut.has_ended(&[*byte]));
+        let agreed = payload.iter().map(|byte| cut.parse(&[*byte]));
         assert_eq!(agreed.last(), Some(agrees), "{payload:?}");
     }
 }

@@ -238,11 +238,11 @@ impl Session {
             stream.in_control = false;
             if stream.is_reset_due() {
                 frames = Frames::Resets;
-                into.extend(stream.header(key.0, Kind::Data, stream.pending, 0));
+                into.extend(stream.take_header(key.0, Kind::Data, stream.pending, 0));
             } else if stream.has_control(rtt, &self.budget) {
                 let credit = stream.grant(rtt, &mut self.growth, now, &self.budget);
                 let opening = stream.pending & (SYN | ACK);
-                into.extend(stream.header(key.0, Kind::WindowUpdate, opening, credit));
+                into.extend(stream.take_header(key.0, Kind::WindowUpdate, opening, credit));
             }
             self.update(key, |_| ());
         }

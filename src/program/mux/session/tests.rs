@@ -37,13 +37,13 @@ impl Side {
     }
 
     fn with(role: Endpoint, budget: MemoryBudget) -> Self {
-        let budget_of_one = budget.open(None, Weak::<Shared>::new());
-        let session = Session::new(role, budget_of_one, admission(100));
+        let account = budget.open(None, Weak::<Shared>::new());
+        let session = Session::new(role, account, admission(100));
         let (room, now) = (Room::default(), Instant::now());
         Self { session, room, now, budget }
     }
 
-    /// Fills the pool by another connection of the same prefix.
+    /// Charges this many bytes to another connection of the same prefix, until the returned account is dropped.
     fn fill_pool(&mut self, bytes: usize) -> Arc<ConnectionBudget> {
         let other = self.budget.open(None, Weak::<Shared>::new());
         other.replace_charge(0, bytes);
@@ -53,9 +53,9 @@ impl Side {
 
     fn open(&mut self) -> Key {
         let Poll::Ready(opened) = self.session.poll_open(&cx(), self.now) else {
-            panic!("it may open a stream");
+            panic!("the limits allow no stream");
         };
-        opened.expect("a number")
+        opened.expect("an id")
     }
 
     fn accept(&mut self) -> Option<Key> {
@@ -124,7 +124,7 @@ impl Side {
         std::mem::take(&mut self.session.effects).apply(&self.budget);
     }
 
-    /// Nothing is left of any stream.
+    /// Asserts that nothing is left of any stream.
     fn assert_empty(&mut self) {
         let session = &self.session;
         assert!(session.streams.is_empty(), "{session:#?}");
@@ -569,7 +569,7 @@ fn a_stream_dropped_after_fin_discards_all_that_its_peer_may_send() {
     let stream = accept_inbound(&mut server, 1);
     let mut credit = 0;
     while credit < MAX_WINDOW {
-        credit = full_window(&mut server, stream, credit.max(INITIAL_WINDOW));
+        credit = use_credit(&mut server, stream, credit.max(INITIAL_WINDOW));
     }
     server.session.change(stream, Stream::close);
     server.drop_handle(stream);
@@ -591,7 +591,7 @@ fn evicting_a_finished_stream_does_not_reset_its_successor_of_the_same_id() {
     let next = accept_inbound(&mut server, 1);
     assert!(server.session.shed(server.now, Cut::Pool) > 0);
     assert!(is_reset(server.read(stream, 9)));
-    assert!(headers(&server.send_all()).iter().all(|header| !header.flags & RST != 0));
+    assert!(headers(&server.send_all()).iter().all(|header| header.flags & RST == 0));
     assert!(server.read(next, 9).is_none(), "it goes on");
 }
 
@@ -672,7 +672,7 @@ fn dropping_an_unannounced_outbound_stream_sends_nothing() {
 }
 
 #[test]
-fn opening_a_stream_waits_while_as_many_of_ours_are_open_as_the_limit_allows() {
+fn opening_a_stream_waits_while_the_limit_on_outbound_streams_is_reached() {
     let mut client = Side::new(Endpoint::Dialer);
     client.session.admission.budget.outbound = 2;
     let streams = [(); 2].map(|()| client.open());
@@ -739,9 +739,10 @@ fn the_task_is_woken_for_each_thing_that_it_has_to_do() {
     assert!(server.write(opened, b"!").is_ready());
     server.send_all();
     let answer = frame(Kind::WindowUpdate, ACK, opened.0, 0);
-    assert!(wakes(&mut server, |it| it.receive(&answer).unwrap()), "one that waits for it");
+    assert!(wakes(&mut server, |it| it.receive(&answer).unwrap()), "another stream may open");
 }
 
+/// Whether a task was woken.
 #[derive(Default)]
 struct Woken(AtomicBool);
 
@@ -879,7 +880,7 @@ fn a_connection_above_its_limit_loses_a_stream_and_keeps_reading() {
     server.now += Duration::from_secs(1);
     server.receive(&data(0, 3, 200 * KIB)).unwrap();
     assert!(is_reset(server.read(first, 9)));
-    assert_eq!(server.read(second, PLENTY >> 20).unwrap().unwrap().len(), 200 * KIB);
+    assert_eq!(server.read(second, 1 << 20).unwrap().unwrap().len(), 200 * KIB);
     assert_eq!(server.budget.buffered().count(Cut::Connection), 1);
 }
 
@@ -1046,7 +1047,7 @@ fn windows_grow_with_the_round_trip_time_up_to_a_mebibyte() {
     server.send_all();
     let (mut credit, mut widest) = (INITIAL_WINDOW, 0);
     for _ in 0..50 {
-        credit = full_window(&mut server, stream, credit);
+        credit = use_credit(&mut server, stream, credit);
         widest = widest.max(credit);
     }
     assert_eq!(widest, MAX_WINDOW);
@@ -1060,7 +1061,7 @@ fn a_peer_far_away_is_granted_credit_before_half_of_a_wide_window_is_used() {
         server.send_all();
         let mut credit = INITIAL_WINDOW;
         while credit < MAX_WINDOW {
-            credit = full_window(&mut server, stream, credit);
+            credit = use_credit(&mut server, stream, credit);
         }
         server.session.round_trip.measured = Some(Duration::from_millis(round_trip));
         let mut lowest = credit;
@@ -1085,7 +1086,7 @@ fn windows_do_not_grow_while_the_pool_limits_them() {
     let _other = server.fill_pool(800 << 20);
     let mut credit = INITIAL_WINDOW;
     for _ in 0..50 {
-        credit = full_window(&mut server, stream, credit);
+        credit = use_credit(&mut server, stream, credit);
     }
     assert_eq!((credit, server.session.growth), (32 * KIB, MAX_GROWTH));
 }
@@ -1097,7 +1098,7 @@ fn windows_do_not_grow_for_a_peer_that_is_not_limited_by_them() {
     server.send_all();
     let mut credit = INITIAL_WINDOW;
     for _ in 0..10 {
-        credit = full_window(&mut server, stream, credit);
+        credit = use_credit(&mut server, stream, credit);
         server.now += Duration::from_millis(101);
     }
     assert_eq!((credit, server.session.growth), (INITIAL_WINDOW, MAX_GROWTH));
@@ -1108,8 +1109,8 @@ fn a_window_of_which_less_than_half_is_used_in_two_round_trips_does_not_grow() {
     let mut server = Side::new(Endpoint::Listener);
     let stream = accept_inbound(&mut server, 1);
     server.send_all();
-    let credit = full_window(&mut server, stream, INITIAL_WINDOW);
-    assert_eq!(full_window(&mut server, stream, credit), 2 * INITIAL_WINDOW);
+    let credit = use_credit(&mut server, stream, INITIAL_WINDOW);
+    assert_eq!(use_credit(&mut server, stream, credit), 2 * INITIAL_WINDOW);
     for _ in 0..10 {
         server.now += Duration::from_millis(101);
         server.receive(&data(0, 1, INITIAL_WINDOW / 2)).unwrap();
@@ -1120,13 +1121,13 @@ fn a_window_of_which_less_than_half_is_used_in_two_round_trips_does_not_grow() {
 }
 
 #[test]
-fn the_windows_of_one_connection_grow_by_its_share_in_all() {
+fn the_windows_of_one_connection_grow_by_its_limit_in_all() {
     let mut server = Side::with(Endpoint::Listener, MemoryBudget::new(PLENTY, PLENTY, 100 * KIB));
     let stream = accept_inbound(&mut server, 1);
     server.send_all();
     let mut credit = INITIAL_WINDOW;
     for _ in 0..10 {
-        credit = full_window(&mut server, stream, credit);
+        credit = use_credit(&mut server, stream, credit);
     }
     assert_eq!((credit, server.session.growth), (INITIAL_WINDOW + 100 * KIB, 0));
 }
@@ -1166,8 +1167,8 @@ fn a_peer_that_has_finished_and_one_that_is_reset_are_granted_nothing() {
     }
 }
 
-/// Stream 1's peer sends as much as its credit allows, and answers pings after 100 ms. Returns its next credit.
-fn full_window(server: &mut Side, stream: Key, credit: usize) -> usize {
+/// The peer of stream 1 sends as much as its credit allows, and answers pings after 100 ms. Returns its next credit.
+fn use_credit(server: &mut Side, stream: Key, credit: usize) -> usize {
     server.receive(&data(0, 1, credit)).unwrap();
     while server.read(stream, 64 * KIB).is_some() {}
     let sent = headers(&server.send_all());
@@ -1245,10 +1246,13 @@ fn a_batch_of_control_frames_is_bounded() {
 
 // ---- Two sessions against each other
 
+/// What one side does. Streams are indices, modulo the number of the side's streams.
 #[derive(Clone, Copy, Debug)]
 enum Step {
     Open,
+    /// Writes this many bytes to a stream.
     Write(usize, usize),
+    /// Reads at most this many bytes from a stream.
     Read(usize, usize),
     Close(usize),
     Drop(usize),
@@ -1259,6 +1263,7 @@ enum Step {
     /// Delivers at most this many bytes.
     Arrive(usize),
     Accept,
+    /// This many milliseconds pass, on both sides.
     Pass(u64),
 }
 
@@ -1271,9 +1276,11 @@ struct StreamModel {
     flushed: usize,
     arrived: usize,
     read: usize,
+    /// What this side did.
     closed: bool,
     dropped: bool,
     reset: bool,
+    /// Whether this side has read the end, and whether that was an error.
     ended: bool,
     was_reset: bool,
 }
@@ -1285,6 +1292,7 @@ struct Connection {
     wires: [Vec<u8>; 2],
 }
 
+/// The byte that a side writes to this stream at this position.
 fn byte(id: u32, side: usize, at: usize) -> u8 {
     (at as u32).wrapping_mul(31).wrapping_add(id * 7 + side as u32) as u8
 }
@@ -1295,6 +1303,7 @@ impl Connection {
         Self { sides, ..Self::default() }
     }
 
+    /// Applies a step to the side `at` and to its model, unless it needs a stream in another state.
     fn step(&mut self, at: usize, step: Step) {
         let (side, models) = (&mut self.sides[at], &mut self.streams[at]);
         let count = models.len();
@@ -1371,6 +1380,7 @@ impl Connection {
         }
     }
 
+    /// Reads once, and compares the result with the model. Returns false if there was nothing to read.
     fn read(side: &mut Side, stream: &mut StreamModel, at: usize, most: usize) -> bool {
         match side.read(stream.key, most.max(1)) {
             None => return false,
@@ -1394,12 +1404,12 @@ impl Connection {
         loop {
             let mut moved = false;
             for at in 0..2 {
-                while !self.wires[at].is_empty() || {
+                loop {
                     self.step(at, Step::Send(QUANTUM));
-                    !self.wires[at].is_empty()
-                } {
+                    if self.wires[at].is_empty() {
+                        break;
+                    }
                     moved = true;
-                    self.step(at, Step::Send(QUANTUM));
                     self.step(1 - at, Step::Arrive(usize::MAX));
                 }
                 moved |= !self.sides[at].session.accepted.is_empty();
@@ -1433,7 +1443,7 @@ impl Connection {
                 if to.dropped {
                     continue;
                 }
-                let cut = (from.dropped || from.reset) && !from.closed;
+                let is_incomplete = (from.dropped || from.reset) && !from.closed;
                 if to.ended && !to.was_reset {
                     assert!(from.closed, "an end of file without a close: {from:?} {to:?}");
                     assert_eq!(
@@ -1441,7 +1451,7 @@ impl Connection {
                         "bytes are missing before the end of file: {from:?} {to:?}"
                     );
                 }
-                if cut {
+                if is_incomplete {
                     assert!(
                         to.was_reset,
                         "an incomplete stream ended without a reset: {from:?} {to:?}"
