@@ -24,7 +24,7 @@ use libp2p::{
 use tempfile::TempDir;
 use tokio::time::sleep;
 
-/// Each flag, with an invalid value.
+/// Each flag that takes a value, with an invalid one.
 const FLAGS: &[(&str, &str)] = &[
     ("--config", "/there/is/none.toml"),
     ("--listen", "/ip4/0.0.0.0/udp/4001"),
@@ -47,6 +47,8 @@ const FLAGS: &[(&str, &str)] = &[
     ("--allow-subnet", "192.0.2.1"),
     ("--deny-subnet", "192.0.2.1/24"),
     ("--allow-connect-peer", "bob"),
+    #[cfg(feature = "pnet")]
+    ("--swarm-key", "/"),
     ("--reservation-ttl", "0s"),
     ("--grace", "soon"),
     ("--heartbeat", "often"),
@@ -57,6 +59,8 @@ const FLAGS: &[(&str, &str)] = &[
     ("--idle-timeout", "1"),
     ("--max-circuits", "-1"),
     ("--max-circuits-per-peer", "1.5"),
+    ("--max-circuits-per-ip", "half"),
+    ("--max-circuits-per-subnet", "-2"),
     ("--circuit-duration", "2 months ago"),
     ("--bandwidth", "fast"),
     ("--bandwidth-per-peer", "fast"),
@@ -65,9 +69,12 @@ const FLAGS: &[(&str, &str)] = &[
     ("--max-connections", "0"),
     ("--max-connections-per-peer", "one"),
     ("--max-connections-per-ip", "99999999999999999999"),
+    ("--max-connections-per-subnet", "all"),
     ("--max-handshakes", "0"),
     ("--max-streams", "many"),
     ("--max-streams-per-connection", "3"),
+    ("--stream-rate", "fast"),
+    ("--memory", "much"),
     ("--max-buffered", "1MiB"),
     ("--max-buffered-per-connection", "0"),
     ("--threads", "0"),
@@ -152,10 +159,12 @@ fn help_lists_every_flag_and_version_is_printed() {
     assert!(help.status.success() && help.stderr.is_empty());
     let help = String::from_utf8(help.stdout).unwrap();
     assert!(help.contains("RELAYLET_NAME in the environment"), "{help}");
-    for (flag, _) in FLAGS {
-        let usage = format!("\n    {flag} <");
-        assert!(help.contains(&usage), "{flag}: {help}");
-    }
+    let with_value = help.lines().filter_map(|line| line.strip_prefix("    --")?.split_once(" <"));
+    let mut listed: Vec<_> = with_value.map(|(name, _)| format!("--{name}")).collect();
+    let mut known: Vec<_> = FLAGS.iter().map(|(flag, _)| flag.to_string()).collect();
+    listed.sort();
+    known.sort();
+    assert_eq!(listed, known);
     for heading in ["\nSlots:\n", "\nCircuits:\n", "\nAccess:\n"] {
         assert!(help.contains(heading), "{help}");
     }
@@ -545,12 +554,13 @@ fn run(arguments: &[&str], environment: &[(&str, &str)]) -> Output {
     output(command(&folder).args(arguments).envs(environment.iter().copied()))
 }
 
-/// Runs the program with invalid settings, and returns its one-line error. An unusable identity is not a usage error, so
-/// its status is 1.
+/// Runs the program with invalid settings, and returns its one-line error. An unusable file of a key is not a usage
+/// error, so its status is 1.
 fn setting_error(arguments: &[&str], environment: &[(&str, &str)]) -> String {
     let output = run(arguments, environment);
     let line = one_line(&output);
-    let status = if line.contains("--identity") { 1 } else { 2 };
+    let of_key = ["--identity", "--swarm-key"].iter().any(|flag| line.contains(flag));
+    let status = if of_key { 1 } else { 2 };
     assert_eq!(output.status.code(), Some(status), "{line}");
     line
 }
