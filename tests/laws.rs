@@ -11,7 +11,7 @@
 //! | fair shares: a prefix above its share loses circuits to others, and no circuit ends for a request that is refused | `--max-circuits`, `--max-circuits-per-ip`, `--max-circuits-per-subnet`, `--max-circuits-per-peer` | `circuits::circuits_are_admitted_and_evicted_as_in_a_naive_model` |
 //! | one acceptance: a target that does not answer is asked over its other connections, over one at a time, and accepts a circuit once | none: always | `circuits::circuits_are_admitted_and_evicted_as_in_a_naive_model`, and a target on a dead connection in `faults.rs` |
 //! | accounting: a peer's account covers its present stay and ends with it; totals cover all peers | none: always | `accounts::accounts_match_the_sum_of_all_events`; `accounts.rs`, against a whole relay |
-//! | access: a rule ends what it denies and nothing else, however late its answer comes, and every request is answered once | `--allow-peer`, `--deny-peer` and the other lists | `mixed::in_no_history_do_the_tables_disagree_or_the_rules_not_apply`; `access.rs` |
+//! | access: a rule ends what it denies and nothing else, however late its answer comes, and every request is answered once | `--allow-peer`, `--deny-peer` and the other lists | `mixed::in_every_history_the_tables_agree_and_the_rules_apply`; `access.rs` |
 //! | reconfiguration: a change applies from then on and takes no slot | all of these | `a_lowered_cap_keeps_existing_slots_and_refuses_newcomers`, the history; `access.rs` |
 
 #[path = "laws/accounts.rs"]

@@ -12,16 +12,17 @@ use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
 
 use crate::trace::{Change, DAY, MEASURED_FROM, Trace};
 
-/// TCP sends again what is not acknowledged a round trip and this time later, each time twice as late, up to the longest.
-/// The program's sockets send so many times before that begins (Linux, `TCP_THIN_LINEAR_TIMEOUTS`).
+/// TCP retransmits what is not acknowledged within a round trip and this time, at intervals that double.
 const RETRANSMIT_AFTER: Duration = Duration::from_millis(200);
-const LINEAR: u64 = 6;
+/// The longest of these intervals.
 const LONGEST_RETRANSMIT: Duration = Duration::from_secs(120);
+/// From this retransmission on the intervals of the program's sockets double (Linux, `TCP_THIN_LINEAR_TIMEOUTS`).
+const LINEAR_RETRANSMITS: u64 = 6;
 
-/// This long after the last client has disconnected every term and grace is over.
+/// How long after the last client has disconnected every term and grace is over.
 const AFTERWARDS: Duration = Duration::from_secs(3 * 60 * 60);
 
-/// A relay: connections, peers and times are numbers.
+/// A relay. Connections and peers are numbers, times are durations since the start.
 pub trait Relay {
     /// The term of a slot.
     fn term(&self) -> Duration;
@@ -38,7 +39,7 @@ pub trait Relay {
     /// How many slots and connections the relay still has.
     fn left_over(&self) -> usize;
 
-    /// The client's kernel acknowledged a probe that was retransmitted so often.
+    /// The client's kernel acknowledged a probe that was retransmitted this many times.
     fn on_acknowledged(&mut self, _connection: usize, _retransmitted: u64, _now: Duration) {}
 
     /// For a model that does not simulate probes: no answers arrive on this connection from now on, until this time or
@@ -83,7 +84,8 @@ pub struct Tally {
     pub unreachable: Duration,
     /// Timeouts of peers that were active or had answered in time: mistakes of the relay.
     pub wrong_evictions: usize,
-    /// Refusals while the peer of a slot had been gone long enough to be detected; only for a relay that promises that.
+    /// Broken promises: refusals while the peer of a slot had been gone long enough to be detected. Only for a relay
+    /// with that promise.
     pub broken: Option<usize>,
     /// How long it took until a gone peer's slot was available.
     pub back_after: Vec<Duration>,
@@ -101,10 +103,10 @@ enum Due {
     /// A probe arrives, where packets are lost.
     Probe(usize),
     Answer(usize),
-    /// The relay's kernel gets the acknowledgement of a probe that was retransmitted so often.
+    /// The relay's kernel gets the acknowledgement of a probe that was retransmitted this many times.
     Acknowledged(usize, u64),
     Keepalive(usize),
-    /// One arrives, where packets are lost: the relay answers it.
+    /// A keepalive arrives, where packets are lost: the relay answers it.
     Kept(usize),
     /// This client reconnects, if it is still in this stay.
     Reconnect(usize, usize),
@@ -128,11 +130,11 @@ struct Connection {
     last_heard: Duration,
     probed: Option<Duration>,
     wants_since: Duration,
-    /// What was sent last to the client, and by it.
+    /// The last packet to the client, and the last one to the relay.
     last: [Packet; 2],
 }
 
-/// When a packet is sent, arrives and is acknowledged; what follows is sent after that, as one packet.
+/// When a packet is sent, arrives and is acknowledged. All that is to be sent meanwhile follows then, as one packet.
 #[derive(Clone, Copy, Default)]
 struct Packet {
     sent: Duration,
@@ -293,6 +295,7 @@ impl<R: Relay> Simulation<'_, R> {
     }
 
     fn handle_due(&mut self, due: Due) {
+        // 1. Entries that do not need the client's connection to be up.
         let (connection, client) = match due {
             Due::Disconnected(connection) => {
                 return self.relay.on_disconnected(connection, self.now);
@@ -318,6 +321,7 @@ impl<R: Relay> Simulation<'_, R> {
         if self.clients[client].connection != Some(connection) {
             return;
         }
+        // 2. The client's kernel acknowledges even while the client is stalled; all else waits for the client.
         if let Due::Acknowledged(_, retransmitted) = due {
             return self.relay.on_acknowledged(connection, retransmitted, self.now);
         }
@@ -326,6 +330,7 @@ impl<R: Relay> Simulation<'_, R> {
         if self.now < stalled_until {
             return self.schedule(stalled_until - self.now, due);
         }
+        // 3. What the client does about it.
         if due == Due::Lost(connection) {
             self.clients[client].connection = None;
             if let Some(pause) = family.reconnect_after_close() {
@@ -344,6 +349,7 @@ impl<R: Relay> Simulation<'_, R> {
             let arrives = self.send(connection, TO_RELAY);
             return self.schedule(arrives, Due::Answer(connection));
         }
+        // 4. What arrives at the relay.
         self.connections[connection].last_heard = self.now;
         self.relay.on_activity(connection);
         if due == Due::Kept(connection) {
@@ -376,7 +382,7 @@ impl<R: Relay> Simulation<'_, R> {
             }
             at += pause;
             retransmitted += 1;
-            if direction == TO_RELAY || retransmitted >= LINEAR {
+            if direction == TO_RELAY || retransmitted >= LINEAR_RETRANSMITS {
                 pause = LONGEST_RETRANSMIT.min(pause * 2);
             }
         }
@@ -406,7 +412,7 @@ impl<R: Relay> Simulation<'_, R> {
                     self.end_unreachability(client);
                 }
             }
-            Action::Refused(connection) => self.refused(connection),
+            Action::Refused(connection) => self.on_refused(connection),
             Action::Probed(connection) => {
                 self.connections[connection].probed = Some(self.now);
                 if let Some(client) = self.live_client(connection) {
@@ -445,7 +451,7 @@ impl<R: Relay> Simulation<'_, R> {
         }
     }
 
-    fn refused(&mut self, connection: usize) {
+    fn on_refused(&mut self, connection: usize) {
         let Some(client) = self.live_client(connection) else {
             return;
         };
@@ -480,6 +486,7 @@ impl<R: Relay> Simulation<'_, R> {
         }
     }
 
+    /// Changes the state of a peer, and counts for how long the states before lasted.
     fn change(&mut self, peer: usize, change: impl FnOnce(&mut Peer)) {
         let until = self.now.clamp(MEASURED_FROM, DAY);
         let seconds = (until - self.counted_until).as_secs_f64();

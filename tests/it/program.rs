@@ -199,7 +199,7 @@ fn a_text_that_cannot_be_printed_is_an_error() {
         let line = one_line(&output);
         assert!(line.starts_with("relaylet: standard output cannot be written: "), "{line}");
 
-        // As before `head`, which does not read all of it.
+        // As in a pipe to `head`, which does not read all of it.
         let (reader, writer) = std::io::pipe().unwrap();
         drop(reader);
         let output = command.stdout(writer).output().unwrap();
@@ -224,10 +224,11 @@ async fn the_log_starts_with_identity_addresses_and_circuit_limits() {
     let log: Vec<_> = relay.log().into_iter().filter(is_own).collect();
     let first = |text: &str| log.iter().position(|line| line.contains(text));
     let (identity, key) = (first(&format!("is {}", relay.peer)), first("identity created: /"));
-    let what = first("relays for anyone: 1024 slots, 1024 circuits at a time; a circuit may carry");
-    let where_ = first(&format!("listening on {}", relay.address));
+    let limits =
+        first("relays for anyone: 1024 slots, 1024 circuits at a time; a circuit may carry");
+    let listening = first(&format!("listening on {}", relay.address));
     let paste = first(&format!("clients on this machine reach it at {}", relay.address));
-    for line in [identity, key, what, where_, paste] {
+    for line in [identity, key, limits, listening, paste] {
         assert!(line.is_some_and(|line| line < 6), "{log:#?}");
     }
 }
@@ -333,15 +334,15 @@ fn stderr_of(flags: &[&str], is_journal: bool) -> String {
     let mut child = command.spawn().unwrap();
     drop(command); // closes the writing end
     let mut lines = String::new();
-    let mut line = BufReader::new(&mut reader);
+    let mut stderr = BufReader::new(&mut reader);
     // It runs until its startup log is complete.
-    while line.read_line(&mut lines).unwrap() > 0 {
+    while stderr.read_line(&mut lines).unwrap() > 0 {
         if lines.contains("can be dialed from the internet") {
             signal(child.id(), "INT");
             break;
         }
     }
-    line.read_to_string(&mut lines).unwrap();
+    stderr.read_to_string(&mut lines).unwrap();
     wait_for(&mut child);
     lines
 }
@@ -386,7 +387,7 @@ async fn a_closed_standard_output_does_not_stop_the_relay() {
         sleep(Duration::from_millis(20)).await;
     }
     signal(child.id(), "INT");
-    assert!(crate::common::wait_for(&mut child).success());
+    assert!(wait_for(&mut child).success());
 }
 
 #[test]

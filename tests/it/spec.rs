@@ -148,10 +148,14 @@ async fn without_limits_no_limit_is_sent() {
 
 #[tokio::test]
 async fn connect_to_a_peer_without_reservation_is_no_reservation() {
-    // It connects as fast as the machine can.
-    let long_after_expiry =
-        "--reservation-ttl=1s --sweep=1h --grace=1h --connect-rate=0 --stream-rate=0";
-    let relay = Relay::start(&long_after_expiry.split(' ').collect::<Vec<_>>());
+    // Alice asks as often as the machine can; a sweep comes long after the reservation expires.
+    let relay = Relay::start(&[
+        "--reservation-ttl=1s",
+        "--sweep=1h",
+        "--grace=1h",
+        "--connect-rate=0",
+        "--stream-rate=0",
+    ]);
     let mut alice = Client::connect(&relay).await;
     let unknown = PeerId::random();
     assert_eq!(alice.request(&connect(unknown)).await.status, NO_RESERVATION);
@@ -332,18 +336,11 @@ async fn an_undecodable_message_is_malformed() {
 async fn a_message_of_4096_bytes_is_accepted() {
     let relay = Relay::start(&[]);
     let mut alice = Client::connect(&relay).await;
-    let mut request = connect(alice.peer);
-    let filler = |length| {
-        let mut request = reserve();
-        request.peer = Some(messages::Peer { id: None, addrs: vec![vec![0; length]] });
-        request
-    };
-    for length in 4080..4096 {
-        if prost::Message::encoded_len(&filler(length)) == 4096 {
-            request = filler(length);
-        }
-    }
-    assert_eq!(prost::Message::encoded_len(&request), 4096);
+    let mut requests = (4080..4096).map(|length| {
+        let peer = messages::Peer { id: None, addrs: vec![vec![0; length]] };
+        HopMessage { peer: Some(peer), ..reserve() }
+    });
+    let request = requests.find(|it| prost::Message::encoded_len(it) == 4096).unwrap();
     assert_eq!(alice.request(&request).await.status, OK);
 }
 
@@ -453,7 +450,7 @@ async fn exactly_the_byte_limit_is_relayed_and_the_next_byte_resets() {
             let (bytes, _) = read_to_end(end).await;
             assert!(bytes.is_empty());
             // It is a reset, not a close: writing fails as well.
-            assert!(within(fails_to_write(end)).await);
+            within(write_until_error(end)).await;
         }
     }
     relay.wait_for_log(&format!("data limit; {LIMIT} bytes to the target, {LIMIT} back")).await;
@@ -468,7 +465,7 @@ async fn the_time_limit_resets_both_ends() {
     for end in [&mut there, &mut back] {
         let _ = read_to_end(end).await;
         assert!(start.elapsed() >= Duration::from_secs(2));
-        assert!(within(fails_to_write(end)).await);
+        within(write_until_error(end)).await;
     }
     relay.wait_for_log("time limit").await;
 }
@@ -483,7 +480,7 @@ async fn a_reset_is_relayed() {
         let (resetting, mut other) = if source_resets { (there, back) } else { (back, there) };
         drop(resetting); // without a close: a reset
         let _ = read_to_end(&mut other).await;
-        assert!(within(fails_to_write(&mut other)).await);
+        within(write_until_error(&mut other)).await;
     }
     for closed in ["circuit 1 closed: ", "circuit 2 closed: "] {
         let line = relay.wait_for_log(closed).await;
@@ -517,9 +514,8 @@ async fn a_stalled_stream_does_not_keep_an_idle_connection_open() {
 }
 
 /// Writes until that fails; some bytes may be accepted before the reset arrives.
-async fn fails_to_write(stream: &mut libp2p::Stream) -> bool {
+async fn write_until_error(stream: &mut libp2p::Stream) {
     while stream.write_all(&[0]).await.is_ok() && stream.flush().await.is_ok() {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
-    true
 }

@@ -30,7 +30,7 @@ const PEERS: usize = 9;
 /// The first of them hold slots.
 const TARGETS: usize = 3;
 const ADDRESSES: u8 = 6;
-/// For how many milliseconds a target that has another connection is asked over one.
+/// After how many milliseconds without an answer a target is asked over another connection, if it has one.
 const RETRY_AFTER: u64 = 3_000;
 
 /// `nth` is an index: of the circuits that wait for their target (`Answer`), or of those that are open.
@@ -161,7 +161,7 @@ impl Record {
 struct Peer {
     id: PeerId,
     connection: u32,
-    /// Those that it opened after that one.
+    /// The connections that it opened after that one.
     others: Vec<u32>,
     address: u8,
     activity: ActivityCounter,
@@ -222,17 +222,17 @@ impl World {
 
     fn connect(&mut self, peer: usize) {
         self.connections += 1;
-        let (now, activity) = (self.instant(), ActivityCounter::default());
+        let now = self.instant();
         let known = &mut self.peers[peer];
-        (known.connection, known.activity, known.is_frozen) =
-            (self.connections, activity.clone(), false);
+        (known.connection, known.is_frozen) = (self.connections, false);
+        known.activity = ActivityCounter::default();
         known.others.clear();
         self.add_connection(peer);
         if peer < TARGETS {
             self.requests += 1;
             let (from, request) = (self.end(peer), self.requests);
             self.relay.handle_request(from, Ok(Request::Reserve), request, now);
-            self.actions();
+            self.take_actions();
         }
     }
 
@@ -278,10 +278,10 @@ impl World {
         overdue.map(|record| (record.id, self.others(record))).collect()
     }
 
-    /// Records which targets a sweep asked over another connection; asserts that their circuits were overdue, or that they
-    /// are silent: these time out on the connection over which they were asked.
+    /// Records which targets a sweep asked over another connection; asserts that their circuits were overdue, or that
+    /// they are silent: these time out on the connection over which they were asked.
     fn on_asked_again(&mut self, overdue: &[(CircuitId, Vec<u32>)]) {
-        for action in self.actions() {
+        for action in self.take_actions() {
             let Action::AskTarget(target, parameters) = action else {
                 continue;
             };
@@ -317,8 +317,8 @@ impl World {
         }
     }
 
-    /// The relay's decisions about circuits: targets to ask, and refusals. Acts on the others.
-    fn actions(&mut self) -> Vec<Action<u32, u64>> {
+    /// Returns the relay's decisions about circuits: targets to ask, and refusals. Carries out its other actions.
+    fn take_actions(&mut self) -> Vec<Action<u32, u64>> {
         let mut actions = Vec::new();
         while let Some(action) = self.relay.actions.pop_front() {
             match action {
@@ -334,8 +334,8 @@ impl World {
         actions
     }
 
-    /// The circuits that the relay has ended since the last call: those that were pending, and those that were open.
-    fn ended(&mut self) -> (Vec<CircuitId>, Vec<CircuitId>) {
+    /// Returns the circuits that the relay has ended since the last call: first the pending ones, then the open ones.
+    fn take_ended(&mut self) -> (Vec<CircuitId>, Vec<CircuitId>) {
         let (mut abandoned, mut ended) = (Vec::new(), Vec::new());
         for record in self.circuits.iter_mut().filter(|record| !record.has_noticed) {
             record.has_noticed = record.ended.try_recv().is_err();
@@ -348,6 +348,7 @@ impl World {
         (abandoned, ended)
     }
 
+    /// Applies a step to the relay and to the model; none if it needs a circuit that does not exist.
     fn apply(&mut self, step: Step) {
         let now = self.instant();
         match step {
@@ -358,8 +359,9 @@ impl World {
                 }
             }
             Step::Answer { nth, accepts } => {
-                let asked = |c: &&mut Record| matches!(c.state, State::Pending | State::Abandoned);
-                let Some(record) = self.circuits.iter_mut().filter(asked).nth(nth) else {
+                let is_unanswered =
+                    |c: &&Record| matches!(c.state, State::Pending | State::Abandoned);
+                let Some(record) = self.circuits.iter().filter(is_unanswered).nth(nth) else {
                     return;
                 };
                 let (id, mut asked) = (record.id, record.asked.clone());
@@ -367,18 +369,18 @@ impl World {
                 self.assert_late_answers_ignored(id, &asked);
                 let answer = if accepts { Ok(()) } else { Err(StopFailed::Unsupported) };
                 let opened = self.relay.on_target_answered(id, over, answer, now);
-                self.actions();
+                self.take_actions();
                 self.assert_late_answers_ignored(id, &asked);
-                let asking = self.circuits.iter().position(|record| record.id == id).unwrap();
-                let waits = matches!(self.circuits[asking].state, State::Pending);
+                let index = self.circuits.iter().position(|record| record.id == id).unwrap();
+                let waits = matches!(self.circuits[index].state, State::Pending);
                 assert_eq!(
                     opened.is_some(),
                     accepts && waits,
                     "opened only if the target accepts and the source waits"
                 );
                 match opened {
-                    Some(_) => self.circuits[asking].state = State::Open,
-                    None => _ = self.circuits.remove(asking),
+                    Some(_) => self.circuits[index].state = State::Open,
+                    None => _ = self.circuits.remove(index),
                 }
             }
             Step::Transfer { nth } => {
@@ -435,9 +437,9 @@ impl World {
 
     /// Reports the end of each open circuit that the relay has ended; asserts that `of` holds for it.
     fn assert_only_these_end(&mut self, of: impl Fn(&Record) -> bool) {
-        self.actions();
+        self.take_actions();
         let now = self.instant();
-        for id in self.ended().1 {
+        for id in self.take_ended().1 {
             let index = self.circuits.iter().position(|record| record.id == id);
             let record = self.circuits.remove(index.expect("the model knows it"));
             assert!(of(&record), "{record:?} ends for no reason");
@@ -445,8 +447,10 @@ impl World {
         }
     }
 
+    /// Lets the time pass until `until`, with the relay's sweeps.
     fn pass(&mut self, until: u64) {
         loop {
+            // 1. The next sweep. All peers but the frozen ones are active before it.
             let due = self.relay.sweep_due.saturating_duration_since(self.start);
             let due = due.as_millis() as u64;
             if due > until {
@@ -456,6 +460,7 @@ impl World {
             for peer in self.peers.iter().filter(|peer| !peer.is_frozen) {
                 peer.activity.add(1);
             }
+            // 2. What the laws need to know from before the sweep.
             let (now, overdue) = (self.now, self.overdue());
             let silence = self.relay.config.silence;
             let frozen = self.peers.iter().filter(|peer| peer.is_frozen);
@@ -467,6 +472,7 @@ impl World {
             let probed: BTreeMap<_, _> = theirs.map(|id| (*id, probed_for(id))).collect();
             let silent: Vec<_> =
                 probed.keys().copied().filter(|id| self.silent_for(*id) >= silence).collect();
+            // 3. The sweep.
             self.relay.sweep(self.instant());
             for record in &mut self.circuits {
                 let is_open = matches!(record.state, State::Open | State::Yielded);
@@ -475,8 +481,9 @@ impl World {
                 }
             }
             self.on_asked_again(&overdue);
-            // A peer that times out on a connection counts as heard there just now. It had as much time to answer on those
-            // that were probed as early.
+            // 4. The connections on which a peer has timed out.
+            // A peer that times out on a connection counts as heard there just now. It had as much time to answer on
+            // those that were probed as early.
             for id in silent {
                 if self.silent_for(id).is_zero() {
                     let is_of = |it: &&Peer| it.connection == id || it.others.contains(&id);
@@ -488,7 +495,8 @@ impl World {
                     self.timed_out.extend(as_early);
                 }
             }
-            let (abandoned, ended) = self.ended();
+            // 5. The circuits that it ended, and those that are still overdue.
+            let (abandoned, ended) = self.take_ended();
             for id in abandoned {
                 let record = self.circuits.iter_mut().find(|record| record.id == id);
                 record.expect("the model knows it").state = State::Abandoned;
@@ -519,6 +527,7 @@ impl World {
         if source == target {
             return; // rejected when the request is read
         }
+        // 1. The relay decides.
         self.requests += 1;
         let (request, now) = (self.requests, self.instant());
         let asked = Ok(Request::Connect(self.peers[target].id));
@@ -527,7 +536,7 @@ impl World {
         self.relay.handle_request(self.end(source), asked, request, now);
         let mut admitted = None;
         let mut refused = None;
-        for action in self.actions() {
+        for action in self.take_actions() {
             match action {
                 Action::AskTarget(target, parameters) => {
                     admitted = Some((target.connection, *parameters));
@@ -536,7 +545,8 @@ impl World {
                 _ => {}
             }
         }
-        let (_, mut ended) = self.ended();
+        let (_, mut ended) = self.take_ended();
+        // 2. The model decides; if it refuses, so has the relay.
         let yielded = self.decide(source, target);
         if !has_slot {
             assert!(admitted.is_none());
@@ -548,13 +558,13 @@ impl World {
             assert_eq!(refused, Some(Status::ResourceLimitExceeded));
             return assert!(ended.is_empty(), "no circuit ends for one that is refused");
         };
+        // 3. If it admits the circuit, so has the relay, and has ended the same one for it.
         let (over, parameters) = admitted.expect("there is room");
         let CircuitParameters { id, counters, ended: cancelled, .. } = parameters;
         // The circuit that yields may have been ended before, because its peer is silent.
-        let is_ending = self.circuits.iter().filter(|record| record.has_noticed);
-        ended.extend(
-            yielded.filter(|yielded| is_ending.clone().any(|record| record.id == *yielded)),
-        );
+        let is_ending =
+            |id: &CircuitId| self.circuits.iter().any(|it| it.id == *id && it.has_noticed);
+        ended.extend(yielded.filter(is_ending));
         ended.dedup();
         assert_eq!(ended, Vec::from_iter(yielded), "the circuit that yields");
         let gone = yielded.and_then(|id| self.circuits.iter_mut().find(|record| record.id == id));
@@ -608,7 +618,7 @@ impl World {
             [in_subnet, under.iter().filter(|c| c.address == of).count()]
         };
         let [subnet_load, address_load] = load(address);
-        // Without this circuit, its prefix still holds no fewer circuits than the newcomer's, which is counted then.
+        // Without this circuit, its prefix holds at least as many as the newcomer's prefix does with the new one.
         let yields = |record: &Record| {
             let [of_subnet, of_address] = load(record.address);
             match same_subnet(record) {
@@ -666,12 +676,12 @@ proptest! {
     ) {
         let mut world = World::new(caps);
         for step in steps {
-            let changes = matches!(step, Step::Configure(_));
+            let changes_caps = matches!(step, Step::Configure(_));
             let before = world.over_caps();
             world.apply(step);
             world.compare();
             let over = world.over_caps().into_iter().zip(before);
-            for (after, before) in over.filter(|_| !changes) {
+            for (after, before) in over.filter(|_| !changes_caps) {
                 assert!(after <= before, "a cap is exceeded");
             }
         }

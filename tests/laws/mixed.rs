@@ -1,9 +1,9 @@
 //! Random histories in which everything interacts: slots and circuits of the same peers, access rules that change and
 //! whose answers come late, drains, answers that are not delivered, connections that are replaced, caps that change.
 //!
-//! There is no model. After each step every index and counter agrees with the tables, every request was answered once or
-//! went with its connection, and no peer lost a slot or a circuit to a rule that allows it. Once all answers have come, no
-//! peer holds what the rules deny; once all peers are gone, nothing is left.
+//! There is no model. After each step every index and counter agrees with the tables, every request was answered once
+//! or went with its connection, and no peer lost a slot or a circuit to a rule that allows it. Once all answers have
+//! come, no peer holds what the rules deny; once all peers are gone, nothing is left.
 
 use std::{
     cell::RefCell,
@@ -232,10 +232,13 @@ struct World {
     checks: Vec<(AccessCheck<u32, Reply>, Permission)>,
     /// The grants whose delivery has yet to be reported.
     grants: Vec<(End<u32>, Receipt)>,
+    /// The circuits whose targets were asked, with the target's connection.
     asked: Vec<(CircuitId, End<u32>, oneshot::Receiver<()>)>,
+    /// The open circuits, with the source's connection.
     open: Vec<(CircuitId, End<u32>, oneshot::Receiver<()>)>,
     /// The rules under which the relay ended circuits that have not reported it.
     ended_under: BTreeMap<CircuitId, Rules>,
+    /// The connections whose handlers were told that a slot points at them.
     holds: BTreeSet<u32>,
     /// The connection that each peer's slot pointed at last.
     held_over: BTreeMap<PeerId, u32>,
@@ -304,6 +307,7 @@ impl World {
         self.relay.handle_request(from, Ok(request), reply, now);
     }
 
+    /// Applies a step, unless it needs something that does not exist, and checks the tables.
     fn apply(&mut self, step: Step) {
         let now = self.instant();
         match step {
@@ -404,6 +408,7 @@ impl World {
         }
         self.take_actions();
         self.check();
+        // These report their end later, when the rules may be other ones.
         for (id, _, ended) in &mut self.open {
             if ended.try_recv().is_err() {
                 let rules = || self.rules.0.lock().unwrap().clone();
@@ -439,7 +444,7 @@ impl World {
     }
 
     fn disconnect(&mut self, end: End<u32>) {
-        // Its tasks are gone.
+        // What its tasks would have reported is lost.
         self.up.retain(|up| up.end != end);
         self.grants.retain(|(over, _)| *over != end);
         self.asked.retain(|(_, over, _)| *over != end);
@@ -538,10 +543,10 @@ impl World {
                 self.circuits -= 1;
                 let rules = self.ended_under.remove(&circuit).unwrap_or(rules);
                 if end == CircuitEnd::Denied {
-                    let any = rules.peers.contains(&source)
+                    let may_deny = rules.peers.contains(&source)
                         || rules.peers.contains(&target)
                         || !rules.addresses.is_empty();
-                    assert!(any, "law: no circuit is lost to a rule that allows it");
+                    assert!(may_deny, "law: no circuit is lost to a rule that allows it");
                 }
             }
             _ => {}
@@ -599,7 +604,8 @@ impl World {
         }
     }
 
-    /// Has all answers come; asserts that no peer holds what the rules deny then, and that a change asks about all slots.
+    /// Has all answers come; asserts that no peer holds what the rules deny then, and that a change asks about all
+    /// slots.
     fn settle(&mut self) {
         while !self.checks.is_empty() {
             self.decide(0);
@@ -666,7 +672,7 @@ proptest! {
     })]
 
     #[test]
-    fn in_no_history_do_the_tables_disagree_or_the_rules_not_apply(
+    fn in_every_history_the_tables_agree_and_the_rules_apply(
         history in prop::collection::vec(step(), 1..120),
     ) {
         let mut world = World::new();
