@@ -127,26 +127,27 @@ impl StreamLimits {
     pub fn check(&self, circuits: usize) -> Result<(), ConfigError> {
         let streams = self.max_streams_per_connection.unwrap_or(OWN);
         // Each circuit may fill the window that it has from the start, and so may another stream.
-        let (held, least) = (self.buffered_per_connection(circuits), initial_windows(circuits));
-        let (pool, least_pool) =
-            (self.buffered(circuits), held.saturating_mul(CONNECTIONS_IN_POOL));
+        let (limit, least) = (self.buffered_per_connection(circuits), initial_windows(circuits));
+        let (pool, min_pool) = (self.buffered(circuits), limit.saturating_mul(CONNECTIONS_IN_POOL));
         let of_pool = pool / CONNECTIONS_IN_POOL;
         let (setting, problem) = if !(OWN..=MAX_STREAMS).contains(&streams) {
             let problem = format!("{streams} is out of range; try {OWN} to {MAX_STREAMS}");
             ("max_streams_per_connection", problem)
-        } else if held < least {
-            let fit = (held / INITIAL_WINDOW).saturating_sub(1);
-            ("max_buffered_per_connection", too_little(held, least, circuits, fit))
-        } else if pool >= least_pool {
+        } else if limit < least {
+            let fit = (limit / INITIAL_WINDOW).saturating_sub(1);
+            ("max_buffered_per_connection", too_little(limit, least, circuits, fit))
+        } else if pool >= min_pool {
             return Ok(());
         } else if self.max_buffered_per_connection.is_none() || of_pool < least {
             let fit = of_pool.saturating_sub(MAX_WINDOW) / INITIAL_WINDOW;
-            ("max_buffered", too_little(pool, least_pool, circuits, fit))
+            // With fewer circuits only the default limit on a connection is lower.
+            let fit = self.max_buffered_per_connection.map_or(fit, |_| 0);
+            ("max_buffered", too_little(pool, min_pool, circuits, fit))
         } else {
             let problem = format!(
                 "{} is below four times --max-buffered-per-connection; try {} or more, or lower that to {}",
                 ByteSize::b(pool as u64),
-                in_kib(least_pool.div_ceil(KIB)),
+                in_kib(min_pool.div_ceil(KIB)),
                 in_kib(of_pool / KIB)
             );
             ("max_buffered", problem)
@@ -418,6 +419,33 @@ mod tests {
     }
 
     #[test]
+    fn each_remedy_named_in_the_error_is_accepted() {
+        for (pool, one, circuits) in [
+            (None, Some(65 * MIB / 4 - 1), 64),
+            (None, Some(MIB / 4), 64),
+            (Some(8 * MIB), None, 64),
+            (Some(16 * MIB), Some(17 * MIB), 64),
+            (Some(79 * MIB), Some(20 * MIB), 64),
+        ] {
+            let line = problem(pool, one, circuits).unwrap();
+            let after = |words: &str| Some(line.split_once(words)?.1.split(' ').next().unwrap());
+            let bytes = |text: &str| Some(text.parse::<ByteSize>().unwrap().as_u64() as usize);
+            let more = bytes(after("try ").unwrap());
+            let (pool_or_more, one_or_more) = match line.starts_with("max_buffered: ") {
+                true => (more, one),
+                false => (pool, more),
+            };
+            assert_eq!(problem(pool_or_more, one_or_more, circuits), None, "{line}");
+            if let Some(fewer) = after("--max-circuits-per-peer to ") {
+                assert_eq!(problem(pool, one, fewer.parse().unwrap()), None, "{line}");
+            }
+            if let Some(lower) = after("lower that to ") {
+                assert_eq!(problem(pool, bytes(lower), circuits), None, "{line}");
+            }
+        }
+    }
+
+    #[test]
     fn default_budgets_hold_all_windows_of_a_connection_and_four_connections() {
         for circuits in [0, 1, 64, 4096, usize::MAX] {
             assert_eq!(problem(None, None, circuits), None);
@@ -451,8 +479,7 @@ mod tests {
                 Some(16 * MIB),
                 Some(17 * MIB),
                 64,
-                "max_buffered: 16.0 MiB is too little for --max-circuits-per-peer 64; try 68MiB or more, or \
-                 lower --max-circuits-per-peer to 12",
+                "max_buffered: 16.0 MiB is too little for --max-circuits-per-peer 64; try 68MiB or more",
             ),
             (
                 Some(79 * MIB),
