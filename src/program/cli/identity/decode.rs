@@ -76,7 +76,7 @@ fn of_base64(text: &str) -> Option<Zeroizing<Vec<u8>>> {
 fn of_pem(text: &str) -> Result<Zeroizing<Vec<u8>>, &'static str> {
     const ENCRYPTED: &str = "holds an encrypted key, and a passphrase cannot be entered here; decrypt it: openssl pkey \
                              -in FILE -out key.pem";
-    const OTHER: &str = "holds a key in PEM that is not Ed25519 in PKCS #8; generate one: openssl genpkey -algorithm \
+    const OTHER: &str = "holds no Ed25519 private key in PKCS #8 PEM; generate one: openssl genpkey -algorithm \
                          ed25519";
     if text.contains("ENCRYPTED") {
         return Err(ENCRYPTED);
@@ -249,9 +249,11 @@ mod tests {
             (b"{ \"Identity\": { \"PrivKey\": } }", "holds no libp2p private key"),
             (b"{ \"PrivKey\"", "holds no libp2p private key"),
             (b"-----BEGIN ENCRYPTED PRIVATE KEY-----\n", "decrypt it"),
-            (b"-----BEGIN RSA PRIVATE KEY-----\n", "not Ed25519"),
-            (b"-----BEGIN PRIVATE KEY-----\nMC4CAQAw\n-----END PRIVATE KEY-----\n", "not Ed25519"),
-            (b"-----BEGIN PRIVATE KEY-----\n\xc3\xa4\n-----END PRIVATE KEY-----\n", "not Ed25519"),
+            (b"-----BEGIN RSA PRIVATE KEY-----\n", "no Ed25519"),
+            (b"-----BEGIN CERTIFICATE-----\n", "holds no Ed25519 private key"),
+            (b"-----BEGIN PUBLIC KEY-----\n", "holds no Ed25519 private key"),
+            (b"-----BEGIN PRIVATE KEY-----\nMC4CAQAw\n-----END PRIVATE KEY-----\n", "no Ed25519"),
+            (b"-----BEGIN PRIVATE KEY-----\n\xc3\xa4\n-----END PRIVATE KEY-----\n", "no Ed25519"),
         ] {
             let told = decode(bytes).unwrap_err();
             assert!(told.contains(problem) && told.contains("; "), "{told}");
