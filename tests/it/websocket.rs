@@ -247,12 +247,18 @@ async fn a_proxy_without_forwarded_header_counts_as_the_client_and_is_warned_abo
             relay.wait_for_log(&opened).await;
         }
         assert_eq!(relay.count_in_log(reason), 1);
+        let line = relay.wait_for_log(reason).await;
+        assert!(
+            line.ends_with(" counts as the client's: have the proxy name the client"),
+            "{line}"
+        );
     }
     // One of two different headers comes from the client itself.
     let both = with_headers("Forwarded: for=192.0.2.1\r\nX-Forwarded-For: 192.0.2.2\r\n");
     let answer = send_and_close(from_proxy(port(&direct)).await, &both).await;
     assert_eq!(status(&answer), 400);
-    relay.wait_for_log("name different clients").await;
+    let line = relay.wait_for_log("name different clients").await;
+    assert!(line.ends_with(": have the proxy remove the header that it does not set"), "{line}");
     // The proxy's own health checks need no header.
     let answer =
         send_and_close(from_proxy(port(&direct)).await, b"GET /healthz HTTP/1.1\r\n\r\n").await;

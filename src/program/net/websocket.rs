@@ -245,9 +245,9 @@ impl WebSocket {
             self.warned.push(reason);
             let consequence = match reason {
                 ForwardedError::Contradictory => {
-                    "such a connection is refused: have the proxy remove the one"
+                    "the connection is refused: have the proxy remove the header that it does not set"
                 }
-                _ => "the connection counts as the proxy's own: have the proxy add one",
+                _ => "the proxy's address counts as the client's: have the proxy name the client",
             };
             log::warn!("--trust-forwarded-from: {proxy}: {reason}; {consequence}");
         }
