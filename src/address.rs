@@ -5,17 +5,17 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use libp2p::{Multiaddr, PeerId, multiaddr::Protocol};
 
 /// The most addresses in one reservation. Clients dial all of them.
-pub const MAX_TOLD: usize = 10;
+pub const MAX_ADDRESSES: usize = 10;
 
 /// The most bytes of addresses in one reservation, so that the answer, with a voucher of any key,
 /// stays below [`crate::wire::MAX_MESSAGE`].
 const MAX_BYTES: usize = 2048;
 
-/// The part of the internet that one client has: an IPv4 address, or an IPv6 /64. What a client holds counts towards it.
+/// The address range of one client: an IPv4 address, or an IPv6 /64. What a client holds counts towards it.
 ///
 /// An IPv4-mapped, NAT64 or 6to4 address counts as the IPv4 address in it.
 ///
-/// Stored in eight bytes, because each slot has several: the upper half of an IPv6 address, in which IPv4 uses the
+/// Stored as the upper half of an IPv6 address, eight bytes, because a slot has several prefixes. IPv4 uses the
 /// unassigned `0:ffff::/32`.
 #[derive(
     Clone, Copy, derive_more::Debug, derive_more::Display, PartialEq, Eq, Hash, PartialOrd, Ord,
@@ -30,7 +30,7 @@ pub struct ClientPrefix(u64);
 #[display("{}/{}", _0.ip(), if _0.ip().is_ipv4() { 24 } else { 48 })]
 pub struct Subnet(pub(crate) ClientPrefix);
 
-/// The upper half of an IPv6 address that stands for IPv4.
+/// The bits that mark an IPv4 address: `0:ffff::/32`.
 const IPV4: u64 = 0xffff << 32;
 
 impl ClientPrefix {
@@ -90,10 +90,11 @@ pub fn is_global(address: &Multiaddr) -> bool {
     match ip(address) {
         Some(IpAddr::V4(ip)) => {
             let is_local = ip.is_private() || ip.is_loopback() || ip.is_link_local();
-            // 224: multicast. The others: for protocols (RFC 6890), and relays of 6to4 (RFC 7526).
+            // 0: this network. From 224: multicast and reserved. The others: protocols (RFC 6890), and relays of 6to4
+            // (RFC 7526).
             let is_reserved =
                 matches!(ip.octets(), [0 | 224.., ..] | [192, 0, 0, _] | [192, 88, 99, _]);
-            // By carriers (RFC 6598), and for benchmarks (RFC 2544).
+            // Carrier-grade NAT (RFC 6598), and benchmarks (RFC 2544).
             let is_shared = matches!(ip.octets(), [100, 64..128, ..] | [198, 18..20, ..]);
             !(is_local || is_reserved || is_shared || ip.is_documentation())
         }
@@ -145,14 +146,14 @@ impl<'a> Known<'a> {
 }
 
 /// The addresses for one client's reservation, [best first](Known::best_first), without duplicates and with
-/// `/p2p/<relay>` at the end; not more than fit into the answer.
+/// `/p2p/<relay>` at the end; at most as many as fit into the answer.
 pub fn for_reservation(known: Known<'_>, relay: PeerId) -> Vec<Multiaddr> {
     let (mut addresses, mut bytes) = (Vec::new(), 0);
     // Those of another peer are left out.
     let own = known.best_first().into_iter().filter_map(|own| own.clone().with_p2p(relay).ok());
     for address in own {
         let is_relayed = address.iter().any(|part| part == Protocol::P2pCircuit);
-        let fits = addresses.len() < MAX_TOLD && bytes + address.len() <= MAX_BYTES;
+        let fits = addresses.len() < MAX_ADDRESSES && bytes + address.len() <= MAX_BYTES;
         if fits && !is_relayed && !addresses.contains(&address) {
             bytes += address.len();
             addresses.push(address);
@@ -307,12 +308,12 @@ mod tests {
     }
 
     #[test]
-    fn the_addresses_of_a_host_with_a_thousand_fit_into_one_answer() {
+    fn a_thousand_addresses_are_cut_to_fit_into_one_answer() {
         let many: Vec<_> =
             (0..1000u16).map(|n| address(&format!("/ip6/2a00:1450::{n:x}/tcp/4001"))).collect();
         let known = Known { listening: &many, ..Known::default() };
-        let told = for_reservation(known, PeerId::random());
-        assert_eq!(told.len(), MAX_TOLD);
-        assert!(told.iter().map(Multiaddr::len).sum::<usize>() <= MAX_BYTES);
+        let addresses = for_reservation(known, PeerId::random());
+        assert_eq!(addresses.len(), MAX_ADDRESSES);
+        assert!(addresses.iter().map(Multiaddr::len).sum::<usize>() <= MAX_BYTES);
     }
 }

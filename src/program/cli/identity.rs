@@ -20,7 +20,7 @@ use libp2p::identity::Keypair;
 use tempfile::NamedTempFile;
 use zeroize::Zeroizing;
 
-use self::decode::{decode, not_a_key, of_protobuf};
+use self::decode::{decode, explain, parse_protobuf};
 use crate::program::secret_file;
 
 /// The largest file that is read, in bytes. The largest key of libp2p, RSA with 8192 bits, takes about 5 KiB.
@@ -60,7 +60,7 @@ pub fn load_or_create(file: &Path) -> Result<Identity> {
         return load_or_create_file(file, generate);
     };
     let key = Zeroizing::new(key.into_encoded_bytes());
-    let keypair = decode(&key).ok().and_then(|key| of_protobuf(&key)).with_context(|| {
+    let keypair = decode(&key).ok().and_then(|key| parse_protobuf(&key)).with_context(|| {
         format!(
             "{VARIABLE}: holds no key; set it to the key file in base64: base64 -w 0 relaylet.key"
         )
@@ -84,7 +84,7 @@ pub fn import(from: &Path, file: &Path) -> Result<Identity> {
     let bytes =
         read.with_context(|| format!("--import {shown}: cannot be read; make it readable"))?;
     let key = decode(&bytes).map_err(|problem| anyhow!("--import {shown}: {problem}"))?;
-    let public = of_protobuf(&key).map(|keypair| keypair.public());
+    let public = parse_protobuf(&key).map(|keypair| keypair.public());
     let identity = load_or_create_file(file, || Ok(key))?;
     if Some(identity.keypair.public()) != public {
         let shown = file.display();
@@ -137,8 +137,8 @@ fn load(file: &Path) -> Result<Identity> {
     let bytes = read.with_context(|| {
         format!("--identity {shown}: cannot be read; make it readable or name another file")
     })?;
-    let keypair = of_protobuf(&bytes);
-    let keypair = keypair.with_context(|| format!("--identity {shown}: {}", not_a_key(&bytes)))?;
+    let keypair = parse_protobuf(&bytes);
+    let keypair = keypair.with_context(|| format!("--identity {shown}: {}", explain(&bytes)))?;
     Ok(Identity { keypair, created: None, warning: permission_warning("--identity", file) })
 }
 
@@ -155,7 +155,7 @@ fn create(
     let shown = file.display();
     let write = || -> io::Result<(Keypair, Option<String>)> {
         let bytes = new()?;
-        let keypair = of_protobuf(&bytes).ok_or(io::ErrorKind::InvalidData)?;
+        let keypair = parse_protobuf(&bytes).ok_or(io::ErrorKind::InvalidData)?;
         let folder = file.parent().filter(|folder| *folder != Path::new(""));
         let folder = folder.unwrap_or(Path::new("."));
         // Created with mode 0600.

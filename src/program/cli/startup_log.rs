@@ -166,12 +166,12 @@ fn unusable_announced(announced: &[Multiaddr], relay: PeerId) -> Option<String> 
 
 /// A warning if an answer has no room for all addresses that were found.
 pub fn too_many_addresses(announced: &[Multiaddr], found: &[Multiaddr]) -> Option<String> {
-    (announced.is_empty() && found.len() > address::MAX_TOLD).then(|| {
+    (announced.is_empty() && found.len() > address::MAX_ADDRESSES).then(|| {
         format!(
             "too many addresses: this relay listens on {} and sends clients {} of them, global ones first; choose \
              some with --announce",
             found.len(),
-            address::MAX_TOLD
+            address::MAX_ADDRESSES
         )
     })
 }

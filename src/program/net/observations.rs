@@ -8,8 +8,8 @@
 //!   them elsewhere later; the operator can announce one.
 //! - A peer observes only addresses of the IP version that it connects over. Otherwise a liar with many IPv6 subnets,
 //!   which are cheap, could decide on an IPv4 address.
-//! - One observation counts for each network (IPv4: a /24; IPv6: a /32, because a /48 is free to have), and one for each
-//!   peer.
+//! - One observation counts for each network (IPv4: a /24; IPv6: a /32, because anyone can get a /48 for free), and one
+//!   for each peer.
 //! - An address is confirmed when at least [`MIN_OBSERVERS`] observers, and more than half of all, agree on it.
 //! - The last observation of a network counts, while its connection is up and for [`OBSERVATION_TTL`] after that: when the
 //!   relay's address changes, its clients reconnect and observe the new one.
@@ -37,16 +37,17 @@ const OBSERVATION_TTL: Duration = Duration::from_secs(60 * 60);
 /// How many observations are kept for each port and IP version. One more replaces the oldest.
 const MAX_OBSERVATIONS: usize = 256;
 
-/// How long a change of the confirmed addresses keeps the next one from happening: each is pushed to all peers.
+/// The minimum time between two changes of the confirmed addresses: each change is pushed to all peers.
 const CHANGE_INTERVAL: Duration = Duration::from_secs(5 * 60);
 
-/// How often expired observations are removed.
+/// How often the confirmed addresses are updated and expired observations removed; after a change, up to
+/// [`CHANGE_INTERVAL`].
 const UPDATE_INTERVAL: Duration = Duration::from_secs(60);
 
 /// All observations, and the addresses that they confirm. `C` identifies a connection.
 #[derive(Debug)]
 pub struct Observations<C> {
-    /// By the network of the observer.
+    /// By service, then by the observer's network.
     by_service: HashMap<Service, HashMap<ClientPrefix, Observation<C>>>,
     confirmed: Vec<Multiaddr>,
     /// When the confirmed addresses may change again.
@@ -57,7 +58,7 @@ pub struct Observations<C> {
 /// The part of an observed address besides the IP address itself: its version, and what follows it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Service {
-    ipv4: bool,
+    is_ipv4: bool,
     rest: Multiaddr,
 }
 
@@ -103,7 +104,7 @@ impl<C: Copy + Eq> Observations<C> {
         };
         let is_ours = |own| parse(own, relay).is_some_and(|(_, own)| own == service);
         let is_same_version =
-            address::ip(&from.address).is_some_and(|ip| ip.is_ipv4() == service.ipv4);
+            address::ip(&from.address).is_some_and(|ip| ip.is_ipv4() == service.is_ipv4);
         let counts = is_same_version && !from.relayed && address::is_global(address);
         if !counts || !listening.any(is_ours) {
             return;
@@ -176,7 +177,7 @@ fn majority(observed: impl Iterator<Item = IpAddr>) -> Option<IpAddr> {
 fn parse(address: &Multiaddr, relay: PeerId) -> Option<(IpAddr, Service)> {
     let ip = address::ip(address)?;
     let rest = address.iter().skip(1).filter(|part| *part != Protocol::P2p(relay)).collect();
-    Some((ip, Service { ipv4: ip.is_ipv4(), rest }))
+    Some((ip, Service { is_ipv4: ip.is_ipv4(), rest }))
 }
 
 #[cfg(test)]
@@ -381,7 +382,7 @@ mod tests {
     }
 
     #[test]
-    fn each_ip_version_is_confirmed_by_itself() {
+    fn each_ip_version_is_confirmed_separately() {
         let mut fixture = Fixture::new();
         fixture.observe_from_subnets(1, 5, TRUE);
         fixture.observe_from_ipv6_networks(2, 4, TRUE6);

@@ -1,4 +1,4 @@
-//! WebSocket over our TCP, with TLS and without: the transport of browsers.
+//! WebSocket over the relay's TCP transport, with TLS and without: the transport of browsers.
 //!
 //! The upgrade runs within the connection's handshake, so the limits and deadlines of handshakes hold for it.
 //! A connection of a trusted reverse proxy is reported to the swarm only once its request has named the
@@ -81,7 +81,7 @@ impl Control {
         *self.tls.write().unwrap_or_else(PoisonError::into_inner) = tls;
     }
 
-    /// What health checks are told.
+    /// Why health checks are told that the relay does not serve; `None` if it does.
     fn not_serving(&self) -> Option<&'static str> {
         wall_clock::not_serving(self.is_draining.load(Ordering::Relaxed), SystemTime::now())
     }
@@ -97,7 +97,7 @@ type Event = TransportEvent<Upgrade, io::Error>;
 /// What WebSocket runs over.
 type Stream = WriteCoalescing<ReadBuffer<<Tcp as Transport>::Output>>;
 
-/// WebSocket over TCP, to listen only.
+/// WebSocket over TCP, for listening only.
 pub struct WebSocket {
     tcp: Tcp,
     /// Its settings.
@@ -106,29 +106,34 @@ pub struct WebSocket {
     rates: ConnectionRates,
     /// Connections of trusted proxies that have not sent their request yet, or are delayed.
     requests: FuturesUnordered<BoxFuture<'static, ProxiedRequest>>,
-    /// Permits to be delayed by the rate limits: not those to wait for a request, which one client could use up.
+    /// Permits for delays by the rate limits; not the permits to wait for a request, all of which one client's delays
+    /// could take.
     delays: Arc<Semaphore>,
     warned: Vec<ForwardedError>,
 }
 
-/// A trusted proxy's connection, its request, and the client that the request names; without a client, what to warn of.
-type ProxiedRequest =
-    (Connection, io::Result<PendingUpgrade<Stream>>, Result<SocketAddr, Option<ForwardedError>>);
+/// The client that a proxied request names. `None`: the request is the proxy's own. The reason, if the operator should
+/// know it: the proxy's address then stands for the client's.
+type Client = Result<SocketAddr, Option<ForwardedError>>;
 
-/// A connection: its listener, its ends, its progress and its socket.
+/// A trusted proxy's connection, its request, and the client.
+type ProxiedRequest = (Connection, io::Result<PendingUpgrade<Stream>>, Client);
+
+/// A connection: its listener, its addresses, its progress and its socket.
 struct Connection {
     listener_id: ListenerId,
     local_addr: Multiaddr,
     /// The client's address, or its proxy's.
     send_back_addr: Multiaddr,
-    /// `None` if another connection has the same ends.
+    /// `None` if another connection has the same addresses.
     pending: Option<Pending>,
 }
 
 impl WebSocket {
-    /// A transport whose TCP counts received bytes in `counters` and trusts the headers of `proxies`. The `rates` apply
-    /// to connections, or to the clients that trusted reverse proxies name. There is no certificate and no such proxy
-    /// yet; at most `max_requests` of their connections may be without a request, and as many delayed.
+    /// A transport whose TCP counts received bytes in `counters` and trusts the PROXY protocol headers of `proxies`.
+    /// The `rates` apply to connections, or to the clients that trusted reverse proxies name. There is no certificate
+    /// and no reverse proxy yet; at most `max_requests` connections of reverse proxies may be without a request, and as
+    /// many delayed.
     pub fn new(
         counters: ByteCounters,
         proxies: Proxies,
@@ -175,16 +180,20 @@ impl WebSocket {
         let delays = Arc::clone(&self.delays);
         self.requests.push(
             async move {
+                // 1. Wait for the request, with a permit.
                 let mut request = timeout(REQUEST_TIMEOUT, request).await.unwrap_or_else(|late| {
                     let late = io::Error::new(io::ErrorKind::TimedOut, late);
                     Err(StageError::wrap(Stage::WebSocket, Some(Reason::Timeout), late))
                 });
                 drop(permit);
+                // 2. Charge the client, or the proxy for a request that names none.
                 let (mut client, mut charged) = (Err(None), Some(remote.ip()));
                 if let Ok(PendingUpgrade { head, .. }) = &mut request {
                     charged = charged_for(head, remote.ip(), &forwarders);
                     client = client_of(head, remote, &forwarders);
                 }
+                // 3. Delay it, or deny it. Without a permit there is no delay: `usize::MAX` is more than may be
+                // delayed.
                 let delay_permit = delays.try_acquire_arc();
                 let delayed = if delay_permit.is_some() { 0 } else { usize::MAX };
                 let rate = |ip| rates.delay(ip, delayed, Instant::now());
@@ -253,7 +262,7 @@ impl WebSocket {
         }
     }
 
-    /// Converts an event of TCP.
+    /// Handles an event of the TCP transport.
     fn on_event(&mut self, event: listener::Event) -> Option<Event> {
         match event {
             TransportEvent::Incoming { listener_id, upgrade, local_addr, send_back_addr } => {
@@ -273,18 +282,9 @@ impl Connection {
     }
 }
 
-/// Returns the address of the client for which this proxy makes its request, with the proxy's port unless
-/// the client's is known.
-///
-/// # Errors
-///
-/// If the connection counts as the proxy's own; with the reason if the operator should know it. A proxy also opens
-/// connections without a client: for health checks, and for requests that are no upgrade.
-fn client_of(
-    head: &mut Head,
-    proxy: SocketAddr,
-    forwarders: &Proxies,
-) -> Result<SocketAddr, Option<ForwardedError>> {
+/// Returns the client for which this proxy makes its request, with the proxy's port unless the client's is known. A
+/// proxy also sends requests of its own: health checks, and others that are no upgrade.
+fn client_of(head: &mut Head, proxy: SocketAddr, forwarders: &Proxies) -> Client {
     if !matches!(head.request, Request::Upgrade(_)) {
         return Err(None);
     }

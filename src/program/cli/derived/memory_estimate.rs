@@ -5,7 +5,7 @@
 
 use super::limit::{Derived, Limit};
 use crate::program::{
-    mux::stream_limits::OWN,
+    mux::stream_limits::FREE_STREAMS,
     net::admission::limits::{DIALED_FOR_AUTONAT, DIALED_FOR_DHT},
 };
 
@@ -85,7 +85,7 @@ pub fn estimate(limits: &Derived, usage: Usage, kept_by_thread: u64) -> u64 {
     let connections = connections.into_iter().fold(0, usize::saturating_add);
     let heap = sum([
         (connections, CONNECTION + if usage.websocket { WEBSOCKET } else { 0 }),
-        (connections.saturating_mul(OWN).saturating_add(count(Limit::Streams)), STREAM),
+        (connections.saturating_mul(FREE_STREAMS).saturating_add(count(Limit::Streams)), STREAM),
         (count(Limit::Circuits), CIRCUIT),
         (count(Limit::Reservations), SLOT),
         (count(Limit::Buffered), 1),

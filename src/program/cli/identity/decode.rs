@@ -8,22 +8,22 @@ const PEM: &[u8] = b"-----BEGIN";
 const PEM_BEGIN: &str = "-----BEGIN PRIVATE KEY-----";
 const PEM_END: &str = "-----END PRIVATE KEY-----";
 
-/// The name of the key in kubo's configuration.
-const KUBO: &str = "\"PrivKey\"";
+/// The name of the field with the key in kubo's configuration.
+const KUBO_FIELD: &str = "\"PrivKey\"";
 
-/// The part of a PKCS #8 structure between its version and the 32 bytes of an Ed25519 key (RFC 8410, 7), and where it
-/// begins.
-const ED25519: [u8; 11] = [0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x04, 0x22, 0x04, 0x20];
-const ED25519_AT: usize = 5;
+/// The part of a PKCS #8 structure between its version and the 32 bytes of an Ed25519 key (RFC 8410, 7), and its
+/// offset.
+const ED25519_HEADER: [u8; 11] = [0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x04, 0x22, 0x04, 0x20];
+const ED25519_OFFSET: usize = 5;
 
-/// The part of an ECDSA key (RFC 5915, 3) before its 32 secret bytes, and where it begins.
-const ECDSA: [u8; 5] = [0x02, 0x01, 0x01, 0x04, 0x20];
-const ECDSA_AT: usize = 2;
+/// The part of an ECDSA key (RFC 5915, 3) before its 32 secret bytes, and its offset.
+const ECDSA_HEADER: [u8; 5] = [0x02, 0x01, 0x01, 0x04, 0x20];
+const ECDSA_OFFSET: usize = 2;
 
-/// Reads a key in libp2p's protobuf; `None` if it is something else. Wipes all copies of its bytes that it makes.
+/// Reads a key in libp2p's protobuf; `None` if it is something else. Wipes each copy of the key that it makes.
 ///
-/// Not with `Keypair::from_protobuf_encoding`: prost copies the key to the heap and does not wipe that.
-pub fn of_protobuf(bytes: &[u8]) -> Option<Keypair> {
+/// `Keypair::from_protobuf_encoding` is not used: prost copies the key to the heap and does not wipe the copy.
+pub fn parse_protobuf(bytes: &[u8]) -> Option<Keypair> {
     let (kind, rest) = bytes.strip_prefix(&[0x08])?.split_first()?;
     let rest = rest.strip_prefix(&[0x12])?;
     let (length, key) = unsigned_varint::decode::usize(rest).ok()?;
@@ -36,44 +36,44 @@ pub fn of_protobuf(bytes: &[u8]) -> Option<Keypair> {
             secp256k1::Keypair::from(secret).into()
         }
         3 => {
-            let secret = key.get(ECDSA_AT..)?.strip_prefix(&ECDSA)?.get(..32)?;
+            let secret = key.get(ECDSA_OFFSET..)?.strip_prefix(&ECDSA_HEADER)?.get(..32)?;
             ecdsa::Keypair::from(ecdsa::SecretKey::try_from_bytes(secret).ok()?).into()
         }
         _ => return None,
     })
 }
 
-/// Reads a key in libp2p's protobuf, the same in base64, in kubo's configuration, or an Ed25519 key in PEM. Returns it in
-/// libp2p's protobuf, in which libp2p itself cannot encode an RSA key.
+/// Reads a key in libp2p's protobuf, the same in base64, in kubo's configuration, or an Ed25519 key in PEM. Returns the
+/// protobuf and not a `Keypair`, because libp2p cannot encode an RSA key.
 ///
 /// # Errors
 ///
 /// What the bytes are instead, and the remedy.
 pub fn decode(bytes: &[u8]) -> Result<Zeroizing<Vec<u8>>, &'static str> {
-    if of_protobuf(bytes).is_some() {
+    if parse_protobuf(bytes).is_some() {
         return Ok(Zeroizing::new(bytes.to_vec()));
     }
     let text = str::from_utf8(bytes).unwrap_or_default().trim();
     if text.as_bytes().starts_with(PEM) {
-        return of_pem(text);
+        return parse_pem(text);
     }
-    let base64 = match text.split_once(KUBO) {
+    let base64 = match text.split_once(KUBO_FIELD) {
         Some((_, rest)) => rest.split('"').nth(1).unwrap_or_default(),
         None => text,
     };
-    of_base64(base64).filter(|bytes| of_protobuf(bytes).is_some()).ok_or(
-        "holds no libp2p private key; name kubo's config, an exported key, or an Ed25519 key in PEM",
+    decode_base64(base64).filter(|bytes| parse_protobuf(bytes).is_some()).ok_or(
+        "holds no libp2p private key; give kubo's config, an exported key, or an Ed25519 key in PEM",
     )
 }
 
 /// Decodes base64, which may have line breaks.
-fn of_base64(text: &str) -> Option<Zeroizing<Vec<u8>>> {
+fn decode_base64(text: &str) -> Option<Zeroizing<Vec<u8>>> {
     let mut base64 = Zeroizing::new(Vec::with_capacity(text.len()));
     base64.extend(text.bytes().filter(|byte| !byte.is_ascii_whitespace()));
     BASE64.decode(&base64).ok().map(Zeroizing::new)
 }
 
-fn of_pem(text: &str) -> Result<Zeroizing<Vec<u8>>, &'static str> {
+fn parse_pem(text: &str) -> Result<Zeroizing<Vec<u8>>, &'static str> {
     const ENCRYPTED: &str = "holds an encrypted key, and a passphrase cannot be entered here; decrypt it: openssl pkey \
                              -in FILE -out key.pem";
     const OTHER: &str = "holds no Ed25519 private key in PKCS #8 PEM; generate one: openssl genpkey -algorithm \
@@ -82,16 +82,16 @@ fn of_pem(text: &str) -> Result<Zeroizing<Vec<u8>>, &'static str> {
         return Err(ENCRYPTED);
     }
     let body = text.split_once(PEM_BEGIN).and_then(|(_, rest)| rest.split_once(PEM_END));
-    let (body, _) = body.ok_or(OTHER)?;
-    let der = of_base64(body).ok_or(OTHER)?;
-    let rest = der.get(ED25519_AT..).and_then(|rest| rest.strip_prefix(&ED25519)).ok_or(OTHER)?;
-    let mut secret = Zeroizing::new(rest.get(..32).ok_or(OTHER)?.to_vec());
+    let der = body.and_then(|(body, _)| decode_base64(body)).ok_or(OTHER)?;
+    let rest = der.get(ED25519_OFFSET..).unwrap_or_default();
+    let secret = rest.strip_prefix(&ED25519_HEADER).and_then(|key| key.get(..32)).ok_or(OTHER)?;
+    let mut secret = Zeroizing::new(secret.to_vec());
     let keypair = Keypair::ed25519_from_bytes(secret.as_mut_slice()).map_err(|_| OTHER)?;
     keypair.to_protobuf_encoding().map(Zeroizing::new).map_err(|_| OTHER)
 }
 
 /// What a key file holds instead of a key in protobuf, and the remedy.
-pub fn not_a_key(bytes: &[u8]) -> &'static str {
+pub fn explain(bytes: &[u8]) -> &'static str {
     match decode(bytes) {
         Ok(_) => {
             "holds a key, but not in libp2p's protobuf; convert it: relaylet id --import FILE --identity NEW-FILE"
@@ -143,7 +143,7 @@ mod tests {
     #[test]
     fn an_ed25519_key_in_pem_is_read() {
         for pem in RFC_8410 {
-            let public = of_protobuf(&decode(pem.as_bytes()).unwrap()).unwrap().public();
+            let public = parse_protobuf(&decode(pem.as_bytes()).unwrap()).unwrap().public();
             assert_eq!(public.try_into_ed25519().unwrap().to_bytes(), PUBLIC);
         }
     }
@@ -171,7 +171,7 @@ mod tests {
         let imported = super::super::import(&from, &to).unwrap();
         let protobuf = std::fs::read(&to).unwrap();
         assert_eq!(BASE64.encode(&protobuf), RSA);
-        assert_eq!(of_protobuf(&protobuf).unwrap().public(), imported.keypair.public());
+        assert_eq!(parse_protobuf(&protobuf).unwrap().public(), imported.keypair.public());
     }
 
     #[test]
@@ -180,16 +180,16 @@ mod tests {
             [Keypair::generate_ed25519(), Keypair::generate_secp256k1(), Keypair::generate_ecdsa()]
         {
             let protobuf = keypair.to_protobuf_encoding().unwrap();
-            assert_eq!(of_protobuf(&protobuf).unwrap().public(), keypair.public());
+            assert_eq!(parse_protobuf(&protobuf).unwrap().public(), keypair.public());
             for end in 0..protobuf.len() {
-                assert!(of_protobuf(&protobuf[..end]).is_none());
+                assert!(parse_protobuf(&protobuf[..end]).is_none());
             }
-            assert!(of_protobuf(&[&*protobuf, &[0]].concat()).is_none());
+            assert!(parse_protobuf(&[&*protobuf, &[0]].concat()).is_none());
         }
         // libp2p cannot encode an RSA key.
         let rsa = BASE64.decode(RSA.as_bytes()).unwrap();
         let expected = Keypair::from_protobuf_encoding(&rsa).unwrap().public();
-        assert_eq!(of_protobuf(&rsa).unwrap().public(), expected);
+        assert_eq!(parse_protobuf(&rsa).unwrap().public(), expected);
     }
 
     #[cfg(target_os = "linux")]
@@ -200,8 +200,8 @@ mod tests {
         bytes.iter().map(|byte| byte ^ MASK).collect()
     }
 
-    /// How many copies of a key are on the heap after `decode`. An ECDSA key has another order of bytes in the keypair, and
-    /// the test's own is masked: only copies of the file's bytes are found.
+    /// How many copies of a key are on the heap after `decode`. The keypair stores an ECDSA key in another byte order,
+    /// and the test masks its own copy: only copies of the file's bytes are found.
     #[cfg(target_os = "linux")]
     fn copies_after(masked: &[u8], decode: impl Fn(&[u8]) -> Option<Keypair>) -> usize {
         use std::{fs, os::unix::fs::FileExt};
@@ -230,13 +230,13 @@ mod tests {
     #[cfg(target_os = "linux")]
     #[test]
     fn reading_a_key_leaves_no_copy_on_the_heap() {
-        // On another thread, which has another heap.
+        // On another thread: the copies made here are in another malloc arena.
         let encode = || Keypair::generate_ecdsa().to_protobuf_encoding().unwrap();
         let masked = std::thread::spawn(move || mask(&encode())).join().unwrap();
         let before = copies_after(&masked, |_| Some(Keypair::generate_ed25519()));
-        // Another thread may overwrite a copy before the search, so one try does not tell.
-        assert!((0..16).all(|_| copies_after(&masked, of_protobuf) <= before));
-        // The search itself works. Once libp2p leaves none either, `of_protobuf` is not needed.
+        // Another thread may overwrite a copy before the search, so one run without a copy proves nothing.
+        assert!((0..16).all(|_| copies_after(&masked, parse_protobuf) <= before));
+        // The search itself works. Once libp2p leaves no copy either, `parse_protobuf` is not needed.
         let decode = |bytes: &[u8]| Keypair::from_protobuf_encoding(bytes).ok();
         assert!((0..16).any(|_| copies_after(&masked, decode) > before));
     }
@@ -255,8 +255,8 @@ mod tests {
             (b"-----BEGIN PRIVATE KEY-----\nMC4CAQAw\n-----END PRIVATE KEY-----\n", "no Ed25519"),
             (b"-----BEGIN PRIVATE KEY-----\n\xc3\xa4\n-----END PRIVATE KEY-----\n", "no Ed25519"),
         ] {
-            let told = decode(bytes).unwrap_err();
-            assert!(told.contains(problem) && told.contains("; "), "{told}");
+            let error = decode(bytes).unwrap_err();
+            assert!(error.contains(problem) && error.contains("; "), "{error}");
         }
     }
 }

@@ -55,7 +55,7 @@ impl Session {
             };
             self.on_header(header, now)?;
             if header.kind == Kind::Ping || header.flags & (SYN | RST) != 0 {
-                pause = self.admission.pause(now);
+                pause = self.admission.count_frame(now);
             }
             room.body = if header.kind == Kind::Data { header.length as usize } else { 0 };
         }

@@ -1,7 +1,7 @@
-//! Admission: a behaviour around the relay's that admits or denies connections.
+//! Admission: admits or denies connections, then passes them to the relay's behaviour.
 //!
-//! It wraps the relay's behaviour because that knows which peers hold slots. It decides nothing itself: the caps
-//! are in [`super::limits`], the access rules in [`crate::access`].
+//! It wraps the relay's behaviour, which knows the peers that hold slots. The caps are in [`super::limits`], the access
+//! rules in [`crate::access`].
 
 use std::{
     cmp::Reverse,
@@ -24,7 +24,7 @@ use libp2p::{
 };
 
 use super::{
-    handshake_failure::{HandshakeFailure, Known, Reason},
+    handshake_failure::{HandshakeFailure, HandshakeInfo, Reason},
     limits::{ConnectionLimits, Denied, Limits, PeerStatus, Preemption},
 };
 use crate::{
@@ -49,18 +49,19 @@ pub struct Admission {
     /// The limits, and what counts towards them.
     pub limits: ConnectionLimits,
     counters: ByteCounters,
-    /// What is known of each handshake, and its socket, which is shut down to end it: it runs in a task of the swarm.
-    handshakes: HashMap<ConnectionId, (Known, Option<TcpStream>)>,
+    /// What is known of each handshake, and its socket: a swarm task runs the handshake, and shutting down the socket
+    /// ends it.
+    handshakes: HashMap<ConnectionId, (HandshakeInfo, Option<TcpStream>)>,
     /// Whether the relay is in a private network.
     is_private: bool,
     /// The failure of the handshake whose end the swarm is about to report; `None` if it was a denial or a health check.
     pub failed: Option<HandshakeFailure>,
-    /// For which reason the relay closed the connection whose end the swarm is about to report; `None` if it did not.
+    /// Why the relay closed the connection whose end the swarm is about to report; `None` if it did not.
     pub closed: Option<CloseReason>,
-    /// Set while there are handshakes.
+    /// When handshakes are checked next; `None` while there are none.
     next_check: Option<Delay>,
-    /// The connection that the swarm is about to establish, and the idle one to close once it is up; `None`: the longest
-    /// silent one of the same peer.
+    /// The connection that the swarm is about to establish, and the idle one to close for it (inner `None`: the peer's
+    /// own longest silent one).
     preempted: Option<(ConnectionId, Option<ConnectionId>)>,
     /// The relay's behaviour.
     pub relay: Behaviour,
@@ -91,11 +92,11 @@ impl Admission {
     ) -> Result<(), Denied> {
         let (local_addr, send_back_addr) = (local.clone(), remote.clone());
         let pending = self.counters.get(&ConnectedPoint::Listener { local_addr, send_back_addr });
-        // The rules are for clients, not for a proxy's health check. A connection without a counter has failed already,
-        // which is the reason to report: it may be that of a proxy that sent no header. If it has not failed, the rules are
-        // checked after its handshake.
-        let is_clients = pending.as_ref().is_some_and(|pending| !pending.is_proxys_own);
-        if is_clients && !self.relay.relay.access().may_enter(None, remote) {
+        // The rules are for clients, not for a proxy's health check. Without a counter, the connection has failed
+        // already, for example without a proxy's header, which is the reason to report; or another one has the same
+        // addresses, and the rules are checked after its handshake.
+        let is_from_client = pending.as_ref().is_some_and(|pending| !pending.is_proxys_own);
+        if is_from_client && !self.relay.relay.access().may_enter(None, remote) {
             return Err(Denied::Rules);
         }
         let prefix = ClientPrefix::of(remote);
@@ -108,19 +109,20 @@ impl Admission {
         }
         if let Some(Pending { progress, socket, .. }) = pending {
             let layer = listen_address(local).map_or(Layer::Tcp, |(_, layer)| layer);
-            let known = Known { progress, dropped: None, layer, is_private: self.is_private };
-            self.handshakes.insert(id, (known, socket));
+            let info =
+                HandshakeInfo { progress, dropped: None, layer, is_private: self.is_private };
+            self.handshakes.insert(id, (info, socket));
         }
         self.next_check.get_or_insert_with(|| Delay::new(CHECK_INTERVAL));
         Ok(())
     }
 
-    /// Ends a handshake: the task that runs it reads the end of its socket.
+    /// Ends a handshake: its task reads EOF from the socket.
     fn drop_handshake(&mut self, id: ConnectionId, reason: Reason) {
-        if let Some((known, socket)) = self.handshakes.get_mut(&id)
+        if let Some((info, socket)) = self.handshakes.get_mut(&id)
             && let Some(socket) = socket.take()
         {
-            known.dropped = Some(reason);
+            info.dropped = Some(reason);
             let _ = socket.shutdown(Shutdown::Both); // fails if the peer closed it first
         }
     }
@@ -138,17 +140,17 @@ impl Admission {
         }
     }
 
-    /// Admits a connection that has completed its handshake, and so shows its peer.
+    /// Admits a connection that has completed its handshake, by its peer.
     fn admit(&mut self, id: ConnectionId, peer: PeerId, remote: &Multiaddr) -> Result<(), Denied> {
         let relay = &self.relay.relay;
         if !relay.access().may_enter(Some(peer), remote) {
             return Err(Denied::Rules);
         }
-        let (all, reservations) = (&relay.connections, &relay.reservations);
-        let connections = all.of(&peer).count();
-        let closing = all.of(&peer).filter(|(_, up)| up.closing.is_some()).count();
+        let (connections, reservations) = (&relay.connections, &relay.reservations);
+        let count = connections.of(&peer).count();
+        let closing = connections.of(&peer).filter(|(_, up)| up.closing.is_some()).count();
         let holds_slot = reservations.get(&peer).is_some();
-        let status = PeerStatus { holds_slot, connections, closing };
+        let status = PeerStatus { holds_slot, connections: count, closing };
         let live = reservations.taken() - reservations.in_grace();
         let idle = match self.limits.establish(id, status, live)? {
             Preemption::None => return Ok(()),
@@ -162,9 +164,9 @@ impl Admission {
         Ok(())
     }
 
-    /// The idle connection to close for a new one of this prefix: the longest idle one of the heaviest prefix. For a peer
-    /// without a slot only one whose prefix has more connections than its own. Connections that the relay has dialed do not
-    /// count towards the cap, so closing one would make no room.
+    /// The idle connection to close for a new one of `prefix`: the longest idle one of the heaviest prefix. For a peer
+    /// without a slot, only one of a prefix with more connections than `prefix`. Connections that the relay has dialed
+    /// do not count towards the cap, so closing one would make no room.
     fn idle_connection(
         &self,
         prefix: Option<ClientPrefix>,
@@ -180,8 +182,8 @@ impl Admission {
         heaviest.map(|(connection, _)| connection)
     }
 
-    /// Closes the connection that was chosen for this one, which is up now: not earlier, so that the slot of a
-    /// peer's old connection can move to the new one.
+    /// Closes the connection that makes room for this one, once this one is up: so a peer's slot can move from its old
+    /// connection.
     fn preempt(&mut self, id: ConnectionId, peer: PeerId) {
         let relay = &mut self.relay.relay;
         match self.preempted.take_if(|(admitted, _)| *admitted == id) {
@@ -228,9 +230,8 @@ impl NetworkBehaviour for Admission {
                 self.limits.remove(connection_id);
             }
             FromSwarm::ListenFailure(failed) => {
-                let known = self.handshakes.remove(&failed.connection_id);
-                self.failed =
-                    known.and_then(|(known, _)| HandshakeFailure::of(failed.error, &known));
+                let info = self.handshakes.remove(&failed.connection_id);
+                self.failed = info.and_then(|(info, _)| HandshakeFailure::of(failed.error, &info));
                 self.limits.remove(failed.connection_id);
             }
             _ => {}
@@ -301,10 +302,11 @@ mod tests {
             max_handshakes: 1,
         });
         connect(&mut admission, 0).unwrap();
+        // Admitted, in their handshakes, scopes.
         assert_eq!(admission.limits.counts(), [1, 0, 3]);
         for n in 1..9 {
             let denied = connect(&mut admission, n).unwrap_err();
-            // By the total, not by the address or the handshakes: earlier ones no longer count.
+            // The total denies it, not the address or the handshakes: earlier ones no longer count.
             assert_eq!(kind(&denied), Some("too many connections"));
             assert_eq!(admission.limits.counts(), [2, 0, 3], "until the swarm reports it");
             // Meanwhile the next one is denied before its handshake.

@@ -182,7 +182,7 @@ impl Error for StageError {
 
 /// What is known of a handshake besides its error.
 #[derive(Clone, Debug)]
-pub struct Known {
+pub struct HandshakeInfo {
     /// Whether the secure channel was up, and what the client sent first.
     pub progress: Progress,
     /// Why the relay dropped it, if it did.
@@ -195,7 +195,7 @@ pub struct Known {
 
 impl HandshakeFailure {
     /// Why a handshake failed; `None` if it did not: the relay denied the connection, or it was a health check.
-    pub fn of(error: &ListenError, known: &Known) -> Option<Self> {
+    pub fn of(error: &ListenError, known: &HandshakeInfo) -> Option<Self> {
         let cause = match error {
             _ if Denied::of(error).is_some() => return None,
             ListenError::Transport(TransportError::Other(cause)) => cause,
@@ -218,7 +218,7 @@ fn stages(cause: &io::Error) -> impl Iterator<Item = &StageError> {
     causes(cause).filter_map(|cause| cause.downcast_ref())
 }
 
-fn reason(cause: &io::Error, stage: Stage, known: &Known) -> Reason {
+fn reason(cause: &io::Error, stage: Stage, known: &HandshakeInfo) -> Reason {
     let first_bytes = known.progress.first_bytes();
     if known.dropped != Some(Reason::Preempted) {
         // 1. The first bytes, if they are of another protocol: how such a connection ends afterwards does not matter.
@@ -251,7 +251,7 @@ fn reason(cause: &io::Error, stage: Stage, known: &Known) -> Reason {
 }
 
 /// The reason, if these first bytes are of a protocol that this listener does not speak.
-fn reason_of_first_bytes(first_bytes: &[u8], known: &Known) -> Option<Reason> {
+fn reason_of_first_bytes(first_bytes: &[u8], known: &HandshakeInfo) -> Option<Reason> {
     let begins_with =
         |signatures: &[&[u8]]| signatures.iter().any(|it| first_bytes.starts_with(it));
     match known.layer {
@@ -359,13 +359,13 @@ mod tests {
         io::ErrorKind::UnexpectedEof.into()
     }
 
-    fn known(first_bytes: &[u8]) -> Known {
+    fn known(first_bytes: &[u8]) -> HandshakeInfo {
         let progress = Progress::default();
         first_bytes.iter().for_each(|byte| _ = progress.record(&[*byte]));
-        Known { progress, dropped: None, layer: Layer::Tcp, is_private: false }
+        HandshakeInfo { progress, dropped: None, layer: Layer::Tcp, is_private: false }
     }
 
-    fn kinds(error: &ListenError, known: &Known) -> Option<(&'static str, &'static str)> {
+    fn kinds(error: &ListenError, known: &HandshakeInfo) -> Option<(&'static str, &'static str)> {
         let failure = HandshakeFailure::of(error, known)?;
         Some((failure.stage.kind(), failure.reason.kind()))
     }
@@ -383,7 +383,7 @@ mod tests {
         ] {
             for is_overdue in [false, true] {
                 let dropped = is_overdue.then_some(Reason::Timeout);
-                let known = Known { dropped, ..known(first_bytes) };
+                let known = HandshakeInfo { dropped, ..known(first_bytes) };
                 for error in [ProtocolError::InvalidMessage, ProtocolError::IoError(eof())] {
                     let expected = Some(("multistream", reason));
                     assert_eq!(kinds(&negotiation(error), &known), expected, "{first_bytes:?}");
@@ -391,7 +391,7 @@ mod tests {
             }
         }
         // HTTP is expected on a WebSocket port, and TLS on a secure one.
-        let with = |first_bytes: &[u8], layer| Known { layer, ..known(first_bytes) };
+        let with = |first_bytes: &[u8], layer| HandshakeInfo { layer, ..known(first_bytes) };
         for (known, reason) in [
             (with(b"GET / HTTP/1.1", Layer::WebSocket), "protocol"),
             (with(b"\x16\x03\x01\x02", Layer::SecureWebSocket), "protocol"),
@@ -411,24 +411,24 @@ mod tests {
         let errors = [eof(), reset].map(|error| negotiation(ProtocolError::IoError(error)));
         for error in errors.into_iter().chain([reported(NegotiationError::Failed)]) {
             assert_eq!(kinds(&error, &known(b"")), None);
-            let private = Known { is_private: true, ..known(b"") };
+            let private = HandshakeInfo { is_private: true, ..known(b"") };
             assert_eq!(kinds(&error, &private), None);
             assert_eq!(kinds(&error, &known(b"\x13")), Some(("multistream", "closed")));
             // A connection that stays silent is dropped: that is a failure.
-            let overdue = Known { dropped: Some(Reason::Timeout), ..known(b"") };
+            let overdue = HandshakeInfo { dropped: Some(Reason::Timeout), ..known(b"") };
             assert_eq!(kinds(&error, &overdue), Some(("multistream", "timeout")));
         }
         let asked = StageError::wrap(Stage::WebSocket, Some(Reason::HealthCheck), eof());
-        let websocket = Known { layer: Layer::WebSocket, ..known(b"GET /healthz") };
+        let websocket = HandshakeInfo { layer: Layer::WebSocket, ..known(b"GET /healthz") };
         assert_eq!(kinds(&of_either(asked), &websocket), None);
     }
 
     #[test]
     fn in_a_private_network_unreadable_bytes_count_as_another_swarm_key() {
-        let private = Known { is_private: true, ..known(&[7; 24]) };
+        let private = HandshakeInfo { is_private: true, ..known(&[7; 24]) };
         let expected = Some(("multistream", "swarm key"));
         for error in [ProtocolError::InvalidMessage, ProtocolError::IoError(eof())] {
-            let overdue = Known { dropped: Some(Reason::Timeout), ..private.clone() };
+            let overdue = HandshakeInfo { dropped: Some(Reason::Timeout), ..private.clone() };
             assert_eq!(kinds(&negotiation(error), &private), expected);
             assert_eq!(kinds(&negotiation(ProtocolError::InvalidMessage), &overdue), expected);
         }
@@ -470,7 +470,7 @@ mod tests {
         let within = StageError::wrap(Stage::WebSocket, None, Denied::Rate.into());
         assert_eq!(kinds(&of_either(within), &known(b"GET ")), None);
         assert_eq!(kinds(&ListenError::Aborted, &known(b"")), None);
-        let dropped = Known { dropped: Some(Reason::Preempted), ..known(b"GET ") };
+        let dropped = HandshakeInfo { dropped: Some(Reason::Preempted), ..known(b"GET ") };
         let expected = Some(("multistream", "too many handshakes"));
         assert_eq!(kinds(&negotiation(ProtocolError::IoError(eof())), &dropped), expected);
     }

@@ -122,7 +122,7 @@ mod tests {
     use super::*;
     use crate::program::net::{
         admission::{
-            handshake_failure::{HandshakeFailure, Known},
+            handshake_failure::{HandshakeFailure, HandshakeInfo},
             handshakes::Progress,
         },
         multiaddr::Layer,
@@ -142,7 +142,7 @@ mod tests {
             let progress = Progress::default();
             progress.record(request);
             let (layer, is_private) = (Layer::WebSocket, false);
-            let known = Known { progress, dropped: None, layer, is_private };
+            let known = HandshakeInfo { progress, dropped: None, layer, is_private };
             let error = ListenError::Transport(TransportError::Other(error));
             let failure = HandshakeFailure::of(&error, &known);
             assert_eq!(failure.map(|failure| failure.reason.kind()), reason);
