@@ -40,8 +40,7 @@ const MAX_OBSERVATIONS: usize = 256;
 /// The minimum time between two changes of the confirmed addresses: each change is pushed to all peers.
 const CHANGE_INTERVAL: Duration = Duration::from_secs(5 * 60);
 
-/// How often the confirmed addresses are updated and expired observations removed; after a change, up to
-/// [`CHANGE_INTERVAL`].
+/// How often the confirmed addresses are updated and expired observations removed.
 const UPDATE_INTERVAL: Duration = Duration::from_secs(60);
 
 /// All observations, and the addresses that they confirm. `C` identifies a connection.
@@ -121,7 +120,7 @@ impl<C: Copy + Eq> Observations<C> {
         let (peer, observed_at) = (from.peer, now);
         let observation = Observation { peer, connection, ip, observed_at, closed_at: None };
         observations.insert(network, observation);
-        self.next_update = self.next_change.max(now);
+        self.next_update = self.next_update.min(self.next_change.max(now));
     }
 
     /// Records that a connection was closed.
@@ -145,6 +144,8 @@ impl<C: Copy + Eq> Observations<C> {
             !observations.is_empty()
         });
         if now < self.next_change {
+            // The confirmed addresses are updated as soon as they may change.
+            self.next_update = self.next_update.min(self.next_change);
             return false;
         }
         let confirmed = self.by_service.iter().filter_map(|(service, observations)| {
@@ -324,6 +325,20 @@ mod tests {
         assert_eq!(fixture.confirmed(), [LIE]);
         fixture.pass(Duration::from_millis(1));
         assert_eq!(fixture.confirmed(), [TRUE]);
+    }
+
+    #[test]
+    fn an_observation_after_a_change_does_not_postpone_the_removal_of_expired_ones() {
+        let mut fixture = Fixture::new();
+        let closed = fixture.observe("/ip4/10.3.0.1/tcp/1", TRUE);
+        fixture.close(closed);
+        fixture.pass(OBSERVATION_TTL - Duration::from_secs(1));
+        fixture.observe_from_subnets(1, 4, TRUE);
+        assert_eq!(fixture.confirmed(), [TRUE]);
+        fixture.observe("/ip4/10.2.0.1/tcp/1", TRUE);
+        fixture.pass(UPDATE_INTERVAL);
+        fixture.confirmed();
+        assert_eq!(fixture.observations.by_service.values().next().unwrap().len(), 5);
     }
 
     #[test]
