@@ -149,7 +149,7 @@ fn a_config_error_is_one_line_with_file_line_and_remedy() {
         ("\ngrase = \"1s\"", "relaylet.toml:2: grase: unknown setting; try grace"),
         ("grace = \"soon\"", "\"soon\" is not a duration; try 30s"),
         ("\ngrace = \"soon\"", "relaylet.toml:2: "),
-        ("grace = []", "relaylet.toml:1: grace: takes a text"),
+        ("grace = []", "relaylet.toml:1: grace: takes a string"),
         (
             "deny-peer = [\n \"12D3KooWPGM3wYKMsTHGEqbhcBft6cPjA2F3rQmyWTEDD3wCGS1g\",\n \"al\"]",
             "relaylet.toml:3: ",

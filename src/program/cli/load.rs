@@ -218,7 +218,7 @@ fn read_file(file: &str, bytes: &[u8], known: &Table) -> Result<Vec<Entry>, Stri
         let origin = origin(error.span().map_or(0, |span| span.start));
         let problem = error.message().replace('\n', "; ");
         format!(
-            "{origin}: {problem}; write a setting as its name, =, and a number or a text in quotes"
+            "{origin}: {problem}; write a setting as its name, =, and a number or a string in quotes"
         )
     })?;
     let mut given = Vec::new();
@@ -273,9 +273,9 @@ fn convert(setting: &Value, given: &DeValue<'_>) -> Result<Value, &'static str> 
         (Value::Array(_), _, Some("")) => Ok(vec![""].into()),
         // As in clap: a comma at the end adds no element.
         (Value::Array(_), _, Some(text)) => Ok(Vec::from_iter(text.split_terminator(',')).into()),
-        (Value::Array(_), ..) => Err("takes a list of texts in quotes"),
+        (Value::Array(_), ..) => Err("takes a list of strings in quotes"),
         (_, _, Some(text)) => Ok(text.into()),
-        _ => Err("takes a text in quotes, or a whole number in decimal digits"),
+        _ => Err("takes a string in quotes, or a whole number in decimal digits"),
     }
 }
 
@@ -365,13 +365,13 @@ mod tests {
             ("grace = \"1s", 1),
         ] {
             let (line, text) = problem(text);
-            assert!(text.ends_with("a number or a text in quotes"), "{text}");
+            assert!(text.ends_with("a number or a string in quotes"), "{text}");
             assert_eq!(line, at);
         }
         for value in ["true", "1.5", "1979-05-27", "[]", "0x1F"] {
             let (line, text) = problem(format!("grace = {value}"));
             assert_eq!(line, 1);
-            assert!(text.starts_with("grace: takes a text"), "{text}");
+            assert!(text.starts_with("grace: takes a string"), "{text}");
         }
         for (text, name) in
             [("[grace]\nx = 1", "grace"), ("grace = { a = 1 }", "grace"), ("\n[limits]", "limits")]
@@ -380,7 +380,7 @@ mod tests {
             assert!(text.starts_with(&format!("{name}: tables are not supported")), "{text}");
         }
         assert_eq!(problem("dht = 1").1, "dht: takes true or false");
-        let list = "deny-subnet: takes a list of texts in quotes";
+        let list = "deny-subnet: takes a list of strings in quotes";
         for value in ["[true]", "[[]]", "[\"192.0.2.0/24\", []]", "[[\"192.0.2.0/24\"]]"] {
             assert_eq!(problem(format!("deny-subnet = {value}")).1, list, "{value}");
         }

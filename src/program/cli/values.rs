@@ -14,7 +14,7 @@ use crate::program::net::multiaddr;
 /// How many characters of a value are shown.
 pub const MAX_SHOWN: usize = 80;
 
-/// A value that is parsed from a text or a number, and written as one.
+/// A value that is parsed from a string or a number, and written as one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "Value", into = "Value", bound = "T: Readable")]
 pub struct Parsed<T>(pub T);
