@@ -143,7 +143,7 @@ async fn an_endless_flood_of_pings() {
     let (kept, _) = testbed.attack("yamux's pings", &size, attack).await;
     let counts = testbed.until(|counts| counts.connections == 3).await;
     let flooding = r#"relaylet_connections_closed_total{reason="flooding"}"#;
-    testbed.until_counted(flooding, (ATTACKERS - 1) as f64).await;
+    testbed.wait_until_counted(flooding, (ATTACKERS - 1) as f64).await;
     assert_eq!(counts.live, 2, "a holder's slot stays");
     drop(kept);
     testbed.assert_restored().await;

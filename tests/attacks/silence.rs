@@ -125,7 +125,7 @@ async fn silent_connections_of_four_addresses() {
     let longest = waits.iter().max().expect("one at least");
     println!("{} newcomers; the longest wait was {longest:?}", waits.len());
     assert!(most_handshakes <= HANDSHAKES, "{most_handshakes} of one address");
-    testbed.until_counted(DENIED_TOO_FAST, 1.0).await;
+    testbed.wait_until_counted(DENIED_TOO_FAST, 1.0).await;
     drop(newcomers);
     testbed.assert_restored().await;
 }
@@ -171,7 +171,7 @@ async fn silent_connections_of_300_prefixes_and_slow_clients() {
     let longest = clients.iter().map(|(_, took)| took).max().expect("one at least");
     println!("all slow clients held a slot after {longest:?}");
     let [silent, exchanging, secured] = DROPPED;
-    testbed.until_counted(silent, 1.0).await;
+    testbed.wait_until_counted(silent, 1.0).await;
     for of_clients in [exchanging, secured] {
         assert_eq!(testbed.count(of_clients).await, 0.0, "{of_clients}");
     }

@@ -136,7 +136,7 @@ impl Testbed {
     }
 
     /// Waits until this metric is at least `wanted`.
-    pub async fn until_counted(&self, name: &'static str, wanted: f64) {
+    pub async fn wait_until_counted(&self, name: &'static str, wanted: f64) {
         within(async {
             while self.count(name).await < wanted {
                 sleep(POLL_INTERVAL).await;

@@ -25,22 +25,22 @@ const POLL_INTERVAL: Duration = Duration::from_millis(100);
 /// A window larger than all that is sent.
 const LARGE_WINDOW: u32 = 1 << 30;
 
-/// Nothing that sources send is read until their targets answer: the streams whose bytes have waited the longest are
-/// reset.
+/// The relay reads nothing of a source until its target answers; it resets the streams whose bytes have waited the
+/// longest.
 #[tokio::test]
 async fn more_unread_data_than_the_budget_allows() {
     const ATTACKERS: usize = 48;
     /// So few that each address buffers more than the bystanders.
     const ADDRESSES: usize = 8;
     const FRAMES: usize = 2500; // of 100 bytes: a quarter of a MiB
-    /// The budget and what the heap may keep in addition, in KiB.
+    /// The budget, and what the allocator may retain beyond it, in KiB.
     const MEMORY: u64 = (8 + 16) * 1024;
     let rounds = short_or_long(1, 20);
     let [circuits, buffered] = SMALL_BUDGET;
     // The targets read nothing between two rounds, and so answer no probe.
     let mut testbed = Testbed::start(&[circuits, buffered, "--heartbeat=0s"]).await;
     let port = testbed.port;
-    let before = testbed.resident();
+    let resident_before = testbed.resident();
     let freed = testbed.counter(FREED_FOR_MEMORY[0]);
     let attack = async move {
         let pairs = run_each(ATTACKERS, AT_A_TIME, move |number| async move {
@@ -53,7 +53,7 @@ async fn more_unread_data_than_the_budget_allows() {
         let mut reset = 0;
         for _ in 0..rounds {
             // All send at once, and wait for resets only once the relay has freed a stream.
-            let before = freed().await;
+            let freed_before = freed().await;
             let sent = pairs.into_iter().map(|(mut source, target)| async move {
                 let stream = source.next_stream();
                 let request = hop_opening(&connect(target.peer));
@@ -63,7 +63,7 @@ async fn more_unread_data_than_the_budget_allows() {
             });
             let sent = expect_all(future::join_all(sent).await);
             within(async {
-                while freed().await == before {
+                while freed().await == freed_before {
                     sleep(POLL_INTERVAL).await;
                 }
             })
@@ -82,11 +82,12 @@ async fn more_unread_data_than_the_budget_allows() {
             .map(|(source, target)| [source.stay_connected(), target.stay_connected()]);
         (reset, stay.collect::<Vec<_>>())
     };
-    let size = format!("{} MiB in {ATTACKERS} streams, of 8 MiB", ATTACKERS * rounds / 4);
+    let streams = ATTACKERS * rounds;
+    let size = format!("{} MiB in {streams} streams; budget 8 MiB", streams / 4);
     let what = "more than --max-buffered, unread by the relay's tasks";
     let ((reset, pairs), impact) = testbed.attack(what, &size, attack).await;
     assert!(reset > 0, "no reset was received");
-    let growth = impact.peak.saturating_sub(before);
+    let growth = impact.peak.saturating_sub(resident_before);
     assert!(growth <= MEMORY, "{growth} KiB");
     drop(pairs);
     testbed.assert_restored().await;
@@ -97,9 +98,9 @@ async fn more_unread_data_than_the_budget_allows() {
 /// stalled before theirs continues.
 #[tokio::test]
 async fn targets_that_never_read() {
-    /// So many that their sources' smallest windows, half of them granted again, are more than the budget.
+    /// So many that one and a half initial windows (256 KiB) for each exceed the budget.
     const PAIRS: usize = 64;
-    /// More than fits into the sockets of the path, in bytes: those of the targets take few.
+    /// More than the path's socket buffers hold, in bytes; the targets' are small.
     const OFFER: usize = 24 * 1024 * 1024;
     let mut testbed = Testbed::start(&SMALL_BUDGET).await;
     let port = testbed.port;
@@ -119,10 +120,10 @@ async fn targets_that_never_read() {
         });
         future::join_all(offered).await
     };
-    let size = format!("{PAIRS} circuits of one address whose targets read nothing, of 8 MiB");
-    let what = "more than --max-buffered, not accepted by targets";
+    let size = format!("{PAIRS} circuits of one address whose targets read nothing; budget 8 MiB");
+    let what = "more than --max-buffered, not read by targets";
     let (pairs, _) = testbed.attack(what, &size, attack).await;
-    testbed.until_counted(r#"relaylet_circuits_closed_total{end="stalled"}"#, 1.0).await;
+    testbed.wait_until_counted(r#"relaylet_circuits_closed_total{end="stalled"}"#, 1.0).await;
     let mut received = 0;
     while received < OFFER {
         let frame = within(other_target.read_frame()).await.expect("a frame");

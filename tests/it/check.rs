@@ -37,51 +37,55 @@ use crate::common::{
 
 const LISTEN_TCP: &str = "/ip4/127.0.0.1/tcp/0";
 
-/// The result of a check: its exit code, and its lines.
-struct Checked(Option<i32>, Vec<String>);
+/// What a check printed, and its exit code.
+struct CheckOutput {
+    code: Option<i32>,
+    lines: Vec<String>,
+}
 
-impl Checked {
+impl CheckOutput {
     /// The first words of the lines: the steps.
     fn steps(&self) -> Vec<&str> {
-        self.1.iter().filter_map(|line| line.split_whitespace().next()).collect()
+        self.lines.iter().filter_map(|line| line.split_whitespace().next()).collect()
     }
 
-    /// What the line of this step says.
+    /// The line of this step.
     fn line_of(&self, step: &str) -> &str {
-        let line = self.1.iter().find(|line| line.starts_with(step));
-        line.unwrap_or_else(|| panic!("no {step}: {:#?}", self.1))
+        let line = self.lines.iter().find(|line| line.starts_with(step));
+        line.unwrap_or_else(|| panic!("no {step}: {:#?}", self.lines))
     }
 
     /// Asserts that this step failed, with this cause and this remedy, and that all before it succeeded.
     fn assert_failed_at(&self, step: &str, cause: &str, remedy: &str) {
-        let line = self.1.last().expect("a line");
-        assert_eq!(self.0, Some(1), "{:#?}", self.1);
-        assert!(line.starts_with(step), "{step}: {:#?}", self.1);
+        let line = self.lines.last().expect("a line");
+        assert_eq!(self.code, Some(1), "{:#?}", self.lines);
+        assert!(line.starts_with(step), "{step}: {:#?}", self.lines);
         let (_, failure) = line.split_once("FAILED: ").expect(line);
         let (actual_cause, actual_remedy) = failure.split_once("; ").expect(line);
         assert!(actual_cause.contains(cause), "{cause}: {line}");
         assert!(actual_remedy.contains(remedy), "{remedy}: {line}");
-        let failed = self.1.iter().filter(|line| line.contains("FAILED")).count();
-        assert_eq!(failed, 1, "{:#?}", self.1);
+        let failed = self.lines.iter().filter(|line| line.contains("FAILED")).count();
+        assert_eq!(failed, 1, "{:#?}", self.lines);
     }
 }
 
 /// Runs the check with these arguments, in this folder.
-async fn check_in(folder: &Path, arguments: &[&str]) -> Checked {
+async fn check_in(folder: &Path, arguments: &[&str]) -> CheckOutput {
     let mut command = command(&TempDir::new().expect("a folder"));
     command.current_dir(folder).arg("check").args(arguments).env("SSL_CERT_FILE", "cert.pem");
     let output = spawn_blocking(move || output(&mut command)).await;
     let Output { status, stdout, stderr } = output.expect("it ends");
     assert!(stderr.is_empty(), "{}", String::from_utf8_lossy(&stderr));
     let stdout = String::from_utf8(stdout).expect("text");
-    Checked(status.code(), stdout.lines().map(str::to_owned).collect())
+    let lines = stdout.lines().map(str::to_owned).collect();
+    CheckOutput { code: status.code(), lines }
 }
 
-async fn check(address: &Multiaddr) -> Checked {
+async fn check(address: &Multiaddr) -> CheckOutput {
     check_in(Path::new("."), &[&address.to_string()]).await
 }
 
-/// Runs a peer of rust-libp2p's with this behaviour. Returns its address.
+/// Runs a rust-libp2p peer with this behaviour. Returns its address.
 async fn peer<B>(behaviour: impl FnOnce(&Keypair) -> B) -> Multiaddr
 where
     B: NetworkBehaviour<ToSwarm: Send> + Send,
@@ -113,10 +117,10 @@ fn identify(keypair: &Keypair) -> identify::Behaviour {
 // ---- Relays that work
 
 #[tokio::test]
-async fn all_steps_succeed_over_tcp_and_the_relay_is_left_as_it_was() {
+async fn all_steps_succeed_over_tcp_and_the_circuit_and_the_connection_end() {
     let relay = Relay::start(&[]);
     let checked = check(&relay.address).await;
-    assert_eq!(checked.0, Some(0), "{:#?}", checked.1);
+    assert_eq!(checked.code, Some(0), "{:#?}", checked.lines);
     let steps = ["tcp", "secure", "identify", "reserve", "second", "circuit", "end"];
     assert_eq!(checked.steps(), steps);
     assert!(checked.line_of("secure").contains(&relay.peer.to_string()));
@@ -137,14 +141,14 @@ async fn all_steps_succeed_over_tcp_and_the_relay_is_left_as_it_was() {
 async fn a_quick_check_takes_no_slot() {
     let relay = Relay::start(&[]);
     let checked = check_in(Path::new("."), &["--quick", &relay.address.to_string()]).await;
-    assert_eq!(checked.0, Some(0), "{:#?}", checked.1);
+    assert_eq!(checked.code, Some(0), "{:#?}", checked.lines);
     assert_eq!(checked.steps(), ["tcp", "secure", "identify", "end"]);
     relay.wait_for_log(" closed: peer ").await;
     assert_eq!(relay.count_in_log("reservation"), 0);
 }
 
 #[tokio::test]
-async fn a_name_websocket_tls_and_a_private_network_are_steps() {
+async fn dns_websocket_tls_and_a_private_network_are_steps() {
     let folder = TempDir::new().unwrap();
     let certificate = Certificate::new();
     certificate.write(folder.path());
@@ -163,7 +167,7 @@ async fn a_name_websocket_tls_and_a_private_network_are_steps() {
         (name, &["resolve", "tcp"]),
     ] {
         let checked = check_in(path, &[&address, "--swarm-key=swarm.key"]).await;
-        assert_eq!(checked.0, Some(0), "{:#?}", checked.1);
+        assert_eq!(checked.code, Some(0), "{:#?}", checked.lines);
         assert_eq!(checked.steps(), [first, &rest].concat());
     }
 
@@ -178,7 +182,7 @@ async fn a_name_websocket_tls_and_a_private_network_are_steps() {
     let elsewhere = format!("/dns4/localhost/tcp/{}/tls/ws", tcp_port(&tls));
     let checked = check_in(path, &[&elsewhere]).await;
     checked.assert_failed_at("tls", "certificate", "--tls-cert");
-    // Without one of its own, the machine does not trust the relay's.
+    // Without cert.pem as a root, the check does not trust the relay's certificate.
     let elsewhere = TempDir::new().unwrap();
     check_in(elsewhere.path(), &[&tls.to_string()]).await.assert_failed_at(
         "tls",
@@ -194,7 +198,7 @@ async fn rust_libp2ps_relay_passes() {
         identify: identify(keypair),
     });
     let checked = check(&relay.await).await;
-    assert_eq!(checked.0, Some(0), "{:#?}", checked.1);
+    assert_eq!(checked.code, Some(0), "{:#?}", checked.lines);
     assert!(checked.line_of("reserve").contains("no voucher"));
 }
 
@@ -247,7 +251,7 @@ async fn a_peer_without_identify_and_one_without_a_relay_are_named() {
 }
 
 #[tokio::test]
-async fn a_refusal_is_named_with_its_status_and_the_flag() {
+async fn a_refusal_is_named_with_its_remedy() {
     let relay = Relay::start(&["--max-reservations=1"]);
     let mut holder = Client::connect(&relay).await;
     holder.reserve().await;
@@ -267,7 +271,7 @@ async fn a_refusal_is_named_with_its_status_and_the_flag() {
     check(&relay.address).await.assert_failed_at("circuit", "", "limits of a circuit");
 }
 
-/// The relay closes the connection at once, whatever would come first on it.
+/// The relay closes the connection at once, whichever protocol would come first.
 #[tokio::test]
 async fn a_refused_address_is_named_at_each_step_that_may_be_the_first() {
     let folder = TempDir::new().unwrap();
@@ -330,13 +334,14 @@ async fn a_relay_that_changes_what_it_carries_is_named() {
 #[tokio::test]
 async fn a_relay_that_keeps_circuits_of_which_one_side_ended_is_named() {
     let keep = |source: Stream, target: Stream| -> BoxFuture<'static, ()> {
-        let ((from, mut back), (there, mut to)) = (source.split(), target.split());
+        let ((from_source, mut to_source), (from_target, mut to_target)) =
+            (source.split(), target.split());
         Box::pin(async move {
             let forth = async {
-                io::copy(from, &mut to).await.expect("the source ends");
-                std::future::pending::<()>().await // without the target's end
+                io::copy(from_source, &mut to_target).await.expect("the source ends");
+                std::future::pending::<()>().await // never closes `to_target`
             };
-            let _ = future::join(forth, io::copy(there, &mut back)).await;
+            let _ = future::join(forth, io::copy(from_target, &mut to_source)).await;
         })
     };
     let relay = relay_with_circuits(keep).await;

@@ -59,7 +59,7 @@ fn a_flag_wins_over_the_environment_and_that_over_the_file() {
         "deny-subnet = [\"192.0.2.0/24\"]",
         "# max-reservations-per-ip = 64",
     ] {
-        assert!(file.lines().any(|own| own == line), "{line}: {file}");
+        assert!(file.lines().any(|printed| printed == line), "{line}: {file}");
     }
 }
 
@@ -116,7 +116,7 @@ fn the_printed_configuration_is_an_equivalent_file() {
     assert_eq!(effective(&folder, &[]), first);
 }
 
-/// A service manager checks the settings with it before a reload.
+/// A service manager runs `--print-config` before a reload.
 #[test]
 fn the_printed_configuration_comes_with_the_warnings_of_a_start() {
     let folder = tempfile::tempdir().unwrap();
@@ -215,7 +215,7 @@ async fn sighup_applies_limits_and_rules_without_closing_connections() {
     // On their existing connections.
     assert_eq!(alice.request(&reserve()).await.status, PERMISSION_DENIED);
     assert_eq!(alice.request(&connect(bob.peer)).await.status, PERMISSION_DENIED);
-    // A setting that was not applied does not change when it is as at the start again.
+    // `threads` was never applied, so restoring its first value changes nothing.
     write(&relay.folder, &file.replace("threads = 3\n", ""));
     relay.signal("HUP");
     relay.wait_for_log("SIGHUP: no setting has changed").await;
@@ -239,7 +239,7 @@ async fn a_setting_removed_from_the_file_reverts_while_a_circuit_stays_open() {
     );
     write(&relay.folder, &file);
     relay.signal("HUP");
-    // The flags win for grace and for the listen address.
+    // Flags override grace and the listen address.
     let changed = "SIGHUP: changed: announce, reserve-rate, connect-rate, deny-peer";
     let line = relay.wait_for_log(changed).await;
     assert!(line.ends_with(changed), "{line}");
@@ -300,7 +300,7 @@ async fn a_questionable_setting_is_a_warning_on_reload_as_well() {
     }
 }
 
-/// Its writer is gone: opening it again would block, and from a pipe without a name nothing would be read.
+/// The FIFO's writer is gone: opening it again would block, and an anonymous pipe would be empty.
 #[tokio::test]
 async fn a_configuration_that_cannot_be_read_twice_is_not_reloaded() {
     let folder = tempfile::tempdir().unwrap();
@@ -319,7 +319,7 @@ async fn a_configuration_that_cannot_be_read_twice_is_not_reloaded() {
 
 #[cfg(feature = "dht")]
 #[tokio::test]
-async fn a_reloaded_setting_has_to_fit_to_the_dht_that_stays() {
+async fn a_reloaded_setting_must_fit_the_running_dht() {
     let relay = start(folder_with("dht = true\n"));
     write(&relay.folder, "idle-timeout = \"0s\"\n");
     relay.signal("HUP");
@@ -339,8 +339,7 @@ async fn without_a_file_sighup_changes_nothing() {
 }
 
 #[tokio::test]
-async fn a_changed_memory_changes_the_slots_with_sighup_and_the_other_derived_limits_with_a_restart()
- {
+async fn a_new_memory_limit_changes_slots_on_sighup_and_other_limits_on_restart() {
     let relay = start(folder_with("memory = \"24MiB\"\n"));
     relay.wait_for_log("memory: at most 2").await;
     write(&relay.folder, "memory = \"128MiB\"\n");

@@ -42,7 +42,7 @@ const BUSY: StreamProtocol = StreamProtocol::new("/test/busy/1.0.0");
 
 /// The behaviours of the embedder's swarm: a relay and several others.
 #[derive(NetworkBehaviour)]
-struct Parts {
+struct Composed {
     relay: relaylet::Behaviour,
     client: relay::client::Behaviour,
     ping: ping::Behaviour,
@@ -55,7 +55,7 @@ struct Embedded {
     address: Multiaddr,
     peer: PeerId,
     control: libp2p_stream::Control,
-    events: mpsc::UnboundedReceiver<PartsEvent>,
+    events: mpsc::UnboundedReceiver<ComposedEvent>,
     calls: mpsc::UnboundedSender<Call>,
 }
 
@@ -71,7 +71,7 @@ enum Call {
 
 impl Call {
     /// Calls the behaviour; `connections` has one connection of each peer.
-    fn run(self, swarm: &mut Swarm<Parts>, connections: &HashMap<PeerId, ConnectionId>) {
+    fn run(self, swarm: &mut Swarm<Composed>, connections: &HashMap<PeerId, ConnectionId>) {
         let relay = &mut swarm.behaviour_mut().relay;
         match self {
             Self::Release(peer) => assert!(relay.release(peer)),
@@ -93,7 +93,7 @@ impl Embedded {
         Self::run(swarm(config), listen).await
     }
 
-    async fn run(mut swarm: Swarm<Parts>, listen: Multiaddr) -> Self {
+    async fn run(mut swarm: Swarm<Composed>, listen: Multiaddr) -> Self {
         let address = swarms::listen(&mut swarm, listen).await;
         let peer = *swarm.local_peer_id();
         let control = swarm.behaviour().stream.new_control();
@@ -129,7 +129,7 @@ impl Embedded {
     }
 
     /// Calls the behaviour, and returns what `call` returns.
-    async fn with<T: Send + 'static>(
+    async fn call<T: Send + 'static>(
         &self,
         call: impl FnOnce(&mut relaylet::Behaviour) -> T + Send + 'static,
     ) -> T {
@@ -140,7 +140,7 @@ impl Embedded {
     }
 
     /// Waits for an event from which `wanted` returns something.
-    async fn until<T>(&mut self, mut wanted: impl FnMut(PartsEvent) -> Option<T>) -> T {
+    async fn wait_for_event<T>(&mut self, mut wanted: impl FnMut(ComposedEvent) -> Option<T>) -> T {
         within(async {
             loop {
                 let event = self.events.recv().await.expect("the swarm runs");
@@ -153,23 +153,23 @@ impl Embedded {
     }
 
     /// Waits until a peer times out; returns it.
-    async fn next_silent(&mut self) -> PeerId {
-        self.until(|event| match event {
-            PartsEvent::Relay(Event::PeerSilent { peer, .. }) => Some(peer),
+    async fn next_timed_out(&mut self) -> PeerId {
+        self.wait_for_event(|event| match event {
+            ComposedEvent::Relay(Event::PeerSilent { peer, .. }) => Some(peer),
             _ => None,
         })
         .await
     }
 }
 
-fn swarm(config: Config) -> Swarm<Parts> {
+fn swarm(config: Config) -> Swarm<Composed> {
     swarm_over(config, |tcp| tcp)
 }
 
-/// A TCP transport as an embedder builds it.
-type Tcp = transport::Boxed<(PeerId, StreamMuxerBox)>;
+/// The boxed transport of an embedder: TCP, Noise, yamux.
+type BoxedTransport = transport::Boxed<(PeerId, StreamMuxerBox)>;
 
-fn swarm_over(config: Config, change: fn(Tcp) -> Tcp) -> Swarm<Parts> {
+fn swarm_over(config: Config, change: fn(BoxedTransport) -> BoxedTransport) -> Swarm<Composed> {
     SwarmBuilder::with_new_identity()
         .with_tokio()
         .with_other_transport(|keypair| {
@@ -184,7 +184,7 @@ fn swarm_over(config: Config, change: fn(Tcp) -> Tcp) -> Swarm<Parts> {
         .with_relay_client(noise::Config::new, yamux::Config::default)
         .unwrap()
         .with_behaviour(|keypair, client| {
-            Ok(Parts {
+            Ok(Composed {
                 relay: relaylet::Behaviour::new(keypair.clone(), config)?,
                 client,
                 ping: ping::Behaviour::new(
@@ -198,14 +198,13 @@ fn swarm_over(config: Config, change: fn(Tcp) -> Tcp) -> Swarm<Parts> {
             })
         })
         .unwrap()
-        // Longer than any gap of a connection that the relay's handler keeps open, and short enough to see the others
-        // close.
+        // Longer than any pause between two uses of a connection here, and short enough to see unused ones close.
         .with_swarm_config(|config| config.with_idle_connection_timeout(Duration::from_secs(1)))
         .build()
 }
 
 /// A transport whose received bytes count as activity.
-fn counting(tcp: Tcp) -> Tcp {
+fn counting(tcp: BoxedTransport) -> BoxedTransport {
     let counting = Transport::map(tcp, relaylet::count_activity);
     counting.map(|(peer, muxer), _| (peer, StreamMuxerBox::new(muxer))).boxed()
 }
@@ -247,8 +246,8 @@ async fn check_relaying(answer_ping: bool) {
     // Pings in both directions work: the swarm's own, and those of the clients.
     let mut pings = 0;
     embedded
-        .until(|event| {
-            if let PartsEvent::Ping(ping::Event { result, .. }) = event {
+        .wait_for_event(|event| {
+            if let ComposedEvent::Ping(ping::Event { result, .. }) = event {
                 result.expect("every ping is answered");
                 pings += 1;
             }
@@ -285,8 +284,8 @@ async fn events_report_peers_and_reasons() {
     alice.disconnect().await;
     let mut seen = Vec::new();
     embedded
-        .until(|event| {
-            if let PartsEvent::Relay(event) = event {
+        .wait_for_event(|event| {
+            if let ComposedEvent::Relay(event) = event {
                 seen.push(match event {
                     Event::ReservationAccepted { peer, renewed, .. } => (peer, renewed.to_string()),
                     Event::ReservationRefused { peer, reason, .. } => (peer, reason.to_string()),
@@ -320,8 +319,8 @@ async fn a_released_peer_loses_its_slot_and_circuits_at_once() {
     }
     assert_eq!(alice.request(&connect(bob.peer)).await.status, NO_RESERVATION);
     let end = embedded
-        .until(|event| match event {
-            PartsEvent::Relay(Event::CircuitClosed { end, .. }) => Some(end.to_string()),
+        .wait_for_event(|event| match event {
+            ComposedEvent::Relay(Event::CircuitClosed { end, .. }) => Some(end.to_string()),
             _ => None,
         })
         .await;
@@ -349,11 +348,11 @@ impl Access for Store {
 }
 
 #[tokio::test]
-async fn a_store_that_takes_200_ms_decides_requests_and_ends_what_it_denies_later() {
+async fn a_store_that_takes_200_ms_decides_requests_and_a_later_denial_ends_slot_and_circuit() {
     let mut embedded = Embedded::start(Config::default()).await;
     let store = Store::default();
     let access = store.clone();
-    embedded.with(move |relay| relay.set_access(access)).await;
+    embedded.call(move |relay| relay.set_access(access)).await;
     let mut alice = embedded.connect().await;
     let mut bob = embedded.connect().await;
     let mut stranger = embedded.connect().await;
@@ -366,16 +365,16 @@ async fn a_store_that_takes_200_ms_decides_requests_and_ends_what_it_denies_late
     assert_relayed(&mut there, &mut back, b"to bob").await;
 
     store.0.lock().unwrap().remove(&bob.peer);
-    embedded.with(|relay| relay.recheck_access()).await;
+    embedded.call(|relay| relay.recheck_access()).await;
     assert!(read_to_end(&mut there).await.0.is_empty());
     let (mut freed, mut ended) = (None, None);
     embedded
-        .until(|event| {
+        .wait_for_event(|event| {
             match event {
-                PartsEvent::Relay(Event::ReservationFreed { peer, reason, .. }) => {
+                ComposedEvent::Relay(Event::ReservationFreed { peer, reason, .. }) => {
                     freed = Some((peer, reason));
                 }
-                PartsEvent::Relay(Event::CircuitClosed { end, .. }) => ended = Some(end),
+                ComposedEvent::Relay(Event::CircuitClosed { end, .. }) => ended = Some(end),
                 _ => {}
             }
             freed.zip(ended)
@@ -385,15 +384,15 @@ async fn a_store_that_takes_200_ms_decides_requests_and_ends_what_it_denies_late
     assert_eq!(ended, Some(CircuitEnd::Denied));
 }
 
-/// Never answers. Sends a channel for each question, which closes when the future of the answer is dropped.
+/// Never answers. For each call, sends a receiver that ends when the future of the answer is dropped.
 struct NeverAnswers(mpsc::UnboundedSender<mpsc::Receiver<()>>);
 
 impl Access for NeverAnswers {
     fn may_reserve(&self, _: PeerId, _: &Multiaddr) -> Permission {
-        let questions = self.0.clone();
+        let calls = self.0.clone();
         Permission::Later(Box::pin(async move {
             let (_open, dropped) = mpsc::channel(1);
-            let _ = questions.send(dropped);
+            let _ = calls.send(dropped);
             pending().await
         }))
     }
@@ -407,8 +406,8 @@ impl Access for NeverAnswers {
 async fn requests_without_an_answer_are_denied_at_the_deadline() {
     log_recorder::record();
     let mut embedded = Embedded::start(Config::default()).await;
-    let (sender, mut questions) = mpsc::unbounded_channel();
-    embedded.with(|relay| relay.set_access(NeverAnswers(sender))).await;
+    let (sender, mut calls) = mpsc::unbounded_channel();
+    embedded.call(|relay| relay.set_access(NeverAnswers(sender))).await;
     let (mut alice, mut bob) = (embedded.connect().await, embedded.connect().await);
     let (start, requests) = (Instant::now(), [reserve(), connect(PeerId::random())]);
     let [to_reserve, to_connect] = &requests;
@@ -416,13 +415,13 @@ async fn requests_without_an_answer_are_denied_at_the_deadline() {
     assert!(start.elapsed() >= Duration::from_secs(10), "{:?}", start.elapsed());
     for (request, answer) in requests.iter().zip([reserved, connected]) {
         assert_eq!(answer.status, PERMISSION_DENIED, "to {request:?}");
-        let mut dropped = within(questions.recv()).await.expect("the store is asked");
+        let mut dropped = within(calls.recv()).await.expect("the store is asked");
         assert_eq!(within(dropped.recv()).await, None);
     }
     let mut refused = 0;
     embedded
-        .until(|event| {
-            if let PartsEvent::Relay(
+        .wait_for_event(|event| {
+            if let ComposedEvent::Relay(
                 Event::ReservationRefused { reason, .. } | Event::CircuitRefused { reason, .. },
             ) = event
             {
@@ -437,21 +436,21 @@ async fn requests_without_an_answer_are_denied_at_the_deadline() {
 }
 
 #[tokio::test]
-async fn a_client_that_disconnects_before_the_answer_leaves_nothing() {
+async fn a_client_that_disconnects_before_the_answer_leaves_no_state() {
     let mut embedded = Embedded::start(Config::default()).await;
-    let (sender, mut questions) = mpsc::unbounded_channel();
-    embedded.with(|relay| relay.set_access(NeverAnswers(sender))).await;
+    let (sender, mut calls) = mpsc::unbounded_channel();
+    embedded.call(|relay| relay.set_access(NeverAnswers(sender))).await;
     for request in [reserve(), connect(PeerId::random())] {
         let mut client = embedded.connect().await;
         let mut dropped = tokio::select! {
             answer = client.request(&request) => panic!("{answer:?}"),
-            dropped = within(questions.recv()) => dropped.expect("the store is asked"),
+            dropped = within(calls.recv()) => dropped.expect("the store is asked"),
         };
         client.disconnect().await;
         assert_eq!(within(dropped.recv()).await, None, "the answer is dropped");
     }
     let no_connection = async {
-        while embedded.with(|relay| relay.view().connections.count()).await > 0 {
+        while embedded.call(|relay| relay.view().connections.count()).await > 0 {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     };
@@ -460,16 +459,16 @@ async fn a_client_that_disconnects_before_the_answer_leaves_nothing() {
         let view = relay.view();
         (view.reservations.taken(), view.circuits.count(), view.waiting.len())
     };
-    assert_eq!(embedded.with(counts).await, (0, 0, 0));
+    assert_eq!(embedded.call(counts).await, (0, 0, 0));
     while let Ok(event) = embedded.events.try_recv() {
-        assert!(!matches!(event, PartsEvent::Relay(_)), "{event:?}");
+        assert!(!matches!(event, ComposedEvent::Relay(_)), "{event:?}");
     }
 }
 
-/// With `set_serving(None)` and after each change; identify pushes the changes over open connections.
+/// First with `set_serving(None)`, then after each change, which identify pushes over open connections.
 #[tokio::test]
 async fn the_relay_supports_the_hop_protocol_only_while_it_serves() {
-    // The swarm does not see that a protocol is gone if another one is supported twice.
+    // With ping supported twice, the swarm would not see that the hop protocol is gone.
     let config = Config::default().with(|config| config.answer_ping = false);
     let mut embedded = Embedded::start(config).await;
     let calls = embedded.calls.clone();
@@ -483,7 +482,7 @@ async fn the_relay_supports_the_hop_protocol_only_while_it_serves() {
     tokio::spawn(async move {
         loop {
             let event = client.select_next_some().await;
-            if let SwarmEvent::Behaviour(PartsEvent::Identify(event)) = event
+            if let SwarmEvent::Behaviour(ComposedEvent::Identify(event)) = event
                 && let identify::Event::Received { info, .. } = event
             {
                 let _ = sender.send(info.protocols.contains(&HOP));
@@ -493,10 +492,10 @@ async fn the_relay_supports_the_hop_protocol_only_while_it_serves() {
     assert_eq!(within(supports_hop.recv()).await, Some(false), "no address is confirmed");
     // Identify pushes changes once the exchange is over; a stream keeps the connection open.
     let identified = |event| match event {
-        PartsEvent::Identify(identify::Event::Received { .. }) => Some(()),
+        ComposedEvent::Identify(identify::Event::Received { .. }) => Some(()),
         _ => None,
     };
-    embedded.until(identified).await;
+    embedded.wait_for_event(identified).await;
     let mut stream = within(embedded.control.open_stream(peer, BUSY)).await.unwrap();
     send(&mut stream, b"busy").await;
     let _other_end = within(busy.next()).await;
@@ -506,7 +505,7 @@ async fn the_relay_supports_the_hop_protocol_only_while_it_serves() {
         (Call::Serve(Some(true)), true),
     ] {
         call(change);
-        // A new address is pushed by itself.
+        // Identify pushes a new address separately.
         while within(supports_hop.recv()).await != Some(serves) {}
     }
 }
@@ -531,9 +530,9 @@ async fn a_peer_that_refuses_ping_does_not_time_out() {
     wait_for_probes(refuses.peer, 6).await;
     refuses.reserve().await;
     let renewed = embedded
-        .until(|event| match event {
-            PartsEvent::Relay(Event::ReservationAccepted { renewed: true, .. }) => Some(true),
-            PartsEvent::Relay(Event::PeerSilent { .. } | Event::ReservationFreed { .. }) => {
+        .wait_for_event(|event| match event {
+            ComposedEvent::Relay(Event::ReservationAccepted { renewed: true, .. }) => Some(true),
+            ComposedEvent::Relay(Event::PeerSilent { .. } | Event::ReservationFreed { .. }) => {
                 Some(false)
             }
             _ => None,
@@ -544,9 +543,7 @@ async fn a_peer_that_refuses_ping_does_not_time_out() {
 
 #[tokio::test]
 async fn without_close_silent_a_timed_out_peer_loses_only_slot_and_circuits() {
-    let mut config = short_timeouts();
-    config.close_silent = false;
-    let mut embedded = Embedded::start(config).await;
+    let mut embedded = Embedded::start(short_timeouts()).await;
     let frozen = Process::start_and_reserve(&embedded.address).await;
     let mut source = embedded.connect().await;
     source.reserve().await; // keeps its connection open
@@ -559,12 +556,14 @@ async fn without_close_silent_a_timed_out_peer_loses_only_slot_and_circuits() {
     assert_eq!(read_bytes(&mut echo, 6).await, b"before");
 
     frozen.signal("STOP");
-    assert_eq!(embedded.next_silent().await, frozen.peer);
+    assert_eq!(embedded.next_timed_out().await, frozen.peer);
     let (bytes, _) = read_to_end(&mut circuit).await;
     assert!(bytes.is_empty());
     let freed = embedded
-        .until(|event| match event {
-            PartsEvent::Relay(Event::ReservationFreed { peer, reason, .. }) => Some((peer, reason)),
+        .wait_for_event(|event| match event {
+            ComposedEvent::Relay(Event::ReservationFreed { peer, reason, .. }) => {
+                Some((peer, reason))
+            }
             _ => None,
         })
         .await;
@@ -578,22 +577,24 @@ async fn without_close_silent_a_timed_out_peer_loses_only_slot_and_circuits() {
 }
 
 #[tokio::test]
-async fn without_close_silent_a_peer_that_is_heard_within_grace_has_its_slot_again() {
+async fn without_close_silent_a_peer_that_answers_within_grace_keeps_its_slot() {
     let mut config = short_timeouts();
     config.grace = Duration::from_secs(600);
     let swarm = swarm_over(config, counting);
     let mut embedded = Embedded::run(swarm, "/ip4/127.0.0.1/tcp/0".parse().unwrap()).await;
     let frozen = Process::start_and_reserve(&embedded.address).await;
     frozen.signal("STOP");
-    assert_eq!(embedded.next_silent().await, frozen.peer);
-    // Until another one times out, the swarm closes any connection that nothing keeps open.
+    assert_eq!(embedded.next_timed_out().await, frozen.peer);
+    // While another one times out, the swarm has the time to close the connection if nothing keeps it open.
     let other = Process::start_and_reserve(&embedded.address).await;
     other.signal("STOP");
-    assert_eq!(embedded.next_silent().await, other.peer);
+    assert_eq!(embedded.next_timed_out().await, other.peer);
     frozen.signal("CONT");
     let live_again = embedded
-        .until(|event| match event {
-            PartsEvent::Relay(Event::ReservationAccepted { peer, renewed: true, .. }) => Some(peer),
+        .wait_for_event(|event| match event {
+            ComposedEvent::Relay(Event::ReservationAccepted { peer, renewed: true, .. }) => {
+                Some(peer)
+            }
             _ => None,
         })
         .await;
@@ -618,7 +619,7 @@ async fn a_peer_with_activity_on_a_tracked_stream_does_not_time_out() {
     .await;
 }
 
-/// Its transport counts, so that bytes of any protocol are an answer; it never answers a ping.
+/// The embedder's transport counts bytes, so any protocol answers a probe; the peer never answers a ping.
 #[tokio::test]
 async fn with_a_counting_transport_a_peer_that_uses_another_protocol_does_not_time_out() {
     let swarm = swarm_over(short_timeouts(), counting);
@@ -643,11 +644,11 @@ async fn with_a_counting_transport_a_peer_that_uses_another_protocol_does_not_ti
     for _ in 0..2 {
         let frozen = Process::start_and_reserve(&embedded.address).await;
         frozen.signal("STOP");
-        assert_eq!(embedded.next_silent().await, frozen.peer);
+        assert_eq!(embedded.next_timed_out().await, frozen.peer);
     }
 }
 
-/// Freezes two clients and reports activity of one for as long as the other one has not timed out.
+/// Freezes two clients and reports activity of one until the other one times out.
 async fn check_kept_alive(mut report: impl FnMut(&mpsc::UnboundedSender<Call>, PeerId)) {
     let mut embedded = Embedded::start(short_timeouts()).await;
     let active = Process::start_and_reserve(&embedded.address).await;
@@ -657,7 +658,7 @@ async fn check_kept_alive(mut report: impl FnMut(&mpsc::UnboundedSender<Call>, P
     let calls = embedded.calls.clone();
     let mut interval = tokio::time::interval(Duration::from_millis(100));
     let first = {
-        let mut silent = pin!(embedded.next_silent());
+        let mut silent = pin!(embedded.next_timed_out());
         loop {
             tokio::select! {
                 peer = &mut silent => break peer,
@@ -667,7 +668,7 @@ async fn check_kept_alive(mut report: impl FnMut(&mpsc::UnboundedSender<Call>, P
     };
     assert_eq!(first, silent_peer.peer);
     // The reports have ended, so it times out, too.
-    assert_eq!(embedded.next_silent().await, active.peer);
+    assert_eq!(embedded.next_timed_out().await, active.peer);
 }
 
 #[tokio::test]
@@ -697,7 +698,7 @@ async fn requests_over_a_relayed_connection_are_denied() {
     for request in [reserve(), connect(PeerId::random())] {
         let stream = tokio::time::timeout(TEST_TIMEOUT, async {
             loop {
-                // Until the dial has succeeded there is no connection.
+                // There is no connection until the dial succeeds.
                 match control.open_stream(inner.peer, HOP).await {
                     Ok(stream) => return stream,
                     Err(_) => tokio::task::yield_now().await,

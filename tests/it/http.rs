@@ -13,7 +13,7 @@ use crate::common::{
     bystanders::Bystanders,
     child_process::open_files,
     circuit, command, free_port,
-    http::{ON_ANY_PORT, dial, fetch, fetch_with, get, port, read_answer, samples, send_raw},
+    http::{ON_ANY_PORT, dial, fetch, fetch_with, get, port, read_response, samples, send_raw},
     messages::OK,
     output, scenario, source_and_target, within,
 };
@@ -150,7 +150,7 @@ async fn a_client_that_sends_nothing_more_gets_its_answer() {
         let request = format!("GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n");
         stream.write_all(request.as_bytes()).await.unwrap();
         stream.shutdown().await.unwrap();
-        assert_eq!(read_answer(&mut stream).await.status, 200, "{path}");
+        assert_eq!(read_response(&mut stream).await.status, 200, "{path}");
     }
 }
 
@@ -543,7 +543,7 @@ async fn malformed_requests_get_an_error_or_are_closed() {
         // The relay may close the connection before it has read all of it.
         let _ = within(stream.write_all(request.as_bytes())).await;
         let _ = stream.shutdown().await;
-        let answer = read_answer(&mut stream).await;
+        let answer = read_response(&mut stream).await;
         let error = [0, 400, 404, 414, 431, 505].contains(&answer.status);
         assert!(error, "{shown:?}: {answer:?}");
     }
@@ -563,7 +563,7 @@ async fn malformed_requests_get_an_error_or_are_closed() {
 async fn slow_http_clients_time_out() {
     let mut bystanders = Bystanders::start(&[ON_ANY_PORT]).await;
     let port = port(&bystanders.relay).await;
-    let silent_client = async { read_answer(&mut dial(port).await).await.status };
+    let silent_client = async { read_response(&mut dial(port).await).await.status };
     let slow_client = async {
         let mut stream = dial(port).await;
         let start = Instant::now();
@@ -574,7 +574,7 @@ async fn slow_http_clients_time_out() {
             assert!(start.elapsed() < TEST_TIMEOUT, "the connection never times out");
             sleep(POLL_INTERVAL).await;
         }
-        read_answer(&mut stream).await.status
+        read_response(&mut stream).await.status
     };
     let unread_client = async {
         let mut stream = dial(port).await;
