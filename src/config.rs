@@ -26,19 +26,20 @@ const LONGEST_PROBE: Duration = Duration::from_millis(3500);
 
 /// The cap on slots of one address is the total divided by this, unless given.
 const SHARE_PER_IP: usize = 16;
-/// The least cap: a household or a small office behind one address.
+/// The least such cap: enough for a household or a small office behind one address.
 const LEAST_PER_IP: usize = 8;
-/// One address may hold half of this many slots, or half of all in a smaller table: its clients may all be at one site.
+/// One address may hold half of a table of up to this many slots, and at least half of this number in a larger one: all
+/// clients may be at one site.
 const SMALL_TABLE: usize = 64;
 
 /// The cap on slots of one subnet, and that on circuits of its sources, are the total divided by this, unless given.
 const SHARE_PER_SUBNET: usize = 4;
-/// The least of them: a site, or a part of a carrier's network.
+/// The least such cap: enough for a site, or a part of a carrier's network.
 const LEAST_PER_SUBNET: usize = 64;
 
 /// The cap on circuits of the sources of one address is the total divided by this, unless given.
 const SHARE_OF_CIRCUITS_PER_IP: usize = 8;
-/// The least cap: as many as one peer may be part of by default.
+/// The least such cap: as many as one peer may be part of by default.
 const LEAST_CIRCUITS_PER_IP: usize = 64;
 
 /// What the relay grants, to how many peers and for how long.
@@ -51,11 +52,12 @@ const LEAST_CIRCUITS_PER_IP: usize = 64;
 /// # assert_eq!(config.validate(), Ok(()));
 /// ```
 ///
-/// [`Behaviour::new`](crate::Behaviour::new) rejects an invalid one. A configuration can be replaced while the relay runs
-/// ([`Behaviour::set_config`](crate::Behaviour::set_config)). All settings apply from the next request or sweep on, with
-/// three exceptions: granted terms and admitted circuits keep what they were promised;
+/// [`Behaviour::new`](crate::Behaviour::new) rejects an invalid one. A configuration can be replaced while the relay
+/// runs ([`Behaviour::set_config`](crate::Behaviour::set_config)). All settings apply from the next request or sweep
+/// on, with three exceptions: granted terms and admitted circuits keep what they were promised;
 /// [`answer_ping`](Self::answer_ping) applies to new connections; and the program's `Node` needs a restart to raise
-/// [`max_circuits_per_peer`](Self::max_circuits_per_peer), because its muxer's limits follow from the value at the start.
+/// [`max_circuits_per_peer`](Self::max_circuits_per_peer), because its muxer's limits follow from the value at the
+/// start.
 ///
 /// The fields of [`libp2p::relay::Config`](https://docs.rs/libp2p-relay) have these names:
 ///
@@ -74,13 +76,12 @@ pub struct Config {
     pub max_reservations: usize,
     /// How many slots one IP address may hold; an IPv6 address counts as its /64.
     ///
-    /// Default `None`: a sixteenth of [`max_reservations`](Self::max_reservations), but half of up to 64, and at least 8.
-    /// Zero: no cap.
+    /// Default `None`: a sixteenth of [`max_reservations`](Self::max_reservations), at least 32; of fewer than 64 slots
+    /// half, at least 8. Zero: no cap.
     pub max_reservations_per_ip: Option<usize>,
     /// How many slots one subnet may hold: an IPv4 /24, an IPv6 /48.
     ///
-    /// Default `None`: a quarter of [`max_reservations`](Self::max_reservations), at least 64.
-    /// Zero: no cap.
+    /// Default `None`: a quarter of [`max_reservations`](Self::max_reservations), at least 64. Zero: no cap.
     pub max_reservations_per_subnet: Option<usize>,
     /// For how long a reservation is granted, and renewed. Default 1 h; at least 1 s.
     pub reservation_ttl: Duration,
@@ -88,8 +89,8 @@ pub struct Config {
     ///
     /// Default 30 s; zero frees the slot at once.
     pub grace: Duration,
-    /// The silence after which a peer that holds a slot or is part of a circuit is probed over `/ipfs/ping/1.0.0`; up to
-    /// a quarter less, at random.
+    /// The silence after which a peer that holds a slot or is part of a circuit is probed over `/ipfs/ping/1.0.0`; up
+    /// to a quarter less, at random.
     ///
     /// Default 30 s; zero: peers are probed, and time out, only while a newcomer waits ([`probe`](Self::probe)).
     pub heartbeat: Duration,
@@ -104,10 +105,10 @@ pub struct Config {
     /// Where it is off, whatever arrives over that connection within the grace makes the slot live again.
     pub close_silent: bool,
     /// How long a peer has to answer a probe while a newcomer waits for its slot, and how long the newcomer waits. At
-    /// most 64 newcomers wait at a time, at most 16 of them from one subnet and 8 from one address; others are refused at
-    /// once.
+    /// most 64 newcomers wait at a time, at most 16 of them from one subnet and 8 from one address; others are refused
+    /// at once.
     ///
-    /// Default 3 s, at most 3.5 s: js-libp2p gives up 5 s after it began to dial. Zero: a newcomer
+    /// Default 3 s; at least 0.5 s, and at most 3.5 s: js-libp2p gives up 5 s after it began to dial. Zero: a newcomer
     /// to a full table is refused at once.
     pub probe: Duration,
     /// The silence after which a peer is probed while a newcomer waits for its slot. Default 10 s.
@@ -116,16 +117,18 @@ pub struct Config {
     pub sweep: Duration,
     /// The time without a reservation or a circuit after which a connection is closed.
     ///
-    /// Default zero: none is closed, because connections of an embedding swarm may serve other protocols. (The program's
-    /// default is 1 min.)
+    /// Default zero: none is closed, because connections of an embedding swarm may serve other protocols. (The
+    /// program's default is 1 min.)
     pub idle_timeout: Duration,
     /// How many circuits may be open at a time, those being set up included. Default 1024.
     pub max_circuits: usize,
-    /// How many of them the sources of one address may have (an IPv6 address counts as its /64). Default: an
-    /// eighth of all, at least 64; `Some(0)`: no cap.
+    /// How many circuits the sources of one IP address may have open; an IPv6 address counts as its /64.
+    ///
+    /// Default `None`: an eighth of [`max_circuits`](Self::max_circuits), at least 64. Zero: no cap.
     pub max_circuits_per_ip: Option<usize>,
-    /// How many of them the sources of one subnet may have, an IPv4 /24 or an IPv6 /48. Default: a quarter of
-    /// all, at least 64; `Some(0)`: no cap.
+    /// How many circuits the sources of one subnet may have open: an IPv4 /24, an IPv6 /48.
+    ///
+    /// Default `None`: a quarter of [`max_circuits`](Self::max_circuits), at least 64. Zero: no cap.
     pub max_circuits_per_subnet: Option<usize>,
     /// How many circuits one peer may be part of, as source and as target together. Default 64.
     pub max_circuits_per_peer: usize,
@@ -141,20 +144,20 @@ pub struct Config {
     /// How many payload bytes a second one peer may send and receive together through its circuits,
     /// whether as source or as target. Default zero: no cap. Its circuits share it by fair queueing.
     pub bandwidth_per_peer: u64,
-    /// How many RESERVEs a minute a peer may send, all of which may arrive at once; the peers of one address together ten
-    /// times as many. Default 30; zero: no limit.
+    /// How many RESERVEs a minute a peer may send, all of which may arrive at once; the peers of one address together
+    /// ten times as many. Default 30; zero: no limit.
     ///
     /// A renewal counts only towards the rate of its peer.
     pub reserve_rate: u32,
-    /// How many CONNECTs a minute a peer may send; the peers of one address together ten times as many. Default 30; zero:
-    /// no limit.
+    /// How many CONNECTs a minute a peer may send; the peers of one address together ten times as many. Default 30;
+    /// zero: no limit.
     pub connect_rate: u32,
     /// Who may use the relay, unless an app decides ([`Behaviour::set_access`](crate::Behaviour::set_access)). Default:
     /// all peers.
     pub access: Lists,
-    /// The addresses to tell in reservations *instead* of those found. Default: none.
+    /// The addresses that reservations contain, *instead* of those found. Default: none.
     ///
-    /// With or without the relay's `/p2p/…` at the end.
+    /// The relay's `/p2p/…` at the end may be left out.
     pub announce: Vec<Multiaddr>,
     /// Whether the behaviour answers `/ipfs/ping/1.0.0`. Default true.
     ///
@@ -258,7 +261,7 @@ impl Config {
     }
 }
 
-/// How much each scope may hold; `None`: no cap.
+/// How many slots or circuits each scope may hold; `None`: no cap.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Caps {
     /// All together.
@@ -270,7 +273,7 @@ pub struct Caps {
 }
 
 impl Caps {
-    /// Of the last two, zero means no cap.
+    /// For a subnet and an address, zero means no cap.
     fn new(total: usize, per_subnet: Option<usize>, per_address: usize) -> Self {
         let per_subnet = per_subnet.unwrap_or((total / SHARE_PER_SUBNET).max(LEAST_PER_SUBNET));
         let cap = |cap: usize| (cap > 0).then_some(cap);
@@ -278,7 +281,8 @@ impl Caps {
     }
 }
 
-/// Checks that each of these is a whole subnet, in the family that addresses are looked up in.
+/// Checks that each entry is a whole subnet and not one host in it, and that none is IPv4 written as IPv6: a client's
+/// address is looked up as IPv4 then.
 pub(crate) fn validate_subnets(setting: &'static str, list: &[IpNet]) -> Result<(), ConfigError> {
     for subnet in list {
         let problem = match subnet.trunc() {
@@ -293,11 +297,11 @@ pub(crate) fn validate_subnets(setting: &'static str, list: &[IpNet]) -> Result<
     Ok(())
 }
 
-/// Checks that the lists do not contradict each other.
+/// Checks that the lists have valid subnets and do not contradict each other.
 ///
 /// # Errors
 ///
-/// The first list that does, by name and with the remedy.
+/// The first invalid list, by name and with the remedy.
 fn validate_lists(lists: &Lists) -> Result<(), ConfigError> {
     let Lists { allow_peer, deny_peer, allow_subnet, deny_subnet, allow_connect_peer, .. } = lists;
     let both = [("allow_peer", allow_peer), ("allow_connect_peer", allow_connect_peer)];
@@ -444,16 +448,8 @@ mod tests {
         let alice = libp2p::PeerId::random();
         let refused = |lists: Lists| validate_lists(&lists).expect_err("a contradiction").setting();
         for (setting, allow_peer, allow_connect_peer) in [
-            (
-                "allow_peer",
-                std::collections::HashSet::from([alice]),
-                std::collections::HashSet::new(),
-            ),
-            (
-                "allow_connect_peer",
-                std::collections::HashSet::new(),
-                std::collections::HashSet::from([alice]),
-            ),
+            ("allow_peer", HashSet::from([alice]), HashSet::new()),
+            ("allow_connect_peer", HashSet::new(), HashSet::from([alice])),
         ] {
             let lists = Lists {
                 allow_peer,

@@ -1,7 +1,7 @@
-//! The connections that are up: their peers, where they come from, and which of them are idle.
+//! The connections that are up: their peers and addresses, and which of them are idle.
 //!
-//! Sans-IO. A connection is *idle* while it neither holds a reservation nor carries a circuit, whatever streams are open
-//! on it: a stalled stream does not keep a connection.
+//! Sans-IO. A connection is *idle* while it neither holds a reservation nor carries a circuit, whatever streams are
+//! open on it: a stalled stream does not keep a connection.
 
 use std::{
     collections::{HashMap, hash_map::Entry},
@@ -15,8 +15,8 @@ use libp2p::{Multiaddr, PeerId};
 use super::heartbeat::Liveness;
 use crate::{activity::ActivityCounter, address::ClientPrefix, wire::Request};
 
-/// A flooding connection is closed once it has been idle for a part of this time, by its jitter: if all connections of an
-/// address were closed at once, they would come back at once, each with its own burst.
+/// A flooding connection is closed once it has been idle for that part of this time which its jitter selects: if all
+/// connections of an address were closed at once, they would come back at once, each with its own burst.
 const FLOODING_AGE: Duration = Duration::from_secs(8);
 
 /// The connections of one relay.
@@ -113,10 +113,11 @@ pub struct Connection {
     pub circuits: u32,
     /// When it became idle.
     pub idle_since: Instant,
-    /// Why the relay is closing it: from then on it is neither watched nor idle. `None`: it is not.
+    /// Why the relay is closing it: from then on it is neither watched nor idle. `None`: it stays open.
     pub closing: Option<CloseReason>,
-    /// The counters of the handler and of the embedder, and their sum at the last poll.
+    /// The counters of the handler and of the embedder.
     counters: [Option<ActivityCounter>; 2],
+    /// The sum of the counters at the last poll.
     counted: u64,
     /// When its peer was last active, and whether it is being probed.
     pub liveness: Liveness,
@@ -137,7 +138,7 @@ impl Connection {
         }
     }
 
-    /// Has the sweep poll this counter. There are two: the first call's, and the last call's.
+    /// Has the sweep poll this counter. Of several, the first and the last that were passed are polled.
     pub fn track(&mut self, counter: ActivityCounter) {
         let [first, last] = &mut self.counters;
         *(if first.is_none() { first } else { last }) = Some(counter);
@@ -148,7 +149,7 @@ impl Connection {
         self.holds_reservation || self.circuits > 0
     }
 
-    /// Whether its peer may be alive behind a link that loses packets.
+    /// Whether a counter reports that its peer may be alive behind a link that loses packets.
     pub fn is_lossy(&self) -> bool {
         self.counters.iter().flatten().any(ActivityCounter::is_lossy)
     }
@@ -165,7 +166,8 @@ impl<C: Copy + Eq + Hash> Connections<C> {
         self.up.get(&id)
     }
 
-    /// As [`Connections::get`], to change what does not decide since when it is idle.
+    /// As [`Connections::get`], to change anything but the reservation and the circuits, which decide whether it is
+    /// idle: see [`Connections::update`].
     pub fn get_mut(&mut self, id: C) -> Option<&mut Connection> {
         self.up.get_mut(&id)
     }
@@ -209,8 +211,8 @@ impl<C: Copy + Eq + Hash> Connections<C> {
         }
     }
 
-    /// Changes a connection; if it becomes idle, that begins now. If it is idle no longer, its peer is probed anew: the answer
-    /// to an old probe may not have been read. Returns whether it is up.
+    /// Changes a connection. If it becomes idle, its idle time begins now. If it is idle no longer, its unanswered
+    /// probes are forgotten: their answers may not have been read. Returns whether it is up.
     pub fn update(&mut self, id: C, now: Instant, change: impl FnOnce(&mut Connection)) -> bool {
         let Some(connection) = self.up.get_mut(&id) else { return false };
         let was_used = connection.is_used();
@@ -224,8 +226,8 @@ impl<C: Copy + Eq + Hash> Connections<C> {
         true
     }
 
-    /// The connections that have been idle for `timeout` (zero: no limit), or are idle and flood the relay, each with that
-    /// reason to close it.
+    /// The connections that have been idle for `timeout` (zero: no limit), or are idle and flood the relay, each with
+    /// the reason to close it.
     pub fn idle_for(&self, timeout: Duration, now: Instant) -> Vec<(C, CloseReason)> {
         let idle = self.idle().filter_map(|(id, up)| {
             let idle_for = now.saturating_duration_since(up.idle_since);
@@ -246,14 +248,14 @@ impl<C: Copy + Eq + Hash> Connections<C> {
         }
     }
 
-    /// Shifts since when open probes count, after a sweep that came late.
+    /// After a late sweep, moves the times at which the unanswered probes were sent: the delay was no time to answer.
     pub fn shift_probes(&mut self, shift: impl Fn(Instant) -> Instant) {
         for connection in self.up.values_mut() {
             connection.liveness.probed_at = connection.liveness.probed_at.map(&shift);
         }
     }
 
-    /// Polls the activity counters of all connections: one that is not watched now may be so next.
+    /// Polls the activity counters of all connections, also of those that are not watched: they may be watched next.
     pub fn poll_counters(&mut self, now: Instant) {
         // A loop of its own: the counters are spread over the heap, and so the processor prefetches several at a time.
         for connection in self.up.values_mut() {
@@ -297,12 +299,13 @@ mod tests {
         connections.update(id, now, |up| up.holds_reservation = holds);
     }
 
-    fn count(connections: &mut Connections<u32>, id: u32, by: i32, now: Instant) {
+    fn add_circuits(connections: &mut Connections<u32>, id: u32, by: i32, now: Instant) {
         let by = |up: &mut Connection| up.circuits = up.circuits.saturating_add_signed(by);
         connections.update(id, now, by);
     }
 
-    fn idle(connections: &mut Connections<u32>, now: Instant) -> Vec<u32> {
+    /// The connections to close as idle or flooding; marks them as being closed.
+    fn close_idle(connections: &mut Connections<u32>, now: Instant) -> Vec<u32> {
         let idle = connections.idle_for(MINUTE, now);
         for (id, reason) in &idle {
             connections.get_mut(*id).unwrap().closing = Some(*reason);
@@ -313,22 +316,25 @@ mod tests {
     #[test]
     fn a_connection_without_slot_is_idle_from_the_start() {
         let (mut connections, start) = connections();
-        assert!(idle(&mut connections, start + MINUTE / 2).is_empty());
-        assert_eq!(idle(&mut connections, start + MINUTE), [1]);
-        assert!(idle(&mut connections, start + 2 * MINUTE).is_empty(), "it is already closing");
+        assert!(close_idle(&mut connections, start + MINUTE / 2).is_empty());
+        assert_eq!(close_idle(&mut connections, start + MINUTE), [1]);
+        assert!(
+            close_idle(&mut connections, start + 2 * MINUTE).is_empty(),
+            "it is already closing"
+        );
     }
 
     #[test]
     fn a_connection_with_a_reservation_or_circuit_is_not_idle() {
         let (mut connections, start) = connections();
         hold(&mut connections, 1, true, start);
-        count(&mut connections, 1, 1, start);
-        assert!(idle(&mut connections, start + 9 * MINUTE).is_empty());
+        add_circuits(&mut connections, 1, 1, start);
+        assert!(close_idle(&mut connections, start + 9 * MINUTE).is_empty());
         hold(&mut connections, 1, false, start + 9 * MINUTE);
-        assert!(idle(&mut connections, start + 20 * MINUTE).is_empty());
-        count(&mut connections, 1, -1, start + 20 * MINUTE);
-        assert!(idle(&mut connections, start + 20 * MINUTE).is_empty());
-        assert_eq!(idle(&mut connections, start + 21 * MINUTE), [1]);
+        assert!(close_idle(&mut connections, start + 20 * MINUTE).is_empty());
+        add_circuits(&mut connections, 1, -1, start + 20 * MINUTE);
+        assert!(close_idle(&mut connections, start + 20 * MINUTE).is_empty());
+        assert_eq!(close_idle(&mut connections, start + 21 * MINUTE), [1]);
     }
 
     #[test]
@@ -339,9 +345,9 @@ mod tests {
         hold(&mut connections, 1, true, start);
         activity.set_flooding();
         connections.poll_counters(start);
-        assert!(idle(&mut connections, start).is_empty());
+        assert!(close_idle(&mut connections, start).is_empty());
         hold(&mut connections, 1, false, start);
-        assert_eq!(idle(&mut connections, start), [1]);
+        assert_eq!(close_idle(&mut connections, start), [1]);
     }
 
     #[test]
@@ -356,9 +362,9 @@ mod tests {
             connections.add(id, up);
         }
         connections.poll_counters(start);
-        assert_eq!(idle(&mut connections, start), [1]);
-        assert_eq!(idle(&mut connections, start + FLOODING_AGE * 3 / 4), [2]);
-        assert_eq!(idle(&mut connections, start + FLOODING_AGE), [3]);
+        assert_eq!(close_idle(&mut connections, start), [1]);
+        assert_eq!(close_idle(&mut connections, start + FLOODING_AGE * 3 / 4), [2]);
+        assert_eq!(close_idle(&mut connections, start + FLOODING_AGE), [3]);
     }
 
     #[test]
@@ -443,14 +449,14 @@ mod tests {
             idle.iter().map(|(id, _)| *id).collect()
         };
         hold(&mut connections, 0, true, start);
-        count(&mut connections, 1, 1, start);
+        add_circuits(&mut connections, 1, 1, start);
         assert_eq!(longest_first(&connections), [2, 3, 4]);
         connections.get_mut(2).unwrap().closing = Some(CloseReason::Idle);
         assert_eq!(longest_first(&connections), [3, 4]);
         // The idle time of a connection can start later than its number suggests.
         connections.get_mut(3).unwrap().idle_since = start + MINUTE;
         assert_eq!(longest_first(&connections), [4, 3]);
-        count(&mut connections, 1, -1, start + 2 * MINUTE);
+        add_circuits(&mut connections, 1, -1, start + 2 * MINUTE);
         connections.remove(4);
         assert_eq!(longest_first(&connections), [3, 1]);
     }

@@ -1,8 +1,8 @@
 //! The heartbeat: which connections to probe, which have timed out, and whether the relay itself is at fault.
 //!
-//! Sans-IO. A connection times out only if its peer had the time to answer a probe, however long it had been silent before.
-//! A pause of the relay itself times out none: a late check resets the liveness timers, and when most connections become
-//! silent at once, time-outs wait.
+//! Sans-IO. A connection times out only if its peer had the time to answer a probe, however long it had been silent
+//! before. A pause of the relay itself times out no connection: a late check resets the liveness timers, and when most
+//! connections become silent at once, timeouts are deferred.
 
 use std::time::{Duration, Instant};
 
@@ -25,7 +25,8 @@ pub struct Liveness {
     /// Whether only activity on the relay's own streams counts, because no counter of all bytes is tracked. Then a peer
     /// times out after the silence limit and two unanswered probes, and not earlier for a newcomer.
     pub is_partial: bool,
-    /// Once its peer has timed out on it, and it stayed open: whether it was active since.
+    /// Whether the connection was active since its peer timed out, on it or on one that was probed later; `None`: it has
+    /// not timed out.
     pub(super) heard_since_timeout: Option<bool>,
     jitter: u8,
 }
@@ -60,15 +61,15 @@ impl Liveness {
         self.probes = self.probes.saturating_add(1);
     }
 
-    /// How long a probe has been open, if one is. Where only some streams count, also `None` once a first probe was not
-    /// answered within `time`: a second one is due then.
+    /// How long the last probe has been unanswered. `None`: one has to be sent first, because none is unanswered, or
+    /// only some streams count and the first of two was not answered within `time`.
     pub fn decisive_probe(&self, time: Duration, now: Instant) -> Option<Duration> {
         let open = now.saturating_duration_since(self.probed_at?);
         (!self.is_partial || self.probes > 1 || open < time).then_some(open)
     }
 
-    /// Whether one more probe may tell something: the answers to those before would not be read any more, or more than one
-    /// has to be unanswered.
+    /// Whether another probe is useful: none is unanswered, the last one is older than `silence` and its answer would
+    /// not be read any more, or two have to be unanswered.
     pub fn needs_probe(&self, silence: Duration, now: Instant) -> bool {
         let is_old = |at| now.saturating_duration_since(at) > silence;
         self.probed_at.is_none_or(is_old) || self.is_partial && self.probes < 2
@@ -80,12 +81,13 @@ impl Liveness {
     }
 }
 
-/// When the last check was, and whether the relay doubts its own link.
+/// When the last check was, and until when timeouts are deferred.
 pub struct Heartbeat {
     pub(super) checked_at: Instant,
-    /// Time-outs wait until then, because most connections became silent at once.
-    doubt: Option<Instant>,
-    /// The next warning comes then at the earliest.
+    /// Until then no connection times out, because most became silent at once. Stays set while connections time out
+    /// after that, so that no second deferral begins.
+    deferred_until: Option<Instant>,
+    /// When the next warning that the link may be down is due at the earliest.
     warn_from: Option<Instant>,
 }
 
@@ -103,7 +105,7 @@ pub struct HeartbeatOutcome<C> {
 impl Heartbeat {
     /// The heartbeat of a relay that starts at `now`.
     pub fn new(now: Instant) -> Self {
-        Self { checked_at: now, doubt: None, warn_from: None }
+        Self { checked_at: now, deferred_until: None, warn_from: None }
     }
 
     /// Checks all watched connections.
@@ -128,7 +130,7 @@ impl Heartbeat {
                 .then(|| format!("process was suspended for {seconds} s: liveness timers reset"));
             return found;
         }
-        // 2. Find those to probe, and those that did not answer.
+        // 2. Find the connections to probe, and those whose probes were not answered in time.
         let time_to_answer = silence.saturating_sub(heartbeat);
         let (mut count, mut soon_due) = (0, 0);
         for (id, liveness) in watched {
@@ -146,13 +148,13 @@ impl Heartbeat {
                 found.probe.push(id);
             }
         }
-        // 3. If most became silent at once, they time out one more silence limit later.
+        // 3. If most became silent at once, defer their timeouts by one more silence limit.
         let are_most = soon_due >= MANY && soon_due * 2 > count;
-        match self.doubt {
+        match self.deferred_until {
             Some(until) if now < until => found.timed_out.clear(),
-            Some(_) if found.timed_out.is_empty() => self.doubt = None,
+            Some(_) if found.timed_out.is_empty() => self.deferred_until = None,
             None if are_most && !found.timed_out.is_empty() => {
-                self.doubt = Some(now + silence);
+                self.deferred_until = Some(now + silence);
                 // Warn rarely: any client can cause this.
                 if self.warn_from.is_none_or(|from| now > from) {
                     self.warn_from = Some(now + WARN_AGAIN);
@@ -231,8 +233,8 @@ mod tests {
         outcome_of(&[], indices)
     }
 
-    fn outcome_of(probe: &[usize], silent: &[usize]) -> HeartbeatOutcome<usize> {
-        HeartbeatOutcome { probe: probe.into(), timed_out: silent.into(), fault: None }
+    fn outcome_of(probe: &[usize], timed_out: &[usize]) -> HeartbeatOutcome<usize> {
+        HeartbeatOutcome { probe: probe.into(), timed_out: timed_out.into(), fault: None }
     }
 
     #[test]

@@ -32,10 +32,10 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         self.reserve_rates.per_minute = config.reserve_rate;
         self.connect_rates.per_minute = config.connect_rate;
         self.link.lock().configure(&config, now);
-        // Never later than before: otherwise a change every second would postpone it for ever.
+        // Never later than before: otherwise a change every second would postpone the sweep for ever.
         self.sweep_due = self.sweep_due.min(now + config.sweep);
         let before = mem::replace(&mut self.config, config);
-        // The same lists decide as before, but of a peer in grace only the prefix is known now.
+        // Unchanged lists are not asked again: of a peer in grace only the prefix is known now, which they may deny.
         let is_changed = before.access != self.config.access;
         if is_changed {
             self.lists = self.config.access.sorted();
@@ -46,18 +46,18 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         Ok(())
     }
 
-    /// Lets `access` decide who may use the relay, instead of the configuration's lists.
+    /// Has `access` decide who may use the relay, instead of the configuration's lists.
     pub fn set_access(&mut self, access: Box<dyn Access>, now: Instant) {
         self.embedder_access = Some(access);
         self.recheck_access(now);
     }
 
-    /// Decides who may use the relay: the lists of the configuration, or the embedder.
+    /// The rules that decide who may use the relay: the embedder's, or else the lists of the configuration.
     pub fn access(&self) -> &dyn Access {
         self.embedder_access.as_deref().unwrap_or(&self.lists)
     }
 
-    /// Asks whether a request is allowed, and charges its rate.
+    /// Asks the access rules about a request, and charges its rate unless it is denied.
     pub(super) fn check_request(&mut self, request: PendingRequest<C, R>, now: Instant) {
         let (End { peer, connection }, address) = (request.from, &request.origin.address);
         let is_holder = self.reservations.get(&peer).is_some_and(|slot| now < slot.ends);
@@ -69,8 +69,8 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
                 (self.access().may_connect(peer, address, target), &mut self.connect_rates)
             }
         };
-        // 2. Request rate, before the look-up: a peer must not find out quickly which peers hold slots. A renewal is charged
-        //    to the peer and not to its address.
+        // 2. Request rate, before the look-up: a peer must not find out quickly which peers hold slots. A renewal is
+        //    charged to the peer and not to its address.
         let prefix = request.origin.prefix.filter(|_| !is_renewal);
         let is_denied = matches!(permission, Permission::Deny);
         if !is_denied && let Err(reason) = rates.take(peer, prefix, now) {
@@ -86,8 +86,8 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         self.on_access_checked(AccessCheck::Request(request, self.rule_changes), permission, now);
     }
 
-    /// Handles the answer to an [`Action::CheckAccess`], or one that came at once: admits or refuses a request, ends a slot
-    /// or circuit that is denied. Awaits one that comes later.
+    /// Handles the answer to an [`Action::CheckAccess`], or one that came at once: admits or refuses a request, ends a
+    /// slot or circuit that is denied. Queues an [`Action::CheckAccess`] for an answer that comes later.
     pub fn on_access_checked(
         &mut self,
         check: AccessCheck<C, R>,
@@ -121,7 +121,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
             },
             AccessCheck::Circuit(id) if is_denied => self.end_circuit(id, CircuitEnd::Denied),
             AccessCheck::Slot(peer, over) if is_denied => {
-                // A slot that points at another connection since was allowed there, or is asked for again.
+                // A slot that points at another connection by now was allowed there, or is checked again.
                 let slot = self.reservations.get(&peer);
                 if slot.is_some_and(|slot| slot.connection.or(over) == over) {
                     self.release(peer, FreedReason::Denied, now);
@@ -129,6 +129,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
             }
             _ => {}
         }
+        // After the last open check: `None`, which is first, stands for all peers.
         if self.open_checks == 0 {
             let again = mem::take(&mut self.check_again);
             let count = if again.first() == Some(&None) { 1 } else { again.len() };
@@ -136,16 +137,18 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         }
     }
 
-    /// Asks again about all peers that hold a slot, wait for one or are part of a circuit, and ends what is denied.
+    /// Asks the access rules again about all slots, circuits and newcomers that wait, and ends or refuses what is
+    /// denied.
     ///
-    /// What is decided later stays until the answer comes. Slots and circuits have one answer at a time: while some have
-    /// yet to come, those are asked again after the last of them.
+    /// A slot or circuit whose answer comes later stays until then. While such answers have yet to come, no more are
+    /// requested: all slots and circuits are asked about once more after the last of them.
     pub fn recheck_access(&mut self, now: Instant) {
         self.rule_changes += 1;
         self.recheck(None, now);
     }
 
-    /// As [`Relay::recheck_access`], for one peer if it is given.
+    /// As [`Relay::recheck_access`]; if a peer is given, only about its slot, the circuits that it opened, and its
+    /// request.
     pub(super) fn recheck(&mut self, only: Option<PeerId>, now: Instant) {
         let is_busy = self.open_checks > 0;
         if is_busy && let Err(at) = self.check_again.binary_search(&only) {
@@ -154,11 +157,12 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         self.ask_about(only, is_busy, now);
     }
 
-    /// Asks about one peer, or all. While answers have yet to come, acts only on those that come at once.
+    /// Asks about one peer as [`Relay::recheck`] does, or about all. If `is_busy`, because answers have yet to come,
+    /// acts only on those that come at once.
     fn ask_about(&mut self, only: Option<PeerId>, is_busy: bool, now: Instant) {
         let is_meant = |peer: PeerId| only.is_none_or(|only| only == peer);
-        // 1. Slots. For a peer in grace, which has no connection, the first address of the prefix that its slot counts
-        //    towards. For one peer the cost does not depend on the number of slots: peers reconnect often.
+        // 1. Slots. A peer in grace has no connection: the first address of the prefix that its slot counts towards
+        //    stands for it. The cost for one peer does not depend on the number of slots: peers reconnect often.
         let slots = match only {
             Some(peer) => Vec::from_iter(self.reservations.get(&peer).map(|slot| (peer, slot))),
             None => self.reservations.iter().collect(),
@@ -200,9 +204,9 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         }
     }
 
-    /// The connections of `peer` that its slot may move to, oldest first: those over which it may reserve, or for which the
-    /// answer comes later. Not those on which it timed out, until it is heard there. The rules are asked only about those that
-    /// are meant.
+    /// The connections of `peer` that its slot may move to, oldest first: those over which it may reserve, or for which
+    /// the answer comes later; not those on which it timed out and has not been active since. Asks the rules only about
+    /// those for which `is_meant` is true.
     pub(super) fn fit_for_a_slot(&self, peer: PeerId, is_meant: &dyn Fn(C) -> bool) -> Vec<C> {
         let fit = self.connections.of(&peer).filter(|(id, up)| {
             let permission = || self.access().may_reserve(peer, &up.origin.address);
@@ -228,16 +232,15 @@ mod tests {
     };
 
     use super::*;
-    use crate::relay::CircuitParameters;
     use crate::{
         access::Terms,
         event::{Event, StopFailed},
         relay::{
-            Action,
-            connections::{CloseReason, Connection, End},
+            CircuitParameters,
+            connections::{CloseReason, Connection},
             rates::Rates,
         },
-        wire::{Limit, Request, Status},
+        wire::{Limit, Status},
     };
 
     const MINUTE: Duration = Duration::from_secs(60);
@@ -359,9 +362,9 @@ mod tests {
 
     /// Allows everything, and records which peers it is asked about.
     #[derive(Default)]
-    struct Recorded(Arc<Mutex<Vec<PeerId>>>);
+    struct RecordingAccess(Arc<Mutex<Vec<PeerId>>>);
 
-    impl Access for Recorded {
+    impl Access for RecordingAccess {
         fn may_reserve(&self, peer: PeerId, _: &Multiaddr) -> Permission {
             self.0.lock().unwrap().push(peer);
             true.into()
@@ -383,7 +386,7 @@ mod tests {
         let later = start + Duration::from_secs(60);
         relay.handle_request(newcomer, Ok(Request::Reserve), 2, later);
         assert_eq!(relay.waiting.len(), 1);
-        let access = Recorded::default();
+        let access = RecordingAccess::default();
         let asked = Arc::clone(&access.0);
         relay.set_access(Box::new(access), later);
         assert_eq!(mem::take(&mut *asked.lock().unwrap()), [holder.peer, newcomer.peer]);
@@ -400,7 +403,7 @@ mod tests {
         for (peer, connection) in [(source.peer, 3), (target.peer, 4), (target.peer, 5)] {
             connect_again(&mut relay, peer, connection);
         }
-        let access = Recorded::default();
+        let access = RecordingAccess::default();
         let asked = Arc::clone(&access.0);
         relay.set_access(Box::new(access), start);
         mem::take(&mut *asked.lock().unwrap());
@@ -413,10 +416,10 @@ mod tests {
         assert_eq!(mem::take(&mut *asked.lock().unwrap()), [target.peer; 2]);
     }
 
-    /// All answers come later; the test gives them.
-    struct AskLater;
+    /// Answers later; the test gives the answers.
+    struct AnswerLater;
 
-    impl Access for AskLater {
+    impl Access for AnswerLater {
         fn may_reserve(&self, _: PeerId, _: &Multiaddr) -> Permission {
             Permission::Later(Box::pin(std::future::pending()))
         }
@@ -429,7 +432,7 @@ mod tests {
     type Check = AccessCheck<u32, u32>;
 
     /// Takes all actions; returns the checks that wait for an answer.
-    fn checks(relay: &mut Relay<u32, u32>) -> Vec<Check> {
+    fn take_checks(relay: &mut Relay<u32, u32>) -> Vec<Check> {
         let checks = actions(relay).into_iter().filter_map(|action| match action {
             Action::CheckAccess(check, Permission::Later(_)) => Some(check),
             _ => None,
@@ -437,8 +440,9 @@ mod tests {
         checks.collect()
     }
 
-    fn check(relay: &mut Relay<u32, u32>) -> Check {
-        let mut checks = checks(relay);
+    /// As [`take_checks`], of which there is one.
+    fn take_check(relay: &mut Relay<u32, u32>) -> Check {
+        let mut checks = take_checks(relay);
         assert_eq!(checks.len(), 1, "{checks:?}");
         checks.remove(0)
     }
@@ -460,7 +464,8 @@ mod tests {
         relay.on_delivered(holder.peer, granted.expect("a slot is free"), true, now);
     }
 
-    fn sweep(relay: &mut Relay<u32, u32>, peers: [End<u32>; 2], now: Instant) {
+    /// Sweeps while these peers are active.
+    fn sweep_active(relay: &mut Relay<u32, u32>, peers: [End<u32>; 2], now: Instant) {
         peers.iter().for_each(|end| relay.connections.record_activity(&end.peer, now));
         relay.sweep(now);
     }
@@ -470,15 +475,15 @@ mod tests {
         let start = Instant::now();
         let (mut relay, ends @ [_, holder]) = relay(start);
         reserve(&mut relay, holder, start);
-        relay.set_access(Box::new(AskLater), start);
-        let slot = check(&mut relay);
+        relay.set_access(Box::new(AnswerLater), start);
+        let slot = take_check(&mut relay);
         relay.on_access_checked(slot, true.into(), start);
         let over = start + relay.config.reservation_ttl;
         let second = Duration::from_secs(1);
 
         relay.handle_request(holder, Ok(Request::Reserve), 2, over - second);
-        let renewal = check(&mut relay);
-        sweep(&mut relay, ends, over + 8 * second);
+        let renewal = take_check(&mut relay);
+        sweep_active(&mut relay, ends, over + 8 * second);
         assert_eq!(relay.reservations.taken(), 1);
         relay.on_access_checked(renewal, true.into(), over + 8 * second);
         let granted = actions(&mut relay).into_iter().find_map(|action| match action {
@@ -490,12 +495,12 @@ mod tests {
         let over = over + 8 * second + relay.config.reservation_ttl;
         for before in [second, Duration::ZERO] {
             relay.handle_request(holder, Ok(Request::Reserve), 3, over - before);
-            let renewal = check(&mut relay);
+            let renewal = take_check(&mut relay);
             relay.on_access_checked(renewal, false.into(), over - before);
         }
-        sweep(&mut relay, ends, over);
+        sweep_active(&mut relay, ends, over);
         assert_eq!(relay.reservations.taken(), 1, "once in each term");
-        sweep(&mut relay, ends, over - second + ANSWER_TIMEOUT);
+        sweep_active(&mut relay, ends, over - second + ANSWER_TIMEOUT);
         assert_eq!(freed(&mut relay), Some((holder.peer, FreedReason::Expired)));
     }
 
@@ -509,13 +514,13 @@ mod tests {
         let back = End { connection: 3, ..owner };
         let address = "/ip4/192.0.2.1/tcp/2".parse().unwrap();
         relay.connections.add(3, Connection::new(owner.peer, address, false, 0, start));
-        relay.set_access(Box::new(AskLater), start);
-        let slot = check(&mut relay);
+        relay.set_access(Box::new(AnswerLater), start);
+        let slot = take_check(&mut relay);
         relay.on_access_checked(slot, true.into(), start);
         relay.handle_request(back, Ok(Request::Reserve), 2, start);
-        let renewal = check(&mut relay);
+        let renewal = take_check(&mut relay);
         relay.handle_request(newcomer, Ok(Request::Reserve), 3, start);
-        let other = check(&mut relay);
+        let other = take_check(&mut relay);
         relay.on_access_checked(other, true.into(), start);
         assert_eq!(relay.reservations.get(&newcomer.peer), None);
         relay.on_access_checked(renewal, true.into(), start + ANSWER_TIMEOUT / 2);
@@ -529,18 +534,18 @@ mod tests {
         reserve(&mut relay, target, start);
         relay.handle_request(source, Ok(Request::Connect(target.peer)), 2, start);
         actions(&mut relay);
-        relay.set_access(Box::new(AskLater), start);
-        let open = checks(&mut relay);
+        relay.set_access(Box::new(AnswerLater), start);
+        let open = take_checks(&mut relay);
         assert_eq!(open.len(), 3, "the slot, and the circuit for each of its peers: {open:?}");
-        // Meanwhile nothing is asked twice.
+        // Meanwhile no more answers are requested.
         relay.recheck_access(start);
-        assert!(checks(&mut relay).is_empty());
+        assert!(take_checks(&mut relay).is_empty());
         for check in open {
             relay.on_access_checked(check, true.into(), start);
         }
         assert_eq!((relay.reservations.taken(), relay.circuits.count()), (1, 1));
-        // Afterwards all is asked again, as the last call wants it.
-        let open = checks(&mut relay);
+        // After the last answer all three are asked about again.
+        let open = take_checks(&mut relay);
         assert_eq!(open.len(), 3, "{open:?}");
         let mut ended = Vec::new();
         for check in open {
@@ -562,21 +567,21 @@ mod tests {
     }
 
     #[test]
-    fn a_slot_that_moves_while_others_are_asked_about_is_the_only_one_that_is_asked_for_again() {
+    fn a_slot_that_moves_while_others_are_asked_about_is_the_only_one_that_is_checked_again() {
         let start = Instant::now();
         let (mut relay, holders) = relay(start);
         holders.iter().for_each(|holder| reserve(&mut relay, *holder, start));
         let [moves, _] = holders;
         let other = connect_again(&mut relay, moves.peer, 3);
-        relay.set_access(Box::new(AskLater), start);
-        let open = checks(&mut relay);
+        relay.set_access(Box::new(AnswerLater), start);
+        let open = take_checks(&mut relay);
         assert_eq!(open.len(), 2);
         relay.on_disconnected(moves, start);
-        assert!(checks(&mut relay).is_empty());
+        assert!(take_checks(&mut relay).is_empty());
         for check in open {
             relay.on_access_checked(check, true.into(), start);
         }
-        let again = check(&mut relay);
+        let again = take_check(&mut relay);
         let expected = Some(other.connection);
         assert!(
             matches!(again, AccessCheck::Slot(peer, over) if (peer, over) == (moves.peer, expected))
@@ -584,16 +589,16 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_from_before_a_change_of_the_rules_is_asked_for_again() {
+    fn a_request_that_is_allowed_by_rules_that_have_changed_since_is_checked_again() {
         let start = Instant::now();
         let (mut relay, [_, client]) = relay(start);
-        relay.set_access(Box::new(AskLater), start);
+        relay.set_access(Box::new(AnswerLater), start);
         relay.handle_request(client, Ok(Request::Reserve), 1, start);
-        let request = check(&mut relay);
+        let request = take_check(&mut relay);
         relay.recheck_access(start);
         relay.on_access_checked(request, true.into(), start);
         assert_eq!(relay.reservations.taken(), 1);
-        let slot = check(&mut relay);
+        let slot = take_check(&mut relay);
         relay.on_access_checked(slot, false.into(), start);
         assert_eq!(freed(&mut relay), Some((client.peer, FreedReason::Denied)));
     }
@@ -602,9 +607,9 @@ mod tests {
     fn an_answer_for_a_connection_that_closed_has_no_effect() {
         let start = Instant::now();
         let (mut relay, [_, client]) = relay(start);
-        relay.set_access(Box::new(AskLater), start);
+        relay.set_access(Box::new(AnswerLater), start);
         relay.handle_request(client, Ok(Request::Reserve), 1, start);
-        let request = check(&mut relay);
+        let request = take_check(&mut relay);
         relay.on_disconnected(client, start);
         relay.on_access_checked(request, true.into(), start);
         assert!(actions(&mut relay).is_empty());
@@ -616,9 +621,9 @@ mod tests {
         let start = Instant::now();
         let (mut relay, [_, client]) = relay(start);
         relay.set_config(Config { reserve_rate: 1, ..Config::default() }, start).unwrap();
-        relay.set_access(Box::new(AskLater), start);
+        relay.set_access(Box::new(AnswerLater), start);
         relay.handle_request(client, Ok(Request::Reserve), 1, start);
-        check(&mut relay);
+        take_check(&mut relay);
         relay.handle_request(client, Ok(Request::Reserve), 2, start);
         let refused = actions(&mut relay).into_iter().any(|action| match action {
             Action::CheckAccess(..) => panic!("{action:?}"),
@@ -629,18 +634,18 @@ mod tests {
     }
 
     #[test]
-    fn a_slot_that_moves_to_another_connection_is_asked_for_again() {
+    fn a_slot_that_moves_to_another_connection_is_checked_again() {
         let start = Instant::now();
         let (mut relay, [_, holder]) = relay(start);
         reserve(&mut relay, holder, start);
         let other = connect_again(&mut relay, holder.peer, 3);
-        relay.set_access(Box::new(AskLater), start);
-        let slot = check(&mut relay);
+        relay.set_access(Box::new(AnswerLater), start);
+        let slot = take_check(&mut relay);
         relay.on_access_checked(slot, true.into(), start);
         relay.on_disconnected(holder, start);
         let slot = relay.reservations.get(&holder.peer).expect("its slot");
         assert_eq!(slot.connection, Some(other.connection));
-        let moved = check(&mut relay);
+        let moved = take_check(&mut relay);
         relay.on_access_checked(moved, false.into(), start);
         assert_eq!(freed(&mut relay), Some((holder.peer, FreedReason::Denied)));
     }
@@ -659,10 +664,10 @@ mod tests {
         let (mut relay, [_, holder]) = relay(start);
         reserve(&mut relay, holder, start);
         let elsewhere = connect_again(&mut relay, holder.peer, 3);
-        relay.set_access(Box::new(AskLater), start);
-        let old = check(&mut relay);
+        relay.set_access(Box::new(AnswerLater), start);
+        let old = take_check(&mut relay);
         relay.handle_request(elsewhere, Ok(Request::Reserve), 2, start);
-        let renewal = check(&mut relay);
+        let renewal = take_check(&mut relay);
         relay.on_access_checked(renewal, true.into(), start);
         relay.on_access_checked(old, false.into(), start);
         let slot = relay.reservations.get(&holder.peer).expect("its slot");
@@ -670,16 +675,16 @@ mod tests {
     }
 
     #[test]
-    fn a_slot_that_an_undelivered_answer_moves_is_asked_for_again() {
+    fn a_slot_that_an_undelivered_answer_moves_is_checked_again() {
         let start = Instant::now();
         let (mut relay, [_, holder]) = relay(start);
         reserve(&mut relay, holder, start);
         let renewing = connect_again(&mut relay, holder.peer, 3);
-        relay.set_access(Box::new(AskLater), start);
-        let slot = check(&mut relay);
+        relay.set_access(Box::new(AnswerLater), start);
+        let slot = take_check(&mut relay);
         relay.on_access_checked(slot, true.into(), start);
         relay.handle_request(renewing, Ok(Request::Reserve), 2, start);
-        let renewal = check(&mut relay);
+        let renewal = take_check(&mut relay);
         relay.on_access_checked(renewal, true.into(), start);
         let receipt = actions(&mut relay).into_iter().find_map(|action| match action {
             Action::Grant { receipt, .. } => Some(receipt),
@@ -690,7 +695,7 @@ mod tests {
         relay.on_delivered(holder.peer, receipt.expect("a renewal"), false, start);
         let slot = relay.reservations.get(&holder.peer).expect("its slot");
         assert_eq!(slot.connection, Some(newest.connection));
-        let moved = check(&mut relay);
+        let moved = take_check(&mut relay);
         relay.on_access_checked(moved, false.into(), start);
         assert_eq!(freed(&mut relay), Some((holder.peer, FreedReason::Denied)));
     }
@@ -701,7 +706,7 @@ mod tests {
     impl Access for LaterElsewhere {
         fn may_reserve(&self, peer: PeerId, address: &Multiaddr) -> Permission {
             match address.to_string().starts_with("/ip4/203.0.113.1/") {
-                true => AskLater.may_reserve(peer, address),
+                true => AnswerLater.may_reserve(peer, address),
                 false => true.into(),
             }
         }
@@ -712,7 +717,7 @@ mod tests {
     }
 
     #[test]
-    fn a_circuit_whose_target_is_asked_at_another_address_is_asked_for_again() {
+    fn a_circuit_whose_target_is_asked_at_another_address_is_checked_again() {
         let start = Instant::now();
         let (mut relay, [source, target]) = relay(start);
         relay.set_access(Box::new(LaterElsewhere), start);
@@ -723,25 +728,25 @@ mod tests {
         connect_again(&mut relay, target.peer, 3);
         let failed = Err::<(), _>(StopFailed::Io(std::io::ErrorKind::ConnectionReset));
         relay.on_target_answered(id, target.connection, failed, start);
-        let moved = check(&mut relay);
+        let moved = take_check(&mut relay);
         relay.on_access_checked(moved, false.into(), start);
         assert_eq!(refusals(&mut relay), [Status::PermissionDenied]);
     }
 
     #[test]
-    fn a_slot_that_is_live_again_over_a_connection_that_was_silent_is_asked_for_again() {
+    fn a_slot_that_is_live_again_over_a_connection_that_was_silent_is_checked_again() {
         let start = Instant::now();
         let (mut relay, [_, holder]) = relay(start);
         reserve(&mut relay, holder, start);
         relay.time_out(holder.connection, start);
-        relay.set_access(Box::new(AskLater), start);
-        let in_grace = check(&mut relay);
+        relay.set_access(Box::new(AnswerLater), start);
+        let in_grace = take_check(&mut relay);
         relay.on_access_checked(in_grace, true.into(), start);
         relay.connections.record_activity(&holder.peer, start);
         relay.sweep(start);
         let slot = relay.reservations.get(&holder.peer).expect("its slot");
         assert_eq!(slot.connection, Some(holder.connection));
-        check(&mut relay);
+        take_check(&mut relay);
     }
 
     #[test]
@@ -769,8 +774,7 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_that_may_only_connect_any_more_loses_its_slot_and_keeps_the_circuits_that_it_opened()
-    {
+    fn a_peer_that_may_now_only_connect_loses_its_slot_and_keeps_the_circuits_that_it_opened() {
         let start = Instant::now();
         let (mut relay, [source, target]) = relay(start);
         reserve(&mut relay, source, start);
@@ -785,9 +789,9 @@ mod tests {
     }
 
     /// Allows everything on these terms.
-    struct On(Terms);
+    struct AllowOn(Terms);
 
-    impl Access for On {
+    impl Access for AllowOn {
         fn may_reserve(&self, _: PeerId, _: &Multiaddr) -> Permission {
             Permission::Allow(self.0)
         }
@@ -811,7 +815,7 @@ mod tests {
                 circuit_duration: limit.or(Some(second / 2)),
                 circuit_bytes: Some(7),
             };
-            relay.set_access(Box::new(On(terms)), start);
+            relay.set_access(Box::new(AllowOn(terms)), start);
             relay.handle_request(client, Ok(Request::Reserve), 1, start);
             let answer = actions(&mut relay).into_iter().find_map(|action| match action {
                 Action::Grant { expires, limit, .. } => Some((expires - start, limit)),
@@ -881,7 +885,7 @@ mod tests {
         let over = start + relay.config.reservation_ttl;
         for (now, expected) in [(over, Some(Status::ResourceLimitExceeded)), (over - MINUTE, None)]
         {
-            // Others at its address have asked as often as that may.
+            // Other peers at its address have used up the address's rate.
             relay.reserve_rates = Rates::new(1);
             while relay.reserve_rates.take(PeerId::random(), address, now).is_ok() {}
             relay.handle_request(holder, Ok(Request::Reserve), 2, now);
@@ -898,7 +902,7 @@ mod tests {
         let later = start + relay.config.probe_after;
         relay.handle_request(newcomer, Ok(Request::Reserve), 2, later);
         let terms = Terms { reservation_ttl: Some(MINUTE), ..Terms::default() };
-        relay.set_access(Box::new(On(terms)), later);
+        relay.set_access(Box::new(AllowOn(terms)), later);
         relay.release(holder.peer, FreedReason::Released, later);
         relay.sweep(later);
         let granted = actions(&mut relay).into_iter().find_map(|action| match action {
@@ -979,7 +983,7 @@ mod tests {
         let (mut relay, [_, client]) = relay(start);
         let config = Config { idle_timeout: 4 * second, ..relay.config.clone() };
         relay.set_config(config, start).unwrap();
-        relay.set_access(Box::new(AskLater), start);
+        relay.set_access(Box::new(AnswerLater), start);
         relay.handle_request(client, Ok(Request::Reserve), 1, start + 3 * second);
         relay.sweep(start + 6 * second);
         assert_eq!(relay.connections.get(client.connection).unwrap().closing, None);
@@ -989,9 +993,9 @@ mod tests {
     fn a_request_that_is_allowed_while_the_relay_drains_is_not_granted() {
         let start = Instant::now();
         let (mut relay, [_, client]) = relay(start);
-        relay.set_access(Box::new(AskLater), start);
+        relay.set_access(Box::new(AnswerLater), start);
         relay.handle_request(client, Ok(Request::Reserve), 1, start);
-        let request = check(&mut relay);
+        let request = take_check(&mut relay);
         relay.drain(start, start);
         relay.on_access_checked(request, true.into(), start);
         assert_eq!(relay.reservations.taken(), 0);

@@ -30,12 +30,12 @@ pub struct Connection {
     pub peer: PeerId,
     /// Its streams.
     pub muxer: StreamMuxerBox,
-    /// The futures that serve the streams that the relay opened.
+    /// Serve the streams that the relay opened.
     inbound: FuturesUnordered<BoxFuture<'static, io::Result<()>>>,
 }
 
 impl Connection {
-    /// Connects to the first address that accepts, as the owner of `keypair`.
+    /// Connects to the first address that accepts, as the owner of `keypair`, and reports each layer as a step.
     pub async fn open(target: &Target, keypair: &Keypair, steps: &Steps) -> io::Result<Self> {
         // 1. TCP.
         let mut stream = SubstreamBox::new(steps.run(Stage::Tcp, dial(target)).await?);
@@ -95,7 +95,7 @@ impl Connection {
         self.run(async { exchange(negotiate.await?.1).await }).await
     }
 
-    /// Runs `work`, which uses streams of this connection. Meanwhile accepts circuits.
+    /// Runs `work`, which uses streams of this connection, while polling the connection and accepting circuits.
     pub async fn run<T>(&mut self, work: impl Future<Output = io::Result<T>>) -> io::Result<T> {
         let progress = poll_fn(|cx| {
             while let Poll::Ready(stream) = self.muxer.poll_inbound_unpin(cx)? {
@@ -111,10 +111,10 @@ impl Connection {
     }
 }
 
-/// Connects to the first address that accepts; the text, or the error, names those that do not.
+/// Connects to the first address that accepts. The text, or the error, names each address that was tried.
 async fn dial(target: &Target) -> io::Result<(TcpStream, String)> {
     let (mut failed, mut cause) = (String::new(), NotFound);
-    // Together less than the step may take: otherwise it would end without naming any.
+    // Together less than the step's limit: otherwise the step would end without naming an address.
     let each = steps::TIME_LIMIT / (target.sockets.len() + 1) as u32;
     for to in &target.sockets {
         match timeout(each, TcpStream::connect(to)).await {
@@ -135,7 +135,8 @@ async fn dial(target: &Target) -> io::Result<(TcpStream, String)> {
     Err(io::Error::new(cause, failed.trim_start_matches("; ").to_owned()))
 }
 
-/// Performs TLS as browsers do: the certificate has to be for the name, and from an issuer that this machine trusts.
+/// Performs the TLS handshake as browsers do: the certificate has to be for `name`, and from an issuer that this
+/// machine trusts.
 async fn tls(stream: SubstreamBox, name: &str) -> io::Result<(TlsStream<SubstreamBox>, String)> {
     let mut roots = RootCertStore::empty();
     roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);

@@ -1,4 +1,4 @@
-//! What a failed step means, and what to do about it. Sans-IO.
+//! The steps of the check, and what to do when one fails. Sans-IO.
 
 use std::io::{Error, ErrorKind};
 
@@ -33,7 +33,7 @@ pub enum Stage {
     End,
 }
 
-/// What to do about an error at this stage: the first row of [`REMEDIES`] that fits.
+/// What to do about an error at this stage: the remedy in the first row of [`REMEDIES`] that fits.
 pub fn remedy(stage: Stage, error: &Error) -> &'static str {
     let (stage, kind) = (format!("{stage:?}").to_lowercase(), format!("{:?}", kind_of(error)));
     let error = format!("{}: {error}", if CLOSED.contains(&kind) { "Closed" } else { &kind });
@@ -46,11 +46,11 @@ pub fn remedy(stage: Stage, error: &Error) -> &'static str {
     rows.next().unwrap_or("see the relay's log")
 }
 
-/// The kinds of errors that mean that the other side ended the connection.
+/// The kinds of errors that mean that the other side ended the connection; rows name them all `Closed`.
 const CLOSED: &str = "BrokenPipe ConnectionAborted ConnectionReset NotConnected UnexpectedEof";
 
-/// A row has a step; texts, one of which the error's kind or message contains (none: any error); and the remedy. The
-/// statuses are the specification's.
+/// A row has three columns: a step; texts, one of which the error's kind or message contains (none: any error); and the
+/// remedy. The statuses are the specification's.
 const REMEDIES: &str = "\
 dnsaddr | NotFound | its TXT records list no address over TCP or WebSocket: dig TXT _dnsaddr.NAME
 dnsaddr |  | no name server of /etc/resolv.conf answers over TCP; check one of the addresses in dig TXT _dnsaddr.NAME
@@ -169,8 +169,8 @@ mod tests {
             (Stage::Circuit, text("the circuit carries other bytes"), "changes what it carries"),
             (Stage::End, of(ErrorKind::TimedOut), "does not pass the end"),
         ] {
-            let told = remedy(stage, &error);
-            assert!(told.contains(expected), "{stage:?}: {error}: {told}");
+            let found = remedy(stage, &error);
+            assert!(found.contains(expected), "{stage:?}: {error}: {found}");
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The key file, which gives the relay the same peer id on each start.
 //!
-//! It is the protobuf encoding of a private key, as other libp2p programs write it. A container without a volume has the
-//! key in the environment instead.
+//! It is the protobuf encoding of a private key, as other libp2p programs write it. A container without a volume has
+//! the key in the environment instead.
 
 mod decode;
 
@@ -26,20 +26,20 @@ use crate::program::secret_file;
 /// The largest file that is read, in bytes. The largest key of libp2p, RSA with 8192 bits, takes about 5 KiB.
 const MAX_FILE: usize = 16 * 1024;
 
-/// The largest file that a key is imported from, in bytes: kubo's configuration.
+/// The largest file that a key is imported from, in bytes: kubo's configuration is larger than a key.
 const MAX_IMPORTED: usize = 256 * 1024;
 
 /// The variable that holds the key, in protobuf and base64. It wins over the file.
 pub const VARIABLE: &str = "RELAYLET_IDENTITY_KEY";
 
-/// How often to retry reading a key that another program is writing, and how long to wait before each.
+/// How many times to try to read a key that another program is writing, and how long to wait after each.
 const RETRIES: usize = 40;
 const RETRY_INTERVAL: Duration = Duration::from_millis(50);
 
 /// A key in protobuf.
 type Secret = Zeroizing<Vec<u8>>;
 
-/// The relay's key, and what to log about its file.
+/// The relay's key, and what to log about the file that holds it.
 pub struct Identity {
     /// The key.
     pub keypair: Keypair,
@@ -49,7 +49,7 @@ pub struct Identity {
     pub warning: Option<String>,
 }
 
-/// Reads the key that [`VARIABLE`] holds. If that is not set or empty, reads or creates the one in `file`, as
+/// Reads the key that [`VARIABLE`] holds. If that is unset or empty, reads or creates the one in `file`, as
 /// `load_or_create_file` does.
 ///
 /// # Errors
@@ -93,8 +93,8 @@ pub fn import(from: &Path, file: &Path) -> Result<Identity> {
     Ok(identity)
 }
 
-/// Reads the key in `file`, or writes a `new` one if there is no such file. Of several programs that do so at once, one creates
-/// the file and the others read it.
+/// Reads the key in `file`, or writes a `new` one if there is no such file. Of several programs that do so at once, one
+/// creates the file and the others read it.
 ///
 /// # Errors
 ///
@@ -110,9 +110,9 @@ fn load_or_create_file(file: &Path, new: impl FnOnce() -> io::Result<Secret>) ->
         Ok(metadata) if metadata.len() == 0 => load_when_written(file),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             let created = create(new, file, persist, sync_folder);
-            let exists = |error: &io::Error| error.kind() == io::ErrorKind::AlreadyExists;
+            let is_there = |error: &io::Error| error.kind() == io::ErrorKind::AlreadyExists;
             match created {
-                Err(error) if error.downcast_ref().is_some_and(exists) => load_when_written(file),
+                Err(error) if error.downcast_ref().is_some_and(is_there) => load_when_written(file),
                 created => created,
             }
         }
@@ -142,9 +142,9 @@ fn load(file: &Path) -> Result<Identity> {
     Ok(Identity { keypair, created: None, warning: permission_warning("--identity", file) })
 }
 
-/// Writes a key to a temporary file, which `persist` then renames, so that `file` is never seen incomplete.
+/// Writes a `new` key to a temporary file, which `persist` then renames, so that `file` is never seen incomplete.
 ///
-/// `sync` is called with the folder before the key is used: a rename is on disk only once the folder is, and clients know
+/// Calls `sync` with the folder before the key is used: a rename is on disk only once the folder is, and clients know
 /// the relay by this key.
 fn create(
     new: impl FnOnce() -> io::Result<Secret>,
@@ -181,8 +181,8 @@ fn create(
 
 /// Renames the temporary file to `file` unless that exists.
 ///
-/// Some file systems (network ones, FUSE) support neither of the system calls for that. There it copies the file, which
-/// other programs may see incomplete.
+/// Some file systems (network ones, FUSE) support neither `renameat2` without replacing nor hard links. There it copies
+/// the file, which other programs may see incomplete.
 fn persist(temporary: NamedTempFile, file: &Path) -> io::Result<()> {
     match temporary.persist_noclobber(file) {
         Ok(_) => Ok(()),
@@ -328,14 +328,14 @@ mod tests {
         let key = data_encoding::BASE64.encode(&generate().unwrap());
         let converted =
             "holds a key, but not in libp2p's protobuf; convert it: relaylet id --import";
-        for (content, told) in [
+        for (content, expected) in [
             (format!("{key}\n"), converted),
             (format!("{{ \"Identity\": {{ \"PrivKey\": \"{key}\" }} }}"), converted),
             ("-----BEGIN ENCRYPTED PRIVATE KEY-----\n".into(), "decrypt it: openssl pkey"),
         ] {
             fs::write(&file, content).unwrap();
             let error = load_or_create_file(&file).err().unwrap().to_string();
-            assert!(error.contains(told), "{error}");
+            assert!(error.contains(expected), "{error}");
         }
     }
 

@@ -1,4 +1,5 @@
-//! Reads the settings from the command line, the environment and a file: which of them wins, and the errors.
+//! Reads the settings from the command line, the environment and a file, and merges them: the first of these that has a
+//! setting wins.
 
 mod environment;
 
@@ -10,10 +11,10 @@ use toml::{Table, Value, de::DeTable, de::DeValue};
 use self::environment::{Variables, nearest};
 use super::{flags, flags::Flags, flags::Origins, help};
 
-/// The flags that are not settings and take no value.
-const SWITCHES: [&str; 4] = ["autonat-private", "help", "print-config", "version"];
+/// The flags that take no value and are no settings.
+const BARE_FLAGS: [&str; 4] = ["autonat-private", "help", "print-config", "version"];
 
-/// The largest file that is read, in bytes: some 300,000 subnets.
+/// The largest file that is read, in bytes: enough for some 300,000 subnets.
 const MAX_FILE: u64 = 16 * 1024 * 1024;
 
 /// Why the program exits instead of running a relay.
@@ -51,8 +52,8 @@ impl Flags {
         Self::read(env::args_os(), env::vars_os())
     }
 
-    /// Reads the flags; settings without a flag from the environment; and the remaining ones from the file that a flag or
-    /// the environment names.
+    /// Reads the flags; settings without a flag from the environment; and the remaining ones from the file that a flag
+    /// or the environment names.
     ///
     /// # Errors
     ///
@@ -74,7 +75,7 @@ impl Flags {
         let mut table = given.to_table()?;
         table.retain(|name, _| matches.occurrences_of(name) > 0);
         check_values(&words, &known, &mut table)?;
-        // 2. The layers below it.
+        // 2. The environment and the file, for settings that no flag sets.
         let variables = environment::of_relaylet(environment);
         let warnings = environment::check_names(&variables, &known)?;
         merge_layer(read_environment(&known, &variables)?, &mut table, &mut origins)?;
@@ -103,7 +104,7 @@ impl Flags {
         Ok(flags)
     }
 
-    /// Returns the text of a file with all settings.
+    /// Returns the text of a TOML file with all settings.
     ///
     /// # Errors
     ///
@@ -121,7 +122,7 @@ impl Flags {
 }
 
 /// Adds the settings of a layer that no layer above has. Checks all of its values, also those that a layer above hides:
-/// they would take effect as soon as the other one is removed.
+/// they would take effect as soon as that one is removed.
 fn merge_layer(layer: Vec<Entry>, table: &mut Table, origins: &mut Origins) -> Result<(), String> {
     let above: BTreeSet<_> = table.keys().cloned().collect();
     for (name, value, origin) in layer {
@@ -142,14 +143,14 @@ fn merge_layer(layer: Vec<Entry>, table: &mut Table, origins: &mut Origins) -> R
     Ok(())
 }
 
-/// Checks that each flag exists, and that switches have no value.
+/// Checks that each flag exists, and that [`BARE_FLAGS`] have no value.
 fn check_names_of_flags(words: &[String], known: &Table) -> Result<(), String> {
-    for (name, value) in words.iter().filter_map(|word| flag(word)) {
-        let is_switch = SWITCHES.contains(&name);
-        if is_switch && value.is_some() {
+    for (name, value) in words.iter().filter_map(|word| split_flag(word)) {
+        let is_bare = BARE_FLAGS.contains(&name);
+        if is_bare && value.is_some() {
             return Err(format!("--{name}: takes no value; leave out the = and what follows it"));
         }
-        if !is_switch && !known.contains_key(name) && name != "config" && !name.is_empty() {
+        if !is_bare && !known.contains_key(name) && name != "config" && !name.is_empty() {
             return Err(format!("--{name}: unknown flag; {}", remedy(name, known, "--")));
         }
     }
@@ -164,16 +165,16 @@ fn remedy(name: &str, known: &Table, dashes: &str) -> String {
     }
 }
 
-/// Checks what clap 2 does not: the value of a switch, which it ignores, and that a flag with a default has a value. Adds
-/// the switches to `table`.
-fn check_values(flags: &[String], known: &Table, table: &mut Table) -> Result<(), String> {
-    let next = flags.iter().skip(1).map(String::as_str).chain(["--"]);
-    for (word, next) in flags.iter().zip(next) {
-        let Some((name, given)) = flag(word) else { continue };
+/// Checks what clap 2 does not: the value of a boolean setting, which clap ignores, and that a flag with a default has
+/// a value. Adds the boolean settings that have a value to `table`.
+fn check_values(words: &[String], known: &Table, table: &mut Table) -> Result<(), String> {
+    let next = words.iter().skip(1).map(String::as_str).chain(["--"]);
+    for (word, next) in words.iter().zip(next) {
+        let Some((name, given)) = split_flag(word) else { continue };
         match (known.get(name), given) {
-            (Some(switch @ Value::Boolean(_)), Some(on)) => {
-                let value = convert(switch, &toml_value(switch, on.into()));
-                let value = value.map_err(|takes| format!("--{name} {on}: {takes}"))?;
+            (Some(setting @ Value::Boolean(_)), Some(text)) => {
+                let value = convert(setting, &toml_value(setting, text.into()));
+                let value = value.map_err(|takes| format!("--{name} {text}: {takes}"))?;
                 table.insert(name.into(), value);
             }
             (Some(setting), None) if next.starts_with("--") && !setting.is_bool() => {
@@ -186,12 +187,12 @@ fn check_values(flags: &[String], known: &Table, table: &mut Table) -> Result<()
 }
 
 /// The name of a flag, and the value after its `=`; `None` for a word that is not a flag.
-fn flag(word: &str) -> Option<(&str, Option<&str>)> {
+fn split_flag(word: &str) -> Option<(&str, Option<&str>)> {
     let word = word.strip_prefix("--")?;
     Some(word.split_once('=').map_or((word, None), |(name, value)| (name, Some(value))))
 }
 
-/// Reads the environment.
+/// Reads the settings from the environment.
 fn read_environment(known: &Table, variables: &Variables) -> Result<Vec<Entry>, String> {
     let mut given = Vec::new();
     for (name, setting) in known {
@@ -251,7 +252,7 @@ fn read_file(file: &str, bytes: &[u8], known: &Table) -> Result<Vec<Entry>, Stri
     Ok(given)
 }
 
-/// The TOML value of a text from the command line or the environment.
+/// The TOML value of a text from the command line or the environment, for a setting with this default.
 fn toml_value(setting: &Value, text: String) -> DeValue<'static> {
     match (setting, &*text) {
         (Value::Boolean(_), "true" | "1") => DeValue::Boolean(true),
@@ -260,7 +261,7 @@ fn toml_value(setting: &Value, text: String) -> DeValue<'static> {
     }
 }
 
-/// Converts a value to the type of the setting. The error says what the setting takes.
+/// Converts a value to the type of `setting`, its default. The error says what the setting takes.
 fn convert(setting: &Value, given: &DeValue<'_>) -> Result<Value, &'static str> {
     let text = match given {
         DeValue::String(text) => Some(text.as_ref()),
@@ -389,7 +390,8 @@ mod tests {
         assert!(text.contains("UTF-8"), "{text}");
     }
 
-    /// A block list: SIGHUP reads it while the relay runs. This took minutes when each value cost as much as the whole file.
+    /// A block list: SIGHUP reads it while the relay runs. This took minutes when each value cost as much as the whole
+    /// file.
     #[test]
     fn a_list_may_have_many_values() {
         let mut text = String::from("deny-subnet = [\n");

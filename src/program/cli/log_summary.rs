@@ -27,9 +27,9 @@ const MAX_ADDRESSES: usize = 1000;
 #[derive(Debug, Default)]
 pub struct LogSummary {
     counts: BTreeMap<Key, Count>,
-    /// The flags, and the reasons of failed handshakes, that a warning has named.
+    /// The flags, and the reasons for failed handshakes, about which a warning was logged.
     warned: HashSet<&'static str>,
-    /// What had been reset or closed to free memory at the last summary.
+    /// The streams and connections that had been reset or closed to free memory at the last summary.
     buffered: Buffered,
 }
 
@@ -43,12 +43,12 @@ struct Count {
 }
 
 impl LogSummary {
-    /// Counts an event. Returns a warning if it is the first one to reach the limit of a flag, or the first handshake to
-    /// fail for a reason.
+    /// Counts an event. Returns a warning if it is the first one to reach the limit of a flag, or the first handshake
+    /// to fail for a reason.
     pub fn on_event(&mut self, event: &NodeEvent) -> Option<String> {
         let tally = Tally::of(event)?;
         self.count((tally.what.log, tally.why), tally.prefix);
-        let (flag, warning) = match event {
+        let (subject, warning) = match event {
             NodeEvent::ConnectionDenied { reason: Denied::ProxyHeader(error), address } => {
                 let flag = "--proxy-protocol-from";
                 let warning = format!(
@@ -70,7 +70,7 @@ impl LogSummary {
                 (flag, warning)
             }
         };
-        self.warned.insert(flag).then(|| format!("{warning}; this is logged once"))
+        self.warned.insert(subject).then(|| format!("{warning}; this is logged once"))
     }
 
     /// Returns the summary and resets the counts: a line for each reason, then, if there is any, one with the busiest
@@ -120,7 +120,7 @@ impl LogSummary {
     }
 }
 
-/// The address or subnet that has reached a limit, the limited resource, and the flag.
+/// The address or subnet that has reached a limit, the limited resource, and the flag that sets the limit.
 fn limit_reached(event: &NodeEvent) -> Option<(&dyn Display, &'static str, &'static str)> {
     let (reason, rate) = match event {
         NodeEvent::ConnectionDenied { reason: Denied::Address(from), .. } => {

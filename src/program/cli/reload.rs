@@ -22,12 +22,12 @@ const REQUIRE_RESTART: &str = "autonat bootstrap dht dht-protocol http http-host
     max-connections-per-ip max-connections-per-peer max-connections-per-subnet max-streams max-streams-per-connection \
     stream-rate";
 
-/// The settings at the start, and those in effect.
+/// The settings at the start, and those since the last reload.
 #[derive(Debug)]
 pub struct Settings<'a> {
     /// The settings at the start.
     pub at_start: &'a Flags,
-    /// The settings in effect.
+    /// The settings since the last reload. Those that require a restart take effect only then.
     pub now: Flags,
 }
 
@@ -51,17 +51,18 @@ impl Settings<'_> {
         }
     }
 
+    /// Applies `flags`, read again, to the node, and logs what has changed.
     fn apply(&mut self, mut flags: Flags, node: &mut Node) -> Result<(), Exit> {
-        // 1. What has changed, and what of that requires a restart.
+        // 1. Find what has changed, and what of that requires a restart: settings that are given, and derived ones.
         let per_peer = |flags: &Flags| flags.derived().get(Limit::CircuitsPerPeer);
         let limit = per_peer(self.at_start);
         let is_lowered = per_peer(&flags) < limit;
         let mut restart = self.at_start.differing(&flags)?;
         restart.retain(|name| requires_restart(name) && !(is_lowered && name == PER_PEER));
         let (before, after) = (self.at_start.to_table()?, flags.to_table()?);
-        let is_own = |name: &String| before.contains_key(name) || after.contains_key(name);
-        let (own, derived): (Vec<_>, Vec<_>) = restart.into_iter().partition(is_own);
-        // The DHT stays as it is, and the other settings have to fit to it.
+        let is_given = |name: &String| before.contains_key(name) || after.contains_key(name);
+        let (given, derived): (Vec<_>, Vec<_>) = restart.into_iter().partition(is_given);
+        // The DHT stays as it is, and the other settings have to fit it.
         (flags.dht, flags.bootstrap) = (self.at_start.dht, self.at_start.bootstrap.clone());
         flags.check().map_err(|problem| flags.locate(problem))?;
         // The limits on streams follow from max-circuits-per-peer at the start.
@@ -76,7 +77,7 @@ impl Settings<'_> {
         #[cfg(feature = "websocket")]
         node.set_forwarders(flags.forwarders());
         // 3. Log it.
-        for name in own {
+        for name in given {
             log::warn!("SIGHUP: {name} requires a restart");
         }
         if !derived.is_empty() {
@@ -119,7 +120,7 @@ impl Flags {
         Ok(differing.map(|(name, _)| name).collect())
     }
 
-    /// A line for each of these settings, with its value before and after.
+    /// A line for each of the settings `names`, with its value before and after.
     fn changes(&self, after: &Self, names: &[String]) -> Result<Vec<String>, String> {
         let (old, new, given) = (self.settings()?, after.settings()?, after.to_table()?);
         let line = |name: &String| {

@@ -1,10 +1,10 @@
 //! TCP on async-std as a libp2p transport: it dials, and accepts connections.
 //!
-//! WebSocket runs over another instance of it (`websocket.rs`); the address to listen on says which one takes it
-//! (`multiaddr.rs`).
+//! WebSocket runs over a second instance of it (`websocket.rs`); which of the two listens follows from the layers of
+//! the address (`multiaddr.rs`).
 //!
-//! An inbound connection passes two steps before the swarm sees it: the PROXY protocol header of a proxy's connection is
-//! read, because the limits count a connection under its client's address; and the rate limits delay or deny it.
+//! An inbound connection passes two steps before the swarm sees it: the PROXY protocol header of a proxy's connection
+//! is read, because the limits count a connection under its client's address; and the rate limits delay or deny it.
 //!
 //! Not libp2p's own TCP, because that has supported only tokio since 0.56.
 
@@ -46,19 +46,20 @@ pub struct Tcp {
     counters: ByteCounters,
     proxies: Proxies,
     rates: ConnectionRates,
-    /// The trusted reverse proxies, if WebSocket runs over it; `None`: libp2p runs over it directly.
+    /// The trusted reverse proxies, if WebSocket runs over this instance; `None`: libp2p runs over it directly.
     forwarders: Option<Proxies>,
     /// Connections of proxies whose headers are being read.
     reading_headers: FuturesUnordered<BoxFuture<'static, (Accepted, io::Result<SocketAddr>)>>,
     /// Connections that are delayed by the rate limits.
     delayed: FuturesUnordered<BoxFuture<'static, (Accepted, SocketAddr)>>,
-    /// Whether a connection was accepted since the last turn ended.
+    /// Whether a connection was accepted in the current turn.
     has_accepted: bool,
 }
 
 impl Tcp {
-    /// A transport that counts received bytes in `counters`, trusts the headers of `proxies`, and accepts connections
-    /// at `rates`. WebSocket runs over it, behind these `forwarders`, or else libp2p directly.
+    /// A transport that counts received bytes in `counters`, trusts the PROXY protocol headers of `proxies`, and
+    /// accepts connections at `rates`. With `forwarders` WebSocket runs over it, behind those proxies; without, libp2p
+    /// directly.
     pub fn new(
         counters: ByteCounters,
         proxies: Proxies,
@@ -88,7 +89,7 @@ impl Tcp {
         self.listeners.iter().any(|listener| listener.id == id && !listener.is_closed)
     }
 
-    /// Step 1: determines the client of an accepted connection. Of a proxy's connection it reads the header first.
+    /// Step 1: determines the client of an accepted connection: on a proxy's connection the header names it.
     fn on_accepted(&mut self, accepted: Accepted) -> Option<Event> {
         let remote = accepted.remote;
         if !self.proxies.contains(remote.ip()) {
@@ -107,12 +108,12 @@ impl Tcp {
         None
     }
 
-    /// Step 2: applies the rate limits to a connection of this client; not to a forwarder's, whose clients are yet to be
-    /// named.
+    /// Step 2: applies the rate limits to a connection of this client; not to a forwarder's, whose clients are yet to
+    /// be named.
     fn on_client(&mut self, accepted: Accepted, client: SocketAddr) -> Option<Event> {
         let is_forwarder = self.forwarders.as_ref().is_some_and(|it| it.contains(client.ip()));
-        let rate = || self.rates.delay(client.ip(), self.delayed.len(), Instant::now());
-        let delay = if is_forwarder { Some(Duration::ZERO) } else { rate() };
+        let delay_by_rate = || self.rates.delay(client.ip(), self.delayed.len(), Instant::now());
+        let delay = if is_forwarder { Some(Duration::ZERO) } else { delay_by_rate() };
         match delay {
             Some(Duration::ZERO) => self.report(accepted, Ok(client)),
             Some(delay) => {

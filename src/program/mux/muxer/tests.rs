@@ -1,4 +1,4 @@
-//! Our muxer against itself and against the `yamux` crate, over an in-memory connection.
+//! Tests of our muxer against itself and against the `yamux` crate, over an in-memory connection.
 
 #[cfg(test)]
 mod locks;
@@ -28,7 +28,7 @@ use crate::program::mux::frame::{Header, Kind, SYN};
 
 const KIB: usize = 1024;
 
-/// One direction of a connection in memory.
+/// One direction of an in-memory connection.
 #[derive(Default)]
 struct Wire {
     bytes: VecDeque<u8>,
@@ -37,20 +37,21 @@ struct Wire {
     writer: Option<Waker>,
 }
 
-/// One end of a connection in memory, which buffers at most `room` bytes each way.
+/// One end of an in-memory connection, which buffers at most `room` bytes each way.
 struct Pipe {
     from: Arc<Mutex<Wire>>,
     to: Arc<Mutex<Wire>>,
     room: usize,
 }
 
+/// Both ends of a connection.
 fn pipes(room: usize) -> (Pipe, Pipe) {
     let [there, back] = [(); 2].map(|()| Arc::new(Mutex::new(Wire::default())));
     let one = Pipe { from: Arc::clone(&back), to: Arc::clone(&there), room };
     (one, Pipe { from: there, to: back, room })
 }
 
-/// Opens a stream, which there is room for.
+/// Opens a stream, for which there is room.
 fn open(muxer: &mut Muxer<impl AsyncRead + AsyncWrite + Unpin>, cx: &mut Context<'_>) -> Substream {
     let Poll::Ready(Ok(stream)) = Pin::new(muxer).poll_outbound(cx) else {
         panic!("there is room for a stream");
@@ -369,7 +370,7 @@ fn each_poll_accepts_one_of_the_streams_that_a_peer_opens_at_once() {
 }
 
 #[test]
-fn a_stream_that_is_requested_at_the_end_does_not_hide_why_it_ended() {
+fn a_stream_requested_after_the_connection_ended_does_not_hide_the_error() {
     let (one, other) = pipes(KIB);
     let mut server = muxer(other, Endpoint::Listener);
     let mut cx = Context::from_waker(Waker::noop());
@@ -377,7 +378,7 @@ fn a_stream_that_is_requested_at_the_end_does_not_hide_why_it_ended() {
     assert!(Pin::new(&mut server).poll(&mut cx).is_pending());
     assert!(Pin::new(&mut server).poll_outbound(&mut cx).is_pending());
     let Poll::Ready(Err(error)) = Pin::new(&mut server).poll(&mut cx) else {
-        panic!("it has ended");
+        panic!("the connection has ended");
     };
     assert_eq!(error.to_string(), "muxer failed");
 }
@@ -417,6 +418,7 @@ fn a_stall_lasts_until_something_is_acknowledged_or_written() {
     }
 }
 
+/// A message of multistream-select: its length, the text and a newline.
 fn line(text: &str) -> Vec<u8> {
     [&[text.len() as u8 + 1], text.as_bytes(), b"\n"].concat()
 }
@@ -425,7 +427,7 @@ fn line(text: &str) -> Vec<u8> {
 fn negotiation_ends_on_acceptance_in_any_number_of_writes() {
     let list = line(&"/one/of/them".repeat(12));
     let list = [&[0x80 | (list.len() as u8 & 0x7f), 1], &list[..]].concat();
-    for (payload, agrees) in [
+    for (payload, is_accepted) in [
         (line("/multistream/1.0.0"), false),
         (line("na"), false),
         (list, false),
@@ -434,10 +436,10 @@ fn negotiation_ends_on_acceptance_in_any_number_of_writes() {
     ] {
         let mut at_once = Negotiation::default();
         assert!(!at_once.parse(&line("/multistream/1.0.0")));
-        assert_eq!(at_once.parse(&payload), agrees, "{payload:?}");
-        let mut cut = Negotiation::default();
-        let agreed = payload.iter().map(|byte| cut.parse(&[*byte]));
-        assert_eq!(agreed.last(), Some(agrees), "{payload:?}");
+        assert_eq!(at_once.parse(&payload), is_accepted, "{payload:?}");
+        let mut bytewise = Negotiation::default();
+        let ended = payload.iter().map(|byte| bytewise.parse(&[*byte]));
+        assert_eq!(ended.last(), Some(is_accepted), "{payload:?}");
     }
 }
 
@@ -483,6 +485,7 @@ fn a_peer_cannot_announce_a_long_message_before_a_protocol_is_accepted() {
     }
 }
 
+/// The muxer of a connection that was accepted from 192.0.2.1.
 fn listener(pipe: Pipe, limits: StreamLimits, activity: &ActivityCounter) -> Muxer<Pipe> {
     let multiplex = Multiplex::new(Budget { inbound: 64, outbound: 64 }, limits, 64);
     let remote = "/ip4/192.0.2.1/tcp/1".parse().unwrap();
@@ -491,7 +494,7 @@ fn listener(pipe: Pipe, limits: StreamLimits, activity: &ActivityCounter) -> Mux
 }
 
 #[test]
-fn a_connection_whose_frames_exceed_their_rate_is_read_no_further_and_marked() {
+fn a_connection_whose_frames_exceed_their_rate_is_read_no_further_and_marked_as_flooding() {
     const PINGS: usize = 1000;
     let limits = StreamLimits { stream_rate: 1, ..StreamLimits::default() };
     let activity = ActivityCounter::default();
@@ -505,11 +508,11 @@ fn a_connection_whose_frames_exceed_their_rate_is_read_no_further_and_marked() {
     let read = PINGS - lock(&peer.to).bytes.len() / HEADER;
     assert!((190..230).contains(&read), "{read}");
     assert!(activity.is_flooding());
-    assert!(activity.count() > 0, "its peer is not silent: it is not read");
+    assert!(activity.count() > 0, "a peer whose frames are not read is not silent");
 }
 
 #[test]
-fn a_poll_reads_and_writes_no_more_than_its_share_and_then_asks_for_another() {
+fn a_poll_reads_and_writes_no_more_than_one_turn_and_then_wakes_its_task() {
     let (mut peer, pipe) = pipes(4 * TURN);
     let mut relay = listener(pipe, StreamLimits::default(), &ActivityCounter::default());
     let woken = Arc::new(Woken::default());
