@@ -1,4 +1,4 @@
-//! What the tests share: the relay as a child process, and a client that can send any message.
+//! What the tests share: the relay as a child process, and a client that can send arbitrary messages.
 
 #![allow(dead_code)] // each test file uses its own part
 
@@ -69,8 +69,10 @@ pub struct Relay {
     pub peer: PeerId,
     pub folder: TempDir,
     child: Child,
+    /// The lines of standard error and standard output so far.
     log: Arc<Mutex<Vec<String>>>,
-    lines: mpsc::Receiver<String>,
+    /// The lines of standard output that no test has taken yet.
+    output: mpsc::Receiver<String>,
 }
 
 impl Relay {
@@ -111,26 +113,32 @@ impl Relay {
                 copy.lock().unwrap().push(line);
             }
         });
-        let lines = lines_of(child.stdout.take().expect("its output is piped"), Arc::clone(&log));
-        let mut relay =
-            Self { address: Multiaddr::empty(), peer: PeerId::random(), folder, child, log, lines };
+        let output = lines_of(child.stdout.take().expect("its output is piped"), Arc::clone(&log));
+        let mut relay = Self {
+            address: Multiaddr::empty(),
+            peer: PeerId::random(),
+            folder,
+            child,
+            log,
+            output,
+        };
         relay.address = relay.next_address();
         relay.peer = peer_of(&relay.address);
         relay
     }
 
-    /// The next address that it prints on standard output.
+    /// Waits for the next address that the relay prints on standard output, and takes it.
     pub fn next_address(&self) -> Multiaddr {
-        let line = self.lines.recv_timeout(TEST_TIMEOUT).unwrap_or_else(|_| {
+        let line = self.output.recv_timeout(TEST_TIMEOUT).unwrap_or_else(|_| {
             panic!("the relay prints no (further) address; its log: {:#?}", self.log())
         });
         let address = line.strip_prefix("listening on ").expect("a `listening on` line");
         address.parse().expect("a multiaddr")
     }
 
-    /// The other lines on standard output. Call it after the relay has exited.
+    /// The lines on standard output that [`Relay::next_address`] has not taken. Blocks until the relay has exited.
     pub fn rest_of_output(&self) -> Vec<String> {
-        self.lines.iter().collect()
+        self.output.iter().collect()
     }
 
     /// The TCP port of [`Relay::address`].
@@ -138,7 +146,7 @@ impl Relay {
         tcp_port(&self.address)
     }
 
-    /// The lines logged so far, and those of standard output, as a container's log has both.
+    /// The lines of the log and of standard output so far: a container's log has both.
     pub fn log(&self) -> Vec<String> {
         self.log.lock().unwrap().clone()
     }
@@ -270,7 +278,8 @@ pub fn wait_for(child: &mut Child) -> ExitStatus {
     }
 }
 
-/// Runs a command until it exits by itself, and returns its output, at most as much as fits into a pipe.
+/// Runs a command until it exits by itself, and returns its output, which has to fit into a pipe: it is read
+/// afterwards.
 pub fn output(command: &mut Command) -> Output {
     let piped = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = piped.spawn().expect("it can be started");
@@ -301,7 +310,7 @@ fn lines_of(output: ChildStdout, log: Arc<Mutex<Vec<String>>>) -> mpsc::Receiver
     receiver
 }
 
-/// The secure channel that a client offers, and the only one.
+/// The one secure channel that a client offers.
 #[derive(Clone, Copy, Debug)]
 pub enum Security {
     Noise,
@@ -423,7 +432,7 @@ impl Client {
         Self::run(Swarm::new(transport(&keypair), parts, peer, config), relay).await
     }
 
-    /// The owner of `keypair`, connected from [`address_of`] this number; each is in a /24 of its own.
+    /// The owner of `keypair`, connected from the address [`address_of`] this number; each number has a /24 of its own.
     pub async fn connect_from(number: usize, keypair: Keypair, relay: &Multiaddr) -> Self {
         let ping = ping::Behaviour::new(ping::Config::new().with_interval(NEVER));
         let swarm = SwarmBuilder::with_existing_identity(keypair)
@@ -471,7 +480,7 @@ impl Client {
         within(self.connections.wait_for(|count| *count == wanted)).await.expect("the client runs");
     }
 
-    /// Whether its connection is still the first that it had.
+    /// Whether the client still has the connection that it had at first.
     pub fn kept_its_connection(&self) -> bool {
         // `wait_for` has seen the count; it has not changed since.
         self.connections.has_changed().is_ok_and(|changed| !changed)
@@ -483,14 +492,14 @@ impl Client {
         stream.expect("the relay accepts the stream")
     }
 
-    /// Opens streams of this protocol until the relay accepts or refuses them, as `wanted`.
-    pub async fn wait_for_support(&mut self, protocol: StreamProtocol, wanted: bool) {
+    /// Opens streams of this protocol until the relay accepts them, or refuses them if `is_supported` is false.
+    pub async fn wait_for_support(&mut self, protocol: StreamProtocol, is_supported: bool) {
         let accepted = async || {
             let mut control = self.control.clone();
             control.open_stream(self.relay, protocol.clone()).await.is_ok()
         };
         within(async {
-            while accepted().await != wanted {
+            while accepted().await != is_supported {
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
         })

@@ -7,10 +7,10 @@ use crate::common::{
 };
 use libp2p::futures::AsyncWriteExt;
 
-/// Longer than any test takes.
-const LONG: &str = "--drain=10m";
+/// A drain timeout that no test reaches.
+const LONG_DRAIN: &str = "--drain=10m";
 
-/// By default a circuit ends within a test's time limit.
+/// By default a circuit ends after two minutes, and a slow test may take longer.
 const NO_TIME_LIMIT: &str = "--circuit-duration=0s";
 
 #[tokio::test]
@@ -48,7 +48,7 @@ async fn the_drain_ends_with_the_last_circuit() {
 
 #[tokio::test]
 async fn a_request_while_draining_closes_its_connection() {
-    let relay = Relay::start(&[LONG]);
+    let relay = Relay::start(&[LONG_DRAIN]);
     let (mut alice, mut bob) = source_and_target(&relay).await;
     relay.signal("USR1");
     relay.wait_for_log("SIGUSR1: draining").await;
@@ -65,7 +65,7 @@ async fn a_request_while_draining_closes_its_connection() {
 #[tokio::test]
 async fn a_second_signal_exits_at_once() {
     for second in ["TERM", "INT"] {
-        let mut relay = Relay::start(&[LONG, NO_TIME_LIMIT]);
+        let mut relay = Relay::start(&[LONG_DRAIN, NO_TIME_LIMIT]);
         let (mut alice, mut bob) = source_and_target(&relay).await;
         let _ends = circuit(&mut alice, &mut bob).await; // the drain would wait for it
         relay.signal("TERM");
@@ -78,7 +78,7 @@ async fn a_second_signal_exits_at_once() {
 
 #[tokio::test]
 async fn sigusr1_drains_indefinitely_and_a_second_one_resumes() {
-    let relay = Relay::start(&[LONG]);
+    let relay = Relay::start(&[LONG_DRAIN]);
     let mut alice = Client::connect(&relay).await;
     alice.reserve().await;
     relay.signal("USR1");
@@ -94,8 +94,8 @@ async fn sigusr1_drains_indefinitely_and_a_second_one_resumes() {
 }
 
 #[tokio::test]
-async fn the_drain_ends_with_the_last_connection_without_slot() {
-    let mut relay = Relay::start(&[LONG]);
+async fn the_drain_ends_with_the_last_connection_even_without_a_slot() {
+    let mut relay = Relay::start(&[LONG_DRAIN]);
     let alice = Client::connect(&relay).await;
     relay.signal("TERM");
     relay.wait_for_log("draining").await;
@@ -105,9 +105,9 @@ async fn the_drain_ends_with_the_last_connection_without_slot() {
 }
 
 #[tokio::test]
-async fn two_signals_at_once_drain_and_resume() {
+async fn signals_in_quick_succession_drain_and_resume() {
     let listen = format!("--listen=/ip4/127.0.0.1/tcp/{}", free_port());
-    let relay = Relay::start_listening(&[&listen, LONG]);
+    let relay = Relay::start_listening(&[&listen, LONG_DRAIN]);
     let pid = relay.pid().to_string();
     let twice = format!("kill -USR1 {pid}; kill -USR1 {pid}");
     for _ in 0..20 {
@@ -130,7 +130,7 @@ async fn two_signals_at_once_drain_and_resume() {
 
 #[tokio::test]
 async fn without_connections_or_drain_time_sigterm_exits_at_once() {
-    let mut relay = Relay::start(&[LONG]);
+    let mut relay = Relay::start(&[LONG_DRAIN]);
     relay.signal("TERM");
     assert!(relay.wait().success());
     let mut relay = Relay::start(&["--drain=0s", NO_TIME_LIMIT]);
