@@ -9,14 +9,15 @@ use libp2p::{Multiaddr, PeerId, futures::future::BoxFuture};
 
 use crate::address::{self, ClientPrefix};
 
-/// How long an app may take to answer; then the answer is [`Permission::Deny`].
+/// How long the answer of an app may take. After that it counts as [`Permission::Deny`].
 pub(crate) const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Decides which peers may use the relay: at each request; again for each peer that holds a slot or is part of a circuit
-/// after [`Behaviour::recheck_access`](crate::Behaviour::recheck_access); and for each other connection of a peer when its
-/// slot or a stop request may move to one.
+/// Decides which peers may use the relay.
 ///
-/// It runs in the swarm's task and must not block. [`Permission::Later`] lets a database or a service decide.
+/// It is asked at each request; again about each peer that holds a slot or is part of a circuit after
+/// [`Behaviour::recheck_access`](crate::Behaviour::recheck_access); and about the other connections of a peer when its
+/// slot or a stop request may move to one of them. It runs in the swarm's task and must not block:
+/// [`Permission::Later`] lets a database or a service decide.
 ///
 /// ```
 /// use std::{collections::HashSet, sync::{Arc, RwLock}};
@@ -44,7 +45,7 @@ pub(crate) const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// # Ok::<_, relaylet::ConfigError>(())
 /// ```
 ///
-/// With a store that is asked over the network:
+/// With a database that is asked over the network:
 ///
 /// ```
 /// # use libp2p::{Multiaddr, PeerId};
@@ -74,15 +75,15 @@ pub(crate) const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 pub trait Access: Send {
     /// Whether `peer`, which comes from `address`, may hold a slot.
     ///
-    /// Asked again about a peer in grace, which has no connection, `address` is the first one of the prefix that its slot
-    /// counts towards, without a port, and empty if there is none.
+    /// A peer in grace has no connection. If the relay asks again about it, `address` is the first one of the prefix
+    /// that its slot counts towards, without a port; it is empty if there is no such prefix.
     fn may_reserve(&self, peer: PeerId, address: &Multiaddr) -> Permission;
 
     /// Whether `source`, which comes from `address`, may be connected to `target`.
     fn may_connect(&self, source: PeerId, address: &Multiaddr, target: PeerId) -> Permission;
 
-    /// Whether the program accepts a connection from `address`: asked without a peer before the handshake, and with the
-    /// peer after it. Default: yes. The behaviour alone, in another swarm, does not ask.
+    /// Whether the program accepts a connection from `address`. It asks twice: before the handshake without a peer, and
+    /// after it with the peer. Default: yes. The behaviour alone, in another swarm, does not ask.
     fn may_enter(&self, _peer: Option<PeerId>, _address: &Multiaddr) -> bool {
         true
     }
@@ -94,10 +95,10 @@ pub enum Permission {
     Deny,
     /// Allow on these terms; `Terms::default()` are those of the configuration.
     Allow(Terms),
-    /// The answer of this future, which is polled in the swarm's task. Denied if there is none within 10 s.
+    /// Decide as this future does, which is polled in the swarm's task. Deny if it is not ready within 10 s.
     ///
-    /// A request waits for it; its rate is charged before. The future is dropped when the client disconnects, and may
-    /// never be polled. A renewal that waits keeps its slot for up to 10 s, once a term.
+    /// The request waits for the answer, and counts towards its rate before. The future is dropped when the client
+    /// disconnects, and may never be polled. While a renewal waits, its slot is kept for up to 10 s, once a term.
     Later(BoxFuture<'static, Permission>),
 }
 
@@ -118,27 +119,27 @@ impl From<bool> for Permission {
     }
 }
 
-/// Limits for one peer or circuit that differ from the configuration.
+/// Limits for one reservation or circuit that differ from the configuration.
 ///
 /// `None`: as configured. A time between zero and 1 s counts as 1 s, and one over a year as a year.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Terms {
-    /// For how long the reservation is granted. Without effect on a circuit.
+    /// For how long the reservation is granted. It has no effect on a circuit.
     pub reservation_ttl: Option<Duration>,
     /// How long a circuit may stay open; zero: no limit.
     ///
-    /// On a reservation it is only told to the holder: a circuit gets the terms of [`Access::may_connect`].
+    /// For a reservation this is only what its holder is told: a circuit gets the terms of [`Access::may_connect`].
     pub circuit_duration: Option<Duration>,
-    /// How many bytes a circuit may carry in each direction; zero: no limit. Otherwise as above.
+    /// How many bytes a circuit may carry in each direction; zero: no limit. For a reservation as above.
     pub circuit_bytes: Option<u64>,
 }
 
-/// Lists of peers and subnets, which decide unless an app does. Empty lists allow everything.
+/// Lists of peers and subnets that decide who may use the relay, unless an app does. Empty lists allow every peer.
 ///
 /// They apply to peers that reserve, that connect, and that are connected to. A list that denies takes precedence over
-/// one that allows; if both peers and subnets are listed as allowed, a peer has to match both. A peer with an IPv4 address
-/// within an IPv6 one (mapped, NAT64, 6to4) comes from the subnets of both.
+/// one that allows; if both peers and subnets are listed as allowed, a peer has to match both. An IPv6 address that
+/// contains an IPv4 one (mapped, NAT64, 6to4) is in the subnets of both.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Lists {
@@ -150,15 +151,15 @@ pub struct Lists {
     pub allow_subnet: Vec<IpNet>,
     /// No peers that come from these subnets.
     pub deny_subnet: Vec<IpNet>,
-    /// These peers may connect to others, whether or not they are in `allow_peer`. If there are any, and `allow_peer` is
-    /// empty, only these may connect, and all may reserve.
+    /// These peers may connect to others, whether or not they are in `allow_peer`. If there are any, and `allow_peer`
+    /// is empty, only these may connect, and all may reserve.
     pub allow_connect_peer: HashSet<PeerId>,
-    /// Whether the subnets are sorted and do not overlap: of the relay's own copy, which nothing changes.
+    /// Whether the subnets are sorted and do not overlap: only in the relay's own copy, which nothing changes.
     pub(crate) is_sorted: bool,
 }
 
 impl Lists {
-    /// The same lists with their subnets merged and sorted: an address is found in many thousands within a microsecond.
+    /// The same lists with their subnets merged and sorted: binary search in many thousands takes at most 1 µs.
     pub(crate) fn sorted(&self) -> Self {
         let [allow_subnet, deny_subnet] =
             [&self.allow_subnet, &self.deny_subnet].map(IpNet::aggregate);
@@ -166,7 +167,7 @@ impl Lists {
     }
 
     fn allows_address(&self, address: &Multiaddr) -> bool {
-        // An IPv4 address within an IPv6 one is looked up, too: it is what the client's slots count towards.
+        // An IPv4 address that the IPv6 one contains is looked up, too: the client's slots count towards it.
         let ip = address::ip(address);
         let ipv6 = ip.filter(IpAddr::is_ipv6);
         let within = ipv6.map(|ip| ClientPrefix::from(ip).ip()).filter(IpAddr::is_ipv4);
@@ -177,7 +178,7 @@ impl Lists {
     fn contains(&self, mut list: &[IpNet], ip: IpAddr) -> bool {
         if self.is_sorted {
             let at = list.partition_point(|net| net.broadcast() < ip);
-            list = list.get(at..=at).unwrap_or_default();
+            list = list.get(at..=at).unwrap_or_default(); // the only one that may contain it
         }
         list.iter().any(|net| net.contains(&ip))
     }
@@ -269,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn an_ipv4_address_within_an_ipv6_one_is_in_the_subnets_of_either() {
+    fn an_ipv6_address_that_contains_an_ipv4_one_is_in_the_subnets_of_both() {
         let alice = PeerId::random();
         for from in ["::ffff:192.0.2.7", "64:ff9b::192.0.2.7", "2002:c000:207::1"] {
             let from = format!("/ip6/{from}/tcp/1");
@@ -283,7 +284,7 @@ mod tests {
         let denied = Lists { deny_subnet: vec![net("64:ff9b::/96")], ..Lists::default() };
         assert!(!reserves(&denied, alice, "/ip6/64:ff9b::192.0.2.7"));
         assert!(reserves(&denied, alice, "/ip4/192.0.2.7"));
-        // Of an IPv6 address nothing else is looked up.
+        // An IPv6 address without an IPv4 one is looked up itself, and not the first address of its /64.
         let denied = Lists { deny_subnet: vec![net("2001:db8::/128")], ..Lists::default() };
         assert!(reserves(&denied, alice, AWAY));
     }
@@ -306,7 +307,7 @@ mod tests {
         assert!(!connects(&lists, device, HOME, stranger));
     }
 
-    /// An address near a few others; an IPv4 one may be within an IPv6 one.
+    /// An IPv4 or IPv6 address, or an IPv6 address that contains an IPv4 one; some are close to each other.
     fn addresses() -> impl Strategy<Value = IpAddr> {
         let bits = prop_oneof![Just(0), Just(u32::MAX), any::<u32>(), 0xc000_0200_u32..0xc000_0300];
         (bits, 0_u8..6, 0_u64..4).prop_map(|(bits, kind, host)| {
@@ -325,7 +326,7 @@ mod tests {
     fn subnets() -> impl Strategy<Value = Vec<IpNet>> {
         let subnet = (addresses(), 0_u8..=128).prop_map(|(ip, length)| {
             let most = if ip.is_ipv4() { 32 } else { 128 };
-            // More often a narrow one: few addresses are in it.
+            // Half of the subnets are narrow, so that few addresses are in them.
             let length = if length > 64 { most.min(most - length % 8) } else { most.min(length) };
             IpNet::new(ip, length).unwrap().trunc()
         });
@@ -334,7 +335,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn sorted_lists_allow_what_the_lists_as_given_allow(
+        fn sorted_lists_allow_the_same_addresses_as_the_given_ones(
             allow_subnet in subnets(),
             deny_subnet in subnets(),
             addresses in vec(addresses(), 1..20),

@@ -1,11 +1,11 @@
 //! The relay as a state machine, without sockets and clocks.
 //!
-//! Sans-IO: methods take what happened and `now`; what is to be done is appended to [`Relay::actions`]. This file connects
-//! the tables: [`reservations`] and [`circuits`] decide what a request gets, [`heartbeat`] and [`reclaim`] which peers are
-//! gone. `relay/reserve.rs` is one RESERVE, `relay/connect.rs` one CONNECT, `relay/sweep.rs` what ends by time
-//! and which connections the relay closes, `relay/policy.rs` what may change while it runs. `C` identifies a
-//! connection and `R` takes the answer to a request: [`crate::Behaviour`] uses the swarm's `ConnectionId` and a oneshot,
-//! tests use numbers.
+//! Sans-IO: methods take what happened and `now`; what is to be done is appended to [`Relay::actions`]. This file
+//! connects the tables: [`reservations`] and [`circuits`] decide what a request gets, [`heartbeat`] and [`reclaim`]
+//! which peers are gone. `relay/reserve.rs` is one RESERVE, `relay/connect.rs` one CONNECT, `relay/sweep.rs` what ends
+//! by time and which connections the relay closes, `relay/policy.rs` what may change while it runs. `C` identifies a
+//! connection and `R` takes the answer to a request: [`crate::Behaviour`] uses the swarm's `ConnectionId` and a
+//! oneshot, tests use numbers.
 
 pub mod accounts;
 pub mod bandwidth;
@@ -46,7 +46,8 @@ use crate::{
     wire::{BadRequest, Limit, Request, Status},
 };
 
-/// One relay. A caller reads its fields, and changes [`Relay::connections`] only: adds those that came up.
+/// One relay. A caller reads its fields and takes its [`actions`](Relay::actions). It changes only
+/// [`Relay::connections`]: adds those that came up, and records what it learns of them.
 pub struct Relay<C, R> {
     /// The configuration in force.
     pub config: Config,
@@ -60,16 +61,17 @@ pub struct Relay<C, R> {
     pub accounts: Accounts,
     /// The embedder's access rules, which decide instead of the configuration's lists.
     embedder_access: Option<Box<dyn Access>>,
-    /// The configuration's lists, in which an address is found quickly.
+    /// The configuration's lists with their subnets sorted.
     lists: Lists,
-    /// How often the access rules have changed.
+    /// How often the access rules have changed, or may have.
     rule_changes: u64,
-    /// How many answers about slots and circuits have yet to come, and about which peers to ask again after the last, in
-    /// order; `None`: about all.
+    /// How many answers of the access rules about slots and circuits have yet to come.
     open_checks: usize,
+    /// The peers to ask about again after the last of them, sorted; `None`: all peers.
     check_again: Vec<Option<PeerId>>,
     reserve_rates: Rates,
     connect_rates: Rates,
+    /// Divides the bandwidth among the circuits.
     link: Link,
     heartbeat: Heartbeat,
     /// The newcomers that wait for a slot, in the order of their arrival.
@@ -77,21 +79,21 @@ pub struct Relay<C, R> {
     /// When [`Relay::sweep`] is due. Any method may bring it forward.
     pub sweep_due: Instant,
     draining: Option<Draining<C, R>>,
-    /// How many probes were sent since the start.
+    /// How many probes have been sent since the start.
     pub probes: u64,
     /// What is to be done, oldest first, until the caller takes it.
     pub actions: VecDeque<Action<C, R>>,
 }
 
-/// Something to do. `R` is the reply handle of a request.
+/// Something that the caller is to do. `R` is the reply handle of a request.
 #[derive(Debug)]
 pub enum Action<C, R> {
-    /// Answer a RESERVE with OK. Then report whether the answer arrived, or that it could not be signed:
-    /// [`Relay::on_delivered`], [`Relay::on_sign_failed`].
+    /// Answer a RESERVE with OK. Then report whether the answer arrived ([`Relay::on_delivered`]), or that its voucher
+    /// could not be signed ([`Relay::on_sign_failed`]).
     Grant {
         /// The request.
         request: PendingRequest<C, R>,
-        /// Identifies the answer.
+        /// Identifies the answer in that report.
         receipt: Receipt,
         /// The limits of circuits to the peer.
         limit: Limit,
@@ -105,12 +107,13 @@ pub enum Action<C, R> {
     /// Ask `target` on a stop stream whether it accepts a circuit, and report its answer over this connection:
     /// [`Relay::on_target_answered`].
     ///
-    /// The end is the target's, with the connection of its reservation, or another one if it did not answer over that.
+    /// The end is the target's: over the connection of its reservation, or over another one if the target did not
+    /// answer there.
     AskTarget(End<C>, Box<CircuitParameters>),
-    /// Probe the peer, and wait this long for the answer.
+    /// Probe the peer over this connection, and wait this long for the answer.
     Probe(End<C>, Duration),
-    /// Keep the connection while it holds a reservation, or the peer may be heard over it within its grace; or `false`: not
-    /// any more.
+    /// `true`: keep the connection open, because the peer's slot points at it; `false`: no longer. Nothing changes
+    /// while the slot is in grace, because the peer may be heard again over the connection.
     Hold(End<C>, bool),
     /// Close a connection.
     Close(End<C>),
@@ -118,10 +121,10 @@ pub enum Action<C, R> {
     Report(Event),
 }
 
-/// What is allowed or denied by an answer that comes later.
+/// What an answer of the access rules that comes later is about.
 #[derive(Debug)]
 pub enum AccessCheck<C, R> {
-    /// A request, and how often the rules had changed when it came.
+    /// A request, and how often the rules had changed when they were asked.
     Request(PendingRequest<C, R>, u64),
     /// The slot of a peer, and the connection that it points at, if any.
     Slot(PeerId, Option<C>),
@@ -134,31 +137,33 @@ pub enum AccessCheck<C, R> {
 pub struct CircuitParameters {
     /// The circuit.
     pub id: CircuitId,
-    /// When it was admitted.
+    /// When the circuit was admitted.
     pub since: Instant,
     /// The limits, as told to both peers.
     pub limit: Limit,
-    /// The link whose bandwidth it shares with the other circuits.
+    /// Divides the bandwidth among this circuit and the others.
     pub link: Link,
     /// Its source and its target.
     pub ends: [PeerId; 2],
     /// Counts the bytes that it carries.
     pub counters: Counters,
-    /// Is cancelled when the relay ends it, or asks the target over another connection.
+    /// Cancelled when the relay ends the circuit, or asks the target over another connection.
     pub ended: oneshot::Receiver<()>,
 }
 
 /// The progress of a drain.
 struct Draining<C, R> {
-    /// When all connections without a circuit are to be closed.
+    /// By when all connections without a circuit are to be closed.
     until: Instant,
     /// When `due` was last updated.
     last: Instant,
-    /// The fraction of a connection that was due then, and could not be closed yet.
+    /// The fraction of a connection that was due to be closed then: only whole ones can be.
     due: f64,
-    /// Requests that are answered by closing their connection: dropping a reply handle would reset its stream first.
+    /// The requests that are answered by closing their connection, with their reply handles: to drop one would reset
+    /// its stream first.
     unanswered: Vec<(C, R)>,
-    /// The connections that were in use when it began. In a foreign swarm, no others are closed.
+    /// The connections that held a slot or carried a circuit when the drain began. In an embedding swarm only these are
+    /// closed, and those that hold a slot since.
     used: HashSet<C>,
 }
 
@@ -195,7 +200,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         Ok(relay)
     }
 
-    /// Handles a request, or one that could not be decoded. The answer goes to `reply`.
+    /// Handles a request; `Err`: one that could not be decoded. The answer goes to `reply`.
     pub fn handle_request(
         &mut self,
         from: End<C>,
@@ -204,7 +209,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         now: Instant,
     ) {
         let Some(origin) = self.connections.get(from.connection).map(|up| up.origin.clone()) else {
-            return; // it closed meanwhile
+            return; // the connection closed meanwhile
         };
         let request = match request {
             Ok(request) => PendingRequest { from, origin, request, reply },
@@ -239,13 +244,13 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
 
     /// Handles a connection that closed.
     pub fn on_disconnected(&mut self, gone: End<C>, now: Instant) {
-        // 1. Forget it, and its request that waits for a slot.
+        // 1. Forget the connection, and its request if that waits for a slot.
         self.connections.remove(gone.connection);
         self.waiting.retain(|waiting| waiting.request.from != gone);
-        // 2. End its circuits. Move its reservation, or begin the grace.
+        // 2. End its circuits, or ask their targets elsewhere. Move the slot to another connection, or begin its grace.
         self.abandon(gone, CircuitEnd::Disconnected, now);
-        // 3. The tasks of the connection are gone, and report nothing any more. The task of an open circuit runs on the
-        //    source's connection, that of one being set up on the target's.
+        // 3. Remove the circuits whose task ran on this connection: that is gone, and reports nothing any more. An open
+        //    circuit's task runs on the source's connection, that of one being set up on the target's.
         for id in self.circuits.over(gone) {
             let Some(circuit) = self.circuits.records.get(&id) else { continue };
             let runs_on = if circuit.opened_at.is_some() { circuit.source } else { circuit.target };
@@ -262,7 +267,8 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     pub fn release(&mut self, peer: PeerId, reason: FreedReason, now: Instant) -> bool {
         let held = self.reservations.free(peer, reason);
         self.apply_changes(now);
-        // Those that it opened are asked about by themselves: who may hold no slot may be allowed to connect.
+        // If it is denied, the circuits that it opened stay: the rules are asked about each of them by itself, because
+        // a peer that may hold no slot may be allowed to connect.
         let is_denied = reason == FreedReason::Denied;
         let of_it = self.circuits.of(&peer).filter(|(_, it)| !is_denied || it.target.peer == peer);
         let circuits: Vec<_> = of_it.map(|(id, _)| id).collect();
@@ -279,7 +285,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         Limit { duration, bytes: (bytes > 0).then_some(bytes) }
     }
 
-    /// Logs an event, and reports it to the embedder.
+    /// Logs an event, and has it reported to the embedder.
     fn report(&mut self, event: Event) {
         log::debug!("{event}");
         self.actions.push_back(Action::Report(event));

@@ -1,7 +1,7 @@
 //! The table of reservations: admission, renewal, grace, and the end of each.
 //!
-//! Sans-IO: no clock, no socket. What changes is appended to [`Reservations::changes`]. `C` identifies a connection: the
-//! behaviour uses the swarm's `ConnectionId`, tests use numbers.
+//! Sans-IO: no clock, no socket. What changes is appended to [`Reservations::changes`]. `C` identifies a connection:
+//! the behaviour uses the swarm's `ConnectionId`, tests use numbers.
 //!
 //! ```text
 //!                  granted                       last connection closed
@@ -25,46 +25,48 @@ use super::{
 };
 use crate::{address::ClientPrefix, config::Config, event::FreedReason};
 
-/// The number of a disconnect: slots in grace are taken in this order.
+/// The number of the disconnect that began a grace. A newcomer takes the slot in grace with the lowest.
 type GraceNumber = u64;
 
 /// The reservations of one relay.
 pub struct Reservations<C> {
     grace: Duration,
-    /// The ids are shared with `queue`: an id takes more memory than all else that is kept of a slot.
+    /// The ids are shared with `queue`: an id takes more memory than everything else that is kept of a slot.
     slots: HashMap<Arc<PeerId>, Reservation<C>>,
     /// The peers in grace under each scope, in the order of their disconnects.
     queue: BTreeMap<(Scope, GraceNumber), Arc<PeerId>>,
     /// How many slots each address and subnet holds.
     pub quota: Quota,
-    /// The earliest time at which a term or a grace may end.
+    /// No term or grace ends before this time; `None`: no slot is held.
     next_end: Option<Instant>,
     /// Changes to slots, oldest first, until the caller takes them.
     pub changes: VecDeque<Change<C>>,
-    /// The last number given to a disconnect or to an answer.
+    /// The last number that was given to a grace or to a receipt.
     last_number: u64,
 }
 
-/// One peer's hold on a slot.
+/// The reservation of one peer.
 struct Reservation<C> {
     state: State<C>,
     expires: Instant,
     prefix: Option<ClientPrefix>,
+    /// Identifies the last answer.
     receipt: Receipt,
     /// Until when a renewal that waits for its access check keeps the slot.
     kept_until: Option<Instant>,
-    /// What to restore if the last answer does not reach the peer; `None` once one did.
+    /// What to restore if the last answer does not reach the peer; `None` once an answer has reached it.
     undo: Option<Box<Before<C>>>,
 }
 
-/// What a peer held before an answer: the state and the end of its term, or no slot.
+/// What a peer held before an answer: the state and the end of the term; `None`: no slot.
 type Before<C> = Option<(State<C>, Instant)>;
 
+/// Whether a slot is live or in grace.
 #[derive(Clone, Copy, Debug)]
 enum State<C> {
-    /// The peer is reachable over this connection: the one it last reserved over or, after that closed, its newest.
+    /// Circuits reach the peer over this connection: the one it last reserved over or, after that closed, its newest.
     Live { connection: C },
-    /// Its last connection closed: the slot counts, but CONNECT does not find it.
+    /// The peer's last connection closed or timed out: the slot counts, but CONNECT does not find it.
     Grace { since: Instant, number: GraceNumber },
 }
 
@@ -93,7 +95,7 @@ impl<C> Slot<C> {
     }
 }
 
-/// Identifies the answer to one grant or renewal, to report later whether it reached the peer.
+/// Identifies the answer that grants or renews a reservation, to report later whether it reached the peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Receipt(u64);
 
@@ -104,7 +106,7 @@ pub struct Change<C> {
     pub peer: PeerId,
     /// The connection that it points at now; `None`: grace began, or the slot is free.
     pub to: Option<C>,
-    /// Why the slot is free, if it is, and the prefix that it counted towards.
+    /// If the slot is free: why, and the prefix that it counted towards.
     pub freed: Option<(FreedReason, Option<ClientPrefix>)>,
 }
 
@@ -122,7 +124,7 @@ impl<C: Copy + Eq> Reservations<C> {
         }
     }
 
-    /// Replaces the caps and the grace. Frees no slot; granted terms stay.
+    /// Replaces the caps and the grace. Frees no slot, and keeps granted terms.
     pub fn configure(&mut self, config: &Config, now: Instant) {
         self.grace = config.grace;
         self.quota.caps = config.slot_caps();
@@ -144,14 +146,14 @@ impl<C: Copy + Eq> Reservations<C> {
         self.queue.range((Scope::Total, 0)..).map(|(_, peer)| &**peer)
     }
 
-    /// The slot of `peer`, which may have ended and not been removed yet.
+    /// The slot of `peer`. It may be void: ended, and not removed yet.
     pub fn get(&self, peer: &PeerId) -> Option<Slot<C>> {
         let reservation = self.slots.get(peer)?;
         let (connection, ends) = (reservation.state.connection(), self.end(reservation).0);
         Some(Slot { connection, prefix: reservation.prefix, ends })
     }
 
-    /// The peers that hold a slot and their slots, in no order.
+    /// All peers that hold a slot, with their slots, in no order. A slot may be void.
     pub fn iter(&self) -> impl Iterator<Item = (PeerId, Slot<C>)> {
         self.slots.keys().filter_map(|peer| Some((**peer, self.get(peer)?)))
     }
@@ -161,8 +163,8 @@ impl<C: Copy + Eq> Reservations<C> {
     ///
     /// # Errors
     ///
-    /// The full cap. There is a slot only if a peer under it turns out to be gone, and not even then if more are held
-    /// than it allows ([`Quota::above`]).
+    /// The full cap. The newcomer can get a slot only if a peer under that cap turns out to be gone, and not even then
+    /// if more slots are held than a cap allows ([`Quota::above`]).
     pub fn reserve(
         &mut self,
         peer: PeerId,
@@ -171,8 +173,8 @@ impl<C: Copy + Eq> Reservations<C> {
         ttl: Duration,
         now: Instant,
     ) -> Result<(Receipt, bool), Scope> {
-        // 1. Free what has ended and the sweep has not removed yet. Under a full cap that is a pass over the table, but only
-        // if something may have ended: a full table does not cost a pass for each request.
+        // 1. Free what has ended and the sweep has not removed yet: this peer's slot and, if a cap is full, all others.
+        // That is a pass over the table only if one may have ended: a full table does not cost a pass for each request.
         let ended = self.slots.get(&peer).map(|slot| self.end(slot)).filter(|(end, _)| *end <= now);
         if let Some((_, reason)) = ended {
             self.free(peer, reason);
@@ -183,8 +185,8 @@ impl<C: Copy + Eq> Reservations<C> {
             self.end_what_is_over(now);
             full = self.quota.full(prefix);
         }
-        // 2. For a newcomer under a full cap, take the oldest slot in grace. One that is taken under the narrowest cap
-        // makes room under the wider ones; where one would not be enough, none is taken.
+        // 2. If a cap is full, take the oldest slot in grace under it for the newcomer. `full` is the narrowest full
+        // cap, so that slot makes room under the wider ones, too. Where one slot would not be enough, none is taken.
         if let Some(full) = full.filter(|_| !is_renewal) {
             if self.quota.above(prefix).is_some() {
                 return Err(full);
@@ -202,11 +204,11 @@ impl<C: Copy + Eq> Reservations<C> {
         let state = State::Live { connection };
         let before = self.set_state(peer, state);
         if let (Some(before), Some(slot)) = (before, self.slots.get_mut(&peer)) {
-            // When several answers in a row are lost, what held before the first of them is restored.
+            // If several answers in a row are lost, what the peer held before the first of them is restored.
             let before = (before, std::mem::replace(&mut slot.expires, expires));
             slot.undo.get_or_insert_with(|| Box::new(Some(before)));
             (slot.receipt, slot.kept_until) = (receipt, None);
-            // Without room at the new prefix, it stays with the old one.
+            // If the new prefix has no room, the slot goes on counting towards the old one.
             if self.quota.move_unit(slot.prefix, prefix) {
                 slot.prefix = prefix;
             }
@@ -220,50 +222,51 @@ impl<C: Copy + Eq> Reservations<C> {
         Ok((receipt, is_renewal))
     }
 
-    /// Keeps `peer`'s slot until then, whatever its state, for a renewal whose access is being checked.
+    /// Keeps `peer`'s slot until then, whatever its state, for a renewal that waits for its access check.
     ///
-    /// Once a term: otherwise a peer whose renewals are denied could hold its slot for ever.
+    /// Does so once a term: otherwise a peer whose renewals are denied could hold its slot for ever.
     pub fn keep(&mut self, peer: &PeerId, until: Instant) {
         if let Some(reservation) = self.slots.get_mut(peer) {
             reservation.kept_until.get_or_insert(until);
         }
     }
 
-    /// Confirms the last grant or renewal: an answer reached the peer.
+    /// Confirms the last grant or renewal, because an answer reached the peer.
     ///
-    /// Any answer does: a peer that has read one OK relies on the slot.
+    /// It need not be the last answer: a peer that has read any OK relies on its slot.
     pub fn confirm(&mut self, peer: &PeerId) {
         if let Some(reservation) = self.slots.get_mut(peer) {
             reservation.undo = None;
         }
     }
 
-    /// Undoes the grant or renewal of this receipt, whose answer did not reach the peer: frees the slot, or restores
-    /// what held before. `up` are the peer's connections, oldest first.
+    /// Undoes the grant or renewal with this receipt, whose answer did not reach the peer: frees the slot, or restores
+    /// what the peer held before. Does nothing if there was a later one. `up` are the connections that the slot may
+    /// move to, oldest first.
     pub fn on_undelivered(&mut self, peer: PeerId, receipt: Receipt, up: &[C], now: Instant) {
         if self.slots.get(&peer).is_some_and(|reservation| reservation.receipt == receipt) {
             self.undo(peer, up, now);
         }
     }
 
-    /// Handles a connection that closed or timed out; `up` are the peer's remaining ones, oldest first.
+    /// Handles a connection that closed or timed out; `up` are the others that the slot may move to, oldest first.
     ///
-    /// Nothing changes unless the reservation points at it. `reason` is why the slot is freed if there is no grace.
+    /// Nothing changes unless the slot points at the one that is gone. `reason` is why it is freed without grace.
     pub fn on_disconnected(&mut self, gone: End<C>, up: &[C], reason: FreedReason, now: Instant) {
         let End { peer, connection } = gone;
         let held_over = self.slots.get(&peer).and_then(|slot| slot.state.connection());
-        // An answer that is being sent over that connection will not arrive.
+        // An answer that is being sent over that connection will not arrive: undo what it grants.
         if held_over == Some(connection) && !self.undo(peer, up, now) {
             self.settle(peer, up, reason, now);
         }
     }
 
-    /// Makes the slot of a peer in grace live again, over this connection.
+    /// Makes the slot of a peer in grace live again. It points at this connection.
     pub fn revive(&mut self, over: End<C>) {
         self.set_state(over.peer, State::Live { connection: over.connection });
     }
 
-    /// Frees the slots whose term or grace has ended. A pass over the table, if any can have ended.
+    /// Frees the slots whose term or grace has ended. This is a pass over the table, unless none can have ended.
     pub fn end_what_is_over(&mut self, now: Instant) {
         if self.next_end.is_none_or(|end| end > now) {
             return;
@@ -281,7 +284,7 @@ impl<C: Copy + Eq> Reservations<C> {
         over.into_iter().for_each(|(peer, reason)| _ = self.free(peer, reason));
     }
 
-    /// Restores what held before the answers that were not delivered; returns whether there were any.
+    /// Restores what the peer held before the answers that have not reached it; returns whether there are any.
     fn undo(&mut self, peer: PeerId, up: &[C], now: Instant) -> bool {
         let Some(reservation) = self.slots.get_mut(&peer) else { return false };
         let Some(before) = reservation.undo.take() else { return false };
@@ -299,7 +302,8 @@ impl<C: Copy + Eq> Reservations<C> {
         true
     }
 
-    /// Moves a reservation whose connection is gone to the newest of `up`, or begins its grace.
+    /// Moves a slot whose connection is gone to the newest of `up`; if there is none, begins the grace. Where grace is
+    /// switched off, frees the slot for the reason `without_grace`.
     fn settle(&mut self, peer: PeerId, up: &[C], without_grace: FreedReason, now: Instant) {
         if let Some(&connection) = up.last() {
             self.set_state(peer, State::Live { connection });
@@ -339,7 +343,7 @@ impl<C: Copy + Eq> Reservations<C> {
         true
     }
 
-    /// Removes a slot in grace from the queue.
+    /// Removes a slot that was in this state from the queue, if that state is a grace.
     fn leave_queue(&mut self, state: State<C>, prefix: Option<ClientPrefix>) {
         if let State::Grace { number, .. } = state {
             for scope in Scope::of(prefix) {

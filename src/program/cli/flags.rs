@@ -1,4 +1,4 @@
-//! The settings: one struct for the command line, the environment and the file, and the configurations that follow from it.
+//! The settings: one struct for the command line, the environment and the file, and the configurations that it yields.
 
 mod limits;
 
@@ -31,7 +31,7 @@ relaylet [FLAGS]
     relaylet check <MULTIADDR> [--quick] [--swarm-key <FILE>]    whether clients can use a relay
     relaylet id [--identity <FILE>] [--import <FILE>]            the relay's peer id";
 
-/// The optional features, whether this program has them, and their settings.
+/// The optional features: their names, whether this program has them, and the settings that need them.
 const FEATURES: [(&str, bool, &[&str]); 7] = [
     ("autonat", cfg!(feature = "autonat"), &["autonat"]),
     ("check", cfg!(feature = "check"), &[]),
@@ -72,7 +72,7 @@ pub struct Flags {
     #[serde(skip)]
     pub(super) origins: Origins,
 
-    /// Warnings about variables of the environment.
+    /// Warnings about variables of the environment, to be logged.
     #[structopt(skip)]
     #[serde(skip)]
     pub(super) warnings: Vec<String>,
@@ -94,13 +94,15 @@ pub struct Flags {
 
     /// Subnet of proxies that send a PROXY protocol header; may be given several times
     ///
-    /// A connection from there counts under the client that the header names, and is closed without a header.
+    /// A connection from there counts towards the limits of the client that the header names, and is closed
+    /// without a header.
     #[structopt(long, value_name = "SUBNET", use_delimiter = true)]
     pub proxy_protocol_from: Vec<Parsed<IpNet>>,
 
     /// Subnet of reverse proxies that name their WebSocket clients; may be given several times
     ///
-    /// A connection from there counts under the client that Forwarded or X-Forwarded-For names.
+    /// A connection from there counts towards the limits of the client that Forwarded or X-Forwarded-For
+    /// names.
     #[structopt(long, value_name = "SUBNET", use_delimiter = true, hidden = needs("trust-forwarded-from").is_some())]
     pub trust_forwarded_from: Vec<Parsed<IpNet>>,
 
@@ -116,8 +118,8 @@ pub struct Flags {
 
     /// Serves AutoNAT: tells clients whether they can be reached, by dialing them
     ///
-    /// Dials a client only at the address that it connects from, and only if that is global; a client 12
-    /// times a minute, all together 600 times.
+    /// Dials a client only at the address that it connects from, and only if that is global: at most 12
+    /// times a minute, and all clients together at most 600 times.
     #[structopt(long, hidden = needs("autonat").is_some())]
     pub autonat: bool,
 
@@ -282,8 +284,8 @@ pub struct Flags {
 
     /// How many connections may be open at a time, not counting those in their handshakes
     ///
-    /// An eighth is reserved for peers that hold slots. Beyond the rest, an idle connection of the address
-    /// with the most connections is closed for a new one.
+    /// An eighth is reserved for peers that hold slots. Once the rest is taken, an idle connection of the
+    /// address with the most connections is closed for a new one.
     /// [default: twice --max-reservations, at least 128]
     ///
     /// [group: Connections]
@@ -326,10 +328,11 @@ pub struct Flags {
     #[structopt(long, value_name = "N")]
     pub max_streams_per_connection: Option<Parsed<usize>>,
 
-    /// How many streams a second the connections of one IP address (IPv6: one /64) may open, besides a few of
-    /// each, a subnet four times as many; 0: no limit
+    /// How many streams a second the connections of one IP address (IPv6: one /64) may open together, and those
+    /// of a subnet four times as many; 0: no limit
     ///
-    /// As many as 16 s of that rate allow may come at once. A stream beyond that is reset.
+    /// A few streams of each connection do not count. As many as 16 s of that rate allow may come at once. A
+    /// stream beyond that is reset.
     #[structopt(long, value_name = "N", default_value = "64")]
     pub stream_rate: Parsed<u32>,
 
@@ -339,8 +342,8 @@ pub struct Flags {
     /// bytes have waited the longest. Between half and three quarters of it windows shrink to 32KiB: those
     /// of addresses that hold more than their fair share.
     ///
-    /// At least 4 times --max-buffered-per-connection; by default also 80KiB for each of up to 1024 slots, and 256KiB
-    /// for each of up to 128.
+    /// It must be at least 4 times --max-buffered-per-connection. The default is also at least 80KiB for each of up to
+    /// 1024 slots, and at least 256KiB for each of up to 128.
     ///
     /// [default: 4 times --max-buffered-per-connection]
     #[structopt(long, value_name = "SIZE")]
@@ -348,8 +351,8 @@ pub struct Flags {
 
     /// How many received bytes may be buffered for one connection
     ///
-    /// At least 256KiB for each circuit that a peer may have, and 256KiB. Windows may grow by the rest, at most by
-    /// 768KiB.
+    /// It must be at least 256KiB for each circuit that a peer may have, and 256KiB more. Windows may grow by what is
+    /// above that, at most by 768KiB.
     ///
     /// [default: 256KiB a circuit of a peer, and up to 1MiB]
     #[structopt(long, value_name = "SIZE")]
@@ -365,8 +368,8 @@ pub struct Flags {
 
     /// How much memory the relay takes at most
     ///
-    /// What no flag sets of slots, circuits, connections, handshakes, streams, buffers and threads follows from it;
-    /// see --print-config.
+    /// The limits on slots, circuits, connections, handshakes, streams, buffers and threads follow from it unless a
+    /// flag sets them; see --print-config.
     ///
     /// [default: what the limits take]
     ///
@@ -379,7 +382,6 @@ pub struct Flags {
     /// With --memory at most one for each 128MiB of it.
     ///
     /// [default: half of the machine's cores, at least 1]
-    ///
     #[structopt(long, value_name = "N")]
     pub threads: Option<Parsed<usize>>,
 
@@ -391,8 +393,8 @@ pub struct Flags {
 
     /// DNS name under which the page and /status.json are served; may be given several times
     ///
-    /// Beside localhost and IP addresses. No other name is served, because a web page elsewhere could have its
-    /// own name point here and read them.
+    /// They are also served under localhost and IP addresses. Other names are refused: a web page elsewhere could
+    /// have its own name point here, and read them.
     #[structopt(long, value_name = "NAME", use_delimiter = true, hidden = needs("http-host").is_some())]
     pub http_host: Vec<String>,
 }
@@ -402,7 +404,7 @@ pub fn features() -> impl Iterator<Item = &'static str> {
     FEATURES.iter().filter(|(_, is_built_in, _)| *is_built_in).map(|(name, ..)| *name)
 }
 
-/// Says which feature a setting needs, if the program was built without it.
+/// The error for a setting whose feature the program was built without; `None` if the program has that feature.
 pub fn needs(name: &str) -> Option<String> {
     let mut lacking = FEATURES.iter().filter(|(_, is_built_in, _)| !is_built_in);
     let (feature, ..) = lacking.find(|(.., names)| names.contains(&name))?;
@@ -411,8 +413,9 @@ pub fn needs(name: &str) -> Option<String> {
 
 impl Default for Flags {
     fn default() -> Self {
-        // Each setting of a file is checked beside the defaults of all others, and a list may have thousands of them.
-        // From an iterator as of the other command lines: clap's parser is compiled once for each type.
+        // Parsed once: each setting of a file is checked by itself, with the defaults of all others, and a list may
+        // have thousands. The iterator has the type of other command lines: clap's parser is compiled once for each
+        // type.
         static DEFAULTS: LazyLock<Flags> = LazyLock::new(|| Flags::from_iter(Vec::<String>::new()));
         DEFAULTS.clone()
     }
@@ -429,8 +432,8 @@ impl Flags {
             .map_err(|error| format!("writing a setting as TOML failed: {error}; use UTF-8"))
     }
 
-    /// Returns all settings in effect, also those that follow from others, in the order of `--help`, but those of the DHT
-    /// last. A setting without a value is an empty text.
+    /// Returns all settings in effect, those that follow from others included. They are in the order of `--help`,
+    /// except that those of the DHT come last. A setting without a value is an empty string.
     ///
     /// # Errors
     ///
@@ -549,14 +552,14 @@ impl Flags {
         Ok(self.dht.then_some(config))
     }
 
-    /// The addresses to listen on, and whether they were set.
+    /// The addresses to listen on, and whether they were set; otherwise they are the default.
     pub fn listen_addresses(&self) -> (Vec<Multiaddr>, bool) {
         let default = || DEFAULT_LISTEN.iter().filter_map(|text| text.parse().ok()).collect();
         let set: Vec<_> = unwrap_all(&self.listen).collect();
         if set.is_empty() { (default(), false) } else { (set, true) }
     }
 
-    /// Two of the addresses to listen on that need the same port.
+    /// Two of the addresses to listen on that cannot be bound both: a later one, and the one before it.
     fn port_conflict(&self) -> Option<(&Multiaddr, &Multiaddr)> {
         let overlap = |one: SocketAddr, other: SocketAddr| {
             let is_same =
@@ -575,7 +578,7 @@ impl Flags {
         None
     }
 
-    /// The layers of the addresses that were set to listen on; those of the default are all TCP.
+    /// The layers of the addresses to listen on, if they were set. The default addresses are all TCP.
     pub fn layers(&self) -> impl Iterator<Item = multiaddr::Layer> {
         self.listen.iter().filter_map(|Parsed(set)| Some(multiaddr::listen_address(set)?.1))
     }
@@ -584,7 +587,7 @@ impl Flags {
     ///
     /// # Errors
     ///
-    /// The first invalid one in one line, with the name of its flag and the remedy.
+    /// The first problem in one line, with the name of its flag and the remedy.
     pub(super) fn check(&self) -> Result<(), String> {
         self.config().validate().map_err(message_with_flag)?;
         validate_subnets("proxy_protocol_from", &self.proxies()).map_err(message_with_flag)?;
@@ -633,7 +636,8 @@ impl Flags {
         })
     }
 
-    /// Puts the origin of a setting in front of a problem that begins with the name of its flag.
+    /// Puts the origin of a setting in front of a problem that begins with the name of its flag. Without an origin, the
+    /// setting is from the command line, and the problem stays as it is.
     pub fn locate(&self, problem: String) -> String {
         let name = problem.trim_start_matches("--").split([':', ' ']).next();
         let place = name.and_then(|name| self.origins.get(name));
@@ -641,7 +645,7 @@ impl Flags {
     }
 }
 
-/// The message of a configuration error, under the name of its flag.
+/// The message of a configuration error, beginning with the name of its flag.
 pub fn message_with_flag(error: ConfigError) -> String {
     format!("--{}: {}", error.setting().replace('_', "-"), error.problem)
 }
@@ -678,8 +682,8 @@ mod tests {
         let (streams, default) = (flags.stream_limits(), StreamLimits::default());
         assert_eq!(streams.max_streams, default.max_streams);
         assert_eq!(streams.buffered(64), default.buffered(64));
-        let (addresses, asked_for) = flags.listen_addresses();
-        assert_eq!((addresses.len(), asked_for), (2, false));
+        let (addresses, are_set) = flags.listen_addresses();
+        assert_eq!((addresses.len(), are_set), (2, false));
     }
 
     #[test]
@@ -702,7 +706,7 @@ mod tests {
 
     #[cfg(feature = "websocket")]
     #[test]
-    fn by_default_websocket_listens_beside_tcp_and_over_tls_given_a_certificate() {
+    fn websocket_may_listen_beside_tcp_and_over_tls_given_a_certificate() {
         let tcp = "/ip4/0.0.0.0/tcp/4001";
         let beside = format!("--listen={tcp},/ip4/0.0.0.0/tcp/4002/ws");
         assert_eq!(read(&[&beside]).unwrap().listen.len(), 2);
@@ -730,7 +734,7 @@ mod tests {
             (&["--max-circuits", "99999999999999999999"], "--max-circuits"),
             (&["--max-connections", "0"], "--max-connections 0: "),
             (&["--max-handshakes", "0"], "--max-handshakes 0: "),
-            // The page and the metrics would show these as no limit.
+            // The page and the metrics show 0 as no limit.
             (&["--max-circuits", "0"], "--max-circuits 0: "),
             (&["--max-circuits-per-peer", "0"], "--max-circuits-per-peer 0: "),
             (&["--max-streams", "0"], "--max-streams 0: "),

@@ -1,8 +1,8 @@
 //! The metrics of the process that every Prometheus client library provides, under their standard names:
 //! [process metrics](https://prometheus.io/docs/instrumenting/writing_clientlibs/#process-metrics).
 //!
-//! Read for each scrape, on the thread that serves HTTP: counting open files takes a system call for every few hundred
-//! of them.
+//! Read for each scrape, on the thread that serves HTTP and not on the relay's: to count the open files takes a system
+//! call for every few hundred of them.
 
 use std::{
     fmt, fs,
@@ -22,27 +22,27 @@ use rustix::time::{ClockId, clock_gettime};
 use super::counters::write;
 use crate::wall_clock;
 
-/// Ticks per second in `/proc`: `USER_HZ`, which is 100 on all architectures that Rust
-/// builds for.
+/// Ticks per second in `/proc`: `USER_HZ`, which is 100 on all architectures that Rust builds for.
 const TICKS: f64 = 100.0;
 
 /// The metrics of this process.
 #[derive(Debug, Default)]
 pub struct Process {
+    /// When the process was started, in seconds since 1970, once that is known.
     started: OnceLock<f64>,
 }
 
 impl Process {
-    /// When the process was started, in seconds since 1970: computed once, as soon as the clock, which shows `now`, is set.
+    /// When the process was started, in seconds since 1970. Computed once the clock, which shows `now`, is set.
     fn started(&self, now: SystemTime) -> Option<f64> {
         let known = self.started.get().copied();
-        let started = known.or_else(|| started(now).filter(|_| wall_clock::is_set(now)))?;
+        let started = known.or_else(|| start_time(now).filter(|_| wall_clock::is_set(now)))?;
         Some(*self.started.get_or_init(|| started))
     }
 }
 
 impl Collector for Process {
-    /// Leaves out what this system does not provide.
+    /// Leaves out the metrics that this system does not provide.
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let out = &mut encoder;
         let help = "User and system CPU time that the process has taken.";
@@ -87,12 +87,13 @@ fn memory(status: &str, name: &str) -> Option<f64> {
 
 fn open_files() -> Option<f64> {
     let files = fs::read_dir("/proc/self/fd").ok()?.count();
-    Some(files.saturating_sub(1) as f64) // the folder's own
+    Some(files.saturating_sub(1) as f64) // the descriptor of the folder itself
 }
 
-/// When the process was started, in seconds since 1970: field 22 of `/proc/self/stat` counts from the boot.
+/// When the process was started, in seconds since 1970, if the clock, which shows `now`, is right. Field 22 of
+/// `/proc/self/stat` has the ticks from the boot until then.
 #[cfg(target_os = "linux")]
-fn started(now: SystemTime) -> Option<f64> {
+fn start_time(now: SystemTime) -> Option<f64> {
     let stat = fs::read_to_string("/proc/self/stat").ok()?;
     let (_, fields) = stat.rsplit_once(") ")?; // after the name, which may contain anything
     let ticks: f64 = fields.split(' ').nth(22 - 3)?.parse().ok()?;
@@ -101,7 +102,7 @@ fn started(now: SystemTime) -> Option<f64> {
 }
 
 #[cfg(not(target_os = "linux"))]
-fn started(_: SystemTime) -> Option<f64> {
+fn start_time(_: SystemTime) -> Option<f64> {
     None
 }
 
@@ -122,7 +123,7 @@ mod tests {
         assert!(open_files().is_some_and(|open| open >= files.len() as f64));
     }
 
-    /// A board without a clock of its own starts in 1970.
+    /// The clock of a board without a battery starts in 1970.
     #[cfg(target_os = "linux")]
     #[test]
     fn the_start_is_known_once_the_clock_is_set_and_then_stays() {

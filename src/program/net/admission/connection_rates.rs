@@ -1,9 +1,9 @@
 //! Rate limits on new connections, by address, subnet and IPv6 /32.
 //!
 //! A token bucket (GCRA) for each scope. Its burst is twice the slots that the scope may hold, so that after a restart
-//! of the relay all clients behind one carrier's NAT can reconnect at once. Its rate is 8 connections a second for an
-//! address, four times that for a subnet, and four times that again for an IPv6 /32. A connection above the rate is
-//! delayed by a few seconds at most, or denied.
+//! of the relay all clients behind one carrier's NAT can reconnect at once; at least it is what the rate allows in 1 s.
+//! The rate is 8 connections a second for an address, 32 for a subnet, and 128 for an IPv6 /32. A connection above the
+//! rate is delayed by up to 5 s, or denied if that is not enough.
 
 use std::{
     net::IpAddr,
@@ -14,7 +14,7 @@ use std::{
 use super::{limits::Limits, scoped_rates::ScopedRates};
 use crate::{config::Config, relay::rates::Rate};
 
-/// How many connections a second an address may open in the long run.
+/// How many connections a second an address may open once its burst is used up.
 const PER_SECOND: u32 = 8;
 
 /// The ratio between the rate of a scope and that of the next narrower one.
@@ -23,23 +23,23 @@ const WIDER: u32 = 4;
 /// The longest that a connection is delayed.
 const MAX_DELAY: Duration = Duration::from_secs(5);
 
-/// The rates of new connections. Clones share them. By default there is no limit, for a transport that only dials.
+/// The rate limits on new connections. Clones share them. The default has none, for a transport that only dials.
 #[derive(Clone, Debug, Default)]
 pub struct ConnectionRates {
     rates: Arc<Mutex<ScopedRates>>,
+    /// Which scopes have a cap on their connections, and so a rate; and how many connections may be delayed.
     limits: Limits,
 }
 
 impl ConnectionRates {
-    /// The rates that follow from the slots that a scope may hold. A scope without a cap on its connections has no
-    /// rate limit.
+    /// The rates that follow from the slots of each scope. A scope without a cap on its connections has none.
     pub fn new(config: &Config, limits: Limits) -> Self {
         let rates = Self { rates: Arc::default(), limits };
         rates.configure(config);
         rates
     }
 
-    /// Has the rates follow from this configuration.
+    /// Derives the rates from this configuration. Tokens that were taken stay taken.
     pub fn configure(&self, config: &Config) {
         let (all, caps) = (config.max_reservations, config.slot_caps());
         let rate = |slots: Option<usize>, wider: u32| {
@@ -55,9 +55,10 @@ impl ConnectionRates {
         ]);
     }
 
-    /// Returns how long to delay a connection from this address while this many others are delayed; `None` if it is
+    /// Returns how long to delay a connection from this address while this many others are delayed; `None`: it is
     /// denied.
     pub fn delay(&self, ip: IpAddr, delayed: usize, now: Instant) -> Option<Duration> {
+        // A delayed connection keeps its socket: there may be as many as handshakes.
         let has_room = delayed < self.limits.max_handshakes;
         let max_delay = if has_room { MAX_DELAY } else { Duration::ZERO };
         self.lock().take(ip.into(), max_delay, now)

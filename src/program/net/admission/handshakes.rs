@@ -1,13 +1,15 @@
 //! Connections in their handshakes: how many there may be, and which one is dropped for another.
 //!
 //! Sans-IO. The peer of a connection is not known yet, so progress and client prefixes decide, as in OpenSSH's
-//! MaxStartups and PerSourceNetBlockSize. When all permits are taken, one handshake is dropped: of those that have made
-//! no progress within the last second (or else of all) one at the earliest stage, of these one of the heaviest prefix,
-//! and of these a random one. So a client with a round trip of 600 ms completes its handshake during a flood of silent
-//! connections, and one of 450 ms over WebSocket, which takes more round trips.
+//! MaxStartups and PerSourceNetBlockSize. When all permits are taken, a new handshake replaces one that has made no
+//! progress within the last second: of these one at the earliest stage, of those one of the heaviest prefix, and of
+//! several a random one. If all have made progress, it replaces only one of a heavier prefix than its own; otherwise it
+//! is denied. So a client with a round trip of 600 ms completes its handshake during a flood of silent connections, and
+//! so does one with 450 ms over WebSocket, which takes more round trips.
 //!
-//! An eighth of the permits is reserved for prefixes that hold slots, at most two for each, so that the peer of a slot
-//! can reconnect during a flood. A peer that reconnects from another prefix gets none of these.
+//! An eighth of the permits is reserved for prefixes that hold slots: each may take one per slot, at most two, and
+//! these handshakes are not replaced. So the peer of a slot can reconnect during a flood, unless it comes from another
+//! prefix.
 
 use std::{
     cmp::Reverse,
@@ -28,7 +30,7 @@ use crate::{
     relay::quota::{Caps, Quota, Scope},
 };
 
-/// How long a connection may take, from its start, until its first byte and until its secure channel is up.
+/// How long a connection may take, from its start, until its first byte arrives, and until its secure channel is up.
 const FIRST_BYTE_TIMEOUT: Duration = Duration::from_secs(3);
 const SECURED_TIMEOUT: Duration = Duration::from_secs(8);
 
@@ -38,17 +40,18 @@ pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// A handshake that has made progress within this time is dropped only if all others have, too.
 const PROGRESS_GRACE: Duration = Duration::from_secs(1);
 
-/// How many bytes a client sends at least before the key exchange: the header of multistream-select, and `/noise`.
+/// The fewest bytes that a client sends before the key exchange: the header of multistream-select, and `/noise`.
 const NEGOTIATION: u64 = 20 + 8;
 
-/// How many of a client's first bytes are kept: as many as the PROXY protocol's signature has, the longest by which a
-/// protocol is recognized.
+/// How many of a client's first bytes are kept, to name the protocol of a handshake that failed: as many as the longest
+/// signature has, that of the PROXY protocol.
 pub const MAX_FIRST_BYTES: usize = 12;
 
-/// How many reserved permits one prefix may take.
+/// The most reserved permits that one prefix may take.
 const RESERVED_PER_PREFIX: usize = 2;
 
-/// The stage that a handshake has reached, by the number of received bytes: they are not parsed.
+/// The stage that a handshake has reached. All but the last follow from the number of received bytes: they are not
+/// parsed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Stage {
     Silent,
@@ -62,14 +65,15 @@ enum Stage {
 pub struct Progress {
     /// Counts the bytes received.
     pub activity: ActivityCounter,
-    /// How many of these opened a WebSocket.
+    /// How many of these had arrived when the WebSocket was open; 0 without one.
     opening: Arc<AtomicU64>,
     is_secured: Arc<AtomicBool>,
     first_bytes: Arc<Mutex<Vec<u8>>>,
 }
 
 impl Progress {
-    /// Records bytes that were received. Returns whether the first [`MAX_FIRST_BYTES`] are known now.
+    /// Keeps the first [`MAX_FIRST_BYTES`] of all bytes, given those that were received next. Returns whether it has
+    /// them all now. Does not count the bytes.
     pub fn record(&self, bytes: &[u8]) -> bool {
         let mut first = self.first_bytes.lock().unwrap_or_else(PoisonError::into_inner);
         let left = MAX_FIRST_BYTES.saturating_sub(first.len());
@@ -77,12 +81,12 @@ impl Progress {
         first.len() >= MAX_FIRST_BYTES
     }
 
-    /// The first [`MAX_FIRST_BYTES`] received bytes.
+    /// The first [`MAX_FIRST_BYTES`] received bytes, or as many as have arrived.
     pub fn first_bytes(&self) -> Vec<u8> {
         self.first_bytes.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Records that a WebSocket is open: the negotiation begins in it.
+    /// Records that the WebSocket is open: the negotiation begins with its first byte.
     pub fn set_upgraded(&self) {
         self.opening.store(self.activity.count(), Ordering::Relaxed);
     }
@@ -127,7 +131,9 @@ struct Handshake {
     progress: Option<Progress>,
     stage: Stage,
     began: Instant,
+    /// When a change of the stage was last seen; at first its start.
     advanced: Instant,
+    /// Whether its permit is a reserved one.
     is_reserved: bool,
 }
 
@@ -154,7 +160,7 @@ impl Handshake {
 }
 
 impl<C: Copy + Eq + Hash> Handshakes<C> {
-    /// No handshakes yet; an eighth of the total cap is reserved.
+    /// No handshakes yet. An eighth of the total cap is reserved.
     pub fn new(caps: Caps) -> Self {
         let reserved = caps.total.map(|all| all / 8);
         let shared = caps.total.map(|all| all - all / 8);
@@ -167,12 +173,12 @@ impl<C: Copy + Eq + Hash> Handshakes<C> {
         }
     }
 
-    /// Adds a handshake from a prefix that holds this many slots. Returns the handshake to be dropped for it, which is
-    /// removed already; none is dropped for one whose progress is unknown.
+    /// Adds a handshake of a prefix that holds this many slots. Returns the one that it replaces, for the caller to
+    /// drop: it is removed from the table already. A handshake whose progress is unknown replaces none.
     ///
     /// # Errors
     ///
-    /// The scope that is at its cap; [`Scope::Total`] if no other handshake can be dropped.
+    /// The scope that is at its cap; [`Scope::Total`] if all permits are taken and there is none to replace.
     pub fn admit(
         &mut self,
         id: C,
@@ -187,7 +193,7 @@ impl<C: Copy + Eq + Hash> Handshakes<C> {
         let dropped = match self.shared.full(prefix) {
             _ if is_reserved => None,
             None => None,
-            // Without progress it has failed already, or there is another one between the same ends.
+            // Without known progress it has failed already, or has the same ends as another connection.
             Some(Scope::Total) if progress.is_none() => return Err(Scope::Total),
             Some(Scope::Total) => Some(self.least_advanced(prefix, now).ok_or(Scope::Total)?),
             Some(full) => return Err(full),
@@ -203,7 +209,7 @@ impl<C: Copy + Eq + Hash> Handshakes<C> {
         Ok(dropped)
     }
 
-    /// The handshake to drop for another one of this prefix; `None` if that one is to be denied.
+    /// The handshake that a new one of this prefix replaces; `None` if the new one is to be denied.
     fn least_advanced(&mut self, prefix: Option<ClientPrefix>, now: Instant) -> Option<C> {
         self.open.values_mut().for_each(|handshake| handshake.update_stage(now));
         let Self { shared, open, random, .. } = self;
@@ -213,12 +219,12 @@ impl<C: Copy + Eq + Hash> Handshakes<C> {
             let load = Reverse(shared.load(other.prefix));
             (other.has_advanced(now), other.stage, load, random.hash_one(id))
         })?;
-        // When all have just advanced, the new one counts as one of them: only prefixes decide.
+        // When all have just advanced, the new one is at no disadvantage: only the prefixes decide.
         let gives_way = !other.has_advanced(now) || shared.yields(other.prefix, prefix);
         gives_way.then_some(*id)
     }
 
-    /// Removes the handshakes that have exceeded the time limit of their stage, and returns them: the caller drops them.
+    /// Removes the handshakes that have exceeded the time limit of their stage, and returns them to be dropped.
     pub fn take_overdue(&mut self, now: Instant) -> Vec<C> {
         let overdue = self.open.iter_mut().filter_map(|(id, handshake)| {
             handshake.update_stage(now);
@@ -229,7 +235,7 @@ impl<C: Copy + Eq + Hash> Handshakes<C> {
         overdue
     }
 
-    /// Removes a handshake, which has ended.
+    /// Removes a handshake that has ended; does nothing if it is not in the table.
     pub fn remove(&mut self, id: &C) {
         if let Some(handshake) = self.open.remove(id) {
             let quota = if handshake.is_reserved { &mut self.reserved } else { &mut self.shared };
@@ -267,11 +273,11 @@ mod tests {
     fn start_handshake(
         all: &mut Handshakes<usize>,
         n: usize,
-        of: usize,
+        prefix_number: usize,
         slots: usize,
         now: Instant,
     ) -> Result<Option<usize>, Scope> {
-        all.admit(n, prefix(of), slots, Some(Progress::default()), now)
+        all.admit(n, prefix(prefix_number), slots, Some(Progress::default()), now)
     }
 
     #[test]
@@ -295,7 +301,7 @@ mod tests {
         assert!(all.open.contains_key(&999));
     }
 
-    /// Each silent connection that was dropped is opened again at once, within a round trip of the client with the number 999.
+    /// Opens 300 silent connections, spread over one round trip of the client 999. None of them replaces its handshake.
     fn flood(all: &mut Handshakes<usize>, nth: usize, now: Instant, round_trip: Duration) {
         for n in 0..300 {
             let at = now + round_trip * n as u32 / 300;
@@ -312,7 +318,7 @@ mod tests {
         let mut now = start + PROGRESS_GRACE + ROUND_TRIP;
         let progress = Progress::default();
         all.admit(999, prefix(999), 0, Some(progress.clone()), now).unwrap();
-        // The hello of TLS, the HTTP request, the proposals, and two messages of the key exchange.
+        // The ClientHello of TLS, the HTTP request, the proposals, and two messages of the key exchange.
         for (round_trip, bytes) in [517, 300, 62, 62, 200].into_iter().enumerate() {
             flood(&mut all, round_trip, now, ROUND_TRIP);
             now += ROUND_TRIP;
@@ -331,20 +337,21 @@ mod tests {
         let (mut all, start) = (handshakes(32), Instant::now());
         let progress: Vec<_> = (0..28).map(|_| Progress::default()).collect();
         for (n, handshake) in progress.iter().enumerate() {
-            // Four of one prefix, one of each other.
+            // Four of the first prefix, one of each other prefix.
             let prefix = prefix(n.saturating_sub(3));
             assert_eq!(all.admit(n, prefix, 0, Some(handshake.clone()), start), Ok(None));
         }
         let later = start + 2 * PROGRESS_GRACE;
         progress[0].activity.add(1);
         progress[1].activity.add(NEGOTIATION + 1);
-        all.take_overdue(start);
+        all.take_overdue(start); // updates the stages
         let dropped = start_handshake(&mut all, 100, 100, 0, later).unwrap().unwrap();
         assert!([2, 3].contains(&dropped), "{dropped}");
         // A handshake that has just advanced is kept while another one has not.
         progress[4..].iter().for_each(|handshake| handshake.activity.add(1));
         assert!([2, 3].contains(&start_handshake(&mut all, 101, 101, 0, later).unwrap().unwrap()));
-        // Now only 0 and 1 have not; 0 is at the earlier stage. It is not dropped for a connection that has failed already.
+        // Now only 0 and 1 have not, and 0 is at the earlier stage. A connection that has failed already does not
+        // replace it.
         assert_eq!(all.admit(102, prefix(102), 0, None, later), Err(Scope::Total));
         assert_eq!(start_handshake(&mut all, 102, 102, 0, later), Ok(Some(0)));
         assert_eq!(start_handshake(&mut all, 103, 103, 0, later), Ok(Some(1)));
@@ -363,7 +370,7 @@ mod tests {
         for n in 5..29 {
             assert_eq!(start_handshake(&mut all, n, n, 0, now), Ok(None));
         }
-        // For each prefix as many as it holds slots, at most two; four in total.
+        // Each prefix has as many reserved permits as slots, at most two; all together have four.
         for n in 30..33 {
             assert!(start_handshake(&mut all, n, 30, 9, now).is_ok());
         }

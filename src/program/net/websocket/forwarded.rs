@@ -1,21 +1,20 @@
 //! The client that a reverse proxy names in `Forwarded` (RFC 7239) or `X-Forwarded-For`.
 //!
-//! Sans-IO. Each proxy appends the address that it was reached from, so that only the end of a list is
-//! trustworthy: the list is read from its end, and nothing that the client wrote at its start can change
-//! what that says.
+//! Sans-IO. Each proxy appends the address that it was reached from, so that only the end of the list is trustworthy.
+//! The list is read from its end: nothing that the client wrote at its start changes what is read there.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-/// The values of the headers, one for each line, in the order in which they came.
+/// The values of both headers, one for each header line, in the order in which they came.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Forwarded {
-    /// `Forwarded`
+    /// Those of `Forwarded`.
     pub standard: Vec<Vec<u8>>,
-    /// `X-Forwarded-For`
+    /// Those of `X-Forwarded-For`.
     pub de_facto: Vec<Vec<u8>>,
 }
 
-/// An address that a proxy was reached from, with its port if the proxy names that.
+/// An address that a proxy was reached from, and its port if the proxy named one.
 pub type Hop = (IpAddr, Option<u16>);
 
 /// Why the headers name no client.
@@ -24,17 +23,17 @@ pub enum ForwardedError {
     /// The request has neither header.
     #[error("there is no Forwarded and no X-Forwarded-For header")]
     Absent,
-    /// A trusted proxy named something other than an IP address.
+    /// What a trusted proxy appended is no IP address.
     #[error("its Forwarded or X-Forwarded-For header names no IP address")]
     Malformed,
-    /// Both are there and name different clients. One of them is then the client's own: a proxy that
+    /// Both headers are there, and do not name the same client. One of them may then be the client's own: a proxy that
     /// appends to one header passes the other on as it came.
     #[error("Forwarded and X-Forwarded-For name different clients")]
     Contradictory,
 }
 
 impl Forwarded {
-    /// Returns the last hop that is not trusted; if all are, the first one.
+    /// Returns the client: the last hop that is not trusted or, if all hops are, the first one.
     ///
     /// # Errors
     ///
@@ -51,28 +50,30 @@ impl Forwarded {
     }
 }
 
-/// Walks the elements of all lines from the last to the first. `None`: there is no element; `Some(None)`: an element
-/// was reached that is not an address.
+/// Returns the last hop of these lines that is not trusted or, if all are, the first one. `None`: the lines have no
+/// element; `Some(None)`: behind that hop, or in its place, there is an element that names no address.
 fn last_untrusted(
     lines: &[Vec<u8>],
     parse: fn(&[u8]) -> Option<Hop>,
     is_trusted: impl Fn(IpAddr) -> bool,
 ) -> Option<Option<Hop>> {
-    let mut trusted = None;
+    let mut first_so_far = None;
     for element in lines.iter().rev().flat_map(|line| last_first(line, b',')) {
         match parse(element) {
-            Some(hop) if is_trusted(hop.0) => trusted = Some(Some(hop)),
+            Some(hop) if is_trusted(hop.0) => first_so_far = Some(Some(hop)),
             other => return Some(other),
         }
     }
-    trusted
+    first_so_far
 }
 
-/// Splits at the separators outside quoted strings; the last part comes first. Empty parts are left out: a list may have
-/// them (RFC 9110, 5.6.1), and so may an element (RFC 7239, 4). Scans from the end, so that an unclosed quote at the start
-/// has no effect.
+/// Splits a list at the separators outside quoted strings; the last part comes first. Empty parts are left out: a list
+/// may have them (RFC 9110, 5.6.1), and so may an element (RFC 7239, 4). It is scanned from its end, so that an
+/// unclosed quote has no effect on the parts behind it.
 fn last_first(list: &[u8], separator: u8) -> impl Iterator<Item = &[u8]> {
-    // The quote behind a byte, if there are at most backslashes between them, and whether it is unescaped by those.
+    // Backwards, a quote comes before the backslashes that may escape it. So it takes effect at the next byte that is
+    // no backslash. Until then `quote` says whether the number of backslashes is even so far, which leaves it
+    // unescaped.
     let (mut is_quoted, mut quote) = (false, None);
     let parts = list.rsplit(move |byte| {
         if *byte == b'\\' {
@@ -86,7 +87,7 @@ fn last_first(list: &[u8], separator: u8) -> impl Iterator<Item = &[u8]> {
     parts.filter(|part| !part.trim_ascii().is_empty())
 }
 
-/// RFC 7239, 4: the node in the one parameter `for` of an element.
+/// The address that the parameter `for` of an element names (RFC 7239, 4); `None` without exactly one such parameter.
 fn parse_element(element: &[u8]) -> Option<Hop> {
     let mut found = None;
     for parameter in last_first(element, b';') {
@@ -101,8 +102,8 @@ fn parse_element(element: &[u8]) -> Option<Hop> {
     parse_node(found?)
 }
 
-/// RFC 7239, 6: an IPv4 address, or an IPv6 address in brackets, with a port or without; quoted or not. In
-/// `X-Forwarded-For` the brackets may be missing. `unknown` and obfuscated names are no addresses.
+/// The address of a node (RFC 7239, 6): IPv4, or IPv6 in brackets, with or without a port, quoted or not. In
+/// `X-Forwarded-For` the brackets may be missing. `None` for `unknown` and for obfuscated names.
 fn parse_node(node: &[u8]) -> Option<Hop> {
     let text = str::from_utf8(node).ok()?.trim();
     let text = text.strip_prefix('"').and_then(|text| text.strip_suffix('"')).unwrap_or(text);
@@ -116,7 +117,7 @@ fn parse_node(node: &[u8]) -> Option<Hop> {
         let (ip, port) = text.split_once(':')?;
         (IpAddr::from(ip.parse::<Ipv4Addr>().ok()?), Some(port))
     };
-    // A port may be obfuscated, too.
+    // A port may be obfuscated (`_port`), and is then unknown.
     let port = port.and_then(|port| port.parse().ok()).filter(|port| *port != 0);
     let ip = ip.to_canonical();
     (!ip.is_unspecified()).then_some((ip, port))
@@ -173,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn the_examples_of_rfc_7239_are_parsed() {
+    fn elements_as_in_rfc_7239_are_parsed() {
         for (values, client) in [
             (&["for=\"_gazonk\""][..], Err(ForwardedError::Malformed)),
             (&["For=\"[2001:db8:cafe::17]:4711\""], hop("2001:db8:cafe::17", Some(4711))),
@@ -207,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn two_headers_that_disagree_are_both_ignored() {
+    fn two_headers_that_name_different_clients_are_an_error() {
         let both = |one: &str, other: &str| {
             Forwarded { standard: lines(&[one]), de_facto: lines(&[other]) }.client(is_trusted)
         };
