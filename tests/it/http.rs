@@ -1,5 +1,5 @@
-//! The HTTP port: its paths and formats, what the metrics and the status mean, and that clients of it affect nothing
-//! else.
+//! The HTTP port: its paths and formats, what the metrics and the status mean, and that its clients do not affect those
+//! of the relay.
 
 use std::{
     collections::BTreeMap,
@@ -24,10 +24,10 @@ use tokio::{
     time::sleep,
 };
 
-/// The interval at which metrics and status, which change once a second, are polled.
+/// How often metrics and status are polled. They change once a second.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// How many HTTP connections are served at a time.
+/// How many HTTP connections the relay serves at a time.
 const MOST_CONNECTIONS: usize = 32;
 
 // ---- Paths, headers and formats
@@ -36,7 +36,7 @@ const MOST_CONNECTIONS: usize = 32;
 async fn each_path_has_its_content_type_and_strict_browser_headers() {
     let relay = Relay::start(&[ON_ANY_PORT]);
     let port = port(&relay).await;
-    for (path, status, kind) in [
+    for (path, status, content_type) in [
         ("/", 200, "text/html; charset=utf-8"),
         ("/?from=somewhere", 200, "text/html; charset=utf-8"),
         ("/status.json", 200, "application/json"),
@@ -47,7 +47,7 @@ async fn each_path_has_its_content_type_and_strict_browser_headers() {
     ] {
         let answer = fetch(port, "GET", path).await;
         assert_eq!(answer.status, status, "{path}");
-        assert_eq!(answer.headers["content-type"], kind, "{path}");
+        assert_eq!(answer.headers["content-type"], content_type, "{path}");
         let length: usize = answer.headers["content-length"].parse().unwrap();
         assert_eq!(answer.body.len(), length, "{path}");
         assert_eq!(answer.headers["cache-control"], "no-store");
@@ -60,7 +60,7 @@ async fn each_path_has_its_content_type_and_strict_browser_headers() {
 
         let head = fetch(port, "HEAD", path).await;
         assert_eq!((head.status, &head.body[..]), (status, ""), "HEAD {path}");
-        assert_eq!(head.headers["content-type"], kind, "HEAD {path}");
+        assert_eq!(head.headers["content-type"], content_type, "HEAD {path}");
     }
     let page = fetch(port, "GET", "/").await;
     let policy = &page.headers["content-security-policy"];
@@ -75,20 +75,20 @@ async fn each_path_has_its_content_type_and_strict_browser_headers() {
 
 #[tokio::test]
 async fn a_draining_relay_fails_its_health_check() {
-    // While it drains, nothing holds its port.
+    // A port that nothing else takes while the draining relay does not listen on it.
     let listen = format!("--listen=/ip4/127.0.0.1/tcp/{}", free_port());
     let relay = Relay::start_listening(&[&listen, ON_ANY_PORT, "--drain=10m"]);
     let port = port(&relay).await;
-    for (draining, status, says) in [(true, 503, "draining\n"), (false, 200, "serving\n")] {
+    for (draining, status, body) in [(true, 503, "draining\n"), (false, 200, "serving\n")] {
         relay.signal("USR1");
         status_when(port, |status| status["draining"] == draining).await;
         let health = fetch(port, "GET", "/healthz").await;
-        assert_eq!((health.status, &health.body[..]), (status, says));
+        assert_eq!((health.status, &health.body[..]), (status, body));
         let serves = samples(&get(port, "/metrics").await)["libp2p_relaysvc_status"];
         assert_eq!(serves, if draining { 0.0 } else { 1.0 });
     }
     assert_eq!(relay.next_address(), relay.address);
-    // Also while circuits have time to finish before it exits.
+    // After SIGTERM, too, while a circuit keeps the relay from exiting.
     let (mut alice, mut bob) = source_and_target(&relay).await;
     let _ends = circuit(&mut alice, &mut bob).await;
     relay.signal("TERM");
@@ -113,7 +113,7 @@ async fn methods_other_than_get_and_head_are_refused() {
 }
 
 #[tokio::test]
-async fn requests_on_one_connection_are_answered_in_turn() {
+async fn requests_on_one_connection_are_answered_in_order() {
     let relay = Relay::start(&[ON_ANY_PORT]);
     let port = port(&relay).await;
     let mut stream = dial(port).await;
@@ -129,7 +129,7 @@ async fn requests_on_one_connection_are_answered_in_turn() {
         let mut body = vec![0; length.unwrap().parse().unwrap()];
         within(stream.read_exact(&mut body)).await.unwrap();
     }
-    // Two requests in one write are answered in order.
+    // So are two requests in one write.
     let both = "GET /healthz HTTP/1.1\r\nHost: relay\r\n\r\n\
                 GET /nothing HTTP/1.1\r\nHost: relay\r\nConnection: close\r\n\r\n";
     stream.write_all(both.as_bytes()).await.unwrap();
@@ -140,9 +140,9 @@ async fn requests_on_one_connection_are_answered_in_turn() {
     assert!(text.starts_with("HTTP/1.1 200") && text.contains("HTTP/1.1 404"), "{text}");
 }
 
-/// As `nc -N` does. The status is complete within a second.
+/// `nc -N` closes its write half after the request. The status then takes up to a second.
 #[tokio::test]
-async fn a_client_that_sends_nothing_more_gets_its_answer() {
+async fn a_client_that_has_closed_its_write_half_gets_its_answer() {
     let relay = Relay::start(&[ON_ANY_PORT]);
     let port = port(&relay).await;
     for path in ["/healthz", "/status.json", "/"] {
@@ -173,8 +173,9 @@ async fn unknown_host_names_are_refused_against_dns_rebinding() {
         for path in ["/", "/status.json"] {
             let answer = fetch_with(port, "GET", path, &host).await;
             assert_eq!(answer.status, status, "{host} {path}");
-            let sentence = answer.body.lines().count() == 1 && answer.body.contains("--http-host");
-            assert!(status == 200 || sentence, "{answer:?}");
+            let names_flag =
+                answer.body.lines().count() == 1 && answer.body.contains("--http-host");
+            assert!(status == 200 || names_flag, "{answer:?}");
         }
         // Prometheus and load balancers may use any name.
         for path in ["/metrics", "/healthz"] {
@@ -186,10 +187,10 @@ async fn unknown_host_names_are_refused_against_dns_rebinding() {
 }
 
 #[tokio::test]
-async fn metrics_use_the_accepted_format() {
+async fn metrics_have_the_format_that_the_client_accepts() {
     let relay = Relay::start(&[ON_ANY_PORT]);
     let port = port(&relay).await;
-    for (accept, kind) in [
+    for (accept, content_type) in [
         ("X-None: none", "text/plain; version=0.0.4; charset=utf-8"),
         ("Accept: */*", "text/plain; version=0.0.4; charset=utf-8"),
         ("Accept: text/plain;version=0.0.4", "text/plain; version=0.0.4; charset=utf-8"),
@@ -199,8 +200,8 @@ async fn metrics_use_the_accepted_format() {
         ),
     ] {
         let answer = fetch_with(port, "GET", "/metrics", &format!("Host: relay\r\n{accept}")).await;
-        assert_eq!(answer.headers["content-type"], kind, "{accept}");
-        let is_openmetrics = kind.starts_with("application");
+        assert_eq!(answer.headers["content-type"], content_type, "{accept}");
+        let is_openmetrics = content_type.starts_with("application");
         for word in ["# EOF", "# UNIT ", " info\n"] {
             assert_eq!(answer.body.contains(word), is_openmetrics, "{word}: {}", answer.body);
         }
@@ -210,7 +211,7 @@ async fn metrics_use_the_accepted_format() {
     }
 }
 
-/// Only Linux has all of these metrics.
+/// Only on Linux the relay has all of these metrics.
 #[cfg(target_os = "linux")]
 #[tokio::test]
 async fn the_metrics_include_the_process_and_the_configured_limits() {
@@ -225,9 +226,9 @@ async fn the_metrics_include_the_process_and_the_configured_limits() {
     assert!((files - 5.0..files + 5.0).contains(&open), "{open} of {files}");
     assert!(metrics["process_max_fds"] > open);
     assert!(metrics["process_cpu_seconds_total"] > 0.0);
-    let (resident, all) =
+    let (resident, address_space) =
         (metrics["process_resident_memory_bytes"], metrics["process_virtual_memory_bytes"]);
-    assert!(resident > 1e6 && all > resident, "{resident} of {all}");
+    assert!(resident > 1e6 && address_space > resident, "{resident} of {address_space}");
     let now = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap().as_secs_f64();
     let age = now - metrics["process_start_time_seconds"];
     assert!((-1.0..TEST_TIMEOUT.as_secs_f64()).contains(&age), "{age}");
@@ -286,7 +287,7 @@ fn an_unusable_http_address_is_a_one_line_error_that_names_the_flag() {
 async fn the_metrics_have_go_libp2ps_names_and_count_events() {
     let relay = scenario::relay();
     let port = port(&relay).await;
-    let _still_there = scenario::run(&relay).await;
+    let _clients = scenario::run(&relay).await;
     let expected = expected();
     // Metrics that do not come from events are updated once a second.
     let start = Instant::now();
@@ -299,24 +300,24 @@ async fn the_metrics_have_go_libp2ps_names_and_count_events() {
         assert!(start.elapsed() < TEST_TIMEOUT, "{different:?} is missing: {samples:#?}");
         sleep(POLL_INTERVAL).await;
     };
-    // Of go-libp2p's metrics there are no others than these, except for the durations.
-    let measured = "libp2p_relaysvc_connection_duration_seconds_";
+    // All metrics under go-libp2p's prefix are expected, except for the durations.
+    let durations = "libp2p_relaysvc_connection_duration_seconds_";
     for name in samples.keys().filter(|name| name.starts_with("libp2p_")) {
-        assert!(expected.contains_key(&name[..]) || name.starts_with(measured), "{name}");
+        assert!(expected.contains_key(&name[..]) || name.starts_with(durations), "{name}");
     }
-    let bucket = |le| samples[&format!("{measured}bucket{{le=\"{le}\"}}")];
+    let bucket = |le| samples[&format!("{durations}bucket{{le=\"{le}\"}}")];
     for le in ["0.005", "0.01", "0.025", "0.05", "0.1", "0.25", "0.5", "1.0", "2.5", "5.0", "10.0"]
     {
         assert!(bucket(le) <= 2.0);
     }
     assert_eq!(bucket("+Inf"), 2.0);
-    assert!(samples[&format!("{measured}sum")] > 0.0);
+    assert!(samples[&format!("{durations}sum")] > 0.0);
     let version = env!("CARGO_PKG_VERSION");
     assert_eq!(samples[&format!("relaylet_build_info{{version=\"{version}\"}}")], 1.0);
     assert!(samples["relaylet_sweep_seconds_total"] > 0.0);
 }
 
-/// The metrics after the scenario.
+/// The metrics after the [`scenario`].
 fn expected() -> BTreeMap<&'static str, f64> {
     let samples = [
         ("libp2p_relaysvc_status", 1.0),
@@ -380,7 +381,7 @@ fn expected() -> BTreeMap<&'static str, f64> {
     samples.into()
 }
 
-/// Polls the status until it is as wanted: it is updated once a second.
+/// Polls the status, which is updated once a second, until it is as wanted; returns it then.
 pub async fn status_when(port: u16, wanted: impl Fn(&Value) -> bool) -> Value {
     let start = Instant::now();
     loop {
@@ -398,6 +399,7 @@ async fn the_status_lists_slots_circuits_and_refusals() {
     let relay = scenario::relay();
     let port = port(&relay).await;
     let (bob, carol, mut circuit) = scenario::run(&relay).await;
+    // 1. The relay, its limits and its slots.
     let status = status_when(port, |status| {
         status["relayed"]["to_target"] == 1704 && status["slots"]["free"] == 1
     })
@@ -433,6 +435,7 @@ async fn the_status_lists_slots_circuits_and_refusals() {
         assert_eq!(curve["points"][0], json!([0, 0, 2]), "when it started");
     }
 
+    // 2. The peer that holds a slot.
     assert_eq!(status["holders"]["count"], 1);
     let holder = &status["holders"]["listed"][0];
     assert_eq!(holder["peer"], bob.peer.to_string());
@@ -442,6 +445,7 @@ async fn the_status_lists_slots_circuits_and_refusals() {
     assert!((3000..3600).contains(&holder["ends_in"].as_u64().unwrap()));
     assert!(holder["silent_for"].as_u64().unwrap() < TEST_TIMEOUT.as_secs());
 
+    // 3. The open circuit.
     assert_eq!(status["circuits"]["count"], 1);
     let open = &status["circuits"]["listed"][0];
     assert_eq!(open["source"], carol.peer.to_string());
@@ -457,6 +461,7 @@ async fn the_status_lists_slots_circuits_and_refusals() {
     let (open_for, ends_in) = (open["open_for"].as_u64(), open["ends_in"].as_u64());
     assert!((119..=120).contains(&(open_for.unwrap() + ends_in.unwrap())), "{open:#}");
 
+    // 4. What was refused and freed, and how often.
     let tally = |list: &str, what: &str, why: &str| {
         let of = |tally: &&Value| tally["what"] == what && tally["why"] == why;
         let list = status[list].as_array().unwrap();
@@ -472,7 +477,7 @@ async fn the_status_lists_slots_circuits_and_refusals() {
     assert_eq!(latest[7]["peer"], carol.peer.to_string());
     assert_eq!(latest[7]["why"], "all slots are taken");
 
-    // Current transfers have a rate.
+    // 5. The rate of a circuit that transfers bytes.
     assert_relayed(&mut circuit.0, &mut circuit.1, &[7; 900]).await;
     status_when(port, |status| {
         let open = &status["circuits"]["listed"][0];
@@ -505,7 +510,7 @@ async fn a_frozen_peer_is_shown_in_grace_with_its_unanswered_probe() {
     assert_eq!(holder["silent_for"], Value::Null);
     assert!((3000..3600).contains(&holder["ends_in"].as_u64().unwrap()));
     let asked = status["questions"]["asked"].as_u64().unwrap();
-    assert!(asked >= 1, "more than one if a sweep was late");
+    assert!(asked >= 1, "no probe was sent"); // more than one if a sweep was late
     assert_eq!(status["questions"]["unanswered"], 1);
     let samples = samples(&get(port, "/metrics").await);
     assert_eq!(samples["relaylet_questions_asked_total"], asked as f64);
@@ -513,7 +518,7 @@ async fn a_frozen_peer_is_shown_in_grace_with_its_unanswered_probe() {
     assert_eq!(samples[r#"relaylet_slots{state="grace"}"#], 1.0);
 }
 
-// ---- HTTP clients affect nothing else
+// ---- HTTP clients do not affect the relay
 
 #[tokio::test]
 async fn malformed_requests_get_an_error_or_are_closed() {
@@ -571,18 +576,19 @@ async fn slow_http_clients_time_out() {
             if stream.write_all(&[*letter]).await.is_err() {
                 break;
             }
-            assert!(start.elapsed() < TEST_TIMEOUT, "the connection never times out");
+            assert!(start.elapsed() < TEST_TIMEOUT, "the connection does not time out");
             sleep(POLL_INTERVAL).await;
         }
         read_response(&mut stream).await.status
     };
-    let unread_client = async {
+    let client_that_does_not_read = async {
         let mut stream = dial(port).await;
         let requests = "GET / HTTP/1.1\r\nHost: localhost\r\n\r\n".repeat(100);
         while within(stream.write_all(requests.as_bytes())).await.is_ok() {}
     };
-    let (silent, slow, ()) = future::join3(silent_client, slow_client, unread_client).await;
-    assert_eq!((silent, slow), (0, 0), "there is no answer");
+    let clients = future::join3(silent_client, slow_client, client_that_does_not_read);
+    let (silent, slow, ()) = clients.await;
+    assert_eq!((silent, slow), (0, 0), "no status without an answer");
     assert_eq!(get(port, "/healthz").await, "serving\n");
     bystanders.assert_unharmed().await;
 }
@@ -597,7 +603,7 @@ async fn a_thousand_idle_http_connections_do_not_block_others() {
     let mut idle = Vec::new();
     for _ in 0..1000 {
         idle.push(dial(port).await);
-        // Further requests are still answered.
+        // Meanwhile requests of others are answered.
         if idle.len() % 100 == 0 {
             assert_eq!(get(port, "/healthz").await, "serving\n");
         }
@@ -610,7 +616,7 @@ async fn a_thousand_idle_http_connections_do_not_block_others() {
 /// Only Linux counts the context switches of a thread.
 #[cfg(target_os = "linux")]
 #[tokio::test]
-async fn http_requests_do_not_wake_the_relay() {
+async fn http_requests_do_not_wake_the_thread_of_the_relay() {
     const REQUESTS: u64 = 1000;
     let relay = Relay::start(&[ON_ANY_PORT, "--threads=1"]);
     let port = port(&relay).await;
@@ -629,7 +635,7 @@ async fn http_requests_do_not_wake_the_relay() {
         get(port, paths[number as usize % paths.len()]).await;
     }
     let waited = waits() - before;
-    // For the sweep once a second, and updates of the status.
+    // It wakes by itself for the sweep and the status, once a second each.
     let by_itself = 20 + 5 * start.elapsed().as_secs();
     assert!(waited <= by_itself, "{waited}");
 }

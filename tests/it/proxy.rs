@@ -1,4 +1,4 @@
-//! The PROXY protocol: which clients may name another address, and how that address is used.
+//! The PROXY protocol: which connections may name a client's address, and what that address counts for.
 //!
 //! The proxy is a forwarder at 127.0.0.3 that sends a header first; the clients are rust-libp2p's.
 
@@ -25,12 +25,13 @@ use tokio::{
 
 /// The address of the proxy.
 pub const PROXY: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 3);
+/// The flag that trusts the headers of the proxy.
 const FROM_PROXY: &str = "--proxy-protocol-from=127.0.0.3/32";
 
 // ---- The client address
 
 #[tokio::test]
-async fn both_proxy_protocol_versions_give_the_client_address() {
+async fn headers_of_both_versions_name_the_client_address() {
     let relay = Relay::start(&[FROM_PROXY]);
     for (client, logged) in [
         ("192.0.2.7:1234", "/ip4/192.0.2.7/tcp/1234"),
@@ -47,8 +48,9 @@ async fn both_proxy_protocol_versions_give_the_client_address() {
     }
 }
 
+/// A proxy names no client with LOCAL in version 2, and UNKNOWN in version 1.
 #[tokio::test]
-async fn a_local_connection_belongs_to_the_proxy() {
+async fn a_connection_whose_header_names_no_client_is_the_proxys_own() {
     let relay = Relay::start(&[FROM_PROXY]);
     let mut local = Vec::new();
     ProxyHeader::with_local().encode_v2(&mut local).unwrap();
@@ -84,7 +86,7 @@ async fn tlvs_of_a_header_are_skipped() {
 }
 
 #[tokio::test]
-async fn other_clients_connect_without_a_header() {
+async fn clients_that_are_no_proxy_connect_without_a_header() {
     let folder = TempDir::new().unwrap();
     let mut command = command(&folder);
     command
@@ -153,7 +155,7 @@ async fn caps_and_rules_apply_to_the_client_address() {
 
 #[tokio::test]
 async fn request_rates_apply_to_the_client_address() {
-    // The rate is one a minute for a peer, and ten a minute for an address.
+    // One RESERVE a minute for a peer, and ten a minute for an address.
     let relay = Relay::start(&[FROM_PROXY, "--reserve-rate=1"]);
     let one = proxy(&relay, v1("192.0.2.7:1"), Pace::AtOnce).await;
     let other = proxy(&relay, v1("192.0.2.8:1"), Pace::AtOnce).await;
@@ -184,16 +186,16 @@ async fn an_invalid_header_closes_the_connection_and_is_logged_once() {
         b"\r\n\r\n\0\r\nQUIT\n\x31\x11\0\x0c\x01\x02\x03\x04\x05\x06\x07\x08\x01\x02\x03\x04",
         b"\r\n\r\n\0\r\nQUIT\n\x21\x11\xff\xff",
         b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x04\x01\x02\x03\x04",
-        b"PROXY TCP4 192.0.2.7 192.0", // then the connection is closed
+        b"PROXY TCP4 192.0.2.7 192.0", // then nothing: it times out
     ] {
         let connection = connect_from_proxy(&relay, bytes).await;
         assert!(read_until_closed(connection).await.is_empty());
     }
-    let closed = connect_from_proxy(&relay, b"PROXY TCP4 192.0.2.7 192.0").await;
-    drop(closed);
+    let truncated = connect_from_proxy(&relay, b"PROXY TCP4 192.0.2.7 192.0").await;
+    drop(truncated);
     relay.wait_for_log("no PROXY protocol header: truncated").await;
     let log = relay.log();
-    let warnings: Vec<_> = log.iter().filter(|line| line.contains(FLAG)).collect();
+    let warnings: Vec<_> = log.iter().filter(|line| line.contains(REMEDY)).collect();
     let [warning] = warnings[..] else {
         panic!("{warnings:#?}");
     };
@@ -202,15 +204,16 @@ async fn an_invalid_header_closes_the_connection_and_is_logged_once() {
     Client::connect_to(&address).await.reserve().await;
 }
 
-const FLAG: &str = "or remove its address from --proxy-protocol-from";
+/// The end of the warning about a missing header.
+const REMEDY: &str = "or remove its address from --proxy-protocol-from";
 
 #[tokio::test]
-async fn a_missing_header_is_the_reason_also_where_the_rules_do_not_allow_the_proxy() {
+async fn a_missing_header_is_the_logged_reason_even_if_the_rules_do_not_allow_the_proxy() {
     let relay = Relay::start(&[FROM_PROXY, "--allow-subnet=192.0.2.0/24"]);
     let connection = connect_from_proxy(&relay, &proposal("/noise")).await;
     assert!(read_until_closed(connection).await.is_empty());
     relay.wait_for_log("no PROXY protocol header").await;
-    relay.wait_for_log(FLAG).await;
+    relay.wait_for_log(REMEDY).await;
     drop(connect_from_proxy(&relay, b"").await);
     relay.wait_for_log(&format!("connection failed: /ip4/{PROXY}/tcp/")).await;
     assert_eq!(relay.count_in_log("the rules do not allow it"), 0);
@@ -233,11 +236,11 @@ async fn a_header_from_an_untrusted_address_closes_the_connection() {
 }
 
 #[tokio::test]
-async fn a_health_check_that_disconnects_is_not_logged() {
+async fn a_health_check_that_disconnects_is_no_warning() {
     let relay = Relay::start(&[FROM_PROXY]);
     drop(connect_from_proxy(&relay, b"").await);
     relay.wait_for_log(&format!("connection failed: /ip4/{PROXY}/tcp/")).await;
-    assert_eq!(relay.count_in_log(FLAG), 0);
+    assert_eq!(relay.count_in_log(REMEDY), 0);
 }
 
 #[tokio::test]
@@ -263,11 +266,10 @@ async fn a_slow_header_times_out() {
 }
 
 #[tokio::test]
-async fn silent_proxies_use_a_bounded_number_of_handshakes() {
+async fn silent_proxy_connections_are_bounded_and_leave_room_for_clients() {
     let relay = Relay::start(&[FROM_PROXY, "--max-handshakes=4"]);
     let mut silent = Vec::new();
-    let is_full = || relay.count_in_log("too many handshakes") > 0;
-    while !is_full() {
+    while relay.count_in_log("too many handshakes") == 0 {
         assert!(silent.len() < 1000, "their number is not limited");
         silent.push(connect_from_proxy(&relay, b"").await);
         sleep(Duration::from_millis(10)).await;
@@ -282,7 +284,7 @@ async fn silent_proxies_use_a_bounded_number_of_handshakes() {
 
 // ---- Helpers
 
-/// How a proxy writes its header.
+/// How a proxy writes its header: all of it, byte by byte, or in one write with the client's first bytes.
 #[derive(Clone, Copy)]
 enum Pace {
     AtOnce,
@@ -290,7 +292,7 @@ enum Pace {
     WithTheFirstBytes,
 }
 
-/// Starts a proxy in front of the relay; returns the address that clients dial.
+/// Starts a proxy in front of the relay that sends this header first; returns the address that clients dial.
 async fn proxy(relay: &Relay, header: Vec<u8>, pace: Pace) -> Multiaddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();
@@ -304,32 +306,33 @@ async fn proxy(relay: &Relay, header: Vec<u8>, pace: Pace) -> Multiaddr {
     address.with(Protocol::P2p(relay.peer))
 }
 
+/// Forwards one client to the relay at this port, the header first.
 async fn forward(
     mut client: TcpStream,
     relay: u16,
     header: Vec<u8>,
     pace: Pace,
 ) -> std::io::Result<()> {
-    let mut there = from_proxy(relay).await;
-    there.set_nodelay(true)?;
+    let mut to_relay = from_proxy(relay).await;
+    to_relay.set_nodelay(true)?;
     match pace {
-        Pace::AtOnce => there.write_all(&header).await?,
+        Pace::AtOnce => to_relay.write_all(&header).await?,
         Pace::ByteByByte => {
             for byte in header {
-                there.write_all(&[byte]).await?;
+                to_relay.write_all(&[byte]).await?;
             }
         }
         Pace::WithTheFirstBytes => {
             let mut first = [0; 1024];
             let read = client.read(&mut first).await?;
-            there.write_all(&[&header, &first[..read]].concat()).await?;
+            to_relay.write_all(&[&header, &first[..read]].concat()).await?;
         }
     }
-    tokio::io::copy_bidirectional(&mut client, &mut there).await?;
+    tokio::io::copy_bidirectional(&mut client, &mut to_relay).await?;
     Ok(())
 }
 
-/// A connection from the proxy's address.
+/// A connection from the proxy's address to the relay at this port.
 pub async fn from_proxy(relay: u16) -> TcpStream {
     tcp_from(PROXY, relay).await.expect("the relay listens").0
 }
@@ -346,10 +349,12 @@ pub async fn read_until_closed(connection: TcpStream) -> Vec<u8> {
     by_hand::read_until_closed(libp2p::tcp::tokio::TcpStream(connection)).await
 }
 
+/// Whether the relay answers on this connection.
 async fn is_served(connection: TcpStream) -> bool {
     crate::program::is_served(libp2p::tcp::tokio::TcpStream(connection)).await
 }
 
+/// A header that names this client.
 fn header_of(client: &str) -> ProxyHeader<'static> {
     let client: SocketAddr = client.parse().unwrap();
     let relay = match client {
@@ -359,6 +364,7 @@ fn header_of(client: &str) -> ProxyHeader<'static> {
     ProxyHeader::with_address(ProxiedAddress::stream(client, relay.parse().unwrap()))
 }
 
+/// A header of version 1 that names this client.
 fn v1(client: &str) -> Vec<u8> {
     let mut bytes = Vec::new();
     header_of(client).encode_v1(&mut bytes).unwrap();

@@ -1,4 +1,4 @@
-//! The behaviour beside QUIC, in the swarm of the example: reservations over QUIC, and circuits over QUIC and TCP.
+//! The behaviour in a swarm over TCP and QUIC, that of `tests/quic/relay.rs`: reservations and circuits over both.
 
 #[allow(dead_code, reason = "its `main` is not used here")]
 #[path = "../quic/relay.rs"]
@@ -20,13 +20,14 @@ use libp2p::{
     tcp, yamux,
 };
 
-/// A rust-libp2p client over TCP and QUIC.
+/// The behaviour of [`client`].
 #[derive(NetworkBehaviour)]
 struct Parts {
     relay: relay::client::Behaviour,
     ping: ping::Behaviour,
 }
 
+/// A rust-libp2p client over TCP and QUIC.
 fn client() -> Swarm<Parts> {
     SwarmBuilder::with_new_identity()
         .with_tokio()
@@ -47,7 +48,7 @@ async fn relay() -> [Multiaddr; 2] {
     let mut addresses = Vec::new();
     for address in ["/ip4/127.0.0.1/tcp/0", "/ip4/127.0.0.1/udp/0/quic-v1"] {
         let address = listen(&mut swarm, address.parse().unwrap()).await;
-        // Set here, so that the relay does not depend on observed addresses.
+        // Set here, so that the reservations do not depend on observed addresses.
         swarm.add_external_address(address.clone());
         addresses.push(address.with_p2p(*swarm.local_peer_id()).unwrap());
     }
@@ -55,15 +56,17 @@ async fn relay() -> [Multiaddr; 2] {
     addresses.try_into().unwrap()
 }
 
-/// Starts a client that holds a slot, reserved at this address of the relay.
+/// Starts a client that reserves a slot at this address of the relay; returns its peer id.
 async fn target(relay: &Multiaddr) -> PeerId {
     let mut swarm = client();
     let circuit = relay.clone().with(Protocol::P2pCircuit);
     swarm.listen_on(circuit).unwrap();
-    let mut reserved_over = None;
+    let mut endpoint_of_relay = None;
     until(&mut swarm, |event| {
         match event {
-            SwarmEvent::ConnectionEstablished { endpoint, .. } => reserved_over = Some(endpoint),
+            SwarmEvent::ConnectionEstablished { endpoint, .. } => {
+                endpoint_of_relay = Some(endpoint)
+            }
             SwarmEvent::Behaviour(PartsEvent::Relay(
                 relay::client::Event::ReservationReqAccepted { .. },
             )) => return Some(()),
@@ -72,13 +75,13 @@ async fn target(relay: &Multiaddr) -> PeerId {
         None
     })
     .await;
-    assert_eq!(reserved_over.expect("a connection").get_remote_address(), relay);
+    assert_eq!(endpoint_of_relay.expect("a connection").get_remote_address(), relay);
     let peer = *swarm.local_peer_id();
     drive(swarm);
     peer
 }
 
-/// Asserts that a ping is answered over a circuit through this address of the relay.
+/// Asserts that the target answers a ping over a circuit through this address of the relay.
 async fn assert_pings(relay: &Multiaddr, target: PeerId) {
     let mut swarm = client();
     let circuit = relay.clone().with(Protocol::P2pCircuit);
@@ -123,7 +126,7 @@ async fn a_slot_reserved_over_tcp_is_reachable_over_quic() {
 /// The client sends no identify message: the relay knows only its own end of the connection, which over QUIC is the
 /// address of the listener.
 #[tokio::test]
-async fn a_relay_that_listens_on_all_addresses_tells_no_unspecified_one() {
+async fn a_reservation_of_a_relay_that_listens_on_all_addresses_has_no_unspecified_one() {
     let keypair = Keypair::generate_ed25519();
     let mut relay = example::swarm(keypair, relaylet::Config::default()).unwrap();
     let peer = *relay.local_peer_id();
@@ -141,8 +144,8 @@ async fn a_relay_that_listens_on_all_addresses_tells_no_unspecified_one() {
     let mut stream = within(control.open_stream(peer, HOP)).await.unwrap();
     messages::write(&mut stream, &reserve()).await;
     let answer: HopMessage = messages::read(&mut stream).await;
-    let told = answer.reservation.expect("a slot").addrs.into_iter();
-    let told: Vec<_> = told.map(|bytes| Multiaddr::try_from(bytes).unwrap()).collect();
+    let addresses = answer.reservation.expect("a slot").addrs.into_iter();
+    let addresses: Vec<_> = addresses.map(|bytes| Multiaddr::try_from(bytes).unwrap()).collect();
     let is_unspecified = |address: &Multiaddr| address.to_string().starts_with("/ip4/0.0.0.0/");
-    assert!(!told.is_empty() && !told.iter().any(is_unspecified), "{told:?}");
+    assert!(!addresses.is_empty() && !addresses.iter().any(is_unspecified), "{addresses:?}");
 }

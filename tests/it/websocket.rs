@@ -42,7 +42,7 @@ use tokio::{
 
 const TCP: &str = "--listen=/ip4/127.0.0.1/tcp/0";
 
-/// The longest message that the relay accepts.
+/// The longest message that the relay accepts, in bytes.
 const LONGEST: usize = 256 * 1024;
 
 // ---- Connections
@@ -66,6 +66,7 @@ async fn one_relay_serves_tcp_and_websocket() {
     }
 }
 
+/// Asserts that 100 KiB arrive.
 async fn transfer(from: &mut Stream, to: &mut Stream) {
     let bytes: Vec<_> = (0..100 * 1024).map(|n| n as u8).collect();
     assert_relayed(from, to, &bytes).await;
@@ -124,7 +125,7 @@ async fn caps_count_tcp_and_websocket_together() {
 }
 
 #[tokio::test]
-async fn websocket_frames_count_as_activity() {
+async fn a_websocket_ping_counts_as_activity() {
     let relay = Relay::start(&[LISTEN, "--heartbeat=4s"]);
     let (injector, through) = Injector::to(&address(&relay, "/ws").await).await;
     let mut chatty = connect(&through).await;
@@ -135,7 +136,7 @@ async fn websocket_frames_count_as_activity() {
     let start = Instant::now();
     while probes(quiet.peer) < 2 {
         assert!(start.elapsed() < TEST_TIMEOUT);
-        // Only the transport sees this frame.
+        // WebSocket answers this frame: libp2p does not see it.
         injector.inject(frame(LAST | PING, b"")).await;
         sleep(Duration::from_millis(200)).await;
     }
@@ -144,7 +145,7 @@ async fn websocket_frames_count_as_activity() {
 }
 
 #[tokio::test]
-async fn proxy_headers_work_over_websocket() {
+async fn proxy_protocol_headers_work_below_websocket() {
     let relay = Relay::start(&[
         LISTEN,
         "--proxy-protocol-from=127.0.0.3/32",
@@ -175,7 +176,7 @@ async fn proxy_headers_work_over_websocket() {
 }
 
 #[tokio::test]
-async fn a_proxy_header_after_the_listener_closed_is_too_late() {
+async fn a_connection_whose_proxy_header_comes_after_the_listener_closed_is_closed() {
     let listen = format!("--listen=/ip4/127.0.0.1/tcp/{}/ws", free_port());
     let relay = Relay::start(&[&listen, "--proxy-protocol-from=127.0.0.3/32"]);
     let over_websocket = address(&relay, "/ws").await;
@@ -212,7 +213,7 @@ async fn client_addresses_are_taken_from_forwarded_and_x_forwarded_for() {
         ("X-Forwarded-For: 192.0.2.8:4711\r\n", "/ip4/192.0.2.8/tcp/4711/ws"),
     ] {
         let mut behind_proxy = connect_behind(headers).await;
-        // Each gets a slot, because each has an address of its own.
+        // Each gets a slot, because each counts towards the cap of an address of its own.
         behind_proxy.reserve().await;
         let opened = format!("opened: peer {} at {client}", behind_proxy.peer);
         relay.wait_for_log(&opened).await;
@@ -232,7 +233,8 @@ async fn client_addresses_are_taken_from_forwarded_and_x_forwarded_for() {
 }
 
 #[tokio::test]
-async fn a_proxy_without_forwarded_header_counts_as_the_client_and_is_warned_about_once() {
+async fn without_a_forwarded_header_the_proxy_counts_as_the_client_and_each_reason_is_one_warning()
+{
     let relay = Relay::start(&[LISTEN, "--trust-forwarded-from=127.0.0.3/32"]);
     let direct = address(&relay, "/ws").await;
     for (headers, reason) in [
@@ -253,7 +255,7 @@ async fn a_proxy_without_forwarded_header_counts_as_the_client_and_is_warned_abo
             "{line}"
         );
     }
-    // One of two different headers comes from the client itself.
+    // If both headers name different clients, one of them may be the client's own.
     let both = with_headers("Forwarded: for=192.0.2.1\r\nX-Forwarded-For: 192.0.2.2\r\n");
     let answer = send_and_close(from_proxy(port(&direct)).await, &both).await;
     assert_eq!(status(&answer), 400);
@@ -276,7 +278,7 @@ async fn a_proxys_health_check_is_answered_although_the_rules_allow_only_its_cli
     let mut client =
         connect(&through(PROXY, &direct, "X-Forwarded-For: 192.0.2.7\r\n").await).await;
     client.reserve().await;
-    // A WebSocket that counts as the proxy's own is a client.
+    // The rules apply to a WebSocket that counts as the proxy's own.
     let mut denied = from_proxy(port(&direct)).await;
     denied.write_all(&with_headers("")).await.expect("the relay reads");
     assert!(read_until_closed(denied).await.is_empty());
@@ -288,7 +290,7 @@ async fn no_client_uses_up_the_rate_of_its_proxys_health_checks() {
         "X-Forwarded-For: 192.0.2.7\r\n",
         "Forwarded: for=192.0.2.8\r\nX-Forwarded-For: 192.0.2.7\r\n",
     ] {
-        // An address may open eight connections at once; forty more are delayed.
+        // An address may open eight connections at once. The next forty are delayed, and more are denied.
         let flags = ["--trust-forwarded-from=127.0.0.3/32", "--max-reservations-per-ip=1"];
         let relay = Relay::start(&[&[LISTEN], &flags[..]].concat());
         let port = port(&address(&relay, "/ws").await);
@@ -341,18 +343,18 @@ async fn forwarded_headers_of_untrusted_clients_are_ignored() {
 }
 
 #[tokio::test]
-async fn trusted_proxies_may_use_tls_and_are_reloadable() {
+async fn trusted_proxies_may_use_tls_and_are_reloaded_on_sighup() {
     let certificate = Certificate::new();
     let folder = tempfile::tempdir().expect("a temporary folder");
     certificate.write(folder.path());
     let file = folder.path().join("relaylet.toml");
-    let with = |subnet: &str| {
+    let write_config = |subnet: &str| {
         let text = format!(
             "tls-cert = \"cert.pem\"\ntls-key = \"key.pem\"\ntrust-forwarded-from = \"{subnet}\"\n"
         );
         fs::write(&file, text).expect("a file");
     };
-    with("127.0.0.4/32");
+    write_config("127.0.0.4/32");
     let relay = Relay::start_in(folder, &["--config=relaylet.toml", LISTEN_TLS]);
     let secure = port(&address(&relay, "/tls/ws").await);
     let request = with_headers("X-Forwarded-For: 198.51.100.7\r\n");
@@ -365,7 +367,7 @@ async fn trusted_proxies_may_use_tls_and_are_reloadable() {
     };
     upgrade().await;
     relay.wait_for_log("connection failed: /ip4/127.0.0.3/tcp/").await;
-    with("127.0.0.3/32");
+    write_config("127.0.0.3/32");
     relay.signal("HUP");
     relay.wait_for_log("SIGHUP: changed: trust-forwarded-from").await;
     upgrade().await;
@@ -403,7 +405,7 @@ async fn the_configured_certificate_is_served_and_reloaded_on_change() {
 }
 
 #[tokio::test]
-async fn an_invalid_certificate_keeps_the_old_one_and_is_logged_once() {
+async fn an_invalid_certificate_does_not_replace_the_previous_one_and_is_logged_once() {
     let (first, second) = (Certificate::new(), Certificate::new());
     let relay = with_certificate(&first, &[LISTEN_TLS]);
     let secure = address(&relay, "/tls/ws").await;
@@ -467,7 +469,7 @@ async fn an_unused_certificate_is_a_warning() {
 }
 
 #[tokio::test]
-async fn a_certificate_for_other_names_is_a_warning_and_its_expiry_a_metric() {
+async fn a_certificate_without_an_announced_name_is_a_warning_and_its_expiry_a_metric() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     Certificate::new().write(folder.path());
     let mut flags = vec!["--tls-cert=cert.pem", "--tls-key=key.pem", LISTEN_TLS];
@@ -543,13 +545,14 @@ fn refused(folder: &TempDir, flags: &[&str]) -> (String, Option<i32>) {
     (line, output.status.code())
 }
 
-fn with_certificate(certificate: &Certificate, listen: &[&str]) -> Relay {
+/// Starts a relay with this certificate and these flags.
+fn with_certificate(certificate: &Certificate, flags: &[&str]) -> Relay {
     let folder = tempfile::tempdir().expect("a temporary folder");
     certificate.write(folder.path());
-    Relay::start_in(folder, &[listen, &CERTIFICATE].concat())
+    Relay::start_in(folder, &[flags, &CERTIFICATE].concat())
 }
 
-/// A TLS client that supports only this version.
+/// The stream in TLS of this version, by a client that trusts only this certificate.
 async fn in_tls(
     stream: TcpStream,
     certificate: &Certificate,
@@ -563,6 +566,7 @@ async fn in_tls(
     within(tls.connect(name, stream)).await.expect("TLS of this version")
 }
 
+/// A TLS client that supports only this version, and trusts these roots.
 fn tls_client(roots: RootCertStore, version: &'static SupportedProtocolVersion) -> TlsConnector {
     let provider = rustls::crypto::ring::default_provider();
     let config = ClientConfig::builder_with_provider(provider.into())
@@ -647,7 +651,7 @@ async fn eighty_headers_and_12_kib_of_cookies_open_a_websocket() {
 }
 
 #[tokio::test]
-async fn requests_without_upgrade_get_a_one_sentence_answer() {
+async fn requests_that_open_no_websocket_get_a_one_line_answer() {
     let certificate = Certificate::new();
     let relay = with_certificate(&certificate, &[LISTEN, LISTEN_TLS]);
     let plain = port(&address(&relay, "/ws").await);
@@ -695,7 +699,7 @@ async fn an_open_health_check_connection_learns_of_the_drain() {
 // ---- Malformed and slow clients
 
 #[tokio::test]
-async fn an_endless_upgrade_counts_as_a_handshake_and_times_out() {
+async fn a_stalled_upgrade_counts_as_a_handshake_and_times_out() {
     let hello = b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03"; // the beginning of a ClientHello
     future::join_all([
         check_stalled_upgrade("/ws", b""),
@@ -711,18 +715,18 @@ async fn an_endless_upgrade_counts_as_a_handshake_and_times_out() {
 async fn a_slow_upgrade_times_out() {
     let endless = with_headers("X-Endless: ");
     let endless = endless[..endless.len() - 2].iter().copied().chain(std::iter::repeat(b'a'));
+    // The first request would be complete in 72 s, the second one never.
     future::join(check_slow_upgrade(REQUEST.iter().copied(), 500), check_slow_upgrade(endless, 10))
         .await;
 }
 
-/// Sends a request byte by byte with this pause in milliseconds; it must time out.
+/// Sends a request byte by byte with this pause in milliseconds. The connection must time out.
 async fn check_slow_upgrade(request: impl Iterator<Item = u8>, pause: u64) {
     let relay = Relay::start(&[LISTEN]);
     let port = port(&address(&relay, "/ws").await);
     let (mut reader, mut writer) = tcp(port).await.into_split();
     let mut answer = Vec::new();
     let write_slowly = async {
-        // One request would be complete after a while, the other one never ends.
         for byte in request {
             if writer.write_all(&[byte]).await.is_err() {
                 break;
@@ -739,7 +743,7 @@ async fn check_slow_upgrade(request: impl Iterator<Item = u8>, pause: u64) {
     relay.wait_for_log("exceeded its time limit").await;
 }
 
-/// Sends these bytes and then nothing, to a relay that allows one handshake.
+/// Sends these bytes and then nothing, to a relay that allows one handshake. The connection must time out.
 async fn check_stalled_upgrade(ending: &str, bytes: &[u8]) {
     let certificate = Certificate::new();
     let relay = with_certificate(&certificate, &[LISTEN, LISTEN_TLS, "--max-handshakes=1"]);
@@ -758,6 +762,7 @@ async fn check_stalled_upgrade(ending: &str, bytes: &[u8]) {
 
 #[tokio::test]
 async fn malformed_upgrades_and_frames_affect_no_other_connection() {
+    // 1. Requests that open no WebSocket, and the status of the answer.
     let mut bystanders = Bystanders::start(&[LISTEN]).await;
     let port = port(&address(&bystanders.relay, "/ws").await);
     let line =
@@ -790,6 +795,7 @@ async fn malformed_upgrades_and_frames_affect_no_other_connection() {
     // The relay does not read all of it, so the answer may be lost.
     send_and_close(tcp(port).await, long.as_bytes()).await;
 
+    // 2. Frames on an open WebSocket.
     let noise = by_hand::proposal("/noise");
     for bytes in [
         frame(CONTINUATION | LAST, &noise),
@@ -812,12 +818,12 @@ async fn malformed_upgrades_and_frames_affect_no_other_connection() {
 }
 
 #[tokio::test]
-async fn websocket_messages_above_the_usual_length_are_rejected() {
+async fn websocket_messages_of_more_than_256_kib_are_rejected() {
     let mut bystanders = Bystanders::start(&[LISTEN]).await;
     let port = port(&address(&bystanders.relay, "/ws").await);
     let answered = async |bytes: Vec<u8>| {
         let answer = send_and_close(websocket::by_hand(port).await, &bytes).await;
-        answer.windows(3).any(|part| part == b"na\n")
+        answer.windows(3).any(|part| part == b"na\n") // multistream-select's refusal
     };
     let in_two = |length| {
         let proposals = proposals(length);
@@ -835,7 +841,7 @@ async fn websocket_messages_above_the_usual_length_are_rejected() {
         // The header alone closes the connection.
         read_until_closed(stream).await;
     }
-    // Headers of the longest message without a payload: the memory limit of the bystanders is checked.
+    // Headers that announce the longest message, without its payload. `assert_unharmed` checks the relay's memory.
     let announced = future::join_all((0..64).map(|_| async {
         let mut stream = websocket::by_hand(port).await;
         let announced = header(BINARY | LAST, LONGEST as u64);
@@ -849,9 +855,9 @@ async fn websocket_messages_above_the_usual_length_are_rejected() {
     }
 }
 
-/// This many bytes of proposals for unknown protocols, each of which is answered with `na`.
+/// This many bytes of proposals for unknown protocols. The relay answers each with `na`.
 fn proposals(length: usize) -> Vec<u8> {
-    // The slash, the newline and the length prefix of two bytes.
+    // Four bytes are the slash, the newline, and the length prefix.
     let proposal = |length: usize| by_hand::line(&format!("/{}", "x".repeat(length - 4)));
     let mut bytes = by_hand::line("/multistream/1.0.0");
     while length - bytes.len() > 2000 {
@@ -862,7 +868,7 @@ fn proposals(length: usize) -> Vec<u8> {
 }
 
 #[tokio::test]
-async fn an_overlong_or_forged_message_or_a_close_frame_closes_the_connection() {
+async fn a_frame_that_is_too_long_or_forged_or_a_close_closes_a_connection_in_use() {
     let relay = Relay::start(&[LISTEN]);
     let over_websocket = address(&relay, "/ws").await;
     for bytes in [
@@ -904,6 +910,7 @@ impl Injector {
         Self::over(stream, relay).await
     }
 
+    /// As [`Injector::to`], over this connection to the relay.
     async fn over(stream: TcpStream, relay: &Multiaddr) -> (Self, Multiaddr) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let own = listener.local_addr().unwrap().port();
@@ -919,11 +926,13 @@ impl Injector {
         (Self(sender), through.collect())
     }
 
+    /// Sends these bytes to the relay, between those of the client.
     async fn inject(&self, bytes: Vec<u8>) {
         self.0.send(bytes).await.expect("the connection is up");
     }
 }
 
+/// Forwards both ways until both sides have closed, and sends the injected bytes to the relay.
 async fn forward(
     client: TcpStream,
     relay: TcpStream,
@@ -931,7 +940,7 @@ async fn forward(
 ) -> std::io::Result<()> {
     let (mut from_client, mut to_client) = client.into_split();
     let (mut from_relay, mut to_relay) = relay.into_split();
-    let there = async {
+    let client_to_relay = async {
         let mut buffer = [0; 16 * 1024];
         loop {
             tokio::select! {
@@ -943,11 +952,11 @@ async fn forward(
             }
         }
     };
-    let back = async {
+    let relay_to_client = async {
         tokio::io::copy(&mut from_relay, &mut to_client).await?;
         to_client.shutdown().await
     };
-    future::try_join(there, back).await.map(|_| ())
+    future::try_join(client_to_relay, relay_to_client).await.map(|_| ())
 }
 
 /// An HTTP proxy at this address that serves one client and adds headers to its request. Returns the address that the
@@ -955,17 +964,17 @@ async fn forward(
 async fn through(proxy: Ipv4Addr, relay: &Multiaddr, headers: &str) -> Multiaddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let own = listener.local_addr().unwrap().port();
-    let (to, headers) = (port(relay), headers.to_owned());
+    let (relay_port, headers) = (port(relay), headers.to_owned());
     tokio::spawn(async move {
         let (mut client, _) = listener.accept().await?;
-        let mut there = by_hand::tcp_from(proxy, to).await?.0;
+        let mut to_relay = by_hand::tcp_from(proxy, relay_port).await?.0;
         let mut request = Vec::new();
         while !request.ends_with(b"\r\n\r\n") {
             request.push(client.read_u8().await?);
         }
         request.truncate(request.len() - 2);
-        there.write_all(&[&request, headers.as_bytes(), b"\r\n"].concat()).await?;
-        tokio::io::copy_bidirectional(&mut client, &mut there).await
+        to_relay.write_all(&[&request, headers.as_bytes(), b"\r\n"].concat()).await?;
+        tokio::io::copy_bidirectional(&mut client, &mut to_relay).await
     });
     let with_port = |part| if let Protocol::Tcp(_) = part { Protocol::Tcp(own) } else { part };
     relay.iter().map(with_port).collect()
