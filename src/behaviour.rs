@@ -1,8 +1,8 @@
 //! The relay as a [`NetworkBehaviour`]: swarm events in, actions out.
 //!
 //! Passes what happens on the swarm's connections to [`crate::relay`], and carries out the actions that it returns. The
-//! behaviour decides only whether to serve; it has the clock, the key that signs vouchers, and the addresses that clients
-//! are told.
+//! behaviour decides only whether to serve; it has the clock, the key that signs vouchers, and the addresses that
+//! clients are told.
 
 pub(crate) mod circuit;
 mod handler;
@@ -66,15 +66,15 @@ pub struct Behaviour {
     pub(crate) relay: Relay<ConnectionId, Reply>,
     confirmed: ExternalAddresses,
     listening: ListenAddresses,
-    /// To the handlers, and the activity counter of each.
+    /// The command channel of each handler, and its activity counter.
     handlers: HashMap<ConnectionId, (mpsc::UnboundedSender<HandlerCommand>, ActivityCounter)>,
-    /// From the tasks of all connections.
+    /// The events of all connections' tasks.
     events: (Events, mpsc::UnboundedReceiver<HandlerEvent>),
     /// Whether to serve; `None`: while an external address is known.
     serving: Option<bool>,
     /// Whether the wall clock was set when it was last checked.
     is_clock_set: bool,
-    /// What the handlers were told: whether the relay serves.
+    /// Whether the relay serves, as the handlers were last told.
     is_serving: bool,
     /// The access checks whose answers come later.
     decisions: FuturesUnordered<BoxFuture<'static, Option<Decided>>>,
@@ -82,9 +82,9 @@ pub struct Behaviour {
     next_sweep: (Delay, Instant),
     /// How many sweeps there were since the start, and how long all of them took.
     pub(crate) sweeps: (u64, Duration),
-    /// Whether memory for waiting bytes is scarce for this client prefix; false in a foreign swarm, whose muxer has that
-    /// memory. A circuit of such a prefix ends if one direction has transferred nothing for 10 s though bytes waited:
-    /// [`CircuitEnd::Stalled`](crate::CircuitEnd::Stalled).
+    /// Whether memory for waiting bytes is scarce for this client prefix; false in an embedder's swarm, whose muxer has
+    /// that memory. A circuit of such a prefix ends if one direction has transferred nothing for 10 s though bytes
+    /// waited: [`CircuitEnd::Stalled`](crate::CircuitEnd::Stalled).
     pub(crate) is_memory_scarce: Box<dyn Fn(Option<ClientPrefix>) -> bool + Send>,
 }
 
@@ -138,36 +138,39 @@ impl Behaviour {
     }
 
     /// Whether to serve: `true` (the default), `false`, or `None` for the automatic mode, which serves only while an
-    /// external address is confirmed (`swarm.add_external_address`, AutoNAT) or announced ([`Config::announce`]). An address
-    /// through another relay, as libp2p's relay client confirms it, does not count.
+    /// external address is confirmed (`swarm.add_external_address`, AutoNAT) or announced ([`Config::announce`]). An
+    /// address through another relay, as libp2p's relay client confirms it, does not count.
     ///
     /// While the relay does not serve, it does not support the hop protocol, and identify says so: clients choose
-    /// another relay instead of being refused by this one. Slots and circuits stay. The same applies while the wall clock
-    /// is before 2026, as on a device that NTP has yet to reach. Beside a ping behaviour, switch
-    /// [`Config::answer_ping`] off: the swarm overlooks the end of a protocol while another one is supported twice.
+    /// another relay instead of being refused by this one. Slots and circuits stay. The same applies while the wall
+    /// clock is before 2026, as on a device that NTP has yet to reach.
+    ///
+    /// If the swarm has a ping behaviour, too, switch [`Config::answer_ping`] off: while one protocol is supported
+    /// twice, the swarm does not notice that another one no longer is.
     pub fn set_serving(&mut self, serving: impl Into<Option<bool>>) {
         self.serving = serving.into();
         self.update_serving(SystemTime::now());
     }
 
-    /// Serves only while the wall clock, which shows `now`, is set: a client refuses a reservation that has expired, and may
-    /// stay away for an hour then.
+    /// Serves only while the wall clock, which shows `now`, is set: a client refuses a reservation that has expired,
+    /// and may stay away for an hour then.
     fn update_serving(&mut self, now: SystemTime) {
         // 1. The clock.
         let was_set = mem::replace(&mut self.is_clock_set, wall_clock::is_set(now));
         if was_set && !self.is_clock_set {
             log::warn!(
-                "the clock of this machine is not set, it is before 2026: not serving, because clients refuse \
+                "this machine's clock is not set (before 2026): not serving, because clients refuse \
                  reservations that have expired; set the clock, or wait until NTP does"
             );
         }
-        // 2. The other conditions. A change is told to all handlers.
+        // 2. The other conditions. All handlers are told of a change.
         let (announced, confirmed) = (&*self.relay.config.announce, self.confirmed.as_slice());
         let known = Known { announced, confirmed, ..Known::default() };
-        // Not if all of them lead through other relays.
+        // An address through another relay does not count.
         let has_address = || !address::for_reservation(known, self.peer).is_empty();
-        let is_open = self.relay.config.close_silent || !self.relay.is_draining();
-        let is_serving = self.serving.unwrap_or_else(has_address) && is_open && self.is_clock_set;
+        // While draining, a relay that owns its connections answers requests by closing them.
+        let admits = self.relay.config.close_silent || !self.relay.is_draining();
+        let is_serving = self.serving.unwrap_or_else(has_address) && admits && self.is_clock_set;
         if mem::replace(&mut self.is_serving, is_serving) != is_serving {
             log::info!("{}", if is_serving { "serving clients" } else { "not serving clients" });
             for (handler, _) in self.handlers.values() {
@@ -183,15 +186,17 @@ impl Behaviour {
     }
 
     /// Asks [`Access`] again about all peers that hold a slot, wait for one or are part of a circuit, and ends what is
-    /// denied: [`FreedReason::Denied`], [`CircuitEnd::Denied`](crate::CircuitEnd::Denied). Call it when the rules change.
+    /// denied: [`FreedReason::Denied`], [`CircuitEnd::Denied`](crate::CircuitEnd::Denied). Call it when the rules
+    /// change.
     ///
-    /// What is decided [later](crate::Permission::Later) stays until the answer comes. At most one answer about a slot and two
-    /// about a circuit are awaited; a call meanwhile asks again after the last of them.
+    /// What is decided [later](crate::Permission::Later) stays until the answer comes. At most one answer is awaited
+    /// for each slot, and two for each circuit; a call meanwhile asks again once all have come.
     pub fn recheck_access(&mut self) {
         self.relay.recheck_access(Instant::now());
     }
 
-    /// What `peer` used the relay for since it connected; `None` if it has been part of no circuit or is not connected.
+    /// How much `peer` has used the relay since it connected; `None` if it has been part of no circuit or is not
+    /// connected.
     pub fn account(&self, peer: &PeerId) -> Option<Account> {
         self.relay.accounts.of(peer)
     }
@@ -201,7 +206,7 @@ impl Behaviour {
         self.relay.accounts.iter()
     }
 
-    /// What all peers together used the relay for since it started.
+    /// How much all peers together have used the relay since it started.
     pub fn totals(&self) -> Totals {
         self.relay.accounts.totals
     }
@@ -215,8 +220,8 @@ impl Behaviour {
     /// Sets the address at which the peer reached the relay over this connection: what identify reports as
     /// `observed_addr`.
     ///
-    /// It is told in reservations over this connection only. A relay behind NAT without announced or confirmed addresses
-    /// has only local ones otherwise.
+    /// It appears only in reservations over this connection. A relay behind NAT without announced or confirmed
+    /// addresses has only local ones otherwise.
     pub fn set_reported_address(&mut self, connection: ConnectionId, address: Multiaddr) {
         let up = self.relay.connections.get(connection);
         if let Some(up) = up.filter(|_| address.len() <= MAX_REPORTED) {
@@ -233,9 +238,9 @@ impl Behaviour {
     /// Polls `counter` for activity on this connection, from the next sweep on, beside the behaviour's own. A further
     /// call replaces the counter.
     ///
-    /// For a transport that counts on its own; [`count_activity`](crate::count_activity) does it for any. Where no counter
-    /// is tracked, a peer times out only after two unanswered probes and the silence limit, and for a newcomer not
-    /// earlier.
+    /// For a transport that counts on its own; [`count_activity`](crate::count_activity) does it for any. Where no
+    /// counter is tracked, a peer times out only after two unanswered probes and the silence limit, and not earlier for
+    /// a newcomer.
     pub fn track(&mut self, connection: ConnectionId, counter: ActivityCounter) {
         if let Some(up) = self.relay.connections.get_mut(connection) {
             up.track(counter);
@@ -269,7 +274,7 @@ impl Behaviour {
     fn on_established(&mut self, established: ConnectionEstablished<'_>) {
         let ConnectionEstablished { peer_id: peer, connection_id: id, endpoint, .. } = established;
         let (address, relayed) = (endpoint.get_remote_address().clone(), endpoint.is_relayed());
-        let jitter = RandomState::new().hash_one(id) as u8;
+        let jitter = RandomState::new().hash_one(id) as u8; // a random number
         let mut connection = Connection::new(peer, address, relayed, jitter, Instant::now());
         if let Some((_, activity)) = self.handlers.get(&id) {
             #[cfg(target_os = "linux")]
@@ -345,7 +350,7 @@ impl Behaviour {
             HandlerEvent::TargetAnswered(circuit, over, answer) => {
                 let opened = relay.on_target_answered(circuit, over, answer, now);
                 if let Some((reply, opening)) = opened {
-                    // It fails if the source is gone: the end of its connection is that of the circuit.
+                    // It fails if the source is gone; the circuit then ends with the source's connection.
                     let _ = reply.send(Answer::Open(opening));
                 }
             }
@@ -419,7 +424,7 @@ impl NetworkBehaviour for Behaviour {
         match event {
             FromSwarm::ConnectionEstablished(established) => self.on_established(established),
             FromSwarm::ConnectionClosed(closed) => {
-                // First what its tasks reported before.
+                // Handle first what its tasks reported before it closed.
                 while let Ok(event) = self.events.1.try_recv() {
                     self.on_event(event);
                 }
@@ -453,7 +458,7 @@ impl NetworkBehaviour for Behaviour {
                 *set_to = self.relay.sweep_due;
                 timer.reset(set_to.saturating_duration_since(now));
             }
-            // 3. Sweep if it is due; otherwise pass on one answer or one event of a task.
+            // 3. Sweep if it is due; otherwise pass on one access decision or one event of a task.
             if timer.poll_unpin(cx).is_ready() {
                 self.relay.sweep(now);
                 self.update_serving(SystemTime::now());

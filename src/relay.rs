@@ -162,8 +162,8 @@ struct Draining<C, R> {
     /// The requests that are answered by closing their connection, with their reply handles: to drop one would reset
     /// its stream first.
     unanswered: Vec<(C, R)>,
-    /// The connections that held a slot or carried a circuit when the drain began. In an embedding swarm only these are
-    /// closed, and those that hold a slot since.
+    /// The connections that held a slot or carried a circuit when the drain began. In an embedder's swarm only these
+    /// and those that hold a slot since are closed.
     used: HashSet<C>,
 }
 

@@ -134,10 +134,10 @@ impl Node {
         let counters = ByteCounters::default();
         let proxies = Proxies::new(limits.max_handshakes);
         let rates = ConnectionRates::new(&config, limits);
-        let pending = counters.clone();
+        let by_endpoint = counters.clone();
         let transport = Tcp::new(counters.clone(), proxies.clone(), rates.clone(), None);
         let transport = transport.map(move |stream, endpoint| {
-            ReadBuffer::new(stream, pending.get(&endpoint).map(|it| it.progress))
+            ReadBuffer::new(stream, by_endpoint.get(&endpoint).map(|it| it.progress))
         });
         #[cfg(feature = "websocket")]
         let (transport, control) = {
@@ -150,12 +150,12 @@ impl Node {
         #[cfg(feature = "pnet")]
         let transport =
             transport.and_then(move |stream, _| swarm_key::encrypt(setup.swarm_key, stream));
-        let pending = counters.clone();
+        let by_endpoint = counters.clone();
         let transport = transport
             .upgrade(Version::V1Lazy)
             .authenticate(Security::new(&keypair).context("the key cannot secure connections")?)
             .multiplex_ext(move |_, endpoint| {
-                let pending = pending.get(endpoint).inspect(|it| it.progress.set_secured());
+                let pending = by_endpoint.get(endpoint).inspect(|it| it.progress.set_secured());
                 let (activity, socket) =
                     pending.map(|it| (it.progress.activity, it.socket)).unzip();
                 shared.of(endpoint.get_remote_address(), activity, socket.flatten())
@@ -267,31 +267,31 @@ impl Node {
 
     /// Replaces the subnets of the proxies in front of the relay.
     ///
-    /// A connection from there has to begin with a PROXY protocol header, version 1 or 2, and counts under the client
-    /// that the header names; without a header it is closed. As many connections may wait for their headers as
-    /// [`Setup::limits`] allows handshakes; those in their handshakes do not count.
+    /// A connection from there has to begin with a PROXY protocol header, version 1 or 2, and counts towards the limits
+    /// of the client that the header names; without a header it is closed. As many connections may wait for their
+    /// headers as [`Setup::limits`] allows handshakes; those in their handshakes do not count.
     pub fn set_proxies(&mut self, subnets: Vec<IpNet>) {
         self.proxies.set(subnets);
     }
 
     /// Replaces the subnets of the reverse proxies in front of the relay's WebSocket listeners.
     ///
-    /// A WebSocket from there counts under the client that `Forwarded` or `X-Forwarded-For` names: the last hop that is in
-    /// none of these subnets. Without such a header it counts under the proxy's address.
+    /// A WebSocket from there counts towards the limits of the client that `Forwarded` or `X-Forwarded-For` names: the
+    /// last hop that is in none of these subnets. Without such a header it counts towards those of the proxy's address.
     #[cfg(feature = "websocket")]
     pub fn set_forwarders(&mut self, subnets: Vec<IpNet>) {
         self.websocket.forwarders.set(subnets);
     }
 
-    /// Replaces the certificate of `/tls/ws` for new connections. [`Node::listen_on`] takes such an address only with a
-    /// certificate.
+    /// Replaces the certificate of `/tls/ws` for new connections. [`Node::listen_on`] accepts `/tls/ws` addresses only
+    /// once there is one.
     #[cfg(feature = "websocket")]
     pub fn set_certificate(&mut self, certificate: Certificate) {
         self.certificate_not_after = Some(certificate.validity.not_after);
         self.websocket.set_certificate(&certificate);
     }
 
-    /// When the certificate of `/tls/ws` expires.
+    /// When the certificate of `/tls/ws` expires; `None` if there is none.
     pub fn certificate_not_after(&self) -> Option<SystemTime> {
         self.certificate_not_after
     }
@@ -364,8 +364,8 @@ impl Node {
 
     /// Listens on an address: `/ip4/…/tcp/…` or `/ip6/…/tcp/…`, followed by `/ws` or `/tls/ws` for WebSocket.
     ///
-    /// Port 0 is any free one, `0.0.0.0` and `::` are all addresses of the machine. A [`NodeEvent::Listening`] reports
-    /// each address that results.
+    /// Port 0 selects a free port; `0.0.0.0` and `::` select all addresses of the machine. A [`NodeEvent::Listening`]
+    /// reports each address that results.
     ///
     /// # Errors
     ///
@@ -384,7 +384,7 @@ impl Node {
         Ok(())
     }
 
-    /// Stops listening and closes all connections within that time: [`Behaviour::drain`].
+    /// Stops listening, and closes all connections without a circuit within that time: [`Behaviour::drain`].
     pub fn drain(&mut self, over: Duration) {
         for (id, _) in &self.listeners {
             self.swarm.remove_listener(*id);
@@ -397,7 +397,8 @@ impl Node {
     ///
     /// # Errors
     ///
-    /// When one of the addresses cannot be bound any more; it begins with that address. The node keeps draining then.
+    /// When one of the addresses cannot be bound any more; the message begins with that address. The node keeps
+    /// draining then.
     pub fn resume(&mut self) -> io::Result<()> {
         let closed = std::mem::take(&mut self.listeners);
         for (_, address) in &closed {
@@ -426,7 +427,7 @@ impl Node {
         }
     }
 
-    /// Passes on whether the relay drains, to WebSocket listeners and the DHT.
+    /// Tells the WebSocket listeners and the DHT whether the relay drains.
     #[allow(unused_variables, reason = "they may not be built in")]
     fn set_draining(&mut self, is_draining: bool) {
         #[cfg(feature = "websocket")]
@@ -465,7 +466,8 @@ impl Node {
             SwarmEvent::Behaviour(PartsEvent::Identify(identified)) => {
                 self.on_identified(identified);
             }
-            // Pushes only global addresses: those of the machine's containers change often, and clients cannot dial them.
+            // Pushes only global addresses: those of the machine's containers change often, and clients cannot dial
+            // them.
             SwarmEvent::NewListenAddr { address, listener_id } => {
                 self.record_port(listener_id, &address);
                 self.update_addresses(address::is_global(&address));
@@ -538,7 +540,7 @@ mod tests {
 
     use super::*;
 
-    /// A connection is an enum of both transports'; the larger variant must not make the other one larger.
+    /// A connection is an enum over both transports; WebSocket must not make a TCP connection larger.
     #[cfg(feature = "websocket")]
     #[test]
     fn a_connection_over_tcp_is_as_small_as_without_websocket() {
@@ -550,7 +552,7 @@ mod tests {
     }
 
     /// A node that has listened on this address, and drains.
-    fn drained() -> (Node, Multiaddr) {
+    fn draining() -> (Node, Multiaddr) {
         let mut node = Node::new(Keypair::generate_ed25519(), Config::default()).unwrap();
         node.listen_on("/ip4/127.0.0.1/tcp/0".parse().unwrap()).unwrap();
         let NodeEvent::Listening(address) = block_on(node.next()) else { panic!("no address") };
@@ -560,14 +562,14 @@ mod tests {
 
     #[test]
     fn a_node_that_drains_reports_that_it_listens_no_longer() {
-        let (mut node, address) = drained();
+        let (mut node, address) = draining();
         let event = block_on(node.next());
         assert!(matches!(&event, NodeEvent::NotListening(it) if *it == address), "{event:?}");
     }
 
     #[test]
     fn a_node_whose_address_is_taken_names_it_and_keeps_draining() {
-        let (mut node, address) = drained();
+        let (mut node, address) = draining();
         let (socket, _) = multiaddr::listen_address(&address).unwrap();
         let _other = std::net::TcpListener::bind(socket).unwrap();
         let error = node.resume().unwrap_err().to_string();

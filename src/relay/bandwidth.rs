@@ -1,10 +1,10 @@
-//! Fair queueing of the link: how many payload bytes a second all circuits may carry together, and how many those of one
-//! peer.
+//! Fair queueing of the link: how many payload bytes a second all circuits may carry together, and how many those of
+//! one peer.
 //!
-//! Sans-IO. A circuit is charged for a quantum after transferring it, and may transfer the next one once everything that
-//! was charged before, to any circuit, is paid for. A new circuit waits for that, too. So each circuit that wants more than
-//! its fair share has one quantum at a time in the queue and gets as much as the others; one that wants less waits for one
-//! round at most. The queue is a single instant: when everything in it will be paid for.
+//! Sans-IO. A circuit is charged for a quantum after transferring it, and may transfer the next one once everything
+//! that was charged before, to any circuit, is paid for. A new circuit waits for that, too. So each circuit that wants
+//! more than its fair share has one quantum at a time in the queue and gets as much as the others; one that wants less
+//! waits for one round at most. The queue is a single instant: when everything in it will be paid for.
 
 use std::{
     collections::HashMap,
@@ -21,7 +21,7 @@ use crate::config::Config;
 /// Short, because a new circuit waits for about as long.
 const ROUND: Duration = Duration::from_millis(50);
 
-/// The smallest quantum in bytes, because one that is smaller would be mostly headers; a whole round if that has fewer.
+/// The smallest quantum, in bytes: a smaller one would be mostly headers. A round that is smaller is one quantum.
 const LEAST_QUANTUM: u64 = 1024;
 
 /// Bandwidth that was not used for up to this long may be used later: timers fire late.
@@ -59,7 +59,7 @@ impl Bandwidth {
     /// Replaces the caps, from the next quantum of each circuit on.
     pub fn configure(&mut self, config: &Config, now: Instant) {
         self.caps = [config.bandwidth, config.bandwidth_per_peer];
-        // Bytes that are not paid for yet were charged under the old caps.
+        // Forgive what is not paid for yet: it was charged under the old caps.
         for queue in self.queues.values_mut() {
             queue.paid_at = queue.paid_at.min(now);
         }
@@ -75,7 +75,7 @@ impl Bandwidth {
     /// How many bytes a circuit between these two peers may carry at a time; `None`: no cap.
     pub fn quantum(&self, ends: [PeerId; 2]) -> Option<usize> {
         let rounds_per_second = 1000 / ROUND.as_millis() as u64;
-        // The share of a round for one more circuit than are waiting.
+        // An equal share of a round for each circuit that waits and for this one.
         let quanta = self.capped(ends).map(|(key, rate)| {
             let waiting = self.queues.get(&key).map_or(0, |queue| queue.waiting);
             let round = (rate / rounds_per_second).max(1);
@@ -84,8 +84,8 @@ impl Bandwidth {
         Some(usize::try_from(quanta.min()?).unwrap_or(usize::MAX))
     }
 
-    /// Charges a circuit for bytes that it transferred. Returns when it may transfer more, if it has to wait for that: until
-    /// [`Bandwidth::count_waiting`] it counts as waiting.
+    /// Charges a circuit for bytes that it transferred. Returns when it may transfer more, if it has to wait; it then
+    /// counts as waiting until [`Bandwidth::count_waiting`] is called with -1.
     pub fn charge(&mut self, ends: [PeerId; 2], bytes: usize, now: Instant) -> Option<Instant> {
         let earliest = now.checked_sub(BURST).unwrap_or(now);
         let mut next = now;
@@ -150,7 +150,7 @@ mod tests {
     }
 
     /// Circuits over one link, with a simulated clock that ticks in milliseconds.
-    struct Link {
+    struct Simulation {
         bandwidth: Bandwidth,
         circuits: Vec<Circuit>,
         start: Instant,
@@ -158,7 +158,7 @@ mod tests {
         timer_delay: Duration,
     }
 
-    impl Link {
+    impl Simulation {
         fn new(total: u64, per_peer: u64) -> Self {
             let start = Instant::now();
             Self {
@@ -169,7 +169,7 @@ mod tests {
             }
         }
 
-        fn circuit(&mut self, wants: Option<u64>) {
+        fn add_circuit(&mut self, wants: Option<u64>) {
             self.add_circuit_between([PeerId::random(), PeerId::random()], wants);
         }
 
@@ -225,21 +225,21 @@ mod tests {
 
     #[test]
     fn ten_greedy_circuits_share_the_link_equally_and_fully() {
-        let mut link = Link::new(MB, 0);
-        (0..10).for_each(|_| link.circuit(None));
-        let rates = link.run(5);
+        let mut simulation = Simulation::new(MB, 0);
+        (0..10).for_each(|_| simulation.add_circuit(None));
+        let rates = simulation.run(5);
         assert!(fairness(&rates) >= 0.99, "{rates:?}");
         assert!(within(rates.iter().sum(), MB, 5), "{rates:?}");
     }
 
     #[test]
     fn nine_light_circuits_are_not_slowed_by_a_greedy_one() {
-        let mut link = Link::new(MB, 0);
-        (0..9).for_each(|_| link.circuit(Some(80_000)));
-        link.circuit(None);
-        let rates = link.run(5);
-        let (greedy, modest) = rates.split_last().unwrap();
-        assert!(modest.iter().all(|rate| within(*rate, 80_000, 2)), "{rates:?}");
+        let mut simulation = Simulation::new(MB, 0);
+        (0..9).for_each(|_| simulation.add_circuit(Some(80_000)));
+        simulation.add_circuit(None);
+        let rates = simulation.run(5);
+        let (greedy, light) = rates.split_last().unwrap();
+        assert!(light.iter().all(|rate| within(*rate, 80_000, 2)), "{rates:?}");
         assert!(within(*greedy, MB - 9 * 80_000, 10), "{rates:?}");
         assert!(within(rates.iter().sum(), MB, 5), "{rates:?}");
     }
@@ -247,19 +247,19 @@ mod tests {
     #[test]
     fn a_single_circuit_gets_the_whole_link_despite_late_timers() {
         for rate in [100, MB, 1000 * MB] {
-            let mut link = Link::new(rate, 0);
-            link.timer_delay = Duration::from_millis(15);
-            link.circuit(None);
-            let rates = link.run(10);
+            let mut simulation = Simulation::new(rate, 0);
+            simulation.timer_delay = Duration::from_millis(15);
+            simulation.add_circuit(None);
+            let rates = simulation.run(10);
             assert!(within(rates[0], rate, 5), "{rates:?}");
         }
     }
 
     #[test]
     fn a_thousand_circuits_share_the_link_equally() {
-        let mut link = Link::new(10 * MB, 0);
-        (0..1000).for_each(|_| link.circuit(None));
-        let rates = link.run(20);
+        let mut simulation = Simulation::new(10 * MB, 0);
+        (0..1000).for_each(|_| simulation.add_circuit(None));
+        let rates = simulation.run(20);
         assert!(fairness(&rates) >= 0.95);
         assert!(within(rates.iter().sum(), 10 * MB, 5));
     }
@@ -267,11 +267,11 @@ mod tests {
     #[test]
     fn the_per_peer_rate_is_shared_by_circuits_in_both_roles() {
         let [alice, bob, carol] = [(); 3].map(|()| PeerId::random());
-        let mut link = Link::new(0, MB);
-        link.add_circuit_between([alice, bob], None);
-        link.add_circuit_between([carol, alice], None);
-        link.circuit(None);
-        let rates = link.run(5);
+        let mut simulation = Simulation::new(0, MB);
+        simulation.add_circuit_between([alice, bob], None);
+        simulation.add_circuit_between([carol, alice], None);
+        simulation.add_circuit(None);
+        let rates = simulation.run(5);
         assert!(within(rates[0], MB / 2, 5), "{rates:?}");
         assert!(within(rates[1], MB / 2, 5), "{rates:?}");
         assert!(within(rates[2], MB, 5), "other peers are not limited: {rates:?}");
@@ -280,10 +280,10 @@ mod tests {
     #[test]
     fn bandwidth_unused_by_a_capped_peer_goes_to_others() {
         let [alice, bob] = [(); 2].map(|()| PeerId::random());
-        let mut link = Link::new(MB, 300_000);
-        (0..8).for_each(|_| link.add_circuit_between([alice, bob], None));
-        (0..4).for_each(|_| link.circuit(None));
-        let rates = link.run(5);
+        let mut simulation = Simulation::new(MB, 300_000);
+        (0..8).for_each(|_| simulation.add_circuit_between([alice, bob], None));
+        (0..4).for_each(|_| simulation.add_circuit(None));
+        let rates = simulation.run(5);
         let alices: u64 = rates[..8].iter().sum();
         assert!(alices <= 310_000, "{rates:?}");
         assert!(within(rates.iter().sum(), MB, 5), "{rates:?}");
@@ -292,13 +292,15 @@ mod tests {
 
     #[test]
     fn a_rate_of_one_byte_per_second_is_exact() {
-        let mut link = Link::new(1, 0);
-        link.circuit(None);
-        link.circuit(None);
-        link.run(100);
-        let transferred: u64 = link.circuits.iter().map(|circuit| circuit.transferred).sum();
+        let mut simulation = Simulation::new(1, 0);
+        simulation.add_circuit(None);
+        simulation.add_circuit(None);
+        simulation.run(100);
+        let transferred: u64 = simulation.circuits.iter().map(|circuit| circuit.transferred).sum();
         assert!((99..=103).contains(&transferred), "{transferred}");
-        assert!(link.circuits[0].transferred.abs_diff(link.circuits[1].transferred) <= 2);
+        assert!(
+            simulation.circuits[0].transferred.abs_diff(simulation.circuits[1].transferred) <= 2
+        );
     }
 
     #[test]
@@ -321,15 +323,15 @@ mod tests {
         for (rate, waiting, expected) in
             [(MB, 0, 50_000), (MB, 4, 10_000), (MB, 99, LEAST_QUANTUM), (1000, 4, 50), (1, 9, 1)]
         {
-            let (mut link, now) = (bandwidth(rate, 0), Instant::now());
-            link.charge(ends, 0, now);
-            link.count_waiting(ends, waiting);
-            assert_eq!(link.quantum(ends), Some(expected as usize), "{waiting} of {rate}");
+            let (mut bandwidth, now) = (bandwidth(rate, 0), Instant::now());
+            bandwidth.charge(ends, 0, now);
+            bandwidth.count_waiting(ends, waiting);
+            assert_eq!(bandwidth.quantum(ends), Some(expected as usize), "{waiting} of {rate}");
         }
     }
 
     #[test]
-    fn idle_flows_are_removed_and_waiting_ones_are_not() {
+    fn paid_queues_are_removed_unless_a_circuit_waits() {
         let now = Instant::now();
         let ends = [PeerId::random(), PeerId::random()];
         let mut bandwidth = bandwidth(0, 10);

@@ -1,15 +1,15 @@
-//! The sweep: one pass over the tables that ends what has expired or timed out. And which connections the relay closes: all
-//! of them, a few at a time, while it drains; and one for another, when there is no room for both.
+//! The sweep, one pass over the tables that ends what has expired or timed out; the drain, which closes connections a
+//! few at a time; and the replacement of a peer's connection by a newer one when there is no room for both.
 //!
-//! All times are of the monotonic clock ([`Instant`]), independent of the wall clock. If the process was stopped or its
-//! virtual machine paused, that clock continued: the sweep is late, reservations and graces that have run out end, and
-//! liveness timers are reset. Linux stops the clock while the machine is suspended, as if no time had passed: a slot
-//! that is not renewed ends that much later than its peer was told, and a peer that left meanwhile is probed within a
-//! heartbeat.
+//! All times are of the monotonic clock ([`Instant`]), independent of the wall clock. While the process is stopped or
+//! its virtual machine is paused, that clock goes on: the next sweep is late, ends the reservations and graces that
+//! have run out, and resets liveness timers. Linux stops the clock while the machine is suspended, as if no time had
+//! passed: a slot that is not renewed ends that much later than its peer was told, and a peer that has gone meanwhile
+//! is probed within a heartbeat.
 //!
-//! While it drains, it grants no request. A client whose connection was closed is back within seconds, here or at another
-//! relay; one that was refused may stay away for an hour. So a request is answered by closing its connection. The closes
-//! are spread over the drain time, because clients that leave together come back together. Circuits stay.
+//! A draining relay grants no request. A client whose connection was closed is back within seconds, here or at another
+//! relay; one that was refused may stay away for an hour. So a request is answered by closing its connection. The
+//! closes are spread over the drain time, because clients that are closed together come back together. Circuits stay.
 
 use std::{
     cmp::Reverse,
@@ -33,16 +33,16 @@ use crate::{
 /// without CPU time reads no answers.
 const LATE: Duration = Duration::from_secs(1);
 
-/// By how much the silence limit of a peer behind a link that loses packets is longer. TCP waits for up to two minutes
-/// before it sends lost data once more; meanwhile the peer only acknowledges. At 30 % loss one of 120 peers did so for more
-/// than four times the limit within ten minutes.
+/// Multiplies the silence limit of a peer whose link loses packets. TCP waits for up to two minutes before it sends
+/// lost data once more; meanwhile the peer only acknowledges. Measured for ten minutes at 30 % loss: one of 120 peers
+/// only acknowledged for more than four times the limit.
 const LOSSY_FACTOR: u32 = 8;
 
 impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     /// Passes over all tables.
     pub fn sweep(&mut self, now: Instant) {
-        // 1. What arrived while the process was stopped may not have been read yet: probes, and the newcomers that wait for
-        //    their answers, stop requests and stalls get that time.
+        // 1. After a delay, extend or restart probes, the waits of newcomers, stop requests and stalls: answers may not
+        //    have been read yet.
         let late = now.saturating_duration_since(self.sweep_due);
         if late > TICK {
             let shift = |since| if late > LATE { now } else { since + late };
@@ -66,8 +66,8 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         found.probe.into_iter().for_each(|connection| self.probe(connection, now));
         found.timed_out.sort_unstable(); // so that a simulation can be repeated
         found.timed_out.into_iter().for_each(|connection| self.time_out(connection, now));
-        // 5. Ask targets that do not answer over another connection: they may have reconnected without reserving again, and
-        //    the old connection may be half-open. Find slots for newcomers.
+        // 5. Ask unresponsive targets over another of their connections: they may have reconnected without reserving
+        //    again, and the old connection may be half-open. Find slots for newcomers.
         for (id, silent) in self.circuits.unanswered(now) {
             self.ask_elsewhere(id, silent, now);
         }
@@ -80,8 +80,8 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         self.bring_sweep_forward(now);
     }
 
-    /// Ends the circuits in which bytes wait and have not moved for a while, if memory is scarce for the client prefix of
-    /// either peer.
+    /// Ends the circuits in which bytes wait and have not moved for a while, if memory is scarce for the client prefix
+    /// of either peer.
     pub fn end_stalled(&mut self, is_scarce: impl Fn(Option<ClientPrefix>) -> bool, now: Instant) {
         let mut stalled = self.circuits.stalled(now);
         stalled.retain(|(_, ends)| {
@@ -98,10 +98,10 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         }
     }
 
-    /// Handles a peer that timed out on this connection: as if it had closed, whether or not the relay closes it.
+    /// Handles a time-out on this connection as if it had closed, whether or not the relay closes it.
     ///
-    /// If its link loses packets and the peer may be alive, it has [`LOSSY_FACTOR`] times as long. It is probed again: if
-    /// it acknowledges that, it is not gone.
+    /// A peer that may be alive behind a link that loses packets has [`LOSSY_FACTOR`] times the silence limit. It is
+    /// probed again: a TCP acknowledgement shows that it is alive.
     pub(super) fn time_out(&mut self, connection: C, now: Instant) {
         let Some(silent) = self.connections.get_mut(connection) else { return };
         let silent_for = silent.liveness.silent_for(now);
@@ -114,11 +114,11 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         silent.liveness.on_activity(now); // if it stays open, its timers start again
         silent.liveness.heard_since_timeout = Some(false);
         self.report(Event::PeerSilent { peer, address, silent_for });
-        // It had as much time to answer on the connections that were probed as early.
+        // It has timed out, too, on its other connections that were probed no later.
         for other in self.connections.ids_of(&peer) {
             let Some(up) = self.connections.get_mut(other) else { continue };
-            let is_as_early = up.liveness.probed_at.is_some_and(|at| Some(at) <= probed_at);
-            if is_as_early && !up.is_lossy() {
+            let is_no_later = up.liveness.probed_at.is_some_and(|at| Some(at) <= probed_at);
+            if is_no_later && !up.is_lossy() {
                 up.liveness.heard_since_timeout = Some(false);
             }
         }
@@ -128,7 +128,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         }
     }
 
-    /// Makes slots in grace live again whose peers are heard over a connection that they timed out on and that is open.
+    /// Revives the slots in grace whose peers are heard again over an open connection on which they had timed out.
     fn revive(&mut self, now: Instant) {
         let is_heard = |up: &Connection| up.liveness.heard_since_timeout == Some(true);
         let heard = self.reservations.peers_in_grace().flat_map(|peer| {
@@ -149,8 +149,8 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         }
     }
 
-    /// Ends the circuits over a connection, but for those whose target can be asked elsewhere, and moves its reservation or
-    /// begins the grace; without grace, frees its slot.
+    /// Ends the circuits over a connection, except those whose target can be asked elsewhere. Moves the reservation
+    /// that points at it to another connection, or else begins the grace; without grace, frees the slot.
     pub(super) fn abandon(&mut self, gone: End<C>, end: CircuitEnd, now: Instant) {
         for id in self.circuits.over(gone) {
             if self.ask_elsewhere(id, gone, now).is_none() {
@@ -166,14 +166,14 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         let reason = if is_silent { FreedReason::Silent } else { FreedReason::Disconnected };
         self.reservations.on_disconnected(gone, &up, reason, now);
         self.apply_changes(now);
-        // The answer for the address that it moved to may come later.
+        // The slot may move before the access rules have answered about the new address.
         if !up.is_empty() {
             self.recheck(Some(gone.peer), now);
         }
     }
 
-    /// Probes a peer over this connection; if its slot points at it, over its other ones, too: the slot moves to one of them if
-    /// the peer answers only there.
+    /// Probes a peer over this connection. If the peer's slot points at this one, probes the other ones, too: the slot
+    /// moves to one of them if the peer answers only there.
     pub(super) fn probe(&mut self, connection: C, now: Instant) {
         let Some(up) = self.connections.get(connection) else { return };
         let (peer, is_holder) = (up.origin.peer, up.holds_reservation);
@@ -193,7 +193,8 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
     }
 
     /// Drains: grants no request from now on, and closes all connections without a circuit by `until`. Without
-    /// [`Config::close_silent`](crate::Config::close_silent) it closes only those that hold a slot or carry a circuit now.
+    /// [`Config::close_silent`](crate::Config::close_silent) it closes only those that hold a slot or carry a circuit
+    /// now.
     pub fn drain(&mut self, until: Instant, now: Instant) {
         let used = self.connections.iter().filter(|(_, up)| up.is_used());
         let used = used.map(|(id, _)| id).collect();
@@ -214,16 +215,16 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
         self.draining.is_some()
     }
 
-    /// Closes as many connections as are due in a drain, one whose last circuit ended included.
+    /// Closes as many connections as are due in a drain, including those whose last circuit has ended.
     pub(super) fn close_due(&mut self, now: Instant) {
         let Some(draining) = &mut self.draining else { return };
         draining.unanswered.retain(|(over, _)| self.connections.get(*over).is_some());
-        let unused = self.connections.iter().filter(|(id, up)| {
-            let is_used = up.holds_reservation || draining.used.contains(id);
-            up.circuits == 0 && up.closing.is_none() && (self.config.close_silent || is_used)
+        let closable = self.connections.iter().filter(|(id, up)| {
+            let is_the_relays = up.holds_reservation || draining.used.contains(id);
+            up.circuits == 0 && up.closing.is_none() && (self.config.close_silent || is_the_relays)
         });
-        let mut unused: Vec<_> = unused.map(|(connection, _)| connection).collect();
-        let mut due = unused.len();
+        let mut closable: Vec<_> = closable.map(|(connection, _)| connection).collect();
+        let mut due = closable.len();
         if now < draining.until {
             // The rate at which those that remain are closed in the time that remains.
             let left = draining.until.saturating_duration_since(draining.last).as_secs_f64();
@@ -233,9 +234,9 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
             due = draining.due as usize;
             draining.due -= due as f64;
         }
-        unused.sort_unstable();
-        let due = unused.into_iter().take(due);
-        due.for_each(|connection| self.close(connection, CloseReason::Draining));
+        closable.sort_unstable();
+        let closed = closable.into_iter().take(due);
+        closed.for_each(|connection| self.close(connection, CloseReason::Draining));
     }
 
     /// Answers a request by closing its connection, unless that carries circuits or serves other protocols; then by
@@ -248,6 +249,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
             draining.unanswered.push((from.connection, reply));
             self.close(from.connection, CloseReason::Draining);
         }
+        // Otherwise dropping `reply` resets the stream.
     }
 
     /// Closes a connection, and marks it as closing.
@@ -355,7 +357,7 @@ mod tests {
     }
 
     #[test]
-    fn after_a_suspend_of_ten_minutes_liveness_resets_and_ended_terms_expire() {
+    fn after_a_pause_of_ten_minutes_liveness_resets_and_ended_terms_expire() {
         let start = Instant::now();
         let (mut relay, [stays, leaves]) = relay(Config::default(), start);
         let (probed, both) = until_found(&mut relay);
@@ -369,7 +371,7 @@ mod tests {
             Found { freed: vec![(leaves.peer, FreedReason::GraceOver)], ..Found::default() };
         assert_eq!(found(&mut relay), expected);
 
-        // The probe sent before the suspend does not count.
+        // The probe sent before the pause does not count.
         let Config { heartbeat, silence, .. } = Config::default();
         let (probed, again) = until_found(&mut relay);
         assert_eq!((probed, again.probed), (late + heartbeat, vec![stays.peer]));
@@ -536,25 +538,25 @@ mod tests {
     fn the_open_connection_of_a_peer_that_timed_out_is_kept_until_its_grace_is_over() {
         let start = Instant::now();
         let (mut relay, holders) = relay(Config::default(), start);
-        let let_go = |relay: &mut Relay<u32, ()>| -> Vec<_> {
+        let released = |relay: &mut Relay<u32, ()>| -> Vec<_> {
             let actions = std::iter::from_fn(|| relay.actions.pop_front());
-            let released = actions.filter_map(|action| match action {
+            let ends = actions.filter_map(|action| match action {
                 Action::Hold(end, false) => Some(end.connection),
                 _ => None,
             });
-            released.collect()
+            ends.collect()
         };
         holders.iter().for_each(|end| relay.time_out(end.connection, start));
-        assert_eq!((relay.reservations.in_grace(), let_go(&mut relay)), (2, vec![]));
+        assert_eq!((relay.reservations.in_grace(), released(&mut relay)), (2, vec![]));
         // One reserves over a new connection, and the grace of the other one ends.
         let [alice, bob] = holders;
         let new = End { connection: 2, ..alice };
         let up = Connection::new(alice.peer, "/memory/1".parse().unwrap(), false, 0, start);
         relay.connections.add(new.connection, up);
         relay.handle_request(new, Ok(Request::Reserve), (), start);
-        assert_eq!(let_go(&mut relay), [alice.connection]);
+        assert_eq!(released(&mut relay), [alice.connection]);
         relay.sweep(start + Config::default().grace);
-        assert_eq!(let_go(&mut relay), [bob.connection]);
+        assert_eq!(released(&mut relay), [bob.connection]);
     }
 
     /// Sweeps as due until then; returns all findings.
@@ -570,10 +572,9 @@ mod tests {
         all
     }
 
-    /// Where only the relay's own streams count: no verdict within the silence limit, and none after a single probe.
+    /// Where only the relay's own streams count: no time-out within the silence limit, and none after a single probe.
     #[test]
-    fn a_newcomer_takes_no_slot_of_a_peer_of_which_only_some_streams_count_before_two_probes_and_the_limit()
-     {
+    fn a_newcomer_takes_no_slot_of_a_partially_tracked_peer_before_two_probes_and_the_limit() {
         let start = Instant::now();
         let heartbeat = Duration::ZERO;
         let config =
@@ -593,7 +594,7 @@ mod tests {
     }
 
     #[test]
-    fn a_newcomer_takes_no_slot_of_such_a_peer_before_the_probe_after_setting_either() {
+    fn a_newcomer_takes_no_slot_of_a_partially_tracked_peer_before_probe_after() {
         let start = Instant::now();
         let (heartbeat, probe_after) = (Duration::ZERO, Duration::from_secs(90));
         let config = Config { max_reservations: 2, heartbeat, probe_after, ..Config::default() };
@@ -606,7 +607,7 @@ mod tests {
     }
 
     #[test]
-    fn a_probe_lasts_as_long_as_set_where_the_silence_limit_is_shorter_and_there_is_no_heartbeat() {
+    fn without_heartbeat_a_probe_lasts_as_long_as_set_even_if_the_silence_limit_is_shorter() {
         let start = Instant::now();
         let (heartbeat, silence) = (Duration::ZERO, Duration::from_secs(1));
         let config = Config { max_reservations: 2, heartbeat, silence, ..Config::default() };
@@ -758,7 +759,7 @@ mod tests {
     }
 
     #[test]
-    fn a_term_that_ended_during_a_suspend_is_expired() {
+    fn a_term_that_ended_during_a_pause_is_expired() {
         let start = Instant::now();
         let config = Config { reservation_ttl: TEN_MINUTES / 2, ..Config::default() };
         let (mut relay, holders) = relay(config, start);
@@ -807,7 +808,7 @@ mod drain_tests {
     }
 
     /// Opens a circuit from the first to the second connection.
-    fn circuit(relay: &mut Relay<u32, ()>, ends: &[End<u32>], now: Instant) {
+    fn open_circuit(relay: &mut Relay<u32, ()>, ends: &[End<u32>], now: Instant) {
         relay.handle_request(ends[1], Ok(Request::Reserve), (), now);
         relay.handle_request(ends[0], Ok(Request::Connect(ends[1].peer)), (), now);
         let (id, _) = relay.circuits.iter().next().expect("an admitted circuit");
@@ -845,7 +846,7 @@ mod drain_tests {
         let (mut relay, ends) = relay(4, start);
         let config = Config::default();
         relay.set_config(config, start).unwrap();
-        circuit(&mut relay, &ends, start);
+        open_circuit(&mut relay, &ends, start);
         relay.drain(start + DRAIN, start);
         relay.handle_request(ends[2], Ok(Request::Reserve), (), start);
         relay.sweep(start + DRAIN);
@@ -877,7 +878,7 @@ mod drain_tests {
     fn a_connection_with_a_circuit_stays_until_the_circuit_ends() {
         let start = Instant::now();
         let (mut relay, ends) = relay(3, start);
-        circuit(&mut relay, &ends, start);
+        open_circuit(&mut relay, &ends, start);
         relay.drain(start + DRAIN, start);
         relay.sweep(start + DRAIN);
         assert_eq!(actions(&mut relay).0, [2]);
@@ -892,7 +893,7 @@ mod drain_tests {
     fn a_request_while_draining_closes_its_connection_unless_it_carries_a_circuit() {
         let start = Instant::now();
         let (mut relay, ends) = relay(4, start);
-        circuit(&mut relay, &ends, start);
+        open_circuit(&mut relay, &ends, start);
         relay.drain(start + DRAIN, start);
         relay.handle_request(ends[2], Ok(Request::Reserve), (), start);
         relay.handle_request(ends[3], Ok(Request::Connect(ends[1].peer)), (), start);
@@ -1017,7 +1018,7 @@ mod preemption_tests {
         }
 
         /// Opens a circuit to `target`, which holds a slot; the receiver is cancelled when the circuit is ended.
-        fn circuit(&mut self, source: u32, target: PeerId) -> oneshot::Receiver<()> {
+        fn open_circuit(&mut self, source: u32, target: PeerId) -> oneshot::Receiver<()> {
             let (from, now) = (self.ends[source as usize], self.now);
             self.relay.handle_request(from, Ok(Request::Connect(target)), (), now);
             let asked = std::iter::from_fn(|| self.relay.actions.pop_front()).find_map(|action| {
@@ -1129,22 +1130,22 @@ mod preemption_tests {
         let carol = clients.connect(PeerId::random());
         clients.reserve(first);
         clients.reserve(of_bob);
-        let mut circuits = [alice, bob].map(|target| clients.circuit(carol, target));
+        let mut circuits = [alice, bob].map(|target| clients.open_circuit(carol, target));
         let second = clients.connect(alice);
         assert_eq!(clients.replace_with(second), closed(first));
         let ended = circuits.each_mut().map(|circuit| circuit.try_recv().is_err());
         assert_eq!(ended, [true, false]);
-        let _over_the_new_one = clients.circuit(carol, alice); // at once
-        let ends = |clients: &Clients, of| {
+        let _over_the_new_one = clients.open_circuit(carol, alice); // at once
+        let circuits_of = |clients: &Clients, of| {
             let circuits = clients.relay.circuits.over(clients.ends[of as usize]);
             circuits.len()
         };
-        assert_eq!(ends(&clients, second), 1);
-        assert_eq!(ends(&clients, of_bob), 1);
+        assert_eq!(circuits_of(&clients, second), 1);
+        assert_eq!(circuits_of(&clients, of_bob), 1);
     }
 
     #[test]
-    fn an_idle_connection_is_evictable_unless_its_peer_holds_a_slot() {
+    fn an_idle_connection_may_be_preempted_unless_its_peer_holds_a_slot() {
         let mut clients = Clients::new();
         let alice = PeerId::random();
         let holder = clients.connect(alice);

@@ -52,7 +52,7 @@ pub enum Exceeded {
     /// The rate of all peers together.
     #[error("too many dials")]
     Total,
-    /// The number of dials in progress, of the address, of its subnet or in total.
+    /// The number of dials in progress: to the address, to its subnet or in total.
     #[error("too many dials at once")]
     InProgress,
 }
@@ -74,7 +74,7 @@ impl DialLimits {
     ///
     /// # Errors
     ///
-    /// The limit that it would exceed. It counts towards none then.
+    /// The limit that the dial would exceed. The dial then counts towards none.
     pub fn acquire(
         &mut self,
         peer: PeerId,
@@ -93,7 +93,8 @@ impl DialLimits {
             return Err(Exceeded::Client);
         }
         self.total = Some(total);
-        self.peers.retain(|_, full_at| *full_at > now); // at most `TOTAL` times a minute
+        // A pass over the table, at most `TOTAL` times a minute.
+        self.peers.retain(|_, full_at| *full_at > now);
         self.peers.insert(peer, of_peer);
         self.in_progress.add(Some(prefix));
         Ok(())

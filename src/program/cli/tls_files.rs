@@ -1,5 +1,5 @@
-//! The files of `--tls-cert` and `--tls-key`: read at the start, and reloaded when they change or on SIGHUP. If reloading
-//! fails, the previous certificate stays in use.
+//! The files of `--tls-cert` and `--tls-key`: read at the start, and reloaded when they change or on SIGHUP. If
+//! reloading fails, the previous certificate stays in use.
 
 use std::{
     fs::{self, File},
@@ -57,6 +57,7 @@ impl TlsFiles {
             (self.files, self.validity) = (None, None);
             return Ok(());
         };
+        // The stamp first: a change during the read is found at the next check.
         let (stamp, read) = (files.stamp(), files.read());
         self.files = Some((files, ChangeDetector::new(stamp)));
         self.serve(read?, node);
@@ -99,7 +100,7 @@ impl Component for TlsFiles {
         let Some((files, changes)) = &mut self.files else {
             return;
         };
-        if !changes.has_settled(files.stamp()) {
+        if !changes.check(files.stamp()) {
             return;
         }
         let cert = files.cert.display().to_string();
@@ -157,7 +158,7 @@ impl Files {
     }
 }
 
-/// Reads the file that `flag` names. Both as secrets, because the certificate's may contain the key, too.
+/// Reads the file that `flag` names, as a secret: the certificate's file may contain the key, too.
 fn contents(flag: &str, file: &Path) -> Result<Zeroizing<Vec<u8>>> {
     let read = || {
         let metadata = fs::metadata(file)?;
@@ -172,8 +173,8 @@ fn contents(flag: &str, file: &Path) -> Result<Zeroizing<Vec<u8>>> {
     read().map_err(unreadable)
 }
 
-/// What shows a change of the files: the time of the last change, length and inode of each. The time includes changes of
-/// the owner and of the permissions, which may make a file readable.
+/// The ctime, length and inode of each file, which show a change. The ctime changes with the owner and the permissions,
+/// too, which may make a file readable.
 type Stamp = [Option<(i64, i64, u64, u64)>; 2];
 
 /// Detects that the files have changed and are complete.
@@ -189,15 +190,15 @@ impl ChangeDetector {
         Self { read, checked: read }
     }
 
-    /// Whether to read the files: they have changed, and are the same as at the last check. Both files are replaced, but not
-    /// in the same instant.
-    fn has_settled(&mut self, now: Stamp) -> bool {
+    /// Returns whether to read the files: they have changed since they were read, but not since the last check. The two
+    /// files are not replaced in the same instant.
+    fn check(&mut self, now: Stamp) -> bool {
         let is_stable = now == std::mem::replace(&mut self.checked, now);
-        let has_settled = is_stable && now != self.read;
-        if has_settled {
+        let is_due = is_stable && now != self.read;
+        if is_due {
             self.read = now;
         }
-        has_settled
+        is_due
     }
 }
 
@@ -226,7 +227,7 @@ mod tests {
         }
     }
 
-    /// As after an error that says that they cannot be read.
+    /// An operator changes them after an error about reading the files.
     #[test]
     fn a_change_of_permissions_is_a_change_of_the_files() {
         use std::os::unix::fs::PermissionsExt;
@@ -235,26 +236,26 @@ mod tests {
         let files = Files { cert: file.path().into(), key: file.path().into() };
         let before = files.stamp();
         // The file system's clock is coarse.
-        let is_noticed = |mode| {
+        let changes_stamp = |mode| {
             fs::set_permissions(file.path(), fs::Permissions::from_mode(mode)).unwrap();
             files.stamp() != before
         };
-        assert!([0o600, 0o644].into_iter().cycle().take(100_000).any(is_noticed));
+        assert!([0o600, 0o644].into_iter().cycle().take(100_000).any(changes_stamp));
     }
 
     #[test]
     fn tls_files_are_reloaded_once_per_change_after_they_settle() {
         let mut changes = ChangeDetector::new(stamp(1, 1));
-        assert!(!changes.has_settled(stamp(1, 1)));
-        assert!(!changes.has_settled(stamp(2, 1)), "the new key may not be written yet");
-        assert!(!changes.has_settled(stamp(2, 2)));
-        assert!(changes.has_settled(stamp(2, 2)));
-        assert!(!changes.has_settled(stamp(2, 2)));
-        assert!(!changes.has_settled([None, None]));
-        assert!(changes.has_settled([None, None]));
-        assert!(!changes.has_settled([None, None]));
-        assert!(!changes.has_settled(stamp(3, 3)));
-        assert!(!changes.has_settled(stamp(2, 2)));
-        assert!(changes.has_settled(stamp(2, 2)));
+        assert!(!changes.check(stamp(1, 1)));
+        assert!(!changes.check(stamp(2, 1)), "the new key may not be written yet");
+        assert!(!changes.check(stamp(2, 2)));
+        assert!(changes.check(stamp(2, 2)));
+        assert!(!changes.check(stamp(2, 2)));
+        assert!(!changes.check([None, None]));
+        assert!(changes.check([None, None]));
+        assert!(!changes.check([None, None]));
+        assert!(!changes.check(stamp(3, 3)));
+        assert!(!changes.check(stamp(2, 2)));
+        assert!(changes.check(stamp(2, 2)));
     }
 }

@@ -48,8 +48,8 @@ pub enum NodeEvent {
 }
 
 impl NodeEvent {
-    /// The event of a closed connection, and why it was closed, for the log. `by_relay` is the relay's reason, if it
-    /// closed it.
+    /// The event of a closed connection, and why it was closed, for the log. `by_relay`: the relay's reason, if the
+    /// relay closed it.
     pub(super) fn closed(
         endpoint: &ConnectedPoint,
         by_relay: Option<CloseReason>,
@@ -61,7 +61,8 @@ impl NodeEvent {
         };
         let why = innermost(cause).to_string();
         let why = if why.starts_with(reason) { why } else { format!("{reason}: {why}") };
-        // The muxer wraps the error of a connection that its peer closed without having opened a stream.
+        // The muxer wraps the error if the peer closed the connection without having opened a stream: it expected
+        // another peer id.
         if causes(cause).any(|cause| cause.is::<StageError>()) {
             let address = endpoint.get_remote_address().clone();
             let failure = HandshakeFailure { stage: Stage::Muxer, reason: Reason::PeerId };
@@ -92,19 +93,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_end_of_a_connection_has_its_reason() {
+    fn each_way_a_connection_closes_has_its_reason() {
         // As libp2p boxes the muxer's errors.
         let of = |error: io::Error| ConnectionError::IO(io::Error::other(error));
         let stalled = "write stalled: no progress for 60 s";
         let stalled = of(io::Error::new(io::ErrorKind::TimedOut, stalled));
         let refusals = of(io::Error::other(Cut::Refusals.kind()));
-        let left = of(io::ErrorKind::ConnectionAborted.into());
+        let aborted = of(io::ErrorKind::ConnectionAborted.into());
         let reset = of(io::ErrorKind::ConnectionReset.into());
         let broken = of(io::Error::other("a frame is longer than any window"));
         for (by_relay, cause, reason) in [
             (None, Some(stalled), "write stalled"),
             (None, Some(refusals), "refusals not taken"),
-            (None, Some(left), "closed by the peer"),
+            (None, Some(aborted), "closed by the peer"),
             (None, Some(reset), "closed by the peer"),
             (None, Some(broken), "failed"),
             (Some(CloseReason::Silent), Some(of(io::ErrorKind::TimedOut.into())), "silent"),

@@ -1,5 +1,5 @@
-//! Two sessions that share a pool which is nearly full: after each step, what is charged is what is held, and the credit of
-//! each receiver is what its sender may send.
+//! Two sessions that share a pool which is nearly full: after each step the charges equal the buffered bytes, and each
+//! receiver's credit is what its sender may send.
 
 use super::*;
 
@@ -16,8 +16,8 @@ struct Crowded {
 #[derive(Clone, Copy, Debug)]
 enum PoolStep {
     /// A step of one side.
-    Take(usize, Step),
-    /// The other connection holds so many sixteenths of the pool.
+    Side(usize, Step),
+    /// The other connection holds this many sixteenths of the pool.
     Fill(usize),
 }
 
@@ -30,9 +30,9 @@ impl Crowded {
         Self { connection: Connection { sides, ..Connection::default() }, pool, other }
     }
 
-    fn take(&mut self, step: PoolStep) {
+    fn step(&mut self, step: PoolStep) {
         match step {
-            PoolStep::Take(at, step) => self.connection.step(at, step),
+            PoolStep::Side(at, step) => self.connection.step(at, step),
             PoolStep::Fill(sixteenths) => {
                 self.other.replace_charge(self.other.held(), LIMIT / 16 * sixteenths);
             }
@@ -42,7 +42,7 @@ impl Crowded {
         self.assert_consistent();
     }
 
-    /// As [`MemoryBudget::enforce`], which needs the locks of sessions. Tells the models which streams are reset.
+    /// As [`MemoryBudget::enforce`], which works on locked sessions. Marks the streams that it resets in the models.
     fn push_out(&mut self) {
         if self.pool.buffered().bytes <= LIMIT {
             return;
@@ -110,7 +110,7 @@ impl Crowded {
         (0..2).for_each(|at| self.assert_credit(at));
     }
 
-    /// Asserts that what side `at` may still send, has not sent yet or has sent is what the other side expects.
+    /// Asserts that the other side's credit is what side `at` may still send, plus what is unsent or on the wire.
     fn assert_credit(&self, at: usize) {
         let Connection { sides, wires, .. } = &self.connection;
         let [from, to] = [&sides[at], &sides[1 - at]];
@@ -153,11 +153,11 @@ impl Crowded {
                         break;
                     }
                     let before = model.written;
-                    self.take(PoolStep::Take(at, Step::Write(number, 100_000)));
+                    self.step(PoolStep::Side(at, Step::Write(number, 100_000)));
                     let written = self.connection.streams[at][number].written - before;
                     self.settle();
                     let model = &self.connection.streams[at][number];
-                    assert!(written > 0 || !is_open(model), "it waits for credit");
+                    assert!(written > 0 || !is_open(model), "the stream is stuck: no credit comes");
                     moved += written;
                 }
             }
@@ -166,16 +166,17 @@ impl Crowded {
 
     /// As [`Connection::settle`], with push-out after each step.
     fn settle(&mut self) {
+        // Until a round of both sides moves nothing: no bytes, no new stream, no read.
         loop {
             let mut moved = false;
             for at in 0..2 {
                 loop {
                     let before = self.connection.wires[at].len();
-                    self.take(PoolStep::Take(at, Step::Send(QUANTUM)));
+                    self.step(PoolStep::Side(at, Step::Send(QUANTUM)));
                     let has_sent = self.connection.wires[at].len() > before;
                     let has_some = !self.connection.wires[at].is_empty();
                     if has_some {
-                        self.take(PoolStep::Take(1 - at, Step::Arrive(usize::MAX)));
+                        self.step(PoolStep::Side(1 - at, Step::Arrive(usize::MAX)));
                     }
                     moved |= has_sent || has_some;
                     if !has_sent {
@@ -183,7 +184,7 @@ impl Crowded {
                     }
                 }
                 moved |= !self.connection.sides[at].session.accepted.is_empty();
-                self.take(PoolStep::Take(at, Step::Accept));
+                self.step(PoolStep::Side(at, Step::Accept));
                 for number in 0..self.connection.streams[at].len() {
                     loop {
                         let state = |it: &Self| {
@@ -191,7 +192,7 @@ impl Crowded {
                             (model.read, model.ended)
                         };
                         let before = state(self);
-                        self.take(PoolStep::Take(at, Step::Read(number, 1 << 20)));
+                        self.step(PoolStep::Side(at, Step::Read(number, 1 << 20)));
                         if state(self) == before {
                             break;
                         }
@@ -207,7 +208,7 @@ impl Crowded {
 
     /// Drops every stream and asserts that no state is left.
     fn end(mut self) {
-        self.take(PoolStep::Fill(0));
+        self.step(PoolStep::Fill(0));
         self.connection.end();
         self.assert_consistent();
     }
@@ -215,7 +216,7 @@ impl Crowded {
 
 fn pool_steps() -> impl Strategy<Value = PoolStep> {
     prop_oneof![
-        12 => (0..2_usize, steps()).prop_map(|(at, step)| PoolStep::Take(at, step)),
+        12 => (0..2_usize, steps()).prop_map(|(at, step)| PoolStep::Side(at, step)),
         1 => prop_oneof![Just(0), 8..16_usize, 13..16_usize].prop_map(PoolStep::Fill),
     ]
 }
@@ -230,9 +231,9 @@ proptest! {
     ) {
         let mut crowded = Crowded::new();
         for step in steps {
-            crowded.take(step);
+            crowded.step(step);
         }
-        crowded.take(PoolStep::Fill(then));
+        crowded.step(PoolStep::Fill(then));
         crowded.settle();
         crowded.connection.check();
         crowded.assert_progress(300_000);
