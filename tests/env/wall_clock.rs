@@ -27,7 +27,7 @@ use crate::{
 const LIBRARY: &str = "/usr/$LIB/faketime/libfaketimeMT.so.1";
 
 /// The warning of a relay whose clock is not set.
-const NOT_SET: &str = "the clock of this machine is not set";
+const NOT_SET: &str = "this machine's clock is not set";
 
 const DAY: i64 = 24 * 60 * 60;
 

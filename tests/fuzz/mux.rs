@@ -30,7 +30,7 @@ struct Link<'a> {
     sent: &'a [u8],
     at_once: usize,
     received: Arc<Mutex<Vec<u8>>>,
-    /// How many bytes the peer takes at once; it takes none each other time. `None`: all.
+    /// How many bytes the peer takes at once; it takes none every other time. `None`: all.
     taken_at_once: Option<usize>,
     is_full: bool,
 }
@@ -97,8 +97,8 @@ impl<'a> Connection<'a> {
         Self { muxer, streams: Vec::new(), received, taken_at_once, choices }
     }
 
-    /// Polls the muxer once, and uses its streams. Returns false once the muxer has failed: because the input is invalid, or
-    /// at its end.
+    /// Polls the muxer once, and uses its streams. Returns false once the muxer has failed: because the input is
+    /// invalid, or at its end.
     fn poll(&mut self) -> bool {
         let cx = &mut Context::from_waker(Waker::noop());
         let Some(muxer) = &mut self.muxer else { return false };
@@ -128,9 +128,10 @@ impl<'a> Connection<'a> {
     }
 }
 
-/// A peer sends `bytes`, except for the first two: those choose how many bytes arrive at once, and what the relay does
-/// with the streams that the peer opens (bits: echo, close, drop), whether the peer takes its output slowly, and whether a
-/// second peer sends the same at another speed, while both share a small pool.
+/// A peer sends `bytes`, except for the first two. The first byte chooses how many bytes arrive at once. The bits of
+/// the second choose whether the relay echoes (1), closes (2) and drops (4) the streams that the peer opens, whether
+/// the peer takes its output slowly (8), and whether a second peer sends the same at another speed, while both share a
+/// small pool (16).
 pub fn check(bytes: &[u8]) {
     let [at_once, choices, sent @ ..] = bytes else {
         return;
@@ -144,13 +145,8 @@ pub fn check(bytes: &[u8]) {
     let mut connections = vec![Connection::new(&multiplex, 1, sent, at_once, *choices)];
     if is_crowded {
         let at_once = 1 + at_once / 3;
-        connections.push(Connection::new(
-            &multiplex,
-            2,
-            sent,
-            at_once,
-            choices.rotate_left(1) | 16,
-        ));
+        let choices = choices.rotate_left(1); // other ones than the first peer's
+        connections.push(Connection::new(&multiplex, 2, sent, at_once, choices));
     }
     while connections.iter_mut().fold(false, |polls, connection| connection.poll() | polls) {
         let buffered = multiplex.memory.buffered().bytes;
@@ -177,10 +173,11 @@ fn assert_frames(mut bytes: &[u8], are_whole: bool) {
     assert!(!are_whole || bytes.is_empty(), "a whole header");
 }
 
-/// Frames, most of them in order.
+/// Two bytes that choose (see [`check`]), and then frames, most of them valid.
 pub fn frames() -> impl Strategy<Value = Vec<u8>> {
     let flags = prop_oneof![4 => Just(0_u16), 4 => Just(1), 1 => 0..16_u16];
     let length = prop_oneof![4 => 0..40_usize, 1 => 0..300_000_usize];
+    // No go-away: it would end the session.
     let frame = (0..3_u8, flags, 0..12_u32, length).prop_map(|(kind, flags, stream, length)| {
         let [flags, stream] = [u32::from(flags), stream].map(u32::to_be_bytes);
         let header = [&[0, kind], &flags[2..], &stream, &(length as u32).to_be_bytes()].concat();
