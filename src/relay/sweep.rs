@@ -194,11 +194,12 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
 
     /// Drains: grants no request from now on, and closes all connections without a circuit by `until`. Without
     /// [`Config::close_silent`](crate::Config::close_silent) it closes only those that hold a slot or carry a circuit
-    /// now.
+    /// now, or did so at the start of the drain that this one replaces.
     pub fn drain(&mut self, until: Instant, now: Instant) {
-        let used = self.connections.iter().filter(|(_, up)| up.is_used());
-        let used = used.map(|(id, _)| id).collect();
-        self.draining = Some(Draining { until, last: now, due: 0.0, unanswered: Vec::new(), used });
+        let earlier = self.draining.take().map(|drain| (drain.unanswered, drain.used));
+        let (unanswered, mut used) = earlier.unwrap_or_default();
+        used.extend(self.connections.iter().filter(|(_, up)| up.is_used()).map(|(id, _)| id));
+        self.draining = Some(Draining { until, last: now, due: 0.0, unanswered, used });
         for newcomer in std::mem::take(&mut self.waiting) {
             self.refuse(newcomer.request, Refused::Draining);
         }
@@ -235,8 +236,7 @@ impl<C: Copy + Ord + Hash, R> Relay<C, R> {
             draining.due -= due as f64;
         }
         closable.sort_unstable();
-        let closed = closable.into_iter().take(due);
-        closed.for_each(|connection| self.close(connection, CloseReason::Draining));
+        closable.into_iter().take(due).for_each(|id| self.close(id, CloseReason::Draining));
     }
 
     /// Answers a request by closing its connection, unless that carries circuits or serves other protocols; then by
@@ -918,6 +918,34 @@ mod drain_tests {
             relay.sweep(start);
             assert_eq!(Arc::strong_count(&reply), 1);
         }
+    }
+
+    #[test]
+    fn a_second_drain_keeps_the_requests_that_wait_for_their_connections_to_close() {
+        let start = Instant::now();
+        let config = Config { close_silent: true, ..Config::default() };
+        let mut relay = Relay::<u32, Arc<()>>::new(config, start).unwrap();
+        let (end, reply) = (End { peer: PeerId::random(), connection: 0 }, Arc::new(()));
+        let up = Connection::new(end.peer, "/memory/1".parse().unwrap(), false, 0, start);
+        relay.connections.add(0, up);
+        relay.drain(start + DRAIN, start);
+        relay.handle_request(end, Ok(Request::Reserve), Arc::clone(&reply), start);
+        relay.drain(start + DRAIN, start);
+        assert_eq!(Arc::strong_count(&reply), 2);
+    }
+
+    #[test]
+    fn without_close_silent_a_second_drain_closes_what_was_in_use_at_the_first() {
+        let start = Instant::now();
+        let (mut relay, ends) = relay(3, start);
+        relay.set_config(Config::default(), start).unwrap();
+        open_circuit(&mut relay, &ends, start);
+        relay.drain(start + DRAIN, start);
+        let (id, _) = relay.circuits.iter().next().expect("the circuit");
+        relay.on_circuit_ended(id, crate::CircuitEnd::Finished, start);
+        relay.drain(start + DRAIN, start);
+        relay.sweep(start + DRAIN);
+        assert_eq!(actions(&mut relay).0, [0, 1]);
     }
 
     #[test]
