@@ -253,16 +253,19 @@ impl Node {
         }
     }
 
-    /// Updates the relay's addresses if the confirmed ones have changed.
+    /// Updates the relay's addresses if the confirmed ones have changed, and logs the change.
     fn update_confirmed(&mut self, now: Instant) {
         // A draining relay listens nowhere.
-        if self.relay().view().is_draining() || !self.observations.update(now) {
-            return;
+        let is_draining = self.relay().view().is_draining();
+        let changed = if is_draining { Vec::new() } else { self.observations.update(now) };
+        for own in changed {
+            let how = match self.observations.confirmed().contains(&own) {
+                true => "confirmed: peers of several networks reached the relay at",
+                false => "no longer confirmed:",
+            };
+            log::info!("address {how} {own}");
+            self.update_addresses(true);
         }
-        for own in self.observations.confirmed() {
-            log::info!("address confirmed: peers of several networks reached the relay at {own}");
-        }
-        self.update_addresses(true);
     }
 
     /// Replaces the subnets of the proxies in front of the relay.
@@ -460,12 +463,8 @@ impl Node {
 
     fn on_event(&mut self, event: SwarmEvent<PartsEvent>) -> Option<NodeEvent> {
         match event {
-            SwarmEvent::Behaviour(PartsEvent::Relay(event)) => {
-                return Some(NodeEvent::Relay(event));
-            }
-            SwarmEvent::Behaviour(PartsEvent::Identify(identified)) => {
-                self.on_identified(identified);
-            }
+            SwarmEvent::Behaviour(PartsEvent::Relay(it)) => return Some(NodeEvent::Relay(it)),
+            SwarmEvent::Behaviour(PartsEvent::Identify(message)) => self.on_identified(message),
             // Pushes only global addresses: those of the machine's containers change often, and clients cannot dial
             // them.
             SwarmEvent::NewListenAddr { address, listener_id } => {

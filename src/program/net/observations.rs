@@ -131,14 +131,13 @@ impl<C: Copy + Eq> Observations<C> {
         }
     }
 
-    /// Updates the confirmed addresses if that is due. Returns whether they have changed.
-    pub fn update(&mut self, now: Instant) -> bool {
+    /// Updates the confirmed addresses if that is due. Returns those that became confirmed or no longer are.
+    pub fn update(&mut self, now: Instant) -> Vec<Multiaddr> {
         if now < self.next_update {
-            return false;
+            return Vec::new();
         }
         self.next_update = now + UPDATE_INTERVAL;
-        let is_current =
-            |closed_at: Instant| now.saturating_duration_since(closed_at) < OBSERVATION_TTL;
+        let is_current = |closed_at| now.saturating_duration_since(closed_at) < OBSERVATION_TTL;
         self.by_service.retain(|_, observations| {
             observations.retain(|_, observation| observation.closed_at.is_none_or(is_current));
             !observations.is_empty()
@@ -146,7 +145,7 @@ impl<C: Copy + Eq> Observations<C> {
         if now < self.next_change {
             // The confirmed addresses are updated as soon as they may change.
             self.next_update = self.next_update.min(self.next_change);
-            return false;
+            return Vec::new();
         }
         let confirmed = self.by_service.iter().filter_map(|(service, observations)| {
             let ip = majority(observations.values().map(|observation| observation.ip))?;
@@ -154,12 +153,13 @@ impl<C: Copy + Eq> Observations<C> {
         });
         let mut confirmed: Vec<_> = confirmed.collect();
         confirmed.sort_unstable();
-        let has_changed = confirmed != self.confirmed;
-        if has_changed {
-            self.confirmed = confirmed;
+        let earlier = std::mem::replace(&mut self.confirmed, confirmed);
+        let all = earlier.iter().chain(&self.confirmed);
+        let changed = all.filter(|own| earlier.contains(own) != self.confirmed.contains(own));
+        if changed.clone().next().is_some() {
             self.next_change = now + CHANGE_INTERVAL;
         }
-        has_changed
+        changed.cloned().collect()
     }
 }
 
@@ -267,7 +267,23 @@ mod tests {
         assert!(fixture.confirmed().is_empty());
         fixture.observe("/ip4/10.2.0.1/tcp/1", TRUE);
         assert_eq!(fixture.confirmed(), [TRUE]);
-        assert!(!fixture.observations.update(fixture.now), "nothing has changed");
+        assert!(fixture.observations.update(fixture.now).is_empty(), "nothing has changed");
+    }
+
+    #[test]
+    fn an_update_returns_only_the_addresses_that_changed() {
+        let mut fixture = Fixture::new();
+        let changed = |fixture: &mut Fixture| {
+            fixture.pass(CHANGE_INTERVAL);
+            fixture.observations.update(fixture.now)
+        };
+        fixture.observe_from_subnets(1, 4, TRUE);
+        assert_eq!(changed(&mut fixture), [address(TRUE)]);
+        fixture.observe_from_ipv6_networks(1, 4, TRUE6);
+        assert_eq!(changed(&mut fixture), [address(TRUE6)]);
+        fixture.observe_from_ipv6_networks(1, 2, "/ip6/2a00::6/tcp/4001");
+        assert_eq!(changed(&mut fixture), [address(TRUE6)], "half are no majority");
+        assert_eq!(fixture.confirmed(), [TRUE]);
     }
 
     #[test]
