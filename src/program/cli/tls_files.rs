@@ -25,8 +25,8 @@ use crate::program::{
 /// How often the files are checked for changes.
 const CHECK_INTERVAL: Duration = Duration::from_secs(3);
 
-/// The largest file that is read, in bytes. A chain of a dozen certificates takes 30 KiB.
-const MAX_FILE: usize = 1024 * 1024;
+/// The largest file that is accepted, in bytes. A chain of a dozen certificates takes 30 KiB.
+const MAX_FILE: u64 = 1024 * 1024;
 
 /// How often to warn about a certificate that expires soon or that clients reject.
 const WARN_INTERVAL: Duration = Duration::from_secs(24 * 60 * 60);
@@ -162,11 +162,12 @@ impl Files {
 fn contents(flag: &str, file: &Path) -> Result<Zeroizing<Vec<u8>>> {
     let read = || {
         let metadata = fs::metadata(file)?;
-        if !metadata.is_file() {
-            return Err(io::Error::other("not a regular file")); // reading it might block for ever
+        match metadata.len() {
+            // Reading it might block for ever.
+            _ if !metadata.is_file() => Err(io::Error::other("not a regular file")),
+            length if length > MAX_FILE => Err(io::Error::other("larger than 1 MiB")),
+            length => secret_file::read(File::open(file)?, length as usize),
         }
-        let length = usize::try_from(metadata.len()).unwrap_or(usize::MAX);
-        secret_file::read(File::open(file)?, length.min(MAX_FILE))
     };
     let unreadable =
         |error| anyhow!("{flag} {}: {error}; name a file that can be read", file.display());
@@ -225,6 +226,16 @@ mod tests {
             files.on_due(&mut node);
             assert_eq!(files.warned_at != warned_at, repeats);
         }
+    }
+
+    #[test]
+    fn a_file_above_1_mib_is_an_error_and_not_cut() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(MAX_FILE).unwrap();
+        assert_eq!(contents("--tls-cert", file.path()).unwrap().len() as u64, MAX_FILE);
+        file.as_file().set_len(MAX_FILE + 1).unwrap();
+        let error = contents("--tls-cert", file.path()).unwrap_err().to_string();
+        assert!(error.contains("larger than 1 MiB"), "{error}");
     }
 
     /// An operator changes them after an error about reading the files.
