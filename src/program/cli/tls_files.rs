@@ -35,7 +35,8 @@ const WARN_INTERVAL: Duration = Duration::from_secs(24 * 60 * 60);
 pub struct TlsFiles {
     files: Option<(Files, ChangeDetector)>,
     next_check: Delay,
-    validity: Option<Validity>,
+    /// The certificate in use: the path of its file, and its validity. After a failed reload `files` has another path.
+    served: Option<(PathBuf, Validity)>,
     warned_at: SystemTime,
 }
 
@@ -47,14 +48,14 @@ impl TlsFiles {
     /// When a file cannot be used; one line with the flag, the file and the remedy.
     pub fn start(files: CertificateFiles<'_>, node: &mut Node) -> Result<Self> {
         let (next_check, warned_at) = (Delay::new(CHECK_INTERVAL), SystemTime::UNIX_EPOCH);
-        let mut tls_files = Self { files: None, next_check, validity: None, warned_at };
+        let mut tls_files = Self { files: None, next_check, served: None, warned_at };
         tls_files.read(files, node)?;
         Ok(tls_files)
     }
 
     fn read(&mut self, files: CertificateFiles<'_>, node: &mut Node) -> Result<()> {
         let Some(files) = Files::of(files) else {
-            (self.files, self.validity) = (None, None);
+            (self.files, self.served) = (None, None);
             return Ok(());
         };
         // The stamp first: a change during the read is found at the next check.
@@ -65,7 +66,8 @@ impl TlsFiles {
     }
 
     fn serve(&mut self, certificate: Certificate, node: &mut Node) {
-        self.validity = Some(certificate.validity.clone());
+        let cert = self.files.as_ref().map(|(files, _)| files.cert.clone());
+        self.served = cert.zip(Some(certificate.validity.clone()));
         node.set_certificate(certificate);
         self.warn(node, SystemTime::now());
     }
@@ -73,11 +75,14 @@ impl TlsFiles {
     /// Logs the warnings about the certificate.
     fn warn(&mut self, node: &Node, now: SystemTime) {
         self.warned_at = now;
-        if let (Some((files, _)), Some(validity)) = (&self.files, &self.validity) {
-            for warning in validity.warnings(&node.relay().config().announce, now) {
-                log::warn!("--tls-cert {}: {warning}", files.cert.display());
-            }
-        }
+        self.warnings(node, now).iter().for_each(|warning| log::warn!("{warning}"));
+    }
+
+    /// The warnings about the certificate, each with its file.
+    fn warnings(&self, node: &Node, now: SystemTime) -> Vec<String> {
+        let Some((cert, validity)) = &self.served else { return Vec::new() };
+        let warnings = validity.warnings(&node.relay().config().announce, now).into_iter();
+        warnings.map(|warning| format!("--tls-cert {}: {warning}", cert.display())).collect()
     }
 }
 
@@ -97,9 +102,7 @@ impl Component for TlsFiles {
         if !now.duration_since(self.warned_at).is_ok_and(|ago| ago < WARN_INTERVAL) {
             self.warn(node, now);
         }
-        let Some((files, changes)) = &mut self.files else {
-            return;
-        };
+        let Some((files, changes)) = &mut self.files else { return };
         if !changes.check(files.stamp()) {
             return;
         }
@@ -226,6 +229,27 @@ mod tests {
             files.on_due(&mut node);
             assert_eq!(files.warned_at != warned_at, repeats);
         }
+    }
+
+    #[test]
+    fn after_a_failed_reload_warnings_name_the_certificate_that_stays_in_use() {
+        let certified = rcgen::generate_simple_self_signed(["relay.example.org".to_owned()]);
+        let certified = certified.unwrap();
+        let [cert, key] = [certified.cert.pem(), certified.key_pair.serialize_pem()].map(|pem| {
+            let file = tempfile::NamedTempFile::new().unwrap();
+            fs::write(file.path(), pem).unwrap();
+            file
+        });
+        let keypair = libp2p::identity::Keypair::generate_ed25519();
+        let mut node = Node::new(keypair, crate::config::Config::default()).unwrap();
+        let files = (Some(cert.path()), Some(key.path()));
+        let mut files = TlsFiles::start(files, &mut node).unwrap();
+        let none = Some(Path::new("none.pem"));
+        files.on_reload((none, none), &mut node);
+        let expired = node.certificate_not_after().unwrap() + WARN_INTERVAL;
+        let warnings = files.warnings(&node, expired);
+        let expected = format!("--tls-cert {}: expired at ", cert.path().display());
+        assert!(warnings[0].starts_with(&expected), "{warnings:?}");
     }
 
     #[test]
