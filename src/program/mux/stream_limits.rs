@@ -62,7 +62,7 @@ const MAX_PAUSE: Duration = Duration::from_secs(1);
 ///
 /// # Errors
 ///
-/// When that is more than [`MAX_STREAMS`].
+/// When that is more than `MAX_STREAMS`.
 pub fn per_connection(circuits: usize) -> Result<usize, ConfigError> {
     const MAX_CIRCUITS: usize = MAX_STREAMS - SPARE;
     if circuits <= MAX_CIRCUITS {
