@@ -41,7 +41,7 @@ const EMPTY_STORE: MemoryStoreConfig = MemoryStoreConfig {
     max_provided_keys: 0,
 };
 
-/// Which DHT to join, and by which nodes.
+/// Which DHT to join, and through which nodes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
     /// The protocol of the DHT.
@@ -51,7 +51,7 @@ pub struct Config {
 }
 
 impl Config {
-    /// The DHT of this protocol, joined by these nodes.
+    /// The DHT of this protocol, joined through these nodes.
     ///
     /// # Errors
     ///
@@ -61,7 +61,7 @@ impl Config {
             bootstrap_nodes::parse(address)
                 .map_err(|problem| format!("--bootstrap {address}: {problem}"))?;
         }
-        // 126 characters: a longer name has a length of two bytes, which the muxer rejects.
+        // 126 characters: the length of a longer name takes two bytes, which the muxer rejects.
         let is_valid = protocol.len() <= 126 && protocol.chars().all(|c| c.is_ascii_graphic());
         match StreamProtocol::try_from_owned(protocol.to_owned()) {
             Ok(protocol) if is_valid => Ok(Self { protocol, bootstrap: bootstrap.to_vec() }),
@@ -86,7 +86,8 @@ pub struct Dht {
     range: AddressRange,
     /// Whether the range follows from the relay's own addresses, because there are no bootstrap nodes.
     range_follows: bool,
-    /// Whether a node of the DHT is known to answer.
+    /// Whether a node of the DHT is known to answer: one was added to the routing table since the last bootstrap query,
+    /// or answered that query.
     has_joined: bool,
     /// Whether a node answered during the current bootstrap query.
     has_answered: bool,
@@ -229,8 +230,8 @@ impl Dht {
     }
 }
 
-/// Clears the value in the answer to a PUT_VALUE: kad echoes it whether or not it was stored; an answer without it tells
-/// the peer that it was not.
+/// Clears the value in the answer to a PUT_VALUE: kad echoes it whether or not it was stored; an answer without it
+/// tells the peer that it was not.
 fn clear_put_answer(event: &mut ToSwarm<Event, ToHandler>) {
     if let ToSwarm::NotifyHandler { event: ToHandler::PutRecordRes { value, .. }, .. } = event {
         value.clear();

@@ -1,7 +1,8 @@
 //! Accounts: the bytes that circuits transferred, for each peer while it is connected, and the totals since the start.
 //!
-//! Sans-IO. Counts delivered payload only: neither the relay's own messages nor the overhead of the secure channel and the
-//! muxer. A circuit counts from when it opens; its bytes are in its [`Counters`] alone until it ends.
+//! Sans-IO. Counts delivered payload only: neither the relay's own messages nor the overhead of the secure channel and
+//! the muxer. A circuit counts from when it opens; until it ends, its bytes are in its [`Counters`] and in
+//! [`Accounts::relayed()`] only.
 
 use std::{
     collections::HashMap,
@@ -23,11 +24,11 @@ pub struct Accounts {
     pub totals: Totals,
     /// The bytes of all circuits, of the open ones too.
     relayed: Arc<Counts>,
-    /// The accounts of the connected peers that have been part of a circuit since they connected, each with the first of
-    /// its circuits that was admitted.
+    /// The accounts of the connected peers that have been part of a circuit since they connected, each with the lowest
+    /// id of those circuits.
     ///
-    /// A circuit from before the peer reconnected may end later, and does not count. It was admitted before that first
-    /// one: a circuit that is not open when its peer disconnects never opens.
+    /// An older circuit may end after the peer has reconnected, and does not count. Its id is lower still: a circuit
+    /// that is not open when its peer disconnects never opens.
     peers: HashMap<PeerId, (CircuitId, Account)>,
 }
 
@@ -112,7 +113,7 @@ impl Accounts {
     }
 }
 
-/// Counts the bytes of one circuit, and shows whether some wait. Clones share both.
+/// Counts the bytes of one circuit, also for [`Accounts::relayed()`], and shows whether some wait. Clones share all.
 #[derive(Clone, Debug)]
 pub struct Counters {
     circuit: Arc<Counts>,
@@ -125,7 +126,7 @@ impl Counters {
         self.circuit.read()
     }
 
-    /// Whether bytes were read that the target, and the source, did not accept yet.
+    /// Whether bytes were read that their receiver did not accept yet: first the target, second the source.
     pub fn waiting(&self) -> [bool; 2] {
         self.circuit.waiting.each_ref().map(|waits| waits.load(Ordering::Relaxed))
     }

@@ -1,11 +1,12 @@
 //! Quotas: how much of something each client prefix holds, and how much it may hold.
 //!
 //! Sans-IO. One type counts slots, connections, handshakes, streams and circuits alike. A unit counts towards its
-//! address, to its subnet, and to the total ([`Scope`]). The cost of a call does not depend on how many there are.
+//! address, its subnet and the total ([`Scope`]). Only [`Quota::busiest`] takes longer the more units there are.
 //!
-//! Caps bound what one prefix holds while others hold little. When the total is full, [`Quota::yields`] tells which unit
-//! makes room: one of the heaviest subnet, and in that of the heaviest address. So a prefix that holds less than its fair
-//! share (the total divided by the prefixes in use) is not refused because of another one.
+//! The caps of addresses and subnets hold even while the total has room. When the total is full, [`Quota::yields`]
+//! tells whether a unit makes room, and [`Quota::load`] which one first: one of the heaviest subnet, and in that of the
+//! heaviest address. So a subnet that holds less than its fair share (the total divided by the subnets in use) is not
+//! refused because of another one.
 
 use std::collections::{HashMap, hash_map::Entry};
 
@@ -45,7 +46,7 @@ pub type Busiest = (ClientPrefix, usize);
 /// How much of something is held, and the caps on it.
 #[derive(Clone, Debug)]
 pub struct Quota {
-    /// The caps. Units above them stay.
+    /// The caps. Lowering them removes no units.
     pub caps: Caps,
     held: HashMap<Scope, u32>,
 }

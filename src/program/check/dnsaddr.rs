@@ -1,8 +1,8 @@
 //! `/dnsaddr`: the addresses that a name lists in its TXT records.
 //!
-//! The system's resolver does not look up TXT records, and a resolver library would make the program a tenth larger. So
-//! this queries the name servers of `/etc/resolv.conf`, over TCP: all of them support it (RFC 7766), and answers are not
-//! truncated.
+//! The system's resolver does not look up TXT records, and a resolver library would make the program a tenth larger.
+//! So this queries the name servers of `/etc/resolv.conf`, over TCP: all of them support it (RFC 7766), and answers are
+//! not truncated.
 
 use std::{collections::BTreeMap, fs, io, net::SocketAddr};
 
@@ -16,8 +16,8 @@ use super::{steps::list, target::Target};
 /// How many names are looked up at most: a record may name another one.
 const MAX_NAMES: usize = 10;
 
-/// Looks up this address. Returns the first target that can be checked (IPv4 before IPv6 and names), and a text that
-/// lists all of those.
+/// Looks up this address. Returns the first target that can be checked, and a text that lists all that can: IPv4 before
+/// IPv6 and names.
 pub async fn look_up(address: Multiaddr) -> io::Result<(Target, String)> {
     let conf = fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
     look_up_at(&name_servers(&conf), address).await
@@ -67,7 +67,7 @@ fn parse_answer(answer: &[u8]) -> io::Result<Vec<Multiaddr>> {
     Ok(addresses.collect())
 }
 
-/// Sends a query, and returns the addresses in the answer. Over TCP each is preceded by its length.
+/// Sends a query, and returns the addresses in the answer. Over TCP, each message is preceded by its length.
 async fn ask(server: SocketAddr, query: &[u8]) -> io::Result<Vec<Multiaddr>> {
     let mut stream = TcpStream::connect(server).await?;
     stream.write_all(&[&(query.len() as u16).to_be_bytes(), query].concat()).await?;

@@ -83,8 +83,8 @@ fn start() -> Result<ExitCode> {
 async fn run(flags: &Flags) -> Result<()> {
     // 1. Signals, the identity and the node.
     let signals = Signals::new(signals::SIGNALS).context("signals cannot be received")?;
-    // `SelectAll` polls a stream only after it woke. Polling this one takes two system calls, and the main loop runs each
-    // time that a connection makes progress.
+    // `SelectAll` polls a stream only once its waker was called. Polling this one takes two system calls, and the main
+    // loop runs each time that a connection makes progress.
     let mut signals = stream::select_all([signals]);
     let identity = identity::load_or_create(&flags.identity)?;
     let setup = Setup {
@@ -136,7 +136,7 @@ async fn run(flags: &Flags) -> Result<()> {
         components.insert(0, Box::new(monitor)); // polled first
     }
 
-    // 3. The startup log.
+    // 3. The startup log, and the notice that the relay is ready.
     log_limits(flags, &node);
     if let Some(warning) = identity.warning {
         log::warn!("{warning}");
@@ -148,7 +148,7 @@ async fn run(flags: &Flags) -> Result<()> {
     main_loop(flags, &mut node, &mut components, &mut signals).await
 }
 
-/// Logs the limits, the memory estimate, and warnings about the settings.
+/// Logs the limits, the memory estimate, and warnings about the settings. Raises the limit of open files.
 fn log_limits(flags: &Flags, node: &Node) {
     let given = flags.given();
     let (estimate, dht_dials) = (given.estimate(), given.usage.dialed_for_dht());
@@ -294,7 +294,7 @@ fn log_listener(node: &Node, event: NodeEvent) {
     match event {
         NodeEvent::Listening(address) => {
             let line = format!("listening on {address}/p2p/{}", node.peer_id());
-            let _ = print(&line); // nothing may read it
+            let _ = print(&line); // stdout may be closed
             if !output::is_merged_with_stdout() {
                 log::info!("{line}");
             }

@@ -1,6 +1,6 @@
 //! The bootstrap nodes: the operator's way into a DHT, and when each is dialed again.
 //!
-//! They are dialed while no other node of the DHT is known to answer, each with an exponential backoff of its own, so that
+//! They are dialed while no node of the DHT is known to answer, each with an exponential backoff of its own, so that
 //! one that cannot be reached does not delay the others.
 
 use std::{
@@ -66,7 +66,7 @@ fn is_of_version(address: &Multiaddr, resolved: &SocketAddr) -> bool {
 ///
 /// # Errors
 ///
-/// The last failed lookup, or that none found an address of its IP version, if no address is left to dial.
+/// If there is no address to dial: the last failed lookup, or that no name has an address of its IP version.
 pub async fn resolve(addresses: Vec<Multiaddr>) -> io::Result<Vec<Multiaddr>> {
     let mut resolved = Vec::new();
     let mut failure = None;
@@ -92,12 +92,12 @@ pub async fn resolve(addresses: Vec<Multiaddr>) -> io::Result<Vec<Multiaddr>> {
 pub struct BootstrapNode {
     /// Its peer id.
     pub peer: PeerId,
-    /// Its addresses, as the operator named them.
+    /// Its addresses without the peer id, names not resolved.
     pub addresses: Vec<Multiaddr>,
     attempts: u32,
     /// When to dial it; `None` while it is being dialed.
     due: Option<Instant>,
-    /// The problem that was reported last; `None` after a success.
+    /// The problem that was reported last; `None` before the first attempt and after a success.
     problem: Option<String>,
 }
 
@@ -136,7 +136,7 @@ impl BootstrapNodes {
         self.0.iter().filter_map(|node| node.due).min()
     }
 
-    /// Returns a node that is due. It is not due again before [`BootstrapNodes::on_attempt`].
+    /// Returns a node that is due. It is not due again before [`Self::on_attempt`] or [`Self::back_off`].
     pub fn next(&mut self, now: Instant) -> Option<&BootstrapNode> {
         let is_due = |node: &&mut BootstrapNode| node.due.is_some_and(|due| due <= now);
         let node = self.0.iter_mut().find(is_due)?;
@@ -157,7 +157,7 @@ impl BootstrapNodes {
         Some(node)
     }
 
-    /// Handles the result of an attempt. Returns it if it differs from the last one, to be logged.
+    /// Handles the result of an attempt. Returns it if it is to be logged: a new problem, or a success after a problem.
     pub fn on_attempt(
         &mut self,
         peer: &PeerId,

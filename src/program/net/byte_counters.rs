@@ -3,10 +3,10 @@
 //! The transport creates a connection before the swarm assigns its id, so a new counter is kept here under the
 //! connection's socket addresses until the owner of the swarm takes it.
 //!
-//! Two connections may have the same addresses: if the relay dials an address twice, whose local address is not known
-//! here, or if a proxy's headers say so, for example when a client connects twice to the proxy from one port. Their
-//! counters cannot be told apart, so neither is handed out, and only activity on the streams of those two connections
-//! counts.
+//! Two connections may have the same addresses: if the relay dials an address twice, because the local address of a
+//! dialed connection is not known here, or if a proxy's headers name the same client for both, for example when the
+//! client connects twice to the proxy from one port. Their counters cannot be told apart, so neither is handed out, and
+//! only activity on the streams of those two connections counts.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -36,8 +36,8 @@ struct Table {
     created: u64,
 }
 
-/// The local address of an inbound connection, and the remote one. Without the zone that an IPv6 link-local address of a
-/// socket has: the multiaddrs by which a connection is looked up do not name it.
+/// The local address of an inbound connection, and the remote one; without the zone that an IPv6 link-local address of
+/// a socket has: the multiaddrs by which a connection is looked up do not name it.
 type Ends = (Option<SocketAddr>, SocketAddr);
 
 /// The number tells apart connections with the same ends.
@@ -100,7 +100,7 @@ impl ByteCounters {
         PendingCounter { key, counters: self.clone() }
     }
 
-    /// Adds a connection that has ended already, until the guard is dropped: so that its failure can be counted.
+    /// Adds a connection that has ended already, so that its failure can be counted. Dropping the guard removes it.
     #[cfg(feature = "websocket")]
     pub(crate) fn add_ended(
         &self,
@@ -110,7 +110,7 @@ impl ByteCounters {
         Some(self.insert(ends_of(endpoint)?, ended))
     }
 
-    /// Takes the counter of the connection between these ends; `None` if there are several.
+    /// Takes the counter of the connection between these ends; `None` if there are several, or it was taken.
     pub fn take(&self, endpoint: &ConnectedPoint) -> Option<ActivityCounter> {
         let mut table = self.table();
         let key = *table.only(endpoint)?.0;
@@ -132,8 +132,8 @@ impl ByteCounters {
         }
     }
 
-    /// Replaces the remote end of the connection between these ends, a reverse proxy's, by its client's; unless there are
-    /// several, or its counter was taken.
+    /// Replaces the remote end of the connection between these ends, which is a reverse proxy's, by the client's;
+    /// unless there are several, or its counter was taken.
     #[cfg(feature = "websocket")]
     pub(crate) fn rename(&self, endpoint: &ConnectedPoint, client: SocketAddr) {
         let mut table = self.table();

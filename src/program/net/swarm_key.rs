@@ -1,7 +1,7 @@
 //! Private networks: a peer without the network's key cannot connect.
 //!
-//! Each side sends a nonce. All that follows on the TCP connection is encrypted with the nonce and the key (XSalsa20), so
-//! that with another key the negotiation fails. See [the specification].
+//! Each side sends a nonce. All that follows on the TCP connection is encrypted with the nonce and the key (XSalsa20),
+//! so that with another key the negotiation fails. See [the specification].
 //!
 //! [the specification]: https://github.com/libp2p/specs/blob/master/pnet/Private-Networks-PSK-V1.md
 
@@ -20,13 +20,13 @@ use crate::program::secret_file;
 
 pub use libp2p::pnet::PreSharedKey;
 
-/// The largest file that is read, in bytes. No encoding of a key takes more.
+/// How many bytes of a file are read: no encoding of a key takes more.
 const MAX_FILE: usize = 1024;
 
 /// The first line of a file.
 const HEADING: &str = "/key/swarm/psk/1.0.0/";
 
-/// A connection, encrypted in a private network. Boxed, because most connections are not.
+/// A connection; encrypted in a private network, and only then boxed: most connections are not encrypted.
 pub type Encrypted<S> = Either<S, Box<PnetOutput<S>>>;
 
 /// Reads the key in `file`, in the format of go-ipfs (`/base16/`, `/base64/` or `/bin/`), and logs its fingerprint.

@@ -128,7 +128,7 @@ impl Validity {
         let (from, until) = (self.not_before, self.not_after);
         let mut warnings = Vec::new();
         if !wall_clock::is_set(now) {
-            // The relay warns about the clock.
+            // No date can be judged. The behaviour warns about the clock.
         } else if now > until {
             warnings.push(format!("expired at {}: clients refuse it; renew it", date(until)));
         } else if now < from {
@@ -167,8 +167,8 @@ fn contains(bytes: &[u8], part: &[u8]) -> bool {
     bytes.windows(part.len()).any(|window| window == part)
 }
 
-/// TLS 1.2 is for reverse proxies: nginx before 1.23 connects to its upstreams with nothing newer. libp2p's
-/// own TLS stays at 1.3, as its specification demands.
+/// TLS 1.2 is for reverse proxies: by default, nginx before 1.23.4 connects to its upstreams with nothing newer.
+/// libp2p's own TLS stays at 1.3, as its specification demands.
 fn tls_config(
     chain: Vec<CertificateDer<'static>>,
     key: PrivateKeyDer<'static>,
@@ -188,7 +188,7 @@ const ENCRYPTED: [&[u8]; 2] = [b"BEGIN ENCRYPTED PRIVATE KEY", b"Proc-Type: 4,EN
 /// The object identifier of the curve P-521 in DER (RFC 5480, 2.1.1.1).
 const P521: &[u8] = &[0x06, 0x05, 0x2b, 0x81, 0x04, 0x00, 0x23];
 
-/// In our own words: the text of the error may contain a part of the key.
+/// Describes an error without its own text, which may contain a part of the key.
 fn problem(error: &pem::Error, name: &str) -> String {
     match error {
         pem::Error::NoItemsFound => {

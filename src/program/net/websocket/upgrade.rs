@@ -46,7 +46,8 @@ impl<S: AsyncRead + AsyncWrite + Send + Unpin + 'static> PendingUpgrade<S> {
         Ok(Self { stream, head })
     }
 
-    /// Opens the WebSocket. Any other request is answered, and its connection, whose socket is `socket`, shut down.
+    /// Opens the WebSocket. Answers a request that is no upgrade, and shuts down its connection, whose socket is
+    /// `socket`. A health check fails with the reason `not_serving`, if there is one.
     ///
     /// # Errors
     ///
@@ -109,7 +110,7 @@ async fn read_head(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Head> {
     }
 }
 
-/// Whether an empty line is in it, or its end: lines end with LF, and most with CR before it.
+/// Whether these bytes contain the end of a line and an empty line after it. Lines end with LF, usually after CR.
 fn has_empty_line(bytes: &[u8]) -> bool {
     bytes.windows(2).any(|two| two == b"\n\n") || bytes.windows(3).any(|three| three == b"\n\r\n")
 }

@@ -1,6 +1,6 @@
 //! Write coalescing: sends the head of a WebSocket message together with its body.
 //!
-//! soketto writes one after the other, and our sockets send each write at once (TCP_NODELAY): that would take
+//! soketto writes one after the other, and the relay's sockets send each write at once (TCP_NODELAY): that would take
 //! two system calls and two packets for each message. Also bounds how many pings one turn of a task answers.
 
 use std::{
@@ -11,14 +11,15 @@ use std::{
 
 use libp2p::futures::{AsyncRead, AsyncWrite};
 
-/// The first byte of each message that the relay sends: binary, not fragmented. No TLS record begins with it.
+/// The first byte of each message that the relay sends: binary, not fragmented. With TLS the stream gets records, none
+/// of which begins with it.
 const MESSAGE: u8 = 0x82;
 
 /// The longest head of such a message, in bytes.
 const MAX_HEAD: usize = 10;
 
-/// How many flushes there may be in one turn of a task before it yields to others: a cooperative budget. soketto answers each
-/// ping of a client at once, with a write and a flush.
+/// How many flushes there may be in one turn of a task before it yields to others: a cooperative budget. soketto
+/// answers each ping of a client at once, with a write and a flush.
 const YIELD_AFTER: u8 = 16;
 
 /// A stream that delays a head until its body is written, or the stream is flushed.
@@ -52,8 +53,8 @@ impl<S> WriteCoalescing<S> {
 }
 
 impl<S: AsyncWrite + Unpin> WriteCoalescing<S> {
-    /// Writes the delayed head and, after it, from `body`. Returns how much of `body` was written once no head is
-    /// delayed any more.
+    /// Writes the delayed head, followed by `body`. Ready once the whole head is written, with how much of `body` was
+    /// written, too.
     fn poll_write_delayed(&mut self, cx: &mut Context<'_>, body: &[u8]) -> Poll<io::Result<usize>> {
         while self.delayed > 0 {
             let head = self.head.get(..self.delayed).unwrap_or_default();
