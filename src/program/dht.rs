@@ -322,7 +322,7 @@ mod tests {
         Dht::new(PeerId::random(), config)
     }
 
-    /// The addresses of this peer that others are sent.
+    /// The addresses of this peer that the relay hands out.
     fn shared(dht: &mut Dht, peer: PeerId) -> Vec<Multiaddr> {
         let mut shared = Vec::new();
         for bucket in dht.kad.kbuckets() {

@@ -258,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn the_totals_include_open_circuits() {
+    fn the_relayed_bytes_include_open_circuits() {
         let fixture = Fixture::new();
         let [one, other] = [(); 2].map(|()| fixture.accounts.counters());
         one.add(BYTES);

@@ -188,7 +188,7 @@ mod tests {
         }
     }
 
-    /// A naive model of a [`Quota`]: every item that it counts.
+    /// A naive model of a [`Quota`]: the prefix of every unit.
     #[derive(Default)]
     struct Model(Vec<Option<ClientPrefix>>);
 
@@ -239,7 +239,7 @@ mod tests {
         }
 
         #[test]
-        fn a_scope_below_its_fair_share_is_never_refused_because_of_another(
+        fn a_subnet_below_its_fair_share_is_never_refused_because_of_another(
             total in 1_usize..30,
             arrivals in prop::collection::vec(prefix().prop_filter_map("none", |prefix| prefix), 0..200),
         ) {

@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_name_server_it_is_an_error_of_the_connection() {
+    fn an_unreachable_name_server_is_a_connection_error() {
         task::block_on(async {
             let closed = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
             let found = look_up_at(&[closed], "/dnsaddr/example.org".parse().unwrap()).await;
@@ -190,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_that_the_server_failed_is_an_error_and_not_an_empty_list() {
+    fn a_failure_of_the_server_is_an_error_and_not_an_empty_list() {
         task::block_on(async {
             let failing = name_server(None).await;
             let address = || "/dnsaddr/example.org".parse().unwrap();

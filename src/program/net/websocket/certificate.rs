@@ -247,9 +247,9 @@ mod tests {
             assert!(matches!(refused, Err(Unusable::Certificate(_))), "{chain}: {refused:?}");
         }
         let locked = pem("ENCRYPTED PRIVATE KEY", "AAAA");
-        let none = ["PRIVATE KEY", "RSA PRIVATE KEY", "EC PRIVATE KEY"];
-        let none = none.map(|name| [pem(name, "AAAA"), pem(name, ""), pem(name, "MAMCAQA=")]);
-        let mut keys: Vec<_> = none.as_flattened().iter().map(String::as_str).collect();
+        let labels = ["PRIVATE KEY", "RSA PRIVATE KEY", "EC PRIVATE KEY"];
+        let bad = labels.map(|name| [pem(name, "AAAA"), pem(name, ""), pem(name, "MAMCAQA=")]);
+        let mut keys: Vec<_> = bad.as_flattened().iter().map(String::as_str).collect();
         let cut = &key[..key.len() / 2];
         keys.extend(["", &chain, &locked, cut]);
         for key in keys {
