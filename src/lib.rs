@@ -23,8 +23,8 @@
 //! - *Prefix*: the IPv4 address or IPv6 /64 of a client. Its slots count towards its cap and that of its subnet.
 //! - *Fair share*: the part of the bandwidth that a circuit gets while there is too little for all, one quantum at a time.
 //! - *Sweep*: the pass over the tables that ends what has expired or timed out, once a second, and more often while a
-//!   newcomer waits.
-//! - *Drain*: to admit no newcomer, and to close the connections a few at a time.
+//!   newcomer waits or the relay drains.
+//! - *Drain*: to grant no request, and to close the connections a few at a time.
 //! - *Idle*: a connection that neither holds a reservation nor carries a circuit.
 //!
 //! # One RESERVE, file by file
@@ -66,8 +66,8 @@
 //! # In another swarm
 //!
 //! In place of `libp2p::relay::Behaviour`, on any executor, beside any other behaviour. (libp2p 0.57 has TCP for tokio only;
-//! the one for async-std comes with the feature `program`, in `Node`.) This needs no default feature of this crate, and of
-//! libp2p `identify`, `macros`, `noise`, `tcp`, `tokio` and `yamux`:
+//! the one for async-std comes with the feature `program`, in `Node`.) This needs no default feature of this crate, but
+//! libp2p's features `identify`, `macros`, `noise`, `tcp`, `tokio` and `yamux`:
 //!
 //! ```
 //! use libp2p::{SwarmBuilder, Transport, core::upgrade::Version, identify, noise, swarm::NetworkBehaviour, tcp, yamux};

@@ -1,9 +1,10 @@
 //! The budget for buffered bytes: one for all connections, with an account for each, and push-out.
 //!
 //! Push-out (longest queue drop): above the limit, streams of the heaviest connection of the heaviest client prefix are
-//! reset, the heaviest first: a stream weighs its bytes times the time that they have waited. Their bytes are freed at
-//! once. No connection is read more slowly because of another one. Before that, memory is scarce for the prefixes that hold
-//! more than their fair share of half the pool, and for no other one.
+//! reset, the heaviest first: a stream weighs its bytes times the time that they have waited. Prefixes that hold more
+//! than their fair share of half the pool come before all others. The bytes of a reset stream are freed at once. No
+//! connection is read more slowly because of another one. Above three quarters of the limit, memory is scarce for the
+//! prefixes above their share, and for no other one.
 
 use std::{
     collections::BTreeMap,
@@ -186,8 +187,8 @@ impl MemoryBudget {
         self.0.max_stall.store(millis, Ordering::Relaxed);
     }
 
-    /// Returns the bytes held, the credit granted, and the counts of resets. Takes the locks of sessions, one at a
-    /// time: the caller must hold none.
+    /// Returns the bytes held, the credit granted, and the counts of what was reset or closed. Takes the locks of
+    /// sessions, one at a time: the caller must hold none.
     pub fn buffered(&self) -> Buffered {
         Buffered {
             bytes: self.held(),
@@ -207,9 +208,8 @@ impl MemoryBudget {
         holdings.filter_map(|(prefix, held)| Some((prefix?, held))).max_by_key(|(_, held)| *held)
     }
 
-    /// Computes from time to time who holds more than its fair share of half the pool, if more than that is held. Above
-    /// the limit, frees memory down to nine tenths of it. Takes the locks of sessions, one at a time: the caller must hold
-    /// none.
+    /// While more than half of the pool is held, computes the shares from time to time. Above the limit, frees memory
+    /// down to nine tenths of it. Takes the locks of sessions, one at a time: the caller must hold none.
     pub fn enforce(&self, now: Instant) {
         if self.held() > self.0.limit / 2 {
             self.compute_shares(now);
@@ -311,8 +311,8 @@ impl ConnectionBudget {
         }
     }
 
-    /// Charges this many bytes until the connection closes, if half of the pool stays free, and of the other half as much
-    /// as this prefix holds: so no number of prefixes takes all of it. Returns whether it did.
+    /// Charges this many bytes until the connection closes, if at most half of the pool is held then, and as much of
+    /// that half is free as this prefix holds: so no number of prefixes takes all of it. Returns whether it did.
     pub fn keep_if_plenty(&self, bytes: usize) -> bool {
         let of_prefix = self.prefix.1.held.load(Ordering::Relaxed);
         let needed = self.pool.held().saturating_add(of_prefix).saturating_add(2 * bytes);
@@ -496,7 +496,7 @@ mod tests {
         heavy.0.replace_charge(0, 900 * KIB);
         budget.compute_shares(now);
         assert_eq!(heavy.0.window(256 * KIB), 32 * KIB);
-        // An equal part of the half.
+        // 251 KiB: more than an equal part of the half.
         light.0.replace_charge(0, 51 * KIB);
         budget.compute_shares(now + SHARE_INTERVAL / 2);
         assert_eq!(light.0.window(256 * KIB), 256 * KIB, "computed from time to time");

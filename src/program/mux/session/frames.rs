@@ -32,8 +32,8 @@ pub enum Frames {
 impl Session {
     // ---- Receiving
 
-    /// Handles bytes that were read into `room`, and prepares it for the next ones. Returns how long to pause reading,
-    /// because frames that cost the relay more than the peer exceeded their rate.
+    /// Handles bytes that were read into `room`, and prepares it for the next ones. Returns how long to pause reading:
+    /// the rate of frames that are costlier for the relay than for the peer is limited.
     ///
     /// # Errors
     ///
@@ -92,7 +92,7 @@ impl Session {
             let is_valid = is_free && id != 0 && id % 2 != self.next_id % 2;
             self.require(is_valid, "a stream number that is not the peer's, or in use")?;
             self.is_unused = false;
-            // A stream that is reset at once is already removed.
+            // A stream that the same frame opens and resets is not admitted at all.
             if flags & RST == 0 {
                 self.admit(id, now)?;
             }
@@ -116,7 +116,8 @@ impl Session {
             let fits = stream.add_send_window(length);
             return self.require(fits, "a window overflows");
         }
-        // What is discarded needs no credit: a stream that takes the place of a closed one has less than that one had.
+        // Data that is discarded needs no credit: a refused stream that stands in for a half-closed one has less than
+        // the peer had on that one.
         let fits = stream.consume_credit(length as usize) || !stream.is_read();
         if length > 0 {
             self.round_trip.received += length as usize;
@@ -172,7 +173,7 @@ impl Session {
         match current(&mut self.streams, id) {
             Some((key, _)) if flags & RST != 0 => self.change(key, Stream::on_reset),
             Some((key, _)) => self.change(key, |stream| stream.received |= FIN),
-            // It may have been removed since the frame began.
+            // Removed before the frame or during it: the peer sends no more on it, either.
             None => self.half_closed.retain(|it| *it != id),
         }
     }
@@ -182,7 +183,7 @@ impl Session {
         if holds { Ok(()) } else { Err(self.fail(Reason::ProtocolError, what)) }
     }
 
-    /// Returns the error that ends the session and sends a go-away with this reason.
+    /// Queues a go-away with this reason, and returns the error that ends the session.
     fn fail(&mut self, reason: Reason, why: &'static str) -> io::Error {
         self.go_away = Some(reason);
         io::Error::other(why)

@@ -12,7 +12,7 @@ use crate::{
     relay::rates::{FullAt, Rate},
 };
 
-/// The most buckets of one level. Beyond that only the next wider scope counts.
+/// The most buckets of one level. Beyond that only the wider scopes limit a scope that has no bucket.
 const MOST_SCOPES: usize = 65_536;
 
 /// How often full buckets, which are the same as none, are removed: that is a pass over all buckets.

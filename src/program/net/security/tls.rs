@@ -124,8 +124,8 @@ fn with_peer<C>(secured: io::Result<TlsStream<C>>) -> Secured<C> {
     Ok((peer, Box::new(stream)))
 }
 
-/// The error of a handshake. Its reason is known if the dialer has rejected our certificate, as go-libp2p does if it
-/// expected another peer id.
+/// The error of a handshake. Its reason is known if the peer has rejected our certificate, as a go-libp2p dialer does
+/// if it expected another peer id.
 fn with_reason(error: io::Error) -> io::Error {
     use AlertDescription::{AccessDenied, BadCertificate, CertificateUnknown, UnknownCA};
 
