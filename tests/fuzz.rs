@@ -162,7 +162,7 @@ fn hostile_peers_leave_no_state_after_their_timeouts() {
     };
     let short = [150, 1300].map(Duration::from_millis);
     let pauses = [&short[..], &[long]].concat();
-    hostile::check_together(&histories.expect("some").current(), &pauses);
+    hostile::check_together(&histories.expect("histories").current(), &pauses);
 }
 
 fn histories() -> impl Strategy<Value = Vec<u8>> {

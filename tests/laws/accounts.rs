@@ -22,7 +22,8 @@ const PEERS: usize = 4;
 enum Step {
     /// A peer opens a connection and reserves.
     Connect { peer: usize },
-    /// A connection is lost; its open circuits end first and report `reported` bytes, unless that is `None`.
+    /// A connection is lost. Unless `reported` is `None`, the open circuits that have their source there end first, and
+    /// report that many bytes.
     Lose { which: usize, reported: Option<u16> },
     /// A CONNECT over one connection to a peer.
     Circuit { which: usize, target: usize },
@@ -204,8 +205,8 @@ impl World {
             entries.count() as u64
         };
         let totals = accounts.totals;
-        assert_eq!(totals.opened, count(|h| matches!(h, Entry::Opened(..))));
-        assert_eq!(totals.closed, count(|h| matches!(h, Entry::Closed(..))));
+        assert_eq!(totals.opened, count(|e| matches!(e, Entry::Opened(..))));
+        assert_eq!(totals.closed, count(|e| matches!(e, Entry::Closed(..))));
         assert_eq!(totals.opened - totals.closed, self.open.len() as u64);
         assert_eq!(totals.transferred, self.reported);
         let mut listed: Vec<_> = self.relay.circuits.open().map(|(id, _)| id).collect();
@@ -215,7 +216,7 @@ impl World {
         assert_eq!(listed, open);
     }
 
-    /// The expected account of a peer: of the circuits that were opened since it last disconnected.
+    /// The expected account of a peer, from the circuits that were opened since it last disconnected.
     fn account(&self, peer: PeerId) -> Option<Account> {
         let left = |entry: &Entry| matches!(entry, Entry::Disconnected(other) if *other == peer);
         let stay = self.entries.rsplit(left).next()?;

@@ -208,7 +208,7 @@ impl RunningStay {
         match command {
             Some(Command::Stall(until)) => self.stall(until).await,
             Some(Command::Connect(peer, bytes)) => {
-                self.dialing(peer, bytes);
+                self.connect(peer, bytes);
                 None
             }
             Some(Command::Vanish(close_after)) => Some(close_after),
@@ -297,7 +297,7 @@ impl RunningStay {
                     return;
                 }
                 let before = self.dialing.len();
-                self.dialing.retain(|(called, _)| Some(*called) != peer_id);
+                self.dialing.retain(|(dialed, _)| Some(*dialed) != peer_id);
                 if self.dialing.len() < before {
                     (self.stay.report)(Seen::NoCircuit(no_circuit(&error)));
                 }
@@ -306,7 +306,7 @@ impl RunningStay {
         }
     }
 
-    fn dialing(&mut self, peer: PeerId, bytes: usize) {
+    fn connect(&mut self, peer: PeerId, bytes: usize) {
         let through = self.stay.relay.clone().with(Protocol::P2pCircuit);
         if self.swarm_with_tasks.swarm.dial(through.with(Protocol::P2p(peer))).is_ok() {
             self.dialing.push((peer, bytes));
@@ -314,14 +314,14 @@ impl RunningStay {
     }
 
     fn request_echo(&mut self, peer: PeerId) {
-        let Some(at) = self.dialing.iter().position(|(called, _)| *called == peer) else {
+        let Some(at) = self.dialing.iter().position(|(dialed, _)| *dialed == peer) else {
             return; // the other side dialed
         };
         let (_, bytes) = self.dialing.swap_remove(at);
         let control = self.swarm_with_tasks.swarm.behaviour().stream.new_control();
         let (done, report) = (self.done.0.clone(), Arc::clone(&self.stay.report));
         let echo = async move {
-            match timeout(ECHO_TIMEOUT, echoed(control, peer, bytes)).await {
+            match timeout(ECHO_TIMEOUT, check_echo(control, peer, bytes)).await {
                 Ok(Ok(correct)) => report(Seen::Echoed { correct }),
                 _ => report(Seen::NoEcho),
             }
@@ -350,7 +350,7 @@ impl RunningStay {
 }
 
 /// Sends this many bytes; returns whether the same ones come back.
-async fn echoed(mut control: Control, peer: PeerId, bytes: usize) -> io::Result<bool> {
+async fn check_echo(mut control: Control, peer: PeerId, bytes: usize) -> io::Result<bool> {
     let opened = control.open_stream(peer, ECHO).await;
     let stream = opened.map_err(io::Error::other)?;
     let (mut reader, mut writer) = stream.split();

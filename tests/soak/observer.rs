@@ -18,7 +18,7 @@ const LATE: Duration = Duration::from_millis(750);
 /// How old the relay's report may be: it is updated once a second.
 const STALE: Duration = Duration::from_millis(1250);
 
-/// By how much less than a probe time a peer may have been frozen, and have been probed before it froze.
+/// A peer that froze for less than the probe time, by up to this much, may time out: it was probed before it froze.
 const EARLY: Duration = Duration::from_millis(150);
 
 /// After a scheduling pause of this length, clients may have failed to answer.
@@ -291,8 +291,8 @@ impl Observer {
         self.check(Law::NothingLeft);
         let (live, grace) = report.counted;
         let listed = report.live.len() + report.grace.len();
-        let ended = live + grace + listed + report.circuits + report.connections;
-        if ended == 0 {
+        let remaining = live + grace + listed + report.circuits + report.connections;
+        if remaining == 0 {
             return Ok(());
         }
         let what = format!(
@@ -327,8 +327,8 @@ impl Observer {
     fn bounds(&mut self, now: Duration) -> Verdict {
         self.check(Law::Bounds);
         let certain = |peer: &&Peer| {
-            let since = peer.granted.is_some_and(|since| since <= now);
-            peer.is_live && since && peer.frozen.is_none() && !peer.may_have_timed_out(now)
+            let holds = peer.granted.is_some_and(|since| since <= now);
+            peer.is_live && holds && peer.frozen.is_none() && !peer.may_have_timed_out(now)
         };
         let hold = self.peers.values().filter(certain).count();
         let most = self.rules.max_reservations;
@@ -351,7 +351,7 @@ impl Observer {
             return Ok(());
         }
         let what =
-            format!("lost its slot although it had answered, but for at most {probe:?} ({cause})");
+            format!("lost its slot although no freeze reached the probe time, {probe:?} ({cause})");
         self.unless_suspended(now, violated(Law::Safety, Some(id), now, what))
     }
 
@@ -446,10 +446,10 @@ impl Observer {
         if noticed >= as_of {
             return Ok(());
         }
-        let forgotten = noticed + self.rules.grace + self.rules.sweep;
+        let freed_by = noticed + self.rules.grace + self.rules.sweep;
         self.check(Law::Return);
         let in_grace = report.grace.contains(&id);
-        if !report.live.contains(&id) && (!in_grace || forgotten >= as_of) {
+        if !report.live.contains(&id) && (!in_grace || freed_by >= as_of) {
             return Ok(());
         }
         let (state, how) = (
@@ -471,8 +471,8 @@ impl Observer {
     }
 
     fn unless_suspended(&mut self, now: Duration, verdict: Verdict) -> Verdict {
-        let suspended_at = self.suspended_at.iter().any(|at| *at + EXCUSED_FOR > now);
-        if verdict.is_err() && suspended_at {
+        let is_excused = self.suspended_at.iter().any(|at| *at + EXCUSED_FOR > now);
+        if verdict.is_err() && is_excused {
             self.excused += 1;
             return Ok(());
         }

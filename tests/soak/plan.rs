@@ -25,7 +25,7 @@ const SHORTEST_PROBE: Duration = Duration::from_millis(500);
 /// Slots in percent of the mean number of clients that want one: now and then the table is full.
 const SLOTS: f64 = 98.0;
 
-/// The events, in the time of this machine.
+/// What is run: the events, in compressed time, and the relay's configuration.
 pub struct Plan {
     pub trace: Trace,
     pub events: Vec<(Duration, usize, Change)>,
@@ -99,7 +99,8 @@ impl Plan {
     }
 }
 
-/// The program's defaults in compressed time. Only the probe has a minimum: it is four times as long as it should be.
+/// The program's defaults in compressed time. Only the probe would be below its minimum: it is four times as long as it
+/// should be.
 fn compressed(mut c: Config) -> Config {
     c.idle_timeout = Duration::from_secs(60); // the program's, not the behaviour's
     for timer in [
