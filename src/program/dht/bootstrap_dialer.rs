@@ -100,7 +100,7 @@ impl BootstrapDialer {
             self.on_result(peer, serves);
         }
         if is_serving {
-            self.nodes.reset_backoff(&peer);
+            self.nodes.reset_backoff(&peer, Instant::now());
         }
     }
 

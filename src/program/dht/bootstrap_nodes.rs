@@ -171,9 +171,10 @@ impl BootstrapNodes {
     }
 
     /// Resets the backoff of a node that serves the DHT: when it is lost, it is dialed soon.
-    pub fn reset_backoff(&mut self, peer: &PeerId) {
+    pub fn reset_backoff(&mut self, peer: &PeerId, now: Instant) {
         if let Some(node) = self.node(peer) {
             node.attempts = 0;
+            node.due = node.due.map(|due| due.min(now + FIRST_BACKOFF));
         }
     }
 
@@ -271,7 +272,9 @@ mod tests {
         }
         assert_eq!(nodes.on_attempt(&alice, Ok(()), 0, now), Some(Ok(())));
         assert_eq!(nodes.on_attempt(&alice, Ok(()), 0, now), None);
-        nodes.reset_backoff(&alice);
+        assert!(nodes.due() > Some(now + FIRST_BACKOFF), "its backoff had grown");
+        nodes.reset_backoff(&alice, now);
+        assert_eq!(nodes.due(), Some(now + FIRST_BACKOFF));
         nodes.on_attempt(&alice, down(), 0, now);
         assert_eq!(nodes.due(), Some(now + FIRST_BACKOFF));
     }
