@@ -342,7 +342,9 @@ impl<C: AsyncRead + AsyncWrite + Unpin> StreamMuxer for Muxer<C> {
             Poll::Ready(Ok(())) => Pin::new(&mut self.connection).poll_close(cx),
             other => other,
         };
-        if closed.is_pending() {
+        // The last of much data may not have arrived.
+        let bulk = self.socket.as_ref().filter(|_| self.batch == LARGE_BATCH);
+        if closed.is_pending() || bulk.is_some_and(|it| socket::poll_end(it, cx).is_pending()) {
             let closing = self.closing.get_or_insert_with(|| Delay::new(CLOSING));
             ready!(closing.poll_unpin(cx));
         }
@@ -505,8 +507,7 @@ impl WriteStall {
     /// Bytes are waiting, and by `now` the peer has acknowledged this many in total; `None` if that is unknown.
     /// Returns how long it has acknowledged nothing.
     fn on_waiting(&mut self, acknowledged: Option<u64>, now: Instant) -> Duration {
-        let same = self.0.filter(|(_, before)| *before == acknowledged);
-        let since = same.map_or(now, |(since, _)| since);
+        let since = self.0.filter(|(_, before)| *before == acknowledged).map_or(now, |it| it.0);
         self.0 = Some((since, acknowledged));
         now.saturating_duration_since(since)
     }

@@ -1,8 +1,14 @@
 //! Options of TCP sockets, what the kernel knows of them, and the remedies for bind errors.
 
-use std::{io, time::Duration};
+use std::{
+    io,
+    net::Shutdown,
+    task::{Context, Poll},
+    time::Duration,
+};
 
 use async_std::net::TcpStream;
+use libp2p::futures::{AsyncReadExt, FutureExt};
 use socket2::{SockRef, TcpKeepalive};
 
 #[cfg(target_os = "linux")]
@@ -74,6 +80,18 @@ pub(crate) fn set_user_timeout(stream: &TcpStream, is_on: bool) {
     let _ = SockRef::from(stream).set_tcp_user_timeout(is_on.then_some(USER_TIMEOUT));
     #[cfg(not(any(target_os = "android", target_os = "linux")))]
     let _ = (stream, is_on);
+}
+
+/// Shuts down the sending half of a connection, and reads to its end. Closing a socket resets the connection if not all that
+/// the peer sends was read, and the peer may lose what was sent last.
+pub(crate) fn poll_end(mut stream: &TcpStream, cx: &mut Context<'_>) -> Poll<()> {
+    let _ = stream.shutdown(Shutdown::Write); // fails if the connection is reset
+    match stream.read(&mut [0; 4096]).poll_unpin(cx) {
+        Poll::Ready(Ok(1..)) => cx.waker().wake_by_ref(), // there may be more
+        Poll::Ready(_) => return Poll::Ready(()),
+        Poll::Pending => {}
+    }
+    Poll::Pending
 }
 
 /// How many bytes the other end has acknowledged so far; `None` where the kernel does not say so.

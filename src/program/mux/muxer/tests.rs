@@ -643,3 +643,37 @@ fn a_muxer_keeps_no_memory_for_an_announced_body_and_none_once_it_is_dropped() {
     assert_eq!(pool.buffered().bytes, 0);
     drop(stream);
 }
+
+/// The kernel resets a connection that is closed before all that its peer sends was read, and discards what it has not sent yet.
+#[test]
+fn a_peer_that_sends_while_the_relay_closes_receives_all_bulk_data() {
+    use socket2::{Domain, Socket, Type};
+
+    let cx = &mut Context::from_waker(Waker::noop());
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut peer = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    peer.set_recv_buffer_size(4 * KIB).unwrap(); // most of the data waits at the relay
+    peer.connect(&listener.local_addr().unwrap().into()).unwrap();
+    let socket = TcpStream::from(listener.accept().unwrap().0);
+    let multiplex = Multiplex::new(Budget { inbound: 9, outbound: 9 }, StreamLimits::default(), 9);
+    let multiplex = multiplex.of(&Multiaddr::empty(), None, Some(socket.clone()));
+    let mut relay = Muxer::new(socket, multiplex, Endpoint::Listener);
+    let mut stream = open(&mut relay, cx);
+    for _ in 0..3 {
+        assert!(Pin::new(&mut stream).poll_write(cx, &[7; QUANTUM]).is_ready());
+        assert!(Pin::new(&mut relay).poll(cx).is_pending());
+    }
+    assert!(Pin::new(&mut stream).poll_close(cx).is_ready());
+    let peer = thread::spawn(move || {
+        let ping = Header { kind: Kind::Ping, flags: SYN, stream: 0, length: 1 }.encode();
+        for _ in 0..2 {
+            let _ = io::Write::write_all(&mut peer, &ping);
+            thread::sleep(Duration::from_millis(100));
+        }
+        io::copy(&mut peer, &mut io::sink())
+    });
+    block_on(poll_fn(|cx| Pin::new(&mut relay).poll_close(cx))).unwrap();
+    drop(relay);
+    let received = peer.join().unwrap().unwrap();
+    assert!(received as usize > 3 * QUANTUM, "{received}");
+}
