@@ -65,7 +65,12 @@ pub(crate) fn transfer(
             let there = to_target.poll(&mut source, &mut target, &mut share, cx);
             [there, to_source.poll(&mut target, &mut source, &mut share, cx)]
         };
-        // 3. Count once a poll: each write to counters that all circuits share invalidates other cores' caches.
+        // 3. End a wait that is over. A circuit whose writes stall reads nothing, and so does not end it itself.
+        if share.wait.as_mut().is_some_and(|wait| wait.poll_unpin(cx).is_ready()) {
+            share.end_wait();
+            cx.waker().wake_by_ref();
+        }
+        // 4. Count once a poll: each write to counters that all circuits share invalidates other cores' caches.
         let directions = [&mut to_target, &mut to_source];
         let waiting = directions.each_ref().map(|it| !it.pending.is_empty());
         let [to_target, to_source] = directions.map(|it| mem::take(&mut it.delivered));
@@ -273,10 +278,15 @@ mod tests {
             Arc,
             atomic::{AtomicUsize, Ordering::Relaxed},
         },
-        time::Instant,
+        time::{Duration, Instant},
     };
 
-    use libp2p::futures::{channel::oneshot, io::Cursor};
+    use libp2p::futures::{
+        channel::oneshot,
+        executor::block_on,
+        future::{Either, select},
+        io::Cursor,
+    };
 
     use super::*;
     use crate::{
@@ -377,5 +387,22 @@ mod tests {
         let others = [(); 2].map(|()| PeerId::random());
         link.lock().charge(others, 1_000_000, now);
         assert_eq!(transferred(), 0);
+    }
+
+    /// Otherwise circuits to peers that read slowly make the quantum of all others small.
+    #[test]
+    fn a_circuit_that_stalls_waits_for_bandwidth_only_until_its_bytes_are_paid_for() {
+        let link = Link::default();
+        let config = Config { bandwidth: 1_000_000, ..Config::default() };
+        link.lock().configure(&config, Instant::now());
+        let others = [(); 2].map(|()| PeerId::random());
+        let quantum = || link.lock().quantum(others);
+        let before = quantum();
+        let (_guard, parameters) = parameters(link.clone());
+        let peer = || Peer { sends: Cursor::new(&[7; 200_000]), takes: Arc::default() };
+        let circuit = transfer(peer(), peer(), parameters, None);
+        let stalls = select(circuit, Delay::new(Duration::from_millis(300)));
+        let Either::Right((_, _stalled)) = block_on(stalls) else { panic!("it ended") };
+        assert_eq!(quantum(), before);
     }
 }
