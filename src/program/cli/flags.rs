@@ -338,9 +338,9 @@ pub struct Flags {
 
     /// How many bytes may be buffered for all streams
     ///
-    /// Above it, streams of the heaviest connection of the heaviest address are reset, those first whose
-    /// bytes have waited the longest. Between half and three quarters of it windows shrink to 32KiB: those
-    /// of addresses that hold more than their fair share.
+    /// Above it, streams of the heaviest connection of the address that is the furthest above its fair share
+    /// are reset, those first whose bytes have waited the longest. Between half and three quarters of it
+    /// windows shrink to 32KiB: those of addresses that hold more than their fair share.
     ///
     /// It must be at least 4 times --max-buffered-per-connection. The default is also at least 80KiB for each of up to
     /// 1024 slots, and at least 256KiB for each of up to 128.

@@ -1,17 +1,17 @@
 //! The budget for buffered bytes: one for all connections, with an account for each, and push-out.
 //!
-//! Push-out (longest queue drop): above the limit, streams of the heaviest connection of the heaviest client prefix are
-//! reset, the heaviest first: a stream weighs its bytes times the time that they have waited. Prefixes that hold more
-//! than their fair share of half the pool come before all others. The bytes of a reset stream are freed at once. No
-//! connection is read more slowly because of another one. Above three quarters of the limit, memory is scarce for the
-//! prefixes above their share, and for no other one.
+//! Push-out (longest queue drop): above the limit, streams of the client prefix that is the furthest above its fair share
+//! of half the pool are reset, those of its heaviest connection, and the heaviest first: a stream weighs its bytes times
+//! the time that they have waited. The bytes of a reset stream are freed at once. No connection is read more slowly because
+//! of another one. Above three quarters of the limit, memory is scarce for the prefixes above their share, and for no
+//! other one.
 
 use std::{
     collections::BTreeMap,
     mem,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -64,8 +64,8 @@ struct Prefixes {
 #[derive(Debug, Default)]
 struct Prefix {
     held: AtomicUsize,
-    /// Whether that is more than its fair share of half the pool.
-    is_above_share: AtomicBool,
+    /// Its fair share of half the pool when that was last computed; zero: it has not been.
+    share: AtomicUsize,
 }
 
 /// A connection that can free memory.
@@ -199,7 +199,7 @@ impl MemoryBudget {
 
     /// Whether more than three quarters of the limit are held, and this prefix holds more than its share.
     pub fn is_scarce_for(&self, prefix: Option<ClientPrefix>) -> bool {
-        self.is_scarce() && self.prefixes().of.get(&prefix).is_some_and(|it| it.is_above_share())
+        self.is_scarce() && self.prefixes().of.get(&prefix).is_some_and(|it| it.excess() > 0)
     }
 
     /// The address whose connections hold the most bytes, and how many.
@@ -224,9 +224,9 @@ impl MemoryBudget {
             return;
         }
         prefixes.shared_at = Some(now);
-        let above = fair_share::above_share(&prefixes.holdings(), self.0.limit / 2);
-        for (prefix, is_above) in prefixes.of.values().zip(above) {
-            prefix.is_above_share.store(is_above, Ordering::Relaxed);
+        let shares = fair_share::shares(&prefixes.holdings(), self.0.limit / 2);
+        for (it, share) in prefixes.of.values().zip(shares) {
+            it.share.store(share.max(1), Ordering::Relaxed);
         }
     }
 
@@ -242,7 +242,7 @@ impl MemoryBudget {
             let heaviest =
                 open.iter_mut().filter(|(held, _)| *held > 0).max_by_key(|(held, it)| {
                     let prefix = &it.budget().prefix.1;
-                    (prefix.is_above_share(), prefix.held.load(Ordering::Relaxed), *held)
+                    (prefix.excess(), prefix.held.load(Ordering::Relaxed), *held)
                 });
             let Some((held, connection)) = heaviest else { return };
             // A connection with nothing to free has no weight.
@@ -281,8 +281,12 @@ impl Prefixes {
 }
 
 impl Prefix {
-    fn is_above_share(&self) -> bool {
-        self.is_above_share.load(Ordering::Relaxed)
+    /// By how much it holds more than its share.
+    fn excess(&self) -> usize {
+        match self.share.load(Ordering::Relaxed) {
+            0 => 0,
+            share => self.held.load(Ordering::Relaxed).saturating_sub(share),
+        }
     }
 }
 
@@ -325,7 +329,7 @@ impl ConnectionBudget {
 
     /// Whether memory is scarce for this connection: see [`MemoryBudget::is_scarce_for`].
     pub fn is_scarce(&self) -> bool {
-        self.pool.is_scarce() && self.prefix.1.is_above_share()
+        self.pool.is_scarce() && self.prefix.1.excess() > 0
     }
 
     /// How long it may be write stalled now.
@@ -342,7 +346,7 @@ impl ConnectionBudget {
     /// Scales the window of a stream, if its prefix holds more than its share: all of `window` while half of the pool is
     /// free, the smallest window above three quarters, proportional in between.
     pub fn window(&self, window: usize) -> usize {
-        if !self.prefix.1.is_above_share() {
+        if self.prefix.1.excess() == 0 {
             return window;
         }
         let limit = self.pool.0.limit.max(4);
@@ -408,9 +412,17 @@ mod tests {
     }
 
     fn connection(budget: &MemoryBudget, host: u8, fixed: usize) -> Arc<Fixed> {
-        let prefix = Some(IpAddr::from([10, 0, 0, host]).into());
+        connection_from(budget, [10, 0, 0, host], fixed)
+    }
+
+    /// A connection from another subnet.
+    fn connection_elsewhere(budget: &MemoryBudget) -> Arc<Fixed> {
+        connection_from(budget, [10, 0, 1, 1], 0)
+    }
+
+    fn connection_from(budget: &MemoryBudget, ip: [u8; 4], fixed: usize) -> Arc<Fixed> {
         Arc::new_cyclic(|connection: &Weak<Fixed>| {
-            let account = budget.open(prefix, connection.clone());
+            let account = budget.open(Some(IpAddr::from(ip).into()), connection.clone());
             account.replace_charge(0, fixed);
             Fixed(account, fixed)
         })
@@ -540,14 +552,23 @@ mod tests {
     fn many_addresses_of_one_subnet_lose_streams_before_one_that_holds_more_than_each() {
         let budget = MemoryBudget::new(1000, 1000, 0);
         let subnet: Vec<_> = (1..=9).map(|host| connection(&budget, host, 0)).collect();
-        let other = Arc::new_cyclic(|connection: &Weak<Fixed>| {
-            let prefix = Some(IpAddr::from([10, 0, 1, 1]).into());
-            Fixed(budget.open(prefix, connection.clone()), 0)
-        });
+        let other = connection_elsewhere(&budget);
         other.0.replace_charge(0, 200);
         subnet.iter().for_each(|it| it.0.replace_charge(0, 100));
         budget.enforce(Instant::now());
         assert_eq!((held(&other), budget.buffered().bytes), (200, 900));
         assert!(!other.0.is_scarce() && subnet.iter().all(|it| it.0.is_scarce()));
+    }
+
+    #[test]
+    fn no_address_loses_streams_below_its_share_while_others_hold_more_than_theirs() {
+        let budget = MemoryBudget::new(1000, 1000, 0);
+        let subnet: Vec<_> = (1..=10).map(|host| connection(&budget, host, 0)).collect();
+        let other = connection_elsewhere(&budget);
+        other.0.replace_charge(0, 300);
+        subnet.iter().for_each(|it| it.0.replace_charge(0, 75));
+        budget.enforce(Instant::now());
+        assert_eq!(budget.buffered().bytes, 900);
+        assert!(held(&other) >= 250, "{}", held(&other));
     }
 }

@@ -3,6 +3,8 @@
 //! Sans-IO. Subnets share the resource, and the prefixes of a subnet its share. What those below their share do not use,
 //! the others divide: a prefix that holds little has all of it, however much the others hold.
 
+use std::iter;
+
 use crate::address::ClientPrefix;
 
 /// The most rounds of [`fair_share`]. A few suffice unless the holdings are chosen so that each round finds one more
@@ -12,19 +14,20 @@ const MAX_ROUNDS: usize = 32;
 /// What a prefix holds; `None` stands for all connections without an IP address.
 pub type Holding = (Option<ClientPrefix>, usize);
 
-/// Whether each of these prefixes, in ascending order, holds more than its fair share of `total`.
-pub fn above_share(holdings: &[Holding], total: usize) -> Vec<bool> {
+/// The fair share in `total` of each of these prefixes, in ascending order; `usize::MAX` where all of its subnet together
+/// hold no more than the subnet's share.
+pub fn shares(holdings: &[Holding], total: usize) -> Vec<usize> {
     let subnet = |holding: &Holding| holding.0.map(ClientPrefix::subnet);
     let by_subnet = holdings.chunk_by(|one, other| subnet(one) == subnet(other));
     let held: Vec<Vec<usize>> =
         by_subnet.map(|subnet| subnet.iter().map(|(_, held)| *held).collect()).collect();
     let sums: Vec<_> = held.iter().map(|held| held.iter().sum()).collect();
     let share_of_subnet = fair_share(&sums, total);
-    let above = held.into_iter().flat_map(|held| {
-        let share = fair_share(&held, share_of_subnet);
-        held.into_iter().map(move |held| held > share)
+    let shares = held.iter().flat_map(|held| {
+        let share = fair_share(held, share_of_subnet);
+        iter::repeat_n(share, held.len())
     });
-    above.collect()
+    shares.collect()
 }
 
 /// The share of each: those that hold less keep what they hold, the others get equal parts of the rest of `total`.
@@ -61,6 +64,12 @@ mod tests {
 
     fn prefix(subnet: u8, host: u8) -> Option<ClientPrefix> {
         Some(IpAddr::from(Ipv4Addr::new(192, 0, subnet, host)).into())
+    }
+
+    /// Whether each prefix holds more than its share.
+    fn above_share(holdings: &[Holding], total: usize) -> Vec<bool> {
+        let above = holdings.iter().zip(shares(holdings, total));
+        above.map(|((_, held), share)| *held > share).collect()
     }
 
     #[test]

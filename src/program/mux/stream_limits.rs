@@ -94,10 +94,10 @@ pub struct StreamLimits {
     /// How many bytes may be buffered for all streams: received and not read yet, or not sent yet. At least four times
     /// [`StreamLimits::max_buffered_per_connection`]. Default: that, or 80 MiB if that is more.
     ///
-    /// Above it, streams of the heaviest connection of the heaviest client prefix are reset, those first whose bytes
-    /// have waited the longest, until nine tenths of it are in use. No connection is read more slowly because of
-    /// another one. Between half and three quarters of it windows shrink, to 32 KiB: those of client prefixes that hold
-    /// more than their fair share of half of it.
+    /// Above it, streams of the heaviest connection of the client prefix that is the furthest above its fair share of
+    /// half of it are reset, those first whose bytes have waited the longest, until nine tenths of it are in use. No
+    /// connection is read more slowly because of another one. Between half and three quarters of it windows shrink, to
+    /// 32 KiB: those of client prefixes that hold more than their fair share.
     pub max_buffered: Option<usize>,
     /// How many received bytes may be buffered for one connection. Default: a window of 256 KiB for each of
     /// [`crate::Config::max_circuits_per_peer`], and 1 MiB. The least: such a window for each, and another one. Windows grow
