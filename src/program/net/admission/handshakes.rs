@@ -1,10 +1,10 @@
 //! Connections in their handshakes: how many there may be, and which one is dropped for another.
 //!
 //! Sans-IO. The peer of a connection is not known yet, so progress and client prefixes decide, as in OpenSSH's
-//! MaxStartups and PerSourceNetBlockSize. When all permits are taken, a new handshake replaces one that has made no
-//! progress within the last second: of these one at the earliest stage, of those one of the heaviest prefix, and of
-//! several a random one. If all have made progress, it replaces only one of a heavier prefix than its own; otherwise it
-//! is denied. So a client with a round trip of 600 ms completes its handshake during a flood of silent connections, and
+//! MaxStartups and PerSourceNetBlockSize. When all permits are taken, or all of a subnet, a new handshake replaces one of
+//! these that has made no progress within the last second: one at the earliest stage, of those one of the heaviest prefix,
+//! and of several a random one. If all have made progress, it replaces only one of a heavier prefix than its own; otherwise
+//! it is denied. So a client with a round trip of 600 ms completes its handshake during a flood of silent connections, and
 //! so does one with 450 ms over WebSocket, which takes more round trips.
 //!
 //! An eighth of the permits is reserved for prefixes that hold slots: each may take one per slot, at most two, and
@@ -178,7 +178,7 @@ impl<C: Copy + Eq + Hash> Handshakes<C> {
     ///
     /// # Errors
     ///
-    /// The scope that is at its cap; [`Scope::Total`] if all permits are taken and there is none to replace.
+    /// The scope that is at its cap; if that is not the address, there is no other handshake in it to replace.
     pub fn admit(
         &mut self,
         id: C,
@@ -193,10 +193,10 @@ impl<C: Copy + Eq + Hash> Handshakes<C> {
         let dropped = match self.shared.full(prefix) {
             _ if is_reserved => None,
             None => None,
+            Some(full @ Scope::Address(_)) => return Err(full),
             // Without known progress it has failed already, or has the same ends as another connection.
-            Some(Scope::Total) if progress.is_none() => return Err(Scope::Total),
-            Some(Scope::Total) => Some(self.least_advanced(prefix, now).ok_or(Scope::Total)?),
-            Some(full) => return Err(full),
+            Some(full) if progress.is_none() => return Err(full),
+            Some(full) => Some(self.least_advanced(full, prefix, now).ok_or(full)?),
         };
         if let Some(dropped) = dropped {
             self.remove(&dropped);
@@ -209,18 +209,19 @@ impl<C: Copy + Eq + Hash> Handshakes<C> {
         Ok(dropped)
     }
 
-    /// The handshake that a new one of this prefix replaces; `None` if the new one is to be denied.
-    fn least_advanced(&mut self, prefix: Option<ClientPrefix>, now: Instant) -> Option<C> {
+    /// The handshake under this cap that a new one `of` this prefix replaces; `None` if the new one is to be denied.
+    fn least_advanced(&mut self, full: Scope, of: Option<ClientPrefix>, now: Instant) -> Option<C> {
         self.open.values_mut().for_each(|handshake| handshake.update_stage(now));
         let Self { shared, open, random, .. } = self;
-        let candidates =
-            open.iter().filter(|(_, other)| !other.is_reserved && other.progress.is_some());
+        let candidates = open.iter().filter(|(_, other)| {
+            full.covers(other.prefix) && !other.is_reserved && other.progress.is_some()
+        });
         let (id, other) = candidates.min_by_key(|(id, other)| {
             let load = Reverse(shared.load(other.prefix));
             (other.has_advanced(now), other.stage, load, random.hash_one(id))
         })?;
         // When all have just advanced, the new one is at no disadvantage: only the prefixes decide.
-        let gives_way = !other.has_advanced(now) || shared.yields(other.prefix, prefix);
+        let gives_way = !other.has_advanced(now) || shared.yields(other.prefix, of);
         gives_way.then_some(*id)
     }
 
@@ -357,6 +358,25 @@ mod tests {
         assert_eq!(start_handshake(&mut all, 103, 103, 0, later), Ok(Some(1)));
         // All have advanced: a prefix with as many handshakes as the others is denied.
         assert_eq!(start_handshake(&mut all, 104, 104, 0, later), Err(Scope::Total));
+    }
+
+    #[test]
+    fn two_addresses_of_a_subnet_do_not_keep_its_other_addresses_out() {
+        let (mut all, start) = (handshakes(32), Instant::now());
+        assert_eq!(start_handshake(&mut all, 100, 100, 0, start), Ok(None));
+        let now = start + 2 * PROGRESS_GRACE;
+        let mut admit = |n: usize, host: u8| {
+            let prefix = Some(IpAddr::from([192, 0, 2, host]).into());
+            all.admit(n, prefix, 0, Some(Progress::default()), now)
+        };
+        (0..8).for_each(|n| assert_eq!(admit(n, 1 + (n / 4) as u8), Ok(None)));
+        for n in 8..10 {
+            let dropped = admit(n, 3).unwrap();
+            assert!(dropped.is_some_and(|dropped| dropped < 8), "{dropped:?}");
+        }
+        // That is its fair share.
+        assert!(matches!(admit(10, 3), Err(Scope::Subnet(_))));
+        assert!(all.open.contains_key(&100));
     }
 
     #[test]
