@@ -7,9 +7,9 @@
 //! it is denied. So a client with a round trip of 600 ms completes its handshake during a flood of silent connections, and
 //! so does one with 450 ms over WebSocket, which takes more round trips.
 //!
-//! An eighth of the permits is reserved for prefixes that hold slots: each may take one per slot, at most two, and
-//! these handshakes are not replaced. So the peer of a slot can reconnect during a flood, unless it comes from another
-//! prefix.
+//! An eighth of the permits is reserved for prefixes that hold slots: each may take one per slot, at most two, and a
+//! subnet a quarter of them; these handshakes are not replaced. So the peer of a slot can reconnect during a flood, unless
+//! it comes from another prefix.
 
 use std::{
     cmp::Reverse,
@@ -164,10 +164,12 @@ impl<C: Copy + Eq + Hash> Handshakes<C> {
     pub fn new(caps: Caps) -> Self {
         let reserved = caps.total.map(|all| all / 8);
         let shared = caps.total.map(|all| all - all / 8);
+        let quarter = reserved.map(|all| (all / 4).max(RESERVED_PER_PREFIX));
+        let per_subnet = quarter.filter(|_| caps.per_subnet.is_some());
         let per_address = Some(RESERVED_PER_PREFIX);
         Self {
             shared: Quota::new(Caps { total: shared, ..caps }),
-            reserved: Quota::new(Caps { total: reserved, per_subnet: None, per_address }),
+            reserved: Quota::new(Caps { total: reserved, per_subnet, per_address }),
             open: HashMap::new(),
             random: RandomState::new(),
         }
@@ -404,6 +406,19 @@ mod tests {
             all.remove(&n);
         }
         assert_eq!(all.shared.scopes() + all.reserved.scopes(), 0);
+    }
+
+    #[test]
+    fn a_subnet_has_a_quarter_of_the_reserved_permits() {
+        let (mut all, now) = (handshakes(256), Instant::now());
+        for host in 0..32_u8 {
+            let prefix = Some(IpAddr::from([192, 0, 2, host]).into());
+            let progress = Some(Progress::default());
+            assert!(all.admit(host.into(), prefix, 2, progress, now).is_ok());
+        }
+        assert_eq!(all.reserved.held(Scope::Total), 8);
+        start_handshake(&mut all, 99, 99, 1, now).unwrap();
+        assert_eq!(all.reserved.held(Scope::Total), 9);
     }
 
     #[test]
