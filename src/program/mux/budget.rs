@@ -202,9 +202,9 @@ impl MemoryBudget {
         self.is_scarce() && self.prefixes().of.get(&prefix).is_some_and(|it| it.excess() > 0)
     }
 
-    /// The address whose connections hold the most bytes, and how many.
+    /// The address whose connections hold the most bytes, and how many; `None`: none holds any.
     pub fn busiest(&self) -> Option<Busiest> {
-        let holdings = self.prefixes().holdings().into_iter();
+        let holdings = self.prefixes().holdings().into_iter().filter(|(_, held)| *held > 0);
         holdings.filter_map(|(prefix, held)| Some((prefix?, held))).max_by_key(|(_, held)| *held)
     }
 
@@ -520,6 +520,7 @@ mod tests {
     fn memory_is_scarce_above_three_quarters_of_the_pool_for_those_above_their_share() {
         let budget = MemoryBudget::new(1000, 1000, 0);
         let [heavy, light] = [1, 2].map(|host| connection(&budget, host, 0));
+        assert_eq!(budget.busiest(), None);
         light.0.replace_charge(0, 100);
         heavy.0.replace_charge(0, 650);
         budget.enforce(Instant::now());
