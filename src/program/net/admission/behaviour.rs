@@ -103,6 +103,14 @@ impl Admission {
         let held = |prefix| self.relay.relay.reservations.quota.held(Scope::Address(prefix));
         let slots = prefix.map_or(0, held);
         let progress = pending.as_ref().map(|pending| pending.progress.clone());
+        // In a full subnet the address with the most connections makes room for one with fewer.
+        if let Some(full @ Scope::Subnet(_)) = self.limits.quota.full(prefix)
+            && progress.is_some()
+            && let Some(idle) = self.idle_connection(full, prefix, false)
+        {
+            self.relay.relay.close(idle, CloseReason::Preempted);
+            self.limits.stop_counting(idle);
+        }
         if let Some(dropped) = self.limits.admit(id, prefix, slots, progress, Instant::now())? {
             log::debug!("handshake dropped: connection {dropped} makes room for connection {id}");
             self.drop_handshake(dropped, Reason::Preempted);
@@ -156,7 +164,8 @@ impl Admission {
             Preemption::None => return Ok(()),
             Preemption::OwnConnection => None,
             Preemption::IdleConnection => {
-                let idle = self.idle_connection(ClientPrefix::of(remote), holds_slot);
+                let prefix = ClientPrefix::of(remote);
+                let idle = self.idle_connection(Scope::Total, prefix, holds_slot);
                 Some(idle.ok_or(Denied::Connections)?)
             }
         };
@@ -164,17 +173,20 @@ impl Admission {
         Ok(())
     }
 
-    /// The idle connection to close for a new one of `prefix`: the longest idle one of the heaviest prefix. For a peer
-    /// without a slot, only one of a prefix with more connections than `prefix`. Connections that the relay has dialed
-    /// do not count towards the cap, so closing one would make no room.
+    /// The idle connection under this cap to close for a new one of `prefix`: the longest idle one of the heaviest prefix.
+    /// For a peer without a slot, only one of a prefix with more connections than `prefix`. Connections that the relay has
+    /// dialed do not count towards the cap, so closing one would make no room.
     fn idle_connection(
         &self,
+        full: Scope,
         prefix: Option<ClientPrefix>,
         holds_slot: bool,
     ) -> Option<ConnectionId> {
         let quota = &self.limits.quota;
         let idle = self.relay.relay.idle_without_slot();
-        let idle = idle.filter(|(id, _)| self.limits.established.contains(id));
+        let idle = idle.filter(|(id, other)| {
+            full.covers(other.origin.prefix) && self.limits.established.contains(id)
+        });
         let candidates =
             idle.filter(|(_, other)| holds_slot || quota.yields(other.origin.prefix, prefix));
         let heaviest = candidates
@@ -272,6 +284,29 @@ mod tests {
             .map(drop)
     }
 
+    /// A connection from 192.0.2.`host` comes up.
+    fn come_up(admission: &mut Admission, n: usize, host: u8) -> Result<(), ConnectionDenied> {
+        let (connection_id, peer_id) = (ConnectionId::new_unchecked(n), PeerId::random());
+        let (id, peer) = (connection_id, peer_id);
+        let [local_addr, _] = addresses();
+        let send_back_addr: Multiaddr =
+            format!("/ip4/192.0.2.{host}/tcp/{}", n + 1).parse().unwrap();
+        let [to, from] = [&local_addr, &send_back_addr].map(|it| listen_address(it).unwrap().0);
+        let _counted = admission.counters.count((), Some(to), from, None);
+        admission.handle_pending_inbound_connection(id, &local_addr, &send_back_addr)?;
+        let up =
+            admission.handle_established_inbound_connection(id, peer, &local_addr, &send_back_addr);
+        up.map(drop)?;
+        admission.on_swarm_event(FromSwarm::ConnectionEstablished(ConnectionEstablished {
+            peer_id,
+            connection_id,
+            endpoint: &ConnectedPoint::Listener { local_addr, send_back_addr },
+            failed_addresses: &[],
+            other_established: 0,
+        }));
+        Ok(())
+    }
+
     /// The swarm reports a connection that was denied.
     fn fail(admission: &mut Admission, n: usize, cause: ConnectionDenied) {
         let [local_addr, send_back_addr] = &addresses();
@@ -319,6 +354,28 @@ mod tests {
         fail(&mut admission, 0, ConnectionDenied::new(Denied::Connections)); // by another behaviour
         assert_eq!(admission.limits.counts(), [0; 3]);
         connect(&mut admission, 9).unwrap();
+    }
+
+    #[test]
+    fn two_addresses_with_idle_connections_do_not_keep_the_others_of_their_subnet_out() {
+        let mut admission = admission(Limits {
+            max_connections_per_ip: Some(4),
+            max_connections_per_subnet: Some(8),
+            ..Limits::default()
+        });
+        (0..8).for_each(|n| come_up(&mut admission, n, 1 + (n / 4) as u8).unwrap());
+        (8..10).for_each(|n| come_up(&mut admission, n, 3).unwrap());
+        // The longest idle one of each.
+        let all = &admission.relay.relay.connections;
+        let closing = all.iter().filter(|(_, up)| up.closing.is_some()).map(|(id, _)| id);
+        let mut closing: Vec<_> = closing.collect();
+        closing.sort_unstable();
+        assert_eq!(closing, [0, 4].map(ConnectionId::new_unchecked));
+        // That was its fair share.
+        let denied = come_up(&mut admission, 10, 3).unwrap_err();
+        assert_eq!(kind(&denied), Some("too many connections of the subnet"));
+        closing.into_iter().for_each(|id| admission.limits.remove(id));
+        assert_eq!(admission.limits.counts(), [8, 0, 5]);
     }
 
     #[test]

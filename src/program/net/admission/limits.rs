@@ -53,7 +53,8 @@ pub struct Limits {
     /// `max_connections`, and half of `max_connections` up to 64; zero: no cap.
     pub max_connections_per_ip: Option<usize>,
     /// How many connections one subnet may have (IPv4: a /24, IPv6: a /48). Default: a quarter of all, at least 64;
-    /// zero: no cap.
+    /// zero: no cap. Once all are taken, a new connection replaces an idle one of an address with more connections, or is
+    /// denied.
     pub max_connections_per_subnet: Option<usize>,
     /// How many connections may be in their handshakes. Default 256. `handshakes.rs` says which one is dropped for
     /// another.
@@ -280,6 +281,11 @@ impl ConnectionLimits {
     pub fn remove(&mut self, id: ConnectionId) {
         self.handshakes.remove(&id);
         self.established.remove(&id);
+        self.stop_counting(id);
+    }
+
+    /// Stops counting a connection towards its prefix: it is being closed for another one.
+    pub fn stop_counting(&mut self, id: ConnectionId) {
         if let Some(prefix) = self.admitted.remove(&id) {
             self.quota.remove(prefix);
         }
