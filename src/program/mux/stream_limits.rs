@@ -286,7 +286,7 @@ impl StreamAdmission {
 }
 
 /// The pool of permits that all connections share: an eighth for one address at most, a quarter for one subnet. When all
-/// are taken, an unused stream is reset for one of a prefix with fewer.
+/// are taken, or all of a subnet, an unused stream of these is reset for one of a prefix with fewer.
 #[derive(Debug)]
 struct Permits {
     quota: Quota,
@@ -306,14 +306,15 @@ impl Permits {
     fn take(&mut self, stream: StreamId, prefix: Option<ClientPrefix>) -> Option<Option<StreamId>> {
         let preempted = match self.quota.full(prefix) {
             None => None,
-            Some(Scope::Total) => {
+            Some(Scope::Address(_)) => return None,
+            Some(full) => {
                 // One candidate for each prefix: a few prefixes hold most streams, and these need not be compared.
                 let mut last = None;
                 let firsts = self.unused.iter().filter(|(it, _)| last.replace(*it) != Some(*it));
-                let candidates = firsts.filter(|(holder, _)| self.quota.yields(*holder, prefix));
+                let yields = |it| full.covers(it) && self.quota.yields(it, prefix);
+                let candidates = firsts.filter(|(holder, _)| yields(*holder));
                 Some(*candidates.max_by_key(|(holder, _)| self.quota.load(*holder))?)
             }
-            Some(_) => return None,
         };
         if let Some(preempted) = preempted {
             self.unused.remove(&preempted);
@@ -576,6 +577,24 @@ mod tests {
         drop((all, newcomer, other));
         let permits = lock(&admission.permits);
         assert!(permits.quota.scopes() == 0 && permits.unused.is_empty());
+    }
+
+    #[test]
+    fn two_addresses_of_a_subnet_do_not_take_the_permits_of_its_other_addresses() {
+        let admission = admission(FREE_STREAMS + 8, 64, 0); // 8 for an address, 16 for a subnet
+        let connect = |n: u64| Connection::new(n, host(n as u8), &admission);
+        let mut heavy = [1, 2].map(connect);
+        let mut used = Connection::new(9, prefix(9), &admission);
+        assert_eq!(heavy.each_mut().map(Connection::open_all), [FREE_STREAMS + 8; 2]);
+        assert_eq!(used.open_all(), FREE_STREAMS + 8);
+        let mut other = connect(3);
+        // Its fair share, from both of them in turn.
+        assert_eq!((other.open_all(), other.preempted.len()), (FREE_STREAMS + 5, 5));
+        assert!(other.preempted.iter().all(|(connection, _)| *connection < 3));
+        // Used ones are not reset.
+        heavy.iter_mut().flat_map(|it| &mut it.open).flatten().for_each(Permit::set_used);
+        let mut late = connect(4);
+        assert_eq!((late.open_all(), late.preempted.len()), (FREE_STREAMS + 2, 2));
     }
 
     #[test]
