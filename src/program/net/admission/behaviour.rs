@@ -104,14 +104,14 @@ impl Admission {
         let slots = prefix.map_or(0, held);
         let progress = pending.as_ref().map(|pending| pending.progress.clone());
         // In a full subnet the address with the most connections makes room for one with fewer.
-        if let Some(full @ Scope::Subnet(_)) = self.limits.quota.full(prefix)
-            && progress.is_some()
-            && let Some(idle) = self.idle_connection(full, prefix, false)
-        {
+        let full = self.limits.quota.full(prefix).filter(|full| matches!(full, Scope::Subnet(_)));
+        let full = full.filter(|_| progress.is_some());
+        let idle = full.and_then(|full| self.idle_connection(full, prefix, false));
+        let dropped = self.limits.admit(id, prefix, slots, progress, idle, Instant::now())?;
+        if let Some(idle) = idle {
             self.relay.relay.close(idle, CloseReason::Preempted);
-            self.limits.stop_counting(idle);
         }
-        if let Some(dropped) = self.limits.admit(id, prefix, slots, progress, Instant::now())? {
+        if let Some(dropped) = dropped {
             log::debug!("handshake dropped: connection {dropped} makes room for connection {id}");
             self.drop_handshake(dropped, Reason::Preempted);
         }
@@ -262,8 +262,11 @@ impl NetworkBehaviour for Admission {
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
+
     use libp2p::{
         identity::Keypair,
+        multiaddr::Protocol,
         swarm::{ListenError, ListenFailure, behaviour::ConnectionEstablished},
     };
 
@@ -284,16 +287,26 @@ mod tests {
             .map(drop)
     }
 
+    /// A connection from this address begins its handshake. Returns its ends.
+    fn begin(
+        admission: &mut Admission,
+        n: usize,
+        from: [u8; 4],
+    ) -> Result<[Multiaddr; 2], ConnectionDenied> {
+        let [local, _] = addresses();
+        let from = Multiaddr::from(Ipv4Addr::from(from)).with(Protocol::Tcp(n as u16 + 1));
+        let [to, client] = [&local, &from].map(|it| listen_address(it).unwrap().0);
+        let _counted = admission.counters.count((), Some(to), client, None);
+        let id = ConnectionId::new_unchecked(n);
+        admission.handle_pending_inbound_connection(id, &local, &from)?;
+        Ok([local, from])
+    }
+
     /// A connection from 192.0.2.`host` comes up.
     fn come_up(admission: &mut Admission, n: usize, host: u8) -> Result<(), ConnectionDenied> {
         let (connection_id, peer_id) = (ConnectionId::new_unchecked(n), PeerId::random());
         let (id, peer) = (connection_id, peer_id);
-        let [local_addr, _] = addresses();
-        let send_back_addr: Multiaddr =
-            format!("/ip4/192.0.2.{host}/tcp/{}", n + 1).parse().unwrap();
-        let [to, from] = [&local_addr, &send_back_addr].map(|it| listen_address(it).unwrap().0);
-        let _counted = admission.counters.count((), Some(to), from, None);
-        admission.handle_pending_inbound_connection(id, &local_addr, &send_back_addr)?;
+        let [local_addr, send_back_addr] = begin(admission, n, [192, 0, 2, host])?;
         let up =
             admission.handle_established_inbound_connection(id, peer, &local_addr, &send_back_addr);
         up.map(drop)?;
@@ -376,6 +389,20 @@ mod tests {
         assert_eq!(kind(&denied), Some("too many connections of the subnet"));
         closing.into_iter().for_each(|id| admission.limits.remove(id));
         assert_eq!(admission.limits.counts(), [8, 0, 5]);
+    }
+
+    #[test]
+    fn a_connection_that_is_denied_closes_no_idle_one_of_its_subnet() {
+        let mut admission = admission(Limits {
+            max_connections_per_subnet: Some(4),
+            max_handshakes: 1,
+            ..Limits::default()
+        });
+        (0..4).for_each(|n| come_up(&mut admission, n, 1).unwrap());
+        begin(&mut admission, 9, [198, 51, 100, 1]).unwrap();
+        let denied = come_up(&mut admission, 10, 2).unwrap_err();
+        assert_eq!(kind(&denied), Some("too many handshakes"));
+        assert!(admission.relay.relay.connections.iter().all(|(_, up)| up.closing.is_none()));
     }
 
     #[test]

@@ -218,8 +218,9 @@ impl ConnectionLimits {
         }
     }
 
-    /// Admits a connection to its handshake; its prefix holds this many slots. Returns the connection whose handshake
-    /// is to be dropped for it.
+    /// Admits a connection to its handshake; its prefix holds this many slots. Under a full subnet the caller closes
+    /// `idle` for it, which does not count towards its prefix any more. Returns the connection whose handshake is to be
+    /// dropped for it.
     ///
     /// # Errors
     ///
@@ -230,15 +231,17 @@ impl ConnectionLimits {
         prefix: Option<ClientPrefix>,
         slots: usize,
         progress: Option<Progress>,
+        idle: Option<ConnectionId>,
         now: Instant,
     ) -> Result<Option<ConnectionId>, Denied> {
         match self.quota.full(prefix) {
             Some(Scope::Address(address)) => return Err(Denied::Address(address)),
-            Some(Scope::Subnet(subnet)) => return Err(Denied::Subnet(subnet)),
-            Some(Scope::Total) | None => {}
+            Some(Scope::Subnet(subnet)) if idle.is_none() => return Err(Denied::Subnet(subnet)),
+            _ => {}
         }
         let dropped = self.handshakes.admit(id, prefix, slots, progress, now);
         let dropped = dropped.map_err(|_| Denied::Handshakes)?;
+        idle.into_iter().for_each(|idle| self.stop_counting(idle));
         self.quota.add(prefix);
         self.admitted.insert(id, prefix);
         Ok(dropped)
@@ -284,8 +287,8 @@ impl ConnectionLimits {
         self.stop_counting(id);
     }
 
-    /// Stops counting a connection towards its prefix: it is being closed for another one.
-    pub fn stop_counting(&mut self, id: ConnectionId) {
+    /// Stops counting a connection towards its prefix.
+    fn stop_counting(&mut self, id: ConnectionId) {
         if let Some(prefix) = self.admitted.remove(&id) {
             self.quota.remove(prefix);
         }
@@ -327,7 +330,7 @@ mod tests {
         n: usize,
         prefix: Option<ClientPrefix>,
     ) -> Result<(), Denied> {
-        all.admit(id(n), prefix, 0, None, Instant::now()).map(drop)
+        all.admit(id(n), prefix, 0, None, None, Instant::now()).map(drop)
     }
 
     const WITHOUT_SLOT: PeerStatus = PeerStatus { holds_slot: false, connections: 0, closing: 0 };
@@ -409,7 +412,7 @@ mod tests {
         let mut all = limits(1);
         for n in 0..56 {
             let progress = Some(Progress::default());
-            all.admit(id(n), from(n as u8, 1), 0, progress, Instant::now()).unwrap();
+            all.admit(id(n), from(n as u8, 1), 0, progress, None, Instant::now()).unwrap();
         }
         assert_eq!(admit(&mut all, 99, from(99, 1)), Err(Denied::Handshakes));
         let later = Instant::now() + Duration::from_secs(4);
@@ -465,7 +468,7 @@ mod tests {
                         let prefix = (one > 9).then(|| from(one % 3, other % 4)).flatten();
                         let progress = (other > 40).then(Progress::default);
                         let slots = usize::from(other % 3);
-                        if all.admit(id(n), prefix, slots, progress.clone(), now).is_ok() {
+                        if all.admit(id(n), prefix, slots, progress.clone(), None, now).is_ok() {
                             open.insert(n, (prefix, progress));
                         }
                     }
