@@ -63,7 +63,9 @@ struct Prefixes {
 /// What the connections of one client prefix hold.
 #[derive(Debug, Default)]
 struct Prefix {
+    /// Bytes that can be freed, and bytes that are charged until a connection closes.
     held: AtomicUsize,
+    kept: AtomicUsize,
     /// Its fair share of half the pool when that was last computed; zero: it has not been.
     share: AtomicUsize,
 }
@@ -224,7 +226,9 @@ impl MemoryBudget {
             return;
         }
         prefixes.shared_at = Some(now);
-        let shares = fair_share::shares(&prefixes.holdings(), self.0.limit / 2);
+        let holdings = prefixes.holdings();
+        let kept = self.held().saturating_sub(holdings.iter().map(|(_, held)| held).sum());
+        let shares = fair_share::shares(&holdings, (self.0.limit / 2).saturating_sub(kept));
         for (it, share) in prefixes.of.values().zip(shares) {
             it.share.store(share.max(1), Ordering::Relaxed);
         }
@@ -305,25 +309,23 @@ impl ConnectionBudget {
     pub fn replace_charge(&self, before: usize, after: usize) {
         let more = after.wrapping_sub(before); // atomic additions wrap around
         if more != 0 {
-            self.charge(&self.held, more);
-        }
-    }
-
-    fn charge(&self, account: &AtomicUsize, bytes: usize) {
-        for held in [account, &self.prefix.1.held, &self.pool.0.held] {
-            held.fetch_add(bytes, Ordering::Relaxed);
+            for held in [&self.held, &self.prefix.1.held, &self.pool.0.held] {
+                held.fetch_add(more, Ordering::Relaxed);
+            }
         }
     }
 
     /// Charges this many bytes until the connection closes, if at most half of the pool is held then, and as much of that
-    /// half is free as this prefix holds: one prefix takes half of it at most, the next one half of what is left, and so
+    /// half is free as this prefix keeps: one prefix takes half of it at most, the next one half of what is left, and so
     /// on. Returns whether it did.
     pub fn keep_if_plenty(&self, bytes: usize) -> bool {
-        let of_prefix = self.prefix.1.held.load(Ordering::Relaxed);
+        let of_prefix = self.prefix.1.kept.load(Ordering::Relaxed);
         let needed = self.pool.held().saturating_add(of_prefix).saturating_add(2 * bytes);
         let is_plenty = needed <= self.pool.0.limit / 2;
         if is_plenty {
-            self.charge(&self.kept, bytes);
+            for held in [&self.kept, &self.prefix.1.kept, &self.pool.0.held] {
+                held.fetch_add(bytes, Ordering::Relaxed);
+            }
         }
         is_plenty
     }
@@ -367,11 +369,11 @@ impl ConnectionBudget {
 impl Drop for ConnectionBudget {
     fn drop(&mut self) {
         self.pool.connections().remove(&self.number);
-        let bytes = *self.held.get_mut() + *self.kept.get_mut();
+        let [held, kept] = [&mut self.held, &mut self.kept].map(|it| *it.get_mut());
         let Self { pool, prefix: (prefix, account), .. } = self;
-        for held in [&account.held, &pool.0.held] {
-            held.fetch_sub(bytes, Ordering::Relaxed);
-        }
+        account.held.fetch_sub(held, Ordering::Relaxed);
+        account.kept.fetch_sub(kept, Ordering::Relaxed);
+        pool.0.held.fetch_sub(held + kept, Ordering::Relaxed);
         let mut prefixes = pool.prefixes();
         mem::take(account); // under the lock, so that the last connection of a prefix knows that it is the last
         if prefixes.of.get(prefix).is_some_and(|it| Arc::strong_count(it) == 1) {
@@ -534,6 +536,20 @@ mod tests {
             assert_eq!(budget.pool.is_scarce_for(budget.prefix.0), budget.is_scarce());
         }
         assert_eq!(budget.busiest(), heavy.0.prefix.0.map(|prefix| (prefix, 651)));
+    }
+
+    #[test]
+    fn what_a_prefix_keeps_is_not_counted_against_what_it_buffers() {
+        let budget = MemoryBudget::new(1000, 1000, 0);
+        let [keeps, heavy] = [connection(&budget, 1, 0), connection_elsewhere(&budget)];
+        assert!(keeps.0.keep_if_plenty(250));
+        keeps.0.replace_charge(0, 20);
+        heavy.0.replace_charge(0, 740);
+        budget.enforce(Instant::now());
+        assert_eq!((held(&keeps), keeps.0.is_scarce()), (20, false));
+        assert_eq!((budget.buffered().bytes, heavy.0.is_scarce()), (900, true));
+        drop((keeps, heavy));
+        assert_eq!((budget.buffered().bytes, budget.prefixes().of.len()), (0, 0));
     }
 
     #[test]
