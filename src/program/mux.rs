@@ -4,6 +4,7 @@ pub mod budget;
 mod fair_share;
 pub(crate) mod frame;
 pub mod muxer;
+mod negotiation;
 pub(crate) mod session;
 mod stream;
 pub mod stream_limits;

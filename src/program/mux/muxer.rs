@@ -30,6 +30,7 @@ use libp2p::{
 use super::{
     budget::{Cut, MemoryBudget},
     frame::{Chunk, HEADER, Room},
+    negotiation::Negotiation,
     session::{Shared, frames::Frames},
     stream::{QUANTUM, Stream},
     stream_limits::{Budget, Key, StreamAdmission, StreamLimits},
@@ -148,8 +149,9 @@ pub struct Muxer<C> {
     is_flushing: bool,
     /// Whether a stream was accepted in this poll of the connection.
     has_accepted: bool,
-    /// The size of the current write batch.
+    /// The size of the current write batch, and whether a full one with data has been sent.
     batch: usize,
+    is_bulk: bool,
     activity: ActivityCounter,
     /// Reading is paused until then, because frames exceeded their rate.
     pause: Option<Delay>,
@@ -180,6 +182,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
             is_flushing: false,
             has_accepted: false,
             batch: SMALL_BATCH,
+            is_bulk: false,
             activity,
             pause: None,
             stall: WriteStall::default(),
@@ -259,9 +262,10 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
             turn += written;
             self.written += written;
             self.unflushed += written;
-            // 4. After the first full batch of data, make the next ones large.
-            if self.has_data
-                && self.unflushed + HEADER >= self.batch
+            // 4. After the first full batch of data, make the next ones large if there is memory.
+            let is_full = self.has_data && self.unflushed + HEADER >= self.batch;
+            self.is_bulk |= is_full;
+            if is_full
                 && self.batch == SMALL_BATCH
                 && self.shared.budget.keep_if_plenty(LARGE_BATCH_COST)
             {
@@ -342,8 +346,8 @@ impl<C: AsyncRead + AsyncWrite + Unpin> StreamMuxer for Muxer<C> {
             Poll::Ready(Ok(())) => Pin::new(&mut self.connection).poll_close(cx),
             other => other,
         };
-        // The last of much data may not have arrived.
-        let bulk = self.socket.as_ref().filter(|_| self.batch == LARGE_BATCH);
+        // The last of much data may not have arrived. A peer that is gone does not end the connection: that takes `CLOSING`.
+        let bulk = self.socket.as_ref().filter(|_| self.is_bulk);
         if closed.is_pending() || bulk.is_some_and(|it| socket::poll_end(it, cx).is_pending()) {
             let closing = self.closing.get_or_insert_with(|| Delay::new(CLOSING));
             ready!(closing.poll_unpin(cx));
@@ -449,43 +453,6 @@ impl AsyncWrite for Substream {
     fn poll_close(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.shared.with(|session| session.change(self.key, Stream::close));
         Poll::Ready(Ok(()))
-    }
-}
-
-/// Limits what a peer may send while the protocol of a stream is being negotiated, and parses what the side that has
-/// not opened the stream sends until it accepts one.
-///
-/// Sans-IO. libp2p's multistream-select allocates 16 KiB for a message as soon as its length is announced, which takes
-/// two bytes. So messages longer than 127 bytes are rejected; the usual protocol names are shorter.
-/// See [the specification](https://github.com/multiformats/multistream-select).
-#[derive(Debug, Default)]
-struct Negotiation {
-    /// Whether the relay has opened the stream.
-    is_outbound: bool,
-    /// What was sent of the current message, starting with its length.
-    message: Vec<u8>,
-}
-
-impl Negotiation {
-    /// Whether the relay accepts what it has read into a buffer of this size. multistream-select reads only lengths
-    /// byte by byte; the first byte of a length above 127 has its highest bit set.
-    fn accepts(read: &[u8], buffer: usize) -> bool {
-        !(buffer == 1 && read.first().is_some_and(|byte| *byte >= 0x80))
-    }
-
-    /// Parses what is sent next. Returns whether a protocol was accepted in it.
-    fn parse(&mut self, bytes: &[u8]) -> bool {
-        bytes.iter().any(|byte| {
-            self.message.push(*byte);
-            match unsigned_varint::decode::usize(&self.message) {
-                Ok((length, text)) if text.len() >= length => {
-                    let accepts = text.starts_with(b"/") && text != b"/multistream/1.0.0\n";
-                    self.message.clear();
-                    accepts
-                }
-                _ => false,
-            }
-        })
     }
 }
 

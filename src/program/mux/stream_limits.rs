@@ -78,7 +78,8 @@ pub struct StreamLimits {
     /// How many streams all peers together may have open, not counting four of each connection. One address may have an
     /// eighth of them, one subnet a quarter. Default 4096.
     ///
-    /// A stream beyond that is reset.
+    /// When all, or all of a subnet, are taken, a stream without a request is reset for one of an address with fewer;
+    /// otherwise the new one is reset.
     pub max_streams: usize,
     /// How many streams a peer may have open on one connection. Default: 32 more than
     /// [`crate::Config::max_circuits_per_peer`].

@@ -647,6 +647,11 @@ fn a_muxer_keeps_no_memory_for_an_announced_body_and_none_once_it_is_dropped() {
 /// The kernel resets a connection that is closed before all that its peer sends was read, and discards what it has not sent yet.
 #[test]
 fn a_peer_that_sends_while_the_relay_closes_receives_all_bulk_data() {
+    [false, true].into_iter().for_each(assert_bulk_data_arrives);
+}
+
+/// `is_scarce`: so little memory is free that batches stay small.
+fn assert_bulk_data_arrives(is_scarce: bool) {
     use socket2::{Domain, Socket, Type};
 
     let cx = &mut Context::from_waker(Waker::noop());
@@ -656,6 +661,8 @@ fn a_peer_that_sends_while_the_relay_closes_receives_all_bulk_data() {
     peer.connect(&listener.local_addr().unwrap().into()).unwrap();
     let socket = TcpStream::from(listener.accept().unwrap().0);
     let multiplex = Multiplex::new(Budget { inbound: 9, outbound: 9 }, StreamLimits::default(), 9);
+    let other = multiplex.memory.open(None, std::sync::Weak::<Shared>::new());
+    other.replace_charge(0, if is_scarce { 41 << 20 } else { 0 }); // of 80 MiB
     let multiplex = multiplex.of(&Multiaddr::empty(), None, Some(socket.clone()));
     let mut relay = Muxer::new(socket, multiplex, Endpoint::Listener);
     let mut stream = open(&mut relay, cx);
@@ -672,6 +679,7 @@ fn a_peer_that_sends_while_the_relay_closes_receives_all_bulk_data() {
         }
         io::copy(&mut peer, &mut io::sink())
     });
+    assert_eq!(relay.batch == LARGE_BATCH, !is_scarce);
     block_on(poll_fn(|cx| Pin::new(&mut relay).poll_close(cx))).unwrap();
     drop(relay);
     let received = peer.join().unwrap().unwrap();
