@@ -3,8 +3,8 @@
 //! Sans-IO. One type counts slots, connections, handshakes, streams and circuits alike. A unit counts towards its
 //! address, its subnet and the total ([`Scope`]). Only [`Quota::busiest`] takes longer the more units there are.
 //!
-//! The caps of addresses and subnets hold even while the total has room. When the total is full, [`Quota::yields`]
-//! tells whether a unit makes room, and [`Quota::load`] which one first: one of the heaviest subnet, and in that of the
+//! The caps of addresses and subnets hold even while the total has room. When the total or a subnet is full,
+//! [`Quota::yields`] tells whether a unit makes room, and [`Quota::load`] which one first: one of the heaviest subnet, and in that of the
 //! heaviest address. So a subnet that holds less than its fair share (the total divided by the subnets in use) is not
 //! refused because of another one.
 
@@ -120,9 +120,9 @@ impl Quota {
         })
     }
 
-    /// Whether a unit of `holder` makes room for one of `newcomer` when the total is full: it does if its subnet, or
-    /// within one subnet its address, would still hold at least as much as the newcomer's afterwards. A unit
-    /// without a prefix makes room for one that has one, and never the other way round.
+    /// Whether a unit of `holder` makes room for one of `newcomer` when the total is full, or the subnet of both: it does
+    /// if its subnet, or within one subnet its address, would still hold at least as much as the newcomer's afterwards. A
+    /// unit without a prefix makes room for one that has one, and never the other way round.
     pub fn yields(&self, holder: Option<ClientPrefix>, newcomer: Option<ClientPrefix>) -> bool {
         let (Some(holder), Some(newcomer)) = (holder, newcomer) else {
             return holder.is_none() && newcomer.is_some();

@@ -306,6 +306,8 @@ pub struct Flags {
 
     /// How many connections one subnet (IPv4: a /24, IPv6: a /48) may have; 0: no cap
     ///
+    /// Beyond it, an idle connection of the address with the most connections is closed for one of an address
+    /// with fewer.
     /// [default: a quarter of all, at least 64]
     #[structopt(long, value_name = "N")]
     pub max_connections_per_subnet: Option<Parsed<usize>>,

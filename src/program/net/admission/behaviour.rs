@@ -103,7 +103,8 @@ impl Admission {
         let held = |prefix| self.relay.relay.reservations.quota.held(Scope::Address(prefix));
         let slots = prefix.map_or(0, held);
         let progress = pending.as_ref().map(|pending| pending.progress.clone());
-        // In a full subnet the address with the most connections makes room for one with fewer.
+        // In a full subnet the address with the most connections makes room for one with fewer: at once, because a
+        // connection counts towards its subnet from the start.
         let full = self.limits.quota.full(prefix).filter(|full| matches!(full, Scope::Subnet(_)));
         let full = full.filter(|_| progress.is_some());
         let idle = full.and_then(|full| self.idle_connection(full, prefix, false));

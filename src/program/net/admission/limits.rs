@@ -1,8 +1,9 @@
 //! Limits on connections: in total, by client prefix, by peer, and on handshakes.
 //!
 //! Sans-IO. The peer of a connection is known only after the handshake. Until then the caps by prefix and on handshakes
-//! (`handshakes.rs`) apply; after it the caps in total and by peer, under which a new connection may preempt another
-//! one. A connection counts until it is closed, also while it is closing.
+//! (`handshakes.rs`) apply; after it the caps in total and by peer. Under a full total, peer or subnet a new connection may
+//! preempt another one. A connection counts until it is closed, also while it is closing; only towards a subnet that is full
+//! does one that is preempted stop counting at once, for the new one.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -130,7 +131,7 @@ pub enum Preemption {
 #[derive(Debug)]
 pub struct ConnectionLimits {
     limits: Limits,
-    /// The connections that were admitted to their handshakes, until they are closed.
+    /// The connections that were admitted to their handshakes, until they are closed, or preempted under a full subnet.
     admitted: HashMap<ConnectionId, Option<ClientPrefix>>,
     /// Those that have completed their handshakes, also if they were denied then.
     pub established: HashSet<ConnectionId>,
