@@ -105,8 +105,8 @@ impl Admission {
         let progress = pending.as_ref().map(|pending| pending.progress.clone());
         // In a full subnet the address with the most connections makes room for one with fewer: at once, because a
         // connection counts towards its subnet from the start.
-        let full = self.limits.quota.full(prefix).filter(|full| matches!(full, Scope::Subnet(_)));
-        let full = full.filter(|_| progress.is_some());
+        let may_preempt = |full: &Scope| matches!(full, Scope::Subnet(_)) && progress.is_some();
+        let full = self.limits.quota.full(prefix).filter(may_preempt);
         let idle = full.and_then(|full| self.idle_connection(full, prefix, false));
         let dropped = self.limits.admit(id, prefix, slots, progress, idle, Instant::now())?;
         if let Some(idle) = idle {

@@ -128,7 +128,7 @@ impl Validity {
         let (from, until) = (self.not_before, self.not_after);
         let mut warnings = Vec::new();
         if !wall_clock::is_set(now) {
-            // No date can be judged. The behaviour warns about the clock.
+            // No date can be checked. The behaviour warns about the clock.
         } else if now > until {
             warnings.push(format!("expired at {}: clients refuse it; renew it", date(until)));
         } else if now < from {
