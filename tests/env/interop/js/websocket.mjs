@@ -9,7 +9,7 @@ const BULK = 16 * 1024 * 1024
 export async function websocket (overTcp, overWebSocket) {
   for (const [name, security] of Object.entries(securities)) {
     for (const [from, to] of [[overTcp, overWebSocket], [overWebSocket, overTcp], [overWebSocket, overWebSocket]]) {
-      const [source, target] = [await newParty({ security, waits: true }), await newReserved(to, { security, waits: true })]
+      const [source, target] = [await newParty({ security }), await newReserved(to, { security })]
       const reservation = target.reservations.getReservation(target.getConnections()[0].remotePeer)
       await checkReservation(reservation, peerOf(to), target.peerId)
 
