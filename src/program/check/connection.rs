@@ -5,7 +5,7 @@ use std::io::{
 };
 use std::{future::poll_fn, pin::pin, sync::Arc, task::Poll};
 
-use async_std::{io::timeout, net::TcpStream};
+use async_std::io::timeout;
 use futures_rustls::rustls::{ClientConfig, RootCertStore, crypto::ring, pki_types::ServerName};
 use futures_rustls::{TlsConnector, client::TlsStream};
 use libp2p::core::muxing::{StreamMuxerBox, StreamMuxerExt, SubstreamBox};
@@ -112,15 +112,14 @@ impl Connection {
 }
 
 /// Connects to the first address that accepts. The text, or the error, names each address that was tried.
-async fn dial(target: &Target) -> io::Result<(TcpStream, String)> {
+async fn dial(target: &Target) -> io::Result<(net::socket::Socket, String)> {
     let (mut failed, mut cause) = (String::new(), NotFound);
     // Together less than the step's limit: otherwise the step would end without naming an address.
     let each = steps::TIME_LIMIT / (target.sockets.len() + 1) as u32;
     for to in &target.sockets {
-        match timeout(each, TcpStream::connect(to)).await {
+        match timeout(each, net::socket::Socket::connect(*to)).await {
             Ok(stream) => {
-                net::socket::set_options(&stream);
-                let from = stream.local_addr()?.ip();
+                let from = stream.get_ref().local_addr()?.ip();
                 return Ok((stream, format!("connected to {to} from {from}{failed}")));
             }
             Err(error) => {

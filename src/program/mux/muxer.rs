@@ -15,7 +15,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use async_std::net::TcpStream;
 use futures_timer::Delay;
 use libp2p::{
     Multiaddr,
@@ -40,7 +39,7 @@ use crate::{
     address::ClientPrefix,
     program::net::{
         admission::handshake_failure::{Reason, Stage, StageError},
-        socket,
+        socket::{self, Socket},
     },
 };
 
@@ -76,7 +75,7 @@ pub struct Multiplex {
     /// The memory that its connections share.
     pub memory: MemoryBudget,
     activity: ActivityCounter,
-    socket: Option<TcpStream>,
+    socket: Option<Socket>,
 }
 
 impl Multiplex {
@@ -95,7 +94,7 @@ impl Multiplex {
         &self,
         remote: &Multiaddr,
         activity: Option<ActivityCounter>,
-        socket: Option<TcpStream>,
+        socket: Option<Socket>,
     ) -> Self {
         let (mut all, activity) = (self.clone(), activity.unwrap_or_default());
         all.admission.prefix = ClientPrefix::of(remote);
@@ -137,7 +136,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> OutboundConnectionUpgrade<C> for Multipl
 pub struct Muxer<C> {
     // Dropped before the socket: see `byte_counters::PendingCounter`.
     connection: C,
-    socket: Option<TcpStream>,
+    socket: Option<Socket>,
     shared: Arc<Shared>,
     room: Room,
     /// Frames being written, and how many of their bytes were.
@@ -282,7 +281,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Muxer<C> {
         let next_check = self.next_check.get_or_insert_with(|| Delay::new(STALL_CHECK));
         while next_check.poll_unpin(cx).is_ready() {
             next_check.reset(STALL_CHECK);
-            let acknowledged = self.socket.as_ref().and_then(socket::acknowledged);
+            let acknowledged = self.socket.as_ref().and_then(|it| socket::acknowledged(it));
             let stalled_for = self.stall.on_waiting(acknowledged, Instant::now());
             let budget = &self.shared.budget;
             if stalled_for >= budget.max_stall().max(STALL_CHECK) {

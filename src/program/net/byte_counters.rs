@@ -14,12 +14,12 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use async_std::net::TcpStream;
 use libp2p::core::ConnectedPoint;
 
 use super::{
     admission::handshakes::Progress,
     multiaddr::{listen_address, without_peer},
+    socket::Socket,
 };
 use crate::activity::{ActivityCounter, TrackedStream};
 
@@ -49,7 +49,7 @@ pub struct Pending {
     /// The progress of its handshake, with the counter.
     pub progress: Progress,
     /// Its socket, to abort the handshake; `None` if it was dialed.
-    pub socket: Option<TcpStream>,
+    pub socket: Option<Socket>,
     /// Whether it is a trusted proxy's own request: the access rules are for clients.
     pub is_proxys_own: bool,
 }
@@ -82,7 +82,7 @@ impl ByteCounters {
         stream: S,
         local: Option<SocketAddr>,
         remote: SocketAddr,
-        socket: Option<TcpStream>,
+        socket: Option<Socket>,
     ) -> Counted<S> {
         let progress = Progress::default();
         let activity = progress.activity.clone();

@@ -4,13 +4,13 @@
 use std::{
     collections::VecDeque,
     io,
-    net::SocketAddr,
+    net::{SocketAddr, TcpListener},
     pin::Pin,
     task::{Context, Poll, Waker, ready},
     time::{Duration, Instant},
 };
 
-use async_std::net::{TcpListener, TcpStream};
+use async_io::Async;
 use futures_timer::Delay;
 use libp2p::{
     Multiaddr,
@@ -20,13 +20,13 @@ use libp2p::{
         stream::{self, BoxStream},
     },
 };
-use socket2::{Domain, Socket, Type};
+use socket2::{Domain, Type};
 
 use super::{
     byte_counters::{ByteCounters, Counted},
     interfaces::{Change, Interfaces},
     multiaddr::with_layers_of,
-    socket::set_options,
+    socket::{Socket, set_options},
 };
 
 /// How many connections the kernel queues until they are accepted.
@@ -43,7 +43,7 @@ const MAX_BACKOFF: Duration = Duration::from_secs(2);
 const REPORT_AFTER: Duration = Duration::from_secs(60);
 
 /// The upgrade of an accepted connection: complete from the start.
-pub(super) type Upgrade = std::future::Ready<io::Result<Counted<TcpStream>>>;
+pub(super) type Upgrade = std::future::Ready<io::Result<Counted<Socket>>>;
 
 /// An event for the swarm.
 pub(super) type Event = TransportEvent<Upgrade, io::Error>;
@@ -58,7 +58,7 @@ pub(super) enum Output {
 /// An accepted connection.
 pub(super) struct Accepted {
     pub(super) listener: ListenerId,
-    pub(super) stream: TcpStream,
+    pub(super) stream: Socket,
     local: SocketAddr,
     local_addr: Multiaddr,
     pub(super) remote: SocketAddr,
@@ -87,7 +87,7 @@ pub(super) struct Listener {
     /// The address to listen on, as it was given.
     address: Multiaddr,
     bound: SocketAddr,
-    incoming: BoxStream<'static, io::Result<(TcpStream, SocketAddr)>>,
+    incoming: BoxStream<'static, io::Result<(Socket, SocketAddr)>>,
     /// The machine's addresses, if the socket is bound to all of them.
     interfaces: Option<Interfaces>,
     backoff: Option<Delay>,
@@ -102,7 +102,7 @@ pub(super) struct Listener {
 impl Listener {
     /// Binds `to`, the socket address in `address`.
     pub(super) fn bind(id: ListenerId, address: Multiaddr, to: SocketAddr) -> io::Result<Self> {
-        let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
+        let socket = socket2::Socket::new(Domain::for_address(to), Type::STREAM, None)?;
         if to.is_ipv6() {
             // Otherwise the IPv4 listener on the same port could not be bound.
             socket.set_only_v6(true)?;
@@ -111,8 +111,8 @@ impl Listener {
         socket.set_reuse_address(true)?;
         socket.bind(&to.into())?;
         socket.listen(BACKLOG)?;
-        let listener = std::net::TcpListener::from(socket);
-        let bound = listener.local_addr()?;
+        let listener = Async::new(TcpListener::from(socket))?;
+        let bound = listener.get_ref().local_addr()?;
 
         let interfaces = bound.ip().is_unspecified().then(Interfaces::default);
         let mut events = VecDeque::new();
@@ -120,8 +120,9 @@ impl Listener {
             let listen_addr = with_layers_of(&address, bound);
             events.push_back(TransportEvent::NewAddress { listener_id: id, listen_addr });
         }
-        let incoming = stream::unfold(TcpListener::from(listener), |listener| async move {
-            Some((listener.accept().await, listener))
+        let incoming = stream::unfold(listener, |listener| async move {
+            let accepted = listener.accept().await;
+            Some((accepted.map(|(stream, remote)| (Socket::new(stream), remote)), listener))
         });
         Ok(Self {
             id,
@@ -174,9 +175,9 @@ impl Listener {
     }
 
     /// Prepares the socket of an accepted connection.
-    fn prepare(&self, stream: TcpStream, remote: SocketAddr) -> io::Result<Accepted> {
+    fn prepare(&self, stream: Socket, remote: SocketAddr) -> io::Result<Accepted> {
         set_options(&stream);
-        let local = stream.local_addr()?;
+        let local = stream.get_ref().local_addr()?;
         let local_addr = with_layers_of(&self.address, local);
         Ok(Accepted { listener: self.id, stream, local, local_addr, remote })
     }

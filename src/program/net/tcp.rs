@@ -16,7 +16,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use async_std::net::TcpStream;
 use futures_timer::Delay;
 use libp2p::{
     Multiaddr, Transport,
@@ -37,7 +36,7 @@ use super::{
     byte_counters::{ByteCounters, Counted},
     listener::{Accepted, Event, Listener, Output, Upgrade},
     multiaddr::{Layer, dialable, listen_address},
-    socket::{set_options, with_remedy},
+    socket::{Socket, with_remedy},
 };
 
 /// TCP, over IPv4 and IPv6.
@@ -90,7 +89,7 @@ impl Tcp {
     }
 
     /// Step 1: determines the client of an accepted connection: on a proxy's connection the header names it.
-    fn on_accepted(&mut self, accepted: Accepted) -> Option<Event> {
+    fn on_accepted(&mut self, mut accepted: Accepted) -> Option<Event> {
         let remote = accepted.remote;
         if !self.proxies.contains(remote.ip()) {
             return self.on_client(accepted, remote);
@@ -100,7 +99,7 @@ impl Tcp {
             Err(full) => return self.report(accepted, Err(full.into())),
         };
         let read_header = async move {
-            let client = proxies::read_client(&accepted.stream).await;
+            let client = proxies::read_client(&mut accepted.stream).await;
             drop(permit);
             (accepted, client.map(|client| client.unwrap_or(remote)))
         };
@@ -127,7 +126,7 @@ impl Tcp {
 }
 
 impl Transport for Tcp {
-    type Output = Counted<TcpStream>;
+    type Output = Counted<Socket>;
     type Error = io::Error;
     type ListenerUpgrade = Upgrade;
     type Dial = BoxFuture<'static, io::Result<Self::Output>>;
@@ -162,8 +161,7 @@ impl Transport for Tcp {
         };
         let counters = self.counters.clone();
         Ok(async move {
-            let stream = TcpStream::connect(remote).await?;
-            set_options(&stream);
+            let stream = Socket::connect(remote).await?;
             Ok(counters.count(stream, None, remote, None))
         }
         .boxed())

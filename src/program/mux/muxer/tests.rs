@@ -652,14 +652,14 @@ fn a_peer_that_sends_while_the_relay_closes_receives_all_bulk_data() {
 
 /// `is_scarce`: so little memory is free that batches stay small.
 fn assert_bulk_data_arrives(is_scarce: bool) {
-    use socket2::{Domain, Socket, Type};
+    use socket2::{Domain, Type};
 
     let cx = &mut Context::from_waker(Waker::noop());
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let mut peer = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    let mut peer = socket2::Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
     peer.set_recv_buffer_size(4 * KIB).unwrap(); // most of the data waits at the relay
     peer.connect(&listener.local_addr().unwrap().into()).unwrap();
-    let socket = TcpStream::from(listener.accept().unwrap().0);
+    let socket = Socket::new(async_io::Async::new(listener.accept().unwrap().0).unwrap());
     let multiplex = Multiplex::new(Budget { inbound: 9, outbound: 9 }, StreamLimits::default(), 9);
     let other = multiplex.memory.open(None, std::sync::Weak::<Shared>::new());
     other.replace_charge(0, if is_scarce { 41 << 20 } else { 0 }); // of 80 MiB

@@ -11,7 +11,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use async_std::net::TcpStream;
 use futures_timer::Delay;
 use libp2p::{
     Multiaddr, PeerId,
@@ -36,6 +35,7 @@ use crate::{
         net::{
             byte_counters::{ByteCounters, Pending},
             multiaddr::{Layer, listen_address},
+            socket::Socket,
         },
     },
     relay::{connections::CloseReason, quota::Scope},
@@ -51,7 +51,7 @@ pub struct Admission {
     counters: ByteCounters,
     /// What is known of each handshake, and its socket: a swarm task runs the handshake, and shutting down the socket
     /// ends it.
-    handshakes: HashMap<ConnectionId, (HandshakeInfo, Option<TcpStream>)>,
+    handshakes: HashMap<ConnectionId, (HandshakeInfo, Option<Socket>)>,
     /// Whether the relay is in a private network.
     is_private: bool,
     /// The failure of the handshake whose end the swarm is about to report; `None` if it was a denial or a health check.
@@ -132,7 +132,7 @@ impl Admission {
             && let Some(socket) = socket.take()
         {
             info.dropped = Some(reason);
-            let _ = socket.shutdown(Shutdown::Both); // fails if the peer closed it first
+            let _ = socket.get_ref().shutdown(Shutdown::Both); // fails if the peer closed it first
         }
     }
 

@@ -8,13 +8,15 @@ use std::{
 };
 
 use async_lock::{Semaphore, SemaphoreGuardArc};
-use async_std::{future::timeout, io::ReadExt, net::TcpStream};
+use async_std::future::timeout;
 use ipnet::IpNet;
+use libp2p::futures::AsyncReadExt;
 
 use super::{
     limits::Denied,
     proxy_header::{self, HeaderError},
 };
+use crate::program::net::socket::Socket;
 
 /// How long a header may take. A proxy sends it in its first packet; this allows for retransmissions.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
@@ -60,12 +62,12 @@ impl Proxies {
 /// # Errors
 ///
 /// [`Denied::ProxyHeader`] when there is no valid header; `UnexpectedEof` when the connection ends without a byte.
-pub async fn read_client(mut stream: &TcpStream) -> io::Result<Option<SocketAddr>> {
-    let header = timeout(HEADER_TIMEOUT, read_header(&mut stream)).await;
+pub async fn read_client(stream: &mut Socket) -> io::Result<Option<SocketAddr>> {
+    let header = timeout(HEADER_TIMEOUT, read_header(stream)).await;
     header.unwrap_or_else(|_| Err(denied(HeaderError::TimedOut)))
 }
 
-async fn read_header(stream: &mut &TcpStream) -> io::Result<Option<SocketAddr>> {
+async fn read_header(stream: &mut Socket) -> io::Result<Option<SocketAddr>> {
     let mut bytes = [0; proxy_header::MAX_LENGTH];
     let mut read = 0;
     loop {

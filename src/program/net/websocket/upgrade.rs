@@ -2,7 +2,6 @@
 
 use std::{io, net::Shutdown, sync::Arc};
 
-use async_std::net::TcpStream;
 use futures_rustls::{TlsAcceptor, rustls::ServerConfig, server::TlsStream};
 use libp2p::futures::{
     AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt,
@@ -15,7 +14,10 @@ use super::{
     head::{Head, MAX_BYTES, Request},
     stream::WebSocketStream,
 };
-use crate::program::net::admission::handshake_failure::{Reason, Stage, StageError};
+use crate::program::net::{
+    admission::handshake_failure::{Reason, Stage, StageError},
+    socket::Socket,
+};
 
 /// How many bytes of a head are read at once.
 const STEP: usize = 2 * 1024;
@@ -54,7 +56,7 @@ impl<S: AsyncRead + AsyncWrite + Send + Unpin + 'static> PendingUpgrade<S> {
     /// If the request is not a WebSocket upgrade, or the connection ends.
     pub async fn answer(
         self,
-        socket: Option<TcpStream>,
+        socket: Option<Socket>,
         not_serving: Option<&'static str>,
     ) -> io::Result<WebSocketStream> {
         let Self { mut stream, head } = self;
@@ -80,12 +82,12 @@ impl<S: AsyncRead + AsyncWrite + Send + Unpin + 'static> PendingUpgrade<S> {
 async fn send_and_close(
     stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
     response: &[u8],
-    socket: Option<TcpStream>,
+    socket: Option<Socket>,
 ) -> io::Result<()> {
     stream.write_all(response).await?;
     stream.close().await?; // flushes, and sends TLS's close_notify; the socket stays open
     let Some(socket) = socket else { return Ok(()) };
-    socket.shutdown(Shutdown::Write)?;
+    socket.get_ref().shutdown(Shutdown::Write)?;
     copy(stream.take(LINGER), &mut sink()).await.map(drop)
 }
 
