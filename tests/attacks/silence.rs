@@ -15,7 +15,7 @@ use libp2p::{
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite, AsyncWriteExt},
-    net::TcpListener,
+    net::{TcpListener, TcpStream},
     sync::{
         mpsc,
         oneshot::{self, error::TryRecvError},
@@ -86,7 +86,11 @@ async fn silent_connections_of_four_addresses() {
                 if let Ok(Ok(tcp)) = timeout(TCP_TIMEOUT, tcp_from(address(number), port)).await {
                     opened.push(tcp);
                 }
-                opened.drain(..opened.len().saturating_sub(200));
+                // Those that the relay has not closed stay open, the oldest first: they hold places.
+                if opened.len() > 400 {
+                    opened.retain(|tcp| is_open(&tcp.0));
+                    opened.truncate(200);
+                }
             }
         });
         let silent = tokio::spawn(silent);
@@ -124,7 +128,8 @@ async fn silent_connections_of_four_addresses() {
     let ((newcomers, waits, most_handshakes), _) = testbed.attack(what, &size, attack).await;
     let longest = waits.iter().max().expect("one at least");
     println!("{} newcomers; the longest wait was {longest:?}", waits.len());
-    assert!(most_handshakes <= HANDSHAKES, "{most_handshakes} of one address");
+    let expected = HANDSHAKES / 2.0..=HANDSHAKES; // fewer would be no attack
+    assert!(expected.contains(&most_handshakes), "{most_handshakes} of one address");
     testbed.wait_until_counted(DENIED_TOO_FAST, 1.0).await;
     drop(newcomers);
     testbed.assert_restored().await;
@@ -171,7 +176,7 @@ async fn silent_connections_of_300_prefixes_and_slow_clients() {
     let longest = clients.iter().map(|(_, took)| took).max().expect("one at least");
     println!("all slow clients held a slot after {longest:?}");
     let [silent, exchanging, secured] = DROPPED;
-    testbed.wait_until_counted(silent, 1.0).await;
+    testbed.wait_until_counted(silent, PREFIXES as f64 / 2.0).await;
     for of_clients in [exchanging, secured] {
         assert_eq!(testbed.count(of_clients).await, 0.0, "{of_clients}");
     }
@@ -249,7 +254,8 @@ async fn silent_streams_of_one_address() {
     let size = format!("{STREAMS} on each of {CONNECTIONS} connections");
     let (attacked, _) = testbed.attack(what, &size, attack).await;
     let (silent, client, share, answers) = attacked.expect("they stay connected");
-    assert!(share <= SHARE, "{share} streams of one address");
+    let expected = SHARE / 2.0..=SHARE; // fewer would be no attack
+    assert!(expected.contains(&share), "{share} streams of one address");
     assert!(answers.iter().all(|(_, status)| *status == NO_RESERVATION), "{answers:?}");
     drop((silent, client));
     testbed.assert_restored().await;
@@ -280,6 +286,11 @@ async fn silent_streams_of_nine_addresses() {
     assert!(answers.iter().all(|(_, status)| *status == NO_RESERVATION), "{answers:?}");
     drop((silent, client));
     testbed.assert_restored().await;
+}
+
+/// Whether the relay has neither closed this connection nor sent anything.
+fn is_open(tcp: &TcpStream) -> bool {
+    tcp.try_read(&mut [0]).is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
 }
 
 /// Polls a count until it is stopped and has been above zero, and keeps the largest.
