@@ -4,9 +4,9 @@
 //! address, its subnet and the total ([`Scope`]). Only [`Quota::busiest`] takes longer the more units there are.
 //!
 //! The caps of addresses and subnets hold even while the total has room. When the total or a subnet is full,
-//! [`Quota::yields`] tells whether a unit makes room, and [`Quota::load`] which one first: one of the heaviest subnet, and in that of the
-//! heaviest address. So a subnet that holds less than its fair share (the total divided by the subnets in use) is not
-//! refused because of another one.
+//! [`Quota::yields`] tells whether a unit makes room, and [`Quota::load`] which one first: one of the heaviest
+//! subnet, and in that of the heaviest address. So a subnet that holds less than its fair share (the total divided by
+//! the subnets in use) is not refused because of another one.
 
 use std::collections::{HashMap, hash_map::Entry};
 

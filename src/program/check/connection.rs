@@ -17,7 +17,7 @@ use multistream_select::dialer_select_proto;
 
 use super::{diagnosis::Stage, requests, requests::Stream, steps, steps::Steps, target::Target};
 use crate::program::mux::{muxer::Multiplex, stream_limits::Budget, stream_limits::StreamLimits};
-use crate::program::net::{self, security::Security, websocket::WebSocketStream};
+use crate::program::net::{self, security::Security, socket::Socket, websocket::WebSocketStream};
 
 const YAMUX: &str = "/yamux/1.0.0";
 
@@ -112,12 +112,12 @@ impl Connection {
 }
 
 /// Connects to the first address that accepts. The text, or the error, names each address that was tried.
-async fn dial(target: &Target) -> io::Result<(net::socket::Socket, String)> {
+async fn dial(target: &Target) -> io::Result<(Socket, String)> {
     let (mut failed, mut cause) = (String::new(), NotFound);
     // Together less than the step's limit: otherwise the step would end without naming an address.
     let each = steps::TIME_LIMIT / (target.sockets.len() + 1) as u32;
     for to in &target.sockets {
-        match timeout(each, net::socket::Socket::connect(*to)).await {
+        match timeout(each, Socket::connect(*to)).await {
             Ok(stream) => {
                 let from = stream.get_ref().local_addr()?.ip();
                 return Ok((stream, format!("connected to {to} from {from}{failed}")));

@@ -26,7 +26,7 @@ use super::{
     byte_counters::{ByteCounters, Counted},
     interfaces::{Change, Interfaces},
     multiaddr::with_layers_of,
-    socket::{Socket, set_options},
+    socket::Socket,
 };
 
 /// How many connections the kernel queues until they are accepted.
@@ -174,9 +174,8 @@ impl Listener {
         }
     }
 
-    /// Prepares the socket of an accepted connection.
-    fn prepare(&self, stream: Socket, remote: SocketAddr) -> io::Result<Accepted> {
-        set_options(&stream);
+    /// An accepted connection, with its local address.
+    fn accepted(&self, stream: Socket, remote: SocketAddr) -> io::Result<Accepted> {
         let local = stream.get_ref().local_addr()?;
         let local_addr = with_layers_of(&self.address, local);
         Ok(Accepted { listener: self.id, stream, local, local_addr, remote })
@@ -216,7 +215,7 @@ impl Stream for Listener {
                 Some(Ok((stream, remote))) => {
                     this.next_backoff = FIRST_BACKOFF;
                     // Fails if the peer reset the connection before it was accepted.
-                    if let Ok(accepted) = this.prepare(stream, remote) {
+                    if let Ok(accepted) = this.accepted(stream, remote) {
                         return Poll::Ready(Some(Output::Accepted(accepted)));
                     }
                 }

@@ -47,20 +47,19 @@ pub struct Socket {
 }
 
 impl Socket {
-    /// A connection on the reactor.
+    /// A connection on the reactor. Sets its options.
     pub fn new(stream: Async<TcpStream>) -> Self {
+        set_options(&stream);
         Self { stream: Arc::new(stream), is_empty: false }
     }
 
-    /// Connects to this address, and sets the options.
+    /// Connects to this address.
     ///
     /// # Errors
     ///
     /// The kernel's.
     pub async fn connect(to: SocketAddr) -> io::Result<Self> {
-        let stream = Async::<TcpStream>::connect(to).await?;
-        set_options(&stream);
-        Ok(Self::new(stream))
+        Ok(Self::new(Async::<TcpStream>::connect(to).await?))
     }
 }
 
@@ -111,7 +110,7 @@ pub(crate) fn with_remedy(error: &io::Error) -> io::Error {
 
 /// Sets the options of a connection's socket, as far as the kernel supports them: WSL 1 has no TCP_USER_TIMEOUT, for
 /// example. A relay serves its clients without them, too.
-pub(crate) fn set_options(stream: &Async<TcpStream>) {
+fn set_options(stream: &Async<TcpStream>) {
     let socket = SockRef::from(stream);
     let _ = socket.set_tcp_nodelay(true);
     let keepalive = TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE_INTERVAL);
@@ -166,8 +165,8 @@ pub(crate) fn poll_end(socket: &Socket, cx: &mut Context<'_>) -> Poll<()> {
 pub(crate) fn acknowledged(stream: &Async<TcpStream>) -> Option<u64> {
     #[cfg(target_os = "linux")]
     {
-        let ends = (stream.get_ref().local_addr().ok()?, stream.get_ref().peer_addr().ok()?);
-        TcpInfo::of(ends.0, ends.1)?.acknowledged()
+        let stream = stream.get_ref();
+        TcpInfo::of(stream.local_addr().ok()?, stream.peer_addr().ok()?)?.acknowledged()
     }
     #[cfg(not(target_os = "linux"))]
     return None;
@@ -237,7 +236,6 @@ mod tests {
     #[cfg(target_os = "linux")]
     fn unsent_data_in_the_kernel_is_bounded_and_dead_connections_time_out() {
         let (stream, client) = connection();
-        set_options(&stream);
         let socket = SockRef::from(&*stream);
         assert_eq!(socket.tcp_notsent_lowat().unwrap(), MAX_UNSENT);
         assert_eq!(socket.tcp_user_timeout().unwrap(), Some(USER_TIMEOUT));
